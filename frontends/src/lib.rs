@@ -1,0 +1,2 @@
+//! Host-side listeners (unix, exec, ...) on top of the vsock muxer.
+#![warn(missing_docs)]

@@ -1,0 +1,2 @@
+//! placeholder until the first slice lands
+fn main() {}

@@ -1,0 +1,2 @@
+//! Wire types shared by the host and the guest agent.
+#![warn(missing_docs)]
