@@ -1,2 +1,39 @@
 //! Wire types shared by the host and the guest agent.
+//!
+//! Three vsock ports are served by the agent ([`port`]). The exec and control
+//! ports speak frames of `[u8 type][u32 BE length][payload]` ([`frame`]);
+//! exec carries one command per connection ([`exec`]), control carries one
+//! JSON request and one JSON reply at a time ([`control`]). The forward port
+//! takes one fixed-size header and becomes a raw byte stream ([`forward`]).
+//!
+//! This crate does no I/O: it encodes to and decodes from byte buffers, so the
+//! same code serves the blocking agent and the host's event loop.
 #![warn(missing_docs)]
+
+pub mod control;
+pub mod exec;
+pub mod forward;
+pub mod frame;
+
+/// Version of the exec and control protocols spoken by this build.
+///
+/// The two sides exchange it in a HELLO before anything else. A peer answers
+/// an unknown version with a sentence in an ERROR frame, never with silence.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// Ports and context identifiers of the vsock address space.
+pub mod port {
+    /// Guest port of the exec server (one command per connection).
+    pub const EXEC: u32 = 1028;
+    /// Guest port of the TCP port forwarder.
+    pub const FORWARD: u32 = 1029;
+    /// Guest port of the control server. The agent also *dials* this port on
+    /// the host once it is ready after a cold boot; that stream then serves
+    /// control requests like an accepted one.
+    pub const CONTROL: u32 = 1030;
+    /// Context identifier of the host (virtio 1.3 section 5.10.4).
+    pub const HOST_CID: u32 = 2;
+    /// Context identifier of every guest: each guest has a muxer of its own,
+    /// so the value need not be unique on the host.
+    pub const GUEST_CID: u32 = 3;
+}

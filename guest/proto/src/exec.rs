@@ -1,0 +1,155 @@
+//! Exec: one command per connection to guest port [`crate::port::EXEC`].
+//!
+//! The client sends CONTROL ([`Hello`]) and REQUEST ([`ExecRequest`]) without
+//! waiting in between. The agent answers CONTROL ([`ExecReply::Hello`]); once
+//! the command runs, CONTROL ([`ExecReply::Started`]); then STDOUT and STDERR
+//! frames, and last EXIT. A command that cannot be started is answered by ERROR
+//! (a sentence) and EXIT with Docker's status: 127 not found, 126 not
+//! executable, 125 for the agent's own failure.
+//!
+//! When the client closes its connection before EXIT, the command is sent
+//! SIGHUP and, if it is still alive after a grace period, SIGKILL.
+
+use serde::{Deserialize, Serialize};
+
+/// First message in either direction.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// The sender's [`crate::PROTOCOL_VERSION`].
+    pub protocol: u32,
+}
+
+/// CONTROL messages that a client sends on an exec connection.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExecControl {
+    /// Must be the first frame.
+    Hello(Hello),
+}
+
+/// CONTROL messages that the agent sends on an exec connection.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExecReply {
+    /// Answer to the client's HELLO.
+    Hello(Hello),
+    /// The command runs.
+    Started {
+        /// Its process identifier in the guest.
+        pid: u32,
+    },
+}
+
+/// What a command is to the VM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// The VM's workload. It is not killed when its client goes away.
+    Main,
+    /// A command run next to the workload.
+    #[default]
+    Exec,
+}
+
+/// A command to run. Fields that are absent have the value of the type's default.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ExecRequest {
+    /// Program and arguments; a program without `/` is looked up in the
+    /// request's `PATH`.
+    pub argv: Vec<String>,
+    /// `NAME=value` entries. Only `PATH`, `HOME` and, on a terminal, `TERM`
+    /// are added when they are absent.
+    pub env: Vec<String>,
+    /// Working directory; `/` when empty. Created when it does not exist and
+    /// the role is [`Role::Main`], as Docker does for `WorkingDir`.
+    pub cwd: String,
+    /// `user[:group]` by name or number, resolved in the guest; root when empty.
+    pub user: String,
+    /// Additional groups, by name or number.
+    pub groups: Vec<String>,
+    /// Run on a new pseudo-terminal; its output arrives as STDOUT.
+    pub tty: bool,
+    /// Terminal width in columns, when `tty`.
+    pub cols: u16,
+    /// Terminal height in rows, when `tty`.
+    pub rows: u16,
+    /// Keep standard input open for STDIN frames; otherwise it is `/dev/null`.
+    pub stdin: bool,
+    /// What the command is to the VM.
+    pub role: Role,
+    /// Files to write before the command starts.
+    pub stage_files: Vec<StageFile>,
+    /// Commands to run after `argv`, in order, while each one exits with 0.
+    /// The status reported is that of the last one run.
+    pub chain: Vec<Vec<String>>,
+    /// Milliseconds after which the command is killed (status 124); none when 0.
+    pub timeout_ms: u64,
+    /// Resource limits set before the command starts.
+    pub rlimits: Vec<Rlimit>,
+}
+
+/// A file written in the guest before a command starts.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StageFile {
+    /// Absolute path in the guest; missing parent directories are created.
+    pub path: String,
+    /// Permission bits, such as `0o644`.
+    pub mode: u32,
+    /// Contents.
+    #[serde(with = "crate::exec::base64_bytes")]
+    pub data: Vec<u8>,
+}
+
+/// One resource limit, as in `setrlimit(2)`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rlimit {
+    /// Lower-case name without the `RLIMIT_` prefix, such as `nofile`.
+    pub name: String,
+    /// Soft limit; `u64::MAX` is unlimited.
+    pub soft: u64,
+    /// Hard limit; `u64::MAX` is unlimited.
+    pub hard: u64,
+}
+
+/// Bytes as base64 text in JSON.
+pub(crate) mod base64_bytes {
+    use base64::Engine as _;
+    use base64::engine::general_purpose::STANDARD;
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub(crate) fn serialize<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&STANDARD.encode(bytes))
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Vec<u8>, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        STANDARD.decode(text).map_err(D::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_minimal_request_is_enough() {
+        let request: ExecRequest = serde_json::from_str(r#"{"argv":["true"]}"#).unwrap();
+        assert_eq!(request.argv, ["true"]);
+        assert_eq!(request.role, Role::Exec);
+        assert!(!request.tty);
+    }
+
+    #[test]
+    fn staged_bytes_survive_json() {
+        let file = StageFile {
+            path: "/a".into(),
+            mode: 0o600,
+            data: vec![0, 255, 10],
+        };
+        let json = serde_json::to_string(&file).unwrap();
+        assert_eq!(serde_json::from_str::<StageFile>(&json).unwrap(), file);
+    }
+}
