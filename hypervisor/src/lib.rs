@@ -1,2 +1,34 @@
-//! One virtual machine seam over KVM (and later HVF and WHP), with complete state save and restore.
+//! One virtual machine seam over the host's hypervisor.
+//!
+//! A *backend* implements [`Hypervisor`], [`Vm`], [`VcpuSeed`] and [`Vcpu`] for
+//! one operating system and architecture; everything above is generic over it
+//! by static dispatch. What a backend can do is data ([`Capabilities`]), asked
+//! before a VM exists. The VM never owns guest memory, and a vCPU never leaves
+//! the thread it was bound on.
+//!
+//! The life of a VM:
+//!
+//! 1. [`Hypervisor::open`], [`Hypervisor::create_vm`], [`Vm::map_memory`].
+//! 2. [`Vm::create_vcpu`] for each vCPU; the seeds are sent to their threads.
+//! 3. Each thread binds its seed: [`VcpuSeed::bind`] for a fresh machine,
+//!    [`VcpuSeed::bind_restored`] for a saved one. The latter yields a
+//!    [`RestoredVcpu`] token.
+//! 4. A restored machine hands all tokens to [`Vm::restore`], which puts
+//!    interrupt controllers and clocks back *after* every vCPU has its state.
+//! 5. Threads call [`Vcpu::run`] in a loop.
 #![warn(missing_docs)]
+
+mod bus;
+mod caps;
+mod error;
+pub mod state;
+mod traits;
+
+pub use bus::Bus;
+pub use caps::{Capabilities, DirtyModel, IrqModel, LinuxSupport};
+pub use error::{Error, OpenError};
+pub use state::{VcpuState, VmState};
+pub use traits::{
+    DirtyBitmap, Doorbell, Exit, FaultInfo, Gsi, Hypervisor, IrqLine, IrqTrigger, Kicker,
+    MemoryRegion, RestoredVcpu, SlotId, VcpuSeed, Vcpu, Vm, VmConfig,
+};

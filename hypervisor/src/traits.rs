@@ -1,0 +1,275 @@
+//! The seam itself.
+
+use std::fmt::Debug;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::state::{BootRegisters, VcpuState, VmState};
+use crate::{Bus, Capabilities, Error, OpenError};
+
+/// A global system interrupt: an input of the IOAPIC (x86) or an SPI (arm64).
+pub type Gsi = u32;
+
+/// Identifies a mapped memory region of a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SlotId(pub u32);
+
+/// What a VM is created with.
+#[derive(Clone, Debug, Default)]
+pub struct VmConfig {
+    /// Number of vCPUs that will be created, at least 1.
+    pub vcpus: u32,
+}
+
+/// Host memory to appear in the guest.
+#[derive(Clone, Copy, Debug)]
+pub struct MemoryRegion {
+    /// First guest physical address; a multiple of the page granule.
+    pub guest_address: u64,
+    /// First byte of host memory; aligned to the page granule.
+    pub host_address: NonNull<u8>,
+    /// Length in bytes; a multiple of the page granule.
+    pub len: u64,
+    /// Guest writes are MMIO exits instead.
+    pub read_only: bool,
+    /// Record guest writes for [`Vm::take_dirty`].
+    pub track_dirty: bool,
+}
+
+/// One bit per page of a slot, least significant bit first, set when written.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DirtyBitmap {
+    /// The bits, 64 pages a word.
+    pub words: Vec<u64>,
+}
+
+/// How an interrupt line signals.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IrqTrigger {
+    /// A pulse for each event.
+    Edge,
+    /// Asserted until lowered.
+    Level,
+}
+
+/// One interrupt input, usable from any thread.
+pub trait IrqLine: Send + Sync + Debug {
+    /// Raises an edge-triggered interrupt once.
+    ///
+    /// # Errors
+    /// The hypervisor refused; the guest has missed an interrupt.
+    fn pulse(&self) -> Result<(), Error>;
+}
+
+/// A guest write that signals a file descriptor without a VMM exit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Doorbell {
+    /// Guest physical address written.
+    pub address: u64,
+    /// Width of the write in bytes (1, 2, 4 or 8), or `None` for any.
+    pub width: Option<u8>,
+    /// Value that must be written, or `None` for any. Requires `width`.
+    pub value: Option<u64>,
+}
+
+/// A hypervisor backend, opened.
+pub trait Hypervisor: Send + Sync + Sized + 'static {
+    /// Its virtual machines.
+    type Vm: Vm;
+
+    /// Opens the host's hypervisor.
+    ///
+    /// Does not run the Linux capability probe; see [`Hypervisor::probe_linux`].
+    ///
+    /// # Errors
+    /// A sentence that says what the host lacks and what to do.
+    fn open() -> Result<Self, OpenError>;
+
+    /// What the backend can do. The `linux` member is filled in by running the
+    /// probe on first use (a few milliseconds), and remembered.
+    fn capabilities(&self) -> Capabilities;
+
+    /// Creates an empty VM with interrupt controllers and no memory.
+    ///
+    /// # Errors
+    /// The hypervisor refused.
+    fn create_vm(&self, config: &VmConfig) -> Result<Self::Vm, Error>;
+}
+
+/// A virtual machine: address space, interrupt controllers and clock.
+pub trait Vm: Send + Sync + 'static {
+    /// Its vCPUs before they are bound to a thread.
+    type Seed: VcpuSeed;
+
+    /// Makes host memory appear in the guest.
+    ///
+    /// # Safety
+    /// `region.host_address .. + region.len` must stay mapped, and must not be
+    /// used as Rust references that assume exclusive access, until the region
+    /// is unmapped or the VM *and all its vCPUs* are dropped.
+    ///
+    /// # Errors
+    /// Misaligned or overlapping regions, or too many of them.
+    unsafe fn map_memory(&self, region: MemoryRegion) -> Result<SlotId, Error>;
+
+    /// Removes a region.
+    ///
+    /// # Errors
+    /// An unknown slot.
+    fn unmap_memory(&self, slot: SlotId) -> Result<(), Error>;
+
+    /// Switches dirty tracking of a slot on or off.
+    ///
+    /// # Errors
+    /// An unknown slot, or [`crate::DirtyModel::None`].
+    fn set_dirty_tracking(&self, slot: SlotId, on: bool) -> Result<(), Error>;
+
+    /// Takes the pages written since the last call, and starts over.
+    ///
+    /// # Errors
+    /// An unknown slot, or one that is not tracked.
+    fn take_dirty(&self, slot: SlotId) -> Result<DirtyBitmap, Error>;
+
+    /// Creates vCPU number `index` (0 is the boot processor).
+    ///
+    /// # Errors
+    /// An index out of range or used already.
+    fn create_vcpu(&self, index: u32) -> Result<Self::Seed, Error>;
+
+    /// Opens an interrupt input.
+    ///
+    /// # Errors
+    /// An input that does not exist, or a trigger mode that is not offered.
+    fn irq_line(&self, gsi: Gsi, trigger: IrqTrigger) -> Result<Arc<dyn IrqLine>, Error>;
+
+    /// Asks that `doorbell` signal `fd` (an eventfd). `Ok(false)` means the
+    /// backend has no such facility: the write then arrives on the bus.
+    ///
+    /// # Errors
+    /// The hypervisor refused.
+    #[cfg(unix)]
+    fn add_doorbell(
+        &self,
+        doorbell: Doorbell,
+        fd: std::os::fd::BorrowedFd<'_>,
+    ) -> Result<bool, Error>;
+
+    /// Saves interrupt controllers and clocks. All vCPUs must be out of
+    /// [`Vcpu::run`] and saved before.
+    ///
+    /// # Errors
+    /// The hypervisor refused.
+    fn save(&self) -> Result<VmState, Error>;
+
+    /// Restores interrupt controllers and clocks, once every vCPU of the VM has
+    /// been restored (`vcpus` proves it).
+    ///
+    /// # Errors
+    /// A missing vCPU, or state from another kind of backend.
+    fn restore(&self, state: &VmState, vcpus: Vec<RestoredVcpu>) -> Result<(), Error>;
+}
+
+/// Proof that a vCPU has been restored.
+#[derive(Debug)]
+pub struct RestoredVcpu {
+    /// The vCPU's index.
+    pub(crate) index: u32,
+}
+
+impl RestoredVcpu {
+    /// The index of the vCPU that was restored.
+    #[must_use]
+    pub fn index(&self) -> u32 {
+        self.index
+    }
+}
+
+/// A vCPU that no thread runs yet.
+pub trait VcpuSeed: Send + 'static {
+    /// What it becomes.
+    type Vcpu: Vcpu;
+
+    /// The vCPU's index.
+    fn index(&self) -> u32;
+
+    /// A handle that makes the vCPU leave [`Vcpu::run`].
+    fn kicker(&self) -> Arc<dyn Kicker>;
+
+    /// Binds to the calling thread in the architecture's reset state (secondary
+    /// processors wait for their start-up signal). The boot processor starts
+    /// with `boot` instead.
+    ///
+    /// # Errors
+    /// The hypervisor refused.
+    fn bind(self, boot: Option<&BootRegisters>) -> Result<Self::Vcpu, Error>;
+
+    /// Binds to the calling thread with saved state.
+    ///
+    /// # Errors
+    /// State that does not fit this host; the reason names the first element.
+    fn bind_restored(self, state: &VcpuState) -> Result<(Self::Vcpu, RestoredVcpu), Error>;
+}
+
+/// Makes a vCPU leave [`Vcpu::run`], from any thread.
+pub trait Kicker: Send + Sync + Debug {
+    /// Sticky: if the vCPU is not running, its next [`Vcpu::run`] returns
+    /// [`Exit::Cancelled`] at once. Several kicks before that count as one.
+    fn kick(&self);
+}
+
+/// A vCPU on the thread that runs it. Not `Send`.
+pub trait Vcpu {
+    /// Runs guest code. Device accesses are completed inside, through `bus`;
+    /// only control exits return.
+    ///
+    /// # Errors
+    /// The hypervisor failed in a way that is not the guest's doing.
+    fn run(&mut self, bus: &dyn Bus) -> Result<Exit, Error>;
+
+    /// Saves all state that the architecture and Linux need. Completes a device
+    /// access that is half done before.
+    ///
+    /// # Errors
+    /// The hypervisor refused.
+    fn save(&mut self) -> Result<VcpuState, Error>;
+
+    /// Puts an earlier saved state back (in-place reset of a running machine).
+    ///
+    /// # Errors
+    /// State that does not fit this host.
+    fn reload(&mut self, state: &VcpuState) -> Result<RestoredVcpu, Error>;
+
+    /// Notes that the guest was paused, so that its watchdogs do not fire.
+    fn notify_paused(&mut self);
+}
+
+/// Why a vCPU stopped running guest code.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// It was kicked.
+    Cancelled,
+    /// Halted with no way to be woken (interrupts are in the hypervisor, so
+    /// this does not surface for an ordinary idle guest).
+    Halt,
+    /// The guest asked to be reset (triple fault on x86 is [`Exit::TripleFault`]).
+    Reset,
+    /// The guest asked for power-off through the hypervisor.
+    Shutdown,
+    /// x86 shutdown state: a fault during double-fault delivery.
+    TripleFault,
+    /// The hypervisor cannot run the guest on.
+    Fault(FaultInfo),
+}
+
+/// What is known about a vCPU that cannot run on.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FaultInfo {
+    /// What the hypervisor reported, for a person to read.
+    pub reason: String,
+    /// Program counter, where it could be read.
+    pub program_counter: u64,
+    /// Bytes at the program counter, where they could be read.
+    pub instruction: Vec<u8>,
+}
