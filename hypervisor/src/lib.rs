@@ -30,5 +30,5 @@ pub use error::{Error, OpenError};
 pub use state::{VcpuState, VmState};
 pub use traits::{
     DirtyBitmap, Doorbell, Exit, FaultInfo, Gsi, Hypervisor, IrqLine, IrqTrigger, Kicker,
-    MemoryRegion, RestoredVcpu, SlotId, VcpuSeed, Vcpu, Vm, VmConfig,
+    MemoryRegion, RestoredVcpu, SlotId, Vcpu, VcpuSeed, Vm, VmConfig,
 };

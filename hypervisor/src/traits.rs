@@ -112,6 +112,10 @@ pub trait Vm: Send + Sync + 'static {
     ///
     /// # Errors
     /// Misaligned or overlapping regions, or too many of them.
+    #[expect(
+        unsafe_code,
+        reason = "the caller vouches for memory that the guest will write"
+    )]
     unsafe fn map_memory(&self, region: MemoryRegion) -> Result<SlotId, Error>;
 
     /// Removes a region.
