@@ -1,2 +1,17 @@
-//! The snapshot format on disk, layered diffs, restore modes and clone identity.
+//! Snapshots: the format on disk, layered diffs, restore and clone identity.
+//!
+//! A snapshot is a directory of `manifest.json` ([`manifest`]), `state.bin`
+//! ([`state_file`]) and `memory.bin` ([`memory_file`]). A *diff* stores only the
+//! pages that changed over its parent ([`extents`]). All of it can be read and
+//! checked without a VMM.
 #![warn(missing_docs)]
+
+pub mod cpu;
+mod error;
+pub mod extents;
+pub mod manifest;
+pub mod memory_file;
+pub mod pagemap;
+pub mod state_file;
+
+pub use error::Error;

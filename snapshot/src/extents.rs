@@ -1,0 +1,247 @@
+//! Runs of pages, and how a chain of snapshots becomes one list of mappings.
+//!
+//! Pages are numbered in *RAM order*: the guest's memory without the hole below
+//! 4 GiB. Page `p` of a snapshot is stored at byte `p * PAGE` of its
+//! `memory.bin`, whatever its depth in a chain, so no lookup is needed to map it.
+
+use serde::{Deserialize, Serialize};
+
+/// Bytes in a page.
+pub const PAGE: u64 = 4096;
+
+/// What a snapshot says of a run of pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Content {
+    /// Stored in the snapshot's `memory.bin`.
+    Data,
+    /// All zero, over a parent where they may not be.
+    Zero,
+}
+
+/// A run of pages with the same kind of content.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Extent {
+    /// First page, in RAM order.
+    pub first: u64,
+    /// Number of pages, at least 1.
+    pub pages: u64,
+    /// What they hold.
+    pub content: Content,
+}
+
+impl Extent {
+    /// The page after the last.
+    #[must_use]
+    pub fn end(&self) -> u64 {
+        self.first.saturating_add(self.pages)
+    }
+}
+
+/// Collects pages in ascending order into extents.
+#[derive(Debug, Default)]
+pub struct ExtentBuilder {
+    extents: Vec<Extent>,
+}
+
+impl ExtentBuilder {
+    /// No pages yet.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a page; pages must come in ascending order.
+    pub fn push(&mut self, page: u64, content: Content) {
+        if let Some(last) = self.extents.last_mut()
+            && last.content == content
+            && last.end() == page
+        {
+            last.pages += 1;
+            return;
+        }
+        self.extents.push(Extent {
+            first: page,
+            pages: 1,
+            content,
+        });
+    }
+
+    /// The extents collected.
+    #[must_use]
+    pub fn finish(self) -> Vec<Extent> {
+        self.extents
+    }
+}
+
+/// Checks that extents ascend, do not overlap, are not empty and end within `pages`.
+#[must_use]
+pub fn is_well_formed(extents: &[Extent], pages: u64) -> bool {
+    let mut next = 0;
+    extents.iter().all(|extent| {
+        let ok = extent.pages > 0
+            && extent.first >= next
+            && extent.pages <= pages
+            && extent.first <= pages - extent.pages;
+        next = extent.end();
+        ok
+    })
+}
+
+/// Where a run of pages of a restored guest comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// `memory.bin` of the chain's member with this index (0 is the root).
+    Member(usize),
+    /// Anonymous zero pages.
+    Zero,
+}
+
+/// A run of pages to map from one place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// First page, in RAM order; also the page offset in the member's file.
+    pub first: u64,
+    /// Number of pages.
+    pub pages: u64,
+    /// Where they come from.
+    pub source: Source,
+}
+
+/// Lays the extents of a chain, root first, over one another.
+///
+/// The root covers everything: what it does not store are holes of its file,
+/// which read as zero, so that mapping it is one piece. `chain[0]` is ignored
+/// for that reason. Neighbouring pieces from one source are merged.
+#[must_use]
+pub fn flatten(pages: u64, chain: &[&[Extent]]) -> Vec<Piece> {
+    let mut pieces = vec![Piece {
+        first: 0,
+        pages,
+        source: Source::Member(0),
+    }];
+    for (member, extents) in chain.iter().enumerate().skip(1) {
+        pieces = overlay(&pieces, member, extents);
+    }
+    pieces
+}
+
+/// Replaces the parts of `lower` that `extents` cover.
+fn overlay(lower: &[Piece], member: usize, extents: &[Extent]) -> Vec<Piece> {
+    let mut out = Vec::with_capacity(lower.len() + 2 * extents.len());
+    let mut extents = extents.iter().peekable();
+    for piece in lower {
+        let end = piece.first + piece.pages;
+        let mut at = piece.first;
+        while let Some(extent) = extents.peek() {
+            if extent.first >= end {
+                break;
+            }
+            push(&mut out, at, extent.first.max(at), piece.source);
+            let source = match extent.content {
+                Content::Data => Source::Member(member),
+                Content::Zero => Source::Zero,
+            };
+            let begin = extent.first.max(at);
+            let stop = extent.end().min(end);
+            push(&mut out, begin, stop, source);
+            at = stop;
+            if extent.end() > end {
+                break;
+            }
+            extents.next();
+        }
+        push(&mut out, at, end, piece.source);
+    }
+    out
+}
+
+fn push(out: &mut Vec<Piece>, first: u64, end: u64, source: Source) {
+    if first >= end {
+        return;
+    }
+    if let Some(last) = out.last_mut()
+        && last.source == source
+        && last.first + last.pages == first
+    {
+        last.pages += end - first;
+        return;
+    }
+    out.push(Piece {
+        first,
+        pages: end - first,
+        source,
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const PAGES: u64 = 64;
+
+    fn layer() -> impl Strategy<Value = Vec<Option<Content>>> {
+        let page = prop_oneof![
+            3 => Just(None),
+            2 => Just(Some(Content::Data)),
+            1 => Just(Some(Content::Zero)),
+        ];
+        prop::collection::vec(page, 64..=64)
+    }
+
+    fn extents(layer: &[Option<Content>]) -> Vec<Extent> {
+        let mut builder = ExtentBuilder::new();
+        for (page, content) in (0..).zip(layer) {
+            if let Some(content) = content {
+                builder.push(page, *content);
+            }
+        }
+        builder.finish()
+    }
+
+    proptest! {
+        #[test]
+        fn flattening_equals_looking_up_each_page(layers in prop::collection::vec(layer(), 1..6)) {
+            let lists: Vec<_> = layers.iter().map(|l| extents(l)).collect();
+            for list in &lists {
+                prop_assert!(is_well_formed(list, PAGES));
+            }
+            let borrowed: Vec<&[Extent]> = lists.iter().map(Vec::as_slice).collect();
+            let pieces = flatten(PAGES, &borrowed);
+            let mut page = 0;
+            for piece in &pieces {
+                prop_assert_eq!(piece.first, page, "gap or overlap");
+                for p in piece.first..piece.first + piece.pages {
+                    let expected = (1..layers.len())
+                        .rev()
+                        .find_map(|m| layers[m][usize::try_from(p).unwrap()].map(|c| match c {
+                            Content::Data => Source::Member(m),
+                            Content::Zero => Source::Zero,
+                        }))
+                        .unwrap_or(Source::Member(0));
+                    prop_assert_eq!(piece.source, expected);
+                }
+                page += piece.pages;
+            }
+            prop_assert_eq!(page, PAGES);
+            for pair in pieces.windows(2) {
+                prop_assert_ne!(pair[0].source, pair[1].source, "not merged");
+            }
+        }
+    }
+
+    #[test]
+    fn malformed_extents_are_found() {
+        let e = |first, pages| Extent {
+            first,
+            pages,
+            content: Content::Data,
+        };
+        assert!(is_well_formed(&[e(0, 2), e(2, 1)], 3));
+        assert!(!is_well_formed(&[e(0, 2), e(1, 1)], 3));
+        assert!(!is_well_formed(&[e(0, 0)], 3));
+        assert!(!is_well_formed(&[e(2, 2)], 3));
+        assert!(!is_well_formed(&[e(u64::MAX, 2)], 3));
+        assert!(!is_well_formed(&[e(1, u64::MAX)], 3));
+    }
+}

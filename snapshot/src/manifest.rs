@@ -1,0 +1,256 @@
+//! `manifest.json`: what a snapshot is, for people and for checks before use.
+//!
+//! The file is canonical: there is exactly one byte sequence for a manifest,
+//! and its last member is the SHA-256 of that sequence with the member empty.
+//! Any change to any byte is therefore found, and yet the file reads well.
+//!
+//! Compatibility promise: a later sm reads every format from
+//! [`OLDEST_FORMAT`] on; a member is never given another meaning; an addition is
+//! a new format number. An older sm refuses a newer format by number.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::cpu::CpuFeatures;
+use crate::{Error, state_file};
+
+/// Format written by this version.
+pub const FORMAT: u32 = 1;
+/// Oldest format read by this version.
+pub const OLDEST_FORMAT: u32 = 1;
+/// Largest manifest accepted, in bytes.
+pub const MAX_LEN: u64 = 1024 * 1024;
+
+/// What a snapshot holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Layer {
+    /// Kernel and agent booted; no image.
+    Base,
+    /// An image's root file system mounted; nothing of it has run.
+    Image,
+    /// A running workload.
+    App,
+}
+
+/// The snapshot that a diff builds on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ParentRef {
+    /// Its name in the same store.
+    pub name: String,
+    /// Its manifest's digest: another snapshot under that name is refused.
+    pub digest: String,
+}
+
+/// `state.bin`, as the manifest knows it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StateEntry {
+    /// Length in bytes.
+    pub len: u64,
+    /// SHA-256 of what precedes the file's own trailer, in hexadecimal.
+    pub digest: String,
+}
+
+/// `memory.bin`, as the manifest knows it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryEntry {
+    /// Length in bytes: the guest's memory size.
+    pub len: u64,
+    /// Pages stored.
+    pub data_pages: u64,
+    /// Pages recorded as zero over a parent.
+    pub zero_pages: u64,
+}
+
+/// A device of the machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceEntry {
+    /// Its slot on the virtio-mmio window.
+    pub slot: u32,
+    /// Its kind, such as `blk`.
+    pub kind: String,
+}
+
+/// What a snapshot is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// Format number; see [`FORMAT`].
+    pub format: u32,
+    /// What it holds.
+    pub layer: Layer,
+    /// Wall-clock time of the capture, in milliseconds since the Unix epoch.
+    pub created_ms: u64,
+    /// Version of sm that wrote it.
+    pub sm_version: String,
+    /// Version of the machine's address map and devices.
+    pub machine_version: u32,
+    /// Guest memory in bytes.
+    pub memory_bytes: u64,
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// SHA-256 of the guest kernel, in hexadecimal.
+    pub kernel: String,
+    /// SHA-256 of the guest agent, in hexadecimal.
+    pub agent: String,
+    /// Version of the protocol between host and agent.
+    pub protocol: u32,
+    /// Processor that the guest found.
+    pub cpu: CpuFeatures,
+    /// The machine's devices.
+    pub devices: Vec<DeviceEntry>,
+    /// The snapshot it builds on; a full snapshot has none.
+    pub parent: Option<ParentRef>,
+    /// `state.bin`.
+    pub state: StateEntry,
+    /// `memory.bin`.
+    pub memory: MemoryEntry,
+    /// What the writer wants to find again, such as the image it runs.
+    pub labels: BTreeMap<String, String>,
+    /// SHA-256 of the canonical file with this member empty; set on writing.
+    pub digest: String,
+}
+
+/// Only the member that says how to read the others.
+#[derive(Deserialize)]
+struct FormatProbe {
+    format: u32,
+}
+
+impl Manifest {
+    /// The canonical bytes; sets the digest.
+    ///
+    /// # Errors
+    /// None that a caller can provoke: serialising plain data to memory.
+    pub fn encode(&mut self) -> Result<Vec<u8>, serde_json::Error> {
+        self.digest = String::new();
+        let bare = self.canonical()?;
+        self.digest = state_file::hex_digest(&bare);
+        self.canonical()
+    }
+
+    fn canonical(&self) -> Result<Vec<u8>, serde_json::Error> {
+        let mut bytes = serde_json::to_vec_pretty(self)?;
+        bytes.push(b'\n');
+        Ok(bytes)
+    }
+
+    /// Decodes and checks; `path` names the snapshot's directory in errors.
+    ///
+    /// # Errors
+    /// Another format, or any byte changed since it was written.
+    pub fn decode(path: &Path, bytes: &[u8]) -> Result<Self, Error> {
+        let file = path.join("manifest.json");
+        let unreadable =
+            |e: serde_json::Error| Error::damaged(&file, format!("it is not a manifest: {e}"));
+        let probe: FormatProbe = serde_json::from_slice(bytes).map_err(unreadable)?;
+        if probe.format > FORMAT {
+            return Err(Error::Newer {
+                path: path.to_owned(),
+                found: probe.format,
+                supported: FORMAT,
+            });
+        }
+        if probe.format < OLDEST_FORMAT {
+            return Err(Error::Older {
+                path: path.to_owned(),
+                found: probe.format,
+            });
+        }
+        let manifest: Self = serde_json::from_slice(bytes).map_err(unreadable)?;
+        let mut copy = manifest.clone();
+        let canonical = copy.encode().map_err(unreadable)?;
+        if canonical != bytes {
+            return Err(Error::damaged(
+                &file,
+                "it was altered: its checksum does not match",
+            ));
+        }
+        Ok(manifest)
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    pub(crate) fn sample() -> Manifest {
+        Manifest {
+            format: FORMAT,
+            layer: Layer::Base,
+            created_ms: 1_700_000_000_000,
+            sm_version: "0.1.0".into(),
+            machine_version: 1,
+            memory_bytes: 256 << 20,
+            vcpus: 2,
+            kernel: "k".repeat(64),
+            agent: "a".repeat(64),
+            protocol: 1,
+            cpu: CpuFeatures::host(),
+            devices: vec![DeviceEntry {
+                slot: 0,
+                kind: "vsock".into(),
+            }],
+            parent: None,
+            state: StateEntry::default(),
+            memory: MemoryEntry::default(),
+            labels: BTreeMap::from([("image".into(), "busybox".into())]),
+            digest: String::new(),
+        }
+    }
+
+    #[test]
+    fn a_manifest_round_trips() {
+        let mut manifest = sample();
+        let bytes = manifest.encode().unwrap();
+        assert_eq!(Manifest::decode(Path::new("s"), &bytes).unwrap(), manifest);
+    }
+
+    #[test]
+    fn every_single_byte_is_covered() {
+        let bytes = sample().encode().unwrap();
+        for index in 0..bytes.len() {
+            for bit in 0..8 {
+                let mut flipped = bytes.clone();
+                flipped[index] ^= 1 << bit;
+                assert!(
+                    Manifest::decode(Path::new("s"), &flipped).is_err(),
+                    "bit {bit} of byte {index} ({:?})",
+                    char::from(bytes[index])
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_newer_format_is_named_even_if_it_has_other_members() {
+        let text = br#"{"format": 7, "surprise": true}"#;
+        let error = Manifest::decode(Path::new("dir"), text).unwrap_err();
+        assert!(matches!(error, Error::Newer { found: 7, .. }), "{error}");
+    }
+
+    proptest! {
+        #[test]
+        fn labels_and_sizes_round_trip(
+            labels in prop::collection::btree_map(".{0,12}", ".{0,24}", 0..5),
+            memory in any::<u64>(),
+            vcpus in any::<u32>(),
+        ) {
+            let mut manifest = Manifest { labels, memory_bytes: memory, vcpus, ..sample() };
+            let bytes = manifest.encode().unwrap();
+            prop_assert_eq!(Manifest::decode(Path::new("s"), &bytes).unwrap(), manifest);
+        }
+
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            prop_assert!(Manifest::decode(Path::new("s"), &bytes).is_err());
+        }
+    }
+}

@@ -1,0 +1,242 @@
+//! `state.bin`: named sections in one checksummed file.
+//!
+//! ```text
+//! magic "SMSTATE\0" | u32 LE format | u32 LE sections | u64 LE file length
+//! section*: u16 LE name length | name | u32 LE version | u64 LE length | payload
+//! SHA-256 of everything before it
+//! ```
+//!
+//! The digest is checked before any section is looked at, so a parser above
+//! never sees a byte that was not written by us. The manifest repeats the digest,
+//! which binds the two files to each other.
+
+use std::path::Path;
+
+use sha2::{Digest as _, Sha256};
+
+use crate::Error;
+
+const MAGIC: [u8; 8] = *b"SMSTATE\0";
+const FORMAT: u32 = 1;
+const HEADER_LEN: usize = 24;
+const DIGEST_LEN: usize = 32;
+
+/// Largest `state.bin` accepted, in bytes (256 MiB): the state of 64 vCPUs and
+/// the page index of a terabyte guest stay far below.
+pub const MAX_LEN: u64 = 256 * 1024 * 1024;
+
+/// One named part of a machine's state.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Section {
+    /// Name, at most 65,535 bytes.
+    pub name: String,
+    /// Version of the payload's layout.
+    pub version: u32,
+    /// The payload.
+    pub payload: Vec<u8>,
+}
+
+/// The sections of a `state.bin`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StateFile {
+    /// The sections, in file order.
+    pub sections: Vec<Section>,
+}
+
+/// SHA-256 as 64 lower-case hexadecimal digits.
+#[must_use]
+pub fn hex_digest(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
+}
+
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write as _;
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        // Writing to a String cannot fail.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+impl StateFile {
+    /// The section `name` with layout `version`.
+    ///
+    /// # Errors
+    /// It is absent, or has another version; `path` names the file in the error.
+    pub fn section(&self, path: &Path, name: &str, version: u32) -> Result<&[u8], Error> {
+        let section = self
+            .sections
+            .iter()
+            .find(|section| section.name == name)
+            .ok_or_else(|| Error::damaged(path, format!("it has no section \"{name}\"")))?;
+        if section.version == version {
+            Ok(&section.payload)
+        } else {
+            Err(Error::Incompatible {
+                name: path.display().to_string(),
+                reason: format!(
+                    "section \"{name}\" has version {}, and this sm reads {version}",
+                    section.version
+                ),
+            })
+        }
+    }
+
+    /// Encodes the file; the second value is its digest in hexadecimal.
+    #[must_use]
+    pub fn encode(&self) -> (Vec<u8>, String) {
+        let body: usize = self
+            .sections
+            .iter()
+            .map(|s| 2 + s.name.len() + 4 + 8 + s.payload.len())
+            .sum();
+        let total = HEADER_LEN + body + DIGEST_LEN;
+        let mut out = Vec::with_capacity(total);
+        out.extend_from_slice(&MAGIC);
+        out.extend_from_slice(&FORMAT.to_le_bytes());
+        let count = u32::try_from(self.sections.len()).unwrap_or(u32::MAX);
+        out.extend_from_slice(&count.to_le_bytes());
+        out.extend_from_slice(&(total as u64).to_le_bytes());
+        for section in &self.sections {
+            let name_len = u16::try_from(section.name.len()).unwrap_or(u16::MAX);
+            let name = &section.name.as_bytes()[..usize::from(name_len)];
+            out.extend_from_slice(&name_len.to_le_bytes());
+            out.extend_from_slice(name);
+            out.extend_from_slice(&section.version.to_le_bytes());
+            out.extend_from_slice(&(section.payload.len() as u64).to_le_bytes());
+            out.extend_from_slice(&section.payload);
+        }
+        let digest = Sha256::digest(&out);
+        out.extend_from_slice(&digest);
+        (out, hex(&digest))
+    }
+
+    /// Decodes and checks a file; `path` names it in errors.
+    ///
+    /// # Errors
+    /// Anything but what [`Self::encode`] wrote with exactly this digest.
+    pub fn decode(path: &Path, bytes: &[u8], digest: &str) -> Result<Self, Error> {
+        let damaged = |reason: &str| Error::damaged(path, reason);
+        let Some((body, stored)) = bytes.split_last_chunk::<DIGEST_LEN>() else {
+            return Err(damaged("it is too short"));
+        };
+        let mut reader = Reader(body);
+        if reader.array::<8>() != Some(MAGIC) {
+            return Err(damaged("it does not start like a state file"));
+        }
+        let format = reader.u32().ok_or_else(|| damaged("it is too short"))?;
+        if format > FORMAT {
+            return Err(Error::Newer {
+                path: path.to_owned(),
+                found: format,
+                supported: FORMAT,
+            });
+        }
+        let count = reader.u32().ok_or_else(|| damaged("it is too short"))?;
+        let total = reader.u64().ok_or_else(|| damaged("it is too short"))?;
+        if total != bytes.len() as u64 {
+            return Err(damaged("it was cut short or added to"));
+        }
+        let computed = Sha256::digest(body);
+        if computed.as_slice() != stored || hex(&computed) != digest {
+            return Err(damaged("its checksum does not match"));
+        }
+        let mut sections = Vec::new();
+        for _ in 0..count {
+            let section = reader
+                .section()
+                .ok_or_else(|| damaged("a section does not fit"))?;
+            sections.push(section);
+        }
+        if reader.0.is_empty() {
+            Ok(Self { sections })
+        } else {
+            Err(damaged("there are bytes after the last section"))
+        }
+    }
+}
+
+/// Takes fixed-size values off the front of a slice.
+struct Reader<'a>(&'a [u8]);
+
+impl<'a> Reader<'a> {
+    fn take(&mut self, len: usize) -> Option<&'a [u8]> {
+        let (head, tail) = self.0.split_at_checked(len)?;
+        self.0 = tail;
+        Some(head)
+    }
+
+    fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
+        self.take(N)?.try_into().ok()
+    }
+
+    fn u32(&mut self) -> Option<u32> {
+        self.array().map(u32::from_le_bytes)
+    }
+
+    fn u64(&mut self) -> Option<u64> {
+        self.array().map(u64::from_le_bytes)
+    }
+
+    fn section(&mut self) -> Option<Section> {
+        let name_len = self.array().map(u16::from_le_bytes)?;
+        let name = std::str::from_utf8(self.take(usize::from(name_len))?)
+            .ok()?
+            .to_owned();
+        let version = self.u32()?;
+        let len = usize::try_from(self.u64()?).ok()?;
+        let payload = self.take(len)?.to_vec();
+        Some(Section {
+            name,
+            version,
+            payload,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn arbitrary() -> impl Strategy<Value = StateFile> {
+        let section = (
+            "[a-z]{1,12}",
+            any::<u32>(),
+            prop::collection::vec(any::<u8>(), 0..200),
+        )
+            .prop_map(|(name, version, payload)| Section {
+                name,
+                version,
+                payload,
+            });
+        prop::collection::vec(section, 0..5).prop_map(|sections| StateFile { sections })
+    }
+
+    proptest! {
+        #[test]
+        fn files_round_trip(file in arbitrary()) {
+            let (bytes, digest) = file.encode();
+            let read = StateFile::decode(Path::new("state.bin"), &bytes, &digest).unwrap();
+            prop_assert_eq!(read, file);
+        }
+
+        #[test]
+        fn any_flip_or_cut_is_detected(file in arbitrary(), at in any::<prop::sample::Index>(), bit in 0u8..8) {
+            let (bytes, digest) = file.encode();
+            let mut flipped = bytes.clone();
+            let index = at.index(bytes.len());
+            flipped[index] ^= 1 << bit;
+            prop_assert!(StateFile::decode(Path::new("s"), &flipped, &digest).is_err());
+            prop_assert!(StateFile::decode(Path::new("s"), &bytes[..index], &digest).is_err());
+            let mut longer = bytes;
+            longer.push(0);
+            prop_assert!(StateFile::decode(Path::new("s"), &longer, &digest).is_err());
+        }
+
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            let _ = StateFile::decode(Path::new("s"), &bytes, "");
+        }
+    }
+}
