@@ -2,10 +2,11 @@
 //!
 //! A snapshot is a directory of `manifest.json` ([`manifest`]), `state.bin`
 //! ([`state_file`]) and `memory.bin` ([`memory_file`]). A *diff* stores only the
-//! pages that changed over its parent ([`extents`]). All of it can be read and
-//! checked without a VMM.
+//! pages that changed over its parent ([`extents`], [`chain`]). All of it can be
+//! read and checked without a VMM ([`store`], [`verify`]).
 #![warn(missing_docs)]
 
+pub mod chain;
 pub mod cpu;
 mod error;
 pub mod extents;
@@ -13,5 +14,7 @@ pub mod manifest;
 pub mod memory_file;
 pub mod pagemap;
 pub mod state_file;
+pub mod store;
+pub mod verify;
 
 pub use error::Error;

@@ -1,0 +1,144 @@
+//! A snapshot with all its ancestors, opened for use.
+
+use std::path::Path;
+
+use crate::Error;
+use crate::extents::{Extent, Piece, flatten, is_well_formed};
+use crate::memory_file::MemoryIndex;
+use crate::state_file::{self, StateFile};
+use crate::store::{Lease, SnapshotStore, read_capped};
+
+/// Largest number of snapshots in a chain, the full one at its root included.
+/// Deeper chains are refused on creation: flatten first.
+pub const MAX_DEPTH: usize = 8;
+
+/// Name and layout version of the section that holds the [`MemoryIndex`].
+pub const MEMORY_SECTION: (&str, u32) = ("memory", 1);
+
+/// One snapshot of a chain.
+#[derive(Debug)]
+pub struct Member {
+    /// The snapshot, kept from being removed.
+    pub lease: Lease,
+    /// Its machine state.
+    pub state: StateFile,
+    /// What its memory file holds.
+    pub index: MemoryIndex,
+}
+
+/// A snapshot and its ancestors, root first.
+#[derive(Debug)]
+pub struct Chain {
+    members: Vec<Member>,
+}
+
+impl Chain {
+    /// Opens `name` and everything it builds on, and checks that they belong
+    /// together.
+    ///
+    /// # Errors
+    /// Any of them is absent, damaged, of another format, or another snapshot
+    /// than the one that the child was made over.
+    pub fn open(store: &SnapshotStore, name: &str) -> Result<Self, Error> {
+        let mut members = vec![open_member(store, name)?];
+        loop {
+            let Some(child) = members.last() else {
+                break;
+            };
+            let Some(parent) = child.lease.manifest().parent.clone() else {
+                break;
+            };
+            if members.len() >= MAX_DEPTH {
+                return Err(Error::TooDeep {
+                    name: name.to_owned(),
+                    limit: MAX_DEPTH - 1,
+                });
+            }
+            let child_name = child.lease.name().to_owned();
+            let wrong = |reason: String| Error::Parent {
+                name: child_name.clone(),
+                parent: parent.name.clone(),
+                reason,
+            };
+            let regions = child.index.regions.clone();
+            let member = match open_member(store, &parent.name) {
+                Err(Error::NotFound { .. }) => return Err(wrong("does not exist".to_owned())),
+                other => other?,
+            };
+            if member.lease.manifest().digest != parent.digest {
+                return Err(wrong("is another one than it was made over".to_owned()));
+            }
+            if member.index.regions != regions {
+                return Err(wrong("has another memory layout".to_owned()));
+            }
+            members.push(member);
+        }
+        members.reverse();
+        Ok(Self { members })
+    }
+
+    /// The members, root first. There is at least one.
+    #[must_use]
+    pub fn members(&self) -> &[Member] {
+        &self.members
+    }
+
+    /// The snapshot that was asked for.
+    ///
+    /// # Panics
+    /// Never: a chain has at least one member.
+    #[must_use]
+    #[expect(clippy::expect_used, reason = "open() puts the first member in")]
+    pub fn tip(&self) -> &Member {
+        self.members.last().expect("a chain is not empty")
+    }
+
+    /// What to map, in RAM order; sources index [`Self::members`].
+    #[must_use]
+    pub fn pieces(&self) -> Vec<Piece> {
+        let lists: Vec<&[Extent]> = self
+            .members
+            .iter()
+            .map(|member| member.index.extents.as_slice())
+            .collect();
+        flatten(self.tip().index.pages(), &lists)
+    }
+}
+
+fn open_member(store: &SnapshotStore, name: &str) -> Result<Member, Error> {
+    let lease = store.lease(name)?;
+    let path = lease.dir().join("state.bin");
+    let entry = &lease.manifest().state;
+    if entry.len > state_file::MAX_LEN {
+        return Err(Error::damaged(&path, "it is too long"));
+    }
+    let bytes = read_capped(&path, state_file::MAX_LEN)?;
+    if bytes.len() as u64 != entry.len {
+        let reason = format!(
+            "it has {} bytes, and the manifest says {}",
+            bytes.len(),
+            entry.len
+        );
+        return Err(Error::damaged(&path, reason));
+    }
+    let state = StateFile::decode(&path, &bytes, &entry.digest)?;
+    let index = memory_index(&path, &state)?;
+    let pages = lease.manifest().memory.len / crate::extents::PAGE;
+    if index.pages() != pages || !is_well_formed(&index.extents, pages) {
+        return Err(Error::damaged(
+            &path,
+            "its page index does not fit its memory",
+        ));
+    }
+    Ok(Member {
+        lease,
+        state,
+        index,
+    })
+}
+
+fn memory_index(path: &Path, state: &StateFile) -> Result<MemoryIndex, Error> {
+    let (name, version) = MEMORY_SECTION;
+    postcard::from_bytes(state.section(path, name, version)?)
+        .map_err(|e| Error::damaged(path, format!("its page index cannot be read: {e}")))
+}
