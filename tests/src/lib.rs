@@ -1,2 +1,272 @@
-//! End-to-end tests that drive the built sm and the runtime API.
+//! What the end-to-end tests share: the built `sm`, its state, and fixtures.
+//!
+//! Configured by the environment, as `cargo xtask test` sets it:
+//!
+//! | variable | meaning |
+//! |---|---|
+//! | `SM_BIN` | path of the `sm` to test |
+//! | `SM_FIXTURES` | directory of OCI layouts: `busybox`, `debian`, `python` |
+//! | `SM_KERNEL`, `SM_AGENT` | passed on to `sm` |
+//! | `SM_STOCK_KERNEL` | a distribution kernel for the stock-kernel cases |
 #![warn(missing_docs)]
+#![expect(
+    clippy::expect_used,
+    reason = "this library is part of tests: a failed expectation is a failed test"
+)]
+
+use std::ffi::OsStr;
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// What a command left behind.
+#[derive(Debug)]
+pub struct Done {
+    /// Exit status; `None` when a signal ended it.
+    pub code: Option<i32>,
+    /// Standard output.
+    pub stdout: Vec<u8>,
+    /// Standard error.
+    pub stderr: Vec<u8>,
+}
+
+impl Done {
+    /// Standard output as text.
+    #[must_use]
+    pub fn out(&self) -> String {
+        String::from_utf8_lossy(&self.stdout).into_owned()
+    }
+
+    /// Standard error as text.
+    #[must_use]
+    pub fn err(&self) -> String {
+        String::from_utf8_lossy(&self.stderr).into_owned()
+    }
+
+    /// Asserts the exit status, showing everything when it is another.
+    ///
+    /// # Panics
+    /// When the status differs.
+    #[track_caller]
+    pub fn exits(self, code: i32) -> Self {
+        assert_eq!(
+            self.code,
+            Some(code),
+            "\n--- stdout\n{}\n--- stderr\n{}",
+            self.out(),
+            self.err()
+        );
+        self
+    }
+
+    /// Standard output as JSON.
+    ///
+    /// # Panics
+    /// When it is not JSON.
+    #[track_caller]
+    #[must_use]
+    pub fn json(&self) -> Value {
+        serde_json::from_slice(&self.stdout)
+            .unwrap_or_else(|e| panic!("not JSON ({e}): {}\n{}", self.out(), self.err()))
+    }
+}
+
+impl From<Output> for Done {
+    fn from(output: Output) -> Self {
+        Self {
+            code: output.status.code(),
+            stdout: output.stdout,
+            stderr: output.stderr,
+        }
+    }
+}
+
+/// Data and runtime directories of one user of `sm`.
+#[derive(Debug)]
+pub struct Home {
+    dir: TempDir,
+}
+
+impl Default for Home {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Home {
+    /// Fresh, empty directories.
+    ///
+    /// # Panics
+    /// When there is no room for them.
+    #[must_use]
+    pub fn new() -> Self {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        for name in ["data", "run"] {
+            std::fs::create_dir(dir.path().join(name)).expect("a directory in it");
+        }
+        Self { dir }
+    }
+
+    /// The one that most tests share, so that an image is converted once.
+    pub fn shared() -> &'static Self {
+        static SHARED: OnceLock<Home> = OnceLock::new();
+        SHARED.get_or_init(Self::new)
+    }
+
+    /// Where `sm` keeps its data.
+    #[must_use]
+    pub fn data(&self) -> PathBuf {
+        self.dir.path().join("data")
+    }
+
+    /// Where `sm` keeps sockets and the like.
+    #[must_use]
+    pub fn run_dir(&self) -> PathBuf {
+        self.dir.path().join("run")
+    }
+
+    /// A command line of `sm`, not started yet; standard input is empty.
+    pub fn command<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Command {
+        let mut command = Command::new(binary());
+        command
+            .args(arguments)
+            .env("XDG_DATA_HOME", self.data())
+            .env("XDG_RUNTIME_DIR", self.run_dir())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        command
+    }
+
+    /// Runs `sm` to its end.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    #[track_caller]
+    pub fn sm<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Done {
+        self.command(arguments)
+            .output()
+            .expect("sm can be started")
+            .into()
+    }
+
+    /// Runs `sm` with `input` on its standard input.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    #[track_caller]
+    pub fn sm_with_input<S: AsRef<OsStr>>(&self, arguments: &[S], input: &[u8]) -> Done {
+        let mut child = self
+            .command(arguments)
+            .stdin(Stdio::piped())
+            .spawn()
+            .expect("sm can be started");
+        let mut stdin = child.stdin.take().expect("stdin is piped");
+        std::thread::scope(|scope| {
+            // The command may end without reading everything.
+            scope.spawn(move || stdin.write_all(input));
+            child.wait_with_output().expect("sm can be waited for")
+        })
+        .into()
+    }
+
+    /// Starts a detached VM that is removed when the value is dropped.
+    #[track_caller]
+    pub fn detached(&self, arguments: &[&str]) -> Vm<'_> {
+        let name = unique("vm");
+        let mut all = vec!["run", "-d", "--name", &name];
+        all.extend_from_slice(arguments);
+        self.sm(&all).exits(0);
+        Vm { home: self, name }
+    }
+}
+
+/// A running VM of a test.
+#[derive(Debug)]
+pub struct Vm<'a> {
+    home: &'a Home,
+    /// Its name.
+    pub name: String,
+}
+
+impl Vm<'_> {
+    /// Runs a command in it.
+    #[track_caller]
+    pub fn exec(&self, arguments: &[&str]) -> Done {
+        let mut all = vec!["exec", &self.name];
+        all.extend_from_slice(arguments);
+        self.home.sm(&all)
+    }
+
+    /// Waits for its end by following its log, and returns what `inspect` says.
+    #[track_caller]
+    #[must_use]
+    pub fn wait(&self) -> Value {
+        self.home.sm(&["logs", "-f", &self.name]);
+        self.inspect()
+    }
+
+    /// What `sm inspect` says of it.
+    ///
+    /// # Panics
+    /// When that is not a JSON array of one object.
+    #[track_caller]
+    #[must_use]
+    pub fn inspect(&self) -> Value {
+        let all = self.home.sm(&["inspect", &self.name]).exits(0).json();
+        all.get(0).expect("inspect prints an array").clone()
+    }
+}
+
+impl Drop for Vm<'_> {
+    fn drop(&mut self) {
+        let _ = self.home.command(&["rm", "-f", &self.name]).output();
+    }
+}
+
+/// A process that is killed when dropped.
+#[derive(Debug)]
+pub struct Reaped(pub Child);
+
+impl Drop for Reaped {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A name no other test of this process uses.
+#[must_use]
+pub fn unique(prefix: &str) -> String {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let n = NEXT.fetch_add(1, Ordering::Relaxed);
+    format!("{prefix}-{}-{n}", std::process::id())
+}
+
+/// The `sm` under test.
+///
+/// # Panics
+/// When `SM_BIN` is not set: run these tests by `cargo xtask test`.
+#[must_use]
+pub fn binary() -> PathBuf {
+    std::env::var_os("SM_BIN")
+        .expect("SM_BIN is set (run these tests by `cargo xtask test`)")
+        .into()
+}
+
+/// Reference of a fixture image.
+///
+/// # Panics
+/// When `SM_FIXTURES` is not set or does not have it.
+#[must_use]
+pub fn image(name: &str) -> String {
+    let dir = PathBuf::from(std::env::var_os("SM_FIXTURES").expect("SM_FIXTURES is set"));
+    let path = dir.join(name);
+    assert!(path.exists(), "no fixture {}", path.display());
+    format!("oci:{}", path.display())
+}

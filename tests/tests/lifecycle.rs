@@ -1,0 +1,176 @@
+//! Detached machines: exec, logs, stop, kill, removal, and sudden death.
+
+use sm_e2e::{Home, image, unique};
+
+fn names(home: &Home, arguments: &[&str]) -> Vec<String> {
+    let listing = home.sm(arguments).exits(0).json();
+    listing
+        .as_array()
+        .expect("a listing is an array")
+        .iter()
+        .map(|vm| vm["name"].as_str().unwrap_or_default().to_owned())
+        .collect()
+}
+
+#[test]
+fn commands_run_next_to_the_workload() {
+    let vm = Home::shared().detached(&["-e", "FROM=run", &image("busybox"), "sleep", "1000"]);
+    let done = vm
+        .exec(&["sh", "-c", "echo out; echo err >&2; exit 3"])
+        .exits(3);
+    assert_eq!(
+        (done.out().as_str(), done.err().as_str()),
+        ("out\n", "err\n")
+    );
+    let done = vm.exec(&["ps"]).exits(0);
+    assert!(done.out().contains("sleep 1000"), "{}", done.out());
+    let home = Home::shared();
+    let done = home.sm(&[
+        "exec",
+        "-e",
+        "A=b",
+        "-w",
+        "/tmp",
+        "-u",
+        "7",
+        &vm.name,
+        "sh",
+        "-c",
+        "echo $A $PWD; id -u",
+    ]);
+    assert_eq!(done.exits(0).out(), "b /tmp\n7\n");
+    let done = home.sm_with_input(&["exec", "-i", &vm.name, "cat"], b"through");
+    assert_eq!(done.exits(0).out(), "through");
+    vm.exec(&["no-such"]).exits(127);
+}
+
+#[test]
+fn logs_are_kept_and_followed_to_the_end() {
+    let home = Home::shared();
+    let vm = home.detached(&[
+        &image("busybox"),
+        "sh",
+        "-c",
+        "echo one; echo two >&2; sleep 1; echo three",
+    ]);
+    let done = home.sm(&["logs", "-f", &vm.name]).exits(0);
+    assert_eq!(
+        (done.out().as_str(), done.err().as_str()),
+        ("one\nthree\n", "two\n")
+    );
+    let again = home.sm(&["logs", &vm.name]).exits(0);
+    assert_eq!(again.out(), "one\nthree\n");
+    let console = home.sm(&["logs", "--console", &vm.name]).exits(0);
+    assert!(!console.out().is_empty(), "the guest's console is kept");
+}
+
+#[test]
+fn a_machine_is_listed_while_it_runs_and_kept_when_it_ended() {
+    let home = Home::shared();
+    let vm = home.detached(&[
+        &image("busybox"),
+        "sh",
+        "-c",
+        "read x < /dev/zero; sleep 1000",
+    ]);
+    assert!(names(home, &["ps", "--json"]).contains(&vm.name));
+    home.sm(&["stop", "-t", "1", &vm.name]).exits(0);
+    assert!(!names(home, &["ps", "--json"]).contains(&vm.name));
+    assert!(names(home, &["ps", "-a", "--json"]).contains(&vm.name));
+    home.sm(&["rm", &vm.name]).exits(0);
+    assert!(!names(home, &["ps", "-a", "--json"]).contains(&vm.name));
+}
+
+#[test]
+fn stop_asks_first() {
+    let home = Home::shared();
+    let script = "trap 'echo bye; exit 4' TERM; echo up; while :; do sleep 0.1; done";
+    let vm = home.detached(&[&image("busybox"), "sh", "-c", script]);
+    home.sm(&["exec", &vm.name, "true"]).exits(0);
+    home.sm(&["stop", "-t", "20", &vm.name]).exits(0);
+    let out = home.sm(&["logs", &vm.name]).exits(0).out();
+    assert_eq!(out, "up\nbye\n");
+    assert_eq!(vm.inspect()["state"]["exit_code"], 4);
+}
+
+#[test]
+fn kill_does_not_ask() {
+    let home = Home::shared();
+    let vm = home.detached(&[&image("busybox"), "sh", "-c", "trap '' TERM; sleep 1000"]);
+    home.sm(&["kill", &vm.name]).exits(0);
+    assert_eq!(vm.wait()["state"]["exit_code"], 137);
+}
+
+#[test]
+fn a_vmm_that_is_killed_leaves_nothing_behind() {
+    let home = Home::new();
+    let vm = home.detached(&[&image("busybox"), "sleep", "1000"]);
+    let pid = vm.inspect()["state"]["pid"].as_i64().expect("a pid");
+    let pid = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+    let handle = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).unwrap();
+    rustix::process::pidfd_send_signal(&handle, rustix::process::Signal::KILL).unwrap();
+    let mut fds = [rustix::event::PollFd::new(
+        &handle,
+        rustix::event::PollFlags::IN,
+    )];
+    rustix::event::poll(&mut fds, None).unwrap();
+    assert!(names(&home, &["ps", "--json"]).is_empty());
+    home.sm(&["images"]).exits(0);
+    let done = home
+        .sm(&["run", "--rm", &image("busybox"), "echo", "again"])
+        .exits(0);
+    assert_eq!(done.out(), "again\n", "the store is sound");
+    home.sm(&["rm", "-f", &vm.name]).exits(0);
+    assert!(names(&home, &["ps", "-a", "--json"]).is_empty());
+}
+
+#[test]
+fn a_guest_panic_is_reported_with_its_last_words() {
+    let home = Home::shared();
+    let vm = home.detached(&[&image("busybox"), "sleep", "1000"]);
+    vm.exec(&[
+        "sh",
+        "-c",
+        "echo 1 > /proc/sys/kernel/sysrq; echo c > /proc/sysrq-trigger",
+    ]);
+    let state = vm.wait()["state"].clone();
+    let text = state.to_string();
+    assert!(text.contains("panic") || text.contains("sysrq"), "{text}");
+    assert_ne!(state["exit_code"], 0);
+}
+
+#[test]
+fn images_are_pulled_listed_and_removed() {
+    let home = Home::new();
+    home.sm(&["pull", &image("busybox")]).exits(0);
+    let listing = home.sm(&["images", "--json"]).exits(0).json();
+    let id = listing[0]["id"].as_str().expect("an id").to_owned();
+    assert_eq!(listing.as_array().map(Vec::len), Some(1));
+    home.sm(&["rmi", &id]).exits(0);
+    let listing = home.sm(&["images", "--json"]).exits(0).json();
+    assert_eq!(listing.as_array().map(Vec::len), Some(0));
+}
+
+#[test]
+fn many_machines_run_at_once() {
+    let home = Home::shared();
+    let vms: Vec<_> = (0..4)
+        .map(|_| home.detached(&["-m", "96m", &image("busybox"), "sleep", "1000"]))
+        .collect();
+    for (n, vm) in vms.iter().enumerate() {
+        let done = vm
+            .exec(&["sh", "-c", &format!("echo {n} > /n; cat /n; hostname")])
+            .exits(0);
+        assert!(done.out().starts_with(&format!("{n}\n")), "{}", done.out());
+    }
+}
+
+#[test]
+fn a_name_is_free_again_after_rm() {
+    let home = Home::shared();
+    let name = unique("again");
+    for _ in 0..2 {
+        home.sm(&["run", "--rm", "--name", &name, &image("busybox"), "true"])
+            .exits(0);
+    }
+}

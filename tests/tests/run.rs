@@ -1,0 +1,360 @@
+//! `sm run` on real images: output, status, configuration, streams, SMP, memory.
+
+use std::io::Read as _;
+use std::process::Stdio;
+
+use sha2::{Digest as _, Sha256};
+use sm_e2e::{Home, image};
+
+fn sm(arguments: &[&str]) -> sm_e2e::Done {
+    Home::shared().sm(arguments)
+}
+
+#[test]
+fn output_and_status_come_back() {
+    let done = sm(&[
+        "run",
+        "--rm",
+        &image("busybox"),
+        "sh",
+        "-c",
+        "echo hello; exit 7",
+    ])
+    .exits(7);
+    assert_eq!(done.out(), "hello\n");
+    assert_eq!(done.err(), "");
+}
+
+#[test]
+fn stderr_is_kept_apart_from_stdout() {
+    let done = sm(&[
+        "run",
+        "--rm",
+        &image("busybox"),
+        "sh",
+        "-c",
+        "echo a; echo b >&2",
+    ])
+    .exits(0);
+    assert_eq!((done.out().as_str(), done.err().as_str()), ("a\n", "b\n"));
+}
+
+#[test]
+fn a_hundred_megabytes_survive_the_round_trip() {
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let input: Vec<u8> = (0..100 * 1024 * 1024 / 8)
+        .flat_map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state.to_le_bytes()
+        })
+        .collect();
+    let arguments = ["run", "--rm", "-i", &image("busybox"), "cat"];
+    let done = Home::shared().sm_with_input(&arguments, &input).exits(0);
+    assert_eq!(done.stdout.len(), input.len());
+    assert_eq!(Sha256::digest(&done.stdout), Sha256::digest(&input));
+}
+
+#[test]
+fn environment_user_and_directory_are_as_asked() {
+    let script = "echo $GREETING; id -u; id -g; pwd; hostname";
+    let done = sm(&[
+        "run",
+        "--rm",
+        "-e",
+        "GREETING=hi there",
+        "-u",
+        "1234:4321",
+        "-w",
+        "/tmp",
+        "--hostname",
+        "box",
+        &image("busybox"),
+        "sh",
+        "-c",
+        script,
+    ])
+    .exits(0);
+    assert_eq!(done.out(), "hi there\n1234\n4321\n/tmp\nbox\n");
+}
+
+#[test]
+fn a_user_is_found_by_name_with_its_groups() {
+    let script = "id -un; id -Gn; echo $HOME";
+    let done = sm(&[
+        "run",
+        "--rm",
+        "-u",
+        "www-data",
+        &image("debian"),
+        "sh",
+        "-c",
+        script,
+    ])
+    .exits(0);
+    assert_eq!(done.out(), "www-data\nwww-data\n/var/www\n");
+}
+
+#[test]
+fn entrypoint_replaces_the_images_own() {
+    let done = sm(&[
+        "run",
+        "--rm",
+        "--entrypoint",
+        "echo",
+        &image("busybox"),
+        "x",
+        "y",
+    ])
+    .exits(0);
+    assert_eq!(done.out(), "x y\n");
+}
+
+#[test]
+fn an_env_file_is_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("env");
+    std::fs::write(&path, "# comment\nA=1\nB=two words\n").unwrap();
+    let path = path.to_str().unwrap();
+    let done = sm(&[
+        "run",
+        "--rm",
+        "--env-file",
+        path,
+        &image("busybox"),
+        "sh",
+        "-c",
+        "echo $A/$B",
+    ]);
+    assert_eq!(done.exits(0).out(), "1/two words\n");
+}
+
+#[test]
+fn a_missing_command_is_127_and_a_directory_is_126() {
+    let done = sm(&["run", "--rm", &image("busybox"), "no-such-command"]).exits(127);
+    assert!(done.err().contains("no-such-command"), "{}", done.err());
+    sm(&["run", "--rm", &image("busybox"), "/etc"]).exits(126);
+}
+
+#[test]
+fn a_command_killed_by_a_signal_is_128_plus_n() {
+    sm(&[
+        "run",
+        "--rm",
+        &image("busybox"),
+        "sh",
+        "-c",
+        "sh -c 'kill -TERM $$'; exit $?",
+    ])
+    .exits(143);
+    // PID 1 of a namespace is not killed by its own signal: end a child of it.
+    sm(&[
+        "run",
+        "--rm",
+        &image("debian"),
+        "sh",
+        "-c",
+        "exec sh -c 'kill -9 $$' & wait $!; exit $?",
+    ])
+    .exits(137);
+}
+
+#[test]
+fn as_many_processors_as_asked_work_together() {
+    let script = "nproc; for i in 1 2 3 4; do \
+                  (i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; echo $i) & done; wait";
+    let done = sm(&[
+        "run",
+        "--rm",
+        "--cpus",
+        "4",
+        &image("busybox"),
+        "sh",
+        "-c",
+        script,
+    ])
+    .exits(0);
+    assert_eq!(done.out(), "4\n20000\n20000\n20000\n20000\n");
+}
+
+#[test]
+fn a_real_interpreter_runs_a_real_script() {
+    let script = "import hashlib, threading, json\n\
+                  out = {}\n\
+                  def work(n): out[n] = hashlib.sha256(bytes(n) * 100000).hexdigest()[:8]\n\
+                  ts = [threading.Thread(target=work, args=(n,)) for n in range(1, 5)]\n\
+                  [t.start() for t in ts]; [t.join() for t in ts]\n\
+                  print(json.dumps(sorted(out)))";
+    let done = sm(&[
+        "run",
+        "--rm",
+        "--cpus",
+        "2",
+        &image("python"),
+        "python3",
+        "-c",
+        script,
+    ])
+    .exits(0);
+    assert_eq!(done.out(), "[1, 2, 3, 4]\n");
+}
+
+#[test]
+fn vector_extensions_are_visible() {
+    let done = sm(&["run", "--rm", &image("busybox"), "cat", "/proc/cpuinfo"]).exits(0);
+    let text = done.out();
+    let flags = text.lines().find(|line| line.starts_with("flags")).unwrap();
+    for flag in ["xsave", "avx2"] {
+        assert!(
+            flags.split_whitespace().any(|f| f == flag),
+            "{flag} in {flags}"
+        );
+    }
+}
+
+#[test]
+fn memory_is_as_large_as_asked() {
+    for (size, least, most) in [("64m", 20_000, 64 << 10), ("6g", 5_700_000, 6 << 20)] {
+        let done = sm(&[
+            "run",
+            "--rm",
+            "-m",
+            size,
+            &image("busybox"),
+            "cat",
+            "/proc/meminfo",
+        ])
+        .exits(0);
+        let text = done.out();
+        let total: u64 = text
+            .lines()
+            .find_map(|line| line.strip_prefix("MemTotal:"))
+            .and_then(|rest| rest.split_whitespace().next())
+            .and_then(|kib| kib.parse().ok())
+            .unwrap();
+        assert!((least..=most).contains(&total), "{size}: {total} KiB");
+    }
+}
+
+#[test]
+fn layers_are_stacked_with_their_whiteouts() {
+    let done = sm(&[
+        "run",
+        "--rm",
+        &image("debian"),
+        "sh",
+        "-c",
+        "cat /etc/debian_version && ls /",
+    ]);
+    let out = done.exits(0).out();
+    assert!(out.contains("usr"), "{out}");
+}
+
+#[test]
+fn the_root_is_writable_and_forgotten() {
+    let script = "echo x > /new && cat /new && rm -r /etc/passwd && ls /etc/passwd";
+    let done = sm(&["run", "--rm", &image("debian"), "sh", "-c", script]).exits(2);
+    assert_eq!(done.out(), "x\n");
+    sm(&["run", "--rm", &image("debian"), "ls", "/etc/passwd"]).exits(0);
+}
+
+#[test]
+fn the_usual_file_systems_are_there() {
+    let script = "test -c /dev/null && test -d /dev/pts && test -d /dev/shm && test -r /proc/self/status \
+                  && test -d /sys/fs/cgroup && echo w > /dev/shm/f && echo ok";
+    let done = sm(&["run", "--rm", &image("busybox"), "sh", "-c", script]).exits(0);
+    assert_eq!(done.out(), "ok\n");
+}
+
+#[test]
+fn input_ends_when_ours_ends() {
+    let arguments = ["run", "--rm", "-i", &image("busybox"), "wc", "-c"];
+    let done = Home::shared().sm_with_input(&arguments, b"12345").exits(0);
+    assert_eq!(done.out().trim(), "5");
+    let done = sm(&["run", "--rm", &image("busybox"), "wc", "-c"]).exits(0);
+    assert_eq!(done.out().trim(), "0", "without -i there is no input");
+}
+
+#[test]
+fn a_terminal_is_one_and_has_our_size() {
+    let vm = Home::shared().detached(&[&image("busybox"), "sleep", "1000"]);
+    let done = Home::shared().sm(&[
+        "exec",
+        "-t",
+        &vm.name,
+        "sh",
+        "-c",
+        "test -t 1 && stty size && tty",
+    ]);
+    let out = done.exits(0).out();
+    assert!(out.contains("/dev/pts/"), "{out:?}");
+}
+
+#[test]
+fn an_interrupt_reaches_the_workload() {
+    let script = "trap 'echo caught; exit 9' INT; echo ready; while :; do sleep 0.1; done";
+    let mut child = Home::shared()
+        .command(&["run", "--rm", &image("busybox"), "sh", "-c", script])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdout = child.stdout.take().unwrap();
+    let mut seen = Vec::new();
+    let mut byte = [0];
+    while !seen.ends_with(b"ready\n") {
+        assert_eq!(stdout.read(&mut byte).unwrap(), 1, "ended early");
+        seen.push(byte[0]);
+    }
+    let pid = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+    let mut rest = String::new();
+    stdout.read_to_string(&mut rest).unwrap();
+    assert_eq!(rest, "caught\n");
+    assert_eq!(child.wait().unwrap().code(), Some(9));
+}
+
+#[test]
+fn a_workload_that_exhausts_memory_is_killed_and_said_so() {
+    let script = "x = bytearray(10)\nwhile True: x += bytes(1 << 20)";
+    let done = sm(&[
+        "run",
+        "--rm",
+        "-m",
+        "128m",
+        &image("python"),
+        "python3",
+        "-c",
+        script,
+    ]);
+    let code = done.code.unwrap();
+    assert!(code == 137 || code == 1, "status {code}: {}", done.err());
+}
+
+#[test]
+fn the_stock_kernel_boots_too() {
+    let kernel = std::env::var("SM_STOCK_KERNEL").expect("SM_STOCK_KERNEL is set");
+    let done = sm(&[
+        "run",
+        "--rm",
+        "--kernel",
+        &kernel,
+        &image("busybox"),
+        "uname",
+        "-r",
+    ])
+    .exits(0);
+    assert!(
+        done.out().contains("cloud") || done.out().contains("amd64"),
+        "{}",
+        done.out()
+    );
+}
+
+#[test]
+fn timings_name_every_phase() {
+    let done = sm(&["run", "--rm", "--timings", &image("busybox"), "true"]).exits(0);
+    for phase in ["agent", "exit"] {
+        assert!(done.err().contains(phase), "no {phase} in\n{}", done.err());
+    }
+}
