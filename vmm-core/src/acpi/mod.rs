@@ -1,0 +1,74 @@
+//! ACPI tables: hardware-reduced, just what Linux needs to find processors,
+//! interrupt controllers, virtio-mmio devices, console, power control and the
+//! VM generation ID (ACPI 6.5; section numbers in the submodules).
+
+mod dsdt;
+mod tables;
+
+use std::ops::Range;
+
+use thiserror::Error;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+
+use crate::GuestMemory;
+
+/// Guest physical addresses of all tables: where a BIOS would have its own, so
+/// that a kernel that is not told still finds the RSDP at the start.
+pub const TABLES: Range<u64> = 0xe_0000..0x10_0000;
+
+/// Guest physical address of the VM generation ID, alone in the last page of
+/// [`TABLES`].
+pub const GENERATION_ID: u64 = TABLES.end - 0x1000;
+
+/// Most vCPUs the tables can describe: one local APIC with an 8-bit ID each,
+/// less the broadcast ID.
+pub const MAX_VCPUS: u32 = 254;
+
+/// What the tables describe.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AcpiConfig {
+    /// Number of vCPUs, 1 to [`MAX_VCPUS`]; APIC IDs count from 0.
+    pub vcpus: u32,
+    /// Slots with a virtio-mmio transport, see [`crate::layout`].
+    pub slots: Vec<u32>,
+}
+
+/// Why tables cannot be built.
+#[derive(Debug, Error)]
+pub enum AcpiError {
+    /// More than the tables can describe.
+    #[error("{vcpus} vCPUs are not possible: 1 to 254 are")]
+    Vcpus {
+        /// What was asked for.
+        vcpus: u32,
+    },
+    /// A slot that the layout does not have.
+    #[error("there is no virtio slot {slot}")]
+    Slot {
+        /// What was asked for.
+        slot: u32,
+    },
+    /// The tables do not fit into their range.
+    #[error("ACPI tables of {bytes} bytes do not fit")]
+    TooLarge {
+        /// Their length.
+        bytes: usize,
+    },
+    /// Writing to guest memory failed.
+    #[error("cannot write ACPI tables to guest memory")]
+    Memory(#[from] GuestMemoryError),
+}
+
+/// Writes all tables to guest memory. Returns the address of the RSDP.
+///
+/// # Errors
+/// A configuration that cannot be described, or memory without [`TABLES`].
+pub fn write_tables(guest: &GuestMemory, config: &AcpiConfig) -> Result<u64, AcpiError> {
+    let image = tables::build(config)?;
+    let room = usize::try_from(GENERATION_ID - TABLES.start).unwrap_or(0);
+    if image.len() > room {
+        return Err(AcpiError::TooLarge { bytes: image.len() });
+    }
+    guest.write_slice(&image, GuestAddress(TABLES.start))?;
+    Ok(TABLES.start)
+}

@@ -1,0 +1,128 @@
+//! How a machine ended: set once, by whoever sees it first.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, OnceLock};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags};
+use serde::{Deserialize, Serialize};
+use sm_hypervisor::{FaultInfo, Kicker};
+
+/// Why a machine no longer runs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ExitReason {
+    /// The guest powered itself off.
+    PowerOff,
+    /// The guest asked for a reset. What that means is the owner's policy; a
+    /// kernel panic ends like this too, with `panic=-1` on the command line.
+    Reset,
+    /// A vCPU could not deliver a fault (x86 shutdown state).
+    TripleFault {
+        /// Index of the vCPU.
+        vcpu: u32,
+    },
+    /// A vCPU halted and nothing can wake it.
+    Halted {
+        /// Index of the vCPU.
+        vcpu: u32,
+    },
+    /// The hypervisor cannot run a vCPU on.
+    Fault {
+        /// Index of the vCPU.
+        vcpu: u32,
+        /// What the hypervisor said.
+        info: FaultInfo,
+    },
+    /// The host failed: no fault of the guest.
+    Failed {
+        /// What failed, with its causes.
+        reason: String,
+    },
+    /// [`crate::machine::Machine::stop`] was called.
+    Stopped,
+}
+
+/// Remembers the first [`ExitReason`], takes all vCPUs out of the guest, and
+/// tells waiters through a file descriptor.
+#[derive(Debug)]
+pub struct ExitLatch {
+    reason: OnceLock<ExitReason>,
+    event: OwnedFd,
+    kickers: OnceLock<Vec<Arc<dyn Kicker>>>,
+}
+
+impl ExitLatch {
+    /// A latch that is open.
+    ///
+    /// # Errors
+    /// No file descriptor to be had.
+    pub fn new() -> std::io::Result<Self> {
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        Ok(Self {
+            reason: OnceLock::new(),
+            event: rustix::event::eventfd(0, flags)?,
+            kickers: OnceLock::new(),
+        })
+    }
+
+    /// Names the vCPUs to be taken out of the guest. Later calls change nothing.
+    pub(crate) fn set_kickers(&self, kickers: Vec<Arc<dyn Kicker>>) {
+        // The machine sets them once; a second set would be of the same vCPUs.
+        let _ = self.kickers.set(kickers);
+    }
+
+    /// Records `reason`, unless there is one already.
+    pub fn report(&self, reason: ExitReason) {
+        if self.reason.set(reason).is_err() {
+            return;
+        }
+        // A counter at its limit is readable all the same.
+        let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
+        for kicker in self.kickers.get().into_iter().flatten() {
+            kicker.kick();
+        }
+    }
+
+    /// The reason, once there is one.
+    #[must_use]
+    pub fn reason(&self) -> Option<&ExitReason> {
+        self.reason.get()
+    }
+
+    /// Becomes, and stays, readable when there is a reason.
+    #[must_use]
+    pub fn event(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+
+    /// Blocks until there is a reason.
+    #[must_use]
+    pub fn wait(&self) -> ExitReason {
+        loop {
+            if let Some(reason) = self.reason.get() {
+                return reason.clone();
+            }
+            let mut fds = [PollFd::new(&self.event, PollFlags::IN)];
+            // Interrupted: look again.
+            let _ = rustix::event::poll(&mut fds, None);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_reason_stays() {
+        let latch = Arc::new(ExitLatch::new().unwrap());
+        assert_eq!(latch.reason(), None);
+        let waiter = std::thread::spawn({
+            let latch = latch.clone();
+            move || latch.wait()
+        });
+        latch.report(ExitReason::PowerOff);
+        latch.report(ExitReason::Reset);
+        assert_eq!(waiter.join().unwrap(), ExitReason::PowerOff);
+        assert_eq!(latch.wait(), ExitReason::PowerOff);
+    }
+}

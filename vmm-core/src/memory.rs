@@ -1,0 +1,440 @@
+//! Guest memory: anonymous for a fresh machine, private file mappings for a
+//! restored one.
+#![expect(
+    unsafe_code,
+    reason = "maps files over reserved guest memory and advises the kernel about it"
+)]
+
+use std::fs::File;
+use std::io;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use rustix::mm::{Advice, MapFlags, ProtFlags};
+use thiserror::Error;
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
+
+use crate::GuestMemory;
+use crate::layout::{HOLE_END, HOLE_START};
+
+/// Granule of guest memory and of file extents, in bytes.
+pub const PAGE_SIZE: u64 = 4096;
+
+/// Least memory a machine can have: 64 MiB.
+pub const MIN_MEMORY: u64 = 64 << 20;
+
+/// Most memory a machine can have: 4 TiB.
+pub const MAX_MEMORY: u64 = 4 << 40;
+
+/// Why guest memory cannot be set up.
+#[derive(Debug, Error)]
+pub enum MemoryError {
+    /// A size that is out of range or not a multiple of 1 MiB.
+    #[error(
+        "guest memory of {bytes} bytes is not possible: \
+         it must be a multiple of 1 MiB from 64 MiB to 4 TiB"
+    )]
+    Size {
+        /// What was asked for.
+        bytes: u64,
+    },
+    /// An extent that does not fit the memory or its file.
+    #[error("extent of {len} bytes at memory offset {offset:#x} does not fit: {reason}")]
+    Extent {
+        /// Offset in guest memory.
+        offset: u64,
+        /// Length in bytes.
+        len: u64,
+        /// What does not fit.
+        reason: &'static str,
+    },
+    /// The host refused a mapping.
+    #[error("cannot {operation} {len} bytes of guest memory")]
+    Map {
+        /// What was tried.
+        operation: &'static str,
+        /// Length in bytes.
+        len: u64,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// A file behind guest memory cannot be examined.
+    #[error("cannot examine a memory file")]
+    File(#[source] io::Error),
+    /// Regions do not form an address space.
+    #[error("cannot assemble guest memory")]
+    Assemble(#[from] vm_memory::GuestRegionCollectionError),
+}
+
+/// Options for guest memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryConfig {
+    /// Size in bytes: a multiple of 1 MiB, [`MIN_MEMORY`] to [`MAX_MEMORY`].
+    pub bytes: u64,
+    /// Ask for transparent huge pages.
+    pub huge_pages: bool,
+    /// Include guest memory in core dumps of the VMM.
+    pub dump: bool,
+}
+
+impl MemoryConfig {
+    /// Memory of `bytes` bytes with default options: ordinary pages, left out
+    /// of core dumps.
+    #[must_use]
+    pub fn new(bytes: u64) -> Self {
+        Self {
+            bytes,
+            huge_pages: false,
+            dump: false,
+        }
+    }
+}
+
+/// A piece of guest memory whose initial contents are in a file.
+#[derive(Clone, Debug)]
+pub struct FileExtent {
+    /// Offset in guest memory, counted without the hole; page-aligned.
+    pub offset: u64,
+    /// Length in bytes; a multiple of the page size.
+    pub len: u64,
+    /// The file; opened for reading.
+    pub file: Arc<File>,
+    /// Where the contents start in the file; page-aligned.
+    pub file_offset: u64,
+}
+
+/// A contiguous range of guest memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RamRegion {
+    /// First guest physical address.
+    pub guest_address: u64,
+    /// Length in bytes.
+    pub len: u64,
+    /// Offset of its first byte in guest memory, counted without the hole.
+    pub offset: u64,
+}
+
+/// The ranges that `bytes` of guest memory occupy: one, or two around the hole.
+#[must_use]
+pub fn ram_regions(bytes: u64) -> Vec<RamRegion> {
+    let low = bytes.min(HOLE_START);
+    let mut regions = vec![RamRegion {
+        guest_address: 0,
+        len: low,
+        offset: 0,
+    }];
+    if bytes > low {
+        regions.push(RamRegion {
+            guest_address: HOLE_END,
+            len: bytes - low,
+            offset: low,
+        });
+    }
+    regions
+}
+
+/// The memory of a machine. The mappings live until the last clone of
+/// [`Self::guest`] is dropped.
+#[derive(Clone, Debug)]
+pub struct MachineMemory {
+    /// Access by guest physical address.
+    pub guest: GuestMemory,
+    /// The ranges, by ascending address.
+    pub regions: Vec<RamRegion>,
+}
+
+impl MachineMemory {
+    /// Fresh memory that reads as zero. Nothing is allocated before it is
+    /// touched, and nothing is reserved (overcommit).
+    ///
+    /// # Errors
+    /// An impossible size, or no address space left.
+    pub fn anonymous(config: &MemoryConfig) -> Result<Self, MemoryError> {
+        let memory = Self::reserve(config.bytes)?;
+        memory.advise(config)?;
+        Ok(memory)
+    }
+
+    /// Memory whose initial contents come from files, mapped privately: nothing
+    /// is read before it is touched, guest writes never reach the files. What no
+    /// extent covers reads as zero. Later extents replace earlier ones where
+    /// they overlap, as in a chain of diffs. Cost: one `mmap` for each extent.
+    ///
+    /// The files must not be truncated while the machine lives.
+    ///
+    /// # Errors
+    /// An impossible size, an extent outside memory or past the end of its
+    /// file, or a mapping the host refuses.
+    pub fn from_files(config: &MemoryConfig, extents: &[FileExtent]) -> Result<Self, MemoryError> {
+        let memory = Self::reserve(config.bytes)?;
+        for extent in extents {
+            memory.map_extent(config.bytes, extent)?;
+        }
+        memory.advise(config)?;
+        Ok(memory)
+    }
+
+    /// Size in bytes.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.regions.iter().map(|region| region.len).sum()
+    }
+
+    /// Host address of the first byte of `region`, for the hypervisor and for
+    /// page-level inspection. `None` for a region of another machine.
+    #[must_use]
+    pub fn host_address(&self, region: &RamRegion) -> Option<NonNull<u8>> {
+        let mapped = self.guest.find_region(GuestAddress(region.guest_address))?;
+        let whole = mapped.start_addr().0 == region.guest_address && mapped.len() == region.len;
+        NonNull::new(mapped.as_ptr()).filter(|_| whole)
+    }
+
+    fn reserve(bytes: u64) -> Result<Self, MemoryError> {
+        if !(MIN_MEMORY..=MAX_MEMORY).contains(&bytes) || !bytes.is_multiple_of(1 << 20) {
+            return Err(MemoryError::Size { bytes });
+        }
+        let regions = ram_regions(bytes);
+        let mut mapped = Vec::with_capacity(regions.len());
+        for region in &regions {
+            let len = usize::try_from(region.len).map_err(|_| MemoryError::Size { bytes })?;
+            // The mapping is owned by the region: dropping it unmaps all of it,
+            // with whatever has been mapped over parts of it.
+            let mapping = MmapRegionBuilder::<()>::new(len)
+                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
+                .build()
+                .map_err(|error| MemoryError::Map {
+                    operation: "map",
+                    len: region.len,
+                    source: io::Error::other(error),
+                })?;
+            let region = GuestRegionMmap::new(mapping, GuestAddress(region.guest_address))
+                .ok_or(MemoryError::Size { bytes })?;
+            mapped.push(region);
+        }
+        Ok(Self {
+            guest: GuestMemory::from_regions(mapped)?,
+            regions,
+        })
+    }
+
+    fn map_extent(&self, bytes: u64, extent: &FileExtent) -> Result<(), MemoryError> {
+        let bad = |reason| MemoryError::Extent {
+            offset: extent.offset,
+            len: extent.len,
+            reason,
+        };
+        let aligned = [extent.offset, extent.len, extent.file_offset]
+            .iter()
+            .all(|value| value.is_multiple_of(PAGE_SIZE));
+        if !aligned || extent.len == 0 {
+            return Err(bad("it is not made of whole pages"));
+        }
+        let end = extent
+            .offset
+            .checked_add(extent.len)
+            .filter(|&end| end <= bytes)
+            .ok_or_else(|| bad("it ends past guest memory"))?;
+        // Touching a page past the end of the file would kill the VMM.
+        let file_len = extent.file.metadata().map_err(MemoryError::File)?.len();
+        extent
+            .file_offset
+            .checked_add(extent.len)
+            .filter(|&end| end <= file_len)
+            .ok_or_else(|| bad("it ends past its file"))?;
+
+        for region in &self.regions {
+            let start = extent.offset.max(region.offset);
+            let stop = end.min(region.offset + region.len);
+            if start >= stop {
+                continue;
+            }
+            let host = self
+                .host_address(region)
+                .ok_or_else(|| bad("its region is not mapped"))?;
+            let within = usize::try_from(start - region.offset)
+                .map_err(|_| bad("it ends past guest memory"))?;
+            let len =
+                usize::try_from(stop - start).map_err(|_| bad("it ends past guest memory"))?;
+            // SAFETY: `within + len` is inside this region's own mapping (the
+            // bounds above), which nothing but volatile guest memory accessors
+            // refers to, so that replacing pages of it invalidates no reference.
+            unsafe {
+                rustix::mm::mmap(
+                    host.as_ptr().add(within).cast(),
+                    len,
+                    ProtFlags::READ | ProtFlags::WRITE,
+                    MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE,
+                    &extent.file,
+                    extent.file_offset + (start - extent.offset),
+                )
+            }
+            .map_err(|error| MemoryError::Map {
+                operation: "map a file over",
+                len: stop - start,
+                source: error.into(),
+            })?;
+        }
+        Ok(())
+    }
+
+    fn advise(&self, config: &MemoryConfig) -> Result<(), MemoryError> {
+        let wanted = [
+            (config.huge_pages, Advice::LinuxHugepage),
+            (!config.dump, Advice::LinuxDontDump),
+        ];
+        for region in &self.regions {
+            let (Some(host), Ok(len)) = (self.host_address(region), usize::try_from(region.len))
+            else {
+                continue;
+            };
+            for advice in wanted.iter().filter(|(on, _)| *on).map(|&(_, a)| a) {
+                // SAFETY: the range is this region's whole mapping; neither kind
+                // of advice changes its contents.
+                let result = unsafe { rustix::mm::madvise(host.as_ptr().cast(), len, advice) };
+                match result {
+                    // A kernel without huge pages: they were a wish only.
+                    Err(rustix::io::Errno::INVAL) if config.huge_pages => {}
+                    other => other.map_err(|error| MemoryError::Map {
+                        operation: "advise the kernel about",
+                        len: region.len,
+                        source: error.into(),
+                    })?,
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use vm_memory::Bytes;
+
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn file(contents: &[u8]) -> Arc<File> {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(contents).unwrap();
+        Arc::new(file)
+    }
+
+    #[test]
+    fn regions_leave_the_hole_free() {
+        assert_eq!(ram_regions(256 * MIB).len(), 1);
+        assert_eq!(ram_regions(HOLE_START).len(), 1);
+        let regions = ram_regions(6144 * MIB);
+        assert_eq!(regions[0].len, HOLE_START);
+        assert_eq!(
+            regions[1],
+            RamRegion {
+                guest_address: HOLE_END,
+                len: 3072 * MIB,
+                offset: HOLE_START,
+            }
+        );
+    }
+
+    #[test]
+    fn impossible_sizes_are_refused() {
+        for bytes in [0, 63 * MIB, 64 * MIB + 4096, MAX_MEMORY + MIB, u64::MAX] {
+            assert!(matches!(
+                MachineMemory::anonymous(&MemoryConfig::new(bytes)),
+                Err(MemoryError::Size { .. })
+            ));
+        }
+    }
+
+    #[test]
+    fn memory_above_the_hole_is_usable_and_the_hole_is_not() {
+        let memory = MachineMemory::anonymous(&MemoryConfig::new(6144 * MIB)).unwrap();
+        let last = GuestAddress(HOLE_END + 3072 * MIB - 8);
+        memory.guest.write_obj(7u64, last).unwrap();
+        assert_eq!(memory.guest.read_obj::<u64>(last).unwrap(), 7);
+        assert!(
+            memory
+                .guest
+                .read_obj::<u8>(GuestAddress(HOLE_START))
+                .is_err()
+        );
+        assert_eq!(memory.bytes(), 6144 * MIB);
+    }
+
+    #[test]
+    fn extents_appear_where_they_belong_and_stay_private() {
+        let base = file(&[1; 3 * 4096]);
+        let diff = file(&[2; 4096]);
+        // The base spans the hole; the diff replaces its middle page.
+        let offset = HOLE_START - 4096;
+        let extents = [
+            FileExtent {
+                offset,
+                len: 3 * 4096,
+                file: base.clone(),
+                file_offset: 0,
+            },
+            FileExtent {
+                offset: offset + 4096,
+                len: 4096,
+                file: diff,
+                file_offset: 0,
+            },
+        ];
+        let config = MemoryConfig {
+            huge_pages: true,
+            ..MemoryConfig::new(4096 * MIB)
+        };
+        let memory = MachineMemory::from_files(&config, &extents).unwrap();
+        let read = |address| memory.guest.read_obj::<u8>(GuestAddress(address)).unwrap();
+        assert_eq!(read(HOLE_START - 4097), 0);
+        assert_eq!(read(HOLE_START - 1), 1);
+        assert_eq!(read(HOLE_END), 2);
+        assert_eq!(read(HOLE_END + 4096), 1);
+        assert_eq!(read(HOLE_END + 2 * 4096), 0);
+
+        memory
+            .guest
+            .write_obj(9u8, GuestAddress(HOLE_END + 4096))
+            .unwrap();
+        let again = MachineMemory::from_files(&config, &extents).unwrap();
+        let byte: u8 = again
+            .guest
+            .read_obj(GuestAddress(HOLE_END + 4096))
+            .unwrap();
+        assert_eq!(byte, 1);
+    }
+
+    #[test]
+    fn extents_that_do_not_fit_are_refused() {
+        let file = file(&[1; 8192]);
+        let extent = |offset, len, file_offset| FileExtent {
+            offset,
+            len,
+            file: file.clone(),
+            file_offset,
+        };
+        for bad in [
+            extent(0, 0, 0),
+            extent(1, 4096, 0),
+            extent(0, 4095, 0),
+            extent(0, 4096, 12),
+            extent(0, 3 * 4096, 0),
+            extent(0, 8192, 4096),
+            extent(0, 4096, u64::MAX - 4095),
+            extent(64 * MIB - 4096, 8192, 0),
+            extent(u64::MAX - 4095, 4096, 0),
+        ] {
+            let result = MachineMemory::from_files(
+                &MemoryConfig::new(64 * MIB),
+                std::slice::from_ref(&bad),
+            );
+            assert!(matches!(result, Err(MemoryError::Extent { .. })), "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,47 @@
+//! The VM generation ID: a number in guest memory that says which clone a
+//! machine is. Linux reseeds its random number generator when it changes.
+
+use std::sync::Arc;
+
+use sm_hypervisor::IrqLine;
+use thiserror::Error;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+
+use crate::GuestMemory;
+use crate::acpi::GENERATION_ID;
+
+/// Why the generation ID could not be changed.
+#[derive(Debug, Error)]
+pub enum GenerationError {
+    /// Its memory cannot be written.
+    #[error("cannot write the VM generation ID")]
+    Memory(#[from] GuestMemoryError),
+    /// The guest could not be told.
+    #[error("cannot tell the guest that its generation ID has changed")]
+    Notify(#[from] sm_hypervisor::Error),
+}
+
+/// The generation ID of a machine.
+#[derive(Clone, Debug)]
+pub(crate) struct GenerationId {
+    guest: GuestMemory,
+    event: Arc<dyn IrqLine>,
+}
+
+impl GenerationId {
+    /// `event` is the generic event device's interrupt.
+    pub(crate) fn new(guest: GuestMemory, event: Arc<dyn IrqLine>) -> Self {
+        Self { guest, event }
+    }
+
+    /// Writes the ID of a machine that has not run yet: nobody is told.
+    pub(crate) fn initialise(&self, id: [u8; 16]) -> Result<(), GenerationError> {
+        Ok(self.guest.write_slice(&id, GuestAddress(GENERATION_ID))?)
+    }
+
+    /// Changes the ID and tells the guest.
+    pub(crate) fn change(&self, id: [u8; 16]) -> Result<(), GenerationError> {
+        self.initialise(id)?;
+        Ok(self.event.pulse()?)
+    }
+}
