@@ -21,6 +21,10 @@
 mod bus;
 mod caps;
 mod error;
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+pub mod kvm;
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+mod probe;
 pub mod state;
 mod traits;
 

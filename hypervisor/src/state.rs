@@ -82,10 +82,121 @@ pub struct BootRegisters {
     pub efer: u64,
 }
 
-/// State of one vCPU. (The hypervisor helper replaces this sketch by the full
-/// typed set; the name and its serde traits are what others rely on.)
+/// One entry of the guest's CPUID.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CpuidEntry {
+    /// Leaf.
+    pub function: u32,
+    /// Subleaf, where the leaf has any.
+    pub index: u32,
+    /// Whether `index` matters (bit 0), as in the KVM API.
+    pub flags: u32,
+    /// Register values.
+    pub eax: u32,
+    /// See `eax`.
+    pub ebx: u32,
+    /// See `eax`.
+    pub ecx: u32,
+    /// See `eax`.
+    pub edx: u32,
+}
+
+/// General registers, instruction pointer and flags.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GeneralRegisters {
+    /// RAX, RBX, RCX, RDX, RSI, RDI, RSP, RBP, then R8 to R15.
+    pub gpr: [u64; 16],
+    /// RIP.
+    pub rip: u64,
+    /// RFLAGS.
+    pub rflags: u64,
+}
+
+/// Segments, tables and control registers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SystemRegisters {
+    /// CS, DS, ES, FS, GS, SS.
+    pub segments: [Segment; 6],
+    /// Task register.
+    pub tr: Segment,
+    /// Local descriptor table.
+    pub ldt: Segment,
+    /// Global descriptor table.
+    pub gdt: Table,
+    /// Interrupt descriptor table.
+    pub idt: Table,
+    /// CR0.
+    pub cr0: u64,
+    /// CR2.
+    pub cr2: u64,
+    /// CR3.
+    pub cr3: u64,
+    /// CR4.
+    pub cr4: u64,
+    /// CR8 (task priority).
+    pub cr8: u64,
+    /// EFER.
+    pub efer: u64,
+    /// IA32_APIC_BASE.
+    pub apic_base: u64,
+    /// External interrupt being delivered: one bit a vector.
+    pub interrupt_bitmap: [u64; 4],
+}
+
+/// Debug registers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DebugRegisters {
+    /// DR0 to DR3.
+    pub address: [u64; 4],
+    /// DR6.
+    pub dr6: u64,
+    /// DR7.
+    pub dr7: u64,
+}
+
+/// Multiprocessor state.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MpState {
+    /// Executes.
+    #[default]
+    Runnable,
+    /// A secondary processor that got no INIT yet.
+    Uninitialized,
+    /// Waits for a start-up signal.
+    InitReceived,
+    /// In HLT.
+    Halted,
+    /// Got a start-up signal and has not started.
+    SipiReceived,
+}
+
+/// State of one x86_64 vCPU: everything the architecture defines, whoever
+/// virtualises it, and one [`Blob`] for what only the backend understands.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VcpuState {
     /// The vCPU's index.
     pub index: u32,
+    /// What the guest sees of its processor.
+    pub cpuid: Vec<CpuidEntry>,
+    /// TSC frequency in kHz; 0 when the backend does not tell.
+    pub tsc_khz: u32,
+    /// General registers.
+    pub general: GeneralRegisters,
+    /// System registers.
+    pub system: SystemRegisters,
+    /// Debug registers.
+    pub debug: DebugRegisters,
+    /// Extended control registers: number and value.
+    pub xcrs: Vec<(u32, u64)>,
+    /// XSAVE area in the standard (not compacted) format: x87, SSE, AVX,
+    /// AVX-512, PKRU and whatever else XCR0 enables.
+    pub xsave: Vec<u8>,
+    /// Model-specific registers: index and value, in no particular order.
+    pub msrs: Vec<(u32, u64)>,
+    /// Local APIC register page, 1024 bytes.
+    pub lapic: Vec<u8>,
+    /// Multiprocessor state.
+    pub mp_state: MpState,
+    /// Pending and injected events (KVM: `kvm_vcpu_events`).
+    pub events: Blob,
 }

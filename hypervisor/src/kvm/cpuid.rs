@@ -1,0 +1,173 @@
+//! What the guest sees of its processor: KVM's supported CPUID, with the
+//! topology of the VM, and without what cannot be saved or is not set up.
+
+use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
+
+use crate::Error;
+
+/// KVM's own feature leaf (Linux `Documentation/virt/kvm/x86/cpuid.rst`).
+const KVM_FEATURES: u32 = 0x4000_0001;
+/// Asynchronous page faults: a fault in flight cannot be saved.
+const KVM_ASYNC_PF: u32 = 1 << 4 | 1 << 10 | 1 << 14;
+
+/// CPUID of vCPU `index` of `count`, each a core of its own in one package.
+pub(super) fn for_vcpu(
+    supported: &CpuId,
+    index: u32,
+    count: u32,
+    tsc_deadline: bool,
+) -> Result<CpuId, Error> {
+    let mut entries: Vec<kvm_cpuid_entry2> = supported
+        .as_slice()
+        .iter()
+        // Topology is written below; performance counters are not virtualised.
+        .filter(|entry| !matches!(entry.function, 0xa | 0xb | 0x1f | 0x8000_0022))
+        .copied()
+        .collect();
+    for entry in &mut entries {
+        adjust(entry, index, count, tsc_deadline);
+    }
+    let leaf0 = entries.iter_mut().find(|entry| entry.function == 0);
+    // Leaf 0x1f would have to be described too: end before it.
+    if let Some(leaf0) = leaf0 {
+        leaf0.eax = leaf0.eax.clamp(0xb, 0x1e);
+    }
+    entries.extend(topology(index, count));
+    CpuId::from_entries(&entries).map_err(|_| Error::Unsupported {
+        what: format!("a CPUID of {} entries", entries.len()),
+    })
+}
+
+fn adjust(entry: &mut kvm_cpuid_entry2, index: u32, count: u32, tsc_deadline: bool) {
+    match (entry.function, entry.index) {
+        (1, _) => {
+            let logical = count.min(255);
+            entry.ebx = entry.ebx & 0x0000_ffff | logical << 16 | (index & 0xff) << 24;
+            entry.ecx |= 1 << 31; // a hypervisor is present
+            if tsc_deadline {
+                entry.ecx |= 1 << 24;
+            }
+            entry.edx = entry.edx & !(1 << 28) | u32::from(count > 1) << 28;
+        }
+        // Intel's cache topology: one core a cache, `count` cores a package.
+        (4, _) if entry.eax & 0x1f != 0 => {
+            let level = entry.eax >> 5 & 7;
+            let sharing = if level >= 3 { count } else { 1 };
+            entry.eax =
+                entry.eax & 0x3fff | (sharing.min(4096) - 1) << 14 | (count.min(64) - 1) << 26;
+        }
+        // CET is not set up (BACKENDS.md); AMX needs a permission and 8 KiB a task.
+        (7, 0) => {
+            entry.ecx &= !(1 << 7);
+            entry.edx &= !(1 << 20 | 1 << 22 | 1 << 24 | 1 << 25);
+        }
+        (7, 1) => entry.edx &= !(1 << 18),
+        // The state components of AMX (17, 18) and CET (11, 12).
+        (0xd, 0) => entry.eax &= !(1 << 17 | 1 << 18),
+        (0xd, 1) => entry.ecx &= !(1 << 11 | 1 << 12),
+        (KVM_FEATURES, _) => entry.eax &= !KVM_ASYNC_PF,
+        // AMD: extended performance counters.
+        (0x8000_0001, _) => entry.ecx &= !(1 << 23 | 1 << 24 | 1 << 28),
+        // AMD: number of threads less one, and bits of the APIC id.
+        (0x8000_0008, _) => {
+            entry.ecx = (count.min(256) - 1) | id_bits(count) << 12;
+        }
+        // AMD: extended APIC id, core id with one thread a core, one node.
+        (0x8000_001e, _) => {
+            entry.eax = index;
+            entry.ebx = index & 0xff;
+            entry.ecx = 0;
+        }
+        _ => {}
+    }
+}
+
+/// Bits that hold the numbers 0 to `count` - 1.
+fn id_bits(count: u32) -> u32 {
+    u32::BITS - (count.max(1) - 1).leading_zeros()
+}
+
+/// Leaf 0xb: a thread level of one, a core level of all (Intel SDM volume 2A).
+fn topology(index: u32, count: u32) -> [kvm_cpuid_entry2; 3] {
+    let level = |number: u32, shift: u32, cpus: u32, kind: u32| kvm_cpuid_entry2 {
+        function: 0xb,
+        index: number,
+        flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+        eax: shift,
+        ebx: cpus,
+        ecx: number | kind << 8,
+        edx: index,
+        ..kvm_cpuid_entry2::default()
+    };
+    [
+        level(0, 0, 1, 1),
+        level(1, id_bits(count), count, 2),
+        level(2, 0, 0, 0),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn supported() -> CpuId {
+        let leaf = |function, index| kvm_cpuid_entry2 {
+            function,
+            index,
+            eax: u32::MAX,
+            ebx: u32::MAX,
+            ecx: u32::MAX,
+            edx: u32::MAX,
+            ..kvm_cpuid_entry2::default()
+        };
+        let leaves = [
+            leaf(0, 0),
+            leaf(1, 0),
+            leaf(7, 0),
+            leaf(0xa, 0),
+            leaf(0x1f, 0),
+        ];
+        CpuId::from_entries(&leaves).unwrap()
+    }
+
+    fn find(cpuid: &CpuId, function: u32, index: u32) -> Option<kvm_cpuid_entry2> {
+        let mut entries = cpuid.as_slice().iter();
+        entries
+            .find(|e| e.function == function && e.index == index)
+            .copied()
+    }
+
+    #[test]
+    fn each_vcpu_has_its_own_apic_id_everywhere() {
+        for index in 0..4 {
+            let cpuid = for_vcpu(&supported(), index, 4, true).unwrap();
+            assert_eq!(find(&cpuid, 1, 0).unwrap().ebx >> 24, index);
+            for level in 0..3 {
+                assert_eq!(find(&cpuid, 0xb, level).unwrap().edx, index);
+            }
+            assert_eq!(
+                find(&cpuid, 0xb, 1).unwrap().eax,
+                2,
+                "two bits for four cores"
+            );
+            assert!(find(&cpuid, 0x1f, 0).is_none());
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_saved_is_hidden() {
+        let cpuid = for_vcpu(&supported(), 0, 1, false).unwrap();
+        let leaf7 = find(&cpuid, 7, 0).unwrap();
+        assert_eq!(leaf7.ecx & 1 << 7, 0, "shadow stacks");
+        assert_eq!(leaf7.edx & 1 << 24, 0, "AMX");
+        assert!(find(&cpuid, 0xa, 0).is_none(), "performance counters");
+        assert_ne!(leaf7.ebx & 1 << 5, 0, "AVX2 stays");
+    }
+
+    #[test]
+    fn identifiers_need_just_enough_bits() {
+        for (count, bits) in [(1, 0), (2, 1), (3, 2), (4, 2), (5, 3), (64, 6)] {
+            assert_eq!(id_bits(count), bits, "{count}");
+        }
+    }
+}

@@ -1,0 +1,177 @@
+//! The KVM backend for x86_64.
+//!
+//! | file | idea |
+//! |---|---|
+//! | `mod.rs` | opening `/dev/kvm`, what it can do |
+//! | `vm.rs` | the VM: memory slots, interrupt lines, doorbells, irqchip and clock |
+//! | `vcpu.rs` | binding and running a vCPU, kicking it |
+//! | `cpuid.rs` | what the guest sees of its processor |
+//! | `convert.rs` | plain-data state to KVM's structures and back |
+//! | `state.rs` | saving and restoring a vCPU, in order |
+//! | `msrs.rs` | model-specific registers |
+
+mod convert;
+mod cpuid;
+mod msrs;
+mod state;
+mod vcpu;
+mod vm;
+
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
+use std::sync::{Arc, OnceLock};
+
+use kvm_bindings::CpuId;
+use kvm_ioctls::Cap;
+
+pub use vcpu::{KvmSeed, KvmVcpu};
+pub use vm::KvmVm;
+
+use crate::{
+    Capabilities, DirtyModel, Error, Hypervisor, IrqModel, LinuxSupport, OpenError, VmConfig,
+};
+
+/// Largest number of CPUID entries asked for.
+const MAX_CPUID_ENTRIES: usize = kvm_bindings::KVM_MAX_CPUID_ENTRIES;
+
+/// The host's KVM, opened.
+#[derive(Debug, Clone)]
+pub struct Kvm {
+    shared: Arc<Shared>,
+}
+
+/// What is asked of `/dev/kvm` once.
+#[derive(Debug)]
+struct Shared {
+    kvm: kvm_ioctls::Kvm,
+    supported_cpuid: OnceLock<CpuId>,
+    msr_indices: OnceLock<Vec<u32>>,
+    linux: OnceLock<LinuxSupport>,
+}
+
+/// An error of a KVM ioctl.
+fn os(operation: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Error {
+    move |error| Error::Os {
+        operation,
+        source: io::Error::from_raw_os_error(error.errno()),
+    }
+}
+
+impl Kvm {
+    /// The processor features that KVM can give to a guest.
+    fn supported_cpuid(&self) -> Result<&CpuId, Error> {
+        if let Some(cpuid) = self.shared.supported_cpuid.get() {
+            return Ok(cpuid);
+        }
+        let cpuid = self
+            .shared
+            .kvm
+            .get_supported_cpuid(MAX_CPUID_ENTRIES)
+            .map_err(os("get the supported CPUID"))?;
+        Ok(self.shared.supported_cpuid.get_or_init(|| cpuid))
+    }
+
+    /// The MSRs that KVM saves and restores.
+    fn msr_indices(&self) -> Result<&[u32], Error> {
+        if let Some(indices) = self.shared.msr_indices.get() {
+            return Ok(indices);
+        }
+        let list = self
+            .shared
+            .kvm
+            .get_msr_index_list()
+            .map_err(os("list the MSRs to save"))?;
+        Ok(self
+            .shared
+            .msr_indices
+            .get_or_init(|| list.as_slice().to_vec()))
+    }
+}
+
+impl Hypervisor for Kvm {
+    type Vm = KvmVm;
+
+    fn open() -> Result<Self, OpenError> {
+        let kvm = kvm_ioctls::Kvm::new().map_err(|error| open_error(error.errno()))?;
+        let version = kvm.get_api_version();
+        // The only version there has been since Linux 2.6.22.
+        if version != 12 {
+            return Err(OpenError::Unsupported {
+                reason: format!("it speaks API version {version} instead of 12"),
+            });
+        }
+        let needed = [
+            (Cap::Irqchip, "in-kernel interrupt controllers"),
+            (Cap::Irqfd, "interrupts by eventfd"),
+            (Cap::Ioeventfd, "doorbells by eventfd"),
+            (Cap::UserMemory, "user memory regions"),
+            (Cap::SetTssAddr, "a TSS address"),
+            (Cap::ImmediateExit, "immediate exits"),
+            (Cap::Xsave, "XSAVE state"),
+            (Cap::Xcrs, "extended control registers"),
+            (Cap::VcpuEvents, "vCPU events"),
+            (Cap::AdjustClock, "an adjustable clock"),
+        ];
+        if let Some((_, what)) = needed.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
+            return Err(OpenError::Unsupported {
+                reason: format!("it lacks {what}"),
+            });
+        }
+        Ok(Self {
+            shared: Arc::new(Shared {
+                kvm,
+                supported_cpuid: OnceLock::new(),
+                msr_indices: OnceLock::new(),
+                linux: OnceLock::new(),
+            }),
+        })
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        let linux = self
+            .shared
+            .linux
+            .get_or_init(|| crate::probe::linux_support(self))
+            .clone();
+        Capabilities {
+            backend: "kvm",
+            irq_model: IrqModel::InHypervisor,
+            dirty_model: DirtyModel::Bitmap,
+            page_granule: 4096,
+            one_vm_per_process: false,
+            thread_affine_vcpus: false,
+            max_vcpus: u32::try_from(self.shared.kvm.get_max_vcpus()).unwrap_or(u32::MAX),
+            linux,
+        }
+    }
+
+    fn create_vm(&self, config: &VmConfig) -> Result<KvmVm, Error> {
+        KvmVm::create(self.clone(), config)
+    }
+}
+
+/// Says what a person can do when `/dev/kvm` cannot be opened.
+fn open_error(errno: i32) -> OpenError {
+    match errno {
+        libc::ENOENT | libc::ENODEV | libc::ENXIO => OpenError::Missing,
+        libc::EACCES | libc::EPERM => OpenError::Permission {
+            group: std::fs::metadata("/dev/kvm")
+                .map_or_else(|_| "kvm".to_owned(), |meta| group_name(meta.gid())),
+        },
+        errno => OpenError::Io {
+            operation: "open",
+            source: io::Error::from_raw_os_error(errno),
+        },
+    }
+}
+
+/// The name of a group, its number where it has none.
+fn group_name(gid: u32) -> String {
+    let groups = std::fs::read_to_string("/etc/group").unwrap_or_default();
+    groups
+        .lines()
+        .map(|line| line.split(':').collect::<Vec<_>>())
+        .find(|fields| fields.get(2).is_some_and(|field| field.parse() == Ok(gid)))
+        .and_then(|fields| fields.first().map(|name| (*name).to_owned()))
+        .unwrap_or_else(|| gid.to_string())
+}

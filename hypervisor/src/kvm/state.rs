@@ -1,0 +1,262 @@
+//! Saving and restoring a vCPU.
+//!
+//! Order matters in both directions:
+//!
+//! - Saving: the multiprocessor state first, because asking for it makes KVM
+//!   settle pending INIT and start-up signals; events last, after everything
+//!   that could still move them.
+//! - Restoring: CPUID first (it decides what else is accepted), TSC frequency,
+//!   system registers (they set the local APIC's base and mode), XCR0 before
+//!   the XSAVE area, the TSC before all other MSRs, the local APIC, then the
+//!   deadline of its timer, events, and the multiprocessor state last.
+
+use kvm_bindings::{
+    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_PAYLOAD,
+    KVM_VCPUEVENT_VALID_SHADOW, KVM_VCPUEVENT_VALID_SIPI_VECTOR, KVM_VCPUEVENT_VALID_SMM, Xsave,
+    kvm_lapic_state, kvm_vcpu_events, kvm_xcr, kvm_xcrs, kvm_xsave,
+};
+use kvm_ioctls::VcpuFd;
+use zerocopy::{FromBytes as _, IntoBytes as _};
+
+use super::{convert, msrs, os};
+use crate::Error;
+use crate::state::{Blob, VcpuState};
+
+/// Layout version of the events blob: `kvm_vcpu_events` as the kernel has it.
+const EVENTS_VERSION: u32 = 1;
+const BACKEND: &str = "kvm";
+
+fn unfit(reason: impl Into<String>) -> Error {
+    Error::State {
+        reason: reason.into(),
+    }
+}
+
+/// Saves vCPU `index`. `xsave_len` is the size of its XSAVE area in bytes.
+pub(super) fn save(
+    fd: &VcpuFd,
+    index: u32,
+    xsave_len: usize,
+    msr_indices: &[u32],
+) -> Result<VcpuState, Error> {
+    let mp_state = fd.get_mp_state().map_err(os("read the MP state"))?;
+    let mp_state = convert::from_mp_state(mp_state)
+        .ok_or_else(|| unfit(format!("MP state {} is unknown", mp_state.mp_state)))?;
+    let general = convert::from_regs(&fd.get_regs().map_err(os("read registers"))?);
+    let system = convert::from_sregs(&fd.get_sregs().map_err(os("read system registers"))?);
+    let xsave = save_xsave(fd, xsave_len)?;
+    let xcrs = fd.get_xcrs().map_err(os("read XCRs"))?;
+    let debug = convert::from_debug(&fd.get_debug_regs().map_err(os("read debug registers"))?);
+    let lapic = fd.get_lapic().map_err(os("read the local APIC"))?;
+    let mut values = msrs::save(fd, msr_indices)?;
+    arm_expired_deadline(&mut values);
+    let cpuid = fd
+        .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
+        .map_err(os("read CPUID"))?;
+    // Not offered by every KVM; then the frequency is the host's.
+    let tsc_khz = fd.get_tsc_khz().unwrap_or(0);
+    let events = fd.get_vcpu_events().map_err(os("read events"))?;
+    let count = usize::try_from(xcrs.nr_xcrs).unwrap_or(0);
+    Ok(VcpuState {
+        index,
+        cpuid: cpuid.as_slice().iter().map(convert::from_cpuid).collect(),
+        tsc_khz,
+        general,
+        system,
+        debug,
+        xcrs: xcrs
+            .xcrs
+            .iter()
+            .take(count)
+            .map(|xcr| (xcr.xcr, xcr.value))
+            .collect(),
+        xsave,
+        msrs: values,
+        lapic: lapic.as_bytes().to_vec(),
+        mp_state,
+        events: Blob {
+            backend: BACKEND.to_owned(),
+            version: EVENTS_VERSION,
+            bytes: events.as_bytes().to_vec(),
+        },
+    })
+}
+
+/// A deadline that has passed reads as zero, which means "disarmed" on
+/// restoring: if its interrupt was still on the way, the timer would never fire
+/// again. A deadline of now makes it fire once too often at worst.
+fn arm_expired_deadline(values: &mut [(u32, u64)]) {
+    let Some(tsc) = msrs::value(values, msrs::TSC) else {
+        return;
+    };
+    for (index, value) in values {
+        if *index == msrs::TSC_DEADLINE && *value == 0 {
+            *value = tsc;
+        }
+    }
+}
+
+/// Restores a vCPU. `host_khz` is the TSC frequency that it has by itself.
+pub(super) fn restore(fd: &VcpuFd, state: &VcpuState, fresh: bool) -> Result<(), Error> {
+    if fresh {
+        restore_cpuid(fd, state)?;
+    }
+    fd.set_sregs(&convert::to_sregs(&state.system))
+        .map_err(os("write system registers"))?;
+    fd.set_regs(&convert::to_regs(&state.general))
+        .map_err(os("write registers"))?;
+    restore_xcrs(fd, state)?;
+    restore_xsave(fd, &state.xsave)?;
+    fd.set_debug_regs(&convert::to_debug(&state.debug))
+        .map_err(os("write debug registers"))?;
+    restore_msrs(fd, state)?;
+    restore_events(fd, &state.events)?;
+    fd.set_mp_state(convert::to_mp_state(state.mp_state))
+        .map_err(os("write the MP state"))
+}
+
+fn restore_cpuid(fd: &VcpuFd, state: &VcpuState) -> Result<(), Error> {
+    let entries: Vec<_> = state.cpuid.iter().map(convert::to_cpuid).collect();
+    let cpuid = CpuId::from_entries(&entries).map_err(|_| unfit("its CPUID is too long"))?;
+    fd.set_cpuid2(&cpuid).map_err(os("write CPUID"))?;
+    if state.tsc_khz == 0 {
+        return Ok(());
+    }
+    let host = fd.get_tsc_khz().unwrap_or(0);
+    if host == 0 || tolerable(host, state.tsc_khz) {
+        return Ok(());
+    }
+    fd.set_tsc_khz(state.tsc_khz).map_err(|_| {
+        unfit(format!(
+            "its time-stamp counter runs at {} kHz, this host's at {host} kHz, \
+             and this host cannot scale it",
+            state.tsc_khz
+        ))
+    })
+}
+
+/// Within 250 parts per million: what NTP corrects, and what KVM itself accepts.
+fn tolerable(a: u32, b: u32) -> bool {
+    u64::from(a.abs_diff(b)) * 1_000_000 <= u64::from(a) * 250
+}
+
+fn restore_xcrs(fd: &VcpuFd, state: &VcpuState) -> Result<(), Error> {
+    let mut xcrs = kvm_xcrs::default();
+    if state.xcrs.len() > xcrs.xcrs.len() {
+        return Err(unfit("it has too many extended control registers"));
+    }
+    for (slot, &(xcr, value)) in xcrs.xcrs.iter_mut().zip(&state.xcrs) {
+        *slot = kvm_xcr {
+            xcr,
+            value,
+            ..kvm_xcr::default()
+        };
+    }
+    xcrs.nr_xcrs = u32::try_from(state.xcrs.len()).unwrap_or(0);
+    fd.set_xcrs(&xcrs).map_err(os("write XCRs"))
+}
+
+fn restore_msrs(fd: &VcpuFd, state: &VcpuState) -> Result<(), Error> {
+    let mut values: Vec<(u32, u64)> = state
+        .msrs
+        .iter()
+        .copied()
+        .filter(|(index, _)| *index != msrs::TSC_DEADLINE)
+        .collect();
+    values.sort_by_key(|(index, _)| *index != msrs::TSC);
+    msrs::restore(fd, &values)?;
+    let mut lapic = kvm_lapic_state::default();
+    let len = lapic.regs.len();
+    if state.lapic.len() != len {
+        return Err(unfit(format!("its local APIC page is not {len} bytes")));
+    }
+    lapic.as_mut_bytes().copy_from_slice(&state.lapic);
+    fd.set_lapic(&lapic).map_err(os("write the local APIC"))?;
+    match msrs::value(&state.msrs, msrs::TSC_DEADLINE) {
+        Some(deadline) => msrs::restore(fd, &[(msrs::TSC_DEADLINE, deadline)]),
+        None => Ok(()),
+    }
+}
+
+fn restore_events(fd: &VcpuFd, blob: &Blob) -> Result<(), Error> {
+    if blob.backend != BACKEND || blob.version != EVENTS_VERSION {
+        return Err(unfit(format!(
+            "its events were saved by {} version {}",
+            blob.backend, blob.version
+        )));
+    }
+    let mut events = kvm_vcpu_events::read_from_bytes(&blob.bytes)
+        .map_err(|_| unfit("its events have another size"))?;
+    // What was read is what is to be set, as far as this kernel offers it.
+    events.flags |= KVM_VCPUEVENT_VALID_NMI_PENDING
+        | KVM_VCPUEVENT_VALID_SIPI_VECTOR
+        | KVM_VCPUEVENT_VALID_SHADOW
+        | KVM_VCPUEVENT_VALID_SMM;
+    events.flags &= !KVM_VCPUEVENT_VALID_PAYLOAD;
+    fd.set_vcpu_events(&events).map_err(os("write events"))
+}
+
+/// Bytes of the structure that every KVM knows.
+const LEGACY_XSAVE: usize = 4096;
+
+fn empty_xsave(len: usize) -> Result<Xsave, Error> {
+    let extra = len.saturating_sub(LEGACY_XSAVE).div_ceil(4);
+    Xsave::new(extra).map_err(|_| unfit(format!("an XSAVE area of {len} bytes")))
+}
+
+#[expect(unsafe_code, reason = "KVM writes as much as it said it would")]
+fn save_xsave(fd: &VcpuFd, len: usize) -> Result<Vec<u8>, Error> {
+    let mut xsave = empty_xsave(len)?;
+    // SAFETY: the area has the size that KVM_CAP_XSAVE2 gave for this VM, and no
+    // dynamic feature (AMX) is enabled in between.
+    unsafe { fd.get_xsave2(&mut xsave) }.map_err(os("read the XSAVE area"))?;
+    let area = xsave.as_fam_struct_ref();
+    let mut bytes = area.xsave.region.as_bytes().to_vec();
+    bytes.extend_from_slice(xsave.as_slice().as_bytes());
+    Ok(bytes)
+}
+
+#[expect(unsafe_code, reason = "KVM reads as much as it said it would")]
+fn restore_xsave(fd: &VcpuFd, bytes: &[u8]) -> Result<(), Error> {
+    let Some((legacy, extra)) = bytes.split_at_checked(LEGACY_XSAVE) else {
+        return Err(unfit("its XSAVE area is too short"));
+    };
+    if extra.is_empty() {
+        let mut area = kvm_xsave::default();
+        area.region.as_mut_bytes().copy_from_slice(legacy);
+        // SAFETY: without dynamic features KVM reads 4096 bytes.
+        return unsafe { fd.set_xsave(&area) }.map_err(os("write the XSAVE area"));
+    }
+    let mut xsave = empty_xsave(bytes.len())?;
+    if xsave.as_slice().as_bytes().len() != extra.len() {
+        return Err(unfit("its XSAVE area has an odd length"));
+    }
+    xsave.as_mut_slice().as_mut_bytes().copy_from_slice(extra);
+    // SAFETY: the length of the flexible part is not changed.
+    let area = unsafe { xsave.as_mut_fam_struct() };
+    area.xsave.region.as_mut_bytes().copy_from_slice(legacy);
+    // SAFETY: the area is at least as long as the state it was saved from, and
+    // KVM reads what the guest's CPUID, restored before, asks for.
+    unsafe { fd.set_xsave2(&xsave) }.map_err(os("write the XSAVE area"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_expired_deadline_is_armed_again() {
+        let mut values = [(msrs::TSC, 77), (msrs::TSC_DEADLINE, 0)];
+        arm_expired_deadline(&mut values);
+        assert_eq!(values[1].1, 77);
+        let mut values = [(msrs::TSC, 77), (msrs::TSC_DEADLINE, 99)];
+        arm_expired_deadline(&mut values);
+        assert_eq!(values[1].1, 99);
+    }
+
+    #[test]
+    fn small_differences_of_frequency_are_tolerated() {
+        assert!(tolerable(2_000_000, 2_000_400));
+        assert!(!tolerable(2_000_000, 2_001_000));
+    }
+}

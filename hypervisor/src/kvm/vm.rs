@@ -1,0 +1,359 @@
+//! The VM: memory slots, interrupt lines, doorbells, irqchip and clock.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd as _, BorrowedFd, FromRawFd as _, IntoRawFd as _};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use kvm_bindings::{
+    KVM_CLOCK_TSC_STABLE, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
+    KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_clock_data, kvm_irqchip,
+    kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, IoEventAddress, NoDatamatch, VmFd};
+use serde::{Deserialize, Serialize};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::vcpu::KvmSeed;
+use super::{Kvm, cpuid, os};
+use crate::state::{Blob, VmState};
+use crate::{
+    DirtyBitmap, Doorbell, Error, Gsi, IrqLine, IrqTrigger, MemoryRegion, RestoredVcpu, SlotId, Vm,
+    VmConfig,
+};
+
+/// Three pages below 4 GiB for KVM's own use on processors without
+/// unrestricted guests; must not be RAM or a device.
+const TSS_ADDRESS: usize = 0xfffb_d000;
+const PAGE: u64 = 4096;
+/// Layout version of [`KvmVmState`].
+const STATE_VERSION: u32 = 1;
+const BACKEND: &str = "kvm";
+
+/// A VM of KVM.
+#[derive(Debug)]
+pub struct KvmVm {
+    kvm: Kvm,
+    fd: Arc<VmFd>,
+    vcpus: u32,
+    xsave_len: usize,
+    slots: Mutex<Slots>,
+}
+
+#[derive(Debug, Default)]
+struct Slots {
+    next: u32,
+    regions: BTreeMap<u32, MemoryRegionKey>,
+}
+
+/// A mapped region, without its pointer type.
+#[derive(Clone, Copy, Debug)]
+struct MemoryRegionKey {
+    guest_address: u64,
+    host_address: u64,
+    len: u64,
+    read_only: bool,
+    track_dirty: bool,
+}
+
+/// What [`VmState`]'s blob holds.
+#[derive(Serialize, Deserialize)]
+struct KvmVmState {
+    pic_master: Vec<u8>,
+    pic_slave: Vec<u8>,
+    ioapic: Vec<u8>,
+    /// kvmclock, in nanoseconds.
+    clock_ns: u64,
+}
+
+impl KvmVm {
+    pub(super) fn create(kvm: Kvm, config: &VmConfig) -> Result<Self, Error> {
+        let fd = kvm.shared.kvm.create_vm().map_err(os("create a VM"))?;
+        fd.set_tss_address(TSS_ADDRESS)
+            .map_err(os("set the TSS address"))?;
+        fd.create_irq_chip()
+            .map_err(os("create interrupt controllers"))?;
+        // Older kernels have no larger area than the structure's 4 KiB.
+        let xsave_len = usize::try_from(fd.check_extension_int(Cap::Xsave2))
+            .unwrap_or(0)
+            .max(4096);
+        Ok(Self {
+            kvm,
+            fd: Arc::new(fd),
+            vcpus: config.vcpus.max(1),
+            xsave_len,
+            slots: Mutex::default(),
+        })
+    }
+
+    fn slots(&self) -> MutexGuard<'_, Slots> {
+        // No code panics while it changes the table.
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set_region(&self, slot: u32, region: MemoryRegionKey) -> Result<(), Error> {
+        let mut flags = 0;
+        if region.read_only {
+            flags |= KVM_MEM_READONLY;
+        }
+        if region.track_dirty {
+            flags |= KVM_MEM_LOG_DIRTY_PAGES;
+        }
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags,
+            guest_phys_addr: region.guest_address,
+            memory_size: region.len,
+            userspace_addr: region.host_address,
+        };
+        #[expect(unsafe_code, reason = "hands host memory to the guest")]
+        // SAFETY: whoever called `map_memory` vouched for the memory; here it is
+        // mapped, re-flagged or unmapped.
+        unsafe { self.fd.set_user_memory_region(region) }.map_err(os("set a memory region"))
+    }
+
+    fn known(&self, slot: SlotId) -> Result<MemoryRegionKey, Error> {
+        self.slots()
+            .regions
+            .get(&slot.0)
+            .copied()
+            .ok_or_else(|| Error::Unsupported {
+                what: format!("memory slot {}, which is not mapped", slot.0),
+            })
+    }
+
+    fn irqchip(&self, chip_id: u32) -> Result<Vec<u8>, Error> {
+        let mut chip = kvm_irqchip {
+            chip_id,
+            ..kvm_irqchip::default()
+        };
+        self.fd
+            .get_irqchip(&mut chip)
+            .map_err(os("read an interrupt controller"))?;
+        #[expect(unsafe_code, reason = "reads a union as plain bytes")]
+        // SAFETY: the member is an array of bytes as long as the union, which was
+        // initialised by `default()` and by KVM.
+        let bytes = unsafe { chip.chip.dummy };
+        Ok(bytes.iter().map(|byte| byte.cast_unsigned()).collect())
+    }
+
+    fn set_irqchip(&self, chip_id: u32, bytes: &[u8]) -> Result<(), Error> {
+        let mut chip = kvm_irqchip {
+            chip_id,
+            ..kvm_irqchip::default()
+        };
+        let mut dummy = [0; 512];
+        if bytes.len() != dummy.len() {
+            return Err(Error::State {
+                reason: "an interrupt controller has another size".to_owned(),
+            });
+        }
+        for (to, from) in dummy.iter_mut().zip(bytes) {
+            *to = from.cast_signed();
+        }
+        chip.chip.dummy = dummy;
+        self.fd
+            .set_irqchip(&chip)
+            .map_err(os("write an interrupt controller"))
+    }
+}
+
+/// An IOAPIC input behind an eventfd: one system call for each pulse, and none
+/// on the way from the eventfd to the guest.
+#[derive(Debug)]
+struct IrqfdLine {
+    fd: EventFd,
+}
+
+impl IrqLine for IrqfdLine {
+    fn pulse(&self) -> Result<(), Error> {
+        self.fd.write(1).map_err(|source| Error::Os {
+            operation: "raise an interrupt",
+            source,
+        })
+    }
+}
+
+impl Vm for KvmVm {
+    type Seed = KvmSeed;
+
+    #[expect(unsafe_code, reason = "implements an unsafe method")]
+    unsafe fn map_memory(&self, region: MemoryRegion) -> Result<SlotId, Error> {
+        if region.len == 0 || !(region.guest_address | region.len).is_multiple_of(PAGE) {
+            return Err(Error::Unsupported {
+                what: "a memory region that is not made of whole pages".to_owned(),
+            });
+        }
+        let mut slots = self.slots();
+        let slot = slots.next;
+        let region = MemoryRegionKey {
+            guest_address: region.guest_address,
+            host_address: region.host_address.as_ptr() as u64,
+            len: region.len,
+            read_only: region.read_only,
+            track_dirty: region.track_dirty,
+        };
+        self.set_region(slot, region)?;
+        slots.next += 1;
+        slots.regions.insert(slot, region);
+        Ok(SlotId(slot))
+    }
+
+    fn unmap_memory(&self, slot: SlotId) -> Result<(), Error> {
+        let region = self.known(slot)?;
+        self.set_region(slot.0, MemoryRegionKey { len: 0, ..region })?;
+        self.slots().regions.remove(&slot.0);
+        Ok(())
+    }
+
+    fn set_dirty_tracking(&self, slot: SlotId, on: bool) -> Result<(), Error> {
+        let region = MemoryRegionKey {
+            track_dirty: on,
+            ..self.known(slot)?
+        };
+        self.set_region(slot.0, region)?;
+        self.slots().regions.insert(slot.0, region);
+        Ok(())
+    }
+
+    fn take_dirty(&self, slot: SlotId) -> Result<DirtyBitmap, Error> {
+        let region = self.known(slot)?;
+        if !region.track_dirty {
+            return Err(Error::Unsupported {
+                what: format!("the dirty log of memory slot {}, which is not kept", slot.0),
+            });
+        }
+        let len = usize::try_from(region.len).map_err(|_| Error::Unsupported {
+            what: "a memory slot larger than the address space".to_owned(),
+        })?;
+        let words = self
+            .fd
+            .get_dirty_log(slot.0, len)
+            .map_err(os("read the dirty log"))?;
+        Ok(DirtyBitmap { words })
+    }
+
+    fn create_vcpu(&self, index: u32) -> Result<KvmSeed, Error> {
+        if index >= self.vcpus {
+            return Err(Error::Unsupported {
+                what: format!("vCPU {index} of a VM with {}", self.vcpus),
+            });
+        }
+        let tsc_deadline = self.fd.check_extension(Cap::TscDeadlineTimer);
+        let cpuid = cpuid::for_vcpu(self.kvm.supported_cpuid()?, index, self.vcpus, tsc_deadline)?;
+        let fd = self
+            .fd
+            .create_vcpu(u64::from(index))
+            .map_err(os("create a vCPU"))?;
+        Ok(KvmSeed::new(
+            self.kvm.clone(),
+            fd,
+            index,
+            self.xsave_len,
+            cpuid,
+        ))
+    }
+
+    fn irq_line(&self, gsi: Gsi, trigger: IrqTrigger) -> Result<Arc<dyn IrqLine>, Error> {
+        if trigger == IrqTrigger::Level {
+            return Err(Error::Unsupported {
+                what: "level-triggered interrupt lines".to_owned(),
+            });
+        }
+        let fd = EventFd::new(EFD_NONBLOCK).map_err(|source| Error::Os {
+            operation: "create an eventfd",
+            source,
+        })?;
+        self.fd
+            .register_irqfd(&fd, gsi)
+            .map_err(os("attach an interrupt line"))?;
+        Ok(Arc::new(IrqfdLine { fd }))
+    }
+
+    fn add_doorbell(&self, doorbell: Doorbell, fd: BorrowedFd<'_>) -> Result<bool, Error> {
+        let duplicate = fd
+            .as_fd()
+            .try_clone_to_owned()
+            .map_err(|source| Error::Os {
+                operation: "duplicate an eventfd",
+                source,
+            })?;
+        #[expect(unsafe_code, reason = "wraps a descriptor in another type")]
+        // SAFETY: the descriptor was just made and is owned by nobody else.
+        let fd = unsafe { EventFd::from_raw_fd(duplicate.into_raw_fd()) };
+        let address = IoEventAddress::Mmio(doorbell.address);
+        let result = match (doorbell.width, doorbell.value) {
+            (Some(1), Some(value)) => {
+                self.fd
+                    .register_ioevent(&fd, &address, u8::try_from(value).unwrap_or(u8::MAX))
+            }
+            (Some(2), Some(value)) => {
+                self.fd
+                    .register_ioevent(&fd, &address, u16::try_from(value).unwrap_or(u16::MAX))
+            }
+            (Some(4), Some(value)) => {
+                self.fd
+                    .register_ioevent(&fd, &address, u32::try_from(value).unwrap_or(u32::MAX))
+            }
+            (Some(8), Some(value)) => self.fd.register_ioevent(&fd, &address, value),
+            (_, None) => self.fd.register_ioevent(&fd, &address, NoDatamatch),
+            (width, Some(_)) => {
+                return Err(Error::Unsupported {
+                    what: format!("a doorbell value of width {width:?}"),
+                });
+            }
+        };
+        result.map_err(os("attach a doorbell"))?;
+        Ok(true)
+    }
+
+    fn save(&self) -> Result<VmState, Error> {
+        let clock = self.fd.get_clock().map_err(os("read the clock"))?;
+        let state = KvmVmState {
+            pic_master: self.irqchip(KVM_IRQCHIP_PIC_MASTER)?,
+            pic_slave: self.irqchip(KVM_IRQCHIP_PIC_SLAVE)?,
+            ioapic: self.irqchip(KVM_IRQCHIP_IOAPIC)?,
+            clock_ns: clock.clock,
+        };
+        let bytes = postcard::to_stdvec(&state).map_err(|e| Error::State {
+            reason: format!("interrupt controllers cannot be encoded: {e}"),
+        })?;
+        Ok(VmState {
+            blob: Blob {
+                backend: BACKEND.to_owned(),
+                version: STATE_VERSION,
+                bytes,
+            },
+        })
+    }
+
+    fn restore(&self, state: &VmState, vcpus: Vec<RestoredVcpu>) -> Result<(), Error> {
+        let mut restored: Vec<u32> = vcpus.iter().map(RestoredVcpu::index).collect();
+        restored.sort_unstable();
+        if !restored.iter().copied().eq(0..self.vcpus) {
+            return Err(Error::State {
+                reason: format!("vCPUs {restored:?} of {} were restored", self.vcpus),
+            });
+        }
+        let blob = &state.blob;
+        if blob.backend != BACKEND || blob.version != STATE_VERSION {
+            return Err(Error::State {
+                reason: format!("it was saved by {} version {}", blob.backend, blob.version),
+            });
+        }
+        let state: KvmVmState = postcard::from_bytes(&blob.bytes).map_err(|e| Error::State {
+            reason: format!("interrupt controllers cannot be decoded: {e}"),
+        })?;
+        self.set_irqchip(KVM_IRQCHIP_PIC_MASTER, &state.pic_master)?;
+        self.set_irqchip(KVM_IRQCHIP_PIC_SLAVE, &state.pic_slave)?;
+        self.set_irqchip(KVM_IRQCHIP_IOAPIC, &state.ioapic)?;
+        // Without KVM_CLOCK_REALTIME the guest's monotonic clock goes on where it
+        // stopped; the wall clock is the agent's business.
+        let clock = kvm_clock_data {
+            clock: state.clock_ns,
+            flags: 0,
+            ..kvm_clock_data::default()
+        };
+        debug_assert_eq!(clock.flags & KVM_CLOCK_TSC_STABLE, 0);
+        self.fd.set_clock(&clock).map_err(os("write the clock"))
+    }
+}
