@@ -87,9 +87,7 @@ pub enum MachineError {
     },
 }
 
-fn hypervisor(
-    operation: &'static str,
-) -> impl FnOnce(sm_hypervisor::Error) -> MachineError {
+fn hypervisor(operation: &'static str) -> impl FnOnce(sm_hypervisor::Error) -> MachineError {
     move |source| MachineError::Hypervisor { operation, source }
 }
 
@@ -106,6 +104,8 @@ pub struct MachineConfig {
     pub initramfs: Vec<InitramfsPart>,
     /// Kernel command line.
     pub cmdline: String,
+    /// The VM generation ID it boots with: random, never used before.
+    pub generation_id: [u8; 16],
     /// Receives the guest's console output.
     pub console: File,
 }
@@ -313,6 +313,7 @@ impl<H: Hypervisor> Machine<H> {
                 rsdp,
             },
         )?;
+        chassis.generation.initialise(config.generation_id)?;
         chassis.phases.load = watch.lap();
         let (threads, _) = chassis.start(boot_starts(registers, config.vcpus))?;
         chassis.phases.hypervisor_objects += watch.lap();
@@ -504,14 +505,6 @@ impl<H: Hypervisor> Machine<H> {
     #[must_use]
     pub fn phases(&self) -> Phases {
         self.phases
-    }
-
-    /// Sets the VM generation ID before the machine runs for the first time.
-    ///
-    /// # Errors
-    /// Guest memory cannot be written.
-    pub fn initialise_generation_id(&self, id: [u8; 16]) -> Result<(), MachineError> {
-        Ok(self.generation.initialise(id)?)
     }
 
     /// Changes the VM generation ID and tells the guest, whose kernel then

@@ -403,10 +403,7 @@ mod tests {
             .write_obj(9u8, GuestAddress(HOLE_END + 4096))
             .unwrap();
         let again = MachineMemory::from_files(&config, &extents).unwrap();
-        let byte: u8 = again
-            .guest
-            .read_obj(GuestAddress(HOLE_END + 4096))
-            .unwrap();
+        let byte: u8 = again.guest.read_obj(GuestAddress(HOLE_END + 4096)).unwrap();
         assert_eq!(byte, 1);
     }
 
@@ -430,10 +427,8 @@ mod tests {
             extent(64 * MIB - 4096, 8192, 0),
             extent(u64::MAX - 4095, 4096, 0),
         ] {
-            let result = MachineMemory::from_files(
-                &MemoryConfig::new(64 * MIB),
-                std::slice::from_ref(&bad),
-            );
+            let result =
+                MachineMemory::from_files(&MemoryConfig::new(64 * MIB), std::slice::from_ref(&bad));
             assert!(matches!(result, Err(MemoryError::Extent { .. })), "{bad:?}");
         }
     }

@@ -363,7 +363,9 @@ mod tests {
     #[test]
     fn a_panic_is_noticed() {
         let (mut console, _file) = console();
-        console.write_all(b"all is well\n[    1.0] Kernel pa").unwrap();
+        console
+            .write_all(b"all is well\n[    1.0] Kernel pa")
+            .unwrap();
         assert_eq!(console.guest_panic(), None);
         console
             .write_all(b"nic - not syncing: No init found.\r\nKernel panic - not syncing: again\n")
@@ -415,7 +417,7 @@ mod tests {
     #[test]
     fn odd_accesses_do_nothing() {
         let uart = Uart::new(Arc::new(Pulses::default()), console().0);
-        uart.write(0, &[b'a', b'b']);
+        uart.write(0, b"ab");
         let mut data = [0xff; 4];
         uart.read(5, &mut data);
         assert_eq!(data, [0xff; 4]);

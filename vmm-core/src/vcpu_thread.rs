@@ -68,6 +68,9 @@ pub(crate) struct VcpuThread {
     thread: Option<JoinHandle<()>>,
 }
 
+/// The answer to starting a vCPU: with proof of restoration, if it was restored.
+type Bound = Pending<Result<Option<RestoredVcpu>, Error>>;
+
 /// An answer on its way. Asking all vCPUs before waiting for the first lets
 /// them work at the same time.
 pub(crate) struct Pending<T> {
@@ -99,7 +102,7 @@ impl VcpuThread {
         start: Start,
         bus: Arc<dyn Bus + Send + Sync>,
         exit: Arc<ExitLatch>,
-    ) -> Result<(Self, Pending<Result<Option<RestoredVcpu>, Error>>), VcpuError> {
+    ) -> Result<(Self, Bound), VcpuError> {
         let index = seed.index();
         let kicker = seed.kicker();
         let (commands, inbox) = channel();
@@ -296,4 +299,199 @@ fn chain(error: &dyn std::error::Error) -> String {
         source = error.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+    use sm_hypervisor::FaultInfo;
+
+    use super::*;
+
+    /// A vCPU that "runs" until kicked, or leaves with the scripted exits first.
+    #[derive(Debug, Default)]
+    struct Script {
+        exits: Mutex<Vec<Exit>>,
+        kicked: Mutex<bool>,
+        woken: std::sync::Condvar,
+        in_guest: AtomicBool,
+        pauses: AtomicU32,
+        refuse: bool,
+    }
+
+    impl Kicker for Script {
+        fn kick(&self) {
+            *self.kicked.lock().unwrap() = true;
+            self.woken.notify_all();
+        }
+    }
+
+    struct Seed(Arc<Script>);
+    struct Cpu(Arc<Script>);
+
+    impl VcpuSeed for Seed {
+        type Vcpu = Cpu;
+
+        fn index(&self) -> u32 {
+            3
+        }
+
+        fn kicker(&self) -> Arc<dyn Kicker> {
+            self.0.clone()
+        }
+
+        fn bind(self, _boot: Option<&BootRegisters>) -> Result<Cpu, Error> {
+            if self.0.refuse {
+                return Err(Error::Unsupported {
+                    what: "anything".into(),
+                });
+            }
+            Ok(Cpu(self.0))
+        }
+
+        fn bind_restored(self, _state: &VcpuState) -> Result<(Cpu, RestoredVcpu), Error> {
+            Err(Error::State {
+                reason: "it is not for this vCPU".into(),
+            })
+        }
+    }
+
+    impl Vcpu for Cpu {
+        fn run(&mut self, _bus: &dyn Bus) -> Result<Exit, Error> {
+            if let Some(exit) = self.0.exits.lock().unwrap().pop() {
+                return Ok(exit);
+            }
+            self.0.in_guest.store(true, Ordering::SeqCst);
+            let mut kicked = self.0.kicked.lock().unwrap();
+            while !*kicked {
+                kicked = self.0.woken.wait(kicked).unwrap();
+            }
+            *kicked = false;
+            self.0.in_guest.store(false, Ordering::SeqCst);
+            Ok(Exit::Cancelled)
+        }
+
+        fn save(&mut self) -> Result<VcpuState, Error> {
+            assert!(!self.0.in_guest.load(Ordering::SeqCst));
+            Ok(VcpuState::default())
+        }
+
+        fn reload(&mut self, _state: &VcpuState) -> Result<RestoredVcpu, Error> {
+            Err(Error::State {
+                reason: "it is not for this vCPU".into(),
+            })
+        }
+
+        fn notify_paused(&mut self) {
+            self.0.pauses.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    struct NoBus;
+
+    impl Bus for NoBus {
+        fn mmio_read(&self, _address: u64, _data: &mut [u8]) {}
+        fn mmio_write(&self, _address: u64, _data: &[u8]) {}
+        fn pio_read(&self, _port: u16, _data: &mut [u8]) {}
+        fn pio_write(&self, _port: u16, _data: &[u8]) {}
+    }
+
+    fn spawn(script: Script) -> (VcpuThread, Arc<Script>, Arc<ExitLatch>) {
+        let script = Arc::new(script);
+        let exit = Arc::new(ExitLatch::new().unwrap());
+        let (thread, bound) = VcpuThread::spawn(
+            Seed(script.clone()),
+            Start::Boot(None),
+            Arc::new(NoBus),
+            exit.clone(),
+        )
+        .unwrap();
+        assert!(bound.wait_ok().unwrap().is_none());
+        exit.set_kickers(vec![thread.kicker()]);
+        (thread, script, exit)
+    }
+
+    #[test]
+    fn it_parks_saves_and_runs_again() {
+        let (thread, script, exit) = spawn(Script::default());
+        thread.save().unwrap().wait_ok().unwrap();
+        for round in 1..=3 {
+            thread.run().unwrap();
+            thread.park().unwrap().wait().unwrap();
+            assert!(!script.in_guest.load(Ordering::SeqCst));
+            assert_eq!(script.pauses.load(Ordering::SeqCst), round);
+            thread.save().unwrap().wait_ok().unwrap();
+        }
+        // Parked already: answers all the same.
+        thread.park().unwrap().wait().unwrap();
+        assert_eq!(exit.reason(), None);
+    }
+
+    #[test]
+    fn dropping_it_ends_a_running_vcpu() {
+        let (thread, script, exit) = spawn(Script::default());
+        thread.run().unwrap();
+        drop(thread);
+        drop(exit);
+        assert_eq!(Arc::strong_count(&script), 1);
+    }
+
+    #[test]
+    fn exits_of_the_guest_are_reported_and_leave_it_parked() {
+        let info = FaultInfo {
+            reason: "it is lost".into(),
+            ..FaultInfo::default()
+        };
+        for (exit, expected) in [
+            (Exit::Reset, ExitReason::Reset),
+            (Exit::Shutdown, ExitReason::PowerOff),
+            (Exit::TripleFault, ExitReason::TripleFault { vcpu: 3 }),
+            (Exit::Halt, ExitReason::Halted { vcpu: 3 }),
+            (
+                Exit::Fault(info.clone()),
+                ExitReason::Fault { vcpu: 3, info },
+            ),
+        ] {
+            let (thread, _script, latch) = spawn(Script {
+                exits: Mutex::new(vec![exit]),
+                ..Script::default()
+            });
+            thread.run().unwrap();
+            assert_eq!(latch.wait(), expected);
+            thread.save().unwrap().wait_ok().unwrap();
+            // It does not run again.
+            thread.run().unwrap();
+            thread.save().unwrap().wait_ok().unwrap();
+        }
+    }
+
+    #[test]
+    fn another_ones_exit_takes_it_out_of_the_guest() {
+        let (thread, _script, latch) = spawn(Script::default());
+        thread.run().unwrap();
+        latch.report(ExitReason::PowerOff);
+        // Only a parked vCPU obeys, and nothing else has kicked it.
+        thread.save().unwrap().wait_ok().unwrap();
+    }
+
+    #[test]
+    fn failures_name_the_vcpu() {
+        let script = Arc::new(Script {
+            refuse: true,
+            ..Script::default()
+        });
+        let exit = Arc::new(ExitLatch::new().unwrap());
+        let (thread, bound) =
+            VcpuThread::spawn(Seed(script), Start::Boot(None), Arc::new(NoBus), exit).unwrap();
+        let error = bound.wait_ok().unwrap_err();
+        assert!(matches!(error, VcpuError::Hypervisor { vcpu: 3, .. }));
+        drop(thread);
+
+        let (thread, _script, _exit) = spawn(Script::default());
+        let state = Arc::new(VcpuState::default());
+        let error = thread.reload(state).unwrap().wait_ok().unwrap_err();
+        assert!(matches!(error, VcpuError::Hypervisor { vcpu: 3, .. }));
+    }
 }

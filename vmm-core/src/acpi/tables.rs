@@ -218,7 +218,13 @@ mod tests {
             };
             assert!(output.status.success(), "{name}: {output:?}");
             let source = std::fs::read_to_string(path.with_extension("dsl")).unwrap();
-            for bad in ["Invalid", "Incorrect checksum", "Unknown", "ERROR", "Unresolved"] {
+            for bad in [
+                "Invalid",
+                "Incorrect checksum",
+                "Unknown",
+                "ERROR",
+                "Unresolved",
+            ] {
                 assert!(!source.contains(bad), "{name}: {bad}: {source}");
             }
             if name == "DSDT" {

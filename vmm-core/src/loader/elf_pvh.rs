@@ -131,11 +131,7 @@ fn plan(file: &mut File, memory_end: u64) -> Result<Plan, LoadError> {
     Ok(Plan { segments, entry })
 }
 
-fn segment(
-    header: &Header,
-    file_len: u64,
-    memory_end: u64,
-) -> Result<Option<Segment>, LoadError> {
+fn segment(header: &Header, file_len: u64, memory_end: u64) -> Result<Option<Segment>, LoadError> {
     let endian = LittleEndian;
     let segment = Segment {
         file_offset: header.p_offset(endian),

@@ -31,6 +31,20 @@ use crate::memory::MachineMemory;
 /// final zero).
 pub const MAX_COMMAND_LINE: usize = 2047;
 
+/// Arguments that suit every Linux guest of this machine, stock kernels too:
+///
+/// - `console=ttyS0 quiet`: the console is COM1; every line there costs the
+///   guest time, so that only errors appear;
+/// - `panic=-1`: a panic ends the machine at once, as [`ExitReason::Reset`];
+/// - `pci=off 8250.nr_uarts=1`: no searching for what is not there;
+/// - `tsc=reliable`: no watchdog over the clock that the hypervisor vouches for;
+/// - `swiotlb=noforce`: no bounce buffers (64 MiB in guests with memory above
+///   the hole): every device reaches all memory.
+///
+/// [`ExitReason::Reset`]: crate::exit::ExitReason::Reset
+pub const BASE_COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 pci=off 8250.nr_uarts=1 \
+     tsc=reliable swiotlb=noforce";
+
 /// Where kernels may start: everything below holds boot data, tables and the
 /// legacy hole.
 const HIGH_MEMORY: u64 = 0x10_0000;

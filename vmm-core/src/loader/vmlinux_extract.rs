@@ -9,6 +9,9 @@ use super::bzimage::SetupHeader;
 
 /// Most bytes an uncompressed kernel may have: a limit for hostile files.
 const MAX_KERNEL: u64 = 512 << 20;
+/// Most memory that decompressing xz may take, in KiB. Kernels are built with
+/// dictionaries of up to 128 MiB.
+const XZ_MEMORY_KIB: u32 = 140 << 10;
 
 /// Why no kernel could be taken out. The bzImage itself may still boot.
 #[derive(Debug, Error)]
@@ -19,7 +22,7 @@ pub enum ExtractError {
         /// What is wrong with it.
         reason: String,
     },
-    /// A compression other than gzip and zstd.
+    /// A compression other than gzip, xz and zstd.
     #[error("the kernel inside this bzImage is compressed in a way that is not supported")]
     Compression,
     /// The payload is damaged.
@@ -27,7 +30,7 @@ pub enum ExtractError {
     Decompress(#[source] io::Error),
 }
 
-/// Extracts the ELF kernel from the bytes of a bzImage (gzip, zstd, or stored).
+/// Extracts the ELF kernel from the bytes of a bzImage (gzip, xz, zstd, or stored).
 ///
 /// # Errors
 /// Not a bzImage, another compression, damaged contents, or more than 512 MiB.
@@ -50,17 +53,21 @@ pub fn extract_vmlinux(image: &[u8]) -> Result<Vec<u8>, ExtractError> {
         .get(range)
         .ok_or_else(|| format("its payload ends past the file"))?;
 
-    let elf = match payload {
-        [0x1f, 0x8b, ..] => read_all(flate2::read::GzDecoder::new(payload))?,
-        // One frame: what follows it is the length, written by the kernel's build.
-        [0x28, 0xb5, 0x2f, 0xfd, ..] => read_all(
-            zstd::stream::read::Decoder::with_buffer(payload)
-                .map_err(ExtractError::Decompress)?
-                .single_frame(),
-        )?,
-        [0x7f, b'E', b'L', b'F', ..] => payload.to_vec(),
-        _ => return Err(ExtractError::Compression),
-    };
+    let elf =
+        match payload {
+            [0x1f, 0x8b, ..] => read_all(flate2::read::GzDecoder::new(payload))?,
+            [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => read_all(
+                lzma_rust2::XzReader::new_mem_limit(payload, false, XZ_MEMORY_KIB),
+            )?,
+            // One frame: what follows it is the length, written by the kernel's build.
+            [0x28, 0xb5, 0x2f, 0xfd, ..] => read_all(
+                zstd::stream::read::Decoder::with_buffer(payload)
+                    .map_err(ExtractError::Decompress)?
+                    .single_frame(),
+            )?,
+            [0x7f, b'E', b'L', b'F', ..] => payload.to_vec(),
+            _ => return Err(ExtractError::Compression),
+        };
     if elf.starts_with(b"\x7fELF") {
         Ok(elf)
     } else {
@@ -113,6 +120,24 @@ mod tests {
         out
     }
 
+    /// `printf '\177ELF and more' | xz --x86 --lzma2=dict=32MiB --check=crc32`, and
+    /// the length as the kernel's build appends it.
+    const XZ: &[u8] = &[
+        0xfd, 0x37, 0x7a, 0x58, 0x5a, 0x00, 0x00, 0x01, 0x69, 0x22, 0xde, 0x36, 0x02, 0x01, 0x04,
+        0x00, 0x21, 0x01, 0x1a, 0x00, 0x01, 0xc9, 0x80, 0xb3, 0x01, 0x00, 0x0c, 0x7f, 0x45, 0x4c,
+        0x46, 0x20, 0x61, 0x6e, 0x64, 0x20, 0x6d, 0x6f, 0x72, 0x65, 0x00, 0x00, 0x00, 0x00, 0x0a,
+        0x89, 0x4d, 0xc8, 0x00, 0x01, 0x21, 0x0d, 0x75, 0xdc, 0xa8, 0xd2, 0x90, 0x42, 0x99, 0x0d,
+        0x01, 0x00, 0x00, 0x00, 0x00, 0x01, 0x59, 0x5a, 0x0d, 0x00, 0x00, 0x00,
+    ];
+
+    #[test]
+    fn xz_with_the_x86_filter_is_supported() {
+        assert_eq!(
+            extract_vmlinux(&with_payload(XZ)).unwrap(),
+            b"\x7fELF and more"
+        );
+    }
+
     #[test]
     fn every_supported_compression_gives_the_kernel_back() {
         for payload in [gzip(&elf()), zstd_with_length(&elf()), elf()] {
@@ -122,10 +147,15 @@ mod tests {
 
     #[test]
     fn other_contents_are_named_errors() {
+        let lz4 = with_payload(b"\x02\x21\x4c\x18 and so on");
+        assert!(matches!(
+            extract_vmlinux(&lz4),
+            Err(ExtractError::Compression)
+        ));
         let xz = with_payload(b"\xfd7zXZ\0 and so on");
         assert!(matches!(
             extract_vmlinux(&xz),
-            Err(ExtractError::Compression)
+            Err(ExtractError::Decompress(_))
         ));
         let text = with_payload(&gzip(b"not a kernel"));
         assert!(matches!(

@@ -1,0 +1,148 @@
+//! Boots a kernel, saves the machine when a line of its console contains a
+//! marker, and lets clones go on from there, each with an identity of its own:
+//! `restore KERNEL INITRAMFS CMDLINE MEMORY_MIB VCPUS MARKER CLONES`.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, PipeReader, Seek, SeekFrom, Write};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Instant;
+
+use sm_hypervisor::Hypervisor;
+use sm_hypervisor::kvm::Kvm;
+use sm_vmm_core::loader::InitramfsPart;
+use sm_vmm_core::machine::{Machine, MachineConfig};
+use sm_vmm_core::memory::{FileExtent, MachineMemory, MemoryConfig, PAGE_SIZE};
+use sm_vmm_core::state::MachineState;
+use vm_memory::{Bytes, GuestAddress};
+
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+fn main() -> Result<()> {
+    let args: Vec<String> = std::env::args().collect();
+    let [_, kernel, initramfs, cmdline, mib, vcpus, marker, clones] = args.as_slice() else {
+        return Err("usage: restore KERNEL INITRAMFS CMDLINE MIB VCPUS MARKER CLONES".into());
+    };
+    let memory = MemoryConfig::new(mib.parse::<u64>()? << 20);
+    let host = Kvm::open()?;
+    let (mut lines, console) = console()?;
+    let mut machine = Machine::boot(
+        &host,
+        MachineConfig {
+            memory,
+            vcpus: vcpus.parse()?,
+            kernel: File::open(kernel)?,
+            initramfs: vec![InitramfsPart::File(initramfs.into())],
+            cmdline: cmdline.clone(),
+            generation_id: [0xff; 16],
+            console,
+        },
+    )?;
+    machine.resume()?;
+    for line in lines.by_ref() {
+        let line = line?;
+        println!("original: {line}");
+        if line.contains(marker.as_str()) {
+            break;
+        }
+    }
+    let started = Instant::now();
+    machine.pause()?;
+    let paused = started.elapsed();
+    let state = machine.save_state()?;
+    println!(
+        "paused after {paused:?}, saved after {:?}",
+        started.elapsed()
+    );
+    let (file, extents) = dump(machine.memory())?;
+    println!(
+        "dumped after {:?}, {} extents",
+        started.elapsed(),
+        extents.len()
+    );
+    drop(machine);
+    drop(lines);
+
+    let bytes = postcard::to_stdvec(&state)?;
+    println!("state of {} bytes", bytes.len());
+    for clone in 0..clones.parse::<u8>()? {
+        let state: MachineState = postcard::from_bytes(&bytes)?;
+        let extents: Vec<_> = extents
+            .iter()
+            .map(|&(offset, len)| FileExtent {
+                offset,
+                len,
+                file: file.clone(),
+                file_offset: offset,
+            })
+            .collect();
+        go_on(&host, state, &memory, &extents, clone)?;
+    }
+    Ok(())
+}
+
+fn go_on(
+    host: &Kvm,
+    state: MachineState,
+    config: &MemoryConfig,
+    extents: &[FileExtent],
+    clone: u8,
+) -> Result<()> {
+    let started = Instant::now();
+    let memory = MachineMemory::from_files(config, extents)?;
+    let mapped = started.elapsed();
+    let (lines, console) = console()?;
+    let mut machine = Machine::restore(host, state, memory, console)?;
+    machine.set_generation_id([clone; 16])?;
+    machine.resume()?;
+    let resumed = started.elapsed();
+    let printer = std::thread::spawn(move || {
+        for line in lines.map_while(std::io::Result::ok) {
+            println!("clone {clone} at {:?}: {line}", started.elapsed());
+        }
+    });
+    let reason = machine.exit_latch().wait();
+    println!(
+        "clone {clone}: {reason:?}; memory mapped after {mapped:?}, resumed after {resumed:?}, {:?}",
+        machine.phases()
+    );
+    drop(machine);
+    printer.join().map_err(|_| "the printer panicked")?;
+    Ok(())
+}
+
+/// A console whose lines can be waited for.
+fn console() -> Result<(std::io::Lines<BufReader<PipeReader>>, File)> {
+    let (reader, writer) = std::io::pipe()?;
+    let writer = File::from(OwnedFd::from(writer));
+    Ok((BufReader::new(reader).lines(), writer))
+}
+
+/// Offset and length of a piece of memory that is not zero.
+type Piece = (u64, u64);
+
+/// Writes all non-zero pages to a sparse file; returns them as ranges.
+fn dump(memory: &MachineMemory) -> Result<(Arc<File>, Vec<Piece>)> {
+    let mut file = tempfile::tempfile()?;
+    file.set_len(memory.bytes())?;
+    let mut extents: Vec<Piece> = Vec::new();
+    let mut page = vec![0; usize::try_from(PAGE_SIZE)?];
+    for region in &memory.regions {
+        for at in (0..region.len).step_by(usize::try_from(PAGE_SIZE)?) {
+            memory
+                .guest
+                .read_slice(&mut page, GuestAddress(region.guest_address + at))?;
+            if page.iter().all(|&byte| byte == 0) {
+                continue;
+            }
+            let offset = region.offset + at;
+            file.seek(SeekFrom::Start(offset))?;
+            file.write_all(&page)?;
+            match extents.last_mut() {
+                Some((start, len)) if *start + *len == offset => *len += PAGE_SIZE,
+                _ => extents.push((offset, PAGE_SIZE)),
+            }
+        }
+    }
+    Ok((Arc::new(file), extents))
+}
