@@ -1,0 +1,79 @@
+//! What can go wrong between a caller and a VM.
+
+use std::io;
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+use crate::home::HomeError;
+use crate::record::RecordError;
+use crate::workload::WorkloadError;
+
+/// Why an operation of this crate failed.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The directories cannot be used.
+    #[error(transparent)]
+    Home(#[from] HomeError),
+    /// A record cannot be made, found or removed.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    /// Image and options do not make a command.
+    #[error(transparent)]
+    Workload(#[from] WorkloadError),
+    /// There is no kernel to boot.
+    #[error(transparent)]
+    Kernel(#[from] crate::kernel::KernelError),
+    /// The image cannot be used.
+    #[error(transparent)]
+    Image(#[from] crate::image::ImageError),
+    /// An option is out of range; a sentence.
+    #[error("{0}")]
+    Option(String),
+    /// The VMM process cannot be started or talked to.
+    #[error("cannot {operation}")]
+    Vmm {
+        /// What was tried.
+        operation: &'static str,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// A file that starting a VM needs cannot be used.
+    #[error("cannot {operation} {path:?}")]
+    File {
+        /// What was tried.
+        operation: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// The VM did not come to run its workload; a sentence, with the last
+    /// lines of the guest's console where there are any.
+    #[error("{message}")]
+    Start {
+        /// The sentence.
+        message: String,
+        /// Docker's exit status: 126, 127, or 125.
+        status: u32,
+    },
+    /// The VM is not running.
+    #[error("VM \"{0}\" is not running")]
+    NotRunning(String),
+    /// The VM, or its guest, refused; a sentence.
+    #[error("{0}")]
+    Refused(String),
+}
+
+impl Error {
+    /// The exit status that Docker's command line gives such a failure.
+    #[must_use]
+    pub fn exit_status(&self) -> u32 {
+        match self {
+            Self::Start { status, .. } => *status,
+            _ => 125,
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! Commands run next to a VM's workload.
+
+use std::time::Duration;
+
+use sm_guest_proto::PROTOCOL_VERSION;
+use sm_guest_proto::exec::{ExecControl, ExecRequest, Hello, Role, StageFile};
+use sm_guest_proto::frame::FrameType;
+
+use crate::Error;
+use crate::record::Record;
+use crate::session::{Output, Session};
+use crate::vm::connect_exec;
+use crate::workload::merge_env;
+
+/// A command to be run; the workload's environment, directory and user apply
+/// unless changed.
+#[derive(Clone, Debug)]
+pub struct ExecBuilder {
+    record: Record,
+    request: ExecRequest,
+    env: Vec<String>,
+}
+
+impl ExecBuilder {
+    pub(crate) fn new(record: Record, command: Vec<String>) -> Self {
+        let workload = &record.config().workload;
+        let request = ExecRequest {
+            argv: command,
+            cwd: workload.cwd.clone(),
+            user: workload.user.clone(),
+            groups: workload.groups.clone(),
+            role: Role::Exec,
+            ..ExecRequest::default()
+        };
+        Self {
+            record,
+            request,
+            env: Vec::new(),
+        }
+    }
+
+    /// Adds `NAME=value` entries.
+    #[must_use]
+    pub fn env<I, S>(mut self, entries: I) -> Self
+    where
+        I: IntoIterator<Item = S>,
+        S: Into<String>,
+    {
+        self.env.extend(entries.into_iter().map(Into::into));
+        self
+    }
+
+    /// Sets the working directory.
+    #[must_use]
+    pub fn cwd(mut self, cwd: impl Into<String>) -> Self {
+        self.request.cwd = cwd.into();
+        self
+    }
+
+    /// Sets `user[:group]`.
+    #[must_use]
+    pub fn user(mut self, user: impl Into<String>) -> Self {
+        self.request.user = user.into();
+        // The workload's groups are the workload user's.
+        self.request.groups.clear();
+        self
+    }
+
+    /// Runs it on a terminal of this size.
+    #[must_use]
+    pub fn tty(mut self, columns: u16, rows: u16) -> Self {
+        self.request.tty = true;
+        self.request.cols = columns;
+        self.request.rows = rows;
+        self
+    }
+
+    /// Keeps its standard input open for [`crate::session::SessionWriter`].
+    #[must_use]
+    pub fn stdin(mut self, open: bool) -> Self {
+        self.request.stdin = open;
+        self
+    }
+
+    /// Writes a file in the guest before the command starts.
+    #[must_use]
+    pub fn stage_file(mut self, path: impl Into<String>, mode: u32, data: Vec<u8>) -> Self {
+        self.request.stage_files.push(StageFile {
+            path: path.into(),
+            mode,
+            data,
+        });
+        self
+    }
+
+    /// Ends it after this time, with status 124.
+    #[must_use]
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.request.timeout_ms = u64::try_from(timeout.as_millis())
+            .unwrap_or(u64::MAX)
+            .max(1);
+        self
+    }
+
+    /// Sends it to the guest. Events of the session tell whether it started.
+    ///
+    /// # Errors
+    /// The VM is not running, or an environment entry is malformed.
+    pub fn start(self) -> Result<Session, Error> {
+        let mut request = self.request;
+        let mut base = self.record.config().workload.env.clone();
+        if request.tty {
+            base.push("TERM=xterm".to_owned());
+        }
+        request.env = merge_env(&[&base, &self.env])?;
+        let stream = connect_exec(&self.record)?;
+        let open = || {
+            let session = Session::new(stream)?;
+            let writer = session.writer();
+            let hello = Hello {
+                protocol: PROTOCOL_VERSION,
+            };
+            writer.send_json(FrameType::Control, &ExecControl::Hello(hello))?;
+            writer.send_json(FrameType::Request, &request)?;
+            Ok(session)
+        };
+        open().map_err(|source| Error::Vmm {
+            operation: "send the command to the VM",
+            source,
+        })
+    }
+
+    /// Runs it to its end and collects its output.
+    ///
+    /// # Errors
+    /// The VM is not running, or ends first.
+    pub fn output(self) -> Result<Output, Error> {
+        self.start()?.output().map_err(|source| Error::Vmm {
+            operation: "run the command in the VM",
+            source,
+        })
+    }
+}

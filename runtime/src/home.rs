@@ -1,0 +1,211 @@
+//! Where things live on the host: persistent data, sockets, caches.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Mode, mkdir};
+use rustix::process::geteuid;
+use thiserror::Error;
+
+/// Why the directories cannot be used.
+#[derive(Debug, Error)]
+pub enum HomeError {
+    /// No variable says where to put something.
+    #[error("cannot tell where to keep {what}: set {variable}")]
+    Unknown {
+        /// What was to be kept.
+        what: &'static str,
+        /// The variable that would say it.
+        variable: &'static str,
+    },
+    /// A directory that must be private is not.
+    #[error("refusing to use {path:?}: {reason}")]
+    NotPrivate {
+        /// The directory.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// A directory cannot be made or examined.
+    #[error("cannot prepare directory {path:?}")]
+    Io {
+        /// The directory.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// The three places of one user: data that outlives a reboot, sockets that do
+/// not, and caches that may be deleted at any time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Home {
+    data: PathBuf,
+    run: PathBuf,
+    cache: PathBuf,
+}
+
+impl Home {
+    /// The places given by the XDG variables and their defaults:
+    /// `$XDG_DATA_HOME/sm`, `$XDG_RUNTIME_DIR/sm`, `$XDG_CACHE_HOME/sm`.
+    ///
+    /// Without `XDG_RUNTIME_DIR` it is `/run/sm` for root and
+    /// `/run/user/UID/sm` for others, where that directory exists.
+    ///
+    /// # Errors
+    /// A place that no variable names.
+    pub fn from_env() -> Result<Self, HomeError> {
+        let var = |name| {
+            std::env::var_os(name)
+                .map(PathBuf::from)
+                .filter(|path| path.is_absolute())
+        };
+        let below_home =
+            |xdg, fallback: &str| var(xdg).or_else(|| var("HOME").map(|home| home.join(fallback)));
+        let data = below_home("XDG_DATA_HOME", ".local/share").ok_or(HomeError::Unknown {
+            what: "images and virtual machines",
+            variable: "HOME or XDG_DATA_HOME",
+        })?;
+        let cache = below_home("XDG_CACHE_HOME", ".cache").ok_or(HomeError::Unknown {
+            what: "caches",
+            variable: "HOME or XDG_CACHE_HOME",
+        })?;
+        let run =
+            var("XDG_RUNTIME_DIR")
+                .or_else(default_runtime_dir)
+                .ok_or(HomeError::Unknown {
+                    what: "sockets",
+                    variable: "XDG_RUNTIME_DIR to a private directory",
+                })?;
+        Ok(Self::new(
+            &data.join("sm"),
+            &run.join("sm"),
+            &cache.join("sm"),
+        ))
+    }
+
+    /// Explicit places, for tests and for applications with their own layout.
+    #[must_use]
+    pub fn new(data: &Path, run: &Path, cache: &Path) -> Self {
+        Self {
+            data: data.to_owned(),
+            run: run.to_owned(),
+            cache: cache.to_owned(),
+        }
+    }
+
+    /// Persistent data: images, kernels, records of virtual machines.
+    #[must_use]
+    pub fn data(&self) -> &Path {
+        &self.data
+    }
+
+    /// Sockets; gone after a reboot.
+    #[must_use]
+    pub fn run(&self) -> &Path {
+        &self.run
+    }
+
+    /// What can be made again.
+    #[must_use]
+    pub fn cache(&self) -> &Path {
+        &self.cache
+    }
+
+    /// Records of virtual machines.
+    #[must_use]
+    pub fn vms(&self) -> PathBuf {
+        self.data.join("vms")
+    }
+
+    /// Kernels managed by `sm kernel`.
+    #[must_use]
+    pub fn kernels(&self) -> PathBuf {
+        self.data.join("kernels")
+    }
+
+    /// The image store.
+    #[must_use]
+    pub fn images(&self) -> PathBuf {
+        self.data.join("images")
+    }
+}
+
+fn default_runtime_dir() -> Option<PathBuf> {
+    let uid = geteuid();
+    if uid.is_root() {
+        return Some(PathBuf::from("/run"));
+    }
+    let path = PathBuf::from(format!("/run/user/{}", uid.as_raw()));
+    path.is_dir().then_some(path)
+}
+
+/// Makes `path` (and its parents) a directory that only this user can enter,
+/// or checks that it is one.
+pub(crate) fn ensure_private_dir(path: &Path) -> Result<(), HomeError> {
+    let io_error = |source| HomeError::Io {
+        path: path.to_owned(),
+        source,
+    };
+    if let Some(parent) = path.parent() {
+        std::fs::create_dir_all(parent).map_err(io_error)?;
+    }
+    match mkdir(path, Mode::RWXU) {
+        Ok(()) => return Ok(()),
+        Err(rustix::io::Errno::EXIST) => {}
+        Err(errno) => return Err(io_error(errno.into())),
+    }
+    let stat = rustix::fs::lstat(path).map_err(|errno| io_error(errno.into()))?;
+    let refuse = |reason| {
+        Err(HomeError::NotPrivate {
+            path: path.to_owned(),
+            reason,
+        })
+    };
+    if rustix::fs::FileType::from_raw_mode(stat.st_mode) != rustix::fs::FileType::Directory {
+        return refuse("it is not a directory");
+    }
+    if stat.st_uid != geteuid().as_raw() {
+        return refuse("it belongs to another user");
+    }
+    if stat.st_mode & 0o077 != 0 {
+        return refuse("other users may enter it; remove their permissions (chmod 700)");
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    #[test]
+    fn a_private_directory_is_made_and_accepted_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a/b");
+        ensure_private_dir(&path).unwrap();
+        let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o700);
+        ensure_private_dir(&path).unwrap();
+    }
+
+    #[test]
+    fn an_open_directory_or_a_link_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = dir.path().join("open");
+        std::fs::create_dir(&open).unwrap();
+        std::fs::set_permissions(&open, std::fs::Permissions::from_mode(0o755)).unwrap();
+        assert!(matches!(
+            ensure_private_dir(&open),
+            Err(HomeError::NotPrivate { .. })
+        ));
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink("/", &link).unwrap();
+        assert!(matches!(
+            ensure_private_dir(&link),
+            Err(HomeError::NotPrivate { .. })
+        ));
+    }
+}

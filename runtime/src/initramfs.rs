@@ -1,0 +1,152 @@
+//! The initial RAM file system: the agent as `/init`, and the modules that a
+//! distribution kernel needs.
+//!
+//! A cpio archive in the `newc` format (Linux
+//! `Documentation/driver-api/early-userspace/buffer-format.rst`), written in
+//! memory: it is small, and writing it costs less than reading a cached copy.
+
+use std::io;
+
+/// Where the agent looks for modules: one path per line, in loading order.
+const MODULE_LIST: &str = "sm/modules.list";
+
+const S_IFDIR: u32 = 0o040_000;
+const S_IFREG: u32 = 0o100_000;
+const S_IFCHR: u32 = 0o020_000;
+
+/// A kernel module to be loaded by the agent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Module {
+    /// File name, such as `virtio_blk.ko.xz`.
+    pub(crate) name: String,
+    /// Contents.
+    pub(crate) bytes: Vec<u8>,
+}
+
+/// Builds the archive. `modules` are in loading order.
+pub(crate) fn build(agent: &[u8], modules: &[Module]) -> io::Result<Vec<u8>> {
+    let mut archive = Archive::default();
+    for directory in ["dev", "proc", "sys", "sm", "sm/modules"] {
+        archive.entry(directory, S_IFDIR | 0o755, (0, 0), &[])?;
+    }
+    // The kernel opens the console for PID 1 before anything is mounted.
+    archive.entry("dev/console", S_IFCHR | 0o600, (5, 1), &[])?;
+    archive.entry("dev/null", S_IFCHR | 0o666, (1, 3), &[])?;
+    archive.entry("init", S_IFREG | 0o755, (0, 0), agent)?;
+    if !modules.is_empty() {
+        let mut list = String::new();
+        for module in modules {
+            let path = format!("sm/modules/{}", module.name);
+            archive.entry(&path, S_IFREG | 0o644, (0, 0), &module.bytes)?;
+            list.push('/');
+            list.push_str(&path);
+            list.push('\n');
+        }
+        archive.entry(MODULE_LIST, S_IFREG | 0o644, (0, 0), list.as_bytes())?;
+    }
+    archive.finish()
+}
+
+#[derive(Default)]
+struct Archive {
+    bytes: Vec<u8>,
+    inodes: u32,
+}
+
+impl Archive {
+    fn entry(
+        &mut self,
+        path: &str,
+        mode: u32,
+        (major, minor): (u32, u32),
+        data: &[u8],
+    ) -> io::Result<()> {
+        self.inodes += 1;
+        let links = if mode & S_IFDIR == S_IFDIR { 2 } else { 1 };
+        let too_long = |_| io::Error::new(io::ErrorKind::InvalidInput, "too long for an archive");
+        let size = u32::try_from(data.len()).map_err(too_long)?;
+        let name_size = u32::try_from(path.len() + 1).map_err(too_long)?;
+        self.bytes.extend_from_slice(b"070701");
+        for field in [
+            self.inodes, // inode
+            mode,
+            0, // owner
+            0, // group
+            links,
+            0, // modification time: the same input makes the same archive
+            size,
+            0, // device
+            0,
+            major,
+            minor,
+            name_size,
+            0, // checksum, unused in this format
+        ] {
+            self.bytes
+                .extend_from_slice(format!("{field:08x}").as_bytes());
+        }
+        self.bytes.extend_from_slice(path.as_bytes());
+        self.bytes.push(0);
+        self.pad();
+        self.bytes.extend_from_slice(data);
+        self.pad();
+        Ok(())
+    }
+
+    fn pad(&mut self) {
+        let len = self.bytes.len().next_multiple_of(4);
+        self.bytes.resize(len, 0);
+    }
+
+    fn finish(mut self) -> io::Result<Vec<u8>> {
+        self.entry("TRAILER!!!", 0, (0, 0), &[])?;
+        Ok(self.bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Reads an archive back, by the format's own rules.
+    fn entries(mut bytes: &[u8]) -> Vec<(String, u32, Vec<u8>)> {
+        let mut found = Vec::new();
+        loop {
+            assert_eq!(&bytes[..6], b"070701");
+            let field = |n: usize| {
+                let text = std::str::from_utf8(&bytes[6 + 8 * n..14 + 8 * n]).unwrap();
+                u32::from_str_radix(text, 16).unwrap()
+            };
+            let (mode, size, name_size) = (field(1), field(6) as usize, field(11) as usize);
+            let name = std::str::from_utf8(&bytes[110..110 + name_size - 1]).unwrap();
+            assert_eq!(bytes[110 + name_size - 1], 0);
+            let data = (110 + name_size).next_multiple_of(4);
+            if name == "TRAILER!!!" {
+                return found;
+            }
+            found.push((name.to_owned(), mode, bytes[data..data + size].to_vec()));
+            bytes = &bytes[(data + size).next_multiple_of(4)..];
+        }
+    }
+
+    #[test]
+    fn the_agent_is_init_and_modules_are_listed_in_order() {
+        let module = |name: &str| Module {
+            name: name.to_owned(),
+            bytes: name.as_bytes().to_vec(),
+        };
+        let bytes = build(b"agent", &[module("b.ko"), module("a.ko")]).unwrap();
+        let entries = entries(&bytes);
+        let find = |name: &str| entries.iter().find(|(n, ..)| n == name).unwrap();
+        assert_eq!(find("init").1, 0o100_755);
+        assert_eq!(find("init").2, b"agent");
+        assert_eq!(find("sm/modules/a.ko").2, b"a.ko");
+        assert_eq!(
+            find("sm/modules.list").2,
+            b"/sm/modules/b.ko\n/sm/modules/a.ko\n"
+        );
+        // A parent comes before what is in it.
+        let position = |name: &str| entries.iter().position(|(n, ..)| n == name).unwrap();
+        assert!(position("dev") < position("dev/console"));
+    }
+}

@@ -1,0 +1,387 @@
+//! Which kernel a guest boots, and the modules it needs if it is a
+//! distribution's.
+
+use std::collections::{HashMap, HashSet};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+
+use crate::home::Home;
+use crate::initramfs::Module;
+
+/// Modules that a guest may need, by the names that `modules.dep` uses; what a
+/// kernel has built in, or does not have, is left out.
+const WANTED: [&str; 10] = [
+    "virtio_mmio",
+    "virtio_blk",
+    "virtio_net",
+    "virtio-rng",
+    "virtio_rng",
+    "vmw_vsock_virtio_transport",
+    "erofs",
+    "overlay",
+    "ext4",
+    "vmgenid",
+];
+
+/// Largest module read, in bytes.
+const MAX_MODULE: u64 = 16 << 20;
+
+/// Why there is no kernel to boot.
+#[derive(Debug, Error)]
+pub enum KernelError {
+    /// None was found anywhere.
+    #[error(
+        "no guest kernel found: build one with \"sm kernel build\", choose one with \
+         \"sm kernel use PATH\", or name one with --kernel PATH"
+    )]
+    None,
+    /// The one asked for cannot be used.
+    #[error("cannot use kernel {path:?}: {reason}")]
+    Unusable {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A kernel's modules cannot be read.
+    #[error("cannot read kernel module {path:?}")]
+    Module {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// The list of kernels cannot be changed.
+    #[error("cannot make {path:?} the kernel to use")]
+    Use {
+        /// The kernel.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A kernel and where its modules are, if it comes with any.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Kernel {
+    /// The image: ELF, bzImage.
+    pub path: PathBuf,
+    /// A directory with `modules.dep`.
+    pub modules: Option<PathBuf>,
+}
+
+/// A kernel that could be used.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Listed {
+    /// How `sm kernel use` can name it.
+    pub name: String,
+    /// The image.
+    pub path: PathBuf,
+    /// It is what is booted when nothing else is asked for.
+    pub current: bool,
+}
+
+/// Finds the kernel to boot: `explicit`, else `$SM_KERNEL`, else the one chosen
+/// with [`choose`], else the newest one built, else one in `/boot`.
+///
+/// # Errors
+/// The one asked for is unusable, or there is none.
+pub fn find(home: &Home, explicit: Option<&Path>) -> Result<Kernel, KernelError> {
+    let environment = std::env::var_os("SM_KERNEL")
+        .filter(|value| !value.is_empty())
+        .map(PathBuf::from);
+    let asked = explicit.map(Path::to_owned).or(environment);
+    if let Some(path) = asked {
+        return usable(&path);
+    }
+    let current = home.kernels().join("current");
+    if current.symlink_metadata().is_ok() {
+        return usable(&current);
+    }
+    match candidates(home).into_iter().next() {
+        Some((_, path)) => usable(&path),
+        None => Err(KernelError::None),
+    }
+}
+
+/// All kernels known on this host.
+#[must_use]
+pub fn list(home: &Home) -> Vec<Listed> {
+    let current = find(home, None).ok().map(|kernel| kernel.path);
+    candidates(home)
+        .into_iter()
+        .map(|(name, path)| Listed {
+            current: path
+                .canonicalize()
+                .is_ok_and(|path| current.as_ref() == Some(&path)),
+            name,
+            path,
+        })
+        .collect()
+}
+
+/// Makes a kernel (a path, or a name from [`list`]) the one that is booted when
+/// nothing else is asked for.
+///
+/// # Errors
+/// It is unusable, or the choice cannot be recorded.
+pub fn choose(home: &Home, kernel: &str) -> Result<Kernel, KernelError> {
+    let listed = candidates(home)
+        .into_iter()
+        .find(|(name, _)| name == kernel);
+    let path = listed.map_or_else(|| PathBuf::from(kernel), |(_, path)| path);
+    let found = usable(&path)?;
+    let record = || {
+        let directory = home.kernels();
+        std::fs::create_dir_all(&directory)?;
+        let fresh = directory.join(format!(".current-{}", std::process::id()));
+        let _ = std::fs::remove_file(&fresh);
+        std::os::unix::fs::symlink(&found.path, &fresh)?;
+        std::fs::rename(&fresh, directory.join("current"))
+    };
+    record().map_err(|source| KernelError::Use {
+        path: found.path.clone(),
+        source,
+    })?;
+    Ok(found)
+}
+
+/// Names and images, the preferred first: managed ones, built ones by age (the
+/// newest first), the distribution's.
+fn candidates(home: &Home) -> Vec<(String, PathBuf)> {
+    let mut found = Vec::new();
+    for (prefix, directory) in [("", home.kernels()), ("", home.cache().join("kernels"))] {
+        let mut built: Vec<_> = entries(&directory)
+            .into_iter()
+            .filter_map(|(name, path)| {
+                let image = ["vmlinux", "vmlinuz", "bzImage"]
+                    .iter()
+                    .map(|file| path.join(file))
+                    .find(|image| image.is_file())?;
+                let age = image.metadata().and_then(|meta| meta.modified()).ok();
+                Some((age, format!("{prefix}{name}"), image))
+            })
+            .collect();
+        built.sort_by(|a, b| b.0.cmp(&a.0));
+        found.extend(built.into_iter().map(|(_, name, image)| (name, image)));
+    }
+    let mut stock: Vec<_> = entries(Path::new("/boot"))
+        .into_iter()
+        .filter(|(name, _)| name.starts_with("vmlinuz-"))
+        .collect();
+    stock.sort_by(|a, b| b.0.cmp(&a.0));
+    found.extend(stock);
+    found
+}
+
+fn entries(directory: &Path) -> Vec<(String, PathBuf)> {
+    let Ok(entries) = std::fs::read_dir(directory) else {
+        return Vec::new();
+    };
+    entries
+        .flatten()
+        .filter_map(|entry| Some((entry.file_name().into_string().ok()?, entry.path())))
+        .filter(|(name, _)| !name.starts_with('.') && name != "current")
+        .collect()
+}
+
+fn usable(path: &Path) -> Result<Kernel, KernelError> {
+    let unusable = |reason: String| KernelError::Unusable {
+        path: path.to_owned(),
+        reason,
+    };
+    let real = path
+        .canonicalize()
+        .map_err(|error| unusable(error.to_string()))?;
+    let mut file = std::fs::File::open(&real).map_err(|error| unusable(error.to_string()))?;
+    let mut head = [0; 0x206];
+    io::Read::read_exact(&mut file, &mut head)
+        .map_err(|_| unusable("it is too short to be a kernel".to_owned()))?;
+    let is_elf = head.starts_with(b"\x7fELF");
+    // The boot protocol's magic (Linux Documentation/arch/x86/boot.rst).
+    let is_bzimage = head.get(0x202..0x206) == Some(b"HdrS");
+    if !is_elf && !is_bzimage {
+        return Err(unusable(
+            "it is neither an ELF file nor a bzImage".to_owned(),
+        ));
+    }
+    Ok(Kernel {
+        modules: modules_directory(&real),
+        path: real,
+    })
+}
+
+/// `modules/` next to the kernel, or `/lib/modules/VERSION` for `vmlinuz-VERSION`
+/// (also relative to the tree that the kernel's `boot/` is in).
+fn modules_directory(kernel: &Path) -> Option<PathBuf> {
+    let directory = kernel.parent()?;
+    let mut places = vec![directory.join("modules")];
+    let version = kernel
+        .file_name()
+        .and_then(|name| name.to_str())
+        .and_then(|name| name.strip_prefix("vmlinuz-"));
+    if let Some(version) = version {
+        let below = |root: &Path| root.join("lib/modules").join(version);
+        places.extend(directory.parent().map(below));
+        places.push(below(directory));
+        places.push(below(Path::new("/")));
+    }
+    places
+        .into_iter()
+        .find(|place| place.join("modules.dep").is_file())
+}
+
+impl Kernel {
+    /// Reads the modules that a guest needs, dependencies first.
+    pub(crate) fn read_modules(&self) -> Result<Vec<Module>, KernelError> {
+        let Some(directory) = &self.modules else {
+            return Ok(Vec::new());
+        };
+        let path = directory.join("modules.dep");
+        let text = std::fs::read_to_string(&path)
+            .map_err(|source| KernelError::Module { path, source })?;
+        let mut modules = Vec::new();
+        for relative in load_order(&text, &WANTED) {
+            let path = directory.join(relative);
+            let module = read_module(&path).map_err(|source| KernelError::Module {
+                path: path.clone(),
+                source,
+            })?;
+            modules.push(module);
+        }
+        Ok(modules)
+    }
+}
+
+fn read_module(path: &Path) -> io::Result<Module> {
+    let name = path.file_name().and_then(|name| name.to_str());
+    if path.metadata()?.len() > MAX_MODULE {
+        return Err(io::Error::other("it is too large to be a kernel module"));
+    }
+    Ok(Module {
+        name: name.unwrap_or_default().to_owned(),
+        bytes: std::fs::read(path)?,
+    })
+}
+
+/// Paths of the wanted modules and everything they depend on, in an order in
+/// which they can be loaded. `modules.dep` lists for each module what it needs.
+fn load_order<'a>(modules_dep: &'a str, wanted: &[&str]) -> Vec<&'a str> {
+    let needs: HashMap<&str, Vec<&str>> = modules_dep
+        .lines()
+        .filter_map(|line| line.split_once(':'))
+        .map(|(module, needs)| (module, needs.split_whitespace().collect()))
+        .collect();
+    let mut order = Vec::new();
+    let mut seen = HashSet::new();
+    for name in wanted {
+        let module = needs.keys().find(|path| module_name(path) == *name);
+        if let Some(module) = module {
+            visit(module, &needs, &mut seen, &mut order);
+        }
+    }
+    order
+}
+
+fn visit<'a>(
+    module: &'a str,
+    needs: &HashMap<&'a str, Vec<&'a str>>,
+    seen: &mut HashSet<&'a str>,
+    order: &mut Vec<&'a str>,
+) {
+    if !seen.insert(module) {
+        return;
+    }
+    for needed in needs.get(module).into_iter().flatten() {
+        visit(needed, needs, seen, order);
+    }
+    order.push(module);
+}
+
+/// `virtio_blk` for `kernel/drivers/block/virtio_blk.ko.xz`.
+fn module_name(path: &str) -> &str {
+    let file = path.rsplit('/').next().unwrap_or(path);
+    file.split(".ko").next().unwrap_or(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn home(dir: &Path) -> Home {
+        Home::new(&dir.join("data"), &dir.join("run"), &dir.join("cache"))
+    }
+
+    fn kernel_file(path: &Path) {
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        let mut bytes = vec![0; 0x300];
+        bytes[..4].copy_from_slice(b"\x7fELF");
+        std::fs::write(path, bytes).unwrap();
+    }
+
+    #[test]
+    fn dependencies_come_first_and_once() {
+        let dep = "k/erofs.ko: k/crc.ko k/lz4.ko\nk/crc.ko:\nk/lz4.ko: k/crc.ko\n\
+                   k/overlay.ko.xz:\nk/other.ko: k/crc.ko\n";
+        assert_eq!(
+            load_order(dep, &["erofs", "absent", "overlay"]),
+            ["k/crc.ko", "k/lz4.ko", "k/erofs.ko", "k/overlay.ko.xz"]
+        );
+    }
+
+    #[test]
+    fn circular_dependencies_end() {
+        assert_eq!(load_order("a.ko: b.ko\nb.ko: a.ko\n", &["a"]).len(), 2);
+    }
+
+    #[test]
+    fn an_explicit_kernel_is_checked() {
+        let dir = tempfile::tempdir().unwrap();
+        let home = home(dir.path());
+        let error = find(&home, Some(Path::new("/no/kernel"))).unwrap_err();
+        assert!(error.to_string().contains("\"/no/kernel\""), "{error}");
+        let text = dir.path().join("text");
+        std::fs::write(&text, vec![b'x'; 4096]).unwrap();
+        let error = find(&home, Some(&text)).unwrap_err();
+        assert!(error.to_string().contains("neither"), "{error}");
+    }
+
+    #[test]
+    fn built_kernels_are_found_and_one_can_be_chosen() {
+        let dir = tempfile::tempdir().unwrap();
+        let home = home(dir.path());
+        let built = home.cache().join("kernels/6.12-abc/vmlinux");
+        kernel_file(&built);
+        let other = dir.path().join("mine");
+        kernel_file(&other);
+        assert_eq!(candidates(&home)[0].1, built);
+        assert_eq!(choose(&home, "6.12-abc").unwrap().path, built);
+        assert!(list(&home)[0].current);
+        let other = other.to_str().unwrap();
+        assert_eq!(choose(&home, other).unwrap().path, Path::new(other));
+        assert_eq!(
+            usable(&home.kernels().join("current")).unwrap().path,
+            Path::new(other)
+        );
+    }
+
+    #[test]
+    fn modules_are_found_next_to_a_distribution_kernel() {
+        let dir = tempfile::tempdir().unwrap();
+        let kernel = dir.path().join("boot/vmlinuz-6.1");
+        kernel_file(&kernel);
+        assert_eq!(modules_directory(&kernel), None);
+        let modules = dir.path().join("lib/modules/6.1");
+        std::fs::create_dir_all(&modules).unwrap();
+        std::fs::write(modules.join("modules.dep"), "k/erofs.ko:\n").unwrap();
+        std::fs::create_dir(modules.join("k")).unwrap();
+        std::fs::write(modules.join("k/erofs.ko"), "module").unwrap();
+        let found = usable(&kernel).unwrap();
+        assert_eq!(found.modules.as_deref(), Some(modules.as_path()));
+        assert_eq!(found.read_modules().unwrap()[0].name, "erofs.ko");
+    }
+}

@@ -1,0 +1,160 @@
+//! What launcher, VMM and attached clients say to each other.
+//!
+//! All of it travels in the frames of [`sm_guest_proto::frame`] over unix
+//! sockets between processes of one user and one version of this crate: the
+//! launcher starts its own executable, and a client that meets another version
+//! gets an error reply, because unknown requests do not parse.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use sm_guest_proto::control::GuestStats;
+
+use crate::record::{ExitRecord, VmConfig};
+use crate::timings::Phase;
+
+/// A piece of the root disk: bytes of one file, in disk order.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct DiskSegment {
+    /// The file; opened read-only by the VMM.
+    pub(crate) path: PathBuf,
+    /// First byte.
+    pub(crate) offset: u64,
+    /// Length in bytes.
+    pub(crate) len: u64,
+}
+
+/// The launcher's first message (a REQUEST frame), accompanied by the record's
+/// lock as a file descriptor.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct LaunchRequest {
+    /// Version of the sender's crate; refused when it differs.
+    pub(crate) version: String,
+    /// The caller's places; see [`crate::home::Home`].
+    pub(crate) data: PathBuf,
+    /// Likewise.
+    pub(crate) run: PathBuf,
+    /// Likewise.
+    pub(crate) cache: PathBuf,
+    /// The VM.
+    pub(crate) config: VmConfig,
+    /// Directory of the kernel's modules, if it comes with any.
+    pub(crate) modules: Option<PathBuf>,
+    /// Words added to the kernel's command line.
+    pub(crate) cmdline: String,
+    /// The root disk.
+    pub(crate) root: Vec<DiskSegment>,
+    /// Size limit of the writable layer in bytes; 0 for half of guest memory.
+    pub(crate) upper_size: u64,
+    /// Size of `/dev/shm` in bytes; 0 for the default.
+    pub(crate) shm_size: u64,
+    /// Lines for `/etc/hosts`.
+    pub(crate) extra_hosts: Vec<(String, String)>,
+    /// Name servers.
+    pub(crate) nameservers: Vec<String>,
+    /// The launcher stays attached to the workload.
+    pub(crate) attach: bool,
+    /// Terminal size, when on a terminal.
+    pub(crate) columns: u16,
+    /// Likewise.
+    pub(crate) rows: u16,
+    /// How long guest and agent may take until the workload runs.
+    pub(crate) start_timeout_ms: u64,
+    /// Phases reached before the VMM was started.
+    pub(crate) phases: Vec<Phase>,
+}
+
+/// What the VMM reports on the launch stream (CONTROL frames), and to
+/// attached clients.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Report {
+    /// A phase is complete.
+    Phase(Phase),
+    /// The workload runs.
+    Started {
+        /// Its process identifier in the guest.
+        pid: u32,
+    },
+    /// The VM has ended; the record, if kept, is on disk. The last message.
+    Ended(ExitRecord),
+}
+
+/// A request on the control socket (REQUEST frame); each is answered by one
+/// [`ControlAnswer`] (CONTROL frame).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum ControlCall {
+    /// What the VM is doing.
+    Status,
+    /// Become a client of the workload: after the answer, the connection
+    /// carries exec frames both ways and ends with [`Report::Ended`].
+    Attach {
+        /// Send STDIN frames.
+        stdin: bool,
+    },
+    /// Signal the workload's main process.
+    Signal {
+        /// Signal number.
+        signal: u8,
+    },
+    /// End the workload: its stop signal, then SIGKILL. Answered at once.
+    Stop {
+        /// Milliseconds in between; the VM's own setting if absent.
+        grace_ms: Option<u64>,
+    },
+    /// End the VM at once.
+    Destroy,
+    /// Hold all vCPUs.
+    Pause,
+    /// Let them run again.
+    Resume,
+    /// Usage figures of the guest.
+    Stats,
+    /// Answered when the VM has ended.
+    Wait,
+}
+
+/// The answer to a [`ControlCall`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum ControlAnswer {
+    /// Done, or begun.
+    Done,
+    /// Answer to [`ControlCall::Status`].
+    Status(Status),
+    /// Answer to [`ControlCall::Stats`].
+    Stats(GuestStats),
+    /// Answer to [`ControlCall::Wait`].
+    Ended(ExitRecord),
+    /// It failed; a sentence.
+    Error(String),
+}
+
+/// What a live VM is doing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// Where it is in its life.
+    pub stage: Stage,
+    /// All vCPUs are held.
+    pub paused: bool,
+    /// Process identifier of its VMM.
+    pub vmm_pid: u32,
+    /// When the workload was started, in nanoseconds since the Unix epoch; 0
+    /// before.
+    pub started_ns: u64,
+    /// Number of attached clients.
+    pub clients: usize,
+}
+
+/// Where a live VM is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Stage {
+    /// On its way to the workload.
+    Starting,
+    /// The workload runs.
+    Running,
+    /// The workload has ended, the VM is about to.
+    Ending,
+}

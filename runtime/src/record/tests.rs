@@ -1,0 +1,177 @@
+use super::*;
+
+struct Fixture {
+    _dir: tempfile::TempDir,
+    records: Records,
+}
+
+fn fixture() -> Fixture {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name| dir.path().join(name);
+    let home = Home::new(&at("data"), &at("run"), &at("cache"));
+    let records = Records::open(&home).unwrap();
+    Fixture { _dir: dir, records }
+}
+
+fn config(id: VmId, name: String) -> VmConfig {
+    VmConfig {
+        id,
+        name,
+        image: "oci:x".into(),
+        image_digest: "sha256:0".into(),
+        created_ns: crate::output_log::unix_nanos(),
+        workload: Workload::default(),
+        memory: 64 << 20,
+        cpus: 1,
+        kernel: "/k".into(),
+        auto_remove: false,
+        read_only: false,
+        stop_timeout_ms: 10_000,
+    }
+}
+
+impl Fixture {
+    fn create(&self, name: Option<&str>) -> Result<(Record, File), crate::Error> {
+        self.records.create(name, |id, name| Ok(config(id, name)))
+    }
+}
+
+fn exit(status: u32) -> ExitRecord {
+    ExitRecord {
+        status,
+        reason: ExitReason::Workload,
+        ..ExitRecord::lost()
+    }
+}
+
+#[test]
+fn a_record_is_alive_while_its_lock_is_held() {
+    let f = fixture();
+    let (record, lock) = f.create(None).unwrap();
+    assert_eq!(record.state().unwrap(), VmState::Running);
+    assert!(matches!(record.remove(), Err(RecordError::Running(_))));
+    // A copy of the description, as the VMM gets one, keeps it alive.
+    let copy = lock.try_clone().unwrap();
+    drop(lock);
+    assert_eq!(record.state().unwrap(), VmState::Running);
+    record.write_exit(&exit(3)).unwrap();
+    assert_eq!(record.state().unwrap(), VmState::Exited(exit(3)));
+    let remover = std::thread::spawn({
+        let record = record.clone();
+        move || record.remove()
+    });
+    drop(copy);
+    remover.join().unwrap().unwrap();
+    assert!(f.records.list().unwrap().is_empty());
+    assert!(!record.sockets().exists());
+}
+
+#[test]
+fn names_are_unique_and_checked() {
+    let f = fixture();
+    let (record, _lock) = f.create(Some("web")).unwrap();
+    let error = f.create(Some("web")).unwrap_err().to_string();
+    assert!(error.contains("\"web\"") && error.contains(record.config().id.short()));
+    assert!(f.create(Some("a/b")).is_err());
+    let (_other, _other_lock) = f.create(None).unwrap();
+    assert_eq!(f.records.list().unwrap().len(), 2);
+}
+
+#[test]
+fn lookup_takes_names_and_unambiguous_prefixes() {
+    let f = fixture();
+    let (a, _lock_a) = f.create(Some("a")).unwrap();
+    let (_b, _lock_b) = f.create(Some("b")).unwrap();
+    let id = &a.config().id;
+    for query in ["a", id.as_str(), id.short()] {
+        // "a" may also be a prefix of an identifier: the name wins.
+        assert_eq!(f.records.find(query).unwrap().config().id, *id);
+    }
+    assert!(matches!(f.records.find(""), Err(RecordError::NotFound(_))));
+    assert!(matches!(
+        f.records.find("zzz"),
+        Err(RecordError::NotFound(_))
+    ));
+}
+
+#[test]
+fn sweeping_cleans_up_after_the_dead_and_spares_the_living() {
+    let f = fixture();
+    let (alive, _lock) = f.create(Some("alive")).unwrap();
+    let (killed, lock) = f.create(Some("killed")).unwrap();
+    std::fs::write(killed.directory().join(CONSOLE), b"").unwrap();
+    drop(lock);
+    let (stillborn, lock) = f.create(Some("stillborn")).unwrap();
+    drop(lock);
+    let (gone, lock) = f
+        .records
+        .create(Some("gone"), |id, name| {
+            Ok(VmConfig {
+                auto_remove: true,
+                ..config(id, name)
+            })
+        })
+        .unwrap();
+    drop(lock);
+    std::fs::create_dir(f.records.directory.join(".new-x")).unwrap();
+    std::fs::create_dir(f.records.directory.join(".removed-x")).unwrap();
+    std::fs::create_dir(f.records.sockets.join("0123456789ab")).unwrap();
+
+    f.records.sweep().unwrap();
+
+    assert!(alive.sockets().exists());
+    assert_eq!(alive.state().unwrap(), VmState::Running);
+    assert!(!killed.sockets().exists());
+    assert!(matches!(
+        killed.state().unwrap(),
+        VmState::Exited(ExitRecord {
+            reason: ExitReason::Lost,
+            ..
+        })
+    ));
+    assert!(!stillborn.directory().exists());
+    assert!(!gone.directory().exists() && !gone.sockets().exists());
+    assert_eq!(std::fs::read_dir(&f.records.sockets).unwrap().count(), 1);
+    assert_eq!(
+        std::fs::read_dir(&f.records.directory).unwrap().count(),
+        3, // two records and the registry's lock
+    );
+}
+
+#[test]
+fn waiting_ends_when_the_lock_is_released() {
+    let f = fixture();
+    let (record, lock) = f.create(None).unwrap();
+    let waiter = std::thread::spawn({
+        let record = record.clone();
+        move || record.wait_until_dead()
+    });
+    drop(lock);
+    waiter.join().unwrap().unwrap();
+    assert!(matches!(record.state().unwrap(), VmState::Exited(_)));
+}
+
+#[test]
+fn damaged_records_are_left_out_of_listings() {
+    let f = fixture();
+    let (record, _lock) = f.create(None).unwrap();
+    std::fs::write(record.directory().join(CONFIG), b"{").unwrap();
+    assert!(f.records.list().unwrap().is_empty());
+}
+
+#[test]
+fn an_ended_vm_that_removes_itself_frees_its_name_at_once() {
+    let f = fixture();
+    let make = || {
+        f.records.create(Some("again"), |id, name| {
+            Ok(VmConfig {
+                auto_remove: true,
+                ..config(id, name)
+            })
+        })
+    };
+    let (first, _lock) = make().unwrap();
+    assert!(make().is_err());
+    first.write_exit(&exit(0)).unwrap();
+    make().unwrap();
+}

@@ -1,0 +1,435 @@
+//! Starting a virtual machine: options in, a running VM out.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use sm_guest_proto::frame::{self, FrameType};
+
+use crate::home::Home;
+use crate::image::Image;
+use crate::launch::LaunchRequest;
+use crate::output_log::unix_nanos;
+use crate::record::{Record, Records, VMM_LOG, VmConfig};
+use crate::session::{Event, Session};
+use crate::timings::Phase;
+use crate::vm::Vm;
+use crate::workload::{Overrides, Workload};
+use crate::{Error, fdpass, kernel, vmm};
+
+/// Least guest memory in bytes.
+pub const MIN_MEMORY: u64 = 64 << 20;
+/// Guest memory when nothing else is asked for, in bytes.
+pub const DEFAULT_MEMORY: u64 = 512 << 20;
+const MEBIBYTE: u64 = 1 << 20;
+
+/// How a VM is started.
+#[derive(Clone, Debug)]
+pub struct RunOptions {
+    pub(crate) overrides: Overrides,
+    name: Option<String>,
+    memory: u64,
+    cpus: u32,
+    kernel: Option<PathBuf>,
+    auto_remove: bool,
+    read_only: bool,
+    attach: bool,
+    terminal_size: (u16, u16),
+    upper_size: u64,
+    shm_size: u64,
+    extra_hosts: Vec<(String, String)>,
+    nameservers: Vec<String>,
+    stop_timeout: Duration,
+    start_timeout: Duration,
+    cmdline: String,
+    phases: Vec<Phase>,
+}
+
+impl Default for RunOptions {
+    fn default() -> Self {
+        Self {
+            overrides: Overrides::default(),
+            name: None,
+            memory: DEFAULT_MEMORY,
+            cpus: 1,
+            kernel: None,
+            auto_remove: false,
+            read_only: false,
+            attach: false,
+            terminal_size: (80, 24),
+            upper_size: 0,
+            shm_size: 0,
+            extra_hosts: Vec::new(),
+            nameservers: Vec::new(),
+            stop_timeout: Duration::from_secs(10),
+            start_timeout: Duration::from_secs(120),
+            cmdline: String::new(),
+            phases: Vec::new(),
+        }
+    }
+}
+
+impl RunOptions {
+    /// The image's own choices, 512 MiB and one vCPU.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// What to change of the image's configuration.
+    #[must_use]
+    pub fn overrides(mut self, overrides: Overrides) -> Self {
+        self.overrides = overrides;
+        self
+    }
+
+    /// Arguments in place of the image's `Cmd`.
+    #[must_use]
+    pub fn command<I, S>(mut self, command: I) -> Self
+    where
+        I: IntoIterator<Item = S>,
+        S: Into<String>,
+    {
+        self.overrides.command = command.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// Adds a `NAME=value` entry to the environment.
+    #[must_use]
+    pub fn env(mut self, entry: impl Into<String>) -> Self {
+        self.overrides.env.push(entry.into());
+        self
+    }
+
+    /// Names the VM; a name is generated otherwise.
+    #[must_use]
+    pub fn name(mut self, name: impl Into<String>) -> Self {
+        self.name = Some(name.into());
+        self
+    }
+
+    /// Guest memory in bytes, at least [`MIN_MEMORY`]; rounded up to a MiB.
+    #[must_use]
+    pub fn memory(mut self, bytes: u64) -> Self {
+        self.memory = bytes;
+        self
+    }
+
+    /// Number of vCPUs, at least 1.
+    #[must_use]
+    pub fn cpus(mut self, cpus: u32) -> Self {
+        self.cpus = cpus;
+        self
+    }
+
+    /// The kernel to boot; see [`kernel::find`] for what is used otherwise.
+    #[must_use]
+    pub fn kernel(mut self, path: impl Into<PathBuf>) -> Self {
+        self.kernel = Some(path.into());
+        self
+    }
+
+    /// Words added to the guest kernel's command line.
+    #[must_use]
+    pub fn cmdline(mut self, words: impl Into<String>) -> Self {
+        self.cmdline = words.into();
+        self
+    }
+
+    /// Removes the VM's record and logs when it ends.
+    #[must_use]
+    pub fn auto_remove(mut self, yes: bool) -> Self {
+        self.auto_remove = yes;
+        self
+    }
+
+    /// No writable layer over the image.
+    #[must_use]
+    pub fn read_only(mut self, yes: bool) -> Self {
+        self.read_only = yes;
+        self
+    }
+
+    /// Stays attached: [`Vm::take_session`] then has the workload's session,
+    /// from its first byte on.
+    #[must_use]
+    pub fn attach(mut self, yes: bool) -> Self {
+        self.attach = yes;
+        self
+    }
+
+    /// Columns and rows, for a workload on a terminal.
+    #[must_use]
+    pub fn terminal_size(mut self, columns: u16, rows: u16) -> Self {
+        self.terminal_size = (columns, rows);
+        self
+    }
+
+    /// Size limit of the writable layer in bytes; half of guest memory when 0.
+    #[must_use]
+    pub fn upper_size(mut self, bytes: u64) -> Self {
+        self.upper_size = bytes;
+        self
+    }
+
+    /// Size of `/dev/shm` in bytes; 64 MiB when 0.
+    #[must_use]
+    pub fn shm_size(mut self, bytes: u64) -> Self {
+        self.shm_size = bytes;
+        self
+    }
+
+    /// Adds a line to `/etc/hosts`.
+    #[must_use]
+    pub fn host(mut self, name: impl Into<String>, address: impl Into<String>) -> Self {
+        self.extra_hosts.push((address.into(), name.into()));
+        self
+    }
+
+    /// Adds a name server.
+    #[must_use]
+    pub fn nameserver(mut self, address: impl Into<String>) -> Self {
+        self.nameservers.push(address.into());
+        self
+    }
+
+    /// Time between stop signal and SIGKILL.
+    #[must_use]
+    pub fn stop_timeout(mut self, timeout: Duration) -> Self {
+        self.stop_timeout = timeout;
+        self
+    }
+
+    /// How long guest and agent may take until the workload runs.
+    #[must_use]
+    pub fn start_timeout(mut self, timeout: Duration) -> Self {
+        self.start_timeout = timeout;
+        self
+    }
+
+    /// Phases that were complete before, for one list of all.
+    #[must_use]
+    pub fn phases(mut self, phases: Vec<Phase>) -> Self {
+        self.phases = phases;
+        self
+    }
+
+    fn check(&self) -> Result<(), Error> {
+        if self.memory < MIN_MEMORY {
+            return Err(Error::Option(format!(
+                "{} of memory is too little for a guest: give it at least {} MiB",
+                mebibytes(self.memory),
+                MIN_MEMORY / MEBIBYTE
+            )));
+        }
+        if self.cpus == 0 {
+            return Err(Error::Option(
+                "0 CPUs are too few for a guest: give it at least 1".to_owned(),
+            ));
+        }
+        Ok(())
+    }
+}
+
+fn mebibytes(bytes: u64) -> String {
+    if bytes.is_multiple_of(MEBIBYTE) {
+        format!("{} MiB", bytes / MEBIBYTE)
+    } else {
+        format!("{bytes} bytes")
+    }
+}
+
+/// Starts a VM and returns once its workload runs.
+pub(crate) fn start(home: &Home, image: &Image, options: RunOptions) -> Result<Vm, Error> {
+    options.check()?;
+    let memory = options.memory.next_multiple_of(MEBIBYTE);
+    // Look at everything that can be wrong before there is anything to undo.
+    let kernel = kernel::find(home, options.kernel.as_deref())?;
+    crate::guest_agent::describe()?;
+    Workload::merge(image.defaults(), &options.overrides, "checked")?;
+
+    let records = Records::open(home)?;
+    records.sweep()?;
+    let (record, lock) = records.create(options.name.as_deref(), |id, name| {
+        let workload = Workload::merge(image.defaults(), &options.overrides, id.short())?;
+        Ok(VmConfig {
+            id,
+            name,
+            image: image.reference().to_owned(),
+            image_digest: image.digest().to_owned(),
+            created_ns: unix_nanos(),
+            workload,
+            memory,
+            cpus: options.cpus,
+            kernel: kernel.path.clone(),
+            auto_remove: options.auto_remove,
+            read_only: options.read_only,
+            stop_timeout_ms: millis(options.stop_timeout),
+        })
+    })?;
+    let mut phases = options.phases.clone();
+    phases.push(Phase::now("image resolved"));
+    let request = LaunchRequest {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        data: home.data().to_owned(),
+        run: home.run().to_owned(),
+        cache: home.cache().to_owned(),
+        config: record.config().clone(),
+        modules: kernel.modules.clone(),
+        cmdline: options.cmdline.clone(),
+        root: image.segments().to_vec(),
+        upper_size: options.upper_size,
+        shm_size: options.shm_size,
+        extra_hosts: options.extra_hosts.clone(),
+        nameservers: options.nameservers.clone(),
+        attach: options.attach,
+        columns: options.terminal_size.0,
+        rows: options.terminal_size.1,
+        start_timeout_ms: millis(options.start_timeout),
+        phases,
+    };
+    let launched = spawn(&record, &request, lock);
+    let (child, stream) = match launched {
+        Ok(launched) => launched,
+        Err(error) => {
+            // The lock was ours alone, so nothing else cleans up.
+            let _ = record.erase();
+            return Err(error);
+        }
+    };
+    await_start(record, child, stream, request)
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Starts the VMM process and hands it the request and the record's lock.
+fn spawn(
+    record: &Record,
+    request: &LaunchRequest,
+    lock: File,
+) -> Result<(Child, UnixStream), Error> {
+    let vmm_error = |source| Error::Vmm {
+        operation: "start the VM's process",
+        source,
+    };
+    let log_path = record.directory().join(VMM_LOG);
+    let log = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .open(&log_path)
+        .map_err(|source| Error::File {
+            operation: "create",
+            path: log_path,
+            source,
+        })?;
+    let (mut ours, theirs) = UnixStream::pair().map_err(vmm_error)?;
+    let child = Command::new(executable())
+        .arg0("sm-vmm")
+        .args([vmm::SUBCOMMAND, record.config().id.short()])
+        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .stdout(Stdio::null())
+        .stderr(log)
+        .spawn()
+        .map_err(vmm_error)?;
+    let mut bytes = Vec::new();
+    let encoded = serde_json::to_vec(request).map_err(|error| vmm_error(error.into()))?;
+    frame::encode(FrameType::Request, &encoded, &mut bytes)
+        .map_err(|error| vmm_error(io::Error::other(error)))?;
+    fdpass::send(&mut ours, &bytes, &lock).map_err(vmm_error)?;
+    Ok((child, ours))
+}
+
+/// The program to run as the VMM: `$SM_VMM`, else this one, which must call
+/// [`crate::run_vmm_if_asked`] first thing.
+fn executable() -> PathBuf {
+    std::env::var_os("SM_VMM")
+        .filter(|value| !value.is_empty())
+        .map_or_else(|| Path::new("/proc/self/exe").to_owned(), PathBuf::from)
+}
+
+/// Follows the VMM's reports until the workload runs.
+fn await_start(
+    record: Record,
+    mut child: Child,
+    stream: UnixStream,
+    request: LaunchRequest,
+) -> Result<Vm, Error> {
+    let vmm_error = |source| Error::Vmm {
+        operation: "talk to the VM's process",
+        source,
+    };
+    let mut session = Session::new(stream).map_err(vmm_error)?;
+    let mut phases = request.phases;
+    let mut status = 125;
+    loop {
+        match session.next_event().map_err(vmm_error)? {
+            Some(Event::Started { .. }) => break,
+            Some(Event::Phase(phase)) => phases.push(phase),
+            Some(Event::Exit(code)) => status = code,
+            Some(Event::Ended(exit)) => {
+                return Err(Error::Start {
+                    status,
+                    message: exit.message.unwrap_or_else(|| {
+                        format!(
+                            "the workload ended with status {} before it ran",
+                            exit.status
+                        )
+                    }),
+                });
+            }
+            // Output comes after the start.
+            Some(Event::Stdout(_) | Event::Stderr(_) | Event::Error(_)) => {}
+            None => return Err(vmm_died(&record, &mut child)),
+        }
+    }
+    let session = request.attach.then_some(session);
+    Ok(Vm::started(record, child, session, phases))
+}
+
+/// The VMM is gone without a word: say what can be known, and clean up.
+fn vmm_died(record: &Record, child: &mut Child) -> Error {
+    let how = match child.wait() {
+        Ok(status) => status.to_string(),
+        Err(error) => error.to_string(),
+    };
+    let log = std::fs::read_to_string(record.directory().join(VMM_LOG)).unwrap_or_default();
+    let tail: Vec<&str> = log.lines().rev().take(5).collect();
+    let tail: Vec<&str> = tail.into_iter().rev().collect();
+    // Nobody else knows of it.
+    let _ = record.remove();
+    let mut message = format!("the VM's process ended unexpectedly ({how})");
+    if !tail.is_empty() {
+        message.push_str(":\n  ");
+        message.push_str(&tail.join("\n  "));
+    }
+    Error::Start {
+        message,
+        status: 125,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_and_cpus_have_a_minimum() {
+        let error = RunOptions::new().memory(1 << 20).check().unwrap_err();
+        let text = error.to_string();
+        assert!(
+            text.contains("1 MiB of memory") && text.contains("64 MiB"),
+            "{text}"
+        );
+        assert!(RunOptions::new().cpus(0).check().is_err());
+        assert!(RunOptions::new().memory(MIN_MEMORY).check().is_ok());
+    }
+}

@@ -1,0 +1,285 @@
+//! A caller's connection to a command in a guest: the workload, or an exec.
+
+use std::io::{self, BufReader, Read as _, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use serde::Serialize;
+use sm_guest_proto::exec::ExecReply;
+use sm_guest_proto::frame::{self, BULK_PAYLOAD, FrameHeader, FrameType, HEADER_LEN};
+
+use crate::launch::Report;
+use crate::record::ExitRecord;
+use crate::timings::Phase;
+
+/// What arrives from a command.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Event<'a> {
+    /// Bytes of its standard output, or its terminal.
+    Stdout(&'a [u8]),
+    /// Bytes of its standard error.
+    Stderr(&'a [u8]),
+    /// A sentence about why it cannot be started; [`Event::Exit`] follows.
+    Error(String),
+    /// It runs.
+    Started {
+        /// Its process identifier in the guest.
+        pid: u32,
+    },
+    /// A phase of the VM's start is complete.
+    Phase(Phase),
+    /// It ended, with this status; 128+n when signal n ended it.
+    Exit(u32),
+    /// The VM has ended. The last event of a workload's session.
+    Ended(ExitRecord),
+}
+
+/// A stream of frames to and from a command.
+#[derive(Debug)]
+pub struct Session {
+    reader: BufReader<UnixStream>,
+    payload: Vec<u8>,
+    writer: SessionWriter,
+}
+
+impl Session {
+    pub(crate) fn new(stream: UnixStream) -> io::Result<Self> {
+        let writer = SessionWriter {
+            stream: Arc::new(Mutex::new(stream.try_clone()?)),
+        };
+        Ok(Self {
+            reader: BufReader::with_capacity(BULK_PAYLOAD, stream),
+            payload: Vec::new(),
+            writer,
+        })
+    }
+
+    /// The other direction, usable from other threads.
+    #[must_use]
+    pub fn writer(&self) -> SessionWriter {
+        self.writer.clone()
+    }
+
+    /// Waits for the next event; `None` when the stream has ended.
+    ///
+    /// # Errors
+    /// The connection failed, or does not carry frames.
+    pub fn next_event(&mut self) -> io::Result<Option<Event<'_>>> {
+        let bad = |error: frame::FrameError| io::Error::new(io::ErrorKind::InvalidData, error);
+        loop {
+            let mut header = [0; HEADER_LEN];
+            if !read_exact_or_end(&mut self.reader, &mut header)? {
+                return Ok(None);
+            }
+            let header = FrameHeader::decode(header).map_err(bad)?;
+            self.payload.resize(header.len, 0);
+            self.reader.read_exact(&mut self.payload)?;
+            match header.kind {
+                FrameType::Stdout => return Ok(Some(Event::Stdout(&self.payload))),
+                FrameType::Stderr => return Ok(Some(Event::Stderr(&self.payload))),
+                FrameType::Error => {
+                    let text = String::from_utf8_lossy(&self.payload).into_owned();
+                    return Ok(Some(Event::Error(text)));
+                }
+                FrameType::Exit => {
+                    let exit = frame::ExitStatus::parse(&self.payload).map_err(bad)?;
+                    return Ok(Some(Event::Exit(exit.status)));
+                }
+                FrameType::Control => {
+                    if let Some(event) = control_event(&self.payload) {
+                        return Ok(Some(event));
+                    }
+                }
+                // Only sent towards a command.
+                FrameType::Stdin | FrameType::Resize | FrameType::Signal | FrameType::Request => {}
+            }
+        }
+    }
+}
+
+impl AsFd for Session {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.reader.get_ref().as_fd()
+    }
+}
+
+/// What a CONTROL frame means to a caller, if anything: a report of a VMM, or a
+/// reply of the agent.
+fn control_event(payload: &[u8]) -> Option<Event<'static>> {
+    if let Ok(report) = serde_json::from_slice(payload) {
+        return Some(match report {
+            Report::Phase(phase) => Event::Phase(phase),
+            Report::Started { pid } => Event::Started { pid },
+            Report::Ended(exit) => Event::Ended(exit),
+        });
+    }
+    match serde_json::from_slice(payload) {
+        Ok(ExecReply::Started { pid }) => Some(Event::Started { pid }),
+        Ok(ExecReply::Hello(_)) => None,
+        Err(error) => {
+            tracing::debug!(%error, "skipped a message of another version");
+            None
+        }
+    }
+}
+
+/// `Ok(false)` when the stream ends before the first byte.
+fn read_exact_or_end(reader: &mut impl io::Read, buffer: &mut [u8]) -> io::Result<bool> {
+    let mut filled = 0;
+    while let Some(rest) = buffer.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+        match reader.read(rest) {
+            Ok(0) if filled == 0 => return Ok(false),
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(count) => filled += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            // A peer that closes with input of ours unread resets the stream,
+            // after everything it had to say.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset && filled == 0 => {
+                return Ok(false);
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(true)
+}
+
+/// The direction towards a command. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct SessionWriter {
+    stream: Arc<Mutex<UnixStream>>,
+}
+
+impl SessionWriter {
+    pub(crate) fn send(&self, kind: FrameType, payload: &[u8]) -> io::Result<()> {
+        let mut bytes = Vec::with_capacity(HEADER_LEN + payload.len());
+        frame::encode(kind, payload, &mut bytes)
+            .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
+        // A frame is written whole or the stream is broken anyway.
+        let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        stream.write_all(&bytes)
+    }
+
+    pub(crate) fn send_json(&self, kind: FrameType, message: &impl Serialize) -> io::Result<()> {
+        self.send(kind, &serde_json::to_vec(message)?)
+    }
+
+    /// Sends bytes to the command's standard input. Blocks while it does not read.
+    ///
+    /// # Errors
+    /// The command or the VM is gone.
+    pub fn write_stdin(&self, bytes: &[u8]) -> io::Result<()> {
+        // An empty frame would mean the end.
+        bytes
+            .chunks(BULK_PAYLOAD)
+            .try_for_each(|chunk| self.send(FrameType::Stdin, chunk))
+    }
+
+    /// Ends the command's standard input.
+    ///
+    /// # Errors
+    /// The command or the VM is gone.
+    pub fn close_stdin(&self) -> io::Result<()> {
+        self.send(FrameType::Stdin, &[])
+    }
+
+    /// Tells the command's terminal its new size.
+    ///
+    /// # Errors
+    /// The command or the VM is gone.
+    pub fn resize(&self, columns: u16, rows: u16) -> io::Result<()> {
+        self.send(FrameType::Resize, &frame::resize_payload(columns, rows))
+    }
+
+    /// Signals the command. Waits its turn behind input that was sent before.
+    ///
+    /// # Errors
+    /// The command or the VM is gone.
+    pub fn signal(&self, signal: u8) -> io::Result<()> {
+        self.send(FrameType::Signal, &[signal])
+    }
+
+    /// Closes the connection in both directions; a waiting
+    /// [`Session::next_event`] returns.
+    pub fn hang_up(&self) {
+        // Not behind the lock: a blocked writer is to be woken, too.
+        if let Ok(stream) = self.stream.try_lock() {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
+}
+
+/// [`SessionWriter`]'s standard input as a writer; ends the input when dropped.
+#[derive(Debug)]
+pub struct Stdin {
+    writer: SessionWriter,
+}
+
+impl Stdin {
+    /// Takes responsibility for the command's standard input.
+    #[must_use]
+    pub fn new(writer: SessionWriter) -> Self {
+        Self { writer }
+    }
+}
+
+impl Write for Stdin {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let chunk = bytes.get(..BULK_PAYLOAD).unwrap_or(bytes);
+        self.writer.write_stdin(chunk)?;
+        Ok(chunk.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Drop for Stdin {
+    fn drop(&mut self) {
+        // A command that is gone needs no end of input.
+        let _ = self.writer.close_stdin();
+    }
+}
+
+/// Everything a command wrote, and how it ended.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Output {
+    /// Exit status; 128+n when signal n ended it.
+    pub status: u32,
+    /// Standard output.
+    pub stdout: Vec<u8>,
+    /// Standard error.
+    pub stderr: Vec<u8>,
+}
+
+impl Session {
+    /// Collects output until the command ends.
+    ///
+    /// # Errors
+    /// The connection failed, or ended before the command did.
+    pub fn output(mut self) -> io::Result<Output> {
+        let mut output = Output::default();
+        while let Some(event) = self.next_event()? {
+            match event {
+                Event::Stdout(bytes) => output.stdout.extend_from_slice(bytes),
+                Event::Stderr(bytes) => output.stderr.extend_from_slice(bytes),
+                Event::Error(text) => output.stderr.extend_from_slice(text.as_bytes()),
+                Event::Exit(status) => {
+                    output.status = status;
+                    return Ok(output);
+                }
+                Event::Ended(exit) => {
+                    output.status = exit.status;
+                    return Ok(output);
+                }
+                Event::Started { .. } | Event::Phase(_) => {}
+            }
+        }
+        Err(io::Error::new(
+            io::ErrorKind::UnexpectedEof,
+            "the VM ended before the command did",
+        ))
+    }
+}

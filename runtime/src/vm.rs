@@ -1,0 +1,407 @@
+//! A virtual machine, seen by its owner.
+
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::process::Child;
+use std::time::Duration;
+
+use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use serde::Serialize;
+
+use crate::Error;
+use crate::control::Control;
+use crate::exec::ExecBuilder;
+use crate::home::Home;
+use crate::launch::{ControlAnswer, ControlCall, Stage, Status};
+use crate::logs::Logs;
+use crate::record::{ExitRecord, Record, RecordError, Records, VmConfig, VmState};
+use crate::session::Session;
+use crate::signal;
+use crate::timings::Phase;
+
+/// How long a VMM may take to end a VM once told to, before it is killed.
+const DESTROY_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A handle to a virtual machine, running or ended. Dropping it leaves the VM
+/// alone.
+#[derive(Debug)]
+pub struct Vm {
+    record: Record,
+    /// Reaps the VMM process, when this process has started it.
+    child: Option<Child>,
+    session: Option<Session>,
+    phases: Vec<Phase>,
+}
+
+/// What [`Vm::inspect`] tells.
+#[derive(Clone, Debug, Serialize)]
+pub struct Inspection {
+    /// What the VM was started with.
+    #[serde(flatten)]
+    pub config: VmConfig,
+    /// What it is doing.
+    pub state: StateView,
+}
+
+/// What a VM is doing, for people and programs to read.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct StateView {
+    /// `starting`, `running`, `paused`, `ending` or `exited`.
+    pub status: &'static str,
+    /// Process identifier of the VMM, while there is one.
+    pub pid: Option<u32>,
+    /// When the workload was started, in nanoseconds since the Unix epoch; 0 if
+    /// it was not.
+    pub started_ns: u64,
+    /// Exit status, once it has ended.
+    pub exit_code: Option<u32>,
+    /// Everything else about its end.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub exit: Option<ExitRecord>,
+}
+
+impl Vm {
+    pub(crate) fn started(
+        record: Record,
+        child: Child,
+        session: Option<Session>,
+        phases: Vec<Phase>,
+    ) -> Self {
+        Self {
+            record,
+            child: Some(child),
+            session,
+            phases,
+        }
+    }
+
+    /// The VM with this name, identifier, or unambiguous prefix of one.
+    ///
+    /// # Errors
+    /// There is none, or several.
+    pub fn find(home: &Home, query: &str) -> Result<Self, Error> {
+        Ok(Self::from_record(Records::open(home)?.find(query)?))
+    }
+
+    /// All VMs, newest first, after cleaning up after those that died.
+    ///
+    /// # Errors
+    /// The records cannot be read.
+    pub fn list(home: &Home) -> Result<Vec<Self>, Error> {
+        let records = Records::open(home)?;
+        records.sweep()?;
+        Ok(records.list()?.into_iter().map(Self::from_record).collect())
+    }
+
+    fn from_record(record: Record) -> Self {
+        Self {
+            record,
+            child: None,
+            session: None,
+            phases: Vec::new(),
+        }
+    }
+
+    /// Its identifier.
+    #[must_use]
+    pub fn id(&self) -> &crate::id::VmId {
+        &self.record.config().id
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.record.config().name
+    }
+
+    /// What it was started with.
+    #[must_use]
+    pub fn config(&self) -> &VmConfig {
+        self.record.config()
+    }
+
+    /// When each phase of its start was complete, as far as this handle saw.
+    #[must_use]
+    pub fn phases(&self) -> &[Phase] {
+        &self.phases
+    }
+
+    /// The session with the workload, for a VM that was started attached. Only
+    /// the first call returns it; dropping it detaches.
+    pub fn take_session(&mut self) -> Option<Session> {
+        self.session.take()
+    }
+
+    /// Becomes a client of the workload: its output from now on and, with
+    /// `stdin`, its input.
+    ///
+    /// # Errors
+    /// It is not running.
+    pub fn attach(&self, stdin: bool) -> Result<Session, Error> {
+        self.control()?.attach(stdin)
+    }
+
+    fn control(&self) -> Result<Control, Error> {
+        Control::connect(&self.record)
+    }
+
+    fn call(&self, call: &ControlCall) -> Result<ControlAnswer, Error> {
+        self.control()?.call(call)
+    }
+
+    /// Whether it runs, and how it ended if not.
+    ///
+    /// # Errors
+    /// Its record cannot be read.
+    pub fn state(&self) -> Result<VmState, Error> {
+        Ok(self.record.state()?)
+    }
+
+    /// What a running VM is doing.
+    ///
+    /// # Errors
+    /// It is not running, or does not answer.
+    pub fn status(&self) -> Result<Status, Error> {
+        match self.call(&ControlCall::Status)? {
+            ControlAnswer::Status(status) => Ok(status),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Everything about it.
+    ///
+    /// # Errors
+    /// Its record cannot be read.
+    pub fn inspect(&self) -> Result<Inspection, Error> {
+        let state = match self.state()? {
+            VmState::Exited(exit) => StateView {
+                status: "exited",
+                started_ns: exit.started_ns,
+                exit_code: Some(exit.status),
+                exit: Some(exit),
+                ..StateView::default()
+            },
+            VmState::Running => match self.status() {
+                Ok(status) => StateView {
+                    status: match status.stage {
+                        _ if status.paused => "paused",
+                        Stage::Starting => "starting",
+                        Stage::Running => "running",
+                        Stage::Ending => "ending",
+                    },
+                    pid: Some(status.vmm_pid),
+                    started_ns: status.started_ns,
+                    ..StateView::default()
+                },
+                // Too early or too late to answer.
+                Err(_) => StateView {
+                    status: "starting",
+                    ..StateView::default()
+                },
+            },
+        };
+        Ok(Inspection {
+            config: self.config().clone(),
+            state,
+        })
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// It removed itself at its end before anybody could be told.
+    pub fn wait(&mut self) -> Result<ExitRecord, Error> {
+        // Nobody reads the session any more, so it must not hold up the workload.
+        self.session = None;
+        if let Ok(mut control) = self.control() {
+            if let Ok(ControlAnswer::Ended(exit)) = control.call_and_wait(&ControlCall::Wait) {
+                return Ok(exit);
+            }
+        }
+        self.record.wait_until_dead()?;
+        match self.record.state()? {
+            VmState::Exited(exit) => Ok(exit),
+            VmState::Running => Err(Error::Refused(format!(
+                "VM \"{}\" does not tell its exit status",
+                self.name()
+            ))),
+        }
+    }
+
+    /// Asks the workload to end, and waits until the VM has: its stop signal,
+    /// then SIGKILL after `grace` (the VM's own setting when `None`).
+    ///
+    /// # Errors
+    /// It does not answer. A VM that has ended already is no error.
+    pub fn stop(&mut self, grace: Option<Duration>) -> Result<(), Error> {
+        let grace_ms = grace.map(|grace| u64::try_from(grace.as_millis()).unwrap_or(u64::MAX));
+        let mut control = match self.control() {
+            Ok(control) => control,
+            Err(Error::NotRunning(_)) => return self.ended_or(crate::control::not_running),
+            Err(error) => return Err(error),
+        };
+        control.call(&ControlCall::Stop { grace_ms })?;
+        // The answer, or the end of the connection: both mean it has ended.
+        let _ = control.call_and_wait(&ControlCall::Wait);
+        Ok(())
+    }
+
+    fn ended_or(&self, error: impl Fn(&Record) -> Error) -> Result<(), Error> {
+        match self.record.state() {
+            Ok(VmState::Exited(_)) => Ok(()),
+            _ => Err(error(&self.record)),
+        }
+    }
+
+    /// Signals the workload's main process.
+    ///
+    /// # Errors
+    /// It is not running.
+    pub fn kill(&self, signal: u8) -> Result<(), Error> {
+        self.call(&ControlCall::Signal { signal }).map(drop)
+    }
+
+    /// Holds all vCPUs.
+    ///
+    /// # Errors
+    /// It is not running.
+    pub fn pause(&self) -> Result<(), Error> {
+        self.call(&ControlCall::Pause).map(drop)
+    }
+
+    /// Lets the vCPUs run again.
+    ///
+    /// # Errors
+    /// It is not running.
+    pub fn resume(&self) -> Result<(), Error> {
+        self.call(&ControlCall::Resume).map(drop)
+    }
+
+    /// Usage figures of the guest.
+    ///
+    /// # Errors
+    /// It is not running, or its agent does not answer.
+    pub fn stats(&self) -> Result<sm_guest_proto::control::GuestStats, Error> {
+        match self.call(&ControlCall::Stats)? {
+            ControlAnswer::Stats(stats) => Ok(stats),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Removes it: its record, its logs. With `force` a running VM is ended
+    /// first, without asking its workload.
+    ///
+    /// # Errors
+    /// It is running and `force` is not set, or files cannot be removed.
+    pub fn remove(&mut self, force: bool) -> Result<(), Error> {
+        if force && self.record.state()? == VmState::Running {
+            self.destroy()?;
+        }
+        match self.record.remove() {
+            // It removed itself at its end.
+            Err(RecordError::NotFound(_)) if force => Ok(()),
+            other => Ok(other?),
+        }
+    }
+
+    fn destroy(&mut self) -> Result<(), Error> {
+        let mut control = match self.control() {
+            Ok(control) => control,
+            // It is starting or ending; its lock will tell.
+            Err(Error::NotRunning(_)) => return Ok(self.record.wait_until_dead()?),
+            Err(error) => return Err(error),
+        };
+        let operation = "end the VM's process";
+        let vmm = |source: io::Error| Error::Vmm { operation, source };
+        let pid = control.peer_pid().map_err(vmm)?;
+        // While the connection stands, the number is that process's.
+        let process = pidfd_open(pid, PidfdFlags::empty()).map_err(|e| vmm(e.into()))?;
+        let asked = control.call(&ControlCall::Destroy);
+        let timeout = rustix::event::Timespec {
+            tv_sec: i64::try_from(DESTROY_TIMEOUT.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: 0,
+        };
+        let mut fds = [rustix::event::PollFd::new(
+            &process,
+            rustix::event::PollFlags::IN,
+        )];
+        let ended = asked.is_ok()
+            && rustix::io::retry_on_intr(|| rustix::event::poll(&mut fds, Some(&timeout)))
+                .is_ok_and(|ready| ready > 0);
+        if !ended {
+            tracing::warn!(vm = self.name(), "killing a VMM that does not answer");
+            pidfd_send_signal(&process, Signal::KILL).map_err(|e| vmm(e.into()))?;
+        }
+        Ok(self.record.wait_until_dead()?)
+    }
+
+    /// A command to run next to the workload.
+    pub fn exec<I, S>(&self, command: I) -> ExecBuilder
+    where
+        I: IntoIterator<Item = S>,
+        S: Into<String>,
+    {
+        let command = command.into_iter().map(Into::into).collect();
+        ExecBuilder::new(self.record.clone(), command)
+    }
+
+    /// What the workload wrote.
+    ///
+    /// # Errors
+    /// The log cannot be read.
+    pub fn logs(&self) -> Result<Logs, Error> {
+        Logs::open(self.record.clone())
+    }
+
+    /// Path of the guest's console log.
+    #[must_use]
+    pub fn console_log(&self) -> std::path::PathBuf {
+        self.record.directory().join(crate::record::CONSOLE)
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        let Some(mut child) = self.child.take() else {
+            return;
+        };
+        if !matches!(child.try_wait(), Ok(None)) {
+            return;
+        }
+        // The VM outlives its handle. Its process must still be reaped when it
+        // ends, or a long-lived caller would collect zombies.
+        let reaper = std::thread::Builder::new()
+            .name("sm-reaper".to_owned())
+            .stack_size(64 * 1024)
+            .spawn(move || child.wait());
+        if let Err(error) = reaper {
+            tracing::warn!(%error, "a VMM process will not be reaped");
+        }
+    }
+}
+
+fn unexpected(answer: &ControlAnswer) -> Error {
+    Error::Refused(format!("the VM's process answered {answer:?}"))
+}
+
+/// SIGKILL, for [`Vm::kill`].
+pub const SIGKILL: u8 = signal::KILL;
+
+/// Connects to the exec socket of a VM.
+pub(crate) fn connect_exec(record: &Record) -> Result<UnixStream, Error> {
+    match UnixStream::connect(record.exec_socket()) {
+        Ok(stream) => Ok(stream),
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+            ) =>
+        {
+            Err(crate::control::not_running(record))
+        }
+        Err(source) => Err(Error::Vmm {
+            operation: "connect to the VM's exec socket",
+            source,
+        }),
+    }
+}

@@ -1,0 +1,90 @@
+//! The control connection to the agent: requests in order, replies in order.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::unix::net::UnixStream;
+
+use sm_guest_proto::PROTOCOL_VERSION;
+use sm_guest_proto::control::{ControlReply, ControlRequest};
+use sm_guest_proto::exec::Hello;
+use sm_guest_proto::frame::FrameType;
+
+use super::conn::Conn;
+
+/// What an outstanding request was for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// Agree on a version.
+    Hello,
+    /// Give the guest an identity.
+    Refresh,
+    /// Mount the root.
+    AttachRoot,
+    /// Find out whether memory ran out.
+    OomCheck,
+    /// Signal the workload. (Not on the workload's own stream, where a signal
+    /// would wait behind input that the workload does not read.)
+    Signal,
+    /// Answer a client's request for figures.
+    Stats {
+        /// The client.
+        client: u64,
+    },
+}
+
+/// The agent's control connection.
+#[derive(Debug)]
+pub(crate) struct AgentLink {
+    pub(crate) conn: Conn,
+    pending: VecDeque<Purpose>,
+}
+
+impl AgentLink {
+    /// Takes over a stream and says hello.
+    pub(crate) fn new(stream: UnixStream) -> io::Result<Self> {
+        let mut link = Self {
+            conn: Conn::new(stream)?,
+            pending: VecDeque::new(),
+        };
+        let hello = Hello {
+            protocol: PROTOCOL_VERSION,
+        };
+        link.ask(Purpose::Hello, &ControlRequest::Hello(hello));
+        Ok(link)
+    }
+
+    /// Queues a request.
+    pub(crate) fn ask(&mut self, purpose: Purpose, request: &ControlRequest) {
+        self.pending.push_back(purpose);
+        self.conn.queue_json(FrameType::Control, request);
+    }
+
+    /// Queues a signal for the workload's main process.
+    pub(crate) fn signal_main(&mut self, signal: u8) {
+        self.ask(Purpose::Signal, &ControlRequest::SignalMain { signal });
+    }
+
+    /// The next reply that has arrived, with what it answers.
+    ///
+    /// # Errors
+    /// The agent does not keep to the protocol; a clause.
+    pub(crate) fn next_reply(&mut self) -> Result<Option<(Purpose, ControlReply)>, String> {
+        let frame = match self.conn.decoder.next_frame() {
+            Ok(Some(frame)) => frame,
+            Ok(None) => return Ok(None),
+            Err(error) => return Err(error.to_string()),
+        };
+        let reply = match frame.kind {
+            FrameType::Control => serde_json::from_slice(frame.payload)
+                .map_err(|error| format!("a reply that does not parse ({error})"))?,
+            FrameType::Error => ControlReply::Error {
+                message: String::from_utf8_lossy(frame.payload).into_owned(),
+            },
+            other => return Err(format!("an unexpected {other:?} frame")),
+        };
+        match self.pending.pop_front() {
+            Some(purpose) => Ok(Some((purpose, reply))),
+            None => Err("a reply that answers nothing".to_owned()),
+        }
+    }
+}

@@ -1,0 +1,35 @@
+//! The VMM process: one machine and its supervisor.
+//!
+//! Started by [`crate::run`] as `PROGRAM __vmm SHORT_ID`, with the launch stream
+//! as standard input. The first message on it is the whole request; everything
+//! after that is reports and, for an attached launcher, the workload's session.
+
+mod agent;
+mod conn;
+mod guest;
+mod machine;
+mod process;
+mod supervisor;
+
+/// The hidden subcommand that makes a program the VMM.
+pub(crate) const SUBCOMMAND: &str = "__vmm";
+
+/// Becomes a VMM, and does not return, if this process was started as one.
+///
+/// A program that starts VMs through this library calls it first thing in
+/// `main`, before any thread is started; it costs nothing otherwise.
+pub fn run_vmm_if_asked() {
+    let asked = std::env::args_os()
+        .nth(1)
+        .is_some_and(|argument| argument == SUBCOMMAND);
+    if asked {
+        // Whatever still holds on to the machine goes with the process.
+        std::process::exit(match process::main() {
+            Ok(()) => 0,
+            Err(error) => {
+                tracing::error!(%error, "the VM's process failed");
+                1
+            }
+        });
+    }
+}

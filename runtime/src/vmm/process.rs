@@ -1,0 +1,177 @@
+//! From the launch request to a supervised machine.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use rustix::fs::Mode;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use sm_guest_proto::frame::{self, ExitStatus, FrameDecoder, FrameType};
+
+use super::guest::dial_channel;
+use super::supervisor::{Parts, Supervisor};
+use crate::fdpass;
+use crate::home::Home;
+use crate::launch::{LaunchRequest, Report};
+use crate::output_log::{LogWriter, ROTATE_AT, unix_nanos};
+use crate::record::{CONSOLE, ExitReason, ExitRecord, Record, Records};
+use crate::timings::Phase;
+
+/// Runs a VM from its launch request to its end.
+pub(super) fn main() -> io::Result<()> {
+    let launcher = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
+    log_to_stderr();
+    // Away from the launcher's terminal and directory; nothing that follows
+    // makes files for others.
+    let _ = rustix::process::setsid();
+    let _ = rustix::process::chdir("/");
+    rustix::process::umask(Mode::from_raw_mode(0o077));
+    let terminate = terminate_stream()?;
+
+    let (request, lock) = receive_request(&launcher)?;
+    let record = open_record(&request)?;
+    let mut phases = request.phases.clone();
+    phases.push(Phase::now("process started"));
+    let request = LaunchRequest { phases, ..request };
+
+    match assemble(request, &record, lock, &launcher, terminate) {
+        Ok(supervisor) => supervisor.run(),
+        Err(message) => {
+            tracing::error!(message, "the VM cannot be started");
+            refuse(launcher, message);
+            // The launcher has the reason; an empty record helps nobody.
+            record.erase().map_err(io::Error::other)
+        }
+    }
+}
+
+fn log_to_stderr() {
+    let subscriber = tracing_subscriber::fmt()
+        .with_writer(io::stderr)
+        .with_ansi(false)
+        .with_max_level(tracing::Level::INFO)
+        .finish();
+    // A program that has set one already keeps it.
+    let _ = tracing::subscriber::set_global_default(subscriber);
+}
+
+/// Becomes readable when this process is asked to terminate.
+fn terminate_stream() -> io::Result<UnixStream> {
+    let (reader, writer) = UnixStream::pair()?;
+    signal_hook::low_level::pipe::register(SIGTERM, writer.try_clone()?)?;
+    signal_hook::low_level::pipe::register(SIGINT, writer)?;
+    // The end of the launcher's terminal is no reason to end.
+    signal_hook::flag::register(SIGHUP, Arc::new(AtomicBool::new(false)))?;
+    Ok(reader)
+}
+
+fn receive_request(launcher: &UnixStream) -> io::Result<(LaunchRequest, File)> {
+    let bad = |what: &'static str| io::Error::new(io::ErrorKind::InvalidData, what);
+    let mut decoder = FrameDecoder::new();
+    let mut fds: Vec<OwnedFd> = Vec::new();
+    let mut buffer = vec![0; 64 * 1024];
+    loop {
+        let count = fdpass::receive(launcher, &mut buffer, &mut fds)?;
+        if count == 0 {
+            return Err(bad("the launcher went away"));
+        }
+        decoder.push(buffer.get(..count).unwrap_or_default());
+        let frame = decoder.next_frame().map_err(io::Error::other)?;
+        let Some(frame) = frame else { continue };
+        if frame.kind != FrameType::Request {
+            return Err(bad("the launcher did not send a request"));
+        }
+        let request: LaunchRequest = serde_json::from_slice(frame.payload)?;
+        if request.version != env!("CARGO_PKG_VERSION") {
+            return Err(bad("the launcher is of another version"));
+        }
+        return match fds.pop() {
+            Some(lock) => Ok((request, File::from(lock))),
+            None => Err(bad("the launcher did not send the record's lock")),
+        };
+    }
+}
+
+fn open_record(request: &LaunchRequest) -> io::Result<Record> {
+    let home = Home::new(&request.data, &request.run, &request.cache);
+    let records = Records::open(&home).map_err(io::Error::other)?;
+    Ok(records.record(request.config.clone()))
+}
+
+/// Makes everything a supervisor needs.
+///
+/// # Errors
+/// A sentence, with its causes, for the person who started the VM.
+fn assemble(
+    request: LaunchRequest,
+    record: &Record,
+    lock: File,
+    launcher: &UnixStream,
+    terminate: UnixStream,
+) -> Result<Supervisor<super::machine::RunningMachine>, String> {
+    let io_error = |what: &'static str| move |error: io::Error| format!("cannot {what}: {error}");
+    let console = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .open(record.directory().join(CONSOLE))
+        .map_err(io_error("create the console log"))?;
+    let log = LogWriter::create(record.directory(), ROTATE_AT)
+        .map_err(io_error("create the output log"))?;
+    // The directory is private, so nobody can connect before or besides us.
+    let listener = UnixListener::bind(record.control_socket())
+        .map_err(io_error("create the control socket"))?;
+    let (dialed, dials) = dial_channel().map_err(io_error("create an event descriptor"))?;
+    let (guest, phases) = super::machine::start(&request, record, console, dialed)?;
+    let mut request = request;
+    request.phases.extend(phases);
+    let launcher = launcher
+        .try_clone()
+        .map_err(io_error("keep the launch stream"))?;
+    Supervisor::new(Parts {
+        guest,
+        dials,
+        request,
+        record: record.clone(),
+        lock,
+        launcher,
+        listener,
+        terminate,
+        log,
+    })
+    .map_err(io_error("supervise the VM"))
+}
+
+/// Tells the launcher why there will be no VM.
+fn refuse(mut launcher: UnixStream, message: String) {
+    let exit = ExitRecord {
+        status: 125,
+        reason: ExitReason::StartFailed,
+        message: Some(message),
+        oom_killed: false,
+        finished_ns: unix_nanos(),
+        started_ns: 0,
+        peak_rss_kib: None,
+        phases: Vec::new(),
+    };
+    let payload = ExitStatus {
+        status: exit.status,
+        peak_rss_kib: None,
+    }
+    .to_payload();
+    let mut bytes = Vec::new();
+    let encoded = frame::encode(FrameType::Exit, &payload, &mut bytes)
+        .map_err(io::Error::other)
+        .and_then(|()| Ok(serde_json::to_vec(&Report::Ended(exit))?))
+        .and_then(|report| {
+            frame::encode(FrameType::Control, &report, &mut bytes).map_err(io::Error::other)
+        });
+    let sent = encoded.and_then(|()| launcher.write_all(&bytes));
+    if let Err(error) = sent {
+        tracing::warn!(%error, "the launcher was not told");
+    }
+}

@@ -1,0 +1,325 @@
+//! The supervisor: one thread that sees a VM through its life.
+//!
+//! It brings the guest from "the agent has dialled" to a running workload, moves
+//! the workload's input and output between guest, log and attached clients,
+//! serves the control socket, and writes down how it ended. Everything it
+//! waits for is a file descriptor or a deadline of one `poll` loop.
+//!
+//! Flow control: output is read from the guest only while every attached
+//! client has room, and input from a client only while the guest has; so a
+//! slow client stalls the workload, as a slow terminal does, and memory stays
+//! bounded. With no client attached, output goes to the log alone.
+
+mod clients;
+mod ending;
+mod guest_side;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use self::clients::Client;
+use super::agent::AgentLink;
+use super::conn::Conn;
+use super::guest::{DialReceiver, Guest};
+use crate::launch::{LaunchRequest, Report, Stage};
+use crate::output_log::LogWriter;
+use crate::record::{ExitRecord, Record};
+use crate::timings::Phase;
+
+/// Everything a supervisor is given.
+pub(crate) struct Parts<G> {
+    pub(crate) guest: G,
+    /// Streams that the agent dials to the host.
+    pub(crate) dials: DialReceiver,
+    pub(crate) request: LaunchRequest,
+    pub(crate) record: Record,
+    /// The record's lock: released when the machine has ended.
+    pub(crate) lock: File,
+    /// The launch stream.
+    pub(crate) launcher: UnixStream,
+    /// The control socket.
+    pub(crate) listener: UnixListener,
+    /// Becomes readable when this process is asked to terminate.
+    pub(crate) terminate: UnixStream,
+    pub(crate) log: LogWriter,
+}
+
+/// What a deadline is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Timer {
+    /// The workload must run by then.
+    Start,
+    /// The workload had its stop signal; SIGKILL is next.
+    StopGrace,
+    /// The workload had SIGKILL; the end of the machine is next.
+    Kill,
+    /// The agent should have said whether memory ran out.
+    OomCheck,
+    /// The guest hung up; its end should be known by now.
+    HangUp,
+    /// The machine should have ended.
+    End,
+}
+
+/// See the module's documentation.
+pub(crate) struct Supervisor<G> {
+    guest: Option<G>,
+    dials: DialReceiver,
+    request: LaunchRequest,
+    record: Record,
+    lock: Option<File>,
+    listener: Option<UnixListener>,
+    terminate: UnixStream,
+    log: Option<LogWriter>,
+    clients: BTreeMap<u64, Client>,
+    next_client: u64,
+    agent: Option<AgentLink>,
+    main: Option<Conn>,
+    /// The request for the workload has been sent; input may follow.
+    main_requested: bool,
+    stage: Stage,
+    paused: bool,
+    phases: Vec<Phase>,
+    started_ns: u64,
+    had_output: bool,
+    /// A sentence from the agent about why the workload did not start.
+    start_error: Option<String>,
+    /// The workload's end, while it is being looked into.
+    provisional: Option<ExitRecord>,
+    /// The VM's end.
+    ended: Option<ExitRecord>,
+    timers: Vec<(Timer, Instant)>,
+}
+
+/// What a descriptor in the poll set stands for.
+#[derive(Clone, Copy, Debug)]
+enum Source {
+    Dial,
+    GuestEnd,
+    Terminate,
+    Listener,
+    Agent,
+    Main,
+    Client(u64),
+}
+
+impl<G: Guest> Supervisor<G> {
+    pub(crate) fn new(parts: Parts<G>) -> io::Result<Self> {
+        parts.listener.set_nonblocking(true)?;
+        parts.terminate.set_nonblocking(true)?;
+        let launcher = Client::launcher(parts.launcher, &parts.request)?;
+        let mut supervisor = Self {
+            guest: Some(parts.guest),
+            dials: parts.dials,
+            record: parts.record,
+            lock: Some(parts.lock),
+            listener: Some(parts.listener),
+            terminate: parts.terminate,
+            log: Some(parts.log),
+            clients: BTreeMap::new(),
+            next_client: 0,
+            agent: None,
+            main: None,
+            main_requested: false,
+            stage: Stage::Starting,
+            paused: false,
+            phases: parts.request.phases.clone(),
+            started_ns: 0,
+            had_output: false,
+            start_error: None,
+            provisional: None,
+            ended: None,
+            timers: Vec::new(),
+            request: parts.request,
+        };
+        let timeout = Duration::from_millis(supervisor.request.start_timeout_ms);
+        supervisor.set_timer(Timer::Start, timeout);
+        supervisor.add_client(launcher);
+        Ok(supervisor)
+    }
+
+    /// Runs until the VM has ended and every client has been told.
+    ///
+    /// # Errors
+    /// Waiting itself failed; the record then says that the VM was lost.
+    pub(crate) fn run(mut self) -> io::Result<()> {
+        while !self.is_finished() {
+            for (source, flags) in self.wait()? {
+                self.handle(source, flags);
+            }
+            self.fire_timers();
+            self.pump_agent();
+            self.pump_main();
+            self.pump_clients();
+            self.flush();
+        }
+        Ok(())
+    }
+
+    fn is_finished(&self) -> bool {
+        self.guest.is_none() && self.clients.is_empty()
+    }
+
+    /// Waits for descriptors or the next deadline. Descriptors of which nothing
+    /// is wanted are left out, so that a peer's hang-up cannot spin the loop.
+    fn wait(&self) -> io::Result<Vec<(Source, PollFlags)>> {
+        let mut sources = Vec::new();
+        let mut fds = Vec::new();
+        let mut add = |source, fd| {
+            sources.push(source);
+            fds.push(fd);
+        };
+        if let Some(guest) = &self.guest {
+            let fd = PollFd::from_borrowed_fd(guest.end_event(), PollFlags::IN);
+            add(Source::GuestEnd, fd);
+            let fd = PollFd::from_borrowed_fd(self.dials.fd(), PollFlags::IN);
+            add(Source::Dial, fd);
+            add(
+                Source::Terminate,
+                PollFd::new(&self.terminate, PollFlags::IN),
+            );
+        }
+        if let Some(listener) = &self.listener {
+            add(Source::Listener, PollFd::new(listener, PollFlags::IN));
+        }
+        if let Some(agent) = &self.agent {
+            let flags = interest(true, agent.conn.unsent() > 0);
+            add(
+                Source::Agent,
+                PollFd::from_borrowed_fd(agent.conn.fd(), flags),
+            );
+        }
+        if let Some(main) = &self.main {
+            let flags = interest(self.clients_have_room(), main.unsent() > 0);
+            if !flags.is_empty() {
+                add(Source::Main, PollFd::from_borrowed_fd(main.fd(), flags));
+            }
+        }
+        for (&id, client) in &self.clients {
+            if let Some(flags) = self.client_interest(client) {
+                let fd = PollFd::from_borrowed_fd(client.conn.fd(), flags);
+                add(Source::Client(id), fd);
+            }
+        }
+        let timeout = self.next_deadline().map(|deadline| {
+            let left = deadline.saturating_duration_since(Instant::now());
+            Timespec {
+                tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
+                tv_nsec: left.subsec_nanos().into(),
+            }
+        });
+        match poll(&mut fds, timeout.as_ref()) {
+            Ok(_) => {}
+            Err(rustix::io::Errno::INTR) => return Ok(Vec::new()),
+            Err(errno) => return Err(errno.into()),
+        }
+        Ok(sources
+            .into_iter()
+            .zip(fds.iter().map(PollFd::revents))
+            .filter(|(_, flags)| !flags.is_empty())
+            .collect())
+    }
+
+    fn handle(&mut self, source: Source, flags: PollFlags) {
+        let input = PollFlags::IN | PollFlags::HUP | PollFlags::ERR;
+        match source {
+            Source::GuestEnd => self.guest_ended(),
+            Source::Dial => {
+                self.dials.clear();
+                while let Some(stream) = self.dials.next() {
+                    self.agent_dialed(stream);
+                }
+            }
+            Source::Terminate => {
+                // Drained, or it would stay readable.
+                let _ = self.terminate.read(&mut [0; 16]);
+                self.stop(None);
+            }
+            Source::Listener => self.accept(),
+            Source::Agent if flags.intersects(input) => {
+                if let Some(agent) = &mut self.agent {
+                    agent.conn.read();
+                }
+            }
+            Source::Main if flags.intersects(input) => {
+                if let Some(main) = &mut self.main {
+                    main.read();
+                }
+            }
+            Source::Client(id) if flags.intersects(input) => self.client_ready(id, flags),
+            // Ready for writing only: flushing follows.
+            Source::Agent | Source::Main | Source::Client(_) => {}
+        }
+    }
+
+    /// Writes out what can be written; whoever refuses is dropped.
+    fn flush(&mut self) {
+        if let Some(agent) = &mut self.agent {
+            // Its end shows when it is read from.
+            let _ = agent.conn.flush();
+        }
+        if let Some(main) = &mut self.main {
+            let _ = main.flush();
+        }
+        let gone: Vec<u64> = self
+            .clients
+            .iter_mut()
+            .filter_map(|(&id, client)| {
+                let alive = client.conn.flush().is_ok();
+                (!alive || client.is_done()).then_some(id)
+            })
+            .collect();
+        for id in gone {
+            self.drop_client(id);
+        }
+    }
+
+    fn set_timer(&mut self, timer: Timer, after: Duration) {
+        self.clear_timer(timer);
+        // A time beyond what the clock can express is no deadline at all.
+        if let Some(at) = Instant::now().checked_add(after) {
+            self.timers.push((timer, at));
+        }
+    }
+
+    fn clear_timer(&mut self, timer: Timer) {
+        self.timers.retain(|(other, _)| *other != timer);
+    }
+
+    fn next_deadline(&self) -> Option<Instant> {
+        self.timers.iter().map(|(_, at)| *at).min()
+    }
+
+    fn fire_timers(&mut self) {
+        let now = Instant::now();
+        let due: Vec<Timer> = self
+            .timers
+            .extract_if(.., |(_, at)| *at <= now)
+            .map(|(timer, _)| timer)
+            .collect();
+        for timer in due {
+            self.timer_fired(timer);
+        }
+    }
+
+    /// Notes that a phase is complete, and tells the clients.
+    fn reach(&mut self, name: &str) {
+        let phase = Phase::now(name);
+        self.phases.push(phase.clone());
+        self.report(&Report::Phase(phase));
+    }
+}
+
+fn interest(read: bool, write: bool) -> PollFlags {
+    let mut flags = PollFlags::empty();
+    flags.set(PollFlags::IN, read);
+    flags.set(PollFlags::OUT, write);
+    flags
+}

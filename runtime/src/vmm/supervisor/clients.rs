@@ -1,0 +1,384 @@
+//! Attached clients and the control socket.
+
+use std::io;
+use std::os::unix::net::UnixStream;
+
+use rustix::event::PollFlags;
+use sm_guest_proto::frame::FrameType;
+
+use super::{Supervisor, Timer, interest};
+use crate::launch::{ControlAnswer, ControlCall, LaunchRequest, Report, Stage, Status};
+use crate::vmm::agent::Purpose;
+use crate::vmm::conn::Conn;
+use crate::vmm::guest::Guest;
+
+/// Most clients served at once; more wait in the socket's backlog.
+const MAX_CLIENTS: usize = 64;
+
+/// What a connection is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    /// It may make control calls.
+    Control,
+    /// It wants to hear how the VM ends.
+    Waiting,
+    /// The launcher of a detached VM: hears reports until the workload runs.
+    Launcher,
+    /// It gets the workload's output, and gives input if `stdin`.
+    Attached {
+        stdin: bool,
+        /// It is the launcher; losing it before the start cancels the start.
+        launcher: bool,
+    },
+}
+
+/// A connected client.
+#[derive(Debug)]
+pub(super) struct Client {
+    pub(super) conn: Conn,
+    role: Role,
+    /// Nothing more is to be sent; it goes once everything is.
+    closing: bool,
+    /// It has sent end of file on its STDIN.
+    stdin_ended: bool,
+}
+
+impl Client {
+    pub(super) fn launcher(stream: UnixStream, request: &LaunchRequest) -> io::Result<Self> {
+        let role = if request.attach {
+            Role::Attached {
+                stdin: request.config.workload.stdin,
+                launcher: true,
+            }
+        } else {
+            Role::Launcher
+        };
+        Self::new(stream, role)
+    }
+
+    fn new(stream: UnixStream, role: Role) -> io::Result<Self> {
+        Ok(Self {
+            conn: Conn::new(stream)?,
+            role,
+            closing: false,
+            stdin_ended: false,
+        })
+    }
+
+    pub(super) fn is_done(&self) -> bool {
+        self.closing && self.conn.unsent() == 0
+    }
+
+    fn is_launcher(&self) -> bool {
+        matches!(
+            self.role,
+            Role::Launcher | Role::Attached { launcher: true, .. }
+        )
+    }
+
+    fn is_attached(&self) -> bool {
+        matches!(self.role, Role::Attached { .. })
+    }
+}
+
+impl<G: Guest> Supervisor<G> {
+    pub(super) fn add_client(&mut self, client: Client) {
+        let id = self.next_client;
+        self.next_client += 1;
+        self.clients.insert(id, client);
+    }
+
+    /// Takes one connection; the poll loop comes back for the next.
+    pub(super) fn accept(&mut self) {
+        let Some(listener) = &self.listener else {
+            return;
+        };
+        match listener.accept() {
+            Ok((stream, _)) if self.clients.len() < MAX_CLIENTS => {
+                match Client::new(stream, Role::Control) {
+                    Ok(client) => self.add_client(client),
+                    Err(error) => tracing::warn!(%error, "cannot serve a client"),
+                }
+            }
+            // Closing the stream is the refusal.
+            Ok(_) => tracing::warn!("refused a client: there are too many"),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => tracing::warn!(%error, "cannot accept a client"),
+        }
+    }
+
+    /// Whether every attached client takes more output.
+    pub(super) fn clients_have_room(&self) -> bool {
+        self.clients
+            .values()
+            .all(|client| !client.is_attached() || !client.conn.is_full())
+    }
+
+    /// What to wait for on a client; `None` leaves it out.
+    pub(super) fn client_interest(&self, client: &Client) -> Option<PollFlags> {
+        let write = client.conn.unsent() > 0;
+        let read = !client.conn.ended()
+            && match client.role {
+                Role::Control | Role::Waiting | Role::Launcher => true,
+                Role::Attached { .. } => self.takes_input(),
+            };
+        let flags = interest(read, write);
+        // Before the workload takes input a vanished launcher still matters:
+        // hang-ups are reported without being asked for.
+        let watch_hang_up = client.is_launcher() && self.stage == Stage::Starting;
+        (!flags.is_empty() || watch_hang_up).then_some(flags)
+    }
+
+    /// Whether frames from clients can go to the guest now.
+    fn takes_input(&self) -> bool {
+        match (&self.main, self.stage) {
+            (Some(main), Stage::Starting | Stage::Running) => {
+                self.main_requested && !main.is_full()
+            }
+            // Read and ignored, so that its end is seen.
+            (_, Stage::Ending) => true,
+            (None, _) => false,
+        }
+    }
+
+    pub(super) fn client_ready(&mut self, id: u64, flags: PollFlags) {
+        let takes_input = self.takes_input();
+        let Some(client) = self.clients.get_mut(&id) else {
+            return;
+        };
+        let may_read = takes_input || !client.is_attached();
+        if may_read {
+            client.conn.read();
+        } else if flags.intersects(PollFlags::HUP | PollFlags::ERR) {
+            self.drop_client(id);
+        }
+    }
+
+    /// Handles the frames that have arrived from clients.
+    pub(super) fn pump_clients(&mut self) {
+        let ids: Vec<u64> = self.clients.keys().copied().collect();
+        for id in ids {
+            self.pump_client(id);
+        }
+    }
+
+    fn pump_client(&mut self, id: u64) {
+        loop {
+            let takes_input = self.takes_input();
+            let Some(client) = self.clients.get_mut(&id) else {
+                return;
+            };
+            if client.is_attached() && !takes_input {
+                return;
+            }
+            let ended = client.conn.ended();
+            let frame = match client.conn.decoder.next_frame() {
+                Ok(Some(frame)) => frame,
+                Ok(None) if ended => return self.client_ended(id),
+                Ok(None) => return,
+                Err(error) => {
+                    tracing::warn!(%error, "dropped a client that does not send frames");
+                    return self.drop_client(id);
+                }
+            };
+            match client.role {
+                Role::Attached { stdin, .. } => {
+                    let kind = frame.kind;
+                    let accepted = match kind {
+                        FrameType::Stdin => stdin && !client.stdin_ended,
+                        FrameType::Resize => true,
+                        _ => false,
+                    };
+                    if accepted {
+                        client.stdin_ended |= kind == FrameType::Stdin && frame.payload.is_empty();
+                        if let Some(main) = &mut self.main {
+                            main.queue(kind, frame.payload);
+                        }
+                    } else if let (FrameType::Signal, &[signal]) = (kind, frame.payload) {
+                        self.signal(signal);
+                    }
+                }
+                Role::Control if frame.kind == FrameType::Request => {
+                    let call = serde_json::from_slice(frame.payload);
+                    match call {
+                        Ok(call) => self.call(id, &call),
+                        Err(error) => {
+                            let text = format!("not a request this version knows: {error}");
+                            self.answer(id, &ControlAnswer::Error(text));
+                        }
+                    }
+                }
+                Role::Control | Role::Waiting | Role::Launcher => {}
+            }
+        }
+    }
+
+    /// The client will send nothing more. One that only half-closed still gets
+    /// output; its end shows when it cannot be written to, or when it is polled.
+    fn client_ended(&mut self, id: u64) {
+        let Some(client) = self.clients.get(&id) else {
+            return;
+        };
+        if !client.closing {
+            self.drop_client(id);
+        }
+    }
+
+    /// Forgets a client, with what that means for the VM.
+    pub(super) fn drop_client(&mut self, id: u64) {
+        let Some(client) = self.clients.remove(&id) else {
+            return;
+        };
+        if client.is_launcher() && self.stage == Stage::Starting {
+            // Nobody has learnt of this VM yet, and nobody will.
+            self.request.config.auto_remove = true;
+            self.cancel();
+            return;
+        }
+        // A client that leaves without ending its input ends it by leaving;
+        // on a terminal it merely detaches.
+        let Role::Attached { stdin: true, .. } = client.role else {
+            return;
+        };
+        let last = !self
+            .clients
+            .values()
+            .any(|other| matches!(other.role, Role::Attached { stdin: true, .. }));
+        if last && !client.stdin_ended && !self.request.config.workload.tty {
+            if let Some(main) = &mut self.main {
+                main.queue(FrameType::Stdin, &[]);
+            }
+        }
+    }
+
+    fn call(&mut self, id: u64, call: &ControlCall) {
+        let answer = match *call {
+            ControlCall::Status => ControlAnswer::Status(self.status()),
+            ControlCall::Attach { stdin } => return self.attach(id, stdin),
+            ControlCall::Signal { signal } => self.signal(signal),
+            // Answered first: the end may be at once.
+            ControlCall::Stop { grace_ms } => {
+                self.answer(id, &ControlAnswer::Done);
+                return self.stop(grace_ms);
+            }
+            ControlCall::Destroy => {
+                self.answer(id, &ControlAnswer::Done);
+                return self.destroy("it was removed while it was running");
+            }
+            ControlCall::Pause => self.pause(true),
+            ControlCall::Resume => self.pause(false),
+            ControlCall::Stats => return self.stats(id),
+            ControlCall::Wait => {
+                if let Some(client) = self.clients.get_mut(&id) {
+                    client.role = Role::Waiting;
+                }
+                return;
+            }
+        };
+        self.answer(id, &answer);
+    }
+
+    pub(super) fn answer(&mut self, id: u64, answer: &ControlAnswer) {
+        if let Some(client) = self.clients.get_mut(&id) {
+            client.conn.queue_json(FrameType::Control, answer);
+        }
+    }
+
+    fn status(&self) -> Status {
+        Status {
+            stage: self.stage,
+            paused: self.paused,
+            vmm_pid: std::process::id(),
+            started_ns: self.started_ns,
+            clients: self.clients.values().filter(|c| c.is_attached()).count(),
+        }
+    }
+
+    fn attach(&mut self, id: u64, stdin: bool) {
+        if self.stage == Stage::Ending {
+            let text = "the workload has ended".to_owned();
+            return self.answer(id, &ControlAnswer::Error(text));
+        }
+        self.answer(id, &ControlAnswer::Done);
+        if let Some(client) = self.clients.get_mut(&id) {
+            client.role = Role::Attached {
+                stdin: stdin && self.request.config.workload.stdin,
+                launcher: false,
+            };
+        }
+    }
+
+    fn signal(&mut self, signal: u8) -> ControlAnswer {
+        match (&mut self.agent, self.stage) {
+            (Some(agent), Stage::Running) => {
+                agent.signal_main(signal);
+                ControlAnswer::Done
+            }
+            (_, Stage::Starting) => ControlAnswer::Error("the workload has not started yet".into()),
+            _ => ControlAnswer::Error("the workload has ended".into()),
+        }
+    }
+
+    fn pause(&mut self, pause: bool) -> ControlAnswer {
+        let Some(guest) = &mut self.guest else {
+            return ControlAnswer::Error("the VM has ended".into());
+        };
+        let result = if pause { guest.pause() } else { guest.resume() };
+        match result {
+            Ok(()) => {
+                self.paused = pause;
+                ControlAnswer::Done
+            }
+            Err(text) => ControlAnswer::Error(text),
+        }
+    }
+
+    fn stats(&mut self, id: u64) {
+        match &mut self.agent {
+            Some(agent) => agent.ask(
+                Purpose::Stats { client: id },
+                &sm_guest_proto::control::ControlRequest::Stats,
+            ),
+            None => {
+                let text = "the guest is not ready yet".to_owned();
+                self.answer(id, &ControlAnswer::Error(text));
+            }
+        }
+    }
+
+    /// Tells launcher and attached clients.
+    pub(super) fn report(&mut self, report: &Report) {
+        for client in self.clients.values_mut() {
+            if client.is_launcher() || client.is_attached() {
+                client.conn.queue_json(FrameType::Control, report);
+            }
+        }
+    }
+
+    /// Sends one of the workload's frames to all attached clients.
+    pub(super) fn broadcast(&mut self, kind: FrameType, payload: &[u8]) {
+        for client in self.clients.values_mut().filter(|c| c.is_attached()) {
+            client.conn.queue(kind, payload);
+        }
+    }
+
+    /// The workload runs: a launcher that does not stay attached goes.
+    pub(super) fn release_launcher(&mut self) {
+        self.clear_timer(Timer::Start);
+        for client in self.clients.values_mut() {
+            client.closing |= client.role == Role::Launcher;
+        }
+    }
+
+    /// The last messages have been queued.
+    pub(super) fn close_clients(&mut self) {
+        let ended = self.ended.clone();
+        for client in self.clients.values_mut() {
+            if let (Role::Waiting, Some(exit)) = (client.role, &ended) {
+                let answer = ControlAnswer::Ended(exit.clone());
+                client.conn.queue_json(FrameType::Control, &answer);
+            }
+            client.closing = true;
+        }
+    }
+}

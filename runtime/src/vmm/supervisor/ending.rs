@@ -1,0 +1,282 @@
+//! How a VM ends: stopping, failures, the exit record, the last messages.
+
+use std::fs::File;
+use std::io::{Read as _, Seek as _, SeekFrom};
+use std::path::Path;
+use std::time::Duration;
+
+use sm_guest_proto::control::ControlRequest;
+use sm_guest_proto::frame::{ExitStatus, FrameType};
+
+use super::{Supervisor, Timer};
+use crate::launch::{Report, Stage};
+use crate::output_log::unix_nanos;
+use crate::record::{CONSOLE, ExitReason, ExitRecord};
+use crate::signal;
+use crate::vmm::agent::Purpose;
+use crate::vmm::guest::{Guest, GuestEnd};
+
+/// How long a machine may take to end once asked before the process just exits.
+const END_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long after SIGKILL the workload may take to report its end.
+const KILL_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long the agent may take to say whether memory ran out.
+const OOM_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Exit status of a command that SIGKILL ended.
+const KILLED: u32 = 128 + signal::KILL as u32;
+/// Docker's status for a failure that is not the command's.
+const OUR_FAILURE: u32 = 125;
+
+/// Lines of the guest's console shown with a failure.
+const TAIL_LINES: usize = 12;
+/// Bytes of it looked at.
+const TAIL_BYTES: u64 = 4096;
+
+impl<G: Guest> Supervisor<G> {
+    pub(super) fn timer_fired(&mut self, timer: Timer) {
+        match timer {
+            Timer::Start => {
+                let seconds = self.request.start_timeout_ms / 1000;
+                self.start_failed(format!("the guest was not ready after {seconds} s"));
+            }
+            Timer::StopGrace => {
+                if let Some(agent) = &mut self.agent {
+                    agent.signal_main(signal::KILL);
+                }
+                self.set_timer(Timer::Kill, KILL_TIMEOUT);
+            }
+            Timer::Kill => self.destroy("the workload did not end when it was killed"),
+            Timer::OomCheck => self.oom_checked(false),
+            Timer::HangUp => self.guest_broke("the guest agent hung up"),
+            Timer::End => {
+                tracing::error!("the machine did not end when it was stopped");
+                self.release();
+            }
+        }
+    }
+
+    /// Asks the workload to end: its stop signal now, SIGKILL after the grace.
+    pub(super) fn stop(&mut self, grace_ms: Option<u64>) {
+        match self.stage {
+            Stage::Starting => self.destroy("it was stopped before its workload ran"),
+            Stage::Running => {
+                let stop_signal = self.request.config.workload.stop_signal;
+                if let Some(agent) = &mut self.agent {
+                    agent.signal_main(stop_signal);
+                }
+                let grace = grace_ms.unwrap_or(self.request.config.stop_timeout_ms);
+                self.set_timer(Timer::StopGrace, Duration::from_millis(grace));
+            }
+            Stage::Ending => {}
+        }
+    }
+
+    /// Ends the VM without waiting for its workload.
+    pub(super) fn destroy(&mut self, why: &str) {
+        self.conclude(KILLED, ExitReason::Destroyed, Some(why.to_owned()));
+    }
+
+    /// The launcher went away before the workload ran.
+    pub(super) fn cancel(&mut self) {
+        self.conclude(
+            OUR_FAILURE,
+            ExitReason::StartFailed,
+            Some("the start was cancelled".to_owned()),
+        );
+    }
+
+    pub(super) fn start_failed(&mut self, message: String) {
+        let message = self.with_console(message);
+        self.conclude(OUR_FAILURE, ExitReason::StartFailed, Some(message));
+    }
+
+    /// The guest does not keep to the protocol, or is gone.
+    pub(super) fn guest_broke(&mut self, what: &str) {
+        if self.stage == Stage::Starting {
+            return self.start_failed(what.to_owned());
+        }
+        let message = self.with_console(what.to_owned());
+        self.conclude(OUR_FAILURE, ExitReason::GuestFailed, Some(message));
+    }
+
+    /// The workload has ended by itself.
+    pub(super) fn workload_exited(&mut self, exit: ExitStatus) {
+        self.reach("exit");
+        let reason = match self.stage {
+            Stage::Starting => ExitReason::StartFailed,
+            Stage::Running | Stage::Ending => ExitReason::Workload,
+        };
+        let record = ExitRecord {
+            peak_rss_kib: exit.peak_rss_kib,
+            ..self.exit_record(exit.status, reason, self.start_error.clone())
+        };
+        // SIGKILL that nobody here sent may have been the guest's kernel.
+        let unexplained = exit.status == KILLED
+            && !self
+                .timers
+                .iter()
+                .any(|(timer, _)| matches!(timer, Timer::StopGrace | Timer::Kill));
+        match &mut self.agent {
+            Some(agent) if unexplained => {
+                agent.ask(Purpose::OomCheck, &ControlRequest::Stats);
+                self.provisional = Some(record);
+                self.set_timer(Timer::OomCheck, OOM_TIMEOUT);
+            }
+            _ => self.finish(record),
+        }
+    }
+
+    pub(super) fn oom_checked(&mut self, oom_killed: bool) {
+        let Some(mut record) = self.provisional.take() else {
+            return;
+        };
+        if oom_killed {
+            record.oom_killed = true;
+            record.message = Some(
+                self.with_console(
+                    "the guest ran out of memory and its kernel killed the workload: \
+                 give the VM more with --memory"
+                        .to_owned(),
+                ),
+            );
+        }
+        self.finish(record);
+    }
+
+    /// The machine has ended, asked or not.
+    pub(super) fn guest_ended(&mut self) {
+        let end = self.guest.as_ref().and_then(Guest::end);
+        if self.ended.is_none() {
+            // What the guest sent before it ended still counts; a socket
+            // buffer is all there can be.
+            if let Some(main) = &mut self.main {
+                main.read_available();
+            }
+            self.pump_main();
+        }
+        if let Some(record) = self.provisional.take() {
+            self.finish(record);
+        }
+        if self.ended.is_none() {
+            let what = match end {
+                Some(GuestEnd::Guest(what)) => what,
+                Some(GuestEnd::Stopped) | None => "the machine was stopped".to_owned(),
+            };
+            self.guest_broke(&what);
+        }
+        self.release();
+    }
+
+    fn exit_record(&self, status: u32, reason: ExitReason, message: Option<String>) -> ExitRecord {
+        ExitRecord {
+            status,
+            reason,
+            message,
+            oom_killed: false,
+            finished_ns: unix_nanos(),
+            started_ns: self.started_ns,
+            peak_rss_kib: None,
+            phases: self.phases.clone(),
+        }
+    }
+
+    fn conclude(&mut self, status: u32, reason: ExitReason, message: Option<String>) {
+        let record = self.exit_record(status, reason, message);
+        self.finish(record);
+    }
+
+    /// Writes down how it ended, tells everybody, and has the machine end.
+    ///
+    /// Invariant: nobody hears of the end before it is on disk.
+    fn finish(&mut self, exit: ExitRecord) {
+        if self.ended.is_some() {
+            return;
+        }
+        if let Err(error) = self.record.write_exit(&exit) {
+            tracing::error!(%error, "the exit status is lost");
+        }
+        self.stage = Stage::Ending;
+        self.timers.clear();
+        let payload = ExitStatus {
+            status: exit.status,
+            peak_rss_kib: exit.peak_rss_kib,
+        }
+        .to_payload();
+        self.broadcast(FrameType::Exit, &payload);
+        self.report(&Report::Ended(exit.clone()));
+        self.ended = Some(exit);
+        self.close_clients();
+        self.main = None;
+        self.agent = None;
+        self.listener = None;
+        // The clients should not wait for the machine to be taken apart.
+        self.flush();
+        if let Some(guest) = &mut self.guest {
+            self.timers.extend(
+                std::time::Instant::now()
+                    .checked_add(END_TIMEOUT)
+                    .map(|at| (Timer::End, at)),
+            );
+            guest.stop();
+        }
+    }
+
+    /// Gives back everything the machine had, and the record's lock. Clients
+    /// that have not read everything yet may take their time.
+    fn release(&mut self) {
+        self.guest = None;
+        self.log = None;
+        self.timers.clear();
+        let cleaned = if self.request.config.auto_remove {
+            self.record.erase()
+        } else {
+            self.record.remove_sockets()
+        };
+        if let Err(error) = cleaned {
+            tracing::warn!(%error, "left something behind");
+        }
+        self.lock = None;
+    }
+
+    fn with_console(&self, message: String) -> String {
+        let tail = console_tail(&self.record.directory().join(CONSOLE));
+        if tail.is_empty() {
+            message
+        } else {
+            format!("{message}\nLast lines of the guest's console:\n{tail}")
+        }
+    }
+}
+
+/// The last lines of a console log, indented, without control characters.
+fn console_tail(path: &Path) -> String {
+    let read = || {
+        let mut file = File::open(path)?;
+        let len = file.metadata()?.len();
+        file.seek(SeekFrom::Start(len.saturating_sub(TAIL_BYTES)))?;
+        let mut bytes = Vec::new();
+        file.take(TAIL_BYTES).read_to_end(&mut bytes)?;
+        std::io::Result::Ok(bytes)
+    };
+    let bytes = read().unwrap_or_default();
+    let text = String::from_utf8_lossy(&bytes);
+    let clean = |line: &str| -> String {
+        line.trim_end()
+            .chars()
+            .filter(|c| !c.is_control() || *c == '\t')
+            .collect()
+    };
+    let lines: Vec<String> = text
+        .lines()
+        .map(clean)
+        .filter(|line| !line.is_empty())
+        .collect();
+    let first = lines.len().saturating_sub(TAIL_LINES);
+    let tail: Vec<String> = lines
+        .iter()
+        .skip(first)
+        .map(|line| format!("  {line}"))
+        .collect();
+    tail.join("\n")
+}

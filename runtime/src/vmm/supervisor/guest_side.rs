@@ -1,0 +1,295 @@
+//! The guest's side: from the agent's first word to the workload's last.
+
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use sm_guest_proto::control::{AttachRoot, ControlReply, ControlRequest, Refresh, Upper};
+use sm_guest_proto::exec::{ExecControl, ExecReply, Hello};
+use sm_guest_proto::frame::{self, FrameType};
+use sm_guest_proto::{PROTOCOL_VERSION, port};
+
+use super::{Supervisor, Timer};
+use crate::id::{hex, random};
+use crate::launch::{ControlAnswer, Report, Stage};
+use crate::output_log::{Stream, unix_nanos};
+use crate::vmm::agent::{AgentLink, Purpose};
+use crate::vmm::conn::Conn;
+use crate::vmm::guest::Guest;
+
+/// The root disk in the guest.
+const ROOT_DEVICE: &str = "/dev/vda";
+/// How long the end of the machine may lag behind a hung-up stream.
+const HANG_UP_TIMEOUT: Duration = Duration::from_secs(2);
+
+impl<G: Guest> Supervisor<G> {
+    /// The agent is ready: everything that needs no answer in between is sent
+    /// at once, so that the guest never waits for the host.
+    pub(super) fn agent_dialed(&mut self, stream: UnixStream) {
+        if self.agent.is_some() || self.stage != Stage::Starting {
+            // One conversation at a time; closing the stream is the refusal.
+            return;
+        }
+        self.reach("agent ready");
+        let mut agent = match AgentLink::new(stream) {
+            Ok(agent) => agent,
+            Err(error) => {
+                return self.start_failed(format!("cannot talk to the guest agent: {error}"));
+            }
+        };
+        agent.ask(
+            Purpose::Refresh,
+            &ControlRequest::Refresh(self.fresh_identity()),
+        );
+        agent.ask(
+            Purpose::AttachRoot,
+            &ControlRequest::AttachRoot(self.attach_root()),
+        );
+        self.agent = Some(agent);
+        let exec = self
+            .guest
+            .as_mut()
+            .map(|guest| guest.connect(port::EXEC).and_then(Conn::new));
+        match exec {
+            Some(Ok(mut main)) => {
+                let hello = Hello {
+                    protocol: PROTOCOL_VERSION,
+                };
+                main.queue_json(FrameType::Control, &ExecControl::Hello(hello));
+                self.main = Some(main);
+            }
+            Some(Err(error)) => {
+                self.start_failed(format!("cannot open a stream to the guest: {error}"));
+            }
+            None => {}
+        }
+    }
+
+    fn fresh_identity(&self) -> Refresh {
+        let uuid = || uuid::Uuid::new_v4().to_string();
+        Refresh {
+            epoch: uuid(),
+            entropy: random::<64>().to_vec(),
+            realtime_ns: unix_nanos(),
+            hostname: self.request.config.workload.hostname.clone(),
+            machine_id: hex(&random::<16>()),
+            boot_id: uuid(),
+            mac: None,
+            ..Refresh::default()
+        }
+    }
+
+    fn attach_root(&self) -> AttachRoot {
+        AttachRoot {
+            lower: ROOT_DEVICE.to_owned(),
+            upper: Upper::Tmpfs {
+                size: self.request.upper_size,
+            },
+            hostname: self.request.config.workload.hostname.clone(),
+            extra_hosts: self.request.extra_hosts.clone(),
+            nameservers: self.request.nameservers.clone(),
+            shm_size: self.request.shm_size,
+            read_only: self.request.config.read_only,
+        }
+    }
+
+    /// Handles the agent's replies.
+    pub(super) fn pump_agent(&mut self) {
+        loop {
+            let Some(agent) = &mut self.agent else {
+                return;
+            };
+            match agent.next_reply() {
+                Ok(Some((purpose, reply))) => self.agent_replied(purpose, reply),
+                Ok(None) if agent.conn.ended() => {
+                    self.agent = None;
+                    return self.guest_hung_up();
+                }
+                Ok(None) => return,
+                Err(what) => {
+                    self.agent = None;
+                    return self.guest_broke(&format!("the guest agent sent {what}"));
+                }
+            }
+        }
+    }
+
+    fn agent_replied(&mut self, purpose: Purpose, reply: ControlReply) {
+        match (purpose, reply) {
+            (Purpose::Hello, ControlReply::Hello(hello)) => {
+                if hello.protocol != PROTOCOL_VERSION {
+                    return self.start_failed(format!(
+                        "the guest agent speaks protocol version {}, this program {PROTOCOL_VERSION}: \
+                         build both from the same source",
+                        hello.protocol
+                    ));
+                }
+                tracing::info!(
+                    kernel = hello.kernel,
+                    agent = hello.version,
+                    init_us = hello.init_us,
+                    ready_us = hello.ready_us,
+                    "the agent is ready"
+                );
+                self.guest_times(hello.init_us, hello.ready_us);
+            }
+            (Purpose::Refresh, ControlReply::Refreshed(_) | ControlReply::Done) => {
+                self.reach("identity refreshed");
+            }
+            (Purpose::AttachRoot, ControlReply::Done) => {
+                self.reach("root attached");
+                self.request_workload();
+            }
+            (Purpose::OomCheck, ControlReply::Stats(stats)) => {
+                self.oom_checked(stats.oom_kills > 0);
+            }
+            (Purpose::Signal, ControlReply::Error { message }) => {
+                // Most likely it has just ended.
+                tracing::info!(message, "the workload was not signalled");
+            }
+            (Purpose::Signal, _) => {}
+            (Purpose::OomCheck, _) => self.oom_checked(false),
+            (Purpose::Stats { client }, ControlReply::Stats(stats)) => {
+                self.answer(client, &ControlAnswer::Stats(stats));
+            }
+            (Purpose::Stats { client }, ControlReply::Error { message }) => {
+                self.answer(client, &ControlAnswer::Error(message));
+            }
+            (Purpose::Stats { client }, other) => {
+                let text = format!("the guest answered {other:?}");
+                self.answer(client, &ControlAnswer::Error(text));
+            }
+            (_, ControlReply::Error { message }) => {
+                let what = match purpose {
+                    Purpose::Hello => "agree with the guest agent",
+                    Purpose::Refresh => "give the guest an identity",
+                    _ => "attach the root file system",
+                };
+                self.start_failed(format!("cannot {what}: {message}"));
+            }
+            (purpose, other) => {
+                self.guest_broke(&format!(
+                    "the guest agent answered {purpose:?} with {other:?}"
+                ));
+            }
+        }
+    }
+
+    /// Guest uptimes are placed on the host's time line by counting back from
+    /// the moment the agent was heard of.
+    fn guest_times(&mut self, init_us: u64, ready_us: u64) {
+        let Some(ready) = self.phases.iter().rposition(|p| p.name == "agent ready") else {
+            return;
+        };
+        let Some(at_ns) = self.phases.get(ready).map(|p| p.at_ns) else {
+            return;
+        };
+        let after_init = ready_us.saturating_sub(init_us).saturating_mul(1000);
+        let phase = crate::timings::Phase {
+            name: "kernel reached init".to_owned(),
+            at_ns: at_ns.saturating_sub(after_init),
+        };
+        self.phases.insert(ready, phase.clone());
+        self.report(&Report::Phase(phase));
+    }
+
+    fn request_workload(&mut self) {
+        let Some(main) = &mut self.main else {
+            return;
+        };
+        let request = self
+            .request
+            .config
+            .workload
+            .request(self.request.columns, self.request.rows);
+        main.queue_json(FrameType::Request, &request);
+        self.main_requested = true;
+    }
+
+    /// Moves what the workload sent to log and clients, while they have room.
+    pub(super) fn pump_main(&mut self) {
+        let Some(mut main) = self.main.take() else {
+            return;
+        };
+        while self.clients_have_room() {
+            let ended = main.ended();
+            match main.decoder.next_frame() {
+                Ok(Some(frame)) => {
+                    if self.main_frame(frame.kind, frame.payload).is_break() {
+                        // The workload has ended; its stream is done with.
+                        return;
+                    }
+                }
+                Ok(None) if ended => return self.guest_hung_up(),
+                Ok(None) => break,
+                Err(error) => {
+                    return self.guest_broke(&format!("the guest agent sent {error}"));
+                }
+            }
+        }
+        self.main = Some(main);
+    }
+
+    fn main_frame(&mut self, kind: FrameType, payload: &[u8]) -> std::ops::ControlFlow<()> {
+        use std::ops::ControlFlow::{Break, Continue};
+        match kind {
+            FrameType::Stdout | FrameType::Stderr => {
+                if !self.had_output {
+                    self.had_output = true;
+                    self.reach("first output");
+                }
+                self.log_output(kind, payload);
+                self.broadcast(kind, payload);
+            }
+            FrameType::Control => match serde_json::from_slice(payload) {
+                Ok(ExecReply::Hello(_)) => {}
+                Ok(ExecReply::Started { pid }) => {
+                    self.stage = Stage::Running;
+                    self.started_ns = unix_nanos();
+                    self.reach("workload started");
+                    self.report(&Report::Started { pid });
+                    self.release_launcher();
+                }
+                Err(error) => {
+                    self.guest_broke(&format!("the guest agent sent {error}"));
+                    return Break(());
+                }
+            },
+            FrameType::Error => {
+                self.start_error = Some(String::from_utf8_lossy(payload).into_owned());
+            }
+            FrameType::Exit => {
+                match frame::ExitStatus::parse(payload) {
+                    Ok(exit) => self.workload_exited(exit),
+                    Err(error) => self.guest_broke(&format!("the guest agent sent {error}")),
+                }
+                return Break(());
+            }
+            FrameType::Stdin | FrameType::Resize | FrameType::Signal | FrameType::Request => {
+                tracing::warn!(?kind, "ignored a frame that an agent does not send");
+            }
+        }
+        Continue(())
+    }
+
+    fn log_output(&mut self, kind: FrameType, payload: &[u8]) {
+        let stream = match kind {
+            FrameType::Stderr => Stream::Stderr,
+            _ => Stream::Stdout,
+        };
+        let Some(log) = &mut self.log else {
+            return;
+        };
+        if let Err(error) = log.append(stream, payload) {
+            // The workload goes on; its clients still see everything.
+            tracing::error!(%error, "output is no longer logged");
+            self.log = None;
+        }
+    }
+
+    /// A stream of the guest ended. Why shows when the machine's end is known.
+    pub(super) fn guest_hung_up(&mut self) {
+        if self.ended.is_none() {
+            self.set_timer(Timer::HangUp, HANG_UP_TIMEOUT);
+        }
+    }
+}

@@ -1,0 +1,321 @@
+//! What a virtual machine runs: an image's defaults merged with what the
+//! caller asks for, by Docker's rules.
+
+use serde::{Deserialize, Serialize};
+use sm_guest_proto::exec::{ExecRequest, Rlimit, Role};
+use thiserror::Error;
+
+use crate::signal;
+
+/// Docker's search path for images that set none.
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Why image and options do not make a command.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum WorkloadError {
+    /// Neither the image nor the caller says what to run.
+    #[error("no command: the image sets neither Entrypoint nor Cmd, so give one after the image")]
+    NoCommand,
+    /// A working directory that is not absolute.
+    #[error("working directory \"{0}\" is not an absolute path")]
+    RelativeDirectory(String),
+    /// An environment entry without a name.
+    #[error("environment entry \"{0}\" has no name: write NAME=value")]
+    BadEnv(String),
+    /// A stop signal that does not exist.
+    #[error(transparent)]
+    StopSignal(#[from] signal::UnknownSignal),
+    /// A NUL byte where the guest's kernel takes none.
+    #[error("{0} contains a NUL byte")]
+    Nul(&'static str),
+    /// A host name the guest's kernel would refuse.
+    #[error("host name \"{0}\" is not valid: use 1 to 63 letters, digits, '-' and '.'")]
+    Hostname(String),
+}
+
+/// The members of an image's configuration that decide what runs (OCI
+/// image-spec config.md, `config`).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ImageDefaults {
+    /// `Entrypoint`.
+    pub entrypoint: Vec<String>,
+    /// `Cmd`.
+    pub cmd: Vec<String>,
+    /// `Env`, as `NAME=value`.
+    pub env: Vec<String>,
+    /// `User`.
+    pub user: String,
+    /// `WorkingDir`.
+    pub working_dir: String,
+    /// `StopSignal`.
+    pub stop_signal: Option<String>,
+}
+
+/// What the caller asks for; `None` and empty leave the image's choice.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Overrides {
+    /// Arguments in place of the image's `Cmd`.
+    pub command: Vec<String>,
+    /// Program in place of `Entrypoint` (which also drops the image's `Cmd`);
+    /// an empty string means no entrypoint.
+    pub entrypoint: Option<String>,
+    /// `NAME=value` entries over the image's.
+    pub env: Vec<String>,
+    /// `user[:group]`.
+    pub user: Option<String>,
+    /// Additional groups.
+    pub groups: Vec<String>,
+    /// Working directory.
+    pub cwd: Option<String>,
+    /// Host name; the VM's short identifier when absent.
+    pub hostname: Option<String>,
+    /// Signal that asks the workload to end.
+    pub stop_signal: Option<String>,
+    /// Run on a terminal.
+    pub tty: bool,
+    /// Keep standard input open.
+    pub stdin: bool,
+    /// Resource limits.
+    pub rlimits: Vec<Rlimit>,
+}
+
+/// A workload, ready to be sent to the guest.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Workload {
+    /// Program and arguments.
+    pub argv: Vec<String>,
+    /// `NAME=value` entries.
+    pub env: Vec<String>,
+    /// Working directory.
+    pub cwd: String,
+    /// `user[:group]`, empty for root.
+    pub user: String,
+    /// Additional groups.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub groups: Vec<String>,
+    /// Run on a terminal.
+    pub tty: bool,
+    /// Keep standard input open.
+    pub stdin: bool,
+    /// Host name of the guest.
+    pub hostname: String,
+    /// Signal number that asks the workload to end.
+    pub stop_signal: u8,
+    /// Resource limits.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub rlimits: Vec<Rlimit>,
+}
+
+impl Workload {
+    /// Merges an image's defaults with the caller's wishes.
+    ///
+    /// # Errors
+    /// See [`WorkloadError`].
+    pub fn merge(
+        image: &ImageDefaults,
+        wish: &Overrides,
+        default_hostname: &str,
+    ) -> Result<Self, WorkloadError> {
+        let (mut argv, image_cmd) = match wish.entrypoint.as_deref() {
+            None => (image.entrypoint.clone(), image.cmd.as_slice()),
+            Some("") => (Vec::new(), [].as_slice()),
+            Some(program) => (vec![program.to_owned()], [].as_slice()),
+        };
+        if wish.command.is_empty() {
+            argv.extend_from_slice(image_cmd);
+        } else {
+            argv.extend_from_slice(&wish.command);
+        }
+        if argv.first().is_none_or(String::is_empty) {
+            return Err(WorkloadError::NoCommand);
+        }
+        let hostname = wish.hostname.as_deref().unwrap_or(default_hostname);
+        check_hostname(hostname)?;
+        let cwd = match wish.cwd.as_deref() {
+            Some(cwd) if !cwd.starts_with('/') => {
+                return Err(WorkloadError::RelativeDirectory(cwd.to_owned()));
+            }
+            Some(cwd) => cwd.to_owned(),
+            None if image.working_dir.is_empty() => "/".to_owned(),
+            // Some images carry a relative directory; Docker takes it from the root.
+            None if !image.working_dir.starts_with('/') => format!("/{}", image.working_dir),
+            None => image.working_dir.clone(),
+        };
+        let stop_signal = match wish.stop_signal.as_ref().or(image.stop_signal.as_ref()) {
+            Some(text) if !text.is_empty() => signal::parse(text)?,
+            _ => signal::TERM,
+        };
+        let mut base = vec![
+            format!("PATH={DEFAULT_PATH}"),
+            format!("HOSTNAME={hostname}"),
+        ];
+        if wish.tty {
+            base.push("TERM=xterm".to_owned());
+        }
+        let env = merge_env(&[&base, &image.env, &wish.env])?;
+        no_nul("the command", &argv)?;
+        no_nul("the environment", &env)?;
+        Ok(Self {
+            argv,
+            env,
+            cwd,
+            user: wish.user.clone().unwrap_or_else(|| image.user.clone()),
+            groups: wish.groups.clone(),
+            tty: wish.tty,
+            stdin: wish.stdin,
+            hostname: hostname.to_owned(),
+            stop_signal,
+            rlimits: wish.rlimits.clone(),
+        })
+    }
+
+    /// The request that starts it in the guest, on a terminal of this size.
+    pub(crate) fn request(&self, columns: u16, rows: u16) -> ExecRequest {
+        ExecRequest {
+            argv: self.argv.clone(),
+            env: self.env.clone(),
+            cwd: self.cwd.clone(),
+            user: self.user.clone(),
+            groups: self.groups.clone(),
+            tty: self.tty,
+            cols: columns,
+            rows,
+            stdin: self.stdin,
+            role: Role::Main,
+            rlimits: self.rlimits.clone(),
+            ..ExecRequest::default()
+        }
+    }
+}
+
+/// Merges environments: later layers win, the position of a name's first
+/// appearance is kept.
+pub(crate) fn merge_env(layers: &[&[String]]) -> Result<Vec<String>, WorkloadError> {
+    let mut merged: Vec<String> = Vec::new();
+    for entry in layers.iter().copied().flatten() {
+        let name = match entry.split_once('=') {
+            Some((name, _)) if !name.is_empty() => name,
+            _ => return Err(WorkloadError::BadEnv(entry.clone())),
+        };
+        let known = merged
+            .iter_mut()
+            .find(|known| known.split_once('=').is_some_and(|(n, _)| n == name));
+        match known {
+            Some(known) => known.clone_from(entry),
+            None => merged.push(entry.clone()),
+        }
+    }
+    Ok(merged)
+}
+
+fn no_nul(what: &'static str, texts: &[String]) -> Result<(), WorkloadError> {
+    if texts.iter().any(|text| text.contains('\0')) {
+        return Err(WorkloadError::Nul(what));
+    }
+    Ok(())
+}
+
+fn check_hostname(name: &str) -> Result<(), WorkloadError> {
+    let valid = (1..=63).contains(&name.len())
+        && !name.starts_with('-')
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_'));
+    if valid {
+        Ok(())
+    } else {
+        Err(WorkloadError::Hostname(name.to_owned()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn strings(items: &[&str]) -> Vec<String> {
+        items.iter().map(|&item| item.to_owned()).collect()
+    }
+
+    fn image() -> ImageDefaults {
+        ImageDefaults {
+            entrypoint: strings(&["/entry"]),
+            cmd: strings(&["default"]),
+            env: strings(&["A=image", "PATH=/image"]),
+            user: "app".into(),
+            working_dir: "/srv".into(),
+            stop_signal: Some("SIGQUIT".into()),
+        }
+    }
+
+    #[test]
+    fn the_image_decides_when_nothing_is_asked() {
+        let merged = Workload::merge(&image(), &Overrides::default(), "host").unwrap();
+        assert_eq!(merged.argv, ["/entry", "default"]);
+        assert_eq!(merged.env, ["PATH=/image", "HOSTNAME=host", "A=image"]);
+        assert_eq!((merged.cwd.as_str(), merged.user.as_str()), ("/srv", "app"));
+        assert_eq!((merged.stop_signal, merged.hostname.as_str()), (3, "host"));
+    }
+
+    #[test]
+    fn arguments_replace_cmd_and_entrypoint_drops_it() {
+        let argv = |entrypoint: Option<&str>, command: &[&str]| {
+            let wish = Overrides {
+                entrypoint: entrypoint.map(str::to_owned),
+                command: strings(command),
+                ..Overrides::default()
+            };
+            Workload::merge(&image(), &wish, "h").map(|w| w.argv)
+        };
+        assert_eq!(argv(None, &["x"]).unwrap(), ["/entry", "x"]);
+        assert_eq!(argv(Some("sh"), &[]).unwrap(), ["sh"]);
+        assert_eq!(argv(Some("sh"), &["-c", "x"]).unwrap(), ["sh", "-c", "x"]);
+        assert_eq!(argv(Some(""), &["x"]).unwrap(), ["x"]);
+        assert_eq!(argv(Some(""), &[]), Err(WorkloadError::NoCommand));
+    }
+
+    #[test]
+    fn the_caller_overrides_environment_user_and_directory() {
+        let wish = Overrides {
+            env: strings(&["A=caller", "B=", "A=last"]),
+            user: Some("0:0".into()),
+            cwd: Some("/tmp".into()),
+            hostname: Some("box".into()),
+            stop_signal: Some("9".into()),
+            tty: true,
+            ..Overrides::default()
+        };
+        let merged = Workload::merge(&image(), &wish, "h").unwrap();
+        assert_eq!(
+            merged.env,
+            ["PATH=/image", "HOSTNAME=box", "TERM=xterm", "A=last", "B="]
+        );
+        assert_eq!((merged.cwd.as_str(), merged.user.as_str()), ("/tmp", "0:0"));
+        assert_eq!(merged.stop_signal, 9);
+    }
+
+    #[test]
+    fn nonsense_is_refused_with_its_cause() {
+        let merge = |wish: Overrides| Workload::merge(&image(), &wish, "h").unwrap_err();
+        let wish = Overrides {
+            cwd: Some("tmp".into()),
+            ..Overrides::default()
+        };
+        assert_eq!(merge(wish), WorkloadError::RelativeDirectory("tmp".into()));
+        let wish = Overrides {
+            env: strings(&["=x"]),
+            ..Overrides::default()
+        };
+        assert_eq!(merge(wish), WorkloadError::BadEnv("=x".into()));
+        let wish = Overrides {
+            hostname: Some("a b".into()),
+            ..Overrides::default()
+        };
+        assert_eq!(merge(wish), WorkloadError::Hostname("a b".into()));
+        let wish = Overrides {
+            command: strings(&["a\0b"]),
+            ..Overrides::default()
+        };
+        assert_eq!(merge(wish), WorkloadError::Nul("the command"));
+    }
+}
