@@ -1,0 +1,540 @@
+//! The virtio-mmio register transport, version 2 (virtio 1.3 section 4.2.2).
+//!
+//! vCPU threads read and write registers; the event loop serves queues. The two
+//! meet in three places only: the registers' mutex (vCPU threads), the device's
+//! mutex (both, never while waiting for the other), and the interrupt's atomics.
+
+use std::io;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use serde::{Deserialize, Serialize};
+use sm_hypervisor::IrqLine;
+use virtio_bindings::virtio_config::{
+    VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
+    VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
+    VIRTIO_F_VERSION_1,
+};
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+
+use super::device::{ActivateError, Activation, DevicePayload, Interrupt, VirtioDevice};
+use super::queue::Queue;
+use crate::GuestMemory;
+use crate::bus::MmioDevice;
+use crate::event_loop::{
+    EventHandler, EventLoopHandle, HandlerId, Interest, Readiness, Registry, drain, new_eventfd,
+    signal,
+};
+
+/// Offset of the register that a doorbell replaces.
+pub const QUEUE_NOTIFY: u64 = 0x50;
+/// Offset of the device's configuration space.
+const CONFIG_SPACE: u64 = 0x100;
+/// "virt".
+const MAGIC: u32 = 0x7472_6976;
+const VENDOR: u32 = 0x534d; // "SM"
+const INTERRUPT_USED: u32 = 1;
+const INTERRUPT_CONFIG: u32 = 2;
+
+/// Tokens of the transport's own descriptors; a device's are below.
+const TOKEN_ACTIVATED: u64 = u64::MAX;
+const TOKEN_QUEUE: u64 = 1 << 63;
+
+const ACKNOWLEDGE: u32 = VIRTIO_CONFIG_S_ACKNOWLEDGE;
+const DRIVER: u32 = VIRTIO_CONFIG_S_DRIVER;
+const FEATURES_OK: u32 = VIRTIO_CONFIG_S_FEATURES_OK;
+const DRIVER_OK: u32 = VIRTIO_CONFIG_S_DRIVER_OK;
+const NEEDS_RESET: u32 = VIRTIO_CONFIG_S_NEEDS_RESET;
+const FAILED: u32 = VIRTIO_CONFIG_S_FAILED;
+
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Device code does not panic on guest input; if it did, the report of the
+    // panic says more than a second one here.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The interrupt of one device.
+struct MmioInterrupt {
+    status: AtomicU32,
+    generation: AtomicU32,
+    needs_reset: AtomicBool,
+    line: Arc<dyn IrqLine>,
+    slot: u32,
+}
+
+impl MmioInterrupt {
+    fn raise(&self, cause: u32) {
+        self.status.fetch_or(cause, Ordering::SeqCst);
+        if let Err(error) = self.line.pulse() {
+            tracing::error!(slot = self.slot, %error, "an interrupt was lost");
+        }
+    }
+}
+
+impl Interrupt for MmioInterrupt {
+    fn used_buffers(&self) {
+        self.raise(INTERRUPT_USED);
+    }
+
+    fn config_changed(&self) {
+        self.generation.fetch_add(1, Ordering::SeqCst);
+        self.raise(INTERRUPT_CONFIG);
+    }
+
+    fn needs_reset(&self, reason: &str) {
+        if !self.needs_reset.swap(true, Ordering::SeqCst) {
+            tracing::warn!(
+                slot = self.slot,
+                reason,
+                "a device needs a reset by its driver"
+            );
+            self.raise(INTERRUPT_CONFIG);
+        }
+    }
+}
+
+/// Registers that the driver writes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Registers {
+    status: u32,
+    device_features_select: u32,
+    driver_features_select: u32,
+    driver_features: u64,
+    queue_select: u32,
+    queues: Vec<Queue>,
+}
+
+/// Saved state of a transport and its device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TransportState {
+    /// Device type.
+    pub device_type: u32,
+    registers: Registers,
+    interrupt_status: u32,
+    config_generation: u32,
+    needs_reset: bool,
+    /// The device's own state.
+    pub device: DevicePayload,
+}
+
+/// A device behind a register window.
+pub struct MmioTransport {
+    slot: u32,
+    device: Arc<Mutex<dyn VirtioDevice>>,
+    memory: GuestMemory,
+    interrupt: Arc<MmioInterrupt>,
+    registers: Mutex<Registers>,
+    features: u64,
+    device_type: u32,
+    doorbells: Arc<Vec<OwnedFd>>,
+    activated: Arc<OwnedFd>,
+    event_loop: EventLoopHandle,
+    handler: HandlerId,
+}
+
+/// The transport's part on the event loop.
+struct LoopSide {
+    device: Arc<Mutex<dyn VirtioDevice>>,
+    doorbells: Arc<Vec<OwnedFd>>,
+    activated: Arc<OwnedFd>,
+}
+
+impl EventHandler for LoopSide {
+    fn start(&mut self, registry: &mut Registry<'_>) -> io::Result<()> {
+        registry.add(&*self.activated, TOKEN_ACTIVATED, Interest::READ)?;
+        for (index, fd) in (0..).zip(self.doorbells.iter()) {
+            registry.add(fd, TOKEN_QUEUE | index, Interest::READ)?;
+        }
+        Ok(())
+    }
+
+    fn ready(&mut self, token: u64, readiness: Readiness, registry: &mut Registry<'_>) {
+        if token == TOKEN_ACTIVATED {
+            if drain(self.activated.as_fd()) {
+                lock(&self.device).started(registry);
+            }
+        } else if token & TOKEN_QUEUE != 0 {
+            let index = usize::try_from(token & !TOKEN_QUEUE).unwrap_or(usize::MAX);
+            if let Some(fd) = self.doorbells.get(index)
+                && drain(fd.as_fd())
+            {
+                lock(&self.device).queue_notified(index, registry);
+            }
+        } else {
+            lock(&self.device).host_ready(token, readiness, registry);
+        }
+    }
+}
+
+impl MmioTransport {
+    /// Puts `device` behind the registers of `slot`.
+    ///
+    /// # Errors
+    /// No descriptors to be had, or the loop has stopped.
+    pub fn new(
+        slot: u32,
+        device: Arc<Mutex<dyn VirtioDevice>>,
+        memory: GuestMemory,
+        line: Arc<dyn IrqLine>,
+        event_loop: EventLoopHandle,
+    ) -> io::Result<Arc<Self>> {
+        let (sizes, features, device_type) = {
+            let device = lock(&device);
+            (
+                device.queue_sizes().to_vec(),
+                device.features() | 1 << VIRTIO_F_VERSION_1,
+                device.device_type(),
+            )
+        };
+        let doorbells = sizes
+            .iter()
+            .map(|_| new_eventfd())
+            .collect::<io::Result<Vec<_>>>()?;
+        let doorbells = Arc::new(doorbells);
+        let activated = Arc::new(new_eventfd()?);
+        let handler = event_loop.add_handler(Arc::new(Mutex::new(LoopSide {
+            device: Arc::clone(&device),
+            doorbells: Arc::clone(&doorbells),
+            activated: Arc::clone(&activated),
+        })))?;
+        Ok(Arc::new(Self {
+            slot,
+            device,
+            memory,
+            interrupt: Arc::new(MmioInterrupt {
+                status: AtomicU32::new(0),
+                generation: AtomicU32::new(0),
+                needs_reset: AtomicBool::new(false),
+                line,
+                slot,
+            }),
+            registers: Mutex::new(Registers {
+                queues: sizes.into_iter().map(Queue::new).collect(),
+                ..Registers::default()
+            }),
+            features,
+            device_type,
+            doorbells,
+            activated,
+            event_loop,
+            handler,
+        }))
+    }
+
+    /// The slot of the device.
+    #[must_use]
+    pub fn slot(&self) -> u32 {
+        self.slot
+    }
+
+    /// One eventfd for each queue, by number: signalled by the driver's writes
+    /// to [`QUEUE_NOTIFY`].
+    pub fn doorbells(&self) -> impl Iterator<Item = (u32, BorrowedFd<'_>)> {
+        (0..).zip(self.doorbells.iter().map(|fd| fd.as_fd()))
+    }
+
+    /// Brings the device's work in flight to an end. All vCPUs are paused.
+    ///
+    /// # Errors
+    /// The loop has stopped.
+    pub fn quiesce(&self) -> io::Result<()> {
+        let device = Arc::clone(&self.device);
+        let doorbells = Arc::clone(&self.doorbells);
+        self.event_loop.call(self.handler, move |registry| {
+            let mut device = lock(&device);
+            // What the driver has already asked for is done before.
+            for (index, fd) in doorbells.iter().enumerate() {
+                if drain(fd.as_fd()) {
+                    device.queue_notified(index, registry);
+                }
+            }
+            device.quiesce(registry);
+        })
+    }
+
+    /// Lets the device look at its queues again after [`Self::quiesce`].
+    pub fn unquiesce(&self) {
+        if lock(&self.registers).status & DRIVER_OK != 0 {
+            for fd in self.doorbells.iter() {
+                signal(fd.as_fd());
+            }
+        }
+    }
+
+    /// Saves transport and device, which must be quiesced.
+    #[must_use]
+    pub fn save(&self) -> TransportState {
+        let device = lock(&self.device);
+        let mut registers = lock(&self.registers).clone();
+        let live = device.queues();
+        if live.len() == registers.queues.len() {
+            registers.queues.clone_from_slice(live);
+        }
+        TransportState {
+            device_type: self.device_type,
+            registers,
+            interrupt_status: self.interrupt.status.load(Ordering::SeqCst),
+            config_generation: self.interrupt.generation.load(Ordering::SeqCst),
+            needs_reset: self.interrupt.needs_reset.load(Ordering::SeqCst),
+            device: device.save(),
+        }
+    }
+
+    /// Restores what [`Self::save`] saved, before vCPUs run; also over a live
+    /// transport.
+    ///
+    /// # Errors
+    /// State of another device, or one the device refuses.
+    pub fn restore(&self, state: &TransportState) -> Result<(), ActivateError> {
+        let unfit = |reason: &str| ActivateError::Payload {
+            kind: state.device.kind.clone(),
+            reason: reason.to_owned(),
+        };
+        if state.device_type != self.device_type {
+            return Err(unfit("it is of another device type"));
+        }
+        let mut registers = lock(&self.registers);
+        if state.registers.queues.len() != registers.queues.len() {
+            return Err(unfit("it has another number of queues"));
+        }
+        if registers.status & DRIVER_OK != 0 {
+            self.reset_device();
+        }
+        *registers = state.registers.clone();
+        let interrupt = &self.interrupt;
+        interrupt
+            .status
+            .store(state.interrupt_status, Ordering::SeqCst);
+        interrupt
+            .generation
+            .store(state.config_generation, Ordering::SeqCst);
+        interrupt
+            .needs_reset
+            .store(state.needs_reset, Ordering::SeqCst);
+        lock(&self.device).restore(&state.device)?;
+        if registers.status & DRIVER_OK == 0 || state.needs_reset {
+            return Ok(());
+        }
+        if !self.queues_are_valid(&registers) {
+            return Err(unfit("its queues lie outside guest memory"));
+        }
+        self.activate(&registers)?;
+        signal(self.activated.as_fd());
+        Ok(())
+    }
+
+    fn queues_are_valid(&self, registers: &Registers) -> bool {
+        registers
+            .queues
+            .iter()
+            .all(|queue| !queue.ready || queue.is_valid(&self.memory))
+    }
+
+    fn activate(&self, registers: &Registers) -> Result<(), ActivateError> {
+        let event_idx = registers.driver_features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
+        let queues = registers
+            .queues
+            .iter()
+            .cloned()
+            .map(|mut queue| {
+                queue.event_idx = event_idx;
+                queue
+            })
+            .collect();
+        lock(&self.device).activate(Activation {
+            memory: self.memory.clone(),
+            features: registers.driver_features,
+            queues,
+            interrupt: self.interrupt.clone(),
+        })
+    }
+
+    /// Takes the device out of service. On the event loop where that still
+    /// runs; the calling thread waits for it.
+    fn reset_device(&self) {
+        let device = Arc::clone(&self.device);
+        let done = self.event_loop.call(self.handler, move |registry| {
+            lock(&device).reset(Some(registry));
+        });
+        if done.is_err() {
+            lock(&self.device).reset(None);
+        }
+    }
+
+    fn reset(&self, registers: &mut Registers) {
+        if registers.status & DRIVER_OK != 0 {
+            self.reset_device();
+        }
+        let queues = registers.queues.iter().map(|q| Queue::new(q.max_size));
+        *registers = Registers {
+            queues: queues.collect(),
+            ..Registers::default()
+        };
+        self.interrupt.status.store(0, Ordering::SeqCst);
+        self.interrupt.needs_reset.store(false, Ordering::SeqCst);
+    }
+
+    /// A write to the status register (section 2.1): bits are only added.
+    fn set_status(&self, registers: &mut Registers, value: u32) {
+        if value == 0 {
+            self.reset(registers);
+            return;
+        }
+        let old = registers.status;
+        let added = value & !old;
+        let mut new = old | value & (ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK | FAILED);
+        if added & FEATURES_OK != 0 && registers.driver_features & !self.features != 0 {
+            new &= !FEATURES_OK;
+        }
+        // VERSION_1 is not optional here (section 6.1).
+        if added & FEATURES_OK != 0 && registers.driver_features & 1 << VIRTIO_F_VERSION_1 == 0 {
+            new &= !FEATURES_OK;
+        }
+        if added & DRIVER_OK != 0 {
+            if new & FEATURES_OK == 0 || new & FAILED != 0 {
+                new &= !DRIVER_OK;
+            } else if !self.queues_are_valid(registers) {
+                self.interrupt
+                    .needs_reset("a queue was set up outside guest memory");
+            } else {
+                match self.activate(registers) {
+                    Ok(()) => signal(self.activated.as_fd()),
+                    Err(error) => self.interrupt.needs_reset(&error.to_string()),
+                }
+            }
+        }
+        registers.status = new;
+    }
+
+    fn read_register(&self, offset: u64) -> u32 {
+        let registers = lock(&self.registers);
+        let queue = usize::try_from(registers.queue_select)
+            .ok()
+            .and_then(|index| registers.queues.get(index));
+        let half = |value: u64, select: u32| match select {
+            0 => low(value),
+            1 => high(value),
+            _ => 0,
+        };
+        match offset {
+            0x00 => MAGIC,
+            0x04 => 2,
+            0x08 => self.device_type,
+            0x0c => VENDOR,
+            0x10 => half(self.features, registers.device_features_select),
+            0x34 => queue.map_or(0, |queue| u32::from(queue.max_size)),
+            0x44 => queue.map_or(0, |queue| u32::from(queue.ready)),
+            0x60 => self.interrupt.status.load(Ordering::SeqCst),
+            0x70 => {
+                let needs_reset = self.interrupt.needs_reset.load(Ordering::SeqCst);
+                registers.status | if needs_reset { NEEDS_RESET } else { 0 }
+            }
+            // Shared memory regions: there is none (section 4.2.2).
+            0xb0..=0xbc => u32::MAX,
+            0xfc => self.interrupt.generation.load(Ordering::SeqCst),
+            _ => 0,
+        }
+    }
+
+    fn write_register(&self, offset: u64, value: u32) {
+        match offset {
+            QUEUE_NOTIFY => {
+                let index = usize::try_from(value).unwrap_or(usize::MAX);
+                if let Some(fd) = self.doorbells.get(index) {
+                    signal(fd.as_fd());
+                }
+                return;
+            }
+            0x64 => {
+                self.interrupt.status.fetch_and(!value, Ordering::SeqCst);
+                return;
+            }
+            _ => {}
+        }
+        let mut registers = lock(&self.registers);
+        let registers = &mut *registers;
+        match offset {
+            0x14 => registers.device_features_select = value,
+            0x24 => registers.driver_features_select = value,
+            0x30 => registers.queue_select = value,
+            0x70 => self.set_status(registers, value),
+            0x20 if registers.status & FEATURES_OK == 0 => {
+                let features = &mut registers.driver_features;
+                match registers.driver_features_select {
+                    0 => set_low(features, value),
+                    1 => set_high(features, value),
+                    _ => {}
+                }
+            }
+            _ if registers.status & DRIVER_OK == 0 => write_queue(registers, offset, value),
+            _ => {}
+        }
+    }
+}
+
+/// Queue set-up, until DRIVER_OK.
+fn write_queue(registers: &mut Registers, offset: u64, value: u32) {
+    let queue = usize::try_from(registers.queue_select)
+        .ok()
+        .and_then(|index| registers.queues.get_mut(index));
+    let Some(queue) = queue else {
+        return;
+    };
+    match offset {
+        // A size that makes no sense is found when the device is activated.
+        0x38 => queue.size = u16::try_from(value).unwrap_or(0),
+        0x44 => queue.ready = value == 1,
+        0x80 => set_low(&mut queue.descriptors, value),
+        0x84 => set_high(&mut queue.descriptors, value),
+        0x90 => set_low(&mut queue.available, value),
+        0x94 => set_high(&mut queue.available, value),
+        0xa0 => set_low(&mut queue.used, value),
+        0xa4 => set_high(&mut queue.used, value),
+        _ => {}
+    }
+}
+
+fn low(value: u64) -> u32 {
+    let [a, b, c, d, ..] = value.to_le_bytes();
+    u32::from_le_bytes([a, b, c, d])
+}
+
+fn high(value: u64) -> u32 {
+    low(value >> 32)
+}
+
+fn set_low(target: &mut u64, value: u32) {
+    *target = *target & !0xffff_ffff | u64::from(value);
+}
+
+fn set_high(target: &mut u64, value: u32) {
+    *target = *target & 0xffff_ffff | u64::from(value) << 32;
+}
+
+impl MmioDevice for MmioTransport {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        if let Some(offset) = offset.checked_sub(CONFIG_SPACE) {
+            lock(&self.device).read_config(offset, data);
+        } else if data.len() == 4 && offset.is_multiple_of(4) {
+            data.copy_from_slice(&self.read_register(offset).to_le_bytes());
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if let Some(offset) = offset.checked_sub(CONFIG_SPACE) {
+            lock(&self.device).write_config(offset, data);
+        } else if let Ok(bytes) = data.try_into()
+            && offset.is_multiple_of(4)
+        {
+            self.write_register(offset, u32::from_le_bytes(bytes));
+        }
+    }
+}
+
+impl Drop for MmioTransport {
+    fn drop(&mut self) {
+        // Fails when the loop has stopped: then nothing is called any more either.
+        let _ = self.event_loop.remove_handler(self.handler);
+    }
+}

@@ -1,0 +1,382 @@
+//! The split virtqueue, device side (virtio 1.3 section 2.7).
+//!
+//! Everything in a ring is the driver's word: every index, address and length is
+//! checked, chains are bounded by the queue size (so a loop ends), and what does
+//! not fit is an error that makes the device need a reset.
+
+use std::sync::atomic::{Ordering, fence};
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+use virtio_bindings::virtio_ring::{
+    VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
+};
+use vm_memory::{ByteValued, Bytes as _, GuestAddress, GuestMemoryBackend as _};
+
+use crate::GuestMemory;
+
+/// Bytes in a descriptor.
+const DESCRIPTOR_LEN: u64 = 16;
+/// Largest queue size (virtio 1.3 section 2.7).
+pub const MAX_SIZE: u16 = 32768;
+
+/// What is wrong with a queue.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+pub enum QueueError {
+    /// A ring lies outside guest memory.
+    #[error("a ring lies outside guest memory")]
+    Ring,
+    /// More buffers are offered than the queue has.
+    #[error("the available index moved by more than the queue size")]
+    AvailableIndex,
+    /// A descriptor number is not below the queue size.
+    #[error("descriptor {0} does not exist")]
+    DescriptorIndex(u16),
+    /// A chain has more descriptors than the queue, or runs in a circle.
+    #[error("a descriptor chain is longer than the queue")]
+    ChainLength,
+    /// A buffer lies outside guest memory.
+    #[error("a buffer lies outside guest memory")]
+    Buffer,
+    /// A readable buffer follows a writable one.
+    #[error("a readable buffer follows a writable one")]
+    Order,
+    /// An indirect table is malformed.
+    #[error("an indirect descriptor table is malformed")]
+    Indirect,
+    /// The lengths of a chain add up to more than 4 GiB.
+    #[error("the buffers of a chain are longer than 4 GiB")]
+    TotalLength,
+}
+
+/// A run of guest memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// Guest physical address.
+    pub address: GuestAddress,
+    /// Length in bytes; the run lies within guest memory.
+    pub len: u32,
+}
+
+/// The buffers of one descriptor chain; reused from chain to chain.
+#[derive(Clone, Debug, Default)]
+pub struct Chain {
+    head: u16,
+    /// What the device reads.
+    pub readable: Vec<Span>,
+    /// What the device writes.
+    pub writable: Vec<Span>,
+}
+
+impl Chain {
+    /// An empty chain, to be filled by [`Queue::pop`].
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The chain's first descriptor, which names it in the used ring.
+    #[must_use]
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// Bytes the device may read. Does not overflow: checked by [`Queue::pop`].
+    #[must_use]
+    pub fn readable_len(&self) -> u32 {
+        self.readable.iter().map(|span| span.len).sum()
+    }
+
+    /// Bytes the device may write.
+    #[must_use]
+    pub fn writable_len(&self) -> u32 {
+        self.writable.iter().map(|span| span.len).sum()
+    }
+}
+
+/// Keeps the bytes `skip..skip + len` of `spans` in `out`; says how many there are.
+pub fn slice_spans(spans: &[Span], skip: u32, len: u32, out: &mut Vec<Span>) -> u32 {
+    out.clear();
+    let mut skip = skip;
+    let mut left = len;
+    for span in spans {
+        if skip >= span.len {
+            skip -= span.len;
+            continue;
+        }
+        let take = (span.len - skip).min(left);
+        if take == 0 {
+            break;
+        }
+        out.push(Span {
+            address: GuestAddress(span.address.0 + u64::from(skip)),
+            len: take,
+        });
+        left -= take;
+        skip = 0;
+    }
+    len - left
+}
+
+/// A descriptor as it lies in guest memory. Little-endian, like the host.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+struct Descriptor {
+    address: u64,
+    len: u32,
+    flags: u16,
+    next: u16,
+}
+
+#[expect(unsafe_code, reason = "says that a structure is plain bytes")]
+// SAFETY: repr(C), no padding, every bit pattern is valid.
+unsafe impl ByteValued for Descriptor {}
+
+/// A virtqueue. Also its own saved state.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Queue {
+    /// Largest size the device offers; a power of two.
+    pub max_size: u16,
+    /// Size the driver chose; a power of two.
+    pub size: u16,
+    /// The driver enabled the queue.
+    pub ready: bool,
+    /// Descriptor area.
+    pub descriptors: u64,
+    /// Driver area (available ring).
+    pub available: u64,
+    /// Device area (used ring).
+    pub used: u64,
+    /// VIRTIO_F_EVENT_IDX was agreed on.
+    pub event_idx: bool,
+    next_available: u16,
+    next_used: u16,
+    signalled: u16,
+}
+
+impl Queue {
+    /// A queue that the driver has not set up.
+    #[must_use]
+    pub fn new(max_size: u16) -> Self {
+        Self {
+            max_size,
+            size: max_size,
+            ..Self::default()
+        }
+    }
+
+    /// Whether the driver's set-up makes sense: power-of-two size, aligned rings
+    /// (virtio 1.3 section 2.7) that lie within guest memory.
+    #[must_use]
+    pub fn is_valid(&self, memory: &GuestMemory) -> bool {
+        let size = u64::from(self.size);
+        let within = |address: u64, align: u64, len: u64| {
+            address.is_multiple_of(align)
+                && usize::try_from(len)
+                    .is_ok_and(|len| memory.get_slice(GuestAddress(address), len).is_ok())
+        };
+        self.size.is_power_of_two()
+            && self.size <= self.max_size
+            && within(self.descriptors, 16, DESCRIPTOR_LEN * size)
+            && within(self.available, 2, 6 + 2 * size)
+            && within(self.used, 4, 6 + 8 * size)
+    }
+
+    fn load(&self, memory: &GuestMemory, address: u64, order: Ordering) -> Result<u16, QueueError> {
+        memory
+            .load(GuestAddress(address), order)
+            .map(u16::from_le)
+            .map_err(|_| QueueError::Ring)
+    }
+
+    fn store(&self, memory: &GuestMemory, address: u64, value: u16) -> Result<(), QueueError> {
+        memory
+            .store(value.to_le(), GuestAddress(address), Ordering::Release)
+            .map_err(|_| QueueError::Ring)
+    }
+
+    /// Position of a free-running index in the ring.
+    fn slot(&self, index: u16) -> u64 {
+        u64::from(index & self.size.wrapping_sub(1))
+    }
+
+    /// Number of chains offered and not yet taken.
+    ///
+    /// # Errors
+    /// A malformed ring.
+    pub fn pending(&self, memory: &GuestMemory) -> Result<u16, QueueError> {
+        if !self.ready || self.size == 0 {
+            return Ok(0);
+        }
+        let index = self.load(memory, self.available.wrapping_add(2), Ordering::Acquire)?;
+        let count = index.wrapping_sub(self.next_available);
+        if count > self.size {
+            return Err(QueueError::AvailableIndex);
+        }
+        Ok(count)
+    }
+
+    /// Takes the next chain into `chain`; `Ok(false)` when there is none, and
+    /// the driver will then notify of the next one.
+    ///
+    /// # Errors
+    /// A malformed ring or chain; the queue cannot be used any further.
+    pub fn pop(&mut self, memory: &GuestMemory, chain: &mut Chain) -> Result<bool, QueueError> {
+        chain.readable.clear();
+        chain.writable.clear();
+        if self.pending(memory)? == 0 {
+            if !self.event_idx || !self.ready {
+                return Ok(false);
+            }
+            // Ask for a notification of the next chain, then look once more, as
+            // the driver may have offered it in between (section 2.7.10.1).
+            let event = self.used + 4 + 8 * u64::from(self.size);
+            self.store(memory, event, self.next_available)?;
+            fence(Ordering::SeqCst);
+            if self.pending(memory)? == 0 {
+                return Ok(false);
+            }
+        }
+        let entry = self.available + 4 + 2 * self.slot(self.next_available);
+        let head = self.load(memory, entry, Ordering::Relaxed)?;
+        self.walk(memory, head, chain)?;
+        chain.head = head;
+        self.next_available = self.next_available.wrapping_add(1);
+        Ok(true)
+    }
+
+    /// Gives back the chain taken last, to be taken again.
+    pub fn undo_pop(&mut self) {
+        self.next_available = self.next_available.wrapping_sub(1);
+    }
+
+    fn walk(&self, memory: &GuestMemory, head: u16, chain: &mut Chain) -> Result<(), QueueError> {
+        let mut table = self.descriptors;
+        let mut entries = self.size;
+        let mut index = head;
+        let mut indirect = false;
+        let mut total = 0u32;
+        let mut steps = 0;
+        loop {
+            if index >= entries {
+                return Err(if indirect {
+                    QueueError::Indirect
+                } else {
+                    QueueError::DescriptorIndex(index)
+                });
+            }
+            if steps >= self.size {
+                return Err(QueueError::ChainLength);
+            }
+            steps += 1;
+            let address = table + DESCRIPTOR_LEN * u64::from(index);
+            let descriptor: Descriptor = memory
+                .read_obj(GuestAddress(address))
+                .map_err(|_| QueueError::Ring)?;
+            let flags = u32::from(descriptor.flags);
+            if flags & VRING_DESC_F_INDIRECT != 0 {
+                if indirect || flags & VRING_DESC_F_NEXT != 0 {
+                    return Err(QueueError::Indirect);
+                }
+                (table, entries) = self.indirect_table(memory, &descriptor)?;
+                indirect = true;
+                index = 0;
+                continue;
+            }
+            total = total
+                .checked_add(descriptor.len)
+                .ok_or(QueueError::TotalLength)?;
+            add_span(memory, &descriptor, flags, chain)?;
+            if flags & VRING_DESC_F_NEXT == 0 {
+                return Ok(());
+            }
+            index = descriptor.next;
+        }
+    }
+
+    fn indirect_table(
+        &self,
+        memory: &GuestMemory,
+        descriptor: &Descriptor,
+    ) -> Result<(u64, u16), QueueError> {
+        let len = u64::from(descriptor.len);
+        let entries = u16::try_from(len / DESCRIPTOR_LEN).map_err(|_| QueueError::Indirect)?;
+        let sound = len.is_multiple_of(DESCRIPTOR_LEN)
+            && (1..=self.size).contains(&entries)
+            && memory
+                .get_slice(GuestAddress(descriptor.address), descriptor.len as usize)
+                .is_ok();
+        if sound {
+            Ok((descriptor.address, entries))
+        } else {
+            Err(QueueError::Indirect)
+        }
+    }
+
+    /// Hands a chain back to the driver with `len` bytes written. The driver
+    /// sees it after [`Self::publish`].
+    ///
+    /// # Errors
+    /// A used ring outside guest memory.
+    pub fn push_used(
+        &mut self,
+        memory: &GuestMemory,
+        head: u16,
+        len: u32,
+    ) -> Result<(), QueueError> {
+        let entry = self.used + 4 + 8 * self.slot(self.next_used);
+        let element = u64::from(head) | u64::from(len) << 32;
+        memory
+            .write_obj(element.to_le(), GuestAddress(entry))
+            .map_err(|_| QueueError::Ring)?;
+        self.next_used = self.next_used.wrapping_add(1);
+        Ok(())
+    }
+
+    /// Makes the chains handed back visible; says whether the driver wants an
+    /// interrupt for them (section 2.7.10).
+    ///
+    /// # Errors
+    /// A ring outside guest memory.
+    pub fn publish(&mut self, memory: &GuestMemory) -> Result<bool, QueueError> {
+        let old = self.signalled;
+        let new = self.next_used;
+        if old == new {
+            return Ok(false);
+        }
+        self.store(memory, self.used + 2, new)?;
+        self.signalled = new;
+        fence(Ordering::SeqCst);
+        if self.event_idx {
+            let address = self.available + 4 + 2 * u64::from(self.size);
+            let event = self.load(memory, address, Ordering::Relaxed)?;
+            return Ok(new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old));
+        }
+        let flags = self.load(memory, self.available, Ordering::Relaxed)?;
+        Ok(u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+    }
+}
+
+fn add_span(
+    memory: &GuestMemory,
+    descriptor: &Descriptor,
+    flags: u32,
+    chain: &mut Chain,
+) -> Result<(), QueueError> {
+    let address = GuestAddress(descriptor.address);
+    if memory.get_slice(address, descriptor.len as usize).is_err() {
+        return Err(QueueError::Buffer);
+    }
+    let span = Span {
+        address,
+        len: descriptor.len,
+    };
+    if flags & VRING_DESC_F_WRITE != 0 {
+        chain.writable.push(span);
+    } else if chain.writable.is_empty() {
+        chain.readable.push(span);
+    } else {
+        return Err(QueueError::Order);
+    }
+    Ok(())
+}
