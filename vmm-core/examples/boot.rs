@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use sm_hypervisor::Hypervisor;
 use sm_hypervisor::kvm::Kvm;
+use sm_vmm_core::event_loop::EventLoop;
 use sm_vmm_core::loader::InitramfsPart;
 use sm_vmm_core::machine::{Machine, MachineConfig};
 use sm_vmm_core::memory::MemoryConfig;
@@ -22,6 +23,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let started = Instant::now();
     let mut console = tempfile::tempfile()?;
     let host = Kvm::open()?;
+    let event_loop = EventLoop::spawn("devices")?;
     let mut machine = Machine::boot(
         &host,
         MachineConfig {
@@ -32,7 +34,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             cmdline: cmdline.clone(),
             generation_id: [0xff; 16],
             console: console.try_clone()?,
+            devices: Vec::new(),
         },
+        &event_loop.handle(),
     )?;
     machine.resume()?;
     let running = started.elapsed();

@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use sm_hypervisor::Hypervisor;
 use sm_hypervisor::kvm::Kvm;
+use sm_vmm_core::event_loop::{EventLoop, EventLoopHandle};
 use sm_vmm_core::loader::InitramfsPart;
 use sm_vmm_core::machine::{Machine, MachineConfig};
 use sm_vmm_core::memory::{FileExtent, MachineMemory, MemoryConfig, PAGE_SIZE};
@@ -25,6 +26,7 @@ fn main() -> Result<()> {
     };
     let memory = MemoryConfig::new(mib.parse::<u64>()? << 20);
     let host = Kvm::open()?;
+    let event_loop = EventLoop::spawn("devices")?;
     let (mut lines, console) = console()?;
     let mut machine = Machine::boot(
         &host,
@@ -36,7 +38,9 @@ fn main() -> Result<()> {
             cmdline: cmdline.clone(),
             generation_id: [0xff; 16],
             console,
+            devices: Vec::new(),
         },
+        &event_loop.handle(),
     )?;
     machine.resume()?;
     for line in lines.by_ref() {
@@ -76,13 +80,14 @@ fn main() -> Result<()> {
                 file_offset: offset,
             })
             .collect();
-        go_on(&host, state, &memory, &extents, clone)?;
+        go_on(&host, &event_loop.handle(), state, &memory, &extents, clone)?;
     }
     Ok(())
 }
 
 fn go_on(
     host: &Kvm,
+    event_loop: &EventLoopHandle,
     state: MachineState,
     config: &MemoryConfig,
     extents: &[FileExtent],
@@ -91,11 +96,21 @@ fn go_on(
     let started = Instant::now();
     let memory = MachineMemory::from_files(config, extents)?;
     let mapped = started.elapsed();
-    let (lines, console) = console()?;
-    let mut machine = Machine::restore(host, state, memory, console)?;
+    let (mut lines, console) = console()?;
+    let mut machine =
+        Machine::restore(host, state.clone(), memory, Vec::new(), console, event_loop)?;
     machine.set_generation_id([clone; 16])?;
     machine.resume()?;
     let resumed = started.elapsed();
+    if clone % 2 == 1 {
+        // Every other one is taken back once after its first line.
+        println!("clone {clone}: {}", lines.next().ok_or("no console")??);
+        let reset = Instant::now();
+        machine.pause()?;
+        machine.reset_to(&state)?;
+        machine.resume()?;
+        println!("clone {clone}: reset in place in {:?}", reset.elapsed());
+    }
     let printer = std::thread::spawn(move || {
         for line in lines.map_while(std::io::Result::ok) {
             println!("clone {clone} at {:?}: {line}", started.elapsed());

@@ -1,2 +1,23 @@
-//! The machine: memory map, boot protocols, ACPI, virtio-mmio devices, vCPU threads and the device event loop.
+//! The machine: memory map, boot protocols, ACPI, virtio-mmio devices, vCPU
+//! threads and the device event loop, generic over a
+//! [`sm_hypervisor::Hypervisor`].
 #![warn(missing_docs)]
+
+pub mod acpi;
+pub mod bus;
+pub mod devices;
+pub mod event_loop;
+pub mod exit;
+pub mod layout;
+pub mod loader;
+pub mod machine;
+pub mod memory;
+pub mod power;
+pub mod serial;
+pub mod state;
+pub mod vcpu_thread;
+pub mod virtio;
+mod vmgenid;
+
+/// Guest physical memory, shared by every device and vCPU of a machine.
+pub type GuestMemory = vm_memory::GuestMemoryMmap;

@@ -13,6 +13,8 @@ use thiserror::Error;
 
 use crate::acpi::{self, AcpiConfig, GENERATION_ID};
 use crate::bus::{BusBuilder, MachineBus};
+use crate::devices::{DeviceConfig, DeviceError, Devices};
+use crate::event_loop::EventLoopHandle;
 use crate::exit::{ExitLatch, ExitReason};
 use crate::layout::{COM1_GSI, COM1_PORT, GED_GSI, MACHINE_VERSION};
 use crate::loader::{self, BootSource, InitramfsPart};
@@ -38,6 +40,9 @@ pub enum MachineError {
     /// Device windows.
     #[error("cannot lay out the devices")]
     Bus(#[from] crate::bus::BusError),
+    /// Virtio devices.
+    #[error("a virtio device did not do its part")]
+    Device(#[from] DeviceError),
     /// The hypervisor.
     #[error("cannot {operation}")]
     Hypervisor {
@@ -108,6 +113,8 @@ pub struct MachineConfig {
     pub generation_id: [u8; 16],
     /// Receives the guest's console output.
     pub console: File,
+    /// Virtio devices, in any order.
+    pub devices: Vec<DeviceConfig>,
 }
 
 /// How long the steps to a runnable machine took.
@@ -142,6 +149,7 @@ pub struct Machine<H: Hypervisor> {
     // Fields are dropped in this order: threads (with their vCPUs) before the
     // VM, the VM before the memory it maps.
     threads: Vec<VcpuThread>,
+    devices: Devices,
     uart: Arc<Uart>,
     console: Console,
     exit: Arc<ExitLatch>,
@@ -159,6 +167,7 @@ struct Chassis<H: Hypervisor> {
     memory: MachineMemory,
     slots: Vec<(RamRegion, SlotId)>,
     bus: Arc<MachineBus>,
+    devices: Devices,
     uart: Arc<Uart>,
     console: Console,
     exit: Arc<ExitLatch>,
@@ -172,6 +181,8 @@ impl<H: Hypervisor> Chassis<H> {
         memory: MachineMemory,
         vcpus: u32,
         console: File,
+        devices: Vec<DeviceConfig>,
+        event_loop: &EventLoopHandle,
     ) -> Result<Self, MachineError> {
         let mut watch = Stopwatch::start();
         let vm = host
@@ -195,12 +206,14 @@ impl<H: Hypervisor> Chassis<H> {
         let mut bus = BusBuilder::default();
         bus.pio(COM1_PORT, 8, uart.clone())?;
         power::attach(&mut bus, &exit)?;
+        let devices = Devices::attach(devices, &vm, &mut bus, &memory.guest, event_loop)?;
         let bus = Arc::new(bus.build());
         Ok(Self {
             vm,
             memory,
             slots,
             bus,
+            devices,
             uart,
             console,
             exit,
@@ -242,6 +255,7 @@ impl<H: Hypervisor> Chassis<H> {
     fn finish(self, threads: Vec<VcpuThread>) -> Machine<H> {
         Machine {
             threads,
+            devices: self.devices,
             uart: self.uart,
             console: self.console,
             exit: self.exit,
@@ -287,21 +301,34 @@ fn map_memory<V: Vm>(
 }
 
 impl<H: Hypervisor> Machine<H> {
-    /// A machine that is about to boot, paused before its first instruction.
+    /// A machine that is about to boot, paused before its first instruction. Its
+    /// devices run on `event_loop`; not to be called (or the machine dropped) on
+    /// that loop's own thread.
     ///
     /// # Errors
     /// See [`MachineError`]; nothing is left behind.
-    pub fn boot(host: &H, mut config: MachineConfig) -> Result<Self, MachineError> {
+    pub fn boot(
+        host: &H,
+        mut config: MachineConfig,
+        event_loop: &EventLoopHandle,
+    ) -> Result<Self, MachineError> {
         check_vcpus(config.vcpus)?;
         let memory = MachineMemory::anonymous(&config.memory)?;
-        let mut chassis = Chassis::<H>::build(host, memory, config.vcpus, config.console)?;
+        let mut chassis = Chassis::<H>::build(
+            host,
+            memory,
+            config.vcpus,
+            config.console,
+            config.devices,
+            event_loop,
+        )?;
 
         let mut watch = Stopwatch::start();
         let rsdp = acpi::write_tables(
             &chassis.memory.guest,
             &AcpiConfig {
                 vcpus: config.vcpus,
-                slots: Vec::new(),
+                slots: chassis.devices.slots(),
             },
         )?;
         let registers = loader::load(
@@ -322,27 +349,33 @@ impl<H: Hypervisor> Machine<H> {
 
     /// A machine with saved state and the memory that belongs to it, paused
     /// where it was saved. Its console output starts over in `console`.
+    /// `devices` are as fresh as for a boot, in the same slots.
     ///
     /// # Errors
-    /// State of another version, another memory size, or another kind of host.
+    /// State of another version, memory size, or set of devices, or of another
+    /// kind of host.
     pub fn restore(
         host: &H,
         state: MachineState,
         memory: MachineMemory,
+        devices: Vec<DeviceConfig>,
         console: File,
+        event_loop: &EventLoopHandle,
     ) -> Result<Self, MachineError> {
         let vcpus = check_state(&state, &memory)?;
         check_vcpus(vcpus)?;
-        let mut chassis = Chassis::<H>::build(host, memory, vcpus, console)?;
+        let mut chassis = Chassis::<H>::build(host, memory, vcpus, console, devices, event_loop)?;
 
         let mut watch = Stopwatch::start();
         let starts = state.vcpus.into_iter().map(|s| Start::Restore(Arc::new(s)));
         let (threads, proofs) = chassis.start(starts)?;
-        chassis.uart.restore(&state.uart)?;
         chassis
             .vm
             .restore(&state.vm, proofs)
             .map_err(hypervisor("restore interrupt controllers and clocks"))?;
+        // After the interrupt controllers, whose state would overwrite theirs.
+        chassis.uart.restore(&state.uart)?;
+        chassis.devices.restore(&state.devices)?;
         chassis.phases.load = watch.lap();
         Ok(chassis.finish(threads))
     }
@@ -356,6 +389,7 @@ impl<H: Hypervisor> Machine<H> {
             return Ok(());
         }
         let mut watch = Stopwatch::start();
+        self.devices.unquiesce();
         for thread in &self.threads {
             thread.run()?;
         }
@@ -366,11 +400,11 @@ impl<H: Hypervisor> Machine<H> {
         Ok(())
     }
 
-    /// Takes all vCPUs out of guest code. On return none runs. Nothing happens
-    /// if the machine is paused already.
+    /// Takes all vCPUs out of guest code and brings the devices' work in flight
+    /// to an end. Nothing happens if the machine is paused already.
     ///
     /// # Errors
-    /// A vCPU thread has ended.
+    /// A vCPU thread or the event loop has ended.
     pub fn pause(&mut self) -> Result<(), MachineError> {
         if !self.running {
             return Ok(());
@@ -380,7 +414,7 @@ impl<H: Hypervisor> Machine<H> {
             parked.wait()?;
         }
         self.running = false;
-        Ok(())
+        Ok(self.devices.quiesce()?)
     }
 
     /// The machine's state, without its memory.
@@ -404,11 +438,13 @@ impl<H: Hypervisor> Machine<H> {
                 .map_err(hypervisor("save interrupt controllers and clocks"))?,
             vcpus,
             uart: self.uart.save(),
+            devices: self.devices.save(),
         })
     }
 
-    /// Puts an earlier state of this very machine back (memory is the caller's
-    /// business). It stays paused.
+    /// Puts the state that this machine was restored with back, in place:
+    /// memory first ([`MachineMemory::revert`]), then everything else. It stays
+    /// paused.
     ///
     /// # Errors
     /// The machine is not paused or has ended, or the state is another machine's.
@@ -425,6 +461,7 @@ impl<H: Hypervisor> Machine<H> {
                 reason: format!("it has {vcpus} vCPUs, not {}", self.threads.len()),
             });
         }
+        self.memory.revert()?;
         let pending: Result<Vec<_>, _> = self
             .threads
             .iter()
@@ -435,10 +472,12 @@ impl<H: Hypervisor> Machine<H> {
         for reloaded in pending? {
             proofs.push(reloaded.wait_ok()?);
         }
-        self.uart.restore(&state.uart)?;
         self.vm
             .restore(&state.vm, proofs)
-            .map_err(hypervisor("restore interrupt controllers and clocks"))
+            .map_err(hypervisor("restore interrupt controllers and clocks"))?;
+        self.uart.restore(&state.uart)?;
+        self.devices.restore(&state.devices)?;
+        Ok(())
     }
 
     /// Ends the machine: its vCPUs leave the guest for good.

@@ -9,6 +9,7 @@
 use serde::{Deserialize, Serialize};
 use sm_hypervisor::{VcpuState, VmState};
 
+use crate::devices::SlotState;
 use crate::serial::UartState;
 
 /// Everything about a paused machine that is not in its memory.
@@ -26,4 +27,6 @@ pub struct MachineState {
     pub vcpus: Vec<VcpuState>,
     /// The console.
     pub uart: UartState,
+    /// Virtio devices by ascending slot.
+    pub devices: Vec<SlotState>,
 }

@@ -1,0 +1,202 @@
+//! The virtio devices of a machine in their slots.
+
+use std::fmt;
+use std::io;
+use std::sync::{Arc, Mutex};
+
+use serde::{Deserialize, Serialize};
+use sm_hypervisor::{Doorbell, IrqTrigger, Vm};
+use thiserror::Error;
+
+use crate::GuestMemory;
+use crate::bus::{BusBuilder, BusError};
+use crate::event_loop::EventLoopHandle;
+use crate::layout::{VIRTIO_SLOTS, VIRTIO_WINDOW_SIZE, virtio_gsi, virtio_window};
+use crate::virtio::mmio::{MmioTransport, QUEUE_NOTIFY, TransportState};
+use crate::virtio::{ActivateError, VirtioDevice};
+
+/// Why a device cannot be attached, saved or restored.
+#[derive(Debug, Error)]
+pub enum DeviceError {
+    /// A slot that the layout does not have.
+    #[error("there is no virtio slot {slot}")]
+    Slot {
+        /// What was asked for.
+        slot: u32,
+    },
+    /// Two devices in one slot.
+    #[error("virtio slot {slot} is taken")]
+    Taken {
+        /// What was asked for.
+        slot: u32,
+        /// The windows that meet.
+        #[source]
+        source: BusError,
+    },
+    /// A host resource failed, or the event loop has stopped.
+    #[error("cannot {operation} the device in slot {slot}")]
+    Io {
+        /// What was tried.
+        operation: &'static str,
+        /// The device's slot.
+        slot: u32,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The hypervisor refused an interrupt line or a doorbell.
+    #[error("cannot connect the device in slot {slot}")]
+    Connect {
+        /// The device's slot.
+        slot: u32,
+        /// What the hypervisor said.
+        #[source]
+        source: sm_hypervisor::Error,
+    },
+    /// Saved state does not fit.
+    #[error("cannot restore the device in slot {slot}")]
+    Restore {
+        /// The device's slot.
+        slot: u32,
+        /// What does not fit.
+        #[source]
+        source: ActivateError,
+    },
+    /// Saved state of other slots than this machine has.
+    #[error("saved devices are in slots {saved:?}, this machine has {present:?}")]
+    Slots {
+        /// Slots in the state.
+        saved: Vec<u32>,
+        /// Slots of the machine.
+        present: Vec<u32>,
+    },
+}
+
+/// A device and the slot it goes to.
+#[derive(Clone)]
+pub struct DeviceConfig {
+    /// Slot, see [`crate::layout`].
+    pub slot: u32,
+    /// The device.
+    pub device: Arc<Mutex<dyn VirtioDevice>>,
+}
+
+impl fmt::Debug for DeviceConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DeviceConfig")
+            .field("slot", &self.slot)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Saved state of one slot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SlotState {
+    /// The slot.
+    pub slot: u32,
+    /// The transport and its device.
+    pub transport: TransportState,
+}
+
+/// All devices of a machine, by ascending slot.
+#[derive(Default)]
+pub(crate) struct Devices {
+    transports: Vec<Arc<MmioTransport>>,
+}
+
+impl Devices {
+    /// Puts devices on the bus and connects interrupts and doorbells.
+    pub(crate) fn attach<V: Vm>(
+        mut configs: Vec<DeviceConfig>,
+        vm: &V,
+        bus: &mut BusBuilder,
+        guest: &GuestMemory,
+        event_loop: &EventLoopHandle,
+    ) -> Result<Self, DeviceError> {
+        configs.sort_by_key(|config| config.slot);
+        let mut transports = Vec::with_capacity(configs.len());
+        for DeviceConfig { slot, device } in configs {
+            if slot >= VIRTIO_SLOTS {
+                return Err(DeviceError::Slot { slot });
+            }
+            let connect = |source| DeviceError::Connect { slot, source };
+            let window = virtio_window(slot);
+            let line = vm
+                .irq_line(virtio_gsi(slot), IrqTrigger::Edge)
+                .map_err(connect)?;
+            let transport =
+                MmioTransport::new(slot, device, guest.clone(), line, event_loop.clone()).map_err(
+                    |source| DeviceError::Io {
+                        operation: "start",
+                        slot,
+                        source,
+                    },
+                )?;
+            for (queue, fd) in transport.doorbells() {
+                let doorbell = Doorbell {
+                    address: window + QUEUE_NOTIFY,
+                    width: Some(4),
+                    value: Some(queue.into()),
+                };
+                // Without the facility, the write arrives on the bus.
+                vm.add_doorbell(doorbell, fd).map_err(connect)?;
+            }
+            bus.mmio(window, VIRTIO_WINDOW_SIZE, transport.clone())
+                .map_err(|source| DeviceError::Taken { slot, source })?;
+            transports.push(transport);
+        }
+        Ok(Self { transports })
+    }
+
+    pub(crate) fn slots(&self) -> Vec<u32> {
+        self.transports.iter().map(|t| t.slot()).collect()
+    }
+
+    /// Brings all work in flight to an end. vCPUs are out of guest code.
+    pub(crate) fn quiesce(&self) -> Result<(), DeviceError> {
+        for transport in &self.transports {
+            transport.quiesce().map_err(|source| DeviceError::Io {
+                operation: "quiesce",
+                slot: transport.slot(),
+                source,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Lets devices work again.
+    pub(crate) fn unquiesce(&self) {
+        for transport in &self.transports {
+            transport.unquiesce();
+        }
+    }
+
+    /// Saves all devices; they are quiesced.
+    pub(crate) fn save(&self) -> Vec<SlotState> {
+        self.transports
+            .iter()
+            .map(|transport| SlotState {
+                slot: transport.slot(),
+                transport: transport.save(),
+            })
+            .collect()
+    }
+
+    /// Restores all devices, live ones too.
+    pub(crate) fn restore(&self, states: &[SlotState]) -> Result<(), DeviceError> {
+        let saved: Vec<u32> = states.iter().map(|state| state.slot).collect();
+        let present = self.slots();
+        if saved != present {
+            return Err(DeviceError::Slots { saved, present });
+        }
+        for (transport, state) in self.transports.iter().zip(states) {
+            transport
+                .restore(&state.transport)
+                .map_err(|source| DeviceError::Restore {
+                    slot: state.slot,
+                    source,
+                })?;
+        }
+        Ok(())
+    }
+}
