@@ -2,6 +2,7 @@
 #![warn(missing_docs)]
 
 mod control;
+pub mod doctor;
 mod error;
 pub mod exec;
 mod fdpass;
@@ -27,5 +28,5 @@ pub use error::Error;
 pub use image::Image;
 pub use launch::{Stage, Status};
 pub use run::RunOptions;
-pub use vm::{Inspection, StateView, Vm};
+pub use vm::{Inspection, SignalSender, StateView, Vm};
 pub use vmm::run_vmm_if_asked;

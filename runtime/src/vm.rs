@@ -261,6 +261,14 @@ impl Vm {
         self.call(&ControlCall::Signal { signal }).map(drop)
     }
 
+    /// A way to signal the workload from other threads.
+    #[must_use]
+    pub fn signals(&self) -> SignalSender {
+        SignalSender {
+            record: self.record.clone(),
+        }
+    }
+
     /// Holds all vCPUs.
     ///
     /// # Errors
@@ -377,6 +385,25 @@ impl Drop for Vm {
         if let Err(error) = reaper {
             tracing::warn!(%error, "a VMM process will not be reaped");
         }
+    }
+}
+
+/// Signals a VM's workload; see [`Vm::signals`].
+#[derive(Clone, Debug)]
+pub struct SignalSender {
+    record: Record,
+}
+
+impl SignalSender {
+    /// Sends a signal, by a connection of its own, so that it does not wait
+    /// behind input that the workload does not read.
+    ///
+    /// # Errors
+    /// The workload is not running.
+    pub fn send(&self, signal: u8) -> Result<(), Error> {
+        Control::connect(&self.record)?
+            .call(&ControlCall::Signal { signal })
+            .map(drop)
     }
 }
 

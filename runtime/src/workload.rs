@@ -2,7 +2,8 @@
 //! caller asks for, by Docker's rules.
 
 use serde::{Deserialize, Serialize};
-use sm_guest_proto::exec::{ExecRequest, Rlimit, Role};
+pub use sm_guest_proto::exec::Rlimit;
+use sm_guest_proto::exec::{ExecRequest, Role};
 use thiserror::Error;
 
 use crate::signal;

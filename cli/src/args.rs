@@ -1,0 +1,363 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::units::parse_size;
+
+/// Run OCI images as microVMs.
+#[derive(Debug, Parser)]
+#[command(name = "sm", version, max_term_width = 100, propagate_version = true)]
+pub(crate) struct Cli {
+    /// Say more about what happens (repeat for even more)
+    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    pub(crate) verbose: u8,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run a command in a new VM
+    Run(Box<RunArgs>),
+    /// Run a command in a running VM
+    Exec(ExecArgs),
+    /// Attach to a running VM's workload
+    Attach(AttachArgs),
+    /// List VMs
+    Ps(PsArgs),
+    /// Show what a VM's workload wrote
+    Logs(LogsArgs),
+    /// Stop VMs: ask their workloads to end, then end them
+    Stop(StopArgs),
+    /// Signal the workloads of VMs
+    Kill(KillArgs),
+    /// Hold all vCPUs of VMs
+    Pause(VmArgs),
+    /// Let the vCPUs of paused VMs run again
+    Unpause(VmArgs),
+    /// Wait until VMs have ended, and print their exit statuses
+    Wait(VmArgs),
+    /// Remove VMs that have ended
+    Rm(RmArgs),
+    /// Show everything about VMs, as JSON
+    Inspect(VmArgs),
+    /// Show usage figures of a running VM
+    Stats(StatsArgs),
+    /// List images in the local store
+    Images(ListArgs),
+    /// Bring an image into the local store
+    Pull(PullArgs),
+    /// Remove images from the local store
+    Rmi(RmiArgs),
+    /// Manage guest kernels
+    #[command(subcommand)]
+    Kernel(KernelCommand),
+    /// Check whether this host can run VMs, and say what to do if not
+    Doctor(DoctorArgs),
+    /// Print a completion script
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Print the version
+    Version,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    /// Run in the background and print the VM's ID
+    #[arg(short, long)]
+    pub(crate) detach: bool,
+    /// Keep standard input open
+    #[arg(short, long)]
+    pub(crate) interactive: bool,
+    /// Give the command a terminal
+    #[arg(short, long)]
+    pub(crate) tty: bool,
+    /// Remove the VM when it ends
+    #[arg(long)]
+    pub(crate) rm: bool,
+    /// Name of the VM
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// Set an environment variable (NAME=VALUE, or NAME to pass on this one's)
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    pub(crate) env: Vec<String>,
+    /// Read environment variables from a file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) env_file: Vec<PathBuf>,
+    /// Working directory in the guest
+    #[arg(short, long, value_name = "DIR")]
+    pub(crate) workdir: Option<String>,
+    /// User, by name or number
+    #[arg(short, long, value_name = "USER[:GROUP]")]
+    pub(crate) user: Option<String>,
+    /// Add a group, by name or number
+    #[arg(long, value_name = "GROUP")]
+    pub(crate) group_add: Vec<String>,
+    /// Program to run instead of the image's entrypoint
+    #[arg(long, value_name = "PROGRAM")]
+    pub(crate) entrypoint: Option<String>,
+    /// Host name of the guest
+    #[arg(long, value_name = "NAME")]
+    pub(crate) hostname: Option<String>,
+    /// Add a line to the guest's /etc/hosts
+    #[arg(long, value_name = "NAME:ADDRESS")]
+    pub(crate) add_host: Vec<String>,
+    /// Name server of the guest
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) dns: Vec<String>,
+    /// Guest memory, such as 256m or 1g; at least 64m
+    #[arg(short, long, value_name = "SIZE", value_parser = parse_size, default_value = "512m")]
+    pub(crate) memory: u64,
+    /// Number of vCPUs
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) cpus: u32,
+    /// Guest kernel to boot
+    #[arg(long, value_name = "PATH")]
+    pub(crate) kernel: Option<PathBuf>,
+    /// Words added to the guest kernel's command line
+    #[arg(long, value_name = "WORDS", default_value = "", hide_default_value = true)]
+    pub(crate) kernel_args: String,
+    /// No writable layer over the image
+    #[arg(long)]
+    pub(crate) read_only: bool,
+    /// Size of /dev/shm
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "64m")]
+    pub(crate) shm_size: u64,
+    /// Limit of the writable layer, which is guest memory [default: half of it]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) tmpfs_size: Option<u64>,
+    /// Resource limit of the command
+    #[arg(long, value_name = "NAME=SOFT[:HARD]")]
+    pub(crate) ulimit: Vec<String>,
+    /// Signal that asks the command to end [default: the image's, else SIGTERM]
+    #[arg(long, value_name = "SIGNAL")]
+    pub(crate) stop_signal: Option<String>,
+    /// Seconds between the stop signal and SIGKILL
+    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    pub(crate) stop_timeout: u64,
+    /// Seconds that the guest may take to get ready
+    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
+    pub(crate) start_timeout: u64,
+    /// Print how long each phase took
+    #[arg(long)]
+    pub(crate) timings: bool,
+    /// Print a JSON object about the VM: when detached its identity to standard
+    /// output, else identity, exit status and timings to standard error at the end
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// The image, such as oci:DIR[:TAG], oci-archive:FILE or rootfs:DIR
+    pub(crate) image: String,
+    /// Command and arguments [default: the image's]
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(crate) command: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ExecArgs {
+    /// Keep standard input open
+    #[arg(short, long)]
+    pub(crate) interactive: bool,
+    /// Give the command a terminal
+    #[arg(short, long)]
+    pub(crate) tty: bool,
+    /// Set an environment variable (NAME=VALUE, or NAME to pass on this one's)
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    pub(crate) env: Vec<String>,
+    /// Read environment variables from a file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) env_file: Vec<PathBuf>,
+    /// Working directory in the guest
+    #[arg(short, long, value_name = "DIR")]
+    pub(crate) workdir: Option<String>,
+    /// User, by name or number
+    #[arg(short, long, value_name = "USER[:GROUP]")]
+    pub(crate) user: Option<String>,
+    /// End the command after so many seconds
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) timeout: Option<u64>,
+    /// Name or ID
+    pub(crate) vm: String,
+    /// Command and arguments
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+    pub(crate) command: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AttachArgs {
+    /// Do not pass standard input on
+    #[arg(long)]
+    pub(crate) no_stdin: bool,
+    /// Name or ID
+    pub(crate) vm: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PsArgs {
+    /// Show VMs that have ended, too
+    #[arg(short, long)]
+    pub(crate) all: bool,
+    /// Print IDs only
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// Do not shorten IDs and commands
+    #[arg(long)]
+    pub(crate) no_trunc: bool,
+    #[command(flatten)]
+    pub(crate) format: FormatArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct FormatArgs {
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+    /// Output format
+    #[arg(long, value_name = "FORMAT", default_value = "table")]
+    format: Format,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Format {
+    Table,
+    Json,
+}
+
+impl FormatArgs {
+    pub(crate) fn json(&self) -> bool {
+        self.json || self.format == Format::Json
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LogsArgs {
+    /// Go on until the VM ends
+    #[arg(short, long)]
+    pub(crate) follow: bool,
+    /// Show the guest's console instead
+    #[arg(long)]
+    pub(crate) console: bool,
+    /// Show the last N lines only
+    #[arg(short = 'n', long, value_name = "N")]
+    pub(crate) tail: Option<usize>,
+    /// Begin each line with the time it was written
+    #[arg(short = 't', long)]
+    pub(crate) timestamps: bool,
+    /// Name or ID
+    pub(crate) vm: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StopArgs {
+    /// Seconds between the stop signal and SIGKILL [default: the VM's own]
+    #[arg(short = 't', long = "time", value_name = "SECONDS")]
+    pub(crate) time: Option<u64>,
+    /// Names or IDs
+    #[arg(required = true)]
+    pub(crate) vms: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct KillArgs {
+    /// Signal to send
+    #[arg(short, long, default_value = "KILL")]
+    pub(crate) signal: String,
+    /// Names or IDs
+    #[arg(required = true)]
+    pub(crate) vms: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct VmArgs {
+    /// Names or IDs
+    #[arg(required = true)]
+    pub(crate) vms: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RmArgs {
+    /// End running VMs first, without asking their workloads
+    #[arg(short, long)]
+    pub(crate) force: bool,
+    /// Names or IDs
+    #[arg(required = true)]
+    pub(crate) vms: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StatsArgs {
+    #[command(flatten)]
+    pub(crate) format: FormatArgs,
+    /// Name or ID
+    pub(crate) vm: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ListArgs {
+    /// Print IDs only
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    #[command(flatten)]
+    pub(crate) format: FormatArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PullArgs {
+    /// Print nothing but the image's ID
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// The image, such as oci:DIR[:TAG], oci-archive:FILE or rootfs:DIR
+    pub(crate) image: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RmiArgs {
+    /// Names or IDs
+    #[arg(required = true)]
+    pub(crate) images: Vec<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum KernelCommand {
+    /// Build a tuned guest kernel
+    Build,
+    /// List kernels found on this host
+    List(ListArgs),
+    /// Choose the kernel that VMs boot
+    Use {
+        /// A path, or a name from the list
+        kernel: String,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DoctorArgs {
+    #[command(flatten)]
+    pub(crate) format: FormatArgs,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn options_after_the_image_belong_to_the_command() {
+        let line = ["sm", "run", "-it", "--rm", "IMG", "sh", "-c", "x", "--rm"];
+        let Command::Run(run) = Cli::parse_from(line).command else {
+            panic!("run");
+        };
+        assert!(run.interactive && run.tty && run.rm);
+        assert_eq!(run.command, ["sh", "-c", "x", "--rm"]);
+        assert_eq!(run.memory, 512 << 20);
+    }
+}

@@ -1,0 +1,81 @@
+//! `sm exec` and `sm attach`.
+
+use std::io::{self, IsTerminal as _};
+use std::time::Duration;
+
+use anyhow::anyhow;
+use sm_runtime::Vm;
+use sm_runtime::home::Home;
+
+use super::run::{LOST, forwarder};
+use crate::args::{AttachArgs, ExecArgs};
+use crate::failure::Failure;
+use crate::printer::Printer;
+use crate::stream::{self, End, Wiring};
+use crate::{terminal, units};
+
+pub(crate) fn exec(home: &Home, args: ExecArgs) -> Result<u32, Failure> {
+    if args.tty && args.interactive && !io::stdin().is_terminal() {
+        return Err(anyhow!(
+            "standard input is not a terminal: leave out -t, or run this from a terminal"
+        )
+        .into());
+    }
+    let vm = Vm::find(home, &args.vm)?;
+    let mut builder = vm.exec(args.command).stdin(args.interactive);
+    for path in &args.env_file {
+        builder = builder.env(units::read_env_file(path)?);
+    }
+    for entry in &args.env {
+        builder = builder.env(units::env_entry(entry)?);
+    }
+    if let Some(directory) = args.workdir {
+        builder = builder.cwd(directory);
+    }
+    if let Some(user) = args.user {
+        builder = builder.user(user);
+    }
+    if let Some(seconds) = args.timeout {
+        builder = builder.timeout(Duration::from_secs(seconds));
+    }
+    if args.tty {
+        let (columns, rows) = terminal::size().unwrap_or((80, 24));
+        builder = builder.tty(columns, rows);
+    }
+    let session = builder.start()?;
+    let writer = session.writer();
+    let forward = move |signal| {
+        // A command that has just ended needs no signal.
+        let _ = writer.signal(signal);
+    };
+    let wiring = Wiring {
+        stdin: args.interactive,
+        tty: args.tty,
+    };
+    Ok(match stream::run(session, wiring, forward, &mut Vec::new())? {
+        End::Exited { status, .. } => status,
+        End::Detached => 0,
+        // The VM ended, and the command with it.
+        End::Lost => LOST,
+    })
+}
+
+pub(crate) fn attach(home: &Home, args: &AttachArgs, printer: &Printer) -> Result<u32, Failure> {
+    let vm = Vm::find(home, &args.vm)?;
+    let workload = &vm.config().workload;
+    let wiring = Wiring {
+        stdin: workload.stdin && !args.no_stdin,
+        tty: workload.tty,
+    };
+    let session = vm.attach(wiring.stdin)?;
+    Ok(
+        match stream::run(session, wiring, forwarder(&vm)?, &mut Vec::new())? {
+            End::Exited { status, .. } => status,
+            End::Detached => {
+                printer.note(format_args!("Detached from \"{}\"", vm.name()));
+                0
+            }
+            End::Lost => LOST,
+        },
+    )
+}

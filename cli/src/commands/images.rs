@@ -1,0 +1,76 @@
+//! `sm images`, `pull` and `rmi`, and opening an image for a run.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use sm_runtime::home::Home;
+use sm_runtime::image::{self, Image};
+
+use crate::args::{ListArgs, PullArgs, RmiArgs};
+use crate::failure::{Failure, OUR_FAILURE};
+use crate::printer::Printer;
+use crate::progress::Bars;
+use crate::table;
+use crate::units::{format_age, format_size};
+
+/// Digits of an image's ID that a table shows.
+const SHORT_ID: usize = 12;
+
+/// Opens an image, converting it first if it is not in the store yet.
+pub(super) fn open(home: &Home, reference: &str, printer: &Printer) -> Result<Image, Failure> {
+    let mut bars = Bars::new(printer);
+    let image = Image::open_in(home, reference, &mut |progress| bars.show(&progress));
+    bars.clear();
+    Ok(image?)
+}
+
+pub(crate) fn pull(home: &Home, args: &PullArgs, printer: &Printer) -> Result<u32, Failure> {
+    let image = open(home, &args.image, printer)?;
+    if !args.quiet {
+        printer.note(format_args!("Stored \"{}\"", image.reference()));
+    }
+    printer.line(image.digest());
+    Ok(0)
+}
+
+pub(crate) fn list(home: &Home, args: &ListArgs, printer: &Printer) -> Result<u32, Failure> {
+    let images = image::list(home)?;
+    if args.quiet {
+        for image in &images {
+            printer.line(&image.id);
+        }
+    } else if args.format.json() {
+        printer.json(&images)?;
+    } else {
+        let now = SystemTime::now();
+        let rows: Vec<_> = images
+            .iter()
+            .map(|image| {
+                let stored = UNIX_EPOCH + Duration::from_nanos(image.stored_ns);
+                let age = now.duration_since(stored).unwrap_or_default();
+                let digits = image.id.trim_start_matches("sha256:");
+                [
+                    image.reference.clone(),
+                    digits.get(..SHORT_ID).unwrap_or(digits).to_owned(),
+                    format!("{} ago", format_age(age)),
+                    format_size(image.size),
+                ]
+            })
+            .collect();
+        printer.line(table::render(["IMAGE", "ID", "STORED", "SIZE"], &rows));
+    }
+    Ok(0)
+}
+
+pub(crate) fn remove(home: &Home, args: &RmiArgs, printer: &Printer) -> Result<u32, Failure> {
+    let mut status = 0;
+    for query in &args.images {
+        match image::remove(home, query) {
+            Ok(()) => printer.line(query),
+            Err(error) => {
+                printer.error(&error.into());
+                status = OUR_FAILURE;
+            }
+        }
+    }
+    Ok(status)
+}

@@ -1,0 +1,74 @@
+//! `sm stop`, `kill`, `pause`, `unpause`, `wait` and `rm`.
+
+use std::time::Duration;
+
+use sm_runtime::Vm;
+use sm_runtime::home::Home;
+use sm_runtime::signal;
+
+use crate::args::{KillArgs, RmArgs, StopArgs, VmArgs};
+use crate::failure::{Failure, OUR_FAILURE};
+use crate::printer::Printer;
+
+/// Does something to each VM, printing its name as given when it worked. All
+/// are tried; the first failure decides the status.
+fn each(
+    home: &Home,
+    vms: &[String],
+    printer: &Printer,
+    mut act: impl FnMut(Vm) -> Result<Option<String>, Failure>,
+) -> Result<u32, Failure> {
+    let mut status = 0;
+    for query in vms {
+        let done = Vm::find(home, query).map_err(Failure::from).and_then(&mut act);
+        match done {
+            Ok(text) => printer.line(text.as_ref().unwrap_or(query)),
+            Err(failure) => {
+                printer.error(&failure);
+                status = OUR_FAILURE;
+            }
+        }
+    }
+    Ok(status)
+}
+
+pub(crate) fn stop(home: &Home, args: &StopArgs, printer: &Printer) -> Result<u32, Failure> {
+    let grace = args.time.map(Duration::from_secs);
+    each(home, &args.vms, printer, |mut vm| {
+        vm.stop(grace)?;
+        Ok(None)
+    })
+}
+
+pub(crate) fn kill(home: &Home, args: &KillArgs, printer: &Printer) -> Result<u32, Failure> {
+    let signal = signal::parse(&args.signal)?;
+    each(home, &args.vms, printer, |vm| {
+        vm.kill(signal)?;
+        Ok(None)
+    })
+}
+
+pub(crate) fn pause(
+    home: &Home,
+    args: &VmArgs,
+    pause: bool,
+    printer: &Printer,
+) -> Result<u32, Failure> {
+    each(home, &args.vms, printer, |vm| {
+        if pause { vm.pause() } else { vm.resume() }?;
+        Ok(None)
+    })
+}
+
+pub(crate) fn wait(home: &Home, args: &VmArgs, printer: &Printer) -> Result<u32, Failure> {
+    each(home, &args.vms, printer, |mut vm| {
+        Ok(Some(vm.wait()?.status.to_string()))
+    })
+}
+
+pub(crate) fn rm(home: &Home, args: &RmArgs, printer: &Printer) -> Result<u32, Failure> {
+    each(home, &args.vms, printer, |mut vm| {
+        vm.remove(args.force)?;
+        Ok(None)
+    })
+}

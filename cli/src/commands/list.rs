@@ -1,0 +1,157 @@
+//! `sm ps`, `inspect` and `stats`.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde::Serialize;
+use sm_runtime::home::Home;
+use sm_runtime::{Inspection, Vm};
+
+use crate::args::{PsArgs, StatsArgs, VmArgs};
+use crate::failure::{Failure, OUR_FAILURE};
+use crate::printer::Printer;
+use crate::table;
+use crate::units::{format_age, format_size};
+
+/// Longest command shown in a table.
+const COMMAND_WIDTH: usize = 30;
+
+/// A VM in `sm ps --json`.
+#[derive(Serialize)]
+struct Row<'a> {
+    id: &'a str,
+    name: &'a str,
+    image: &'a str,
+    command: &'a [String],
+    created_ns: u64,
+    memory: u64,
+    cpus: u32,
+    #[serde(flatten)]
+    state: &'a sm_runtime::StateView,
+}
+
+pub(crate) fn ps(home: &Home, args: &PsArgs, printer: &Printer) -> Result<u32, Failure> {
+    let mut vms = Vec::new();
+    for vm in Vm::list(home)? {
+        // One that goes away meanwhile is not there.
+        if let Ok(inspection) = vm.inspect() {
+            if args.all || inspection.state.exit_code.is_none() {
+                vms.push(inspection);
+            }
+        }
+    }
+    if args.quiet {
+        for vm in &vms {
+            let id = &vm.config.id;
+            printer.line(if args.no_trunc { id.as_str() } else { id.short() });
+        }
+    } else if args.format.json() {
+        let rows: Vec<Row<'_>> = vms
+            .iter()
+            .map(|vm| Row {
+                id: vm.config.id.as_str(),
+                name: &vm.config.name,
+                image: &vm.config.image,
+                command: &vm.config.workload.argv,
+                created_ns: vm.config.created_ns,
+                memory: vm.config.memory,
+                cpus: vm.config.cpus,
+                state: &vm.state,
+            })
+            .collect();
+        printer.json(&rows)?;
+    } else {
+        let now = SystemTime::now();
+        let rows: Vec<_> = vms.iter().map(|vm| row(vm, now, args.no_trunc)).collect();
+        printer.line(table::render(
+            ["VM ID", "IMAGE", "COMMAND", "CREATED", "STATUS", "NAME"],
+            &rows,
+        ));
+    }
+    Ok(0)
+}
+
+fn row(vm: &Inspection, now: SystemTime, no_trunc: bool) -> [String; 6] {
+    let config = &vm.config;
+    let mut command = config.workload.argv.join(" ");
+    if !no_trunc && command.chars().count() > COMMAND_WIDTH {
+        command = command.chars().take(COMMAND_WIDTH - 1).collect();
+        command.push('…');
+    }
+    let id = if no_trunc {
+        config.id.as_str()
+    } else {
+        config.id.short()
+    };
+    [
+        id.to_owned(),
+        config.image.clone(),
+        format!("\"{}\"", command.escape_debug()),
+        format!("{} ago", age(config.created_ns, now)),
+        status(vm, now),
+        config.name.clone(),
+    ]
+}
+
+fn status(vm: &Inspection, now: SystemTime) -> String {
+    let state = &vm.state;
+    match (state.status, &state.exit) {
+        ("exited", Some(exit)) => format!(
+            "Exited ({}) {} ago",
+            exit.status,
+            age(exit.finished_ns, now)
+        ),
+        ("running", _) => format!("Up {}", age(state.started_ns, now)),
+        ("paused", _) => format!("Up {} (paused)", age(state.started_ns, now)),
+        (other, _) => {
+            let mut text = other.to_owned();
+            if let Some(first) = text.get_mut(..1) {
+                first.make_ascii_uppercase();
+            }
+            text
+        }
+    }
+}
+
+fn age(since_ns: u64, now: SystemTime) -> String {
+    let since = UNIX_EPOCH + Duration::from_nanos(since_ns);
+    format_age(now.duration_since(since).unwrap_or_default())
+}
+
+pub(crate) fn inspect(home: &Home, args: &VmArgs, printer: &Printer) -> Result<u32, Failure> {
+    let mut found = Vec::new();
+    let mut status = 0;
+    for query in &args.vms {
+        match Vm::find(home, query).and_then(|vm| vm.inspect()) {
+            Ok(inspection) => found.push(inspection),
+            Err(error) => {
+                printer.error(&error.into());
+                status = OUR_FAILURE;
+            }
+        }
+    }
+    printer.json(&found)?;
+    Ok(status)
+}
+
+pub(crate) fn stats(home: &Home, args: &StatsArgs, printer: &Printer) -> Result<u32, Failure> {
+    let stats = Vm::find(home, &args.vm)?.stats()?;
+    if args.format.json() {
+        printer.json(&stats)?;
+        return Ok(0);
+    }
+    let used = stats
+        .memory_total_kib
+        .saturating_sub(stats.memory_available_kib);
+    let kib = |kib: u64| format_size(kib.saturating_mul(1024));
+    printer.line(table::render(
+        ["MEMORY USED", "MEMORY", "PROCESSES", "CPU TIME", "OOM KILLS"],
+        &[[
+            kib(used),
+            kib(stats.memory_total_kib),
+            stats.processes.to_string(),
+            format!("{:.3} s", Duration::from_micros(stats.cpu_us).as_secs_f64()),
+            stats.oom_kills.to_string(),
+        ]],
+    ));
+    Ok(0)
+}

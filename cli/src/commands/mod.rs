@@ -1,0 +1,51 @@
+//! One module for each group of subcommands.
+
+mod exec;
+mod images;
+mod kernel;
+mod lifecycle;
+mod list;
+mod logs;
+mod run;
+
+use clap::CommandFactory as _;
+use sm_runtime::home::Home;
+use sm_runtime::timings::Phase;
+
+use crate::args::{Cli, Command};
+use crate::failure::Failure;
+use crate::printer::Printer;
+
+/// Runs one subcommand; the result is the exit status.
+pub(crate) fn run(begin: Phase, cli: Cli, printer: &Printer) -> Result<u32, Failure> {
+    let home = || Home::from_env().map_err(Failure::from);
+    match cli.command {
+        Command::Run(args) => run::run(begin, &home()?, *args, printer),
+        Command::Exec(args) => exec::exec(&home()?, args),
+        Command::Attach(args) => exec::attach(&home()?, &args, printer),
+        Command::Ps(args) => list::ps(&home()?, &args, printer),
+        Command::Logs(args) => logs::logs(&home()?, &args),
+        Command::Stop(args) => lifecycle::stop(&home()?, &args, printer),
+        Command::Kill(args) => lifecycle::kill(&home()?, &args, printer),
+        Command::Pause(args) => lifecycle::pause(&home()?, &args, true, printer),
+        Command::Unpause(args) => lifecycle::pause(&home()?, &args, false, printer),
+        Command::Wait(args) => lifecycle::wait(&home()?, &args, printer),
+        Command::Rm(args) => lifecycle::rm(&home()?, &args, printer),
+        Command::Inspect(args) => list::inspect(&home()?, &args, printer),
+        Command::Stats(args) => list::stats(&home()?, &args, printer),
+        Command::Images(args) => images::list(&home()?, &args, printer),
+        Command::Pull(args) => images::pull(&home()?, &args, printer),
+        Command::Rmi(args) => images::remove(&home()?, &args, printer),
+        Command::Kernel(command) => kernel::run(&home()?, command, printer),
+        Command::Doctor(args) => kernel::doctor(&home()?, &args, printer),
+        Command::Completions { shell } => {
+            let mut command = Cli::command();
+            clap_complete::generate(shell, &mut command, "sm", &mut std::io::stdout());
+            Ok(0)
+        }
+        Command::Version => {
+            printer.line(format!("sm {}", env!("CARGO_PKG_VERSION")));
+            Ok(0)
+        }
+    }
+}

@@ -1,0 +1,228 @@
+//! `sm run`.
+
+use std::io::{self, IsTerminal as _};
+use std::time::Duration;
+
+use anyhow::{Context as _, anyhow, bail};
+use serde::Serialize;
+use sm_runtime::home::Home;
+use sm_runtime::record::{ExitReason, ExitRecord};
+use sm_runtime::timings::Phase;
+use sm_runtime::workload::{Overrides, Rlimit};
+use sm_runtime::{RunOptions, Vm};
+
+use super::images;
+use crate::args::RunArgs;
+use crate::failure::{Failure, OUR_FAILURE};
+use crate::printer::Printer;
+use crate::stream::{self, End, Wiring};
+use crate::{terminal, timings, units};
+
+/// What `--json` prints about a VM.
+#[derive(Serialize)]
+struct Report<'a> {
+    id: &'a str,
+    name: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    exit: Option<&'a ExitRecord>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    timings: Vec<timings::Step>,
+}
+
+pub(crate) fn run(
+    begin: Phase,
+    home: &Home,
+    args: RunArgs,
+    printer: &Printer,
+) -> Result<u32, Failure> {
+    if args.tty && !args.detach && args.interactive && !io::stdin().is_terminal() {
+        return Err(anyhow!(
+            "standard input is not a terminal: leave out -t, or run this from a terminal"
+        )
+        .into());
+    }
+    let image = images::open(home, &args.image, printer)?;
+    let options = options(begin, &args)?;
+    let mut vm = image.run(options)?;
+    if args.detach {
+        if args.json {
+            printer.json(&Report {
+                id: vm.id().as_str(),
+                name: vm.name(),
+                exit: None,
+                timings: timings::steps(vm.phases()),
+            })?;
+        } else {
+            printer.line(vm.id());
+        }
+        return Ok(0);
+    }
+    foreground(&mut vm, &args, printer)
+}
+
+fn foreground(vm: &mut Vm, args: &RunArgs, printer: &Printer) -> Result<u32, Failure> {
+    let session = vm
+        .take_session()
+        .context("the VM was not started attached")?;
+    let mut phases = vm.phases().to_vec();
+    let wiring = Wiring {
+        stdin: args.interactive,
+        tty: args.tty,
+    };
+    let end = stream::run(session, wiring, forwarder(vm)?, &mut phases)?;
+    let (status, exit) = match end {
+        End::Exited { status, vm } => (status, vm),
+        End::Detached => {
+            printer.note(format_args!(
+                "Detached; the VM goes on as \"{}\"",
+                vm.name()
+            ));
+            return Ok(0);
+        }
+        // The process of the VM was killed.
+        End::Lost => {
+            let exit = vm.wait().ok();
+            if exit.is_none() {
+                printer.note("sm: the VM's process ended unexpectedly");
+            }
+            (exit.as_ref().map_or(137, |exit| exit.status), exit)
+        }
+    };
+    if let Some(exit) = &exit {
+        phases.clone_from(&with_all(&phases, exit));
+        explain(exit, printer);
+    }
+    if args.timings && !args.json {
+        printer.note(timings::render(&phases));
+    }
+    if args.json {
+        let report = Report {
+            id: vm.id().as_str(),
+            name: vm.name(),
+            exit: exit.as_ref(),
+            timings: timings::steps(&phases),
+        };
+        printer.note(serde_json::to_string(&report)?);
+    }
+    Ok(status)
+}
+
+/// The phases of the exit record, which has all of them, if there are any.
+fn with_all(seen: &[Phase], exit: &ExitRecord) -> Vec<Phase> {
+    let mut phases = if exit.phases.is_empty() {
+        seen.to_vec()
+    } else {
+        exit.phases.clone()
+    };
+    phases.push(Phase::now("command ends"));
+    phases
+}
+
+/// Says why it ended, unless that is the workload's own business.
+fn explain(exit: &ExitRecord, printer: &Printer) {
+    if exit.reason == ExitReason::Workload && !exit.oom_killed {
+        return;
+    }
+    if let Some(message) = &exit.message {
+        printer.note(format_args!("sm: {message}"));
+    }
+}
+
+/// Passes signals on by the control socket, where they do not wait behind input.
+pub(super) fn forwarder(vm: &Vm) -> Result<impl Fn(u8) + Send + Sync + Clone + 'static, Failure> {
+    let signals = vm.signals();
+    Ok(move |signal| {
+        // A workload that has just ended needs no signal.
+        let _ = signals.send(signal);
+    })
+}
+
+fn options(begin: Phase, args: &RunArgs) -> anyhow::Result<RunOptions> {
+    let mut env = Vec::new();
+    for path in &args.env_file {
+        env.extend(units::read_env_file(path)?);
+    }
+    for entry in &args.env {
+        env.extend(units::env_entry(entry)?);
+    }
+    let overrides = Overrides {
+        command: args.command.clone(),
+        entrypoint: args.entrypoint.clone(),
+        env,
+        user: args.user.clone(),
+        groups: args.group_add.clone(),
+        cwd: args.workdir.clone(),
+        hostname: args.hostname.clone(),
+        stop_signal: args.stop_signal.clone(),
+        tty: args.tty,
+        stdin: args.interactive,
+        rlimits: args
+            .ulimit
+            .iter()
+            .map(|text| parse_ulimit(text))
+            .collect::<anyhow::Result<_>>()?,
+    };
+    let (columns, rows) = terminal::size().unwrap_or((80, 24));
+    let mut options = RunOptions::new()
+        .overrides(overrides)
+        .memory(args.memory)
+        .cpus(args.cpus)
+        .cmdline(args.kernel_args.as_str())
+        .auto_remove(args.rm)
+        .read_only(args.read_only)
+        .attach(!args.detach)
+        .terminal_size(columns, rows)
+        .shm_size(args.shm_size)
+        .upper_size(args.tmpfs_size.unwrap_or(0))
+        .stop_timeout(Duration::from_secs(args.stop_timeout))
+        .start_timeout(Duration::from_secs(args.start_timeout))
+        .phases(vec![begin]);
+    if let Some(name) = &args.name {
+        options = options.name(name.as_str());
+    }
+    if let Some(kernel) = &args.kernel {
+        options = options.kernel(kernel);
+    }
+    for host in &args.add_host {
+        let Some((name, address)) = host.split_once(':') else {
+            bail!("\"{host}\" is not a host: write NAME:ADDRESS");
+        };
+        options = options.host(name, address);
+    }
+    for address in &args.dns {
+        options = options.nameserver(address.as_str());
+    }
+    Ok(options)
+}
+
+/// Reads `nofile=1024:2048`; `unlimited` or -1 is no limit.
+fn parse_ulimit(text: &str) -> anyhow::Result<Rlimit> {
+    let bad = || anyhow!("\"{text}\" is not a limit: write NAME=SOFT or NAME=SOFT:HARD");
+    let (name, limits) = text.split_once('=').ok_or_else(bad)?;
+    let number = |limit: &str| match limit {
+        "unlimited" | "-1" => Ok(u64::MAX),
+        digits => digits.parse().map_err(|_| bad()),
+    };
+    let (soft, hard) = limits.split_once(':').unwrap_or((limits, limits));
+    Ok(Rlimit {
+        name: name.to_ascii_lowercase(),
+        soft: number(soft)?,
+        hard: number(hard)?,
+    })
+}
+
+/// The status of a command whose VM went away.
+pub(super) const LOST: u32 = OUR_FAILURE + 12;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_are_read() {
+        let limit = parse_ulimit("NOFILE=1024:unlimited").unwrap();
+        assert_eq!((limit.name.as_str(), limit.soft, limit.hard), ("nofile", 1024, u64::MAX));
+        assert!(parse_ulimit("nofile").is_err());
+        assert!(parse_ulimit("nofile=x").is_err());
+    }
+}

@@ -1,0 +1,69 @@
+//! A failure and the exit status it ends `sm` with.
+
+use std::fmt;
+
+/// Docker's status for a failure that is not the command's.
+pub(crate) const OUR_FAILURE: u32 = 125;
+
+/// Why a command of `sm` did not do its work.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    pub(crate) error: anyhow::Error,
+    pub(crate) status: u32,
+}
+
+impl Failure {
+    pub(crate) fn new(error: anyhow::Error) -> Self {
+        let status = error
+            .downcast_ref::<sm_runtime::Error>()
+            .map_or(OUR_FAILURE, sm_runtime::Error::exit_status);
+        Self { error, status }
+    }
+}
+
+impl<E: Into<anyhow::Error>> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self::new(error.into())
+    }
+}
+
+/// The error, then its causes on one line each, leaving out repetitions that
+/// transparent errors bring along.
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut last = self.error.to_string();
+        f.write_str(&last)?;
+        for cause in self.error.chain().skip(1) {
+            let text = cause.to_string();
+            if text != last {
+                write!(f, "\n  because: {text}")?;
+            }
+            last = text;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn causes_follow_the_error() {
+        let error = anyhow::anyhow!("no such file").context("cannot read \"x\"");
+        assert_eq!(
+            Failure::new(error).to_string(),
+            "cannot read \"x\"\n  because: no such file"
+        );
+    }
+
+    #[test]
+    fn a_command_that_was_not_found_keeps_its_status() {
+        let error = sm_runtime::Error::Start {
+            message: "x: not found".into(),
+            status: 127,
+        };
+        assert_eq!(Failure::from(error).status, 127);
+        assert_eq!(Failure::new(anyhow::anyhow!("x")).status, OUR_FAILURE);
+    }
+}

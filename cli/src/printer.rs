@@ -1,0 +1,48 @@
+//! The one place that writes to standard output and standard error.
+
+use std::fmt::Display;
+use std::io::{self, IsTerminal as _, Write as _};
+
+use serde::Serialize;
+
+use crate::failure::Failure;
+
+/// Prints results to standard output and everything else to standard error.
+#[derive(Debug)]
+pub(crate) struct Printer {
+    stderr_is_terminal: bool,
+}
+
+impl Printer {
+    pub(crate) fn new() -> Self {
+        Self {
+            stderr_is_terminal: io::stderr().is_terminal(),
+        }
+    }
+
+    /// Whether progress may redraw lines.
+    pub(crate) fn interactive(&self) -> bool {
+        self.stderr_is_terminal
+    }
+
+    /// A result.
+    pub(crate) fn line(&self, text: impl Display) {
+        // A reader that has gone away wants no more.
+        let _ = writeln!(io::stdout(), "{text}");
+    }
+
+    /// A result as JSON.
+    pub(crate) fn json(&self, value: &impl Serialize) -> Result<(), Failure> {
+        self.line(serde_json::to_string_pretty(value)?);
+        Ok(())
+    }
+
+    /// Something a person may want to know.
+    pub(crate) fn note(&self, text: impl Display) {
+        let _ = writeln!(io::stderr(), "{text}");
+    }
+
+    pub(crate) fn error(&self, failure: &Failure) {
+        let _ = writeln!(io::stderr(), "sm: {failure}");
+    }
+}

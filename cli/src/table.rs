@@ -1,0 +1,37 @@
+//! Aligned columns for listings.
+
+/// Lines of `rows` under `header`, columns padded to their widest cell.
+pub(crate) fn render<const N: usize>(header: [&str; N], rows: &[[String; N]]) -> String {
+    let mut widths = header.map(str::len);
+    for row in rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    let line = |cells: &mut dyn Iterator<Item = &str>| {
+        let mut text = String::new();
+        for (cell, width) in cells.zip(widths) {
+            text.push_str(cell);
+            let padding = width.saturating_sub(cell.chars().count()) + 3;
+            text.extend(std::iter::repeat_n(' ', padding));
+        }
+        text.trim_end().to_owned()
+    };
+    let mut lines = vec![line(&mut header.iter().copied())];
+    lines.extend(
+        rows.iter()
+            .map(|row| line(&mut row.iter().map(String::as_str))),
+    );
+    lines.join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_line_up() {
+        let rows = [["a".to_owned(), "long".to_owned()]];
+        assert_eq!(render(["NAME", "X"], &rows), "NAME   X\na      long");
+    }
+}

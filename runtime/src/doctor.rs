@@ -1,0 +1,117 @@
+//! Whether this host can run VMs, and what to do if not.
+
+use serde::Serialize;
+use sm_hypervisor::kvm::Kvm;
+use sm_hypervisor::{Hypervisor as _, LinuxSupport};
+
+use crate::home::Home;
+use crate::record::Records;
+use crate::run::{DEFAULT_MEMORY, MIN_MEMORY};
+use crate::{guest_agent, kernel};
+
+/// The result of one check.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Check {
+    /// What was looked at.
+    pub name: &'static str,
+    /// It will do.
+    pub ok: bool,
+    /// What was found, and what to do about it if it will not do.
+    pub detail: String,
+}
+
+/// Looks at everything that a run needs.
+#[must_use]
+pub fn examine(home: &Home) -> Vec<Check> {
+    let check = |name, result: Result<String, String>| match result {
+        Ok(detail) => Check {
+            name,
+            ok: true,
+            detail,
+        },
+        Err(detail) => Check {
+            name,
+            ok: false,
+            detail,
+        },
+    };
+    vec![
+        check("hypervisor", hypervisor()),
+        check(
+            "guest kernel",
+            kernel::find(home, None)
+                .map(|kernel| kernel.path.display().to_string())
+                .map_err(|error| with_causes(&error)),
+        ),
+        check(
+            "guest agent",
+            guest_agent::describe().map_err(|error| with_causes(&error)),
+        ),
+        check(
+            "data and sockets",
+            Records::open(home)
+                .map(|_| format!("{} and {}", home.data().display(), home.run().display()))
+                .map_err(|error| with_causes(&error)),
+        ),
+        check("memory", memory()),
+    ]
+}
+
+fn hypervisor() -> Result<String, String> {
+    let kvm = Kvm::open().map_err(|error| with_causes(&error))?;
+    let capabilities = kvm.capabilities();
+    match capabilities.linux {
+        LinuxSupport::Native => Ok(format!(
+            "{} runs Linux, up to {} vCPUs",
+            capabilities.backend, capabilities.max_vcpus
+        )),
+        LinuxSupport::Unusable { reason } => Err(unusable(&reason)),
+    }
+}
+
+/// The sentence for a host whose hypervisor cannot run Linux.
+pub(crate) fn unusable(reason: &str) -> String {
+    format!(
+        "this host's /dev/kvm cannot run Linux guests: {reason}. Use a host with hardware \
+         virtualisation (vmx or svm in /proc/cpuinfo)"
+    )
+}
+
+fn memory() -> Result<String, String> {
+    let text = std::fs::read_to_string("/proc/meminfo")
+        .map_err(|error| format!("cannot read /proc/meminfo: {error}"))?;
+    let available = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))
+        .and_then(|rest| rest.trim().strip_suffix("kB"))
+        .and_then(|kib| kib.trim().parse::<u64>().ok())
+        .ok_or("cannot tell how much memory is available")?;
+    let mebibytes = available / 1024;
+    if available.saturating_mul(1024) < MIN_MEMORY {
+        return Err(format!(
+            "{mebibytes} MiB available, and a guest needs at least {} MiB",
+            MIN_MEMORY >> 20
+        ));
+    }
+    Ok(format!(
+        "{mebibytes} MiB available; a guest gets {} MiB unless told otherwise",
+        DEFAULT_MEMORY >> 20
+    ))
+}
+
+/// An error and its causes in one sentence.
+pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut last = text.clone();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let next = cause.to_string();
+        if next != last {
+            text.push_str(": ");
+            text.push_str(&next);
+        }
+        last = next;
+        source = cause.source();
+    }
+    text
+}
