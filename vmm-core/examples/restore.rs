@@ -5,16 +5,21 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader, PipeReader, Seek, SeekFrom, Write};
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use sm_hypervisor::Hypervisor;
 use sm_hypervisor::kvm::Kvm;
+use sm_vmm_core::devices::DeviceConfig;
 use sm_vmm_core::event_loop::{EventLoop, EventLoopHandle};
+use sm_vmm_core::layout::{SLOT_RNG, SLOT_ROOT_DISK};
 use sm_vmm_core::loader::InitramfsPart;
 use sm_vmm_core::machine::{Machine, MachineConfig};
 use sm_vmm_core::memory::{FileExtent, MachineMemory, MemoryConfig, PAGE_SIZE};
 use sm_vmm_core::state::MachineState;
+use sm_vmm_core::virtio::blk::{Access, Block};
+use sm_vmm_core::virtio::disk::{Disk, Segment};
+use sm_vmm_core::virtio::rng::Rng;
 use vm_memory::{Bytes, GuestAddress};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -38,7 +43,7 @@ fn main() -> Result<()> {
             cmdline: cmdline.clone(),
             generation_id: [0xff; 16],
             console,
-            devices: Vec::new(),
+            devices: devices()?,
         },
         &event_loop.handle(),
     )?;
@@ -98,7 +103,7 @@ fn go_on(
     let mapped = started.elapsed();
     let (mut lines, console) = console()?;
     let mut machine =
-        Machine::restore(host, state.clone(), memory, Vec::new(), console, event_loop)?;
+        Machine::restore(host, state.clone(), memory, devices()?, console, event_loop)?;
     machine.set_generation_id([clone; 16])?;
     machine.resume()?;
     let resumed = started.elapsed();
@@ -124,6 +129,29 @@ fn go_on(
     drop(machine);
     printer.join().map_err(|_| "the printer panicked")?;
     Ok(())
+}
+
+/// A disk with something on it, and a source of entropy.
+fn devices() -> Result<Vec<DeviceConfig>> {
+    let mut file = tempfile::tempfile()?;
+    for block in 0..4096u32 {
+        file.write_all(&[block.to_le_bytes()[0]; 4096])?;
+    }
+    let disk = Disk::composite(vec![Segment {
+        file,
+        offset: 0,
+        len: 4096 * 4096,
+    }])?;
+    Ok(vec![
+        DeviceConfig {
+            slot: SLOT_RNG,
+            device: Arc::new(Mutex::new(Rng::new())),
+        },
+        DeviceConfig {
+            slot: SLOT_ROOT_DISK,
+            device: Arc::new(Mutex::new(Block::new(disk, Access::ReadOnly, "root"))),
+        },
+    ])
 }
 
 /// A console whose lines can be waited for.
