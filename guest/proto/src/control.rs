@@ -59,6 +59,9 @@ pub struct Refresh {
     pub boot_id: String,
     /// MAC address for the network interface, when there is one.
     pub mac: Option<String>,
+    /// How long the answer may wait for the kernel to notice a new VM
+    /// generation ID, in milliseconds. Set after a restore; 0 does not wait.
+    pub vmgenid_wait_ms: u32,
 }
 
 /// How to assemble the root file system.

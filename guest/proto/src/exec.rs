@@ -8,7 +8,9 @@
 //! executable, 125 for the agent's own failure.
 //!
 //! When the client closes its connection before EXIT, the command is sent
-//! SIGHUP and, if it is still alive after a grace period, SIGKILL.
+//! SIGHUP and, if it is still alive after a grace period, SIGKILL. The workload
+//! ([`Role::Main`]) goes on instead: its output waits in its pipes, at most what
+//! these hold, until a client sends [`ExecControl::AttachMain`].
 
 use serde::{Deserialize, Serialize};
 
@@ -25,6 +27,12 @@ pub struct Hello {
 pub enum ExecControl {
     /// Must be the first frame.
     Hello(Hello),
+    /// Sent instead of a REQUEST: take over the standard streams of the
+    /// command that runs as [`Role::Main`]. Answered like a REQUEST, by
+    /// [`ExecReply::Started`] and the command's output from where the last
+    /// connection left off, or by ERROR and EXIT when there is no such command.
+    /// A connection that holds the streams at that moment is closed.
+    AttachMain,
 }
 
 /// CONTROL messages that the agent sends on an exec connection.
@@ -35,7 +43,7 @@ pub enum ExecReply {
     Hello(Hello),
     /// The command runs.
     Started {
-        /// Its process identifier in the guest.
+        /// Its process identifier as processes of the workload see it.
         pid: u32,
     },
 }

@@ -1,0 +1,499 @@
+//! The agent's state and its loop: every event is handed to its owner here.
+
+use std::io;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use rustix::net::{RecvFlags, SocketFlags, accept_with, recv};
+use sm_guest_proto::control::ControlReply;
+use sm_guest_proto::exec::{ExecRequest, Role};
+
+use crate::cgroup::Cgroup;
+use crate::control::{self, Control};
+use crate::exec::session::{Ask, Session, status_pipe};
+use crate::exec::stdio::{self, ChildEnds};
+use crate::exec::{Launch, LaunchError};
+use crate::forward::Forwards;
+use crate::identity::Identity;
+use crate::log;
+use crate::poweroff::PowerOff;
+use crate::reactor::{Class, Event, Reactor, Ready, Token, Watched};
+use crate::slab::{Key, Slab};
+use crate::stats::Facts;
+use crate::sys;
+use crate::wire::SCRATCH_LEN;
+use crate::workload::{self, Attached, Workload};
+
+/// Listening sockets, in the order of the protocol's ports.
+#[derive(Debug)]
+pub(crate) struct Listeners {
+    pub(crate) exec: OwnedFd,
+    pub(crate) forward: OwnedFd,
+    pub(crate) control: OwnedFd,
+}
+
+/// Parts of listener tokens.
+mod listener {
+    pub(super) const EXEC: u8 = 0;
+    pub(super) const FORWARD: u8 = 1;
+    pub(super) const CONTROL: u8 = 2;
+}
+
+/// How long the root may take to assemble.
+const ATTACH_DEADLINE: Duration = Duration::from_secs(30);
+/// How long freezing may take.
+const FREEZE_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Everything the agent knows. One per process, used by one thread.
+pub(crate) struct Agent {
+    pub(crate) reactor: Reactor,
+    scratch: Vec<u8>,
+    listeners: [Watched; 3],
+    signals: Watched,
+    uevents: Option<Watched>,
+    pub(crate) controls: Slab<Control>,
+    pub(crate) sessions: Slab<Session>,
+    forwards: Forwards,
+    pub(crate) workload: Workload,
+    pub(crate) identity: Identity,
+    pub(crate) cgroup: Cgroup,
+    pub(crate) facts: Facts,
+    pub(crate) vmgenid_seen: bool,
+    /// Connections waiting for an answer to a request of each kind.
+    pub(crate) attaching: Option<Key>,
+    pub(crate) freezing: Option<Key>,
+    pub(crate) refreshing: Option<Key>,
+    pub(crate) power: Option<PowerOff>,
+}
+
+impl Agent {
+    /// An agent that serves `listeners`, keeps its files and mount points in
+    /// `directory` and the workload in `cgroup`.
+    pub(crate) fn new(
+        listeners: Listeners,
+        directory: PathBuf,
+        cgroup: Cgroup,
+        facts: Facts,
+    ) -> io::Result<Self> {
+        let reactor = Reactor::new()?;
+        let mut listeners =
+            [listeners.exec, listeners.forward, listeners.control].map(Watched::new);
+        for (watched, part) in listeners.iter_mut().zip(0..) {
+            watched.set(&reactor, Token::single(Class::Listener, part), Ready::IN)?;
+        }
+        let mut signals = Watched::new(sys::signal_fd(&[libc::SIGCHLD])?);
+        signals.set(&reactor, Token::single(Class::Signals, 0), Ready::IN)?;
+        let uevents = sys::uevent_socket()
+            .ok()
+            .map(Watched::new)
+            .map(|mut watched| {
+                let token = Token::single(Class::Uevents, 0);
+                log::note_failure("watch uevents", watched.set(&reactor, token, Ready::IN));
+                watched
+            });
+        Ok(Self {
+            reactor,
+            scratch: vec![0; SCRATCH_LEN],
+            listeners,
+            signals,
+            uevents,
+            controls: Slab::default(),
+            sessions: Slab::default(),
+            forwards: Forwards::default(),
+            workload: Workload::new(directory.clone())?,
+            identity: Identity::new(directory),
+            cgroup,
+            facts,
+            vmgenid_seen: false,
+            attaching: None,
+            freezing: None,
+            refreshing: None,
+            power: None,
+        })
+    }
+
+    /// Adds the connection that the agent makes to the host when it is ready.
+    pub(crate) fn announce(&mut self, socket: OwnedFd) {
+        let key = self.controls.insert(Control::dialled(socket));
+        self.settle_control(key);
+    }
+
+    /// Serves until the host asks to power off.
+    pub(crate) fn run(&mut self) -> io::Result<()> {
+        let mut events = Vec::new();
+        while !self.power.as_ref().is_some_and(PowerOff::is_complete) {
+            self.reactor.wait(&mut events)?;
+            for event in events.drain(..) {
+                self.handle(event);
+            }
+        }
+        Ok(())
+    }
+
+    fn handle(&mut self, event: Event) {
+        match event {
+            Event::Io(token, ready) => match token.class {
+                Class::Listener => self.accept(token.part),
+                Class::Signals => self.reap(),
+                Class::Uevents => self.take_uevents(),
+                Class::Control => self.control_ready(token.key, ready),
+                Class::Exec => self.session_ready(token, ready),
+                Class::Forward => {
+                    self.forwards
+                        .ready(&mut self.reactor, token, ready, &mut self.scratch);
+                }
+                Class::Workload if token.part == workload::part::CHANNEL => self.check_attach(),
+                Class::Workload => self.cgroup_changed(),
+                Class::Power => {}
+            },
+            Event::Timer(token) => match token.class {
+                Class::Exec => {
+                    if let Some(session) = self.sessions.get_mut(token.key) {
+                        session.deadline(token.part);
+                    }
+                }
+                Class::Forward => self.forwards.deadline(&mut self.reactor, token.key),
+                Class::Control => self.finish_refresh(Some(token.key)),
+                Class::Workload => self.workload_deadline(token.part),
+                Class::Power => self.power_deadline(token.part),
+                Class::Listener | Class::Signals | Class::Uevents => {}
+            },
+        }
+    }
+
+    fn accept(&mut self, part: u8) {
+        let Some(listener) = self.listeners.get(usize::from(part)) else {
+            return;
+        };
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        // One per wake-up: the listener stays readable while more wait, and
+        // running sessions get their turn in between.
+        let socket = match accept_with(listener, flags) {
+            Ok(socket) => socket,
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return,
+            Err(error) => return log::error("accept a connection", error),
+        };
+        match part {
+            listener::EXEC => {
+                let key = self.sessions.insert(Session::new(socket));
+                self.settle_session(key);
+            }
+            listener::FORWARD => self.forwards.accept(&mut self.reactor, socket),
+            listener::CONTROL => {
+                let key = self.controls.insert(Control::accepted(socket));
+                self.settle_control(key);
+            }
+            _ => {}
+        }
+    }
+
+    // ---- processes ----
+
+    fn reap(&mut self) {
+        while sys::next_signal(self.signals.as_fd()).is_some() {}
+        while let Ok(Some(reaped)) = sys::reap() {
+            let owner = self
+                .sessions
+                .iter_mut()
+                .find(|(_, session)| session.live_pid() == Some(reaped.pid))
+                .map(|(key, _)| key);
+            if let Some(key) = owner {
+                if let Some(session) = self.sessions.get_mut(key) {
+                    session.exited(&self.reactor, reaped.status, reaped.peak_rss_kib);
+                }
+                self.settle_session(key);
+            }
+            if self.workload.attaching() && self.workload.init() == Some(reaped.pid) {
+                // Its last words are in the channel.
+                self.check_attach();
+            }
+            if self.workload.reaped(reaped.pid, &self.reactor)
+                && self.power.is_none()
+                && owner.is_none()
+            {
+                log::line(
+                    3,
+                    &format!("the workload's init ended with status {}", reaped.status),
+                );
+            }
+        }
+        if self.power.is_some() {
+            self.check_power();
+        }
+    }
+
+    // ---- exec ----
+
+    fn session_ready(&mut self, token: Token, ready: Ready) {
+        let Some(session) = self.sessions.get_mut(token.key) else {
+            return;
+        };
+        let ask = session.ready(
+            &mut self.reactor,
+            token.key,
+            token.part,
+            ready,
+            &mut self.scratch,
+        );
+        self.serve(token.key, ask);
+        self.settle_session(token.key);
+    }
+
+    fn serve(&mut self, key: Key, mut ask: Ask) {
+        loop {
+            match ask {
+                Ask::Nothing | Ask::Finished => return,
+                Ask::Launch(request) => self.launch(key, *request),
+                Ask::AttachMain => return self.attach_main(key),
+            }
+            // Frames that came right behind the request.
+            let Some(session) = self.sessions.get_mut(key) else {
+                return;
+            };
+            ask = session.take_frames(&self.reactor);
+        }
+    }
+
+    pub(crate) fn settle_session(&mut self, key: Key) {
+        let Some(session) = self.sessions.get_mut(key) else {
+            return;
+        };
+        if let Ask::Finished = session.settle(&mut self.reactor, key, &mut self.scratch) {
+            self.sessions.remove(key);
+            if self.workload.main() == Some(key) {
+                self.workload.forget_main();
+            }
+            if self.power.is_some() {
+                self.check_power();
+            }
+        }
+    }
+
+    fn launch(&mut self, key: Key, request: ExecRequest) {
+        let timeout_ms = request.timeout_ms;
+        match self.try_launch(key, request) {
+            Ok(()) => Session::set_timeout(&mut self.reactor, key, timeout_ms),
+            Err(error) => {
+                if let Some(session) = self.sessions.get_mut(key) {
+                    session.refuse(error.status, &error.message);
+                }
+            }
+        }
+    }
+
+    fn try_launch(&mut self, key: Key, request: ExecRequest) -> Result<(), LaunchError> {
+        let fail = |what: &str, error: io::Error| LaunchError::failed(format!("{what}: {error}"));
+        self.workload.check_ready().map_err(LaunchError::failed)?;
+        if self.power.is_some() {
+            return Err(LaunchError::failed("the guest is powering off"));
+        }
+        if request.argv.is_empty() {
+            return Err(LaunchError::failed("the request names no command"));
+        }
+        if request.role == Role::Main && self.workload.main().is_some() {
+            return Err(LaunchError::failed(
+                "the workload's main command already runs",
+            ));
+        }
+        let (child_ends, agent_ends) = if request.tty {
+            stdio::terminal(&self.workload.devpts(), request.cols, request.rows)
+                .map_err(|error| fail("open a terminal", error))?
+        } else {
+            stdio::pipes(request.stdin).map_err(|error| fail("make pipes", error))?
+        };
+        let (status, child_status) = status_pipe().map_err(|error| fail("make a pipe", error))?;
+        let terminal = match &child_ends {
+            ChildEnds::Terminal(path) => Some(path.clone()),
+            ChildEnds::Pipes(_) => None,
+        };
+        let launch = Launch { request, terminal };
+        let pid = match launch.request.role {
+            Role::Main => self
+                .workload
+                .become_main(key, &launch, &child_ends, &child_status),
+            Role::Exec => {
+                let cgroup = self.cgroup.directory();
+                self.workload
+                    .spawn(&launch, &child_ends, child_status, cgroup)
+            }
+        };
+        let pid = pid.map_err(|error| fail("start a process", error))?;
+        if let Some(session) = self.sessions.get_mut(key) {
+            session.started(&launch.request, pid, agent_ends, status);
+        }
+        Ok(())
+    }
+
+    fn attach_main(&mut self, key: Key) {
+        let Some(session) = self.sessions.get_mut(key) else {
+            return;
+        };
+        let Some(main) = self.workload.main() else {
+            return session.refuse(125, "no main command runs in this guest");
+        };
+        let client = session.take_client(&self.reactor);
+        self.settle_session(key);
+        if let (Some(client), Some(session)) = (client, self.sessions.get_mut(main)) {
+            session.attach(client, &self.reactor);
+            session.take_frames(&self.reactor);
+            self.settle_session(main);
+        }
+    }
+
+    // ---- control ----
+
+    fn control_ready(&mut self, key: Key, ready: Ready) {
+        let alive = match self.controls.get_mut(key) {
+            Some(control) => control.ready(ready, &mut self.scratch),
+            None => return,
+        };
+        if alive {
+            self.serve_control(key);
+        } else {
+            self.drop_control(key);
+        }
+    }
+
+    fn serve_control(&mut self, key: Key) {
+        while let Some(request) = self.controls.get_mut(key).and_then(Control::next_request) {
+            if let Some(reply) = self.perform(key, request) {
+                self.answer_now(key, &reply);
+            }
+        }
+        self.settle_control(key);
+    }
+
+    fn answer_now(&mut self, key: Key, reply: &ControlReply) {
+        if let Some(control) = self.controls.get_mut(key) {
+            control.reply(reply);
+        }
+    }
+
+    /// Answers a request that was put off, and goes on with the next.
+    pub(crate) fn answer(&mut self, key: Option<Key>, reply: &ControlReply) {
+        if let Some(key) = key {
+            self.answer_now(key, reply);
+            self.serve_control(key);
+        }
+    }
+
+    fn settle_control(&mut self, key: Key) {
+        let alive = match self.controls.get_mut(key) {
+            Some(control) => control.settle(&self.reactor, key),
+            None => return,
+        };
+        if !alive {
+            self.drop_control(key);
+        }
+    }
+
+    fn drop_control(&mut self, key: Key) {
+        if let Some(control) = self.controls.remove(key) {
+            control.close(&self.reactor);
+        }
+    }
+
+    // ---- the workload's progress ----
+
+    pub(crate) fn set_attach_deadline(&mut self) {
+        let token = Token::single(Class::Workload, workload::part::ATTACH);
+        self.reactor.timer(Instant::now() + ATTACH_DEADLINE, token);
+    }
+
+    fn check_attach(&mut self) {
+        let reply = match self.workload.attach_progress(&self.reactor) {
+            Attached::Pending => return,
+            Attached::Done => ControlReply::Done,
+            Attached::Failed(message) => ControlReply::Error { message },
+        };
+        let key = self.attaching.take();
+        self.answer(key, &reply);
+    }
+
+    fn workload_deadline(&mut self, part: u8) {
+        let late = |what: &str| ControlReply::Error {
+            message: format!("{what} took too long"),
+        };
+        if part == workload::part::ATTACH && self.workload.attaching() {
+            self.workload.abandon(&self.reactor);
+            let key = self.attaching.take();
+            self.answer(key, &late("mounting the root file system"));
+        } else if part == workload::part::FREEZE && self.freezing.is_some() {
+            log::note_failure("thaw", self.cgroup.freeze(false));
+            self.cgroup.stop_watching(&self.reactor);
+            let key = self.freezing.take();
+            self.answer(key, &late("stopping the workload's processes"));
+        }
+    }
+
+    /// Begins to freeze; the answer comes when every process has stopped.
+    pub(crate) fn begin_freeze(&mut self, key: Key) -> io::Result<()> {
+        self.cgroup.freeze(true)?;
+        self.freezing = Some(key);
+        let token = Token::single(Class::Workload, workload::part::FREEZE);
+        self.reactor.timer(Instant::now() + FREEZE_DEADLINE, token);
+        Ok(())
+    }
+
+    pub(crate) fn cgroup_changed(&mut self) {
+        if self.freezing.is_some() {
+            match self.cgroup.events(&self.reactor) {
+                Ok(events) if !events.frozen => {}
+                result => {
+                    self.cgroup.stop_watching(&self.reactor);
+                    let key = self.freezing.take();
+                    let reply = match result {
+                        Ok(_) => ControlReply::Done,
+                        Err(error) => ControlReply::Error {
+                            message: format!("read cgroup.events: {error}"),
+                        },
+                    };
+                    self.answer(key, &reply);
+                }
+            }
+        }
+        if self.power.is_some() {
+            self.check_power();
+        }
+    }
+
+    /// Takes what the kernel announced; only a new VM generation ID matters.
+    pub(crate) fn take_uevents(&mut self) {
+        let Some(uevents) = &self.uevents else {
+            return;
+        };
+        let mut message = [0; 4096];
+        loop {
+            match recv(uevents, &mut message, RecvFlags::DONTWAIT) {
+                Ok((count, _)) => {
+                    let mut fields = message[..count].split(|byte| *byte == 0);
+                    self.vmgenid_seen |= fields.any(|field| field == b"NEW_VMGENID=1");
+                }
+                // ENOBUFS: some were lost; what is left can still be read.
+                Err(rustix::io::Errno::INTR | rustix::io::Errno::NOBUFS) => {}
+                Err(_) => break,
+            }
+        }
+        if self.vmgenid_seen {
+            self.finish_refresh(None);
+        }
+    }
+
+    /// Answers a refresh that waited for the VM generation ID, if `only` (or
+    /// any) connection still does.
+    fn finish_refresh(&mut self, only: Option<Key>) {
+        if self.refreshing.is_some() && (only.is_none() || only == self.refreshing) {
+            let key = self.refreshing.take();
+            let reply = self.refreshed();
+            self.answer(key, &reply);
+        }
+    }
+
+    /// Sets the deadline of a refresh that waits for the VM generation ID.
+    pub(crate) fn wait_for_vmgenid(&mut self, key: Key, wait: Duration) {
+        self.refreshing = Some(key);
+        let token = Token::new(Class::Control, control::part::VMGENID, key);
+        self.reactor.timer(Instant::now() + wait, token);
+    }
+}

@@ -1,0 +1,154 @@
+//! From the kernel's hand-over to serving, and the end.
+//!
+//! Only what is needed to serve is done here; the rest waits for the first
+//! request that needs it.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::mount::{MountFlags, mount};
+use rustix::system::{RebootCommand, finit_module, reboot};
+use sm_guest_proto::port;
+
+use crate::agent::{Agent, Listeners};
+use crate::cgroup::Cgroup;
+use crate::stats::{Facts, uptime_us};
+use crate::{control, identity, log, sys};
+
+/// The agent's own directory in the initramfs.
+const DIRECTORY: &str = "/sm";
+
+/// Kernel modules to load, one path per line, for kernels that have the virtio
+/// drivers as modules.
+const MODULES: &str = "/sm/modules.list";
+
+const CGROUPS: &str = "/sys/fs/cgroup";
+
+/// Runs the agent as PID 1. Ends in power-off; a failure panics, and the kernel
+/// with it, so that the host sees a reason on the console instead of a guest
+/// that does nothing.
+pub fn run() -> ! {
+    let init_us = uptime_us();
+    std::panic::set_hook(Box::new(|info| {
+        log::line(0, &format!("agent panic: {info}"))
+    }));
+    match serve(init_us) {
+        Ok(()) => {}
+        Err(error) => log::line(0, &format!("agent failed: {error}")),
+    }
+    rustix::fs::sync();
+    let failed = reboot(RebootCommand::PowerOff);
+    panic!("power off: {failed:?}");
+}
+
+fn serve(init_us: u64) -> io::Result<()> {
+    mount_early()?;
+    standard_streams()?;
+    // Children reset this; see `exec::child`.
+    log::note_failure(
+        "protect from the OOM killer",
+        fs::write("/proc/self/oom_score_adj", "-1000"),
+    );
+    sys::ignore_signal(libc::SIGPIPE);
+    // Ctrl-Alt-Del is a signal to ignore, not a reset.
+    let _ = reboot(RebootCommand::CadOff);
+    load_modules(Path::new(MODULES));
+    log::note_failure("bring lo up", identity::loopback_up());
+    fs::create_dir_all(DIRECTORY)?;
+    let listeners = Listeners {
+        exec: listen(port::EXEC)?,
+        forward: listen(port::FORWARD)?,
+        control: listen(port::CONTROL)?,
+    };
+    let cgroup = Cgroup::create(Path::new(CGROUPS), "workload")?;
+    let facts = Facts {
+        init_us,
+        ready_us: uptime_us(),
+    };
+    let mut agent = Agent::new(listeners, PathBuf::from(DIRECTORY), cgroup, facts)?;
+    match control::dial() {
+        Ok(socket) => agent.announce(socket),
+        // It connects to us instead.
+        Err(error) => log::error("tell the host", error),
+    }
+    let command_line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    if command_line
+        .split_whitespace()
+        .any(|word| word == "sm.debug")
+    {
+        log::line(
+            6,
+            &format!("init at {init_us} us, ready at {} us", facts.ready_us),
+        );
+    }
+    agent.run()?;
+    agent.workload.end();
+    Ok(())
+}
+
+fn mount_early() -> io::Result<()> {
+    let safe = MountFlags::NOSUID | MountFlags::NOEXEC | MountFlags::NODEV;
+    for (target, kind, flags) in [
+        ("/proc", "proc", safe),
+        ("/sys", "sysfs", safe),
+        ("/dev", "devtmpfs", MountFlags::NOSUID),
+        (CGROUPS, "cgroup2", safe),
+    ] {
+        fs::create_dir_all(target)?;
+        match mount(kind, target, kind, flags, None) {
+            Ok(()) | Err(rustix::io::Errno::BUSY) => {}
+            Err(error) => {
+                return Err(io::Error::other(format!(
+                    "mount {kind} on {target}: {error}"
+                )));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Makes sure that descriptors 0 to 2 are taken, so that nothing else gets
+/// these numbers. Without a console the kernel starts init with none.
+fn standard_streams() -> io::Result<()> {
+    loop {
+        let null: OwnedFd = File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/null")?
+            .into();
+        if std::os::fd::AsRawFd::as_raw_fd(&null) > 2 {
+            return Ok(());
+        }
+        std::mem::forget(null);
+    }
+}
+
+fn load_modules(list: &Path) {
+    let Ok(list) = fs::read_to_string(list) else {
+        return;
+    };
+    /// `MODULE_INIT_COMPRESSED_FILE`.
+    const COMPRESSED: i32 = 4;
+    for path in list.lines().map(str::trim).filter(|line| !line.is_empty()) {
+        let plain = Path::new(path)
+            .extension()
+            .is_some_and(|extension| extension == "ko");
+        let flags = if plain { 0 } else { COMPRESSED };
+        let loaded = File::open(path).and_then(|file| Ok(finit_module(&file, c"", flags)?));
+        match loaded {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                log::error(&format!("load {path}"), error);
+            }
+            _ => {}
+        }
+    }
+}
+
+fn listen(port: u32) -> io::Result<OwnedFd> {
+    let socket = sys::vsock_socket()?;
+    sys::vsock_listen(socket.as_fd(), port)
+        .map_err(|error| io::Error::other(format!("listen on vsock port {port}: {error}")))?;
+    Ok(socket)
+}

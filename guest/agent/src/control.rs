@@ -1,0 +1,161 @@
+//! Control connections: one request at a time, answered in order.
+//!
+//! A request that takes time (attaching, freezing, powering off, waiting for a
+//! VM generation ID) leaves its connection *busy*: nothing more is read from it
+//! until the answer is queued. The agent as a whole is never busy.
+
+use std::io;
+use std::os::fd::OwnedFd;
+
+use sm_guest_proto::PROTOCOL_VERSION;
+use sm_guest_proto::control::{ControlReply, ControlRequest};
+use sm_guest_proto::frame::FrameType;
+
+use crate::reactor::{Class, Reactor, Ready, Token};
+use crate::slab::Key;
+use crate::wire::{Filled, Framed};
+
+/// Parts of control tokens.
+pub(crate) mod part {
+    pub(crate) const SOCKET: u8 = 0;
+    /// Deadline of a refresh that waits for the VM generation ID.
+    pub(crate) const VMGENID: u8 = 1;
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// Dialled by the agent, not connected yet.
+    Connecting,
+    /// Waiting for HELLO.
+    Hello,
+    /// Waiting for a request.
+    Idle,
+    /// A request is being worked on.
+    Busy,
+    /// Nothing more is read; closed once flushed.
+    Closing,
+}
+
+/// One control connection.
+#[derive(Debug)]
+pub(crate) struct Control {
+    framed: Framed,
+    phase: Phase,
+}
+
+impl Control {
+    /// A connection accepted from the host.
+    pub(crate) fn accepted(socket: OwnedFd) -> Self {
+        Self {
+            framed: Framed::new(socket),
+            phase: Phase::Hello,
+        }
+    }
+
+    /// A connection that the agent is making.
+    pub(crate) fn dialled(socket: OwnedFd) -> Self {
+        Self {
+            framed: Framed::new(socket),
+            phase: Phase::Connecting,
+        }
+    }
+
+    /// Handles readiness. Returns whether the connection is still there.
+    pub(crate) fn ready(&mut self, ready: Ready, scratch: &mut [u8]) -> bool {
+        if self.phase == Phase::Connecting {
+            if !matches!(
+                rustix::net::sockopt::socket_error(&self.framed.socket),
+                Ok(Ok(()))
+            ) {
+                return false;
+            }
+            self.phase = Phase::Hello;
+        }
+        if ready.contains(Ready::OUT) {
+            self.framed.flush();
+        }
+        if ready.intersects(Ready::IN | Ready::RDHUP | Ready::HUP | Ready::ERR) {
+            return self.framed.fill(scratch) != Filled::Closed;
+        }
+        true
+    }
+
+    /// Takes the next request, unless one is being worked on. Protocol errors
+    /// are answered here.
+    pub(crate) fn next_request(&mut self) -> Option<ControlRequest> {
+        if !matches!(self.phase, Phase::Hello | Phase::Idle) {
+            return None;
+        }
+        let parsed = match self.framed.decoder.next_frame() {
+            Ok(None) => return None,
+            Err(error) => Err(error.to_string()),
+            Ok(Some(frame)) if frame.kind != FrameType::Control => {
+                Err("control: expected a CONTROL frame".to_owned())
+            }
+            Ok(Some(frame)) => serde_json::from_slice(frame.payload)
+                .map_err(|error| format!("control: request not understood: {error}")),
+        };
+        let refusal = match (parsed, self.phase) {
+            (Ok(ControlRequest::Hello(hello)), _) if hello.protocol != PROTOCOL_VERSION => format!(
+                "this guest agent speaks control protocol {PROTOCOL_VERSION}, the host {}; \
+                 make a new base snapshot with the host's own agent",
+                hello.protocol
+            ),
+            (Ok(request), Phase::Hello) if !matches!(request, ControlRequest::Hello(_)) => {
+                "control: the first request must be hello".to_owned()
+            }
+            (Ok(request), _) => {
+                self.phase = Phase::Busy;
+                return Some(request);
+            }
+            (Err(message), _) => message,
+        };
+        self.reply(&ControlReply::Error { message: refusal });
+        self.phase = Phase::Closing;
+        None
+    }
+
+    /// Queues the answer to the request last taken.
+    pub(crate) fn reply(&mut self, reply: &ControlReply) {
+        if let Ok(json) = serde_json::to_vec(reply) {
+            self.framed.send(FrameType::Control, &json);
+        }
+        self.phase = Phase::Idle;
+    }
+
+    /// Watches for what matters next. Returns whether the connection goes on.
+    pub(crate) fn settle(&mut self, reactor: &Reactor, key: Key) -> bool {
+        let flushed = self.framed.is_flushed();
+        if self.framed.is_broken() || (self.phase == Phase::Closing && flushed) {
+            return false;
+        }
+        let mut want = match self.phase {
+            Phase::Connecting => Ready::OUT,
+            Phase::Hello | Phase::Idle => Ready::IN | Ready::RDHUP,
+            Phase::Busy => Ready::RDHUP,
+            Phase::Closing => Ready::empty(),
+        };
+        if !flushed {
+            want |= Ready::OUT;
+        }
+        let token = Token::new(Class::Control, part::SOCKET, key);
+        self.framed.socket.set(reactor, token, want).is_ok()
+    }
+
+    /// Closes the connection.
+    pub(crate) fn close(self, reactor: &Reactor) {
+        self.framed.socket.retire(reactor);
+    }
+}
+
+/// Starts connecting to the host's control port: the sign that the guest is
+/// ready.
+pub(crate) fn dial() -> io::Result<OwnedFd> {
+    let socket = crate::sys::vsock_socket()?;
+    crate::sys::vsock_connect(
+        std::os::fd::AsFd::as_fd(&socket),
+        sm_guest_proto::port::HOST_CID,
+        sm_guest_proto::port::CONTROL,
+    )?;
+    Ok(socket)
+}

@@ -1,0 +1,94 @@
+//! Waiting for a block device to appear and to have a capacity.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read as _, Seek as _, SeekFrom};
+use std::os::fd::AsFd as _;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{RecvFlags, recv};
+
+use crate::sys;
+
+/// Waits until `path` is a block device of non-zero size.
+///
+/// Two sources of events wake it: uevents announce a new device; a change from
+/// capacity 0 makes no uevent (Linux sends RESIZE only between non-zero sizes),
+/// but the block layer logs every change, and the kernel log can be polled.
+///
+/// # Errors
+/// Timed out, with what was wrong last.
+pub(crate) fn wait_for_capacity(path: &Path, deadline: Duration) -> io::Result<()> {
+    if has_capacity(path).is_ok() {
+        return Ok(());
+    }
+    let until = Instant::now() + deadline;
+    let uevents = sys::uevent_socket()?;
+    let mut log = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open("/dev/kmsg")?;
+    log.seek(SeekFrom::End(0))?;
+    loop {
+        // Checked after the sources were opened or drained, so that no change
+        // falls between checking and waiting.
+        let last = match has_capacity(path) {
+            Ok(()) => return Ok(()),
+            Err(error) => error,
+        };
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(last);
+        }
+        let timeout = Timespec::try_from(left).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let mut fds = [
+            PollFd::new(&uevents, PollFlags::IN),
+            PollFd::new(&log, PollFlags::IN),
+        ];
+        match poll(&mut fds, Some(&timeout)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let mut waste = [0; 2048];
+        while recv(&uevents, &mut waste, RecvFlags::DONTWAIT).is_ok() {}
+        drain_log(&mut log, &mut waste);
+    }
+}
+
+fn drain_log(log: &mut File, waste: &mut [u8]) {
+    loop {
+        match log.read(waste) {
+            Ok(count) if count > 0 => {}
+            // EPIPE: records were overwritten; the next read continues.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+            _ => return,
+        }
+    }
+}
+
+fn has_capacity(path: &Path) -> io::Result<()> {
+    let device = File::open(path)?;
+    if sys::block_size(device.as_fd())? == 0 {
+        return Err(io::Error::other("it has no capacity"));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_never_comes_is_reported_at_the_deadline() {
+        let path = Path::new("/dev/does-not-exist");
+        if !Path::new("/dev/kmsg").exists() {
+            return;
+        }
+        let begin = Instant::now();
+        let error = wait_for_capacity(path, Duration::from_millis(30)).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+        assert!(begin.elapsed() >= Duration::from_millis(30));
+    }
+}

@@ -1,0 +1,54 @@
+//! Exec: one command per connection.
+//!
+//! [`session`] is the agent's side of a running command, [`stdio`] makes the
+//! descriptors between the two, [`child`] is the code that runs in the new
+//! process, and [`lookup`] finds its program.
+
+pub(crate) mod child;
+pub(crate) mod lookup;
+pub(crate) mod session;
+pub(crate) mod stdio;
+
+use serde::{Deserialize, Serialize};
+use sm_guest_proto::exec::ExecRequest;
+
+/// A command to start, as the new process gets it.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Launch {
+    pub(crate) request: ExecRequest,
+    /// Path of the terminal in the workload's view, when there is one.
+    pub(crate) terminal: Option<String>,
+}
+
+/// Why a command did not start: an exit status and a sentence.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct LaunchError {
+    pub(crate) status: u8,
+    pub(crate) message: String,
+}
+
+impl LaunchError {
+    /// The agent's own failure, or a request that makes no sense (125).
+    pub(crate) fn failed(message: impl Into<String>) -> Self {
+        Self {
+            status: 125,
+            message: message.into(),
+        }
+    }
+
+    /// It exists but cannot be used (126).
+    pub(crate) fn denied(message: impl Into<String>) -> Self {
+        Self {
+            status: 126,
+            message: message.into(),
+        }
+    }
+
+    /// It does not exist (127).
+    pub(crate) fn absent(message: impl Into<String>) -> Self {
+        Self {
+            status: 127,
+            message: message.into(),
+        }
+    }
+}

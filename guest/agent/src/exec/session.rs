@@ -1,0 +1,652 @@
+//! The agent's side of one command: frames on one side, descriptors on the other.
+//!
+//! A session is a small state machine driven by readiness. It never waits, and
+//! it holds at most one frame of output (when the client is slow) and
+//! [`STDIN_BACKLOG`] bytes plus one frame of input (when the command is slow);
+//! beyond that it stops reading the side that is ahead.
+//!
+//! Order at the end: the reaper reports the exit; what the command had written
+//! by then is forwarded (children it left behind may hold the pipes open, so
+//! end of file is not waited for); EXIT is the last frame.
+
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+use rustix::process::Pid;
+use sm_guest_proto::PROTOCOL_VERSION;
+use sm_guest_proto::exec::{ExecControl, ExecReply, ExecRequest, Hello, Role};
+use sm_guest_proto::frame::{BULK_PAYLOAD, ExitStatus, FrameType, HEADER_LEN, parse_resize};
+
+use super::stdio::{self, AgentEnds};
+use crate::reactor::{Class, Reactor, Ready, Token, Watched};
+use crate::slab::Key;
+use crate::sys;
+use crate::wire::{Filled, Framed};
+
+/// Parts of an exec session's tokens.
+pub(crate) mod part {
+    pub(crate) const CLIENT: u8 = 0;
+    pub(crate) const STATUS: u8 = 1;
+    pub(crate) const STDIN: u8 = 2;
+    pub(crate) const STDOUT: u8 = 3;
+    pub(crate) const STDERR: u8 = 4;
+    pub(crate) const TIMEOUT: u8 = 5;
+    pub(crate) const HANGUP: u8 = 6;
+}
+
+/// Input held for a command that does not read, in bytes, before the client is
+/// no longer read either. Large enough that a RESIZE or SIGNAL behind some
+/// typed-ahead input is still seen.
+const STDIN_BACKLOG: usize = 256 * 1024;
+
+/// Most bytes forwarded from a terminal after its command ended: more than the
+/// kernel's buffers hold, so only a left-behind writer can reach it.
+const TERMINAL_TAIL: u64 = 256 * 1024;
+
+/// Between SIGHUP and SIGKILL when the client has gone away.
+const HANGUP_GRACE: Duration = Duration::from_secs(2);
+
+/// Exit status of a command killed by its timeout.
+const TIMED_OUT: u32 = 124;
+
+/// What the agent must do for a session.
+#[derive(Debug)]
+pub(crate) enum Ask {
+    /// Nothing.
+    Nothing,
+    /// Start this command.
+    Launch(Box<ExecRequest>),
+    /// Connect this client with the workload's main command.
+    AttachMain,
+    /// The session is over: remove it.
+    Finished,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// Waiting for CONTROL HELLO.
+    Hello,
+    /// Waiting for REQUEST.
+    Request,
+    /// Forked; whether the program runs is not known yet.
+    Starting,
+    /// The program runs, or has ended and its end is not reported yet.
+    Running,
+    /// The last frame is queued.
+    Closing,
+}
+
+#[derive(Debug)]
+struct Output {
+    fd: Watched,
+    /// Bytes still to forward, once the command has ended.
+    left: Option<u64>,
+}
+
+#[derive(Debug, Default)]
+struct Input {
+    fd: Option<Watched>,
+    pending: Vec<u8>,
+    written: usize,
+    at_end: bool,
+}
+
+/// One command and, usually, its client.
+#[derive(Debug)]
+pub(crate) struct Session {
+    client: Option<Framed>,
+    phase: Phase,
+    role: Role,
+    tty: bool,
+    pid: Option<Pid>,
+    status: Option<Watched>,
+    report: Vec<u8>,
+    shown_pid: u32,
+    stdin: Input,
+    outputs: [Option<Output>; 2],
+    exit: Option<ExitStatus>,
+    timed_out: bool,
+    /// Frames a lost client did not get, for the one that takes over.
+    unsent: Vec<u8>,
+}
+
+impl Session {
+    /// A session for a new connection.
+    pub(crate) fn new(client: OwnedFd) -> Self {
+        Self {
+            client: Some(Framed::new(client)),
+            phase: Phase::Hello,
+            role: Role::Exec,
+            tty: false,
+            pid: None,
+            status: None,
+            report: Vec::new(),
+            shown_pid: 0,
+            stdin: Input::default(),
+            outputs: [None, None],
+            exit: None,
+            timed_out: false,
+            unsent: Vec::new(),
+        }
+    }
+
+    /// The command's process, while it has not been reaped.
+    pub(crate) fn live_pid(&self) -> Option<Pid> {
+        self.pid.filter(|_| self.exit.is_none())
+    }
+
+    /// Whether this session has frames that its client should still get.
+    pub(crate) fn owes_client(&self) -> bool {
+        self.client.is_some() && self.phase != Phase::Hello && self.phase != Phase::Request
+    }
+
+    // ---- starting ----
+
+    /// The command has been forked.
+    pub(crate) fn started(
+        &mut self,
+        request: &ExecRequest,
+        pid: Pid,
+        ends: AgentEnds,
+        status: OwnedFd,
+    ) {
+        self.phase = Phase::Starting;
+        self.role = request.role;
+        self.tty = request.tty;
+        self.pid = Some(pid);
+        self.status = Some(Watched::new(status));
+        self.stdin.fd = ends.stdin.map(Watched::new);
+        let output = |fd| Output {
+            fd: Watched::new(fd),
+            left: None,
+        };
+        self.outputs = [Some(output(ends.stdout)), ends.stderr.map(output)];
+    }
+
+    /// Answers ERROR and EXIT; nothing runs.
+    pub(crate) fn refuse(&mut self, status: u8, message: &str) {
+        if let Some(client) = &mut self.client {
+            client.send(FrameType::Error, message.as_bytes());
+        }
+        self.send_exit(ExitStatus {
+            status: u32::from(status),
+            peak_rss_kib: None,
+        });
+    }
+
+    fn send_exit(&mut self, exit: ExitStatus) {
+        if let Some(client) = &mut self.client {
+            client.send(FrameType::Exit, &exit.to_payload());
+        }
+        self.phase = Phase::Closing;
+    }
+
+    fn send_reply(&mut self, reply: &ExecReply) {
+        if let (Some(client), Ok(json)) = (&mut self.client, serde_json::to_vec(reply)) {
+            client.send(FrameType::Control, &json);
+        }
+    }
+
+    // ---- the client ----
+
+    /// Takes the connection out, for another session to use.
+    pub(crate) fn take_client(&mut self, reactor: &Reactor) -> Option<OwnedFd> {
+        self.client
+            .take()
+            .map(|client| client.socket.release(reactor))
+    }
+
+    /// Gives this session (the workload's) a new client.
+    pub(crate) fn attach(&mut self, client: OwnedFd, reactor: &Reactor) {
+        self.detach(reactor);
+        let mut client = Framed::new(client);
+        let unsent = std::mem::take(&mut self.unsent);
+        if self.phase == Phase::Running {
+            let started = ExecReply::Started {
+                pid: self.shown_pid,
+            };
+            if let Ok(json) = serde_json::to_vec(&started) {
+                client.send(FrameType::Control, &json);
+            }
+        }
+        client.resend(&unsent);
+        self.client = Some(client);
+    }
+
+    fn detach(&mut self, reactor: &Reactor) {
+        if let Some(client) = self.client.take() {
+            if self.phase == Phase::Running {
+                self.unsent = client.unsent();
+            }
+            client.socket.retire(reactor);
+        }
+    }
+
+    fn lose_client(&mut self, reactor: &mut Reactor, key: Key) {
+        self.detach(reactor);
+        if self.role == Role::Main && self.phase != Phase::Closing {
+            return;
+        }
+        if let Some(pid) = self.live_pid() {
+            let _ = sys::kill_group(pid, 1);
+            let at = Instant::now() + HANGUP_GRACE;
+            reactor.timer(at, Token::new(Class::Exec, part::HANGUP, key));
+        }
+        // Nobody will read it: closing lets the command notice.
+        self.close_streams(reactor);
+    }
+
+    fn close_streams(&mut self, reactor: &Reactor) {
+        if let Some(stdin) = self.stdin.fd.take() {
+            stdin.retire(reactor);
+        }
+        for output in &mut self.outputs {
+            if let Some(output) = output.take() {
+                output.fd.retire(reactor);
+            }
+        }
+    }
+
+    fn read_client(&mut self, reactor: &mut Reactor, key: Key, scratch: &mut [u8]) -> Ask {
+        let Some(client) = &mut self.client else {
+            return Ask::Nothing;
+        };
+        match client.fill(scratch) {
+            Filled::Nothing => return Ask::Nothing,
+            Filled::Some => {}
+            Filled::Closed => {
+                self.lose_client(reactor, key);
+                return Ask::Nothing;
+            }
+        }
+        self.take_frames(reactor)
+    }
+
+    /// Acts on frames already received.
+    pub(crate) fn take_frames(&mut self, reactor: &Reactor) -> Ask {
+        // The decoder is moved out so that its frames can be borrowed while the
+        // rest of the session is changed.
+        let Some(client) = &mut self.client else {
+            return Ask::Nothing;
+        };
+        let mut decoder = std::mem::take(&mut client.decoder);
+        let ask = loop {
+            if self.phase == Phase::Closing {
+                break Ask::Nothing;
+            }
+            match decoder.next_frame() {
+                Ok(None) => break Ask::Nothing,
+                Err(error) => {
+                    self.protocol_error(&error.to_string(), reactor);
+                    break Ask::Nothing;
+                }
+                Ok(Some(frame)) => match self.take_frame(frame.kind, frame.payload, reactor) {
+                    Ask::Nothing => {}
+                    ask => break ask,
+                },
+            }
+        };
+        if let Some(client) = &mut self.client {
+            client.decoder = decoder;
+        }
+        ask
+    }
+
+    fn protocol_error(&mut self, message: &str, reactor: &Reactor) {
+        match self.phase {
+            Phase::Hello | Phase::Request => self.refuse(125, message),
+            // The stream cannot be resynchronised: as good as gone.
+            _ => self.detach(reactor),
+        }
+    }
+
+    fn take_frame(&mut self, kind: FrameType, payload: &[u8], reactor: &Reactor) -> Ask {
+        match (self.phase, kind) {
+            (Phase::Hello, FrameType::Control) => self.take_hello(payload),
+            (Phase::Hello, _) => self.refuse(125, "exec: the first frame must be CONTROL hello"),
+            (Phase::Request, FrameType::Request) => match serde_json::from_slice(payload) {
+                Ok(request) => return Ask::Launch(Box::new(request)),
+                Err(error) => self.refuse(125, &format!("exec: malformed request: {error}")),
+            },
+            (Phase::Request, FrameType::Control) => {
+                if matches!(serde_json::from_slice(payload), Ok(ExecControl::AttachMain)) {
+                    return Ask::AttachMain;
+                }
+                self.refuse(125, "exec: unknown control message");
+            }
+            (Phase::Request, _) => self.refuse(125, "exec: expected a request"),
+            (_, FrameType::Stdin) => self.take_stdin(payload, reactor),
+            (_, FrameType::Resize) => {
+                if let (true, Ok((cols, rows)), Some(Some(output))) =
+                    (self.tty, parse_resize(payload), self.outputs.first())
+                {
+                    let _ = stdio::resize(&output.fd, cols, rows);
+                }
+            }
+            (_, FrameType::Signal) => {
+                if let ([number @ 1..=64], Some(pid)) = (payload, self.live_pid()) {
+                    let _ = sys::kill(pid, *number);
+                }
+            }
+            // Frames of later versions that this one has no use for.
+            _ => {}
+        }
+        Ask::Nothing
+    }
+
+    fn take_hello(&mut self, payload: &[u8]) {
+        match serde_json::from_slice(payload) {
+            Ok(ExecControl::Hello(hello)) if hello.protocol == PROTOCOL_VERSION => {
+                self.send_reply(&ExecReply::Hello(Hello {
+                    protocol: PROTOCOL_VERSION,
+                }));
+                self.phase = Phase::Request;
+            }
+            Ok(ExecControl::Hello(hello)) => {
+                let text = format!(
+                    "this guest agent speaks exec protocol {PROTOCOL_VERSION}, the host {}; \
+                     make a new base snapshot with the host's own agent",
+                    hello.protocol
+                );
+                self.refuse(125, &text);
+            }
+            _ => self.refuse(125, "exec: the first frame must be CONTROL hello"),
+        }
+    }
+
+    // ---- standard input ----
+
+    fn take_stdin(&mut self, payload: &[u8], reactor: &Reactor) {
+        if self.stdin.fd.is_none() || self.stdin.at_end {
+            return;
+        }
+        if payload.is_empty() {
+            self.stdin.at_end = true;
+            if self.tty {
+                // A terminal has no end; ^D is how a person says it.
+                self.stdin.pending.push(4);
+            }
+        } else if self.stdin.pending.is_empty() {
+            let count = self.write_stdin(payload, reactor);
+            self.stdin
+                .pending
+                .extend_from_slice(payload.get(count..).unwrap_or_default());
+            return;
+        } else {
+            self.stdin.pending.extend_from_slice(payload);
+        }
+        self.flush_stdin(reactor);
+    }
+
+    fn flush_stdin(&mut self, reactor: &Reactor) {
+        let pending = std::mem::take(&mut self.stdin.pending);
+        let written = self.stdin.written;
+        let count = self.write_stdin(pending.get(written..).unwrap_or_default(), reactor);
+        if self.stdin.fd.is_some() && written + count < pending.len() {
+            self.stdin.pending = pending;
+            self.stdin.written = written + count;
+            return;
+        }
+        self.stdin.written = 0;
+        if self.stdin.at_end
+            && !self.tty
+            && let Some(stdin) = self.stdin.fd.take()
+        {
+            stdin.retire(reactor);
+        }
+    }
+
+    /// Writes what the command takes now. A command that closed its input gets
+    /// no more.
+    fn write_stdin(&mut self, bytes: &[u8], reactor: &Reactor) -> usize {
+        let mut count = 0;
+        while let (Some(stdin), Some(rest)) = (&self.stdin.fd, bytes.get(count..))
+            && !rest.is_empty()
+        {
+            match rustix::io::write(stdin, rest) {
+                Ok(written) => count += written,
+                Err(Errno::AGAIN) => break,
+                Err(Errno::INTR) => {}
+                Err(_) => {
+                    if let Some(stdin) = self.stdin.fd.take() {
+                        stdin.retire(reactor);
+                    }
+                    return bytes.len();
+                }
+            }
+        }
+        count
+    }
+
+    // ---- output ----
+
+    /// Forwards one chunk. Returns whether to try again at once.
+    fn forward(&mut self, index: usize, reactor: &Reactor, scratch: &mut [u8]) -> bool {
+        let (Some(client), Some(Some(output))) = (&mut self.client, self.outputs.get_mut(index))
+        else {
+            return false;
+        };
+        if !client.is_flushed() || client.is_broken() {
+            return false;
+        }
+        let mut room = BULK_PAYLOAD;
+        if let Some(left) = output.left {
+            room = usize::try_from(left).map_or(room, |left| left.min(room));
+        }
+        let end = scratch.len().min(HEADER_LEN + room);
+        let target = scratch.get_mut(HEADER_LEN..end).unwrap_or_default();
+        match rustix::io::read(&output.fd, target) {
+            Ok(count) if count > 0 => {
+                if let Some(left) = &mut output.left {
+                    *left = left.saturating_sub(u64::try_from(count).unwrap_or(u64::MAX));
+                }
+                let kind = [FrameType::Stdout, FrameType::Stderr][index & 1];
+                client.send_bulk(kind, scratch, count);
+                return true;
+            }
+            Err(Errno::INTR) => return true,
+            Err(Errno::AGAIN) if output.left.is_none() => return false,
+            // End of file, a hung-up terminal (EIO), or nothing left at the end.
+            Ok(_) | Err(_) => {}
+        }
+        if let Some(output) = self.outputs[index].take() {
+            output.fd.retire(reactor);
+        }
+        true
+    }
+
+    // ---- the process ----
+
+    fn read_status(&mut self, reactor: &Reactor) {
+        let Some(status) = &self.status else {
+            return;
+        };
+        let mut chunk = [0; 512];
+        loop {
+            match rustix::io::read(status, &mut chunk) {
+                Ok(0) => break,
+                Ok(count) => self.report.extend_from_slice(&chunk[..count]),
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return,
+                Err(_) => break,
+            }
+        }
+        if let Some(status) = self.status.take() {
+            status.retire(reactor);
+        }
+        let report = std::mem::take(&mut self.report);
+        let (pid, failure) = report.split_first_chunk::<4>().unwrap_or((&[0; 4], &[]));
+        self.shown_pid = u32::from_le_bytes(*pid);
+        if let Some((status, message)) = failure.split_first() {
+            self.close_streams(reactor);
+            self.refuse(*status, &String::from_utf8_lossy(message));
+        } else {
+            self.phase = Phase::Running;
+            self.send_reply(&ExecReply::Started {
+                pid: self.shown_pid,
+            });
+        }
+    }
+
+    /// The reaper's word that the command has ended.
+    pub(crate) fn exited(&mut self, reactor: &Reactor, status: u32, peak_rss_kib: u64) {
+        self.read_status(reactor);
+        self.exit = Some(ExitStatus {
+            status: if self.timed_out { TIMED_OUT } else { status },
+            peak_rss_kib: Some(peak_rss_kib),
+        });
+        let tty = self.tty;
+        for output in self.outputs.iter_mut().flatten() {
+            // What a pipe holds now is what the command wrote. A terminal's
+            // bytes may still be on their way to the read side: read it until
+            // it has nothing.
+            let queued = rustix::io::ioctl_fionread(&output.fd).unwrap_or(0);
+            output.left = Some(if tty { TERMINAL_TAIL } else { queued });
+        }
+        if let Some(stdin) = self.stdin.fd.take() {
+            stdin.retire(reactor);
+        }
+        self.stdin.pending = Vec::new();
+    }
+
+    /// Sets the deadline after which the command is killed.
+    pub(crate) fn set_timeout(reactor: &mut Reactor, key: Key, timeout_ms: u64) {
+        if timeout_ms > 0 {
+            // Beyond a day nobody waits; adding huge durations would overflow.
+            let timeout = Duration::from_millis(timeout_ms.min(86_400_000));
+            let token = Token::new(Class::Exec, part::TIMEOUT, key);
+            reactor.timer(Instant::now() + timeout, token);
+        }
+    }
+
+    // ---- events ----
+
+    /// A deadline passed.
+    pub(crate) fn deadline(&mut self, which: u8) {
+        if let Some(pid) = self.live_pid() {
+            self.timed_out |= which == part::TIMEOUT;
+            let _ = sys::kill_group(pid, 9);
+            // Before setsid in the child there is no group yet.
+            let _ = sys::kill(pid, 9);
+        }
+    }
+
+    /// A descriptor is ready.
+    pub(crate) fn ready(
+        &mut self,
+        reactor: &mut Reactor,
+        key: Key,
+        which: u8,
+        ready: Ready,
+        scratch: &mut [u8],
+    ) -> Ask {
+        match which {
+            part::CLIENT => {
+                if ready.contains(Ready::OUT)
+                    && let Some(client) = &mut self.client
+                {
+                    client.flush();
+                }
+                if ready.intersects(Ready::IN | Ready::RDHUP | Ready::HUP | Ready::ERR) {
+                    return self.read_client(reactor, key, scratch);
+                }
+            }
+            part::STATUS => self.read_status(reactor),
+            part::STDIN => self.flush_stdin(reactor),
+            part::STDOUT => drop(self.forward(0, reactor, scratch)),
+            part::STDERR => drop(self.forward(1, reactor, scratch)),
+            _ => {}
+        }
+        Ask::Nothing
+    }
+
+    /// Brings everything that can go on without new events to its end, then
+    /// watches for exactly the events that matter next.
+    pub(crate) fn settle(&mut self, reactor: &mut Reactor, key: Key, scratch: &mut [u8]) -> Ask {
+        if self.client.as_ref().is_some_and(Framed::is_broken) {
+            self.lose_client(reactor, key);
+        }
+        if let Some(exit) = self.exit
+            && self.phase == Phase::Running
+        {
+            while self.forward(0, reactor, scratch) || self.forward(1, reactor, scratch) {}
+            if self.client.is_some() && self.outputs.iter().all(Option::is_none) {
+                self.send_exit(exit);
+            }
+        }
+        if self.is_finished() {
+            self.close_streams(reactor);
+            if let Some(client) = self.client.take() {
+                client.socket.retire(reactor);
+            }
+            if let Some(status) = self.status.take() {
+                status.retire(reactor);
+            }
+            return Ask::Finished;
+        }
+        if self.watch(reactor, key).is_err() {
+            // Out of memory or watches: this command cannot be served.
+            self.lose_client(reactor, key);
+        }
+        Ask::Nothing
+    }
+
+    fn is_finished(&self) -> bool {
+        let reaped = self.pid.is_none() || self.exit.is_some();
+        match &self.client {
+            Some(client) => self.phase == Phase::Closing && client.is_flushed() && reaped,
+            // The workload's end is kept for whoever attaches.
+            None => reaped && (self.role != Role::Main || self.phase == Phase::Closing),
+        }
+    }
+
+    fn watch(&mut self, reactor: &Reactor, key: Key) -> io::Result<()> {
+        let token = |part| Token::new(Class::Exec, part, key);
+        let when = |condition, flag| if condition { flag } else { Ready::empty() };
+        let mut flushed = false;
+        if let Some(client) = &mut self.client {
+            flushed = client.is_flushed();
+            let reading = self.phase != Phase::Closing && self.stdin.pending.len() < STDIN_BACKLOG;
+            let want = when(reading, Ready::IN) | when(!flushed, Ready::OUT);
+            let hangup = when(self.phase != Phase::Closing, Ready::RDHUP);
+            client
+                .socket
+                .set(reactor, token(part::CLIENT), want | hangup)?;
+        }
+        if let Some(status) = &mut self.status {
+            status.set(reactor, token(part::STATUS), Ready::IN)?;
+        }
+        let blocked = !self.stdin.pending.is_empty();
+        if let Some(stdin) = &mut self.stdin.fd {
+            stdin.set(reactor, token(part::STDIN), when(blocked, Ready::OUT))?;
+        }
+        let forwarding = self.phase == Phase::Running && flushed;
+        for (output, part) in self.outputs.iter_mut().zip([part::STDOUT, part::STDERR]) {
+            if let Some(output) = output {
+                output
+                    .fd
+                    .set(reactor, token(part), when(forwarding, Ready::IN))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The agent's end of a status pipe, and the child's.
+pub(crate) fn status_pipe() -> io::Result<(OwnedFd, OwnedFd)> {
+    let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+    rustix::io::ioctl_fionbio(reader.as_fd(), true)?;
+    Ok((reader, writer))
+}
+
+/// Reads a launch written by the agent into a memory file.
+pub(crate) fn read_launch(memory: OwnedFd) -> io::Result<super::Launch> {
+    let mut bytes = Vec::new();
+    let mut file = File::from(memory);
+    std::io::Seek::rewind(&mut file)?;
+    file.read_to_end(&mut bytes)?;
+    Ok(serde_json::from_slice(&bytes)?)
+}

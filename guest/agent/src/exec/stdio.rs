@@ -1,0 +1,91 @@
+//! The descriptors between a session and its command.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
+
+use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::termios::Winsize;
+
+/// The command's ends. Which they are depends on whether there is a terminal.
+#[derive(Debug)]
+pub(crate) enum ChildEnds {
+    /// Standard input, output and error.
+    Pipes([OwnedFd; 3]),
+    /// The terminal's path in the workload's view; the child opens it there, so
+    /// that `ttyname` finds it.
+    Terminal(String),
+}
+
+/// The session's ends.
+#[derive(Debug)]
+pub(crate) struct AgentEnds {
+    pub(crate) stdin: Option<OwnedFd>,
+    pub(crate) stdout: OwnedFd,
+    pub(crate) stderr: Option<OwnedFd>,
+}
+
+fn nonblocking(fd: &OwnedFd) -> io::Result<()> {
+    rustix::io::ioctl_fionbio(fd, true)?;
+    Ok(())
+}
+
+/// Three pipes; standard input is `/dev/null` when not wanted.
+pub(crate) fn pipes(stdin: bool) -> io::Result<(ChildEnds, AgentEnds)> {
+    let (input, to_child) = if stdin {
+        let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
+        nonblocking(&writer)?;
+        (reader, Some(writer))
+    } else {
+        (File::open("/dev/null")?.into(), None)
+    };
+    let (stdout, output) = pipe_with(PipeFlags::CLOEXEC)?;
+    let (stderr, errors) = pipe_with(PipeFlags::CLOEXEC)?;
+    nonblocking(&stdout)?;
+    nonblocking(&stderr)?;
+    let child = ChildEnds::Pipes([input, output, errors]);
+    let agent = AgentEnds {
+        stdin: to_child,
+        stdout,
+        stderr: Some(stderr),
+    };
+    Ok((child, agent))
+}
+
+/// A new pseudo-terminal of the devpts instance mounted at `devpts`.
+pub(crate) fn terminal(devpts: &Path, cols: u16, rows: u16) -> io::Result<(ChildEnds, AgentEnds)> {
+    let flags = libc::O_NOCTTY | libc::O_NONBLOCK;
+    let master: OwnedFd = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(flags)
+        .open(devpts.join("ptmx"))?
+        .into();
+    rustix::pty::unlockpt(&master)?;
+    resize(&master, cols, rows)?;
+    let path = rustix::pty::ptsname(&master, Vec::new())?;
+    let path = path.into_string().map_err(|_| io::ErrorKind::InvalidData)?;
+    // Two descriptors for one terminal, so that each direction is watched on
+    // its own.
+    let stdin = master.try_clone()?;
+    let agent = AgentEnds {
+        stdin: Some(stdin),
+        stdout: master,
+        stderr: None,
+    };
+    Ok((ChildEnds::Terminal(path), agent))
+}
+
+/// Sets a terminal's size; 0 leaves a dimension at a usual default.
+pub(crate) fn resize(master: impl std::os::fd::AsFd, cols: u16, rows: u16) -> io::Result<()> {
+    let size = Winsize {
+        ws_row: if rows == 0 { 24 } else { rows },
+        ws_col: if cols == 0 { 80 } else { cols },
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    rustix::termios::tcsetwinsize(master, size)?;
+    Ok(())
+}

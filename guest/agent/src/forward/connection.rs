@@ -1,0 +1,396 @@
+//! One forwarded connection: header, connecting, then two pumps.
+
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, Shutdown, SocketFlags, SocketType, connect, recv, send,
+    shutdown, socket_with, sockopt,
+};
+use sm_guest_proto::forward::{ForwardHeader, ForwardStatus, HEADER_LEN};
+
+use super::listening;
+use crate::reactor::{Class, Reactor, Ready, Token, Watched};
+use crate::slab::Key;
+
+/// Parts of forward tokens.
+mod part {
+    pub(super) const HOST: u8 = 0;
+    pub(super) const TCP: u8 = 1;
+    pub(super) const RETRY: u8 = 2;
+}
+
+/// Chunks moved per direction before other connections get their turn.
+const ROUNDS: usize = 4;
+
+const FIRST_BACKOFF: Duration = Duration::from_millis(1);
+const LONGEST_BACKOFF: Duration = Duration::from_millis(50);
+
+/// One direction of a connection.
+#[derive(Debug, Default)]
+struct Pump {
+    /// Read but not yet written.
+    pending: Vec<u8>,
+    written: usize,
+    /// The source has ended.
+    at_end: bool,
+    /// The sink has been told, or takes no more.
+    done: bool,
+}
+
+#[derive(Debug)]
+enum Phase {
+    Header {
+        bytes: [u8; HEADER_LEN],
+        got: usize,
+    },
+    /// Connecting to the address family given, or about to try again.
+    Connecting {
+        v6: bool,
+    },
+    Open,
+    Over,
+}
+
+/// See the module text.
+#[derive(Debug)]
+pub(super) struct Connection {
+    host: Watched,
+    tcp: Option<Watched>,
+    phase: Phase,
+    port: u16,
+    deadline: Instant,
+    backoff: Duration,
+    to_tcp: Pump,
+    to_host: Pump,
+}
+
+impl Pump {
+    fn wants_input(&self) -> bool {
+        !self.at_end && !self.done && self.pending.is_empty()
+    }
+
+    fn is_blocked(&self) -> bool {
+        !self.pending.is_empty()
+    }
+
+    /// Moves what can be moved now.
+    ///
+    /// # Errors
+    /// The source failed: the connection is over.
+    fn run(
+        &mut self,
+        from: BorrowedFd<'_>,
+        to: BorrowedFd<'_>,
+        scratch: &mut [u8],
+    ) -> Result<(), Errno> {
+        self.flush(to);
+        for _ in 0..ROUNDS {
+            if !self.wants_input() {
+                break;
+            }
+            let count = match recv(from, &mut *scratch, RecvFlags::DONTWAIT) {
+                Ok((0, _)) => {
+                    self.at_end = true;
+                    break;
+                }
+                Ok((count, _)) => count,
+                Err(Errno::INTR) => continue,
+                Err(Errno::AGAIN) => break,
+                Err(error) => return Err(error),
+            };
+            let bytes = scratch.get(..count).unwrap_or_default();
+            let sent = self.send(bytes, to);
+            if !self.done {
+                self.pending
+                    .extend_from_slice(bytes.get(sent..).unwrap_or_default());
+            }
+        }
+        if self.at_end && !self.done && self.pending.is_empty() {
+            self.done = true;
+            let _ = shutdown(to, Shutdown::Write);
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self, to: BorrowedFd<'_>) {
+        if self.pending.is_empty() {
+            return;
+        }
+        let pending = std::mem::take(&mut self.pending);
+        self.written += self.send(pending.get(self.written..).unwrap_or_default(), to);
+        if self.written < pending.len() && !self.done {
+            self.pending = pending;
+        } else {
+            self.written = 0;
+        }
+    }
+
+    /// Sends what the sink takes. A sink that takes no more ends this direction
+    /// only: its own bytes may still be on their way.
+    fn send(&mut self, bytes: &[u8], to: BorrowedFd<'_>) -> usize {
+        let mut count = 0;
+        while let Some(rest) = bytes.get(count..)
+            && !rest.is_empty()
+        {
+            match send(to, rest, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
+                Ok(sent) => count += sent,
+                Err(Errno::AGAIN) => break,
+                Err(Errno::INTR) => {}
+                Err(_) => {
+                    self.done = true;
+                    break;
+                }
+            }
+        }
+        count
+    }
+}
+
+impl Connection {
+    pub(super) fn new(host: OwnedFd) -> Self {
+        Self {
+            host: Watched::new(host),
+            tcp: None,
+            phase: Phase::Header {
+                bytes: [0; HEADER_LEN],
+                got: 0,
+            },
+            port: 0,
+            deadline: Instant::now(),
+            backoff: FIRST_BACKOFF,
+            to_tcp: Pump::default(),
+            to_host: Pump::default(),
+        }
+    }
+
+    pub(super) fn ready(
+        &mut self,
+        reactor: &mut Reactor,
+        key: Key,
+        which: u8,
+        ready: Ready,
+        scratch: &mut [u8],
+    ) {
+        match self.phase {
+            Phase::Header { .. } => self.read_header(reactor, key),
+            Phase::Connecting { v6 } if which == part::TCP => {
+                let outcome = match &self.tcp {
+                    Some(tcp) => sockopt::socket_error(tcp).unwrap_or_else(Err),
+                    None => Err(Errno::NOTCONN),
+                };
+                self.connected(outcome, v6, reactor, key);
+            }
+            Phase::Connecting { .. } => {
+                // Nothing but its end can come from the host now. Data it sent
+                // ahead stays in the socket.
+                if ready.intersects(Ready::HUP | Ready::ERR) {
+                    self.phase = Phase::Over;
+                }
+            }
+            Phase::Open => self.pump(which, ready, scratch),
+            Phase::Over => {}
+        }
+    }
+
+    fn read_header(&mut self, reactor: &mut Reactor, key: Key) {
+        let Phase::Header { bytes, got } = &mut self.phase else {
+            return;
+        };
+        match recv(&self.host, &mut bytes[*got..], RecvFlags::DONTWAIT) {
+            Ok((count, _)) if count > 0 => *got += count,
+            Err(Errno::AGAIN | Errno::INTR) => return,
+            _ => {
+                self.phase = Phase::Over;
+                return;
+            }
+        }
+        if *got < HEADER_LEN {
+            return;
+        }
+        match ForwardHeader::decode(*bytes) {
+            Err(_) => self.finish(ForwardStatus::BadHeader),
+            Ok(header) => {
+                self.port = header.port;
+                self.deadline = Instant::now() + Duration::from_millis(u64::from(header.wait_ms));
+                self.phase = Phase::Connecting { v6: false };
+                self.retry(reactor, key);
+            }
+        }
+    }
+
+    /// Answers with a failure; the connection is over.
+    fn finish(&mut self, status: ForwardStatus) {
+        let _ = send(
+            &self.host,
+            &[status as u8],
+            SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
+        );
+        self.phase = Phase::Over;
+    }
+
+    // ---- connecting ----
+
+    /// Starts an attempt, IPv4 first.
+    pub(super) fn retry(&mut self, reactor: &mut Reactor, key: Key) {
+        if matches!(self.phase, Phase::Connecting { .. }) && self.tcp.is_none() {
+            self.attempt(false, reactor, key);
+        }
+    }
+
+    fn attempt(&mut self, v6: bool, reactor: &mut Reactor, key: Key) {
+        self.phase = Phase::Connecting { v6 };
+        let port = match self.port {
+            0 => listening::first(),
+            port => Some(port),
+        };
+        let Some(port) = port else {
+            return self.connected(Err(Errno::CONNREFUSED), true, reactor, key);
+        };
+        let (family, address) = if v6 {
+            (
+                AddressFamily::INET6,
+                SocketAddr::from((Ipv6Addr::LOCALHOST, port)),
+            )
+        } else {
+            (
+                AddressFamily::INET,
+                SocketAddr::from((Ipv4Addr::LOCALHOST, port)),
+            )
+        };
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let outcome = socket_with(family, SocketType::STREAM, flags, None).and_then(|socket| {
+            let outcome = connect(&socket, &address);
+            self.tcp = Some(Watched::new(socket));
+            outcome
+        });
+        if outcome != Err(Errno::INPROGRESS) {
+            self.connected(outcome, v6, reactor, key);
+        }
+    }
+
+    fn connected(&mut self, outcome: Result<(), Errno>, v6: bool, reactor: &mut Reactor, key: Key) {
+        if outcome.is_err()
+            && let Some(tcp) = self.tcp.take()
+        {
+            tcp.retire(reactor);
+        }
+        match outcome {
+            Ok(()) => self.open(),
+            // No such family counts as nobody listening there.
+            Err(
+                Errno::CONNREFUSED | Errno::AFNOSUPPORT | Errno::ADDRNOTAVAIL | Errno::NETUNREACH,
+            ) => {
+                if !v6 {
+                    return self.attempt(true, reactor, key);
+                }
+                let next = Instant::now() + self.backoff;
+                if next > self.deadline {
+                    return self.finish(ForwardStatus::NoListener);
+                }
+                // The one place where the agent tries again after a while:
+                // Linux announces no listeners.
+                self.backoff = (self.backoff * 2).min(LONGEST_BACKOFF);
+                reactor.timer(next, Token::new(Class::Forward, part::RETRY, key));
+            }
+            Err(_) => self.finish(ForwardStatus::Failed),
+        }
+    }
+
+    fn open(&mut self) {
+        let status = [ForwardStatus::Connected as u8];
+        if send(
+            &self.host,
+            &status,
+            SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
+        ) != Ok(1)
+        {
+            self.phase = Phase::Over;
+            return;
+        }
+        if let Some(tcp) = &self.tcp {
+            // Small messages must not wait for the peer's acknowledgement.
+            let _ = sockopt::set_tcp_nodelay(tcp, true);
+        }
+        self.phase = Phase::Open;
+    }
+
+    // ---- open ----
+
+    fn pump(&mut self, which: u8, ready: Ready, scratch: &mut [u8]) {
+        let Some(tcp) = &self.tcp else {
+            return;
+        };
+        let (host, tcp) = (self.host.as_fd(), tcp.as_fd());
+        let source_ended = if which == part::HOST {
+            self.to_tcp.at_end && !self.to_host.done
+        } else {
+            self.to_host.at_end && !self.to_tcp.done
+        };
+        // One direction had ended before; now the other one cannot go on.
+        let fd = if which == part::HOST { host } else { tcp };
+        if source_ended && (ready.intersects(Ready::HUP | Ready::ERR) || is_closed(fd)) {
+            self.phase = Phase::Over;
+            return;
+        }
+        let outcome = self
+            .to_tcp
+            .run(host, tcp, scratch)
+            .and_then(|()| self.to_host.run(tcp, host, scratch));
+        if outcome.is_err() || (self.to_tcp.done && self.to_host.done) {
+            self.phase = Phase::Over;
+        }
+    }
+
+    /// Watches for what matters next. Returns whether the connection goes on.
+    pub(super) fn settle(&mut self, reactor: &Reactor, key: Key) -> bool {
+        let token = |part| Token::new(Class::Forward, part, key);
+        let (host, tcp) = match self.phase {
+            Phase::Over => return false,
+            Phase::Header { .. } => (Ready::IN, Ready::empty()),
+            Phase::Connecting { .. } => (Ready::ET, Ready::OUT),
+            Phase::Open => (
+                wanted(&self.to_tcp, &self.to_host),
+                wanted(&self.to_host, &self.to_tcp),
+            ),
+        };
+        let host = self.host.set(reactor, token(part::HOST), host);
+        let tcp = match &mut self.tcp {
+            Some(watched) => watched.set(reactor, token(part::TCP), tcp),
+            None => Ok(()),
+        };
+        host.is_ok() && tcp.is_ok()
+    }
+
+    pub(super) fn close(self, reactor: &Reactor) {
+        self.host.retire(reactor);
+        if let Some(tcp) = self.tcp {
+            tcp.retire(reactor);
+        }
+    }
+}
+
+/// What to watch a socket for that `from_it` reads and `into_it` writes.
+fn wanted(from_it: &Pump, into_it: &Pump) -> Ready {
+    let mut want = Ready::empty();
+    if from_it.wants_input() {
+        want |= Ready::IN;
+    }
+    if into_it.is_blocked() {
+        want |= Ready::OUT;
+    }
+    if want.is_empty() && !into_it.done {
+        // Idle: only to learn that the peer is gone altogether, once.
+        // A closed vsock peer shows as writable, not as hung up.
+        want = Ready::ET | Ready::OUT;
+    }
+    want
+}
+
+/// Whether a socket can send no more. Sending nothing changes nothing.
+fn is_closed(socket: BorrowedFd<'_>) -> bool {
+    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+    !matches!(send(socket, &[], flags), Ok(_) | Err(Errno::AGAIN))
+}

@@ -1,0 +1,359 @@
+//! What makes this guest itself: entropy, clock, names and identifiers.
+//!
+//! The workload's `/etc/hostname`, `/etc/hosts`, `/etc/resolv.conf`,
+//! `/etc/machine-id` and the kernel's `boot_id` are files of the agent, mounted
+//! over the image's by [`crate::root`]. A refresh rewrites these files, so it
+//! is the same before and after a root is attached, and never touches a path
+//! that the workload controls.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write as _};
+use std::net::{IpAddr, Ipv4Addr, UdpSocket};
+use std::os::fd::AsFd as _;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use rustix::time::{ClockId, Timespec, clock_settime};
+use sm_guest_proto::control::{AttachRoot, Refresh};
+use thiserror::Error;
+
+use crate::root::BOOT_ID_FILE;
+use crate::sys;
+
+/// A part of a refresh that failed.
+#[derive(Debug, Error)]
+pub(crate) enum IdentityError {
+    #[error("{0} is malformed")]
+    Malformed(&'static str),
+    #[error("{what}: {cause}")]
+    Step {
+        what: &'static str,
+        cause: io::Error,
+    },
+}
+
+fn step<T>(
+    what: &'static str,
+    result: Result<T, impl Into<io::Error>>,
+) -> Result<T, IdentityError> {
+    result.map_err(|cause| IdentityError::Step {
+        what,
+        cause: cause.into(),
+    })
+}
+
+/// The agent's knowledge of the guest's identity.
+#[derive(Debug)]
+pub(crate) struct Identity {
+    directory: PathBuf,
+    hostname: String,
+    extra_hosts: Vec<(String, String)>,
+}
+
+impl Identity {
+    /// Keeps its files in `directory`.
+    pub(crate) fn new(directory: PathBuf) -> Self {
+        Self {
+            directory,
+            hostname: String::from("localhost"),
+            extra_hosts: Vec::new(),
+        }
+    }
+
+    /// Gives the guest the identity in `refresh`. Absent parts stay as they are.
+    pub(crate) fn refresh(&mut self, refresh: &Refresh) -> Result<(), IdentityError> {
+        // Everything is checked before anything changes.
+        let mac = refresh.mac.as_deref().map(parse_mac).transpose()?;
+        if !refresh.machine_id.is_empty() && !is_hex(&refresh.machine_id, 32) {
+            return Err(IdentityError::Malformed("machine_id"));
+        }
+        if !refresh.boot_id.is_empty() && !is_uuid(&refresh.boot_id) {
+            return Err(IdentityError::Malformed("boot_id"));
+        }
+        if !refresh.hostname.is_empty() && !is_hostname(&refresh.hostname) {
+            return Err(IdentityError::Malformed("hostname"));
+        }
+        if refresh.entropy.len() > 512 {
+            return Err(IdentityError::Malformed("entropy"));
+        }
+        if !refresh.entropy.is_empty() {
+            let random = step(
+                "open /dev/urandom",
+                OpenOptions::new().write(true).open("/dev/urandom"),
+            )?;
+            step(
+                "add entropy",
+                sys::add_entropy(random.as_fd(), &refresh.entropy),
+            )?;
+        }
+        if refresh.realtime_ns != 0 {
+            step("set the clock", set_clock(refresh.realtime_ns))?;
+        }
+        if !refresh.hostname.is_empty() {
+            self.set_hostname(&refresh.hostname)?;
+        }
+        if !refresh.machine_id.is_empty() {
+            step(
+                "write machine-id",
+                self.write("machine-id", &refresh.machine_id),
+            )?;
+        }
+        if !refresh.boot_id.is_empty() {
+            step("write boot_id", self.write(BOOT_ID_FILE, &refresh.boot_id))?;
+        }
+        if let Some(mac) = mac {
+            step("set the MAC address", set_first_mac(mac))?;
+        }
+        Ok(())
+    }
+
+    /// Prepares the files that a root is about to be assembled with.
+    pub(crate) fn prepare(&mut self, plan: &AttachRoot) -> Result<(), IdentityError> {
+        if !plan.hostname.is_empty() && !is_hostname(&plan.hostname) {
+            return Err(IdentityError::Malformed("hostname"));
+        }
+        for (address, names) in &plan.extra_hosts {
+            if address.parse::<IpAddr>().is_err() || !names.split_whitespace().all(is_hostname) {
+                return Err(IdentityError::Malformed("extra_hosts"));
+            }
+        }
+        self.extra_hosts.clone_from(&plan.extra_hosts);
+        let hostname = match plan.hostname.as_str() {
+            "" => self.hostname.clone(),
+            name => name.to_owned(),
+        };
+        self.set_hostname(&hostname)?;
+        let mut servers = String::new();
+        for server in &plan.nameservers {
+            if server.parse::<IpAddr>().is_err() {
+                return Err(IdentityError::Malformed("nameservers"));
+            }
+            servers += &format!("nameserver {server}\n");
+        }
+        if !servers.is_empty() {
+            step(
+                "write resolv.conf",
+                fs::write(self.directory.join("resolv.conf"), servers),
+            )?;
+        }
+        // A host that never refreshes still gets identifiers of this boot.
+        let boot_id = self.directory.join(BOOT_ID_FILE);
+        let kernels = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        if !boot_id.exists() {
+            step("write boot_id", self.write(BOOT_ID_FILE, kernels.trim()))?;
+        }
+        if !self.directory.join("machine-id").exists() {
+            let fresh = fs::read_to_string("/proc/sys/kernel/random/uuid").unwrap_or_default();
+            let fresh = fresh.trim().replace('-', "");
+            step("write machine-id", self.write("machine-id", &fresh))?;
+        }
+        Ok(())
+    }
+
+    fn set_hostname(&mut self, name: &str) -> Result<(), IdentityError> {
+        step(
+            "set the host name",
+            rustix::system::sethostname(name.as_bytes()),
+        )?;
+        self.hostname = name.to_owned();
+        step("write hostname", self.write("hostname", name))?;
+        let hosts = hosts_file(name, &self.extra_hosts);
+        step(
+            "write hosts",
+            fs::write(self.directory.join("hosts"), hosts),
+        )
+    }
+
+    /// Rewrites a file in place: it may be mounted in the workload's namespace,
+    /// where a new inode would not be seen.
+    fn write(&self, name: &str, line: &str) -> io::Result<()> {
+        let mut file = File::create(self.directory.join(name))?;
+        file.write_all(format!("{line}\n").as_bytes())
+    }
+}
+
+fn hosts_file(hostname: &str, extra: &[(String, String)]) -> String {
+    let mut text = String::from(
+        "127.0.0.1\tlocalhost\n\
+         ::1\tlocalhost ip6-localhost ip6-loopback\n\
+         ff02::1\tip6-allnodes\n\
+         ff02::2\tip6-allrouters\n",
+    );
+    text += &format!("127.0.1.1\t{hostname}\n");
+    for (address, names) in extra {
+        text += &format!("{address}\t{names}\n");
+    }
+    text
+}
+
+fn is_hex(text: &str, len: usize) -> bool {
+    text.len() == len
+        && text
+            .bytes()
+            .all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+}
+
+fn is_uuid(text: &str) -> bool {
+    let lengths = [8, 4, 4, 4, 12];
+    let parts: Vec<_> = text.split('-').collect();
+    parts.len() == lengths.len()
+        && parts
+            .iter()
+            .zip(lengths)
+            .all(|(part, len)| is_hex(part, len))
+}
+
+fn is_hostname(name: &str) -> bool {
+    let valid = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_');
+    (1..=64).contains(&name.len()) && name.bytes().all(valid)
+}
+
+fn parse_mac(text: &str) -> Result<[u8; 6], IdentityError> {
+    let mut mac = [0; 6];
+    let mut parts = text.split(':');
+    for byte in &mut mac {
+        let part = parts.next().filter(|part| part.len() == 2);
+        *byte = part
+            .and_then(|part| u8::from_str_radix(part, 16).ok())
+            .ok_or(IdentityError::Malformed("mac"))?;
+    }
+    if parts.next().is_some() || mac[0] & 1 == 1 {
+        return Err(IdentityError::Malformed("mac"));
+    }
+    Ok(mac)
+}
+
+fn set_clock(nanoseconds: u64) -> io::Result<()> {
+    let seconds =
+        i64::try_from(nanoseconds / 1_000_000_000).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let rest =
+        i64::try_from(nanoseconds % 1_000_000_000).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let time = Timespec {
+        tv_sec: seconds,
+        tv_nsec: rest,
+    };
+    clock_settime(ClockId::Realtime, time)?;
+    Ok(())
+}
+
+/// Nanoseconds since the Unix epoch by the guest's clock.
+pub(crate) fn realtime_ns() -> u64 {
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
+}
+
+fn control_socket() -> io::Result<UdpSocket> {
+    // Any socket does for interface ioctls; this one is never used for traffic.
+    UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))
+}
+
+/// Brings the loopback interface up.
+pub(crate) fn loopback_up() -> io::Result<()> {
+    sys::interface_up(control_socket()?.as_fd(), "lo")
+}
+
+fn set_first_mac(mac: [u8; 6]) -> io::Result<()> {
+    let Some(name) = first_interface(Path::new("/sys/class/net"))? else {
+        return Ok(());
+    };
+    sys::set_mac(control_socket()?.as_fd(), &name, mac)
+}
+
+/// The first interface that is backed by a device, by name.
+fn first_interface(class: &Path) -> io::Result<Option<String>> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(class)? {
+        let entry = entry?;
+        if entry.path().join("device").exists() {
+            names.extend(entry.file_name().into_string());
+        }
+    }
+    names.sort();
+    Ok(names.into_iter().next())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn malformed_identities_are_refused_before_anything_changes() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut identity = Identity::new(directory.path().into());
+        let refused = |refresh: Refresh| identity.refresh(&refresh).unwrap_err().to_string();
+        let base = Refresh::default;
+        let mut refused = refused;
+        assert_eq!(
+            refused(Refresh {
+                machine_id: "../../etc".into(),
+                ..base()
+            }),
+            "machine_id is malformed"
+        );
+        assert_eq!(
+            refused(Refresh {
+                hostname: "a\n127.0.0.1 evil".into(),
+                ..base()
+            }),
+            "hostname is malformed"
+        );
+        assert_eq!(
+            refused(Refresh {
+                boot_id: "1-2-3-4-5".into(),
+                ..base()
+            }),
+            "boot_id is malformed"
+        );
+        assert_eq!(
+            refused(Refresh {
+                mac: Some("01:00:5e:00:00:01".into()),
+                ..base()
+            }),
+            "mac is malformed"
+        );
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn files_are_rewritten_in_place() {
+        let directory = tempfile::tempdir().unwrap();
+        let identity = Identity::new(directory.path().into());
+        identity
+            .write("machine-id", "a longer first content")
+            .unwrap();
+        let inode = |name| {
+            std::os::unix::fs::MetadataExt::ino(&fs::metadata(directory.path().join(name)).unwrap())
+        };
+        let before = inode("machine-id");
+        identity.write("machine-id", "short").unwrap();
+        assert_eq!(inode("machine-id"), before);
+        let text = fs::read_to_string(directory.path().join("machine-id")).unwrap();
+        assert_eq!(text, "short\n");
+    }
+
+    #[test]
+    fn hosts_names_the_guest_and_the_extra_hosts() {
+        let text = hosts_file("box", &[("10.0.0.1".into(), "db db.local".into())]);
+        assert!(text.contains("127.0.1.1\tbox\n"));
+        assert!(text.ends_with("10.0.0.1\tdb db.local\n"));
+    }
+
+    #[test]
+    fn macs_are_unicast_and_complete() {
+        assert_eq!(
+            parse_mac("02:00:00:00:0a:ff").unwrap(),
+            [2, 0, 0, 0, 10, 255]
+        );
+        for bad in [
+            "",
+            "02:00:00:00:0a",
+            "02:00:00:00:0a:ff:00",
+            "2:0:0:0:a:f",
+            "zz:00:00:00:00:00",
+        ] {
+            assert!(parse_mac(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,125 @@
+//! PID 1 of the workload's namespace, until the main command takes its place.
+
+use std::io::{self, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::Path;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, recvmsg, send};
+use sm_guest_proto::control::AttachRoot;
+
+use crate::exec::child;
+use crate::exec::session::read_launch;
+use crate::exec::stdio::ChildEnds;
+use crate::root;
+use crate::sys;
+
+/// Number that the channel keeps; everything above it is closed.
+const CHANNEL: i32 = 3;
+
+/// Assembles the root file system, reports, waits, and possibly becomes the
+/// main command. Runs in a process forked by the agent.
+pub(crate) fn run(channel: OwnedFd, directory: &Path, plan: &AttachRoot) -> ! {
+    let status = match assemble(channel, directory, plan) {
+        Ok(channel) => wait(channel).map_or(1, |()| 0),
+        Err(()) => 1,
+    };
+    sys::exit_now(status)
+}
+
+fn assemble(channel: OwnedFd, directory: &Path, plan: &AttachRoot) -> Result<OwnedFd, ()> {
+    let channel = keep_only(channel).map_err(drop)?;
+    let message = match root::assemble(directory, plan) {
+        Ok(()) => vec![0],
+        Err(error) => {
+            let mut message = vec![1];
+            message.extend_from_slice(error.to_string().as_bytes());
+            message
+        }
+    };
+    let sent = send(&channel, &message, SendFlags::NOSIGNAL);
+    match (sent, message.len()) {
+        (Ok(_), 1) => Ok(channel),
+        _ => Err(()),
+    }
+}
+
+/// Moves the channel to a fixed number and closes what the agent had open.
+#[expect(unsafe_code, reason = "takes over a descriptor number")]
+fn keep_only(channel: OwnedFd) -> io::Result<OwnedFd> {
+    sys::place(channel.as_fd(), CHANNEL)?;
+    // Its number may be above CHANNEL and is then closed below, or be CHANNEL
+    // itself and owned again below: either way not by this value.
+    std::mem::forget(channel);
+    sys::close_from(CHANNEL.unsigned_abs() + 1);
+    // SAFETY: just made, and its earlier owner is forgotten.
+    let channel = unsafe { sys::adopt(CHANNEL) };
+    rustix::io::fcntl_setfd(&channel, rustix::io::FdFlags::CLOEXEC)?;
+    Ok(channel)
+}
+
+/// Reaps orphans until told to become the main command, or to end.
+fn wait(channel: OwnedFd) -> io::Result<()> {
+    let signals = sys::signal_fd(&[libc::SIGCHLD])?;
+    let mut channel = Some(channel);
+    loop {
+        // Reap first: children may have ended before the signal was watched.
+        while sys::next_signal(signals.as_fd()).is_some() {}
+        let childless = loop {
+            match sys::reap() {
+                Ok(Some(_)) => {}
+                Ok(None) => break false,
+                Err(_) => break true,
+            }
+        };
+        if childless && channel.is_none() {
+            return Ok(());
+        }
+        let mut fds = vec![PollFd::new(&signals, PollFlags::IN)];
+        if let Some(channel) = &channel {
+            fds.push(PollFd::new(channel, PollFlags::IN));
+        }
+        match poll(&mut fds, None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let called = fds.get(1).is_some_and(|fd| !fd.revents().is_empty());
+        drop(fds);
+        if called && let Some(open) = channel.take() {
+            channel = take_message(open)?;
+        }
+    }
+}
+
+/// Handles one message; `None` when the agent closed the channel.
+fn take_message(channel: OwnedFd) -> io::Result<Option<OwnedFd>> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(5))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let mut byte = [0];
+    let mut buffers = [IoSliceMut::new(&mut byte)];
+    let flags = RecvFlags::CMSG_CLOEXEC;
+    let received = recvmsg(&channel, &mut buffers, &mut ancillary, flags)?;
+    if received.bytes == 0 {
+        return Ok(None);
+    }
+    let mut fds = Vec::new();
+    for message in ancillary.drain() {
+        if let RecvAncillaryMessage::ScmRights(rights) = message {
+            fds.extend(rights);
+        }
+    }
+    let mut fds = fds.into_iter();
+    let (Some(memory), Some(status)) = (fds.next(), fds.next()) else {
+        return Ok(Some(channel));
+    };
+    let launch = read_launch(memory)?;
+    let ends = match (launch.terminal.clone(), fds.next(), fds.next(), fds.next()) {
+        (Some(path), ..) => ChildEnds::Terminal(path),
+        (None, Some(stdin), Some(stdout), Some(stderr)) => {
+            ChildEnds::Pipes([stdin, stdout, stderr])
+        }
+        _ => return Ok(Some(channel)),
+    };
+    child::become_command(&launch, &ends, status)
+}

@@ -1,0 +1,158 @@
+//! Powering off in order: processes, output, connections, disks.
+
+use std::time::{Duration, Instant};
+
+use sm_guest_proto::control::ControlReply;
+
+use crate::agent::Agent;
+use crate::log;
+use crate::reactor::{Class, Token};
+use crate::slab::Key;
+use crate::sys;
+
+/// Parts of power tokens.
+mod part {
+    pub(super) const GRACE: u8 = 0;
+    pub(super) const FLUSH: u8 = 1;
+    pub(super) const LINGER: u8 = 2;
+}
+
+/// How long clients may take to accept the rest of their output.
+const FLUSH_DEADLINE: Duration = Duration::from_millis(1000);
+
+/// How long the host may take to close its connections after the answer. The
+/// answer is then with it, not in a queue of this guest.
+const LINGER_DEADLINE: Duration = Duration::from_millis(50);
+
+/// Longest grace period honoured.
+const MAX_GRACE: Duration = Duration::from_secs(3600);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Stage {
+    /// Processes have been asked to end.
+    Terminating,
+    /// Processes are gone; their last output goes to the clients.
+    Flushing,
+    /// The answer is sent.
+    Lingering,
+    /// Nothing is left to wait for.
+    Complete,
+}
+
+/// A power-off in progress.
+#[derive(Debug)]
+pub(crate) struct PowerOff {
+    key: Key,
+    stage: Stage,
+}
+
+impl PowerOff {
+    /// Whether the machine can be switched off.
+    pub(crate) fn is_complete(&self) -> bool {
+        self.stage == Stage::Complete
+    }
+}
+
+impl Agent {
+    /// Begins: SIGTERM for every process, SIGKILL after `grace`.
+    pub(crate) fn begin_power_off(&mut self, key: Key, grace: Duration) {
+        if self.power.is_some() {
+            return;
+        }
+        self.power = Some(PowerOff {
+            key,
+            stage: Stage::Terminating,
+        });
+        log::note_failure("thaw", self.cgroup.freeze(false));
+        // An init that is only waiting is told through its channel.
+        let waiting = self
+            .workload
+            .main()
+            .is_none()
+            .then(|| self.workload.init())
+            .flatten();
+        for pid in self.cgroup.processes() {
+            if Some(pid) != waiting {
+                let _ = sys::kill(pid, 15);
+            }
+        }
+        let grace = grace.min(MAX_GRACE);
+        self.power_timer(grace, part::GRACE);
+        self.check_power();
+    }
+
+    fn power_timer(&mut self, after: Duration, part: u8) {
+        let token = Token::single(Class::Power, part);
+        self.reactor.timer(Instant::now() + after, token);
+    }
+
+    fn stage(&mut self) -> Stage {
+        self.power
+            .as_ref()
+            .map_or(Stage::Terminating, |power| power.stage)
+    }
+
+    fn advance(&mut self, to: Stage) {
+        if let Some(power) = &mut self.power {
+            power.stage = power.stage.max(to);
+        }
+    }
+
+    /// Goes as far as it can.
+    pub(crate) fn check_power(&mut self) {
+        if self.stage() == Stage::Terminating {
+            let running = self
+                .sessions
+                .iter_mut()
+                .any(|(_, session)| session.live_pid().is_some());
+            if !running && self.workload.main().is_none() {
+                self.workload.release_init(&self.reactor);
+            }
+            let populated = match self.cgroup.events(&self.reactor) {
+                Ok(events) => events.populated,
+                Err(error) => {
+                    log::error("read cgroup.events", error);
+                    false
+                }
+            };
+            // A process leaves its cgroup before it is reaped; wait for both,
+            // so that every exit status has been reported.
+            if !populated && !running && self.workload.init().is_none() {
+                self.cgroup.stop_watching(&self.reactor);
+                self.advance(Stage::Flushing);
+                self.power_timer(FLUSH_DEADLINE, part::FLUSH);
+            }
+        }
+        if self.stage() == Stage::Flushing
+            && !self
+                .sessions
+                .iter_mut()
+                .any(|(_, session)| session.owes_client())
+        {
+            self.send_answer();
+        }
+        if self.stage() == Stage::Lingering && self.controls.len() == 0 {
+            self.advance(Stage::Complete);
+        }
+    }
+
+    fn send_answer(&mut self) {
+        self.advance(Stage::Lingering);
+        self.power_timer(LINGER_DEADLINE, part::LINGER);
+        let key = self.power.as_ref().map(|power| power.key);
+        self.answer(key, &ControlReply::Done);
+    }
+
+    /// A deadline of the power-off passed.
+    pub(crate) fn power_deadline(&mut self, which: u8) {
+        match (which, self.stage()) {
+            (part::GRACE, Stage::Terminating) => {
+                log::note_failure("kill the workload", self.cgroup.kill());
+                self.check_power();
+            }
+            (part::FLUSH, Stage::Flushing) => self.send_answer(),
+            (part::LINGER, _) => self.advance(Stage::Complete),
+            _ => {}
+        }
+    }
+}

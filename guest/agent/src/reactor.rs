@@ -1,0 +1,275 @@
+//! The one place where the agent waits: epoll plus a heap of deadlines.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Instant;
+
+use rustix::event::{Timespec, epoll};
+
+use crate::slab::Key;
+
+pub(crate) use rustix::event::epoll::EventFlags as Ready;
+
+/// Which part of the agent an event is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub(crate) enum Class {
+    /// A listening socket; the part says which.
+    Listener,
+    /// SIGCHLD and other signals.
+    Signals,
+    /// Kernel uevents.
+    Uevents,
+    /// A control connection.
+    Control,
+    /// An exec session; the part says which of its descriptors.
+    Exec,
+    /// A forwarded connection; the part says which side.
+    Forward,
+    /// The workload: its init's channel, and its cgroup's events.
+    Workload,
+    /// Power-off deadlines.
+    Power,
+}
+
+const CLASSES: [Class; 8] = [
+    Class::Listener,
+    Class::Signals,
+    Class::Uevents,
+    Class::Control,
+    Class::Exec,
+    Class::Forward,
+    Class::Workload,
+    Class::Power,
+];
+
+/// Says what an event belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Token {
+    pub(crate) class: Class,
+    /// Meaning depends on the class; below 16.
+    pub(crate) part: u8,
+    pub(crate) key: Key,
+}
+
+impl Token {
+    /// A token for something of which there is only one.
+    pub(crate) fn single(class: Class, part: u8) -> Self {
+        let key = Key {
+            slot: 0,
+            generation: 0,
+        };
+        Self { class, part, key }
+    }
+
+    /// A token for one occupant of a slab.
+    pub(crate) fn new(class: Class, part: u8, key: Key) -> Self {
+        Self { class, part, key }
+    }
+
+    fn encode(self) -> u64 {
+        u64::from(self.class as u8) << 60
+            | u64::from(self.part & 15) << 56
+            | u64::from(self.key.slot & 0x00ff_ffff) << 32
+            | u64::from(self.key.generation)
+    }
+
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "each field is masked or shifted to its own width"
+    )]
+    fn decode(value: u64) -> Option<Self> {
+        Some(Self {
+            class: *CLASSES.get((value >> 60) as usize)?,
+            part: (value >> 56) as u8 & 15,
+            key: Key {
+                slot: (value >> 32) as u32 & 0x00ff_ffff,
+                generation: value as u32,
+            },
+        })
+    }
+}
+
+/// Something happened.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Event {
+    /// A descriptor is ready.
+    Io(Token, Ready),
+    /// A deadline passed. There is no cancelling: whoever set it checks whether
+    /// it still means anything.
+    Timer(Token),
+}
+
+/// A descriptor together with what it is currently watched for.
+///
+/// A descriptor watched for nothing is not registered at all, so a hang-up on
+/// it cannot wake the loop again and again.
+#[derive(Debug)]
+pub(crate) struct Watched {
+    fd: OwnedFd,
+    current: Ready,
+}
+
+impl Watched {
+    /// Not yet watched for anything.
+    pub(crate) fn new(fd: OwnedFd) -> Self {
+        Self {
+            fd,
+            current: Ready::empty(),
+        }
+    }
+
+    /// Watches for `want` from now on.
+    pub(crate) fn set(&mut self, reactor: &Reactor, token: Token, want: Ready) -> io::Result<()> {
+        if want == self.current {
+            return Ok(());
+        }
+        let data = epoll::EventData::new_u64(token.encode());
+        if want.is_empty() {
+            epoll::delete(&reactor.epoll, &self.fd)?;
+        } else if self.current.is_empty() {
+            epoll::add(&reactor.epoll, &self.fd, data, want)?;
+        } else {
+            epoll::modify(&reactor.epoll, &self.fd, data, want)?;
+        }
+        self.current = want;
+        Ok(())
+    }
+
+    /// Stops watching and closes. Children forked but not yet in their program
+    /// share the open file, so closing alone would not end its registration.
+    pub(crate) fn retire(self, reactor: &Reactor) {
+        drop(self.release(reactor));
+    }
+
+    /// Stops watching and hands the descriptor out.
+    pub(crate) fn release(self, reactor: &Reactor) -> OwnedFd {
+        if !self.current.is_empty() {
+            // Failing to remove what is registered leaves at worst stale
+            // events, which the token's generation filters out.
+            let _ = epoll::delete(&reactor.epoll, &self.fd);
+        }
+        self.fd
+    }
+}
+
+impl AsFd for Watched {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// Events taken from the kernel per system call.
+const BATCH: usize = 64;
+
+/// See the module text.
+pub(crate) struct Reactor {
+    epoll: OwnedFd,
+    timers: BinaryHeap<Reverse<(Instant, u64)>>,
+    batch: Vec<epoll::Event>,
+}
+
+impl Reactor {
+    pub(crate) fn new() -> io::Result<Self> {
+        Ok(Self {
+            epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
+            timers: BinaryHeap::new(),
+            batch: Vec::with_capacity(BATCH),
+        })
+    }
+
+    /// Delivers [`Event::Timer`] with `token` once `at` has passed.
+    pub(crate) fn timer(&mut self, at: Instant, token: Token) {
+        self.timers.push(Reverse((at, token.encode())));
+    }
+
+    /// Waits until something happens and fills `events` with it.
+    pub(crate) fn wait(&mut self, events: &mut Vec<Event>) -> io::Result<()> {
+        events.clear();
+        let timeout = match self.timers.peek() {
+            None => None,
+            Some(Reverse((at, _))) => {
+                let left = at.saturating_duration_since(Instant::now());
+                Some(Timespec::try_from(left).map_err(|_| io::ErrorKind::InvalidInput)?)
+            }
+        };
+        self.batch.clear();
+        let spare = rustix::buffer::spare_capacity(&mut self.batch);
+        match epoll::wait(&self.epoll, spare, timeout.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        for event in &self.batch {
+            let (data, flags) = (event.data, event.flags);
+            if let Some(token) = Token::decode(data.u64()) {
+                events.push(Event::Io(token, flags));
+            }
+        }
+        if self.timers.is_empty() {
+            return Ok(());
+        }
+        let now = Instant::now();
+        while let Some(Reverse((at, token))) = self.timers.peek().copied()
+            && at <= now
+        {
+            self.timers.pop();
+            if let Some(token) = Token::decode(token) {
+                events.push(Event::Timer(token));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write as _;
+    use std::time::Duration;
+
+    #[test]
+    fn tokens_survive_the_kernel() {
+        let key = Key {
+            slot: 0x00ab_cdef,
+            generation: u32::MAX,
+        };
+        for class in CLASSES {
+            let token = Token::new(class, 15, key);
+            assert_eq!(Token::decode(token.encode()), Some(token));
+        }
+    }
+
+    #[test]
+    fn readiness_and_deadlines_arrive_in_order() {
+        let mut reactor = Reactor::new().unwrap();
+        let (ours, mut theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let mut watched = Watched::new(ours.into());
+        let token = Token::single(Class::Control, 3);
+        watched.set(&reactor, token, Ready::IN).unwrap();
+        let now = Instant::now();
+        let timer = |part| Token::single(Class::Power, part);
+        reactor.timer(now + Duration::from_millis(20), timer(2));
+        reactor.timer(now + Duration::from_millis(10), timer(1));
+
+        theirs.write_all(b"x").unwrap();
+        let mut events = Vec::new();
+        reactor.wait(&mut events).unwrap();
+        assert!(matches!(events[0], Event::Io(t, r) if t == token && r.contains(Ready::IN)));
+
+        watched.set(&reactor, token, Ready::empty()).unwrap();
+        drop(theirs);
+        let mut fired = Vec::new();
+        while fired.len() < 2 {
+            reactor.wait(&mut events).unwrap();
+            for event in &events {
+                match event {
+                    Event::Timer(token) => fired.push(token.part),
+                    Event::Io(..) => panic!("a descriptor watched for nothing woke the loop"),
+                }
+            }
+        }
+        assert_eq!(fired, [1, 2]);
+    }
+}

@@ -1,0 +1,149 @@
+//! What each control request does.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use rustix::mount::{MountFlags, mount};
+use sm_guest_proto::control::{AttachRoot, ControlReply, ControlRequest, Refresh, Refreshed};
+
+use crate::agent::Agent;
+use crate::identity;
+use crate::slab::Key;
+use crate::sys;
+
+fn failed(message: impl std::fmt::Display) -> ControlReply {
+    ControlReply::Error {
+        message: message.to_string(),
+    }
+}
+
+fn done_or(what: &str, result: std::io::Result<()>) -> ControlReply {
+    match result {
+        Ok(()) => ControlReply::Done,
+        Err(error) => failed(format_args!("{what}: {error}")),
+    }
+}
+
+impl Agent {
+    /// Performs a request of connection `key`. `None` when the answer comes
+    /// later.
+    pub(crate) fn perform(&mut self, key: Key, request: ControlRequest) -> Option<ControlReply> {
+        Some(match request {
+            ControlRequest::Hello(_) => ControlReply::Hello(self.facts.hello()),
+            ControlRequest::Refresh(refresh) => return self.refresh(key, &refresh),
+            ControlRequest::AttachRoot(plan) => return self.attach_root(key, &plan),
+            ControlRequest::Freeze => return self.freeze(key),
+            ControlRequest::Thaw => done_or("thaw the workload", self.cgroup.freeze(false)),
+            ControlRequest::PrepareSnapshot => {
+                prepare_snapshot();
+                ControlReply::Done
+            }
+            ControlRequest::SignalMain { signal } => self.signal_main(signal),
+            ControlRequest::PowerOff { grace_ms } => {
+                self.begin_power_off(key, Duration::from_millis(grace_ms));
+                return None;
+            }
+            ControlRequest::Stats => ControlReply::Stats(self.stats()),
+        })
+    }
+
+    fn refresh(&mut self, key: Key, refresh: &Refresh) -> Option<ControlReply> {
+        if let Err(error) = self.identity.refresh(refresh) {
+            return Some(failed(error));
+        }
+        self.take_uevents();
+        if !self.vmgenid_seen && refresh.vmgenid_wait_ms > 0 && self.refreshing.is_none() {
+            let wait = Duration::from_millis(u64::from(refresh.vmgenid_wait_ms.min(60_000)));
+            self.wait_for_vmgenid(key, wait);
+            return None;
+        }
+        Some(self.refreshed())
+    }
+
+    /// The answer to a refresh. Seeing a generation ID counts once.
+    pub(crate) fn refreshed(&mut self) -> ControlReply {
+        ControlReply::Refreshed(Refreshed {
+            realtime_ns: identity::realtime_ns(),
+            vmgenid_seen: std::mem::take(&mut self.vmgenid_seen),
+        })
+    }
+
+    fn attach_root(&mut self, key: Key, plan: &AttachRoot) -> Option<ControlReply> {
+        if self.workload.exists() {
+            return Some(failed("a root file system is already attached"));
+        }
+        if let Err(error) = self.identity.prepare(plan) {
+            return Some(failed(error));
+        }
+        if let Err(error) = mount_devpts(&self.workload.devpts()) {
+            return Some(failed(format_args!("mount devpts: {error}")));
+        }
+        self.cgroup.offer_controllers();
+        let cgroup = self.cgroup.directory();
+        if let Err(error) = self.workload.begin_attach(plan, cgroup, &self.reactor) {
+            return Some(failed(format_args!("start the workload's init: {error}")));
+        }
+        self.attaching = Some(key);
+        self.set_attach_deadline();
+        None
+    }
+
+    fn freeze(&mut self, key: Key) -> Option<ControlReply> {
+        if self.freezing.is_some() {
+            return Some(failed("the workload is already being stopped"));
+        }
+        if let Err(error) = self.begin_freeze(key) {
+            return Some(failed(format_args!("freeze the workload: {error}")));
+        }
+        match self.cgroup.events(&self.reactor) {
+            Ok(events) if !events.frozen => return None,
+            result => {
+                self.cgroup.stop_watching(&self.reactor);
+                self.freezing = None;
+                Some(done_or("read cgroup.events", result.map(drop)))
+            }
+        }
+    }
+
+    fn signal_main(&mut self, signal: u8) -> ControlReply {
+        let main = self.workload.main();
+        let pid = main
+            .and_then(|key| self.sessions.get_mut(key))
+            .and_then(|session| session.live_pid());
+        match pid {
+            Some(pid) if (1..=64).contains(&signal) => {
+                done_or("signal the main command", sys::kill(pid, signal))
+            }
+            Some(_) => failed(format_args!("{signal} is not a signal number")),
+            None => failed("no main command runs in this guest"),
+        }
+    }
+}
+
+/// The instance that the workload's terminals live in.
+fn mount_devpts(target: &Path) -> std::io::Result<()> {
+    if target.join("ptmx").exists() {
+        return Ok(());
+    }
+    fs::create_dir_all(target)?;
+    let flags = MountFlags::NOSUID | MountFlags::NOEXEC;
+    let options = c"newinstance,ptmxmode=0666,mode=0620,gid=5";
+    mount("devpts", target, "devpts", flags, Some(options))?;
+    Ok(())
+}
+
+/// Writes dirty data back. Caches are dropped only where dropping makes the
+/// snapshot smaller: Linux leaves the contents of freed pages in place, so
+/// without `init_on_free=1` they would be captured all the same, and every
+/// clone would read the files again.
+fn prepare_snapshot() {
+    rustix::fs::sync();
+    let command_line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    if command_line
+        .split_whitespace()
+        .any(|word| word == "init_on_free=1")
+    {
+        crate::log::note_failure("drop caches", fs::write("/proc/sys/vm/drop_caches", "3"));
+    }
+}

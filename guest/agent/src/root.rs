@@ -1,0 +1,361 @@
+//! Assembling the workload's root file system.
+//!
+//! Runs in the workload's init, in a mount namespace of its own that starts as
+//! a copy of the agent's. The finished root is moved over `/`, so that what was
+//! there (the initramfs with the agent) can no longer be named.
+//!
+//! The image is hostile input: `/proc` may be a symlink to `/etc`, `/etc/hosts`
+//! a FIFO. Mount points are therefore opened by `openat2` relative to the root,
+//! without leaving it, and mounted on through the descriptor.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _, chown, symlink};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, mkdirat, open, openat2, unlinkat};
+use rustix::io::Errno;
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, mount, mount_bind, mount_change, mount_move, mount_remount,
+};
+use sm_guest_proto::control::{AttachRoot, Upper};
+use thiserror::Error;
+
+use crate::{device, sys};
+
+/// How long a block device may take to show up with a capacity. The host sets
+/// the capacity before it asks; only the guest's own notice of it can lag.
+const DEVICE_DEADLINE: Duration = Duration::from_secs(5);
+
+/// `/dev/shm` when the request does not say, in bytes.
+const DEFAULT_SHM: u64 = 64 << 20;
+
+/// The files of the agent that are mounted over the image's, by their names
+/// below the agent's directory.
+const IDENTITY_FILES: [(&str, &str); 4] = [
+    ("hostname", "etc/hostname"),
+    ("hosts", "etc/hosts"),
+    ("resolv.conf", "etc/resolv.conf"),
+    ("machine-id", "etc/machine-id"),
+];
+
+/// Name of the boot ID file below the agent's directory.
+pub(crate) const BOOT_ID_FILE: &str = "boot_id";
+
+/// A step that failed.
+#[derive(Debug, Error)]
+#[error("{what}: {cause}")]
+pub(crate) struct RootError {
+    what: String,
+    cause: io::Error,
+}
+
+trait Context<T> {
+    fn context(self, what: impl FnOnce() -> String) -> Result<T, RootError>;
+}
+
+impl<T, E: Into<io::Error>> Context<T> for Result<T, E> {
+    fn context(self, what: impl FnOnce() -> String) -> Result<T, RootError> {
+        self.map_err(|cause| RootError {
+            what: what(),
+            cause: cause.into(),
+        })
+    }
+}
+
+/// Builds the root that `plan` describes and makes it the root of this process
+/// and its mount namespace. `directory` is the agent's own, with the files of
+/// [`crate::identity`] and the devpts instance.
+pub(crate) fn assemble(directory: &Path, plan: &AttachRoot) -> Result<(), RootError> {
+    // Nothing mounted here may reach the agent's namespace.
+    mount_change(
+        "/",
+        MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
+    )
+    .context(|| "make mounts private".into())?;
+    let lower = mount_lower(directory, &plan.lower)?;
+    let upper = mount_upper(directory, plan)?;
+    let root = mount_overlay(directory, &lower, &upper)?;
+    let root_fd = open(
+        &root,
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .context(|| "open the new root".into())?;
+    let tree = Tree { fd: root_fd };
+    mount_kernel_file_systems(&tree, directory, plan)?;
+    for (name, target) in IDENTITY_FILES {
+        let source = directory.join(name);
+        if source.exists() {
+            crate::log::note_failure(target, tree.bind_file(&source, target));
+        }
+    }
+    let boot_id = "proc/sys/kernel/random/boot_id";
+    crate::log::note_failure(
+        boot_id,
+        tree.bind_file(&directory.join(BOOT_ID_FILE), boot_id),
+    );
+    if plan.read_only {
+        mount_remount(&root, MountFlags::BIND | MountFlags::RDONLY, "")
+            .context(|| "make the root read-only".into())?;
+    }
+    enter(&root)
+}
+
+fn enter(root: &Path) -> Result<(), RootError> {
+    // The initramfs root cannot be pivoted away from; moving the new root over
+    // it is what every initramfs does.
+    std::env::set_current_dir(root).context(|| "enter the new root".into())?;
+    mount_move(".", "/").context(|| "move the new root to /".into())?;
+    rustix::process::chroot(".").context(|| "change root".into())?;
+    std::env::set_current_dir("/").context(|| "enter /".into())
+}
+
+fn make_directory(path: PathBuf) -> Result<PathBuf, RootError> {
+    fs::create_dir_all(&path).context(|| format!("create {}", path.display()))?;
+    Ok(path)
+}
+
+/// The read-only layer: an EROFS block device, or a directory as it is.
+fn mount_lower(directory: &Path, lower: &str) -> Result<PathBuf, RootError> {
+    let target = make_directory(directory.join("lower"))?;
+    if fs::metadata(lower).is_ok_and(|metadata| metadata.is_dir()) {
+        mount_bind(lower, &target).context(|| format!("bind {lower}"))?;
+        return Ok(target);
+    }
+    wait_if_block(lower)?;
+    mount(lower, &target, "erofs", MountFlags::RDONLY, None)
+        .context(|| format!("mount the image {lower} (erofs)"))?;
+    Ok(target)
+}
+
+fn wait_if_block(path: &str) -> Result<(), RootError> {
+    if fs::metadata(path).is_ok_and(|metadata| !metadata.file_type().is_block_device()) {
+        return Ok(());
+    }
+    device::wait_for_capacity(Path::new(path), DEVICE_DEADLINE)
+        .context(|| format!("wait for block device {path}"))
+}
+
+fn mount_upper(directory: &Path, plan: &AttachRoot) -> Result<PathBuf, RootError> {
+    let target = make_directory(directory.join("upper"))?;
+    let tmpfs = |size: &str| {
+        let options = format!("mode=0755,size={size}\0");
+        let options = std::ffi::CStr::from_bytes_until_nul(options.as_bytes()).ok();
+        mount("tmpfs", &target, "tmpfs", MountFlags::empty(), options)
+            .context(|| "mount a tmpfs for changes".into())
+    };
+    match &plan.upper {
+        // Only mount points that the image lacks are made in it.
+        _ if plan.read_only => tmpfs("1m")?,
+        Upper::Tmpfs { size: 0 } => tmpfs("50%")?,
+        Upper::Tmpfs { size } => tmpfs(&size.to_string())?,
+        Upper::Ext4 { device } => {
+            wait_if_block(device)?;
+            mount(device.as_str(), &target, "ext4", MountFlags::NOATIME, None)
+                .context(|| format!("mount {device} (ext4) for changes"))?;
+        }
+    }
+    Ok(target)
+}
+
+fn mount_overlay(directory: &Path, lower: &Path, upper: &Path) -> Result<PathBuf, RootError> {
+    let changes = make_directory(upper.join("upper"))?;
+    let work = make_directory(upper.join("work"))?;
+    copy_attributes(lower, &changes).context(|| "copy the attributes of /".into())?;
+    let target = make_directory(directory.join("root"))?;
+    // index and xino as for a root whose lower never changes; redirect_dir so
+    // that directories of the image can be renamed.
+    let options = |extra: &str| {
+        let text = format!(
+            "lowerdir={},upperdir={},workdir={}{extra}\0",
+            lower.display(),
+            changes.display(),
+            work.display()
+        );
+        std::ffi::CString::from_vec_with_nul(text.into_bytes()).unwrap_or_default()
+    };
+    let full = options(",index=off,xino=auto,redirect_dir=on");
+    let flags = MountFlags::empty();
+    let mounted = mount("overlay", &target, "overlay", flags, Some(full.as_c_str()))
+        // A kernel without some of these options refuses all of them.
+        .or_else(|_| {
+            mount(
+                "overlay",
+                &target,
+                "overlay",
+                flags,
+                Some(options("").as_c_str()),
+            )
+        });
+    mounted.context(|| "mount the overlay".into())?;
+    Ok(target)
+}
+
+/// In an overlay the root directory is the upper's.
+fn copy_attributes(from: &Path, to: &Path) -> io::Result<()> {
+    let metadata = fs::metadata(from)?;
+    chown(to, Some(metadata.uid()), Some(metadata.gid()))?;
+    fs::set_permissions(to, fs::Permissions::from_mode(metadata.mode() & 0o7777))
+}
+
+fn mount_kernel_file_systems(
+    tree: &Tree,
+    directory: &Path,
+    plan: &AttachRoot,
+) -> Result<(), RootError> {
+    let safe = MountFlags::NOSUID | MountFlags::NOEXEC | MountFlags::NODEV;
+    tree.mount("proc", "proc", safe, "")?;
+    tree.mount("sys", "sysfs", safe, "")?;
+    tree.mount("dev", "devtmpfs", MountFlags::NOSUID, "mode=0755")?;
+    for (name, target) in [
+        ("fd", "/proc/self/fd"),
+        ("stdin", "/proc/self/fd/0"),
+        ("stdout", "/proc/self/fd/1"),
+        ("stderr", "/proc/self/fd/2"),
+    ] {
+        // Through the agent's own mount of the same devtmpfs: no image file is
+        // on the way.
+        let _ = symlink(target, Path::new("/dev").join(name));
+    }
+    let pts = tree.directory("dev/pts")?;
+    mount_bind(directory.join("pts"), descriptor_path(&pts)).context(|| "mount /dev/pts".into())?;
+    let shm = if plan.shm_size == 0 {
+        DEFAULT_SHM
+    } else {
+        plan.shm_size
+    };
+    tree.mount("dev/shm", "tmpfs", safe, &format!("mode=1777,size={shm}"))?;
+    crate::log::note_failure(
+        "mount /dev/mqueue",
+        tree.mount("dev/mqueue", "mqueue", safe, ""),
+    );
+    // From here on this process's cgroup is the root of the hierarchy it sees.
+    let cgroups = sys::unshare(sys::NEW_CGROUPS)
+        .context(|| "make a cgroup namespace".into())
+        .and_then(|()| tree.mount("sys/fs/cgroup", "cgroup2", safe, ""));
+    crate::log::note_failure("mount /sys/fs/cgroup", cgroups);
+    Ok(())
+}
+
+fn descriptor_path(fd: &OwnedFd) -> String {
+    format!("/proc/self/fd/{}", fd.as_raw_fd())
+}
+
+/// The new root, reached only by descriptor.
+struct Tree {
+    fd: OwnedFd,
+}
+
+impl Tree {
+    /// Opens or makes the directory `path`, one of a few fixed names. Whatever
+    /// else the image has in its place is replaced.
+    fn directory(&self, path: &str) -> Result<OwnedFd, RootError> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS;
+        let open = || openat2(&self.fd, path, flags, Mode::empty(), resolve);
+        let opened = open().or_else(|error| {
+            match error {
+                Errno::NOENT => {}
+                Errno::LOOP | Errno::NOTDIR => unlinkat(&self.fd, path, AtFlags::empty())?,
+                other => return Err(other),
+            }
+            mkdirat(&self.fd, path, Mode::from_raw_mode(0o755))?;
+            open()
+        });
+        opened.context(|| format!("make mount point /{path}"))
+    }
+
+    fn mount(
+        &self,
+        path: &str,
+        kind: &str,
+        flags: MountFlags,
+        options: &str,
+    ) -> Result<(), RootError> {
+        let target = self.directory(path)?;
+        let options = std::ffi::CString::new(options).unwrap_or_default();
+        mount(
+            kind,
+            descriptor_path(&target),
+            kind,
+            flags,
+            Some(options.as_c_str()),
+        )
+        .context(|| format!("mount {kind} on /{path}"))
+    }
+
+    /// Mounts the file `source` over the regular file `path` of the root, which
+    /// is made when the image has none. Links are followed inside the root; a
+    /// dangling one is replaced.
+    fn bind_file(&self, source: &Path, path: &str) -> io::Result<()> {
+        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+        let find = || {
+            let flags = OFlags::PATH | OFlags::CLOEXEC;
+            openat2(&self.fd, path, flags, Mode::empty(), resolve)
+        };
+        let target = find().or_else(|error| {
+            if error != Errno::NOENT {
+                return Err(error);
+            }
+            let (parent, name) = path.rsplit_once('/').unwrap_or((".", path));
+            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            let parent = match openat2(&self.fd, parent, flags, Mode::empty(), resolve) {
+                Err(Errno::NOENT) => {
+                    mkdirat(&self.fd, parent, Mode::from_raw_mode(0o755))?;
+                    openat2(&self.fd, parent, flags, Mode::empty(), resolve)
+                }
+                other => other,
+            }?;
+            match unlinkat(&parent, name, AtFlags::empty()) {
+                Err(Errno::NOENT) | Ok(()) => {}
+                Err(other) => return Err(other),
+            }
+            make_file(&parent, name)?;
+            find()
+        })?;
+        mount_bind(source, descriptor_path(&target))?;
+        Ok(())
+    }
+}
+
+fn make_file(parent: &OwnedFd, name: &str) -> Result<(), Errno> {
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let parent: BorrowedFd<'_> = std::os::fd::AsFd::as_fd(parent);
+    rustix::fs::openat(parent, name, flags, Mode::from_raw_mode(0o644)).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tree(directory: &Path) -> Tree {
+        let fd = open(directory, OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).unwrap();
+        Tree { fd }
+    }
+
+    #[test]
+    fn mount_points_never_follow_the_images_links() {
+        let outside = tempfile::tempdir().unwrap();
+        let root = tempfile::tempdir().unwrap();
+        symlink(outside.path(), root.path().join("proc")).unwrap();
+        fs::write(root.path().join("sys"), "a file").unwrap();
+        let tree = tree(root.path());
+        for name in ["proc", "sys", "dev"] {
+            tree.directory(name).unwrap();
+            let metadata = fs::symlink_metadata(root.path().join(name)).unwrap();
+            assert!(metadata.is_dir(), "{name} is a directory of the root now");
+        }
+        assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn the_roots_own_mode_is_the_images() {
+        let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        fs::set_permissions(from.path(), fs::Permissions::from_mode(0o1751)).unwrap();
+        copy_attributes(from.path(), to.path()).unwrap();
+        assert_eq!(fs::metadata(to.path()).unwrap().mode() & 0o7777, 0o1751);
+    }
+}

@@ -1,0 +1,88 @@
+//! Figures about the guest.
+
+use std::fs;
+
+use rustix::time::{ClockId, clock_gettime};
+use sm_guest_proto::PROTOCOL_VERSION;
+use sm_guest_proto::control::{AgentHello, GuestStats};
+
+use crate::agent::Agent;
+
+/// What was true when the agent started.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Facts {
+    /// Uptime when `main` began, in microseconds.
+    pub(crate) init_us: u64,
+    /// Uptime when the agent began to serve, in microseconds.
+    pub(crate) ready_us: u64,
+}
+
+/// Uptime of the guest in microseconds.
+pub(crate) fn uptime_us() -> u64 {
+    let now = clock_gettime(ClockId::Boottime);
+    let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
+    let rest = u64::try_from(now.tv_nsec).unwrap_or(0);
+    seconds * 1_000_000 + rest / 1000
+}
+
+impl Facts {
+    /// The answer to HELLO.
+    pub(crate) fn hello(self) -> AgentHello {
+        let memory = rustix::system::sysinfo();
+        AgentHello {
+            protocol: PROTOCOL_VERSION,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            kernel: rustix::system::uname()
+                .release()
+                .to_string_lossy()
+                .into_owned(),
+            init_us: self.init_us,
+            ready_us: self.ready_us,
+            cpus: std::thread::available_parallelism()
+                .map_or(1, |count| u32::try_from(count.get()).unwrap_or(u32::MAX)),
+            memory_kib: memory.totalram.saturating_mul(u64::from(memory.mem_unit)) / 1024,
+        }
+    }
+}
+
+/// The number after `name` in a file of `name value` lines.
+fn field(text: &str, name: &str) -> u64 {
+    text.lines()
+        .find_map(|line| {
+            let mut words = line.split_whitespace();
+            let key = words.next()?.trim_end_matches(':');
+            (key == name).then(|| words.next()?.parse().ok()).flatten()
+        })
+        .unwrap_or(0)
+}
+
+impl Agent {
+    /// The answer to STATS.
+    pub(crate) fn stats(&mut self) -> GuestStats {
+        let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        let events = fs::read_to_string("/proc/vmstat").unwrap_or_default();
+        let waiting = usize::from(self.workload.init().is_some() && self.workload.main().is_none());
+        let processes = self.cgroup.processes().len().saturating_sub(waiting);
+        GuestStats {
+            memory_total_kib: field(&memory, "MemTotal"),
+            memory_available_kib: field(&memory, "MemAvailable"),
+            processes: u32::try_from(processes).unwrap_or(u32::MAX),
+            cpu_us: self.cgroup.cpu_us(),
+            oom_kills: field(&events, "oom_kill"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_are_found_by_whole_name() {
+        let text = "MemTotal:  12 kB\nMemAvailable:\t7 kB\noom_kill 3\n";
+        assert_eq!(field(text, "MemTotal"), 12);
+        assert_eq!(field(text, "MemAvailable"), 7);
+        assert_eq!(field(text, "oom_kill"), 3);
+        assert_eq!(field(text, "Mem"), 0);
+    }
+}

@@ -1,0 +1,326 @@
+//! The workload: its namespaces, its init, and starting commands in it.
+//!
+//! Attaching the root file system forks the workload's *init* into a PID
+//! namespace of its own ([`crate::init`]). It assembles the root in its own
+//! mount namespace and then waits, reaping orphans. Commands join these
+//! namespaces by descriptor and stay children of the agent. The main command is
+//! started by init *becoming* it: it is PID 1, `/proc` shows only workload
+//! processes, and its end is the end of all of them, as in a container. A VM
+//! that never gets a main command keeps the waiting init.
+
+use std::fs::File;
+use std::io::{self, IoSlice, Write as _};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+
+use rustix::net::{
+    AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags,
+    SocketType, recv, sendmsg, socketpair,
+};
+use rustix::process::Pid;
+use sm_guest_proto::control::AttachRoot;
+
+use crate::exec::stdio::ChildEnds;
+use crate::exec::{Launch, child};
+use crate::init;
+use crate::reactor::{Class, Reactor, Ready, Token, Watched};
+use crate::slab::Key;
+use crate::sys::{self, Fork};
+
+/// Parts of workload tokens.
+pub(crate) mod part {
+    /// The channel to init.
+    pub(crate) const CHANNEL: u8 = 0;
+    /// `cgroup.events`, while something waits for a change.
+    pub(crate) const CGROUP: u8 = 1;
+    /// Deadline of a freeze.
+    pub(crate) const FREEZE: u8 = 2;
+    /// Deadline of attaching.
+    pub(crate) const ATTACH: u8 = 3;
+}
+
+#[derive(Debug)]
+struct Namespaces {
+    mounts: OwnedFd,
+    cgroups: OwnedFd,
+    pids: OwnedFd,
+}
+
+impl Namespaces {
+    fn of(pid: Pid) -> io::Result<Self> {
+        let pid = pid.as_raw_nonzero();
+        let open = |name| File::open(format!("/proc/{pid}/ns/{name}")).map(OwnedFd::from);
+        Ok(Self {
+            mounts: open("mnt")?,
+            cgroups: open("cgroup")?,
+            pids: open("pid")?,
+        })
+    }
+}
+
+/// How far the workload has come.
+#[derive(Debug, Default)]
+enum State {
+    /// No root file system yet.
+    #[default]
+    Empty,
+    /// Init is assembling the root.
+    Attaching,
+    /// Commands can be started.
+    Ready(Namespaces),
+    /// The namespace has ended, with its main command.
+    Ended,
+}
+
+/// See the module text.
+#[derive(Debug)]
+pub(crate) struct Workload {
+    state: State,
+    init: Option<Pid>,
+    channel: Option<Watched>,
+    main: Option<Key>,
+    own_pids: OwnedFd,
+    /// Directory for mount points and files of the agent.
+    directory: PathBuf,
+}
+
+/// What init said about the root file system.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Attached {
+    /// Nothing yet.
+    Pending,
+    /// It is mounted.
+    Done,
+    /// It is not; why.
+    Failed(String),
+}
+
+impl Workload {
+    pub(crate) fn new(directory: PathBuf) -> io::Result<Self> {
+        Ok(Self {
+            state: State::Empty,
+            init: None,
+            channel: None,
+            main: None,
+            own_pids: File::open("/proc/self/ns/pid")?.into(),
+            directory,
+        })
+    }
+
+    /// The session of the main command, once there is one.
+    pub(crate) fn main(&self) -> Option<Key> {
+        self.main
+    }
+
+    /// Forgets the main command's session, which is over.
+    pub(crate) fn forget_main(&mut self) {
+        self.main = None;
+    }
+
+    /// The process that is PID 1 of the workload.
+    pub(crate) fn init(&self) -> Option<Pid> {
+        self.init
+    }
+
+    /// Whether a root file system is attached or being attached.
+    pub(crate) fn exists(&self) -> bool {
+        !matches!(self.state, State::Empty)
+    }
+
+    /// Where the devpts instance of the workload is mounted in the agent's view.
+    pub(crate) fn devpts(&self) -> PathBuf {
+        self.directory.join("pts")
+    }
+
+    // ---- attaching ----
+
+    /// Forks init, which starts to assemble the root.
+    pub(crate) fn begin_attach(
+        &mut self,
+        plan: &AttachRoot,
+        cgroup: BorrowedFd<'_>,
+        reactor: &Reactor,
+    ) -> io::Result<()> {
+        let (ours, theirs) = socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )?;
+        let kinds = sys::NEW_PIDS | sys::NEW_MOUNTS;
+        match fork_agent(kinds, Some(cgroup))? {
+            Fork::Child => init::run(theirs, &self.directory, plan),
+            Fork::Parent(pid) => {
+                let mut channel = Watched::new(ours);
+                let token = Token::single(Class::Workload, part::CHANNEL);
+                self.init = Some(pid);
+                self.state = State::Attaching;
+                channel.set(reactor, token, Ready::IN)?;
+                self.channel = Some(channel);
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads what init said.
+    pub(crate) fn attach_progress(&mut self, reactor: &Reactor) -> Attached {
+        let Some(channel) = &mut self.channel else {
+            return Attached::Pending;
+        };
+        if !matches!(self.state, State::Attaching) {
+            // Nothing is expected any more; init's end arrives by SIGCHLD.
+            let token = Token::single(Class::Workload, part::CHANNEL);
+            let _ = channel.set(reactor, token, Ready::empty());
+            return Attached::Pending;
+        }
+        let mut message = [0; 4096];
+        let failure = match recv(&*channel, &mut message, RecvFlags::DONTWAIT) {
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return Attached::Pending,
+            Err(error) => error.to_string(),
+            Ok((1, _)) => match self.init.map(Namespaces::of) {
+                Some(Ok(namespaces)) => {
+                    self.state = State::Ready(namespaces);
+                    return Attached::Done;
+                }
+                Some(Err(error)) => format!("open the workload's namespaces: {error}"),
+                None => "the workload's init is gone".to_owned(),
+            },
+            Ok((0, _)) => "the workload's init died while mounting the root".to_owned(),
+            Ok((count, _)) => String::from_utf8_lossy(&message[1..count]).into_owned(),
+        };
+        self.abandon(reactor);
+        Attached::Failed(failure)
+    }
+
+    /// Gives up on attaching; it can be tried again.
+    pub(crate) fn abandon(&mut self, reactor: &Reactor) {
+        if let Some(channel) = self.channel.take() {
+            channel.retire(reactor);
+        }
+        if let Some(pid) = self.init.take() {
+            let _ = sys::kill(pid, 9);
+        }
+        self.state = State::Empty;
+    }
+
+    // ---- commands ----
+
+    /// Whether commands can be started; a sentence when not.
+    pub(crate) fn check_ready(&self) -> Result<(), &'static str> {
+        match self.state {
+            State::Ready(_) => Ok(()),
+            State::Empty | State::Attaching => Err("no root file system is attached yet"),
+            State::Ended => Err("the workload has ended"),
+        }
+    }
+
+    /// Starts a command next to the workload's main command. It is a child of
+    /// the agent inside the workload's namespaces and `cgroup`.
+    pub(crate) fn spawn(
+        &self,
+        launch: &Launch,
+        ends: &ChildEnds,
+        status: OwnedFd,
+        cgroup: BorrowedFd<'_>,
+    ) -> io::Result<Pid> {
+        let State::Ready(namespaces) = &self.state else {
+            return Err(io::ErrorKind::NotConnected.into());
+        };
+        // A process cannot change its own PID namespace, only that of children
+        // to come: enter it, fork, and return.
+        sys::setns(namespaces.pids.as_fd(), sys::NEW_PIDS)?;
+        let forked = fork_agent(0, Some(cgroup));
+        if let Ok(Fork::Child) = forked {
+            join_and_become(namespaces, launch, ends, status);
+        }
+        sys::setns(self.own_pids.as_fd(), sys::NEW_PIDS)?;
+        match forked? {
+            Fork::Parent(pid) => Ok(pid),
+            Fork::Child => sys::exit_now(125),
+        }
+    }
+
+    /// Turns init into the workload's main command, served by session `key`.
+    pub(crate) fn become_main(
+        &mut self,
+        key: Key,
+        launch: &Launch,
+        ends: &ChildEnds,
+        status: &OwnedFd,
+    ) -> io::Result<Pid> {
+        let (Some(init), Some(channel)) = (self.init, &self.channel) else {
+            return Err(io::ErrorKind::NotConnected.into());
+        };
+        let memory = rustix::fs::memfd_create("launch", rustix::fs::MemfdFlags::CLOEXEC)?;
+        let mut file = File::from(memory);
+        file.write_all(&serde_json::to_vec(launch)?)?;
+        let mut fds = vec![file.as_fd(), status.as_fd()];
+        if let ChildEnds::Pipes(pipes) = ends {
+            fds.extend(pipes.iter().map(AsFd::as_fd));
+        }
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(5))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        ancillary.push(SendAncillaryMessage::ScmRights(&fds));
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        sendmsg(channel, &[IoSlice::new(&[1])], &mut ancillary, flags)?;
+        self.main = Some(key);
+        Ok(init)
+    }
+
+    /// Tells a waiting init to end once it has no children left.
+    pub(crate) fn release_init(&mut self, reactor: &Reactor) {
+        if let Some(channel) = self.channel.take() {
+            channel.retire(reactor);
+        }
+    }
+
+    /// Takes note that `pid` was reaped. Returns whether it was init, in which
+    /// case every process of the workload is gone.
+    pub(crate) fn reaped(&mut self, pid: Pid, reactor: &Reactor) -> bool {
+        if self.init != Some(pid) {
+            return false;
+        }
+        self.init = None;
+        if matches!(self.state, State::Ready(_)) {
+            self.state = State::Ended;
+        }
+        if let Some(channel) = self.channel.take() {
+            channel.retire(reactor);
+        }
+        true
+    }
+
+    /// Whether a reaped init was still assembling the root.
+    pub(crate) fn attaching(&self) -> bool {
+        matches!(self.state, State::Attaching)
+    }
+
+    /// Drops the last references to the workload's mounts.
+    pub(crate) fn end(&mut self) {
+        self.state = State::Ended;
+    }
+}
+
+fn join_and_become(
+    namespaces: &Namespaces,
+    launch: &Launch,
+    ends: &ChildEnds,
+    status: OwnedFd,
+) -> ! {
+    let joined = sys::setns(namespaces.cgroups.as_fd(), sys::NEW_CGROUPS)
+        .and_then(|()| sys::setns(namespaces.mounts.as_fd(), sys::NEW_MOUNTS));
+    if joined.is_err() {
+        sys::exit_now(125);
+    }
+    child::become_command(launch, ends, status)
+}
+
+#[expect(
+    unsafe_code,
+    reason = "fork needs the caller's word that there is one thread"
+)]
+fn fork_agent(namespaces: std::ffi::c_int, cgroup: Option<BorrowedFd<'_>>) -> io::Result<Fork> {
+    // SAFETY: the agent never starts a thread (see the crate's text).
+    unsafe { sys::fork(namespaces, cgroup) }
+}
