@@ -119,7 +119,12 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "PATH")]
     pub(crate) kernel: Option<PathBuf>,
     /// Words added to the guest kernel's command line
-    #[arg(long, value_name = "WORDS", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        value_name = "WORDS",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub(crate) kernel_args: String,
     /// No writable layer over the image
     #[arg(long)]

@@ -25,7 +25,10 @@ impl<'a> Bars<'a> {
     }
 
     pub(crate) fn show(&mut self, progress: &Progress<'_>) {
-        let known = self.bar.as_ref().is_some_and(|(what, _)| what == progress.what);
+        let known = self
+            .bar
+            .as_ref()
+            .is_some_and(|(what, _)| what == progress.what);
         if !known {
             self.clear();
             if !self.printer.interactive() {

@@ -220,10 +220,8 @@ fn watch_signals(
     wiring: Wiring,
     forward: impl Fn(u8) + Send + 'static,
 ) -> anyhow::Result<()> {
-    let mut signals = Signals::new([
-        SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH,
-    ])
-    .context("cannot watch for signals")?;
+    let mut signals = Signals::new([SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH])
+        .context("cannot watch for signals")?;
     let writer = writer.clone();
     if wiring.tty {
         // It may have changed since the start was asked for.

@@ -131,13 +131,19 @@ mod tests {
     fn environment_files_follow_dockers_rules() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("env");
-        std::fs::write(&path, "# c\n\nA=1\n  B=two words # kept\nSURELY_NOT_SET_HERE\n").unwrap();
-        assert_eq!(
-            read_env_file(&path).unwrap(),
-            ["A=1", "B=two words # kept"]
-        );
+        std::fs::write(
+            &path,
+            "# c\n\nA=1\n  B=two words # kept\nSURELY_NOT_SET_HERE\n",
+        )
+        .unwrap();
+        assert_eq!(read_env_file(&path).unwrap(), ["A=1", "B=two words # kept"]);
         std::fs::write(&path, "A B=1\n").unwrap();
-        assert!(read_env_file(&path).unwrap_err().to_string().contains("line 1"));
+        assert!(
+            read_env_file(&path)
+                .unwrap_err()
+                .to_string()
+                .contains("line 1")
+        );
         assert!(read_env_file(Path::new("/no/file")).is_err());
     }
 

@@ -19,10 +19,10 @@ pub(crate) fn read() -> Result<Cow<'static, [u8]>, Error> {
     let explicit = std::env::var_os("SM_AGENT")
         .filter(|value| !value.is_empty())
         .map(PathBuf::from);
-    if explicit.is_none() {
-        if let Some(bytes) = EMBEDDED {
-            return Ok(Cow::Borrowed(bytes));
-        }
+    if explicit.is_none()
+        && let Some(bytes) = EMBEDDED
+    {
+        return Ok(Cow::Borrowed(bytes));
     }
     let path = match explicit {
         Some(path) => path,

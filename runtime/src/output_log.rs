@@ -145,10 +145,10 @@ impl LogReader {
             if !self.reading_rotated && is_current(&self.directory, file)? {
                 return Ok(None);
             }
-            if self.partial.is_empty() {
-                if let Some(record) = read_record(file, &mut self.partial)? {
-                    return Ok(Some(record));
-                }
+            if self.partial.is_empty()
+                && let Some(record) = read_record(file, &mut self.partial)?
+            {
+                return Ok(Some(record));
             }
             self.current = None;
             self.partial.clear();

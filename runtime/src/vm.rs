@@ -16,7 +16,6 @@ use crate::launch::{ControlAnswer, ControlCall, Stage, Status};
 use crate::logs::Logs;
 use crate::record::{ExitRecord, Record, RecordError, Records, VmConfig, VmState};
 use crate::session::Session;
-use crate::signal;
 use crate::timings::Phase;
 
 /// How long a VMM may take to end a VM once told to, before it is killed.
@@ -213,10 +212,10 @@ impl Vm {
     pub fn wait(&mut self) -> Result<ExitRecord, Error> {
         // Nobody reads the session any more, so it must not hold up the workload.
         self.session = None;
-        if let Ok(mut control) = self.control() {
-            if let Ok(ControlAnswer::Ended(exit)) = control.call_and_wait(&ControlCall::Wait) {
-                return Ok(exit);
-            }
+        if let Ok(mut control) = self.control()
+            && let Ok(ControlAnswer::Ended(exit)) = control.call_and_wait(&ControlCall::Wait)
+        {
+            return Ok(exit);
         }
         self.record.wait_until_dead()?;
         match self.record.state()? {
@@ -410,9 +409,6 @@ impl SignalSender {
 fn unexpected(answer: &ControlAnswer) -> Error {
     Error::Refused(format!("the VM's process answered {answer:?}"))
 }
-
-/// SIGKILL, for [`Vm::kill`].
-pub const SIGKILL: u8 = signal::KILL;
 
 /// Connects to the exec socket of a VM.
 pub(crate) fn connect_exec(record: &Record) -> Result<UnixStream, Error> {

@@ -52,12 +52,14 @@ pub(crate) fn exec(home: &Home, args: ExecArgs) -> Result<u32, Failure> {
         stdin: args.interactive,
         tty: args.tty,
     };
-    Ok(match stream::run(session, wiring, forward, &mut Vec::new())? {
-        End::Exited { status, .. } => status,
-        End::Detached => 0,
-        // The VM ended, and the command with it.
-        End::Lost => LOST,
-    })
+    Ok(
+        match stream::run(session, wiring, forward, &mut Vec::new())? {
+            End::Exited { status, .. } => status,
+            End::Detached => 0,
+            // The VM ended, and the command with it.
+            End::Lost => LOST,
+        },
+    )
 }
 
 pub(crate) fn attach(home: &Home, args: &AttachArgs, printer: &Printer) -> Result<u32, Failure> {

@@ -20,7 +20,9 @@ fn each(
 ) -> Result<u32, Failure> {
     let mut status = 0;
     for query in vms {
-        let done = Vm::find(home, query).map_err(Failure::from).and_then(&mut act);
+        let done = Vm::find(home, query)
+            .map_err(Failure::from)
+            .and_then(&mut act);
         match done {
             Ok(text) => printer.line(text.as_ref().unwrap_or(query)),
             Err(failure) => {

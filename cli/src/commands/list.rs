@@ -33,16 +33,20 @@ pub(crate) fn ps(home: &Home, args: &PsArgs, printer: &Printer) -> Result<u32, F
     let mut vms = Vec::new();
     for vm in Vm::list(home)? {
         // One that goes away meanwhile is not there.
-        if let Ok(inspection) = vm.inspect() {
-            if args.all || inspection.state.exit_code.is_none() {
-                vms.push(inspection);
-            }
+        if let Ok(inspection) = vm.inspect()
+            && (args.all || inspection.state.exit_code.is_none())
+        {
+            vms.push(inspection);
         }
     }
     if args.quiet {
         for vm in &vms {
             let id = &vm.config.id;
-            printer.line(if args.no_trunc { id.as_str() } else { id.short() });
+            printer.line(if args.no_trunc {
+                id.as_str()
+            } else {
+                id.short()
+            });
         }
     } else if args.format.json() {
         let rows: Vec<Row<'_>> = vms
@@ -144,7 +148,13 @@ pub(crate) fn stats(home: &Home, args: &StatsArgs, printer: &Printer) -> Result<
         .saturating_sub(stats.memory_available_kib);
     let kib = |kib: u64| format_size(kib.saturating_mul(1024));
     printer.line(table::render(
-        ["MEMORY USED", "MEMORY", "PROCESSES", "CPU TIME", "OOM KILLS"],
+        [
+            "MEMORY USED",
+            "MEMORY",
+            "PROCESSES",
+            "CPU TIME",
+            "OOM KILLS",
+        ],
         &[[
             kib(used),
             kib(stats.memory_total_kib),

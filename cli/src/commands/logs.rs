@@ -21,7 +21,7 @@ pub(crate) fn logs(home: &Home, args: &LogsArgs) -> Result<u32, Failure> {
     let mut sink = Sink::new(args.timestamps);
     let mut held = Tail::new(args.tail);
     while let Some(record) = logs.next_record()? {
-        for record in held.push(record) {
+        if let Some(record) = held.push(record) {
             if !sink.write(&record) {
                 return Ok(0);
             }
@@ -83,7 +83,7 @@ impl Sink {
             Stream::Stdout => (&mut io::stdout().lock(), 0),
             Stream::Stderr => (&mut io::stderr().lock(), 1),
         };
-        let write = |out: &mut dyn Write| -> io::Result<()> {
+        let mut write = |out: &mut dyn Write| -> io::Result<()> {
             if !self.timestamps {
                 out.write_all(&record.bytes)?;
                 return out.flush();

@@ -39,8 +39,10 @@ pub(crate) fn run(begin: Phase, cli: Cli, printer: &Printer) -> Result<u32, Fail
         Command::Kernel(command) => kernel::run(&home()?, command, printer),
         Command::Doctor(args) => kernel::doctor(&home()?, &args, printer),
         Command::Completions { shell } => {
-            let mut command = Cli::command();
-            clap_complete::generate(shell, &mut command, "sm", &mut std::io::stdout());
+            // Into memory first: the generator panics when a reader goes away.
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "sm", &mut script);
+            printer.line(String::from_utf8_lossy(&script));
             Ok(0)
         }
         Command::Version => {

@@ -221,7 +221,10 @@ mod tests {
     #[test]
     fn limits_are_read() {
         let limit = parse_ulimit("NOFILE=1024:unlimited").unwrap();
-        assert_eq!((limit.name.as_str(), limit.soft, limit.hard), ("nofile", 1024, u64::MAX));
+        assert_eq!(
+            (limit.name.as_str(), limit.soft, limit.hard),
+            ("nofile", 1024, u64::MAX)
+        );
         assert!(parse_ulimit("nofile").is_err());
         assert!(parse_ulimit("nofile=x").is_err());
     }

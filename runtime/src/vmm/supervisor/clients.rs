@@ -244,10 +244,12 @@ impl<G: Guest> Supervisor<G> {
             .clients
             .values()
             .any(|other| matches!(other.role, Role::Attached { stdin: true, .. }));
-        if last && !client.stdin_ended && !self.request.config.workload.tty {
-            if let Some(main) = &mut self.main {
-                main.queue(FrameType::Stdin, &[]);
-            }
+        if last
+            && !client.stdin_ended
+            && !self.request.config.workload.tty
+            && let Some(main) = &mut self.main
+        {
+            main.queue(FrameType::Stdin, &[]);
         }
     }
 
