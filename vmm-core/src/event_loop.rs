@@ -242,7 +242,8 @@ struct Inner {
 
 /// What other threads can reach.
 struct Shared {
-    tasks: Mutex<Vec<Task>>,
+    /// `None` once the loop has stopped.
+    tasks: Mutex<Option<Vec<Task>>>,
     wake: OwnedFd,
     thread: Mutex<Option<ThreadId>>,
 }
@@ -253,8 +254,12 @@ fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Shared {
+    /// Hands a task to the loop; dropped when that has stopped.
     fn push(&self, task: Task) {
-        lock(&self.tasks).push(task);
+        match &mut *lock(&self.tasks) {
+            Some(tasks) => tasks.push(task),
+            None => return,
+        }
         // An eventfd refuses only when its counter is full: then it is readable.
         let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
     }
@@ -363,7 +368,7 @@ impl EventLoop {
             epoll::EventFlags::IN,
         )?;
         let shared = Arc::new(Shared {
-            tasks: Mutex::default(),
+            tasks: Mutex::new(Some(Vec::new())),
             wake,
             thread: Mutex::new(None),
         });
@@ -383,7 +388,7 @@ impl EventLoop {
                 *lock(&for_thread.thread) = Some(std::thread::current().id());
                 inner.run(&for_thread);
                 // Whoever waits for a task that will not run gets an error.
-                lock(&for_thread.tasks).clear();
+                *lock(&for_thread.tasks) = None;
             })?;
         Ok(Self {
             handle: EventLoopHandle { shared },
@@ -437,7 +442,7 @@ impl Inner {
 
     fn run_tasks(&mut self, shared: &Shared) {
         let _ = rustix::io::read(&shared.wake, &mut [0; 8]);
-        let tasks = std::mem::take(&mut *lock(&shared.tasks));
+        let tasks = lock(&shared.tasks).replace(Vec::new()).unwrap_or_default();
         for task in tasks {
             task(self);
         }
