@@ -1,2 +1,23 @@
-//! A virtio-vsock device whose muxer moves bytes between host sockets and guest buffers.
+//! A virtio-vsock device (virtio 1.3 section 5.10) whose muxer moves bytes
+//! between host sockets and guest buffers.
+//!
+//! Bytes from the host are read by `readv` straight into the guest's receive
+//! buffers, bytes from the guest written by `writev` straight out of its transmit
+//! buffers. Only what a host socket does not take at once is kept, within the
+//! credit window that the guest was granted, so that a slow reader stalls its own
+//! connection and nothing else.
+//!
+//! Host code reaches the guest through a [`MuxerHandle`]: it hands over one end
+//! of a stream socket and forgets about it.
 #![warn(missing_docs)]
+
+mod connection;
+mod device;
+mod handle;
+mod muxer;
+mod packet;
+
+pub use device::{Vsock, VsockConfig};
+pub use handle::{
+    Acceptor, ConnectError, ConnectOptions, GuestStream, MuxerHandle, OnResult, Stats,
+};

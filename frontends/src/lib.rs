@@ -1,2 +1,13 @@
-//! Host-side listeners (unix, exec, ...) on top of the vsock muxer.
+//! Host-side listeners on top of the vsock muxer.
+//!
+//! A frontend accepts connections on the machine's event loop and hands each one
+//! to the muxer, which moves its bytes; no thread and no buffer of its own is
+//! involved. Its handle says where it listens and what it did; dropping the
+//! handle closes the listener and unlinks its socket.
 #![warn(missing_docs)]
+
+mod error;
+mod unix;
+
+pub use error::Error;
+pub use unix::{Target, UnixFrontend, UnixFrontendHandle};

@@ -250,6 +250,20 @@ impl Queue {
         self.next_available = self.next_available.wrapping_sub(1);
     }
 
+    /// Asks to be notified of the next chain offered, whatever is offered now.
+    ///
+    /// # Errors
+    /// A ring outside guest memory.
+    pub fn request_notification(&self, memory: &GuestMemory) -> Result<(), QueueError> {
+        if self.event_idx && self.ready {
+            let pending = self.pending(memory)?;
+            let event = self.used + 4 + 8 * u64::from(self.size);
+            self.store(memory, event, self.next_available.wrapping_add(pending))?;
+            fence(Ordering::SeqCst);
+        }
+        Ok(())
+    }
+
     fn walk(&self, memory: &GuestMemory, head: u16, chain: &mut Chain) -> Result<(), QueueError> {
         let mut table = self.descriptors;
         let mut entries = self.size;
@@ -281,6 +295,8 @@ impl Queue {
                 (table, entries) = self.indirect_table(memory, &descriptor)?;
                 indirect = true;
                 index = 0;
+                // The table may have as many entries as the queue by itself.
+                steps = 0;
                 continue;
             }
             total = total

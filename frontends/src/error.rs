@@ -1,0 +1,32 @@
+//! Why a frontend does not listen.
+
+use std::io;
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+/// Why a frontend cannot be started. Names frontend, endpoint and cause.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// Another process listens there.
+    #[error("the {frontend} frontend cannot listen on \"{}\": another process does", path.display())]
+    InUse {
+        /// Kind of frontend.
+        frontend: &'static str,
+        /// The socket.
+        path: PathBuf,
+    },
+    /// The system refused.
+    #[error("the {frontend} frontend cannot {operation} \"{}\"", path.display())]
+    Io {
+        /// Kind of frontend.
+        frontend: &'static str,
+        /// What was tried.
+        operation: &'static str,
+        /// The socket.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+}
