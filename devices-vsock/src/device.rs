@@ -501,6 +501,15 @@ impl VirtioDevice for Vsock {
                 Err(error) => tracing::error!(%error, "host code cannot reach the guest"),
             }
         }
+        // Edges may have been missed while the machine was paused.
+        for slot in 0..self.muxer.slots() {
+            let all = Readiness {
+                readable: true,
+                writable: true,
+                ..Readiness::default()
+            };
+            self.socket_ready(slot, all, registry);
+        }
         let restored = std::mem::take(&mut self.restored);
         self.with_guest(|this, memory| {
             if restored {

@@ -47,6 +47,11 @@ impl Muxer {
         self.connections.get_mut(slot)?.as_mut()
     }
 
+    /// Slots in use or free: every slot number is below.
+    pub(crate) fn slots(&self) -> usize {
+        self.connections.len()
+    }
+
     pub(crate) fn find(&self, key: Key) -> Option<usize> {
         self.by_key.get(&key).copied()
     }

@@ -121,8 +121,8 @@ pub trait VirtioDevice: Send {
     /// The device then reports DEVICE_NEEDS_RESET.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
 
-    /// Runs on the event loop after [`Self::activate`]: registers host file
-    /// descriptors and looks at every queue once.
+    /// Runs on the event loop after [`Self::activate`], and again after a pause:
+    /// registers host file descriptors and looks at every queue and descriptor.
     fn started(&mut self, registry: &mut Registry<'_>);
 
     /// The driver notified queue `index`.

@@ -129,6 +129,7 @@ pub struct MmioTransport {
     device_type: u32,
     doorbells: Arc<Vec<OwnedFd>>,
     activated: Arc<OwnedFd>,
+    quiesced: Arc<AtomicBool>,
     event_loop: EventLoopHandle,
     handler: HandlerId,
 }
@@ -138,6 +139,9 @@ struct LoopSide {
     device: Arc<Mutex<dyn VirtioDevice>>,
     doorbells: Arc<Vec<OwnedFd>>,
     activated: Arc<OwnedFd>,
+    /// Guest memory must not change: what happens meanwhile is looked at when
+    /// the device goes on.
+    quiesced: Arc<AtomicBool>,
 }
 
 impl EventHandler for LoopSide {
@@ -150,18 +154,20 @@ impl EventHandler for LoopSide {
     }
 
     fn ready(&mut self, token: u64, readiness: Readiness, registry: &mut Registry<'_>) {
+        let quiesced = self.quiesced.load(Ordering::SeqCst);
         if token == TOKEN_ACTIVATED {
-            if drain(self.activated.as_fd()) {
+            if drain(self.activated.as_fd()) && !quiesced {
                 lock(&self.device).started(registry);
             }
         } else if token & TOKEN_QUEUE != 0 {
             let index = usize::try_from(token & !TOKEN_QUEUE).unwrap_or(usize::MAX);
             if let Some(fd) = self.doorbells.get(index)
                 && drain(fd.as_fd())
+                && !quiesced
             {
                 lock(&self.device).queue_notified(index, registry);
             }
-        } else {
+        } else if !quiesced {
             lock(&self.device).host_ready(token, readiness, registry);
         }
     }
@@ -193,10 +199,12 @@ impl MmioTransport {
             .collect::<io::Result<Vec<_>>>()?;
         let doorbells = Arc::new(doorbells);
         let activated = Arc::new(new_eventfd()?);
+        let quiesced = Arc::new(AtomicBool::new(false));
         let handler = event_loop.add_handler(Arc::new(Mutex::new(LoopSide {
             device: Arc::clone(&device),
             doorbells: Arc::clone(&doorbells),
             activated: Arc::clone(&activated),
+            quiesced: Arc::clone(&quiesced),
         })))?;
         Ok(Arc::new(Self {
             slot,
@@ -217,6 +225,7 @@ impl MmioTransport {
             device_type,
             doorbells,
             activated,
+            quiesced,
             event_loop,
             handler,
         }))
@@ -234,14 +243,17 @@ impl MmioTransport {
         (0..).zip(self.doorbells.iter().map(|fd| fd.as_fd()))
     }
 
-    /// Brings the device's work in flight to an end. All vCPUs are paused.
+    /// Brings the device's work in flight to an end; until [`Self::unquiesce`]
+    /// it touches neither guest memory nor host sockets. All vCPUs are paused.
     ///
     /// # Errors
     /// The loop has stopped.
     pub fn quiesce(&self) -> io::Result<()> {
         let device = Arc::clone(&self.device);
         let doorbells = Arc::clone(&self.doorbells);
+        let quiesced = Arc::clone(&self.quiesced);
         self.event_loop.call(self.handler, move |registry| {
+            quiesced.store(true, Ordering::SeqCst);
             let mut device = lock(&device);
             // What the driver has already asked for is done before.
             for (index, fd) in doorbells.iter().enumerate() {
@@ -253,12 +265,12 @@ impl MmioTransport {
         })
     }
 
-    /// Lets the device look at its queues again after [`Self::quiesce`].
+    /// Lets the device go on after [`Self::quiesce`]: it looks at all its queues
+    /// and descriptors again.
     pub fn unquiesce(&self) {
+        self.quiesced.store(false, Ordering::SeqCst);
         if lock(&self.registers).status & DRIVER_OK != 0 {
-            for fd in self.doorbells.iter() {
-                signal(fd.as_fd());
-            }
+            signal(self.activated.as_fd());
         }
     }
 
@@ -320,6 +332,14 @@ impl MmioTransport {
             return Err(unfit("its queues lie outside guest memory"));
         }
         self.activate(&registers)?;
+        // KVM delivers interrupts to the IOAPIC from a work queue, so one raised
+        // just before the save may be in no saved state. One too many does no
+        // harm: the driver finds nothing new.
+        if state.interrupt_status != 0
+            && let Err(error) = interrupt.line.pulse()
+        {
+            tracing::error!(slot = self.slot, %error, "an interrupt was lost");
+        }
         signal(self.activated.as_fd());
         Ok(())
     }
