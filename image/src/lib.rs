@@ -1,2 +1,25 @@
-//! OCI and Docker images, from any transport, turned into EROFS disks in a crash-safe content store.
+//! OCI and Docker images, from any transport, turned into EROFS disks in a
+//! crash-safe content store.
+//!
+//! A layer is converted once ([`Store`]) into a *blob* of file contents at 4 KiB
+//! boundaries and an *index* of everything else. An image is then one EROFS
+//! *metadata image* whose inodes point into the blobs of its layers; disk and
+//! layers together are the read-only disk that a guest mounts.
 #![warn(missing_docs)]
+
+mod digest;
+mod documents;
+mod erofs;
+mod error;
+mod layer;
+mod reference;
+mod source;
+mod store;
+mod tar;
+mod tree;
+
+pub use digest::Digest;
+pub use error::Error;
+pub use oci_spec::image::ImageConfiguration;
+pub use reference::Reference;
+pub use store::{DiskSegment, ImageSummary, Progress, Store, StoredImage};

@@ -1,0 +1,99 @@
+//! Why an image cannot be used.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+
+/// An error of this crate. Texts name the image's part that is at fault.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// A reference that cannot be understood.
+    #[error("\"{reference}\" is not an image reference: {reason}")]
+    Reference {
+        /// The text.
+        reference: String,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// Nothing is where the reference points to.
+    #[error("unknown image \"{reference}\": {reason}")]
+    Unknown {
+        /// The reference.
+        reference: String,
+        /// What is missing.
+        reason: String,
+    },
+    /// Several images match.
+    #[error("\"{0}\" matches several images: give more of its ID")]
+    Ambiguous(String),
+    /// A file of the host cannot be used.
+    #[error("cannot {operation} {path:?}")]
+    File {
+        /// What was tried.
+        operation: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// A JSON document of the image (index, manifest, configuration) is wrong.
+    #[error("the image's {document} is not valid: {reason}")]
+    Document {
+        /// Which one.
+        document: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A blob does not have the digest or size that is written down for it.
+    #[error("blob {digest} is damaged: {reason}")]
+    Blob {
+        /// The digest that it should have.
+        digest: String,
+        /// What does not fit.
+        reason: String,
+    },
+    /// A layer cannot be read.
+    #[error("layer {layer} cannot be read: {reason}")]
+    Layer {
+        /// Digest of the layer.
+        layer: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// An entry of a layer is refused.
+    #[error("layer {layer}, entry \"{entry}\": {reason}")]
+    Entry {
+        /// Digest of the layer.
+        layer: String,
+        /// Path of the entry as the layer has it.
+        entry: String,
+        /// Why.
+        reason: String,
+    },
+    /// The image is too large for its disk format.
+    #[error("the image does not fit an EROFS disk: {0}")]
+    TooLarge(&'static str),
+}
+
+impl Error {
+    pub(crate) fn file(
+        operation: &'static str,
+        path: &Path,
+    ) -> impl FnOnce(io::Error) -> Self + use<> {
+        let path = path.to_owned();
+        move |source| Self::File {
+            operation,
+            path,
+            source,
+        }
+    }
+
+    pub(crate) fn document(document: impl Into<String>, reason: impl ToString) -> Self {
+        Self::Document {
+            document: document.into(),
+            reason: reason.to_string(),
+        }
+    }
+}

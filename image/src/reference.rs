@@ -1,0 +1,143 @@
+//! Image references, by their containers-transports names.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use crate::Error;
+
+/// Where an image comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reference {
+    /// `oci:DIR[:TAG]`: an OCI image layout.
+    Oci {
+        /// The layout's directory.
+        directory: PathBuf,
+        /// Which of its images; the only one when absent.
+        tag: Option<String>,
+    },
+    /// `oci-archive:FILE[:TAG]`: an OCI image layout in a tar file.
+    OciArchive {
+        /// The tar file.
+        file: PathBuf,
+        /// Which of its images; the only one when absent.
+        tag: Option<String>,
+    },
+    /// `docker-archive:FILE[:TAG]`: what `docker save` writes.
+    DockerArchive {
+        /// The tar file.
+        file: PathBuf,
+        /// Which of its images; the only one when absent.
+        tag: Option<String>,
+    },
+    /// `rootfs:DIR`: a directory as it is.
+    RootFs {
+        /// The directory.
+        directory: PathBuf,
+    },
+    /// Anything else: a name given to an image that is in the store.
+    Stored(String),
+}
+
+impl Reference {
+    /// Reads a reference. Relative paths are taken from the current directory.
+    ///
+    /// # Errors
+    /// A transport that is not known, or nothing after it.
+    pub fn parse(text: &str) -> Result<Self, Error> {
+        let bad = |reason| Error::Reference {
+            reference: text.to_owned(),
+            reason,
+        };
+        if text.is_empty() {
+            return Err(bad("it is empty"));
+        }
+        let Some((transport, rest)) = text.split_once(':') else {
+            return Ok(Self::Stored(text.to_owned()));
+        };
+        if rest.is_empty() {
+            return Err(bad("nothing follows the colon"));
+        }
+        Ok(match transport {
+            "oci" => {
+                let (directory, tag) = split_tag(rest);
+                Self::Oci { directory, tag }
+            }
+            "oci-archive" => {
+                let (file, tag) = split_tag(rest);
+                Self::OciArchive { file, tag }
+            }
+            "docker-archive" => {
+                let (file, tag) = split_tag(rest);
+                Self::DockerArchive { file, tag }
+            }
+            "rootfs" => Self::RootFs {
+                directory: PathBuf::from(rest),
+            },
+            "docker" | "docker-daemon" | "containers-storage" => {
+                return Err(bad(
+                    "this transport is not available yet; copy the image with \
+                     \"skopeo copy\" to an oci: directory",
+                ));
+            }
+            _ => Self::Stored(text.to_owned()),
+        })
+    }
+}
+
+/// Splits `PATH[:TAG]`. A path that exists as it stands is taken whole.
+fn split_tag(text: &str) -> (PathBuf, Option<String>) {
+    match text.rsplit_once(':') {
+        Some((path, tag)) if !tag.contains('/') && !path.is_empty() && !Path::new(text).exists() => {
+            let tag = (!tag.is_empty()).then(|| tag.to_owned());
+            (PathBuf::from(path), tag)
+        }
+        _ => (PathBuf::from(text), None),
+    }
+}
+
+impl fmt::Display for Reference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (transport, path, tag) = match self {
+            Self::Oci { directory, tag } => ("oci", directory, tag.as_deref()),
+            Self::OciArchive { file, tag } => ("oci-archive", file, tag.as_deref()),
+            Self::DockerArchive { file, tag } => ("docker-archive", file, tag.as_deref()),
+            Self::RootFs { directory } => ("rootfs", directory, None),
+            Self::Stored(name) => return f.write_str(name),
+        };
+        write!(f, "{transport}:{}", path.display())?;
+        match tag {
+            Some(tag) => write!(f, ":{tag}"),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn transports_and_tags() {
+        let parse = |text| Reference::parse(text).unwrap();
+        assert_eq!(
+            parse("oci:/a/b:v1"),
+            Reference::Oci {
+                directory: "/a/b".into(),
+                tag: Some("v1".into())
+            }
+        );
+        assert_eq!(parse("oci:dir").to_string(), "oci:dir");
+        assert_eq!(
+            parse("docker-archive:x.tar:repo:tag"),
+            Reference::DockerArchive {
+                file: "x.tar:repo".into(),
+                tag: Some("tag".into())
+            }
+        );
+        assert_eq!(parse("rootfs:/x:y").to_string(), "rootfs:/x:y");
+        assert_eq!(parse("name"), Reference::Stored("name".into()));
+        assert!(Reference::parse("").is_err());
+        assert!(Reference::parse("oci:").is_err());
+        assert!(Reference::parse("docker:x").is_err());
+    }
+}

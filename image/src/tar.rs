@@ -1,0 +1,513 @@
+//! A tar reader for hostile input: ustar, pax and GNU long names.
+//!
+//! Strict where leniency could be abused: a header's checksum must be right, a
+//! stream must not end inside an entry, extended headers are small. Sparse
+//! entries are refused (image builders do not write them).
+
+use std::io::{self, Read};
+
+const BLOCK: usize = 512;
+/// Largest extended header accepted, in bytes.
+const MAX_EXTENDED: u64 = 1 << 20;
+/// Longest path or link target, in bytes (Linux `PATH_MAX` without the zero).
+pub(crate) const MAX_PATH: usize = 4095;
+/// Extended headers in a row before an entry.
+const MAX_HEADERS: u32 = 8;
+
+/// What an entry is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    File,
+    Directory,
+    Symlink(Vec<u8>),
+    Hardlink(Vec<u8>),
+    CharDevice(u32, u32),
+    BlockDevice(u32, u32),
+    Fifo,
+}
+
+/// An entry's header.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Header {
+    pub(crate) path: Vec<u8>,
+    pub(crate) kind: Kind,
+    /// Permission bits.
+    pub(crate) mode: u16,
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
+    /// Seconds since the epoch and nanoseconds.
+    pub(crate) mtime: (i64, u32),
+    pub(crate) size: u64,
+    pub(crate) xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+}
+
+/// Why a stream is not a tar archive. `entry` is as far as its path is known.
+#[derive(Debug)]
+pub(crate) struct TarError {
+    pub(crate) entry: Option<Vec<u8>>,
+    pub(crate) reason: String,
+}
+
+impl From<io::Error> for TarError {
+    fn from(error: io::Error) -> Self {
+        let reason = match error.kind() {
+            io::ErrorKind::UnexpectedEof => "it is truncated".to_owned(),
+            _ => error.to_string(),
+        };
+        Self {
+            entry: None,
+            reason,
+        }
+    }
+}
+
+fn bad(reason: impl Into<String>) -> TarError {
+    TarError {
+        entry: None,
+        reason: reason.into(),
+    }
+}
+
+/// What extended headers say about the entry that follows.
+#[derive(Default)]
+struct Extended {
+    path: Option<Vec<u8>>,
+    link: Option<Vec<u8>>,
+    size: Option<u64>,
+    uid: Option<u32>,
+    gid: Option<u32>,
+    mtime: Option<(i64, u32)>,
+    xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+}
+
+/// Reads entries from a stream.
+pub(crate) struct Reader<R> {
+    inner: R,
+    /// Bytes of the current entry's data not read yet, and padding after them.
+    left: u64,
+    padding: u64,
+    /// Bytes consumed so far.
+    position: u64,
+}
+
+impl<R: Read> Reader<R> {
+    pub(crate) fn new(inner: R) -> Self {
+        Self {
+            inner,
+            left: 0,
+            padding: 0,
+            position: 0,
+        }
+    }
+
+    /// Offset in the stream of the next byte to be read.
+    pub(crate) fn position(&self) -> u64 {
+        self.position
+    }
+
+    pub(crate) fn into_inner(self) -> R {
+        self.inner
+    }
+
+    /// The next entry; its data is then read from the reader itself. What was
+    /// not read of the previous entry's data is skipped.
+    pub(crate) fn next_entry(&mut self) -> Result<Option<Header>, TarError> {
+        self.skip_rest()?;
+        let mut extended = Extended::default();
+        for _ in 0..MAX_HEADERS {
+            let Some(block) = self.header_block()? else {
+                return Ok(None);
+            };
+            let size = number(field(&block, 124, 12))?;
+            match block[156] {
+                b'x' => self.read_pax(size, &mut extended)?,
+                // Global headers hold defaults that image builders do not use.
+                b'g' => {
+                    self.read_small(size)?;
+                }
+                b'L' => extended.path = Some(until_nul(&self.read_small(size)?)),
+                b'K' => extended.link = Some(until_nul(&self.read_small(size)?)),
+                kind => return self.entry(&block, kind, size, extended).map(Some),
+            }
+        }
+        Err(bad("too many extended headers before an entry"))
+    }
+
+    fn entry(
+        &mut self,
+        block: &[u8; BLOCK],
+        kind: u8,
+        size: u64,
+        extended: Extended,
+    ) -> Result<Header, TarError> {
+        let path = extended.path.unwrap_or_else(|| ustar_path(block));
+        let name = |error: TarError| TarError {
+            entry: Some(path.clone()),
+            ..error
+        };
+        if path.len() > MAX_PATH {
+            return Err(bad("its path is longer than 4095 bytes")).map_err(name);
+        }
+        let link = extended
+            .link
+            .unwrap_or_else(|| until_nul(field(block, 157, 100)));
+        if link.len() > MAX_PATH {
+            return Err(bad("its link target is longer than 4095 bytes")).map_err(name);
+        }
+        let small = |range| -> Result<u32, TarError> {
+            u32::try_from(number(range)?).map_err(|_| bad("a number is out of range"))
+        };
+        let device = || -> Result<(u32, u32), TarError> {
+            Ok((small(field(block, 329, 8))?, small(field(block, 337, 8))?))
+        };
+        let kind = match kind {
+            // Before POSIX a directory was a file whose name ends in a slash.
+            b'0' | 0 | b'7' if path.ends_with(b"/") => Kind::Directory,
+            b'0' | 0 | b'7' => Kind::File,
+            b'1' => Kind::Hardlink(link),
+            b'2' => Kind::Symlink(link),
+            b'3' => device().map(|(a, b)| Kind::CharDevice(a, b)).map_err(name)?,
+            b'4' => device().map(|(a, b)| Kind::BlockDevice(a, b)).map_err(name)?,
+            b'5' => Kind::Directory,
+            b'6' => Kind::Fifo,
+            b'S' => return Err(bad("sparse entries are not supported")).map_err(name),
+            other => {
+                let text = format!("its type {:?} is not known", char::from(other));
+                return Err(bad(text)).map_err(name);
+            }
+        };
+        let size = extended.size.unwrap_or(size);
+        // Only files have data; some writers note a size for others.
+        let (size, data) = match kind {
+            Kind::File => (size, size),
+            Kind::Hardlink(_) => (0, 0),
+            _ => (0, size),
+        };
+        let mode = number(field(block, 100, 8)).map_err(name)? & 0o7777;
+        let uid = small(field(block, 108, 8));
+        let gid = small(field(block, 116, 8));
+        let mtime = number(field(block, 136, 12));
+        let header = Header {
+            kind,
+            mode: u16::try_from(mode).unwrap_or(0),
+            uid: extended.uid.map_or(uid, Ok).map_err(name)?,
+            gid: extended.gid.map_or(gid, Ok).map_err(name)?,
+            mtime: match extended.mtime {
+                Some(mtime) => mtime,
+                None => (i64::try_from(mtime.map_err(name)?).unwrap_or(0), 0),
+            },
+            size,
+            xattrs: extended.xattrs,
+            path,
+        };
+        self.expect_data(data)?;
+        Ok(header)
+    }
+
+    fn expect_data(&mut self, size: u64) -> Result<(), TarError> {
+        let block = BLOCK as u64;
+        let padded = size
+            .checked_next_multiple_of(block)
+            .ok_or_else(|| bad("a size is out of range"))?;
+        self.left = size;
+        self.padding = padded - size;
+        Ok(())
+    }
+
+    fn skip_rest(&mut self) -> Result<(), TarError> {
+        let rest = self.left + self.padding;
+        self.left = 0;
+        self.padding = 0;
+        let skipped = io::copy(&mut self.inner.by_ref().take(rest), &mut io::sink())?;
+        self.position += skipped;
+        if skipped < rest {
+            return Err(bad("it is truncated"));
+        }
+        Ok(())
+    }
+
+    /// `None` at the end: a zero block, or the end of the stream where a header
+    /// could begin (some writers leave the zero blocks out).
+    fn header_block(&mut self) -> Result<Option<[u8; BLOCK]>, TarError> {
+        let mut block = [0; BLOCK];
+        let mut filled = 0;
+        while let Some(rest) = block.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+            match self.inner.read(rest) {
+                Ok(0) if filled == 0 => return Ok(None),
+                Ok(0) => return Err(bad("it is truncated")),
+                Ok(count) => filled += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        self.position += BLOCK as u64;
+        if block.iter().all(|byte| *byte == 0) {
+            return Ok(None);
+        }
+        let stated = number(field(&block, 148, 8))?;
+        let sum: u64 = block
+            .iter()
+            .enumerate()
+            .map(|(at, byte)| match at {
+                148..156 => u64::from(b' '),
+                _ => u64::from(*byte),
+            })
+            .sum();
+        if stated != sum {
+            return Err(bad("a header's checksum is wrong: it is not a tar archive"));
+        }
+        Ok(Some(block))
+    }
+
+    fn read_small(&mut self, size: u64) -> Result<Vec<u8>, TarError> {
+        if size > MAX_EXTENDED {
+            return Err(bad("an extended header is larger than 1 MiB"));
+        }
+        self.expect_data(size)?;
+        let mut bytes = Vec::new();
+        self.by_ref().take(size).read_to_end(&mut bytes)?;
+        if u64::try_from(bytes.len()).ok() != Some(size) {
+            return Err(bad("it is truncated"));
+        }
+        self.skip_rest()?;
+        Ok(bytes)
+    }
+
+    /// Reads pax records: `LENGTH KEY=VALUE\n` (POSIX pax, "pax Extended Header").
+    fn read_pax(&mut self, size: u64, extended: &mut Extended) -> Result<(), TarError> {
+        let bytes = self.read_small(size)?;
+        let mut rest = bytes.as_slice();
+        while !rest.is_empty() {
+            let (key, value, after) =
+                pax_record(rest).ok_or_else(|| bad("a pax header is malformed"))?;
+            rest = after;
+            extended.apply(key, value)?;
+        }
+        Ok(())
+    }
+}
+
+/// Reads the current entry's data.
+impl<R: Read> Read for Reader<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.inner.by_ref().take(self.left).read(buffer)?;
+        if count == 0 && self.left > 0 && !buffer.is_empty() {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let count64 = u64::try_from(count).unwrap_or(u64::MAX);
+        self.left -= count64;
+        self.position += count64;
+        Ok(count)
+    }
+}
+
+impl Extended {
+    fn apply(&mut self, key: &[u8], value: &[u8]) -> Result<(), TarError> {
+        let text = || {
+            std::str::from_utf8(value).map_err(|_| bad("a number in a pax header is malformed"))
+        };
+        let parse = |text: &str| {
+            text.parse::<u64>()
+                .map_err(|_| bad("a number in a pax header is malformed"))
+        };
+        let id = |text: &str| {
+            u32::try_from(parse(text)?).map_err(|_| bad("an owner in a pax header is out of range"))
+        };
+        match key {
+            b"path" => self.path = Some(value.to_vec()),
+            b"linkpath" => self.link = Some(value.to_vec()),
+            b"size" => self.size = Some(parse(text()?)?),
+            b"uid" => self.uid = Some(id(text()?)?),
+            b"gid" => self.gid = Some(id(text()?)?),
+            b"mtime" => {
+                let time = pax_time(text()?).ok_or_else(|| bad("a time in a pax header is malformed"))?;
+                self.mtime = Some(time);
+            }
+            _ => {
+                if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
+                    self.xattrs.push((name.to_vec(), value.to_vec()));
+                } else if key.starts_with(b"GNU.sparse.") {
+                    return Err(bad("sparse entries are not supported"));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn pax_record(bytes: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
+    let space = bytes.iter().take(20).position(|byte| *byte == b' ')?;
+    let len: usize = std::str::from_utf8(bytes.get(..space)?).ok()?.parse().ok()?;
+    let record = bytes.get(space + 1..len)?.strip_suffix(b"\n")?;
+    let equals = record.iter().position(|byte| *byte == b'=')?;
+    Some((record.get(..equals)?, record.get(equals + 1..)?, bytes.get(len..)?))
+}
+
+/// Reads `SECONDS[.FRACTION]`, possibly negative. A fraction always counts
+/// forward from the second before.
+fn pax_time(text: &str) -> Option<(i64, u32)> {
+    let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
+    let negative = whole.starts_with('-');
+    let seconds: i64 = whole.parse().ok()?;
+    if !fraction.bytes().all(|byte| byte.is_ascii_digit()) {
+        return None;
+    }
+    let digits: String = fraction.chars().chain("000000000".chars()).take(9).collect();
+    let nanos: u32 = digits.parse().ok()?;
+    Some(match (negative, nanos) {
+        (true, 1..) => (seconds.checked_sub(1)?, 1_000_000_000 - nanos),
+        _ => (seconds, nanos),
+    })
+}
+
+fn field(block: &[u8; BLOCK], start: usize, len: usize) -> &[u8] {
+    block.get(start..start + len).unwrap_or_default()
+}
+
+fn until_nul(bytes: &[u8]) -> Vec<u8> {
+    bytes.split(|byte| *byte == 0).next().unwrap_or_default().to_vec()
+}
+
+/// The prefix belongs to the name in POSIX ustar only; GNU keeps times there.
+fn ustar_path(block: &[u8; BLOCK]) -> Vec<u8> {
+    let name = until_nul(field(block, 0, 100));
+    let prefix = until_nul(field(block, 345, 155));
+    if field(block, 257, 6) == b"ustar\0" && !prefix.is_empty() {
+        [prefix, b"/".to_vec(), name].concat()
+    } else {
+        name
+    }
+}
+
+/// Octal digits, or base 256 when the first bit is set (GNU). Negative numbers
+/// (times before 1970) read as 0.
+fn number(bytes: &[u8]) -> Result<u64, TarError> {
+    let malformed = || bad("a number in a header is malformed: it is not a tar archive");
+    match bytes.first() {
+        Some(0xff) => Ok(0),
+        Some(first) if first & 0x80 != 0 => {
+            let mut value = u64::from(first & 0x7f);
+            for byte in bytes.iter().skip(1) {
+                value = value.checked_mul(256).ok_or_else(malformed)? | u64::from(*byte);
+            }
+            Ok(value)
+        }
+        _ => {
+            let text = std::str::from_utf8(bytes).map_err(|_| malformed())?;
+            let digits = text.trim_matches(|c: char| c == ' ' || c == '\0');
+            if digits.is_empty() {
+                return Ok(0);
+            }
+            u64::from_str_radix(digits, 8).map_err(|_| malformed())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn archive(build: impl FnOnce(&mut tar::Builder<Vec<u8>>)) -> Vec<u8> {
+        let mut builder = tar::Builder::new(Vec::new());
+        build(&mut builder);
+        builder.into_inner().unwrap()
+    }
+
+    fn append(builder: &mut tar::Builder<Vec<u8>>, path: &str, data: &[u8]) {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(data.len() as u64);
+        header.set_mode(0o4755);
+        header.set_uid(1000);
+        header.set_gid(2000);
+        header.set_mtime(1_700_000_000);
+        builder.append_data(&mut header, path, data).unwrap();
+    }
+
+    #[test]
+    fn entries_and_their_data_are_read() {
+        let long = "d/".repeat(80) + "file";
+        let bytes = archive(|b| {
+            append(b, "a", b"hello");
+            append(b, &long, &[7; 1000]);
+        });
+        let mut reader = Reader::new(bytes.as_slice());
+        let first = reader.next_entry().unwrap().unwrap();
+        assert_eq!((first.path.as_slice(), first.size), (&b"a"[..], 5));
+        assert_eq!((first.mode, first.uid, first.gid), (0o4755, 1000, 2000));
+        assert_eq!(first.mtime, (1_700_000_000, 0));
+        let mut data = String::new();
+        reader.read_to_string(&mut data).unwrap();
+        assert_eq!(data, "hello");
+        let second = reader.next_entry().unwrap().unwrap();
+        assert_eq!(second.path, long.as_bytes());
+        assert!(reader.next_entry().unwrap().is_none());
+    }
+
+    #[test]
+    fn pax_headers_override() {
+        let bytes = archive(|b| {
+            let records: [(&str, &[u8]); 4] = [
+                ("path", b"\xc3\xa4"),
+                ("mtime", b"1.5"),
+                ("uid", b"3000000"),
+                ("SCHILY.xattr.security.capability", b"\x01\n\x00"),
+            ];
+            b.append_pax_extensions(records).unwrap();
+            append(b, "x", b"");
+        });
+        let header = Reader::new(bytes.as_slice()).next_entry().unwrap().unwrap();
+        assert_eq!(header.path, "ä".as_bytes());
+        assert_eq!((header.mtime, header.uid), ((1, 500_000_000), 3_000_000));
+        assert_eq!(
+            header.xattrs,
+            [(b"security.capability".to_vec(), b"\x01\n\x00".to_vec())]
+        );
+    }
+
+    #[test]
+    fn times_before_the_epoch_count_forward() {
+        assert_eq!(pax_time("-1.25"), Some((-2, 750_000_000)));
+        assert_eq!(pax_time("-1"), Some((-1, 0)));
+        assert_eq!(pax_time("1.x"), None);
+    }
+
+    #[test]
+    fn truncation_and_damage_are_errors() {
+        let bytes = archive(|b| append(b, "a", &[1; 2000]));
+        for len in [100, 512, 700, 2000] {
+            let mut reader = Reader::new(&bytes[..len]);
+            let result = (|| {
+                while reader.next_entry()?.is_some() {
+                    io::copy(&mut reader, &mut io::sink())?;
+                }
+                Ok::<_, TarError>(())
+            })();
+            assert!(result.unwrap_err().reason.contains("truncated"), "{len}");
+        }
+        let mut damaged = bytes;
+        damaged[3] ^= 1;
+        assert!(Reader::new(damaged.as_slice()).next_entry().is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..3000)) {
+            let mut reader = Reader::new(bytes.as_slice());
+            while let Ok(Some(_)) = reader.next_entry() {}
+        }
+
+        #[test]
+        fn damaged_archives_never_panic(at in 0usize..4096, to in any::<u8>()) {
+            let mut bytes = archive(|b| {
+                b.append_pax_extensions([("path", &b"p"[..])]).unwrap();
+                append(b, "a", &[1; 700]);
+            });
+            let at = at % bytes.len();
+            bytes[at] = to;
+            let mut reader = Reader::new(bytes.as_slice());
+            while let Ok(Some(_)) = reader.next_entry() {}
+        }
+    }
+}
