@@ -2,8 +2,9 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use serde::{Deserialize, Serialize};
 use sm_hypervisor::{FaultInfo, Kicker};
 
@@ -101,10 +102,32 @@ impl ExitLatch {
             if let Some(reason) = self.reason.get() {
                 return reason.clone();
             }
-            let mut fds = [PollFd::new(&self.event, PollFlags::IN)];
-            // Interrupted: look again.
-            let _ = rustix::event::poll(&mut fds, None);
+            self.poll(None);
         }
+    }
+
+    /// Blocks until there is a reason, at most for `timeout`.
+    #[must_use]
+    pub fn wait_timeout(&self, timeout: Duration) -> Option<ExitReason> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            if let Some(reason) = self.reason.get() {
+                return Some(reason.clone());
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return None;
+            }
+            self.poll(Some(left));
+        }
+    }
+
+    /// Waits for the event; may return early.
+    fn poll(&self, timeout: Option<Duration>) {
+        let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
+        let mut fds = [PollFd::new(&self.event, PollFlags::IN)];
+        // Interrupted or not: the caller looks again.
+        let _ = rustix::event::poll(&mut fds, timeout.as_ref());
     }
 }
 
@@ -120,6 +143,7 @@ mod tests {
             let latch = latch.clone();
             move || latch.wait()
         });
+        assert_eq!(latch.wait_timeout(Duration::from_millis(1)), None);
         latch.report(ExitReason::PowerOff);
         latch.report(ExitReason::Reset);
         assert_eq!(waiter.join().unwrap(), ExitReason::PowerOff);

@@ -1,0 +1,354 @@
+//! Machines with tiny hand-made kernels on the host's KVM. Works on any
+//! `/dev/kvm`, also one that cannot run Linux; without one the tests say so and
+//! pass.
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
+#![allow(clippy::cast_possible_truncation)]
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use sm_hypervisor::Hypervisor;
+use sm_hypervisor::kvm::Kvm;
+use sm_vmm_core::devices::DeviceConfig;
+use sm_vmm_core::event_loop::EventLoop;
+use sm_vmm_core::exit::ExitReason;
+use sm_vmm_core::layout::SLOT_RNG;
+use sm_vmm_core::machine::{Machine, MachineConfig, MachineError};
+use sm_vmm_core::memory::{FileExtent, MachineMemory, MemoryConfig};
+use sm_vmm_core::state::MachineState;
+use sm_vmm_core::virtio::rng::Rng;
+use vm_memory::{Bytes, GuestAddress};
+
+const MEMORY: u64 = 64 << 20;
+const ENTRY: u32 = 0x10_0000;
+/// Where the counting guest counts.
+const COUNTER: GuestAddress = GuestAddress(0x20_0000);
+/// What makes the counting guest power off.
+const STOP: GuestAddress = GuestAddress(0x20_0004);
+
+/// `mov dx, PORT; mov al, VALUE; out dx, al`
+fn out(port: u16, value: u8) -> Vec<u8> {
+    let [low, high] = port.to_le_bytes();
+    vec![0x66, 0xba, low, high, 0xb0, value, 0xee]
+}
+
+/// `cli; hlt` for ever.
+const STAY: [u8; 4] = [0xfa, 0xf4, 0xeb, 0xfc];
+
+fn power_off() -> Vec<u8> {
+    out(0x600, 5 << 2 | 1 << 5)
+}
+
+/// Counts at [`COUNTER`] until [`STOP`] is set, then powers off.
+fn counting() -> Vec<u8> {
+    let mut code = vec![
+        0xff, 0x05, 0x00, 0x00, 0x20, 0x00, // inc dword [0x200000]
+        0x83, 0x3d, 0x04, 0x00, 0x20, 0x00, 0x00, // cmp dword [0x200004], 0
+        0x74, 0xf1, // je start
+    ];
+    code.extend(power_off());
+    code.extend(STAY);
+    code
+}
+
+/// An ELF file with a PVH note whose only segment is `code` at [`ENTRY`].
+fn kernel(code: &[u8]) -> File {
+    let mut elf = vec![0u8; 0x1000];
+    let mut put = |at: usize, bytes: &[u8]| elf[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0, b"\x7fELF\x02\x01\x01");
+    put(16, &2u16.to_le_bytes());
+    put(18, &62u16.to_le_bytes());
+    put(20, &1u32.to_le_bytes());
+    put(32, &64u64.to_le_bytes());
+    put(52, &64u16.to_le_bytes());
+    put(54, &56u16.to_le_bytes());
+    put(56, &2u16.to_le_bytes());
+    let len = code.len() as u64;
+    for (at, kind, values) in [
+        (64, 1u32, [0x1000, 0, u64::from(ENTRY), len, len, 0x1000]),
+        (120, 4, [0x300, 0, 0, 20, 20, 4]),
+    ] {
+        put(at, &kind.to_le_bytes());
+        for (index, value) in values.into_iter().enumerate() {
+            put(at + 8 + index * 8, &u64::to_le_bytes(value));
+        }
+    }
+    put(0x300, &[4, 0, 0, 0, 4, 0, 0, 0, 18, 0, 0, 0]);
+    put(0x30c, b"Xen\0");
+    put(0x310, &ENTRY.to_le_bytes());
+    elf.extend_from_slice(code);
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(&elf).unwrap();
+    file
+}
+
+struct Rig {
+    host: Kvm,
+    event_loop: EventLoop,
+    console: File,
+}
+
+impl Rig {
+    /// `None`, with a word, where there is no usable KVM.
+    fn new() -> Option<Self> {
+        match Kvm::open() {
+            Ok(host) => Some(Self {
+                host,
+                event_loop: EventLoop::spawn("devices").unwrap(),
+                console: tempfile::tempfile().unwrap(),
+            }),
+            Err(error) => {
+                eprintln!("skipped: {error}");
+                None
+            }
+        }
+    }
+
+    fn devices() -> Vec<DeviceConfig> {
+        vec![DeviceConfig {
+            slot: SLOT_RNG,
+            device: Arc::new(Mutex::new(Rng::new())),
+        }]
+    }
+
+    fn boot(&self, code: &[u8], vcpus: u32) -> Result<Machine<Kvm>, MachineError> {
+        Machine::boot(
+            &self.host,
+            MachineConfig {
+                memory: MemoryConfig::new(MEMORY),
+                vcpus,
+                kernel: kernel(code),
+                initramfs: Vec::new(),
+                cmdline: String::new(),
+                generation_id: [7; 16],
+                console: self.console.try_clone().unwrap(),
+                devices: Self::devices(),
+            },
+            &self.event_loop.handle(),
+        )
+    }
+
+    fn restore(
+        &self,
+        state: MachineState,
+        memory: MachineMemory,
+    ) -> Result<Machine<Kvm>, MachineError> {
+        Machine::restore(
+            &self.host,
+            state,
+            memory,
+            Self::devices(),
+            self.console.try_clone().unwrap(),
+            &self.event_loop.handle(),
+        )
+    }
+
+    fn console_text(mut self) -> String {
+        let mut text = String::new();
+        self.console.seek(SeekFrom::Start(0)).unwrap();
+        self.console.read_to_string(&mut text).unwrap();
+        text
+    }
+}
+
+fn end(machine: &Machine<Kvm>) -> ExitReason {
+    machine
+        .exit_latch()
+        .wait_timeout(Duration::from_secs(60))
+        .expect("the guest did not end")
+}
+
+fn counter(machine: &Machine<Kvm>) -> u32 {
+    machine.memory().guest.read_obj(COUNTER).unwrap()
+}
+
+/// All of a paused machine's memory, as a file to restore from.
+fn memory_file(machine: &Machine<Kvm>) -> Arc<File> {
+    let mut file = tempfile::tempfile().unwrap();
+    let mut page = vec![0; 4096];
+    for at in (0..MEMORY).step_by(4096) {
+        let guest = &machine.memory().guest;
+        guest.read_slice(&mut page, GuestAddress(at)).unwrap();
+        if page.iter().any(|&byte| byte != 0) {
+            file.seek(SeekFrom::Start(at)).unwrap();
+            file.write_all(&page).unwrap();
+        }
+    }
+    file.set_len(MEMORY).unwrap();
+    Arc::new(file)
+}
+
+fn memory_from(file: &Arc<File>) -> MachineMemory {
+    let extent = FileExtent {
+        offset: 0,
+        len: MEMORY,
+        file: file.clone(),
+        file_offset: 0,
+    };
+    MachineMemory::from_files(&MemoryConfig::new(MEMORY), &[extent]).unwrap()
+}
+
+#[test]
+fn console_output_and_power_off() {
+    let Some(rig) = Rig::new() else { return };
+    let code: Vec<u8> = b"hello\n"
+        .iter()
+        .flat_map(|&byte| out(0x3f8, byte))
+        .chain(power_off())
+        .chain(STAY)
+        .collect();
+    let mut machine = rig.boot(&code, 1).unwrap();
+    machine.resume().unwrap();
+    assert_eq!(end(&machine), ExitReason::PowerOff);
+    assert_eq!(machine.console().tail(1), "hello");
+    drop(machine);
+    assert_eq!(rig.console_text(), "hello\n");
+}
+
+#[test]
+fn every_way_to_reset_is_a_reset() {
+    let Some(rig) = Rig::new() else { return };
+    for (port, value) in [(0x602, 1), (0x64, 0xfe), (0xcf9, 6)] {
+        let code: Vec<u8> = out(port, value).into_iter().chain(STAY).collect();
+        let mut machine = rig.boot(&code, 1).unwrap();
+        machine.resume().unwrap();
+        assert_eq!(end(&machine), ExitReason::Reset, "{port:#x}");
+    }
+}
+
+#[test]
+fn a_triple_fault_is_reported_as_such() {
+    let Some(rig) = Rig::new() else { return };
+    // Loads an empty interrupt table (from zeroed memory), then ud2.
+    let code = [0x0f, 0x01, 0x1d, 0x00, 0x00, 0x20, 0x00, 0x0f, 0x0b];
+    let mut machine = rig.boot(&code, 1).unwrap();
+    machine.resume().unwrap();
+    assert_eq!(end(&machine), ExitReason::TripleFault { vcpu: 0 });
+}
+
+#[test]
+fn a_paused_guest_stands_still_and_goes_on() {
+    let Some(rig) = Rig::new() else { return };
+    // A second vCPU waits for its start-up signal all the while.
+    let mut machine = rig.boot(&counting(), 2).unwrap();
+    assert_eq!(counter(&machine), 0, "created paused");
+    for _ in 0..3 {
+        machine.resume().unwrap();
+        assert!(matches!(
+            machine.save_state(),
+            Err(MachineError::NotPaused { .. })
+        ));
+        machine.pause().unwrap();
+        let paused_at = counter(&machine);
+        machine.save_state().unwrap();
+        assert_eq!(counter(&machine), paused_at);
+    }
+    machine.memory().guest.write_obj(1u32, STOP).unwrap();
+    machine.resume().unwrap();
+    assert_eq!(end(&machine), ExitReason::PowerOff);
+}
+
+#[test]
+fn stop_ends_a_guest_that_would_not() {
+    let Some(rig) = Rig::new() else { return };
+    let mut machine = rig.boot(&counting(), 1).unwrap();
+    machine.resume().unwrap();
+    machine.stop().unwrap();
+    assert_eq!(end(&machine), ExitReason::Stopped);
+    let stopped_at = counter(&machine);
+    machine.resume().unwrap();
+    machine.pause().unwrap();
+    assert_eq!(counter(&machine), stopped_at, "it does not run again");
+}
+
+#[test]
+fn a_restored_machine_goes_on_where_it_was_saved() {
+    let Some(rig) = Rig::new() else { return };
+    let mut machine = rig.boot(&counting(), 2).unwrap();
+    machine.resume().unwrap();
+    machine.pause().unwrap();
+    let state = machine.save_state().unwrap();
+    let saved_at = counter(&machine);
+    let file = memory_file(&machine);
+    drop(machine);
+
+    let bytes = postcard::to_stdvec(&state).unwrap();
+    let state: MachineState = postcard::from_bytes(&bytes).unwrap();
+    for _ in 0..3 {
+        let mut clone = rig.restore(state.clone(), memory_from(&file)).unwrap();
+        assert_eq!(clone.save_state().unwrap().vcpus.len(), 2);
+        assert_eq!(counter(&clone), saved_at);
+        clone.set_generation_id([9; 16]).unwrap();
+
+        // In place: whatever it did is undone.
+        clone.resume().unwrap();
+        clone.pause().unwrap();
+        clone.memory().guest.write_obj(77u32, COUNTER).unwrap();
+        clone.reset_to(&state).unwrap();
+        assert_eq!(counter(&clone), saved_at);
+
+        clone.memory().guest.write_obj(1u32, STOP).unwrap();
+        clone.resume().unwrap();
+        assert_eq!(end(&clone), ExitReason::PowerOff);
+        assert!(counter(&clone) >= saved_at);
+    }
+}
+
+#[test]
+fn state_that_does_not_fit_is_refused_with_the_reason() {
+    let Some(rig) = Rig::new() else { return };
+    let mut machine = rig.boot(&counting(), 1).unwrap();
+    let state = machine.save_state().unwrap();
+    let fresh = || MachineMemory::anonymous(&MemoryConfig::new(MEMORY)).unwrap();
+
+    let newer = MachineState {
+        version: state.version + 1,
+        ..state.clone()
+    };
+    let larger = MachineState {
+        memory_bytes: MEMORY * 2,
+        ..state.clone()
+    };
+    let other_devices = MachineState {
+        devices: Vec::new(),
+        ..state.clone()
+    };
+    let no_vcpus = MachineState {
+        vcpus: Vec::new(),
+        ..state
+    };
+    for bad in [newer, larger, other_devices, no_vcpus] {
+        assert!(rig.restore(bad, fresh()).is_err());
+    }
+}
+
+#[test]
+fn dirty_pages_are_the_ones_the_guest_wrote() {
+    let Some(rig) = Rig::new() else { return };
+    let mut machine = rig.boot(&counting(), 1).unwrap();
+    machine.set_dirty_tracking(true).unwrap();
+    machine.resume().unwrap();
+    machine.pause().unwrap();
+    if counter(&machine) == 0 {
+        // The pause came before the first instruction.
+        return;
+    }
+    let dirty = machine.take_dirty().unwrap();
+    let page = (COUNTER.0 / 4096) as usize;
+    assert_eq!(dirty[0].1.words[page / 64] >> (page % 64) & 1, 1);
+    let count: u32 = dirty[0].1.words.iter().map(|word| word.count_ones()).sum();
+    assert!(count < 16, "{count} pages for one that is written");
+}
+
+#[test]
+fn impossible_machines_are_refused() {
+    let Some(rig) = Rig::new() else { return };
+    for vcpus in [0, 255, 100_000] {
+        assert!(matches!(
+            rig.boot(&counting(), vcpus),
+            Err(MachineError::Vcpus { .. })
+        ));
+    }
+}
