@@ -2,7 +2,12 @@
 //! `/dev/kvm`, also one that cannot run Linux; without one the tests say so and
 //! pass.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
-#![allow(clippy::cast_possible_truncation)]
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::expect_used,
+    clippy::unwrap_used,
+    reason = "helpers of tests"
+)]
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
