@@ -1,2 +1,59 @@
-//! placeholder until the first slice lands
-fn main() {}
+//! Developer commands of this workspace, run as `cargo xtask COMMAND`.
+//!
+//! Every command checks before it does, caches what is slow to make, and can be
+//! interrupted and repeated. Caches are in `$XDG_CACHE_HOME/sm` (or
+//! `~/.cache/sm`) and may be deleted at any time.
+
+mod apt;
+mod build;
+mod ci;
+mod cmd;
+mod cpio;
+mod deb;
+mod demo;
+mod fixtures;
+mod host;
+mod kconfig;
+mod kernel;
+mod lab;
+mod modules;
+mod options;
+mod paths;
+mod qemu;
+mod stock;
+mod stream;
+mod test;
+
+use std::process::ExitCode;
+
+use crate::options::Invocation;
+
+fn main() -> ExitCode {
+    match options::parse().and_then(run) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
+    let apt = apt::Apt::default();
+    match invocation {
+        Invocation::Help => print!("{}", options::HELP),
+        Invocation::Build(profile) => {
+            let built = build::sm(&apt, profile)?;
+            println!("{}", built.sm.display());
+        }
+        Invocation::Kernel { stock: false } => println!("{}", kernel::tuned(&apt)?.display()),
+        Invocation::Kernel { stock: true } => println!("{}", stock::kernel(&apt)?.display()),
+        Invocation::Fixtures => println!("{}", fixtures::make(&apt)?.display()),
+        Invocation::Lab(lab) => return Ok(ExitCode::from(lab::run(&apt, &lab)?)),
+        Invocation::Setup => host::set_up(&apt)?,
+        Invocation::Demo => return Ok(ExitCode::from(demo::run(&apt)?)),
+        Invocation::Test(wanted) => test::run(&apt, &wanted)?,
+        Invocation::Ci => ci::run(&apt)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}

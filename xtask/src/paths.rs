@@ -1,0 +1,85 @@
+//! Where things are: the workspace, its build output, the cache.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+
+/// The root of the workspace.
+pub(crate) fn root() -> PathBuf {
+    // Cargo sets it when it runs xtask; the built-in value serves a bare binary.
+    let crate_directory = std::env::var_os("CARGO_MANIFEST_DIR")
+        .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
+    crate_directory
+        .parent()
+        .map_or_else(|| crate_directory.clone(), Path::to_owned)
+}
+
+/// Cargo's build output.
+pub(crate) fn target() -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from)
+}
+
+/// A directory of the cache, made if it is not there.
+pub(crate) fn cache(name: &str) -> Result<PathBuf> {
+    let base = match std::env::var_os("XDG_CACHE_HOME").filter(|value| !value.is_empty()) {
+        Some(base) => PathBuf::from(base),
+        None => PathBuf::from(std::env::var_os("HOME").context("HOME is not set")?).join(".cache"),
+    };
+    let directory = base.join("sm").join(name);
+    fs::create_dir_all(&directory)
+        .with_context(|| format!("cannot make {:?}", directory.display()))?;
+    Ok(directory)
+}
+
+/// Takes the lock of a cache directory: one process at a time makes things in
+/// it. Held until the value is dropped, and released by any kind of death.
+pub(crate) fn lock(directory: &Path) -> Result<File> {
+    let path = directory.join(".lock");
+    let file = File::create(&path).with_context(|| format!("cannot open {:?}", path.display()))?;
+    if file.try_lock().is_err() {
+        crate::cmd::note(format_args!(
+            "waiting for another xtask that works in {}",
+            directory.display()
+        ));
+        file.lock()
+            .with_context(|| format!("cannot lock {:?}", path.display()))?;
+    }
+    Ok(file)
+}
+
+/// Deletes a directory tree if it is there.
+pub(crate) fn remove(directory: &Path) -> Result<()> {
+    match fs::remove_dir_all(directory) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("cannot remove {:?}", directory.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// A short name for contents: FNV-1a over the parts with their lengths. It names
+/// cache entries of this user; it is no defence against anybody.
+pub(crate) fn fingerprint(parts: &[&[u8]]) -> String {
+    let mut hash: u64 = 0xcbf2_9ce4_8422_2325;
+    let mut mix = |bytes: &[u8]| {
+        for byte in bytes {
+            hash = (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+    };
+    for part in parts {
+        mix(&part.len().to_le_bytes());
+        mix(part);
+    }
+    format!("{hash:016x}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::fingerprint;
+
+    #[test]
+    fn moving_a_byte_between_parts_changes_the_fingerprint() {
+        assert_ne!(fingerprint(&[b"ab", b"c"]), fingerprint(&[b"a", b"bc"]));
+    }
+}
