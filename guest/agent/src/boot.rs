@@ -43,6 +43,28 @@ pub fn run() -> ! {
     panic!("power off: {failed:?}");
 }
 
+/// Serves exec, forward and control on any listening sockets, in that order,
+/// until the host asks to power off: the agent without the machine around it.
+///
+/// `directory` is for mount points and files of the agent, `cgroups` a cgroup2
+/// directory to make the workload's group in. The calling process must have one
+/// thread only, and is changed: signals are blocked, the host name may be set.
+///
+/// # Errors
+/// What the agent cannot work without failed.
+pub fn serve_on(listeners: [OwnedFd; 3], directory: &Path, cgroups: &Path) -> io::Result<()> {
+    let [exec, forward, control] = listeners;
+    let listeners = Listeners {
+        exec,
+        forward,
+        control,
+    };
+    sys::ignore_signal(libc::SIGPIPE);
+    let cgroup = Cgroup::create(cgroups, "workload")?;
+    let mut agent = Agent::new(listeners, directory.into(), cgroup, Facts::default())?;
+    agent.run()
+}
+
 fn serve(init_us: u64) -> io::Result<()> {
     mount_early()?;
     standard_streams()?;

@@ -97,7 +97,7 @@ impl Agent {
             return Some(failed(format_args!("freeze the workload: {error}")));
         }
         match self.cgroup.events(&self.reactor) {
-            Ok(events) if !events.frozen => return None,
+            Ok(events) if !events.frozen => None,
             result => {
                 self.cgroup.stop_watching(&self.reactor);
                 self.freezing = None;

@@ -1,0 +1,165 @@
+//! The whole agent on this machine: it runs in namespaces of its own, with this
+//! machine's `/` as the image and unix sockets instead of vsock.
+//!
+//! Needs root and a cgroup2 file system; says so and passes where it has not.
+//! The agent runs in a process of its own, which is this program again.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod client;
+mod exec;
+mod forward;
+mod lifecycle;
+
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, Stdio};
+
+use client::ControlClient;
+use sm_guest_proto::control::{AttachRoot, ControlReply, ControlRequest, Upper};
+
+/// A running agent; ends with the value.
+pub(crate) struct Agent {
+    pub(crate) directory: tempfile::TempDir,
+    cgroup: PathBuf,
+    process: Child,
+}
+
+fn cgroup_mount() -> Option<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mounts").ok()?;
+    mounts.lines().find_map(|line| {
+        let mut words = line.split(' ').skip(1);
+        let path = words.next()?;
+        (words.next()? == "cgroup2").then(|| path.into())
+    })
+}
+
+impl Agent {
+    /// Starts an agent that has no root yet.
+    pub(crate) fn bare() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let name = directory.path().file_name().unwrap();
+        let cgroup = cgroup_mount().unwrap().join("sm-agent-test").join(name);
+        fs::create_dir_all(&cgroup).unwrap();
+        let mut process = Command::new("unshare")
+            .args([
+                "--mount",
+                "--uts",
+                "--pid",
+                "--fork",
+                "--kill-child",
+                "--mount-proc",
+            ])
+            .arg(std::env::current_exe().unwrap())
+            .arg("serve")
+            .args([directory.path(), &cgroup])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        // It says so once it listens.
+        let mut ready = process.stdout.take().unwrap();
+        ready.read_exact(&mut [0]).unwrap();
+        Self {
+            directory,
+            cgroup,
+            process,
+        }
+    }
+
+    /// Starts an agent with this machine's root attached.
+    pub(crate) fn attached() -> Self {
+        let agent = Self::bare();
+        let reply = agent
+            .control()
+            .ask(&ControlRequest::AttachRoot(agent.plan()));
+        assert_eq!(reply, ControlReply::Done);
+        agent
+    }
+
+    pub(crate) fn plan(&self) -> AttachRoot {
+        AttachRoot {
+            lower: "/".into(),
+            upper: Upper::Tmpfs { size: 64 << 20 },
+            hostname: "box".into(),
+            extra_hosts: vec![("10.1.2.3".into(), "other".into())],
+            nameservers: vec!["10.9.9.9".into()],
+            shm_size: 1 << 20,
+            read_only: false,
+        }
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
+    pub(crate) fn control(&self) -> ControlClient {
+        ControlClient::open(self.path())
+    }
+
+    /// Waits for the agent to end by itself.
+    pub(crate) fn wait(&mut self) -> bool {
+        self.process.wait().unwrap().success()
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+        let _ = fs::write(self.cgroup.join("workload/cgroup.kill"), "1");
+        let _ = fs::remove_dir(self.cgroup.join("workload"));
+        let _ = fs::remove_dir(&self.cgroup);
+    }
+}
+
+/// The agent's process.
+fn serve(directory: &Path, cgroup: &Path) -> std::io::Result<()> {
+    let listen = |name| -> std::io::Result<_> {
+        let listener = UnixListener::bind(directory.join(name))?;
+        listener.set_nonblocking(true)?;
+        Ok(listener.into())
+    };
+    let listeners = [listen("exec")?, listen("forward")?, listen("control")?];
+    std::io::stdout().write_all(b"\n")?;
+    std::io::stdout().flush()?;
+    sm_guest_agent::boot::serve_on(listeners, directory, cgroup)
+}
+
+type Test = (&'static str, fn());
+
+fn main() -> ExitCode {
+    let arguments: Vec<_> = std::env::args().collect();
+    if let [_, command, directory, cgroup] = arguments.as_slice()
+        && command == "serve"
+    {
+        return match serve(Path::new(directory), Path::new(cgroup)) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("agent: {error}");
+                ExitCode::FAILURE
+            }
+        };
+    }
+    if arguments.iter().any(|argument| argument == "--list") {
+        return ExitCode::SUCCESS;
+    }
+    if !rustix::process::geteuid().is_root() || cgroup_mount().is_none() {
+        println!("skipped: running the agent takes root and a cgroup2 file system");
+        return ExitCode::SUCCESS;
+    }
+    let filter = arguments
+        .get(1)
+        .filter(|argument| !argument.starts_with('-'));
+    let tests = [exec::TESTS, forward::TESTS, lifecycle::TESTS].concat();
+    for (name, test) in tests {
+        if filter.is_none_or(|filter| name.contains(filter.as_str())) {
+            println!("test {name} ...");
+            test();
+        }
+    }
+    let _ = cgroup_mount().map(|mount| fs::remove_dir(mount.join("sm-agent-test")));
+    println!("ok");
+    ExitCode::SUCCESS
+}
