@@ -6,15 +6,19 @@
 //! read and checked without a VMM ([`store`], [`verify`]).
 #![warn(missing_docs)]
 
+pub mod capture;
 pub mod chain;
+pub mod contents;
 pub mod cpu;
 mod error;
 pub mod extents;
 pub mod manifest;
 pub mod memory_file;
 pub mod pagemap;
+pub mod restore;
 pub mod state_file;
 pub mod store;
 pub mod verify;
+pub mod working_set;
 
 pub use error::Error;

@@ -1,0 +1,215 @@
+//! Writing a snapshot of a paused machine.
+//!
+//! In two steps, so that the machine is paused for the first one only:
+//! [`Capture::begin`] copies guest memory into a draft; [`Capture::finish`],
+//! with the machine running again or gone, computes digests, writes state and
+//! manifest, and publishes.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::path::Path;
+
+use vm_memory::GuestMemoryMmap;
+
+use crate::Error;
+use crate::chain::{Chain, MAX_DEPTH, MEMORY_SECTION};
+use crate::cpu::CpuFeatures;
+use crate::extents::{Content, PAGE};
+use crate::manifest::{DeviceEntry, FORMAT, Layer, Manifest, MemoryEntry, ParentRef, StateEntry};
+use crate::memory_file::{self, Base, MemoryIndex};
+use crate::state_file::{Section, StateFile};
+use crate::store::{Draft, SnapshotStore};
+
+/// What a snapshot will say of itself; the rest of the manifest is measured.
+#[derive(Clone, Debug)]
+pub struct Description {
+    /// What it holds.
+    pub layer: Layer,
+    /// Version of sm.
+    pub sm_version: String,
+    /// Version of the machine's address map and devices.
+    pub machine_version: u32,
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// SHA-256 of the guest kernel.
+    pub kernel: String,
+    /// SHA-256 of the guest agent.
+    pub agent: String,
+    /// Version of the protocol between host and agent.
+    pub protocol: u32,
+    /// The machine's devices.
+    pub devices: Vec<DeviceEntry>,
+    /// The writer's own notes.
+    pub labels: BTreeMap<String, String>,
+}
+
+/// What the memory of a machine to be captured builds on.
+#[derive(Clone, Copy, Debug)]
+pub enum Ancestry<'a> {
+    /// The machine was booted: its memory is anonymous.
+    Booted,
+    /// The machine was restored from this chain; store what changed over it.
+    Diff(&'a Chain),
+    /// The machine was restored; store everything, without a parent.
+    Full,
+}
+
+/// A snapshot half written.
+#[derive(Debug)]
+pub struct Capture {
+    draft: Draft,
+    file: File,
+    index: MemoryIndex,
+    parent: Option<ParentRef>,
+}
+
+impl Capture {
+    /// Copies the memory of a machine, which must be paused, into a draft.
+    ///
+    /// # Errors
+    /// The file system refused or is full, or the chain is too deep. Nothing
+    /// remains then.
+    pub fn begin(
+        store: &SnapshotStore,
+        memory: &GuestMemoryMmap,
+        ancestry: Ancestry<'_>,
+    ) -> Result<Self, Error> {
+        let (base, whole, parent) = match ancestry {
+            Ancestry::Booted => (Base::Nothing, false, None),
+            Ancestry::Full => (Base::Nothing, true, None),
+            Ancestry::Diff(chain) => (Base::Parent, false, Some(parent_ref(chain)?)),
+        };
+        let draft = store.draft()?;
+        let path = draft.path().join("memory.bin");
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(&path)
+            .map_err(Error::io("create", &path))?;
+        let index = memory_file::write(memory, base, whole, &file, &path)?;
+        Ok(Self {
+            draft,
+            file,
+            index,
+            parent,
+        })
+    }
+
+    /// Pages stored.
+    #[must_use]
+    pub fn data_pages(&self) -> u64 {
+        self.index.count(Content::Data)
+    }
+
+    /// Writes the rest and publishes the snapshot as `name`. `sections` are the
+    /// machine's state, saved in the same pause as the memory.
+    ///
+    /// # Errors
+    /// The file system refused, or the name is taken. Nothing remains then.
+    pub fn finish(
+        mut self,
+        store: &SnapshotStore,
+        name: &str,
+        description: Description,
+        sections: Vec<Section>,
+    ) -> Result<Manifest, Error> {
+        let memory_path = self.draft.path().join("memory.bin");
+        self.index.digests = memory_file::digests(&self.file, &memory_path, &self.index.extents)?;
+        let state = encode_state(&memory_path, &self.index, sections)?;
+        let mut manifest = describe(description, &self.index, self.parent.take());
+        write_state(&self.draft, &state, &mut manifest)?;
+        write_manifest(&self.draft, &mut manifest)?;
+        store.publish(self.draft, name)?;
+        Ok(manifest)
+    }
+}
+
+fn parent_ref(chain: &Chain) -> Result<ParentRef, Error> {
+    let tip = &chain.tip().lease;
+    if chain.members().len() >= MAX_DEPTH {
+        return Err(Error::TooDeep {
+            name: tip.name().to_owned(),
+            limit: MAX_DEPTH - 1,
+        });
+    }
+    Ok(ParentRef {
+        name: tip.name().to_owned(),
+        digest: tip.manifest().digest.clone(),
+    })
+}
+
+fn describe(d: Description, index: &MemoryIndex, parent: Option<ParentRef>) -> Manifest {
+    let len = index.pages() * PAGE;
+    Manifest {
+        format: FORMAT,
+        layer: d.layer,
+        created_ms: now_ms(),
+        sm_version: d.sm_version,
+        machine_version: d.machine_version,
+        memory_bytes: len,
+        vcpus: d.vcpus,
+        kernel: d.kernel,
+        agent: d.agent,
+        protocol: d.protocol,
+        cpu: CpuFeatures::host(),
+        devices: d.devices,
+        parent,
+        state: StateEntry::default(),
+        memory: MemoryEntry {
+            len,
+            data_pages: index.count(Content::Data),
+            zero_pages: index.count(Content::Zero),
+        },
+        labels: d.labels,
+        digest: String::new(),
+    }
+}
+
+fn now_ms() -> u64 {
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .ok()
+        .and_then(|d| u64::try_from(d.as_millis()).ok())
+        .unwrap_or(0)
+}
+
+/// The machine's sections with the page index in front.
+pub(crate) fn encode_state(
+    path: &Path,
+    index: &MemoryIndex,
+    sections: Vec<Section>,
+) -> Result<StateFile, Error> {
+    let (name, version) = MEMORY_SECTION;
+    let payload = postcard::to_stdvec(index)
+        .map_err(|e| Error::damaged(path, format!("its page index cannot be written: {e}")))?;
+    let mut all = vec![Section {
+        name: name.to_owned(),
+        version,
+        payload,
+    }];
+    all.extend(sections.into_iter().filter(|section| section.name != name));
+    Ok(StateFile { sections: all })
+}
+
+pub(crate) fn write_state(
+    draft: &Draft,
+    state: &StateFile,
+    manifest: &mut Manifest,
+) -> Result<(), Error> {
+    let path = draft.path().join("state.bin");
+    let (bytes, digest) = state.encode();
+    manifest.state = StateEntry {
+        len: bytes.len() as u64,
+        digest,
+    };
+    fs::write(&path, bytes).map_err(Error::io("write", &path))
+}
+
+pub(crate) fn write_manifest(draft: &Draft, manifest: &mut Manifest) -> Result<(), Error> {
+    let path = draft.path().join("manifest.json");
+    let bytes = manifest
+        .encode()
+        .map_err(|e| Error::damaged(&path, format!("it cannot be written: {e}")))?;
+    fs::write(&path, bytes).map_err(Error::io("write", &path))
+}

@@ -1,0 +1,105 @@
+//! From a chain on disk to what a machine is restored with.
+
+use std::sync::Arc;
+
+use sm_vmm_core::memory::{FileExtent, MachineMemory, MemoryConfig};
+
+use crate::Error;
+use crate::chain::Chain;
+use crate::cpu::CpuFeatures;
+use crate::extents::{PAGE, Source};
+
+/// What the restoring side is; a snapshot that needs anything else is refused.
+#[derive(Clone, Debug)]
+pub struct Requirements {
+    /// Version of the machine's address map and devices.
+    pub machine_version: u32,
+    /// Version of the protocol between host and agent.
+    pub protocol: u32,
+    /// SHA-256 of the kernel that would be booted instead, when one is known.
+    pub kernel: Option<String>,
+    /// SHA-256 of the agent that would be booted instead, when one is known.
+    pub agent: Option<String>,
+    /// This host's processor.
+    pub cpu: CpuFeatures,
+}
+
+/// Says whether a snapshot can be restored here.
+///
+/// # Errors
+/// [`Error::Incompatible`] with the first thing that does not match.
+pub fn check(chain: &Chain, wanted: &Requirements) -> Result<(), Error> {
+    let lease = &chain.tip().lease;
+    let manifest = lease.manifest();
+    let refuse = |reason: String| {
+        Err(Error::Incompatible {
+            name: lease.name().to_owned(),
+            reason,
+        })
+    };
+    if manifest.machine_version != wanted.machine_version {
+        return refuse(format!(
+            "it is of machine version {}, and this sm makes version {}",
+            manifest.machine_version, wanted.machine_version
+        ));
+    }
+    if manifest.protocol != wanted.protocol {
+        return refuse(format!(
+            "its agent speaks protocol {}, and this sm speaks {}",
+            manifest.protocol, wanted.protocol
+        ));
+    }
+    for (what, found, expected) in [
+        ("kernel", &manifest.kernel, &wanted.kernel),
+        ("agent", &manifest.agent, &wanted.agent),
+    ] {
+        if let Some(expected) = expected
+            && expected != found
+        {
+            return refuse(format!("it was made with another guest {what}"));
+        }
+    }
+    manifest.cpu.check(&wanted.cpu).or_else(refuse)
+}
+
+/// Maps the memory of a snapshot privately: nothing is read before it is
+/// touched, and clones share the page cache.
+///
+/// # Errors
+/// The host refused a mapping, or a file is shorter than its index says.
+pub fn map_memory(chain: &Chain, huge_pages: bool) -> Result<MachineMemory, Error> {
+    let machine = |e: sm_vmm_core::memory::MemoryError| Error::Machine {
+        operation: "map the memory of a snapshot",
+        source: Box::new(e),
+    };
+    let mut files = Vec::with_capacity(chain.members().len());
+    for member in chain.members() {
+        let path = member.lease.dir().join("memory.bin");
+        let file = member
+            .lease
+            .memory()
+            .try_clone()
+            .map_err(Error::io("duplicate the descriptor of", &path))?;
+        files.push(Arc::new(file));
+    }
+    let extents: Vec<FileExtent> = chain
+        .pieces()
+        .into_iter()
+        .filter_map(|piece| {
+            let Source::Member(index) = piece.source else {
+                return None;
+            };
+            Some(FileExtent {
+                offset: piece.first * PAGE,
+                len: piece.pages * PAGE,
+                file: Arc::clone(files.get(index)?),
+                file_offset: piece.first * PAGE,
+            })
+        })
+        .collect();
+    let config = MemoryConfig {
+        huge_pages,
+        ..MemoryConfig::new(chain.tip().index.pages() * PAGE)
+    };
+    MachineMemory::from_files(&config, &extents).map_err(machine)
+}

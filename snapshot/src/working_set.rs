@@ -1,0 +1,199 @@
+//! The pages a restored guest touches first, recorded once, prefetched later.
+//!
+//! After the first restore of a snapshot, when the guest has done what it was
+//! restored for, the VMM process's page tables show which pages were touched
+//! (kernel fault-around adds neighbours, which are likely next). Later restores
+//! map those pages in one system call for each run, instead of one fault for
+//! each page. The record is a hint: a missing, damaged or outdated one costs
+//! time, never correctness. `mincore` would not do, as it tells what is in the
+//! shared page cache, not what this guest used; `userfaultfd` would give the
+//! order of accesses, at the price of a round trip for each.
+
+use std::fs;
+use std::path::Path;
+
+use rustix::mm::{Advice, madvise};
+use serde::{Deserialize, Serialize};
+use sm_vmm_core::memory::MachineMemory;
+
+use crate::Error;
+use crate::extents::PAGE;
+use crate::pagemap::Pagemap;
+use crate::state_file::{Section, StateFile};
+use crate::store::read_capped;
+
+/// File name in the snapshot's directory.
+pub const FILE: &str = "working-set.bin";
+const SECTION: (&str, u32) = ("working-set", 1);
+/// Largest record read, in bytes.
+const MAX_LEN: u64 = 16 * 1024 * 1024;
+/// Runs closer than this many pages are joined: a gap of a few pages costs less
+/// to map than another system call.
+const JOIN: u64 = 16;
+
+/// Runs of pages in RAM order.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkingSet {
+    /// First page and number of pages of each run, ascending.
+    pub runs: Vec<(u64, u64)>,
+}
+
+impl WorkingSet {
+    /// The pages of `memory` that are mapped in this process now.
+    ///
+    /// # Errors
+    /// The page map cannot be read.
+    pub fn record(memory: &MachineMemory) -> Result<Self, Error> {
+        let proc_path = Path::new("/proc/self/pagemap");
+        let pagemap = Pagemap::open().map_err(Error::io("open", proc_path))?;
+        let mut set = Self::default();
+        for region in &memory.regions {
+            let Some(address) = memory.host_address(region) else {
+                continue;
+            };
+            let base = region.offset / PAGE;
+            pagemap
+                .visit(address.as_ptr() as u64, region.len / PAGE, |page, state| {
+                    if state.is_present() {
+                        set.add(base + page);
+                    }
+                })
+                .map_err(Error::io("read", proc_path))?;
+        }
+        Ok(set)
+    }
+
+    fn add(&mut self, page: u64) {
+        match self.runs.last_mut() {
+            Some((first, pages)) if page < *first + *pages + JOIN => *pages = page + 1 - *first,
+            _ => self.runs.push((page, 1)),
+        }
+    }
+
+    /// Number of pages.
+    #[must_use]
+    pub fn pages(&self) -> u64 {
+        self.runs.iter().map(|(_, pages)| pages).sum()
+    }
+
+    /// Stores the record next to a snapshot, replacing an earlier one in one step.
+    ///
+    /// # Errors
+    /// The file system refused.
+    pub fn save(&self, snapshot_dir: &Path) -> Result<(), Error> {
+        let path = snapshot_dir.join(FILE);
+        let payload = postcard::to_stdvec(self)
+            .map_err(|e| Error::damaged(&path, format!("it cannot be written: {e}")))?;
+        let file = StateFile {
+            sections: vec![Section {
+                name: SECTION.0.to_owned(),
+                version: SECTION.1,
+                payload,
+            }],
+        };
+        let (bytes, digest) = file.encode();
+        let draft = tempfile::NamedTempFile::new_in(snapshot_dir)
+            .map_err(Error::io("create a file in", snapshot_dir))?;
+        fs::write(draft.path(), [digest.as_bytes(), &bytes].concat())
+            .map_err(Error::io("write", draft.path()))?;
+        draft
+            .persist(&path)
+            .map_err(|e| Error::io("publish", &path)(e.error))?;
+        Ok(())
+    }
+
+    /// Loads the record of a snapshot; `None` when there is no usable one.
+    #[must_use]
+    pub fn load(snapshot_dir: &Path) -> Option<Self> {
+        let path = snapshot_dir.join(FILE);
+        let bytes = read_capped(&path, MAX_LEN).ok()?;
+        let (digest, body) = bytes.split_first_chunk::<64>()?;
+        let digest = std::str::from_utf8(digest).ok()?;
+        let file = StateFile::decode(&path, body, digest).ok()?;
+        postcard::from_bytes(file.section(&path, SECTION.0, SECTION.1).ok()?).ok()
+    }
+
+    /// Maps the pages of the record into this process, reading them from disk
+    /// where they are not in the page cache. Pages outside `memory` are ignored.
+    /// Returns the number of pages asked for.
+    #[must_use]
+    pub fn prefetch(&self, memory: &MachineMemory) -> u64 {
+        let mut asked = 0;
+        for region in &memory.regions {
+            let base = region.offset / PAGE;
+            let end = base + region.len / PAGE;
+            let Some(address) = memory.host_address(region) else {
+                continue;
+            };
+            for &(first, pages) in &self.runs {
+                let from = first.max(base);
+                let to = first.saturating_add(pages).min(end);
+                if from >= to {
+                    continue;
+                }
+                if populate(address.as_ptr(), from - base, to - from) {
+                    asked += to - from;
+                }
+            }
+        }
+        asked
+    }
+}
+
+/// Maps `pages` pages from page `first` of the mapping at `base` for reading.
+#[expect(unsafe_code, reason = "madvise takes an address")]
+fn populate(base: *mut u8, first: u64, pages: u64) -> bool {
+    let (Ok(offset), Ok(len)) = (usize::try_from(first * PAGE), usize::try_from(pages * PAGE))
+    else {
+        return false;
+    };
+    // SAFETY: the caller has cut the range to a region of live guest memory, and
+    // MADV_POPULATE_READ changes neither contents nor protection.
+    unsafe {
+        madvise(
+            base.wrapping_add(offset).cast(),
+            len,
+            Advice::LinuxPopulateRead,
+        )
+    }
+    .is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sm_vmm_core::memory::{MIN_MEMORY, MemoryConfig};
+    use vm_memory::{Bytes as _, GuestAddress};
+
+    #[test]
+    fn touched_pages_are_recorded_saved_and_prefetched() {
+        let memory = MachineMemory::anonymous(&MemoryConfig::new(MIN_MEMORY)).unwrap();
+        for page in [3u64, 4, 500] {
+            memory
+                .guest
+                .write_obj(1u8, GuestAddress(page * PAGE))
+                .unwrap();
+        }
+        let set = WorkingSet::record(&memory).unwrap();
+        assert_eq!(set.runs, [(3, 2), (500, 1)]);
+        let dir = tempfile::tempdir().unwrap();
+        set.save(dir.path()).unwrap();
+        assert_eq!(WorkingSet::load(dir.path()), Some(set.clone()));
+        let other = MachineMemory::anonymous(&MemoryConfig::new(MIN_MEMORY)).unwrap();
+        assert_eq!(set.prefetch(&other), 3);
+        assert_eq!(WorkingSet::record(&other).unwrap(), set);
+    }
+
+    #[test]
+    fn a_damaged_or_foreign_record_is_ignored() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(WorkingSet::load(dir.path()), None);
+        fs::write(dir.path().join(FILE), [0; 200]).unwrap();
+        assert_eq!(WorkingSet::load(dir.path()), None);
+        let memory = MachineMemory::anonymous(&MemoryConfig::new(MIN_MEMORY)).unwrap();
+        let far = WorkingSet {
+            runs: vec![(u64::MAX - 1, 9), (1 << 40, 1)],
+        };
+        assert_eq!(far.prefetch(&memory), 0);
+    }
+}
