@@ -1,7 +1,7 @@
 //! Images, as this library's callers see them.
 
-use serde::Serialize;
-use thiserror::Error;
+pub use sm_image::{Error as ImageError, ImageSummary, Progress};
+use sm_image::{ImageConfiguration, Reference, Store};
 
 use crate::Error as RuntimeError;
 use crate::home::Home;
@@ -9,38 +9,6 @@ use crate::launch::DiskSegment;
 use crate::run::{RunOptions, start};
 use crate::vm::Vm;
 use crate::workload::ImageDefaults;
-
-/// Why an image cannot be used.
-#[derive(Debug, Error)]
-pub enum ImageError {
-    /// Not there yet.
-    #[error("unknown image \"{0}\"")]
-    Unknown(String),
-}
-
-/// A step of bringing an image into the store.
-#[derive(Clone, Copy, Debug)]
-pub struct Progress<'a> {
-    /// What is being done, to what.
-    pub what: &'a str,
-    /// Bytes done.
-    pub done: u64,
-    /// Bytes to do, when known.
-    pub total: Option<u64>,
-}
-
-/// An image in the local store.
-#[derive(Clone, Debug, Serialize)]
-pub struct ImageSummary {
-    /// Digest of its manifest.
-    pub id: String,
-    /// The reference it was stored by.
-    pub reference: String,
-    /// Bytes it takes, layers shared with others included.
-    pub size: u64,
-    /// When it was stored, in nanoseconds since the Unix epoch.
-    pub stored_ns: u64,
-}
 
 /// An image in the local store, ready to be run.
 #[derive(Clone, Debug)]
@@ -70,8 +38,24 @@ impl Image {
         reference: &str,
         progress: &mut dyn FnMut(Progress<'_>),
     ) -> Result<Self, RuntimeError> {
-        let _ = (home, progress);
-        Err(ImageError::Unknown(reference.to_owned()).into())
+        let parsed = Reference::parse(reference)?;
+        let stored = Store::open(&home.images())?.open_image(&parsed, progress)?;
+        let segments = stored
+            .segments
+            .into_iter()
+            .map(|segment| DiskSegment {
+                path: segment.path,
+                offset: segment.offset,
+                len: segment.len,
+            })
+            .collect();
+        Ok(Self {
+            home: home.clone(),
+            reference: reference.to_owned(),
+            digest: stored.digest.to_string(),
+            defaults: defaults(&stored.config),
+            segments,
+        })
     }
 
     /// Starts a VM from this image and returns once its workload runs.
@@ -106,13 +90,27 @@ impl Image {
     }
 }
 
+/// What of an image's configuration decides how it is run.
+fn defaults(config: &ImageConfiguration) -> ImageDefaults {
+    let Some(config) = config.config() else {
+        return ImageDefaults::default();
+    };
+    ImageDefaults {
+        entrypoint: config.entrypoint().clone().unwrap_or_default(),
+        cmd: config.cmd().clone().unwrap_or_default(),
+        env: config.env().clone().unwrap_or_default(),
+        user: config.user().clone().unwrap_or_default(),
+        working_dir: config.working_dir().clone().unwrap_or_default(),
+        stop_signal: config.stop_signal().clone(),
+    }
+}
+
 /// All images in the store.
 ///
 /// # Errors
 /// The store cannot be read.
 pub fn list(home: &Home) -> Result<Vec<ImageSummary>, RuntimeError> {
-    let _ = home;
-    Ok(Vec::new())
+    Ok(Store::open(&home.images())?.list()?)
 }
 
 /// Removes an image by reference, or by (the beginning of) its digest.
@@ -120,6 +118,5 @@ pub fn list(home: &Home) -> Result<Vec<ImageSummary>, RuntimeError> {
 /// # Errors
 /// There is none, or the store cannot be changed.
 pub fn remove(home: &Home, query: &str) -> Result<(), RuntimeError> {
-    let _ = home;
-    Err(ImageError::Unknown(query.to_owned()).into())
+    Ok(Store::open(&home.images())?.remove(query)?)
 }

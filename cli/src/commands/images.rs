@@ -36,7 +36,7 @@ pub(crate) fn list(home: &Home, args: &ListArgs, printer: &Printer) -> Result<u3
     let images = image::list(home)?;
     if args.quiet {
         for image in &images {
-            printer.line(&image.id);
+            printer.line(image.digest);
         }
     } else if args.format.json() {
         printer.json(&images)?;
@@ -47,10 +47,10 @@ pub(crate) fn list(home: &Home, args: &ListArgs, printer: &Printer) -> Result<u3
             .map(|image| {
                 let stored = UNIX_EPOCH + Duration::from_nanos(image.stored_ns);
                 let age = now.duration_since(stored).unwrap_or_default();
-                let digits = image.id.trim_start_matches("sha256:");
+                let digits = image.digest.hex();
                 [
                     image.reference.clone(),
-                    digits.get(..SHORT_ID).unwrap_or(digits).to_owned(),
+                    digits.get(..SHORT_ID).unwrap_or(&digits).to_owned(),
                     format!("{} ago", format_age(age)),
                     format_size(image.size),
                 ]

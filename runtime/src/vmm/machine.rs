@@ -2,16 +2,19 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
+use sm_devices_vsock::{ConnectOptions, MuxerHandle, Vsock, VsockConfig};
+use sm_frontends::{Target, UnixFrontend, UnixFrontendHandle};
+use sm_guest_proto::port;
 use sm_hypervisor::kvm::Kvm;
 use sm_hypervisor::{Hypervisor as _, LinuxSupport};
 use sm_vmm_core::devices::DeviceConfig;
 use sm_vmm_core::event_loop::EventLoop;
 use sm_vmm_core::exit::{ExitLatch, ExitReason};
-use sm_vmm_core::layout::{SLOT_RNG, SLOT_ROOT_DISK};
+use sm_vmm_core::layout::{SLOT_RNG, SLOT_ROOT_DISK, SLOT_VSOCK};
 use sm_vmm_core::loader::{BASE_COMMAND_LINE, InitramfsPart};
 use sm_vmm_core::machine::{Machine, MachineConfig};
 use sm_vmm_core::memory::MemoryConfig;
@@ -33,6 +36,8 @@ pub(crate) struct RunningMachine {
     // Dropped in this order: no vCPU runs any more when its devices go.
     machine: Machine<Kvm>,
     exit: Arc<ExitLatch>,
+    muxer: MuxerHandle,
+    _exec: UnixFrontendHandle,
     _event_loop: EventLoop,
 }
 
@@ -47,9 +52,9 @@ fn failed<E: std::error::Error>(what: &'static str) -> impl FnOnce(E) -> String 
 /// A sentence for the person who started the VM.
 pub(crate) fn start(
     request: &LaunchRequest,
-    _record: &Record,
+    record: &Record,
     console: File,
-    _dialed: DialSender,
+    dialed: DialSender,
 ) -> Result<(RunningMachine, Vec<Phase>), String> {
     let mut phases = Vec::new();
     let kvm = Kvm::open().map_err(|error| with_causes(&error))?;
@@ -59,8 +64,18 @@ pub(crate) fn start(
     phases.push(Phase::now("hypervisor probed"));
 
     let event_loop = EventLoop::spawn("sm-devices").map_err(failed("start the event loop"))?;
+    let (vsock, muxer) =
+        Vsock::new(VsockConfig::default()).map_err(failed("make the vsock device"))?;
+    listen_for_agent(&muxer, dialed);
+    let exec = UnixFrontend::new(&record.exec_socket(), Target::Exec)
+        .start(muxer.clone(), &event_loop.handle())
+        .map_err(failed("create the exec socket"))?;
     let root = root_disk(&request.root)?;
     let devices = vec![
+        DeviceConfig {
+            slot: SLOT_VSOCK,
+            device: vsock,
+        },
         device(SLOT_ROOT_DISK, Block::new(root, Access::ReadOnly, "root")),
         device(SLOT_RNG, Rng::new()),
     ];
@@ -94,9 +109,26 @@ pub(crate) fn start(
     let running = RunningMachine {
         machine,
         exit,
+        muxer,
+        _exec: exec,
         _event_loop: event_loop,
     };
     Ok((running, phases))
+}
+
+/// Hands the stream that the agent opens when it is ready to the supervisor.
+fn listen_for_agent(muxer: &MuxerHandle, dialed: DialSender) {
+    let acceptor = move |_| match UnixStream::pair() {
+        Ok((ours, theirs)) => {
+            dialed.send(ours);
+            Some(OwnedFd::from(theirs))
+        }
+        Err(error) => {
+            tracing::error!(%error, "no descriptors left for the agent's stream");
+            None
+        }
+    };
+    muxer.listen(port::CONTROL, Box::new(acceptor));
 }
 
 fn device(slot: u32, device: impl sm_vmm_core::virtio::VirtioDevice + 'static) -> DeviceConfig {
@@ -133,8 +165,11 @@ fn initial_ram_fs(request: &LaunchRequest) -> Result<Vec<u8>, String> {
 }
 
 impl Guest for RunningMachine {
-    fn connect(&mut self, _port: u32) -> io::Result<UnixStream> {
-        Err(io::ErrorKind::Unsupported.into())
+    fn connect(&mut self, port: u32) -> io::Result<UnixStream> {
+        let (ours, theirs) = UnixStream::pair()?;
+        self.muxer
+            .connect(port, theirs.into(), ConnectOptions::default());
+        Ok(ours)
     }
 
     fn pause(&mut self) -> Result<(), String> {
