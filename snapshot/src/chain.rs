@@ -41,10 +41,7 @@ impl Chain {
     /// than the one that the child was made over.
     pub fn open(store: &SnapshotStore, name: &str) -> Result<Self, Error> {
         let mut members = vec![open_member(store, name)?];
-        loop {
-            let Some(child) = members.last() else {
-                break;
-            };
+        while let Some(child) = members.last() {
             let Some(parent) = child.lease.manifest().parent.clone() else {
                 break;
             };

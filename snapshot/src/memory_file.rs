@@ -14,6 +14,8 @@ use crate::Error;
 use crate::extents::{Content, Extent, ExtentBuilder, PAGE};
 use crate::pagemap::Pagemap;
 
+/// [`PAGE`], as a length in memory.
+const PAGE_LEN: usize = 4096;
 /// Bytes copied out of the guest at once: fits a core's second-level cache.
 const COPY: usize = 256 * 1024;
 
@@ -184,7 +186,7 @@ impl Writer<'_> {
 
     /// Writes the non-zero pages of `bytes`, which start at page `first` in RAM order.
     fn store(&mut self, first: u64, bytes: &[u8]) -> Result<(), Error> {
-        let page_len = PAGE as usize;
+        let page_len = PAGE_LEN;
         let mut run_start = 0;
         let pages = bytes.len() / page_len;
         for index in 0..=pages {

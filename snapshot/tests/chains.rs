@@ -1,5 +1,9 @@
 //! Chains of diffs, from real private mappings, without a VM.
-#![allow(clippy::cast_possible_truncation)]
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::unwrap_used,
+    reason = "a failed expectation is a failed test"
+)]
 
 use std::collections::BTreeMap;
 use std::fs;

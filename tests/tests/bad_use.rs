@@ -1,4 +1,9 @@
 //! Wrong use: a sentence that says what to do, and Docker's exit status.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a failed expectation is a failed test"
+)]
 
 use sm_e2e::{Done, Home, image, unique};
 

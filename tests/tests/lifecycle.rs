@@ -1,4 +1,9 @@
 //! Detached machines: exec, logs, stop, kill, removal, and sudden death.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a failed expectation is a failed test"
+)]
 
 use sm_e2e::{Home, image, unique};
 

@@ -1,4 +1,9 @@
 //! `sm run` on real images: output, status, configuration, streams, SMP, memory.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a failed expectation is a failed test"
+)]
 
 use std::io::Read as _;
 use std::process::Stdio;
