@@ -8,14 +8,22 @@
 //! a layer over epoll (through `rustix`) rather than over `event-manager`, which
 //! finds handlers by descriptor number. A host without epoll gets another
 //! implementation of the same few calls.
+//!
+//! Architecture invariants: nothing is allocated for an event; a handler that is
+//! gone is never called, and never keeps the loop awake.
+
+#![expect(
+    unsafe_code,
+    reason = "descriptors of a handler that goes away are known by number only"
+)]
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{JoinHandle, ThreadId};
 
-use rustix::event::{EventfdFlags, epoll, eventfd};
+use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 
 /// Events taken from the kernel at once.
 const BATCH: usize = 256;
@@ -90,12 +98,16 @@ pub trait EventHandler: Send {
     fn start(&mut self, registry: &mut Registry<'_>) -> io::Result<()>;
 
     /// The descriptor registered under `token` is ready. Must not block.
+    /// `readiness` is empty for a token given to [`Registry::again`].
     fn ready(&mut self, token: u64, readiness: Readiness, registry: &mut Registry<'_>);
 }
 
-/// Names a handler of a loop.
+/// Names a handler of a loop; never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct HandlerId(u32);
+pub struct HandlerId {
+    index: u32,
+    generation: u32,
+}
 
 /// Names a registered descriptor; never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -115,6 +127,8 @@ struct Slot {
     generation: u32,
     /// `None` when the slot is free.
     target: Option<(HandlerId, u64)>,
+    /// What was registered; open as long as `target` is set.
+    fd: RawFd,
 }
 
 /// Descriptors of all handlers.
@@ -123,6 +137,8 @@ struct Table {
     epoll: OwnedFd,
     slots: Vec<Slot>,
     free: Vec<u32>,
+    /// Calls asked for with [`Registry::again`].
+    again: Vec<(HandlerId, u64)>,
 }
 
 /// A handler's view of the loop's descriptors.
@@ -133,8 +149,9 @@ pub struct Registry<'a> {
 }
 
 impl Registry<'_> {
-    /// Registers a descriptor. It must stay open until it is removed; closing it
-    /// earlier ends the events but keeps the registration's slot in use.
+    /// Registers a descriptor. It must stay open until it is removed (or its
+    /// handler is): the loop would otherwise let go of whatever has its number by
+    /// then.
     ///
     /// # Errors
     /// A descriptor that cannot be waited for, or no memory.
@@ -152,6 +169,7 @@ impl Registry<'_> {
                 self.table.slots.push(Slot {
                     generation: 0,
                     target: None,
+                    fd: -1,
                 });
                 slot
             }
@@ -161,10 +179,12 @@ impl Registry<'_> {
             slot,
             generation: entry.generation,
         };
+        let fd = fd.as_fd();
         let added = epoll::add(&self.table.epoll, fd, registration.data(), interest.flags());
         match added {
             Ok(()) => {
                 entry.target = Some((self.handler, token));
+                entry.fd = fd.as_raw_fd();
                 Ok(registration)
             }
             Err(error) => {
@@ -195,6 +215,15 @@ impl Registry<'_> {
         let _ = epoll::delete(&self.table.epoll, fd);
         self.table.release(registration);
     }
+
+    /// Has [`EventHandler::ready`] called with `token` and an empty readiness
+    /// once the other handlers have had their turn: for work cut into slices.
+    pub fn again(&mut self, token: u64) {
+        let call = (self.handler, token);
+        if !self.table.again.contains(&call) {
+            self.table.again.push(call);
+        }
+    }
 }
 
 impl Table {
@@ -208,12 +237,18 @@ impl Table {
         }
     }
 
-    /// Frees the slots of a handler that goes away.
+    /// Frees the slots of a handler that goes away. Its descriptors leave the set
+    /// too, as someone else may keep them open, and ready, for ever.
     fn release_all(&mut self, handler: HandlerId) {
         let slots = u32::try_from(self.slots.len()).unwrap_or(u32::MAX);
         for slot in 0..slots {
             let entry = self.slots[slot as usize];
             if entry.target.is_some_and(|(owner, _)| owner == handler) {
+                // SAFETY: the handler keeps what it registered open until it is
+                // removed. Should it not, then the call fails, or ends the events
+                // of another descriptor of this set: wrong, but not unsound.
+                let fd = unsafe { BorrowedFd::borrow_raw(entry.fd) };
+                let _ = epoll::delete(&self.epoll, fd);
                 self.release(Registration {
                     slot,
                     generation: entry.generation,
@@ -233,10 +268,16 @@ impl Table {
 type Handler = Arc<Mutex<dyn EventHandler>>;
 type Task = Box<dyn FnOnce(&mut Inner) + Send>;
 
+/// A place for a handler.
+struct Place {
+    generation: u32,
+    handler: Option<Handler>,
+}
+
 /// The loop's own thread's data.
 struct Inner {
     table: Table,
-    handlers: Vec<Option<Handler>>,
+    handlers: Vec<Place>,
     stop: bool,
 }
 
@@ -260,8 +301,11 @@ impl Shared {
             Some(tasks) => tasks.push(task),
             None => return,
         }
-        // An eventfd refuses only when its counter is full: then it is readable.
-        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+        signal(self.wake.as_fd());
+    }
+
+    fn is_current(&self) -> bool {
+        *lock(&self.thread) == Some(std::thread::current().id())
     }
 }
 
@@ -288,7 +332,7 @@ impl EventLoopHandle {
         &self,
         task: impl FnOnce(&mut Inner) -> R + Send + 'static,
     ) -> io::Result<R> {
-        if *lock(&self.shared.thread) == Some(std::thread::current().id()) {
+        if self.shared.is_current() {
             return Err(io::Error::new(
                 io::ErrorKind::Deadlock,
                 "the event loop cannot wait for itself",
@@ -310,38 +354,37 @@ impl EventLoopHandle {
         self.run(move |inner| inner.add(handler))?
     }
 
-    /// Removes a handler; when this returns it is not called any more.
+    /// Removes a handler; when this returns it is not called any more. On the
+    /// loop's own thread that is so soon after.
     ///
     /// # Errors
     /// The loop has stopped.
     pub fn remove_handler(&self, id: HandlerId) -> io::Result<()> {
+        if self.shared.is_current() {
+            self.shared.push(Box::new(move |inner| inner.remove(id)));
+            return Ok(());
+        }
         self.run(move |inner| inner.remove(id))
     }
 
     /// Runs `task` on the loop with the registry of handler `id`, and waits.
     ///
     /// # Errors
-    /// The loop has stopped, or this is its own thread.
+    /// The handler is gone, the loop has stopped, or this is its own thread.
     pub fn call<R: Send + 'static>(
         &self,
         id: HandlerId,
         task: impl FnOnce(&mut Registry<'_>) -> R + Send + 'static,
     ) -> io::Result<R> {
-        self.run(move |inner| {
-            task(&mut Registry {
-                table: &mut inner.table,
-                handler: id,
-            })
-        })
+        self.run(move |inner| inner.with_registry(id, task))?
+            .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "the handler is gone"))
     }
 
-    /// Runs `task` on the loop with the registry of handler `id`, some time soon.
+    /// Runs `task` on the loop with the registry of handler `id`, some time soon,
+    /// unless the handler is gone by then.
     pub fn post(&self, id: HandlerId, task: impl FnOnce(&mut Registry<'_>) + Send + 'static) {
         self.shared.push(Box::new(move |inner| {
-            task(&mut Registry {
-                table: &mut inner.table,
-                handler: id,
-            });
+            inner.with_registry(id, task);
         }));
     }
 }
@@ -377,6 +420,7 @@ impl EventLoop {
                 epoll,
                 slots: Vec::new(),
                 free: Vec::new(),
+                again: Vec::new(),
             },
             handlers: Vec::new(),
             stop: false,
@@ -386,9 +430,8 @@ impl EventLoop {
             .name(name.to_owned())
             .spawn(move || {
                 *lock(&for_thread.thread) = Some(std::thread::current().id());
-                inner.run(&for_thread);
-                // Whoever waits for a task that will not run gets an error.
-                *lock(&for_thread.tasks) = None;
+                let closing = Closing(for_thread);
+                inner.run(&closing.0);
             })?;
         Ok(Self {
             handle: EventLoopHandle { shared },
@@ -400,6 +443,18 @@ impl EventLoop {
     #[must_use]
     pub fn handle(&self) -> EventLoopHandle {
         self.handle.clone()
+    }
+}
+
+/// Whoever waits for a task that will not run gets an error, also when a handler
+/// panicked.
+struct Closing(Arc<Shared>);
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        // Not in the lock: a task may own things that reach for the loop.
+        let tasks = lock(&self.0.tasks).take();
+        drop(tasks);
     }
 }
 
@@ -416,12 +471,18 @@ impl Drop for EventLoop {
 impl Inner {
     fn run(&mut self, shared: &Shared) {
         let mut events = Vec::with_capacity(BATCH);
+        let mut again = Vec::new();
+        let at_once = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
         while !self.stop {
             events.clear();
+            let timeout = (!self.table.again.is_empty()).then_some(&at_once);
             match epoll::wait(
                 &self.table.epoll,
                 rustix::buffer::spare_capacity(&mut events),
-                None,
+                timeout,
             ) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(error) => {
@@ -437,13 +498,17 @@ impl Inner {
                     self.dispatch(data, event.flags);
                 }
             }
+            std::mem::swap(&mut again, &mut self.table.again);
+            for (id, token) in again.drain(..) {
+                self.tell(id, token, Readiness::default());
+            }
         }
     }
 
     fn run_tasks(&mut self, shared: &Shared) {
         let _ = rustix::io::read(&shared.wake, &mut [0; 8]);
-        let tasks = lock(&shared.tasks).replace(Vec::new()).unwrap_or_default();
-        for task in tasks {
+        let tasks = lock(&shared.tasks).as_mut().map(std::mem::take);
+        for task in tasks.unwrap_or_default() {
             task(self);
         }
     }
@@ -452,14 +517,18 @@ impl Inner {
         let Some((id, token)) = self.table.target(data) else {
             return; // removed since the event was fetched
         };
-        let Some(handler) = self.handlers.get(id.0 as usize).cloned().flatten() else {
-            return;
-        };
         let readiness = Readiness {
             readable: flags.contains(epoll::EventFlags::IN),
             writable: flags.contains(epoll::EventFlags::OUT),
             hangup: flags.intersects(epoll::EventFlags::HUP | epoll::EventFlags::RDHUP),
             error: flags.contains(epoll::EventFlags::ERR),
+        };
+        self.tell(id, token, readiness);
+    }
+
+    fn tell(&mut self, id: HandlerId, token: u64, readiness: Readiness) {
+        let Some(handler) = self.handler(id).cloned() else {
+            return;
         };
         let mut registry = Registry {
             table: &mut self.table,
@@ -468,35 +537,62 @@ impl Inner {
         lock(&handler).ready(token, readiness, &mut registry);
     }
 
+    fn handler(&self, id: HandlerId) -> Option<&Handler> {
+        self.handlers
+            .get(id.index as usize)
+            .filter(|place| place.generation == id.generation)?
+            .handler
+            .as_ref()
+    }
+
+    fn with_registry<R>(
+        &mut self,
+        id: HandlerId,
+        task: impl FnOnce(&mut Registry<'_>) -> R,
+    ) -> Option<R> {
+        self.handler(id)?;
+        Some(task(&mut Registry {
+            table: &mut self.table,
+            handler: id,
+        }))
+    }
+
     fn add(&mut self, handler: Handler) -> io::Result<HandlerId> {
-        let index = self
-            .handlers
-            .iter()
-            .position(Option::is_none)
-            .unwrap_or(self.handlers.len());
-        let id = HandlerId(u32::try_from(index).map_err(io::Error::other)?);
+        let free = self.handlers.iter().position(|p| p.handler.is_none());
+        let index = free.unwrap_or(self.handlers.len());
+        if free.is_none() {
+            self.handlers.push(Place {
+                generation: 0,
+                handler: None,
+            });
+        }
+        let id = HandlerId {
+            index: u32::try_from(index).map_err(io::Error::other)?,
+            generation: self.handlers[index].generation,
+        };
         let mut registry = Registry {
             table: &mut self.table,
             handler: id,
         };
         let started = lock(&handler).start(&mut registry);
+        // Set in any case: removing it again ends the use of the identifier.
+        self.handlers[index].handler = Some(handler);
         if let Err(error) = started {
-            self.table.release_all(id);
+            self.remove(id);
             return Err(error);
-        }
-        if index == self.handlers.len() {
-            self.handlers.push(Some(handler));
-        } else {
-            self.handlers[index] = Some(handler);
         }
         Ok(id)
     }
 
     fn remove(&mut self, id: HandlerId) {
-        self.table.release_all(id);
-        if let Some(slot) = self.handlers.get_mut(id.0 as usize) {
-            *slot = None;
+        if self.handler(id).is_none() {
+            return;
         }
+        // Before the handler closes its descriptors.
+        self.table.release_all(id);
+        let place = &mut self.handlers[id.index as usize];
+        place.generation = place.generation.wrapping_add(1);
+        place.handler = None;
     }
 }
 
@@ -617,19 +713,144 @@ mod tests {
         assert!(rest.iter().all(|&token| token == first), "{rest:?}");
     }
 
+    /// Does nothing; keeps a descriptor open that others hold too.
+    struct Silent(Option<Arc<UnixStream>>);
+
+    impl EventHandler for Silent {
+        fn start(&mut self, registry: &mut Registry<'_>) -> io::Result<()> {
+            if let Some(stream) = &self.0 {
+                registry.add(&**stream, 0, Interest::READ)?;
+            }
+            Ok(())
+        }
+        fn ready(&mut self, _: u64, _: Readiness, _: &mut Registry<'_>) {}
+    }
+
+    fn silent(stream: Option<Arc<UnixStream>>) -> Arc<Mutex<Silent>> {
+        Arc::new(Mutex::new(Silent(stream)))
+    }
+
     #[test]
     fn calls_return_values_and_never_wait_for_themselves() {
         let event_loop = EventLoop::spawn("test").unwrap();
         let handle = event_loop.handle();
-        assert_eq!(handle.call(HandlerId(0), |_| 42).unwrap(), 42);
+        let id = handle.add_handler(silent(None)).unwrap();
+        assert_eq!(handle.call(id, |_| 42).unwrap(), 42);
         let inner = handle.clone();
         let nested = handle
-            .call(HandlerId(0), move |_| {
-                inner.call(HandlerId(0), |_| ()).is_err()
-            })
+            .call(id, move |_| inner.call(id, |_| ()).unwrap_err().kind())
             .unwrap();
-        assert!(nested);
+        assert_eq!(nested, io::ErrorKind::Deadlock);
         drop(event_loop);
-        assert!(handle.call(HandlerId(0), |_| ()).is_err());
+        assert!(handle.call(id, |_| ()).is_err());
+    }
+
+    #[test]
+    fn a_handler_that_is_gone_is_not_mistaken_for_its_successor() {
+        let event_loop = EventLoop::spawn("test").unwrap();
+        let handle = event_loop.handle();
+        let first = handle.add_handler(silent(None)).unwrap();
+        handle.remove_handler(first).unwrap();
+        let second = handle.add_handler(silent(None)).unwrap();
+        assert_ne!(first, second);
+        let error = handle.call(first, |_| ()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+        // A late removal of the first leaves the second alone.
+        handle.remove_handler(first).unwrap();
+        handle.call(second, |_| ()).unwrap();
+    }
+
+    #[test]
+    fn descriptors_of_a_removed_handler_leave_the_set() {
+        let event_loop = EventLoop::spawn("test").unwrap();
+        let handle = event_loop.handle();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let theirs = Arc::new(theirs);
+        let first = handle.add_handler(silent(Some(theirs.clone()))).unwrap();
+        handle.remove_handler(first).unwrap();
+        // Still open here, and ready: it would keep the loop spinning, and could
+        // not be registered a second time.
+        (&ours).write_all(b"x").unwrap();
+        handle.add_handler(silent(Some(theirs))).unwrap();
+    }
+
+    #[test]
+    fn work_in_slices_lets_others_have_their_turn() {
+        struct Slices {
+            left: u32,
+            done: Sender<u64>,
+        }
+        impl EventHandler for Slices {
+            fn start(&mut self, registry: &mut Registry<'_>) -> io::Result<()> {
+                registry.again(7);
+                registry.again(7);
+                Ok(())
+            }
+            fn ready(&mut self, token: u64, readiness: Readiness, registry: &mut Registry<'_>) {
+                assert_eq!(readiness, Readiness::default());
+                self.done.send(token).unwrap();
+                if self.left > 0 {
+                    self.left -= 1;
+                    registry.again(token);
+                }
+            }
+        }
+        let event_loop = EventLoop::spawn("test").unwrap();
+        let handle = event_loop.handle();
+        let (done, calls) = channel();
+        let slices = Slices { left: 3, done };
+        let id = handle.add_handler(Arc::new(Mutex::new(slices))).unwrap();
+        for _ in 0..4 {
+            assert_eq!(calls.recv().unwrap(), 7);
+        }
+        handle.remove_handler(id).unwrap();
+        assert!(calls.recv().is_err());
+    }
+
+    #[test]
+    fn handlers_are_removed_from_the_loop_itself() {
+        let event_loop = EventLoop::spawn("test").unwrap();
+        let handle = event_loop.handle();
+        let id = handle.add_handler(silent(None)).unwrap();
+        let inner = handle.clone();
+        handle
+            .call(id, move |_| inner.remove_handler(id).unwrap())
+            .unwrap();
+        // Tasks run in the order they came in, and this one comes after.
+        assert!(handle.call(id, |_| ()).is_err());
+    }
+
+    #[test]
+    fn hundreds_of_descriptors_come_and_go() {
+        struct Many {
+            pairs: Vec<Option<(UnixStream, UnixStream, Registration)>>,
+            seen: Sender<u64>,
+        }
+        impl EventHandler for Many {
+            fn start(&mut self, registry: &mut Registry<'_>) -> io::Result<()> {
+                for token in 0..200 {
+                    let (ours, theirs) = UnixStream::pair()?;
+                    (&ours).write_all(b"x")?;
+                    let registration = registry.add(&theirs, token, Interest::READ)?;
+                    self.pairs.push(Some((ours, theirs, registration)));
+                }
+                Ok(())
+            }
+            fn ready(&mut self, token: u64, _: Readiness, registry: &mut Registry<'_>) {
+                let own = self.pairs[usize::try_from(token).unwrap()].take();
+                let (_, theirs, registration) = own.expect("told once");
+                registry.remove(registration, &theirs);
+                self.seen.send(token).unwrap();
+            }
+        }
+        let event_loop = EventLoop::spawn("test").unwrap();
+        let handle = event_loop.handle();
+        let (seen, tokens) = channel();
+        let pairs = Vec::new();
+        let many = Arc::new(Mutex::new(Many { pairs, seen }));
+        handle.add_handler(many).unwrap();
+        let mut all: Vec<u64> = (0..200).map(|_| tokens.recv().unwrap()).collect();
+        all.sort_unstable();
+        assert!(all.into_iter().eq(0..200));
     }
 }
