@@ -51,7 +51,10 @@ impl Apt {
         }
         let mut package = "qemu-system-x86".to_owned();
         let mut backports = None;
-        if self.newest(&package)?.is_none_or(|v| major(&v) < QEMU_MAJOR) {
+        if self
+            .newest(&package)?
+            .is_none_or(|v| major(&v) < QEMU_MAJOR)
+        {
             let (suite, entry) = backports_entry()?;
             package = format!("qemu-system-x86/{suite}");
             if !Path::new(BACKPORTS).exists() {
@@ -62,7 +65,10 @@ impl Apt {
         }
         if !is_root() {
             let add = backports.map_or_else(String::new, |entry| {
-                format!("printf '{}' | sudo tee {BACKPORTS} && ", entry.replace('\n', "\\n"))
+                format!(
+                    "printf '{}' | sudo tee {BACKPORTS} && ",
+                    entry.replace('\n', "\\n")
+                )
             });
             bail!(
                 "QEMU {QEMU_MAJOR} or later is needed; install it and try again:\n  {add}sudo \
@@ -82,7 +88,9 @@ impl Apt {
             install.args(["-t", &suite]);
         }
         cmd::step(format_args!("installing {package}"));
-        cmd::check(quiet(install.arg(package.split('/').next().unwrap_or(&package))))?;
+        cmd::check(quiet(
+            install.arg(package.split('/').next().unwrap_or(&package)),
+        ))?;
         match qemu_major() {
             Some(major) if major >= QEMU_MAJOR => Ok(()),
             _ => bail!("apt has no QEMU {QEMU_MAJOR} or later for this distribution"),
@@ -246,27 +254,29 @@ impl Origin {
 /// deb822 stanzas (sources.list(5)).
 fn origin_of_stanzas(text: &str, codename: &str) -> Option<Origin> {
     let text: Vec<_> = text.lines().filter(|line| !line.starts_with('#')).collect();
-    text.split(|line| line.trim().is_empty()).find_map(|stanza| {
-        let field = |name: &str| {
-            stanza.iter().find_map(|line| {
-                let (key, value) = line.split_once(':')?;
-                key.eq_ignore_ascii_case(name).then(|| value.trim())
+    text.split(|line| line.trim().is_empty())
+        .find_map(|stanza| {
+            let field = |name: &str| {
+                stanza.iter().find_map(|line| {
+                    let (key, value) = line.split_once(':')?;
+                    key.eq_ignore_ascii_case(name).then(|| value.trim())
+                })
+            };
+            let has =
+                |name, word| field(name).is_some_and(|v| v.split_whitespace().any(|w| w == word));
+            let usable = has("Types", "deb")
+                && has("Suites", codename)
+                && has("Components", "main")
+                && !has("Enabled", "no");
+            Some(Origin {
+                uris: field("URIs").filter(|_| usable)?.to_owned(),
+                // A key block that continues on other lines cannot be copied as one
+                // word; without it apt falls back on its own keyring.
+                signed_by: field("Signed-By")
+                    .filter(|key| key.starts_with('/'))
+                    .map(str::to_owned),
             })
-        };
-        let has = |name, word| field(name).is_some_and(|v| v.split_whitespace().any(|w| w == word));
-        let usable = has("Types", "deb")
-            && has("Suites", codename)
-            && has("Components", "main")
-            && !has("Enabled", "no");
-        Some(Origin {
-            uris: field("URIs").filter(|_| usable)?.to_owned(),
-            // A key block that continues on other lines cannot be copied as one
-            // word; without it apt falls back on its own keyring.
-            signed_by: field("Signed-By")
-                .filter(|key| key.starts_with('/'))
-                .map(str::to_owned),
         })
-    })
 }
 
 /// One-line entries (sources.list(5)).

@@ -1,67 +1,84 @@
-//! Building the product: the agent first, then `sm` with the agent inside.
+//! Building `sm` with its guest agent inside.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result, bail};
 
-use crate::process::{output, run, step};
-use crate::paths;
+use crate::apt::Apt;
+use crate::{cmd, paths};
 
-const AGENT_TARGET: &str = "x86_64-unknown-linux-musl";
-
-/// What a build made.
-pub struct Built {
-    /// The command, with the agent embedded.
-    pub sm: PathBuf,
-    /// The agent by itself.
-    pub agent: PathBuf,
+/// How `sm` is built; the agent always has its own profile.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Profile {
+    Debug,
+    #[default]
+    Release,
 }
 
-/// The cargo that runs this program.
-pub fn cargo() -> Command {
-    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.current_dir(paths::workspace());
-    // These describe xtask's own build; a nested cargo is not to inherit them.
-    for (name, _) in std::env::vars_os() {
-        let name = name.to_string_lossy().into_owned();
-        if name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST") {
-            command.env_remove(name);
+/// What was built.
+pub(crate) struct Built {
+    pub(crate) sm: PathBuf,
+    pub(crate) agent: PathBuf,
+}
+
+/// Builds the agent, then `sm` with it.
+pub(crate) fn sm(apt: &Apt, profile: Profile) -> Result<Built> {
+    let agent = agent(apt)?;
+    cmd::step("building sm");
+    let mut build = cargo(["build", "-p", "sm-cli"]);
+    let directory = match profile {
+        Profile::Debug => "debug",
+        Profile::Release => {
+            build.arg("--release");
+            "release"
         }
-    }
-    command
+    };
+    cmd::check(build.env("SM_AGENT_BIN", &agent))?;
+    let sm = paths::target().join(directory).join("sm");
+    Ok(Built { sm, agent })
 }
 
-/// Builds the agent for the guest.
-pub fn agent() -> Result<PathBuf> {
-    let targets = output(Command::new("rustup").args(["target", "list", "--installed"]));
-    if targets.is_ok_and(|list| !list.lines().any(|line| line == AGENT_TARGET)) {
-        step(&format!("Adding the Rust target {AGENT_TARGET}"));
-        run(Command::new("rustup").args(["target", "add", AGENT_TARGET]))?;
-    }
-    step("Building the guest agent");
-    run(cargo().args([
+fn agent(apt: &Apt) -> Result<PathBuf> {
+    apt.ensure(&["gcc", "libc6-dev"])?;
+    let target = format!("{}-unknown-linux-musl", std::env::consts::ARCH);
+    ensure_target(&target)?;
+    cmd::step("building the guest agent");
+    cmd::check(&mut cargo([
         "build",
-        "--quiet",
-        "--package",
+        "-p",
         "sm-guest-agent",
         "--profile",
         "agent",
         "--target",
-        AGENT_TARGET,
+        &target,
     ]))?;
-    Ok(paths::target().join(AGENT_TARGET).join("agent/sm-guest-agent"))
+    Ok(paths::target().join(target).join("agent/sm-guest-agent"))
 }
 
-/// Release builds of agent and command.
-pub fn release() -> Result<Built> {
-    let agent = agent()?;
-    step("Building sm");
-    run(cargo()
-        .args(["build", "--quiet", "--release", "--package", "sm-cli"])
-        .env("SM_AGENT_BIN", &agent))?;
-    Ok(Built {
-        sm: paths::target().join("release/sm"),
-        agent,
-    })
+/// Adds the standard library for `target` to the toolchain.
+fn ensure_target(target: &str) -> Result<()> {
+    let sysroot =
+        cmd::text(cmd::command("rustc", ["--print", "sysroot"]).current_dir(paths::root()))?;
+    let library = Path::new(sysroot.trim())
+        .join("lib/rustlib")
+        .join(target)
+        .join("lib");
+    if library.exists() {
+        return Ok(());
+    }
+    if !cmd::found("rustup") {
+        bail!("the Rust toolchain has no standard library for {target}, and there is no rustup");
+    }
+    cmd::step(format_args!("adding the Rust target {target}"));
+    cmd::check(cmd::command("rustup", ["target", "add", target]).current_dir(paths::root()))
+        .context("cannot add the Rust target")
+}
+
+/// Cargo, in this workspace.
+pub(crate) fn cargo<const N: usize>(arguments: [&str; N]) -> Command {
+    let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut cargo = Command::new(program);
+    cargo.args(arguments).current_dir(paths::root());
+    cargo
 }

@@ -1,22 +1,29 @@
-//! What has to pass before anything lands.
+//! `cargo xtask ci`: everything a change has to pass.
 
 use anyhow::Result;
 
-use crate::process::{run as run_command, step};
-use crate::{build, test};
+use crate::apt::Apt;
+use crate::build::cargo;
+use crate::cmd;
+use crate::test::{self, Wanted};
 
-pub fn run() -> Result<()> {
-    step("Formatting");
-    run_command(build::cargo().args(["fmt", "--all", "--check"]))?;
-    step("Lints");
-    run_command(build::cargo().args([
-        "clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings",
+pub(crate) fn run(apt: &Apt) -> Result<()> {
+    apt.ensure(&["gcc", "libc6-dev"])?;
+    cmd::step("checking the format");
+    cmd::check(&mut cargo(["fmt", "--all", "--check"]))?;
+    cmd::step("running clippy");
+    cmd::check(&mut cargo([
+        "clippy",
+        "--workspace",
+        "--all-targets",
+        "--locked",
+        "--",
+        "-D",
+        "warnings",
     ]))?;
-    step("Documentation");
-    run_command(
-        build::cargo()
-            .args(["doc", "--quiet", "--workspace", "--no-deps"])
-            .env("RUSTDOCFLAGS", "-D warnings"),
+    cmd::step("building the documentation");
+    cmd::check(
+        cargo(["doc", "--workspace", "--no-deps", "--locked"]).env("RUSTDOCFLAGS", "-D warnings"),
     )?;
-    test::run(&[])
+    test::run(apt, &Wanted::default())
 }

@@ -1,60 +1,90 @@
-//! A writer for initramfs archives ("newc", Linux
+//! Initial RAM file systems: a cpio archive in the `newc` format (Linux
 //! `Documentation/driver-api/early-userspace/buffer-format.rst`).
 
-/// An archive in memory.
+use anyhow::{Context as _, Result};
+
+const DIRECTORY: u32 = 0o040_755;
+const DEVICE: u32 = 0o020_600;
+const FILE: u32 = 0o100_000;
+
+/// An archive being written.
 #[derive(Default)]
-pub struct Archive {
+pub(crate) struct Archive {
     bytes: Vec<u8>,
-    inode: u32,
+    inodes: u32,
 }
 
 impl Archive {
-    /// Adds a directory.
-    pub fn directory(&mut self, name: &str) {
-        self.entry(name, 0o040_755, &[]);
+    pub(crate) fn directory(&mut self, path: &str) -> Result<()> {
+        self.entry(path, DIRECTORY, (0, 0), &[])
     }
 
-    /// Adds a file with these permission bits.
-    pub fn file(&mut self, name: &str, mode: u32, contents: &[u8]) {
-        self.entry(name, 0o100_000 | mode, contents);
+    pub(crate) fn file(&mut self, path: &str, mode: u32, data: &[u8]) -> Result<()> {
+        self.entry(path, FILE | mode, (0, 0), data)
     }
 
-    fn entry(&mut self, name: &str, mode: u32, contents: &[u8]) {
-        self.inode += 1;
-        let fields = [
-            self.inode,
-            mode,
-            0,
-            0,
-            1,
-            0,
-            u32::try_from(contents.len()).unwrap_or(u32::MAX),
-            0,
-            0,
-            0,
-            0,
-            u32::try_from(name.len() + 1).unwrap_or(u32::MAX),
-            0,
-        ];
+    pub(crate) fn character_device(&mut self, path: &str, number: (u32, u32)) -> Result<()> {
+        self.entry(path, DEVICE, number, &[])
+    }
+
+    pub(crate) fn finish(mut self) -> Result<Vec<u8>> {
+        self.entry("TRAILER!!!", 0, (0, 0), &[])?;
+        Ok(self.bytes)
+    }
+
+    fn entry(&mut self, path: &str, mode: u32, device: (u32, u32), data: &[u8]) -> Result<()> {
+        let size = u32::try_from(data.len()).context("too long for an initramfs")?;
+        let name_size = u32::try_from(path.len() + 1).context("too long a name")?;
+        self.inodes += 1;
         self.bytes.extend_from_slice(b"070701");
+        let fields = [
+            self.inodes,
+            mode,
+            0, // owner
+            0, // group
+            1, // links
+            0, // modification time
+            size,
+            0, // device the file is on
+            0,
+            device.0,
+            device.1,
+            name_size,
+            0, // checksum, unused in this format
+        ];
         for field in fields {
-            self.bytes.extend_from_slice(format!("{field:08x}").as_bytes());
+            self.bytes
+                .extend_from_slice(format!("{field:08x}").as_bytes());
         }
-        self.bytes.extend_from_slice(name.as_bytes());
+        self.bytes.extend_from_slice(path.as_bytes());
         self.bytes.push(0);
         self.pad();
-        self.bytes.extend_from_slice(contents);
+        self.bytes.extend_from_slice(data);
         self.pad();
+        Ok(())
     }
 
     fn pad(&mut self) {
         self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
     }
+}
 
-    /// The finished archive.
-    pub fn finish(mut self) -> Vec<u8> {
-        self.inode = 0;
-        self.entry("TRAILER!!!", 0, &[]);
-        self.bytes
+#[cfg(test)]
+mod tests {
+    use super::Archive;
+
+    #[test]
+    fn entries_are_aligned_and_end_with_the_trailer() {
+        let mut archive = Archive::default();
+        archive.directory("d").unwrap();
+        archive.file("d/f", 0o755, b"12345").unwrap();
+        let bytes = archive.finish().unwrap();
+        assert_eq!(bytes.len() % 4, 0);
+        let starts: Vec<_> = (0..bytes.len())
+            .filter(|at| bytes[*at..].starts_with(b"070701"))
+            .collect();
+        assert_eq!(starts.len(), 3);
+        assert!(starts.iter().all(|at| at % 4 == 0));
+        assert!(bytes[starts[2]..].windows(10).any(|w| w == b"TRAILER!!!"));
     }
 }

@@ -44,7 +44,12 @@ impl Deb {
 
     /// Unpacks all files below `target`.
     pub(crate) fn unpack(&self, target: &Path) -> Result<()> {
-        cmd::check(Command::new("dpkg-deb").arg("-x").arg(&self.path).arg(target))
+        cmd::check(
+            Command::new("dpkg-deb")
+                .arg("-x")
+                .arg(&self.path)
+                .arg(target),
+        )
     }
 
     /// Streams one member of the package into a command's standard input.

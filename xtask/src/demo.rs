@@ -1,77 +1,70 @@
-//! The demonstration: from nothing to a container image running as a microVM.
+//! `cargo xtask demo`: a container image as a microVM, with nothing prepared.
 
-use std::ffi::OsString;
-use std::process::{Command, ExitCode};
+use std::process::Command;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 
-use crate::process::step;
-use crate::{build, fixtures, kernel, lab, paths, apt};
+use crate::apt::Apt;
+use crate::build::{self, Profile};
+use crate::lab::{self, Job};
+use crate::{cmd, fixtures, host, kernel};
 
-const SCRIPT: &str = "echo \"Hello from $(uname -sr) as PID $$ on $(hostname)\"; \
-    echo \"CPUs: $(nproc), memory: $(awk '/MemTotal/ {print $2}' /proc/meminfo) KiB\"; \
-    mount | head -1; exit 7";
+const SCRIPT: &str = "echo \"hello from $(uname -sr) on $(nproc) vCPU\"; \
+                      head -n 1 /etc/os-release 2>/dev/null; \
+                      awk '/MemTotal/ {print $2 / 1024 \" MiB of memory\"}' /proc/meminfo; \
+                      echo 'this line went to standard error' >&2; exit 7";
 
-pub fn run() -> Result<ExitCode> {
-    let built = build::release()?;
-    let kernel = kernel::tuned()?;
-    apt::ensure(&["busybox-static", "umoci"])?;
-    let cache = paths::cache("demo")?;
-    let image = cache.join("v1");
-    if !image.is_dir() {
-        let draft = paths::draft(&cache)?;
-        fixtures::busybox(draft.path())?;
-        paths::publish(draft, &image)?;
-    }
-    let reference = format!("oci:{}", image.join("busybox").display());
-    let words: Vec<OsString> = [
-        built.sm.as_os_str().to_owned(),
-        "run".into(),
-        "--rm".into(),
-        "--timings".into(),
-        "--kernel".into(),
-        kernel.into_os_string(),
-        reference.into(),
-        "sh".into(),
-        "-c".into(),
-        SCRIPT.into(),
+/// Returns 0 when the guest ended as it should.
+pub(crate) fn run(apt: &Apt) -> Result<u8> {
+    let built = build::sm(apt, Profile::Release)?;
+    let kernel = kernel::tuned(apt)?;
+    let image = fixtures::demo_image(apt)?;
+    let text = |path: &std::path::Path| {
+        path.to_str()
+            .map(str::to_owned)
+            .context("a path is not UTF-8")
+    };
+    let reference = format!("oci:{}", text(&image)?);
+    let command: Vec<String> = [
+        &text(&built.sm)?,
+        "run",
+        "--rm",
+        "--timings",
+        &reference,
+        "/bin/sh",
+        "-c",
+        SCRIPT,
     ]
-    .into();
-    let status = match why_not_here(&built) {
+    .map(str::to_owned)
+    .to_vec();
+    let environment = vec![("SM_KERNEL".to_owned(), text(&kernel)?)];
+    let status = match host::why_not_here(&built.sm)? {
         None => {
-            step("Running the image as a microVM");
-            let (program, arguments) = words.split_at(1);
-            let status = Command::new(&program[0]).args(arguments).status()?;
+            cmd::step(format_args!(
+                "sm run --rm --timings {reference} /bin/sh -c ..."
+            ));
+            let status = Command::new(&built.sm)
+                .args(&command[1..])
+                .envs(environment)
+                .status()?;
             status.code().unwrap_or(255)
         }
         Some(reason) => {
-            eprintln!("{reason} So the same runs in the lab.");
-            lab::run(&lab::Options::default(), &words)?
+            cmd::step("running it in the lab (QEMU emulation, some 20 times slower than hardware)");
+            cmd::note(format_args!("because {reason}"));
+            cmd::step(format_args!(
+                "sm run --rm --timings {reference} /bin/sh -c ..."
+            ));
+            let job = Job {
+                command,
+                environment,
+                ..Job::default()
+            };
+            i32::from(lab::run(apt, &job)?)
         }
     };
-    println!("Exit status: {status} (the script ends with 7)");
-    Ok(if status == 7 {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
-}
-
-/// Why guests cannot run on this host, in a sentence.
-pub fn why_not_here(built: &build::Built) -> Option<String> {
-    let output = Command::new(&built.sm).args(["doctor", "--json"]).output().ok()?;
-    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
-    let checks = report.get("checks").unwrap_or(&report).as_array()?;
-    let hypervisor = checks.iter().find(|check| {
-        check
-            .get("name")
-            .and_then(serde_json::Value::as_str)
-            .is_some_and(|name| name.contains("hypervisor") || name.contains("kvm"))
-    })?;
-    if hypervisor.get("ok").and_then(serde_json::Value::as_bool) == Some(true) {
-        return None;
-    }
-    let detail = hypervisor.get("detail").or_else(|| hypervisor.get("message"));
-    let text = detail.and_then(serde_json::Value::as_str).unwrap_or("KVM cannot run Linux here");
-    Some(text.to_owned())
+    cmd::step(format_args!(
+        "exit status {status} (the guest's script ends with \"exit 7\")"
+    ));
+    Ok(u8::from(status != 7))
 }

@@ -1,134 +1,300 @@
-//! The tuned guest kernel, from the distribution's own source package.
+//! The tuned guest kernel: the distribution's `linux-source` with our fragment.
+//!
+//! Cached by what it is made from. The build happens beside the cache entry and
+//! is renamed when it is complete; an interrupted build goes on where it was.
 
 use std::fs;
+use std::io::{BufRead as _, BufReader, IsTerminal as _, Write as _};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
-use sha2::{Digest as _, Sha256};
+use serde_json::json;
 
-use crate::process::{output, run, run_logged, step};
-use crate::{apt, paths};
+use crate::apt::Apt;
+use crate::deb::Deb;
+use crate::{apt, cmd, kconfig, paths};
 
-/// Series with which the fragment was tested.
-const SERIES: &str = "linux-source-6.12";
-const TOOLS: [&str; 9] = [
-    "build-essential",
+/// The series that the fragment was made for and tested with.
+const SERIES: &str = "6.12";
+/// Part of the cache key: raise it when the recipe below changes its result.
+const RECIPE: &str = "1";
+/// About how many lines make prints, for the progress shown.
+const MAKE_LINES: usize = 2500;
+pub(crate) const PACKAGES: [&str; 8] = [
+    "gcc",
+    "make",
     "flex",
     "bison",
     "bc",
     "libelf-dev",
     "libssl-dev",
-    "cpio",
-    "kmod",
     "xz-utils",
 ];
 
-/// Path of the kernel's ELF file, built when it is not in the cache.
-pub fn tuned() -> Result<PathBuf> {
-    let fragment_path = paths::workspace().join("guest/kernel/guest.config");
-    let fragment = fs::read_to_string(&fragment_path).context("cannot read the configuration")?;
-    let cache = paths::cache("kernels")?;
-    if let Some(found) = newest_for(&cache, &fragment) {
-        return Ok(found);
-    }
-    apt::refresh()?;
-    if !apt::is_available(SERIES) {
-        apt::enable_backports()?;
-    }
-    apt::ensure(&TOOLS)?;
-    apt::ensure(&[SERIES])?;
-    let version = output(Command::new("dpkg-query").args(["-W", "-f", "${Version}", SERIES]))?;
-    let compiler = output(Command::new("gcc").arg("-dumpfullversion"))?;
-    let key = format!(
-        "tuned-{}-{}",
-        version.split('-').next().unwrap_or("unknown"),
-        digest(&[&version, &fragment, &compiler])
-    );
-    build(&cache, &key, &fragment)
+/// What a kernel is made from.
+struct Recipe {
+    package: String,
+    version: String,
+    fragment: PathBuf,
+    compiler: String,
 }
 
-fn digest(parts: &[&str]) -> String {
-    let mut hash = Sha256::new();
-    for part in parts {
-        hash.update(part.as_bytes());
-        hash.update([0]);
+/// The tuned kernel, built unless the cache has it.
+pub(crate) fn tuned(apt: &Apt) -> Result<PathBuf> {
+    let recipe = Recipe::of_this_host(apt)?;
+    let kernels = paths::cache("kernels")?;
+    let key = recipe.key()?;
+    let done = kernels.join(&key);
+    let image = done.join("vmlinux");
+    if image.exists() {
+        return Ok(image);
     }
-    let bytes = hash.finalize();
-    bytes.iter().take(6).map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// A kernel in the cache that was built with this fragment.
-fn newest_for(cache: &Path, fragment: &str) -> Option<PathBuf> {
-    let mut found: Vec<_> = fs::read_dir(cache)
-        .ok()?
-        .flatten()
-        .map(|entry| entry.path())
-        .filter(|path| fs::read_to_string(path.join("fragment")).is_ok_and(|f| f == fragment))
-        .map(|path| path.join("vmlinux"))
-        .filter(|path| path.is_file())
-        .collect();
-    found.sort_by_key(|path| fs::metadata(path).and_then(|meta| meta.modified()).ok());
-    found.pop()
-}
-
-fn build(cache: &Path, key: &str, fragment: &str) -> Result<PathBuf> {
-    let target = cache.join(key);
-    step("Building the guest kernel (about 6 minutes on two cores, once)");
-    let started = Instant::now();
-    let draft = paths::draft(cache)?;
-    let log = cache.join("build.log");
-    let _ = fs::remove_file(&log);
-    let source = draft.path().join("source");
-    fs::create_dir(&source)?;
-    let archive = format!("/usr/src/{SERIES}.tar.xz");
-    run(Command::new("tar")
-        .args(["--strip-components=1", "-xf", &archive, "-C"])
-        .arg(&source))?;
-    fs::write(draft.path().join("fragment"), fragment)?;
-    let make = |arguments: &[&str]| {
-        let mut command = Command::new("make");
-        command.arg("-C").arg(&source).arg("ARCH=x86_64").args(arguments);
-        // The same bytes from the same source, whoever builds and when.
-        command
-            .env("KBUILD_BUILD_USER", "sm")
-            .env("KBUILD_BUILD_HOST", "sm")
-            .env("KBUILD_BUILD_TIMESTAMP", "2024-01-01");
-        run_logged(&mut command, &log)
-    };
-    make(&["allnoconfig"])?;
-    let mut config = fs::read_to_string(source.join(".config"))?;
-    config.push_str(fragment);
-    // The last setting of a symbol wins.
-    fs::write(source.join(".config"), config)?;
-    make(&["olddefconfig"])?;
-    report_lost(fragment, &fs::read_to_string(source.join(".config"))?);
-    let jobs = std::thread::available_parallelism().map_or(2, usize::from);
-    make(&[&format!("-j{jobs}"), "vmlinux"])?;
-    run(Command::new("strip")
-        .arg("-o")
-        .arg(draft.path().join("vmlinux"))
-        .arg(source.join("vmlinux")))?;
-    fs::copy(source.join(".config"), draft.path().join("config"))?;
-    fs::remove_dir_all(&source)?;
-    paths::publish(draft, &target)?;
-    step(&format!("Built the guest kernel in {} s", started.elapsed().as_secs()));
-    let path = target.join("vmlinux");
-    if !path.is_file() {
-        bail!("{} is missing after the build", path.display());
+    let _lock = paths::lock(&kernels)?;
+    if image.exists() {
+        return Ok(image);
     }
-    Ok(path)
+    apt.ensure(&PACKAGES)?;
+    let work = kernels.join(format!(".build-{key}"));
+    remove_other_builds(&kernels, &work)?;
+    fs::create_dir_all(&work)?;
+    recipe.source(&work)?;
+    recipe.configure(&work)?;
+    make(&work)?;
+    let fresh = recipe.collect(&work)?;
+    fs::rename(&fresh, &done).with_context(|| format!("cannot publish {:?}", done.display()))?;
+    paths::remove(&work)?;
+    cmd::step(format_args!("the guest kernel is {}", image.display()));
+    Ok(image)
 }
 
-/// Says which symbols of the fragment the kernel's configuration did not take.
-fn report_lost(fragment: &str, config: &str) {
-    let lost: Vec<&str> = fragment
-        .lines()
-        .filter(|line| line.starts_with("CONFIG_") && !line.ends_with("=n"))
-        .filter(|line| !config.lines().any(|other| other == *line))
-        .collect();
-    if !lost.is_empty() {
-        eprintln!("    not in this kernel: {}", lost.join(" "));
+/// What an interrupted build of another recipe left is of no use to this one.
+fn remove_other_builds(kernels: &Path, ours: &Path) -> Result<()> {
+    for entry in fs::read_dir(kernels)?.flatten() {
+        let is_build = entry.file_name().to_string_lossy().starts_with(".build-");
+        if is_build && entry.path() != ours {
+            paths::remove(&entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+impl Recipe {
+    fn of_this_host(apt: &Apt) -> Result<Self> {
+        let package = format!("linux-source-{SERIES}");
+        let package = match apt.candidate(&package)? {
+            Some(_) => package,
+            None => apt.depends_on("linux-source", "linux-source-")?,
+        };
+        let version = apt
+            .candidate(&package)?
+            .with_context(|| format!("apt does not know {package}"))?;
+        apt.ensure(&["gcc"])?;
+        let compiler = cmd::text(&mut cmd::command("gcc", ["-dumpfullversion"]))?;
+        Ok(Self {
+            package,
+            version,
+            fragment: paths::root().join("guest/kernel/guest.config"),
+            compiler: compiler.trim().to_owned(),
+        })
+    }
+
+    /// The name in the cache: the upstream version, for people, and all that
+    /// the result depends on.
+    fn key(&self) -> Result<String> {
+        let fragment = fs::read(&self.fragment)
+            .with_context(|| format!("cannot read {:?}", self.fragment.display()))?;
+        let parts: [&[u8]; 4] = [
+            self.version.as_bytes(),
+            &fragment,
+            self.compiler.as_bytes(),
+            RECIPE.as_bytes(),
+        ];
+        let upstream = self
+            .version
+            .split(['-', '~', '+'])
+            .next()
+            .unwrap_or("linux");
+        Ok(format!("{upstream}-{}", paths::fingerprint(&parts)))
+    }
+
+    fn source(&self, work: &Path) -> Result<()> {
+        let tree = work.join("linux");
+        if tree.exists() {
+            cmd::step("going on with an interrupted kernel build");
+            return Ok(());
+        }
+        let partial = work.join("linux.partial");
+        paths::remove(&partial)?;
+        fs::create_dir(&partial)?;
+        let archive = format!("usr/src/{}.tar.xz", self.package);
+        let mut unpack = cmd::command("tar", ["-xJ", "--strip-components=1", "-C"]);
+        unpack.arg(&partial);
+        let installed = Path::new("/").join(&archive);
+        if apt::installed(&self.package) && installed.exists() {
+            cmd::step(format_args!("unpacking {}", installed.display()));
+            cmd::check(unpack.arg("-f").arg(&installed))?;
+        } else {
+            let deb = Deb::fetch(&format!("{}={}", self.package, self.version))?;
+            cmd::step(format_args!("unpacking {}", self.package));
+            deb.member_into(&format!("./{archive}"), &mut unpack)?;
+        }
+        fs::rename(&partial, &tree)?;
+        Ok(())
+    }
+
+    /// All off, then the fragment, then the defaults of what that made visible.
+    fn configure(&self, work: &Path) -> Result<()> {
+        let tree = work.join("linux");
+        if tree.join(".config").exists() {
+            return Ok(());
+        }
+        cmd::step("configuring the guest kernel");
+        let quiet =
+            |command: &mut Command| cmd::check(command.current_dir(&tree).stdout(Stdio::null()));
+        quiet(clean_make(&["allnoconfig"]).env("KCONFIG_CONFIG", ".config.none"))?;
+        quiet(
+            cmd::command("scripts/kconfig/merge_config.sh", ["-m", ".config.none"])
+                .arg(&self.fragment)
+                .env("KCONFIG_CONFIG", ".config.fresh"),
+        )?;
+        quiet(clean_make(&["olddefconfig"]).env("KCONFIG_CONFIG", ".config.fresh"))?;
+        let fragment = fs::read_to_string(&self.fragment)?;
+        let fresh = tree.join(".config.fresh");
+        let lost = kconfig::lost(&fragment, &fs::read_to_string(&fresh)?);
+        for line in &lost.other {
+            cmd::note(format_args!("not in this kernel: {line}"));
+        }
+        if !lost.essential.is_empty() {
+            bail!(
+                "the configuration lost what sm needs: {}",
+                lost.essential.join(", ")
+            );
+        }
+        fs::rename(fresh, tree.join(".config"))?;
+        Ok(())
+    }
+
+    /// Gathers the cache entry in a directory beside its final place.
+    fn collect(&self, work: &Path) -> Result<PathBuf> {
+        let tree = work.join("linux");
+        let out = work.join("out");
+        paths::remove(&out)?;
+        fs::create_dir(&out)?;
+        let image = out.join("vmlinux");
+        cmd::check(
+            Command::new("strip")
+                .arg("-o")
+                .arg(&image)
+                .arg(tree.join("vmlinux")),
+        )?;
+        // XEN_ELFNOTE_PHYS32_ENTRY, the PVH entry point.
+        let notes = cmd::text(Command::new("readelf").arg("-n").arg(&image))?;
+        if !notes.contains("0x00000012") {
+            bail!("the kernel that was built has no PVH entry point");
+        }
+        fs::copy(tree.join(".config"), out.join("config"))?;
+        let meta = json!({
+            "source": self.package,
+            "version": self.version,
+            "compiler": self.compiler,
+            "recipe": RECIPE,
+        });
+        fs::write(out.join("meta.json"), format!("{meta:#}\n"))?;
+        fs::File::open(&image)?.sync_all()?;
+        Ok(out)
+    }
+}
+
+/// `make` in an environment that neither an outer make nor the clock changes.
+fn clean_make(arguments: &[&str]) -> Command {
+    let mut make = cmd::command("make", ["ARCH=x86_64"]);
+    make.args(arguments)
+        .env_remove("MAKEFLAGS")
+        .env_remove("MFLAGS")
+        .env_remove("MAKELEVEL")
+        .env("KBUILD_BUILD_TIMESTAMP", "1970-01-01")
+        .env("KBUILD_BUILD_USER", "sm")
+        .env("KBUILD_BUILD_HOST", "sm")
+        .stdin(Stdio::null());
+    make
+}
+
+fn make(work: &Path) -> Result<()> {
+    let jobs = std::thread::available_parallelism().map_or(1, usize::from);
+    cmd::step(format_args!(
+        "building the guest kernel with {jobs} jobs (about 15 CPU minutes, once)"
+    ));
+    let log_path = work.join("make.log");
+    let mut log = fs::File::create(&log_path)?;
+    let mut child = clean_make(&[&format!("-j{jobs}"), "vmlinux"])
+        .current_dir(work.join("linux"))
+        .stdout(Stdio::piped())
+        .stderr(log.try_clone()?)
+        .spawn()
+        .context("cannot run make")?;
+    let output = child.stdout.take().context("make has no output")?;
+    let mut progress = Progress::new();
+    for line in BufReader::new(output).split(b'\n') {
+        let line = line?;
+        log.write_all(&line)?;
+        log.write_all(b"\n")?;
+        progress.line();
+    }
+    progress.end();
+    if !child.wait()?.success() {
+        let text = fs::read_to_string(&log_path).unwrap_or_default();
+        let tail: Vec<_> = text.lines().rev().take(30).collect();
+        for line in tail.iter().rev() {
+            eprintln!("{line}");
+        }
+        bail!(
+            "the kernel does not build; the log is {:?}",
+            log_path.display()
+        );
+    }
+    Ok(())
+}
+
+/// Rewrites one line on a terminal; elsewhere prints one now and then.
+struct Progress {
+    started: Instant,
+    lines: usize,
+    terminal: bool,
+}
+
+impl Progress {
+    fn new() -> Self {
+        Self {
+            started: Instant::now(),
+            lines: 0,
+            terminal: std::io::stderr().is_terminal(),
+        }
+    }
+
+    fn line(&mut self) {
+        self.lines += 1;
+        let every = if self.terminal { 10 } else { 500 };
+        if !self.lines.is_multiple_of(every) {
+            return;
+        }
+        let percent = (self.lines * 100 / MAKE_LINES).min(99);
+        let seconds = self.started.elapsed().as_secs();
+        if self.terminal {
+            eprint!("\r    {percent:2} % after {seconds} s ");
+        } else {
+            cmd::note(format_args!("{percent} % after {seconds} s"));
+        }
+    }
+
+    fn end(&self) {
+        if self.terminal {
+            eprint!("\r");
+        }
+        cmd::note(format_args!(
+            "make took {} s",
+            self.started.elapsed().as_secs()
+        ));
     }
 }

@@ -1,261 +1,391 @@
-//! The lab: an emulated machine with a real `/dev/kvm`.
+//! `cargo xtask lab`: a command in a machine with a real, emulated `/dev/kvm`.
 //!
-//! QEMU's TCG emulates AMD SVM, so a distribution kernel inside it runs our
-//! guests with hardware semantics, at emulation speed. The host's file system is
-//! the lab's root, read-only over 9p under a tmpfs overlay; `/tmp`, `/run` and
-//! the state of `sm` are on tmpfs, since a 9p share refuses sockets.
+//! The machine sees the host's tree at the same paths, writes stay in its
+//! memory, and the command has its streams, status, directory and environment as
+//! if it had been run here.
 
-use std::ffi::OsString;
 use std::fs;
-use std::os::unix::process::CommandExt as _;
+use std::io::{self, Read as _, Write as _};
+use std::net::Shutdown;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
+use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
+use tempfile::TempDir;
 
+use crate::apt::Apt;
 use crate::cpio::Archive;
-use crate::process::step;
-use crate::{apt, modules, paths, stock};
+use crate::deb::Deb;
+use crate::qemu::{Machine, Share};
+use crate::stream::copy_until;
+use crate::{cmd, modules, paths};
 
-const QEMU: &str = "qemu-system-x86_64";
-/// Modules of the lab's kernel; names without a module are built in.
-const MODULES: [&str; 9] = [
-    "virtio_pci", "9pnet_virtio", "9p", "kvm_amd", "loop", "erofs", "overlay", "fuse", "vhost_vsock",
+/// Modules of the lab's kernel, with their parameters. Nested virtualisation
+/// inside the lab is of no use.
+const MODULES: [(&str, &str); 14] = [
+    ("virtio_pci", ""),
+    ("virtio_console", ""),
+    ("virtio_rng", ""),
+    ("9pnet_virtio", ""),
+    ("9p", ""),
+    ("kvm", ""),
+    ("kvm_amd", "nested=0"),
+    ("loop", "max_loop=8"),
+    ("crc32c_generic", ""),
+    ("erofs", ""),
+    ("overlay", ""),
+    ("ext4", ""),
+    ("fuse", ""),
+    ("tun", ""),
 ];
 
-/// Runs in the lab before the command.
-const INIT: &str = r#"#!/bin/busybox sh
-B=/bin/busybox
-$B mount -t proc proc /proc
-$B mount -t sysfs sysfs /sys
-$B mount -t devtmpfs dev /dev
-while read module; do
-  case $module in kvm-amd.ko*) options=nested=0 ;; *) options= ;; esac
-  $B insmod /modules/$module $options || echo "lab: cannot load $module"
-done < /modules/list
-$B mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000,cache=loose,ro host /lower || echo "lab: no host tree"
-$B mount -t tmpfs overlay /overlay
-$B mkdir /overlay/upper /overlay/work
-$B mount -t overlay -o lowerdir=/lower,upperdir=/overlay/upper,workdir=/overlay/work root /root
-for name in proc sys dev; do $B mount --move /$name /root/$name; done
-$B mkdir -p /root/dev/pts /root/dev/shm /root/lab-results
-$B mount -t devpts -o mode=620,ptmxmode=666 devpts /root/dev/pts
-$B mount -t tmpfs shm /root/dev/shm
-$B mount -t tmpfs -o mode=1777,size=80% tmp /root/tmp
-$B mount -t tmpfs run /root/run
-$B mount -t cgroup2 cgroup /root/sys/fs/cgroup
-$B mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000,cache=none results /root/lab-results
-$B ip link set lo up
-cd /root
-exec $B chroot /root /bin/sh -c '
-  mkdir -p -m 700 /run/user /run/data
-  sh /lab-results/.command </dev/null >/lab-results/.stdout 2>/lab-results/.stderr
-  echo $? >/lab-results/.status
-  sync
-  echo o >/proc/sysrq-trigger
-  sleep 60'
-"#;
+pub(crate) const PACKAGES: [&str; 5] = ["busybox-static", "kmod", "xz-utils", "zstd", "util-linux"];
 
-/// How a lab is to be.
-pub struct Options {
-    /// Memory of the machine in MiB.
-    pub memory: u32,
-    /// Directory that is writable from inside, as `$SM_LAB_RESULTS`.
-    pub results: Option<PathBuf>,
-    /// Seconds after which the machine is ended.
-    pub timeout: u32,
-    /// Variables set for the command.
-    pub environment: Vec<(String, OsString)>,
+/// Raise it when the initramfs changes in a way the sources below do not show.
+const RECIPE: &str = "1";
+const INIT: &str = include_str!("lab-init.sh");
+const SESSION: &str = include_str!("lab-session.sh");
+
+/// Status of a command that ran out of time, as coreutils' `timeout` has it.
+const TIMED_OUT: u8 = 124;
+const INTERRUPTED: u8 = 130;
+
+/// A command to run in the lab.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Job {
+    pub(crate) command: Vec<String>,
+    /// Set on top of this process's environment.
+    pub(crate) environment: Vec<(String, String)>,
+    /// A directory that the command may write to, as `$SM_LAB_RESULTS`.
+    pub(crate) results: Option<PathBuf>,
+    pub(crate) memory_mib: u32,
+    pub(crate) cpus: u32,
+    pub(crate) timeout: Option<Duration>,
 }
 
-impl Default for Options {
+impl Default for Job {
     fn default() -> Self {
         Self {
-            memory: 4096,
-            results: None,
-            timeout: 3600,
+            command: Vec::new(),
             environment: Vec::new(),
+            results: None,
+            memory_mib: 4096,
+            cpus: 2,
+            timeout: None,
         }
     }
 }
 
-/// `cargo xtask lab`.
-pub fn command(arguments: &[OsString]) -> Result<ExitCode> {
-    let mut options = Options::default();
-    let mut rest = arguments.iter();
-    let mut words: Vec<OsString> = Vec::new();
-    while let Some(argument) = rest.next() {
-        let mut value = |what: &str| {
-            rest.next()
-                .cloned()
-                .with_context(|| format!("{what} needs a value"))
-        };
-        match argument.to_str() {
-            Some("--memory") => options.memory = number(&value("--memory")?)?,
-            Some("--timeout") => options.timeout = number(&value("--timeout")?)?,
-            Some("--results") => options.results = Some(value("--results")?.into()),
-            Some("--") => break,
-            _ => words.push(argument.clone()),
-        }
-    }
-    words.extend(rest.cloned());
-    if words.is_empty() {
-        bail!("nothing to run: cargo xtask lab -- COMMAND");
-    }
-    let status = run(&options, &words)?;
-    Ok(ExitCode::from(u8::try_from(status).unwrap_or(255)))
-}
-
-fn number(text: &OsString) -> Result<u32> {
-    let text = text.to_string_lossy();
-    text.parse().with_context(|| format!("\"{text}\" is not a number"))
-}
-
-/// Installs what the lab needs.
-pub fn prepare() -> Result<()> {
-    apt::ensure(&["busybox-static"])?;
-    apt::ensure_major("qemu-system-x86", QEMU, 10)
-}
-
-/// Runs a command in a fresh lab; its output appears on ours. Returns its exit
-/// status.
-pub fn run(options: &Options, words: &[OsString]) -> Result<i32> {
-    prepare()?;
-    let kernel = stock::generic()?;
-    let initramfs = initramfs(&kernel)?;
-    let own = tempfile::tempdir().context("cannot create a directory for results")?;
-    let results = match &options.results {
-        Some(path) => {
-            fs::create_dir_all(path)?;
-            path.canonicalize()?
-        }
-        None => own.path().to_owned(),
+/// Runs a job and returns its exit status.
+pub(crate) fn run(apt: &Apt, job: &Job) -> Result<u8> {
+    let (kernel, initramfs) = prepare(apt)?;
+    let control = tempfile::tempdir().context("cannot make a temporary directory")?;
+    let results = match &job.results {
+        Some(directory) => directory.clone(),
+        None => control.path().join("results"),
     };
-    for name in [".status", ".stdout", ".stderr"] {
-        let _ = fs::remove_file(results.join(name));
-        if name != ".status" {
-            fs::write(results.join(name), "")?;
+    fs::create_dir_all(&results).with_context(|| format!("cannot make {:?}", results.display()))?;
+    let shared = control.path().join("control");
+    fs::create_dir(&shared)?;
+    let token = token()?;
+    fs::write(shared.join("token"), &token)?;
+    fs::write(shared.join("job"), script(job)?)?;
+
+    let console = control.path().join("console");
+    let machine = Machine {
+        kernel,
+        initramfs,
+        console: console.clone(),
+        memory_mib: job.memory_mib,
+        cpus: job.cpus,
+    };
+    let shares = [
+        Share {
+            tag: "root",
+            path: Path::new("/"),
+            read_only: true,
+        },
+        Share {
+            tag: "control",
+            path: &shared,
+            read_only: false,
+        },
+        Share {
+            tag: "results",
+            path: &results,
+            read_only: false,
+        },
+    ];
+    let ended = attend(&machine, &shares, &token, job.timeout)?;
+    let status = fs::read_to_string(shared.join("status")).ok();
+    let status = status.and_then(|text| text.trim().parse::<u8>().ok());
+    match (ended, status) {
+        (Ended::Interrupted, _) => Ok(INTERRUPTED),
+        (Ended::TimedOut, _) => {
+            show_tail(&console);
+            eprintln!("xtask: the lab was stopped: the command's time was over");
+            Ok(TIMED_OUT)
+        }
+        (Ended::Complete, Some(status)) => Ok(status),
+        _ => {
+            show_tail(&console);
+            bail!("the lab died before the command ended; above is the end of its console")
         }
     }
-    fs::write(results.join(".command"), script(options, words)?)?;
-    let console = results.join(".console");
-    let mut qemu = qemu(options, &kernel.image, &initramfs, &results);
-    let output = fs::File::create(&console)?;
-    qemu.stdin(Stdio::null())
-        .stdout(output.try_clone()?)
-        .stderr(output);
-    step("Starting the lab (an emulated machine with nested virtualisation)");
-    // Ctrl-C goes to the whole process group, and QEMU ends by it.
-    let mut child = qemu.spawn().context("cannot start QEMU")?;
-    let mut follow = Command::new("tail");
-    follow.arg(format!("--pid={}", child.id()));
-    follow.args(["-q", "-n", "+1", "-s", "0.2", "-f"]).arg(results.join(".stdout"));
-    let mut out = follow.spawn().ok();
-    let mut follow = Command::new("tail");
-    follow.arg(format!("--pid={}", child.id()));
-    follow.args(["-q", "-n", "+1", "-s", "0.2", "-f"]).arg(results.join(".stderr"));
-    follow.stdout(std::io::stderr());
-    let mut err = follow.spawn().ok();
-    child.wait()?;
-    for tail in [&mut out, &mut err].into_iter().flatten() {
-        let _ = tail.wait();
-    }
-    match fs::read_to_string(results.join(".status")) {
-        Ok(text) => text.trim().parse().context("the lab left no exit status"),
-        Err(_) => {
-            let text = String::from_utf8_lossy(&fs::read(&console)?).into_owned();
-            let lines: Vec<&str> = text.lines().collect();
-            for line in lines.iter().skip(lines.len().saturating_sub(25)) {
-                eprintln!("    {line}");
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Ended {
+    /// All output has been passed on.
+    Complete,
+    /// The machine is gone.
+    Died,
+    TimedOut,
+    Interrupted,
+}
+
+/// Runs the machine until both output streams have ended.
+fn attend(
+    machine: &Machine,
+    shares: &[Share<'_>],
+    token: &[u8],
+    timeout: Option<Duration>,
+) -> Result<Ended> {
+    // Ctrl-C reaches QEMU as well, which ends; this process then cleans up.
+    let interrupted = Arc::new(AtomicBool::new(false));
+    signal_hook::flag::register(signal_hook::consts::SIGINT, interrupted.clone())
+        .context("cannot handle SIGINT")?;
+
+    let (input, input_port) = UnixStream::pair()?;
+    let (mut output, output_port) = UnixStream::pair()?;
+    let (mut errors, errors_port) = UnixStream::pair()?;
+    let deadline = timeout.map(|timeout| Instant::now() + timeout);
+    let mut qemu = {
+        let mut command = machine.command(shares);
+        command
+            .stdin(Stdio::from(OwnedFd::from(input_port)))
+            .stdout(Stdio::from(OwnedFd::from(output_port)))
+            .stderr(Stdio::from(OwnedFd::from(errors_port)));
+        // The command holds our copies of the ports until it is dropped.
+        command.spawn().context("cannot run qemu-system-x86_64")?
+    };
+    forward_input(input);
+
+    let (sender, receiver) = mpsc::channel();
+    let (mark, send) = (token.to_owned(), sender.clone());
+    thread::spawn(move || {
+        let seen = copy_until(&mut output, &mut io::stdout().lock(), &mark);
+        let _ = send.send(seen);
+    });
+    let mark = token.to_owned();
+    thread::spawn(move || {
+        let seen = copy_until(&mut errors, &mut io::stderr(), &mark);
+        let _ = sender.send(seen);
+    });
+
+    let mut ended = Ended::Complete;
+    for _ in 0..2 {
+        let seen = match deadline {
+            None => receiver.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            Some(deadline) => {
+                receiver.recv_timeout(deadline.saturating_duration_since(Instant::now()))
             }
-            bail!("the lab ended before the command did; its console ended as shown")
+        };
+        match seen {
+            Ok(Ok(true)) => {}
+            Ok(Ok(false)) | Err(RecvTimeoutError::Disconnected) => ended = Ended::Died,
+            // Our own output is closed: nobody wants the rest.
+            Ok(Err(_)) => {
+                ended = Ended::Interrupted;
+                break;
+            }
+            Err(RecvTimeoutError::Timeout) => {
+                ended = Ended::TimedOut;
+                break;
+            }
         }
+    }
+    let _ = qemu.kill();
+    qemu.wait()?;
+    if interrupted.load(Ordering::Relaxed) {
+        ended = Ended::Interrupted;
+    }
+    Ok(ended)
+}
+
+/// Passes on standard input unless it is a terminal, which stays the user's.
+/// The thread may be left reading; it ends with the process.
+fn forward_input(mut port: UnixStream) {
+    if io::IsTerminal::is_terminal(&io::stdin()) {
+        return;
+    }
+    thread::spawn(move || {
+        let _ = io::copy(&mut io::stdin().lock(), &mut port);
+        let _ = port.shutdown(Shutdown::Both);
+    });
+}
+
+fn show_tail(console: &Path) {
+    let bytes = fs::read(console).unwrap_or_default();
+    let text = String::from_utf8_lossy(&bytes);
+    let lines: Vec<_> = text.lines().collect();
+    for line in lines.iter().skip(lines.len().saturating_sub(40)) {
+        eprintln!("lab console: {}", line.trim_end());
     }
 }
 
-fn qemu(options: &Options, kernel: &Path, initramfs: &Path, results: &Path) -> Command {
-    let mut qemu = Command::new("timeout");
-    qemu.arg("--foreground").arg(options.timeout.to_string());
-    qemu.arg(QEMU);
-    qemu.args(["-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "max,+svm,+npt"]);
-    qemu.args(["-smp", "2", "-m", &options.memory.to_string()]);
-    qemu.args(["-nographic", "-no-reboot", "-rtc", "base=utc", "-nic", "none"]);
-    qemu.arg("-kernel").arg(kernel).arg("-initrd").arg(initramfs);
-    qemu.args(["-append", "console=ttyS0 quiet panic=-1 mitigations=off"]);
-    qemu.args(["-fsdev", "local,id=host,path=/,security_model=none,multidevs=remap,readonly=on"]);
-    qemu.args(["-device", "virtio-9p-pci,fsdev=host,mount_tag=host"]);
-    let share = format!("local,id=results,path={},security_model=none", results.display());
-    qemu.args(["-fsdev", &share]);
-    qemu.args(["-device", "virtio-9p-pci,fsdev=results,mount_tag=results"]);
-    // Nothing to inherit that could keep a pipe of ours open.
-    qemu.env_remove("RUST_BACKTRACE");
-    qemu.arg0("timeout");
-    qemu
+/// A mark that no output contains by chance or by intent.
+fn token() -> Result<Vec<u8>> {
+    let mut random = [0; 24];
+    fs::File::open("/dev/urandom")?.read_exact(&mut random)?;
+    let mut token = b"<end of stream ".to_vec();
+    for byte in random {
+        write!(token, "{byte:02x}")?;
+    }
+    token.push(b'>');
+    Ok(token)
 }
 
-/// What the lab runs: the command with our working directory and environment.
-fn script(options: &Options, words: &[OsString]) -> Result<String> {
-    let mut text = String::from("export SM_LAB=1 SM_LAB_RESULTS=/lab-results\n");
-    text.push_str("export XDG_RUNTIME_DIR=/run/user XDG_DATA_HOME=/run/data TMPDIR=/tmp\n");
-    for name in ["PATH", "HOME"] {
-        if let Some(value) = std::env::var_os(name) {
-            text.push_str(&format!("export {name}={}\n", quote(&value)));
-        }
+/// The shell script that becomes the command.
+fn script(job: &Job) -> Result<String> {
+    let mut text = String::new();
+    let inherited = std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+        .filter(|(name, _)| is_identifier(name) && name != "TMPDIR");
+    let ours = [
+        ("SM_LAB", "1"),
+        ("SM_LAB_RESULTS", "/run/lab/results"),
+        ("XDG_RUNTIME_DIR", "/run/user/0"),
+        ("XDG_DATA_HOME", "/run/lab/data"),
+    ]
+    .map(|(name, value)| (name.to_owned(), value.to_owned()));
+    for (name, value) in inherited.chain(ours).chain(job.environment.iter().cloned()) {
+        text.push_str(&format!("export {name}={}\n", quoted(&value)));
     }
-    for (name, value) in &options.environment {
-        text.push_str(&format!("export {name}={}\n", quote(value)));
+    let directory = std::env::current_dir().context("cannot tell the current directory")?;
+    text.push_str(&format!(
+        "cd {} || exit 125\nexec",
+        quoted(&directory.to_string_lossy())
+    ));
+    for word in &job.command {
+        text.push(' ');
+        text.push_str(&quoted(word));
     }
-    let here = std::env::current_dir()?;
-    text.push_str(&format!("cd {}\n", quote(here.as_os_str())));
-    let words: Vec<String> = words.iter().map(|word| quote(word)).collect();
-    text.push_str(&words.join(" "));
     text.push('\n');
     Ok(text)
 }
 
-fn quote(word: &std::ffi::OsStr) -> String {
-    format!("'{}'", word.to_string_lossy().replace('\'', r"'\''"))
+fn is_identifier(name: &str) -> bool {
+    !name.starts_with(|c: char| c.is_ascii_digit())
+        && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
 }
 
-/// The lab's initramfs, made once for a kernel.
-fn initramfs(kernel: &stock::Stock) -> Result<PathBuf> {
-    let path = paths::cache("lab")?.join("initramfs.cpio");
+/// One word of a POSIX shell.
+pub(crate) fn quoted(word: &str) -> String {
+    format!("'{}'", word.replace('\'', "'\\''"))
+}
+
+/// Kernel and initramfs of the lab, made from the distribution's generic kernel
+/// unless the cache has them.
+fn prepare(apt: &Apt) -> Result<(PathBuf, PathBuf)> {
+    apt.ensure_qemu()?;
+    let package = apt.depends_on("linux-image-amd64", "linux-image-")?;
+    let version = apt
+        .candidate(&package)?
+        .with_context(|| format!("apt does not know {package}"))?;
+    let modules = format!("{MODULES:?}");
+    let parts = [&version, RECIPE, INIT, SESSION, &modules].map(str::as_bytes);
+    let labs = paths::cache("lab")?;
+    let done = labs.join(paths::fingerprint(&parts));
+    let built = || (done.join("vmlinuz"), done.join("initramfs"));
+    if done.exists() {
+        return Ok(built());
+    }
+    let _lock = paths::lock(&labs)?;
+    if done.exists() {
+        return Ok(built());
+    }
+    apt.ensure(&PACKAGES)?;
+    let deb = Deb::fetch(&format!("{package}={version}"))?;
+    cmd::step(format_args!("preparing the lab with {package}"));
+    let work = tempfile::tempdir_in(paths::cache("tmp")?)?;
+    deb.unpack(work.path())?;
+    let fresh = assemble(&work)?;
+    fs::rename(&fresh, &done).with_context(|| format!("cannot publish {:?}", done.display()))?;
+    Ok(built())
+}
+
+/// Makes the cache entry from the unpacked kernel package.
+fn assemble(work: &TempDir) -> Result<PathBuf> {
+    let release = modules::release(work.path())?;
+    modules::index(work.path(), &release)?;
+    let tree = work.path().join("lib/modules").join(&release);
+    let dep = fs::read_to_string(tree.join("modules.dep"))?;
+    let names = MODULES.map(|(name, _)| name);
+
     let mut archive = Archive::default();
-    for name in ["bin", "modules", "proc", "sys", "dev", "lower", "overlay", "root"] {
-        archive.directory(name);
+    for directory in [
+        "bin", "dev", "lower", "modules", "new", "proc", "sys", "upper",
+    ] {
+        archive.directory(directory)?;
     }
-    archive.file("init", 0o755, INIT.as_bytes());
-    let busybox = fs::read("/bin/busybox").context("cannot read busybox")?;
-    archive.file("bin/busybox", 0o755, &busybox);
+    archive.character_device("dev/console", (5, 1))?;
+    let busybox = fs::read("/bin/busybox").context("cannot read /bin/busybox")?;
+    archive.file("bin/busybox", 0o755, &busybox)?;
+    archive.file("init", 0o755, INIT.as_bytes())?;
+    archive.file("session", 0o644, SESSION.as_bytes())?;
     let mut list = String::new();
-    for module in modules::in_order(&kernel.modules, &MODULES)? {
-        let name = module
-            .file_name()
-            .map(|name| name.to_string_lossy().into_owned())
-            .unwrap_or_default();
-        archive.file(&format!("modules/{name}"), 0o644, &fs::read(&module)?);
-        list.push_str(&name);
-        list.push('\n');
+    for file in modules::load_order(&dep, &names) {
+        let name = modules::plain_name(&file);
+        let parameters = MODULES
+            .iter()
+            .find(|(module, _)| name.replace('-', "_") == format!("{module}.ko"))
+            .map_or("", |(_, parameters)| parameters);
+        list.push_str(&format!("{name} {parameters}\n"));
+        archive.file(
+            &format!("modules/{name}"),
+            0o644,
+            &modules::read(&tree.join(&file))?,
+        )?;
     }
-    archive.file("modules/list", 0o644, list.as_bytes());
-    let bytes = archive.finish();
-    if fs::read(&path).is_ok_and(|old| old == bytes) {
-        return Ok(path);
-    }
-    let draft = tempfile::NamedTempFile::new_in(paths::cache("lab")?)?;
-    fs::write(draft.path(), bytes)?;
-    draft.persist(&path)?;
-    Ok(path)
+    archive.file("modules/list", 0o644, list.as_bytes())?;
+
+    let fresh = work.path().join("lab");
+    fs::create_dir(&fresh)?;
+    fs::write(fresh.join("initramfs"), archive.finish()?)?;
+    fs::copy(
+        work.path().join(format!("boot/vmlinuz-{release}")),
+        fresh.join("vmlinuz"),
+    )?;
+    Ok(fresh)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{is_identifier, quoted};
 
     #[test]
     fn words_survive_the_shell() {
-        assert_eq!(quote("it's".as_ref()), r"'it'\''s'");
-        let text = script(&Options::default(), &["echo".into(), "a b".into()]).unwrap();
-        assert!(text.ends_with("'echo' 'a b'\n"));
+        for word in ["", "plain", "it's", "a b\n$(c) `d` \\ \"e\" *"] {
+            let output = std::process::Command::new("sh")
+                .args(["-c", &format!("printf %s {}", quoted(word))])
+                .output()
+                .unwrap();
+            assert_eq!(String::from_utf8(output.stdout).unwrap(), word);
+        }
+    }
+
+    #[test]
+    fn only_names_that_the_shell_can_export() {
+        assert!(is_identifier("SM_BIN_2"));
+        assert!(!is_identifier("2X"));
+        assert!(!is_identifier("BASH_FUNC_x%%"));
     }
 }

@@ -1,46 +1,120 @@
-//! Kernel modules of a distribution and what they need, in loading order.
+//! Kernel modules: which files a set of modules needs, in loading order.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::process::Command;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 
-/// Paths of `wanted` and all they depend on, dependencies first. Names that the
-/// kernel has built in, or does not have, are left out.
-pub fn in_order(tree: &Path, wanted: &[&str]) -> Result<Vec<PathBuf>> {
-    let path = tree.join("modules.dep");
-    let text =
-        fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    let needs: HashMap<&str, Vec<&str>> = text
-        .lines()
-        .filter_map(|line| line.split_once(':'))
-        .map(|(module, rest)| (module, rest.split_whitespace().collect()))
-        .collect();
-    let mut order = Vec::new();
-    for name in wanted {
-        let module = needs.keys().find(|path| module_name(path) == *name);
-        if let Some(module) = module {
-            add(module, &needs, &mut order);
+use crate::cmd;
+
+/// Makes `modules.dep` for the modules of `version` below `root`, if the package
+/// came without.
+pub(crate) fn index(root: &Path, version: &str) -> Result<()> {
+    if root
+        .join("lib/modules")
+        .join(version)
+        .join("modules.dep")
+        .exists()
+    {
+        return Ok(());
+    }
+    cmd::check(
+        Command::new("/sbin/depmod")
+            .arg("-b")
+            .arg(root)
+            .arg(version),
+    )
+}
+
+/// The only entry of `root/lib/modules`: the kernel's release.
+pub(crate) fn release(root: &Path) -> Result<String> {
+    let directory = root.join("lib/modules");
+    fs::read_dir(&directory)
+        .with_context(|| format!("cannot list {:?}", directory.display()))?
+        .flatten()
+        .find_map(|entry| entry.file_name().into_string().ok())
+        .with_context(|| format!("no modules in {:?}", directory.display()))
+}
+
+/// Files of the wanted modules and all they depend on, dependencies first. A
+/// name without a file is built in or does not exist, and is left out.
+pub(crate) fn load_order(modules_dep: &str, wanted: &[&str]) -> Vec<String> {
+    let mut files = HashMap::new();
+    for line in modules_dep.lines() {
+        if let Some((file, needs)) = line.split_once(':') {
+            files.insert(name(file), (file, needs));
         }
     }
-    Ok(order.into_iter().map(|relative| tree.join(relative)).collect())
+    let mut order = Vec::new();
+    let mut seen = HashSet::new();
+    for wanted in wanted {
+        let Some((file, needs)) = files.get(&name(wanted)) else {
+            continue;
+        };
+        // modules.dep lists the whole closure, the deepest dependency last.
+        for file in needs.split_whitespace().rev().chain([*file]) {
+            if seen.insert(file) {
+                order.push(file.to_owned());
+            }
+        }
+    }
+    order
 }
 
-fn add<'a>(module: &'a str, needs: &HashMap<&'a str, Vec<&'a str>>, order: &mut Vec<&'a str>) {
-    if order.contains(&module) {
-        return;
+/// A module's contents, decompressed.
+pub(crate) fn read(path: &Path) -> Result<Vec<u8>> {
+    let tool = match path.extension().and_then(|name| name.to_str()) {
+        Some("xz") => "xz",
+        Some("zst") => "zstd",
+        Some("gz") => "gzip",
+        _ => {
+            return fs::read(path).with_context(|| format!("cannot read {:?}", path.display()));
+        }
+    };
+    let output = Command::new(tool).arg("-dc").arg(path).output()?;
+    if !output.status.success() {
+        bail!("{tool} cannot unpack {:?}", path.display());
     }
-    for needed in needs.get(module).into_iter().flatten() {
-        add(needed, needs, order);
-    }
-    if !order.contains(&module) {
-        order.push(module);
-    }
+    Ok(output.stdout)
 }
 
-/// `kvm_amd` for `kernel/arch/x86/kvm/kvm-amd.ko.xz`.
-fn module_name(path: &str) -> String {
-    let file = path.rsplit('/').next().unwrap_or(path);
-    file.split(".ko").next().unwrap_or(file).replace('-', "_")
+/// The file name that `read` contents belong under.
+pub(crate) fn plain_name(file: &str) -> String {
+    let base = file.rsplit('/').next().unwrap_or(file);
+    let stem = base.split(".ko").next().unwrap_or(base);
+    format!("{stem}.ko")
+}
+
+/// A module's name: its file name without endings, with `_` for `-`.
+fn name(file: &str) -> String {
+    plain_name(file).trim_end_matches(".ko").replace('-', "_")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{load_order, plain_name};
+
+    const DEP: &str = "kernel/a-b.ko.xz: kernel/c.ko kernel/d.ko\nkernel/c.ko: kernel/d.ko\n\
+                       kernel/d.ko:\nkernel/e.ko: kernel/c.ko kernel/d.ko\n";
+
+    #[test]
+    fn dependencies_come_first_and_once() {
+        assert_eq!(
+            load_order(DEP, &["a_b", "built_in", "e"]),
+            [
+                "kernel/d.ko",
+                "kernel/c.ko",
+                "kernel/a-b.ko.xz",
+                "kernel/e.ko"
+            ]
+        );
+    }
+
+    #[test]
+    fn compression_is_not_part_of_the_plain_name() {
+        assert_eq!(plain_name("kernel/a-b.ko.xz"), "a-b.ko");
+        assert_eq!(plain_name("c.ko"), "c.ko");
+    }
 }

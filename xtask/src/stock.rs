@@ -1,80 +1,78 @@
-//! Distribution kernels: unpacked into the cache, never installed.
+//! The stock-kernel path: the distribution's cloud kernel and its modules,
+//! unpacked into the cache and not installed.
 
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
 
-use crate::process::{output, run, step};
-use crate::{apt, paths};
+use crate::apt::Apt;
+use crate::deb::Deb;
+use crate::{cmd, modules, paths};
 
-/// An unpacked kernel package.
-pub struct Stock {
-    /// `vmlinuz-VERSION`.
-    pub image: PathBuf,
-    /// `lib/modules/VERSION`, with `modules.dep`.
-    pub modules: PathBuf,
-}
+/// What `sm` may put into the initramfs (it picks from the closure of these by
+/// `modules.dep`), so that the cache does not hold every driver.
+const WANTED: [&str; 15] = [
+    "virtio_mmio",
+    "virtio_blk",
+    "virtio_net",
+    "virtio_rng",
+    "virtio_balloon",
+    "virtio_console",
+    "vmw_vsock_virtio_transport",
+    "erofs",
+    "overlay",
+    "ext4",
+    "vmgenid",
+    "loop",
+    "fuse",
+    "crc32c_generic",
+    "crc32c_intel",
+];
 
-/// The distribution's small kernel for clouds, for use as a guest kernel.
-pub fn guest_kernel() -> Result<PathBuf> {
-    Ok(unpack("linux-image-cloud-amd64")?.image)
-}
-
-/// The distribution's generic kernel, for the lab.
-pub fn generic() -> Result<Stock> {
-    unpack("linux-image-amd64")
-}
-
-fn unpack(meta: &str) -> Result<Stock> {
-    let cache = paths::cache("stock")?;
-    let target = cache.join(meta);
-    if !target.is_dir() {
-        apt::ensure(&["kmod"])?;
-        apt::refresh()?;
-        let package = dependency(meta)?;
-        step(&format!("Unpacking {package}"));
-        let draft = paths::draft(&cache)?;
-        run(Command::new("apt-get")
-            .args(["-qq", "download", &package])
-            .current_dir(draft.path())
-            .stderr(std::process::Stdio::null()))?;
-        let archive = find(draft.path(), ".deb")?;
-        run(Command::new("dpkg-deb").arg("-x").arg(&archive).arg(draft.path()))?;
-        fs::remove_file(archive)?;
-        let version = only_entry(&draft.path().join("lib/modules"))?;
-        run(Command::new("/sbin/depmod").arg("-b").arg(draft.path()).arg(version))?;
-        paths::publish(draft, &target)?;
+/// The distribution's cloud kernel: `vmlinuz` with `modules/` (a module tree
+/// with its `modules.dep`) beside it.
+pub(crate) fn kernel(apt: &Apt) -> Result<PathBuf> {
+    let package = apt.depends_on("linux-image-cloud-amd64", "linux-image-")?;
+    let version = apt
+        .candidate(&package)?
+        .with_context(|| format!("apt does not know {package}"))?;
+    let kernels = paths::cache("kernels")?;
+    let done = kernels.join(format!("stock-{}", version.replace(['/', ':'], "_")));
+    let image = done.join("vmlinuz");
+    if image.exists() {
+        return Ok(image);
     }
-    let version = only_entry(&target.join("lib/modules"))?;
-    Ok(Stock {
-        image: target.join("boot").join(format!("vmlinuz-{version}")),
-        modules: target.join("lib/modules").join(version),
-    })
-}
+    let _lock = paths::lock(&kernels)?;
+    if image.exists() {
+        return Ok(image);
+    }
+    apt.ensure(&["kmod", "xz-utils", "zstd"])?;
+    let deb = Deb::fetch(&format!("{package}={version}"))?;
+    let work = tempfile::tempdir_in(paths::cache("tmp")?)?;
+    cmd::step(format_args!("unpacking {package}"));
+    deb.unpack(work.path())?;
+    let release = modules::release(work.path())?;
+    modules::index(work.path(), &release)?;
 
-/// The package that a meta package stands for now.
-fn dependency(meta: &str) -> Result<String> {
-    let text = output(Command::new("apt-cache").args(["depends", meta]))?;
-    text.lines()
-        .find_map(|line| line.trim().strip_prefix("Depends: "))
-        .map(str::to_owned)
-        .with_context(|| format!("apt does not know the package {meta}"))
-}
-
-fn find(directory: &Path, suffix: &str) -> Result<PathBuf> {
-    fs::read_dir(directory)?
-        .flatten()
-        .map(|entry| entry.path())
-        .find(|path| path.to_string_lossy().ends_with(suffix))
-        .with_context(|| format!("nothing ending in {suffix} in {}", directory.display()))
-}
-
-fn only_entry(directory: &Path) -> Result<String> {
-    let entry = fs::read_dir(directory)
-        .with_context(|| format!("cannot list {}", directory.display()))?
-        .next()
-        .with_context(|| format!("{} is empty", directory.display()))??;
-    Ok(entry.file_name().to_string_lossy().into_owned())
+    let fresh = work.path().join("stock");
+    let tree = work.path().join("lib/modules").join(&release);
+    let dep = fs::read_to_string(tree.join("modules.dep"))?;
+    let mut kept = String::new();
+    for file in modules::load_order(&dep, &WANTED) {
+        let target = fresh.join("modules").join(&file);
+        fs::create_dir_all(target.parent().context("a module has no directory")?)?;
+        fs::copy(tree.join(&file), &target)?;
+        let line = dep
+            .lines()
+            .find(|line| line.split_once(':').is_some_and(|(name, _)| name == file));
+        kept.extend(line.into_iter().chain(["\n"]));
+    }
+    fs::write(fresh.join("modules/modules.dep"), kept)?;
+    let from = work.path().join(format!("boot/vmlinuz-{release}"));
+    // Renamed, not copied: with its old time stamp it never counts as newer than
+    // the tuned kernel.
+    fs::rename(from, fresh.join("vmlinuz"))?;
+    fs::rename(&fresh, &done).with_context(|| format!("cannot publish {:?}", done.display()))?;
+    Ok(image)
 }

@@ -1,104 +1,193 @@
-//! All tests: those of the workspace here, and the end-to-end tests wherever
-//! guests can run.
+//! `cargo xtask test`: unit tests here, end-to-end tests where guests can run.
 
-use std::ffi::OsString;
+use std::fs;
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
+use serde_json::Value;
 
-use crate::process::{run as run_command, step};
-use crate::{build, demo, fixtures, kernel, lab, stock};
+use crate::apt::Apt;
+use crate::build::{self, Built, Profile, cargo};
+use crate::lab::{self, Job, quoted};
+use crate::{cmd, fixtures, host, kernel, stock};
 
-/// The end-to-end test targets.
-const END_TO_END: [&str; 3] = ["bad_use", "run", "lifecycle"];
+/// The lab is some 20 times slower than hardware.
+const LAB_TIMEOUT: Duration = Duration::from_secs(40 * 60);
+/// Room for a 6 GiB guest that touches little of it.
+const LAB_MEMORY_MIB: u32 = 8192;
 
-pub fn run(arguments: &[OsString]) -> Result<()> {
-    let built = build::release()?;
-    let kernel = kernel::tuned()?;
-    let stock_kernel = stock::guest_kernel()?;
-    let fixtures = fixtures::all()?;
-    if arguments.is_empty() {
-        step("Unit, property and documentation tests");
-        run_command(
-            build::cargo()
-                .args(["test", "--workspace", "--quiet"])
-                .env("SM_AGENT_BIN", &built.agent),
-        )?;
-    }
-    step("Building the end-to-end tests");
-    let tests = end_to_end_binaries()?;
-    let environment: Vec<(String, OsString)> = [
-        ("SM_BIN", built.sm.clone()),
-        ("SM_FIXTURES", fixtures),
-        ("SM_KERNEL", kernel),
-        ("SM_STOCK_KERNEL", stock_kernel),
-    ]
-    .map(|(name, path)| (name.to_owned(), path.into_os_string()))
-    .into();
-    let place = demo::why_not_here(&built);
-    if let Some(reason) = &place {
-        eprintln!("{reason} So the end-to-end tests run in the lab.");
-    }
-    let mut failed = Vec::new();
-    for test in &tests {
-        let mut words: Vec<OsString> = vec![test.clone().into(), "--test-threads=2".into()];
-        words.extend_from_slice(arguments);
-        let ok = if place.is_some() {
-            let options = lab::Options {
-                memory: 12_288,
-                timeout: 1800,
-                environment: environment.clone(),
-                ..lab::Options::default()
-            };
-            lab::run(&options, &words)? == 0
-        } else {
-            Command::new(&words[0])
-                .args(&words[1..])
-                .envs(environment.iter().map(|(name, value)| (name, value)))
-                .status()?
-                .success()
-        };
-        if !ok {
-            failed.push(test.display().to_string());
+/// Which tests.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Wanted {
+    pub(crate) unit: bool,
+    pub(crate) e2e: bool,
+    /// Use the lab even where KVM works.
+    pub(crate) force_lab: bool,
+    pub(crate) profile: Profile,
+    /// End-to-end tests whose names contain one of these; all if empty.
+    pub(crate) names: Vec<String>,
+}
+
+impl Default for Wanted {
+    fn default() -> Self {
+        Self {
+            unit: true,
+            e2e: true,
+            force_lab: false,
+            profile: Profile::Release,
+            names: Vec::new(),
         }
-    }
-    if failed.is_empty() {
-        step("All tests passed");
-        Ok(())
-    } else {
-        bail!("these tests failed: {}", failed.join(", "))
     }
 }
 
-/// Builds the test programs and finds them.
-fn end_to_end_binaries() -> Result<Vec<PathBuf>> {
-    let mut command = build::cargo();
-    command.args(["test", "--no-run", "--package", "sm-e2e"]);
-    command.args(["--message-format", "json-render-diagnostics"]);
-    for name in END_TO_END {
-        command.args(["--test", name]);
+pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
+    let mut results = Vec::new();
+    if wanted.unit {
+        cmd::step("unit and property tests");
+        let started = Instant::now();
+        apt.ensure(&["gcc", "libc6-dev", "erofs-utils"])?;
+        let result = cmd::check(&mut cargo(["test", "--workspace", "--locked"]));
+        results.push(("unit and property tests", started.elapsed(), result));
     }
-    let output = command.stderr(std::process::Stdio::inherit()).output()?;
+    if wanted.e2e {
+        let started = Instant::now();
+        let result = end_to_end(apt, wanted);
+        results.push(("end-to-end tests", started.elapsed(), result));
+    }
+    let mut failed = false;
+    cmd::step("summary");
+    for (name, time, result) in &results {
+        let seconds = time.as_secs();
+        match result {
+            Ok(()) => cmd::note(format_args!("ok      {name} ({seconds} s)")),
+            Err(error) => {
+                failed = true;
+                cmd::note(format_args!("FAILED  {name} ({seconds} s): {error:#}"));
+            }
+        }
+    }
+    if failed {
+        bail!("some tests failed");
+    }
+    Ok(())
+}
+
+fn end_to_end(apt: &Apt, wanted: &Wanted) -> Result<()> {
+    let built = build::sm(apt, wanted.profile)?;
+    let environment = environment(apt, &built)?;
+    let tests = test_binaries()?;
+    let here = host::why_not_here(&built.sm)?;
+    match here {
+        None if !wanted.force_lab => {
+            cmd::step("end-to-end tests on this host's KVM");
+            let failed = tests.iter().filter(|test| {
+                !Command::new(test)
+                    .args(&wanted.names)
+                    .envs(environment.iter().cloned())
+                    .status()
+                    .is_ok_and(|status| status.success())
+            });
+            match failed.count() {
+                0 => Ok(()),
+                count => bail!("{count} of {} test programs failed", tests.len()),
+            }
+        }
+        reason => {
+            let reason = reason.unwrap_or_else(|| "asked for by --lab".to_owned());
+            cmd::step("end-to-end tests in the lab");
+            cmd::note(reason);
+            in_the_lab(apt, wanted, &tests, environment)
+        }
+    }
+}
+
+/// One boot for all test programs: a boot costs seconds.
+fn in_the_lab(
+    apt: &Apt,
+    wanted: &Wanted,
+    tests: &[PathBuf],
+    environment: Vec<(String, String)>,
+) -> Result<()> {
+    let mut script = "failed=0\n".to_owned();
+    let names: String = wanted
+        .names
+        .iter()
+        .map(|name| format!(" {}", quoted(name)))
+        .collect();
+    for test in tests {
+        let test = quoted(&test.to_string_lossy());
+        // Two guests at a time are all that an emulated machine carries.
+        script.push_str(&format!(
+            "{test} --test-threads=2{names} || failed=$((failed + 1))\n"
+        ));
+    }
+    script.push_str("exit $failed\n");
+    let job = Job {
+        command: vec!["sh".to_owned(), "-c".to_owned(), script],
+        environment,
+        memory_mib: LAB_MEMORY_MIB,
+        timeout: Some(LAB_TIMEOUT),
+        ..Job::default()
+    };
+    match lab::run(apt, &job)? {
+        0 => Ok(()),
+        count => bail!("{count} of {} test programs failed", tests.len()),
+    }
+}
+
+/// What `tests/src/lib.rs` says the tests are configured by.
+fn environment(apt: &Apt, built: &Built) -> Result<Vec<(String, String)>> {
+    let mut environment = Vec::new();
+    let mut set = |name: &str, path: PathBuf| -> Result<()> {
+        let value = path.into_os_string().into_string();
+        let value = value.ok().with_context(|| format!("{name} is not UTF-8"))?;
+        environment.push((name.to_owned(), value));
+        Ok(())
+    };
+    set("SM_BIN", built.sm.clone())?;
+    set("SM_AGENT", built.agent.clone())?;
+    set("SM_KERNEL", kernel::tuned(apt)?)?;
+    set("SM_STOCK_KERNEL", stock::kernel(apt)?)?;
+    set("SM_FIXTURES", fixtures::make(apt)?)?;
+    Ok(environment)
+}
+
+/// Builds the test programs of `sm-e2e` and returns their paths.
+fn test_binaries() -> Result<Vec<PathBuf>> {
+    cmd::step("building the end-to-end tests");
+    let mut names: Vec<_> = fs::read_dir(crate::paths::root().join("tests/tests"))?
+        .flatten()
+        .filter_map(|entry| {
+            let name = entry.file_name().into_string().ok()?;
+            name.strip_suffix(".rs").map(str::to_owned)
+        })
+        .collect();
+    names.sort();
+    let mut build = cargo(["test", "-p", "sm-e2e", "--no-run", "--message-format=json"]);
+    for name in &names {
+        build.args(["--test", name]);
+    }
+    let output = build
+        .stderr(Stdio::inherit())
+        .output()
+        .context("cannot run cargo")?;
     if !output.status.success() {
         bail!("the end-to-end tests do not build");
     }
-    let text = String::from_utf8_lossy(&output.stdout);
-    let messages = text
+    let found: Vec<PathBuf> = String::from_utf8_lossy(&output.stdout)
         .lines()
-        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
-    let mut found = Vec::new();
-    for message in messages {
-        let name = message.pointer("/target/name").and_then(|name| name.as_str());
-        let path = message.get("executable").and_then(|path| path.as_str());
-        if let (Some(name), Some(path)) = (name, path)
-            && END_TO_END.contains(&name)
-        {
-            found.push(PathBuf::from(path));
-        }
-    }
-    if found.len() != END_TO_END.len() {
-        bail!("expected {} test programs, found {found:?}", END_TO_END.len());
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+        .filter(|message| message["reason"] == "compiler-artifact")
+        .filter_map(|message| message["executable"].as_str().map(PathBuf::from))
+        .collect();
+    if found.len() != names.len() {
+        bail!(
+            "cargo built {} of {} test programs",
+            found.len(),
+            names.len()
+        );
     }
     Ok(found)
 }

@@ -1,0 +1,40 @@
+//! What this host can do.
+
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::Result;
+use serde_json::Value;
+
+use crate::apt::Apt;
+
+/// Why guests cannot run here, in a sentence; `None` where they can.
+///
+/// `sm doctor` decides, so that there is one opinion on it.
+pub(crate) fn why_not_here(sm: &Path) -> Result<Option<String>> {
+    let output = Command::new(sm).args(["doctor", "--json"]).output()?;
+    let report: Value = serde_json::from_slice(&output.stdout)?;
+    let check = report["checks"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .find(|check| check["name"] == "hypervisor");
+    Ok(match check {
+        Some(check) if check["ok"] == true => None,
+        Some(check) => Some(check["detail"].as_str().unwrap_or("unknown").to_owned()),
+        None => Some("sm doctor says nothing of the hypervisor".to_owned()),
+    })
+}
+
+/// Installs what all commands need, at once.
+pub(crate) fn set_up(apt: &Apt) -> Result<()> {
+    let mut packages = Vec::new();
+    packages.extend(crate::kernel::PACKAGES);
+    packages.extend(crate::fixtures::PACKAGES);
+    packages.extend(crate::lab::PACKAGES);
+    packages.push("libc6-dev");
+    packages.sort_unstable();
+    packages.dedup();
+    apt.ensure(&packages)?;
+    apt.ensure_qemu()
+}

@@ -1,0 +1,95 @@
+//! Kernel configurations: what a fragment asked for and what became of it.
+
+use std::collections::HashMap;
+
+/// Symbols without which `sm` cannot run the guest. Others of the fragment may
+/// be absent from a kernel version, and are only reported.
+const ESSENTIAL: [&str; 14] = [
+    "CONFIG_SMP",
+    "CONFIG_PVH",
+    "CONFIG_ACPI",
+    "CONFIG_BLK_DEV_INITRD",
+    "CONFIG_VIRTIO_MMIO",
+    "CONFIG_VIRTIO_BLK",
+    "CONFIG_VIRTIO_VSOCKETS",
+    "CONFIG_HW_RANDOM_VIRTIO",
+    "CONFIG_EROFS_FS",
+    "CONFIG_OVERLAY_FS",
+    "CONFIG_TMPFS",
+    "CONFIG_DEVTMPFS",
+    "CONFIG_SERIAL_8250_CONSOLE",
+    "CONFIG_VMGENID",
+];
+
+/// What differs between a fragment and the configuration made from it.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Lost {
+    /// `sm` cannot do without these.
+    pub(crate) essential: Vec<String>,
+    /// Lines of the fragment that did not survive.
+    pub(crate) other: Vec<String>,
+}
+
+/// Compares the `fragment` with the final `config`.
+pub(crate) fn lost(fragment: &str, config: &str) -> Lost {
+    let result = symbols(config);
+    let mut lost = Lost::default();
+    for (symbol, wanted) in symbols(fragment) {
+        let got = result.get(symbol).copied().unwrap_or("n");
+        if got == wanted {
+            continue;
+        }
+        let line = format!("{symbol}={wanted} (is {got})");
+        if ESSENTIAL.contains(&symbol) {
+            lost.essential.push(line);
+        } else {
+            lost.other.push(line);
+        }
+    }
+    for symbol in ESSENTIAL {
+        if result.get(symbol).copied() != Some("y") && !symbols(fragment).contains_key(symbol) {
+            lost.essential.push(format!("{symbol} is not set"));
+        }
+    }
+    lost.essential.sort();
+    lost.other.sort();
+    lost
+}
+
+fn symbols(text: &str) -> HashMap<&str, &str> {
+    text.lines()
+        .filter_map(|line| line.trim().split_once('='))
+        .filter(|(symbol, _)| symbol.starts_with("CONFIG_"))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{ESSENTIAL, lost};
+
+    fn essential() -> String {
+        ESSENTIAL.map(|symbol| format!("{symbol}=y\n")).concat()
+    }
+
+    #[test]
+    fn unset_is_what_n_asks_for() {
+        let fragment = format!("{}CONFIG_VT=n\nCONFIG_HZ=100\n", essential());
+        let config = format!("{}# CONFIG_VT is not set\nCONFIG_HZ=100\n", essential());
+        assert_eq!(lost(&fragment, &config), super::Lost::default());
+    }
+
+    #[test]
+    fn losses_are_told_apart() {
+        let fragment = format!("{}CONFIG_TUN=y\n", essential());
+        let config = essential().replace("CONFIG_PVH=y", "# CONFIG_PVH is not set");
+        let lost = lost(&fragment, &config);
+        assert_eq!(lost.essential, ["CONFIG_PVH=y (is n)"]);
+        assert_eq!(lost.other, ["CONFIG_TUN=y (is n)"]);
+    }
+
+    #[test]
+    fn a_fragment_that_forgets_something_essential_is_caught() {
+        let config = essential().replace("CONFIG_PVH=y\n", "");
+        assert_eq!(lost("", &config).essential, ["CONFIG_PVH is not set"]);
+    }
+}

@@ -1,0 +1,174 @@
+//! The command line.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use lexopt::prelude::*;
+
+use crate::build::Profile;
+use crate::lab::Job;
+use crate::test::Wanted;
+
+pub(crate) const HELP: &str = "\
+Developer commands of sm: cargo xtask COMMAND
+
+  demo        build everything and run a container image as a microVM
+  test        all tests: unit tests here, end-to-end tests where KVM runs Linux
+              [--unit | --e2e] [--lab] [--debug] [-- NAME...]
+  ci          fmt, clippy, doc, test: what .ci/run calls
+  build       sm with its guest agent (release) [--debug]
+  kernel      the tuned guest kernel, built once [--stock: the distribution's]
+  fixtures    images for the end-to-end tests
+  lab -- CMD  run CMD in a QEMU machine that has a real /dev/kvm
+              [--results DIR] [--memory MIB] [--cpus N] [--timeout SECONDS]
+              [--env NAME=VALUE]
+  setup       install the packages that all of this needs
+
+In the lab, CMD sees this host's files at the same paths; what it writes stays
+in the lab's memory, except in $SM_LAB_RESULTS (--results DIR here). /tmp, /run
+and the data of sm are empty there.
+";
+
+/// What to do.
+pub(crate) enum Invocation {
+    Help,
+    Build(Profile),
+    Kernel { stock: bool },
+    Fixtures,
+    Lab(Job),
+    Setup,
+    Demo,
+    Test(Wanted),
+    Ci,
+}
+
+/// Reads the command line of this process.
+pub(crate) fn parse() -> Result<Invocation> {
+    read(lexopt::Parser::from_env())
+}
+
+fn read(mut parser: lexopt::Parser) -> Result<Invocation> {
+    let command = match parser.next()? {
+        None | Some(Long("help") | Short('h')) => return Ok(Invocation::Help),
+        Some(Value(command)) => command.string()?,
+        Some(other) => return Err(other.unexpected().into()),
+    };
+    Ok(match command.as_str() {
+        "help" => Invocation::Help,
+        "build" => Invocation::Build(match flag(&mut parser, "debug")? {
+            true => Profile::Debug,
+            false => Profile::Release,
+        }),
+        "kernel" => Invocation::Kernel {
+            stock: flag(&mut parser, "stock")?,
+        },
+        "fixtures" => bare(parser, Invocation::Fixtures)?,
+        "setup" => bare(parser, Invocation::Setup)?,
+        "demo" => bare(parser, Invocation::Demo)?,
+        "ci" => bare(parser, Invocation::Ci)?,
+        "lab" => Invocation::Lab(lab(parser)?),
+        "test" => Invocation::Test(test(parser)?),
+        other => bail!("there is no command \"{other}\"; \"cargo xtask help\" lists them"),
+    })
+}
+
+fn flag(parser: &mut lexopt::Parser, name: &str) -> Result<bool> {
+    let mut set = false;
+    while let Some(argument) = parser.next()? {
+        match argument {
+            Long(given) if given == name => set = true,
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    Ok(set)
+}
+
+fn bare(mut parser: lexopt::Parser, invocation: Invocation) -> Result<Invocation> {
+    match parser.next()? {
+        None => Ok(invocation),
+        Some(other) => Err(other.unexpected().into()),
+    }
+}
+
+fn lab(mut parser: lexopt::Parser) -> Result<Job> {
+    let mut job = Job::default();
+    while let Some(argument) = parser.next()? {
+        match argument {
+            Long("results") => job.results = Some(parser.value()?.into()),
+            Long("memory") => job.memory_mib = parser.value()?.parse()?,
+            Long("cpus") => job.cpus = parser.value()?.parse()?,
+            Long("timeout") => {
+                job.timeout = Some(Duration::from_secs(parser.value()?.parse()?));
+            }
+            Long("env") => {
+                let pair = parser.value()?.string()?;
+                let (name, value) = pair
+                    .split_once('=')
+                    .with_context(|| format!("--env {pair}: expected NAME=VALUE"))?;
+                job.environment.push((name.to_owned(), value.to_owned()));
+            }
+            Value(first) => {
+                job.command.push(first.string()?);
+                for word in parser.raw_args()? {
+                    job.command.push(word.string()?);
+                }
+            }
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    if job.command.is_empty() {
+        bail!("which command? cargo xtask lab -- CMD [ARGUMENT...]");
+    }
+    Ok(job)
+}
+
+fn test(mut parser: lexopt::Parser) -> Result<Wanted> {
+    let mut wanted = Wanted::default();
+    while let Some(argument) = parser.next()? {
+        match argument {
+            Long("unit") => wanted.e2e = false,
+            Long("e2e") => wanted.unit = false,
+            Long("lab") => wanted.force_lab = true,
+            Long("debug") => wanted.profile = Profile::Debug,
+            Value(name) => wanted.names.push(name.string()?),
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    Ok(wanted)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Invocation, read};
+
+    fn parsed(line: &str) -> anyhow::Result<Invocation> {
+        read(lexopt::Parser::from_args(line.split_whitespace()))
+    }
+
+    #[test]
+    fn options_after_the_lab_command_are_the_commands_own() {
+        for line in [
+            "lab --memory 512 -- ls --memory x",
+            "lab --memory 512 ls --memory x",
+        ] {
+            let Ok(Invocation::Lab(job)) = parsed(line) else {
+                panic!("{line} is a lab command");
+            };
+            assert_eq!(job.memory_mib, 512);
+            assert_eq!(job.command, ["ls", "--memory", "x"]);
+        }
+    }
+
+    #[test]
+    fn what_is_not_understood_is_refused() {
+        for line in [
+            "lab",
+            "frobnicate",
+            "ci extra",
+            "kernel --sock",
+            "lab --env A -- b",
+        ] {
+            assert!(parsed(line).is_err(), "{line}");
+        }
+    }
+}
