@@ -2,7 +2,15 @@
 # streams on ports of the host, leaves the status, and waits to be switched off.
 b=/run/lab/busybox
 control=/run/lab/control
-exec 3</dev/vport0p1 4>/dev/vport0p2 5>/dev/vport0p3
+
+for port in /sys/class/virtio-ports/*; do
+    case $($b cat $port/name) in
+    in) in=/dev/${port##*/} ;;
+    out) out=/dev/${port##*/} ;;
+    err) err=/dev/${port##*/} ;;
+    esac
+done
+exec 3<$in 4>$out 5>$err
 
 /bin/sh $control/job <&3 >&4 2>&5 3<&- 4>&- 5>&-
 echo $? >$control/status
