@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use rustix::net::{RecvFlags, SocketFlags, accept_with, recv};
-use sm_guest_proto::control::ControlReply;
+use sm_guest_proto::control::{ControlReply, ControlRequest};
 use sm_guest_proto::exec::{ExecRequest, Role};
 
 use crate::cgroup::Cgroup;
@@ -20,7 +20,7 @@ use crate::log;
 use crate::poweroff::PowerOff;
 use crate::reactor::{Class, Event, Reactor, Ready, Token, Watched};
 use crate::slab::{Key, Slab};
-use crate::stats::Facts;
+use crate::stats::{Facts, uptime_us};
 use crate::sys;
 use crate::wire::SCRATCH_LEN;
 use crate::workload::{self, Attached, Workload};
@@ -343,6 +343,13 @@ impl Agent {
 
     // ---- control ----
 
+    /// Logs what happens when, if asked for by `sm.debug` on the command line.
+    pub(crate) fn trace(&self, text: impl FnOnce() -> String) {
+        if self.facts.debug {
+            log::line(6, &format!("{} us: {}", uptime_us(), text()));
+        }
+    }
+
     fn control_ready(&mut self, key: Key, ready: Ready) {
         let alive = match self.controls.get_mut(key) {
             Some(control) => control.ready(ready, &mut self.scratch),
@@ -357,6 +364,7 @@ impl Agent {
 
     fn serve_control(&mut self, key: Key) {
         while let Some(request) = self.controls.get_mut(key).and_then(Control::next_request) {
+            self.trace(|| format!("asked {}", request_name(&request)));
             if let Some(reply) = self.perform(key, request) {
                 self.answer_now(key, &reply);
             }
@@ -365,6 +373,7 @@ impl Agent {
     }
 
     fn answer_now(&mut self, key: Key, reply: &ControlReply) {
+        self.trace(|| format!("answered {reply:?}"));
         if let Some(control) = self.controls.get_mut(key) {
             control.reply(reply);
         }
@@ -495,5 +504,20 @@ impl Agent {
         self.refreshing = Some(key);
         let token = Token::new(Class::Control, control::part::VMGENID, key);
         self.reactor.timer(Instant::now() + wait, token);
+    }
+}
+
+/// The request without its contents, which may be secret (entropy).
+fn request_name(request: &ControlRequest) -> &'static str {
+    match request {
+        ControlRequest::Hello(_) => "hello",
+        ControlRequest::Refresh(_) => "refresh",
+        ControlRequest::AttachRoot(_) => "attach root",
+        ControlRequest::Freeze => "freeze",
+        ControlRequest::Thaw => "thaw",
+        ControlRequest::PrepareSnapshot => "prepare snapshot",
+        ControlRequest::SignalMain { .. } => "signal main",
+        ControlRequest::PowerOff { .. } => "power off",
+        ControlRequest::Stats => "stats",
     }
 }

@@ -9,6 +9,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::mount::{MountFlags, mount};
+use rustix::process::{Resource, Rlimit, setrlimit};
 use rustix::system::{RebootCommand, finit_module, reboot};
 use sm_guest_proto::port;
 
@@ -77,6 +78,7 @@ fn serve(init_us: u64) -> io::Result<()> {
     // Ctrl-Alt-Del is a signal to ignore, not a reset.
     let _ = reboot(RebootCommand::CadOff);
     load_modules(Path::new(MODULES));
+    set_limits();
     log::note_failure("bring lo up", identity::loopback_up());
     fs::create_dir_all(DIRECTORY)?;
     let listeners = Listeners {
@@ -85,9 +87,13 @@ fn serve(init_us: u64) -> io::Result<()> {
         control: listen(port::CONTROL)?,
     };
     let cgroup = Cgroup::create(Path::new(CGROUPS), "workload")?;
+    let command_line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
     let facts = Facts {
         init_us,
         ready_us: uptime_us(),
+        debug: command_line
+            .split_whitespace()
+            .any(|word| word == "sm.debug"),
     };
     let mut agent = Agent::new(listeners, PathBuf::from(DIRECTORY), cgroup, facts)?;
     match control::dial() {
@@ -95,11 +101,7 @@ fn serve(init_us: u64) -> io::Result<()> {
         // It connects to us instead.
         Err(error) => log::error("tell the host", error),
     }
-    let command_line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
-    if command_line
-        .split_whitespace()
-        .any(|word| word == "sm.debug")
-    {
+    if facts.debug {
         log::line(
             6,
             &format!("init at {init_us} us, ready at {} us", facts.ready_us),
@@ -144,6 +146,27 @@ fn standard_streams() -> io::Result<()> {
             return Ok(());
         }
         std::mem::forget(null);
+    }
+}
+
+/// Limits that suit a machine of one workload, as Docker sets them.
+fn set_limits() {
+    // Two descriptors per forwarded connection.
+    let files = Rlimit {
+        current: Some(1 << 20),
+        maximum: Some(1 << 20),
+    };
+    log::note_failure(
+        "raise the limit of open files",
+        setrlimit(Resource::Nofile, files),
+    );
+    for (name, value) in [
+        // Any user may serve port 80 ...
+        ("ip_unprivileged_port_start", "0"),
+        // ... and ping.
+        ("ping_group_range", "0 2147483647"),
+    ] {
+        log::note_failure(name, fs::write(format!("/proc/sys/net/ipv4/{name}"), value));
     }
 }
 

@@ -15,6 +15,8 @@ pub(crate) struct Facts {
     pub(crate) init_us: u64,
     /// Uptime when the agent began to serve, in microseconds.
     pub(crate) ready_us: u64,
+    /// Whether to log what happens when.
+    pub(crate) debug: bool,
 }
 
 /// Uptime of the guest in microseconds.

@@ -30,8 +30,11 @@ use crate::users::{Account, resolve};
 /// Largest `/etc/passwd` or `/etc/group` read, in bytes.
 const MAX_ACCOUNT_FILE: u64 = 4 << 20;
 
-/// Turns this process into the command. `pipes` is empty when the launch names
-/// a terminal.
+/// Soft and hard limit of open files of a command that asks for none, as
+/// systemd and Docker set them. The agent's own is not for its children.
+const OPEN_FILES: (u64, u64) = (1024, 524_288);
+
+/// Turns this process into the command.
 pub(crate) fn become_command(launch: &Launch, ends: &ChildEnds, status: OwnedFd) -> ! {
     let mut status = File::from(status);
     let pid = rustix::process::getpid().as_raw_nonzero().get();
@@ -67,6 +70,11 @@ fn prepare_and_exec(
             .map_err(|error| LaunchError::failed(format!("write {:?}: {error}", file.path)))?;
     }
     enter_directory(request, &account)?;
+    let files = Limits {
+        current: Some(OPEN_FILES.0),
+        maximum: Some(OPEN_FILES.1),
+    };
+    let _ = setrlimit(Resource::Nofile, files);
     for limit in &request.rlimits {
         set_limit(limit)?;
     }

@@ -220,6 +220,15 @@ impl Session {
         if let Some(client) = self.client.take() {
             if self.phase == Phase::Running {
                 self.unsent = client.unsent();
+            } else if let (Phase::Closing, Role::Main, Some(exit), false) =
+                (self.phase, self.role, self.exit, client.is_flushed())
+            {
+                // The workload's last words: all but EXIT, which is made anew.
+                self.unsent = client.unsent();
+                let exit_len = HEADER_LEN + exit.to_payload().len();
+                let keep = self.unsent.len().saturating_sub(exit_len);
+                self.unsent.truncate(keep);
+                self.phase = Phase::Running;
             }
             client.socket.retire(reactor);
         }

@@ -1,7 +1,7 @@
 //! The workload's life: attach, main command, freeze, power-off.
 
 use sm_guest_proto::control::{ControlReply, ControlRequest, Refresh};
-use sm_guest_proto::exec::Role;
+use sm_guest_proto::exec::{ExecRequest, Role};
 use sm_guest_proto::frame::FrameType;
 
 use crate::client::{Connection, attach_main, run, shell, start, start_running};
@@ -14,6 +14,10 @@ pub(crate) const TESTS: &[Test] = &[
     (
         "main_is_pid_one_and_survives_its_client",
         main_is_pid_one_and_survives_its_client,
+    ),
+    (
+        "a_main_command_that_cannot_start",
+        a_main_command_that_cannot_start,
     ),
     ("freezing_holds_everything", freezing_holds_everything),
     ("power_off_ends_in_order", power_off_ends_in_order),
@@ -224,6 +228,20 @@ fn main_is_pid_one_and_survives_its_client() {
         run(agent.path(), &shell("true")).error.unwrap(),
         "the workload has ended"
     );
+}
+
+fn a_main_command_that_cannot_start() {
+    let agent = Agent::attached();
+    let request = ExecRequest {
+        argv: vec!["/no/such/program".into()],
+        role: Role::Main,
+        ..ExecRequest::default()
+    };
+    let output = run(agent.path(), &request);
+    assert_eq!((output.status, output.pid), (Some(127), None));
+    assert!(output.error.unwrap().contains("no such file or directory"));
+    let next = run(agent.path(), &shell("true"));
+    assert_eq!(next.error.unwrap(), "the workload has ended");
 }
 
 fn freezing_holds_everything() {
