@@ -1,73 +1,88 @@
 //! The block device (virtio 1.3 section 5.2).
 //!
-//! Requests are served on the event loop, synchronously. For images that is a
-//! copy out of the page cache in nearly all cases, and a hand-over to a worker
-//! thread would cost more than the copy; a cold read stalls the machine's other
-//! devices for as long as the disk takes. It also means that there is never
-//! work in flight when the machine is paused.
+//! Reads that the page cache can answer, which for images is nearly all of them,
+//! are served on the event loop: a hand-over would cost more than the copy. What
+//! would wait for a device goes to threads of the disk ([`worker`]), so that a cold
+//! read or a flush stalls neither the machine's other devices nor each other.
+//! Pausing the machine waits for them ([`VirtioDevice::quiesce`]).
+//!
+//! A request that makes no sense is answered with an error; only a malformed
+//! ring, or a chain without room for an answer, makes the device need a reset.
 
-use std::io;
+mod request;
+mod worker;
+
 use std::sync::Arc;
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO,
-    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK,
-    VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
-    VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use vm_memory::{Bytes as _, GuestAddress};
 
+use self::request::{Outcome, answer, parse};
+use self::worker::{Done, Job, Workers};
 use super::device::{ActivateError, Activation, DevicePayload, Interrupt, VirtioDevice};
 use super::disk::{Disk, SECTOR};
-use super::queue::{Chain, Queue, QueueError, Span, slice_spans};
+use super::queue::{Chain, Queue, QueueError};
 use crate::GuestMemory;
-use crate::event_loop::{Readiness, Registry};
+use crate::event_loop::{Interest, Readiness, Registration, Registry, drain};
 
 const QUEUE_SIZES: [u16; 1] = [256];
-const HEADER_LEN: u32 = 16;
 /// Bytes of the identification string.
 const ID_LEN: usize = 20;
 /// Data buffers in a request: the queue size less header and status.
 const SEG_MAX: u32 = 254;
-/// Block size told to the driver: the page size, and EROFS's block size.
-const BLOCK: u32 = 4096;
-/// Ranges in one discard or write-zeroes request, and sectors in a range.
+/// The page size, and EROFS's block size.
+const PAGE: u32 = 4096;
+/// Ranges in one discard or write-zeroes request, and sectors in a range: 32 MiB,
+/// as the zeroes may have to be written.
 const MAX_RANGES: u32 = 16;
-const MAX_RANGE_SECTORS: u32 = 1 << 21;
-/// Bytes of one range: sector, number of sectors, flags.
-const RANGE_LEN: u32 = 16;
+const MAX_RANGE_SECTORS: u32 = 1 << 16;
 const CONFIG_LEN: usize = 60;
+
+/// Bytes copied on the event loop before the driver hears of it, and before other
+/// handlers have their turn; a request counts for [`REQUEST_COST`] at least.
+const PUBLISH_BYTES: u32 = 256 << 10;
+const SLICE_BYTES: u32 = 4 << 20;
+const REQUEST_COST: u32 = 4 << 10;
+
+/// Requests were finished by a thread.
+const TOKEN_DONE: u64 = 0;
+/// The slice was used up.
+const TOKEN_AGAIN: u64 = 1;
 
 /// What the driver cannot change; fixed when the device is made, since features
 /// are negotiated before a backing may be attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// The driver sees a read-only disk.
+    /// The driver sees a read-only disk of 4 KiB blocks.
     ReadOnly,
-    /// The driver may write; a read-only backing answers with errors.
+    /// The driver may write, in sectors; a read-only backing answers with errors.
     ReadWrite,
 }
 
+/// What there is between activation and reset.
 struct Active {
     memory: GuestMemory,
     interrupt: Arc<dyn Interrupt>,
+    /// The ring is malformed: nothing more is taken from it.
+    failed: bool,
+    workers: Option<(Workers, Registration)>,
+    /// Chains to be used again: nothing is allocated for a request.
+    chains: Vec<Chain>,
+    done: Vec<Done>,
 }
 
 /// The block device.
 pub struct Block {
-    disk: Disk,
+    disk: Arc<Disk>,
     access: Access,
     id: [u8; ID_LEN],
     active: Option<Active>,
     queues: Vec<Queue>,
-    chain: Chain,
-    scratch: Vec<Span>,
 }
-
-/// The outcome of a request: bytes written before the status, or a status.
-type Outcome = Result<u32, u32>;
 
 impl Block {
     /// A block device over `disk`. `id` is what the driver reads as its serial
@@ -79,20 +94,19 @@ impl Block {
             *to = from;
         }
         Self {
-            disk,
+            disk: Arc::new(disk),
             access,
             id: bytes,
             active: None,
             queues: Vec::new(),
-            chain: Chain::new(),
-            scratch: Vec::new(),
         }
     }
 
     /// Replaces what is behind the device; the driver is told of the new
-    /// capacity by a configuration change. Callable from any thread.
+    /// capacity by a configuration change. Callable from any thread. Requests
+    /// already taken are finished on what was there before.
     pub fn set_disk(&mut self, disk: Disk) {
-        self.disk = disk;
+        self.disk = Arc::new(disk);
         if let Some(active) = &self.active {
             active.interrupt.config_changed();
         }
@@ -111,219 +125,146 @@ impl Block {
         };
         put(0, &(self.disk.len() / SECTOR).to_le_bytes());
         put(12, &SEG_MAX.to_le_bytes());
-        put(20, &BLOCK.to_le_bytes());
-        put(36, &MAX_RANGE_SECTORS.to_le_bytes());
-        put(40, &MAX_RANGES.to_le_bytes());
-        put(44, &(BLOCK / 512).to_le_bytes());
-        put(48, &MAX_RANGE_SECTORS.to_le_bytes());
-        put(52, &MAX_RANGES.to_le_bytes());
-        put(56, &[1]);
+        match self.access {
+            Access::ReadOnly => put(20, &PAGE.to_le_bytes()),
+            Access::ReadWrite => {
+                put(20, &512u32.to_le_bytes());
+                // Sectors in a physical block, as a power of two.
+                put(24, &[3]);
+                put(36, &MAX_RANGE_SECTORS.to_le_bytes());
+                put(40, &MAX_RANGES.to_le_bytes());
+                put(44, &(PAGE / 512).to_le_bytes());
+                put(48, &MAX_RANGE_SECTORS.to_le_bytes());
+                put(52, &MAX_RANGES.to_le_bytes());
+                put(56, &[1]);
+            }
+        }
         config
     }
 
-    fn process(&mut self) {
-        let Some(active) = self.active.take() else {
+    /// Does `work` on the queue, then publishes what it finished.
+    fn with_queue(&mut self, work: impl FnOnce(&mut Service<'_>) -> Result<(), QueueError>) {
+        let (Some(active), Some(queue)) = (&mut self.active, self.queues.first_mut()) else {
             return;
         };
-        match self.serve(&active) {
-            Ok(interrupt) => {
-                if interrupt {
-                    active.interrupt.used_buffers();
-                }
-                self.active = Some(active);
-            }
-            // The device stays out of service until the driver resets it.
-            Err(error) => active.interrupt.needs_reset(&error.to_string()),
+        if active.failed {
+            return;
         }
-    }
-
-    fn serve(&mut self, active: &Active) -> Result<bool, QueueError> {
-        let mut chain = std::mem::take(&mut self.chain);
-        let mut scratch = std::mem::take(&mut self.scratch);
-        let result = self.serve_all(active, &mut chain, &mut scratch);
-        self.chain = chain;
-        self.scratch = scratch;
-        result
-    }
-
-    fn serve_all(
-        &mut self,
-        active: &Active,
-        chain: &mut Chain,
-        scratch: &mut Vec<Span>,
-    ) -> Result<bool, QueueError> {
-        let Some(mut queue) = self.queues.pop() else {
-            return Ok(false);
+        let mut service = Service {
+            disk: &self.disk,
+            id: &self.id,
+            active,
+            queue,
         };
-        let result = (|| {
-            while queue.pop(&active.memory, chain)? {
-                let written = self.request(&active.memory, chain, scratch)?;
-                queue.push_used(&active.memory, chain.head(), written)?;
-            }
-            queue.publish(&active.memory)
-        })();
-        self.queues.push(queue);
-        result
-    }
-
-    /// Serves one request; returns the number of bytes written to the chain.
-    fn request(
-        &self,
-        memory: &GuestMemory,
-        chain: &Chain,
-        scratch: &mut Vec<Span>,
-    ) -> Result<u32, QueueError> {
-        let writable = chain.writable_len();
-        // Without room for a status there is nothing to answer.
-        let Some(data_len) = writable.checked_sub(1) else {
-            return Err(QueueError::Buffer);
-        };
-        let mut header = [0; HEADER_LEN as usize];
-        let outcome = if copy_in(memory, &chain.readable, 0, &mut header) {
-            self.execute(memory, chain, &header, data_len, scratch)
-        } else {
-            Err(VIRTIO_BLK_S_IOERR)
-        };
-        let (written, status) = match outcome {
-            Ok(written) => (written, VIRTIO_BLK_S_OK),
-            Err(status) => (0, status),
-        };
-        slice_spans(&chain.writable, data_len, 1, scratch);
-        let place = scratch.first().ok_or(QueueError::Buffer)?;
-        let status = u8::try_from(status).unwrap_or(u8::MAX);
-        memory
-            .write_obj(status, place.address)
-            .map_err(|_| QueueError::Buffer)?;
-        Ok(written + 1)
-    }
-
-    fn execute(
-        &self,
-        memory: &GuestMemory,
-        chain: &Chain,
-        header: &[u8; HEADER_LEN as usize],
-        data_len: u32,
-        scratch: &mut Vec<Span>,
-    ) -> Outcome {
-        let [a, b, c, d, _, _, _, _, sector @ ..] = *header;
-        let offset = u64::from_le_bytes(sector).checked_mul(SECTOR);
-        let offset = offset.ok_or(VIRTIO_BLK_S_IOERR)?;
-        match u32::from_le_bytes([a, b, c, d]) {
-            VIRTIO_BLK_T_IN => {
-                slice_spans(&chain.writable, 0, data_len, scratch);
-                whole_sectors(data_len)?;
-                self.disk
-                    .read(memory, scratch, offset)
-                    .map_err(|error| failed("read", offset, &error))?;
-                Ok(data_len)
-            }
-            VIRTIO_BLK_T_OUT => {
-                let len = chain.readable_len().saturating_sub(HEADER_LEN);
-                slice_spans(&chain.readable, HEADER_LEN, len, scratch);
-                whole_sectors(len)?;
-                self.disk
-                    .write(memory, scratch, offset)
-                    .map_err(|error| failed("write", offset, &error))?;
-                Ok(0)
-            }
-            VIRTIO_BLK_T_FLUSH => {
-                let flushed = self.disk.flush();
-                flushed.map_err(|error| failed("flush", 0, &error))?;
-                Ok(0)
-            }
-            VIRTIO_BLK_T_GET_ID => {
-                let len = slice_spans(&chain.writable, 0, data_len.min(20), scratch);
-                let mut id = self.id.as_slice();
-                for span in scratch.iter() {
-                    let (now, rest) = id.split_at(id.len().min(span.len as usize));
-                    let written = memory.write_slice(now, span.address);
-                    written.map_err(|_| VIRTIO_BLK_S_IOERR)?;
-                    id = rest;
-                }
-                Ok(len)
-            }
-            VIRTIO_BLK_T_DISCARD => self.ranges(memory, chain, Disk::discard),
-            VIRTIO_BLK_T_WRITE_ZEROES => self.ranges(memory, chain, Disk::write_zeroes),
-            _ => Err(VIRTIO_BLK_S_UNSUPP),
+        let result = work(&mut service).and_then(|()| service.publish());
+        if let Err(error) = result {
+            // Out of service until the driver resets it.
+            active.failed = true;
+            active.interrupt.needs_reset(&error.to_string());
         }
-    }
-
-    /// Applies `action` to each range of a discard or write-zeroes request.
-    fn ranges(
-        &self,
-        memory: &GuestMemory,
-        chain: &Chain,
-        action: fn(&Disk, u64, u64) -> io::Result<()>,
-    ) -> Outcome {
-        let len = chain.readable_len().saturating_sub(HEADER_LEN);
-        if len == 0 || !len.is_multiple_of(RANGE_LEN) || len / RANGE_LEN > MAX_RANGES {
-            return Err(VIRTIO_BLK_S_IOERR);
-        }
-        for index in 0..len / RANGE_LEN {
-            let mut range = [0; RANGE_LEN as usize];
-            if !copy_in(
-                memory,
-                &chain.readable,
-                HEADER_LEN + index * RANGE_LEN,
-                &mut range,
-            ) {
-                return Err(VIRTIO_BLK_S_IOERR);
-            }
-            let [s0, s1, s2, s3, s4, s5, s6, s7, n0, n1, n2, n3, ..] = range;
-            let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
-            let count = u32::from_le_bytes([n0, n1, n2, n3]);
-            let offset = sector.checked_mul(SECTOR).ok_or(VIRTIO_BLK_S_IOERR)?;
-            if count > MAX_RANGE_SECTORS {
-                return Err(VIRTIO_BLK_S_IOERR);
-            }
-            action(&self.disk, offset, u64::from(count) * SECTOR).map_err(|error| {
-                if error.kind() == io::ErrorKind::Unsupported {
-                    VIRTIO_BLK_S_UNSUPP
-                } else {
-                    failed("discard", offset, &error)
-                }
-            })?;
-        }
-        Ok(0)
     }
 }
 
-fn whole_sectors(len: u32) -> Result<(), u32> {
-    if u64::from(len).is_multiple_of(SECTOR) {
+/// The parts of an active device.
+struct Service<'a> {
+    disk: &'a Arc<Disk>,
+    id: &'a [u8; ID_LEN],
+    active: &'a mut Active,
+    queue: &'a mut Queue,
+}
+
+impl Service<'_> {
+    /// Takes requests until there are none, or a slice is used up.
+    fn take_requests(&mut self, registry: &mut Registry<'_>) -> Result<(), QueueError> {
+        let mut chain = self.active.chains.pop().unwrap_or_default();
+        let mut unpublished = 0;
+        let mut slice = SLICE_BYTES;
+        while self.queue.pop(&self.active.memory, &mut chain)? {
+            let memory = &self.active.memory;
+            let outcome = match parse(memory, &chain) {
+                Ok(operation) => match operation.try_now(memory, self.disk, self.id, &chain) {
+                    Some(outcome) => outcome,
+                    None => {
+                        let next = self.active.chains.pop().unwrap_or_default();
+                        let job = Job {
+                            chain: std::mem::replace(&mut chain, next),
+                            operation,
+                            disk: Arc::clone(self.disk),
+                        };
+                        self.hand_over(job, registry)?;
+                        continue;
+                    }
+                },
+                Err(status) => Err(status),
+            };
+            let cost = self.finish(&chain, outcome)?.max(REQUEST_COST);
+            unpublished += cost;
+            if unpublished >= PUBLISH_BYTES {
+                unpublished = 0;
+                self.publish()?;
+            }
+            slice = slice.saturating_sub(cost);
+            if slice == 0 {
+                registry.again(TOKEN_AGAIN);
+                break;
+            }
+        }
+        self.active.chains.push(chain);
         Ok(())
-    } else {
-        Err(VIRTIO_BLK_S_IOERR)
     }
-}
 
-fn failed(operation: &'static str, offset: u64, error: &io::Error) -> u32 {
-    tracing::debug!(operation, offset, %error, "a block request failed");
-    VIRTIO_BLK_S_IOERR
-}
-
-/// Copies `bytes.len()` bytes from position `skip` of a chain; `false` when it
-/// is shorter.
-fn copy_in(memory: &GuestMemory, spans: &[Span], skip: u32, bytes: &mut [u8]) -> bool {
-    let mut skip = skip;
-    let mut rest = bytes;
-    for span in spans {
-        if skip >= span.len {
-            skip -= span.len;
-            continue;
+    fn hand_over(&mut self, job: Job, registry: &mut Registry<'_>) -> Result<(), QueueError> {
+        if self.active.workers.is_none() {
+            let workers = Workers::new(self.active.memory.clone());
+            self.active.workers = workers
+                .and_then(|workers| {
+                    let registration =
+                        registry.add(workers.finished(), TOKEN_DONE, Interest::READ)?;
+                    Ok((workers, registration))
+                })
+                .inspect_err(|error| tracing::warn!(%error, "no threads for block requests"))
+                .ok();
         }
-        let len = rest.len().min((span.len - skip) as usize);
-        let (now, later) = rest.split_at_mut(len);
-        let address = GuestAddress(span.address.0 + u64::from(skip));
-        if memory.read_slice(now, address).is_err() {
-            return false;
+        if let Some((workers, _)) = &mut self.active.workers {
+            workers.submit(job);
+            return Ok(());
         }
-        rest = later;
-        skip = 0;
-        if rest.is_empty() {
-            break;
-        }
+        let outcome = job
+            .operation
+            .execute(&self.active.memory, &job.disk, &job.chain);
+        self.finish(&job.chain, outcome)?;
+        self.active.chains.push(job.chain);
+        Ok(())
     }
-    rest.is_empty()
+
+    /// Hands back what the threads have done.
+    fn take_done(&mut self) -> Result<(), QueueError> {
+        let Some((workers, _)) = &self.active.workers else {
+            return Ok(());
+        };
+        let mut all = std::mem::take(&mut self.active.done);
+        workers.take_done(&mut all);
+        for Done { chain, outcome } in all.drain(..) {
+            self.finish(&chain, outcome)?;
+            self.active.chains.push(chain);
+        }
+        self.active.done = all;
+        Ok(())
+    }
+
+    fn finish(&mut self, chain: &Chain, outcome: Outcome) -> Result<u32, QueueError> {
+        let written = answer(&self.active.memory, chain, outcome)?;
+        let memory = &self.active.memory;
+        self.queue.push_used(memory, chain.head(), written)?;
+        Ok(written)
+    }
+
+    fn publish(&mut self) -> Result<(), QueueError> {
+        if self.queue.publish(&self.active.memory)? {
+            self.active.interrupt.used_buffers();
+        }
+        Ok(())
+    }
 }
 
 impl VirtioDevice for Block {
@@ -339,7 +280,10 @@ impl VirtioDevice for Block {
         features |= match self.access {
             Access::ReadOnly => 1 << VIRTIO_BLK_F_RO,
             Access::ReadWrite => {
-                1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES
+                1 << VIRTIO_BLK_F_FLUSH
+                    | 1 << VIRTIO_BLK_F_TOPOLOGY
+                    | 1 << VIRTIO_BLK_F_DISCARD
+                    | 1 << VIRTIO_BLK_F_WRITE_ZEROES
             }
         };
         features
@@ -368,26 +312,57 @@ impl VirtioDevice for Block {
         self.active = Some(Active {
             memory: activation.memory,
             interrupt: activation.interrupt,
+            failed: false,
+            workers: None,
+            chains: Vec::new(),
+            done: Vec::new(),
         });
         Ok(())
     }
 
-    fn started(&mut self, _registry: &mut Registry<'_>) {
-        self.process();
+    fn started(&mut self, registry: &mut Registry<'_>) {
+        self.with_queue(|service| service.take_requests(registry));
     }
 
-    fn queue_notified(&mut self, _index: usize, _registry: &mut Registry<'_>) {
-        self.process();
+    fn queue_notified(&mut self, _index: usize, registry: &mut Registry<'_>) {
+        self.with_queue(|service| service.take_requests(registry));
     }
 
-    fn host_ready(&mut self, _token: u64, _readiness: Readiness, _registry: &mut Registry<'_>) {}
+    fn host_ready(&mut self, token: u64, _readiness: Readiness, registry: &mut Registry<'_>) {
+        if token == TOKEN_DONE
+            && let Some(Active {
+                workers: Some((workers, _)),
+                ..
+            }) = &self.active
+        {
+            // Before looking at what is done, so that none is forgotten.
+            let _ = drain(workers.finished());
+            self.with_queue(|service| service.take_done());
+        } else if token == TOKEN_AGAIN {
+            self.with_queue(|service| service.take_requests(registry));
+        }
+    }
 
-    fn reset(&mut self, _registry: Option<&mut Registry<'_>>) {
-        self.active = None;
+    fn reset(&mut self, registry: Option<&mut Registry<'_>>) {
+        if let Some(active) = self.active.take()
+            && let Some((workers, registration)) = active.workers
+            && let Some(registry) = registry
+        {
+            registry.remove(registration, workers.finished());
+            // Dropped here: waits for requests that write to guest memory.
+        }
         self.queues.clear();
     }
 
-    fn quiesce(&mut self, _registry: &mut Registry<'_>) {}
+    fn quiesce(&mut self, _registry: &mut Registry<'_>) {
+        if let Some(active) = &self.active
+            && let Some((workers, _)) = &active.workers
+        {
+            workers.drain();
+            let _ = drain(workers.finished());
+        }
+        self.with_queue(|service| service.take_done());
+    }
 
     fn queues(&self) -> &[Queue] {
         &self.queues

@@ -3,17 +3,20 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::os::unix::fs::FileExt as _;
 
 use rustix::fs::{FallocateFlags, fallocate};
+use rustix::io::Errno;
 
-use super::iov;
-use super::queue::{Span, slice_spans};
+use super::iov::{self, Window};
 use crate::GuestMemory;
 
 /// Bytes in a sector, the unit of the virtio-blk protocol.
 pub const SECTOR: u64 = 512;
+
+/// What is written where the file system cannot make zeroes by itself.
+static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
 /// A run of a file that appears on a composite disk.
 #[derive(Debug)]
@@ -61,13 +64,18 @@ impl Disk {
     /// A read-only disk made of segments, one after the other.
     ///
     /// # Errors
-    /// A segment that is not made of whole sectors, or a total over 2^63 bytes.
+    /// A segment that is not made of whole sectors, or that ends past the largest
+    /// file; a total over 2^63 bytes.
     pub fn composite(segments: Vec<Segment>) -> io::Result<Self> {
         let mut starts = Vec::with_capacity(segments.len());
         let mut len = 0u64;
         for segment in &segments {
             if !segment.len.is_multiple_of(SECTOR) {
                 return Err(invalid("a segment of a disk is not made of whole sectors"));
+            }
+            let end = segment.offset.checked_add(segment.len);
+            if end.is_none_or(|end| i64::try_from(end).is_err()) {
+                return Err(invalid("a segment of a disk ends past the largest file"));
             }
             starts.push(len);
             len = len
@@ -126,69 +134,75 @@ impl Disk {
         }
     }
 
-    /// Fills `spans` from `offset` on.
+    /// Fills `window` from `offset` on.
     ///
     /// # Errors
     /// An access past the end, or the file's error.
-    pub fn read(&self, memory: &GuestMemory, spans: &[Span], offset: u64) -> io::Result<()> {
-        let len = total(spans);
-        self.check(offset, len)?;
-        match &self.kind {
-            Kind::Empty => Ok(()),
-            Kind::Raw { file, .. } => read_file(memory, spans.to_vec(), file, offset),
-            Kind::Composite(segments) => self.read_composite(memory, spans, offset, segments),
-        }
-    }
-
-    fn read_composite(
-        &self,
-        memory: &GuestMemory,
-        spans: &[Span],
-        offset: u64,
-        segments: &[Segment],
-    ) -> io::Result<()> {
-        let end = offset + total(spans);
-        let mut at = offset;
-        let mut index = self.starts.partition_point(|&start| start <= at).max(1) - 1;
-        while at < end {
-            let (Some(segment), Some(&start)) = (segments.get(index), self.starts.get(index))
-            else {
-                return Err(invalid("access past the end of the disk"));
-            };
-            let within = at - start;
-            let len = (segment.len - within.min(segment.len)).min(end - at);
-            if len > 0 {
-                let mut part = Vec::with_capacity(spans.len());
-                // Both fit: a request is at most 4 GiB.
-                let skip = u32::try_from(at - offset).unwrap_or(u32::MAX);
-                let take = u32::try_from(len).unwrap_or(u32::MAX);
-                slice_spans(spans, skip, take, &mut part);
-                read_file(memory, part, &segment.file, segment.offset + within)?;
-            }
-            at += len;
-            index += 1;
-        }
+    pub fn read(&self, memory: &GuestMemory, window: Window<'_>, offset: u64) -> io::Result<()> {
+        self.for_each_run(window, offset, |part, file, at| {
+            iov::read_exact_at(memory, part, file, at).map(|()| true)
+        })?;
         Ok(())
     }
 
-    /// Writes `spans` from `offset` on.
+    /// Fills `window` from `offset` on if that is possible without waiting for a
+    /// device. `Ok(false)`: it is not, or it cannot be told, and some of the
+    /// window may have been filled.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub fn read_cached(
+        &self,
+        memory: &GuestMemory,
+        window: Window<'_>,
+        offset: u64,
+    ) -> io::Result<bool> {
+        self.for_each_run(window, offset, |part, file, at| {
+            iov::read_cached_at(memory, part, file, at)
+        })
+    }
+
+    /// Calls `read` for each part of `window` that lies in one file, with its
+    /// place there, until that says no.
+    fn for_each_run(
+        &self,
+        mut window: Window<'_>,
+        offset: u64,
+        mut read: impl FnMut(Window<'_>, BorrowedFd<'_>, u64) -> io::Result<bool>,
+    ) -> io::Result<bool> {
+        self.check(offset, u64::from(window.len()))?;
+        let segments = match &self.kind {
+            Kind::Empty => return Ok(true),
+            Kind::Raw { file, .. } => return read(window, file.as_fd(), offset),
+            Kind::Composite(segments) => segments,
+        };
+        let first = self.starts.partition_point(|&start| start <= offset);
+        let mut at = offset;
+        for (segment, start) in segments.iter().zip(&self.starts).skip(first.max(1) - 1) {
+            if window.is_empty() {
+                break;
+            }
+            let within = at - start;
+            let len = (segment.len - within).min(window.len().into());
+            // At most the window's length.
+            let len = u32::try_from(len).unwrap_or(u32::MAX);
+            let place = segment.offset + within;
+            if len > 0 && !read(window.take(len), segment.file.as_fd(), place)? {
+                return Ok(false);
+            }
+            window.advance(len);
+            at += u64::from(len);
+        }
+        Ok(true)
+    }
+
+    /// Writes `window` from `offset` on.
     ///
     /// # Errors
     /// A read-only disk, an access past the end, or the file's error.
-    pub fn write(&self, memory: &GuestMemory, spans: &[Span], offset: u64) -> io::Result<()> {
-        self.check(offset, total(spans))?;
-        let mut spans = spans.to_vec();
-        let mut offset = offset;
-        let file = self.writable()?;
-        while !spans.is_empty() {
-            let written = iov::pwritev(memory, &spans, file.as_fd(), offset)?;
-            if written == 0 {
-                return Err(io::ErrorKind::WriteZero.into());
-            }
-            iov::advance(&mut spans, written);
-            offset += written as u64;
-        }
-        Ok(())
+    pub fn write(&self, memory: &GuestMemory, window: Window<'_>, offset: u64) -> io::Result<()> {
+        self.check(offset, u64::from(window.len()))?;
+        iov::write_all_at(memory, window, self.writable()?.as_fd(), offset)
     }
 
     fn writable(&self) -> io::Result<&File> {
@@ -207,83 +221,233 @@ impl Disk {
     /// The file's error.
     pub fn flush(&self) -> io::Result<()> {
         match &self.kind {
-            Kind::Raw { file, .. } => file.sync_data(),
+            Kind::Raw {
+                file,
+                read_only: false,
+            } => file.sync_data(),
             _ => Ok(()),
         }
     }
 
-    /// Makes a range read as zero, giving its space back where the file system
-    /// can have holes.
+    /// Makes a range read as zero, giving its space back to the file system.
     ///
     /// # Errors
-    /// `Unsupported` where it cannot; a range past the end; the file's error.
+    /// `Unsupported` where that cannot have holes; a range past the end; the
+    /// file's error.
     pub fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.allocate(FallocateFlags::PUNCH_HOLE, offset, len)
+    }
+
+    /// Makes a range read as zero; gives its space back if `unmap`, where the
+    /// file system can do that.
+    ///
+    /// # Errors
+    /// A range past the end; the file's error.
+    pub fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        let how = if unmap {
+            FallocateFlags::PUNCH_HOLE
+        } else {
+            FallocateFlags::ZERO_RANGE
+        };
+        match self.allocate(how, offset, len) {
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
+            other => return other,
+        }
+        let file = self.writable()?;
+        let end = offset + len; // checked above
+        let mut at = offset;
+        while at < end {
+            let count = (end - at).min(ZEROES.len() as u64);
+            let count = usize::try_from(count).unwrap_or(ZEROES.len());
+            file.write_all_at(&ZEROES[..count], at)?;
+            at += count as u64;
+        }
+        Ok(())
+    }
+
+    fn allocate(&self, how: FallocateFlags, offset: u64, len: u64) -> io::Result<()> {
         self.check(offset, len)?;
         let file = self.writable()?;
         if len == 0 {
             return Ok(());
         }
-        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        fallocate(file, flags, offset, len)?;
-        Ok(())
-    }
-
-    /// Makes a range read as zero.
-    ///
-    /// # Errors
-    /// A range past the end; the file's error.
-    pub fn write_zeroes(&self, offset: u64, len: u64) -> io::Result<()> {
-        match self.discard(offset, len) {
-            Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
-            other => return other,
+        match fallocate(file, how | FallocateFlags::KEEP_SIZE, offset, len) {
+            Ok(()) => Ok(()),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => Err(io::ErrorKind::Unsupported.into()),
+            Err(error) => Err(error.into()),
         }
-        let file = self.writable()?;
-        let zeroes = vec![0; 64 << 10];
-        let mut at = offset;
-        while at < offset + len {
-            let count = (offset + len - at).min(zeroes.len() as u64);
-            file.write_all_at(&zeroes[..usize::try_from(count).unwrap_or(0)], at)?;
-            at += count;
-        }
-        Ok(())
     }
 }
 
-fn total(spans: &[Span]) -> u64 {
-    spans.iter().map(|span| u64::from(span.len)).sum()
-}
+#[cfg(test)]
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "test patterns are small numbers"
+)]
+mod tests {
+    use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
+    use std::os::unix::fs::MetadataExt as _;
 
-/// Reads exactly; what lies past the end of the file is zero.
-fn read_file(
-    memory: &GuestMemory,
-    mut spans: Vec<Span>,
-    file: &File,
-    mut offset: u64,
-) -> io::Result<()> {
-    while !spans.is_empty() {
-        let read = iov::preadv(memory, &spans, file.as_fd(), offset)?;
-        if read == 0 {
-            return zero(memory, &spans);
-        }
-        iov::advance(&mut spans, read);
-        offset += read as u64;
-    }
-    Ok(())
-}
+    use proptest::prelude::*;
+    use vm_memory::{Bytes as _, GuestAddress};
 
-fn zero(memory: &GuestMemory, spans: &[Span]) -> io::Result<()> {
-    use vm_memory::Bytes as _;
-    let zeroes = [0; 4096];
-    for span in spans {
-        let mut done = 0;
-        while done < span.len {
-            let len = (span.len - done).min(4096);
-            let address = vm_memory::GuestAddress(span.address.0 + u64::from(done));
-            memory
-                .write_slice(&zeroes[..len as usize], address)
-                .map_err(io::Error::other)?;
-            done += len;
+    use super::*;
+    use crate::virtio::queue::Span;
+
+    fn memory() -> GuestMemory {
+        GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap()
+    }
+
+    fn file(contents: &[u8]) -> File {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(contents).unwrap();
+        file
+    }
+
+    /// Spans of the given lengths, not adjacent.
+    fn spans(lens: &[u32]) -> Vec<Span> {
+        let mut address = 0x100;
+        lens.iter()
+            .map(|&len| {
+                let span = Span {
+                    address: GuestAddress(address),
+                    len,
+                };
+                address += u64::from(len) + 8;
+                span
+            })
+            .collect()
+    }
+
+    fn contents(memory: &GuestMemory, spans: &[Span]) -> Vec<u8> {
+        let window = Window::new(spans, 0, u32::MAX);
+        let mut bytes = vec![0; window.len() as usize];
+        assert!(window.copy_out(memory, &mut bytes));
+        bytes
+    }
+
+    fn pattern(len: usize, seed: u8) -> Vec<u8> {
+        (0..len).map(|i| (i % 251) as u8 ^ seed).collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        /// Reading a composite is reading the concatenation of its segments.
+        #[test]
+        fn a_composite_is_its_segments_in_a_row(
+            sectors in prop::collection::vec((0u64..6, 0u64..3, 0u64..7), 1..6),
+            at in 0u64..20,
+            lens in prop::collection::vec(0u32..1500, 1..5),
+        ) {
+            let memory = memory();
+            let mut whole = Vec::new();
+            let segments = (0u8..).zip(&sectors).map(|(seed, &(len, offset, held))| {
+                // The file may end before the segment does.
+                let data = pattern(usize::try_from(held * SECTOR).unwrap() + 100, seed);
+                let (offset, len) = (offset * SECTOR + 7, len * SECTOR);
+                let mut part: Vec<u8> =
+                    data.iter().copied().skip(usize::try_from(offset).unwrap()).collect();
+                part.resize(usize::try_from(len).unwrap(), 0);
+                whole.extend_from_slice(&part);
+                Segment { file: file(&data), offset, len }
+            });
+            let disk = Disk::composite(segments.collect()).unwrap();
+            prop_assert_eq!(disk.len(), whole.len() as u64);
+            let spans = spans(&lens);
+            let total: usize = lens.iter().map(|&len| len as usize).sum();
+            let start = usize::try_from(at * SECTOR).unwrap();
+            let read = disk.read(&memory, Window::new(&spans, 0, u32::MAX), at * SECTOR);
+            match whole.get(start..start + total) {
+                None => prop_assert!(read.is_err()),
+                Some(expected) => {
+                    read.unwrap();
+                    prop_assert_eq!(contents(&memory, &spans), expected);
+                    let window = Window::new(&spans, 0, u32::MAX);
+                    memory.write_slice(&[0xaa; 8192], GuestAddress(0)).unwrap();
+                    if disk.read_cached(&memory, window, at * SECTOR).unwrap() {
+                        prop_assert_eq!(contents(&memory, &spans), expected);
+                    }
+                }
+            }
         }
     }
-    Ok(())
+
+    #[test]
+    fn an_empty_disk_has_nothing_to_read_or_write() {
+        let (disk, memory) = (Disk::empty(), memory());
+        let spans = spans(&[512]);
+        let one = Window::new(&spans, 0, 512);
+        assert!(disk.is_empty() && disk.is_read_only());
+        assert!(disk.read(&memory, one, 0).is_err());
+        assert!(disk.write(&memory, one, 0).is_err());
+        assert!(disk.read(&memory, one.take(0), 0).is_ok());
+        disk.flush().unwrap();
+    }
+
+    #[test]
+    fn a_raw_disk_keeps_what_is_written_and_drops_what_is_discarded() {
+        let memory = memory();
+        let file = file(&vec![1; 1 << 20]);
+        let disk = Disk::raw(file.try_clone().unwrap(), false).unwrap();
+        assert_eq!(disk.len(), 1 << 20);
+        let spans = spans(&[300, 212, 512]);
+        memory.write_slice(&[7; 2048], GuestAddress(0)).unwrap();
+        let window = Window::new(&spans, 0, u32::MAX);
+        disk.write(&memory, window, 512).unwrap();
+        disk.flush().unwrap();
+        let mut whole = Vec::new();
+        (&file).seek(SeekFrom::Start(0)).unwrap();
+        (&file).read_to_end(&mut whole).unwrap();
+        assert_eq!(whole[..512], [1; 512]);
+        assert_eq!(whole[512..1536], [7; 1024]);
+        assert_eq!(whole[1536], 1);
+
+        disk.write_zeroes(512, 512, false).unwrap();
+        disk.write_zeroes(1024, 512, true).unwrap();
+        disk.read(&memory, window, 512).unwrap();
+        assert_eq!(contents(&memory, &spans), [0; 1024]);
+        let before = file.metadata().unwrap().blocks();
+        match disk.discard(4096, 1 << 19) {
+            Ok(()) => assert!(file.metadata().unwrap().blocks() < before),
+            Err(error) => assert_eq!(error.kind(), io::ErrorKind::Unsupported),
+        }
+        assert_eq!(file.metadata().unwrap().len(), 1 << 20, "the size is kept");
+        for (offset, len) in [(1 << 20, 512), ((1 << 20) - 512, 1024), (u64::MAX, 2)] {
+            assert!(disk.discard(offset, len).is_err());
+            assert!(disk.write_zeroes(offset, len, true).is_err());
+        }
+    }
+
+    #[test]
+    fn a_read_only_disk_is_not_written() {
+        let memory = memory();
+        let spans = spans(&[512]);
+        let window = Window::new(&spans, 0, 512);
+        let raw = Disk::raw(file(&[1; 1300]), true).unwrap();
+        assert_eq!(raw.len(), 1024, "cut to whole sectors");
+        let segment = Segment {
+            file: file(&[1; 512]),
+            offset: 0,
+            len: 512,
+        };
+        for disk in [raw, Disk::composite(vec![segment]).unwrap()] {
+            assert!(disk.is_read_only());
+            assert!(disk.write(&memory, window, 0).is_err());
+            assert!(disk.discard(0, 512).is_err());
+            assert!(disk.write_zeroes(0, 512, true).is_err());
+        }
+    }
+
+    #[test]
+    fn segments_that_make_no_sense_are_refused() {
+        let segment = |offset, len| Segment {
+            file: file(&[]),
+            offset,
+            len,
+        };
+        assert!(Disk::composite(vec![segment(0, 511)]).is_err());
+        assert!(Disk::composite(vec![segment(u64::MAX - 511, 512)]).is_err());
+        let half = 1 << 62;
+        assert!(Disk::composite(vec![segment(0, half), segment(0, half)]).is_err());
+    }
 }

@@ -8,13 +8,138 @@
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 
-use vm_memory::{GuestMemoryBackend as _, VolatileSlice};
+use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _, VolatileSlice};
 
 use super::queue::Span;
 use crate::GuestMemory;
 
 /// Buffers handed to one system call; longer lists take several.
-const MAX_IOV: usize = 64;
+const MAX_IOV: usize = 128;
+
+/// A run of the bytes of a list of spans.
+#[derive(Clone, Copy, Debug)]
+pub struct Window<'a> {
+    spans: &'a [Span],
+    /// Bytes of the first span that come before the run.
+    skip: u32,
+    len: u32,
+}
+
+impl<'a> Window<'a> {
+    /// The bytes `skip..skip + len` of `spans`, as far as there are any.
+    #[must_use]
+    pub fn new(spans: &'a [Span], skip: u32, len: u32) -> Self {
+        let total = spans
+            .iter()
+            .fold(0u32, |sum, span| sum.saturating_add(span.len));
+        let mut window = Self {
+            spans,
+            skip: 0,
+            len: total,
+        };
+        window.advance(skip);
+        window.take(len)
+    }
+
+    /// Number of bytes.
+    #[must_use]
+    pub fn len(&self) -> u32 {
+        self.len
+    }
+
+    /// Whether there are no bytes.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The first `len` bytes, as far as there are any.
+    #[must_use]
+    pub fn take(mut self, len: u32) -> Self {
+        self.len = self.len.min(len);
+        self
+    }
+
+    /// Leaves the first `count` bytes out.
+    pub fn advance(&mut self, count: u32) {
+        let count = count.min(self.len);
+        self.len -= count;
+        let mut skip = u64::from(self.skip) + u64::from(count);
+        while let Some((first, rest)) = self.spans.split_first()
+            && skip >= u64::from(first.len)
+        {
+            skip -= u64::from(first.len);
+            self.spans = rest;
+        }
+        // Less than the first span's length now, or nothing is left.
+        self.skip = u32::try_from(skip).unwrap_or(0);
+    }
+
+    /// The runs of guest memory.
+    pub fn spans(&self) -> impl Iterator<Item = Span> + use<'a> {
+        let (mut skip, mut left) = (self.skip, self.len);
+        self.spans.iter().map_while(move |span| {
+            let len = (span.len - skip).min(left);
+            let address = GuestAddress(span.address.0 + u64::from(skip));
+            skip = 0;
+            left -= len;
+            (len > 0 || left > 0).then_some(Span { address, len })
+        })
+    }
+
+    /// Copies the bytes out of guest memory; `false` when there are not enough
+    /// of them to fill `bytes`.
+    #[must_use]
+    pub fn copy_out(&self, memory: &GuestMemory, bytes: &mut [u8]) -> bool {
+        let mut rest = bytes;
+        for span in self.spans() {
+            let len = rest.len().min(span.len as usize);
+            let (now, later) = rest.split_at_mut(len);
+            if memory.read_slice(now, span.address).is_err() {
+                return false;
+            }
+            rest = later;
+        }
+        rest.is_empty()
+    }
+
+    /// Copies `bytes` into guest memory; `false` when they do not fit.
+    #[must_use]
+    pub fn copy_in(&self, memory: &GuestMemory, bytes: &[u8]) -> bool {
+        let mut rest = bytes;
+        for span in self.spans() {
+            let (now, later) = rest.split_at(rest.len().min(span.len as usize));
+            if memory.write_slice(now, span.address).is_err() {
+                return false;
+            }
+            rest = later;
+        }
+        rest.is_empty()
+    }
+
+    /// Fills the run with zeroes.
+    ///
+    /// # Errors
+    /// `EFAULT` for spans outside guest memory.
+    pub fn zero(&self, memory: &GuestMemory) -> io::Result<()> {
+        for span in self.spans() {
+            let mut done = 0;
+            while done < span.len {
+                let len = (span.len - done).min(4096);
+                let address = GuestAddress(span.address.0 + u64::from(done));
+                memory
+                    .write_slice(&[0; 4096][..len as usize], address)
+                    .map_err(|_| fault())?;
+                done += len;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn fault() -> io::Error {
+    io::Error::from_raw_os_error(libc::EFAULT)
+}
 
 /// The buffers of one call, on the stack.
 struct Buffers {
@@ -24,7 +149,7 @@ struct Buffers {
 
 impl Buffers {
     /// The first buffers of `spans`.
-    fn new(memory: &GuestMemory, spans: &[Span]) -> io::Result<Self> {
+    fn new(memory: &GuestMemory, spans: impl Iterator<Item = Span>) -> io::Result<Self> {
         let empty = libc::iovec {
             iov_base: std::ptr::null_mut(),
             iov_len: 0,
@@ -36,7 +161,7 @@ impl Buffers {
         for (slot, span) in buffers.iov.iter_mut().zip(spans) {
             let slice: VolatileSlice<'_, _> = memory
                 .get_slice(span.address, span.len as usize)
-                .map_err(|_| io::Error::from_raw_os_error(libc::EFAULT))?;
+                .map_err(|_| fault())?;
             *slot = libc::iovec {
                 iov_base: slice.ptr_guard_mut().as_ptr().cast(),
                 iov_len: slice.len(),
@@ -56,7 +181,7 @@ fn result(returned: isize) -> io::Result<usize> {
 /// # Errors
 /// The system's answer; `EFAULT` for spans outside guest memory.
 pub fn readv(memory: &GuestMemory, spans: &[Span], fd: BorrowedFd<'_>) -> io::Result<usize> {
-    let buffers = Buffers::new(memory, spans)?;
+    let buffers = Buffers::new(memory, spans.iter().copied())?;
     // SAFETY: every buffer lies in guest memory, which `memory` keeps mapped, and
     // which is only ever accessed as volatile.
     result(unsafe { libc::readv(fd.as_raw_fd(), buffers.iov.as_ptr(), buffers.count) })
@@ -67,41 +192,123 @@ pub fn readv(memory: &GuestMemory, spans: &[Span], fd: BorrowedFd<'_>) -> io::Re
 /// # Errors
 /// The system's answer; `EFAULT` for spans outside guest memory.
 pub fn writev(memory: &GuestMemory, spans: &[Span], fd: BorrowedFd<'_>) -> io::Result<usize> {
-    let buffers = Buffers::new(memory, spans)?;
+    let buffers = Buffers::new(memory, spans.iter().copied())?;
     // SAFETY: as in `readv`.
     result(unsafe { libc::writev(fd.as_raw_fd(), buffers.iov.as_ptr(), buffers.count) })
 }
 
-/// Reads from `offset` of a file into guest memory; see [`readv`].
+/// Reads from `offset` of a file into guest memory, as far as that goes in one
+/// call; with `cached_only`, as far as it goes without waiting for a device.
 ///
 /// # Errors
-/// The system's answer; `EFAULT` for spans outside guest memory.
-pub fn preadv(
+/// The system's answer: `WouldBlock` when nothing is cached, `EOPNOTSUPP` from
+/// file systems that cannot tell; `EFAULT` for spans outside guest memory.
+fn pread(
     memory: &GuestMemory,
-    spans: &[Span],
+    window: Window<'_>,
     fd: BorrowedFd<'_>,
     offset: u64,
-) -> io::Result<usize> {
-    let buffers = Buffers::new(memory, spans)?;
+    cached_only: bool,
+) -> io::Result<u32> {
+    let buffers = Buffers::new(memory, window.spans())?;
     let offset = i64::try_from(offset).map_err(io::Error::other)?;
+    let flags = if cached_only { libc::RWF_NOWAIT } else { 0 };
     // SAFETY: as in `readv`.
-    result(unsafe { libc::preadv(fd.as_raw_fd(), buffers.iov.as_ptr(), buffers.count, offset) })
+    let read = result(unsafe {
+        let (fd, iov) = (fd.as_raw_fd(), buffers.iov.as_ptr());
+        libc::preadv2(fd, iov, buffers.count, offset, flags)
+    })?;
+    u32::try_from(read).map_err(io::Error::other)
 }
 
-/// Writes guest memory to `offset` of a file; see [`writev`].
+/// Fills `window` from `offset` of a file on; what lies past its end reads as
+/// zero.
 ///
 /// # Errors
 /// The system's answer; `EFAULT` for spans outside guest memory.
-pub fn pwritev(
+pub fn read_exact_at(
     memory: &GuestMemory,
-    spans: &[Span],
+    window: Window<'_>,
     fd: BorrowedFd<'_>,
     offset: u64,
-) -> io::Result<usize> {
-    let buffers = Buffers::new(memory, spans)?;
-    let offset = i64::try_from(offset).map_err(io::Error::other)?;
-    // SAFETY: as in `readv`.
-    result(unsafe { libc::pwritev(fd.as_raw_fd(), buffers.iov.as_ptr(), buffers.count, offset) })
+) -> io::Result<()> {
+    read_all(memory, window, fd, offset, false)
+}
+
+/// Like [`read_exact_at`], but never waits for a device; `Ok(false)` when it
+/// would have to, or the file system cannot tell. Some bytes may have been read
+/// then.
+///
+/// # Errors
+/// As [`read_exact_at`].
+pub fn read_cached_at(
+    memory: &GuestMemory,
+    window: Window<'_>,
+    fd: BorrowedFd<'_>,
+    offset: u64,
+) -> io::Result<bool> {
+    match read_all(memory, window, fd, offset, true) {
+        Ok(()) => Ok(true),
+        Err(error)
+            if error.kind() == io::ErrorKind::WouldBlock
+                || error.raw_os_error() == Some(libc::EOPNOTSUPP) =>
+        {
+            Ok(false)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+fn read_all(
+    memory: &GuestMemory,
+    mut window: Window<'_>,
+    fd: BorrowedFd<'_>,
+    mut offset: u64,
+    cached_only: bool,
+) -> io::Result<()> {
+    while !window.is_empty() {
+        match pread(memory, window, fd, offset, cached_only) {
+            Ok(0) => return window.zero(memory),
+            Ok(read) => {
+                window.advance(read);
+                offset += u64::from(read);
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Writes all of `window` to a file from `offset` on.
+///
+/// # Errors
+/// The system's answer; `EFAULT` for spans outside guest memory.
+pub fn write_all_at(
+    memory: &GuestMemory,
+    mut window: Window<'_>,
+    fd: BorrowedFd<'_>,
+    mut offset: u64,
+) -> io::Result<()> {
+    while !window.is_empty() {
+        let buffers = Buffers::new(memory, window.spans())?;
+        let at = i64::try_from(offset).map_err(io::Error::other)?;
+        // SAFETY: as in `readv`.
+        let written = result(unsafe {
+            libc::pwritev(fd.as_raw_fd(), buffers.iov.as_ptr(), buffers.count, at)
+        });
+        match written {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => {
+                let written = u32::try_from(written).map_err(io::Error::other)?;
+                window.advance(written);
+                offset += u64::from(written);
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 /// Drops the first `count` bytes of `spans`, in place.
@@ -121,4 +328,46 @@ pub fn advance(spans: &mut Vec<Span>, count: usize) {
         done += 1;
     }
     spans.drain(..done);
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// A window is the bytes of its spans, cut at both ends.
+        #[test]
+        fn a_window_is_a_run_of_bytes(
+            lens in prop::collection::vec(0u32..9, 0..6),
+            skip in 0u32..40,
+            len in 0u32..40,
+            step in 0u32..40,
+        ) {
+            let mut next = 0;
+            let mut all = Vec::new();
+            let spans: Vec<Span> = lens
+                .into_iter()
+                .map(|len| {
+                    next += 1000;
+                    all.extend((0..u64::from(len)).map(|i| next + i));
+                    Span { address: GuestAddress(next), len }
+                })
+                .collect();
+            let bytes = |window: Window<'_>| -> Vec<u64> {
+                let runs = window.spans();
+                runs.flat_map(|s| (0..u64::from(s.len)).map(move |i| s.address.0 + i))
+                    .collect()
+            };
+            let mut window = Window::new(&spans, skip, len);
+            let expected: Vec<u64> =
+                all.into_iter().skip(skip as usize).take(len as usize).collect();
+            prop_assert_eq!(window.len() as usize, expected.len());
+            prop_assert_eq!(&bytes(window), &expected);
+            window.advance(step);
+            let rest = expected.get(step as usize..).unwrap_or_default();
+            prop_assert_eq!(bytes(window), rest);
+        }
+    }
 }

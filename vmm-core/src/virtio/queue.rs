@@ -200,6 +200,35 @@ impl Queue {
         u64::from(index & self.size.wrapping_sub(1))
     }
 
+    // Addresses wrap rather than overflow: rings of an active device have been
+    // checked, and for others an access outside guest memory is an error anyway.
+
+    fn available_index(&self) -> u64 {
+        self.available.wrapping_add(2)
+    }
+
+    fn available_entry(&self, index: u16) -> u64 {
+        self.available.wrapping_add(4 + 2 * self.slot(index))
+    }
+
+    /// Where the driver says after which chain it wants an interrupt.
+    fn used_event(&self) -> u64 {
+        self.available.wrapping_add(4 + 2 * u64::from(self.size))
+    }
+
+    fn used_index(&self) -> u64 {
+        self.used.wrapping_add(2)
+    }
+
+    fn used_entry(&self, index: u16) -> u64 {
+        self.used.wrapping_add(4 + 8 * self.slot(index))
+    }
+
+    /// Where the device says after which chain it wants a notification.
+    fn available_event(&self) -> u64 {
+        self.used.wrapping_add(4 + 8 * u64::from(self.size))
+    }
+
     /// Number of chains offered and not yet taken.
     ///
     /// # Errors
@@ -208,9 +237,13 @@ impl Queue {
         if !self.ready || self.size == 0 {
             return Ok(0);
         }
-        let index = self.load(memory, self.available.wrapping_add(2), Ordering::Acquire)?;
+        let index = self.load(memory, self.available_index(), Ordering::Acquire)?;
+        // A chain has at least one descriptor, so those offered and not handed
+        // back are never more than the queue has. This bounds what a device can
+        // have in flight, too.
+        let outstanding = index.wrapping_sub(self.next_used);
         let count = index.wrapping_sub(self.next_available);
-        if count > self.size {
+        if outstanding > self.size || count > outstanding {
             return Err(QueueError::AvailableIndex);
         }
         Ok(count)
@@ -230,14 +263,13 @@ impl Queue {
             }
             // Ask for a notification of the next chain, then look once more, as
             // the driver may have offered it in between (section 2.7.10.1).
-            let event = self.used + 4 + 8 * u64::from(self.size);
-            self.store(memory, event, self.next_available)?;
+            self.store(memory, self.available_event(), self.next_available)?;
             fence(Ordering::SeqCst);
             if self.pending(memory)? == 0 {
                 return Ok(false);
             }
         }
-        let entry = self.available + 4 + 2 * self.slot(self.next_available);
+        let entry = self.available_entry(self.next_available);
         let head = self.load(memory, entry, Ordering::Relaxed)?;
         self.walk(memory, head, chain)?;
         chain.head = head;
@@ -257,8 +289,8 @@ impl Queue {
     pub fn request_notification(&self, memory: &GuestMemory) -> Result<(), QueueError> {
         if self.event_idx && self.ready {
             let pending = self.pending(memory)?;
-            let event = self.used + 4 + 8 * u64::from(self.size);
-            self.store(memory, event, self.next_available.wrapping_add(pending))?;
+            let next = self.next_available.wrapping_add(pending);
+            self.store(memory, self.available_event(), next)?;
             fence(Ordering::SeqCst);
         }
         Ok(())
@@ -270,7 +302,7 @@ impl Queue {
         let mut index = head;
         let mut indirect = false;
         let mut total = 0u32;
-        let mut steps = 0;
+        let mut left = self.size;
         loop {
             if index >= entries {
                 return Err(if indirect {
@@ -279,11 +311,8 @@ impl Queue {
                     QueueError::DescriptorIndex(index)
                 });
             }
-            if steps >= self.size {
-                return Err(QueueError::ChainLength);
-            }
-            steps += 1;
-            let address = table + DESCRIPTOR_LEN * u64::from(index);
+            left = left.checked_sub(1).ok_or(QueueError::ChainLength)?;
+            let address = table.wrapping_add(DESCRIPTOR_LEN * u64::from(index));
             let descriptor: Descriptor = memory
                 .read_obj(GuestAddress(address))
                 .map_err(|_| QueueError::Ring)?;
@@ -295,8 +324,7 @@ impl Queue {
                 (table, entries) = self.indirect_table(memory, &descriptor)?;
                 indirect = true;
                 index = 0;
-                // The table may have as many entries as the queue by itself.
-                steps = 0;
+                left = entries;
                 continue;
             }
             total = total
@@ -317,8 +345,10 @@ impl Queue {
     ) -> Result<(u64, u16), QueueError> {
         let len = u64::from(descriptor.len);
         let entries = u16::try_from(len / DESCRIPTOR_LEN).map_err(|_| QueueError::Indirect)?;
+        // Drivers that chose a small queue still make tables as long as the
+        // device's own limits on segments let them.
         let sound = len.is_multiple_of(DESCRIPTOR_LEN)
-            && (1..=self.size).contains(&entries)
+            && (1..=self.max_size).contains(&entries)
             && memory
                 .get_slice(GuestAddress(descriptor.address), descriptor.len as usize)
                 .is_ok();
@@ -340,7 +370,7 @@ impl Queue {
         head: u16,
         len: u32,
     ) -> Result<(), QueueError> {
-        let entry = self.used + 4 + 8 * self.slot(self.next_used);
+        let entry = self.used_entry(self.next_used);
         let element = u64::from(head) | u64::from(len) << 32;
         memory
             .write_obj(element.to_le(), GuestAddress(entry))
@@ -360,12 +390,12 @@ impl Queue {
         if old == new {
             return Ok(false);
         }
-        self.store(memory, self.used + 2, new)?;
+        self.store(memory, self.used_index(), new)?;
         self.signalled = new;
         fence(Ordering::SeqCst);
         if self.event_idx {
-            let address = self.available + 4 + 2 * u64::from(self.size);
-            let event = self.load(memory, address, Ordering::Relaxed)?;
+            let event = self.load(memory, self.used_event(), Ordering::Relaxed)?;
+            // `event` is one of the chains published just now.
             return Ok(new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old));
         }
         let flags = self.load(memory, self.available, Ordering::Relaxed)?;

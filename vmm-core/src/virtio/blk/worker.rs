@@ -1,0 +1,177 @@
+//! Threads for the requests that would keep the event loop waiting: reads of what
+//! is not in the page cache, writes, flushes.
+//!
+//! Threads are started when there is something to do, up to [`MAX_THREADS`], so a
+//! machine that only reads what is cached has none. They hand finished requests
+//! back through an eventfd; rings are the event loop's alone.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use super::request::{Operation, Outcome};
+use crate::GuestMemory;
+use crate::event_loop::{new_eventfd, signal};
+use crate::virtio::disk::Disk;
+use crate::virtio::queue::Chain;
+
+/// Requests of one disk that wait at the same time.
+const MAX_THREADS: usize = 4;
+
+/// A request to be done.
+pub(super) struct Job {
+    pub(super) chain: Chain,
+    pub(super) operation: Operation,
+    pub(super) disk: Arc<Disk>,
+}
+
+/// A request that has been done.
+pub(super) struct Done {
+    pub(super) chain: Chain,
+    pub(super) outcome: Outcome,
+}
+
+#[derive(Default)]
+struct State {
+    jobs: VecDeque<Job>,
+    done: Vec<Done>,
+    /// Threads that are doing something.
+    busy: usize,
+    stop: bool,
+}
+
+struct Shared {
+    memory: GuestMemory,
+    state: Mutex<State>,
+    /// There is a job, or the end.
+    work: Condvar,
+    /// Everything is done.
+    idle: Condvar,
+    finished: OwnedFd,
+}
+
+/// The threads of one disk. Dropping it waits for the requests being done.
+pub(super) struct Workers {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Workers {
+    pub(super) fn new(memory: GuestMemory) -> io::Result<Self> {
+        Ok(Self {
+            shared: Arc::new(Shared {
+                memory,
+                state: Mutex::new(State::default()),
+                work: Condvar::new(),
+                idle: Condvar::new(),
+                finished: new_eventfd()?,
+            }),
+            threads: Vec::new(),
+        })
+    }
+
+    /// Readable when something was done.
+    pub(super) fn finished(&self) -> BorrowedFd<'_> {
+        self.shared.finished.as_fd()
+    }
+
+    /// Hands a request over.
+    pub(super) fn submit(&mut self, job: Job) {
+        let mut state = self.shared.lock();
+        state.jobs.push_back(job);
+        let short = state.busy + state.jobs.len() > self.threads.len();
+        drop(state);
+        self.shared.work.notify_one();
+        if short && self.threads.len() < MAX_THREADS {
+            let shared = Arc::clone(&self.shared);
+            let thread = std::thread::Builder::new()
+                .name("blk".to_owned())
+                .stack_size(128 << 10)
+                .spawn(move || shared.run());
+            match thread {
+                Ok(thread) => self.threads.push(thread),
+                Err(error) => tracing::warn!(%error, "no further thread for block requests"),
+            }
+        }
+        if self.threads.is_empty() {
+            // Slowly, then.
+            let state = self.shared.lock();
+            drop(self.shared.work_off(state));
+        }
+    }
+
+    /// Exchanges `done`, which is empty, for what has been done.
+    pub(super) fn take_done(&self, done: &mut Vec<Done>) {
+        std::mem::swap(&mut self.shared.lock().done, done);
+    }
+
+    /// Waits until everything handed over has been done.
+    pub(super) fn drain(&self) {
+        let mut state = self.shared.lock();
+        while state.busy > 0 || !state.jobs.is_empty() {
+            state = wait(&self.shared.idle, state);
+        }
+    }
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        let mut state = self.shared.lock();
+        state.stop = true;
+        state.jobs.clear();
+        drop(state);
+        self.shared.work.notify_all();
+        for thread in self.threads.drain(..) {
+            // A panic there has been reported by the panic hook.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn wait<'a>(condition: &Condvar, guard: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+    condition
+        .wait(guard)
+        .unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Nothing panics while it holds the lock.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn run(&self) {
+        let mut state = self.lock();
+        while !state.stop {
+            state = self.work_off(state);
+            if !state.stop && state.jobs.is_empty() {
+                state = wait(&self.work, state);
+            }
+        }
+    }
+
+    /// Does what there is to do.
+    fn work_off<'a>(&'a self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        while let Some(job) = state.jobs.pop_front() {
+            state.busy += 1;
+            drop(state);
+            let outcome = job.operation.execute(&self.memory, &job.disk, &job.chain);
+            state = self.lock();
+            state.busy -= 1;
+            state.done.push(Done {
+                chain: job.chain,
+                outcome,
+            });
+            // One signal for all that is taken at once.
+            if state.done.len() == 1 {
+                signal(self.finished.as_fd());
+            }
+            if state.busy == 0 && state.jobs.is_empty() {
+                self.idle.notify_all();
+            }
+        }
+        state
+    }
+}
