@@ -10,6 +10,10 @@ const KVM_FEATURES: u32 = 0x4000_0001;
 /// Asynchronous page faults: a fault in flight cannot be saved.
 const KVM_ASYNC_PF: u32 = 1 << 4 | 1 << 10 | 1 << 14;
 
+/// XSAVE components that need a permission and 8 KiB a task (Intel SDM volume 1
+/// section 18.13).
+const AMX: u32 = 1 << 17 | 1 << 18;
+
 /// CPUID of vCPU `index` of `count`, each a core of its own in one package.
 pub(super) fn for_vcpu(
     supported: &CpuId,
@@ -20,8 +24,7 @@ pub(super) fn for_vcpu(
     let mut entries: Vec<kvm_cpuid_entry2> = supported
         .as_slice()
         .iter()
-        // Topology is written below; performance counters are not virtualised.
-        .filter(|entry| !matches!(entry.function, 0xa | 0xb | 0x1f | 0x8000_0022))
+        .filter(|entry| !is_dropped(entry))
         .copied()
         .collect();
     for entry in &mut entries {
@@ -38,11 +41,24 @@ pub(super) fn for_vcpu(
     })
 }
 
+/// Leaves that are written here or that describe what the guest does not get:
+/// performance counters, SGX, processor trace, last branch records, AMX, nested
+/// virtualisation; XSAVE components of AMX and of supervisor state.
+fn is_dropped(entry: &kvm_cpuid_entry2) -> bool {
+    match entry.function {
+        0xa | 0xb | 0x12 | 0x14 | 0x1c | 0x1d | 0x1e | 0x1f | 0x8000_000a | 0x8000_0022 => true,
+        0xd => entry.index >= 2 && (AMX >> entry.index & 1 != 0 || entry.ecx & 1 != 0),
+        _ => false,
+    }
+}
+
 fn adjust(entry: &mut kvm_cpuid_entry2, index: u32, count: u32, tsc_deadline: bool) {
     match (entry.function, entry.index) {
         (1, _) => {
             let logical = count.min(255);
             entry.ebx = entry.ebx & 0x0000_ffff | logical << 16 | (index & 0xff) << 24;
+            // VMX and performance capabilities are not saved.
+            entry.ecx &= !(1 << 5 | 1 << 15);
             entry.ecx |= 1 << 31; // a hypervisor is present
             if tsc_deadline {
                 entry.ecx |= 1 << 24;
@@ -56,18 +72,27 @@ fn adjust(entry: &mut kvm_cpuid_entry2, index: u32, count: u32, tsc_deadline: bo
             entry.eax =
                 entry.eax & 0x3fff | (sharing.min(4096) - 1) << 14 | (count.min(64) - 1) << 26;
         }
-        // CET is not set up (BACKENDS.md); AMX needs a permission and 8 KiB a task.
+        // CET is not set up (BACKENDS.md), AMX not asked for; SGX, processor
+        // trace and last branch records are not saved.
         (7, 0) => {
-            entry.ecx &= !(1 << 7);
-            entry.edx &= !(1 << 20 | 1 << 22 | 1 << 24 | 1 << 25);
+            entry.ebx &= !(1 << 2 | 1 << 25);
+            entry.ecx &= !(1 << 7 | 1 << 30);
+            entry.edx &= !(1 << 19 | 1 << 20 | 1 << 22 | 1 << 24 | 1 << 25);
         }
-        (7, 1) => entry.edx &= !(1 << 18),
-        // The state components of AMX (17, 18) and CET (11, 12).
-        (0xd, 0) => entry.eax &= !(1 << 17 | 1 << 18),
-        (0xd, 1) => entry.ecx &= !(1 << 11 | 1 << 12),
+        (7, 1) => {
+            entry.eax &= !(1 << 21);
+            entry.edx &= !(1 << 8 | 1 << 18);
+        }
+        (0xd, 0) => entry.eax &= !AMX,
+        // No dynamic features, no supervisor components.
+        (0xd, 1) => {
+            entry.eax &= !(1 << 4);
+            entry.ecx = 0;
+            entry.edx = 0;
+        }
         (KVM_FEATURES, _) => entry.eax &= !KVM_ASYNC_PF,
-        // AMD: extended performance counters.
-        (0x8000_0001, _) => entry.ecx &= !(1 << 23 | 1 << 24 | 1 << 28),
+        // AMD: SVM, extended performance counters.
+        (0x8000_0001, _) => entry.ecx &= !(1 << 2 | 1 << 23 | 1 << 24 | 1 << 28),
         // AMD: number of threads less one, and bits of the APIC id.
         (0x8000_0008, _) => {
             entry.ecx = (count.min(256) - 1) | id_bits(count) << 12;
@@ -125,6 +150,10 @@ mod tests {
             leaf(1, 0),
             leaf(7, 0),
             leaf(0xa, 0),
+            leaf(0xd, 0),
+            leaf(0xd, 2),
+            leaf(0xd, 17),
+            leaf(0x8000_0001, 0),
             leaf(0x1f, 0),
         ];
         CpuId::from_entries(&leaves).unwrap()
@@ -161,6 +190,9 @@ mod tests {
         assert_eq!(leaf7.ecx & 1 << 7, 0, "shadow stacks");
         assert_eq!(leaf7.edx & 1 << 24, 0, "AMX");
         assert!(find(&cpuid, 0xa, 0).is_none(), "performance counters");
+        assert!(find(&cpuid, 0xd, 17).is_none(), "AMX tiles");
+        assert_eq!(find(&cpuid, 1, 0).unwrap().ecx & 1 << 5, 0, "VMX");
+        assert_eq!(find(&cpuid, 0x8000_0001, 0).unwrap().ecx & 1 << 2, 0, "SVM");
         assert_ne!(leaf7.ebx & 1 << 5, 0, "AVX2 stays");
     }
 

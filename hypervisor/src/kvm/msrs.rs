@@ -25,13 +25,15 @@ fn is_skipped(index: u32) -> bool {
         | 0xc000_0300..=0xc000_0302)
 }
 
+/// Those of the registers that KVM lists that are worth saving.
+pub(super) fn to_save(listed: &[u32]) -> Vec<u32> {
+    let listed = listed.iter().copied();
+    listed.filter(|&index| !is_skipped(index)).collect()
+}
+
 /// Reads all of `indices` that can be read.
 pub(super) fn save(fd: &VcpuFd, indices: &[u32]) -> Result<Vec<(u32, u64)>, Error> {
-    let mut wanted: Vec<u32> = indices
-        .iter()
-        .copied()
-        .filter(|&index| !is_skipped(index))
-        .collect();
+    let mut wanted = indices;
     let mut saved = Vec::with_capacity(wanted.len());
     while !wanted.is_empty() {
         let entries: Vec<kvm_msr_entry> = wanted
@@ -50,7 +52,7 @@ pub(super) fn save(fd: &VcpuFd, indices: &[u32]) -> Result<Vec<(u32, u64)>, Erro
                 .map(|entry| (entry.index, entry.data)),
         );
         // The one after the last read cannot be read: listed, but not on this CPU.
-        wanted.drain(..(read + 1).min(wanted.len()));
+        wanted = wanted.get(read + 1..).unwrap_or_default();
     }
     Ok(saved)
 }

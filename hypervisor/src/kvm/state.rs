@@ -7,17 +7,22 @@
 //!   that could still move them.
 //! - Restoring: CPUID first (it decides what else is accepted), TSC frequency,
 //!   system registers (they set the local APIC's base and mode), XCR0 before
-//!   the XSAVE area, the TSC before all other MSRs, the local APIC, then the
-//!   deadline of its timer, events, and the multiprocessor state last.
+//!   the XSAVE area, the TSC before all other MSRs (see `tsc.rs`), the local
+//!   APIC, then the deadline of its timer, events, and the multiprocessor state
+//!   last.
+//!
+//! Not saved, because the guest's CPUID does not offer it (see `cpuid.rs`):
+//! nested virtualisation, performance counters, AMX tiles, shadow stacks, SGX,
+//! processor trace, asynchronous page faults. PDPTRs of a 32-bit PAE guest are
+//! read again from memory by KVM when CR3 is set.
 
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_PAYLOAD,
-    KVM_VCPUEVENT_VALID_SHADOW, KVM_VCPUEVENT_VALID_SIPI_VECTOR, KVM_VCPUEVENT_VALID_SMM, Xsave,
-    kvm_lapic_state, kvm_vcpu_events, kvm_xcr, kvm_xcrs, kvm_xsave,
+    CpuId, KVM_MAX_CPUID_ENTRIES, Xsave, kvm_lapic_state, kvm_vcpu_events, kvm_xcr, kvm_xcrs,
 };
 use kvm_ioctls::VcpuFd;
 use zerocopy::{FromBytes as _, IntoBytes as _};
 
+use super::vm::VmShared;
 use super::{convert, msrs, os};
 use crate::Error;
 use crate::state::{Blob, VcpuState};
@@ -96,20 +101,27 @@ fn arm_expired_deadline(values: &mut [(u32, u64)]) {
     }
 }
 
-/// Restores a vCPU. `host_khz` is the TSC frequency that it has by itself.
-pub(super) fn restore(fd: &VcpuFd, state: &VcpuState, fresh: bool) -> Result<(), Error> {
+/// Restores a vCPU of `vm`; a fresh one has no CPUID yet, and one that has run
+/// cannot get another.
+pub(super) fn restore(
+    fd: &VcpuFd,
+    state: &VcpuState,
+    fresh: bool,
+    vm: &VmShared,
+) -> Result<(), Error> {
     if fresh {
         restore_cpuid(fd, state)?;
+        restore_frequency(fd, state.tsc_khz, vm)?;
     }
     fd.set_sregs(&convert::to_sregs(&state.system))
         .map_err(os("write system registers"))?;
     fd.set_regs(&convert::to_regs(&state.general))
         .map_err(os("write registers"))?;
     restore_xcrs(fd, state)?;
-    restore_xsave(fd, &state.xsave)?;
+    restore_xsave(fd, &state.xsave, vm.xsave_len)?;
     fd.set_debug_regs(&convert::to_debug(&state.debug))
         .map_err(os("write debug registers"))?;
-    restore_msrs(fd, state)?;
+    restore_msrs(fd, state, vm)?;
     restore_events(fd, &state.events)?;
     fd.set_mp_state(convert::to_mp_state(state.mp_state))
         .map_err(os("write the MP state"))
@@ -118,19 +130,20 @@ pub(super) fn restore(fd: &VcpuFd, state: &VcpuState, fresh: bool) -> Result<(),
 fn restore_cpuid(fd: &VcpuFd, state: &VcpuState) -> Result<(), Error> {
     let entries: Vec<_> = state.cpuid.iter().map(convert::to_cpuid).collect();
     let cpuid = CpuId::from_entries(&entries).map_err(|_| unfit("its CPUID is too long"))?;
-    fd.set_cpuid2(&cpuid).map_err(os("write CPUID"))?;
-    if state.tsc_khz == 0 {
-        return Ok(());
-    }
+    fd.set_cpuid2(&cpuid).map_err(os("write CPUID"))
+}
+
+/// Makes the time-stamp counter run at `saved` kHz (0: not known).
+fn restore_frequency(fd: &VcpuFd, saved: u32, vm: &VmShared) -> Result<(), Error> {
     let host = fd.get_tsc_khz().unwrap_or(0);
-    if host == 0 || tolerable(host, state.tsc_khz) {
+    if saved == 0 || host == 0 || tolerable(host, saved) {
         return Ok(());
     }
-    fd.set_tsc_khz(state.tsc_khz).map_err(|_| {
+    vm.tsc_offset.disable();
+    fd.set_tsc_khz(saved).map_err(|_| {
         unfit(format!(
-            "its time-stamp counter runs at {} kHz, this host's at {host} kHz, \
-             and this host cannot scale it",
-            state.tsc_khz
+            "its time-stamp counter runs at {saved} kHz, this host's at {host} kHz, \
+             and this host cannot scale it"
         ))
     })
 }
@@ -156,14 +169,15 @@ fn restore_xcrs(fd: &VcpuFd, state: &VcpuState) -> Result<(), Error> {
     fd.set_xcrs(&xcrs).map_err(os("write XCRs"))
 }
 
-fn restore_msrs(fd: &VcpuFd, state: &VcpuState) -> Result<(), Error> {
-    let mut values: Vec<(u32, u64)> = state
-        .msrs
-        .iter()
-        .copied()
-        .filter(|(index, _)| *index != msrs::TSC_DEADLINE)
-        .collect();
-    values.sort_by_key(|(index, _)| *index != msrs::TSC);
+fn restore_msrs(fd: &VcpuFd, state: &VcpuState, vm: &VmShared) -> Result<(), Error> {
+    let mut values = Vec::with_capacity(state.msrs.len());
+    if let Some(tsc) = msrs::value(&state.msrs, msrs::TSC)
+        && !vm.tsc_offset.restore(fd, tsc)
+    {
+        values.push((msrs::TSC, tsc));
+    }
+    let others = state.msrs.iter().copied();
+    values.extend(others.filter(|(index, _)| !matches!(*index, msrs::TSC | msrs::TSC_DEADLINE)));
     msrs::restore(fd, &values)?;
     let mut lapic = kvm_lapic_state::default();
     let len = lapic.regs.len();
@@ -185,14 +199,8 @@ fn restore_events(fd: &VcpuFd, blob: &Blob) -> Result<(), Error> {
             blob.backend, blob.version
         )));
     }
-    let mut events = kvm_vcpu_events::read_from_bytes(&blob.bytes)
+    let events = kvm_vcpu_events::read_from_bytes(&blob.bytes)
         .map_err(|_| unfit("its events have another size"))?;
-    // What was read is what is to be set, as far as this kernel offers it.
-    events.flags |= KVM_VCPUEVENT_VALID_NMI_PENDING
-        | KVM_VCPUEVENT_VALID_SIPI_VECTOR
-        | KVM_VCPUEVENT_VALID_SHADOW
-        | KVM_VCPUEVENT_VALID_SMM;
-    events.flags &= !KVM_VCPUEVENT_VALID_PAYLOAD;
     fd.set_vcpu_events(&events).map_err(os("write events"))
 }
 
@@ -206,6 +214,10 @@ fn empty_xsave(len: usize) -> Result<Xsave, Error> {
 
 #[expect(unsafe_code, reason = "KVM writes as much as it said it would")]
 fn save_xsave(fd: &VcpuFd, len: usize) -> Result<Vec<u8>, Error> {
+    if len <= LEGACY_XSAVE {
+        let area = fd.get_xsave().map_err(os("read the XSAVE area"))?;
+        return Ok(area.region.as_bytes().to_vec());
+    }
     let mut xsave = empty_xsave(len)?;
     // SAFETY: the area has the size that KVM_CAP_XSAVE2 gave for this VM, and no
     // dynamic feature (AMX) is enabled in between.
@@ -216,27 +228,29 @@ fn save_xsave(fd: &VcpuFd, len: usize) -> Result<Vec<u8>, Error> {
     Ok(bytes)
 }
 
+/// `len` is how much KVM reads. A shorter area is continued with zeros (the
+/// initial state of components that the saving host did not have); of a longer
+/// one the rest must be zero.
 #[expect(unsafe_code, reason = "KVM reads as much as it said it would")]
-fn restore_xsave(fd: &VcpuFd, bytes: &[u8]) -> Result<(), Error> {
+fn restore_xsave(fd: &VcpuFd, bytes: &[u8], len: usize) -> Result<(), Error> {
     let Some((legacy, extra)) = bytes.split_at_checked(LEGACY_XSAVE) else {
         return Err(unfit("its XSAVE area is too short"));
     };
-    if extra.is_empty() {
-        let mut area = kvm_xsave::default();
-        area.region.as_mut_bytes().copy_from_slice(legacy);
-        // SAFETY: without dynamic features KVM reads 4096 bytes.
-        return unsafe { fd.set_xsave(&area) }.map_err(os("write the XSAVE area"));
+    let mut xsave = empty_xsave(len)?;
+    let flexible = xsave.as_mut_slice().as_mut_bytes();
+    let (kept, beyond) = extra.split_at(extra.len().min(flexible.len()));
+    if beyond.iter().any(|byte| *byte != 0) {
+        return Err(unfit(format!(
+            "its XSAVE area has {} bytes, and this host knows {len} of them",
+            bytes.len()
+        )));
     }
-    let mut xsave = empty_xsave(bytes.len())?;
-    if xsave.as_slice().as_bytes().len() != extra.len() {
-        return Err(unfit("its XSAVE area has an odd length"));
-    }
-    xsave.as_mut_slice().as_mut_bytes().copy_from_slice(extra);
+    flexible[..kept.len()].copy_from_slice(kept);
     // SAFETY: the length of the flexible part is not changed.
     let area = unsafe { xsave.as_mut_fam_struct() };
     area.xsave.region.as_mut_bytes().copy_from_slice(legacy);
-    // SAFETY: the area is at least as long as the state it was saved from, and
-    // KVM reads what the guest's CPUID, restored before, asks for.
+    // SAFETY: the area is as long as KVM_CAP_XSAVE2 says that KVM reads for a
+    // vCPU of this VM, and at least 4096 bytes.
     unsafe { fd.set_xsave2(&xsave) }.map_err(os("write the XSAVE area"))
 }
 

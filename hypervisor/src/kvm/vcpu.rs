@@ -1,151 +1,59 @@
-//! A vCPU: bound to a thread, run, kicked.
-//!
-//! Kicks are sticky and never lost: a kick first sets a flag, then the
-//! `immediate_exit` byte in the page shared with KVM, then signals the thread.
-//! If the vCPU is in the guest, the signal ends KVM_RUN; if it is about to
-//! enter, KVM sees the byte; if it is outside, it sees the flag. The vCPU clears
-//! the byte *before* it looks at the flag.
+//! A vCPU: bound to a thread, and run.
 
 #![expect(
     unsafe_code,
-    reason = "another thread writes a byte that KVM reads, and signals a thread"
+    reason = "the page shared with KVM is read and written through pointers"
 )]
 
-use std::fmt;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 
+use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-use super::{Kvm, convert, os, state};
+use super::kick::KickState;
+use super::vm::VmShared;
+use super::{convert, cpuid, fault, os, state};
 use crate::state::{BootRegisters, VcpuState};
-use crate::{Bus, Error, Exit, FaultInfo, Kicker, RestoredVcpu, Vcpu, VcpuSeed};
+use crate::{Bus, Error, Exit, Kicker, RestoredVcpu, Vcpu, VcpuSeed};
 
-/// The real-time signal (counted from `SIGRTMIN`) that ends KVM_RUN.
-const KICK_SIGNAL: i32 = 0;
-/// Instruction bytes reported with a fault.
-const INSTRUCTION_LEN: usize = 16;
-
-/// Where a kick has to go while the vCPU is bound.
-struct Target {
-    thread: libc::pthread_t,
-    /// `kvm_run.immediate_exit`.
-    immediate_exit: *const AtomicU8,
-}
-
-// SAFETY: the pointer is only used under the mutex, while the mapping it points
-// into is alive; what it points to is atomic.
-unsafe impl Send for Target {}
-
-/// What a vCPU and its kickers share.
-struct Shared {
-    kicked: AtomicBool,
-    target: Mutex<Option<Target>>,
-}
-
-impl Shared {
-    fn target(&self) -> MutexGuard<'_, Option<Target>> {
-        // Nothing can panic with the lock held, and the value is always whole.
-        self.target.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl fmt::Debug for Shared {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("KvmKicker")
-            .field("kicked", &self.kicked)
-            .finish_non_exhaustive()
-    }
-}
-
-impl Kicker for Shared {
-    fn kick(&self) {
-        self.kicked.store(true, Ordering::SeqCst);
-        let target = self.target();
-        if let Some(target) = &*target {
-            // SAFETY: a target is only registered while the vCPU's mapping lives;
-            // it is unregistered, under this lock, before that ends.
-            unsafe { &*target.immediate_exit }.store(1, Ordering::SeqCst);
-            // SAFETY: for the same reason the thread is alive: the vCPU never
-            // leaves it. The handler does nothing.
-            unsafe {
-                libc::pthread_kill(target.thread, libc::SIGRTMIN() + KICK_SIGNAL);
-            }
-        }
-    }
-}
-
-extern "C" fn ignore(_: libc::c_int) {}
-
-/// Installs the handler that makes the kick signal interrupt system calls and
-/// do nothing else. Once for the process, like the disposition it sets.
-fn install_handler() {
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| {
-        // SAFETY: zero is a valid value of every field; no SA_RESTART, so that
-        // KVM_RUN returns.
-        let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
-        action.sa_sigaction = ignore as *const () as usize;
-        // SAFETY: the handler is async-signal-safe: it is empty.
-        unsafe {
-            libc::sigaction(
-                libc::SIGRTMIN() + KICK_SIGNAL,
-                &raw const action,
-                std::ptr::null_mut(),
-            );
-        }
-    });
-}
+/// IA32_MTRR_DEF_TYPE: variable ranges on, everything write-back.
+const MTRR_DEF_TYPE: (u32, u64) = (0x2ff, 1 << 11 | 6);
+/// IA32_MISC_ENABLE: fast string operations.
+const MISC_ENABLE: (u32, u64) = (0x1a0, 1);
 
 /// A vCPU that no thread runs yet.
 #[derive(Debug)]
 pub struct KvmSeed {
-    kvm: Kvm,
+    vm: Arc<VmShared>,
     fd: VcpuFd,
     index: u32,
-    xsave_len: usize,
-    cpuid: kvm_bindings::CpuId,
-    shared: Arc<Shared>,
+    kick: Arc<KickState>,
 }
 
 impl KvmSeed {
-    pub(super) fn new(
-        kvm: Kvm,
-        fd: VcpuFd,
-        index: u32,
-        xsave_len: usize,
-        cpuid: kvm_bindings::CpuId,
-    ) -> Self {
+    pub(super) fn new(vm: Arc<VmShared>, fd: VcpuFd, index: u32) -> Self {
         Self {
-            kvm,
+            vm,
             fd,
             index,
-            xsave_len,
-            cpuid,
-            shared: Arc::new(Shared {
-                kicked: AtomicBool::new(false),
-                target: Mutex::new(None),
-            }),
+            kick: Arc::new(KickState::new()),
         }
     }
 
     /// Registers the calling thread as the one to kick.
     fn into_vcpu(mut self) -> KvmVcpu {
-        install_handler();
         let immediate_exit = (&raw mut self.fd.get_kvm_run().immediate_exit).cast::<AtomicU8>();
-        *self.shared.target() = Some(Target {
-            // SAFETY: has no preconditions.
-            thread: unsafe { libc::pthread_self() },
-            immediate_exit,
-        });
+        // SAFETY: the mapping lives as long as `fd`, which the vCPU keeps until
+        // after it has unbound itself; it cannot leave this thread.
+        unsafe { self.kick.bind(immediate_exit) };
         KvmVcpu {
-            kvm: self.kvm,
+            vm: self.vm,
             fd: self.fd,
             index: self.index,
-            xsave_len: self.xsave_len,
             immediate_exit,
-            shared: self.shared,
+            kick: self.kick,
         }
     }
 }
@@ -158,11 +66,15 @@ impl VcpuSeed for KvmSeed {
     }
 
     fn kicker(&self) -> Arc<dyn Kicker> {
-        self.shared.clone()
+        self.kick.clone()
     }
 
     fn bind(self, boot: Option<&BootRegisters>) -> Result<KvmVcpu, Error> {
-        self.fd.set_cpuid2(&self.cpuid).map_err(os("write CPUID"))?;
+        let supported = self.vm.kvm.supported_cpuid()?;
+        let deadline = self.vm.tsc_deadline();
+        let cpuid = cpuid::for_vcpu(supported, self.index, self.vm.vcpus, deadline)?;
+        self.fd.set_cpuid2(&cpuid).map_err(os("write CPUID"))?;
+        set_firmware_msrs(&self.fd);
         if let Some(boot) = boot {
             set_boot_registers(&self.fd, boot)?;
         }
@@ -178,6 +90,19 @@ impl VcpuSeed for KvmSeed {
         let mut vcpu = self.into_vcpu();
         let proof = vcpu.put(state, true)?;
         Ok((vcpu, proof))
+    }
+}
+
+/// What firmware leaves behind on every processor. A KVM that refuses one of
+/// them does not emulate it; then no guest depends on it.
+fn set_firmware_msrs(fd: &VcpuFd) {
+    let entries = [MTRR_DEF_TYPE, MISC_ENABLE].map(|(index, data)| kvm_msr_entry {
+        index,
+        data,
+        ..kvm_msr_entry::default()
+    });
+    if let Ok(msrs) = Msrs::from_entries(&entries) {
+        let _ = fd.set_msrs(&msrs);
     }
 }
 
@@ -212,13 +137,12 @@ fn set_boot_registers(fd: &VcpuFd, boot: &BootRegisters) -> Result<(), Error> {
 /// A vCPU on its thread.
 #[derive(Debug)]
 pub struct KvmVcpu {
-    kvm: Kvm,
+    vm: Arc<VmShared>,
     fd: VcpuFd,
     index: u32,
-    xsave_len: usize,
     /// Also what keeps the type from being `Send`.
     immediate_exit: *const AtomicU8,
-    shared: Arc<Shared>,
+    kick: Arc<KickState>,
 }
 
 /// What one stay in the guest ended with.
@@ -253,12 +177,23 @@ impl KvmVcpu {
         };
         let reason = match exit {
             VcpuExit::IoIn(port, data) => {
-                data.fill(0xff);
-                bus.pio_read(port, data);
+                let data: *mut [u8] = data;
+                let width = self.port_width();
+                // SAFETY: the data lie behind the structure that `port_width`
+                // looked at, in the same mapping, and nothing else refers to them.
+                for item in unsafe { &mut *data }.chunks_exact_mut(width) {
+                    item.fill(0xff);
+                    bus.pio_read(port, item);
+                }
                 return Ok(Stay::Access);
             }
             VcpuExit::IoOut(port, data) => {
-                bus.pio_write(port, data);
+                let data: *const [u8] = data;
+                let width = self.port_width();
+                // SAFETY: as above.
+                for item in unsafe { &*data }.chunks_exact(width) {
+                    bus.pio_write(port, item);
+                }
                 return Ok(Stay::Access);
             }
             VcpuExit::MmioRead(address, data) => {
@@ -283,44 +218,20 @@ impl KvmVcpu {
             VcpuExit::FailEntry(reason, cpu) => {
                 format!("hardware refused to enter the guest on CPU {cpu}: {reason:#x}")
             }
-            VcpuExit::InternalError => self.internal_error(),
+            VcpuExit::InternalError => fault::internal_error(&mut self.fd),
             other => format!("unexpected exit {other:?}"),
         };
-        Ok(Stay::Exit(Exit::Fault(self.fault(reason))))
+        let info = fault::locate(&mut self.fd, &self.vm.slots, reason);
+        Ok(Stay::Exit(Exit::Fault(info)))
     }
 
-    /// What KVM says of an instruction that it cannot emulate.
-    fn internal_error(&mut self) -> String {
-        let run = self.fd.get_kvm_run();
-        // SAFETY: the exit reason is KVM_EXIT_INTERNAL_ERROR, for which KVM fills
-        // this member of the union.
-        let suberror = unsafe { run.__bindgen_anon_1.internal.suberror };
-        match suberror {
-            1 => "KVM cannot emulate an instruction".to_owned(),
-            other => format!("KVM internal error {other}"),
-        }
-    }
-
-    fn fault(&mut self, reason: String) -> FaultInfo {
-        let program_counter = self.fd.get_regs().map_or(0, |regs| regs.rip);
-        let run = self.fd.get_kvm_run();
-        // SAFETY: any bit pattern is a valid `emulation_failure`.
-        let failure = unsafe { run.__bindgen_anon_1.emulation_failure };
-        let has_bytes = failure.suberror == 1 && failure.ndata > 1 && failure.flags & 1 != 0;
-        // SAFETY: the flag says that KVM filled this member; it is plain bytes.
-        let bytes = unsafe { failure.__bindgen_anon_1.__bindgen_anon_1 };
-        let len = usize::from(bytes.insn_size)
-            .min(bytes.insn_bytes.len())
-            .min(INSTRUCTION_LEN);
-        FaultInfo {
-            reason,
-            program_counter,
-            instruction: if has_bytes {
-                bytes.insn_bytes[..len].to_vec()
-            } else {
-                Vec::new()
-            },
-        }
+    /// Width in bytes of the port access that KVM just reported; a string
+    /// operation reports several items at once.
+    fn port_width(&mut self) -> usize {
+        // SAFETY: the exit reason is KVM_EXIT_IO, for which KVM fills this member
+        // of the union.
+        let io = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.io };
+        usize::from(io.size).max(1)
     }
 
     /// Lets KVM complete an access that was served, without running the guest:
@@ -338,7 +249,7 @@ impl KvmVcpu {
     }
 
     fn put(&mut self, state: &VcpuState, fresh: bool) -> Result<RestoredVcpu, Error> {
-        state::restore(&self.fd, state, fresh)?;
+        state::restore(&self.fd, state, fresh, &self.vm)?;
         // Tells a guest that uses kvmclock that it was paused; one that does not
         // makes KVM refuse, which is fine.
         let _ = self.fd.kvmclock_ctrl();
@@ -350,35 +261,15 @@ impl KvmVcpu {
     /// Reads everything back; what moves by itself is left out.
     #[cfg(debug_assertions)]
     fn compare(&self, wanted: &VcpuState) -> Result<(), Error> {
-        let found = state::save(
-            &self.fd,
-            self.index,
-            self.xsave_len,
-            &wanted
-                .msrs
-                .iter()
-                .map(|(index, _)| *index)
-                .collect::<Vec<_>>(),
-        )?;
-        let checks = [
-            ("general registers", found.general == wanted.general),
-            ("system registers", found.system == wanted.system),
-            ("debug registers", found.debug == wanted.debug),
-            ("extended control registers", found.xcrs == wanted.xcrs),
-            ("MP state", found.mp_state == wanted.mp_state),
-        ];
-        match checks.iter().find(|(_, same)| !same) {
-            Some((what, _)) => Err(Error::State {
-                reason: format!("{what} of vCPU {} read back differently", self.index),
-            }),
-            None => Ok(()),
-        }
+        let indices: Vec<u32> = wanted.msrs.iter().map(|(index, _)| *index).collect();
+        let found = state::save(&self.fd, self.index, self.vm.xsave_len, &indices)?;
+        super::compare::same(wanted, &found)
     }
 }
 
 impl Drop for KvmVcpu {
     fn drop(&mut self) {
-        *self.shared.target() = None;
+        self.kick.unbind();
     }
 }
 
@@ -386,7 +277,7 @@ impl Vcpu for KvmVcpu {
     fn run(&mut self, bus: &dyn Bus) -> Result<Exit, Error> {
         let mut access = false;
         loop {
-            if self.shared.kicked.swap(false, Ordering::SeqCst) {
+            if self.kick.take() {
                 let exit = if access {
                     self.complete_access(bus)?
                 } else {
@@ -407,12 +298,15 @@ impl Vcpu for KvmVcpu {
     }
 
     fn save(&mut self) -> Result<VcpuState, Error> {
-        state::save(
-            &self.fd,
-            self.index,
-            self.xsave_len,
-            self.kvm.msr_indices()?,
-        )
+        let readable = &self.vm.readable_msrs;
+        let indices = match readable.get() {
+            Some(indices) => indices,
+            None => self.vm.kvm.msr_indices()?,
+        };
+        let state = state::save(&self.fd, self.index, self.vm.xsave_len, indices)?;
+        // The other vCPUs have the same features.
+        readable.get_or_init(|| state.msrs.iter().map(|(index, _)| *index).collect());
+        Ok(state)
     }
 
     fn reload(&mut self, state: &VcpuState) -> Result<RestoredVcpu, Error> {

@@ -1,20 +1,21 @@
 //! The VM: memory slots, interrupt lines, doorbells, irqchip and clock.
 
-use std::collections::BTreeMap;
 use std::os::fd::{AsFd as _, BorrowedFd, FromRawFd as _, IntoRawFd as _};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, OnceLock};
 
 use kvm_bindings::{
-    KVM_CLOCK_TSC_STABLE, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
-    KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_clock_data, kvm_irqchip,
-    kvm_userspace_memory_region,
+    KVM_CAP_X86_TRIPLE_FAULT_EVENT, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_clock_data,
+    kvm_enable_cap, kvm_irqchip, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, NoDatamatch, VmFd};
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::slots::{Slot, SlotTable};
+use super::tsc::TscOffset;
 use super::vcpu::KvmSeed;
-use super::{Kvm, cpuid, os};
+use super::{Kvm, os};
 use crate::state::{Blob, VmState};
 use crate::{
     DirtyBitmap, Doorbell, Error, Gsi, IrqLine, IrqTrigger, MemoryRegion, RestoredVcpu, SlotId, Vm,
@@ -32,27 +33,32 @@ const BACKEND: &str = "kvm";
 /// A VM of KVM.
 #[derive(Debug)]
 pub struct KvmVm {
-    kvm: Kvm,
-    fd: Arc<VmFd>,
-    vcpus: u32,
-    xsave_len: usize,
-    slots: Mutex<Slots>,
+    shared: Arc<VmShared>,
 }
 
-#[derive(Debug, Default)]
-struct Slots {
-    next: u32,
-    regions: BTreeMap<u32, MemoryRegionKey>,
+/// What a VM and its vCPUs share.
+#[derive(Debug)]
+pub(super) struct VmShared {
+    pub(super) kvm: Kvm,
+    fd: VmFd,
+    /// Number of vCPUs.
+    pub(super) vcpus: u32,
+    /// Size of a vCPU's XSAVE area in bytes.
+    pub(super) xsave_len: usize,
+    tsc_deadline: OnceLock<bool>,
+    /// The MSRs that could be read from the first vCPU that was saved.
+    pub(super) readable_msrs: OnceLock<Vec<u32>>,
+    pub(super) tsc_offset: TscOffset,
+    pub(super) slots: SlotTable,
 }
 
-/// A mapped region, without its pointer type.
-#[derive(Clone, Copy, Debug)]
-struct MemoryRegionKey {
-    guest_address: u64,
-    host_address: u64,
-    len: u64,
-    read_only: bool,
-    track_dirty: bool,
+impl VmShared {
+    /// Whether the local APIC's timer has the TSC-deadline mode.
+    pub(super) fn tsc_deadline(&self) -> bool {
+        *self
+            .tsc_deadline
+            .get_or_init(|| self.fd.check_extension(Cap::TscDeadlineTimer))
+    }
 }
 
 /// What [`VmState`]'s blob holds.
@@ -72,25 +78,37 @@ impl KvmVm {
             .map_err(os("set the TSS address"))?;
         fd.create_irq_chip()
             .map_err(os("create interrupt controllers"))?;
+        let events = kvm_enable_cap {
+            cap: KVM_CAP_X86_TRIPLE_FAULT_EVENT,
+            args: [1, 0, 0, 0],
+            ..kvm_enable_cap::default()
+        };
+        // A pending triple fault is then part of a vCPU's events; kernels before
+        // 6.1 cannot tell.
+        let _ = fd.enable_cap(&events);
         // Older kernels have no larger area than the structure's 4 KiB.
         let xsave_len = usize::try_from(fd.check_extension_int(Cap::Xsave2))
             .unwrap_or(0)
             .max(4096);
         Ok(Self {
-            kvm,
-            fd: Arc::new(fd),
-            vcpus: config.vcpus.max(1),
-            xsave_len,
-            slots: Mutex::default(),
+            shared: Arc::new(VmShared {
+                kvm,
+                fd,
+                vcpus: config.vcpus.max(1),
+                xsave_len,
+                tsc_deadline: OnceLock::new(),
+                readable_msrs: OnceLock::new(),
+                tsc_offset: TscOffset::default(),
+                slots: SlotTable::default(),
+            }),
         })
     }
 
-    fn slots(&self) -> MutexGuard<'_, Slots> {
-        // No code panics while it changes the table.
-        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    fn fd(&self) -> &VmFd {
+        &self.shared.fd
     }
 
-    fn set_region(&self, slot: u32, region: MemoryRegionKey) -> Result<(), Error> {
+    fn set_region(&self, slot: u32, region: Slot) -> Result<(), Error> {
         let mut flags = 0;
         if region.read_only {
             flags |= KVM_MEM_READONLY;
@@ -108,17 +126,7 @@ impl KvmVm {
         #[expect(unsafe_code, reason = "hands host memory to the guest")]
         // SAFETY: whoever called `map_memory` vouched for the memory; here it is
         // mapped, re-flagged or unmapped.
-        unsafe { self.fd.set_user_memory_region(region) }.map_err(os("set a memory region"))
-    }
-
-    fn known(&self, slot: SlotId) -> Result<MemoryRegionKey, Error> {
-        self.slots()
-            .regions
-            .get(&slot.0)
-            .copied()
-            .ok_or_else(|| Error::Unsupported {
-                what: format!("memory slot {}, which is not mapped", slot.0),
-            })
+        unsafe { self.fd().set_user_memory_region(region) }.map_err(os("set a memory region"))
     }
 
     fn irqchip(&self, chip_id: u32) -> Result<Vec<u8>, Error> {
@@ -126,7 +134,7 @@ impl KvmVm {
             chip_id,
             ..kvm_irqchip::default()
         };
-        self.fd
+        self.fd()
             .get_irqchip(&mut chip)
             .map_err(os("read an interrupt controller"))?;
         #[expect(unsafe_code, reason = "reads a union as plain bytes")]
@@ -151,10 +159,17 @@ impl KvmVm {
             *to = from.cast_signed();
         }
         chip.chip.dummy = dummy;
-        self.fd
+        self.fd()
             .set_irqchip(&chip)
             .map_err(os("write an interrupt controller"))
     }
+}
+
+/// The value of a doorbell in its width.
+fn narrow<T: TryFrom<u64>>(value: u64) -> Result<T, Error> {
+    T::try_from(value).map_err(|_| Error::Unsupported {
+        what: format!("a doorbell value of {value:#x}, which is wider than the write"),
+    })
 }
 
 /// An IOAPIC input behind an eventfd: one system call for each pulse, and none
@@ -183,40 +198,39 @@ impl Vm for KvmVm {
                 what: "a memory region that is not made of whole pages".to_owned(),
             });
         }
-        let mut slots = self.slots();
-        let slot = slots.next;
-        let region = MemoryRegionKey {
+        let region = Slot {
             guest_address: region.guest_address,
             host_address: region.host_address.as_ptr() as u64,
             len: region.len,
             read_only: region.read_only,
             track_dirty: region.track_dirty,
         };
-        self.set_region(slot, region)?;
-        slots.next += 1;
-        slots.regions.insert(slot, region);
-        Ok(SlotId(slot))
+        let mut slots = self.shared.slots.lock();
+        self.set_region(slots.next(), region)?;
+        Ok(slots.push(region))
     }
 
     fn unmap_memory(&self, slot: SlotId) -> Result<(), Error> {
-        let region = self.known(slot)?;
-        self.set_region(slot.0, MemoryRegionKey { len: 0, ..region })?;
-        self.slots().regions.remove(&slot.0);
+        let mut slots = self.shared.slots.lock();
+        let region = slots.get(slot)?;
+        self.set_region(slot.0, Slot { len: 0, ..region })?;
+        slots.remove(slot);
         Ok(())
     }
 
     fn set_dirty_tracking(&self, slot: SlotId, on: bool) -> Result<(), Error> {
-        let region = MemoryRegionKey {
+        let mut slots = self.shared.slots.lock();
+        let region = Slot {
             track_dirty: on,
-            ..self.known(slot)?
+            ..slots.get(slot)?
         };
         self.set_region(slot.0, region)?;
-        self.slots().regions.insert(slot.0, region);
+        slots.replace(slot, region);
         Ok(())
     }
 
     fn take_dirty(&self, slot: SlotId) -> Result<DirtyBitmap, Error> {
-        let region = self.known(slot)?;
+        let region = self.shared.slots.lock().get(slot)?;
         if !region.track_dirty {
             return Err(Error::Unsupported {
                 what: format!("the dirty log of memory slot {}, which is not kept", slot.0),
@@ -226,31 +240,23 @@ impl Vm for KvmVm {
             what: "a memory slot larger than the address space".to_owned(),
         })?;
         let words = self
-            .fd
+            .fd()
             .get_dirty_log(slot.0, len)
             .map_err(os("read the dirty log"))?;
         Ok(DirtyBitmap { words })
     }
 
     fn create_vcpu(&self, index: u32) -> Result<KvmSeed, Error> {
-        if index >= self.vcpus {
+        if index >= self.shared.vcpus {
             return Err(Error::Unsupported {
-                what: format!("vCPU {index} of a VM with {}", self.vcpus),
+                what: format!("vCPU {index} of a VM with {}", self.shared.vcpus),
             });
         }
-        let tsc_deadline = self.fd.check_extension(Cap::TscDeadlineTimer);
-        let cpuid = cpuid::for_vcpu(self.kvm.supported_cpuid()?, index, self.vcpus, tsc_deadline)?;
         let fd = self
-            .fd
+            .fd()
             .create_vcpu(u64::from(index))
             .map_err(os("create a vCPU"))?;
-        Ok(KvmSeed::new(
-            self.kvm.clone(),
-            fd,
-            index,
-            self.xsave_len,
-            cpuid,
-        ))
+        Ok(KvmSeed::new(self.shared.clone(), fd, index))
     }
 
     fn irq_line(&self, gsi: Gsi, trigger: IrqTrigger) -> Result<Arc<dyn IrqLine>, Error> {
@@ -263,7 +269,7 @@ impl Vm for KvmVm {
             operation: "create an eventfd",
             source,
         })?;
-        self.fd
+        self.fd()
             .register_irqfd(&fd, gsi)
             .map_err(os("attach an interrupt line"))?;
         Ok(Arc::new(IrqfdLine { fd }))
@@ -281,24 +287,16 @@ impl Vm for KvmVm {
         // SAFETY: the descriptor was just made and is owned by nobody else.
         let fd = unsafe { EventFd::from_raw_fd(duplicate.into_raw_fd()) };
         let address = IoEventAddress::Mmio(doorbell.address);
+        let vm = self.fd();
         let result = match (doorbell.width, doorbell.value) {
-            (Some(1), Some(value)) => {
-                self.fd
-                    .register_ioevent(&fd, &address, u8::try_from(value).unwrap_or(u8::MAX))
-            }
-            (Some(2), Some(value)) => {
-                self.fd
-                    .register_ioevent(&fd, &address, u16::try_from(value).unwrap_or(u16::MAX))
-            }
-            (Some(4), Some(value)) => {
-                self.fd
-                    .register_ioevent(&fd, &address, u32::try_from(value).unwrap_or(u32::MAX))
-            }
-            (Some(8), Some(value)) => self.fd.register_ioevent(&fd, &address, value),
-            (_, None) => self.fd.register_ioevent(&fd, &address, NoDatamatch),
-            (width, Some(_)) => {
+            (Some(1), Some(value)) => vm.register_ioevent(&fd, &address, narrow::<u8>(value)?),
+            (Some(2), Some(value)) => vm.register_ioevent(&fd, &address, narrow::<u16>(value)?),
+            (Some(4), Some(value)) => vm.register_ioevent(&fd, &address, narrow::<u32>(value)?),
+            (Some(8), Some(value)) => vm.register_ioevent(&fd, &address, value),
+            (None, None) => vm.register_ioevent(&fd, &address, NoDatamatch),
+            (width, value) => {
                 return Err(Error::Unsupported {
-                    what: format!("a doorbell value of width {width:?}"),
+                    what: format!("a doorbell of width {width:?} and value {value:?}"),
                 });
             }
         };
@@ -307,7 +305,7 @@ impl Vm for KvmVm {
     }
 
     fn save(&self) -> Result<VmState, Error> {
-        let clock = self.fd.get_clock().map_err(os("read the clock"))?;
+        let clock = self.fd().get_clock().map_err(os("read the clock"))?;
         let state = KvmVmState {
             pic_master: self.irqchip(KVM_IRQCHIP_PIC_MASTER)?,
             pic_slave: self.irqchip(KVM_IRQCHIP_PIC_SLAVE)?,
@@ -329,9 +327,9 @@ impl Vm for KvmVm {
     fn restore(&self, state: &VmState, vcpus: Vec<RestoredVcpu>) -> Result<(), Error> {
         let mut restored: Vec<u32> = vcpus.iter().map(RestoredVcpu::index).collect();
         restored.sort_unstable();
-        if !restored.iter().copied().eq(0..self.vcpus) {
+        if !restored.iter().copied().eq(0..self.shared.vcpus) {
             return Err(Error::State {
-                reason: format!("vCPUs {restored:?} of {} were restored", self.vcpus),
+                reason: format!("vCPUs {restored:?} of {} were restored", self.shared.vcpus),
             });
         }
         let blob = &state.blob;
@@ -353,7 +351,8 @@ impl Vm for KvmVm {
             flags: 0,
             ..kvm_clock_data::default()
         };
-        debug_assert_eq!(clock.flags & KVM_CLOCK_TSC_STABLE, 0);
-        self.fd.set_clock(&clock).map_err(os("write the clock"))
+        self.fd().set_clock(&clock).map_err(os("write the clock"))?;
+        self.shared.tsc_offset.finish();
+        Ok(())
     }
 }

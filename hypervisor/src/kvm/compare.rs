@@ -1,0 +1,111 @@
+//! Debug builds read a restored vCPU back and compare.
+//!
+//! Left out, because it moves by itself or is the host's: time-stamp counter and
+//! timer deadline, kvmclock's and the wall clock's registers, the APIC timer's
+//! current count, and what KVM computes (the APIC's processor priority).
+
+use crate::Error;
+use crate::state::VcpuState;
+
+/// Registers whose value moves or has an effect of its own: TSC, TSC_ADJUST is
+/// kept; TSC_DEADLINE; kvmclock's wall clock (written when set).
+const MOVING_MSRS: [u32; 4] = [
+    super::msrs::TSC,
+    super::msrs::TSC_DEADLINE,
+    0x11,
+    0x4b56_4d00,
+];
+/// Local APIC: processor priority, and the timer's current count.
+const MOVING_LAPIC: [usize; 2] = [0xa0, 0x390];
+
+/// An error that names the first element that differs.
+pub(super) fn same(wanted: &VcpuState, found: &VcpuState) -> Result<(), Error> {
+    let checks = [
+        ("general registers", found.general == wanted.general),
+        ("system registers", found.system == wanted.system),
+        ("debug registers", found.debug == wanted.debug),
+        ("extended control registers", found.xcrs == wanted.xcrs),
+        ("MP state", found.mp_state == wanted.mp_state),
+        ("CPUID", found.cpuid == wanted.cpuid),
+        ("XSAVE area", same_xsave(&wanted.xsave, &found.xsave)),
+        ("events", found.events == wanted.events),
+    ];
+    let different = checks
+        .iter()
+        .find(|(_, same)| !same)
+        .map(|(what, _)| (*what).to_owned())
+        .or_else(|| lapic(&wanted.lapic, &found.lapic))
+        .or_else(|| msr(&wanted.msrs, &found.msrs));
+    match different {
+        Some(what) => Err(Error::State {
+            reason: format!("{what} of vCPU {} read back differently", wanted.index),
+        }),
+        None => Ok(()),
+    }
+}
+
+/// Areas may differ in length: what one lacks is in its initial state, zero.
+fn same_xsave(a: &[u8], b: &[u8]) -> bool {
+    let common = a.len().min(b.len());
+    let rest = a[common..].iter().chain(&b[common..]);
+    a[..common] == b[..common] && rest.copied().all(|byte| byte == 0)
+}
+
+fn lapic(wanted: &[u8], found: &[u8]) -> Option<String> {
+    let registers = wanted.chunks(16).zip(found.chunks(16)).enumerate();
+    let mut different = registers.filter(|(_, (a, b))| a != b).map(|(i, _)| i * 16);
+    different
+        .find(|offset| !MOVING_LAPIC.contains(offset))
+        .map(|offset| format!("local APIC register {offset:#x}"))
+}
+
+fn msr(wanted: &[(u32, u64)], found: &[(u32, u64)]) -> Option<String> {
+    let mut kept = wanted
+        .iter()
+        .filter(|(index, _)| !MOVING_MSRS.contains(index));
+    kept.find(|&&(index, value)| super::msrs::value(found, index) != Some(value))
+        .map(|(index, value)| {
+            let found = super::msrs::value(found, *index);
+            format!("MSR {index:#x} ({value:#x}, then {found:x?})")
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_difference_is_named() {
+        let wanted = VcpuState {
+            lapic: vec![0; 1024],
+            msrs: vec![(0x10, 5), (0x277, 7)],
+            ..VcpuState::default()
+        };
+        assert!(same(&wanted, &wanted).is_ok());
+        let mut found = wanted.clone();
+        found.msrs[0].1 = 6;
+        found.lapic[0x390] = 1;
+        assert!(same(&wanted, &found).is_ok(), "counters move");
+        found.msrs[1].1 = 6;
+        assert!(
+            same(&wanted, &found)
+                .unwrap_err()
+                .to_string()
+                .contains("0x277")
+        );
+        found.lapic[0x80] = 1;
+        assert!(
+            same(&wanted, &found)
+                .unwrap_err()
+                .to_string()
+                .contains("0x80")
+        );
+        found.general.rip = 1;
+        assert!(
+            same(&wanted, &found)
+                .unwrap_err()
+                .to_string()
+                .contains("general")
+        );
+    }
+}

@@ -1,0 +1,120 @@
+//! The table of memory slots: what the guest sees where.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use crate::{Error, SlotId};
+
+/// A mapped region, without its pointer type.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Slot {
+    pub(super) guest_address: u64,
+    pub(super) host_address: u64,
+    pub(super) len: u64,
+    pub(super) read_only: bool,
+    pub(super) track_dirty: bool,
+}
+
+/// All regions of a VM by slot number.
+#[derive(Debug, Default)]
+pub(super) struct Slots {
+    next: u32,
+    regions: BTreeMap<u32, Slot>,
+}
+
+/// Shared by the VM and its vCPUs, which read guest memory to explain a fault.
+/// KVM's own table is changed with the lock held, so that both agree.
+#[derive(Debug, Default)]
+pub(super) struct SlotTable(Mutex<Slots>);
+
+impl SlotTable {
+    pub(super) fn lock(&self) -> MutexGuard<'_, Slots> {
+        // No code panics while it changes the table.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Slots {
+    /// The number that the next region gets.
+    pub(super) fn next(&self) -> u32 {
+        self.next
+    }
+
+    /// Adds a region under the next number.
+    pub(super) fn push(&mut self, slot: Slot) -> SlotId {
+        let id = self.next;
+        self.next += 1;
+        self.regions.insert(id, slot);
+        SlotId(id)
+    }
+
+    pub(super) fn get(&self, id: SlotId) -> Result<Slot, Error> {
+        self.regions
+            .get(&id.0)
+            .copied()
+            .ok_or_else(|| Error::Unsupported {
+                what: format!("memory slot {}, which is not mapped", id.0),
+            })
+    }
+
+    pub(super) fn replace(&mut self, id: SlotId, slot: Slot) {
+        self.regions.insert(id.0, slot);
+    }
+
+    pub(super) fn remove(&mut self, id: SlotId) {
+        self.regions.remove(&id.0);
+    }
+
+    /// Copies guest memory from guest physical `address` on, up to the end of
+    /// the region that holds it; returns the number of bytes.
+    pub(super) fn read(&self, address: u64, to: &mut [u8]) -> usize {
+        let holds = |slot: &&Slot| {
+            address
+                .checked_sub(slot.guest_address)
+                .is_some_and(|offset| offset < slot.len)
+        };
+        let Some(slot) = self.regions.values().find(holds) else {
+            return 0;
+        };
+        let offset = address - slot.guest_address;
+        let len = usize::try_from(slot.len - offset)
+            .unwrap_or(usize::MAX)
+            .min(to.len());
+        for (from, byte) in (slot.host_address + offset..).zip(&mut to[..len]) {
+            #[expect(unsafe_code, reason = "reads memory that belongs to the guest")]
+            // SAFETY: whoever called `map_memory` keeps the region mapped until it
+            // is unmapped, which takes the lock that `self` was reached through;
+            // volatile, since the guest may be writing.
+            let value = unsafe { std::ptr::read_volatile(from as *const u8) };
+            *byte = value;
+        }
+        len
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reading_stops_at_the_end_of_a_region() {
+        let memory = [7_u8; 16];
+        let mut slots = Slots::default();
+        let id = slots.push(Slot {
+            guest_address: 0x1000,
+            host_address: memory.as_ptr() as u64,
+            len: 16,
+            read_only: false,
+            track_dirty: false,
+        });
+        let mut bytes = [0; 8];
+        assert_eq!(slots.read(0x1008, &mut bytes), 8);
+        assert_eq!(slots.read(0x100e, &mut bytes), 2);
+        assert_eq!(slots.read(0x1010, &mut bytes), 0);
+        assert_eq!(slots.read(0xfff, &mut bytes), 0);
+        slots.remove(id);
+        assert_eq!(slots.read(0x1008, &mut bytes), 0);
+        assert!(slots.get(id).is_err());
+        assert_eq!(slots.next(), 1, "numbers are not used again");
+    }
+}
