@@ -114,14 +114,15 @@ fn serve(init_us: u64) -> io::Result<()> {
 
 fn mount_early() -> io::Result<()> {
     let safe = MountFlags::NOSUID | MountFlags::NOEXEC | MountFlags::NODEV;
-    for (target, kind, flags) in [
-        ("/proc", "proc", safe),
-        ("/sys", "sysfs", safe),
-        ("/dev", "devtmpfs", MountFlags::NOSUID),
-        (CGROUPS, "cgroup2", safe),
+    for (target, kind, flags, options) in [
+        ("/proc", "proc", safe, c""),
+        ("/sys", "sysfs", safe, c""),
+        ("/dev", "devtmpfs", MountFlags::NOSUID, c""),
+        // The workload must not thaw its own group or lift its limits.
+        (CGROUPS, "cgroup2", safe, c"nsdelegate"),
     ] {
         fs::create_dir_all(target)?;
-        match mount(kind, target, kind, flags, None) {
+        match mount(kind, target, kind, flags, Some(options)) {
             Ok(()) | Err(rustix::io::Errno::BUSY) => {}
             Err(error) => {
                 return Err(io::Error::other(format!(

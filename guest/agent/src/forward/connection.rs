@@ -65,6 +65,8 @@ pub(super) struct Connection {
     backoff: Duration,
     to_tcp: Pump,
     to_host: Pump,
+    /// One side failed, rather than both having ended.
+    aborted: bool,
 }
 
 impl Pump {
@@ -163,6 +165,7 @@ impl Connection {
             backoff: FIRST_BACKOFF,
             to_tcp: Pump::default(),
             to_host: Pump::default(),
+            aborted: false,
         }
     }
 
@@ -184,9 +187,10 @@ impl Connection {
                 self.connected(outcome, v6, reactor, key);
             }
             Phase::Connecting { .. } => {
-                // Nothing but its end can come from the host now. Data it sent
+                // Nothing but its end matters from the host now. Data it sent
                 // ahead stays in the socket.
-                if ready.intersects(Ready::HUP | Ready::ERR) {
+                let gone = ready.intersects(Ready::HUP | Ready::ERR);
+                if gone || is_closed(self.host.as_fd()) {
                     self.phase = Phase::Over;
                 }
             }
@@ -332,6 +336,7 @@ impl Connection {
         // One direction had ended before; now the other one cannot go on.
         let fd = if which == part::HOST { host } else { tcp };
         if source_ended && (ready.intersects(Ready::HUP | Ready::ERR) || is_closed(fd)) {
+            self.aborted = true;
             self.phase = Phase::Over;
             return;
         }
@@ -339,7 +344,8 @@ impl Connection {
             .to_tcp
             .run(host, tcp, scratch)
             .and_then(|()| self.to_host.run(tcp, host, scratch));
-        if outcome.is_err() || (self.to_tcp.done && self.to_host.done) {
+        self.aborted = outcome.is_err();
+        if self.aborted || (self.to_tcp.done && self.to_host.done) {
             self.phase = Phase::Over;
         }
     }
@@ -350,7 +356,7 @@ impl Connection {
         let (host, tcp) = match self.phase {
             Phase::Over => return false,
             Phase::Header { .. } => (Ready::IN, Ready::empty()),
-            Phase::Connecting { .. } => (Ready::ET, Ready::OUT),
+            Phase::Connecting { .. } => (Ready::ET | Ready::OUT | Ready::RDHUP, Ready::OUT),
             Phase::Open => (
                 wanted(&self.to_tcp, &self.to_host),
                 wanted(&self.to_host, &self.to_tcp),
@@ -367,6 +373,11 @@ impl Connection {
     pub(super) fn close(self, reactor: &Reactor) {
         self.host.retire(reactor);
         if let Some(tcp) = self.tcp {
+            if self.aborted {
+                // A reset: a server that only waits would not notice a second
+                // FIN.
+                let _ = sockopt::set_socket_linger(&tcp, Some(Duration::ZERO));
+            }
             tcp.retire(reactor);
         }
     }

@@ -115,6 +115,25 @@ fn hundreds_at_once() {
         stream.read_exact(&mut seen).unwrap();
         assert_eq!(seen, text.as_bytes());
     }
+    // A server that waits after the client's half-close is reset when the
+    // client is gone.
+    let (stream, mut socket) = pairs.pop().unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(socket.read(&mut [0; 8]).unwrap(), 0);
+    drop(stream);
+    socket
+        .set_read_timeout(Some(Duration::from_secs(60)))
+        .unwrap();
+    let mut fds = [rustix::event::PollFd::new(
+        &socket,
+        rustix::event::PollFlags::empty(),
+    )];
+    let minute = rustix::event::Timespec {
+        tv_sec: 60,
+        tv_nsec: 0,
+    };
+    rustix::event::poll(&mut fds, Some(&minute)).unwrap();
+    assert!(fds[0].revents().contains(rustix::event::PollFlags::ERR));
     // A host side that goes away takes the guest side with it.
     for (stream, mut socket) in pairs {
         drop(stream);
