@@ -5,7 +5,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use rustix::net::{RecvFlags, SocketFlags, accept_with, recv};
+use rustix::net::{SocketFlags, accept_with};
 use sm_guest_proto::control::{ControlReply, ControlRequest};
 use sm_guest_proto::exec::{ExecRequest, Role};
 
@@ -16,6 +16,7 @@ use crate::exec::stdio::{self, ChildEnds};
 use crate::exec::{Launch, LaunchError};
 use crate::forward::Forwards;
 use crate::identity::Identity;
+use crate::kernel_log::KernelLog;
 use crate::log;
 use crate::poweroff::PowerOff;
 use crate::reactor::{Class, Event, Reactor, Ready, Token, Watched};
@@ -51,7 +52,7 @@ pub(crate) struct Agent {
     scratch: Vec<u8>,
     listeners: [Watched; 3],
     signals: Watched,
-    uevents: Option<Watched>,
+    kernel_log: Option<KernelLog>,
     pub(crate) controls: Slab<Control>,
     pub(crate) sessions: Slab<Session>,
     forwards: Forwards,
@@ -84,20 +85,15 @@ impl Agent {
         }
         let mut signals = Watched::new(sys::signal_fd(&[libc::SIGCHLD])?);
         signals.set(&reactor, Token::single(Class::Signals, 0), Ready::IN)?;
-        let uevents = sys::uevent_socket()
-            .ok()
-            .map(Watched::new)
-            .map(|mut watched| {
-                let token = Token::single(Class::Uevents, 0);
-                log::note_failure("watch uevents", watched.set(&reactor, token, Ready::IN));
-                watched
-            });
+        let kernel_log = KernelLog::open()
+            .map_err(|error| log::error("open the kernel log", error))
+            .ok();
         Ok(Self {
             reactor,
             scratch: vec![0; SCRATCH_LEN],
             listeners,
             signals,
-            uevents,
+            kernel_log,
             controls: Slab::default(),
             sessions: Slab::default(),
             forwards: Forwards::default(),
@@ -136,7 +132,7 @@ impl Agent {
             Event::Io(token, ready) => match token.class {
                 Class::Listener => self.accept(token.part),
                 Class::Signals => self.reap(),
-                Class::Uevents => self.take_uevents(),
+                Class::KernelLog => self.check_vmgenid(),
                 Class::Control => self.control_ready(token.key, ready),
                 Class::Exec => self.session_ready(token, ready),
                 Class::Forward => {
@@ -157,7 +153,7 @@ impl Agent {
                 Class::Control => self.finish_refresh(Some(token.key)),
                 Class::Workload => self.workload_deadline(token.part),
                 Class::Power => self.power_deadline(token.part),
-                Class::Listener | Class::Signals | Class::Uevents => {}
+                Class::Listener | Class::Signals | Class::KernelLog => {}
             },
         }
     }
@@ -467,22 +463,10 @@ impl Agent {
         }
     }
 
-    /// Takes what the kernel announced; only a new VM generation ID matters.
-    pub(crate) fn take_uevents(&mut self) {
-        let Some(uevents) = &self.uevents else {
-            return;
-        };
-        let mut message = [0; 4096];
-        loop {
-            match recv(uevents, &mut message, RecvFlags::DONTWAIT) {
-                Ok((count, _)) => {
-                    let mut fields = message[..count].split(|byte| *byte == 0);
-                    self.vmgenid_seen |= fields.any(|field| field == b"NEW_VMGENID=1");
-                }
-                // ENOBUFS: some were lost; what is left can still be read.
-                Err(rustix::io::Errno::INTR | rustix::io::Errno::NOBUFS) => {}
-                Err(_) => break,
-            }
+    /// Looks for a new VM generation ID in what the kernel logged.
+    pub(crate) fn check_vmgenid(&mut self) {
+        if let Some(kernel_log) = &mut self.kernel_log {
+            self.vmgenid_seen |= kernel_log.vm_fork_seen();
         }
         if self.vmgenid_seen {
             self.finish_refresh(None);
@@ -494,14 +478,22 @@ impl Agent {
     fn finish_refresh(&mut self, only: Option<Key>) {
         if self.refreshing.is_some() && (only.is_none() || only == self.refreshing) {
             let key = self.refreshing.take();
+            self.watch_kernel_log(false);
             let reply = self.refreshed();
             self.answer(key, &reply);
+        }
+    }
+
+    fn watch_kernel_log(&mut self, on: bool) {
+        if let Some(kernel_log) = &mut self.kernel_log {
+            log::note_failure("watch the kernel log", kernel_log.watch(&self.reactor, on));
         }
     }
 
     /// Sets the deadline of a refresh that waits for the VM generation ID.
     pub(crate) fn wait_for_vmgenid(&mut self, key: Key, wait: Duration) {
         self.refreshing = Some(key);
+        self.watch_kernel_log(true);
         let token = Token::new(Class::Control, control::part::VMGENID, key);
         self.reactor.timer(Instant::now() + wait, token);
     }

@@ -32,6 +32,7 @@ mod exec;
 mod forward;
 mod identity;
 mod init;
+mod kernel_log;
 mod log;
 mod poweroff;
 mod reactor;

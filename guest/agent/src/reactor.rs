@@ -20,8 +20,8 @@ pub(crate) enum Class {
     Listener,
     /// SIGCHLD and other signals.
     Signals,
-    /// Kernel uevents.
-    Uevents,
+    /// The kernel log.
+    KernelLog,
     /// A control connection.
     Control,
     /// An exec session; the part says which of its descriptors.
@@ -37,7 +37,7 @@ pub(crate) enum Class {
 const CLASSES: [Class; 8] = [
     Class::Listener,
     Class::Signals,
-    Class::Uevents,
+    Class::KernelLog,
     Class::Control,
     Class::Exec,
     Class::Forward,

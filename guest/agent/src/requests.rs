@@ -52,7 +52,7 @@ impl Agent {
         if let Err(error) = self.identity.refresh(refresh) {
             return Some(failed(error));
         }
-        self.take_uevents();
+        self.check_vmgenid();
         if !self.vmgenid_seen && refresh.vmgenid_wait_ms > 0 && self.refreshing.is_none() {
             let wait = Duration::from_millis(u64::from(refresh.vmgenid_wait_ms.min(60_000)));
             self.wait_for_vmgenid(key, wait);

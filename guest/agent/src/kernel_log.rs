@@ -1,0 +1,100 @@
+//! Evidence that the kernel has noticed a new VM generation ID.
+//!
+//! Linux tells user space in no other way: the driver hands the ID to the
+//! random number generator, which reseeds and logs one line (`drivers/char/
+//! random.c`, `add_vmfork_randomness`). Records of the kernel cannot be forged:
+//! what user space writes to `/dev/kmsg` never has facility 0.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, ErrorKind, Read as _, Seek as _, SeekFrom};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt as _;
+
+use crate::reactor::{Class, Reactor, Ready, Token, Watched};
+
+const RESEEDED: &[u8] = b"crng reseeded due to virtual machine fork";
+
+/// A reader of the kernel log, from the time it was opened.
+#[derive(Debug)]
+pub(crate) struct KernelLog {
+    watched: Watched,
+}
+
+impl KernelLog {
+    pub(crate) fn open() -> io::Result<Self> {
+        let mut log = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open("/dev/kmsg")?;
+        log.seek(SeekFrom::End(0))?;
+        Ok(Self {
+            watched: Watched::new(OwnedFd::from(log)),
+        })
+    }
+
+    /// Reports new records as events, or no longer. Every line that anything
+    /// logs wakes the agent meanwhile.
+    pub(crate) fn watch(&mut self, reactor: &Reactor, on: bool) -> io::Result<()> {
+        let want = if on { Ready::IN } else { Ready::empty() };
+        let token = Token::single(Class::KernelLog, 0);
+        self.watched.set(reactor, token, want)
+    }
+
+    /// Reads what was logged since the last call. Returns whether a new VM
+    /// generation ID was noticed in it.
+    pub(crate) fn vm_fork_seen(&mut self) -> bool {
+        let Ok(log) = self.watched.as_fd().try_clone_to_owned() else {
+            return false;
+        };
+        let mut log = File::from(log);
+        let mut record = [0; 2048];
+        let mut seen = false;
+        loop {
+            // One record per read.
+            match log.read(&mut record) {
+                Ok(0) => return seen,
+                Ok(count) => seen |= is_vm_fork(record.get(..count).unwrap_or_default()),
+                // EPIPE: records were overwritten before they were read; the
+                // next read continues with the oldest there is.
+                Err(error)
+                    if matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::Interrupted) => {}
+                Err(_) => return seen,
+            }
+        }
+    }
+}
+
+/// Whether a record (`priority,sequence,time,flags;text`) is the kernel's word
+/// for it.
+fn is_vm_fork(record: &[u8]) -> bool {
+    let mut parts = record.splitn(2, |byte| *byte == b';');
+    let (Some(prefix), Some(text)) = (parts.next(), parts.next()) else {
+        return false;
+    };
+    let priority = prefix
+        .split(|byte| *byte == b',')
+        .next()
+        .unwrap_or_default();
+    // Facility 0 (the kernel) leaves one digit below 8: the level.
+    let by_kernel = matches!(priority, [b'0'..=b'7']);
+    by_kernel
+        && text
+            .windows(RESEEDED.len())
+            .any(|window| window == RESEEDED)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_kernels_own_record_counts() {
+        let text = "random: crng reseeded due to virtual machine fork\n";
+        let record = |prefix: &str| is_vm_fork(format!("{prefix};{text}").as_bytes());
+        assert!(record("5,1234,99999,-"));
+        assert!(!record("13,1234,99999,-"), "written by user space");
+        assert!(!record("53,1,1,-"));
+        assert!(!is_vm_fork(text.as_bytes()));
+        assert!(!is_vm_fork(b"5,1,1,-;random: crng init done\n"));
+    }
+}
