@@ -147,28 +147,34 @@ struct LoopSide {
 impl EventHandler for LoopSide {
     fn start(&mut self, registry: &mut Registry<'_>) -> io::Result<()> {
         registry.add(&*self.activated, TOKEN_ACTIVATED, Interest::READ)?;
+        // Edge-triggered: each signal is told once, and the counter, which no
+        // driver can make overflow, need not be read.
+        let edge = Interest {
+            edge: true,
+            ..Interest::READ
+        };
         for (index, fd) in (0..).zip(self.doorbells.iter()) {
-            registry.add(fd, TOKEN_QUEUE | index, Interest::READ)?;
+            registry.add(fd, TOKEN_QUEUE | index, edge)?;
         }
         Ok(())
     }
 
     fn ready(&mut self, token: u64, readiness: Readiness, registry: &mut Registry<'_>) {
-        let quiesced = self.quiesced.load(Ordering::SeqCst);
         if token == TOKEN_ACTIVATED {
-            if drain(self.activated.as_fd()) && !quiesced {
-                lock(&self.device).started(registry);
-            }
+            let _ = drain(self.activated.as_fd());
+        }
+        if self.quiesced.load(Ordering::SeqCst) {
+            // The device looks at everything again when it goes on.
+            return;
+        }
+        let mut device = lock(&self.device);
+        if token == TOKEN_ACTIVATED {
+            device.started(registry);
         } else if token & TOKEN_QUEUE != 0 {
             let index = usize::try_from(token & !TOKEN_QUEUE).unwrap_or(usize::MAX);
-            if let Some(fd) = self.doorbells.get(index)
-                && drain(fd.as_fd())
-                && !quiesced
-            {
-                lock(&self.device).queue_notified(index, registry);
-            }
-        } else if !quiesced {
-            lock(&self.device).host_ready(token, readiness, registry);
+            device.queue_notified(index, registry);
+        } else {
+            device.host_ready(token, readiness, registry);
         }
     }
 }
@@ -250,16 +256,14 @@ impl MmioTransport {
     /// The loop has stopped.
     pub fn quiesce(&self) -> io::Result<()> {
         let device = Arc::clone(&self.device);
-        let doorbells = Arc::clone(&self.doorbells);
+        let queues = self.doorbells.len();
         let quiesced = Arc::clone(&self.quiesced);
         self.event_loop.call(self.handler, move |registry| {
             quiesced.store(true, Ordering::SeqCst);
             let mut device = lock(&device);
             // What the driver has already asked for is done before.
-            for (index, fd) in doorbells.iter().enumerate() {
-                if drain(fd.as_fd()) {
-                    device.queue_notified(index, registry);
-                }
+            for index in 0..queues {
+                device.queue_notified(index, registry);
             }
             device.quiesce(registry);
         })
@@ -309,6 +313,14 @@ impl MmioTransport {
         let mut registers = lock(&self.registers);
         if state.registers.queues.len() != registers.queues.len() {
             return Err(unfit("it has another number of queues"));
+        }
+        let mut sizes = state.registers.queues.iter().zip(&registers.queues);
+        if sizes.any(|(saved, own)| saved.max_size != own.max_size) {
+            return Err(unfit("it has queues of other sizes"));
+        }
+        let agreed = state.registers.status & FEATURES_OK != 0;
+        if agreed && state.registers.driver_features & !self.features != 0 {
+            return Err(unfit("it uses features that the device does not have"));
         }
         if registers.status & DRIVER_OK != 0 {
             self.reset_device();
@@ -395,26 +407,36 @@ impl MmioTransport {
         self.interrupt.needs_reset.store(false, Ordering::SeqCst);
     }
 
-    /// A write to the status register (section 2.1): bits are only added.
+    /// A write to the status register (section 2.1): bits are only added, and in
+    /// their order (section 3.1.1); what is refused is not there when the driver
+    /// reads the register again.
     fn set_status(&self, registers: &mut Registers, value: u32) {
         if value == 0 {
             self.reset(registers);
             return;
         }
         let old = registers.status;
-        let added = value & !old;
         let mut new = old | value & (ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK | FAILED);
-        if added & FEATURES_OK != 0 && registers.driver_features & !self.features != 0 {
-            new &= !FEATURES_OK;
+        let in_order = [
+            (ACKNOWLEDGE, DRIVER),
+            (DRIVER, FEATURES_OK),
+            (FEATURES_OK, DRIVER_OK),
+        ];
+        for (before, after) in in_order {
+            // VERSION_1 is not optional here (section 6.1).
+            let refused = after == FEATURES_OK
+                && old & FEATURES_OK == 0
+                && (registers.driver_features & !self.features != 0
+                    || registers.driver_features & 1 << VIRTIO_F_VERSION_1 == 0);
+            if new & before == 0 || refused {
+                new &= !after;
+            }
         }
-        // VERSION_1 is not optional here (section 6.1).
-        if added & FEATURES_OK != 0 && registers.driver_features & 1 << VIRTIO_F_VERSION_1 == 0 {
-            new &= !FEATURES_OK;
+        if new & FAILED != 0 && old & DRIVER_OK == 0 {
+            new &= !DRIVER_OK;
         }
-        if added & DRIVER_OK != 0 {
-            if new & FEATURES_OK == 0 || new & FAILED != 0 {
-                new &= !DRIVER_OK;
-            } else if !self.queues_are_valid(registers) {
+        if new & !old & DRIVER_OK != 0 {
+            if !self.queues_are_valid(registers) {
                 self.interrupt
                     .needs_reset("a queue was set up outside guest memory");
             } else {

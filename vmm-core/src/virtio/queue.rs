@@ -165,6 +165,14 @@ impl Queue {
         }
     }
 
+    /// Lets the free-running indices, which start at 0, start somewhere else.
+    #[cfg(any(test, feature = "testing"))]
+    pub fn skip_to(&mut self, index: u16) {
+        self.next_available = index;
+        self.next_used = index;
+        self.signalled = index;
+    }
+
     /// Whether the driver's set-up makes sense: power-of-two size, aligned rings
     /// (virtio 1.3 section 2.7) that lie within guest memory.
     #[must_use]

@@ -1,17 +1,26 @@
-//! A driver's side of a queue, for tests of devices without a guest.
+//! A driver's side of queues and of the transport, for tests of devices without a
+//! guest.
 
 #![expect(
     clippy::expect_used,
     reason = "test support: a failed expectation is a failed test"
 )]
 
+mod driver;
+
 use vm_memory::{Bytes as _, GuestAddress};
 
 use super::queue::{Queue, Span};
 use crate::GuestMemory;
 
-const NEXT: u16 = 1;
-const WRITE: u16 = 2;
+pub use driver::{Driver, TestLine};
+
+/// Descriptor flag: the chain goes on.
+pub const NEXT: u16 = 1;
+/// Descriptor flag: the device writes the buffer.
+pub const WRITE: u16 = 2;
+/// Descriptor flag: the buffer is a table of descriptors.
+pub const INDIRECT: u16 = 4;
 
 /// A split virtqueue as its driver sees it, laid out in guest memory.
 #[derive(Debug)]
@@ -23,6 +32,8 @@ pub struct DriverQueue {
     /// Descriptors of each chain in use, by head.
     chains: Vec<Vec<u16>>,
     available: u16,
+    /// Available index when the device was notified last.
+    kicked: u16,
     used: u16,
 }
 
@@ -37,6 +48,7 @@ impl DriverQueue {
             free: (0..size).rev().collect(),
             chains: vec![Vec::new(); usize::from(size)],
             available: 0,
+            kicked: 0,
             used: 0,
         }
     }
@@ -88,21 +100,112 @@ impl DriverQueue {
         for (position, (span, flags)) in all.enumerate() {
             let next = taken.get(position + 1).copied();
             let flags = flags | if next.is_some() { NEXT } else { 0 };
-            let at = self.base + 16 * u64::from(taken[position]);
-            let words = (
-                span.address.0,
-                u64::from(span.len) | u64::from(flags) << 32 | u64::from(next.unwrap_or(0)) << 48,
-            );
-            self.put(at, words.0);
-            self.put(at + 8, words.1);
+            self.put_descriptor(taken[position], *span, flags, next.unwrap_or(0));
         }
         let head = taken[0];
         self.chains[usize::from(head)] = taken;
+        self.make_available(head);
+        Some(head)
+    }
+
+    /// Offers a chain by way of an indirect table written at `table`, which takes
+    /// 16 bytes for each span; `None` when there is no free descriptor.
+    pub fn offer_indirect(
+        &mut self,
+        table: u64,
+        readable: &[Span],
+        writable: &[Span],
+    ) -> Option<u16> {
+        let count = readable.len() + writable.len();
+        let head = self.free.pop()?;
+        let all = readable
+            .iter()
+            .map(|span| (span, 0))
+            .chain(writable.iter().map(|span| (span, WRITE)));
+        for ((index, at), (span, flags)) in (1u16..).zip((table..).step_by(16)).zip(all) {
+            let last = usize::from(index) == count;
+            let (flags, next) = if last {
+                (flags, 0)
+            } else {
+                (flags | NEXT, index)
+            };
+            put_descriptor(&self.memory, at, *span, flags, next);
+        }
+        let whole = Span {
+            address: GuestAddress(table),
+            len: u32::try_from(16 * count).expect("a table is small"),
+        };
+        self.put_descriptor(head, whole, INDIRECT, 0);
+        self.chains[usize::from(head)] = vec![head];
+        self.make_available(head);
+        Some(head)
+    }
+
+    /// Writes descriptor `index` as it is told to, for rings that make no sense.
+    pub fn put_descriptor(&self, index: u16, span: Span, flags: u16, next: u16) {
+        let at = self.base + 16 * u64::from(index);
+        put_descriptor(&self.memory, at, span, flags, next);
+    }
+
+    /// Offers whatever chain starts at `head`.
+    pub fn make_available(&mut self, head: u16) {
         let slot = u64::from(self.available % self.size);
         self.put(self.available_ring() + 4 + 2 * slot, head);
         self.available = self.available.wrapping_add(1);
         self.put(self.available_ring() + 2, self.available);
-        Some(head)
+    }
+
+    /// Moves the available index without offering anything.
+    pub fn set_available_index(&self, index: u16) {
+        self.put(self.available_ring() + 2, index);
+    }
+
+    /// Where descriptors, available ring and used ring lie.
+    #[must_use]
+    pub fn addresses(&self) -> [u64; 3] {
+        [self.base, self.available_ring(), self.used_ring()]
+    }
+
+    /// The queue's size.
+    #[must_use]
+    pub fn size(&self) -> u16 {
+        self.size
+    }
+
+    /// Lets the free-running indices, which start at 0, start somewhere else.
+    pub fn skip_to(&mut self, index: u16) {
+        self.available = index;
+        self.kicked = index;
+        self.used = index;
+        self.put(self.available_ring() + 2, index);
+        self.put(self.used_ring() + 2, index);
+    }
+
+    /// Whether the device wants to be notified of what was offered since
+    /// [`Self::kicked`], with event indices (virtio 1.3 section 2.7.10).
+    #[must_use]
+    pub fn needs_kick(&self) -> bool {
+        let (new, old) = (self.available, self.kicked);
+        let event = self.available_event();
+        new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+    }
+
+    /// Chains offered since [`Self::kicked`].
+    #[must_use]
+    pub fn offered_since_kick(&self) -> u16 {
+        self.available.wrapping_sub(self.kicked)
+    }
+
+    /// Notes that the device has been notified, or need not be.
+    pub fn kicked(&mut self) {
+        self.kicked = self.available;
+    }
+
+    /// Starts over, as after a reset of the device.
+    pub fn clear(&mut self) {
+        *self = Self::new(self.memory.clone(), self.base, self.size);
+        self.put(self.available_ring() + 2, 0u16);
+        self.put(self.used_ring() + 2, 0u16);
     }
 
     fn put<T: vm_memory::ByteValued>(&self, at: u64, value: T) {
@@ -146,5 +249,14 @@ impl DriverQueue {
     #[must_use]
     pub fn available_event(&self) -> u16 {
         self.get(self.used_ring() + 4 + 8 * u64::from(self.size))
+    }
+}
+
+fn put_descriptor(memory: &GuestMemory, at: u64, span: Span, flags: u16, next: u16) {
+    let word = u64::from(span.len) | u64::from(flags) << 32 | u64::from(next) << 48;
+    for (at, value) in [(at, span.address.0), (at + 8, word)] {
+        memory
+            .write_obj(value.to_le(), GuestAddress(at))
+            .expect("the table lies in guest memory");
     }
 }

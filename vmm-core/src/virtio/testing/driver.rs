@@ -1,0 +1,245 @@
+//! A driver's side of the register transport.
+
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
+
+use sm_hypervisor::IrqLine;
+use virtio_bindings::virtio_config::{
+    VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
+    VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_F_VERSION_1,
+};
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+
+use super::DriverQueue;
+use crate::GuestMemory;
+use crate::bus::MmioDevice as _;
+use crate::event_loop::EventLoopHandle;
+use crate::virtio::VirtioDevice;
+use crate::virtio::mmio::MmioTransport;
+
+/// How long a device may take before a test is given up.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// An interrupt line that counts.
+#[derive(Debug, Default)]
+pub struct TestLine {
+    pulses: Mutex<u64>,
+    pulsed: Condvar,
+}
+
+impl TestLine {
+    /// How often it was pulsed.
+    #[must_use]
+    pub fn pulses(&self) -> u64 {
+        *self.pulses.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until it has been pulsed more than `seen` times; says how often.
+    ///
+    /// # Panics
+    /// When that takes a minute: the interrupt was lost.
+    pub fn wait_beyond(&self, seen: u64) -> u64 {
+        let pulses = self.pulses.lock().unwrap_or_else(PoisonError::into_inner);
+        let (pulses, timeout) = self
+            .pulsed
+            .wait_timeout_while(pulses, PATIENCE, |pulses| *pulses <= seen)
+            .expect("nothing panics with the lock held");
+        assert!(!timeout.timed_out(), "no interrupt came");
+        *pulses
+    }
+}
+
+impl IrqLine for TestLine {
+    fn pulse(&self) -> Result<(), sm_hypervisor::Error> {
+        *self.pulses.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        self.pulsed.notify_all();
+        Ok(())
+    }
+}
+
+/// A driver that talks to a device through its registers.
+#[derive(Clone)]
+pub struct Driver {
+    /// The registers.
+    pub transport: Arc<MmioTransport>,
+    /// The device's interrupt line.
+    pub line: Arc<TestLine>,
+    memory: GuestMemory,
+}
+
+impl std::fmt::Debug for Driver {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Driver").finish_non_exhaustive()
+    }
+}
+
+impl Driver {
+    /// Puts `device` behind a transport on `event_loop`.
+    ///
+    /// # Panics
+    /// No descriptors to be had.
+    #[must_use]
+    pub fn new(
+        device: Arc<Mutex<dyn VirtioDevice>>,
+        memory: &GuestMemory,
+        event_loop: EventLoopHandle,
+    ) -> Self {
+        let line = Arc::new(TestLine::default());
+        let transport = MmioTransport::new(0, device, memory.clone(), line.clone(), event_loop)
+            .expect("descriptors can be had");
+        Self {
+            transport,
+            line,
+            memory: memory.clone(),
+        }
+    }
+
+    /// Reads a register.
+    #[must_use]
+    pub fn read(&self, offset: u64) -> u32 {
+        let mut bytes = [0xff; 4];
+        self.transport.read(offset, &mut bytes);
+        u32::from_le_bytes(bytes)
+    }
+
+    /// Writes a register.
+    pub fn write(&self, offset: u64, value: u32) {
+        self.transport.write(offset, &value.to_le_bytes());
+    }
+
+    /// Reads configuration space.
+    pub fn config(&self, offset: u64, bytes: &mut [u8]) {
+        self.transport.read(0x100 + offset, bytes);
+    }
+
+    /// The status register.
+    #[must_use]
+    pub fn status(&self) -> u32 {
+        self.read(0x70)
+    }
+
+    /// Adds bits to the status register; says what is set then.
+    pub fn add_status(&self, bits: u32) -> u32 {
+        self.write(0x70, self.status() | bits);
+        self.status()
+    }
+
+    /// Resets the device.
+    pub fn reset(&self) {
+        self.write(0x70, 0);
+    }
+
+    /// Features that the device offers.
+    #[must_use]
+    pub fn offered(&self) -> u64 {
+        let half = |select| {
+            self.write(0x14, select);
+            u64::from(self.read(0x10))
+        };
+        half(0) | half(1) << 32
+    }
+
+    /// Acknowledges the device and agrees on features.
+    ///
+    /// # Panics
+    /// When the device refuses them.
+    pub fn negotiate(&self, features: u64) {
+        self.add_status(VIRTIO_CONFIG_S_ACKNOWLEDGE);
+        self.add_status(VIRTIO_CONFIG_S_DRIVER);
+        for select in 0..2 {
+            self.write(0x24, select);
+            let half = features >> (32 * select) & 0xffff_ffff;
+            self.write(0x20, u32::try_from(half).expect("32 bits"));
+        }
+        let status = self.add_status(VIRTIO_CONFIG_S_FEATURES_OK);
+        assert_ne!(
+            status & VIRTIO_CONFIG_S_FEATURES_OK,
+            0,
+            "the features were refused"
+        );
+    }
+
+    /// Tells the device of a queue.
+    pub fn enable_queue(&self, index: u32, queue: &DriverQueue) {
+        self.write(0x30, index);
+        self.write(0x38, queue.size().into());
+        for (register, address) in [0x80, 0x90, 0xa0].into_iter().zip(queue.addresses()) {
+            let [low, high] = halves(address);
+            self.write(register, low);
+            self.write(register + 4, high);
+        }
+        self.write(0x44, 1);
+    }
+
+    /// Brings the device up the way a driver does: with all the features that
+    /// it has, and queues of the given sizes, one after the other from `base`.
+    ///
+    /// # Panics
+    /// When the device refuses.
+    pub fn start(&self, base: u64, sizes: &[u16]) -> Vec<DriverQueue> {
+        self.start_with(self.offered(), base, sizes)
+    }
+
+    /// Like [`Self::start`], with some features only.
+    ///
+    /// # Panics
+    /// When the device refuses.
+    pub fn start_with(&self, features: u64, base: u64, sizes: &[u16]) -> Vec<DriverQueue> {
+        self.negotiate(features | 1 << VIRTIO_F_VERSION_1);
+        let mut at = base;
+        let queues: Vec<DriverQueue> = (0..)
+            .zip(sizes)
+            .map(|(index, &size)| {
+                let mut queue = DriverQueue::new(self.memory.clone(), at, size);
+                queue.clear();
+                at += DriverQueue::footprint(size).next_multiple_of(4096);
+                self.enable_queue(index, &queue);
+                if features & 1 << VIRTIO_RING_F_EVENT_IDX != 0 {
+                    queue.set_used_event();
+                }
+                queue
+            })
+            .collect();
+        let status = self.add_status(VIRTIO_CONFIG_S_DRIVER_OK);
+        assert_ne!(status & VIRTIO_CONFIG_S_DRIVER_OK, 0, "status {status:#x}");
+        queues
+    }
+
+    /// Notifies the device of queue `index`.
+    pub fn notify(&self, index: u32) {
+        self.write(0x50, index);
+    }
+
+    /// Reads and acknowledges the causes of interrupts so far.
+    pub fn acknowledge(&self) -> u32 {
+        let causes = self.read(0x60);
+        self.write(0x64, causes);
+        causes
+    }
+
+    /// Waits until the device has handed a chain of `queue` back; asks for an
+    /// interrupt and sleeps until it comes.
+    ///
+    /// # Panics
+    /// When that takes a minute.
+    pub fn wait_used(&self, queue: &mut DriverQueue) -> (u16, u32) {
+        loop {
+            let seen = self.line.pulses();
+            queue.set_used_event();
+            std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+            if let Some(used) = queue.take_used() {
+                return used;
+            }
+            self.line.wait_beyond(seen);
+            self.acknowledge();
+        }
+    }
+}
+
+fn halves(value: u64) -> [u32; 2] {
+    let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
+    [
+        u32::from_le_bytes([a, b, c, d]),
+        u32::from_le_bytes([e, f, g, h]),
+    ]
+}
