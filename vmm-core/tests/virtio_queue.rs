@@ -1,5 +1,6 @@
 //! The virtqueue against the `virtio-queue` crate, on rings that drivers make and
 //! on rings that they should not make.
+#![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 #![expect(
     clippy::cast_possible_truncation,
     reason = "small numbers of a test's own making"

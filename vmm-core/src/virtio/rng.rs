@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use vm_memory::Bytes as _;
 
 use super::device::{ActivateError, Activation, DevicePayload, Interrupt, VirtioDevice};
+use super::iov::Window;
 use super::queue::{Chain, Queue, QueueError};
 use crate::GuestMemory;
 use crate::event_loop::{Readiness, Registry};
@@ -14,6 +14,10 @@ use crate::event_loop::{Readiness, Registry};
 const QUEUE_SIZES: [u16; 1] = [64];
 /// Most bytes given for one request; the driver asks again for more.
 const MAX_BYTES: usize = 256;
+/// Requests served before other handlers have their turn.
+const SLICE: usize = 64;
+/// The slice was used up.
+const TOKEN_AGAIN: u64 = 0;
 
 struct Active {
     memory: GuestMemory,
@@ -35,14 +39,21 @@ impl Rng {
         Self::default()
     }
 
-    fn process(&mut self) {
+    fn process(&mut self, registry: &mut Registry<'_>) {
         let (Some(active), Some(queue)) = (&self.active, self.queues.first_mut()) else {
             return;
         };
-        match serve(active, queue, &mut self.chain) {
+        let served = serve(active, queue, &mut self.chain).and_then(|more| {
+            if more {
+                registry.again(TOKEN_AGAIN);
+            }
+            queue.publish(&active.memory)
+        });
+        match served {
             Ok(true) => active.interrupt.used_buffers(),
             Ok(false) => {}
             Err(error) => {
+                // Out of service until the driver resets it.
                 active.interrupt.needs_reset(&error.to_string());
                 self.active = None;
             }
@@ -50,25 +61,26 @@ impl Rng {
     }
 }
 
+/// Serves requests; says whether there may be more of them.
 fn serve(active: &Active, queue: &mut Queue, chain: &mut Chain) -> Result<bool, QueueError> {
-    while queue.pop(&active.memory, chain)? {
-        let mut bytes = [0; MAX_BYTES];
-        let flags = rustix::rand::GetRandomFlags::empty();
-        let filled = rustix::rand::getrandom(&mut bytes[..], flags).unwrap_or(0);
-        let mut written = 0;
-        for span in &chain.writable {
-            let rest = &bytes[written..filled];
-            let len = rest.len().min(span.len as usize);
-            active
-                .memory
-                .write_slice(&rest[..len], span.address)
-                .map_err(|_| QueueError::Buffer)?;
-            written += len;
+    for _ in 0..SLICE {
+        if !queue.pop(&active.memory, chain)? {
+            return Ok(false);
         }
-        let written = u32::try_from(written).unwrap_or(0);
+        let mut bytes = [0; MAX_BYTES];
+        let room = bytes.len().min(chain.writable_len() as usize);
+        let flags = rustix::rand::GetRandomFlags::empty();
+        // Up to 256 bytes come whole; should there be none, the driver asks again.
+        let filled = rustix::rand::getrandom(&mut bytes[..room], flags).unwrap_or(0);
+        let window = Window::new(&chain.writable, 0, u32::MAX);
+        if !window.copy_in(&active.memory, &bytes[..filled]) {
+            return Err(QueueError::Buffer);
+        }
+        // At most 256.
+        let written = u32::try_from(filled).unwrap_or(0);
         queue.push_used(&active.memory, chain.head(), written)?;
     }
-    queue.publish(&active.memory)
+    Ok(true)
 }
 
 impl VirtioDevice for Rng {
@@ -91,6 +103,9 @@ impl VirtioDevice for Rng {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        if !activation.queues.first().is_some_and(|queue| queue.ready) {
+            return Err(ActivateError::QueueMissing { index: 0 });
+        }
         self.queues = activation.queues;
         self.active = Some(Active {
             memory: activation.memory,
@@ -99,15 +114,17 @@ impl VirtioDevice for Rng {
         Ok(())
     }
 
-    fn started(&mut self, _registry: &mut Registry<'_>) {
-        self.process();
+    fn started(&mut self, registry: &mut Registry<'_>) {
+        self.process(registry);
     }
 
-    fn queue_notified(&mut self, _index: usize, _registry: &mut Registry<'_>) {
-        self.process();
+    fn queue_notified(&mut self, _index: usize, registry: &mut Registry<'_>) {
+        self.process(registry);
     }
 
-    fn host_ready(&mut self, _token: u64, _readiness: Readiness, _registry: &mut Registry<'_>) {}
+    fn host_ready(&mut self, _token: u64, _readiness: Readiness, registry: &mut Registry<'_>) {
+        self.process(registry);
+    }
 
     fn reset(&mut self, _registry: Option<&mut Registry<'_>>) {
         self.active = None;

@@ -201,6 +201,12 @@ impl DriverQueue {
         self.kicked = self.available;
     }
 
+    /// The same driver over a copy of its memory.
+    #[must_use]
+    pub fn moved_to(self, memory: GuestMemory) -> Self {
+        Self { memory, ..self }
+    }
+
     /// Starts over, as after a reset of the device.
     pub fn clear(&mut self) {
         *self = Self::new(self.memory.clone(), self.base, self.size);

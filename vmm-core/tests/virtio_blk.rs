@@ -1,0 +1,395 @@
+//! The block device, driven as a driver drives it.
+#![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
+
+use std::fs::File;
+use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
+use std::sync::{Arc, Mutex};
+
+use proptest::prelude::*;
+use sm_vmm_core::GuestMemory;
+use sm_vmm_core::event_loop::EventLoop;
+use sm_vmm_core::virtio::blk::{Access, Block};
+use sm_vmm_core::virtio::disk::{Disk, Segment};
+use sm_vmm_core::virtio::queue::Span;
+use sm_vmm_core::virtio::testing::{Driver, DriverQueue};
+use vm_memory::{Bytes as _, GuestAddress};
+
+const MEMORY: usize = 16 << 20;
+const BASE: u64 = 0x1_0000;
+/// Where requests' headers, status bytes and indirect tables lie, one for each
+/// descriptor, and where data is.
+const HEADERS: u64 = 0x2_0000;
+const STATUS: u64 = 0x3_0000;
+const TABLE: u64 = 0x4_0000;
+const DATA: u64 = 0x10_0000;
+
+const IN: u32 = 0;
+const OUT: u32 = 1;
+const FLUSH: u32 = 4;
+const GET_ID: u32 = 8;
+const DISCARD: u32 = 11;
+const WRITE_ZEROES: u32 = 13;
+
+const OK: u8 = 0;
+const IOERR: u8 = 1;
+const UNSUPPORTED: u8 = 2;
+const UNTOUCHED: u8 = 0xee;
+
+struct Bench {
+    block: Arc<Mutex<Block>>,
+    driver: Driver,
+    queue: DriverQueue,
+    memory: GuestMemory,
+    /// Number of the next request.
+    next: u64,
+    _event_loop: EventLoop,
+}
+
+fn span(address: u64, len: u32) -> Span {
+    Span {
+        address: GuestAddress(address),
+        len,
+    }
+}
+
+fn bench(disk: Disk, access: Access) -> Bench {
+    let memory = GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
+    let event_loop = EventLoop::spawn("test").unwrap();
+    let block = Arc::new(Mutex::new(Block::new(disk, access, "a-disk")));
+    let driver = Driver::new(block.clone(), &memory, event_loop.handle());
+    let queue = driver.start(BASE, &[256]).remove(0);
+    Bench {
+        block,
+        driver,
+        queue,
+        memory,
+        next: 0,
+        _event_loop: event_loop,
+    }
+}
+
+fn file(contents: &[u8]) -> File {
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(contents).unwrap();
+    file
+}
+
+fn raw(contents: &[u8]) -> (File, Disk) {
+    let file = file(contents);
+    let disk = Disk::raw(file.try_clone().unwrap(), false).unwrap();
+    (file, disk)
+}
+
+impl Bench {
+    /// Offers a request; says where its status will be.
+    fn offer(&mut self, kind: u32, sector: u64, out: &[Span], input: &[Span]) -> (u16, u64) {
+        let number = self.next % 256;
+        self.next += 1;
+        let (header, status) = (HEADERS + 16 * number, STATUS + number);
+        let words = u128::from(kind) | u128::from(sector) << 64;
+        let address = GuestAddress(header);
+        self.memory
+            .write_slice(&words.to_le_bytes(), address)
+            .unwrap();
+        self.memory
+            .write_obj(UNTOUCHED, GuestAddress(status))
+            .unwrap();
+        let mut readable = vec![span(header, 16)];
+        readable.extend(out);
+        let mut writable = input.to_vec();
+        writable.push(span(status, 1));
+        let table = TABLE + 256 * number;
+        let head = self.queue.offer_indirect(table, &readable, &writable);
+        (head.unwrap(), status)
+    }
+
+    fn status(&self, at: u64) -> u8 {
+        self.memory.read_obj(GuestAddress(at)).unwrap()
+    }
+
+    /// Does a request; says its status and the bytes written before it.
+    fn request(&mut self, kind: u32, sector: u64, out: &[Span], input: &[Span]) -> (u8, u32) {
+        let (head, status) = self.offer(kind, sector, out, input);
+        self.driver.notify(0);
+        let (used, len) = self.driver.wait_used(&mut self.queue);
+        assert_eq!(used, head);
+        assert!(len > 0, "the status is written");
+        (self.status(status), len - 1)
+    }
+
+    fn put(&self, at: u64, bytes: &[u8]) {
+        self.memory.write_slice(bytes, GuestAddress(at)).unwrap();
+    }
+
+    fn get(&self, at: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.memory
+            .read_slice(&mut bytes, GuestAddress(at))
+            .unwrap();
+        bytes
+    }
+
+    fn capacity(&self) -> u64 {
+        let mut bytes = [0; 8];
+        self.driver.config(0, &mut bytes);
+        u64::from_le_bytes(bytes)
+    }
+}
+
+#[test]
+fn requests_get_the_answer_they_deserve() {
+    let (_file, disk) = raw(&[3; 8192]);
+    let mut bench = bench(disk, Access::ReadWrite);
+    let data = [span(DATA, 512)];
+    assert_eq!(bench.capacity(), 16);
+    assert_eq!(bench.request(IN, 15, &[], &data), (OK, 512));
+    assert_eq!(bench.get(DATA, 512), [3; 512]);
+    assert_eq!(
+        bench.request(IN, 16, &[], &data),
+        (IOERR, 0),
+        "past the end"
+    );
+    assert_eq!(bench.request(OUT, 16, &data, &[]), (IOERR, 0));
+    assert_eq!(bench.request(IN, u64::MAX, &[], &data), (IOERR, 0));
+    let half = [span(DATA, 256)];
+    assert_eq!(
+        bench.request(IN, 0, &[], &half),
+        (IOERR, 0),
+        "half a sector"
+    );
+    assert_eq!(bench.request(OUT, 0, &half, &[]), (IOERR, 0));
+    assert_eq!(bench.request(IN, 0, &[], &[]), (OK, 0), "nothing at all");
+    assert_eq!(bench.request(FLUSH, 0, &[], &[]), (OK, 0));
+    assert_eq!(bench.request(77, 0, &[], &data), (UNSUPPORTED, 0));
+    let id = [span(DATA, 7), span(DATA + 7, 64)];
+    assert_eq!(bench.request(GET_ID, 0, &[], &id), (OK, 20));
+    assert_eq!(&bench.get(DATA, 20)[..7], b"a-disk\0");
+}
+
+#[test]
+fn a_header_may_be_split_and_must_be_there() {
+    let (_file, disk) = raw(&[3; 8192]);
+    let mut bench = bench(disk, Access::ReadWrite);
+    bench.put(HEADERS, &[0; 16]);
+    let (parts, answer) = (
+        [span(HEADERS, 5), span(HEADERS + 5, 11)],
+        [span(DATA, 512), span(STATUS, 1)],
+    );
+    for (header, expected) in [(&parts[..], OK), (&parts[..1], IOERR)] {
+        bench.queue.offer(header, &answer).unwrap();
+        bench.driver.notify(0);
+        bench.driver.wait_used(&mut bench.queue);
+        assert_eq!(bench.status(STATUS), expected);
+    }
+    // Without room for a status there is nothing to answer.
+    let seen = bench.driver.line.pulses();
+    bench.queue.offer(&parts, &[]).unwrap();
+    bench.driver.notify(0);
+    bench.driver.line.wait_beyond(seen);
+    assert_ne!(bench.driver.status() & 64, 0, "needs a reset");
+}
+
+#[test]
+fn ranges_are_zeroed_and_checked() {
+    let (file, disk) = raw(&[9; 64 << 10]);
+    let mut bench = bench(disk, Access::ReadWrite);
+    let range = |sector: u64, count: u32, flags: u32| {
+        let bytes = u128::from(sector) | u128::from(count) << 64 | u128::from(flags) << 96;
+        bytes.to_le_bytes()
+    };
+    let mut run = |kind, ranges: &[[u8; 16]], len| {
+        bench.put(DATA, ranges.as_flattened());
+        bench.request(kind, 0, &[span(DATA, len)], &[]).0
+    };
+    assert_eq!(run(WRITE_ZEROES, &[range(0, 1, 0), range(8, 8, 1)], 32), OK);
+    let discarded = run(DISCARD, &[range(16, 8, 0)], 16);
+    assert!([OK, UNSUPPORTED].contains(&discarded), "{discarded}");
+    for (kind, range, expected) in [
+        (DISCARD, range(0, 8, 1), UNSUPPORTED),
+        (DISCARD, range(0, 8, 2), UNSUPPORTED),
+        (WRITE_ZEROES, range(0, 8, 4), UNSUPPORTED),
+        (WRITE_ZEROES, range(120, 9, 0), IOERR),
+        (WRITE_ZEROES, range(u64::MAX, 1, 0), IOERR),
+        (DISCARD, range(0, u32::MAX, 0), IOERR),
+    ] {
+        assert_eq!(run(kind, &[range], 16), expected);
+    }
+    assert_eq!(run(DISCARD, &[range(0, 1, 0)], 15), IOERR);
+    assert_eq!(run(DISCARD, &[], 0), IOERR);
+    assert_eq!(run(DISCARD, &[range(0, 1, 0); 17], 17 * 16), IOERR);
+    let mut whole = Vec::new();
+    (&file).seek(SeekFrom::Start(0)).unwrap();
+    (&file).read_to_end(&mut whole).unwrap();
+    for (sector, bytes) in whole.chunks(512).enumerate() {
+        let zero = sector == 0
+            || (8..16).contains(&sector)
+            || (discarded == OK && (16..24).contains(&sector));
+        assert_eq!(bytes, [if zero { 0 } else { 9 }; 512], "sector {sector}");
+    }
+}
+
+#[test]
+fn an_image_is_attached_while_the_machine_runs() {
+    let mut bench = bench(Disk::empty(), Access::ReadOnly);
+    let data = [span(DATA, 1024)];
+    assert_eq!(bench.capacity(), 0);
+    assert_eq!(bench.request(IN, 0, &[], &data), (IOERR, 0));
+    let seen = bench.driver.line.pulses();
+    bench.driver.acknowledge();
+    let generation = bench.driver.read(0xfc);
+    let segments = [b'a', b'b'].map(|byte| Segment {
+        file: file(&[byte; 512]),
+        offset: 0,
+        len: 512,
+    });
+    let disk = Disk::composite(segments.into()).unwrap();
+    bench.block.lock().unwrap().set_disk(disk);
+    bench.driver.line.wait_beyond(seen);
+    assert_eq!(bench.driver.acknowledge(), 2, "the configuration changed");
+    assert_ne!(bench.driver.read(0xfc), generation);
+    assert_eq!(bench.capacity(), 2);
+    assert_eq!(bench.request(IN, 0, &[], &data), (OK, 1024));
+    assert_eq!(bench.get(DATA, 512), [b'a'; 512]);
+    assert_eq!(bench.get(DATA + 512, 512), [b'b'; 512]);
+    assert_eq!(bench.request(OUT, 0, &data, &[]), (IOERR, 0), "read-only");
+    assert_eq!(bench.request(FLUSH, 0, &[], &[]), (OK, 0));
+}
+
+/// Requests that go through threads end in any order; all of them end, and a
+/// pause waits for them.
+#[test]
+fn a_full_queue_of_writes_is_drained_by_a_pause() {
+    let (file, disk) = raw(&vec![0; 256 * 4096]);
+    let mut bench = bench(disk, Access::ReadWrite);
+    for round in 1..4u8 {
+        let mut offered = Vec::new();
+        for block in 0..256u64 {
+            let at = DATA + 4096 * block;
+            let byte = block.to_le_bytes()[0] ^ round;
+            bench.put(at, &[byte; 4096]);
+            offered.push(bench.offer(OUT, 8 * block, &[span(at, 4096)], &[]));
+        }
+        bench.driver.notify(0);
+        bench.driver.transport.quiesce().unwrap();
+        let mut back = Vec::new();
+        while let Some((head, len)) = bench.queue.take_used() {
+            assert_eq!(len, 1);
+            back.push(head);
+        }
+        assert_eq!(back.len(), 256, "none is left in flight");
+        for (_, status) in offered {
+            assert_eq!(bench.status(status), OK);
+        }
+        bench.driver.transport.unquiesce();
+        let mut whole = Vec::new();
+        (&file).seek(SeekFrom::Start(0)).unwrap();
+        (&file).read_to_end(&mut whole).unwrap();
+        for (block, bytes) in (0u64..).zip(whole.chunks(4096)) {
+            assert!(
+                bytes == [block.to_le_bytes()[0] ^ round; 4096],
+                "block {block}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_reset_in_the_middle_of_writes_leaves_a_device_that_works() {
+    let (_file, disk) = raw(&vec![5; 1 << 20]);
+    let mut bench = bench(disk, Access::ReadWrite);
+    for _ in 0..4 {
+        for block in 0..64 {
+            bench.offer(OUT, 8 * block, &[span(DATA, 4096)], &[]);
+        }
+        bench.driver.notify(0);
+        bench.driver.reset();
+        bench.queue = bench.driver.start(BASE, &[256]).remove(0);
+        let data = [span(DATA, 512)];
+        assert_eq!(bench.request(IN, 2000, &[], &data), (OK, 512));
+        assert_eq!(bench.get(DATA, 512), [5; 512]);
+    }
+}
+
+/// More than one slice of reads: the device comes back for the rest by itself.
+#[test]
+fn a_long_queue_of_reads_is_served_to_the_end() {
+    let contents: Vec<u8> = (0u8..=250).cycle().take(8 << 20).collect();
+    let segment = Segment {
+        file: file(&contents),
+        offset: 0,
+        len: 8 << 20,
+    };
+    let mut bench = bench(Disk::composite(vec![segment]).unwrap(), Access::ReadOnly);
+    const PART: u32 = 128 << 10;
+    for part in 0..64 {
+        let at = DATA + u64::from(PART) * part;
+        bench.offer(IN, u64::from(PART) / 512 * part, &[], &[span(at, PART)]);
+    }
+    bench.driver.notify(0);
+    for _ in 0..64 {
+        let (_, len) = bench.driver.wait_used(&mut bench.queue);
+        assert_eq!(len, PART + 1);
+    }
+    assert!(bench.get(DATA, 8 << 20) == contents);
+}
+
+#[derive(Clone, Debug)]
+struct Io {
+    write: bool,
+    sector: u64,
+    lens: Vec<u32>,
+    byte: u8,
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    /// The disk is an array of bytes, however requests are cut.
+    #[test]
+    fn a_raw_disk_is_an_array_of_bytes(
+        requests in prop::collection::vec(
+            (any::<bool>(), 0u64..40, prop::collection::vec(1u32..1024, 0..6), any::<u8>())
+                .prop_map(|(write, sector, lens, byte)| Io { write, sector, lens, byte }),
+            1..40,
+        ),
+    ) {
+        let mut model = vec![1u8; 32 * 512];
+        let (_file, disk) = raw(&model);
+        let mut bench = bench(disk, Access::ReadWrite);
+        for Io { write, sector, mut lens, byte } in requests {
+            // Whole sectors altogether.
+            let total: u32 = lens.iter().sum();
+            lens.push(total.next_multiple_of(512) - total);
+            let len = usize::try_from(lens.iter().sum::<u32>()).unwrap();
+            let mut at = DATA;
+            let spans: Vec<Span> = lens
+                .iter()
+                .map(|&len| {
+                    let part = span(at, len);
+                    at += u64::from(len) + 3;
+                    part
+                })
+                .collect();
+            let start = usize::try_from(sector * 512).unwrap();
+            let place = model.get_mut(start..start + len);
+            bench.put(DATA, &vec![byte; len + 64]);
+            if write {
+                let (status, _) = bench.request(OUT, sector, &spans, &[]);
+                prop_assert_eq!(status == OK, place.is_some());
+                if let Some(place) = place {
+                    place.fill(byte);
+                }
+            } else {
+                let (status, _) = bench.request(IN, sector, &[], &spans);
+                prop_assert_eq!(status == OK, place.is_some());
+                if let Some(place) = place {
+                    let read: Vec<u8> = spans
+                        .iter()
+                        .flat_map(|s| bench.get(s.address.0, usize::try_from(s.len).unwrap()))
+                        .collect();
+                    prop_assert_eq!(&*place, &read[..]);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,338 @@
+//! The register transport, driven as a driver drives it.
+#![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
+
+use std::sync::{Arc, Mutex};
+
+use proptest::prelude::*;
+use sm_vmm_core::GuestMemory;
+use sm_vmm_core::bus::MmioDevice as _;
+use sm_vmm_core::event_loop::{EventHandler, EventLoop, Readiness, Registry};
+use sm_vmm_core::virtio::blk::{Access, Block};
+use sm_vmm_core::virtio::disk::Disk;
+use sm_vmm_core::virtio::queue::Span;
+use sm_vmm_core::virtio::rng::Rng;
+use sm_vmm_core::virtio::testing::{Driver, DriverQueue};
+use vm_memory::{Bytes as _, GuestAddress};
+
+const MEMORY: usize = 1 << 20;
+const BASE: u64 = 0x1_0000;
+const ACKNOWLEDGE: u32 = 1;
+const DRIVER: u32 = 2;
+const DRIVER_OK: u32 = 4;
+const FEATURES_OK: u32 = 8;
+const NEEDS_RESET: u32 = 64;
+const FAILED: u32 = 128;
+const VERSION_1: u64 = 1 << 32;
+/// An interrupt's causes.
+const USED: u32 = 1;
+const CONFIG: u32 = 2;
+
+fn memory() -> GuestMemory {
+    GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap()
+}
+
+/// An entropy device and its loop.
+struct Bench {
+    driver: Driver,
+    memory: GuestMemory,
+    event_loop: EventLoop,
+}
+
+fn bench_with(memory: GuestMemory) -> Bench {
+    let event_loop = EventLoop::spawn("test").unwrap();
+    let device = Arc::new(Mutex::new(Rng::new()));
+    Bench {
+        driver: Driver::new(device, &memory, event_loop.handle()),
+        memory,
+        event_loop,
+    }
+}
+
+fn bench() -> Bench {
+    bench_with(memory())
+}
+
+const BUFFER: Span = Span {
+    address: GuestAddress(0x100),
+    len: 64,
+};
+
+impl Bench {
+    fn start(&self) -> DriverQueue {
+        self.driver.start(BASE, &[8]).remove(0)
+    }
+
+    /// Waits until the loop has told of everything that is ready now.
+    fn settle(&self) {
+        struct Nothing;
+        impl EventHandler for Nothing {
+            fn start(&mut self, _: &mut Registry<'_>) -> std::io::Result<()> {
+                Ok(())
+            }
+            fn ready(&mut self, _: u64, _: Readiness, _: &mut Registry<'_>) {}
+        }
+        let handle = self.event_loop.handle();
+        let id = handle.add_handler(Arc::new(Mutex::new(Nothing))).unwrap();
+        // What was ready before the call comes in the same batch at the latest;
+        // the next call comes after that batch.
+        handle.call(id, |_| ()).unwrap();
+        handle.remove_handler(id).unwrap();
+    }
+
+    fn entropy(&self, queue: &mut DriverQueue) {
+        let head = queue.offer(&[], &[BUFFER]).unwrap();
+        self.driver.notify(0);
+        assert_eq!(self.driver.wait_used(queue), (head, 64));
+    }
+}
+
+#[test]
+fn registers_say_what_the_device_is() {
+    let Bench { driver, .. } = &bench();
+    assert_eq!(driver.read(0x00), u32::from_le_bytes(*b"virt"));
+    assert_eq!(driver.read(0x04), 2, "not a legacy device");
+    assert_eq!(driver.read(0x08), 4, "entropy");
+    assert_eq!(driver.read(0x34), 64, "queue 0");
+    driver.write(0x30, 1);
+    assert_eq!(driver.read(0x34), 0, "there is no queue 1");
+    assert_ne!(driver.offered() & VERSION_1, 0);
+    driver.write(0x14, 2);
+    assert_eq!(driver.read(0x10), 0, "no features beyond 63");
+    for register in [0xb0, 0xb4, 0xb8, 0xbc] {
+        assert_eq!(driver.read(register), u32::MAX, "no shared memory");
+    }
+}
+
+#[test]
+fn odd_accesses_do_nothing() {
+    let Bench { driver, .. } = &bench();
+    for (offset, len) in [(0x70, 1), (0x70, 2), (0x70, 8), (0x71, 4), (0x72, 2)] {
+        driver.transport.write(offset, &vec![1; len]);
+        let mut bytes = vec![0xff; len];
+        driver.transport.read(offset, &mut bytes);
+        assert_eq!(bytes, vec![0xff; len], "left as the bus filled it");
+    }
+    assert_eq!(driver.status(), 0);
+}
+
+#[test]
+fn status_bits_come_in_their_order() {
+    let Bench { driver, .. } = &bench();
+    assert_eq!(driver.add_status(DRIVER), 0);
+    assert_eq!(driver.add_status(DRIVER_OK), 0);
+    assert_eq!(driver.add_status(ACKNOWLEDGE), ACKNOWLEDGE);
+    assert_eq!(driver.add_status(FEATURES_OK), ACKNOWLEDGE);
+    let ready = ACKNOWLEDGE | DRIVER;
+    assert_eq!(driver.add_status(DRIVER), ready);
+    assert_eq!(driver.add_status(DRIVER_OK), ready);
+    assert_eq!(
+        driver.add_status(FEATURES_OK),
+        ready,
+        "VERSION_1 is missing"
+    );
+    driver.write(0x24, 1);
+    driver.write(0x20, 1 | 1 << 31);
+    assert_eq!(driver.add_status(FEATURES_OK), ready, "not offered");
+    driver.write(0x20, 1);
+    assert_eq!(driver.add_status(FEATURES_OK), ready | FEATURES_OK);
+    assert_eq!(
+        driver.add_status(FAILED | DRIVER_OK),
+        ready | FEATURES_OK | FAILED
+    );
+    driver.reset();
+    assert_eq!(driver.status(), 0);
+}
+
+#[test]
+fn a_reset_forgets_everything() {
+    let bench = bench();
+    let driver = &bench.driver;
+    for _ in 0..3 {
+        let mut queue = bench.start();
+        bench.entropy(&mut queue);
+        driver.reset();
+        assert_eq!(driver.read(0x60), 0);
+        assert_eq!(driver.read(0x44), 0, "the queue is not ready");
+        let used = queue.take_used();
+        // Nothing is touched any more, whoever rings.
+        queue.offer(&[], &[BUFFER]).unwrap();
+        driver.notify(0);
+        bench.settle();
+        assert_eq!(queue.take_used(), used);
+    }
+}
+
+#[test]
+fn rings_outside_guest_memory_need_a_reset() {
+    let bench = bench();
+    let driver = &bench.driver;
+    driver.negotiate(VERSION_1);
+    let top = MEMORY as u64 - 256;
+    let outside = DriverQueue::new(bench.memory.clone(), top, 64);
+    driver.enable_queue(0, &outside);
+    let status = driver.add_status(DRIVER_OK);
+    assert_eq!(status & NEEDS_RESET, NEEDS_RESET);
+    assert_eq!(driver.line.pulses(), 1);
+    assert_eq!(driver.acknowledge(), CONFIG);
+    driver.notify(0);
+    bench.settle();
+    driver.reset();
+    bench.entropy(&mut bench.start());
+}
+
+#[test]
+fn a_malformed_ring_needs_a_reset_and_is_told_once() {
+    let bench = bench();
+    let driver = &bench.driver;
+    let mut queue = bench.start();
+    queue.make_available(8); // there is no such descriptor
+    driver.notify(0);
+    driver.line.wait_beyond(0);
+    assert_eq!(driver.acknowledge(), CONFIG);
+    assert_ne!(driver.status() & NEEDS_RESET, 0);
+    queue.offer(&[], &[BUFFER]).unwrap();
+    driver.notify(0);
+    bench.settle();
+    assert_eq!(driver.line.pulses(), 1);
+    assert_eq!(queue.take_used(), None);
+    driver.reset();
+    bench.entropy(&mut bench.start());
+}
+
+#[test]
+fn a_quiesced_device_holds_still_and_forgets_no_kick() {
+    let bench = bench();
+    let driver = &bench.driver;
+    let mut queue = bench.start();
+    // Asked for before: done.
+    let first = queue.offer(&[], &[BUFFER]).unwrap();
+    driver.notify(0);
+    driver.transport.quiesce().unwrap();
+    assert_eq!(queue.take_used(), Some((first, 64)));
+    let contents = || {
+        let mut bytes = [0; 64];
+        bench.memory.read_slice(&mut bytes, BUFFER.address).unwrap();
+        bytes
+    };
+    let before = contents();
+    let second = queue.offer(&[], &[BUFFER]).unwrap();
+    driver.notify(0);
+    bench.settle();
+    assert_eq!(queue.take_used(), None);
+    assert_eq!(before, contents());
+    driver.transport.unquiesce();
+    assert_eq!(driver.wait_used(&mut queue), (second, 64));
+}
+
+#[test]
+fn a_device_goes_on_where_it_was_saved() {
+    let bench = bench();
+    let mut queue = bench.start();
+    for _ in 0..11 {
+        bench.entropy(&mut queue);
+    }
+    // An interrupt that the guest has not seen, and a request nobody has seen.
+    let unseen = queue.offer(&[], &[BUFFER]).unwrap();
+    queue.set_used_event();
+    let before = bench.driver.line.pulses();
+    bench.driver.notify(0);
+    bench.driver.line.wait_beyond(before);
+    bench.driver.transport.quiesce().unwrap();
+    let waiting = queue.offer(&[], &[BUFFER]).unwrap();
+    let state = bench.driver.transport.save();
+    let state = postcard::from_bytes(&postcard::to_stdvec(&state).unwrap()).unwrap();
+
+    let clone = memory();
+    let mut bytes = vec![0; MEMORY];
+    bench
+        .memory
+        .read_slice(&mut bytes, GuestAddress(0))
+        .unwrap();
+    clone.write_slice(&bytes, GuestAddress(0)).unwrap();
+    let clone = bench_with(clone);
+    clone.driver.transport.restore(&state).unwrap();
+    assert_eq!(clone.driver.line.pulses(), 1, "raised again");
+    assert_eq!(clone.driver.acknowledge(), USED);
+    assert_eq!(clone.driver.status(), bench.driver.status());
+    let mut queue = queue.moved_to(clone.memory.clone());
+    assert_eq!(queue.take_used(), Some((unseen, 64)));
+    assert_eq!(clone.driver.wait_used(&mut queue), (waiting, 64));
+    clone.entropy(&mut queue);
+    // Over itself, too: the machine is reset to the snapshot.
+    clone.memory.write_slice(&bytes, GuestAddress(0)).unwrap();
+    clone.driver.transport.quiesce().unwrap();
+    clone.driver.transport.restore(&state).unwrap();
+    clone.driver.transport.unquiesce();
+}
+
+#[test]
+fn state_of_another_device_is_refused() {
+    let bench = bench();
+    bench.start();
+    bench.driver.transport.quiesce().unwrap();
+    let state = bench.driver.transport.save();
+    let block = Arc::new(Mutex::new(Block::new(Disk::empty(), Access::ReadOnly, "x")));
+    let driver = Driver::new(block, &bench.memory, bench.event_loop.handle());
+    let error = driver.transport.restore(&state).unwrap_err();
+    assert!(error.to_string().contains("device type"), "{error}");
+    // The rings have to be in this machine's memory.
+    let small = GuestMemory::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
+    let small = bench_with(small);
+    let error = small.driver.transport.restore(&state).unwrap_err();
+    assert!(error.to_string().contains("outside"), "{error}");
+}
+
+/// A driver's access to the window.
+#[derive(Clone, Debug)]
+enum Poke {
+    Read(u64, usize),
+    Write(u64, Vec<u8>),
+}
+
+fn access() -> impl Strategy<Value = Poke> {
+    let register = prop_oneof![
+        4 => prop::sample::select(vec![
+            0x14u64, 0x20, 0x24, 0x30, 0x38, 0x44, 0x50, 0x64, 0x80, 0x84, 0x90, 0x94, 0xa0, 0xa4,
+        ]),
+        4 => Just(0x70u64),
+        1 => 0u64..0x200,
+    ];
+    let value = prop_oneof![
+        4 => (0u32..16).prop_map(|v| v.to_le_bytes().to_vec()),
+        1 => Just(0x1000u32.to_le_bytes().to_vec()),
+        1 => any::<u32>().prop_map(|v| v.to_le_bytes().to_vec()),
+        1 => prop::collection::vec(any::<u8>(), 1..9),
+    ];
+    prop_oneof![
+        3 => (register.clone(), value).prop_map(|(at, bytes)| Poke::Write(at, bytes)),
+        1 => (register, 1usize..9).prop_map(|(at, len)| Poke::Read(at, len)),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Whatever is written, no status bit is there without those before it, and
+    /// after a reset the device works.
+    #[test]
+    fn any_accesses_leave_a_device_that_can_be_reset(
+        accesses in prop::collection::vec(access(), 0..120),
+    ) {
+        let bench = bench();
+        let driver = &bench.driver;
+        for access in accesses {
+            match access {
+                Poke::Read(at, len) => driver.transport.read(at, &mut vec![0; len]),
+                Poke::Write(at, bytes) => driver.transport.write(at, &bytes),
+            }
+            let status = driver.status();
+            for (before, after) in
+                [(ACKNOWLEDGE, DRIVER), (DRIVER, FEATURES_OK), (FEATURES_OK, DRIVER_OK)]
+            {
+                prop_assert!(status & after == 0 || status & before != 0, "{status:#x}");
+            }
+        }
+        driver.reset();
+        bench.entropy(&mut bench.start());
+    }
+}
