@@ -69,23 +69,19 @@ pub fn serve_on(listeners: [OwnedFd; 3], directory: &Path, cgroups: &Path) -> io
 fn serve(init_us: u64) -> io::Result<()> {
     mount_early()?;
     standard_streams()?;
-    // Children reset this; see `exec::child`.
-    log::note_failure(
-        "protect from the OOM killer",
-        fs::write("/proc/self/oom_score_adj", "-1000"),
-    );
-    sys::ignore_signal(libc::SIGPIPE);
-    // Ctrl-Alt-Del is a signal to ignore, not a reset.
-    let _ = reboot(RebootCommand::CadOff);
     load_modules(Path::new(MODULES));
-    set_limits();
-    log::note_failure("bring lo up", identity::loopback_up());
-    fs::create_dir_all(DIRECTORY)?;
     let listeners = Listeners {
         exec: listen(port::EXEC)?,
         forward: listen(port::FORWARD)?,
         control: listen(port::CONTROL)?,
     };
+    // As early as possible: while the host accepts the connection and asks, the
+    // rest is done. It is answered only by the agent's loop.
+    let dialled = control::dial();
+    protect_agent();
+    set_limits();
+    log::note_failure("bring lo up", identity::loopback_up());
+    fs::create_dir_all(DIRECTORY)?;
     let cgroup = Cgroup::create(Path::new(CGROUPS), "workload")?;
     let command_line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
     let facts = Facts {
@@ -96,7 +92,7 @@ fn serve(init_us: u64) -> io::Result<()> {
             .any(|word| word == "sm.debug"),
     };
     let mut agent = Agent::new(listeners, PathBuf::from(DIRECTORY), cgroup, facts)?;
-    match control::dial() {
+    match dialled {
         Ok(socket) => agent.announce(socket),
         // It connects to us instead.
         Err(error) => log::error("tell the host", error),
@@ -110,6 +106,16 @@ fn serve(init_us: u64) -> io::Result<()> {
     agent.run()?;
     agent.workload.end();
     Ok(())
+}
+
+/// Keeps what happens to the workload from happening to the agent.
+fn protect_agent() {
+    // Children reset this; see `exec::child`.
+    let adjusted = fs::write("/proc/self/oom_score_adj", "-1000");
+    log::note_failure("protect from the OOM killer", adjusted);
+    sys::ignore_signal(libc::SIGPIPE);
+    // Ctrl-Alt-Del is a signal to ignore, not a reset.
+    let _ = reboot(RebootCommand::CadOff);
 }
 
 fn mount_early() -> io::Result<()> {
