@@ -1,5 +1,4 @@
 //! The entropy device, driven as a driver drives it.
-#![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
 use std::sync::{Arc, Mutex};
 
