@@ -126,6 +126,9 @@ pub(crate) struct RunArgs {
         hide_default_value = true
     )]
     pub(crate) kernel_args: String,
+    /// Boot, even where a snapshot could be restored
+    #[arg(long)]
+    pub(crate) cold: bool,
     /// No writable layer over the image
     #[arg(long)]
     pub(crate) read_only: bool,

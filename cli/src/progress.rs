@@ -16,12 +16,18 @@ const SPINNER: &str = "{msg} {spinner} {bytes}";
 #[derive(Debug)]
 pub(crate) struct Bars<'a> {
     printer: &'a Printer,
+    /// Print a line for each step where bars cannot be drawn.
+    lines: bool,
     bar: Option<(String, ProgressBar)>,
 }
 
 impl<'a> Bars<'a> {
-    pub(crate) fn new(printer: &'a Printer) -> Self {
-        Self { printer, bar: None }
+    pub(crate) fn new(printer: &'a Printer, lines: bool) -> Self {
+        Self {
+            printer,
+            lines,
+            bar: None,
+        }
     }
 
     pub(crate) fn show(&mut self, progress: &Progress<'_>) {
@@ -31,7 +37,7 @@ impl<'a> Bars<'a> {
             .is_some_and(|(what, _)| what == progress.what);
         if !known {
             self.clear();
-            if !self.printer.interactive() {
+            if self.lines && !self.printer.interactive() {
                 self.printer.note(progress.what);
             }
             self.bar = Some((progress.what.to_owned(), self.start(progress)));

@@ -41,12 +41,20 @@ pub(crate) enum End {
     Lost,
 }
 
-/// Runs a session to its end. `forward` passes a signal on to the command.
-/// Phases that arrive are added to `phases`.
+/// The command, apart from its streams.
+pub(crate) trait Remote: Clone + Send + 'static {
+    /// Passes a signal on.
+    fn signal(&self, signal: u8);
+    /// Ends it: what it writes is of no use to anybody any more.
+    fn abandon(&self);
+}
+
+/// Runs a session with `remote` to its end. Phases that arrive are added to
+/// `phases`.
 pub(crate) fn run(
     mut session: Session,
     wiring: Wiring,
-    forward: impl Fn(u8) + Send + Sync + Clone + 'static,
+    remote: &impl Remote,
     phases: &mut Vec<Phase>,
 ) -> anyhow::Result<End> {
     let raw = (wiring.tty && wiring.stdin && io::stdin().is_terminal())
@@ -54,7 +62,7 @@ pub(crate) fn run(
         .transpose()
         .context("cannot put the terminal into raw mode")?;
     let writer = session.writer();
-    watch_signals(&writer, raw.clone(), wiring, forward.clone())?;
+    watch_signals(&writer, raw.clone(), wiring, remote.clone())?;
     let (detached, detach) = io::pipe().context("cannot create a pipe")?;
     let detaches = raw.is_some();
     if wiring.stdin {
@@ -72,7 +80,7 @@ pub(crate) fn run(
             })
             .context("cannot start a thread")?;
     }
-    let result = receive(&mut session, &forward, phases);
+    let result = receive(&mut session, remote, phases);
     if let Some(raw) = raw {
         raw.restore();
     }
@@ -98,7 +106,7 @@ fn is_readable(pipe: &io::PipeReader) -> bool {
 /// Output to our standard streams until the command ends.
 fn receive(
     session: &mut Session,
-    forward: &impl Fn(u8),
+    remote: &impl Remote,
     phases: &mut Vec<Phase>,
 ) -> anyhow::Result<End> {
     let mut stdout = Sink::new(io::stdout().as_fd().try_clone_to_owned()?.into());
@@ -109,8 +117,8 @@ fn receive(
         .context("lost the connection to the VM")?
     {
         match event {
-            Event::Stdout(bytes) => stdout.write(bytes, forward),
-            Event::Stderr(bytes) => stderr.write(bytes, forward),
+            Event::Stdout(bytes) => stdout.write(bytes, remote),
+            Event::Stderr(bytes) => stderr.write(bytes, remote),
             Event::Error(text) => {
                 let _ = writeln!(io::stderr(), "sm: {text}");
             }
@@ -145,12 +153,14 @@ impl Sink {
         }
     }
 
-    /// Unbuffered: what the command wrote is seen at once. A reader that went
-    /// away is made known to the command the way the kernel would do it.
-    fn write(&mut self, bytes: &[u8], forward: &impl Fn(u8)) {
+    /// Unbuffered: what the command wrote is seen at once. When its reader has
+    /// gone away, the command gets the signal that the kernel would send; since
+    /// the first process of a PID namespace ignores it, it is ended besides.
+    fn write(&mut self, bytes: &[u8], remote: &impl Remote) {
         if !self.broken && self.file.write_all(bytes).is_err() {
             self.broken = true;
-            forward(SIGPIPE);
+            remote.signal(SIGPIPE);
+            remote.abandon();
         }
     }
 }
@@ -218,7 +228,7 @@ fn watch_signals(
     writer: &SessionWriter,
     raw: Option<RawMode>,
     wiring: Wiring,
-    forward: impl Fn(u8) + Send + 'static,
+    remote: impl Remote,
 ) -> anyhow::Result<()> {
     let mut signals = Signals::new([SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH])
         .context("cannot watch for signals")?;
@@ -250,7 +260,7 @@ fn watch_signals(
                     }
                     std::process::exit(128 + signal);
                 }
-                forward(number);
+                remote.signal(number);
             }
         })
         .context("cannot start a thread")?;

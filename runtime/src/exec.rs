@@ -7,6 +7,8 @@ use sm_guest_proto::exec::{ExecControl, ExecRequest, Hello, Role, StageFile};
 use sm_guest_proto::frame::FrameType;
 
 use crate::Error;
+use crate::control::Control;
+use crate::launch::{ControlAnswer, ControlCall};
 use crate::record::Record;
 use crate::session::{Output, Session};
 use crate::vm::connect_exec;
@@ -113,6 +115,7 @@ impl ExecBuilder {
             base.push("TERM=xterm".to_owned());
         }
         request.env = merge_env(&[&base, &self.env])?;
+        refuse_if_paused(&self.record)?;
         let stream = connect_exec(&self.record)?;
         let open = || {
             let session = Session::new(stream)?;
@@ -139,5 +142,17 @@ impl ExecBuilder {
             operation: "run the command in the VM",
             source,
         })
+    }
+}
+
+/// A command in a paused VM would wait without a word.
+fn refuse_if_paused(record: &Record) -> Result<(), Error> {
+    let answer = Control::connect(record)?.call(&ControlCall::Status)?;
+    match answer {
+        ControlAnswer::Status(status) if status.paused => Err(Error::Refused(format!(
+            "VM \"{}\" is paused: let it go on first (sm unpause)",
+            record.config().name
+        ))),
+        _ => Ok(()),
     }
 }

@@ -12,7 +12,9 @@ use crate::initramfs::Module;
 
 /// Modules that a guest may need, by the names that `modules.dep` uses; what a
 /// kernel has built in, or does not have, is left out.
-const WANTED: [&str; 10] = [
+const WANTED: [&str; 11] = [
+    // What libcrc32c, which erofs needs, asks the crypto layer for by name.
+    "crc32c_generic",
     "virtio_mmio",
     "virtio_blk",
     "virtio_net",

@@ -42,6 +42,8 @@ pub(crate) struct LaunchRequest {
     pub(crate) modules: Option<PathBuf>,
     /// Words added to the kernel's command line.
     pub(crate) cmdline: String,
+    /// Boot, even where a snapshot could be restored.
+    pub(crate) cold: bool,
     /// The root disk.
     pub(crate) root: Vec<DiskSegment>,
     /// Size limit of the writable layer in bytes; 0 for half of guest memory.

@@ -48,6 +48,7 @@ pub struct RunOptions {
     stop_timeout: Duration,
     start_timeout: Duration,
     cmdline: String,
+    cold: bool,
     phases: Vec<Phase>,
 }
 
@@ -70,6 +71,7 @@ impl Default for RunOptions {
             stop_timeout: Duration::from_secs(10),
             start_timeout: Duration::from_secs(120),
             cmdline: String::new(),
+            cold: false,
             phases: Vec::new(),
         }
     }
@@ -139,6 +141,14 @@ impl RunOptions {
     #[must_use]
     pub fn cmdline(mut self, words: impl Into<String>) -> Self {
         self.cmdline = words.into();
+        self
+    }
+
+    /// Boots a kernel even where a snapshot could be restored, and leaves none
+    /// behind.
+    #[must_use]
+    pub fn cold(mut self, cold: bool) -> Self {
+        self.cold = cold;
         self
     }
 
@@ -283,6 +293,7 @@ pub(crate) fn start(home: &Home, image: &Image, options: RunOptions) -> Result<V
         config: record.config().clone(),
         modules: kernel.modules.clone(),
         cmdline: options.cmdline.clone(),
+        cold: options.cold,
         root: image.segments().to_vec(),
         upper_size: options.upper_size,
         shm_size: options.shm_size,

@@ -404,6 +404,20 @@ impl SignalSender {
             .call(&ControlCall::Signal { signal })
             .map(drop)
     }
+
+    /// Asks the workload to end: its stop signal, then SIGKILL after `grace`.
+    /// Does not wait.
+    ///
+    /// # Errors
+    /// The VM is not running.
+    pub fn stop(&self, grace: Duration) -> Result<(), Error> {
+        let grace_ms = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);
+        Control::connect(&self.record)?
+            .call(&ControlCall::Stop {
+                grace_ms: Some(grace_ms),
+            })
+            .map(drop)
+    }
 }
 
 fn unexpected(answer: &ControlAnswer) -> Error {

@@ -6,13 +6,30 @@ use std::time::Duration;
 use anyhow::anyhow;
 use sm_runtime::Vm;
 use sm_runtime::home::Home;
+use sm_runtime::session::SessionWriter;
 
-use super::run::{LOST, forwarder};
+use super::run::{LOST, Workload};
 use crate::args::{AttachArgs, ExecArgs};
 use crate::failure::Failure;
 use crate::printer::Printer;
-use crate::stream::{self, End, Wiring};
+use crate::stream::{self, End, Remote, Wiring};
 use crate::{terminal, units};
+
+/// A command next to the workload, reached by its own stream.
+#[derive(Clone)]
+struct Command(SessionWriter);
+
+impl Remote for Command {
+    fn signal(&self, signal: u8) {
+        // A command that has just ended needs no signal.
+        let _ = self.0.signal(signal);
+    }
+
+    fn abandon(&self) {
+        // The agent ends commands whose client has gone.
+        self.0.hang_up();
+    }
+}
 
 pub(crate) fn exec(home: &Home, args: ExecArgs) -> Result<u32, Failure> {
     if args.tty && args.interactive && !io::stdin().is_terminal() {
@@ -43,17 +60,13 @@ pub(crate) fn exec(home: &Home, args: ExecArgs) -> Result<u32, Failure> {
         builder = builder.tty(columns, rows);
     }
     let session = builder.start()?;
-    let writer = session.writer();
-    let forward = move |signal| {
-        // A command that has just ended needs no signal.
-        let _ = writer.signal(signal);
-    };
+    let command = Command(session.writer());
     let wiring = Wiring {
         stdin: args.interactive,
         tty: args.tty,
     };
     Ok(
-        match stream::run(session, wiring, forward, &mut Vec::new())? {
+        match stream::run(session, wiring, &command, &mut Vec::new())? {
             End::Exited { status, .. } => status,
             End::Detached => 0,
             // The VM ended, and the command with it.
@@ -71,7 +84,7 @@ pub(crate) fn attach(home: &Home, args: &AttachArgs, printer: &Printer) -> Resul
     };
     let session = vm.attach(wiring.stdin)?;
     Ok(
-        match stream::run(session, wiring, forwarder(&vm)?, &mut Vec::new())? {
+        match stream::run(session, wiring, &Workload::of(&vm), &mut Vec::new())? {
             End::Exited { status, .. } => status,
             End::Detached => {
                 printer.note(format_args!("Detached from \"{}\"", vm.name()));

@@ -15,16 +15,21 @@ use crate::units::{format_age, format_size};
 /// Digits of an image's ID that a table shows.
 const SHORT_ID: usize = 12;
 
-/// Opens an image, converting it first if it is not in the store yet.
+/// Opens an image for a run, converting it first if it is not in the store yet.
+/// Only a terminal sees progress: what is not the command's output would be in
+/// the way elsewhere.
 pub(super) fn open(home: &Home, reference: &str, printer: &Printer) -> Result<Image, Failure> {
-    let mut bars = Bars::new(printer);
+    fetch(home, reference, Bars::new(printer, false))
+}
+
+fn fetch(home: &Home, reference: &str, mut bars: Bars<'_>) -> Result<Image, Failure> {
     let image = Image::open_in(home, reference, &mut |progress| bars.show(&progress));
     bars.clear();
     Ok(image?)
 }
 
 pub(crate) fn pull(home: &Home, args: &PullArgs, printer: &Printer) -> Result<u32, Failure> {
-    let image = open(home, &args.image, printer)?;
+    let image = fetch(home, &args.image, Bars::new(printer, !args.quiet))?;
     if !args.quiet {
         printer.note(format_args!("Stored \"{}\"", image.reference()));
     }

@@ -9,14 +9,17 @@ use sm_runtime::home::Home;
 use sm_runtime::record::{ExitReason, ExitRecord};
 use sm_runtime::timings::Phase;
 use sm_runtime::workload::{Overrides, Rlimit};
-use sm_runtime::{RunOptions, Vm};
+use sm_runtime::{RunOptions, SignalSender, Vm};
 
 use super::images;
 use crate::args::RunArgs;
 use crate::failure::{Failure, OUR_FAILURE};
 use crate::printer::Printer;
-use crate::stream::{self, End, Wiring};
+use crate::stream::{self, End, Remote, Wiring};
 use crate::{terminal, timings, units};
+
+/// Time for a workload to end by itself when nobody reads its output any more.
+const ABANDON_GRACE: Duration = Duration::from_secs(1);
 
 /// What `--json` prints about a VM.
 #[derive(Serialize)]
@@ -69,7 +72,7 @@ fn foreground(vm: &mut Vm, args: &RunArgs, printer: &Printer) -> Result<u32, Fai
         stdin: args.interactive,
         tty: args.tty,
     };
-    let end = stream::run(session, wiring, forwarder(vm)?, &mut phases)?;
+    let end = stream::run(session, wiring, &Workload::of(vm), &mut phases)?;
     let (status, exit) = match end {
         End::Exited { status, vm } => (status, vm),
         End::Detached => {
@@ -128,13 +131,25 @@ fn explain(exit: &ExitRecord, printer: &Printer) {
     }
 }
 
-/// Passes signals on by the control socket, where they do not wait behind input.
-pub(super) fn forwarder(vm: &Vm) -> Result<impl Fn(u8) + Send + Sync + Clone + 'static, Failure> {
-    let signals = vm.signals();
-    Ok(move |signal| {
+/// A workload, reached by the control socket, where nothing waits behind input.
+#[derive(Clone)]
+pub(super) struct Workload(SignalSender);
+
+impl Workload {
+    pub(super) fn of(vm: &Vm) -> Self {
+        Self(vm.signals())
+    }
+}
+
+impl Remote for Workload {
+    fn signal(&self, signal: u8) {
         // A workload that has just ended needs no signal.
-        let _ = signals.send(signal);
-    })
+        let _ = self.0.send(signal);
+    }
+
+    fn abandon(&self) {
+        let _ = self.0.stop(ABANDON_GRACE);
+    }
 }
 
 fn options(begin: Phase, args: &RunArgs) -> anyhow::Result<RunOptions> {
@@ -168,6 +183,7 @@ fn options(begin: Phase, args: &RunArgs) -> anyhow::Result<RunOptions> {
         .memory(args.memory)
         .cpus(args.cpus)
         .cmdline(args.kernel_args.as_str())
+        .cold(args.cold)
         .auto_remove(args.rm)
         .read_only(args.read_only)
         .attach(!args.detach)

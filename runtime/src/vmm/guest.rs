@@ -13,6 +13,15 @@ pub(crate) trait Guest {
     /// Opens a stream to a vsock port of the guest. A refusal shows as the end
     /// of the stream.
     fn connect(&mut self, port: u32) -> io::Result<UnixStream>;
+    /// Whether it started from a snapshot.
+    fn restored(&self) -> bool {
+        false
+    }
+    /// The agent is there and has nothing to do yet: the moment to make a
+    /// snapshot of, before the machine is given its image and identity.
+    fn agent_ready(&mut self) -> Result<(), String> {
+        Ok(())
+    }
     /// Holds all vCPUs.
     fn pause(&mut self) -> Result<(), String>;
     /// Lets them run again.

@@ -5,6 +5,7 @@
 //! after that is reports and, for an attached launcher, the workload's session.
 
 mod agent;
+mod base;
 mod conn;
 mod guest;
 mod machine;

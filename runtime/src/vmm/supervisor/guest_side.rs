@@ -29,7 +29,13 @@ impl<G: Guest> Supervisor<G> {
             // One conversation at a time; closing the stream is the refusal.
             return;
         }
-        self.reach("agent ready");
+        let restored = self.guest.as_ref().is_some_and(Guest::restored);
+        if !restored {
+            self.reach("agent ready");
+        }
+        if let Some(Err(error)) = self.guest.as_mut().map(Guest::agent_ready) {
+            return self.start_failed(format!("cannot prepare the machine: {error}"));
+        }
         let mut agent = match AgentLink::new(stream) {
             Ok(agent) => agent,
             Err(error) => {
@@ -130,7 +136,11 @@ impl<G: Guest> Supervisor<G> {
                     ready_us = hello.ready_us,
                     "the agent is ready"
                 );
-                self.guest_times(hello.init_us, hello.ready_us);
+                if self.guest.as_ref().is_some_and(Guest::restored) {
+                    self.reach("agent answered");
+                } else {
+                    self.guest_times(hello.init_us, hello.ready_us);
+                }
             }
             (Purpose::Refresh, ControlReply::Refreshed(_) | ControlReply::Done) => {
                 self.reach("identity refreshed");

@@ -158,6 +158,7 @@ fn fixture(setup: Setup) -> Fixture {
         config: record.config().clone(),
         modules: None,
         cmdline: String::new(),
+        cold: false,
         root: Vec::new(),
         upper_size: 5,
         shm_size: 6,
