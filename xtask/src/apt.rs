@@ -202,6 +202,22 @@ fn major(version: &str) -> u32 {
 /// The backports suite of this release and a sources entry for it, made from the
 /// configured entry of the release itself: same mirror, same key.
 fn backports_entry() -> Result<(String, String)> {
+    let (codename, origin) = release_origin().with_context(|| {
+        format!("cannot tell where QEMU {QEMU_MAJOR} or later is; put one in the PATH")
+    })?;
+    let suite = format!("{codename}-backports");
+    let entry = origin.entry(&suite);
+    Ok((suite, entry))
+}
+
+/// This release's code name, and its configured archive as a one-line entry.
+pub(crate) fn release_source() -> Result<(String, String)> {
+    let (codename, origin) = release_origin()?;
+    let line = origin.line(&codename);
+    Ok((codename, line))
+}
+
+fn release_origin() -> Result<(String, Origin)> {
     let release = fs::read_to_string("/etc/os-release").context("cannot read /etc/os-release")?;
     let codename = release
         .lines()
@@ -209,7 +225,7 @@ fn backports_entry() -> Result<(String, String)> {
         .map(|name| name.trim_matches('"').to_owned())
         .context("/etc/os-release has no VERSION_CODENAME")?;
     if !release.lines().any(|line| line == "ID=debian") {
-        bail!("this distribution has no QEMU {QEMU_MAJOR}; install one and put it in the PATH");
+        bail!("this distribution is not Debian");
     }
     let mut files = vec![PathBuf::from("/etc/apt/sources.list")];
     if let Ok(entries) = fs::read_dir("/etc/apt/sources.list.d") {
@@ -223,12 +239,10 @@ fn backports_entry() -> Result<(String, String)> {
             _ => None,
         };
         if let Some(origin) = origin {
-            let suite = format!("{codename}-backports");
-            let entry = origin.entry(&suite);
-            return Ok((suite, entry));
+            return Ok((codename, origin));
         }
     }
-    bail!("no apt source for {codename}/main is configured, so its backports suite is not known")
+    bail!("no apt source for {codename}/main is configured")
 }
 
 /// Where a suite comes from.
@@ -248,6 +262,14 @@ impl Origin {
             entry.push_str(&format!("Signed-By: {key}\n"));
         }
         entry
+    }
+
+    fn line(&self, suite: &str) -> String {
+        let uri = self.uris.split_whitespace().next().unwrap_or_default();
+        match &self.signed_by {
+            Some(key) => format!("deb [signed-by={key}] {uri} {suite} main"),
+            None => format!("deb {uri} {suite} main"),
+        }
     }
 }
 

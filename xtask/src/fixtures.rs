@@ -1,16 +1,251 @@
-//! Images for the demo and the end-to-end tests.
+//! Images for the demo and the end-to-end tests, made from packages of the
+//! distribution by tools that are not ours, so that they check us.
 
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
+use tempfile::TempDir;
 
-use crate::apt::Apt;
+use crate::apt::{self, Apt};
+use crate::{cmd, paths};
 
-pub(crate) const PACKAGES: [&str; 4] = ["busybox-static", "mmdebstrap", "umoci", "erofs-utils"];
+pub(crate) const PACKAGES: [&str; 6] = [
+    "busybox-static",
+    "erofs-utils",
+    "mmdebstrap",
+    "rsync",
+    "skopeo",
+    "umoci",
+];
 
-pub(crate) fn make(_apt: &Apt) -> Result<PathBuf> {
-    bail!("not yet")
+/// Part of the cache's name: raise it when the images change.
+const RECIPE: &str = "1";
+const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Directory of the OCI layouts `busybox`, `debian` and `python`, and of
+/// `busybox.oci.tar` and `busybox.docker.tar`, the same as archives.
+pub(crate) fn make(apt: &Apt) -> Result<PathBuf> {
+    let fixtures = paths::cache("fixtures")?;
+    let done = fixtures.join(format!("v{RECIPE}"));
+    if done.exists() {
+        return Ok(done);
+    }
+    let _lock = paths::lock(&fixtures)?;
+    if done.exists() {
+        return Ok(done);
+    }
+    if !apt::is_root() {
+        bail!(
+            "the images for the end-to-end tests hold files of many owners, so they are made \
+             as root, once: run \"sudo -E cargo xtask fixtures\""
+        );
+    }
+    apt.ensure(&PACKAGES)?;
+    let workshop = Workshop::new()?;
+    cmd::step("making the test image busybox");
+    workshop.busybox()?;
+    workshop.archives()?;
+    cmd::step("making the test image debian (mmdebstrap)");
+    workshop.debian()?;
+    cmd::step("making the test image python (mmdebstrap)");
+    workshop.python()?;
+    workshop.publish(&done)?;
+    Ok(done)
 }
-pub(crate) fn demo_image(_apt: &Apt) -> Result<PathBuf> {
-    bail!("not yet")
+
+/// An OCI layout with busybox alone.
+pub(crate) fn demo_image(apt: &Apt) -> Result<PathBuf> {
+    let demo = paths::cache("demo")?;
+    let done = demo.join(format!("v{RECIPE}"));
+    let image = done.join("busybox");
+    if image.exists() {
+        return Ok(image);
+    }
+    let _lock = paths::lock(&demo)?;
+    if image.exists() {
+        return Ok(image);
+    }
+    apt.ensure(&["busybox-static", "umoci"])?;
+    cmd::step("making the demo image");
+    let workshop = Workshop::new()?;
+    workshop.busybox()?;
+    workshop.publish(&done)?;
+    Ok(image)
+}
+
+/// Where images are made before they are published.
+struct Workshop {
+    directory: TempDir,
+    images: PathBuf,
+}
+
+impl Workshop {
+    fn new() -> Result<Self> {
+        let directory = tempfile::tempdir_in(paths::cache("tmp")?)
+            .context("cannot make a temporary directory")?;
+        let images = directory.path().join("images");
+        fs::create_dir(&images)?;
+        Ok(Self { directory, images })
+    }
+
+    fn publish(self, done: &Path) -> Result<()> {
+        fs::rename(&self.images, done)
+            .with_context(|| format!("cannot publish {:?}", done.display()))
+    }
+
+    /// One layer, made of one static binary and its links.
+    fn busybox(&self) -> Result<()> {
+        let bundle = self.new_image("busybox")?;
+        let root = bundle.join("rootfs");
+        for name in ["bin", "etc", "root", "tmp"] {
+            fs::create_dir_all(root.join(name))?;
+        }
+        fs::copy("/bin/busybox", root.join("bin/busybox")).context("cannot copy /bin/busybox")?;
+        for applet in cmd::text(&mut cmd::command("/bin/busybox", ["--list"]))?.lines() {
+            if applet != "busybox" {
+                std::os::unix::fs::symlink("busybox", root.join("bin").join(applet))?;
+            }
+        }
+        fs::write(root.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\n")?;
+        fs::write(root.join("etc/group"), "root:x:0:\n")?;
+        self.repack("busybox", &bundle)?;
+        self.configure("busybox", &["--config.cmd", "sh"])
+    }
+
+    /// The busybox image in the two archive formats.
+    fn archives(&self) -> Result<()> {
+        for (transport, tag) in [("oci", ""), ("docker", ":busybox:latest")] {
+            self.quiet(
+                cmd::command("skopeo", ["copy", "--quiet", "oci:busybox:latest"])
+                    .arg(format!("{transport}-archive:busybox.{transport}.tar{tag}")),
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Debian in layers: the system; changes and whiteouts of a directory, a
+    /// file and a link; things put back where whiteouts were; an opaque
+    /// directory.
+    fn debian(&self) -> Result<()> {
+        let bundle = self.new_image("debian")?;
+        let root = bundle.join("rootfs");
+        self.bootstrap(&bundle, "procps")?;
+        self.repack("debian", &bundle)?;
+        // The Python image grows from the same first layer.
+        cmd::check(
+            Command::new("cp")
+                .args(["-a", "debian", "python"])
+                .current_dir(&self.images),
+        )?;
+
+        fs::remove_dir_all(root.join("usr/share/doc"))?;
+        fs::remove_file(root.join("etc/os-release"))?;
+        fs::write(root.join("etc/os-release"), "ID=fixture\n")?;
+        fs::write(root.join("second-layer"), "2\n")?;
+        fs::create_dir_all(root.join("opaque/old"))?;
+        fs::write(root.join("opaque/old/hidden"), "hidden by layer 4\n")?;
+        self.repack("debian", &bundle)?;
+
+        fs::remove_file(root.join("second-layer"))?;
+        fs::create_dir_all(root.join("usr/share/doc/again"))?;
+        fs::write(root.join("usr/share/doc/again/README"), "back\n")?;
+        self.repack("debian", &bundle)?;
+
+        let opaque = self.directory.path().join("layer");
+        fs::create_dir_all(opaque.join("opaque"))?;
+        fs::write(opaque.join("opaque/.wh..wh..opq"), "")?;
+        fs::write(opaque.join("opaque/new"), "visible\n")?;
+        let layer = self.directory.path().join("layer.tar");
+        cmd::check(
+            cmd::command("tar", ["--numeric-owner", "--owner=0", "--group=0", "-C"])
+                .arg(&opaque)
+                .arg("-cf")
+                .arg(&layer)
+                .arg("opaque"),
+        )?;
+        self.umoci(&["raw", "add-layer", "--image", "debian:latest"], &[&layer])?;
+        self.configure("debian", &["--config.cmd", "bash"])
+    }
+
+    /// The first layer of the Debian image, and Python as a second one.
+    fn python(&self) -> Result<()> {
+        let bundle = self.directory.path().join("bundle-python");
+        self.umoci(&["unpack", "--image", "python:latest"], &[&bundle])?;
+        let other = self.directory.path().join("python-tree");
+        fs::create_dir(&other)?;
+        self.bootstrap(&other, "procps,python3-minimal")?;
+        cmd::check(
+            cmd::command("rsync", ["-aHAX", "--numeric-ids", "--delete"])
+                .arg(other.join("rootfs/"))
+                .arg(bundle.join("rootfs/")),
+        )?;
+        self.repack("python", &bundle)?;
+        self.configure("python", &["--config.cmd", "python3"])
+    }
+
+    /// A Debian system of this host's release in `directory/rootfs`.
+    fn bootstrap(&self, directory: &Path, packages: &str) -> Result<()> {
+        let (codename, source) = apt::release_source()?;
+        let root = directory.join("rootfs");
+        paths::remove(&root)?;
+        let log = self.directory.path().join("mmdebstrap.log");
+        let status = cmd::command("mmdebstrap", ["--mode=root", "--variant=minbase"])
+            .args(["--format=directory", "--aptopt=Acquire::Languages \"none\""])
+            // Megabytes that no test looks at, and that emulation feels.
+            .args(["--dpkgopt=path-exclude=/usr/share/man/*"])
+            .args(["--dpkgopt=path-exclude=/usr/share/locale/*"])
+            .arg(format!("--include={packages}"))
+            .arg(codename)
+            .arg(&root)
+            .arg(source)
+            .stderr(fs::File::create(&log)?)
+            .status()
+            .context("cannot run mmdebstrap")?;
+        if !status.success() {
+            eprintln!("{}", fs::read_to_string(&log).unwrap_or_default());
+            bail!("mmdebstrap failed: {status}");
+        }
+        Ok(())
+    }
+
+    /// A layout with one empty image, unpacked in the directory returned.
+    fn new_image(&self, name: &str) -> Result<PathBuf> {
+        let image = format!("{name}:latest");
+        let bundle = self.directory.path().join(format!("bundle-{name}"));
+        self.umoci(&["init", "--layout", name], &[])?;
+        self.umoci(&["new", "--image", &image], &[])?;
+        self.umoci(&["unpack", "--image", &image], &[&bundle])?;
+        Ok(bundle)
+    }
+
+    /// Makes what changed in the bundle a layer.
+    fn repack(&self, name: &str, bundle: &Path) -> Result<()> {
+        let image = format!("{name}:latest");
+        self.umoci(
+            &["repack", "--refresh-bundle", "--image", &image],
+            &[bundle],
+        )
+    }
+
+    fn configure(&self, name: &str, settings: &[&str]) -> Result<()> {
+        let image = format!("{name}:latest");
+        let mut arguments = vec!["config", "--image", &image, "--config.env", PATH];
+        arguments.extend(settings);
+        self.umoci(&arguments, &[])?;
+        self.umoci(&["gc", "--layout", name], &[])
+    }
+
+    fn umoci(&self, arguments: &[&str], paths: &[&Path]) -> Result<()> {
+        let mut umoci = cmd::command("umoci", arguments);
+        if !apt::is_root() && arguments.first() == Some(&"unpack") {
+            umoci.arg("--rootless");
+        }
+        self.quiet(umoci.args(paths))
+    }
+
+    fn quiet(&self, command: &mut Command) -> Result<()> {
+        cmd::check(command.current_dir(&self.images).stdout(Stdio::null()))
+    }
 }

@@ -176,7 +176,7 @@ fn attend(
         // The command holds our copies of the ports until it is dropped.
         command.spawn().context("cannot run qemu-system-x86_64")?
     };
-    forward_input(input);
+    forward_input(input.try_clone()?);
 
     let (sender, receiver) = mpsc::channel();
     let (mark, send) = (token.to_owned(), sender.clone());
@@ -214,6 +214,7 @@ fn attend(
     }
     let _ = qemu.kill();
     qemu.wait()?;
+    drop(input);
     if interrupted.load(Ordering::Relaxed) {
         ended = Ended::Interrupted;
     }
@@ -228,7 +229,9 @@ fn forward_input(mut port: UnixStream) {
     }
     thread::spawn(move || {
         let _ = io::copy(&mut io::stdin().lock(), &mut port);
-        let _ = port.shutdown(Shutdown::Both);
+        // Only this direction: were the socket closed, QEMU would drop what it
+        // has not read yet. The caller holds it open.
+        let _ = port.shutdown(Shutdown::Write);
     });
 }
 
