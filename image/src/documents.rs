@@ -37,7 +37,7 @@ pub(crate) fn parse<'a, T: Deserialize<'a>>(bytes: &'a [u8], what: &str) -> Resu
 /// What a manifest blob turns out to be.
 pub(crate) enum Document {
     /// Manifests for several platforms.
-    Index(ImageIndex),
+    Index(Box<ImageIndex>),
     /// One image.
     Manifest(Box<ImageManifest>),
 }
@@ -51,9 +51,9 @@ pub(crate) fn parse_manifest(bytes: &[u8]) -> Result<Document, Error> {
     }
     let shape: Shape = parse(bytes, "manifest")?;
     if shape.manifests.is_some() {
-        return Ok(Document::Index(parse(bytes, "index")?));
+        return Ok(Document::Index(Box::new(parse(bytes, "index")?)));
     }
-    Ok(Document::Manifest(parse(bytes, "manifest")?))
+    Ok(Document::Manifest(Box::new(parse(bytes, "manifest")?)))
 }
 
 /// The manifest of an index for this program's guests: Linux on the host's
@@ -147,7 +147,9 @@ mod tests {
     #[test]
     fn layer_media_types() {
         assert!(is_layer("application/vnd.oci.image.layer.v1.tar+gzip"));
-        assert!(is_layer("application/vnd.docker.image.rootfs.diff.tar.gzip"));
+        assert!(is_layer(
+            "application/vnd.docker.image.rootfs.diff.tar.gzip"
+        ));
         assert!(!is_layer("application/vnd.oci.image.layer.v1.tar+exe"));
         assert!(!is_layer("text/plain"));
     }

@@ -131,9 +131,8 @@ fn collect(tree: &Tree) -> Result<Vec<Placed>, Error> {
         let (links, len) = match &node.kind {
             NodeKind::Directory(children) => {
                 queue.extend(children.values().map(|child| (*child, id)));
-                let is_directory = |child: &&NodeId| {
-                    matches!(tree.nodes[**child].kind, NodeKind::Directory(_))
-                };
+                let is_directory =
+                    |child: &&NodeId| matches!(tree.nodes[**child].kind, NodeKind::Directory(_));
                 let subdirectories = children.values().filter(is_directory).count();
                 let links = u32::try_from(subdirectories).unwrap_or(u32::MAX - 2) + 2;
                 (links, directory_len(children.keys()))
@@ -408,7 +407,9 @@ mod tests {
 
     #[test]
     fn directories_are_cut_between_entries() {
-        let names: Vec<Vec<u8>> = (0..1000).map(|n| format!("name{n:05}").into_bytes()).collect();
+        let names: Vec<Vec<u8>> = (0..1000)
+            .map(|n| format!("name{n:05}").into_bytes())
+            .collect();
         let blocks = directory_blocks(names.iter());
         assert!(blocks.len() > 1);
         assert!(blocks.iter().all(|names| block_len(names) <= BLOCK));
@@ -433,6 +434,9 @@ mod tests {
             ..Meta::default()
         };
         let bytes = encode_xattrs(&meta).unwrap();
-        assert_eq!(&bytes[XATTR_HEADER_LEN..], [1, 1, 2, 0, b'a', b'b', b'c', 0]);
+        assert_eq!(
+            &bytes[XATTR_HEADER_LEN..],
+            [1, 1, 2, 0, b'a', b'b', b'c', 0]
+        );
     }
 }

@@ -111,7 +111,9 @@ pub(crate) fn convert(
             _ => error.to_string(),
         },
     };
-    let limit = expected.size.map_or(u64::MAX, |size| size.saturating_add(1));
+    let limit = expected
+        .size
+        .map_or(u64::MAX, |size| size.saturating_add(1));
     let mut stored = HashingReader::new(stream.take(limit));
     let (mut index, diff_id, tar_len) = {
         let buffered = BufReader::with_capacity(128 * 1024, &mut stored);
@@ -449,7 +451,10 @@ mod tests {
             digest: Digest::of(b"x"),
             ..good
         };
-        assert!(matches!(run(&tar, &wrong_digest).0, Err(Error::Blob { .. })));
+        assert!(matches!(
+            run(&tar, &wrong_digest).0,
+            Err(Error::Blob { .. })
+        ));
         let wrong_size = Expected {
             size: Some(7000),
             ..good

@@ -87,7 +87,9 @@ impl Reference {
 /// Splits `PATH[:TAG]`. A path that exists as it stands is taken whole.
 fn split_tag(text: &str) -> (PathBuf, Option<String>) {
     match text.rsplit_once(':') {
-        Some((path, tag)) if !tag.contains('/') && !path.is_empty() && !Path::new(text).exists() => {
+        Some((path, tag))
+            if !tag.contains('/') && !path.is_empty() && !Path::new(text).exists() =>
+        {
             let tag = (!tag.is_empty()).then(|| tag.to_owned());
             (PathBuf::from(path), tag)
         }

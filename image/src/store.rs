@@ -24,11 +24,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::Error;
 use crate::digest::Digest;
+use crate::erofs;
 use crate::layer::{self, Expected, LayerIndex};
 use crate::reference::Reference;
 use crate::source::{self, Source, SourceImage, SourceLayer};
 use crate::tree::Tree;
-use crate::erofs;
 
 /// Version of everything the store writes; other versions are made again.
 const FORMAT: u32 = 1;
@@ -154,7 +154,10 @@ impl Store {
     pub fn list(&self) -> Result<Vec<ImageSummary>, Error> {
         let mut found = Vec::new();
         for path in entries(&self.root.join("refs"))? {
-            if path.extension().is_some_and(|extension| extension == "json") {
+            if path
+                .extension()
+                .is_some_and(|extension| extension == "json")
+            {
                 found.extend(read_json::<ImageSummary>(&path)?);
             }
         }

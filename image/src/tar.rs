@@ -146,13 +146,13 @@ impl<R: Read> Reader<R> {
             ..error
         };
         if path.len() > MAX_PATH {
-            return Err(bad("its path is longer than 4095 bytes")).map_err(name);
+            return Err(name(bad("its path is longer than 4095 bytes")));
         }
         let link = extended
             .link
             .unwrap_or_else(|| until_nul(field(block, 157, 100)));
         if link.len() > MAX_PATH {
-            return Err(bad("its link target is longer than 4095 bytes")).map_err(name);
+            return Err(name(bad("its link target is longer than 4095 bytes")));
         }
         let small = |range| -> Result<u32, TarError> {
             u32::try_from(number(range)?).map_err(|_| bad("a number is out of range"))
@@ -166,14 +166,18 @@ impl<R: Read> Reader<R> {
             b'0' | 0 | b'7' => Kind::File,
             b'1' => Kind::Hardlink(link),
             b'2' => Kind::Symlink(link),
-            b'3' => device().map(|(a, b)| Kind::CharDevice(a, b)).map_err(name)?,
-            b'4' => device().map(|(a, b)| Kind::BlockDevice(a, b)).map_err(name)?,
+            b'3' => device()
+                .map(|(a, b)| Kind::CharDevice(a, b))
+                .map_err(name)?,
+            b'4' => device()
+                .map(|(a, b)| Kind::BlockDevice(a, b))
+                .map_err(name)?,
             b'5' => Kind::Directory,
             b'6' => Kind::Fifo,
-            b'S' => return Err(bad("sparse entries are not supported")).map_err(name),
+            b'S' => return Err(name(bad("sparse entries are not supported"))),
             other => {
                 let text = format!("its type {:?} is not known", char::from(other));
-                return Err(bad(text)).map_err(name);
+                return Err(name(bad(text)));
             }
         };
         let size = extended.size.unwrap_or(size);
@@ -303,9 +307,8 @@ impl<R: Read> Read for Reader<R> {
 
 impl Extended {
     fn apply(&mut self, key: &[u8], value: &[u8]) -> Result<(), TarError> {
-        let text = || {
-            std::str::from_utf8(value).map_err(|_| bad("a number in a pax header is malformed"))
-        };
+        let text =
+            || std::str::from_utf8(value).map_err(|_| bad("a number in a pax header is malformed"));
         let parse = |text: &str| {
             text.parse::<u64>()
                 .map_err(|_| bad("a number in a pax header is malformed"))
@@ -320,7 +323,8 @@ impl Extended {
             b"uid" => self.uid = Some(id(text()?)?),
             b"gid" => self.gid = Some(id(text()?)?),
             b"mtime" => {
-                let time = pax_time(text()?).ok_or_else(|| bad("a time in a pax header is malformed"))?;
+                let time =
+                    pax_time(text()?).ok_or_else(|| bad("a time in a pax header is malformed"))?;
                 self.mtime = Some(time);
             }
             _ => {
@@ -337,10 +341,17 @@ impl Extended {
 
 fn pax_record(bytes: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
     let space = bytes.iter().take(20).position(|byte| *byte == b' ')?;
-    let len: usize = std::str::from_utf8(bytes.get(..space)?).ok()?.parse().ok()?;
+    let len: usize = std::str::from_utf8(bytes.get(..space)?)
+        .ok()?
+        .parse()
+        .ok()?;
     let record = bytes.get(space + 1..len)?.strip_suffix(b"\n")?;
     let equals = record.iter().position(|byte| *byte == b'=')?;
-    Some((record.get(..equals)?, record.get(equals + 1..)?, bytes.get(len..)?))
+    Some((
+        record.get(..equals)?,
+        record.get(equals + 1..)?,
+        bytes.get(len..)?,
+    ))
 }
 
 /// Reads `SECONDS[.FRACTION]`, possibly negative. A fraction always counts
@@ -352,7 +363,11 @@ fn pax_time(text: &str) -> Option<(i64, u32)> {
     if !fraction.bytes().all(|byte| byte.is_ascii_digit()) {
         return None;
     }
-    let digits: String = fraction.chars().chain("000000000".chars()).take(9).collect();
+    let digits: String = fraction
+        .chars()
+        .chain("000000000".chars())
+        .take(9)
+        .collect();
     let nanos: u32 = digits.parse().ok()?;
     Some(match (negative, nanos) {
         (true, 1..) => (seconds.checked_sub(1)?, 1_000_000_000 - nanos),
@@ -365,7 +380,11 @@ fn field(block: &[u8; BLOCK], start: usize, len: usize) -> &[u8] {
 }
 
 fn until_nul(bytes: &[u8]) -> Vec<u8> {
-    bytes.split(|byte| *byte == 0).next().unwrap_or_default().to_vec()
+    bytes
+        .split(|byte| *byte == 0)
+        .next()
+        .unwrap_or_default()
+        .to_vec()
 }
 
 /// The prefix belongs to the name in POSIX ustar only; GNU keeps times there.

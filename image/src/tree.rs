@@ -92,19 +92,19 @@ impl Tree {
 
     fn hide(&mut self, path: &[u8]) -> Result<(), &'static str> {
         let (parent, name) = split(path);
-        if let Some(parent) = self.walk(parent, false)? {
-            if let Some(children) = self.children_mut(parent) {
-                children.remove(name);
-            }
+        if let Some(parent) = self.walk(parent, false)?
+            && let Some(children) = self.children_mut(parent)
+        {
+            children.remove(name);
         }
         Ok(())
     }
 
     fn empty(&mut self, path: &[u8]) -> Result<(), &'static str> {
-        if let Some(directory) = self.walk(path, false)? {
-            if let Some(children) = self.children_mut(directory) {
-                children.clear();
-            }
+        if let Some(directory) = self.walk(path, false)?
+            && let Some(children) = self.children_mut(directory)
+        {
+            children.clear();
         }
         Ok(())
     }
@@ -122,11 +122,11 @@ impl Tree {
         let kind = match &entry.kind {
             EntryKind::Directory => {
                 // A directory over a directory keeps what is in it.
-                if let Some(id) = existing {
-                    if matches!(self.nodes[id].kind, NodeKind::Directory(_)) {
-                        self.nodes[id].meta = entry.meta.clone();
-                        return Ok(());
-                    }
+                if let Some(id) = existing
+                    && matches!(self.nodes[id].kind, NodeKind::Directory(_))
+                {
+                    self.nodes[id].meta = entry.meta.clone();
+                    return Ok(());
                 }
                 NodeKind::Directory(BTreeMap::new())
             }

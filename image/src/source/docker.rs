@@ -53,9 +53,7 @@ impl DockerArchive {
         match (&self.tag, items.len()) {
             (None, 1) => Ok(items.swap_remove(0)),
             (None, 0) => Err(self.unknown("the archive is empty".to_owned())),
-            (None, _) => {
-                Err(self.unknown("the archive has several images, add :TAG".to_owned()))
-            }
+            (None, _) => Err(self.unknown("the archive has several images, add :TAG".to_owned())),
             (Some(tag), _) => items
                 .into_iter()
                 .find(|item| {

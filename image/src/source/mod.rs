@@ -8,12 +8,12 @@ use std::io::Read;
 
 use oci_spec::image::{ImageConfiguration, ImageManifest};
 
+use crate::Error;
 use crate::digest::Digest;
 use crate::documents::{
     self, Document, MAX_DOCUMENT, Named, choose_platform, parse, parse_manifest,
 };
 use crate::reference::Reference;
-use crate::Error;
 
 /// One layer of an image to be read.
 #[derive(Clone, Copy, Debug)]
