@@ -76,6 +76,7 @@ impl VcpuSeed for KvmSeed {
         self.fd.set_cpuid2(&cpuid).map_err(os("write CPUID"))?;
         set_firmware_msrs(&self.fd);
         if let Some(boot) = boot {
+            self.vm.mask_legacy_controllers()?;
             set_boot_registers(&self.fd, boot)?;
         }
         Ok(self.into_vcpu())

@@ -59,6 +59,26 @@ impl VmShared {
             .tsc_deadline
             .get_or_init(|| self.fd.check_extension(Cap::TscDeadlineTimer))
     }
+
+    /// Masks the 8259 pair that KVM creates with the IOAPIC, and that the machine
+    /// does not have: the local APIC passes its interrupts on after a reset, and
+    /// a guest that is told of no 8259 does not mask it.
+    pub(super) fn mask_legacy_controllers(&self) -> Result<(), Error> {
+        for chip_id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE] {
+            let mut chip = kvm_irqchip {
+                chip_id,
+                ..kvm_irqchip::default()
+            };
+            self.fd
+                .get_irqchip(&mut chip)
+                .map_err(os("read an interrupt controller"))?;
+            chip.chip.pic.imr = 0xff;
+            self.fd
+                .set_irqchip(&chip)
+                .map_err(os("write an interrupt controller"))?;
+        }
+        Ok(())
+    }
 }
 
 /// What [`VmState`]'s blob holds.

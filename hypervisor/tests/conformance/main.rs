@@ -1,0 +1,64 @@
+//! What every backend must do, checked with tiny hand-made guests.
+//!
+//! The checks are generic over [`sm_hypervisor::Hypervisor`]; at the bottom each
+//! is run on the backend of this host. They work on any `/dev/kvm`, also one
+//! that cannot run Linux; where there is none at all they say so and pass.
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::expect_used,
+    clippy::unwrap_used,
+    reason = "helpers of tests"
+)]
+
+mod access;
+mod bench;
+mod guests;
+mod interrupts;
+mod kick;
+mod memory;
+mod smp;
+mod state;
+
+use sm_hypervisor::Hypervisor as _;
+use sm_hypervisor::kvm::Kvm;
+
+/// Opens the backend, or explains why the check is skipped.
+fn open() -> Option<Kvm> {
+    Kvm::open()
+        .map_err(|error| eprintln!("skipped: {error}"))
+        .ok()
+}
+
+macro_rules! conformance {
+    ($($check:path as $name:ident),* $(,)?) => {$(
+        #[test]
+        fn $name() {
+            if let Some(hypervisor) = open() {
+                $check(&hypervisor);
+            }
+        }
+    )*};
+}
+
+conformance! {
+    access::ports_of_each_width as ports_of_each_width,
+    access::memory_mapped_access_of_each_width as memory_mapped_access_of_each_width,
+    access::string_operations_are_split as string_operations_are_split,
+    access::a_triple_fault_is_told as a_triple_fault_is_told,
+    kick::a_kick_before_running_is_kept as a_kick_before_running_is_kept,
+    kick::a_kick_ends_a_spin as a_kick_ends_a_spin,
+    kick::a_kick_in_an_access_leaves_it_complete as a_kick_in_an_access_leaves_it_complete,
+    kick::a_kick_of_a_dead_vcpu_is_harmless as a_kick_of_a_dead_vcpu_is_harmless,
+    interrupts::a_line_wakes_a_halted_guest as a_line_wakes_a_halted_guest,
+    interrupts::doorbells_match_their_value as doorbells_match_their_value,
+    smp::secondary_processors_start as secondary_processors_start,
+    memory::written_pages_are_told_once as written_pages_are_told_once,
+    memory::an_unmapped_region_is_the_bus as an_unmapped_region_is_the_bus,
+    memory::unknown_slots_are_errors as unknown_slots_are_errors,
+    state::a_restored_guest_finds_everything as a_restored_guest_finds_everything,
+    state::a_guest_reset_in_place_finds_everything as a_guest_reset_in_place_finds_everything,
+    state::time_does_not_go_backwards as time_does_not_go_backwards,
+    state::damaged_state_is_refused as damaged_state_is_refused,
+    state::all_vcpus_must_be_restored as all_vcpus_must_be_restored,
+}

@@ -1,0 +1,246 @@
+//! Saving a guest, and going on with it elsewhere.
+
+use sm_hypervisor::state::VcpuState;
+use sm_hypervisor::{Hypervisor, Vcpu, VcpuSeed as _, Vm as _, VmState};
+
+use crate::bench::{
+    Bench, DUMP, INVALID_HANDLER, MEMORY_LEN, MSR_LIST, Recorder, SHARED, VECTORS, run_to_stop,
+};
+use crate::guests;
+
+/// What the guest writes into model-specific registers.
+const MSRS: [(u32, u64); 12] = [
+    (0xc000_0081, 0x0018_0008_0000_0000), // STAR
+    (0xc000_0082, 0x0000_7fff_1234_5000), // LSTAR
+    (0xc000_0083, 0x0000_7fff_2345_6000), // CSTAR
+    (0xc000_0084, 0x0004_7700),           // FMASK
+    (0xc000_0100, 0x1_0900),              // FS_BASE: the guest reads through it
+    (0xc000_0101, 0x1_0908),              // GS_BASE
+    (0xc000_0102, 0x0000_7abc_def0_1000), // KERNEL_GS_BASE
+    (0x174, 0x08),                        // SYSENTER_CS
+    (0x175, 0x6666_1000),                 // SYSENTER_ESP: 32 bits on AMD
+    (0x176, 0x5555_2000),                 // SYSENTER_EIP
+    (0x277, 0x0007_0406_0007_0106),       // PAT
+    (TSC_AUX, 0x1357),
+];
+const TSC_AUX: u32 = 0xc000_0103;
+/// Length of what the guest writes down.
+const DUMP_LEN: usize = 0x2000;
+/// Processor features that widen the check.
+const AVX: u32 = 1;
+const AVX512: u32 = 2;
+
+/// XCR0: x87, SSE, AVX; opmask and both parts of ZMM.
+fn xcr0(features: u32) -> u64 {
+    match features {
+        0 => 0b11,
+        AVX => 0b111,
+        _ => 0b1110_0111,
+    }
+}
+
+/// What the guest's processor offers, by its CPUID.
+fn features(state: &VcpuState) -> u32 {
+    let leaf = |function, index| {
+        let mut leaves = state.cpuid.iter();
+        leaves.find(|leaf| leaf.function == function && leaf.index == index)
+    };
+    let xsave = leaf(1, 0).is_some_and(|leaf| leaf.ecx & 1 << 26 != 0);
+    let components = leaf(0xd, 0).map_or(0, |leaf| leaf.eax);
+    let avx = xsave && components & 4 != 0 && leaf(1, 0).is_some_and(|l| l.ecx & 1 << 28 != 0);
+    let avx512 =
+        avx && components & 0xe0 == 0xe0 && leaf(7, 0).is_some_and(|l| l.ebx & 1 << 16 != 0);
+    u32::from(avx) * AVX | u32::from(avx512) * AVX512
+}
+
+/// A vector area in which no two bytes in a row are the same.
+fn vectors() -> Vec<u8> {
+    (0..2048_u32).map(|i| (i * 37 + i / 256) as u8).collect()
+}
+
+struct Saved {
+    vcpu: VcpuState,
+    vm: VmState,
+    memory: Vec<u8>,
+    features: u32,
+    /// What the guest wrote into model-specific registers.
+    msrs: Vec<(u32, u64)>,
+}
+
+/// Boots the guest, and stops it when all is set.
+fn started<H: Hypervisor>(hypervisor: &H, bus: &Recorder) -> (Bench<H>, impl Vcpu + use<H>, Saved) {
+    let bench = Bench::new(hypervisor, 1, guests::sets_state());
+    bench.put(INVALID_HANDLER, guests::dumps_state());
+    bench.put(VECTORS, &vectors());
+    bench.put(DUMP + 0x900, b"fs found gs found");
+    let mut vcpu = bench.boot(bus);
+    // The extended state is switched on from outside: the guest's kernel may run
+    // where XSETBV cannot.
+    let mut state = vcpu.save().unwrap();
+    let features = features(&state);
+    if features != 0 {
+        state.system.cr4 |= 1 << 18;
+        state.xcrs = vec![(0, xcr0(features))];
+        drop(vcpu.reload(&state).unwrap());
+    }
+    bench.put(SHARED + 4, &features.to_le_bytes());
+    // A KVM without hardware virtualisation may lack this one.
+    let aux = state.msrs.iter().any(|(index, _)| *index == TSC_AUX);
+    let msrs: Vec<_> = MSRS
+        .into_iter()
+        .filter(|(index, _)| aux || *index != TSC_AUX)
+        .collect();
+    bench.put(MSR_LIST, &(msrs.len() as u32).to_le_bytes());
+    for (slot, (index, value)) in (1..).zip(&msrs) {
+        bench.put(MSR_LIST + slot * 16, &index.to_le_bytes());
+        bench.put(MSR_LIST + slot * 16 + 8, &value.to_le_bytes());
+    }
+    run_to_stop(&mut vcpu, bus);
+    let saved = Saved {
+        vcpu: vcpu.save().unwrap(),
+        vm: bench.vm.save().unwrap(),
+        memory: bench.get(0, MEMORY_LEN),
+        features,
+        msrs,
+    };
+    (bench, vcpu, saved)
+}
+
+/// What was set has arrived: otherwise comparing proves nothing.
+fn check_reference(dump: &[u8], saved: &Saved) {
+    let word = |offset: usize| u64::from_le_bytes(dump[offset..offset + 8].try_into().unwrap());
+    assert_eq!(word(0), 0xa1a1_a1a1_a1a1_a1a1);
+    assert_eq!(word(0x78), 0x1515_1515_1515_1515);
+    assert_eq!(word(0x80) & 0x401, 0x401, "direction, carry");
+    assert_eq!(dump[0xa0..0xa4], 0x1fa0_u32.to_le_bytes(), "MXCSR");
+    assert_eq!(&dump[0xa8..0xb0], b"fs found");
+    for (slot, (index, value)) in saved.msrs.iter().enumerate() {
+        assert_eq!(word(0x100 + slot * 8), *value, "MSR {index:#x}");
+    }
+    assert_eq!(word(0x400), 0x1111_0000, "DR0");
+    assert_eq!(word(0x430), 0x1234_5678_9000, "CR2");
+    assert_eq!(word(0x448), 2, "CR8");
+    let (registers, width) = match saved.features {
+        0 => (16, 16),
+        AVX => (16, 32),
+        _ => (32, 64),
+    };
+    let input = vectors();
+    for register in 0..registers {
+        let range = register * 64..register * 64 + width;
+        let found = &dump[0x1000 + range.start..0x1000 + range.end];
+        assert_eq!(found, &input[range], "vector register {register}");
+    }
+}
+
+/// Names the part of the dump that differs.
+fn assert_same(reference: &[u8], found: &[u8]) {
+    let different = reference.iter().zip(found).position(|(a, b)| a != b);
+    if let Some(offset) = different {
+        let line = offset & !7;
+        panic!(
+            "at {offset:#x} the guest found {:x?} instead of {:x?}",
+            &found[line..line + 8],
+            &reference[line..line + 8]
+        );
+    }
+}
+
+pub(crate) fn a_restored_guest_finds_everything<H: Hypervisor>(hypervisor: &H) {
+    let bus = Recorder::default();
+    let (bench, mut vcpu, saved) = started(hypervisor, &bus);
+    eprintln!(
+        "features: AVX and AVX-512 are bits 0 and 1 of {}",
+        saved.features
+    );
+    run_to_stop(&mut vcpu, &bus);
+    let reference = bench.get(DUMP, DUMP_LEN);
+    check_reference(&reference, &saved);
+    drop((vcpu, bench));
+
+    for _ in 0..2 {
+        let bench = Bench::with_memory(hypervisor, 1, &saved.memory);
+        let bus = Recorder::default();
+        let seed = bench.vm.create_vcpu(0).unwrap();
+        bus.stops(seed.kicker());
+        let (mut vcpu, proof) = seed.bind_restored(&saved.vcpu).unwrap();
+        bench.vm.restore(&saved.vm, vec![proof]).unwrap();
+        run_to_stop(&mut vcpu, &bus);
+        assert_same(&reference, &bench.get(DUMP, DUMP_LEN));
+    }
+}
+
+pub(crate) fn a_guest_reset_in_place_finds_everything<H: Hypervisor>(hypervisor: &H) {
+    let bus = Recorder::default();
+    let (bench, mut vcpu, saved) = started(hypervisor, &bus);
+    run_to_stop(&mut vcpu, &bus);
+    let reference = bench.get(DUMP, DUMP_LEN);
+    for _ in 0..2 {
+        bench.put(0, &saved.memory);
+        let proof = vcpu.reload(&saved.vcpu).unwrap();
+        bench.vm.restore(&saved.vm, vec![proof]).unwrap();
+        run_to_stop(&mut vcpu, &bus);
+        assert_same(&reference, &bench.get(DUMP, DUMP_LEN));
+    }
+}
+
+/// Also for a machine saved in its first second, when KVM takes a written
+/// counter for an attempt to synchronise.
+pub(crate) fn time_does_not_go_backwards<H: Hypervisor>(hypervisor: &H) {
+    let bench = Bench::new(hypervisor, 1, guests::reads_time());
+    let bus = Recorder::default();
+    let mut vcpu = bench.boot(&bus);
+    run_to_stop(&mut vcpu, &bus);
+    let saved = (vcpu.save().unwrap(), bench.vm.save().unwrap());
+    let memory = bench.get(0, MEMORY_LEN);
+    drop((vcpu, bench));
+
+    let bench = Bench::with_memory(hypervisor, 1, &memory);
+    let bus = Recorder::default();
+    let seed = bench.vm.create_vcpu(0).unwrap();
+    bus.stops(seed.kicker());
+    let (mut vcpu, proof) = seed.bind_restored(&saved.0).unwrap();
+    bench.vm.restore(&saved.1, vec![proof]).unwrap();
+    run_to_stop(&mut vcpu, &bus);
+    let time = |offset| u64::from_le_bytes(bench.get(SHARED + offset, 8).try_into().unwrap());
+    assert!(time(8) > time(0), "{} then {}", time(0), time(8));
+}
+
+pub(crate) fn damaged_state_is_refused<H: Hypervisor>(hypervisor: &H) {
+    let bus = Recorder::default();
+    let (_bench, _vcpu, saved) = started(hypervisor, &bus);
+    let refused = |change: &dyn Fn(&mut VcpuState)| {
+        let mut state = saved.vcpu.clone();
+        change(&mut state);
+        let bench = Bench::with_memory(hypervisor, 1, &saved.memory);
+        let seed = bench.vm.create_vcpu(0).unwrap();
+        match seed.bind_restored(&state) {
+            Ok(_) => panic!("accepted"),
+            Err(error) => error.to_string(),
+        }
+    };
+    assert!(refused(&|s| s.index = 1).contains("vCPU 1"));
+    assert!(refused(&|s| s.xsave.truncate(100)).contains("XSAVE"));
+    assert!(refused(&|s| s.lapic.truncate(100)).contains("local APIC"));
+    assert!(refused(&|s| s.events.backend = "whp".to_owned()).contains("whp"));
+    assert!(refused(&|s| s.events.bytes.truncate(3)).contains("events"));
+    assert!(refused(&|s| s.cpuid = vec![Default::default(); 1000]).contains("CPUID"));
+    assert!(refused(&|s| s.xcrs = vec![(0, 3); 100]).contains("control registers"));
+    // An EFER with reserved bits.
+    assert!(refused(&|s| s.msrs.push((0xc000_0080, u64::MAX))).contains("0xc0000080"));
+}
+
+pub(crate) fn all_vcpus_must_be_restored<H: Hypervisor>(hypervisor: &H) {
+    let bench = Bench::new(hypervisor, 1, guests::ports());
+    let state = bench.vm.save().unwrap();
+    assert!(bench.vm.restore(&state, vec![]).is_err());
+    let bus = Recorder::default();
+    let mut vcpu = bench.boot(&bus);
+    let vcpu_state = vcpu.save().unwrap();
+    let mut other = state.clone();
+    other.blob.version += 1;
+    let proof = vcpu.reload(&vcpu_state).unwrap();
+    assert!(bench.vm.restore(&other, vec![proof]).is_err());
+    let proof = vcpu.reload(&vcpu_state).unwrap();
+    bench.vm.restore(&state, vec![proof]).unwrap();
+}
