@@ -6,6 +6,10 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::units::parse_size;
 
+/// What an image argument can be.
+const IMAGE_HELP: &str = "The image: oci:DIR[:TAG], oci-archive:FILE[:TAG], \
+                          docker-archive:FILE[:TAG], or a name from \"sm images\"";
+
 /// Run OCI images as microVMs.
 #[derive(Debug, Parser)]
 #[command(name = "sm", version, max_term_width = 100, propagate_version = true)]
@@ -51,6 +55,9 @@ pub(crate) enum Command {
     Pull(PullArgs),
     /// Remove images from the local store
     Rmi(RmiArgs),
+    /// List, check, compare and remove snapshots
+    #[command(subcommand)]
+    Snapshot(SnapshotCommand),
     /// Manage guest kernels
     #[command(subcommand)]
     Kernel(KernelCommand),
@@ -157,7 +164,7 @@ pub(crate) struct RunArgs {
     /// output, else identity, exit status and timings to standard error at the end
     #[arg(long)]
     pub(crate) json: bool,
-    /// The image, such as oci:DIR[:TAG], oci-archive:FILE or rootfs:DIR
+    #[arg(help = IMAGE_HELP)]
     pub(crate) image: String,
     /// Command and arguments [default: the image's]
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
@@ -317,7 +324,7 @@ pub(crate) struct PullArgs {
     /// Print nothing but the image's ID
     #[arg(short, long)]
     pub(crate) quiet: bool,
-    /// The image, such as oci:DIR[:TAG], oci-archive:FILE or rootfs:DIR
+    #[arg(help = IMAGE_HELP)]
     pub(crate) image: String,
 }
 
@@ -338,6 +345,39 @@ pub(crate) enum KernelCommand {
     Use {
         /// A path, or a name from the list
         kernel: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum SnapshotCommand {
+    /// List snapshots
+    Ls(ListArgs),
+    /// Show the manifest of a snapshot
+    Inspect {
+        /// Name of the snapshot
+        name: String,
+    },
+    /// Check every byte of snapshots, and of those they build on
+    Verify {
+        /// Names of snapshots
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+    /// Count the memory pages in which two snapshots differ (status 1 if any do)
+    Diff {
+        /// Name of a snapshot
+        a: String,
+        /// Name of another
+        b: String,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Remove snapshots
+    Rm {
+        /// Names of snapshots
+        #[arg(required = true)]
+        names: Vec<String>,
     },
 }
 

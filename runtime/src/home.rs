@@ -130,6 +130,12 @@ impl Home {
     pub fn images(&self) -> PathBuf {
         self.data.join("images")
     }
+
+    /// Snapshots.
+    #[must_use]
+    pub fn snapshots(&self) -> PathBuf {
+        self.data.join("snapshots")
+    }
 }
 
 fn default_runtime_dir() -> Option<PathBuf> {

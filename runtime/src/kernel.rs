@@ -168,7 +168,7 @@ fn candidates(home: &Home) -> Vec<(String, PathBuf)> {
                 Some((age, format!("{prefix}{name}"), image))
             })
             .collect();
-        built.sort_by(|a, b| b.0.cmp(&a.0));
+        built.sort_by_key(|(age, ..)| std::cmp::Reverse(*age));
         found.extend(built.into_iter().map(|(_, name, image)| (name, image)));
     }
     let mut stock: Vec<_> = entries(Path::new("/boot"))

@@ -19,6 +19,7 @@ pub mod record;
 pub mod run;
 pub mod session;
 pub mod signal;
+pub mod snapshots;
 pub mod timings;
 mod vm;
 mod vmm;

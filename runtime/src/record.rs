@@ -476,7 +476,7 @@ impl Records {
                 Err(error) => tracing::warn!(?path, %error, "skipping a damaged record"),
             }
         }
-        records.sort_by(|a, b| b.config.created_ns.cmp(&a.config.created_ns));
+        records.sort_by_key(|record| std::cmp::Reverse(record.config.created_ns));
         Ok(records)
     }
 

@@ -21,10 +21,10 @@ pub(crate) fn logs(home: &Home, args: &LogsArgs) -> Result<u32, Failure> {
     let mut sink = Sink::new(args.timestamps);
     let mut held = Tail::new(args.tail);
     while let Some(record) = logs.next_record()? {
-        if let Some(record) = held.push(record) {
-            if !sink.write(&record) {
-                return Ok(0);
-            }
+        if let Some(record) = held.push(record)
+            && !sink.write(&record)
+        {
+            return Ok(0);
         }
     }
     for record in held.finish() {

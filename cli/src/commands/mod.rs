@@ -7,6 +7,7 @@ mod lifecycle;
 mod list;
 mod logs;
 mod run;
+mod snapshot;
 
 use clap::CommandFactory as _;
 use sm_runtime::home::Home;
@@ -36,6 +37,7 @@ pub(crate) fn run(begin: Phase, cli: Cli, printer: &Printer) -> Result<u32, Fail
         Command::Images(args) => images::list(&home()?, &args, printer),
         Command::Pull(args) => images::pull(&home()?, &args, printer),
         Command::Rmi(args) => images::remove(&home()?, &args, printer),
+        Command::Snapshot(command) => snapshot::run(&home()?, command, printer),
         Command::Kernel(command) => kernel::run(&home()?, command, printer),
         Command::Doctor(args) => kernel::doctor(&home()?, &args, printer),
         Command::Completions { shell } => {

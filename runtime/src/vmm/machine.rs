@@ -81,10 +81,7 @@ pub(crate) fn start(
 ) -> Result<(RunningMachine, Vec<Phase>), String> {
     let mut phases = Vec::new();
     let kvm = Kvm::open().map_err(|error| with_causes(&error))?;
-    if let LinuxSupport::Unusable { reason } = kvm.capabilities().linux {
-        return Err(unusable(&reason));
-    }
-    phases.push(Phase::now("hypervisor probed"));
+    phases.push(Phase::now("hypervisor opened"));
 
     let event_loop = EventLoop::spawn("sm-devices").map_err(failed("start the event loop"))?;
     let (vsock, muxer) =
@@ -178,6 +175,11 @@ impl Parts {
         initramfs: Vec<u8>,
         event_loop: &EventLoop,
     ) -> Result<Machine<Kvm>, String> {
+        // Not asked of a host on which a guest of the same kind has run.
+        if let LinuxSupport::Unusable { reason } = self.kvm.capabilities().linux {
+            return Err(unusable(&reason));
+        }
+        self.phases.push(Phase::now("hypervisor probed"));
         let path = &request.config.kernel;
         let kernel =
             File::open(path).map_err(|error| format!("cannot open kernel {path:?}: {error}"))?;

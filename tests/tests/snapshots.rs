@@ -1,0 +1,132 @@
+//! Base snapshots: the second machine does not boot, and clones share nothing
+//! that must be distinct.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a failed expectation is a failed test"
+)]
+
+use std::collections::BTreeSet;
+
+use sm_e2e::{Home, image};
+
+/// A home whose base snapshot for small machines exists.
+fn warm() -> Home {
+    let home = Home::new();
+    run(&home, "true");
+    home
+}
+
+fn run(home: &Home, script: &str) -> String {
+    let image = image("busybox");
+    let arguments = ["run", "--rm", "-m", "128m", &image, "sh", "-c", script];
+    home.sm(&arguments).exits(0).out()
+}
+
+/// Names of the phases of one run.
+fn phases(home: &Home, more: &[&str]) -> String {
+    let image = image("busybox");
+    let mut arguments = vec!["run", "--rm", "--timings", "-m", "128m"];
+    arguments.extend_from_slice(more);
+    arguments.extend_from_slice(&[&image, "true"]);
+    home.sm(&arguments).exits(0).err()
+}
+
+#[test]
+fn the_second_machine_is_restored_and_a_cold_one_is_not() {
+    let home = warm();
+    let restored = phases(&home, &[]);
+    assert!(restored.contains("state restored"), "{restored}");
+    assert!(!restored.contains("kernel reached init"), "{restored}");
+    let cold = phases(&home, &["--cold"]);
+    assert!(cold.contains("kernel reached init"), "{cold}");
+    // Another kind of machine has a snapshot of its own.
+    let other = phases(&home, &["--cpus", "2"]);
+    assert!(other.contains("kernel reached init"), "{other}");
+}
+
+#[test]
+fn clones_share_no_identity() {
+    let home = warm();
+    let script = "cat /proc/sys/kernel/random/boot_id /proc/sys/kernel/random/uuid \
+                  /etc/machine-id; hostname; head -c16 /dev/urandom | md5sum";
+    let mut seen = BTreeSet::new();
+    for clone in 0..6 {
+        for line in run(&home, script).lines() {
+            assert!(seen.insert(line.to_owned()), "clone {clone} repeats {line}");
+        }
+    }
+    assert_eq!(seen.len(), 6 * 5);
+}
+
+#[test]
+fn the_clock_of_a_clone_is_right() {
+    let home = warm();
+    for _ in 0..3 {
+        let before = std::time::SystemTime::now();
+        let seconds: u64 = run(&home, "date +%s").trim().parse().unwrap();
+        let after = std::time::SystemTime::now();
+        let seconds = std::time::UNIX_EPOCH + std::time::Duration::from_secs(seconds);
+        let second = std::time::Duration::from_secs(1);
+        assert!(
+            before - second <= seconds && seconds <= after,
+            "{seconds:?}"
+        );
+    }
+}
+
+#[test]
+fn snapshots_are_listed_verified_compared_and_removed() {
+    let home = warm();
+    let listed = home.sm(&["snapshot", "ls", "--json"]).exits(0).json();
+    let name = listed[0]["name"].as_str().unwrap().to_owned();
+    assert_eq!(listed[0]["layer"], "base");
+    home.sm(&["snapshot", "verify", &name]).exits(0);
+    home.sm(&["snapshot", "diff", &name, &name]).exits(0);
+    let manifest = home.sm(&["snapshot", "inspect", &name]).exits(0).json();
+    assert_eq!(manifest["memory_bytes"], 128 << 20);
+    // In use: it stays.
+    let vm = home.detached(&["-m", "128m", &image("busybox"), "sleep", "1000"]);
+    let refused = home.sm(&["snapshot", "rm", &name]).exits(125);
+    assert!(refused.err().contains("in use"), "{}", refused.err());
+    drop(vm);
+    home.sm(&["snapshot", "rm", &name]).exits(0);
+    let done = home.sm(&["snapshot", "inspect", &name]).exits(125);
+    assert!(done.err().contains(&name), "{}", done.err());
+}
+
+#[test]
+fn a_damaged_snapshot_is_replaced_not_used() {
+    let home = warm();
+    let listed = home.sm(&["snapshot", "ls", "--json"]).exits(0).json();
+    let name = listed[0]["name"].as_str().unwrap();
+    let path = home
+        .data()
+        .join("sm/snapshots")
+        .join(name)
+        .join("state.bin");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&path, bytes).unwrap();
+    home.sm(&["snapshot", "verify", name]).exits(125);
+    let again = phases(&home, &[]);
+    assert!(again.contains("kernel reached init"), "booted: {again}");
+    let restored = phases(&home, &[]);
+    assert!(restored.contains("state restored"), "{restored}");
+}
+
+#[test]
+fn a_restored_machine_has_all_its_processors() {
+    let home = Home::new();
+    let image = image("busybox");
+    for _ in 0..2 {
+        let script = "nproc; for i in 1 2 3 4; do (i=0; while [ $i -lt 5000 ]; do i=$((i+1)); \
+                      done; echo $i) & done; wait";
+        let arguments = [
+            "run", "--rm", "-m", "128m", "--cpus", "4", &image, "sh", "-c", script,
+        ];
+        let out = home.sm(&arguments).exits(0).out();
+        assert_eq!(out, "4\n5000\n5000\n5000\n5000\n");
+    }
+}
