@@ -3,7 +3,7 @@
 //! # Invariants
 //!
 //! - **One thread, one place to wait.** Everything runs on the main thread and
-//!   waits only in [`reactor`]'s `epoll_wait`. Nothing else blocks: files of the
+//!   waits only in `reactor`'s `epoll_wait`. Nothing else blocks: files of the
 //!   image are touched only by processes forked for one command. This is also
 //!   what makes forking safe without exec.
 //! - **One reaper.** Only `Agent::reap` waits for children, after SIGCHLD
@@ -13,7 +13,7 @@
 //! - **Descriptors have one owner.** Each is an `OwnedFd` inside a `Watched`,
 //!   which removes it from epoll before closing. All are close-on-exec; a command
 //!   gets exactly 0, 1 and 2.
-//! - **Events name their target with a generation** ([`slab`]). A late event or
+//! - **Events name their target with a generation** (`slab`). A late event or
 //!   an old deadline finds nothing.
 //! - **The workload is apart.** Its processes live in one cgroup (born there, so
 //!   the freezer holds all of them), in PID, mount and cgroup namespaces of their

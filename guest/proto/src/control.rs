@@ -2,7 +2,13 @@
 //!
 //! Served on connections accepted on guest port [`crate::port::CONTROL`] and on
 //! the one stream that the agent dials to the host after a cold boot. The
-//! first request on a connection must be [`ControlRequest::Hello`].
+//! first request on a connection must be [`ControlRequest::Hello`]. Requests
+//! may be sent ahead; they are answered one after the other.
+//!
+//! A cold start is HELLO, REFRESH, ATTACH ROOT. A snapshot is FREEZE, PREPARE
+//! SNAPSHOT, and the capture; every connection is reset by the restore, after
+//! which the host connects anew: HELLO, REFRESH (with
+//! [`Refresh::vmgenid_wait_ms`]), and only when that was answered as wished, THAW.
 
 use serde::{Deserialize, Serialize};
 

@@ -151,6 +151,14 @@ mod tests {
     }
 
     #[test]
+    fn control_messages_have_a_stable_json_form() {
+        let json = serde_json::to_string(&ExecControl::AttachMain).unwrap();
+        assert_eq!(json, r#""attach_main""#);
+        let json = serde_json::to_string(&ExecReply::Started { pid: 1 }).unwrap();
+        assert_eq!(json, r#"{"started":{"pid":1}}"#);
+    }
+
+    #[test]
     fn staged_bytes_survive_json() {
         let file = StageFile {
             path: "/a".into(),

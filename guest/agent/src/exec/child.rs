@@ -17,6 +17,7 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _, chown};
 use std::path::Path;
 
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{Mode, fchown};
 use rustix::process::{Pid, Resource, Rlimit as Limits, setrlimit};
 use sm_guest_proto::exec::{ExecRequest, Role, StageFile};
@@ -91,7 +92,8 @@ fn prepare_and_exec(
 }
 
 /// Runs `argv` and then each of `chain` while they exit with 0, as their
-/// parent. Signals meant for the command are passed on to the current one.
+/// parent. Signals meant for the command are passed on to the current one; one
+/// that asks to end also ends the chain, even if it came between two commands.
 fn run_chain(request: &ExecRequest, env: &[String], status: &File) -> LaunchError {
     const FORWARDED: [libc::c_int; 8] = [
         libc::SIGHUP,
@@ -107,7 +109,6 @@ fn run_chain(request: &ExecRequest, env: &[String], status: &File) -> LaunchErro
         Ok(signals) => signals,
         Err(error) => return LaunchError::failed(format!("watch signals: {error}")),
     };
-    // SAFETY-relevant: this process was forked from a single-threaded one.
     let mut last = 0;
     for (index, argv) in std::iter::once(&request.argv)
         .chain(&request.chain)
@@ -162,22 +163,28 @@ fn close_status(status: &File) {
     }
 }
 
+/// Waits for `child`. Its status, or 128+n when it ended well although signal n
+/// had asked it to end.
 fn wait_forwarding(signals: BorrowedFd<'_>, child: Pid) -> u32 {
+    const ENDING: [libc::c_int; 4] = [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM];
+    let mut asked_to_end = 0;
     loop {
-        // Not edge-triggered: SIGCHLD stays readable until taken.
-        let mut wanted = [rustix::event::PollFd::from_borrowed_fd(
-            signals,
-            rustix::event::PollFlags::IN,
-        )];
-        let _ = rustix::event::poll(&mut wanted, None);
+        let mut wanted = [PollFd::from_borrowed_fd(signals, PollFlags::IN)];
+        let _ = poll(&mut wanted, None);
         while let Some(signal) = sys::next_signal(signals) {
             if signal != libc::SIGCHLD {
                 let _ = sys::kill(child, u8::try_from(signal).unwrap_or(0));
             }
+            if ENDING.contains(&signal) {
+                asked_to_end = 128 + signal.unsigned_abs();
+            }
         }
         while let Ok(Some(reaped)) = sys::reap() {
             if reaped.pid == child {
-                return reaped.status;
+                return match reaped.status {
+                    0 => asked_to_end,
+                    status => status,
+                };
             }
         }
     }

@@ -5,6 +5,7 @@
 //! process, and [`lookup`] finds its program.
 
 pub(crate) mod child;
+mod input;
 pub(crate) mod lookup;
 pub(crate) mod session;
 pub(crate) mod stdio;

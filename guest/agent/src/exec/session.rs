@@ -2,7 +2,7 @@
 //!
 //! A session is a small state machine driven by readiness. It never waits, and
 //! it holds at most one frame of output (when the client is slow) and
-//! [`STDIN_BACKLOG`] bytes plus one frame of input (when the command is slow);
+//! a bounded backlog of input ([`super::input`], when the command is slow);
 //! beyond that it stops reading the side that is ahead.
 //!
 //! Order at the end: the reaper reports the exit; what the command had written
@@ -20,6 +20,7 @@ use sm_guest_proto::PROTOCOL_VERSION;
 use sm_guest_proto::exec::{ExecControl, ExecReply, ExecRequest, Hello, Role};
 use sm_guest_proto::frame::{BULK_PAYLOAD, ExitStatus, FrameType, HEADER_LEN, parse_resize};
 
+use super::input::Input;
 use super::stdio::{self, AgentEnds};
 use crate::reactor::{Class, Reactor, Ready, Token, Watched};
 use crate::slab::Key;
@@ -36,11 +37,6 @@ pub(crate) mod part {
     pub(crate) const TIMEOUT: u8 = 5;
     pub(crate) const HANGUP: u8 = 6;
 }
-
-/// Input held for a command that does not read, in bytes, before the client is
-/// no longer read either. Large enough that a RESIZE or SIGNAL behind some
-/// typed-ahead input is still seen.
-const STDIN_BACKLOG: usize = 256 * 1024;
 
 /// Most bytes forwarded from a terminal after its command ended: more than the
 /// kernel's buffers hold, so only a left-behind writer can reach it.
@@ -84,14 +80,6 @@ struct Output {
     fd: Watched,
     /// Bytes still to forward, once the command has ended.
     left: Option<u64>,
-}
-
-#[derive(Debug, Default)]
-struct Input {
-    fd: Option<Watched>,
-    pending: Vec<u8>,
-    written: usize,
-    at_end: bool,
 }
 
 /// One command and, usually, its client.
@@ -158,7 +146,7 @@ impl Session {
         self.tty = request.tty;
         self.pid = Some(pid);
         self.status = Some(Watched::new(status));
-        self.stdin.fd = ends.stdin.map(Watched::new);
+        self.stdin = Input::new(ends.stdin);
         let output = |fd| Output {
             fd: Watched::new(fd),
             left: None,
@@ -249,9 +237,7 @@ impl Session {
     }
 
     fn close_streams(&mut self, reactor: &Reactor) {
-        if let Some(stdin) = self.stdin.fd.take() {
-            stdin.retire(reactor);
-        }
+        self.stdin.close(reactor);
         for output in &mut self.outputs {
             if let Some(output) = output.take() {
                 output.fd.retire(reactor);
@@ -327,7 +313,8 @@ impl Session {
                 self.refuse(125, "exec: unknown control message");
             }
             (Phase::Request, _) => self.refuse(125, "exec: expected a request"),
-            (_, FrameType::Stdin) => self.take_stdin(payload, reactor),
+            (_, FrameType::Stdin) if payload.is_empty() => self.stdin.end(self.tty, reactor),
+            (_, FrameType::Stdin) => self.stdin.push(payload, reactor),
             (_, FrameType::Resize) => {
                 if let (true, Ok((cols, rows)), Some(Some(output))) =
                     (self.tty, parse_resize(payload), self.outputs.first())
@@ -364,70 +351,6 @@ impl Session {
             }
             _ => self.refuse(125, "exec: the first frame must be CONTROL hello"),
         }
-    }
-
-    // ---- standard input ----
-
-    fn take_stdin(&mut self, payload: &[u8], reactor: &Reactor) {
-        if self.stdin.fd.is_none() || self.stdin.at_end {
-            return;
-        }
-        if payload.is_empty() {
-            self.stdin.at_end = true;
-            if self.tty {
-                // A terminal has no end; ^D is how a person says it.
-                self.stdin.pending.push(4);
-            }
-        } else if self.stdin.pending.is_empty() {
-            let count = self.write_stdin(payload, reactor);
-            self.stdin
-                .pending
-                .extend_from_slice(payload.get(count..).unwrap_or_default());
-            return;
-        } else {
-            self.stdin.pending.extend_from_slice(payload);
-        }
-        self.flush_stdin(reactor);
-    }
-
-    fn flush_stdin(&mut self, reactor: &Reactor) {
-        let pending = std::mem::take(&mut self.stdin.pending);
-        let written = self.stdin.written;
-        let count = self.write_stdin(pending.get(written..).unwrap_or_default(), reactor);
-        if self.stdin.fd.is_some() && written + count < pending.len() {
-            self.stdin.pending = pending;
-            self.stdin.written = written + count;
-            return;
-        }
-        self.stdin.written = 0;
-        if self.stdin.at_end
-            && !self.tty
-            && let Some(stdin) = self.stdin.fd.take()
-        {
-            stdin.retire(reactor);
-        }
-    }
-
-    /// Writes what the command takes now. A command that closed its input gets
-    /// no more.
-    fn write_stdin(&mut self, bytes: &[u8], reactor: &Reactor) -> usize {
-        let mut count = 0;
-        while let (Some(stdin), Some(rest)) = (&self.stdin.fd, bytes.get(count..))
-            && !rest.is_empty()
-        {
-            match rustix::io::write(stdin, rest) {
-                Ok(written) => count += written,
-                Err(Errno::AGAIN) => break,
-                Err(Errno::INTR) => {}
-                Err(_) => {
-                    if let Some(stdin) = self.stdin.fd.take() {
-                        stdin.retire(reactor);
-                    }
-                    return bytes.len();
-                }
-            }
-        }
-        count
     }
 
     // ---- output ----
@@ -515,10 +438,7 @@ impl Session {
             let queued = rustix::io::ioctl_fionread(&output.fd).unwrap_or(0);
             output.left = Some(if tty { TERMINAL_TAIL } else { queued });
         }
-        if let Some(stdin) = self.stdin.fd.take() {
-            stdin.retire(reactor);
-        }
-        self.stdin.pending = Vec::new();
+        self.stdin.close(reactor);
     }
 
     /// Sets the deadline after which the command is killed.
@@ -564,7 +484,7 @@ impl Session {
                 }
             }
             part::STATUS => self.read_status(reactor),
-            part::STDIN => self.flush_stdin(reactor),
+            part::STDIN => self.stdin.flush(reactor),
             part::STDOUT => drop(self.forward(0, reactor, scratch)),
             part::STDERR => drop(self.forward(1, reactor, scratch)),
             _ => {}
@@ -618,7 +538,7 @@ impl Session {
         let mut flushed = false;
         if let Some(client) = &mut self.client {
             flushed = client.is_flushed();
-            let reading = self.phase != Phase::Closing && self.stdin.pending.len() < STDIN_BACKLOG;
+            let reading = self.phase != Phase::Closing && !self.stdin.is_full();
             let want = when(reading, Ready::IN) | when(!flushed, Ready::OUT);
             let hangup = when(self.phase != Phase::Closing, Ready::RDHUP);
             client
@@ -628,10 +548,7 @@ impl Session {
         if let Some(status) = &mut self.status {
             status.set(reactor, token(part::STATUS), Ready::IN)?;
         }
-        let blocked = !self.stdin.pending.is_empty();
-        if let Some(stdin) = &mut self.stdin.fd {
-            stdin.set(reactor, token(part::STDIN), when(blocked, Ready::OUT))?;
-        }
+        self.stdin.watch(reactor, token(part::STDIN))?;
         let forwarding = self.phase == Phase::Running && flushed;
         for (output, part) in self.outputs.iter_mut().zip([part::STDOUT, part::STDERR]) {
             if let Some(output) = output {

@@ -1,0 +1,174 @@
+//! Standard input of a command: what the client sent and the command has not
+//! taken yet.
+
+use std::io;
+use std::os::fd::OwnedFd;
+
+use rustix::io::Errno;
+
+use crate::reactor::{Reactor, Ready, Token, Watched};
+
+/// Input held for a command that does not read, in bytes, before the client is
+/// not read either. Large enough that a RESIZE or SIGNAL behind some
+/// typed-ahead input is still seen. One frame may go beyond it.
+const BACKLOG: usize = 256 * 1024;
+
+/// What a terminal takes for the end of input (^D).
+const END_OF_TRANSMISSION: u8 = 4;
+
+/// See the module text. Without a descriptor everything sent is discarded.
+#[derive(Debug, Default)]
+pub(crate) struct Input {
+    fd: Option<Watched>,
+    pending: Vec<u8>,
+    written: usize,
+    /// Close once `pending` is written.
+    closing: bool,
+}
+
+impl Input {
+    pub(crate) fn new(fd: Option<OwnedFd>) -> Self {
+        Self {
+            fd: fd.map(Watched::new),
+            ..Self::default()
+        }
+    }
+
+    /// Takes bytes from the client.
+    pub(crate) fn push(&mut self, bytes: &[u8], reactor: &Reactor) {
+        if self.fd.is_none() || self.closing {
+            return;
+        }
+        let count = match self.pending.is_empty() {
+            true => self.write(bytes, reactor),
+            false => 0,
+        };
+        if self.fd.is_some() {
+            let rest = bytes.get(count..).unwrap_or_default();
+            self.pending.extend_from_slice(rest);
+        }
+    }
+
+    /// The client sends no more. A pipe is closed; a terminal has no end, there
+    /// ^D is how a person says it.
+    pub(crate) fn end(&mut self, tty: bool, reactor: &Reactor) {
+        if tty {
+            self.push(&[END_OF_TRANSMISSION], reactor);
+        } else {
+            self.closing = true;
+            self.flush(reactor);
+        }
+    }
+
+    /// Writes what the command takes now.
+    pub(crate) fn flush(&mut self, reactor: &Reactor) {
+        let pending = std::mem::take(&mut self.pending);
+        let rest = pending.get(self.written..).unwrap_or_default();
+        let count = self.write(rest, reactor);
+        if self.fd.is_some() && count < rest.len() {
+            self.written += count;
+            self.pending = pending;
+            return;
+        }
+        self.written = 0;
+        if self.closing {
+            self.close(reactor);
+        }
+    }
+
+    /// A command that closed its input gets no more.
+    fn write(&mut self, bytes: &[u8], reactor: &Reactor) -> usize {
+        let mut count = 0;
+        while let (Some(fd), Some(rest)) = (&self.fd, bytes.get(count..))
+            && !rest.is_empty()
+        {
+            match rustix::io::write(fd, rest) {
+                Ok(written) => count += written,
+                Err(Errno::AGAIN) => break,
+                Err(Errno::INTR) => {}
+                Err(_) => self.close(reactor),
+            }
+        }
+        count
+    }
+
+    /// Whether the client should not be read for now.
+    pub(crate) fn is_full(&self) -> bool {
+        self.pending.len() >= BACKLOG
+    }
+
+    /// Closes at once; what is pending is dropped.
+    pub(crate) fn close(&mut self, reactor: &Reactor) {
+        if let Some(fd) = self.fd.take() {
+            fd.retire(reactor);
+        }
+        self.pending = Vec::new();
+        self.written = 0;
+    }
+
+    /// Watches for room, when there is something to write.
+    pub(crate) fn watch(&mut self, reactor: &Reactor, token: Token) -> io::Result<()> {
+        let want = match self.pending.is_empty() {
+            true => Ready::empty(),
+            false => Ready::OUT,
+        };
+        match &mut self.fd {
+            Some(fd) => fd.set(reactor, token, want),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+    use std::io::Read as _;
+
+    fn pipe() -> (Input, File, Reactor) {
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        rustix::io::ioctl_fionbio(&writer, true).unwrap();
+        (
+            Input::new(Some(writer)),
+            reader.into(),
+            Reactor::new().unwrap(),
+        )
+    }
+
+    #[test]
+    fn a_slow_command_gets_everything_and_then_the_end() {
+        let (mut input, mut reader, reactor) = pipe();
+        let mut sent = Vec::new();
+        for round in 0u8..20 {
+            let bytes = vec![round; 50_000];
+            input.push(&bytes, &reactor);
+            sent.extend(bytes);
+        }
+        assert!(input.is_full());
+        input.end(false, &reactor);
+        input.push(b"too late", &reactor);
+        let reader = std::thread::spawn(move || {
+            let mut bytes = Vec::new();
+            reader.read_to_end(&mut bytes).unwrap();
+            bytes
+        });
+        while input.fd.is_some() {
+            input.flush(&reactor);
+            std::thread::yield_now();
+        }
+        assert!(reader.join().unwrap() == sent);
+        assert!(!input.is_full());
+    }
+
+    #[test]
+    fn a_command_that_closed_its_input_costs_nothing() {
+        let (mut input, reader, reactor) = pipe();
+        crate::sys::ignore_signal(libc::SIGPIPE);
+        input.push(&[0; 200_000], &reactor);
+        drop(reader);
+        input.flush(&reactor);
+        assert!(input.fd.is_none() && input.pending.is_empty());
+        input.push(&[0; 1_000_000], &reactor);
+        assert!(input.pending.is_empty());
+    }
+}
