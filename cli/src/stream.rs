@@ -207,10 +207,10 @@ impl DetachKeys {
     fn filter(&mut self, bytes: &[u8]) -> (Vec<u8>, bool) {
         let mut passed = Vec::with_capacity(bytes.len() + 1);
         for &byte in bytes {
-            if self.first_seen && byte == DETACH[1] {
-                return (passed, true);
-            }
             if std::mem::take(&mut self.first_seen) {
+                if byte == DETACH[1] {
+                    return (passed, true);
+                }
                 passed.push(DETACH[0]);
             }
             if byte == DETACH[0] {
