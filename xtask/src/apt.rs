@@ -13,6 +13,7 @@ use crate::cmd;
 
 /// QEMU that emulates SVM well enough for nested guests (see ARCHITECTURE.md).
 const QEMU_MAJOR: u32 = 10;
+const QEMU: &str = "qemu-system-x86";
 const BACKPORTS: &str = "/etc/apt/sources.list.d/sm-backports.sources";
 
 /// What this process knows of apt.
@@ -49,48 +50,38 @@ impl Apt {
         if qemu_major().is_some_and(|major| major >= QEMU_MAJOR) {
             return Ok(());
         }
-        let mut package = "qemu-system-x86".to_owned();
-        let mut backports = None;
-        if self
-            .newest(&package)?
-            .is_none_or(|v| major(&v) < QEMU_MAJOR)
-        {
-            let (suite, entry) = backports_entry()?;
-            package = format!("qemu-system-x86/{suite}");
-            if !Path::new(BACKPORTS).exists() {
-                backports = Some(entry);
-            }
-        } else if let Some(version) = self.newest(&package)? {
-            package = format!("{package}={version}");
+        let new_enough = |version: &String| major(version) >= QEMU_MAJOR;
+        let mut options = vec!["install", "-y", "-qq", "--no-install-recommends"];
+        let mut entry = None;
+        let suite;
+        if !self.candidate(QEMU)?.as_ref().is_some_and(new_enough) {
+            let known = self.versions(QEMU)?.iter().any(new_enough);
+            let backports = backports_entry()?;
+            suite = backports.0;
+            entry = (!known && !Path::new(BACKPORTS).exists()).then_some(backports.1);
+            // For the packages it depends on as well.
+            options.extend(["-t", &suite]);
         }
+        options.push(QEMU);
         if !is_root() {
-            let add = backports.map_or_else(String::new, |entry| {
-                format!(
-                    "printf '{}' | sudo tee {BACKPORTS} && ",
-                    entry.replace('\n', "\\n")
-                )
+            let add = entry.map_or_else(String::new, |entry| {
+                let text = entry.replace('\n', "\\n");
+                format!("printf '{text}' | sudo tee {BACKPORTS} && sudo apt-get update && ")
             });
             bail!(
                 "QEMU {QEMU_MAJOR} or later is needed; install it and try again:\n  {add}sudo \
-                 apt-get update && sudo apt-get install -y --no-install-recommends \
-                 qemu-system-common qemu-system-data {package}"
+                 apt-get {}",
+                options.join(" ")
             );
         }
-        if let Some(entry) = backports {
+        if let Some(entry) = entry {
             cmd::step(format_args!("adding the backports suite in {BACKPORTS}"));
             fs::write(BACKPORTS, entry).with_context(|| format!("cannot write {BACKPORTS}"))?;
             self.updated.set(false);
         }
         self.update();
-        let suite = package.split_once('/').map(|(_, suite)| suite.to_owned());
-        let mut install = cmd::command("apt-get", ["install", "-y", "--no-install-recommends"]);
-        if let Some(suite) = suite {
-            install.args(["-t", &suite]);
-        }
-        cmd::step(format_args!("installing {package}"));
-        cmd::check(quiet(
-            install.arg(package.split('/').next().unwrap_or(&package)),
-        ))?;
+        cmd::step("installing QEMU");
+        cmd::check(quiet(&mut cmd::command("apt-get", options)))?;
         match qemu_major() {
             Some(major) if major >= QEMU_MAJOR => Ok(()),
             _ => bail!("apt has no QEMU {QEMU_MAJOR} or later for this distribution"),
@@ -130,14 +121,14 @@ impl Apt {
             .with_context(|| format!("the package {package} depends on no {prefix}*"))
     }
 
-    fn newest(&self, package: &str) -> Result<Option<String>> {
-        self.candidate(package)?;
+    /// All versions that apt knows.
+    fn versions(&self, package: &str) -> Result<Vec<String>> {
         let text = cmd::text(&mut cmd::command("apt-cache", ["madison", package]))?;
         Ok(text
             .lines()
             .filter_map(|line| line.split('|').nth(1))
             .map(|version| version.trim().to_owned())
-            .max_by_key(|version| major(version)))
+            .collect())
     }
 
     fn update(&self) {

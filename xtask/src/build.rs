@@ -16,14 +16,8 @@ pub(crate) enum Profile {
     Release,
 }
 
-/// What was built.
-pub(crate) struct Built {
-    pub(crate) sm: PathBuf,
-    pub(crate) agent: PathBuf,
-}
-
-/// Builds the agent, then `sm` with it.
-pub(crate) fn sm(apt: &Apt, profile: Profile) -> Result<Built> {
+/// Builds the agent, then `sm` with it inside.
+pub(crate) fn sm(apt: &Apt, profile: Profile) -> Result<PathBuf> {
     let agent = agent(apt)?;
     cmd::step("building sm");
     let mut build = cargo(["build", "-p", "sm-cli"]);
@@ -35,8 +29,7 @@ pub(crate) fn sm(apt: &Apt, profile: Profile) -> Result<Built> {
         }
     };
     cmd::check(build.env("SM_AGENT_BIN", &agent))?;
-    let sm = paths::target().join(directory).join("sm");
-    Ok(Built { sm, agent })
+    Ok(paths::target().join(directory).join("sm"))
 }
 
 fn agent(apt: &Apt) -> Result<PathBuf> {

@@ -61,7 +61,7 @@ impl Deb {
             .spawn()
             .context("cannot run dpkg-deb")?;
         let mut pick = Command::new("tar")
-            .args(["-x", "-O", member])
+            .args(["-x", "-O", "-f", "-", member])
             .stdin(tar.stdout.take().context("dpkg-deb has no output")?)
             .stdout(Stdio::piped())
             .spawn()

@@ -16,7 +16,7 @@ const SCRIPT: &str = "echo \"hello from $(uname -sr) on $(nproc) vCPU\"; \
 
 /// Returns 0 when the guest ended as it should.
 pub(crate) fn run(apt: &Apt) -> Result<u8> {
-    let built = build::sm(apt, Profile::Release)?;
+    let sm = build::sm(apt, Profile::Release)?;
     let kernel = kernel::tuned(apt)?;
     let image = fixtures::demo_image(apt)?;
     let text = |path: &std::path::Path| {
@@ -26,7 +26,7 @@ pub(crate) fn run(apt: &Apt) -> Result<u8> {
     };
     let reference = format!("oci:{}", text(&image)?);
     let command: Vec<String> = [
-        &text(&built.sm)?,
+        &text(&sm)?,
         "run",
         "--rm",
         "--timings",
@@ -38,12 +38,12 @@ pub(crate) fn run(apt: &Apt) -> Result<u8> {
     .map(str::to_owned)
     .to_vec();
     let environment = vec![("SM_KERNEL".to_owned(), text(&kernel)?)];
-    let status = match host::why_not_here(&built.sm)? {
+    let status = match host::why_not_here(&sm)? {
         None => {
             cmd::step(format_args!(
                 "sm run --rm --timings {reference} /bin/sh -c ..."
             ));
-            let status = Command::new(&built.sm)
+            let status = Command::new(&sm)
                 .args(&command[1..])
                 .envs(environment)
                 .status()?;

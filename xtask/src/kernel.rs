@@ -138,7 +138,7 @@ impl Recipe {
         } else {
             let deb = Deb::fetch(&format!("{}={}", self.package, self.version))?;
             cmd::step(format_args!("unpacking {}", self.package));
-            deb.member_into(&format!("./{archive}"), &mut unpack)?;
+            deb.member_into(&format!("./{archive}"), unpack.args(["-f", "-"]))?;
         }
         fs::rename(&partial, &tree)?;
         Ok(())

@@ -43,8 +43,7 @@ fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
     match invocation {
         Invocation::Help => print!("{}", options::HELP),
         Invocation::Build(profile) => {
-            let built = build::sm(&apt, profile)?;
-            println!("{}", built.sm.display());
+            println!("{}", build::sm(&apt, profile)?.display());
         }
         Invocation::Kernel { stock: false } => println!("{}", kernel::tuned(&apt)?.display()),
         Invocation::Kernel { stock: true } => println!("{}", stock::kernel(&apt)?.display()),

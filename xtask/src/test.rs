@@ -1,7 +1,7 @@
 //! `cargo xtask test`: unit tests here, end-to-end tests where guests can run.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
 use crate::apt::Apt;
-use crate::build::{self, Built, Profile, cargo};
+use crate::build::{self, Profile, cargo};
 use crate::lab::{self, Job, quoted};
 use crate::{cmd, fixtures, host, kernel, stock};
 
@@ -75,10 +75,10 @@ pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
 }
 
 fn end_to_end(apt: &Apt, wanted: &Wanted) -> Result<()> {
-    let built = build::sm(apt, wanted.profile)?;
-    let environment = environment(apt, &built)?;
+    let sm = build::sm(apt, wanted.profile)?;
+    let environment = environment(apt, &sm)?;
     let tests = test_binaries()?;
-    let here = host::why_not_here(&built.sm)?;
+    let here = host::why_not_here(&sm)?;
     match here {
         None if !wanted.force_lab => {
             cmd::step("end-to-end tests on this host's KVM");
@@ -138,7 +138,7 @@ fn in_the_lab(
 }
 
 /// What `tests/src/lib.rs` says the tests are configured by.
-fn environment(apt: &Apt, built: &Built) -> Result<Vec<(String, String)>> {
+fn environment(apt: &Apt, sm: &Path) -> Result<Vec<(String, String)>> {
     let mut environment = Vec::new();
     let mut set = |name: &str, path: PathBuf| -> Result<()> {
         let value = path.into_os_string().into_string();
@@ -146,8 +146,7 @@ fn environment(apt: &Apt, built: &Built) -> Result<Vec<(String, String)>> {
         environment.push((name.to_owned(), value));
         Ok(())
     };
-    set("SM_BIN", built.sm.clone())?;
-    set("SM_AGENT", built.agent.clone())?;
+    set("SM_BIN", sm.to_owned())?;
     set("SM_KERNEL", kernel::tuned(apt)?)?;
     set("SM_STOCK_KERNEL", stock::kernel(apt)?)?;
     set("SM_FIXTURES", fixtures::make(apt)?)?;
