@@ -486,6 +486,30 @@ fn an_indirect_table_may_be_as_long_as_the_queue() {
     }
 }
 
+/// Offering chains again that are not back yet would let a driver have any number
+/// of requests in flight.
+#[test]
+fn chains_in_flight_are_never_more_than_the_queue_has() {
+    let memory = memory();
+    let mut driver = DriverQueue::new(memory.clone(), BASE, 4);
+    let mut queue = driver.device_side(true);
+    let mut chain = Chain::new();
+    let part = Span {
+        address: GuestAddress(0x100),
+        len: 16,
+    };
+    driver.put_descriptor(0, part, 0, 0);
+    for _ in 0..4 {
+        driver.make_available(0);
+        assert_eq!(queue.pop(&memory, &mut chain), Ok(true));
+    }
+    driver.make_available(0);
+    let again = queue.pop(&memory, &mut chain);
+    assert_eq!(again, Err(QueueError::AvailableIndex));
+    queue.push_used(&memory, 0, 0).unwrap();
+    assert_eq!(queue.pop(&memory, &mut chain), Ok(true));
+}
+
 #[test]
 fn queues_that_make_no_sense_are_not_valid() {
     let memory = memory();
