@@ -11,7 +11,7 @@ mod forward;
 mod lifecycle;
 
 use std::fs;
-use std::io::{Read as _, Write as _};
+use std::io::{Read as _, Seek as _, Write as _};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
@@ -108,9 +108,32 @@ impl Drop for Agent {
     fn drop(&mut self) {
         let _ = self.process.kill();
         let _ = self.process.wait();
-        let _ = fs::write(self.cgroup.join("workload/cgroup.kill"), "1");
-        let _ = fs::remove_dir(self.cgroup.join("workload"));
+        let workload = self.cgroup.join("workload");
+        let _ = fs::write(workload.join("cgroup.kill"), "1");
+        let _ = wait_until_empty(&workload);
+        let _ = fs::remove_dir(workload);
         let _ = fs::remove_dir(&self.cgroup);
+    }
+}
+
+/// Waits until a cgroup has no processes; dying takes them a moment.
+fn wait_until_empty(cgroup: &Path) -> std::io::Result<()> {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let mut events = fs::File::open(cgroup.join("cgroup.events"))?;
+    loop {
+        let mut text = String::new();
+        events.rewind()?;
+        events.read_to_string(&mut text)?;
+        if text.contains("populated 0") {
+            return Ok(());
+        }
+        let limit = Timespec {
+            tv_sec: 5,
+            tv_nsec: 0,
+        };
+        if poll(&mut [PollFd::new(&events, PollFlags::PRI)], Some(&limit))? == 0 {
+            return Err(std::io::ErrorKind::TimedOut.into());
+        }
     }
 }
 
