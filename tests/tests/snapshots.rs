@@ -14,7 +14,26 @@ use sm_e2e::{Home, image};
 fn warm() -> Home {
     let home = Home::new();
     run(&home, "true");
+    await_base(&home);
     home
+}
+
+/// Waits until the first machine's process, which goes on after `sm run` has
+/// returned, has published its snapshot.
+fn await_base(home: &Home) {
+    for _ in 0..600 {
+        if !home
+            .sm(&["snapshot", "ls", "-q"])
+            .exits(0)
+            .out()
+            .trim()
+            .is_empty()
+        {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    panic!("no base snapshot was published within a minute");
 }
 
 fn run(home: &Home, script: &str) -> String {
@@ -112,6 +131,7 @@ fn a_damaged_snapshot_is_replaced_not_used() {
     home.sm(&["snapshot", "verify", name]).exits(125);
     let again = phases(&home, &[]);
     assert!(again.contains("kernel reached init"), "booted: {again}");
+    await_base(&home);
     let restored = phases(&home, &[]);
     assert!(restored.contains("state restored"), "{restored}");
 }
@@ -128,5 +148,6 @@ fn a_restored_machine_has_all_its_processors() {
         ];
         let out = home.sm(&arguments).exits(0).out();
         assert_eq!(out, "4\n5000\n5000\n5000\n5000\n");
+        await_base(&home);
     }
 }
