@@ -1,4 +1,24 @@
-//! The library API of sm: images, VMs, exec and snapshots, and the process model behind them.
+//! The library API of sm: images, VMs, exec and snapshots, and the process
+//! model behind them.
+//!
+//! Each VM runs in a process of its own (the VMM: this very executable, started
+//! again), which outlives its starter unless told otherwise; there is no daemon.
+//!
+//! ```no_run
+//! use sm_runtime::{Image, RunOptions};
+//!
+//! fn main() -> Result<(), sm_runtime::Error> {
+//!     // This program is also the VMM of the VMs that it starts.
+//!     sm_runtime::run_vmm_if_asked();
+//!
+//!     let image = Image::open("oci:./busybox")?;
+//!     let mut vm = image.run(RunOptions::new().command(["sleep", "60"]).memory(256 << 20))?;
+//!     let output = vm.exec(["uname", "-r"]).output()?;
+//!     println!("{}", String::from_utf8_lossy(&output.stdout));
+//!     vm.stop(None)?;
+//!     vm.remove(false)
+//! }
+//! ```
 #![warn(missing_docs)]
 
 mod control;
