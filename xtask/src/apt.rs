@@ -74,10 +74,8 @@ impl Apt {
                 options.join(" ")
             );
         }
-        if let Some(entry) = entry {
-            cmd::step(format_args!("adding the backports suite in {BACKPORTS}"));
-            fs::write(BACKPORTS, entry).with_context(|| format!("cannot write {BACKPORTS}"))?;
-            self.updated.set(false);
+        if entry.is_some() {
+            self.add_backports()?;
         }
         self.update();
         cmd::step("installing QEMU");
@@ -86,6 +84,22 @@ impl Apt {
             Some(major) if major >= QEMU_MAJOR => Ok(()),
             _ => bail!("apt has no QEMU {QEMU_MAJOR} or later for this distribution"),
         }
+    }
+
+    /// Adds the backports suite if it can be told and is not there yet. Returns
+    /// whether apt may know more than before.
+    pub(crate) fn add_backports(&self) -> Result<bool> {
+        if !is_root() || Path::new(BACKPORTS).exists() {
+            return Ok(false);
+        }
+        let Ok((_, entry)) = backports_entry() else {
+            return Ok(false);
+        };
+        cmd::step(format_args!("adding the backports suite in {BACKPORTS}"));
+        fs::write(BACKPORTS, entry).with_context(|| format!("cannot write {BACKPORTS}"))?;
+        self.updated.set(false);
+        self.update();
+        Ok(true)
     }
 
     /// The version that apt would install, if it knows the package.

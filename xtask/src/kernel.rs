@@ -85,6 +85,7 @@ impl Recipe {
         let package = format!("linux-source-{SERIES}");
         let package = match apt.candidate(&package)? {
             Some(_) => package,
+            None if apt.add_backports()? && apt.candidate(&package)?.is_some() => package,
             None => apt.depends_on("linux-source", "linux-source-")?,
         };
         let version = apt

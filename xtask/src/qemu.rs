@@ -27,7 +27,7 @@ impl Machine {
     pub(crate) fn command(&self, shares: &[Share<'_>]) -> Command {
         // setpriv: the machine ends with xtask, however that ends.
         let mut qemu = Command::new("setpriv");
-        qemu.args(["--pdeathsig", "TERM", "qemu-system-x86_64"])
+        qemu.args(["--pdeathsig", "KILL", "qemu-system-x86_64"])
             .args(["-nodefaults", "-no-user-config", "-no-reboot"])
             .args(["-display", "none", "-rtc", "base=utc"])
             .args(["-M", "q35", "-accel", "tcg,thread=multi"])
