@@ -16,11 +16,18 @@
 //! 4. A restored machine hands all tokens to [`Vm::restore`], which puts
 //!    interrupt controllers and clocks back *after* every vCPU has its state.
 //! 5. Threads call [`Vcpu::run`] in a loop.
+//!
+//! There is one backend so far, [`kvm`] on x86_64 Linux; the seam itself builds
+//! on every host. What a backend must do is written down as the tests in
+//! `tests/conformance`, which are generic over it. The feature `fake` adds
+//! `fake::FakeHypervisor`, which plays a script, for tests of what stands above.
 #![warn(missing_docs)]
 
 mod bus;
 mod caps;
 mod error;
+#[cfg(any(feature = "fake", test))]
+pub mod fake;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 pub mod kvm;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]

@@ -200,3 +200,141 @@ pub struct VcpuState {
     /// Pending and injected events (KVM: `kvm_vcpu_events`).
     pub events: Blob,
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn segment() -> impl Strategy<Value = Segment> {
+        let fields = (any::<u64>(), any::<u32>(), any::<[u16; 2]>(), any::<bool>());
+        fields.prop_map(|(base, limit, [selector, attributes], unusable)| Segment {
+            base,
+            limit,
+            selector,
+            attributes,
+            unusable,
+        })
+    }
+
+    fn system() -> impl Strategy<Value = SystemRegisters> {
+        let segments = vec(segment(), 8);
+        let tables = any::<[(u64, u16); 2]>();
+        (segments, tables, any::<[u64; 11]>()).prop_map(|(segments, tables, words)| {
+            let [gdt, idt] = tables.map(|(base, limit)| Table { base, limit });
+            let [cr0, cr2, cr3, cr4, cr8, efer, apic_base, bitmap @ ..] = words;
+            SystemRegisters {
+                segments: std::array::from_fn(|i| segments[i]),
+                tr: segments[6],
+                ldt: segments[7],
+                gdt,
+                idt,
+                cr0,
+                cr2,
+                cr3,
+                cr4,
+                cr8,
+                efer,
+                apic_base,
+                interrupt_bitmap: bitmap,
+            }
+        })
+    }
+
+    fn blob() -> impl Strategy<Value = Blob> {
+        let fields = ("[a-z]{0,8}", any::<u32>(), vec(any::<u8>(), 0..100));
+        fields.prop_map(|(backend, version, bytes)| Blob {
+            backend,
+            version,
+            bytes,
+        })
+    }
+
+    fn mp_state() -> impl Strategy<Value = MpState> {
+        prop_oneof![
+            Just(MpState::Runnable),
+            Just(MpState::Uninitialized),
+            Just(MpState::InitReceived),
+            Just(MpState::Halted),
+            Just(MpState::SipiReceived),
+        ]
+    }
+
+    fn cpuid() -> impl Strategy<Value = Vec<CpuidEntry>> {
+        let entry =
+            any::<[u32; 7]>().prop_map(|[function, index, flags, eax, ebx, ecx, edx]| CpuidEntry {
+                function,
+                index,
+                flags,
+                eax,
+                ebx,
+                ecx,
+                edx,
+            });
+        vec(entry, 0..20)
+    }
+
+    fn vcpu() -> impl Strategy<Value = VcpuState> {
+        let registers = (
+            any::<[u64; 16]>(),
+            any::<[u64; 2]>(),
+            system(),
+            any::<[u64; 6]>(),
+        );
+        let lists = (
+            vec(any::<(u32, u64)>(), 0..4),
+            vec(any::<u8>(), 0..600),
+            vec(any::<(u32, u64)>(), 0..60),
+            vec(any::<u8>(), 0..200),
+        );
+        let rest = (any::<[u32; 2]>(), cpuid(), mp_state(), blob());
+        (registers, lists, rest).prop_map(|(registers, lists, rest)| {
+            let (gpr, [rip, rflags], system, [a, b, c, d, dr6, dr7]) = registers;
+            let (xcrs, xsave, msrs, lapic) = lists;
+            let ([index, tsc_khz], cpuid, mp_state, events) = rest;
+            VcpuState {
+                index,
+                cpuid,
+                tsc_khz,
+                general: GeneralRegisters { gpr, rip, rflags },
+                system,
+                debug: DebugRegisters {
+                    address: [a, b, c, d],
+                    dr6,
+                    dr7,
+                },
+                xcrs,
+                xsave,
+                msrs,
+                lapic,
+                mp_state,
+                events,
+            }
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn a_vcpu_survives_encoding(state in vcpu()) {
+            let bytes = postcard::to_stdvec(&state).unwrap();
+            let (decoded, rest) = postcard::take_from_bytes::<VcpuState>(&bytes).unwrap();
+            prop_assert_eq!(decoded, state);
+            prop_assert!(rest.is_empty());
+        }
+
+        /// A state file is checksummed, but a decoder must not depend on it.
+        #[test]
+        fn a_cut_vcpu_is_an_error(state in vcpu(), cut in any::<prop::sample::Index>()) {
+            let bytes = postcard::to_stdvec(&state).unwrap();
+            let cut = &bytes[..cut.index(bytes.len())];
+            prop_assert!(postcard::from_bytes::<VcpuState>(cut).is_err());
+        }
+
+        #[test]
+        fn any_bytes_decode_or_fail(bytes in vec(any::<u8>(), 0..400)) {
+            let _ = postcard::from_bytes::<VcpuState>(&bytes);
+        }
+    }
+}

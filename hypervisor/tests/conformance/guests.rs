@@ -103,10 +103,13 @@ guest! {
 }
 
 guest! {
-    /// Says that it runs, and spins.
+    /// Spins, and says that it runs now and then.
     spin:
     "out 0x12, al"
     "2: inc qword ptr [0x5000]"
+    "test word ptr [0x5000], 0xfff"
+    "jnz 2b"
+    "out 0x12, al"
     "jmp 2b"
 }
 

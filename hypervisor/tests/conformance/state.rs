@@ -50,7 +50,7 @@ fn features(state: &VcpuState) -> u32 {
     let avx = xsave && components & 4 != 0 && leaf(1, 0).is_some_and(|l| l.ecx & 1 << 28 != 0);
     let avx512 =
         avx && components & 0xe0 == 0xe0 && leaf(7, 0).is_some_and(|l| l.ebx & 1 << 16 != 0);
-    u32::from(avx) * AVX | u32::from(avx512) * AVX512
+    (u32::from(avx) * AVX) | (u32::from(avx512) * AVX512)
 }
 
 /// A vector area in which no two bytes in a row are the same.
@@ -81,7 +81,7 @@ fn started<H: Hypervisor>(hypervisor: &H, bus: &Recorder) -> (Bench<H>, impl Vcp
     if features != 0 {
         state.system.cr4 |= 1 << 18;
         state.xcrs = vec![(0, xcr0(features))];
-        drop(vcpu.reload(&state).unwrap());
+        vcpu.reload(&state).unwrap();
     }
     bench.put(SHARED + 4, &features.to_le_bytes());
     // A KVM without hardware virtualisation may lack this one.
