@@ -18,6 +18,8 @@ use crate::vmm::guest::Guest;
 
 /// The root disk in the guest.
 const ROOT_DEVICE: &str = "/dev/vda";
+/// How long a restored guest's kernel may take to see its new generation ID.
+const VMGENID_WAIT_MS: u32 = 5000;
 /// How long the end of the machine may lag behind a hung-up stream.
 const HANG_UP_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -80,7 +82,10 @@ impl<G: Guest> Supervisor<G> {
             machine_id: hex(&random::<16>()),
             boot_id: uuid(),
             mac: None,
-            ..Refresh::default()
+            vmgenid_wait_ms: match &self.guest {
+                Some(guest) if guest.restored() => VMGENID_WAIT_MS,
+                _ => 0,
+            },
         }
     }
 
@@ -142,7 +147,18 @@ impl<G: Guest> Supervisor<G> {
                     self.guest_times(hello.init_us, hello.ready_us);
                 }
             }
-            (Purpose::Refresh, ControlReply::Refreshed(_) | ControlReply::Done) => {
+            (Purpose::Refresh, ControlReply::Refreshed(refreshed)) => {
+                let restored = self.guest.as_ref().is_some_and(Guest::restored);
+                // Fail closed: without it the clone could repeat another's
+                // random numbers.
+                if restored && !refreshed.vmgenid_seen {
+                    return self.start_failed(
+                        "the guest's kernel did not notice that it was restored from a \
+                         snapshot, so it could repeat another VM's random numbers; \
+                         use a kernel with CONFIG_VMGENID, or --cold"
+                            .to_owned(),
+                    );
+                }
                 self.reach("identity refreshed");
             }
             (Purpose::AttachRoot, ControlReply::Done) => {
