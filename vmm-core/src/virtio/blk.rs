@@ -2,7 +2,7 @@
 //!
 //! Reads that the page cache can answer, which for images is nearly all of them,
 //! are served on the event loop: a hand-over would cost more than the copy. What
-//! would wait for a device goes to threads of the disk ([`worker`]), so that a cold
+//! would wait for a device goes to threads of the disk (`worker`), so that a cold
 //! read or a flush stalls neither the machine's other devices nor each other.
 //! Pausing the machine waits for them ([`VirtioDevice::quiesce`]).
 //!

@@ -176,7 +176,7 @@ fn result(returned: isize) -> io::Result<usize> {
     usize::try_from(returned).map_err(|_| io::Error::last_os_error())
 }
 
-/// Reads from a stream into guest memory; at most [`MAX_IOV`] spans at once.
+/// Reads from a stream into guest memory; at most 128 spans at once.
 ///
 /// # Errors
 /// The system's answer; `EFAULT` for spans outside guest memory.
@@ -187,7 +187,7 @@ pub fn readv(memory: &GuestMemory, spans: &[Span], fd: BorrowedFd<'_>) -> io::Re
     result(unsafe { libc::readv(fd.as_raw_fd(), buffers.iov.as_ptr(), buffers.count) })
 }
 
-/// Writes guest memory to a stream; at most [`MAX_IOV`] spans at once.
+/// Writes guest memory to a stream; at most 128 spans at once.
 ///
 /// # Errors
 /// The system's answer; `EFAULT` for spans outside guest memory.
