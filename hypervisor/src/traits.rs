@@ -81,7 +81,7 @@ pub trait Hypervisor: Send + Sync + Sized + 'static {
 
     /// Opens the host's hypervisor.
     ///
-    /// Does not run the Linux capability probe; see [`Hypervisor::probe_linux`].
+    /// Does not run the Linux capability probe; see [`Hypervisor::capabilities`].
     ///
     /// # Errors
     /// A sentence that says what the host lacks and what to do.

@@ -36,6 +36,8 @@ pub(crate) fn a_kick_ends_a_spin<H: Hypervisor>(hypervisor: &H) {
         let (again, turns) = channel();
         scope.spawn(move || {
             while turns.recv().is_ok() {
+                // What it said before it was stopped the last time.
+                while runs.try_recv().is_ok() {}
                 runs.recv().unwrap();
                 runs.recv().unwrap();
                 bus.stop();
