@@ -1,7 +1,9 @@
 //! Content digests: `sha256:` and 64 lower-case hexadecimal digits.
 
+use std::cell::Cell;
 use std::fmt;
 use std::io::{self, Read};
+use std::rc::Rc;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use sha2::{Digest as _, Sha256};
@@ -16,6 +18,10 @@ impl Digest {
     #[must_use]
     pub fn of(bytes: &[u8]) -> Self {
         Self(Sha256::digest(bytes).into())
+    }
+
+    pub(crate) fn from_hash(hash: Sha256) -> Self {
+        Self(hash.finalize().into())
     }
 
     /// Reads `sha256:…`; `None` for anything else.
@@ -86,15 +92,16 @@ impl<'de> Deserialize<'de> for Digest {
 pub(crate) struct HashingReader<R> {
     inner: R,
     hash: Sha256,
-    count: u64,
+    /// Bytes read, for whoever cannot ask while the reader is borrowed.
+    count: Rc<Cell<u64>>,
 }
 
 impl<R: Read> HashingReader<R> {
-    pub(crate) fn new(inner: R) -> Self {
+    pub(crate) fn new(inner: R, count: Rc<Cell<u64>>) -> Self {
         Self {
             inner,
             hash: Sha256::new(),
-            count: 0,
+            count,
         }
     }
 
@@ -103,12 +110,8 @@ impl<R: Read> HashingReader<R> {
         io::copy(self, &mut io::sink()).map(drop)
     }
 
-    pub(crate) fn count(&self) -> u64 {
-        self.count
-    }
-
     pub(crate) fn finish(self) -> (Digest, u64) {
-        (Digest(self.hash.finalize().into()), self.count)
+        (Digest::from_hash(self.hash), self.count.get())
     }
 }
 
@@ -117,7 +120,7 @@ impl<R: Read> Read for HashingReader<R> {
         let count = self.inner.read(buffer)?;
         let read = buffer.get(..count).unwrap_or_default();
         self.hash.update(read);
-        self.count += u64::try_from(read.len()).unwrap_or(u64::MAX);
+        self.count.set(self.count.get() + read.len() as u64);
         Ok(count)
     }
 }
@@ -146,7 +149,7 @@ mod tests {
 
     #[test]
     fn reading_hashes() {
-        let mut reader = HashingReader::new(&b"abc"[..]);
+        let mut reader = HashingReader::new(&b"abc"[..], Rc::default());
         reader.drain().unwrap();
         assert_eq!(reader.finish(), (Digest::of(b"abc"), 3));
     }

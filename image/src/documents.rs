@@ -11,6 +11,9 @@ pub(crate) const MAX_DOCUMENT: u64 = 8 << 20;
 /// Most layers of an image (the limit of Docker's overlay driver).
 const MAX_LAYERS: usize = 127;
 
+/// The annotation that names an image of a layout.
+pub(crate) const REF_NAME: &str = "org.opencontainers.image.ref.name";
+
 /// A blob that a document names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Named {

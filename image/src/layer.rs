@@ -4,28 +4,27 @@
 //!
 //! Nothing here touches paths of the host: an entry's path is data.
 
+use std::cmp::Ordering;
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read};
-use std::os::unix::fs::FileExt as _;
+use std::io::{self, Read};
 
 use serde::{Deserialize, Serialize};
 
 use crate::Error;
-use crate::digest::{Digest, HashingReader};
+use crate::blob::BlobWriter;
+use crate::digest::Digest;
+use crate::limits::Limits;
+use crate::pipeline::{self, Measured};
 use crate::tar::{Header, Kind, MAX_PATH, Reader, TarError};
 
 /// Granule of file contents in a blob, in bytes: a block of the disk.
 pub(crate) const BLOCK_SIZE: u64 = 4096;
 /// Longest name of a directory entry (Linux `NAME_MAX`).
 const MAX_NAME: usize = 255;
-/// Most bytes that a layer may decompress to.
-pub(crate) const MAX_LAYER: u64 = 64 << 30;
-/// Most entries of a layer.
-const MAX_ENTRIES: usize = 4 << 20;
+/// Longest name of an extended attribute (Linux `XATTR_NAME_MAX`).
+const MAX_XATTR_NAME: usize = 255;
 /// Most bytes of extended attributes of one entry.
 const MAX_XATTRS: usize = 64 << 10;
-/// Largest window of a zstd stream, as a power of two (32 MiB).
-const ZSTD_WINDOW_LOG: u32 = 25;
 
 const WHITEOUT: &[u8] = b".wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
@@ -98,82 +97,74 @@ pub(crate) struct Expected {
 
 /// Converts a layer. `progress` is called with bytes of the stored stream read.
 pub(crate) fn convert(
-    stream: impl Read,
+    stream: impl Read + Send,
     expected: &Expected,
+    limits: Limits,
     blob: &File,
     progress: &mut dyn FnMut(u64),
 ) -> Result<LayerIndex, Error> {
     let layer = expected.digest;
-    let unreadable = |error: io::Error| Error::Layer {
+    // One byte more than there should be shows that there is more.
+    let most = expected.size.map_or(u64::MAX, |size| size.saturating_add(1));
+    let outcome = pipeline::run(stream, most, limits, progress, |plain| {
+        let mut reader = Reader::new(&mut *plain);
+        let index = read_entries(&mut reader, blob, layer, limits)?;
+        // What follows the end of the archive is part of the diff_id.
+        plain.drain().map_err(|error| unreadable(layer, &error))?;
+        Ok(index)
+    });
+    let stored = match (outcome.stored, &outcome.made) {
+        (Ok(stored), _) => stored,
+        (Err(error), Ok(_)) => return Err(unreadable(layer, &error)),
+        (Err(_), Err(_)) => return outcome.made,
+    };
+    // A damaged stream is called that, whatever was stumbled over first.
+    let as_stated = |size| size == stored.size && stored.digest == expected.digest;
+    if !expected.size.is_none_or(as_stated) {
+        return Err(damaged(expected, stored));
+    }
+    let mut index = outcome.made?;
+    if outcome.plain.digest != expected.diff_id {
+        return Err(Error::Layer {
+            layer: layer.to_string(),
+            reason: format!(
+                "its contents have diff_id {}, the image's configuration says {}",
+                outcome.plain.digest, expected.diff_id
+            ),
+        });
+    }
+    index.tar_len = outcome.plain.size;
+    Ok(index)
+}
+
+fn unreadable(layer: Digest, error: &io::Error) -> Error {
+    Error::Layer {
         layer: layer.to_string(),
         reason: match error.kind() {
             io::ErrorKind::UnexpectedEof => "it is truncated".to_owned(),
             _ => error.to_string(),
         },
-    };
-    let limit = expected
-        .size
-        .map_or(u64::MAX, |size| size.saturating_add(1));
-    let mut stored = HashingReader::new(stream.take(limit));
-    let (mut index, diff_id, tar_len) = {
-        let buffered = BufReader::with_capacity(128 * 1024, &mut stored);
-        let plain = decompress(buffered).map_err(unreadable)?;
-        let mut reader = Reader::new(HashingReader::new(plain.take(MAX_LAYER)));
-        let index = read_entries(&mut reader, blob, layer, progress)?;
-        let mut rest = reader.into_inner();
-        // What follows the end of the archive is part of the diff_id.
-        rest.drain().map_err(unreadable)?;
-        if rest.count() >= MAX_LAYER {
-            return Err(Error::Layer {
-                layer: layer.to_string(),
-                reason: format!("it decompresses to more than {} GiB", MAX_LAYER >> 30),
-            });
-        }
-        let (diff_id, tar_len) = rest.finish();
-        (index, diff_id, tar_len)
-    };
-    stored.drain().map_err(unreadable)?;
-    let (digest, size) = stored.finish();
-    let as_stated = |stated| stated == size && digest == expected.digest;
-    if !expected.size.is_none_or(as_stated) {
-        return Err(Error::Blob {
-            digest: layer.to_string(),
-            reason: format!("its contents have digest {digest} and are {size} bytes or more"),
-        });
     }
-    if diff_id != expected.diff_id {
-        return Err(Error::Layer {
-            layer: layer.to_string(),
-            reason: format!(
-                "its contents have diff_id {diff_id}, the image's configuration says {}",
-                expected.diff_id
-            ),
-        });
-    }
-    index.tar_len = tar_len;
-    Ok(index)
 }
 
-/// By the stream's own first bytes: media types of real images are not always
-/// right, and a wrong guess cannot pass the digest checks.
-fn decompress<'a>(mut stream: impl BufRead + 'a) -> io::Result<Box<dyn Read + 'a>> {
-    let head = stream.fill_buf()?;
-    Ok(if head.starts_with(&[0x1f, 0x8b]) {
-        Box::new(flate2::bufread::MultiGzDecoder::new(stream))
-    } else if head.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]) {
-        let mut decoder = zstd::stream::read::Decoder::with_buffer(stream)?;
-        decoder.window_log_max(ZSTD_WINDOW_LOG)?;
-        Box::new(decoder)
-    } else {
-        Box::new(stream)
-    })
+fn damaged(expected: &Expected, stored: Measured) -> Error {
+    let stated = expected.size.unwrap_or_default();
+    let reason = match stored.size.cmp(&stated) {
+        Ordering::Less => format!("it has {} bytes instead of {stated}", stored.size),
+        Ordering::Greater => format!("it has more than {stated} bytes"),
+        Ordering::Equal => format!("its contents have digest {}", stored.digest),
+    };
+    Error::Blob {
+        digest: expected.digest.to_string(),
+        reason,
+    }
 }
 
 fn read_entries<R: Read>(
     reader: &mut Reader<R>,
     blob: &File,
     layer: Digest,
-    progress: &mut dyn FnMut(u64),
+    limits: Limits,
 ) -> Result<LayerIndex, Error> {
     let mut writer = BlobWriter::new(blob);
     let mut entries = Vec::new();
@@ -190,16 +181,16 @@ fn read_entries<R: Read>(
         },
     };
     while let Some(header) = reader.next_entry().map_err(tar_error)? {
-        if entries.len() >= MAX_ENTRIES {
+        if entries.len() >= limits.entries {
             return Err(Error::Layer {
                 layer: layer.to_string(),
-                reason: format!("it has more than {MAX_ENTRIES} entries"),
+                reason: format!("it has more than {} entries", limits.entries),
             });
         }
         let path = header.path.clone();
-        let entry = entry(header, reader, &mut writer).map_err(|reason| refuse(&path, reason))?;
+        let entry =
+            entry(header, reader, &mut writer, limits).map_err(|reason| refuse(&path, reason))?;
         entries.extend(entry);
-        progress(reader.position());
     }
     let blob_len = writer.finish().map_err(|error| Error::Layer {
         layer: layer.to_string(),
@@ -218,6 +209,7 @@ fn entry<R: Read>(
     header: Header,
     reader: &mut Reader<R>,
     blob: &mut BlobWriter<'_>,
+    limits: Limits,
 ) -> Result<Option<Entry>, String> {
     let path = normalize(&header.path)?;
     let name = path.rsplit(|byte| *byte == b'/').next().unwrap_or_default();
@@ -233,11 +225,10 @@ fn entry<R: Read>(
     let kind = match header.kind {
         Kind::File => {
             let offset = blob.position();
-            blob.append(reader, header.size)
-                .map_err(|error| match error.kind() {
-                    io::ErrorKind::UnexpectedEof => "the layer is truncated here".to_owned(),
-                    _ => error.to_string(),
-                })?;
+            contents(&header, reader, blob, limits).map_err(|error| match error.kind() {
+                io::ErrorKind::UnexpectedEof => "the layer is truncated here".to_owned(),
+                _ => error.to_string(),
+            })?;
             EntryKind::File {
                 offset,
                 size: header.size,
@@ -258,10 +249,7 @@ fn entry<R: Read>(
     if path.is_empty() && kind != EntryKind::Directory {
         return Err("the root of the file system is not a directory".to_owned());
     }
-    let bytes: usize = header.xattrs.iter().map(|(k, v)| k.len() + v.len()).sum();
-    if bytes > MAX_XATTRS {
-        return Err("its extended attributes are larger than 64 KiB".to_owned());
-    }
+    check_xattrs(&header.xattrs)?;
     Ok(Some(Entry {
         path,
         kind,
@@ -273,6 +261,40 @@ fn entry<R: Read>(
             xattrs: header.xattrs,
         },
     }))
+}
+
+/// Moves a file's data to the blob.
+fn contents<R: Read>(
+    header: &Header,
+    reader: &mut Reader<R>,
+    blob: &mut BlobWriter<'_>,
+    limits: Limits,
+) -> io::Result<()> {
+    limits.check_contents(blob.position().saturating_add(header.size))?;
+    match &header.sparse {
+        None => blob.append(reader, header.size)?,
+        Some(extents) => {
+            let mut at = 0;
+            for (offset, len) in extents {
+                blob.append_zeros(offset - at)?;
+                blob.append(reader, *len)?;
+                at = offset + len;
+            }
+            blob.append_zeros(header.size - at)?;
+        }
+    }
+    blob.pad()
+}
+
+fn check_xattrs(xattrs: &[(Vec<u8>, Vec<u8>)]) -> Result<(), String> {
+    let bytes: usize = xattrs.iter().map(|(k, v)| k.len() + v.len()).sum();
+    if bytes > MAX_XATTRS {
+        return Err("its extended attributes are larger than 64 KiB".to_owned());
+    }
+    if xattrs.iter().any(|(name, _)| name.len() > MAX_XATTR_NAME) {
+        return Err("the name of an extended attribute is longer than 255 bytes".to_owned());
+    }
+    Ok(())
 }
 
 fn whiteout(path: &[u8], name: &[u8]) -> Result<Option<(Vec<u8>, EntryKind)>, String> {
@@ -322,75 +344,10 @@ fn normalize(path: &[u8]) -> Result<Vec<u8>, String> {
     Ok(normal)
 }
 
-/// Writes file contents one after another, each beginning at a block boundary.
-/// Runs of zeros become holes of the file.
-struct BlobWriter<'a> {
-    file: &'a File,
-    buffer: Vec<u8>,
-    /// Offset in the file of the buffer's first byte.
-    flushed: u64,
-}
-
-/// Bytes gathered before they are written.
-const BUFFER: usize = 1 << 20;
-/// Granule in which zeros are looked for.
-const HOLE: usize = 64 << 10;
-
-impl<'a> BlobWriter<'a> {
-    fn new(file: &'a File) -> Self {
-        Self {
-            file,
-            buffer: Vec::with_capacity(BUFFER),
-            flushed: 0,
-        }
-    }
-
-    fn position(&self) -> u64 {
-        self.flushed + self.buffer.len() as u64
-    }
-
-    /// Appends exactly `len` bytes of `reader`, and pads to a block.
-    fn append(&mut self, reader: &mut impl Read, len: u64) -> io::Result<()> {
-        let mut left = len;
-        while left > 0 {
-            if self.buffer.len() >= BUFFER {
-                self.flush()?;
-            }
-            let start = self.buffer.len();
-            let room = u64::try_from(BUFFER - start).unwrap_or(u64::MAX).min(left);
-            let read = reader.by_ref().take(room).read_to_end(&mut self.buffer)?;
-            if read == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-            left -= u64::try_from(read).unwrap_or(u64::MAX);
-        }
-        let block = usize::try_from(BLOCK_SIZE).unwrap_or(usize::MAX);
-        self.buffer
-            .resize(self.buffer.len().next_multiple_of(block), 0);
-        Ok(())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        for chunk in self.buffer.chunks(HOLE) {
-            if chunk.iter().any(|byte| *byte != 0) {
-                self.file.write_all_at(chunk, self.flushed)?;
-            }
-            self.flushed += chunk.len() as u64;
-        }
-        self.buffer.clear();
-        Ok(())
-    }
-
-    fn finish(mut self) -> io::Result<u64> {
-        self.flush()?;
-        self.file.set_len(self.flushed)?;
-        Ok(self.flushed)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::io::Write as _;
+    use std::os::unix::fs::FileExt as _;
 
     use super::*;
 
@@ -419,7 +376,7 @@ mod tests {
 
     fn run(stored: &[u8], expected: &Expected) -> (Result<LayerIndex, Error>, File) {
         let blob = tempfile::tempfile().unwrap();
-        (convert(stored, expected, &blob, &mut |_| {}), blob)
+        (convert(stored, expected, Limits::default(), &blob, &mut |_| {}), blob)
     }
 
     #[test]

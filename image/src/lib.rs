@@ -7,19 +7,25 @@
 //! layers together are the read-only disk that a guest mounts.
 #![warn(missing_docs)]
 
+mod blob;
+mod builder;
 mod digest;
 mod documents;
 mod erofs;
 mod error;
 mod layer;
+mod limits;
+mod pipeline;
 mod reference;
 mod source;
 mod store;
 mod tar;
 mod tree;
 
+pub use builder::{Compression, LayoutBuilder, MemoryFile};
 pub use digest::Digest;
 pub use error::Error;
-pub use oci_spec::image::ImageConfiguration;
+pub use limits::Limits;
+pub use oci_spec::image::{Config, ImageConfiguration};
 pub use reference::Reference;
 pub use store::{DiskSegment, ImageSummary, Progress, Store, StoredImage};

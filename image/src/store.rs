@@ -26,6 +26,7 @@ use crate::Error;
 use crate::digest::Digest;
 use crate::erofs;
 use crate::layer::{self, Expected, LayerIndex};
+use crate::limits::Limits;
 use crate::reference::Reference;
 use crate::source::{self, Source, SourceImage, SourceLayer};
 use crate::tree::Tree;
@@ -99,6 +100,7 @@ struct LayerRecord {
 #[derive(Clone, Debug)]
 pub struct Store {
     root: PathBuf,
+    limits: Limits,
 }
 
 impl Store {
@@ -117,7 +119,15 @@ impl Store {
         }
         Ok(Self {
             root: root.to_owned(),
+            limits: Limits::default(),
         })
+    }
+
+    /// The same store, with other limits for what it takes in.
+    #[must_use]
+    pub fn with_limits(mut self, limits: Limits) -> Self {
+        self.limits = limits;
+        self
     }
 
     /// Finds an image where its reference says, converting into the store what
@@ -380,13 +390,19 @@ impl Store {
             size: layer.size,
             diff_id: layer.diff_id,
         };
-        let index = layer::convert(source.layer(layer)?, &expected, &blob, &mut |done| {
-            progress(Progress {
-                what,
-                done,
-                total: None,
-            });
-        })?;
+        let index = layer::convert(
+            source.layer(layer)?,
+            &expected,
+            self.limits,
+            &blob,
+            &mut |done| {
+                progress(Progress {
+                    what,
+                    done,
+                    total: layer.size,
+                });
+            },
+        )?;
         blob.sync_all().map_err(Error::file("write", &blob_path))?;
         let bytes = postcard::to_stdvec(&(FORMAT, &index))
             .map_err(|error| Error::document("layer index", error))?;

@@ -1,10 +1,17 @@
 //! A tar reader for hostile input: ustar, pax and GNU long names.
 //!
 //! Strict where leniency could be abused: a header's checksum must be right, a
-//! stream must not end inside an entry, extended headers are small. Sparse
-//! entries are refused (image builders do not write them).
+//! stream must not end inside an entry, extended headers are small.
+
+mod directory;
+mod sparse;
+mod write;
 
 use std::io::{self, Read};
+
+pub(crate) use directory::DirectoryTar;
+use sparse::{PaxSparse, SparseMap};
+pub(crate) use write::{END, encode, padding};
 
 const BLOCK: usize = 512;
 /// Largest extended header accepted, in bytes.
@@ -38,6 +45,10 @@ pub(crate) struct Header {
     /// Seconds since the epoch and nanoseconds.
     pub(crate) mtime: (i64, u32),
     pub(crate) size: u64,
+    /// For a file with holes: offset and length of each part that has data, in
+    /// order; the data of all of them follow one another.
+    pub(crate) sparse: Option<Vec<(u64, u64)>>,
+    /// Sorted by name, each name once.
     pub(crate) xattrs: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
@@ -69,7 +80,7 @@ fn bad(reason: impl Into<String>) -> TarError {
 }
 
 /// What extended headers say about the entry that follows.
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Extended {
     path: Option<Vec<u8>>,
     link: Option<Vec<u8>>,
@@ -77,7 +88,9 @@ struct Extended {
     uid: Option<u32>,
     gid: Option<u32>,
     mtime: Option<(i64, u32)>,
+    device: (Option<u32>, Option<u32>),
     xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    sparse: PaxSparse,
 }
 
 /// Reads entries from a stream.
@@ -88,6 +101,8 @@ pub(crate) struct Reader<R> {
     padding: u64,
     /// Bytes consumed so far.
     position: u64,
+    /// What global extended headers say about all entries that follow.
+    global: Extended,
 }
 
 impl<R: Read> Reader<R> {
@@ -97,6 +112,7 @@ impl<R: Read> Reader<R> {
             left: 0,
             padding: 0,
             position: 0,
+            global: Extended::default(),
         }
     }
 
@@ -105,15 +121,11 @@ impl<R: Read> Reader<R> {
         self.position
     }
 
-    pub(crate) fn into_inner(self) -> R {
-        self.inner
-    }
-
     /// The next entry; its data is then read from the reader itself. What was
     /// not read of the previous entry's data is skipped.
     pub(crate) fn next_entry(&mut self) -> Result<Option<Header>, TarError> {
         self.skip_rest()?;
-        let mut extended = Extended::default();
+        let mut extended = self.global.clone();
         for _ in 0..MAX_HEADERS {
             let Some(block) = self.header_block()? else {
                 return Ok(None);
@@ -121,10 +133,7 @@ impl<R: Read> Reader<R> {
             let size = number(field(&block, 124, 12))?;
             match block[156] {
                 b'x' => self.read_pax(size, &mut extended)?,
-                // Global headers hold defaults that image builders do not use.
-                b'g' => {
-                    self.read_small(size)?;
-                }
+                b'g' => self.read_global(size, &mut extended)?,
                 b'L' => extended.path = Some(until_nul(&self.read_small(size)?)),
                 b'K' => extended.link = Some(until_nul(&self.read_small(size)?)),
                 kind => return self.entry(&block, kind, size, extended).map(Some),
@@ -138,74 +147,108 @@ impl<R: Read> Reader<R> {
         block: &[u8; BLOCK],
         kind: u8,
         size: u64,
-        extended: Extended,
+        mut extended: Extended,
     ) -> Result<Header, TarError> {
-        let path = extended.path.unwrap_or_else(|| ustar_path(block));
-        let name = |error: TarError| TarError {
-            entry: Some(path.clone()),
-            ..error
-        };
+        let path = extended
+            .sparse
+            .name
+            .take()
+            .or(extended.path.take())
+            .unwrap_or_else(|| ustar_path(block));
+        self.entry_of(block, kind, size, extended, path.clone())
+            .map_err(|error| TarError {
+                entry: Some(path),
+                ..error
+            })
+    }
+
+    fn entry_of(
+        &mut self,
+        block: &[u8; BLOCK],
+        kind: u8,
+        size: u64,
+        extended: Extended,
+        path: Vec<u8>,
+    ) -> Result<Header, TarError> {
         if path.len() > MAX_PATH {
-            return Err(name(bad("its path is longer than 4095 bytes")));
+            return Err(bad("its path is longer than 4095 bytes"));
         }
-        let link = extended
-            .link
-            .unwrap_or_else(|| until_nul(field(block, 157, 100)));
-        if link.len() > MAX_PATH {
-            return Err(name(bad("its link target is longer than 4095 bytes")));
-        }
-        let small = |range| -> Result<u32, TarError> {
-            u32::try_from(number(range)?).map_err(|_| bad("a number is out of range"))
+        let mtime = match extended.mtime {
+            Some(mtime) => mtime,
+            None => (signed(field(block, 136, 12))?, 0),
         };
-        let device = || -> Result<(u32, u32), TarError> {
-            Ok((small(field(block, 329, 8))?, small(field(block, 337, 8))?))
-        };
-        let kind = match kind {
-            // Before POSIX a directory was a file whose name ends in a slash.
-            b'0' | 0 | b'7' if path.ends_with(b"/") => Kind::Directory,
-            b'0' | 0 | b'7' => Kind::File,
-            b'1' => Kind::Hardlink(link),
-            b'2' => Kind::Symlink(link),
-            b'3' => device()
-                .map(|(a, b)| Kind::CharDevice(a, b))
-                .map_err(name)?,
-            b'4' => device()
-                .map(|(a, b)| Kind::BlockDevice(a, b))
-                .map_err(name)?,
-            b'5' => Kind::Directory,
-            b'6' => Kind::Fifo,
-            b'S' => return Err(name(bad("sparse entries are not supported"))),
-            other => {
-                let text = format!("its type {:?} is not known", char::from(other));
-                return Err(name(bad(text)));
-            }
-        };
-        let size = extended.size.unwrap_or(size);
-        // Only files have data; some writers note a size for others.
-        let (size, data) = match kind {
-            Kind::File => (size, size),
-            Kind::Hardlink(_) => (0, 0),
-            _ => (0, size),
-        };
-        let mode = number(field(block, 100, 8)).map_err(name)? & 0o7777;
-        let uid = small(field(block, 108, 8));
-        let gid = small(field(block, 116, 8));
-        let mtime = number(field(block, 136, 12));
-        let header = Header {
-            kind,
+        let mode = number(field(block, 100, 8))? & 0o7777;
+        let mut header = Header {
+            kind: read_kind(block, kind, &path, &extended)?,
             mode: u16::try_from(mode).unwrap_or(0),
-            uid: extended.uid.map_or(uid, Ok).map_err(name)?,
-            gid: extended.gid.map_or(gid, Ok).map_err(name)?,
-            mtime: match extended.mtime {
-                Some(mtime) => mtime,
-                None => (i64::try_from(mtime.map_err(name)?).unwrap_or(0), 0),
-            },
-            size,
-            xattrs: extended.xattrs,
+            uid: extended.uid.map_or_else(|| small(field(block, 108, 8)), Ok)?,
+            gid: extended.gid.map_or_else(|| small(field(block, 116, 8)), Ok)?,
+            mtime,
+            size: 0,
+            sparse: None,
+            xattrs: by_name(extended.xattrs),
             path,
         };
-        self.expect_data(data)?;
+        // Only files have data; some writers note a size for others.
+        let data = match header.kind {
+            Kind::Hardlink(_) => 0,
+            _ => extended.size.unwrap_or(size),
+        };
+        if header.kind == Kind::File {
+            let map = self.sparse_map(block, kind, extended.sparse, data)?;
+            match map {
+                Some(map) => {
+                    header.size = map.size;
+                    header.sparse = Some(map.extents);
+                }
+                None => {
+                    header.size = data;
+                    self.expect_data(data)?;
+                }
+            }
+        } else {
+            self.expect_data(data)?;
+        }
         Ok(header)
+    }
+
+    /// The map of a sparse file; its data is then what is expected.
+    fn sparse_map(
+        &mut self,
+        block: &[u8; BLOCK],
+        kind: u8,
+        pax: PaxSparse,
+        data: u64,
+    ) -> Result<Option<SparseMap>, TarError> {
+        if kind == b'S' {
+            let mut counting = Counting(&mut self.inner, 0);
+            let map = sparse::old_gnu(block, &mut counting)?;
+            self.position += counting.1;
+            self.expect_data(data)?;
+            return map.check(data).map(Some);
+        }
+        self.expect_data(data)?;
+        // Reads through the entry's data, so that it cannot read past it.
+        match pax.map(self)? {
+            Some((map, len)) => map.check(data.saturating_sub(len)).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    fn read_global(&mut self, size: u64, extended: &mut Extended) -> Result<(), TarError> {
+        let mut global = Extended::default();
+        self.read_pax(size, &mut global)?;
+        // What is one entry's own cannot be a default.
+        let own = |global: Extended| Extended {
+            path: None,
+            link: None,
+            size: None,
+            sparse: PaxSparse::default(),
+            ..global
+        };
+        self.global = own(global);
+        *extended = self.global.clone();
+        Ok(())
     }
 
     fn expect_data(&mut self, size: u64) -> Result<(), TarError> {
@@ -222,6 +265,11 @@ impl<R: Read> Reader<R> {
         let rest = self.left + self.padding;
         self.left = 0;
         self.padding = 0;
+        if let Some(padding) = usize::try_from(rest).ok().filter(|rest| *rest < BLOCK) {
+            self.inner.read_exact(&mut [0; BLOCK][..padding])?;
+            self.position += rest;
+            return Ok(());
+        }
         let skipped = io::copy(&mut self.inner.by_ref().take(rest), &mut io::sink())?;
         self.position += skipped;
         if skipped < rest {
@@ -249,14 +297,9 @@ impl<R: Read> Reader<R> {
             return Ok(None);
         }
         let stated = number(field(&block, 148, 8))?;
-        let sum: u64 = block
-            .iter()
-            .enumerate()
-            .map(|(at, byte)| match at {
-                148..156 => u64::from(b' '),
-                _ => u64::from(*byte),
-            })
-            .sum();
+        // The sum takes its own field for spaces.
+        let add = |bytes: &[u8]| bytes.iter().map(|byte| u32::from(*byte)).sum::<u32>();
+        let sum = u64::from(add(&block) - add(field(&block, 148, 8)) + 8 * u32::from(b' '));
         if stated != sum {
             return Err(bad("a header's checksum is wrong: it is not a tar archive"));
         }
@@ -314,11 +357,15 @@ impl Extended {
                 .map_err(|_| bad("a number in a pax header is malformed"))
         };
         let id = |text: &str| {
-            u32::try_from(parse(text)?).map_err(|_| bad("an owner in a pax header is out of range"))
+            u32::try_from(parse(text)?).map_err(|_| bad("a number in a pax header is out of range"))
         };
         match key {
-            b"path" => self.path = Some(value.to_vec()),
-            b"linkpath" => self.link = Some(value.to_vec()),
+            // Without a value, the header's own counts again.
+            b"path" => self.path = (!value.is_empty()).then(|| value.to_vec()),
+            b"linkpath" => self.link = (!value.is_empty()).then(|| value.to_vec()),
+            b"SCHILY.devmajor" => self.device.0 = Some(id(text()?)?),
+            b"SCHILY.devminor" => self.device.1 = Some(id(text()?)?),
+            b"size" | b"uid" | b"gid" | b"mtime" if value.is_empty() => {}
             b"size" => self.size = Some(parse(text()?)?),
             b"uid" => self.uid = Some(id(text()?)?),
             b"gid" => self.gid = Some(id(text()?)?),
@@ -330,13 +377,68 @@ impl Extended {
             _ => {
                 if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
                     self.xattrs.push((name.to_vec(), value.to_vec()));
-                } else if key.starts_with(b"GNU.sparse.") {
-                    return Err(bad("sparse entries are not supported"));
+                } else if let Some(key) = key.strip_prefix(b"GNU.sparse.") {
+                    self.sparse.apply(key, value)?;
                 }
             }
         }
         Ok(())
     }
+}
+
+/// Counts the bytes read.
+struct Counting<'a, R>(&'a mut R, u64);
+
+impl<R: Read> Read for Counting<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.0.read(buffer)?;
+        self.1 += count as u64;
+        Ok(count)
+    }
+}
+
+/// Sorts by name; of several records for one name the last one counts.
+fn by_name(mut xattrs: Vec<(Vec<u8>, Vec<u8>)>) -> Vec<(Vec<u8>, Vec<u8>)> {
+    xattrs.reverse();
+    xattrs.sort_by(|a, b| a.0.cmp(&b.0));
+    xattrs.dedup_by(|later, earlier| later.0 == earlier.0);
+    xattrs
+}
+
+fn read_kind(
+    block: &[u8; BLOCK],
+    kind: u8,
+    path: &[u8],
+    extended: &Extended,
+) -> Result<Kind, TarError> {
+    let link = || {
+        let link = extended
+            .link
+            .clone()
+            .unwrap_or_else(|| until_nul(field(block, 157, 100)));
+        match link.len() > MAX_PATH {
+            true => Err(bad("its link target is longer than 4095 bytes")),
+            false => Ok(link),
+        }
+    };
+    let number = |given: Option<u32>, at| given.map_or_else(|| small(field(block, at, 8)), Ok);
+    let major = || number(extended.device.0, 329);
+    let minor = || number(extended.device.1, 337);
+    Ok(match kind {
+        // Before POSIX a directory was a file whose name ends in a slash.
+        b'0' | 0 | b'7' if path.ends_with(b"/") => Kind::Directory,
+        b'0' | 0 | b'7' | b'S' => Kind::File,
+        b'1' => Kind::Hardlink(link()?),
+        b'2' => Kind::Symlink(link()?),
+        b'3' => Kind::CharDevice(major()?, minor()?),
+        b'4' => Kind::BlockDevice(major()?, minor()?),
+        b'5' => Kind::Directory,
+        b'6' => Kind::Fifo,
+        other => {
+            let text = format!("its type {:?} is not known", char::from(other));
+            return Err(bad(text));
+        }
+    })
 }
 
 fn pax_record(bytes: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
@@ -398,8 +500,28 @@ fn ustar_path(block: &[u8; BLOCK]) -> Vec<u8> {
     }
 }
 
+fn small(bytes: &[u8]) -> Result<u32, TarError> {
+    u32::try_from(number(bytes)?).map_err(|_| bad("a number is out of range"))
+}
+
+/// Like [`number`], and negative numbers (times before 1970) in base 256, as
+/// two's complement.
+fn signed(bytes: &[u8]) -> Result<i64, TarError> {
+    let malformed = || bad("a time in a header is out of range");
+    match bytes {
+        [0xff, rest @ ..] => {
+            let (fill, low) = rest.split_at(rest.len().saturating_sub(8));
+            let low = low.try_into().map_err(|_| malformed())?;
+            let value = i64::from_be_bytes(low);
+            let fits = fill.iter().all(|byte| *byte == 0xff) && value < 0;
+            fits.then_some(value).ok_or_else(malformed)
+        }
+        _ => i64::try_from(number(bytes)?).map_err(|_| malformed()),
+    }
+}
+
 /// Octal digits, or base 256 when the first bit is set (GNU). Negative numbers
-/// (times before 1970) read as 0.
+/// read as 0.
 fn number(bytes: &[u8]) -> Result<u64, TarError> {
     let malformed = || bad("a number in a header is malformed: it is not a tar archive");
     match bytes.first() {
@@ -508,6 +630,24 @@ mod tests {
         let mut damaged = bytes;
         damaged[3] ^= 1;
         assert!(Reader::new(damaged.as_slice()).next_entry().is_err());
+    }
+
+    #[test]
+    fn times_in_headers_may_be_negative() {
+        let mut field = [0xff; 12];
+        assert_eq!(signed(&field).unwrap(), -1);
+        field[11] = 0x9c;
+        assert_eq!(signed(&field).unwrap(), -100);
+        field[1] = 0;
+        assert!(signed(&field).is_err());
+        assert_eq!(signed(b"00000000010\0").unwrap(), 8);
+    }
+
+    #[test]
+    fn the_last_attribute_of_a_name_counts() {
+        let pair = |name: &str, value: &str| (name.into(), value.into());
+        let all = vec![pair("b", "1"), pair("a", "1"), pair("b", "2")];
+        assert_eq!(by_name(all), [pair("a", "1"), pair("b", "2")]);
     }
 
     proptest! {

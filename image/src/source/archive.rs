@@ -106,7 +106,7 @@ fn join(name: &str, target: &str) -> String {
 }
 
 impl Files for Archive {
-    fn open<'a>(&'a self, path: &str) -> Result<Option<Box<dyn Read + 'a>>, Error> {
+    fn open<'a>(&'a self, path: &str) -> Result<Option<Box<dyn Read + Send + 'a>>, Error> {
         let mut name = path;
         for _ in 0..MAX_LINKS {
             match self.items.get(name) {

@@ -100,7 +100,7 @@ impl Source for DockerArchive {
         })
     }
 
-    fn layer<'a>(&'a self, layer: &SourceLayer) -> Result<Box<dyn Read + 'a>, Error> {
+    fn layer<'a>(&'a self, layer: &SourceLayer) -> Result<Box<dyn Read + Send + 'a>, Error> {
         let image = self.image()?;
         let missing = || Error::Blob {
             digest: layer.digest.to_string(),

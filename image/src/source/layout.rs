@@ -9,11 +9,8 @@ use oci_spec::image::{Descriptor, ImageIndex};
 
 use super::{Files, Source, SourceImage, SourceLayer, blob_path, describe, read_small};
 use crate::Error;
-use crate::documents::{Named, parse};
+use crate::documents::{Named, REF_NAME, parse};
 use crate::reference::Reference;
-
-/// The annotation that names an image of a layout.
-const REF_NAME: &str = "org.opencontainers.image.ref.name";
 
 /// A layout over some files.
 pub(crate) struct Layout<F> {
@@ -70,7 +67,7 @@ impl<F: Files> Layout<F> {
     }
 }
 
-impl<F: Files> Source for Layout<F> {
+impl<F: Files + Sync> Source for Layout<F> {
     fn image(&self) -> Result<SourceImage, Error> {
         let bytes = read_small(&self.files, "index.json", "index")?
             .ok_or_else(|| self.unknown("it is not an OCI layout (no index.json)".to_owned()))?;
@@ -79,7 +76,7 @@ impl<F: Files> Source for Layout<F> {
         describe(&self.files, first)
     }
 
-    fn layer<'a>(&'a self, layer: &SourceLayer) -> Result<Box<dyn Read + 'a>, Error> {
+    fn layer<'a>(&'a self, layer: &SourceLayer) -> Result<Box<dyn Read + Send + 'a>, Error> {
         self.files
             .open(&blob_path(layer.digest))?
             .ok_or_else(|| Error::Blob {
@@ -103,7 +100,7 @@ impl Directory {
 }
 
 impl Files for Directory {
-    fn open<'a>(&'a self, path: &str) -> Result<Option<Box<dyn Read + 'a>>, Error> {
+    fn open<'a>(&'a self, path: &str) -> Result<Option<Box<dyn Read + Send + 'a>>, Error> {
         let path = self.0.join(path);
         match File::open(&path) {
             Ok(file) => Ok(Some(Box::new(file))),

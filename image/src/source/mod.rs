@@ -3,6 +3,7 @@
 mod archive;
 mod docker;
 mod layout;
+mod rootfs;
 
 use std::io::Read;
 
@@ -38,11 +39,11 @@ pub(crate) struct SourceImage {
 }
 
 /// An opened transport.
-pub(crate) trait Source {
+pub(crate) trait Source: Sync {
     /// Finds the image.
     fn image(&self) -> Result<SourceImage, Error>;
     /// Opens a layer's stream.
-    fn layer<'a>(&'a self, layer: &SourceLayer) -> Result<Box<dyn Read + 'a>, Error>;
+    fn layer<'a>(&'a self, layer: &SourceLayer) -> Result<Box<dyn Read + Send + 'a>, Error>;
 }
 
 /// Opens the transport of `reference`; `None` for one that is in the store only.
@@ -68,13 +69,10 @@ pub(crate) fn open(reference: &Reference) -> Result<Option<Box<dyn Source>>, Err
                 tag.clone(),
             ))
         }
-        Reference::RootFs { .. } => {
-            return Err(unknown(
-                "directories cannot be run directly yet; make an OCI image of it, \
-                 for example with \"umoci\" or \"buildah\""
-                    .to_owned(),
-            ));
-        }
+        Reference::RootFs { directory } => match directory.is_dir() {
+            true => Box::new(rootfs::Directory::new(directory)),
+            false => return Err(unknown(format!("{directory:?} is not a directory"))),
+        },
         Reference::Stored(_) => return Ok(None),
     }))
 }
@@ -82,7 +80,7 @@ pub(crate) fn open(reference: &Reference) -> Result<Option<Box<dyn Source>>, Err
 /// Named files, whatever they are kept in.
 pub(crate) trait Files {
     /// Opens a file by its path; `None` if there is none.
-    fn open<'a>(&'a self, path: &str) -> Result<Option<Box<dyn Read + 'a>>, Error>;
+    fn open<'a>(&'a self, path: &str) -> Result<Option<Box<dyn Read + Send + 'a>>, Error>;
 }
 
 /// Reads a small file whole.

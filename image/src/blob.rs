@@ -1,0 +1,154 @@
+//! Writing a layer's blob: file contents one after another, each beginning at a
+//! block boundary. Runs of zeros become holes of the host's file.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::FileExt as _;
+
+use crate::layer::BLOCK_SIZE;
+
+/// Bytes gathered before they are written; a multiple of the block size.
+const BUFFER: usize = 1 << 20;
+/// Granule in which zeros are looked for.
+const HOLE: usize = 64 << 10;
+
+/// The end of a blob that is being written.
+pub(crate) struct BlobWriter<'a> {
+    file: &'a File,
+    buffer: Vec<u8>,
+    /// Bytes of `buffer` that count.
+    filled: usize,
+    /// Offset in the file of the buffer's first byte.
+    flushed: u64,
+}
+
+impl<'a> BlobWriter<'a> {
+    pub(crate) fn new(file: &'a File) -> Self {
+        Self {
+            file,
+            buffer: vec![0; BUFFER],
+            filled: 0,
+            flushed: 0,
+        }
+    }
+
+    /// Length of the blob so far.
+    pub(crate) fn position(&self) -> u64 {
+        self.flushed + self.filled as u64
+    }
+
+    /// Appends exactly `len` bytes of `reader`.
+    pub(crate) fn append(&mut self, reader: &mut impl Read, len: u64) -> io::Result<()> {
+        let mut left = len;
+        while left > 0 {
+            if self.filled == BUFFER {
+                self.flush()?;
+            }
+            let room = BUFFER - self.filled;
+            let count = usize::try_from(left).map_or(room, |left| left.min(room));
+            let end = self.filled + count;
+            reader.read_exact(&mut self.buffer[self.filled..end])?;
+            self.filled = end;
+            left -= count as u64;
+        }
+        Ok(())
+    }
+
+    /// Appends `len` zeros, which cost neither time nor space when they are many.
+    pub(crate) fn append_zeros(&mut self, len: u64) -> io::Result<()> {
+        let mut left = len;
+        while left > 0 {
+            if self.filled == 0 && left >= BUFFER as u64 {
+                let whole = left - left % BUFFER as u64;
+                self.flushed += whole;
+                left -= whole;
+                continue;
+            }
+            let room = BUFFER - self.filled;
+            let count = usize::try_from(left).map_or(room, |left| left.min(room));
+            let end = self.filled + count;
+            self.buffer[self.filled..end].fill(0);
+            self.filled = end;
+            left -= count as u64;
+            if self.filled == BUFFER {
+                self.flush()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Fills up the last block.
+    pub(crate) fn pad(&mut self) -> io::Result<()> {
+        let position = self.position();
+        self.append_zeros(position.next_multiple_of(BLOCK_SIZE) - position)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        let bytes = &self.buffer[..self.filled];
+        let mut start = 0;
+        let mut at = 0;
+        // Neighbouring pieces that are not zero go out in one write.
+        for piece in bytes.chunks(HOLE) {
+            let end = at + piece.len();
+            if is_zero(piece) {
+                self.file
+                    .write_all_at(&bytes[start..at], self.flushed + start as u64)?;
+                start = end;
+            }
+            at = end;
+        }
+        self.file
+            .write_all_at(&bytes[start..], self.flushed + start as u64)?;
+        self.flushed += self.filled as u64;
+        self.filled = 0;
+        Ok(())
+    }
+
+    /// Writes what is left; returns the blob's length.
+    pub(crate) fn finish(mut self) -> io::Result<u64> {
+        self.flush()?;
+        self.file.set_len(self.flushed)?;
+        Ok(self.flushed)
+    }
+}
+
+/// Compares the bytes with themselves, one further: a `memcmp`.
+fn is_zero(bytes: &[u8]) -> bool {
+    match bytes {
+        [] => true,
+        [first, rest @ ..] => *first == 0 && *rest == bytes[..rest.len()],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn zeros_and_data_lie_where_they_should() {
+        let file = tempfile::tempfile().unwrap();
+        let mut writer = BlobWriter::new(&file);
+        let data = vec![7; 3 * BUFFER / 2];
+        writer.append(&mut &b"abc"[..], 3).unwrap();
+        writer.pad().unwrap();
+        writer.append_zeros(5 * BUFFER as u64 + 17).unwrap();
+        writer.append(&mut data.as_slice(), data.len() as u64).unwrap();
+        writer.pad().unwrap();
+        let len = writer.finish().unwrap();
+        let mut expected = b"abc".to_vec();
+        expected.resize(4096 + 5 * BUFFER + 17, 0);
+        expected.extend_from_slice(&data);
+        expected.resize(expected.len().next_multiple_of(4096), 0);
+        let mut found = Vec::new();
+        (&file).read_to_end(&mut found).unwrap();
+        assert_eq!(len, expected.len() as u64);
+        assert!(found == expected);
+    }
+
+    #[test]
+    fn too_little_data_is_noticed() {
+        let file = tempfile::tempfile().unwrap();
+        let error = BlobWriter::new(&file).append(&mut &b"ab"[..], 3).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+    }
+}

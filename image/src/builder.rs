@@ -1,0 +1,231 @@
+//! Writes OCI image layouts (OCI image-spec image-layout.md): for demo and test
+//! images, and for whoever has a root file system and wants an image of it.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::path::Path;
+
+use oci_spec::image::{
+    Arch, Config, Descriptor, ImageConfiguration, ImageIndex, ImageIndexBuilder,
+    ImageManifestBuilder, MediaType, Os, RootFsBuilder, SCHEMA_VERSION, Sha256Digest,
+};
+
+use crate::Error;
+use crate::digest::{Digest, HashingReader};
+use crate::documents::{REF_NAME, parse};
+use crate::tar::{DirectoryTar, END, Header, Kind, encode, padding};
+
+/// How a layer is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Compression {
+    /// As it is.
+    None,
+    /// Gzip, at this level (0 to 9).
+    Gzip(u32),
+    /// Zstandard, at this level (1 to 22).
+    Zstd(i32),
+}
+
+/// What a file made from memory is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MemoryFile {
+    /// A regular file.
+    File(Vec<u8>),
+    /// A directory.
+    Directory,
+    /// A symbolic link.
+    Symlink(Vec<u8>),
+    /// Another name of a path.
+    Hardlink(Vec<u8>),
+}
+
+/// Makes one image in a layout directory.
+///
+/// Layers are written at once, the image appears in the layout's index with
+/// [`Self::finish`].
+#[derive(Debug)]
+pub struct LayoutBuilder<'a> {
+    directory: &'a Path,
+    compression: Compression,
+    layers: Vec<Descriptor>,
+    diff_ids: Vec<String>,
+}
+
+impl<'a> LayoutBuilder<'a> {
+    /// Begins an image in the layout at `directory`, which is made if it is not
+    /// there.
+    ///
+    /// # Errors
+    /// The directory cannot be made or written.
+    pub fn new(directory: &'a Path, compression: Compression) -> Result<Self, Error> {
+        let blobs = directory.join("blobs/sha256");
+        fs::create_dir_all(&blobs).map_err(Error::file("create directory", &blobs))?;
+        let version = directory.join("oci-layout");
+        fs::write(&version, br#"{"imageLayoutVersion":"1.0.0"}"#)
+            .map_err(Error::file("write", &version))?;
+        Ok(Self {
+            directory,
+            compression,
+            layers: Vec::new(),
+            diff_ids: Vec::new(),
+        })
+    }
+
+    /// Adds a directory of the host as a layer: all that is in it, with owners,
+    /// times and extended attributes as they are.
+    ///
+    /// # Errors
+    /// Something in it cannot be read, or the blob cannot be written.
+    pub fn directory_layer(&mut self, directory: &Path) -> Result<(), Error> {
+        self.layer(DirectoryTar::new(directory))
+    }
+
+    /// Adds files from memory as a layer: path, permission bits, contents. They
+    /// belong to root and have no time.
+    ///
+    /// # Errors
+    /// The blob cannot be written.
+    pub fn memory_layer(&mut self, files: &[(&str, u16, MemoryFile)]) -> Result<(), Error> {
+        let mut tar = Vec::new();
+        for (path, mode, file) in files {
+            let (kind, data) = match file {
+                MemoryFile::File(data) => (Kind::File, data.as_slice()),
+                MemoryFile::Directory => (Kind::Directory, &b""[..]),
+                MemoryFile::Symlink(target) => (Kind::Symlink(target.clone()), &b""[..]),
+                MemoryFile::Hardlink(target) => (Kind::Hardlink(target.clone()), &b""[..]),
+            };
+            let size = data.len() as u64;
+            tar.extend_from_slice(&encode(&Header {
+                path: path.as_bytes().to_vec(),
+                kind,
+                mode: *mode,
+                uid: 0,
+                gid: 0,
+                mtime: (0, 0),
+                size,
+                sparse: None,
+                xattrs: Vec::new(),
+            }));
+            tar.extend_from_slice(data);
+            tar.resize(tar.len() + padding(size), 0);
+        }
+        tar.extend_from_slice(&END);
+        self.layer(tar.as_slice())
+    }
+
+    /// Adds a layer from a tar stream, as it is.
+    ///
+    /// # Errors
+    /// The stream cannot be read or the blob cannot be written.
+    pub fn layer(&mut self, tar: impl Read) -> Result<(), Error> {
+        let blobs = self.directory.join("blobs/sha256");
+        let failed = |error| Error::file("write a layer to", &blobs)(error);
+        let mut blob = tempfile::NamedTempFile::new_in(&blobs).map_err(failed)?;
+        let mut tar = HashingReader::new(tar, std::rc::Rc::default());
+        compress(&mut tar, self.compression, blob.as_file_mut()).map_err(failed)?;
+        let (diff_id, _) = tar.finish();
+        let stored = blob.reopen().map_err(failed)?;
+        let mut stored = HashingReader::new(stored, std::rc::Rc::default());
+        stored.drain().map_err(failed)?;
+        let (digest, size) = stored.finish();
+        let path = blobs.join(digest.hex());
+        blob.persist(&path)
+            .map_err(|error| Error::file("write", &path)(error.error))?;
+        let kind = match self.compression {
+            Compression::None => MediaType::ImageLayer,
+            Compression::Gzip(_) => MediaType::ImageLayerGzip,
+            Compression::Zstd(_) => MediaType::ImageLayerZstd,
+        };
+        self.layers.push(descriptor(kind, size, digest)?);
+        self.diff_ids.push(diff_id.to_string());
+        Ok(())
+    }
+
+    /// Writes configuration and manifest, and names the image `tag`; an image
+    /// that had this name before loses it. Returns the manifest's digest.
+    ///
+    /// # Errors
+    /// The layout's index cannot be read, or something cannot be written.
+    pub fn finish(self, tag: &str, config: Config) -> Result<Digest, Error> {
+        let rootfs = RootFsBuilder::default()
+            .typ("layers")
+            .diff_ids(self.diff_ids.clone())
+            .build()
+            .map_err(|error| Error::document("configuration", error))?;
+        let mut image = ImageConfiguration::default();
+        image
+            .set_architecture(Arch::default())
+            .set_os(Os::Linux)
+            .set_config(Some(config))
+            .set_rootfs(rootfs);
+        let (digest, size) = self.document("configuration", &image)?;
+        let manifest = ImageManifestBuilder::default()
+            .schema_version(SCHEMA_VERSION)
+            .media_type(MediaType::ImageManifest)
+            .config(descriptor(MediaType::ImageConfig, size, digest)?)
+            .layers(self.layers.clone())
+            .build()
+            .map_err(|error| Error::document("manifest", error))?;
+        let (digest, size) = self.document("manifest", &manifest)?;
+        let mut named = descriptor(MediaType::ImageManifest, size, digest)?;
+        named.set_annotations(Some([(REF_NAME.to_owned(), tag.to_owned())].into()));
+        self.add_to_index(tag, named)?;
+        Ok(digest)
+    }
+
+    fn document(&self, what: &str, value: &impl serde::Serialize) -> Result<(Digest, u64), Error> {
+        let bytes = serde_json::to_vec(value).map_err(|error| Error::document(what, error))?;
+        let digest = Digest::of(&bytes);
+        let path = self.directory.join("blobs/sha256").join(digest.hex());
+        fs::write(&path, &bytes).map_err(Error::file("write", &path))?;
+        Ok((digest, bytes.len() as u64))
+    }
+
+    fn add_to_index(&self, tag: &str, image: Descriptor) -> Result<(), Error> {
+        let path = self.directory.join("index.json");
+        let mut index: ImageIndex = match fs::read(&path) {
+            Ok(bytes) => parse(&bytes, "index")?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => ImageIndexBuilder::default()
+                .schema_version(SCHEMA_VERSION)
+                .media_type(MediaType::ImageIndex)
+                .manifests(Vec::new())
+                .build()
+                .map_err(|error| Error::document("index", error))?,
+            Err(error) => return Err(Error::file("read", &path)(error)),
+        };
+        let mut manifests = index.manifests().clone();
+        manifests.retain(|known| {
+            let names = known.annotations().as_ref();
+            names.and_then(|names| names.get(REF_NAME)).is_none_or(|name| name != tag)
+        });
+        manifests.push(image);
+        index.set_manifests(manifests);
+        let bytes = serde_json::to_vec(&index).map_err(|error| Error::document("index", error))?;
+        let failed = |error| Error::file("write", &path)(error);
+        let mut fresh = tempfile::NamedTempFile::new_in(self.directory).map_err(failed)?;
+        fresh.write_all(&bytes).map_err(failed)?;
+        fresh.persist(&path).map_err(|error| failed(error.error))?;
+        Ok(())
+    }
+}
+
+fn compress(tar: &mut impl Read, compression: Compression, blob: &mut File) -> io::Result<()> {
+    match compression {
+        Compression::None => io::copy(tar, blob).map(drop),
+        Compression::Gzip(level) => {
+            let level = flate2::Compression::new(level.min(9));
+            let mut encoder = flate2::write::GzEncoder::new(blob, level);
+            io::copy(tar, &mut encoder)?;
+            encoder.finish().map(drop)
+        }
+        Compression::Zstd(level) => zstd::stream::copy_encode(tar, blob, level),
+    }
+}
+
+fn descriptor(kind: MediaType, size: u64, digest: Digest) -> Result<Descriptor, Error> {
+    let digest: Sha256Digest = digest
+        .hex()
+        .parse()
+        .map_err(|error| Error::document("descriptor", error))?;
+    Ok(Descriptor::new(kind, size, digest))
+}

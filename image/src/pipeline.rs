@@ -1,0 +1,281 @@
+//! A stored stream, decompressed on a thread of its own while the caller hashes,
+//! parses and writes what comes out.
+//!
+//! Chunks go to the caller through a short queue and come back to be filled
+//! again: memory does not grow with the stream.
+
+use std::cell::Cell;
+use std::io::{self, BufRead, BufReader, Read};
+use std::rc::Rc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread;
+
+use sha2::{Digest as _, Sha256};
+
+use crate::digest::{Digest, HashingReader};
+use crate::limits::Limits;
+
+/// Bytes of a chunk: large enough that handing it over costs nothing, small
+/// enough to be still in the cache when it is hashed and parsed.
+const CHUNK: usize = 256 << 10;
+/// Chunks between the two threads.
+const QUEUE: usize = 6;
+/// Largest window of a zstd stream, as a power of two (32 MiB).
+const ZSTD_WINDOW_LOG: u32 = 25;
+
+struct Chunk {
+    bytes: Vec<u8>,
+    /// Bytes of the stored stream that were read for it and all before.
+    stored: u64,
+}
+
+/// Digest and size of a stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Measured {
+    pub(crate) digest: Digest,
+    pub(crate) size: u64,
+}
+
+/// What came of a stream.
+#[derive(Debug)]
+pub(crate) struct Outcome<T> {
+    /// What the caller made of the decompressed stream.
+    pub(crate) made: T,
+    /// The decompressed stream, as far as the caller has read it.
+    pub(crate) plain: Measured,
+    /// The stored stream, to its end or its limit.
+    pub(crate) stored: io::Result<Measured>,
+}
+
+/// Decompresses at most `most` bytes of `stream` and gives the result to `consume`.
+/// `progress` is called with the bytes of the stored stream that have been read.
+pub(crate) fn run<T>(
+    stream: impl Read + Send,
+    most: u64,
+    limits: Limits,
+    progress: &mut dyn FnMut(u64),
+    consume: impl FnOnce(&mut Plain<'_>) -> T,
+) -> Outcome<T> {
+    thread::scope(|scope| {
+        let (filled, chunks) = sync_channel(QUEUE);
+        let (returns, empty) = sync_channel(QUEUE + 2);
+        let decoder = scope.spawn(move || decode(stream.take(most), &empty, filled));
+        let mut plain = Plain {
+            chunks,
+            returns,
+            current: Vec::new(),
+            at: 0,
+            hash: Sha256::new(),
+            count: 0,
+            limits,
+            progress,
+        };
+        let made = consume(&mut plain);
+        // Ends the decoder's sending, should the caller have given up.
+        let plain = plain.finish();
+        let stored = match decoder.join() {
+            Ok(stored) => stored,
+            Err(panic) => std::panic::resume_unwind(panic),
+        };
+        Outcome {
+            made,
+            plain,
+            stored,
+        }
+    })
+}
+
+/// The decoder's thread. Reads the stored stream to its end in any case, so that
+/// damage is told from a wrong archive.
+fn decode(
+    stream: impl Read,
+    empty: &Receiver<Vec<u8>>,
+    filled: SyncSender<io::Result<Chunk>>,
+) -> io::Result<Measured> {
+    let count = Rc::new(Cell::new(0));
+    let mut stored = HashingReader::new(stream, Rc::clone(&count));
+    if let Err(error) = decode_chunks(&mut stored, &count, empty, &filled) {
+        // The caller may have gone: then nobody wants to know.
+        let _ = filled.send(Err(error));
+    }
+    drop(filled);
+    stored.drain()?;
+    let (digest, size) = stored.finish();
+    Ok(Measured { digest, size })
+}
+
+fn decode_chunks(
+    stored: &mut impl Read,
+    count: &Cell<u64>,
+    empty: &Receiver<Vec<u8>>,
+    filled: &SyncSender<io::Result<Chunk>>,
+) -> io::Result<()> {
+    let mut plain = decompress(BufReader::with_capacity(CHUNK, stored))?;
+    loop {
+        let mut bytes = empty.try_recv().unwrap_or_default();
+        bytes.resize(CHUNK, 0);
+        let len = fill(&mut plain, &mut bytes)?;
+        bytes.truncate(len);
+        if len == 0 {
+            return Ok(());
+        }
+        let stored = count.get();
+        if filled.send(Ok(Chunk { bytes, stored })).is_err() {
+            return Ok(());
+        }
+    }
+}
+
+/// Reads until the buffer is full or the stream ends.
+fn fill(reader: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut len = 0;
+    while let Some(rest) = buffer.get_mut(len..).filter(|rest| !rest.is_empty()) {
+        match reader.read(rest) {
+            Ok(0) => break,
+            Ok(count) => len += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(len)
+}
+
+/// By the stream's own first bytes: media types of real images are not always
+/// right, and a wrong guess cannot pass the digest checks.
+fn decompress<'a>(mut stream: impl BufRead + 'a) -> io::Result<Box<dyn Read + 'a>> {
+    let head = stream.fill_buf()?;
+    Ok(if head.starts_with(&[0x1f, 0x8b]) {
+        Box::new(flate2::bufread::MultiGzDecoder::new(stream))
+    } else if is_zstd(head) {
+        let mut decoder = zstd::stream::read::Decoder::with_buffer(stream)?;
+        decoder.window_log_max(ZSTD_WINDOW_LOG)?;
+        Box::new(decoder)
+    } else {
+        Box::new(stream)
+    })
+}
+
+/// A zstd frame, or a skippable frame (RFC 8878, 3.1), as zstd:chunked begins
+/// with in some writers.
+fn is_zstd(head: &[u8]) -> bool {
+    matches!(
+        head,
+        [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..]
+    )
+}
+
+/// The decompressed stream; hashes and limits what is read from it.
+pub(crate) struct Plain<'p> {
+    chunks: Receiver<io::Result<Chunk>>,
+    returns: SyncSender<Vec<u8>>,
+    current: Vec<u8>,
+    /// Bytes of `current` that have been read.
+    at: usize,
+    hash: Sha256,
+    count: u64,
+    limits: Limits,
+    progress: &'p mut dyn FnMut(u64),
+}
+
+impl Plain<'_> {
+    /// Reads to the end, for its effect on the digest.
+    pub(crate) fn drain(&mut self) -> io::Result<()> {
+        while self.refill()? {}
+        Ok(())
+    }
+
+    /// Takes the next chunk; `false` at the end.
+    fn refill(&mut self) -> io::Result<bool> {
+        let Ok(next) = self.chunks.recv() else {
+            self.current.clear();
+            self.at = 0;
+            return Ok(false);
+        };
+        let Chunk { bytes, stored } = next?;
+        self.hash.update(&bytes);
+        self.count += bytes.len() as u64;
+        self.limits.check_stream(self.count, stored)?;
+        (self.progress)(stored);
+        let used = std::mem::replace(&mut self.current, bytes);
+        self.at = 0;
+        // Full, or nobody fills chunks any more: one buffer less to recycle.
+        let _ = self.returns.try_send(used);
+        Ok(true)
+    }
+
+    fn finish(self) -> Measured {
+        Measured {
+            digest: Digest::from_hash(self.hash),
+            size: self.count,
+        }
+    }
+}
+
+impl Read for Plain<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.at == self.current.len() && !self.refill()? {
+            return Ok(0);
+        }
+        let rest = self.current.get(self.at..).unwrap_or_default();
+        let len = rest.len().min(buffer.len());
+        buffer[..len].copy_from_slice(&rest[..len]);
+        self.at += len;
+        Ok(len)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn measured(bytes: &[u8]) -> Measured {
+        Measured {
+            digest: Digest::of(bytes),
+            size: bytes.len() as u64,
+        }
+    }
+
+    #[test]
+    fn a_caller_that_stops_early_still_learns_the_stored_digest() {
+        let bytes = vec![3; 40 * CHUNK];
+        let outcome = run(
+            bytes.as_slice(),
+            u64::MAX,
+            Limits::default(),
+            &mut |_| {},
+            |plain| plain.read(&mut [0; 10]).unwrap(),
+        );
+        assert_eq!(outcome.made, 10);
+        assert_eq!(outcome.stored.unwrap(), measured(&bytes));
+    }
+
+    #[test]
+    fn streams_are_measured_on_both_sides() {
+        let plain: Vec<u8> = (0..1_000_000u32).flat_map(u32::to_le_bytes).collect();
+        let stored = zstd::encode_all(plain.as_slice(), 1).unwrap();
+        let mut last = 0;
+        let outcome = run(
+            stored.as_slice(),
+            u64::MAX,
+            Limits::default(),
+            &mut |done| last = done,
+            |plain| plain.drain().map_err(|error| error.to_string()),
+        );
+        assert_eq!(outcome.made, Ok(()));
+        assert_eq!(outcome.plain, measured(&plain));
+        assert_eq!(outcome.stored.unwrap(), measured(&stored));
+        assert_eq!(last, stored.len() as u64);
+    }
+
+    #[test]
+    fn errors_of_the_decoder_reach_the_reader() {
+        let error = run(
+            &b"\x1f\x8bgarbage"[..],
+            u64::MAX,
+            Limits::default(),
+            &mut |_| {},
+            |plain| plain.drain().map_err(|error| error.to_string()),
+        );
+        assert!(error.made.is_err());
+    }
+}

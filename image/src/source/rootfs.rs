@@ -1,0 +1,56 @@
+//! `rootfs:DIR`: a directory of the host, as one layer.
+
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use oci_spec::image::{Arch, ImageConfiguration, Os, RootFsBuilder};
+
+use super::{Source, SourceImage, SourceLayer};
+use crate::Error;
+use crate::digest::{Digest, HashingReader};
+use crate::tar::DirectoryTar;
+
+/// A directory. Its tar stream, and so its digest, is a function of what is in it.
+pub(crate) struct Directory(PathBuf);
+
+impl Directory {
+    pub(crate) fn new(path: &Path) -> Self {
+        Self(path.to_owned())
+    }
+}
+
+impl Source for Directory {
+    /// Reads the whole directory once, to know what it is.
+    fn image(&self) -> Result<SourceImage, Error> {
+        let mut stream = HashingReader::new(DirectoryTar::new(&self.0), Rc::default());
+        stream.drain().map_err(Error::file("read", &self.0))?;
+        let (diff_id, _) = stream.finish();
+        let rootfs = RootFsBuilder::default()
+            .typ("layers")
+            .diff_ids(vec![diff_id.to_string()])
+            .build()
+            .map_err(|error| Error::document("configuration", error))?;
+        let mut config = ImageConfiguration::default();
+        config
+            .set_architecture(Arch::default())
+            .set_os(Os::Linux)
+            .set_rootfs(rootfs);
+        let json = serde_json::to_vec(&config)
+            .map_err(|error| Error::document("configuration", error))?;
+        Ok(SourceImage {
+            digest: Digest::of(&json),
+            config,
+            layers: vec![SourceLayer {
+                digest: diff_id,
+                size: None,
+                diff_id,
+            }],
+        })
+    }
+
+    fn layer<'a>(&'a self, _: &SourceLayer) -> Result<Box<dyn Read + Send + 'a>, Error> {
+        let stream = DirectoryTar::new(&self.0);
+        Ok(Box::new(io::BufReader::with_capacity(64 << 10, stream)))
+    }
+}
