@@ -20,7 +20,7 @@ pub enum OpenError {
         group: String,
     },
     /// The host's KVM speaks another API, or lacks something required.
-    #[error("this host's KVM cannot be used: {reason}")]
+    #[error("/dev/kvm cannot be used: {reason}")]
     Unsupported {
         /// What is missing.
         reason: String,

@@ -75,9 +75,6 @@ fn serve(init_us: u64) -> io::Result<()> {
         forward: listen(port::FORWARD)?,
         control: listen(port::CONTROL)?,
     };
-    // As early as possible: while the host accepts the connection and asks, the
-    // rest is done. It is answered only by the agent's loop.
-    let dialled = control::dial();
     protect_agent();
     set_limits();
     log::note_failure("bring lo up", identity::loopback_up());
@@ -92,7 +89,10 @@ fn serve(init_us: u64) -> io::Result<()> {
             .any(|word| word == "sm.debug"),
     };
     let mut agent = Agent::new(listeners, PathBuf::from(DIRECTORY), cgroup, facts)?;
-    match dialled {
+    // Last: the host may take a snapshot as soon as it hears of the agent, which
+    // must then have everything it needs, the kernel log above all. It would
+    // otherwise be opened after a restore, behind the line that tells of it.
+    match control::dial() {
         Ok(socket) => agent.announce(socket),
         // It connects to us instead.
         Err(error) => log::error("tell the host", error),
