@@ -132,7 +132,9 @@ mod tests {
         writer.append(&mut &b"abc"[..], 3).unwrap();
         writer.pad().unwrap();
         writer.append_zeros(5 * BUFFER as u64 + 17).unwrap();
-        writer.append(&mut data.as_slice(), data.len() as u64).unwrap();
+        writer
+            .append(&mut data.as_slice(), data.len() as u64)
+            .unwrap();
         writer.pad().unwrap();
         let len = writer.finish().unwrap();
         let mut expected = b"abc".to_vec();
@@ -148,7 +150,9 @@ mod tests {
     #[test]
     fn too_little_data_is_noticed() {
         let file = tempfile::tempfile().unwrap();
-        let error = BlobWriter::new(&file).append(&mut &b"ab"[..], 3).unwrap_err();
+        let error = BlobWriter::new(&file)
+            .append(&mut &b"ab"[..], 3)
+            .unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
     }
 }

@@ -196,7 +196,9 @@ impl<'a> LayoutBuilder<'a> {
         let mut manifests = index.manifests().clone();
         manifests.retain(|known| {
             let names = known.annotations().as_ref();
-            names.and_then(|names| names.get(REF_NAME)).is_none_or(|name| name != tag)
+            names
+                .and_then(|names| names.get(REF_NAME))
+                .is_none_or(|name| name != tag)
         });
         manifests.push(image);
         index.set_manifests(manifests);

@@ -105,7 +105,9 @@ pub(crate) fn convert(
 ) -> Result<LayerIndex, Error> {
     let layer = expected.digest;
     // One byte more than there should be shows that there is more.
-    let most = expected.size.map_or(u64::MAX, |size| size.saturating_add(1));
+    let most = expected
+        .size
+        .map_or(u64::MAX, |size| size.saturating_add(1));
     let outcome = pipeline::run(stream, most, limits, progress, |plain| {
         let mut reader = Reader::new(&mut *plain);
         let index = read_entries(&mut reader, blob, layer, limits)?;
@@ -376,7 +378,10 @@ mod tests {
 
     fn run(stored: &[u8], expected: &Expected) -> (Result<LayerIndex, Error>, File) {
         let blob = tempfile::tempfile().unwrap();
-        (convert(stored, expected, Limits::default(), &blob, &mut |_| {}), blob)
+        (
+            convert(stored, expected, Limits::default(), &blob, &mut |_| {}),
+            blob,
+        )
     }
 
     #[test]

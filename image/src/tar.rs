@@ -181,8 +181,12 @@ impl<R: Read> Reader<R> {
         let mut header = Header {
             kind: read_kind(block, kind, &path, &extended)?,
             mode: u16::try_from(mode).unwrap_or(0),
-            uid: extended.uid.map_or_else(|| small(field(block, 108, 8)), Ok)?,
-            gid: extended.gid.map_or_else(|| small(field(block, 116, 8)), Ok)?,
+            uid: extended
+                .uid
+                .map_or_else(|| small(field(block, 108, 8)), Ok)?,
+            gid: extended
+                .gid
+                .map_or_else(|| small(field(block, 116, 8)), Ok)?,
             mtime,
             size: 0,
             sparse: None,

@@ -36,8 +36,8 @@ impl Source for Directory {
             .set_architecture(Arch::default())
             .set_os(Os::Linux)
             .set_rootfs(rootfs);
-        let json = serde_json::to_vec(&config)
-            .map_err(|error| Error::document("configuration", error))?;
+        let json =
+            serde_json::to_vec(&config).map_err(|error| Error::document("configuration", error))?;
         Ok(SourceImage {
             digest: Digest::of(&json),
             config,

@@ -189,7 +189,10 @@ fn xattrs(path: &Path) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
     };
     names.truncate(len);
     let mut found = Vec::new();
-    for name in names.split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
+    for name in names
+        .split(|byte| *byte == 0)
+        .filter(|name| !name.is_empty())
+    {
         let mut value = vec![0; MAX_XATTR];
         let len = match lgetxattr(path, name, &mut value) {
             Ok(len) => len,
@@ -221,7 +224,9 @@ mod tests {
         symlink("/nowhere", at("link")).unwrap();
         fs::write(at("big"), vec![5; 3000]).unwrap();
         let mut bytes = Vec::new();
-        DirectoryTar::new(root.path()).read_to_end(&mut bytes).unwrap();
+        DirectoryTar::new(root.path())
+            .read_to_end(&mut bytes)
+            .unwrap();
         let mut reader = Reader::new(bytes.as_slice());
         let mut seen = Vec::new();
         while let Some(header) = reader.next_entry().unwrap() {

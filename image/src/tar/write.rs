@@ -57,7 +57,11 @@ pub(crate) fn encode(header: &Header) -> Vec<u8> {
         _ => record(&mut records, b"mtime", time(header.mtime).as_bytes()),
     }
     for (name, value) in &header.xattrs {
-        record(&mut records, &[b"SCHILY.xattr.", name.as_slice()].concat(), value);
+        record(
+            &mut records,
+            &[b"SCHILY.xattr.", name.as_slice()].concat(),
+            value,
+        );
     }
     let mut bytes = Vec::new();
     if !records.is_empty() {
