@@ -243,14 +243,13 @@ impl<R: Read> Reader<R> {
         let mut global = Extended::default();
         self.read_pax(size, &mut global)?;
         // What is one entry's own cannot be a default.
-        let own = |global: Extended| Extended {
+        self.global = Extended {
             path: None,
             link: None,
             size: None,
             sparse: PaxSparse::default(),
             ..global
         };
-        self.global = own(global);
         *extended = self.global.clone();
         Ok(())
     }
