@@ -157,7 +157,7 @@ mod tests {
         #[test]
         fn what_is_written_is_read_back(
             kind in kind(),
-            path in prop::collection::vec(prop_oneof![b'a'..b'z', 128u8..], 1..300),
+            path in prop::collection::vec(prop_oneof![b'a'..=b'z', 128u8..], 1..300),
             (mode, uid, gid) in (0u16..0o10000, any::<u32>(), any::<u32>()),
             mtime in (any::<i32>().prop_map(i64::from), 0u32..1_000_000_000),
             xattrs in prop::collection::btree_map("[a-z.]{1,20}", any::<Vec<u8>>(), 0..3),
