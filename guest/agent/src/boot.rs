@@ -27,10 +27,19 @@ const MODULES: &str = "/sm/modules.list";
 
 const CGROUPS: &str = "/sys/fs/cgroup";
 
-/// Runs the agent as PID 1. Ends in power-off; a failure panics, and the kernel
+/// What a person who starts the agent by hand reads.
+const NOT_INIT: &[u8] =
+    b"sm-guest-agent: this is the init of a guest, and not of any use elsewhere\n";
+
+/// Runs the agent as PID 1; refuses to be anything else. Ends in power-off; a failure panics, and the kernel
 /// with it, so that the host sees a reason on the console instead of a guest
 /// that does nothing.
 pub fn run() -> ! {
+    // Everything below changes the machine, and ends in turning it off.
+    if std::process::id() != 1 {
+        let _ = rustix::io::write(rustix::stdio::stderr(), NOT_INIT);
+        std::process::exit(1);
+    }
     let init_us = uptime_us();
     std::panic::set_hook(Box::new(|info| {
         log::line(0, &format!("agent panic: {info}"))
