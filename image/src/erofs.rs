@@ -6,12 +6,13 @@
 //! owners), plain data or, for directories and symbolic links, data whose last
 //! part follows the inode in the same block.
 
+mod superblock;
+
 use crate::Error;
 use crate::layer::{BLOCK_SIZE, Meta};
 use crate::tree::{Node, NodeId, NodeKind, ROOT, Tree};
 
 const BLOCK: usize = 4096;
-const MAGIC: u32 = 0xe0f5_e1e2;
 const SUPER_OFFSET: usize = 1024;
 const SUPER_LEN: usize = 128;
 /// Inode numbers (nids) count in these.
@@ -107,7 +108,7 @@ pub(crate) fn build(tree: &Tree, blob_lens: &[u64]) -> Result<Vec<u8>, Error> {
         write_inode(&mut image, tree, inode, number, &nids, &bases)?;
     }
     let root = inodes.first().map_or(0, |root| root.at / SLOT);
-    write_super(&mut image, root, inodes.len(), total);
+    superblock::write(&mut image, root, inodes.len(), total);
     Ok(image)
 }
 
@@ -349,22 +350,6 @@ fn encode_xattrs(meta: &Meta) -> Result<Vec<u8>, Error> {
         bytes.clear();
     }
     Ok(bytes)
-}
-
-fn write_super(image: &mut [u8], root: usize, inodes: usize, blocks: u32) {
-    let mut writer = Writer::at(image, SUPER_OFFSET);
-    writer.u32(MAGIC);
-    writer.u32(0); // checksum, not used
-    writer.u32(0); // compatible features
-    writer.bytes(&[12, 0]); // block size as a power of two; extension slots
-    // The root comes first, so its number is small.
-    writer.u16(u16::try_from(root).unwrap_or(0));
-    writer.u64(u64::try_from(inodes).unwrap_or(u64::MAX));
-    writer.u64(0); // build time: the same image has the same bytes
-    writer.u32(0);
-    writer.u32(blocks);
-    // Block addresses of inodes and shared attributes, UUID, volume name,
-    // incompatible features and all that they would need: zero.
 }
 
 /// Appends little-endian numbers at a position.

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! lock                    shared by whoever adds, exclusive for whoever removes
+//! locks/                  one for each thing that is being made
 //! tmp/                    what is being made
 //! layers/<diff_id>/       blob, index
 //! disks/<image digest>/   meta.erofs, image.json
@@ -9,17 +10,22 @@
 //! ```
 //!
 //! Invariant: what has its final name is complete and on disk. It is made under
-//! `tmp`, synced, and renamed; when two processes make the same thing, the
-//! first one's stays.
+//! `tmp`, synced, and renamed. Two processes never make the same thing: the
+//! second one waits and finds it made.
+//!
+//! Disks in use are not removed: whoever uses one holds a shared `flock` on its
+//! `meta.erofs` ([`DiskSegment::open`]).
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use oci_spec::image::ImageConfiguration;
 use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::Error;
@@ -32,7 +38,7 @@ use crate::source::{self, Source, SourceImage, SourceLayer};
 use crate::tree::Tree;
 
 /// Version of everything the store writes; other versions are made again.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 /// A part of a disk: bytes of one file, in disk order.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,7 +51,22 @@ pub struct DiskSegment {
     pub len: u64,
 }
 
-/// An image in the store.
+impl DiskSegment {
+    /// Opens the file for reading. The store removes neither it nor any other
+    /// part of its disk while the first segment is open in this way, in any
+    /// process.
+    ///
+    /// # Errors
+    /// The file cannot be opened or locked.
+    pub fn open(&self) -> Result<File, Error> {
+        let file = File::open(&self.path).map_err(Error::file("open", &self.path))?;
+        rustix::io::retry_on_intr(|| flock(&file, FlockOperation::LockShared))
+            .map_err(|errno| Error::file("lock", &self.path)(errno.into()))?;
+        Ok(file)
+    }
+}
+
+/// An image in the store. It is not removed from there while this lives.
 #[derive(Clone, Debug)]
 pub struct StoredImage {
     /// Digest of its manifest (of its configuration, for a Docker archive).
@@ -54,6 +75,8 @@ pub struct StoredImage {
     pub config: ImageConfiguration,
     /// Its root disk: an EROFS file system over these, one after another.
     pub segments: Vec<DiskSegment>,
+    /// Keeps the disk in the store.
+    _in_use: Arc<File>,
 }
 
 /// A name in the store.
@@ -109,7 +132,7 @@ impl Store {
     /// # Errors
     /// Its directories cannot be made.
     pub fn open(root: &Path) -> Result<Self, Error> {
-        for name in ["tmp", "layers", "disks", "refs"] {
+        for name in ["locks", "tmp", "layers", "disks", "refs"] {
             let path = root.join(name);
             fs::DirBuilder::new()
                 .recursive(true)
@@ -141,6 +164,7 @@ impl Store {
         progress: &mut dyn FnMut(Progress<'_>),
     ) -> Result<StoredImage, Error> {
         let Some(source) = source::open(reference)? else {
+            let _in_use = self.lock(FlockOperation::LockShared)?;
             let named = self.find(&reference.to_string())?;
             return self.load(named.digest)?.ok_or_else(|| Error::Unknown {
                 reference: reference.to_string(),
@@ -151,7 +175,13 @@ impl Store {
         let _in_use = self.lock(FlockOperation::LockShared)?;
         let stored = match self.load(image.digest)? {
             Some(stored) => stored,
-            None => self.convert(&*source, &image, progress)?,
+            None => {
+                let _making = self.making("disk", image.digest)?;
+                match self.load(image.digest)? {
+                    Some(stored) => stored,
+                    None => self.convert(&*source, &image, progress)?,
+                }
+            }
         };
         self.name(reference, &stored)?;
         Ok(stored)
@@ -228,7 +258,8 @@ impl Store {
         let mut layers = Vec::new();
         for path in entries(&self.root.join("disks"))? {
             let name = path.file_name().and_then(|name| name.to_str());
-            if name.is_some_and(|name| wanted.iter().any(|wanted| wanted == name)) {
+            let named = name.is_some_and(|name| wanted.iter().any(|wanted| wanted == name));
+            if named || in_use(&path) {
                 if let Some(record) = read_json::<DiskRecord>(&path.join("image.json"))? {
                     layers.extend(record.layers.iter().map(|layer| layer.diff_id.hex()));
                 }
@@ -242,7 +273,26 @@ impl Store {
                 self.discard(&path)?;
             }
         }
+        // Nobody makes anything while the store is locked.
+        for path in entries(&self.root.join("locks"))? {
+            fs::remove_file(&path).map_err(Error::file("remove", &path))?;
+        }
         self.clear_tmp()
+    }
+
+    /// Waits for whoever else makes the same thing, and keeps others waiting.
+    /// The caller holds the store's lock.
+    fn making(&self, what: &str, digest: Digest) -> Result<File, Error> {
+        let path = self.root.join("locks").join(format!("{what}-{}", digest.hex()));
+        let file = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .mode(0o600)
+            .open(&path)
+            .map_err(Error::file("open", &path))?;
+        rustix::io::retry_on_intr(|| flock(&file, FlockOperation::LockExclusive))
+            .map_err(|errno| Error::file("lock", &path)(errno.into()))?;
+        Ok(file)
     }
 
     /// Removes something that has its final name, without it ever being there
@@ -322,10 +372,14 @@ impl Store {
             return Ok(None);
         }
         segments.retain(|segment| segment.len > 0);
+        let Some(in_use) = segments.first().map(DiskSegment::open).transpose()? else {
+            return Ok(None);
+        };
         Ok(Some(StoredImage {
             digest,
             config: record.config,
             segments,
+            _in_use: Arc::new(in_use),
         }))
     }
 
@@ -382,6 +436,10 @@ impl Store {
         if let Some(index) = read_index(&path) {
             return Ok(index);
         }
+        let _making = self.making("layer", layer.diff_id)?;
+        if let Some(index) = read_index(&path) {
+            return Ok(index);
+        }
         let made = self.temporary()?;
         let blob_path = made.path().join("blob");
         let blob = create(&blob_path)?;
@@ -421,7 +479,8 @@ impl Store {
                 None => Ok(()),
             }
         };
-        // Renaming over a directory works only if that one is empty.
+        // Only what is not whole is made again. Renaming over a directory works
+        // only if that one is empty.
         if path.exists() {
             self.discard(path)?;
         }
@@ -431,8 +490,6 @@ impl Store {
                 let _ = made.keep();
                 Ok(())
             }
-            // Another process was faster; its work is as good.
-            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(()),
             Err(error) => Err(Error::file("publish", path)(error)),
         }
     }
@@ -482,6 +539,13 @@ fn entries(directory: &Path) -> Result<Vec<PathBuf>, Error> {
     fs::read_dir(directory)
         .and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect())
         .map_err(Error::file("list", directory))
+}
+
+/// Somebody has the disk open by [`DiskSegment::open`].
+fn in_use(disk: &Path) -> bool {
+    File::open(disk.join("meta.erofs")).is_ok_and(|file| {
+        flock(&file, FlockOperation::NonBlockingLockExclusive) == Err(Errno::WOULDBLOCK)
+    })
 }
 
 fn create(path: &Path) -> Result<File, Error> {

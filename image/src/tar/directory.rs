@@ -60,8 +60,12 @@ impl DirectoryTar {
                 return Ok(true);
             }
         }
+        if self.ended {
+            return Ok(false);
+        }
+        self.ended = true;
         self.head = Cursor::new(END.to_vec());
-        Ok(!std::mem::replace(&mut self.ended, true))
+        Ok(true)
     }
 
     fn entry(&mut self, relative: &Path, path: &Path) -> io::Result<bool> {
@@ -227,6 +231,7 @@ mod tests {
         DirectoryTar::new(root.path())
             .read_to_end(&mut bytes)
             .unwrap();
+        assert_eq!(bytes.len() % 512, 0);
         let mut reader = Reader::new(bytes.as_slice());
         let mut seen = Vec::new();
         while let Some(header) = reader.next_entry().unwrap() {

@@ -1,0 +1,160 @@
+//! The content store: sharing, removing, several processes, and sudden ends.
+
+mod support;
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::Barrier;
+use std::thread;
+
+use sm_image::{Reference, Store};
+use support::{file, image, tar};
+
+fn reference(layout: &Path) -> Reference {
+    Reference::parse(&format!("oci:{}", layout.display())).unwrap()
+}
+
+fn count(store: &Path, part: &str) -> usize {
+    fs::read_dir(store.join(part)).unwrap().count()
+}
+
+#[test]
+fn layers_are_stored_once_and_go_with_their_last_image() {
+    let work = tempfile::tempdir().unwrap();
+    let at = |name: &str| work.path().join(name);
+    let shared = tar(&[file("shared", vec![1; 10_000])]);
+    image(&at("one"), &[shared.clone(), tar(&[file("a", b"a")])]);
+    image(&at("two"), &[shared, tar(&[file("b", b"b")])]);
+    let root = at("store");
+    let store = Store::open(&root).unwrap();
+    let one = store.open_image(&reference(&at("one")), &mut |_| {}).unwrap();
+    let mut reported = 0;
+    let two = store
+        .open_image(&reference(&at("two")), &mut |_| reported += 1)
+        .unwrap();
+    assert!(reported > 0);
+    assert_eq!(count(&root, "layers"), 3);
+    assert_eq!(one.segments[1], two.segments[1]);
+    assert_eq!(store.list().unwrap().len(), 2);
+
+    // Nothing is converted the second time.
+    store
+        .open_image(&reference(&at("one")), &mut |_| panic!("no work is done"))
+        .unwrap();
+
+    let (one_id, two_id) = (one.digest.to_string(), two.digest.to_string());
+    drop(one);
+    store.remove(&one_id[..20]).unwrap();
+    assert_eq!((count(&root, "layers"), count(&root, "disks")), (2, 1));
+    assert!(store.remove(&one_id).is_err());
+
+    // In use: the name goes, the disk stays until it is not used any more.
+    store.remove(&two_id).unwrap();
+    assert!(store.list().unwrap().is_empty());
+    assert_eq!((count(&root, "layers"), count(&root, "disks")), (2, 1));
+    assert!(two.segments.iter().all(|segment| segment.path.exists()));
+    drop(two);
+    let again = store.open_image(&reference(&at("one")), &mut |_| {}).unwrap();
+    drop(again);
+    store.remove(&one_id).unwrap();
+    assert_eq!((count(&root, "layers"), count(&root, "disks")), (0, 0));
+}
+
+#[test]
+fn what_is_damaged_in_the_store_is_made_again() {
+    let work = tempfile::tempdir().unwrap();
+    let layout = work.path().join("layout");
+    image(&layout, &[tar(&[file("x", vec![1; 10_000])])]);
+    let store = Store::open(&work.path().join("store")).unwrap();
+    let image = store.open_image(&reference(&layout), &mut |_| {}).unwrap();
+    let blob = image.segments[1].clone();
+    let before = fs::read(&blob.path).unwrap();
+    fs::OpenOptions::new()
+        .write(true)
+        .open(&blob.path)
+        .unwrap()
+        .set_len(5)
+        .unwrap();
+    store.open_image(&reference(&layout), &mut |_| {}).unwrap();
+    assert!(fs::read(&blob.path).unwrap() == before);
+}
+
+#[test]
+fn many_at_once_make_one() {
+    let work = tempfile::tempdir().unwrap();
+    let layout = work.path().join("layout");
+    let layers: Vec<_> = (0..3u8)
+        .map(|n| tar(&[file(format!("{n}"), vec![n; 500_000])]))
+        .collect();
+    image(&layout, &layers);
+    let root = work.path().join("store");
+    let barrier = Barrier::new(6);
+    thread::scope(|scope| {
+        for _ in 0..6 {
+            scope.spawn(|| {
+                let store = Store::open(&root).unwrap();
+                barrier.wait();
+                let image = store.open_image(&reference(&layout), &mut |_| {}).unwrap();
+                for segment in &image.segments {
+                    assert_eq!(segment.open().unwrap().metadata().unwrap().len(), segment.len);
+                }
+            });
+        }
+    });
+    assert_eq!(Store::open(&root).unwrap().list().unwrap().len(), 1);
+    assert_eq!((count(&root, "layers"), count(&root, "disks")), (3, 1));
+    assert_eq!(count(&root, "tmp"), 0);
+}
+
+/// Kills a process that converts, at many points; the next one finds a store in
+/// which nothing is by half, and finishes.
+#[test]
+fn a_kill_leaves_nothing_half_made() {
+    const VARIABLE: &str = "SM_IMAGE_TEST_KILL";
+    if let Some(work) = std::env::var_os(VARIABLE) {
+        // The process that is killed: its own work kills it.
+        let work = Path::new(&work);
+        let store = Store::open(&work.join("store")).unwrap();
+        let mut left: u32 = std::env::var("SM_IMAGE_TEST_STEPS").unwrap().parse().unwrap();
+        store
+            .open_image(&reference(&work.join("layout")), &mut |_| {
+                if left == 0 {
+                    let own = rustix::process::getpid();
+                    rustix::process::kill_process(own, rustix::process::Signal::KILL).unwrap();
+                }
+                left -= 1;
+            })
+            .unwrap();
+        return;
+    }
+    let work = tempfile::tempdir().unwrap();
+    let layers: Vec<_> = (0..4u8)
+        .map(|n| tar(&[file(format!("{n}"), vec![n; 1_000_000])]))
+        .collect();
+    image(&work.path().join("layout"), &layers);
+    let root = work.path().join("store");
+    let mut killed = 0;
+    for steps in 0..12 {
+        let status = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "a_kill_leaves_nothing_half_made"])
+            .env(VARIABLE, work.path())
+            .env("SM_IMAGE_TEST_STEPS", steps.to_string())
+            .stdout(Stdio::null())
+            .status()
+            .unwrap();
+        if status.success() {
+            break;
+        }
+        killed += 1;
+        assert!(Store::open(&root).unwrap().list().unwrap().is_empty());
+        assert_eq!(count(&root, "disks"), 0);
+    }
+    assert!(killed >= 4, "each of the layers had its turn: {killed}");
+    let store = Store::open(&root).unwrap();
+    let image = store
+        .open_image(&reference(&work.path().join("layout")), &mut |_| {})
+        .unwrap();
+    assert_eq!(image.segments.len(), 5);
+    assert_eq!(count(&root, "tmp"), 0);
+}
