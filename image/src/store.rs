@@ -283,7 +283,10 @@ impl Store {
     /// Waits for whoever else makes the same thing, and keeps others waiting.
     /// The caller holds the store's lock.
     fn making(&self, what: &str, digest: Digest) -> Result<File, Error> {
-        let path = self.root.join("locks").join(format!("{what}-{}", digest.hex()));
+        let path = self
+            .root
+            .join("locks")
+            .join(format!("{what}-{}", digest.hex()));
         let file = OpenOptions::new()
             .create(true)
             .append(true)

@@ -6,6 +6,8 @@
 //! installs the tools). Fails where one is missing, unless `SM_IMAGE_NO_MOUNT=1`
 //! says that this is known.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
+
 mod support;
 
 use std::collections::BTreeMap;
@@ -96,7 +98,9 @@ fn tree(root: &Path) -> BTreeMap<PathBuf, Seen> {
                 links: if is_dir { 0 } else { meta.nlink() },
                 device: if is_special { meta.rdev() } else { 0 },
                 same_as: same_as.clone(),
-                contents: meta.is_file().then(|| Digest::of(&fs::read(&path).unwrap())),
+                contents: meta
+                    .is_file()
+                    .then(|| Digest::of(&fs::read(&path).unwrap())),
                 target: fs::read_link(&path).ok(),
                 xattrs: xattrs(&path),
             },
@@ -144,20 +148,29 @@ fn compare(layout: &Path, tag: &str) {
         return;
     }
     let root = rustix::process::geteuid().is_root();
-    assert!(root, "mounting needs root; SM_IMAGE_NO_MOUNT=1 leaves it out");
+    assert!(
+        root,
+        "mounting needs root; SM_IMAGE_NO_MOUNT=1 leaves it out"
+    );
     let work = tempfile::tempdir().unwrap();
     let layout = layout.to_str().unwrap();
     let disk = disk(&format!("oci:{layout}:{tag}"), work.path());
     run("fsck.erofs", &[disk.to_str().unwrap()]);
     let bundle = work.path().join("bundle");
     let image = format!("{layout}:{tag}");
-    run("umoci", &["unpack", "--image", &image, bundle.to_str().unwrap()]);
+    run(
+        "umoci",
+        &["unpack", "--image", &image, bundle.to_str().unwrap()],
+    );
     let mount = Mount::new(&disk, work.path().join("mnt"));
     let (ours, theirs) = (tree(&mount.0), tree(&bundle.join("rootfs")));
     for (path, theirs) in &theirs {
         assert_eq!(ours.get(path), Some(theirs), "{path:?}");
     }
-    let more: Vec<_> = ours.keys().filter(|path| !theirs.contains_key(*path)).collect();
+    let more: Vec<_> = ours
+        .keys()
+        .filter(|path| !theirs.contains_key(*path))
+        .collect();
     assert!(more.is_empty(), "only on our disk: {more:?}");
 }
 
@@ -170,11 +183,18 @@ fn kinds_and_metadata() -> Vec<Entry> {
         file("block-1", vec![1; 4095]).mode(0o2755),
         file("block", vec![2; 4096]).owner(100_000, 70_000),
         file("block+1", vec![3; 4097]).mode(0),
-        file("large", (0..300_000u32).flat_map(u32::to_le_bytes).collect::<Vec<_>>()),
+        file(
+            "large",
+            (0..300_000u32)
+                .flat_map(u32::to_le_bytes)
+                .collect::<Vec<_>>(),
+        ),
         file("zeros", vec![0; 3 << 20]),
         file("fraction", b"x").pax("mtime", "1600000000.123456789"),
         file("before-1970", b"x").pax("mtime", "-1000.25"),
-        file("big-owner", b"x").pax("uid", "4000000000").pax("gid", "3000000000"),
+        file("big-owner", b"x")
+            .pax("uid", "4000000000")
+            .pax("gid", "3000000000"),
         symlink("absolute", "/etc/passwd"),
         symlink("up", "../../../outside"),
         symlink("long-link", "t/".repeat(1000)),
@@ -294,7 +314,10 @@ fn sparse_files_survive() {
             .args(["-cf", "-", "."])
             .output()
             .unwrap();
-        assert!(tar.status.success() && tar.stdout.len() < 1 << 20, "{format:?}");
+        assert!(
+            tar.status.success() && tar.stdout.len() < 1 << 20,
+            "{format:?}"
+        );
         let layout = work.path().join(format.join(""));
         image(&layout, &[tar.stdout]);
         let here = tempfile::tempdir().unwrap();

@@ -2,6 +2,8 @@
 //! names the layer and the entry, and leaves nothing, or has the one safe meaning
 //! that other runtimes give it.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
+
 mod support;
 
 use std::fs;
@@ -33,7 +35,10 @@ fn open_with(layout: &Path, limits: Limits) -> Result<(), Error> {
     let around: Vec<_> = fs::read_dir(work.path()).unwrap().collect();
     assert_eq!(around.len(), 1, "something was written outside the store");
     if result.is_err() {
-        assert!(store.list().unwrap().is_empty(), "an image is listed by half");
+        assert!(
+            store.list().unwrap().is_empty(),
+            "an image is listed by half"
+        );
         let left = left_in(&root);
         // A layer that was whole may stay, for the next attempt.
         assert!(
@@ -54,7 +59,10 @@ fn open_layers(layers: &[Vec<u8>]) -> Result<(), Error> {
 fn refused(layers: &[Vec<u8>], named: &str, reason: &str) {
     let error = open_layers(layers).expect_err("it is refused");
     let text = error.to_string();
-    assert!(matches!(error, Error::Entry { .. } | Error::Layer { .. }), "{text}");
+    assert!(
+        matches!(error, Error::Entry { .. } | Error::Layer { .. }),
+        "{text}"
+    );
     assert!(text.contains("layer sha256:"), "{text}");
     assert!(text.contains(named), "{text}");
     assert!(text.contains(reason), "{text}");
@@ -82,9 +90,17 @@ fn hard_links_that_leave() {
         refused(&[tar(&[hardlink("inside", target)])], "inside", "\"..\"");
     }
     // Without "..", a target is inside by construction: it is not there.
-    refused(&[tar(&[hardlink("h", "/etc/passwd")])], "h", "does not exist");
+    refused(
+        &[tar(&[hardlink("h", "/etc/passwd")])],
+        "h",
+        "does not exist",
+    );
     refused(&[tar(&[dir("d"), hardlink("h", "d")])], "h", "directory");
-    refused(&[tar(&[hardlink("self", "self")])], "self", "does not exist");
+    refused(
+        &[tar(&[hardlink("self", "self")])],
+        "self",
+        "does not exist",
+    );
 }
 
 #[test]
@@ -103,7 +119,11 @@ fn links_cannot_lead_out() {
     ]);
     let circle = [symlink("a", "b"), symlink("b", "a"), file("a/x", b"x")];
     refused(&[tar(&circle)], "a/x", "too many symbolic links");
-    refused(&[tar(&[symlink("nothing", "")])], "nothing", "link to nothing");
+    refused(
+        &[tar(&[symlink("nothing", "")])],
+        "nothing",
+        "link to nothing",
+    );
 }
 
 #[test]
@@ -114,7 +134,11 @@ fn whiteouts_that_are_wrong() {
     // Of a parent, of nothing, of what the same layer adds: no harm.
     accepted(&[
         tar(&[dir("d"), file("d/x", b"x")]),
-        tar(&[whiteout(".wh.d"), file("d/new", b"x"), whiteout("no/.wh.thing")]),
+        tar(&[
+            whiteout(".wh.d"),
+            file("d/new", b"x"),
+            whiteout("no/.wh.thing"),
+        ]),
     ]);
     accepted(&[tar(&[whiteout(".wh..wh..opq"), file("x", b"x")])]);
 }
@@ -142,7 +166,11 @@ fn structures_that_are_impossible() {
         "f/under",
         "not a directory",
     );
-    refused(&[tar(&[file("./", b"x"), symlink(".", "x")])], "\".\"", "root");
+    refused(
+        &[tar(&[file("./", b"x"), symlink(".", "x")])],
+        "\".\"",
+        "root",
+    );
     refused(&[tar(&[entry("odd", b'Z')])], "odd", "not known");
     let many = (0..3000).map(|n| (format!("user.{n}"), vec![b'x'; 100]));
     let many = many.fold(file("x", b""), |entry, (name, value)| {
@@ -188,7 +216,11 @@ fn sizes_that_lie() {
 
 #[test]
 fn streams_that_are_no_archives() {
-    refused(&[b"this is not a tar archive, not at all".repeat(100)], "", "not a tar");
+    refused(
+        &[b"this is not a tar archive, not at all".repeat(100)],
+        "",
+        "not a tar",
+    );
     let mut header = tar(&[file("x", b"data")]);
     header[2] ^= 1;
     refused(&[header], "", "checksum");
@@ -246,7 +278,12 @@ impl Layout {
     }
 
     fn blob(&self, digest: &Value) -> std::path::PathBuf {
-        let hex = digest.as_str().unwrap().strip_prefix("sha256:").unwrap().to_owned();
+        let hex = digest
+            .as_str()
+            .unwrap()
+            .strip_prefix("sha256:")
+            .unwrap()
+            .to_owned();
         self.0.path().join("blobs/sha256").join(hex)
     }
 
@@ -266,7 +303,11 @@ impl Layout {
     fn set_manifest(&self, manifest: &Value) {
         let bytes = serde_json::to_vec(manifest).unwrap();
         let digest = Digest::of(&bytes);
-        fs::write(self.0.path().join("blobs/sha256").join(digest.hex()), &bytes).unwrap();
+        fs::write(
+            self.0.path().join("blobs/sha256").join(digest.hex()),
+            &bytes,
+        )
+        .unwrap();
         let mut index = self.index();
         index["manifests"][0]["digest"] = json!(digest.to_string());
         index["manifests"][0]["size"] = json!(bytes.len());
@@ -275,7 +316,9 @@ impl Layout {
 
     #[track_caller]
     fn refused(&self, reason: &str) {
-        let text = open_with(self.0.path(), Limits::default()).unwrap_err().to_string();
+        let text = open_with(self.0.path(), Limits::default())
+            .unwrap_err()
+            .to_string();
         assert!(text.contains(reason), "{text}");
     }
 }

@@ -1,5 +1,7 @@
 //! The content store: sharing, removing, several processes, and sudden ends.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
+
 mod support;
 
 use std::fs;
@@ -28,7 +30,9 @@ fn layers_are_stored_once_and_go_with_their_last_image() {
     image(&at("two"), &[shared, tar(&[file("b", b"b")])]);
     let root = at("store");
     let store = Store::open(&root).unwrap();
-    let one = store.open_image(&reference(&at("one")), &mut |_| {}).unwrap();
+    let one = store
+        .open_image(&reference(&at("one")), &mut |_| {})
+        .unwrap();
     let mut reported = 0;
     let two = store
         .open_image(&reference(&at("two")), &mut |_| reported += 1)
@@ -55,7 +59,9 @@ fn layers_are_stored_once_and_go_with_their_last_image() {
     assert_eq!((count(&root, "layers"), count(&root, "disks")), (2, 1));
     assert!(two.segments.iter().all(|segment| segment.path.exists()));
     drop(two);
-    let again = store.open_image(&reference(&at("one")), &mut |_| {}).unwrap();
+    let again = store
+        .open_image(&reference(&at("one")), &mut |_| {})
+        .unwrap();
     drop(again);
     store.remove(&one_id).unwrap();
     assert_eq!((count(&root, "layers"), count(&root, "disks")), (0, 0));
@@ -97,7 +103,10 @@ fn many_at_once_make_one() {
                 barrier.wait();
                 let image = store.open_image(&reference(&layout), &mut |_| {}).unwrap();
                 for segment in &image.segments {
-                    assert_eq!(segment.open().unwrap().metadata().unwrap().len(), segment.len);
+                    assert_eq!(
+                        segment.open().unwrap().metadata().unwrap().len(),
+                        segment.len
+                    );
                 }
             });
         }
@@ -116,7 +125,10 @@ fn a_kill_leaves_nothing_half_made() {
         // The process that is killed: its own work kills it.
         let work = Path::new(&work);
         let store = Store::open(&work.join("store")).unwrap();
-        let mut left: u32 = std::env::var("SM_IMAGE_TEST_STEPS").unwrap().parse().unwrap();
+        let mut left: u32 = std::env::var("SM_IMAGE_TEST_STEPS")
+            .unwrap()
+            .parse()
+            .unwrap();
         store
             .open_image(&reference(&work.join("layout")), &mut |_| {
                 if left == 0 {

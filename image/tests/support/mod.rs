@@ -105,12 +105,18 @@ impl Entry {
             for (key, value) in &pax {
                 let rest = key.len() + value.len() + 3;
                 let len = (1..8).map(|digits| rest + digits);
-                let len = len.into_iter().find(|len| len.to_string().len() + rest == *len);
+                let len = len
+                    .into_iter()
+                    .find(|len| len.to_string().len() + rest == *len);
                 records.extend_from_slice(format!("{} {key}=", len.unwrap()).as_bytes());
                 records.extend_from_slice(value);
                 records.push(b'\n');
             }
-            raw(tar, &entry("pax", b'x').size(records.len() as u64), &records);
+            raw(
+                tar,
+                &entry("pax", b'x').size(records.len() as u64),
+                &records,
+            );
         }
         raw(tar, self, &self.data);
     }
