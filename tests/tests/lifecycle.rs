@@ -52,7 +52,9 @@ fn commands_run_next_to_the_workload() {
 #[test]
 fn logs_are_kept_and_followed_to_the_end() {
     let home = Home::shared();
+    // Booted: a restored guest has nothing to say on its console.
     let vm = home.detached(&[
+        "--cold",
         &image("busybox"),
         "sh",
         "-c",
