@@ -553,7 +553,12 @@ impl VirtioDevice for Vsock {
         self.muxer.clear(registry);
     }
 
-    fn quiesce(&mut self, _registry: &mut Registry<'_>) {}
+    fn quiesce(&mut self, registry: &mut Registry<'_>) {
+        // Level-triggered: it would keep the loop busy until the device goes on.
+        if let Some(registration) = self.mailbox_registration.take() {
+            registry.remove(registration, &self.mailbox.wake);
+        }
+    }
 
     fn queues(&self) -> &[Queue] {
         &self.queues
