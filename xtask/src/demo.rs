@@ -60,7 +60,7 @@ pub(crate) fn run(apt: &Apt) -> Result<u8> {
                 environment,
                 ..Job::default()
             };
-            i32::from(lab::run(apt, &job)?)
+            i32::from(lab::outlive_crashes(|| lab::run(apt, &job))?)
         }
     };
     cmd::step(format_args!(

@@ -17,7 +17,7 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use tempfile::TempDir;
 
 use crate::apt::Apt;
@@ -56,6 +56,8 @@ const SESSION: &str = include_str!("lab-session.sh");
 /// Status of a command that ran out of time, as coreutils' `timeout` has it.
 const TIMED_OUT: u8 = 124;
 const INTERRUPTED: u8 = 130;
+/// Machines that may crash under one job.
+const ATTEMPTS: u32 = 4;
 
 /// A command to run in the lab.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,6 +67,8 @@ pub(crate) struct Job {
     pub(crate) environment: Vec<(String, String)>,
     /// A directory that the command may write to, as `$SM_LAB_RESULTS`.
     pub(crate) results: Option<PathBuf>,
+    /// Pass on this process's standard input, unless it is a terminal.
+    pub(crate) input: bool,
     pub(crate) memory_mib: u32,
     pub(crate) cpus: u32,
     pub(crate) timeout: Option<Duration>,
@@ -76,6 +80,7 @@ impl Default for Job {
             command: Vec::new(),
             environment: Vec::new(),
             results: None,
+            input: false,
             memory_mib: 4096,
             cpus: 2,
             timeout: None,
@@ -83,7 +88,14 @@ impl Default for Job {
     }
 }
 
+/// The machine ended before its command did: its kernel crashed, or QEMU did.
+#[derive(Debug, thiserror::Error)]
+#[error("the lab died before the command ended; above is the end of its console")]
+pub(crate) struct Died;
+
 /// Runs a job and returns its exit status.
+///
+/// An error that is [`Died`] says nothing about the command.
 pub(crate) fn run(apt: &Apt, job: &Job) -> Result<u8> {
     let (kernel, initramfs) = prepare(apt)?;
     let control = tempfile::tempdir().context("cannot make a temporary directory")?;
@@ -123,7 +135,7 @@ pub(crate) fn run(apt: &Apt, job: &Job) -> Result<u8> {
             read_only: false,
         },
     ];
-    let ended = attend(&machine, &shares, &token, job.timeout)?;
+    let ended = attend(&machine, &shares, &token, job)?;
     let status = fs::read_to_string(shared.join("status")).ok();
     let status = status.and_then(|text| text.trim().parse::<u8>().ok());
     match (ended, status) {
@@ -136,9 +148,27 @@ pub(crate) fn run(apt: &Apt, job: &Job) -> Result<u8> {
         (Ended::Complete, Some(status)) => Ok(status),
         _ => {
             show_tail(&console);
-            bail!("the lab died before the command ended; above is the end of its console")
+            Err(Died.into())
         }
     }
+}
+
+/// Runs a job of the lab again when the lab itself crashed under it, which QEMU's
+/// emulation of SVM makes its kernel do now and then. What the command says is
+/// final: a failed test is never repeated.
+pub(crate) fn outlive_crashes(mut job: impl FnMut() -> Result<u8>) -> Result<u8> {
+    for attempt in 1.. {
+        match job() {
+            Err(error) if error.is::<Died>() && attempt < ATTEMPTS => {
+                cmd::note(format_args!(
+                    "the emulated machine crashed, not the command: starting another \
+                     ({attempt} of {ATTEMPTS} used)"
+                ));
+            }
+            ended => return ended,
+        }
+    }
+    unreachable!("the last attempt returns")
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -152,12 +182,7 @@ enum Ended {
 }
 
 /// Runs the machine until both output streams have ended.
-fn attend(
-    machine: &Machine,
-    shares: &[Share<'_>],
-    token: &[u8],
-    timeout: Option<Duration>,
-) -> Result<Ended> {
+fn attend(machine: &Machine, shares: &[Share<'_>], token: &[u8], job: &Job) -> Result<Ended> {
     // Ctrl-C reaches QEMU as well, which ends; this process then cleans up.
     let interrupted = Arc::new(AtomicBool::new(false));
     signal_hook::flag::register(signal_hook::consts::SIGINT, interrupted.clone())
@@ -166,7 +191,7 @@ fn attend(
     let (input, input_port) = UnixStream::pair()?;
     let (mut output, output_port) = UnixStream::pair()?;
     let (mut errors, errors_port) = UnixStream::pair()?;
-    let deadline = timeout.map(|timeout| Instant::now() + timeout);
+    let deadline = job.timeout.map(|timeout| Instant::now() + timeout);
     let mut qemu = {
         let mut command = machine.command(shares);
         command
@@ -176,7 +201,11 @@ fn attend(
         // The command holds our copies of the ports until it is dropped.
         command.spawn().context("cannot run qemu-system-x86_64")?
     };
-    forward_input(input.try_clone()?);
+    if job.input {
+        forward_input(input.try_clone()?);
+    } else {
+        input.shutdown(Shutdown::Write)?;
+    }
 
     let (sender, receiver) = mpsc::channel();
     let (mark, send) = (token.to_owned(), sender.clone());
@@ -372,7 +401,9 @@ fn assemble(work: &TempDir) -> Result<PathBuf> {
 
 #[cfg(test)]
 mod tests {
-    use super::{is_identifier, quoted};
+    use anyhow::{Result, bail};
+
+    use super::{ATTEMPTS, Died, is_identifier, outlive_crashes, quoted};
 
     #[test]
     fn words_survive_the_shell() {
@@ -390,5 +421,37 @@ mod tests {
         assert!(is_identifier("SM_BIN_2"));
         assert!(!is_identifier("2X"));
         assert!(!is_identifier("BASH_FUNC_x%%"));
+    }
+
+    /// What becomes of a job that gives these answers, and how often it ran.
+    fn outlive(answers: &[fn() -> Result<u8>]) -> (Result<u8>, usize) {
+        let mut ran = 0;
+        let ended = outlive_crashes(|| {
+            ran += 1;
+            answers[(ran - 1).min(answers.len() - 1)]()
+        });
+        (ended, ran)
+    }
+
+    #[test]
+    fn a_crashed_lab_is_started_again() {
+        let (ended, ran) = outlive(&[|| Err(Died.into()), || Ok(0)]);
+        assert_eq!((ended.unwrap(), ran), (0, 2));
+    }
+
+    #[test]
+    fn a_lab_that_always_crashes_is_given_up() {
+        let (ended, ran) = outlive(&[|| Err(Died.into())]);
+        assert!(ended.unwrap_err().is::<Died>());
+        assert_eq!(ran, ATTEMPTS as usize);
+    }
+
+    #[test]
+    fn a_failed_test_is_final() {
+        let (ended, ran) = outlive(&[|| Ok(101), || Ok(0)]);
+        assert_eq!((ended.unwrap(), ran), (101, 1));
+        let (ended, ran) = outlive(&[|| bail!("no QEMU"), || Ok(0)]);
+        assert!(ended.is_err());
+        assert_eq!(ran, 1);
     }
 }

@@ -91,7 +91,10 @@ fn bare(mut parser: lexopt::Parser, invocation: Invocation) -> Result<Invocation
 }
 
 fn lab(mut parser: lexopt::Parser) -> Result<Job> {
-    let mut job = Job::default();
+    let mut job = Job {
+        input: true,
+        ..Job::default()
+    };
     while let Some(argument) = parser.next()? {
         match argument {
             Long("results") => job.results = Some(parser.value()?.into()),

@@ -31,7 +31,9 @@ impl Machine {
             .args(["-nodefaults", "-no-user-config", "-no-reboot"])
             .args(["-display", "none", "-rtc", "base=utc"])
             .args(["-M", "q35", "-accel", "tcg,thread=multi"])
-            .args(["-cpu", "max,+svm,+npt"])
+            // Five-level page tables have no use here and are the emulator's
+            // least travelled road.
+            .args(["-cpu", "max,+svm,+npt,la57=off"])
             .args(["-smp", &self.cpus.to_string()])
             .args(["-m", &self.memory_mib.to_string()])
             .arg("-kernel")
