@@ -4,6 +4,10 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+mod snapshot;
+
+pub(crate) use snapshot::{ForkArgs, SnapshotCommand};
+
 use crate::units::parse_size;
 
 /// What an image argument can be.
@@ -55,7 +59,9 @@ pub(crate) enum Command {
     Pull(PullArgs),
     /// Remove images from the local store
     Rmi(RmiArgs),
-    /// List, check, compare and remove snapshots
+    /// Clone a running VM, which goes on
+    Fork(ForkArgs),
+    /// Make, list, check, compare and remove snapshots
     #[command(subcommand)]
     Snapshot(SnapshotCommand),
     /// Manage guest kernels
@@ -164,7 +170,10 @@ pub(crate) struct RunArgs {
     /// output, else identity, exit status and timings to standard error at the end
     #[arg(long)]
     pub(crate) json: bool,
-    #[arg(help = IMAGE_HELP)]
+    /// Go on with the workload of a snapshot instead of starting an image
+    #[arg(long, value_name = "SNAPSHOT", conflicts_with_all = ["image", "interactive", "tty", "cold", "kernel"])]
+    pub(crate) from: Option<String>,
+    #[arg(help = IMAGE_HELP, required_unless_present = "from", default_value = "", hide_default_value = true)]
     pub(crate) image: String,
     /// Command and arguments [default: the image's]
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
@@ -348,39 +357,6 @@ pub(crate) enum KernelCommand {
     },
 }
 
-#[derive(Debug, Subcommand)]
-pub(crate) enum SnapshotCommand {
-    /// List snapshots
-    Ls(ListArgs),
-    /// Show the manifest of a snapshot
-    Inspect {
-        /// Name of the snapshot
-        name: String,
-    },
-    /// Check every byte of snapshots, and of those they build on
-    Verify {
-        /// Names of snapshots
-        #[arg(required = true)]
-        names: Vec<String>,
-    },
-    /// Count the memory pages in which two snapshots differ (status 1 if any do)
-    Diff {
-        /// Name of a snapshot
-        a: String,
-        /// Name of another
-        b: String,
-        /// Print JSON
-        #[arg(long)]
-        json: bool,
-    },
-    /// Remove snapshots
-    Rm {
-        /// Names of snapshots
-        #[arg(required = true)]
-        names: Vec<String>,
-    },
-}
-
 #[derive(Debug, Args)]
 pub(crate) struct DoctorArgs {
     #[command(flatten)]
@@ -407,5 +383,17 @@ mod tests {
         assert!(run.interactive && run.tty && run.rm);
         assert_eq!(run.command, ["sh", "-c", "x", "--rm"]);
         assert_eq!(run.memory, 512 << 20);
+    }
+
+    #[test]
+    fn a_run_is_of_an_image_or_from_a_snapshot() {
+        let parse = |line: &[&str]| Cli::try_parse_from(line).map(|cli| cli.command);
+        assert!(parse(&["sm", "run"]).is_err());
+        assert!(parse(&["sm", "run", "--from", "warm", "IMG"]).is_err());
+        assert!(parse(&["sm", "run", "--from", "warm", "-it"]).is_err());
+        let Ok(Command::Run(run)) = parse(&["sm", "run", "-d", "--from", "warm"]) else {
+            panic!("run");
+        };
+        assert_eq!(run.from.as_deref(), Some("warm"));
     }
 }

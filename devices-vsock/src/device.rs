@@ -522,10 +522,12 @@ impl VirtioDevice for Vsock {
 
     fn queue_notified(&mut self, index: usize, registry: &mut Registry<'_>) {
         self.with_guest(|this, memory| {
-            if index == EVENT && this.resetting {
+            if index == EVENT {
                 this.resetting = false;
-                this.take_commands_with(registry);
             }
+            // What was asked for before the guest spoke counts: a listener that
+            // exists by now is one that the guest's request finds.
+            this.take_commands_with(registry);
             // Room for resets may have come with receive buffers.
             this.receive(memory)?;
             this.transmit(memory, registry)
@@ -565,21 +567,41 @@ impl VirtioDevice for Vsock {
     }
 
     fn save(&self) -> DevicePayload {
+        let state = (self.config.guest_cid, self.muxer.next_port);
         DevicePayload {
             kind: "vsock".to_owned(),
-            version: 1,
-            bytes: postcard::to_stdvec(&self.config.guest_cid).unwrap_or_default(),
+            version: 2,
+            bytes: postcard::to_stdvec(&state).unwrap_or_default(),
         }
     }
 
     fn restore(&mut self, payload: &DevicePayload) -> Result<(), ActivateError> {
-        payload.expect("vsock", 1)?;
-        self.config.guest_cid =
-            postcard::from_bytes(&payload.bytes).map_err(|e| ActivateError::Payload {
+        payload.expect("vsock", 2)?;
+        // Ports go on from where they were: Linux does not forget a connection
+        // that a transport reset ended before its process closes the socket, and
+        // refuses another one with the same ports until then.
+        (self.config.guest_cid, self.muxer.next_port) = postcard::from_bytes(&payload.bytes)
+            .map_err(|e| ActivateError::Payload {
                 kind: "vsock".to_owned(),
                 reason: e.to_string(),
             })?;
         self.restored = true;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_restored_device_takes_no_port_that_the_guest_may_remember() {
+        let (saved, _handle) = Vsock::new(VsockConfig::default()).unwrap();
+        let mut saved = saved.lock().unwrap();
+        let used: Vec<u32> = (0..3).map(|_| saved.muxer.free_port(1024)).collect();
+        let (restored, _handle) = Vsock::new(VsockConfig::default()).unwrap();
+        let mut restored = restored.lock().unwrap();
+        restored.restore(&saved.save()).unwrap();
+        assert!(!used.contains(&restored.muxer.free_port(1024)));
     }
 }

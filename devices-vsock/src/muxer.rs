@@ -28,7 +28,8 @@ pub(crate) struct Muxer {
     /// Resets for packets without a connection.
     pub(crate) resets: VecDeque<Key>,
     listeners: HashMap<u32, Acceptor>,
-    next_port: u32,
+    /// Where the search for a free ephemeral port begins.
+    pub(crate) next_port: u32,
     pub(crate) limit: usize,
     pub(crate) window: u32,
     pub(crate) stats: Stats,
@@ -125,7 +126,8 @@ impl Muxer {
         }
     }
 
-    fn free_port(&mut self, guest_port: u32) -> u32 {
+    /// A host port that no connection to `guest_port` has.
+    pub(crate) fn free_port(&mut self, guest_port: u32) -> u32 {
         // Ends: there are more ports than connections.
         loop {
             let port = FIRST_EPHEMERAL | self.next_port & (FIRST_EPHEMERAL - 1);

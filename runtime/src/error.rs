@@ -27,6 +27,9 @@ pub enum Error {
     /// The image cannot be used.
     #[error(transparent)]
     Image(#[from] crate::image::ImageError),
+    /// A snapshot cannot be used or removed.
+    #[error(transparent)]
+    Snapshot(#[from] sm_snapshot::Error),
     /// An option is out of range; a sentence.
     #[error("{0}")]
     Option(String),

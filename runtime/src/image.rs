@@ -7,6 +7,7 @@ use crate::Error as RuntimeError;
 use crate::home::Home;
 use crate::launch::DiskSegment;
 use crate::run::{RunOptions, start};
+use crate::snapshots::{Snapshot, users_of_image, warm_up};
 use crate::vm::Vm;
 use crate::workload::ImageDefaults;
 
@@ -67,6 +68,21 @@ impl Image {
         start(&self.home, self, options)
     }
 
+    /// Runs the image, has `prepare` bring its workload to where clones shall
+    /// begin, and makes the snapshot `name` of it; see
+    /// [`crate::snapshots::warm_up`].
+    ///
+    /// # Errors
+    /// The VM cannot be started or captured, or `prepare` failed.
+    pub fn warm_up<T>(
+        &self,
+        options: RunOptions,
+        name: &str,
+        prepare: impl FnOnce(&mut Vm) -> Result<T, RuntimeError>,
+    ) -> Result<(Snapshot, T), RuntimeError> {
+        warm_up(&self.home, self, options, name, prepare)
+    }
+
     /// The reference it was opened by.
     #[must_use]
     pub fn reference(&self) -> &str {
@@ -116,7 +132,17 @@ pub fn list(home: &Home) -> Result<Vec<ImageSummary>, RuntimeError> {
 /// Removes an image by reference, or by (the beginning of) its digest.
 ///
 /// # Errors
-/// There is none, or the store cannot be changed.
+/// There is none, a snapshot needs it, or the store cannot be changed.
 pub fn remove(home: &Home, query: &str) -> Result<(), RuntimeError> {
+    let named = list(home)?
+        .into_iter()
+        .find(|image| image.reference == query || image.digest.to_string() == query);
+    if let Some(image) = named
+        && let Some(user) = users_of_image(home, &image.digest.to_string())?.first()
+    {
+        return Err(RuntimeError::Refused(format!(
+            "image \"{query}\" is used by snapshot \"{user}\": remove that first (sm snapshot rm {user})"
+        )));
+    }
     Ok(Store::open(&home.images())?.remove(query)?)
 }

@@ -8,7 +8,7 @@
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
-use sm_guest_proto::control::GuestStats;
+use sm_guest_proto::control::{Evidence, GuestStats};
 
 use crate::record::{ExitRecord, VmConfig};
 use crate::timings::Phase;
@@ -22,6 +22,20 @@ pub(crate) struct DiskSegment {
     pub(crate) offset: u64,
     /// Length in bytes.
     pub(crate) len: u64,
+}
+
+/// What a machine starts from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Origin {
+    /// Its kernel, and the best snapshot of it that there is.
+    Image,
+    /// Its kernel, and no snapshot; nor is one made.
+    Cold,
+    /// A snapshot of a workload, which goes on.
+    Snapshot(String),
+    /// A snapshot; the machine tells what makes it distinct, and ends.
+    Evidence(String),
 }
 
 /// The launcher's first message (a REQUEST frame), accompanied by the record's
@@ -42,8 +56,8 @@ pub(crate) struct LaunchRequest {
     pub(crate) modules: Option<PathBuf>,
     /// Words added to the kernel's command line.
     pub(crate) cmdline: String,
-    /// Boot, even where a snapshot could be restored.
-    pub(crate) cold: bool,
+    /// What the machine starts from.
+    pub(crate) origin: Origin,
     /// The root disk.
     pub(crate) root: Vec<DiskSegment>,
     /// Size limit of the writable layer in bytes; 0 for half of guest memory.
@@ -78,6 +92,8 @@ pub(crate) enum Report {
         /// Its process identifier in the guest.
         pid: u32,
     },
+    /// What makes this machine distinct.
+    Evidence(Testimony),
     /// The VM has ended; the record, if kept, is on disk. The last message.
     Ended(ExitRecord),
 }
@@ -113,6 +129,16 @@ pub(crate) enum ControlCall {
     Resume,
     /// Usage figures of the guest.
     Stats,
+    /// Make a snapshot of the workload as it runs. Answered when it is
+    /// published.
+    Snapshot {
+        /// Its name.
+        name: String,
+        /// End the VM afterwards.
+        stop: bool,
+        /// The last VM that uses it removes it.
+        ephemeral: bool,
+    },
     /// Answered when the VM has ended.
     Wait,
 }
@@ -127,10 +153,38 @@ pub(crate) enum ControlAnswer {
     Status(Status),
     /// Answer to [`ControlCall::Stats`].
     Stats(GuestStats),
+    /// Answer to [`ControlCall::Snapshot`].
+    Snapshot(SnapshotReport),
     /// Answer to [`ControlCall::Wait`].
     Ended(ExitRecord),
     /// It failed; a sentence.
     Error(String),
+}
+
+/// What a machine told of itself before any workload code ran in it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Testimony {
+    /// What makes it distinct.
+    #[serde(flatten)]
+    pub evidence: Evidence,
+    /// By how much its clock was outside the time during which it was asked, in
+    /// nanoseconds; 0 is best.
+    pub clock_error_ns: u64,
+}
+
+/// A snapshot that was made of a running VM.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotReport {
+    /// Its name.
+    pub name: String,
+    /// Pages of guest memory stored.
+    pub pages: u64,
+    /// The snapshot it builds on.
+    pub parent: Option<String>,
+    /// How long the workload was frozen, in microseconds.
+    pub frozen_us: u64,
+    /// How long the vCPUs were held, in microseconds.
+    pub paused_us: u64,
 }
 
 /// What a live VM is doing.

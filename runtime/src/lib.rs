@@ -47,7 +47,8 @@ pub mod workload;
 
 pub use error::Error;
 pub use image::Image;
-pub use launch::{Stage, Status};
+pub use launch::{SnapshotReport, Stage, Status};
 pub use run::RunOptions;
+pub use snapshots::Snapshot;
 pub use vm::{Inspection, SignalSender, StateView, Vm};
 pub use vmm::run_vmm_if_asked;

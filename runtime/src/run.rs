@@ -13,10 +13,11 @@ use std::time::Duration;
 use sm_guest_proto::frame::{self, FrameType};
 
 use crate::home::Home;
+use crate::id::VmId;
 use crate::image::Image;
-use crate::launch::LaunchRequest;
+use crate::launch::{DiskSegment, LaunchRequest, Origin, Testimony};
 use crate::output_log::unix_nanos;
-use crate::record::{Record, Records, VMM_LOG, VmConfig};
+use crate::record::{ExitRecord, Record, Records, VMM_LOG, VmConfig};
 use crate::session::{Event, Session};
 use crate::timings::Phase;
 use crate::vm::Vm;
@@ -33,22 +34,22 @@ const MEBIBYTE: u64 = 1 << 20;
 #[derive(Clone, Debug)]
 pub struct RunOptions {
     pub(crate) overrides: Overrides,
-    name: Option<String>,
-    memory: u64,
-    cpus: u32,
-    kernel: Option<PathBuf>,
-    auto_remove: bool,
-    read_only: bool,
-    attach: bool,
+    pub(crate) name: Option<String>,
+    pub(crate) memory: u64,
+    pub(crate) cpus: u32,
+    pub(crate) kernel: Option<PathBuf>,
+    pub(crate) auto_remove: bool,
+    pub(crate) read_only: bool,
+    pub(crate) attach: bool,
     terminal_size: (u16, u16),
     upper_size: u64,
     shm_size: u64,
     extra_hosts: Vec<(String, String)>,
     nameservers: Vec<String>,
-    stop_timeout: Duration,
+    pub(crate) stop_timeout: Duration,
     start_timeout: Duration,
     cmdline: String,
-    cold: bool,
+    pub(crate) cold: bool,
     phases: Vec<Phase>,
 }
 
@@ -255,7 +256,7 @@ fn mebibytes(bytes: u64) -> String {
     }
 }
 
-/// Starts a VM and returns once its workload runs.
+/// Starts a VM from an image and returns once its workload runs.
 pub(crate) fn start(home: &Home, image: &Image, options: RunOptions) -> Result<Vm, Error> {
     options.check()?;
     let memory = options.memory.next_multiple_of(MEBIBYTE);
@@ -264,25 +265,65 @@ pub(crate) fn start(home: &Home, image: &Image, options: RunOptions) -> Result<V
     crate::guest_agent::describe()?;
     Workload::merge(image.defaults(), &options.overrides, "checked")?;
 
+    let launched = launch(
+        home,
+        &options,
+        |id, name| {
+            let workload = Workload::merge(image.defaults(), &options.overrides, id.short())?;
+            Ok(VmConfig {
+                id,
+                name,
+                image: image.reference().to_owned(),
+                image_digest: image.digest().to_owned(),
+                created_ns: unix_nanos(),
+                workload,
+                memory,
+                cpus: options.cpus,
+                kernel: kernel.path.clone(),
+                auto_remove: options.auto_remove,
+                read_only: options.read_only,
+                stop_timeout_ms: millis(options.stop_timeout),
+            })
+        },
+        Source {
+            origin: if options.cold {
+                Origin::Cold
+            } else {
+                Origin::Image
+            },
+            root: image.segments().to_vec(),
+            modules: kernel.modules.clone(),
+        },
+    )?;
+    launched.until_started(options.attach)
+}
+
+/// What a machine is made from.
+pub(crate) struct Source {
+    pub(crate) origin: Origin,
+    pub(crate) root: Vec<DiskSegment>,
+    pub(crate) modules: Option<PathBuf>,
+}
+
+/// A VMM that was started and has not said much yet.
+pub(crate) struct Launched {
+    record: Record,
+    child: Child,
+    session: Session,
+    phases: Vec<Phase>,
+}
+
+/// Makes a record and starts a VMM for it. `config` completes what the options
+/// leave open, given an identifier and a name.
+pub(crate) fn launch(
+    home: &Home,
+    options: &RunOptions,
+    config: impl FnOnce(VmId, String) -> Result<VmConfig, Error>,
+    source: Source,
+) -> Result<Launched, Error> {
     let records = Records::open(home)?;
     records.sweep()?;
-    let (record, lock) = records.create(options.name.as_deref(), |id, name| {
-        let workload = Workload::merge(image.defaults(), &options.overrides, id.short())?;
-        Ok(VmConfig {
-            id,
-            name,
-            image: image.reference().to_owned(),
-            image_digest: image.digest().to_owned(),
-            created_ns: unix_nanos(),
-            workload,
-            memory,
-            cpus: options.cpus,
-            kernel: kernel.path.clone(),
-            auto_remove: options.auto_remove,
-            read_only: options.read_only,
-            stop_timeout_ms: millis(options.stop_timeout),
-        })
-    })?;
+    let (record, lock) = records.create(options.name.as_deref(), config)?;
     let mut phases = options.phases.clone();
     phases.push(Phase::now("image resolved"));
     let request = LaunchRequest {
@@ -291,10 +332,10 @@ pub(crate) fn start(home: &Home, image: &Image, options: RunOptions) -> Result<V
         run: home.run().to_owned(),
         cache: home.cache().to_owned(),
         config: record.config().clone(),
-        modules: kernel.modules.clone(),
+        modules: source.modules,
         cmdline: options.cmdline.clone(),
-        cold: options.cold,
-        root: image.segments().to_vec(),
+        origin: source.origin,
+        root: source.root,
         upper_size: options.upper_size,
         shm_size: options.shm_size,
         extra_hosts: options.extra_hosts.clone(),
@@ -305,16 +346,30 @@ pub(crate) fn start(home: &Home, image: &Image, options: RunOptions) -> Result<V
         start_timeout_ms: millis(options.start_timeout),
         phases,
     };
-    let launched = spawn(&record, &request, lock);
-    let (child, stream) = match launched {
-        Ok(launched) => launched,
+    let launched = spawn(&record, &request, lock).and_then(|(child, stream)| {
+        let session = Session::new(stream).map_err(talking)?;
+        Ok((child, session))
+    });
+    match launched {
+        Ok((child, session)) => Ok(Launched {
+            record,
+            child,
+            session,
+            phases: request.phases,
+        }),
         Err(error) => {
             // The lock was ours alone, so nothing else cleans up.
             let _ = record.erase();
-            return Err(error);
+            Err(error)
         }
-    };
-    await_start(record, child, stream, request)
+    }
+}
+
+fn talking(source: io::Error) -> Error {
+    Error::Vmm {
+        operation: "talk to the VM's process",
+        source,
+    }
 }
 
 fn millis(time: Duration) -> u64 {
@@ -367,43 +422,55 @@ fn executable() -> PathBuf {
         .map_or_else(|| Path::new("/proc/self/exe").to_owned(), PathBuf::from)
 }
 
-/// Follows the VMM's reports until the workload runs.
-fn await_start(
-    record: Record,
-    mut child: Child,
-    stream: UnixStream,
-    request: LaunchRequest,
-) -> Result<Vm, Error> {
-    let vmm_error = |source| Error::Vmm {
-        operation: "talk to the VM's process",
-        source,
-    };
-    let mut session = Session::new(stream).map_err(vmm_error)?;
-    let mut phases = request.phases;
-    let mut status = 125;
-    loop {
-        match session.next_event().map_err(vmm_error)? {
-            Some(Event::Started { .. }) => break,
-            Some(Event::Phase(phase)) => phases.push(phase),
-            Some(Event::Exit(code)) => status = code,
-            Some(Event::Ended(exit)) => {
-                return Err(Error::Start {
-                    status,
-                    message: exit.message.unwrap_or_else(|| {
-                        format!(
-                            "the workload ended with status {} before it ran",
-                            exit.status
-                        )
-                    }),
-                });
+impl Launched {
+    /// Follows the VMM's reports until the workload runs.
+    pub(crate) fn until_started(mut self, attach: bool) -> Result<Vm, Error> {
+        let mut status = 125;
+        loop {
+            match self.session.next_event().map_err(talking)? {
+                Some(Event::Started { .. }) => break,
+                Some(Event::Phase(phase)) => self.phases.push(phase),
+                Some(Event::Exit(code)) => status = code,
+                Some(Event::Ended(exit)) => return Err(not_started(status, exit)),
+                // Output comes after the start.
+                Some(
+                    Event::Stdout(_) | Event::Stderr(_) | Event::Error(_) | Event::Evidence(_),
+                ) => {}
+                None => return Err(vmm_died(&self.record, &mut self.child)),
             }
-            // Output comes after the start.
-            Some(Event::Stdout(_) | Event::Stderr(_) | Event::Error(_)) => {}
-            None => return Err(vmm_died(&record, &mut child)),
         }
+        let session = attach.then_some(self.session);
+        Ok(Vm::started(self.record, self.child, session, self.phases))
     }
-    let session = request.attach.then_some(session);
-    Ok(Vm::started(record, child, session, phases))
+
+    /// Follows the VMM's reports until it has told what makes the machine
+    /// distinct, and ended.
+    pub(crate) fn until_evidence(mut self) -> Result<Testimony, Error> {
+        let mut found = None;
+        let ended = loop {
+            match self.session.next_event().map_err(talking)? {
+                Some(Event::Evidence(told)) => found = Some(told),
+                Some(Event::Ended(exit)) => break exit,
+                Some(_) => {}
+                None => return Err(vmm_died(&self.record, &mut self.child)),
+            }
+        };
+        // The process has nothing left to do; a zombie of it would stay.
+        let _ = self.child.wait();
+        found.ok_or_else(|| not_started(125, ended))
+    }
+}
+
+fn not_started(status: u32, exit: ExitRecord) -> Error {
+    Error::Start {
+        status,
+        message: exit.message.unwrap_or_else(|| {
+            format!(
+                "the workload ended with status {} before it ran",
+                exit.status
+            )
+        }),
+    }
 }
 
 /// The VMM is gone without a word: say what can be known, and clean up.

@@ -10,7 +10,7 @@ use serde::Serialize;
 use sm_guest_proto::exec::ExecReply;
 use sm_guest_proto::frame::{self, BULK_PAYLOAD, FrameHeader, FrameType, HEADER_LEN};
 
-use crate::launch::Report;
+use crate::launch::{Report, Testimony};
 use crate::record::ExitRecord;
 use crate::timings::Phase;
 
@@ -30,6 +30,8 @@ pub enum Event<'a> {
     },
     /// A phase of the VM's start is complete.
     Phase(Phase),
+    /// What makes the machine distinct, from one that was started to tell it.
+    Evidence(Testimony),
     /// It ended, with this status; 128+n when signal n ended it.
     Exit(u32),
     /// The VM has ended. The last event of a workload's session.
@@ -112,6 +114,7 @@ fn control_event(payload: &[u8]) -> Option<Event<'static>> {
         return Some(match report {
             Report::Phase(phase) => Event::Phase(phase),
             Report::Started { pid } => Event::Started { pid },
+            Report::Evidence(evidence) => Event::Evidence(evidence),
             Report::Ended(exit) => Event::Ended(exit),
         });
     }
@@ -274,7 +277,7 @@ impl Session {
                     output.status = exit.status;
                     return Ok(output);
                 }
-                Event::Started { .. } | Event::Phase(_) => {}
+                Event::Started { .. } | Event::Phase(_) | Event::Evidence(_) => {}
             }
         }
         Err(io::Error::new(

@@ -12,7 +12,7 @@ use crate::Error;
 use crate::control::Control;
 use crate::exec::ExecBuilder;
 use crate::home::Home;
-use crate::launch::{ControlAnswer, ControlCall, Stage, Status};
+use crate::launch::{ControlAnswer, ControlCall, SnapshotReport, Stage, Status};
 use crate::logs::Logs;
 use crate::record::{ExitRecord, Record, RecordError, Records, VmConfig, VmState};
 use crate::session::Session;
@@ -291,6 +291,23 @@ impl Vm {
     pub fn stats(&self) -> Result<sm_guest_proto::control::GuestStats, Error> {
         match self.call(&ControlCall::Stats)? {
             ControlAnswer::Stats(stats) => Ok(stats),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    pub(crate) fn make_snapshot(
+        &self,
+        name: &str,
+        stop: bool,
+        ephemeral: bool,
+    ) -> Result<SnapshotReport, Error> {
+        let call = ControlCall::Snapshot {
+            name: name.to_owned(),
+            stop,
+            ephemeral,
+        };
+        match self.control()?.call_and_wait(&call)? {
+            ControlAnswer::Snapshot(report) => Ok(report),
             other => Err(unexpected(&other)),
         }
     }

@@ -15,6 +15,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use rustix::fs::{FlockOperation, flock};
 
@@ -256,6 +257,37 @@ impl SnapshotStore {
             return Ok(());
         }
         self.unlink(&dir)
+    }
+
+    /// Notes that a snapshot was used just now, for [`Self::trim`]. (The time is
+    /// that of the manifest's last change; nothing in it is changed.)
+    pub fn note_use(&self, lease: &Lease) {
+        let path = lease.dir().join("manifest.json");
+        // A store that cannot be written to is not trimmed either.
+        let _ = File::open(path).and_then(|file| file.set_modified(SystemTime::now()));
+    }
+
+    /// Of the snapshots whose names `chosen` accepts, keeps the `keep` most
+    /// recently used and removes the others, except those that a machine or another
+    /// snapshot uses. Returns how many went.
+    ///
+    /// # Errors
+    /// The directory cannot be read.
+    pub fn trim(&self, keep: usize, chosen: impl Fn(&str) -> bool) -> Result<usize, Error> {
+        let mut found = Vec::new();
+        for name in self.names()?.into_iter().filter(|name| chosen(name)) {
+            let manifest = self.root.join(&name).join("manifest.json");
+            // One that cannot even be looked at is older than all others.
+            let used = manifest.metadata().and_then(|meta| meta.modified());
+            found.push((used.unwrap_or(SystemTime::UNIX_EPOCH), name));
+        }
+        found.sort();
+        let surplus = found.len().saturating_sub(keep);
+        let removed = found
+            .iter()
+            .take(surplus)
+            .filter(|(_, name)| self.remove(name).is_ok());
+        Ok(removed.count())
     }
 
     /// Takes the name away first, in one step, then the files.
@@ -514,6 +546,34 @@ mod tests {
             "still listed, to be removed"
         );
         store.remove("base").unwrap();
+    }
+
+    #[test]
+    fn trimming_keeps_what_was_used_last_and_what_is_in_use() {
+        let (_dir, store) = store();
+        for name in ["auto-1", "auto-2", "auto-3", "auto-4", "mine"] {
+            publish(&store, name, None);
+        }
+        let used = |name: &str, seconds| {
+            let path = store.root.join(name).join("manifest.json");
+            let time = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(seconds);
+            File::open(path).unwrap().set_modified(time).unwrap();
+        };
+        for (name, seconds) in [("auto-1", 10), ("auto-2", 20), ("auto-3", 30)] {
+            used(name, seconds);
+        }
+        used("mine", 1);
+        store.note_use(&store.lease("auto-2").unwrap());
+        let held = store.lease("auto-1").unwrap();
+        let automatic = |name: &str| name.starts_with("auto-");
+        assert_eq!(store.trim(2, automatic).unwrap(), 1);
+        assert_eq!(store.names().unwrap().len(), 4);
+        assert!(matches!(store.lease("auto-3"), Err(Error::NotFound { .. })));
+        drop(held);
+        assert_eq!(store.trim(2, automatic).unwrap(), 1);
+        let mut left = store.names().unwrap();
+        left.sort();
+        assert_eq!(left, ["auto-2", "auto-4", "mine"]);
     }
 
     #[test]

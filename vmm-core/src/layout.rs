@@ -4,7 +4,7 @@
 //! version (see `MACHINE_VERSION`).
 
 /// Version of everything in this module, recorded in snapshots.
-pub const MACHINE_VERSION: u32 = 1;
+pub const MACHINE_VERSION: u32 = 2;
 
 /// First address of the hole below 4 GiB (3 GiB): devices, no RAM.
 pub const HOLE_START: u64 = 0xc000_0000;

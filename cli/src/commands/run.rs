@@ -9,7 +9,7 @@ use sm_runtime::home::Home;
 use sm_runtime::record::{ExitReason, ExitRecord};
 use sm_runtime::timings::Phase;
 use sm_runtime::workload::{Overrides, Rlimit};
-use sm_runtime::{RunOptions, SignalSender, Vm};
+use sm_runtime::{RunOptions, SignalSender, Snapshot, Vm};
 
 use super::images;
 use crate::args::RunArgs;
@@ -44,9 +44,20 @@ pub(crate) fn run(
         )
         .into());
     }
-    let image = images::open(home, &args.image, printer)?;
-    let options = options(begin, &args)?;
-    let mut vm = image.run(options)?;
+    let mut vm = match &args.from {
+        Some(name) => {
+            let snapshot = Snapshot::open(home, name)?;
+            if snapshot.config().workload.tty && !args.detach && !io::stdin().is_terminal() {
+                return Err(anyhow!(
+                    "the workload of snapshot \"{name}\" runs on a terminal: \
+                     add -d, or run this from a terminal"
+                )
+                .into());
+            }
+            snapshot.run(&options(begin, &args)?)?
+        }
+        None => images::open(home, &args.image, printer)?.run(options(begin, &args)?)?,
+    };
     if args.detach {
         if args.json {
             printer.json(&Report {
@@ -68,9 +79,10 @@ fn foreground(vm: &mut Vm, args: &RunArgs, printer: &Printer) -> Result<u32, Fai
         .take_session()
         .context("the VM was not started attached")?;
     let mut phases = vm.phases().to_vec();
+    // As it was asked for, or as it was in the snapshot.
     let wiring = Wiring {
-        stdin: args.interactive,
-        tty: args.tty,
+        stdin: vm.config().workload.stdin,
+        tty: vm.config().workload.tty,
     };
     let end = stream::run(session, wiring, &Workload::of(vm), &mut phases)?;
     let (status, exit) = match end {

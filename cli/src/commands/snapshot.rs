@@ -3,11 +3,13 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
+use indicatif::ProgressBar;
 use serde_json::json;
 use sm_runtime::home::Home;
 use sm_runtime::snapshots::{self, Layer, Listed};
+use sm_runtime::{RunOptions, Vm};
 
-use crate::args::SnapshotCommand;
+use crate::args::{ForkArgs, SnapshotCommand};
 use crate::failure::{Failure, OUR_FAILURE};
 use crate::printer::Printer;
 use crate::table;
@@ -29,10 +31,29 @@ pub(crate) fn run(
                 printer.json(&listed)?;
             } else {
                 let rows: Vec<_> = listed.iter().map(row).collect();
-                let head = ["NAME", "HOLDS", "MEMORY", "CPUS", "MADE", "ON DISK"];
+                let head = [
+                    "NAME", "HOLDS", "IMAGE", "MEMORY", "CPUS", "MADE", "ON DISK",
+                ];
                 printer.line(table::render(head, &rows));
             }
             Ok(0)
+        }
+        SnapshotCommand::Create {
+            stop,
+            json,
+            vm,
+            name,
+        } => {
+            let report = Vm::find(home, &vm)?.snapshot(&name, stop)?;
+            if json {
+                printer.json(&report)?;
+            } else {
+                printer.line(&report.name);
+            }
+            Ok(0)
+        }
+        SnapshotCommand::ProveDistinct { count, json, name } => {
+            prove_distinct(home, &name, count, json, printer)
         }
         SnapshotCommand::Inspect { name } => {
             printer.json(&snapshots::inspect(home, &name)?)?;
@@ -69,6 +90,66 @@ pub(crate) fn run(
     }
 }
 
+/// `sm fork`.
+pub(crate) fn fork(home: &Home, args: &ForkArgs, printer: &Printer) -> Result<u32, Failure> {
+    let mut options = RunOptions::new().auto_remove(args.rm);
+    if let Some(name) = &args.name {
+        options = options.name(name.as_str());
+    }
+    let vm = Vm::find(home, &args.vm)?;
+    let clones = snapshots::fork(home, &vm, args.count, &options)?;
+    if args.json {
+        let clones: Vec<_> = clones
+            .iter()
+            .map(|vm| json!({"id": vm.id().as_str(), "name": vm.name()}))
+            .collect();
+        printer.json(&clones)?;
+    } else {
+        for clone in &clones {
+            printer.line(clone.id());
+        }
+    }
+    Ok(0)
+}
+
+fn prove_distinct(
+    home: &Home,
+    name: &str,
+    count: usize,
+    json: bool,
+    printer: &Printer,
+) -> Result<u32, Failure> {
+    let bar = ProgressBar::new(u64::try_from(count).unwrap_or(u64::MAX));
+    let proof = snapshots::prove_distinct(home, name, count, |_| bar.inc(1))?;
+    bar.finish_and_clear();
+    if json {
+        printer.json(&proof)?;
+    } else {
+        for twins in &proof.twins {
+            printer.line(format_args!(
+                "SAME {} \"{}\" in clones {:?}",
+                twins.what, twins.value, twins.clones
+            ));
+        }
+        for clone in &proof.wrong_clocks {
+            printer.line(format_args!("WRONG CLOCK in clone {clone}"));
+        }
+        if proof.holds() {
+            let worst = proof.clones.iter().map(|c| c.clock_error_ns).max();
+            printer.line(format_args!(
+                "{count} clones of \"{name}\": getrandom, uuid, machine-id, boot_id and \
+                 hostname{} differ in all; no clock is more than {} ms off",
+                match proof.clones.iter().all(|c| c.evidence.mac.is_some()) {
+                    true => ", and MAC,",
+                    false => " (there is no network interface)",
+                },
+                worst.unwrap_or(0).div_ceil(1_000_000)
+            ));
+        }
+    }
+    Ok(u32::from(!proof.holds()))
+}
+
 /// Does all it can; the status says whether everything worked.
 fn each(
     names: &[String],
@@ -85,7 +166,7 @@ fn each(
     Ok(status)
 }
 
-fn row(snapshot: &Listed) -> [String; 6] {
+fn row(snapshot: &Listed) -> [String; 7] {
     let holds = match snapshot.layer {
         Some(Layer::Base) => "kernel and agent",
         Some(Layer::Image) => "an image",
@@ -97,6 +178,7 @@ fn row(snapshot: &Listed) -> [String; 6] {
     [
         snapshot.name.clone(),
         holds.to_owned(),
+        snapshot.image.clone().unwrap_or_default(),
         format_size(snapshot.memory_bytes),
         snapshot.vcpus.to_string(),
         format!("{} ago", format_age(age)),

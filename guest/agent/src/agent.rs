@@ -511,5 +511,6 @@ fn request_name(request: &ControlRequest) -> &'static str {
         ControlRequest::SignalMain { .. } => "signal main",
         ControlRequest::PowerOff { .. } => "power off",
         ControlRequest::Stats => "stats",
+        ControlRequest::Evidence => "evidence",
     }
 }

@@ -14,11 +14,13 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::time::{ClockId, Timespec, clock_settime};
-use sm_guest_proto::control::{AttachRoot, Refresh};
+use sm_guest_proto::control::{AttachRoot, Evidence, Refresh};
 use thiserror::Error;
 
 use crate::root::BOOT_ID_FILE;
 use crate::sys;
+
+const INTERFACES: &str = "/sys/class/net";
 
 /// A part of a refresh that failed.
 #[derive(Debug, Error)]
@@ -150,6 +152,41 @@ impl Identity {
         Ok(())
     }
 
+    /// What this guest is by now, read the way a process of the workload would.
+    pub(crate) fn evidence(&self) -> Result<Evidence, IdentityError> {
+        let mut random = [0; 32];
+        step(
+            "get random bytes",
+            rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty()),
+        )?;
+        let uuid = step(
+            "read a random UUID",
+            fs::read_to_string("/proc/sys/kernel/random/uuid"),
+        )?;
+        // Absent where nothing has given it yet.
+        let line = |name: &str| {
+            let text = fs::read_to_string(self.directory.join(name)).unwrap_or_default();
+            text.trim().to_owned()
+        };
+        let interface = step("list interfaces", first_interface(Path::new(INTERFACES)))?;
+        let mac = interface.and_then(|name| {
+            let path = Path::new(INTERFACES).join(name).join("address");
+            Some(fs::read_to_string(path).ok()?.trim().to_owned())
+        });
+        Ok(Evidence {
+            random: random.iter().map(|byte| format!("{byte:02x}")).collect(),
+            uuid: uuid.trim().to_owned(),
+            machine_id: line("machine-id"),
+            boot_id: line(BOOT_ID_FILE),
+            hostname: rustix::system::uname()
+                .nodename()
+                .to_string_lossy()
+                .into_owned(),
+            mac,
+            realtime_ns: realtime_ns(),
+        })
+    }
+
     fn set_hostname(&mut self, name: &str) -> Result<(), IdentityError> {
         step(
             "set the host name",
@@ -255,7 +292,7 @@ pub(crate) fn loopback_up() -> io::Result<()> {
 }
 
 fn set_first_mac(mac: [u8; 6]) -> io::Result<()> {
-    let Some(name) = first_interface(Path::new("/sys/class/net"))? else {
+    let Some(name) = first_interface(Path::new(INTERFACES))? else {
         return Ok(());
     };
     sys::set_mac(control_socket()?.as_fd(), &name, mac)

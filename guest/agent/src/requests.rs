@@ -45,6 +45,10 @@ impl Agent {
                 return None;
             }
             ControlRequest::Stats => ControlReply::Stats(self.stats()),
+            ControlRequest::Evidence => match self.identity.evidence() {
+                Ok(evidence) => ControlReply::Evidence(evidence),
+                Err(error) => failed(error),
+            },
         })
     }
 

@@ -44,6 +44,9 @@ pub enum ControlRequest {
     },
     /// Report usage figures.
     Stats,
+    /// Report what tells this guest from every other; answered by
+    /// [`ControlReply::Evidence`].
+    Evidence,
 }
 
 /// Fresh identity for a guest.
@@ -117,6 +120,8 @@ pub enum ControlReply {
     Refreshed(Refreshed),
     /// Answer to [`ControlRequest::Stats`].
     Stats(GuestStats),
+    /// Answer to [`ControlRequest::Evidence`].
+    Evidence(Evidence),
     /// It failed; a sentence naming operation, object and cause.
     Error {
         /// The sentence.
@@ -152,6 +157,26 @@ pub struct Refreshed {
     pub realtime_ns: u64,
     /// Whether the kernel has seen a new VM generation ID since the last refresh.
     pub vmgenid_seen: bool,
+}
+
+/// What tells a guest from every other, as its own processes would find it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Evidence {
+    /// 32 bytes of `getrandom(2)`, in hexadecimal.
+    pub random: String,
+    /// One read of `/proc/sys/kernel/random/uuid`.
+    pub uuid: String,
+    /// The workload's `/etc/machine-id`.
+    pub machine_id: String,
+    /// The workload's `/proc/sys/kernel/random/boot_id`.
+    pub boot_id: String,
+    /// The host name.
+    pub hostname: String,
+    /// MAC address of the network interface; absent when there is none.
+    pub mac: Option<String>,
+    /// The wall clock, in nanoseconds since the Unix epoch.
+    pub realtime_ns: u64,
 }
 
 /// Usage figures of a guest.

@@ -20,6 +20,17 @@ pub(crate) enum Purpose {
     Refresh,
     /// Mount the root.
     AttachRoot,
+    /// Tell what makes the guest distinct.
+    Evidence {
+        /// When it was asked, in nanoseconds since the Unix epoch.
+        asked_ns: u64,
+    },
+    /// Stop the workload for a snapshot.
+    Freeze,
+    /// Write back what need not be in a snapshot.
+    Prepare,
+    /// Let the workload go on.
+    Thaw,
     /// Find out whether memory ran out.
     OomCheck,
     /// Signal the workload. (Not on the workload's own stream, where a signal

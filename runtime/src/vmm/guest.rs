@@ -7,20 +7,46 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use rustix::event::{EventfdFlags, eventfd};
+use sm_snapshot::manifest::Layer;
+
+use crate::launch::SnapshotReport;
+
+/// What a machine was started from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Start {
+    /// A kernel was booted.
+    Boot,
+    /// A snapshot of this layer was restored.
+    Restored(Layer),
+}
 
 /// A running machine, seen from its supervisor.
 pub(crate) trait Guest {
     /// Opens a stream to a vsock port of the guest. A refusal shows as the end
     /// of the stream.
     fn connect(&mut self, port: u32) -> io::Result<UnixStream>;
-    /// Whether it started from a snapshot.
-    fn restored(&self) -> bool {
-        false
+    /// What it was started from.
+    fn start(&self) -> Start {
+        Start::Boot
     }
-    /// The agent is there and has nothing to do yet: the moment to make a
+    /// The agent is there and has nothing to do yet: the moment to make a base
     /// snapshot of, before the machine is given its image and identity.
     fn agent_ready(&mut self) -> Result<(), String> {
         Ok(())
+    }
+    /// The root file system is mounted and nothing of it has run: the moment to
+    /// make an image snapshot of.
+    fn root_attached(&mut self) -> Result<(), String> {
+        Ok(())
+    }
+    /// The workload runs.
+    fn workload_started(&mut self) {}
+    /// Captures the machine with its workload, which must be frozen, as the
+    /// snapshot `name`. Returns at once, with the machine running (or, with
+    /// `stay`, held); [`Notice::Snapshot`] follows.
+    fn snapshot(&mut self, plan: SnapshotPlan) -> Result<(), String> {
+        let _ = plan;
+        Err("this machine cannot be captured".to_owned())
     }
     /// Holds all vCPUs.
     fn pause(&mut self) -> Result<(), String>;
@@ -43,51 +69,72 @@ pub(crate) enum GuestEnd {
     Guest(String),
 }
 
-/// Hands streams that the agent has dialled to the supervisor, from any thread.
+/// A snapshot to be made of a running workload.
 #[derive(Clone, Debug)]
-pub(crate) struct DialSender {
-    sender: Sender<UnixStream>,
+pub(crate) struct SnapshotPlan {
+    /// Its name.
+    pub(crate) name: String,
+    /// Whether the last VM that uses it removes it.
+    pub(crate) ephemeral: bool,
+    /// Hold the machine afterwards.
+    pub(crate) stay: bool,
+}
+
+/// What the supervisor is told from other threads.
+#[derive(Debug)]
+pub(crate) enum Notice {
+    /// The agent has dialled.
+    Agent(UnixStream),
+    /// A snapshot that the supervisor asked for was made, or could not be; a
+    /// clause.
+    Snapshot(Result<SnapshotReport, String>),
+}
+
+/// Hands notices to the supervisor, from any thread.
+#[derive(Clone, Debug)]
+pub(crate) struct NoticeSender {
+    sender: Sender<Notice>,
     wake: Arc<OwnedFd>,
 }
 
-impl DialSender {
-    pub(crate) fn send(&self, stream: UnixStream) {
-        // A supervisor that is gone needs no stream; a full counter is awake.
-        let _ = self.sender.send(stream);
+impl NoticeSender {
+    pub(crate) fn send(&self, notice: Notice) {
+        // A supervisor that is gone needs no notice; a full counter is awake.
+        let _ = self.sender.send(notice);
         let _ = rustix::io::write(&*self.wake, &1u64.to_ne_bytes());
     }
 }
 
 /// The supervisor's end.
 #[derive(Debug)]
-pub(crate) struct DialReceiver {
-    receiver: Receiver<UnixStream>,
+pub(crate) struct NoticeReceiver {
+    receiver: Receiver<Notice>,
     wake: Arc<OwnedFd>,
 }
 
-impl DialReceiver {
+impl NoticeReceiver {
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         self.wake.as_fd()
     }
 
-    pub(crate) fn next(&mut self) -> Option<UnixStream> {
+    pub(crate) fn next(&mut self) -> Option<Notice> {
         self.receiver.try_recv().ok()
     }
 
-    /// Resets readiness. Call before [`Self::next`], so that no stream is missed.
+    /// Resets readiness. Call before [`Self::next`], so that nothing is missed.
     pub(crate) fn clear(&mut self) {
         let _ = rustix::io::read(&*self.wake, &mut [0; 8]);
     }
 }
 
-pub(crate) fn dial_channel() -> io::Result<(DialSender, DialReceiver)> {
+pub(crate) fn notices() -> io::Result<(NoticeSender, NoticeReceiver)> {
     let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
     let (sender, receiver) = channel();
     Ok((
-        DialSender {
+        NoticeSender {
             sender,
             wake: Arc::clone(&wake),
         },
-        DialReceiver { receiver, wake },
+        NoticeReceiver { receiver, wake },
     ))
 }

@@ -1,5 +1,6 @@
 //! The machine that a launch request describes, on this host's hypervisor.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -13,7 +14,9 @@ use sm_guest_proto::port;
 use sm_hypervisor::kvm::Kvm;
 use sm_hypervisor::{Hypervisor as _, LinuxSupport};
 use sm_snapshot::chain::Chain;
+use sm_snapshot::manifest::Layer;
 use sm_snapshot::restore::map_memory;
+use sm_snapshot::store::SnapshotStore;
 use sm_vmm_core::devices::DeviceConfig;
 use sm_vmm_core::event_loop::EventLoop;
 use sm_vmm_core::exit::{ExitLatch, ExitReason};
@@ -21,18 +24,21 @@ use sm_vmm_core::layout::{SLOT_RNG, SLOT_ROOT_DISK, SLOT_VSOCK};
 use sm_vmm_core::loader::{BASE_COMMAND_LINE, InitramfsPart};
 use sm_vmm_core::machine::{Machine, MachineConfig};
 use sm_vmm_core::memory::MemoryConfig;
-use sm_vmm_core::state::MachineState;
 use sm_vmm_core::virtio::blk::{Access, Block};
 use sm_vmm_core::virtio::disk::{Disk, Segment};
 use sm_vmm_core::virtio::rng::Rng;
 
-use super::base::Base;
-use super::guest::{DialSender, Guest, GuestEnd};
+use super::beginning::{Beginning, Source};
+use super::cache::{self, Identity};
+use super::guest::{Guest, GuestEnd, Notice, NoticeSender, SnapshotPlan, Start};
+use super::prefetch::Prefetch;
+use super::saved::{Content, Done, Made, Plan, Saved};
 use crate::doctor::{unusable, with_causes};
 use crate::id::random;
 use crate::kernel::Kernel;
-use crate::launch::{DiskSegment, LaunchRequest};
-use crate::record::Record;
+use crate::launch::{DiskSegment, LaunchRequest, SnapshotReport};
+use crate::record::{Record, VmConfig};
+use crate::snapshots::{EPHEMERAL_LABEL, IMAGE_LABEL};
 use crate::timings::Phase;
 use crate::{guest_agent, initramfs};
 
@@ -45,21 +51,63 @@ pub(crate) struct RunningMachine {
     /// The root disk, and what it is to hold once the machine was captured.
     root: Arc<Mutex<Block>>,
     image: Option<Disk>,
-    base: Option<Base>,
-    /// Publishes a snapshot.
-    publishing: Option<JoinHandle<()>>,
-    restored: bool,
+    start: Start,
+    /// What the machine was asked to be.
+    config: VmConfig,
+    /// What a snapshot of it says besides memory and state.
+    content: Content,
+    identity: Identity,
+    store: Option<SnapshotStore>,
+    /// Snapshots to leave behind on the way to the workload.
+    base_plan: Option<Plan>,
+    image_plan: Option<Plan>,
+    prefetch: Option<Prefetch>,
+    notices: NoticeSender,
+    /// Threads that publish snapshots.
+    publishing: Vec<JoinHandle<()>>,
     _exec: UnixFrontendHandle,
     _event_loop: EventLoop,
-    /// Keeps the snapshot whose pages are mapped from being removed.
-    _chain: Option<Chain>,
+    /// The snapshot whose pages are mapped.
+    source: Option<SourceSnapshot>,
 }
 
 impl Drop for RunningMachine {
     fn drop(&mut self) {
-        if let Some(publishing) = self.publishing.take() {
+        for publishing in self.publishing.drain(..) {
             // Its outcome was logged.
             let _ = publishing.join();
+        }
+        if let Some(store) = &self.store {
+            cache::trim(store);
+        }
+    }
+}
+
+/// Keeps the snapshot that a machine was restored from from being removed, and
+/// removes it in the end if nothing else needs it and it was made for clones
+/// only.
+struct SourceSnapshot {
+    chain: Option<Chain>,
+    ephemeral: Option<(SnapshotStore, String)>,
+}
+
+impl SourceSnapshot {
+    fn new(chain: Chain, store: &SnapshotStore) -> Self {
+        let lease = &chain.tip().lease;
+        let ephemeral = lease.manifest().labels.contains_key(EPHEMERAL_LABEL);
+        Self {
+            ephemeral: ephemeral.then(|| (store.clone(), lease.name().to_owned())),
+            chain: Some(chain),
+        }
+    }
+}
+
+impl Drop for SourceSnapshot {
+    fn drop(&mut self) {
+        self.chain = None;
+        if let Some((store, name)) = &self.ephemeral {
+            // Refused while another clone lives: the last one succeeds.
+            let _ = store.remove(name);
         }
     }
 }
@@ -69,7 +117,7 @@ fn failed<E: std::error::Error>(what: &'static str) -> impl FnOnce(E) -> String 
     move |error| format!("cannot {what}: {}", with_causes(&error))
 }
 
-/// Boots the machine. Also returns the phases on the way.
+/// Boots or restores the machine. Also returns the phases on the way.
 ///
 /// # Errors
 /// A sentence for the person who started the VM.
@@ -77,7 +125,7 @@ pub(crate) fn start(
     request: &LaunchRequest,
     record: &Record,
     console: File,
-    dialed: DialSender,
+    notices: NoticeSender,
 ) -> Result<(RunningMachine, Vec<Phase>), String> {
     let mut phases = Vec::new();
     let kvm = Kvm::open().map_err(|error| with_causes(&error))?;
@@ -86,25 +134,18 @@ pub(crate) fn start(
     let event_loop = EventLoop::spawn("sm-devices").map_err(failed("start the event loop"))?;
     let (vsock, muxer) =
         Vsock::new(VsockConfig::default()).map_err(failed("make the vsock device"))?;
-    let agent = dialed.clone();
-    listen_for_agent(&muxer, dialed);
+    listen_for_agent(&muxer, notices.clone());
     let exec = UnixFrontend::new(&record.exec_socket(), Target::Exec)
         .start(muxer.clone(), &event_loop.handle())
         .map_err(failed("create the exec socket"))?;
-    let image = root_disk(&request.root)?;
-    let initramfs = initial_ram_fs(request)?;
-    let base = match Base::of(request, &initramfs) {
-        Ok(base) => Some(base).filter(|_| !request.cold),
-        Err(error) => {
-            tracing::warn!(error, "snapshots cannot be used");
-            None
-        }
+    let beginning = Beginning::of(request)?;
+    // A disk that the guest knows already is there from the start; otherwise
+    // the machine gets it when it was captured.
+    let (disk, image) = match beginning.start() {
+        Start::Restored(Layer::Image | Layer::App) => (root_disk(&beginning.content.root)?, None),
+        _ => (Disk::empty(), Some(root_disk(&beginning.content.root)?)),
     };
-    let root = Arc::new(Mutex::new(Block::new(
-        Disk::empty(),
-        Access::ReadOnly,
-        "root",
-    )));
+    let root = Arc::new(Mutex::new(Block::new(disk, Access::ReadOnly, "root")));
     let devices = vec![
         DeviceConfig {
             slot: SLOT_VSOCK,
@@ -121,12 +162,15 @@ pub(crate) fn start(
         devices,
         console,
         phases,
+        prefetch: None,
     };
-    let saved = base.as_ref().and_then(Base::open);
-    let restored = saved.is_some();
-    let (mut machine, chain) = match saved {
-        Some((chain, state)) => parts.restore(chain, state, &event_loop)?,
-        None => (parts.boot(request, initramfs, &event_loop)?, None),
+    let start = beginning.start();
+    let (mut machine, source) = match beginning.source {
+        Source::Snapshot { store, saved } => {
+            let (machine, chain) = parts.restore(*saved, &event_loop)?;
+            (machine, Some(SourceSnapshot::new(chain, &store)))
+        }
+        Source::Kernel { initramfs } => (parts.boot(request, initramfs, &event_loop)?, None),
     };
     machine.resume().map_err(failed("start the vCPUs"))?;
     parts.phases.push(Phase::now("vCPUs started"));
@@ -136,20 +180,27 @@ pub(crate) fn start(
         exit,
         muxer,
         root,
-        image: Some(image),
-        base: base.filter(|_| !restored),
-        publishing: None,
-        restored,
+        image,
+        start,
+        config: request.config.clone(),
+        content: beginning.content,
+        identity: beginning.identity,
+        store: beginning.store,
+        base_plan: beginning.base_plan,
+        image_plan: beginning.image_plan,
+        prefetch: parts.prefetch,
+        notices,
+        publishing: Vec::new(),
         _exec: exec,
         _event_loop: event_loop,
-        _chain: chain,
+        source,
     };
-    if restored {
+    if start != Start::Boot {
         // The agent dialled before the snapshot was made: now it is called.
         let stream = running
             .connect(port::CONTROL)
             .map_err(failed("call the guest agent"))?;
-        agent.send(stream);
+        running.notices.send(Notice::Agent(stream));
     }
     Ok((running, parts.phases))
 }
@@ -160,6 +211,7 @@ struct Parts {
     devices: Vec<DeviceConfig>,
     console: File,
     phases: Vec<Phase>,
+    prefetch: Option<Prefetch>,
 }
 
 impl Parts {
@@ -207,12 +259,13 @@ impl Parts {
 
     fn restore(
         &mut self,
-        chain: Chain,
-        state: MachineState,
+        saved: Saved,
         event_loop: &EventLoop,
-    ) -> Result<(Machine<Kvm>, Option<Chain>), String> {
+    ) -> Result<(Machine<Kvm>, Chain), String> {
+        let Saved { chain, state, .. } = saved;
         self.phases.push(Phase::now("snapshot opened"));
         let memory = map_memory(&chain, false).map_err(failed("map the memory of the snapshot"))?;
+        self.prefetch = Some(Prefetch::begin(&chain, &memory));
         self.phases.push(Phase::now("memory mapped"));
         let console = self.console()?;
         let devices = std::mem::take(&mut self.devices);
@@ -231,15 +284,15 @@ impl Parts {
             .set_generation_id(random::<16>())
             .map_err(failed("give the machine an identity"))?;
         self.phases.push(Phase::now("state restored"));
-        Ok((machine, Some(chain)))
+        Ok((machine, chain))
     }
 }
 
 /// Hands the stream that the agent opens when it is ready to the supervisor.
-fn listen_for_agent(muxer: &MuxerHandle, dialed: DialSender) {
+fn listen_for_agent(muxer: &MuxerHandle, notices: NoticeSender) {
     let acceptor = move |_| match UnixStream::pair() {
         Ok((ours, theirs)) => {
-            dialed.send(ours);
+            notices.send(Notice::Agent(ours));
             Some(OwnedFd::from(theirs))
         }
         Err(error) => {
@@ -273,7 +326,7 @@ fn root_disk(segments: &[DiskSegment]) -> Result<Disk, String> {
     Disk::composite(opened).map_err(failed("assemble the root disk"))
 }
 
-fn initial_ram_fs(request: &LaunchRequest) -> Result<Vec<u8>, String> {
+pub(crate) fn initial_ram_fs(request: &LaunchRequest) -> Result<Vec<u8>, String> {
     let agent = guest_agent::read().map_err(|error| with_causes(&error))?;
     let kernel = Kernel {
         path: request.config.kernel.clone(),
@@ -283,26 +336,104 @@ fn initial_ram_fs(request: &LaunchRequest) -> Result<Vec<u8>, String> {
     initramfs::build(&agent, &modules).map_err(failed("make the initial RAM file system"))
 }
 
+impl RunningMachine {
+    /// Makes a snapshot that `sm run` wants for itself. That it cannot be made
+    /// is no reason to stop.
+    fn leave_behind(&mut self, plan: Plan) -> Result<(), String> {
+        let name = plan.name.clone();
+        let done = move |made: Result<Made, String>| match made {
+            Ok(made) => tracing::info!(
+                name,
+                pages = made.manifest.memory.data_pages,
+                pause_us = made.pause.as_micros(),
+                "a snapshot was made"
+            ),
+            // Another VM may have made the same one meanwhile: as good.
+            Err(error) => tracing::warn!(name, error, "a snapshot was not made"),
+        };
+        match self.capture(plan, false, Box::new(done)) {
+            Err(error) if self.machine.is_running() => {
+                tracing::warn!(error, "a snapshot was not made");
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
+    fn capture(&mut self, plan: Plan, stay: bool, done: Done) -> Result<(), String> {
+        let chain = self
+            .source
+            .as_ref()
+            .and_then(|source| source.chain.as_ref());
+        let publishing = plan.capture(&mut self.machine, chain, stay, done)?;
+        self.publishing.push(publishing);
+        Ok(())
+    }
+}
+
 impl Guest for RunningMachine {
-    fn restored(&self) -> bool {
-        self.restored
+    fn start(&self) -> Start {
+        self.start
     }
 
     fn agent_ready(&mut self) -> Result<(), String> {
-        if let Some(base) = self.base.take() {
-            match base.capture(&mut self.machine) {
-                Ok(publishing) => self.publishing = Some(publishing),
-                Err(error) if self.machine.is_running() => {
-                    tracing::warn!(error, "no base snapshot was made");
-                }
-                Err(error) => return Err(error),
-            }
+        if let Some(plan) = self.base_plan.take() {
+            self.leave_behind(plan)?;
         }
         if let Some(image) = self.image.take() {
             let mut root = self.root.lock().unwrap_or_else(PoisonError::into_inner);
             root.set_disk(image);
         }
         Ok(())
+    }
+
+    fn root_attached(&mut self) -> Result<(), String> {
+        match self.image_plan.take() {
+            Some(plan) => self.leave_behind(plan),
+            None => Ok(()),
+        }
+    }
+
+    fn workload_started(&mut self) {
+        if let Some(prefetch) = self.prefetch.take() {
+            self.publishing
+                .extend(prefetch.record(self.machine.memory()));
+        }
+    }
+
+    fn snapshot(&mut self, plan: SnapshotPlan) -> Result<(), String> {
+        let store = self
+            .store
+            .clone()
+            .ok_or("the directory of snapshots cannot be used")?;
+        let mut labels = BTreeMap::new();
+        labels.insert(IMAGE_LABEL.to_owned(), self.config.image.clone());
+        if plan.ephemeral {
+            labels.insert(EPHEMERAL_LABEL.to_owned(), "yes".to_owned());
+        }
+        let stay = plan.stay;
+        let plan = Plan {
+            store,
+            name: plan.name,
+            layer: Layer::App,
+            identity: self.identity.clone(),
+            labels,
+            content: Content {
+                config: Some(self.config.clone()),
+                ..self.content.clone()
+            },
+        };
+        let notices = self.notices.clone();
+        let done = move |made: Result<Made, String>| {
+            let report = made.map(|made| SnapshotReport {
+                pages: made.manifest.memory.data_pages,
+                parent: made.manifest.parent.map(|parent| parent.name),
+                paused_us: u64::try_from(made.pause.as_micros()).unwrap_or(u64::MAX),
+                ..SnapshotReport::default()
+            });
+            notices.send(Notice::Snapshot(report));
+        };
+        self.capture(plan, stay, Box::new(done))
     }
 
     fn connect(&mut self, port: u32) -> io::Result<UnixStream> {

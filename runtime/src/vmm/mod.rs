@@ -5,11 +5,14 @@
 //! after that is reports and, for an attached launcher, the workload's session.
 
 mod agent;
-mod base;
+mod beginning;
+mod cache;
 mod conn;
 mod guest;
 mod machine;
+mod prefetch;
 mod process;
+pub(crate) mod saved;
 mod supervisor;
 
 /// The hidden subcommand that makes a program the VMM.

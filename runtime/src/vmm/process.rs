@@ -12,7 +12,7 @@ use rustix::fs::Mode;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use sm_guest_proto::frame::{self, ExitStatus, FrameDecoder, FrameType};
 
-use super::guest::dial_channel;
+use super::guest::notices;
 use super::supervisor::{Parts, Supervisor};
 use crate::fdpass;
 use crate::home::Home;
@@ -125,8 +125,8 @@ fn assemble(
     // The directory is private, so nobody can connect before or besides us.
     let listener = UnixListener::bind(record.control_socket())
         .map_err(io_error("create the control socket"))?;
-    let (dialed, dials) = dial_channel().map_err(io_error("create an event descriptor"))?;
-    let (guest, phases) = super::machine::start(&request, record, console, dialed)?;
+    let (sender, notices) = notices().map_err(io_error("create an event descriptor"))?;
+    let (guest, phases) = super::machine::start(&request, record, console, sender)?;
     let mut request = request;
     request.phases.extend(phases);
     let launcher = launcher
@@ -134,7 +134,7 @@ fn assemble(
         .map_err(io_error("keep the launch stream"))?;
     Supervisor::new(Parts {
         guest,
-        dials,
+        notices,
         request,
         record: record.clone(),
         lock,

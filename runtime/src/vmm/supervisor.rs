@@ -13,6 +13,7 @@
 mod clients;
 mod ending;
 mod guest_side;
+mod snapshots;
 #[cfg(test)]
 mod tests;
 
@@ -25,9 +26,10 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use self::clients::Client;
+use self::snapshots::SnapshotJob;
 use super::agent::AgentLink;
 use super::conn::Conn;
-use super::guest::{DialReceiver, Guest};
+use super::guest::{Guest, Notice, NoticeReceiver};
 use crate::launch::{LaunchRequest, Report, Stage};
 use crate::output_log::LogWriter;
 use crate::record::{ExitRecord, Record};
@@ -36,8 +38,8 @@ use crate::timings::Phase;
 /// Everything a supervisor is given.
 pub(crate) struct Parts<G> {
     pub(crate) guest: G,
-    /// Streams that the agent dials to the host.
-    pub(crate) dials: DialReceiver,
+    /// What other threads have to say.
+    pub(crate) notices: NoticeReceiver,
     pub(crate) request: LaunchRequest,
     pub(crate) record: Record,
     /// The record's lock: released when the machine has ended.
@@ -71,7 +73,7 @@ enum Timer {
 /// See the module's documentation.
 pub(crate) struct Supervisor<G> {
     guest: Option<G>,
-    dials: DialReceiver,
+    notices: NoticeReceiver,
     request: LaunchRequest,
     record: Record,
     lock: Option<File>,
@@ -89,6 +91,8 @@ pub(crate) struct Supervisor<G> {
     phases: Vec<Phase>,
     started_ns: u64,
     had_output: bool,
+    /// The snapshot that is being made.
+    snapshot: Option<SnapshotJob>,
     /// A sentence from the agent about why the workload did not start.
     start_error: Option<String>,
     /// The workload's end, while it is being looked into.
@@ -101,7 +105,7 @@ pub(crate) struct Supervisor<G> {
 /// What a descriptor in the poll set stands for.
 #[derive(Clone, Copy, Debug)]
 enum Source {
-    Dial,
+    Notices,
     GuestEnd,
     Terminate,
     Listener,
@@ -117,7 +121,7 @@ impl<G: Guest> Supervisor<G> {
         let launcher = Client::launcher(parts.launcher, &parts.request)?;
         let mut supervisor = Self {
             guest: Some(parts.guest),
-            dials: parts.dials,
+            notices: parts.notices,
             record: parts.record,
             lock: Some(parts.lock),
             listener: Some(parts.listener),
@@ -133,6 +137,7 @@ impl<G: Guest> Supervisor<G> {
             phases: parts.request.phases.clone(),
             started_ns: 0,
             had_output: false,
+            snapshot: None,
             start_error: None,
             provisional: None,
             ended: None,
@@ -179,8 +184,8 @@ impl<G: Guest> Supervisor<G> {
         if let Some(guest) = &self.guest {
             let fd = PollFd::from_borrowed_fd(guest.end_event(), PollFlags::IN);
             add(Source::GuestEnd, fd);
-            let fd = PollFd::from_borrowed_fd(self.dials.fd(), PollFlags::IN);
-            add(Source::Dial, fd);
+            let fd = PollFd::from_borrowed_fd(self.notices.fd(), PollFlags::IN);
+            add(Source::Notices, fd);
             add(
                 Source::Terminate,
                 PollFd::new(&self.terminate, PollFlags::IN),
@@ -231,10 +236,13 @@ impl<G: Guest> Supervisor<G> {
         let input = PollFlags::IN | PollFlags::HUP | PollFlags::ERR;
         match source {
             Source::GuestEnd => self.guest_ended(),
-            Source::Dial => {
-                self.dials.clear();
-                while let Some(stream) = self.dials.next() {
-                    self.agent_dialed(stream);
+            Source::Notices => {
+                self.notices.clear();
+                while let Some(notice) = self.notices.next() {
+                    match notice {
+                        Notice::Agent(stream) => self.agent_dialed(stream),
+                        Notice::Snapshot(made) => self.snapshot_made(made),
+                    }
                 }
             }
             Source::Terminate => {

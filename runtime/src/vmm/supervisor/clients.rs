@@ -10,7 +10,7 @@ use super::{Supervisor, Timer, interest};
 use crate::launch::{ControlAnswer, ControlCall, LaunchRequest, Report, Stage, Status};
 use crate::vmm::agent::Purpose;
 use crate::vmm::conn::Conn;
-use crate::vmm::guest::Guest;
+use crate::vmm::guest::{Guest, SnapshotPlan};
 
 /// Most clients served at once; more wait in the socket's backlog.
 const MAX_CLIENTS: usize = 64;
@@ -270,6 +270,18 @@ impl<G: Guest> Supervisor<G> {
             ControlCall::Pause => self.pause(true),
             ControlCall::Resume => self.pause(false),
             ControlCall::Stats => return self.stats(id),
+            ControlCall::Snapshot {
+                ref name,
+                stop,
+                ephemeral,
+            } => {
+                let plan = SnapshotPlan {
+                    name: name.clone(),
+                    ephemeral,
+                    stay: stop,
+                };
+                return self.begin_snapshot(id, plan);
+            }
             ControlCall::Wait => {
                 if let Some(client) = self.clients.get_mut(&id) {
                     client.role = Role::Waiting;

@@ -181,7 +181,7 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    fn conclude(&mut self, status: u32, reason: ExitReason, message: Option<String>) {
+    pub(super) fn conclude(&mut self, status: u32, reason: ExitReason, message: Option<String>) {
         let record = self.exit_record(status, reason, message);
         self.finish(record);
     }
@@ -197,6 +197,7 @@ impl<G: Guest> Supervisor<G> {
             tracing::error!(%error, "the exit status is lost");
         }
         self.stage = Stage::Ending;
+        self.give_up_snapshot();
         self.timers.clear();
         let payload = ExitStatus {
             status: exit.status,

@@ -7,14 +7,15 @@ use sm_guest_proto::control::{AttachRoot, ControlReply, ControlRequest, Refresh,
 use sm_guest_proto::exec::{ExecControl, ExecReply, Hello};
 use sm_guest_proto::frame::{self, FrameType};
 use sm_guest_proto::{PROTOCOL_VERSION, port};
+use sm_snapshot::manifest::Layer;
 
 use super::{Supervisor, Timer};
 use crate::id::{hex, random};
-use crate::launch::{ControlAnswer, Report, Stage};
+use crate::launch::{ControlAnswer, Origin, Report, Stage, Testimony};
 use crate::output_log::{Stream, unix_nanos};
 use crate::vmm::agent::{AgentLink, Purpose};
 use crate::vmm::conn::Conn;
-use crate::vmm::guest::Guest;
+use crate::vmm::guest::{Guest, Start};
 
 /// The root disk in the guest.
 const ROOT_DEVICE: &str = "/dev/vda";
@@ -24,35 +25,28 @@ const VMGENID_WAIT_MS: u32 = 5000;
 const HANG_UP_TIMEOUT: Duration = Duration::from_secs(2);
 
 impl<G: Guest> Supervisor<G> {
-    /// The agent is ready: everything that needs no answer in between is sent
-    /// at once, so that the guest never waits for the host.
+    /// The agent is ready, or has been called.
     pub(super) fn agent_dialed(&mut self, stream: UnixStream) {
         if self.agent.is_some() || self.stage != Stage::Starting {
             // One conversation at a time; closing the stream is the refusal.
             return;
         }
-        let restored = self.guest.as_ref().is_some_and(Guest::restored);
-        if !restored {
+        let start = self.start();
+        if start == Start::Boot {
             self.reach("agent ready");
         }
         if let Some(Err(error)) = self.guest.as_mut().map(Guest::agent_ready) {
             return self.start_failed(format!("cannot prepare the machine: {error}"));
         }
-        let mut agent = match AgentLink::new(stream) {
-            Ok(agent) => agent,
+        match AgentLink::new(stream) {
+            Ok(agent) => self.agent = Some(agent),
             Err(error) => {
                 return self.start_failed(format!("cannot talk to the guest agent: {error}"));
             }
-        };
-        agent.ask(
-            Purpose::Refresh,
-            &ControlRequest::Refresh(self.fresh_identity()),
-        );
-        agent.ask(
-            Purpose::AttachRoot,
-            &ControlRequest::AttachRoot(self.attach_root()),
-        );
-        self.agent = Some(agent);
+        }
+        if let Origin::Evidence(_) = self.request.origin {
+            return;
+        }
         let exec = self
             .guest
             .as_mut()
@@ -72,6 +66,27 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
+    /// The agent listens, so a time sent to it now is still right when it
+    /// arrives. What follows needs no answer in between: the guest never waits
+    /// for the host.
+    fn prepare_guest(&mut self) {
+        let (refresh, root) = (self.fresh_identity(), self.attach_root());
+        let needs_root = matches!(self.start(), Start::Boot | Start::Restored(Layer::Base))
+            && !matches!(self.request.origin, Origin::Evidence(_));
+        let Some(agent) = &mut self.agent else {
+            return;
+        };
+        agent.ask(Purpose::Refresh, &ControlRequest::Refresh(refresh));
+        if needs_root {
+            agent.ask(Purpose::AttachRoot, &ControlRequest::AttachRoot(root));
+        }
+    }
+
+    /// What the machine was started from.
+    fn start(&self) -> Start {
+        self.guest.as_ref().map_or(Start::Boot, Guest::start)
+    }
+
     fn fresh_identity(&self) -> Refresh {
         let uuid = || uuid::Uuid::new_v4().to_string();
         Refresh {
@@ -82,9 +97,9 @@ impl<G: Guest> Supervisor<G> {
             machine_id: hex(&random::<16>()),
             boot_id: uuid(),
             mac: None,
-            vmgenid_wait_ms: match &self.guest {
-                Some(guest) if guest.restored() => VMGENID_WAIT_MS,
-                _ => 0,
+            vmgenid_wait_ms: match self.start() {
+                Start::Boot => 0,
+                Start::Restored(_) => VMGENID_WAIT_MS,
             },
         }
     }
@@ -141,17 +156,16 @@ impl<G: Guest> Supervisor<G> {
                     ready_us = hello.ready_us,
                     "the agent is ready"
                 );
-                if self.guest.as_ref().is_some_and(Guest::restored) {
-                    self.reach("agent answered");
-                } else {
-                    self.guest_times(hello.init_us, hello.ready_us);
+                match self.start() {
+                    Start::Boot => self.guest_times(hello.init_us, hello.ready_us),
+                    Start::Restored(_) => self.reach("agent answered"),
                 }
+                self.prepare_guest();
             }
             (Purpose::Refresh, ControlReply::Refreshed(refreshed)) => {
-                let restored = self.guest.as_ref().is_some_and(Guest::restored);
                 // Fail closed: without it the clone could repeat another's
                 // random numbers.
-                if restored && !refreshed.vmgenid_seen {
+                if self.start() != Start::Boot && !refreshed.vmgenid_seen {
                     return self.start_failed(
                         "the guest's kernel did not notice that it was restored from a \
                          snapshot, so it could repeat another VM's random numbers; \
@@ -160,11 +174,34 @@ impl<G: Guest> Supervisor<G> {
                     );
                 }
                 self.reach("identity refreshed");
+                if let Origin::Evidence(_) = self.request.origin {
+                    return self.ask_for_evidence();
+                }
+                match self.start() {
+                    Start::Boot | Start::Restored(Layer::Base) => {}
+                    Start::Restored(Layer::Image) => self.request_workload(),
+                    Start::Restored(Layer::App) => self.continue_workload(),
+                }
             }
             (Purpose::AttachRoot, ControlReply::Done) => {
                 self.reach("root attached");
+                if let Some(Err(error)) = self.guest.as_mut().map(Guest::root_attached) {
+                    return self.start_failed(format!("cannot prepare the machine: {error}"));
+                }
                 self.request_workload();
             }
+            (Purpose::Evidence { asked_ns }, ControlReply::Evidence(evidence)) => {
+                let (told, now) = (evidence.realtime_ns, unix_nanos());
+                let early = asked_ns.saturating_sub(told);
+                self.report(&Report::Evidence(Testimony {
+                    evidence,
+                    clock_error_ns: early.max(told.saturating_sub(now)),
+                }));
+                self.destroy("it was made for evidence only");
+            }
+            (Purpose::Freeze, reply) => self.frozen(reply),
+            (Purpose::Prepare, reply) => self.prepared(reply),
+            (Purpose::Thaw, ControlReply::Done) => {}
             (Purpose::OomCheck, ControlReply::Stats(stats)) => {
                 self.oom_checked(stats.oom_kills > 0);
             }
@@ -188,9 +225,11 @@ impl<G: Guest> Supervisor<G> {
                 let what = match purpose {
                     Purpose::Hello => "agree with the guest agent",
                     Purpose::Refresh => "give the guest an identity",
+                    Purpose::Thaw => "let the workload go on",
+                    Purpose::Evidence { .. } => "tell guests apart",
                     _ => "attach the root file system",
                 };
-                self.start_failed(format!("cannot {what}: {message}"));
+                self.guest_broke(&format!("cannot {what}: {message}"));
             }
             (purpose, other) => {
                 self.guest_broke(&format!(
@@ -228,6 +267,31 @@ impl<G: Guest> Supervisor<G> {
             .workload
             .request(self.request.columns, self.request.rows);
         main.queue_json(FrameType::Request, &request);
+        self.main_requested = true;
+    }
+
+    fn ask_for_evidence(&mut self) {
+        if let Some(agent) = &mut self.agent {
+            let purpose = Purpose::Evidence {
+                asked_ns: unix_nanos(),
+            };
+            agent.ask(purpose, &ControlRequest::Evidence);
+        }
+    }
+
+    /// The workload of the snapshot goes on, and its streams are ours.
+    fn continue_workload(&mut self) {
+        if let Some(agent) = &mut self.agent {
+            agent.ask(Purpose::Thaw, &ControlRequest::Thaw);
+        }
+        let Some(main) = &mut self.main else {
+            return;
+        };
+        main.queue_json(FrameType::Control, &ExecControl::AttachMain);
+        if self.request.config.workload.tty {
+            let size = frame::resize_payload(self.request.columns, self.request.rows);
+            main.queue(FrameType::Resize, &size);
+        }
         self.main_requested = true;
     }
 
@@ -274,6 +338,9 @@ impl<G: Guest> Supervisor<G> {
                     self.reach("workload started");
                     self.report(&Report::Started { pid });
                     self.release_launcher();
+                    if let Some(guest) = &mut self.guest {
+                        guest.workload_started();
+                    }
                 }
                 Err(error) => {
                     self.guest_broke(&format!("the guest agent sent {error}"));

@@ -10,27 +10,32 @@ use sm_guest_proto::control::{AgentHello, ControlReply, ControlRequest, GuestSta
 use sm_guest_proto::exec::{ExecControl, ExecReply, ExecRequest, Hello, Role};
 use sm_guest_proto::frame::{self, ExitStatus, FrameHeader, FrameType, HEADER_LEN};
 use sm_guest_proto::{PROTOCOL_VERSION, port};
+use sm_snapshot::manifest::Layer;
 
 use super::*;
 use crate::control::Control;
 use crate::home::Home;
-use crate::launch::{ControlAnswer, ControlCall};
+use crate::launch::{ControlAnswer, ControlCall, Origin, SnapshotReport};
 use crate::output_log::LogReader;
 use crate::record::{ExitReason, Records, VmConfig, VmState};
 use crate::session::{Event, Session};
-use crate::vmm::guest::{DialSender, GuestEnd, dial_channel};
+use crate::vmm::guest::{GuestEnd, NoticeSender, SnapshotPlan, Start, notices};
 use crate::workload::Workload;
 
 /// A machine without a guest: streams to it go to the test.
 struct FakeGuest {
     connections: Sender<(u32, UnixStream)>,
     state: Arc<FakeState>,
+    start: Start,
+    notices: NoticeSender,
 }
 
 struct FakeState {
     ended: OwnedFd,
     end: Mutex<Option<GuestEnd>>,
     paused: Mutex<bool>,
+    /// The last snapshot that was asked for.
+    snapshot: Mutex<Option<SnapshotPlan>>,
 }
 
 impl FakeState {
@@ -45,6 +50,21 @@ impl Guest for FakeGuest {
         let (ours, theirs) = UnixStream::pair()?;
         self.connections.send((port, theirs)).unwrap();
         Ok(ours)
+    }
+    fn start(&self) -> Start {
+        self.start
+    }
+    fn snapshot(&mut self, plan: SnapshotPlan) -> Result<(), String> {
+        let made = match plan.name.as_str() {
+            "taken" => Err("a snapshot named \"taken\" exists already".to_owned()),
+            _ => Ok(SnapshotReport {
+                pages: 7,
+                ..SnapshotReport::default()
+            }),
+        };
+        *self.state.snapshot.lock().unwrap() = Some(plan);
+        self.notices.send(Notice::Snapshot(made));
+        Ok(())
     }
     fn pause(&mut self) -> Result<(), String> {
         *self.state.paused.lock().unwrap() = true;
@@ -107,7 +127,7 @@ struct Fixture {
     _dir: tempfile::TempDir,
     record: Record,
     launcher: Option<Session>,
-    dial: DialSender,
+    dial: NoticeSender,
     connections: Receiver<(u32, UnixStream)>,
     guest: Arc<FakeState>,
     terminate: UnixStream,
@@ -119,6 +139,7 @@ struct Setup {
     detached: bool,
     stdin: bool,
     auto_remove: bool,
+    start: Option<Start>,
 }
 
 fn fixture(setup: Setup) -> Fixture {
@@ -158,7 +179,7 @@ fn fixture(setup: Setup) -> Fixture {
         config: record.config().clone(),
         modules: None,
         cmdline: String::new(),
-        cold: false,
+        origin: Origin::Image,
         root: Vec::new(),
         upper_size: 5,
         shm_size: 6,
@@ -172,19 +193,22 @@ fn fixture(setup: Setup) -> Fixture {
     };
     let (launcher, theirs) = UnixStream::pair().unwrap();
     let (terminate, terminated) = UnixStream::pair().unwrap();
-    let (dial, dials) = dial_channel().unwrap();
+    let (dial, notices) = notices().unwrap();
     let (sender, connections) = channel();
     let guest = Arc::new(FakeState {
         ended: eventfd(0, EventfdFlags::CLOEXEC).unwrap(),
         end: Mutex::new(None),
         paused: Mutex::new(false),
+        snapshot: Mutex::new(None),
     });
     let parts = Parts {
         guest: FakeGuest {
             connections: sender,
             state: guest.clone(),
+            start: setup.start.unwrap_or(Start::Boot),
+            notices: dial.clone(),
         },
-        dials,
+        notices,
         request,
         lock,
         launcher: theirs,
@@ -210,7 +234,7 @@ impl Fixture {
     /// Plays the agent up to the request for the workload.
     fn boot(&mut self) -> (Peer, Peer, ExecRequest) {
         let (theirs, ours) = UnixStream::pair().unwrap();
-        self.dial.send(theirs);
+        self.dial.send(Notice::Agent(theirs));
         let mut agent = Peer(ours);
         let request = agent.receive_json(FrameType::Control);
         assert!(matches!(request, ControlRequest::Hello(_)));
@@ -266,7 +290,7 @@ impl Fixture {
         let mut events = Vec::new();
         while let Some(event) = session.next_event().unwrap() {
             match event {
-                Event::Phase(_) => {}
+                Event::Phase(_) | Event::Evidence(_) => {}
                 Event::Stdout(bytes) => events.push(format!("out {}", text(bytes))),
                 Event::Stderr(bytes) => events.push(format!("err {}", text(bytes))),
                 Event::Started { pid } => events.push(format!("started {pid}")),
@@ -596,7 +620,7 @@ fn a_client_that_attaches_later_sees_output_from_then_on() {
 fn an_agent_of_another_version_is_refused_with_a_sentence() {
     let mut f = fixture(Setup::default());
     let (theirs, ours) = UnixStream::pair().unwrap();
-    f.dial.send(theirs);
+    f.dial.send(Notice::Agent(theirs));
     let mut agent = Peer(ours);
     let _: ControlRequest = agent.receive_json(FrameType::Control);
     agent.send_json(&ControlReply::Hello(AgentHello {
@@ -615,4 +639,163 @@ fn garbage_from_the_guest_ends_the_vm_with_a_reason() {
     assert_eq!(f.events().last().unwrap(), "ended 125");
     f.finish();
     assert_eq!(f.exit().reason, ExitReason::GuestFailed);
+}
+
+/// Asks for a snapshot on a thread; the answer comes when it was made.
+fn ask_for_snapshot(
+    f: &Fixture,
+    name: &str,
+    stop: bool,
+) -> std::thread::JoinHandle<Result<ControlAnswer, crate::Error>> {
+    let mut control = f.control();
+    let call = ControlCall::Snapshot {
+        name: name.to_owned(),
+        stop,
+        ephemeral: false,
+    };
+    std::thread::spawn(move || control.call_and_wait(&call))
+}
+
+/// Plays an agent that freezes its workload and prepares.
+fn freeze(agent: &mut Peer) {
+    for expected in [ControlRequest::Freeze, ControlRequest::PrepareSnapshot] {
+        let request: ControlRequest = agent.receive_json(FrameType::Control);
+        assert_eq!(request, expected);
+        agent.send_json(&ControlReply::Done);
+    }
+}
+
+fn expect_thaw(agent: &mut Peer) {
+    let request: ControlRequest = agent.receive_json(FrameType::Control);
+    assert_eq!(request, ControlRequest::Thaw);
+    agent.send_json(&ControlReply::Done);
+}
+
+#[test]
+fn a_snapshot_is_of_a_frozen_workload_that_goes_on() {
+    let mut f = fixture(Setup::default());
+    let (mut agent, mut main) = f.start();
+    let asked = ask_for_snapshot(&f, "warm", false);
+    freeze(&mut agent);
+    expect_thaw(&mut agent);
+    let ControlAnswer::Snapshot(report) = asked.join().unwrap().unwrap() else {
+        panic!("a report");
+    };
+    assert_eq!((report.name.as_str(), report.pages), ("warm", 7));
+    let plan = f.guest.snapshot.lock().unwrap().clone().unwrap();
+    assert!(!plan.stay && !plan.ephemeral);
+    main.exit(0);
+    f.finish();
+    assert_eq!(f.exit().reason, ExitReason::Workload);
+}
+
+#[test]
+fn a_snapshot_that_fails_leaves_the_workload_running() {
+    let mut f = fixture(Setup::default());
+    let (mut agent, mut main) = f.start();
+    let asked = ask_for_snapshot(&f, "warm", true);
+    let request: ControlRequest = agent.receive_json(FrameType::Control);
+    assert_eq!(request, ControlRequest::Freeze);
+    agent.send_json(&ControlReply::Error {
+        message: "it took too long".into(),
+    });
+    expect_thaw(&mut agent);
+    let error = asked.join().unwrap().unwrap_err().to_string();
+    assert!(
+        error.contains("freeze the workload: it took too long"),
+        "{error}"
+    );
+    // Another one is not kept from trying; a name that is taken is no harm either.
+    let asked = ask_for_snapshot(&f, "taken", true);
+    freeze(&mut agent);
+    expect_thaw(&mut agent);
+    let error = asked.join().unwrap().unwrap_err().to_string();
+    assert!(error.contains("exists already"), "{error}");
+    main.exit(4);
+    f.finish();
+    assert_eq!(f.exit().status, 4);
+}
+
+#[test]
+fn a_vm_that_is_to_stop_ends_with_its_snapshot() {
+    let mut f = fixture(Setup::default());
+    let (mut agent, _main) = f.start();
+    let asked = ask_for_snapshot(&f, "last", true);
+    freeze(&mut agent);
+    assert!(asked.join().unwrap().is_ok());
+    f.finish();
+    let exit = f.exit();
+    assert_eq!((exit.status, exit.reason), (137, ExitReason::Destroyed));
+    assert!(exit.message.unwrap().contains("\"last\""));
+}
+
+/// Plays the agent of a restored guest up to its answer to the refresh.
+fn restored(f: &mut Fixture, vmgenid_seen: bool) -> (Peer, Peer) {
+    let (theirs, ours) = UnixStream::pair().unwrap();
+    f.dial.send(Notice::Agent(theirs));
+    let mut agent = Peer(ours);
+    let _: ControlRequest = agent.receive_json(FrameType::Control);
+    agent.send_json(&ControlReply::Hello(AgentHello {
+        protocol: PROTOCOL_VERSION,
+        ..AgentHello::default()
+    }));
+    let ControlRequest::Refresh(refresh) = agent.receive_json(FrameType::Control) else {
+        panic!("identity comes before anything else");
+    };
+    assert!(refresh.vmgenid_wait_ms > 0);
+    let (to, stream) = f.connections.recv().unwrap();
+    assert_eq!(to, port::EXEC);
+    let mut main = Peer(stream);
+    let _: ExecControl = main.receive_json(FrameType::Control);
+    agent.send_json(&ControlReply::Refreshed(Refreshed {
+        vmgenid_seen,
+        ..Refreshed::default()
+    }));
+    (agent, main)
+}
+
+#[test]
+fn a_clone_gets_its_identity_before_its_workload_goes_on() {
+    let mut f = fixture(Setup {
+        start: Some(Start::Restored(Layer::App)),
+        ..Setup::default()
+    });
+    let (mut agent, mut main) = restored(&mut f, true);
+    expect_thaw(&mut agent);
+    let attach: ExecControl = main.receive_json(FrameType::Control);
+    assert_eq!(attach, ExecControl::AttachMain);
+    main.send_json(&ExecReply::Started { pid: 42 });
+    main.send(FrameType::Stdout, b"on");
+    main.exit(0);
+    let events = f.events();
+    assert_eq!(events, ["started 42", "out on", "exit 0", "ended 0"]);
+    f.finish();
+}
+
+#[test]
+fn a_clone_whose_kernel_noticed_nothing_never_thaws() {
+    let mut f = fixture(Setup {
+        start: Some(Start::Restored(Layer::App)),
+        ..Setup::default()
+    });
+    let (mut agent, _main) = restored(&mut f, false);
+    assert!(agent.receive().is_none(), "the VM ends instead");
+    f.finish();
+    let exit = f.exit();
+    assert_eq!(exit.reason, ExitReason::StartFailed);
+    assert!(exit.message.unwrap().contains("random numbers"));
+}
+
+#[test]
+fn an_image_snapshot_needs_no_root_attached() {
+    let mut f = fixture(Setup {
+        start: Some(Start::Restored(Layer::Image)),
+        ..Setup::default()
+    });
+    let (_agent, mut main) = restored(&mut f, true);
+    let request: ExecRequest = main.receive_json(FrameType::Request);
+    assert_eq!(request.role, Role::Main);
+    main.send_json(&ExecReply::Started { pid: 1 });
+    main.exit(0);
+    f.finish();
 }

@@ -1,8 +1,15 @@
-//! The snapshots of a user: listing, checking, comparing, removing.
+//! The snapshots of a user: making, continuing, listing, checking, removing.
 //!
-//! Making them is the VMM's business: the first VM of its kind leaves a base
-//! snapshot behind.
+//! `sm run` makes *base* and *image* snapshots for itself, so that it boots no
+//! kernel twice. A *workload* snapshot is made by [`crate::Vm::snapshot`] and
+//! goes on by [`Snapshot::run`], as many times as wished: each clone has an
+//! identity of its own before its workload runs on.
 
+mod clone;
+mod proof;
+
+pub use clone::{Snapshot, fork, warm_up};
+pub use proof::{Proof, Testimony, Twins, prove_distinct};
 use serde::Serialize;
 use sm_snapshot::Error;
 use sm_snapshot::chain::Chain;
@@ -12,13 +19,39 @@ pub use sm_snapshot::manifest::{Layer, Manifest};
 use sm_snapshot::store::SnapshotStore;
 pub use sm_snapshot::verify::Verified;
 
+use crate::Error as RuntimeError;
 use crate::home::Home;
+
+/// Label with the image that a snapshot's root file system is of.
+pub(crate) const IMAGE_LABEL: &str = "image";
+/// Label of a snapshot that the last VM that uses it removes.
+pub(crate) const EPHEMERAL_LABEL: &str = "ephemeral";
+/// How the names of the snapshots begin that are not made by users.
+const RESERVED: [&str; 3] = ["base-", "image-", "fork-"];
+
+/// Whether `sm run` has made a snapshot of that name for itself.
+pub(crate) fn is_automatic(name: &str) -> bool {
+    name.starts_with("base-") || name.starts_with("image-")
+}
+
+/// Checks a name that a user wants to give to a snapshot.
+pub(crate) fn check_user_name(name: &str) -> Result<(), RuntimeError> {
+    sm_snapshot::store::check_name(name)?;
+    if let Some(prefix) = RESERVED.iter().find(|prefix| name.starts_with(**prefix)) {
+        return Err(RuntimeError::Option(format!(
+            "\"{name}\" cannot be the name of a snapshot: sm keeps names that begin with \"{prefix}\" for itself"
+        )));
+    }
+    Ok(())
+}
 
 /// One snapshot in a listing.
 #[derive(Debug, Serialize)]
 pub struct Listed {
     /// Its name.
     pub name: String,
+    /// The image in it, as it was named when the snapshot was made.
+    pub image: Option<String>,
     /// What it holds; absent when it cannot be used.
     pub layer: Option<Layer>,
     /// Guest memory in bytes.
@@ -50,6 +83,7 @@ pub fn list(home: &Home) -> Result<Vec<Listed>, Error> {
         .map(|entry| {
             let mut listed = Listed {
                 name: entry.name,
+                image: None,
                 layer: None,
                 memory_bytes: 0,
                 vcpus: 0,
@@ -61,6 +95,7 @@ pub fn list(home: &Home) -> Result<Vec<Listed>, Error> {
             match entry.manifest {
                 Ok(manifest) => {
                     listed.layer = Some(manifest.layer);
+                    listed.image = manifest.labels.get(IMAGE_LABEL).cloned();
                     listed.memory_bytes = manifest.memory_bytes;
                     listed.vcpus = manifest.vcpus;
                     listed.created_ms = manifest.created_ms;
@@ -104,4 +139,26 @@ pub fn diff(home: &Home, a: &str, b: &str) -> Result<Difference, Error> {
 /// It does not exist, or something uses it.
 pub fn remove(home: &Home, name: &str) -> Result<(), Error> {
     store(home).remove(name)
+}
+
+/// The workload snapshots that need the image with this digest, by name.
+///
+/// # Errors
+/// The store cannot be read.
+pub fn users_of_image(home: &Home, digest: &str) -> Result<Vec<String>, Error> {
+    let store = store(home);
+    let mut users = Vec::new();
+    for entry in store.list()? {
+        let holds_workload = entry.manifest.is_ok_and(|m| m.layer == Layer::App);
+        if holds_workload
+            && let Ok(chain) = Chain::open(&store, &entry.name)
+            && let Ok(content) = crate::vmm::saved::content(&chain)
+            && content
+                .config
+                .is_some_and(|config| config.image_digest == digest)
+        {
+            users.push(entry.name);
+        }
+    }
+    Ok(users)
 }

@@ -1,0 +1,201 @@
+//! The proof that clones of a snapshot share no identity.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+use sm_snapshot::chain::Chain;
+use sm_snapshot::store::SnapshotStore;
+
+use crate::Error;
+use crate::home::Home;
+use crate::launch::Origin;
+pub use crate::launch::Testimony;
+use crate::output_log::unix_nanos;
+use crate::record::VmConfig;
+use crate::run::{self, RunOptions, Source};
+use crate::vmm::saved;
+use crate::workload::Workload;
+
+/// How far a clone's clock may be from the host's, in nanoseconds.
+const CLOCK_TOLERANCE_NS: u64 = 100_000_000;
+
+/// Clones, by number, that have something in common.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Twins {
+    /// What they have in common.
+    pub what: &'static str,
+    /// Its value.
+    pub value: String,
+    /// Their numbers, from 0.
+    pub clones: Vec<usize>,
+}
+
+/// What asking the clones came to.
+#[derive(Clone, Debug, Serialize)]
+pub struct Proof {
+    /// The snapshot.
+    pub snapshot: String,
+    /// What each clone told.
+    pub clones: Vec<Testimony>,
+    /// What should differ, and does not.
+    pub twins: Vec<Twins>,
+    /// Clones whose clock is more than 100 ms off.
+    pub wrong_clocks: Vec<usize>,
+}
+
+impl Proof {
+    /// Whether all clones are distinct, with a clock that is right.
+    #[must_use]
+    pub fn holds(&self) -> bool {
+        self.twins.is_empty() && self.wrong_clocks.is_empty()
+    }
+
+    fn of(snapshot: &str, clones: Vec<Testimony>) -> Self {
+        let mut seen: BTreeMap<(&'static str, String), Vec<usize>> = BTreeMap::new();
+        for (number, clone) in clones.iter().enumerate() {
+            let evidence = &clone.evidence;
+            let mut note = |what, value: &str| {
+                seen.entry((what, value.to_owned()))
+                    .or_default()
+                    .push(number);
+            };
+            note("getrandom", &evidence.random);
+            note("uuid", &evidence.uuid);
+            note("machine-id", &evidence.machine_id);
+            note("boot_id", &evidence.boot_id);
+            note("hostname", &evidence.hostname);
+            if let Some(mac) = &evidence.mac {
+                note("MAC", mac);
+            }
+        }
+        let twins = seen
+            .into_iter()
+            .filter(|(_, clones)| clones.len() > 1)
+            .map(|((what, value), clones)| Twins {
+                what,
+                value,
+                clones,
+            })
+            .collect();
+        let wrong_clocks = clones
+            .iter()
+            .enumerate()
+            .filter(|(_, clone)| clone.clock_error_ns > CLOCK_TOLERANCE_NS)
+            .map(|(number, _)| number)
+            .collect();
+        Self {
+            snapshot: snapshot.to_owned(),
+            clones,
+            twins,
+            wrong_clocks,
+        }
+    }
+}
+
+/// Starts `count` clones of the snapshot `name`, one after the other, and has
+/// each tell what makes it distinct, before any workload code runs in it. Calls
+/// `progress` with the number of each.
+///
+/// # Errors
+/// The snapshot cannot be used, or a clone not be started.
+pub fn prove_distinct(
+    home: &Home,
+    name: &str,
+    count: usize,
+    mut progress: impl FnMut(usize),
+) -> Result<Proof, Error> {
+    let chain = Chain::open(&SnapshotStore::read_only(&home.snapshots()), name)?;
+    let mut clones = Vec::new();
+    for number in 0..count {
+        progress(number);
+        clones.push(ask(home, &chain)?);
+    }
+    Ok(Proof::of(name, clones))
+}
+
+fn ask(home: &Home, chain: &Chain) -> Result<Testimony, Error> {
+    let lease = &chain.tip().lease;
+    let manifest = lease.manifest();
+    let content = saved::content(chain)?;
+    let source = Source {
+        origin: Origin::Evidence(lease.name().to_owned()),
+        root: content.root.clone(),
+        modules: None,
+    };
+    let options = RunOptions::new().auto_remove(true);
+    let config = |id: crate::id::VmId, name| {
+        let hostname = id.short().to_owned();
+        let workload = Workload {
+            hostname,
+            ..Workload::default()
+        };
+        Ok(VmConfig {
+            id,
+            name,
+            image: format!("snapshot {}", lease.name()),
+            image_digest: String::new(),
+            created_ns: unix_nanos(),
+            workload,
+            memory: manifest.memory_bytes,
+            cpus: manifest.vcpus,
+            kernel: content.kernel.clone(),
+            auto_remove: true,
+            read_only: false,
+            stop_timeout_ms: 0,
+        })
+    };
+    run::launch(home, &options, config, source)?.until_evidence()
+}
+
+#[cfg(test)]
+mod tests {
+    use sm_guest_proto::control::Evidence;
+
+    use super::*;
+
+    fn clone(number: u64) -> Testimony {
+        let text = |what: &str| format!("{what}-{number}");
+        Testimony {
+            evidence: Evidence {
+                random: text("random"),
+                uuid: text("uuid"),
+                machine_id: text("machine"),
+                boot_id: text("boot"),
+                hostname: text("host"),
+                mac: None,
+                realtime_ns: number,
+            },
+            clock_error_ns: 0,
+        }
+    }
+
+    #[test]
+    fn distinct_clones_are_distinct() {
+        assert!(Proof::of("s", vec![clone(1), clone(2), clone(3)]).holds());
+    }
+
+    #[test]
+    fn one_thing_in_common_is_one_too_many() {
+        let mut twin = clone(2);
+        twin.evidence.boot_id = "boot-1".to_owned();
+        let proof = Proof::of("s", vec![clone(1), twin, clone(3)]);
+        assert!(!proof.holds());
+        assert_eq!(
+            proof.twins,
+            [Twins {
+                what: "boot_id",
+                value: "boot-1".to_owned(),
+                clones: vec![0, 1],
+            }]
+        );
+    }
+
+    #[test]
+    fn a_clock_that_is_off_is_found() {
+        let mut late = clone(2);
+        late.clock_error_ns = CLOCK_TOLERANCE_NS + 1;
+        let proof = Proof::of("s", vec![clone(1), late]);
+        assert_eq!(proof.wrong_clocks, [1]);
+        assert!(!proof.holds());
+    }
+}

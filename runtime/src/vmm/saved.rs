@@ -1,0 +1,220 @@
+//! Machines in snapshots: what is written besides memory, and opening it again.
+//!
+//! `state.bin` has two sections of ours: `machine`, the state of CPUs and
+//! devices, and `vm`, what the VMM around them has to know.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use sm_guest_proto::PROTOCOL_VERSION;
+use sm_hypervisor::kvm::Kvm;
+use sm_snapshot::Error;
+use sm_snapshot::capture::{Ancestry, Capture, Description};
+use sm_snapshot::chain::{Chain, MAX_DEPTH};
+use sm_snapshot::cpu::CpuFeatures;
+use sm_snapshot::manifest::{DeviceEntry, Layer, Manifest};
+use sm_snapshot::restore::{self, Requirements};
+use sm_snapshot::state_file::Section;
+use sm_snapshot::store::SnapshotStore;
+use sm_vmm_core::layout::{MACHINE_VERSION, SLOT_RNG, SLOT_ROOT_DISK, SLOT_VSOCK};
+use sm_vmm_core::machine::Machine;
+use sm_vmm_core::state::MachineState;
+
+use super::cache::Identity;
+use crate::doctor::with_causes;
+use crate::launch::DiskSegment;
+use crate::record::VmConfig;
+
+/// Name and layout version of the section with the machine's state.
+const MACHINE_SECTION: (&str, u32) = ("machine", 1);
+/// Name and layout version of the section with [`Content`].
+const VM_SECTION: (&str, u32) = ("vm", 1);
+
+/// What a VMM has to know of a machine besides its state.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct Content {
+    /// The kernel that runs in it.
+    pub(crate) kernel: PathBuf,
+    /// The root disk; none in a base snapshot.
+    pub(crate) root: Vec<DiskSegment>,
+    /// The VM whose workload runs in it; application snapshots only.
+    pub(crate) config: Option<VmConfig>,
+}
+
+/// A machine in a snapshot, opened for use.
+pub(crate) struct Saved {
+    pub(crate) chain: Chain,
+    pub(crate) state: MachineState,
+    pub(crate) content: Content,
+}
+
+impl Saved {
+    /// Opens a snapshot and checks that this host and program can go on with it.
+    /// `identity` is the guest software it must have been made with, where not
+    /// any will do.
+    ///
+    /// # Errors
+    /// It is absent, damaged, or needs something else.
+    pub(crate) fn open(
+        store: &SnapshotStore,
+        name: &str,
+        identity: Option<&Identity>,
+    ) -> Result<Self, Error> {
+        let chain = Chain::open(store, name)?;
+        restore::check(
+            &chain,
+            &Requirements {
+                machine_version: MACHINE_VERSION,
+                protocol: PROTOCOL_VERSION,
+                kernel: identity.map(|identity| identity.kernel.clone()),
+                agent: identity.map(|identity| identity.agent.clone()),
+                cpu: CpuFeatures::host(),
+            },
+        )?;
+        let tip = chain.tip();
+        let path = tip.lease.dir().join("state.bin");
+        let unreadable = |what: &str, error: &dyn std::error::Error| Error::Damaged {
+            path: path.clone(),
+            reason: format!("its {what} cannot be read: {error}"),
+        };
+        let (name, version) = MACHINE_SECTION;
+        let state = postcard::from_bytes(tip.state.section(&path, name, version)?)
+            .map_err(|error| unreadable("machine state", &error))?;
+        let content = content(&chain)?;
+        Ok(Self {
+            chain,
+            state,
+            content,
+        })
+    }
+}
+
+/// What the tip of a chain says of the VM.
+///
+/// # Errors
+/// The section is absent or damaged.
+pub(crate) fn content(chain: &Chain) -> Result<Content, Error> {
+    let tip = chain.tip();
+    let path = tip.lease.dir().join("state.bin");
+    let (name, version) = VM_SECTION;
+    serde_json::from_slice(tip.state.section(&path, name, version)?).map_err(|error| {
+        Error::Damaged {
+            reason: format!("its description of the VM cannot be read: {error}"),
+            path,
+        }
+    })
+}
+
+/// A snapshot to be made.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    pub(crate) store: SnapshotStore,
+    pub(crate) name: String,
+    pub(crate) layer: Layer,
+    pub(crate) identity: Identity,
+    pub(crate) labels: BTreeMap<String, String>,
+    pub(crate) content: Content,
+}
+
+/// What making a snapshot came to.
+#[derive(Debug)]
+pub(crate) struct Made {
+    pub(crate) manifest: Manifest,
+    /// How long the vCPUs were held.
+    pub(crate) pause: Duration,
+}
+
+/// Told on the publishing thread how it went; the error is a clause.
+pub(crate) type Done = Box<dyn FnOnce(Result<Made, String>) + Send>;
+
+impl Plan {
+    /// Captures a machine. Copying its memory happens in a pause, which ends
+    /// with this call unless `stay` is set; the rest on a thread, which publishes
+    /// the snapshot and calls `done`.
+    ///
+    /// # Errors
+    /// The machine cannot be paused, saved or resumed, or its memory not be
+    /// stored; a clause. `done` is not called then.
+    pub(crate) fn capture(
+        self,
+        machine: &mut Machine<Kvm>,
+        parent: Option<&Chain>,
+        stay: bool,
+        done: Done,
+    ) -> Result<JoinHandle<()>, String> {
+        let paused = Instant::now();
+        machine.pause().map_err(|error| with_causes(&error))?;
+        let ancestry = match parent {
+            None => Ancestry::Booted,
+            Some(chain) if chain.members().len() < MAX_DEPTH => Ancestry::Diff(chain),
+            Some(_) => Ancestry::Full,
+        };
+        let state = machine.save_state().map_err(|error| with_causes(&error));
+        let capture = Capture::begin(&self.store, &machine.memory().guest, ancestry)
+            .map_err(|error| with_causes(&error));
+        let failed = state.is_err() || capture.is_err();
+        if failed || !stay {
+            machine.resume().map_err(|error| with_causes(&error))?;
+        }
+        let pause = paused.elapsed();
+        let (state, capture) = (state?, capture?);
+        let vcpus = u32::try_from(machine.vcpus()).unwrap_or(u32::MAX);
+        std::thread::Builder::new()
+            .name("sm-snapshot".to_owned())
+            .spawn(move || {
+                let made = self.finish(capture, &state, vcpus);
+                done(made.map(|manifest| Made { manifest, pause }));
+            })
+            .map_err(|error| format!("cannot start a thread: {error}"))
+    }
+
+    fn finish(
+        self,
+        capture: Capture,
+        state: &MachineState,
+        vcpus: u32,
+    ) -> Result<Manifest, String> {
+        let device = |slot, kind: &str| DeviceEntry {
+            slot,
+            kind: kind.to_owned(),
+        };
+        let description = Description {
+            layer: self.layer,
+            sm_version: env!("CARGO_PKG_VERSION").to_owned(),
+            machine_version: MACHINE_VERSION,
+            vcpus,
+            kernel: self.identity.kernel,
+            agent: self.identity.agent,
+            protocol: PROTOCOL_VERSION,
+            devices: vec![
+                device(SLOT_VSOCK, "vsock"),
+                device(SLOT_RNG, "rng"),
+                device(SLOT_ROOT_DISK, "blk"),
+            ],
+            labels: self.labels,
+        };
+        let encode = |error: &dyn std::error::Error| format!("cannot encode its state: {error}");
+        let section = |(name, version): (&str, u32), payload| Section {
+            name: name.to_owned(),
+            version,
+            payload,
+        };
+        let sections = vec![
+            section(
+                MACHINE_SECTION,
+                postcard::to_stdvec(state).map_err(|error| encode(&error))?,
+            ),
+            section(
+                VM_SECTION,
+                serde_json::to_vec(&self.content).map_err(|error| encode(&error))?,
+            ),
+        ];
+        capture
+            .finish(&self.store, &self.name, description, sections)
+            .map_err(|error| with_causes(&error))
+    }
+}

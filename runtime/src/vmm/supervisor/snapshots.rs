@@ -1,0 +1,141 @@
+//! Making a snapshot of the workload as it runs.
+//!
+//! Freeze the workload, have dirty data written back, capture the machine, let
+//! the workload go on; publishing the snapshot goes on beside it. What is captured
+//! is thus a workload that does nothing, in a guest whose agent is idle: a clone
+//! gives itself an identity before it thaws the workload.
+
+use std::time::Instant;
+
+use sm_guest_proto::control::{ControlReply, ControlRequest};
+
+use super::Supervisor;
+use crate::launch::{ControlAnswer, SnapshotReport, Stage};
+use crate::vmm::agent::Purpose;
+use crate::vmm::guest::{Guest, SnapshotPlan};
+
+/// A snapshot on its way.
+#[derive(Debug)]
+pub(super) struct SnapshotJob {
+    /// Who asked for it.
+    client: u64,
+    plan: SnapshotPlan,
+    asked: Instant,
+    frozen_us: u64,
+}
+
+impl<G: Guest> Supervisor<G> {
+    pub(super) fn begin_snapshot(&mut self, client: u64, plan: SnapshotPlan) {
+        let refusal = if self.stage == Stage::Starting {
+            "the workload has not started yet"
+        } else if self.stage == Stage::Ending {
+            "the workload has ended"
+        } else if self.paused {
+            "the VM is paused: unpause it first"
+        } else if self.snapshot.is_some() {
+            "a snapshot of this VM is being made already"
+        } else if let Some(agent) = &mut self.agent {
+            agent.ask(Purpose::Freeze, &ControlRequest::Freeze);
+            self.snapshot = Some(SnapshotJob {
+                client,
+                plan,
+                asked: Instant::now(),
+                frozen_us: 0,
+            });
+            return;
+        } else {
+            "the guest's agent is gone"
+        };
+        self.answer(client, &ControlAnswer::Error(refusal.to_owned()));
+    }
+
+    /// The agent has answered the request to freeze.
+    pub(super) fn frozen(&mut self, reply: ControlReply) {
+        match (reply, &mut self.agent) {
+            (ControlReply::Done, Some(agent)) => {
+                agent.ask(Purpose::Prepare, &ControlRequest::PrepareSnapshot);
+            }
+            (reply, _) => {
+                self.thaw();
+                self.snapshot_failed(&refused("freeze the workload", reply));
+            }
+        }
+    }
+
+    /// The agent has answered the request to prepare.
+    pub(super) fn prepared(&mut self, reply: ControlReply) {
+        if reply != ControlReply::Done {
+            self.thaw();
+            return self.snapshot_failed(&refused("prepare the guest", reply));
+        }
+        let (Some(job), Some(guest)) = (&mut self.snapshot, &mut self.guest) else {
+            return;
+        };
+        let stay = job.plan.stay;
+        let captured = guest.snapshot(job.plan.clone());
+        job.frozen_us = u64::try_from(job.asked.elapsed().as_micros()).unwrap_or(u64::MAX);
+        match captured {
+            Ok(()) if stay => {}
+            Ok(()) => self.thaw(),
+            Err(error) => {
+                self.thaw();
+                self.snapshot_failed(&error);
+            }
+        }
+    }
+
+    /// The snapshot was published, or could not be.
+    pub(super) fn snapshot_made(&mut self, made: Result<SnapshotReport, String>) {
+        let Some(job) = self.snapshot.take() else {
+            return;
+        };
+        match made {
+            Ok(report) => {
+                let name = job.plan.name;
+                let why = format!("it was stopped when snapshot \"{name}\" of it was made");
+                let report = SnapshotReport {
+                    name,
+                    frozen_us: job.frozen_us,
+                    ..report
+                };
+                self.answer(job.client, &ControlAnswer::Snapshot(report));
+                if job.plan.stay {
+                    self.destroy(&why);
+                }
+            }
+            Err(error) => {
+                if job.plan.stay {
+                    if let Some(Err(error)) = self.guest.as_mut().map(Guest::resume) {
+                        self.guest_broke(&error);
+                    }
+                    self.thaw();
+                }
+                self.answer(job.client, &ControlAnswer::Error(error));
+            }
+        }
+    }
+
+    /// The VM ends before the snapshot was made.
+    pub(super) fn give_up_snapshot(&mut self) {
+        self.snapshot_failed("the VM ended before its snapshot was made");
+    }
+
+    fn snapshot_failed(&mut self, why: &str) {
+        if let Some(job) = self.snapshot.take() {
+            self.answer(job.client, &ControlAnswer::Error(why.to_owned()));
+        }
+    }
+
+    fn thaw(&mut self) {
+        if let Some(agent) = &mut self.agent {
+            agent.ask(Purpose::Thaw, &ControlRequest::Thaw);
+        }
+    }
+}
+
+fn refused(what: &str, reply: ControlReply) -> String {
+    match reply {
+        ControlReply::Error { message } => format!("cannot {what}: {message}"),
+        other => format!("cannot {what}: the guest answered {other:?}"),
+    }
+}
