@@ -1,0 +1,309 @@
+//! Snapshots of running workloads, and the clones that go on from them.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a failed expectation is a failed test"
+)]
+
+use std::collections::BTreeSet;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use sm_e2e::{Done, Home, Vm, image, unique};
+
+/// Counts in a file and on standard output until told to end.
+const COUNT: &str = "i=0; while [ ! -e /tmp/end ]; do i=$((i+1)); echo $i; echo $i >/tmp/i; \
+                     sleep 0.1; done; exit 9";
+
+fn counting(home: &Home) -> Vm<'_> {
+    let vm = home.detached(&["-m", "128m", &image("busybox"), "sh", "-c", COUNT]);
+    until("it counts", || count(home, &vm.name) > 3);
+    vm
+}
+
+fn count(home: &Home, vm: &str) -> u32 {
+    let read = home.sm(&["exec", vm, "cat", "/tmp/i"]);
+    read.out().trim().parse().unwrap_or(0)
+}
+
+/// Waits for something that happens in a guest.
+fn until(what: &str, mut happened: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !happened() {
+        assert!(begun.elapsed() < Duration::from_secs(120), "{what}");
+        sleep(Duration::from_millis(100));
+    }
+}
+
+fn names(home: &Home) -> BTreeSet<String> {
+    let listed = home.sm(&["snapshot", "ls", "-q"]).exits(0).out();
+    listed.lines().map(str::to_owned).collect()
+}
+
+/// Clones that are removed when the test ends.
+struct Clones<'a>(&'a Home, Vec<String>);
+
+impl Drop for Clones<'_> {
+    fn drop(&mut self) {
+        for name in &self.1 {
+            self.0.sm(&["rm", "-f", name]);
+        }
+    }
+}
+
+fn clones<'a>(home: &'a Home, snapshot: &str, number: usize) -> Clones<'a> {
+    let mut clones = Clones(home, Vec::new());
+    for _ in 0..number {
+        let name = unique("clone");
+        home.sm(&["run", "-d", "--name", &name, "--from", snapshot])
+            .exits(0);
+        clones.1.push(name);
+    }
+    clones
+}
+
+fn remove(home: &Home, snapshot: &str) -> Done {
+    home.sm(&["snapshot", "rm", snapshot])
+}
+
+#[test]
+fn clones_go_on_where_the_workload_was_with_an_identity_of_their_own() {
+    let home = Home::shared();
+    let vm = counting(home);
+    let name = unique("warm");
+    home.sm(&["snapshot", "create", &vm.name, &name]).exits(0);
+    let then = count(home, &vm.name);
+    let clones = clones(home, &name, 3);
+    let mut identities = BTreeSet::new();
+    for clone in [&vm.name].into_iter().chain(&clones.1) {
+        until("it goes on", || count(home, clone) > then);
+        let identity = home
+            .sm(&[
+                "exec",
+                clone,
+                "sh",
+                "-c",
+                "cat /etc/machine-id /proc/sys/kernel/random/boot_id \
+                 /proc/sys/kernel/random/uuid; hostname",
+            ])
+            .exits(0)
+            .out();
+        assert_eq!(identity.lines().count(), 4);
+        for line in identity.lines() {
+            assert!(identities.insert(line.to_owned()), "{clone}: {line}");
+        }
+        // It did not begin again: its first words are not 1.
+        if *clone != vm.name {
+            let first = home.sm(&["logs", clone]).exits(0).out();
+            let first: u32 = first.lines().next().unwrap().parse().unwrap();
+            assert!(first > 3, "{clone} began with {first}");
+        }
+        // It ends by itself, with its own status.
+        home.sm(&["exec", clone, "touch", "/tmp/end"]).exits(0);
+        assert_eq!(home.sm(&["wait", clone]).exits(0).out().trim(), "9");
+    }
+    let refused = Home::shared().sm(&["snapshot", "create", &vm.name, "late"]);
+    assert!(refused.exits(125).err().contains("not running"));
+    drop(clones);
+    until("its clones are gone", || {
+        remove(home, &name).code == Some(0)
+    });
+}
+
+#[test]
+fn forked_clones_share_a_snapshot_that_goes_with_the_last() {
+    let home = Home::shared();
+    let vm = counting(home);
+    let prefix = unique("fork");
+    let before = names(home);
+    let forked = home.sm(&["fork", &vm.name, "-n", "2", "--name", &prefix, "--json"]);
+    let forked = forked.exits(0).json();
+    let clones = Clones(home, vec![format!("{prefix}-1"), format!("{prefix}-2")]);
+    assert_eq!(forked[1]["name"], clones.1[1].as_str());
+    let made: Vec<_> = names(home).difference(&before).cloned().collect();
+    let made = made.iter().find(|name| name.starts_with("fork-")).unwrap();
+    for clone in &clones.1 {
+        let then = count(home, clone);
+        until("it goes on", || count(home, clone) > then);
+    }
+    let refused = remove(home, made).exits(125).err();
+    assert!(refused.contains("in use"), "{refused}");
+    drop(clones);
+    until("it is removed", || !names(home).contains(made));
+    assert!(count(home, &vm.name) > 3, "the original goes on");
+}
+
+#[test]
+fn a_computation_in_four_threads_ends_right_in_all_clones() {
+    let home = Home::shared();
+    // OpenSSL's checksums use the widest registers that there are.
+    let script = "sum() { i=0; while [ $i -lt 60 ]; do head -c 200000 /bin/bash | sha256sum; \
+                  i=$((i+1)); done | sha256sum >/tmp/$1; }; \
+                  for t in 1 2 3 4; do sum $t & done; wait; sort -u /tmp/1 /tmp/2 /tmp/3 /tmp/4";
+    let vm = home.detached(&[
+        "-m",
+        "192m",
+        "--cpus",
+        "4",
+        &image("debian"),
+        "sh",
+        "-c",
+        script,
+    ]);
+    until("it computes", || {
+        let ps = home.sm(&["exec", &vm.name, "sh", "-c", "ls /tmp | wc -l"]);
+        ps.out().trim() == "4"
+    });
+    let name = unique("sum");
+    home.sm(&["snapshot", "create", &vm.name, &name]).exits(0);
+    let clones = clones(home, &name, 4);
+    let mut results = BTreeSet::new();
+    for clone in [&vm.name].into_iter().chain(&clones.1) {
+        assert_eq!(home.sm(&["wait", clone]).exits(0).out().trim(), "0");
+        let result = home.sm(&["logs", clone]).exits(0).out();
+        assert_eq!(result.lines().count(), 1, "{clone}: {result}");
+        results.insert(result);
+    }
+    assert_eq!(results.len(), 1, "{results:?}");
+    let sound = home.sm(&["snapshot", "verify", &name]).exits(0).out();
+    assert!(sound.contains("sound"), "{sound}");
+    drop(clones);
+    until("its clones are gone", || {
+        remove(home, &name).code == Some(0)
+    });
+}
+
+#[test]
+fn snapshots_of_clones_of_snapshots() {
+    let home = Home::shared();
+    let first = counting(home);
+    let mut vm = first.name.clone();
+    let mut made = Vec::new();
+    let mut all = Clones(home, Vec::new());
+    // Deeper than a chain may get: one in between holds everything.
+    for depth in 0..9 {
+        let name = unique("deep");
+        let report = home.sm(&["snapshot", "create", "--stop", "--json", &vm, &name]);
+        let report = report.exits(0).json();
+        let parent = report["parent"].as_str().map(str::to_owned);
+        if depth > 0 {
+            let before: &String = made.last().unwrap();
+            assert!(
+                parent.is_none() || parent.as_deref() == Some(before),
+                "{parent:?}"
+            );
+        }
+        made.push(name.clone());
+        vm = unique("clone");
+        home.sm(&["run", "-d", "--name", &vm, "--from", &name])
+            .exits(0);
+        all.1.push(vm.clone());
+    }
+    let then = count(home, &vm);
+    until("it goes on", || count(home, &vm) > then);
+    home.sm(&["snapshot", "verify", made.last().unwrap()])
+        .exits(0);
+    let refused = remove(home, &made[0]).exits(125).err();
+    assert!(refused.contains("builds on it"), "{refused}");
+    drop(all);
+    for name in made.iter().rev() {
+        until("it can be removed", || remove(home, name).code == Some(0));
+    }
+}
+
+#[test]
+fn what_runs_beside_the_workload_stays_with_the_original() {
+    let home = Home::shared();
+    let vm = counting(home);
+    let beside = home
+        .command(&[
+            "exec",
+            &vm.name,
+            "sh",
+            "-c",
+            "echo up; sleep 3; echo still here",
+        ])
+        .spawn()
+        .unwrap();
+    until("it runs", || {
+        let ps = home.sm(&["exec", &vm.name, "ps"]);
+        ps.out().contains("sleep 3")
+    });
+    let name = unique("beside");
+    home.sm(&["snapshot", "create", &vm.name, &name]).exits(0);
+    let clones = clones(home, &name, 1);
+    let done: Done = beside.wait_with_output().unwrap().into();
+    assert_eq!(done.exits(0).out(), "up\nstill here\n");
+    // Nobody listens to it in the clone, so it was hung up on there.
+    until("it is gone", || {
+        let ps = home.sm(&["exec", &clones.1[0], "ps"]).exits(0);
+        !ps.out().contains("still here")
+    });
+    drop(clones);
+    until("its clones are gone", || {
+        remove(home, &name).code == Some(0)
+    });
+}
+
+#[test]
+fn clones_are_proved_distinct_in_every_layer() {
+    let home = Home::new();
+    let vm = home.detached(&["-m", "128m", &image("busybox"), "sh", "-c", COUNT]);
+    until("both were published", || names(&home).len() == 2);
+    home.sm(&["snapshot", "create", &vm.name, "warm"]).exits(0);
+    for name in names(&home) {
+        let proof = home.sm(&["snapshot", "prove-distinct", "-n", "3", "--json", &name]);
+        let proof = proof.exits(0).json();
+        let told = proof["clones"].as_array().unwrap();
+        assert_eq!(told.len(), 3);
+        for what in ["random", "uuid", "machine_id", "boot_id", "hostname"] {
+            let values: BTreeSet<_> = told.iter().map(|c| c[what].as_str().unwrap()).collect();
+            assert_eq!(values.len(), 3, "{name}: {what} of {told:?}");
+            assert!(!values.contains(""), "{name}: {what}");
+        }
+    }
+    assert!(home.sm(&["ps", "-aq"]).exits(0).out().lines().count() == 1);
+}
+
+#[test]
+fn bad_names_and_bad_wishes_are_refused_and_nothing_stops() {
+    let home = Home::shared();
+    let vm = counting(home);
+    let create = |name: &str| home.sm(&["snapshot", "create", &vm.name, name]);
+    for (name, why) in [
+        ("base-mine", "for itself"),
+        ("a/b", "not a snapshot name"),
+        ("", "not a snapshot name"),
+    ] {
+        let error = create(name).exits(125).err();
+        assert!(error.contains(why), "{name}: {error}");
+    }
+    let name = unique("taken");
+    create(&name).exits(0);
+    let error = create(&name).exits(125).err();
+    assert!(error.contains("exists already"), "{error}");
+    let from = |more: &[&str]| {
+        let mut all = vec!["run", "--rm", "--from", &name];
+        all.extend_from_slice(more);
+        home.sm(&all).exits(125).err()
+    };
+    for (more, why) in [
+        (["-m", "1g"], "memory"),
+        (["--cpus", "3"], "CPUs"),
+        (["-e", "A=1"], "environment"),
+    ] {
+        let error = from(&more);
+        assert!(
+            error.contains(why) && error.contains("leave it out"),
+            "{error}"
+        );
+    }
+    let base = names(home).into_iter().find(|n| n.starts_with("image-"));
+    let error = home.sm(&["run", "--from", &base.unwrap()]).exits(125).err();
+    assert!(error.contains("an image only"), "{error}");
+    let error = home.sm(&["run", "--from", "nothing"]).exits(125).err();
+    assert!(error.contains("no snapshot \"nothing\""), "{error}");
+    let then = count(home, &vm.name);
+    until("it goes on", || count(home, &vm.name) > then);
+    remove(home, &name).exits(0);
+}
