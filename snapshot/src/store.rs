@@ -303,12 +303,21 @@ impl SnapshotStore {
     }
 
     fn child_of(&self, name: &str) -> Result<Option<String>, Error> {
-        Ok(self.names()?.into_iter().find(|other| {
+        Ok(self.children(name)?.into_iter().next())
+    }
+
+    /// The snapshots that build directly on `name`, which may itself be damaged.
+    ///
+    /// # Errors
+    /// The directory cannot be read.
+    pub fn children(&self, name: &str) -> Result<Vec<String>, Error> {
+        let builds_on = |other: &String| {
             read_manifest(&self.root.join(other))
                 .ok()
                 .and_then(|manifest| manifest.parent)
                 .is_some_and(|parent| parent.name == name)
-        }))
+        };
+        Ok(self.names()?.into_iter().filter(builds_on).collect())
     }
 
     fn names(&self) -> Result<Vec<String>, Error> {
@@ -528,6 +537,7 @@ mod tests {
             digest: base.digest,
         };
         publish(&store, "child", Some(parent));
+        assert_eq!(store.children("base").unwrap(), ["child"]);
         let error = store.remove("base").unwrap_err().to_string();
         assert!(error.contains("child"), "{error}");
         store.remove("child").unwrap();

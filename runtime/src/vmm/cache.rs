@@ -143,9 +143,22 @@ impl Cache {
             Err(Error::NotFound { .. }) => None,
             Err(error) => {
                 tracing::warn!(name, error = with_causes(&error), "cannot use a snapshot");
-                let _ = self.store.remove(name);
+                self.discard(name);
                 None
             }
+        }
+    }
+
+    /// Removes a snapshot that cannot be used. Image snapshots that build on it
+    /// are of no more use; one that a user has made keeps it where it is.
+    fn discard(&self, name: &str) {
+        for child in self.store.children(name).unwrap_or_default() {
+            if is_automatic(&child) {
+                let _ = self.store.remove(&child);
+            }
+        }
+        if let Err(error) = self.store.remove(name) {
+            tracing::warn!(name, error = with_causes(&error), "it is not removed");
         }
     }
 
