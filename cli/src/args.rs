@@ -61,6 +61,8 @@ pub(crate) enum Command {
     Rmi(RmiArgs),
     /// Clone a running VM, which goes on
     Fork(ForkArgs),
+    /// Put clones back to the snapshot that they were started from
+    Reset(VmArgs),
     /// Make, list, check, compare and remove snapshots
     #[command(subcommand)]
     Snapshot(SnapshotCommand),

@@ -139,6 +139,9 @@ pub(crate) enum ControlCall {
         /// The last VM that uses it removes it.
         ephemeral: bool,
     },
+    /// Put the VM back to the snapshot of a workload that it was started from.
+    /// Answered when the workload goes on from there.
+    Reset,
     /// Answered when the VM has ended.
     Wait,
 }

@@ -35,6 +35,31 @@ fn until(what: &str, mut happened: impl FnMut() -> bool) {
     }
 }
 
+/// Waits for the end of a VM, which must be `status`.
+#[track_caller]
+fn ends(home: &Home, vm: &str, status: &str) {
+    let ended = home.sm(&["wait", vm]).exits(0).out();
+    if ended.trim() != status {
+        let told = home.sm(&["inspect", vm]).out();
+        panic!("{vm} ended with {ended}: {told}");
+    }
+}
+
+/// Waits until a counting VM has counted beyond `then`.
+#[track_caller]
+fn goes_on(home: &Home, vm: &str, then: u32) {
+    let begun = Instant::now();
+    while count(home, vm) <= then {
+        if begun.elapsed() > Duration::from_secs(60) {
+            let told = home.sm(&["exec", vm, "sh", "-c", "uptime; ps; cat /tmp/i"]);
+            let state = home.sm(&["inspect", vm]).out();
+            let console = home.sm(&["logs", "--console", vm]).out();
+            panic!("{vm} does not go on: {told:?}\n{state}\n{console}");
+        }
+        sleep(Duration::from_millis(100));
+    }
+}
+
 fn names(home: &Home) -> BTreeSet<String> {
     let listed = home.sm(&["snapshot", "ls", "-q"]).exits(0).out();
     listed.lines().map(str::to_owned).collect()
@@ -76,7 +101,7 @@ fn clones_go_on_where_the_workload_was_with_an_identity_of_their_own() {
     let clones = clones(home, &name, 3);
     let mut identities = BTreeSet::new();
     for clone in [&vm.name].into_iter().chain(&clones.1) {
-        until("it goes on", || count(home, clone) > then);
+        goes_on(home, clone, then);
         let identity = home
             .sm(&[
                 "exec",
@@ -100,7 +125,7 @@ fn clones_go_on_where_the_workload_was_with_an_identity_of_their_own() {
         }
         // It ends by itself, with its own status.
         home.sm(&["exec", clone, "touch", "/tmp/end"]).exits(0);
-        assert_eq!(home.sm(&["wait", clone]).exits(0).out().trim(), "9");
+        ends(home, clone, "9");
     }
     let refused = Home::shared().sm(&["snapshot", "create", &vm.name, "late"]);
     assert!(refused.exits(125).err().contains("not running"));
@@ -124,7 +149,7 @@ fn forked_clones_share_a_snapshot_that_goes_with_the_last() {
     let made = made.iter().find(|name| name.starts_with("fork-")).unwrap();
     for clone in &clones.1 {
         let then = count(home, clone);
-        until("it goes on", || count(home, clone) > then);
+        goes_on(home, clone, then);
     }
     let refused = remove(home, made).exits(125).err();
     assert!(refused.contains("in use"), "{refused}");
@@ -159,7 +184,7 @@ fn a_computation_in_four_threads_ends_right_in_all_clones() {
     let clones = clones(home, &name, 4);
     let mut results = BTreeSet::new();
     for clone in [&vm.name].into_iter().chain(&clones.1) {
-        assert_eq!(home.sm(&["wait", clone]).exits(0).out().trim(), "0");
+        ends(home, clone, "0");
         let result = home.sm(&["logs", clone]).exits(0).out();
         assert_eq!(result.lines().count(), 1, "{clone}: {result}");
         results.insert(result);
@@ -167,6 +192,41 @@ fn a_computation_in_four_threads_ends_right_in_all_clones() {
     assert_eq!(results.len(), 1, "{results:?}");
     let sound = home.sm(&["snapshot", "verify", &name]).exits(0).out();
     assert!(sound.contains("sound"), "{sound}");
+    drop(clones);
+    until("its clones are gone", || {
+        remove(home, &name).code == Some(0)
+    });
+}
+
+#[test]
+fn a_clone_is_put_back_to_its_snapshot() {
+    let home = Home::shared();
+    let vm = counting(home);
+    let name = unique("pool");
+    home.sm(&["snapshot", "create", "--stop", &vm.name, &name])
+        .exits(0);
+    let clones = clones(home, &name, 1);
+    let clone = &clones.1[0];
+    let mut identities = BTreeSet::new();
+    for round in 0..5 {
+        goes_on(home, clone, 0);
+        // What it did, and made, since the last time is undone.
+        let script = "cat /etc/machine-id; test ! -e /tmp/mess; head -c 3000000 /dev/urandom \
+                      >/tmp/mess; echo 100000 >/tmp/i; cat /tmp/mess | wc -c";
+        let out = home
+            .sm(&["exec", clone, "sh", "-ec", script])
+            .exits(0)
+            .out();
+        let (identity, size) = out.trim().split_once('\n').unwrap();
+        assert_eq!(size, "3000000");
+        assert!(identities.insert(identity.to_owned()), "round {round}");
+        home.sm(&["reset", clone]).exits(0);
+    }
+    assert!(count(home, clone) < 1000);
+    home.sm(&["exec", clone, "touch", "/tmp/end"]).exits(0);
+    ends(home, clone, "9");
+    let refused = home.sm(&["reset", clone]).exits(125).err();
+    assert!(refused.contains("not running"), "{refused}");
     drop(clones);
     until("its clones are gone", || {
         remove(home, &name).code == Some(0)
@@ -200,7 +260,7 @@ fn snapshots_of_clones_of_snapshots() {
         all.1.push(vm.clone());
     }
     let then = count(home, &vm);
-    until("it goes on", || count(home, &vm) > then);
+    goes_on(home, &vm, then);
     home.sm(&["snapshot", "verify", made.last().unwrap()])
         .exits(0);
     let refused = remove(home, &made[0]).exits(125).err();
@@ -304,6 +364,6 @@ fn bad_names_and_bad_wishes_are_refused_and_nothing_stops() {
     let error = home.sm(&["run", "--from", "nothing"]).exits(125).err();
     assert!(error.contains("no snapshot \"nothing\""), "{error}");
     let then = count(home, &vm.name);
-    until("it goes on", || count(home, &vm.name) > then);
+    goes_on(home, &vm.name, then);
     remove(home, &name).exits(0);
 }

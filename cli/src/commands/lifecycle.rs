@@ -1,4 +1,4 @@
-//! `sm stop`, `kill`, `pause`, `unpause`, `wait` and `rm`.
+//! `sm stop`, `kill`, `pause`, `unpause`, `reset`, `wait` and `rm`.
 
 use std::time::Duration;
 
@@ -58,6 +58,13 @@ pub(crate) fn pause(
 ) -> Result<u32, Failure> {
     each(home, &args.vms, printer, |vm| {
         if pause { vm.pause() } else { vm.resume() }?;
+        Ok(None)
+    })
+}
+
+pub(crate) fn reset(home: &Home, args: &VmArgs, printer: &Printer) -> Result<u32, Failure> {
+    each(home, &args.vms, printer, |vm| {
+        vm.reset()?;
         Ok(None)
     })
 }

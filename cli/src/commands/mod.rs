@@ -38,6 +38,7 @@ pub(crate) fn run(begin: Phase, cli: Cli, printer: &Printer) -> Result<u32, Fail
         Command::Pull(args) => images::pull(&home()?, &args, printer),
         Command::Rmi(args) => images::remove(&home()?, &args, printer),
         Command::Fork(args) => snapshot::fork(&home()?, &args, printer),
+        Command::Reset(args) => lifecycle::reset(&home()?, &args, printer),
         Command::Snapshot(command) => snapshot::run(&home()?, command, printer),
         Command::Kernel(command) => kernel::run(&home()?, command, printer),
         Command::Doctor(args) => kernel::doctor(&home()?, &args, printer),

@@ -48,6 +48,11 @@ pub(crate) trait Guest {
         let _ = plan;
         Err("this machine cannot be captured".to_owned())
     }
+    /// Puts the machine back to the snapshot that it was started from, with another
+    /// identity to be. Every stream to it ends.
+    fn reset(&mut self) -> Result<(), String> {
+        Err("this machine cannot be put back".to_owned())
+    }
     /// Holds all vCPUs.
     fn pause(&mut self) -> Result<(), String>;
     /// Lets them run again.

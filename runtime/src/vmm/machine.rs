@@ -32,7 +32,7 @@ use super::beginning::{Beginning, Source};
 use super::cache::{self, Identity};
 use super::guest::{Guest, GuestEnd, Notice, NoticeSender, SnapshotPlan, Start};
 use super::prefetch::Prefetch;
-use super::saved::{Content, Done, Made, Plan, Saved};
+use super::saved::{Content, Done, Made, Plan, Saved, machine_state};
 use crate::doctor::{unusable, with_causes};
 use crate::id::random;
 use crate::kernel::Kernel;
@@ -434,6 +434,23 @@ impl Guest for RunningMachine {
             notices.send(Notice::Snapshot(report));
         };
         self.capture(plan, stay, Box::new(done))
+    }
+
+    fn reset(&mut self) -> Result<(), String> {
+        let chain = self
+            .source
+            .as_ref()
+            .and_then(|source| source.chain.as_ref())
+            .ok_or("it was not started from a snapshot")?;
+        let state = machine_state(chain).map_err(|error| with_causes(&error))?;
+        self.machine.pause().map_err(failed("pause the vCPUs"))?;
+        self.machine
+            .reset_to(&state)
+            .map_err(failed("put the machine back"))?;
+        self.machine
+            .set_generation_id(random::<16>())
+            .map_err(failed("give the machine an identity"))?;
+        self.machine.resume().map_err(failed("resume the vCPUs"))
     }
 
     fn connect(&mut self, port: u32) -> io::Result<UnixStream> {

@@ -75,15 +75,7 @@ impl Saved {
                 cpu: CpuFeatures::host(),
             },
         )?;
-        let tip = chain.tip();
-        let path = tip.lease.dir().join("state.bin");
-        let unreadable = |what: &str, error: &dyn std::error::Error| Error::Damaged {
-            path: path.clone(),
-            reason: format!("its {what} cannot be read: {error}"),
-        };
-        let (name, version) = MACHINE_SECTION;
-        let state = postcard::from_bytes(tip.state.section(&path, name, version)?)
-            .map_err(|error| unreadable("machine state", &error))?;
+        let state = machine_state(&chain)?;
         let content = content(&chain)?;
         Ok(Self {
             chain,
@@ -91,6 +83,20 @@ impl Saved {
             content,
         })
     }
+}
+
+/// The state of CPUs and devices at the tip of a chain.
+///
+/// # Errors
+/// The section is absent or damaged.
+pub(crate) fn machine_state(chain: &Chain) -> Result<MachineState, Error> {
+    let tip = chain.tip();
+    let path = tip.lease.dir().join("state.bin");
+    let (name, version) = MACHINE_SECTION;
+    postcard::from_bytes(tip.state.section(&path, name, version)?).map_err(|error| Error::Damaged {
+        reason: format!("its machine state cannot be read: {error}"),
+        path,
+    })
 }
 
 /// What the tip of a chain says of the VM.

@@ -93,6 +93,8 @@ pub(crate) struct Supervisor<G> {
     had_output: bool,
     /// The snapshot that is being made.
     snapshot: Option<SnapshotJob>,
+    /// Who asked for the machine to be put back, while it is on its way.
+    resetting: Option<u64>,
     /// A sentence from the agent about why the workload did not start.
     start_error: Option<String>,
     /// The workload's end, while it is being looked into.
@@ -138,6 +140,7 @@ impl<G: Guest> Supervisor<G> {
             started_ns: 0,
             had_output: false,
             snapshot: None,
+            resetting: None,
             start_error: None,
             provisional: None,
             ended: None,

@@ -270,6 +270,7 @@ impl<G: Guest> Supervisor<G> {
             ControlCall::Pause => self.pause(true),
             ControlCall::Resume => self.pause(false),
             ControlCall::Stats => return self.stats(id),
+            ControlCall::Reset => return self.reset(id),
             ControlCall::Snapshot {
                 ref name,
                 stop,

@@ -27,7 +27,8 @@ const HANG_UP_TIMEOUT: Duration = Duration::from_secs(2);
 impl<G: Guest> Supervisor<G> {
     /// The agent is ready, or has been called.
     pub(super) fn agent_dialed(&mut self, stream: UnixStream) {
-        if self.agent.is_some() || self.stage != Stage::Starting {
+        let awaited = self.stage == Stage::Starting || self.resetting.is_some();
+        if self.agent.is_some() || !awaited {
             // One conversation at a time; closing the stream is the refusal.
             return;
         }
@@ -83,7 +84,7 @@ impl<G: Guest> Supervisor<G> {
     }
 
     /// What the machine was started from.
-    fn start(&self) -> Start {
+    pub(super) fn start(&self) -> Start {
         self.guest.as_ref().map_or(Start::Boot, Guest::start)
     }
 
@@ -340,6 +341,9 @@ impl<G: Guest> Supervisor<G> {
                     self.release_launcher();
                     if let Some(guest) = &mut self.guest {
                         guest.workload_started();
+                    }
+                    if let Some(client) = self.resetting.take() {
+                        self.answer(client, &ControlAnswer::Done);
                     }
                 }
                 Err(error) => {

@@ -4,15 +4,20 @@
 //! the workload go on; publishing the snapshot goes on beside it. What is captured
 //! is thus a workload that does nothing, in a guest whose agent is idle: a clone
 //! gives itself an identity before it thaws the workload.
+//!
+//! Also: putting a clone back to its snapshot, which is a start without making a
+//! machine.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use sm_guest_proto::control::{ControlReply, ControlRequest};
+use sm_guest_proto::port;
+use sm_snapshot::manifest::Layer;
 
-use super::Supervisor;
+use super::{Supervisor, Timer};
 use crate::launch::{ControlAnswer, SnapshotReport, Stage};
 use crate::vmm::agent::Purpose;
-use crate::vmm::guest::{Guest, SnapshotPlan};
+use crate::vmm::guest::{Guest, SnapshotPlan, Start};
 
 /// A snapshot on its way.
 #[derive(Debug)]
@@ -115,8 +120,56 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// The VM ends before the snapshot was made.
+    /// Puts the machine back, and brings it up as after its start.
+    pub(super) fn reset(&mut self, client: u64) {
+        let refusal = if self.stage != Stage::Running {
+            "the workload does not run"
+        } else if self.paused {
+            "the VM is paused: unpause it first"
+        } else if self.snapshot.is_some() {
+            "a snapshot of this VM is being made"
+        } else if !self.timers.is_empty() {
+            "the VM is about to end"
+        } else if self.resetting.is_some() {
+            "this VM is being put back already"
+        } else if self.start() != Start::Restored(Layer::App) {
+            "it was not started from a snapshot of a workload, so there is nothing to put it back to"
+        } else {
+            return self.put_back(client);
+        };
+        self.answer(client, &ControlAnswer::Error(refusal.to_owned()));
+    }
+
+    fn put_back(&mut self, client: u64) {
+        self.agent = None;
+        self.main = None;
+        self.main_requested = false;
+        self.timers.clear();
+        self.set_timer(
+            Timer::Start,
+            Duration::from_millis(self.request.start_timeout_ms),
+        );
+        self.resetting = Some(client);
+        let Some(guest) = &mut self.guest else {
+            return;
+        };
+        let called = guest.reset().and_then(|()| {
+            guest
+                .connect(port::CONTROL)
+                .map_err(|error| format!("cannot call the guest agent: {error}"))
+        });
+        match called {
+            Ok(stream) => self.agent_dialed(stream),
+            Err(error) => self.guest_broke(&error),
+        }
+    }
+
+    /// The VM ends before the snapshot was made, or it was put back.
     pub(super) fn give_up_snapshot(&mut self) {
+        if let Some(client) = self.resetting.take() {
+            let text = "the VM ended on its way back".to_owned();
+            self.answer(client, &ControlAnswer::Error(text));
+        }
         self.snapshot_failed("the VM ended before its snapshot was made");
     }
 

@@ -66,6 +66,9 @@ impl Guest for FakeGuest {
         self.notices.send(Notice::Snapshot(made));
         Ok(())
     }
+    fn reset(&mut self) -> Result<(), String> {
+        Ok(())
+    }
     fn pause(&mut self) -> Result<(), String> {
         *self.state.paused.lock().unwrap() = true;
         Ok(())
@@ -733,7 +736,10 @@ fn a_vm_that_is_to_stop_ends_with_its_snapshot() {
 fn restored(f: &mut Fixture, vmgenid_seen: bool) -> (Peer, Peer) {
     let (theirs, ours) = UnixStream::pair().unwrap();
     f.dial.send(Notice::Agent(theirs));
-    let mut agent = Peer(ours);
+    answer_as_restored(f, Peer(ours), vmgenid_seen)
+}
+
+fn answer_as_restored(f: &mut Fixture, mut agent: Peer, vmgenid_seen: bool) -> (Peer, Peer) {
     let _: ControlRequest = agent.receive_json(FrameType::Control);
     agent.send_json(&ControlReply::Hello(AgentHello {
         protocol: PROTOCOL_VERSION,
@@ -796,6 +802,50 @@ fn an_image_snapshot_needs_no_root_attached() {
     let request: ExecRequest = main.receive_json(FrameType::Request);
     assert_eq!(request.role, Role::Main);
     main.send_json(&ExecReply::Started { pid: 1 });
+    main.exit(0);
+    f.finish();
+}
+
+#[test]
+fn a_machine_that_is_put_back_comes_up_as_another() {
+    let mut f = fixture(Setup {
+        start: Some(Start::Restored(Layer::App)),
+        ..Setup::default()
+    });
+    let (mut agent, mut main) = restored(&mut f, true);
+    expect_thaw(&mut agent);
+    let _: ExecControl = main.receive_json(FrameType::Control);
+    main.send_json(&ExecReply::Started { pid: 42 });
+    main.send(FrameType::Stdout, b"one");
+    let status = f.control().call(&ControlCall::Status).unwrap();
+    assert!(matches!(status, ControlAnswer::Status(_)));
+
+    let mut control = f.control();
+    let asked = std::thread::spawn(move || control.call_and_wait(&ControlCall::Reset));
+    assert!(agent.receive().is_none(), "old streams end");
+    assert!(main.receive().is_none());
+    let (to, stream) = f.connections.recv().unwrap();
+    assert_eq!(to, port::CONTROL);
+    let (mut agent, mut main) = answer_as_restored(&mut f, Peer(stream), true);
+    expect_thaw(&mut agent);
+    let attach: ExecControl = main.receive_json(FrameType::Control);
+    assert_eq!(attach, ExecControl::AttachMain);
+    main.send_json(&ExecReply::Started { pid: 42 });
+    assert!(matches!(asked.join().unwrap(), Ok(ControlAnswer::Done)));
+    main.send(FrameType::Stdout, b"one again");
+    main.exit(0);
+    let events = f.events();
+    assert_eq!(events.first().unwrap(), "started 42");
+    assert!(events.contains(&"out one again".to_owned()), "{events:?}");
+    f.finish();
+}
+
+#[test]
+fn a_machine_of_an_image_has_nothing_to_be_put_back_to() {
+    let mut f = fixture(Setup::default());
+    let (_agent, mut main) = f.start();
+    let refused = f.control().call(&ControlCall::Reset).unwrap_err();
+    assert!(refused.to_string().contains("not started from a snapshot"));
     main.exit(0);
     f.finish();
 }
