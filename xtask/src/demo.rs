@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result};
 
 use crate::apt::Apt;
 use crate::build::{self, Profile};
-use crate::lab::{self, Job};
+use crate::lab::{self, Job, Output};
 use crate::{cmd, fixtures, host, kernel};
 
 const SCRIPT: &str = "echo \"hello from $(uname -sr) on $(nproc) vCPU\"; \
@@ -60,7 +60,10 @@ pub(crate) fn run(apt: &Apt) -> Result<u8> {
                 environment,
                 ..Job::default()
             };
-            i32::from(lab::outlive_crashes(|| lab::run(apt, &job))?)
+            let lab = lab::prepare(apt)?;
+            i32::from(lab::outlive_crashes(|| {
+                lab::run(&lab, &job, &Output::Inherit)
+            })?)
         }
     };
     cmd::step(format_args!(

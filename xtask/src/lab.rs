@@ -5,15 +5,15 @@
 //! if it had been run here.
 
 use std::fs;
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, Read as _, Write};
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -58,6 +58,57 @@ const TIMED_OUT: u8 = 124;
 const INTERRUPTED: u8 = 130;
 /// Machines that may crash under one job.
 const ATTEMPTS: u32 = 4;
+const MOST_AT_ONCE: usize = 4;
+
+/// Labs that run well on this machine at once: each emulates one CPU.
+///
+/// One, because QEMU's emulation of SVM is unsound with more: an interrupt that
+/// KVM injects into a guest stays noted in the emulated CPU, and when another CPU's
+/// thread interrupts the emulation at the wrong moment it is delivered once more,
+/// in whatever runs then. Four busy vCPUs on two emulated CPUs crash the lab's
+/// kernel, or a guest, within two minutes (QEMU 10.0.2); on one CPU they never did.
+pub(crate) fn at_once() -> usize {
+    thread::available_parallelism().map_or(1, |cpus| cpus.get().min(MOST_AT_ONCE))
+}
+
+/// Where a job's output, and what is to be said about the lab, goes.
+#[derive(Clone)]
+pub(crate) enum Output {
+    /// This process's standard streams, as it comes.
+    Inherit,
+    /// Both streams, to be shown later.
+    Keep(Arc<Mutex<Vec<u8>>>),
+}
+
+impl Output {
+    fn out(&self) -> Box<dyn Write + Send> {
+        match self {
+            Self::Inherit => Box::new(io::stdout()),
+            Self::Keep(kept) => Box::new(Kept(kept.clone())),
+        }
+    }
+
+    fn err(&self) -> Box<dyn Write + Send> {
+        match self {
+            Self::Inherit => Box::new(io::stderr()),
+            Self::Keep(kept) => Box::new(Kept(kept.clone())),
+        }
+    }
+}
+
+struct Kept(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Kept {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
 
 /// A command to run in the lab.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,6 +121,7 @@ pub(crate) struct Job {
     /// Pass on this process's standard input, unless it is a terminal.
     pub(crate) input: bool,
     pub(crate) memory_mib: u32,
+    /// More than one is faster and crashes: see [`at_once`].
     pub(crate) cpus: u32,
     pub(crate) timeout: Option<Duration>,
 }
@@ -82,7 +134,7 @@ impl Default for Job {
             results: None,
             input: false,
             memory_mib: 4096,
-            cpus: 2,
+            cpus: 1,
             timeout: None,
         }
     }
@@ -93,11 +145,16 @@ impl Default for Job {
 #[error("the lab died before the command ended; above is the end of its console")]
 pub(crate) struct Died;
 
+/// What the lab boots.
+pub(crate) struct Lab {
+    kernel: PathBuf,
+    initramfs: PathBuf,
+}
+
 /// Runs a job and returns its exit status.
 ///
 /// An error that is [`Died`] says nothing about the command.
-pub(crate) fn run(apt: &Apt, job: &Job) -> Result<u8> {
-    let (kernel, initramfs) = prepare(apt)?;
+pub(crate) fn run(lab: &Lab, job: &Job, output: &Output) -> Result<u8> {
     let control = tempfile::tempdir().context("cannot make a temporary directory")?;
     let results = match &job.results {
         Some(directory) => directory.clone(),
@@ -112,8 +169,8 @@ pub(crate) fn run(apt: &Apt, job: &Job) -> Result<u8> {
 
     let console = control.path().join("console");
     let machine = Machine {
-        kernel,
-        initramfs,
+        kernel: lab.kernel.clone(),
+        initramfs: lab.initramfs.clone(),
         console: console.clone(),
         memory_mib: job.memory_mib,
         cpus: job.cpus,
@@ -135,19 +192,22 @@ pub(crate) fn run(apt: &Apt, job: &Job) -> Result<u8> {
             read_only: false,
         },
     ];
-    let ended = attend(&machine, &shares, &token, job)?;
+    let ended = attend(&machine, &shares, &token, job, output)?;
     let status = fs::read_to_string(shared.join("status")).ok();
     let status = status.and_then(|text| text.trim().parse::<u8>().ok());
     match (ended, status) {
         (Ended::Interrupted, _) => Ok(INTERRUPTED),
         (Ended::TimedOut, _) => {
-            show_tail(&console);
-            eprintln!("xtask: the lab was stopped: the command's time was over");
+            show_tail(&console, &mut output.err());
+            let _ = writeln!(
+                output.err(),
+                "xtask: the lab was stopped: the command's time was over"
+            );
             Ok(TIMED_OUT)
         }
         (Ended::Complete, Some(status)) => Ok(status),
         _ => {
-            show_tail(&console);
+            show_tail(&console, &mut output.err());
             Err(Died.into())
         }
     }
@@ -182,7 +242,13 @@ enum Ended {
 }
 
 /// Runs the machine until both output streams have ended.
-fn attend(machine: &Machine, shares: &[Share<'_>], token: &[u8], job: &Job) -> Result<Ended> {
+fn attend(
+    machine: &Machine,
+    shares: &[Share<'_>],
+    token: &[u8],
+    job: &Job,
+    to: &Output,
+) -> Result<Ended> {
     // Ctrl-C reaches QEMU as well, which ends; this process then cleans up.
     let interrupted = Arc::new(AtomicBool::new(false));
     signal_hook::flag::register(signal_hook::consts::SIGINT, interrupted.clone())
@@ -208,14 +274,14 @@ fn attend(machine: &Machine, shares: &[Share<'_>], token: &[u8], job: &Job) -> R
     }
 
     let (sender, receiver) = mpsc::channel();
-    let (mark, send) = (token.to_owned(), sender.clone());
+    let (mark, send, mut out) = (token.to_owned(), sender.clone(), to.out());
     thread::spawn(move || {
-        let seen = copy_until(&mut output, &mut io::stdout().lock(), &mark);
+        let seen = copy_until(&mut output, &mut out, &mark);
         let _ = send.send(seen);
     });
-    let mark = token.to_owned();
+    let (mark, mut err) = (token.to_owned(), to.err());
     thread::spawn(move || {
-        let seen = copy_until(&mut errors, &mut io::stderr(), &mark);
+        let seen = copy_until(&mut errors, &mut err, &mark);
         let _ = sender.send(seen);
     });
 
@@ -264,12 +330,12 @@ fn forward_input(mut port: UnixStream) {
     });
 }
 
-fn show_tail(console: &Path) {
+fn show_tail(console: &Path, to: &mut dyn Write) {
     let bytes = fs::read(console).unwrap_or_default();
     let text = String::from_utf8_lossy(&bytes);
     let lines: Vec<_> = text.lines().collect();
     for line in lines.iter().skip(lines.len().saturating_sub(40)) {
-        eprintln!("lab console: {}", line.trim_end());
+        let _ = writeln!(to, "lab console: {}", line.trim_end());
     }
 }
 
@@ -324,9 +390,9 @@ pub(crate) fn quoted(word: &str) -> String {
     format!("'{}'", word.replace('\'', "'\\''"))
 }
 
-/// Kernel and initramfs of the lab, made from the distribution's generic kernel
+/// Makes kernel and initramfs of the lab from the distribution's generic kernel
 /// unless the cache has them.
-fn prepare(apt: &Apt) -> Result<(PathBuf, PathBuf)> {
+pub(crate) fn prepare(apt: &Apt) -> Result<Lab> {
     apt.ensure_qemu()?;
     let package = apt.depends_on("linux-image-amd64", "linux-image-")?;
     let version = apt
@@ -336,7 +402,10 @@ fn prepare(apt: &Apt) -> Result<(PathBuf, PathBuf)> {
     let parts = [&version, RECIPE, INIT, SESSION, &modules].map(str::as_bytes);
     let labs = paths::cache("lab")?;
     let done = labs.join(paths::fingerprint(&parts));
-    let built = || (done.join("vmlinuz"), done.join("initramfs"));
+    let built = || Lab {
+        kernel: done.join("vmlinuz"),
+        initramfs: done.join("initramfs"),
+    };
     if done.exists() {
         return Ok(built());
     }

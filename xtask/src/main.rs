@@ -48,7 +48,11 @@ fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
         Invocation::Kernel { stock: false } => println!("{}", kernel::tuned(&apt)?.display()),
         Invocation::Kernel { stock: true } => println!("{}", stock::kernel(&apt)?.display()),
         Invocation::Fixtures => println!("{}", fixtures::make(&apt)?.display()),
-        Invocation::Lab(lab) => return Ok(ExitCode::from(lab::run(&apt, &lab)?)),
+        Invocation::Lab(job) => {
+            let lab = lab::prepare(&apt)?;
+            let status = lab::run(&lab, &job, &lab::Output::Inherit)?;
+            return Ok(ExitCode::from(status));
+        }
         Invocation::Setup => host::set_up(&apt)?,
         Invocation::Demo => return Ok(ExitCode::from(demo::run(&apt)?)),
         Invocation::Test(wanted) => test::run(&apt, &wanted)?,

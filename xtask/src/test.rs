@@ -1,8 +1,12 @@
 //! `cargo xtask test`: unit tests here, end-to-end tests where guests can run.
 
 use std::fs;
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
@@ -10,7 +14,7 @@ use serde_json::Value;
 
 use crate::apt::{self, Apt};
 use crate::build::{self, Profile, cargo};
-use crate::lab::{self, Job};
+use crate::lab::{self, Job, Lab, Output};
 use crate::{cmd, fixtures, host, kernel, stock};
 
 /// The lab is some 20 times slower than hardware.
@@ -108,37 +112,71 @@ fn end_to_end(apt: &Apt, wanted: &Wanted) -> Result<()> {
     }
 }
 
-/// Boots the lab once for each test program: a boot costs seconds, and should the
-/// emulated machine crash, no more than one program has to run again.
+/// Boots the lab once for each test program, as many at once as run well: a boot
+/// costs seconds, and should the emulated machine crash, no more than one program
+/// has to run again.
 fn in_the_lab(
     apt: &Apt,
     wanted: &Wanted,
     tests: &[PathBuf],
     environment: &[(String, String)],
 ) -> Result<()> {
-    let mut failed = 0;
-    for test in tests {
-        // Two guests at a time are all that an emulated machine carries.
-        let mut command = vec![
-            test.to_string_lossy().into_owned(),
-            "--test-threads=2".to_owned(),
-        ];
-        command.extend(wanted.names.iter().cloned());
-        let job = Job {
-            command,
-            environment: environment.to_vec(),
-            memory_mib: LAB_MEMORY_MIB,
-            timeout: Some(LAB_TIMEOUT),
-            ..Job::default()
-        };
-        if lab::outlive_crashes(|| lab::run(apt, &job))? != 0 {
-            failed += 1;
+    let lab = lab::prepare(apt)?;
+    let next = AtomicUsize::new(0);
+    let failed = AtomicUsize::new(0);
+    let work = || -> Result<()> {
+        while let Some(test) = tests.get(next.fetch_add(1, Ordering::Relaxed)) {
+            if !one_in_the_lab(&lab, wanted, test, environment)? {
+                failed.fetch_add(1, Ordering::Relaxed);
+            }
         }
-    }
-    match failed {
+        Ok(())
+    };
+    thread::scope(|scope| {
+        let workers: Vec<_> = (0..lab::at_once()).map(|_| scope.spawn(work)).collect();
+        workers.into_iter().try_for_each(|worker| {
+            let done = worker.join();
+            done.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    })?;
+    match failed.into_inner() {
         0 => Ok(()),
         count => bail!("{count} of {} test programs failed", tests.len()),
     }
+}
+
+/// Runs one test program; its output is shown when it has ended.
+fn one_in_the_lab(
+    lab: &Lab,
+    wanted: &Wanted,
+    test: &Path,
+    environment: &[(String, String)],
+) -> Result<bool> {
+    // Two guests at a time are all that an emulated machine carries.
+    let mut command = vec![
+        test.to_string_lossy().into_owned(),
+        "--test-threads=2".to_owned(),
+    ];
+    command.extend(wanted.names.iter().cloned());
+    let job = Job {
+        command,
+        environment: environment.to_vec(),
+        memory_mib: LAB_MEMORY_MIB,
+        timeout: Some(LAB_TIMEOUT),
+        ..Job::default()
+    };
+    let kept = Arc::default();
+    let output = Output::Keep(Arc::clone(&kept));
+    let started = Instant::now();
+    let ended = lab::outlive_crashes(|| lab::run(lab, &job, &output));
+    let name = test.file_name().unwrap_or_default().to_string_lossy();
+    let name = name.rsplit_once('-').map_or(&*name, |(name, _)| name);
+    let seconds = started.elapsed().as_secs();
+    let kept = std::mem::take(&mut *kept.lock().unwrap_or_else(PoisonError::into_inner));
+    let mut out = io::stdout().lock();
+    writeln!(out, "==> {name} in the lab, {seconds} s")?;
+    out.write_all(&kept)?;
+    Ok(ended? == 0)
 }
 
 /// What `tests/src/lib.rs` says the tests are configured by.
