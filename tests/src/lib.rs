@@ -24,6 +24,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use serde_json::Value;
 use tempfile::TempDir;
 
+mod terminal;
+
+pub use terminal::Terminal;
+
 /// What a command left behind.
 #[derive(Debug)]
 pub struct Done {

@@ -244,16 +244,19 @@ fn memory_is_as_large_as_asked() {
 
 #[test]
 fn layers_are_stacked_with_their_whiteouts() {
-    let done = sm(&[
-        "run",
-        "--rm",
-        &image("debian"),
-        "sh",
-        "-c",
-        "cat /etc/debian_version && ls /",
-    ]);
-    let out = done.exits(0).out();
-    assert!(out.contains("usr"), "{out}");
+    // How the layers come to this is in xtask/src/fixtures.rs.
+    let script = "cat /etc/os-release; ls -A /opaque; cat /opaque/new; ls -A /usr/share/doc; \
+                  cat /usr/share/doc/again/README; ls -d /second-layer /opaque/old; test -x /bin/bash";
+    let done = sm(&["run", "--rm", &image("debian"), "sh", "-c", script]).exits(0);
+    assert_eq!(
+        done.out(),
+        "ID=fixture\nnew\nvisible\nagain\nback\n",
+        "{}",
+        done.err()
+    );
+    for gone in ["/second-layer", "/opaque/old"] {
+        assert!(done.err().contains(gone), "{}", done.err());
+    }
 }
 
 #[test]

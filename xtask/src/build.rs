@@ -32,7 +32,8 @@ pub(crate) fn sm(apt: &Apt, profile: Profile) -> Result<PathBuf> {
     Ok(paths::target().join(directory).join("sm"))
 }
 
-fn agent(apt: &Apt) -> Result<PathBuf> {
+/// Builds the guest agent.
+pub(crate) fn agent(apt: &Apt) -> Result<PathBuf> {
     apt.ensure(&["gcc", "libc6-dev"])?;
     let target = format!("{}-unknown-linux-musl", std::env::consts::ARCH);
     ensure_target(&target)?;

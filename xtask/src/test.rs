@@ -86,7 +86,7 @@ pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
 fn end_to_end(apt: &Apt, wanted: &Wanted) -> Result<()> {
     let sm = build::sm(apt, wanted.profile)?;
     let environment = environment(apt, &sm)?;
-    let tests = test_binaries()?;
+    let tests = test_binaries(apt)?;
     let here = host::why_not_here(&sm)?;
     match here {
         None if !wanted.force_lab => {
@@ -196,7 +196,8 @@ fn environment(apt: &Apt, sm: &Path) -> Result<Vec<(String, String)>> {
 }
 
 /// Builds the test programs of `sm-e2e` and returns their paths.
-fn test_binaries() -> Result<Vec<PathBuf>> {
+fn test_binaries(apt: &Apt) -> Result<Vec<PathBuf>> {
+    let agent = build::agent(apt)?;
     cmd::step("building the end-to-end tests");
     let mut names: Vec<_> = fs::read_dir(crate::paths::root().join("tests/tests"))?
         .flatten()
@@ -210,7 +211,9 @@ fn test_binaries() -> Result<Vec<PathBuf>> {
     for name in &names {
         build.args(["--test", name]);
     }
+    // The tests of the library are VMMs themselves.
     let output = build
+        .env("SM_AGENT_BIN", agent)
         .stderr(Stdio::inherit())
         .output()
         .context("cannot run cargo")?;
