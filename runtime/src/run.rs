@@ -425,16 +425,18 @@ fn executable() -> PathBuf {
 impl Launched {
     /// Follows the VMM's reports until the workload runs.
     pub(crate) fn until_started(mut self, attach: bool) -> Result<Vm, Error> {
-        let mut status = 125;
         loop {
             match self.session.next_event().map_err(talking)? {
                 Some(Event::Started { .. }) => break,
                 Some(Event::Phase(phase)) => self.phases.push(phase),
-                Some(Event::Exit(code)) => status = code,
-                Some(Event::Ended(exit)) => return Err(not_started(status, exit)),
-                // Output comes after the start.
+                Some(Event::Ended(exit)) => return Err(not_started(exit)),
+                // Output comes after the start, and the record tells of the end.
                 Some(
-                    Event::Stdout(_) | Event::Stderr(_) | Event::Error(_) | Event::Evidence(_),
+                    Event::Stdout(_)
+                    | Event::Stderr(_)
+                    | Event::Error(_)
+                    | Event::Evidence(_)
+                    | Event::Exit(_),
                 ) => {}
                 None => return Err(vmm_died(&self.record, &mut self.child)),
             }
@@ -457,13 +459,17 @@ impl Launched {
         };
         // The process has nothing left to do; a zombie of it would stay.
         let _ = self.child.wait();
-        found.ok_or_else(|| not_started(125, ended))
+        found.ok_or_else(|| not_started(ended))
     }
 }
 
-fn not_started(status: u32, exit: ExitRecord) -> Error {
+fn not_started(exit: ExitRecord) -> Error {
     Error::Start {
-        status,
+        // Whether the command was at fault is what Docker's statuses tell.
+        status: match exit.status {
+            status @ (126 | 127) => status,
+            _ => 125,
+        },
         message: exit.message.unwrap_or_else(|| {
             format!(
                 "the workload ended with status {} before it ran",

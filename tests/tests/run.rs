@@ -140,6 +140,9 @@ fn a_missing_command_is_127_and_a_directory_is_126() {
     let done = sm(&["run", "--rm", &image("busybox"), "no-such-command"]).exits(127);
     assert!(done.err().contains("no-such-command"), "{}", done.err());
     sm(&["run", "--rm", &image("busybox"), "/etc"]).exits(126);
+    // Nobody waits for a detached one, but its start can fail all the same.
+    let done = sm(&["run", "-d", "--rm", &image("busybox"), "no-such-command"]).exits(127);
+    assert!(done.err().contains("no-such-command"), "{}", done.err());
 }
 
 #[test]

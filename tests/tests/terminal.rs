@@ -55,6 +55,8 @@ fn an_exec_has_a_terminal_of_its_own() {
     has_size(&mut at, "30 100");
     // What is typed and what is shown may be any bytes.
     assert!(shell(&mut at, "printf 'gr\\303\\274n'").contains("grün"));
+    // Before the prompt the key would be the terminal's, not the shell's.
+    at.shows("# ");
     at.types("\x04");
     assert_eq!(at.ends(), 0);
     assert!(!at.is_raw());

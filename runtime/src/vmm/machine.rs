@@ -253,6 +253,7 @@ impl Parts {
         };
         let machine = Machine::boot(&self.kvm, config, &event_loop.handle())
             .map_err(failed("make the virtual machine"))?;
+        tracing::debug!(phases = ?machine.phases(), "machine made");
         self.phases.push(Phase::now("machine made"));
         Ok(machine)
     }
@@ -283,6 +284,7 @@ impl Parts {
         machine
             .set_generation_id(random::<16>())
             .map_err(failed("give the machine an identity"))?;
+        tracing::debug!(phases = ?machine.phases(), "state restored");
         self.phases.push(Phase::now("state restored"));
         Ok((machine, chain))
     }
