@@ -1,1 +1,5 @@
-//! Fixtures shared by the criterion benches.
+//! What the benches of this workspace share: samples and reports.
+#![warn(missing_docs)]
+
+pub mod report;
+pub mod samples;

@@ -5,6 +5,7 @@
 //! `~/.cache/sm`) and may be deleted at any time.
 
 mod apt;
+mod bench_restore;
 mod build;
 mod ci;
 mod cmd;
@@ -55,6 +56,7 @@ fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
         }
         Invocation::Setup => host::set_up(&apt)?,
         Invocation::Demo => return Ok(ExitCode::from(demo::run(&apt)?)),
+        Invocation::BenchRestore(wanted) => bench_restore::run(&apt, &wanted)?,
         Invocation::Test(wanted) => test::run(&apt, &wanted)?,
         Invocation::Ci => ci::run(&apt)?,
     }

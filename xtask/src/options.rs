@@ -5,6 +5,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use lexopt::prelude::*;
 
+use crate::bench_restore;
 use crate::build::Profile;
 use crate::lab::Job;
 use crate::test::Wanted;
@@ -19,6 +20,10 @@ Developer commands of sm: cargo xtask COMMAND
   build       sm with its guest agent (release) [--debug]
   kernel      the tuned guest kernel, built once [--stock: the distribution's]
   fixtures    images for the end-to-end tests
+  bench-restore
+              how long restoring takes, phase by phase, against a floor and rivals
+              [--iterations N] [--memory MIB]... [--vcpus N]... [--vs RIVAL]...
+              [--vmm-only | --path-only] [--json FILE] [--html FILE]
   lab -- CMD  run CMD in a QEMU machine that has a real /dev/kvm
               [--results DIR] [--memory MIB] [--cpus N] [--timeout SECONDS]
               [--env NAME=VALUE]
@@ -38,6 +43,7 @@ pub(crate) enum Invocation {
     Lab(Job),
     Setup,
     Demo,
+    BenchRestore(bench_restore::Wanted),
     Test(Wanted),
     Ci,
 }
@@ -66,6 +72,7 @@ fn read(mut parser: lexopt::Parser) -> Result<Invocation> {
         "setup" => bare(parser, Invocation::Setup)?,
         "demo" => bare(parser, Invocation::Demo)?,
         "ci" => bare(parser, Invocation::Ci)?,
+        "bench-restore" => Invocation::BenchRestore(bench_restore(parser)?),
         "lab" => Invocation::Lab(lab(parser)?),
         "test" => Invocation::Test(test(parser)?),
         other => bail!("there is no command \"{other}\"; \"cargo xtask help\" lists them"),
@@ -140,6 +147,27 @@ fn test(mut parser: lexopt::Parser) -> Result<Wanted> {
     Ok(wanted)
 }
 
+fn bench_restore(mut parser: lexopt::Parser) -> Result<bench_restore::Wanted> {
+    let mut wanted = bench_restore::Wanted::default();
+    while let Some(argument) = parser.next()? {
+        match argument {
+            Long("iterations") => wanted.iterations = Some(parser.value()?.parse()?),
+            Long("memory") => wanted.memory_mib.push(parser.value()?.parse()?),
+            Long("vcpus") => wanted.vcpus.push(parser.value()?.parse()?),
+            Long("vs") => wanted.rivals.push(parser.value()?.string()?),
+            Long("vmm-only") => wanted.vmm_only = true,
+            Long("path-only") => wanted.path_only = true,
+            Long("json") => wanted.json = Some(parser.value()?.into()),
+            Long("html") => wanted.html = Some(parser.value()?.into()),
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    if wanted.vmm_only && wanted.path_only {
+        bail!("--vmm-only and --path-only leave nothing to measure");
+    }
+    Ok(wanted)
+}
+
 #[cfg(test)]
 mod tests {
     use super::{Invocation, read};
@@ -170,6 +198,7 @@ mod tests {
             "ci extra",
             "kernel --sock",
             "lab --env A -- b",
+            "bench-restore --vmm-only --path-only",
         ] {
             assert!(parsed(line).is_err(), "{line}");
         }

@@ -1,0 +1,101 @@
+//! Measures how long restoring a machine takes, phase by phase.
+//!
+//! `bench-restore vmm` restores a tiny hand-made guest in this process and
+//! compares that with a *floor*: the same KVM calls with no VMM around them. It
+//! runs on any `/dev/kvm`. `bench-restore path` runs whole `sm` commands, and
+//! rivals if asked to; it needs a KVM that can run Linux. `bench-restore render`
+//! makes a report of what they have printed. `cargo xtask bench-restore` calls them.
+
+mod floor;
+mod path;
+mod rivals;
+mod ticking;
+mod tiny;
+mod vmm;
+
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result, bail};
+use lexopt::prelude::*;
+use sm_benches::report;
+use sm_benches::samples::Report;
+
+const HELP: &str = "\
+bench-restore vmm [--iterations N] [--memory MIB]... [--vcpus N]...
+bench-restore path --sm FILE --image REFERENCE --kernel FILE [--iterations N]
+                   [--memory MIB]... [--vs RIVAL]... [--initramfs FILE]
+bench-restore render [--json FILE] [--html FILE] REPORT...
+";
+
+/// What the command line asks for.
+#[derive(Debug, Default)]
+struct Options {
+    iterations: Option<usize>,
+    memory_mib: Vec<u64>,
+    vcpus: Vec<u32>,
+    sm: Option<PathBuf>,
+    image: Option<String>,
+    kernel: Option<PathBuf>,
+    initramfs: Option<PathBuf>,
+    rivals: Vec<String>,
+    json: Option<PathBuf>,
+    html: Option<PathBuf>,
+    reports: Vec<PathBuf>,
+}
+
+fn main() -> Result<()> {
+    let mut parser = lexopt::Parser::from_env();
+    let Some(Value(command)) = parser.next()? else {
+        bail!("say what to do:\n{HELP}");
+    };
+    let mut options = Options::default();
+    while let Some(argument) = parser.next()? {
+        match argument {
+            Long("iterations") => options.iterations = Some(parser.value()?.parse()?),
+            Long("memory") => options.memory_mib.push(parser.value()?.parse()?),
+            Long("vcpus") => options.vcpus.push(parser.value()?.parse()?),
+            Long("sm") => options.sm = Some(parser.value()?.into()),
+            Long("image") => options.image = Some(parser.value()?.string()?),
+            Long("kernel") => options.kernel = Some(parser.value()?.into()),
+            Long("initramfs") => options.initramfs = Some(parser.value()?.into()),
+            Long("vs") => options.rivals.push(parser.value()?.string()?),
+            Long("json") => options.json = Some(parser.value()?.into()),
+            Long("html") => options.html = Some(parser.value()?.into()),
+            Value(report) => options.reports.push(report.into()),
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    let print = |report: Report| -> Result<()> {
+        println!("{}", serde_json::to_string(&report)?);
+        Ok(())
+    };
+    match command.string()?.as_str() {
+        "vmm" => print(vmm::measure(&options)?),
+        "path" => print(path::measure(&options)?),
+        // One clone, for the contest.
+        "serve" => ticking::serve(options.reports.first().context("no store")?),
+        "render" => render(&options),
+        other => bail!("there is no {other:?}:\n{HELP}"),
+    }
+}
+
+fn render(options: &Options) -> Result<()> {
+    let mut all = Report::default();
+    for path in &options.reports {
+        let bytes = fs::read(path).with_context(|| format!("cannot read {path:?}"))?;
+        let part: Report =
+            serde_json::from_slice(&bytes).with_context(|| format!("{path:?} is no report"))?;
+        all.notes.extend(part.notes);
+        all.comparisons.extend(part.comparisons);
+    }
+    print!("{}", report::text(&all));
+    if let Some(path) = &options.json {
+        fs::write(path, serde_json::to_vec(&all)?)
+            .with_context(|| format!("cannot write {path:?}"))?;
+    }
+    if let Some(path) = &options.html {
+        fs::write(path, report::html(&all)).with_context(|| format!("cannot write {path:?}"))?;
+    }
+    Ok(())
+}

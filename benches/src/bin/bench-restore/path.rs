@@ -1,0 +1,193 @@
+//! Whole commands: `sm run`, restored and cold; and contenders with one guest.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use serde_json::Value;
+use sm_benches::samples::{Comparison, Report, Series};
+
+use crate::Options;
+use crate::rivals::{self, Contender, Guest};
+use crate::ticking::Ours;
+
+/// Restored runs for each cold one, which takes so much longer.
+const COLD_EVERY: usize = 4;
+/// Runs that leave snapshots and a working set behind.
+const WARM_UP: usize = 4;
+/// What the contenders' guest says.
+const SIGN: &[u8] = b"tick";
+
+pub(crate) fn measure(options: &Options) -> Result<Report> {
+    let sizes = match &*options.memory_mib {
+        [] => vec![256],
+        given => given.to_vec(),
+    };
+    let iterations = options.iterations.unwrap_or(100);
+    let mut report = Report {
+        notes: vec![format!(
+            "Whole commands: sm run IMAGE echo, restored {iterations} times from its image \
+             snapshot, every {COLD_EVERY}th time alternating with a cold start."
+        )],
+        comparisons: Vec::new(),
+    };
+    for &mib in &sizes {
+        report.comparisons.push(commands(options, mib, iterations)?);
+    }
+    if !options.rivals.is_empty() {
+        report.notes.push(
+            "Contenders: from starting the process to the first word of the guest, with the same \
+             kernel, initramfs and memory; each restores a snapshot of its own making."
+                .to_owned(),
+        );
+        for &mib in &sizes {
+            report
+                .comparisons
+                .push(contenders(options, mib, iterations)?);
+        }
+    }
+    Ok(report)
+}
+
+fn commands(options: &Options, mib: u64, iterations: usize) -> Result<Comparison> {
+    let sm = options.sm.as_deref().context("--sm is missing")?;
+    let image = options.image.as_deref().context("--image is missing")?;
+    let memory = format!("{mib}m");
+    let run = |more: &[&str]| {
+        timed(
+            sm,
+            &[&["-m", &memory], more, &[image, "echo", "hi"]].concat(),
+        )
+    };
+    for _ in 0..WARM_UP {
+        run(&[])?;
+    }
+    let (mut restored, mut cold) = (Series::new("sm"), Series::new("sm --cold"));
+    for iteration in 0..iterations {
+        let phases = run(&[])?;
+        if !phases.iter().any(|(name, _)| name == "state restored") {
+            bail!("a run was not restored: {phases:?}");
+        }
+        add(&mut restored, &phases);
+        if iteration % COLD_EVERY == 0 {
+            add(&mut cold, &run(&["--cold"])?);
+        }
+    }
+    Ok(Comparison {
+        title: format!("sm run, 1 vCPU, {mib} MiB, warm page cache"),
+        series: vec![restored, cold],
+    })
+}
+
+fn add(series: &mut Series, phases: &[(String, Duration)]) {
+    let phases: Vec<_> = phases
+        .iter()
+        .map(|(name, took)| (name.as_str(), *took))
+        .collect();
+    series.add(&phases);
+}
+
+/// Runs `sm run` and returns how long each phase took.
+fn timed(sm: &Path, arguments: &[&str]) -> Result<Vec<(String, Duration)>> {
+    let output = Command::new(sm)
+        .args(["run", "--rm", "--timings", "--json"])
+        .args(arguments)
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("cannot run {sm:?}"))?;
+    if !output.status.success() {
+        bail!(
+            "sm run failed: {}\n{}",
+            output.status,
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+    // The report is a line after what the command has written.
+    let all = [output.stdout, output.stderr].concat();
+    let report = all
+        .split(|&byte| byte == b'\n')
+        .find_map(|line| {
+            serde_json::from_slice::<Value>(line)
+                .ok()
+                .filter(Value::is_object)
+        })
+        .context("sm run --json has reported nothing")?;
+    steps(&report)
+}
+
+/// The phases of a report of `sm run --timings --json`.
+fn steps(report: &Value) -> Result<Vec<(String, Duration)>> {
+    let steps = report["timings"].as_array().context("no timings")?;
+    steps
+        .iter()
+        // The first is where the clock starts.
+        .skip(1)
+        .map(|step| {
+            let name = step["name"].as_str().context("a phase without a name")?;
+            let took = step["took_ms"].as_f64().context("a phase without a time")?;
+            Ok((
+                name.to_owned(),
+                Duration::try_from_secs_f64(took / 1000.0).unwrap_or_default(),
+            ))
+        })
+        .collect()
+}
+
+fn contenders(options: &Options, mib: u64, iterations: usize) -> Result<Comparison> {
+    let guest = Guest {
+        kernel: options.kernel.clone().context("--kernel is missing")?,
+        initramfs: options
+            .initramfs
+            .clone()
+            .context("--initramfs is missing")?,
+        cmdline: "console=ttyS0 quiet".to_owned(),
+        memory: mib << 20,
+        sign: SIGN,
+    };
+    let mut all: Vec<(Box<dyn Contender>, Series)> = vec![(
+        Box::new(Ours::default()),
+        Series::new(Ours::default().name()),
+    )];
+    for name in &options.rivals {
+        let rival = rivals::find(name)?;
+        let series = Series::new(rival.name());
+        all.push((rival, series));
+    }
+    for (contender, _) in &mut all {
+        contender
+            .prepare(&guest)
+            .with_context(|| format!("{} cannot be prepared", contender.name()))?;
+    }
+    for iteration in 0..=iterations {
+        for (contender, series) in &mut all {
+            let took = contender.restore(&guest)?;
+            // The first brings programs and snapshots into the page cache.
+            if iteration > 0 {
+                series.add(&[("process start to first word", took)]);
+            }
+        }
+    }
+    Ok(Comparison {
+        title: format!("Restoring one guest, 1 vCPU, {mib} MiB, warm page cache"),
+        series: all.into_iter().map(|(_, series)| series).collect(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_of_sm_is_read() {
+        let report = serde_json::json!({"timings": [
+            {"name": "command started", "at_ms": 0.0, "took_ms": 0.0},
+            {"name": "image resolved", "at_ms": 1.5, "took_ms": 1.5},
+        ]});
+        let steps = steps(&report).unwrap();
+        let expected = ("image resolved".to_owned(), Duration::from_micros(1500));
+        assert_eq!(steps, [expected]);
+        assert!(super::steps(&serde_json::json!({"timings": [{}, {}]})).is_err());
+        assert!(super::steps(&Value::Null).is_err());
+    }
+}

@@ -1,0 +1,122 @@
+//! Other virtual machine monitors, each restoring its own snapshot of the same
+//! guest: the same kernel, initramfs and memory. What is measured is the time
+//! from starting its process to the first word of the guest.
+
+mod cloud_hypervisor;
+mod firecracker;
+mod http;
+mod qemu;
+
+use std::fmt::Debug;
+use std::io::Read;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+
+/// What every contender restores.
+#[derive(Clone, Debug)]
+pub(crate) struct Guest {
+    /// An uncompressed kernel with a PVH note.
+    pub(crate) kernel: PathBuf,
+    /// Its init says `sign` on the first serial port every few milliseconds.
+    pub(crate) initramfs: PathBuf,
+    pub(crate) cmdline: String,
+    /// Bytes of memory.
+    pub(crate) memory: u64,
+    pub(crate) sign: &'static [u8],
+}
+
+impl Guest {
+    fn mib(&self) -> u64 {
+        self.memory >> 20
+    }
+}
+
+/// Somebody who can restore the guest.
+pub(crate) trait Contender: Debug {
+    /// As it is called in reports.
+    fn name(&self) -> &'static str;
+
+    /// Boots the guest and makes a snapshot of it once it speaks.
+    fn prepare(&mut self, guest: &Guest) -> Result<()>;
+
+    /// Restores it, and returns the time until it spoke.
+    fn restore(&self, guest: &Guest) -> Result<Duration>;
+}
+
+/// The rival of that name, if its program is there.
+pub(crate) fn find(name: &str) -> Result<Box<dyn Contender>> {
+    let program = match name {
+        "qemu" => "qemu-system-x86_64",
+        "firecracker" => "firecracker",
+        "cloud-hypervisor" => "cloud-hypervisor",
+        _ => bail!("there is no rival {name:?}: qemu, firecracker or cloud-hypervisor"),
+    };
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let Some(program) = std::env::split_paths(&path)
+        .map(|directory| directory.join(program))
+        .find(|program| program.is_file())
+    else {
+        bail!("{program} is not in the search path");
+    };
+    Ok(match name {
+        "qemu" => Box::new(qemu::Qemu::new(program)),
+        "firecracker" => Box::new(firecracker::Firecracker::new(program)),
+        _ => Box::new(cloud_hypervisor::CloudHypervisor::new(program)),
+    })
+}
+
+/// Reads until `sign` was seen.
+pub(crate) fn await_output(from: &mut impl Read, sign: &[u8]) -> Result<()> {
+    let mut seen: Vec<u8> = Vec::new();
+    let mut chunk = [0; 4096];
+    loop {
+        let count = from.read(&mut chunk)?;
+        if count == 0 {
+            bail!(
+                "the guest ended without its sign; it said:\n{}",
+                String::from_utf8_lossy(&seen)
+            );
+        }
+        seen.extend_from_slice(chunk.get(..count).unwrap_or_default());
+        if seen.windows(sign.len()).any(|window| window == sign) {
+            return Ok(());
+        }
+    }
+}
+
+/// A child that is killed when dropped.
+#[derive(Debug)]
+struct Killed(std::process::Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Reads and forgets what a guest goes on saying, so that it never blocks.
+fn forget(mut output: impl Read + Send + 'static) {
+    std::thread::spawn(move || std::io::copy(&mut output, &mut std::io::sink()));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sign_is_found_across_reads_and_missed_at_the_end() {
+        let mut cut = b"boot ti".chain(&b"ck\n"[..]);
+        await_output(&mut cut, b"tick").unwrap();
+        let error = await_output(&mut &b"panic"[..], b"tick").unwrap_err();
+        assert!(error.to_string().contains("panic"), "{error}");
+    }
+
+    #[test]
+    fn unknown_and_absent_rivals_are_named() {
+        let error = find("vmware").unwrap_err().to_string();
+        assert!(error.contains("vmware"), "{error}");
+    }
+}

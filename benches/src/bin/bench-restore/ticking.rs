@@ -1,0 +1,157 @@
+//! A machine of ours with the rivals' guest: a kernel and an initramfs that
+//! writes to its console for ever.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read as _;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use sm_hypervisor::Hypervisor as _;
+use sm_hypervisor::kvm::Kvm;
+use sm_snapshot::capture::{Ancestry, Capture, Description};
+use sm_snapshot::chain::Chain;
+use sm_snapshot::cpu::CpuFeatures;
+use sm_snapshot::manifest::Layer;
+use sm_snapshot::restore::{Requirements, check, map_memory};
+use sm_snapshot::state_file::Section;
+use sm_snapshot::store::SnapshotStore;
+use sm_vmm_core::devices::DeviceConfig;
+use sm_vmm_core::event_loop::EventLoop;
+use sm_vmm_core::layout::{MACHINE_VERSION, SLOT_RNG};
+use sm_vmm_core::loader::{BASE_COMMAND_LINE, InitramfsPart};
+use sm_vmm_core::machine::{Machine, MachineConfig};
+use sm_vmm_core::memory::MemoryConfig;
+use sm_vmm_core::virtio::rng::Rng;
+
+use crate::rivals::{Contender, Guest, await_output};
+
+const NAME: &str = "snapshot";
+const SECTION: &str = "machine";
+
+/// Makes the snapshot of a machine whose console has said something from user
+/// space.
+fn make(store: &Path, guest: &Guest) -> Result<()> {
+    let store = SnapshotStore::open(store)?;
+    let event_loop = EventLoop::spawn("devices")?;
+    let (mut said, console) = std::io::pipe()?;
+    let mut machine = Machine::boot(
+        &Kvm::open()?,
+        MachineConfig {
+            memory: MemoryConfig::new(guest.memory),
+            vcpus: 1,
+            kernel: File::open(&guest.kernel)?,
+            initramfs: vec![InitramfsPart::File(guest.initramfs.clone())],
+            cmdline: format!("{BASE_COMMAND_LINE} {}", guest.cmdline),
+            generation_id: [7; 16],
+            console: File::from(OwnedFd::from(console)),
+            devices: devices(),
+        },
+        &event_loop.handle(),
+    )?;
+    machine.resume()?;
+    await_output(&mut said, guest.sign)?;
+    // Whatever it says until it is paused is read, lest the console block.
+    let reader = std::thread::spawn(move || std::io::copy(&mut said, &mut std::io::sink()));
+    machine.pause()?;
+    let payload = postcard::to_stdvec(&machine.save_state()?)?;
+    let capture = Capture::begin(&store, &machine.memory().guest, Ancestry::Booted)?;
+    drop(machine);
+    drop(event_loop);
+    let _ = reader.join();
+    let description = Description {
+        layer: Layer::Base,
+        sm_version: env!("CARGO_PKG_VERSION").to_owned(),
+        machine_version: MACHINE_VERSION,
+        vcpus: 1,
+        kernel: "bench".to_owned(),
+        agent: "none".to_owned(),
+        protocol: 1,
+        devices: Vec::new(),
+        labels: BTreeMap::new(),
+    };
+    let section = Section {
+        name: SECTION.to_owned(),
+        version: 1,
+        payload,
+    };
+    capture.finish(&store, NAME, description, vec![section])?;
+    Ok(())
+}
+
+/// Restores it in this process, with its console at standard output, until
+/// killed.
+pub(crate) fn serve(store: &Path) -> Result<()> {
+    let host = Kvm::open()?;
+    let event_loop = EventLoop::spawn("devices")?;
+    let chain = Chain::open(&SnapshotStore::read_only(store), NAME)?;
+    let requirements = Requirements {
+        machine_version: MACHINE_VERSION,
+        protocol: 1,
+        kernel: None,
+        agent: None,
+        cpu: CpuFeatures::host(),
+    };
+    check(&chain, &requirements)?;
+    let tip = chain.tip();
+    let state = postcard::from_bytes(tip.state.section(tip.lease.dir(), SECTION, 1)?)?;
+    let console = std::io::stdout().as_fd().try_clone_to_owned()?;
+    let mut machine = Machine::restore(
+        &host,
+        state,
+        map_memory(&chain, false)?,
+        devices(),
+        File::from(console),
+        &event_loop.handle(),
+    )?;
+    machine.resume()?;
+    let exit = machine.exit_latch().wait();
+    bail!("the guest ended: {exit:?}")
+}
+
+fn devices() -> Vec<DeviceConfig> {
+    vec![DeviceConfig {
+        slot: SLOT_RNG,
+        device: Arc::new(Mutex::new(Rng::new())),
+    }]
+}
+
+/// This program as a contender: the layers of `sm` without its agent.
+#[derive(Debug, Default)]
+pub(crate) struct Ours {
+    store: Option<tempfile::TempDir>,
+}
+
+impl Contender for Ours {
+    fn name(&self) -> &'static str {
+        "sm"
+    }
+
+    fn prepare(&mut self, guest: &Guest) -> Result<()> {
+        let store = tempfile::tempdir()?;
+        make(store.path(), guest)?;
+        self.store = Some(store);
+        Ok(())
+    }
+
+    fn restore(&self, guest: &Guest) -> Result<Duration> {
+        let store = self.store.as_ref().context("not prepared")?;
+        let started = Instant::now();
+        let mut child = Command::new(std::env::current_exe()?)
+            .arg("serve")
+            .arg(store.path())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let mut stdout = child.stdout.take().context("no output")?;
+        let said = await_output(&mut stdout, guest.sign);
+        let took = started.elapsed();
+        child.kill()?;
+        let _ = stdout.read_to_end(&mut Vec::new());
+        child.wait()?;
+        said.map(|()| took)
+    }
+}

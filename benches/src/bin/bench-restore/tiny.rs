@@ -1,0 +1,55 @@
+//! The tiny guest: it waits for a flag in its memory, then powers off.
+
+use std::fs::File;
+use std::io::Write as _;
+
+use anyhow::Result;
+use vm_memory::GuestAddress;
+
+const ENTRY: u32 = 0x10_0000;
+/// What makes it power off when it is not zero.
+pub(crate) const STOP: GuestAddress = GuestAddress(0x20_0000);
+
+/// 32-bit code, as PVH starts it.
+const CODE: [u8; 22] = [
+    0x83, 0x3d, 0x00, 0x00, 0x20, 0x00, 0x00, // cmp dword [STOP], 0
+    0x74, 0xf7, // je back
+    0x66, 0xba, 0x00, 0x06, // mov dx, 0x600: the sleep control register
+    0xb0, 0x34, // mov al, sleep type 5 | enable
+    0xee, // out dx, al
+    0xfa, 0xf4, 0xeb, 0xfc, // cli; hlt; jmp back
+    0x90, 0x90,
+];
+
+/// The guest as an ELF file with a PVH note.
+pub(crate) fn kernel() -> Result<File> {
+    let mut elf = vec![0u8; 0x1000];
+    let mut put = |at: usize, bytes: &[u8]| {
+        if let Some(slot) = elf.get_mut(at..at + bytes.len()) {
+            slot.copy_from_slice(bytes);
+        }
+    };
+    put(0, b"\x7fELF\x02\x01\x01");
+    put(16, &2u16.to_le_bytes());
+    put(18, &62u16.to_le_bytes());
+    put(20, &1u32.to_le_bytes());
+    put(32, &64u64.to_le_bytes());
+    put(52, &64u16.to_le_bytes());
+    put(54, &56u16.to_le_bytes());
+    put(56, &2u16.to_le_bytes());
+    let len = CODE.len() as u64;
+    let load = [0x1000, 0, u64::from(ENTRY), len, len, 0x1000];
+    for (at, kind, values) in [(64, 1u32, load), (120, 4, [0x300, 0, 0, 20, 20, 4])] {
+        put(at, &kind.to_le_bytes());
+        for (index, value) in values.into_iter().enumerate() {
+            put(at + 8 + index * 8, &u64::to_le_bytes(value));
+        }
+    }
+    put(0x300, &[4, 0, 0, 0, 4, 0, 0, 0, 18, 0, 0, 0]);
+    put(0x30c, b"Xen\0");
+    put(0x310, &ENTRY.to_le_bytes());
+    elf.extend_from_slice(&CODE);
+    let mut file = tempfile::tempfile()?;
+    file.write_all(&elf)?;
+    Ok(file)
+}

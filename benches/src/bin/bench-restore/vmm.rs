@@ -1,0 +1,232 @@
+//! Our restore of the tiny guest, in this process, against the floor.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use sm_benches::samples::{Comparison, Report, Series};
+use sm_hypervisor::Hypervisor as _;
+use sm_hypervisor::kvm::Kvm;
+use sm_snapshot::capture::{Ancestry, Capture, Description};
+use sm_snapshot::chain::Chain;
+use sm_snapshot::cpu::CpuFeatures;
+use sm_snapshot::manifest::Layer;
+use sm_snapshot::restore::{Requirements, check, map_memory};
+use sm_snapshot::state_file::Section;
+use sm_snapshot::store::SnapshotStore;
+use sm_vmm_core::devices::DeviceConfig;
+use sm_vmm_core::event_loop::EventLoop;
+use sm_vmm_core::layout::{MACHINE_VERSION, SLOT_RNG};
+use sm_vmm_core::machine::{Machine, MachineConfig};
+use sm_vmm_core::memory::MemoryConfig;
+use sm_vmm_core::virtio::rng::Rng;
+use vm_memory::Bytes as _;
+
+use crate::floor::Floor;
+use crate::{Options, tiny};
+
+const NAME: &str = "tiny";
+const SECTION: &str = "machine";
+/// How long the guest may take to power off.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Iterations that are not counted.
+const WARM_UP: usize = 3;
+
+pub(crate) fn measure(options: &Options) -> Result<Report> {
+    let default = |given: &[u64], usual: &[u64]| match given {
+        [] => usual.to_vec(),
+        given => given.to_vec(),
+    };
+    let sizes = default(&options.memory_mib, &[128, 512, 2048, 8192]);
+    let vcpus = match &*options.vcpus {
+        [] => vec![1, 4],
+        given => given.to_vec(),
+    };
+    let iterations = options.iterations.unwrap_or(100);
+    let mut report = Report {
+        notes: vec![format!(
+            "A tiny guest, restored in one process {iterations} times, alternating with the floor: \
+             the same KVM calls without a VMM, on one thread."
+        )],
+        comparisons: Vec::new(),
+    };
+    for &vcpus in &vcpus {
+        for &mib in &sizes {
+            for cold in [false, true] {
+                let setup = Setup::new(mib << 20, vcpus)?;
+                let floor = Floor::new(mib << 20, vcpus)?;
+                let mut ours = Series::new("sm");
+                let mut theirs = Series::new("floor");
+                for iteration in 0..WARM_UP + iterations {
+                    if cold {
+                        setup.evict()?;
+                        floor.evict()?;
+                    }
+                    let (a, b) = (setup.restore()?, floor.restore()?);
+                    if iteration >= WARM_UP {
+                        ours.add(&a);
+                        theirs.add(&b);
+                    }
+                }
+                let cache = if cold { "cold" } else { "warm" };
+                report.comparisons.push(Comparison {
+                    title: format!("VMM only, {vcpus} vCPU, {mib} MiB, {cache} page cache"),
+                    series: vec![ours, theirs],
+                });
+            }
+        }
+    }
+    Ok(report)
+}
+
+/// A snapshot of the tiny guest.
+struct Setup {
+    _directory: tempfile::TempDir,
+    store: SnapshotStore,
+    console: File,
+}
+
+/// Durations from one moment to the next.
+pub(crate) struct Watch(Instant);
+
+impl Watch {
+    pub(crate) fn start() -> Self {
+        Self(Instant::now())
+    }
+
+    pub(crate) fn lap(&mut self) -> Duration {
+        let now = Instant::now();
+        now.duration_since(std::mem::replace(&mut self.0, now))
+    }
+}
+
+fn devices() -> Vec<DeviceConfig> {
+    vec![DeviceConfig {
+        slot: SLOT_RNG,
+        device: Arc::new(Mutex::new(Rng::new())),
+    }]
+}
+
+impl Setup {
+    fn new(memory: u64, vcpus: u32) -> Result<Self> {
+        let directory = tempfile::tempdir_in(".").context("cannot make a directory here")?;
+        let store = SnapshotStore::open(&directory.path().join("store"))?;
+        let host = Kvm::open()?;
+        let event_loop = EventLoop::spawn("devices")?;
+        let console = tempfile::tempfile()?;
+        let mut machine = Machine::boot(
+            &host,
+            MachineConfig {
+                memory: MemoryConfig::new(memory),
+                vcpus,
+                kernel: tiny::kernel()?,
+                initramfs: Vec::new(),
+                cmdline: String::new(),
+                generation_id: [7; 16],
+                console: console.try_clone()?,
+                devices: devices(),
+            },
+            &event_loop.handle(),
+        )?;
+        machine.resume()?;
+        machine.pause()?;
+        // In the snapshot the guest finds that it may end.
+        machine.memory().guest.write_obj(1u32, tiny::STOP)?;
+        let state = postcard::to_stdvec(&machine.save_state()?)?;
+        let capture = Capture::begin(&store, &machine.memory().guest, Ancestry::Booted)?;
+        let description = Description {
+            layer: Layer::Base,
+            sm_version: env!("CARGO_PKG_VERSION").to_owned(),
+            machine_version: MACHINE_VERSION,
+            vcpus,
+            kernel: "tiny".to_owned(),
+            agent: "none".to_owned(),
+            protocol: 1,
+            devices: Vec::new(),
+            labels: BTreeMap::new(),
+        };
+        let section = Section {
+            name: SECTION.to_owned(),
+            version: 1,
+            payload: state,
+        };
+        capture.finish(&store, NAME, description, vec![section])?;
+        Ok(Self {
+            _directory: directory,
+            store,
+            console,
+        })
+    }
+
+    fn evict(&self) -> Result<()> {
+        let lease = self.store.lease(NAME)?;
+        for name in ["memory.bin", "state.bin", "manifest.json"] {
+            evict(&lease.dir().join(name))?;
+        }
+        Ok(())
+    }
+
+    /// What a VMM process does from its start to the guest's first access.
+    fn restore(&self) -> Result<Vec<(&'static str, Duration)>> {
+        let mut watch = Watch::start();
+        let host = Kvm::open()?;
+        let event_loop = EventLoop::spawn("devices")?;
+        let opened = watch.lap();
+        let chain = Chain::open(&self.store, NAME)?;
+        let requirements = Requirements {
+            machine_version: MACHINE_VERSION,
+            protocol: 1,
+            kernel: None,
+            agent: None,
+            cpu: CpuFeatures::host(),
+        };
+        check(&chain, &requirements)?;
+        let tip = chain.tip();
+        let payload = tip.state.section(tip.lease.dir(), SECTION, 1)?;
+        let state = postcard::from_bytes(payload)?;
+        let snapshot = watch.lap();
+        let memory = map_memory(&chain, false)?;
+        let mapped = watch.lap();
+        let mut machine = Machine::restore(
+            &host,
+            state,
+            memory,
+            devices(),
+            self.console.try_clone()?,
+            &event_loop.handle(),
+        )?;
+        let made = watch.lap();
+        let inner = machine.phases();
+        machine.resume()?;
+        let exit = machine.exit_latch();
+        if exit.wait_timeout(PATIENCE).is_none() {
+            bail!("the tiny guest did not power off");
+        }
+        let ran = watch.lap();
+        let map = mapped + inner.memory_map;
+        Ok(vec![
+            ("open KVM", opened),
+            ("open snapshot", snapshot),
+            ("map memory", map),
+            ("KVM objects", inner.hypervisor_objects),
+            // Whatever is not one of the others: vCPU threads, devices, state.
+            (
+                "load state",
+                made.saturating_sub(inner.memory_map + inner.hypervisor_objects),
+            ),
+            ("resume to first exit", ran),
+        ])
+    }
+}
+
+/// Drops a file's pages from the page cache, as far as nobody maps them.
+pub(crate) fn evict(path: &Path) -> Result<()> {
+    let file = File::open(path)?;
+    // Dirty pages stay.
+    file.sync_all()?;
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
+    Ok(())
+}

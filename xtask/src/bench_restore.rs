@@ -1,0 +1,173 @@
+//! `cargo xtask bench-restore`: builds and runs `bench-restore` of `sm-benches`,
+//! here and, where KVM cannot run Linux, in the lab.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::apt::Apt;
+use crate::build::{self, Profile, cargo};
+use crate::cpio::Archive;
+use crate::lab::{self, Job, Output};
+use crate::{cmd, fixtures, host, kernel, paths};
+
+/// What the contest's guest does: it speaks every few milliseconds.
+const INIT: &str = "#!/bin/busybox sh\nwhile :; do echo tick; /bin/busybox usleep 5000; done\n";
+/// Room for the guest, its snapshots and a rival's.
+const LAB_MEMORY_MIB: u32 = 8192;
+
+/// What to measure, and where reports go.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Wanted {
+    pub(crate) iterations: Option<u32>,
+    pub(crate) memory_mib: Vec<u32>,
+    pub(crate) vcpus: Vec<u32>,
+    pub(crate) rivals: Vec<String>,
+    /// Leave out whole commands and rivals.
+    pub(crate) vmm_only: bool,
+    /// Leave out the VMM alone.
+    pub(crate) path_only: bool,
+    pub(crate) json: Option<PathBuf>,
+    pub(crate) html: Option<PathBuf>,
+}
+
+pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
+    let bench = build_bench()?;
+    let work = paths::target().join("bench-restore");
+    fs::create_dir_all(&work).with_context(|| format!("cannot make {work:?}"))?;
+    let mut reports = Vec::new();
+    if !wanted.path_only {
+        let report = work.join("vmm.json");
+        cmd::step("restoring a tiny guest on this host's KVM, against the floor");
+        let mut command = Command::new(&bench);
+        command.arg("vmm").args(sizes(wanted));
+        for vcpus in &wanted.vcpus {
+            command.args(["--vcpus", &vcpus.to_string()]);
+        }
+        // Snapshots on the disk that the build is on: a cold cache is one there.
+        command.current_dir(&work).stdout(File::create(&report)?);
+        match cmd::check(&mut command) {
+            Ok(()) => reports.push(report),
+            Err(error) if Path::new("/dev/kvm").exists() => return Err(error),
+            Err(_) => cmd::note("left out: there is no /dev/kvm here"),
+        }
+    }
+    if !wanted.vmm_only {
+        reports.push(whole_commands(apt, wanted, &bench, &work)?);
+    }
+    let mut render = Command::new(&bench);
+    render.arg("render").args(&reports);
+    for (option, path) in [("--json", &wanted.json), ("--html", &wanted.html)] {
+        if let Some(path) = path {
+            render.arg(option).arg(path);
+        }
+    }
+    cmd::check(&mut render)
+}
+
+fn build_bench() -> Result<PathBuf> {
+    cmd::step("building the benchmark");
+    cmd::check(&mut cargo([
+        "build",
+        "--release",
+        "--locked",
+        "-p",
+        "sm-benches",
+        "--bin",
+        "bench-restore",
+    ]))?;
+    Ok(paths::target().join("release/bench-restore"))
+}
+
+fn sizes(wanted: &Wanted) -> Vec<String> {
+    let mut arguments = Vec::new();
+    if let Some(iterations) = wanted.iterations {
+        arguments.extend(["--iterations".to_owned(), iterations.to_string()]);
+    }
+    for mib in &wanted.memory_mib {
+        arguments.extend(["--memory".to_owned(), mib.to_string()]);
+    }
+    arguments
+}
+
+/// Measures where Linux guests run; returns the report's path.
+fn whole_commands(apt: &Apt, wanted: &Wanted, bench: &Path, work: &Path) -> Result<PathBuf> {
+    if wanted.rivals.iter().any(|rival| rival == "qemu") {
+        apt.ensure_qemu()?;
+    }
+    let sm = build::sm(apt, Profile::Release)?;
+    let kernel = kernel::tuned(apt)?;
+    let image = fixtures::demo_image(apt)?;
+    let initramfs = work.join("initramfs");
+    fs::write(&initramfs, guest()?).with_context(|| format!("cannot write {initramfs:?}"))?;
+    let text = |path: &Path| -> Result<String> {
+        let text = path.to_str().context("a path is not UTF-8")?;
+        Ok(text.to_owned())
+    };
+    let mut command = vec![
+        text(bench)?,
+        "path".to_owned(),
+        "--sm".to_owned(),
+        text(&sm)?,
+        "--image".to_owned(),
+        format!("oci:{}", text(&image)?),
+        "--kernel".to_owned(),
+        text(&kernel)?,
+        "--initramfs".to_owned(),
+        text(&initramfs)?,
+    ];
+    command.extend(sizes(wanted));
+    for rival in &wanted.rivals {
+        command.extend(["--vs".to_owned(), rival.clone()]);
+    }
+    let environment = [("SM_KERNEL".to_owned(), text(&kernel)?)];
+    let report = work.join("path.json");
+    match host::why_not_here(&sm)? {
+        None => {
+            cmd::step("whole commands on this host's KVM");
+            let state = tempfile::tempdir()?;
+            let mut here = Command::new(bench);
+            here.args(command.iter().skip(1))
+                .envs(environment)
+                .env("XDG_DATA_HOME", state.path().join("data"))
+                .env("XDG_RUNTIME_DIR", state.path().join("run"))
+                .stdout(File::create(&report)?);
+            cmd::check(&mut here)?;
+        }
+        Some(reason) => {
+            cmd::step("whole commands in the lab (some 20 times slower than hardware)");
+            cmd::note(reason);
+            let results = tempfile::tempdir()?;
+            let quoted: Vec<_> = command.iter().map(|word| lab::quoted(word)).collect();
+            let line = format!("{} >\"$SM_LAB_RESULTS/path.json\"", quoted.join(" "));
+            let job = Job {
+                command: vec!["sh".to_owned(), "-c".to_owned(), line],
+                environment: environment.to_vec(),
+                results: Some(results.path().to_owned()),
+                memory_mib: LAB_MEMORY_MIB,
+                ..Job::default()
+            };
+            let lab = lab::prepare(apt)?;
+            match lab::outlive_crashes(|| lab::run(&lab, &job, &Output::Inherit))? {
+                0 => fs::copy(results.path().join("path.json"), &report)
+                    .context("the lab has left no report")?,
+                status => bail!("the benchmark failed in the lab: status {status}"),
+            };
+        }
+    }
+    Ok(report)
+}
+
+/// The initramfs of the guest that contenders restore.
+fn guest() -> Result<Vec<u8>> {
+    let mut archive = Archive::default();
+    archive.directory("bin")?;
+    archive.directory("dev")?;
+    archive.character_device("dev/console", (5, 1))?;
+    let busybox = fs::read("/bin/busybox").context("cannot read /bin/busybox")?;
+    archive.file("bin/busybox", 0o755, &busybox)?;
+    archive.file("init", 0o755, INIT.as_bytes())?;
+    archive.finish()
+}
