@@ -7,6 +7,7 @@
 //! | `SM_BIN` | path of the `sm` to test |
 //! | `SM_FIXTURES` | directory of OCI layouts: `busybox`, `debian`, `python` |
 //! | `SM_KERNEL`, `SM_AGENT` | passed on to `sm` |
+//! | `SM_BENCH_RESTORE`, `SM_BENCH_INITRAMFS` | the benchmark, and its guest |
 //! | `SM_STOCK_KERNEL` | a distribution kernel for the stock-kernel cases |
 #![warn(missing_docs)]
 #![expect(

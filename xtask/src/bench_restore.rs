@@ -8,7 +8,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result, bail};
 
 use crate::apt::Apt;
-use crate::build::{self, Profile, cargo};
+use crate::build::{Profile, cargo};
 use crate::cpio::Archive;
 use crate::lab::{self, Job, Output};
 use crate::{cmd, fixtures, host, kernel, paths};
@@ -34,7 +34,7 @@ pub(crate) struct Wanted {
 }
 
 pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
-    let bench = build_bench()?;
+    let bench = build(Profile::Release)?;
     let work = paths::target().join("bench-restore");
     fs::create_dir_all(&work).with_context(|| format!("cannot make {work:?}"))?;
     let mut reports = Vec::new();
@@ -67,18 +67,19 @@ pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
     cmd::check(&mut render)
 }
 
-fn build_bench() -> Result<PathBuf> {
+pub(crate) fn build(profile: Profile) -> Result<PathBuf> {
     cmd::step("building the benchmark");
-    cmd::check(&mut cargo([
-        "build",
-        "--release",
-        "--locked",
-        "-p",
-        "sm-benches",
-        "--bin",
-        "bench-restore",
-    ]))?;
-    Ok(paths::target().join("release/bench-restore"))
+    let name = "bench-restore";
+    let mut build = cargo(["build", "--locked", "-p", "sm-benches", "--bin", name]);
+    let directory = match profile {
+        Profile::Debug => "debug",
+        Profile::Release => {
+            build.arg("--release");
+            "release"
+        }
+    };
+    cmd::check(&mut build)?;
+    Ok(paths::target().join(directory).join(name))
 }
 
 fn sizes(wanted: &Wanted) -> Vec<String> {
@@ -97,11 +98,10 @@ fn whole_commands(apt: &Apt, wanted: &Wanted, bench: &Path, work: &Path) -> Resu
     if wanted.rivals.iter().any(|rival| rival == "qemu") {
         apt.ensure_qemu()?;
     }
-    let sm = build::sm(apt, Profile::Release)?;
+    let sm = crate::build::sm(apt, Profile::Release)?;
     let kernel = kernel::tuned(apt)?;
     let image = fixtures::demo_image(apt)?;
-    let initramfs = work.join("initramfs");
-    fs::write(&initramfs, guest()?).with_context(|| format!("cannot write {initramfs:?}"))?;
+    let initramfs = initramfs()?;
     let text = |path: &Path| -> Result<String> {
         let text = path.to_str().context("a path is not UTF-8")?;
         Ok(text.to_owned())
@@ -160,8 +160,9 @@ fn whole_commands(apt: &Apt, wanted: &Wanted, bench: &Path, work: &Path) -> Resu
     Ok(report)
 }
 
-/// The initramfs of the guest that contenders restore.
-fn guest() -> Result<Vec<u8>> {
+/// Makes the initramfs of the guest that contenders restore.
+pub(crate) fn initramfs() -> Result<PathBuf> {
+    let path = paths::target().join("bench-restore.initramfs");
     let mut archive = Archive::default();
     archive.directory("bin")?;
     archive.directory("dev")?;
@@ -169,5 +170,6 @@ fn guest() -> Result<Vec<u8>> {
     let busybox = fs::read("/bin/busybox").context("cannot read /bin/busybox")?;
     archive.file("bin/busybox", 0o755, &busybox)?;
     archive.file("init", 0o755, INIT.as_bytes())?;
-    archive.finish()
+    fs::write(&path, archive.finish()?).with_context(|| format!("cannot write {path:?}"))?;
+    Ok(path)
 }

@@ -15,7 +15,7 @@ use serde_json::Value;
 use crate::apt::{self, Apt};
 use crate::build::{self, Profile, cargo};
 use crate::lab::{self, Job, Lab, Output};
-use crate::{cmd, fixtures, host, kernel, stock};
+use crate::{bench_restore, cmd, fixtures, host, kernel, stock};
 
 /// The lab is some 20 times slower than hardware.
 const LAB_TIMEOUT: Duration = Duration::from_secs(20 * 60);
@@ -192,6 +192,9 @@ fn environment(apt: &Apt, sm: &Path) -> Result<Vec<(String, String)>> {
     set("SM_KERNEL", kernel::tuned(apt)?)?;
     set("SM_STOCK_KERNEL", stock::kernel(apt)?)?;
     set("SM_FIXTURES", fixtures::make(apt)?)?;
+    apt.ensure_qemu()?;
+    set("SM_BENCH_RESTORE", bench_restore::build(Profile::Debug)?)?;
+    set("SM_BENCH_INITRAMFS", bench_restore::initramfs()?)?;
     Ok(environment)
 }
 

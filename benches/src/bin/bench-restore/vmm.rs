@@ -230,3 +230,30 @@ pub(crate) fn evict(path: &Path) -> Result<()> {
     rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tiny_guest_is_restored_and_so_is_the_floor() {
+        if Kvm::open().is_err() {
+            eprintln!("skipped: no KVM");
+            return;
+        }
+        let options = Options {
+            iterations: Some(2),
+            memory_mib: vec![64, 4096],
+            vcpus: vec![2],
+            ..Options::default()
+        };
+        let report = measure(&options).unwrap();
+        assert_eq!(report.comparisons.len(), 4);
+        for comparison in &report.comparisons {
+            assert!(comparison.ratio("floor").is_some_and(|ratio| ratio > 0.0));
+            let sm = &comparison.series[0];
+            assert_eq!(sm.phases.len(), 6);
+            assert!(sm.phases.iter().all(|phase| phase.micros.len() == 2));
+        }
+    }
+}
