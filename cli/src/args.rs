@@ -8,6 +8,8 @@ mod snapshot;
 
 pub(crate) use snapshot::{ForkArgs, SnapshotCommand};
 
+use sm_runtime::Publication;
+
 use crate::units::parse_size;
 
 /// What an image argument can be.
@@ -35,6 +37,8 @@ pub(crate) enum Command {
     Attach(AttachArgs),
     /// List VMs
     Ps(PsArgs),
+    /// List the published ports of a VM
+    Port(PortArgs),
     /// Show what a VM's workload wrote
     Logs(LogsArgs),
     /// Stop VMs: ask their workloads to end, then end them
@@ -124,6 +128,14 @@ pub(crate) struct RunArgs {
     /// Name server of the guest
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) dns: Vec<String>,
+    /// Publish a port of the guest on the host, on 127.0.0.1 unless an address is
+    /// given, on a port of the system's choice unless one is; auto publishes the
+    /// first port on which the guest listens
+    #[arg(short, long, value_name = "[[IP:]HOST:]GUEST")]
+    pub(crate) publish: Vec<Publication>,
+    /// Publish a port of the guest as a unix socket
+    #[arg(long, value_name = "PATH:GUEST", value_parser = Publication::unix)]
+    pub(crate) publish_unix: Vec<Publication>,
     /// Guest memory, such as 256m or 1g; at least 64m
     #[arg(short, long, value_name = "SIZE", value_parser = parse_size, default_value = "512m")]
     pub(crate) memory: u64,
@@ -232,6 +244,17 @@ pub(crate) struct PsArgs {
     /// Do not shorten IDs and commands
     #[arg(long)]
     pub(crate) no_trunc: bool,
+    #[command(flatten)]
+    pub(crate) format: FormatArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PortArgs {
+    /// Name or ID
+    pub(crate) vm: String,
+    /// Show where this port of the guest is published only
+    #[arg(value_name = "GUEST[/tcp]")]
+    pub(crate) port: Option<String>,
     #[command(flatten)]
     pub(crate) format: FormatArgs,
 }

@@ -1,6 +1,7 @@
 //! Why a frontend does not listen.
 
 use std::io;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use thiserror::Error;
@@ -25,6 +26,23 @@ pub enum Error {
         operation: &'static str,
         /// The socket.
         path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// Another process listens on the TCP port.
+    #[error("the tcp frontend cannot listen on {address}: the port is in use")]
+    PortInUse {
+        /// The address asked for.
+        address: SocketAddr,
+    },
+    /// The system refused a TCP socket.
+    #[error("the tcp frontend cannot {operation} {address}")]
+    Tcp {
+        /// What was tried.
+        operation: &'static str,
+        /// The address asked for.
+        address: SocketAddr,
         /// The system's answer.
         #[source]
         source: io::Error,

@@ -7,7 +7,12 @@
 #![warn(missing_docs)]
 
 mod error;
+mod listening;
+mod target;
+mod tcp;
 mod unix;
 
 pub use error::Error;
-pub use unix::{Target, UnixFrontend, UnixFrontendHandle};
+pub use target::Target;
+pub use tcp::{TcpFrontend, TcpFrontendHandle};
+pub use unix::{UnixFrontend, UnixFrontendHandle};

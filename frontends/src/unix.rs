@@ -2,66 +2,16 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 
 use rustix::net::sockopt::socket_peercred;
-use sm_devices_vsock::{ConnectOptions, MuxerHandle};
-use sm_guest_proto::forward::ForwardHeader;
-use sm_guest_proto::port;
-use sm_vmm_core::event_loop::{
-    EventHandler, EventLoopHandle, HandlerId, Interest, Readiness, Registry,
-};
+use sm_devices_vsock::MuxerHandle;
+use sm_vmm_core::event_loop::EventLoopHandle;
 
-use crate::Error;
-
-/// Connections accepted before other handlers get their turn.
-const BATCH: usize = 64;
-
-/// Where a connection goes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Target {
-    /// The agent's exec server: the client speaks the exec protocol itself.
-    Exec,
-    /// A TCP port in the guest, by the agent's forwarder.
-    Tcp(ForwardHeader),
-    /// A vsock port in the guest.
-    Vsock(u32),
-}
-
-impl Target {
-    fn frontend(self) -> &'static str {
-        match self {
-            Self::Exec => "exec",
-            Self::Tcp(_) | Self::Vsock(_) => "unix",
-        }
-    }
-
-    /// Vsock port and what is sent first.
-    fn open(self) -> (u32, ConnectOptions) {
-        match self {
-            Self::Exec => (port::EXEC, ConnectOptions::default()),
-            Self::Vsock(port) => (port, ConnectOptions::default()),
-            Self::Tcp(header) => (
-                port::FORWARD,
-                ConnectOptions {
-                    preamble: header.encode().to_vec(),
-                    status_reply: true,
-                    on_result: None,
-                },
-            ),
-        }
-    }
-}
-
-#[derive(Debug, Default)]
-struct Counters {
-    accepted: AtomicU64,
-    refused: AtomicU64,
-}
+use crate::listening::{Listener, Served, serve};
+use crate::{Error, Target};
 
 /// A frontend to be started.
 #[derive(Clone, Debug)]
@@ -111,21 +61,11 @@ impl UnixFrontend {
             });
         }
         let listener = bind_private(&self.path).map_err(failed("listen on"))?;
-        let counters = Arc::new(Counters::default());
-        let handler = Listening {
-            listener,
-            target: self.target,
-            muxer,
-            counters: Arc::clone(&counters),
-        };
-        let id = event_loop
-            .add_handler(Arc::new(Mutex::new(handler)))
+        let served = serve(Unix(listener), self.target, muxer, event_loop)
             .map_err(failed("wait for connections on"))?;
         Ok(UnixFrontendHandle {
             path: self.path,
-            counters,
-            event_loop: event_loop.clone(),
-            id,
+            served,
         })
     }
 }
@@ -143,50 +83,26 @@ fn bind_private(path: &Path) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-/// The frontend's part on the event loop.
-struct Listening {
-    listener: UnixListener,
-    target: Target,
-    muxer: MuxerHandle,
-    counters: Arc<Counters>,
+struct Unix(UnixListener);
+
+impl AsFd for Unix {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
 }
 
-impl Listening {
-    fn accept(&self) -> io::Result<()> {
-        let (stream, _) = self.listener.accept()?;
+impl Listener for Unix {
+    fn accept(&self) -> io::Result<Option<OwnedFd>> {
+        let (stream, _) = self.0.accept()?;
         let peer = socket_peercred(&stream)?;
         if peer.uid != rustix::process::geteuid() {
-            self.counters.refused.fetch_add(1, Ordering::Relaxed);
             tracing::warn!(
                 uid = peer.uid.as_raw(),
                 "another user was refused on a frontend's socket"
             );
-            return Ok(());
+            return Ok(None);
         }
-        self.counters.accepted.fetch_add(1, Ordering::Relaxed);
-        let (port, options) = self.target.open();
-        self.muxer.connect(port, OwnedFd::from(stream), options);
-        Ok(())
-    }
-}
-
-impl EventHandler for Listening {
-    fn start(&mut self, registry: &mut Registry<'_>) -> io::Result<()> {
-        registry.add(&self.listener, 0, Interest::READ)?;
-        Ok(())
-    }
-
-    fn ready(&mut self, _token: u64, _readiness: Readiness, _registry: &mut Registry<'_>) {
-        for _ in 0..BATCH {
-            match self.accept() {
-                Ok(()) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(error) => {
-                    tracing::warn!(%error, "a connection could not be accepted");
-                    return;
-                }
-            }
-        }
+        Ok(Some(OwnedFd::from(stream)))
     }
 }
 
@@ -195,9 +111,7 @@ impl EventHandler for Listening {
 #[derive(Debug)]
 pub struct UnixFrontendHandle {
     path: PathBuf,
-    counters: Arc<Counters>,
-    event_loop: EventLoopHandle,
-    id: HandlerId,
+    served: Served,
 }
 
 impl UnixFrontendHandle {
@@ -210,21 +124,19 @@ impl UnixFrontendHandle {
     /// Connections accepted so far.
     #[must_use]
     pub fn accepted(&self) -> u64 {
-        self.counters.accepted.load(Ordering::Relaxed)
+        self.served.counters.accepted()
     }
 
     /// Connections of other users, refused so far.
     #[must_use]
     pub fn refused(&self) -> u64 {
-        self.counters.refused.load(Ordering::Relaxed)
+        self.served.counters.refused()
     }
 }
 
 impl Drop for UnixFrontendHandle {
     fn drop(&mut self) {
         let _ = fs::remove_file(&self.path);
-        // Fails when the loop has stopped: then nothing listens any more either.
-        let _ = self.event_loop.remove_handler(self.id);
     }
 }
 

@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use sm_guest_proto::control::{Evidence, GuestStats};
 
+use crate::publish::Publication;
 use crate::record::{ExitRecord, VmConfig};
 use crate::timings::Phase;
 
@@ -204,6 +205,8 @@ pub struct Status {
     pub started_ns: u64,
     /// Number of attached clients.
     pub clients: usize,
+    /// Ports that are published, with their addresses on the host.
+    pub published: Vec<Publication>,
 }
 
 /// Where a live VM is in its life.

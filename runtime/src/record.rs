@@ -25,6 +25,7 @@ use thiserror::Error;
 
 use crate::home::{Home, HomeError, ensure_private_dir};
 use crate::id::{VmId, generate_name, is_valid_name};
+use crate::publish::Publication;
 use crate::timings::Phase;
 use crate::workload::Workload;
 
@@ -115,6 +116,9 @@ pub struct VmConfig {
     pub read_only: bool,
     /// Milliseconds between the stop signal and SIGKILL.
     pub stop_timeout_ms: u64,
+    /// Ports of the guest that are published on the host, as asked for.
+    #[serde(default)]
+    pub publish: Vec<Publication>,
 }
 
 /// How a VM ended.

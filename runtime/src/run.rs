@@ -17,6 +17,7 @@ use crate::id::VmId;
 use crate::image::Image;
 use crate::launch::{DiskSegment, LaunchRequest, Origin, Testimony};
 use crate::output_log::unix_nanos;
+use crate::publish::Publication;
 use crate::record::{ExitRecord, Record, Records, VMM_LOG, VmConfig};
 use crate::session::{Event, Session};
 use crate::timings::Phase;
@@ -51,6 +52,7 @@ pub struct RunOptions {
     cmdline: String,
     pub(crate) cold: bool,
     phases: Vec<Phase>,
+    pub(crate) publish: Vec<Publication>,
 }
 
 impl Default for RunOptions {
@@ -74,6 +76,7 @@ impl Default for RunOptions {
             cmdline: String::new(),
             cold: false,
             phases: Vec::new(),
+            publish: Vec::new(),
         }
     }
 }
@@ -231,6 +234,13 @@ impl RunOptions {
         self
     }
 
+    /// Publishes a port of the guest on the host.
+    #[must_use]
+    pub fn publish(mut self, publication: Publication) -> Self {
+        self.publish.push(publication);
+        self
+    }
+
     fn check(&self) -> Result<(), Error> {
         if self.memory < MIN_MEMORY {
             return Err(Error::Option(format!(
@@ -283,6 +293,7 @@ pub(crate) fn start(home: &Home, image: &Image, options: RunOptions) -> Result<V
                 auto_remove: options.auto_remove,
                 read_only: options.read_only,
                 stop_timeout_ms: millis(options.stop_timeout),
+                publish: options.publish.clone(),
             })
         },
         Source {

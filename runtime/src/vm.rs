@@ -14,6 +14,7 @@ use crate::exec::ExecBuilder;
 use crate::home::Home;
 use crate::launch::{ControlAnswer, ControlCall, SnapshotReport, Stage, Status};
 use crate::logs::Logs;
+use crate::publish::Publication;
 use crate::record::{ExitRecord, Record, RecordError, Records, VmConfig, VmState};
 use crate::session::Session;
 use crate::timings::Phase;
@@ -52,6 +53,9 @@ pub struct StateView {
     /// When the workload was started, in nanoseconds since the Unix epoch; 0 if
     /// it was not.
     pub started_ns: u64,
+    /// Ports of the guest that the host listens for now.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub published: Vec<Publication>,
     /// Exit status, once it has ended.
     pub exit_code: Option<u32>,
     /// Everything else about its end.
@@ -190,6 +194,7 @@ impl Vm {
                     },
                     pid: Some(status.vmm_pid),
                     started_ns: status.started_ns,
+                    published: status.published,
                     ..StateView::default()
                 },
                 // Too early or too late to answer.

@@ -2,11 +2,12 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use anyhow::anyhow;
 use serde::Serialize;
 use sm_runtime::home::Home;
-use sm_runtime::{Inspection, Vm};
+use sm_runtime::{Inspection, Publication, Vm};
 
-use crate::args::{PsArgs, StatsArgs, VmArgs};
+use crate::args::{PortArgs, PsArgs, StatsArgs, VmArgs};
 use crate::failure::{Failure, OUR_FAILURE};
 use crate::printer::Printer;
 use crate::table;
@@ -67,14 +68,16 @@ pub(crate) fn ps(home: &Home, args: &PsArgs, printer: &Printer) -> Result<u32, F
         let now = SystemTime::now();
         let rows: Vec<_> = vms.iter().map(|vm| row(vm, now, args.no_trunc)).collect();
         printer.line(table::render(
-            ["VM ID", "IMAGE", "COMMAND", "CREATED", "STATUS", "NAME"],
+            [
+                "VM ID", "IMAGE", "COMMAND", "CREATED", "STATUS", "PORTS", "NAME",
+            ],
             &rows,
         ));
     }
     Ok(0)
 }
 
-fn row(vm: &Inspection, now: SystemTime, no_trunc: bool) -> [String; 6] {
+fn row(vm: &Inspection, now: SystemTime, no_trunc: bool) -> [String; 7] {
     let config = &vm.config;
     let mut command = config.workload.argv.join(" ");
     if !no_trunc && command.chars().count() > COMMAND_WIDTH {
@@ -92,8 +95,47 @@ fn row(vm: &Inspection, now: SystemTime, no_trunc: bool) -> [String; 6] {
         format!("\"{}\"", command.escape_debug()),
         format!("{} ago", age(config.created_ns, now)),
         status(vm, now),
+        ports(&vm.state.published),
         config.name.clone(),
     ]
+}
+
+fn ports(published: &[Publication]) -> String {
+    let ports: Vec<_> = published.iter().map(ToString::to_string).collect();
+    ports.join(", ")
+}
+
+/// `sm port`: one line for each published port.
+pub(crate) fn port(home: &Home, args: &PortArgs, printer: &Printer) -> Result<u32, Failure> {
+    let vm = Vm::find(home, &args.vm)?;
+    let mut published = vm.inspect()?.state.published;
+    if let Some(word) = &args.port {
+        let number = word.strip_suffix("/tcp").unwrap_or(word);
+        let wanted: u16 = number
+            .parse()
+            .map_err(|_| anyhow!("\"{word}\" is not a port: write a number, such as 80"))?;
+        published.retain(|publication| publication.guest == wanted);
+        if published.is_empty() {
+            return Err(anyhow!(
+                "port {wanted} of VM \"{}\" is not published: see \"sm port {}\"",
+                vm.name(),
+                vm.name()
+            )
+            .into());
+        }
+    }
+    if args.format.json() {
+        printer.json(&published)?;
+        return Ok(0);
+    }
+    for publication in &published {
+        match (publication.guest, args.port.is_some()) {
+            (_, true) => printer.line(&publication.host),
+            (0, _) => printer.line(format_args!("auto/tcp -> {}", publication.host)),
+            (guest, _) => printer.line(format_args!("{guest}/tcp -> {}", publication.host)),
+        }
+    }
+    Ok(0)
 }
 
 fn status(vm: &Inspection, now: SystemTime) -> String {

@@ -25,6 +25,7 @@ pub(crate) fn run(begin: Phase, cli: Cli, printer: &Printer) -> Result<u32, Fail
         Command::Exec(args) => exec::exec(&home()?, args),
         Command::Attach(args) => exec::attach(&home()?, &args, printer),
         Command::Ps(args) => list::ps(&home()?, &args, printer),
+        Command::Port(args) => list::port(&home()?, &args, printer),
         Command::Logs(args) => logs::logs(&home()?, &args),
         Command::Stop(args) => lifecycle::stop(&home()?, &args, printer),
         Command::Kill(args) => lifecycle::kill(&home()?, &args, printer),

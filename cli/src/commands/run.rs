@@ -217,6 +217,9 @@ fn options(begin: Phase, args: &RunArgs) -> anyhow::Result<RunOptions> {
         };
         options = options.host(name, address);
     }
+    for publication in args.publish.iter().chain(&args.publish_unix) {
+        options = options.publish(publication.clone());
+    }
     for address in &args.dns {
         options = options.nameserver(address.as_str());
     }

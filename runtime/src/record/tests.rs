@@ -27,6 +27,7 @@ fn config(id: VmId, name: String) -> VmConfig {
         auto_remove: false,
         read_only: false,
         stop_timeout_ms: 10_000,
+        publish: Vec::new(),
     }
 }
 

@@ -89,6 +89,7 @@ impl Snapshot {
                 created_ns: unix_nanos(),
                 workload,
                 auto_remove: options.auto_remove,
+                publish: options.publish.clone(),
                 ..self.config.clone()
             })
         };

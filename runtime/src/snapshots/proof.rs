@@ -142,6 +142,7 @@ fn ask(home: &Home, chain: &Chain) -> Result<Testimony, Error> {
             auto_remove: true,
             read_only: false,
             stop_timeout_ms: 0,
+            publish: Vec::new(),
         })
     };
     run::launch(home, &options, config, source)?.until_evidence()

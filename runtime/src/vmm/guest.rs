@@ -10,6 +10,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use sm_snapshot::manifest::Layer;
 
 use crate::launch::SnapshotReport;
+use crate::publish::Publication;
 
 /// What a machine was started from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,6 +58,8 @@ pub(crate) trait Guest {
     fn pause(&mut self) -> Result<(), String>;
     /// Lets them run again.
     fn resume(&mut self) -> Result<(), String>;
+    /// Its ports that are published.
+    fn published(&self) -> Vec<Publication>;
     /// Ends the machine; [`Self::end`] follows.
     fn stop(&mut self);
     /// Becomes, and stays, readable when the machine has ended.

@@ -37,6 +37,7 @@ use crate::doctor::{unusable, with_causes};
 use crate::id::random;
 use crate::kernel::Kernel;
 use crate::launch::{DiskSegment, LaunchRequest, SnapshotReport};
+use crate::publish::{Publication, Published};
 use crate::record::{Record, VmConfig};
 use crate::snapshots::{EPHEMERAL_LABEL, IMAGE_LABEL};
 use crate::timings::Phase;
@@ -66,6 +67,7 @@ pub(crate) struct RunningMachine {
     /// Threads that publish snapshots.
     publishing: Vec<JoinHandle<()>>,
     _exec: UnixFrontendHandle,
+    published: Published,
     _event_loop: EventLoop,
     /// The snapshot whose pages are mapped.
     source: Option<SourceSnapshot>,
@@ -138,6 +140,7 @@ pub(crate) fn start(
     let exec = UnixFrontend::new(&record.exec_socket(), Target::Exec)
         .start(muxer.clone(), &event_loop.handle())
         .map_err(failed("create the exec socket"))?;
+    let published = Published::start(&request.config.publish, &muxer, &event_loop.handle())?;
     let beginning = Beginning::of(request)?;
     // A disk that the guest knows already is there from the start; otherwise
     // the machine gets it when it was captured.
@@ -192,6 +195,7 @@ pub(crate) fn start(
         notices,
         publishing: Vec::new(),
         _exec: exec,
+        published,
         _event_loop: event_loop,
         source,
     };
@@ -468,6 +472,10 @@ impl Guest for RunningMachine {
 
     fn resume(&mut self) -> Result<(), String> {
         self.machine.resume().map_err(failed("resume the vCPUs"))
+    }
+
+    fn published(&self) -> Vec<Publication> {
+        self.published.list()
     }
 
     fn stop(&mut self) {

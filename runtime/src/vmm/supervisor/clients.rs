@@ -306,6 +306,11 @@ impl<G: Guest> Supervisor<G> {
             vmm_pid: std::process::id(),
             started_ns: self.started_ns,
             clients: self.clients.values().filter(|c| c.is_attached()).count(),
+            published: self
+                .guest
+                .as_ref()
+                .map(Guest::published)
+                .unwrap_or_default(),
         }
     }
 

@@ -69,6 +69,9 @@ impl Guest for FakeGuest {
     fn reset(&mut self) -> Result<(), String> {
         Ok(())
     }
+    fn published(&self) -> Vec<crate::Publication> {
+        Vec::new()
+    }
     fn pause(&mut self) -> Result<(), String> {
         *self.state.paused.lock().unwrap() = true;
         Ok(())
@@ -171,6 +174,7 @@ fn fixture(setup: Setup) -> Fixture {
                 auto_remove: setup.auto_remove,
                 read_only: false,
                 stop_timeout_ms: 600_000,
+                publish: Vec::new(),
             })
         })
         .unwrap();

@@ -1,0 +1,41 @@
+//! Where in the guest connections go.
+
+use sm_devices_vsock::ConnectOptions;
+use sm_guest_proto::forward::ForwardHeader;
+use sm_guest_proto::port;
+
+/// Where a connection goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// The agent's exec server: the client speaks the exec protocol itself.
+    Exec,
+    /// A TCP port in the guest, by the agent's forwarder.
+    Tcp(ForwardHeader),
+    /// A vsock port in the guest.
+    Vsock(u32),
+}
+
+impl Target {
+    pub(crate) fn frontend(self) -> &'static str {
+        match self {
+            Self::Exec => "exec",
+            Self::Tcp(_) | Self::Vsock(_) => "unix",
+        }
+    }
+
+    /// Vsock port and what is sent first.
+    pub(crate) fn open(self) -> (u32, ConnectOptions) {
+        match self {
+            Self::Exec => (port::EXEC, ConnectOptions::default()),
+            Self::Vsock(port) => (port, ConnectOptions::default()),
+            Self::Tcp(header) => (
+                port::FORWARD,
+                ConnectOptions {
+                    preamble: header.encode().to_vec(),
+                    status_reply: true,
+                    on_result: None,
+                },
+            ),
+        }
+    }
+}

@@ -1,0 +1,175 @@
+//! Ports of the guest, reached from the host.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a failed expectation is a failed test"
+)]
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use sha2::{Digest as _, Sha256};
+use sm_e2e::{Home, Vm, image, unique};
+
+/// Answers every connection to port 80 by what it sent, once that has ended.
+const ECHO: &str = "nc -ll -p 80 -e cat";
+
+/// Where a published port is.
+fn address(home: &Home, vm: &str, port: &str) -> SocketAddr {
+    let line = home.sm(&["port", vm, port]).exits(0).out();
+    line.trim().parse().unwrap()
+}
+
+/// Sends, says that nothing follows, and reads to the end.
+fn exchange(mut stream: TcpStream, sent: &[u8]) -> Vec<u8> {
+    let mut sender = stream.try_clone().unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            // A peer that hangs up is seen by the reader.
+            let _ = sender.write_all(sent);
+            let _ = sender.shutdown(Shutdown::Write);
+        });
+        let mut received = Vec::new();
+        let _ = stream.read_to_end(&mut received);
+        received
+    })
+}
+
+fn serving<'a>(home: &'a Home, publish: &[&str], script: &str) -> Vm<'a> {
+    let mut arguments = vec!["-m", "128m"];
+    arguments.extend_from_slice(publish);
+    let busybox = image("busybox");
+    arguments.extend_from_slice(&[&busybox, "sh", "-c", script]);
+    home.detached(&arguments)
+}
+
+/// Connects until the guest answers.
+fn echo(address: SocketAddr, sent: &[u8]) -> Vec<u8> {
+    let begun = Instant::now();
+    loop {
+        let received = exchange(TcpStream::connect(address).unwrap(), sent);
+        if !received.is_empty() || begun.elapsed() > Duration::from_secs(60) {
+            return received;
+        }
+    }
+}
+
+#[test]
+fn bytes_go_both_ways_and_half_close_is_kept() {
+    let home = Home::shared();
+    let vm = serving(home, &["-p", "80"], ECHO);
+    let address = address(home, &vm.name, "80");
+    assert!(address.ip().is_loopback() && address.port() != 0);
+    assert_eq!(echo(address, b"hello"), b"hello");
+    let large: Vec<u8> = (0..5_000_000_u32).map(|n| (n % 253) as u8).collect();
+    let received = exchange(TcpStream::connect(address).unwrap(), &large);
+    assert_eq!(Sha256::digest(received), Sha256::digest(&large));
+    // Several at once keep apart.
+    std::thread::scope(|scope| {
+        for n in 0..20_u8 {
+            scope.spawn(move || {
+                let sent = vec![n; 50_000];
+                assert!(
+                    exchange(TcpStream::connect(address).unwrap(), &sent) == sent,
+                    "{n}"
+                );
+            });
+        }
+    });
+    let table = home.sm(&["ps"]).exits(0).out();
+    assert!(table.contains(&format!("{address}->80/tcp")), "{table}");
+    let json = home.sm(&["port", "--json", &vm.name]).exits(0).json();
+    assert_eq!(json[0]["guest"], 80);
+    let error = home.sm(&["port", &vm.name, "81"]).exits(125).err();
+    assert!(error.contains("not published"), "{error}");
+    drop(vm);
+    assert!(
+        TcpStream::connect(address).is_err(),
+        "the port is given back"
+    );
+}
+
+#[test]
+fn a_late_listener_is_waited_for_and_none_is_hung_up_on() {
+    let home = Home::shared();
+    let script = format!("sleep 0.5; {ECHO}");
+    let vm = serving(home, &["-p", "80", "-p", "81"], &script);
+    // Connected before anybody in the guest listens.
+    assert_eq!(echo(address(home, &vm.name, "80"), b"early"), b"early");
+    let nobody = TcpStream::connect(address(home, &vm.name, "81")).unwrap();
+    assert_eq!(exchange(nobody, b"anybody?"), b"");
+}
+
+#[test]
+fn the_first_listener_is_found_by_itself() {
+    let home = Home::shared();
+    let vm = serving(home, &["-p", "auto"], "nc -ll -p 4321 -e cat");
+    let list = home.sm(&["port", &vm.name]).exits(0).out();
+    let address = list.trim().strip_prefix("auto/tcp -> ").unwrap();
+    assert_eq!(echo(address.parse().unwrap(), b"found"), b"found");
+}
+
+#[test]
+fn a_unix_socket_is_private_and_removed_with_its_machine() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let home = Home::shared();
+    let path = home.run_dir().join(unique("socket"));
+    let publish = format!("{}:80", path.display());
+    let vm = serving(home, &["--publish-unix", &publish], ECHO);
+    let mode = path.metadata().unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    let begun = Instant::now();
+    let mut received = Vec::new();
+    while received.is_empty() && begun.elapsed() < Duration::from_secs(60) {
+        let mut stream = UnixStream::connect(&path).unwrap();
+        // A peer that hangs up is seen by the reader.
+        let _ = stream.write_all(b"by path");
+        let _ = stream.shutdown(Shutdown::Write);
+        let _ = stream.read_to_end(&mut received);
+    }
+    assert_eq!(received, b"by path");
+    drop(vm);
+    assert!(!path.exists());
+}
+
+#[test]
+fn a_clone_publishes_ports_of_its_own() {
+    let home = Home::shared();
+    let vm = serving(home, &["-p", "80"], ECHO);
+    let original = address(home, &vm.name, "80");
+    assert_eq!(echo(original, b"original"), b"original");
+    // Open when the snapshot is made: it ends in the clone, and only there.
+    let mut open = TcpStream::connect(original).unwrap();
+    open.write_all(b"before ").unwrap();
+    let name = unique("served");
+    home.sm(&["snapshot", "create", &vm.name, &name]).exits(0);
+    open.write_all(b"after").unwrap();
+    assert_eq!(exchange(open, b""), b"before after");
+    let clone = unique("clone");
+    home.sm(&["run", "-d", "--name", &clone, "--from", &name, "-p", "80"])
+        .exits(0);
+    let other = address(home, &clone, "80");
+    assert_ne!(other, original);
+    assert_eq!(echo(other, b"clone"), b"clone");
+    assert_eq!(echo(original, b"still"), b"still");
+    home.sm(&["rm", "-f", &clone]).exits(0);
+    home.sm(&["snapshot", "rm", &name]).exits(0);
+}
+
+#[test]
+fn a_port_that_is_taken_is_said_to_be() {
+    let home = Home::shared();
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap();
+    let publish = format!("{}:80", address.port());
+    let refused = home.sm(&["run", "--rm", "-p", &publish, &image("busybox"), "true"]);
+    let error = refused.exits(125).err();
+    assert!(
+        error.contains(&address.to_string()) && error.contains("in use"),
+        "{error}"
+    );
+    assert!(error.contains("another port"), "{error}");
+    assert_eq!(home.sm(&["ps", "-aq", "--no-trunc"]).exits(0).err(), "");
+}
