@@ -1,6 +1,7 @@
 //! Makes an image of a directory or a static binary in an OCI layout:
-//! `mkimage LAYOUT TAG DIRECTORY|BINARY [ENTRYPOINT...]`. A binary becomes
-//! `/NAME`, and the entry point unless another one is given.
+//! `mkimage [--cmd WORD]... [--env NAME=VALUE]... LAYOUT TAG DIRECTORY|BINARY
+//! [ENTRYPOINT...]`. A binary becomes `/NAME`, and the entry point unless another
+//! one is given.
 
 use std::fs;
 use std::path::Path;
@@ -8,9 +9,18 @@ use std::path::Path;
 use sm_image::{Compression, Config, LayoutBuilder, MemoryFile};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let mut arguments: Vec<String> = std::env::args().skip(1).collect();
+    let (mut cmd, mut env) = (Vec::new(), Vec::new());
+    while let [option, value, ..] = arguments.as_slice() {
+        match option.as_str() {
+            "--cmd" => cmd.push(value.clone()),
+            "--env" => env.push(value.clone()),
+            _ => break,
+        }
+        arguments.drain(..2);
+    }
     let [layout, tag, content, entrypoint @ ..] = arguments.as_slice() else {
-        return Err("usage: mkimage LAYOUT TAG DIRECTORY|BINARY [ENTRYPOINT...]".into());
+        return Err("usage: see the first lines of image/examples/mkimage.rs".into());
     };
     let content = Path::new(content);
     let mut entrypoint = entrypoint.to_vec();
@@ -29,6 +39,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut config = Config::default();
     if !entrypoint.is_empty() {
         config.set_entrypoint(Some(entrypoint));
+    }
+    if !cmd.is_empty() {
+        config.set_cmd(Some(cmd));
+    }
+    if !env.is_empty() {
+        config.set_env(Some(env));
     }
     println!("{}", image.finish(tag, config)?);
     Ok(())

@@ -191,6 +191,18 @@ impl Home {
     }
 }
 
+impl Home {
+    /// Starts a detached VM from a snapshot; it is removed when the value is
+    /// dropped.
+    #[track_caller]
+    pub fn clone_of(&self, snapshot: &str, prefix: &str) -> Vm<'_> {
+        let name = unique(prefix);
+        self.sm(&["run", "-d", "--name", &name, "--from", snapshot])
+            .exits(0);
+        Vm { home: self, name }
+    }
+}
+
 /// A running VM of a test.
 #[derive(Debug)]
 pub struct Vm<'a> {

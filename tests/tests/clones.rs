@@ -162,7 +162,7 @@ fn forked_clones_share_a_snapshot_that_goes_with_the_last() {
 fn a_computation_in_four_threads_ends_right_in_all_clones() {
     let home = Home::shared();
     // OpenSSL's checksums use the widest registers that there are.
-    let script = "sum() { i=0; while [ $i -lt 60 ]; do head -c 200000 /bin/bash | sha256sum; \
+    let script = "sum() { i=0; while [ $i -lt 45 ]; do head -c 200000 /bin/bash | sha256sum; \
                   i=$((i+1)); done | sha256sum >/tmp/$1; }; \
                   for t in 1 2 3 4; do sum $t & done; wait; sort -u /tmp/1 /tmp/2 /tmp/3 /tmp/4";
     let vm = home.detached(&[
@@ -181,7 +181,7 @@ fn a_computation_in_four_threads_ends_right_in_all_clones() {
     });
     let name = unique("sum");
     home.sm(&["snapshot", "create", &vm.name, &name]).exits(0);
-    let clones = clones(home, &name, 4);
+    let clones = clones(home, &name, 20);
     let mut results = BTreeSet::new();
     for clone in [&vm.name].into_iter().chain(&clones.1) {
         ends(home, clone, "0");
@@ -196,6 +196,27 @@ fn a_computation_in_four_threads_ends_right_in_all_clones() {
     until("its clones are gone", || {
         remove(home, &name).code == Some(0)
     });
+}
+
+#[test]
+fn a_hundred_megabytes_of_files_in_memory_are_in_the_clone() {
+    let home = Home::shared();
+    let script = "head -c 100000000 /dev/urandom >/big; sha256sum /big >/sum; sleep 1000";
+    let vm = home.detached(&["-m", "512m", &image("debian"), "sh", "-c", script]);
+    until("they are written", || {
+        let sum = home.sm(&["exec", &vm.name, "cat", "/sum"]);
+        sum.out().contains("/big")
+    });
+    let name = unique("big");
+    let made = home.sm(&["snapshot", "create", "--json", &vm.name, &name]);
+    let pages = made.exits(0).json()["pages"].as_u64().unwrap();
+    assert!(pages > 24_000, "{pages}");
+    let clone = home.clone_of(&name, "big");
+    for vm in [&vm, &clone] {
+        vm.exec(&["sha256sum", "-c", "/sum"]).exits(0);
+    }
+    drop(clone);
+    until("its clone is gone", || remove(home, &name).code == Some(0));
 }
 
 #[test]

@@ -1,5 +1,6 @@
-//! Images for the demo and the end-to-end tests, made from packages of the
-//! distribution by tools that are not ours, so that they check us.
+//! Images made from packages of the distribution: for the demo by our own
+//! writer, for the end-to-end tests by tools that are not ours, so that they
+//! check us.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,6 +10,7 @@ use anyhow::{Context as _, Result, bail};
 use tempfile::TempDir;
 
 use crate::apt::{self, Apt};
+use crate::build::cargo;
 use crate::{cmd, paths};
 
 pub(crate) const PACKAGES: [&str; 6] = [
@@ -22,6 +24,7 @@ pub(crate) const PACKAGES: [&str; 6] = [
 
 /// Part of the cache's name: raise it when the images change.
 const RECIPE: &str = "1";
+const DEMO_RECIPE: &str = "2";
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Directory of the OCI layouts `busybox`, `debian` and `python`, and of
@@ -55,10 +58,10 @@ pub(crate) fn make(apt: &Apt) -> Result<PathBuf> {
     Ok(done)
 }
 
-/// An OCI layout with busybox alone.
+/// An OCI layout with busybox alone, written by our own `sm-image`.
 pub(crate) fn demo_image(apt: &Apt) -> Result<PathBuf> {
     let demo = paths::cache("demo")?;
-    let done = demo.join(format!("v{RECIPE}"));
+    let done = demo.join(format!("v{DEMO_RECIPE}"));
     let image = done.join("busybox");
     if image.exists() {
         return Ok(image);
@@ -67,12 +70,36 @@ pub(crate) fn demo_image(apt: &Apt) -> Result<PathBuf> {
     if image.exists() {
         return Ok(image);
     }
-    apt.ensure(&["busybox-static", "umoci"])?;
+    apt.ensure(&["busybox-static"])?;
     cmd::step("making the demo image");
     let workshop = Workshop::new()?;
-    workshop.busybox()?;
+    let tree = workshop.directory.path().join("tree");
+    busybox_tree(&tree)?;
+    let mut make = cargo(["run", "--quiet", "--locked", "-p", "sm-image", "--example"]);
+    make.args(["mkimage", "--", "--cmd", "sh", "--env", PATH])
+        .arg(workshop.images.join("busybox"))
+        .arg("latest")
+        .arg(&tree)
+        .stdout(Stdio::null());
+    cmd::check(&mut make)?;
     workshop.publish(&done)?;
     Ok(image)
+}
+
+/// A root file system of one static binary and its links.
+fn busybox_tree(root: &Path) -> Result<()> {
+    for name in ["bin", "etc", "root", "tmp"] {
+        fs::create_dir_all(root.join(name))?;
+    }
+    fs::copy("/bin/busybox", root.join("bin/busybox")).context("cannot copy /bin/busybox")?;
+    for applet in cmd::text(&mut cmd::command("/bin/busybox", ["--list"]))?.lines() {
+        if applet != "busybox" {
+            std::os::unix::fs::symlink("busybox", root.join("bin").join(applet))?;
+        }
+    }
+    fs::write(root.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\n")?;
+    fs::write(root.join("etc/group"), "root:x:0:\n")?;
+    Ok(())
 }
 
 /// Where images are made before they are published.
@@ -98,18 +125,7 @@ impl Workshop {
     /// One layer, made of one static binary and its links.
     fn busybox(&self) -> Result<()> {
         let bundle = self.new_image("busybox")?;
-        let root = bundle.join("rootfs");
-        for name in ["bin", "etc", "root", "tmp"] {
-            fs::create_dir_all(root.join(name))?;
-        }
-        fs::copy("/bin/busybox", root.join("bin/busybox")).context("cannot copy /bin/busybox")?;
-        for applet in cmd::text(&mut cmd::command("/bin/busybox", ["--list"]))?.lines() {
-            if applet != "busybox" {
-                std::os::unix::fs::symlink("busybox", root.join("bin").join(applet))?;
-            }
-        }
-        fs::write(root.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\n")?;
-        fs::write(root.join("etc/group"), "root:x:0:\n")?;
+        busybox_tree(&bundle.join("rootfs"))?;
         self.repack("busybox", &bundle)?;
         self.configure("busybox", &["--config.cmd", "sh"])
     }

@@ -15,8 +15,8 @@ pub(crate) struct Beginning {
     pub(crate) source: Source,
     pub(crate) content: Content,
     pub(crate) identity: Identity,
-    /// Where snapshots go, if they can.
-    pub(crate) store: Option<SnapshotStore>,
+    /// Where snapshots are; they may be all that can be had of it.
+    pub(crate) store: SnapshotStore,
     /// Snapshots to leave behind on the way to the workload.
     pub(crate) base_plan: Option<Plan>,
     pub(crate) image_plan: Option<Plan>,
@@ -39,10 +39,14 @@ impl Beginning {
     /// A snapshot that was asked for cannot be used, or kernel and agent not be
     /// read; a sentence.
     pub(crate) fn of(request: &LaunchRequest) -> Result<Self, String> {
-        let store = SnapshotStore::open(&request.data.join("snapshots"))
-            .map_err(|error| with_causes(&error));
+        let root = request.data.join("snapshots");
+        let store = SnapshotStore::open(&root).unwrap_or_else(|error| {
+            // What it has can be used all the same; making one says why not.
+            tracing::warn!(error = with_causes(&error), "no snapshots can be made");
+            SnapshotStore::read_only(&root)
+        });
         if let Origin::Snapshot(name) | Origin::Evidence(name) = &request.origin {
-            return Self::named(store?, name);
+            return Self::named(store, name);
         }
         let initramfs = initial_ram_fs(request)?;
         let identity = Identity::of(request, &initramfs)?;
@@ -54,18 +58,12 @@ impl Beginning {
                 config: None,
             },
             identity,
-            store: None,
+            store: store.clone(),
             base_plan: None,
             image_plan: None,
         };
-        match store {
-            Ok(store) => {
-                beginning.store = Some(store.clone());
-                if request.origin == Origin::Image {
-                    beginning.use_cache(store, request)?;
-                }
-            }
-            Err(error) => tracing::warn!(error, "snapshots cannot be used"),
+        if request.origin == Origin::Image {
+            beginning.use_cache(store, request)?;
         }
         Ok(beginning)
     }
@@ -82,7 +80,7 @@ impl Beginning {
                 agent: manifest.agent.clone(),
             },
             content,
-            store: Some(store.clone()),
+            store: store.clone(),
             base_plan: None,
             image_plan: None,
             source: Source::Snapshot {

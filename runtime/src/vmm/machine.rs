@@ -58,7 +58,7 @@ pub(crate) struct RunningMachine {
     /// What a snapshot of it says besides memory and state.
     content: Content,
     identity: Identity,
-    store: Option<SnapshotStore>,
+    store: SnapshotStore,
     /// Snapshots to leave behind on the way to the workload.
     base_plan: Option<Plan>,
     image_plan: Option<Plan>,
@@ -79,9 +79,7 @@ impl Drop for RunningMachine {
             // Its outcome was logged.
             let _ = publishing.join();
         }
-        if let Some(store) = &self.store {
-            cache::trim(store);
-        }
+        cache::trim(&self.store);
     }
 }
 
@@ -408,10 +406,6 @@ impl Guest for RunningMachine {
     }
 
     fn snapshot(&mut self, plan: SnapshotPlan) -> Result<(), String> {
-        let store = self
-            .store
-            .clone()
-            .ok_or("the directory of snapshots cannot be used")?;
         let mut labels = BTreeMap::new();
         labels.insert(IMAGE_LABEL.to_owned(), self.config.image.clone());
         if plan.ephemeral {
@@ -419,7 +413,7 @@ impl Guest for RunningMachine {
         }
         let stay = plan.stay;
         let plan = Plan {
-            store,
+            store: self.store.clone(),
             name: plan.name,
             layer: Layer::App,
             identity: self.identity.clone(),

@@ -1,0 +1,189 @@
+//! What must hold every time: many restores, sudden death at any moment, several
+//! at once.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a failed expectation is a failed test"
+)]
+
+use std::collections::hash_map::RandomState;
+use std::fs;
+use std::hash::{BuildHasher as _, Hasher as _};
+use std::os::unix::ffi::OsStrExt as _;
+use std::process::Child;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use sm_e2e::{Home, image, unique};
+
+const SMALL: [&str; 2] = ["-m", "128m"];
+
+fn until(what: &str, mut happened: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !happened() {
+        assert!(begun.elapsed() < Duration::from_secs(120), "{what}");
+        sleep(Duration::from_millis(50));
+    }
+}
+
+fn snapshots(home: &Home) -> Vec<String> {
+    let listed = home.sm(&["snapshot", "ls", "-q"]).exits(0).out();
+    listed.lines().map(str::to_owned).collect()
+}
+
+fn says(home: &Home, image: &str, word: &str) {
+    let run = ["run", "--rm", SMALL[0], SMALL[1], image, "echo", word];
+    assert_eq!(home.sm(&run).exits(0).out(), format!("{word}\n"));
+}
+
+#[test]
+fn two_hundred_restores_in_a_row_are_all_ready() {
+    let home = Home::shared();
+    for n in 0..180 {
+        says(home, &image("busybox"), &n.to_string());
+    }
+    for name in ["debian", "python"] {
+        for n in 0..10 {
+            let vm = home.detached(&[SMALL[0], SMALL[1], &image(name), "sleep", "1000"]);
+            let said = vm.exec(&["sh", "-c", "echo $((6 * 7))"]).exits(0).out();
+            assert_eq!(said, "42\n", "{name} {n}");
+        }
+    }
+}
+
+#[test]
+fn processes_that_make_the_same_snapshots_at_once_leave_one_good_copy() {
+    let home = Home::new();
+    let run = ["run", "--rm", SMALL[0], SMALL[1], &image("busybox"), "true"];
+    let children: Vec<Child> = (0..3)
+        .map(|_| home.command(&run).spawn().unwrap())
+        .collect();
+    for child in children {
+        let done: sm_e2e::Done = child.wait_with_output().unwrap().into();
+        done.exits(0);
+    }
+    until("both are published", || snapshots(&home).len() == 2);
+    for name in snapshots(&home) {
+        home.sm(&["snapshot", "verify", &name]).exits(0);
+    }
+    says(&home, &image("busybox"), "sound");
+    assert_eq!(snapshots(&home).len(), 2);
+}
+
+/// The VMM processes that work for `home`.
+fn machines(home: &Home) -> Vec<Pid> {
+    let data = home.data();
+    let ours = |pid: &str| {
+        let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let ours = data.as_os_str().as_bytes();
+        environment.windows(ours.len()).any(|window| window == ours)
+            && command.windows(5).any(|window| window == b"__vmm")
+    };
+    fs::read_dir("/proc")
+        .unwrap()
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .filter(|name| name.bytes().all(|byte| byte.is_ascii_digit()) && ours(name))
+        .filter_map(|name| Pid::from_raw(name.parse().ok()?))
+        .collect()
+}
+
+fn kill_all(home: &Home, child: &mut Child) {
+    // It may have ended by itself.
+    let _ = child.kill();
+    for machine in machines(home) {
+        let _ = kill_process(machine, Signal::KILL);
+    }
+    child.wait().unwrap();
+    until("they are gone", || machines(home).is_empty());
+}
+
+/// A moment nobody has chosen.
+fn wait_up_to(milliseconds: u64) -> u64 {
+    let chosen = RandomState::new().build_hasher().finish() % milliseconds;
+    sleep(Duration::from_millis(chosen));
+    chosen
+}
+
+/// Nothing that is listed is broken, and nothing stands in the way.
+fn is_sound(home: &Home, when: &str) {
+    for name in snapshots(home) {
+        let verified = home.sm(&["snapshot", "verify", &name]);
+        assert_eq!(verified.code, Some(0), "{when}: {name}: {}", verified.err());
+    }
+    let listed = home.sm(&["ps", "--json"]).exits(0).json();
+    assert_eq!(listed.as_array().unwrap().len(), 0, "{when}: {listed}");
+    home.sm(&["images"]).exits(0);
+    says(home, &image("busybox"), "sound");
+}
+
+#[test]
+fn death_during_a_first_start_leaves_everything_sound() {
+    for _ in 0..14 {
+        let home = Home::new();
+        let run = ["run", "--rm", SMALL[0], SMALL[1], &image("busybox"), "true"];
+        let mut child = home.command(&run).spawn().unwrap();
+        // Boot, workload, and the snapshots that are made behind it.
+        let after = wait_up_to(3000);
+        kill_all(&home, &mut child);
+        is_sound(&home, &format!("a first start after {after} ms"));
+    }
+}
+
+#[test]
+fn death_during_captures_and_restores_leaves_everything_sound() {
+    let home = Home::new();
+    says(&home, &image("busybox"), "warm");
+    until("both are published", || snapshots(&home).len() == 2);
+    for n in 0..36 {
+        let name = unique("vm");
+        let script = "head -c 20000000 /dev/urandom >/tmp/f; sleep 1000";
+        let run = [
+            "run",
+            "-d",
+            "--name",
+            &name,
+            SMALL[0],
+            SMALL[1],
+            &image("busybox"),
+            "sh",
+            "-c",
+            script,
+        ];
+        let snapshot = unique("snap");
+        let (mut child, what) = if n % 2 == 0 {
+            home.sm(&run).exits(0);
+            let create = ["snapshot", "create", &name, &snapshot];
+            (home.command(&create).spawn().unwrap(), "a capture")
+        } else {
+            (home.command(&run).spawn().unwrap(), "a restore")
+        };
+        let after = wait_up_to(600);
+        kill_all(&home, &mut child);
+        is_sound(&home, &format!("{what} after {after} ms"));
+        // What was complete by then is used, and removed like any other.
+        if snapshots(&home).contains(&snapshot) {
+            let clone = unique("clone");
+            home.sm(&["run", "-d", "--name", &clone, "--from", &snapshot])
+                .exits(0);
+            home.sm(&["exec", &clone, "true"]).exits(0);
+            home.sm(&["rm", "-f", &clone]).exits(0);
+            until("it is free", || {
+                home.sm(&["snapshot", "rm", &snapshot]).code == Some(0)
+            });
+        }
+        home.sm(&["rm", "-f", &name]);
+    }
+    // Nothing half made is left behind for good: the next capture sweeps.
+    let vm = home.detached(&[SMALL[0], SMALL[1], &image("busybox"), "sleep", "1000"]);
+    home.sm(&["snapshot", "create", "--stop", &vm.name, "last"])
+        .exits(0);
+    let store = home.data().join("sm/snapshots");
+    let left: Vec<_> = fs::read_dir(&store)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| !snapshots(&home).contains(name) && !name.starts_with('.'))
+        .collect();
+    assert!(left.is_empty(), "{left:?}");
+}

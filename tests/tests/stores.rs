@@ -1,0 +1,167 @@
+//! Stores that do not work: a full disk, a read-only one. And a restore much
+//! later than the capture. These change mounts and the clock, so they run in the
+//! lab only.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a failed expectation is a failed test"
+)]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread::sleep;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use sm_e2e::{Home, Vm, image};
+
+/// Whether this is the lab, where a test may change the system.
+fn lab() -> bool {
+    let lab = std::env::var_os("SM_LAB").is_some();
+    if !lab {
+        eprintln!("skipped: this test changes mounts or the clock, and this is not the lab");
+    }
+    lab
+}
+
+/// A mount that is undone in the end.
+struct Mount(PathBuf);
+
+impl Mount {
+    fn new(arguments: &[&str], at: &Path) -> Self {
+        fs::create_dir_all(at).unwrap();
+        let mut mount = Command::new("mount");
+        assert!(mount.args(arguments).arg(at).status().unwrap().success());
+        Self(at.to_owned())
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+fn until(what: &str, mut happened: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !happened() {
+        assert!(begun.elapsed() < Duration::from_secs(120), "{what}");
+        sleep(Duration::from_millis(100));
+    }
+}
+
+fn sleeping(home: &Home) -> Vm<'_> {
+    home.detached(&["-m", "128m", &image("busybox"), "sleep", "1000"])
+}
+
+#[test]
+fn a_full_disk_is_named_and_hurts_nobody_else() {
+    if !lab() {
+        return;
+    }
+    let home = Home::new();
+    let _disk = Mount::new(&["-t", "tmpfs", "-o", "size=20m", "full"], &home.data());
+    // The image fits, snapshots of a booted kernel do not.
+    let vm = sleeping(&home);
+    let refused = home.sm(&["snapshot", "create", &vm.name, "mine"]);
+    let error = refused.exits(125).err();
+    assert!(error.contains("No space left"), "{error}");
+    assert_eq!(vm.exec(&["echo", "goes on"]).exits(0).out(), "goes on\n");
+    assert_eq!(home.sm(&["snapshot", "ls", "-q"]).exits(0).out(), "");
+    let pulled = home.sm(&["pull", &image("debian")]);
+    let error = pulled.exits(125).err();
+    assert!(error.contains("No space left"), "{error}");
+    assert_eq!(home.sm(&["images", "-q"]).exits(0).out().lines().count(), 1);
+    // What was tried in vain takes no room.
+    fs::write(home.data().join("room"), vec![1; 4 << 20]).unwrap();
+}
+
+#[test]
+fn a_read_only_store_is_used_and_not_written() {
+    if !lab() {
+        return;
+    }
+    let home = Home::new();
+    drop(sleeping(&home));
+    until("both are published", || {
+        home.sm(&["snapshot", "ls", "-q"]).out().lines().count() == 2
+    });
+    let store = home.data().join("sm/snapshots");
+    let path = store.to_str().unwrap();
+    let bound = Mount::new(&["--bind", path], &store);
+    let _read_only = Mount::new(&["-o", "remount,bind,ro"], &store);
+    let vm = sleeping(&home);
+    let run = [
+        "run",
+        "--rm",
+        "-m",
+        "128m",
+        "--timings",
+        &image("busybox"),
+        "true",
+    ];
+    let phases = home.sm(&run).exits(0).err();
+    assert!(phases.contains("state restored"), "{phases}");
+    let refused = home.sm(&["snapshot", "create", &vm.name, "mine"]);
+    let error = refused.exits(125).err();
+    assert!(error.contains("Read-only"), "{error}");
+    assert_eq!(vm.exec(&["echo", "goes on"]).exits(0).out(), "goes on\n");
+    let refused = home.sm(&["snapshot", "rm", "image-none"]).exits(125).err();
+    assert!(!refused.is_empty());
+    drop(vm);
+    drop(bound);
+
+    let data = home.data();
+    let _bound = Mount::new(&["--bind", data.to_str().unwrap()], &data);
+    let _read_only = Mount::new(&["-o", "remount,bind,ro"], &data);
+    let refused = home.sm(&["run", "--rm", &image("busybox"), "true"]);
+    let error = refused.exits(125).err();
+    assert!(error.contains("Read-only"), "{error}");
+}
+
+fn now() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.unwrap().as_secs()
+}
+
+fn number(vm: &Vm<'_>, command: &[&str]) -> u64 {
+    let out = vm.exec(command).exits(0).out();
+    let digits = out.trim().split('.').next().unwrap();
+    digits.parse().unwrap()
+}
+
+#[test]
+fn an_hour_later_clocks_are_right_and_timers_have_not_leapt() {
+    if !lab() {
+        return;
+    }
+    let home = Home::shared();
+    let script = "sleep 20; date +%s >/tmp/woke; sleep 1000";
+    let arguments = ["-m", "128m", &image("busybox"), "sh", "-c", script];
+    let vm = home.detached(&arguments);
+    home.sm(&["snapshot", "create", "--stop", &vm.name, "nap"])
+        .exits(0);
+    let uptime = number(&home.clone_of("nap", "before"), &["cat", "/proc/uptime"]);
+    let later = now() + 3600;
+    let set = Command::new("date")
+        .args(["-s", &format!("@{later}")])
+        .output();
+    assert!(set.unwrap().status.success());
+
+    let clone = home.clone_of("nap", "after");
+    let (guest, host) = (number(&clone, &["date", "+%s"]), now());
+    assert!(host >= later && guest.abs_diff(host) <= 2, "{guest} {host}");
+    let monotonic = number(&clone, &["cat", "/proc/uptime"]);
+    assert!(monotonic <= uptime + 60, "{uptime} became {monotonic}");
+    // The sleep goes on where it was: it has not ended at once.
+    clone.exec(&["test", "-e", "/tmp/woke"]).exits(1);
+    until("it wakes up", || {
+        clone.exec(&["test", "-e", "/tmp/woke"]).code == Some(0)
+    });
+    let woke = number(&clone, &["cat", "/tmp/woke"]);
+    assert!(woke > later, "it woke up by the new clock");
+    drop(clone);
+    until("it is free", || {
+        home.sm(&["snapshot", "rm", "nap"]).code == Some(0)
+    });
+}
