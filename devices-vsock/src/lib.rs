@@ -16,6 +16,8 @@ mod device;
 mod handle;
 mod muxer;
 mod packet;
+#[cfg(feature = "testing")]
+pub mod testing;
 
 pub use device::{Vsock, VsockConfig};
 pub use handle::{
