@@ -156,6 +156,10 @@ pub(crate) struct RunArgs {
     /// Boot, even where a snapshot could be restored
     #[arg(long)]
     pub(crate) cold: bool,
+    /// How memory is restored from a snapshot: mapped, mapped and read at once, or
+    /// copied when touched (needs root)
+    #[arg(long, value_name = "HOW", value_enum, default_value = "map")]
+    pub(crate) paging: Paging,
     /// No writable layer over the image
     #[arg(long)]
     pub(crate) read_only: bool,
@@ -192,6 +196,24 @@ pub(crate) struct RunArgs {
     /// Command and arguments [default: the image's]
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     pub(crate) command: Vec<String>,
+}
+
+/// See [`sm_runtime::Paging`].
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub(crate) enum Paging {
+    Map,
+    Prefault,
+    Userfault,
+}
+
+impl From<Paging> for sm_runtime::Paging {
+    fn from(paging: Paging) -> Self {
+        match paging {
+            Paging::Map => Self::Map,
+            Paging::Prefault => Self::Prefault,
+            Paging::Userfault => Self::Userfault,
+        }
+    }
 }
 
 #[derive(Debug, Args)]

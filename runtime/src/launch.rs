@@ -12,6 +12,7 @@ use sm_guest_proto::control::{Evidence, GuestStats};
 
 use crate::publish::Publication;
 use crate::record::{ExitRecord, VmConfig};
+use crate::run::Paging;
 use crate::timings::Phase;
 
 /// A piece of the root disk: bytes of one file, in disk order.
@@ -59,6 +60,8 @@ pub(crate) struct LaunchRequest {
     pub(crate) cmdline: String,
     /// What the machine starts from.
     pub(crate) origin: Origin,
+    /// How the memory of a snapshot gets into it.
+    pub(crate) paging: Paging,
     /// The root disk.
     pub(crate) root: Vec<DiskSegment>,
     /// Size limit of the writable layer in bytes; 0 for half of guest memory.

@@ -50,7 +50,7 @@ pub use error::Error;
 pub use image::Image;
 pub use launch::{SnapshotReport, Stage, Status};
 pub use publish::Publication;
-pub use run::RunOptions;
+pub use run::{Paging, RunOptions};
 pub use snapshots::Snapshot;
 pub use vm::{Inspection, SignalSender, StateView, Vm};
 pub use vmm::run_vmm_if_asked;

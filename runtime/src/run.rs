@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use sm_guest_proto::frame::{self, FrameType};
 
 use crate::home::Home;
@@ -31,6 +32,20 @@ pub const MIN_MEMORY: u64 = 64 << 20;
 pub const DEFAULT_MEMORY: u64 = 512 << 20;
 const MEBIBYTE: u64 = 1 << 20;
 
+/// How the memory of a snapshot gets into a VM that is restored from it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Paging {
+    /// Mapped, and read when it is touched; what earlier VMs used is mapped ahead.
+    #[default]
+    Map,
+    /// Mapped, and read before the VM runs: no page of it is waited for later.
+    Prefault,
+    /// Copied page by page when it is touched, by userfaultfd. Needs the right to
+    /// handle faults of the kernel.
+    Userfault,
+}
+
 /// How a VM is started.
 #[derive(Clone, Debug)]
 pub struct RunOptions {
@@ -51,6 +66,7 @@ pub struct RunOptions {
     start_timeout: Duration,
     cmdline: String,
     pub(crate) cold: bool,
+    paging: Paging,
     phases: Vec<Phase>,
     pub(crate) publish: Vec<Publication>,
 }
@@ -75,6 +91,7 @@ impl Default for RunOptions {
             start_timeout: Duration::from_secs(120),
             cmdline: String::new(),
             cold: false,
+            paging: Paging::Map,
             phases: Vec::new(),
             publish: Vec::new(),
         }
@@ -234,6 +251,13 @@ impl RunOptions {
         self
     }
 
+    /// How memory is restored, where the VM is started from a snapshot.
+    #[must_use]
+    pub fn paging(mut self, paging: Paging) -> Self {
+        self.paging = paging;
+        self
+    }
+
     /// Publishes a port of the guest on the host.
     #[must_use]
     pub fn publish(mut self, publication: Publication) -> Self {
@@ -346,6 +370,7 @@ pub(crate) fn launch(
         modules: source.modules,
         cmdline: options.cmdline.clone(),
         origin: source.origin,
+        paging: options.paging,
         root: source.root,
         upper_size: options.upper_size,
         shm_size: options.shm_size,

@@ -18,6 +18,7 @@ pub mod pagemap;
 pub mod restore;
 pub mod state_file;
 pub mod store;
+pub mod userfault;
 pub mod verify;
 pub mod working_set;
 

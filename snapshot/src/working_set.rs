@@ -17,7 +17,8 @@ use serde::{Deserialize, Serialize};
 use sm_vmm_core::memory::MachineMemory;
 
 use crate::Error;
-use crate::extents::PAGE;
+use crate::chain::Chain;
+use crate::extents::{PAGE, Source};
 use crate::pagemap::Pagemap;
 use crate::state_file::{Section, StateFile};
 use crate::store::read_capped;
@@ -61,6 +62,16 @@ impl WorkingSet {
                 .map_err(Error::io("read", proc_path))?;
         }
         Ok(set)
+    }
+
+    /// All pages that the members of `chain` hold.
+    #[must_use]
+    pub fn all(chain: &Chain) -> Self {
+        let held = chain.pieces().into_iter();
+        let held = held.filter(|piece| matches!(piece.source, Source::Member(_)));
+        Self {
+            runs: held.map(|piece| (piece.first, piece.pages)).collect(),
+        }
     }
 
     fn add(&mut self, page: u64) {

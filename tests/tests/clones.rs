@@ -255,6 +255,43 @@ fn a_clone_is_put_back_to_its_snapshot() {
 }
 
 #[test]
+fn memory_comes_in_every_way_and_the_clone_is_the_same() {
+    let home = Home::shared();
+    let script = "head -c 30000000 /dev/urandom >/tmp/f; sha256sum /tmp/f >/tmp/sum; sleep 1000";
+    let vm = home.detached(&["-m", "128m", &image("busybox"), "sh", "-c", script]);
+    until("it is written", || {
+        let sum = home.sm(&["exec", &vm.name, "cat", "/tmp/sum"]);
+        sum.out().contains("/tmp/f")
+    });
+    let name = unique("paged");
+    home.sm(&["snapshot", "create", &vm.name, &name]).exits(0);
+    let mut all = Clones(home, Vec::new());
+    for how in ["map", "prefault", "userfault"] {
+        let clone = unique(how);
+        home.sm(&[
+            "run", "-d", "--name", &clone, "--paging", how, "--from", &name,
+        ])
+        .exits(0);
+        all.1.push(clone.clone());
+        for _ in 0..2 {
+            let script = "sha256sum -c /tmp/sum && test ! -e /tmp/mess && echo >/tmp/mess";
+            home.sm(&["exec", &clone, "sh", "-c", script]).exits(0);
+            home.sm(&["reset", &clone]).exits(0);
+        }
+        let next = unique("next");
+        home.sm(&["snapshot", "create", &clone, &next]).exits(0);
+        let child = home.clone_of(&next, "child");
+        child.exec(&["sha256sum", "-c", "/tmp/sum"]).exits(0);
+        drop(child);
+        until("its clone is gone", || remove(home, &next).code == Some(0));
+    }
+    drop(all);
+    until("its clones are gone", || {
+        remove(home, &name).code == Some(0)
+    });
+}
+
+#[test]
 fn snapshots_of_clones_of_snapshots() {
     let home = Home::shared();
     let first = counting(home);

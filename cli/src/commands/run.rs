@@ -196,6 +196,7 @@ fn options(begin: Phase, args: &RunArgs) -> anyhow::Result<RunOptions> {
         .cpus(args.cpus)
         .cmdline(args.kernel_args.as_str())
         .cold(args.cold)
+        .paging(args.paging.into())
         .auto_remove(args.rm)
         .read_only(args.read_only)
         .attach(!args.detach)

@@ -1,25 +1,25 @@
 //! The machine that a launch request describes, on this host's hypervisor.
 
-use std::collections::BTreeMap;
+mod guest;
+
 use std::fs::File;
-use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
-use sm_devices_vsock::{ConnectOptions, MuxerHandle, Vsock, VsockConfig};
+use sm_devices_vsock::{MuxerHandle, Vsock, VsockConfig};
 use sm_frontends::{Target, UnixFrontend, UnixFrontendHandle};
 use sm_guest_proto::port;
 use sm_hypervisor::kvm::Kvm;
 use sm_hypervisor::{Hypervisor as _, LinuxSupport};
 use sm_snapshot::chain::Chain;
 use sm_snapshot::manifest::Layer;
-use sm_snapshot::restore::map_memory;
 use sm_snapshot::store::SnapshotStore;
+use sm_snapshot::userfault::Pager;
 use sm_vmm_core::devices::DeviceConfig;
 use sm_vmm_core::event_loop::EventLoop;
-use sm_vmm_core::exit::{ExitLatch, ExitReason};
+use sm_vmm_core::exit::ExitLatch;
 use sm_vmm_core::layout::{SLOT_RNG, SLOT_ROOT_DISK, SLOT_VSOCK};
 use sm_vmm_core::loader::{BASE_COMMAND_LINE, InitramfsPart};
 use sm_vmm_core::machine::{Machine, MachineConfig};
@@ -30,16 +30,18 @@ use sm_vmm_core::virtio::rng::Rng;
 
 use super::beginning::{Beginning, Source};
 use super::cache::{self, Identity};
-use super::guest::{Guest, GuestEnd, Notice, NoticeSender, SnapshotPlan, Start};
+use super::guest::{Guest, Notice, NoticeSender, Start};
+use super::paging::Paged;
 use super::prefetch::Prefetch;
-use super::saved::{Content, Done, Made, Plan, Saved, machine_state};
+use super::saved::{Content, Plan, Saved};
 use crate::doctor::{unusable, with_causes};
 use crate::id::random;
 use crate::kernel::Kernel;
-use crate::launch::{DiskSegment, LaunchRequest, SnapshotReport};
-use crate::publish::{Publication, Published};
+use crate::launch::{DiskSegment, LaunchRequest};
+use crate::publish::Published;
 use crate::record::{Record, VmConfig};
-use crate::snapshots::{EPHEMERAL_LABEL, IMAGE_LABEL};
+use crate::run::Paging;
+use crate::snapshots::EPHEMERAL_LABEL;
 use crate::timings::Phase;
 use crate::{guest_agent, initramfs};
 
@@ -63,6 +65,8 @@ pub(crate) struct RunningMachine {
     base_plan: Option<Plan>,
     image_plan: Option<Plan>,
     prefetch: Option<Prefetch>,
+    /// Fills memory while the machine and whoever reads it lives.
+    _pager: Option<Pager>,
     notices: NoticeSender,
     /// Threads that publish snapshots.
     publishing: Vec<JoinHandle<()>>,
@@ -163,7 +167,9 @@ pub(crate) fn start(
         devices,
         console,
         phases,
+        paging: request.paging,
         prefetch: None,
+        pager: None,
     };
     let start = beginning.start();
     let (mut machine, source) = match beginning.source {
@@ -190,6 +196,7 @@ pub(crate) fn start(
         base_plan: beginning.base_plan,
         image_plan: beginning.image_plan,
         prefetch: parts.prefetch,
+        _pager: parts.pager,
         notices,
         publishing: Vec::new(),
         _exec: exec,
@@ -213,7 +220,9 @@ struct Parts {
     devices: Vec<DeviceConfig>,
     console: File,
     phases: Vec<Phase>,
+    paging: Paging,
     prefetch: Option<Prefetch>,
+    pager: Option<Pager>,
 }
 
 impl Parts {
@@ -267,8 +276,13 @@ impl Parts {
     ) -> Result<(Machine<Kvm>, Chain), String> {
         let Saved { chain, state, .. } = saved;
         self.phases.push(Phase::now("snapshot opened"));
-        let memory = map_memory(&chain, false).map_err(failed("map the memory of the snapshot"))?;
-        self.prefetch = Some(Prefetch::begin(&chain, &memory));
+        let Paged {
+            memory,
+            prefetch,
+            pager,
+        } = Paged::new(&chain, self.paging)?;
+        self.prefetch = prefetch;
+        self.pager = pager;
         self.phases.push(Phase::now("memory mapped"));
         let console = self.console()?;
         let devices = std::mem::take(&mut self.devices);
@@ -338,166 +352,4 @@ pub(crate) fn initial_ram_fs(request: &LaunchRequest) -> Result<Vec<u8>, String>
     };
     let modules = kernel.read_modules().map_err(|error| with_causes(&error))?;
     initramfs::build(&agent, &modules).map_err(failed("make the initial RAM file system"))
-}
-
-impl RunningMachine {
-    /// Makes a snapshot that `sm run` wants for itself. That it cannot be made
-    /// is no reason to stop.
-    fn leave_behind(&mut self, plan: Plan) -> Result<(), String> {
-        let name = plan.name.clone();
-        let done = move |made: Result<Made, String>| match made {
-            Ok(made) => tracing::info!(
-                name,
-                pages = made.manifest.memory.data_pages,
-                pause_us = made.pause.as_micros(),
-                "a snapshot was made"
-            ),
-            // Another VM may have made the same one meanwhile: as good.
-            Err(error) => tracing::warn!(name, error, "a snapshot was not made"),
-        };
-        match self.capture(plan, false, Box::new(done)) {
-            Err(error) if self.machine.is_running() => {
-                tracing::warn!(error, "a snapshot was not made");
-                Ok(())
-            }
-            other => other,
-        }
-    }
-
-    fn capture(&mut self, plan: Plan, stay: bool, done: Done) -> Result<(), String> {
-        let chain = self
-            .source
-            .as_ref()
-            .and_then(|source| source.chain.as_ref());
-        let publishing = plan.capture(&mut self.machine, chain, stay, done)?;
-        self.publishing.push(publishing);
-        Ok(())
-    }
-}
-
-impl Guest for RunningMachine {
-    fn start(&self) -> Start {
-        self.start
-    }
-
-    fn agent_ready(&mut self) -> Result<(), String> {
-        if let Some(plan) = self.base_plan.take() {
-            self.leave_behind(plan)?;
-        }
-        if let Some(image) = self.image.take() {
-            let mut root = self.root.lock().unwrap_or_else(PoisonError::into_inner);
-            root.set_disk(image);
-        }
-        Ok(())
-    }
-
-    fn root_attached(&mut self) -> Result<(), String> {
-        match self.image_plan.take() {
-            Some(plan) => self.leave_behind(plan),
-            None => Ok(()),
-        }
-    }
-
-    fn workload_started(&mut self) {
-        if let Some(prefetch) = self.prefetch.take() {
-            self.publishing
-                .extend(prefetch.record(self.machine.memory()));
-        }
-    }
-
-    fn snapshot(&mut self, plan: SnapshotPlan) -> Result<(), String> {
-        let mut labels = BTreeMap::new();
-        labels.insert(IMAGE_LABEL.to_owned(), self.config.image.clone());
-        if plan.ephemeral {
-            labels.insert(EPHEMERAL_LABEL.to_owned(), "yes".to_owned());
-        }
-        let stay = plan.stay;
-        let plan = Plan {
-            store: self.store.clone(),
-            name: plan.name,
-            layer: Layer::App,
-            identity: self.identity.clone(),
-            labels,
-            content: Content {
-                config: Some(self.config.clone()),
-                ..self.content.clone()
-            },
-        };
-        let notices = self.notices.clone();
-        let done = move |made: Result<Made, String>| {
-            let report = made.map(|made| SnapshotReport {
-                pages: made.manifest.memory.data_pages,
-                parent: made.manifest.parent.map(|parent| parent.name),
-                paused_us: u64::try_from(made.pause.as_micros()).unwrap_or(u64::MAX),
-                ..SnapshotReport::default()
-            });
-            notices.send(Notice::Snapshot(report));
-        };
-        self.capture(plan, stay, Box::new(done))
-    }
-
-    fn reset(&mut self) -> Result<(), String> {
-        let chain = self
-            .source
-            .as_ref()
-            .and_then(|source| source.chain.as_ref())
-            .ok_or("it was not started from a snapshot")?;
-        let state = machine_state(chain).map_err(|error| with_causes(&error))?;
-        self.machine.pause().map_err(failed("pause the vCPUs"))?;
-        self.machine
-            .reset_to(&state)
-            .map_err(failed("put the machine back"))?;
-        self.machine
-            .set_generation_id(random::<16>())
-            .map_err(failed("give the machine an identity"))?;
-        self.machine.resume().map_err(failed("resume the vCPUs"))
-    }
-
-    fn connect(&mut self, port: u32) -> io::Result<UnixStream> {
-        let (ours, theirs) = UnixStream::pair()?;
-        self.muxer
-            .connect(port, theirs.into(), ConnectOptions::default());
-        Ok(ours)
-    }
-
-    fn pause(&mut self) -> Result<(), String> {
-        self.machine.pause().map_err(failed("pause the vCPUs"))
-    }
-
-    fn resume(&mut self) -> Result<(), String> {
-        self.machine.resume().map_err(failed("resume the vCPUs"))
-    }
-
-    fn published(&self) -> Vec<Publication> {
-        self.published.list()
-    }
-
-    fn stop(&mut self) {
-        self.exit.report(ExitReason::Stopped);
-    }
-
-    fn end_event(&self) -> BorrowedFd<'_> {
-        self.exit.event()
-    }
-
-    fn end(&self) -> Option<GuestEnd> {
-        let what = match self.exit.reason()? {
-            ExitReason::Stopped => return Some(GuestEnd::Stopped),
-            ExitReason::PowerOff => "the guest powered itself off".to_owned(),
-            ExitReason::Reset => match self.machine.console().guest_panic() {
-                Some(panic) => format!("the guest's kernel panicked: {panic}"),
-                None => "the guest reset itself".to_owned(),
-            },
-            ExitReason::TripleFault { vcpu } => {
-                format!("vCPU {vcpu} of the guest met a triple fault")
-            }
-            ExitReason::Halted { vcpu } => format!("vCPU {vcpu} of the guest halted for good"),
-            ExitReason::Fault { vcpu, info } => format!(
-                "the hypervisor cannot run vCPU {vcpu} on: {} (at {:#x})",
-                info.reason, info.program_counter
-            ),
-            ExitReason::Failed { reason } => format!("the VM failed on the host: {reason}"),
-        };
-        Some(GuestEnd::Guest(what))
-    }
 }

@@ -10,6 +10,7 @@ mod cache;
 mod conn;
 mod guest;
 mod machine;
+mod paging;
 mod prefetch;
 mod process;
 pub(crate) mod saved;

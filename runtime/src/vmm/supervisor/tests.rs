@@ -187,6 +187,7 @@ fn fixture(setup: Setup) -> Fixture {
         modules: None,
         cmdline: String::new(),
         origin: Origin::Image,
+        paging: crate::Paging::Map,
         root: Vec::new(),
         upper_size: 5,
         shm_size: 6,

@@ -1,0 +1,182 @@
+//! What the supervisor asks of a running machine.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::PoisonError;
+
+use sm_devices_vsock::ConnectOptions;
+use sm_snapshot::manifest::Layer;
+use sm_vmm_core::exit::ExitReason;
+
+use super::{RunningMachine, failed};
+use crate::doctor::with_causes;
+use crate::id::random;
+use crate::launch::SnapshotReport;
+use crate::publish::Publication;
+use crate::snapshots::{EPHEMERAL_LABEL, IMAGE_LABEL};
+use crate::vmm::guest::{Guest, GuestEnd, Notice, SnapshotPlan, Start};
+use crate::vmm::saved::{Content, Done, Made, Plan, machine_state};
+
+impl RunningMachine {
+    /// Makes a snapshot that `sm run` wants for itself. That it cannot be made
+    /// is no reason to stop.
+    fn leave_behind(&mut self, plan: Plan) -> Result<(), String> {
+        let name = plan.name.clone();
+        let done = move |made: Result<Made, String>| match made {
+            Ok(made) => tracing::info!(
+                name,
+                pages = made.manifest.memory.data_pages,
+                pause_us = made.pause.as_micros(),
+                "a snapshot was made"
+            ),
+            // Another VM may have made the same one meanwhile: as good.
+            Err(error) => tracing::warn!(name, error, "a snapshot was not made"),
+        };
+        match self.capture(plan, false, Box::new(done)) {
+            Err(error) if self.machine.is_running() => {
+                tracing::warn!(error, "a snapshot was not made");
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
+    fn capture(&mut self, plan: Plan, stay: bool, done: Done) -> Result<(), String> {
+        let chain = self
+            .source
+            .as_ref()
+            .and_then(|source| source.chain.as_ref());
+        let publishing = plan.capture(&mut self.machine, chain, stay, done)?;
+        self.publishing.push(publishing);
+        Ok(())
+    }
+}
+
+impl Guest for RunningMachine {
+    fn start(&self) -> Start {
+        self.start
+    }
+
+    fn agent_ready(&mut self) -> Result<(), String> {
+        if let Some(plan) = self.base_plan.take() {
+            self.leave_behind(plan)?;
+        }
+        if let Some(image) = self.image.take() {
+            let mut root = self.root.lock().unwrap_or_else(PoisonError::into_inner);
+            root.set_disk(image);
+        }
+        Ok(())
+    }
+
+    fn root_attached(&mut self) -> Result<(), String> {
+        match self.image_plan.take() {
+            Some(plan) => self.leave_behind(plan),
+            None => Ok(()),
+        }
+    }
+
+    fn workload_started(&mut self) {
+        if let Some(prefetch) = self.prefetch.take() {
+            self.publishing
+                .extend(prefetch.record(self.machine.memory()));
+        }
+    }
+
+    fn snapshot(&mut self, plan: SnapshotPlan) -> Result<(), String> {
+        let mut labels = BTreeMap::new();
+        labels.insert(IMAGE_LABEL.to_owned(), self.config.image.clone());
+        if plan.ephemeral {
+            labels.insert(EPHEMERAL_LABEL.to_owned(), "yes".to_owned());
+        }
+        let stay = plan.stay;
+        let plan = Plan {
+            store: self.store.clone(),
+            name: plan.name,
+            layer: Layer::App,
+            identity: self.identity.clone(),
+            labels,
+            content: Content {
+                config: Some(self.config.clone()),
+                ..self.content.clone()
+            },
+        };
+        let notices = self.notices.clone();
+        let done = move |made: Result<Made, String>| {
+            let report = made.map(|made| SnapshotReport {
+                pages: made.manifest.memory.data_pages,
+                parent: made.manifest.parent.map(|parent| parent.name),
+                paused_us: u64::try_from(made.pause.as_micros()).unwrap_or(u64::MAX),
+                ..SnapshotReport::default()
+            });
+            notices.send(Notice::Snapshot(report));
+        };
+        self.capture(plan, stay, Box::new(done))
+    }
+
+    fn reset(&mut self) -> Result<(), String> {
+        let chain = self
+            .source
+            .as_ref()
+            .and_then(|source| source.chain.as_ref())
+            .ok_or("it was not started from a snapshot")?;
+        let state = machine_state(chain).map_err(|error| with_causes(&error))?;
+        self.machine.pause().map_err(failed("pause the vCPUs"))?;
+        self.machine
+            .reset_to(&state)
+            .map_err(failed("put the machine back"))?;
+        self.machine
+            .set_generation_id(random::<16>())
+            .map_err(failed("give the machine an identity"))?;
+        self.machine.resume().map_err(failed("resume the vCPUs"))
+    }
+
+    fn connect(&mut self, port: u32) -> io::Result<UnixStream> {
+        let (ours, theirs) = UnixStream::pair()?;
+        self.muxer
+            .connect(port, theirs.into(), ConnectOptions::default());
+        Ok(ours)
+    }
+
+    fn pause(&mut self) -> Result<(), String> {
+        self.machine.pause().map_err(failed("pause the vCPUs"))
+    }
+
+    fn resume(&mut self) -> Result<(), String> {
+        self.machine.resume().map_err(failed("resume the vCPUs"))
+    }
+
+    fn published(&self) -> Vec<Publication> {
+        self.published.list()
+    }
+
+    fn stop(&mut self) {
+        self.exit.report(ExitReason::Stopped);
+    }
+
+    fn end_event(&self) -> BorrowedFd<'_> {
+        self.exit.event()
+    }
+
+    fn end(&self) -> Option<GuestEnd> {
+        let what = match self.exit.reason()? {
+            ExitReason::Stopped => return Some(GuestEnd::Stopped),
+            ExitReason::PowerOff => "the guest powered itself off".to_owned(),
+            ExitReason::Reset => match self.machine.console().guest_panic() {
+                Some(panic) => format!("the guest's kernel panicked: {panic}"),
+                None => "the guest reset itself".to_owned(),
+            },
+            ExitReason::TripleFault { vcpu } => {
+                format!("vCPU {vcpu} of the guest met a triple fault")
+            }
+            ExitReason::Halted { vcpu } => format!("vCPU {vcpu} of the guest halted for good"),
+            ExitReason::Fault { vcpu, info } => format!(
+                "the hypervisor cannot run vCPU {vcpu} on: {} (at {:#x})",
+                info.reason, info.program_counter
+            ),
+            ExitReason::Failed { reason } => format!("the VM failed on the host: {reason}"),
+        };
+        Some(GuestEnd::Guest(what))
+    }
+}

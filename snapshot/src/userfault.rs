@@ -1,0 +1,518 @@
+//! Guest memory that a thread fills on demand, by Linux's userfaultfd.
+//!
+//! The alternative to mapping `memory.bin`: memory is anonymous, and what a page
+//! holds is asked for when it is first touched, through [`PageSource`], so that it
+//! can come from anywhere. Every first touch costs a round trip through the
+//! thread, which is why files are mapped by default. Needs the right to handle
+//! faults of the kernel (`CAP_SYS_PTRACE`, or the sysctl
+//! `vm.unprivileged_userfaultfd`), because KVM touches guest memory there.
+#![expect(
+    unsafe_code,
+    reason = "ioctls of userfaultfd (ioctl_userfaultfd(2)), which take addresses"
+)]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt as _;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::io::Errno;
+use rustix::ioctl::{Updater, ioctl, opcode};
+use rustix::mm::{UserfaultfdFlags, userfaultfd};
+use sm_vmm_core::memory::{MachineMemory, MemoryConfig};
+
+use crate::Error;
+use crate::chain::Chain;
+use crate::extents::{PAGE, Piece, Source};
+
+/// Pages around a fault that are filled with it; a power of two.
+const AROUND: u64 = 16;
+const AROUND_LEN: usize = 64 << 10;
+/// Faults read at once.
+const BATCH: usize = 16;
+/// Bytes of a `struct uffd_msg`.
+const MESSAGE: usize = 32;
+const EVENT_PAGEFAULT: u8 = 0x12;
+const API: u64 = 0xaa;
+const MODE_MISSING: u64 = 1;
+const MODE_DONTWAKE: u64 = 1;
+
+#[repr(C)]
+struct Api {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+struct Range {
+    start: u64,
+    len: u64,
+}
+
+#[repr(C)]
+struct Register {
+    range: Range,
+    mode: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+struct Copy {
+    dst: u64,
+    src: u64,
+    len: u64,
+    mode: u64,
+    copied: i64,
+}
+
+#[repr(C)]
+struct Zero {
+    range: Range,
+    mode: u64,
+    zeroed: i64,
+}
+
+/// What pages hold.
+pub trait PageSource: Send + 'static {
+    /// Reads pages from `first` on, in RAM order, into `buffer`, which is a
+    /// multiple of the page size; `false` if all of them are zero, and the buffer
+    /// was left alone.
+    ///
+    /// # Errors
+    /// They cannot be had; the machine cannot go on then.
+    fn read(&self, first: u64, buffer: &mut [u8]) -> io::Result<bool>;
+
+    /// How many pages from `first` on, at most `most`, one read may ask for.
+    fn run(&self, first: u64, most: u64) -> u64;
+}
+
+/// The pages of a chain of snapshots.
+#[derive(Debug)]
+pub struct ChainPages {
+    pieces: Vec<Piece>,
+    files: Vec<File>,
+}
+
+impl ChainPages {
+    /// The pages of `chain`.
+    ///
+    /// # Errors
+    /// There are no descriptors left.
+    pub fn new(chain: &Chain) -> Result<Self, Error> {
+        let mut files = Vec::with_capacity(chain.members().len());
+        for member in chain.members() {
+            let path = member.lease.dir().join("memory.bin");
+            let file = member.lease.memory().try_clone();
+            files.push(file.map_err(Error::io("duplicate the descriptor of", &path))?);
+        }
+        Ok(Self {
+            pieces: chain.pieces(),
+            files,
+        })
+    }
+
+    fn piece(&self, page: u64) -> Option<&Piece> {
+        let after = self.pieces.partition_point(|piece| piece.first <= page);
+        let piece = self.pieces.get(after.checked_sub(1)?)?;
+        (page < piece.first + piece.pages).then_some(piece)
+    }
+}
+
+impl PageSource for ChainPages {
+    fn read(&self, first: u64, buffer: &mut [u8]) -> io::Result<bool> {
+        let source = self.piece(first).map(|piece| piece.source);
+        let Some(Source::Member(index)) = source else {
+            return Ok(false);
+        };
+        let file = self.files.get(index).ok_or(io::ErrorKind::NotFound)?;
+        file.read_exact_at(buffer, first * PAGE)?;
+        Ok(true)
+    }
+
+    fn run(&self, first: u64, most: u64) -> u64 {
+        self.piece(first).map_or(1, |piece| {
+            (piece.first + piece.pages - first).min(most).max(1)
+        })
+    }
+}
+
+/// Told that pages cannot be had any more. Whoever touches one hangs: the only
+/// way on is to end the process.
+pub type OnFailure = Box<dyn FnOnce(io::Error) + Send>;
+
+/// Fills memory until it is dropped.
+#[derive(Debug)]
+pub struct Pager {
+    stop: Arc<OwnedFd>,
+    thread: Option<JoinHandle<()>>,
+    /// Kept mapped while the thread may fill it.
+    _memory: MachineMemory,
+}
+
+impl Drop for Pager {
+    fn drop(&mut self) {
+        // Never full: it is written once.
+        let _ = rustix::io::write(&*self.stop, &1u64.to_ne_bytes());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A piece of memory that faults are expected in.
+#[derive(Clone, Copy, Debug)]
+struct Window {
+    address: u64,
+    len: u64,
+    first: u64,
+}
+
+/// Memory of `bytes` bytes whose pages come from `source` when they are touched.
+///
+/// # Errors
+/// The system does not let this process handle faults, or has no memory.
+pub fn page_in(
+    bytes: u64,
+    source: impl PageSource,
+    on_failure: OnFailure,
+) -> Result<(MachineMemory, Pager), Error> {
+    let failed = |operation| {
+        move |error: Errno| Error::Io {
+            operation,
+            path: PathBuf::from("userfaultfd"),
+            source: error.into(),
+        }
+    };
+    let memory =
+        MachineMemory::anonymous(&MemoryConfig::new(bytes)).map_err(|source| Error::Machine {
+            operation: "reserve memory",
+            source: Box::new(source),
+        })?;
+    // SAFETY: makes a descriptor; nothing is touched.
+    let fd = unsafe { userfaultfd(UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK) }
+        .map_err(failed("open"))?;
+    let mut api = Api {
+        api: API,
+        features: 0,
+        ioctls: 0,
+    };
+    // SAFETY: the structure is what this ioctl reads and writes.
+    unsafe { update::<{ opcode::read_write::<Api>(0xaa, 0x3f) }, _>(&fd, &mut api) }
+        .map_err(failed("agree on a version with"))?;
+    let mut windows = Vec::new();
+    for region in &memory.regions {
+        let Some(address) = memory.host_address(region) else {
+            continue;
+        };
+        let window = Window {
+            address: address.as_ptr() as u64,
+            len: region.len,
+            first: region.offset / PAGE,
+        };
+        let mut register = Register {
+            range: Range {
+                start: window.address,
+                len: window.len,
+            },
+            mode: MODE_MISSING,
+            ioctls: 0,
+        };
+        // SAFETY: the range is a mapping of ours, which nothing has touched.
+        unsafe { update::<{ opcode::read_write::<Register>(0xaa, 0) }, _>(&fd, &mut register) }
+            .map_err(failed("register memory with"))?;
+        windows.push(window);
+    }
+    let stop = Arc::new(
+        eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(failed("wait for"))?,
+    );
+    let filler = Filler {
+        fd,
+        stop: Arc::clone(&stop),
+        windows,
+        source,
+        buffer: vec![0; AROUND_LEN],
+    };
+    let thread = std::thread::Builder::new()
+        .name("sm-pager".to_owned())
+        .spawn(move || {
+            if let Err(error) = filler.run() {
+                on_failure(error);
+            }
+        })
+        .map_err(|source| Error::Io {
+            operation: "start a thread for",
+            path: PathBuf::from("userfaultfd"),
+            source,
+        })?;
+    let pager = Pager {
+        stop,
+        thread: Some(thread),
+        _memory: memory.clone(),
+    };
+    Ok((memory, pager))
+}
+
+/// # Safety
+/// `value` is what the ioctl `CODE` of userfaultfd reads and writes, and the
+/// addresses in it are of mappings that it may fill.
+unsafe fn update<const CODE: rustix::ioctl::Opcode, T>(
+    fd: &OwnedFd,
+    value: &mut T,
+) -> Result<(), Errno> {
+    // SAFETY: passed on to the caller.
+    unsafe { ioctl(fd, Updater::<CODE, T>::new(value)) }
+}
+
+struct Filler<S> {
+    fd: OwnedFd,
+    stop: Arc<OwnedFd>,
+    windows: Vec<Window>,
+    source: S,
+    buffer: Vec<u8>,
+}
+
+impl<S: PageSource> Filler<S> {
+    fn run(mut self) -> io::Result<()> {
+        loop {
+            let mut fds = [
+                PollFd::new(&self.fd, PollFlags::IN),
+                PollFd::new(&*self.stop, PollFlags::IN),
+            ];
+            match poll(&mut fds, None) {
+                Ok(_) => {}
+                Err(Errno::INTR) => continue,
+                Err(error) => return Err(error.into()),
+            }
+            let [faults, stop] = &fds;
+            if !stop.revents().is_empty() {
+                return Ok(());
+            }
+            if faults.revents().contains(PollFlags::IN) {
+                self.faults()?;
+            }
+        }
+    }
+
+    fn faults(&mut self) -> io::Result<()> {
+        let mut messages = [0; MESSAGE * BATCH];
+        let count = match rustix::io::read(&self.fd, &mut messages) {
+            Ok(count) => count,
+            Err(Errno::AGAIN | Errno::INTR) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        let messages = messages.get(..count).unwrap_or_default();
+        for message in messages.chunks_exact(MESSAGE) {
+            // struct uffd_msg: event at 0, flags at 8, address at 16.
+            let (Some(&event), Some(address)) = (
+                message.first(),
+                message.get(16..24).and_then(|bytes| bytes.try_into().ok()),
+            ) else {
+                continue;
+            };
+            if event == EVENT_PAGEFAULT {
+                self.fill(u64::from_ne_bytes(address))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Fills the page at `address`, and then what is around it.
+    fn fill(&mut self, address: u64) -> io::Result<()> {
+        let Some(window) = self
+            .windows
+            .iter()
+            .copied()
+            .find(|window| (window.address..window.address + window.len).contains(&address))
+        else {
+            return Ok(());
+        };
+        let page = (address - window.address) / PAGE;
+        self.pages(window, page, 1, true)?;
+        let block = page / AROUND * AROUND;
+        let end = (block + AROUND).min(window.len / PAGE);
+        for (mut from, to) in [(block, page), (page + 1, end)] {
+            while from < to {
+                let run = self.source.run(window.first + from, to - from);
+                self.pages(window, from, run, false)?;
+                from += run;
+            }
+        }
+        Ok(())
+    }
+
+    /// Fills a run of pages of one kind; nobody waits for one unless `wake` is
+    /// set. Pages that are there already stay as they are.
+    fn pages(&mut self, window: Window, from: u64, count: u64, wake: bool) -> io::Result<()> {
+        let len = usize::try_from(count * PAGE).map_err(io::Error::other)?;
+        let dst = window.address + from * PAGE;
+        let mode = if wake { 0 } else { MODE_DONTWAKE };
+        let buffer = self
+            .buffer
+            .get_mut(..len)
+            .ok_or(io::ErrorKind::InvalidInput)?;
+        let filled = if self.source.read(window.first + from, buffer)? {
+            let mut copy = Copy {
+                dst,
+                src: buffer.as_ptr() as u64,
+                len: count * PAGE,
+                mode,
+                copied: 0,
+            };
+            // SAFETY: the destination is in a window, which is mapped while the
+            // pager lives; the source is the buffer.
+            unsafe { update::<{ opcode::read_write::<Copy>(0xaa, 3) }, _>(&self.fd, &mut copy) }
+        } else {
+            let mut zero = Zero {
+                range: Range {
+                    start: dst,
+                    len: count * PAGE,
+                },
+                mode,
+                zeroed: 0,
+            };
+            // SAFETY: as above.
+            unsafe { update::<{ opcode::read_write::<Zero>(0xaa, 4) }, _>(&self.fd, &mut zero) }
+        };
+        match filled {
+            Ok(()) => Ok(()),
+            // Another thread's fault was first: it waits no more, but this one
+            // may have begun to.
+            Err(Errno::EXIST | Errno::AGAIN) if wake => self.wake(dst),
+            Err(Errno::EXIST | Errno::AGAIN) => Ok(()),
+            // The memory is being unmapped: the machine ends.
+            Err(Errno::NOENT | Errno::SRCH) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn wake(&self, address: u64) -> io::Result<()> {
+        let mut range = Range {
+            start: address,
+            len: PAGE,
+        };
+        // SAFETY: wakes whoever waits for a page of ours.
+        unsafe { update::<{ opcode::read::<Range>(0xaa, 2) }, _>(&self.fd, &mut range) }
+            .map_err(Into::into)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
+mod tests {
+    use std::sync::Mutex;
+
+    use vm_memory::{Bytes as _, GuestAddress};
+
+    use super::*;
+
+    const BYTES: u64 = 64 << 20;
+
+    /// Page `n` holds `n`, but for every third one, which is zero.
+    struct Numbers {
+        asked: Arc<Mutex<Vec<u64>>>,
+        broken_from: u64,
+    }
+
+    impl PageSource for Numbers {
+        fn read(&self, first: u64, buffer: &mut [u8]) -> io::Result<bool> {
+            if first >= self.broken_from {
+                return Err(io::Error::other("out of reach"));
+            }
+            self.asked.lock().unwrap().push(first);
+            if first.is_multiple_of(3) {
+                return Ok(false);
+            }
+            for chunk in buffer.chunks_exact_mut(8) {
+                chunk.copy_from_slice(&first.to_le_bytes());
+            }
+            Ok(true)
+        }
+
+        fn run(&self, _first: u64, _most: u64) -> u64 {
+            1
+        }
+    }
+
+    type Paged = (MachineMemory, Pager, Arc<Mutex<Vec<u64>>>);
+
+    /// `None`, with a word, where this process may not handle faults.
+    fn paged(broken_from: u64, on_failure: OnFailure) -> Option<Paged> {
+        let asked = Arc::default();
+        let source = Numbers {
+            asked: Arc::clone(&asked),
+            broken_from,
+        };
+        match page_in(BYTES, source, on_failure) {
+            Ok((memory, pager)) => Some((memory, pager, asked)),
+            Err(error) => {
+                eprintln!("skipped: {error}: {:?}", std::error::Error::source(&error));
+                None
+            }
+        }
+    }
+
+    fn at(memory: &MachineMemory, page: u64) -> u64 {
+        memory
+            .guest
+            .read_obj(GuestAddress(page * PAGE + 8))
+            .unwrap()
+    }
+
+    #[test]
+    fn pages_come_when_they_are_touched_with_their_neighbours() {
+        let never = |error: io::Error| panic!("{error}");
+        let Some((memory, _pager, asked)) = paged(u64::MAX, Box::new(never)) else {
+            return;
+        };
+        assert!(asked.lock().unwrap().is_empty());
+        assert_eq!(at(&memory, 100), 100);
+        assert_eq!(asked.lock().unwrap().first(), Some(&100), "it comes first");
+        assert_eq!((at(&memory, 99), at(&memory, 101)), (0, 101));
+        assert!(asked.lock().unwrap().iter().all(|page| page / AROUND == 6));
+        // What was written stays, and reverting brings the source's back.
+        memory
+            .guest
+            .write_obj(7u64, GuestAddress(100 * PAGE + 8))
+            .unwrap();
+        assert_eq!(at(&memory, 100), 7);
+        memory.revert().unwrap();
+        assert_eq!(at(&memory, 100), 100);
+    }
+
+    #[test]
+    fn many_threads_touch_the_same_pages_at_once() {
+        let never = |error: io::Error| panic!("{error}");
+        let Some((memory, _pager, _)) = paged(u64::MAX, Box::new(never)) else {
+            return;
+        };
+        std::thread::scope(|scope| {
+            for start in 0..4 {
+                let memory = &memory;
+                scope.spawn(move || {
+                    for page in (start..BYTES / PAGE).step_by(7) {
+                        let holds = if page.is_multiple_of(3) { 0 } else { page };
+                        assert_eq!(at(memory, page), holds);
+                    }
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn a_source_that_fails_is_told_of() {
+        let (send, failed) = std::sync::mpsc::channel();
+        let on_failure = Box::new(move |error: io::Error| send.send(error.to_string()).unwrap());
+        let Some((memory, _pager, _)) = paged(1000, on_failure) else {
+            return;
+        };
+        assert_eq!(at(&memory, 1), 1);
+        // Whoever touches it waits for ever, so that is not this thread.
+        std::thread::spawn(move || at(&memory, 5000));
+        assert!(failed.recv().unwrap().contains("out of reach"));
+    }
+}
