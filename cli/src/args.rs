@@ -13,8 +13,9 @@ use sm_runtime::Publication;
 use crate::units::parse_size;
 
 /// What an image argument can be.
-const IMAGE_HELP: &str = "The image: oci:DIR[:TAG], oci-archive:FILE[:TAG], \
-                          docker-archive:FILE[:TAG], or a name from \"sm images\"";
+const IMAGE_HELP: &str = "The image: NAME[:TAG][@DIGEST] in a registry, oci:DIR[:TAG], \
+                          oci-archive:FILE[:TAG], docker-archive:FILE[:TAG], rootfs:DIR, \
+                          or a name or ID from \"sm images\"";
 
 /// Run OCI images as microVMs.
 #[derive(Debug, Parser)]
@@ -98,6 +99,9 @@ pub(crate) struct RunArgs {
     /// Remove the VM when it ends
     #[arg(long)]
     pub(crate) rm: bool,
+    /// When to ask a registry for the image
+    #[arg(long, value_name = "WHEN", value_enum, default_value = "missing")]
+    pub(crate) pull: Pull,
     /// Name of the VM
     #[arg(long)]
     pub(crate) name: Option<String>,
@@ -196,6 +200,17 @@ pub(crate) struct RunArgs {
     /// Command and arguments [default: the image's]
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     pub(crate) command: Vec<String>,
+}
+
+/// When a registry is asked for an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Pull {
+    /// At each start
+    Always,
+    /// When the store does not have it
+    Missing,
+    /// Never
+    Never,
 }
 
 /// See [`sm_runtime::Paging`].

@@ -24,6 +24,14 @@ pub enum Error {
         /// What is missing.
         reason: String,
     },
+    /// A registry does not give what is asked of it.
+    #[error("registry {registry}: {reason}")]
+    Registry {
+        /// The registry.
+        registry: String,
+        /// What is wrong.
+        reason: String,
+    },
     /// Several images match.
     #[error("\"{0}\" matches several images: give more of its ID")]
     Ambiguous(String),

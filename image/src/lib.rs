@@ -10,6 +10,7 @@
 mod blob;
 mod builder;
 mod digest;
+mod docker_reference;
 mod documents;
 mod erofs;
 mod error;
@@ -24,6 +25,7 @@ mod tree;
 
 pub use builder::{Compression, LayoutBuilder, MemoryFile};
 pub use digest::Digest;
+pub use docker_reference::DockerReference;
 pub use error::Error;
 pub use limits::Limits;
 pub use oci_spec::image::{Config, ImageConfiguration};

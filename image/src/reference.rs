@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use crate::Error;
+use crate::docker_reference::DockerReference;
 
 /// Where an image comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,6 +35,8 @@ pub enum Reference {
         /// The directory.
         directory: PathBuf,
     },
+    /// `docker://NAME`, or a name without a transport: an image in a registry.
+    Docker(DockerReference),
     /// Anything else: a name given to an image that is in the store.
     Stored(String),
 }
@@ -51,10 +54,8 @@ impl Reference {
         if text.is_empty() {
             return Err(bad("it is empty"));
         }
-        let Some((transport, rest)) = text.split_once(':') else {
-            return Ok(Self::Stored(text.to_owned()));
-        };
-        if rest.is_empty() {
+        let (transport, rest) = text.split_once(':').unwrap_or((text, ""));
+        if text.ends_with(':') {
             return Err(bad("nothing follows the colon"));
         }
         Ok(match transport {
@@ -73,13 +74,20 @@ impl Reference {
             "rootfs" => Self::RootFs {
                 directory: PathBuf::from(rest),
             },
-            "docker" | "docker-daemon" | "containers-storage" => {
+            "docker" if rest.starts_with("//") => {
+                let name = rest.trim_start_matches('/');
+                Self::Docker(DockerReference::parse(name).map_err(bad)?)
+            }
+            "docker-daemon" | "containers-storage" => {
                 return Err(bad(
                     "this transport is not available yet; copy the image with \
                      \"skopeo copy\" to an oci: directory",
                 ));
             }
-            _ => Self::Stored(text.to_owned()),
+            _ => match DockerReference::parse(text) {
+                Ok(docker) => Self::Docker(docker),
+                Err(_) => Self::Stored(text.to_owned()),
+            },
         })
     }
 }
@@ -104,6 +112,7 @@ impl fmt::Display for Reference {
             Self::OciArchive { file, tag } => ("oci-archive", file, tag.as_deref()),
             Self::DockerArchive { file, tag } => ("docker-archive", file, tag.as_deref()),
             Self::RootFs { directory } => ("rootfs", directory, None),
+            Self::Docker(name) => return name.fmt(f),
             Self::Stored(name) => return f.write_str(name),
         };
         write!(f, "{transport}:{}", path.display())?;
@@ -137,9 +146,14 @@ mod tests {
             }
         );
         assert_eq!(parse("rootfs:/x:y").to_string(), "rootfs:/x:y");
-        assert_eq!(parse("name"), Reference::Stored("name".into()));
+        assert_eq!(parse("name").to_string(), "name:latest");
+        assert_eq!(
+            parse("docker://host.example/a:b").to_string(),
+            "host.example/a:b"
+        );
+        assert_eq!(parse("No/Name"), Reference::Stored("No/Name".into()));
         assert!(Reference::parse("").is_err());
         assert!(Reference::parse("oci:").is_err());
-        assert!(Reference::parse("docker:x").is_err());
+        assert!(Reference::parse("docker://A").is_err());
     }
 }

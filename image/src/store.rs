@@ -30,6 +30,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::Error;
 use crate::digest::Digest;
+use crate::docker_reference::DockerReference;
 use crate::erofs;
 use crate::layer::{self, Expected, LayerIndex};
 use crate::limits::Limits;
@@ -39,6 +40,8 @@ use crate::tree::Tree;
 
 /// Version of everything the store writes; other versions are made again.
 const FORMAT: u32 = 2;
+/// Fewest digits that are taken for the beginning of an ID.
+const SHORTEST_ID: usize = 6;
 
 /// A part of a disk: bytes of one file, in disk order.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -154,11 +157,61 @@ impl Store {
     }
 
     /// Finds an image where its reference says, converting into the store what
-    /// is not there yet.
+    /// is not there yet. A registry is asked for what the store does not have
+    /// under its name only.
     ///
     /// # Errors
     /// See [`Error`]. The store is as it was, but for layers that are complete.
     pub fn open_image(
+        &self,
+        reference: &Reference,
+        progress: &mut dyn FnMut(Progress<'_>),
+    ) -> Result<StoredImage, Error> {
+        if let Reference::Docker(name) = reference
+            && let Some(stored) = self.at_hand(name)?
+        {
+            return Ok(stored);
+        }
+        self.pull(reference, progress)
+    }
+
+    /// Whether [`Self::open_image`] would find the image in the store.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    pub fn has(&self, reference: &Reference) -> Result<bool, Error> {
+        if let Reference::Docker(name) = reference {
+            return Ok(self.at_hand(name)?.is_some());
+        }
+        match self.find(&absolute(reference)) {
+            Ok(_) => Ok(true),
+            Err(Error::Unknown { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// What a name without a transport means in the store: that name, or the
+    /// beginning of an ID.
+    fn at_hand(&self, name: &DockerReference) -> Result<Option<StoredImage>, Error> {
+        let _in_use = self.lock(FlockOperation::LockShared)?;
+        let text = name.to_string();
+        let bare = text.strip_suffix(":latest").unwrap_or(&text);
+        let is_id = bare.len() >= SHORTEST_ID && bare.bytes().all(|b| b.is_ascii_hexdigit());
+        for query in [Some(&*text), is_id.then_some(bare)].into_iter().flatten() {
+            match self.find(query) {
+                Ok(found) => return self.load(found.digest),
+                Err(Error::Unknown { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Like [`Self::open_image`], and asks a registry even for what the store has.
+    ///
+    /// # Errors
+    /// Likewise.
+    pub fn pull(
         &self,
         reference: &Reference,
         progress: &mut dyn FnMut(Progress<'_>),
@@ -530,7 +583,7 @@ fn absolute(reference: &Reference) -> String {
     let path = match &mut reference {
         Reference::Oci { directory, .. } | Reference::RootFs { directory } => directory,
         Reference::OciArchive { file, .. } | Reference::DockerArchive { file, .. } => file,
-        Reference::Stored(_) => return reference.to_string(),
+        Reference::Docker(_) | Reference::Stored(_) => return reference.to_string(),
     };
     if let Ok(real) = path.canonicalize() {
         *path = real;

@@ -1,7 +1,7 @@
 //! Images, as this library's callers see them.
 
 pub use sm_image::{Error as ImageError, ImageSummary, Progress};
-use sm_image::{ImageConfiguration, Reference, Store};
+use sm_image::{ImageConfiguration, Reference, Store, StoredImage};
 
 use crate::Error as RuntimeError;
 use crate::home::Home;
@@ -41,6 +41,25 @@ impl Image {
     ) -> Result<Self, RuntimeError> {
         let parsed = Reference::parse(reference)?;
         let stored = Store::open(&home.images())?.open_image(&parsed, progress)?;
+        Ok(Self::of(home, reference, stored))
+    }
+
+    /// Like [`Self::open_in`], and asks a registry whether there is a newer image
+    /// of that name.
+    ///
+    /// # Errors
+    /// See [`RuntimeError`].
+    pub fn pull_in(
+        home: &Home,
+        reference: &str,
+        progress: &mut dyn FnMut(Progress<'_>),
+    ) -> Result<Self, RuntimeError> {
+        let parsed = Reference::parse(reference)?;
+        let stored = Store::open(&home.images())?.pull(&parsed, progress)?;
+        Ok(Self::of(home, reference, stored))
+    }
+
+    fn of(home: &Home, reference: &str, stored: StoredImage) -> Self {
         let segments = stored
             .segments
             .into_iter()
@@ -50,13 +69,13 @@ impl Image {
                 len: segment.len,
             })
             .collect();
-        Ok(Self {
+        Self {
             home: home.clone(),
             reference: reference.to_owned(),
             digest: stored.digest.to_string(),
             defaults: defaults(&stored.config),
             segments,
-        })
+        }
     }
 
     /// Starts a VM from this image and returns once its workload runs.
@@ -119,6 +138,15 @@ fn defaults(config: &ImageConfiguration) -> ImageDefaults {
         working_dir: config.working_dir().clone().unwrap_or_default(),
         stop_signal: config.stop_signal().clone(),
     }
+}
+
+/// Whether [`Image::open_in`] would find what `reference` means in the store.
+///
+/// # Errors
+/// The reference cannot be understood, or the store not be read.
+pub fn is_stored(home: &Home, reference: &str) -> Result<bool, RuntimeError> {
+    let parsed = Reference::parse(reference)?;
+    Ok(Store::open(&home.images())?.has(&parsed)?)
 }
 
 /// All images in the store.

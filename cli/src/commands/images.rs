@@ -2,10 +2,11 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use anyhow::anyhow;
 use sm_runtime::home::Home;
 use sm_runtime::image::{self, Image};
 
-use crate::args::{ListArgs, PullArgs, RmiArgs};
+use crate::args::{ListArgs, Pull, PullArgs, RmiArgs};
 use crate::failure::{Failure, OUR_FAILURE};
 use crate::printer::Printer;
 use crate::progress::Bars;
@@ -18,18 +19,39 @@ const SHORT_ID: usize = 12;
 /// Opens an image for a run, converting it first if it is not in the store yet.
 /// Only a terminal sees progress: what is not the command's output would be in
 /// the way elsewhere.
-pub(super) fn open(home: &Home, reference: &str, printer: &Printer) -> Result<Image, Failure> {
-    fetch(home, reference, Bars::new(printer, false))
+pub(super) fn open(
+    home: &Home,
+    reference: &str,
+    pull: Pull,
+    printer: &Printer,
+) -> Result<Image, Failure> {
+    if pull == Pull::Never && !image::is_stored(home, reference)? {
+        return Err(anyhow!(
+            "image \"{reference}\" is not in the store, and --pull never was given: \
+             bring it there with \"sm pull {reference}\""
+        )
+        .into());
+    }
+    fetch(
+        home,
+        reference,
+        pull == Pull::Always,
+        Bars::new(printer, false),
+    )
 }
 
-fn fetch(home: &Home, reference: &str, mut bars: Bars<'_>) -> Result<Image, Failure> {
-    let image = Image::open_in(home, reference, &mut |progress| bars.show(&progress));
+fn fetch(home: &Home, reference: &str, anew: bool, mut bars: Bars<'_>) -> Result<Image, Failure> {
+    let mut show = |progress: image::Progress<'_>| bars.show(&progress);
+    let image = match anew {
+        true => Image::pull_in(home, reference, &mut show),
+        false => Image::open_in(home, reference, &mut show),
+    };
     bars.clear();
     Ok(image?)
 }
 
 pub(crate) fn pull(home: &Home, args: &PullArgs, printer: &Printer) -> Result<u32, Failure> {
-    let image = fetch(home, &args.image, Bars::new(printer, !args.quiet))?;
+    let image = fetch(home, &args.image, true, Bars::new(printer, !args.quiet))?;
     if !args.quiet {
         printer.note(format_args!("Stored \"{}\"", image.reference()));
     }

@@ -3,6 +3,7 @@
 mod archive;
 mod docker;
 mod layout;
+mod registry;
 mod rootfs;
 
 use std::io::Read;
@@ -73,6 +74,7 @@ pub(crate) fn open(reference: &Reference) -> Result<Option<Box<dyn Source>>, Err
             true => Box::new(rootfs::Directory::new(directory)),
             false => return Err(unknown(format!("{directory:?} is not a directory"))),
         },
+        Reference::Docker(name) => Box::new(registry::Registry::open(name)),
         Reference::Stored(_) => return Ok(None),
     }))
 }
@@ -139,10 +141,19 @@ fn resolve_manifest(files: &impl Files, first: Named) -> Result<(Digest, ImageMa
 /// Everything about the image of a manifest.
 fn describe(files: &impl Files, first: Named) -> Result<SourceImage, Error> {
     let (digest, manifest) = resolve_manifest(files, first)?;
+    describe_manifest(files, digest, &manifest)
+}
+
+/// Everything about the image of a manifest that has been read.
+fn describe_manifest(
+    files: &impl Files,
+    digest: Digest,
+    manifest: &ImageManifest,
+) -> Result<SourceImage, Error> {
     let named = Named::from_descriptor(manifest.config(), "manifest")?;
     let config: ImageConfiguration =
         parse(&read_named(files, named, "configuration")?, "configuration")?;
-    let layers = documents::layers(&manifest, &config)?
+    let layers = documents::layers(manifest, &config)?
         .into_iter()
         .map(|(named, diff_id)| SourceLayer {
             digest: named.digest,

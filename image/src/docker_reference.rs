@@ -1,0 +1,266 @@
+//! Names of images in registries, as Docker's users write them.
+//!
+//! The grammar is that of the distribution project's `reference` package:
+//! `[HOST[:PORT]/]PATH[:TAG][@DIGEST]`. A first component is a host if it has a
+//! dot or a colon, or is `localhost`; without one, Docker's own registry is
+//! meant, and there a single component is in `library/`.
+
+use std::fmt;
+
+use crate::digest::Digest;
+
+/// What Docker's own registry is called in references.
+const DEFAULT_REGISTRY: &str = "docker.io";
+/// Where Docker's own images are in it.
+const OFFICIAL: &str = "library/";
+const DEFAULT_TAG: &str = "latest";
+/// Longest name, without tag and digest.
+const MAX_NAME: usize = 255;
+const MAX_TAG: usize = 128;
+
+/// An image in a registry.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DockerReference {
+    registry: String,
+    repository: String,
+    tag: Option<String>,
+    digest: Option<Digest>,
+}
+
+impl DockerReference {
+    /// Reads a name.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn parse(text: &str) -> Result<Self, &'static str> {
+        let (rest, digest) = match text.split_once('@') {
+            Some((rest, digest)) => {
+                let digest = Digest::parse(digest).ok_or("what follows @ is no sha256 digest")?;
+                (rest, Some(digest))
+            }
+            None => (text, None),
+        };
+        // A colon before the last slash belongs to a port.
+        let (name, tag) = match rest.rsplit_once(':') {
+            Some((name, tag)) if !tag.contains('/') => (name, Some(tag)),
+            _ => (rest, None),
+        };
+        if name.is_empty() {
+            return Err("it has no name");
+        }
+        if name.len() > MAX_NAME {
+            return Err("its name is too long");
+        }
+        if tag.is_some_and(|tag| !is_tag(tag)) {
+            return Err("its tag is not letters, digits, dots, dashes and underscores");
+        }
+        let (registry, path) = match name.split_once('/') {
+            Some((host, path)) if is_host(host) => (host, path),
+            _ => (DEFAULT_REGISTRY, name),
+        };
+        if !is_host_name(registry) {
+            return Err("its registry is not a host name");
+        }
+        if !path.split('/').all(is_component) {
+            return Err("its name is not lower-case letters, digits and separators between them");
+        }
+        let official = registry == DEFAULT_REGISTRY && !path.contains('/');
+        let prefix = if official { OFFICIAL } else { "" };
+        let tag = match (tag, digest) {
+            (None, None) => Some(DEFAULT_TAG),
+            (tag, _) => tag,
+        };
+        Ok(Self {
+            registry: registry.to_owned(),
+            repository: format!("{prefix}{path}"),
+            tag: tag.map(str::to_owned),
+            digest,
+        })
+    }
+
+    /// The host, with its port if it has one, as it is written.
+    #[must_use]
+    pub fn registry(&self) -> &str {
+        &self.registry
+    }
+
+    /// Whether Docker's own registry is meant.
+    #[must_use]
+    pub fn is_default_registry(&self) -> bool {
+        self.registry == DEFAULT_REGISTRY
+    }
+
+    /// The image's path in the registry.
+    #[must_use]
+    pub fn repository(&self) -> &str {
+        &self.repository
+    }
+
+    /// The tag, unless only a digest was given.
+    #[must_use]
+    pub fn tag(&self) -> Option<&str> {
+        self.tag.as_deref()
+    }
+
+    /// The digest, if one was given.
+    #[must_use]
+    pub fn digest(&self) -> Option<Digest> {
+        self.digest
+    }
+}
+
+/// As people write it: without Docker's own registry and `library/`.
+impl fmt::Display for DockerReference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.is_default_registry() {
+            let path = self.repository.strip_prefix(OFFICIAL);
+            // Were it not a single component, it would be read back as another.
+            let path = path.filter(|path| !path.contains('/'));
+            f.write_str(path.unwrap_or(&self.repository))?;
+        } else {
+            write!(f, "{}/{}", self.registry, self.repository)?;
+        }
+        if let Some(tag) = &self.tag {
+            write!(f, ":{tag}")?;
+        }
+        if let Some(digest) = self.digest {
+            write!(f, "@{digest}")?;
+        }
+        Ok(())
+    }
+}
+
+fn is_host(component: &str) -> bool {
+    component.contains(['.', ':']) || component == "localhost"
+}
+
+/// A name or an address of a host, with a port or without.
+fn is_host_name(text: &str) -> bool {
+    let is_port = |port: &str| port.parse::<u16>().is_ok() && !port.starts_with('+');
+    if let Some(rest) = text.strip_prefix('[') {
+        let Some((address, port)) = rest.split_once(']') else {
+            return false;
+        };
+        return address.parse::<std::net::Ipv6Addr>().is_ok()
+            && (port.is_empty() || port.strip_prefix(':').is_some_and(is_port));
+    }
+    let (host, port) = match text.split_once(':') {
+        Some((host, port)) => (host, Some(port)),
+        None => (text, None),
+    };
+    let is_label = |label: &str| {
+        !label.is_empty()
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+            && label
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b == b'-')
+    };
+    host.split('.').all(is_label) && port.is_none_or(is_port)
+}
+
+/// `[a-z0-9]+` with `.`, `_`, `__` or dashes between.
+fn is_component(text: &str) -> bool {
+    let bytes = text.as_bytes();
+    let is_word = |byte: &u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+    let (Some(first), Some(last)) = (bytes.first(), bytes.last()) else {
+        return false;
+    };
+    if !is_word(first) || !is_word(last) {
+        return false;
+    }
+    bytes
+        .split(is_word)
+        .all(|gap| matches!(gap, b"" | b"." | b"_" | b"__") || gap.iter().all(|b| *b == b'-'))
+}
+
+fn is_tag(text: &str) -> bool {
+    let is_word = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
+    text.len() <= MAX_TAG
+        && text.bytes().next().is_some_and(is_word)
+        && text
+            .bytes()
+            .all(|byte| is_word(byte) || matches!(byte, b'.' | b'-'))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn parts(text: &str) -> (String, String, Option<String>) {
+        let parsed = DockerReference::parse(text).unwrap();
+        (parsed.registry, parsed.repository, parsed.tag)
+    }
+
+    #[test]
+    fn short_names_are_completed_as_docker_does() {
+        let expect = |text: &str, registry: &str, repository: &str, tag: Option<&str>| {
+            let expected = (
+                registry.to_owned(),
+                repository.to_owned(),
+                tag.map(str::to_owned),
+            );
+            assert_eq!(parts(text), expected, "{text}");
+        };
+        let latest = Some("latest");
+        expect("nginx", "docker.io", "library/nginx", latest);
+        expect("nginx:1.27", "docker.io", "library/nginx", Some("1.27"));
+        expect("org/app", "docker.io", "org/app", latest);
+        expect("docker.io/nginx", "docker.io", "library/nginx", latest);
+        expect("host.example/a/b/c:x", "host.example", "a/b/c", Some("x"));
+        expect("localhost/app", "localhost", "app", latest);
+        expect("127.0.0.1:5000/app:v1", "127.0.0.1:5000", "app", Some("v1"));
+        expect("[::1]:5000/app", "[::1]:5000", "app", latest);
+        let digest = Digest::of(b"x");
+        expect(&format!("app@{digest}"), "docker.io", "library/app", None);
+        let both = DockerReference::parse(&format!("app:v1@{digest}")).unwrap();
+        assert_eq!((both.tag(), both.digest()), (Some("v1"), Some(digest)));
+        assert_eq!(both.to_string(), format!("app:v1@{digest}"));
+        let long = DockerReference::parse("docker.io/library/nginx").unwrap();
+        assert_eq!(long.to_string(), "nginx:latest");
+    }
+
+    #[test]
+    fn what_is_no_name_is_refused() {
+        let long = "a".repeat(256);
+        for text in [
+            "",
+            ":tag",
+            "App",
+            "a//b",
+            "/a",
+            "a/",
+            "a:",
+            "a:b c",
+            "a@sha256:12",
+            "a@md5:1",
+            "-a",
+            "a-",
+            "a..b",
+            "a___b",
+            "host.example:port/a",
+            "host.example:99999/a",
+            "-h.example/a",
+            "[::1/a",
+            "[x]:1/a",
+            "a:.x",
+            &long,
+        ] {
+            assert!(DockerReference::parse(text).is_err(), "{text:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_read_or_refused_and_shown_text_is_read_back(
+            text in "[a-z0-9A-Z:/@._\\[\\]-]{0,40}"
+        ) {
+            if let Ok(parsed) = DockerReference::parse(&text) {
+                let again = DockerReference::parse(&parsed.to_string());
+                prop_assert_eq!(again, Ok(parsed));
+            }
+        }
+    }
+}

@@ -1,0 +1,253 @@
+//! Who to be at a registry: what `docker login` and `podman login` have left.
+
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use serde::Deserialize;
+
+/// What Docker calls its own registry in its configuration.
+const DEFAULT_KEY: &str = "https://index.docker.io/v1/";
+/// Largest configuration file read, in bytes.
+const MAX_FILE: u64 = 4 << 20;
+/// The user name with which a helper gives an identity token.
+const TOKEN_USER: &str = "<token>";
+
+/// A proof of who somebody is.
+#[derive(Clone, PartialEq, Eq)]
+pub(super) enum Credentials {
+    /// A user and a password.
+    Password { user: String, password: String },
+    /// A token that others are got with (OAuth 2's refresh token).
+    Identity(String),
+}
+
+/// Secrets are not shown.
+impl std::fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Password { user, .. } => write!(f, "Password of {user:?}"),
+            Self::Identity(_) => f.write_str("Identity"),
+        }
+    }
+}
+
+/// As much of Docker's and Podman's configuration as names credentials.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Configuration {
+    auths: std::collections::BTreeMap<String, Entry>,
+    #[serde(rename = "credsStore")]
+    store: Option<String>,
+    #[serde(rename = "credHelpers")]
+    helpers: std::collections::BTreeMap<String, String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Entry {
+    auth: Option<String>,
+    identitytoken: Option<String>,
+}
+
+/// What a helper prints.
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Helped {
+    username: String,
+    secret: String,
+}
+
+/// The credentials for `repository` of `registry`, from the first file that has
+/// any. What cannot be read counts as absent.
+pub(super) fn find(registry: &str, is_default: bool, repository: &str) -> Option<Credentials> {
+    let keys = keys(registry, is_default, repository);
+    files()
+        .iter()
+        .find_map(|path| from_file(path, &keys, &run_helper))
+}
+
+/// The keys under which credentials may be, best first: Podman's paths from long
+/// to short, then the host as Docker has it.
+fn keys(registry: &str, is_default: bool, repository: &str) -> Vec<String> {
+    let mut keys = Vec::new();
+    let mut path = format!("{registry}/{repository}");
+    while path.contains('/') {
+        keys.push(path.clone());
+        path.truncate(path.rfind('/').unwrap_or_default());
+    }
+    keys.push(registry.to_owned());
+    keys.push(format!("https://{registry}"));
+    keys.push(format!("https://{registry}/v1/"));
+    keys.push(format!("https://{registry}/v2/"));
+    if is_default {
+        keys.push(DEFAULT_KEY.to_owned());
+    }
+    keys
+}
+
+fn files() -> Vec<PathBuf> {
+    let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
+    let home = variable("HOME").map(PathBuf::from);
+    let under_home = |path: &str| home.as_ref().map(|home| home.join(path));
+    let docker =
+        variable("DOCKER_CONFIG").map(|directory| Path::new(&directory).join("config.json"));
+    let podman = variable("XDG_RUNTIME_DIR")
+        .map(|directory| Path::new(&directory).join("containers/auth.json"));
+    [
+        variable("REGISTRY_AUTH_FILE").map(PathBuf::from),
+        docker.or_else(|| under_home(".docker/config.json")),
+        podman,
+        under_home(".config/containers/auth.json"),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+type Helper<'a> = &'a dyn Fn(&str, &str) -> Option<Credentials>;
+
+fn from_file(path: &Path, keys: &[String], helper: Helper<'_>) -> Option<Credentials> {
+    let size = path.metadata().ok()?.len();
+    if size > MAX_FILE {
+        return None;
+    }
+    let bytes = std::fs::read(path).ok()?;
+    let configuration: Configuration = serde_json::from_slice(&bytes).ok()?;
+    from_configuration(&configuration, keys, helper)
+}
+
+fn from_configuration(
+    configuration: &Configuration,
+    keys: &[String],
+    helper: Helper<'_>,
+) -> Option<Credentials> {
+    let helpers = keys
+        .iter()
+        .find_map(|key| Some((configuration.helpers.get(key)?, key)));
+    if let Some((name, key)) = helpers {
+        return helper(name, key);
+    }
+    if let Some(name) = &configuration.store
+        && let Some(found) = keys
+            .iter()
+            .filter(|key| configuration.auths.contains_key(*key))
+            .find_map(|key| helper(name, key))
+    {
+        return Some(found);
+    }
+    keys.iter()
+        .find_map(|key| from_entry(configuration.auths.get(key)?))
+}
+
+fn from_entry(entry: &Entry) -> Option<Credentials> {
+    if let Some(token) = entry
+        .identitytoken
+        .as_ref()
+        .filter(|token| !token.is_empty())
+    {
+        return Some(Credentials::Identity(token.clone()));
+    }
+    let decoded = STANDARD.decode(entry.auth.as_ref()?.trim()).ok()?;
+    let text = String::from_utf8(decoded).ok()?;
+    let (user, password) = text.trim_end_matches('\0').split_once(':')?;
+    Some(Credentials::Password {
+        user: user.to_owned(),
+        password: password.to_owned(),
+    })
+}
+
+/// Asks `docker-credential-NAME` (docker-credential-helpers' protocol).
+fn run_helper(name: &str, key: &str) -> Option<Credentials> {
+    if !name
+        .chars()
+        .all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+    {
+        return None;
+    }
+    let mut child = Command::new(format!("docker-credential-{name}"))
+        .arg("get")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .ok()?;
+    child.stdin.take()?.write_all(key.as_bytes()).ok()?;
+    let output = child.wait_with_output().ok()?;
+    if !output.status.success() {
+        return None;
+    }
+    let helped: Helped = serde_json::from_slice(&output.stdout).ok()?;
+    Some(match helped.username.as_str() {
+        TOKEN_USER => Credentials::Identity(helped.secret),
+        _ => Credentials::Password {
+            user: helped.username,
+            password: helped.secret,
+        },
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn find_in(json: &str, registry: &str, repository: &str) -> Option<Credentials> {
+        let configuration: Configuration = serde_json::from_str(json).unwrap();
+        let helper = |name: &str, key: &str| Some(Credentials::Identity(format!("{name} {key}")));
+        let keys = keys(registry, registry == "docker.io", repository);
+        from_configuration(&configuration, &keys, &helper)
+    }
+
+    fn password(user: &str, password: &str) -> Option<Credentials> {
+        Some(Credentials::Password {
+            user: user.to_owned(),
+            password: password.to_owned(),
+        })
+    }
+
+    #[test]
+    fn what_docker_login_leaves_is_found() {
+        // "me:se:cret"
+        let json = r#"{"auths": {
+            "https://index.docker.io/v1/": {"auth": "bWU6c2U6Y3JldA=="},
+            "r.example:5000": {"auth": "YTpi"},
+            "token.example": {"identitytoken": "t"},
+            "r.example/team": {"auth": "dGVhbTp4"},
+            "broken.example": {"auth": "?"}
+        }}"#;
+        assert_eq!(
+            find_in(json, "docker.io", "library/a"),
+            password("me", "se:cret")
+        );
+        assert_eq!(find_in(json, "r.example:5000", "a"), password("a", "b"));
+        assert_eq!(
+            find_in(json, "r.example", "team/app"),
+            password("team", "x")
+        );
+        assert_eq!(find_in(json, "r.example", "other/app"), None);
+        assert_eq!(
+            find_in(json, "token.example", "a"),
+            Some(Credentials::Identity("t".to_owned()))
+        );
+        assert_eq!(find_in(json, "broken.example", "a"), None);
+    }
+
+    #[test]
+    fn helpers_are_asked_where_they_are_named() {
+        let json = r#"{"credHelpers": {"r.example": "one"}, "credsStore": "two",
+                       "auths": {"s.example": {}}}"#;
+        let identity = |text: &str| Some(Credentials::Identity(text.to_owned()));
+        assert_eq!(find_in(json, "r.example", "a"), identity("one r.example"));
+        assert_eq!(find_in(json, "s.example", "a"), identity("two s.example"));
+        assert_eq!(find_in(json, "t.example", "a"), None);
+        assert_eq!(run_helper("../x", "k"), None);
+    }
+
+    #[test]
+    fn secrets_are_not_shown() {
+        let shown = format!("{:?}", password("me", "hidden").unwrap());
+        assert!(shown.contains("me") && !shown.contains("hidden"));
+    }
+}
