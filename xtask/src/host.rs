@@ -32,7 +32,7 @@ pub(crate) fn set_up(apt: &Apt) -> Result<()> {
     packages.extend(crate::kernel::PACKAGES);
     packages.extend(crate::fixtures::PACKAGES);
     packages.extend(crate::lab::PACKAGES);
-    packages.push("libc6-dev");
+    packages.extend(crate::test::UNIT_PACKAGES);
     packages.sort_unstable();
     packages.dedup();
     apt.ensure(&packages)?;

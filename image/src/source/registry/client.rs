@@ -93,8 +93,11 @@ impl Client {
             .build();
         let agent = Agent::new_with_config(config);
         let secure = format!("https://{host}");
-        // As Docker does it: on this host, a registry may do without TLS.
-        let plain = is_loopback(host) && agent.get(format!("{secure}/v2/")).call().is_err();
+        // As Docker does it: on this host, a registry may do without TLS. One that
+        // has a certificate that is not trusted does not.
+        let speaks_plain = |error: &ureq::Error| !error.to_string().contains("certificate");
+        let probed = is_loopback(host).then(|| agent.get(format!("{secure}/v2/")).call());
+        let plain = matches!(&probed, Some(Err(error)) if speaks_plain(error));
         let base = match plain {
             true => format!("http://{host}"),
             false => secure,
