@@ -12,13 +12,11 @@ use std::os::unix::net::UnixStream;
 use std::thread::{JoinHandle, spawn};
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
-use sm_devices_vsock::testing::{Guest, Packet, RW};
+use sm_devices_vsock::testing::Guest;
 use sm_devices_vsock::{Vsock, VsockConfig};
 
 /// Bytes moved in one iteration.
 const AMOUNT: usize = 8 << 20;
-/// What a Linux guest sends at most in one packet.
-const PACKET: usize = 64 << 10;
 const CHUNK: usize = 64 << 10;
 
 /// Writes [`AMOUNT`] bytes whenever it is told to.
@@ -73,16 +71,13 @@ fn throughput(c: &mut Criterion) {
 
     let mut guest = Guest::new(VsockConfig::default());
     let (mut host, request) = guest.connected();
-    let mut data = request.reply(RW);
-    data.payload = vec![7; PACKET];
+    let data = vec![7; AMOUNT];
     group.bench_function("guest to host", |b| {
         b.iter(|| {
-            let reader = std::thread::scope(|scope| {
-                let reader = scope.spawn(|| drain(&mut host, AMOUNT));
-                send(&mut guest, &request, &data);
-                reader.join()
+            std::thread::scope(|scope| {
+                scope.spawn(|| drain(&mut host, AMOUNT));
+                guest.give(&request, &data);
             });
-            reader.unwrap();
         });
     });
 
@@ -104,26 +99,16 @@ fn throughput(c: &mut Criterion) {
     group.finish();
 }
 
-/// Sends [`AMOUNT`] bytes as the device grants room for them.
-fn send(guest: &mut Guest, request: &Packet, data: &Packet) {
-    let mut left = AMOUNT;
-    while left > 0 {
-        left -= guest.give(request, data, left);
-    }
-}
-
 fn packets(c: &mut Criterion) {
     let mut group = c.benchmark_group("vsock packets");
     let mut guest = Guest::new(VsockConfig::default());
     let (mut host, request) = guest.connected();
-    let mut data = request.reply(RW);
-    data.payload = vec![7; 64];
     let mut taken = 0;
     group.bench_function("64 bytes there and back", |b| {
         b.iter(|| {
             host.write_all(&[1; 64]).unwrap();
             taken = guest.take(&request, 64, taken);
-            guest.give(&request, &data, 64);
+            guest.give(&request, &[7; 64]);
             let mut back = [0; 64];
             host.read_exact(&mut back).unwrap();
             black_box(back);

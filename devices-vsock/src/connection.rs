@@ -61,6 +61,8 @@ pub(crate) struct Connection {
     /// SHUTDOWN flags that the guest told us.
     pub(crate) guest_shutdown: u32,
     host_write_closed: bool,
+    /// Receive buffers to be filled by the next read: more while reads fill all.
+    pub(crate) run: usize,
     preamble: Vec<u8>,
     preamble_sent: usize,
     pub(crate) status_reply: bool,
@@ -98,6 +100,7 @@ impl Connection {
             told: 0,
             guest_shutdown: 0,
             host_write_closed: false,
+            run: 1,
             preamble: Vec::new(),
             preamble_sent: 0,
             status_reply: false,

@@ -21,6 +21,10 @@ use crate::packet::{HEADER_LEN, HOST_CID, Header, Operation, TYPE_STREAM};
 
 const RX: usize = 0;
 const TX: usize = 1;
+/// Most receive buffers that one read fills, when nobody else waits and when
+/// somebody does.
+const RUN_ALONE: usize = 32;
+const RUN_SHARED: usize = 4;
 const EVENT: usize = 2;
 const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
 /// Token of the mailbox; connections use their slot numbers.
@@ -68,6 +72,11 @@ pub struct Vsock {
     queues: Vec<Queue>,
     chain: Chain,
     spans: Vec<Span>,
+    /// Receive buffers that are filled together with the first: the chains, all
+    /// their spans, and how much of each.
+    extra: Vec<Chain>,
+    run_spans: Vec<Span>,
+    runs: Vec<u32>,
     /// The machine was restored: the guest is owed a transport reset.
     restored: bool,
     /// The guest has been told of the reset and has not handled it yet: new
@@ -91,6 +100,9 @@ impl Vsock {
             queues: Vec::new(),
             chain: Chain::new(),
             spans: Vec::new(),
+            extra: Vec::new(),
+            run_spans: Vec::new(),
+            runs: Vec::new(),
             restored: false,
             resetting: false,
         };
@@ -159,23 +171,27 @@ impl Vsock {
             if !queue.pop(memory, &mut self.chain)? {
                 return Ok(());
             }
-            let len = self.produce(memory)?;
-            let Some(queue) = self.queues.get_mut(RX) else {
-                return Ok(());
-            };
-            match len {
-                Some(len) => queue.push_used(memory, self.chain.head(), len)?,
-                None => {
+            if !self.produce(memory)? {
+                if let Some(queue) = self.queues.get_mut(RX) {
                     queue.undo_pop();
-                    return Ok(());
                 }
+                return Ok(());
             }
         }
     }
 
-    /// Writes one packet into the chain taken; its length, or `None` when there
-    /// was nothing to say after all, or nothing that fits.
-    fn produce(&mut self, memory: &GuestMemory) -> Result<Option<u32>, QueueError> {
+    /// Gives a receive buffer with `len` bytes in it back to the guest.
+    fn received(&mut self, memory: &GuestMemory, head: u16, len: u32) -> Result<(), QueueError> {
+        match self.queues.get_mut(RX) {
+            Some(queue) => queue.push_used(memory, head, len),
+            None => Ok(()),
+        }
+    }
+
+    /// Writes a packet into the chain taken, or a run of data packets into it and
+    /// those after it. `false` when there was nothing to say after all, or nothing
+    /// that fits.
+    fn produce(&mut self, memory: &GuestMemory) -> Result<bool, QueueError> {
         let room = self.chain.writable_len();
         let Some(data_room) = room.checked_sub(HEADER_LEN) else {
             return Err(QueueError::Buffer);
@@ -183,7 +199,8 @@ impl Vsock {
         if let Some(key) = self.muxer.resets.pop_front() {
             let header = reply(self.config.guest_cid, key, Operation::Reset);
             put_header(memory, &self.chain.writable, &header)?;
-            return Ok(Some(HEADER_LEN));
+            self.received(memory, self.chain.head(), HEADER_LEN)?;
+            return Ok(true);
         }
         while let Some(slot) = self.muxer.ready.pop_front() {
             let guest_cid = self.config.guest_cid;
@@ -192,30 +209,21 @@ impl Vsock {
             };
             connection.queued = false;
             let key = (connection.guest_port, connection.host_port);
-            let (op, flags, len) = if let Some((op, flags)) = connection.next_owed() {
-                (op, flags, 0)
-            } else if data_room == 0 {
-                // A buffer for headers only: of no use here, so do not spin.
-                return Ok(None);
-            } else {
-                let most = connection.credit().min(data_room);
-                slice_spans(&self.chain.writable, HEADER_LEN, most, &mut self.spans);
-                let len = if most == 0 {
-                    0
-                } else {
-                    connection.fill(memory, &self.spans)
-                };
-                if len == 0 {
-                    // Reading may have found the end of the stream.
-                    self.muxer.queue(slot);
-                    continue;
+            let Some((op, flags)) = connection.next_owed() else {
+                if data_room == 0 {
+                    // A buffer for headers only: of no use here, so do not spin.
+                    return Ok(false);
                 }
-                (Operation::Data, 0, len)
+                let filled = self.produce_data(memory, slot)?;
+                // Reading may have found the end of the stream.
+                self.muxer.queue(slot);
+                if filled {
+                    return Ok(true);
+                }
+                continue;
             };
             let (buf_alloc, fwd_cnt) = connection.announce();
-            self.muxer.stats.to_guest += u64::from(len);
             let header = Header {
-                len,
                 flags,
                 buf_alloc,
                 fwd_cnt,
@@ -223,9 +231,108 @@ impl Vsock {
             };
             put_header(memory, &self.chain.writable, &header)?;
             self.muxer.queue(slot);
-            return Ok(Some(HEADER_LEN + len));
+            self.received(memory, self.chain.head(), HEADER_LEN)?;
+            return Ok(true);
         }
-        Ok(None)
+        Ok(false)
+    }
+
+    /// Reads from a connection's socket into the chain taken and, as long as that
+    /// fills them, into more chains at once: a system call for each of the small
+    /// buffers that guests offer would cost more than the bytes do.
+    fn produce_data(&mut self, memory: &GuestMemory, slot: usize) -> Result<bool, QueueError> {
+        let guest_cid = self.config.guest_cid;
+        // Others that wait get their turn soon.
+        let alone = self.muxer.ready.is_empty();
+        let Some(connection) = self.muxer.get(slot) else {
+            return Ok(false);
+        };
+        let key = (connection.guest_port, connection.host_port);
+        let wanted = connection
+            .run
+            .min(if alone { RUN_ALONE } else { RUN_SHARED });
+        let mut credit = connection.credit();
+        if credit == 0 {
+            return Ok(false);
+        }
+        self.run_spans.clear();
+        self.runs.clear();
+        let mut extra = 0;
+        loop {
+            let chain = match extra {
+                0 => &self.chain,
+                n => &self.extra[n - 1],
+            };
+            let room = chain.writable_len().checked_sub(HEADER_LEN);
+            let most = credit.min(room.ok_or(QueueError::Buffer)?);
+            if most == 0 {
+                // For a header only: it waits for one.
+                if let Some(queue) = self.queues.get_mut(RX) {
+                    queue.undo_pop();
+                }
+                extra -= 1;
+                break;
+            }
+            slice_spans(&chain.writable, HEADER_LEN, most, &mut self.spans);
+            self.run_spans.extend_from_slice(&self.spans);
+            self.runs.push(most);
+            credit -= most;
+            if credit == 0 || self.runs.len() >= wanted {
+                break;
+            }
+            if self.extra.len() == extra {
+                self.extra.push(Chain::new());
+            }
+            let Some(queue) = self.queues.get_mut(RX) else {
+                break;
+            };
+            if !queue.pop(memory, &mut self.extra[extra])? {
+                break;
+            }
+            extra += 1;
+        }
+        let offered: u32 = self.runs.iter().sum();
+        let Some(connection) = self.muxer.get(slot) else {
+            return Ok(false);
+        };
+        let filled = connection.fill(memory, &self.run_spans);
+        connection.run = match filled == offered {
+            true => (connection.run * 2).min(RUN_ALONE),
+            false => 1,
+        };
+        let (buf_alloc, fwd_cnt) = match filled {
+            0 => (0, 0),
+            _ => connection.announce(),
+        };
+        self.muxer.stats.to_guest += u64::from(filled);
+        let mut left = filled;
+        for index in 0..=extra {
+            let len = left.min(self.runs.get(index).copied().unwrap_or(0));
+            if len == 0 {
+                // From here on nothing was used: the last taken goes back first.
+                for _ in index.max(1)..=extra {
+                    if let Some(queue) = self.queues.get_mut(RX) {
+                        queue.undo_pop();
+                    }
+                }
+                break;
+            }
+            left -= len;
+            let header = Header {
+                len,
+                buf_alloc,
+                fwd_cnt,
+                ..reply(guest_cid, key, Operation::Data)
+            };
+            let chain = match index {
+                0 => &self.chain,
+                n => &self.extra[n - 1],
+            };
+            put_header(memory, &chain.writable, &header)?;
+            let head = chain.head();
+            self.received(memory, head, HEADER_LEN + len)?;
+        }
+        Ok(filled > 0)
     }
 
     /// Looks at what the guest sent.

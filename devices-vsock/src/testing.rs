@@ -21,8 +21,15 @@ use crate::{ConnectError, ConnectOptions, MuxerHandle, Vsock, VsockConfig};
 
 const HEADER: usize = 44;
 const RX_BUFFER: u64 = 4096;
+/// As many as a Linux guest offers at least.
+const RX_BUFFERS: u64 = 128;
 const RX_BASE: u64 = 0x10_0000;
 const TX_BASE: u64 = 0x20_0000;
+/// Packets that may be in the transmit queue at once, and the room for each.
+const SLOTS: u64 = 8;
+const SLOT_LEN: u64 = 0x1_1000;
+/// What a Linux guest sends at most in one packet.
+const PACKET: usize = 64 << 10;
 /// Where the buffer of the event queue is.
 pub const EVENT_BASE: u64 = 0x30_0000;
 const GUEST: u64 = 3;
@@ -112,11 +119,12 @@ impl Packet {
         bytes
     }
 
-    fn decode(bytes: &[u8]) -> Self {
+    /// The header of a packet.
+    fn read(bytes: &[u8]) -> Self {
         let u32_at = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
         let u16_at = |at: usize| u16::from_le_bytes(bytes[at..at + 2].try_into().unwrap());
         let u64_at = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
-        let packet = Self {
+        Self {
             src_cid: u64_at(0),
             dst_cid: u64_at(8),
             src_port: u32_at(16),
@@ -126,10 +134,16 @@ impl Packet {
             flags: u32_at(32),
             buf_alloc: u32_at(36),
             fwd_cnt: u32_at(40),
-            len: None,
-            payload: bytes[HEADER..].to_vec(),
-        };
-        assert_eq!(u32_at(24) as usize, packet.payload.len(), "length field");
+            len: Some(u32_at(24)),
+            payload: Vec::new(),
+        }
+    }
+
+    fn decode(bytes: &[u8]) -> Self {
+        let mut packet = Self::read(bytes);
+        packet.payload = bytes[HEADER..].to_vec();
+        let len = packet.len.take();
+        assert_eq!(len, Some(packet.payload.len() as u32), "length field");
         packet
     }
 }
@@ -145,8 +159,14 @@ pub struct Guest {
     /// The queue of events.
     pub event: DriverQueue,
     buffers: HashMap<u16, Span>,
-    /// For each host port: bytes that may be sent in all, and that were.
-    credit: HashMap<u32, (u64, u64)>,
+    /// For each host port, what may be sent now, and what was sent in all.
+    room: HashMap<u32, u64>,
+    sent: HashMap<u32, u64>,
+    /// For each host port, what was taken of it as the device was told.
+    taken: HashMap<u32, u32>,
+    /// Packets in the transmit queue, and where the next one goes.
+    in_flight: u64,
+    slot: u64,
     /// The host's side.
     pub muxer: MuxerHandle,
     _event_loop: EventLoop,
@@ -164,7 +184,7 @@ impl Guest {
         let (device, muxer) = Vsock::new(config).unwrap();
         let device: Arc<Mutex<dyn sm_vmm_core::virtio::VirtioDevice>> = device;
         let driver = Driver::new(device, &memory, event_loop.handle());
-        let mut queues = driver.start(0x1_0000, &[32, 32, 4]).into_iter();
+        let mut queues = driver.start(0x1_0000, &[256, 32, 4]).into_iter();
         let (rx, tx, event) = (
             queues.next().unwrap(),
             queues.next().unwrap(),
@@ -177,11 +197,15 @@ impl Guest {
             tx,
             event,
             buffers: HashMap::new(),
-            credit: HashMap::new(),
+            room: HashMap::new(),
+            sent: HashMap::new(),
+            taken: HashMap::new(),
+            in_flight: 0,
+            slot: 0,
             muxer,
             _event_loop: event_loop,
         };
-        for index in 0..16 {
+        for index in 0..RX_BUFFERS {
             guest.offer_rx(Span {
                 address: GuestAddress(RX_BASE + index * RX_BUFFER),
                 len: RX_BUFFER as u32,
@@ -207,17 +231,8 @@ impl Guest {
     /// # Panics
     /// When it does not.
     pub fn send(&mut self, packet: &Packet) {
-        let bytes = packet.encode();
-        self.memory
-            .write_slice(&bytes, GuestAddress(TX_BASE))
-            .unwrap();
-        let span = Span {
-            address: GuestAddress(TX_BASE),
-            len: bytes.len() as u32,
-        };
-        self.tx.offer(&[span], &[]).unwrap();
-        self.driver.notify(1);
-        self.driver.wait_used(&mut self.tx);
+        self.queue(packet, &packet.payload);
+        self.flush();
     }
 
     /// Waits for a packet.
@@ -234,6 +249,20 @@ impl Guest {
         let packet = Packet::decode(&bytes);
         assert_eq!((packet.src_cid, packet.dst_cid), (HOST, GUEST));
         packet
+    }
+
+    /// Waits for a packet, and offers its buffer again with another length.
+    ///
+    /// # Panics
+    /// As [`Self::receive`].
+    pub fn receive_into(&mut self, next: u32) -> Packet {
+        let (head, len) = self.driver.wait_used(&mut self.rx);
+        let span = self.buffers.remove(&head).unwrap();
+        let mut bytes = vec![0; len as usize];
+        self.memory.read_slice(&mut bytes, span.address).unwrap();
+        self.offer_rx(Span { len: next, ..span });
+        self.driver.notify(0);
+        Packet::decode(&bytes)
     }
 
     /// Waits for a packet that is for `op`.
@@ -282,6 +311,32 @@ pub fn connect(
 }
 
 impl Guest {
+    /// Takes in what has arrived, at least one packet: notes the credit that each
+    /// grants and how much data it has, and gives the buffers back. Returns the
+    /// kinds of the packets and the bytes of data.
+    fn consume(&mut self) -> (Vec<u16>, u64) {
+        let mut next = Some(self.driver.wait_used(&mut self.rx));
+        let (mut kinds, mut bytes) = (Vec::new(), 0);
+        while let Some((head, len)) = next {
+            let span = self.buffers.remove(&head).unwrap();
+            let mut header = [0; HEADER];
+            self.memory.read_slice(&mut header, span.address).unwrap();
+            let packet = Packet::read(&header);
+            let data = len - HEADER as u32;
+            bytes += u64::from(data);
+            kinds.push(packet.op);
+            let sent = self.sent.entry(packet.src_port).or_default();
+            // Counters wrap at 32 bits; what is on its way never is that much.
+            let way = (*sent as u32).wrapping_sub(packet.fwd_cnt);
+            let room = packet.buf_alloc.saturating_sub(way);
+            self.room.insert(packet.src_port, u64::from(room));
+            self.offer_rx(span);
+            next = self.rx.take_used();
+        }
+        self.driver.notify(0);
+        (kinds, bytes)
+    }
+
     /// Takes data packets of one connection until they hold `want` bytes, without
     /// looking at the data, and grants room as it goes. `request` is the packet
     /// that opened it, `taken` what was taken of it before; the sum is returned.
@@ -291,62 +346,79 @@ impl Guest {
     pub fn take(&mut self, request: &Packet, want: u64, taken: u64) -> u64 {
         let mut total = taken;
         let mut granted = taken;
+        let reply = request.reply(CREDIT_UPDATE);
         while total < taken + want {
-            let (head, len) = self.driver.wait_used(&mut self.rx);
-            let span = self.buffers.remove(&head).unwrap();
-            self.offer_rx(span);
-            self.driver.notify(0);
-            total += u64::from(len) - HEADER as u64;
-            if total - granted >= u64::from(request.reply(RW).buf_alloc) / 2 {
+            total += self.consume().1;
+            if total - granted >= u64::from(reply.buf_alloc) / 4 || total >= taken + want {
                 granted = total;
-                let mut update = request.reply(CREDIT_UPDATE);
-                // The counter wraps, as the specification has it.
+                let mut update = reply.clone();
                 update.fwd_cnt = total as u32;
-                self.send(&update);
+                self.taken.insert(request.src_port, update.fwd_cnt);
+                self.queue(&update, &[]);
             }
         }
-        let mut update = request.reply(CREDIT_UPDATE);
-        update.fwd_cnt = total as u32;
-        self.send(&update);
         total
     }
 
-    /// Sends a packet with as much of the data of `data` as `most` and the
-    /// device's credit allow, waiting for credit if there is none. Returns how
-    /// much that was.
+    /// Sends `data` in packets as large as Linux sends at most, waiting for credit
+    /// where there is none; returns when the device has taken all of it.
     ///
     /// # Panics
-    /// When the device does not grant any more, or sends data meanwhile.
-    pub fn give(&mut self, request: &Packet, data: &Packet, most: usize) -> usize {
-        let credit = self
-            .credit
-            .entry(request.src_port)
-            .or_insert((u64::from(request.buf_alloc), 0));
-        while credit.0 == credit.1 {
-            let (head, len) = self.driver.wait_used(&mut self.rx);
-            let span = self.buffers.remove(&head).unwrap();
-            let mut bytes = vec![0; len as usize];
-            self.memory.read_slice(&mut bytes, span.address).unwrap();
-            let head = self.rx.offer(&[], &[span]).unwrap();
-            self.buffers.insert(head, span);
-            self.driver.notify(0);
-            let packet = Packet::decode(&bytes);
-            assert_eq!(packet.op, CREDIT_UPDATE, "{packet:?}");
-            // Both counters wrap at 32 bits; what is on its way never is that much.
-            let way = (credit.1 as u32).wrapping_sub(packet.fwd_cnt);
-            credit.0 = credit.1 + u64::from(packet.buf_alloc) - u64::from(way);
+    /// When the device does not grant any more.
+    pub fn give(&mut self, request: &Packet, mut data: &[u8]) {
+        let port = request.src_port;
+        let first = u64::from(request.buf_alloc);
+        while !data.is_empty() {
+            let room = *self.room.entry(port).or_insert(first);
+            if room == 0 {
+                self.consume();
+                continue;
+            }
+            let len = data.len().min(PACKET).min(usize::try_from(room).unwrap());
+            let (now, later) = data.split_at(len);
+            let mut packet = request.reply(RW);
+            packet.fwd_cnt = self.taken.get(&port).copied().unwrap_or(0);
+            self.queue(&packet, now);
+            *self.sent.entry(port).or_default() += len as u64;
+            self.room.insert(port, room - len as u64);
+            data = later;
         }
-        let room = usize::try_from(credit.0 - credit.1).unwrap();
-        let len = data.payload.len().min(room).min(most);
-        credit.1 += len as u64;
-        if len == data.payload.len() {
-            self.send(data);
-        } else {
-            let mut part = data.clone();
-            part.payload.truncate(len);
-            self.send(&part);
+        self.flush();
+    }
+
+    /// Waits until the device has taken all packets.
+    fn flush(&mut self) {
+        while self.in_flight > 0 {
+            self.driver.wait_used(&mut self.tx);
+            self.in_flight -= 1;
         }
-        len
+    }
+
+    /// Puts a packet into the transmit queue, with others before it.
+    fn queue(&mut self, packet: &Packet, data: &[u8]) {
+        while self.in_flight == SLOTS || (self.in_flight > 0 && self.tx.take_used().is_some()) {
+            if self.in_flight == SLOTS {
+                self.driver.wait_used(&mut self.tx);
+            }
+            self.in_flight -= 1;
+        }
+        let address = GuestAddress(TX_BASE + self.slot * SLOT_LEN);
+        self.slot = (self.slot + 1) % SLOTS;
+        let header = Packet {
+            len: packet.len.or(Some(data.len() as u32)),
+            payload: Vec::new(),
+            ..*packet
+        };
+        self.memory.write_slice(&header.encode(), address).unwrap();
+        let body = GuestAddress(address.0 + HEADER as u64);
+        self.memory.write_slice(data, body).unwrap();
+        let span = Span {
+            address,
+            len: (HEADER + data.len()) as u32,
+        };
+        self.tx.offer(&[span], &[]).unwrap();
+        self.in_flight += 1;
+        self.driver.notify(1);
     }
 
     /// Waits for the end of a connection that the host has closed, and confirms it.
@@ -356,12 +428,12 @@ impl Guest {
     pub fn closed(&mut self, request: &Packet) {
         loop {
             match self.receive().op {
-                SHUTDOWN => self.send(&request.reply(RST)),
+                SHUTDOWN => {
+                    self.send(&request.reply(RST));
+                    return;
+                }
                 RST => return,
-                _ => continue,
-            }
-            if self.muxer.stats().connections == 0 {
-                return;
+                _ => {}
             }
         }
     }

@@ -266,6 +266,25 @@ fn a_large_stream_arrives_whole_in_both_directions() {
 }
 
 #[test]
+fn buffers_of_any_size_lose_no_byte() {
+    let mut guest = Guest::new(VsockConfig::default());
+    let (mut host, request) = guest.connected();
+    let bytes: Vec<u8> = (0..200_000_u32).map(|n| (n % 251) as u8).collect();
+    std::thread::scope(|scope| {
+        scope.spawn(|| host.write_all(&bytes).unwrap());
+        let mut got = Vec::new();
+        let mut update = request.reply(CREDIT_UPDATE);
+        let mut sizes = [44, 45, 4096, 44, 300, 1000].into_iter().cycle();
+        while got.len() < bytes.len() {
+            got.extend(guest.receive_into(sizes.next().unwrap()).payload);
+            update.fwd_cnt = got.len() as u32;
+            guest.send(&update);
+        }
+        assert!(got == bytes);
+    });
+}
+
+#[test]
 fn connections_wait_until_a_restored_guest_has_handled_the_reset() {
     let mut guest = Guest::new(VsockConfig::default());
     let (old, _request) = guest.connected();
