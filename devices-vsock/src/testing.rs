@@ -251,6 +251,27 @@ impl Guest {
         packet
     }
 
+    /// Sends any bytes as a packet, and waits until the device has taken them.
+    ///
+    /// # Panics
+    /// When it does not, or they are more than a packet may have.
+    pub fn send_bytes(&mut self, bytes: &[u8]) {
+        assert!(bytes.len() <= HEADER + PACKET);
+        self.memory
+            .write_slice(bytes, GuestAddress(TX_BASE))
+            .unwrap();
+        let span = Span {
+            address: GuestAddress(TX_BASE),
+            len: bytes.len() as u32,
+        };
+        self.flush();
+        if self.tx.offer(&[span], &[]).is_some() {
+            self.in_flight += 1;
+            self.driver.notify(1);
+            self.flush();
+        }
+    }
+
     /// Waits for a packet, and offers its buffer again with another length.
     ///
     /// # Panics

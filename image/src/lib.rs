@@ -14,6 +14,9 @@ mod docker_reference;
 mod documents;
 mod erofs;
 mod error;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod layer;
 mod limits;
 mod pipeline;

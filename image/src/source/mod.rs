@@ -17,6 +17,12 @@ use crate::documents::{
 };
 use crate::reference::Reference;
 
+/// Reads a registry's challenge.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn challenge(header: &str) {
+    registry::challenge(header);
+}
+
 /// One layer of an image to be read.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SourceLayer {

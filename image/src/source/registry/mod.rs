@@ -26,6 +26,12 @@ const ANYTHING: &str = "*/*";
 /// How often the reading of one blob is taken up again.
 const RESUMES: u32 = 5;
 
+/// Reads a challenge.
+#[cfg(feature = "fuzzing")]
+pub(super) fn challenge(header: &str) {
+    let _ = challenge::Challenge::parse(header);
+}
+
 /// An image in a registry.
 pub(crate) struct Registry {
     client: Client,
