@@ -8,7 +8,7 @@ use sm_guest_proto::frame::FrameType;
 
 use crate::Error;
 use crate::control::Control;
-use crate::launch::{ControlAnswer, ControlCall};
+use crate::launch::{ControlAnswer, ControlCall, Stage};
 use crate::record::Record;
 use crate::session::{Output, Session};
 use crate::vm::connect_exec;
@@ -115,7 +115,7 @@ impl ExecBuilder {
             base.push("TERM=xterm".to_owned());
         }
         request.env = merge_env(&[&base, &self.env])?;
-        refuse_if_paused(&self.record)?;
+        refuse_unless_running(&self.record)?;
         let stream = connect_exec(&self.record)?;
         let open = || {
             let session = Session::new(stream)?;
@@ -145,14 +145,17 @@ impl ExecBuilder {
     }
 }
 
-/// A command in a paused VM would wait without a word.
-fn refuse_if_paused(record: &Record) -> Result<(), Error> {
-    let answer = Control::connect(record)?.call(&ControlCall::Status)?;
-    match answer {
+/// A command in a paused VM would wait without a word, and one in a VM that is on
+/// its way would find another root than its workload.
+fn refuse_unless_running(record: &Record) -> Result<(), Error> {
+    let name = &record.config().name;
+    match Control::connect(record)?.call(&ControlCall::Status)? {
         ControlAnswer::Status(status) if status.paused => Err(Error::Refused(format!(
-            "VM \"{}\" is paused: let it go on first (sm unpause)",
-            record.config().name
+            "VM \"{name}\" is paused: let it go on first (sm unpause)"
         ))),
+        ControlAnswer::Status(status) if status.stage == Stage::Starting => Err(Error::Refused(
+            format!("VM \"{name}\" is still starting: try again when its workload runs"),
+        )),
         _ => Ok(()),
     }
 }

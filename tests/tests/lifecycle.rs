@@ -50,6 +50,32 @@ fn commands_run_next_to_the_workload() {
 }
 
 #[test]
+fn a_command_in_a_machine_that_is_on_its_way_is_refused() {
+    let home = Home::shared();
+    let name = sm_e2e::unique("slow");
+    let image = image("busybox");
+    let run = [
+        "run", "-d", "--cold", "--name", &name, &image, "sleep", "1000",
+    ];
+    let starting = home.command(&run).spawn().unwrap();
+    let refused = loop {
+        let done = home.sm(&["exec", &name, "echo", "too early"]);
+        // Not there at all yet, or still without ears.
+        if !done.err().contains("no such VM") && !done.err().contains("not running") {
+            break done;
+        }
+    };
+    if refused.code != Some(0) {
+        let error = refused.exits(125).err();
+        assert!(error.contains("still starting"), "{error}");
+    }
+    assert!(starting.wait_with_output().unwrap().status.success());
+    let later = home.sm(&["exec", &name, "echo", "in time"]).exits(0);
+    assert_eq!(later.out(), "in time\n");
+    home.sm(&["rm", "-f", &name]).exits(0);
+}
+
+#[test]
 fn logs_are_kept_and_followed_to_the_end() {
     let home = Home::shared();
     // Booted: a restored guest has nothing to say on its console.
