@@ -130,7 +130,7 @@ impl Connection {
     /// Tells whoever asked for the connection how that ended; once.
     pub(crate) fn report(&mut self, result: Result<(), ConnectError>) {
         if let Some(tell) = self.on_result.take() {
-            tell(result);
+            tell(result.map(|()| self.host_port));
         }
     }
 

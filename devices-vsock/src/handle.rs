@@ -24,8 +24,9 @@ pub enum ConnectError {
     Reset,
 }
 
-/// Told once how a connection attempt ended. Runs on the event loop: short.
-pub type OnResult = Box<dyn FnOnce(Result<(), ConnectError>) + Send>;
+/// Told once how a connection attempt ended, with the host's port of a connection
+/// before any of its bytes come. Runs on the event loop: short.
+pub type OnResult = Box<dyn FnOnce(Result<u32, ConnectError>) + Send>;
 
 /// Particulars of a connection to the guest.
 #[derive(Default)]
@@ -76,7 +77,8 @@ pub(crate) enum Command {
         options: ConnectOptions,
     },
     Listen {
-        host_port: u32,
+        /// All ports that no other acceptor is for, if `None`.
+        host_port: Option<u32>,
         acceptor: Acceptor,
     },
 }
@@ -139,7 +141,16 @@ impl MuxerHandle {
     /// acceptor.
     pub fn listen(&self, host_port: u32, acceptor: Acceptor) {
         self.send(Command::Listen {
-            host_port,
+            host_port: Some(host_port),
+            acceptor,
+        });
+    }
+
+    /// Answers the guest's requests for all ports that have no acceptor of their
+    /// own, in place of an earlier acceptor.
+    pub fn listen_to_others(&self, acceptor: Acceptor) {
+        self.send(Command::Listen {
+            host_port: None,
             acceptor,
         });
     }

@@ -28,6 +28,7 @@ pub(crate) struct Muxer {
     /// Resets for packets without a connection.
     pub(crate) resets: VecDeque<Key>,
     listeners: HashMap<u32, Acceptor>,
+    other_listener: Option<Acceptor>,
     /// Where the search for a free ephemeral port begins.
     pub(crate) next_port: u32,
     pub(crate) limit: usize,
@@ -57,8 +58,13 @@ impl Muxer {
         self.by_key.get(&key).copied()
     }
 
-    pub(crate) fn listen(&mut self, host_port: u32, acceptor: Acceptor) {
-        self.listeners.insert(host_port, acceptor);
+    pub(crate) fn listen(&mut self, host_port: Option<u32>, acceptor: Acceptor) {
+        match host_port {
+            Some(port) => {
+                self.listeners.insert(port, acceptor);
+            }
+            None => self.other_listener = Some(acceptor),
+        }
     }
 
     /// Queues a connection for a receive buffer, once.
@@ -148,6 +154,7 @@ impl Muxer {
         let stream = self
             .listeners
             .get_mut(&request.host_port)
+            .or(self.other_listener.as_mut())
             .and_then(|acceptor| acceptor(request));
         let Some(stream) = stream else {
             self.stats.refused += 1;

@@ -324,7 +324,9 @@ pub fn connect(
     let (ours, theirs) = UnixStream::pair().unwrap();
     let (send, receive) = channel();
     let options = ConnectOptions {
-        on_result: Some(Box::new(move |result| send.send(result).unwrap())),
+        on_result: Some(Box::new(move |result| {
+            send.send(result.map(|_port| ())).unwrap()
+        })),
         ..options
     };
     muxer.connect(PORT, theirs.into(), options);

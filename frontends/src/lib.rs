@@ -7,12 +7,14 @@
 #![warn(missing_docs)]
 
 mod error;
+mod hybrid;
 mod listening;
 mod target;
 mod tcp;
 mod unix;
 
 pub use error::Error;
+pub use hybrid::{HybridFrontend, HybridFrontendHandle};
 pub use target::Target;
 pub use tcp::{TcpFrontend, TcpFrontendHandle};
 pub use unix::{UnixFrontend, UnixFrontendHandle};

@@ -70,7 +70,7 @@ impl UnixFrontend {
     }
 }
 
-fn bind_private(path: &Path) -> io::Result<UnixListener> {
+pub(crate) fn bind_private(path: &Path) -> io::Result<UnixListener> {
     let parent = path.parent().filter(|p| !p.as_os_str().is_empty());
     let parent = parent.unwrap_or(Path::new("."));
     // Short names: a socket's path is limited to 107 bytes.
@@ -94,16 +94,22 @@ impl AsFd for Unix {
 impl Listener for Unix {
     fn accept(&self) -> io::Result<Option<OwnedFd>> {
         let (stream, _) = self.0.accept()?;
-        let peer = socket_peercred(&stream)?;
-        if peer.uid != rustix::process::geteuid() {
-            tracing::warn!(
-                uid = peer.uid.as_raw(),
-                "another user was refused on a frontend's socket"
-            );
-            return Ok(None);
-        }
-        Ok(Some(OwnedFd::from(stream)))
+        Ok(is_our_own(&stream)?.then(|| OwnedFd::from(stream)))
     }
+}
+
+/// Whether the peer is of the same user, which a directory that was opened up by
+/// mistake does not ensure.
+pub(crate) fn is_our_own(stream: &UnixStream) -> io::Result<bool> {
+    let peer = socket_peercred(stream)?;
+    let ours = peer.uid == rustix::process::geteuid();
+    if !ours {
+        tracing::warn!(
+            uid = peer.uid.as_raw(),
+            "another user was refused on a frontend's socket"
+        );
+    }
+    Ok(ours)
 }
 
 /// A frontend that listens. Dropping it closes the listener and unlinks the
