@@ -140,6 +140,14 @@ pub(crate) struct RunArgs {
     /// Publish a port of the guest as a unix socket
     #[arg(long, value_name = "PATH:GUEST", value_parser = Publication::unix)]
     pub(crate) publish_unix: Vec<Publication>,
+    /// Take connections that a router hands over on a unix socket, for a port of the
+    /// guest or the first on which it listens
+    #[arg(long, value_name = "PATH[:GUEST]", value_parser = Publication::handoff)]
+    pub(crate) handoff: Vec<Publication>,
+    /// Make the guest's vsock ports reachable on a unix socket, by the protocol of
+    /// Firecracker and Cloud Hypervisor
+    #[arg(long, value_name = "PATH", value_parser = Publication::hybrid)]
+    pub(crate) hybrid_vsock: Option<Publication>,
     /// Guest memory, such as 256m or 1g; at least 64m
     #[arg(short, long, value_name = "SIZE", value_parser = parse_size, default_value = "512m")]
     pub(crate) memory: u64,

@@ -7,6 +7,7 @@
 #![warn(missing_docs)]
 
 mod error;
+mod handoff;
 mod hybrid;
 mod listening;
 mod target;
@@ -14,6 +15,7 @@ mod tcp;
 mod unix;
 
 pub use error::Error;
+pub use handoff::{HandoffFrontend, HandoffFrontendHandle, HandoffSender, MAX_PAYLOAD};
 pub use hybrid::{HybridFrontend, HybridFrontendHandle};
 pub use target::Target;
 pub use tcp::{TcpFrontend, TcpFrontendHandle};

@@ -6,7 +6,10 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use sm_devices_vsock::MuxerHandle;
-use sm_frontends::{Target, TcpFrontend, TcpFrontendHandle, UnixFrontend, UnixFrontendHandle};
+use sm_frontends::{
+    HandoffFrontend, HandoffFrontendHandle, HybridFrontend, HybridFrontendHandle, Target,
+    TcpFrontend, TcpFrontendHandle, UnixFrontend, UnixFrontendHandle,
+};
 use sm_guest_proto::forward::ForwardHeader;
 use sm_vmm_core::event_loop::EventLoopHandle;
 
@@ -26,6 +29,12 @@ pub enum HostEnd {
     Tcp(SocketAddr),
     /// A unix socket, which only this user can use.
     Unix(PathBuf),
+    /// A unix socket on which a router hands accepted connections over; see
+    /// [`sm_frontends::HandoffFrontend`].
+    Handoff(PathBuf),
+    /// A unix socket on which any vsock port of the guest can be asked for; see
+    /// [`sm_frontends::HybridFrontend`].
+    Hybrid(PathBuf),
 }
 
 impl fmt::Display for HostEnd {
@@ -33,6 +42,8 @@ impl fmt::Display for HostEnd {
         match self {
             Self::Tcp(address) => write!(f, "{address}"),
             Self::Unix(path) => write!(f, "{}", path.display()),
+            Self::Handoff(path) => write!(f, "handoff:{}", path.display()),
+            Self::Hybrid(path) => write!(f, "hybrid:{}", path.display()),
         }
     }
 }
@@ -48,10 +59,7 @@ pub struct Publication {
 
 impl fmt::Display for Publication {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.guest {
-            0 => write!(f, "{}->auto/tcp", self.host),
-            port => write!(f, "{}->{port}/tcp", self.host),
-        }
+        write!(f, "{}->{}", self.host, self.guest_end())
     }
 }
 
@@ -111,6 +119,42 @@ impl FromStr for Publication {
 }
 
 impl Publication {
+    /// What of the guest is reached: `80/tcp`, `auto/tcp` or `vsock`.
+    #[must_use]
+    pub fn guest_end(&self) -> String {
+        match (&self.host, self.guest) {
+            (HostEnd::Hybrid(_), _) => "vsock".to_owned(),
+            (_, 0) => "auto/tcp".to_owned(),
+            (_, port) => format!("{port}/tcp"),
+        }
+    }
+
+    /// A socket for routers, from `PATH[:GUEST]`; without a port, for the first on
+    /// which the guest listens.
+    ///
+    /// # Errors
+    /// It is not that.
+    pub fn handoff(word: &str) -> Result<Self, PublishError> {
+        let (path, guest) = match word.rsplit_once(':') {
+            Some((path, port)) => match port.parse::<u16>() {
+                Ok(port @ 1..) => (path, port),
+                _ => (word, 0),
+            },
+            None => (word, 0),
+        };
+        let host = HostEnd::Handoff(place(word, path)?);
+        Ok(Self { host, guest })
+    }
+
+    /// A socket for the guest's vsock ports, from its path.
+    ///
+    /// # Errors
+    /// It is empty.
+    pub fn hybrid(path: &str) -> Result<Self, PublishError> {
+        let host = HostEnd::Hybrid(place(path, path)?);
+        Ok(Self { host, guest: 0 })
+    }
+
     /// A unix socket for a guest's port, from `PATH:GUEST`.
     ///
     /// # Errors
@@ -123,12 +167,7 @@ impl Publication {
         let (path, guest) = word
             .rsplit_once(':')
             .ok_or_else(|| bad("write PATH:GUEST"))?;
-        if path.is_empty() {
-            return Err(bad("the socket's path is empty"));
-        }
-        // The VMM works in another directory.
-        let path =
-            std::path::absolute(path).map_err(|_| bad("the current directory is unknown"))?;
+        let path = place(word, path)?;
         match guest.parse::<u16>() {
             Ok(guest @ 1..) => Ok(Self {
                 host: HostEnd::Unix(path),
@@ -139,12 +178,26 @@ impl Publication {
     }
 }
 
+/// The absolute path of a socket: the VMM works in another directory.
+fn place(word: &str, path: &str) -> Result<PathBuf, PublishError> {
+    let bad = |reason| PublishError {
+        word: word.to_owned(),
+        reason,
+    };
+    if path.is_empty() {
+        return Err(bad("the socket's path is empty"));
+    }
+    std::path::absolute(path).map_err(|_| bad("the current directory is unknown"))
+}
+
 /// A published port; it is given back when this is dropped.
 #[derive(Debug)]
 #[expect(dead_code, reason = "it listens while the handle lives")]
 enum Listening {
     Tcp(TcpFrontendHandle),
     Unix(UnixFrontendHandle),
+    Handoff(HandoffFrontendHandle),
+    Hybrid(HybridFrontendHandle),
 }
 
 /// All that a machine has published.
@@ -165,10 +218,11 @@ impl Published {
     ) -> Result<Self, String> {
         let mut listening = Vec::with_capacity(wanted.len());
         for publication in wanted {
-            let target = Target::Tcp(ForwardHeader {
+            let header = ForwardHeader {
                 port: publication.guest,
                 wait_ms: WAIT_MS,
-            });
+            };
+            let target = Target::Tcp(header);
             let failed = |error: sm_frontends::Error| {
                 let hint = match error {
                     sm_frontends::Error::PortInUse { .. } => {
@@ -178,8 +232,8 @@ impl Published {
                     _ => "",
                 };
                 format!(
-                    "cannot publish port {} of the guest: {}{hint}",
-                    publication.guest,
+                    "cannot publish {} of the guest: {}{hint}",
+                    publication.guest_end(),
                     with_causes(&error)
                 )
             };
@@ -196,6 +250,18 @@ impl Published {
                         .start(muxer.clone(), event_loop)
                         .map_err(failed)?;
                     (Listening::Unix(handle), publication.host.clone())
+                }
+                HostEnd::Handoff(path) => {
+                    let handle = HandoffFrontend::new(path, header)
+                        .start(muxer.clone(), event_loop)
+                        .map_err(failed)?;
+                    (Listening::Handoff(handle), publication.host.clone())
+                }
+                HostEnd::Hybrid(path) => {
+                    let handle = HybridFrontend::new(path)
+                        .start(muxer.clone(), event_loop)
+                        .map_err(failed)?;
+                    (Listening::Hybrid(handle), publication.host.clone())
                 }
             };
             let publication = Publication {
@@ -256,6 +322,20 @@ mod tests {
         for word in ["", "80", ":80", "/x:0", "/x:y"] {
             assert!(Publication::unix(word).is_err(), "{word}");
         }
+    }
+
+    #[test]
+    fn routers_and_vsock_have_sockets_of_their_own() {
+        let shown = |publication: Result<Publication, PublishError>| {
+            publication.map(|publication| publication.to_string())
+        };
+        let handoff = |word| shown(Publication::handoff(word)).unwrap();
+        assert_eq!(handoff("/run/h:80"), "handoff:/run/h->80/tcp");
+        assert_eq!(handoff("/run/h"), "handoff:/run/h->auto/tcp");
+        assert_eq!(handoff("/run/a:b"), "handoff:/run/a:b->auto/tcp");
+        let hybrid = shown(Publication::hybrid("/run/v")).unwrap();
+        assert_eq!(hybrid, "hybrid:/run/v->vsock");
+        assert!(Publication::hybrid("").is_err() && Publication::handoff("").is_err());
     }
 
     #[test]

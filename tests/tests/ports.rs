@@ -7,11 +7,12 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
 use sha2::{Digest as _, Sha256};
 use sm_e2e::{Home, Vm, image, unique};
+use sm_frontends::HandoffSender;
 
 /// Answers every connection to port 80 by what it sent, once that has ended.
 const ECHO: &str = "nc -ll -p 80 -e cat";
@@ -132,6 +133,88 @@ fn a_unix_socket_is_private_and_removed_with_its_machine() {
     assert_eq!(received, b"by path");
     drop(vm);
     assert!(!path.exists());
+}
+
+#[test]
+fn a_connection_is_handed_over_with_what_was_read_of_it() {
+    let home = Home::shared();
+    let path = home.run_dir().join(unique("handoff"));
+    let handoff = format!("{}:80", path.display());
+    let _vm = serving(home, &["--handoff", &handoff], ECHO);
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let begun = Instant::now();
+    loop {
+        let mut client = TcpStream::connect(address).unwrap();
+        let (mut accepted, _) = listener.accept().unwrap();
+        client.write_all(b"GET ").unwrap();
+        let mut read = [0; 4];
+        accepted.read_exact(&mut read).unwrap();
+        let mut router = HandoffSender::connect(&path).unwrap();
+        router.send(&accepted, &read).unwrap();
+        drop(accepted);
+        let received = exchange(client, b"and the rest");
+        if !received.is_empty() || begun.elapsed() > Duration::from_secs(60) {
+            assert_eq!(received, b"GET and the rest");
+            return;
+        }
+    }
+}
+
+/// Listens on vsock port 5000 and echoes, and dials the host's port 6000.
+const VSOCK: &str = "sub at { pack 'SSLLL', 40, 0, $_[0], $_[1], 0 } \
+                     socket(S, 40, 1, 0) && bind(S, at(5000, 0xffffffff)) && listen(S, 5) or die $!; \
+                     while (accept(C, S)) { socket(D, 40, 1, 0); connect(D, at(6000, 2)) or die $!; \
+                     sysread(C, $b, 100); syswrite(D, $b); sysread(D, $b, 100); syswrite(C, $b); \
+                     close C; close D }";
+
+#[test]
+fn vsock_ports_are_reached_both_ways_as_firecracker_has_it() {
+    let home = Home::shared();
+    let path = home.run_dir().join(unique("vsock"));
+    let text = path.to_str().unwrap();
+    let debian = image("debian");
+    let arguments = [
+        "-m",
+        "192m",
+        "--hybrid-vsock",
+        text,
+        &debian,
+        "perl",
+        "-e",
+        VSOCK,
+    ];
+    let vm = home.detached(&arguments);
+    let beside = UnixListener::bind(format!("{text}_6000")).unwrap();
+    let begun = Instant::now();
+    let mut client = loop {
+        let mut client = UnixStream::connect(&path).unwrap();
+        client.write_all(b"CONNECT 5000\n").unwrap();
+        let mut answer = [0; 3];
+        // Hung up on until somebody listens.
+        if client.read_exact(&mut answer).is_ok() {
+            assert_eq!(&answer, b"OK ");
+            break client;
+        }
+        assert!(
+            begun.elapsed() < Duration::from_secs(60),
+            "{:?}",
+            vm.inspect()
+        );
+    };
+    // The rest of the line.
+    let mut byte = [0; 1];
+    while byte != *b"\n" {
+        client.read_exact(&mut byte).unwrap();
+    }
+    client.write_all(b"ping").unwrap();
+    let (mut inside, _) = beside.accept().unwrap();
+    let mut said = [0; 4];
+    inside.read_exact(&mut said).unwrap();
+    assert_eq!(&said, b"ping");
+    inside.write_all(b"pong").unwrap();
+    client.read_exact(&mut said).unwrap();
+    assert_eq!(&said, b"pong");
 }
 
 #[test]

@@ -129,10 +129,13 @@ pub(crate) fn port(home: &Home, args: &PortArgs, printer: &Printer) -> Result<u3
         return Ok(0);
     }
     for publication in &published {
-        match (publication.guest, args.port.is_some()) {
-            (_, true) => printer.line(&publication.host),
-            (0, _) => printer.line(format_args!("auto/tcp -> {}", publication.host)),
-            (guest, _) => printer.line(format_args!("{guest}/tcp -> {}", publication.host)),
+        match args.port.is_some() {
+            true => printer.line(&publication.host),
+            false => printer.line(format_args!(
+                "{} -> {}",
+                publication.guest_end(),
+                publication.host
+            )),
         }
     }
     Ok(0)

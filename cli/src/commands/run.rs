@@ -218,7 +218,8 @@ fn options(begin: Phase, args: &RunArgs) -> anyhow::Result<RunOptions> {
         };
         options = options.host(name, address);
     }
-    for publication in args.publish.iter().chain(&args.publish_unix) {
+    let published = args.publish.iter().chain(&args.publish_unix);
+    for publication in published.chain(&args.handoff).chain(&args.hybrid_vsock) {
         options = options.publish(publication.clone());
     }
     for address in &args.dns {
