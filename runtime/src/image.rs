@@ -19,6 +19,8 @@ pub struct Image {
     digest: String,
     defaults: ImageDefaults,
     segments: Vec<DiskSegment>,
+    /// Keeps the disk in the store until a VM has opened it.
+    _stored: StoredImage,
 }
 
 impl Image {
@@ -62,9 +64,9 @@ impl Image {
     fn of(home: &Home, reference: &str, stored: StoredImage) -> Self {
         let segments = stored
             .segments
-            .into_iter()
+            .iter()
             .map(|segment| DiskSegment {
-                path: segment.path,
+                path: segment.path.clone(),
                 offset: segment.offset,
                 len: segment.len,
             })
@@ -75,6 +77,7 @@ impl Image {
             digest: stored.digest.to_string(),
             defaults: defaults(&stored.config),
             segments,
+            _stored: stored,
         }
     }
 

@@ -186,6 +186,23 @@ fn images_are_pulled_listed_and_removed() {
 }
 
 #[test]
+fn an_image_that_runs_is_not_taken_apart() {
+    let home = Home::new();
+    let image = image("busybox");
+    let vm = home.detached(&["--cold", &image, "sleep", "1000"]);
+    let disks = || std::fs::read_dir(home.data().join("sm/images/disks")).unwrap().count();
+    home.sm(&["rmi", &image]).exits(0);
+    assert_eq!(disks(), 1, "the disk of a running VM was removed");
+    // Content that no cache of the guest has yet.
+    let done = vm.exec(&["sh", "-c", "cat /bin/busybox | wc -c"]).exits(0);
+    assert!(done.out().trim().parse::<u64>().unwrap() > 100_000);
+    drop(vm);
+    home.sm(&["pull", &image]).exits(0);
+    home.sm(&["rmi", &image]).exits(0);
+    assert_eq!(disks(), 0, "nobody uses it any more");
+}
+
+#[test]
 fn many_machines_run_at_once() {
     let home = Home::shared();
     let vms: Vec<_> = (0..4)

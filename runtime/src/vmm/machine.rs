@@ -331,10 +331,13 @@ fn device(slot: u32, device: impl sm_vmm_core::virtio::VirtioDevice + 'static) -
 fn root_disk(segments: &[DiskSegment]) -> Result<Disk, String> {
     let mut opened = Vec::with_capacity(segments.len());
     for segment in segments {
-        let file = File::open(&segment.path).map_err(|error| {
-            let path = &segment.path;
-            format!("cannot open a part of the image, {path:?}: {error}")
-        })?;
+        let part = sm_image::DiskSegment {
+            path: segment.path.clone(),
+            offset: segment.offset,
+            len: segment.len,
+        };
+        // Open, it stays in the store.
+        let file = part.open().map_err(failed("open a part of the image"))?;
         opened.push(Segment {
             file,
             offset: segment.offset,
