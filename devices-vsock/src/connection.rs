@@ -11,6 +11,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{Shutdown, shutdown};
 use sm_vmm_core::GuestMemory;
 use sm_vmm_core::event_loop::Registration;
@@ -232,6 +233,7 @@ impl Connection {
                 Ok(0) => {
                     self.read_done = true;
                     self.owed.shutdown |= SHUTDOWN_SEND;
+                    self.notice_hang_up();
                     return 0;
                 }
                 // Not more than the spans hold, which is below a u32.
@@ -248,6 +250,18 @@ impl Connection {
                     return 0;
                 }
             }
+        }
+    }
+
+    /// After the end of what the host sends: a peer that is gone altogether, rather
+    /// than done with sending, will not read either, and the guest is told both.
+    /// (A TCP peer cannot be told from one that is done until it answers by RST.)
+    pub(crate) fn notice_hang_up(&mut self) {
+        let mut polled = [PollFd::new(&self.stream, PollFlags::empty())];
+        let polling = poll(&mut polled, Some(&Timespec::default()));
+        let gone = |fd: &PollFd<'_>| fd.revents().intersects(PollFlags::HUP | PollFlags::ERR);
+        if self.read_done && polling.is_ok() && polled.iter().any(gone) {
+            self.owed.shutdown |= SHUTDOWN_SEND | SHUTDOWN_RECEIVE;
         }
     }
 

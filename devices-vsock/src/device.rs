@@ -519,6 +519,9 @@ impl Vsock {
         if readiness.readable || readiness.hangup || readiness.error {
             connection.readable = true;
         }
+        if readiness.hangup || readiness.error {
+            connection.notice_hang_up();
+        }
         let writable = readiness.writable || readiness.error;
         if writable && connection.backlog_len() > 0 && !connection.flush() {
             self.muxer.abort(slot, registry);

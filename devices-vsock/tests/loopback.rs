@@ -50,6 +50,26 @@ fn bytes_flow_both_ways_and_each_end_is_told() {
 }
 
 #[test]
+fn a_host_that_is_gone_is_told_from_one_that_is_done_sending() {
+    let mut guest = Guest::new(VsockConfig::default());
+    let (host, _request) = guest.connected();
+    drop(host);
+    assert_eq!(guest.expect(SHUTDOWN).flags, 3);
+    // First the one, then the other.
+    let (host, _request) = guest.connected();
+    host.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(guest.expect(SHUTDOWN).flags, 2);
+    drop(host);
+    assert_eq!(guest.expect(SHUTDOWN).flags, 3);
+    // What was sent before comes before.
+    let (mut host, _request) = guest.connected();
+    host.write_all(b"tail").unwrap();
+    drop(host);
+    assert_eq!(guest.expect(RW).payload, b"tail");
+    assert_eq!(guest.expect(SHUTDOWN).flags, 3);
+}
+
+#[test]
 fn a_refused_connection_is_reported_and_closed() {
     let mut guest = Guest::new(VsockConfig::default());
     let (mut host, result) = connect(&guest.muxer, ConnectOptions::default());

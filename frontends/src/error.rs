@@ -31,14 +31,18 @@ pub enum Error {
         source: io::Error,
     },
     /// Another process listens on the TCP port.
-    #[error("the tcp frontend cannot listen on {address}: the port is in use")]
+    #[error("the {frontend} frontend cannot listen on {address}: the port is in use")]
     PortInUse {
+        /// Kind of frontend.
+        frontend: &'static str,
         /// The address asked for.
         address: SocketAddr,
     },
     /// The system refused a TCP socket.
-    #[error("the tcp frontend cannot {operation} {address}")]
+    #[error("the {frontend} frontend cannot {operation} {address}")]
     Tcp {
+        /// Kind of frontend.
+        frontend: &'static str,
         /// What was tried.
         operation: &'static str,
         /// The address asked for.
@@ -46,5 +50,23 @@ pub enum Error {
         /// The system's answer.
         #[source]
         source: io::Error,
+    },
+    /// What the TLS frontend was to show its clients is of no use.
+    #[cfg(feature = "tls")]
+    #[error("the tls frontend cannot {operation} \"{}\": {reason}", path.display())]
+    Identity {
+        /// What was tried.
+        operation: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        reason: String,
+    },
+    /// No certificate could be made.
+    #[cfg(feature = "tls")]
+    #[error("the tls frontend cannot sign a certificate of its own: {reason}")]
+    SelfSigned {
+        /// Why not.
+        reason: String,
     },
 }

@@ -30,6 +30,7 @@ use sm_vmm_core::event_loop::{
 };
 
 use crate::Error;
+use crate::listening::Spare;
 use crate::unix::{bind_private, is_our_own};
 
 /// Longest payload of one handoff, in bytes.
@@ -89,6 +90,7 @@ impl HandoffFrontend {
         let listener = bind_private(&self.path).map_err(failed("listen on"))?;
         let handler = Handoff {
             listener,
+            spare: Spare::new(),
             target: self.target,
             muxer,
             routers: HashMap::new(),
@@ -219,6 +221,7 @@ struct Router {
 
 struct Handoff {
     listener: UnixListener,
+    spare: Spare,
     target: ForwardHeader,
     muxer: MuxerHandle,
     routers: HashMap<u64, Router>,
@@ -227,7 +230,7 @@ struct Handoff {
 
 impl Handoff {
     fn accept(&mut self, registry: &mut Registry<'_>) -> io::Result<()> {
-        let (stream, _) = self.listener.accept()?;
+        let (stream, _) = self.spare.accept(|| self.listener.accept())?;
         if !is_our_own(&stream)? || self.routers.len() >= MAX_ROUTERS {
             return Ok(());
         }

@@ -20,6 +20,7 @@ use sm_vmm_core::event_loop::{
 };
 
 use crate::Error;
+use crate::listening::Spare;
 use crate::unix::{bind_private, is_our_own};
 
 /// Longest request line, with its end: `CONNECT 4294967295\n`.
@@ -76,6 +77,7 @@ impl HybridFrontend {
         muxer.listen_to_others(Box::new(move |request| connect_beside(&path, request)));
         let handler = Hybrid {
             listener,
+            spare: Spare::new(),
             muxer,
             undecided: VecDeque::new(),
             next_token: LISTENER + 1,
@@ -138,6 +140,7 @@ struct Undecided {
 
 struct Hybrid {
     listener: UnixListener,
+    spare: Spare,
     muxer: MuxerHandle,
     /// By age.
     undecided: VecDeque<Undecided>,
@@ -146,7 +149,7 @@ struct Hybrid {
 
 impl Hybrid {
     fn accept(&mut self, registry: &mut Registry<'_>) -> io::Result<()> {
-        let (stream, _) = self.listener.accept()?;
+        let (stream, _) = self.spare.accept(|| self.listener.accept())?;
         if !is_our_own(&stream)? {
             return Ok(());
         }

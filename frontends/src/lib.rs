@@ -12,6 +12,8 @@ mod hybrid;
 mod listening;
 mod target;
 mod tcp;
+#[cfg(feature = "tls")]
+mod tls;
 mod unix;
 
 pub use error::Error;
@@ -19,4 +21,6 @@ pub use handoff::{HandoffFrontend, HandoffFrontendHandle, HandoffSender, MAX_PAY
 pub use hybrid::{HybridFrontend, HybridFrontendHandle};
 pub use target::Target;
 pub use tcp::{TcpFrontend, TcpFrontendHandle};
+#[cfg(feature = "tls")]
+pub use tls::{TlsFrontend, TlsFrontendHandle, TlsIdentity};
 pub use unix::{UnixFrontend, UnixFrontendHandle};

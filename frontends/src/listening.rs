@@ -68,7 +68,7 @@ pub(crate) fn serve(
         target,
         muxer,
         counters: Arc::clone(&counters),
-        spare: spare(),
+        spare: Spare::new(),
     };
     let id = event_loop.add_handler(Arc::new(Mutex::new(handler)))?;
     Ok(Served {
@@ -79,8 +79,35 @@ pub(crate) fn serve(
 }
 
 /// A descriptor to give up when there are no more.
-fn spare() -> Option<File> {
-    File::open("/dev/null").ok()
+#[derive(Debug)]
+pub(crate) struct Spare(Option<File>);
+
+impl Spare {
+    pub(crate) fn new() -> Self {
+        Self(File::open("/dev/null").ok())
+    }
+
+    /// Accepts a connection. One that nobody takes would keep the loop awake:
+    /// when there are no more descriptors it is taken with this one, and hung up
+    /// on.
+    pub(crate) fn accept<T>(&mut self, accept: impl Fn() -> io::Result<T>) -> io::Result<T> {
+        let accepted = accept();
+        let full = accepted.as_ref().is_err_and(out_of_descriptors);
+        if full {
+            self.0 = None;
+            drop(accept());
+            *self = Self::new();
+        }
+        accepted
+    }
+}
+
+fn out_of_descriptors(error: &io::Error) -> bool {
+    let errno = rustix::io::Errno::from_io_error(error);
+    matches!(
+        errno,
+        Some(rustix::io::Errno::MFILE | rustix::io::Errno::NFILE)
+    )
 }
 
 struct Listening<L> {
@@ -88,12 +115,12 @@ struct Listening<L> {
     target: Target,
     muxer: MuxerHandle,
     counters: Arc<Counters>,
-    spare: Option<File>,
+    spare: Spare,
 }
 
 impl<L: Listener> Listening<L> {
     fn accept(&mut self) -> io::Result<()> {
-        match self.listener.accept() {
+        match self.spare.accept(|| self.listener.accept()) {
             Ok(Some(stream)) => {
                 self.counters.accepted.fetch_add(1, Ordering::Relaxed);
                 let (port, options) = self.target.open();
@@ -104,29 +131,11 @@ impl<L: Listener> Listening<L> {
                 self.counters.refused.fetch_add(1, Ordering::Relaxed);
                 Ok(())
             }
-            Err(error) if out_of_descriptors(&error) => {
-                // A connection that nobody takes would keep the loop awake: with
-                // the spare descriptor it is taken, and hung up on.
-                self.spare = None;
-                let refused = self.listener.accept();
-                drop(refused);
-                self.spare = spare();
-                self.counters.refused.fetch_add(1, Ordering::Relaxed);
-                Err(error)
-            }
             // The peer has thought better of it.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => Ok(()),
             Err(error) => Err(error),
         }
     }
-}
-
-fn out_of_descriptors(error: &io::Error) -> bool {
-    let errno = rustix::io::Errno::from_io_error(error);
-    matches!(
-        errno,
-        Some(rustix::io::Errno::MFILE | rustix::io::Errno::NFILE)
-    )
 }
 
 impl<L: Listener> EventHandler for Listening<L> {

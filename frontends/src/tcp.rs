@@ -10,6 +10,8 @@ use sm_vmm_core::event_loop::EventLoopHandle;
 use crate::listening::{Listener, Served, serve};
 use crate::{Error, Target};
 
+const FRONTEND: &str = "tcp";
+
 /// A frontend to be started.
 #[derive(Clone, Debug)]
 pub struct TcpFrontend {
@@ -35,30 +37,44 @@ impl TcpFrontend {
         muxer: MuxerHandle,
         event_loop: &EventLoopHandle,
     ) -> Result<TcpFrontendHandle, Error> {
-        let address = self.address;
-        let failed = |operation| {
-            move |source: io::Error| match source.kind() {
-                io::ErrorKind::AddrInUse => Error::PortInUse { address },
-                _ => Error::Tcp {
-                    operation,
-                    address,
-                    source,
-                },
-            }
-        };
-        let listener = TcpListener::bind(address).map_err(failed("listen on"))?;
-        listener
-            .set_nonblocking(true)
-            .map_err(failed("listen on"))?;
-        let bound = listener
-            .local_addr()
-            .map_err(failed("tell the address of"))?;
+        let (listener, bound) = bind(FRONTEND, self.address)?;
         let served = serve(Tcp(listener), self.target, muxer, event_loop)
-            .map_err(failed("wait for connections on"))?;
+            .map_err(failed(FRONTEND, "wait for connections on", bound))?;
         Ok(TcpFrontendHandle {
             address: bound,
             served,
         })
+    }
+}
+
+/// A listener that does not block, and its address.
+pub(crate) fn bind(
+    frontend: &'static str,
+    address: SocketAddr,
+) -> Result<(TcpListener, SocketAddr), Error> {
+    let listener = TcpListener::bind(address).map_err(failed(frontend, "listen on", address))?;
+    listener
+        .set_nonblocking(true)
+        .map_err(failed(frontend, "listen on", address))?;
+    let bound = listener
+        .local_addr()
+        .map_err(failed(frontend, "tell the address of", address))?;
+    Ok((listener, bound))
+}
+
+pub(crate) fn failed(
+    frontend: &'static str,
+    operation: &'static str,
+    address: SocketAddr,
+) -> impl FnOnce(io::Error) -> Error {
+    move |source| match source.kind() {
+        io::ErrorKind::AddrInUse => Error::PortInUse { frontend, address },
+        _ => Error::Tcp {
+            frontend,
+            operation,
+            address,
+            source,
+        },
     }
 }
 

@@ -1,0 +1,222 @@
+//! One connection: TLS on one side, plain bytes on the other.
+
+use std::io::{self, BufRead as _, ErrorKind, Read as _, Write as _};
+use std::net::{Shutdown, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use rustix::net::{SendFlags, send};
+use rustls::{ServerConfig, ServerConnection};
+
+/// Bytes taken from the guest's side at once; a TLS record holds as many.
+const CHUNK: usize = 16 << 10;
+/// Rounds before other connections get their turn.
+const ROUNDS: usize = 16;
+
+/// What [`Session::pump`] has come to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Pumped {
+    /// All that can be done now is done.
+    Idle,
+    /// There is more to do.
+    More,
+    /// The client is known, and wants a stream to the guest.
+    Established,
+    /// Both directions have ended, what was sent included.
+    Ended,
+}
+
+pub(super) struct Session {
+    tls: ServerConnection,
+    pub(super) socket: TcpStream,
+    /// Plain bytes; the muxer has the other end.
+    pub(super) guest: Option<UnixStream>,
+    /// The client has sent all that it will, and the guest's side knows.
+    client_ended: bool,
+    /// The guest has sent all that it will.
+    guest_ended: bool,
+    /// ... and the client has been told.
+    client_told: bool,
+    /// The guest takes no more bytes.
+    guest_deaf: bool,
+    /// The client's side of the TCP connection is closed.
+    hung_up: bool,
+}
+
+impl Session {
+    pub(super) fn new(socket: TcpStream, config: Arc<ServerConfig>) -> io::Result<Self> {
+        socket.set_nonblocking(true)?;
+        // What the guest sent together is sent at once. Not a reason to refuse.
+        let _ = socket.set_nodelay(true);
+        let tls = ServerConnection::new(config).map_err(io::Error::other)?;
+        Ok(Self {
+            tls,
+            socket,
+            guest: None,
+            client_ended: false,
+            guest_ended: false,
+            client_told: false,
+            guest_deaf: false,
+            hung_up: false,
+        })
+    }
+
+    /// The name of the server that the client asked for.
+    pub(super) fn server_name(&self) -> Option<&str> {
+        self.tls.server_name()
+    }
+
+    /// Whether only the client's hanging up is waited for: the guest has ended the
+    /// connection, in both directions.
+    pub(super) fn is_closing(&self) -> bool {
+        let gone = |guest: &UnixStream| send(guest, &[], SendFlags::NOSIGNAL).is_err();
+        self.client_told && self.guest.as_ref().is_none_or(gone)
+    }
+
+    /// Moves bytes both ways as far as it goes without waiting.
+    ///
+    /// # Errors
+    /// The connection is over: broken off, or what the client sends is not TLS.
+    pub(super) fn pump(&mut self) -> io::Result<Pumped> {
+        for _ in 0..ROUNDS {
+            let mut moved = self.send()?;
+            moved |= self.to_guest()?;
+            moved |= self.receive()?;
+            if self.guest.is_none() && !self.tls.is_handshaking() {
+                return Ok(Pumped::Established);
+            }
+            moved |= self.from_guest()?;
+            if self.client_told && (self.client_ended && !self.guest_deaf || self.hung_up) {
+                return Ok(Pumped::Ended);
+            }
+            if !moved {
+                return Ok(Pumped::Idle);
+            }
+        }
+        Ok(Pumped::More)
+    }
+
+    /// Records to the client.
+    fn send(&mut self) -> io::Result<bool> {
+        let mut moved = false;
+        while self.tls.wants_write() {
+            match self.tls.write_tls(&mut self.socket) {
+                Ok(_) => moved = true,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(moved),
+                Err(error) => return Err(error),
+            }
+        }
+        if self.guest_ended && !self.client_told {
+            self.client_told = true;
+            self.socket.shutdown(Shutdown::Write)?;
+            moved = true;
+        }
+        Ok(moved)
+    }
+
+    /// What was decrypted, to the guest.
+    fn to_guest(&mut self) -> io::Result<bool> {
+        let Some(guest) = &mut self.guest else {
+            return Ok(false);
+        };
+        let mut moved = false;
+        let mut reader = self.tls.reader();
+        loop {
+            let bytes = match reader.fill_buf() {
+                // The client has said that this was all.
+                Ok([]) => break,
+                Ok(bytes) => bytes,
+                // Nothing now.
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(moved),
+                Err(error) => return Err(error),
+            };
+            let count = match self.guest_deaf {
+                true => bytes.len(),
+                false => match guest.write(bytes) {
+                    Ok(count) => count,
+                    Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(moved),
+                    Err(error) if error.kind() == ErrorKind::BrokenPipe => {
+                        self.guest_deaf = true;
+                        bytes.len()
+                    }
+                    Err(error) => return Err(error),
+                },
+            };
+            reader.consume(count);
+            moved = true;
+        }
+        if !self.client_ended {
+            self.client_ended = true;
+            // Fails when the guest has gone already.
+            let _ = guest.shutdown(Shutdown::Write);
+            moved = true;
+        }
+        Ok(moved)
+    }
+
+    /// Records from the client, one read at most; none while what came before
+    /// waits for the guest.
+    fn receive(&mut self) -> io::Result<bool> {
+        if self.hung_up {
+            return Ok(false);
+        }
+        if self.client_ended {
+            return self.await_hang_up();
+        }
+        if !self.tls.wants_read() {
+            return Ok(false);
+        }
+        match self.tls.read_tls(&mut self.socket) {
+            Ok(0) if self.client_told => self.hung_up = true,
+            // Without a word, so perhaps not by the client's will.
+            Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
+            Ok(_) => {}
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
+            Err(error) => return Err(error),
+        }
+        if let Err(error) = self.tls.process_new_packets() {
+            // Tells the client what was wrong, if it listens.
+            let _ = self.tls.write_tls(&mut self.socket);
+            return Err(io::Error::new(ErrorKind::InvalidData, error));
+        }
+        Ok(true)
+    }
+
+    /// After the client's last record nothing counts but its hanging up.
+    fn await_hang_up(&mut self) -> io::Result<bool> {
+        let mut ignored = [0; 512];
+        match self.socket.read(&mut ignored) {
+            Ok(0) => {
+                self.hung_up = true;
+                Ok(true)
+            }
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// What the guest sends, once what it sent before is on its way.
+    fn from_guest(&mut self) -> io::Result<bool> {
+        let Some(guest) = &mut self.guest else {
+            return Ok(false);
+        };
+        if self.guest_ended || self.tls.wants_write() {
+            return Ok(false);
+        }
+        let mut chunk = [0; CHUNK];
+        match guest.read(&mut chunk) {
+            Ok(0) => {
+                self.guest_ended = true;
+                self.tls.send_close_notify();
+            }
+            Ok(count) => {
+                let bytes = chunk.get(..count).unwrap_or_default();
+                self.tls.writer().write_all(bytes)?;
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
+            Err(error) => return Err(error),
+        }
+        Ok(true)
+    }
+}
