@@ -137,6 +137,12 @@ pub(crate) struct RunArgs {
     /// first port on which the guest listens
     #[arg(short, long, value_name = "[[IP:]HOST:]GUEST")]
     pub(crate) publish: Vec<Publication>,
+    /// Publish a port of the guest to TLS clients; the guest gets plain bytes.
+    /// Options: cert=FILE and key=FILE (PEM; without them the VM signs its own
+    /// certificate, see "sm port"), name=NAME (for such a certificate),
+    /// alpn=PROTOCOL, sni=NAME:GUEST (another port for that server name)
+    #[arg(long, value_name = "[[IP:]HOST:]GUEST[,OPTION=VALUE]...", value_parser = Publication::tls)]
+    pub(crate) publish_tls: Vec<Publication>,
     /// Publish a port of the guest as a unix socket
     #[arg(long, value_name = "PATH:GUEST", value_parser = Publication::unix)]
     pub(crate) publish_unix: Vec<Publication>,
@@ -385,6 +391,13 @@ pub(crate) struct RmArgs {
 pub(crate) struct StatsArgs {
     #[command(flatten)]
     pub(crate) format: FormatArgs,
+    /// Measure where the time of its connections goes, stage by stage, and print
+    /// that instead
+    #[arg(long)]
+    pub(crate) profile: bool,
+    /// How long to measure, in seconds
+    #[arg(long, value_name = "SECONDS", default_value = "5", requires = "profile", value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub(crate) interval: u64,
     /// Name or ID
     pub(crate) vm: String,
 }

@@ -10,6 +10,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{Shutdown, shutdown};
@@ -57,6 +58,8 @@ pub(crate) struct Connection {
     pub(crate) readable: bool,
     /// Reading has ended, by the peer or by the guest.
     pub(crate) read_done: bool,
+    /// When the guest was asked for it, if that is measured.
+    pub(crate) asked: Option<Instant>,
     /// SHUTDOWN flags that the guest was told.
     told: u32,
     /// SHUTDOWN flags that the guest told us.
@@ -98,6 +101,7 @@ impl Connection {
             queued: false,
             readable: true,
             read_done: false,
+            asked: None,
             told: 0,
             guest_shutdown: 0,
             host_write_closed: false,

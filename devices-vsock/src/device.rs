@@ -18,6 +18,7 @@ use crate::connection::Phase;
 use crate::handle::{Command, Mailbox, MuxerHandle};
 use crate::muxer::{Muxer, reply};
 use crate::packet::{HEADER_LEN, HOST_CID, Header, Operation, TYPE_STREAM};
+use crate::profile::Stage;
 
 const RX: usize = 0;
 const TX: usize = 1;
@@ -121,7 +122,9 @@ impl Vsock {
         match done {
             Ok(interrupt) => {
                 if interrupt {
+                    let begun = self.mailbox.profiler.begin();
                     active.interrupt.used_buffers();
+                    self.mailbox.profiler.end(Stage::Interrupt, begun);
                 }
                 self.active = Some(active);
             }
@@ -150,7 +153,11 @@ impl Vsock {
                     guest_port,
                     stream,
                     options,
-                } => self.muxer.connect(guest_port, stream, options, registry),
+                } => {
+                    let asked = self.mailbox.profiler.begin();
+                    self.muxer
+                        .connect(guest_port, stream, options, asked, registry);
+                }
                 Command::Listen {
                     host_port,
                     acceptor,
@@ -295,7 +302,9 @@ impl Vsock {
         let Some(connection) = self.muxer.get(slot) else {
             return Ok(false);
         };
+        let begun = self.mailbox.profiler.begin();
         let filled = connection.fill(memory, &self.run_spans);
+        self.mailbox.profiler.end(Stage::SocketRead, begun);
         connection.run = match filled == offered {
             true => (connection.run * 2).min(RUN_ALONE),
             false => 1,
@@ -422,6 +431,9 @@ impl Vsock {
             (Operation::Reset, _) => self.muxer.guest_resets(slot, registry),
             (Operation::Response, Phase::Requested) => {
                 connection.phase = Phase::Established;
+                self.mailbox
+                    .profiler
+                    .end(Stage::Open, connection.asked.take());
                 if !connection.status_reply {
                     connection.report(Ok(()));
                 }
@@ -483,7 +495,10 @@ impl Vsock {
         let Some(connection) = self.muxer.get(slot) else {
             return;
         };
-        if connection.take(memory, &mut self.spans) {
+        let begun = self.mailbox.profiler.begin();
+        let taken = connection.take(memory, &mut self.spans);
+        self.mailbox.profiler.end(Stage::SocketWrite, begun);
+        if taken {
             self.muxer.queue(slot);
         } else {
             self.muxer.abort(slot, registry);
@@ -631,6 +646,7 @@ impl VirtioDevice for Vsock {
     }
 
     fn queue_notified(&mut self, index: usize, registry: &mut Registry<'_>) {
+        let begun = self.mailbox.profiler.begin();
         self.with_guest(|this, memory| {
             if index == EVENT {
                 this.resetting = false;
@@ -642,13 +658,16 @@ impl VirtioDevice for Vsock {
             this.receive(memory)?;
             this.transmit(memory, registry)
         });
+        self.mailbox.profiler.end(Stage::GuestKick, begun);
     }
 
     fn host_ready(&mut self, token: u64, readiness: Readiness, registry: &mut Registry<'_>) {
         if token != MAILBOX {
             let slot = usize::try_from(token).unwrap_or(usize::MAX);
+            let begun = self.mailbox.profiler.begin();
             self.socket_ready(slot, readiness, registry);
             self.with_guest(|_, _| Ok(()));
+            self.mailbox.profiler.end(Stage::HostReady, begun);
             return;
         }
         let _ = drain(self.mailbox.wake.as_fd());

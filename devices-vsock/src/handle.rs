@@ -7,6 +7,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use sm_vmm_core::event_loop::signal;
 use thiserror::Error;
 
+use crate::profile::Profiler;
+
 /// Why a stream to the guest did not come about.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 pub enum ConnectError {
@@ -87,6 +89,7 @@ pub(crate) enum Command {
 pub(crate) struct Mailbox {
     commands: Mutex<VecDeque<Command>>,
     stats: Mutex<Stats>,
+    pub(crate) profiler: Profiler,
     pub(crate) wake: OwnedFd,
 }
 
@@ -100,6 +103,7 @@ impl Mailbox {
         Self {
             commands: Mutex::default(),
             stats: Mutex::default(),
+            profiler: Profiler::default(),
             wake,
         }
     }
@@ -159,6 +163,12 @@ impl MuxerHandle {
     #[must_use]
     pub fn stats(&self) -> Stats {
         *lock(&self.mailbox.stats)
+    }
+
+    /// Where the time goes; it measures when it is told to.
+    #[must_use]
+    pub fn profiler(&self) -> &Profiler {
+        &self.mailbox.profiler
     }
 
     fn send(&self, command: Command) {

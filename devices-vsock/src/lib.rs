@@ -16,6 +16,7 @@ mod device;
 mod handle;
 mod muxer;
 mod packet;
+mod profile;
 #[cfg(feature = "testing")]
 pub mod testing;
 
@@ -23,3 +24,4 @@ pub use device::{Vsock, VsockConfig};
 pub use handle::{
     Acceptor, ConnectError, ConnectOptions, GuestStream, MuxerHandle, OnResult, Stats,
 };
+pub use profile::{Profiler, Stage, StageReport};

@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;
+use std::time::Instant;
 
 use sm_vmm_core::event_loop::{Interest, Registry};
 
@@ -120,6 +121,7 @@ impl Muxer {
         guest_port: u32,
         stream: OwnedFd,
         options: ConnectOptions,
+        asked: Option<Instant>,
         registry: &mut Registry<'_>,
     ) {
         let host_port = self.free_port(guest_port);
@@ -127,6 +129,7 @@ impl Muxer {
             Connection::new(guest_port, host_port, stream, Phase::Requested, self.window)
                 .with_options(options.preamble, options.status_reply, options.on_result);
         connection.owed.request = true;
+        connection.asked = asked;
         if let Some(slot) = self.insert(connection, registry) {
             self.queue(slot);
         }

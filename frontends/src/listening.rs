@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use sm_devices_vsock::MuxerHandle;
+use sm_devices_vsock::{MuxerHandle, Stage};
 use sm_vmm_core::event_loop::{
     EventHandler, EventLoopHandle, HandlerId, Interest, Readiness, Registry,
 };
@@ -120,11 +120,13 @@ struct Listening<L> {
 
 impl<L: Listener> Listening<L> {
     fn accept(&mut self) -> io::Result<()> {
+        let begun = self.muxer.profiler().begin();
         match self.spare.accept(|| self.listener.accept()) {
             Ok(Some(stream)) => {
                 self.counters.accepted.fetch_add(1, Ordering::Relaxed);
                 let (port, options) = self.target.open();
                 self.muxer.connect(port, stream, options);
+                self.muxer.profiler().end(Stage::Accept, begun);
                 Ok(())
             }
             Ok(None) => {

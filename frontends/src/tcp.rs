@@ -38,8 +38,11 @@ impl TcpFrontend {
         event_loop: &EventLoopHandle,
     ) -> Result<TcpFrontendHandle, Error> {
         let (listener, bound) = bind(FRONTEND, self.address)?;
-        let served = serve(Tcp(listener), self.target, muxer, event_loop)
-            .map_err(failed(FRONTEND, "wait for connections on", bound))?;
+        let served = serve(Tcp(listener), self.target, muxer, event_loop).map_err(failed(
+            FRONTEND,
+            "wait for connections on",
+            bound,
+        ))?;
         Ok(TcpFrontendHandle {
             address: bound,
             served,

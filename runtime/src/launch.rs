@@ -133,6 +133,11 @@ pub(crate) enum ControlCall {
     Resume,
     /// Usage figures of the guest.
     Stats,
+    /// Begin to measure where the time goes, or end it and say.
+    Profile {
+        /// Begin.
+        on: bool,
+    },
     /// Make a snapshot of the workload as it runs. Answered when it is
     /// published.
     Snapshot {
@@ -160,12 +165,34 @@ pub(crate) enum ControlAnswer {
     Status(Status),
     /// Answer to [`ControlCall::Stats`].
     Stats(GuestStats),
+    /// Answer to [`ControlCall::Profile`].
+    Profile(Vec<StageTimes>),
     /// Answer to [`ControlCall::Snapshot`].
     Snapshot(SnapshotReport),
     /// Answer to [`ControlCall::Wait`].
     Ended(ExitRecord),
     /// It failed; a sentence.
     Error(String),
+}
+
+/// What a stage on the way of a connection's bytes took; see
+/// [`sm_devices_vsock::Stage`]. Times are in nanoseconds, and right within an eighth.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StageTimes {
+    /// Name of the stage.
+    pub stage: String,
+    /// How often.
+    pub count: u64,
+    /// All together.
+    pub total_ns: u64,
+    /// Not exceeded by half of them.
+    pub p50_ns: u64,
+    /// Not exceeded by nine in ten.
+    pub p90_ns: u64,
+    /// Not exceeded by 99 in a hundred.
+    pub p99_ns: u64,
+    /// The longest.
+    pub max_ns: u64,
 }
 
 /// What a machine told of itself before any workload code ran in it.

@@ -48,7 +48,7 @@ pub mod workload;
 
 pub use error::Error;
 pub use image::Image;
-pub use launch::{SnapshotReport, Stage, Status};
+pub use launch::{SnapshotReport, Stage, StageTimes, Status};
 pub use publish::Publication;
 pub use run::{Paging, RunOptions};
 pub use snapshots::Snapshot;

@@ -12,7 +12,7 @@ use crate::Error;
 use crate::control::Control;
 use crate::exec::ExecBuilder;
 use crate::home::Home;
-use crate::launch::{ControlAnswer, ControlCall, SnapshotReport, Stage, Status};
+use crate::launch::{ControlAnswer, ControlCall, SnapshotReport, Stage, StageTimes, Status};
 use crate::logs::Logs;
 use crate::publish::Publication;
 use crate::record::{ExitRecord, Record, RecordError, Records, VmConfig, VmState};
@@ -307,6 +307,28 @@ impl Vm {
     pub fn stats(&self) -> Result<sm_guest_proto::control::GuestStats, Error> {
         match self.call(&ControlCall::Stats)? {
             ControlAnswer::Stats(stats) => Ok(stats),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Begins to measure where the time of the VM's connections goes.
+    ///
+    /// # Errors
+    /// It is not running.
+    pub fn begin_profile(&self) -> Result<(), Error> {
+        match self.call(&ControlCall::Profile { on: true })? {
+            ControlAnswer::Profile(_) => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// What was measured since [`Self::begin_profile`]; measures no more.
+    ///
+    /// # Errors
+    /// It is not running.
+    pub fn end_profile(&self) -> Result<Vec<StageTimes>, Error> {
+        match self.call(&ControlCall::Profile { on: false })? {
+            ControlAnswer::Profile(times) => Ok(times),
             other => Err(unexpected(&other)),
         }
     }

@@ -190,7 +190,11 @@ fn an_image_that_runs_is_not_taken_apart() {
     let home = Home::new();
     let image = image("busybox");
     let vm = home.detached(&["--cold", &image, "sleep", "1000"]);
-    let disks = || std::fs::read_dir(home.data().join("sm/images/disks")).unwrap().count();
+    let disks = || {
+        std::fs::read_dir(home.data().join("sm/images/disks"))
+            .unwrap()
+            .count()
+    };
     home.sm(&["rmi", &image]).exits(0);
     assert_eq!(disks(), 1, "the disk of a running VM was removed");
     // Content that no cache of the guest has yet.

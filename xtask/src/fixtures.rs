@@ -13,21 +13,38 @@ use crate::apt::{self, Apt};
 use crate::build::cargo;
 use crate::{cmd, paths};
 
-pub(crate) const PACKAGES: [&str; 6] = [
+/// What makes the images, and the clients that the tests talk to them with.
+pub(crate) const PACKAGES: [&str; 8] = [
     "busybox-static",
+    "curl",
     "erofs-utils",
     "mmdebstrap",
     "rsync",
     "skopeo",
     "umoci",
+    "wrk",
 ];
 
 /// Part of the cache's name: raise it when the images change.
-const RECIPE: &str = "1";
+const RECIPE: &str = "2";
 const DEMO_RECIPE: &str = "2";
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// Directory of the OCI layouts `busybox`, `debian` and `python`, and of
+/// Configuration of the image `nginx`, as that of Docker's official one.
+const NGINX: [&str; 10] = [
+    "--config.cmd",
+    "nginx",
+    "--config.cmd",
+    "-g",
+    "--config.cmd",
+    "daemon off;",
+    "--config.exposedports",
+    "80/tcp",
+    "--config.stopsignal",
+    "SIGQUIT",
+];
+
+/// Directory of the OCI layouts `busybox`, `debian`, `python` and `nginx`, and of
 /// `busybox.oci.tar` and `busybox.docker.tar`, the same as archives.
 pub(crate) fn make(apt: &Apt) -> Result<PathBuf> {
     let fixtures = paths::cache("fixtures")?;
@@ -53,7 +70,10 @@ pub(crate) fn make(apt: &Apt) -> Result<PathBuf> {
     cmd::step("making the test image debian (mmdebstrap)");
     workshop.debian()?;
     cmd::step("making the test image python (mmdebstrap)");
-    workshop.python()?;
+    let python = ["--config.cmd", "python3"];
+    workshop.derived("python", "procps,python3-minimal", &python)?;
+    cmd::step("making the test image nginx (mmdebstrap)");
+    workshop.derived("nginx", "procps,nginx-light", &NGINX)?;
     workshop.publish(&done)?;
     Ok(done)
 }
@@ -149,12 +169,14 @@ impl Workshop {
         let root = bundle.join("rootfs");
         self.bootstrap(&bundle, "procps")?;
         self.repack("debian", &bundle)?;
-        // The Python image grows from the same first layer.
-        cmd::check(
-            Command::new("cp")
-                .args(["-a", "debian", "python"])
-                .current_dir(&self.images),
-        )?;
+        // Other images grow from the same first layer.
+        for other in ["python", "nginx"] {
+            cmd::check(
+                Command::new("cp")
+                    .args(["-a", "debian", other])
+                    .current_dir(&self.images),
+            )?;
+        }
 
         fs::remove_dir_all(root.join("usr/share/doc"))?;
         fs::remove_file(root.join("etc/os-release"))?;
@@ -185,20 +207,22 @@ impl Workshop {
         self.configure("debian", &["--config.cmd", "bash"])
     }
 
-    /// The first layer of the Debian image, and Python as a second one.
-    fn python(&self) -> Result<()> {
-        let bundle = self.directory.path().join("bundle-python");
-        self.umoci(&["unpack", "--image", "python:latest"], &[&bundle])?;
-        let other = self.directory.path().join("python-tree");
+    /// The first layer of the Debian image, which was copied for it, and packages
+    /// as a second one.
+    fn derived(&self, name: &str, packages: &str, settings: &[&str]) -> Result<()> {
+        let bundle = self.directory.path().join(format!("bundle-{name}"));
+        let image = format!("{name}:latest");
+        self.umoci(&["unpack", "--image", &image], &[&bundle])?;
+        let other = self.directory.path().join(format!("{name}-tree"));
         fs::create_dir(&other)?;
-        self.bootstrap(&other, "procps,python3-minimal")?;
+        self.bootstrap(&other, packages)?;
         cmd::check(
             cmd::command("rsync", ["-aHAX", "--numeric-ids", "--delete"])
                 .arg(other.join("rootfs/"))
                 .arg(bundle.join("rootfs/")),
         )?;
-        self.repack("python", &bundle)?;
-        self.configure("python", &["--config.cmd", "python3"])
+        self.repack(name, &bundle)?;
+        self.configure(name, settings)
     }
 
     /// A Debian system of this host's release in `directory/rootfs`.

@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::anyhow;
 use serde::Serialize;
 use sm_runtime::home::Home;
+use sm_runtime::publish::HostEnd;
 use sm_runtime::{Inspection, Publication, Vm};
 
 use crate::args::{PortArgs, PsArgs, StatsArgs, VmArgs};
@@ -132,13 +133,24 @@ pub(crate) fn port(home: &Home, args: &PortArgs, printer: &Printer) -> Result<u3
         match args.port.is_some() {
             true => printer.line(&publication.host),
             false => printer.line(format_args!(
-                "{} -> {}",
+                "{} -> {}{}",
                 publication.guest_end(),
-                publication.host
+                publication.host,
+                own_certificate(&publication.host)
             )),
         }
     }
     Ok(0)
+}
+
+/// Where the certificate is that the VM has signed itself, for clients to trust.
+fn own_certificate(host: &HostEnd) -> String {
+    match host {
+        HostEnd::Tls(end) if end.key.is_none() => end.certificate.as_ref(),
+        _ => None,
+    }
+    .map(|path| format!(" (its own certificate: {})", path.display()))
+    .unwrap_or_default()
 }
 
 fn status(vm: &Inspection, now: SystemTime) -> String {
@@ -183,6 +195,9 @@ pub(crate) fn inspect(home: &Home, args: &VmArgs, printer: &Printer) -> Result<u
 }
 
 pub(crate) fn stats(home: &Home, args: &StatsArgs, printer: &Printer) -> Result<u32, Failure> {
+    if args.profile {
+        return profile(home, args, printer);
+    }
     let stats = Vm::find(home, &args.vm)?.stats()?;
     if args.format.json() {
         printer.json(&stats)?;
@@ -207,6 +222,50 @@ pub(crate) fn stats(home: &Home, args: &StatsArgs, printer: &Printer) -> Result<
             format!("{:.3} s", Duration::from_micros(stats.cpu_us).as_secs_f64()),
             stats.oom_kills.to_string(),
         ]],
+    ));
+    Ok(0)
+}
+
+/// `sm stats --profile`: where the time of a VM's connections goes.
+fn profile(home: &Home, args: &StatsArgs, printer: &Printer) -> Result<u32, Failure> {
+    let vm = Vm::find(home, &args.vm)?;
+    vm.begin_profile()?;
+    let seconds = args.interval;
+    printer.note(format_args!("measuring for {seconds} s"));
+    std::thread::sleep(Duration::from_secs(seconds));
+    let times = vm.end_profile()?;
+    if args.format.json() {
+        printer.json(&times)?;
+        return Ok(0);
+    }
+    let shown =
+        |ns: u64, unit: f64| format!("{:.1}", Duration::from_nanos(ns).as_secs_f64() * unit);
+    let micros = |ns| shown(ns, 1e6);
+    let rows: Vec<_> = times
+        .iter()
+        .map(|stage| {
+            [
+                stage.stage.clone(),
+                stage.count.to_string(),
+                shown(stage.total_ns, 1e3),
+                micros(stage.p50_ns),
+                micros(stage.p90_ns),
+                micros(stage.p99_ns),
+                micros(stage.max_ns),
+            ]
+        })
+        .collect();
+    printer.line(table::render(
+        [
+            "STAGE",
+            "COUNT",
+            "TOTAL (ms)",
+            "P50 (us)",
+            "P90 (us)",
+            "P99 (us)",
+            "MAX (us)",
+        ],
+        &rows,
     ));
     Ok(0)
 }

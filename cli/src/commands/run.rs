@@ -218,8 +218,9 @@ fn options(begin: Phase, args: &RunArgs) -> anyhow::Result<RunOptions> {
         };
         options = options.host(name, address);
     }
-    let published = args.publish.iter().chain(&args.publish_unix);
-    for publication in published.chain(&args.handoff).chain(&args.hybrid_vsock) {
+    let ports = args.publish.iter().chain(&args.publish_tls);
+    let sockets = args.publish_unix.iter().chain(&args.handoff);
+    for publication in ports.chain(sockets).chain(&args.hybrid_vsock) {
         options = options.publish(publication.clone());
     }
     for address in &args.dns {

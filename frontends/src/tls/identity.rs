@@ -55,9 +55,8 @@ impl Files {
             path: path.to_owned(),
             reason,
         };
-        let read = |path: &Path| {
-            read(path).map_err(|error| failed("read", path, error.to_string()))
-        };
+        let read =
+            |path: &Path| read(path).map_err(|error| failed("read", path, error.to_string()));
         let text = read(&self.certificates)?;
         let chain: Vec<_> = CertificateDer::pem_slice_iter(&text)
             .collect::<Result<_, _>>()

@@ -13,7 +13,7 @@ use rustix::event::Timespec;
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, timerfd_create, timerfd_settime,
 };
-use sm_devices_vsock::MuxerHandle;
+use sm_devices_vsock::{MuxerHandle, Stage};
 use sm_vmm_core::event_loop::{EventHandler, Interest, Readiness, Registration, Registry};
 
 use super::identity::Identity;
@@ -99,6 +99,7 @@ impl Listening {
     }
 
     fn accept(&mut self, registry: &mut Registry<'_>) -> io::Result<()> {
+        let begun = self.muxer.profiler().begin();
         let (socket, _) = self.spare.accept(|| self.listener.accept())?;
         let session = Session::new(socket, self.identity.current())?;
         let token = self.next;
@@ -116,6 +117,7 @@ impl Listening {
         };
         self.sessions.insert(token, place);
         self.limit(token);
+        self.muxer.profiler().end(Stage::Accept, begun);
         Ok(())
     }
 
@@ -271,7 +273,11 @@ impl EventHandler for Listening {
                 }
             }
             TIMER => self.sweep(registry),
-            token => self.serve(token & !1, registry),
+            token => {
+                let begun = self.muxer.profiler().begin();
+                self.serve(token & !1, registry);
+                self.muxer.profiler().end(Stage::Tls, begun);
+            }
         }
     }
 }

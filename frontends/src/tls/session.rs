@@ -80,12 +80,12 @@ impl Session {
     pub(super) fn pump(&mut self) -> io::Result<Pumped> {
         for _ in 0..ROUNDS {
             let mut moved = self.send()?;
-            moved |= self.to_guest()?;
+            moved |= self.feed_guest()?;
             moved |= self.receive()?;
             if self.guest.is_none() && !self.tls.is_handshaking() {
                 return Ok(Pumped::Established);
             }
-            moved |= self.from_guest()?;
+            moved |= self.hear_guest()?;
             if self.client_told && (self.client_ended && !self.guest_deaf || self.hung_up) {
                 return Ok(Pumped::Ended);
             }
@@ -115,7 +115,7 @@ impl Session {
     }
 
     /// What was decrypted, to the guest.
-    fn to_guest(&mut self) -> io::Result<bool> {
+    fn feed_guest(&mut self) -> io::Result<bool> {
         let Some(guest) = &mut self.guest else {
             return Ok(false);
         };
@@ -197,7 +197,7 @@ impl Session {
     }
 
     /// What the guest sends, once what it sent before is on its way.
-    fn from_guest(&mut self) -> io::Result<bool> {
+    fn hear_guest(&mut self) -> io::Result<bool> {
         let Some(guest) = &mut self.guest else {
             return Ok(false);
         };

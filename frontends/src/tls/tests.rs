@@ -170,7 +170,10 @@ fn an_end_without_a_word_is_passed_on_as_one() {
     rig.guest.expect(RW);
     drop(side.join().unwrap());
     let end = rig.guest.receive();
-    assert!(end.op == RST || (end.op == SHUTDOWN && end.flags == 3), "{end:?}");
+    assert!(
+        end.op == RST || (end.op == SHUTDOWN && end.flags == 3),
+        "{end:?}"
+    );
 }
 
 #[test]
@@ -199,7 +202,10 @@ fn no_byte_of_a_stranger_reaches_the_guest() {
 /// Writes a fresh certificate and its key; returns the certificate.
 fn certify(directory: &Path) -> String {
     let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
-    for (name, text) in [("c", made.cert.pem()), ("k", made.signing_key.serialize_pem())] {
+    for (name, text) in [
+        ("c", made.cert.pem()),
+        ("k", made.signing_key.serialize_pem()),
+    ] {
         std::fs::write(directory.join("fresh"), text).unwrap();
         std::fs::rename(directory.join("fresh"), directory.join(name)).unwrap();
     }

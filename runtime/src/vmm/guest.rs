@@ -9,7 +9,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use rustix::event::{EventfdFlags, eventfd};
 use sm_snapshot::manifest::Layer;
 
-use crate::launch::SnapshotReport;
+use crate::launch::{SnapshotReport, StageTimes};
 use crate::publish::Publication;
 
 /// What a machine was started from.
@@ -58,6 +58,11 @@ pub(crate) trait Guest {
     fn pause(&mut self) -> Result<(), String>;
     /// Lets them run again.
     fn resume(&mut self) -> Result<(), String>;
+    /// Begins to measure where the time of its connections goes, or ends it.
+    fn profile(&self, on: bool) -> Vec<StageTimes> {
+        let _ = on;
+        Vec::new()
+    }
     /// Its ports that are published.
     fn published(&self) -> Vec<Publication>;
     /// Ends the machine; [`Self::end`] follows.

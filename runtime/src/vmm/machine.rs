@@ -142,7 +142,12 @@ pub(crate) fn start(
     let exec = UnixFrontend::new(&record.exec_socket(), Target::Exec)
         .start(muxer.clone(), &event_loop.handle())
         .map_err(failed("create the exec socket"))?;
-    let published = Published::start(&request.config.publish, &muxer, &event_loop.handle())?;
+    let published = Published::start(
+        &request.config.publish,
+        record.directory(),
+        &muxer,
+        &event_loop.handle(),
+    )?;
     let beginning = Beginning::of(request)?;
     // A disk that the guest knows already is there from the start; otherwise
     // the machine gets it when it was captured.

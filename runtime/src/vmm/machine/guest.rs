@@ -13,7 +13,7 @@ use sm_vmm_core::exit::ExitReason;
 use super::{RunningMachine, failed};
 use crate::doctor::with_causes;
 use crate::id::random;
-use crate::launch::SnapshotReport;
+use crate::launch::{SnapshotReport, StageTimes};
 use crate::publish::Publication;
 use crate::snapshots::{EPHEMERAL_LABEL, IMAGE_LABEL};
 use crate::vmm::guest::{Guest, GuestEnd, Notice, SnapshotPlan, Start};
@@ -145,6 +145,26 @@ impl Guest for RunningMachine {
 
     fn resume(&mut self) -> Result<(), String> {
         self.machine.resume().map_err(failed("resume the vCPUs"))
+    }
+
+    fn profile(&self, on: bool) -> Vec<StageTimes> {
+        let profiler = self.muxer.profiler();
+        if on {
+            profiler.start();
+            return Vec::new();
+        }
+        profiler.stop();
+        let reports = profiler.report().into_iter();
+        let times = reports.map(|report| StageTimes {
+            stage: report.stage.name().to_owned(),
+            count: report.count,
+            total_ns: report.total_ns,
+            p50_ns: report.p50_ns,
+            p90_ns: report.p90_ns,
+            p99_ns: report.p99_ns,
+            max_ns: report.max_ns,
+        });
+        times.collect()
     }
 
     fn published(&self) -> Vec<Publication> {

@@ -270,6 +270,12 @@ impl<G: Guest> Supervisor<G> {
             ControlCall::Pause => self.pause(true),
             ControlCall::Resume => self.pause(false),
             ControlCall::Stats => return self.stats(id),
+            ControlCall::Profile { on } => ControlAnswer::Profile(
+                self.guest
+                    .as_ref()
+                    .map(|guest| guest.profile(on))
+                    .unwrap_or_default(),
+            ),
             ControlCall::Reset => return self.reset(id),
             ControlCall::Snapshot {
                 ref name,

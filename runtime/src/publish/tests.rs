@@ -1,0 +1,108 @@
+use proptest::prelude::*;
+
+use super::*;
+
+fn tcp(address: &str, guest: u16) -> Publication {
+    Publication {
+        host: HostEnd::Tcp(address.parse().unwrap()),
+        guest,
+    }
+}
+
+#[test]
+fn what_docker_takes_is_taken() {
+    for (word, host, guest) in [
+        ("80", "127.0.0.1:0", 80),
+        ("8080:80", "127.0.0.1:8080", 80),
+        ("8080:80/tcp", "127.0.0.1:8080", 80),
+        ("0.0.0.0:8080:80", "0.0.0.0:8080", 80),
+        ("127.0.0.1::80", "127.0.0.1:0", 80),
+        ("[::1]:8080:80", "[::1]:8080", 80),
+        ("auto", "127.0.0.1:0", 0),
+    ] {
+        assert_eq!(word.parse(), Ok(tcp(host, guest)), "{word}");
+    }
+}
+
+#[test]
+fn what_makes_no_sense_is_named() {
+    for word in [
+        "", "0", "80/udp", "x:80", "65536:80", "80:0", "a.b:1:2", "1:2:3:4", "-1",
+    ] {
+        let error = word.parse::<Publication>().unwrap_err();
+        assert!(
+            error.to_string().contains(&format!("\"{word}\"")),
+            "{error}"
+        );
+    }
+    for word in ["", "80", ":80", "/x:0", "/x:y"] {
+        assert!(Publication::unix(word).is_err(), "{word}");
+    }
+}
+
+#[test]
+fn routers_and_vsock_have_sockets_of_their_own() {
+    let shown = |publication: Result<Publication, PublishError>| {
+        publication.map(|publication| publication.to_string())
+    };
+    let handoff = |word| shown(Publication::handoff(word)).unwrap();
+    assert_eq!(handoff("/run/h:80"), "handoff:/run/h->80/tcp");
+    assert_eq!(handoff("/run/h"), "handoff:/run/h->auto/tcp");
+    assert_eq!(handoff("/run/a:b"), "handoff:/run/a:b->auto/tcp");
+    let hybrid = shown(Publication::hybrid("/run/v")).unwrap();
+    assert_eq!(hybrid, "hybrid:/run/v->vsock");
+    assert!(Publication::hybrid("").is_err() && Publication::handoff("").is_err());
+}
+
+#[test]
+fn tls_has_options() {
+    let Publication { host, guest } =
+        Publication::tls("0.0.0.0:8443:80,cert=/c,key=/k,alpn=h2,alpn=http/1.1,sni=a.test:81")
+            .unwrap();
+    let HostEnd::Tls(end) = host else {
+        panic!("{host}");
+    };
+    assert_eq!((guest, end.address.port()), (80, 8443));
+    assert_eq!(end.protocols, ["h2", "http/1.1"]);
+    assert_eq!(end.servers, [("a.test".to_owned(), 81)]);
+    assert_eq!(
+        Publication::tls("80").unwrap().to_string(),
+        "tls:127.0.0.1:0->80/tcp"
+    );
+    for word in [
+        "",
+        "x",
+        "80,",
+        "80,cert=/c",
+        "80,key=/k",
+        "80,sni=a",
+        "80,sni=a:0",
+        "80,what=ever",
+        "80,cert=,key=/k",
+        "80,cert=/c,key=/k,name=a",
+    ] {
+        assert!(Publication::tls(word).is_err(), "{word}");
+    }
+}
+
+#[test]
+fn a_socket_is_where_the_caller_means_it() {
+    let here = std::env::current_dir().unwrap();
+    let Publication { host, guest } = Publication::unix("a:b:80").unwrap();
+    assert_eq!((host, guest), (HostEnd::Unix(here.join("a:b")), 80));
+}
+
+proptest! {
+    #[test]
+    fn any_word_is_read_or_refused(word in "[0-9a-z:./\\[\\]-]{0,24}") {
+        let _ = word.parse::<Publication>();
+    }
+
+    #[test]
+    fn what_is_shown_as_an_address_is_read_back(port in any::<u16>(), guest in 1..=u16::MAX) {
+        for address in ["127.0.0.1", "[::]"] {
+            let parsed: Publication = format!("{address}:{port}:{guest}").parse().unwrap();
+            prop_assert_eq!(parsed, tcp(&format!("{address}:{port}"), guest));
+        }
+    }
+}
