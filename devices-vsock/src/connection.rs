@@ -20,7 +20,8 @@ use sm_vmm_core::virtio::iov;
 use sm_vmm_core::virtio::queue::Span;
 use vm_memory::Bytes as _;
 
-use crate::handle::{ConnectError, OnResult};
+use crate::group::Member;
+use crate::handle::{ConnectError, ConnectOptions, OnResult};
 use crate::packet::{Operation, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 
 /// How far a connection is.
@@ -71,6 +72,7 @@ pub(crate) struct Connection {
     preamble_sent: usize,
     pub(crate) status_reply: bool,
     on_result: Option<OnResult>,
+    pub(crate) member: Option<Member>,
     window: u32,
     backlog: VecDeque<u8>,
     /// Bytes passed on to the socket, modulo 2^32.
@@ -110,6 +112,7 @@ impl Connection {
             preamble_sent: 0,
             status_reply: false,
             on_result: None,
+            member: None,
             window,
             backlog: VecDeque::new(),
             forwarded: 0,
@@ -120,15 +123,11 @@ impl Connection {
         }
     }
 
-    pub(crate) fn with_options(
-        mut self,
-        preamble: Vec<u8>,
-        status_reply: bool,
-        on_result: Option<OnResult>,
-    ) -> Self {
-        self.preamble = preamble;
-        self.status_reply = status_reply;
-        self.on_result = on_result;
+    pub(crate) fn with_options(mut self, options: ConnectOptions) -> Self {
+        self.preamble = options.preamble;
+        self.status_reply = options.status_reply;
+        self.on_result = options.on_result;
+        self.member = options.member;
         self
     }
 
@@ -356,6 +355,9 @@ impl Connection {
             self.host_write_closed = true;
             // Fails when the peer is gone, which is as good.
             let _ = shutdown(&self.stream, Shutdown::Write);
+            if let Some(member) = &mut self.member {
+                member.delivered();
+            }
         }
     }
 

@@ -162,6 +162,7 @@ impl Vsock {
                     host_port,
                     acceptor,
                 } => self.muxer.listen(host_port, acceptor),
+                Command::Cut(group) => self.muxer.cut(&group, registry),
             }
         }
     }
@@ -313,6 +314,9 @@ impl Vsock {
             0 => (0, 0),
             _ => connection.announce(),
         };
+        if let Some(member) = &connection.member {
+            member.count_to_guest(u64::from(filled));
+        }
         self.muxer.stats.to_guest += u64::from(filled);
         let mut left = filled;
         for index in 0..=extra {
@@ -495,6 +499,9 @@ impl Vsock {
         let Some(connection) = self.muxer.get(slot) else {
             return;
         };
+        if let Some(member) = &connection.member {
+            member.count_from_guest(u64::from(left));
+        }
         let begun = self.mailbox.profiler.begin();
         let taken = connection.take(memory, &mut self.spans);
         self.mailbox.profiler.end(Stage::SocketWrite, begun);

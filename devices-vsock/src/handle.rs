@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use sm_vmm_core::event_loop::signal;
 use thiserror::Error;
 
+use crate::group::{Group, Member};
 use crate::profile::Profiler;
 
 /// Why a stream to the guest did not come about.
@@ -40,6 +41,15 @@ pub struct ConnectOptions {
     pub status_reply: bool,
     /// Told how the attempt ended.
     pub on_result: Option<OnResult>,
+    /// Kept for as long as the connection lives.
+    pub member: Option<Member>,
+}
+
+impl ConnectOptions {
+    fn is_of(&self, group: &Group) -> bool {
+        let member = self.member.as_ref();
+        member.is_some_and(|member| member.group() == group)
+    }
 }
 
 /// A stream that the guest wants to open.
@@ -83,6 +93,8 @@ pub(crate) enum Command {
         host_port: Option<u32>,
         acceptor: Acceptor,
     },
+    /// End all connections of a group.
+    Cut(Group),
 }
 
 /// What handles and the device share.
@@ -110,6 +122,27 @@ impl Mailbox {
 
     pub(crate) fn take(&self) -> VecDeque<Command> {
         std::mem::take(&mut *lock(&self.commands))
+    }
+
+    /// Has the connections of a group end, those that were asked for and have not
+    /// begun at once.
+    fn cut(&self, group: &Group) {
+        let mut forgotten = Vec::new();
+        let mut commands = lock(&self.commands);
+        for command in std::mem::take(&mut *commands) {
+            match command {
+                Command::Connect {
+                    options, stream, ..
+                } if options.is_of(group) => {
+                    forgotten.push((options, stream));
+                }
+                command => commands.push_back(command),
+            }
+        }
+        commands.push_back(Command::Cut(group.clone()));
+        // Not in the lock: whoever waits for their end may ask for more.
+        drop(commands);
+        drop(forgotten);
     }
 
     pub(crate) fn set_stats(&self, stats: Stats) {
@@ -157,6 +190,13 @@ impl MuxerHandle {
             host_port: None,
             acceptor,
         });
+    }
+
+    /// Ends all connections of a group that were asked for before, without waiting
+    /// for anything that is on its way.
+    pub fn cut(&self, group: &Group) {
+        self.mailbox.cut(group);
+        signal(self.mailbox.wake.as_fd());
     }
 
     /// Counters, as of the last batch of work.

@@ -13,6 +13,7 @@
 
 mod connection;
 mod device;
+mod group;
 mod handle;
 mod muxer;
 mod packet;
@@ -21,6 +22,7 @@ mod profile;
 pub mod testing;
 
 pub use device::{Vsock, VsockConfig};
+pub use group::{Full, Group, Limit, Member, Permit, Waker};
 pub use handle::{
     Acceptor, ConnectError, ConnectOptions, GuestStream, MuxerHandle, OnResult, Stats,
 };

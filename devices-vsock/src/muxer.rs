@@ -7,6 +7,7 @@ use std::time::Instant;
 use sm_vmm_core::event_loop::{Interest, Registry};
 
 use crate::connection::{Connection, Phase};
+use crate::group::Group;
 use crate::handle::{Acceptor, ConnectError, ConnectOptions, GuestStream, Stats};
 use crate::packet::{Header, Operation};
 
@@ -127,7 +128,7 @@ impl Muxer {
         let host_port = self.free_port(guest_port);
         let mut connection =
             Connection::new(guest_port, host_port, stream, Phase::Requested, self.window)
-                .with_options(options.preamble, options.status_reply, options.on_result);
+                .with_options(options);
         connection.owed.request = true;
         connection.asked = asked;
         if let Some(slot) = self.insert(connection, registry) {
@@ -216,6 +217,16 @@ impl Muxer {
         let key = (connection.guest_port, connection.host_port);
         self.remove(slot, registry);
         self.reset_unknown(key);
+    }
+
+    /// Ends all connections of a group.
+    pub(crate) fn cut(&mut self, group: &Group, registry: &mut Registry<'_>) {
+        for slot in 0..self.connections.len() {
+            let member = self.get(slot).and_then(|one| one.member.as_ref());
+            if member.is_some_and(|member| member.group() == group) {
+                self.abort(slot, registry);
+            }
+        }
     }
 
     /// Forgets everything; the guest knows, or is gone.

@@ -10,11 +10,12 @@ use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::channel;
+use std::time::{Duration, Instant};
 
 use sm_devices_vsock::testing::{
     CREDIT_UPDATE, EVENT_BASE, Guest, Packet, REQUEST, RESPONSE, RST, RW, SHUTDOWN, connect,
 };
-use sm_devices_vsock::{ConnectError, ConnectOptions, VsockConfig};
+use sm_devices_vsock::{ConnectError, ConnectOptions, Group, Limit, Vsock, VsockConfig};
 use sm_vmm_core::virtio::queue::Span;
 use vm_memory::GuestAddress;
 
@@ -85,7 +86,7 @@ fn a_preamble_goes_first_and_a_status_is_not_data() {
     let options = || ConnectOptions {
         preamble: b"header".to_vec(),
         status_reply: true,
-        on_result: None,
+        ..ConnectOptions::default()
     };
     let (mut host, result) = connect(&guest.muxer, options());
     host.write_all(b"+body").unwrap();
@@ -344,4 +345,80 @@ fn the_limit_of_connections_is_told() {
     let (_b, _) = guest.connected();
     let (_c, result) = connect(&guest.muxer, ConnectOptions::default());
     assert_eq!(result.recv().unwrap(), Err(ConnectError::Limit));
+}
+
+/// A connection of a group that the guest has accepted: the host's end, and the
+/// request.
+fn member_of(group: &Group, guest: &mut Guest) -> (UnixStream, Packet) {
+    let options = ConnectOptions {
+        member: Some(group.join(None)),
+        ..ConnectOptions::default()
+    };
+    let (host, result) = connect(&guest.muxer, options);
+    let request = guest.expect(REQUEST);
+    guest.send(&request.reply(RESPONSE));
+    assert_eq!(result.recv().unwrap(), Ok(()));
+    (host, request)
+}
+
+#[test]
+fn a_group_counts_its_bytes_and_knows_when_all_is_delivered() {
+    let mut guest = Guest::new(VsockConfig::default());
+    let group = Group::new();
+    let (mut host, request) = member_of(&group, &mut guest);
+    let (_other, _) = guest.connected();
+    assert_eq!((group.active(), group.undelivered()), (1, 1));
+    host.write_all(b"five!").unwrap();
+    assert_eq!(guest.expect(RW).payload, b"five!");
+    let (send, told) = channel();
+    group.when_delivered(move || send.send(()).unwrap());
+    let mut data = request.reply(RW);
+    data.payload = b"all there is".to_vec();
+    guest.send(&data);
+    assert!(told.try_recv().is_err());
+    let mut end = request.reply(SHUTDOWN);
+    end.flags = 2;
+    guest.send(&end);
+    told.recv().unwrap();
+    assert_eq!((group.active(), group.undelivered()), (1, 0));
+    drop(host);
+    guest.closed(&request);
+    assert!(group.wait_idle(Instant::now() + Duration::from_secs(60)));
+    assert_eq!((group.to_guest(), group.from_guest()), (5, 12));
+}
+
+#[test]
+fn a_group_is_cut_and_others_go_on() {
+    let mut guest = Guest::new(VsockConfig::default());
+    let group = Group::new();
+    let (mut cut, request) = member_of(&group, &mut guest);
+    let (mut other, other_request) = guest.connected();
+    guest.muxer.cut(&group);
+    let reset = guest.expect(RST);
+    assert_eq!(reset.src_port, request.src_port);
+    assert_eq!(cut.read(&mut [0]).unwrap(), 0);
+    assert!(group.wait_idle(Instant::now() + Duration::from_secs(60)));
+    let mut data = other_request.reply(RW);
+    data.payload = b"on".to_vec();
+    guest.send(&data);
+    let mut said = [0; 2];
+    other.read_exact(&mut said).unwrap();
+    assert_eq!(&said, b"on");
+}
+
+#[test]
+fn connections_that_have_not_begun_are_cut_at_once() {
+    // The guest's driver never starts.
+    let (_device, muxer) = Vsock::new(VsockConfig::default()).unwrap();
+    let group = Group::new();
+    let limit = Limit::new(1);
+    let (mut host, theirs) = UnixStream::pair().unwrap();
+    let options = ConnectOptions {
+        member: Some(group.join(limit.take(1))),
+        ..ConnectOptions::default()
+    };
+    muxer.connect(1, theirs.into(), options);
+    muxer.cut(&group);
+    assert_eq!((group.active(), limit.free()), (0, 1));
+    assert_eq!(host.read(&mut [0]).unwrap(), 0);
 }

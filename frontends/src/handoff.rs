@@ -263,7 +263,7 @@ impl Handoff {
             let options = ConnectOptions {
                 preamble,
                 status_reply: true,
-                on_result: None,
+                ..ConnectOptions::default()
             };
             self.muxer.connect(port::FORWARD, fd, options);
         }

@@ -33,7 +33,7 @@ impl Target {
                 ConnectOptions {
                     preamble: header.encode().to_vec(),
                     status_reply: true,
-                    on_result: None,
+                    ..ConnectOptions::default()
                 },
             ),
         }
