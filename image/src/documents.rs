@@ -1,10 +1,14 @@
 //! The JSON documents of an image: index, manifest, configuration.
 
-use oci_spec::image::{Arch, Descriptor, ImageConfiguration, ImageIndex, ImageManifest, Os};
+mod resolve;
+
+use oci_spec::image::{Descriptor, ImageConfiguration, ImageManifest};
 use serde::Deserialize;
 
 use crate::Error;
 use crate::digest::Digest;
+
+pub(crate) use self::resolve::{Resolved, check_platform, resolve};
 
 /// Largest document read, in bytes.
 pub(crate) const MAX_DOCUMENT: u64 = 8 << 20;
@@ -15,10 +19,11 @@ const MAX_LAYERS: usize = 127;
 pub(crate) const REF_NAME: &str = "org.opencontainers.image.ref.name";
 
 /// A blob that a document names.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Named {
     pub(crate) digest: Digest,
     pub(crate) size: u64,
+    pub(crate) media_type: String,
 }
 
 impl Named {
@@ -29,56 +34,33 @@ impl Named {
         Ok(Self {
             digest,
             size: descriptor.size(),
+            media_type: descriptor.media_type().to_string(),
         })
+    }
+
+    /// Whether `bytes` are what is named.
+    pub(crate) fn check(&self, bytes: &[u8]) -> Result<(), Error> {
+        if u64::try_from(bytes.len()).ok() != Some(self.size) {
+            let text = format!("it has {} bytes instead of {}", bytes.len(), self.size);
+            return Err(self.damaged(text));
+        }
+        let digest = Digest::of(bytes);
+        match digest == self.digest {
+            true => Ok(()),
+            false => Err(self.damaged(format!("its contents have digest {digest}"))),
+        }
+    }
+
+    pub(crate) fn damaged(&self, reason: impl Into<String>) -> Error {
+        Error::Blob {
+            digest: self.digest.to_string(),
+            reason: reason.into(),
+        }
     }
 }
 
 pub(crate) fn parse<'a, T: Deserialize<'a>>(bytes: &'a [u8], what: &str) -> Result<T, Error> {
     serde_json::from_slice(bytes).map_err(|error| Error::document(what, error))
-}
-
-/// What a manifest blob turns out to be.
-pub(crate) enum Document {
-    /// Manifests for several platforms.
-    Index(Box<ImageIndex>),
-    /// One image.
-    Manifest(Box<ImageManifest>),
-}
-
-/// Tells index and manifest apart by what they contain, since the media type
-/// inside is optional.
-pub(crate) fn parse_manifest(bytes: &[u8]) -> Result<Document, Error> {
-    #[derive(Deserialize)]
-    struct Shape {
-        manifests: Option<serde::de::IgnoredAny>,
-    }
-    let shape: Shape = parse(bytes, "manifest")?;
-    if shape.manifests.is_some() {
-        return Ok(Document::Index(Box::new(parse(bytes, "index")?)));
-    }
-    Ok(Document::Manifest(Box::new(parse(bytes, "manifest")?)))
-}
-
-/// The manifest of an index for this program's guests: Linux on the host's
-/// architecture. A single one without a platform is taken as it is.
-pub(crate) fn choose_platform(index: &ImageIndex) -> Result<&Descriptor, Error> {
-    let wanted = |descriptor: &&Descriptor| {
-        descriptor.platform().as_ref().is_some_and(|platform| {
-            *platform.os() == Os::Linux && *platform.architecture() == Arch::default()
-        })
-    };
-    let manifests = index.manifests();
-    if let Some(found) = manifests.iter().find(wanted) {
-        return Ok(found);
-    }
-    match manifests.as_slice() {
-        [only] if only.platform().is_none() => Ok(only),
-        [] => Err(Error::document("index", "it lists no manifest")),
-        _ => Err(Error::document(
-            "index",
-            format!("it has no manifest for linux/{}", Arch::default()),
-        )),
-    }
 }
 
 /// Layers of a manifest with the diff_ids of its configuration.
@@ -108,15 +90,12 @@ pub(crate) fn layers(
         .iter()
         .zip(diff_ids)
         .map(|(layer, diff_id)| {
-            let media_type = layer.media_type().to_string();
-            if !is_layer(&media_type) {
-                let text = format!("layer media type \"{media_type}\" is not supported");
+            let named = Named::from_descriptor(layer, "manifest")?;
+            if !is_layer(&named.media_type) {
+                let text = format!("layer media type \"{}\" is not supported", named.media_type);
                 return Err(Error::document("manifest", text));
             }
-            Ok((
-                Named::from_descriptor(layer, "manifest")?,
-                parse_diff_id(diff_id)?,
-            ))
+            Ok((named, parse_diff_id(diff_id)?))
         })
         .collect()
 }

@@ -16,6 +16,17 @@ pub enum Error {
         /// What is wrong with it.
         reason: &'static str,
     },
+    /// A platform that cannot be understood.
+    #[error("\"{0}\" is not a platform: OS/ARCHITECTURE[/VARIANT] is meant, such as linux/arm64")]
+    Platform(String),
+    /// There is no image for the platform that is wanted.
+    #[error("there is no image for {wanted}; there are images for {offered}")]
+    NoPlatform {
+        /// The platform.
+        wanted: String,
+        /// Those that there are, separated by commas.
+        offered: String,
+    },
     /// Nothing is where the reference points to.
     #[error("unknown image \"{reference}\": {reason}")]
     Unknown {

@@ -3,7 +3,7 @@
 use oci_spec::image::ImageConfiguration;
 
 use crate::digest::Digest;
-use crate::documents::{self, Document, choose_platform, parse, parse_manifest};
+use crate::documents::{self, parse, resolve};
 use crate::layer::{self, Expected};
 use crate::limits::Limits;
 use crate::tree::Tree;
@@ -43,16 +43,10 @@ pub fn layer(data: &[u8]) {
 /// Takes `data` for each kind of document, name and header.
 pub fn documents(data: &[u8]) {
     let config = parse::<ImageConfiguration>(data, "configuration");
-    match parse_manifest(data) {
-        Ok(Document::Index(index)) => {
-            let _ = choose_platform(&index);
-        }
-        Ok(Document::Manifest(manifest)) => {
-            if let Ok(config) = config {
-                let _ = documents::layers(&manifest, &config);
-            }
-        }
-        Err(_) => {}
+    // Whatever is asked for, there are only these bytes.
+    let resolved = resolve(data.to_vec(), None, None, &|_| Ok(data.to_vec()));
+    if let (Ok(resolved), Ok(config)) = (resolved, config) {
+        let _ = documents::layers(&resolved.manifest, &config);
     }
     let Ok(text) = std::str::from_utf8(data) else {
         return;

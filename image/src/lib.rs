@@ -9,6 +9,7 @@
 
 mod blob;
 mod builder;
+mod cancel;
 mod digest;
 mod docker_reference;
 mod documents;
@@ -20,6 +21,7 @@ pub mod fuzzing;
 mod layer;
 mod limits;
 mod pipeline;
+mod platform;
 mod reference;
 mod source;
 mod store;
@@ -27,10 +29,12 @@ mod tar;
 mod tree;
 
 pub use builder::{Compression, LayoutBuilder, MemoryFile};
+pub use cancel::Cancel;
 pub use digest::Digest;
 pub use docker_reference::DockerReference;
 pub use error::Error;
 pub use limits::Limits;
 pub use oci_spec::image::{Config, ImageConfiguration};
+pub use platform::Platform;
 pub use reference::Reference;
 pub use store::{DiskSegment, ImageSummary, Progress, Store, StoredImage};

@@ -29,13 +29,14 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::Error;
+use crate::cancel::Cancel;
 use crate::digest::Digest;
 use crate::docker_reference::DockerReference;
 use crate::erofs;
 use crate::layer::{self, Expected, LayerIndex};
 use crate::limits::Limits;
 use crate::reference::Reference;
-use crate::source::{self, Source, SourceImage, SourceLayer};
+use crate::source::{self, Session, Source, SourceImage, SourceLayer};
 use crate::tree::Tree;
 
 /// Version of everything the store writes; other versions are made again.
@@ -216,7 +217,14 @@ impl Store {
         reference: &Reference,
         progress: &mut dyn FnMut(Progress<'_>),
     ) -> Result<StoredImage, Error> {
-        let Some(source) = source::open(reference)? else {
+        let cancel = Cancel::new();
+        let scratch = self.root.join("tmp");
+        let session = Session {
+            scratch: &scratch,
+            cancel: &cancel,
+            notice: &|_| {},
+        };
+        let Some(source) = source::open(reference, session)? else {
             let _in_use = self.lock(FlockOperation::LockShared)?;
             let named = self.find(&reference.to_string())?;
             return self.load(named.digest)?.ok_or_else(|| Error::Unknown {
@@ -224,7 +232,7 @@ impl Store {
                 reason: "its disk is missing from the store".to_owned(),
             });
         };
-        let image = source.image()?;
+        let image = source.image(None)?;
         let _in_use = self.lock(FlockOperation::LockShared)?;
         let stored = match self.load(image.digest)? {
             Some(stored) => stored,

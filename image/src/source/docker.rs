@@ -9,7 +9,8 @@ use super::archive::Archive;
 use super::{Files as _, Source, SourceImage, SourceLayer, read_small};
 use crate::Error;
 use crate::digest::Digest;
-use crate::documents::{parse, parse_diff_id};
+use crate::documents::{check_platform, parse, parse_diff_id};
+use crate::platform::Platform;
 use crate::reference::Reference;
 
 #[derive(Clone, Debug, Deserialize)]
@@ -66,7 +67,7 @@ impl DockerArchive {
 }
 
 impl Source for DockerArchive {
-    fn image(&self) -> Result<SourceImage, Error> {
+    fn image(&self, platform: Option<&Platform>) -> Result<SourceImage, Error> {
         let item = self.item()?;
         let bytes = read_small(&self.archive, &item.config, "configuration")?
             .ok_or_else(|| Error::document("configuration", "it is missing from the archive"))?;
@@ -82,37 +83,39 @@ impl Source for DockerArchive {
                 ),
             ));
         }
+        check_platform(&config, platform)?;
         let layers = diff_ids
             .iter()
-            .map(|text| {
+            .zip(item.layers)
+            .map(|(text, path)| {
                 let diff_id = parse_diff_id(text)?;
                 Ok(SourceLayer {
                     digest: diff_id,
                     size: None,
+                    media_type: None,
                     diff_id,
+                    place: Some(path),
                 })
             })
             .collect::<Result<_, Error>>()?;
+        let digest = Digest::of(&bytes);
         Ok(SourceImage {
-            digest: Digest::of(&bytes),
+            digest,
+            named: digest,
+            manifest: None,
+            config_bytes: bytes,
             config,
             layers,
+            origin: None,
         })
     }
 
     fn layer<'a>(&'a self, layer: &SourceLayer) -> Result<Box<dyn Read + Send + 'a>, Error> {
-        let image = self.image()?;
         let missing = || Error::Blob {
             digest: layer.digest.to_string(),
             reason: "it is missing".to_owned(),
         };
-        let position = image
-            .layers
-            .iter()
-            .position(|known| known.diff_id == layer.diff_id)
-            .ok_or_else(missing)?;
-        let item = self.item()?;
-        let path = item.layers.get(position).ok_or_else(missing)?.clone();
-        self.archive.open(&path)?.ok_or_else(missing)
+        let path = layer.place.as_ref().ok_or_else(missing)?;
+        self.archive.open(path)?.ok_or_else(missing)
     }
 }

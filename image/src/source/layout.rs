@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 
 use oci_spec::image::{Descriptor, ImageIndex};
 
-use super::{Files, Source, SourceImage, SourceLayer, blob_path, describe, read_small};
+use super::{Files, Source, SourceImage, SourceLayer, blob_path, describe, read_named, read_small};
 use crate::Error;
-use crate::documents::{Named, REF_NAME, parse};
+use crate::documents::{Named, REF_NAME, parse, resolve};
+use crate::platform::Platform;
 use crate::reference::Reference;
 
 /// A layout over some files.
@@ -68,12 +69,15 @@ impl<F: Files> Layout<F> {
 }
 
 impl<F: Files + Sync> Source for Layout<F> {
-    fn image(&self) -> Result<SourceImage, Error> {
+    fn image(&self, platform: Option<&Platform>) -> Result<SourceImage, Error> {
         let bytes = read_small(&self.files, "index.json", "index")?
             .ok_or_else(|| self.unknown("it is not an OCI layout (no index.json)".to_owned()))?;
         let index: ImageIndex = parse(&bytes, "index")?;
         let first = Named::from_descriptor(self.choose(&index)?, "index")?;
-        describe(&self.files, first)
+        let read = |named: &Named| read_named(&self.files, named, "manifest");
+        let bytes = read(&first)?;
+        let resolved = resolve(bytes, Some(&first.media_type), platform, &read)?;
+        describe(&self.files, resolved, platform)
     }
 
     fn layer<'a>(&'a self, layer: &SourceLayer) -> Result<Box<dyn Read + Send + 'a>, Error> {

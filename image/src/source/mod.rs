@@ -7,14 +7,15 @@ mod registry;
 mod rootfs;
 
 use std::io::Read;
+use std::path::Path;
 
-use oci_spec::image::{ImageConfiguration, ImageManifest};
+use oci_spec::image::ImageConfiguration;
 
 use crate::Error;
+use crate::cancel::Cancel;
 use crate::digest::Digest;
-use crate::documents::{
-    self, Document, MAX_DOCUMENT, Named, choose_platform, parse, parse_manifest,
-};
+use crate::documents::{self, MAX_DOCUMENT, Named, Resolved, parse};
+use crate::platform::Platform;
 use crate::reference::Reference;
 
 /// Reads a registry's challenge.
@@ -24,37 +25,87 @@ pub(crate) fn challenge(header: &str) {
 }
 
 /// One layer of an image to be read.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
+#[allow(dead_code, reason = "the store is about to keep what came")]
 pub(crate) struct SourceLayer {
     /// Digest of the stream, as it is named; for transports without one, its
     /// diff_id.
     pub(crate) digest: Digest,
     /// Size of the stream, where written down.
     pub(crate) size: Option<u64>,
+    /// Media type of the stream, where written down.
+    pub(crate) media_type: Option<String>,
     /// Digest of the tar stream in it.
     pub(crate) diff_id: Digest,
+    /// Where the transport has it, if the digest does not tell.
+    place: Option<String>,
+}
+
+/// A manifest as it came.
+#[allow(dead_code, reason = "the store is about to keep what came")]
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct RawManifest {
+    pub(crate) media_type: String,
+    pub(crate) bytes: Vec<u8>,
+}
+
+/// The repository that an image is from.
+#[allow(dead_code, reason = "the store is about to keep what came")]
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Origin {
+    /// The registry as it is named in references, such as `docker.io`.
+    pub(crate) registry: String,
+    pub(crate) repository: String,
 }
 
 /// An image that has been found, its documents read and checked.
 #[derive(Clone, Debug)]
+#[allow(dead_code, reason = "the store is about to keep what came")]
 pub(crate) struct SourceImage {
     /// Digest that identifies the image: of its manifest, or of its
     /// configuration where there is no manifest.
     pub(crate) digest: Digest,
+    /// Digest of what the reference names: of an index, where there is one;
+    /// otherwise the image's own.
+    pub(crate) named: Digest,
+    /// The manifest; transports without one have none.
+    pub(crate) manifest: Option<RawManifest>,
+    /// The configuration as it came; its digest is in the manifest.
+    pub(crate) config_bytes: Vec<u8>,
     pub(crate) config: ImageConfiguration,
+    /// The layers, lowest first.
     pub(crate) layers: Vec<SourceLayer>,
+    /// The repository that it came from; `None` if it was no registry's.
+    pub(crate) origin: Option<Origin>,
 }
 
-/// An opened transport.
+/// An opened transport. Several layers can be read at once, from any threads.
 pub(crate) trait Source: Sync {
-    /// Finds the image.
-    fn image(&self) -> Result<SourceImage, Error>;
-    /// Opens a layer's stream.
+    /// Finds the image for `platform`. Without one, that for guests of this host
+    /// is chosen where there is a choice; where there is none, whatever it is.
+    fn image(&self, platform: Option<&Platform>) -> Result<SourceImage, Error>;
+    /// Opens the stream of a layer of [`Self::image`].
     fn layer<'a>(&'a self, layer: &SourceLayer) -> Result<Box<dyn Read + Send + 'a>, Error>;
 }
 
+/// What a transport may use while it is open.
+#[derive(Clone, Copy)]
+#[allow(dead_code, reason = "the engine's images are about to be kept there")]
+pub(crate) struct Session<'a> {
+    /// A directory for files that are in the way for a while. They have no names.
+    pub(crate) scratch: &'a Path,
+    /// Ends waits and reads of registries.
+    pub(crate) cancel: &'a Cancel,
+    /// Called, from any thread, with a sentence for people about why nothing
+    /// happens for a while.
+    pub(crate) notice: &'a (dyn Fn(&str) + Sync),
+}
+
 /// Opens the transport of `reference`; `None` for one that is in the store only.
-pub(crate) fn open(reference: &Reference) -> Result<Option<Box<dyn Source>>, Error> {
+pub(crate) fn open<'a>(
+    reference: &Reference,
+    session: Session<'a>,
+) -> Result<Option<Box<dyn Source + 'a>>, Error> {
     let unknown = |reason: String| Error::Unknown {
         reference: reference.to_string(),
         reason,
@@ -80,7 +131,7 @@ pub(crate) fn open(reference: &Reference) -> Result<Option<Box<dyn Source>>, Err
             true => Box::new(rootfs::Directory::new(directory)),
             false => return Err(unknown(format!("{directory:?} is not a directory"))),
         },
-        Reference::Docker(name) => Box::new(registry::Registry::open(name)),
+        Reference::Docker(name) => Box::new(registry::Registry::open(name, session)),
         Reference::Stored(_) => return Ok(None),
     }))
 }
@@ -111,65 +162,44 @@ fn blob_path(digest: Digest) -> String {
 }
 
 /// Reads a document by its descriptor, checking size and digest.
-fn read_named(files: &impl Files, named: Named, what: &str) -> Result<Vec<u8>, Error> {
-    let damaged = |reason: String| Error::Blob {
-        digest: named.digest.to_string(),
-        reason,
-    };
+fn read_named(files: &impl Files, named: &Named, what: &str) -> Result<Vec<u8>, Error> {
     let bytes = read_small(files, &blob_path(named.digest), what)?
-        .ok_or_else(|| damaged("it is missing".to_owned()))?;
-    if u64::try_from(bytes.len()).ok() != Some(named.size) {
-        let text = format!("it has {} bytes instead of {}", bytes.len(), named.size);
-        return Err(damaged(text));
-    }
-    let digest = Digest::of(&bytes);
-    if digest != named.digest {
-        return Err(damaged(format!("its contents have digest {digest}")));
-    }
+        .ok_or_else(|| named.damaged("it is missing"))?;
+    named.check(&bytes)?;
     Ok(bytes)
 }
 
-/// Follows a descriptor to a manifest, through at most one index.
-fn resolve_manifest(files: &impl Files, first: Named) -> Result<(Digest, ImageManifest), Error> {
-    let bytes = read_named(files, first, "manifest")?;
-    match parse_manifest(&bytes)? {
-        Document::Manifest(manifest) => Ok((first.digest, *manifest)),
-        Document::Index(index) => {
-            let named = Named::from_descriptor(choose_platform(&index)?, "index")?;
-            match parse_manifest(&read_named(files, named, "manifest")?)? {
-                Document::Manifest(manifest) => Ok((named.digest, *manifest)),
-                Document::Index(_) => Err(Error::document("index", "it leads to another index")),
-            }
-        }
-    }
-}
-
 /// Everything about the image of a manifest.
-fn describe(files: &impl Files, first: Named) -> Result<SourceImage, Error> {
-    let (digest, manifest) = resolve_manifest(files, first)?;
-    describe_manifest(files, digest, &manifest)
-}
-
-/// Everything about the image of a manifest that has been read.
-fn describe_manifest(
+fn describe(
     files: &impl Files,
-    digest: Digest,
-    manifest: &ImageManifest,
+    resolved: Resolved,
+    platform: Option<&Platform>,
 ) -> Result<SourceImage, Error> {
+    let manifest = &resolved.manifest;
     let named = Named::from_descriptor(manifest.config(), "manifest")?;
-    let config: ImageConfiguration =
-        parse(&read_named(files, named, "configuration")?, "configuration")?;
+    let config_bytes = read_named(files, &named, "configuration")?;
+    let config: ImageConfiguration = parse(&config_bytes, "configuration")?;
+    documents::check_platform(&config, platform)?;
     let layers = documents::layers(manifest, &config)?
         .into_iter()
         .map(|(named, diff_id)| SourceLayer {
             digest: named.digest,
             size: Some(named.size),
+            media_type: Some(named.media_type),
             diff_id,
+            place: None,
         })
         .collect();
     Ok(SourceImage {
-        digest,
+        digest: resolved.digest,
+        named: resolved.named,
+        manifest: Some(RawManifest {
+            media_type: resolved.media_type,
+            bytes: resolved.bytes,
+        }),
+        config_bytes,
         config,
         layers,
+        origin: None,
     })
 }

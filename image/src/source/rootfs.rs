@@ -9,6 +9,8 @@ use oci_spec::image::{Arch, ImageConfiguration, Os, RootFsBuilder};
 use super::{Source, SourceImage, SourceLayer};
 use crate::Error;
 use crate::digest::{Digest, HashingReader};
+use crate::documents::check_platform;
+use crate::platform::Platform;
 use crate::tar::DirectoryTar;
 
 /// A directory. Its tar stream, and so its digest, is a function of what is in it.
@@ -22,7 +24,7 @@ impl Directory {
 
 impl Source for Directory {
     /// Reads the whole directory once, to know what it is.
-    fn image(&self) -> Result<SourceImage, Error> {
+    fn image(&self, platform: Option<&Platform>) -> Result<SourceImage, Error> {
         let mut stream = HashingReader::new(DirectoryTar::new(&self.0), Rc::default());
         stream.drain().map_err(Error::file("read", &self.0))?;
         let (diff_id, _) = stream.finish();
@@ -36,16 +38,24 @@ impl Source for Directory {
             .set_architecture(Arch::default())
             .set_os(Os::Linux)
             .set_rootfs(rootfs);
+        check_platform(&config, platform)?;
         let json =
             serde_json::to_vec(&config).map_err(|error| Error::document("configuration", error))?;
+        let digest = Digest::of(&json);
         Ok(SourceImage {
-            digest: Digest::of(&json),
+            digest,
+            named: digest,
+            manifest: None,
+            config_bytes: json,
             config,
             layers: vec![SourceLayer {
                 digest: diff_id,
                 size: None,
+                media_type: None,
                 diff_id,
+                place: None,
             }],
+            origin: None,
         })
     }
 

@@ -4,7 +4,6 @@
 use std::io::{self, Read};
 use std::net::IpAddr;
 use std::sync::{Mutex, PoisonError};
-use std::thread::sleep;
 use std::time::Duration;
 
 use base64::Engine as _;
@@ -17,6 +16,7 @@ use super::challenge::Challenge;
 use super::credentials::Credentials;
 use super::trust;
 use crate::Error;
+use crate::source::Session;
 
 /// How often a request is made before it is given up.
 const ATTEMPTS: u32 = 5;
@@ -32,8 +32,7 @@ const MAX_TOKEN: u64 = 1 << 20;
 const CLIENT_ID: &str = "sm";
 
 /// One repository of one registry.
-#[derive(Debug)]
-pub(super) struct Client {
+pub(super) struct Client<'a> {
     agent: Agent,
     /// The registry, for people.
     registry: String,
@@ -41,6 +40,7 @@ pub(super) struct Client {
     base: String,
     repository: String,
     credentials: Option<Credentials>,
+    session: Session<'a>,
     /// What the `Authorization` header says, once it is known.
     authorization: Mutex<Option<String>>,
 }
@@ -72,13 +72,14 @@ enum Failure {
     Passing(String, Option<Duration>),
 }
 
-impl Client {
+impl<'a> Client<'a> {
     /// A client for `repository` of `registry`, which answers at `host`.
     pub(super) fn new(
         registry: &str,
         host: &str,
         repository: &str,
         credentials: Option<Credentials>,
+        session: Session<'a>,
     ) -> Self {
         let config = Agent::config_builder()
             .http_status_as_error(false)
@@ -92,6 +93,8 @@ impl Client {
             .tls_config(trust::tls(host))
             .build();
         let agent = Agent::new_with_config(config);
+        let ended = agent.clone();
+        session.cancel.on_cancel(move || ended.shutdown());
         let secure = format!("https://{host}");
         // As Docker does it: on this host, a registry may do without TLS. One that
         // has a certificate that is not trusted does not.
@@ -108,6 +111,7 @@ impl Client {
             base,
             repository: repository.to_owned(),
             credentials,
+            session,
             authorization: Mutex::default(),
         }
     }
@@ -132,7 +136,17 @@ impl Client {
                 }
                 Err(Failure::Passing(_, asked)) => {
                     // The registry wants to be left alone for a while.
-                    sleep(asked.unwrap_or(pause).min(LONGEST_PAUSE));
+                    let pause_now = asked.unwrap_or(pause).min(LONGEST_PAUSE);
+                    if asked.is_some() && !pause_now.is_zero() {
+                        (self.session.notice)(&format!(
+                            "waiting {} s as {} asks",
+                            pause_now.as_secs(),
+                            self.registry
+                        ));
+                    }
+                    if !self.session.cancel.wait(pause_now) {
+                        return Err(self.error("given up"));
+                    }
                     pause = (pause * 2).min(LONGEST_PAUSE);
                     attempt += 1;
                 }

@@ -10,11 +10,12 @@ use std::io::{self, Cursor, Read};
 use ureq::http::{StatusCode, header};
 
 use self::client::{Client, Wanted};
-use super::{Files, Source, SourceImage, SourceLayer, describe_manifest};
+use super::{Files, Origin, Session, Source, SourceImage, SourceLayer, describe};
 use crate::Error;
 use crate::digest::Digest;
 use crate::docker_reference::DockerReference;
-use crate::documents::{Document, MAX_DOCUMENT, Named, choose_platform, parse_manifest};
+use crate::documents::{MAX_DOCUMENT, Named, resolve};
+use crate::platform::Platform;
 
 /// Where Docker's own registry answers.
 const DEFAULT_HOST: &str = "registry-1.docker.io";
@@ -33,14 +34,14 @@ pub(super) fn challenge(header: &str) {
 }
 
 /// An image in a registry.
-pub(crate) struct Registry {
-    client: Client,
+pub(crate) struct Registry<'s> {
+    client: Client<'s>,
     reference: DockerReference,
 }
 
-impl Registry {
+impl<'s> Registry<'s> {
     /// Finds out who to be and where to go; the image is asked for later.
-    pub(crate) fn open(reference: &DockerReference) -> Self {
+    pub(crate) fn open(reference: &DockerReference, session: Session<'s>) -> Self {
         let host = match reference.is_default_registry() {
             true => DEFAULT_HOST,
             false => reference.registry(),
@@ -55,6 +56,7 @@ impl Registry {
             host,
             reference.repository(),
             credentials,
+            session,
         );
         Self {
             client,
@@ -62,8 +64,8 @@ impl Registry {
         }
     }
 
-    /// A manifest or index by tag or digest, and its digest.
-    fn manifest(&self, name: &str, digest: Option<Digest>) -> Result<(Digest, Vec<u8>), Error> {
+    /// A manifest or index by tag or digest, and what the registry calls it.
+    fn manifest(&self, name: &str) -> Result<(Vec<u8>, Option<String>), Error> {
         let wanted = Wanted {
             kind: "manifests",
             name,
@@ -76,6 +78,11 @@ impl Registry {
                 reason: format!("{} has none", self.reference.registry()),
             });
         };
+        let media_type = response.headers().get(header::CONTENT_TYPE);
+        let media_type = media_type.and_then(|value| {
+            let media_type = value.to_str().ok()?.split(';').next()?;
+            Some(media_type.trim().to_owned())
+        });
         let mut bytes = Vec::new();
         let body = response.body_mut().as_reader();
         body.take(MAX_DOCUMENT + 1)
@@ -84,36 +91,36 @@ impl Registry {
         if bytes.len() as u64 > MAX_DOCUMENT {
             return Err(Error::document("manifest", "it is larger than 8 MiB"));
         }
-        let found = Digest::of(&bytes);
-        match digest {
-            Some(digest) if digest != found => Err(Error::Blob {
-                digest: digest.to_string(),
-                reason: format!("the registry gives contents with digest {found}"),
-            }),
-            _ => Ok((found, bytes)),
-        }
+        Ok((bytes, media_type))
     }
 }
 
-impl Source for Registry {
-    fn image(&self) -> Result<SourceImage, Error> {
+impl Source for Registry<'_> {
+    fn image(&self, platform: Option<&Platform>) -> Result<SourceImage, Error> {
         let digest = self.reference.digest();
         let name = match (digest, self.reference.tag()) {
             (Some(digest), _) => digest.to_string(),
             (None, Some(tag)) => tag.to_owned(),
             (None, None) => return Err(self.client.error("the reference has no tag")),
         };
-        let (digest, bytes) = self.manifest(&name, digest)?;
-        let index = match parse_manifest(&bytes)? {
-            Document::Manifest(manifest) => return describe_manifest(self, digest, &manifest),
-            Document::Index(index) => index,
-        };
-        let named = Named::from_descriptor(choose_platform(&index)?, "index")?;
-        let (digest, bytes) = self.manifest(&named.digest.to_string(), Some(named.digest))?;
-        match parse_manifest(&bytes)? {
-            Document::Manifest(manifest) => describe_manifest(self, digest, &manifest),
-            Document::Index(_) => Err(Error::document("index", "it leads to another index")),
+        let (bytes, media_type) = self.manifest(&name)?;
+        let found = Digest::of(&bytes);
+        if let Some(digest) = digest.filter(|digest| *digest != found) {
+            return Err(Error::Blob {
+                digest: digest.to_string(),
+                reason: format!("the registry gives contents with digest {found}"),
+            });
         }
+        let read = |named: &Named| Ok(self.manifest(&named.digest.to_string())?.0);
+        let resolved = resolve(bytes, media_type.as_deref(), platform, &read)?;
+        let image = describe(self, resolved, platform)?;
+        Ok(SourceImage {
+            origin: Some(Origin {
+                registry: self.reference.registry().to_owned(),
+                repository: self.reference.repository().to_owned(),
+            }),
+            ..image
+        })
     }
 
     fn layer<'a>(&'a self, layer: &SourceLayer) -> Result<Box<dyn Read + Send + 'a>, Error> {
@@ -130,7 +137,7 @@ impl Source for Registry {
 }
 
 /// Blobs by their paths in a layout.
-impl Files for Registry {
+impl Files for Registry<'_> {
     fn open<'a>(&'a self, path: &str) -> Result<Option<Box<dyn Read + Send + 'a>>, Error> {
         let hex = path.rsplit('/').next().unwrap_or(path);
         let Some(digest) = Digest::parse(&format!("sha256:{hex}")) else {
@@ -154,7 +161,7 @@ impl Files for Registry {
 
 /// A blob on its way: taken up again where it broke off.
 struct Blob<'a> {
-    registry: &'a Registry,
+    registry: &'a Registry<'a>,
     digest: Digest,
     /// Its length, where a document tells.
     size: Option<u64>,

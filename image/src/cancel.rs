@@ -1,0 +1,120 @@
+//! Giving up together: when one layer of a pull has failed, the others need not
+//! go on, and whoever waits for a registry's patience need not wait.
+
+use std::fmt;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Something that is to be done at once when everything is given up.
+type Action = Box<dyn FnOnce() + Send>;
+
+#[derive(Default)]
+struct State {
+    cancelled: bool,
+    actions: Vec<Action>,
+}
+
+/// Whether what is being done is still wanted. Clones are the same one.
+#[derive(Clone, Default)]
+pub struct Cancel(Arc<(Mutex<State>, Condvar)>);
+
+impl Cancel {
+    /// One that is not cancelled.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Ends all waits, and requests to registries. There is no way back.
+    pub fn cancel(&self) {
+        let mut state = self.lock();
+        state.cancelled = true;
+        let actions = std::mem::take(&mut state.actions);
+        drop(state);
+        self.0.1.notify_all();
+        for action in actions {
+            action();
+        }
+    }
+
+    /// Whether it has been cancelled.
+    #[must_use]
+    pub fn is_cancelled(&self) -> bool {
+        self.lock().cancelled
+    }
+
+    /// Waits; `false` if it was cancelled before the time was over.
+    pub(crate) fn wait(&self, time: Duration) -> bool {
+        let deadline = Instant::now() + time;
+        let mut state = self.lock();
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if state.cancelled || left.is_zero() {
+                return !state.cancelled;
+            }
+            let woken = self.0.1.wait_timeout(state, left);
+            state = woken.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Does `action` on cancellation; at once, if that has been.
+    pub(crate) fn on_cancel(&self, action: impl FnOnce() + Send + 'static) {
+        let mut state = self.lock();
+        if state.cancelled {
+            drop(state);
+            action();
+        } else {
+            state.actions.push(Box::new(action));
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Nothing panics while it holds this.
+        self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Cancel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Cancel").field(&self.is_cancelled()).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn waits_end_when_it_is_cancelled() {
+        let cancel = Cancel::new();
+        assert!(cancel.wait(Duration::from_millis(1)));
+        let other = cancel.clone();
+        // Far longer than any test may run.
+        let waiting = std::thread::spawn(move || other.wait(Duration::from_secs(100_000)));
+        cancel.cancel();
+        assert!(!waiting.join().unwrap());
+        assert!(cancel.is_cancelled());
+        assert!(!cancel.wait(Duration::from_secs(100_000)));
+    }
+
+    #[test]
+    fn actions_are_done_once() {
+        let count = Arc::new(AtomicU32::new(0));
+        let cancel = Cancel::new();
+        let add = |amount| {
+            let count = Arc::clone(&count);
+            move || {
+                count.fetch_add(amount, Ordering::Relaxed);
+            }
+        };
+        cancel.on_cancel(add(1));
+        assert_eq!(count.load(Ordering::Relaxed), 0);
+        cancel.cancel();
+        cancel.cancel();
+        assert_eq!(count.load(Ordering::Relaxed), 1);
+        cancel.on_cancel(add(10));
+        assert_eq!(count.load(Ordering::Relaxed), 11);
+    }
+}

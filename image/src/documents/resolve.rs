@@ -1,0 +1,366 @@
+//! From what a reference names to one image: through indexes, by platform.
+
+use oci_spec::image::{Descriptor, ImageConfiguration, ImageIndex, ImageManifest, MediaType};
+use serde::Deserialize;
+
+use super::{Named, parse};
+use crate::Error;
+use crate::digest::Digest;
+use crate::platform::Platform;
+
+/// Indexes in indexes that are followed.
+const MAX_DEPTH: usize = 4;
+/// Most documents read on the way to one image.
+const MAX_DOCUMENTS: usize = 16;
+/// Most platforms that a message lists.
+const MAX_LISTED: usize = 20;
+
+const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
+const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
+const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+
+/// A manifest that has been arrived at.
+#[derive(Debug)]
+pub(crate) struct Resolved {
+    /// Its digest.
+    pub(crate) digest: Digest,
+    /// Digest of the document that was begun with.
+    pub(crate) named: Digest,
+    pub(crate) media_type: String,
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) manifest: ImageManifest,
+}
+
+/// What a manifest blob turns out to be.
+enum Document {
+    /// Manifests for several platforms.
+    Index(Box<ImageIndex>),
+    /// One image.
+    Manifest(Box<ImageManifest>),
+}
+
+/// Tells index and manifest apart by what they contain, since the media type
+/// inside is optional.
+fn parse_document(bytes: &[u8]) -> Result<Document, Error> {
+    #[derive(Deserialize)]
+    struct Shape {
+        manifests: Option<serde::de::IgnoredAny>,
+    }
+    let shape: Shape = parse(bytes, "manifest")?;
+    if shape.manifests.is_some() {
+        return Ok(Document::Index(Box::new(parse(bytes, "index")?)));
+    }
+    Ok(Document::Manifest(Box::new(parse(bytes, "manifest")?)))
+}
+
+/// Reads documents by their descriptors; checks nothing.
+type Read<'a> = &'a dyn Fn(&Named) -> Result<Vec<u8>, Error>;
+
+/// Follows a document to the manifest for `platform`: `bytes`, which is of
+/// `media_type` as whoever gave it says.
+pub(crate) fn resolve(
+    bytes: Vec<u8>,
+    media_type: Option<&str>,
+    platform: Option<&Platform>,
+    read: Read<'_>,
+) -> Result<Resolved, Error> {
+    let named = Digest::of(&bytes);
+    let host = Platform::host();
+    let mut search = Search {
+        platform: platform.unwrap_or(&host),
+        read,
+        left: MAX_DOCUMENTS,
+        offered: Vec::new(),
+    };
+    let found = search.follow(bytes, media_type, 0)?;
+    found
+        .map(|found| Resolved { named, ..found })
+        .ok_or_else(|| search.nothing())
+}
+
+struct Search<'a> {
+    platform: &'a Platform,
+    read: Read<'a>,
+    /// Documents that may still be read.
+    left: usize,
+    /// Platforms that were seen.
+    offered: Vec<Platform>,
+}
+
+impl Search<'_> {
+    fn follow(
+        &mut self,
+        bytes: Vec<u8>,
+        media_type: Option<&str>,
+        depth: usize,
+    ) -> Result<Option<Resolved>, Error> {
+        let index = match parse_document(&bytes)? {
+            Document::Index(index) => index,
+            Document::Manifest(manifest) => {
+                let digest = Digest::of(&bytes);
+                let inside = manifest.media_type().as_ref().map(MediaType::to_string);
+                return Ok(Some(Resolved {
+                    digest,
+                    named: digest,
+                    media_type: inside
+                        .or_else(|| media_type.map(str::to_owned))
+                        .unwrap_or_else(|| OCI_MANIFEST.to_owned()),
+                    bytes,
+                    manifest: *manifest,
+                }));
+            }
+        };
+        if depth == MAX_DEPTH {
+            return Err(Error::document("index", "it leads to too many others"));
+        }
+        for chosen in self.candidates(&index)? {
+            let named = Named::from_descriptor(chosen, "index")?;
+            self.left = self
+                .left
+                .checked_sub(1)
+                .ok_or_else(|| Error::document("index", "it leads to too many others"))?;
+            let bytes = (self.read)(&named)?;
+            named.check(&bytes)?;
+            let found = self.follow(bytes, Some(&named.media_type), depth + 1)?;
+            if found.is_some() {
+                return Ok(found);
+            }
+        }
+        Ok(None)
+    }
+
+    /// What of an index to look at: the best manifest, otherwise the indexes in
+    /// it, otherwise the only thing that there is.
+    fn candidates<'i>(&mut self, index: &'i ImageIndex) -> Result<Vec<&'i Descriptor>, Error> {
+        let manifests = index.manifests();
+        if manifests.is_empty() {
+            return Err(Error::document("index", "it lists no manifest"));
+        }
+        let mut best: Option<(u32, &Descriptor)> = None;
+        let mut nested = Vec::new();
+        for descriptor in manifests {
+            if is_attestation(descriptor) {
+                continue;
+            }
+            let platform = platform_of(descriptor);
+            let rank = platform.as_ref().map(|offered| self.platform.rank(offered));
+            if is_index(descriptor) {
+                if rank != Some(None) {
+                    nested.push(descriptor);
+                }
+            } else if let Some(Some(rank)) = rank
+                && best.is_none_or(|(best, _)| rank < best)
+            {
+                best = Some((rank, descriptor));
+            }
+            if let Some(platform) = platform
+                && !self.offered.contains(&platform)
+            {
+                self.offered.push(platform);
+            }
+        }
+        Ok(match (best, manifests.as_slice()) {
+            (Some((_, best)), _) => vec![best],
+            (None, [only]) if only.platform().is_none() => vec![only],
+            (None, _) => nested,
+        })
+    }
+
+    fn nothing(&self) -> Error {
+        let mut offered: Vec<String> = self.offered.iter().map(Platform::to_string).collect();
+        if offered.len() > MAX_LISTED {
+            offered.truncate(MAX_LISTED);
+            offered.push("others".to_owned());
+        }
+        Error::NoPlatform {
+            wanted: self.platform.to_string(),
+            offered: match offered.as_slice() {
+                [] => "no platform that is named".to_owned(),
+                offered => offered.join(", "),
+            },
+        }
+    }
+}
+
+fn platform_of(descriptor: &Descriptor) -> Option<Platform> {
+    let platform = descriptor.platform().as_ref()?;
+    Some(Platform::new(
+        &platform.os().to_string(),
+        &platform.architecture().to_string(),
+        platform.variant().as_deref().unwrap_or_default(),
+    ))
+}
+
+fn is_index(descriptor: &Descriptor) -> bool {
+    matches!(
+        descriptor.media_type().to_string().as_str(),
+        OCI_INDEX | DOCKER_LIST
+    )
+}
+
+/// What BuildKit says about how an image was made: no image.
+fn is_attestation(descriptor: &Descriptor) -> bool {
+    let annotation = descriptor.annotations().as_ref().is_some_and(|all| {
+        all.get("vnd.docker.reference.type").map(String::as_str) == Some("attestation-manifest")
+    });
+    let platform = platform_of(descriptor);
+    annotation || platform.is_some_and(|p| p.os() == "unknown" && p.architecture() == "unknown")
+}
+
+/// Whether an image is for the platform that somebody asks for.
+pub(crate) fn check_platform(
+    config: &ImageConfiguration,
+    platform: Option<&Platform>,
+) -> Result<(), Error> {
+    let offered = Platform::of(config);
+    match platform {
+        Some(wanted) if wanted.rank(&offered).is_none() => Err(Error::NoPlatform {
+            wanted: wanted.to_string(),
+            offered: offered.to_string(),
+        }),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+    use std::collections::HashMap;
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Documents {
+        all: HashMap<Digest, Vec<u8>>,
+        read: RefCell<Vec<Digest>>,
+    }
+
+    impl Documents {
+        fn add(&mut self, text: String) -> (Digest, usize) {
+            let bytes = text.into_bytes();
+            let (digest, len) = (Digest::of(&bytes), bytes.len());
+            self.all.insert(digest, bytes);
+            (digest, len)
+        }
+
+        /// A manifest that is told from others by `name`.
+        fn manifest(&mut self, name: &str) -> (Digest, usize) {
+            let digest = Digest::of(name.as_bytes());
+            self.add(format!(
+                r#"{{"schemaVersion": 2, "layers": [], "config": {{"digest": "{digest}", "size": 1,
+                "mediaType": "application/vnd.oci.image.config.v1+json"}}}}"#
+            ))
+        }
+
+        /// An index of these, each of a platform (or none) and a media type.
+        fn index(&mut self, entries: &[(&str, &str, (Digest, usize))]) -> (Digest, usize) {
+            let entries: Vec<String> = entries
+                .iter()
+                .map(|(platform, media_type, (digest, size))| {
+                    let mut parts = platform.split('/');
+                    let platform = match (parts.next(), parts.next()) {
+                        (Some(os), Some(architecture)) => format!(
+                            r#", "platform": {{"os": "{os}", "architecture": "{architecture}",
+                            "variant": "{}"}}"#,
+                            parts.next().unwrap_or_default()
+                        ),
+                        _ => String::new(),
+                    };
+                    format!(
+                        r#"{{"mediaType": "{media_type}", "digest": "{digest}", "size": {size}{platform}}}"#
+                    )
+                })
+                .collect();
+            self.add(format!(
+                r#"{{"schemaVersion": 2, "manifests": [{}]}}"#,
+                entries.join(", ")
+            ))
+        }
+
+        fn find(&self, start: Digest, platform: &str) -> Result<Digest, Error> {
+            let platform: Platform = platform.parse().unwrap();
+            let read = |named: &Named| {
+                self.read.borrow_mut().push(named.digest);
+                Ok(self.all[&named.digest].clone())
+            };
+            let found = resolve(self.all[&start].clone(), None, Some(&platform), &read)?;
+            assert_eq!(found.named, start);
+            Ok(found.digest)
+        }
+    }
+
+    #[test]
+    fn the_best_variant_is_taken() {
+        let mut all = Documents::default();
+        let [v5, v6, amd, v3] = ["v5", "v6", "amd", "v3"].map(|name| all.manifest(name));
+        let (index, _) = all.index(&[
+            ("linux/arm/v5", OCI_MANIFEST, v5),
+            ("linux/arm/v6", OCI_MANIFEST, v6),
+            ("linux/amd64/v3", OCI_MANIFEST, v3),
+            ("linux/amd64", OCI_MANIFEST, amd),
+            ("unknown/unknown", OCI_MANIFEST, amd),
+        ]);
+        assert_eq!(all.find(index, "linux/arm").unwrap(), v6.0);
+        assert_eq!(all.find(index, "linux/arm/v5").unwrap(), v5.0);
+        assert_eq!(all.find(index, "linux/amd64").unwrap(), amd.0);
+        assert_eq!(all.find(index, "linux/amd64/v4").unwrap(), v3.0);
+        let error = all.find(index, "linux/s390x").unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "there is no image for linux/s390x; there are images for linux/arm/v5, \
+             linux/arm/v6, linux/amd64/v3, linux/amd64"
+        );
+    }
+
+    #[test]
+    fn a_lone_manifest_without_a_platform_is_taken() {
+        let mut all = Documents::default();
+        let one = all.manifest("one");
+        let (index, _) = all.index(&[("", OCI_MANIFEST, one)]);
+        assert_eq!(all.find(index, "linux/arm64").unwrap(), one.0);
+        let (index, _) = all.index(&[("", OCI_MANIFEST, one), ("", OCI_MANIFEST, one)]);
+        assert!(all.find(index, "linux/arm64").is_err());
+        let (index, _) = all.index(&[]);
+        let error = all.find(index, "linux/arm64").unwrap_err().to_string();
+        assert!(error.contains("lists no manifest"), "{error}");
+    }
+
+    #[test]
+    fn indexes_in_indexes_are_followed_to_a_depth() {
+        let mut all = Documents::default();
+        let (arm, amd) = (all.manifest("arm"), all.manifest("amd"));
+        let other = all.index(&[("linux/arm64", OCI_MANIFEST, arm)]);
+        let mut last = all.index(&[("linux/amd64", DOCKER_LIST, amd)]);
+        let (mixed, _) = all.index(&[("", OCI_INDEX, other), ("", OCI_INDEX, last)]);
+        assert_eq!(all.find(mixed, "linux/amd64").unwrap(), amd.0);
+        for depth in 0..MAX_DEPTH {
+            assert_eq!(all.find(last.0, "linux/amd64").unwrap(), amd.0, "{depth}");
+            last = all.index(&[("", OCI_INDEX, last)]);
+        }
+        let error = all.find(last.0, "linux/amd64").unwrap_err().to_string();
+        assert!(error.contains("too many"), "{error}");
+    }
+
+    #[test]
+    fn a_forest_of_indexes_is_bounded() {
+        let mut all = Documents::default();
+        let arm = all.manifest("arm");
+        let mut last = all.index(&[("linux/arm64", OCI_MANIFEST, arm)]);
+        for _ in 1..MAX_DEPTH {
+            last = all.index(&[("", OCI_INDEX, last); 8]);
+        }
+        let error = all.find(last.0, "linux/amd64").unwrap_err().to_string();
+        assert!(error.contains("too many"), "{error}");
+        assert!(all.read.borrow().len() <= MAX_DOCUMENTS);
+    }
+
+    #[test]
+    fn what_is_read_is_checked() {
+        let mut all = Documents::default();
+        let amd = all.manifest("amd");
+        let (index, _) = all.index(&[("linux/amd64", OCI_MANIFEST, amd)]);
+        all.all.get_mut(&amd.0).unwrap().push(b' ');
+        let error = all.find(index, "linux/amd64").unwrap_err().to_string();
+        assert!(error.contains("bytes instead of"), "{error}");
+    }
+}
