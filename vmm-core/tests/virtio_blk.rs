@@ -53,7 +53,11 @@ fn span(address: u64, len: u32) -> Span {
 }
 
 fn bench(disk: Disk, access: Access) -> Bench {
-    let memory = GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
+    bench_with(MEMORY, disk, access)
+}
+
+fn bench_with(memory: usize, disk: Disk, access: Access) -> Bench {
+    let memory = GuestMemory::from_ranges(&[(GuestAddress(0), memory)]).unwrap();
     let event_loop = EventLoop::spawn("test").unwrap();
     let block = Arc::new(Mutex::new(Block::new(disk, access, "a-disk")));
     let driver = Driver::new(block.clone(), &memory, event_loop.handle());
@@ -332,6 +336,35 @@ fn a_long_queue_of_reads_is_served_to_the_end() {
         assert_eq!(len, PART + 1);
     }
     assert!(bench.get(DATA, 8 << 20) == contents);
+}
+
+/// A chain may name the same memory again and again, so that it is nearly 4 GiB long
+/// in a small machine. The request before it is still waiting to be published.
+#[test]
+fn the_longest_possible_read_is_served_beside_a_short_one() {
+    let memory = 18 << 20;
+    // What lies past the end of the file reads as zero.
+    let whole = u32::MAX / 512 * 512;
+    let segment = Segment {
+        file: file(&[7; 512]),
+        offset: 0,
+        len: whole.into(),
+    };
+    let disk = Disk::composite(vec![segment]).unwrap();
+    let mut bench = bench_with(memory, disk, Access::ReadOnly);
+    // With header and status, these fill the largest indirect table.
+    let part = whole / 253;
+    let mut parts = vec![span(DATA, part); 253];
+    parts.push(span(DATA, whole - 253 * part));
+    let (_, short_status) = bench.offer(IN, 0, &[], &[span(DATA - 512, 512)]);
+    let (_, long_status) = bench.offer(IN, 0, &[], &parts);
+    bench.driver.notify(0);
+    let mut used = [0; 2].map(|_| bench.driver.wait_used(&mut bench.queue).1);
+    used.sort_unstable();
+    assert_eq!(used, [512 + 1, whole + 1]);
+    assert_eq!(bench.status(short_status), OK);
+    assert_eq!(bench.status(long_status), OK);
+    assert_eq!(bench.get(DATA - 512, 512), [7; 512]);
 }
 
 #[derive(Clone, Debug)]

@@ -177,7 +177,7 @@ impl Service<'_> {
     /// Takes requests until there are none, or a slice is used up.
     fn take_requests(&mut self, registry: &mut Registry<'_>) -> Result<(), QueueError> {
         let mut chain = self.active.chains.pop().unwrap_or_default();
-        let mut unpublished = 0;
+        let mut unpublished = 0u32;
         let mut slice = SLICE_BYTES;
         while self.queue.pop(&self.active.memory, &mut chain)? {
             let memory = &self.active.memory;
@@ -198,7 +198,7 @@ impl Service<'_> {
                 Err(status) => Err(status),
             };
             let cost = self.finish(&chain, outcome)?.max(REQUEST_COST);
-            unpublished += cost;
+            unpublished = cost.saturating_add(unpublished);
             if unpublished >= PUBLISH_BYTES {
                 unpublished = 0;
                 self.publish()?;

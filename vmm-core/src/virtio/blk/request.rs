@@ -17,6 +17,9 @@ use crate::virtio::queue::{Chain, QueueError};
 const HEADER_LEN: u32 = 16;
 /// Bytes of one range: sector, number of sectors, flags.
 const RANGE_LEN: u32 = 16;
+/// Longest read done on the event loop. Linux's own requests are about as long at
+/// most; a chain can be of up to 4 GiB.
+const MAX_READ_NOW: u32 = 1 << 20;
 /// The only flag of a range.
 const UNMAP: u32 = 1;
 
@@ -98,6 +101,9 @@ impl Operation {
                     Ok(window) => window,
                     Err(status) => return Some(Err(status)),
                 };
+                if window.len() > MAX_READ_NOW {
+                    return None;
+                }
                 match disk.read_cached(memory, window, offset) {
                     Ok(true) => Some(Ok(window.len())),
                     Ok(false) => None,
