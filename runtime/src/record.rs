@@ -4,27 +4,33 @@
 //! the output log and, once it has ended, `exit.json`. `<run>/vms/<short id>/`
 //! holds its sockets and nothing else.
 //!
-//! Invariant: a VM's process is alive exactly while its `lock` is flocked. The
-//! lock is taken before the record gets its name, is handed to the VMM as an
-//! open file description, and is released by the kernel whatever way the VMM
-//! ends. Whoever takes the lock of a record that has a name knows that its VMM
-//! is dead, and may clean up after it.
+//! Invariant: a VM's process is alive exactly while its `lock` is flocked
+//! exclusively. That lock is taken before the record gets its name, is handed to
+//! the VMM as an open file description, and is released by the kernel whatever way
+//! the VMM ends. Nobody else ever takes it exclusively: whoever can take it shared
+//! knows that the VMM is dead, now and for ever, and who looks at the same time is
+//! told the same. Cleaning up after the dead is done under the registry's lock.
 //!
 //! A VM has *ended* once `exit.json` exists; its VMM may still be releasing
 //! resources for some milliseconds, which only removal has to wait for.
 
-use std::fs::{DirBuilder, File, OpenOptions};
-use std::io::{self, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+mod files;
+mod records;
+#[cfg(test)]
+mod tests;
+
+use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::home::{Home, HomeError, ensure_private_dir};
-use crate::id::{VmId, generate_name, is_valid_name};
+use self::files::{read_json, remove_tree, write_json};
+pub use self::records::Records;
+use crate::home::HomeError;
+use crate::id::VmId;
 use crate::publish::Publication;
 use crate::timings::Phase;
 use crate::workload::Workload;
@@ -264,7 +270,7 @@ impl Record {
         write_json(&self.directory, EXIT, exit)
     }
 
-    /// Takes the lock, `None` if it is held elsewhere (or the record is gone).
+    /// Takes the lock, `None` if the VMM holds it.
     fn try_lock(&self, operation: FlockOperation) -> Result<Option<File>, RecordError> {
         let path = self.directory.join(LOCK);
         let file = match File::open(&path) {
@@ -288,23 +294,23 @@ impl Record {
     pub fn remove(&self) -> Result<(), RecordError> {
         // A VM that has ended is about to give up its lock.
         let operation = match self.exit()? {
-            Some(_) => FlockOperation::LockExclusive,
-            None => FlockOperation::NonBlockingLockExclusive,
+            Some(_) => FlockOperation::LockShared,
+            None => FlockOperation::NonBlockingLockShared,
         };
-        let Some(lock) = self.try_lock(operation)? else {
+        let Some(_dead) = self.try_lock(operation)? else {
             return Err(RecordError::Running(self.config.name.clone()));
         };
-        self.erase()?;
-        drop(lock);
-        Ok(())
+        let _registry = records::registry_lock(self.directory.parent().unwrap_or(Path::new("/")))?;
+        self.erase()
     }
 
-    /// Removes the record. The caller holds its lock.
+    /// Removes the record. The caller is the VMM, or holds the registry's lock and
+    /// knows that the VMM is dead.
     pub(crate) fn erase(&self) -> Result<(), RecordError> {
         self.remove_sockets()?;
         // Rename first: a listing never sees half a record.
         let parent = self.directory.parent().unwrap_or(Path::new("/"));
-        let grave = parent.join(format!("{REMOVED_PREFIX}{}", self.config.id));
+        let grave = parent.join(format!("{}{}", records::REMOVED_PREFIX, self.config.id));
         match std::fs::rename(&self.directory, &grave) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -317,282 +323,3 @@ impl Record {
         remove_tree(&self.sockets)
     }
 }
-
-fn remove_tree(path: &Path) -> Result<(), RecordError> {
-    match std::fs::remove_dir_all(path) {
-        Ok(()) => Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(io_error("remove", path)(error)),
-    }
-}
-
-/// Records being made and records being removed, which have no lock to test.
-const NEW_PREFIX: &str = ".new-";
-const REMOVED_PREFIX: &str = ".removed-";
-/// Serialises naming and sweeping.
-const REGISTRY_LOCK: &str = ".lock";
-
-/// All records of one user.
-#[derive(Clone, Debug)]
-pub struct Records {
-    directory: PathBuf,
-    sockets: PathBuf,
-}
-
-impl Records {
-    /// Opens the records below `home`, creating the directories.
-    ///
-    /// # Errors
-    /// A directory cannot be made, or is open to others.
-    pub fn open(home: &Home) -> Result<Self, RecordError> {
-        let sockets = home.run().join("vms");
-        let directory = home.vms();
-        ensure_private_dir(home.run())?;
-        ensure_private_dir(&sockets)?;
-        ensure_private_dir(&directory)?;
-        Ok(Self { directory, sockets })
-    }
-
-    fn registry_lock(&self) -> Result<File, RecordError> {
-        let path = self.directory.join(REGISTRY_LOCK);
-        let file = OpenOptions::new()
-            .create(true)
-            .append(true)
-            .mode(0o600)
-            .open(&path)
-            .map_err(io_error("open", &path))?;
-        rustix::io::retry_on_intr(|| flock(&file, FlockOperation::LockExclusive))
-            .map_err(|errno| io_error("lock", &path)(errno.into()))?;
-        Ok(file)
-    }
-
-    /// Makes a record under a free name (`name`, or a generated one) and gives
-    /// out its lock, held. `config` gets the identifier and the name.
-    pub(crate) fn create(
-        &self,
-        name: Option<&str>,
-        config: impl FnOnce(VmId, String) -> Result<VmConfig, crate::Error>,
-    ) -> Result<(Record, File), crate::Error> {
-        if let Some(name) = name.filter(|name| !is_valid_name(name)) {
-            return Err(RecordError::BadName(name.to_owned()).into());
-        }
-        let _registry = self.registry_lock()?;
-        let taken = self.list()?;
-        let id = self.free_id()?;
-        let name = match name {
-            Some(name) => {
-                if let Some(other) = taken.iter().find(|record| record.config.name == name) {
-                    return Err(RecordError::NameTaken {
-                        name: name.to_owned(),
-                        id: other.config.id.short().to_owned(),
-                    }
-                    .into());
-                }
-                name.to_owned()
-            }
-            None => (0..)
-                .map(generate_name)
-                .find(|name| !taken.iter().any(|record| record.config.name == *name))
-                .unwrap_or_else(|| id.short().to_owned()),
-        };
-        let config = config(id.clone(), name)?;
-
-        let fresh = self.directory.join(format!("{NEW_PREFIX}{id}"));
-        DirBuilder::new()
-            .mode(0o700)
-            .create(&fresh)
-            .map_err(io_error("create", &fresh))?;
-        let result = self.furnish(&fresh, config);
-        if result.is_err() {
-            // The first error is the one to report.
-            let _ = remove_tree(&fresh);
-        }
-        Ok(result?)
-    }
-
-    fn furnish(&self, fresh: &Path, config: VmConfig) -> Result<(Record, File), RecordError> {
-        let lock_path = fresh.join(LOCK);
-        let lock = OpenOptions::new()
-            .create_new(true)
-            .write(true)
-            .mode(0o600)
-            .open(&lock_path)
-            .map_err(io_error("create", &lock_path))?;
-        flock(&lock, FlockOperation::NonBlockingLockExclusive)
-            .map_err(|errno| io_error("lock", &lock_path)(errno.into()))?;
-        write_json(fresh, CONFIG, &config)?;
-        let record = self.record(config);
-        DirBuilder::new()
-            .mode(0o700)
-            .create(&record.sockets)
-            .map_err(io_error("create", &record.sockets))?;
-        std::fs::rename(fresh, &record.directory).map_err(io_error("create", &record.directory))?;
-        Ok((record, lock))
-    }
-
-    /// An identifier whose short form is free, because it names the directory
-    /// of sockets (whose paths must stay under 108 bytes).
-    fn free_id(&self) -> Result<VmId, RecordError> {
-        loop {
-            let id = VmId::generate();
-            let path = self.sockets.join(id.short());
-            match path.try_exists() {
-                Ok(false) => return Ok(id),
-                Ok(true) => {}
-                Err(error) => return Err(io_error("examine", &path)(error)),
-            }
-        }
-    }
-
-    pub(crate) fn record(&self, config: VmConfig) -> Record {
-        Record {
-            directory: self.directory.join(config.id.as_str()),
-            sockets: self.sockets.join(config.id.short()),
-            config,
-        }
-    }
-
-    /// All records, newest first.
-    ///
-    /// # Errors
-    /// The directory cannot be read. A record that disappears meanwhile is left
-    /// out, one that cannot be understood is logged and left out.
-    pub fn list(&self) -> Result<Vec<Record>, RecordError> {
-        self.list_with(false)
-    }
-
-    fn list_with(&self, vanishing: bool) -> Result<Vec<Record>, RecordError> {
-        let mut records = Vec::new();
-        for name in dir_names(&self.directory)? {
-            let Some(id) = VmId::parse(&name) else {
-                continue;
-            };
-            let path = self.directory.join(id.as_str()).join(CONFIG);
-            match read_json::<VmConfig>(&path) {
-                Ok(Some(config)) if config.id == id => {
-                    let record = self.record(config);
-                    if vanishing || !record.is_vanishing() {
-                        records.push(record);
-                    }
-                }
-                Ok(Some(_)) => tracing::warn!(?path, "the record names another VM"),
-                Ok(None) => {}
-                Err(error) => tracing::warn!(?path, %error, "skipping a damaged record"),
-            }
-        }
-        records.sort_by_key(|record| std::cmp::Reverse(record.config.created_ns));
-        Ok(records)
-    }
-
-    /// The record with this name, identifier, or unambiguous prefix of one.
-    ///
-    /// # Errors
-    /// None, or several.
-    pub fn find(&self, query: &str) -> Result<Record, RecordError> {
-        let mut records = self.list()?;
-        if let Some(exact) = records
-            .iter()
-            .position(|r| r.config.name == query || r.config.id.as_str() == query)
-        {
-            return Ok(records.swap_remove(exact));
-        }
-        if !query.is_empty() {
-            records.retain(|r| r.config.id.as_str().starts_with(query));
-            match records.len() {
-                1 => return Ok(records.swap_remove(0)),
-                0 => {}
-                _ => return Err(RecordError::Ambiguous(query.to_owned())),
-            }
-        }
-        Err(RecordError::NotFound(query.to_owned()))
-    }
-
-    /// Cleans up after VMs that died without doing so: sockets of dead VMs,
-    /// records that were to be removed at their end, interrupted creations and
-    /// removals.
-    ///
-    /// # Errors
-    /// The directories cannot be read or written.
-    pub fn sweep(&self) -> Result<(), RecordError> {
-        let _registry = self.registry_lock()?;
-        for name in dir_names(&self.directory)? {
-            // Both kinds are made and renamed under the registry lock (a
-            // removal only continues after its rename; removing twice is fine).
-            if name.starts_with(NEW_PREFIX) || name.starts_with(REMOVED_PREFIX) {
-                remove_tree(&self.directory.join(name))?;
-            }
-        }
-        let records = self.list_with(true)?;
-        for record in &records {
-            let Ok(Some(_lock)) = record.try_lock(FlockOperation::NonBlockingLockExclusive) else {
-                continue;
-            };
-            // One that has no console never came to be a machine.
-            let stillborn = !record.directory.join(CONSOLE).exists();
-            if record.config.auto_remove || stillborn {
-                record.erase()?;
-                continue;
-            }
-            record.remove_sockets()?;
-            if record.exit()?.is_none() {
-                let mut exit = ExitRecord::lost();
-                exit.finished_ns = crate::output_log::unix_nanos();
-                record.write_exit(&exit)?;
-            }
-        }
-        for name in dir_names(&self.sockets)? {
-            if !records.iter().any(|r| r.config.id.short() == name) {
-                remove_tree(&self.sockets.join(name))?;
-            }
-        }
-        Ok(())
-    }
-}
-
-fn dir_names(directory: &Path) -> Result<Vec<String>, RecordError> {
-    let entries = std::fs::read_dir(directory).map_err(io_error("list", directory))?;
-    let mut names = Vec::new();
-    for entry in entries {
-        let entry = entry.map_err(io_error("list", directory))?;
-        if let Ok(name) = entry.file_name().into_string() {
-            names.push(name);
-        }
-    }
-    Ok(names)
-}
-
-fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, RecordError> {
-    let bytes = match std::fs::read(path) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(io_error("read", path)(error)),
-    };
-    serde_json::from_slice(&bytes)
-        .map(Some)
-        .map_err(|error| io_error("understand", path)(error.into()))
-}
-
-/// Writes `directory/name` so that it appears complete or not at all, and
-/// survives a crash of the host once this returns.
-fn write_json(directory: &Path, name: &str, value: &impl Serialize) -> Result<(), RecordError> {
-    let path = directory.join(name);
-    let bytes =
-        serde_json::to_vec_pretty(value).map_err(|error| io_error("write", &path)(error.into()))?;
-    let fresh = directory.join(format!(".{name}.new"));
-    let write = || {
-        let mut file = OpenOptions::new()
-            .create(true)
-            .truncate(true)
-            .write(true)
-            .mode(0o600)
-            .open(&fresh)?;
-        file.write_all(&bytes)?;
-        file.sync_all()?;
-        std::fs::rename(&fresh, &path)?;
-        File::open(directory)?.sync_all()
-    };
-    write().map_err(io_error("write", &path))
-}
-
-#[cfg(test)]
-mod tests;

@@ -1,4 +1,5 @@
 use super::*;
+use crate::home::Home;
 
 struct Fixture {
     _dir: tempfile::TempDir,
@@ -175,4 +176,36 @@ fn an_ended_vm_that_removes_itself_frees_its_name_at_once() {
     assert!(make().is_err());
     first.write_exit(&exit(0)).unwrap();
     make().unwrap();
+}
+
+/// Whoever looks at a dead VM is told so, whoever else is about it.
+#[test]
+fn the_dead_are_dead_while_they_are_cleaned_up_after() {
+    let f = fixture();
+    for round in 0..50 {
+        let (record, lock) = f.create(Some("killed")).unwrap();
+        std::fs::write(record.directory().join(CONSOLE), b"").unwrap();
+        drop(lock);
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| f.records.sweep().unwrap());
+                scope.spawn(|| {
+                    for _ in 0..20 {
+                        let state = record.state().unwrap();
+                        assert_ne!(state, VmState::Running, "in round {round}");
+                    }
+                });
+            }
+        });
+        std::thread::scope(|scope| {
+            // One removes it, and the other finds that done, or nothing to do.
+            for _ in 0..2 {
+                scope.spawn(|| match record.remove() {
+                    Ok(()) | Err(RecordError::NotFound(_)) => {}
+                    Err(other) => panic!("{other}"),
+                });
+            }
+        });
+        assert!(!record.directory().exists());
+    }
 }

@@ -43,6 +43,12 @@ pub(crate) enum Purpose {
     },
 }
 
+/// Longest reply that is understood, in bytes: far more than any takes.
+const MAX_REPLY: usize = 64 << 10;
+
+/// Requests that may wait for a reply. A guest that is held answers none.
+const MAX_PENDING: usize = 256;
+
 /// The agent's control connection.
 #[derive(Debug)]
 pub(crate) struct AgentLink {
@@ -62,6 +68,11 @@ impl AgentLink {
         };
         link.ask(Purpose::Hello, &ControlRequest::Hello(hello));
         Ok(link)
+    }
+
+    /// Whether the guest has so much to answer that it should not be asked more.
+    pub(crate) fn is_behind(&self) -> bool {
+        self.pending.len() >= MAX_PENDING
     }
 
     /// Queues a request.
@@ -85,6 +96,9 @@ impl AgentLink {
             Ok(None) => return Ok(None),
             Err(error) => return Err(error.to_string()),
         };
+        if frame.payload.len() > MAX_REPLY {
+            return Err(format!("a reply of {} bytes", frame.payload.len()));
+        }
         let reply = match frame.kind {
             FrameType::Control => serde_json::from_slice(frame.payload)
                 .map_err(|error| format!("a reply that does not parse ({error})"))?,

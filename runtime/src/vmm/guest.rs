@@ -63,6 +63,8 @@ pub(crate) trait Guest {
         let _ = on;
         Vec::new()
     }
+    /// The last `lines` lines that the guest wrote to its console.
+    fn console_tail(&self, lines: usize) -> String;
     /// Its ports that are published.
     fn published(&self) -> Vec<Publication>;
     /// Ends the machine; [`Self::end`] follows.

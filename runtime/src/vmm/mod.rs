@@ -9,6 +9,7 @@ mod beginning;
 mod cache;
 mod conn;
 mod guest;
+mod log;
 mod machine;
 mod paging;
 mod prefetch;

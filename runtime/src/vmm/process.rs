@@ -13,6 +13,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use sm_guest_proto::frame::{self, ExitStatus, FrameDecoder, FrameType};
 
 use super::guest::notices;
+use super::log;
 use super::supervisor::{Parts, Supervisor};
 use crate::fdpass;
 use crate::home::Home;
@@ -24,7 +25,7 @@ use crate::timings::Phase;
 /// Runs a VM from its launch request to its end.
 pub(super) fn main() -> io::Result<()> {
     let launcher = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
-    log_to_stderr();
+    log::to_stderr();
     // Away from the launcher's terminal and directory; nothing that follows
     // makes files for others.
     let _ = rustix::process::setsid();
@@ -47,16 +48,6 @@ pub(super) fn main() -> io::Result<()> {
             record.erase().map_err(io::Error::other)
         }
     }
-}
-
-fn log_to_stderr() {
-    let subscriber = tracing_subscriber::fmt()
-        .with_writer(io::stderr)
-        .with_ansi(false)
-        .with_max_level(tracing::Level::INFO)
-        .finish();
-    // A program that has set one already keeps it.
-    let _ = tracing::subscriber::set_global_default(subscriber);
 }
 
 /// Becomes readable when this process is asked to terminate.

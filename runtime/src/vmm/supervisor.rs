@@ -83,11 +83,14 @@ pub(crate) struct Supervisor<G> {
     clients: BTreeMap<u64, Client>,
     next_client: u64,
     agent: Option<AgentLink>,
+    /// The agent of this start, or of this way back to the snapshot, is yet to come.
+    agent_awaited: bool,
     main: Option<Conn>,
     /// The request for the workload has been sent; input may follow.
     main_requested: bool,
     stage: Stage,
     paused: bool,
+    /// Of the start, or of the last way back to the snapshot.
     phases: Vec<Phase>,
     started_ns: u64,
     had_output: bool,
@@ -132,6 +135,7 @@ impl<G: Guest> Supervisor<G> {
             clients: BTreeMap::new(),
             next_client: 0,
             agent: None,
+            agent_awaited: true,
             main: None,
             main_requested: false,
             stage: Stage::Starting,
@@ -163,10 +167,16 @@ impl<G: Guest> Supervisor<G> {
                 self.handle(source, flags);
             }
             self.fire_timers();
-            self.pump_agent();
-            self.pump_main();
-            self.pump_clients();
-            self.flush();
+            // What waits for room in a connection is in a buffer here, not in a
+            // descriptor: it goes on when there is room, as nothing would wake it.
+            loop {
+                self.pump_agent();
+                self.pump_main();
+                self.pump_clients();
+                if !self.flush() {
+                    break;
+                }
+            }
         }
         Ok(())
     }
@@ -270,26 +280,37 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// Writes out what can be written; whoever refuses is dropped.
-    fn flush(&mut self) {
+    /// Writes out what can be written; whoever refuses is dropped. Says whether a
+    /// connection that was full has room again.
+    fn flush(&mut self) -> bool {
+        let mut room = false;
+        let mut flush = |conn: &mut Conn| {
+            let was_full = conn.is_full();
+            let flushed = conn.flush();
+            room |= was_full && !conn.is_full();
+            flushed
+        };
         if let Some(agent) = &mut self.agent {
             // Its end shows when it is read from.
-            let _ = agent.conn.flush();
+            let _ = flush(&mut agent.conn);
         }
         if let Some(main) = &mut self.main {
-            let _ = main.flush();
+            let _ = flush(main);
         }
         let gone: Vec<u64> = self
             .clients
             .iter_mut()
             .filter_map(|(&id, client)| {
-                let alive = client.conn.flush().is_ok();
+                let alive = flush(&mut client.conn).is_ok();
                 (!alive || client.is_done()).then_some(id)
             })
             .collect();
+        // One that kept the others waiting does so no longer.
+        room |= !gone.is_empty();
         for id in gone {
             self.drop_client(id);
         }
+        room
     }
 
     fn set_timer(&mut self, timer: Timer, after: Duration) {
@@ -298,6 +319,10 @@ impl<G: Guest> Supervisor<G> {
         if let Some(at) = Instant::now().checked_add(after) {
             self.timers.push((timer, at));
         }
+    }
+
+    fn is_set(&self, timer: Timer) -> bool {
+        self.timers.iter().any(|(other, _)| *other == timer)
     }
 
     fn clear_timer(&mut self, timer: Timer) {
@@ -333,4 +358,17 @@ fn interest(read: bool, write: bool) -> PollFlags {
     flags.set(PollFlags::IN, read);
     flags.set(PollFlags::OUT, write);
     flags
+}
+
+/// Longest quotation of a guest, in characters.
+const QUOTE_LEN: usize = 2000;
+
+/// What a guest says in words, made fit to be kept and to be shown on a terminal.
+fn printable(text: &str) -> String {
+    let clean = |c: char| if c.is_control() { ' ' } else { c };
+    let mut clean: String = text.trim().chars().take(QUOTE_LEN).map(clean).collect();
+    if text.trim().chars().nth(QUOTE_LEN).is_some() {
+        clean.push('…');
+    }
+    clean
 }

@@ -167,6 +167,10 @@ impl Guest for RunningMachine {
         times.collect()
     }
 
+    fn console_tail(&self, lines: usize) -> String {
+        self.machine.console().tail(lines)
+    }
+
     fn published(&self) -> Vec<Publication> {
         self.published.list()
     }

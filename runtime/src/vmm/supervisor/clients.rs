@@ -119,7 +119,8 @@ impl<G: Guest> Supervisor<G> {
         let write = client.conn.unsent() > 0;
         let read = !client.conn.ended()
             && match client.role {
-                Role::Control | Role::Waiting | Role::Launcher => true,
+                // Answers that are not read are no reason to make more.
+                Role::Control | Role::Waiting | Role::Launcher => !client.conn.is_full(),
                 Role::Attached { .. } => self.takes_input(),
             };
         let flags = interest(read, write);
@@ -168,7 +169,11 @@ impl<G: Guest> Supervisor<G> {
             let Some(client) = self.clients.get_mut(&id) else {
                 return;
             };
-            if client.is_attached() && !takes_input {
+            let waits = match client.is_attached() {
+                true => !takes_input,
+                false => client.conn.is_full(),
+            };
+            if waits {
                 return;
             }
             let ended = client.conn.ended();
@@ -336,6 +341,9 @@ impl<G: Guest> Supervisor<G> {
 
     fn signal(&mut self, signal: u8) -> ControlAnswer {
         match (&mut self.agent, self.stage) {
+            (Some(agent), Stage::Running) if agent.is_behind() => {
+                ControlAnswer::Error("the guest does not answer".into())
+            }
             (Some(agent), Stage::Running) => {
                 agent.signal_main(signal);
                 ControlAnswer::Done
@@ -361,6 +369,10 @@ impl<G: Guest> Supervisor<G> {
 
     fn stats(&mut self, id: u64) {
         match &mut self.agent {
+            Some(agent) if agent.is_behind() => {
+                let text = "the guest does not answer".to_owned();
+                self.answer(id, &ControlAnswer::Error(text));
+            }
             Some(agent) => agent.ask(
                 Purpose::Stats { client: id },
                 &sm_guest_proto::control::ControlRequest::Stats,

@@ -1,17 +1,14 @@
 //! How a VM ends: stopping, failures, the exit record, the last messages.
 
-use std::fs::File;
-use std::io::{Read as _, Seek as _, SeekFrom};
-use std::path::Path;
 use std::time::Duration;
 
 use sm_guest_proto::control::ControlRequest;
 use sm_guest_proto::frame::{ExitStatus, FrameType};
 
-use super::{Supervisor, Timer};
+use super::{Supervisor, Timer, printable};
 use crate::launch::{Report, Stage};
 use crate::output_log::unix_nanos;
-use crate::record::{CONSOLE, ExitReason, ExitRecord};
+use crate::record::{ExitReason, ExitRecord};
 use crate::signal;
 use crate::vmm::agent::Purpose;
 use crate::vmm::guest::{Guest, GuestEnd};
@@ -30,15 +27,15 @@ const OUR_FAILURE: u32 = 125;
 
 /// Lines of the guest's console shown with a failure.
 const TAIL_LINES: usize = 12;
-/// Bytes of it looked at.
-const TAIL_BYTES: u64 = 4096;
+/// Characters of each that are shown.
+const MAX_LINE: usize = 400;
 
 impl<G: Guest> Supervisor<G> {
     pub(super) fn timer_fired(&mut self, timer: Timer) {
         match timer {
             Timer::Start => {
                 let seconds = self.request.start_timeout_ms / 1000;
-                self.start_failed(format!("the guest was not ready after {seconds} s"));
+                self.start_failed(&format!("the guest was not ready after {seconds} s"));
             }
             Timer::StopGrace => {
                 if let Some(agent) = &mut self.agent {
@@ -86,7 +83,7 @@ impl<G: Guest> Supervisor<G> {
         );
     }
 
-    pub(super) fn start_failed(&mut self, message: String) {
+    pub(super) fn start_failed(&mut self, message: &str) {
         let message = self.with_console(message);
         self.conclude(OUR_FAILURE, ExitReason::StartFailed, Some(message));
     }
@@ -94,9 +91,9 @@ impl<G: Guest> Supervisor<G> {
     /// The guest does not keep to the protocol, or is gone.
     pub(super) fn guest_broke(&mut self, what: &str) {
         if self.stage == Stage::Starting {
-            return self.start_failed(what.to_owned());
+            return self.start_failed(what);
         }
-        let message = self.with_console(what.to_owned());
+        let message = self.with_console(what);
         self.conclude(OUR_FAILURE, ExitReason::GuestFailed, Some(message));
     }
 
@@ -112,11 +109,8 @@ impl<G: Guest> Supervisor<G> {
             ..self.exit_record(exit.status, reason, self.start_error.clone())
         };
         // SIGKILL that nobody here sent may have been the guest's kernel.
-        let unexplained = exit.status == KILLED
-            && !self
-                .timers
-                .iter()
-                .any(|(timer, _)| matches!(timer, Timer::StopGrace | Timer::Kill));
+        let unexplained =
+            exit.status == KILLED && !self.is_set(Timer::StopGrace) && !self.is_set(Timer::Kill);
         match &mut self.agent {
             Some(agent) if unexplained => {
                 agent.ask(Purpose::OomCheck, &ControlRequest::Stats);
@@ -133,13 +127,10 @@ impl<G: Guest> Supervisor<G> {
         };
         if oom_killed {
             record.oom_killed = true;
-            record.message = Some(
-                self.with_console(
-                    "the guest ran out of memory and its kernel killed the workload: \
-                 give the VM more with --memory"
-                        .to_owned(),
-                ),
-            );
+            record.message = Some(self.with_console(
+                "the guest ran out of memory and its kernel killed the workload: \
+                     give the VM more with --memory",
+            ));
         }
         self.finish(record);
     }
@@ -240,8 +231,12 @@ impl<G: Guest> Supervisor<G> {
         self.lock = None;
     }
 
-    fn with_console(&self, message: String) -> String {
-        let tail = console_tail(&self.record.directory().join(CONSOLE));
+    /// `message`, which may quote the guest, with what is on its console.
+    fn with_console(&self, message: &str) -> String {
+        let message = printable(message);
+        // Some are empty.
+        let console = self.guest.as_ref().map(|g| g.console_tail(4 * TAIL_LINES));
+        let tail = indented(&console.unwrap_or_default());
         if tail.is_empty() {
             message
         } else {
@@ -250,25 +245,16 @@ impl<G: Guest> Supervisor<G> {
     }
 }
 
-/// The last lines of a console log, indented, without control characters.
-fn console_tail(path: &Path) -> String {
-    let read = || {
-        let mut file = File::open(path)?;
-        let len = file.metadata()?.len();
-        file.seek(SeekFrom::Start(len.saturating_sub(TAIL_BYTES)))?;
-        let mut bytes = Vec::new();
-        file.take(TAIL_BYTES).read_to_end(&mut bytes)?;
-        std::io::Result::Ok(bytes)
-    };
-    let bytes = read().unwrap_or_default();
-    let text = String::from_utf8_lossy(&bytes);
+/// The last lines of a console, indented, without control characters.
+fn indented(console: &str) -> String {
     let clean = |line: &str| -> String {
         line.trim_end()
             .chars()
+            .take(MAX_LINE)
             .filter(|c| !c.is_control() || *c == '\t')
             .collect()
     };
-    let lines: Vec<String> = text
+    let lines: Vec<String> = console
         .lines()
         .map(clean)
         .filter(|line| !line.is_empty())

@@ -9,7 +9,7 @@ use sm_guest_proto::frame::{self, FrameType};
 use sm_guest_proto::{PROTOCOL_VERSION, port};
 use sm_snapshot::manifest::Layer;
 
-use super::{Supervisor, Timer};
+use super::{Supervisor, Timer, printable};
 use crate::id::{hex, random};
 use crate::launch::{ControlAnswer, Origin, Report, Stage, Testimony};
 use crate::output_log::{Stream, unix_nanos};
@@ -27,9 +27,8 @@ const HANG_UP_TIMEOUT: Duration = Duration::from_secs(2);
 impl<G: Guest> Supervisor<G> {
     /// The agent is ready, or has been called.
     pub(super) fn agent_dialed(&mut self, stream: UnixStream) {
-        let awaited = self.stage == Stage::Starting || self.resetting.is_some();
-        if self.agent.is_some() || !awaited {
-            // One conversation at a time; closing the stream is the refusal.
+        if !std::mem::take(&mut self.agent_awaited) || !self.is_starting() {
+            // One conversation for each start; closing the stream is the refusal.
             return;
         }
         let start = self.start();
@@ -37,12 +36,12 @@ impl<G: Guest> Supervisor<G> {
             self.reach("agent ready");
         }
         if let Some(Err(error)) = self.guest.as_mut().map(Guest::agent_ready) {
-            return self.start_failed(format!("cannot prepare the machine: {error}"));
+            return self.start_failed(&format!("cannot prepare the machine: {error}"));
         }
         match AgentLink::new(stream) {
             Ok(agent) => self.agent = Some(agent),
             Err(error) => {
-                return self.start_failed(format!("cannot talk to the guest agent: {error}"));
+                return self.start_failed(&format!("cannot talk to the guest agent: {error}"));
             }
         }
         if let Origin::Evidence(_) = self.request.origin {
@@ -61,7 +60,7 @@ impl<G: Guest> Supervisor<G> {
                 self.main = Some(main);
             }
             Some(Err(error)) => {
-                self.start_failed(format!("cannot open a stream to the guest: {error}"));
+                self.start_failed(&format!("cannot open a stream to the guest: {error}"));
             }
             None => {}
         }
@@ -144,15 +143,15 @@ impl<G: Guest> Supervisor<G> {
         match (purpose, reply) {
             (Purpose::Hello, ControlReply::Hello(hello)) => {
                 if hello.protocol != PROTOCOL_VERSION {
-                    return self.start_failed(format!(
+                    return self.start_failed(&format!(
                         "the guest agent speaks protocol version {}, this program {PROTOCOL_VERSION}: \
                          build both from the same source",
                         hello.protocol
                     ));
                 }
                 tracing::info!(
-                    kernel = hello.kernel,
-                    agent = hello.version,
+                    kernel = printable(&hello.kernel),
+                    agent = printable(&hello.version),
                     init_us = hello.init_us,
                     ready_us = hello.ready_us,
                     "the agent is ready"
@@ -170,8 +169,7 @@ impl<G: Guest> Supervisor<G> {
                     return self.start_failed(
                         "the guest's kernel did not notice that it was restored from a \
                          snapshot, so it could repeat another VM's random numbers; \
-                         use a kernel with CONFIG_VMGENID, or --cold"
-                            .to_owned(),
+                         use a kernel with CONFIG_VMGENID, or --cold",
                     );
                 }
                 self.reach("identity refreshed");
@@ -187,7 +185,7 @@ impl<G: Guest> Supervisor<G> {
             (Purpose::AttachRoot, ControlReply::Done) => {
                 self.reach("root attached");
                 if let Some(Err(error)) = self.guest.as_mut().map(Guest::root_attached) {
-                    return self.start_failed(format!("cannot prepare the machine: {error}"));
+                    return self.start_failed(&format!("cannot prepare the machine: {error}"));
                 }
                 self.request_workload();
             }
@@ -208,6 +206,7 @@ impl<G: Guest> Supervisor<G> {
             }
             (Purpose::Signal, ControlReply::Error { message }) => {
                 // Most likely it has just ended.
+                let message = printable(&message);
                 tracing::info!(message, "the workload was not signalled");
             }
             (Purpose::Signal, _) => {}
@@ -216,10 +215,10 @@ impl<G: Guest> Supervisor<G> {
                 self.answer(client, &ControlAnswer::Stats(stats));
             }
             (Purpose::Stats { client }, ControlReply::Error { message }) => {
-                self.answer(client, &ControlAnswer::Error(message));
+                self.answer(client, &ControlAnswer::Error(printable(&message)));
             }
             (Purpose::Stats { client }, other) => {
-                let text = format!("the guest answered {other:?}");
+                let text = printable(&format!("the guest answered {other:?}"));
                 self.answer(client, &ControlAnswer::Error(text));
             }
             (_, ControlReply::Error { message }) => {
@@ -333,18 +332,15 @@ impl<G: Guest> Supervisor<G> {
             }
             FrameType::Control => match serde_json::from_slice(payload) {
                 Ok(ExecReply::Hello(_)) => {}
-                Ok(ExecReply::Started { pid }) => {
-                    self.stage = Stage::Running;
-                    self.started_ns = unix_nanos();
-                    self.reach("workload started");
-                    self.report(&Report::Started { pid });
-                    self.release_launcher();
-                    if let Some(guest) = &mut self.guest {
-                        guest.workload_started();
-                    }
-                    if let Some(client) = self.resetting.take() {
-                        self.answer(client, &ControlAnswer::Done);
-                    }
+                Ok(ExecReply::Started { pid }) if self.main_requested && self.is_starting() => {
+                    self.workload_started(pid);
+                }
+                Ok(ExecReply::Started { .. }) => {
+                    self.guest_broke(
+                        "the guest agent says that the workload has started, \
+                                      which it was not asked for",
+                    );
+                    return Break(());
                 }
                 Err(error) => {
                     self.guest_broke(&format!("the guest agent sent {error}"));
@@ -352,7 +348,7 @@ impl<G: Guest> Supervisor<G> {
                 }
             },
             FrameType::Error => {
-                self.start_error = Some(String::from_utf8_lossy(payload).into_owned());
+                self.start_error = Some(printable(&String::from_utf8_lossy(payload)));
             }
             FrameType::Exit => {
                 match frame::ExitStatus::parse(payload) {
@@ -362,10 +358,32 @@ impl<G: Guest> Supervisor<G> {
                 return Break(());
             }
             FrameType::Stdin | FrameType::Resize | FrameType::Signal | FrameType::Request => {
-                tracing::warn!(?kind, "ignored a frame that an agent does not send");
+                self.guest_broke(&format!(
+                    "the guest agent sent an unexpected {kind:?} frame"
+                ));
+                return Break(());
             }
         }
         Continue(())
+    }
+
+    /// Whether the workload is to start yet, or to go on from its snapshot.
+    fn is_starting(&self) -> bool {
+        self.stage == Stage::Starting || self.resetting.is_some()
+    }
+
+    fn workload_started(&mut self, pid: u32) {
+        self.stage = Stage::Running;
+        self.started_ns = unix_nanos();
+        self.reach("workload started");
+        self.report(&Report::Started { pid });
+        self.release_launcher();
+        if let Some(guest) = &mut self.guest {
+            guest.workload_started();
+        }
+        if let Some(client) = self.resetting.take() {
+            self.answer(client, &ControlAnswer::Done);
+        }
     }
 
     fn log_output(&mut self, kind: FrameType, payload: &[u8]) {
@@ -385,7 +403,7 @@ impl<G: Guest> Supervisor<G> {
 
     /// A stream of the guest ended. Why shows when the machine's end is known.
     pub(super) fn guest_hung_up(&mut self) {
-        if self.ended.is_none() {
+        if self.ended.is_none() && !self.is_set(Timer::HangUp) {
             self.set_timer(Timer::HangUp, HANG_UP_TIMEOUT);
         }
     }

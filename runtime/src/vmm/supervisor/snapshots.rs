@@ -14,7 +14,7 @@ use sm_guest_proto::control::{ControlReply, ControlRequest};
 use sm_guest_proto::port;
 use sm_snapshot::manifest::Layer;
 
-use super::{Supervisor, Timer};
+use super::{Supervisor, Timer, printable};
 use crate::launch::{ControlAnswer, SnapshotReport, Stage};
 use crate::vmm::agent::Purpose;
 use crate::vmm::guest::{Guest, SnapshotPlan, Start};
@@ -142,8 +142,10 @@ impl<G: Guest> Supervisor<G> {
 
     fn put_back(&mut self, client: u64) {
         self.agent = None;
+        self.agent_awaited = true;
         self.main = None;
         self.main_requested = false;
+        self.phases.clear();
         self.timers.clear();
         self.set_timer(
             Timer::Start,
@@ -187,8 +189,8 @@ impl<G: Guest> Supervisor<G> {
 }
 
 fn refused(what: &str, reply: ControlReply) -> String {
-    match reply {
+    printable(&match reply {
         ControlReply::Error { message } => format!("cannot {what}: {message}"),
         other => format!("cannot {what}: the guest answered {other:?}"),
-    }
+    })
 }

@@ -1,5 +1,10 @@
 //! The supervisor against a fake machine whose agent is played by the test.
 
+mod ends;
+mod hostile;
+mod input_output;
+mod snapshots;
+
 use std::io::{Read as _, Write as _};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -34,6 +39,7 @@ struct FakeState {
     ended: OwnedFd,
     end: Mutex<Option<GuestEnd>>,
     paused: Mutex<bool>,
+    console: Mutex<String>,
     /// The last snapshot that was asked for.
     snapshot: Mutex<Option<SnapshotPlan>>,
 }
@@ -68,6 +74,9 @@ impl Guest for FakeGuest {
     }
     fn reset(&mut self) -> Result<(), String> {
         Ok(())
+    }
+    fn console_tail(&self, _lines: usize) -> String {
+        self.state.console.lock().unwrap().clone()
     }
     fn published(&self) -> Vec<crate::Publication> {
         Vec::new()
@@ -146,6 +155,8 @@ struct Setup {
     stdin: bool,
     auto_remove: bool,
     start: Option<Start>,
+    /// The launch stream takes more than a connection holds back.
+    large_buffers: bool,
 }
 
 fn fixture(setup: Setup) -> Fixture {
@@ -200,6 +211,9 @@ fn fixture(setup: Setup) -> Fixture {
         phases: Vec::new(),
     };
     let (launcher, theirs) = UnixStream::pair().unwrap();
+    if setup.large_buffers {
+        rustix::net::sockopt::set_socket_send_buffer_size(&theirs, 1 << 20).unwrap();
+    }
     let (terminate, terminated) = UnixStream::pair().unwrap();
     let (dial, notices) = notices().unwrap();
     let (sender, connections) = channel();
@@ -207,6 +221,7 @@ fn fixture(setup: Setup) -> Fixture {
         ended: eventfd(0, EventfdFlags::CLOEXEC).unwrap(),
         end: Mutex::new(None),
         paused: Mutex::new(false),
+        console: Mutex::new(String::new()),
         snapshot: Mutex::new(None),
     });
     let parts = Parts {
@@ -239,11 +254,16 @@ fn fixture(setup: Setup) -> Fixture {
 }
 
 impl Fixture {
-    /// Plays the agent up to the request for the workload.
-    fn boot(&mut self) -> (Peer, Peer, ExecRequest) {
+    /// Dials as an agent does.
+    fn dial(&self) -> Peer {
         let (theirs, ours) = UnixStream::pair().unwrap();
         self.dial.send(Notice::Agent(theirs));
-        let mut agent = Peer(ours);
+        Peer(ours)
+    }
+
+    /// Plays the agent up to the request for the workload.
+    fn boot(&mut self) -> (Peer, Peer, ExecRequest) {
+        let mut agent = self.dial();
         let request = agent.receive_json(FrameType::Control);
         assert!(matches!(request, ControlRequest::Hello(_)));
         agent.send_json(&ControlReply::Hello(AgentHello {
@@ -328,529 +348,4 @@ impl Fixture {
 
 fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
-}
-
-#[test]
-fn a_workload_runs_to_its_end() {
-    let mut f = fixture(Setup::default());
-    let (_agent, mut main) = f.start();
-    main.send(FrameType::Stdout, b"hello");
-    main.send(FrameType::Stderr, b"oops");
-    main.exit(3);
-    assert_eq!(f.events(), ["out hello", "err oops", "exit 3", "ended 3"]);
-    f.finish();
-    let exit = f.exit();
-    assert_eq!((exit.status, exit.reason), (3, ExitReason::Workload));
-    assert_eq!(exit.peak_rss_kib, Some(7));
-    let names: Vec<_> = exit.phases.iter().map(|p| p.name.as_str()).collect();
-    assert_eq!(
-        names,
-        [
-            "kernel reached init",
-            "agent ready",
-            "identity refreshed",
-            "root attached",
-            "workload started",
-            "first output",
-            "exit"
-        ]
-    );
-    assert!(!f.record.sockets().exists());
-    f.record.remove().unwrap();
-    let logged = f.record.directory().exists();
-    assert!(!logged);
-}
-
-#[test]
-fn output_is_logged_without_any_client() {
-    let mut f = fixture(Setup {
-        detached: true,
-        ..Setup::default()
-    });
-    let (_agent, mut main) = f.start();
-    assert_eq!(
-        f.events(),
-        [""; 0],
-        "a launcher that does not attach is let go"
-    );
-    let chunk = vec![b'x'; 64 * 1024];
-    for _ in 0..8 {
-        main.send(FrameType::Stdout, &chunk);
-    }
-    main.exit(0);
-    f.finish();
-    let mut log = LogReader::open(f.record.directory()).unwrap();
-    let mut total = 0;
-    while let Some(record) = log.next_record().unwrap() {
-        total += record.bytes.len();
-    }
-    assert_eq!(total, 8 * chunk.len());
-}
-
-#[test]
-fn input_passes_in_order_and_its_end_too() {
-    let mut f = fixture(Setup {
-        stdin: true,
-        ..Setup::default()
-    });
-    let (_agent, mut main) = f.start();
-    let writer = f.launcher.as_ref().unwrap().writer();
-    let input: Vec<u8> = (0..3_000_000u32).flat_map(u32::to_le_bytes).collect();
-    let sender = std::thread::spawn({
-        let input = input.clone();
-        move || {
-            writer.write_stdin(&input).unwrap();
-            writer.resize(100, 50).unwrap();
-            writer.close_stdin().unwrap();
-        }
-    });
-    let mut seen = Vec::new();
-    let mut resized = None;
-    loop {
-        match main.receive().unwrap() {
-            (FrameType::Stdin, bytes) if bytes.is_empty() => break,
-            (FrameType::Stdin, bytes) => seen.extend(bytes),
-            (FrameType::Resize, size) => resized = Some(frame::parse_resize(&size).unwrap()),
-            other => panic!("{other:?}"),
-        }
-    }
-    sender.join().unwrap();
-    assert!(seen == input, "every byte arrives, in order");
-    assert_eq!(resized, Some((100, 50)));
-    main.exit(0);
-    f.finish();
-}
-
-#[test]
-fn a_client_that_does_not_read_stalls_the_workload_and_loses_nothing() {
-    let mut f = fixture(Setup::default());
-    let (_agent, mut main) = f.start();
-    let chunk = vec![1u8; 64 * 1024];
-    let total = 32;
-    let workload = std::thread::spawn(move || {
-        for _ in 0..total {
-            main.send(FrameType::Stdout, &chunk);
-        }
-        main.exit(0);
-    });
-    // Status is still served, and memory stays bounded, however long this takes.
-    let status = f.control().call(&ControlCall::Status).unwrap();
-    assert!(matches!(status, ControlAnswer::Status(_)));
-    let events = f.events();
-    let bytes: usize = events
-        .iter()
-        .filter_map(|e| e.strip_prefix("out "))
-        .map(str::len)
-        .sum();
-    assert_eq!(bytes, total * 64 * 1024);
-    workload.join().unwrap();
-    f.finish();
-}
-
-#[test]
-fn a_client_that_leaves_ends_its_input_and_the_workload_goes_on() {
-    let mut f = fixture(Setup {
-        stdin: true,
-        ..Setup::default()
-    });
-    let (_agent, mut main) = f.start();
-    f.launcher = None;
-    assert_eq!(main.receive().unwrap(), (FrameType::Stdin, Vec::new()));
-    main.exit(9);
-    f.finish();
-    assert_eq!(f.exit().status, 9);
-}
-
-#[test]
-fn whoever_waits_is_told_the_end() {
-    let mut f = fixture(Setup::default());
-    let (_agent, mut main) = f.start();
-    let mut waiter = Peer(UnixStream::connect(f.record.control_socket()).unwrap());
-    let call = serde_json::to_vec(&ControlCall::Wait).unwrap();
-    waiter.send(FrameType::Request, &call);
-    // A later connection is not served before an earlier one.
-    f.control().call(&ControlCall::Status).unwrap();
-    main.exit(9);
-    let answer = waiter.receive_json(FrameType::Control);
-    assert!(matches!(answer, ControlAnswer::Ended(exit) if exit.status == 9));
-    f.finish();
-}
-
-#[test]
-fn a_launcher_that_leaves_before_the_start_cancels_it() {
-    let mut f = fixture(Setup::default());
-    f.launcher = None;
-    f.finish();
-    assert!(!f.record.directory().exists());
-    assert!(!f.record.sockets().exists());
-    assert_eq!(f.guest.end.lock().unwrap().clone(), Some(GuestEnd::Stopped));
-}
-
-#[test]
-fn a_missing_command_is_reported_with_its_status() {
-    let mut f = fixture(Setup::default());
-    let (_agent, mut main, _) = f.boot();
-    main.send(FrameType::Error, b"prog: not found");
-    main.exit(127);
-    assert_eq!(f.events(), ["exit 127", "ended 127"]);
-    f.finish();
-    let exit = f.exit();
-    assert_eq!(exit.reason, ExitReason::StartFailed);
-    assert_eq!(exit.message.as_deref(), Some("prog: not found"));
-}
-
-#[test]
-fn a_guest_that_dies_is_reported_with_its_console() {
-    let mut f = fixture(Setup::default());
-    let (_agent, main) = f.start();
-    std::fs::write(
-        f.record.directory().join(crate::record::CONSOLE),
-        "booting\r\n\x1b[31mKernel panic - not syncing\r\n",
-    )
-    .unwrap();
-    f.guest
-        .end(GuestEnd::Guest("the guest reset itself".into()));
-    drop(main);
-    let events = f.events();
-    assert_eq!(events.last().unwrap(), "ended 125");
-    f.finish();
-    let exit = f.exit();
-    assert_eq!(exit.reason, ExitReason::GuestFailed);
-    let message = exit.message.unwrap();
-    assert!(message.starts_with("the guest reset itself"), "{message}");
-    assert!(
-        message.contains("Kernel panic") && !message.contains('\x1b'),
-        "{message}"
-    );
-}
-
-#[test]
-fn stopping_signals_first() {
-    let mut f = fixture(Setup::default());
-    let (mut agent, mut main) = f.start();
-    let answer = f.control().call(&ControlCall::Stop { grace_ms: None });
-    assert_eq!(answer.unwrap(), ControlAnswer::Done);
-    let request: ControlRequest = agent.receive_json(FrameType::Control);
-    assert_eq!(request, ControlRequest::SignalMain { signal: 15 });
-    main.exit(143);
-    f.finish();
-    assert_eq!(f.exit().status, 143);
-}
-
-#[test]
-fn stopping_kills_after_the_grace() {
-    let mut f = fixture(Setup::default());
-    let (mut agent, mut main) = f.start();
-    f.control()
-        .call(&ControlCall::Stop { grace_ms: Some(0) })
-        .unwrap();
-    for signal in [15, 9] {
-        let request: ControlRequest = agent.receive_json(FrameType::Control);
-        assert_eq!(request, ControlRequest::SignalMain { signal });
-    }
-    main.exit(137);
-    f.finish();
-    let exit = f.exit();
-    assert_eq!((exit.status, exit.oom_killed), (137, false));
-}
-
-#[test]
-fn termination_of_the_process_stops_the_workload() {
-    let mut f = fixture(Setup::default());
-    let (mut agent, mut main) = f.start();
-    f.terminate.write_all(b"x").unwrap();
-    let request: ControlRequest = agent.receive_json(FrameType::Control);
-    assert_eq!(request, ControlRequest::SignalMain { signal: 15 });
-    main.exit(0);
-    f.finish();
-}
-
-#[test]
-fn an_unexplained_kill_is_checked_for_lack_of_memory() {
-    let mut f = fixture(Setup::default());
-    let (mut agent, mut main) = f.start();
-    main.exit(137);
-    let request: ControlRequest = agent.receive_json(FrameType::Control);
-    assert_eq!(request, ControlRequest::Stats);
-    agent.send_json(&ControlReply::Stats(GuestStats {
-        oom_kills: 1,
-        ..GuestStats::default()
-    }));
-    f.finish();
-    let exit = f.exit();
-    assert!(exit.oom_killed && exit.message.unwrap().contains("--memory"));
-}
-
-#[test]
-fn calls_are_answered() {
-    let mut f = fixture(Setup {
-        auto_remove: true,
-        ..Setup::default()
-    });
-    let (mut agent, _main) = f.start();
-    let mut control = f.control();
-    let ControlAnswer::Status(status) = control.call(&ControlCall::Status).unwrap() else {
-        panic!("a status");
-    };
-    assert_eq!((status.paused, status.clients), (false, 1));
-    control.call(&ControlCall::Pause).unwrap();
-    assert!(*f.guest.paused.lock().unwrap());
-    control.call(&ControlCall::Resume).unwrap();
-    assert!(!*f.guest.paused.lock().unwrap());
-    control.call(&ControlCall::Signal { signal: 10 }).unwrap();
-    let request: ControlRequest = agent.receive_json(FrameType::Control);
-    assert_eq!(request, ControlRequest::SignalMain { signal: 10 });
-    control.call(&ControlCall::Destroy).unwrap();
-    f.finish();
-    assert!(!f.record.directory().exists(), "it was to be removed");
-}
-
-#[test]
-fn a_client_that_attaches_later_sees_output_from_then_on() {
-    let mut f = fixture(Setup {
-        detached: true,
-        ..Setup::default()
-    });
-    let (_agent, mut main) = f.start();
-    assert_eq!(
-        f.events(),
-        [""; 0],
-        "a launcher that does not attach is let go"
-    );
-    f.launcher = Some(f.control().attach(false).unwrap());
-    main.send(FrameType::Stdout, b"late");
-    main.exit(0);
-    assert_eq!(f.events(), ["out late", "exit 0", "ended 0"]);
-    f.finish();
-}
-
-#[test]
-fn an_agent_of_another_version_is_refused_with_a_sentence() {
-    let mut f = fixture(Setup::default());
-    let (theirs, ours) = UnixStream::pair().unwrap();
-    f.dial.send(Notice::Agent(theirs));
-    let mut agent = Peer(ours);
-    let _: ControlRequest = agent.receive_json(FrameType::Control);
-    agent.send_json(&ControlReply::Hello(AgentHello {
-        protocol: 99,
-        ..AgentHello::default()
-    }));
-    f.finish();
-    assert!(f.exit().message.unwrap().contains("version 99"));
-}
-
-#[test]
-fn garbage_from_the_guest_ends_the_vm_with_a_reason() {
-    let mut f = fixture(Setup::default());
-    let (_agent, mut main) = f.start();
-    main.0.write_all(&[0x77; 64]).unwrap();
-    assert_eq!(f.events().last().unwrap(), "ended 125");
-    f.finish();
-    assert_eq!(f.exit().reason, ExitReason::GuestFailed);
-}
-
-/// Asks for a snapshot on a thread; the answer comes when it was made.
-fn ask_for_snapshot(
-    f: &Fixture,
-    name: &str,
-    stop: bool,
-) -> std::thread::JoinHandle<Result<ControlAnswer, crate::Error>> {
-    let mut control = f.control();
-    let call = ControlCall::Snapshot {
-        name: name.to_owned(),
-        stop,
-        ephemeral: false,
-    };
-    std::thread::spawn(move || control.call_and_wait(&call))
-}
-
-/// Plays an agent that freezes its workload and prepares.
-fn freeze(agent: &mut Peer) {
-    for expected in [ControlRequest::Freeze, ControlRequest::PrepareSnapshot] {
-        let request: ControlRequest = agent.receive_json(FrameType::Control);
-        assert_eq!(request, expected);
-        agent.send_json(&ControlReply::Done);
-    }
-}
-
-fn expect_thaw(agent: &mut Peer) {
-    let request: ControlRequest = agent.receive_json(FrameType::Control);
-    assert_eq!(request, ControlRequest::Thaw);
-    agent.send_json(&ControlReply::Done);
-}
-
-#[test]
-fn a_snapshot_is_of_a_frozen_workload_that_goes_on() {
-    let mut f = fixture(Setup::default());
-    let (mut agent, mut main) = f.start();
-    let asked = ask_for_snapshot(&f, "warm", false);
-    freeze(&mut agent);
-    expect_thaw(&mut agent);
-    let ControlAnswer::Snapshot(report) = asked.join().unwrap().unwrap() else {
-        panic!("a report");
-    };
-    assert_eq!((report.name.as_str(), report.pages), ("warm", 7));
-    let plan = f.guest.snapshot.lock().unwrap().clone().unwrap();
-    assert!(!plan.stay && !plan.ephemeral);
-    main.exit(0);
-    f.finish();
-    assert_eq!(f.exit().reason, ExitReason::Workload);
-}
-
-#[test]
-fn a_snapshot_that_fails_leaves_the_workload_running() {
-    let mut f = fixture(Setup::default());
-    let (mut agent, mut main) = f.start();
-    let asked = ask_for_snapshot(&f, "warm", true);
-    let request: ControlRequest = agent.receive_json(FrameType::Control);
-    assert_eq!(request, ControlRequest::Freeze);
-    agent.send_json(&ControlReply::Error {
-        message: "it took too long".into(),
-    });
-    expect_thaw(&mut agent);
-    let error = asked.join().unwrap().unwrap_err().to_string();
-    assert!(
-        error.contains("freeze the workload: it took too long"),
-        "{error}"
-    );
-    // Another one is not kept from trying; a name that is taken is no harm either.
-    let asked = ask_for_snapshot(&f, "taken", true);
-    freeze(&mut agent);
-    expect_thaw(&mut agent);
-    let error = asked.join().unwrap().unwrap_err().to_string();
-    assert!(error.contains("exists already"), "{error}");
-    main.exit(4);
-    f.finish();
-    assert_eq!(f.exit().status, 4);
-}
-
-#[test]
-fn a_vm_that_is_to_stop_ends_with_its_snapshot() {
-    let mut f = fixture(Setup::default());
-    let (mut agent, _main) = f.start();
-    let asked = ask_for_snapshot(&f, "last", true);
-    freeze(&mut agent);
-    assert!(asked.join().unwrap().is_ok());
-    f.finish();
-    let exit = f.exit();
-    assert_eq!((exit.status, exit.reason), (137, ExitReason::Destroyed));
-    assert!(exit.message.unwrap().contains("\"last\""));
-}
-
-/// Plays the agent of a restored guest up to its answer to the refresh.
-fn restored(f: &mut Fixture, vmgenid_seen: bool) -> (Peer, Peer) {
-    let (theirs, ours) = UnixStream::pair().unwrap();
-    f.dial.send(Notice::Agent(theirs));
-    answer_as_restored(f, Peer(ours), vmgenid_seen)
-}
-
-fn answer_as_restored(f: &mut Fixture, mut agent: Peer, vmgenid_seen: bool) -> (Peer, Peer) {
-    let _: ControlRequest = agent.receive_json(FrameType::Control);
-    agent.send_json(&ControlReply::Hello(AgentHello {
-        protocol: PROTOCOL_VERSION,
-        ..AgentHello::default()
-    }));
-    let ControlRequest::Refresh(refresh) = agent.receive_json(FrameType::Control) else {
-        panic!("identity comes before anything else");
-    };
-    assert!(refresh.vmgenid_wait_ms > 0);
-    let (to, stream) = f.connections.recv().unwrap();
-    assert_eq!(to, port::EXEC);
-    let mut main = Peer(stream);
-    let _: ExecControl = main.receive_json(FrameType::Control);
-    agent.send_json(&ControlReply::Refreshed(Refreshed {
-        vmgenid_seen,
-        ..Refreshed::default()
-    }));
-    (agent, main)
-}
-
-#[test]
-fn a_clone_gets_its_identity_before_its_workload_goes_on() {
-    let mut f = fixture(Setup {
-        start: Some(Start::Restored(Layer::App)),
-        ..Setup::default()
-    });
-    let (mut agent, mut main) = restored(&mut f, true);
-    expect_thaw(&mut agent);
-    let attach: ExecControl = main.receive_json(FrameType::Control);
-    assert_eq!(attach, ExecControl::AttachMain);
-    main.send_json(&ExecReply::Started { pid: 42 });
-    main.send(FrameType::Stdout, b"on");
-    main.exit(0);
-    let events = f.events();
-    assert_eq!(events, ["started 42", "out on", "exit 0", "ended 0"]);
-    f.finish();
-}
-
-#[test]
-fn a_clone_whose_kernel_noticed_nothing_never_thaws() {
-    let mut f = fixture(Setup {
-        start: Some(Start::Restored(Layer::App)),
-        ..Setup::default()
-    });
-    let (mut agent, _main) = restored(&mut f, false);
-    assert!(agent.receive().is_none(), "the VM ends instead");
-    f.finish();
-    let exit = f.exit();
-    assert_eq!(exit.reason, ExitReason::StartFailed);
-    assert!(exit.message.unwrap().contains("random numbers"));
-}
-
-#[test]
-fn an_image_snapshot_needs_no_root_attached() {
-    let mut f = fixture(Setup {
-        start: Some(Start::Restored(Layer::Image)),
-        ..Setup::default()
-    });
-    let (_agent, mut main) = restored(&mut f, true);
-    let request: ExecRequest = main.receive_json(FrameType::Request);
-    assert_eq!(request.role, Role::Main);
-    main.send_json(&ExecReply::Started { pid: 1 });
-    main.exit(0);
-    f.finish();
-}
-
-#[test]
-fn a_machine_that_is_put_back_comes_up_as_another() {
-    let mut f = fixture(Setup {
-        start: Some(Start::Restored(Layer::App)),
-        ..Setup::default()
-    });
-    let (mut agent, mut main) = restored(&mut f, true);
-    expect_thaw(&mut agent);
-    let _: ExecControl = main.receive_json(FrameType::Control);
-    main.send_json(&ExecReply::Started { pid: 42 });
-    main.send(FrameType::Stdout, b"one");
-    let status = f.control().call(&ControlCall::Status).unwrap();
-    assert!(matches!(status, ControlAnswer::Status(_)));
-
-    let mut control = f.control();
-    let asked = std::thread::spawn(move || control.call_and_wait(&ControlCall::Reset));
-    assert!(agent.receive().is_none(), "old streams end");
-    assert!(main.receive().is_none());
-    let (to, stream) = f.connections.recv().unwrap();
-    assert_eq!(to, port::CONTROL);
-    let (mut agent, mut main) = answer_as_restored(&mut f, Peer(stream), true);
-    expect_thaw(&mut agent);
-    let attach: ExecControl = main.receive_json(FrameType::Control);
-    assert_eq!(attach, ExecControl::AttachMain);
-    main.send_json(&ExecReply::Started { pid: 42 });
-    assert!(matches!(asked.join().unwrap(), Ok(ControlAnswer::Done)));
-    main.send(FrameType::Stdout, b"one again");
-    main.exit(0);
-    let events = f.events();
-    assert_eq!(events.first().unwrap(), "started 42");
-    assert!(events.contains(&"out one again".to_owned()), "{events:?}");
-    f.finish();
-}
-
-#[test]
-fn a_machine_of_an_image_has_nothing_to_be_put_back_to() {
-    let mut f = fixture(Setup::default());
-    let (_agent, mut main) = f.start();
-    let refused = f.control().call(&ControlCall::Reset).unwrap_err();
-    assert!(refused.to_string().contains("not started from a snapshot"));
-    main.exit(0);
-    f.finish();
 }

@@ -1,0 +1,68 @@
+//! The files of records: JSON that appears whole, directories that go.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::{RecordError, io_error};
+
+pub(super) fn dir_names(directory: &Path) -> Result<Vec<String>, RecordError> {
+    let entries = std::fs::read_dir(directory).map_err(io_error("list", directory))?;
+    let mut names = Vec::new();
+    for entry in entries {
+        let entry = entry.map_err(io_error("list", directory))?;
+        if let Ok(name) = entry.file_name().into_string() {
+            names.push(name);
+        }
+    }
+    Ok(names)
+}
+
+pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, RecordError> {
+    let bytes = match std::fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(io_error("read", path)(error)),
+    };
+    serde_json::from_slice(&bytes)
+        .map(Some)
+        .map_err(|error| io_error("understand", path)(error.into()))
+}
+
+/// Writes `directory/name` so that it appears complete or not at all, and
+/// survives a crash of the host once this returns.
+pub(super) fn write_json(
+    directory: &Path,
+    name: &str,
+    value: &impl Serialize,
+) -> Result<(), RecordError> {
+    let path = directory.join(name);
+    let bytes =
+        serde_json::to_vec_pretty(value).map_err(|error| io_error("write", &path)(error.into()))?;
+    let fresh = directory.join(format!(".{name}.new"));
+    let write = || {
+        let mut file = OpenOptions::new()
+            .create(true)
+            .truncate(true)
+            .write(true)
+            .mode(0o600)
+            .open(&fresh)?;
+        file.write_all(&bytes)?;
+        file.sync_all()?;
+        std::fs::rename(&fresh, &path)?;
+        File::open(directory)?.sync_all()
+    };
+    write().map_err(io_error("write", &path))
+}
+
+pub(super) fn remove_tree(path: &Path) -> Result<(), RecordError> {
+    match std::fs::remove_dir_all(path) {
+        Ok(()) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(io_error("remove", path)(error)),
+    }
+}

@@ -1,0 +1,93 @@
+//! What the VMM process has to say about itself, on its standard error: `vmm.log`.
+//!
+//! A guest can bring about a line as often as it likes, for instance by resetting
+//! and breaking a device in turn. What is kept is the beginning, up to a limit.
+
+use std::io::{self, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
+
+/// Bytes that are kept.
+const LIMIT: u64 = 4 << 20;
+const NOTICE: &[u8] = b"[what the VMM says beyond 4 MiB is not kept]\n";
+
+/// Says what is logged, such as `sm_vmm_core=debug`.
+const VARIABLE: &str = "SM_LOG";
+
+/// Sends this process's log to its standard error.
+pub(super) fn to_stderr() {
+    let wanted = std::env::var(VARIABLE).ok();
+    let wanted = wanted.and_then(|wanted| wanted.parse::<Targets>().ok());
+    let wanted = wanted.unwrap_or_else(|| Targets::new().with_default(LevelFilter::INFO));
+    let limit = Limit::default();
+    let lines = tracing_subscriber::fmt::layer()
+        .with_writer(move || limit.writer(io::stderr()))
+        .with_ansi(false);
+    // A program that has set one already keeps it.
+    let _ = tracing_subscriber::registry()
+        .with(lines)
+        .with(wanted)
+        .try_init();
+}
+
+/// Counts what was written.
+#[derive(Clone, Debug, Default)]
+struct Limit(Arc<AtomicU64>);
+
+impl Limit {
+    fn writer<W: Write>(&self, to: W) -> Limited<W> {
+        Limited {
+            to,
+            written: Arc::clone(&self.0),
+        }
+    }
+}
+
+/// Takes everything, and passes it on up to the limit.
+struct Limited<W> {
+    to: W,
+    written: Arc<AtomicU64>,
+}
+
+impl<W: Write> Write for Limited<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let len = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
+        // Wraps after 16 EiB.
+        let before = self.written.fetch_add(len, Ordering::Relaxed);
+        let after = before.saturating_add(len);
+        if after <= LIMIT {
+            self.to.write_all(bytes)?;
+        } else if before <= LIMIT {
+            self.to.write_all(NOTICE)?;
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.to.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_is_kept_up_to_its_limit() {
+        let (limit, mut kept) = (Limit::default(), Vec::new());
+        let line = [b'x'; 999];
+        for _ in 0..10_000 {
+            limit.writer(&mut kept).write_all(&line).unwrap();
+        }
+        let limit = usize::try_from(LIMIT).unwrap();
+        assert!(kept.len() <= limit + NOTICE.len());
+        assert!(kept.len() > limit - 1000);
+        assert!(kept.ends_with(NOTICE));
+        let notices = kept.windows(NOTICE.len()).filter(|part| *part == NOTICE);
+        assert_eq!(notices.count(), 1);
+    }
+}

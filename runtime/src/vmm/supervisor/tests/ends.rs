@@ -1,0 +1,120 @@
+//! How a VM ends.
+
+use super::*;
+
+#[test]
+fn whoever_waits_is_told_the_end() {
+    let mut f = fixture(Setup::default());
+    let (_agent, mut main) = f.start();
+    let mut waiter = Peer(UnixStream::connect(f.record.control_socket()).unwrap());
+    let call = serde_json::to_vec(&ControlCall::Wait).unwrap();
+    waiter.send(FrameType::Request, &call);
+    // A later connection is not served before an earlier one.
+    f.control().call(&ControlCall::Status).unwrap();
+    main.exit(9);
+    let answer = waiter.receive_json(FrameType::Control);
+    assert!(matches!(answer, ControlAnswer::Ended(exit) if exit.status == 9));
+    f.finish();
+}
+
+#[test]
+fn a_launcher_that_leaves_before_the_start_cancels_it() {
+    let mut f = fixture(Setup::default());
+    f.launcher = None;
+    f.finish();
+    assert!(!f.record.directory().exists());
+    assert!(!f.record.sockets().exists());
+    assert_eq!(f.guest.end.lock().unwrap().clone(), Some(GuestEnd::Stopped));
+}
+
+#[test]
+fn a_missing_command_is_reported_with_its_status() {
+    let mut f = fixture(Setup::default());
+    let (_agent, mut main, _) = f.boot();
+    main.send(FrameType::Error, b"prog: not found");
+    main.exit(127);
+    assert_eq!(f.events(), ["exit 127", "ended 127"]);
+    f.finish();
+    let exit = f.exit();
+    assert_eq!(exit.reason, ExitReason::StartFailed);
+    assert_eq!(exit.message.as_deref(), Some("prog: not found"));
+}
+
+#[test]
+fn a_guest_that_dies_is_reported_with_its_console() {
+    let mut f = fixture(Setup::default());
+    let (_agent, main) = f.start();
+    "booting\r\n\n\x1b[31mKernel panic - not syncing\r\n"
+        .clone_into(&mut f.guest.console.lock().unwrap());
+    f.guest
+        .end(GuestEnd::Guest("the guest reset itself".into()));
+    drop(main);
+    let events = f.events();
+    assert_eq!(events.last().unwrap(), "ended 125");
+    f.finish();
+    let exit = f.exit();
+    assert_eq!(exit.reason, ExitReason::GuestFailed);
+    let message = exit.message.unwrap();
+    assert!(message.starts_with("the guest reset itself"), "{message}");
+    assert!(
+        message.contains("Kernel panic") && !message.contains('\x1b'),
+        "{message}"
+    );
+}
+
+#[test]
+fn stopping_signals_first() {
+    let mut f = fixture(Setup::default());
+    let (mut agent, mut main) = f.start();
+    let answer = f.control().call(&ControlCall::Stop { grace_ms: None });
+    assert_eq!(answer.unwrap(), ControlAnswer::Done);
+    let request: ControlRequest = agent.receive_json(FrameType::Control);
+    assert_eq!(request, ControlRequest::SignalMain { signal: 15 });
+    main.exit(143);
+    f.finish();
+    assert_eq!(f.exit().status, 143);
+}
+
+#[test]
+fn stopping_kills_after_the_grace() {
+    let mut f = fixture(Setup::default());
+    let (mut agent, mut main) = f.start();
+    f.control()
+        .call(&ControlCall::Stop { grace_ms: Some(0) })
+        .unwrap();
+    for signal in [15, 9] {
+        let request: ControlRequest = agent.receive_json(FrameType::Control);
+        assert_eq!(request, ControlRequest::SignalMain { signal });
+    }
+    main.exit(137);
+    f.finish();
+    let exit = f.exit();
+    assert_eq!((exit.status, exit.oom_killed), (137, false));
+}
+
+#[test]
+fn termination_of_the_process_stops_the_workload() {
+    let mut f = fixture(Setup::default());
+    let (mut agent, mut main) = f.start();
+    f.terminate.write_all(b"x").unwrap();
+    let request: ControlRequest = agent.receive_json(FrameType::Control);
+    assert_eq!(request, ControlRequest::SignalMain { signal: 15 });
+    main.exit(0);
+    f.finish();
+}
+
+#[test]
+fn an_unexplained_kill_is_checked_for_lack_of_memory() {
+    let mut f = fixture(Setup::default());
+    let (mut agent, mut main) = f.start();
+    main.exit(137);
+    let request: ControlRequest = agent.receive_json(FrameType::Control);
+    assert_eq!(request, ControlRequest::Stats);
+    agent.send_json(&ControlReply::Stats(GuestStats {
+        oom_kills: 1,
+        ..GuestStats::default()
+    }));
+    f.finish();
+    let exit = f.exit();
+    assert!(exit.oom_killed && exit.message.unwrap().contains("--memory"));
+}

@@ -1,0 +1,126 @@
+//! A guest that does not keep to the protocol.
+
+use super::*;
+
+#[test]
+fn an_agent_of_another_version_is_refused_with_a_sentence() {
+    let mut f = fixture(Setup::default());
+    let mut agent = f.dial();
+    let _: ControlRequest = agent.receive_json(FrameType::Control);
+    agent.send_json(&ControlReply::Hello(AgentHello {
+        protocol: 99,
+        ..AgentHello::default()
+    }));
+    f.finish();
+    assert!(f.exit().message.unwrap().contains("version 99"));
+}
+
+#[test]
+fn garbage_from_the_guest_ends_the_vm_with_a_reason() {
+    let mut f = fixture(Setup::default());
+    let (_agent, mut main) = f.start();
+    main.0.write_all(&[0x77; 64]).unwrap();
+    assert_eq!(f.events().last().unwrap(), "ended 125");
+    f.finish();
+    assert_eq!(f.exit().reason, ExitReason::GuestFailed);
+}
+
+#[test]
+fn a_workload_starts_once() {
+    let mut f = fixture(Setup::default());
+    let (_agent, mut main) = f.start();
+    for _ in 0..3 {
+        main.send_json(&ExecReply::Started { pid: 42 });
+    }
+    assert_eq!(f.events(), ["exit 125", "ended 125"]);
+    f.finish();
+    let exit = f.exit();
+    assert_eq!(exit.reason, ExitReason::GuestFailed);
+    assert!(exit.message.unwrap().contains("not asked for"));
+    let started = |phase: &&Phase| phase.name == "workload started";
+    assert_eq!(exit.phases.iter().filter(started).count(), 1);
+}
+
+#[test]
+fn a_workload_does_not_start_before_it_is_asked_for() {
+    let mut f = fixture(Setup::default());
+    let mut agent = f.dial();
+    let _: ControlRequest = agent.receive_json(FrameType::Control);
+    let mut main = Peer(f.connections.recv().unwrap().1);
+    main.send_json(&ExecReply::Started { pid: 42 });
+    assert_eq!(f.events(), ["exit 125", "ended 125"]);
+    f.finish();
+    assert_eq!(f.exit().reason, ExitReason::StartFailed);
+}
+
+#[test]
+fn an_agent_that_hangs_up_is_not_heard_again() {
+    let mut f = fixture(Setup::default());
+    for first in [true, false, false] {
+        assert_eq!(f.dial().receive().is_some(), first);
+        // A call is answered after what came before it was seen.
+        let status = f.control().call(&ControlCall::Status);
+        assert!(matches!(status, Ok(ControlAnswer::Status(_))));
+    }
+    assert_eq!(f.events(), ["exit 125", "ended 125"]);
+    f.finish();
+    let exit = f.exit();
+    assert!(exit.message.unwrap().contains("hung up"));
+    let ready = |phase: &&Phase| phase.name == "agent ready";
+    assert_eq!(exit.phases.iter().filter(ready).count(), 1);
+}
+
+#[test]
+fn what_a_guest_says_is_short_and_has_no_control_characters() {
+    let mut f = fixture(Setup::default());
+    let (_agent, mut main, _) = f.boot();
+    let long = format!("no\x1b[2J such\nprogram {}", "x".repeat(1 << 20));
+    main.send(FrameType::Error, long.as_bytes());
+    main.exit(127);
+    f.finish();
+    let message = f.exit().message.unwrap();
+    assert!(message.starts_with("no [2J such program x"), "{message}");
+    assert!(message.len() < 3000);
+}
+
+#[test]
+fn an_answer_is_short() {
+    let mut f = fixture(Setup::default());
+    let (mut agent, _main) = f.start();
+    let mut control = f.control();
+    let asked = std::thread::spawn(move || control.call(&ControlCall::Stats));
+    let request: ControlRequest = agent.receive_json(FrameType::Control);
+    assert_eq!(request, ControlRequest::Stats);
+    agent.send_json(&ControlReply::Error {
+        message: "x".repeat(1 << 20),
+    });
+    assert!(asked.join().unwrap().is_err());
+    f.finish();
+    let message = f.exit().message.unwrap();
+    assert!(message.contains("sent a reply of 10"), "{message}");
+}
+
+#[test]
+fn frames_that_only_a_host_sends_end_the_vm() {
+    for kind in [FrameType::Stdin, FrameType::Signal, FrameType::Request] {
+        let mut f = fixture(Setup::default());
+        let (_agent, mut main) = f.start();
+        main.send(kind, b"x");
+        f.finish();
+        let message = f.exit().message.unwrap();
+        assert!(message.contains("unexpected"), "{message}");
+    }
+}
+
+#[test]
+fn a_guest_that_does_not_answer_is_not_asked_without_end() {
+    let mut f = fixture(Setup::default());
+    let (_agent, mut main) = f.start();
+    let mut control = f.control();
+    let refused = (0..10_000)
+        .find_map(|_| control.call(&ControlCall::Signal { signal: 10 }).err())
+        .expect("some are refused");
+    assert!(refused.to_string().contains("does not answer"), "{refused}");
+    main.exit(0);
+    f.finish();
+}

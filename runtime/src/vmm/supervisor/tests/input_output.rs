@@ -1,0 +1,200 @@
+//! A workload that runs: its input and output, its clients.
+
+use super::*;
+
+#[test]
+fn a_workload_runs_to_its_end() {
+    let mut f = fixture(Setup::default());
+    let (_agent, mut main) = f.start();
+    main.send(FrameType::Stdout, b"hello");
+    main.send(FrameType::Stderr, b"oops");
+    main.exit(3);
+    assert_eq!(f.events(), ["out hello", "err oops", "exit 3", "ended 3"]);
+    f.finish();
+    let exit = f.exit();
+    assert_eq!((exit.status, exit.reason), (3, ExitReason::Workload));
+    assert_eq!(exit.peak_rss_kib, Some(7));
+    let names: Vec<_> = exit.phases.iter().map(|p| p.name.as_str()).collect();
+    assert_eq!(
+        names,
+        [
+            "kernel reached init",
+            "agent ready",
+            "identity refreshed",
+            "root attached",
+            "workload started",
+            "first output",
+            "exit"
+        ]
+    );
+    assert!(!f.record.sockets().exists());
+    f.record.remove().unwrap();
+    let logged = f.record.directory().exists();
+    assert!(!logged);
+}
+
+#[test]
+fn output_is_logged_without_any_client() {
+    let mut f = fixture(Setup {
+        detached: true,
+        ..Setup::default()
+    });
+    let (_agent, mut main) = f.start();
+    assert_eq!(
+        f.events(),
+        [""; 0],
+        "a launcher that does not attach is let go"
+    );
+    let chunk = vec![b'x'; 64 * 1024];
+    for _ in 0..8 {
+        main.send(FrameType::Stdout, &chunk);
+    }
+    main.exit(0);
+    f.finish();
+    let mut log = LogReader::open(f.record.directory()).unwrap();
+    let mut total = 0;
+    while let Some(record) = log.next_record().unwrap() {
+        total += record.bytes.len();
+    }
+    assert_eq!(total, 8 * chunk.len());
+}
+
+#[test]
+fn input_passes_in_order_and_its_end_too() {
+    let mut f = fixture(Setup {
+        stdin: true,
+        ..Setup::default()
+    });
+    let (_agent, mut main) = f.start();
+    let writer = f.launcher.as_ref().unwrap().writer();
+    let input: Vec<u8> = (0..3_000_000u32).flat_map(u32::to_le_bytes).collect();
+    let sender = std::thread::spawn({
+        let input = input.clone();
+        move || {
+            writer.write_stdin(&input).unwrap();
+            writer.resize(100, 50).unwrap();
+            writer.close_stdin().unwrap();
+        }
+    });
+    let mut seen = Vec::new();
+    let mut resized = None;
+    loop {
+        match main.receive().unwrap() {
+            (FrameType::Stdin, bytes) if bytes.is_empty() => break,
+            (FrameType::Stdin, bytes) => seen.extend(bytes),
+            (FrameType::Resize, size) => resized = Some(frame::parse_resize(&size).unwrap()),
+            other => panic!("{other:?}"),
+        }
+    }
+    sender.join().unwrap();
+    assert!(seen == input, "every byte arrives, in order");
+    assert_eq!(resized, Some((100, 50)));
+    main.exit(0);
+    f.finish();
+}
+
+#[test]
+fn a_client_that_does_not_read_stalls_the_workload_and_loses_nothing() {
+    let mut f = fixture(Setup::default());
+    let (_agent, mut main) = f.start();
+    let chunk = vec![1u8; 64 * 1024];
+    let total = 32;
+    let workload = std::thread::spawn(move || {
+        for _ in 0..total {
+            main.send(FrameType::Stdout, &chunk);
+        }
+        main.exit(0);
+    });
+    // Status is still served, and memory stays bounded, however long this takes.
+    let status = f.control().call(&ControlCall::Status).unwrap();
+    assert!(matches!(status, ControlAnswer::Status(_)));
+    let events = f.events();
+    let bytes: usize = events
+        .iter()
+        .filter_map(|e| e.strip_prefix("out "))
+        .map(str::len)
+        .sum();
+    assert_eq!(bytes, total * 64 * 1024);
+    workload.join().unwrap();
+    f.finish();
+}
+
+#[test]
+fn a_client_that_leaves_ends_its_input_and_the_workload_goes_on() {
+    let mut f = fixture(Setup {
+        stdin: true,
+        ..Setup::default()
+    });
+    let (_agent, mut main) = f.start();
+    f.launcher = None;
+    assert_eq!(main.receive().unwrap(), (FrameType::Stdin, Vec::new()));
+    main.exit(9);
+    f.finish();
+    assert_eq!(f.exit().status, 9);
+}
+
+#[test]
+fn a_client_that_attaches_later_sees_output_from_then_on() {
+    let mut f = fixture(Setup {
+        detached: true,
+        ..Setup::default()
+    });
+    let (_agent, mut main) = f.start();
+    assert_eq!(
+        f.events(),
+        [""; 0],
+        "a launcher that does not attach is let go"
+    );
+    f.launcher = Some(f.control().attach(false).unwrap());
+    main.send(FrameType::Stdout, b"late");
+    main.exit(0);
+    assert_eq!(f.events(), ["out late", "exit 0", "ended 0"]);
+    f.finish();
+}
+
+#[test]
+fn calls_are_answered() {
+    let mut f = fixture(Setup {
+        auto_remove: true,
+        ..Setup::default()
+    });
+    let (mut agent, _main) = f.start();
+    let mut control = f.control();
+    let ControlAnswer::Status(status) = control.call(&ControlCall::Status).unwrap() else {
+        panic!("a status");
+    };
+    assert_eq!((status.paused, status.clients), (false, 1));
+    control.call(&ControlCall::Pause).unwrap();
+    assert!(*f.guest.paused.lock().unwrap());
+    control.call(&ControlCall::Resume).unwrap();
+    assert!(!*f.guest.paused.lock().unwrap());
+    control.call(&ControlCall::Signal { signal: 10 }).unwrap();
+    let request: ControlRequest = agent.receive_json(FrameType::Control);
+    assert_eq!(request, ControlRequest::SignalMain { signal: 10 });
+    control.call(&ControlCall::Destroy).unwrap();
+    f.finish();
+    assert!(!f.record.directory().exists(), "it was to be removed");
+}
+
+/// The last frames may have to wait for room behind one that fills a connection, and
+/// nothing but that room is left to go on with.
+#[test]
+fn what_waits_for_room_goes_on_when_there_is_room() {
+    let mut f = fixture(Setup {
+        large_buffers: true,
+        ..Setup::default()
+    });
+    let (_agent, main) = f.start();
+    let mut bytes = Vec::new();
+    let large = vec![b'x'; crate::vmm::conn::HIGH_WATER + 1];
+    frame::encode(FrameType::Stdout, &large, &mut bytes).unwrap();
+    let exit = ExitStatus {
+        status: 5,
+        peak_rss_kib: None,
+    };
+    frame::encode(FrameType::Exit, &exit.to_payload(), &mut bytes).unwrap();
+    (&main.0).write_all(&bytes).unwrap();
+    let events = f.events();
+    assert_eq!(events[1..], ["exit 5", "ended 5"]);
+    f.finish();
+}
