@@ -9,6 +9,7 @@ mod snapshot;
 pub(crate) use snapshot::{ForkArgs, SnapshotCommand};
 
 use sm_runtime::Publication;
+use sm_runtime::image::Platform;
 
 use crate::units::parse_size;
 
@@ -16,6 +17,9 @@ use crate::units::parse_size;
 const IMAGE_HELP: &str = "The image: NAME[:TAG][@DIGEST] in a registry, oci:DIR[:TAG], \
                           oci-archive:FILE[:TAG], docker-archive:FILE[:TAG], rootfs:DIR, \
                           or a name or ID from \"sm images\"";
+
+const PLATFORM: &str = "OS/ARCH[/VARIANT]";
+const PLATFORM_HELP: &str = "Which of an image's platforms to take (default: this host's)";
 
 /// Run OCI images as microVMs.
 #[derive(Debug, Parser)]
@@ -102,6 +106,8 @@ pub(crate) struct RunArgs {
     /// When to ask a registry for the image
     #[arg(long, value_name = "WHEN", value_enum, default_value = "missing")]
     pub(crate) pull: Pull,
+    #[arg(long, value_name = PLATFORM, help = PLATFORM_HELP)]
+    pub(crate) platform: Option<Platform>,
     /// Name of the VM
     #[arg(long)]
     pub(crate) name: Option<String>,
@@ -416,6 +422,8 @@ pub(crate) struct PullArgs {
     /// Print nothing but the image's ID
     #[arg(short, long)]
     pub(crate) quiet: bool,
+    #[arg(long, value_name = PLATFORM, help = PLATFORM_HELP)]
+    pub(crate) platform: Option<Platform>,
     #[arg(help = IMAGE_HELP)]
     pub(crate) image: String,
 }

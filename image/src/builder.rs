@@ -13,6 +13,7 @@ use oci_spec::image::{
 use crate::Error;
 use crate::digest::{Digest, HashingReader};
 use crate::documents::{REF_NAME, parse};
+use crate::platform::Platform;
 use crate::tar::{DirectoryTar, END, Header, Kind, encode, padding};
 
 /// How a layer is stored.
@@ -47,6 +48,7 @@ pub enum MemoryFile {
 pub struct LayoutBuilder<'a> {
     directory: &'a Path,
     compression: Compression,
+    platform: Platform,
     layers: Vec<Descriptor>,
     diff_ids: Vec<String>,
 }
@@ -66,9 +68,18 @@ impl<'a> LayoutBuilder<'a> {
         Ok(Self {
             directory,
             compression,
+            platform: Platform::host(),
             layers: Vec::new(),
             diff_ids: Vec::new(),
         })
+    }
+
+    /// What the image says that its programs run on; without this, Linux on this
+    /// host's architecture.
+    #[must_use]
+    pub fn platform(mut self, platform: Platform) -> Self {
+        self.platform = platform;
+        self
     }
 
     /// Adds a directory of the host as a layer: all that is in it, with owners,
@@ -154,8 +165,9 @@ impl<'a> LayoutBuilder<'a> {
             .map_err(|error| Error::document("configuration", error))?;
         let mut image = ImageConfiguration::default();
         image
-            .set_architecture(Arch::default())
-            .set_os(Os::Linux)
+            .set_architecture(Arch::from(self.platform.architecture()))
+            .set_os(Os::from(self.platform.os()))
+            .set_variant(self.platform.variant().map(str::to_owned))
             .set_config(Some(config))
             .set_rootfs(rootfs);
         let (digest, size) = self.document("configuration", &image)?;

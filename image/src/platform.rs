@@ -76,6 +76,13 @@ impl Platform {
         self.os == host.os && self.architecture == host.architecture
     }
 
+    /// Whether an image for `offered` serves who wants this platform: the same
+    /// one, or of lower variant.
+    #[must_use]
+    pub fn accepts(&self, offered: &Self) -> bool {
+        self.rank(offered).is_some()
+    }
+
     /// How well an image for `offered` serves who wants this platform: 0 is best,
     /// `None` not at all. As in containerd, a variant of `arm` or `amd64` can do
     /// what lower ones can. Unlike there, the other architectures that a processor

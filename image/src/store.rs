@@ -32,9 +32,11 @@ use crate::Error;
 use crate::cancel::Cancel;
 use crate::digest::Digest;
 use crate::docker_reference::DockerReference;
+use crate::documents;
 use crate::erofs;
 use crate::layer::{self, Expected, LayerIndex};
 use crate::limits::Limits;
+use crate::platform::Platform;
 use crate::reference::Reference;
 use crate::source::{self, Session, Source, SourceImage, SourceLayer};
 use crate::tree::Tree;
@@ -83,6 +85,14 @@ pub struct StoredImage {
     _in_use: Arc<File>,
 }
 
+impl StoredImage {
+    /// What its programs run on.
+    #[must_use]
+    pub fn platform(&self) -> Platform {
+        Platform::of(&self.config)
+    }
+}
+
 /// A name in the store.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageSummary {
@@ -128,6 +138,7 @@ struct LayerRecord {
 pub struct Store {
     root: PathBuf,
     limits: Limits,
+    platform: Option<Platform>,
 }
 
 impl Store {
@@ -147,6 +158,7 @@ impl Store {
         Ok(Self {
             root: root.to_owned(),
             limits: Limits::default(),
+            platform: None,
         })
     }
 
@@ -154,6 +166,15 @@ impl Store {
     #[must_use]
     pub fn with_limits(mut self, limits: Limits) -> Self {
         self.limits = limits;
+        self
+    }
+
+    /// The same store, finding images for `platform` only: one of the same name
+    /// for another counts as absent. Without this, images for guests of this host
+    /// are chosen where there is a choice.
+    #[must_use]
+    pub fn with_platform(mut self, platform: Option<Platform>) -> Self {
+        self.platform = platform;
         self
     }
 
@@ -200,12 +221,21 @@ impl Store {
         let is_id = bare.len() >= SHORTEST_ID && bare.bytes().all(|b| b.is_ascii_hexdigit());
         for query in [Some(&*text), is_id.then_some(bare)].into_iter().flatten() {
             match self.find(query) {
-                Ok(found) => return self.load(found.digest),
+                Ok(found) => {
+                    let stored = self.load(found.digest)?;
+                    return Ok(stored.filter(|stored| self.serves(stored)));
+                }
                 Err(Error::Unknown { .. }) => {}
                 Err(error) => return Err(error),
             }
         }
         Ok(None)
+    }
+
+    /// Whether an image is for the platform that is wanted.
+    fn serves(&self, stored: &StoredImage) -> bool {
+        let wanted = self.platform.as_ref();
+        wanted.is_none_or(|wanted| wanted.accepts(&stored.platform()))
     }
 
     /// Like [`Self::open_image`], and asks a registry even for what the store has.
@@ -227,12 +257,14 @@ impl Store {
         let Some(source) = source::open(reference, session)? else {
             let _in_use = self.lock(FlockOperation::LockShared)?;
             let named = self.find(&reference.to_string())?;
-            return self.load(named.digest)?.ok_or_else(|| Error::Unknown {
+            let stored = self.load(named.digest)?.ok_or_else(|| Error::Unknown {
                 reference: reference.to_string(),
                 reason: "its disk is missing from the store".to_owned(),
-            });
+            })?;
+            documents::check_platform(&stored.config, self.platform.as_ref())?;
+            return Ok(stored);
         };
-        let image = source.image(None)?;
+        let image = source.image(self.platform.as_ref())?;
         let _in_use = self.lock(FlockOperation::LockShared)?;
         let stored = match self.load(image.digest)? {
             Some(stored) => stored,

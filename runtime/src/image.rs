@@ -1,6 +1,6 @@
 //! Images, as this library's callers see them.
 
-pub use sm_image::{Error as ImageError, ImageSummary, Progress};
+pub use sm_image::{Error as ImageError, ImageSummary, Platform, Progress};
 use sm_image::{ImageConfiguration, Reference, Store, StoredImage};
 
 use crate::Error as RuntimeError;
@@ -11,12 +11,23 @@ use crate::snapshots::{Snapshot, users_of_image, warm_up};
 use crate::vm::Vm;
 use crate::workload::ImageDefaults;
 
+/// How an image is got.
+#[derive(Clone, Debug, Default)]
+pub struct Fetch {
+    /// What its programs shall run on; without it, whatever is chosen for guests
+    /// of this host.
+    pub platform: Option<Platform>,
+    /// A registry is asked even for what the store has.
+    pub anew: bool,
+}
+
 /// An image in the local store, ready to be run.
 #[derive(Clone, Debug)]
 pub struct Image {
     home: Home,
     reference: String,
     digest: String,
+    platform: Platform,
     defaults: ImageDefaults,
     segments: Vec<DiskSegment>,
     /// Keeps the disk in the store until a VM has opened it.
@@ -41,23 +52,25 @@ impl Image {
         reference: &str,
         progress: &mut dyn FnMut(Progress<'_>),
     ) -> Result<Self, RuntimeError> {
-        let parsed = Reference::parse(reference)?;
-        let stored = Store::open(&home.images())?.open_image(&parsed, progress)?;
-        Ok(Self::of(home, reference, stored))
+        Self::fetch_in(home, reference, &Fetch::default(), progress)
     }
 
-    /// Like [`Self::open_in`], and asks a registry whether there is a newer image
-    /// of that name.
+    /// Like [`Self::open_in`], for a platform, or anew from a registry.
     ///
     /// # Errors
     /// See [`RuntimeError`].
-    pub fn pull_in(
+    pub fn fetch_in(
         home: &Home,
         reference: &str,
+        fetch: &Fetch,
         progress: &mut dyn FnMut(Progress<'_>),
     ) -> Result<Self, RuntimeError> {
         let parsed = Reference::parse(reference)?;
-        let stored = Store::open(&home.images())?.pull(&parsed, progress)?;
+        let store = Store::open(&home.images())?.with_platform(fetch.platform.clone());
+        let stored = match fetch.anew {
+            true => store.pull(&parsed, progress)?,
+            false => store.open_image(&parsed, progress)?,
+        };
         Ok(Self::of(home, reference, stored))
     }
 
@@ -75,6 +88,7 @@ impl Image {
             home: home.clone(),
             reference: reference.to_owned(),
             digest: stored.digest.to_string(),
+            platform: stored.platform(),
             defaults: defaults(&stored.config),
             segments,
             _stored: stored,
@@ -117,6 +131,25 @@ impl Image {
         &self.digest
     }
 
+    /// What its programs run on.
+    #[must_use]
+    pub fn platform(&self) -> &Platform {
+        &self.platform
+    }
+
+    /// Whether VMs of this host can run it.
+    pub(crate) fn check_platform(&self) -> Result<(), RuntimeError> {
+        match self.platform.is_host() {
+            true => Ok(()),
+            false => Err(RuntimeError::Refused(format!(
+                "image \"{}\" is for {}, and VMs of this host run programs for {} only",
+                self.reference,
+                self.platform,
+                Platform::host()
+            ))),
+        }
+    }
+
     /// What its configuration says about running it.
     #[must_use]
     pub fn defaults(&self) -> &ImageDefaults {
@@ -143,13 +176,18 @@ fn defaults(config: &ImageConfiguration) -> ImageDefaults {
     }
 }
 
-/// Whether [`Image::open_in`] would find what `reference` means in the store.
+/// Whether [`Image::fetch_in`] would find what `reference` means in the store.
 ///
 /// # Errors
 /// The reference cannot be understood, or the store not be read.
-pub fn is_stored(home: &Home, reference: &str) -> Result<bool, RuntimeError> {
+pub fn is_stored(
+    home: &Home,
+    reference: &str,
+    platform: Option<&Platform>,
+) -> Result<bool, RuntimeError> {
     let parsed = Reference::parse(reference)?;
-    Ok(Store::open(&home.images())?.has(&parsed)?)
+    let store = Store::open(&home.images())?.with_platform(platform.cloned());
+    Ok(store.has(&parsed)?)
 }
 
 /// All images in the store.

@@ -295,6 +295,7 @@ pub(crate) fn start(home: &Home, image: &Image, options: RunOptions) -> Result<V
     options.check()?;
     let memory = options.memory.next_multiple_of(MEBIBYTE);
     // Look at everything that can be wrong before there is anything to undo.
+    image.check_platform()?;
     let kernel = kernel::find(home, options.kernel.as_deref())?;
     crate::guest_agent::describe()?;
     Workload::merge(image.defaults(), &options.overrides, "checked")?;

@@ -4,7 +4,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::anyhow;
 use sm_runtime::home::Home;
-use sm_runtime::image::{self, Image};
+use sm_runtime::image::{self, Fetch, Image, Platform};
 
 use crate::args::{ListArgs, Pull, PullArgs, RmiArgs};
 use crate::failure::{Failure, OUR_FAILURE};
@@ -23,35 +23,36 @@ pub(super) fn open(
     home: &Home,
     reference: &str,
     pull: Pull,
+    platform: Option<&Platform>,
     printer: &Printer,
 ) -> Result<Image, Failure> {
-    if pull == Pull::Never && !image::is_stored(home, reference)? {
+    if pull == Pull::Never && !image::is_stored(home, reference, platform)? {
         return Err(anyhow!(
             "image \"{reference}\" is not in the store, and --pull never was given: \
              bring it there with \"sm pull {reference}\""
         )
         .into());
     }
-    fetch(
-        home,
-        reference,
-        pull == Pull::Always,
-        Bars::new(printer, false),
-    )
+    let how = Fetch {
+        platform: platform.cloned(),
+        anew: pull == Pull::Always,
+    };
+    fetch(home, reference, &how, Bars::new(printer, false))
 }
 
-fn fetch(home: &Home, reference: &str, anew: bool, mut bars: Bars<'_>) -> Result<Image, Failure> {
+fn fetch(home: &Home, reference: &str, how: &Fetch, mut bars: Bars<'_>) -> Result<Image, Failure> {
     let mut show = |progress: image::Progress<'_>| bars.show(&progress);
-    let image = match anew {
-        true => Image::pull_in(home, reference, &mut show),
-        false => Image::open_in(home, reference, &mut show),
-    };
+    let image = Image::fetch_in(home, reference, how, &mut show);
     bars.clear();
     Ok(image?)
 }
 
 pub(crate) fn pull(home: &Home, args: &PullArgs, printer: &Printer) -> Result<u32, Failure> {
-    let image = fetch(home, &args.image, true, Bars::new(printer, !args.quiet))?;
+    let how = Fetch {
+        platform: args.platform.clone(),
+        anew: true,
+    };
+    let image = fetch(home, &args.image, &how, Bars::new(printer, !args.quiet))?;
     if !args.quiet {
         printer.note(format_args!("Stored \"{}\"", image.reference()));
     }

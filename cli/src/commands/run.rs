@@ -56,7 +56,14 @@ pub(crate) fn run(
             }
             snapshot.run(&options(begin, &args)?)?
         }
-        None => images::open(home, &args.image, args.pull, printer)?.run(options(begin, &args)?)?,
+        None => images::open(
+            home,
+            &args.image,
+            args.pull,
+            args.platform.as_ref(),
+            printer,
+        )?
+        .run(options(begin, &args)?)?,
     };
     if args.detach {
         if args.json {

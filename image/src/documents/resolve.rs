@@ -214,7 +214,7 @@ pub(crate) fn check_platform(
 ) -> Result<(), Error> {
     let offered = Platform::of(config);
     match platform {
-        Some(wanted) if wanted.rank(&offered).is_none() => Err(Error::NoPlatform {
+        Some(wanted) if !wanted.accepts(&offered) => Err(Error::NoPlatform {
             wanted: wanted.to_string(),
             offered: offered.to_string(),
         }),
