@@ -1,19 +1,19 @@
 //! The JSON documents of an image: index, manifest, configuration.
 
+mod parts;
 mod resolve;
 
-use oci_spec::image::{Descriptor, ImageConfiguration, ImageManifest};
+use oci_spec::image::Descriptor;
 use serde::Deserialize;
 
 use crate::Error;
 use crate::digest::Digest;
 
+pub(crate) use self::parts::{Parts, diff_ids};
 pub(crate) use self::resolve::{Resolved, check_platform, resolve};
 
 /// Largest document read, in bytes.
 pub(crate) const MAX_DOCUMENT: u64 = 8 << 20;
-/// Most layers of an image (the limit of Docker's overlay driver).
-const MAX_LAYERS: usize = 127;
 
 /// The annotation that names an image of a layout.
 pub(crate) const REF_NAME: &str = "org.opencontainers.image.ref.name";
@@ -61,78 +61,4 @@ impl Named {
 
 pub(crate) fn parse<'a, T: Deserialize<'a>>(bytes: &'a [u8], what: &str) -> Result<T, Error> {
     serde_json::from_slice(bytes).map_err(|error| Error::document(what, error))
-}
-
-/// Layers of a manifest with the diff_ids of its configuration.
-pub(crate) fn layers(
-    manifest: &ImageManifest,
-    config: &ImageConfiguration,
-) -> Result<Vec<(Named, Digest)>, Error> {
-    let diff_ids = config.rootfs().diff_ids();
-    let layers = manifest.layers();
-    if layers.len() != diff_ids.len() {
-        return Err(Error::document(
-            "configuration",
-            format!(
-                "it has {} diff_ids for {} layers",
-                diff_ids.len(),
-                layers.len()
-            ),
-        ));
-    }
-    if layers.len() > MAX_LAYERS {
-        return Err(Error::document(
-            "manifest",
-            format!("it has more than {MAX_LAYERS} layers"),
-        ));
-    }
-    layers
-        .iter()
-        .zip(diff_ids)
-        .map(|(layer, diff_id)| {
-            let named = Named::from_descriptor(layer, "manifest")?;
-            if !is_layer(&named.media_type) {
-                let text = format!("layer media type \"{}\" is not supported", named.media_type);
-                return Err(Error::document("manifest", text));
-            }
-            Ok((named, parse_diff_id(diff_id)?))
-        })
-        .collect()
-}
-
-pub(crate) fn parse_diff_id(text: &str) -> Result<Digest, Error> {
-    Digest::parse(text)
-        .ok_or_else(|| Error::document("configuration", format!("\"{text}\" is no sha256 digest")))
-}
-
-fn is_layer(media_type: &str) -> bool {
-    let oci = media_type
-        .strip_prefix("application/vnd.oci.image.layer.v1.tar")
-        .or_else(|| {
-            media_type.strip_prefix("application/vnd.oci.image.layer.nondistributable.v1.tar")
-        });
-    match oci {
-        Some(compression) => matches!(compression, "" | "+gzip" | "+zstd"),
-        None => matches!(
-            media_type,
-            "application/vnd.docker.image.rootfs.diff.tar"
-                | "application/vnd.docker.image.rootfs.diff.tar.gzip"
-                | "application/vnd.docker.image.rootfs.diff.tar.zstd"
-        ),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn layer_media_types() {
-        assert!(is_layer("application/vnd.oci.image.layer.v1.tar+gzip"));
-        assert!(is_layer(
-            "application/vnd.docker.image.rootfs.diff.tar.gzip"
-        ));
-        assert!(!is_layer("application/vnd.oci.image.layer.v1.tar+exe"));
-        assert!(!is_layer("text/plain"));
-    }
 }

@@ -3,7 +3,7 @@
 use oci_spec::image::ImageConfiguration;
 
 use crate::digest::Digest;
-use crate::documents::{self, parse, resolve};
+use crate::documents::{Parts, diff_ids, parse, resolve};
 use crate::layer::{self, Expected};
 use crate::limits::Limits;
 use crate::tree::Tree;
@@ -46,7 +46,8 @@ pub fn documents(data: &[u8]) {
     // Whatever is asked for, there are only these bytes.
     let resolved = resolve(data.to_vec(), None, None, &|_| Ok(data.to_vec()));
     if let (Ok(resolved), Ok(config)) = (resolved, config) {
-        let _ = documents::layers(&resolved.manifest, &config);
+        let parts = Parts::of(&resolved.manifest);
+        let _ = parts.and_then(|parts| diff_ids(&config, parts.layers.len()));
     }
     let Ok(text) = std::str::from_utf8(data) else {
         return;

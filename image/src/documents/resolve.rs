@@ -17,6 +17,7 @@ const MAX_LISTED: usize = 20;
 
 const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
 const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
+const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 
 /// A manifest that has been arrived at.
@@ -40,17 +41,56 @@ enum Document {
 }
 
 /// Tells index and manifest apart by what they contain, since the media type
-/// inside is optional.
-fn parse_document(bytes: &[u8]) -> Result<Document, Error> {
+/// inside is optional. What could be taken for either is refused: others may
+/// have checked and signed the other one (CVE-2021-41190).
+fn parse_document(bytes: &[u8], media_type: Option<&str>) -> Result<Document, Error> {
+    type Present = Option<serde::de::IgnoredAny>;
     #[derive(Deserialize)]
+    #[serde(rename_all = "camelCase")]
     struct Shape {
-        manifests: Option<serde::de::IgnoredAny>,
+        schema_version: Option<u64>,
+        media_type: Option<String>,
+        manifests: Present,
+        config: Present,
+        layers: Present,
+        fs_layers: Present,
     }
     let shape: Shape = parse(bytes, "manifest")?;
-    if shape.manifests.is_some() {
-        return Ok(Document::Index(Box::new(parse(bytes, "index")?)));
+    let said = [shape.media_type.as_deref(), media_type];
+    if shape.schema_version == Some(1)
+        || shape.fs_layers.is_some()
+        || said.iter().flatten().any(|said| is_schema_1(said))
+    {
+        return Err(Error::document(
+            "manifest",
+            "it is of Docker's schema 1, which does not say what is in its layers; \
+             push the image again with any Docker or Podman since 2016",
+        ));
     }
-    Ok(Document::Manifest(Box::new(parse(bytes, "manifest")?)))
+    let is_index = shape.manifests.is_some();
+    if is_index && (shape.config.is_some() || shape.layers.is_some()) {
+        let text = "it is an index and a manifest at once (CVE-2021-41190)";
+        return Err(Error::document("manifest", text));
+    }
+    for said in said.into_iter().flatten() {
+        let contradicted = match is_index {
+            true => matches!(said, OCI_MANIFEST | DOCKER_MANIFEST),
+            false => matches!(said, OCI_INDEX | DOCKER_LIST),
+        };
+        if contradicted {
+            let kind = if is_index { "an index" } else { "a manifest" };
+            let text = format!("it is {kind}, but called \"{said}\" (CVE-2021-41190)");
+            return Err(Error::document("manifest", text));
+        }
+    }
+    Ok(match is_index {
+        true => Document::Index(Box::new(parse(bytes, "index")?)),
+        false => Document::Manifest(Box::new(parse(bytes, "manifest")?)),
+    })
+}
+
+fn is_schema_1(media_type: &str) -> bool {
+    media_type.starts_with("application/vnd.docker.distribution.manifest.v1+")
 }
 
 /// Reads documents by their descriptors; checks nothing.
@@ -94,7 +134,7 @@ impl Search<'_> {
         media_type: Option<&str>,
         depth: usize,
     ) -> Result<Option<Resolved>, Error> {
-        let index = match parse_document(&bytes)? {
+        let index = match parse_document(&bytes, media_type)? {
             Document::Index(index) => index,
             Document::Manifest(manifest) => {
                 let digest = Digest::of(&bytes);
@@ -102,9 +142,11 @@ impl Search<'_> {
                 return Ok(Some(Resolved {
                     digest,
                     named: digest,
-                    media_type: inside
-                        .or_else(|| media_type.map(str::to_owned))
-                        .unwrap_or_else(|| OCI_MANIFEST.to_owned()),
+                    media_type: match (inside, media_type) {
+                        (Some(inside), _) => inside,
+                        (None, Some(DOCKER_MANIFEST)) => DOCKER_MANIFEST.to_owned(),
+                        (None, _) => OCI_MANIFEST.to_owned(),
+                    },
                     bytes,
                     manifest: *manifest,
                 }));
@@ -330,8 +372,8 @@ mod tests {
         let mut all = Documents::default();
         let (arm, amd) = (all.manifest("arm"), all.manifest("amd"));
         let other = all.index(&[("linux/arm64", OCI_MANIFEST, arm)]);
-        let mut last = all.index(&[("linux/amd64", DOCKER_LIST, amd)]);
-        let (mixed, _) = all.index(&[("", OCI_INDEX, other), ("", OCI_INDEX, last)]);
+        let mut last = all.index(&[("linux/amd64", OCI_MANIFEST, amd)]);
+        let (mixed, _) = all.index(&[("", OCI_INDEX, other), ("", DOCKER_LIST, last)]);
         assert_eq!(all.find(mixed, "linux/amd64").unwrap(), amd.0);
         for depth in 0..MAX_DEPTH {
             assert_eq!(all.find(last.0, "linux/amd64").unwrap(), amd.0, "{depth}");
@@ -352,6 +394,50 @@ mod tests {
         let error = all.find(last.0, "linux/amd64").unwrap_err().to_string();
         assert!(error.contains("too many"), "{error}");
         assert!(all.read.borrow().len() <= MAX_DOCUMENTS);
+    }
+
+    #[track_caller]
+    fn refused(document: &str, media_type: Option<&str>, word: &str) {
+        let read = |_: &Named| panic!("nothing is to be read");
+        let resolved = resolve(document.as_bytes().to_vec(), media_type, None, &read);
+        let error = resolved.unwrap_err().to_string();
+        assert!(error.contains(word), "{word:?} is not in {error:?}");
+    }
+
+    #[test]
+    fn what_is_manifest_and_index_at_once_is_refused() {
+        let mut all = Documents::default();
+        let (digest, _) = all.manifest("one");
+        let manifest = String::from_utf8(all.all[&digest].clone()).unwrap();
+        let index = r#"{"schemaVersion": 2, "manifests": []}"#;
+        let both = manifest.replace("\"layers\"", "\"manifests\": [], \"layers\"");
+        refused(&both, None, "CVE-2021-41190");
+        refused(r#"{"manifests": [], "config": {}}"#, None, "at once");
+        // What it is called has to fit, inside and outside.
+        let other = ", \"mediaType\": \"application/vnd.oci.image.index.v1+json\", \"layers\"";
+        refused(&manifest.replace(", \"layers\"", other), None, "called");
+        refused(&manifest, Some(OCI_INDEX), "called");
+        refused(&manifest, Some(DOCKER_LIST), "called");
+        refused(index, Some(DOCKER_MANIFEST), "called");
+        // Of two fields of one name, parsers take either.
+        let twice = manifest.replace("\"layers\"", "\"layers\": [], \"layers\"");
+        refused(&twice, None, "duplicate field");
+        let twice = manifest.replace("\"size\"", "\"size\": 2, \"size\"");
+        refused(&twice, None, "duplicate field");
+        // A registry that calls it nothing in particular is believed nothing.
+        let read = |_: &Named| panic!("nothing is to be read");
+        let bytes = manifest.into_bytes();
+        let found = resolve(bytes, Some("application/json"), None, &read).unwrap();
+        assert_eq!(found.media_type, OCI_MANIFEST);
+    }
+
+    #[test]
+    fn schema_1_is_refused_with_the_reason() {
+        let unsigned = r#"{"schemaVersion": 1, "fsLayers": [{"blobSum": "sha256:00"}]}"#;
+        refused(unsigned, None, "schema 1");
+        refused(r#"{"fsLayers": []}"#, None, "schema 1");
+        let signed = "application/vnd.docker.distribution.manifest.v1+prettyjws";
+        refused("{}", Some(signed), "push the image again");
     }
 
     #[test]

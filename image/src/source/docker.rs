@@ -9,7 +9,7 @@ use super::archive::Archive;
 use super::{Files as _, Source, SourceImage, SourceLayer, read_small};
 use crate::Error;
 use crate::digest::Digest;
-use crate::documents::{check_platform, parse, parse_diff_id};
+use crate::documents::{check_platform, diff_ids, parse};
 use crate::platform::Platform;
 use crate::reference::Reference;
 
@@ -72,32 +72,18 @@ impl Source for DockerArchive {
         let bytes = read_small(&self.archive, &item.config, "configuration")?
             .ok_or_else(|| Error::document("configuration", "it is missing from the archive"))?;
         let config: oci_spec::image::ImageConfiguration = parse(&bytes, "configuration")?;
-        let diff_ids = config.rootfs().diff_ids();
-        if diff_ids.len() != item.layers.len() {
-            return Err(Error::document(
-                "configuration",
-                format!(
-                    "it has {} diff_ids for {} layers",
-                    diff_ids.len(),
-                    item.layers.len()
-                ),
-            ));
-        }
         check_platform(&config, platform)?;
-        let layers = diff_ids
-            .iter()
+        let layers = diff_ids(&config, item.layers.len())?
+            .into_iter()
             .zip(item.layers)
-            .map(|(text, path)| {
-                let diff_id = parse_diff_id(text)?;
-                Ok(SourceLayer {
-                    digest: diff_id,
-                    size: None,
-                    media_type: None,
-                    diff_id,
-                    place: Some(path),
-                })
+            .map(|(diff_id, path)| SourceLayer {
+                digest: diff_id,
+                size: None,
+                media_type: None,
+                diff_id,
+                place: Some(path),
             })
-            .collect::<Result<_, Error>>()?;
+            .collect();
         let digest = Digest::of(&bytes);
         Ok(SourceImage {
             digest,

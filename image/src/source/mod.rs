@@ -14,7 +14,7 @@ use oci_spec::image::ImageConfiguration;
 use crate::Error;
 use crate::cancel::Cancel;
 use crate::digest::Digest;
-use crate::documents::{self, MAX_DOCUMENT, Named, Resolved, parse};
+use crate::documents::{MAX_DOCUMENT, Named, Parts, Resolved, check_platform, diff_ids, parse};
 use crate::platform::Platform;
 use crate::reference::Reference;
 
@@ -175,13 +175,15 @@ fn describe(
     resolved: Resolved,
     platform: Option<&Platform>,
 ) -> Result<SourceImage, Error> {
-    let manifest = &resolved.manifest;
-    let named = Named::from_descriptor(manifest.config(), "manifest")?;
-    let config_bytes = read_named(files, &named, "configuration")?;
+    let parts = Parts::of(&resolved.manifest)?;
+    let config_bytes = read_named(files, &parts.config, "configuration")?;
     let config: ImageConfiguration = parse(&config_bytes, "configuration")?;
-    documents::check_platform(&config, platform)?;
-    let layers = documents::layers(manifest, &config)?
+    check_platform(&config, platform)?;
+    let diff_ids = diff_ids(&config, parts.layers.len())?;
+    let layers = parts
+        .layers
         .into_iter()
+        .zip(diff_ids)
         .map(|(named, diff_id)| SourceLayer {
             digest: named.digest,
             size: Some(named.size),

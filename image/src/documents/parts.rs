@@ -1,0 +1,224 @@
+//! What an image consists of: the configuration and the layers that its manifest
+//! names.
+
+use oci_spec::image::{Descriptor, ImageConfiguration, ImageManifest};
+
+use super::Named;
+use crate::Error;
+use crate::digest::Digest;
+
+/// Most layers of an image: as many as Docker's and containerd's overlay drivers
+/// stack, so that no image has more that anybody could run. Each one is a file
+/// and a segment of the disk, which a VM has open while it runs.
+const MAX_LAYERS: usize = 127;
+
+const OCI_LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
+const OCI_FOREIGN: &str = "application/vnd.oci.image.layer.nondistributable.v1.tar";
+const DOCKER_LAYER: &str = "application/vnd.docker.image.rootfs.diff.tar";
+const DOCKER_FOREIGN: &str = "application/vnd.docker.image.rootfs.foreign.diff.tar";
+const OCI_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
+const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
+
+/// The blobs of an image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Parts {
+    pub(crate) config: Named,
+    /// The lowest first.
+    pub(crate) layers: Vec<Named>,
+}
+
+impl Parts {
+    /// Reads a manifest, before anything that it names is read.
+    pub(crate) fn of(manifest: &ImageManifest) -> Result<Self, Error> {
+        let config = Named::from_descriptor(manifest.config(), "manifest")?;
+        if !matches!(config.media_type.as_str(), OCI_CONFIG | DOCKER_CONFIG) {
+            let text = format!(
+                "it is of no container image: its configuration is of type \"{}\"",
+                config.media_type
+            );
+            return Err(Error::document("manifest", text));
+        }
+        if manifest.layers().len() > MAX_LAYERS {
+            return Err(too_many());
+        }
+        let layers = manifest.layers().iter().map(layer);
+        Ok(Self {
+            config,
+            layers: layers.collect::<Result<_, _>>()?,
+        })
+    }
+}
+
+fn too_many() -> Error {
+    Error::document("manifest", format!("it has more than {MAX_LAYERS} layers"))
+}
+
+/// A layer that can be read. Its `urls` are of no interest: whoever wrote them
+/// must not choose where this host sends requests (CVE-2020-15157).
+fn layer(descriptor: &Descriptor) -> Result<Named, Error> {
+    let named = Named::from_descriptor(descriptor, "manifest")?;
+    let reason = match kind(&named.media_type) {
+        Kind::Layer => return Ok(named),
+        Kind::Foreign => {
+            "it is a foreign layer, which is not in registries; sm does not fetch what an image \
+             wants to have fetched from elsewhere"
+        }
+        Kind::Encrypted => "it is encrypted",
+        Kind::Unknown => "nothing is known about this type",
+    };
+    Err(Error::Layer {
+        layer: named.digest.to_string(),
+        reason: format!("its media type is \"{}\": {reason}", named.media_type),
+    })
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Kind {
+    Layer,
+    Foreign,
+    Encrypted,
+    Unknown,
+}
+
+fn kind(media_type: &str) -> Kind {
+    let rest = |prefix| media_type.strip_prefix(prefix);
+    let (compression, known) = if let Some(rest) = rest(OCI_LAYER) {
+        (rest, Kind::Layer)
+    } else if let Some(rest) = rest(DOCKER_LAYER) {
+        (rest, Kind::Layer)
+    } else if let Some(rest) = rest(OCI_FOREIGN).or_else(|| rest(DOCKER_FOREIGN)) {
+        (rest, Kind::Foreign)
+    } else {
+        return Kind::Unknown;
+    };
+    // Which one it is, the stream itself tells.
+    match compression {
+        "" | "+gzip" | "+zstd" | ".gzip" | ".zstd" => known,
+        other if other.ends_with("+encrypted") => Kind::Encrypted,
+        _ => Kind::Unknown,
+    }
+}
+
+/// The diff_ids of a configuration, for as many layers.
+pub(crate) fn diff_ids(config: &ImageConfiguration, layers: usize) -> Result<Vec<Digest>, Error> {
+    let diff_ids = config.rootfs().diff_ids();
+    if diff_ids.len() != layers {
+        let text = format!("it has {} diff_ids for {layers} layers", diff_ids.len());
+        return Err(Error::document("configuration", text));
+    }
+    if layers > MAX_LAYERS {
+        return Err(too_many());
+    }
+    let parse = |text: &String| {
+        Digest::parse(text).ok_or_else(|| {
+            Error::document("configuration", format!("\"{text}\" is no sha256 digest"))
+        })
+    };
+    diff_ids.iter().map(parse).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn manifest(config: &str, layers: &str) -> ImageManifest {
+        let digest = Digest::of(b"config");
+        let text = format!(
+            r#"{{"schemaVersion": 2, "layers": [{layers}],
+            "config": {{"mediaType": "{config}", "digest": "{digest}", "size": 1}}}}"#
+        );
+        serde_json::from_str(&text).unwrap()
+    }
+
+    fn layer_of(media_type: &str) -> String {
+        let digest = Digest::of(b"layer");
+        format!(
+            r#"{{"mediaType": "{media_type}", "digest": "{digest}", "size": 5,
+            "urls": ["https://example.com/x"]}}"#
+        )
+    }
+
+    #[track_caller]
+    fn refused(manifest: &ImageManifest, words: &[&str]) {
+        let error = Parts::of(manifest).unwrap_err().to_string();
+        for word in words {
+            assert!(error.contains(word), "{word:?} is not in {error:?}");
+        }
+    }
+
+    #[test]
+    fn layers_are_told_from_what_is_none() {
+        for ok in [
+            "application/vnd.oci.image.layer.v1.tar",
+            "application/vnd.oci.image.layer.v1.tar+gzip",
+            "application/vnd.oci.image.layer.v1.tar+zstd",
+            "application/vnd.docker.image.rootfs.diff.tar",
+            "application/vnd.docker.image.rootfs.diff.tar.gzip",
+            "application/vnd.docker.image.rootfs.diff.tar.zstd",
+        ] {
+            assert_eq!(kind(ok), Kind::Layer, "{ok}");
+            let parts = Parts::of(&manifest(DOCKER_CONFIG, &layer_of(ok))).unwrap();
+            assert_eq!(parts.layers[0].media_type, ok);
+        }
+        for bad in [
+            "application/vnd.oci.image.layer.v1.tar+exe",
+            "application/vnd.docker.image.rootfs.diff.tarball",
+            "text/plain",
+            "",
+        ] {
+            assert_eq!(kind(bad), Kind::Unknown, "{bad}");
+        }
+        let digest = Digest::of(b"layer").to_string();
+        let plain = manifest(OCI_CONFIG, &layer_of("text/plain"));
+        refused(&plain, &[&digest, "text/plain"]);
+        let encrypted = "application/vnd.oci.image.layer.v1.tar+gzip+encrypted";
+        refused(&manifest(OCI_CONFIG, &layer_of(encrypted)), &["encrypted"]);
+    }
+
+    #[test]
+    fn foreign_layers_are_refused() {
+        let digest = Digest::of(b"layer").to_string();
+        for foreign in [
+            "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip",
+            "application/vnd.oci.image.layer.nondistributable.v1.tar",
+            "application/vnd.oci.image.layer.nondistributable.v1.tar+zstd",
+        ] {
+            let manifest = manifest(OCI_CONFIG, &layer_of(foreign));
+            refused(&manifest, &[&digest, "foreign layer", foreign]);
+        }
+    }
+
+    #[test]
+    fn artifacts_and_towers_are_refused() {
+        let helm = manifest("application/vnd.cncf.helm.config.v1+json", "");
+        refused(&helm, &["no container image", "helm"]);
+        let layers = vec![layer_of(OCI_LAYER); MAX_LAYERS + 1].join(", ");
+        refused(&manifest(OCI_CONFIG, &layers), &["more than 127 layers"]);
+    }
+
+    #[test]
+    fn diff_ids_are_counted() {
+        let mut config = ImageConfiguration::default();
+        assert!(
+            diff_ids(&config, 1)
+                .unwrap_err()
+                .to_string()
+                .contains("0 diff_ids")
+        );
+        let rootfs = |ids: &[&str]| {
+            let ids: Vec<String> = ids.iter().map(|id| (*id).to_owned()).collect();
+            let builder = oci_spec::image::RootFsBuilder::default();
+            builder.typ("layers").diff_ids(ids).build().unwrap()
+        };
+        config.set_rootfs(rootfs(&["sha256:no"]));
+        assert!(
+            diff_ids(&config, 1)
+                .unwrap_err()
+                .to_string()
+                .contains("sha256:no")
+        );
+        let digest = Digest::of(b"x");
+        config.set_rootfs(rootfs(&[&digest.to_string()]));
+        assert_eq!(diff_ids(&config, 1).unwrap(), [digest]);
+    }
+}
