@@ -368,16 +368,18 @@ fn documents_that_are_wrong() {
     layout.refused("manifest");
     with(&|m| m["layers"] = json!([]));
     layout.refused("diff_ids");
-    with(&|m| m["layers"] = json!(vec![m["layers"][0].clone(); 200]));
+    with(&|m| m["layers"] = json!(vec![m["layers"][0].clone(); 2]));
     layout.refused("diff_ids");
+    with(&|m| m["layers"] = json!(vec![m["layers"][0].clone(); 200]));
+    layout.refused("more than 127 layers");
     with(&|m| m["config"]["size"] = json!(1u64 << 60));
     layout.refused("bytes instead of");
     with(&|m| m["config"] = m["layers"][0].clone());
     layout.refused("configuration");
     layout.set_manifest(&json!([1, 2, 3]));
-    layout.refused("manifest");
+    layout.refused("no object");
     layout.set_manifest(&json!({"manifests": [], "schemaVersion": 2}));
-    layout.refused("no manifest");
+    layout.refused("an index, but called");
 
     // The configuration's diff_id is not that of the layer.
     let config = layout.blob(&good["config"]["digest"]);

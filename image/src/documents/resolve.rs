@@ -55,6 +55,10 @@ fn parse_document(bytes: &[u8], media_type: Option<&str>) -> Result<Document, Er
         layers: Present,
         fs_layers: Present,
     }
+    // The parser would take a list for the fields in their order.
+    if bytes.trim_ascii_start().first() != Some(&b'{') {
+        return Err(Error::document("manifest", "it is no object"));
+    }
     let shape: Shape = parse(bytes, "manifest")?;
     let said = [shape.media_type.as_deref(), media_type];
     if shape.schema_version == Some(1)
