@@ -275,7 +275,7 @@ impl Connection {
             return false;
         }
         while self.backlog.is_empty() && !spans.is_empty() {
-            match iov::writev(memory, spans, self.stream.as_fd()) {
+            match iov::send(memory, spans, self.stream.as_fd()) {
                 Ok(written) => {
                     iov::advance(spans, written);
                     self.count_forwarded(written);

@@ -114,6 +114,10 @@ pub trait VirtioDevice: Send {
     /// Writes configuration space; what is not writable is ignored.
     fn write_config(&mut self, offset: u64, data: &[u8]);
 
+    /// The device got its place on the event loop: registers descriptors that host
+    /// code may use before there is a driver. Nothing for most devices.
+    fn attached(&mut self, _registry: &mut Registry<'_>) {}
+
     /// The driver is ready. Called on a vCPU thread; work starts with
     /// [`Self::started`] on the event loop.
     ///

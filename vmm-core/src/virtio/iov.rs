@@ -6,6 +6,7 @@
 )]
 
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _, VolatileSlice};
@@ -143,32 +144,41 @@ fn fault() -> io::Error {
 
 /// The buffers of one call, on the stack.
 struct Buffers {
-    iov: [libc::iovec; MAX_IOV],
-    count: libc::c_int,
+    iov: [MaybeUninit<libc::iovec>; MAX_IOV],
+    count: usize,
 }
 
 impl Buffers {
-    /// The first buffers of `spans`.
+    /// The first buffers of `spans`. Empty spans take no place: a call with
+    /// nothing but these would look like the end of a file.
     fn new(memory: &GuestMemory, spans: impl Iterator<Item = Span>) -> io::Result<Self> {
-        let empty = libc::iovec {
-            iov_base: std::ptr::null_mut(),
-            iov_len: 0,
-        };
         let mut buffers = Self {
-            iov: [empty; MAX_IOV],
+            iov: [MaybeUninit::uninit(); MAX_IOV],
             count: 0,
         };
+        let spans = spans.filter(|span| span.len > 0);
         for (slot, span) in buffers.iov.iter_mut().zip(spans) {
             let slice: VolatileSlice<'_, _> = memory
                 .get_slice(span.address, span.len as usize)
                 .map_err(|_| fault())?;
-            *slot = libc::iovec {
+            slot.write(libc::iovec {
                 iov_base: slice.ptr_guard_mut().as_ptr().cast(),
                 iov_len: slice.len(),
-            };
+            });
             buffers.count += 1;
         }
         Ok(buffers)
+    }
+
+    /// Where the buffers are; the first `count` of them are initialised.
+    fn as_ptr(&self) -> *const libc::iovec {
+        self.iov.as_ptr().cast()
+    }
+
+    /// Their number, as system calls on files take it.
+    fn count(&self) -> libc::c_int {
+        // At most `MAX_IOV`.
+        libc::c_int::try_from(self.count).unwrap_or(0)
     }
 }
 
@@ -182,19 +192,26 @@ fn result(returned: isize) -> io::Result<usize> {
 /// The system's answer; `EFAULT` for spans outside guest memory.
 pub fn readv(memory: &GuestMemory, spans: &[Span], fd: BorrowedFd<'_>) -> io::Result<usize> {
     let buffers = Buffers::new(memory, spans.iter().copied())?;
-    // SAFETY: every buffer lies in guest memory, which `memory` keeps mapped, and
-    // which is only ever accessed as volatile.
-    result(unsafe { libc::readv(fd.as_raw_fd(), buffers.iov.as_ptr(), buffers.count) })
+    // SAFETY: the first `count` buffers are initialised and lie in guest memory,
+    // which `memory` keeps mapped, and which is only ever accessed as volatile.
+    result(unsafe { libc::readv(fd.as_raw_fd(), buffers.as_ptr(), buffers.count()) })
 }
 
-/// Writes guest memory to a stream; at most 128 spans at once.
+/// Sends guest memory to a socket; at most 128 spans at once. A peer that is gone
+/// is an error (`EPIPE`) and no signal, whatever the process does about SIGPIPE.
+/// On a socket that keeps messages apart, this is one message.
 ///
 /// # Errors
-/// The system's answer; `EFAULT` for spans outside guest memory.
-pub fn writev(memory: &GuestMemory, spans: &[Span], fd: BorrowedFd<'_>) -> io::Result<usize> {
+/// The system's answer; `EFAULT` for spans outside guest memory, `EMSGSIZE` for a
+/// message of more than 128 spans.
+pub fn send(memory: &GuestMemory, spans: &[Span], fd: BorrowedFd<'_>) -> io::Result<usize> {
     let buffers = Buffers::new(memory, spans.iter().copied())?;
-    // SAFETY: as in `readv`.
-    result(unsafe { libc::writev(fd.as_raw_fd(), buffers.iov.as_ptr(), buffers.count) })
+    // SAFETY: a message header is plain data, for which zeroes are "nothing".
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = buffers.as_ptr().cast_mut();
+    message.msg_iovlen = buffers.count;
+    // SAFETY: as in `readv`; the message has neither a name nor control data.
+    result(unsafe { libc::sendmsg(fd.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) })
 }
 
 /// Reads from `offset` of a file into guest memory, as far as that goes in one
@@ -215,8 +232,8 @@ fn pread(
     let flags = if cached_only { libc::RWF_NOWAIT } else { 0 };
     // SAFETY: as in `readv`.
     let read = result(unsafe {
-        let (fd, iov) = (fd.as_raw_fd(), buffers.iov.as_ptr());
-        libc::preadv2(fd, iov, buffers.count, offset, flags)
+        let (fd, iov) = (fd.as_raw_fd(), buffers.as_ptr());
+        libc::preadv2(fd, iov, buffers.count(), offset, flags)
     })?;
     u32::try_from(read).map_err(io::Error::other)
 }
@@ -295,7 +312,7 @@ pub fn write_all_at(
         let at = i64::try_from(offset).map_err(io::Error::other)?;
         // SAFETY: as in `readv`.
         let written = result(unsafe {
-            libc::pwritev(fd.as_raw_fd(), buffers.iov.as_ptr(), buffers.count, at)
+            libc::pwritev(fd.as_raw_fd(), buffers.as_ptr(), buffers.count(), at)
         });
         match written {
             Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
@@ -332,6 +349,8 @@ pub fn advance(spans: &mut Vec<Span>, count: usize) {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd as _;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -369,5 +388,61 @@ mod tests {
             let rest = expected.get(step as usize..).unwrap_or_default();
             prop_assert_eq!(bytes(window), rest);
         }
+    }
+
+    fn memory() -> GuestMemory {
+        GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap()
+    }
+
+    /// `count` spans of no bytes, then one of `len` at `address`.
+    fn after_empty(count: usize, address: u64, len: u32) -> Vec<Span> {
+        let span = |address, len| Span {
+            address: GuestAddress(address),
+            len,
+        };
+        let mut spans = vec![span(0, 0); count];
+        spans.push(span(address, len));
+        spans
+    }
+
+    #[test]
+    fn empty_buffers_are_not_the_end_of_a_file() {
+        use std::io::Write as _;
+        let memory = memory();
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(b"contents").unwrap();
+        let spans = after_empty(MAX_IOV + 3, 4096, 8);
+        read_exact_at(&memory, Window::new(&spans, 0, 8), file.as_fd(), 0).unwrap();
+        let mut seen = [0; 8];
+        memory.read_slice(&mut seen, GuestAddress(4096)).unwrap();
+        assert_eq!(&seen, b"contents");
+        write_all_at(&memory, Window::new(&spans, 0, 8), file.as_fd(), 8).unwrap();
+        assert_eq!(file.metadata().unwrap().len(), 16);
+    }
+
+    #[test]
+    fn a_peer_that_is_gone_is_an_error_and_no_signal() {
+        use std::os::unix::net::UnixStream;
+        let memory = memory();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let spans = after_empty(MAX_IOV, 4096, 8);
+        assert_eq!(send(&memory, &spans, ours.as_fd()).unwrap(), 8);
+        assert_eq!(readv(&memory, &spans, theirs.as_fd()).unwrap(), 8);
+        drop(theirs);
+        // A signal that is blocked stays pending, ignored or not.
+        let pending = || {
+            // SAFETY: signal sets are plain data, written before they are read.
+            unsafe {
+                let mut set: libc::sigset_t = std::mem::zeroed();
+                libc::sigaddset(&raw mut set, libc::SIGPIPE);
+                libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut());
+                libc::sigpending(&raw mut set);
+                libc::sigismember(&raw const set, libc::SIGPIPE) == 1
+            }
+        };
+        assert!(!pending());
+        let error = send(&memory, &spans, ours.as_fd()).unwrap_err();
+        assert!(!pending());
+        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
     }
 }

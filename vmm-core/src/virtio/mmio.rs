@@ -156,6 +156,7 @@ impl EventHandler for LoopSide {
         for (index, fd) in (0..).zip(self.doorbells.iter()) {
             registry.add(fd, TOKEN_QUEUE | index, edge)?;
         }
+        lock(&self.device).attached(registry);
         Ok(())
     }
 
