@@ -11,19 +11,32 @@
 //! of a stream socket and forgets about it.
 #![warn(missing_docs)]
 
+mod allowance;
+mod backlog;
+mod config;
 mod connection;
+mod credit;
+mod deadlines;
 mod device;
 mod group;
 mod handle;
+mod host;
+mod inbox;
 mod muxer;
 mod packet;
 mod profile;
+mod ready;
+mod stats;
+mod sync;
 #[cfg(feature = "testing")]
 pub mod testing;
 
-pub use device::{Vsock, VsockConfig};
+pub use config::{SetUpError, VsockConfig};
+pub use device::Vsock;
 pub use group::{Full, Group, Limit, Member, Permit, Waker};
 pub use handle::{
-    Acceptor, ConnectError, ConnectOptions, GuestStream, MuxerHandle, OnResult, Stats,
+    Acceptor, ConnectError, ConnectOptions, GuestStream, Listening, MuxerHandle, OnFailure,
+    OnResult, SocketKind,
 };
 pub use profile::{Profiler, Stage, StageReport};
+pub use stats::Stats;

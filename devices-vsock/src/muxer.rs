@@ -1,139 +1,234 @@
-//! The table of connections, and who is served next.
+//! The table of connections, what they share, and what becomes of them.
 
 use std::collections::{HashMap, VecDeque};
+use std::io;
 use std::os::fd::OwnedFd;
-use std::time::Instant;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use sm_vmm_core::event_loop::{Interest, Registry};
 
-use crate::connection::{Connection, Phase};
+use crate::allowance::Allowance;
+use crate::backlog::Pool;
+use crate::config::VsockConfig;
+use crate::connection::{Awaiting, Connection, Key, Phase};
+use crate::deadlines::Deadlines;
 use crate::group::Group;
-use crate::handle::{Acceptor, ConnectError, ConnectOptions, GuestStream, Stats};
-use crate::packet::{Header, Operation};
+use crate::handle::{
+    Acceptor, Command, ConnectError, ConnectRequest, GuestStream, Mailbox, SocketKind,
+};
+use crate::host::HostSocket;
+use crate::packet::{Header, TYPE_SEQPACKET};
+use crate::ready::Ready;
 
 /// First host port given to connections that the host opens.
 const FIRST_EPHEMERAL: u32 = 1 << 30;
 /// Resets without a connection that may wait for a receive buffer. When there
 /// are more, the guest's transmit queue waits.
-pub(crate) const MAX_RESETS: usize = 256;
+const MAX_RESETS: usize = 256;
 
-/// Guest port and host port.
-pub(crate) type Key = (u32, u32);
+/// A reset for something that is no connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct StrayReset {
+    pub(crate) key: Key,
+    /// The socket type of what it answers.
+    pub(crate) kind: u16,
+}
 
-#[derive(Default)]
+struct Listener {
+    id: u64,
+    acceptor: Acceptor,
+}
+
 pub(crate) struct Muxer {
-    connections: Vec<Option<Connection>>,
-    free: Vec<usize>,
-    by_key: HashMap<Key, usize>,
+    config: VsockConfig,
+    // Boxed, so that the table's own growth is cheap and leaves little unused.
+    connections: Vec<Option<Box<Connection>>>,
+    free: Vec<u32>,
+    /// Not those that only drain: the guest has forgotten these, and may use the
+    /// ports again.
+    by_key: HashMap<Key, u32>,
     /// Connections that want a receive buffer, in the order they are served.
-    pub(crate) ready: VecDeque<usize>,
-    /// Resets for packets without a connection.
-    pub(crate) resets: VecDeque<Key>,
-    listeners: HashMap<u32, Acceptor>,
-    other_listener: Option<Acceptor>,
+    pub(crate) ready: Ready,
+    pub(crate) resets: VecDeque<StrayReset>,
+    listeners: HashMap<Option<u32>, Listener>,
+    pub(crate) pool: Pool,
+    allowance: Allowance,
+    pub(crate) deadlines: Deadlines,
     /// Where the search for a free ephemeral port begins.
     pub(crate) next_port: u32,
-    pub(crate) limit: usize,
-    pub(crate) window: u32,
-    pub(crate) stats: Stats,
+    pub(crate) mailbox: Arc<Mailbox>,
+    told_of_limit: bool,
 }
 
 impl Muxer {
-    pub(crate) fn new(limit: usize, window: u32) -> Self {
-        Self {
-            limit,
-            window,
-            ..Self::default()
-        }
+    /// # Errors
+    /// No descriptors to be had.
+    pub(crate) fn new(config: VsockConfig, mailbox: Arc<Mailbox>) -> io::Result<Self> {
+        Ok(Self {
+            config,
+            connections: Vec::new(),
+            free: Vec::new(),
+            by_key: HashMap::new(),
+            ready: Ready::default(),
+            resets: VecDeque::with_capacity(MAX_RESETS),
+            listeners: HashMap::new(),
+            pool: Pool::default(),
+            allowance: Allowance::new(&config),
+            deadlines: Deadlines::new()?,
+            next_port: 0,
+            mailbox,
+            told_of_limit: false,
+        })
     }
 
-    pub(crate) fn get(&mut self, slot: usize) -> Option<&mut Connection> {
-        self.connections.get_mut(slot)?.as_mut()
+    pub(crate) fn get(&mut self, slot: u32) -> Option<&mut Connection> {
+        self.connections.get_mut(slot as usize)?.as_deref_mut()
+    }
+
+    /// A connection, and what it shares with others.
+    pub(crate) fn parts(&mut self, slot: u32) -> Option<(&mut Connection, &mut Pool)> {
+        let connection = self.connections.get_mut(slot as usize)?.as_deref_mut()?;
+        Some((connection, &mut self.pool))
     }
 
     /// Slots in use or free: every slot number is below.
-    pub(crate) fn slots(&self) -> usize {
-        self.connections.len()
+    pub(crate) fn slots(&self) -> u32 {
+        // At most as many as connections, which a u32 counts.
+        u32::try_from(self.connections.len()).unwrap_or(u32::MAX)
     }
 
-    pub(crate) fn find(&self, key: Key) -> Option<usize> {
+    pub(crate) fn find(&self, key: Key) -> Option<u32> {
         self.by_key.get(&key).copied()
     }
 
-    pub(crate) fn listen(&mut self, host_port: Option<u32>, acceptor: Acceptor) {
-        match host_port {
-            Some(port) => {
-                self.listeners.insert(port, acceptor);
-            }
-            None => self.other_listener = Some(acceptor),
-        }
+    fn in_use(&self) -> usize {
+        self.connections.len() - self.free.len()
     }
 
-    /// Queues a connection for a receive buffer, once.
-    pub(crate) fn queue(&mut self, slot: usize) {
-        if let Some(Some(connection)) = self.connections.get_mut(slot)
-            && !connection.queued
-            && connection.wants_buffer()
-        {
-            connection.queued = true;
+    /// Queues a connection for a receive buffer.
+    pub(crate) fn queue(&mut self, slot: u32) {
+        if self.get(slot).is_some_and(|it| it.wants_buffer()) {
             self.ready.push_back(slot);
         }
     }
 
-    fn insert(&mut self, mut connection: Connection, registry: &mut Registry<'_>) -> Option<usize> {
-        if self.by_key.len() >= self.limit {
-            connection.report(Err(ConnectError::Limit));
-            return None;
+    /// Does what host code asked for. `refusal` is why nothing can be connected.
+    pub(crate) fn command(
+        &mut self,
+        command: Command,
+        refusal: Option<ConnectError>,
+        registry: &mut Registry<'_>,
+    ) {
+        match command {
+            Command::Connect(stream, mut request) => match refusal {
+                Some(error) => request.report.tell(Err(error)),
+                None => self.connect(stream, request, registry),
+            },
+            Command::Listen {
+                id,
+                host_port,
+                acceptor,
+            } => {
+                self.listeners.insert(host_port, Listener { id, acceptor });
+            }
+            Command::Unlisten { id, host_port } => {
+                if self.listeners.get(&host_port).is_some_and(|it| it.id == id) {
+                    self.listeners.remove(&host_port);
+                }
+            }
+            Command::Cut(group) => self.cut(&group, registry),
         }
+    }
+
+    /// Opens a connection from the host.
+    fn connect(
+        &mut self,
+        stream: OwnedFd,
+        mut request: ConnectRequest,
+        registry: &mut Registry<'_>,
+    ) {
+        if !self.has_place() {
+            request.report.tell(Err(ConnectError::Limit));
+            return;
+        }
+        let socket = match HostSocket::new(stream, self.largest_message()) {
+            Ok(socket) => socket,
+            Err(error) => {
+                tracing::warn!(%error, "a descriptor is no socket that can be connected");
+                request.report.tell(Err(ConnectError::Unusable));
+                return;
+            }
+        };
+        let key = (request.guest_port, self.free_port(request.guest_port));
+        let window = self.window_for(&socket);
+        let most = self.config.answer_timeout + request.wait;
+        let connection =
+            Connection::new(key, socket, Phase::Requested, window).with_request(request);
+        if let Some(slot) = self.insert(connection, registry) {
+            self.await_until(slot, Awaiting::Answer, most);
+            self.queue(slot);
+        }
+    }
+
+    /// Whether there may be one more connection.
+    fn has_place(&mut self) -> bool {
+        if self.in_use() < self.config.max_connections {
+            return true;
+        }
+        self.mailbox.counters.refused.add(1);
+        if !std::mem::replace(&mut self.told_of_limit, true) {
+            let limit = self.config.max_connections;
+            tracing::warn!(
+                limit,
+                "the limit of connections is reached; others are refused"
+            );
+        }
+        false
+    }
+
+    fn largest_message(&self) -> u32 {
+        self.config.window.min(crate::connection::MAX_MESSAGE)
+    }
+
+    fn window_for(&mut self, socket: &HostSocket) -> u32 {
+        let first = self.allowance.first();
+        match socket.kind {
+            SocketKind::Stream => first,
+            // A message must fit, and the window cannot wait for it.
+            SocketKind::SeqPacket => {
+                let wanted = self.largest_message().saturating_sub(first);
+                self.allowance.more(first, wanted)
+            }
+        }
+    }
+
+    fn insert(&mut self, mut connection: Connection, registry: &mut Registry<'_>) -> Option<u32> {
         let slot = self.free.pop().unwrap_or_else(|| {
             self.connections.push(None);
-            self.connections.len() - 1
+            self.slots() - 1
         });
-        let interest = Interest {
-            readable: true,
-            writable: true,
-            edge: true,
-        };
-        let prepared = rustix::io::ioctl_fionbio(&connection.stream, true)
-            .map_err(std::io::Error::from)
-            .and_then(|()| registry.add(&connection.stream, slot as u64, interest));
-        match prepared {
+        match registry.add(connection.descriptor(), u64::from(slot), interest(false)) {
             Ok(registration) => connection.registration = Some(registration),
             Err(error) => {
-                tracing::warn!(%error, "a stream cannot be waited for");
-                connection.report(Err(ConnectError::Limit));
+                tracing::warn!(%error, "a socket cannot be waited for");
+                connection.report(Err(ConnectError::Unusable));
+                self.allowance.give_back(connection.incoming.window());
                 self.free.push(slot);
                 return None;
             }
         }
-        self.by_key
-            .insert((connection.guest_port, connection.host_port), slot);
-        if let Some(place) = self.connections.get_mut(slot) {
-            *place = Some(connection);
+        self.by_key.insert(connection.key, slot);
+        if let Some(place) = self.connections.get_mut(slot as usize) {
+            *place = Some(Box::new(connection));
         }
-        self.stats.opened += 1;
-        self.stats.connections = self.by_key.len();
+        self.mailbox.counters.opened.add(1);
+        self.count();
         Some(slot)
     }
 
-    /// Opens a connection from the host.
-    pub(crate) fn connect(
-        &mut self,
-        guest_port: u32,
-        stream: OwnedFd,
-        options: ConnectOptions,
-        asked: Option<Instant>,
-        registry: &mut Registry<'_>,
-    ) {
-        let host_port = self.free_port(guest_port);
-        let mut connection =
-            Connection::new(guest_port, host_port, stream, Phase::Requested, self.window)
-                .with_options(options);
-        connection.owed.request = true;
-        connection.asked = asked;
-        if let Some(slot) = self.insert(connection, registry) {
-            self.queue(slot);
-        }
+    fn count(&self) {
+        self.mailbox.counters.connections.set(self.in_use() as u64);
     }
 
     /// A host port that no connection to `guest_port` has.
@@ -150,39 +245,64 @@ impl Muxer {
 
     /// Serves a REQUEST of the guest.
     pub(crate) fn accept(&mut self, header: &Header, registry: &mut Registry<'_>) {
-        let request = GuestStream {
-            guest_port: header.src_port,
-            host_port: header.dst_port,
-        };
-        let key = (request.guest_port, request.host_port);
-        let stream = self
-            .listeners
-            .get_mut(&request.host_port)
-            .or(self.other_listener.as_mut())
-            .and_then(|acceptor| acceptor(request));
-        let Some(stream) = stream else {
-            self.stats.refused += 1;
-            self.reset_unknown(key);
-            return;
-        };
-        let mut connection = Connection::new(
-            request.guest_port,
-            request.host_port,
-            stream,
-            Phase::Established,
-            self.window,
-        );
-        connection.update_credit(header.buf_alloc, header.fwd_cnt);
-        connection.owed.response = true;
-        match self.insert(connection, registry) {
+        let key = (header.src_port, header.dst_port);
+        let accepted = self.ask_acceptor(header, key);
+        let accepted = accepted.and_then(|connection| self.insert(connection, registry));
+        match accepted {
             Some(slot) => self.queue(slot),
-            None => self.reset_unknown(key),
+            None => self.reset_stray(key, header.kind),
+        }
+    }
+
+    fn ask_acceptor(&mut self, header: &Header, key: Key) -> Option<Connection> {
+        // Before the acceptor: it may dial.
+        if !self.has_place() {
+            return None;
+        }
+        let kind = match header.kind {
+            TYPE_SEQPACKET => SocketKind::SeqPacket,
+            _ => SocketKind::Stream,
+        };
+        let request = GuestStream {
+            guest_port: key.0,
+            host_port: key.1,
+            kind,
+        };
+        let listener = match self.listeners.contains_key(&Some(key.1)) {
+            true => self.listeners.get_mut(&Some(key.1)),
+            false => self.listeners.get_mut(&None),
+        };
+        let socket = listener
+            .and_then(|listener| (listener.acceptor)(request))
+            .and_then(|fd| self.usable(fd, kind));
+        let Some(socket) = socket else {
+            self.mailbox.counters.refused.add(1);
+            return None;
+        };
+        let window = self.window_for(&socket);
+        let mut connection = Connection::new(key, socket, Phase::Established, window);
+        connection.outgoing.update(header.buf_alloc, header.fwd_cnt);
+        connection.owed.response = true;
+        Some(connection)
+    }
+
+    fn usable(&self, fd: OwnedFd, kind: SocketKind) -> Option<HostSocket> {
+        match HostSocket::new(fd, self.largest_message()) {
+            Ok(socket) if socket.kind == kind => Some(socket),
+            other => {
+                tracing::warn!(
+                    ?kind,
+                    ?other,
+                    "what an acceptor gave is not what was asked for"
+                );
+                None
+            }
         }
     }
 
     /// Owes the guest a reset for something that is no connection.
-    pub(crate) fn reset_unknown(&mut self, key: Key) {
-        self.resets.push_back(key);
+    pub(crate) fn reset_stray(&mut self, key: Key, kind: u16) {
+        self.resets.push_back(StrayReset { key, kind });
     }
 
     /// Whether the guest's next packet can be looked at: what it may cause to be
@@ -191,99 +311,216 @@ impl Muxer {
         self.resets.len() < MAX_RESETS
     }
 
-    /// Forgets a connection; its socket is closed.
-    pub(crate) fn remove(&mut self, slot: usize, registry: &mut Registry<'_>) {
-        let Some(mut connection) = self.connections.get_mut(slot).and_then(Option::take) else {
+    /// Window and counter for the next packet of a connection, more of it if the
+    /// guest makes use of what it has.
+    pub(crate) fn announce(&mut self, slot: u32) -> (u32, u32) {
+        let Some(connection) = self.connections.get_mut(slot as usize) else {
+            return (0, 0);
+        };
+        let Some(connection) = connection.as_deref_mut() else {
+            return (0, 0);
+        };
+        let window = connection.incoming.window();
+        if connection.incoming.is_due() && !connection.keeps_messages_apart() {
+            connection
+                .incoming
+                .grow(self.allowance.more(window, window));
+        }
+        connection.announce()
+    }
+
+    /// Forgets a connection; its socket is closed. Whoever waits for it is told
+    /// `outcome`.
+    pub(crate) fn remove(&mut self, slot: u32, outcome: ConnectError, registry: &mut Registry<'_>) {
+        let place = self.connections.get_mut(slot as usize);
+        let Some(mut connection) = place.and_then(Option::take) else {
             return;
         };
         if let Some(registration) = connection.registration.take() {
-            registry.remove(registration, &connection.stream);
+            registry.remove(registration, connection.descriptor());
         }
-        connection.report(Err(ConnectError::Refused));
-        self.by_key
-            .remove(&(connection.guest_port, connection.host_port));
-        if connection.queued {
-            self.ready.retain(|&other| other != slot);
-        }
+        self.forget_key(&connection, slot);
+        self.ready.remove(slot);
+        self.deadlines.set(slot, connection.deadline, None);
+        connection.release(&mut self.pool);
+        self.allowance.give_back(connection.incoming.window());
         self.free.push(slot);
-        self.stats.connections = self.by_key.len();
+        self.count();
+        connection.report(Err(outcome));
     }
 
-    /// Ends a connection: the guest is owed a reset.
-    pub(crate) fn abort(&mut self, slot: usize, registry: &mut Registry<'_>) {
+    fn forget_key(&mut self, connection: &Connection, slot: u32) {
+        if self.by_key.get(&connection.key) == Some(&slot) {
+            self.by_key.remove(&connection.key);
+        }
+    }
+
+    /// Ends a connection: the guest is owed a reset if it knows of it.
+    pub(crate) fn abort(&mut self, slot: u32, outcome: ConnectError, registry: &mut Registry<'_>) {
         let Some(connection) = self.get(slot) else {
             return;
         };
-        let key = (connection.guest_port, connection.host_port);
-        self.remove(slot, registry);
-        self.reset_unknown(key);
+        let known = connection.phase == Phase::Established
+            || connection.phase == Phase::Requested && !connection.owed.request;
+        let (key, kind) = (connection.key, connection.socket_type());
+        self.remove(slot, outcome, registry);
+        if known {
+            self.reset_stray(key, kind);
+        }
     }
 
     /// Ends all connections of a group.
     pub(crate) fn cut(&mut self, group: &Group, registry: &mut Registry<'_>) {
-        for slot in 0..self.connections.len() {
+        for slot in 0..self.slots() {
             let member = self.get(slot).and_then(|one| one.member.as_ref());
             if member.is_some_and(|member| member.group() == group) {
-                self.abort(slot, registry);
+                self.abort(slot, ConnectError::Reset, registry);
             }
         }
     }
 
-    /// Forgets everything; the guest knows, or is gone.
+    /// Ends everything; the guest knows, or is gone. What it had sent is still
+    /// written, unless the event loop is gone too.
     pub(crate) fn clear(&mut self, registry: Option<&mut Registry<'_>>) {
-        if let Some(registry) = registry {
-            for slot in 0..self.connections.len() {
-                self.remove(slot, registry);
+        self.resets.clear();
+        self.told_of_limit = false;
+        let Some(registry) = registry else {
+            for mut connection in std::mem::take(&mut self.connections).into_iter().flatten() {
+                connection.report(Err(ConnectError::Reset));
+            }
+            self.free.clear();
+            self.by_key.clear();
+            self.ready = Ready::default();
+            self.pool = Pool::default();
+            self.allowance = Allowance::new(&self.config);
+            self.deadlines.clear();
+            self.count();
+            return;
+        };
+        for slot in 0..self.slots() {
+            self.guest_resets(slot, ConnectError::Reset, registry);
+        }
+    }
+
+    /// The socket did not take all: the event loop tells when it takes more.
+    pub(crate) fn watch_writing(&mut self, slot: u32, registry: &mut Registry<'_>) {
+        if let Some(connection) = self.get(slot)
+            && connection.has_backlog() != connection.watches_writing
+            && let Some(registration) = connection.registration
+        {
+            let wanted = connection.has_backlog();
+            let modified = registry.modify(registration, connection.descriptor(), interest(wanted));
+            match modified {
+                Ok(()) => connection.watches_writing = wanted,
+                Err(error) => tracing::error!(%error, "a socket cannot be waited for"),
             }
         }
-        for connection in self.connections.drain(..).flatten() {
-            drop(connection);
-        }
-        self.free.clear();
-        self.by_key.clear();
-        self.ready.clear();
-        self.resets.clear();
-        self.stats.connections = 0;
     }
 
     /// After bytes were written to a socket, or an end was told: what follows.
-    pub(crate) fn settle(&mut self, slot: usize, registry: &mut Registry<'_>) {
+    pub(crate) fn settle(&mut self, slot: u32, registry: &mut Registry<'_>) {
         let Some(connection) = self.get(slot) else {
             return;
         };
-        if !connection.is_finished() {
-            self.queue(slot);
-        } else if connection.phase == Phase::Draining {
-            self.remove(slot, registry);
-        } else {
-            self.abort(slot, registry);
+        if connection.is_finished() {
+            // Which tells the guest unless it knows.
+            self.abort(slot, ConnectError::Reset, registry);
+            return;
+        }
+        let awaits = connection.awaits();
+        if awaits != connection.awaiting {
+            let most = match awaits {
+                Awaiting::Answer => None,
+                Awaiting::Nothing => Some(Duration::MAX),
+                Awaiting::End => Some(self.config.answer_timeout),
+                Awaiting::Tail => Some(self.config.linger),
+            };
+            if let Some(most) = most {
+                self.await_until(slot, awaits, most);
+            }
+        }
+        self.queue(slot);
+    }
+
+    fn await_until(&mut self, slot: u32, awaiting: Awaiting, most: Duration) {
+        let place = self.connections.get_mut(slot as usize);
+        let Some(connection) = place.and_then(Option::as_deref_mut) else {
+            return;
+        };
+        let deadline = match awaiting {
+            Awaiting::Nothing => None,
+            _ => Instant::now().checked_add(most),
+        };
+        let old = std::mem::replace(&mut connection.deadline, deadline);
+        connection.awaiting = awaiting;
+        connection.progressed = false;
+        self.deadlines.set(slot, old, deadline);
+    }
+
+    /// Ends what has waited too long.
+    pub(crate) fn expire(&mut self, registry: &mut Registry<'_>) {
+        let now = Instant::now();
+        while let Some(slot) = self.deadlines.pop(now) {
+            let linger = self.config.linger;
+            let Some(connection) = self.get(slot) else {
+                continue;
+            };
+            connection.deadline = None;
+            let awaiting = connection.awaiting;
+            if awaiting == Awaiting::Tail && connection.progressed {
+                self.await_until(slot, awaiting, linger);
+                continue;
+            }
+            tracing::debug!(key = ?connection.key, ?awaiting, "a connection has waited too long");
+            self.mailbox.counters.timed_out.add(1);
+            self.abort(slot, ConnectError::TimedOut, registry);
         }
     }
 
-    /// The guest ends a connection by RST; what it had sent is still written.
-    pub(crate) fn guest_resets(&mut self, slot: usize, registry: &mut Registry<'_>) {
-        let Some(connection) = self.get(slot) else {
+    /// Time during which nothing could happen does not count.
+    pub(crate) fn postpone(&mut self, by: Duration) {
+        for slot in 0..self.slots() {
+            let place = self.connections.get_mut(slot as usize);
+            if let Some(connection) = place.and_then(Option::as_deref_mut)
+                && let Some(old) = connection.deadline
+            {
+                connection.deadline = old.checked_add(by);
+                self.deadlines.set(slot, Some(old), connection.deadline);
+            }
+        }
+    }
+
+    /// The guest has ended a connection; what it had sent is still written. Whoever
+    /// waits for it is told `outcome`.
+    pub(crate) fn guest_resets(
+        &mut self,
+        slot: u32,
+        outcome: ConnectError,
+        registry: &mut Registry<'_>,
+    ) {
+        let place = self.connections.get_mut(slot as usize);
+        let Some(connection) = place.and_then(Option::as_deref_mut) else {
             return;
         };
-        if connection.phase == Phase::Requested || connection.backlog_len() == 0 {
-            self.remove(slot, registry);
+        if connection.phase == Phase::Draining {
             return;
         }
-        connection.phase = Phase::Draining;
-        connection.owed = crate::connection::Owed::default();
-        connection.read_done = true;
+        if connection.phase == Phase::Requested || !connection.has_backlog() {
+            self.remove(slot, outcome, registry);
+            return;
+        }
+        connection.report(Err(outcome));
+        connection.guest_forgets();
+        self.by_key.remove(&connection.key);
+        self.ready.remove(slot);
+        self.settle(slot, registry);
     }
 }
 
-/// A header from the host to the guest.
-pub(crate) fn reply(guest_cid: u64, (guest_port, host_port): Key, op: Operation) -> Header {
-    Header {
-        src_cid: crate::packet::HOST_CID,
-        dst_cid: guest_cid,
-        src_port: host_port,
-        dst_port: guest_port,
-        kind: crate::packet::TYPE_STREAM,
-        op: op as u16,
-        ..Header::default()
+fn interest(writable: bool) -> Interest {
+    Interest {
+        readable: true,
+        writable,
+        edge: true,
     }
 }

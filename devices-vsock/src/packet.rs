@@ -4,8 +4,12 @@
 pub(crate) const HEADER_LEN: u32 = 44;
 /// Context identifier of the host.
 pub(crate) const HOST_CID: u64 = 2;
-/// The only socket type offered.
+/// A stream of bytes.
 pub(crate) const TYPE_STREAM: u16 = 1;
+/// A sequence of messages.
+pub(crate) const TYPE_SEQPACKET: u16 = 2;
+/// RW of a sequence of messages: the message ends here.
+pub(crate) const END_OF_MESSAGE: u32 = 1;
 /// SHUTDOWN: the sender will receive no more.
 pub(crate) const SHUTDOWN_RECEIVE: u32 = 1;
 /// SHUTDOWN: the sender will send no more.

@@ -25,6 +25,9 @@ pub enum Stage {
     SocketRead,
     /// Writing from the guest's buffers to a host socket.
     SocketWrite,
+    /// From the guest's notification to its bytes having been written to a host
+    /// socket, the time included that a slow one lets them wait.
+    GuestToHost,
     /// Serving a notification of the guest's driver, all in all.
     GuestKick,
     /// Serving a host socket that is ready, all in all.
@@ -35,12 +38,13 @@ pub enum Stage {
 
 impl Stage {
     /// All of them, in the order in which they are shown.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Accept,
         Self::Tls,
         Self::Open,
         Self::SocketRead,
         Self::SocketWrite,
+        Self::GuestToHost,
         Self::GuestKick,
         Self::HostReady,
         Self::Interrupt,
@@ -55,6 +59,7 @@ impl Stage {
             Self::Open => "open",
             Self::SocketRead => "socket read",
             Self::SocketWrite => "socket write",
+            Self::GuestToHost => "guest to host",
             Self::GuestKick => "guest kick",
             Self::HostReady => "host ready",
             Self::Interrupt => "interrupt",

@@ -10,6 +10,7 @@ use std::collections::HashMap;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use sm_vmm_core::GuestMemory;
 use sm_vmm_core::event_loop::EventLoop;
@@ -17,7 +18,7 @@ use sm_vmm_core::virtio::queue::Span;
 use sm_vmm_core::virtio::testing::{Driver, DriverQueue};
 use vm_memory::{Bytes as _, GuestAddress};
 
-use crate::{ConnectError, ConnectOptions, MuxerHandle, Vsock, VsockConfig};
+use crate::{ConnectError, ConnectOptions, MuxerHandle, Stats, Vsock, VsockConfig};
 
 const HEADER: usize = 44;
 const RX_BUFFER: u64 = 4096;
@@ -27,6 +28,9 @@ const RX_BASE: u64 = 0x10_0000;
 const TX_BASE: u64 = 0x20_0000;
 /// Packets that may be in the transmit queue at once, and the room for each.
 const SLOTS: u64 = 8;
+/// Where the queues are, and their sizes.
+const QUEUES: u64 = 0x1_0000;
+const SIZES: [u16; 3] = [256, 32, 16];
 const SLOT_LEN: u64 = 0x1_1000;
 /// What a Linux guest sends at most in one packet.
 const PACKET: usize = 64 << 10;
@@ -34,6 +38,8 @@ const PACKET: usize = 64 << 10;
 pub const EVENT_BASE: u64 = 0x30_0000;
 const GUEST: u64 = 3;
 const HOST: u64 = 2;
+/// How long a device may take before a test is given up.
+const PATIENCE: Duration = Duration::from_secs(60);
 /// The guest's port that [`Guest::connected`] uses.
 pub const PORT: u32 = 7;
 
@@ -179,18 +185,48 @@ impl Guest {
     /// When the system refuses.
     #[must_use]
     pub fn new(config: VsockConfig) -> Self {
+        Self::with_receive_buffers(config, RX_BUFFERS)
+    }
+
+    /// As [`Self::new`], with that many receive buffers.
+    ///
+    /// # Panics
+    /// When the system refuses.
+    #[must_use]
+    pub fn with_receive_buffers(config: VsockConfig, count: u64) -> Self {
+        let mut guest = Self::without_driver(config);
+        let mut queues = guest.driver.start(QUEUES, &SIZES).into_iter();
+        guest.rx = queues.next().unwrap();
+        guest.tx = queues.next().unwrap();
+        guest.event = queues.next().unwrap();
+        for index in 0..count {
+            guest.offer_rx(Span {
+                address: GuestAddress(RX_BASE + index * RX_BUFFER),
+                len: RX_BUFFER as u32,
+            });
+        }
+        guest.offer_event();
+        guest.driver.notify(0);
+        guest
+    }
+
+    /// A device whose driver has not started it: nothing can be sent or received.
+    ///
+    /// # Panics
+    /// When the system refuses.
+    #[must_use]
+    pub fn without_driver(config: VsockConfig) -> Self {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 4 << 20)]).unwrap();
         let event_loop = EventLoop::spawn("test").unwrap();
         let (device, muxer) = Vsock::new(config).unwrap();
         let device: Arc<Mutex<dyn sm_vmm_core::virtio::VirtioDevice>> = device;
         let driver = Driver::new(device, &memory, event_loop.handle());
-        let mut queues = driver.start(0x1_0000, &[256, 32, 4]).into_iter();
-        let (rx, tx, event) = (
-            queues.next().unwrap(),
-            queues.next().unwrap(),
-            queues.next().unwrap(),
-        );
-        let mut guest = Self {
+        let queue = |index: usize| {
+            let base = QUEUES + 0x1_0000 * index as u64;
+            DriverQueue::new(memory.clone(), base, SIZES[index])
+        };
+        let (rx, tx, event) = (queue(0), queue(1), queue(2));
+        Self {
             memory,
             driver,
             rx,
@@ -204,21 +240,7 @@ impl Guest {
             slot: 0,
             muxer,
             _event_loop: event_loop,
-        };
-        for index in 0..RX_BUFFERS {
-            guest.offer_rx(Span {
-                address: GuestAddress(RX_BASE + index * RX_BUFFER),
-                len: RX_BUFFER as u32,
-            });
         }
-        let event = Span {
-            address: GuestAddress(EVENT_BASE),
-            len: 8,
-        };
-        guest.event.offer(&[], &[event]).unwrap();
-        guest.driver.notify(2);
-        guest.driver.notify(0);
-        guest
     }
 
     fn offer_rx(&mut self, span: Span) {
@@ -241,6 +263,11 @@ impl Guest {
     /// When none comes, or one that makes no sense.
     pub fn receive(&mut self) -> Packet {
         let (head, len) = self.driver.wait_used(&mut self.rx);
+        self.open(head, len)
+    }
+
+    /// Takes the packet out of a receive buffer, which is offered again.
+    fn open(&mut self, head: u16, len: u32) -> Packet {
         let span = self.buffers.remove(&head).unwrap();
         let mut bytes = vec![0; len as usize];
         self.memory.read_slice(&mut bytes, span.address).unwrap();
@@ -249,6 +276,66 @@ impl Guest {
         let packet = Packet::decode(&bytes);
         assert_eq!((packet.src_cid, packet.dst_cid), (HOST, GUEST));
         packet
+    }
+
+    /// A packet, if one has come.
+    ///
+    /// # Panics
+    /// When it makes no sense.
+    pub fn try_receive(&mut self) -> Option<Packet> {
+        let (head, len) = self.rx.take_used()?;
+        Some(self.open(head, len))
+    }
+
+    /// Waits until the device has seen all that was told to it before.
+    ///
+    /// # Panics
+    /// When the event loop has stopped.
+    pub fn settle(&self) {
+        // In the order of the loop: a pause looks at everything first.
+        self.driver.transport.quiesce().unwrap();
+        self.driver.transport.unquiesce();
+        self.driver.transport.quiesce().unwrap();
+        self.driver.transport.unquiesce();
+    }
+
+    /// Waits until the counters are as they should be.
+    ///
+    /// # Panics
+    /// When that takes a minute.
+    pub fn wait_until(&self, wanted: impl Fn(&Stats) -> bool) {
+        let begun = Instant::now();
+        while !wanted(&self.muxer.stats()) {
+            assert!(begun.elapsed() < PATIENCE, "{:?}", self.muxer.stats());
+            std::thread::yield_now();
+        }
+    }
+
+    /// Puts a packet into the transmit queue, without waiting for its use.
+    ///
+    /// # Panics
+    /// When the queue is full and the device takes nothing.
+    pub fn queue_packet(&mut self, packet: &Packet) {
+        self.queue(packet, &packet.payload);
+    }
+
+    /// Has the transmit queue claim more buffers than it has.
+    pub fn break_transmit_queue(&mut self) {
+        self.tx.set_available_index(0x8000);
+        self.driver.notify(1);
+    }
+
+    /// Offers a buffer for an event, and tells the device.
+    ///
+    /// # Panics
+    /// When the queue is full.
+    pub fn offer_event(&mut self) {
+        let event = Span {
+            address: GuestAddress(EVENT_BASE),
+            len: 8,
+        };
+        self.event.offer(&[], &[event]).unwrap();
+        self.driver.notify(2);
     }
 
     /// Sends any bytes as a packet, and waits until the device has taken them.

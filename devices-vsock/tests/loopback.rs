@@ -121,7 +121,7 @@ fn a_preamble_goes_first_and_a_status_is_not_data() {
 fn the_guest_opens_streams_to_ports_that_are_listened_on() {
     let mut guest = Guest::new(VsockConfig::default());
     let (send, accepted) = channel();
-    guest.muxer.listen(
+    let _listening = guest.muxer.listen(
         1030,
         Box::new(move |request| {
             assert_eq!((request.guest_port, request.host_port), (555, 1030));
@@ -221,7 +221,7 @@ fn nonsense_is_answered_by_a_reset_and_counted() {
             dst_cid: 9,
             ..base()
         },
-        Packet { kind: 2, ..base() },
+        Packet { kind: 3, ..base() },
         Packet { op: 77, ..base() },
         Packet {
             len: Some(1000),

@@ -263,6 +263,7 @@ impl Handoff {
             let options = ConnectOptions {
                 preamble,
                 status_reply: true,
+                wait: self.target.wait(),
                 ..ConnectOptions::default()
             };
             self.muxer.connect(port::FORWARD, fd, options);

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use rustix::net::{AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType};
-use sm_devices_vsock::{ConnectOptions, GuestStream, MuxerHandle};
+use sm_devices_vsock::{ConnectOptions, GuestStream, Listening, MuxerHandle, SocketKind};
 use sm_vmm_core::event_loop::{
     EventHandler, EventLoopHandle, HandlerId, Interest, Readiness, Registration, Registry,
 };
@@ -74,7 +74,8 @@ impl HybridFrontend {
         }
         let listener = bind_private(&self.path).map_err(failed("listen on"))?;
         let path = self.path.clone();
-        muxer.listen_to_others(Box::new(move |request| connect_beside(&path, request)));
+        let listening =
+            muxer.listen_to_others(Box::new(move |request| connect_beside(&path, request)));
         let handler = Hybrid {
             listener,
             spare: Spare::new(),
@@ -89,6 +90,7 @@ impl HybridFrontend {
             path: self.path,
             event_loop: event_loop.clone(),
             id,
+            _listening: listening,
         })
     }
 }
@@ -100,6 +102,8 @@ pub struct HybridFrontendHandle {
     path: PathBuf,
     event_loop: EventLoopHandle,
     id: HandlerId,
+    /// What the guest opens is refused once this is gone.
+    _listening: Listening,
 }
 
 impl HybridFrontendHandle {
@@ -121,12 +125,15 @@ impl Drop for HybridFrontendHandle {
 /// Connects a stream of the guest's to the socket of its port. Never waits: a
 /// server whose backlog is full is as good as none.
 fn connect_beside(path: &Path, request: GuestStream) -> Option<OwnedFd> {
+    let kind = match request.kind {
+        SocketKind::Stream => SocketType::STREAM,
+        SocketKind::SeqPacket => SocketType::SEQPACKET,
+    };
     let mut name = path.as_os_str().to_owned();
     name.push(format!("_{}", request.host_port));
     let address = SocketAddrUnix::new(PathBuf::from(name)).ok()?;
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket =
-        rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).ok()?;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None).ok()?;
     rustix::net::connect(&socket, &address).ok()?;
     Some(socket)
 }

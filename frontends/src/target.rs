@@ -33,6 +33,7 @@ impl Target {
                 ConnectOptions {
                     preamble: header.encode().to_vec(),
                     status_reply: true,
+                    wait: header.wait(),
                     ..ConnectOptions::default()
                 },
             ),

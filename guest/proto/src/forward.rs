@@ -6,6 +6,8 @@
 //! one [`ForwardStatus`] byte. On success the stream is raw bytes both ways and
 //! half-close is kept; on failure the agent closes it.
 
+use std::time::Duration;
+
 use thiserror::Error;
 
 /// Bytes in an encoded [`ForwardHeader`].
@@ -38,6 +40,12 @@ pub enum ForwardError {
 }
 
 impl ForwardHeader {
+    /// How long to retry while nothing listens.
+    #[must_use]
+    pub fn wait(self) -> Duration {
+        Duration::from_millis(self.wait_ms.into())
+    }
+
     /// Encodes as magic, `u16` BE port, two zero bytes, `u32` BE wait.
     #[must_use]
     pub fn encode(self) -> [u8; HEADER_LEN] {

@@ -323,7 +323,7 @@ fn listen_for_agent(muxer: &MuxerHandle, notices: NoticeSender) {
             None
         }
     };
-    muxer.listen(port::CONTROL, Box::new(acceptor));
+    muxer.listen(port::CONTROL, Box::new(acceptor)).forever();
 }
 
 fn device(slot: u32, device: impl sm_vmm_core::virtio::VirtioDevice + 'static) -> DeviceConfig {

@@ -15,7 +15,7 @@ use super::queue::Span;
 use crate::GuestMemory;
 
 /// Buffers handed to one system call; longer lists take several.
-const MAX_IOV: usize = 128;
+pub const MAX_SPANS: usize = 128;
 
 /// A run of the bytes of a list of spans.
 #[derive(Clone, Copy, Debug)]
@@ -144,7 +144,7 @@ fn fault() -> io::Error {
 
 /// The buffers of one call, on the stack.
 struct Buffers {
-    iov: [MaybeUninit<libc::iovec>; MAX_IOV],
+    iov: [MaybeUninit<libc::iovec>; MAX_SPANS],
     count: usize,
 }
 
@@ -153,7 +153,7 @@ impl Buffers {
     /// nothing but these would look like the end of a file.
     fn new(memory: &GuestMemory, spans: impl Iterator<Item = Span>) -> io::Result<Self> {
         let mut buffers = Self {
-            iov: [MaybeUninit::uninit(); MAX_IOV],
+            iov: [MaybeUninit::uninit(); MAX_SPANS],
             count: 0,
         };
         let spans = spans.filter(|span| span.len > 0);
@@ -177,7 +177,7 @@ impl Buffers {
 
     /// Their number, as system calls on files take it.
     fn count(&self) -> libc::c_int {
-        // At most `MAX_IOV`.
+        // At most `MAX_SPANS`.
         libc::c_int::try_from(self.count).unwrap_or(0)
     }
 }
@@ -311,9 +311,8 @@ pub fn write_all_at(
         let buffers = Buffers::new(memory, window.spans())?;
         let at = i64::try_from(offset).map_err(io::Error::other)?;
         // SAFETY: as in `readv`.
-        let written = result(unsafe {
-            libc::pwritev(fd.as_raw_fd(), buffers.as_ptr(), buffers.count(), at)
-        });
+        let written =
+            result(unsafe { libc::pwritev(fd.as_raw_fd(), buffers.as_ptr(), buffers.count(), at) });
         match written {
             Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
             Ok(written) => {
@@ -411,7 +410,7 @@ mod tests {
         let memory = memory();
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(b"contents").unwrap();
-        let spans = after_empty(MAX_IOV + 3, 4096, 8);
+        let spans = after_empty(MAX_SPANS + 3, 4096, 8);
         read_exact_at(&memory, Window::new(&spans, 0, 8), file.as_fd(), 0).unwrap();
         let mut seen = [0; 8];
         memory.read_slice(&mut seen, GuestAddress(4096)).unwrap();
@@ -425,7 +424,7 @@ mod tests {
         use std::os::unix::net::UnixStream;
         let memory = memory();
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let spans = after_empty(MAX_IOV, 4096, 8);
+        let spans = after_empty(MAX_SPANS, 4096, 8);
         assert_eq!(send(&memory, &spans, ours.as_fd()).unwrap(), 8);
         assert_eq!(readv(&memory, &spans, theirs.as_fd()).unwrap(), 8);
         drop(theirs);

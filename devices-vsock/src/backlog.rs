@@ -1,0 +1,277 @@
+//! What host sockets do not take at once, kept in chunks of a common pool.
+//!
+//! Architecture invariants: an empty backlog has no chunk; filling and emptying
+//! backlogs allocates nothing once the pool has grown to what is needed; bytes
+//! are copied in once and never moved.
+
+use std::io::IoSlice;
+
+use sm_vmm_core::GuestMemory;
+use vm_memory::{Bytes as _, GuestAddress};
+
+/// Bytes in a chunk.
+const LEN: u32 = 4096;
+/// Bytes in a chunk.
+pub(crate) const CHUNK: usize = LEN as usize;
+/// Chunks without use that keep their memory: 1 MiB.
+const SPARE: usize = 256;
+/// No chunk.
+const NONE: u32 = u32::MAX;
+
+struct Slot {
+    /// `None` when it was given back to the system.
+    bytes: Option<Box<[u8]>>,
+    next: u32,
+}
+
+/// The chunks of all backlogs.
+#[derive(Default)]
+pub(crate) struct Pool {
+    slots: Vec<Slot>,
+    /// Free slots, with memory and without.
+    spare: Vec<u32>,
+    bare: Vec<u32>,
+}
+
+impl Pool {
+    fn take(&mut self) -> u32 {
+        let slot = self.spare.pop().or_else(|| self.bare.pop());
+        let slot = slot.unwrap_or_else(|| {
+            self.slots.push(Slot {
+                bytes: None,
+                next: NONE,
+            });
+            // Fewer than 2^32: their bytes are less than a windows' sum.
+            u32::try_from(self.slots.len() - 1).unwrap_or(NONE)
+        });
+        if let Some(slot) = self.slots.get_mut(slot as usize) {
+            slot.next = NONE;
+            slot.bytes
+                .get_or_insert_with(|| vec![0; CHUNK].into_boxed_slice());
+        }
+        slot
+    }
+
+    fn give_back(&mut self, index: u32) {
+        if self.spare.len() < SPARE {
+            self.spare.push(index);
+        } else if let Some(slot) = self.slots.get_mut(index as usize) {
+            slot.bytes = None;
+            self.bare.push(index);
+        }
+    }
+
+    fn next(&self, index: u32) -> u32 {
+        self.slots
+            .get(index as usize)
+            .map_or(NONE, |slot| slot.next)
+    }
+
+    fn bytes(&self, index: u32) -> &[u8] {
+        let slot = self.slots.get(index as usize);
+        slot.and_then(|slot| slot.bytes.as_deref()).unwrap_or(&[])
+    }
+
+    /// Chunks that hold something.
+    #[cfg(test)]
+    fn used(&self) -> usize {
+        self.slots.len() - self.spare.len() - self.bare.len()
+    }
+}
+
+/// Bytes kept for one connection, first in first out. Goes back to its pool by
+/// [`Backlog::clear`].
+#[derive(Debug)]
+pub(crate) struct Backlog {
+    first: u32,
+    last: u32,
+    /// Where it begins in its first chunk, and ends in its last.
+    start: u32,
+    end: u32,
+    len: u32,
+}
+
+impl Default for Backlog {
+    fn default() -> Self {
+        Self {
+            first: NONE,
+            last: NONE,
+            start: 0,
+            end: 0,
+            len: 0,
+        }
+    }
+}
+
+impl Backlog {
+    #[cfg(test)]
+    fn len(&self) -> u32 {
+        self.len
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Appends guest memory; `false` when it cannot be read.
+    #[must_use]
+    pub(crate) fn push(
+        &mut self,
+        pool: &mut Pool,
+        memory: &GuestMemory,
+        address: GuestAddress,
+        len: u32,
+    ) -> bool {
+        let mut done = 0;
+        while done < len {
+            if self.last == NONE || self.end as usize == CHUNK {
+                self.append_chunk(pool);
+            }
+            let slot = pool.slots.get_mut(self.last as usize);
+            let bytes = slot.and_then(|slot| slot.bytes.as_deref_mut());
+            let place = bytes.and_then(|bytes| bytes.get_mut(self.end as usize..));
+            let place = place.unwrap_or_default();
+            let now = (len - done).min(u32::try_from(place.len()).unwrap_or(0));
+            let from = GuestAddress(address.0 + u64::from(done));
+            let place = place.get_mut(..now as usize).unwrap_or_default();
+            if now == 0 || memory.read_slice(place, from).is_err() {
+                return false;
+            }
+            done += now;
+            self.end += now;
+            self.len += now;
+        }
+        true
+    }
+
+    fn append_chunk(&mut self, pool: &mut Pool) {
+        let chunk = pool.take();
+        match pool.slots.get_mut(self.last as usize) {
+            Some(last) => last.next = chunk,
+            None => (self.first, self.start) = (chunk, 0),
+        }
+        (self.last, self.end) = (chunk, 0);
+    }
+
+    /// The first bytes, at most `most`, as far as `slices` has room; how many
+    /// slices there are.
+    pub(crate) fn slices<'a>(
+        &self,
+        pool: &'a Pool,
+        most: u32,
+        slices: &mut [IoSlice<'a>],
+    ) -> usize {
+        let mut left = most.min(self.len) as usize;
+        let (mut chunk, mut start) = (self.first, self.start as usize);
+        let mut count = 0;
+        for slice in slices {
+            if left == 0 {
+                break;
+            }
+            let bytes = pool.bytes(chunk).get(start..).unwrap_or_default();
+            let bytes = bytes.get(..left.min(bytes.len())).unwrap_or_default();
+            *slice = IoSlice::new(bytes);
+            left -= bytes.len();
+            count += 1;
+            (chunk, start) = (pool.next(chunk), 0);
+        }
+        count
+    }
+
+    /// Drops the first `count` bytes.
+    pub(crate) fn consume(&mut self, pool: &mut Pool, count: u32) {
+        let mut left = count.min(self.len);
+        self.len -= left;
+        while self.first != NONE {
+            let is_last = self.first == self.last;
+            let end = if is_last { self.end } else { LEN };
+            let here = left.min(end - self.start);
+            self.start += here;
+            left -= here;
+            if self.start < end || (is_last && self.len > 0) {
+                return;
+            }
+            let next = pool.next(self.first);
+            pool.give_back(self.first);
+            self.start = 0;
+            if is_last {
+                *self = Self::default();
+                return;
+            }
+            self.first = next;
+        }
+    }
+
+    /// Drops everything; says how much that was.
+    pub(crate) fn clear(&mut self, pool: &mut Pool) -> u32 {
+        let len = self.len;
+        self.consume(pool, len);
+        len
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn content(backlog: &Backlog, pool: &Pool) -> Vec<u8> {
+        let mut slices = [IoSlice::new(&[]); 32];
+        let count = backlog.slices(pool, u32::MAX, &mut slices);
+        slices[..count]
+            .iter()
+            .flat_map(|slice| slice.to_vec())
+            .collect()
+    }
+
+    proptest! {
+        #[test]
+        fn two_backlogs_keep_their_bytes_apart_and_in_order(
+            steps in prop::collection::vec((any::<bool>(), any::<bool>(), 0u32..9000), 0..60),
+        ) {
+            let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 16)]).unwrap();
+            let pattern: Vec<u8> = (0..1u32 << 16).map(|n| (n % 253) as u8).collect();
+            memory.write_slice(&pattern, GuestAddress(0)).unwrap();
+            let mut pool = Pool::default();
+            let mut real = [Backlog::default(), Backlog::default()];
+            let mut model = [VecDeque::new(), VecDeque::new()];
+            for (second, push, amount) in steps {
+                let which = usize::from(second);
+                let (backlog, model) = (&mut real[which], &mut model[which]);
+                if push && model.len() < 40_000 {
+                    let from = u64::from(amount * 7 % 50_000);
+                    prop_assert!(backlog.push(&mut pool, &memory, GuestAddress(from), amount));
+                    let from = usize::try_from(from).unwrap();
+                    model.extend(&pattern[from..from + amount as usize]);
+                } else {
+                    backlog.consume(&mut pool, amount);
+                    model.drain(..model.len().min(amount as usize));
+                }
+                prop_assert_eq!(backlog.len() as usize, model.len());
+                prop_assert_eq!(content(backlog, &pool), Vec::from(model.clone()));
+                // What is set aside for a connection is enough for it.
+                let most = real.iter().map(|b| (b.len() as usize).div_ceil(CHUNK) + 1).sum();
+                prop_assert!(pool.used() <= most);
+            }
+            real.iter_mut().for_each(|backlog| { backlog.clear(&mut pool); });
+            prop_assert_eq!(pool.used(), 0);
+        }
+    }
+
+    #[test]
+    fn memory_goes_back_beyond_a_reserve() {
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 16)]).unwrap();
+        let mut pool = Pool::default();
+        let mut backlog = Backlog::default();
+        for _ in 0..2 * SPARE {
+            assert!(backlog.push(&mut pool, &memory, GuestAddress(0), LEN));
+        }
+        assert_eq!(backlog.clear(&mut pool) as usize, 2 * SPARE * CHUNK);
+        let kept = pool.slots.iter().filter(|slot| slot.bytes.is_some());
+        assert_eq!(kept.count(), SPARE);
+        assert!(backlog.is_empty());
+    }
+}

@@ -1,0 +1,180 @@
+//! What a device is made with.
+
+use std::io;
+use std::time::Duration;
+
+use thiserror::Error;
+
+use crate::backlog::CHUNK;
+
+/// Smallest credit window: what every connection is granted, however many there
+/// are.
+pub(crate) const MIN_WINDOW: u32 = 4096;
+/// Bytes of backlog that are set aside for each connection: the smallest window,
+/// and a chunk more, as the first and the last chunk may be in use in part.
+pub(crate) const SHARE: u64 = MIN_WINDOW as u64 + CHUNK as u64;
+const MAX_WINDOW: u32 = 1 << 30;
+const MAX_CONNECTIONS: usize = 1 << 20;
+
+/// What a vsock device is made with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VsockConfig {
+    /// Context identifier of the guest: 3 to 2^32 - 2.
+    pub guest_cid: u64,
+    /// Bytes that the guest may have on the way in one connection, 4 KiB to 1 GiB.
+    /// A connection begins with less and gets more as it moves bytes, as far as
+    /// `max_backlog` allows.
+    pub window: u32,
+    /// Largest number of connections, 1 to 2^20.
+    pub max_connections: usize,
+    /// Bytes that all connections together may keep of what host sockets do not
+    /// take: at least 8 KiB for each of `max_connections`. What is beyond that is
+    /// shared out to connections that move much. Windows are granted out of this
+    /// only, so it is never exceeded, whatever the guest and its peers do.
+    pub max_backlog: u64,
+    /// How long the guest may take to answer a request for a connection, and to
+    /// confirm the end of one. More than zero.
+    pub answer_timeout: Duration,
+    /// How long the tail of a connection that the guest has closed is kept for a
+    /// host socket that takes none of it. Every byte taken starts it anew.
+    pub linger: Duration,
+}
+
+impl Default for VsockConfig {
+    fn default() -> Self {
+        Self {
+            guest_cid: 3,
+            window: 256 << 10,
+            max_connections: 16_384,
+            max_backlog: 192 << 20,
+            answer_timeout: Duration::from_secs(10),
+            linger: Duration::from_secs(600),
+        }
+    }
+}
+
+/// Why a device cannot be made.
+#[derive(Debug, Error)]
+pub enum SetUpError {
+    /// A value of the configuration is out of its range.
+    #[error("{field} is {value}, and must be {range}")]
+    Config {
+        /// Which.
+        field: &'static str,
+        /// What it is.
+        value: u64,
+        /// What it may be.
+        range: &'static str,
+    },
+    /// The system refused something.
+    #[error("cannot {operation}")]
+    Io {
+        /// What was tried.
+        operation: &'static str,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl VsockConfig {
+    /// Checks the ranges.
+    ///
+    /// # Errors
+    /// [`SetUpError::Config`] for the first value that is out of its range.
+    pub fn check(&self) -> Result<(), SetUpError> {
+        let within = |sound: bool, field, value, range| {
+            let error = SetUpError::Config {
+                field,
+                value,
+                range,
+            };
+            if sound { Ok(()) } else { Err(error) }
+        };
+        let connections = self.max_connections as u64;
+        within(
+            (3..u64::from(u32::MAX)).contains(&self.guest_cid),
+            "guest_cid",
+            self.guest_cid,
+            "3 to 4294967294",
+        )?;
+        within(
+            (MIN_WINDOW..=MAX_WINDOW).contains(&self.window),
+            "window",
+            self.window.into(),
+            "4096 to 2^30 bytes",
+        )?;
+        within(
+            (1..=MAX_CONNECTIONS).contains(&self.max_connections),
+            "max_connections",
+            connections,
+            "1 to 2^20",
+        )?;
+        within(
+            self.max_backlog >= connections * SHARE,
+            "max_backlog",
+            self.max_backlog,
+            "at least 8 KiB for each connection",
+        )?;
+        within(
+            !self.answer_timeout.is_zero(),
+            "answer_timeout",
+            0,
+            "more than zero",
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_out_of_range_are_refused_by_name() {
+        let good = VsockConfig::default();
+        good.check().unwrap();
+        let refused = [
+            VsockConfig {
+                guest_cid: 2,
+                ..good
+            },
+            VsockConfig {
+                guest_cid: 1 << 32,
+                ..good
+            },
+            VsockConfig { window: 0, ..good },
+            VsockConfig {
+                window: 4095,
+                ..good
+            },
+            VsockConfig {
+                max_connections: 0,
+                ..good
+            },
+            VsockConfig {
+                max_backlog: 8192 * 16_384 - 1,
+                ..good
+            },
+            VsockConfig {
+                answer_timeout: Duration::ZERO,
+                ..good
+            },
+        ];
+        let fields = refused.map(|config| match config.check() {
+            Err(SetUpError::Config { field, .. }) => field,
+            other => panic!("{config:?}: {other:?}"),
+        });
+        assert_eq!(
+            fields,
+            [
+                "guest_cid",
+                "guest_cid",
+                "window",
+                "window",
+                "max_connections",
+                "max_backlog",
+                "answer_timeout"
+            ]
+        );
+    }
+}

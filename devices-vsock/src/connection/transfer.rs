@@ -1,0 +1,299 @@
+//! Moving a connection's bytes.
+
+use std::io::IoSlice;
+
+use sm_vmm_core::GuestMemory;
+use sm_vmm_core::virtio::iov::{self, Window};
+use sm_vmm_core::virtio::queue::Span;
+
+use super::{Connection, Phase};
+use crate::backlog::{CHUNK, Pool};
+use crate::host::Moved;
+use crate::packet::{END_OF_MESSAGE, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
+use crate::stats::Counters;
+
+/// Largest message; also what the kernel takes at once from its chunks.
+pub(crate) const MAX_MESSAGE: u32 = 1 << 20;
+/// Chunks written to a stream at once.
+const SLICES: usize = 32;
+/// Chunks of the largest message, which may begin and end within one.
+const MESSAGE_SLICES: usize = MAX_MESSAGE as usize / CHUNK + 1;
+/// Bytes of window for each message that may wait.
+const PER_MESSAGE: u32 = 16;
+
+/// What came of filling receive buffers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Filled {
+    /// There is nothing now.
+    Nothing,
+    /// So many bytes; a message may have none.
+    Data { len: u32, ends_message: bool },
+    /// A message that the guest could never take.
+    Unfit,
+}
+
+impl Connection {
+    /// Fills `spans`, which have room for `room` bytes, with data for the guest.
+    /// `scratch` is room for a message.
+    pub(crate) fn fill(
+        &mut self,
+        memory: &GuestMemory,
+        spans: &[Span],
+        room: u32,
+        scratch: &mut Vec<u8>,
+    ) -> Filled {
+        if self.phase != Phase::Established {
+            return Filled::Nothing;
+        }
+        let filled = if self.before_sent < self.before.len() {
+            self.fill_from_before(memory, spans, room)
+        } else if !self.readable || self.read_done {
+            Filled::Nothing
+        } else if self.keeps_messages_apart() {
+            self.fill_from_message(memory, spans, room, scratch)
+        } else {
+            self.fill_from_stream(memory, spans, room)
+        };
+        if let Filled::Data { len, .. } = filled {
+            self.outgoing.send(len);
+        }
+        filled
+    }
+
+    fn fill_from_before(&mut self, memory: &GuestMemory, spans: &[Span], room: u32) -> Filled {
+        let rest = self.before.get(self.before_sent..).unwrap_or_default();
+        let now = rest.get(..room as usize).unwrap_or(rest);
+        if !Window::new(spans, 0, room).copy_in(memory, now) {
+            return Filled::Unfit;
+        }
+        // At most `room`.
+        let len = u32::try_from(now.len()).unwrap_or(room);
+        self.before_sent += now.len();
+        let ends_message = self.before_sent >= self.before.len();
+        if ends_message {
+            self.before = Vec::new();
+            self.before_sent = 0;
+        }
+        Filled::Data { len, ends_message }
+    }
+
+    fn fill_from_stream(&mut self, memory: &GuestMemory, spans: &[Span], room: u32) -> Filled {
+        match self.socket.read(memory, spans) {
+            Moved::Bytes(len) => {
+                if len < room && self.socket.short_is_all && !self.hung_up {
+                    self.readable = false;
+                }
+                let ends_message = false;
+                Filled::Data { len, ends_message }
+            }
+            Moved::Nothing => {
+                self.readable = false;
+                Filled::Nothing
+            }
+            ended => self.end_reading(ended),
+        }
+    }
+
+    /// The host sends no more.
+    fn end_reading(&mut self, how: Moved) -> Filled {
+        self.read_done = true;
+        self.owed.ends |= SHUTDOWN_SEND;
+        if how == Moved::Broken {
+            self.owed.ends |= SHUTDOWN_RECEIVE;
+        }
+        self.notice_hang_up();
+        Filled::Nothing
+    }
+
+    fn fill_from_message(
+        &mut self,
+        memory: &GuestMemory,
+        spans: &[Span],
+        room: u32,
+        scratch: &mut Vec<u8>,
+    ) -> Filled {
+        let most = self.incoming_limit();
+        if scratch.len() < most as usize {
+            scratch.resize(most as usize, 0);
+        }
+        let place = scratch.get_mut(..most as usize).unwrap_or_default();
+        let len = match self.socket.read_message(place) {
+            Moved::Bytes(len) => len,
+            Moved::Nothing => {
+                self.readable = false;
+                return Filled::Nothing;
+            }
+            ended => return self.end_reading(ended),
+        };
+        if len > most.min(self.outgoing.window()) {
+            return Filled::Unfit;
+        }
+        let message = place.get(..len as usize).unwrap_or_default();
+        let (now, later) = message.split_at(message.len().min(room as usize));
+        if !Window::new(spans, 0, room).copy_in(memory, now) {
+            return Filled::Unfit;
+        }
+        self.before = later.to_vec();
+        Filled::Data {
+            len: len.min(room),
+            ends_message: later.is_empty(),
+        }
+    }
+
+    /// Largest message of the host.
+    fn incoming_limit(&self) -> u32 {
+        self.incoming.window().min(MAX_MESSAGE)
+    }
+
+    /// Passes data of the guest, `len` bytes in `spans`, on. `false` when the guest
+    /// broke the rules, or the host's socket can never take it.
+    #[must_use]
+    pub(crate) fn take(
+        &mut self,
+        memory: &GuestMemory,
+        pool: &mut Pool,
+        counters: &Counters,
+        spans: &mut Vec<Span>,
+        len: u32,
+        flags: u32,
+    ) -> bool {
+        if self.guest_ends & SHUTDOWN_SEND != 0 || !self.incoming.receive(len) {
+            return false;
+        }
+        if self.refuses {
+            counters.discarded.add(u64::from(len));
+            self.forwarded(len);
+            return true;
+        }
+        if self.keeps_messages_apart() {
+            return self.take_message(memory, pool, counters, spans, len, flags);
+        }
+        while self.backlog.is_empty() && !spans.is_empty() {
+            match self.socket.write(memory, spans) {
+                Moved::Bytes(written) => {
+                    iov::advance(spans, written as usize);
+                    self.forwarded(written);
+                }
+                Moved::Nothing => break,
+                Moved::Over => {
+                    self.refuse(pool, counters);
+                    return true;
+                }
+                Moved::Broken => return false,
+            }
+        }
+        let keep = |span: &Span| self.backlog.push(pool, memory, span.address, span.len);
+        spans.iter().all(keep)
+    }
+
+    fn take_message(
+        &mut self,
+        memory: &GuestMemory,
+        pool: &mut Pool,
+        counters: &Counters,
+        spans: &[Span],
+        len: u32,
+        flags: u32,
+    ) -> bool {
+        let ends = flags & END_OF_MESSAGE != 0;
+        let whole = ends && self.messages.partial == 0 && !self.has_backlog();
+        if whole && spans.len() <= iov::MAX_SPANS {
+            match self.socket.write(memory, spans) {
+                Moved::Bytes(_) => {
+                    self.forwarded(len);
+                    return true;
+                }
+                Moved::Nothing => {}
+                Moved::Over => {
+                    self.refuse(pool, counters);
+                    return true;
+                }
+                Moved::Broken => return false,
+            }
+        }
+        for span in spans {
+            if !self.backlog.push(pool, memory, span.address, span.len) {
+                return false;
+            }
+        }
+        let messages = &mut self.messages;
+        messages.partial += len;
+        if messages.partial > MAX_MESSAGE {
+            return false;
+        }
+        if ends {
+            let message = std::mem::take(&mut messages.partial);
+            messages.lens.push_back(message);
+        }
+        // Messages of no bytes take no credit, so it does not bound their number.
+        messages.lens.len() <= (self.incoming.window() / PER_MESSAGE) as usize
+            && (whole || self.flush(pool, counters))
+    }
+
+    /// Writes what is kept, as far as the socket takes it. `false` when it can
+    /// never take it.
+    #[must_use]
+    pub(crate) fn flush(&mut self, pool: &mut Pool, counters: &Counters) -> bool {
+        while self.has_backlog() {
+            let moved = if self.keeps_messages_apart() {
+                self.flush_message(pool)
+            } else {
+                let mut slices = [IoSlice::new(&[]); SLICES];
+                let count = self.backlog.slices(pool, u32::MAX, &mut slices);
+                let slices = slices.get(..count).unwrap_or_default();
+                self.socket.write_kept(slices)
+            };
+            match moved {
+                Moved::Bytes(written) => {
+                    self.backlog.consume(pool, written);
+                    self.progressed = true;
+                    self.forwarded(written);
+                }
+                Moved::Nothing => return true,
+                Moved::Over => self.refuse(pool, counters),
+                Moved::Broken => return false,
+            }
+        }
+        self.close_writing_if_due();
+        true
+    }
+
+    fn flush_message(&mut self, pool: &Pool) -> Moved {
+        let len = self.messages.lens.front().copied().unwrap_or(0);
+        let mut slices = [IoSlice::new(&[]); MESSAGE_SLICES];
+        let count = self.backlog.slices(pool, len, &mut slices);
+        let slices = slices.get(..count).unwrap_or_default();
+        let moved = self.socket.write_kept(slices);
+        if moved != Moved::Nothing {
+            self.messages.lens.pop_front();
+        }
+        moved
+    }
+
+    /// The host takes no more: what is kept, and what will come, is dropped, and
+    /// the guest is told. What the host has sent still arrives.
+    fn refuse(&mut self, pool: &mut Pool, counters: &Counters) {
+        self.refuses = true;
+        self.backlog.clear(pool);
+        self.messages = super::Messages::default();
+        let kept = self.incoming.kept();
+        counters.discarded.add(u64::from(kept));
+        self.forwarded(kept);
+        self.owed.ends |= SHUTDOWN_RECEIVE;
+        self.delivered();
+    }
+
+    /// The status byte was consumed here rather than by the socket; `false` when it
+    /// was more than was granted.
+    #[must_use]
+    pub(crate) fn take_status(&mut self) -> bool {
+        let granted = self.incoming.receive(1);
+        self.forwarded(1);
+        granted
+    }
+
+    fn forwarded(&mut self, len: u32) {
+        self.incoming.forward(len);
+        self.owed.credit |= self.incoming.is_due();
+    }
+}

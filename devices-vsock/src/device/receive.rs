@@ -1,0 +1,354 @@
+//! Filling the guest's receive buffers: from the host to the guest.
+
+use std::collections::VecDeque;
+
+use sm_vmm_core::GuestMemory;
+use sm_vmm_core::event_loop::Registry;
+use sm_vmm_core::virtio::iov::{MAX_SPANS, Window};
+use sm_vmm_core::virtio::queue::{Chain, Queue, QueueError, Span};
+
+use super::{Active, BATCH, Pause, RX, Vsock};
+use crate::connection::{Filled, Key};
+use crate::handle::ConnectError;
+use crate::muxer::Muxer;
+use crate::packet::{END_OF_MESSAGE, HEADER_LEN, HOST_CID, Header, Operation};
+use crate::profile::Stage;
+
+/// Most buffers that one read fills, when nobody else waits and when somebody
+/// does.
+const RUN_ALONE: usize = 32;
+const RUN_SHARED: usize = 4;
+/// Buffers filled before other handlers get their turn.
+const BUDGET: usize = 256;
+
+/// What filling buffers needs from one time to the next.
+#[derive(Default)]
+pub(super) struct Receiver {
+    /// Buffers taken from the queue, in order, to be used next.
+    stash: VecDeque<Chain>,
+    /// Chains to be used again.
+    spare: Vec<Chain>,
+    spans: Vec<Span>,
+    /// How much data each buffer of a run may hold.
+    rooms: Vec<u32>,
+    /// Room for one message.
+    scratch: Vec<u8>,
+    /// Connections whose requests wait for the end of a transport reset.
+    parked: Vec<u32>,
+}
+
+impl Receiver {
+    /// The queues are gone, and all connections with them.
+    pub(super) fn forget(&mut self) {
+        self.spare.extend(self.stash.drain(..));
+        self.parked.clear();
+    }
+
+    /// Gives buffers that were taken back to their queue.
+    pub(super) fn give_back(&mut self, queue: &mut Queue) {
+        for chain in self.stash.drain(..) {
+            queue.undo_pop();
+            self.spare.push(chain);
+        }
+    }
+
+    pub(super) fn unpark(&mut self, muxer: &mut Muxer) {
+        for slot in self.parked.drain(..) {
+            muxer.queue(slot);
+        }
+    }
+
+    /// Takes buffers until there are `wanted`, as far as the guest offers them.
+    fn take(
+        &mut self,
+        queue: &mut Queue,
+        memory: &GuestMemory,
+        wanted: usize,
+    ) -> Result<usize, QueueError> {
+        while self.stash.len() < wanted {
+            let mut chain = self.spare.pop().unwrap_or_default();
+            if !queue.pop(memory, &mut chain)? {
+                self.spare.push(chain);
+                break;
+            }
+            self.stash.push_back(chain);
+        }
+        Ok(self.stash.len())
+    }
+
+    /// Collects the room for `credit` bytes of data in the first `wanted` buffers;
+    /// how much that is.
+    fn collect(&mut self, wanted: usize, credit: u32) -> Result<u32, QueueError> {
+        self.spans.clear();
+        self.rooms.clear();
+        let mut offered = 0;
+        for chain in self.stash.iter().take(wanted) {
+            let room = chain.writable_len().checked_sub(HEADER_LEN);
+            let Some(room) = room else {
+                // The guest's mistake, once it is that buffer's turn.
+                match self.rooms.is_empty() {
+                    true => return Err(QueueError::Buffer),
+                    false => break,
+                }
+            };
+            let most = room.min(credit - offered);
+            let window = Window::new(&chain.writable, HEADER_LEN, most);
+            let mut now = 0;
+            for span in window.spans() {
+                if self.spans.len() == MAX_SPANS {
+                    break;
+                }
+                self.spans.push(span);
+                now += span.len;
+            }
+            if now == 0 {
+                break;
+            }
+            self.rooms.push(now);
+            offered += now;
+        }
+        Ok(offered)
+    }
+
+    /// Gives the first buffer back with a packet in it.
+    fn put(
+        &mut self,
+        queue: &mut Queue,
+        memory: &GuestMemory,
+        header: &Header,
+    ) -> Result<(), QueueError> {
+        let Some(chain) = self.stash.pop_front() else {
+            return Ok(());
+        };
+        let place = Window::new(&chain.writable, 0, HEADER_LEN);
+        if !place.copy_in(memory, &header.encode()) {
+            return Err(QueueError::Buffer);
+        }
+        queue.push_used(memory, chain.head(), HEADER_LEN + header.len)?;
+        self.spare.push(chain);
+        Ok(())
+    }
+}
+
+impl Vsock {
+    /// Fills receive buffers for connections in turn, until nobody wants one, there
+    /// are none, or it was enough.
+    pub(super) fn receive(
+        &mut self,
+        active: &Active,
+        registry: &mut Registry<'_>,
+    ) -> Result<Pause, QueueError> {
+        let mut left = BUDGET;
+        let mut unpublished = 0;
+        while !self.muxer.resets.is_empty() || !self.muxer.ready.is_empty() {
+            if left == 0 {
+                return Ok(Pause::Budget);
+            }
+            if self.buffers(&active.memory, 1)? == 0 {
+                return Ok(Pause::Buffers);
+            }
+            let used = self.produce(&active.memory, registry)?;
+            left = left.saturating_sub(used.max(1));
+            unpublished += used;
+            if unpublished >= BATCH {
+                // The guest can begin while more is read.
+                self.publish(active, RX)?;
+                unpublished = 0;
+            }
+        }
+        Ok(Pause::Idle)
+    }
+
+    fn buffers(&mut self, memory: &GuestMemory, wanted: usize) -> Result<usize, QueueError> {
+        match self.queues.get_mut(RX) {
+            Some(queue) => self.receiver.take(queue, memory, wanted),
+            None => Ok(0),
+        }
+    }
+
+    fn put(&mut self, memory: &GuestMemory, header: &Header) -> Result<(), QueueError> {
+        match self.queues.get_mut(RX) {
+            Some(queue) => self.receiver.put(queue, memory, header),
+            None => Ok(()),
+        }
+    }
+
+    /// A header to the guest.
+    fn header(&self, (guest_port, host_port): Key, kind: u16, op: Operation) -> Header {
+        Header {
+            src_cid: HOST_CID,
+            dst_cid: self.config.guest_cid,
+            src_port: host_port,
+            dst_port: guest_port,
+            kind,
+            op: op as u16,
+            ..Header::default()
+        }
+    }
+
+    /// Writes the next packet, or run of data packets, into the buffers taken, of
+    /// which there is one at least; says how many were used.
+    fn produce(
+        &mut self,
+        memory: &GuestMemory,
+        registry: &mut Registry<'_>,
+    ) -> Result<usize, QueueError> {
+        if let Some(stray) = self.muxer.resets.pop_front() {
+            let header = self.header(stray.key, stray.kind, Operation::Reset);
+            self.put(memory, &header)?;
+            return Ok(1);
+        }
+        let Some(slot) = self.muxer.ready.pop_front() else {
+            return Ok(0);
+        };
+        let resetting = self.is_resetting();
+        let Some(connection) = self.muxer.get(slot) else {
+            return Ok(0);
+        };
+        if connection.owed.request {
+            if resetting {
+                self.receiver.parked.push(slot);
+                return Ok(0);
+            }
+            if connection.keeps_messages_apart() && !self.seqpacket {
+                self.muxer.remove(slot, ConnectError::Unsupported, registry);
+                return Ok(0);
+            }
+        }
+        match connection.next_owed() {
+            Some((op, flags)) => {
+                self.produce_packet(memory, slot, op, flags)?;
+                self.muxer.settle(slot, registry);
+                Ok(1)
+            }
+            None if connection.wants_buffer() => self.produce_data(memory, slot, registry),
+            None => Ok(0),
+        }
+    }
+
+    /// Writes a packet without data.
+    fn produce_packet(
+        &mut self,
+        memory: &GuestMemory,
+        slot: u32,
+        op: Operation,
+        flags: u32,
+    ) -> Result<(), QueueError> {
+        let (buf_alloc, fwd_cnt) = self.muxer.announce(slot);
+        let Some(connection) = self.muxer.get(slot) else {
+            return Ok(());
+        };
+        let (key, kind) = (connection.key, connection.socket_type());
+        let header = Header {
+            flags,
+            buf_alloc,
+            fwd_cnt,
+            ..self.header(key, kind, op)
+        };
+        self.put(memory, &header)
+    }
+
+    /// Reads from a connection's socket into as many buffers at once as it is
+    /// likely to fill: a system call for each of the small buffers that guests
+    /// offer would cost more than the bytes do.
+    fn produce_data(
+        &mut self,
+        memory: &GuestMemory,
+        slot: u32,
+        registry: &mut Registry<'_>,
+    ) -> Result<usize, QueueError> {
+        // Others that wait get their turn soon.
+        let most = match self.muxer.ready.is_empty() {
+            true => RUN_ALONE,
+            false => RUN_SHARED,
+        };
+        let Some(connection) = self.muxer.get(slot) else {
+            return Ok(0);
+        };
+        let wanted = connection.run.min(most);
+        let credit = connection.outgoing.available();
+        self.buffers(memory, wanted)?;
+        let offered = self.receiver.collect(wanted, credit)?;
+        if offered == 0 {
+            // A buffer that has room for a header only is used for one; the
+            // connection stays where it was.
+            self.produce_packet(memory, slot, Operation::CreditUpdate, 0)?;
+            self.muxer.ready.push_front(slot);
+            return Ok(1);
+        }
+        let Some(connection) = self.muxer.get(slot) else {
+            return Ok(0);
+        };
+        let begun = self.mailbox.profiler.begin();
+        let Receiver { spans, scratch, .. } = &mut self.receiver;
+        let filled = connection.fill(memory, spans, offered, scratch);
+        self.mailbox.profiler.end(Stage::SocketRead, begun);
+        match filled {
+            Filled::Data { len, ends_message } => {
+                let used = self.produce_run(memory, slot, len, ends_message)?;
+                if let Some(connection) = self.muxer.get(slot) {
+                    connection.run = match len == offered {
+                        true => (connection.run * 2).min(RUN_ALONE),
+                        false => used + 1,
+                    };
+                }
+                self.muxer.queue(slot);
+                Ok(used)
+            }
+            Filled::Nothing => {
+                // The end of the stream may have been found.
+                self.muxer.settle(slot, registry);
+                Ok(0)
+            }
+            Filled::Unfit => {
+                tracing::warn!("a message is too large for the guest; its connection is reset");
+                self.muxer.abort(slot, ConnectError::Reset, registry);
+                Ok(0)
+            }
+        }
+    }
+
+    /// Writes the headers of `filled` bytes of data that are in the buffers already.
+    fn produce_run(
+        &mut self,
+        memory: &GuestMemory,
+        slot: u32,
+        filled: u32,
+        ends_message: bool,
+    ) -> Result<usize, QueueError> {
+        self.mailbox.counters.to_guest.add(u64::from(filled));
+        let (buf_alloc, fwd_cnt) = self.muxer.announce(slot);
+        let Some(connection) = self.muxer.get(slot) else {
+            return Ok(0);
+        };
+        if let Some(member) = &connection.member {
+            member.count_to_guest(u64::from(filled));
+        }
+        let (key, kind) = (connection.key, connection.socket_type());
+        let mut header = Header {
+            buf_alloc,
+            fwd_cnt,
+            ..self.header(key, kind, Operation::Data)
+        };
+        let mut left = filled;
+        let mut used = 0;
+        while let Some(&room) = self.receiver.rooms.get(used) {
+            header.len = left.min(room);
+            left -= header.len;
+            if left == 0 && ends_message && connection_keeps(kind) {
+                header.flags = END_OF_MESSAGE;
+            }
+            self.put(memory, &header)?;
+            used += 1;
+            if left == 0 {
+                break;
+            }
+        }
+        Ok(used)
+    }
+}
+
+/// Whether packets of a type say where messages end.
+fn connection_keeps(kind: u16) -> bool {
+    kind == crate::packet::TYPE_SEQPACKET
+}

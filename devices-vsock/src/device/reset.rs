@@ -1,0 +1,63 @@
+//! Telling the guest that all its connections are gone (virtio 1.3 section
+//! 5.10.6.7), after the machine was restored.
+
+use sm_vmm_core::virtio::queue::QueueError;
+use vm_memory::Bytes as _;
+
+use super::{Active, EVENT, Vsock};
+
+/// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET.
+const TRANSPORT_RESET: u32 = 0;
+
+/// How far the guest knows of a transport reset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum TransportReset {
+    /// There is none.
+    None,
+    /// It is to be told, as soon as it offers a buffer for that.
+    Owed,
+    /// It was told, when it offered so many other buffers. The driver offers the
+    /// buffer again once it has handled the event; connections that it learns of
+    /// before would end with the others.
+    Told { offered: u16 },
+}
+
+impl Vsock {
+    /// Whether new connections have to wait.
+    pub(super) fn is_resetting(&self) -> bool {
+        self.reset != TransportReset::None
+    }
+
+    /// Does what can be done of a transport reset now.
+    pub(super) fn proceed_with_reset(&mut self, active: &Active) -> Result<(), QueueError> {
+        let memory = &active.memory;
+        let Some(queue) = self.queues.get_mut(EVENT).filter(|queue| queue.ready) else {
+            // A driver that wants no events does not learn of it.
+            self.reset = TransportReset::None;
+            return Ok(());
+        };
+        if self.reset == TransportReset::Owed && queue.pop(memory, &mut self.chain)? {
+            let span = self.chain.writable.first().ok_or(QueueError::Buffer)?;
+            if span.len < 4 {
+                return Err(QueueError::Buffer);
+            }
+            memory
+                .write_obj(TRANSPORT_RESET.to_le(), span.address)
+                .map_err(|_| QueueError::Buffer)?;
+            queue.push_used(memory, self.chain.head(), 4)?;
+            // Before the event is published: what is offered now has come before.
+            self.reset = TransportReset::Told {
+                offered: queue.pending(memory)?,
+            };
+            queue.request_notification(memory)?;
+            return Ok(());
+        }
+        if let TransportReset::Told { offered } = self.reset
+            && queue.pending(memory)? != offered
+        {
+            self.reset = TransportReset::None;
+            self.receiver.unpark(&mut self.muxer);
+        }
+        Ok(())
+    }
+}

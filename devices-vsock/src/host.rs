@@ -1,0 +1,161 @@
+//! A host socket, as the muxer uses it: never waits, never raises a signal.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::sockopt::{set_socket_send_buffer_size, socket_domain, socket_type};
+use rustix::net::{
+    AddressFamily, RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown, SocketType, shutdown,
+};
+use sm_vmm_core::GuestMemory;
+use sm_vmm_core::virtio::iov;
+use sm_vmm_core::virtio::queue::Span;
+
+use crate::handle::SocketKind;
+
+/// What came of reading or writing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Moved {
+    /// So many bytes.
+    Bytes(u32),
+    /// Nothing now.
+    Nothing,
+    /// Nothing any more: the end of the stream, or nobody who would read.
+    Over,
+    /// Nothing any more in either direction, as the socket is broken.
+    Broken,
+}
+
+#[derive(Debug)]
+pub(crate) struct HostSocket {
+    fd: OwnedFd,
+    pub(crate) kind: SocketKind,
+    /// A read that fills less than it could has taken all there is. Not so with
+    /// `AF_UNIX`, where it may stop early at descriptors that were sent along.
+    pub(crate) short_is_all: bool,
+}
+
+impl AsFd for HostSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl HostSocket {
+    /// Makes a socket of the host ready for use.
+    ///
+    /// # Errors
+    /// It is no socket, or of a kind that makes no sense here.
+    pub(crate) fn new(fd: OwnedFd, largest_message: u32) -> io::Result<Self> {
+        let kind = match socket_type(&fd)? {
+            SocketType::STREAM => SocketKind::Stream,
+            SocketType::SEQPACKET => SocketKind::SeqPacket,
+            _ => return Err(io::ErrorKind::Unsupported.into()),
+        };
+        rustix::io::ioctl_fionbio(&fd, true)?;
+        let short_is_all = kind == SocketKind::Stream
+            && matches!(
+                socket_domain(&fd)?,
+                AddressFamily::INET | AddressFamily::INET6
+            );
+        if kind == SocketKind::SeqPacket {
+            // The kernel doubles it. A message that does not fit is refused later.
+            let _ = set_socket_send_buffer_size(&fd, largest_message as usize);
+        }
+        Ok(Self {
+            fd,
+            kind,
+            short_is_all,
+        })
+    }
+
+    /// Reads into guest memory.
+    pub(crate) fn read(&self, memory: &GuestMemory, spans: &[Span]) -> Moved {
+        loop {
+            match iov::readv(memory, spans, self.fd.as_fd()) {
+                Ok(0) => return Moved::Over,
+                // Not more than the spans hold, which is below a u32.
+                Ok(len) => return Moved::Bytes(u32::try_from(len).unwrap_or(0)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Moved::Nothing,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // Gone for good (ECONNRESET and the like).
+                Err(_) => return Moved::Broken,
+            }
+        }
+    }
+
+    /// Reads the next message; `Bytes` is its length, which may be more than there
+    /// was room for.
+    pub(crate) fn read_message(&self, room: &mut [u8]) -> Moved {
+        loop {
+            match rustix::net::recv(&self.fd, &mut *room, RecvFlags::TRUNC) {
+                // The end, or a message of no bytes.
+                Ok((_, 0)) if self.has(PollFlags::RDHUP | PollFlags::HUP) => return Moved::Over,
+                Ok((_, len)) => return Moved::Bytes(u32::try_from(len).unwrap_or(u32::MAX)),
+                Err(Errno::AGAIN) => return Moved::Nothing,
+                Err(Errno::INTR) => {}
+                Err(_) => return Moved::Broken,
+            }
+        }
+    }
+
+    /// Writes guest memory.
+    pub(crate) fn write(&self, memory: &GuestMemory, spans: &[Span]) -> Moved {
+        loop {
+            match iov::send(memory, spans, self.fd.as_fd()) {
+                Ok(len) => return Moved::Bytes(u32::try_from(len).unwrap_or(0)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Moved::Nothing,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => {
+                    return broken(error.raw_os_error() == Some(Errno::MSGSIZE.raw_os_error()));
+                }
+            }
+        }
+    }
+
+    /// Writes bytes that were kept.
+    pub(crate) fn write_kept(&self, slices: &[io::IoSlice<'_>]) -> Moved {
+        loop {
+            let mut control = SendAncillaryBuffer::default();
+            match rustix::net::sendmsg(&self.fd, slices, &mut control, SendFlags::NOSIGNAL) {
+                Ok(len) => return Moved::Bytes(u32::try_from(len).unwrap_or(0)),
+                Err(Errno::AGAIN) => return Moved::Nothing,
+                Err(Errno::INTR) => {}
+                Err(error) => return broken(error == Errno::MSGSIZE),
+            }
+        }
+    }
+
+    fn has(&self, flags: PollFlags) -> bool {
+        let mut polled = [PollFd::new(&self.fd, flags)];
+        let polling = poll(&mut polled, Some(&Timespec::default()));
+        polling.is_ok() && polled.iter().any(|fd| fd.revents().intersects(flags))
+    }
+
+    /// The peer neither sends nor reads any more. A TCP peer that is gone cannot
+    /// be told from one that is done sending, until it answers by a reset.
+    pub(crate) fn is_gone(&self) -> bool {
+        self.has(PollFlags::HUP | PollFlags::ERR)
+    }
+
+    /// There is something to be read besides an end.
+    pub(crate) fn has_bytes(&self) -> bool {
+        rustix::io::ioctl_fionread(&self.fd).is_ok_and(|count| count > 0)
+    }
+
+    pub(crate) fn shut_down(&self, how: Shutdown) {
+        // Fails when the peer is gone, which is as good.
+        let _ = shutdown(&self.fd, how);
+    }
+}
+
+/// A socket that refused bytes: a message that is too large for it is no end.
+fn broken(too_large: bool) -> Moved {
+    if too_large {
+        Moved::Broken
+    } else {
+        Moved::Over
+    }
+}
