@@ -4,11 +4,12 @@
 
 #![allow(clippy::unwrap_used, reason = "benches")]
 
+use std::collections::BTreeSet;
 use std::hint::black_box;
 use std::path::Path;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use sm_image::{Compression, Config, LayoutBuilder, MemoryFile, Reference, Store};
+use sm_image::{Compression, Config, LayoutBuilder, MemoryFile, PullOptions, Reference, Store};
 
 /// Bytes of the layer that is converted: large enough to reach a steady state.
 const LAYER: usize = 64 << 20;
@@ -59,10 +60,10 @@ fn layer(criterion: &mut Criterion) {
         group.bench_function(name, |bencher| {
             bencher.iter(|| {
                 let image = store
-                    .open_image(&reference(&layout, name), &mut |_| {})
+                    .open_image(&reference(&layout, name), &PullOptions::default())
                     .unwrap();
                 drop(black_box(image));
-                store.remove(&digest).unwrap();
+                store.remove(&digest, &BTreeSet::new()).unwrap();
             });
         });
     }
@@ -90,7 +91,7 @@ fn metadata(criterion: &mut Criterion) {
     }
     let store = Store::open(&work.path().join("store")).unwrap();
     store
-        .open_image(&reference(&layout, "kept"), &mut |_| {})
+        .open_image(&reference(&layout, "kept"), &PullOptions::default())
         .unwrap();
     let mut group = criterion.benchmark_group("metadata");
     group
@@ -99,10 +100,10 @@ fn metadata(criterion: &mut Criterion) {
     group.bench_function("50,000 files", |bencher| {
         bencher.iter(|| {
             let image = store
-                .open_image(&reference(&layout, "made"), &mut |_| {})
+                .open_image(&reference(&layout, "made"), &PullOptions::default())
                 .unwrap();
             drop(black_box(image));
-            store.remove(&digest).unwrap();
+            store.remove(&digest, &BTreeSet::new()).unwrap();
         });
     });
     group.finish();

@@ -4,8 +4,13 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+mod image;
 mod snapshot;
 
+pub(crate) use image::{
+    HistoryArgs, ImageCommand, ImageNames, ImagesArgs, PruneArgs, PullArgs, RmiArgs, TagArgs,
+    VerifyArgs,
+};
 pub(crate) use snapshot::{ForkArgs, SnapshotCommand};
 
 use sm_runtime::Publication;
@@ -62,12 +67,19 @@ pub(crate) enum Command {
     Inspect(VmArgs),
     /// Show usage figures of a running VM
     Stats(StatsArgs),
+    /// Manage images in the local store
+    #[command(subcommand)]
+    Image(ImageCommand),
     /// List images in the local store
-    Images(ListArgs),
+    Images(ImagesArgs),
     /// Bring an image into the local store
     Pull(PullArgs),
     /// Remove images from the local store
     Rmi(RmiArgs),
+    /// Give an image another name
+    Tag(TagArgs),
+    /// Show how an image was made
+    History(HistoryArgs),
     /// Clone a running VM, which goes on
     Fork(ForkArgs),
     /// Put clones back to the snapshot that they were started from
@@ -415,24 +427,6 @@ pub(crate) struct ListArgs {
     pub(crate) quiet: bool,
     #[command(flatten)]
     pub(crate) format: FormatArgs,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct PullArgs {
-    /// Print nothing but the image's ID
-    #[arg(short, long)]
-    pub(crate) quiet: bool,
-    #[arg(long, value_name = PLATFORM, help = PLATFORM_HELP)]
-    pub(crate) platform: Option<Platform>,
-    #[arg(help = IMAGE_HELP)]
-    pub(crate) image: String,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct RmiArgs {
-    /// Names or IDs
-    #[arg(required = true)]
-    pub(crate) images: Vec<String>,
 }
 
 #[derive(Debug, Subcommand)]

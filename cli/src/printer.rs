@@ -42,6 +42,18 @@ impl Printer {
         let _ = writeln!(io::stderr(), "{text}");
     }
 
+    /// Asks a yes-or-no question at the terminal; `None` when there is nobody to
+    /// answer.
+    pub(crate) fn confirm(&self, question: &str) -> Option<bool> {
+        if !io::stdin().is_terminal() || !self.stderr_is_terminal {
+            return None;
+        }
+        let _ = write!(io::stderr(), "{question} [y/N] ");
+        let mut answer = String::new();
+        io::stdin().read_line(&mut answer).ok()?;
+        Some(matches!(answer.trim(), "y" | "Y" | "yes"))
+    }
+
     pub(crate) fn error(&self, failure: &Failure) {
         let _ = writeln!(io::stderr(), "sm: {failure}");
     }

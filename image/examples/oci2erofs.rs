@@ -6,7 +6,7 @@ use std::io;
 use std::path::Path;
 use std::time::Instant;
 
-use sm_image::{Reference, Store};
+use sm_image::{PullOptions, Reference, Store};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -18,7 +18,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let temporary = tempfile::tempdir()?;
     let root = store.map_or_else(|| temporary.path(), Path::new);
     let began = Instant::now();
-    let image = Store::open(root)?.open_image(&Reference::parse(reference)?, &mut |_| {})?;
+    let image =
+        Store::open(root)?.open_image(&Reference::parse(reference)?, &PullOptions::default())?;
     println!("{} in {:?}", image.digest, began.elapsed());
     let mut out = File::create(disk)?;
     for segment in &image.segments {

@@ -2,13 +2,14 @@
 //! block boundary. Runs of zeros become holes of the host's file.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, BufWriter, Read, Write as _};
 use std::os::unix::fs::FileExt as _;
 
 use crate::layer::BLOCK_SIZE;
 
 /// Bytes gathered before they are written; a multiple of the block size.
 const BUFFER: usize = 1 << 20;
+const SMALL_BUFFER: usize = 256 << 10;
 /// Granule in which zeros are looked for.
 const HOLE: usize = 64 << 10;
 
@@ -20,6 +21,8 @@ pub(crate) struct BlobWriter<'a> {
     filled: usize,
     /// Offset in the file of the buffer's first byte.
     flushed: u64,
+    /// Nothing is written.
+    dry: bool,
 }
 
 impl<'a> BlobWriter<'a> {
@@ -29,6 +32,15 @@ impl<'a> BlobWriter<'a> {
             buffer: vec![0; BUFFER],
             filled: 0,
             flushed: 0,
+            dry: false,
+        }
+    }
+
+    /// One that counts, but does not write.
+    pub(crate) fn dry(file: &'a File) -> Self {
+        Self {
+            dry: true,
+            ..Self::new(file)
         }
     }
 
@@ -84,6 +96,11 @@ impl<'a> BlobWriter<'a> {
     }
 
     fn flush(&mut self) -> io::Result<()> {
+        if self.dry {
+            self.flushed += self.filled as u64;
+            self.filled = 0;
+            return Ok(());
+        }
         let bytes = &self.buffer[..self.filled];
         let mut start = 0;
         let mut at = 0;
@@ -107,8 +124,48 @@ impl<'a> BlobWriter<'a> {
     /// Writes what is left; returns the blob's length.
     pub(crate) fn finish(mut self) -> io::Result<u64> {
         self.flush()?;
-        self.file.set_len(self.flushed)?;
+        if !self.dry {
+            self.file.set_len(self.flushed)?;
+        }
         Ok(self.flushed)
+    }
+}
+
+/// Contents of small files, one after another.
+pub(crate) struct SmallWriter<'a> {
+    out: BufWriter<&'a File>,
+    position: u64,
+    buffer: Vec<u8>,
+}
+
+impl<'a> SmallWriter<'a> {
+    pub(crate) fn new(file: &'a File) -> Self {
+        Self {
+            out: BufWriter::with_capacity(SMALL_BUFFER, file),
+            position: 0,
+            buffer: Vec::new(),
+        }
+    }
+
+    /// Bytes so far.
+    pub(crate) fn position(&self) -> u64 {
+        self.position
+    }
+
+    /// Appends exactly `len` bytes of `reader`; they are few.
+    pub(crate) fn append(&mut self, reader: &mut impl Read, len: u64) -> io::Result<()> {
+        self.buffer
+            .resize(usize::try_from(len).map_err(io::Error::other)?, 0);
+        reader.read_exact(&mut self.buffer)?;
+        self.out.write_all(&self.buffer)?;
+        self.position += len;
+        Ok(())
+    }
+
+    /// Writes what is left; returns the length.
+    pub(crate) fn finish(mut self) -> io::Result<u64> {
+        self.out.flush()?;
+        Ok(self.position)
     }
 }
 

@@ -91,6 +91,12 @@ pub enum Error {
         /// Why.
         reason: String,
     },
+    /// It was given up, as asked.
+    #[error("it was given up")]
+    Cancelled,
+    /// The image's disk cannot be written.
+    #[error("the image's metadata cannot be written to the store")]
+    MetadataImage(#[source] io::Error),
     /// The image is too large for its disk format.
     #[error("the image does not fit an EROFS disk: {0}")]
     TooLarge(&'static str),

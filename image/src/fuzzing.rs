@@ -4,15 +4,21 @@ use oci_spec::image::ImageConfiguration;
 
 use crate::digest::Digest;
 use crate::documents::{Parts, diff_ids, parse, resolve};
-use crate::layer::{self, Expected};
+use crate::erofs::{self, LayerData};
+use crate::index::IndexReader;
+use crate::layer::{self, Expected, LayerFiles};
 use crate::limits::Limits;
+use crate::pipeline::Decoders;
+use crate::skeleton::Assembler;
 use crate::tree::Tree;
-use crate::{DockerReference, Reference, erofs, source};
+use crate::{DockerReference, Reference, source};
 
 /// Small enough that reaching them is found.
 const LIMITS: Limits = Limits {
     layer_bytes: 1 << 20,
     entries: 4096,
+    index_bytes: 1 << 20,
+    names_bytes: 256 << 10,
     ratio: 100,
     ratio_floor: 64 << 10,
 };
@@ -23,20 +29,43 @@ const LIMITS: Limits = Limits {
 /// When there are no temporary files to be had.
 #[expect(clippy::expect_used, reason = "a fuzzer without files is of no use")]
 pub fn layer(data: &[u8]) {
-    let blob = tempfile::tempfile().expect("a temporary file");
+    let file = || tempfile::tempfile().expect("a temporary file");
+    let (blob, small, index, skeleton) = (file(), file(), file(), file());
     let digest = Digest::of(data);
     let expected = Expected {
         digest,
         size: u64::try_from(data.len()).ok(),
-        // That of a plain layer; a compressed one fails when it is complete.
-        diff_id: digest,
+        diff_id: None,
     };
-    let Ok(index) = layer::convert(data, &expected, LIMITS, &blob, &mut |_| {}) else {
+    let files = LayerFiles {
+        blob: &blob,
+        small: &small,
+        index: &index,
+        skeleton: &skeleton,
+    };
+    let decoders = Decoders::default();
+    let Ok(converted) = layer::convert(data, &expected, LIMITS, &decoders, files, &mut |_| {})
+    else {
         return;
     };
-    let mut tree = Tree::new();
-    if tree.apply(0, &index).is_ok() {
-        let _ = erofs::build(&tree, &[index.blob_len]);
+    // What was taken apart can be put together again.
+    let rewound = |mut file: &std::fs::File| {
+        std::io::Seek::rewind(&mut file).expect("a file that can be read again");
+        file.try_clone().expect("a descriptor")
+    };
+    let assembled = Assembler::new(rewound(&skeleton), &blob, &small).expect("a skeleton");
+    let again = layer::index_again(assembled, &file()).expect("the same stream");
+    assert_eq!(again, converted);
+    let mut index = IndexReader::open(rewound(&index))
+        .expect("a file that can be read")
+        .expect("an index that is whole");
+    let mut tree = Tree::new(LIMITS);
+    if tree.apply(0, &mut index).is_ok() {
+        let data = LayerData {
+            blob_len: converted.totals.blob_len,
+            small: &small,
+        };
+        let _ = erofs::build(&tree, &[data], digest, &file());
     }
 }
 

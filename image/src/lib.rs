@@ -18,11 +18,14 @@ mod error;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzzing;
+mod index;
 mod layer;
 mod limits;
 mod pipeline;
 mod platform;
+mod progress;
 mod reference;
+mod skeleton;
 mod source;
 mod store;
 mod tar;
@@ -36,5 +39,9 @@ pub use error::Error;
 pub use limits::Limits;
 pub use oci_spec::image::{Config, ImageConfiguration};
 pub use platform::Platform;
+pub use progress::{LayerStep, Progress, Report};
 pub use reference::Reference;
-pub use store::{DiskSegment, ImageSummary, Progress, Store, StoredImage};
+pub use store::{
+    DiskSegment, ImageDetails, ImageSummary, ImageUsage, LayerDetails, PruneOptions, Pruned,
+    PullOptions, Store, StoredImage, Usage, Verified,
+};

@@ -2,16 +2,22 @@
 
 use std::io;
 
-/// Limits of one layer. They are far above what real images need; they stop
-/// decompression bombs.
+/// What an image may come to. The defaults are above what real images need; they
+/// stop decompression bombs, and bound the memory that converting takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// Most bytes of a decompressed layer, and of its file contents.
     pub layer_bytes: u64,
-    /// Most entries of a layer.
+    /// Most entries of a layer, and most files and most names of an image.
     pub entries: usize,
+    /// Most bytes of a layer's index: paths, link targets, extended attributes.
+    pub index_bytes: u64,
+    /// Most bytes of an image's names and link targets, and most of its extended
+    /// attributes (equal ones count once).
+    pub names_bytes: usize,
     /// Most bytes that a byte of the stored layer may become, once it has
-    /// become more than [`Self::ratio_floor`] bytes. (Gzip cannot exceed 1032.)
+    /// become more than [`Self::ratio_floor`] bytes. (Gzip makes 1029 zeros of
+    /// one.)
     pub ratio: u64,
     /// Decompressed bytes from which on the ratio counts.
     pub ratio_floor: u64,
@@ -21,14 +27,26 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             layer_bytes: 64 << 30,
-            entries: 4 << 20,
-            ratio: 1500,
+            entries: 1 << 20,
+            index_bytes: 1 << 30,
+            names_bytes: 32 << 20,
+            ratio: 1000,
             ratio_floor: 1 << 30,
         }
     }
 }
 
 impl Limits {
+    /// None: for what has been taken in already.
+    pub(crate) const NONE: Self = Self {
+        layer_bytes: u64::MAX,
+        entries: usize::MAX,
+        index_bytes: u64::MAX,
+        names_bytes: usize::MAX,
+        ratio: u64::MAX,
+        ratio_floor: u64::MAX,
+    };
+
     /// Checks the length of a decompressed stream so far against that of what
     /// it was decompressed from.
     pub(crate) fn check_stream(self, plain: u64, stored: u64) -> io::Result<()> {
@@ -40,6 +58,20 @@ impl Limits {
                 "it decompresses to more than {} times its size",
                 self.ratio
             )));
+        }
+        Ok(())
+    }
+
+    /// Checks how much a layer's index holds before one more entry.
+    pub(crate) fn check_entries(self, entries: u64, bytes: u64) -> Result<(), String> {
+        if usize::try_from(entries).is_ok_and(|entries| entries >= self.entries) {
+            return Err(format!("it has more than {} entries", self.entries));
+        }
+        if bytes > self.index_bytes {
+            return Err(format!(
+                "it has more than {} bytes of names and attributes",
+                self.index_bytes
+            ));
         }
         Ok(())
     }

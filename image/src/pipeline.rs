@@ -8,6 +8,7 @@ use std::cell::Cell;
 use std::io::{self, BufRead, BufReader, Read};
 use std::rc::Rc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Condvar, Mutex, PoisonError};
 use std::thread;
 
 use sha2::{Digest as _, Sha256};
@@ -22,6 +23,46 @@ const CHUNK: usize = 256 << 10;
 const QUEUE: usize = 6;
 /// Largest window of a zstd stream, as a power of two (32 MiB).
 const ZSTD_WINDOW_LOG: u32 = 25;
+
+/// Decoders that may be at work at once. Those of Zstandard may need a window of
+/// 32 MiB each, so only some may.
+pub(crate) struct Decoders {
+    free: Mutex<usize>,
+    freed: Condvar,
+}
+
+/// Zstandard streams that are decompressed at once.
+const ZSTD_AT_ONCE: usize = 2;
+
+impl Default for Decoders {
+    fn default() -> Self {
+        Self {
+            free: Mutex::new(ZSTD_AT_ONCE),
+            freed: Condvar::new(),
+        }
+    }
+}
+
+impl Decoders {
+    /// Waits until one more stream may be decompressed.
+    fn take(&self) -> Permit<'_> {
+        let free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        let wait = self.freed.wait_while(free, |free| *free == 0);
+        *wait.unwrap_or_else(PoisonError::into_inner) -= 1;
+        Permit(self)
+    }
+}
+
+/// One stream is being decompressed.
+struct Permit<'a>(&'a Decoders);
+
+impl Drop for Permit<'_> {
+    fn drop(&mut self) {
+        let free = self.0.free.lock();
+        *free.unwrap_or_else(PoisonError::into_inner) += 1;
+        self.0.freed.notify_one();
+    }
+}
 
 struct Chunk {
     bytes: Vec<u8>,
@@ -53,13 +94,14 @@ pub(crate) fn run<T>(
     stream: impl Read + Send,
     most: u64,
     limits: Limits,
+    decoders: &Decoders,
     progress: &mut dyn FnMut(u64),
     consume: impl FnOnce(&mut Plain<'_>) -> T,
 ) -> Outcome<T> {
     thread::scope(|scope| {
         let (filled, chunks) = sync_channel(QUEUE);
         let (returns, empty) = sync_channel(QUEUE + 2);
-        let decoder = scope.spawn(move || decode(stream.take(most), &empty, filled));
+        let decoder = scope.spawn(move || decode(stream.take(most), decoders, &empty, filled));
         let mut plain = Plain {
             chunks,
             returns,
@@ -89,12 +131,13 @@ pub(crate) fn run<T>(
 /// damage is told from a wrong archive.
 fn decode(
     stream: impl Read,
+    decoders: &Decoders,
     empty: &Receiver<Vec<u8>>,
     filled: SyncSender<io::Result<Chunk>>,
 ) -> io::Result<Measured> {
     let count = Rc::new(Cell::new(0));
     let mut stored = HashingReader::new(stream, Rc::clone(&count));
-    if let Err(error) = decode_chunks(&mut stored, &count, empty, &filled) {
+    if let Err(error) = decode_chunks(&mut stored, decoders, &count, empty, &filled) {
         // The caller may have gone: then nobody wants to know.
         let _ = filled.send(Err(error));
     }
@@ -106,11 +149,12 @@ fn decode(
 
 fn decode_chunks(
     stored: &mut impl Read,
+    decoders: &Decoders,
     count: &Cell<u64>,
     empty: &Receiver<Vec<u8>>,
     filled: &SyncSender<io::Result<Chunk>>,
 ) -> io::Result<()> {
-    let mut plain = decompress(BufReader::with_capacity(CHUNK, stored))?;
+    let (mut plain, _permit) = decompress(BufReader::with_capacity(CHUNK, stored), decoders)?;
     loop {
         let mut bytes = empty.try_recv().unwrap_or_default();
         bytes.resize(CHUNK, 0);
@@ -142,17 +186,22 @@ fn fill(reader: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
 
 /// By the stream's own first bytes: media types of real images are not always
 /// right, and a wrong guess cannot pass the digest checks.
-fn decompress<'a>(mut stream: impl BufRead + 'a) -> io::Result<Box<dyn Read + 'a>> {
+fn decompress<'a>(
+    mut stream: impl BufRead + 'a,
+    decoders: &'a Decoders,
+) -> io::Result<(Box<dyn Read + 'a>, Option<Permit<'a>>)> {
     let head = stream.fill_buf()?;
-    Ok(if head.starts_with(&[0x1f, 0x8b]) {
-        Box::new(flate2::bufread::MultiGzDecoder::new(stream))
-    } else if is_zstd(head) {
+    if head.starts_with(&[0x1f, 0x8b]) {
+        let decoder = flate2::bufread::MultiGzDecoder::new(stream);
+        return Ok((Box::new(decoder), None));
+    }
+    if is_zstd(head) {
+        let permit = decoders.take();
         let mut decoder = zstd::stream::read::Decoder::with_buffer(stream)?;
         decoder.window_log_max(ZSTD_WINDOW_LOG)?;
-        Box::new(decoder)
-    } else {
-        Box::new(stream)
-    })
+        return Ok((Box::new(decoder), Some(permit)));
+    }
+    Ok((Box::new(stream), None))
 }
 
 /// A zstd frame, or a skippable frame (RFC 8878, 3.1), as zstd:chunked begins
@@ -178,12 +227,6 @@ pub(crate) struct Plain<'p> {
 }
 
 impl Plain<'_> {
-    /// Reads to the end, for its effect on the digest.
-    pub(crate) fn drain(&mut self) -> io::Result<()> {
-        while self.refill()? {}
-        Ok(())
-    }
-
     /// Takes the next chunk; `false` at the end.
     fn refill(&mut self) -> io::Result<bool> {
         let Ok(next) = self.chunks.recv() else {
@@ -228,6 +271,11 @@ impl Read for Plain<'_> {
 mod tests {
     use super::*;
 
+    fn drain(plain: &mut Plain<'_>) -> Result<(), String> {
+        let drained = io::copy(plain, &mut io::sink());
+        drained.map(drop).map_err(|error| error.to_string())
+    }
+
     fn measured(bytes: &[u8]) -> Measured {
         Measured {
             digest: Digest::of(bytes),
@@ -242,6 +290,7 @@ mod tests {
             bytes.as_slice(),
             u64::MAX,
             Limits::default(),
+            &Decoders::default(),
             &mut |_| {},
             |plain| plain.read(&mut [0; 10]).unwrap(),
         );
@@ -258,8 +307,9 @@ mod tests {
             stored.as_slice(),
             u64::MAX,
             Limits::default(),
+            &Decoders::default(),
             &mut |done| last = done,
-            |plain| plain.drain().map_err(|error| error.to_string()),
+            drain,
         );
         assert_eq!(outcome.made, Ok(()));
         assert_eq!(outcome.plain, measured(&plain));
@@ -273,8 +323,9 @@ mod tests {
             &b"\x1f\x8bgarbage"[..],
             u64::MAX,
             Limits::default(),
+            &Decoders::default(),
             &mut |_| {},
-            |plain| plain.drain().map_err(|error| error.to_string()),
+            drain,
         );
         assert!(error.made.is_err());
     }

@@ -116,6 +116,21 @@ impl<R: Read> Reader<R> {
         }
     }
 
+    /// The stream that is read.
+    pub(crate) fn stream(&mut self) -> &mut R {
+        &mut self.inner
+    }
+
+    pub(crate) fn into_stream(self) -> R {
+        self.inner
+    }
+
+    /// Reads the stream to its end; returns its length.
+    pub(crate) fn drain(&mut self) -> io::Result<u64> {
+        self.position += io::copy(&mut self.inner, &mut io::sink())?;
+        Ok(self.position)
+    }
+
     /// Offset in the stream of the next byte to be read.
     pub(crate) fn position(&self) -> u64 {
         self.position
@@ -242,12 +257,14 @@ impl<R: Read> Reader<R> {
     fn read_global(&mut self, size: u64, extended: &mut Extended) -> Result<(), TarError> {
         let mut global = Extended::default();
         self.read_pax(size, &mut global)?;
-        // What is one entry's own cannot be a default.
+        // What is one entry's own cannot be a default. Nor are attributes: no
+        // writer means that, and a small archive would become a large one.
         self.global = Extended {
             path: None,
             link: None,
             size: None,
             sparse: PaxSparse::default(),
+            xattrs: Vec::new(),
             ..global
         };
         *extended = self.global.clone();

@@ -1,233 +1,446 @@
 //! The file system that a stack of layers makes: whiteouts, opaque directories,
 //! replacement and hard links resolved (OCI image-spec layer.md).
+//!
+//! An image may have a million files, so nothing here is allocated for each:
+//! inodes and directory entries are rows of two tables, names and link targets lie
+//! one after another in an arena, and one hash table finds a directory's entry by
+//! its name.
 
-use std::collections::BTreeMap;
+mod arena;
+mod walk;
 
-use crate::layer::{Entry, EntryKind, LayerIndex, Meta};
+use std::hash::{BuildHasher as _, RandomState};
+use std::io;
 
-/// Symbolic links followed on the way to an entry's parent.
-const MAX_LINKS: u32 = 40;
+use hashbrown::HashTable;
 
-/// Index of a node in [`Tree::nodes`].
-pub(crate) type NodeId = usize;
-/// The root's index.
-pub(crate) const ROOT: NodeId = 0;
+pub(crate) use self::arena::Text;
+use self::arena::{Arena, XattrSets};
+use crate::index::{Entry, EntryKind, IndexReader, Meta, Place, Xattrs};
+use crate::limits::Limits;
 
-/// What a node is.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum NodeKind {
-    Directory(BTreeMap<Vec<u8>, NodeId>),
-    /// Contents at `offset` of the blob of layer number `layer`.
+/// Row of an inode.
+pub(crate) type InodeId = u32;
+/// Row of a directory entry.
+type DirentId = u32;
+/// The root's inode.
+pub(crate) const ROOT: InodeId = 0;
+/// No row.
+const NONE: u32 = u32::MAX;
+
+/// What an inode is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Directory,
+    /// Contents in layer number `layer`.
     File {
-        layer: usize,
-        offset: u64,
+        layer: u16,
+        place: Place,
         size: u64,
     },
-    Symlink(Vec<u8>),
+    Symlink(Text),
     CharDevice(u32, u32),
     BlockDevice(u32, u32),
     Fifo,
 }
 
-/// An inode.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Node {
-    pub(crate) meta: Meta,
-    pub(crate) kind: NodeKind,
+/// A compact [`Kind`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+enum Tag {
+    Directory,
+    BlobFile,
+    SmallFile,
+    Symlink,
+    CharDevice,
+    BlockDevice,
+    Fifo,
 }
 
-/// A file system. Nodes that nothing refers to any more stay in the vector.
-#[derive(Clone, Debug)]
-pub(crate) struct Tree {
-    pub(crate) nodes: Vec<Node>,
+#[derive(Clone, Copy, Debug)]
+struct Inode {
+    seconds: i64,
+    /// Offset of a file, first entry of a directory, text of a link, major number.
+    a: u64,
+    /// Size of a file, parent of a directory, minor number.
+    b: u64,
+    nanoseconds: u32,
+    uid: u32,
+    gid: u32,
+    /// Number of the set of extended attributes.
+    xattrs: u32,
+    mode: u16,
+    layer: u16,
+    tag: Tag,
 }
 
-fn directory() -> Node {
-    Node {
-        meta: Meta {
-            mode: 0o755,
-            ..Meta::default()
-        },
-        kind: NodeKind::Directory(BTreeMap::new()),
-    }
+#[derive(Clone, Copy, Debug)]
+struct Dirent {
+    name: Text,
+    parent: InodeId,
+    inode: InodeId,
+    /// The next entry of the same directory.
+    next: DirentId,
 }
 
 /// Why an entry has no place; the entry's path and a clause.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Misplaced {
-    pub(crate) path: Vec<u8>,
-    pub(crate) reason: &'static str,
+#[derive(Debug)]
+pub(crate) enum Refused {
+    /// The entry itself is at fault.
+    Entry { path: Vec<u8>, reason: String },
+    /// The index cannot be read.
+    Index(io::Error),
+}
+
+/// Why, as found where the path is not known.
+type Reason = String;
+
+/// A file system. What nothing refers to any more stays in the tables.
+pub(crate) struct Tree {
+    inodes: Vec<Inode>,
+    dirents: Vec<Dirent>,
+    by_name: HashTable<DirentId>,
+    hasher: RandomState,
+    arena: Arena,
+    xattrs: XattrSets,
+    limits: Limits,
+    /// Directories on the way to where a walk is; reused.
+    trail: Vec<InodeId>,
 }
 
 impl Tree {
-    pub(crate) fn new() -> Self {
-        Self {
-            nodes: vec![directory()],
-        }
+    pub(crate) fn new(limits: Limits) -> Self {
+        let mut tree = Self {
+            inodes: Vec::new(),
+            dirents: Vec::new(),
+            by_name: HashTable::new(),
+            hasher: RandomState::new(),
+            arena: Arena::default(),
+            xattrs: XattrSets::default(),
+            limits,
+            trail: Vec::new(),
+        };
+        tree.inodes.push(Inode::of(Kind::Directory));
+        tree
     }
 
     /// Puts layer number `layer` on top.
-    pub(crate) fn apply(&mut self, layer: usize, index: &LayerIndex) -> Result<(), Misplaced> {
-        let misplaced = |entry: &Entry| {
-            let path = entry.path.clone();
-            move |reason| Misplaced { path, reason }
-        };
+    pub(crate) fn apply(&mut self, layer: u16, index: &mut IndexReader) -> Result<(), Refused> {
         // A layer's whiteouts are about the layers below, wherever in the
         // layer they stand.
-        for entry in &index.entries {
-            match entry.kind {
-                EntryKind::Whiteout => self.hide(&entry.path),
-                EntryKind::Opaque => self.empty(&entry.path),
-                _ => Ok(()),
+        if index.hides() {
+            index.rewind().map_err(Refused::Index)?;
+            while let Some(entry) = index.next().map_err(Refused::Index)? {
+                match entry.kind {
+                    EntryKind::Whiteout => self.hide(entry.path),
+                    EntryKind::Opaque => self.empty(entry.path),
+                    _ => Ok(()),
+                }
+                .map_err(|reason| refused(&entry, reason))?;
             }
-            .map_err(misplaced(entry))?;
         }
-        for entry in &index.entries {
+        index.rewind().map_err(Refused::Index)?;
+        while let Some(entry) = index.next().map_err(Refused::Index)? {
             if !matches!(entry.kind, EntryKind::Whiteout | EntryKind::Opaque) {
-                self.add(layer, entry).map_err(misplaced(entry))?;
+                self.add(layer, &entry)
+                    .map_err(|reason| refused(&entry, reason))?;
             }
         }
         Ok(())
     }
 
-    fn hide(&mut self, path: &[u8]) -> Result<(), &'static str> {
+    fn hide(&mut self, path: &[u8]) -> Result<(), Reason> {
         let (parent, name) = split(path);
-        if let Some(parent) = self.walk(parent, false)?
-            && let Some(children) = self.children_mut(parent)
-        {
-            children.remove(name);
+        if let Some(parent) = self.walk(parent, false)? {
+            self.unlink(parent, name);
         }
         Ok(())
     }
 
-    fn empty(&mut self, path: &[u8]) -> Result<(), &'static str> {
-        if let Some(directory) = self.walk(path, false)?
-            && let Some(children) = self.children_mut(directory)
-        {
-            children.clear();
-        }
-        Ok(())
-    }
-
-    fn add(&mut self, layer: usize, entry: &Entry) -> Result<(), &'static str> {
-        if entry.path.is_empty() {
-            self.nodes[ROOT].meta = entry.meta.clone();
+    fn empty(&mut self, path: &[u8]) -> Result<(), Reason> {
+        let Some(directory) = self.walk(path, false)? else {
             return Ok(());
+        };
+        let mut at = self.first_entry(directory);
+        while at != NONE {
+            let entry = self.dirents[at as usize];
+            let hash = self.hash(entry.parent, self.arena.get(entry.name));
+            if let Ok(found) = self.by_name.find_entry(hash, |other| *other == at) {
+                found.remove();
+            }
+            at = entry.next;
         }
-        let (parent, name) = split(&entry.path);
+        self.set_first_entry(directory, NONE);
+        Ok(())
+    }
+
+    fn add(&mut self, layer: u16, entry: &Entry<'_>) -> Result<(), Reason> {
+        if entry.path.is_empty() {
+            return self.set_meta(ROOT, &entry.meta, entry.xattrs);
+        }
+        let (parent, name) = split(entry.path);
         let parent = self
             .walk(parent, true)?
             .ok_or("its parent is not a directory")?;
-        let existing = self.child(parent, name);
-        let kind = match &entry.kind {
+        let kind = match entry.kind {
             EntryKind::Directory => {
                 // A directory over a directory keeps what is in it.
-                if let Some(id) = existing
-                    && matches!(self.nodes[id].kind, NodeKind::Directory(_))
+                if let Some(id) = self.child(parent, name)
+                    && self.inodes[id as usize].tag == Tag::Directory
                 {
-                    self.nodes[id].meta = entry.meta.clone();
-                    return Ok(());
+                    return self.set_meta(id, &entry.meta, entry.xattrs);
                 }
-                NodeKind::Directory(BTreeMap::new())
+                Kind::Directory
             }
             EntryKind::Hardlink(target) => {
                 let linked = self.link_target(target)?;
                 return self.place(parent, name, linked);
             }
-            EntryKind::File { offset, size } => NodeKind::File {
-                layer,
-                offset: *offset,
-                size: *size,
-            },
-            EntryKind::Symlink(target) => NodeKind::Symlink(target.clone()),
-            EntryKind::CharDevice(major, minor) => NodeKind::CharDevice(*major, *minor),
-            EntryKind::BlockDevice(major, minor) => NodeKind::BlockDevice(*major, *minor),
-            EntryKind::Fifo => NodeKind::Fifo,
+            EntryKind::File { place, size } => Kind::File { layer, place, size },
+            EntryKind::Symlink(target) => {
+                let text = self.arena.add(target, self.limits.names_bytes)?;
+                Kind::Symlink(text)
+            }
+            EntryKind::CharDevice(major, minor) => Kind::CharDevice(major, minor),
+            EntryKind::BlockDevice(major, minor) => Kind::BlockDevice(major, minor),
+            EntryKind::Fifo => Kind::Fifo,
             EntryKind::Whiteout | EntryKind::Opaque => return Ok(()),
         };
-        let id = self.nodes.len();
-        self.nodes.push(Node {
-            meta: entry.meta.clone(),
-            kind,
-        });
+        let id = self.new_inode(kind)?;
+        self.set_meta(id, &entry.meta, entry.xattrs)?;
         self.place(parent, name, id)
     }
 
-    fn place(&mut self, parent: NodeId, name: &[u8], id: NodeId) -> Result<(), &'static str> {
-        self.children_mut(parent)
-            .ok_or("its parent is not a directory")?
-            .insert(name.to_vec(), id);
+    fn new_inode(&mut self, kind: Kind) -> Result<InodeId, Reason> {
+        let most = self.limits.entries;
+        let id = u32::try_from(self.inodes.len())
+            .ok()
+            .filter(|id| (*id as usize) < most)
+            .ok_or_else(|| format!("the image has more than {most} files"))?;
+        self.inodes.push(Inode::of(kind));
+        Ok(id)
+    }
+
+    fn set_meta(&mut self, id: InodeId, meta: &Meta, xattrs: Xattrs<'_>) -> Result<(), Reason> {
+        let set = self.xattrs.number(xattrs, self.limits.names_bytes)?;
+        let inode = &mut self.inodes[id as usize];
+        inode.mode = meta.mode;
+        inode.uid = meta.uid;
+        inode.gid = meta.gid;
+        (inode.seconds, inode.nanoseconds) = meta.mtime;
+        inode.xattrs = set;
         Ok(())
     }
 
-    fn link_target(&mut self, target: &[u8]) -> Result<NodeId, &'static str> {
+    fn link_target(&mut self, target: &[u8]) -> Result<InodeId, Reason> {
         let (parent, name) = split(target);
         let id = self
             .walk(parent, false)?
             .and_then(|parent| self.child(parent, name))
             .ok_or("it is a hard link to a path that does not exist")?;
-        if matches!(self.nodes[id].kind, NodeKind::Directory(_)) {
-            return Err("it is a hard link to a directory");
+        if self.inodes[id as usize].tag == Tag::Directory {
+            return Err("it is a hard link to a directory".to_owned());
         }
         Ok(id)
     }
 
-    fn child(&self, parent: NodeId, name: &[u8]) -> Option<NodeId> {
-        match &self.nodes[parent].kind {
-            NodeKind::Directory(children) => children.get(name).copied(),
-            _ => None,
+    fn hash(&self, parent: InodeId, name: &[u8]) -> u64 {
+        self.hasher.hash_one((parent, name))
+    }
+
+    fn find(&self, parent: InodeId, name: &[u8]) -> Option<DirentId> {
+        self.by_name
+            .find(self.hash(parent, name), |id| {
+                let dirent = &self.dirents[*id as usize];
+                dirent.parent == parent && self.arena.get(dirent.name) == name
+            })
+            .copied()
+    }
+
+    fn child(&self, parent: InodeId, name: &[u8]) -> Option<InodeId> {
+        self.find(parent, name)
+            .map(|id| self.dirents[id as usize].inode)
+            .filter(|inode| *inode != NONE)
+    }
+
+    /// Gives an inode a name, which may have been another's.
+    fn place(&mut self, parent: InodeId, name: &[u8], inode: InodeId) -> Result<(), Reason> {
+        if self.inodes[inode as usize].tag == Tag::Directory {
+            // A directory has one name.
+            self.inodes[inode as usize].b = parent.into();
+        }
+        if let Some(known) = self.find(parent, name) {
+            self.dirents[known as usize].inode = inode;
+            return Ok(());
+        }
+        let most = self.limits.entries;
+        let id = u32::try_from(self.dirents.len())
+            .ok()
+            .filter(|id| (*id as usize) < most)
+            .ok_or_else(|| format!("the image has more than {most} names"))?;
+        let text = self.arena.add(name, self.limits.names_bytes)?;
+        self.dirents.push(Dirent {
+            name: text,
+            parent,
+            inode,
+            next: self.first_entry(parent),
+        });
+        self.set_first_entry(parent, id);
+        let hash = self.hash(parent, name);
+        let Self {
+            by_name,
+            dirents,
+            arena,
+            hasher,
+            ..
+        } = self;
+        by_name.insert_unique(hash, id, |id| {
+            let dirent = &dirents[*id as usize];
+            hasher.hash_one((dirent.parent, arena.get(dirent.name)))
+        });
+        Ok(())
+    }
+
+    /// Takes a name away, if it is there. The row stays, for when the name comes
+    /// back: a layer can take away as many as there are.
+    fn unlink(&mut self, parent: InodeId, name: &[u8]) {
+        if let Some(id) = self.find(parent, name) {
+            self.dirents[id as usize].inode = NONE;
         }
     }
 
-    fn children_mut(&mut self, id: NodeId) -> Option<&mut BTreeMap<Vec<u8>, NodeId>> {
-        match &mut self.nodes[id].kind {
-            NodeKind::Directory(children) => Some(children),
-            _ => None,
+    fn first_entry(&self, directory: InodeId) -> DirentId {
+        let inode = &self.inodes[directory as usize];
+        match inode.tag {
+            Tag::Directory => u32::try_from(inode.a).unwrap_or(NONE),
+            _ => NONE,
         }
     }
 
-    /// The directory at `path`, following symbolic links as if the tree were
-    /// the whole file system: `..` of the root is the root. With `create`,
-    /// missing directories are made; otherwise `None` if there is no directory.
-    fn walk(&mut self, path: &[u8], create: bool) -> Result<Option<NodeId>, &'static str> {
-        let mut trail = vec![ROOT];
-        let mut left: Vec<Vec<u8>> = parts(path);
-        let mut links = 0;
-        while let Some(part) = left.pop() {
-            let here = trail.last().copied().unwrap_or(ROOT);
-            if part == b".." {
-                if trail.len() > 1 {
-                    trail.pop();
-                }
-                continue;
-            }
-            let Some(id) = self.child(here, &part) else {
-                if !create {
-                    return Ok(None);
-                }
-                let id = self.nodes.len();
-                self.nodes.push(directory());
-                self.place(here, &part, id)?;
-                trail.push(id);
-                continue;
-            };
-            match &self.nodes[id].kind {
-                NodeKind::Directory(_) => trail.push(id),
-                NodeKind::Symlink(target) => {
-                    links += 1;
-                    if links > MAX_LINKS {
-                        return Err("there are too many symbolic links on the way to it");
-                    }
-                    if target.starts_with(b"/") {
-                        trail.truncate(1);
-                    }
-                    left.extend(parts(target));
-                }
-                _ if create => return Err("its parent is not a directory"),
-                _ => return Ok(None),
-            }
+    fn set_first_entry(&mut self, directory: InodeId, first: DirentId) {
+        self.inodes[directory as usize].a = first.into();
+    }
+}
+
+/// What the disk is made from.
+impl Tree {
+    /// Number of inodes, those included that nothing refers to.
+    pub(crate) fn inode_count(&self) -> usize {
+        self.inodes.len()
+    }
+
+    pub(crate) fn kind(&self, id: InodeId) -> Kind {
+        self.inodes[id as usize].kind()
+    }
+
+    pub(crate) fn meta(&self, id: InodeId) -> Meta {
+        let inode = &self.inodes[id as usize];
+        Meta {
+            mode: inode.mode,
+            uid: inode.uid,
+            gid: inode.gid,
+            mtime: (inode.seconds, inode.nanoseconds),
         }
-        Ok(trail.last().copied())
+    }
+
+    /// Number of the set of extended attributes of an inode.
+    pub(crate) fn xattr_set(&self, id: InodeId) -> u32 {
+        self.inodes[id as usize].xattrs
+    }
+
+    /// Extended attributes by the number of their set.
+    pub(crate) fn xattrs(&self, set: u32) -> Xattrs<'_> {
+        self.xattrs.get(set)
+    }
+
+    /// Number of sets.
+    pub(crate) fn xattr_sets(&self) -> usize {
+        self.xattrs.count()
+    }
+
+    pub(crate) fn text(&self, text: Text) -> &[u8] {
+        self.arena.get(text)
+    }
+
+    /// The directory that a directory is in; the root is in itself.
+    pub(crate) fn parent(&self, directory: InodeId) -> InodeId {
+        u32::try_from(self.inodes[directory as usize].b).unwrap_or(ROOT)
+    }
+
+    /// Names and inodes of a directory in the order of their bytes, appended to
+    /// `children`.
+    pub(crate) fn children(&self, directory: InodeId, children: &mut Vec<(Text, InodeId)>) {
+        let begin = children.len();
+        let mut at = self.first_entry(directory);
+        while at != NONE {
+            let entry = &self.dirents[at as usize];
+            if entry.inode != NONE {
+                children.push((entry.name, entry.inode));
+            }
+            at = entry.next;
+        }
+        if let Some(new) = children.get_mut(begin..) {
+            new.sort_unstable_by(|a, b| self.arena.get(a.0).cmp(self.arena.get(b.0)));
+        }
+    }
+}
+
+impl Inode {
+    fn of(kind: Kind) -> Self {
+        let (tag, layer, a, b) = match kind {
+            Kind::Directory => (Tag::Directory, 0, NONE.into(), 0),
+            Kind::File { layer, place, size } => match place {
+                Place::Blob(at) => (Tag::BlobFile, layer, at, size),
+                Place::Small(at) => (Tag::SmallFile, layer, at, size),
+            },
+            Kind::Symlink(target) => (Tag::Symlink, 0, target.pack(), 0),
+            Kind::CharDevice(major, minor) => (Tag::CharDevice, 0, major.into(), minor.into()),
+            Kind::BlockDevice(major, minor) => (Tag::BlockDevice, 0, major.into(), minor.into()),
+            Kind::Fifo => (Tag::Fifo, 0, 0, 0),
+        };
+        Self {
+            seconds: 0,
+            a,
+            b,
+            nanoseconds: 0,
+            uid: 0,
+            gid: 0,
+            xattrs: 0,
+            // Of a directory that only paths of others speak of.
+            mode: 0o755,
+            layer,
+            tag,
+        }
+    }
+
+    fn kind(&self) -> Kind {
+        // Devices were made from such numbers.
+        let number = |value: u64| u32::try_from(value).unwrap_or(0);
+        let device = (number(self.a), number(self.b));
+        match self.tag {
+            Tag::Directory => Kind::Directory,
+            Tag::BlobFile => Kind::File {
+                layer: self.layer,
+                place: Place::Blob(self.a),
+                size: self.b,
+            },
+            Tag::SmallFile => Kind::File {
+                layer: self.layer,
+                place: Place::Small(self.a),
+                size: self.b,
+            },
+            Tag::Symlink => Kind::Symlink(Text::unpack(self.a)),
+            Tag::CharDevice => Kind::CharDevice(device.0, device.1),
+            Tag::BlockDevice => Kind::BlockDevice(device.0, device.1),
+            Tag::Fifo => Kind::Fifo,
+        }
+    }
+}
+
+fn refused(entry: &Entry<'_>, reason: Reason) -> Refused {
+    Refused::Entry {
+        path: entry.path.to_vec(),
+        reason,
     }
 }
 
@@ -239,132 +452,7 @@ fn split(path: &[u8]) -> (&[u8], &[u8]) {
     }
 }
 
-/// Components, the first one last.
-fn parts(path: &[u8]) -> Vec<Vec<u8>> {
-    path.split(|byte| *byte == b'/')
-        .rev()
-        .filter(|part| !matches!(*part, b"" | b"."))
-        .map(<[u8]>::to_vec)
-        .collect()
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn entry(path: &str, kind: EntryKind) -> Entry {
-        Entry {
-            path: path.into(),
-            kind,
-            meta: Meta {
-                mode: 0o700,
-                ..Meta::default()
-            },
-        }
-    }
-
-    fn file(path: &str) -> Entry {
-        entry(path, EntryKind::File { offset: 0, size: 1 })
-    }
-
-    fn link(path: &str, target: &str) -> Entry {
-        entry(path, EntryKind::Symlink(target.into()))
-    }
-
-    fn merge(layers: &[Vec<Entry>]) -> Result<Tree, Misplaced> {
-        let mut tree = Tree::new();
-        for (number, entries) in layers.iter().enumerate() {
-            let index = LayerIndex {
-                entries: entries.clone(),
-                ..LayerIndex::default()
-            };
-            tree.apply(number, &index)?;
-        }
-        Ok(tree)
-    }
-
-    /// Paths of everything but directories, with the layer of files.
-    fn paths(tree: &Tree) -> Vec<String> {
-        fn visit(tree: &Tree, id: NodeId, path: &str, found: &mut Vec<String>) {
-            match &tree.nodes[id].kind {
-                NodeKind::Directory(children) => {
-                    for (name, child) in children {
-                        let name = String::from_utf8_lossy(name);
-                        visit(tree, *child, &format!("{path}/{name}"), found);
-                    }
-                }
-                NodeKind::File { layer, .. } => found.push(format!("{path}@{layer}")),
-                _ => found.push(path.to_owned()),
-            }
-        }
-        let mut found = Vec::new();
-        visit(tree, ROOT, "", &mut found);
-        found
-    }
-
-    #[test]
-    fn whiteouts_hide_lower_layers_only() {
-        let tree = merge(&[
-            vec![file("a"), file("d/b"), file("d/c")],
-            vec![
-                file("a"),
-                entry("a", EntryKind::Whiteout),
-                entry("d/b", EntryKind::Whiteout),
-            ],
-        ])
-        .unwrap();
-        assert_eq!(paths(&tree), ["/a@1", "/d/c@0"]);
-    }
-
-    #[test]
-    fn opaque_directories_lose_what_is_below() {
-        let tree = merge(&[
-            vec![file("d/a"), file("d/e/b")],
-            vec![file("d/new"), entry("d", EntryKind::Opaque)],
-        ])
-        .unwrap();
-        assert_eq!(paths(&tree), ["/d/new@1"]);
-    }
-
-    #[test]
-    fn a_directory_keeps_its_entries_and_gets_new_metadata() {
-        let tree = merge(&[vec![file("d/a")], vec![entry("d", EntryKind::Directory)]]).unwrap();
-        assert_eq!(paths(&tree), ["/d/a@0"]);
-        let id = tree.child(ROOT, b"d").unwrap();
-        assert_eq!(tree.nodes[id].meta.mode, 0o700);
-    }
-
-    #[test]
-    fn a_file_replaces_a_tree_and_the_reverse() {
-        let tree = merge(&[vec![file("d/a"), file("f")], vec![file("d"), file("f2")]]).unwrap();
-        assert_eq!(paths(&tree), ["/d@1", "/f@0", "/f2@1"]);
-        let error = merge(&[vec![file("f"), file("f/a")]]).unwrap_err();
-        assert_eq!(error.reason, "its parent is not a directory");
-    }
-
-    #[test]
-    fn parents_are_found_through_links_that_cannot_leave() {
-        let tree = merge(&[
-            vec![link("lib", "usr/lib"), link("out", "../../..//etc")],
-            vec![file("lib/a"), file("out/passwd")],
-        ])
-        .unwrap();
-        assert_eq!(
-            paths(&tree),
-            ["/etc/passwd@1", "/lib", "/out", "/usr/lib/a@1"]
-        );
-        let error = merge(&[vec![link("a", "b"), link("b", "a"), file("a/x")]]).unwrap_err();
-        assert!(error.reason.contains("too many symbolic links"));
-    }
-
-    #[test]
-    fn hard_links_share_an_inode_across_layers() {
-        let linked = |path: &str, target: &str| entry(path, EntryKind::Hardlink(target.into()));
-        let tree = merge(&[vec![file("a")], vec![linked("b", "a")]]).unwrap();
-        assert_eq!(tree.child(ROOT, b"a"), tree.child(ROOT, b"b"));
-        for target in ["nothing", "d"] {
-            let layer = vec![entry("d", EntryKind::Directory), linked("b", target)];
-            assert!(merge(&[layer]).is_err());
-        }
-    }
-}
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;

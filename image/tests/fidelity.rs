@@ -18,7 +18,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use sm_image::{Digest, Reference, Store};
+use sm_image::{Digest, PullOptions, Reference, Store};
 use support::{Entry, dir, entry, file, hardlink, image, symlink, tar, whiteout};
 
 /// A `security.capability` of revision 2: cap_net_raw, effective.
@@ -43,7 +43,9 @@ fn run(program: &str, arguments: &[&str]) {
 fn disk(reference: &str, work: &Path) -> PathBuf {
     let store = Store::open(&work.join("store")).unwrap();
     let reference = Reference::parse(reference).unwrap();
-    let image = store.open_image(&reference, &mut |_| {}).unwrap();
+    let image = store
+        .open_image(&reference, &PullOptions::default())
+        .unwrap();
     let path = work.join("disk.erofs");
     let mut disk = File::create(&path).unwrap();
     for segment in &image.segments {

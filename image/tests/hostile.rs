@@ -11,7 +11,7 @@ use std::io::Write as _;
 use std::path::Path;
 
 use serde_json::{Value, json};
-use sm_image::{Digest, Error, Limits, Reference, Store};
+use sm_image::{Digest, Error, Limits, PullOptions, Reference, Store};
 use support::{dir, entry, file, hardlink, image, symlink, tar, whiteout};
 
 /// Everything but the lock, by path.
@@ -31,7 +31,7 @@ fn open_with(layout: &Path, limits: Limits) -> Result<(), Error> {
     let root = work.path().join("store");
     let store = Store::open(&root).unwrap().with_limits(limits);
     let reference = Reference::parse(&format!("oci:{}", layout.display())).unwrap();
-    let result = store.open_image(&reference, &mut |_| {});
+    let result = store.open_image(&reference, &PullOptions::default());
     let around: Vec<_> = fs::read_dir(work.path()).unwrap().collect();
     assert_eq!(around.len(), 1, "something was written outside the store");
     if result.is_err() {

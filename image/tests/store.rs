@@ -4,17 +4,27 @@
 
 mod support;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::sync::Barrier;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Barrier, Mutex};
 use std::thread;
 
-use sm_image::{Reference, Store};
+use sm_image::{LayerStep, Progress, PullOptions, Reference, Report, Store};
 use support::{file, image, tar};
 
 fn reference(layout: &Path) -> Reference {
     Reference::parse(&format!("oci:{}", layout.display())).unwrap()
+}
+
+/// Options with somebody who is told of progress.
+fn reporting<'a>(report: Report<'a>) -> PullOptions<'a> {
+    PullOptions {
+        report,
+        ..PullOptions::default()
+    }
 }
 
 fn count(store: &Path, part: &str) -> usize {
@@ -31,39 +41,57 @@ fn layers_are_stored_once_and_go_with_their_last_image() {
     let root = at("store");
     let store = Store::open(&root).unwrap();
     let one = store
-        .open_image(&reference(&at("one")), &mut |_| {})
+        .open_image(&reference(&at("one")), &PullOptions::default())
         .unwrap();
-    let mut reported = 0;
+    let reported = Mutex::new(Vec::new());
     let two = store
-        .open_image(&reference(&at("two")), &mut |_| reported += 1)
+        .open_image(
+            &reference(&at("two")),
+            &reporting(&|progress| {
+                if let Progress::Layer {
+                    number, of, step, ..
+                } = progress
+                {
+                    reported.lock().unwrap().push((number, of, step));
+                }
+            }),
+        )
         .unwrap();
-    assert!(reported > 0);
+    let reported = reported.into_inner().unwrap();
+    assert!(
+        reported.contains(&(1, 2, LayerStep::Present)),
+        "{reported:?}"
+    );
+    assert!(reported.contains(&(2, 2, LayerStep::Done)), "{reported:?}");
     assert_eq!(count(&root, "layers"), 3);
     assert_eq!(one.segments[1], two.segments[1]);
     assert_eq!(store.list().unwrap().len(), 2);
 
     // Nothing is converted the second time.
     store
-        .open_image(&reference(&at("one")), &mut |_| panic!("no work is done"))
+        .open_image(
+            &reference(&at("one")),
+            &reporting(&|_| panic!("no work is done")),
+        )
         .unwrap();
 
     let (one_id, two_id) = (one.digest.to_string(), two.digest.to_string());
     drop(one);
-    store.remove(&one_id[..20]).unwrap();
+    store.remove(&one_id[..20], &BTreeSet::new()).unwrap();
     assert_eq!((count(&root, "layers"), count(&root, "disks")), (2, 1));
-    assert!(store.remove(&one_id).is_err());
+    assert!(store.remove(&one_id, &BTreeSet::new()).is_err());
 
     // In use: the name goes, the disk stays until it is not used any more.
-    store.remove(&two_id).unwrap();
+    store.remove(&two_id, &BTreeSet::new()).unwrap();
     assert!(store.list().unwrap().is_empty());
     assert_eq!((count(&root, "layers"), count(&root, "disks")), (2, 1));
     assert!(two.segments.iter().all(|segment| segment.path.exists()));
     drop(two);
     let again = store
-        .open_image(&reference(&at("one")), &mut |_| {})
+        .open_image(&reference(&at("one")), &PullOptions::default())
         .unwrap();
     drop(again);
-    store.remove(&one_id).unwrap();
+    store.remove(&one_id, &BTreeSet::new()).unwrap();
     assert_eq!((count(&root, "layers"), count(&root, "disks")), (0, 0));
 }
 
@@ -73,7 +101,9 @@ fn what_is_damaged_in_the_store_is_made_again() {
     let layout = work.path().join("layout");
     image(&layout, &[tar(&[file("x", vec![1; 10_000])])]);
     let store = Store::open(&work.path().join("store")).unwrap();
-    let image = store.open_image(&reference(&layout), &mut |_| {}).unwrap();
+    let image = store
+        .open_image(&reference(&layout), &PullOptions::default())
+        .unwrap();
     let blob = image.segments[1].clone();
     let before = fs::read(&blob.path).unwrap();
     fs::OpenOptions::new()
@@ -82,7 +112,9 @@ fn what_is_damaged_in_the_store_is_made_again() {
         .unwrap()
         .set_len(5)
         .unwrap();
-    store.open_image(&reference(&layout), &mut |_| {}).unwrap();
+    store
+        .open_image(&reference(&layout), &PullOptions::default())
+        .unwrap();
     assert!(fs::read(&blob.path).unwrap() == before);
 }
 
@@ -101,7 +133,9 @@ fn many_at_once_make_one() {
             scope.spawn(|| {
                 let store = Store::open(&root).unwrap();
                 barrier.wait();
-                let image = store.open_image(&reference(&layout), &mut |_| {}).unwrap();
+                let image = store
+                    .open_image(&reference(&layout), &PullOptions::default())
+                    .unwrap();
                 for segment in &image.segments {
                     assert_eq!(
                         segment.open().unwrap().metadata().unwrap().len(),
@@ -125,18 +159,18 @@ fn a_kill_leaves_nothing_half_made() {
         // The process that is killed: its own work kills it.
         let work = Path::new(&work);
         let store = Store::open(&work.join("store")).unwrap();
-        let mut left: u32 = std::env::var("SM_IMAGE_TEST_STEPS")
-            .unwrap()
-            .parse()
-            .unwrap();
+        let steps = std::env::var("SM_IMAGE_TEST_STEPS").unwrap();
+        let left = AtomicU32::new(steps.parse().unwrap());
         store
-            .open_image(&reference(&work.join("layout")), &mut |_| {
-                if left == 0 {
-                    let own = rustix::process::getpid();
-                    rustix::process::kill_process(own, rustix::process::Signal::KILL).unwrap();
-                }
-                left -= 1;
-            })
+            .open_image(
+                &reference(&work.join("layout")),
+                &reporting(&|_| {
+                    if left.fetch_sub(1, Ordering::Relaxed) == 0 {
+                        let own = rustix::process::getpid();
+                        rustix::process::kill_process(own, rustix::process::Signal::KILL).unwrap();
+                    }
+                }),
+            )
             .unwrap();
         return;
     }
@@ -165,7 +199,10 @@ fn a_kill_leaves_nothing_half_made() {
     assert!(killed >= 4, "each of the layers had its turn: {killed}");
     let store = Store::open(&root).unwrap();
     let image = store
-        .open_image(&reference(&work.path().join("layout")), &mut |_| {})
+        .open_image(
+            &reference(&work.path().join("layout")),
+            &PullOptions::default(),
+        )
         .unwrap();
     assert_eq!(image.segments.len(), 5);
     assert_eq!(count(&root, "tmp"), 0);

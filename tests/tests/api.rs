@@ -16,6 +16,7 @@ use std::time::Duration;
 use libtest_mimic::{Arguments, Failed, Trial};
 use sm_e2e::{image, unique};
 use sm_runtime::home::Home;
+use sm_runtime::image::Fetch;
 use sm_runtime::session::{Event, Stdin};
 use sm_runtime::snapshots::{self, Snapshot};
 use sm_runtime::{Error, Image, RunOptions, Vm};
@@ -51,7 +52,7 @@ fn home() -> &'static Home {
 }
 
 fn busybox() -> Image {
-    Image::open_in(home(), &image("busybox"), &mut |_| {}).unwrap()
+    Image::open_in(home(), &image("busybox"), &Fetch::default()).unwrap()
 }
 
 fn options() -> RunOptions {
@@ -214,7 +215,7 @@ fn fork_and_reset() {
 }
 
 fn mistakes() {
-    let nowhere = Image::open_in(home(), "oci:/no/such/layout", &mut |_| {});
+    let nowhere = Image::open_in(home(), "oci:/no/such/layout", &Fetch::default());
     assert!(matches!(nowhere, Err(Error::Image(_))), "{nowhere:?}");
     let small = busybox().run(RunOptions::new().memory(1 << 20));
     assert!(matches!(small, Err(Error::Option(_))), "{small:?}");

@@ -1,20 +1,48 @@
-//! `sm images`, `pull` and `rmi`, and opening an image for a run.
+//! `sm image` with its shorter forms, and opening an image for a run.
 
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::anyhow;
 use sm_runtime::home::Home;
-use sm_runtime::image::{self, Fetch, Image, Platform};
+use sm_runtime::image::{
+    self, Fetch, Image, LayerStep, Platform, Progress, PruneOptions, PullOptions,
+};
 
-use crate::args::{ListArgs, Pull, PullArgs, RmiArgs};
+use crate::args::{
+    FormatArgs, HistoryArgs, ImageCommand, ImageNames, ImagesArgs, PruneArgs, Pull, PullArgs,
+    RmiArgs, TagArgs, VerifyArgs,
+};
 use crate::failure::{Failure, OUR_FAILURE};
 use crate::printer::Printer;
 use crate::progress::Bars;
 use crate::table;
-use crate::units::{format_age, format_size};
+use crate::units::{format_age, format_size, parse_size};
 
 /// Digits of an image's ID that a table shows.
 const SHORT_ID: usize = 12;
+/// Characters of a command that the history shows.
+const SHORT_COMMAND: usize = 45;
+/// What a file that is damaged ends the command with.
+const DAMAGED: u32 = 1;
+/// The largest size of the store, kept by removing what was not used for the
+/// longest time.
+const QUOTA: &str = "SM_IMAGE_QUOTA";
+
+pub(crate) fn run(home: &Home, command: ImageCommand, printer: &Printer) -> Result<u32, Failure> {
+    match command {
+        ImageCommand::Ls(args) => list(home, &args, printer),
+        ImageCommand::Pull(args) => pull(home, &args, printer),
+        ImageCommand::Tag(args) => tag(home, &args),
+        ImageCommand::Rm(args) => remove(home, &args, printer),
+        ImageCommand::Inspect(args) => inspect(home, &args, printer),
+        ImageCommand::History(args) => history(home, &args, printer),
+        ImageCommand::Verify(args) => verify(home, &args, printer),
+        ImageCommand::Prune(args) => prune(home, &args, printer),
+        ImageCommand::Du(args) => usage(home, &args, printer),
+    }
+}
 
 /// Opens an image for a run, converting it first if it is not in the store yet.
 /// Only a terminal sees progress: what is not the command's output would be in
@@ -33,26 +61,66 @@ pub(super) fn open(
         )
         .into());
     }
-    let how = Fetch {
+    let bars = Bars::new(printer, false, READING);
+    let options = PullOptions {
         platform: platform.cloned(),
-        anew: pull == Pull::Always,
+        ..PullOptions::default()
     };
-    fetch(home, reference, &how, Bars::new(printer, false))
+    fetch(home, reference, pull == Pull::Always, options, &bars)
 }
 
-fn fetch(home: &Home, reference: &str, how: &Fetch, mut bars: Bars<'_>) -> Result<Image, Failure> {
-    let mut show = |progress: image::Progress<'_>| bars.show(&progress);
-    let image = Image::fetch_in(home, reference, how, &mut show);
+const READING: &str = "Reading";
+
+fn fetch(
+    home: &Home,
+    reference: &str,
+    anew: bool,
+    options: PullOptions<'_>,
+    bars: &Bars<'_>,
+) -> Result<Image, Failure> {
+    let grown = AtomicBool::new(false);
+    let options = PullOptions {
+        report: &|progress| {
+            if let Progress::Layer {
+                step: LayerStep::Done,
+                ..
+            } = progress
+            {
+                grown.store(true, Ordering::Relaxed);
+            }
+            bars.show(progress);
+        },
+        ..options
+    };
+    let image = Image::open_in(home, reference, &Fetch { anew, options });
     bars.clear();
-    Ok(image?)
+    let image = image?;
+    if grown.into_inner() {
+        keep_to_quota(home)?;
+    }
+    Ok(image)
+}
+
+/// Removes the longest unused if the store has become larger than it may. The image
+/// that was just opened is in use.
+fn keep_to_quota(home: &Home) -> Result<(), Failure> {
+    let Some(quota) = std::env::var_os(QUOTA).filter(|text| !text.is_empty()) else {
+        return Ok(());
+    };
+    let quota =
+        parse_size(&quota.to_string_lossy()).map_err(|error| anyhow!("{QUOTA}: {error}"))?;
+    image::keep_within(home, quota)?;
+    Ok(())
 }
 
 pub(crate) fn pull(home: &Home, args: &PullArgs, printer: &Printer) -> Result<u32, Failure> {
-    let how = Fetch {
+    let bars = Bars::new(printer, !args.quiet, READING);
+    let options = PullOptions {
         platform: args.platform.clone(),
-        anew: true,
+        keep_compressed: !args.discard_compressed,
+        ..PullOptions::default()
     };
-    let image = fetch(home, &args.image, &how, Bars::new(printer, !args.quiet))?;
+    let image = fetch(home, &args.image, true, options, &bars)?;
     if !args.quiet {
         printer.note(format_args!("Stored \"{}\"", image.reference()));
     }
@@ -60,7 +128,19 @@ pub(crate) fn pull(home: &Home, args: &PullArgs, printer: &Printer) -> Result<u3
     Ok(0)
 }
 
-pub(crate) fn list(home: &Home, args: &ListArgs, printer: &Printer) -> Result<u32, Failure> {
+fn short(id: &str, whole: bool) -> String {
+    match whole {
+        true => format!("sha256:{id}"),
+        false => id.get(..SHORT_ID).unwrap_or(id).to_owned(),
+    }
+}
+
+fn age(time: SystemTime) -> String {
+    let age = SystemTime::now().duration_since(time).unwrap_or_default();
+    format!("{} ago", format_age(age))
+}
+
+pub(crate) fn list(home: &Home, args: &ImagesArgs, printer: &Printer) -> Result<u32, Failure> {
     let images = image::list(home)?;
     if args.quiet {
         for image in &images {
@@ -69,23 +149,35 @@ pub(crate) fn list(home: &Home, args: &ListArgs, printer: &Printer) -> Result<u3
     } else if args.format.json() {
         printer.json(&images)?;
     } else {
-        let now = SystemTime::now();
-        let rows: Vec<_> = images
-            .iter()
-            .map(|image| {
-                let stored = UNIX_EPOCH + Duration::from_nanos(image.stored_ns);
-                let age = now.duration_since(stored).unwrap_or_default();
-                let digits = image.digest.hex();
-                [
-                    image.reference.clone(),
-                    digits.get(..SHORT_ID).unwrap_or(&digits).to_owned(),
-                    format!("{} ago", format_age(age)),
-                    format_size(image.size),
-                ]
-            })
-            .collect();
-        printer.line(table::render(["IMAGE", "ID", "STORED", "SIZE"], &rows));
+        let cells = images.iter().map(|image| {
+            let stored = UNIX_EPOCH + Duration::from_nanos(image.stored_ns);
+            let id = short(&image.digest.hex(), args.no_trunc);
+            (image, id, age(stored), format_size(image.size))
+        });
+        let table = match args.digests {
+            true => {
+                let rows: Vec<_> = cells
+                    .map(|(image, id, age, size)| {
+                        let named = image.named.to_string();
+                        [image.reference.clone(), named, id, age, size]
+                    })
+                    .collect();
+                table::render(["IMAGE", "DIGEST", "ID", "STORED", "SIZE"], &rows)
+            }
+            false => {
+                let rows: Vec<_> = cells
+                    .map(|(image, id, age, size)| [image.reference.clone(), id, age, size])
+                    .collect();
+                table::render(["IMAGE", "ID", "STORED", "SIZE"], &rows)
+            }
+        };
+        printer.line(table);
     }
+    Ok(0)
+}
+
+pub(crate) fn tag(home: &Home, args: &TagArgs) -> Result<u32, Failure> {
+    image::tag(home, &args.image, &args.name)?;
     Ok(0)
 }
 
@@ -93,7 +185,7 @@ pub(crate) fn remove(home: &Home, args: &RmiArgs, printer: &Printer) -> Result<u
     let mut status = 0;
     for query in &args.images {
         match image::remove(home, query) {
-            Ok(()) => printer.line(query),
+            Ok(_) => printer.line(query),
             Err(error) => {
                 printer.error(&error.into());
                 status = OUR_FAILURE;
@@ -101,4 +193,214 @@ pub(crate) fn remove(home: &Home, args: &RmiArgs, printer: &Printer) -> Result<u
         }
     }
     Ok(status)
+}
+
+fn inspect(home: &Home, args: &ImageNames, printer: &Printer) -> Result<u32, Failure> {
+    let details = args
+        .images
+        .iter()
+        .map(|query| image::inspect(home, query))
+        .collect::<Result<Vec<_>, _>>()?;
+    printer.json(&details)?;
+    Ok(0)
+}
+
+/// A step of an image's history, newest first.
+#[derive(serde::Serialize)]
+struct Step {
+    /// The layer that it made, if it made one.
+    layer: Option<String>,
+    created: Option<String>,
+    created_by: String,
+    /// Bytes of the layer in the store.
+    size: u64,
+    comment: String,
+}
+
+pub(crate) fn history(home: &Home, args: &HistoryArgs, printer: &Printer) -> Result<u32, Failure> {
+    let details = image::inspect(home, &args.image)?;
+    let mut layers = details.layers.iter();
+    let entries = details.config.history().iter().flatten();
+    let mut steps: Vec<_> = entries
+        .map(|entry| {
+            let empty = entry.empty_layer().unwrap_or(false);
+            let layer = if empty { None } else { layers.next() };
+            Step {
+                layer: layer.map(|layer| layer.diff_id.to_string()),
+                created: entry.created().clone(),
+                created_by: entry.created_by().clone().unwrap_or_default(),
+                size: layer.map_or(0, |layer| layer.size),
+                comment: entry.comment().clone().unwrap_or_default(),
+            }
+        })
+        .collect();
+    // Not every tool writes a history.
+    steps.extend(layers.map(|layer| Step {
+        layer: Some(layer.diff_id.to_string()),
+        created: None,
+        created_by: String::new(),
+        size: layer.size,
+        comment: String::new(),
+    }));
+    steps.reverse();
+    if args.format.json() {
+        printer.json(&steps)?;
+        return Ok(0);
+    }
+    let rows: Vec<_> = steps
+        .into_iter()
+        .map(|step| {
+            let id = step
+                .layer
+                .as_deref()
+                .and_then(|id| id.strip_prefix("sha256:"));
+            let command = step
+                .created_by
+                .split_whitespace()
+                .collect::<Vec<_>>()
+                .join(" ");
+            [
+                id.map_or_else(|| "-".to_owned(), |id| short(id, args.no_trunc)),
+                step.created.unwrap_or_else(|| "-".to_owned()),
+                match args.no_trunc {
+                    true => command,
+                    false => truncated(&command),
+                },
+                format_size(step.size),
+                step.comment,
+            ]
+        })
+        .collect();
+    let header = ["LAYER", "CREATED", "CREATED BY", "SIZE", "COMMENT"];
+    printer.line(table::render(header, &rows));
+    Ok(0)
+}
+
+fn truncated(text: &str) -> String {
+    match text.char_indices().nth(SHORT_COMMAND) {
+        Some((at, _)) => format!("{}…", text.get(..at).unwrap_or_default()),
+        None => text.to_owned(),
+    }
+}
+
+fn verify(home: &Home, args: &VerifyArgs, printer: &Printer) -> Result<u32, Failure> {
+    let queries = match args.images.is_empty() {
+        true => image::list(home)?
+            .into_iter()
+            .map(|image| image.reference)
+            .collect(),
+        false => args.images.clone(),
+    };
+    let mut status = 0;
+    let mut all = BTreeMap::new();
+    for query in queries {
+        let verified = image::verify(home, &query, args.repair)?;
+        if !verified.problems.is_empty() {
+            status = DAMAGED;
+        }
+        if !args.format.json() {
+            match verified.problems.as_slice() {
+                [] => printer.line(format_args!(
+                    "{query}: sound ({} checked)",
+                    format_size(verified.bytes)
+                )),
+                problems => {
+                    for problem in problems {
+                        printer.line(format_args!("{query}: {problem}"));
+                    }
+                    printer.note(match verified.repaired {
+                        true => "What is damaged was removed: run or pull the image again.",
+                        false => {
+                            "\"sm image verify --repair\" removes what is damaged (and no VM \
+                             uses), so that it is made again."
+                        }
+                    });
+                }
+            }
+        }
+        all.insert(query, verified);
+    }
+    if args.format.json() {
+        printer.json(&all)?;
+    }
+    Ok(status)
+}
+
+fn prune(home: &Home, args: &PruneArgs, printer: &Printer) -> Result<u32, Failure> {
+    if args.all && !args.force {
+        let question = "This removes all images that no VM and no snapshot uses. Go on?";
+        match printer.confirm(question) {
+            Some(true) => {}
+            Some(false) => return Ok(0),
+            None => {
+                return Err(anyhow!(
+                    "\"sm image prune --all\" asks before it removes images, and there is no \
+                     terminal to ask at: add --force"
+                )
+                .into());
+            }
+        }
+    }
+    let pruned = image::prune(
+        home,
+        PruneOptions {
+            all: args.all,
+            compressed: args.compressed,
+            max_bytes: args.max_size,
+        },
+    )?;
+    if args.format.json() {
+        printer.json(&pruned)?;
+        return Ok(0);
+    }
+    for name in &pruned.images {
+        printer.line(format_args!("Removed: {name}"));
+    }
+    printer.line(format_args!("Freed: {}", format_size(pruned.bytes)));
+    Ok(0)
+}
+
+fn usage(home: &Home, args: &FormatArgs, printer: &Printer) -> Result<u32, Failure> {
+    let usage = image::usage(home)?;
+    if args.json() {
+        printer.json(&usage)?;
+        return Ok(0);
+    }
+    let rows: Vec<_> = usage
+        .images
+        .iter()
+        .map(|image| {
+            let used = image
+                .used_ns
+                .map(|ns| UNIX_EPOCH + Duration::from_nanos(ns));
+            [
+                match image.names.as_slice() {
+                    [] => "-".to_owned(),
+                    names => names.join(", "),
+                },
+                short(&image.digest.hex(), false),
+                format_size(image.size),
+                format_size(image.shared),
+                format_size(image.compressed),
+                used.map_or_else(|| "-".to_owned(), age),
+                if image.in_use { "yes" } else { "no" }.to_owned(),
+            ]
+        })
+        .collect();
+    let header = [
+        "IMAGE",
+        "ID",
+        "SIZE",
+        "SHARED",
+        "AS PULLED",
+        "USED",
+        "IN USE",
+    ];
+    printer.line(table::render(header, &rows));
+    printer.line(format_args!(
+        "Together: {}, of which {} are layers as they were pulled (\"sm image prune --compressed\")",
+        format_size(usage.total),
+        format_size(usage.compressed)
+    ));
+    Ok(0)
 }

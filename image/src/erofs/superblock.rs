@@ -1,42 +1,60 @@
 //! The superblock: what the file system is, its checksum and its UUID.
 
-use super::{BLOCK, SUPER_OFFSET, Writer};
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt as _;
+
+use super::{BLOCK_BYTES, SUPER_AT, SUPER_OFFSET};
 use crate::digest::Digest;
 
 const MAGIC: u32 = 0xe0f5_e1e2;
 /// Compatible features: the superblock has a checksum; inode times are those
 /// of modification.
 const FEATURES: u32 = 1 | 2;
-/// Offset in the superblock of the checksum, and of the UUID.
-const CHECKSUM_AT: usize = 4;
-const UUID_AT: usize = 48;
+const BLOCK_BITS: u8 = 12;
 
-/// Completes an image whose inodes are in place. `root` is the root's nid.
-pub(super) fn write(image: &mut [u8], root: usize, inodes: usize, blocks: u32) {
-    let mut writer = Writer::at(image, SUPER_OFFSET);
-    writer.u32(MAGIC);
-    writer.u32(0); // checksum: last of all
-    writer.u32(FEATURES);
-    writer.bytes(&[12, 0]); // block size as a power of two; extension slots
-    // The root comes first, so its number is small.
-    writer.u16(u16::try_from(root).unwrap_or(0));
-    writer.u64(u64::try_from(inodes).unwrap_or(u64::MAX));
-    writer.u64(0); // build time: the same image has the same bytes
-    writer.u32(0);
-    writer.u32(blocks);
-    // Block addresses of inodes and shared attributes, volume name, incompatible
-    // features and all that they would need: zero.
-    let uuid = uuid(image);
-    Writer::at(image, SUPER_OFFSET + UUID_AT).bytes(&uuid);
-    let checksum = crc32c(&image[SUPER_OFFSET..BLOCK]);
-    Writer::at(image, SUPER_OFFSET + CHECKSUM_AT).u32(checksum);
+/// What a superblock says.
+pub(super) struct Contents {
+    pub(super) identity: Digest,
+    /// Place of the root's inode.
+    pub(super) root: u32,
+    pub(super) inodes: usize,
+    /// Blocks of the whole disk.
+    pub(super) blocks: u32,
+    /// Block of the shared attributes.
+    pub(super) xattr_block: u32,
 }
 
-/// A UUID of version 8 (RFC 9562) from the contents.
-fn uuid(image: &[u8]) -> [u8; 16] {
-    let digest = Digest::of(image);
+/// Writes the superblock of an image that is otherwise complete. (Its checksum is
+/// over the whole first block.)
+pub(super) fn complete(file: &File, contents: &Contents) -> io::Result<()> {
+    let mut block = [0; BLOCK_BYTES];
+    file.read_exact_at(&mut block, 0)?;
+    let mut put = |at: usize, bytes: &[u8]| {
+        // Constant offsets, within the block.
+        if let Some(place) = block.get_mut(SUPER_AT + at..SUPER_AT + at + bytes.len()) {
+            place.copy_from_slice(bytes);
+        }
+    };
+    put(0, &MAGIC.to_le_bytes());
+    put(8, &FEATURES.to_le_bytes());
+    put(12, &[BLOCK_BITS]);
+    // The root comes first, so its number is small.
+    put(14, &u16::try_from(contents.root).unwrap_or(0).to_le_bytes());
+    put(16, &(contents.inodes as u64).to_le_bytes());
+    // No build time: the same image has the same bytes.
+    put(36, &contents.blocks.to_le_bytes());
+    put(44, &contents.xattr_block.to_le_bytes());
+    put(48, &uuid(contents.identity));
+    let checksum = crc32c(&block[SUPER_AT..]);
+    block[SUPER_AT + 4..SUPER_AT + 8].copy_from_slice(&checksum.to_le_bytes());
+    file.write_all_at(&block[SUPER_AT..], SUPER_OFFSET)
+}
+
+/// A UUID of version 8 (RFC 9562).
+fn uuid(identity: Digest) -> [u8; 16] {
     let mut uuid = [0; 16];
-    uuid.copy_from_slice(&digest.bytes()[..16]);
+    uuid.copy_from_slice(&identity.bytes()[..16]);
     uuid[6] = uuid[6] & 0x0f | 0x80;
     uuid[8] = uuid[8] & 0x3f | 0x80;
     uuid

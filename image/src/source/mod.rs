@@ -10,6 +10,7 @@ use std::io::Read;
 use std::path::Path;
 
 use oci_spec::image::ImageConfiguration;
+use serde::{Deserialize, Serialize};
 
 use crate::Error;
 use crate::cancel::Cancel;
@@ -26,7 +27,6 @@ pub(crate) fn challenge(header: &str) {
 
 /// One layer of an image to be read.
 #[derive(Clone, Debug)]
-#[allow(dead_code, reason = "the store is about to keep what came")]
 pub(crate) struct SourceLayer {
     /// Digest of the stream, as it is named; for transports without one, its
     /// diff_id.
@@ -42,7 +42,6 @@ pub(crate) struct SourceLayer {
 }
 
 /// A manifest as it came.
-#[allow(dead_code, reason = "the store is about to keep what came")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct RawManifest {
     pub(crate) media_type: String,
@@ -50,8 +49,7 @@ pub(crate) struct RawManifest {
 }
 
 /// The repository that an image is from.
-#[allow(dead_code, reason = "the store is about to keep what came")]
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Origin {
     /// The registry as it is named in references, such as `docker.io`.
     pub(crate) registry: String,
@@ -60,7 +58,6 @@ pub(crate) struct Origin {
 
 /// An image that has been found, its documents read and checked.
 #[derive(Clone, Debug)]
-#[allow(dead_code, reason = "the store is about to keep what came")]
 pub(crate) struct SourceImage {
     /// Digest that identifies the image: of its manifest, or of its
     /// configuration where there is no manifest.

@@ -8,9 +8,12 @@
 mod clone;
 mod proof;
 
+use std::collections::BTreeMap;
+
 pub use clone::{Snapshot, fork, warm_up};
 pub use proof::{Proof, Testimony, Twins, prove_distinct};
 use serde::Serialize;
+use sm_image::Digest;
 use sm_snapshot::Error;
 use sm_snapshot::chain::Chain;
 use sm_snapshot::contents;
@@ -141,23 +144,22 @@ pub fn remove(home: &Home, name: &str) -> Result<(), Error> {
     store(home).remove(name)
 }
 
-/// The workload snapshots that need the image with this digest, by name.
+/// The images that workload snapshots need, with the names of these.
 ///
 /// # Errors
 /// The store cannot be read.
-pub fn users_of_image(home: &Home, digest: &str) -> Result<Vec<String>, Error> {
+pub(crate) fn image_users(home: &Home) -> Result<BTreeMap<Digest, Vec<String>>, Error> {
     let store = store(home);
-    let mut users = Vec::new();
+    let mut users: BTreeMap<Digest, Vec<String>> = BTreeMap::new();
     for entry in store.list()? {
         let holds_workload = entry.manifest.is_ok_and(|m| m.layer == Layer::App);
         if holds_workload
             && let Ok(chain) = Chain::open(&store, &entry.name)
             && let Ok(content) = crate::vmm::saved::content(&chain)
-            && content
-                .config
-                .is_some_and(|config| config.image_digest == digest)
+            && let Some(config) = content.config
+            && let Some(digest) = Digest::parse(&config.image_digest)
         {
-            users.push(entry.name);
+            users.entry(digest).or_default().push(entry.name);
         }
     }
     Ok(users)

@@ -174,7 +174,7 @@ impl Fixture {
     fn pull(&self) -> Result<u64, Error> {
         let store = Store::open(&self.directory.path().join("store"))?;
         let reference = Reference::parse(&self.reference)?;
-        let image = store.open_image(&reference, &mut |_| {})?;
+        let image = store.open_image(&reference, &crate::PullOptions::default())?;
         Ok(image.segments.iter().map(|segment| segment.len).sum())
     }
 
@@ -214,7 +214,9 @@ fn an_image_is_pulled_once_and_then_at_hand() {
     );
     // A pull asks, and finds that it has everything.
     let reference = Reference::parse(&fixture.reference).unwrap();
-    store.pull(&reference, &mut |_| {}).unwrap();
+    store
+        .pull(&reference, &crate::PullOptions::default())
+        .unwrap();
     let again: Vec<_> = fixture.requests().split_off(asked);
     assert!(again.iter().any(|r| r.path.contains("/manifests/latest")));
     let layers = again.iter().filter(|r| r.path.contains("/blobs/")).count();

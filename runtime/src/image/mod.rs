@@ -1,24 +1,30 @@
 //! Images, as this library's callers see them.
 
-pub use sm_image::{Error as ImageError, ImageSummary, Platform, Progress};
+mod store;
+
+pub use sm_image::{
+    Cancel, Error as ImageError, ImageDetails, ImageSummary, ImageUsage, LayerDetails, LayerStep,
+    Platform, Progress, PruneOptions, Pruned, PullOptions, Report, Usage, Verified,
+};
 use sm_image::{ImageConfiguration, Reference, Store, StoredImage};
+
+pub use self::store::{inspect, is_stored, keep_within, list, prune, remove, tag, usage, verify};
 
 use crate::Error as RuntimeError;
 use crate::home::Home;
 use crate::launch::DiskSegment;
 use crate::run::{RunOptions, start};
-use crate::snapshots::{Snapshot, users_of_image, warm_up};
+use crate::snapshots::{Snapshot, warm_up};
 use crate::vm::Vm;
 use crate::workload::ImageDefaults;
 
 /// How an image is got.
 #[derive(Clone, Debug, Default)]
-pub struct Fetch {
-    /// What its programs shall run on; without it, whatever is chosen for guests
-    /// of this host.
-    pub platform: Option<Platform>,
+pub struct Fetch<'a> {
     /// A registry is asked even for what the store has.
     pub anew: bool,
+    /// For which platform, who is told of progress, and so on.
+    pub options: PullOptions<'a>,
 }
 
 /// An image in the local store, ready to be run.
@@ -40,36 +46,19 @@ impl Image {
     /// # Errors
     /// See [`RuntimeError`].
     pub fn open(reference: &str) -> Result<Self, RuntimeError> {
-        Self::open_in(&Home::from_env()?, reference, &mut |_| {})
+        Self::open_in(&Home::from_env()?, reference, &Fetch::default())
     }
 
-    /// Like [`Self::open`], in explicit places and with reports of progress.
+    /// Like [`Self::open`], in explicit places and ways.
     ///
     /// # Errors
     /// See [`RuntimeError`].
-    pub fn open_in(
-        home: &Home,
-        reference: &str,
-        progress: &mut dyn FnMut(Progress<'_>),
-    ) -> Result<Self, RuntimeError> {
-        Self::fetch_in(home, reference, &Fetch::default(), progress)
-    }
-
-    /// Like [`Self::open_in`], for a platform, or anew from a registry.
-    ///
-    /// # Errors
-    /// See [`RuntimeError`].
-    pub fn fetch_in(
-        home: &Home,
-        reference: &str,
-        fetch: &Fetch,
-        progress: &mut dyn FnMut(Progress<'_>),
-    ) -> Result<Self, RuntimeError> {
+    pub fn open_in(home: &Home, reference: &str, fetch: &Fetch<'_>) -> Result<Self, RuntimeError> {
         let parsed = Reference::parse(reference)?;
-        let store = Store::open(&home.images())?.with_platform(fetch.platform.clone());
+        let store = Store::open(&home.images())?;
         let stored = match fetch.anew {
-            true => store.pull(&parsed, progress)?,
-            false => store.open_image(&parsed, progress)?,
+            true => store.pull(&parsed, &fetch.options)?,
+            false => store.open_image(&parsed, &fetch.options)?,
         };
         Ok(Self::of(home, reference, stored))
     }
@@ -174,44 +163,4 @@ fn defaults(config: &ImageConfiguration) -> ImageDefaults {
         working_dir: config.working_dir().clone().unwrap_or_default(),
         stop_signal: config.stop_signal().clone(),
     }
-}
-
-/// Whether [`Image::fetch_in`] would find what `reference` means in the store.
-///
-/// # Errors
-/// The reference cannot be understood, or the store not be read.
-pub fn is_stored(
-    home: &Home,
-    reference: &str,
-    platform: Option<&Platform>,
-) -> Result<bool, RuntimeError> {
-    let parsed = Reference::parse(reference)?;
-    let store = Store::open(&home.images())?.with_platform(platform.cloned());
-    Ok(store.has(&parsed)?)
-}
-
-/// All images in the store.
-///
-/// # Errors
-/// The store cannot be read.
-pub fn list(home: &Home) -> Result<Vec<ImageSummary>, RuntimeError> {
-    Ok(Store::open(&home.images())?.list()?)
-}
-
-/// Removes an image by reference, or by (the beginning of) its digest.
-///
-/// # Errors
-/// There is none, a snapshot needs it, or the store cannot be changed.
-pub fn remove(home: &Home, query: &str) -> Result<(), RuntimeError> {
-    let named = list(home)?
-        .into_iter()
-        .find(|image| image.reference == query || image.digest.to_string() == query);
-    if let Some(image) = named
-        && let Some(user) = users_of_image(home, &image.digest.to_string())?.first()
-    {
-        return Err(RuntimeError::Refused(format!(
-            "image \"{query}\" is used by snapshot \"{user}\": remove that first (sm snapshot rm {user})"
-        )));
-    }
-    Ok(Store::open(&home.images())?.remove(query)?)
 }

@@ -1,0 +1,122 @@
+//! The command line of `sm image` and of its shorter forms.
+
+use clap::{Args, Subcommand};
+use sm_runtime::image::Platform;
+
+use super::{FormatArgs, IMAGE_HELP, PLATFORM, PLATFORM_HELP};
+use crate::units::parse_size;
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ImageCommand {
+    /// List images in the local store
+    Ls(ImagesArgs),
+    /// Bring an image into the local store
+    Pull(PullArgs),
+    /// Give an image another name
+    Tag(TagArgs),
+    /// Remove images from the local store
+    Rm(RmiArgs),
+    /// Show everything about images, as JSON
+    Inspect(ImageNames),
+    /// Show how an image was made
+    History(HistoryArgs),
+    /// Check images against their digests (status 1 if anything is damaged)
+    Verify(VerifyArgs),
+    /// Remove what no image needs, and more if asked
+    Prune(PruneArgs),
+    /// Show how much the images take on disk
+    Du(FormatArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ImagesArgs {
+    /// Print IDs only
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// Show digests of what the names name
+    #[arg(long)]
+    pub(crate) digests: bool,
+    /// Show whole IDs
+    #[arg(long)]
+    pub(crate) no_trunc: bool,
+    #[command(flatten)]
+    pub(crate) format: FormatArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PullArgs {
+    /// Print nothing but the image's ID
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    #[arg(long, value_name = PLATFORM, help = PLATFORM_HELP)]
+    pub(crate) platform: Option<Platform>,
+    /// Do not keep the layers as the registry has them: the image cannot be pushed
+    /// elsewhere then without the registry
+    #[arg(long)]
+    pub(crate) discard_compressed: bool,
+    #[arg(help = IMAGE_HELP)]
+    pub(crate) image: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TagArgs {
+    /// Name or ID
+    pub(crate) image: String,
+    #[arg(help = "The other name: [HOST[:PORT]/]NAME[:TAG]")]
+    pub(crate) name: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RmiArgs {
+    /// Names or IDs
+    #[arg(required = true)]
+    pub(crate) images: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ImageNames {
+    /// Names or IDs
+    #[arg(required = true)]
+    pub(crate) images: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct HistoryArgs {
+    /// Show whole commands
+    #[arg(long)]
+    pub(crate) no_trunc: bool,
+    #[command(flatten)]
+    pub(crate) format: FormatArgs,
+    /// Name or ID
+    pub(crate) image: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct VerifyArgs {
+    /// Remove what is damaged, so that it is made again
+    #[arg(long)]
+    pub(crate) repair: bool,
+    #[command(flatten)]
+    pub(crate) format: FormatArgs,
+    /// Names or IDs [default: all]
+    pub(crate) images: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PruneArgs {
+    /// Remove all images that no VM and no snapshot uses
+    #[arg(short, long)]
+    pub(crate) all: bool,
+    /// Remove the layers as registries have them, which are kept for pushing and
+    /// saving
+    #[arg(long)]
+    pub(crate) compressed: bool,
+    /// Remove the longest unused until the store takes no more than this
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) max_size: Option<u64>,
+    /// Do not ask
+    #[arg(short, long)]
+    pub(crate) force: bool,
+    #[command(flatten)]
+    pub(crate) format: FormatArgs,
+}

@@ -1,0 +1,137 @@
+//! Directories: blocks of entries, followed in each by the entries' names.
+//! Linux searches in them by halves, so all names are in order of their bytes.
+
+use super::{BLOCK, BLOCK_BYTES};
+use crate::tree::{InodeId, Kind, Text, Tree};
+
+const DIRENT_LEN: usize = 12;
+
+/// One entry: `.` and `..` have no text in the tree.
+#[derive(Clone, Copy)]
+enum Name {
+    Own,
+    Parent,
+    Text(Text),
+}
+
+/// The entries of a directory in order.
+pub(super) struct Directory {
+    entries: Vec<(Name, InodeId)>,
+    /// Number of entries in each block.
+    blocks: Vec<usize>,
+    len: u64,
+}
+
+impl Directory {
+    pub(super) fn of(tree: &Tree, id: InodeId) -> Self {
+        let mut children = Vec::new();
+        tree.children(id, &mut children);
+        let mut entries: Vec<_> = children
+            .into_iter()
+            .map(|(text, inode)| (Name::Text(text), inode))
+            .collect();
+        for (name, inode) in [(Name::Own, id), (Name::Parent, tree.parent(id))] {
+            let at = entries.partition_point(|(other, _)| bytes(tree, *other) < bytes(tree, name));
+            entries.insert(at, (name, inode));
+        }
+        let (mut blocks, mut in_block, mut used) = (Vec::new(), 0, 0);
+        for (name, _) in &entries {
+            let needed = DIRENT_LEN + bytes(tree, *name).len();
+            if (used + needed) as u64 > BLOCK {
+                blocks.push(in_block);
+                (in_block, used) = (0, 0);
+            }
+            in_block += 1;
+            used += needed;
+        }
+        let len = blocks.len() as u64 * BLOCK + used as u64;
+        blocks.push(in_block);
+        Self {
+            entries,
+            blocks,
+            len,
+        }
+    }
+
+    /// Bytes that it takes.
+    pub(super) fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Appends it to `data`, which is empty.
+    pub(super) fn encode(&self, tree: &Tree, nid: impl Fn(InodeId) -> u32, data: &mut Vec<u8>) {
+        let mut rest = self.entries.as_slice();
+        for (number, count) in self.blocks.iter().enumerate() {
+            let (block, after) = rest.split_at(*count);
+            rest = after;
+            data.resize(number * BLOCK_BYTES, 0);
+            let mut name_offset = block.len() * DIRENT_LEN;
+            for (name, inode) in block {
+                data.extend_from_slice(&u64::from(nid(*inode)).to_le_bytes());
+                // Within a block, so it fits.
+                data.extend_from_slice(&u16::try_from(name_offset).unwrap_or(0).to_le_bytes());
+                data.extend_from_slice(&[file_type(tree.kind(*inode)), 0]);
+                name_offset += bytes(tree, *name).len();
+            }
+            for (name, _) in block {
+                data.extend_from_slice(bytes(tree, *name));
+            }
+        }
+    }
+}
+
+fn bytes(tree: &Tree, name: Name) -> &[u8] {
+    match name {
+        Name::Own => b".",
+        Name::Parent => b"..",
+        Name::Text(text) => tree.text(text),
+    }
+}
+
+fn file_type(kind: Kind) -> u8 {
+    match kind {
+        Kind::File { .. } => 1,
+        Kind::Directory => 2,
+        Kind::CharDevice(..) => 3,
+        Kind::BlockDevice(..) => 4,
+        Kind::Fifo => 5,
+        Kind::Symlink(_) => 7,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tree::testing;
+
+    #[test]
+    fn directories_are_cut_between_entries() {
+        let names: Vec<String> = (0..1000).map(|n| format!("name{n:05}")).collect();
+        let tree = testing::of_files(names.iter().map(String::as_str));
+        let directory = Directory::of(&tree, crate::tree::ROOT);
+        assert!(directory.blocks.len() > 1);
+        assert_eq!(directory.entries.len(), 1002);
+        let mut data = Vec::new();
+        directory.encode(&tree, |id| id, &mut data);
+        assert_eq!(data.len() as u64, directory.len());
+        // The first entry of a block says where its names begin, so how many
+        // there are.
+        let mut seen = Vec::new();
+        for block in data.chunks(4096) {
+            let offset = |n: usize| {
+                let at = n * DIRENT_LEN + 8;
+                usize::from(u16::from_le_bytes([block[at], block[at + 1]]))
+            };
+            let count = offset(0) / DIRENT_LEN;
+            for n in 0..count {
+                let end = match n + 1 < count {
+                    true => offset(n + 1),
+                    false => block.iter().rposition(|byte| *byte != 0).unwrap() + 1,
+                };
+                seen.push(block[offset(n)..end].to_vec());
+            }
+        }
+        assert_eq!(seen.len(), 1002);
+        assert!(seen.is_sorted());
+    }
+}

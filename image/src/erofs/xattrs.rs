@@ -1,0 +1,204 @@
+//! Extended attributes as EROFS has them: those of an inode follow it, but what
+//! many inodes have in common is kept once and referred to by number.
+
+use std::collections::HashMap;
+
+use super::TOO_MANY;
+use crate::Error;
+use crate::tree::{InodeId, Tree};
+
+const HEADER_LEN: usize = 12;
+/// Attributes, and references to shared ones, count in these.
+const UNIT: usize = 4;
+/// Most references of an inode, which has a byte for their number.
+const MOST_SHARED: usize = 255;
+
+/// Name prefixes that are stored as a number.
+const PREFIXES: [(&[u8], u8); 5] = [
+    (b"user.", 1),
+    (b"system.posix_acl_access", 2),
+    (b"system.posix_acl_default", 3),
+    (b"trusted.", 4),
+    (b"security.", 6),
+];
+/// What the guest's overlay file system uses for itself: an image must not
+/// speak in its name.
+const OVERLAY: [&[u8]; 2] = [b"trusted.overlay.", b"user.overlay."];
+
+/// The encoded sets of attributes of a tree.
+#[derive(Default)]
+pub(super) struct EncodedXattrs {
+    sets: Vec<Vec<u8>>,
+    shared: Vec<u8>,
+}
+
+impl EncodedXattrs {
+    /// Encodes the sets that the inodes of `order` have.
+    pub(super) fn new(tree: &Tree, order: &[InodeId]) -> Result<Self, Error> {
+        let mut users = vec![0u64; tree.xattr_sets()];
+        for id in order {
+            if let Some(users) = users.get_mut(tree.xattr_set(*id) as usize) {
+                *users += 1;
+            }
+        }
+        let shared = Shared::of(tree, &users)?;
+        let encode = |(set, users): (u32, &u64)| match *users {
+            0 => Ok(Vec::new()),
+            _ => shared.encode(tree, set),
+        };
+        let sets = (0u32..).zip(&users).map(encode).collect::<Result<_, _>>()?;
+        Ok(Self {
+            sets,
+            shared: shared.bytes,
+        })
+    }
+
+    /// What follows an inode that has this set.
+    pub(super) fn get(&self, set: u32) -> &[u8] {
+        self.sets.get(set as usize).map_or(&[], Vec::as_slice)
+    }
+
+    pub(super) fn len(&self, set: u32) -> u64 {
+        self.get(set).len() as u64
+    }
+
+    /// `i_xattr_icount`.
+    pub(super) fn count(&self, set: u32) -> Result<u16, Error> {
+        match self.get(set).len() {
+            0 => Ok(0),
+            len => u16::try_from((len - HEADER_LEN) / UNIT + 1)
+                .map_err(|_| Error::TooLarge("a file has too many extended attributes")),
+        }
+    }
+
+    /// The attributes that are shared.
+    pub(super) fn shared(&self) -> &[u8] {
+        &self.shared
+    }
+
+    pub(super) fn shared_len(&self) -> u64 {
+        self.shared.len() as u64
+    }
+}
+
+/// Attributes that several inodes have.
+struct Shared<'t> {
+    bytes: Vec<u8>,
+    /// Offset of each in units.
+    numbers: HashMap<(&'t [u8], &'t [u8]), u32>,
+}
+
+impl<'t> Shared<'t> {
+    fn of(tree: &'t Tree, users: &[u64]) -> Result<Self, Error> {
+        let mut counts = HashMap::new();
+        let mut inorder = Vec::new();
+        for (set, users) in (0u32..).zip(users).filter(|(_, users)| **users > 0) {
+            for attribute in tree.xattrs(set).iter() {
+                let count = counts.entry(attribute).or_insert_with(|| {
+                    inorder.push(attribute);
+                    0u64
+                });
+                *count += users;
+            }
+        }
+        let mut shared = Self {
+            bytes: Vec::new(),
+            numbers: HashMap::new(),
+        };
+        let mut encoded = Vec::new();
+        for attribute in inorder {
+            let many = counts.get(&attribute).is_some_and(|count| *count > 1);
+            encoded.clear();
+            // A reference takes a unit: nothing smaller is worth one.
+            if many && encode(attribute, &mut encoded)? && encoded.len() > UNIT {
+                let number = u32::try_from(shared.bytes.len() / UNIT).map_err(|_| TOO_MANY)?;
+                shared.numbers.insert(attribute, number);
+                shared.bytes.extend_from_slice(&encoded);
+            }
+        }
+        Ok(shared)
+    }
+
+    /// The set as it follows an inode; nothing if there are no attributes.
+    fn encode(&self, tree: &Tree, set: u32) -> Result<Vec<u8>, Error> {
+        let mut references = Vec::new();
+        let mut own = Vec::new();
+        for attribute in tree.xattrs(set).iter() {
+            match self.numbers.get(&attribute) {
+                Some(number) if references.len() < MOST_SHARED => references.push(*number),
+                _ => {
+                    encode(attribute, &mut own)?;
+                }
+            }
+        }
+        if references.is_empty() && own.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut bytes = vec![0; HEADER_LEN];
+        bytes[4] = u8::try_from(references.len()).unwrap_or(0);
+        for number in references {
+            bytes.extend_from_slice(&number.to_le_bytes());
+        }
+        bytes.extend_from_slice(&own);
+        Ok(bytes)
+    }
+}
+
+/// Appends an attribute; `false` for one that no guest could ask for.
+fn encode((name, value): (&[u8], &[u8]), bytes: &mut Vec<u8>) -> Result<bool, Error> {
+    if OVERLAY.iter().any(|own| name.starts_with(own)) {
+        return Ok(false);
+    }
+    let prefix = PREFIXES
+        .iter()
+        .find_map(|(prefix, index)| Some((name.strip_prefix(*prefix)?, *index)));
+    let Some((suffix, index)) = prefix else {
+        return Ok(false);
+    };
+    let too_long = |_| Error::TooLarge("an extended attribute is too long");
+    let value_len = u16::try_from(value.len()).map_err(too_long)?;
+    bytes.push(u8::try_from(suffix.len()).map_err(too_long)?);
+    bytes.push(index);
+    bytes.extend_from_slice(&value_len.to_le_bytes());
+    bytes.extend_from_slice(suffix);
+    bytes.extend_from_slice(value);
+    bytes.resize(bytes.len().next_multiple_of(UNIT), 0);
+    Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tree::testing;
+
+    #[test]
+    fn overlays_own_attributes_are_dropped() {
+        let tree =
+            testing::with_xattrs(&[("a", &[("trusted.overlay.opaque", b"y"), ("user.a", b"bc")])]);
+        let encoded = EncodedXattrs::new(&tree, &[1]).unwrap();
+        assert_eq!(
+            encoded.get(1)[HEADER_LEN..],
+            [1, 1, 2, 0, b'a', b'b', b'c', 0]
+        );
+        assert_eq!(encoded.count(1).unwrap(), 3);
+    }
+
+    #[test]
+    fn what_inodes_have_in_common_is_kept_once() {
+        let label: &[u8] = b"system_u:object_r:bin_t:s0";
+        let tree = testing::with_xattrs(&[
+            ("a", &[("security.selinux", label)]),
+            ("b", &[("security.selinux", label), ("user.b", b"own")]),
+        ]);
+        let encoded = EncodedXattrs::new(&tree, &[1, 2]).unwrap();
+        assert_eq!(encoded.shared().len(), 40);
+        assert_eq!(
+            encoded.get(1),
+            [0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
+        );
+        assert_eq!(
+            encoded.get(2)[HEADER_LEN + UNIT..],
+            *b"\x01\x01\x03\0bown\0\0\0\0"[..8].as_ref()
+        );
+    }
+}

@@ -1,0 +1,595 @@
+//! The *index* of a layer: everything in it but file contents, in its own order.
+//!
+//! A file of records that is written and read as a stream, so that neither takes
+//! memory for each entry. All numbers are little-endian; every record begins at a
+//! multiple of eight bytes, so that the file can also be mapped and walked in place.
+//!
+//! ```text
+//! header   magic, version, counts and lengths (see `Header`)
+//! record   fixed part (see `Fixed`), path, target of a link, extended attributes
+//! ...
+//! ```
+//!
+//! An extended attribute is two lengths (`u16` each), its name and its value.
+//!
+//! Who writes an index knows that it is whole only at the end: the header is
+//! written last. A reader takes nothing for granted all the same.
+
+use std::fs::File;
+use std::io::{self, BufReader, BufWriter, Read, Seek as _, SeekFrom, Write};
+use std::os::unix::fs::FileExt as _;
+
+use zerocopy::little_endian::{I64, U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+const MAGIC: [u8; 8] = *b"sm-layer";
+/// Raise it when the format changes; layers of another version are made again.
+const VERSION: u32 = 3;
+const ALIGN: usize = 8;
+const HEADER_BYTES: usize = 64;
+const HEADER_LEN: u64 = HEADER_BYTES as u64;
+const FIXED_LEN: usize = 56;
+/// Most bytes of a record: far above what entries may have.
+const MAX_RECORD: usize = 256 << 10;
+const BUFFER: usize = 256 << 10;
+
+/// Owner, mode and times.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Meta {
+    /// Permission bits.
+    pub(crate) mode: u16,
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
+    /// Seconds since the epoch and nanoseconds.
+    pub(crate) mtime: (i64, u32),
+}
+
+/// Where a file's contents are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// In the layer's blob, at a block boundary.
+    Blob(u64),
+    /// Among the layer's small files, one after another.
+    Small(u64),
+}
+
+/// What a layer says about a path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum EntryKind<'a> {
+    File {
+        place: Place,
+        size: u64,
+    },
+    Directory,
+    Symlink(&'a [u8]),
+    /// Another name of a path, in this layer or below.
+    Hardlink(&'a [u8]),
+    CharDevice(u32, u32),
+    BlockDevice(u32, u32),
+    Fifo,
+    /// The path is not there any more (OCI image-spec layer.md, "Whiteouts").
+    Whiteout,
+    /// Nothing that lower layers have in this directory is there any more.
+    Opaque,
+}
+
+/// One entry. `path` has no empty, `.` or `..` component; it is empty for the
+/// root itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Entry<'a> {
+    pub(crate) path: &'a [u8],
+    pub(crate) kind: EntryKind<'a>,
+    pub(crate) meta: Meta,
+    pub(crate) xattrs: Xattrs<'a>,
+}
+
+/// Extended attributes as a record has them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) struct Xattrs<'a>(&'a [u8]);
+
+impl<'a> Xattrs<'a> {
+    /// As they were encoded.
+    pub(crate) fn encoded(bytes: &'a [u8]) -> Self {
+        Self(bytes)
+    }
+
+    pub(crate) fn bytes(self) -> &'a [u8] {
+        self.0
+    }
+
+    /// Names and values, as far as they make sense.
+    pub(crate) fn iter(self) -> impl Iterator<Item = (&'a [u8], &'a [u8])> {
+        let mut rest = self.0;
+        std::iter::from_fn(move || {
+            let (name_len, after) = U16::read_from_prefix(rest).ok()?;
+            let (value_len, after) = U16::read_from_prefix(after).ok()?;
+            let (name, after) = after.split_at_checked(usize::from(name_len.get()))?;
+            let (value, after) = after.split_at_checked(usize::from(value_len.get()))?;
+            rest = after;
+            Some((name, value))
+        })
+    }
+}
+
+/// Encodes extended attributes. `None` when one is longer than 65535 bytes.
+pub(crate) fn encode_xattrs(xattrs: &[(Vec<u8>, Vec<u8>)]) -> Option<Vec<u8>> {
+    let mut bytes = Vec::new();
+    for (name, value) in xattrs {
+        bytes.extend_from_slice(&u16::try_from(name.len()).ok()?.to_le_bytes());
+        bytes.extend_from_slice(&u16::try_from(value.len()).ok()?.to_le_bytes());
+        bytes.extend_from_slice(name);
+        bytes.extend_from_slice(value);
+    }
+    Some(bytes)
+}
+
+/// What a layer comes to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Totals {
+    pub(crate) entries: u64,
+    /// Length of the blob in bytes; a multiple of the block size.
+    pub(crate) blob_len: u64,
+    /// Length of the small files' contents in bytes.
+    pub(crate) small_len: u64,
+    /// Length of the tar stream in bytes.
+    pub(crate) tar_len: u64,
+}
+
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct Header {
+    magic: [u8; 8],
+    version: U32,
+    /// The layer has whiteouts or opaque directories.
+    hides: U32,
+    entries: U64,
+    records_len: U64,
+    blob_len: U64,
+    small_len: U64,
+    tar_len: U64,
+    reserved: [u8; 8],
+}
+
+/// The part that every record has. `a` and `b` are offset and size of a file, or
+/// major and minor of a device.
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct Fixed {
+    /// Length of the whole record.
+    len: U32,
+    kind: U16,
+    mode: U16,
+    uid: U32,
+    gid: U32,
+    seconds: I64,
+    nanoseconds: U32,
+    xattrs_len: U32,
+    path_len: U16,
+    link_len: U16,
+    reserved: U32,
+    a: U64,
+    b: U64,
+}
+
+const FILE: u16 = 1;
+const SMALL_FILE: u16 = 2;
+const DIRECTORY: u16 = 3;
+const SYMLINK: u16 = 4;
+const HARDLINK: u16 = 5;
+const CHAR_DEVICE: u16 = 6;
+const BLOCK_DEVICE: u16 = 7;
+const FIFO: u16 = 8;
+const WHITEOUT: u16 = 9;
+const OPAQUE: u16 = 10;
+
+/// Number of a kind, what `a` and `b` are, and the link.
+fn describe<'a>(kind: &EntryKind<'a>) -> (u16, u64, u64, &'a [u8]) {
+    let none: &[u8] = &[];
+    match *kind {
+        EntryKind::File {
+            place: Place::Blob(at),
+            size,
+        } => (FILE, at, size, none),
+        EntryKind::File {
+            place: Place::Small(at),
+            size,
+        } => (SMALL_FILE, at, size, none),
+        EntryKind::Directory => (DIRECTORY, 0, 0, none),
+        EntryKind::Symlink(target) => (SYMLINK, 0, 0, target),
+        EntryKind::Hardlink(target) => (HARDLINK, 0, 0, target),
+        EntryKind::CharDevice(a, b) => (CHAR_DEVICE, a.into(), b.into(), none),
+        EntryKind::BlockDevice(a, b) => (BLOCK_DEVICE, a.into(), b.into(), none),
+        EntryKind::Fifo => (FIFO, 0, 0, none),
+        EntryKind::Whiteout => (WHITEOUT, 0, 0, none),
+        EntryKind::Opaque => (OPAQUE, 0, 0, none),
+    }
+}
+
+/// Writes an index.
+pub(crate) struct IndexWriter<'a> {
+    file: &'a File,
+    out: BufWriter<&'a File>,
+    record: Vec<u8>,
+    entries: u64,
+    records_len: u64,
+    hides: bool,
+}
+
+impl<'a> IndexWriter<'a> {
+    /// Begins an index in an empty file.
+    pub(crate) fn new(file: &'a File) -> io::Result<Self> {
+        let mut out = BufWriter::with_capacity(BUFFER, file);
+        out.seek(SeekFrom::Start(HEADER_LEN))?;
+        Ok(Self {
+            file,
+            out,
+            record: Vec::new(),
+            entries: 0,
+            records_len: 0,
+            hides: false,
+        })
+    }
+
+    pub(crate) fn entries(&self) -> u64 {
+        self.entries
+    }
+
+    /// Bytes of all records so far.
+    pub(crate) fn len(&self) -> u64 {
+        self.records_len
+    }
+
+    pub(crate) fn push(&mut self, entry: &Entry<'_>) -> io::Result<()> {
+        let too_long = |_| io::Error::other("an entry is too long for the index");
+        let (kind, a, b, link) = describe(&entry.kind);
+        let xattrs = entry.xattrs.bytes();
+        let len = FIXED_LEN + entry.path.len() + link.len() + xattrs.len();
+        let len = len.next_multiple_of(ALIGN);
+        let fixed = Fixed {
+            len: u32::try_from(len).map_err(too_long)?.into(),
+            kind: kind.into(),
+            mode: entry.meta.mode.into(),
+            uid: entry.meta.uid.into(),
+            gid: entry.meta.gid.into(),
+            seconds: entry.meta.mtime.0.into(),
+            nanoseconds: entry.meta.mtime.1.into(),
+            xattrs_len: u32::try_from(xattrs.len()).map_err(too_long)?.into(),
+            path_len: u16::try_from(entry.path.len()).map_err(too_long)?.into(),
+            link_len: u16::try_from(link.len()).map_err(too_long)?.into(),
+            reserved: 0.into(),
+            a: a.into(),
+            b: b.into(),
+        };
+        self.record.clear();
+        for part in [fixed.as_bytes(), entry.path, link, xattrs] {
+            self.record.extend_from_slice(part);
+        }
+        self.record.resize(len, 0);
+        self.out.write_all(&self.record)?;
+        self.hides |= matches!(entry.kind, EntryKind::Whiteout | EntryKind::Opaque);
+        self.entries += 1;
+        self.records_len += len as u64;
+        Ok(())
+    }
+
+    /// Writes the header: the index is whole.
+    pub(crate) fn finish(mut self, totals: Totals) -> io::Result<()> {
+        self.out.flush()?;
+        let header = Header {
+            magic: MAGIC,
+            version: VERSION.into(),
+            hides: u32::from(self.hides).into(),
+            entries: self.entries.into(),
+            records_len: self.records_len.into(),
+            blob_len: totals.blob_len.into(),
+            small_len: totals.small_len.into(),
+            tar_len: totals.tar_len.into(),
+            reserved: [0; 8],
+        };
+        self.file.write_all_at(header.as_bytes(), 0)
+    }
+}
+
+/// Reads an index, any number of times.
+#[derive(Debug)]
+pub(crate) struct IndexReader {
+    input: BufReader<File>,
+    record: Vec<u8>,
+    totals: Totals,
+    records_len: u64,
+    hides: bool,
+    /// Bytes of records not read yet.
+    left: u64,
+}
+
+fn damaged(what: &str) -> io::Error {
+    io::Error::new(
+        io::ErrorKind::InvalidData,
+        format!("the index of a layer is damaged: {what}"),
+    )
+}
+
+impl IndexReader {
+    /// Opens an index; `None` if it is of another version or not whole.
+    pub(crate) fn open(file: File) -> io::Result<Option<Self>> {
+        let mut bytes = [0; HEADER_BYTES];
+        let len = file.metadata()?.len();
+        if len < HEADER_LEN {
+            return Ok(None);
+        }
+        file.read_exact_at(&mut bytes, 0)?;
+        let Ok(header) = Header::read_from_bytes(&bytes) else {
+            return Ok(None);
+        };
+        let records_len = header.records_len.get();
+        if header.magic != MAGIC
+            || header.version.get() != VERSION
+            || records_len.checked_add(HEADER_LEN) != Some(len)
+        {
+            return Ok(None);
+        }
+        let mut reader = Self {
+            input: BufReader::with_capacity(BUFFER, file),
+            record: Vec::new(),
+            totals: Totals {
+                entries: header.entries.get(),
+                blob_len: header.blob_len.get(),
+                small_len: header.small_len.get(),
+                tar_len: header.tar_len.get(),
+            },
+            records_len,
+            hides: header.hides.get() != 0,
+            left: 0,
+        };
+        reader.rewind()?;
+        Ok(Some(reader))
+    }
+
+    pub(crate) fn totals(&self) -> Totals {
+        self.totals
+    }
+
+    /// Whether there are whiteouts or opaque directories.
+    pub(crate) fn hides(&self) -> bool {
+        self.hides
+    }
+
+    /// Begins again.
+    pub(crate) fn rewind(&mut self) -> io::Result<()> {
+        self.input.seek(SeekFrom::Start(HEADER_LEN))?;
+        self.left = self.records_len;
+        Ok(())
+    }
+
+    /// The next entry.
+    pub(crate) fn next(&mut self) -> io::Result<Option<Entry<'_>>> {
+        if self.left == 0 {
+            return Ok(None);
+        }
+        let mut fixed = [0; FIXED_LEN];
+        self.input.read_exact(&mut fixed)?;
+        let fixed = Fixed::read_from_bytes(&fixed).map_err(|_| damaged("a record"))?;
+        let len = fixed.len.get() as usize;
+        let parts = [
+            usize::from(fixed.path_len.get()),
+            usize::from(fixed.link_len.get()),
+            fixed.xattrs_len.get() as usize,
+        ];
+        let needed = parts
+            .iter()
+            .try_fold(FIXED_LEN, |sum, part| sum.checked_add(*part))
+            .ok_or_else(|| damaged("a length"))?;
+        if len < needed || len > MAX_RECORD || !len.is_multiple_of(ALIGN) {
+            return Err(damaged("a length"));
+        }
+        self.left = self
+            .left
+            .checked_sub(len as u64)
+            .ok_or_else(|| damaged("its end"))?;
+        self.record.resize(len - FIXED_LEN, 0);
+        self.input.read_exact(&mut self.record)?;
+        let rest = self.record.as_slice();
+        let cut = |rest: &'_ [u8], len| -> io::Result<()> {
+            rest.get(..len).map(drop).ok_or_else(|| damaged("a length"))
+        };
+        cut(rest, parts[0] + parts[1] + parts[2])?;
+        let (path, rest) = rest.split_at(parts[0]);
+        let (link, rest) = rest.split_at(parts[1]);
+        let xattrs = &rest[..parts[2]];
+        check_path(path)?;
+        Ok(Some(Entry {
+            path,
+            kind: kind(&fixed, link, self.totals)?,
+            meta: Meta {
+                mode: fixed.mode.get() & 0o7777,
+                uid: fixed.uid.get(),
+                gid: fixed.gid.get(),
+                mtime: (
+                    fixed.seconds.get(),
+                    fixed.nanoseconds.get().min(999_999_999),
+                ),
+            },
+            xattrs: Xattrs(xattrs),
+        }))
+    }
+}
+
+fn check_path(path: &[u8]) -> io::Result<()> {
+    let sound = path.is_empty()
+        || path
+            .split(|byte| *byte == b'/')
+            .all(|part| !matches!(part, b"" | b"." | b"..") && part.len() <= 255);
+    sound.then_some(()).ok_or_else(|| damaged("a path"))
+}
+
+fn kind<'a>(fixed: &Fixed, link: &'a [u8], totals: Totals) -> io::Result<EntryKind<'a>> {
+    let (a, b) = (fixed.a.get(), fixed.b.get());
+    let device = || -> io::Result<(u32, u32)> {
+        match (u32::try_from(a), u32::try_from(b)) {
+            (Ok(major), Ok(minor)) => Ok((major, minor)),
+            _ => Err(damaged("a device")),
+        }
+    };
+    let inside = |total: u64| match a.checked_add(b).is_some_and(|end| end <= total) {
+        true => Ok(()),
+        false => Err(damaged("a file's place")),
+    };
+    Ok(match fixed.kind.get() {
+        FILE => {
+            inside(totals.blob_len)?;
+            EntryKind::File {
+                place: Place::Blob(a),
+                size: b,
+            }
+        }
+        SMALL_FILE => {
+            inside(totals.small_len)?;
+            EntryKind::File {
+                place: Place::Small(a),
+                size: b,
+            }
+        }
+        DIRECTORY => EntryKind::Directory,
+        SYMLINK => EntryKind::Symlink(link),
+        HARDLINK => EntryKind::Hardlink(link),
+        CHAR_DEVICE => device().map(|(major, minor)| EntryKind::CharDevice(major, minor))?,
+        BLOCK_DEVICE => device().map(|(major, minor)| EntryKind::BlockDevice(major, minor))?,
+        FIFO => EntryKind::Fifo,
+        WHITEOUT => EntryKind::Whiteout,
+        OPAQUE => EntryKind::Opaque,
+        _ => return Err(damaged("a kind")),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    type Pairs = Vec<(Vec<u8>, Vec<u8>)>;
+
+    /// A path, a number for the kind, a link, and attributes.
+    fn parts() -> impl Strategy<Value = (Vec<u8>, u8, Vec<u8>, Pairs)> {
+        let name = "[a-z\u{80}-\u{ff}]{1,20}";
+        let path = prop::collection::vec(name, 0..6);
+        let bytes = || prop::collection::vec(any::<u8>(), 0..80);
+        let xattrs = prop::collection::vec((bytes(), bytes()), 0..4);
+        (
+            path.prop_map(|parts| parts.join("/").into_bytes()),
+            0..10u8,
+            bytes(),
+            xattrs,
+        )
+    }
+
+    fn kind_of(number: u8, link: &[u8]) -> EntryKind<'_> {
+        match number {
+            0 => EntryKind::File {
+                place: Place::Blob(4096),
+                size: 4000,
+            },
+            1 => EntryKind::File {
+                place: Place::Small(17),
+                size: 100,
+            },
+            2 => EntryKind::Directory,
+            3 => EntryKind::Symlink(link),
+            4 => EntryKind::Hardlink(link),
+            5 => EntryKind::CharDevice(1, u32::MAX),
+            6 => EntryKind::BlockDevice(259, 70_000),
+            7 => EntryKind::Fifo,
+            8 => EntryKind::Whiteout,
+            _ => EntryKind::Opaque,
+        }
+    }
+
+    const TOTALS: Totals = Totals {
+        entries: 0,
+        blob_len: 8192,
+        small_len: 117,
+        tar_len: 7,
+    };
+
+    fn written(entries: &[(Vec<u8>, u8, Vec<u8>, Pairs)], meta: Meta) -> File {
+        let file = tempfile::tempfile().unwrap();
+        let mut writer = IndexWriter::new(&file).unwrap();
+        for (path, kind, link, xattrs) in entries {
+            let xattrs = encode_xattrs(xattrs).unwrap();
+            let entry = Entry {
+                path,
+                kind: kind_of(*kind, link),
+                meta,
+                xattrs: Xattrs::encoded(&xattrs),
+            };
+            writer.push(&entry).unwrap();
+        }
+        writer.finish(TOTALS).unwrap();
+        file
+    }
+
+    /// Reads all there is, twice; how many entries that are.
+    fn read_all(file: &File) -> io::Result<Option<usize>> {
+        let Some(mut reader) = IndexReader::open(file.try_clone()?)? else {
+            return Ok(None);
+        };
+        let mut count = 0;
+        while let Some(entry) = reader.next()? {
+            count += 1;
+            entry.xattrs.iter().for_each(drop);
+        }
+        reader.rewind()?;
+        while reader.next()?.is_some() {}
+        Ok(Some(count))
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_is_read_back(
+            entries in prop::collection::vec(parts(), 0..20),
+            (mode, uid, gid) in (0u16..0o10000, any::<u32>(), any::<u32>()),
+            mtime in (any::<i64>(), 0u32..1_000_000_000),
+        ) {
+            let meta = Meta { mode, uid, gid, mtime };
+            let file = written(&entries, meta);
+            let mut reader = IndexReader::open(file).unwrap().unwrap();
+            let hides = entries.iter().any(|(_, kind, ..)| *kind >= 8);
+            prop_assert_eq!(reader.hides(), hides);
+            let totals = Totals { entries: entries.len() as u64, ..TOTALS };
+            prop_assert_eq!(reader.totals(), totals);
+            for (path, kind, link, xattrs) in &entries {
+                let entry = reader.next().unwrap().unwrap();
+                prop_assert_eq!(entry.path, path.as_slice());
+                prop_assert_eq!(entry.kind, kind_of(*kind, link));
+                prop_assert_eq!(entry.meta, meta);
+                let read: Pairs =
+                    entry.xattrs.iter().map(|(k, v)| (k.to_vec(), v.to_vec())).collect();
+                prop_assert_eq!(&read, xattrs);
+            }
+            prop_assert!(reader.next().unwrap().is_none());
+        }
+
+        #[test]
+        fn damage_is_an_error_or_another_index(
+            entries in prop::collection::vec(parts(), 1..8),
+            at in any::<prop::sample::Index>(),
+            bit in 0..8u32,
+            cut in any::<bool>(),
+        ) {
+            let file = written(&entries, Meta::default());
+            let len = usize::try_from(file.metadata().unwrap().len()).unwrap();
+            let at = at.index(len);
+            if cut {
+                file.set_len(at as u64).unwrap();
+                prop_assert_eq!(read_all(&file).unwrap(), None);
+            } else {
+                let mut byte = [0];
+                file.read_exact_at(&mut byte, at as u64).unwrap();
+                byte[0] ^= 1 << bit;
+                file.write_all_at(&byte, at as u64).unwrap();
+                // Whatever comes of it, it comes to an end.
+                let _ = read_all(&file);
+            }
+        }
+    }
+}

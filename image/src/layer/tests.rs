@@ -1,0 +1,256 @@
+use std::io::{Seek as _, Write as _};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::index::IndexReader;
+use crate::skeleton::Assembler;
+use crate::tar::{END, encode, padding};
+
+/// The files of a layer.
+struct Files {
+    blob: File,
+    small: File,
+    index: File,
+    skeleton: File,
+}
+
+impl Files {
+    fn new() -> Self {
+        let file = || tempfile::tempfile().unwrap();
+        Self {
+            blob: file(),
+            small: file(),
+            index: file(),
+            skeleton: file(),
+        }
+    }
+
+    fn of(&self) -> LayerFiles<'_> {
+        LayerFiles {
+            blob: &self.blob,
+            small: &self.small,
+            index: &self.index,
+            skeleton: &self.skeleton,
+        }
+    }
+
+    fn index(&self) -> IndexReader {
+        IndexReader::open(rewound(&self.index)).unwrap().unwrap()
+    }
+
+    /// Paths with what they are.
+    fn entries(&self) -> Vec<(String, String)> {
+        let mut index = self.index();
+        let mut found = Vec::new();
+        while let Some(entry) = index.next().unwrap() {
+            let path = String::from_utf8_lossy(entry.path).into_owned();
+            found.push((path, format!("{:?}", entry.kind)));
+        }
+        found
+    }
+
+    fn contents(&self, number: usize) -> Vec<u8> {
+        let mut index = self.index();
+        for _ in 0..number {
+            index.next().unwrap();
+        }
+        let EntryKind::File { place, size } = index.next().unwrap().unwrap().kind else {
+            panic!("a file");
+        };
+        let mut data = vec![0; usize::try_from(size).unwrap()];
+        match place {
+            Place::Blob(at) => self.blob.read_exact_at(&mut data, at).unwrap(),
+            Place::Small(at) => self.small.read_exact_at(&mut data, at).unwrap(),
+        }
+        data
+    }
+
+    fn assembled(&self) -> Assembler<'_> {
+        Assembler::new(rewound(&self.skeleton), &self.blob, &self.small).unwrap()
+    }
+}
+
+fn rewound(file: &File) -> File {
+    let mut file = file.try_clone().unwrap();
+    file.rewind().unwrap();
+    file
+}
+
+fn tar(entries: &[(&str, &[u8])]) -> Vec<u8> {
+    let mut builder = tar::Builder::new(Vec::new());
+    for (path, data) in entries {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(data.len() as u64);
+        header.set_mode(0o644);
+        // The builder refuses some of the paths that we want to see refused.
+        let name = &mut header.as_old_mut().name;
+        name[..path.len()].copy_from_slice(path.as_bytes());
+        header.set_cksum();
+        builder.append(&header, *data).unwrap();
+    }
+    builder.into_inner().unwrap()
+}
+
+fn expected(stored: &[u8], tar: &[u8]) -> Expected {
+    Expected {
+        digest: Digest::of(stored),
+        size: Some(stored.len() as u64),
+        diff_id: Some(Digest::of(tar)),
+    }
+}
+
+fn run(stored: &[u8], expected: &Expected) -> (Result<Converted, Error>, Files) {
+    let files = Files::new();
+    let (limits, decoders) = (Limits::default(), Decoders::default());
+    let converted = convert(stored, expected, limits, &decoders, files.of(), &mut |_| {});
+    (converted, files)
+}
+
+#[test]
+fn all_compressions_give_the_same_layer() {
+    let tar = tar(&[("a", b"hello"), ("d/b", &[3; 5000])]);
+    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    gzip.write_all(&tar).unwrap();
+    let gzip = gzip.finish().unwrap();
+    let zstd = zstd::encode_all(tar.as_slice(), 1).unwrap();
+    for stored in [&tar, &gzip, &zstd] {
+        let (converted, files) = run(stored, &expected(stored, &tar));
+        let totals = converted.unwrap().totals;
+        assert_eq!((totals.blob_len, totals.small_len), (8192, 5));
+        assert_eq!((totals.tar_len, totals.entries), (tar.len() as u64, 2));
+        assert_eq!(files.contents(0), b"hello");
+        assert_eq!(files.contents(1), [3; 5000]);
+    }
+}
+
+#[test]
+fn damage_is_noticed() {
+    let tar = tar(&[("a", b"hello")]);
+    let good = expected(&tar, &tar);
+    let wrong_digest = Expected {
+        digest: Digest::of(b"x"),
+        ..good
+    };
+    assert!(matches!(
+        run(&tar, &wrong_digest).0,
+        Err(Error::Blob { .. })
+    ));
+    let wrong_size = Expected {
+        size: Some(7000),
+        ..good
+    };
+    assert!(run(&tar, &wrong_size).0.is_err());
+    let wrong_diff = Expected {
+        diff_id: Some(Digest::of(b"x")),
+        ..good
+    };
+    let error = run(&tar, &wrong_diff).0.unwrap_err().to_string();
+    assert!(error.contains("diff_id"), "{error}");
+    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    gzip.write_all(&tar).unwrap();
+    let gzip = gzip.finish().unwrap();
+    let zstd = zstd::encode_all(tar.as_slice(), 1).unwrap();
+    // Cut where it was stored: what is written down of it is right.
+    for stored in [gzip, zstd] {
+        let cut = &stored[..stored.len() - 10];
+        let error = run(cut, &expected(cut, &tar)).0.unwrap_err().to_string();
+        assert!(
+            error.contains("truncated") || error.contains("frame"),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn hostile_paths_are_refused_by_name() {
+    for path in ["../x", "a/../../x", "/../x", "a/.wh..", "b/.wh."] {
+        let tar = tar(&[(path, b"x")]);
+        let error = run(&tar, &expected(&tar, &tar)).0.unwrap_err();
+        let text = error.to_string();
+        assert!(
+            matches!(error, Error::Entry { .. }) && text.contains(path),
+            "{text}"
+        );
+    }
+}
+
+#[test]
+fn whiteouts_become_entries() {
+    let tar = tar(&[
+        ("d/.wh.gone", b""),
+        ("d/.wh..wh..opq", b""),
+        (".wh.top", b""),
+        (".wh..wh.plnk", b""),
+        ("/abs/./x", b""),
+    ]);
+    let (converted, files) = run(&tar, &expected(&tar, &tar));
+    converted.unwrap();
+    let seen = files.entries();
+    assert_eq!(seen[0], ("d/gone".into(), "Whiteout".into()));
+    assert_eq!(seen[1], ("d".into(), "Opaque".into()));
+    assert_eq!(seen[2], ("top".into(), "Whiteout".into()));
+    assert_eq!(seen[3].0, "abs/x");
+    assert_eq!(seen.len(), 4);
+}
+
+#[test]
+fn zeros_take_no_space() {
+    let tar = tar(&[("z", &vec![0; 8 << 20]), ("a", &[b'x'; 3000])]);
+    let (converted, files) = run(&tar, &expected(&tar, &tar));
+    assert_eq!(converted.unwrap().totals.blob_len, (8 << 20) + 4096);
+    assert!(files.blob.metadata().unwrap().blocks() * 512 < 1 << 20);
+}
+
+/// A tar stream of our own making, with whatever follows its end.
+fn stream(files: &[(String, Vec<u8>)], xattrs: usize, trailing: usize) -> Vec<u8> {
+    let mut tar = Vec::new();
+    for (path, data) in files {
+        tar.extend(encode(&Header {
+            path: path.clone().into_bytes(),
+            kind: Kind::File,
+            mode: 0o600,
+            uid: 5,
+            gid: 1 << 30,
+            mtime: (1, 2),
+            size: data.len() as u64,
+            sparse: None,
+            xattrs: (0..xattrs)
+                .map(|n| (format!("user.{n}").into(), vec![7; n]))
+                .collect(),
+        }));
+        tar.extend(data);
+        tar.resize(tar.len() + padding(data.len() as u64), 0);
+    }
+    tar.extend(END);
+    tar.resize(tar.len() + trailing, b't');
+    tar
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn a_layer_is_put_together_again(
+        files in prop::collection::vec(
+            ("[a-z]{1,9}(/[a-z]{1,120})?", prop::collection::vec(any::<u8>(), 0..6000)), 0..12),
+        xattrs in 0..4usize,
+        trailing in 0..3000usize,
+    ) {
+        let tar = stream(&files, xattrs, trailing);
+        let (converted, layer) = run(&tar, &expected(&tar, &tar));
+        let converted = converted.unwrap();
+        let mut again = Vec::new();
+        layer.assembled().read_to_end(&mut again).unwrap();
+        prop_assert!(again == tar);
+        // And its index is made again from that.
+        let index = tempfile::tempfile().unwrap();
+        let reindexed = index_again(layer.assembled(), &index).unwrap();
+        prop_assert_eq!(reindexed, converted);
+        let mut bytes = [Vec::new(), Vec::new()];
+        rewound(&layer.index).read_to_end(&mut bytes[0]).unwrap();
+        rewound(&index).read_to_end(&mut bytes[1]).unwrap();
+        prop_assert!(bytes[0] == bytes[1]);
+    }
+}

@@ -1,0 +1,274 @@
+//! The *skeleton* of a layer: its tar stream without the contents of files.
+//!
+//! With the layer's other files it gives the tar stream back, byte for byte. That
+//! is how a stored layer is verified against its diff_id, saved, and pushed.
+//!
+//! A Zstandard stream of pieces: bytes as they are (tag 0, `u32` length), bytes
+//! of the blob (tag 1, `u64` offset and length) or of the small files (tag 2,
+//! likewise). Numbers are little-endian.
+
+use std::fs::File;
+use std::io::{self, BufReader, BufWriter, Read, Write};
+use std::os::unix::fs::FileExt as _;
+
+use crate::index::Place;
+
+const RAW: u8 = 0;
+const BLOB: u8 = 1;
+const SMALL: u8 = 2;
+/// Raw bytes gathered before they become a piece.
+const PIECE: usize = 64 << 10;
+const BUFFER: usize = 256 << 10;
+/// Headers are so alike that more effort gains little.
+const LEVEL: i32 = 1;
+
+/// Passes a tar stream on, and writes its skeleton.
+pub(crate) struct Tap<'f, R> {
+    inner: R,
+    out: zstd::stream::write::Encoder<'static, BufWriter<&'f File>>,
+    raw: Vec<u8>,
+    /// Contents of a file are being read: they are not raw bytes.
+    contents: bool,
+}
+
+impl<'f, R> Tap<'f, R> {
+    /// Begins a skeleton in an empty file.
+    pub(crate) fn new(inner: R, file: &'f File) -> io::Result<Self> {
+        let file = BufWriter::with_capacity(BUFFER, file);
+        Ok(Self {
+            inner,
+            out: zstd::stream::write::Encoder::new(file, LEVEL)?,
+            raw: Vec::with_capacity(PIECE),
+            contents: false,
+        })
+    }
+
+    /// What is read from now on is contents, which are kept elsewhere.
+    pub(crate) fn begin_contents(&mut self) {
+        self.contents = true;
+    }
+
+    /// The contents end; `len` bytes of them are at `place`.
+    pub(crate) fn end_contents(&mut self, place: Place, len: u64) -> io::Result<()> {
+        self.contents = false;
+        if len == 0 {
+            return Ok(());
+        }
+        self.flush_raw()?;
+        let (tag, offset) = match place {
+            Place::Blob(offset) => (BLOB, offset),
+            Place::Small(offset) => (SMALL, offset),
+        };
+        self.out.write_all(&[tag])?;
+        self.out.write_all(&offset.to_le_bytes())?;
+        self.out.write_all(&len.to_le_bytes())
+    }
+
+    fn flush_raw(&mut self) -> io::Result<()> {
+        if self.raw.is_empty() {
+            return Ok(());
+        }
+        // Never longer than `PIECE` and one read.
+        let len = u32::try_from(self.raw.len()).map_err(io::Error::other)?;
+        self.out.write_all(&[RAW])?;
+        self.out.write_all(&len.to_le_bytes())?;
+        self.out.write_all(&self.raw)?;
+        self.raw.clear();
+        Ok(())
+    }
+
+    /// Ends the skeleton.
+    pub(crate) fn finish(mut self) -> io::Result<()> {
+        self.flush_raw()?;
+        self.out.finish()?.flush()
+    }
+}
+
+impl<R: Read> Read for Tap<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.inner.read(buffer)?;
+        if !self.contents {
+            self.raw
+                .extend_from_slice(buffer.get(..count).unwrap_or_default());
+            if self.raw.len() >= PIECE {
+                self.flush_raw()?;
+            }
+        }
+        Ok(count)
+    }
+}
+
+/// The tar stream of a stored layer.
+pub(crate) struct Assembler<'a> {
+    skeleton: zstd::stream::read::Decoder<'static, BufReader<File>>,
+    blob: &'a File,
+    small: &'a File,
+    piece: Piece,
+}
+
+#[derive(Clone, Copy)]
+enum Piece {
+    Raw(u64),
+    Blob { at: u64, left: u64 },
+    Small { at: u64, left: u64 },
+    End,
+}
+
+fn damaged(what: &str) -> io::Error {
+    io::Error::new(
+        io::ErrorKind::InvalidData,
+        format!("the skeleton of a layer is damaged: {what}"),
+    )
+}
+
+impl<'a> Assembler<'a> {
+    pub(crate) fn new(skeleton: File, blob: &'a File, small: &'a File) -> io::Result<Self> {
+        Ok(Self {
+            skeleton: zstd::stream::read::Decoder::new(skeleton)?,
+            blob,
+            small,
+            piece: Piece::Raw(0),
+        })
+    }
+
+    /// Reads what comes next.
+    fn advance(&mut self) -> io::Result<()> {
+        let mut tag = [0];
+        if self.skeleton.read(&mut tag)? == 0 {
+            self.piece = Piece::End;
+            return Ok(());
+        }
+        let mut number = |len: usize| -> io::Result<u64> {
+            let mut bytes = [0; 8];
+            let place = bytes.get_mut(..len).unwrap_or_default();
+            self.skeleton.read_exact(place)?;
+            Ok(u64::from_le_bytes(bytes))
+        };
+        self.piece = match tag {
+            [RAW] => Piece::Raw(number(4)?),
+            [BLOB] => Piece::Blob {
+                at: number(8)?,
+                left: number(8)?,
+            },
+            [SMALL] => Piece::Small {
+                at: number(8)?,
+                left: number(8)?,
+            },
+            _ => return Err(damaged("a tag")),
+        };
+        Ok(())
+    }
+}
+
+/// Reads at most `left` bytes at `at`; there must be some.
+fn read_at(file: &File, buffer: &mut [u8], at: &mut u64, left: &mut u64) -> io::Result<usize> {
+    let most = usize::try_from(*left).map_or(buffer.len(), |left| left.min(buffer.len()));
+    let count = file.read_at(buffer.get_mut(..most).unwrap_or_default(), *at)?;
+    if count == 0 {
+        return Err(damaged("it names bytes that are not there"));
+    }
+    *at = at.saturating_add(count as u64);
+    *left -= count as u64;
+    Ok(count)
+}
+
+impl Read for Assembler<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if buffer.is_empty() {
+            return Ok(0);
+        }
+        loop {
+            match &mut self.piece {
+                Piece::End => return Ok(0),
+                Piece::Raw(0) | Piece::Blob { left: 0, .. } | Piece::Small { left: 0, .. } => {}
+                Piece::Raw(left) => {
+                    let most = usize::try_from(*left).map_or(buffer.len(), |n| n.min(buffer.len()));
+                    let part = buffer.get_mut(..most).unwrap_or_default();
+                    let count = self.skeleton.read(part)?;
+                    if count == 0 {
+                        return Err(damaged("it is truncated"));
+                    }
+                    *left -= count as u64;
+                    return Ok(count);
+                }
+                Piece::Blob { at, left } => return read_at(self.blob, buffer, at, left),
+                Piece::Small { at, left } => return read_at(self.small, buffer, at, left),
+            }
+            self.advance()?;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A stream of raw bytes and contents at various places, and what it was.
+    fn written(skeleton: &File) -> (Vec<u8>, File, File) {
+        let blob = tempfile::tempfile().unwrap();
+        let small = tempfile::tempfile().unwrap();
+        blob.write_all_at(&[1; 9000], 4096).unwrap();
+        small.write_all_at(b"..small..", 0).unwrap();
+        let mut stream = vec![b'h'; 200_000];
+        stream.extend_from_slice(&[1; 9000]);
+        stream.extend_from_slice(b"between");
+        stream.extend_from_slice(b"small");
+        stream.extend_from_slice(&[0; 1024]);
+        let mut tap = Tap::new(stream.as_slice(), skeleton).unwrap();
+        let take = |tap: &mut Tap<'_, &[u8]>, len: usize| {
+            tap.read_exact(&mut vec![0; len]).unwrap();
+        };
+        take(&mut tap, 200_000);
+        tap.begin_contents();
+        take(&mut tap, 9000);
+        tap.end_contents(Place::Blob(4096), 9000).unwrap();
+        take(&mut tap, 7);
+        tap.begin_contents();
+        take(&mut tap, 5);
+        tap.end_contents(Place::Small(2), 5).unwrap();
+        take(&mut tap, 1024);
+        tap.finish().unwrap();
+        (stream, blob, small)
+    }
+
+    fn rewound(file: &File) -> File {
+        use std::io::Seek as _;
+        let mut file = file.try_clone().unwrap();
+        file.rewind().unwrap();
+        file
+    }
+
+    #[test]
+    fn a_stream_is_put_together_again() {
+        let skeleton = tempfile::tempfile().unwrap();
+        let (stream, blob, small) = written(&skeleton);
+        assert!(skeleton.metadata().unwrap().len() < 1000);
+        let mut assembled = Vec::new();
+        Assembler::new(rewound(&skeleton), &blob, &small)
+            .unwrap()
+            .read_to_end(&mut assembled)
+            .unwrap();
+        assert!(assembled == stream);
+    }
+
+    #[test]
+    fn bytes_that_are_gone_are_noticed() {
+        let skeleton = tempfile::tempfile().unwrap();
+        let (_, blob, small) = written(&skeleton);
+        small.set_len(3).unwrap();
+        let error = Assembler::new(rewound(&skeleton), &blob, &small)
+            .unwrap()
+            .read_to_end(&mut Vec::new())
+            .unwrap_err();
+        assert!(error.to_string().contains("not there"), "{error}");
+        skeleton
+            .set_len(skeleton.metadata().unwrap().len() - 4)
+            .unwrap();
+        assert!(
+            Assembler::new(rewound(&skeleton), &blob, &blob)
+                .unwrap()
+                .read_to_end(&mut Vec::new())
+                .is_err()
+        );
+    }
+}

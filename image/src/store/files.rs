@@ -1,0 +1,234 @@
+//! Files of the store: where they are, and how they come to be.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::Store;
+use crate::Error;
+use crate::digest::Digest;
+use crate::index::{IndexReader, Totals};
+
+impl Store {
+    pub(super) fn layer_path(&self, diff_id: Digest) -> PathBuf {
+        self.root.join("layers").join(diff_id.hex())
+    }
+
+    pub(super) fn disk_path(&self, digest: Digest) -> PathBuf {
+        self.root.join("disks").join(digest.hex())
+    }
+
+    pub(super) fn blob_path(&self, digest: Digest) -> PathBuf {
+        self.root.join("blobs").join(digest.hex())
+    }
+
+    pub(super) fn ref_path(&self, reference: &str) -> PathBuf {
+        let hash = Digest::of(reference.as_bytes()).hex();
+        self.root.join("refs").join(format!("{hash}.json"))
+    }
+
+    /// Takes part in the store, or has it alone.
+    pub(super) fn lock(&self, operation: FlockOperation) -> Result<File, Error> {
+        let path = self.root.join("lock");
+        let file = open_lock(&path)?;
+        // Nobody uses the store: what is under `tmp` was left by the dead.
+        if flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() {
+            self.clear_tmp()?;
+        }
+        rustix::io::retry_on_intr(|| flock(&file, operation))
+            .map_err(|errno| Error::file("lock", &path)(errno.into()))?;
+        Ok(file)
+    }
+
+    /// Has the store alone, if nobody else uses it now.
+    pub(super) fn try_lock_alone(&self) -> Result<Option<File>, Error> {
+        let path = self.root.join("lock");
+        let file = open_lock(&path)?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Some(file)),
+            Err(Errno::WOULDBLOCK) => Ok(None),
+            Err(errno) => Err(Error::file("lock", &path)(errno.into())),
+        }
+    }
+
+    /// Waits for whoever else makes the same thing, and keeps others waiting.
+    /// The caller holds the store's lock.
+    pub(super) fn making(&self, what: &str, digest: Digest) -> Result<File, Error> {
+        let name = format!("{what}-{}", digest.hex());
+        let path = self.root.join("locks").join(name);
+        let file = open_lock(&path)?;
+        rustix::io::retry_on_intr(|| flock(&file, FlockOperation::LockExclusive))
+            .map_err(|errno| Error::file("lock", &path)(errno.into()))?;
+        Ok(file)
+    }
+
+    pub(super) fn temporary(&self) -> Result<tempfile::TempDir, Error> {
+        let path = self.root.join("tmp");
+        tempfile::TempDir::new_in(&path).map_err(Error::file("create a directory in", &path))
+    }
+
+    pub(super) fn clear_tmp(&self) -> Result<(), Error> {
+        for path in entries(&self.root.join("tmp"))? {
+            let removed = match path.is_dir() {
+                true => fs::remove_dir_all(&path),
+                false => fs::remove_file(&path),
+            };
+            removed.map_err(Error::file("remove", &path))?;
+        }
+        Ok(())
+    }
+
+    /// Removes something that has its final name, without it ever being there
+    /// by half.
+    pub(super) fn discard(&self, path: &Path) -> Result<(), Error> {
+        let grave = self.temporary()?;
+        let inside = grave.path().join("removed");
+        fs::rename(path, &inside).map_err(Error::file("remove", path))
+    }
+
+    /// Gives a directory that was made its final name, replacing what is not whole.
+    pub(super) fn publish(&self, made: tempfile::TempDir, path: &Path) -> Result<(), Error> {
+        let publish = |from: &Path| -> io::Result<()> {
+            File::open(from)?.sync_all()?;
+            fs::rename(from, path)?;
+            sync_parent(path)
+        };
+        // Only what is not whole is made again. Renaming over a directory works
+        // only if that one is empty.
+        if path.exists() {
+            self.discard(path)?;
+        }
+        match publish(made.path()) {
+            Ok(()) => {
+                // It is not there any more to be removed.
+                let _ = made.keep();
+                Ok(())
+            }
+            Err(error) => Err(Error::file("publish", path)(error)),
+        }
+    }
+
+    /// Keeps a document by its digest.
+    pub(super) fn keep_document(&self, digest: Digest, bytes: &[u8]) -> Result<(), Error> {
+        let path = self.blob_path(digest);
+        if fs::read(&path).is_ok_and(|known| known == bytes) {
+            return Ok(());
+        }
+        self.write_file(&path, bytes)
+    }
+
+    /// Writes a document under its final name.
+    pub(super) fn write_json(&self, path: &Path, value: &impl Serialize) -> Result<(), Error> {
+        let json = serde_json::to_vec(value).map_err(|error| Error::document("record", error))?;
+        self.write_file(path, &json)
+    }
+
+    fn write_file(&self, path: &Path, bytes: &[u8]) -> Result<(), Error> {
+        let made = self.temporary()?;
+        let fresh = made.path().join("file");
+        write_synced(&fresh, bytes)?;
+        fs::rename(&fresh, path)
+            .and_then(|()| sync_parent(path))
+            .map_err(Error::file("write", path))
+    }
+
+    /// A document that is kept, if it is whole.
+    pub(super) fn document(&self, digest: Digest) -> Result<Option<Vec<u8>>, Error> {
+        let path = self.blob_path(digest);
+        match fs::read(&path) {
+            Ok(bytes) => Ok((Digest::of(&bytes) == digest).then_some(bytes)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(Error::file("read", &path)(error)),
+        }
+    }
+}
+
+/// Files of a layer.
+pub(super) struct StoredLayer {
+    pub(super) path: PathBuf,
+    pub(super) index: IndexReader,
+}
+
+impl StoredLayer {
+    /// Opens a layer that is in the store and whole.
+    pub(super) fn open(path: PathBuf) -> Option<Self> {
+        let index = File::open(path.join("index")).ok()?;
+        let index = IndexReader::open(index).ok()??;
+        let totals = index.totals();
+        let len = |name: &str| fs::metadata(path.join(name)).map(|meta| meta.len()).ok();
+        let whole = len("blob") == Some(totals.blob_len)
+            && len("small") == Some(totals.small_len)
+            && len("skeleton").is_some();
+        whole.then_some(Self { path, index })
+    }
+
+    pub(super) fn totals(&self) -> Totals {
+        self.index.totals()
+    }
+
+    pub(super) fn file(&self, name: &str) -> Result<File, Error> {
+        let path = self.path.join(name);
+        File::open(&path).map_err(Error::file("open", &path))
+    }
+}
+
+fn open_lock(path: &Path) -> Result<File, Error> {
+    OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .open(path)
+        .map_err(Error::file("open", path))
+}
+
+/// Makes the name of `path` last.
+fn sync_parent(path: &Path) -> io::Result<()> {
+    match path.parent() {
+        Some(parent) => File::open(parent)?.sync_all(),
+        None => Ok(()),
+    }
+}
+
+pub(super) fn entries(directory: &Path) -> Result<Vec<PathBuf>, Error> {
+    fs::read_dir(directory)
+        .and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect())
+        .map_err(Error::file("list", directory))
+}
+
+/// The digest that a path of the store ends in.
+pub(super) fn digest_of(path: &Path) -> Option<Digest> {
+    let name = path.file_name()?.to_str()?;
+    Digest::parse(&format!("sha256:{name}"))
+}
+
+pub(super) fn create(path: &Path) -> Result<File, Error> {
+    OpenOptions::new()
+        .create_new(true)
+        .read(true)
+        .write(true)
+        .mode(0o600)
+        .open(path)
+        .map_err(Error::file("create", path))
+}
+
+pub(super) fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), Error> {
+    let mut file = create(path)?;
+    file.write_all(bytes)
+        .and_then(|()| file.sync_all())
+        .map_err(Error::file("write", path))
+}
+
+/// `None` if there is no such file, or it is not what this version writes.
+pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, Error> {
+    match fs::read(path) {
+        Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Error::file("read", path)(error)),
+    }
+}

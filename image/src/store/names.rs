@@ -1,0 +1,173 @@
+//! Names of images.
+
+use std::fs;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use rustix::fs::FlockOperation;
+use serde::{Deserialize, Serialize};
+
+use super::files::{entries, read_json};
+use super::pull::serves;
+use super::{Store, StoredImage};
+use crate::Error;
+use crate::digest::Digest;
+use crate::docker_reference::DockerReference;
+use crate::platform::Platform;
+use crate::reference::Reference;
+
+/// Fewest digits that are taken for the beginning of an ID where a name could be
+/// meant as well.
+const SHORTEST_ID: usize = 6;
+
+/// A name in the store.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageSummary {
+    /// The reference.
+    pub reference: String,
+    /// Digest of the image.
+    #[serde(rename = "id")]
+    pub digest: Digest,
+    /// Digest of what the reference named where it came from: an index, or the
+    /// image itself.
+    #[serde(rename = "digest")]
+    pub named: Digest,
+    /// Bytes of its file contents and metadata, shared layers included.
+    pub size: u64,
+    /// When it was stored, in nanoseconds since the Unix epoch.
+    pub stored_ns: u64,
+}
+
+impl Store {
+    /// All names, sorted.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    pub fn list(&self) -> Result<Vec<ImageSummary>, Error> {
+        let mut found = Vec::new();
+        for path in entries(&self.root.join("refs"))? {
+            let is_json = path.extension().is_some_and(|end| end == "json");
+            if is_json {
+                found.extend(read_json::<ImageSummary>(&path)?);
+            }
+        }
+        found.sort_by(|a, b| a.reference.cmp(&b.reference));
+        Ok(found)
+    }
+
+    /// The image of this name, however it is written, or of the ID that begins
+    /// like this.
+    ///
+    /// # Errors
+    /// None, or several.
+    pub fn find(&self, query: &str) -> Result<ImageSummary, Error> {
+        let all = self.list()?;
+        let by_name = |name: &str| all.iter().find(|image| image.reference == name);
+        let meant = Reference::parse(query).ok().map(|parsed| absolute(&parsed));
+        let named = by_name(query).or_else(|| by_name(&meant?));
+        if let Some(named) = named {
+            return Ok(named.clone());
+        }
+        let digits = query.strip_prefix("sha256:").unwrap_or(query);
+        let mut matching = all
+            .into_iter()
+            .filter(|image| !digits.is_empty() && image.digest.hex().starts_with(digits));
+        let first = matching.next().ok_or_else(|| Error::Unknown {
+            reference: query.to_owned(),
+            reason: "there is none of this name in the store; give its source, \
+                     such as oci:DIR[:TAG]"
+                .to_owned(),
+        })?;
+        match matching.all(|other| other.digest == first.digest) {
+            true => Ok(first),
+            false => Err(Error::Ambiguous(query.to_owned())),
+        }
+    }
+
+    /// Whether [`Self::open_image`] would find the image in the store.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    pub fn has(&self, reference: &Reference, platform: Option<&Platform>) -> Result<bool, Error> {
+        if let Reference::Docker(name) = reference {
+            let stored = self.at_hand(name)?;
+            return Ok(stored.is_some_and(|stored| serves(&stored, platform)));
+        }
+        match self.find(&absolute(reference)) {
+            Ok(_) => Ok(true),
+            Err(Error::Unknown { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// What a name without a transport means in the store: that name, or the
+    /// beginning of an ID.
+    pub(super) fn at_hand(&self, name: &DockerReference) -> Result<Option<StoredImage>, Error> {
+        let text = name.to_string();
+        let bare = text.strip_suffix(":latest").unwrap_or(&text);
+        let is_id = bare.len() >= SHORTEST_ID && bare.bytes().all(|b| b.is_ascii_hexdigit());
+        let named = self.list()?.into_iter().find(|it| it.reference == text);
+        if let Some(named) = named {
+            return self.load(named.digest);
+        }
+        match is_id.then(|| self.find(bare)) {
+            Some(Ok(found)) => self.load(found.digest),
+            None | Some(Err(Error::Unknown { .. })) => Ok(None),
+            Some(Err(error)) => Err(error),
+        }
+    }
+
+    /// Gives an image another name, which may have been another's.
+    ///
+    /// # Errors
+    /// There is no such image, or several, or the store cannot be written.
+    pub fn tag(&self, query: &str, name: &DockerReference) -> Result<(), Error> {
+        let _in_use = self.lock(FlockOperation::LockShared)?;
+        let found = self.find(query)?;
+        self.write_name(&ImageSummary {
+            reference: name.to_string(),
+            ..found
+        })
+    }
+
+    /// Records the name of an image, unless it is recorded already.
+    pub(super) fn name(&self, text: &str, named: Digest, image: &StoredImage) -> Result<(), Error> {
+        let known = read_json::<ImageSummary>(&self.ref_path(text))?;
+        if known.is_some_and(|known| known.digest == image.digest && known.named == named) {
+            return Ok(());
+        }
+        self.write_name(&ImageSummary {
+            reference: text.to_owned(),
+            digest: image.digest,
+            named,
+            size: image.segments.iter().map(|segment| segment.len).sum(),
+            stored_ns: SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .ok()
+                .and_then(|time| u64::try_from(time.as_nanos()).ok())
+                .unwrap_or(0),
+        })
+    }
+
+    fn write_name(&self, summary: &ImageSummary) -> Result<(), Error> {
+        self.write_json(&self.ref_path(&summary.reference), summary)
+    }
+
+    pub(super) fn forget_name(&self, reference: &str) -> Result<(), Error> {
+        let path = self.ref_path(reference);
+        fs::remove_file(&path).map_err(Error::file("remove", &path))
+    }
+}
+
+/// The reference with an absolute path, so that it means the same everywhere.
+pub(super) fn absolute(reference: &Reference) -> String {
+    let mut reference = reference.clone();
+    let path = match &mut reference {
+        Reference::Oci { directory, .. } | Reference::RootFs { directory } => directory,
+        Reference::OciArchive { file, .. } | Reference::DockerArchive { file, .. } => file,
+        Reference::Docker(_) | Reference::Stored(_) => return reference.to_string(),
+    };
+    if let Ok(real) = path.canonicalize() {
+        *path = real;
+    }
+    reference.to_string()
+}

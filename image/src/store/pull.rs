@@ -1,0 +1,392 @@
+//! Bringing images into the store.
+
+use std::fs::File;
+use std::io::{self, BufWriter, Read, Write as _};
+use std::num::NonZero;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+
+use rustix::fs::FlockOperation;
+
+use super::files::{StoredLayer, create, write_synced};
+use super::names::absolute;
+use super::record::DiskRecord;
+use super::{Store, StoredImage};
+use crate::Error;
+use crate::cancel::Cancel;
+use crate::digest::Digest;
+use crate::documents;
+use crate::erofs::{self, LayerData};
+use crate::layer::{self, Expected, LayerFiles};
+use crate::pipeline::Decoders;
+use crate::platform::Platform;
+use crate::progress::{LayerStep, Progress, Report};
+use crate::reference::Reference;
+use crate::source::{self, Session, Source, SourceImage, SourceLayer};
+use crate::tree::{Refused, Tree};
+
+/// Layers that are read at once, if there are CPUs for them: as many as Docker
+/// downloads, and one more.
+const MOST_AT_ONCE: usize = 4;
+
+/// How an image is brought into the store.
+#[derive(Clone)]
+pub struct PullOptions<'a> {
+    /// For which platform, where there is a choice. Without one: Linux on this
+    /// host's architecture.
+    pub platform: Option<Platform>,
+    /// Gets reports of progress.
+    pub report: Report<'a>,
+    /// Ends everything.
+    pub cancel: Cancel,
+    /// Layers that are read at once, at most.
+    pub at_once: NonZero<usize>,
+    /// Keep the layers of registries as they came, besides what is made of them:
+    /// pushing and saving give the same bytes then.
+    pub keep_compressed: bool,
+}
+
+impl Default for PullOptions<'_> {
+    fn default() -> Self {
+        let cpus = thread::available_parallelism().unwrap_or(NonZero::<usize>::MIN);
+        Self {
+            platform: None,
+            report: &|_| {},
+            cancel: Cancel::new(),
+            at_once: cpus.min(NonZero::new(MOST_AT_ONCE).unwrap_or(cpus)),
+            keep_compressed: true,
+        }
+    }
+}
+
+impl std::fmt::Debug for PullOptions<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PullOptions")
+            .field("platform", &self.platform)
+            .field("at_once", &self.at_once)
+            .field("keep_compressed", &self.keep_compressed)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Store {
+    /// Finds an image where its reference says, converting into the store what
+    /// is not there yet. A registry is asked for what the store does not have
+    /// under its name only.
+    ///
+    /// # Errors
+    /// See [`Error`]. The store is as it was, but for layers that are complete.
+    pub fn open_image(
+        &self,
+        reference: &Reference,
+        options: &PullOptions<'_>,
+    ) -> Result<StoredImage, Error> {
+        if let Reference::Docker(name) = reference {
+            let _in_use = self.lock(FlockOperation::LockShared)?;
+            if let Some(stored) = self.at_hand(name)?
+                && serves(&stored, options.platform.as_ref())
+            {
+                self.used_now(stored.digest);
+                return Ok(stored);
+            }
+        }
+        self.pull(reference, options)
+    }
+
+    /// Like [`Self::open_image`], and asks a registry even for what the store has.
+    ///
+    /// # Errors
+    /// Likewise.
+    pub fn pull(
+        &self,
+        reference: &Reference,
+        options: &PullOptions<'_>,
+    ) -> Result<StoredImage, Error> {
+        let _in_use = self.lock(FlockOperation::LockShared)?;
+        let scratch = self.root.join("tmp");
+        let session = Session {
+            scratch: &scratch,
+            cancel: &options.cancel,
+            notice: &|text| (options.report)(Progress::Notice(text)),
+        };
+        let Some(source) = source::open(reference, session)? else {
+            let named = self.find(&reference.to_string())?;
+            self.used_now(named.digest);
+            let stored = self.load(named.digest)?.ok_or_else(|| Error::Unknown {
+                reference: reference.to_string(),
+                reason: "its disk is missing from the store".to_owned(),
+            })?;
+            documents::check_platform(&stored.config, options.platform.as_ref())?;
+            return Ok(stored);
+        };
+        let image = source.image(options.platform.as_ref())?;
+        let keep = options.keep_compressed && matches!(reference, Reference::Docker(_));
+        self.bring(&*source, &image, &absolute(reference), keep, options)
+    }
+
+    /// Makes what is missing of an image, and names it. The caller holds the lock.
+    pub(super) fn bring(
+        &self,
+        source: &dyn Source,
+        image: &SourceImage,
+        name: &str,
+        keep: bool,
+        options: &PullOptions<'_>,
+    ) -> Result<StoredImage, Error> {
+        let stored = match self.load(image.digest)? {
+            Some(stored) => stored,
+            None => {
+                let _making = self.making("disk", image.digest)?;
+                match self.load(image.digest)? {
+                    Some(stored) => stored,
+                    None => self.make(source, image, name, keep, options)?,
+                }
+            }
+        };
+        self.used_now(stored.digest);
+        self.name(name, image.named, &stored)?;
+        Ok(stored)
+    }
+
+    fn make(
+        &self,
+        source: &dyn Source,
+        image: &SourceImage,
+        name: &str,
+        keep: bool,
+        options: &PullOptions<'_>,
+    ) -> Result<StoredImage, Error> {
+        let work = Pull {
+            store: self,
+            source,
+            keep,
+            options,
+            decoders: Decoders::default(),
+        };
+        let layers = work.layers(&image.layers)?;
+        self.keep_document(Digest::of(&image.config_bytes), &image.config_bytes)?;
+        if let Some(raw) = &image.manifest {
+            self.keep_document(image.digest, &raw.bytes)?;
+        }
+        self.make_disk(image, name, layers)?;
+        self.load(image.digest)?.ok_or_else(|| {
+            let path = self.disk_path(image.digest);
+            Error::file("read back", &path)(io::ErrorKind::NotFound.into())
+        })
+    }
+
+    fn make_disk(
+        &self,
+        image: &SourceImage,
+        name: &str,
+        mut layers: Vec<StoredLayer>,
+    ) -> Result<(), Error> {
+        let mut record = DiskRecord::new(image, name.to_owned());
+        for (layer, stored) in image.layers.iter().zip(&layers) {
+            record.push(layer, stored.totals().blob_len);
+        }
+        let made = self.temporary()?;
+        let path = made.path().join("meta.erofs");
+        let meta = create(&path)?;
+        record.meta_len = self.write_metadata(image.digest, &record, &mut layers, &meta)?;
+        meta.sync_all().map_err(Error::file("write", &path))?;
+        let json = serde_json::to_vec(&record).map_err(|error| Error::document("record", error))?;
+        write_synced(&made.path().join("image.json"), &json)?;
+        self.publish(made, &self.disk_path(image.digest))
+    }
+
+    /// Writes the metadata image that belongs to these layers; returns its length.
+    pub(super) fn write_metadata(
+        &self,
+        image: Digest,
+        record: &DiskRecord,
+        layers: &mut [StoredLayer],
+        meta: &File,
+    ) -> Result<u64, Error> {
+        let mut tree = Tree::new(self.limits);
+        for ((number, stored), layer) in (0..).zip(&mut *layers).zip(&record.layers) {
+            tree.apply(number, &mut stored.index)
+                .map_err(|refused| match refused {
+                    Refused::Entry { path, reason } => Error::Entry {
+                        layer: layer.digest.to_string(),
+                        entry: String::from_utf8_lossy(&path).into_owned(),
+                        reason,
+                    },
+                    Refused::Index(error) => Error::file("read", &stored.path)(error),
+                })?;
+        }
+        let small = layers
+            .iter()
+            .map(|layer| layer.file("small"))
+            .collect::<Result<Vec<_>, _>>()?;
+        let data: Vec<_> = layers
+            .iter()
+            .zip(&small)
+            .map(|(layer, small)| LayerData {
+                blob_len: layer.totals().blob_len,
+                small,
+            })
+            .collect();
+        erofs::build(&tree, &data, image, meta)
+    }
+}
+
+/// Whether a stored image is for the platform that is wanted.
+pub(super) fn serves(image: &StoredImage, platform: Option<&Platform>) -> bool {
+    platform.is_none_or(|wanted| wanted.accepts(&image.platform()))
+}
+
+/// The layers of one image on their way into the store.
+struct Pull<'p> {
+    store: &'p Store,
+    source: &'p dyn Source,
+    /// Keep the layers as they come, too.
+    keep: bool,
+    options: &'p PullOptions<'p>,
+    decoders: Decoders,
+}
+
+/// What has become of a layer.
+type Slot = Mutex<Option<StoredLayer>>;
+
+impl Pull<'_> {
+    /// Brings all layers into the store, several at once.
+    fn layers(&self, layers: &[SourceLayer]) -> Result<Vec<StoredLayer>, Error> {
+        let next = AtomicUsize::new(0);
+        let failure = Mutex::new(None);
+        let slots: Vec<Slot> = layers.iter().map(|_| Slot::default()).collect();
+        let work = || {
+            loop {
+                let number = next.fetch_add(1, Ordering::Relaxed);
+                let (Some(layer), Some(slot)) = (layers.get(number), slots.get(number)) else {
+                    return;
+                };
+                if lock(&failure).is_some() || self.options.cancel.is_cancelled() {
+                    return;
+                }
+                match self.layer(layer, number, layers.len()) {
+                    Ok(stored) => *lock(slot) = Some(stored),
+                    Err(error) => {
+                        // What the others find then follows from this one.
+                        lock(&failure).get_or_insert(error);
+                        self.options.cancel.cancel();
+                        return;
+                    }
+                }
+            }
+        };
+        let workers = self.options.at_once.get().min(layers.len());
+        thread::scope(|scope| {
+            for _ in 1..workers {
+                scope.spawn(work);
+            }
+            work();
+        });
+        if let Some(error) = lock(&failure).take() {
+            return Err(error);
+        }
+        let stored = slots.iter().map(|slot| lock(slot).take());
+        stored.collect::<Option<_>>().ok_or(Error::Cancelled)
+    }
+
+    /// The layer in the store, converting it if it is not there.
+    fn layer(&self, layer: &SourceLayer, number: usize, of: usize) -> Result<StoredLayer, Error> {
+        let tell = |step| {
+            (self.options.report)(Progress::Layer {
+                number: number + 1,
+                of,
+                digest: layer.digest,
+                step,
+            });
+        };
+        let path = self.store.layer_path(layer.diff_id);
+        if let Some(stored) = StoredLayer::open(path.clone()) {
+            tell(LayerStep::Present);
+            return Ok(stored);
+        }
+        let _making = self.store.making("layer", layer.diff_id)?;
+        if let Some(stored) = StoredLayer::open(path.clone()) {
+            tell(LayerStep::Present);
+            return Ok(stored);
+        }
+        let mut progress = |done| {
+            let total = layer.size;
+            tell(LayerStep::Moving { done, total });
+        };
+        progress(0);
+        self.convert(layer, &mut progress)?;
+        tell(LayerStep::Done);
+        StoredLayer::open(path.clone())
+            .ok_or_else(|| Error::file("read back", &path)(io::ErrorKind::NotFound.into()))
+    }
+
+    fn convert(&self, layer: &SourceLayer, progress: &mut dyn FnMut(u64)) -> Result<(), Error> {
+        let made = self.store.temporary()?;
+        let file = |name: &str| create(&made.path().join(name));
+        let (blob, small) = (file("blob")?, file("small")?);
+        let (index, skeleton) = (file("index")?, file("skeleton")?);
+        let files = LayerFiles {
+            blob: &blob,
+            small: &small,
+            index: &index,
+            skeleton: &skeleton,
+        };
+        let expected = Expected {
+            digest: layer.digest,
+            size: layer.size,
+            diff_id: Some(layer.diff_id),
+        };
+        let (limits, decoders) = (self.store.limits, &self.decoders);
+        let stream = self.source.layer(layer)?;
+        let beside = self.store.temporary()?;
+        let kept_path = beside.path().join("kept");
+        let keep = self.keep && layer.size.is_some();
+        let kept = keep.then(|| create(&kept_path)).transpose()?;
+        let stream = Keeping {
+            inner: stream,
+            kept: kept.map(|file| BufWriter::with_capacity(1 << 20, file)),
+        };
+        layer::convert(stream, &expected, limits, decoders, files, progress)?;
+        for (name, file) in [
+            ("blob", &blob),
+            ("small", &small),
+            ("index", &index),
+            ("skeleton", &skeleton),
+        ] {
+            let path = made.path().join(name);
+            file.sync_all().map_err(Error::file("write", &path))?;
+        }
+        if keep {
+            // Its digest has been checked.
+            let path = self.store.blob_path(layer.digest);
+            std::fs::rename(&kept_path, &path).map_err(Error::file("write", &path))?;
+        }
+        self.store
+            .publish(made, &self.store.layer_path(layer.diff_id))
+    }
+}
+
+/// Writes down what is read.
+struct Keeping<R> {
+    inner: R,
+    kept: Option<BufWriter<File>>,
+}
+
+impl<R: Read> Read for Keeping<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.inner.read(buffer)?;
+        if let Some(kept) = &mut self.kept {
+            kept.write_all(buffer.get(..count).unwrap_or_default())?;
+            if count == 0 {
+                kept.flush()?;
+            }
+        }
+        Ok(count)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    // Nothing panics while it holds one of these.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,183 @@
+//! What the store notes of an image beside its disk.
+
+use std::fs;
+use std::sync::Arc;
+
+use oci_spec::image::ImageConfiguration;
+use serde::{Deserialize, Serialize};
+
+use super::files::read_json;
+use super::{DiskSegment, FORMAT, Store, StoredImage};
+use crate::Error;
+use crate::digest::Digest;
+use crate::source::{Origin, SourceImage, SourceLayer};
+
+/// `image.json` of a disk.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct DiskRecord {
+    pub(super) format: u32,
+    pub(super) config: ImageConfiguration,
+    /// Digest of the configuration as it came.
+    pub(super) config_digest: Digest,
+    /// Media type of the manifest; the image's digest is that of the manifest then.
+    pub(super) manifest_type: Option<String>,
+    pub(super) meta_len: u64,
+    pub(super) layers: Vec<LayerRecord>,
+    /// The repository that it came from.
+    pub(super) origin: Option<Origin>,
+    /// The reference that it was found by.
+    pub(super) reference: String,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct LayerRecord {
+    pub(super) diff_id: Digest,
+    pub(super) blob_len: u64,
+    /// As the manifest has it.
+    pub(super) digest: Digest,
+    pub(super) size: Option<u64>,
+    pub(super) media_type: Option<String>,
+}
+
+impl DiskRecord {
+    pub(super) fn new(image: &SourceImage, reference: String) -> Self {
+        Self {
+            format: FORMAT,
+            config: image.config.clone(),
+            config_digest: Digest::of(&image.config_bytes),
+            manifest_type: image.manifest.as_ref().map(|raw| raw.media_type.clone()),
+            meta_len: 0,
+            layers: Vec::with_capacity(image.layers.len()),
+            origin: image.origin.clone(),
+            reference,
+        }
+    }
+
+    pub(super) fn push(&mut self, layer: &SourceLayer, blob_len: u64) {
+        self.layers.push(LayerRecord {
+            diff_id: layer.diff_id,
+            blob_len,
+            digest: layer.digest,
+            size: layer.size,
+            media_type: layer.media_type.clone(),
+        });
+    }
+}
+
+/// A layer of an image in the store.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct LayerDetails {
+    /// Digest of the tar stream.
+    pub diff_id: Digest,
+    /// Digest of the stream as the manifest has it.
+    pub digest: Digest,
+    /// Its size there, in bytes, if the manifest says it.
+    pub compressed_size: Option<u64>,
+    /// Its size in the store, in bytes.
+    pub size: u64,
+    /// The stream as the manifest has it is in the store, too.
+    pub kept: bool,
+}
+
+/// What there is to know about an image in the store.
+#[derive(Clone, Debug, Serialize)]
+pub struct ImageDetails {
+    /// Digest of its manifest (of its configuration, where there is no manifest).
+    #[serde(rename = "id")]
+    pub digest: Digest,
+    /// Its names.
+    pub names: Vec<String>,
+    /// Where it came from.
+    pub source: String,
+    /// Media type of its manifest.
+    pub manifest_type: Option<String>,
+    /// Digest of its configuration.
+    pub config_digest: Digest,
+    /// Its configuration.
+    pub config: ImageConfiguration,
+    /// Length of its metadata image in bytes.
+    pub metadata_size: u64,
+    /// Its layers, lowest first.
+    pub layers: Vec<LayerDetails>,
+}
+
+impl Store {
+    /// What is noted of an image, if this version wrote it.
+    pub(super) fn record(&self, digest: Digest) -> Result<Option<DiskRecord>, Error> {
+        let path = self.disk_path(digest).join("image.json");
+        let record = read_json::<DiskRecord>(&path)?;
+        Ok(record.filter(|record| record.format == FORMAT))
+    }
+
+    /// The image of this digest, if its disk is there and whole.
+    pub(super) fn load(&self, digest: Digest) -> Result<Option<StoredImage>, Error> {
+        let Some(record) = self.record(digest)? else {
+            return Ok(None);
+        };
+        let mut segments = vec![DiskSegment {
+            path: self.disk_path(digest).join("meta.erofs"),
+            offset: 0,
+            len: record.meta_len,
+        }];
+        segments.extend(record.layers.iter().map(|layer| DiskSegment {
+            path: self.layer_path(layer.diff_id).join("blob"),
+            offset: 0,
+            len: layer.blob_len,
+        }));
+        let whole = |segment: &DiskSegment| {
+            fs::metadata(&segment.path).is_ok_and(|meta| meta.len() == segment.len)
+        };
+        if !segments.iter().all(whole) {
+            return Ok(None);
+        }
+        segments.retain(|segment| segment.len > 0);
+        let Some(in_use) = segments.first().map(DiskSegment::open).transpose()? else {
+            return Ok(None);
+        };
+        Ok(Some(StoredImage {
+            digest,
+            config: record.config,
+            segments,
+            _in_use: Arc::new(in_use),
+        }))
+    }
+
+    /// Everything about an image, by a reference or (the beginning of) its ID.
+    ///
+    /// # Errors
+    /// None or several match, or the store cannot be read.
+    pub fn inspect(&self, query: &str) -> Result<ImageDetails, Error> {
+        let found = self.find(query)?;
+        let record = self.record_of(query, found.digest)?;
+        let names = self.list()?.into_iter();
+        let layers = record.layers.iter().map(|layer| LayerDetails {
+            diff_id: layer.diff_id,
+            digest: layer.digest,
+            compressed_size: layer.size,
+            size: self.layer_size(layer.diff_id),
+            kept: self.blob_path(layer.digest).exists(),
+        });
+        Ok(ImageDetails {
+            digest: found.digest,
+            names: names
+                .filter(|image| image.digest == found.digest)
+                .map(|image| image.reference)
+                .collect(),
+            source: record.reference.clone(),
+            manifest_type: record.manifest_type.clone(),
+            config_digest: record.config_digest,
+            metadata_size: record.meta_len,
+            layers: layers.collect(),
+            config: record.config,
+        })
+    }
+
+    /// The record of an image that has been found as `query`.
+    pub(super) fn record_of(&self, query: &str, digest: Digest) -> Result<DiskRecord, Error> {
+        self.record(digest)?.ok_or_else(|| Error::Unknown {
+            reference: query.to_owned(),
+            reason: "its disk is missing from the store; bring it there again with \"sm pull\""
+                .to_owned(),
+        })
+    }
+}

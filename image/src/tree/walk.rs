@@ -1,0 +1,84 @@
+//! Finding directories by their paths, through symbolic links.
+
+use super::{InodeId, Kind, ROOT, Reason, Tree};
+
+/// Symbolic links followed on the way to an entry's parent (as Linux does).
+const MAX_LINKS: u32 = 40;
+/// Components looked at on the way, those of links included.
+const MAX_PARTS: u32 = 4096;
+
+impl Tree {
+    /// The directory at `path`, following symbolic links as if the tree were
+    /// the whole file system: `..` of the root is the root. With `create`,
+    /// missing directories are made; otherwise `None` if there is no directory.
+    pub(super) fn walk(&mut self, path: &[u8], create: bool) -> Result<Option<InodeId>, Reason> {
+        let mut trail = std::mem::take(&mut self.trail);
+        trail.clear();
+        trail.push(ROOT);
+        let found = self.walk_on(path, create, &mut trail);
+        self.trail = trail;
+        found
+    }
+
+    fn walk_on(
+        &mut self,
+        path: &[u8],
+        create: bool,
+        trail: &mut Vec<InodeId>,
+    ) -> Result<Option<InodeId>, Reason> {
+        // What is left to walk, once a link has been met.
+        let mut rewritten: Vec<u8>;
+        let mut left = path;
+        let (mut links, mut parts) = (0, 0);
+        while !left.is_empty() {
+            let (part, rest) = match left.iter().position(|byte| *byte == b'/') {
+                Some(at) => (&left[..at], &left[at + 1..]),
+                None => (left, &[][..]),
+            };
+            left = rest;
+            parts += 1;
+            if parts > MAX_PARTS {
+                return Err("the way to it is too long".to_owned());
+            }
+            let here = trail.last().copied().unwrap_or(ROOT);
+            match part {
+                b"" | b"." => continue,
+                b".." => {
+                    if trail.len() > 1 {
+                        trail.pop();
+                    }
+                    continue;
+                }
+                _ => {}
+            }
+            let Some(id) = self.child(here, part) else {
+                if !create {
+                    return Ok(None);
+                }
+                let id = self.new_inode(Kind::Directory)?;
+                self.place(here, part, id)?;
+                trail.push(id);
+                continue;
+            };
+            match self.kind(id) {
+                Kind::Directory => trail.push(id),
+                Kind::Symlink(target) => {
+                    links += 1;
+                    if links > MAX_LINKS {
+                        let text = "there are too many symbolic links on the way to it";
+                        return Err(text.to_owned());
+                    }
+                    let target = self.text(target);
+                    if target.starts_with(b"/") {
+                        trail.truncate(1);
+                    }
+                    rewritten = [target, b"/", left].concat();
+                    left = &rewritten;
+                }
+                _ if create => return Err("its parent is not a directory".to_owned()),
+                _ => return Ok(None),
+            }
+        }
+        Ok(trail.last().copied())
+    }
+}
