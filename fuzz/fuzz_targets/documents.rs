@@ -1,4 +1,4 @@
-//! Any bytes as the documents and names that registries and images come with.
+//! Any bytes as a manifest or index and a configuration.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

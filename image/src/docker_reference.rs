@@ -10,7 +10,9 @@ use std::fmt;
 use crate::digest::Digest;
 
 /// What Docker's own registry is called in references.
-const DEFAULT_REGISTRY: &str = "docker.io";
+pub(crate) const DEFAULT_REGISTRY: &str = "docker.io";
+/// What it was called before.
+const LEGACY_REGISTRY: &str = "index.docker.io";
 /// Where Docker's own images are in it.
 const OFFICIAL: &str = "library/";
 const DEFAULT_TAG: &str = "latest";
@@ -55,6 +57,7 @@ impl DockerReference {
             return Err("its tag is not letters, digits, dots, dashes and underscores");
         }
         let (registry, path) = match name.split_once('/') {
+            Some((LEGACY_REGISTRY, path)) => (DEFAULT_REGISTRY, path),
             Some((host, path)) if is_host(host) => (host, path),
             _ => (DEFAULT_REGISTRY, name),
         };
@@ -116,7 +119,11 @@ impl fmt::Display for DockerReference {
             let path = self.repository.strip_prefix(OFFICIAL);
             // Were it not a single component, it would be read back as another.
             let path = path.filter(|path| !path.contains('/'));
-            f.write_str(path.unwrap_or(&self.repository))?;
+            let path = path.unwrap_or(&self.repository);
+            if path.split_once('/').is_some_and(|(host, _)| is_host(host)) {
+                write!(f, "{DEFAULT_REGISTRY}/")?;
+            }
+            f.write_str(path)?;
         } else {
             write!(f, "{}/{}", self.registry, self.repository)?;
         }
@@ -208,6 +215,12 @@ mod tests {
         expect("nginx", "docker.io", "library/nginx", latest);
         expect("nginx:1.27", "docker.io", "library/nginx", Some("1.27"));
         expect("org/app", "docker.io", "org/app", latest);
+        expect(
+            "index.docker.io/nginx",
+            "docker.io",
+            "library/nginx",
+            latest,
+        );
         expect("docker.io/nginx", "docker.io", "library/nginx", latest);
         expect("host.example/a/b/c:x", "host.example", "a/b/c", Some("x"));
         expect("localhost/app", "localhost", "app", latest);
@@ -220,6 +233,12 @@ mod tests {
         assert_eq!(both.to_string(), format!("app:v1@{digest}"));
         let long = DockerReference::parse("docker.io/library/nginx").unwrap();
         assert_eq!(long.to_string(), "nginx:latest");
+        // What looks like a host is none after one.
+        for name in ["docker.io/a.b/c:latest", "docker.io/localhost/c:latest"] {
+            let odd = DockerReference::parse(name).unwrap();
+            assert!(odd.is_default_registry());
+            assert_eq!(odd.to_string(), name);
+        }
     }
 
     #[test]

@@ -10,8 +10,9 @@ use crate::layer::{self, Expected, LayerFiles};
 use crate::limits::Limits;
 use crate::pipeline::Decoders;
 use crate::skeleton::Assembler;
+use crate::source::Registries;
 use crate::tree::Tree;
-use crate::{DockerReference, Reference, source};
+use crate::{DockerReference, Platform, Reference, source};
 
 /// Small enough that reaching them is found.
 const LIMITS: Limits = Limits {
@@ -69,20 +70,54 @@ pub fn layer(data: &[u8]) {
     }
 }
 
-/// Takes `data` for each kind of document, name and header.
+/// Takes `data` for a manifest or index and, after a zero byte, the configuration
+/// that belongs to it.
 pub fn documents(data: &[u8]) {
-    let config = parse::<ImageConfiguration>(data, "configuration");
+    let mut parts = data.splitn(2, |byte| *byte == 0);
+    let manifest = parts.next().unwrap_or_default();
+    let config = parse::<ImageConfiguration>(parts.next().unwrap_or(manifest), "configuration");
     // Whatever is asked for, there are only these bytes.
-    let resolved = resolve(data.to_vec(), None, None, &|_| Ok(data.to_vec()));
+    let resolved = resolve(manifest.to_vec(), None, None, &|_| Ok(manifest.to_vec()));
+    if let Ok(config) = &config {
+        let _ = Platform::of(config).to_string().parse::<Platform>();
+    }
     if let (Ok(resolved), Ok(config)) = (resolved, config) {
         let parts = Parts::of(&resolved.manifest);
         let _ = parts.and_then(|parts| diff_ids(&config, parts.layers.len()));
     }
+}
+
+/// Takes `data` for a name.
+///
+/// # Panics
+/// When a name that is understood is understood differently after having been
+/// written.
+pub fn reference(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else {
         return;
     };
     let _ = Reference::parse(text);
-    let _ = DockerReference::parse(text);
     let _ = Digest::parse(text);
-    source::challenge(text);
+    let _ = text.parse::<Platform>();
+    if let Ok(reference) = DockerReference::parse(text) {
+        let written = reference.to_string();
+        assert_eq!(DockerReference::parse(&written), Ok(reference), "{written}");
+    }
+}
+
+/// Takes `data` for each of the headers that registries answer with.
+pub fn headers(data: &[u8]) {
+    if let Ok(text) = std::str::from_utf8(data) {
+        source::headers(text);
+    }
+}
+
+/// Takes `data` for a `registries.conf`, whose first line is a comment with the
+/// name to look up.
+pub fn registries(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else {
+        return;
+    };
+    let first = text.lines().next().unwrap_or_default();
+    Registries::fuzz(text, first.trim_start_matches('#').trim());
 }

@@ -41,6 +41,7 @@ pub use oci_spec::image::{Config, ImageConfiguration};
 pub use platform::Platform;
 pub use progress::{LayerStep, Progress, Report};
 pub use reference::Reference;
+pub use source::{OpenBlob, Pushed, Pusher};
 pub use store::{
     DiskSegment, ImageDetails, ImageSummary, ImageUsage, LayerDetails, PruneOptions, Pruned,
     PullOptions, Store, StoredImage, Usage, Verified,

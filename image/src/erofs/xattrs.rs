@@ -198,7 +198,7 @@ mod tests {
         );
         assert_eq!(
             encoded.get(2)[HEADER_LEN + UNIT..],
-            *b"\x01\x01\x03\0bown\0\0\0\0"[..8].as_ref()
+            b"\x01\x01\x03\0bown\0\0\0\0"[..8]
         );
     }
 }

@@ -74,10 +74,11 @@ impl<F: Files + Sync> Source for Layout<F> {
             .ok_or_else(|| self.unknown("it is not an OCI layout (no index.json)".to_owned()))?;
         let index: ImageIndex = parse(&bytes, "index")?;
         let first = Named::from_descriptor(self.choose(&index)?, "index")?;
-        let read = |named: &Named| read_named(&self.files, named, "manifest");
-        let bytes = read(&first)?;
-        let resolved = resolve(bytes, Some(&first.media_type), platform, &read)?;
-        describe(&self.files, resolved, platform)
+        let read = |named: &Named, what: &str| read_named(&self.files, named, what);
+        let manifest = |named: &Named| read(named, "manifest");
+        let bytes = manifest(&first)?;
+        let resolved = resolve(bytes, Some(&first.media_type), platform, &manifest)?;
+        describe(&read, resolved, platform)
     }
 
     fn layer<'a>(&'a self, layer: &SourceLayer) -> Result<Box<dyn Read + Send + 'a>, Error> {

@@ -3,6 +3,8 @@
 mod archive;
 mod docker;
 mod layout;
+mod place;
+mod registries;
 mod registry;
 mod rootfs;
 
@@ -19,10 +21,13 @@ use crate::documents::{MAX_DOCUMENT, Named, Parts, Resolved, check_platform, dif
 use crate::platform::Platform;
 use crate::reference::Reference;
 
-/// Reads a registry's challenge.
+pub(crate) use self::registries::Registries;
+pub use self::registry::{OpenBlob, Pushed, Pusher};
+
+/// Reads the headers that a registry answers with.
 #[cfg(feature = "fuzzing")]
-pub(crate) fn challenge(header: &str) {
-    registry::challenge(header);
+pub(crate) fn headers(text: &str) {
+    registry::headers(text);
 }
 
 /// One layer of an image to be read.
@@ -128,7 +133,7 @@ pub(crate) fn open<'a>(
             true => Box::new(rootfs::Directory::new(directory)),
             false => return Err(unknown(format!("{directory:?} is not a directory"))),
         },
-        Reference::Docker(name) => Box::new(registry::Registry::open(name, session)),
+        Reference::Docker(name) => Box::new(registry::Registry::open(name, session)?),
         Reference::Stored(_) => return Ok(None),
     }))
 }
@@ -166,14 +171,17 @@ fn read_named(files: &impl Files, named: &Named, what: &str) -> Result<Vec<u8>, 
     Ok(bytes)
 }
 
+/// Reads a document by its descriptor, and checks it; the text says which.
+type ReadDocument<'a> = &'a dyn Fn(&Named, &str) -> Result<Vec<u8>, Error>;
+
 /// Everything about the image of a manifest.
 fn describe(
-    files: &impl Files,
+    read: ReadDocument<'_>,
     resolved: Resolved,
     platform: Option<&Platform>,
 ) -> Result<SourceImage, Error> {
     let parts = Parts::of(&resolved.manifest)?;
-    let config_bytes = read_named(files, &parts.config, "configuration")?;
+    let config_bytes = read(&parts.config, "configuration")?;
     let config: ImageConfiguration = parse(&config_bytes, "configuration")?;
     check_platform(&config, platform)?;
     let diff_ids = diff_ids(&config, parts.layers.len())?;

@@ -54,7 +54,7 @@ impl Image {
     /// # Errors
     /// See [`RuntimeError`].
     pub fn open_in(home: &Home, reference: &str, fetch: &Fetch<'_>) -> Result<Self, RuntimeError> {
-        let parsed = Reference::parse(reference)?;
+        let parsed = Reference::parse_with_aliases(reference)?;
         let store = Store::open(&home.images())?;
         let stored = match fetch.anew {
             true => store.pull(&parsed, &fetch.options)?,

@@ -20,7 +20,7 @@ fn store(home: &Home) -> Result<Store, Error> {
 /// # Errors
 /// The reference cannot be understood, or the store not be read.
 pub fn is_stored(home: &Home, reference: &str, platform: Option<&Platform>) -> Result<bool, Error> {
-    let parsed = Reference::parse(reference)?;
+    let parsed = Reference::parse_with_aliases(reference)?;
     Ok(store(home)?.has(&parsed, platform)?)
 }
 

@@ -8,6 +8,8 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
 
+use crate::docker_reference::DEFAULT_REGISTRY;
+
 /// What Docker calls its own registry in its configuration.
 const DEFAULT_KEY: &str = "https://index.docker.io/v1/";
 /// Largest configuration file read, in bytes.
@@ -62,8 +64,8 @@ struct Helped {
 
 /// The credentials for `repository` of `registry`, from the first file that has
 /// any. What cannot be read counts as absent.
-pub(super) fn find(registry: &str, is_default: bool, repository: &str) -> Option<Credentials> {
-    let keys = keys(registry, is_default, repository);
+pub(super) fn find(registry: &str, repository: &str) -> Option<Credentials> {
+    let keys = keys(registry, repository);
     files()
         .iter()
         .find_map(|path| from_file(path, &keys, &run_helper))
@@ -71,7 +73,7 @@ pub(super) fn find(registry: &str, is_default: bool, repository: &str) -> Option
 
 /// The keys under which credentials may be, best first: Podman's paths from long
 /// to short, then the host as Docker has it.
-fn keys(registry: &str, is_default: bool, repository: &str) -> Vec<String> {
+fn keys(registry: &str, repository: &str) -> Vec<String> {
     let mut keys = Vec::new();
     let mut path = format!("{registry}/{repository}");
     while path.contains('/') {
@@ -82,7 +84,7 @@ fn keys(registry: &str, is_default: bool, repository: &str) -> Vec<String> {
     keys.push(format!("https://{registry}"));
     keys.push(format!("https://{registry}/v1/"));
     keys.push(format!("https://{registry}/v2/"));
-    if is_default {
+    if registry == DEFAULT_REGISTRY {
         keys.push(DEFAULT_KEY.to_owned());
     }
     keys
@@ -100,7 +102,9 @@ fn files() -> Vec<PathBuf> {
         variable("REGISTRY_AUTH_FILE").map(PathBuf::from),
         docker.or_else(|| under_home(".docker/config.json")),
         podman,
-        under_home(".config/containers/auth.json"),
+        variable("XDG_CONFIG_HOME")
+            .map(|directory| Path::new(&directory).join("containers/auth.json"))
+            .or_else(|| under_home(".config/containers/auth.json")),
     ]
     .into_iter()
     .flatten()
@@ -130,16 +134,26 @@ fn from_configuration(
     if let Some((name, key)) = helpers {
         return helper(name, key);
     }
-    if let Some(name) = &configuration.store
-        && let Some(found) = keys
-            .iter()
-            .filter(|key| configuration.auths.contains_key(*key))
-            .find_map(|key| helper(name, key))
-    {
-        return Some(found);
+    if let Some(name) = &configuration.store {
+        // What is in the store is listed, usually; where nothing is, Docker asks
+        // for the registry itself.
+        let listed = |key: &&String| configuration.auths.contains_key(*key);
+        let mut asked: Vec<&String> = keys.iter().filter(listed).collect();
+        if asked.is_empty() {
+            asked.extend(canonical(keys));
+        }
+        if let Some(found) = asked.into_iter().find_map(|key| helper(name, key)) {
+            return Some(found);
+        }
     }
     keys.iter()
         .find_map(|key| from_entry(configuration.auths.get(key)?))
+}
+
+/// The key that Docker has a registry's credentials under.
+fn canonical(keys: &[String]) -> Option<&String> {
+    let own = keys.iter().find(|key| *key == DEFAULT_KEY);
+    own.or_else(|| keys.iter().find(|key| !key.contains('/')))
 }
 
 fn from_entry(entry: &Entry) -> Option<Credentials> {
@@ -196,7 +210,7 @@ mod tests {
     fn find_in(json: &str, registry: &str, repository: &str) -> Option<Credentials> {
         let configuration: Configuration = serde_json::from_str(json).unwrap();
         let helper = |name: &str, key: &str| Some(Credentials::Identity(format!("{name} {key}")));
-        let keys = keys(registry, registry == "docker.io", repository);
+        let keys = keys(registry, repository);
         from_configuration(&configuration, &keys, &helper)
     }
 
@@ -241,7 +255,9 @@ mod tests {
         let identity = |text: &str| Some(Credentials::Identity(text.to_owned()));
         assert_eq!(find_in(json, "r.example", "a"), identity("one r.example"));
         assert_eq!(find_in(json, "s.example", "a"), identity("two s.example"));
-        assert_eq!(find_in(json, "t.example", "a"), None);
+        assert_eq!(find_in(json, "t.example", "a"), identity("two t.example"));
+        let docker = find_in(json, "docker.io", "library/a");
+        assert_eq!(docker, identity(&format!("two {DEFAULT_KEY}")));
         assert_eq!(run_helper("../x", "k"), None);
     }
 

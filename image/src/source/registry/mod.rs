@@ -1,109 +1,141 @@
 //! Registries (OCI distribution-spec v1.1, and Docker's).
 
+mod auth;
+mod blob;
 mod challenge;
 mod client;
 mod credentials;
+mod http;
+mod patience;
+mod proxy;
+mod push;
 mod trust;
+mod url;
 
-use std::io::{self, Cursor, Read};
+use std::io::Read;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use ureq::http::{StatusCode, header};
+use ureq::http::header;
 
-use self::client::{Client, Wanted};
-use super::{Files, Origin, Session, Source, SourceImage, SourceLayer, describe};
+use self::blob::Blob;
+use self::client::{Client, Failure, Wanted};
+pub use self::push::{OpenBlob, Pushed, Pusher};
+use super::place::Place;
+use super::registries::{Places, Registries};
+use super::{Origin, Session, Source, SourceImage, SourceLayer, describe};
 use crate::Error;
 use crate::digest::Digest;
 use crate::docker_reference::DockerReference;
 use crate::documents::{MAX_DOCUMENT, Named, resolve};
 use crate::platform::Platform;
 
-/// Where Docker's own registry answers.
-const DEFAULT_HOST: &str = "registry-1.docker.io";
 const MANIFESTS: &str = "application/vnd.oci.image.index.v1+json,\
                          application/vnd.oci.image.manifest.v1+json,\
                          application/vnd.docker.distribution.manifest.list.v2+json,\
                          application/vnd.docker.distribution.manifest.v2+json";
-const ANYTHING: &str = "*/*";
-/// How often the reading of one blob is taken up again.
-const RESUMES: u32 = 5;
+/// How often a mirror is asked, which others can stand in for.
+const MIRROR_ATTEMPTS: u32 = 2;
 
-/// Reads a challenge.
+/// Reads each header of an answer that means something here.
 #[cfg(feature = "fuzzing")]
-pub(super) fn challenge(header: &str) {
-    let _ = challenge::Challenge::parse(header);
+pub(super) fn headers(text: &str) {
+    let _ = challenge::Challenge::parse(text);
+    let _ = patience::retry_after(text, std::time::UNIX_EPOCH);
+    let _ = blob::parse_range(text);
+    if let Some(place) = url::join(&ureq::http::Uri::from_static("https://r.example/a"), text) {
+        let _ = url::with_query(&place, "digest", text);
+    }
 }
 
 /// An image in a registry.
 pub(crate) struct Registry<'s> {
-    client: Client<'s>,
+    /// Mirrors, then the registry itself.
+    clients: Vec<Client<'s>>,
+    /// The one of them that has the image.
+    chosen: AtomicUsize,
     reference: DockerReference,
+    session: Session<'s>,
 }
 
 impl<'s> Registry<'s> {
-    /// Finds out who to be and where to go; the image is asked for later.
-    pub(crate) fn open(reference: &DockerReference, session: Session<'s>) -> Self {
-        let host = match reference.is_default_registry() {
-            true => DEFAULT_HOST,
-            false => reference.registry(),
+    /// Finds out where to go; nobody is asked for anything yet.
+    pub(crate) fn open(reference: &DockerReference, session: Session<'s>) -> Result<Self, Error> {
+        let places = Registries::load()?.places(reference)?;
+        Ok(Self::at(places, reference, session))
+    }
+
+    fn at(places: Places, reference: &DockerReference, session: Session<'s>) -> Self {
+        let client = |place: Place, attempts| {
+            let scope = format!("repository:{}:pull", place.repository);
+            Client::new(place, session, attempts, vec![scope])
         };
-        let credentials = credentials::find(
-            reference.registry(),
-            reference.is_default_registry(),
-            reference.repository(),
-        );
-        let client = Client::new(
-            reference.registry(),
-            host,
-            reference.repository(),
-            credentials,
-            session,
-        );
+        let mirrors = places.mirrors.into_iter();
+        let mut clients: Vec<_> = mirrors
+            .map(|place| client(place, MIRROR_ATTEMPTS))
+            .collect();
+        clients.push(client(places.own, patience::ATTEMPTS));
         Self {
-            client,
+            clients,
+            chosen: AtomicUsize::new(0),
             reference: reference.clone(),
+            session,
         }
     }
 
     /// A manifest or index by tag or digest, and what the registry calls it.
-    fn manifest(&self, name: &str) -> Result<(Vec<u8>, Option<String>), Error> {
+    fn manifest(
+        &self,
+        client: &Client<'_>,
+        name: &str,
+    ) -> Result<(Vec<u8>, Option<String>), Error> {
         let wanted = Wanted {
             kind: "manifests",
             name,
             accept: MANIFESTS,
             from: 0,
         };
-        let Some(mut response) = self.client.get(wanted)? else {
+        let found = client.patiently(|| {
+            let Some(mut response) = client.get_once(wanted)? else {
+                return Ok(None);
+            };
+            let media_type = response.headers().get(header::CONTENT_TYPE);
+            let media_type = media_type.and_then(|value| {
+                let media_type = value.to_str().ok()?.split(';').next()?;
+                Some(media_type.trim().to_owned())
+            });
+            let mut bytes = Vec::new();
+            let body = response.body_mut().as_reader();
+            let read = body.take(MAX_DOCUMENT + 1).read_to_end(&mut bytes);
+            read.map_err(|error| {
+                Failure::Passing(format!("a manifest breaks off: {error}"), None)
+            })?;
+            Ok(Some((bytes, media_type)))
+        })?;
+        let Some((bytes, media_type)) = found else {
             return Err(Error::Unknown {
                 reference: self.reference.to_string(),
-                reason: format!("{} has none", self.reference.registry()),
+                reason: format!("{} has none", client.place().registry),
             });
         };
-        let media_type = response.headers().get(header::CONTENT_TYPE);
-        let media_type = media_type.and_then(|value| {
-            let media_type = value.to_str().ok()?.split(';').next()?;
-            Some(media_type.trim().to_owned())
-        });
-        let mut bytes = Vec::new();
-        let body = response.body_mut().as_reader();
-        body.take(MAX_DOCUMENT + 1)
-            .read_to_end(&mut bytes)
-            .map_err(|error| self.client.error(error.to_string()))?;
         if bytes.len() as u64 > MAX_DOCUMENT {
             return Err(Error::document("manifest", "it is larger than 8 MiB"));
         }
         Ok((bytes, media_type))
     }
-}
 
-impl Source for Registry<'_> {
-    fn image(&self, platform: Option<&Platform>) -> Result<SourceImage, Error> {
-        let digest = self.reference.digest();
-        let name = match (digest, self.reference.tag()) {
-            (Some(digest), _) => digest.to_string(),
-            (None, Some(tag)) => tag.to_owned(),
-            (None, None) => return Err(self.client.error("the reference has no tag")),
+    /// The image at one place.
+    fn image_at(&self, number: usize, platform: Option<&Platform>) -> Result<SourceImage, Error> {
+        let no_tag = || Error::Unknown {
+            reference: self.reference.to_string(),
+            reason: "it has no tag".to_owned(),
         };
-        let (bytes, media_type) = self.manifest(&name)?;
+        let client = self.clients.get(number).ok_or_else(no_tag)?;
+        let digest = self.reference.digest();
+        let name = match digest {
+            Some(digest) => digest.to_string(),
+            None => self.reference.tag().ok_or_else(no_tag)?.to_owned(),
+        };
+        let (bytes, media_type) = self.manifest(client, &name)?;
         let found = Digest::of(&bytes);
         if let Some(digest) = digest.filter(|digest| *digest != found) {
             return Err(Error::Blob {
@@ -111,9 +143,10 @@ impl Source for Registry<'_> {
                 reason: format!("the registry gives contents with digest {found}"),
             });
         }
-        let read = |named: &Named| Ok(self.manifest(&named.digest.to_string())?.0);
+        let read = |named: &Named| Ok(self.manifest(client, &named.digest.to_string())?.0);
         let resolved = resolve(bytes, media_type.as_deref(), platform, &read)?;
-        let image = describe(self, resolved, platform)?;
+        let read = |named: &Named, what: &str| self.document(number, named, what);
+        let image = describe(&read, resolved, platform)?;
         Ok(SourceImage {
             origin: Some(Origin {
                 registry: self.reference.registry().to_owned(),
@@ -123,121 +156,61 @@ impl Source for Registry<'_> {
         })
     }
 
-    fn layer<'a>(&'a self, layer: &SourceLayer) -> Result<Box<dyn Read + Send + 'a>, Error> {
-        let blob = Blob {
-            registry: self,
-            digest: layer.digest,
-            size: layer.size,
-            at: 0,
-            body: None,
-            resumes: 0,
-        };
-        Ok(Box::new(blob))
+    /// The places to get a blob from: the one with the image, then those after it.
+    fn from(&self, number: usize) -> Vec<&Client<'_>> {
+        self.clients.iter().skip(number).collect()
     }
-}
 
-/// Blobs by their paths in a layout.
-impl Files for Registry<'_> {
-    fn open<'a>(&'a self, path: &str) -> Result<Option<Box<dyn Read + Send + 'a>>, Error> {
-        let hex = path.rsplit('/').next().unwrap_or(path);
-        let Some(digest) = Digest::parse(&format!("sha256:{hex}")) else {
-            return Ok(None);
-        };
-        let mut blob = Blob {
-            registry: self,
-            digest,
-            size: None,
-            at: 0,
-            body: None,
-            resumes: 0,
-        };
-        // Documents are small: an error of the registry is told as one.
+    /// A small blob.
+    fn document(&self, number: usize, named: &Named, what: &str) -> Result<Vec<u8>, Error> {
+        if named.size > MAX_DOCUMENT {
+            return Err(Error::document(what, "it is larger than 8 MiB"));
+        }
         let mut bytes = Vec::new();
-        let read = blob.by_ref().take(MAX_DOCUMENT + 1).read_to_end(&mut bytes);
-        read.map_err(|error| self.client.error(error.to_string()))?;
-        Ok(Some(Box::new(Cursor::new(bytes))))
+        if let Some(mut blob) = Blob::new(self.from(number), named.digest, named.size) {
+            blob.read_to_end(&mut bytes).map_err(registry_error)?;
+        }
+        named.check(&bytes)?;
+        Ok(bytes)
     }
 }
 
-/// A blob on its way: taken up again where it broke off.
-struct Blob<'a> {
-    registry: &'a Registry<'a>,
-    digest: Digest,
-    /// Its length, where a document tells.
-    size: Option<u64>,
-    at: u64,
-    body: Option<Box<dyn Read + Send>>,
-    resumes: u32,
+/// What a blob's reader says in an error of input and output.
+fn registry_error(error: std::io::Error) -> Error {
+    let reason = error.to_string();
+    match error.into_inner().map(|inner| inner.downcast::<Error>()) {
+        Some(Ok(error)) => *error,
+        _ => Error::document("blob", reason),
+    }
 }
 
-impl Blob<'_> {
-    fn request(&self) -> io::Result<Box<dyn Read + Send>> {
-        let wanted = Wanted {
-            kind: "blobs",
-            name: &self.digest.to_string(),
-            accept: ANYTHING,
-            from: self.at,
-        };
-        let response = self.registry.client.get(wanted).map_err(io::Error::other)?;
-        let response = response.ok_or_else(|| io::Error::other("the registry does not have it"))?;
-        let starts_here = response.status() == StatusCode::PARTIAL_CONTENT
-            && response
-                .headers()
-                .get(header::CONTENT_RANGE)
-                .and_then(|value| value.to_str().ok()?.strip_prefix("bytes "))
-                .and_then(|range| range.split('-').next()?.trim().parse::<u64>().ok())
-                == Some(self.at);
-        let mut body = response.into_body().into_reader();
-        if self.at > 0 && !starts_here {
-            // All of it came: what is known already is read again.
-            let skipped = io::copy(&mut body.by_ref().take(self.at), &mut io::sink())?;
-            if skipped != self.at {
-                return Err(io::ErrorKind::UnexpectedEof.into());
+impl Source for Registry<'_> {
+    fn image(&self, platform: Option<&Platform>) -> Result<SourceImage, Error> {
+        let last = self.clients.len().saturating_sub(1);
+        for number in 0..last {
+            match self.image_at(number, platform) {
+                Ok(image) => {
+                    self.chosen.store(number, Ordering::Relaxed);
+                    return Ok(image);
+                }
+                Err(error) => (self.session.notice)(&format!("a mirror is of no use: {error}")),
+            }
+            if self.session.cancel.is_cancelled() {
+                break;
             }
         }
-        Ok(Box::new(body))
+        self.chosen.store(last, Ordering::Relaxed);
+        self.image_at(last, platform)
     }
 
-    fn read_once(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let mut body = match self.body.take() {
-            Some(body) => body,
-            None => self.request()?,
-        };
-        let count = body.read(buffer);
-        // Kept also after an error, which says that there was a connection.
-        self.body = Some(body);
-        let count = count?;
-        if count == 0 && self.size.is_some_and(|size| self.at < size) {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        Ok(count)
-    }
-}
-
-impl Read for Blob<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        // More than was announced is for the digest to find.
-        let size = self.size.map_or(u64::MAX, |size| size.saturating_add(1));
-        let left = usize::try_from(size.saturating_sub(self.at)).unwrap_or(usize::MAX);
-        let most = buffer.len().min(left);
-        let Some(buffer) = buffer.get_mut(..most).filter(|buffer| !buffer.is_empty()) else {
-            return Ok(0);
-        };
-        loop {
-            let had_body = self.body.is_some();
-            match self.read_once(buffer) {
-                Ok(count) => {
-                    self.at += count as u64;
-                    return Ok(count);
-                }
-                // What the client has given up is not tried again.
-                Err(error) if !had_body && self.body.is_none() => return Err(error),
-                Err(error) if self.resumes == RESUMES => return Err(error),
-                Err(_) => {
-                    self.resumes += 1;
-                    self.body = None;
-                }
-            }
+    fn layer<'a>(&'a self, layer: &SourceLayer) -> Result<Box<dyn Read + Send + 'a>, Error> {
+        let places = self.from(self.chosen.load(Ordering::Relaxed));
+        let blob = layer
+            .size
+            .and_then(|size| Blob::new(places, layer.digest, size));
+        match blob {
+            Some(blob) => Ok(Box::new(blob)),
+            None => Err(Error::document("manifest", "a layer has no size")),
         }
     }
 }

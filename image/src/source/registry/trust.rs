@@ -1,57 +1,104 @@
-//! Whom to believe to be a registry: the system's certificates, and those that
-//! Docker and Podman are given for single registries.
+//! Whom to believe to be a registry, and who to be there: the system's
+//! certificates, and what Docker and Podman are given for single registries in
+//! `certs.d/HOST[:PORT]` (containers-certs.d(5)).
 
 use std::path::{Path, PathBuf};
 
-use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
+use ureq::tls::{Certificate, ClientCert, PemItem, PrivateKey, RootCerts, TlsConfig, parse_pem};
 
 /// Largest certificate file read, in bytes.
 const MAX_FILE: u64 = 1 << 20;
 
-/// TLS for `host`, with its port if it has one.
-pub(super) fn tls(host: &str) -> TlsConfig {
+/// TLS for `host`, with its port if it has one. Of an `insecure` one, any
+/// certificate is taken. `SSL_CERT_FILE` and `SSL_CERT_DIR` stand in for the
+/// system's authorities.
+pub(super) fn tls(host: &str, insecure: bool) -> TlsConfig {
     let system = rustls_native_certs::load_native_certs();
     let mut roots: Vec<Certificate<'static>> = system
         .certs
         .iter()
         .map(|certificate| Certificate::from_der(certificate).to_owned())
         .collect();
+    let mut own = None;
     for directory in directories(host) {
-        roots.extend(certificates(&directory));
+        let found = look_into(&directory);
+        roots.extend(found.roots);
+        own = own.or(found.own);
     }
     TlsConfig::builder()
         .root_certs(RootCerts::new_with_certs(&roots))
+        .client_cert(own)
+        .disable_verification(insecure)
         .build()
 }
 
+/// A user's own directories, then the system's.
 fn directories(host: &str) -> Vec<PathBuf> {
-    let home = std::env::var_os("HOME").map(PathBuf::from);
-    let own = home.map(|home| home.join(".config/containers/certs.d"));
-    ["/etc/containers/certs.d", "/etc/docker/certs.d"]
-        .into_iter()
+    let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
+    let home = variable("HOME").map(PathBuf::from);
+    let configuration = variable("XDG_CONFIG_HOME")
         .map(PathBuf::from)
-        .chain(own)
+        .or_else(|| home.map(|home| home.join(".config")));
+    let own = configuration.into_iter().flat_map(|configuration| {
+        ["containers/certs.d", "docker/certs.d"].map(|name| configuration.join(name))
+    });
+    let system = ["/etc/containers/certs.d", "/etc/docker/certs.d"].map(PathBuf::from);
+    own.chain(system)
         .map(|directory| directory.join(host))
         .collect()
 }
 
-/// The certificates in the `.crt` files of a directory; none if there is none.
-fn certificates(directory: &Path) -> Vec<Certificate<'static>> {
+#[derive(Default)]
+struct Found {
+    roots: Vec<Certificate<'static>>,
+    own: Option<ClientCert>,
+}
+
+/// `*.crt` are authorities; `NAME.cert` with `NAME.key` is who to be.
+fn look_into(directory: &Path) -> Found {
     let Ok(entries) = std::fs::read_dir(directory) else {
-        return Vec::new();
+        return Found::default();
     };
-    entries
-        .flatten()
-        .map(|entry| entry.path())
-        .filter(|path| path.extension().is_some_and(|extension| extension == "crt"))
-        .filter(|path| path.metadata().is_ok_and(|meta| meta.len() <= MAX_FILE))
-        .filter_map(|path| std::fs::read(path).ok())
-        .flat_map(|pem| {
-            let items = parse_pem(&pem).filter_map(|item| match item {
-                Ok(PemItem::Certificate(certificate)) => Some(certificate),
-                _ => None,
-            });
-            items.collect::<Vec<_>>()
+    let mut paths: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
+    paths.sort();
+    let mut found = Found::default();
+    for path in paths {
+        match path.extension().and_then(|extension| extension.to_str()) {
+            Some("crt") => found.roots.extend(certificates(&path)),
+            Some("cert") if found.own.is_none() => {
+                let chain = certificates(&path);
+                let key = private_key(&path.with_extension("key"));
+                found.own = key
+                    .filter(|_| !chain.is_empty())
+                    .map(|key| ClientCert::new_with_certs(&chain, key));
+            }
+            _ => {}
+        }
+    }
+    found
+}
+
+fn items(path: &Path) -> Vec<PemItem<'static>> {
+    if path.metadata().is_ok_and(|meta| meta.len() > MAX_FILE) {
+        return Vec::new();
+    }
+    let pem = std::fs::read(path).unwrap_or_default();
+    parse_pem(&pem).flatten().collect()
+}
+
+fn certificates(path: &Path) -> Vec<Certificate<'static>> {
+    let items = items(path).into_iter();
+    items
+        .filter_map(|item| match item {
+            PemItem::Certificate(certificate) => Some(certificate),
+            _ => None,
         })
         .collect()
+}
+
+fn private_key(path: &Path) -> Option<PrivateKey<'static>> {
+    items(path).into_iter().find_map(|item| match item {
+        PemItem::PrivateKey(key) => Some(key),
+        _ => None,
+    })
 }

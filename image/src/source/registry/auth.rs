@@ -1,0 +1,267 @@
+//! Being let in: passwords and tokens, as the distribution project's token flow
+//! has them, got when a registry asks for them and got again when they expire.
+
+use std::io::Read as _;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use serde::Deserialize;
+use ureq::http::{HeaderMap, Method, StatusCode, Uri, header};
+use ureq::{Body, SendBody};
+
+use super::challenge::Challenge;
+use super::client::Failure;
+use super::credentials::{self, Credentials};
+use super::http::{Ask, Http};
+use super::url::escape;
+
+/// Largest answer of a token server, in bytes.
+const MAX_TOKEN: u64 = 1 << 20;
+const CLIENT_ID: &str = "sm";
+
+/// Who we are at one repository.
+pub(super) struct Authorizer {
+    /// The registry's name in Docker's and Podman's files.
+    registry: String,
+    repository: String,
+    /// Looked for when they are asked for: helpers are programs that may ask
+    /// their user.
+    credentials: OnceLock<Option<Credentials>>,
+    /// What tokens have to allow.
+    scopes: Vec<String>,
+    /// What the `Authorization` header says, once it is known.
+    current: Mutex<Option<String>>,
+    /// Held by whoever gets a new one.
+    renewing: Mutex<()>,
+}
+
+#[derive(Deserialize)]
+struct Token {
+    token: Option<String>,
+    access_token: Option<String>,
+}
+
+impl Authorizer {
+    pub(super) fn new(registry: &str, repository: &str, scopes: Vec<String>) -> Self {
+        Self {
+            registry: registry.to_owned(),
+            repository: repository.to_owned(),
+            credentials: OnceLock::new(),
+            scopes,
+            current: Mutex::default(),
+            renewing: Mutex::default(),
+        }
+    }
+
+    /// What to put into the `Authorization` header.
+    pub(super) fn header(&self) -> Option<String> {
+        lock(&self.current).clone()
+    }
+
+    fn credentials(&self) -> Option<&Credentials> {
+        let find = || credentials::find(&self.registry, &self.repository);
+        self.credentials.get_or_init(find).as_ref()
+    }
+
+    /// What a refusal means for who we are.
+    pub(super) fn refusal(&self) -> String {
+        match self.credentials() {
+            Some(_) => format!(
+                "it refuses access to {} with the credentials that \"docker login\" has stored",
+                self.repository
+            ),
+            None => format!(
+                "it refuses access to {}, or has no such image; if it is private, run \
+                 \"docker login {}\" (or \"podman login\")",
+                self.repository, self.registry
+            ),
+        }
+    }
+
+    /// Does what the 401 with these headers asks for, which came to a request
+    /// with `used`. Of several threads that need a new token, one gets it.
+    pub(super) fn renew(
+        &self,
+        http: &Http,
+        base: &Uri,
+        used: Option<&str>,
+        headers: &HeaderMap,
+    ) -> Result<(), Failure> {
+        let _renewing = lock(&self.renewing);
+        if self.header().as_deref() != used {
+            return Ok(());
+        }
+        let challenges = headers.get_all(header::WWW_AUTHENTICATE).iter();
+        let challenges: Vec<&str> = challenges.filter_map(|value| value.to_str().ok()).collect();
+        let granted = match Challenge::parse(&challenges.join(", ")) {
+            Some(Challenge::Basic) => match self.credentials() {
+                Some(Credentials::Password { user, password }) => Some(basic(user, password)),
+                _ => None,
+            },
+            Some(Challenge::Bearer {
+                realm,
+                service,
+                scope,
+            }) => Some(self.token(http, base, &realm, service.as_deref(), scope.as_deref())?),
+            None => {
+                return Err(Failure::Final(
+                    "it wants an authentication that sm does not know".to_owned(),
+                ));
+            }
+        };
+        *lock(&self.current) = granted;
+        Ok(())
+    }
+
+    /// What to ask a token for: what the registry says, and what we are about to
+    /// do, unless that says it all.
+    fn scopes<'a>(&'a self, asked: Option<&'a str>) -> Vec<&'a str> {
+        let reads_only = |scope: &String| scope.ends_with(":pull");
+        match asked {
+            Some(asked) if self.scopes.iter().all(reads_only) => vec![asked],
+            Some(asked) if !self.scopes.iter().any(|scope| scope == asked) => {
+                let own = self.scopes.iter().map(String::as_str);
+                own.chain([asked]).collect()
+            }
+            _ => self.scopes.iter().map(String::as_str).collect(),
+        }
+    }
+
+    fn token(
+        &self,
+        http: &Http,
+        base: &Uri,
+        realm: &str,
+        service: Option<&str>,
+        scope: Option<&str>,
+    ) -> Result<String, Failure> {
+        let senseless = || Failure::Final(format!("it wants a token from {realm:?}"));
+        let place: Uri = realm.parse().map_err(|_| senseless())?;
+        // The registry chooses the place: it must not be one where credentials
+        // travel in the open, unless the registry itself is.
+        match place.scheme_str() {
+            Some("https") => {}
+            Some("http") if base.scheme_str() == Some("http") => {}
+            Some("http") => {
+                return Err(Failure::Final(format!(
+                    "it wants credentials sent to {realm:?} without TLS"
+                )));
+            }
+            _ => return Err(senseless()),
+        }
+        let scopes = self.scopes(scope);
+        let mut response = match self.credentials() {
+            Some(Credentials::Identity(token)) => {
+                let scope = scopes.join(" ");
+                let mut form = vec![
+                    ("grant_type", "refresh_token"),
+                    ("client_id", CLIENT_ID),
+                    ("refresh_token", token),
+                    ("scope", &scope),
+                ];
+                form.extend(service.map(|service| ("service", service)));
+                let body = form_encoded(&form);
+                let ask = Ask {
+                    method: Method::POST,
+                    uri: place,
+                    headers: vec![(header::CONTENT_TYPE, "application/x-www-form-urlencoded")],
+                    authorization: None,
+                };
+                http.send(&ask, SendBody::from_reader(&mut body.as_bytes()))
+            }
+            credentials => {
+                let mut query: Vec<_> = scopes.iter().map(|scope| ("scope", *scope)).collect();
+                query.extend(service.map(|service| ("service", service)));
+                let separator = if place.query().is_some() { '&' } else { '?' };
+                let text = format!("{place}{separator}{}", form_encoded(&query));
+                let authorization = match credentials {
+                    Some(Credentials::Password { user, password }) => Some(basic(user, password)),
+                    _ => None,
+                };
+                http.ask(&Ask {
+                    method: Method::GET,
+                    uri: text.parse().map_err(|_| senseless())?,
+                    headers: Vec::new(),
+                    authorization,
+                })
+            }
+        }
+        .map_err(Failure::from)?;
+        self.read_token(&mut response)
+    }
+
+    fn read_token(&self, response: &mut ureq::http::Response<Body>) -> Result<String, Failure> {
+        let status = response.status();
+        if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS {
+            let asked = super::client::asked_pause(response);
+            let text = format!("its token server answers {status}");
+            return Err(Failure::Passing(text, asked));
+        }
+        if !status.is_success() {
+            return Err(Failure::Final(format!(
+                "its token server answers {status}: run \"docker login {}\" (or \"podman login\") again",
+                self.registry
+            )));
+        }
+        let mut bytes = Vec::new();
+        let body = response.body_mut().as_reader();
+        let read = body.take(MAX_TOKEN).read_to_end(&mut bytes);
+        read.map_err(|error| Failure::Passing(error.to_string(), None))?;
+        let token: Token = serde_json::from_slice(&bytes)
+            .map_err(|error| Failure::Final(format!("its token server makes no sense: {error}")))?;
+        // It goes into a header.
+        let is_token =
+            |token: &String| !token.is_empty() && token.bytes().all(|b| b.is_ascii_graphic());
+        let token = token.token.filter(is_token).or(token.access_token);
+        token
+            .filter(is_token)
+            .map(|token| format!("Bearer {token}"))
+            .ok_or_else(|| Failure::Final("its token server gives no token".to_owned()))
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What is in them is whole at any moment.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn basic(user: &str, password: &str) -> String {
+    format!("Basic {}", STANDARD.encode(format!("{user}:{password}")))
+}
+
+fn form_encoded(pairs: &[(&str, &str)]) -> String {
+    let pairs = pairs
+        .iter()
+        .map(|(name, value)| format!("{name}={}", escape(value)));
+    pairs.collect::<Vec<_>>().join("&")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_are_asked_for_what_is_to_be_done() {
+        let scopes = |own: &[&str], asked| {
+            let own = own.iter().map(|scope| (*scope).to_owned()).collect();
+            let authorizer = Authorizer::new("r", "a", own);
+            authorizer.scopes(asked).join(" ")
+        };
+        assert_eq!(scopes(&["repository:a:pull"], None), "repository:a:pull");
+        // A registry may have other names for what it proxies.
+        assert_eq!(scopes(&["repository:a:pull"], Some("b")), "b");
+        let push = ["repository:a:pull,push", "repository:b:pull"];
+        assert_eq!(scopes(&push, Some("b")), format!("{} b", push.join(" ")));
+        assert_eq!(scopes(&push, Some(push[0])), push.join(" "));
+    }
+
+    #[test]
+    fn forms_are_encoded() {
+        let pairs = [("scope", "repository:a/b:pull,push"), ("x", "a&b=c d")];
+        assert_eq!(
+            form_encoded(&pairs),
+            "scope=repository%3Aa%2Fb%3Apull%2Cpush&x=a%26b%3Dc%20d"
+        );
+    }
+}

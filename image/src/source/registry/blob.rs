@@ -1,0 +1,267 @@
+//! A blob on its way: taken up again where it broke off, at another place if need
+//! be.
+//!
+//! Whatever is put together here, the digest of the whole is checked by whoever
+//! reads it: a place that continues with something else is found out.
+
+use std::io::{self, Read};
+use std::time::{Duration, Instant};
+
+use ureq::Body;
+use ureq::http::{Response, StatusCode, header};
+
+use super::client::{Client, Failure, Wanted};
+use super::patience::Patience;
+use crate::digest::Digest;
+
+const ANYTHING: &str = "*/*";
+/// How often one place is asked to go on, without getting on in between.
+const RESUMES: u32 = 5;
+/// Bytes that count as getting on.
+const PROGRESS: u64 = 1 << 20;
+/// A connection that brings less than this in a while is broken off, bytes.
+const SLOWEST: u64 = 60 << 10;
+/// The while.
+const WHILE: Duration = Duration::from_secs(60);
+
+/// A blob that is being read.
+pub(super) struct Blob<'a> {
+    /// Where it can be had; the best first.
+    places: Vec<&'a Client<'a>>,
+    digest: Digest,
+    /// Its length.
+    size: u64,
+    /// Bytes read.
+    at: u64,
+    body: Option<Box<dyn Read + Send>>,
+    /// Patience with the first of `places`, from [`Self::at`] on.
+    patience: Patience<'a>,
+    /// What was read when it began.
+    since: u64,
+    pace: Pace,
+    /// Where the last answer began.
+    begun: u64,
+}
+
+/// How fast it comes, while it is waited for.
+#[derive(Default)]
+struct Pace {
+    waited: Duration,
+    bytes: u64,
+}
+
+impl Pace {
+    /// Whether these bytes, which took so long, come too slowly.
+    fn drags(&mut self, count: u64, took: Duration) -> bool {
+        self.bytes += count;
+        self.waited += took;
+        if self.bytes >= SLOWEST {
+            *self = Self::default();
+        }
+        self.waited > WHILE
+    }
+}
+
+impl<'a> Blob<'a> {
+    /// `places` are not empty.
+    pub(super) fn new(places: Vec<&'a Client<'a>>, digest: Digest, size: u64) -> Option<Self> {
+        let session = places.first()?.session;
+        Some(Self {
+            places,
+            digest,
+            size,
+            at: 0,
+            body: None,
+            patience: Patience::new(session, RESUMES),
+            since: 0,
+            pace: Pace::default(),
+            begun: 0,
+        })
+    }
+
+    fn request(&self, client: &Client<'_>) -> Result<Box<dyn Read + Send>, Failure> {
+        let response = client.get_once(Wanted {
+            kind: "blobs",
+            name: &self.digest.to_string(),
+            accept: ANYTHING,
+            from: self.at,
+        })?;
+        let missing = || Failure::Final(format!("it does not have blob {}", self.digest));
+        let response = response.ok_or_else(missing)?;
+        let begins = begins_at(&response, self.size)?;
+        let announced = response.body().content_length();
+        if announced.is_some_and(|len| len != self.size.saturating_sub(begins)) {
+            let len = announced.unwrap_or_default();
+            let text = format!(
+                "it announces {len} bytes of blob {} from byte {begins} of {}",
+                self.digest, self.size
+            );
+            return Err(Failure::Passing(text, None));
+        }
+        // Some begin earlier than asked: what is known already is read again.
+        let Some(skip) = self.at.checked_sub(begins) else {
+            let text = format!("it leaves out a part of blob {}", self.digest);
+            return Err(Failure::Passing(text, None));
+        };
+        let mut body = response.into_body().into_reader();
+        let skipped = io::copy(&mut body.by_ref().take(skip), &mut io::sink());
+        match skipped {
+            Ok(skipped) if skipped == skip => Ok(Box::new(body)),
+            Ok(_) => Err(broken(&io::ErrorKind::UnexpectedEof.into())),
+            Err(error) => Err(broken(&error)),
+        }
+    }
+
+    fn read_once(&mut self, buffer: &mut [u8]) -> Result<usize, Failure> {
+        let nowhere = || Failure::Final("there is no registry to ask".to_owned());
+        let client = *self.places.first().ok_or_else(nowhere)?;
+        let mut body = match self.body.take() {
+            Some(body) => body,
+            None => {
+                let body = self.request(client)?;
+                self.pace = Pace::default();
+                self.begun = self.at;
+                body
+            }
+        };
+        let begun = Instant::now();
+        let count = body.read(buffer).map_err(|error| broken(&error))?;
+        if count == 0 {
+            return Err(broken(&io::ErrorKind::UnexpectedEof.into()));
+        }
+        if self.pace.drags(count as u64, begun.elapsed()) {
+            let seconds = WHILE.as_secs();
+            let text = format!("it sends less than {SLOWEST} bytes in {seconds} s");
+            return Err(Failure::Passing(text, None));
+        }
+        self.body = Some(body);
+        Ok(count)
+    }
+
+    /// After a failure: waits, or goes on at the next place. Nothing is left to
+    /// be tried if that fails.
+    fn recover(&mut self, failure: Failure) -> io::Result<()> {
+        self.body = None;
+        let Some(client) = self.places.first().copied() else {
+            return Err(io::ErrorKind::NotFound.into());
+        };
+        if self.at >= self.since + PROGRESS {
+            self.patience = Patience::new(client.session, RESUMES);
+            self.since = self.at;
+        }
+        let error = match failure {
+            Failure::Final(reason) => client.error(reason),
+            Failure::Passing(reason, asked) => {
+                // A connection that brought something is made again at once.
+                let asked = asked.or((self.at > self.begun).then_some(Duration::ZERO));
+                self.begun = self.at;
+                match self.patience.again(&client.place().registry, asked) {
+                    Ok(()) => return Ok(()),
+                    Err(over) => client.over(&reason, &over),
+                }
+            }
+        };
+        if self.places.len() == 1 || client.session.cancel.is_cancelled() {
+            return Err(io::Error::other(error));
+        }
+        self.places.remove(0);
+        self.patience = Patience::new(client.session, RESUMES);
+        self.since = self.at;
+        (client.session.notice)(&format!("going on elsewhere: {error}"));
+        Ok(())
+    }
+}
+
+fn broken(error: &io::Error) -> Failure {
+    Failure::Passing(format!("the connection broke: {error}"), None)
+}
+
+/// The first byte of an answer. An answer with a part that is not one of `size`
+/// bytes is of another blob.
+fn begins_at(response: &Response<Body>, size: u64) -> Result<u64, Failure> {
+    if response.status() != StatusCode::PARTIAL_CONTENT {
+        return Ok(0);
+    }
+    let range = response.headers().get(header::CONTENT_RANGE);
+    let range = range.and_then(|value| parse_range(value.to_str().ok()?));
+    match range {
+        Some((begins, total)) if total.is_none_or(|total| total == size) => Ok(begins),
+        _ => {
+            let text = "it does not say which part of the blob it sends".to_owned();
+            Err(Failure::Passing(text, None))
+        }
+    }
+}
+
+/// First byte and length of the whole of `bytes 5-9/10` (RFC 9110 section 14.4).
+pub(super) fn parse_range(text: &str) -> Option<(u64, Option<u64>)> {
+    let (range, total) = text.trim().strip_prefix("bytes ")?.split_once('/')?;
+    let (first, last) = range.split_once('-')?;
+    let (first, last): (u64, u64) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
+    let total = match total.trim() {
+        "*" => None,
+        total => Some(total.parse().ok()?),
+    };
+    (first <= last).then_some((first, total))
+}
+
+impl Read for Blob<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        // No more than was announced is of interest: the digest is of that.
+        let left = usize::try_from(self.size - self.at).unwrap_or(usize::MAX);
+        let most = buffer.len().min(left);
+        let Some(buffer) = buffer.get_mut(..most).filter(|buffer| !buffer.is_empty()) else {
+            return Ok(0);
+        };
+        loop {
+            match self.read_once(buffer) {
+                Ok(count) => {
+                    self.at += count as u64;
+                    return Ok(count);
+                }
+                Err(failure) => self.recover(failure)?,
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn ranges_are_read() {
+        assert_eq!(parse_range("bytes 5-9/10"), Some((5, Some(10))));
+        assert_eq!(parse_range("bytes 5-9/*"), Some((5, None)));
+        for bad in [
+            "",
+            "bytes",
+            "bytes 5-9",
+            "bytes 9-5/10",
+            "bytes */10",
+            "items 5-9/10",
+            "bytes 5-9/x",
+        ] {
+            assert_eq!(parse_range(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn what_drags_is_noticed() {
+        let mut pace = Pace::default();
+        let second = Duration::from_secs(1);
+        assert!(!(0..60).any(|_| pace.drags(10, second)));
+        assert!(pace.drags(10, second));
+        assert!(!pace.drags(SLOWEST, second));
+        assert!(!pace.drags(1, second));
+    }
+
+    proptest! {
+        #[test]
+        fn any_range_is_taken(text in "(bytes )?[0-9*/ \u{e9}-]{0,40}") {
+            let _ = parse_range(&text);
+        }
+    }
+}

@@ -1,0 +1,169 @@
+//! HTTP to one host and wherever it sends us.
+
+use std::time::Duration;
+
+use ureq::http::{Method, Request, Response, Uri, header};
+use ureq::tls::TlsConfig;
+use ureq::{Agent, Body, Proxy, SendBody};
+
+use super::proxy::Proxies;
+use super::trust;
+use super::url::{is_same_origin, join};
+use crate::cancel::Cancel;
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long a server may say nothing, or take nothing.
+const SILENCE: Duration = Duration::from_secs(60);
+const MAX_REDIRECTS: u32 = 10;
+
+/// How to talk to a host, directly or through proxies.
+pub(super) struct Http {
+    direct: Agent,
+    /// For `https`.
+    secure: Option<Agent>,
+    /// For `http`.
+    plain: Option<Agent>,
+    proxies: Proxies,
+    insecure: bool,
+}
+
+/// What can go wrong with a request.
+pub(super) enum Trouble {
+    Http(ureq::Error),
+    /// The server leads us astray; a sentence about it.
+    Astray(String),
+}
+
+impl From<ureq::Error> for Trouble {
+    fn from(error: ureq::Error) -> Self {
+        Self::Http(error)
+    }
+}
+
+/// A request without a body.
+#[derive(Clone, Debug)]
+pub(super) struct Ask<'a> {
+    pub(super) method: Method,
+    pub(super) uri: Uri,
+    pub(super) headers: Vec<(header::HeaderName, &'a str)>,
+    /// For this host only.
+    pub(super) authorization: Option<String>,
+}
+
+impl Http {
+    /// For `host`, with its port if it has one; an `insecure` one may have any
+    /// certificate, and send us where there is no TLS. Cancellation breaks all
+    /// connections.
+    pub(super) fn new(host: &str, insecure: bool, cancel: &Cancel) -> Result<Self, String> {
+        let proxies = Proxies::from_env()?;
+        Ok(Self::with(
+            trust::tls(host, insecure),
+            proxies,
+            insecure,
+            cancel,
+        ))
+    }
+
+    /// With these certificates and proxies.
+    pub(super) fn with(tls: TlsConfig, proxies: Proxies, insecure: bool, cancel: &Cancel) -> Self {
+        let agent = |proxy: Option<Proxy>| {
+            let config = Agent::config_builder()
+                .http_status_as_error(false)
+                .user_agent(concat!("sm/", env!("CARGO_PKG_VERSION")))
+                // A layer is stored as it is compressed.
+                .accept_encoding("identity")
+                .timeout_connect(Some(CONNECT_TIMEOUT))
+                .timeout_recv_response(Some(SILENCE))
+                .timeout_per_read(Some(SILENCE))
+                .timeout_per_write(Some(SILENCE))
+                // Followed here, by rules for credentials and protocols.
+                .max_redirects(0)
+                .max_redirects_will_error(false)
+                .tls_config(tls.clone())
+                .proxy(proxy)
+                .build();
+            let agent = Agent::new_with_config(config);
+            let ended = agent.clone();
+            cancel.on_cancel(move || ended.shutdown());
+            agent
+        };
+        Self {
+            direct: agent(None),
+            secure: proxies.secure.clone().map(|proxy| agent(Some(proxy))),
+            plain: proxies.plain.clone().map(|proxy| agent(Some(proxy))),
+            proxies,
+            insecure,
+        }
+    }
+
+    fn agent(&self, uri: &Uri) -> &Agent {
+        if self.proxies.spare(uri) {
+            return &self.direct;
+        }
+        let proxied = match uri.scheme_str() {
+            Some("https") => &self.secure,
+            _ => &self.plain,
+        };
+        proxied.as_ref().unwrap_or(&self.direct)
+    }
+
+    /// Asks, and follows redirections: to another host without authorization,
+    /// and never from `https` to `http`, unless the host is insecure anyway.
+    pub(super) fn ask(&self, ask: &Ask<'_>) -> Result<Response<Body>, Trouble> {
+        let mut uri = ask.uri.clone();
+        for _ in 0..=MAX_REDIRECTS {
+            let authorization = ask.authorization.as_deref();
+            let authorization = authorization.filter(|_| is_same_origin(&uri, &ask.uri));
+            let request = request(ask.method.clone(), &uri, &ask.headers, authorization);
+            let request = request.body(()).map_err(ureq::Error::from)?;
+            let response = self.agent(&uri).run(request)?;
+            if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
+                return Ok(response);
+            }
+            let location = response.headers().get(header::LOCATION);
+            let next = location.and_then(|location| join(&uri, location.to_str().ok()?));
+            let next = next.ok_or_else(|| {
+                Trouble::Astray("it sends us to a place that makes no sense".to_owned())
+            })?;
+            if uri.scheme_str() == Some("https")
+                && next.scheme_str() != Some("https")
+                && !self.insecure
+            {
+                let host = next.host().unwrap_or_default();
+                let text = format!("it sends us to {host}, without TLS");
+                return Err(Trouble::Astray(text));
+            }
+            uri = next;
+        }
+        let text = format!("it sends us on more than {MAX_REDIRECTS} times");
+        Err(Trouble::Astray(text))
+    }
+
+    /// Sends a body, and follows nothing.
+    pub(super) fn send(
+        &self,
+        ask: &Ask<'_>,
+        body: SendBody<'_>,
+    ) -> Result<Response<Body>, Trouble> {
+        let authorization = ask.authorization.as_deref();
+        let request = request(ask.method.clone(), &ask.uri, &ask.headers, authorization);
+        let request = request.body(body).map_err(ureq::Error::from)?;
+        Ok(self.agent(&ask.uri).run(request)?)
+    }
+}
+
+fn request(
+    method: Method,
+    uri: &Uri,
+    headers: &[(header::HeaderName, &str)],
+    authorization: Option<&str>,
+) -> ureq::http::request::Builder {
+    let mut request = Request::builder().method(method).uri(uri.clone());
+    for (name, value) in headers {
+        request = request.header(name, *value);
+    }
+    if let Some(authorization) = authorization {
+        request = request.header(header::AUTHORIZATION, authorization);
+    }
+    request
+}

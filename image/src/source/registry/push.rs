@@ -1,0 +1,265 @@
+//! Bringing an image into a registry (OCI distribution-spec, "Push").
+
+use std::cell::RefCell;
+use std::io::{self, Read};
+
+use ureq::Body;
+use ureq::http::{HeaderMap, Method, Response, Uri, header};
+
+use super::super::place::Place;
+use super::client::{Client, Failure};
+use super::patience::ATTEMPTS;
+use super::url::{escape, join, with_query};
+use crate::Error;
+use crate::cancel::Cancel;
+use crate::digest::Digest;
+use crate::docker_reference::DockerReference;
+use crate::source::{Registries, Session};
+
+const DIGEST: &str = "docker-content-digest";
+
+/// A repository of a registry that an image is brought into: first its blobs,
+/// from any threads, then its manifest.
+///
+/// Where it is and how it is talked to is as for pulling; mirrors are left alone.
+pub struct Pusher<'s> {
+    client: Client<'s>,
+    tag: String,
+    /// Other repositories of the registry that may have the same blobs.
+    others: Vec<String>,
+}
+
+/// How a blob got there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pushed {
+    /// It was there already.
+    Existed,
+    /// Another repository had it.
+    Mounted,
+    /// It was sent.
+    Sent,
+}
+
+/// Opens a blob's contents, each time from the beginning.
+pub type OpenBlob<'a> = &'a (dyn Fn() -> io::Result<Box<dyn Read + Send>> + Sync);
+
+impl<'s> Pusher<'s> {
+    /// For the name `reference`, which has to have a tag. `others` are
+    /// repositories of the same registry that may have some of the blobs, and need
+    /// not be sent those. `notice` is called with sentences about why nothing
+    /// happens for a while.
+    ///
+    /// # Errors
+    /// There is no tag, or the user's configuration of registries is wrong.
+    pub fn open(
+        reference: &DockerReference,
+        others: &[&str],
+        cancel: &'s Cancel,
+        notice: &'s (dyn Fn(&str) + Sync),
+    ) -> Result<Self, Error> {
+        let no_tag = || Error::Reference {
+            reference: reference.to_string(),
+            reason: "a push needs a tag",
+        };
+        let tag = reference.tag().ok_or_else(no_tag)?.to_owned();
+        let own = Registries::load()?.places(reference)?.own;
+        let session = Session {
+            scratch: std::path::Path::new(""),
+            cancel,
+            notice,
+        };
+        Ok(Self::at(own, tag, others, session))
+    }
+
+    fn at(place: Place, tag: String, others: &[&str], session: Session<'s>) -> Self {
+        let others = others.iter().filter(|other| **other != place.repository);
+        let others: Vec<String> = others.map(|other| (*other).to_owned()).collect();
+        let mut scopes = vec![format!("repository:{}:pull,push", place.repository)];
+        scopes.extend(
+            others
+                .iter()
+                .map(|other| format!("repository:{other}:pull")),
+        );
+        Self {
+            client: Client::new(place, session, ATTEMPTS, scopes),
+            tag,
+            others,
+        }
+    }
+
+    /// Makes sure that a blob of `size` bytes is there. `progress` is called with
+    /// the bytes that have been sent; it may begin again.
+    ///
+    /// # Errors
+    /// The registry does not take it, or it cannot be read.
+    pub fn blob(
+        &self,
+        digest: Digest,
+        size: u64,
+        open: OpenBlob<'_>,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<Pushed, Error> {
+        if self.client.patiently(|| self.has(digest))? {
+            return Ok(Pushed::Existed);
+        }
+        for other in &self.others {
+            if self.client.patiently(|| self.mount(digest, other))? {
+                return Ok(Pushed::Mounted);
+            }
+        }
+        self.client
+            .patiently(|| self.upload(digest, size, open, progress))?;
+        Ok(Pushed::Sent)
+    }
+
+    /// Names the image by its manifest, whose blobs are there.
+    ///
+    /// # Errors
+    /// The registry does not take it, or takes it for something else.
+    pub fn manifest(&self, media_type: &str, bytes: &[u8]) -> Result<Digest, Error> {
+        let digest = Digest::of(bytes);
+        self.client.patiently(|| {
+            let uri = self.client.uri(&format!("manifests/{}", self.tag))?;
+            let length = bytes.len().to_string();
+            let headers = [
+                (header::CONTENT_TYPE, media_type),
+                (header::CONTENT_LENGTH, &*length),
+            ];
+            let mut response = self
+                .client
+                .send(&Method::PUT, &uri, &headers, || Ok(Box::new(bytes)))?;
+            if !matches!(response.status().as_u16(), 200..=202) {
+                return Err(self.client.failure(&mut response));
+            }
+            match response
+                .headers()
+                .get(DIGEST)
+                .and_then(|value| value.to_str().ok())
+            {
+                Some(other) if other != digest.to_string() => Err(Failure::Final(format!(
+                    "it has made {other:?} of manifest {digest}"
+                ))),
+                _ => Ok(()),
+            }
+        })?;
+        Ok(digest)
+    }
+
+    fn has(&self, digest: Digest) -> Result<bool, Failure> {
+        let path = format!("blobs/{digest}");
+        let mut response = self.client.ask(Method::HEAD, &path, &[])?;
+        match response.status().as_u16() {
+            200 => Ok(true),
+            404 => Ok(false),
+            _ => Err(self.client.failure(&mut response)),
+        }
+    }
+
+    /// Asks for a blob of another repository. A registry that cannot, or will not,
+    /// begins an upload instead, which it forgets after a while.
+    fn mount(&self, digest: Digest, other: &str) -> Result<bool, Failure> {
+        let text = digest.to_string();
+        let path = format!(
+            "blobs/uploads/?mount={}&from={}",
+            escape(&text),
+            escape(other)
+        );
+        let mut response = self.begin(&path)?;
+        match response.status().as_u16() {
+            201 => Ok(true),
+            202 | 400..=405 => Ok(false),
+            _ => Err(self.client.failure(&mut response)),
+        }
+    }
+
+    fn begin(&self, path: &str) -> Result<Response<Body>, Failure> {
+        let uri = self.client.uri(path)?;
+        self.client
+            .send(&Method::POST, &uri, &[(header::CONTENT_LENGTH, "0")], empty)
+    }
+
+    /// Sends a blob from its beginning: begin, contents, end.
+    fn upload(
+        &self,
+        digest: Digest,
+        size: u64,
+        open: OpenBlob<'_>,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<(), Failure> {
+        let path = "blobs/uploads/";
+        let mut response = self.begin(path)?;
+        if response.status().as_u16() != 202 {
+            return Err(self.client.failure(&mut response));
+        }
+        let place = next_place(&self.client.uri(path)?, response.headers())?;
+        let length = size.to_string();
+        // It is lent to each reader in turn.
+        let progress = RefCell::new(progress);
+        let headers = [
+            (header::CONTENT_TYPE, "application/octet-stream"),
+            (header::CONTENT_LENGTH, &*length),
+        ];
+        let mut response = self.client.send(&Method::PATCH, &place, &headers, || {
+            let blob = open().map_err(|error| {
+                Failure::Final(format!("blob {digest} cannot be read to be sent: {error}"))
+            })?;
+            Ok(Box::new(Sending {
+                blob,
+                left: size,
+                size,
+                progress: &progress,
+            }))
+        })?;
+        if !matches!(response.status().as_u16(), 202 | 204) {
+            return Err(self.client.failure(&mut response));
+        }
+        let place = next_place(&place, response.headers())?;
+        let text = with_query(&place, "digest", &digest.to_string());
+        let place = text
+            .parse()
+            .map_err(|_| Failure::Final(format!("{text:?} is no address")))?;
+        let headers = [(header::CONTENT_LENGTH, "0")];
+        let mut response = self.client.send(&Method::PUT, &place, &headers, empty)?;
+        match response.status().as_u16() {
+            201 | 204 => Ok(()),
+            _ => Err(self.client.failure(&mut response)),
+        }
+    }
+}
+
+fn empty() -> Result<Box<dyn Read>, Failure> {
+    Ok(Box::new(io::empty()))
+}
+
+/// Where an upload goes on.
+fn next_place(base: &Uri, headers: &HeaderMap) -> Result<Uri, Failure> {
+    let location = headers.get(header::LOCATION);
+    location
+        .and_then(|location| join(base, location.to_str().ok()?))
+        .ok_or_else(|| Failure::Final("it does not say where an upload goes on".to_owned()))
+}
+
+/// A blob's contents, as many bytes as were announced.
+struct Sending<'p, 'q> {
+    blob: Box<dyn Read + Send>,
+    left: u64,
+    size: u64,
+    progress: &'p RefCell<&'q mut dyn FnMut(u64)>,
+}
+
+impl Read for Sending<'_, '_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let left = usize::try_from(self.left).unwrap_or(usize::MAX);
+        let most = buffer.len().min(left);
+        let Some(buffer) = buffer.get_mut(..most).filter(|buffer| !buffer.is_empty()) else {
+            return Ok(0);
+        };
+        let count = self.blob.read(buffer)?;
+        if count == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        self.left -= count as u64;
+        (self.progress.borrow_mut())(self.size - self.left);
+        Ok(count)
+    }
+}

@@ -1,0 +1,339 @@
+//! What goes wrong on the way.
+
+use super::server::{Answer, Heard, ok, registry, status};
+use crate::digest::Digest;
+
+#[test]
+fn a_broken_connection_is_taken_up_where_it_broke() {
+    let mut cuts = 0;
+    let fixture = registry(move |request, content| {
+        let honest = content.honest(request);
+        let is_layer = request.path.contains("/blobs/");
+        match honest {
+            Answer::Say(status, headers, body) if is_layer && body.len() > 100_000 && cuts < 3 => {
+                cuts += 1;
+                Answer::Cut(status, headers, body, 70_000)
+            }
+            other => other,
+        }
+    });
+    fixture.pull().unwrap();
+    let ranges: Vec<_> = fixture
+        .requests()
+        .iter()
+        .filter_map(|request| request.headers.get("range").cloned())
+        .collect();
+    assert_eq!(ranges.first().map(String::as_str), Some("bytes=70000-"));
+    assert_eq!(ranges.len(), 3, "{ranges:?}");
+}
+
+#[test]
+fn a_registry_without_ranges_is_read_again() {
+    let mut cut = false;
+    let fixture = registry(move |request, content| {
+        let mut plain = request.clone();
+        plain.headers.remove("range");
+        match content.honest(&plain) {
+            Answer::Say(status, headers, body) if body.len() > 100_000 && !cut => {
+                cut = true;
+                Answer::Cut(status, headers, body, 50_000)
+            }
+            other => other,
+        }
+    });
+    fixture.pull().unwrap();
+}
+
+#[test]
+fn a_connection_that_always_breaks_is_given_up() {
+    let fixture = registry(|request, content| match content.honest(request) {
+        Answer::Say(status, headers, body) if body.len() > 100_000 => {
+            Answer::Cut(status, headers, body, 10)
+        }
+        other => other,
+    });
+    fixture.fails(&["layer"]);
+    assert!(fixture.requests().len() < 20);
+}
+
+#[test]
+fn trouble_that_passes_is_waited_for() {
+    let mut troubles = vec![
+        status(503),
+        Answer::Say(429, vec![("Retry-After", "0".to_owned())], Vec::new()),
+        Answer::HangUp,
+    ];
+    let fixture = registry(move |request, content| {
+        if request.path.contains("/manifests/")
+            && let Some(trouble) = troubles.pop()
+        {
+            return trouble;
+        }
+        content.honest(request)
+    });
+    fixture.pull().unwrap();
+}
+
+#[test]
+fn trouble_that_stays_is_told() {
+    let fixture = registry(|request, _| match request.path.as_str() {
+        "/v2/" => status(200),
+        _ => Answer::Say(500, vec![("Retry-After", "0".to_owned())], Vec::new()),
+    });
+    fixture.fails(&["127.0.0.1", "500", "5 times"]);
+}
+
+#[test]
+fn wrong_contents_are_refused() {
+    let fixture = registry(|request, content| match content.honest(request) {
+        Answer::Say(status, headers, mut body) if body.len() > 100_000 => {
+            let middle = body.len() / 2;
+            body[middle] ^= 1;
+            Answer::Say(status, headers, body)
+        }
+        other => other,
+    });
+    fixture.fails(&["blob sha256:", "contents have digest"]);
+
+    let mut fixture = registry(|request, content| content.honest(request));
+    let digest = Digest::of(b"another manifest");
+    fixture.reference = format!("{}@{digest}", fixture.reference);
+    fixture.fails(&[&digest.to_string()]);
+}
+
+#[test]
+fn lengths_that_lie_are_found_out() {
+    // Longer than the manifest says.
+    let fixture = registry(|request, content| match content.honest(request) {
+        Answer::Say(status, headers, mut body) if body.len() > 100_000 => {
+            body.extend(vec![0; 4 << 20]);
+            Answer::Say(status, headers, body)
+        }
+        other => other,
+    });
+    fixture.fails(&["announces", "337587"]);
+    // A manifest without end.
+    let fixture = registry(
+        |request, content| match request.path.contains("/manifests/") {
+            true => ok(&vec![b' '; 9 << 20]),
+            false => content.honest(request),
+        },
+    );
+    fixture.fails(&["larger than 8 MiB"]);
+    let fixture = registry(
+        |request, content| match request.path.contains("/manifests/") {
+            true => ok(b"{\"schemaVersion\": 2, \"manifests\": ["),
+            false => content.honest(request),
+        },
+    );
+    fixture.fails(&["manifest"]);
+}
+
+#[test]
+fn connections_cut_anywhere_are_put_together() {
+    let mut random = 1_u64;
+    let mut next = move |below: usize| {
+        // Any sequence will do, as long as it is the same each time.
+        random = random
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
+        usize::try_from(random >> 33).unwrap() % below
+    };
+    for _ in 0..8 {
+        let points: Vec<usize> = (0..3).map(|_| next(150_000)).collect();
+        let mut cuts = points.into_iter();
+        let fixture = registry(move |request, content| match content.honest(request) {
+            Answer::Say(status, headers, body) if body.len() > 1000 => match cuts.next() {
+                Some(at) => {
+                    let at = at.min(body.len());
+                    Answer::Cut(status, headers, body, at)
+                }
+                None => Answer::Say(status, headers, body),
+            },
+            other => other,
+        });
+        let heard = Heard::default();
+        heard
+            .with(|session| fixture.read_through(&[], session))
+            .unwrap();
+    }
+}
+
+#[test]
+fn parts_that_do_not_fit_are_not_put_together() {
+    let wrong: [fn(usize, usize) -> String; 4] = [
+        // It leaves out a byte.
+        |from, len| format!("bytes {}-{}/{len}", from + 1, len - 1),
+        // Another blob's.
+        |from, len| format!("bytes {from}-{len}/{}", len + 1),
+        |_, len| format!("bytes */{len}"),
+        |_, _| "nonsense".to_owned(),
+    ];
+    for range in wrong {
+        let fixture = registry(move |request, content| match content.honest(request) {
+            Answer::Say(200, headers, body) if body.len() > 100_000 => {
+                Answer::Cut(200, headers, body, 70_000)
+            }
+            Answer::Say(206, _, body) => {
+                let whole = body.len() + 70_000;
+                let skip = usize::from(range(70_000, whole).starts_with("bytes 70001"));
+                let headers = vec![("Content-Range", range(70_000, whole))];
+                Answer::Say(206, headers, body[skip..].to_vec())
+            }
+            other => other,
+        });
+        let heard = Heard::default();
+        let error = heard.with(|session| fixture.read_through(&[], session));
+        assert!(error.is_err(), "{}", range(1, 2));
+    }
+}
+
+#[test]
+fn a_part_that_begins_earlier_is_read_over() {
+    let fixture = registry(move |request, content| {
+        let mut earlier = request.clone();
+        if let Some(range) = earlier.headers.get_mut("range") {
+            *range = "bytes=60000-".to_owned();
+        }
+        match content.honest(&earlier) {
+            Answer::Say(200, headers, body) if body.len() > 100_000 => {
+                Answer::Cut(200, headers, body, 70_000)
+            }
+            other => other,
+        }
+    });
+    let heard = Heard::default();
+    heard
+        .with(|session| fixture.read_through(&[], session))
+        .unwrap();
+}
+
+#[test]
+fn a_registry_that_has_less_than_it_said_is_found_out() {
+    let fixture = registry(|request, content| match content.honest(request) {
+        Answer::Say(200, headers, body) if body.len() > 100_000 => {
+            Answer::Cut(200, headers, body, 70_000)
+        }
+        Answer::Say(206, ..) => status(416),
+        other => other,
+    });
+    fixture.fails(&["layer", "416"]);
+}
+
+#[test]
+fn manifests_that_break_off_are_asked_for_again() {
+    let mut cuts = 2;
+    let fixture = registry(move |request, content| match content.honest(request) {
+        Answer::Say(status, headers, body) if request.path.contains("/manifests/") && cuts > 0 => {
+            cuts -= 1;
+            Answer::Cut(status, headers, body, 50)
+        }
+        other => other,
+    });
+    fixture.pull().unwrap();
+    let fixture = registry(|request, content| match content.honest(request) {
+        Answer::Say(status, headers, body) if request.path.contains("/manifests/") => {
+            Answer::Cut(status, headers, body, 50)
+        }
+        other => other,
+    });
+    fixture.fails(&["a manifest breaks off", "5 times"]);
+}
+
+#[test]
+fn a_registry_is_left_alone_as_long_as_it_asks() {
+    let mut troubles = vec![Answer::Say(
+        429,
+        vec![("Retry-After", "1".to_owned())],
+        br#"{"errors": [{"code": "TOOMANYREQUESTS", "message": "slow\u001b down"}]}"#.to_vec(),
+    )];
+    let fixture = registry(move |request, content| {
+        if request.path.contains("/blobs/")
+            && let Some(trouble) = troubles.pop()
+        {
+            return trouble;
+        }
+        content.honest(request)
+    });
+    let heard = Heard::default();
+    heard
+        .with(|session| fixture.read_through(&[], session))
+        .unwrap();
+    let expected = format!("waiting 1 s as {} asks", fixture.address);
+    assert_eq!(heard.said(), [expected]);
+}
+
+#[test]
+fn a_registry_that_asks_for_too_long_is_not_waited_for() {
+    let far = "Fri, 31 Dec 2100 00:00:00 GMT";
+    for pause in ["3600", far] {
+        let fixture = registry(move |request, content| match request.path.as_str() {
+            "/v2/" => status(200),
+            path if path.contains("/blobs/") => Answer::Say(
+                429,
+                vec![("Retry-After", pause.to_owned())],
+                br#"{"errors": [{"message": "pull rate limit\u001b reached"}]}"#.to_vec(),
+            ),
+            _ => content.honest(request),
+        });
+        fixture.fails(&["429", "pull rate limit  reached", "left alone for"]);
+        let blobs = fixture.requests();
+        assert_eq!(
+            blobs.iter().filter(|r| r.path.contains("/blobs/")).count(),
+            1
+        );
+    }
+}
+
+#[test]
+fn giving_up_ends_reads_and_waits() {
+    let silent = registry(|request, content| match content.honest(request) {
+        Answer::Say(200, _, body) if body.len() > 100_000 => Answer::Silence,
+        other => other,
+    });
+    let busy = registry(|request, content| match content.honest(request) {
+        Answer::Say(200, _, body) if body.len() > 100_000 => {
+            Answer::Say(503, vec![("Retry-After", "100".to_owned())], Vec::new())
+        }
+        other => other,
+    });
+    for fixture in [silent, busy] {
+        let heard = Heard::default();
+        // Configuration, then layer: it is read, or waited for.
+        let reached = || {
+            let blobs = fixture.requests();
+            blobs.iter().filter(|r| r.path.contains("/blobs/")).count() == 2
+        };
+        std::thread::scope(|scope| {
+            let reading = scope.spawn(|| heard.with(|session| fixture.read_through(&[], session)));
+            while !reached() {
+                std::thread::yield_now();
+            }
+            heard.cancel.cancel();
+            let error = reading.join().unwrap().unwrap_err().to_string();
+            assert!(error.contains("given up"), "{error}");
+        });
+    }
+}
+
+#[test]
+fn wrong_lengths_in_the_protocol_are_survived() {
+    // Shorter than what is sent: a cut, to the reader; and it stays so.
+    let fixture = registry(|request, content| match content.honest(request) {
+        Answer::Say(status, mut headers, body) if body.len() > 100_000 => {
+            headers.push(("Content-Length", "1000".to_owned()));
+            Answer::Say(status, headers, body)
+        }
+        other => other,
+    });
+    fixture.fails(&["announces 1000 bytes"]);
+    // Without any, the end of the connection is the end.
+    let fixture = registry(|request, content| match content.honest(request) {
+        Answer::Say(status, mut headers, body) if body.len() > 100_000 => {
+            headers.push(("Content-Length", String::new()));
+            Answer::Say(status, headers, body)
+        }
+        other => other,
+    });
+    fixture.pull().unwrap();
+}
