@@ -167,11 +167,10 @@ impl Group {
     /// A new member, which holds `permit` for as long as it is one.
     #[must_use]
     pub fn join(&self, permit: Option<Permit>) -> Member {
-        let mut counts = lock(&self.0.counts);
-        counts.active += 1;
-        counts.undelivered += 1;
+        lock(&self.0.counts).active += 1;
         Member {
             group: self.clone(),
+            has_begun: false,
             delivered: false,
             _permit: permit,
         }
@@ -229,24 +228,24 @@ impl Group {
         wake();
     }
 
-    fn leave(&self, is_over: bool, was_delivered: bool) {
+    fn delivered(&self) {
         let mut woken = Vec::new();
         let mut counts = lock(&self.0.counts);
-        if !was_delivered {
-            counts.undelivered -= 1;
-            if counts.undelivered == 0 {
-                woken = std::mem::take(&mut counts.when_delivered);
-            }
-        }
-        if is_over {
-            counts.active -= 1;
-            if counts.active == 0 {
-                self.0.idle.notify_all();
-            }
+        counts.undelivered -= 1;
+        if counts.undelivered == 0 {
+            woken = std::mem::take(&mut counts.when_delivered);
         }
         drop(counts);
         for wake in woken {
             wake();
+        }
+    }
+
+    fn leave(&self) {
+        let mut counts = lock(&self.0.counts);
+        counts.active -= 1;
+        if counts.active == 0 {
+            self.0.idle.notify_all();
         }
     }
 }
@@ -255,6 +254,8 @@ impl Group {
 #[derive(Debug)]
 pub struct Member {
     group: Group,
+    /// The guest was asked for the connection.
+    has_begun: bool,
     delivered: bool,
     _permit: Option<Permit>,
 }
@@ -276,17 +277,26 @@ impl Member {
         self.group.0.from_guest.fetch_add(bytes, Ordering::Relaxed);
     }
 
+    /// The guest is asked for the connection, and may have something to say from
+    /// now on.
+    pub fn begin(&mut self) {
+        if !std::mem::replace(&mut self.has_begun, true) {
+            lock(&self.group.0.counts).undelivered += 1;
+        }
+    }
+
     /// All that the guest had to say has reached the host's socket.
     pub fn delivered(&mut self) {
-        if !std::mem::replace(&mut self.delivered, true) {
-            self.group.leave(false, false);
+        if self.has_begun && !std::mem::replace(&mut self.delivered, true) {
+            self.group.delivered();
         }
     }
 }
 
 impl Drop for Member {
     fn drop(&mut self) {
-        self.group.leave(true, self.delivered);
+        self.delivered();
+        self.group.leave();
     }
 }
 
@@ -318,8 +328,13 @@ mod tests {
     fn members_are_counted_until_they_are_gone() {
         let group = Group::new();
         let limit = Limit::new(2);
-        let one = group.join(limit.take(1));
+        let mut one = group.join(limit.take(1));
         let mut other = group.join(limit.take(1));
+        other.delivered();
+        assert_eq!((group.active(), group.undelivered()), (2, 0));
+        one.begin();
+        other.begin();
+        other.begin();
         assert_eq!((group.active(), group.undelivered()), (2, 2));
         one.count_to_guest(5);
         other.count_from_guest(7);

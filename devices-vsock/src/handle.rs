@@ -221,7 +221,10 @@ impl MuxerHandle {
     /// made non-blocking, and closed when the connection ends or cannot be made. A
     /// request made before the guest's driver is ready waits for it, as long as an
     /// answer may take; one made after the driver has failed is refused.
-    pub fn connect(&self, guest_port: u32, stream: OwnedFd, options: ConnectOptions) {
+    pub fn connect(&self, guest_port: u32, stream: OwnedFd, mut options: ConnectOptions) {
+        if let Some(member) = &mut options.member {
+            member.begin();
+        }
         let request = ConnectRequest {
             guest_port,
             preamble: options.preamble,

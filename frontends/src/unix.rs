@@ -183,4 +183,15 @@ mod tests {
         assert!(matches!(error, Error::InUse { .. }), "{error}");
         drop(first);
     }
+
+    #[test]
+    fn what_is_not_a_socket_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let event_loop = EventLoop::spawn("test").unwrap();
+        let file = dir.path().join("data");
+        fs::write(&file, "precious").unwrap();
+        let error = start(&file, &event_loop).unwrap_err();
+        assert!(error.to_string().contains("socket"), "{error}");
+        assert_eq!(fs::read(&file).unwrap(), b"precious");
+    }
 }
