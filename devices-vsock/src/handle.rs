@@ -108,9 +108,26 @@ pub struct GuestStream {
     pub kind: SocketKind,
 }
 
-/// Answers a guest's request with one end of a socket of the kind asked for, or
-/// refuses it. Runs on the event loop: short.
-pub type Acceptor = Box<dyn FnMut(GuestStream) -> Option<OwnedFd> + Send>;
+/// What answers a guest's request.
+#[derive(Debug)]
+pub struct Accepted {
+    /// One end of a socket of the kind asked for.
+    pub socket: OwnedFd,
+    /// Kept for as long as the connection lives.
+    pub member: Option<Member>,
+}
+
+impl From<OwnedFd> for Accepted {
+    fn from(socket: OwnedFd) -> Self {
+        Self {
+            socket,
+            member: None,
+        }
+    }
+}
+
+/// Answers a guest's request, or refuses it. Runs on the event loop: short.
+pub type Acceptor = Box<dyn FnMut(GuestStream) -> Option<Accepted> + Send>;
 
 /// Told when the device has failed: why. Runs on the event loop: short.
 pub type OnFailure = Box<dyn FnMut(&str) + Send>;

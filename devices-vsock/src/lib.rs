@@ -35,8 +35,8 @@ pub use config::{SetUpError, VsockConfig};
 pub use device::Vsock;
 pub use group::{Full, Group, Limit, Member, Permit, Waker};
 pub use handle::{
-    Acceptor, ConnectError, ConnectOptions, GuestStream, Listening, MuxerHandle, OnFailure,
-    OnResult, SocketKind,
+    Accepted, Acceptor, ConnectError, ConnectOptions, GuestStream, Listening, MuxerHandle,
+    OnFailure, OnResult, SocketKind,
 };
 pub use profile::{Profiler, Stage, StageReport};
 pub use stats::Stats;

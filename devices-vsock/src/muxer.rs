@@ -272,10 +272,10 @@ impl Muxer {
             true => self.listeners.get_mut(&Some(key.1)),
             false => self.listeners.get_mut(&None),
         };
-        let socket = listener
+        let accepted = listener
             .and_then(|listener| (listener.acceptor)(request))
-            .and_then(|fd| self.usable(fd, kind));
-        let Some(socket) = socket else {
+            .and_then(|accepted| Some((self.usable(accepted.socket, kind)?, accepted.member)));
+        let Some((socket, member)) = accepted else {
             self.mailbox.counters.refused.add(1);
             return None;
         };
@@ -283,6 +283,10 @@ impl Muxer {
         let mut connection = Connection::new(key, socket, Phase::Established, window);
         connection.outgoing.update(header.buf_alloc, header.fwd_cnt);
         connection.owed.response = true;
+        connection.member = member;
+        if let Some(member) = &mut connection.member {
+            member.begin();
+        }
         Some(connection)
     }
 

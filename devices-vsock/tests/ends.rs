@@ -155,7 +155,7 @@ fn ports_of_a_lingering_connection_can_be_used_again() {
         Box::new(move |_| {
             let (ours, theirs) = UnixStream::pair().unwrap();
             send.send(ours).unwrap();
-            Some(OwnedFd::from(theirs))
+            Some(OwnedFd::from(theirs).into())
         }),
     );
     let open = Packet::from_guest(9, 1030, REQUEST);
@@ -329,7 +329,7 @@ fn an_acceptor_leaves_with_its_guard() {
             send.send(()).unwrap();
             let (ours, theirs) = UnixStream::pair().unwrap();
             std::mem::forget(ours);
-            Some(OwnedFd::from(theirs))
+            Some(OwnedFd::from(theirs).into())
         })
     };
     let old = guest.muxer.listen(5, acceptor(send.clone()));

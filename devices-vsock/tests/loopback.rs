@@ -127,7 +127,7 @@ fn the_guest_opens_streams_to_ports_that_are_listened_on() {
             assert_eq!((request.guest_port, request.host_port), (555, 1030));
             let (ours, theirs) = UnixStream::pair().unwrap();
             send.send(ours).unwrap();
-            Some(OwnedFd::from(theirs))
+            Some(OwnedFd::from(theirs).into())
         }),
     );
     guest.send(&Packet::from_guest(555, 1030, REQUEST));

@@ -17,6 +17,28 @@ pub enum Error {
         /// The socket.
         path: PathBuf,
     },
+    /// Something else than a socket is there.
+    #[error(
+        "the {frontend} frontend cannot listen on \"{}\": there is something that is not a socket",
+        path.display()
+    )]
+    NotASocket {
+        /// Kind of frontend.
+        frontend: &'static str,
+        /// What is there.
+        path: PathBuf,
+    },
+    /// A socket of another user is there.
+    #[error(
+        "the {frontend} frontend cannot listen on \"{}\": there is a socket of another user",
+        path.display()
+    )]
+    OtherUsers {
+        /// Kind of frontend.
+        frontend: &'static str,
+        /// The socket.
+        path: PathBuf,
+    },
     /// The system refused.
     #[error("the {frontend} frontend cannot {operation} \"{}\"", path.display())]
     Io {

@@ -1,26 +1,54 @@
 //! Host-side listeners on top of the vsock muxer.
 //!
+//! | frontend | its clients | what they reach |
+//! |---|---|---|
+//! | [`UnixFrontend`] | of this user, on a private unix socket | a port of the guest, or its exec server |
+//! | [`TcpFrontend`] | on a TCP port | a port of the guest |
+//! | [`TlsFrontend`] | on a TCP port, speaking TLS | the same, in the clear |
+//! | [`HandoffFrontend`] | routers that have accepted connections | a port of the guest |
+//! | [`HybridFrontend`] | of Firecracker's vsock protocol | any vsock port, both ways |
+//!
 //! A frontend accepts connections on the machine's event loop and hands each one
-//! to the muxer, which moves its bytes; no thread and no buffer of its own is
-//! involved. Its handle says where it listens and what it did; dropping the
-//! handle closes the listener and unlinks its socket.
+//! to the muxer, which moves its bytes; there is no thread of its own, and but for
+//! TLS, which has to decrypt, no buffer. Its [`FrontendHandle`] says where it
+//! listens and what it did; dropping it closes the listener and unlinks its socket,
+//! [`FrontendHandle::stop`] also waits for its connections.
+//!
+//! Clients are not trusted: what each may send before it is let through is bounded
+//! in size and time. Frontends of a process share a [`Limit`] of descriptors; what
+//! exceeds it waits in the system's backlog.
 #![warn(missing_docs)]
 
+mod address;
+mod deadlines;
 mod error;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
+mod gate;
+mod handle;
 mod handoff;
 mod hybrid;
 mod listening;
+mod peer;
+mod place;
+mod service;
+mod stats;
 mod target;
 mod tcp;
 #[cfg(feature = "tls")]
 mod tls;
 mod unix;
 
+pub use address::LocalAddress;
 pub use error::Error;
-pub use handoff::{HandoffFrontend, HandoffFrontendHandle, HandoffSender, MAX_PAYLOAD};
-pub use hybrid::{HybridFrontend, HybridFrontendHandle};
+pub use handle::FrontendHandle;
+pub use handoff::{HandoffFrontend, HandoffSender, MAX_PAYLOAD};
+pub use hybrid::HybridFrontend;
+pub use peer::is_trusted_peer;
+pub use sm_devices_vsock::Limit;
+pub use stats::FrontendStats;
 pub use target::Target;
-pub use tcp::{TcpFrontend, TcpFrontendHandle};
+pub use tcp::TcpFrontend;
 #[cfg(feature = "tls")]
-pub use tls::{TlsFrontend, TlsFrontendHandle, TlsIdentity};
-pub use unix::{UnixFrontend, UnixFrontendHandle};
+pub use tls::{TlsFrontend, TlsIdentity};
+pub use unix::UnixFrontend;

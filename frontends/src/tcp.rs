@@ -2,13 +2,14 @@
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use sm_devices_vsock::MuxerHandle;
+use sm_devices_vsock::{Limit, MuxerHandle};
 use sm_vmm_core::event_loop::EventLoopHandle;
 
-use crate::listening::{Listener, Served, serve};
-use crate::{Error, Target};
+use crate::gate::BACKLOG;
+use crate::listening::Listening;
+use crate::service::Service;
+use crate::{Error, FrontendHandle, LocalAddress, Target};
 
 const FRONTEND: &str = "tcp";
 
@@ -17,6 +18,7 @@ const FRONTEND: &str = "tcp";
 pub struct TcpFrontend {
     address: SocketAddr,
     target: Target,
+    limit: Limit,
 }
 
 impl TcpFrontend {
@@ -25,7 +27,19 @@ impl TcpFrontend {
     /// loopback address unless that is wanted.
     #[must_use]
     pub fn new(address: SocketAddr, target: Target) -> Self {
-        Self { address, target }
+        Self {
+            address,
+            target,
+            limit: Limit::none(),
+        }
+    }
+
+    /// Takes descriptors, one for each connection, from this limit. When there are
+    /// none left, connections wait in the system's backlog.
+    #[must_use]
+    pub fn limit(mut self, limit: &Limit) -> Self {
+        self.limit = limit.clone();
+        self
     }
 
     /// Starts listening.
@@ -36,17 +50,18 @@ impl TcpFrontend {
         self,
         muxer: MuxerHandle,
         event_loop: &EventLoopHandle,
-    ) -> Result<TcpFrontendHandle, Error> {
+    ) -> Result<FrontendHandle, Error> {
         let (listener, bound) = bind(FRONTEND, self.address)?;
-        let served = serve(Tcp(listener), self.target, muxer, event_loop).map_err(failed(
-            FRONTEND,
-            "wait for connections on",
-            bound,
-        ))?;
-        Ok(TcpFrontendHandle {
-            address: bound,
-            served,
-        })
+        let service = Service::new(format!("{FRONTEND} {bound}"), muxer, self.limit);
+        let listening = Listening::new(listener, self.target, service.clone());
+        FrontendHandle::start(
+            listening,
+            LocalAddress::Tcp(bound),
+            None,
+            service,
+            event_loop,
+        )
+        .map_err(failed(FRONTEND, "wait for connections on", bound))
     }
 }
 
@@ -56,9 +71,12 @@ pub(crate) fn bind(
     address: SocketAddr,
 ) -> Result<(TcpListener, SocketAddr), Error> {
     let listener = TcpListener::bind(address).map_err(failed(frontend, "listen on", address))?;
-    listener
-        .set_nonblocking(true)
-        .map_err(failed(frontend, "listen on", address))?;
+    let prepared = listener.set_nonblocking(true).and_then(|()| {
+        // The standard library's backlog of 128 drops what a burst brings.
+        rustix::net::listen(&listener, BACKLOG)?;
+        Ok(())
+    });
+    prepared.map_err(failed(frontend, "listen on", address))?;
     let bound = listener
         .local_addr()
         .map_err(failed(frontend, "tell the address of", address))?;
@@ -78,73 +96,5 @@ pub(crate) fn failed(
             address,
             source,
         },
-    }
-}
-
-struct Tcp(TcpListener);
-
-impl AsFd for Tcp {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
-    }
-}
-
-impl Listener for Tcp {
-    fn accept(&self) -> io::Result<Option<OwnedFd>> {
-        let (stream, _) = self.0.accept()?;
-        // What the guest sent together is sent at once. Not a reason to refuse.
-        let _ = stream.set_nodelay(true);
-        Ok(Some(OwnedFd::from(stream)))
-    }
-}
-
-/// A frontend that listens. Dropping it closes the listener; connections that
-/// were accepted go on.
-#[derive(Debug)]
-pub struct TcpFrontendHandle {
-    address: SocketAddr,
-    served: Served,
-}
-
-impl TcpFrontendHandle {
-    /// Where it listens.
-    #[must_use]
-    pub fn address(&self) -> SocketAddr {
-        self.address
-    }
-
-    /// Connections accepted so far.
-    #[must_use]
-    pub fn accepted(&self) -> u64 {
-        self.served.counters.accepted()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::net::{Ipv4Addr, TcpStream};
-
-    use sm_devices_vsock::{Vsock, VsockConfig};
-    use sm_vmm_core::event_loop::EventLoop;
-
-    use super::*;
-
-    #[test]
-    fn a_port_is_chosen_used_once_and_given_back() {
-        let event_loop = EventLoop::spawn("test").unwrap();
-        let start = |address: SocketAddr| {
-            let (_device, muxer) = Vsock::new(VsockConfig::default()).unwrap();
-            TcpFrontend::new(address, Target::Vsock(1)).start(muxer, &event_loop.handle())
-        };
-        let first = start((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
-        let address = first.address();
-        assert_ne!(address.port(), 0);
-        let error = start(address).unwrap_err();
-        assert!(matches!(error, Error::PortInUse { .. }), "{error}");
-        assert!(error.to_string().contains(&address.to_string()), "{error}");
-        TcpStream::connect(address).unwrap();
-        drop(first);
-        assert!(TcpStream::connect(address).is_err());
-        start(address).unwrap();
     }
 }

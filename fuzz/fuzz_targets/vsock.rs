@@ -23,15 +23,16 @@ fuzz_target!(|data: &[u8]| {
     });
     let mut ours = Vec::new();
     for port in PORTS {
-        guest.muxer.listen(
+        let listening = guest.muxer.listen(
             port,
             Box::new(|_| {
                 let (near, far) = UnixStream::pair().ok()?;
                 // Nobody reads: what the guest sends has to be kept, or refused.
                 std::mem::forget(near);
-                Some(OwnedFd::from(far))
+                Some(OwnedFd::from(far).into())
             }),
         );
+        listening.forever();
         let (near, far) = UnixStream::pair().expect("descriptors");
         guest
             .muxer

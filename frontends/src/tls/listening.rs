@@ -1,34 +1,28 @@
 //! The frontend's part on the event loop: its listener and its connections.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::io;
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use rustix::event::Timespec;
-use rustix::time::{
-    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, timerfd_create, timerfd_settime,
-};
-use sm_devices_vsock::{MuxerHandle, Stage};
+use sm_devices_vsock::{Permit, Stage};
 use sm_vmm_core::event_loop::{EventHandler, Interest, Readiness, Registration, Registry};
 
 use super::identity::Identity;
 use super::session::{Pumped, Session};
 use crate::Target;
-use crate::listening::Spare;
+use crate::deadlines::Deadlines;
+use crate::gate::{Gate, LISTENER};
+use crate::handle::Frontend;
+use crate::service::{Bell, Service};
 
-/// Time that a handshake, and hanging up at the end, may take.
-const PATIENCE: Duration = Duration::from_secs(10);
-/// Handshakes at once; of more, the oldest is hung up on.
+/// Descriptors of a connection: its socket, and a pair to the guest.
+const COST: usize = 3;
+/// Handshakes at once; more connections wait in the backlog.
 const MAX_HANDSHAKES: usize = 256;
-/// Connections accepted before other handlers get their turn.
-const BATCH: usize = 16;
 
-const LISTENER: u64 = 0;
 const TIMER: u64 = 1;
 /// Tokens of connections begin here: an even one is a socket's, the next one
 /// its plain side's.
@@ -40,13 +34,6 @@ const BOTH_EDGES: Interest = Interest {
     edge: true,
 };
 
-/// What the frontend did so far.
-#[derive(Debug, Default)]
-pub(super) struct Counters {
-    pub(super) accepted: AtomicU64,
-    pub(super) refused: AtomicU64,
-}
-
 /// A connection and what it has on the event loop.
 struct Place {
     session: Session,
@@ -56,58 +43,93 @@ struct Place {
     deadline: Option<Instant>,
 }
 
+/// Where connections go.
+pub(super) struct Targets {
+    pub(super) any: Target,
+    /// By the server name that was asked for, in lower case.
+    pub(super) names: HashMap<String, Target>,
+}
+
+impl Targets {
+    fn of(&self, name: Option<&str>) -> Target {
+        let named = name.and_then(|name| self.names.get(&name.to_ascii_lowercase()));
+        named.copied().unwrap_or(self.any)
+    }
+}
+
 pub(super) struct Listening {
-    listener: TcpListener,
+    gate: Gate<TcpListener>,
     identity: Identity,
-    target: Target,
-    names: HashMap<String, Target>,
-    muxer: MuxerHandle,
-    counters: Arc<Counters>,
+    targets: Targets,
+    patience: Duration,
+    service: Service,
+    bell: Option<Bell>,
     sessions: HashMap<u64, Place>,
     next: u64,
     handshakes: usize,
-    /// In order; an entry counts if its connection still has this deadline.
-    deadlines: VecDeque<(Instant, u64)>,
-    timer: OwnedFd,
-    spare: Spare,
+    deadlines: Deadlines,
+    /// There may be a client in the backlog for which there is no place.
+    somebody_waits: bool,
+    /// Nobody has its handle any more.
+    retired: bool,
 }
 
 impl Listening {
     pub(super) fn new(
         listener: TcpListener,
         identity: Identity,
-        target: Target,
-        names: HashMap<String, Target>,
-        muxer: MuxerHandle,
-        counters: Arc<Counters>,
+        targets: Targets,
+        patience: Duration,
+        service: Service,
     ) -> io::Result<Self> {
-        let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
         Ok(Self {
-            listener,
+            gate: Gate::new(listener, COST, service.limit.clone()),
             identity,
-            target,
-            names,
-            muxer,
-            counters,
+            targets,
+            patience,
+            service,
+            bell: None,
             sessions: HashMap::new(),
             next: FIRST,
             handshakes: 0,
-            deadlines: VecDeque::new(),
-            timer: timerfd_create(TimerfdClockId::Monotonic, flags)?,
-            spare: Spare::new(),
+            deadlines: Deadlines::new()?,
+            somebody_waits: false,
+            retired: false,
         })
     }
 
-    fn accept(&mut self, registry: &mut Registry<'_>) -> io::Result<()> {
-        let begun = self.muxer.profiler().begin();
-        let (socket, _) = self.spare.accept(|| self.listener.accept())?;
-        let session = Session::new(socket, self.identity.current())?;
+    /// Accepts some connections; whether there were any.
+    fn accept(&mut self, registry: &mut Registry<'_>) -> bool {
+        let Some(bell) = self.bell.clone() else {
+            return false;
+        };
+        let mut begun = self.service.muxer.profiler().begin();
+        let room = MAX_HANDSHAKES.saturating_sub(self.handshakes);
+        self.somebody_waits = room == 0;
+        let accepted = self.gate.accept(room, &bell, &self.service, registry);
+        let some = !accepted.is_empty();
+        for (socket, permit) in accepted {
+            if let Err(error) = self.add(socket, permit, registry) {
+                self.service.counters.refuse(error);
+            }
+            let profiler = self.service.muxer.profiler();
+            profiler.end(Stage::Accept, begun);
+            begun = profiler.begin();
+        }
+        some
+    }
+
+    fn add(
+        &mut self,
+        socket: TcpStream,
+        permit: Permit,
+        registry: &mut Registry<'_>,
+    ) -> io::Result<()> {
+        let member = self.service.group.join(Some(permit));
+        let session = Session::new(socket, self.identity.current(), member)?;
         let token = self.next;
         let registration = registry.add(&session.socket, token, BOTH_EDGES)?;
         self.next += 2;
-        if self.handshakes >= MAX_HANDSHAKES {
-            self.give_up_oldest(registry);
-        }
         self.handshakes += 1;
         let place = Place {
             session,
@@ -117,76 +139,25 @@ impl Listening {
         };
         self.sessions.insert(token, place);
         self.limit(token);
-        self.muxer.profiler().end(Stage::Accept, begun);
         Ok(())
     }
 
     /// Gives a connection so long and no longer.
     fn limit(&mut self, token: u64) {
-        let deadline = Instant::now() + PATIENCE;
         if let Some(place) = self.sessions.get_mut(&token) {
-            place.deadline = Some(deadline);
-            self.deadlines.push_back((deadline, token));
-            if self.deadlines.len() == 1 {
-                self.arm();
-            }
+            place.deadline = Some(self.deadlines.add(token, self.patience));
         }
-    }
-
-    /// Has the timer wake us at the first deadline.
-    fn arm(&self) {
-        let Some((deadline, _)) = self.deadlines.front() else {
-            return;
-        };
-        let left = deadline.saturating_duration_since(Instant::now());
-        let zero = Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
-        let value = Itimerspec {
-            it_interval: zero,
-            it_value: Timespec {
-                tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
-                // Not zero: that would disarm it.
-                tv_nsec: i64::from(left.subsec_nanos().max(1)),
-            },
-        };
-        if let Err(error) = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &value) {
-            tracing::warn!(%error, "slow clients cannot be timed");
-        }
-    }
-
-    fn is_due(&self, deadline: Instant, token: u64) -> bool {
-        let place = self.sessions.get(&token);
-        place.is_some_and(|place| place.deadline == Some(deadline))
     }
 
     /// Hangs up on whoever took too long.
     fn sweep(&mut self, registry: &mut Registry<'_>) {
-        // Read so that it is not ready any more.
-        let _ = rustix::io::read(&self.timer, &mut [0; 8]);
-        let now = Instant::now();
-        while let Some(&(deadline, token)) = self.deadlines.front() {
-            let due = self.is_due(deadline, token);
-            if due && deadline > now {
-                break;
-            }
-            self.deadlines.pop_front();
-            if due {
-                self.remove(token, registry);
-            }
-        }
-        self.arm();
-    }
-
-    fn give_up_oldest(&mut self, registry: &mut Registry<'_>) {
-        let oldest = self.deadlines.iter().position(|&(deadline, token)| {
+        while let Some(token) = self.deadlines.next_due() {
             let place = self.sessions.get(&token);
-            place.is_some_and(|place| {
-                place.deadline == Some(deadline) && place.session.guest.is_none()
-            })
-        });
-        if let Some((_, token)) = oldest.and_then(|at| self.deadlines.remove(at)) {
+            let why = match place.is_some_and(|place| place.guest.is_none()) {
+                true => "its handshake was not complete in time",
+                false => "it did not close the connection in time",
+            };
+            self.service.counters.evict(why);
             self.remove(token, registry);
         }
     }
@@ -195,13 +166,26 @@ impl Listening {
         let Some(place) = self.sessions.remove(&token) else {
             return;
         };
+        if let Some(at) = place.deadline {
+            self.deadlines.remove(at, token);
+        }
         registry.remove(place.socket, &place.session.socket);
         match (place.guest, &place.session.guest) {
             (Some(registration), Some(guest)) => registry.remove(registration, guest),
-            _ => {
-                self.handshakes -= 1;
-                self.counters.refused.fetch_add(1, Ordering::Relaxed);
-            }
+            _ => self.handshake_is_over(registry),
+        }
+        if let Some(bell) = &self.bell
+            && self.retired
+            && self.sessions.is_empty()
+        {
+            bell.remove();
+        }
+    }
+
+    fn handshake_is_over(&mut self, registry: &mut Registry<'_>) {
+        self.handshakes -= 1;
+        if std::mem::take(&mut self.somebody_waits) {
+            registry.again(LISTENER);
         }
     }
 
@@ -219,13 +203,17 @@ impl Listening {
             Ok(Pumped::Established) => match self.establish(token, registry) {
                 Ok(()) => registry.again(token),
                 Err(error) => {
-                    tracing::warn!(%error, "a connection cannot be led to the guest");
+                    self.service.counters.refuse(error);
                     self.remove(token, registry);
                 }
             },
             Ok(Pumped::Ended) => self.remove(token, registry),
             Err(error) => {
-                tracing::debug!(%error, "a TLS connection broke off");
+                if place.guest.is_none() {
+                    self.service.counters.refuse(error);
+                } else {
+                    tracing::debug!(%error, "a TLS connection broke off");
+                }
                 self.remove(token, registry);
             }
         }
@@ -239,45 +227,60 @@ impl Listening {
         let (ours, theirs) = UnixStream::pair()?;
         ours.set_nonblocking(true)?;
         place.guest = Some(registry.add(&ours, token + 1, BOTH_EDGES)?);
-        let name = place.session.server_name().map(str::to_ascii_lowercase);
-        let target = name.and_then(|name| self.names.get(&name).copied());
-        place.session.guest = Some(ours);
-        place.deadline = None;
-        self.handshakes -= 1;
-        self.counters.accepted.fetch_add(1, Ordering::Relaxed);
-        let (port, options) = target.unwrap_or(self.target).open();
-        self.muxer.connect(port, OwnedFd::from(theirs), options);
+        let target = self.targets.of(place.session.server_name());
+        place.session.begin(ours);
+        if let Some(at) = place.deadline.take() {
+            self.deadlines.remove(at, token);
+        }
+        // The session is the member: it ends when the client has all of it.
+        self.service
+            .connect(target.open(), OwnedFd::from(theirs), None);
+        self.handshake_is_over(registry);
         Ok(())
     }
 }
 
 impl EventHandler for Listening {
-    fn start(&mut self, registry: &mut Registry<'_>) -> io::Result<()> {
-        registry.add(&self.listener, LISTENER, Interest::READ)?;
-        registry.add(&self.timer, TIMER, Interest::READ)?;
+    fn start(&mut self, _registry: &mut Registry<'_>) -> io::Result<()> {
         Ok(())
     }
 
     fn ready(&mut self, token: u64, _readiness: Readiness, registry: &mut Registry<'_>) {
         match token {
             LISTENER => {
-                for _ in 0..BATCH {
-                    match self.accept(registry) {
-                        Ok(()) => {}
-                        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                        Err(error) => {
-                            tracing::warn!(%error, "a connection could not be accepted");
-                            return;
-                        }
-                    }
-                }
+                self.accept(registry);
             }
             TIMER => self.sweep(registry),
             token => {
-                let begun = self.muxer.profiler().begin();
+                let begun = self.service.muxer.profiler().begin();
                 self.serve(token & !1, registry);
-                self.muxer.profiler().end(Stage::Tls, begun);
+                self.service.muxer.profiler().end(Stage::Tls, begun);
             }
         }
+    }
+}
+
+impl Frontend for Listening {
+    fn begin(&mut self, bell: Bell, registry: &mut Registry<'_>) -> io::Result<()> {
+        self.bell = Some(bell);
+        registry.add(&self.deadlines, TIMER, Interest::READ)?;
+        self.gate.begin(registry)
+    }
+
+    fn close(&mut self, registry: &mut Registry<'_>) {
+        while self.accept(registry) {}
+        self.gate.close(registry);
+    }
+
+    fn cut(&mut self, registry: &mut Registry<'_>) {
+        let tokens: Vec<u64> = self.sessions.keys().copied().collect();
+        for token in tokens {
+            self.remove(token, registry);
+        }
+    }
+
+    fn stays(&mut self) -> bool {
+        self.retired = true;
+        !self.sessions.is_empty()
     }
 }

@@ -15,17 +15,19 @@ mod tests;
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
-use sm_devices_vsock::MuxerHandle;
-use sm_vmm_core::event_loop::{EventLoopHandle, HandlerId};
+use sm_devices_vsock::{Limit, MuxerHandle};
+use sm_vmm_core::event_loop::EventLoopHandle;
 
 use self::identity::Identity;
-use self::listening::{Counters, Listening};
+use self::listening::{Listening, Targets};
+use crate::service::Service;
 use crate::tcp::{bind, failed};
-use crate::{Error, Target};
+use crate::{Error, FrontendHandle, LocalAddress, Target};
 
+/// Time that a handshake, and hanging up at the end, may take.
+const PATIENCE: Duration = Duration::from_secs(10);
 const FRONTEND: &str = "tls";
 
 /// What the frontend shows its clients.
@@ -54,6 +56,8 @@ pub struct TlsFrontend {
     target: Target,
     names: HashMap<String, Target>,
     protocols: Vec<Vec<u8>>,
+    limit: Limit,
+    patience: Duration,
 }
 
 impl TlsFrontend {
@@ -67,7 +71,25 @@ impl TlsFrontend {
             target,
             names: HashMap::new(),
             protocols: Vec::new(),
+            limit: Limit::none(),
+            patience: PATIENCE,
         }
+    }
+
+    /// Takes descriptors, three for each connection, from this limit. When there
+    /// are none left, connections wait in the system's backlog.
+    #[must_use]
+    pub fn limit(mut self, limit: &Limit) -> Self {
+        self.limit = limit.clone();
+        self
+    }
+
+    /// How long a client may take for its handshake, and for hanging up when the
+    /// guest has ended the connection: 10 s unless this is called.
+    #[must_use]
+    pub fn patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
     }
 
     /// Sends connections that ask for the server `name` (SNI) to another target.
@@ -94,73 +116,21 @@ impl TlsFrontend {
         self,
         muxer: MuxerHandle,
         event_loop: &EventLoopHandle,
-    ) -> Result<TlsFrontendHandle, Error> {
+    ) -> Result<FrontendHandle, Error> {
         let identity = Identity::load(self.identity, self.protocols)?;
         let certificate = identity.self_signed().map(str::to_owned);
         let (listener, address) = bind(FRONTEND, self.address)?;
-        let counters = Arc::new(Counters::default());
-        let listening = Listening::new(
-            listener,
-            identity,
-            self.target,
-            self.names,
-            muxer,
-            Arc::clone(&counters),
-        )
-        .map_err(failed(FRONTEND, "wait for connections on", address))?;
-        let id = event_loop
-            .add_handler(Arc::new(Mutex::new(listening)))
-            .map_err(failed(FRONTEND, "wait for connections on", address))?;
-        Ok(TlsFrontendHandle {
-            address,
-            certificate,
-            counters,
-            event_loop: event_loop.clone(),
-            id,
-        })
-    }
-}
-
-/// A frontend that listens. Dropping it closes the listener and the connections
-/// it decrypts.
-#[derive(Debug)]
-pub struct TlsFrontendHandle {
-    address: SocketAddr,
-    certificate: Option<String>,
-    counters: Arc<Counters>,
-    event_loop: EventLoopHandle,
-    id: HandlerId,
-}
-
-impl TlsFrontendHandle {
-    /// Where it listens.
-    #[must_use]
-    pub fn address(&self) -> SocketAddr {
-        self.address
-    }
-
-    /// The certificate it has made itself, in PEM, for clients to trust.
-    #[must_use]
-    pub fn self_signed_certificate(&self) -> Option<&str> {
-        self.certificate.as_deref()
-    }
-
-    /// Connections whose handshake was completed.
-    #[must_use]
-    pub fn accepted(&self) -> u64 {
-        self.counters.accepted.load(Ordering::Relaxed)
-    }
-
-    /// Connections that did not get that far.
-    #[must_use]
-    pub fn refused(&self) -> u64 {
-        self.counters.refused.load(Ordering::Relaxed)
-    }
-}
-
-impl Drop for TlsFrontendHandle {
-    fn drop(&mut self) {
-        // Fails when the loop has stopped: then nothing listens any more either.
-        let _ = self.event_loop.remove_handler(self.id);
+        let service = Service::new(format!("{FRONTEND} {address}"), muxer, self.limit);
+        let targets = Targets {
+            any: self.target,
+            names: self.names,
+        };
+        let failed = || failed(FRONTEND, "wait for connections on", address);
+        let listening = Listening::new(listener, identity, targets, self.patience, service.clone())
+            .map_err(failed())?;
+        let address = LocalAddress::Tcp(address);
+        let handle = FrontendHandle::start(listening, address, None, service, event_loop)
+            .map_err(failed())?;
+        Ok(handle.with_certificate(certificate))
     }
 }

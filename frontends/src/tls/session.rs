@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use rustix::net::{SendFlags, send};
 use rustls::{ServerConfig, ServerConnection};
+use sm_devices_vsock::Member;
 
 /// Bytes taken from the guest's side at once; a TLS record holds as many.
 const CHUNK: usize = 16 << 10;
@@ -41,13 +42,16 @@ pub(super) struct Session {
     guest_deaf: bool,
     /// The client's side of the TCP connection is closed.
     hung_up: bool,
+    member: Member,
 }
 
 impl Session {
-    pub(super) fn new(socket: TcpStream, config: Arc<ServerConfig>) -> io::Result<Self> {
-        socket.set_nonblocking(true)?;
-        // What the guest sent together is sent at once. Not a reason to refuse.
-        let _ = socket.set_nodelay(true);
+    /// A session on a socket that does not block.
+    pub(super) fn new(
+        socket: TcpStream,
+        config: Arc<ServerConfig>,
+        member: Member,
+    ) -> io::Result<Self> {
         let tls = ServerConnection::new(config).map_err(io::Error::other)?;
         Ok(Self {
             tls,
@@ -58,7 +62,14 @@ impl Session {
             client_told: false,
             guest_deaf: false,
             hung_up: false,
+            member,
         })
+    }
+
+    /// The client is known, and its plain bytes go here.
+    pub(super) fn begin(&mut self, guest: UnixStream) {
+        self.member.begin();
+        self.guest = Some(guest);
     }
 
     /// The name of the server that the client asked for.
@@ -108,6 +119,7 @@ impl Session {
         }
         if self.guest_ended && !self.client_told {
             self.client_told = true;
+            self.member.delivered();
             self.socket.shutdown(Shutdown::Write)?;
             moved = true;
         }
@@ -142,6 +154,7 @@ impl Session {
                     Err(error) => return Err(error),
                 },
             };
+            self.member.count_to_guest(count as u64);
             reader.consume(count);
             moved = true;
         }
@@ -213,6 +226,7 @@ impl Session {
             Ok(count) => {
                 let bytes = chunk.get(..count).unwrap_or_default();
                 self.tls.writer().write_all(bytes)?;
+                self.member.count_from_guest(count as u64);
             }
             Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
             Err(error) => return Err(error),

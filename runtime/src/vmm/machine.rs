@@ -316,7 +316,7 @@ fn listen_for_agent(muxer: &MuxerHandle, notices: NoticeSender) {
     let acceptor = move |_| match UnixStream::pair() {
         Ok((ours, theirs)) => {
             notices.send(Notice::Agent(ours));
-            Some(OwnedFd::from(theirs))
+            Some(OwnedFd::from(theirs).into())
         }
         Err(error) => {
             tracing::error!(%error, "no descriptors left for the agent's stream");

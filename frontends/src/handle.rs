@@ -1,0 +1,184 @@
+//! A frontend that listens, seen by whoever started it.
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use sm_devices_vsock::Group;
+use sm_vmm_core::event_loop::{EventHandler, EventLoopHandle, HandlerId, Registry};
+
+use crate::place::Place;
+use crate::service::{Bell, Service};
+use crate::{FrontendStats, LocalAddress};
+
+/// What a handle asks of a frontend, on the event loop's thread.
+pub(crate) trait Frontend: EventHandler {
+    /// Begins to listen. Called once, when the handler is on the loop.
+    fn begin(&mut self, bell: Bell, registry: &mut Registry<'_>) -> io::Result<()>;
+
+    /// Takes what waits in the backlog, then listens no more. May be called again.
+    fn close(&mut self, registry: &mut Registry<'_>);
+
+    /// Ends the connections that it has not given to the muxer.
+    fn cut(&mut self, _registry: &mut Registry<'_>) {}
+
+    /// Called after [`Self::close`], when its handle is gone: whether it has
+    /// connections of its own for which it has to stay. It removes itself with the
+    /// last of them.
+    fn stays(&mut self) -> bool {
+        false
+    }
+}
+
+type Shared = Arc<Mutex<dyn Frontend>>;
+
+fn lock(frontend: &Mutex<dyn Frontend>) -> MutexGuard<'_, dyn Frontend + 'static> {
+    // A frontend that panicked has been reported.
+    frontend.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A frontend that listens.
+///
+/// Dropping it closes the listener and unlinks its socket; connections that were
+/// accepted go on by themselves. [`Self::stop`] waits for them, and ends those
+/// that take too long.
+#[derive(Debug)]
+pub struct FrontendHandle {
+    address: LocalAddress,
+    certificate: Option<String>,
+    place: Mutex<Option<Place>>,
+    service: Service,
+    frontend: Opaque,
+    event_loop: EventLoopHandle,
+    id: HandlerId,
+}
+
+struct Opaque(Shared);
+
+impl std::fmt::Debug for Opaque {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("..")
+    }
+}
+
+impl FrontendHandle {
+    /// Puts a frontend on the event loop.
+    pub(crate) fn start(
+        frontend: impl Frontend + 'static,
+        address: LocalAddress,
+        place: Option<Place>,
+        service: Service,
+        event_loop: &EventLoopHandle,
+    ) -> io::Result<Self> {
+        let frontend = Arc::new(Mutex::new(frontend));
+        let id = event_loop.add_handler(frontend.clone())?;
+        let handle = Self {
+            address,
+            certificate: None,
+            place: Mutex::new(place),
+            service,
+            frontend: Opaque(frontend),
+            event_loop: event_loop.clone(),
+            id,
+        };
+        let bell = Bell::new(event_loop.clone(), id);
+        handle.with(move |frontend, registry| frontend.begin(bell, registry))??;
+        Ok(handle)
+    }
+
+    pub(crate) fn with_certificate(mut self, certificate: Option<String>) -> Self {
+        self.certificate = certificate;
+        self
+    }
+
+    /// Runs `task` with the frontend, on the loop's thread.
+    fn with<R: Send + 'static>(
+        &self,
+        task: impl FnOnce(&mut dyn Frontend, &mut Registry<'_>) -> R + Send + 'static,
+    ) -> io::Result<R> {
+        let frontend = Arc::clone(&self.frontend.0);
+        self.event_loop.call(self.id, move |registry| {
+            task(&mut *lock(&frontend), registry)
+        })
+    }
+
+    /// Where it listens, or did.
+    #[must_use]
+    pub fn local_address(&self) -> &LocalAddress {
+        &self.address
+    }
+
+    /// The certificate that a TLS frontend has signed itself, in PEM, for clients to
+    /// trust.
+    #[must_use]
+    pub fn self_signed_certificate(&self) -> Option<&str> {
+        self.certificate.as_deref()
+    }
+
+    /// What it did so far.
+    #[must_use]
+    pub fn stats(&self) -> FrontendStats {
+        FrontendStats {
+            active: self.service.group.active(),
+            to_guest: self.service.group.to_guest(),
+            from_guest: self.service.group.from_guest(),
+            ..self.service.counters.stats()
+        }
+    }
+
+    /// All its connections, to be waited for.
+    #[must_use]
+    pub fn connections(&self) -> &Group {
+        &self.service.group
+    }
+
+    /// Listens no more: takes the connections that wait in the backlog, closes the
+    /// listener and unlinks its socket. Connections go on.
+    pub fn close(&self) {
+        let place = &mut *self.place.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(place.take());
+        // Fails when the loop has stopped: then nothing listens any more either.
+        let _ = self.with(|frontend, registry| frontend.close(registry));
+    }
+
+    /// Ends all its connections, without waiting for anything that is on its way.
+    pub fn cut(&self) {
+        self.service.muxer.cut(&self.service.group);
+        // As above.
+        let _ = self.with(|frontend, registry| frontend.cut(registry));
+    }
+
+    /// Listens no more, waits for as long as `patience` for the connections to end,
+    /// and then ends those that are left. Returns how many these were.
+    ///
+    /// This blocks, and must not be called on the event loop's own thread.
+    pub fn stop(self, patience: Duration) -> usize {
+        self.close();
+        let deadline = Instant::now().checked_add(patience);
+        let far = || Instant::now() + Duration::from_secs(1 << 31);
+        if self.service.group.wait_idle(deadline.unwrap_or_else(far)) {
+            return 0;
+        }
+        let left = self.service.group.active();
+        self.cut();
+        left
+    }
+}
+
+impl Drop for FrontendHandle {
+    fn drop(&mut self) {
+        self.close();
+        let bell = Bell::new(self.event_loop.clone(), self.id);
+        let retire = move |frontend: &mut dyn Frontend, registry: &mut Registry<'_>| {
+            // Once more, for a handle that is dropped on the loop's own thread.
+            frontend.close(registry);
+            if !frontend.stays() {
+                bell.remove();
+            }
+        };
+        let frontend = Arc::clone(&self.frontend.0);
+        self.event_loop.post(self.id, move |registry| {
+            retire(&mut *lock(&frontend), registry);
+        });
+    }
+}

@@ -1,0 +1,177 @@
+use std::io::{IoSlice, Read as _, Write as _};
+use std::mem::MaybeUninit;
+use std::os::fd::AsFd;
+
+use sm_devices_vsock::VsockConfig;
+use sm_devices_vsock::testing::{Guest, Packet, REQUEST, RESPONSE, RW};
+use sm_guest_proto::forward::HEADER_LEN;
+use sm_vmm_core::event_loop::EventLoop;
+
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+
+use super::*;
+
+const TARGET: ForwardHeader = ForwardHeader {
+    port: 80,
+    wait_ms: 5,
+};
+
+struct Rig {
+    guest: Guest,
+    path: PathBuf,
+    _frontend: FrontendHandle,
+    _event_loop: EventLoop,
+    _directory: tempfile::TempDir,
+}
+
+fn rig() -> Rig {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("handoff");
+    let guest = Guest::new(VsockConfig::default());
+    let event_loop = EventLoop::spawn("test").unwrap();
+    let frontend = HandoffFrontend::new(&path, TARGET)
+        .start(guest.muxer.clone(), &event_loop.handle())
+        .unwrap();
+    Rig {
+        guest,
+        path,
+        _frontend: frontend,
+        _event_loop: event_loop,
+        _directory: directory,
+    }
+}
+
+impl Rig {
+    /// Accepts a stream in the guest and returns its first `len` bytes after
+    /// the forward header.
+    fn accepts(&mut self, len: usize) -> (Packet, Vec<u8>) {
+        let request = self.guest.expect(REQUEST);
+        assert_eq!(request.dst_port, port::FORWARD);
+        self.guest.send(&request.reply(RESPONSE));
+        let mut got = Vec::new();
+        while got.len() < HEADER_LEN + len {
+            got.extend(self.guest.expect(RW).payload);
+        }
+        assert_eq!(got[..HEADER_LEN], TARGET.encode());
+        (request, got.split_off(HEADER_LEN))
+    }
+}
+
+#[test]
+fn payload_and_socket_arrive_in_order_again_and_again() {
+    let mut rig = rig();
+    let mut sender = HandoffSender::connect(&rig.path).unwrap();
+    let mut clients = Vec::new();
+    for round in 0..3u8 {
+        let (mut client, socket) = UnixStream::pair().unwrap();
+        client.write_all(b"later").unwrap();
+        let payload = vec![round; 1 + usize::from(round) * 5000];
+        sender.send(&socket, &payload).unwrap();
+        drop(socket);
+        let (request, got) = rig.accepts(payload.len() + 5);
+        assert_eq!(got[..payload.len()], payload);
+        assert_eq!(&got[payload.len()..], b"later");
+        let mut answer = request.reply(RW);
+        answer.payload = b"\0answer".to_vec();
+        rig.guest.send(&answer);
+        let mut said = [0; 6];
+        client.read_exact(&mut said).unwrap();
+        assert_eq!(&said, b"answer");
+        // Its end would be a packet of its own.
+        clients.push(client);
+    }
+}
+
+#[test]
+fn a_payload_of_a_mebibyte_is_the_longest() {
+    let rig = rig();
+    let mut sender = HandoffSender::connect(&rig.path).unwrap();
+    let (_client, socket) = UnixStream::pair().unwrap();
+    assert!(sender.send(&socket, &[]).is_err());
+    assert!(sender.send(&socket, &vec![0; MAX_PAYLOAD + 1]).is_err());
+    sender.send(&socket, &vec![7; MAX_PAYLOAD]).unwrap();
+}
+
+/// Sends bytes with some descriptors.
+fn raw(stream: &UnixStream, bytes: &[u8], fds: &[&dyn AsFd]) {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let fds: Vec<_> = fds.iter().map(|fd| fd.as_fd()).collect();
+    if !fds.is_empty() {
+        assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+    }
+    let flags = SendFlags::NOSIGNAL;
+    sendmsg(stream, &[IoSlice::new(bytes)], &mut control, flags).unwrap();
+}
+
+/// Whether the other end of the pair was closed by everybody.
+fn is_closed(mut client: &UnixStream) -> bool {
+    matches!(client.read(&mut [0; 1]), Ok(0))
+}
+
+#[test]
+fn rules_that_are_broken_close_everything_that_came() {
+    let mut rig = rig();
+    let file = tempfile::tempfile().unwrap();
+    type Breach = fn(&UnixStream, &UnixStream, &std::fs::File);
+    let breaches: [(&str, Breach); 8] = [
+        ("length 0", |s, fd, _| raw(s, &[0, 0, 0, 0], &[fd])),
+        ("too long", |s, fd, _| raw(s, &[0, 0x10, 0, 1], &[fd])),
+        ("no fd", |s, _, _| raw(s, b"\0\0\0\x02hi", &[])),
+        ("a file", |s, _, file| raw(s, b"\0\0\0\x02hi", &[file])),
+        ("three fds", |s, fd, _| {
+            raw(s, b"\0\0\0\x02hi", &[fd, fd, fd])
+        }),
+        ("two fds at once", |s, fd, _| {
+            raw(s, b"\0\0\0\x02hi", &[fd, fd])
+        }),
+        ("two fds", |s, fd, _| {
+            raw(s, b"\0\0\0\x02h", &[fd]);
+            raw(s, b"i", &[fd]);
+        }),
+        ("half a header", |s, fd, _| {
+            raw(s, b"\0\0", &[fd]);
+            s.shutdown(std::net::Shutdown::Write).unwrap();
+        }),
+    ];
+    for (name, breach) in breaches {
+        let mut router = UnixStream::connect(&rig.path).unwrap();
+        let (client, socket) = UnixStream::pair().unwrap();
+        breach(&router, &socket, &file);
+        drop(socket);
+        assert!(is_closed(&client), "{name}: the socket is closed");
+        assert!(matches!(router.read(&mut [0; 1]), Ok(0) | Err(_)), "{name}");
+    }
+    // Others are served as ever.
+    let mut sender = HandoffSender::connect(&rig.path).unwrap();
+    let (_client, socket) = UnixStream::pair().unwrap();
+    sender.send(&socket, b"fine").unwrap();
+    assert_eq!(rig.accepts(4).1, b"fine");
+}
+
+#[test]
+fn nothing_follows_a_handoff_that_broke_off() {
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    // Nobody reads: the buffer takes some of it.
+    ours.set_nonblocking(true).unwrap();
+    let mut sender = HandoffSender::from(ours);
+    let (_client, socket) = UnixStream::pair().unwrap();
+    let error = sender.send(&socket, &vec![7; MAX_PAYLOAD]).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+    assert!(sender.is_broken());
+    let mut begun = vec![0; MAX_PAYLOAD];
+    assert!(theirs.read(&mut begun).unwrap() > HEADER);
+    // There would be room now, but what is sent would be taken for the rest.
+    let error = sender.send(&socket, b"next").unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+    drop(sender);
+    let mut rest = Vec::new();
+    let _ = theirs.read_to_end(&mut rest);
+    assert!(!rest.ends_with(b"next"));
+    // One that was not begun is no harm.
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let mut sender = HandoffSender::from(ours);
+    drop(theirs);
+    assert!(sender.send(&socket, b"gone").is_err());
+    assert!(!sender.is_broken());
+}

@@ -1,0 +1,127 @@
+//! The request line, as Firecracker reads it: a word in any case, a port, and
+//! white space around them.
+
+/// Longest request line, with its end.
+pub(crate) const MAX_LINE: usize = 32;
+
+const WORD: &[u8] = b"CONNECT";
+
+/// What the first bytes of a client are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Line {
+    /// May become a request with more bytes.
+    Part,
+    /// Asks for `port`; `len` bytes are the request.
+    Request {
+        /// The vsock port.
+        port: u32,
+        /// Bytes of the line, its end included.
+        len: usize,
+    },
+    /// No request, whatever may follow.
+    Nonsense,
+}
+
+/// Reads a request from the first bytes that a client has sent.
+pub(crate) fn read(bytes: &[u8]) -> Line {
+    let bytes = bytes.get(..MAX_LINE).unwrap_or(bytes);
+    match bytes.iter().position(|&byte| byte == b'\n') {
+        Some(end) => match bytes.get(..end).and_then(parse) {
+            Some(port) => Line::Request { port, len: end + 1 },
+            None => Line::Nonsense,
+        },
+        None if bytes.len() < MAX_LINE && could_begin(bytes) => Line::Part,
+        None => Line::Nonsense,
+    }
+}
+
+/// The port of a line without its end.
+fn parse(line: &[u8]) -> Option<u32> {
+    let mut words = words(line);
+    let (word, digits) = (words.next()?, words.next()?);
+    let alone = words.next().is_none();
+    if !alone || !word.eq_ignore_ascii_case(WORD) || !digits.iter().all(u8::is_ascii_digit) {
+        return None;
+    }
+    std::str::from_utf8(digits).ok()?.parse().ok()
+}
+
+/// Whether a line may begin like this.
+fn could_begin(bytes: &[u8]) -> bool {
+    let mut words = words(bytes);
+    let Some(word) = words.next() else {
+        return true;
+    };
+    let followed = bytes.iter().skip_while(|byte| byte.is_ascii_whitespace());
+    let is_over = followed.count() > word.len();
+    let known = WORD.get(..word.len());
+    let fits = known.is_some_and(|known| known.eq_ignore_ascii_case(word));
+    if !fits || is_over && word.len() < WORD.len() {
+        return false;
+    }
+    let digits = words.next().unwrap_or_default();
+    digits.iter().all(u8::is_ascii_digit) && words.next().is_none()
+}
+
+fn words(line: &[u8]) -> impl Iterator<Item = &[u8]> {
+    line.split(u8::is_ascii_whitespace)
+        .filter(|word| !word.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_firecracker_takes_is_taken() {
+        for (line, port) in [
+            ("CONNECT 52\n", 52),
+            ("connect 52\n", 52),
+            ("Connect 52\n", 52),
+            ("CONNECT 52\r\n", 52),
+            ("CONNECT  52\n", 52),
+            (" CONNECT\t52 \n", 52),
+            ("CONNECT 4294967295\n", u32::MAX),
+            ("CONNECT 0\n", 0),
+        ] {
+            let len = line.len();
+            assert_eq!(
+                read(line.as_bytes()),
+                Line::Request { port, len },
+                "{line:?}"
+            );
+            // Nothing behind it counts, and it may come in any pieces.
+            let more = format!("{line}more\n");
+            assert_eq!(
+                read(more.as_bytes()),
+                Line::Request { port, len },
+                "{line:?}"
+            );
+            for end in 0..len {
+                assert_eq!(read(&line.as_bytes()[..end]), Line::Part, "{line:?} {end}");
+            }
+        }
+    }
+
+    #[test]
+    fn nonsense_is_known_as_early_as_it_can_be() {
+        for nonsense in [
+            "\n",
+            "G",
+            "CONE",
+            "CON 5",
+            "CONNECTS",
+            "CONNECT\n",
+            "CONNECT \n",
+            "CONNECT x",
+            "CONNECT -1",
+            "CONNECT +1",
+            "CONNECT 4294967296\n",
+            "CONNECT 5 6",
+            "\0",
+            "CONNECT                         5",
+        ] {
+            assert_eq!(read(nonsense.as_bytes()), Line::Nonsense, "{nonsense:?}");
+        }
+    }
+}

@@ -1,0 +1,335 @@
+//! Where a unix socket is: taken without a race, and given back.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+
+use crate::Error;
+
+/// What tells one file from another that takes its name.
+type Identity = (u64, u64);
+
+fn identity(meta: &fs::Metadata) -> Identity {
+    (meta.dev(), meta.ino())
+}
+
+/// The path of a listening socket. Dropping it unlinks the socket, unless
+/// something else has its name by then.
+#[derive(Debug)]
+pub(crate) struct Place {
+    path: PathBuf,
+    socket: Identity,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let ours = fs::symlink_metadata(&self.path).map(|meta| identity(&meta) == self.socket);
+        if ours.unwrap_or(false) {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Listens on `path`. The socket appears there with mode 0600 and listening: it is
+/// made inside a directory that only this user can enter and then moved, so there
+/// is no moment at which others could connect. A socket of this user that nobody
+/// listens on any more is replaced; whatever else is there stays.
+///
+/// # Errors
+/// The place is taken, or the system refused.
+pub(crate) fn listen(frontend: &'static str, path: &Path) -> Result<(UnixListener, Place), Error> {
+    let taken = Taken { frontend, path };
+    let stale = taken.look()?;
+    let made = make(path).map_err(|error| taken.failed("listen on")(error))?;
+    taken.put(&made, stale)?;
+    let place = Place {
+        path: path.to_owned(),
+        socket: made.socket,
+    };
+    Ok((made.listener, place))
+}
+
+/// A socket that listens where nobody finds it.
+struct Made {
+    listener: UnixListener,
+    socket: Identity,
+    inside: PathBuf,
+    _private: tempfile::TempDir,
+}
+
+fn make(path: &Path) -> io::Result<Made> {
+    let parent = path.parent().filter(|p| !p.as_os_str().is_empty());
+    let private = private_directory(parent.unwrap_or(Path::new(".")))?;
+    let inside = private.path().join("s");
+    let listener = UnixListener::bind(&inside)?;
+    listener.set_nonblocking(true)?;
+    fs::set_permissions(&inside, fs::Permissions::from_mode(0o600))?;
+    let socket = identity(&fs::symlink_metadata(&inside)?);
+    Ok(Made {
+        listener,
+        socket,
+        inside,
+        _private: private,
+    })
+}
+
+/// A directory that only this user can enter, whatever the umask.
+fn private_directory(parent: &Path) -> io::Result<tempfile::TempDir> {
+    // Short names: a socket's path is limited to 107 bytes.
+    tempfile::Builder::new()
+        .prefix(".s")
+        .permissions(fs::Permissions::from_mode(0o700))
+        .tempdir_in(parent)
+}
+
+pub(crate) fn failed(
+    frontend: &'static str,
+    operation: &'static str,
+    path: &Path,
+) -> impl FnOnce(io::Error) -> Error {
+    let path = path.to_owned();
+    move |source| Error::Io {
+        frontend,
+        operation,
+        path,
+        source,
+    }
+}
+
+/// What may be at the place that a socket is to have.
+struct Taken<'a> {
+    frontend: &'static str,
+    path: &'a Path,
+}
+
+impl Taken<'_> {
+    fn failed(&self, operation: &'static str) -> impl FnOnce(io::Error) -> Error {
+        failed(self.frontend, operation, self.path)
+    }
+
+    fn in_use(&self) -> Error {
+        Error::InUse {
+            frontend: self.frontend,
+            path: self.path.to_owned(),
+        }
+    }
+
+    /// The socket that may be replaced, if there is one; an error for anything
+    /// else that is there.
+    fn look(&self) -> Result<Option<Identity>, Error> {
+        let meta = match fs::symlink_metadata(self.path) {
+            Ok(meta) => meta,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(self.failed("look at")(error)),
+        };
+        let (frontend, path) = (self.frontend, self.path.to_owned());
+        if !meta.file_type().is_socket() {
+            return Err(Error::NotASocket { frontend, path });
+        }
+        if meta.uid() != rustix::process::geteuid().as_raw() {
+            return Err(Error::OtherUsers { frontend, path });
+        }
+        match self.call() {
+            Err(Errno::CONNREFUSED) => Ok(Some(identity(&meta))),
+            // It has gone meanwhile.
+            Err(Errno::NOENT) => Ok(None),
+            // Somebody answers, or would if there were not so many others (AGAIN),
+            // or if we spoke another kind of socket (PROTOTYPE).
+            Ok(()) | Err(Errno::AGAIN | Errno::PROTOTYPE) => Err(self.in_use()),
+            Err(error) => Err(self.failed("see who listens on")(error.into())),
+        }
+    }
+
+    /// Connects, without waiting for a server that is busy.
+    fn call(&self) -> Result<(), Errno> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        connect(&socket, &SocketAddrUnix::new(self.path)?)
+    }
+
+    /// Moves a socket to its place, where nothing is or what was judged stale.
+    fn put(&self, made: &Made, stale: Option<Identity>) -> Result<(), Error> {
+        let failed = |error: Errno| match error {
+            Errno::EXIST => self.in_use(),
+            error => self.failed("put a socket at")(error.into()),
+        };
+        let Some(stale) = stale else {
+            return move_to_free(&made.inside, self.path).map_err(failed);
+        };
+        match renameat_with(CWD, &made.inside, CWD, self.path, RenameFlags::EXCHANGE) {
+            Ok(()) => {
+                // What was there is where ours was made.
+                let replaced = fs::symlink_metadata(&made.inside).map(|meta| identity(&meta));
+                if replaced.ok() == Some(stale) {
+                    return Ok(());
+                }
+                // Somebody else came first: as it was.
+                renameat_with(CWD, &made.inside, CWD, self.path, RenameFlags::EXCHANGE)
+                    .map_err(failed)?;
+                Err(self.in_use())
+            }
+            // The stale one is gone.
+            Err(Errno::NOENT) => move_to_free(&made.inside, self.path).map_err(failed),
+            // A file system that cannot exchange.
+            Err(Errno::INVAL | Errno::NOSYS) => {
+                if self.look()? == Some(stale) {
+                    fs::remove_file(self.path).map_err(self.failed("replace"))?;
+                }
+                move_to_free(&made.inside, self.path).map_err(failed)
+            }
+            Err(error) => Err(failed(error)),
+        }
+    }
+}
+
+/// Moves a file to a name that nothing has.
+fn move_to_free(from: &Path, to: &Path) -> Result<(), Errno> {
+    match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        // A file system that does not know of it has links, which replace nothing;
+        // the other name goes with its directory.
+        Err(Errno::INVAL | Errno::NOSYS) => rustix::fs::link(from, to),
+        moved => moved,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::{UnixDatagram, UnixStream};
+
+    use super::*;
+
+    /// A directory, and a place in it.
+    fn place() -> (tempfile::TempDir, PathBuf) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        (directory, path)
+    }
+
+    fn refused(path: &Path) -> Error {
+        listen("test", path).unwrap_err()
+    }
+
+    #[test]
+    fn the_socket_is_private_and_goes_away_with_its_place() {
+        let (directory, path) = place();
+        let (_listener, place) = listen("test", &path).unwrap();
+        let mode = fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        UnixStream::connect(&path).unwrap();
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+        drop(place);
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_is_not_a_socket_is_left_alone() {
+        let (directory, path) = place();
+        fs::write(&path, "precious").unwrap();
+        let error = refused(&path);
+        assert!(matches!(error, Error::NotASocket { .. }), "{error}");
+        assert!(error.to_string().contains("not a socket"), "{error}");
+        assert_eq!(fs::read(&path).unwrap(), b"precious");
+        // Nor where a link leads.
+        let link = directory.path().join("l");
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        assert!(matches!(refused(&link), Error::NotASocket { .. }));
+        assert!(matches!(
+            refused(directory.path()),
+            Error::NotASocket { .. }
+        ));
+        assert_eq!(fs::read(&path).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn a_live_socket_is_not_replaced_and_a_stale_one_is() {
+        let (_directory, path) = place();
+        drop(UnixListener::bind(&path).unwrap()); // stale: nobody listens
+        let (_listener, _place) = listen("test", &path).unwrap();
+        UnixStream::connect(&path).unwrap();
+        assert!(matches!(refused(&path), Error::InUse { .. }));
+        let (_directory, path) = place();
+        let _datagrams = UnixDatagram::bind(&path).unwrap();
+        assert!(matches!(refused(&path), Error::InUse { .. }));
+    }
+
+    #[test]
+    fn a_server_that_is_busy_is_not_waited_for() {
+        let (_directory, path) = place();
+        let listener = UnixListener::bind(&path).unwrap();
+        rustix::net::listen(&listener, 0).unwrap();
+        let taken = Taken {
+            frontend: "test",
+            path: &path,
+        };
+        // Calls that were given up fill the backlog as well.
+        for _ in 0..100 {
+            if taken.call() == Err(Errno::AGAIN) {
+                break;
+            }
+        }
+        assert_eq!(taken.call(), Err(Errno::AGAIN));
+        assert!(matches!(refused(&path), Error::InUse { .. }));
+    }
+
+    #[test]
+    fn whoever_comes_first_keeps_the_place() {
+        let (_directory, path) = place();
+        let taken = Taken {
+            frontend: "test",
+            path: &path,
+        };
+        // Both look before either puts its own there.
+        drop(UnixListener::bind(&path).unwrap());
+        for stale in [taken.look().unwrap(), None] {
+            let late = make(&path).unwrap();
+            let _ = fs::remove_file(&path);
+            let (_listener, _place) = listen("test", &path).unwrap();
+            let error = taken.put(&late, stale).unwrap_err();
+            assert!(matches!(error, Error::InUse { .. }), "{error}");
+            UnixStream::connect(&path).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_name_that_somebody_else_has_by_then_is_left_alone() {
+        let (_directory, path) = place();
+        let (_listener, place) = listen("test", &path).unwrap();
+        fs::remove_file(&path).unwrap();
+        let _other = UnixListener::bind(&path).unwrap();
+        drop(place);
+        UnixStream::connect(&path).unwrap();
+    }
+
+    #[test]
+    fn a_umask_that_hides_nothing_hides_nothing_from_us() {
+        const CHILD: &str = "SM_TEST_UMASK";
+        if std::env::var_os(CHILD).is_none() {
+            // The umask is the whole process's.
+            let name = "place::tests::a_umask_that_hides_nothing_hides_nothing_from_us";
+            let child = std::process::Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", name])
+                .env(CHILD, "1")
+                .output()
+                .unwrap();
+            let said = String::from_utf8_lossy(&child.stdout).into_owned();
+            assert!(
+                child.status.success() && said.contains("1 passed"),
+                "{said}"
+            );
+            return;
+        }
+        rustix::process::umask(rustix::fs::Mode::empty());
+        let (directory, path) = place();
+        let private = private_directory(directory.path()).unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode(private.path()), 0o700);
+        let (_listener, _place) = listen("test", &path).unwrap();
+        assert_eq!(mode(&path), 0o600);
+    }
+}

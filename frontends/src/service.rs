@@ -1,0 +1,85 @@
+//! What all frontends are made of, besides their protocols.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use sm_devices_vsock::{ConnectError, ConnectOptions, Group, Limit, Member, MuxerHandle};
+use sm_vmm_core::event_loop::{EventLoopHandle, HandlerId};
+
+use crate::stats::Counters;
+
+/// Where a frontend's connections go, how many there may be, and what is counted.
+#[derive(Clone, Debug)]
+pub(crate) struct Service {
+    pub(crate) muxer: MuxerHandle,
+    /// All connections of this frontend.
+    pub(crate) group: Group,
+    /// Descriptors for them.
+    pub(crate) limit: Limit,
+    pub(crate) counters: Arc<Counters>,
+}
+
+impl Service {
+    pub(crate) fn new(name: String, muxer: MuxerHandle, limit: Limit) -> Self {
+        Self {
+            muxer,
+            group: Group::new(),
+            limit,
+            counters: Arc::new(Counters::new(name)),
+        }
+    }
+
+    /// Leads a stream to the guest.
+    pub(crate) fn connect(
+        &self,
+        (port, options): (u32, ConnectOptions),
+        stream: OwnedFd,
+        member: Option<Member>,
+    ) {
+        self.counters.accept();
+        let counters = Arc::clone(&self.counters);
+        let then = options.on_result;
+        let options = ConnectOptions {
+            on_result: Some(Box::new(move |result| {
+                match result {
+                    Ok(_) | Err(ConnectError::Reset | ConnectError::HungUp) => {}
+                    Err(error @ (ConnectError::Limit | ConnectError::Unusable)) => {
+                        counters.refuse(error);
+                    }
+                    Err(error) => counters.leave_unanswered(error),
+                }
+                if let Some(then) = then {
+                    then(result);
+                }
+            })),
+            member,
+            ..options
+        };
+        self.muxer.connect(port, stream, options);
+    }
+}
+
+/// Has a handler called from any thread.
+#[derive(Clone, Debug)]
+pub(crate) struct Bell {
+    event_loop: EventLoopHandle,
+    id: HandlerId,
+}
+
+impl Bell {
+    pub(crate) fn new(event_loop: EventLoopHandle, id: HandlerId) -> Self {
+        Self { event_loop, id }
+    }
+
+    /// Has the handler called with `token`, soon.
+    pub(crate) fn ring(&self, token: u64) {
+        self.event_loop
+            .post(self.id, move |registry| registry.again(token));
+    }
+
+    /// Has the handler removed, soon when on the loop's own thread.
+    pub(crate) fn remove(&self) {
+        // Fails when the loop has stopped: then it is gone.
+        let _ = self.event_loop.remove_handler(self.id);
+    }
+}
