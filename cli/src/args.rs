@@ -1,6 +1,7 @@
 //! The command line.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
@@ -15,8 +16,9 @@ pub(crate) use snapshot::{ForkArgs, SnapshotCommand};
 
 use sm_runtime::Publication;
 use sm_runtime::image::Platform;
+use sm_runtime::publish::Ports;
 
-use crate::units::parse_size;
+use crate::units::{parse_publish_wait, parse_size};
 
 /// What an image argument can be.
 const IMAGE_HELP: &str = "The image: NAME[:TAG][@DIGEST] in a registry, oci:DIR[:TAG], \
@@ -152,9 +154,13 @@ pub(crate) struct RunArgs {
     pub(crate) dns: Vec<String>,
     /// Publish a port of the guest on the host, on 127.0.0.1 unless an address is
     /// given, on a port of the system's choice unless one is; auto publishes the
-    /// first port on which the guest listens
-    #[arg(short, long, value_name = "[[IP:]HOST:]GUEST")]
-    pub(crate) publish: Vec<Publication>,
+    /// first port on which the guest listens. Ranges: 8000-8010:9000-9010
+    #[arg(short, long, value_name = "[[IP:]HOST:]GUEST[/tcp]")]
+    pub(crate) publish: Vec<Ports>,
+    /// How long a connection waits for somebody in the guest to listen, such as 500ms,
+    /// 30s or 2m
+    #[arg(long, value_name = "DURATION", value_parser = parse_publish_wait, default_value = "1s")]
+    pub(crate) publish_wait: Duration,
     /// Publish a port of the guest to TLS clients; the guest gets plain bytes.
     /// Options: cert=FILE and key=FILE (PEM; without them the VM signs its own
     /// certificate, see "sm port"), name=NAME (for such a certificate),

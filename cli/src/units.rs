@@ -24,6 +24,33 @@ pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
         .ok_or_else(|| format!("\"{text}\" is too large"))
 }
 
+/// Reads a time: `500ms`, `30s`, `2m`; a number alone is of seconds.
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    let bad = || format!("\"{text}\" is not a time: write a number and ms, s or m, such as 30s");
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let number: u64 = digits.parse().map_err(|_| bad())?;
+    let millis = match text.get(digits.len()..).unwrap_or_default() {
+        "ms" => Some(number),
+        "" | "s" => number.checked_mul(1000),
+        "m" => number.checked_mul(60_000),
+        _ => return Err(bad()),
+    };
+    millis
+        .map(Duration::from_millis)
+        .ok_or_else(|| format!("\"{text}\" is too long"))
+}
+
+/// Longest time that a connection can wait for somebody in the guest to listen.
+const LONGEST_WAIT: Duration = Duration::from_secs(600);
+
+/// Reads how long a connection waits for somebody in the guest to listen.
+pub(crate) fn parse_publish_wait(text: &str) -> Result<Duration, String> {
+    match parse_duration(text)? {
+        wait if wait <= LONGEST_WAIT => Ok(wait),
+        _ => Err(format!("\"{text}\" is too long: 10m is the most")),
+    }
+}
+
 /// `12.3MB`-like text for a listing, in powers of 1024.
 pub(crate) fn format_size(bytes: u64) -> String {
     const UNITS: [&str; 4] = ["KiB", "MiB", "GiB", "TiB"];
@@ -153,5 +180,31 @@ mod tests {
         assert_eq!(env_entry("PATH").unwrap(), Some(format!("PATH={home}")));
         assert_eq!(env_entry("SURELY_NOT_SET_HERE").unwrap(), None);
         assert!(env_entry("").is_err());
+    }
+
+    #[test]
+    fn times_have_units() {
+        for (text, millis) in [
+            ("500ms", 500),
+            ("0", 0),
+            ("3", 3000),
+            ("30s", 30_000),
+            ("10m", 600_000),
+        ] {
+            assert_eq!(parse_publish_wait(text), Ok(Duration::from_millis(millis)));
+        }
+        for text in [
+            "",
+            "s",
+            "-1s",
+            "1h",
+            "1.5s",
+            "11m",
+            "601",
+            "99999999999999999999s",
+            "18446744073709551615m",
+        ] {
+            assert!(parse_publish_wait(text).is_err(), "{text}");
+        }
     }
 }

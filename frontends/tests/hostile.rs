@@ -4,10 +4,13 @@
 mod common;
 
 use std::io::{Read as _, Write as _};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use common::{KINDS, Kind, Rig};
+use rustix::process::{Uid, geteuid};
+use rustix::thread::set_thread_res_uid;
 use sm_frontends::{HandoffSender, Limit, MAX_PAYLOAD};
 
 const LONG: Duration = Duration::from_secs(60);
@@ -113,12 +116,56 @@ fn garbage_is_refused_and_neighbours_go_on() {
     }
 }
 
+/// Runs `work` on a thread of another user; `None` where that takes more rights than
+/// this process has.
+fn as_nobody<R: Send>(work: impl FnOnce() -> R + Send) -> Option<R> {
+    let nobody = Uid::from_raw(65_534);
+    if !geteuid().is_root() {
+        return None;
+    }
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(move || {
+            // Of this thread only.
+            set_thread_res_uid(nobody, nobody, nobody).unwrap();
+            work()
+        });
+        Some(thread.join().unwrap())
+    })
+}
+
+#[test]
+fn other_users_are_refused_even_where_they_can_connect() {
+    let rig = Rig::new();
+    for kind in [Kind::Unix, Kind::Handoff, Kind::Hybrid] {
+        let server = rig.serve(kind);
+        let path = &server.door.path;
+        let door = &server.door;
+        let kept_out = as_nobody(|| door.knock().is_err());
+        assert!(kept_out.unwrap_or(true), "{kind:?}");
+        // Opened up by mistake.
+        for (path, mode) in [(path.parent().unwrap(), 0o777), (path, 0o666)] {
+            std::fs::set_permissions(path, PermissionsExt::from_mode(mode)).unwrap();
+        }
+        let hung_up_on = as_nobody(|| {
+            let mut client = door.knock().unwrap();
+            matches!(client.read(&mut [0; 1]), Ok(0) | Err(_))
+        });
+        let Some(hung_up_on) = hung_up_on else {
+            eprintln!("not root: other users were not tried");
+            return;
+        };
+        assert!(hung_up_on, "{kind:?}");
+        assert_eq!(server.handle.stats().refused, 1, "{kind:?}");
+        server.door.enter().unwrap().finish();
+    }
+}
+
 #[test]
 fn a_payload_of_a_mebibyte_arrives_whole() {
     let rig = Rig::new();
     let server = rig.serve(Kind::Handoff);
     let mut router = HandoffSender::connect(&server.door.path).unwrap();
-    let payload: Vec<u8> = (0..MAX_PAYLOAD).map(|n| (n % 251) as u8).collect();
+    let payload: Vec<u8> = (0..251_u8).cycle().take(MAX_PAYLOAD).collect();
     let (mut client, socket) = UnixStream::pair().unwrap();
     client.write_all(b"and more").unwrap();
     router.send(&socket, &payload).unwrap();

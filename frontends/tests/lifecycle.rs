@@ -67,7 +67,7 @@ fn connections_that_do_not_end_in_time_are_cut_and_counted() {
         let clients = [server.door.enter().unwrap(), server.door.enter().unwrap()];
         assert_eq!(server.handle.stop(Duration::from_millis(10)), 2, "{kind:?}");
         for client in clients {
-            assert!(client.is_cut(), "{kind:?}");
+            assert!(client.ends(), "{kind:?}");
         }
     }
 }

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use sm_guest_proto::control::{Evidence, GuestStats};
 
-use crate::publish::Publication;
+use crate::publish::PublishedPort;
 use crate::record::{ExitRecord, VmConfig};
 use crate::run::Paging;
 use crate::timings::Phase;
@@ -236,7 +236,7 @@ pub struct Status {
     /// Number of attached clients.
     pub clients: usize,
     /// Ports that are published, with their addresses on the host.
-    pub published: Vec<Publication>,
+    pub published: Vec<PublishedPort>,
 }
 
 /// Where a live VM is in its life.

@@ -31,7 +31,7 @@ use self::files::{read_json, remove_tree, write_json};
 pub use self::records::Records;
 use crate::home::HomeError;
 use crate::id::VmId;
-use crate::publish::Publication;
+use crate::publish::{DEFAULT_WAIT_MS, Publication};
 use crate::timings::Phase;
 use crate::workload::Workload;
 
@@ -125,6 +125,15 @@ pub struct VmConfig {
     /// Ports of the guest that are published on the host, as asked for.
     #[serde(default)]
     pub publish: Vec<Publication>,
+    /// Milliseconds that a connection to one of them waits for somebody in the guest
+    /// to listen.
+    #[serde(default = "default_wait_ms")]
+    pub publish_wait_ms: u32,
+}
+
+/// What it was before it could be chosen.
+fn default_wait_ms() -> u32 {
+    DEFAULT_WAIT_MS
 }
 
 /// How a VM ended.

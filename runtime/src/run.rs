@@ -11,6 +11,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use sm_guest_proto::forward::MAX_WAIT_MS;
 use sm_guest_proto::frame::{self, FrameType};
 
 use crate::home::Home;
@@ -18,7 +19,7 @@ use crate::id::VmId;
 use crate::image::Image;
 use crate::launch::{DiskSegment, LaunchRequest, Origin, Testimony};
 use crate::output_log::unix_nanos;
-use crate::publish::Publication;
+use crate::publish::{DEFAULT_WAIT_MS, Publication};
 use crate::record::{ExitRecord, Record, Records, VMM_LOG, VmConfig};
 use crate::session::{Event, Session};
 use crate::timings::Phase;
@@ -69,6 +70,7 @@ pub struct RunOptions {
     paging: Paging,
     phases: Vec<Phase>,
     pub(crate) publish: Vec<Publication>,
+    publish_wait: Duration,
 }
 
 impl Default for RunOptions {
@@ -94,6 +96,7 @@ impl Default for RunOptions {
             paging: Paging::Map,
             phases: Vec::new(),
             publish: Vec::new(),
+            publish_wait: Duration::from_millis(u64::from(DEFAULT_WAIT_MS)),
         }
     }
 }
@@ -265,6 +268,21 @@ impl RunOptions {
         self
     }
 
+    /// How long a connection to a published port waits for somebody in the guest to
+    /// listen, 10 minutes at most: 1 s unless this is called. Longer lets clients
+    /// come before a server that takes its time to start; with none at all a client
+    /// learns at once that nobody listens.
+    #[must_use]
+    pub fn publish_wait(mut self, wait: Duration) -> Self {
+        self.publish_wait = wait;
+        self
+    }
+
+    pub(crate) fn publish_wait_ms(&self) -> u32 {
+        let wait = u32::try_from(self.publish_wait.as_millis());
+        wait.unwrap_or(MAX_WAIT_MS).min(MAX_WAIT_MS)
+    }
+
     fn check(&self) -> Result<(), Error> {
         if self.memory < MIN_MEMORY {
             return Err(Error::Option(format!(
@@ -319,6 +337,7 @@ pub(crate) fn start(home: &Home, image: &Image, options: RunOptions) -> Result<V
                 read_only: options.read_only,
                 stop_timeout_ms: millis(options.stop_timeout),
                 publish: options.publish.clone(),
+                publish_wait_ms: options.publish_wait_ms(),
             })
         },
         Source {

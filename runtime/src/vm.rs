@@ -14,7 +14,7 @@ use crate::exec::ExecBuilder;
 use crate::home::Home;
 use crate::launch::{ControlAnswer, ControlCall, SnapshotReport, Stage, StageTimes, Status};
 use crate::logs::Logs;
-use crate::publish::Publication;
+use crate::publish::PublishedPort;
 use crate::record::{ExitRecord, Record, RecordError, Records, VmConfig, VmState};
 use crate::session::Session;
 use crate::timings::Phase;
@@ -55,7 +55,7 @@ pub struct StateView {
     pub started_ns: u64,
     /// Ports of the guest that the host listens for now.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub published: Vec<Publication>,
+    pub published: Vec<PublishedPort>,
     /// Exit status, once it has ended.
     pub exit_code: Option<u32>,
     /// Everything else about its end.

@@ -5,8 +5,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::anyhow;
 use serde::Serialize;
 use sm_runtime::home::Home;
-use sm_runtime::publish::HostEnd;
-use sm_runtime::{Inspection, Publication, Vm};
+use sm_runtime::publish::{HostEnd, PublishedPort};
+use sm_runtime::{Inspection, Vm};
 
 use crate::args::{PortArgs, PsArgs, StatsArgs, VmArgs};
 use crate::failure::{Failure, OUR_FAILURE};
@@ -101,8 +101,9 @@ fn row(vm: &Inspection, now: SystemTime, no_trunc: bool) -> [String; 7] {
     ]
 }
 
-fn ports(published: &[Publication]) -> String {
-    let ports: Vec<_> = published.iter().map(ToString::to_string).collect();
+fn ports(published: &[PublishedPort]) -> String {
+    let ports = published.iter().map(|port| port.publication.to_string());
+    let ports: Vec<_> = ports.collect();
     ports.join(", ")
 }
 
@@ -111,11 +112,14 @@ pub(crate) fn port(home: &Home, args: &PortArgs, printer: &Printer) -> Result<u3
     let vm = Vm::find(home, &args.vm)?;
     let mut published = vm.inspect()?.state.published;
     if let Some(word) = &args.port {
-        let number = word.strip_suffix("/tcp").unwrap_or(word);
+        let (number, protocol) = word.split_once('/').unwrap_or((word, "tcp"));
         let wanted: u16 = number
             .parse()
             .map_err(|_| anyhow!("\"{word}\" is not a port: write a number, such as 80"))?;
-        published.retain(|publication| publication.guest == wanted);
+        if protocol != "tcp" {
+            return Err(anyhow!("\"{word}\" is not published: only TCP ports can be").into());
+        }
+        published.retain(|port| port.publication.guest == wanted);
         if published.is_empty() {
             return Err(anyhow!(
                 "port {wanted} of VM \"{}\" is not published: see \"sm port {}\"",
@@ -129,7 +133,7 @@ pub(crate) fn port(home: &Home, args: &PortArgs, printer: &Printer) -> Result<u3
         printer.json(&published)?;
         return Ok(0);
     }
-    for publication in &published {
+    for PublishedPort { publication, .. } in &published {
         match args.port.is_some() {
             true => printer.line(&publication.host),
             false => printer.line(format_args!(

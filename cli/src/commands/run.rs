@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::{Context as _, anyhow, bail};
 use serde::Serialize;
 use sm_runtime::home::Home;
+use sm_runtime::publish::Ports;
 use sm_runtime::record::{ExitReason, ExitRecord};
 use sm_runtime::timings::Phase;
 use sm_runtime::workload::{Overrides, Rlimit};
@@ -212,6 +213,7 @@ fn options(begin: Phase, args: &RunArgs) -> anyhow::Result<RunOptions> {
         .upper_size(args.tmpfs_size.unwrap_or(0))
         .stop_timeout(Duration::from_secs(args.stop_timeout))
         .start_timeout(Duration::from_secs(args.start_timeout))
+        .publish_wait(args.publish_wait)
         .phases(vec![begin]);
     if let Some(name) = &args.name {
         options = options.name(name.as_str());
@@ -225,7 +227,8 @@ fn options(begin: Phase, args: &RunArgs) -> anyhow::Result<RunOptions> {
         };
         options = options.host(name, address);
     }
-    let ports = args.publish.iter().chain(&args.publish_tls);
+    let plain = args.publish.iter().flat_map(|Ports(ports)| ports);
+    let ports = plain.chain(&args.publish_tls);
     let sockets = args.publish_unix.iter().chain(&args.handoff);
     for publication in ports.chain(sockets).chain(&args.hybrid_vsock) {
         options = options.publish(publication.clone());

@@ -317,8 +317,8 @@ impl Client {
         assert_eq!(self.0.read(&mut [0; 1]).unwrap(), 0);
     }
 
-    /// Whether it was ended, by a reset or without one.
-    pub fn is_cut(mut self) -> bool {
+    /// Whether it ends without a byte, by a reset or without one.
+    pub fn ends(mut self) -> bool {
         matches!(self.0.read(&mut [0; 1]), Ok(0) | Err(_))
     }
 }

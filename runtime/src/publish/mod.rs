@@ -1,5 +1,6 @@
 //! Ports of the guest, published on the host.
 
+mod ports;
 mod serving;
 mod tls;
 
@@ -9,9 +10,58 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
+use sm_frontends::FrontendStats;
 
-pub(crate) use self::serving::Published;
+pub use self::ports::Ports;
+pub(crate) use self::serving::{Published, Wiring};
 pub use self::tls::TlsEnd;
+
+/// How long a connection waits for somebody in the guest to listen unless something
+/// else is asked for, in milliseconds.
+pub const DEFAULT_WAIT_MS: u32 = 1000;
+
+/// A port that is published, and what came of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PublishedPort {
+    /// Where it is published, with the ports that the system has chosen.
+    #[serde(flatten)]
+    pub publication: Publication,
+    /// What its clients did.
+    pub connections: PortStats,
+}
+
+/// See [`sm_frontends::FrontendStats`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortStats {
+    /// Connections led to the guest.
+    pub accepted: u64,
+    /// Connections that live now.
+    pub active: usize,
+    /// Connections turned away on the host.
+    pub refused: u64,
+    /// Connections hung up on because they took too long to say what they want.
+    pub evicted: u64,
+    /// Connections that nothing in the guest took.
+    pub unanswered: u64,
+    /// Bytes sent to the guest.
+    pub to_guest: u64,
+    /// Bytes that came from the guest.
+    pub from_guest: u64,
+}
+
+impl From<FrontendStats> for PortStats {
+    fn from(stats: FrontendStats) -> Self {
+        Self {
+            accepted: stats.accepted,
+            active: stats.active,
+            refused: stats.refused,
+            evicted: stats.evicted,
+            unanswered: stats.unanswered,
+            to_guest: stats.to_guest,
+            from_guest: stats.from_guest,
+        }
+    }
+}
 
 /// Where the host listens for a guest's port.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -78,8 +128,14 @@ impl FromStr for Publication {
             reason,
         };
         let (ports, protocol) = word.rsplit_once('/').unwrap_or((word, "tcp"));
-        if protocol != "tcp" {
-            return Err(bad("only TCP ports can be published"));
+        match protocol {
+            "tcp" => {}
+            "udp" | "sctp" => {
+                return Err(bad(
+                    "only TCP ports can be published: streams are what a VM is reached by",
+                ));
+            }
+            _ => return Err(bad("the protocol is tcp")),
         }
         let tcp = |address: IpAddr, port| HostEnd::Tcp(SocketAddr::new(address, port));
         let local = IpAddr::V4(Ipv4Addr::LOCALHOST);

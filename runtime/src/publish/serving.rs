@@ -3,132 +3,151 @@
 use std::io;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use sm_devices_vsock::MuxerHandle;
 use sm_frontends::{
-    HandoffFrontend, HandoffFrontendHandle, HybridFrontend, HybridFrontendHandle, Target,
-    TcpFrontend, TcpFrontendHandle, TlsFrontend, TlsFrontendHandle, TlsIdentity, UnixFrontend,
-    UnixFrontendHandle,
+    FrontendHandle, HandoffFrontend, HybridFrontend, Limit, Target, TcpFrontend, TlsFrontend,
+    TlsIdentity, UnixFrontend,
 };
 use sm_guest_proto::forward::ForwardHeader;
 use sm_vmm_core::event_loop::EventLoopHandle;
 
-use super::{HostEnd, Publication, TlsEnd};
+use super::{HostEnd, Publication, PublishedPort, TlsEnd};
 use crate::doctor::with_causes;
+use crate::record::VmConfig;
 
-/// How long a connection waits in the guest for somebody to listen, in
-/// milliseconds.
-const WAIT_MS: u32 = 1000;
-
-/// A published port; it is given back when this is dropped.
-#[derive(Debug)]
-#[expect(dead_code, reason = "it listens while the handle lives")]
-enum Listening {
-    Tcp(TcpFrontendHandle),
-    Tls(TlsFrontendHandle),
-    Unix(UnixFrontendHandle),
-    Handoff(HandoffFrontendHandle),
-    Hybrid(HybridFrontendHandle),
+/// What listeners of a machine are made with.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Wiring<'a> {
+    pub(crate) muxer: &'a MuxerHandle,
+    pub(crate) event_loop: &'a EventLoopHandle,
+    /// Descriptors for connections.
+    pub(crate) limit: &'a Limit,
 }
 
-/// All that a machine has published.
+/// All that a machine has published; it is given back when this is dropped.
 #[derive(Debug, Default)]
 pub(crate) struct Published {
-    listening: Vec<(Listening, Publication)>,
+    ports: Vec<(FrontendHandle, Publication)>,
 }
 
 impl Published {
-    /// Listens for every publication. Certificates that are made for it are put
-    /// into `directory`.
+    /// Listens for every publication of a VM. Certificates that are made for it are
+    /// put into `directory`.
     ///
     /// # Errors
     /// One of them is taken or impossible; a sentence.
     pub(crate) fn start(
-        wanted: &[Publication],
+        config: &VmConfig,
         directory: &Path,
-        muxer: &MuxerHandle,
-        event_loop: &EventLoopHandle,
+        wiring: Wiring<'_>,
     ) -> Result<Self, String> {
-        let mut listening = Vec::with_capacity(wanted.len());
-        for publication in wanted {
-            let target = to_port(publication.guest);
-            let failed = |error: sm_frontends::Error| {
-                let hint = match error {
-                    sm_frontends::Error::PortInUse { .. } => {
-                        ": publish it on another port of the host, or leave that out and have one \
-                         chosen"
-                    }
-                    _ => "",
-                };
-                format!(
-                    "cannot publish {} of the guest: {}{hint}",
-                    publication.guest_end(),
-                    with_causes(&error)
-                )
-            };
-            let (handle, host) = match &publication.host {
-                HostEnd::Tcp(address) => {
-                    let handle = TcpFrontend::new(*address, target)
-                        .start(muxer.clone(), event_loop)
-                        .map_err(failed)?;
-                    let host = HostEnd::Tcp(handle.address());
-                    (Listening::Tcp(handle), host)
-                }
-                HostEnd::Tls(end) => {
-                    let handle = tls_frontend(end, target)
-                        .start(muxer.clone(), event_loop)
-                        .map_err(failed)?;
-                    let end = keep_certificate(&handle, end, directory)?;
-                    (Listening::Tls(handle), HostEnd::Tls(Box::new(end)))
-                }
-                HostEnd::Unix(path) => {
-                    let handle = UnixFrontend::new(path, target)
-                        .start(muxer.clone(), event_loop)
-                        .map_err(failed)?;
-                    (Listening::Unix(handle), publication.host.clone())
-                }
-                HostEnd::Handoff(path) => {
-                    let handle = HandoffFrontend::new(path, header(publication.guest))
-                        .start(muxer.clone(), event_loop)
-                        .map_err(failed)?;
-                    (Listening::Handoff(handle), publication.host.clone())
-                }
-                HostEnd::Hybrid(path) => {
-                    let handle = HybridFrontend::new(path)
-                        .start(muxer.clone(), event_loop)
-                        .map_err(failed)?;
-                    (Listening::Hybrid(handle), publication.host.clone())
-                }
-            };
+        let mut ports = Vec::with_capacity(config.publish.len());
+        for publication in &config.publish {
+            let handle = listen(publication, config.publish_wait_ms, wiring)
+                .map_err(|error| failure(publication, &error))?;
+            let host = bound(&handle, &publication.host, directory)?;
             let publication = Publication {
                 host,
                 guest: publication.guest,
             };
-            listening.push((handle, publication));
+            ports.push((handle, publication));
         }
-        Ok(Self { listening })
+        Ok(Self { ports })
     }
 
     /// What is published, with the ports that the system has chosen.
-    pub(crate) fn list(&self) -> Vec<Publication> {
-        let list = self.listening.iter();
-        list.map(|(_, publication)| publication.clone()).collect()
+    pub(crate) fn list(&self) -> Vec<PublishedPort> {
+        let ports = self
+            .ports
+            .iter()
+            .map(|(handle, publication)| PublishedPort {
+                publication: publication.clone(),
+                connections: handle.stats().into(),
+            });
+        ports.collect()
+    }
+
+    /// Listens no more; connections go on.
+    pub(crate) fn close(&self) {
+        for (handle, _) in &self.ports {
+            handle.close();
+        }
+    }
+
+    /// Whether something of the guest's is still on its way; `tell` is called when
+    /// that is over.
+    pub(crate) fn when_delivered(&self, tell: impl Fn() + Send + Sync + 'static) -> bool {
+        let groups = self.ports.iter().map(|(handle, _)| handle.connections());
+        let busy: Vec<_> = groups.filter(|group| group.undelivered() > 0).collect();
+        let left = Arc::new((AtomicUsize::new(busy.len()), tell));
+        for group in &busy {
+            let left = Arc::clone(&left);
+            group.when_delivered(move || {
+                let (count, tell) = &*left;
+                if count.fetch_sub(1, Ordering::AcqRel) == 1 {
+                    tell();
+                }
+            });
+        }
+        !busy.is_empty()
     }
 }
 
-fn header(port: u16) -> ForwardHeader {
-    ForwardHeader {
-        port,
-        wait_ms: WAIT_MS,
+/// Why there is nothing published, and what to do about it.
+fn failure(publication: &Publication, error: &sm_frontends::Error) -> String {
+    let hint = match error {
+        sm_frontends::Error::PortInUse { .. } => {
+            ": publish it on another port of the host, or leave that out and have one chosen"
+        }
+        sm_frontends::Error::InUse { .. } | sm_frontends::Error::NotASocket { .. } => {
+            ": give another path"
+        }
+        _ => "",
+    };
+    let what = publication.guest_end();
+    let why = with_causes(error);
+    format!("cannot publish {what} of the guest: {why}{hint}")
+}
+
+fn listen(
+    publication: &Publication,
+    wait_ms: u32,
+    wiring: Wiring<'_>,
+) -> Result<FrontendHandle, sm_frontends::Error> {
+    let header = |port| ForwardHeader { port, wait_ms };
+    let target = Target::Tcp(header(publication.guest));
+    let (muxer, event_loop) = (wiring.muxer.clone(), wiring.event_loop);
+    match &publication.host {
+        HostEnd::Tcp(address) => TcpFrontend::new(*address, target)
+            .limit(wiring.limit)
+            .start(muxer, event_loop),
+        HostEnd::Tls(end) => {
+            let mut frontend = TlsFrontend::new(end.address, identity(end), target);
+            for protocol in &end.protocols {
+                frontend = frontend.protocol(protocol);
+            }
+            for (name, port) in &end.servers {
+                frontend = frontend.server_name(name, Target::Tcp(header(*port)));
+            }
+            frontend.limit(wiring.limit).start(muxer, event_loop)
+        }
+        HostEnd::Unix(path) => UnixFrontend::new(path, target)
+            .limit(wiring.limit)
+            .start(muxer, event_loop),
+        HostEnd::Handoff(path) => HandoffFrontend::new(path, header(publication.guest))
+            .limit(wiring.limit)
+            .start(muxer, event_loop),
+        HostEnd::Hybrid(path) => HybridFrontend::new(path)
+            .limit(wiring.limit)
+            .start(muxer, event_loop),
     }
 }
 
-fn to_port(port: u16) -> Target {
-    Target::Tcp(header(port))
-}
-
-fn tls_frontend(end: &TlsEnd, target: Target) -> TlsFrontend {
-    let identity = match (&end.certificate, &end.key) {
+fn identity(end: &TlsEnd) -> TlsIdentity {
+    match (&end.certificate, &end.key) {
         (Some(certificates), Some(key)) => TlsIdentity::Files {
             certificates: certificates.clone(),
             key: key.clone(),
@@ -139,27 +158,30 @@ fn tls_frontend(end: &TlsEnd, target: Target) -> TlsFrontend {
             names.extend(end.names.iter().cloned());
             TlsIdentity::SelfSigned { names }
         }
-    };
-    let mut frontend = TlsFrontend::new(end.address, identity, target);
-    for protocol in &end.protocols {
-        frontend = frontend.protocol(protocol);
     }
-    for (name, port) in &end.servers {
-        frontend = frontend.server_name(name, to_port(*port));
-    }
-    frontend
 }
 
-/// Where the frontend listens, with the certificate that it may have made.
+/// Where a frontend listens, as what was asked for.
+fn bound(handle: &FrontendHandle, asked: &HostEnd, directory: &Path) -> Result<HostEnd, String> {
+    Ok(match (asked, handle.local_address().tcp()) {
+        (HostEnd::Tcp(_), Some(address)) => HostEnd::Tcp(address),
+        (HostEnd::Tls(end), Some(address)) => {
+            let end = TlsEnd {
+                address,
+                ..(**end).clone()
+            };
+            HostEnd::Tls(Box::new(keep_certificate(handle, end, directory)?))
+        }
+        (other, _) => other.clone(),
+    })
+}
+
+/// Keeps the certificate that the frontend may have made.
 fn keep_certificate(
-    handle: &TlsFrontendHandle,
-    end: &TlsEnd,
+    handle: &FrontendHandle,
+    mut end: TlsEnd,
     directory: &Path,
 ) -> Result<TlsEnd, String> {
-    let mut end = TlsEnd {
-        address: handle.address(),
-        ..end.clone()
-    };
     if let Some(certificate) = handle.self_signed_certificate() {
         let path = directory.join(format!("tls-{}.pem", end.address.port()));
         write_private(&path, certificate)

@@ -25,6 +25,47 @@ fn what_docker_takes_is_taken() {
 }
 
 #[test]
+fn a_range_is_as_many_ports() {
+    let shown = |word: &str| {
+        let Ports(all) = word.parse().unwrap();
+        let all: Vec<_> = all.iter().map(ToString::to_string).collect();
+        all.join(" ")
+    };
+    assert_eq!(shown("8080:80/tcp"), "127.0.0.1:8080->80/tcp");
+    assert_eq!(
+        shown("8000-8001:80-81"),
+        "127.0.0.1:8000->80/tcp 127.0.0.1:8001->81/tcp"
+    );
+    assert_eq!(
+        shown("[::1]:8000-8001:80-81/tcp"),
+        "[::1]:8000->80/tcp [::1]:8001->81/tcp"
+    );
+    assert_eq!(shown("80-81"), "127.0.0.1:0->80/tcp 127.0.0.1:0->81/tcp");
+    assert_eq!(shown("0.0.0.0::80-80"), "0.0.0.0:0->80/tcp");
+    assert_eq!(shown("auto"), "127.0.0.1:0->auto/tcp");
+    let Ports(all) = "1-1000".parse().unwrap();
+    assert_eq!(all.len(), 1000);
+    for word in [
+        "80-79",
+        "1-1001",
+        "8000-8001:80",
+        "8000:80-81",
+        "8000-8002:80-81",
+        "0-1",
+        "80-",
+        "-80",
+        "1-2-3",
+        "80-81/udp",
+        "65535-65536",
+    ] {
+        let error = word.parse::<Ports>().unwrap_err().to_string();
+        assert!(error.contains(&format!("\"{word}\"")), "{error}");
+    }
+    let error = "53:53/udp".parse::<Ports>().unwrap_err().to_string();
+    assert!(error.contains("only TCP"), "{error}");
+}
+
+#[test]
 fn what_makes_no_sense_is_named() {
     for word in [
         "", "0", "80/udp", "x:80", "65536:80", "80:0", "a.b:1:2", "1:2:3:4", "-1",
@@ -95,7 +136,7 @@ fn a_socket_is_where_the_caller_means_it() {
 proptest! {
     #[test]
     fn any_word_is_read_or_refused(word in "[0-9a-z:./\\[\\]-]{0,24}") {
-        let _ = word.parse::<Publication>();
+        let _ = word.parse::<Ports>();
     }
 
     #[test]

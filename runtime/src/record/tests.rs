@@ -29,6 +29,7 @@ fn config(id: VmId, name: String) -> VmConfig {
         read_only: false,
         stop_timeout_ms: 10_000,
         publish: Vec::new(),
+        publish_wait_ms: 0,
     }
 }
 

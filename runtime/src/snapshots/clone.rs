@@ -90,6 +90,7 @@ impl Snapshot {
                 workload,
                 auto_remove: options.auto_remove,
                 publish: options.publish.clone(),
+                publish_wait_ms: options.publish_wait_ms(),
                 ..self.config.clone()
             })
         };

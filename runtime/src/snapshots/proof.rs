@@ -143,6 +143,7 @@ fn ask(home: &Home, chain: &Chain) -> Result<Testimony, Error> {
             read_only: false,
             stop_timeout_ms: 0,
             publish: Vec::new(),
+            publish_wait_ms: 0,
         })
     };
     run::launch(home, &options, config, source)?.until_evidence()

@@ -10,7 +10,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use sm_snapshot::manifest::Layer;
 
 use crate::launch::{SnapshotReport, StageTimes};
-use crate::publish::Publication;
+use crate::publish::PublishedPort;
 
 /// What a machine was started from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,7 +66,14 @@ pub(crate) trait Guest {
     /// The last `lines` lines that the guest wrote to its console.
     fn console_tail(&self, lines: usize) -> String;
     /// Its ports that are published.
-    fn published(&self) -> Vec<Publication>;
+    fn published(&self) -> Vec<PublishedPort>;
+    /// Listens no more for connections to these; those there are go on.
+    fn close_published(&mut self) {}
+    /// Whether something that the guest has sent to published ports is still on its
+    /// way; [`Notice::Delivered`] follows then.
+    fn is_delivering(&mut self) -> bool {
+        false
+    }
     /// Ends the machine; [`Self::end`] follows.
     fn stop(&mut self);
     /// Becomes, and stays, readable when the machine has ended.
@@ -103,6 +110,8 @@ pub(crate) enum Notice {
     /// A snapshot that the supervisor asked for was made, or could not be; a
     /// clause.
     Snapshot(Result<SnapshotReport, String>),
+    /// All that the guest has sent to published ports has left.
+    Delivered,
 }
 
 /// Hands notices to the supervisor, from any thread.

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use sm_devices_vsock::{MuxerHandle, Vsock, VsockConfig};
-use sm_frontends::{Target, UnixFrontend, UnixFrontendHandle};
+use sm_frontends::{FrontendHandle, Target, UnixFrontend};
 use sm_guest_proto::port;
 use sm_hypervisor::kvm::Kvm;
 use sm_hypervisor::{Hypervisor as _, LinuxSupport};
@@ -30,6 +30,7 @@ use sm_vmm_core::virtio::rng::Rng;
 
 use super::beginning::{Beginning, Source};
 use super::cache::{self, Identity};
+use super::descriptors::Descriptors;
 use super::guest::{Guest, Notice, NoticeSender, Start};
 use super::paging::Paged;
 use super::prefetch::Prefetch;
@@ -38,7 +39,7 @@ use crate::doctor::{unusable, with_causes};
 use crate::id::random;
 use crate::kernel::Kernel;
 use crate::launch::{DiskSegment, LaunchRequest};
-use crate::publish::Published;
+use crate::publish::{Published, Wiring};
 use crate::record::{Record, VmConfig};
 use crate::run::Paging;
 use crate::snapshots::EPHEMERAL_LABEL;
@@ -70,7 +71,7 @@ pub(crate) struct RunningMachine {
     notices: NoticeSender,
     /// Threads that publish snapshots.
     publishing: Vec<JoinHandle<()>>,
-    _exec: UnixFrontendHandle,
+    _exec: FrontendHandle,
     published: Published,
     _event_loop: EventLoop,
     /// The snapshot whose pages are mapped.
@@ -136,17 +137,25 @@ pub(crate) fn start(
     phases.push(Phase::now("hypervisor opened"));
 
     let event_loop = EventLoop::spawn("sm-devices").map_err(failed("start the event loop"))?;
-    let (vsock, muxer) =
-        Vsock::new(VsockConfig::default()).map_err(failed("make the vsock device"))?;
+    let descriptors = Descriptors::of_this_process(request.config.publish.len());
+    let config = VsockConfig {
+        max_connections: descriptors.connections,
+        ..VsockConfig::default()
+    };
+    let (vsock, muxer) = Vsock::new(config).map_err(failed("make the vsock device"))?;
     listen_for_agent(&muxer, notices.clone());
     let exec = UnixFrontend::new(&record.exec_socket(), Target::Exec)
+        .limit(&descriptors.exec)
         .start(muxer.clone(), &event_loop.handle())
         .map_err(failed("create the exec socket"))?;
     let published = Published::start(
-        &request.config.publish,
+        &request.config,
         record.directory(),
-        &muxer,
-        &event_loop.handle(),
+        Wiring {
+            muxer: &muxer,
+            event_loop: &event_loop.handle(),
+            limit: &descriptors.published,
+        },
     )?;
     let beginning = Beginning::of(request)?;
     // A disk that the guest knows already is there from the start; otherwise

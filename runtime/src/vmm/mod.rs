@@ -8,6 +8,7 @@ mod agent;
 mod beginning;
 mod cache;
 mod conn;
+mod descriptors;
 mod guest;
 mod log;
 mod machine;

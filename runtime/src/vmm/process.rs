@@ -13,8 +13,8 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use sm_guest_proto::frame::{self, ExitStatus, FrameDecoder, FrameType};
 
 use super::guest::notices;
-use super::log;
 use super::supervisor::{Parts, Supervisor};
+use super::{descriptors, log};
 use crate::fdpass;
 use crate::home::Home;
 use crate::launch::{LaunchRequest, Report};
@@ -31,6 +31,7 @@ pub(super) fn main() -> io::Result<()> {
     let _ = rustix::process::setsid();
     let _ = rustix::process::chdir("/");
     rustix::process::umask(Mode::from_raw_mode(0o077));
+    descriptors::raise();
     let terminate = terminate_stream()?;
 
     let (request, lock) = receive_request(&launcher)?;

@@ -66,6 +66,8 @@ enum Timer {
     OomCheck,
     /// The guest hung up; its end should be known by now.
     HangUp,
+    /// What the guest had sent to published ports should have left.
+    Delivery,
     /// The machine should have ended.
     End,
 }
@@ -255,6 +257,7 @@ impl<G: Guest> Supervisor<G> {
                     match notice {
                         Notice::Agent(stream) => self.agent_dialed(stream),
                         Notice::Snapshot(made) => self.snapshot_made(made),
+                        Notice::Delivered => self.delivered(),
                     }
                 }
             }

@@ -14,7 +14,7 @@ use super::{RunningMachine, failed};
 use crate::doctor::with_causes;
 use crate::id::random;
 use crate::launch::{SnapshotReport, StageTimes};
-use crate::publish::Publication;
+use crate::publish::PublishedPort;
 use crate::snapshots::{EPHEMERAL_LABEL, IMAGE_LABEL};
 use crate::vmm::guest::{Guest, GuestEnd, Notice, SnapshotPlan, Start};
 use crate::vmm::saved::{Content, Done, Made, Plan, machine_state};
@@ -171,8 +171,18 @@ impl Guest for RunningMachine {
         self.machine.console().tail(lines)
     }
 
-    fn published(&self) -> Vec<Publication> {
+    fn published(&self) -> Vec<PublishedPort> {
         self.published.list()
+    }
+
+    fn close_published(&mut self) {
+        self.published.close();
+    }
+
+    fn is_delivering(&mut self) -> bool {
+        let notices = self.notices.clone();
+        self.published
+            .when_delivered(move || notices.send(Notice::Delivered))
     }
 
     fn stop(&mut self) {

@@ -4,6 +4,7 @@ use std::io;
 use std::os::unix::net::UnixStream;
 
 use rustix::event::PollFlags;
+use sm_frontends::is_trusted_peer;
 use sm_guest_proto::frame::FrameType;
 
 use super::{Supervisor, Timer, interest};
@@ -94,6 +95,10 @@ impl<G: Guest> Supervisor<G> {
             return;
         };
         match listener.accept() {
+            // The directory is private; should it have been opened up, this holds.
+            Ok((stream, _)) if !is_trusted_peer(&stream).unwrap_or(false) => {
+                tracing::warn!("refused a client of another user");
+            }
             Ok((stream, _)) if self.clients.len() < MAX_CLIENTS => {
                 match Client::new(stream, Role::Control) {
                     Ok(client) => self.add_client(client),

@@ -20,6 +20,10 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the agent may take to say whether memory ran out.
 const OOM_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// How long what a workload had sent to published ports when it ended may take to
+/// reach its clients.
+const DELIVERY_TIMEOUT: Duration = Duration::from_secs(2);
+
 /// Exit status of a command that SIGKILL ended.
 const KILLED: u32 = 128 + signal::KILL as u32;
 /// Docker's status for a failure that is not the command's.
@@ -46,6 +50,10 @@ impl<G: Guest> Supervisor<G> {
             Timer::Kill => self.destroy("the workload did not end when it was killed"),
             Timer::OomCheck => self.oom_checked(false),
             Timer::HangUp => self.guest_broke("the guest agent hung up"),
+            Timer::Delivery => {
+                tracing::info!("clients did not take in time what the guest had sent");
+                self.end_machine();
+            }
             Timer::End => {
                 tracing::error!("the machine did not end when it was stopped");
                 self.release();
@@ -58,6 +66,10 @@ impl<G: Guest> Supervisor<G> {
         match self.stage {
             Stage::Starting => self.destroy("it was stopped before its workload ran"),
             Stage::Running => {
+                // Nobody new comes in; who is there may stay until the workload ends.
+                if let Some(guest) = &mut self.guest {
+                    guest.close_published();
+                }
                 let stop_signal = self.request.config.workload.stop_signal;
                 if let Some(agent) = &mut self.agent {
                     agent.signal_main(stop_signal);
@@ -197,6 +209,7 @@ impl<G: Guest> Supervisor<G> {
         .to_payload();
         self.broadcast(FrameType::Exit, &payload);
         self.report(&Report::Ended(exit.clone()));
+        let reason = exit.reason;
         self.ended = Some(exit);
         self.close_clients();
         self.main = None;
@@ -204,13 +217,31 @@ impl<G: Guest> Supervisor<G> {
         self.listener = None;
         // The clients should not wait for the machine to be taken apart.
         self.flush();
+        // What a workload said last is not lost by its end.
+        let delivers = reason == ExitReason::Workload
+            && self.guest.as_mut().is_some_and(|guest| {
+                guest.close_published();
+                guest.is_delivering()
+            });
+        match delivers {
+            true => self.set_timer(Timer::Delivery, DELIVERY_TIMEOUT),
+            false => self.end_machine(),
+        }
+    }
+
+    /// All that the guest had sent to published ports has left.
+    pub(super) fn delivered(&mut self) {
+        if self.is_set(Timer::Delivery) {
+            self.clear_timer(Timer::Delivery);
+            self.end_machine();
+        }
+    }
+
+    /// Ends the machine, if it has not ended; [`Self::guest_ended`] follows.
+    fn end_machine(&mut self) {
         if let Some(guest) = &mut self.guest {
-            self.timers.extend(
-                std::time::Instant::now()
-                    .checked_add(END_TIMEOUT)
-                    .map(|at| (Timer::End, at)),
-            );
             guest.stop();
+            self.set_timer(Timer::End, END_TIMEOUT);
         }
     }
 

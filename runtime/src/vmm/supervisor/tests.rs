@@ -42,6 +42,10 @@ struct FakeState {
     console: Mutex<String>,
     /// The last snapshot that was asked for.
     snapshot: Mutex<Option<SnapshotPlan>>,
+    /// Its published ports are closed.
+    closed: Mutex<bool>,
+    /// It has sent something that has not left yet.
+    delivers: Mutex<bool>,
 }
 
 impl FakeState {
@@ -78,8 +82,14 @@ impl Guest for FakeGuest {
     fn console_tail(&self, _lines: usize) -> String {
         self.state.console.lock().unwrap().clone()
     }
-    fn published(&self) -> Vec<crate::Publication> {
+    fn published(&self) -> Vec<crate::publish::PublishedPort> {
         Vec::new()
+    }
+    fn close_published(&mut self) {
+        *self.state.closed.lock().unwrap() = true;
+    }
+    fn is_delivering(&mut self) -> bool {
+        *self.state.delivers.lock().unwrap()
     }
     fn pause(&mut self) -> Result<(), String> {
         *self.state.paused.lock().unwrap() = true;
@@ -186,6 +196,7 @@ fn fixture(setup: Setup) -> Fixture {
                 read_only: false,
                 stop_timeout_ms: 600_000,
                 publish: Vec::new(),
+                publish_wait_ms: 0,
             })
         })
         .unwrap();
@@ -223,6 +234,8 @@ fn fixture(setup: Setup) -> Fixture {
         paused: Mutex::new(false),
         console: Mutex::new(String::new()),
         snapshot: Mutex::new(None),
+        closed: Mutex::new(false),
+        delivers: Mutex::new(false),
     });
     let parts = Parts {
         guest: FakeGuest {

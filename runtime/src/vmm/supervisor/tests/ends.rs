@@ -70,6 +70,7 @@ fn stopping_signals_first() {
     assert_eq!(answer.unwrap(), ControlAnswer::Done);
     let request: ControlRequest = agent.receive_json(FrameType::Control);
     assert_eq!(request, ControlRequest::SignalMain { signal: 15 });
+    assert!(*f.guest.closed.lock().unwrap(), "nobody new comes in");
     main.exit(143);
     f.finish();
     assert_eq!(f.exit().status, 143);
@@ -117,4 +118,29 @@ fn an_unexplained_kill_is_checked_for_lack_of_memory() {
     f.finish();
     let exit = f.exit();
     assert!(exit.oom_killed && exit.message.unwrap().contains("--memory"));
+}
+
+#[test]
+fn what_the_workload_said_last_is_delivered_before_the_machine_ends() {
+    let mut f = fixture(Setup::default());
+    let (_agent, mut main) = f.start();
+    *f.guest.delivers.lock().unwrap() = true;
+    main.exit(0);
+    // Whoever waits for the workload does not wait for that.
+    assert_eq!(f.events(), ["exit 0", "ended 0"]);
+    assert!(*f.guest.closed.lock().unwrap());
+    assert_eq!(f.guest.end.lock().unwrap().clone(), None);
+    f.dial.send(Notice::Delivered);
+    f.finish();
+    assert_eq!(f.guest.end.lock().unwrap().clone(), Some(GuestEnd::Stopped));
+}
+
+#[test]
+fn a_client_that_takes_nothing_does_not_keep_the_machine() {
+    let mut f = fixture(Setup::default());
+    let (_agent, mut main) = f.start();
+    *f.guest.delivers.lock().unwrap() = true;
+    main.exit(0);
+    f.finish();
+    assert_eq!(f.guest.end.lock().unwrap().clone(), Some(GuestEnd::Stopped));
 }

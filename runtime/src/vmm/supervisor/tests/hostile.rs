@@ -124,3 +124,40 @@ fn a_guest_that_does_not_answer_is_not_asked_without_end() {
     main.exit(0);
     f.finish();
 }
+
+#[test]
+fn other_users_cannot_control_it_even_where_they_can_connect() {
+    use std::os::unix::fs::PermissionsExt as _;
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("not root: another user is not tried");
+        return;
+    }
+    let mut f = fixture(Setup::default());
+    let (_agent, mut main) = f.start();
+    // Opened up by mistake, all the way.
+    let socket = f.record.control_socket();
+    let opened = socket
+        .ancestors()
+        .take_while(|path| path.starts_with(f._dir.path()));
+    for path in opened {
+        let mode = std::fs::Permissions::from_mode(0o777);
+        std::fs::set_permissions(path, mode).unwrap();
+    }
+    let nobody = rustix::process::Uid::from_raw(65_534);
+    let said = std::thread::scope(|scope| {
+        let stranger = scope.spawn(|| {
+            // Of this thread only.
+            rustix::thread::set_thread_res_uid(nobody, nobody, nobody).unwrap();
+            let mut stranger = UnixStream::connect(&socket).unwrap();
+            let mut said = Vec::new();
+            // The end, or a reset.
+            let _ = stranger.read_to_end(&mut said);
+            said
+        });
+        stranger.join().unwrap()
+    });
+    assert!(said.is_empty());
+    f.control().call(&ControlCall::Status).unwrap();
+    main.exit(0);
+    f.finish();
+}

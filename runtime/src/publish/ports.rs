@@ -1,0 +1,66 @@
+//! Ranges of ports, published one by one.
+
+use std::ops::RangeInclusive;
+use std::str::FromStr;
+
+use super::{Publication, PublishError};
+
+/// Most ports in a range: each has a listener of its own.
+const MOST: usize = 1000;
+
+/// What `-p` takes: a port, or a range of them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ports(pub Vec<Publication>);
+
+impl FromStr for Ports {
+    type Err = PublishError;
+
+    /// Reads what [`Publication`] reads, and ranges of as many ports of the guest as
+    /// of the host: `8000-8010:9000-9010`, or `9000-9010` for ports of the system's
+    /// choice.
+    fn from_str(word: &str) -> Result<Self, PublishError> {
+        let bad = |reason| PublishError {
+            word: word.to_owned(),
+            reason,
+        };
+        let (ports, protocol) = word.rsplit_once('/').unwrap_or((word, "tcp"));
+        let (front, guest) = ports.rsplit_once(':').unwrap_or(("", ports));
+        // An IPv6 address ends in a bracket, and has no dash.
+        let (address, host) = match front.rsplit_once(':') {
+            Some((address, host)) => (format!("{address}:"), host),
+            None => (String::new(), front),
+        };
+        if !guest.contains('-') && !host.contains('-') {
+            return Ok(Self(vec![word.parse()?]));
+        }
+        let guest = range(guest).ok_or_else(|| bad("a range of ports is FIRST-LAST"))?;
+        let most = guest.len();
+        if most > MOST {
+            return Err(bad("a range has 1000 ports at most"));
+        }
+        let hosts = match host {
+            "" => vec![String::new(); most],
+            range_of_host => {
+                let host =
+                    range(range_of_host).ok_or_else(|| bad("a range of ports is FIRST-LAST"))?;
+                if host.len() != most {
+                    return Err(bad("the ranges of host and guest are of different lengths"));
+                }
+                host.map(|port| port.to_string()).collect()
+            }
+        };
+        let one = |(host, guest): (String, u16)| {
+            format!("{address}{host}:{guest}/{protocol}").parse::<Publication>()
+        };
+        let publications: Result<_, _> = hosts.into_iter().zip(guest).map(one).collect();
+        // As it was written, not as it was taken apart.
+        publications.map(Self).map_err(|error| bad(error.reason))
+    }
+}
+
+/// `FIRST-LAST`, or a single port.
+fn range(word: &str) -> Option<RangeInclusive<u16>> {
+    let (first, last) = word.split_once('-').unwrap_or((word, word));
+    let range = first.parse().ok()?..=last.parse().ok()?;
+    (!range.is_empty()).then_some(range)
+}
