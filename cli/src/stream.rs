@@ -122,7 +122,7 @@ fn receive(
             Event::Error(text) => {
                 let _ = writeln!(io::stderr(), "sm: {text}");
             }
-            Event::Started { .. } | Event::Evidence(_) => {}
+            Event::Started { .. } | Event::Evidence(_) | Event::Warning(_) => {}
             Event::Phase(phase) => phases.push(phase),
             Event::Exit(code) => status = Some(code),
             Event::Ended(exit) => {

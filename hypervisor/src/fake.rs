@@ -11,7 +11,7 @@ use std::io;
 use std::marker::PhantomData;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use crate::state::{Blob, BootRegisters, VcpuState, VmState};
+use crate::state::{Blob, BootRegisters, CpuidEntry, VcpuState, VmState};
 use crate::{
     Bus, Capabilities, DirtyBitmap, DirtyModel, Doorbell, Error, Exit, Gsi, Hypervisor, IrqLine,
     IrqModel, IrqTrigger, Kicker, LinuxSupport, MemoryRegion, OpenError, RestoredVcpu, SlotId,
@@ -148,6 +148,10 @@ impl Hypervisor for FakeHypervisor {
             max_vcpus: 64,
             linux: self.inner.linux.clone(),
         }
+    }
+
+    fn guest_cpuid(&self) -> Result<Vec<CpuidEntry>, Error> {
+        Ok(Vec::new())
     }
 
     fn create_vm(&self, config: &VmConfig) -> Result<FakeVm, Error> {

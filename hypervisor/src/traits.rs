@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::state::{BootRegisters, VcpuState, VmState};
+use crate::state::{BootRegisters, CpuidEntry, VcpuState, VmState};
 use crate::{Bus, Capabilities, Error, OpenError};
 
 /// A global system interrupt: an input of the IOAPIC (x86) or an SPI (arm64).
@@ -90,6 +90,14 @@ pub trait Hypervisor: Send + Sync + Sized + 'static {
     /// What the backend can do. The `linux` member is filled in by running the
     /// probe on first use (a few milliseconds), and remembered.
     fn capabilities(&self) -> Capabilities;
+
+    /// What a guest can be told of its processor here, feature by feature: everything
+    /// that a fresh guest gets, and what it could be given besides. (On a backend of
+    /// another architecture there is no CPUID, and the list is empty.)
+    ///
+    /// # Errors
+    /// The hypervisor refused.
+    fn guest_cpuid(&self) -> Result<Vec<CpuidEntry>, Error>;
 
     /// Creates an empty VM with interrupt controllers and no memory.
     ///

@@ -91,6 +91,8 @@ pub(crate) struct LaunchRequest {
 pub(crate) enum Report {
     /// A phase is complete.
     Phase(Phase),
+    /// Something that did not go as it should, and stopped nothing; a sentence.
+    Warning(String),
     /// The workload runs.
     Started {
         /// Its process identifier in the guest.
@@ -230,6 +232,9 @@ pub struct Status {
     pub paused: bool,
     /// Process identifier of its VMM.
     pub vmm_pid: u32,
+    /// A UUID, new at every start and reset, which the guest finds in
+    /// `/run/sm-epoch`; empty before it was sent.
+    pub epoch: String,
     /// When the workload was started, in nanoseconds since the Unix epoch; 0
     /// before.
     pub started_ns: u64,

@@ -31,6 +31,8 @@ use crate::{Error, fdpass, kernel, vmm};
 pub const MIN_MEMORY: u64 = 64 << 20;
 /// Guest memory when nothing else is asked for, in bytes.
 pub const DEFAULT_MEMORY: u64 = 512 << 20;
+/// Time between stop signal and SIGKILL when nothing else is asked for.
+pub(crate) const DEFAULT_STOP_TIMEOUT: Duration = Duration::from_secs(10);
 const MEBIBYTE: u64 = 1 << 20;
 
 /// How the memory of a snapshot gets into a VM that is restored from it.
@@ -59,13 +61,13 @@ pub struct RunOptions {
     pub(crate) read_only: bool,
     pub(crate) attach: bool,
     terminal_size: (u16, u16),
-    upper_size: u64,
-    shm_size: u64,
-    extra_hosts: Vec<(String, String)>,
-    nameservers: Vec<String>,
+    pub(crate) upper_size: u64,
+    pub(crate) shm_size: u64,
+    pub(crate) extra_hosts: Vec<(String, String)>,
+    pub(crate) nameservers: Vec<String>,
     pub(crate) stop_timeout: Duration,
     start_timeout: Duration,
-    cmdline: String,
+    pub(crate) cmdline: String,
     pub(crate) cold: bool,
     paging: Paging,
     phases: Vec<Phase>,
@@ -89,7 +91,7 @@ impl Default for RunOptions {
             shm_size: 0,
             extra_hosts: Vec::new(),
             nameservers: Vec::new(),
-            stop_timeout: Duration::from_secs(10),
+            stop_timeout: DEFAULT_STOP_TIMEOUT,
             start_timeout: Duration::from_secs(120),
             cmdline: String::new(),
             cold: false,
@@ -366,6 +368,7 @@ pub(crate) struct Launched {
     child: Child,
     session: Session,
     phases: Vec<Phase>,
+    warnings: Vec<String>,
 }
 
 /// Makes a record and starts a VMM for it. `config` completes what the options
@@ -412,6 +415,7 @@ pub(crate) fn launch(
             child,
             session,
             phases: request.phases,
+            warnings: Vec::new(),
         }),
         Err(error) => {
             // The lock was ours alone, so nothing else cleans up.
@@ -428,7 +432,7 @@ fn talking(source: io::Error) -> Error {
     }
 }
 
-fn millis(time: Duration) -> u64 {
+pub(crate) fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
@@ -485,6 +489,7 @@ impl Launched {
             match self.session.next_event().map_err(talking)? {
                 Some(Event::Started { .. }) => break,
                 Some(Event::Phase(phase)) => self.phases.push(phase),
+                Some(Event::Warning(text)) => self.warnings.push(text),
                 Some(Event::Ended(exit)) => return Err(not_started(exit)),
                 // Output comes after the start, and the record tells of the end.
                 Some(
@@ -498,7 +503,9 @@ impl Launched {
             }
         }
         let session = attach.then_some(self.session);
-        Ok(Vm::started(self.record, self.child, session, self.phases))
+        let mut vm = Vm::started(self.record, self.child, session, self.phases);
+        vm.warnings = self.warnings;
+        Ok(vm)
     }
 
     /// Follows the VMM's reports until it has told what makes the machine

@@ -30,6 +30,8 @@ pub enum Event<'a> {
     },
     /// A phase of the VM's start is complete.
     Phase(Phase),
+    /// Something that did not go as it should, and stopped nothing; a sentence.
+    Warning(String),
     /// What makes the machine distinct, from one that was started to tell it.
     Evidence(Testimony),
     /// It ended, with this status; 128+n when signal n ended it.
@@ -113,6 +115,7 @@ fn control_event(payload: &[u8]) -> Option<Event<'static>> {
     if let Ok(report) = serde_json::from_slice(payload) {
         return Some(match report {
             Report::Phase(phase) => Event::Phase(phase),
+            Report::Warning(text) => Event::Warning(text),
             Report::Started { pid } => Event::Started { pid },
             Report::Evidence(evidence) => Event::Evidence(evidence),
             Report::Ended(exit) => Event::Ended(exit),
@@ -277,7 +280,10 @@ impl Session {
                     output.status = exit.status;
                     return Ok(output);
                 }
-                Event::Started { .. } | Event::Phase(_) | Event::Evidence(_) => {}
+                Event::Started { .. }
+                | Event::Phase(_)
+                | Event::Warning(_)
+                | Event::Evidence(_) => {}
             }
         }
         Err(io::Error::new(

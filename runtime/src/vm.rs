@@ -31,6 +31,7 @@ pub struct Vm {
     child: Option<Child>,
     session: Option<Session>,
     phases: Vec<Phase>,
+    pub(crate) warnings: Vec<String>,
 }
 
 /// What [`Vm::inspect`] tells.
@@ -53,6 +54,10 @@ pub struct StateView {
     /// When the workload was started, in nanoseconds since the Unix epoch; 0 if
     /// it was not.
     pub started_ns: u64,
+    /// Identifies the guest since its last start or reset; it finds it in
+    /// `/run/sm-epoch`.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub epoch: String,
     /// Ports of the guest that the host listens for now.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub published: Vec<PublishedPort>,
@@ -75,6 +80,7 @@ impl Vm {
             child: Some(child),
             session,
             phases,
+            warnings: Vec::new(),
         }
     }
 
@@ -102,6 +108,7 @@ impl Vm {
             child: None,
             session: None,
             phases: Vec::new(),
+            warnings: Vec::new(),
         }
     }
 
@@ -127,6 +134,12 @@ impl Vm {
     #[must_use]
     pub fn phases(&self) -> &[Phase] {
         &self.phases
+    }
+
+    /// What did not go as it should on the way, and stopped nothing; sentences.
+    #[must_use]
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
     }
 
     /// The session with the workload, for a VM that was started attached. Only
@@ -194,6 +207,7 @@ impl Vm {
                     },
                     pid: Some(status.vmm_pid),
                     started_ns: status.started_ns,
+                    epoch: status.epoch,
                     published: status.published,
                     ..StateView::default()
                 },
@@ -338,14 +352,18 @@ impl Vm {
         name: &str,
         stop: bool,
         ephemeral: bool,
-    ) -> Result<SnapshotReport, Error> {
+    ) -> Result<Held, Error> {
         let call = ControlCall::Snapshot {
             name: name.to_owned(),
             stop,
             ephemeral,
         };
-        match self.control()?.call_and_wait(&call)? {
-            ControlAnswer::Snapshot(report) => Ok(report),
+        let mut control = self.control()?;
+        match control.call_and_wait(&call)? {
+            ControlAnswer::Snapshot(report) => Ok(Held {
+                report,
+                _control: control,
+            }),
             other => Err(unexpected(&other)),
         }
     }
@@ -440,6 +458,14 @@ impl Drop for Vm {
             tracing::warn!(%error, "a VMM process will not be reaped");
         }
     }
+}
+
+/// A snapshot that was just made, which the VM's process keeps from being removed
+/// while this connection to it stands.
+#[derive(Debug)]
+pub(crate) struct Held {
+    pub(crate) report: SnapshotReport,
+    _control: Control,
 }
 
 /// Signals a VM's workload; see [`Vm::signals`].

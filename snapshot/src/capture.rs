@@ -9,14 +9,16 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::Path;
 
+use rustix::fs::{FlockOperation, flock};
 use vm_memory::GuestMemoryMmap;
 
 use crate::Error;
-use crate::chain::{Chain, MAX_DEPTH, MEMORY_SECTION};
+use crate::chain::{Chain, MAX_DEPTH, MAX_PIECES, MEMORY_SECTION};
 use crate::cpu::CpuFeatures;
 use crate::extents::{Content, PAGE};
 use crate::manifest::{DeviceEntry, FORMAT, Layer, Manifest, MemoryEntry, ParentRef, StateEntry};
 use crate::memory_file::{self, Base, MemoryIndex};
+use crate::runs::{self, Run};
 use crate::state_file::{Section, StateFile};
 use crate::store::{Draft, SnapshotStore};
 
@@ -33,8 +35,10 @@ pub struct Description {
     pub vcpus: u32,
     /// SHA-256 of the guest kernel.
     pub kernel: String,
-    /// SHA-256 of the guest agent.
+    /// SHA-256 of the initial RAM file system, which is the guest's agent.
     pub agent: String,
+    /// The processor that the guest was told of.
+    pub cpu: CpuFeatures,
     /// Version of the protocol between host and agent.
     pub protocol: u32,
     /// The machine's devices.
@@ -48,10 +52,42 @@ pub struct Description {
 pub enum Ancestry<'a> {
     /// The machine was booted: its memory is anonymous.
     Booted,
-    /// The machine was restored from this chain; store what changed over it.
+    /// The machine's memory was mapped from this chain; store what changed over it.
     Diff(&'a Chain),
-    /// The machine was restored; store everything, without a parent.
-    Full,
+    /// The machine's memory was filled from this chain as it was touched: what changed
+    /// is found by comparing.
+    Filled(&'a Chain),
+    /// The machine was restored from this chain; store everything, without a parent.
+    Full(&'a Chain),
+}
+
+impl<'a> Ancestry<'a> {
+    /// What to build a snapshot on whose machine was restored from `chain`, which may
+    /// be as deep as chains get.
+    #[must_use]
+    pub fn of(chain: &'a Chain, filled: bool) -> Self {
+        match chain.members().len() {
+            MAX_DEPTH.. => Self::Full(chain),
+            _ if filled => Self::Filled(chain),
+            _ => Self::Diff(chain),
+        }
+    }
+}
+
+/// A snapshot that was published.
+#[derive(Debug)]
+pub struct Captured {
+    /// Its manifest.
+    pub manifest: Manifest,
+    /// Keeps it from being removed.
+    pub hold: Hold,
+}
+
+/// Keeps a snapshot from being removed while it lives, from the moment of its
+/// publication on; see [`crate::store::Lease`] for one that can be read.
+#[derive(Debug)]
+pub struct Hold {
+    _memory: File,
 }
 
 /// A snapshot half written.
@@ -64,7 +100,8 @@ pub struct Capture {
 }
 
 impl Capture {
-    /// Copies the memory of a machine, which must be paused, into a draft.
+    /// Copies the memory of a machine, which must be paused, into a draft. A diff that
+    /// would be in more than [`MAX_PIECES`] pieces is stored whole instead.
     ///
     /// # Errors
     /// The file system refused or is full, or the chain is too deep. Nothing
@@ -74,10 +111,15 @@ impl Capture {
         memory: &GuestMemoryMmap,
         ancestry: Ancestry<'_>,
     ) -> Result<Self, Error> {
-        let (base, whole, parent) = match ancestry {
-            Ancestry::Booted => (Base::Nothing, false, None),
-            Ancestry::Full => (Base::Nothing, true, None),
-            Ancestry::Diff(chain) => (Base::Parent, false, Some(parent_ref(chain)?)),
+        let (chain, base) = match ancestry {
+            Ancestry::Booted => (None, Base::Nothing),
+            Ancestry::Full(chain) => (Some(chain), Base::Nothing),
+            Ancestry::Diff(chain) => (Some(chain), Base::Parent),
+            Ancestry::Filled(chain) => (Some(chain), Base::Filled(chain)),
+        };
+        let mut parent = match (chain, base) {
+            (Some(chain), Base::Parent | Base::Filled(_)) => Some(parent_ref(chain)?),
+            _ => None,
         };
         let draft = store.draft()?;
         let path = draft.path().join("memory.bin");
@@ -87,7 +129,25 @@ impl Capture {
             .create_new(true)
             .open(&path)
             .map_err(Error::io("create", &path))?;
-        let index = memory_file::write(memory, base, whole, &file, &path)?;
+        flock(&file, FlockOperation::NonBlockingLockShared)
+            .map_err(|e| Error::io("lock", &path)(e.into()))?;
+        let mut runs = runs::private(memory)?;
+        let whole = |runs: &[Run], chain: &Chain| {
+            let runs = runs::union(runs, &chain.stored());
+            memory_file::write(memory, &runs, Base::Nothing, &file, &path)
+        };
+        let mut index = match (chain, &parent) {
+            (Some(chain), None) => whole(&runs, chain)?,
+            _ => memory_file::write(memory, &runs, base, &file, &path)?,
+        };
+        if let (Some(chain), Some(_)) = (chain, &parent)
+            && chain.pieces_of_child(&index.extents) > MAX_PIECES
+        {
+            // What is in the file already is stored once more, at the same place.
+            runs = index.extents.iter().map(|e| (e.first, e.pages)).collect();
+            index = whole(&runs, chain)?;
+            parent = None;
+        }
         Ok(Self {
             draft,
             file,
@@ -113,7 +173,7 @@ impl Capture {
         name: &str,
         description: Description,
         sections: Vec<Section>,
-    ) -> Result<Manifest, Error> {
+    ) -> Result<Captured, Error> {
         let memory_path = self.draft.path().join("memory.bin");
         self.index.digests = memory_file::digests(&self.file, &memory_path, &self.index.extents)?;
         let state = encode_state(&memory_path, &self.index, sections)?;
@@ -121,7 +181,10 @@ impl Capture {
         write_state(&self.draft, &state, &mut manifest)?;
         write_manifest(&self.draft, &mut manifest)?;
         store.publish(self.draft, name)?;
-        Ok(manifest)
+        Ok(Captured {
+            manifest,
+            hold: Hold { _memory: self.file },
+        })
     }
 }
 
@@ -152,7 +215,7 @@ fn describe(d: Description, index: &MemoryIndex, parent: Option<ParentRef>) -> M
         kernel: d.kernel,
         agent: d.agent,
         protocol: d.protocol,
-        cpu: CpuFeatures::host(),
+        cpu: d.cpu,
         devices: d.devices,
         parent,
         state: StateEntry::default(),

@@ -3,14 +3,20 @@
 use std::path::Path;
 
 use crate::Error;
-use crate::extents::{Extent, Piece, flatten, is_well_formed};
+use crate::extents::{Content, Extent, Piece, flatten, is_well_formed};
 use crate::memory_file::MemoryIndex;
+use crate::runs::{Run, union};
 use crate::state_file::{self, StateFile};
 use crate::store::{Lease, SnapshotStore, read_capped};
 
 /// Largest number of snapshots in a chain, the full one at its root included.
 /// Deeper chains are refused on creation: flatten first.
 pub const MAX_DEPTH: usize = 8;
+
+/// Most pieces that the memory of a chain is mapped from: Linux allows a process
+/// some 65,000 mappings (`vm.max_map_count`), and each costs time. Snapshots that
+/// would need more are stored whole.
+pub const MAX_PIECES: usize = 16 * 1024;
 
 /// Name and layout version of the section that holds the [`MemoryIndex`].
 pub const MEMORY_SECTION: (&str, u32) = ("memory", 1);
@@ -30,6 +36,7 @@ pub struct Member {
 #[derive(Debug)]
 pub struct Chain {
     members: Vec<Member>,
+    pieces: Vec<Piece>,
 }
 
 impl Chain {
@@ -71,7 +78,8 @@ impl Chain {
             members.push(member);
         }
         members.reverse();
-        Ok(Self { members })
+        let pieces = pieces(&members, &[]);
+        Ok(Self { members, pieces })
     }
 
     /// The members, root first. There is at least one.
@@ -92,14 +100,33 @@ impl Chain {
 
     /// What to map, in RAM order; sources index [`Self::members`].
     #[must_use]
-    pub fn pieces(&self) -> Vec<Piece> {
-        let lists: Vec<&[Extent]> = self
-            .members
-            .iter()
-            .map(|member| member.index.extents.as_slice())
-            .collect();
-        flatten(self.tip().index.pages(), &lists)
+    pub fn pieces(&self) -> &[Piece] {
+        &self.pieces
     }
+
+    /// How many pieces a child that records `extents` will have.
+    #[must_use]
+    pub fn pieces_of_child(&self, extents: &[Extent]) -> usize {
+        pieces(&self.members, &[extents]).len()
+    }
+
+    /// The pages that any of the members stores: all others are zero.
+    #[must_use]
+    pub fn stored(&self) -> Vec<Run> {
+        self.members.iter().fold(Vec::new(), |all, member| {
+            let data = member.index.extents.iter();
+            let data = data.filter(|extent| extent.content == Content::Data);
+            let data: Vec<Run> = data.map(|extent| (extent.first, extent.pages)).collect();
+            union(&all, &data)
+        })
+    }
+}
+
+fn pieces(members: &[Member], more: &[&[Extent]]) -> Vec<Piece> {
+    let lists = members.iter().map(|member| &*member.index.extents);
+    let lists: Vec<&[Extent]> = lists.chain(more.iter().copied()).collect();
+    let pages = members.last().map_or(0, |tip| tip.index.pages());
+    flatten(pages, &lists)
 }
 
 fn open_member(store: &SnapshotStore, name: &str) -> Result<Member, Error> {
@@ -136,6 +163,6 @@ fn open_member(store: &SnapshotStore, name: &str) -> Result<Member, Error> {
 
 fn memory_index(path: &Path, state: &StateFile) -> Result<MemoryIndex, Error> {
     let (name, version) = MEMORY_SECTION;
-    postcard::from_bytes(state.section(path, name, version)?)
+    postcard::from_bytes(state.section(path, name, version..=version)?.1)
         .map_err(|e| Error::damaged(path, format!("its page index cannot be read: {e}")))
 }

@@ -10,7 +10,7 @@ use crate::chain::Chain;
 use crate::extents::{Content, ExtentBuilder, PAGE, Piece, Source};
 use crate::manifest::{Manifest, MemoryEntry};
 use crate::memory_file::{self, MemoryIndex};
-use crate::store::SnapshotStore;
+use crate::store::{Draft, SnapshotStore};
 
 /// Pages read at once.
 const BATCH: u64 = 64;
@@ -29,7 +29,7 @@ pub fn for_each_batch(
         let mut page = piece.first;
         while page < piece.first + piece.pages {
             let count = BATCH.min(piece.first + piece.pages - page);
-            read(chain, &piece, page, count, &mut buffer)?;
+            read(chain, piece, page, count, &mut buffer)?;
             visit(page, &buffer)?;
             page += count;
         }
@@ -58,6 +58,33 @@ fn read(
         .memory()
         .read_exact_at(buffer, page * PAGE)
         .map_err(Error::io("read", &member.lease.dir().join("memory.bin")))
+}
+
+/// Reads pages of a chain into `buffer`, which is made as long as they are.
+///
+/// # Errors
+/// A memory file that cannot be read.
+pub(crate) fn read_pages(
+    chain: &Chain,
+    first: u64,
+    pages: u64,
+    buffer: &mut Vec<u8>,
+) -> Result<(), Error> {
+    buffer.clear();
+    let (mut page, end) = (first, first.saturating_add(pages));
+    let pieces = chain.pieces();
+    let after = pieces.partition_point(|piece| piece.first <= first);
+    let mut part = Vec::new();
+    for piece in pieces.iter().skip(after.saturating_sub(1)) {
+        if page >= end {
+            break;
+        }
+        let count = (piece.first + piece.pages).min(end) - page;
+        read(chain, piece, page, count, &mut part)?;
+        buffer.extend_from_slice(&part);
+        page += count;
+    }
+    Ok(())
 }
 
 /// How the memory of two snapshots differs.
@@ -105,11 +132,33 @@ pub fn compare(a: &Chain, b: &Chain) -> Result<Difference, Error> {
     Ok(Difference { pages, different })
 }
 
-/// Writes a copy of a snapshot that builds on nothing, as `name`.
+/// Writes a copy of a snapshot that builds on nothing, as `name`. The machine in it
+/// is the same.
 ///
 /// # Errors
 /// The file system refused, or the name is taken.
 pub fn flatten_to(store: &SnapshotStore, chain: &Chain, name: &str) -> Result<Manifest, Error> {
+    let (draft, manifest) = flat_copy(store, chain)?;
+    store.publish(draft, name)?;
+    Ok(manifest)
+}
+
+/// Makes the snapshot `name` build on nothing. Whoever opens it meanwhile gets the one
+/// or the other.
+///
+/// # Errors
+/// It is absent or damaged, a machine or another snapshot uses it, or the file system
+/// refused.
+pub fn flatten(store: &SnapshotStore, name: &str) -> Result<Manifest, Error> {
+    let chain = Chain::open(store, name)?;
+    let (draft, manifest) = flat_copy(store, &chain)?;
+    // Or it would be in use by us.
+    drop(chain);
+    store.replace(draft, name)?;
+    Ok(manifest)
+}
+
+fn flat_copy(store: &SnapshotStore, chain: &Chain) -> Result<(Draft, Manifest), Error> {
     let tip = chain.tip();
     let draft = store.draft()?;
     let path = draft.path().join("memory.bin");
@@ -150,6 +199,5 @@ pub fn flatten_to(store: &SnapshotStore, chain: &Chain, name: &str) -> Result<Ma
     };
     capture::write_state(&draft, &state, &mut manifest)?;
     capture::write_manifest(&draft, &mut manifest)?;
-    store.publish(draft, name)?;
-    Ok(manifest)
+    Ok((draft, manifest))
 }

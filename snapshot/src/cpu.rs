@@ -1,13 +1,15 @@
 //! Which processor a snapshot needs.
 //!
 //! A restored guest keeps using the instructions it found at boot. The manifest
-//! therefore records the host's feature words, and a host that lacks any of
-//! them is refused by name. Extra features of the new host do no harm: the
-//! guest's own CPUID is part of the saved state.
+//! therefore records the feature words that the *guest* was given, and a host whose
+//! hypervisor does not offer one of these features to guests is refused by name.
+//! Extra features of the new host do no harm: the guest's own CPUID is part of the
+//! saved state.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
+use sm_hypervisor::state::CpuidEntry;
 
 /// Vendor and feature words of a processor.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -89,44 +91,39 @@ const NAMES: [(&str, u32, &str); 22] = [
 ];
 
 impl CpuFeatures {
-    /// The processor this code runs on.
-    #[cfg(target_arch = "x86_64")]
+    /// The processor that CPUID entries of a guest tell of: those of a saved vCPU, or
+    /// those that the hypervisor offers.
     #[must_use]
-    pub fn host() -> Self {
-        use std::arch::x86_64::__cpuid_count;
-
-        let root = __cpuid_count(0, 0);
-        let extended = __cpuid_count(0x8000_0000, 0).eax;
-        let vendor: Vec<u8> = [root.ebx, root.edx, root.ecx]
+    pub fn of(cpuid: &[CpuidEntry]) -> Self {
+        let find = |leaf, subleaf| {
+            let mut entries = cpuid.iter();
+            entries.find(|entry| (entry.function, entry.index) == (leaf, subleaf))
+        };
+        let vendor: Vec<u8> = find(0, 0)
             .into_iter()
+            .flat_map(|root| [root.ebx, root.edx, root.ecx])
             .flat_map(u32::to_le_bytes)
             .collect();
         let mut words = BTreeMap::new();
         for word in &WORDS {
-            let highest = if word.leaf >= 0x8000_0000 {
-                extended
-            } else {
-                root.eax
-            };
-            if word.leaf > highest {
+            let Some(entry) = find(word.leaf, word.subleaf) else {
                 continue;
-            }
-            let leaf = __cpuid_count(word.leaf, word.subleaf);
-            let value = [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx][word.register] & !word.ignored;
+            };
+            let registers = [entry.eax, entry.ebx, entry.ecx, entry.edx];
             let key = format!(
                 "{:08x}.{}.{}",
                 word.leaf, word.subleaf, REGISTERS[word.register]
             );
-            words.insert(key, value);
+            words.insert(key, registers[word.register] & !word.ignored);
         }
         Self {
-            arch: "x86_64".to_owned(),
+            arch: std::env::consts::ARCH.to_owned(),
             vendor: String::from_utf8_lossy(&vendor).into_owned(),
             words,
         }
     }
 
-    /// Says whether a guest that started on `self` can go on on `host`.
+    /// Says whether a guest that was given `self` can go on where `host` is offered.
     ///
     /// # Errors
     /// A sentence that names what `host` lacks.
@@ -156,7 +153,7 @@ impl CpuFeatures {
             return Ok(());
         }
         Err(format!(
-            "this host's processor lacks {}, which the guest may be using",
+            "this host does not offer {} to guests, which this one may be using",
             missing.join(", ")
         ))
     }
@@ -172,20 +169,44 @@ fn feature_name(register: &str, bit: u32) -> String {
         )
 }
 
-#[cfg(all(test, target_arch = "x86_64"))]
-mod tests {
+#[cfg(test)]
+pub(crate) mod tests {
     use super::*;
 
+    /// A processor with SSE3 and AVX2, among others.
+    pub(crate) fn sample() -> CpuFeatures {
+        let leaf = |function, [eax, ebx, ecx, edx]: [u32; 4]| CpuidEntry {
+            function,
+            eax,
+            ebx,
+            ecx,
+            edx,
+            ..CpuidEntry::default()
+        };
+        CpuFeatures::of(&[
+            leaf(0, [0xd, 0x6874_7541, 0x444d_4163, 0x6974_6e65]),
+            leaf(1, [0, 0, 1 | 1 << 27 | 1 << 31, 0x178b_fbff]),
+            leaf(7, [1, 1 << 5, 0, 0]),
+            leaf(0xd, [7, 0, 0, 0]),
+        ])
+    }
+
     #[test]
-    fn a_host_accepts_itself() {
-        let host = CpuFeatures::host();
-        assert!(!host.words.is_empty());
-        assert_eq!(host.check(&CpuFeatures::host()), Ok(()));
+    fn feature_words_are_taken_from_what_the_guest_is_told() {
+        let cpu = sample();
+        assert_eq!(cpu.vendor, "AuthenticAMD");
+        assert_eq!(
+            cpu.words["00000001.0.ecx"], 1,
+            "not OSXSAVE, nor hypervisor"
+        );
+        assert_eq!(cpu.words["00000007.0.ebx"], 1 << 5);
+        assert!(!cpu.words.contains_key("80000008.0.ebx"), "it was not told");
+        assert_eq!(cpu.check(&cpu), Ok(()));
     }
 
     #[test]
     fn a_missing_feature_is_named() {
-        let mut newer = CpuFeatures::host();
+        let mut newer = sample();
         newer
             .words
             .insert("00000007.0.ebx".into(), 1 << 16 | 1 << 2);
@@ -199,11 +220,10 @@ mod tests {
 
     #[test]
     fn another_vendor_is_refused() {
-        let host = CpuFeatures::host();
         let other = CpuFeatures {
             vendor: "Elsewhere".into(),
-            ..host.clone()
+            ..sample()
         };
-        assert!(other.check(&host).is_err());
+        assert!(other.check(&sample()).is_err());
     }
 }

@@ -97,6 +97,19 @@ pub enum Error {
         /// The limit.
         limit: usize,
     },
+    /// Its memory is in more pieces than can be mapped.
+    #[error(
+        "the memory of snapshot \"{name}\" is in {pieces} pieces, and at most {limit} can be \
+         mapped: flatten it first"
+    )]
+    Fragmented {
+        /// The snapshot.
+        name: String,
+        /// How many.
+        pieces: usize,
+        /// The limit.
+        limit: usize,
+    },
     /// Something still uses the snapshot.
     #[error("snapshot \"{name}\" is in use by {user}")]
     InUse {

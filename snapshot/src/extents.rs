@@ -6,6 +6,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::runs::{Run, push as push_run};
+
 /// Bytes in a page.
 pub const PAGE: u64 = 4096;
 
@@ -84,6 +86,55 @@ pub fn is_well_formed(extents: &[Extent], pages: u64) -> bool {
             && extent.first <= pages - extent.pages;
         next = extent.end();
         ok
+    })
+}
+
+/// Joins extents of data that are at most `gap` pages apart, with pages between
+/// them that are zero or not recorded. Also returns the pages that were not recorded
+/// and are now data, which still have to be stored. (Zero pages among data are holes
+/// of the file, which are there already.)
+#[must_use]
+pub fn join(extents: &[Extent], gap: u64) -> (Vec<Extent>, Vec<Run>) {
+    let mut joined: Vec<Extent> = Vec::with_capacity(extents.len());
+    let mut missing = Vec::new();
+    // Short extents of zeros since the last one of data.
+    let mut zeros: Vec<Extent> = Vec::new();
+    for &extent in extents {
+        if extent.content == Content::Zero {
+            if extent.pages <= gap {
+                zeros.push(extent);
+            } else {
+                joined.append(&mut zeros);
+                joined.push(extent);
+            }
+            continue;
+        }
+        match joined.last_mut() {
+            Some(last) if last.content == Content::Data && is_near(last, &zeros, &extent, gap) => {
+                let mut at = last.end();
+                for zero in zeros.drain(..).chain([extent]) {
+                    push_run(&mut missing, (at, zero.first - at));
+                    at = zero.end();
+                }
+                last.pages = at - last.first;
+            }
+            _ => {
+                joined.append(&mut zeros);
+                joined.push(extent);
+            }
+        }
+    }
+    joined.append(&mut zeros);
+    (joined, missing)
+}
+
+/// Whether no pages more than `gap` at a stretch lie between these.
+fn is_near(from: &Extent, between: &[Extent], to: &Extent, gap: u64) -> bool {
+    let mut at = from.end();
+    between.iter().chain([to]).all(|extent| {
+        let near = extent.first.saturating_sub(at) <= gap;
+        at = extent.end();
+        near
     })
 }
 
@@ -226,6 +277,49 @@ mod tests {
             prop_assert_eq!(page, PAGES);
             for pair in pieces.windows(2) {
                 prop_assert_ne!(pair[0].source, pair[1].source, "not merged");
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn joining_changes_only_what_lies_between_data(layer in layer(), gap in 0u64..9) {
+            let before = extents(&layer);
+            let (after, missing) = join(&before, gap);
+            prop_assert!(is_well_formed(&after, PAGES));
+            let mut model = layer.clone();
+            for (first, pages) in missing {
+                for page in first..first + pages {
+                    let page = usize::try_from(page).unwrap();
+                    prop_assert_eq!(model[page], None, "it was recorded before");
+                    model[page] = Some(Content::Data);
+                }
+            }
+            for extent in &after {
+                for page in extent.first..extent.end() {
+                    let page = usize::try_from(page).unwrap();
+                    prop_assert!(model[page].is_some());
+                    if extent.content == Content::Data {
+                        model[page] = Some(Content::Data);
+                    }
+                }
+            }
+            prop_assert_eq!(&extents(&model), &after, "and all of it is there");
+            // No two extents of data are left that near to each other.
+            let data: Vec<_> = after.iter().filter(|e| e.content == Content::Data).collect();
+            for pair in data.windows(2) {
+                let apart = pair[0].end()..pair[1].first;
+                let stretch = |content| {
+                    let mut longest = 0;
+                    let mut run = 0;
+                    for page in apart.clone() {
+                        let same = layer[usize::try_from(page).unwrap()] == content;
+                        run = if same { run + 1 } else { 0 };
+                        longest = longest.max(run);
+                    }
+                    longest
+                };
+                prop_assert!(stretch(None) > gap || stretch(Some(Content::Zero)) > gap);
             }
         }
     }

@@ -16,6 +16,7 @@ pub mod manifest;
 pub mod memory_file;
 pub mod pagemap;
 pub mod restore;
+pub mod runs;
 pub mod state_file;
 pub mod store;
 pub mod userfault;

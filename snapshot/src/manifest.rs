@@ -97,11 +97,12 @@ pub struct Manifest {
     pub vcpus: u32,
     /// SHA-256 of the guest kernel, in hexadecimal.
     pub kernel: String,
-    /// SHA-256 of the guest agent, in hexadecimal.
+    /// SHA-256 of the initial RAM file system, which is the guest's agent (and the
+    /// kernel's modules), in hexadecimal.
     pub agent: String,
     /// Version of the protocol between host and agent.
     pub protocol: u32,
-    /// Processor that the guest found.
+    /// The processor that the guest was told of.
     pub cpu: CpuFeatures,
     /// The machine's devices.
     pub devices: Vec<DeviceEntry>,
@@ -193,7 +194,7 @@ pub(crate) mod tests {
             kernel: "k".repeat(64),
             agent: "a".repeat(64),
             protocol: 1,
-            cpu: CpuFeatures::host(),
+            cpu: crate::cpu::tests::sample(),
             devices: vec![DeviceEntry {
                 slot: 0,
                 kind: "vsock".into(),

@@ -4,6 +4,8 @@ use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use vm_memory::{
@@ -11,8 +13,10 @@ use vm_memory::{
 };
 
 use crate::Error;
-use crate::extents::{Content, Extent, ExtentBuilder, PAGE};
-use crate::pagemap::Pagemap;
+use crate::chain::Chain;
+use crate::contents;
+use crate::extents::{self, Content, Extent, ExtentBuilder, PAGE};
+use crate::runs::Run;
 
 /// [`PAGE`], as a length in memory.
 const PAGE_LEN: usize = 4096;
@@ -59,28 +63,34 @@ pub fn ram_regions(memory: &GuestMemoryMmap) -> Vec<(u64, u64)> {
         .collect()
 }
 
-/// Which pages to look at.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Base {
-    /// Nothing below: record pages that are not zero.
+/// What lies below the pages that are written.
+#[derive(Clone, Copy, Debug)]
+pub enum Base<'a> {
+    /// Nothing: pages that are not recorded are zero.
     Nothing,
-    /// A parent below, mapped privately: record pages that were written,
-    /// those that are zero as [`Content::Zero`].
+    /// A parent: pages that are not recorded are the parent's.
     Parent,
+    /// A parent from which memory was filled: a page is worth recording if it is not
+    /// as in the parent.
+    Filled(&'a Chain),
 }
 
-/// Writes the pages of a paused guest to `file` and says what was written.
-///
-/// Only pages that the process's page tables show as its own are read; a page
-/// that was never touched costs nothing. For a machine restored from a chain
-/// and captured in full ([`Base::Nothing`]), file-backed pages are read too.
+/// Extents of a diff beyond which those near each other are joined: each costs a
+/// mapping when it is restored.
+const MANY: usize = 1024;
+/// Pages that joining two extents may store for nothing.
+const MOST_GAP: u64 = 64;
+
+/// Writes the pages of `runs`, of a paused guest, to `file` and says what was
+/// written: what is zero is not stored. `runs` must have all pages that may differ
+/// from what lies below.
 ///
 /// # Errors
-/// A file system that is full or refuses, or an unreadable page map.
+/// A file system that is full or refuses, or a parent that cannot be read.
 pub fn write(
     memory: &GuestMemoryMmap,
-    base: Base,
-    whole: bool,
+    runs: &[Run],
+    base: Base<'_>,
     file: &File,
     path: &Path,
 ) -> Result<MemoryIndex, Error> {
@@ -88,29 +98,33 @@ pub fn write(
     let pages: u64 = regions.iter().map(|(_, len)| len / PAGE).sum();
     file.set_len(pages * PAGE)
         .map_err(Error::io("set the length of", path))?;
-    let pagemap = Pagemap::open().map_err(Error::io("open", Path::new("/proc/self/pagemap")))?;
     let mut writer = Writer {
         memory,
+        regions: &regions,
         file,
         path,
         base,
         builder: ExtentBuilder::new(),
         scratch: vec![0; COPY],
+        parents: Vec::new(),
     };
-    let mut offset = 0;
-    for region in memory.iter() {
-        let start = region.start_addr();
-        let host = memory
-            .get_host_address(start)
-            .map_err(|e| Error::damaged(path, format!("guest memory is not mapped: {e}")))?
-            as u64;
-        let count = region.len() / PAGE;
-        for run in candidate_runs(&pagemap, host, count, whole)? {
-            writer.copy_run(start.0, offset, run)?;
-        }
-        offset += count;
+    for &run in runs {
+        writer.copy_run(run)?;
     }
-    let extents = writer.builder.finish();
+    let mut extents = std::mem::take(&mut writer.builder).finish();
+    if !matches!(base, Base::Nothing) {
+        // What joining adds is stored as it is, even if it is the parent's.
+        writer.base = Base::Nothing;
+        let mut gap = 1;
+        while extents.len() > MANY && gap <= MOST_GAP {
+            let (joined, missing) = extents::join(&extents, gap);
+            for run in missing {
+                writer.copy_run(run)?;
+            }
+            extents = joined;
+            gap *= 2;
+        }
+    }
     Ok(MemoryIndex {
         regions,
         extents,
@@ -118,98 +132,103 @@ pub fn write(
     })
 }
 
-/// Runs (first, pages) of a mapping whose content has to be looked at.
-fn candidate_runs(
-    pagemap: &Pagemap,
-    host: u64,
-    count: u64,
-    whole: bool,
-) -> Result<Vec<(u64, u64)>, Error> {
-    if whole {
-        return Ok(vec![(0, count)]);
-    }
-    let mut runs: Vec<(u64, u64)> = Vec::new();
-    pagemap
-        .visit(host, count, |page, state| {
-            if !state.is_private() {
-                return;
-            }
-            match runs.last_mut() {
-                Some((first, pages)) if *first + *pages == page => *pages += 1,
-                _ => runs.push((page, 1)),
-            }
-        })
-        .map_err(Error::io("read", Path::new("/proc/self/pagemap")))?;
-    Ok(runs)
-}
-
 struct Writer<'a> {
     memory: &'a GuestMemoryMmap,
+    regions: &'a [(u64, u64)],
     file: &'a File,
     path: &'a Path,
-    base: Base,
+    base: Base<'a>,
     builder: ExtentBuilder,
     scratch: Vec<u8>,
+    /// Likewise, for the parent's pages.
+    parents: Vec<u8>,
 }
 
 impl Writer<'_> {
-    /// Copies one run of a region that starts at guest address `start` and at
-    /// page `offset` in RAM order.
-    fn copy_run(
-        &mut self,
-        start: u64,
-        offset: u64,
-        (first, pages): (u64, u64),
-    ) -> Result<(), Error> {
+    /// Copies a run, which may span regions.
+    fn copy_run(&mut self, (first, pages): Run) -> Result<(), Error> {
+        let mut offset = 0;
+        for &(start, len) in self.regions {
+            let end = offset + len / PAGE;
+            let (from, to) = (first.max(offset), (first + pages).min(end));
+            if from < to {
+                self.copy_within(start + (from - offset) * PAGE, from, to - from)?;
+            }
+            offset = end;
+        }
+        Ok(())
+    }
+
+    /// Copies pages from guest address `start` on, which is page `first` in RAM order.
+    fn copy_within(&mut self, start: u64, first: u64, pages: u64) -> Result<(), Error> {
         let step = (COPY as u64) / PAGE;
-        let mut page = first;
-        while page < first + pages {
-            let count = step.min(first + pages - page);
+        let mut done = 0;
+        while done < pages {
+            let count = step.min(pages - done);
             let len = usize::try_from(count * PAGE).unwrap_or(COPY);
             let mut buffer = std::mem::take(&mut self.scratch);
             let read = self
                 .memory
-                .read_slice(&mut buffer[..len], GuestAddress(start + page * PAGE));
-            let done = match read {
-                Ok(()) => self.store(offset + page, &buffer[..len]),
+                .read_slice(&mut buffer[..len], GuestAddress(start + done * PAGE));
+            let stored = match read {
+                Ok(()) => self.store(first + done, &buffer[..len]),
                 Err(e) => Err(Error::damaged(
                     self.path,
                     format!("guest memory cannot be read: {e}"),
                 )),
             };
             self.scratch = buffer;
-            done?;
-            page += count;
+            stored?;
+            done += count;
         }
         Ok(())
     }
 
-    /// Writes the non-zero pages of `bytes`, which start at page `first` in RAM order.
+    /// Records the pages of `bytes`, the first of which is page `first` in RAM order,
+    /// and writes those that have to be.
     fn store(&mut self, first: u64, bytes: &[u8]) -> Result<(), Error> {
-        let page_len = PAGE_LEN;
-        let mut run_start = 0;
-        let pages = bytes.len() / page_len;
-        for index in 0..=pages {
-            let zero = match bytes.get(index * page_len..(index + 1) * page_len) {
-                Some(page) => is_zero(page),
-                None => true,
-            };
-            if !zero {
-                self.builder.push(first + index as u64, Content::Data);
-                continue;
-            }
-            if run_start < index {
-                let chunk = &bytes[run_start * page_len..index * page_len];
-                self.file
-                    .write_all_at(chunk, (first + run_start as u64) * PAGE)
-                    .map_err(Error::io("write", self.path))?;
-            }
-            if index < pages && self.base == Base::Parent {
-                self.builder.push(first + index as u64, Content::Zero);
-            }
-            run_start = index + 1;
+        let mut parents = std::mem::take(&mut self.parents);
+        if let Base::Filled(chain) = self.base {
+            contents::read_pages(chain, first, bytes.len() as u64 / PAGE, &mut parents)?;
         }
-        Ok(())
+        // Pages to write in one go.
+        let mut pending = 0..0;
+        for (index, page) in bytes.chunks_exact(PAGE_LEN).enumerate() {
+            let number = first + index as u64;
+            let range = index * PAGE_LEN..(index + 1) * PAGE_LEN;
+            let zero = is_zero(page);
+            let content = match self.base {
+                Base::Nothing => (!zero).then_some(Content::Data),
+                Base::Filled(_) if parents.get(range.clone()) == Some(page) => None,
+                Base::Parent | Base::Filled(_) if zero => Some(Content::Zero),
+                Base::Parent | Base::Filled(_) => Some(Content::Data),
+            };
+            if let Some(content) = content {
+                self.builder.push(number, content);
+            }
+            if content == Some(Content::Data) {
+                if pending.end != range.start {
+                    self.write_out(first, bytes, pending)?;
+                    pending = range.start..range.start;
+                }
+                pending.end = range.end;
+            }
+        }
+        self.parents = parents;
+        self.write_out(first, bytes, pending)
+    }
+
+    fn write_out(
+        &self,
+        first: u64,
+        bytes: &[u8],
+        range: std::ops::Range<usize>,
+    ) -> Result<(), Error> {
+        let at = first * PAGE + range.start as u64;
+        let chunk = bytes.get(range).unwrap_or_default();
+        self.file
+            .write_all_at(chunk, at)
+            .map_err(Error::io("write", self.path))
     }
 }
 
@@ -233,6 +252,59 @@ pub fn digests(file: &File, path: &Path, extents: &[Extent]) -> Result<Vec<[u8; 
         .collect()
 }
 
+/// Checks that a file is zero wherever its index does not say that it stores a page.
+/// Holes are not read.
+///
+/// # Errors
+/// The first page that is not zero, or a file that cannot be read.
+pub fn check_holes(file: &File, path: &Path, index: &MemoryIndex) -> Result<(), Error> {
+    let data = index.extents.iter();
+    let data = data.filter(|extent| extent.content == Content::Data);
+    let mut buffer = vec![0; COPY];
+    let mut at = 0;
+    for (first, end) in data
+        .map(|extent| (extent.first, extent.end()))
+        .chain([(index.pages(), 0)])
+    {
+        check_hole(file, path, at * PAGE, first * PAGE, &mut buffer)?;
+        at = end;
+    }
+    Ok(())
+}
+
+fn check_hole(
+    file: &File,
+    path: &Path,
+    mut at: u64,
+    end: u64,
+    buffer: &mut [u8],
+) -> Result<(), Error> {
+    while at < end {
+        // A file system that does not know holes says that everything is data.
+        at = match seek(file, SeekFrom::Data(at)) {
+            Ok(found) => found,
+            Err(Errno::NXIO) => return Ok(()),
+            Err(error) => return Err(Error::io("look for data in", path)(error.into())),
+        };
+        if at >= end {
+            return Ok(());
+        }
+        let len = usize::try_from(end - at)
+            .unwrap_or(usize::MAX)
+            .min(buffer.len());
+        let bytes = &mut buffer[..len];
+        file.read_exact_at(bytes, at)
+            .map_err(Error::io("read", path))?;
+        if let Some(offset) = bytes.iter().position(|&byte| byte != 0) {
+            let page = (at + offset as u64) / PAGE;
+            let reason = format!("page {page}, which was zero, is not what was written");
+            return Err(Error::damaged(path, reason));
+        }
+        at += len as u64;
+    }
+    Ok(())
+}
+
 fn digest(file: &File, path: &Path, extent: &Extent, buffer: &mut [u8]) -> Result<[u8; 32], Error> {
     let mut hash = Sha256::new();
     let mut at = extent.first * PAGE;
@@ -252,7 +324,13 @@ fn digest(file: &File, path: &Path, extent: &Extent, buffer: &mut [u8]) -> Resul
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::runs;
     use vm_memory::GuestAddress;
+
+    fn write_all(memory: &GuestMemoryMmap, base: Base<'_>, file: &File) -> MemoryIndex {
+        let runs = runs::private(memory).unwrap();
+        write(memory, &runs, base, file, Path::new("memory.bin")).unwrap()
+    }
 
     fn guest() -> GuestMemoryMmap {
         let ranges = [
@@ -275,7 +353,7 @@ mod tests {
             .unwrap();
         let file = tempfile::tempfile().unwrap();
         let path = Path::new("memory.bin");
-        let index = write(&memory, Base::Nothing, false, &file, path).unwrap();
+        let index = write_all(&memory, Base::Nothing, &file);
         let data = |first, pages| Extent {
             first,
             pages,
@@ -296,7 +374,7 @@ mod tests {
         memory.write_obj(0u8, GuestAddress(5 * 4096)).unwrap();
         memory.write_obj(9u8, GuestAddress(6 * 4096)).unwrap();
         let file = tempfile::tempfile().unwrap();
-        let index = write(&memory, Base::Parent, false, &file, Path::new("m")).unwrap();
+        let index = write_all(&memory, Base::Parent, &file);
         assert_eq!(index.count(Content::Zero), 1);
         assert_eq!(index.count(Content::Data), 1);
     }
@@ -310,7 +388,7 @@ mod tests {
                 .unwrap();
         }
         let file = tempfile::tempfile().unwrap();
-        let index = write(&memory, Base::Nothing, false, &file, Path::new("m")).unwrap();
+        let index = write_all(&memory, Base::Nothing, &file);
         assert_eq!(index.count(Content::Data), 1000);
         for page in 0..1000u64 {
             let mut bytes = [0; 8];

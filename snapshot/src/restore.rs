@@ -5,7 +5,7 @@ use std::sync::Arc;
 use sm_vmm_core::memory::{FileExtent, MachineMemory, MemoryConfig};
 
 use crate::Error;
-use crate::chain::Chain;
+use crate::chain::{Chain, MAX_PIECES};
 use crate::cpu::CpuFeatures;
 use crate::extents::{PAGE, Source};
 
@@ -18,9 +18,10 @@ pub struct Requirements {
     pub protocol: u32,
     /// SHA-256 of the kernel that would be booted instead, when one is known.
     pub kernel: Option<String>,
-    /// SHA-256 of the agent that would be booted instead, when one is known.
+    /// SHA-256 of the initial RAM file system that would be booted instead, when one is
+    /// known.
     pub agent: Option<String>,
-    /// This host's processor.
+    /// The processor that this host offers to guests.
     pub cpu: CpuFeatures,
 }
 
@@ -66,12 +67,20 @@ pub fn check(chain: &Chain, wanted: &Requirements) -> Result<(), Error> {
 /// touched, and clones share the page cache.
 ///
 /// # Errors
-/// The host refused a mapping, or a file is shorter than its index says.
-pub fn map_memory(chain: &Chain, huge_pages: bool) -> Result<MachineMemory, Error> {
+/// The host refused a mapping, a file is shorter than its index says, or memory is in
+/// more than [`MAX_PIECES`] pieces.
+pub fn map_memory(chain: &Chain) -> Result<MachineMemory, Error> {
     let machine = |e: sm_vmm_core::memory::MemoryError| Error::Machine {
         operation: "map the memory of a snapshot",
         source: Box::new(e),
     };
+    if chain.pieces().len() > MAX_PIECES {
+        return Err(Error::Fragmented {
+            name: chain.tip().lease.name().to_owned(),
+            pieces: chain.pieces().len(),
+            limit: MAX_PIECES,
+        });
+    }
     let mut files = Vec::with_capacity(chain.members().len());
     for member in chain.members() {
         let path = member.lease.dir().join("memory.bin");
@@ -84,7 +93,7 @@ pub fn map_memory(chain: &Chain, huge_pages: bool) -> Result<MachineMemory, Erro
     }
     let extents: Vec<FileExtent> = chain
         .pieces()
-        .into_iter()
+        .iter()
         .filter_map(|piece| {
             let Source::Member(index) = piece.source else {
                 return None;
@@ -97,9 +106,6 @@ pub fn map_memory(chain: &Chain, huge_pages: bool) -> Result<MachineMemory, Erro
             })
         })
         .collect();
-    let config = MemoryConfig {
-        huge_pages,
-        ..MemoryConfig::new(chain.tip().index.pages() * PAGE)
-    };
+    let config = MemoryConfig::new(chain.tip().index.pages() * PAGE);
     MachineMemory::from_files(&config, &extents).map_err(machine)
 }

@@ -10,6 +10,7 @@
 //! never sees a byte that was not written by us. The manifest repeats the digest,
 //! which binds the two files to each other.
 
+use std::ops::RangeInclusive;
 use std::path::Path;
 
 use sha2::{Digest as _, Sha256};
@@ -59,27 +60,38 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
 }
 
 impl StateFile {
-    /// The section `name` with layout `version`.
+    /// The section `name`, with the version of its layout, which must be one of
+    /// `versions`. Sections that nobody asks for do no harm.
     ///
     /// # Errors
     /// It is absent, or has another version; `path` names the file in the error.
-    pub fn section(&self, path: &Path, name: &str, version: u32) -> Result<&[u8], Error> {
+    pub fn section(
+        &self,
+        path: &Path,
+        name: &str,
+        versions: RangeInclusive<u32>,
+    ) -> Result<(u32, &[u8]), Error> {
         let section = self
             .sections
             .iter()
             .find(|section| section.name == name)
             .ok_or_else(|| Error::damaged(path, format!("it has no section \"{name}\"")))?;
-        if section.version == version {
-            Ok(&section.payload)
-        } else {
-            Err(Error::Incompatible {
-                name: path.display().to_string(),
-                reason: format!(
-                    "section \"{name}\" has version {}, and this sm reads {version}",
-                    section.version
-                ),
-            })
+        if versions.contains(&section.version) {
+            return Ok((section.version, &section.payload));
         }
+        let (oldest, newest) = (versions.start(), versions.end());
+        Err(Error::Incompatible {
+            name: path.display().to_string(),
+            reason: format!(
+                "section \"{name}\" has version {}, and this sm reads {oldest} to {newest}: {}",
+                section.version,
+                if section.version > *newest {
+                    "use a newer sm, or make the snapshot again"
+                } else {
+                    "make the snapshot again"
+                }
+            ),
+        })
     }
 
     /// Encodes the file; the second value is its digest in hexadecimal.
@@ -238,5 +250,27 @@ mod tests {
         fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
             let _ = StateFile::decode(Path::new("s"), &bytes, "");
         }
+    }
+
+    #[test]
+    fn a_section_of_another_version_is_refused_by_number() {
+        let section = |name: &str, version| Section {
+            name: name.to_owned(),
+            version,
+            payload: vec![7],
+        };
+        let file = StateFile {
+            sections: vec![section("new", 9), section("a", 2)],
+        };
+        let path = Path::new("state.bin");
+        assert_eq!(file.section(path, "a", 1..=2).unwrap(), (2, &[7][..]));
+        for (versions, advice) in [(3..=4, "make the snapshot again"), (1..=1, "a newer sm")] {
+            let error = file.section(path, "a", versions).unwrap_err().to_string();
+            assert!(
+                error.contains("version 2") && error.contains(advice),
+                "{error}"
+            );
+        }
+        assert!(file.section(path, "b", 1..=1).is_err());
     }
 }

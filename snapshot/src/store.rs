@@ -3,7 +3,7 @@
 //! ```text
 //! ROOT/lock              creation and removal of names are serialised by it
 //! ROOT/tmp-XXXXXX/       being written, or being removed; swept by the next writer
-//! ROOT/NAME/manifest.json, state.bin, memory.bin[, working-set.json]
+//! ROOT/NAME/manifest.json, state.bin, memory.bin[, working-set.bin]
 //! ```
 //!
 //! A reader that maps `memory.bin` holds a shared lock on it (a [`Lease`]), as
@@ -17,7 +17,7 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 
 use crate::Error;
 use crate::manifest::{self, Manifest};
@@ -25,6 +25,10 @@ use crate::manifest::{self, Manifest};
 /// Longest name, in bytes.
 const MAX_NAME: usize = 100;
 const TEMPORARY: &str = "tmp-";
+/// In a draft: locked by its writer.
+const LOCK: &str = ".lock";
+/// How often a name may become another snapshot under whoever opens it.
+const LEASE_ATTEMPTS: usize = 32;
 
 /// A directory of snapshots.
 #[derive(Clone, Debug)]
@@ -47,6 +51,23 @@ impl Draft {
     #[must_use]
     pub fn path(&self) -> &Path {
         self.dir.path()
+    }
+
+    /// Brings its files to disk.
+    fn sync(&self) -> Result<(), Error> {
+        for file in ["manifest.json", "state.bin", "memory.bin"] {
+            sync(&self.path().join(file))?;
+        }
+        Ok(())
+    }
+
+    /// Takes the lock's file away, which a published snapshot does not have. Until it
+    /// is published, the draft looks abandoned: whoever sweeps has to wait for the
+    /// exclusive lock, which the caller holds.
+    fn unlock(&self) -> Result<(), Error> {
+        let lock = self.path().join(LOCK);
+        fs::remove_file(&lock).map_err(Error::io("remove", &lock))?;
+        sync(self.path())
     }
 }
 
@@ -133,7 +154,7 @@ impl SnapshotStore {
             .prefix(TEMPORARY)
             .tempdir_in(&self.root)
             .map_err(Error::io("create a directory in", &self.root))?;
-        let path = dir.path().join(".lock");
+        let path = dir.path().join(LOCK);
         let lock = open_lock(&path)?;
         flock(&lock, FlockOperation::NonBlockingLockShared)
             .map_err(|e| Error::io("lock", &path)(e.into()))?;
@@ -148,24 +169,39 @@ impl SnapshotStore {
     pub fn publish(&self, draft: Draft, name: &str) -> Result<PathBuf, Error> {
         check_name(name)?;
         let target = self.root.join(name);
-        for file in ["manifest.json", "state.bin", "memory.bin"] {
-            let path = draft.path().join(file);
-            sync(&path)?;
-        }
-        let lock_file = draft.path().join(".lock");
-        fs::remove_file(&lock_file).map_err(Error::io("remove", &lock_file))?;
-        sync(draft.path())?;
+        draft.sync()?;
         let _guard = self.exclusive()?;
         if target.exists() {
             return Err(Error::Exists {
                 name: name.to_owned(),
             });
         }
+        draft.unlock()?;
         fs::rename(draft.path(), &target).map_err(Error::io("publish", &target))?;
         // The directory has another name now: there is nothing to clean up.
         let _ = draft.dir.keep();
         sync(&self.root)?;
         Ok(target)
+    }
+
+    /// Puts a draft in the place of the snapshot `name`, durably and in one step, and
+    /// removes that.
+    ///
+    /// # Errors
+    /// It is absent, used by a machine, or the parent of another snapshot; or the file
+    /// system cannot exchange directories.
+    pub fn replace(&self, draft: Draft, name: &str) -> Result<(), Error> {
+        check_name(name)?;
+        let target = self.root.join(name);
+        draft.sync()?;
+        let _guard = self.exclusive()?;
+        // Kept until nobody finds the old one any more.
+        let _old = self.claim(name)?;
+        draft.unlock()?;
+        renameat_with(CWD, draft.path(), CWD, &target, RenameFlags::EXCHANGE)
+            .map_err(|e| Error::io("replace", &target)(e.into()))?;
+        // What the draft's name is of now goes with it.
+        sync(&self.root)
     }
 
     /// Opens a snapshot for use, and keeps it from being removed.
@@ -174,21 +210,43 @@ impl SnapshotStore {
     /// It is absent, damaged, or of another format.
     pub fn lease(&self, name: &str) -> Result<Lease, Error> {
         check_name(name)?;
+        for _ in 0..LEASE_ATTEMPTS {
+            if let Some(lease) = self.try_lease(name)? {
+                return Ok(lease);
+            }
+        }
+        Err(Error::InUse {
+            name: name.to_owned(),
+            user: "processes that keep replacing it".to_owned(),
+        })
+    }
+
+    /// `None` when the name became another snapshot, or none, meanwhile.
+    fn try_lease(&self, name: &str) -> Result<Option<Lease>, Error> {
         let dir = self.root.join(name);
         let path = dir.join("memory.bin");
-        let memory = match File::open(&path) {
-            Ok(file) => file,
-            Err(e) if e.kind() == io::ErrorKind::NotFound && !dir.exists() => {
+        let opened = match File::open(&dir) {
+            Ok(opened) => opened,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
                 return Err(Error::NotFound {
                     name: name.to_owned(),
                 });
             }
+            Err(e) => return Err(Error::io("open", &dir)(e)),
+        };
+        let memory = match File::open(&path) {
+            Ok(file) => file,
+            Err(_) if !is_still_at(&opened, &dir)? => return Ok(None),
             Err(e) => return Err(Error::io("open", &path)(e)),
         };
         flock(&memory, FlockOperation::NonBlockingLockShared).map_err(|_| Error::InUse {
             name: name.to_owned(),
             user: "a process that is removing it".to_owned(),
         })?;
+        // What is locked now cannot be removed; but it may have been before.
+        if !is_still_at(&memory, &path)? {
+            return Ok(None);
+        }
         let manifest = read_manifest(&dir)?;
         let len = memory.metadata().map_err(Error::io("stat", &path))?.len();
         if len != manifest.memory.len {
@@ -198,12 +256,12 @@ impl SnapshotStore {
             );
             return Err(Error::damaged(&path, reason));
         }
-        Ok(Lease {
+        Ok(Some(Lease {
             name: name.to_owned(),
             dir,
             manifest,
             memory,
-        })
+        }))
     }
 
     /// Lists all snapshots by name, usable or not.
@@ -234,7 +292,23 @@ impl SnapshotStore {
     /// It is absent, used by a machine, or the parent of another snapshot.
     pub fn remove(&self, name: &str) -> Result<(), Error> {
         check_name(name)?;
-        let _guard = self.exclusive()?;
+        let dir = self.root.join(name);
+        let grave = {
+            let _guard = self.exclusive()?;
+            let _memory = self.claim(name)?;
+            self.bury(&dir)?
+        };
+        // Nobody finds it any more, so nobody has to wait for the rest; what is
+        // left of it when this process dies is swept.
+        grave
+            .close()
+            .map_err(Error::io("remove the files of", &dir))
+    }
+
+    /// Sees to it that nobody uses a snapshot, as long as the returned file (if it has
+    /// one: a damaged snapshot may not, and then nothing can use it) is open and the
+    /// exclusive lock is held.
+    fn claim(&self, name: &str) -> Result<Option<File>, Error> {
         let dir = self.root.join(name);
         if !dir.exists() {
             return Err(Error::NotFound {
@@ -247,16 +321,14 @@ impl SnapshotStore {
                 user: format!("snapshot \"{child}\", which builds on it"),
             });
         }
-        // A damaged snapshot may lack the file; then nothing can use it either.
-        if let Ok(memory) = File::open(dir.join("memory.bin")) {
-            flock(&memory, FlockOperation::NonBlockingLockExclusive).map_err(|_| Error::InUse {
+        let memory = File::open(dir.join("memory.bin")).ok();
+        if let Some(memory) = &memory {
+            flock(memory, FlockOperation::NonBlockingLockExclusive).map_err(|_| Error::InUse {
                 name: name.to_owned(),
                 user: "a running machine".to_owned(),
             })?;
-            self.unlink(&dir)?;
-            return Ok(());
         }
-        self.unlink(&dir)
+        Ok(memory)
     }
 
     /// Notes that a snapshot was used just now, for [`Self::trim`]. (The time is
@@ -290,8 +362,26 @@ impl SnapshotStore {
         Ok(removed.count())
     }
 
-    /// Takes the name away first, in one step, then the files.
-    fn unlink(&self, dir: &Path) -> Result<(), Error> {
+    /// Removes the snapshots whose name and manifest are chosen and that neither a
+    /// process nor another snapshot uses. Returns how many went.
+    ///
+    /// # Errors
+    /// The directory cannot be read.
+    pub fn remove_unused(
+        &self,
+        named: impl Fn(&str) -> bool,
+        chosen: impl Fn(&Manifest) -> bool,
+    ) -> Result<usize, Error> {
+        let removed = self.names()?.into_iter().filter(|name| {
+            named(name)
+                && read_manifest(&self.root.join(name)).is_ok_and(|manifest| chosen(&manifest))
+                && self.remove(name).is_ok()
+        });
+        Ok(removed.count())
+    }
+
+    /// Takes the name away, in one step. The files go with what is returned.
+    fn bury(&self, dir: &Path) -> Result<tempfile::TempDir, Error> {
         let grave = tempfile::Builder::new()
             .prefix(TEMPORARY)
             .tempdir_in(&self.root)
@@ -299,7 +389,7 @@ impl SnapshotStore {
         let moved = grave.path().join("removed");
         fs::rename(dir, &moved).map_err(Error::io("remove", dir))?;
         sync(&self.root)?;
-        grave.close().map_err(Error::io("remove the files of", dir))
+        Ok(grave)
     }
 
     fn child_of(&self, name: &str) -> Result<Option<String>, Error> {
@@ -349,26 +439,45 @@ impl SnapshotStore {
         Ok(file)
     }
 
-    /// Removes drafts whose writer is gone.
+    /// Removes drafts whose writer is gone, and what removals left. What cannot be
+    /// removed is no reason not to use the store; the next to open it tries again.
     fn sweep(&self) -> Result<(), Error> {
-        let _guard = self.exclusive()?;
-        let entries = fs::read_dir(&self.root).map_err(Error::io("list", &self.root))?;
-        for entry in entries.flatten() {
-            if !entry.file_name().to_string_lossy().starts_with(TEMPORARY) {
-                continue;
-            }
-            let path = entry.path();
-            let abandoned = match File::open(path.join(".lock")) {
-                Ok(lock) => flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok(),
-                // Published or removed half-way: a draft has its lock from the
-                // start, under the same exclusive lock that is held here.
-                Err(_) => !path.join("manifest.json").exists(),
-            };
-            if abandoned {
-                fs::remove_dir_all(&path).map_err(Error::io("remove", &path))?;
+        for path in self.abandoned()? {
+            if let Err(error) = fs::remove_dir_all(&path)
+                && error.kind() != io::ErrorKind::NotFound
+            {
+                tracing::warn!(%error, path = %path.display(), "cannot remove what a process left");
             }
         }
         Ok(())
+    }
+
+    /// Temporary directories that nobody works in. A draft has its lock from the
+    /// start to its publication, both under the lock that is taken here; and of a
+    /// removed snapshot nothing is needed any more.
+    fn abandoned(&self) -> Result<Vec<PathBuf>, Error> {
+        let _guard = self.exclusive()?;
+        let entries = fs::read_dir(&self.root).map_err(Error::io("list", &self.root))?;
+        let temporary = entries
+            .flatten()
+            .filter(|entry| entry.file_name().to_string_lossy().starts_with(TEMPORARY))
+            .map(|entry| entry.path());
+        let abandoned = |path: &PathBuf| match File::open(path.join(LOCK)) {
+            Ok(lock) => flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok(),
+            Err(error) => error.kind() == io::ErrorKind::NotFound,
+        };
+        Ok(temporary.filter(abandoned).collect())
+    }
+}
+
+/// Whether `path` names the open `file`.
+fn is_still_at(file: &File, path: &Path) -> Result<bool, Error> {
+    use std::os::unix::fs::MetadataExt as _;
+    let open = file.metadata().map_err(Error::io("stat", path))?;
+    match fs::metadata(path) {
+        Ok(named) => Ok((named.dev(), named.ino()) == (open.dev(), open.ino())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(Error::io("stat", path)(error)),
     }
 }
 
@@ -449,150 +558,4 @@ fn disk_bytes(dir: &Path) -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::manifest::{MemoryEntry, ParentRef, tests::sample};
-
-    fn write(draft: &Draft, parent: Option<ParentRef>) -> Manifest {
-        let mut manifest = Manifest {
-            parent,
-            memory: MemoryEntry {
-                len: 3,
-                ..MemoryEntry::default()
-            },
-            ..sample()
-        };
-        let bytes = manifest.encode().unwrap();
-        fs::write(draft.path().join("manifest.json"), bytes).unwrap();
-        fs::write(draft.path().join("state.bin"), b"").unwrap();
-        fs::write(draft.path().join("memory.bin"), b"abc").unwrap();
-        manifest
-    }
-
-    fn store() -> (tempfile::TempDir, SnapshotStore) {
-        let dir = tempfile::tempdir().unwrap();
-        let store = SnapshotStore::open(&dir.path().join("snapshots")).unwrap();
-        (dir, store)
-    }
-
-    fn publish(store: &SnapshotStore, name: &str, parent: Option<ParentRef>) -> Manifest {
-        let draft = store.draft().unwrap();
-        let manifest = write(&draft, parent);
-        store.publish(draft, name).unwrap();
-        manifest
-    }
-
-    #[test]
-    fn a_published_snapshot_is_listed_leased_and_removed() {
-        let (_dir, store) = store();
-        let manifest = publish(&store, "base", None);
-        assert_eq!(store.list().unwrap().len(), 1);
-        let lease = store.lease("base").unwrap();
-        assert_eq!(*lease.manifest(), manifest);
-        assert!(matches!(store.remove("base"), Err(Error::InUse { .. })));
-        drop(lease);
-        store.remove("base").unwrap();
-        assert!(store.list().unwrap().is_empty());
-        assert!(matches!(store.lease("base"), Err(Error::NotFound { .. })));
-        let left: Vec<_> = fs::read_dir(&store.root)
-            .unwrap()
-            .map(|e| e.unwrap().file_name())
-            .collect();
-        assert_eq!(left, ["lock"]);
-    }
-
-    #[test]
-    fn of_two_writers_one_wins_and_the_other_is_told() {
-        let (_dir, store) = store();
-        let (first, second) = (store.draft().unwrap(), store.draft().unwrap());
-        write(&first, None);
-        write(&second, None);
-        let loser = second.path().to_owned();
-        store.publish(first, "base").unwrap();
-        let error = store.publish(second, "base").unwrap_err();
-        assert!(matches!(error, Error::Exists { .. }));
-        assert!(!loser.exists());
-        store.lease("base").unwrap();
-    }
-
-    #[test]
-    fn abandoned_drafts_are_swept_and_live_ones_are_not() {
-        let (_dir, store) = store();
-        let live = store.draft().unwrap();
-        let dead = store.root.join("tmp-dead");
-        fs::create_dir(&dead).unwrap();
-        fs::write(dead.join(".lock"), b"").unwrap();
-        fs::write(dead.join("memory.bin"), b"x").unwrap();
-        SnapshotStore::open(&store.root).unwrap();
-        assert!(!dead.exists());
-        assert!(live.path().exists());
-    }
-
-    #[test]
-    fn a_parent_cannot_be_removed_before_its_child() {
-        let (_dir, store) = store();
-        let base = publish(&store, "base", None);
-        let parent = ParentRef {
-            name: "base".into(),
-            digest: base.digest,
-        };
-        publish(&store, "child", Some(parent));
-        assert_eq!(store.children("base").unwrap(), ["child"]);
-        let error = store.remove("base").unwrap_err().to_string();
-        assert!(error.contains("child"), "{error}");
-        store.remove("child").unwrap();
-        store.remove("base").unwrap();
-    }
-
-    #[test]
-    fn a_truncated_memory_file_is_refused() {
-        let (_dir, store) = store();
-        publish(&store, "base", None);
-        fs::write(store.root.join("base/memory.bin"), b"ab").unwrap();
-        assert!(matches!(store.lease("base"), Err(Error::Damaged { .. })));
-        assert_eq!(
-            store.list().unwrap().len(),
-            1,
-            "still listed, to be removed"
-        );
-        store.remove("base").unwrap();
-    }
-
-    #[test]
-    fn trimming_keeps_what_was_used_last_and_what_is_in_use() {
-        let (_dir, store) = store();
-        for name in ["auto-1", "auto-2", "auto-3", "auto-4", "mine"] {
-            publish(&store, name, None);
-        }
-        let used = |name: &str, seconds| {
-            let path = store.root.join(name).join("manifest.json");
-            let time = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(seconds);
-            File::open(path).unwrap().set_modified(time).unwrap();
-        };
-        for (name, seconds) in [("auto-1", 10), ("auto-2", 20), ("auto-3", 30)] {
-            used(name, seconds);
-        }
-        used("mine", 1);
-        store.note_use(&store.lease("auto-2").unwrap());
-        let held = store.lease("auto-1").unwrap();
-        let automatic = |name: &str| name.starts_with("auto-");
-        assert_eq!(store.trim(2, automatic).unwrap(), 1);
-        assert_eq!(store.names().unwrap().len(), 4);
-        assert!(matches!(store.lease("auto-3"), Err(Error::NotFound { .. })));
-        drop(held);
-        assert_eq!(store.trim(2, automatic).unwrap(), 1);
-        let mut left = store.names().unwrap();
-        left.sort();
-        assert_eq!(left, ["auto-2", "auto-4", "mine"]);
-    }
-
-    #[test]
-    fn names_cannot_leave_the_store() {
-        for name in [
-            "", "..", ".", "a/b", "/etc", "tmp-1", "lock", "a b", "-x", "é",
-        ] {
-            assert!(check_name(name).is_err(), "{name:?}");
-        }
-        assert!(check_name("base-256m.1_x").is_ok());
-    }
-}
+pub(crate) mod tests;

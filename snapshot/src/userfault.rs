@@ -111,7 +111,7 @@ impl ChainPages {
             files.push(file.map_err(Error::io("duplicate the descriptor of", &path))?);
         }
         Ok(Self {
-            pieces: chain.pieces(),
+            pieces: chain.pieces().to_vec(),
             files,
         })
     }

@@ -50,5 +50,6 @@ fn verify_memory(member: &Member) -> Result<(), Error> {
             return Err(Error::damaged(&path, reason));
         }
     }
-    Ok(())
+    // The whole file of a root is mapped, so what it does not store has to be zero.
+    memory_file::check_holes(member.lease.memory(), &path, &member.index)
 }

@@ -21,7 +21,7 @@ use crate::chain::Chain;
 use crate::extents::{PAGE, Source};
 use crate::pagemap::Pagemap;
 use crate::state_file::{Section, StateFile};
-use crate::store::read_capped;
+use crate::store::{Lease, SnapshotStore, read_capped};
 
 /// File name in the snapshot's directory.
 pub const FILE: &str = "working-set.bin";
@@ -67,7 +67,7 @@ impl WorkingSet {
     /// All pages that the members of `chain` hold.
     #[must_use]
     pub fn all(chain: &Chain) -> Self {
-        let held = chain.pieces().into_iter();
+        let held = chain.pieces().iter();
         let held = held.filter(|piece| matches!(piece.source, Source::Member(_)));
         Self {
             runs: held.map(|piece| (piece.first, piece.pages)).collect(),
@@ -91,8 +91,8 @@ impl WorkingSet {
     ///
     /// # Errors
     /// The file system refused.
-    pub fn save(&self, snapshot_dir: &Path) -> Result<(), Error> {
-        let path = snapshot_dir.join(FILE);
+    pub fn save(&self, store: &SnapshotStore, lease: &Lease) -> Result<(), Error> {
+        let path = lease.dir().join(FILE);
         let payload = postcard::to_stdvec(self)
             .map_err(|e| Error::damaged(&path, format!("it cannot be written: {e}")))?;
         let file = StateFile {
@@ -103,14 +103,12 @@ impl WorkingSet {
             }],
         };
         let (bytes, digest) = file.encode();
-        let draft = tempfile::NamedTempFile::new_in(snapshot_dir)
-            .map_err(Error::io("create a file in", snapshot_dir))?;
-        fs::write(draft.path(), [digest.as_bytes(), &bytes].concat())
-            .map_err(Error::io("write", draft.path()))?;
-        draft
-            .persist(&path)
-            .map_err(|e| Error::io("publish", &path)(e.error))?;
-        Ok(())
+        // Not beside it: what a process that is killed leaves would stay there.
+        let draft = store.draft()?;
+        let written = draft.path().join(FILE);
+        fs::write(&written, [digest.as_bytes(), &bytes].concat())
+            .map_err(Error::io("write", &written))?;
+        fs::rename(&written, &path).map_err(Error::io("publish", &path))
     }
 
     /// Loads the record of a snapshot; `None` when there is no usable one.
@@ -121,7 +119,12 @@ impl WorkingSet {
         let (digest, body) = bytes.split_first_chunk::<64>()?;
         let digest = std::str::from_utf8(digest).ok()?;
         let file = StateFile::decode(&path, body, digest).ok()?;
-        postcard::from_bytes(file.section(&path, SECTION.0, SECTION.1).ok()?).ok()
+        postcard::from_bytes(
+            file.section(&path, SECTION.0, SECTION.1..=SECTION.1)
+                .ok()?
+                .1,
+        )
+        .ok()
     }
 
     /// Maps the pages of the record into this process, reading them from disk
@@ -187,9 +190,13 @@ mod tests {
         }
         let set = WorkingSet::record(&memory).unwrap();
         assert_eq!(set.runs, [(3, 2), (500, 1)]);
-        let dir = tempfile::tempdir().unwrap();
-        set.save(dir.path()).unwrap();
-        assert_eq!(WorkingSet::load(dir.path()), Some(set.clone()));
+        let (dir, store) = crate::store::tests::store();
+        crate::store::tests::publish(&store, "name", None);
+        let lease = store.lease("name").unwrap();
+        set.save(&store, &lease).unwrap();
+        assert_eq!(WorkingSet::load(lease.dir()), Some(set.clone()));
+        let left = fs::read_dir(dir.path().join("snapshots")).unwrap();
+        assert_eq!(left.count(), 2, "the snapshot, and the lock");
         let other = MachineMemory::anonymous(&MemoryConfig::new(MIN_MEMORY)).unwrap();
         assert_eq!(set.prefetch(&other), 3);
         assert_eq!(WorkingSet::record(&other).unwrap(), set);

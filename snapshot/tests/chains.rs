@@ -8,11 +8,12 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::FileExt as _;
+use std::path::PathBuf;
 
 use proptest::prelude::*;
 use sm_snapshot::Error;
 use sm_snapshot::capture::{Ancestry, Capture, Description};
-use sm_snapshot::chain::{Chain, MAX_DEPTH};
+use sm_snapshot::chain::{Chain, MAX_DEPTH, MAX_PIECES};
 use sm_snapshot::contents::{self, Difference};
 use sm_snapshot::extents::Content;
 use sm_snapshot::manifest::Layer;
@@ -20,6 +21,7 @@ use sm_snapshot::restore::map_memory;
 use sm_snapshot::state_file::Section;
 use sm_snapshot::store::SnapshotStore;
 use sm_snapshot::verify::verify;
+use sm_snapshot::working_set::WorkingSet;
 use sm_vmm_core::memory::{MIN_MEMORY, MachineMemory, MemoryConfig};
 use vm_memory::{Bytes as _, GuestAddress};
 
@@ -33,6 +35,7 @@ fn description() -> Description {
         vcpus: 1,
         kernel: "k".into(),
         agent: "a".into(),
+        cpu: sm_snapshot::cpu::CpuFeatures::default(),
         protocol: 1,
         devices: Vec::new(),
         labels: BTreeMap::new(),
@@ -88,7 +91,7 @@ fn a_chain_of_five_diffs_equals_a_full_snapshot() {
     capture(&store, "s0", &memory, Ancestry::Booted);
     for depth in 1..=5u64 {
         let chain = Chain::open(&store, &format!("s{}", depth - 1)).unwrap();
-        memory = map_memory(&chain, false).unwrap();
+        memory = map_memory(&chain).unwrap();
         for page in 0..50 {
             write(&memory, page * 7 * depth, 1000 * depth + page);
         }
@@ -100,7 +103,8 @@ fn a_chain_of_five_diffs_equals_a_full_snapshot() {
             Ancestry::Diff(&chain),
         );
     }
-    capture(&store, "full", &memory, Ancestry::Full);
+    let chain = Chain::open(&store, "s4").unwrap();
+    capture(&store, "full", &memory, Ancestry::Full(&chain));
     let (diff, full) = (
         Chain::open(&store, "s5").unwrap(),
         Chain::open(&store, "full").unwrap(),
@@ -132,16 +136,43 @@ fn a_chain_of_five_diffs_equals_a_full_snapshot() {
 }
 
 #[test]
+fn a_snapshot_is_flattened_in_place_unless_it_is_used() {
+    let (dir, store) = store();
+    let memory = booted();
+    write(&memory, 3, 33);
+    capture(&store, "base", &memory, Ancestry::Booted);
+    let chain = Chain::open(&store, "base").unwrap();
+    let memory = map_memory(&chain).unwrap();
+    write(&memory, 4, 44);
+    capture(&store, "tip", &memory, Ancestry::Diff(&chain));
+    // Mapped memory, too, is a use.
+    drop((chain, memory));
+    let held = Chain::open(&store, "tip").unwrap();
+    let refused = contents::flatten(&store, "tip").unwrap_err();
+    assert!(matches!(refused, Error::InUse { .. }), "{refused}");
+    let refused = contents::flatten(&store, "base").unwrap_err().to_string();
+    assert!(refused.contains("builds on it"), "{refused}");
+    drop(held);
+    let manifest = contents::flatten(&store, "tip").unwrap();
+    assert_eq!(manifest.parent, None);
+    store.remove("base").unwrap();
+    let flat = Chain::open(&store, "tip").unwrap();
+    assert_eq!((flat.members().len(), flat.stored()), (1, vec![(3, 2)]));
+    verify(&flat).unwrap();
+    let memory = map_memory(&flat).unwrap();
+    assert_eq!((read(&memory, 3), read(&memory, 4)), (33, 44));
+    let left = fs::read_dir(dir.path().join("s")).unwrap().count();
+    assert_eq!(left, 2, "the snapshot, and the lock");
+}
+
+#[test]
 fn clones_do_not_see_each_other_nor_change_the_snapshot() {
     let (_dir, store) = store();
     let memory = booted();
     write(&memory, 3, 33);
     capture(&store, "base", &memory, Ancestry::Booted);
     let chain = Chain::open(&store, "base").unwrap();
-    let (a, b) = (
-        map_memory(&chain, false).unwrap(),
-        map_memory(&chain, false).unwrap(),
-    );
+    let (a, b) = (map_memory(&chain).unwrap(), map_memory(&chain).unwrap());
     write(&a, 3, 1);
     write(&a, 4, 2);
     assert_eq!((read(&b, 3), read(&b, 4)), (33, 0));
@@ -170,7 +201,7 @@ fn chains_deeper_than_the_limit_are_refused_on_creation() {
     capture(&store, "d0", &booted(), Ancestry::Booted);
     for depth in 1..MAX_DEPTH {
         let chain = Chain::open(&store, &format!("d{}", depth - 1)).unwrap();
-        let memory = map_memory(&chain, false).unwrap();
+        let memory = map_memory(&chain).unwrap();
         write(&memory, depth as u64, 1);
         capture(
             &store,
@@ -180,7 +211,7 @@ fn chains_deeper_than_the_limit_are_refused_on_creation() {
         );
     }
     let chain = Chain::open(&store, &format!("d{}", MAX_DEPTH - 1)).unwrap();
-    let memory = map_memory(&chain, false).unwrap();
+    let memory = map_memory(&chain).unwrap();
     let error = Capture::begin(&store, &memory.guest, Ancestry::Diff(&chain)).unwrap_err();
     assert!(matches!(error, Error::TooDeep { .. }), "{error}");
 }
@@ -221,13 +252,185 @@ fn altered_memory_is_found_by_verification_and_other_files_on_opening() {
     Chain::open(&store, "base").unwrap();
 }
 
+/// Nothing that can be mapped escapes verification: a root is mapped whole, so a page
+/// that it does not store counts as much as one that it does.
+#[test]
+fn data_in_a_hole_is_found() {
+    let (dir, store) = store();
+    let memory = booted();
+    for page in [0, 9, 10, 4000] {
+        write(&memory, page, 9);
+    }
+    capture(&store, "base", &memory, Ancestry::Booted);
+    let chain = Chain::open(&store, "base").unwrap();
+    verify(&chain).unwrap();
+    let path = dir.path().join("s/base/memory.bin");
+    let file = fs::File::options().write(true).open(path).unwrap();
+    for page in [1, 8, 11, 300, 3999, 4001, MIN_MEMORY / PAGE - 1] {
+        file.write_all_at(&[1], page * PAGE + 77).unwrap();
+        let error = verify(&chain).unwrap_err().to_string();
+        assert!(error.contains(&format!("page {page},")), "{error}");
+        file.write_all_at(&[0], page * PAGE + 77).unwrap();
+        verify(&chain).unwrap();
+    }
+}
+
+#[test]
+fn a_whole_snapshot_of_a_restored_machine_reads_only_what_the_chain_stores() {
+    let (_dir, store) = store();
+    let memory = booted();
+    write(&memory, 5, 5);
+    capture(&store, "base", &memory, Ancestry::Booted);
+    let chain = Chain::open(&store, "base").unwrap();
+    let memory = map_memory(&chain).unwrap();
+    write(&memory, 7000, 7);
+    capture(&store, "full", &memory, Ancestry::Full(&chain));
+    let full = Chain::open(&store, "full").unwrap();
+    assert_eq!(full.members().len(), 1);
+    assert_eq!(full.stored(), [(5, 1), (7000, 1)]);
+    // Reading a page maps it: one that nobody asked for is not mapped now.
+    let mapped = WorkingSet::record(&memory).unwrap();
+    assert!(mapped.pages() < 200, "{} pages were read", mapped.pages());
+}
+
+#[test]
+fn of_memory_that_was_filled_only_what_differs_is_stored() {
+    let (_dir, store) = store();
+    let memory = booted();
+    for page in 0..100 {
+        write(&memory, page, page + 1);
+    }
+    capture(&store, "base", &memory, Ancestry::Booted);
+    let chain = Chain::open(&store, "base").unwrap();
+    // What a pager does: everything is copied, and is a page of this process's own.
+    let filled = booted();
+    for page in 0..100 {
+        write(&filled, page, page + 1);
+    }
+    write(&filled, 3, 33);
+    write(&filled, 50, 0);
+    write(&filled, 1000, 1);
+    capture(&store, "diff", &filled, Ancestry::Filled(&chain));
+    let diff = Chain::open(&store, "diff").unwrap();
+    assert_eq!(diff.tip().index.count(Content::Data), 2);
+    assert_eq!(diff.tip().index.count(Content::Zero), 1);
+    let memory = map_memory(&diff).unwrap();
+    for (page, value) in [(2, 3), (3, 33), (50, 0), (99, 100), (1000, 1)] {
+        assert_eq!(read(&memory, page), value, "page {page}");
+    }
+}
+
+/// Each piece is a mapping, of which a process can have some 65,000: a guest that
+/// writes to pages here and there must not make a snapshot that cannot be restored.
+#[test]
+fn scattered_changes_are_joined() {
+    let (_dir, store) = store();
+    capture(&store, "base", &booted(), Ancestry::Booted);
+    let chain = Chain::open(&store, "base").unwrap();
+    let memory = map_memory(&chain).unwrap();
+    let pages = MIN_MEMORY / PAGE;
+    for page in (0..pages).step_by(2) {
+        // Some of them zero.
+        write(&memory, page, page % 3);
+    }
+    capture(&store, "diff", &memory, Ancestry::Diff(&chain));
+    let diff = Chain::open(&store, "diff").unwrap();
+    assert_eq!(diff.members().len(), 2);
+    assert!(diff.pieces().len() < 3000, "{}", diff.pieces().len());
+    verify(&diff).unwrap();
+    let restored = map_memory(&diff).unwrap();
+    for page in 0..pages {
+        let value = if page % 2 == 0 { page % 3 } else { 0 };
+        assert_eq!(read(&restored, page), value, "page {page}");
+    }
+}
+
+#[test]
+fn changes_too_scattered_to_join_are_stored_whole() {
+    let (_dir, store) = store();
+    let gib = 1 << 30;
+    let memory = MachineMemory::anonymous(&MemoryConfig::new(3 * gib)).unwrap();
+    write(&memory, 1, 11);
+    capture(&store, "base", &memory, Ancestry::Booted);
+    let chain = Chain::open(&store, "base").unwrap();
+    let memory = map_memory(&chain).unwrap();
+    let scattered = || (0..3 * gib / PAGE).step_by(70).skip(1);
+    for page in scattered() {
+        write(&memory, page, page);
+    }
+    assert!(scattered().count() * 2 > MAX_PIECES);
+    capture(&store, "next", &memory, Ancestry::Diff(&chain));
+    let next = Chain::open(&store, "next").unwrap();
+    assert!(next.pieces().len() <= MAX_PIECES);
+    assert!(next.tip().lease.manifest().parent.is_none());
+    verify(&next).unwrap();
+    let restored = map_memory(&next).unwrap();
+    assert_eq!(read(&restored, 1), 11);
+    for page in scattered() {
+        assert_eq!(read(&restored, page), page);
+    }
+}
+
+/// The files of a snapshot that another builds on, and of that other one.
+fn files() -> (tempfile::TempDir, SnapshotStore, Vec<PathBuf>) {
+    let (dir, store) = store();
+    let memory = booted();
+    write(&memory, 9, 9);
+    capture(&store, "base", &memory, Ancestry::Booted);
+    let chain = Chain::open(&store, "base").unwrap();
+    let memory = map_memory(&chain).unwrap();
+    write(&memory, 10, 10);
+    capture(&store, "tip", &memory, Ancestry::Diff(&chain));
+    let files = ["base", "tip"].iter().flat_map(|name| {
+        let at = dir.path().join("s").join(name);
+        ["manifest.json", "state.bin", "memory.bin"].map(|file| at.join(file))
+    });
+    let files = files.collect();
+    (dir, store, files)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    #[test]
+    fn a_file_cut_anywhere_is_refused(which in 0usize..6, at in any::<prop::sample::Index>()) {
+        // Files are put back as they were, so one store does for all cases.
+        thread_local! {
+            static FILES: (tempfile::TempDir, SnapshotStore, Vec<PathBuf>) = files();
+        }
+        FILES.with(|(_, store, files)| {
+            let path = &files[which];
+            let file = fs::File::options().read(true).write(true).open(path).unwrap();
+            let whole = file.metadata().unwrap().len();
+            let mut before = vec![0; (16 * PAGE).min(whole) as usize];
+            file.read_exact_at(&mut before, 0).unwrap();
+            let cut = at.index(whole as usize) as u64;
+
+            file.set_len(cut).unwrap();
+            let opened = Chain::open(store, "tip");
+            prop_assert!(opened.is_err(), "{} cut to {cut}", path.display());
+
+            // As long as it was, but with zeros at the end.
+            file.set_len(whole).unwrap();
+            let mut after = vec![0; before.len()];
+            file.read_exact_at(&mut after, 0).unwrap();
+            let verified = Chain::open(store, "tip").and_then(|chain| verify(&chain));
+            prop_assert_eq!(verified.is_ok(), after == before, "{} from {}", path.display(), cut);
+
+            file.write_all_at(&before, 0).unwrap();
+            prop_assert!(Chain::open(store, "tip").and_then(|chain| verify(&chain)).is_ok());
+            Ok(())
+        })?;
+    }
+}
+
 #[test]
 fn a_replaced_parent_is_refused() {
     let (_dir, store) = store();
     let memory = booted();
     capture(&store, "base", &memory, Ancestry::Booted);
     let chain = Chain::open(&store, "base").unwrap();
-    let clone = map_memory(&chain, false).unwrap();
+    let clone = map_memory(&chain).unwrap();
     write(&clone, 1, 1);
     capture(&store, "child", &clone, Ancestry::Diff(&chain));
     drop(chain);
@@ -265,7 +468,7 @@ proptest! {
             let name = format!("p{depth}");
             capture(&store, &name, &memory, ancestry);
             let next = Chain::open(&store, &name).unwrap();
-            memory = map_memory(&next, false).unwrap();
+            memory = map_memory(&next).unwrap();
             for page in 0..64 {
                 prop_assert_eq!(read(&memory, page), model[page as usize]);
             }

@@ -96,7 +96,9 @@ fn clones_go_on_where_the_workload_was_with_an_identity_of_their_own() {
     let home = Home::shared();
     let vm = counting(home);
     let name = unique("warm");
-    home.sm(&["snapshot", "create", &vm.name, &name]).exits(0);
+    let made = home.sm(&["snapshot", "create", &vm.name, &name]).exits(0);
+    assert_eq!(made.out(), format!("{name}\n"));
+    assert!(made.err().contains("vCPUs were paused for"), "{made:?}");
     let then = count(home, &vm.name);
     let clones = clones(home, &name, 3);
     let mut identities = BTreeSet::new();
@@ -323,6 +325,19 @@ fn snapshots_of_clones_of_snapshots() {
     goes_on(home, &vm, then);
     home.sm(&["snapshot", "verify", made.last().unwrap()])
         .exits(0);
+    // A copy that builds on nothing is the same machine.
+    let flat = unique("flat");
+    home.sm(&["snapshot", "flatten", made.last().unwrap(), &flat])
+        .exits(0);
+    home.sm(&["snapshot", "diff", made.last().unwrap(), &flat])
+        .exits(0);
+    let inspected = home.sm(&["snapshot", "inspect", &flat]).exits(0).json();
+    assert!(inspected["parent"].is_null());
+    let clone = home.clone_of(&flat, "flat");
+    let then = count(home, &clone.name);
+    goes_on(home, &clone.name, then);
+    drop(clone);
+    until("its clone is gone", || remove(home, &flat).code == Some(0));
     let refused = remove(home, &made[0]).exits(125).err();
     assert!(refused.contains("builds on it"), "{refused}");
     drop(all);
@@ -411,6 +426,11 @@ fn bad_names_and_bad_wishes_are_refused_and_nothing_stops() {
         (["-m", "1g"], "memory"),
         (["--cpus", "3"], "CPUs"),
         (["-e", "A=1"], "environment"),
+        (["--dns", "10.0.0.1"], "name servers"),
+        (["--add-host", "a:10.0.0.1"], "hosts"),
+        (["--shm-size", "1m"], "/dev/shm"),
+        (["--tmpfs-size", "1m"], "root file system"),
+        (["--kernel-args", "quiet"], "kernel"),
     ] {
         let error = from(&more);
         assert!(

@@ -7,8 +7,11 @@
 )]
 
 use std::collections::BTreeSet;
+use std::fs;
 
 use sm_e2e::{Home, image};
+use sm_snapshot::state_file::StateFile;
+use sm_snapshot::store::read_manifest;
 
 /// A home whose base snapshot for small machines exists.
 fn warm() -> Home {
@@ -146,6 +149,57 @@ fn a_damaged_snapshot_is_replaced_not_used() {
     await_base(&home);
     let restored = phases(&home, &[]);
     assert!(restored.contains("state restored"), "{restored}");
+}
+
+/// Changes the machine's state in a way that no checksum shows: it is another version
+/// than this sm makes.
+fn spoil(home: &Home, name: &str) {
+    let dir = home.data().join("sm/snapshots").join(name);
+    let mut manifest = read_manifest(&dir).unwrap();
+    let path = dir.join("state.bin");
+    let bytes = fs::read(&path).unwrap();
+    let mut state = StateFile::decode(&path, &bytes, &manifest.state.digest).unwrap();
+    let machine = state.sections.iter_mut().find(|s| s.name == "machine");
+    machine.unwrap().payload[0] = 99;
+    let (bytes, digest) = state.encode();
+    fs::write(&path, bytes).unwrap();
+    manifest.state.digest = digest;
+    fs::write(dir.join("manifest.json"), manifest.encode().unwrap()).unwrap();
+}
+
+#[test]
+fn a_snapshot_of_the_cache_that_cannot_be_restored_is_replaced_with_a_word() {
+    let home = warm();
+    let names = automatic(&home);
+    for name in &names {
+        spoil(&home, name);
+        home.sm(&["snapshot", "verify", name]).exits(0);
+    }
+    let said = phases(&home, &[]);
+    for name in &names {
+        assert!(said.contains(&format!("snapshot \"{name}\"")), "{said}");
+    }
+    assert!(said.contains("machine version 99"), "{said}");
+    assert!(said.contains("kernel reached init"), "booted: {said}");
+    await_base(&home);
+    let restored = phases(&home, &[]);
+    assert!(restored.contains("state restored"), "{restored}");
+    assert!(!restored.contains("cannot be restored"), "{restored}");
+}
+
+#[test]
+fn a_snapshot_of_ones_own_that_cannot_be_restored_is_named_and_kept() {
+    let home = warm();
+    let vm = home.detached(&["-m", "128m", &image("busybox"), "sleep", "1000"]);
+    home.sm(&["snapshot", "create", "--stop", &vm.name, "mine"])
+        .exits(0);
+    spoil(&home, "mine");
+    let error = home.sm(&["run", "--from", "mine"]).exits(125).err();
+    assert!(
+        error.contains("\"mine\"") && error.contains("machine version 99"),
+        "{error}"
+    );
+    home.sm(&["snapshot", "inspect", "mine"]).exits(0);
 }
 
 #[test]

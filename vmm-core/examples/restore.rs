@@ -112,7 +112,7 @@ fn go_on(
         println!("clone {clone}: {}", lines.next().ok_or("no console")??);
         let reset = Instant::now();
         machine.pause()?;
-        machine.reset_to(&state)?;
+        machine.reset_to(&state, None)?;
         machine.resume()?;
         println!("clone {clone}: reset in place in {:?}", reset.elapsed());
     }

@@ -404,16 +404,30 @@ impl<H: Hypervisor> Machine<H> {
     /// to an end. Nothing happens if the machine is paused already.
     ///
     /// # Errors
-    /// A vCPU thread or the event loop has ended.
+    /// A vCPU thread or the event loop has ended. The machine then runs on, as far as
+    /// it can.
     pub fn pause(&mut self) -> Result<(), MachineError> {
         if !self.running {
             return Ok(());
         }
+        if let Err(error) = self.hold() {
+            // Half a pause is none: what still works goes on.
+            self.devices.unquiesce();
+            for thread in &self.threads {
+                // One that has ended has told why.
+                let _ = thread.run();
+            }
+            return Err(error);
+        }
+        self.running = false;
+        Ok(())
+    }
+
+    fn hold(&self) -> Result<(), MachineError> {
         let pending: Result<Vec<_>, _> = self.threads.iter().map(VcpuThread::park).collect();
         for parked in pending? {
             parked.wait()?;
         }
-        self.running = false;
         Ok(self.devices.quiesce()?)
     }
 
@@ -443,12 +457,17 @@ impl<H: Hypervisor> Machine<H> {
     }
 
     /// Puts the state that this machine was restored with back, in place:
-    /// memory first ([`MachineMemory::revert`]), then everything else. It stays
-    /// paused.
+    /// memory first, then everything else. It stays paused. Of memory, the pages of
+    /// `written` (see [`MachineMemory::revert_pages`]) are put back, which must be all
+    /// that were written to, or else all of it.
     ///
     /// # Errors
     /// The machine is not paused or has ended, or the state is another machine's.
-    pub fn reset_to(&mut self, state: &MachineState) -> Result<(), MachineError> {
+    pub fn reset_to(
+        &mut self,
+        state: &MachineState,
+        written: Option<&[(u64, u64)]>,
+    ) -> Result<(), MachineError> {
         self.must_be_paused("put a state back")?;
         if let Some(reason) = self.exit.reason() {
             return Err(MachineError::State {
@@ -461,7 +480,10 @@ impl<H: Hypervisor> Machine<H> {
                 reason: format!("it has {vcpus} vCPUs, not {}", self.threads.len()),
             });
         }
-        self.memory.revert()?;
+        match written {
+            Some(runs) => self.memory.revert_pages(runs)?,
+            None => self.memory.revert()?,
+        }
         let pending: Result<Vec<_>, _> = self
             .threads
             .iter()

@@ -192,9 +192,9 @@ impl MachineMemory {
     }
 
     /// Throws away everything written since the memory was set up: what came
-    /// from files is as in the files again, the rest reads as zero. Costs time
-    /// for the pages that were touched only. No vCPU and no device may be using
-    /// the memory: they would see it change under them.
+    /// from files is as in the files again, the rest reads as zero. Pages that were
+    /// only read are unmapped, too: [`Self::revert_pages`] leaves them. No vCPU and no
+    /// device may be using the memory: they would see it change under them.
     ///
     /// # Errors
     /// The host refused.
@@ -206,6 +206,33 @@ impl MachineMemory {
                     len: region.len,
                     source,
                 })?;
+        }
+        Ok(())
+    }
+
+    /// Like [`Self::revert`], for the pages of `runs` only: first page and number of
+    /// pages, in RAM order. What lies outside memory is ignored.
+    ///
+    /// # Errors
+    /// The host refused.
+    pub fn revert_pages(&self, runs: &[(u64, u64)]) -> Result<(), MemoryError> {
+        for region in &self.regions {
+            let begin = region.offset / PAGE_SIZE;
+            let end = begin + region.len / PAGE_SIZE;
+            for &(first, pages) in runs {
+                let from = first.max(begin);
+                let to = first.saturating_add(pages).min(end);
+                if from >= to {
+                    continue;
+                }
+                let (offset, len) = ((from - begin) * PAGE_SIZE, (to - from) * PAGE_SIZE);
+                self.advise_range(region, offset, len, Advice::LinuxDontNeed)
+                    .map_err(|source| MemoryError::Map {
+                        operation: "revert",
+                        len,
+                        source,
+                    })?;
+            }
         }
         Ok(())
     }
@@ -319,14 +346,29 @@ impl MachineMemory {
 
     /// Advises the kernel about all of `region`.
     fn advise_region(&self, region: &RamRegion, advice: Advice) -> io::Result<()> {
+        self.advise_range(region, 0, region.len, advice)
+    }
+
+    /// Advises the kernel about `len` bytes of `region` from `offset` on.
+    fn advise_range(
+        &self,
+        region: &RamRegion,
+        offset: u64,
+        len: u64,
+        advice: Advice,
+    ) -> io::Result<()> {
         let host = self
             .host_address(region)
             .ok_or(io::ErrorKind::AddrNotAvailable)?;
-        let len = usize::try_from(region.len).map_err(io::Error::other)?;
-        // SAFETY: the range is this region's whole mapping, which nothing but
-        // volatile guest memory accessors refers to: even advice that changes
-        // its contents invalidates no reference.
-        Ok(unsafe { rustix::mm::madvise(host.as_ptr().cast(), len, advice) }?)
+        if offset.checked_add(len).is_none_or(|end| end > region.len) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let offset = usize::try_from(offset).map_err(io::Error::other)?;
+        let len = usize::try_from(len).map_err(io::Error::other)?;
+        // SAFETY: the range is within this region's mapping (checked above), which
+        // nothing but volatile guest memory accessors refers to: even advice that
+        // changes its contents invalidates no reference.
+        Ok(unsafe { rustix::mm::madvise(host.as_ptr().add(offset).cast(), len, advice) }?)
     }
 }
 
@@ -431,6 +473,19 @@ mod tests {
             .guest
             .write_obj(9u8, GuestAddress(HOLE_END + 4096))
             .unwrap();
+
+        // Only what is asked for, on either side of the hole.
+        memory.guest.write_obj(8u8, GuestAddress(HOLE_END)).unwrap();
+        memory
+            .guest
+            .write_obj(8u8, GuestAddress(HOLE_START - 1))
+            .unwrap();
+        let page = HOLE_START / PAGE_SIZE;
+        memory
+            .revert_pages(&[(page - 1, 2), (u64::MAX, 7)])
+            .unwrap();
+        assert_eq!((read(HOLE_START - 1), read(HOLE_END)), (1, 2));
+        assert_eq!(read(HOLE_END + 4096), 9, "not asked for");
 
         let again = MachineMemory::from_files(&config, &extents).unwrap();
         let byte: u8 = again.guest.read_obj(GuestAddress(HOLE_END + 4096)).unwrap();

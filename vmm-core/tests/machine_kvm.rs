@@ -291,7 +291,7 @@ fn a_restored_machine_goes_on_where_it_was_saved() {
         clone.resume().unwrap();
         clone.pause().unwrap();
         clone.memory().guest.write_obj(77u32, COUNTER).unwrap();
-        clone.reset_to(&state).unwrap();
+        clone.reset_to(&state, None).unwrap();
         assert_eq!(counter(&clone), saved_at);
 
         clone.memory().guest.write_obj(1u32, STOP).unwrap();

@@ -60,6 +60,14 @@ pub(crate) enum SnapshotCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Store everything that a snapshot builds on in itself, so that it builds on
+    /// nothing
+    Flatten {
+        /// Name of the snapshot
+        name: String,
+        /// Make a copy of that name, and leave the snapshot as it is
+        copy: Option<String>,
+    },
     /// Start clones of a snapshot and show that they share no identity (status 1
     /// if any do)
     ProveDistinct {

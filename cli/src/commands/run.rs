@@ -66,6 +66,9 @@ pub(crate) fn run(
         )?
         .run(options(begin, &args)?)?,
     };
+    for warning in vm.warnings() {
+        printer.note(format_args!("sm: {warning}"));
+    }
     if args.detach {
         if args.json {
             printer.json(&Report {

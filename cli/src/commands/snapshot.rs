@@ -7,13 +7,16 @@ use indicatif::ProgressBar;
 use serde_json::json;
 use sm_runtime::home::Home;
 use sm_runtime::snapshots::{self, Layer, Listed};
-use sm_runtime::{RunOptions, Vm};
+use sm_runtime::{RunOptions, SnapshotReport, Vm};
 
 use crate::args::{ForkArgs, SnapshotCommand};
 use crate::failure::{Failure, OUR_FAILURE};
 use crate::printer::Printer;
 use crate::table;
 use crate::units::{format_age, format_size};
+
+/// Bytes in a page of guest memory.
+const PAGE: u64 = 4096;
 
 pub(crate) fn run(
     home: &Home,
@@ -49,6 +52,7 @@ pub(crate) fn run(
                 printer.json(&report)?;
             } else {
                 printer.line(&report.name);
+                printer.note(cost(&report));
             }
             Ok(0)
         }
@@ -82,12 +86,37 @@ pub(crate) fn run(
             }
             Ok(u32::from(difference.different != 0))
         }
+        SnapshotCommand::Flatten { name, copy } => {
+            let manifest = snapshots::flatten(home, &name, copy.as_deref())?;
+            printer.line(copy.as_ref().unwrap_or(&name));
+            printer.note(format_args!(
+                "It holds {} of memory and builds on nothing.",
+                format_size(manifest.memory.data_pages * PAGE)
+            ));
+            Ok(0)
+        }
         SnapshotCommand::Rm { names } => each(&names, printer, |name| {
             snapshots::remove(home, name)?;
             printer.line(name);
             Ok(())
         }),
     }
+}
+
+/// What making a snapshot has cost the VM.
+fn cost(report: &SnapshotReport) -> String {
+    let ms = |micros: u64| micros.div_ceil(1000);
+    let parent = match &report.parent {
+        Some(parent) => format!(", over \"{parent}\""),
+        None => String::new(),
+    };
+    format!(
+        "The vCPUs were paused for {} ms, the workload was frozen for {} ms; {} of memory \
+         stored{parent}.",
+        ms(report.paused_us),
+        ms(report.frozen_us),
+        format_size(report.pages * PAGE),
+    )
 }
 
 /// `sm fork`.
@@ -137,7 +166,7 @@ fn prove_distinct(
         if proof.holds() {
             let worst = proof.clones.iter().map(|c| c.clock_error_ns).max();
             printer.line(format_args!(
-                "{count} clones of \"{name}\": getrandom, uuid, machine-id, boot_id and \
+                "{count} clones of \"{name}\": getrandom, uuid, machine-id, boot_id, epoch and \
                  hostname{} differ in all; no clock is more than {} ms off",
                 match proof.clones.iter().all(|c| c.evidence.mac.is_some()) {
                     true => ", and MAC,",

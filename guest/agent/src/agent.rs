@@ -3,9 +3,10 @@
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::net::{SocketFlags, accept_with};
+use rustix::process::Pid;
 use sm_guest_proto::control::{ControlReply, ControlRequest};
 use sm_guest_proto::exec::{ExecRequest, Role};
 
@@ -23,6 +24,7 @@ use crate::reactor::{Class, Event, Reactor, Ready, Token, Watched};
 use crate::slab::{Key, Slab};
 use crate::stats::{Facts, uptime_us};
 use crate::sys;
+use crate::waiting::{Deadlines, Waiting};
 use crate::wire::SCRATCH_LEN;
 use crate::workload::{self, Attached, Workload};
 
@@ -62,9 +64,11 @@ pub(crate) struct Agent {
     pub(crate) facts: Facts,
     pub(crate) vmgenid_seen: bool,
     /// Connections waiting for an answer to a request of each kind.
-    pub(crate) attaching: Option<Key>,
-    pub(crate) freezing: Option<Key>,
-    pub(crate) refreshing: Option<Key>,
+    pub(crate) attaching: Option<Waiting>,
+    pub(crate) freezing: Option<Waiting>,
+    pub(crate) preparing: Option<(Waiting, Pid)>,
+    pub(crate) refreshing: Option<Waiting>,
+    pub(crate) deadlines: Deadlines,
     pub(crate) power: Option<PowerOff>,
 }
 
@@ -104,7 +108,9 @@ impl Agent {
             vmgenid_seen: false,
             attaching: None,
             freezing: None,
+            preparing: None,
             refreshing: None,
+            deadlines: Deadlines::default(),
             power: None,
         })
     }
@@ -150,8 +156,8 @@ impl Agent {
                     }
                 }
                 Class::Forward => self.forwards.deadline(&mut self.reactor, token.key),
-                Class::Control => self.finish_refresh(Some(token.key)),
-                Class::Workload => self.workload_deadline(token.part),
+                Class::Control => self.finish_refresh(Some(token)),
+                Class::Workload => self.workload_deadline(token),
                 Class::Power => self.power_deadline(token.part),
                 Class::Listener | Class::Signals | Class::KernelLog => {}
             },
@@ -200,6 +206,7 @@ impl Agent {
                 }
                 self.settle_session(key);
             }
+            self.check_prepared(&reaped);
             if self.workload.attaching() && self.workload.init() == Some(reaped.pid) {
                 // Its last words are in the channel.
                 self.check_attach();
@@ -401,9 +408,14 @@ impl Agent {
 
     // ---- the workload's progress ----
 
-    pub(crate) fn set_attach_deadline(&mut self) {
-        let token = Token::single(Class::Workload, workload::part::ATTACH);
-        self.reactor.timer(Instant::now() + ATTACH_DEADLINE, token);
+    /// Notes that connection `key` waits for a part of the workload's progress.
+    pub(crate) fn await_workload(&mut self, part: u8, key: Key, limit: Duration) -> Waiting {
+        self.deadlines
+            .wait(&mut self.reactor, Class::Workload, part, key, limit)
+    }
+
+    pub(crate) fn await_root(&mut self, key: Key) {
+        self.attaching = Some(self.await_workload(workload::part::ATTACH, key, ATTACH_DEADLINE));
     }
 
     fn check_attach(&mut self) {
@@ -412,32 +424,34 @@ impl Agent {
             Attached::Done => ControlReply::Done,
             Attached::Failed(message) => ControlReply::Error { message },
         };
-        let key = self.attaching.take();
-        self.answer(key, &reply);
+        let waiting = self.attaching.take();
+        self.answer(waiting.map(|waiting| waiting.key), &reply);
     }
 
-    fn workload_deadline(&mut self, part: u8) {
+    fn workload_deadline(&mut self, passed: Token) {
         let late = |what: &str| ControlReply::Error {
             message: format!("{what} took too long"),
         };
-        if part == workload::part::ATTACH && self.workload.attaching() {
+        if let Some(waiting) = self.attaching.take_if(|w| w.is_due(passed)) {
             self.workload.abandon(&self.reactor);
-            let key = self.attaching.take();
-            self.answer(key, &late("mounting the root file system"));
-        } else if part == workload::part::FREEZE && self.freezing.is_some() {
+            self.answer(Some(waiting.key), &late("mounting the root file system"));
+        } else if let Some(waiting) = self.freezing.take_if(|w| w.is_due(passed)) {
             log::note_failure("thaw", self.cgroup.freeze(false));
             self.cgroup.stop_watching(&self.reactor);
-            let key = self.freezing.take();
-            self.answer(key, &late("stopping the workload's processes"));
+            self.answer(
+                Some(waiting.key),
+                &late("stopping the workload's processes"),
+            );
+        } else if let Some((waiting, _)) = self.preparing.take_if(|(w, _)| w.is_due(passed)) {
+            // The child cannot be ended while it waits for a device; it does no harm.
+            self.answer(Some(waiting.key), &late("writing data back"));
         }
     }
 
     /// Begins to freeze; the answer comes when every process has stopped.
     pub(crate) fn begin_freeze(&mut self, key: Key) -> io::Result<()> {
         self.cgroup.freeze(true)?;
-        self.freezing = Some(key);
-        let token = Token::single(Class::Workload, workload::part::FREEZE);
-        self.reactor.timer(Instant::now() + FREEZE_DEADLINE, token);
+        self.freezing = Some(self.await_workload(workload::part::FREEZE, key, FREEZE_DEADLINE));
         Ok(())
     }
 
@@ -447,14 +461,14 @@ impl Agent {
                 Ok(events) if !events.frozen => {}
                 result => {
                     self.cgroup.stop_watching(&self.reactor);
-                    let key = self.freezing.take();
+                    let waiting = self.freezing.take();
                     let reply = match result {
                         Ok(_) => ControlReply::Done,
                         Err(error) => ControlReply::Error {
                             message: format!("read cgroup.events: {error}"),
                         },
                     };
-                    self.answer(key, &reply);
+                    self.answer(waiting.map(|waiting| waiting.key), &reply);
                 }
             }
         }
@@ -473,14 +487,14 @@ impl Agent {
         }
     }
 
-    /// Answers a refresh that waited for the VM generation ID, if `only` (or
-    /// any) connection still does.
-    fn finish_refresh(&mut self, only: Option<Key>) {
-        if self.refreshing.is_some() && (only.is_none() || only == self.refreshing) {
-            let key = self.refreshing.take();
+    /// Answers a refresh that waits for the VM generation ID; if a deadline has
+    /// passed, only the one that it was set for.
+    fn finish_refresh(&mut self, passed: Option<Token>) {
+        let due = |waiting: &mut Waiting| passed.is_none_or(|token| waiting.is_due(token));
+        if let Some(waiting) = self.refreshing.take_if(due) {
             self.watch_kernel_log(false);
             let reply = self.refreshed();
-            self.answer(key, &reply);
+            self.answer(Some(waiting.key), &reply);
         }
     }
 
@@ -492,10 +506,12 @@ impl Agent {
 
     /// Sets the deadline of a refresh that waits for the VM generation ID.
     pub(crate) fn wait_for_vmgenid(&mut self, key: Key, wait: Duration) {
-        self.refreshing = Some(key);
         self.watch_kernel_log(true);
-        let token = Token::new(Class::Control, control::part::VMGENID, key);
-        self.reactor.timer(Instant::now() + wait, token);
+        let part = control::part::VMGENID;
+        let waiting = self
+            .deadlines
+            .wait(&mut self.reactor, Class::Control, part, key, wait);
+        self.refreshing = Some(waiting);
     }
 }
 

@@ -13,14 +13,16 @@ use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use rustix::fs::{Mode, OFlags};
 use rustix::time::{ClockId, Timespec, clock_settime};
 use sm_guest_proto::control::{AttachRoot, Evidence, Refresh};
 use thiserror::Error;
 
-use crate::root::BOOT_ID_FILE;
+use crate::root::{BOOT_ID, BOOT_ID_FILE, EPOCH, EPOCH_FILE, MACHINE_ID, MACHINE_ID_FILE, read_in};
 use crate::sys;
 
 const INTERFACES: &str = "/sys/class/net";
+const UUID: &str = "proc/sys/kernel/random/uuid";
 
 /// A part of a refresh that failed.
 #[derive(Debug, Error)]
@@ -75,6 +77,9 @@ impl Identity {
         if !refresh.hostname.is_empty() && !is_hostname(&refresh.hostname) {
             return Err(IdentityError::Malformed("hostname"));
         }
+        if !refresh.epoch.is_empty() && !is_uuid(&refresh.epoch) {
+            return Err(IdentityError::Malformed("epoch"));
+        }
         if refresh.entropy.len() > 512 {
             return Err(IdentityError::Malformed("entropy"));
         }
@@ -97,11 +102,14 @@ impl Identity {
         if !refresh.machine_id.is_empty() {
             step(
                 "write machine-id",
-                self.write("machine-id", &refresh.machine_id),
+                self.write(MACHINE_ID_FILE, &refresh.machine_id),
             )?;
         }
         if !refresh.boot_id.is_empty() {
             step("write boot_id", self.write(BOOT_ID_FILE, &refresh.boot_id))?;
+        }
+        if !refresh.epoch.is_empty() {
+            step("write epoch", self.write(EPOCH_FILE, &refresh.epoch))?;
         }
         if let Some(mac) = mac {
             step("set the MAC address", set_first_mac(mac))?;
@@ -144,16 +152,35 @@ impl Identity {
         if !boot_id.exists() {
             step("write boot_id", self.write(BOOT_ID_FILE, kernels.trim()))?;
         }
-        if !self.directory.join("machine-id").exists() {
+        if !self.directory.join(EPOCH_FILE).exists() {
+            step("write epoch", self.write(EPOCH_FILE, kernels.trim()))?;
+        }
+        if !self.directory.join(MACHINE_ID_FILE).exists() {
             let fresh = fs::read_to_string("/proc/sys/kernel/random/uuid").unwrap_or_default();
             let fresh = fresh.trim().replace('-', "");
-            step("write machine-id", self.write("machine-id", &fresh))?;
+            step("write machine-id", self.write(MACHINE_ID_FILE, &fresh))?;
         }
         Ok(())
     }
 
-    /// What this guest is by now, read the way a process of the workload would.
-    pub(crate) fn evidence(&self) -> Result<Evidence, IdentityError> {
+    /// What this guest is by now, read the way a process of the workload would, below
+    /// its `root`; without a workload, from the files that it would be given.
+    pub(crate) fn evidence(&self, root: Option<PathBuf>) -> Result<Evidence, IdentityError> {
+        let root = root
+            .map(|root| {
+                let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+                rustix::fs::open(root, flags, Mode::empty())
+            })
+            .transpose();
+        let root = step("open the workload's root", root)?;
+        // What cannot be read is empty, which is the same in all guests.
+        let line = |ours: &str, theirs: &str| match &root {
+            Some(root) => read_in(root, theirs).unwrap_or_default(),
+            None => fs::read_to_string(self.directory.join(ours))
+                .unwrap_or_default()
+                .trim()
+                .to_owned(),
+        };
         let mut random = [0; 32];
         step(
             "get random bytes",
@@ -161,13 +188,11 @@ impl Identity {
         )?;
         let uuid = step(
             "read a random UUID",
-            fs::read_to_string("/proc/sys/kernel/random/uuid"),
+            match &root {
+                Some(root) => read_in(root, UUID),
+                None => fs::read_to_string(Path::new("/").join(UUID)),
+            },
         )?;
-        // Absent where nothing has given it yet.
-        let line = |name: &str| {
-            let text = fs::read_to_string(self.directory.join(name)).unwrap_or_default();
-            text.trim().to_owned()
-        };
         let interface = step("list interfaces", first_interface(Path::new(INTERFACES)))?;
         let mac = interface.and_then(|name| {
             let path = Path::new(INTERFACES).join(name).join("address");
@@ -176,8 +201,9 @@ impl Identity {
         Ok(Evidence {
             random: random.iter().map(|byte| format!("{byte:02x}")).collect(),
             uuid: uuid.trim().to_owned(),
-            machine_id: line("machine-id"),
-            boot_id: line(BOOT_ID_FILE),
+            machine_id: line(MACHINE_ID_FILE, MACHINE_ID),
+            boot_id: line(BOOT_ID_FILE, BOOT_ID),
+            epoch: line(EPOCH_FILE, EPOCH),
             hostname: rustix::system::uname()
                 .nodename()
                 .to_string_lossy()

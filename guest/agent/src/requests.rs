@@ -35,17 +35,14 @@ impl Agent {
             ControlRequest::AttachRoot(plan) => return self.attach_root(key, &plan),
             ControlRequest::Freeze => return self.freeze(key),
             ControlRequest::Thaw => done_or("thaw the workload", self.cgroup.freeze(false)),
-            ControlRequest::PrepareSnapshot => {
-                prepare_snapshot();
-                ControlReply::Done
-            }
+            ControlRequest::PrepareSnapshot => return self.prepare(key),
             ControlRequest::SignalMain { signal } => self.signal_main(signal),
             ControlRequest::PowerOff { grace_ms } => {
                 self.begin_power_off(key, Duration::from_millis(grace_ms));
                 return None;
             }
             ControlRequest::Stats => ControlReply::Stats(self.stats()),
-            ControlRequest::Evidence => match self.identity.evidence() {
+            ControlRequest::Evidence => match self.identity.evidence(self.workload.root()) {
                 Ok(evidence) => ControlReply::Evidence(evidence),
                 Err(error) => failed(error),
             },
@@ -88,8 +85,7 @@ impl Agent {
         if let Err(error) = self.workload.begin_attach(plan, cgroup, &self.reactor) {
             return Some(failed(format_args!("start the workload's init: {error}")));
         }
-        self.attaching = Some(key);
-        self.set_attach_deadline();
+        self.await_root(key);
         None
     }
 
@@ -108,6 +104,16 @@ impl Agent {
                 Some(done_or("read cgroup.events", result.map(drop)))
             }
         }
+    }
+
+    fn prepare(&mut self, key: Key) -> Option<ControlReply> {
+        if self.preparing.is_some() {
+            return Some(failed("data is already being written back"));
+        }
+        let begun = self.begin_prepare(key);
+        begun
+            .err()
+            .map(|error| failed(format_args!("write data back: {error}")))
     }
 
     fn signal_main(&mut self, signal: u8) -> ControlReply {
@@ -135,19 +141,4 @@ fn mount_devpts(target: &Path) -> std::io::Result<()> {
     let options = c"newinstance,ptmxmode=0666,mode=0620,gid=5";
     mount("devpts", target, "devpts", flags, Some(options))?;
     Ok(())
-}
-
-/// Writes dirty data back. Caches are dropped only where dropping makes the
-/// snapshot smaller: Linux leaves the contents of freed pages in place, so
-/// without `init_on_free=1` they would be captured all the same, and every
-/// clone would read the files again.
-fn prepare_snapshot() {
-    rustix::fs::sync();
-    let command_line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
-    if command_line
-        .split_whitespace()
-        .any(|word| word == "init_on_free=1")
-    {
-        crate::log::note_failure("drop caches", fs::write("/proc/sys/vm/drop_caches", "3"));
-    }
 }

@@ -34,15 +34,25 @@ const DEFAULT_SHM: u64 = 64 << 20;
 
 /// The files of the agent that are mounted over the image's, by their names
 /// below the agent's directory.
-const IDENTITY_FILES: [(&str, &str); 4] = [
+const FILES: [(&str, &str); 4] = [
     ("hostname", "etc/hostname"),
     ("hosts", "etc/hosts"),
     ("resolv.conf", "etc/resolv.conf"),
-    ("machine-id", "etc/machine-id"),
+    (EPOCH_FILE, EPOCH),
 ];
 
-/// Name of the boot ID file below the agent's directory.
+/// Likewise, where the image's own file must not be seen: two clones would be one.
+const IDENTITIES: [(&str, &str); 2] = [(MACHINE_ID_FILE, MACHINE_ID), (BOOT_ID_FILE, BOOT_ID)];
+
+/// Names of files below the agent's directory.
 pub(crate) const BOOT_ID_FILE: &str = "boot_id";
+pub(crate) const MACHINE_ID_FILE: &str = "machine-id";
+pub(crate) const EPOCH_FILE: &str = "epoch";
+
+/// Where the workload finds them, below its root.
+pub(crate) const BOOT_ID: &str = "proc/sys/kernel/random/boot_id";
+pub(crate) const MACHINE_ID: &str = "etc/machine-id";
+pub(crate) const EPOCH: &str = "run/sm-epoch";
 
 /// A step that failed.
 #[derive(Debug, Error)]
@@ -63,6 +73,20 @@ impl<T, E: Into<io::Error>> Context<T> for Result<T, E> {
             cause: cause.into(),
         })
     }
+}
+
+/// Reads a small file of the workload's tree as a process of the workload would:
+/// links lead to where they lead there, and what is no regular file is not read.
+pub(crate) fn read_in(root: &OwnedFd, path: &str) -> io::Result<String> {
+    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let file = fs::File::from(openat2(root, path, flags, Mode::empty(), resolve)?);
+    if !file.metadata()?.is_file() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let mut text = String::new();
+    io::Read::read_to_string(&mut io::Read::take(file, 4096), &mut text)?;
+    Ok(text.trim().to_owned())
 }
 
 /// Builds the root that `plan` describes and makes it the root of this process
@@ -86,17 +110,16 @@ pub(crate) fn assemble(directory: &Path, plan: &AttachRoot) -> Result<(), RootEr
     .context(|| "open the new root".into())?;
     let tree = Tree { fd: root_fd };
     mount_kernel_file_systems(&tree, directory, plan)?;
-    for (name, target) in IDENTITY_FILES {
+    for (name, target) in FILES {
         let source = directory.join(name);
         if source.exists() {
             crate::log::note_failure(target, tree.bind_file(&source, target));
         }
     }
-    let boot_id = "proc/sys/kernel/random/boot_id";
-    crate::log::note_failure(
-        boot_id,
-        tree.bind_file(&directory.join(BOOT_ID_FILE), boot_id),
-    );
+    for (name, target) in IDENTITIES {
+        tree.bind_file(&directory.join(name), target)
+            .context(|| format!("mount this guest's own file on /{target}"))?;
+    }
     if plan.read_only {
         mount_remount(&root, MountFlags::BIND | MountFlags::RDONLY, "")
             .context(|| "make the root read-only".into())?;

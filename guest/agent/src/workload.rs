@@ -38,6 +38,8 @@ pub(crate) mod part {
     pub(crate) const FREEZE: u8 = 2;
     /// Deadline of attaching.
     pub(crate) const ATTACH: u8 = 3;
+    /// Deadline of writing data back.
+    pub(crate) const PREPARE: u8 = 4;
 }
 
 #[derive(Debug)]
@@ -121,6 +123,12 @@ impl Workload {
     /// The process that is PID 1 of the workload.
     pub(crate) fn init(&self) -> Option<Pid> {
         self.init
+    }
+
+    /// The root directory that processes of the workload have, while there are any.
+    pub(crate) fn root(&self) -> Option<PathBuf> {
+        let init = self.init?.as_raw_nonzero();
+        matches!(self.state, State::Ready(_)).then(|| format!("/proc/{init}/root").into())
     }
 
     /// Whether a root file system is attached or being attached.
@@ -320,7 +328,10 @@ fn join_and_become(
     unsafe_code,
     reason = "fork needs the caller's word that there is one thread"
 )]
-fn fork_agent(namespaces: std::ffi::c_int, cgroup: Option<BorrowedFd<'_>>) -> io::Result<Fork> {
+pub(crate) fn fork_agent(
+    namespaces: std::ffi::c_int,
+    cgroup: Option<BorrowedFd<'_>>,
+) -> io::Result<Fork> {
     // SAFETY: the agent never starts a thread (see the crate's text).
     unsafe { sys::fork(namespaces, cgroup) }
 }

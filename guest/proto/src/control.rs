@@ -53,7 +53,8 @@ pub enum ControlRequest {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Refresh {
-    /// Restore epoch: a UUID in text form, new at every start.
+    /// Restore epoch: a UUID in text form, new at every start and reset. The workload
+    /// finds it in `/run/sm-epoch`, and by a change of that file that it was cloned.
     pub epoch: String,
     /// Host entropy, 32 to 512 bytes, mixed into the kernel's CRNG and credited.
     #[serde(with = "base64_bytes")]
@@ -171,6 +172,8 @@ pub struct Evidence {
     pub machine_id: String,
     /// The workload's `/proc/sys/kernel/random/boot_id`.
     pub boot_id: String,
+    /// The workload's `/run/sm-epoch`.
+    pub epoch: String,
     /// The host name.
     pub hostname: String,
     /// MAC address of the network interface; absent when there is none.

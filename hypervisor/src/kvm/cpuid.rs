@@ -41,6 +41,30 @@ pub(super) fn for_vcpu(
     })
 }
 
+/// What a vCPU could be told: what [`for_vcpu`] tells one of several, and what KVM
+/// offers besides.
+pub(super) fn offered(
+    supported: &CpuId,
+    tsc_deadline: bool,
+) -> Result<Vec<kvm_cpuid_entry2>, Error> {
+    let mut entries = for_vcpu(supported, 0, 2, tsc_deadline)?.as_slice().to_vec();
+    for more in supported.as_slice() {
+        let same = |entry: &&mut kvm_cpuid_entry2| {
+            (entry.function, entry.index) == (more.function, more.index)
+        };
+        match entries.iter_mut().find(same) {
+            Some(entry) => {
+                entry.eax |= more.eax;
+                entry.ebx |= more.ebx;
+                entry.ecx |= more.ecx;
+                entry.edx |= more.edx;
+            }
+            None => entries.push(*more),
+        }
+    }
+    Ok(entries)
+}
+
 /// Leaves that are written here or that describe what the guest does not get:
 /// performance counters, SGX, processor trace, last branch records, AMX, nested
 /// virtualisation; XSAVE components of AMX and of supervisor state.

@@ -58,6 +58,7 @@ use kvm_ioctls::Cap;
 pub use vcpu::{KvmSeed, KvmVcpu};
 pub use vm::KvmVm;
 
+use crate::state::CpuidEntry;
 use crate::{
     Capabilities, DirtyModel, Error, Hypervisor, IrqModel, LinuxSupport, OpenError, VmConfig,
 };
@@ -174,6 +175,12 @@ impl Hypervisor for Kvm {
             max_vcpus: u32::try_from(self.shared.kvm.get_max_vcpus()).unwrap_or(u32::MAX),
             linux,
         }
+    }
+
+    fn guest_cpuid(&self) -> Result<Vec<CpuidEntry>, Error> {
+        let deadline = self.shared.kvm.check_extension(Cap::TscDeadlineTimer);
+        let offered = cpuid::offered(self.supported_cpuid()?, deadline)?;
+        Ok(offered.iter().map(convert::from_cpuid).collect())
     }
 
     fn create_vm(&self, config: &VmConfig) -> Result<KvmVm, Error> {

@@ -16,16 +16,14 @@
 //! processor trace, asynchronous page faults. PDPTRs of a 32-bit PAE guest are
 //! read again from memory by KVM when CR3 is set.
 
-use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, Xsave, kvm_lapic_state, kvm_vcpu_events, kvm_xcr, kvm_xcrs,
-};
+use kvm_bindings::{CpuId, Xsave, kvm_lapic_state, kvm_vcpu_events, kvm_xcr, kvm_xcrs};
 use kvm_ioctls::VcpuFd;
 use zerocopy::{FromBytes as _, IntoBytes as _};
 
 use super::vm::VmShared;
 use super::{convert, msrs, os};
 use crate::Error;
-use crate::state::{Blob, VcpuState};
+use crate::state::{Blob, CpuidEntry, VcpuState};
 
 /// Layout version of the events blob: `kvm_vcpu_events` as the kernel has it.
 const EVENTS_VERSION: u32 = 1;
@@ -37,10 +35,12 @@ fn unfit(reason: impl Into<String>) -> Error {
     }
 }
 
-/// Saves vCPU `index`. `xsave_len` is the size of its XSAVE area in bytes.
+/// Saves vCPU `index`, which was told `cpuid`. `xsave_len` is the size of its XSAVE
+/// area in bytes.
 pub(super) fn save(
     fd: &VcpuFd,
     index: u32,
+    cpuid: Vec<CpuidEntry>,
     xsave_len: usize,
     msr_indices: &[u32],
 ) -> Result<VcpuState, Error> {
@@ -55,16 +55,13 @@ pub(super) fn save(
     let lapic = fd.get_lapic().map_err(os("read the local APIC"))?;
     let mut values = msrs::save(fd, msr_indices)?;
     arm_expired_deadline(&mut values);
-    let cpuid = fd
-        .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
-        .map_err(os("read CPUID"))?;
     // Not offered by every KVM; then the frequency is the host's.
     let tsc_khz = fd.get_tsc_khz().unwrap_or(0);
     let events = fd.get_vcpu_events().map_err(os("read events"))?;
     let count = usize::try_from(xcrs.nr_xcrs).unwrap_or(0);
     Ok(VcpuState {
         index,
-        cpuid: cpuid.as_slice().iter().map(convert::from_cpuid).collect(),
+        cpuid,
         tsc_khz,
         general,
         system,

@@ -15,7 +15,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use super::kick::KickState;
 use super::vm::VmShared;
 use super::{convert, cpuid, fault, os, state};
-use crate::state::{BootRegisters, VcpuState};
+use crate::state::{BootRegisters, CpuidEntry, VcpuState};
 use crate::{Bus, Error, Exit, Kicker, RestoredVcpu, Vcpu, VcpuSeed};
 
 /// IA32_MTRR_DEF_TYPE: variable ranges on, everything write-back.
@@ -43,7 +43,7 @@ impl KvmSeed {
     }
 
     /// Registers the calling thread as the one to kick.
-    fn into_vcpu(mut self) -> KvmVcpu {
+    fn into_vcpu(mut self, cpuid: Vec<CpuidEntry>) -> KvmVcpu {
         let immediate_exit = (&raw mut self.fd.get_kvm_run().immediate_exit).cast::<AtomicU8>();
         // SAFETY: the mapping lives as long as `fd`, which the vCPU keeps until
         // after it has unbound itself; it cannot leave this thread.
@@ -52,6 +52,7 @@ impl KvmSeed {
             vm: self.vm,
             fd: self.fd,
             index: self.index,
+            cpuid,
             immediate_exit,
             kick: self.kick,
         }
@@ -79,7 +80,8 @@ impl VcpuSeed for KvmSeed {
             self.vm.mask_legacy_controllers()?;
             set_boot_registers(&self.fd, boot)?;
         }
-        Ok(self.into_vcpu())
+        let told = cpuid.as_slice().iter().map(convert::from_cpuid).collect();
+        Ok(self.into_vcpu(told))
     }
 
     fn bind_restored(self, state: &VcpuState) -> Result<(KvmVcpu, RestoredVcpu), Error> {
@@ -88,7 +90,7 @@ impl VcpuSeed for KvmSeed {
                 reason: format!("it is of vCPU {}, not {}", state.index, self.index),
             });
         }
-        let mut vcpu = self.into_vcpu();
+        let mut vcpu = self.into_vcpu(state.cpuid.clone());
         let proof = vcpu.put(state, true)?;
         Ok((vcpu, proof))
     }
@@ -141,6 +143,9 @@ pub struct KvmVcpu {
     vm: Arc<VmShared>,
     fd: VcpuFd,
     index: u32,
+    /// What it was told of its processor. Not every KVM gives back what it was given:
+    /// one without hardware virtualisation tells of the host's processor.
+    cpuid: Vec<CpuidEntry>,
     /// Also what keeps the type from being `Send`.
     immediate_exit: *const AtomicU8,
     kick: Arc<KickState>,
@@ -259,11 +264,16 @@ impl KvmVcpu {
         Ok(RestoredVcpu { index: self.index })
     }
 
+    fn save_state(&self, msrs: &[u32]) -> Result<VcpuState, Error> {
+        let (cpuid, xsave_len) = (self.cpuid.clone(), self.vm.xsave_len);
+        state::save(&self.fd, self.index, cpuid, xsave_len, msrs)
+    }
+
     /// Reads everything back; what moves by itself is left out.
     #[cfg(debug_assertions)]
     fn compare(&self, wanted: &VcpuState) -> Result<(), Error> {
         let indices: Vec<u32> = wanted.msrs.iter().map(|(index, _)| *index).collect();
-        let found = state::save(&self.fd, self.index, self.vm.xsave_len, &indices)?;
+        let found = self.save_state(&indices)?;
         super::compare::same(wanted, &found)
     }
 }
@@ -304,7 +314,7 @@ impl Vcpu for KvmVcpu {
             Some(indices) => indices,
             None => self.vm.kvm.msr_indices()?,
         };
-        let state = state::save(&self.fd, self.index, self.vm.xsave_len, indices)?;
+        let state = self.save_state(indices)?;
         // The other vCPUs have the same features.
         readable.get_or_init(|| state.msrs.iter().map(|(index, _)| *index).collect());
         Ok(state)

@@ -12,10 +12,13 @@ use crate::image::Image;
 use crate::launch::{Origin, SnapshotReport};
 use crate::output_log::unix_nanos;
 use crate::record::VmConfig;
-use crate::run::{self, DEFAULT_MEMORY, RunOptions, Source};
+use crate::run::{self, DEFAULT_MEMORY, DEFAULT_STOP_TIMEOUT, RunOptions, Source};
 use crate::vm::Vm;
 use crate::vmm::saved::{self, Content};
 use crate::workload::Overrides;
+
+/// What `sm run` gives `/dev/shm`, in bytes.
+const DEFAULT_SHM: u64 = 64 << 20;
 
 /// A snapshot of a running workload. While this value lives, the snapshot
 /// cannot be removed.
@@ -67,8 +70,8 @@ impl Snapshot {
     }
 
     /// Starts a VM in which the workload goes on where it was, and returns
-    /// once it does. Of the options, name, host name, attachment, start timeout
-    /// and removal count; the rest is as it was.
+    /// once it does. Of the options, name, host name, published ports, attachment,
+    /// timeouts, paging and removal count; the rest is as it was.
     ///
     /// # Errors
     /// See [`Error`]; among them an option that cannot be changed any more.
@@ -89,6 +92,10 @@ impl Snapshot {
                 created_ns: unix_nanos(),
                 workload,
                 auto_remove: options.auto_remove,
+                stop_timeout_ms: match options.stop_timeout {
+                    DEFAULT_STOP_TIMEOUT => self.config.stop_timeout_ms,
+                    given => run::millis(given),
+                },
                 publish: options.publish.clone(),
                 publish_wait_ms: options.publish_wait_ms(),
                 ..self.config.clone()
@@ -119,8 +126,20 @@ impl Snapshot {
         if ![1, self.config.cpus].contains(&options.cpus) {
             return fixed("the number of CPUs");
         }
-        if options.kernel.is_some() || options.cold || options.read_only {
-            return fixed("the kernel or root file system");
+        if options.kernel.is_some() || !options.cmdline.is_empty() || options.cold {
+            return fixed("the kernel");
+        }
+        if options.read_only || options.upper_size != 0 {
+            return fixed("the root file system");
+        }
+        if ![0, DEFAULT_SHM].contains(&options.shm_size) {
+            return fixed("the size of /dev/shm");
+        }
+        if !options.extra_hosts.is_empty() {
+            return fixed("the list of hosts");
+        }
+        if !options.nameservers.is_empty() {
+            return fixed("the list of name servers");
         }
         Ok(())
     }
@@ -136,7 +155,7 @@ impl Vm {
     /// the VM goes on then.
     pub fn snapshot(&self, name: &str, stop: bool) -> Result<SnapshotReport, Error> {
         check_user_name(name)?;
-        self.make_snapshot(name, stop, false)
+        Ok(self.make_snapshot(name, stop, false)?.report)
     }
 }
 
@@ -149,8 +168,10 @@ impl Vm {
 /// before it go on.
 pub fn fork(home: &Home, vm: &Vm, count: usize, options: &RunOptions) -> Result<Vec<Vm>, Error> {
     let name = format!("fork-{}-{}", vm.id().short(), hex(&random::<4>()));
-    vm.make_snapshot(&name, false, true)?;
+    // Nobody else sweeps it before it is opened here.
+    let held = vm.make_snapshot(&name, false, true)?;
     let snapshot = Snapshot::open(home, &name)?;
+    drop(held);
     let started: Result<Vec<Vm>, Error> = (1..=count)
         .map(|number| {
             let mut options = options.clone();

@@ -37,6 +37,11 @@ pub(crate) fn is_automatic(name: &str) -> bool {
     name.starts_with("base-") || name.starts_with("image-")
 }
 
+/// Whether `sm fork` has made a snapshot of that name.
+pub(crate) fn is_of_fork(name: &str) -> bool {
+    name.starts_with("fork-")
+}
+
 /// Checks a name that a user wants to give to a snapshot.
 pub(crate) fn check_user_name(name: &str) -> Result<(), RuntimeError> {
     sm_snapshot::store::check_name(name)?;
@@ -134,6 +139,24 @@ pub fn verify(home: &Home, name: &str) -> Result<Verified, Error> {
 pub fn diff(home: &Home, a: &str, b: &str) -> Result<Difference, Error> {
     let store = store(home);
     contents::compare(&Chain::open(&store, a)?, &Chain::open(&store, b)?)
+}
+
+/// Makes a snapshot build on nothing: as the new snapshot `copy`, or in place. The
+/// machine in it is the same, and the snapshots that it was built on can go.
+///
+/// # Errors
+/// It does not exist, `copy` does, or in place something uses it; or the disk is full.
+pub fn flatten(home: &Home, name: &str, copy: Option<&str>) -> Result<Manifest, RuntimeError> {
+    let store = SnapshotStore::open(&home.snapshots())?;
+    let Some(copy) = copy else {
+        return Ok(contents::flatten(&store, name)?);
+    };
+    check_user_name(copy)?;
+    Ok(contents::flatten_to(
+        &store,
+        &Chain::open(&store, name)?,
+        copy,
+    )?)
 }
 
 /// Removes a snapshot.

@@ -63,6 +63,7 @@ impl Proof {
             note("uuid", &evidence.uuid);
             note("machine-id", &evidence.machine_id);
             note("boot_id", &evidence.boot_id);
+            note("epoch", &evidence.epoch);
             note("hostname", &evidence.hostname);
             if let Some(mac) = &evidence.mac {
                 note("MAC", mac);
@@ -163,6 +164,7 @@ mod tests {
                 uuid: text("uuid"),
                 machine_id: text("machine"),
                 boot_id: text("boot"),
+                epoch: text("epoch"),
                 hostname: text("host"),
                 mac: None,
                 realtime_ns: number,

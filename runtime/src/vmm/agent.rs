@@ -25,10 +25,18 @@ pub(crate) enum Purpose {
         /// When it was asked, in nanoseconds since the Unix epoch.
         asked_ns: u64,
     },
+    /// Stop what there is of a workload for an image snapshot.
+    FreezeRoot,
     /// Stop the workload for a snapshot.
-    Freeze,
+    Freeze {
+        /// Which one.
+        job: u64,
+    },
     /// Write back what need not be in a snapshot.
-    Prepare,
+    Prepare {
+        /// Which one.
+        job: u64,
+    },
     /// Let the workload go on.
     Thaw,
     /// Find out whether memory ran out.

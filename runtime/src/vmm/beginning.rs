@@ -1,6 +1,6 @@
 //! What a machine starts from: a kernel, or the snapshot that saves most work.
 
-use sm_snapshot::manifest::Layer;
+use sm_snapshot::cpu::CpuFeatures;
 use sm_snapshot::store::SnapshotStore;
 
 use super::cache::{Cache, Identity};
@@ -33,12 +33,12 @@ pub(crate) enum Source {
 }
 
 impl Beginning {
-    /// Decides what `request` starts from.
+    /// Decides what `request` starts from, on a host that offers `cpu` to guests.
     ///
     /// # Errors
     /// A snapshot that was asked for cannot be used, or kernel and agent not be
     /// read; a sentence.
-    pub(crate) fn of(request: &LaunchRequest) -> Result<Self, String> {
+    pub(crate) fn of(request: &LaunchRequest, cpu: &CpuFeatures) -> Result<Self, String> {
         let root = request.data.join("snapshots");
         let store = SnapshotStore::open(&root).unwrap_or_else(|error| {
             // What it has can be used all the same; making one says why not.
@@ -46,7 +46,7 @@ impl Beginning {
             SnapshotStore::read_only(&root)
         });
         if let Origin::Snapshot(name) | Origin::Evidence(name) = &request.origin {
-            return Self::named(store, name);
+            return Self::named(store, name, cpu);
         }
         let initramfs = initial_ram_fs(request)?;
         let identity = Identity::of(request, &initramfs)?;
@@ -63,14 +63,15 @@ impl Beginning {
             image_plan: None,
         };
         if request.origin == Origin::Image {
-            beginning.use_cache(store, request)?;
+            beginning.use_cache(store, request, cpu)?;
         }
         Ok(beginning)
     }
 
     /// A snapshot that the user named.
-    fn named(store: SnapshotStore, name: &str) -> Result<Self, String> {
-        let mut saved = Saved::open(&store, name, None).map_err(|error| with_causes(&error))?;
+    fn named(store: SnapshotStore, name: &str, cpu: &CpuFeatures) -> Result<Self, String> {
+        let mut saved =
+            Saved::open(&store, name, cpu, None).map_err(|error| with_causes(&error))?;
         store.note_use(&saved.chain.tip().lease);
         let content = std::mem::take(&mut saved.content);
         let manifest = saved.chain.tip().lease.manifest();
@@ -91,19 +92,33 @@ impl Beginning {
     }
 
     /// Takes the best that there is, and plans what is missing.
-    fn use_cache(&mut self, store: SnapshotStore, request: &LaunchRequest) -> Result<(), String> {
-        let cache = Cache::of(store.clone(), request, self.identity.clone())?;
-        let best = cache.open();
-        let layer = best.as_ref().map(|(layer, _)| *layer);
-        self.base_plan = layer.is_none().then(|| cache.base_plan(request));
-        self.image_plan = (layer != Some(Layer::Image)).then(|| cache.image_plan(request));
-        if let Some((_, saved)) = best {
+    fn use_cache(
+        &mut self,
+        store: SnapshotStore,
+        request: &LaunchRequest,
+        cpu: &CpuFeatures,
+    ) -> Result<(), String> {
+        let cache = Cache::of(store.clone(), request, self.identity.clone(), cpu)?;
+        let found = cache.open();
+        self.base_plan = found.base_missing.then(|| cache.base_plan(request));
+        self.image_plan = found.image_missing.then(|| cache.image_plan(request));
+        if let Some((_, saved)) = found.best {
             self.source = Source::Snapshot {
                 store,
                 saved: Box::new(saved),
             };
         }
         Ok(())
+    }
+
+    /// The snapshot of the cache that is restored, if one is.
+    pub(crate) fn cached(&self, request: &LaunchRequest) -> Option<(SnapshotStore, String)> {
+        match &self.source {
+            Source::Snapshot { store, saved } if request.origin == Origin::Image => {
+                Some((store.clone(), saved.chain.tip().lease.name().to_owned()))
+            }
+            _ => None,
+        }
     }
 
     pub(crate) fn start(&self) -> Start {

@@ -8,18 +8,19 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
 
 use sha2::{Digest as _, Sha256};
 use sm_snapshot::Error;
+use sm_snapshot::cpu::CpuFeatures;
 use sm_snapshot::manifest::Layer;
+use sm_snapshot::state_file::hex_digest;
 use sm_snapshot::store::SnapshotStore;
 
-use super::saved::{Content, Plan, Saved};
+use super::digests::file_digest;
+use super::saved::{Content, Plan, Saved, versions};
 use crate::doctor::with_causes;
 use crate::launch::LaunchRequest;
-use crate::snapshots::{IMAGE_LABEL, is_automatic};
+use crate::snapshots::{EPHEMERAL_LABEL, IMAGE_LABEL, is_automatic, is_of_fork};
 
 /// Automatic snapshots kept; beyond that, those unused for longest go.
 const KEPT: usize = 64;
@@ -27,22 +28,22 @@ const KEPT: usize = 64;
 /// What tells one guest software from another.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Identity {
-    /// Digest that tells the kernel.
+    /// SHA-256 of the kernel.
     pub(crate) kernel: String,
-    /// Digest of agent and modules.
+    /// SHA-256 of the initial RAM file system, which is agent and modules.
     pub(crate) agent: String,
 }
 
 impl Identity {
-    /// The identity of what `request` boots; `initramfs` holds agent and modules.
+    /// The identity of what `request` boots.
     ///
     /// # Errors
-    /// The kernel cannot be examined; a clause.
+    /// The kernel cannot be read; a clause.
     pub(crate) fn of(request: &LaunchRequest, initramfs: &[u8]) -> Result<Self, String> {
         Ok(Self {
-            kernel: kernel_identity(&request.config.kernel)
-                .map_err(|error| format!("cannot examine the kernel: {error}"))?,
-            agent: digest(&[initramfs]),
+            kernel: file_digest(&request.config.kernel, &request.cache)
+                .map_err(|error| format!("cannot read the kernel: {error}"))?,
+            agent: hex_digest(initramfs),
         })
     }
 }
@@ -52,11 +53,21 @@ impl Identity {
 pub(crate) struct Cache {
     store: SnapshotStore,
     identity: Identity,
+    cpu: CpuFeatures,
     base: String,
     image: String,
 }
 
-/// SHA-256 in hexadecimal.
+/// What a cache has for a machine.
+pub(crate) struct Found {
+    pub(crate) best: Option<(Layer, Saved)>,
+    /// Nothing stands in the way of making it.
+    pub(crate) base_missing: bool,
+    /// Likewise.
+    pub(crate) image_missing: bool,
+}
+
+/// SHA-256 in hexadecimal, of parts that cannot be taken for others.
 fn digest(parts: &[&[u8]]) -> String {
     let mut hash = Sha256::new();
     for part in parts {
@@ -72,22 +83,8 @@ fn digest(parts: &[&[u8]]) -> String {
         })
 }
 
-/// Tells kernels apart without reading them: the file's identity, size and age.
-fn kernel_identity(path: &Path) -> std::io::Result<String> {
-    let meta = path.metadata()?;
-    let text = format!(
-        "{}:{}:{}:{}:{}",
-        meta.dev(),
-        meta.ino(),
-        meta.len(),
-        meta.mtime(),
-        meta.mtime_nsec()
-    );
-    Ok(digest(&[text.as_bytes()]))
-}
-
 impl Cache {
-    /// The snapshots for `request`.
+    /// The snapshots for `request` on a host that offers `cpu` to guests.
     ///
     /// # Errors
     /// The request cannot be described; a clause.
@@ -95,11 +92,16 @@ impl Cache {
         store: SnapshotStore,
         request: &LaunchRequest,
         identity: Identity,
+        cpu: &CpuFeatures,
     ) -> Result<Self, String> {
+        // What another program or host could not use has another name there.
+        let reader = serde_json::to_vec(&(versions(), cpu))
+            .map_err(|error| format!("cannot describe the host: {error}"))?;
         let kind = digest(&[
             identity.kernel.as_bytes(),
             identity.agent.as_bytes(),
             request.cmdline.as_bytes(),
+            &reader,
         ]);
         let name = |layer: &str, digest: &str| {
             let (mib, vcpus) = (request.config.memory >> 20, request.config.cpus);
@@ -123,43 +125,45 @@ impl Cache {
             base: name("base", &kind),
             image: name("image", &digest(&[kind.as_bytes(), &root])),
             identity,
+            cpu: cpu.clone(),
         })
     }
 
-    /// The best snapshot to start from, and what it holds. One that cannot be
-    /// used is removed, so that another is made.
-    pub(crate) fn open(&self) -> Option<(Layer, Saved)> {
-        [(Layer::Image, &self.image), (Layer::Base, &self.base)]
-            .into_iter()
-            .find_map(|(layer, name)| Some((layer, self.open_one(name)?)))
+    /// The best snapshot to start from, and which ones are to be made.
+    pub(crate) fn open(&self) -> Found {
+        let (image, image_missing) = self.open_one(&self.image);
+        if let Some(saved) = image {
+            return Found {
+                best: Some((Layer::Image, saved)),
+                base_missing: false,
+                image_missing: false,
+            };
+        }
+        let (base, base_missing) = self.open_one(&self.base);
+        Found {
+            best: base.map(|saved| (Layer::Base, saved)),
+            base_missing,
+            image_missing,
+        }
     }
 
-    fn open_one(&self, name: &str) -> Option<Saved> {
-        match Saved::open(&self.store, name, Some(&self.identity)) {
+    /// One snapshot, if it can be used, and whether its name is free.
+    fn open_one(&self, name: &str) -> (Option<Saved>, bool) {
+        let error = match Saved::open(&self.store, name, &self.cpu, Some(&self.identity)) {
             Ok(saved) => {
                 self.store.note_use(&saved.chain.tip().lease);
-                Some(saved)
+                return (Some(saved), false);
             }
-            Err(Error::NotFound { .. }) => None,
-            Err(error) => {
-                tracing::warn!(name, error = with_causes(&error), "cannot use a snapshot");
-                self.discard(name);
-                None
-            }
-        }
-    }
-
-    /// Removes a snapshot that cannot be used. Image snapshots that build on it
-    /// are of no more use; one that a user has made keeps it where it is.
-    fn discard(&self, name: &str) {
-        for child in self.store.children(name).unwrap_or_default() {
-            if is_automatic(&child) {
-                let _ = self.store.remove(&child);
-            }
-        }
-        if let Err(error) = self.store.remove(name) {
-            tracing::warn!(name, error = with_causes(&error), "it is not removed");
-        }
+            Err(Error::NotFound { .. }) => return (None, true),
+            Err(error) => error,
+        };
+        tracing::warn!(name, error = with_causes(&error), "cannot use a snapshot");
+        // Anything else, such as too few descriptors, may be over next time.
+        let spoilt = matches!(
+            error,
+            Error::Damaged { .. } | Error::Older { .. } | Error::Parent { .. }
+        );
+        (None, spoilt && discard(&self.store, name))
     }
 
     /// A plan for the snapshot of a machine that is ready for any image.
@@ -194,9 +198,38 @@ impl Cache {
     }
 }
 
+/// Removes a snapshot that cannot be used, and says whether it is gone. Image
+/// snapshots that build on it are of no more use; one that a user has made keeps it
+/// where it is.
+pub(crate) fn discard(store: &SnapshotStore, name: &str) -> bool {
+    for child in store.children(name).unwrap_or_default() {
+        if is_automatic(&child) {
+            let _ = store.remove(&child);
+        }
+    }
+    match store.remove(name) {
+        Ok(()) | Err(Error::NotFound { .. }) => true,
+        Err(error) => {
+            tracing::warn!(name, error = with_causes(&error), "it is not removed");
+            false
+        }
+    }
+}
+
 /// Removes the automatic snapshots that were not used for longest, beyond those
 /// that are worth keeping. What a machine or another snapshot uses stays.
+/// Likewise what was made for the clones of `sm fork`, once none of them is left to
+/// remove it.
 pub(crate) fn trim(store: &SnapshotStore) {
+    let forked = store.remove_unused(is_of_fork, |manifest| {
+        manifest.labels.contains_key(EPHEMERAL_LABEL)
+    });
+    if let Err(error) = forked {
+        tracing::warn!(
+            error = with_causes(&error),
+            "cannot look for forgotten forks"
+        );
+    }
     let removed = store.trim(KEPT, is_automatic);
     match removed {
         Ok(0) => {}

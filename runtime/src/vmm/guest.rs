@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use rustix::event::{EventfdFlags, eventfd};
+use sm_snapshot::capture::Hold;
 use sm_snapshot::manifest::Layer;
 
 use crate::launch::{SnapshotReport, StageTimes};
@@ -35,6 +36,10 @@ pub(crate) trait Guest {
     fn agent_ready(&mut self) -> Result<(), String> {
         Ok(())
     }
+    /// Whether an image snapshot is to be made, of a guest that is frozen first.
+    fn wants_root(&self) -> bool {
+        false
+    }
     /// The root file system is mounted and nothing of it has run: the moment to
     /// make an image snapshot of.
     fn root_attached(&mut self) -> Result<(), String> {
@@ -42,6 +47,12 @@ pub(crate) trait Guest {
     }
     /// The workload runs.
     fn workload_started(&mut self) {}
+    /// The guest did not come up as it should have. If it was restored from a snapshot
+    /// that was made on the way to others, that is removed when the machine has ended;
+    /// returns its name.
+    fn give_up_source(&mut self) -> Option<String> {
+        None
+    }
     /// Captures the machine with its workload, which must be frozen, as the
     /// snapshot `name`. Returns at once, with the machine running (or, with
     /// `stay`, held); [`Notice::Snapshot`] follows.
@@ -109,9 +120,17 @@ pub(crate) enum Notice {
     Agent(UnixStream),
     /// A snapshot that the supervisor asked for was made, or could not be; a
     /// clause.
-    Snapshot(Result<SnapshotReport, String>),
+    Snapshot(Result<SnapshotMade, String>),
     /// All that the guest has sent to published ports has left.
     Delivered,
+}
+
+/// A snapshot that is on disk.
+#[derive(Debug)]
+pub(crate) struct SnapshotMade {
+    pub(crate) report: SnapshotReport,
+    /// Keeps it there.
+    pub(crate) hold: Option<Hold>,
 }
 
 /// Hands notices to the supervisor, from any thread.

@@ -14,6 +14,7 @@ use sm_guest_proto::port;
 use sm_hypervisor::kvm::Kvm;
 use sm_hypervisor::{Hypervisor as _, LinuxSupport};
 use sm_snapshot::chain::Chain;
+use sm_snapshot::cpu::CpuFeatures;
 use sm_snapshot::manifest::Layer;
 use sm_snapshot::store::SnapshotStore;
 use sm_snapshot::userfault::Pager;
@@ -38,7 +39,7 @@ use super::saved::{Content, Plan, Saved};
 use crate::doctor::{unusable, with_causes};
 use crate::id::random;
 use crate::kernel::Kernel;
-use crate::launch::{DiskSegment, LaunchRequest};
+use crate::launch::{DiskSegment, LaunchRequest, Origin};
 use crate::publish::{Published, Wiring};
 use crate::record::{Record, VmConfig};
 use crate::run::Paging;
@@ -67,7 +68,7 @@ pub(crate) struct RunningMachine {
     image_plan: Option<Plan>,
     prefetch: Option<Prefetch>,
     /// Fills memory while the machine and whoever reads it lives.
-    _pager: Option<Pager>,
+    pager: Option<Pager>,
     notices: NoticeSender,
     /// Threads that publish snapshots.
     publishing: Vec<JoinHandle<()>>,
@@ -89,30 +90,45 @@ impl Drop for RunningMachine {
 }
 
 /// Keeps the snapshot that a machine was restored from from being removed, and
-/// removes it in the end if nothing else needs it and it was made for clones
-/// only.
+/// removes it in the end if it was made for clones only and nothing else needs it, or
+/// if it is no good.
 struct SourceSnapshot {
+    store: SnapshotStore,
     chain: Option<Chain>,
-    ephemeral: Option<(SnapshotStore, String)>,
+    /// It is one that `sm run` has made for itself.
+    cached: bool,
+    /// What was restored from it did not come up.
+    spoilt: bool,
 }
 
 impl SourceSnapshot {
-    fn new(chain: Chain, store: &SnapshotStore) -> Self {
-        let lease = &chain.tip().lease;
-        let ephemeral = lease.manifest().labels.contains_key(EPHEMERAL_LABEL);
+    fn new(chain: Chain, store: SnapshotStore, cached: bool) -> Self {
         Self {
-            ephemeral: ephemeral.then(|| (store.clone(), lease.name().to_owned())),
+            store,
             chain: Some(chain),
+            cached,
+            spoilt: false,
         }
+    }
+
+    fn name(&self) -> Option<String> {
+        let chain = self.chain.as_ref()?;
+        Some(chain.tip().lease.name().to_owned())
     }
 }
 
 impl Drop for SourceSnapshot {
     fn drop(&mut self) {
-        self.chain = None;
-        if let Some((store, name)) = &self.ephemeral {
+        let Some(name) = self.name() else { return };
+        let ephemeral = self.chain.take().is_some_and(|chain| {
+            let manifest = chain.tip().lease.manifest();
+            manifest.labels.contains_key(EPHEMERAL_LABEL)
+        });
+        if self.spoilt {
+            cache::discard(&self.store, &name);
+        } else if ephemeral {
             // Refused while another clone lives: the last one succeeds.
-            let _ = store.remove(name);
+            let _ = self.store.remove(&name);
         }
     }
 }
@@ -122,20 +138,103 @@ fn failed<E: std::error::Error>(what: &'static str) -> impl FnOnce(E) -> String 
     move |error| format!("cannot {what}: {}", with_causes(&error))
 }
 
-/// Boots or restores the machine. Also returns the phases on the way.
+/// A machine on its way.
+pub(crate) struct Started {
+    pub(crate) machine: RunningMachine,
+    /// What was reached on the way.
+    pub(crate) phases: Vec<Phase>,
+    /// Sentences that the person who started the VM should see.
+    pub(crate) warnings: Vec<String>,
+}
+
+/// Why there is no machine; a sentence.
+pub(crate) struct Failure {
+    pub(crate) message: String,
+    /// It may be the snapshot's fault, not the host's or the request's.
+    pub(crate) spoilt: bool,
+}
+
+impl From<String> for Failure {
+    fn from(message: String) -> Self {
+        Self {
+            message,
+            spoilt: false,
+        }
+    }
+}
+
+/// Boots or restores the machine. A snapshot of the cache that cannot be restored is
+/// removed, and the next best thing is started from.
 ///
 /// # Errors
 /// A sentence for the person who started the VM.
 pub(crate) fn start(
     request: &LaunchRequest,
     record: &Record,
-    console: File,
-    notices: NoticeSender,
-) -> Result<(RunningMachine, Vec<Phase>), String> {
-    let mut phases = Vec::new();
+    console: &File,
+    notices: &NoticeSender,
+) -> Result<Started, String> {
     let kvm = Kvm::open().map_err(|error| with_causes(&error))?;
-    phases.push(Phase::now("hypervisor opened"));
+    let opened = Phase::now("hypervisor opened");
+    let cpuid = kvm
+        .guest_cpuid()
+        .map_err(failed("ask what processor guests get"))?;
+    let cpu = CpuFeatures::of(&cpuid);
+    let mut warnings = Vec::new();
+    let mut request = request.clone();
+    loop {
+        let beginning = Beginning::of(&request, &cpu)?;
+        let cached = beginning.cached(&request);
+        let parts = Parts {
+            kvm: kvm.clone(),
+            devices: Vec::new(),
+            console: console
+                .try_clone()
+                .map_err(failed("duplicate the console's descriptor"))?,
+            phases: vec![opened.clone()],
+            paging: request.paging,
+            prefetch: None,
+            pager: None,
+        };
+        match begin(&request, record, notices, beginning, parts) {
+            Ok((machine, phases)) => {
+                return Ok(Started {
+                    machine,
+                    phases,
+                    warnings,
+                });
+            }
+            Err(failure) => match cached {
+                Some((store, name)) if failure.spoilt => {
+                    tracing::warn!(name, error = failure.message, "a snapshot is no good");
+                    warnings.push(format!(
+                        "snapshot \"{name}\" was made by sm for itself, and {}: going on without it",
+                        failure.message
+                    ));
+                    if !cache::discard(&store, &name) {
+                        request.origin = Origin::Cold;
+                    }
+                }
+                _ => {
+                    return Err(match &request.origin {
+                        Origin::Snapshot(name) | Origin::Evidence(name) if failure.spoilt => {
+                            format!("snapshot \"{name}\" is of no use here: {}", failure.message)
+                        }
+                        _ => failure.message,
+                    });
+                }
+            },
+        }
+    }
+}
 
+fn begin(
+    request: &LaunchRequest,
+    record: &Record,
+    notices: &NoticeSender,
+    beginning: Beginning,
+    mut parts: Parts,
+) -> Result<(RunningMachine, Vec<Phase>), Failure> {
     let event_loop = EventLoop::spawn("sm-devices").map_err(failed("start the event loop"))?;
     let descriptors = Descriptors::of_this_process(request.config.publish.len());
     let config = VsockConfig {
@@ -157,7 +256,6 @@ pub(crate) fn start(
             limit: &descriptors.published,
         },
     )?;
-    let beginning = Beginning::of(request)?;
     // A disk that the guest knows already is there from the start; otherwise
     // the machine gets it when it was captured.
     let (disk, image) = match beginning.start() {
@@ -165,7 +263,7 @@ pub(crate) fn start(
         _ => (Disk::empty(), Some(root_disk(&beginning.content.root)?)),
     };
     let root = Arc::new(Mutex::new(Block::new(disk, Access::ReadOnly, "root")));
-    let devices = vec![
+    parts.devices = vec![
         DeviceConfig {
             slot: SLOT_VSOCK,
             device: vsock,
@@ -176,20 +274,12 @@ pub(crate) fn start(
         },
         device(SLOT_RNG, Rng::new()),
     ];
-    let mut parts = Parts {
-        kvm,
-        devices,
-        console,
-        phases,
-        paging: request.paging,
-        prefetch: None,
-        pager: None,
-    };
     let start = beginning.start();
     let (mut machine, source) = match beginning.source {
         Source::Snapshot { store, saved } => {
             let (machine, chain) = parts.restore(*saved, &event_loop)?;
-            (machine, Some(SourceSnapshot::new(chain, &store)))
+            let cached = request.origin == Origin::Image;
+            (machine, Some(SourceSnapshot::new(chain, store, cached)))
         }
         Source::Kernel { initramfs } => (parts.boot(request, initramfs, &event_loop)?, None),
     };
@@ -210,8 +300,8 @@ pub(crate) fn start(
         base_plan: beginning.base_plan,
         image_plan: beginning.image_plan,
         prefetch: parts.prefetch,
-        _pager: parts.pager,
-        notices,
+        pager: parts.pager,
+        notices: notices.clone(),
         publishing: Vec::new(),
         _exec: exec,
         published,
@@ -287,7 +377,7 @@ impl Parts {
         &mut self,
         saved: Saved,
         event_loop: &EventLoop,
-    ) -> Result<(Machine<Kvm>, Chain), String> {
+    ) -> Result<(Machine<Kvm>, Chain), Failure> {
         let Saved { chain, state, .. } = saved;
         self.phases.push(Phase::now("snapshot opened"));
         let Paged {
@@ -308,7 +398,10 @@ impl Parts {
             console,
             &event_loop.handle(),
         )
-        .map_err(failed("restore the virtual machine"))?;
+        .map_err(|error| Failure {
+            message: format!("it cannot be restored: {}", with_causes(&error)),
+            spoilt: true,
+        })?;
         // Before the guest runs on: the first thing it learns is that it is
         // another machine now.
         machine

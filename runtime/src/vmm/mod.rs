@@ -9,6 +9,7 @@ mod beginning;
 mod cache;
 mod conn;
 mod descriptors;
+mod digests;
 mod guest;
 mod log;
 mod machine;

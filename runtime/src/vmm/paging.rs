@@ -1,11 +1,13 @@
 //! How the memory of a snapshot gets into a machine.
 
+use sm_snapshot::Error;
 use sm_snapshot::chain::Chain;
 use sm_snapshot::restore::map_memory;
 use sm_snapshot::userfault::{ChainPages, Pager, page_in};
 use sm_snapshot::working_set::WorkingSet;
 use sm_vmm_core::memory::MachineMemory;
 
+use super::machine::Failure;
 use super::prefetch::Prefetch;
 use crate::doctor::with_causes;
 use crate::run::Paging;
@@ -22,17 +24,18 @@ impl Paged {
     ///
     /// # Errors
     /// It cannot be mapped, or this process not handle its faults; a sentence.
-    pub(crate) fn new(chain: &Chain, paging: Paging) -> Result<Self, String> {
-        let failed = |error| {
-            format!(
-                "cannot map the memory of the snapshot: {}",
+    pub(crate) fn new(chain: &Chain, paging: Paging) -> Result<Self, Failure> {
+        let failed = |error| Failure {
+            message: format!(
+                "the memory of the snapshot cannot be mapped: {}",
                 with_causes(&error)
-            )
+            ),
+            spoilt: matches!(error, Error::Fragmented { .. }),
         };
         if paging == Paging::Userfault {
-            return Self::by_faults(chain);
+            return Ok(Self::by_faults(chain)?);
         }
-        let memory = map_memory(chain, false).map_err(failed)?;
+        let memory = map_memory(chain).map_err(failed)?;
         if paging == Paging::Prefault {
             // Advice that the system does not take costs time later, no more.
             let _ = WorkingSet::all(chain).prefetch(&memory);

@@ -1,10 +1,10 @@
 //! The working set of a snapshot: recorded by the first machine that starts
 //! from it, mapped ahead of use by later ones.
 
-use std::path::PathBuf;
 use std::thread::JoinHandle;
 
 use sm_snapshot::chain::Chain;
+use sm_snapshot::store::SnapshotStore;
 use sm_snapshot::working_set::WorkingSet;
 use sm_vmm_core::memory::MachineMemory;
 
@@ -12,18 +12,18 @@ use crate::doctor::with_causes;
 
 /// What is known of a snapshot's working set.
 pub(crate) struct Prefetch {
-    /// Where the record goes when there is none yet.
-    missing: Option<PathBuf>,
+    /// The snapshot that has no record yet.
+    missing: Option<String>,
 }
 
 impl Prefetch {
     /// Begins to map the pages that earlier machines used. It goes on beside
     /// whatever the caller does next.
     pub(crate) fn begin(chain: &Chain, memory: &MachineMemory) -> Self {
-        let directory = chain.tip().lease.dir();
-        let Some(set) = WorkingSet::load(directory) else {
+        let lease = &chain.tip().lease;
+        let Some(set) = WorkingSet::load(lease.dir()) else {
             return Self {
-                missing: Some(directory.to_owned()),
+                missing: Some(lease.name().to_owned()),
             };
         };
         let memory = memory.clone();
@@ -37,12 +37,17 @@ impl Prefetch {
     }
 
     /// Records what has been used by now, unless a record exists. Returns the
-    /// thread that does it.
-    pub(crate) fn record(self, memory: &MachineMemory) -> Option<JoinHandle<()>> {
-        let directory = self.missing?;
-        let memory = memory.clone();
+    /// thread that does it. (The snapshot cannot be another: the machine uses it.)
+    pub(crate) fn record(
+        self,
+        memory: &MachineMemory,
+        store: &SnapshotStore,
+    ) -> Option<JoinHandle<()>> {
+        let name = self.missing?;
+        let (memory, store) = (memory.clone(), store.clone());
         let save = move || {
-            let saved = WorkingSet::record(&memory).and_then(|set| set.save(&directory));
+            let saved =
+                WorkingSet::record(&memory).and_then(|set| set.save(&store, &store.lease(&name)?));
             if let Err(error) = saved {
                 tracing::warn!(
                     error = with_causes(&error),

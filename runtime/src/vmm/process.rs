@@ -118,14 +118,15 @@ fn assemble(
     let listener = UnixListener::bind(record.control_socket())
         .map_err(io_error("create the control socket"))?;
     let (sender, notices) = notices().map_err(io_error("create an event descriptor"))?;
-    let (guest, phases) = super::machine::start(&request, record, console, sender)?;
+    let started = super::machine::start(&request, record, &console, &sender)?;
     let mut request = request;
-    request.phases.extend(phases);
+    request.phases.extend(started.phases);
     let launcher = launcher
         .try_clone()
         .map_err(io_error("keep the launch stream"))?;
     Supervisor::new(Parts {
-        guest,
+        guest: started.machine,
+        warnings: started.warnings,
         notices,
         request,
         record: record.clone(),

@@ -5,17 +5,18 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::mpsc::channel;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use sm_guest_proto::PROTOCOL_VERSION;
-use sm_hypervisor::kvm::Kvm;
+use sm_hypervisor::Hypervisor;
 use sm_snapshot::Error;
-use sm_snapshot::capture::{Ancestry, Capture, Description};
-use sm_snapshot::chain::{Chain, MAX_DEPTH};
+use sm_snapshot::capture::{Ancestry, Capture, Captured, Description};
+use sm_snapshot::chain::Chain;
 use sm_snapshot::cpu::CpuFeatures;
-use sm_snapshot::manifest::{DeviceEntry, Layer, Manifest};
+use sm_snapshot::manifest::{DeviceEntry, FORMAT, Layer};
 use sm_snapshot::restore::{self, Requirements};
 use sm_snapshot::state_file::Section;
 use sm_snapshot::store::SnapshotStore;
@@ -28,10 +29,24 @@ use crate::doctor::with_causes;
 use crate::launch::DiskSegment;
 use crate::record::VmConfig;
 
-/// Name and layout version of the section with the machine's state.
+/// Name and layout version of the section with the machine's state. The layout is
+/// that of [`MachineState`]: whoever changes that, or anything in it, also raises
+/// this number (a test that reads a snapshot of this one says so).
 const MACHINE_SECTION: (&str, u32) = ("machine", 1);
-/// Name and layout version of the section with [`Content`].
+/// Name and layout version of the section with [`Content`], which is JSON: members
+/// may be added, with defaults, under the same number.
 const VM_SECTION: (&str, u32) = ("vm", 1);
+
+/// Everything that decides which snapshots this program reads.
+pub(crate) fn versions() -> [u32; 5] {
+    [
+        FORMAT,
+        MACHINE_VERSION,
+        PROTOCOL_VERSION,
+        MACHINE_SECTION.1,
+        VM_SECTION.1,
+    ]
+}
 
 /// What a VMM has to know of a machine besides its state.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -54,14 +69,15 @@ pub(crate) struct Saved {
 
 impl Saved {
     /// Opens a snapshot and checks that this host and program can go on with it.
-    /// `identity` is the guest software it must have been made with, where not
-    /// any will do.
+    /// `cpu` is what the host offers to guests, `identity` the guest software the
+    /// snapshot must have been made with, where not any will do.
     ///
     /// # Errors
     /// It is absent, damaged, or needs something else.
     pub(crate) fn open(
         store: &SnapshotStore,
         name: &str,
+        cpu: &CpuFeatures,
         identity: Option<&Identity>,
     ) -> Result<Self, Error> {
         let chain = Chain::open(store, name)?;
@@ -72,7 +88,7 @@ impl Saved {
                 protocol: PROTOCOL_VERSION,
                 kernel: identity.map(|identity| identity.kernel.clone()),
                 agent: identity.map(|identity| identity.agent.clone()),
-                cpu: CpuFeatures::host(),
+                cpu: cpu.clone(),
             },
         )?;
         let state = machine_state(&chain)?;
@@ -93,7 +109,8 @@ pub(crate) fn machine_state(chain: &Chain) -> Result<MachineState, Error> {
     let tip = chain.tip();
     let path = tip.lease.dir().join("state.bin");
     let (name, version) = MACHINE_SECTION;
-    postcard::from_bytes(tip.state.section(&path, name, version)?).map_err(|error| Error::Damaged {
+    let (_, payload) = tip.state.section(&path, name, version..=version)?;
+    postcard::from_bytes(payload).map_err(|error| Error::Damaged {
         reason: format!("its machine state cannot be read: {error}"),
         path,
     })
@@ -107,11 +124,10 @@ pub(crate) fn content(chain: &Chain) -> Result<Content, Error> {
     let tip = chain.tip();
     let path = tip.lease.dir().join("state.bin");
     let (name, version) = VM_SECTION;
-    serde_json::from_slice(tip.state.section(&path, name, version)?).map_err(|error| {
-        Error::Damaged {
-            reason: format!("its description of the VM cannot be read: {error}"),
-            path,
-        }
+    let (_, payload) = tip.state.section(&path, name, version..=version)?;
+    serde_json::from_slice(payload).map_err(|error| Error::Damaged {
+        reason: format!("its description of the VM cannot be read: {error}"),
+        path,
     })
 }
 
@@ -129,7 +145,7 @@ pub(crate) struct Plan {
 /// What making a snapshot came to.
 #[derive(Debug)]
 pub(crate) struct Made {
-    pub(crate) manifest: Manifest,
+    pub(crate) captured: Captured,
     /// How long the vCPUs were held.
     pub(crate) pause: Duration,
 }
@@ -144,46 +160,48 @@ impl Plan {
     ///
     /// # Errors
     /// The machine cannot be paused, saved or resumed, or its memory not be
-    /// stored; a clause. `done` is not called then.
-    pub(crate) fn capture(
+    /// stored; a clause. `done` is not called then, and the machine runs on if it
+    /// can at all.
+    pub(crate) fn capture<H: Hypervisor>(
         self,
-        machine: &mut Machine<Kvm>,
-        parent: Option<&Chain>,
+        machine: &mut Machine<H>,
+        ancestry: Ancestry<'_>,
         stay: bool,
         done: Done,
     ) -> Result<JoinHandle<()>, String> {
-        let paused = Instant::now();
-        machine.pause().map_err(|error| with_causes(&error))?;
-        let ancestry = match parent {
-            None => Ancestry::Booted,
-            Some(chain) if chain.members().len() < MAX_DEPTH => Ancestry::Diff(chain),
-            Some(_) => Ancestry::Full,
-        };
-        let state = machine.save_state().map_err(|error| with_causes(&error));
-        let capture = Capture::begin(&self.store, &machine.memory().guest, ancestry)
-            .map_err(|error| with_causes(&error));
-        let failed = state.is_err() || capture.is_err();
-        if failed || !stay {
-            machine.resume().map_err(|error| with_causes(&error))?;
-        }
-        let pause = paused.elapsed();
-        let (state, capture) = (state?, capture?);
-        let vcpus = u32::try_from(machine.vcpus()).unwrap_or(u32::MAX);
-        std::thread::Builder::new()
+        // Before anything is held up: there may be no thread to be had.
+        let (hand_over, taken) = channel();
+        let (store, vcpus) = (self.store.clone(), machine.vcpus());
+        let publisher = std::thread::Builder::new()
             .name("sm-snapshot".to_owned())
             .spawn(move || {
-                let made = self.finish(capture, &state, vcpus);
-                done(made.map(|manifest| Made { manifest, pause }));
+                // Nothing comes when capturing failed.
+                if let Ok((capture, state, pause)) = taken.recv() {
+                    let made = self.finish(capture, &state, vcpus);
+                    done(made.map(|captured| Made { captured, pause }));
+                }
             })
-            .map_err(|error| format!("cannot start a thread: {error}"))
+            .map_err(|error| format!("cannot start a thread: {error}"))?;
+        let begun = Instant::now();
+        let held = hold(machine, &store, ancestry);
+        if held.is_err() || !stay {
+            let resumed = machine.resume().map_err(|error| with_causes(&error));
+            if let (Ok(_), Err(error)) = (&held, resumed) {
+                return Err(error);
+            }
+        }
+        let (state, capture) = held?;
+        // The thread waits for it.
+        let _ = hand_over.send((capture, state, begun.elapsed()));
+        Ok(publisher)
     }
 
     fn finish(
         self,
         capture: Capture,
         state: &MachineState,
-        vcpus: u32,
-    ) -> Result<Manifest, String> {
+        vcpus: usize,
+    ) -> Result<Captured, String> {
         let device = |slot, kind: &str| DeviceEntry {
             slot,
             kind: kind.to_owned(),
@@ -192,9 +210,11 @@ impl Plan {
             layer: self.layer,
             sm_version: env!("CARGO_PKG_VERSION").to_owned(),
             machine_version: MACHINE_VERSION,
-            vcpus,
+            vcpus: u32::try_from(vcpus).unwrap_or(u32::MAX),
             kernel: self.identity.kernel,
             agent: self.identity.agent,
+            // All of them are told the same.
+            cpu: CpuFeatures::of(state.vcpus.first().map_or(&[], |vcpu| &vcpu.cpuid)),
             protocol: PROTOCOL_VERSION,
             devices: vec![
                 device(SLOT_VSOCK, "vsock"),
@@ -224,3 +244,20 @@ impl Plan {
             .map_err(|error| with_causes(&error))
     }
 }
+
+/// Pauses a machine, takes its state and copies its memory. It is left paused, and
+/// after a failure in whatever state that came in.
+fn hold<H: Hypervisor>(
+    machine: &mut Machine<H>,
+    store: &SnapshotStore,
+    ancestry: Ancestry<'_>,
+) -> Result<(MachineState, Capture), String> {
+    machine.pause().map_err(|error| with_causes(&error))?;
+    let state = machine.save_state().map_err(|error| with_causes(&error))?;
+    let capture = Capture::begin(store, &machine.memory().guest, ancestry)
+        .map_err(|error| with_causes(&error))?;
+    Ok((state, capture))
+}
+
+#[cfg(test)]
+mod tests;

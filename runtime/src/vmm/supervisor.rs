@@ -38,6 +38,8 @@ use crate::timings::Phase;
 /// Everything a supervisor is given.
 pub(crate) struct Parts<G> {
     pub(crate) guest: G,
+    /// Sentences for whoever started the VM.
+    pub(crate) warnings: Vec<String>,
     /// What other threads have to say.
     pub(crate) notices: NoticeReceiver,
     pub(crate) request: LaunchRequest,
@@ -64,6 +66,8 @@ enum Timer {
     Kill,
     /// The agent should have said whether memory ran out.
     OomCheck,
+    /// The guest must be ready for a snapshot by then.
+    Prepare,
     /// The guest hung up; its end should be known by now.
     HangUp,
     /// What the guest had sent to published ports should have left.
@@ -96,8 +100,13 @@ pub(crate) struct Supervisor<G> {
     phases: Vec<Phase>,
     started_ns: u64,
     had_output: bool,
+    /// Identifies the guest since its last start or reset.
+    epoch: String,
     /// The snapshot that is being made.
     snapshot: Option<SnapshotJob>,
+    /// How many were begun.
+    snapshots: u64,
+    prepare_timeout: Duration,
     /// Who asked for the machine to be put back, while it is on its way.
     resetting: Option<u64>,
     /// A sentence from the agent about why the workload did not start.
@@ -146,6 +155,9 @@ impl<G: Guest> Supervisor<G> {
             started_ns: 0,
             had_output: false,
             snapshot: None,
+            snapshots: 0,
+            prepare_timeout: snapshots::PREPARE_TIMEOUT,
+            epoch: String::new(),
             resetting: None,
             start_error: None,
             provisional: None,
@@ -156,6 +168,9 @@ impl<G: Guest> Supervisor<G> {
         let timeout = Duration::from_millis(supervisor.request.start_timeout_ms);
         supervisor.set_timer(Timer::Start, timeout);
         supervisor.add_client(launcher);
+        for warning in parts.warnings {
+            supervisor.report(&Report::Warning(warning));
+        }
         Ok(supervisor)
     }
 

@@ -39,8 +39,9 @@ fn make(store: &Path, guest: &Guest) -> Result<()> {
     let store = SnapshotStore::open(store)?;
     let event_loop = EventLoop::spawn("devices")?;
     let (mut said, console) = std::io::pipe()?;
+    let host = Kvm::open()?;
     let mut machine = Machine::boot(
-        &Kvm::open()?,
+        &host,
         MachineConfig {
             memory: MemoryConfig::new(guest.memory),
             vcpus: 1,
@@ -70,6 +71,7 @@ fn make(store: &Path, guest: &Guest) -> Result<()> {
         vcpus: 1,
         kernel: "bench".to_owned(),
         agent: "none".to_owned(),
+        cpu: CpuFeatures::of(&host.guest_cpuid()?),
         protocol: 1,
         devices: Vec::new(),
         labels: BTreeMap::new(),
@@ -94,16 +96,16 @@ pub(crate) fn serve(store: &Path) -> Result<()> {
         protocol: 1,
         kernel: None,
         agent: None,
-        cpu: CpuFeatures::host(),
+        cpu: CpuFeatures::of(&host.guest_cpuid()?),
     };
     check(&chain, &requirements)?;
     let tip = chain.tip();
-    let state = postcard::from_bytes(tip.state.section(tip.lease.dir(), SECTION, 1)?)?;
+    let state = postcard::from_bytes(tip.state.section(tip.lease.dir(), SECTION, 1..=1)?.1)?;
     let console = std::io::stdout().as_fd().try_clone_to_owned()?;
     let mut machine = Machine::restore(
         &host,
         state,
-        map_memory(&chain, false)?,
+        map_memory(&chain)?,
         devices(),
         File::from(console),
         &event_loop.handle(),

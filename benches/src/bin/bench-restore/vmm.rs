@@ -144,6 +144,7 @@ impl Setup {
             vcpus,
             kernel: "tiny".to_owned(),
             agent: "none".to_owned(),
+            cpu: CpuFeatures::of(&host.guest_cpuid()?),
             protocol: 1,
             devices: Vec::new(),
             labels: BTreeMap::new(),
@@ -181,14 +182,14 @@ impl Setup {
             protocol: 1,
             kernel: None,
             agent: None,
-            cpu: CpuFeatures::host(),
+            cpu: CpuFeatures::of(&host.guest_cpuid()?),
         };
         check(&chain, &requirements)?;
         let tip = chain.tip();
-        let payload = tip.state.section(tip.lease.dir(), SECTION, 1)?;
+        let payload = tip.state.section(tip.lease.dir(), SECTION, 1..=1)?.1;
         let state = postcard::from_bytes(payload)?;
         let snapshot = watch.lap();
-        let memory = map_memory(&chain, false)?;
+        let memory = map_memory(&chain)?;
         let mapped = watch.lap();
         let mut machine = Machine::restore(
             &host,

@@ -1,6 +1,6 @@
 //! The workload's life: attach, main command, freeze, power-off.
 
-use sm_guest_proto::control::{ControlReply, ControlRequest, Refresh};
+use sm_guest_proto::control::{ControlReply, ControlRequest, Evidence, Refresh};
 use sm_guest_proto::exec::{ExecRequest, Role};
 use sm_guest_proto::frame::FrameType;
 
@@ -20,6 +20,14 @@ pub(crate) const TESTS: &[Test] = &[
         a_main_command_that_cannot_start,
     ),
     ("freezing_holds_everything", freezing_holds_everything),
+    (
+        "the_main_command_waits_for_the_thaw",
+        the_main_command_waits_for_the_thaw,
+    ),
+    (
+        "a_root_that_hides_its_identity_is_refused",
+        a_root_that_hides_its_identity_is_refused,
+    ),
     ("power_off_ends_in_order", power_off_ends_in_order),
     ("power_off_without_a_workload", power_off_without_a_workload),
     (
@@ -33,6 +41,68 @@ fn error(reply: ControlReply) -> String {
         ControlReply::Error { message } => message,
         other => panic!("{other:?}"),
     }
+}
+
+fn evidence(agent: &Agent) -> Evidence {
+    match agent.control().ask(&ControlRequest::Evidence) {
+        ControlReply::Evidence(evidence) => evidence,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Two clones with the image's own machine ID would be one.
+fn a_root_that_hides_its_identity_is_refused() {
+    let agent = Agent::bare();
+    let image = tempfile::tempdir().unwrap();
+    std::fs::create_dir_all(image.path().join("etc/machine-id")).unwrap();
+    let mut plan = agent.plan();
+    plan.lower = image.path().to_str().unwrap().into();
+    let mut control = agent.control();
+    let error = error(control.ask(&ControlRequest::AttachRoot(plan)));
+    assert!(error.contains("/etc/machine-id"), "{error}");
+    assert_eq!(
+        control.ask(&ControlRequest::AttachRoot(agent.plan())),
+        ControlReply::Done
+    );
+}
+
+/// What an image snapshot is made of: its clones are frozen until they have an
+/// identity, and what is started in them before waits.
+fn the_main_command_waits_for_the_thaw() {
+    let agent = Agent::attached();
+    let mut control = agent.control();
+    assert_eq!(control.ask(&ControlRequest::Freeze), ControlReply::Done);
+    let mut request = shell("cat /etc/machine-id");
+    request.role = Role::Main;
+    let mut main = start(agent.path(), &request);
+    let mut beside = start(agent.path(), &shell("cat /etc/machine-id"));
+    for held in [&mut main, &mut beside] {
+        held.next_kind(FrameType::Control);
+        held.stream
+            .set_read_timeout(Some(std::time::Duration::from_millis(200)))
+            .unwrap();
+        let read = std::io::Read::read(&mut held.stream, &mut [0]);
+        assert!(read.is_err(), "nothing runs");
+        held.stream
+            .set_read_timeout(Some(std::time::Duration::from_secs(60)))
+            .unwrap();
+    }
+    let machine_id = "fedcba9876543210fedcba9876543210";
+    let refresh = Refresh {
+        machine_id: machine_id.into(),
+        ..Refresh::default()
+    };
+    control.ask(&ControlRequest::Refresh(refresh));
+    assert_eq!(evidence(&agent).machine_id, machine_id);
+    assert_eq!(control.ask(&ControlRequest::Thaw), ControlReply::Done);
+    assert_eq!(main.collect().text(), format!("{machine_id}\n"));
+    // It ended with the main command, or before.
+    let beside = beside.collect();
+    assert!(
+        beside.status == Some(137) || beside.text() == format!("{machine_id}\n"),
+        "{:?}",
+        beside.status
+    );
 }
 
 fn requests_out_of_order() {
@@ -87,6 +157,7 @@ fn the_root_is_assembled() {
         machine_id: "0123456789abcdef0123456789abcdef".into(),
         boot_id: "01234567-89ab-4def-8123-456789abcdef".into(),
         hostname: "clone".into(),
+        epoch: "21234567-89ab-4def-8123-456789abcdef".into(),
         ..Refresh::default()
     };
     let text = |script: &str| run(agent.path(), &shell(script)).text();
@@ -102,6 +173,19 @@ fn the_root_is_assembled() {
         text("cat /proc/sys/kernel/random/boot_id"),
         "01234567-89ab-4def-8123-456789abcdef\n"
     );
+    assert_eq!(
+        text("cat /run/sm-epoch"),
+        "21234567-89ab-4def-8123-456789abcdef\n"
+    );
+    let evidence = evidence(&agent);
+    assert_eq!(evidence.machine_id, "0123456789abcdef0123456789abcdef");
+    assert_eq!(evidence.boot_id, "01234567-89ab-4def-8123-456789abcdef");
+    assert_eq!(evidence.epoch, "21234567-89ab-4def-8123-456789abcdef");
+    assert_eq!(evidence.hostname, "clone");
+    assert_eq!(evidence.uuid.len(), 36);
+    // It is what the workload finds, not what it was meant to.
+    text("umount /etc/machine-id && echo other >/etc/machine-id");
+    assert_eq!(self::evidence(&agent).machine_id, "other");
     assert_eq!(text("cat /etc/resolv.conf"), "nameserver 10.9.9.9\n");
     let hosts = text("cat /etc/hosts");
     assert!(

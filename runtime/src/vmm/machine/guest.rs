@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::PoisonError;
 
 use sm_devices_vsock::ConnectOptions;
+use sm_snapshot::capture::Ancestry;
 use sm_snapshot::manifest::Layer;
 use sm_vmm_core::exit::ExitReason;
 
@@ -16,7 +17,7 @@ use crate::id::random;
 use crate::launch::{SnapshotReport, StageTimes};
 use crate::publish::PublishedPort;
 use crate::snapshots::{EPHEMERAL_LABEL, IMAGE_LABEL};
-use crate::vmm::guest::{Guest, GuestEnd, Notice, SnapshotPlan, Start};
+use crate::vmm::guest::{Guest, GuestEnd, Notice, SnapshotMade, SnapshotPlan, Start};
 use crate::vmm::saved::{Content, Done, Made, Plan, machine_state};
 
 impl RunningMachine {
@@ -27,7 +28,7 @@ impl RunningMachine {
         let done = move |made: Result<Made, String>| match made {
             Ok(made) => tracing::info!(
                 name,
-                pages = made.manifest.memory.data_pages,
+                pages = made.captured.manifest.memory.data_pages,
                 pause_us = made.pause.as_micros(),
                 "a snapshot was made"
             ),
@@ -48,7 +49,9 @@ impl RunningMachine {
             .source
             .as_ref()
             .and_then(|source| source.chain.as_ref());
-        let publishing = plan.capture(&mut self.machine, chain, stay, done)?;
+        let filled = self.pager.is_some();
+        let ancestry = chain.map_or(Ancestry::Booted, |chain| Ancestry::of(chain, filled));
+        let publishing = plan.capture(&mut self.machine, ancestry, stay, done)?;
         self.publishing.push(publishing);
         Ok(())
     }
@@ -70,6 +73,10 @@ impl Guest for RunningMachine {
         Ok(())
     }
 
+    fn wants_root(&self) -> bool {
+        self.image_plan.is_some()
+    }
+
     fn root_attached(&mut self) -> Result<(), String> {
         match self.image_plan.take() {
             Some(plan) => self.leave_behind(plan),
@@ -80,8 +87,14 @@ impl Guest for RunningMachine {
     fn workload_started(&mut self) {
         if let Some(prefetch) = self.prefetch.take() {
             self.publishing
-                .extend(prefetch.record(self.machine.memory()));
+                .extend(prefetch.record(self.machine.memory(), &self.store));
         }
+    }
+
+    fn give_up_source(&mut self) -> Option<String> {
+        let source = self.source.as_mut().filter(|source| source.cached)?;
+        source.spoilt = true;
+        source.name()
     }
 
     fn snapshot(&mut self, plan: SnapshotPlan) -> Result<(), String> {
@@ -104,13 +117,16 @@ impl Guest for RunningMachine {
         };
         let notices = self.notices.clone();
         let done = move |made: Result<Made, String>| {
-            let report = made.map(|made| SnapshotReport {
-                pages: made.manifest.memory.data_pages,
-                parent: made.manifest.parent.map(|parent| parent.name),
-                paused_us: u64::try_from(made.pause.as_micros()).unwrap_or(u64::MAX),
-                ..SnapshotReport::default()
+            let made = made.map(|Made { captured, pause }| SnapshotMade {
+                report: SnapshotReport {
+                    pages: captured.manifest.memory.data_pages,
+                    parent: captured.manifest.parent.map(|parent| parent.name),
+                    paused_us: u64::try_from(pause.as_micros()).unwrap_or(u64::MAX),
+                    ..SnapshotReport::default()
+                },
+                hold: Some(captured.hold),
             });
-            notices.send(Notice::Snapshot(report));
+            notices.send(Notice::Snapshot(made));
         };
         self.capture(plan, stay, Box::new(done))
     }
@@ -123,8 +139,11 @@ impl Guest for RunningMachine {
             .ok_or("it was not started from a snapshot")?;
         let state = machine_state(chain).map_err(|error| with_causes(&error))?;
         self.machine.pause().map_err(failed("pause the vCPUs"))?;
+        // Pages that were only read are as in the snapshot, and stay mapped.
+        let written = sm_snapshot::runs::private(&self.machine.memory().guest)
+            .map_err(failed("find what the machine wrote"))?;
         self.machine
-            .reset_to(&state)
+            .reset_to(&state, Some(&written))
             .map_err(failed("put the machine back"))?;
         self.machine
             .set_generation_id(random::<16>())

@@ -6,7 +6,9 @@ use std::os::unix::net::UnixStream;
 use rustix::event::PollFlags;
 use sm_frontends::is_trusted_peer;
 use sm_guest_proto::frame::FrameType;
+use sm_snapshot::capture::Hold;
 
+use super::snapshots::SnapshotJob;
 use super::{Supervisor, Timer, interest};
 use crate::launch::{ControlAnswer, ControlCall, LaunchRequest, Report, Stage, Status};
 use crate::vmm::agent::Purpose;
@@ -42,6 +44,8 @@ pub(super) struct Client {
     closing: bool,
     /// It has sent end of file on its STDIN.
     stdin_ended: bool,
+    /// The snapshot that it asked for, kept until it goes.
+    pub(super) hold: Option<Hold>,
 }
 
 impl Client {
@@ -63,6 +67,7 @@ impl Client {
             role,
             closing: false,
             stdin_ended: false,
+            hold: None,
         })
     }
 
@@ -320,6 +325,7 @@ impl<G: Guest> Supervisor<G> {
             stage: self.stage,
             paused: self.paused,
             vmm_pid: std::process::id(),
+            epoch: self.epoch.clone(),
             started_ns: self.started_ns,
             clients: self.clients.values().filter(|c| c.is_attached()).count(),
             published: self
@@ -359,6 +365,18 @@ impl<G: Guest> Supervisor<G> {
     }
 
     fn pause(&mut self, pause: bool) -> ControlAnswer {
+        let busy = self
+            .snapshot
+            .as_ref()
+            .is_some_and(SnapshotJob::needs_machine);
+        if busy || self.resetting.is_some() {
+            let what = if busy {
+                "a snapshot of this VM is being made"
+            } else {
+                "this VM is being put back to its snapshot"
+            };
+            return ControlAnswer::Error(format!("{what}: try again when that is done"));
+        }
         let Some(guest) = &mut self.guest else {
             return ControlAnswer::Error("the VM has ended".into());
         };

@@ -5,6 +5,7 @@ use std::time::Duration;
 use sm_guest_proto::control::ControlRequest;
 use sm_guest_proto::frame::{ExitStatus, FrameType};
 
+use super::guest_side::IDENTITY_REFRESHED;
 use super::{Supervisor, Timer, printable};
 use crate::launch::{Report, Stage};
 use crate::output_log::unix_nanos;
@@ -47,6 +48,7 @@ impl<G: Guest> Supervisor<G> {
                 }
                 self.set_timer(Timer::Kill, KILL_TIMEOUT);
             }
+            Timer::Prepare => self.preparing_took_too_long(),
             Timer::Kill => self.destroy("the workload did not end when it was killed"),
             Timer::OomCheck => self.oom_checked(false),
             Timer::HangUp => self.guest_broke("the guest agent hung up"),
@@ -96,6 +98,18 @@ impl<G: Guest> Supervisor<G> {
     }
 
     pub(super) fn start_failed(&mut self, message: &str) {
+        // A guest that has no identity yet has done nothing of its own: what is wrong
+        // with it came with the snapshot.
+        let blank = !self.phases.iter().any(|p| p.name == IDENTITY_REFRESHED);
+        let source = self.guest.as_mut().filter(|_| blank);
+        let given_up = match source.and_then(Guest::give_up_source) {
+            Some(name) => format!(
+                "; it was restored from snapshot \"{name}\", which is removed now, so that the \
+                 next start boots a kernel (as --cold does)"
+            ),
+            None => String::new(),
+        };
+        let message = &format!("{message}{given_up}");
         let message = self.with_console(message);
         self.conclude(OUR_FAILURE, ExitReason::StartFailed, Some(message));
     }

@@ -19,6 +19,8 @@ use crate::vmm::guest::{Guest, Start};
 
 /// The root disk in the guest.
 const ROOT_DEVICE: &str = "/dev/vda";
+/// The phase after which the guest is nobody else.
+pub(super) const IDENTITY_REFRESHED: &str = "identity refreshed";
 /// How long a restored guest's kernel may take to see its new generation ID.
 const VMGENID_WAIT_MS: u32 = 5000;
 /// How long the end of the machine may lag behind a hung-up stream.
@@ -71,6 +73,7 @@ impl<G: Guest> Supervisor<G> {
     /// for the host.
     fn prepare_guest(&mut self) {
         let (refresh, root) = (self.fresh_identity(), self.attach_root());
+        self.epoch.clone_from(&refresh.epoch);
         let needs_root = matches!(self.start(), Start::Boot | Start::Restored(Layer::Base))
             && !matches!(self.request.origin, Origin::Evidence(_));
         let Some(agent) = &mut self.agent else {
@@ -172,23 +175,25 @@ impl<G: Guest> Supervisor<G> {
                          use a kernel with CONFIG_VMGENID, or --cold",
                     );
                 }
-                self.reach("identity refreshed");
+                self.reach(IDENTITY_REFRESHED);
                 if let Origin::Evidence(_) = self.request.origin {
                     return self.ask_for_evidence();
                 }
                 match self.start() {
                     Start::Boot | Start::Restored(Layer::Base) => {}
-                    Start::Restored(Layer::Image) => self.request_workload(),
+                    Start::Restored(Layer::Image) => {
+                        // Whatever has been started in it by now runs from here on.
+                        self.thaw();
+                        self.request_workload();
+                    }
                     Start::Restored(Layer::App) => self.continue_workload(),
                 }
             }
             (Purpose::AttachRoot, ControlReply::Done) => {
                 self.reach("root attached");
-                if let Some(Err(error)) = self.guest.as_mut().map(Guest::root_attached) {
-                    return self.start_failed(&format!("cannot prepare the machine: {error}"));
-                }
-                self.request_workload();
+                self.root_attached();
             }
+            (Purpose::FreezeRoot, reply) => self.root_frozen(reply),
             (Purpose::Evidence { asked_ns }, ControlReply::Evidence(evidence)) => {
                 let (told, now) = (evidence.realtime_ns, unix_nanos());
                 let early = asked_ns.saturating_sub(told);
@@ -198,8 +203,8 @@ impl<G: Guest> Supervisor<G> {
                 }));
                 self.destroy("it was made for evidence only");
             }
-            (Purpose::Freeze, reply) => self.frozen(reply),
-            (Purpose::Prepare, reply) => self.prepared(reply),
+            (Purpose::Freeze { job }, reply) => self.frozen(job, reply),
+            (Purpose::Prepare { job }, reply) => self.prepared(job, reply),
             (Purpose::Thaw, ControlReply::Done) => {}
             (Purpose::OomCheck, ControlReply::Stats(stats)) => {
                 self.oom_checked(stats.oom_kills > 0);
@@ -255,6 +260,32 @@ impl<G: Guest> Supervisor<G> {
         };
         self.phases.insert(ready, phase.clone());
         self.report(&Report::Phase(phase));
+    }
+
+    /// An image snapshot is of a frozen workload like any other, though there is none
+    /// yet: what somebody starts in a clone of it, by whatever way there is, waits
+    /// until the clone has its identity.
+    fn root_attached(&mut self) {
+        let wanted = self.guest.as_ref().is_some_and(Guest::wants_root);
+        match &mut self.agent {
+            Some(agent) if wanted => agent.ask(Purpose::FreezeRoot, &ControlRequest::Freeze),
+            _ => self.request_workload(),
+        }
+    }
+
+    fn root_frozen(&mut self, reply: ControlReply) {
+        if reply == ControlReply::Done {
+            if let Some(Err(error)) = self.guest.as_mut().map(Guest::root_attached) {
+                return self.start_failed(&format!("cannot prepare the machine: {error}"));
+            }
+        } else {
+            tracing::warn!(
+                ?reply,
+                "no image snapshot is made: the guest does not freeze"
+            );
+        }
+        self.thaw();
+        self.request_workload();
     }
 
     fn request_workload(&mut self) {

@@ -17,16 +17,31 @@ use sm_snapshot::manifest::Layer;
 use super::{Supervisor, Timer, printable};
 use crate::launch::{ControlAnswer, SnapshotReport, Stage};
 use crate::vmm::agent::Purpose;
-use crate::vmm::guest::{Guest, SnapshotPlan, Start};
+use crate::vmm::guest::{Guest, SnapshotMade, SnapshotPlan, Start};
+
+/// How long the guest may take to stop its workload and write back its data before
+/// the attempt is given up. (The agent gives up earlier, if it still runs.)
+pub(super) const PREPARE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A snapshot on its way.
 #[derive(Debug)]
 pub(super) struct SnapshotJob {
+    /// Tells answers to it from answers to an earlier one.
+    id: u64,
     /// Who asked for it.
     client: u64,
     plan: SnapshotPlan,
     asked: Instant,
     frozen_us: u64,
+    /// Its memory has been copied: what is left happens beside the machine.
+    captured: bool,
+}
+
+impl SnapshotJob {
+    /// Whether nothing else may hold or resume the machine.
+    pub(super) fn needs_machine(&self) -> bool {
+        !self.captured || self.plan.stay
+    }
 }
 
 impl<G: Guest> Supervisor<G> {
@@ -39,26 +54,50 @@ impl<G: Guest> Supervisor<G> {
             "the VM is paused: unpause it first"
         } else if self.snapshot.is_some() {
             "a snapshot of this VM is being made already"
+        } else if self.resetting.is_some() {
+            "this VM is being put back to its snapshot"
         } else if let Some(agent) = &mut self.agent {
-            agent.ask(Purpose::Freeze, &ControlRequest::Freeze);
+            self.snapshots += 1;
+            let job = self.snapshots;
+            agent.ask(Purpose::Freeze { job }, &ControlRequest::Freeze);
             self.snapshot = Some(SnapshotJob {
+                id: job,
                 client,
                 plan,
                 asked: Instant::now(),
                 frozen_us: 0,
+                captured: false,
             });
-            return;
+            return self.set_timer(Timer::Prepare, self.prepare_timeout);
         } else {
             "the guest's agent is gone"
         };
         self.answer(client, &ControlAnswer::Error(refusal.to_owned()));
     }
 
+    /// Whether `job` is the one on its way: it may have been given up.
+    fn is_current(&self, job: u64) -> bool {
+        self.snapshot.as_ref().is_some_and(|now| now.id == job)
+    }
+
+    /// The guest has not got ready in time.
+    pub(super) fn preparing_took_too_long(&mut self) {
+        let seconds = self.prepare_timeout.as_secs();
+        // Late answers are ignored; this request waits behind what is late.
+        self.thaw();
+        self.snapshot_failed(&format!(
+            "the guest did not get ready for a snapshot within {seconds} s"
+        ));
+    }
+
     /// The agent has answered the request to freeze.
-    pub(super) fn frozen(&mut self, reply: ControlReply) {
+    pub(super) fn frozen(&mut self, job: u64, reply: ControlReply) {
+        if !self.is_current(job) {
+            return;
+        }
         match (reply, &mut self.agent) {
             (ControlReply::Done, Some(agent)) => {
-                agent.ask(Purpose::Prepare, &ControlRequest::PrepareSnapshot);
+                agent.ask(Purpose::Prepare { job }, &ControlRequest::PrepareSnapshot);
             }
             (reply, _) => {
                 self.thaw();
@@ -68,7 +107,11 @@ impl<G: Guest> Supervisor<G> {
     }
 
     /// The agent has answered the request to prepare.
-    pub(super) fn prepared(&mut self, reply: ControlReply) {
+    pub(super) fn prepared(&mut self, job: u64, reply: ControlReply) {
+        if !self.is_current(job) {
+            return;
+        }
+        self.clear_timer(Timer::Prepare);
         if reply != ControlReply::Done {
             self.thaw();
             return self.snapshot_failed(&refused("prepare the guest", reply));
@@ -79,6 +122,7 @@ impl<G: Guest> Supervisor<G> {
         let stay = job.plan.stay;
         let captured = guest.snapshot(job.plan.clone());
         job.frozen_us = u64::try_from(job.asked.elapsed().as_micros()).unwrap_or(u64::MAX);
+        job.captured = captured.is_ok();
         match captured {
             Ok(()) if stay => {}
             Ok(()) => self.thaw(),
@@ -90,12 +134,12 @@ impl<G: Guest> Supervisor<G> {
     }
 
     /// The snapshot was published, or could not be.
-    pub(super) fn snapshot_made(&mut self, made: Result<SnapshotReport, String>) {
+    pub(super) fn snapshot_made(&mut self, made: Result<SnapshotMade, String>) {
         let Some(job) = self.snapshot.take() else {
             return;
         };
         match made {
-            Ok(report) => {
+            Ok(SnapshotMade { report, hold }) => {
                 let name = job.plan.name;
                 let why = format!("it was stopped when snapshot \"{name}\" of it was made");
                 let report = SnapshotReport {
@@ -104,6 +148,10 @@ impl<G: Guest> Supervisor<G> {
                     ..report
                 };
                 self.answer(job.client, &ControlAnswer::Snapshot(report));
+                // Until the client has opened it, or is gone.
+                if let Some(client) = self.clients.get_mut(&job.client) {
+                    client.hold = hold;
+                }
                 if job.plan.stay {
                     self.destroy(&why);
                 }
@@ -176,12 +224,13 @@ impl<G: Guest> Supervisor<G> {
     }
 
     fn snapshot_failed(&mut self, why: &str) {
+        self.clear_timer(Timer::Prepare);
         if let Some(job) = self.snapshot.take() {
             self.answer(job.client, &ControlAnswer::Error(why.to_owned()));
         }
     }
 
-    fn thaw(&mut self) {
+    pub(super) fn thaw(&mut self) {
         if let Some(agent) = &mut self.agent {
             agent.ask(Purpose::Thaw, &ControlRequest::Thaw);
         }

@@ -24,7 +24,7 @@ use crate::launch::{ControlAnswer, ControlCall, Origin, SnapshotReport};
 use crate::output_log::LogReader;
 use crate::record::{ExitReason, Records, VmConfig, VmState};
 use crate::session::{Event, Session};
-use crate::vmm::guest::{GuestEnd, NoticeSender, SnapshotPlan, Start, notices};
+use crate::vmm::guest::{GuestEnd, NoticeSender, SnapshotMade, SnapshotPlan, Start, notices};
 use crate::workload::Workload;
 
 /// A machine without a guest: streams to it go to the test.
@@ -33,6 +33,7 @@ struct FakeGuest {
     state: Arc<FakeState>,
     start: Start,
     notices: NoticeSender,
+    wants_root: bool,
 }
 
 struct FakeState {
@@ -46,6 +47,9 @@ struct FakeState {
     closed: Mutex<bool>,
     /// It has sent something that has not left yet.
     delivers: Mutex<bool>,
+    /// Image snapshots made.
+    roots: Mutex<u32>,
+    given_up: Mutex<bool>,
 }
 
 impl FakeState {
@@ -64,6 +68,17 @@ impl Guest for FakeGuest {
     fn start(&self) -> Start {
         self.start
     }
+    fn wants_root(&self) -> bool {
+        self.wants_root
+    }
+    fn root_attached(&mut self) -> Result<(), String> {
+        *self.state.roots.lock().unwrap() += 1;
+        Ok(())
+    }
+    fn give_up_source(&mut self) -> Option<String> {
+        *self.state.given_up.lock().unwrap() = true;
+        matches!(self.start, Start::Restored(_)).then(|| "image-x".to_owned())
+    }
     fn snapshot(&mut self, plan: SnapshotPlan) -> Result<(), String> {
         let made = match plan.name.as_str() {
             "taken" => Err("a snapshot named \"taken\" exists already".to_owned()),
@@ -73,6 +88,7 @@ impl Guest for FakeGuest {
             }),
         };
         *self.state.snapshot.lock().unwrap() = Some(plan);
+        let made = made.map(|report| SnapshotMade { report, hold: None });
         self.notices.send(Notice::Snapshot(made));
         Ok(())
     }
@@ -167,6 +183,8 @@ struct Setup {
     start: Option<Start>,
     /// The launch stream takes more than a connection holds back.
     large_buffers: bool,
+    wants_root: bool,
+    prepare_timeout: Option<Duration>,
 }
 
 fn fixture(setup: Setup) -> Fixture {
@@ -236,6 +254,8 @@ fn fixture(setup: Setup) -> Fixture {
         snapshot: Mutex::new(None),
         closed: Mutex::new(false),
         delivers: Mutex::new(false),
+        roots: Mutex::new(0),
+        given_up: Mutex::new(false),
     });
     let parts = Parts {
         guest: FakeGuest {
@@ -243,7 +263,9 @@ fn fixture(setup: Setup) -> Fixture {
             state: guest.clone(),
             start: setup.start.unwrap_or(Start::Boot),
             notices: dial.clone(),
+            wants_root: setup.wants_root,
         },
+        warnings: vec!["it rains".to_owned()],
         notices,
         request,
         lock,
@@ -253,7 +275,10 @@ fn fixture(setup: Setup) -> Fixture {
         log: LogWriter::create(record.directory(), 1 << 20).unwrap(),
         record: record.clone(),
     };
-    let supervisor = Supervisor::new(parts).unwrap();
+    let mut supervisor = Supervisor::new(parts).unwrap();
+    if let Some(timeout) = setup.prepare_timeout {
+        supervisor.prepare_timeout = timeout;
+    }
     Fixture {
         _dir: dir,
         record,
@@ -276,6 +301,13 @@ impl Fixture {
 
     /// Plays the agent up to the request for the workload.
     fn boot(&mut self) -> (Peer, Peer, ExecRequest) {
+        let (agent, mut main) = self.boot_to_root();
+        let request: ExecRequest = main.receive_json(FrameType::Request);
+        (agent, main, request)
+    }
+
+    /// Plays the agent until its root is attached.
+    fn boot_to_root(&mut self) -> (Peer, Peer) {
         let mut agent = self.dial();
         let request = agent.receive_json(FrameType::Control);
         assert!(matches!(request, ControlRequest::Hello(_)));
@@ -301,8 +333,7 @@ impl Fixture {
             protocol: PROTOCOL_VERSION,
         }));
         agent.send_json(&ControlReply::Done);
-        let request: ExecRequest = main.receive_json(FrameType::Request);
-        (agent, main, request)
+        (agent, main)
     }
 
     fn start(&mut self) -> (Peer, Peer) {
@@ -313,10 +344,13 @@ impl Fixture {
         );
         main.send_json(&ExecReply::Started { pid: 42 });
         let session = self.launcher.as_mut().unwrap();
+        let mut warned = false;
         loop {
             match session.next_event().unwrap().unwrap() {
                 Event::Phase(_) => {}
+                Event::Warning(_) => warned = true,
                 Event::Started { pid } => {
+                    assert!(warned, "before it runs");
                     assert_eq!(pid, 42);
                     return (agent, main);
                 }
@@ -337,6 +371,7 @@ impl Fixture {
                 Event::Started { pid } => events.push(format!("started {pid}")),
                 Event::Exit(status) => events.push(format!("exit {status}")),
                 Event::Ended(exit) => events.push(format!("ended {}", exit.status)),
+                Event::Warning(text) => assert_eq!(text, "it rains"),
                 Event::Error(text) => events.push(text),
             }
         }

@@ -155,12 +155,130 @@ fn an_image_snapshot_needs_no_root_attached() {
         start: Some(Start::Restored(Layer::Image)),
         ..Setup::default()
     });
-    let (_agent, mut main) = restored(&mut f, true);
+    let (mut agent, mut main) = restored(&mut f, true);
+    expect_thaw(&mut agent);
     let request: ExecRequest = main.receive_json(FrameType::Request);
     assert_eq!(request.role, Role::Main);
     main.send_json(&ExecReply::Started { pid: 1 });
     main.exit(0);
     f.finish();
+}
+
+/// What somebody starts in a clone of it must wait for the clone's identity, too.
+#[test]
+fn an_image_snapshot_is_of_a_frozen_guest() {
+    let mut f = fixture(Setup {
+        wants_root: true,
+        ..Setup::default()
+    });
+    let (mut agent, mut main) = f.boot_to_root();
+    let request: ControlRequest = agent.receive_json(FrameType::Control);
+    assert_eq!(request, ControlRequest::Freeze);
+    assert_eq!(*f.guest.roots.lock().unwrap(), 0);
+    agent.send_json(&ControlReply::Done);
+    expect_thaw(&mut agent);
+    assert_eq!(*f.guest.roots.lock().unwrap(), 1);
+    let _: ExecRequest = main.receive_json(FrameType::Request);
+    main.send_json(&ExecReply::Started { pid: 1 });
+    main.exit(0);
+    f.finish();
+}
+
+#[test]
+fn a_guest_that_does_not_freeze_goes_on_without_an_image_snapshot() {
+    let mut f = fixture(Setup {
+        wants_root: true,
+        ..Setup::default()
+    });
+    let (mut agent, mut main) = f.boot_to_root();
+    let _: ControlRequest = agent.receive_json(FrameType::Control);
+    agent.send_json(&ControlReply::Error {
+        message: "no freezer".into(),
+    });
+    expect_thaw(&mut agent);
+    let _: ExecRequest = main.receive_json(FrameType::Request);
+    assert_eq!(*f.guest.roots.lock().unwrap(), 0);
+    main.send_json(&ExecReply::Started { pid: 1 });
+    main.exit(0);
+    f.finish();
+}
+
+#[test]
+fn a_guest_that_never_gets_ready_does_not_keep_a_snapshot_waiting() {
+    let mut f = fixture(Setup {
+        prepare_timeout: Some(Duration::from_millis(20)),
+        ..Setup::default()
+    });
+    let (mut agent, mut main) = f.start();
+    let asked = ask_for_snapshot(&f, "late", true);
+    let request: ControlRequest = agent.receive_json(FrameType::Control);
+    assert_eq!(request, ControlRequest::Freeze);
+    let error = asked.join().unwrap().unwrap_err().to_string();
+    assert!(error.contains("did not get ready"), "{error}");
+    // The workload must not stay frozen, and what it says late means nothing.
+    let request: ControlRequest = agent.receive_json(FrameType::Control);
+    assert_eq!(request, ControlRequest::Thaw);
+    agent.send_json(&ControlReply::Done);
+    agent.send_json(&ControlReply::Done);
+    let status = f.control().call(&ControlCall::Status).unwrap();
+    assert!(matches!(status, ControlAnswer::Status(_)));
+    assert!(f.guest.snapshot.lock().unwrap().is_none());
+    main.exit(3);
+    f.finish();
+    assert_eq!(f.exit().status, 3);
+}
+
+#[test]
+fn a_snapshot_that_is_being_made_is_not_paused_nor_resumed_under() {
+    let mut f = fixture(Setup::default());
+    let (mut agent, mut main) = f.start();
+    let asked = ask_for_snapshot(&f, "warm", false);
+    let request: ControlRequest = agent.receive_json(FrameType::Control);
+    assert_eq!(request, ControlRequest::Freeze);
+    for call in [ControlCall::Pause, ControlCall::Resume] {
+        let error = f.control().call(&call).unwrap_err().to_string();
+        assert!(error.contains("try again"), "{error}");
+    }
+    assert!(!*f.guest.paused.lock().unwrap());
+    agent.send_json(&ControlReply::Done);
+    let request: ControlRequest = agent.receive_json(FrameType::Control);
+    assert_eq!(request, ControlRequest::PrepareSnapshot);
+    agent.send_json(&ControlReply::Done);
+    expect_thaw(&mut agent);
+    asked.join().unwrap().unwrap();
+    f.control().call(&ControlCall::Pause).unwrap();
+    assert!(*f.guest.paused.lock().unwrap());
+    f.control().call(&ControlCall::Resume).unwrap();
+    main.exit(0);
+    f.finish();
+}
+
+#[test]
+fn every_start_has_an_epoch_that_its_owner_can_ask_for() {
+    let mut f = fixture(Setup::default());
+    let (_agent, mut main) = f.start();
+    let ControlAnswer::Status(status) = f.control().call(&ControlCall::Status).unwrap() else {
+        panic!("a status");
+    };
+    assert!(uuid::Uuid::parse_str(&status.epoch).is_ok());
+    main.exit(0);
+    f.finish();
+}
+
+#[test]
+fn a_snapshot_whose_guest_does_not_come_up_is_given_up_and_named() {
+    let mut f = fixture(Setup {
+        start: Some(Start::Restored(Layer::Image)),
+        ..Setup::default()
+    });
+    let (_agent, _main) = restored(&mut f, false);
+    f.finish();
+    assert!(*f.guest.given_up.lock().unwrap());
+    let message = f.exit().message.unwrap();
+    assert!(
+        message.contains("\"image-x\"") && message.contains("--cold"),
+        "{message}"
+    );
 }
 
 #[test]

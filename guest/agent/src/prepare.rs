@@ -1,0 +1,62 @@
+//! Preparing the guest for a snapshot.
+
+use std::fs;
+use std::io;
+use std::time::Duration;
+
+use sm_guest_proto::control::ControlReply;
+
+use crate::agent::Agent;
+use crate::log;
+use crate::slab::Key;
+use crate::sys::{self, Fork};
+use crate::workload::{self, part};
+
+/// How long writing data back may take.
+const DEADLINE: Duration = Duration::from_secs(30);
+
+impl Agent {
+    /// Begins to write data back, in a child: it may take as long as a device does,
+    /// and this process serves others meanwhile.
+    pub(crate) fn begin_prepare(&mut self, key: Key) -> io::Result<()> {
+        match workload::fork_agent(0, None)? {
+            Fork::Child => {
+                prepare_snapshot();
+                sys::exit_now(0)
+            }
+            Fork::Parent(pid) => {
+                let waiting = self.await_workload(part::PREPARE, key, DEADLINE);
+                self.preparing = Some((waiting, pid));
+                Ok(())
+            }
+        }
+    }
+
+    /// Answers when the child has ended.
+    pub(crate) fn check_prepared(&mut self, reaped: &sys::Reaped) {
+        if let Some((waiting, _)) = self.preparing.take_if(|(_, pid)| *pid == reaped.pid) {
+            let reply = match reaped.status {
+                0 => ControlReply::Done,
+                status => ControlReply::Error {
+                    message: format!("writing data back ended with status {status}"),
+                },
+            };
+            self.answer(Some(waiting.key), &reply);
+        }
+    }
+}
+
+/// Writes dirty data back. Caches are dropped only where dropping makes the
+/// snapshot smaller: Linux leaves the contents of freed pages in place, so
+/// without `init_on_free=1` they would be captured all the same, and every
+/// clone would read the files again.
+fn prepare_snapshot() {
+    rustix::fs::sync();
+    let command_line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    if command_line
+        .split_whitespace()
+        .any(|word| word == "init_on_free=1")
+    {
+        log::note_failure("drop caches", fs::write("/proc/sys/vm/drop_caches", "3"));
+    }
+}

@@ -1,0 +1,315 @@
+//! Real machines, of a guest of a few bytes, captured and opened again. Where there
+//! is no KVM at all, only what was captured elsewhere is read.
+
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::os::fd::AsFd as _;
+use std::path::Path;
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex};
+
+use sm_hypervisor::kvm::Kvm;
+use sm_snapshot::capture::Ancestry;
+use sm_snapshot::extents::Content as Stored;
+use sm_snapshot::manifest::Manifest;
+use sm_snapshot::store::read_manifest;
+use sm_snapshot::verify::verify;
+use sm_vmm_core::devices::DeviceConfig;
+use sm_vmm_core::event_loop::EventLoop;
+use sm_vmm_core::machine::MachineConfig;
+use sm_vmm_core::memory::{MIN_MEMORY, MemoryConfig};
+use sm_vmm_core::virtio::rng::Rng;
+
+use super::*;
+
+const ENTRY: u32 = 0x10_0000;
+
+/// An ELF file with a PVH note (Linux `Documentation/arch/x86/boot.rst`), whose code
+/// is `cli; hlt; jmp back`.
+fn kernel() -> File {
+    let mut elf = vec![0u8; 0x1000];
+    let mut put = |at: usize, bytes: &[u8]| elf[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0, b"\x7fELF\x02\x01\x01");
+    put(16, &2u16.to_le_bytes());
+    put(18, &62u16.to_le_bytes());
+    put(20, &1u32.to_le_bytes());
+    put(32, &64u64.to_le_bytes());
+    put(52, &64u16.to_le_bytes());
+    put(54, &56u16.to_le_bytes());
+    put(56, &2u16.to_le_bytes());
+    let load = [0x1000, 0, u64::from(ENTRY), 4, 4, 0x1000];
+    for (at, kind, values) in [(64, 1u32, load), (120, 4, [0x300, 0, 0, 20, 20, 4])] {
+        put(at, &kind.to_le_bytes());
+        for (index, value) in values.into_iter().enumerate() {
+            put(at + 8 + index * 8, &u64::to_le_bytes(value));
+        }
+    }
+    put(0x300, &[4, 0, 0, 0, 4, 0, 0, 0, 18, 0, 0, 0]);
+    put(0x30c, b"Xen\0");
+    put(0x310, &ENTRY.to_le_bytes());
+    elf.extend_from_slice(&[0xfa, 0xf4, 0xeb, 0xfc]);
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(&elf).unwrap();
+    file
+}
+
+struct Fixture {
+    dir: tempfile::TempDir,
+    store: SnapshotStore,
+    machine: Machine<Kvm>,
+    cpu: CpuFeatures,
+    _event_loop: EventLoop,
+}
+
+/// `None`, with a word, where there is no KVM.
+fn fixture() -> Option<Fixture> {
+    let kvm = Kvm::open()
+        .map_err(|error| eprintln!("skipped: {error}"))
+        .ok()?;
+    let dir = tempfile::tempdir().unwrap();
+    let store = SnapshotStore::open(&dir.path().join("snapshots")).unwrap();
+    let event_loop = EventLoop::spawn("devices").unwrap();
+    let mut machine = Machine::boot(
+        &kvm,
+        MachineConfig {
+            memory: MemoryConfig::new(MIN_MEMORY),
+            vcpus: 2,
+            kernel: kernel(),
+            initramfs: Vec::new(),
+            cmdline: "golden".to_owned(),
+            generation_id: [7; 16],
+            console: tempfile::tempfile().unwrap(),
+            devices: vec![DeviceConfig {
+                slot: SLOT_RNG,
+                device: Arc::new(Mutex::new(Rng::new())),
+            }],
+        },
+        &event_loop.handle(),
+    )
+    .unwrap();
+    machine.resume().unwrap();
+    let cpu = CpuFeatures::of(&kvm.guest_cpuid().unwrap());
+    Some(Fixture {
+        dir,
+        store,
+        machine,
+        cpu,
+        _event_loop: event_loop,
+    })
+}
+
+fn identity() -> Identity {
+    Identity {
+        kernel: "1".repeat(64),
+        agent: "2".repeat(64),
+    }
+}
+
+fn plan(store: &SnapshotStore, name: &str) -> Plan {
+    Plan {
+        store: store.clone(),
+        name: name.to_owned(),
+        layer: Layer::Base,
+        identity: identity(),
+        labels: BTreeMap::from([("made".to_owned(), "by a test".to_owned())]),
+        content: Content {
+            kernel: "/a/kernel".into(),
+            ..Content::default()
+        },
+    }
+}
+
+fn capture(f: &mut Fixture, name: &str, ancestry: Ancestry<'_>) -> Result<Made, String> {
+    let (send, made) = channel();
+    let done = Box::new(move |made| send.send(made).unwrap());
+    plan(&f.store, name).capture(&mut f.machine, ancestry, false, done)?;
+    made.recv().unwrap()
+}
+
+/// Changes the manifest in a way that leaves it whole.
+fn rewrite(dir: &Path, change: impl FnOnce(&mut Manifest)) {
+    let mut manifest = read_manifest(dir).unwrap();
+    change(&mut manifest);
+    fs::write(dir.join("manifest.json"), manifest.encode().unwrap()).unwrap();
+}
+
+#[test]
+fn what_this_program_or_host_cannot_go_on_with_is_refused_by_name() {
+    let Some(mut f) = fixture() else { return };
+    capture(&mut f, "base", Ancestry::Booted).unwrap();
+    let open = |cpu: &CpuFeatures, identity: Option<&Identity>| {
+        Saved::open(&f.store, "base", cpu, identity)
+    };
+    let opened = open(&f.cpu, Some(&identity())).unwrap();
+    assert_eq!(opened.content.kernel, Path::new("/a/kernel"));
+    assert_eq!(opened.state.vcpus.len(), 2);
+    assert_eq!(opened.chain.tip().lease.manifest().kernel, "1".repeat(64));
+    drop(opened);
+
+    let refused = |cpu: &CpuFeatures, identity: Option<&Identity>, why: &str| {
+        let error = open(cpu, identity).err().expect("it is refused");
+        assert!(matches!(error, Error::Incompatible { .. }), "{error:?}");
+        let error = error.to_string();
+        assert!(error.contains("\"base\"") && error.contains(why), "{error}");
+    };
+    let other = |kernel: &str, agent: &str| Identity {
+        kernel: kernel.repeat(64),
+        agent: agent.repeat(64),
+    };
+    refused(&f.cpu, Some(&other("3", "2")), "another guest kernel");
+    refused(&f.cpu, Some(&other("1", "3")), "another guest agent");
+    open(&f.cpu, None).unwrap();
+
+    // SSE2, without which no x86-64 guest is.
+    let mut poorer = f.cpu.clone();
+    *poorer.words.get_mut("00000001.0.edx").unwrap() &= !(1 << 26);
+    refused(&poorer, None, "CPUID 00000001.0.edx bit 26");
+    let mut richer = f.cpu.clone();
+    *richer.words.get_mut("00000007.0.ebx").unwrap() |= 1 << 16;
+    open(&richer, None).unwrap();
+
+    let dir = f.dir.path().join("snapshots/base");
+    let whole = read_manifest(&dir).unwrap();
+    rewrite(&dir, |manifest| manifest.machine_version += 1);
+    let version = format!("of machine version {}", MACHINE_VERSION + 1);
+    refused(&f.cpu, None, &version);
+    rewrite(&dir, |manifest| {
+        *manifest = whole.clone();
+        manifest.protocol += 1;
+    });
+    refused(&f.cpu, None, "speaks protocol");
+    rewrite(&dir, |manifest| {
+        *manifest = whole.clone();
+        manifest.format += 1;
+    });
+    let error = open(&f.cpu, None).err().unwrap();
+    assert!(matches!(error, Error::Newer { found: 2, .. }), "{error}");
+}
+
+/// A guest has what this host gives to guests, and not what the host has besides.
+#[test]
+fn the_processor_is_the_guests_not_the_hosts() {
+    let Some(mut f) = fixture() else { return };
+    let made = capture(&mut f, "base", Ancestry::Booted).unwrap();
+    let cpu = &made.captured.manifest.cpu;
+    assert_eq!(cpu.check(&f.cpu), Ok(()));
+    for (register, word) in &cpu.words {
+        let offered = f.cpu.words.get(register).copied().unwrap_or(0);
+        assert_eq!(word & !offered, 0, "{register}");
+    }
+    // VMX and SVM never are a guest's.
+    assert_eq!(cpu.words["00000001.0.ecx"] & 1 << 5, 0);
+    assert_eq!(cpu.words["80000001.0.ecx"] & 1 << 2, 0);
+}
+
+#[test]
+fn a_machine_whose_memory_cannot_be_stored_runs_on() {
+    let Some(mut f) = fixture() else { return };
+    // A store whose directory has gone.
+    let root = f.dir.path().join("snapshots");
+    fs::rename(&root, f.dir.path().join("elsewhere")).unwrap();
+    for stay in [false, true] {
+        let done = Box::new(|_| panic!("nothing was made"));
+        let error = plan(&f.store, "base")
+            .capture(&mut f.machine, Ancestry::Booted, stay, done)
+            .unwrap_err();
+        assert!(error.contains("No such file"), "{error}");
+        assert!(f.machine.is_running());
+    }
+    fs::rename(f.dir.path().join("elsewhere"), &root).unwrap();
+    capture(&mut f, "base", Ancestry::Booted).unwrap();
+    assert!(f.machine.is_running());
+}
+
+/// Where snapshots of format 1 are that were made by the first version to write it:
+/// a root and a diff over it. Of `memory.bin` there are the pages that it stores, one
+/// after the other.
+const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/format-1");
+
+/// The compatibility promise (ARCHITECTURE.md, "What an upgrade does to snapshots").
+/// Should this fail because a structure was changed, then give its section (or the
+/// machine, or the format) a new number, and refuse the old one by name or read it;
+/// the files stay as they are.
+#[test]
+fn snapshots_of_format_1_are_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = SnapshotStore::open(dir.path()).unwrap();
+    for name in ["root", "diff"] {
+        let (from, to) = (Path::new(GOLDEN).join(name), dir.path().join(name));
+        fs::create_dir(&to).unwrap();
+        for file in ["manifest.json", "state.bin"] {
+            fs::copy(from.join(file), to.join(file)).unwrap();
+        }
+        let memory = File::create(to.join("memory.bin")).unwrap();
+        memory.set_len(MIN_MEMORY).unwrap();
+        let chain = Chain::open(&store, name).unwrap();
+        let pages = fs::read(from.join("memory.pages")).unwrap();
+        let mut pages = pages.chunks_exact(4096);
+        for extent in &chain.tip().index.extents {
+            for page in (extent.first..extent.end()).filter(|_| extent.content == Stored::Data) {
+                use std::os::unix::fs::FileExt as _;
+                let bytes = pages.next().unwrap();
+                memory.write_all_at(bytes, page * 4096).unwrap();
+            }
+        }
+        assert!(pages.next().is_none());
+        verify(&chain).unwrap();
+        let manifest = chain.tip().lease.manifest();
+        assert_eq!((manifest.format, manifest.vcpus), (1, 2));
+        let saved = Saved::open(&store, name, &manifest.cpu, Some(&identity()));
+        if manifest.machine_version != MACHINE_VERSION {
+            let error = saved.err().unwrap().to_string();
+            assert!(error.contains("machine version"), "{error}");
+            continue;
+        }
+        let saved = saved.unwrap();
+        assert_eq!(saved.content.kernel, Path::new("/a/kernel"));
+        assert_eq!(saved.state.memory_bytes, MIN_MEMORY);
+        let vcpus: Vec<_> = saved.state.vcpus.iter().map(|vcpu| vcpu.index).collect();
+        assert_eq!(vcpus, [0, 1]);
+        assert_eq!(CpuFeatures::of(&saved.state.vcpus[0].cpuid), manifest.cpu);
+        let parent = manifest.parent.as_ref().map(|parent| parent.name.as_str());
+        assert_eq!(parent, (name == "diff").then_some("root"));
+    }
+}
+
+/// Writes the files of [`GOLDEN`]: once for a format.
+#[test]
+#[ignore = "writes files of the source tree"]
+fn write_golden() {
+    let mut f = fixture().expect("this needs KVM");
+    capture(&mut f, "root", Ancestry::Booted).unwrap();
+    let chain = Chain::open(&f.store, "root").unwrap();
+    let state = machine_state(&chain).unwrap();
+    let memory = sm_snapshot::restore::map_memory(&chain).unwrap();
+    let event_loop = EventLoop::spawn("devices").unwrap();
+    let devices = vec![DeviceConfig {
+        slot: SLOT_RNG,
+        device: Arc::new(Mutex::new(Rng::new())),
+    }];
+    let console = File::from(std::io::stderr().as_fd().try_clone_to_owned().unwrap());
+    let kvm = Kvm::open().unwrap();
+    f.machine =
+        Machine::restore(&kvm, state, memory, devices, console, &event_loop.handle()).unwrap();
+    f.machine.set_generation_id([8; 16]).unwrap();
+    capture(&mut f, "diff", Ancestry::of(&chain, false)).unwrap();
+    for name in ["root", "diff"] {
+        let chain = Chain::open(&f.store, name).unwrap();
+        let (from, to) = (chain.tip().lease.dir(), Path::new(GOLDEN).join(name));
+        fs::create_dir_all(&to).unwrap();
+        for file in ["manifest.json", "state.bin"] {
+            fs::copy(from.join(file), to.join(file)).unwrap();
+        }
+        let memory = fs::read(from.join("memory.bin")).unwrap();
+        let mut pages = Vec::new();
+        for extent in &chain.tip().index.extents {
+            if extent.content == Stored::Data {
+                let range = extent.first * 4096..extent.end() * 4096;
+                let range =
+                    usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap();
+                pages.extend_from_slice(&memory[range]);
+            }
+        }
+        fs::write(to.join("memory.pages"), pages).unwrap();
+    }
+}

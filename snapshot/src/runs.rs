@@ -1,0 +1,97 @@
+//! Lists of page runs: first page and number of pages, ascending, disjoint, in
+//! RAM order.
+
+use std::path::Path;
+
+use vm_memory::{GuestMemoryBackend as _, GuestMemoryMmap, GuestMemoryRegion as _};
+
+use crate::Error;
+use crate::extents::PAGE;
+use crate::pagemap::Pagemap;
+
+/// First page and number of pages.
+pub type Run = (u64, u64);
+
+/// Adds a run behind all others, or to the last one when it touches that.
+pub fn push(runs: &mut Vec<Run>, (first, pages): Run) {
+    match runs.last_mut() {
+        Some((start, count)) if *start + *count == first => *count += pages,
+        _ if pages == 0 => {}
+        _ => runs.push((first, pages)),
+    }
+}
+
+/// The pages that are in one of two lists, or both.
+#[must_use]
+pub fn union(a: &[Run], b: &[Run]) -> Vec<Run> {
+    let mut all: Vec<Run> = Vec::with_capacity(a.len() + b.len());
+    let (mut a, mut b) = (a.iter().peekable(), b.iter().peekable());
+    loop {
+        let next = match (a.peek(), b.peek()) {
+            (Some(x), Some(y)) if x.0 <= y.0 => a.next(),
+            (Some(_), None) => a.next(),
+            (_, Some(_)) => b.next(),
+            (None, None) => return all,
+        };
+        let Some(&(first, pages)) = next else {
+            return all;
+        };
+        match all.last_mut() {
+            Some((start, count)) if *start + *count >= first => {
+                *count = (*count).max(first + pages - *start);
+            }
+            _ => all.push((first, pages)),
+        }
+    }
+}
+
+/// The pages of guest memory that belong to this process alone: written, or
+/// filled by it.
+///
+/// # Errors
+/// The page map cannot be read, or memory is not mapped.
+pub fn private(memory: &GuestMemoryMmap) -> Result<Vec<Run>, Error> {
+    let path = Path::new("/proc/self/pagemap");
+    let pagemap = Pagemap::open().map_err(Error::io("open", path))?;
+    let mut runs = Vec::new();
+    let mut offset = 0;
+    for region in memory.iter() {
+        let host = memory
+            .get_host_address(region.start_addr())
+            .map_err(|e| Error::damaged(path, format!("guest memory is not mapped: {e}")))?
+            as u64;
+        let pages = region.len() / PAGE;
+        pagemap
+            .private_runs(host, pages, |(first, count)| {
+                push(&mut runs, (offset + first, count));
+            })
+            .map_err(Error::io("read", path))?;
+        offset += pages;
+    }
+    Ok(runs)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn of(pages: &[bool]) -> Vec<Run> {
+        let mut runs = Vec::new();
+        for (page, _) in (0..).zip(pages).filter(|(_, there)| **there) {
+            push(&mut runs, (page, 1));
+        }
+        runs
+    }
+
+    proptest! {
+        #[test]
+        fn a_union_has_the_pages_of_both(
+            a in prop::collection::vec(any::<bool>(), 40),
+            b in prop::collection::vec(any::<bool>(), 40),
+        ) {
+            let both: Vec<bool> = a.iter().zip(&b).map(|(a, b)| a | b).collect();
+            prop_assert_eq!(union(&of(&a), &of(&b)), of(&both));
+        }
+    }
+}

@@ -1,0 +1,275 @@
+//! The store: publishing, leasing, removing, sweeping.
+
+use super::*;
+use crate::manifest::{MemoryEntry, ParentRef, tests::sample};
+
+fn write(draft: &Draft, parent: Option<ParentRef>) -> Manifest {
+    let mut manifest = Manifest {
+        parent,
+        memory: MemoryEntry {
+            len: 3,
+            ..MemoryEntry::default()
+        },
+        ..sample()
+    };
+    let bytes = manifest.encode().unwrap();
+    fs::write(draft.path().join("manifest.json"), bytes).unwrap();
+    fs::write(draft.path().join("state.bin"), b"").unwrap();
+    fs::write(draft.path().join("memory.bin"), b"abc").unwrap();
+    manifest
+}
+
+pub(crate) fn store() -> (tempfile::TempDir, SnapshotStore) {
+    let dir = tempfile::tempdir().unwrap();
+    let store = SnapshotStore::open(&dir.path().join("snapshots")).unwrap();
+    (dir, store)
+}
+
+pub(crate) fn publish(store: &SnapshotStore, name: &str, parent: Option<ParentRef>) -> Manifest {
+    let draft = store.draft().unwrap();
+    let manifest = write(&draft, parent);
+    store.publish(draft, name).unwrap();
+    manifest
+}
+
+#[test]
+fn a_published_snapshot_is_listed_leased_and_removed() {
+    let (_dir, store) = store();
+    let manifest = publish(&store, "base", None);
+    assert_eq!(store.list().unwrap().len(), 1);
+    let lease = store.lease("base").unwrap();
+    assert_eq!(*lease.manifest(), manifest);
+    assert!(matches!(store.remove("base"), Err(Error::InUse { .. })));
+    drop(lease);
+    store.remove("base").unwrap();
+    assert!(store.list().unwrap().is_empty());
+    assert!(matches!(store.lease("base"), Err(Error::NotFound { .. })));
+    let left: Vec<_> = fs::read_dir(&store.root)
+        .unwrap()
+        .map(|e| e.unwrap().file_name())
+        .collect();
+    assert_eq!(left, ["lock"]);
+}
+
+#[test]
+fn of_two_writers_one_wins_and_the_other_is_told() {
+    let (_dir, store) = store();
+    let (first, second) = (store.draft().unwrap(), store.draft().unwrap());
+    write(&first, None);
+    write(&second, None);
+    let loser = second.path().to_owned();
+    store.publish(first, "base").unwrap();
+    let error = store.publish(second, "base").unwrap_err();
+    assert!(matches!(error, Error::Exists { .. }));
+    assert!(!loser.exists());
+    store.lease("base").unwrap();
+}
+
+#[test]
+fn abandoned_drafts_are_swept_and_live_ones_are_not() {
+    let (_dir, store) = store();
+    let live = store.draft().unwrap();
+    let dead = store.root.join("tmp-dead");
+    fs::create_dir(&dead).unwrap();
+    fs::write(dead.join(".lock"), b"").unwrap();
+    fs::write(dead.join("memory.bin"), b"x").unwrap();
+    SnapshotStore::open(&store.root).unwrap();
+    assert!(!dead.exists());
+    assert!(live.path().exists());
+}
+
+#[test]
+fn a_parent_cannot_be_removed_before_its_child() {
+    let (_dir, store) = store();
+    let base = publish(&store, "base", None);
+    let parent = ParentRef {
+        name: "base".into(),
+        digest: base.digest,
+    };
+    publish(&store, "child", Some(parent));
+    assert_eq!(store.children("base").unwrap(), ["child"]);
+    let error = store.remove("base").unwrap_err().to_string();
+    assert!(error.contains("child"), "{error}");
+    store.remove("child").unwrap();
+    store.remove("base").unwrap();
+}
+
+#[test]
+fn a_truncated_memory_file_is_refused() {
+    let (_dir, store) = store();
+    publish(&store, "base", None);
+    fs::write(store.root.join("base/memory.bin"), b"ab").unwrap();
+    assert!(matches!(store.lease("base"), Err(Error::Damaged { .. })));
+    assert_eq!(
+        store.list().unwrap().len(),
+        1,
+        "still listed, to be removed"
+    );
+    store.remove("base").unwrap();
+}
+
+#[test]
+fn trimming_keeps_what_was_used_last_and_what_is_in_use() {
+    let (_dir, store) = store();
+    for name in ["auto-1", "auto-2", "auto-3", "auto-4", "mine"] {
+        publish(&store, name, None);
+    }
+    let used = |name: &str, seconds| {
+        let path = store.root.join(name).join("manifest.json");
+        let time = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(seconds);
+        File::open(path).unwrap().set_modified(time).unwrap();
+    };
+    for (name, seconds) in [("auto-1", 10), ("auto-2", 20), ("auto-3", 30)] {
+        used(name, seconds);
+    }
+    used("mine", 1);
+    store.note_use(&store.lease("auto-2").unwrap());
+    let held = store.lease("auto-1").unwrap();
+    let automatic = |name: &str| name.starts_with("auto-");
+    assert_eq!(store.trim(2, automatic).unwrap(), 1);
+    assert_eq!(store.names().unwrap().len(), 4);
+    assert!(matches!(store.lease("auto-3"), Err(Error::NotFound { .. })));
+    drop(held);
+    assert_eq!(store.trim(2, automatic).unwrap(), 1);
+    let mut left = store.names().unwrap();
+    left.sort();
+    assert_eq!(left, ["auto-2", "auto-4", "mine"]);
+}
+
+#[test]
+fn names_cannot_leave_the_store() {
+    for name in [
+        "", "..", ".", "a/b", "/etc", "tmp-1", "lock", "a b", "-x", "é",
+    ] {
+        assert!(check_name(name).is_err(), "{name:?}");
+    }
+    assert!(check_name("base-256m.1_x").is_ok());
+}
+
+fn temporary(store: &SnapshotStore) -> Vec<String> {
+    fs::read_dir(&store.root)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| name.starts_with(TEMPORARY))
+        .collect()
+}
+
+/// What a process that is killed in the middle of [`SnapshotStore::publish`], or of
+/// [`SnapshotStore::remove`], leaves.
+#[test]
+fn death_while_publishing_or_removing_leaves_nothing_for_good() {
+    let (_dir, store) = store();
+    let draft = store.draft().unwrap();
+    write(&draft, None);
+    let path = draft.path().to_owned();
+    let _ = draft.dir.keep();
+    fs::remove_file(path.join(LOCK)).unwrap();
+    publish(&store, "gone", None);
+    let grave = store.bury(&store.root.join("gone")).unwrap().keep();
+    assert_eq!(temporary(&store).len(), 2);
+    SnapshotStore::open(&store.root).unwrap();
+    assert!(!path.exists() && !grave.exists());
+    assert_eq!(temporary(&store), Vec::<String>::new());
+}
+
+#[test]
+fn what_cannot_be_swept_does_not_close_the_store() {
+    use std::os::unix::fs::PermissionsExt as _;
+    if rustix::process::geteuid().is_root() {
+        // Root removes everything that is not immutable: a file in the place of a
+        // directory stands for what it cannot.
+        let (_dir, store) = store();
+        fs::write(store.root.join("tmp-file"), b"").unwrap();
+        SnapshotStore::open(&store.root).unwrap().draft().unwrap();
+        return;
+    }
+    let (_dir, store) = store();
+    let stuck = store.root.join("tmp-stuck");
+    fs::create_dir_all(stuck.join("inner/deep")).unwrap();
+    fs::set_permissions(stuck.join("inner"), fs::Permissions::from_mode(0o000)).unwrap();
+    SnapshotStore::open(&store.root).unwrap().draft().unwrap();
+    fs::set_permissions(stuck.join("inner"), fs::Permissions::from_mode(0o700)).unwrap();
+}
+
+/// A reader that has opened a file when its snapshot is replaced must not take the
+/// new one's manifest for the old one's memory.
+#[test]
+fn a_lease_is_of_one_snapshot_even_while_its_name_changes_hands() {
+    let (_dir, store) = store();
+    let make = |number: u8| {
+        let draft = store.draft().unwrap();
+        let mut manifest = Manifest {
+            memory: MemoryEntry {
+                len: 1,
+                ..MemoryEntry::default()
+            },
+            created_ms: number.into(),
+            ..sample()
+        };
+        let bytes = manifest.encode().unwrap();
+        fs::write(draft.path().join("manifest.json"), bytes).unwrap();
+        fs::write(draft.path().join("state.bin"), b"").unwrap();
+        fs::write(draft.path().join("memory.bin"), [number]).unwrap();
+        store.publish(draft, "name").unwrap();
+    };
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for number in 0..200 {
+                make(number);
+                // A reader holds it for a moment now and then.
+                while store.remove("name").is_err() {}
+            }
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+        while !done.load(std::sync::atomic::Ordering::Relaxed) {
+            match store.lease("name") {
+                Ok(lease) => {
+                    use std::os::unix::fs::FileExt as _;
+                    let mut byte = [0];
+                    lease.memory().read_exact_at(&mut byte, 0).unwrap();
+                    assert_eq!(u64::from(byte[0]), lease.manifest().created_ms);
+                    assert!(lease.dir().join("state.bin").exists());
+                }
+                Err(Error::NotFound { .. } | Error::InUse { .. }) => {}
+                Err(error) => panic!("{error}: {:?}", std::error::Error::source(&error)),
+            }
+        }
+    });
+}
+
+#[test]
+fn unused_snapshots_of_a_kind_are_removed_and_used_ones_are_not() {
+    let (_dir, store) = store();
+    publish(&store, "fork-idle", None);
+    publish(&store, "fork-held", None);
+    let parent = publish(&store, "fork-parent", None);
+    let parent = ParentRef {
+        name: "fork-parent".into(),
+        digest: parent.digest,
+    };
+    publish(&store, "child", Some(parent));
+    publish(&store, "mine", None);
+    let held = store.lease("fork-held").unwrap();
+    let forks = |name: &str| name.starts_with("fork-");
+    assert_eq!(store.remove_unused(forks, |_| false).unwrap(), 0);
+    assert_eq!(store.remove_unused(forks, |_| true).unwrap(), 1);
+    drop(held);
+    assert_eq!(store.remove_unused(forks, |_| true).unwrap(), 1);
+    let mut left = store.names().unwrap();
+    left.sort();
+    assert_eq!(left, ["child", "fork-parent", "mine"]);
+}
+
+#[test]
+fn a_file_is_told_from_another_that_has_its_name_now() {
+    let (_dir, store) = store();
+    publish(&store, "name", None);
+    let path = store.root.join("name/memory.bin");
+    let first = File::open(&path).unwrap();
+    assert!(is_still_at(&first, &path).unwrap());
+    store.remove("name").unwrap();
+    assert!(!is_still_at(&first, &path).unwrap());
+    publish(&store, "name", None);
+    assert!(!is_still_at(&first, &path).unwrap());
+}
