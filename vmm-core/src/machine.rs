@@ -120,11 +120,14 @@ pub struct MachineConfig {
 /// How long the steps to a runnable machine took.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Phases {
-    /// Creating the VM, its interrupt lines and vCPUs.
+    /// Creating the VM and its interrupt lines, and for a boot its vCPUs.
     pub hypervisor_objects: Duration,
+    /// Putting the devices on their bus.
+    pub devices: Duration,
     /// Mapping memory into the VM.
     pub memory_map: Duration,
-    /// Loading kernel and tables (boot), or vCPU, device and VM state (restore).
+    /// Loading kernel and tables (boot), or making vCPUs and loading the state of
+    /// vCPUs, devices and VM (restore).
     pub load: Duration,
     /// Letting vCPUs go, the first time.
     pub resume: Duration,
@@ -206,6 +209,7 @@ impl<H: Hypervisor> Chassis<H> {
         let mut bus = BusBuilder::default();
         bus.pio(COM1_PORT, 8, uart.clone())?;
         power::attach(&mut bus, &exit)?;
+        let hypervisor_objects = hypervisor_objects + watch.lap();
         let devices = Devices::attach(devices, &vm, &mut bus, &memory.guest, event_loop)?;
         let bus = Arc::new(bus.build());
         Ok(Self {
@@ -219,7 +223,8 @@ impl<H: Hypervisor> Chassis<H> {
             exit,
             generation,
             phases: Phases {
-                hypervisor_objects: hypervisor_objects + watch.lap(),
+                hypervisor_objects,
+                devices: watch.lap(),
                 memory_map,
                 ..Phases::default()
             },

@@ -15,6 +15,11 @@ use crate::{cmd, fixtures, host, kernel, paths};
 
 /// What the contest's guest does: it speaks every few milliseconds.
 const INIT: &str = "#!/bin/busybox sh\nwhile :; do echo tick; /bin/busybox usleep 5000; done\n";
+/// A file system for data, with a page cache that can be dropped: everything else in
+/// the lab is memory. Snapshots are sparse files.
+const LAB_DISK: &str = "truncate -s 16G /tmp/disk && mkfs.ext4 -q -F /tmp/disk && \
+     mkdir /tmp/state && mount -o loop /tmp/disk /tmp/state && \
+     export XDG_DATA_HOME=/tmp/state TMPDIR=/tmp/state";
 /// Room for the guest, its snapshots and a rival's.
 const LAB_MEMORY_MIB: u32 = 8192;
 
@@ -43,9 +48,6 @@ pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
         cmd::step("restoring a tiny guest on this host's KVM, against the floor");
         let mut command = Command::new(&bench);
         command.arg("vmm").args(sizes(wanted));
-        for vcpus in &wanted.vcpus {
-            command.args(["--vcpus", &vcpus.to_string()]);
-        }
         // Snapshots on the disk that the build is on: a cold cache is one there.
         command.current_dir(&work).stdout(File::create(&report)?);
         match cmd::check(&mut command) {
@@ -90,6 +92,9 @@ fn sizes(wanted: &Wanted) -> Vec<String> {
     for mib in &wanted.memory_mib {
         arguments.extend(["--memory".to_owned(), mib.to_string()]);
     }
+    for vcpus in &wanted.vcpus {
+        arguments.extend(["--vcpus".to_owned(), vcpus.to_string()]);
+    }
     arguments
 }
 
@@ -117,6 +122,7 @@ fn whole_commands(apt: &Apt, wanted: &Wanted, bench: &Path, work: &Path) -> Resu
         text(&kernel)?,
         "--initramfs".to_owned(),
         text(&initramfs)?,
+        "--cold-cache".to_owned(),
     ];
     command.extend(sizes(wanted));
     for rival in &wanted.rivals {
@@ -127,7 +133,8 @@ fn whole_commands(apt: &Apt, wanted: &Wanted, bench: &Path, work: &Path) -> Resu
     match host::why_not_here(&sm)? {
         None => {
             cmd::step("whole commands on this host's KVM");
-            let state = tempfile::tempdir()?;
+            // On the disk that the build is on, which has a page cache to drop.
+            let state = tempfile::tempdir_in(work)?;
             let mut here = Command::new(bench);
             here.args(command.iter().skip(1))
                 .envs(environment)
@@ -141,7 +148,10 @@ fn whole_commands(apt: &Apt, wanted: &Wanted, bench: &Path, work: &Path) -> Resu
             cmd::note(reason);
             let results = tempfile::tempdir()?;
             let quoted: Vec<_> = command.iter().map(|word| lab::quoted(word)).collect();
-            let line = format!("{} >\"$SM_LAB_RESULTS/path.json\"", quoted.join(" "));
+            let line = format!(
+                "{LAB_DISK} && {} >\"$SM_LAB_RESULTS/path.json\"",
+                quoted.join(" ")
+            );
             let job = Job {
                 command: vec!["sh".to_owned(), "-c".to_owned(), line],
                 environment: environment.to_vec(),

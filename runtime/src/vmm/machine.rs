@@ -44,7 +44,7 @@ use crate::publish::{Published, Wiring};
 use crate::record::{Record, VmConfig};
 use crate::run::Paging;
 use crate::snapshots::EPHEMERAL_LABEL;
-use crate::timings::Phase;
+use crate::timings::{Phase, monotonic_ns};
 use crate::{guest_agent, initramfs};
 
 /// A machine that runs, with what it needs to be reached.
@@ -390,6 +390,7 @@ impl Parts {
         self.phases.push(Phase::now("memory mapped"));
         let console = self.console()?;
         let devices = std::mem::take(&mut self.devices);
+        let begun = monotonic_ns();
         let machine = Machine::restore(
             &self.kvm,
             state,
@@ -407,7 +408,19 @@ impl Parts {
         machine
             .set_generation_id(random::<16>())
             .map_err(failed("give the machine an identity"))?;
-        tracing::debug!(phases = ?machine.phases(), "state restored");
+        let inner = machine.phases();
+        let mut at_ns = begun;
+        for (name, took) in [
+            ("KVM objects", inner.hypervisor_objects),
+            ("memory given to KVM", inner.memory_map),
+            ("devices made", inner.devices),
+        ] {
+            at_ns += u64::try_from(took.as_nanos()).unwrap_or(0);
+            self.phases.push(Phase {
+                name: name.to_owned(),
+                at_ns,
+            });
+        }
         self.phases.push(Phase::now("state restored"));
         Ok((machine, chain))
     }

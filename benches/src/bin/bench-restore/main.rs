@@ -24,7 +24,8 @@ use sm_benches::samples::Report;
 const HELP: &str = "\
 bench-restore vmm [--iterations N] [--memory MIB]... [--vcpus N]...
 bench-restore path --sm FILE --image REFERENCE --kernel FILE [--iterations N]
-                   [--memory MIB]... [--vs RIVAL]... [--initramfs FILE]
+                   [--memory MIB]... [--vcpus N]... [--cold-cache]
+                   [--vs RIVAL]... [--initramfs FILE]
 bench-restore render [--json FILE] [--html FILE] REPORT...
 ";
 
@@ -34,6 +35,9 @@ struct Options {
     iterations: Option<usize>,
     memory_mib: Vec<u64>,
     vcpus: Vec<u32>,
+    /// Whole commands also with files dropped from the page cache: they must be on a
+    /// file system that has one of its own.
+    cold_cache: bool,
     sm: Option<PathBuf>,
     image: Option<String>,
     kernel: Option<PathBuf>,
@@ -44,7 +48,30 @@ struct Options {
     reports: Vec<PathBuf>,
 }
 
+impl Options {
+    fn iterations(&self) -> usize {
+        self.iterations.unwrap_or(100)
+    }
+
+    /// Sizes of memory in MiB.
+    fn sizes(&self) -> Vec<u64> {
+        match &*self.memory_mib {
+            [] => vec![128, 512, 2048, 8192],
+            given => given.to_vec(),
+        }
+    }
+
+    fn vcpus(&self) -> Vec<u32> {
+        match &*self.vcpus {
+            [] => vec![1, 4],
+            given => given.to_vec(),
+        }
+    }
+}
+
 fn main() -> Result<()> {
+    // For whoever measures how long it takes to get here.
+    let started = vmm::monotonic();
     let mut parser = lexopt::Parser::from_env();
     let Some(Value(command)) = parser.next()? else {
         bail!("say what to do:\n{HELP}");
@@ -55,6 +82,7 @@ fn main() -> Result<()> {
             Long("iterations") => options.iterations = Some(parser.value()?.parse()?),
             Long("memory") => options.memory_mib.push(parser.value()?.parse()?),
             Long("vcpus") => options.vcpus.push(parser.value()?.parse()?),
+            Long("cold-cache") => options.cold_cache = true,
             Long("sm") => options.sm = Some(parser.value()?.into()),
             Long("image") => options.image = Some(parser.value()?.string()?),
             Long("kernel") => options.kernel = Some(parser.value()?.into()),
@@ -73,6 +101,10 @@ fn main() -> Result<()> {
     match command.string()?.as_str() {
         "vmm" => print(vmm::measure(&options)?),
         "path" => print(path::measure(&options)?),
+        "start" => {
+            println!("{}", started.as_nanos());
+            Ok(())
+        }
         // One clone, for the contest.
         "serve" => ticking::serve(options.reports.first().context("no store")?),
         "render" => render(&options),

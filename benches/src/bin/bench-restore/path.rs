@@ -1,6 +1,6 @@
 //! Whole commands: `sm run`, restored and cold; and contenders with one guest.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -11,6 +11,7 @@ use sm_benches::samples::{Comparison, Report, Series};
 use crate::Options;
 use crate::rivals::{self, Contender, Guest};
 use crate::ticking::Ours;
+use crate::vmm::{cache, evict};
 
 /// Restored runs for each cold one, which takes so much longer.
 const COLD_EVERY: usize = 4;
@@ -19,29 +20,37 @@ const WARM_UP: usize = 4;
 /// What the contenders' guest says.
 const SIGN: &[u8] = b"tick";
 
+/// What each of these runs measures.
+const NOTE: &str = "Whole commands: sm run IMAGE echo. \"sm\" is restored from its image snapshot; \
+     \"sm, new image\" from the base snapshot, with an image attached that has no snapshot yet, and \
+     leaves one behind; \"sm --cold\" boots a kernel. They alternate.";
+
 pub(crate) fn measure(options: &Options) -> Result<Report> {
-    let sizes = match &*options.memory_mib {
-        [] => vec![256],
-        given => given.to_vec(),
-    };
-    let iterations = options.iterations.unwrap_or(100);
+    // Before anything takes time: somebody may be missing.
+    let rivals: Vec<_> = options
+        .rivals
+        .iter()
+        .map(|name| rivals::find(name))
+        .collect::<Result<_>>()?;
+    let iterations = options.iterations();
     let mut report = Report {
-        notes: vec![format!(
-            "Whole commands: sm run IMAGE echo, restored {iterations} times from its image \
-             snapshot, every {COLD_EVERY}th time alternating with a cold start."
-        )],
+        notes: vec![NOTE.to_owned()],
         comparisons: Vec::new(),
     };
-    for &mib in &sizes {
-        report.comparisons.push(commands(options, mib, iterations)?);
+    for &vcpus in &options.vcpus() {
+        for &mib in &options.sizes() {
+            report
+                .comparisons
+                .extend(commands(options, vcpus, mib, iterations)?);
+        }
     }
-    if !options.rivals.is_empty() {
+    if !rivals.is_empty() {
         report.notes.push(
             "Contenders: from starting the process to the first word of the guest, with the same \
              kernel, initramfs and memory; each restores a snapshot of its own making."
                 .to_owned(),
         );
-        for &mib in &sizes {
+        for &mib in &options.sizes() {
             report
                 .comparisons
                 .push(contenders(options, mib, iterations)?);
@@ -50,34 +59,85 @@ pub(crate) fn measure(options: &Options) -> Result<Report> {
     Ok(report)
 }
 
-fn commands(options: &Options, mib: u64, iterations: usize) -> Result<Comparison> {
+/// One kind of machine, with a warm page cache and, if asked for, a cold one.
+fn commands(options: &Options, vcpus: u32, mib: u64, iterations: usize) -> Result<Vec<Comparison>> {
     let sm = options.sm.as_deref().context("--sm is missing")?;
     let image = options.image.as_deref().context("--image is missing")?;
-    let memory = format!("{mib}m");
+    let (memory, vcpus_text) = (format!("{mib}m"), vcpus.to_string());
     let run = |more: &[&str]| {
-        timed(
-            sm,
-            &[&["-m", &memory], more, &[image, "echo", "hi"]].concat(),
-        )
+        let kind = ["-m", &*memory, "--cpus", &*vcpus_text];
+        timed(sm, &[&kind, more, &[image, "echo", "hi"]].concat())
     };
     for _ in 0..WARM_UP {
         run(&[])?;
     }
-    let (mut restored, mut cold) = (Series::new("sm"), Series::new("sm --cold"));
-    for iteration in 0..iterations {
-        let phases = run(&[])?;
-        if !phases.iter().any(|(name, _)| name == "state restored") {
-            bail!("a run was not restored: {phases:?}");
+    let mut unused = NewImages::default();
+    let mut comparisons = Vec::new();
+    for cold in [false, true] {
+        if cold && !options.cold_cache {
+            continue;
         }
-        add(&mut restored, &phases);
-        if iteration % COLD_EVERY == 0 {
-            add(&mut cold, &run(&["--cold"])?);
+        let (mut restored, mut new) = (Series::new("sm"), Series::new("sm, new image"));
+        let mut booted = Series::new("sm --cold");
+        for iteration in 0..iterations {
+            let evicted = || if cold { evict_all() } else { Ok(()) };
+            evicted()?;
+            let phases = run(&[])?;
+            if !has(&phases, "state restored") {
+                bail!("a run was not restored: {phases:?}");
+            }
+            add(&mut restored, &phases);
+            if iteration % COLD_EVERY == 0 {
+                evicted()?;
+                let phases = run(&["--shm-size", &unused.next()])?;
+                if !has(&phases, "state restored") || !has(&phases, "root attached") {
+                    bail!("no image was attached to a base snapshot: {phases:?}");
+                }
+                add(&mut new, &phases);
+                evicted()?;
+                add(&mut booted, &run(&["--cold"])?);
+            }
+        }
+        comparisons.push(Comparison {
+            title: format!("sm run, {vcpus} vCPU, {mib} MiB, {}", cache(cold)),
+            series: vec![restored, new, booted],
+        });
+    }
+    Ok(comparisons)
+}
+
+fn has(phases: &[(String, Duration)], name: &str) -> bool {
+    phases.iter().any(|(phase, _)| phase == name)
+}
+
+/// Options with which an image is another one to the cache of snapshots.
+#[derive(Default)]
+struct NewImages(u64);
+
+impl NewImages {
+    fn next(&mut self) -> String {
+        self.0 += 1;
+        format!("{}k", 65536 + 4 * self.0)
+    }
+}
+
+/// Drops what `sm` keeps from the page cache.
+fn evict_all() -> Result<()> {
+    let data = std::env::var_os("XDG_DATA_HOME").context("XDG_DATA_HOME is not set")?;
+    let mut directories = vec![PathBuf::from(data)];
+    while let Some(directory) = directories.pop() {
+        for entry in std::fs::read_dir(&directory)? {
+            let entry = entry?;
+            let kind = entry.file_type()?;
+            if kind.is_dir() {
+                directories.push(entry.path());
+            } else if kind.is_file() {
+                // One that has just been removed is not in the way.
+                let _ = evict(&entry.path());
+            }
         }
     }
-    Ok(Comparison {
-        title: format!("sm run, 1 vCPU, {mib} MiB, warm page cache"),
-        series: vec![restored, cold],
-    })
+    Ok(())
 }
 
 fn add(series: &mut Series, phases: &[(String, Duration)]) {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -36,25 +37,23 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const WARM_UP: usize = 3;
 
 pub(crate) fn measure(options: &Options) -> Result<Report> {
-    let default = |given: &[u64], usual: &[u64]| match given {
-        [] => usual.to_vec(),
-        given => given.to_vec(),
-    };
-    let sizes = default(&options.memory_mib, &[128, 512, 2048, 8192]);
-    let vcpus = match &*options.vcpus {
-        [] => vec![1, 4],
-        given => given.to_vec(),
-    };
-    let iterations = options.iterations.unwrap_or(100);
-    let mut report = Report {
+    let iterations = options.iterations();
+    let mut comparisons = vec![process_starts(iterations)?];
+    comparisons.extend(restores(options)?);
+    Ok(Report {
         notes: vec![format!(
             "A tiny guest, restored in one process {iterations} times, alternating with the floor: \
              the same KVM calls without a VMM, on one thread."
         )],
-        comparisons: Vec::new(),
-    };
-    for &vcpus in &vcpus {
-        for &mib in &sizes {
+        comparisons,
+    })
+}
+
+fn restores(options: &Options) -> Result<Vec<Comparison>> {
+    let iterations = options.iterations();
+    let mut comparisons = Vec::new();
+    for &vcpus in &options.vcpus() {
+        for &mib in &options.sizes() {
             for cold in [false, true] {
                 let setup = Setup::new(mib << 20, vcpus)?;
                 let floor = Floor::new(mib << 20, vcpus)?;
@@ -71,15 +70,51 @@ pub(crate) fn measure(options: &Options) -> Result<Report> {
                         theirs.add(&b);
                     }
                 }
-                let cache = if cold { "cold" } else { "warm" };
-                report.comparisons.push(Comparison {
-                    title: format!("VMM only, {vcpus} vCPU, {mib} MiB, {cache} page cache"),
+                comparisons.push(Comparison {
+                    title: format!("VMM only, {vcpus} vCPU, {mib} MiB, {}", cache(cold)),
                     series: vec![ours, theirs],
                 });
             }
         }
     }
-    Ok(report)
+    Ok(comparisons)
+}
+
+/// The state of the page cache, for a title.
+pub(crate) fn cache(cold: bool) -> &'static str {
+    if cold {
+        "cold page cache"
+    } else {
+        "warm page cache"
+    }
+}
+
+/// What starting this program takes, up to its `main`.
+fn process_starts(iterations: usize) -> Result<Comparison> {
+    let mut series = Series::new("sm");
+    for iteration in 0..WARM_UP + iterations {
+        let begun = monotonic();
+        let output = Command::new(std::env::current_exe()?)
+            .arg("start")
+            .stdin(Stdio::null())
+            .output()?;
+        let text = String::from_utf8(output.stdout)?;
+        let reached: u64 = text.trim().parse().context("the child said nothing")?;
+        if iteration >= WARM_UP {
+            let took = Duration::from_nanos(reached).saturating_sub(begun);
+            series.add(&[("process start", took)]);
+        }
+    }
+    Ok(Comparison {
+        title: "Starting a process of this program's size, up to main".to_owned(),
+        series: vec![series],
+    })
+}
+
+/// Time on the clock that all processes of a host share.
+pub(crate) fn monotonic() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    Duration::try_from(time).unwrap_or_default()
 }
 
 /// A snapshot of the tiny guest.
@@ -213,10 +248,11 @@ impl Setup {
             ("open snapshot", snapshot),
             ("map memory", map),
             ("KVM objects", inner.hypervisor_objects),
-            // Whatever is not one of the others: vCPU threads, devices, state.
+            ("devices", inner.devices),
+            // Whatever is not one of the others: vCPUs, their threads, all state.
             (
                 "load state",
-                made.saturating_sub(inner.memory_map + inner.hypervisor_objects),
+                made.saturating_sub(inner.memory_map + inner.hypervisor_objects + inner.devices),
             ),
             ("resume to first exit", ran),
         ])
@@ -248,12 +284,16 @@ mod tests {
             vcpus: vec![2],
             ..Options::default()
         };
-        let report = measure(&options).unwrap();
+        // This program is not the benchmark, so it cannot say when it has started.
+        let report = Report {
+            comparisons: restores(&options).unwrap(),
+            notes: Vec::new(),
+        };
         assert_eq!(report.comparisons.len(), 4);
         for comparison in &report.comparisons {
             assert!(comparison.ratio("floor").is_some_and(|ratio| ratio > 0.0));
             let sm = &comparison.series[0];
-            assert_eq!(sm.phases.len(), 6);
+            assert_eq!(sm.phases.len(), 7);
             assert!(sm.phases.iter().all(|phase| phase.micros.len() == 2));
         }
     }

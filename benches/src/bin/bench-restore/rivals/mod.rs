@@ -103,6 +103,9 @@ fn forget(mut output: impl Read + Send + 'static) {
 }
 
 #[cfg(test)]
+mod fake;
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
