@@ -1,0 +1,180 @@
+//! [`sm_image::Pusher`] against the distribution's registry, looked at by skopeo:
+//! what is pushed is there byte for byte.
+#![allow(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::net::{TcpListener, TcpStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use sm_image::{
+    Cancel, Compression, Config, Digest, DockerReference, LayoutBuilder, MemoryFile, Pushed, Pusher,
+};
+
+/// Whether the programs are there. `cargo xtask test` installs them, and then
+/// they have to be.
+fn tools() -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = |program: &&str| {
+        std::env::split_paths(&path).any(|directory| directory.join(program).is_file())
+    };
+    let there = ["docker-registry", "skopeo"].iter().all(found);
+    assert!(
+        there || std::env::var_os("SM_TEST_REGISTRY").is_none(),
+        "docker-registry or skopeo is missing"
+    );
+    there
+}
+
+struct Registry {
+    address: String,
+    process: Child,
+}
+
+impl Drop for Registry {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+impl Registry {
+    fn start(directory: &Path) -> Self {
+        // Free a moment ago, and nobody asks for it by chance.
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        drop(listener);
+        let configuration = directory.join("registry.yml");
+        let storage = directory.join("storage");
+        let text = format!(
+            "version: 0.1\nlog: {{level: error}}\nhttp: {{addr: \"{address}\"}}\n\
+             storage: {{filesystem: {{rootdirectory: \"{}\"}}}}\n",
+            storage.display()
+        );
+        fs::write(&configuration, text).unwrap();
+        let process = Command::new("docker-registry")
+            .arg("serve")
+            .arg(&configuration)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let registry = Self { address, process };
+        let begun = Instant::now();
+        while TcpStream::connect(&registry.address).is_err() {
+            assert!(begun.elapsed() < Duration::from_secs(60), "it listens");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        registry
+    }
+
+    /// What skopeo finds there.
+    fn inspect(&self, image: &str, raw: bool) -> Vec<u8> {
+        let output = Command::new("skopeo")
+            .args(["inspect", "--tls-verify=false"])
+            .args(raw.then_some("--raw"))
+            .arg(format!("docker://{}/{image}", self.address))
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{output:?}");
+        output.stdout
+    }
+}
+
+/// A manifest of a layout, the blobs that it names, and how they got there.
+fn push(layout: &Path, manifest: Digest, name: &str, others: &[&str]) -> Vec<Pushed> {
+    let blob = |digest: &str| {
+        let digits = digest.strip_prefix("sha256:").unwrap();
+        layout.join("blobs/sha256").join(digits)
+    };
+    let bytes = fs::read(blob(&manifest.to_string())).unwrap();
+    let json: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
+    let layers = json["layers"].as_array().unwrap();
+    let cancel = Cancel::new();
+    let reference = DockerReference::parse(name).unwrap();
+    let pusher = Pusher::open(&reference, others, &cancel, &|_| {}).unwrap();
+    // All at once, as they may be.
+    let pushed = std::thread::scope(|scope| {
+        let sending: Vec<_> = layers
+            .iter()
+            .chain([&json["config"]])
+            .map(|named| {
+                let (pusher, blob) = (&pusher, &blob);
+                scope.spawn(move || {
+                    let digest = named["digest"].as_str().unwrap();
+                    let path = blob(digest);
+                    let open =
+                        || -> io::Result<Box<dyn Read + Send>> { Ok(Box::new(File::open(&path)?)) };
+                    let (size, digest) = (named["size"].as_u64(), Digest::parse(digest));
+                    let mut sent = 0;
+                    let pushed = pusher
+                        .blob(digest.unwrap(), size.unwrap(), &open, &mut |now| sent = now)
+                        .unwrap();
+                    assert_eq!(
+                        sent,
+                        if pushed == Pushed::Sent {
+                            size.unwrap()
+                        } else {
+                            0
+                        }
+                    );
+                    pushed
+                })
+            })
+            .collect();
+        let pushed = sending.into_iter().map(|sending| sending.join().unwrap());
+        pushed.collect()
+    });
+    let media_type = json["mediaType"].as_str().unwrap();
+    assert_eq!(pusher.manifest(media_type, &bytes).unwrap(), manifest);
+    pushed
+}
+
+#[test]
+fn what_is_pushed_is_there_byte_for_byte() {
+    if !tools() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let registry = Registry::start(directory.path());
+    let layout = directory.path().join("layout");
+    let mut image = LayoutBuilder::new(&layout, Compression::Gzip(6)).unwrap();
+    for name in ["one", "two", "three"] {
+        // One of them is of several reads.
+        let file = MemoryFile::File(name.repeat(1_000_000).into_bytes());
+        image.memory_layer(&[(name, 0o644, file)]).unwrap();
+    }
+    let digest = image.finish("v1", Config::default()).unwrap();
+
+    let name = format!("{}/team/app:v1", registry.address);
+    assert_eq!(push(&layout, digest, &name, &[]), [Pushed::Sent; 4]);
+    let raw = registry.inspect("team/app:v1", true);
+    assert_eq!(Digest::of(&raw), digest);
+    let seen: serde_json::Value =
+        serde_json::from_slice(&registry.inspect("team/app:v1", false)).unwrap();
+    assert_eq!(seen["Digest"], digest.to_string());
+    assert_eq!(seen["Layers"].as_array().unwrap().len(), 3);
+
+    // Nothing is sent twice: not to the same repository, not to its neighbour.
+    assert_eq!(push(&layout, digest, &name, &[]), [Pushed::Existed; 4]);
+    let other = format!("{}/else/where:v2", registry.address);
+    assert_eq!(
+        push(&layout, digest, &other, &["team/app"]),
+        [Pushed::Mounted; 4]
+    );
+    assert_eq!(Digest::of(&registry.inspect("else/where:v2", true)), digest);
+
+    // And it comes back as what it was, every blob of it.
+    let copied = Command::new("skopeo")
+        .args(["copy", "--quiet", "--src-tls-verify=false"])
+        .arg(format!("docker://{other}"))
+        .arg(format!(
+            "oci:{}:v1",
+            directory.path().join("back").display()
+        ))
+        .output()
+        .unwrap();
+    assert!(copied.status.success(), "{copied:?}");
+}
