@@ -43,6 +43,14 @@ pub enum Error {
         /// What is wrong.
         reason: String,
     },
+    /// A Docker engine does not give what is asked of it.
+    #[error("engine {engine}: {reason}")]
+    Engine {
+        /// Where it listens.
+        engine: String,
+        /// What is wrong.
+        reason: String,
+    },
     /// Several images match.
     #[error("\"{0}\" matches several images: give more of its ID")]
     Ambiguous(String),

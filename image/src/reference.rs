@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use crate::Error;
+use crate::digest::Digest;
 use crate::docker_reference::DockerReference;
 use crate::source::Registries;
 
@@ -19,17 +20,33 @@ pub enum Reference {
     },
     /// `oci-archive:FILE[:TAG]`: an OCI image layout in a tar file.
     OciArchive {
-        /// The tar file.
+        /// The tar file, compressed by gzip or zstd or not at all; `-` is the
+        /// standard input.
         file: PathBuf,
-        /// Which of its images; the only one when absent.
+        /// Which of its images, by a name or as `@NUMBER`; the only one when absent.
         tag: Option<String>,
     },
-    /// `docker-archive:FILE[:TAG]`: what `docker save` writes.
+    /// `docker-archive:FILE[:NAME]`: what `docker save` writes.
     DockerArchive {
-        /// The tar file.
+        /// The tar file, as of [`Self::OciArchive`].
         file: PathBuf,
-        /// Which of its images; the only one when absent.
+        /// Which of its images, by a name or as `@NUMBER`; the only one when absent.
         tag: Option<String>,
+    },
+    /// `docker-daemon:NAME[:TAG]` or `docker-daemon:ID`: an image of the Docker
+    /// engine that `DOCKER_HOST` or Docker's current context names.
+    DockerDaemon {
+        /// The name with its tag, or the ID.
+        image: String,
+    },
+    /// `containers-storage:[[[DRIVER@]ROOT[+RUN]]]NAME[:TAG]`, or an ID instead of
+    /// a name: an image of Podman, Buildah or CRI-O.
+    ContainersStorage {
+        /// Which storage, as it is written between brackets; this user's own when
+        /// absent.
+        storage: Option<String>,
+        /// The name as it is written, or the ID.
+        image: String,
     },
     /// `rootfs:DIR`: a directory as it is.
     RootFs {
@@ -100,11 +117,12 @@ impl Reference {
                 let name = rest.trim_start_matches('/');
                 Self::Docker(DockerReference::parse(name).map_err(bad)?)
             }
-            "docker-daemon" | "containers-storage" => {
-                return Err(bad(
-                    "this transport is not available yet; copy the image with \
-                     \"skopeo copy\" to an oci: directory",
-                ));
+            "docker-daemon" if !rest.is_empty() => Self::DockerDaemon {
+                image: engine_image(rest).map_err(bad)?,
+            },
+            "containers-storage" if !rest.is_empty() => {
+                let (storage, image) = storage_image(rest).map_err(bad)?;
+                Self::ContainersStorage { storage, image }
             }
             _ => match DockerReference::parse(text) {
                 Ok(docker) => Self::Docker(docker),
@@ -114,17 +132,58 @@ impl Reference {
     }
 }
 
-/// Splits `PATH[:TAG]`. A path that exists as it stands is taken whole.
+/// Splits `PATH[:TAG]`. What exists as it stands is the path; otherwise that ends
+/// at the first colon, as others have it (containers-transports(5)).
 fn split_tag(text: &str) -> (PathBuf, Option<String>) {
-    match text.rsplit_once(':') {
-        Some((path, tag))
-            if !tag.contains('/') && !path.is_empty() && !Path::new(text).exists() =>
-        {
-            let tag = (!tag.is_empty()).then(|| tag.to_owned());
-            (PathBuf::from(path), tag)
-        }
-        _ => (PathBuf::from(text), None),
+    let colons = text.char_indices().filter(|(_, c)| *c == ':');
+    let colons: Vec<usize> = colons.map(|(at, _)| at).filter(|at| *at > 0).collect();
+    let exists = |end: &usize| {
+        text.get(..*end)
+            .is_some_and(|path| Path::new(path).exists())
+    };
+    let end = [text.len()]
+        .into_iter()
+        .chain(colons.iter().rev().copied())
+        .find(exists)
+        .or_else(|| colons.first().copied())
+        .unwrap_or(text.len());
+    let (path, tag) = text.split_at(end);
+    let tag = tag.strip_prefix(':').filter(|tag| !tag.is_empty());
+    (PathBuf::from(path), tag.map(str::to_owned))
+}
+
+/// Fewest digits that are an engine's ID rather than a name.
+const ENGINE_ID: usize = 12;
+
+/// What an engine is asked for: a name as it has them, or an ID.
+fn engine_image(text: &str) -> Result<String, &'static str> {
+    if Digest::parse(text).is_some() {
+        return Ok(text.to_owned());
     }
+    let is_digit = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
+    if text.len() >= ENGINE_ID && text.bytes().all(is_digit) {
+        return Ok(text.to_owned());
+    }
+    Ok(DockerReference::parse(text)?.to_string())
+}
+
+/// The storage between brackets, and the image after them.
+fn storage_image(text: &str) -> Result<(Option<String>, String), &'static str> {
+    let (storage, image) = match text.strip_prefix('[') {
+        Some(rest) => {
+            let split = rest.split_once(']').ok_or("the bracket is not closed")?;
+            (Some(split.0.to_owned()), split.1)
+        }
+        None => (None, text),
+    };
+    let id = image
+        .strip_prefix('@')
+        .or_else(|| image.strip_prefix("sha256:"));
+    let is_id = id.is_some_and(|id| !id.is_empty() && id.bytes().all(|b| b.is_ascii_hexdigit()));
+    if !is_id {
+        DockerReference::parse(image)?;
+    }
+    Ok((storage, image.to_owned()))
 }
 
 impl fmt::Display for Reference {
@@ -134,6 +193,14 @@ impl fmt::Display for Reference {
             Self::OciArchive { file, tag } => ("oci-archive", file, tag.as_deref()),
             Self::DockerArchive { file, tag } => ("docker-archive", file, tag.as_deref()),
             Self::RootFs { directory } => ("rootfs", directory, None),
+            Self::DockerDaemon { image } => return write!(f, "docker-daemon:{image}"),
+            Self::ContainersStorage { storage, image } => {
+                f.write_str("containers-storage:")?;
+                if let Some(storage) = storage {
+                    write!(f, "[{storage}]")?;
+                }
+                return f.write_str(image);
+            }
             Self::Docker(name) => return name.fmt(f),
             Self::Stored(name) => return f.write_str(name),
         };
@@ -163,8 +230,8 @@ mod tests {
         assert_eq!(
             parse("docker-archive:x.tar:repo:tag"),
             Reference::DockerArchive {
-                file: "x.tar:repo".into(),
-                tag: Some("tag".into())
+                file: "x.tar".into(),
+                tag: Some("repo:tag".into())
             }
         );
         assert_eq!(parse("rootfs:/x:y").to_string(), "rootfs:/x:y");
@@ -177,5 +244,50 @@ mod tests {
         assert!(Reference::parse("").is_err());
         assert!(Reference::parse("oci:").is_err());
         assert!(Reference::parse("docker://A").is_err());
+    }
+
+    #[test]
+    fn a_path_that_exists_is_the_path() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a:b.tar");
+        std::fs::write(&path, "").unwrap();
+        let (path, text) = (path.clone(), path.display().to_string());
+        assert_eq!(split_tag(&text), (path.clone(), None));
+        let tagged = split_tag(&format!("{text}:repo:tag"));
+        assert_eq!(tagged, (path, Some("repo:tag".to_owned())));
+        assert_eq!(
+            split_tag("/no:b.tar"),
+            ("/no".into(), Some("b.tar".to_owned()))
+        );
+        assert_eq!(split_tag(":x"), (":x".into(), None));
+    }
+
+    #[test]
+    fn engines_and_storages() {
+        let shown = |text: &str| Reference::parse(text).unwrap().to_string();
+        assert_eq!(shown("docker-daemon:app"), "docker-daemon:app:latest");
+        let same = |text: &str| assert_eq!(shown(text), text);
+        same("docker-daemon:r.example/app:v1");
+        same("docker-daemon:0123456789ab");
+        same(&format!("docker-daemon:{}", Digest::of(b"x")));
+        same("containers-storage:localhost/app");
+        same("containers-storage:[/x]app:v1");
+        same(
+            "containers-storage:[overlay@/x+/y]app@sha256:\
+              e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+        );
+        same("containers-storage:@0123");
+        same("containers-storage:sha256:0123");
+        for bad in [
+            "docker-daemon:",
+            "docker-daemon:A",
+            "docker-daemon:../x",
+            "containers-storage:[/x",
+            "containers-storage:[/x]",
+            "containers-storage:@",
+            "containers-storage:@../x",
+        ] {
+            assert!(Reference::parse(bad).is_err(), "{bad}");
+        }
     }
 }

@@ -4,9 +4,9 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, BufReader, Read, Seek as _, SeekFrom};
 use std::os::unix::fs::FileExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use super::Files;
+use super::{Files, Session, spool};
 use crate::Error;
 use crate::reference::Reference;
 use crate::tar::{Header, Kind, Reader};
@@ -22,25 +22,34 @@ enum Item {
 }
 
 /// A tar file.
-pub(crate) struct Archive {
-    path: PathBuf,
+pub(super) struct Archive {
     file: File,
     items: HashMap<String, Item>,
 }
 
 impl Archive {
-    pub(crate) fn open(path: &Path, reference: &Reference) -> Result<Self, Error> {
+    /// Reads the headers of a tar file.
+    ///
+    /// # Errors
+    /// A sentence about what is wrong with it.
+    pub(super) fn new(mut file: File) -> Result<Self, String> {
+        let items = list(&mut file)?;
+        Ok(Self { file, items })
+    }
+
+    /// The archive at `path`, or for `-` that on the standard input, compressed
+    /// or not.
+    pub(super) fn open(
+        path: &Path,
+        reference: &Reference,
+        session: Session<'_>,
+    ) -> Result<Self, Error> {
         let unknown = |reason: String| Error::Unknown {
             reference: reference.to_string(),
-            reason,
+            reason: format!("{path:?}: {reason}"),
         };
-        let mut file = File::open(path).map_err(|error| unknown(format!("{path:?}: {error}")))?;
-        let items = list(&mut file).map_err(|reason| unknown(format!("{path:?}: {reason}")))?;
-        Ok(Self {
-            path: path.to_owned(),
-            file,
-            items,
-        })
+        let file = spool::open(path, session).map_err(|error| unknown(error.to_string()))?;
+        Self::new(file).map_err(unknown)
     }
 }
 
@@ -107,7 +116,25 @@ fn join(name: &str, target: &str) -> String {
 
 impl Files for Archive {
     fn open<'a>(&'a self, path: &str) -> Result<Option<Box<dyn Read + Send + 'a>>, Error> {
-        let mut name = path;
+        self.open_file(path)
+    }
+}
+
+/// [`Layout`](super::layout::Layout)s and others can be several over one archive.
+impl Files for &Archive {
+    fn open<'a>(&'a self, path: &str) -> Result<Option<Box<dyn Read + Send + 'a>>, Error> {
+        self.open_file(path)
+    }
+}
+
+impl Archive {
+    /// Opens a file by its path; `None` if there is none.
+    pub(super) fn open_file<'a>(
+        &'a self,
+        path: &str,
+    ) -> Result<Option<Box<dyn Read + Send + 'a>>, Error> {
+        let path = join("", path);
+        let mut name = path.as_str();
         for _ in 0..MAX_LINKS {
             match self.items.get(name) {
                 None => return Ok(None),
@@ -121,8 +148,9 @@ impl Files for Archive {
                 }
             }
         }
-        Err(Error::file("follow links in", &self.path)(
-            io::Error::other("there are too many"),
+        Err(Error::document(
+            path,
+            "it is a link to a link, and so on, in its archive",
         ))
     }
 }

@@ -3,15 +3,18 @@
 
 use std::io::Read;
 
+use oci_spec::image::ImageConfiguration;
 use serde::Deserialize;
 
-use super::archive::Archive;
-use super::{Files as _, Source, SourceImage, SourceLayer, read_small};
+use super::choice::Choice;
+use super::{Files, Source, SourceImage, SourceLayer, read_small};
 use crate::Error;
 use crate::digest::Digest;
 use crate::documents::{check_platform, diff_ids, parse};
 use crate::platform::Platform;
-use crate::reference::Reference;
+
+/// Most images in one archive.
+const MAX_IMAGES: usize = 1000;
 
 #[derive(Clone, Debug, Deserialize)]
 struct Item {
@@ -20,64 +23,84 @@ struct Item {
     #[serde(rename = "RepoTags", default)]
     tags: Option<Vec<String>>,
     #[serde(rename = "Layers", default)]
-    layers: Vec<String>,
+    layers: Option<Vec<String>>,
 }
 
 /// A Docker archive.
-pub(crate) struct DockerArchive {
-    archive: Archive,
-    reference: Reference,
-    tag: Option<String>,
+pub(super) struct DockerArchive<F> {
+    files: F,
+    /// Where it is, for people.
+    place: String,
+    choice: Choice,
 }
 
-impl DockerArchive {
-    pub(crate) fn new(archive: Archive, reference: Reference, tag: Option<String>) -> Self {
+impl<F: Files> DockerArchive<F> {
+    pub(super) fn new(files: F, place: String, choice: Choice) -> Self {
         Self {
-            archive,
-            reference,
-            tag,
+            files,
+            place,
+            choice,
         }
     }
 
-    fn unknown(&self, reason: String) -> Error {
+    fn unknown(&self, reason: impl Into<String>) -> Error {
         Error::Unknown {
-            reference: self.reference.to_string(),
-            reason,
+            reference: self.place.clone(),
+            reason: reason.into(),
         }
+    }
+
+    fn items(&self) -> Result<Vec<Item>, Error> {
+        let Some(bytes) = read_small(&self.files, "manifest.json", "manifest")? else {
+            let is_old = self.files.open("repositories")?.is_some();
+            return Err(self.unknown(match is_old {
+                true => {
+                    "it is an archive as Docker wrote it before 1.10, without digests \
+                     (no manifest.json); load it into any Docker since, and save it again"
+                }
+                false => "it is not a Docker archive (no manifest.json)",
+            }));
+        };
+        let items: Vec<Item> = parse(&bytes, "manifest")?;
+        if items.len() > MAX_IMAGES {
+            let text = format!("it has more than {MAX_IMAGES} images");
+            return Err(Error::document("manifest", text));
+        }
+        Ok(items)
+    }
+
+    /// The names of each image.
+    pub(super) fn names(&self) -> Result<Vec<Vec<String>>, Error> {
+        let items = self.items()?.into_iter();
+        Ok(items.map(|item| item.tags.unwrap_or_default()).collect())
     }
 
     fn item(&self) -> Result<Item, Error> {
-        let bytes = read_small(&self.archive, "manifest.json", "manifest")?.ok_or_else(|| {
-            self.unknown("it is not a Docker archive (no manifest.json)".to_owned())
-        })?;
-        let mut items: Vec<Item> = parse(&bytes, "manifest")?;
-        match (&self.tag, items.len()) {
-            (None, 1) => Ok(items.swap_remove(0)),
-            (None, 0) => Err(self.unknown("the archive is empty".to_owned())),
-            (None, _) => Err(self.unknown("the archive has several images, add :TAG".to_owned())),
-            (Some(tag), _) => items
-                .into_iter()
-                .find(|item| {
-                    let mut tags = item.tags.iter().flatten();
-                    tags.any(|known| known == tag || known.ends_with(&format!(":{tag}")))
-                })
-                .ok_or_else(|| self.unknown(format!("the archive has no image \"{tag}\""))),
-        }
+        let mut items = self.items()?;
+        let names: Vec<_> = items
+            .iter()
+            .map(|item| item.tags.clone().unwrap_or_default())
+            .collect();
+        let place = self.choice.among(&names);
+        let place = place.map_err(|reason| self.unknown(reason))?;
+        Ok(items.swap_remove(place))
     }
 }
 
-impl Source for DockerArchive {
+impl<F: Files + Sync> Source for DockerArchive<F> {
     fn image(&self, platform: Option<&Platform>) -> Result<SourceImage, Error> {
         let item = self.item()?;
-        let bytes = read_small(&self.archive, &item.config, "configuration")?
+        let bytes = read_small(&self.files, &item.config, "configuration")?
             .ok_or_else(|| Error::document("configuration", "it is missing from the archive"))?;
-        let config: oci_spec::image::ImageConfiguration = parse(&bytes, "configuration")?;
+        let config: ImageConfiguration = parse(&bytes, "configuration")?;
         check_platform(&config, platform)?;
-        let layers = diff_ids(&config, item.layers.len())?
+        let paths = item.layers.unwrap_or_default();
+        let layers = diff_ids(&config, paths.len())?
             .into_iter()
-            .zip(item.layers)
+            .zip(paths)
             .map(|(diff_id, path)| SourceLayer {
                 digest: diff_id,
+                // Nothing is written down about the stream, which some compress.
                 size: None,
                 media_type: None,
                 diff_id,
@@ -102,6 +125,6 @@ impl Source for DockerArchive {
             reason: "it is missing".to_owned(),
         };
         let path = layer.place.as_ref().ok_or_else(missing)?;
-        self.archive.open(path)?.ok_or_else(missing)
+        self.files.open(path)?.ok_or_else(missing)
     }
 }

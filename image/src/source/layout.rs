@@ -7,73 +7,67 @@ use std::path::{Path, PathBuf};
 
 use oci_spec::image::{Descriptor, ImageIndex};
 
+use super::choice::Choice;
 use super::{Files, Source, SourceImage, SourceLayer, blob_path, describe, read_named, read_small};
 use crate::Error;
 use crate::documents::{Named, REF_NAME, parse, resolve};
 use crate::platform::Platform;
-use crate::reference::Reference;
+
+/// The annotation in which containerd and Docker keep an image's whole name.
+const FULL_NAME: &str = "io.containerd.image.name";
 
 /// A layout over some files.
-pub(crate) struct Layout<F> {
+pub(super) struct Layout<F> {
     files: F,
-    reference: Reference,
-    tag: Option<String>,
+    /// Where it is, for people.
+    place: String,
+    choice: Choice,
 }
 
 impl<F: Files> Layout<F> {
-    pub(crate) fn new(files: F, reference: Reference, tag: Option<String>) -> Self {
+    pub(super) fn new(files: F, place: String, choice: Choice) -> Self {
         Self {
             files,
-            reference,
-            tag,
+            place,
+            choice,
         }
     }
 
-    fn unknown(&self, reason: String) -> Error {
+    fn unknown(&self, reason: impl Into<String>) -> Error {
         Error::Unknown {
-            reference: self.reference.to_string(),
-            reason,
+            reference: self.place.clone(),
+            reason: reason.into(),
         }
     }
 
-    fn choose<'a>(&self, index: &'a ImageIndex) -> Result<&'a Descriptor, Error> {
-        let name = |descriptor: &'a Descriptor| -> Option<&'a str> {
-            descriptor
-                .annotations()
-                .as_ref()?
-                .get(REF_NAME)
-                .map(String::as_str)
-        };
-        let names = || {
-            let names: Vec<&str> = index.manifests().iter().filter_map(name).collect();
-            match names.as_slice() {
-                [] => "it names none".to_owned(),
-                names => format!("it has {}", names.join(", ")),
-            }
-        };
-        match (&self.tag, index.manifests().as_slice()) {
-            (Some(tag), manifests) => manifests
-                .iter()
-                .find(|descriptor| name(descriptor) == Some(tag))
-                .ok_or_else(|| {
-                    self.unknown(format!("the layout has no image \"{tag}\"; {}", names()))
-                }),
-            (None, [only]) => Ok(only),
-            (None, []) => Err(self.unknown("the layout is empty".to_owned())),
-            (None, _) => {
-                let text = format!("the layout has several images, add :TAG; {}", names());
-                Err(self.unknown(text))
-            }
-        }
+    fn index(&self) -> Result<ImageIndex, Error> {
+        let bytes = read_small(&self.files, "index.json", "index")?
+            .ok_or_else(|| self.unknown("it is not an OCI layout (no index.json)"))?;
+        parse(&bytes, "index")
     }
+
+    /// The names of each image.
+    pub(super) fn names(&self) -> Result<Vec<Vec<String>>, Error> {
+        Ok(self.index()?.manifests().iter().map(names).collect())
+    }
+}
+
+/// The whole name, then the name in the layout.
+fn names(descriptor: &Descriptor) -> Vec<String> {
+    let annotations = descriptor.annotations().as_ref();
+    let name = |key: &str| annotations.and_then(|all| all.get(key).cloned());
+    [FULL_NAME, REF_NAME].into_iter().filter_map(name).collect()
 }
 
 impl<F: Files + Sync> Source for Layout<F> {
     fn image(&self, platform: Option<&Platform>) -> Result<SourceImage, Error> {
-        let bytes = read_small(&self.files, "index.json", "index")?
-            .ok_or_else(|| self.unknown("it is not an OCI layout (no index.json)".to_owned()))?;
-        let index: ImageIndex = parse(&bytes, "index")?;
-        let first = Named::from_descriptor(self.choose(&index)?, "index")?;
+        let index = self.index()?;
+        let all: Vec<_> = index.manifests().iter().map(names).collect();
+        let chosen = self.choice.among(&all);
+        let chosen = chosen.map_err(|reason| self.unknown(reason))?;
+        let chosen = index.manifests().get(chosen);
+        let chosen = chosen.ok_or_else(|| self.unknown("it is empty"))?;
+        let first = Named::from_descriptor(chosen, "index")?;
         let read = |named: &Named, what: &str| read_named(&self.files, named, what);
         let manifest = |named: &Named| read(named, "manifest");
         let bytes = manifest(&first)?;
@@ -82,20 +76,19 @@ impl<F: Files + Sync> Source for Layout<F> {
     }
 
     fn layer<'a>(&'a self, layer: &SourceLayer) -> Result<Box<dyn Read + Send + 'a>, Error> {
-        self.files
-            .open(&blob_path(layer.digest))?
-            .ok_or_else(|| Error::Blob {
-                digest: layer.digest.to_string(),
-                reason: "it is missing".to_owned(),
-            })
+        let file = self.files.open(&blob_path(layer.digest))?;
+        file.ok_or_else(|| Error::Blob {
+            digest: layer.digest.to_string(),
+            reason: "it is missing".to_owned(),
+        })
     }
 }
 
 /// A directory as named files.
-pub(crate) struct Directory(PathBuf);
+pub(super) struct Directory(PathBuf);
 
 impl Directory {
-    pub(crate) fn open(path: &Path) -> Result<Self, String> {
+    pub(super) fn open(path: &Path) -> Result<Self, String> {
         match path.metadata() {
             Ok(meta) if meta.is_dir() => Ok(Self(path.to_owned())),
             Ok(_) => Err(format!("{path:?} is not a directory")),

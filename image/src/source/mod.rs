@@ -1,12 +1,18 @@
 //! Where images come from: each transport gives documents and blobs.
 
 mod archive;
+mod bundle;
+mod choice;
 mod docker;
+mod engine;
 mod layout;
+mod pem;
 mod place;
 mod registries;
 mod registry;
 mod rootfs;
+mod spool;
+mod storage;
 
 use std::io::Read;
 use std::path::Path;
@@ -21,6 +27,9 @@ use crate::documents::{MAX_DOCUMENT, Named, Parts, Resolved, check_platform, dif
 use crate::platform::Platform;
 use crate::reference::Reference;
 
+#[allow(unused_imports, reason = "loading archives is about to use it")]
+pub(crate) use self::bundle::Bundle;
+use self::choice::Choice;
 pub(crate) use self::registries::Registries;
 pub use self::registry::{OpenBlob, Pushed, Pusher};
 
@@ -83,6 +92,12 @@ pub(crate) struct SourceImage {
 
 /// An opened transport. Several layers can be read at once, from any threads.
 pub(crate) trait Source: Sync {
+    /// The digest that the image is known by where it is, of a configuration, a
+    /// manifest or an index; `None` if finding out takes no less than
+    /// [`Self::image`] does. An image that is stored under it needs not be read.
+    fn identity(&self) -> Result<Option<Digest>, Error> {
+        Ok(None)
+    }
     /// Finds the image for `platform`. Without one, that for guests of this host
     /// is chosen where there is a choice; where there is none, whatever it is.
     fn image(&self, platform: Option<&Platform>) -> Result<SourceImage, Error>;
@@ -112,22 +127,26 @@ pub(crate) fn open<'a>(
         reference: reference.to_string(),
         reason,
     };
+    let place = reference.to_string();
     Ok(Some(match reference {
         Reference::Oci { directory, tag } => {
-            let blobs = layout::Directory::open(directory).map_err(unknown)?;
-            Box::new(layout::Layout::new(blobs, reference.clone(), tag.clone()))
+            let files = layout::Directory::open(directory).map_err(unknown)?;
+            let choice = Choice::of(tag.as_deref());
+            Box::new(layout::Layout::new(files, place, choice))
         }
         Reference::OciArchive { file, tag } => {
-            let blobs = archive::Archive::open(file, reference)?;
-            Box::new(layout::Layout::new(blobs, reference.clone(), tag.clone()))
+            let files = archive::Archive::open(file, reference, session)?;
+            let choice = Choice::of(tag.as_deref());
+            Box::new(layout::Layout::new(files, place, choice))
         }
         Reference::DockerArchive { file, tag } => {
-            let archive = archive::Archive::open(file, reference)?;
-            Box::new(docker::DockerArchive::new(
-                archive,
-                reference.clone(),
-                tag.clone(),
-            ))
+            let files = archive::Archive::open(file, reference, session)?;
+            let choice = Choice::of(tag.as_deref());
+            Box::new(docker::DockerArchive::new(files, place, choice))
+        }
+        Reference::DockerDaemon { image } => Box::new(engine::Engine::open(image, session)?),
+        Reference::ContainersStorage { storage, image } => {
+            Box::new(storage::Storage::open(storage.as_deref(), image)?)
         }
         Reference::RootFs { directory } => match directory.is_dir() {
             true => Box::new(rootfs::Directory::new(directory)),
@@ -135,6 +154,34 @@ pub(crate) fn open<'a>(
         },
         Reference::Docker(name) => Box::new(registry::Registry::open(name, session)?),
         Reference::Stored(_) => return Ok(None),
+    }))
+}
+
+/// The names of all images in a layout or archive; some have none. `None` for
+/// other transports.
+#[allow(dead_code, reason = "loading archives is about to use it")]
+pub(crate) fn names(
+    reference: &Reference,
+    session: Session<'_>,
+) -> Result<Option<Vec<Vec<String>>>, Error> {
+    let place = reference.to_string();
+    Ok(Some(match reference {
+        Reference::Oci { directory, .. } => {
+            let files = layout::Directory::open(directory).map_err(|reason| Error::Unknown {
+                reference: place.clone(),
+                reason,
+            })?;
+            layout::Layout::new(files, place, Choice::Only).names()?
+        }
+        Reference::OciArchive { file, .. } => {
+            let files = archive::Archive::open(file, reference, session)?;
+            layout::Layout::new(files, place, Choice::Only).names()?
+        }
+        Reference::DockerArchive { file, .. } => {
+            let files = archive::Archive::open(file, reference, session)?;
+            docker::DockerArchive::new(files, place, Choice::Only).names()?
+        }
+        _ => return Ok(None),
     }))
 }
 

@@ -164,9 +164,15 @@ pub(super) fn absolute(reference: &Reference) -> String {
     let path = match &mut reference {
         Reference::Oci { directory, .. } | Reference::RootFs { directory } => directory,
         Reference::OciArchive { file, .. } | Reference::DockerArchive { file, .. } => file,
-        Reference::Docker(_) | Reference::Stored(_) => return reference.to_string(),
+        Reference::Docker(_)
+        | Reference::DockerDaemon { .. }
+        | Reference::ContainersStorage { .. }
+        | Reference::Stored(_) => return reference.to_string(),
     };
-    if let Ok(real) = path.canonicalize() {
+    // What was read from the standard input has no place.
+    if path.as_os_str() != "-"
+        && let Ok(real) = path.canonicalize()
+    {
         *path = real;
     }
     reference.to_string()

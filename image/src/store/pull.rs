@@ -120,9 +120,38 @@ impl Store {
             documents::check_platform(&stored.config, options.platform.as_ref())?;
             return Ok(stored);
         };
+        let name = absolute(reference);
+        if let Some(stored) = self.known(&*source, &name, options.platform.as_ref())? {
+            self.used_now(stored.digest);
+            return Ok(stored);
+        }
         let image = source.image(options.platform.as_ref())?;
         let keep = options.keep_compressed && matches!(reference, Reference::Docker(_));
-        self.bring(&*source, &image, &absolute(reference), keep, options)
+        self.bring(&*source, &image, &name, keep, options)
+    }
+
+    /// The image of this name, if it is still the one that the source has, and the
+    /// source can tell without giving it.
+    fn known(
+        &self,
+        source: &dyn Source,
+        name: &str,
+        platform: Option<&Platform>,
+    ) -> Result<Option<StoredImage>, Error> {
+        let Some(identity) = source.identity()? else {
+            return Ok(None);
+        };
+        let Some(named) = self.list()?.into_iter().find(|it| it.reference == name) else {
+            return Ok(None);
+        };
+        let Some(record) = self.record(named.digest)? else {
+            return Ok(None);
+        };
+        if ![named.digest, named.named, record.config_digest].contains(&identity) {
+            return Ok(None);
+        }
+        let stored = self.load(named.digest)?;
+        Ok(stored.filter(|stored| serves(stored, platform)))
     }
 
     /// Makes what is missing of an image, and names it. The caller holds the lock.

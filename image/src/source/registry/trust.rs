@@ -4,10 +4,9 @@
 
 use std::path::{Path, PathBuf};
 
-use ureq::tls::{Certificate, ClientCert, PemItem, PrivateKey, RootCerts, TlsConfig, parse_pem};
+use ureq::tls::{Certificate, ClientCert, RootCerts, TlsConfig};
 
-/// Largest certificate file read, in bytes.
-const MAX_FILE: u64 = 1 << 20;
+use super::super::pem::{certificates, private_key};
 
 /// TLS for `host`, with its port if it has one. Of an `insecure` one, any
 /// certificate is taken. `SSL_CERT_FILE` and `SSL_CERT_DIR` stand in for the
@@ -76,29 +75,4 @@ fn look_into(directory: &Path) -> Found {
         }
     }
     found
-}
-
-fn items(path: &Path) -> Vec<PemItem<'static>> {
-    if path.metadata().is_ok_and(|meta| meta.len() > MAX_FILE) {
-        return Vec::new();
-    }
-    let pem = std::fs::read(path).unwrap_or_default();
-    parse_pem(&pem).flatten().collect()
-}
-
-fn certificates(path: &Path) -> Vec<Certificate<'static>> {
-    let items = items(path).into_iter();
-    items
-        .filter_map(|item| match item {
-            PemItem::Certificate(certificate) => Some(certificate),
-            _ => None,
-        })
-        .collect()
-}
-
-fn private_key(path: &Path) -> Option<PrivateKey<'static>> {
-    items(path).into_iter().find_map(|item| match item {
-        PemItem::PrivateKey(key) => Some(key),
-        _ => None,
-    })
 }

@@ -1,0 +1,111 @@
+//! Which of several images in one place is meant.
+
+use crate::docker_reference::DockerReference;
+
+/// Which image (containers-transports(5)).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Choice {
+    /// The only one.
+    Only,
+    /// The one with this name.
+    Name(String),
+    /// The one at this place, from 0 on: `@N`.
+    Number(usize),
+}
+
+impl Choice {
+    /// Reads what follows the path in a reference.
+    pub(super) fn of(tag: Option<&str>) -> Self {
+        let Some(tag) = tag else {
+            return Self::Only;
+        };
+        let number = tag.strip_prefix('@').and_then(|number| number.parse().ok());
+        number.map_or_else(|| Self::Name(tag.to_owned()), Self::Number)
+    }
+
+    /// The place of the one that is meant among images with these names.
+    ///
+    /// # Errors
+    /// There is none, or more than one; a sentence that says which there are.
+    pub(super) fn among(&self, images: &[Vec<String>]) -> Result<usize, String> {
+        let all = || {
+            let names: Vec<&str> = images.iter().flatten().map(String::as_str).collect();
+            match names.as_slice() {
+                [] => "none has a name".to_owned(),
+                names => format!("there are {}", names.join(", ")),
+            }
+        };
+        match self {
+            _ if images.is_empty() => Err("there is no image in it".to_owned()),
+            Self::Only if images.len() == 1 => Ok(0),
+            Self::Only => Err(format!(
+                "there are {} images in it, add :NAME or :@NUMBER; {}",
+                images.len(),
+                all()
+            )),
+            Self::Number(number) if *number < images.len() => Ok(*number),
+            Self::Number(number) => Err(format!(
+                "there is no image @{number} in it, but {} of them",
+                images.len()
+            )),
+            Self::Name(name) => {
+                // Exactly, as Docker means it, or by the tag alone.
+                let kinds: [&dyn Fn(&str) -> bool; 3] = [
+                    &|known| known == name,
+                    &|known| is_same(known, name),
+                    &|known| known.rsplit_once(':').is_some_and(|(_, tag)| tag == name),
+                ];
+                for is_meant in kinds {
+                    let mut meant = (0..)
+                        .zip(images)
+                        .filter(|(_, names)| names.iter().any(|known| is_meant(known)));
+                    match (meant.next(), meant.next()) {
+                        (Some((place, _)), None) => return Ok(place),
+                        (None, _) => {}
+                        (Some(_), Some(_)) => {
+                            return Err(format!("it has several images \"{name}\"; {}", all()));
+                        }
+                    }
+                }
+                Err(format!("it has no image \"{name}\"; {}", all()))
+            }
+        }
+    }
+}
+
+fn is_same(one: &str, other: &str) -> bool {
+    let parse = |text| DockerReference::parse(text).ok();
+    parse(one).is_some_and(|one| Some(one) == parse(other))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn images_are_told_apart() {
+        let images: Vec<Vec<String>> = [&["app:v1", "r.example/app:v1"][..], &["app:v2"], &[]]
+            .iter()
+            .map(|names| names.iter().map(|name| (*name).to_owned()).collect())
+            .collect();
+        let among = |tag: Option<&str>| Choice::of(tag).among(&images);
+        assert_eq!(among(Some("app:v1")), Ok(0));
+        assert_eq!(among(Some("docker.io/library/app:v2")), Ok(1));
+        assert_eq!(among(Some("v2")), Ok(1));
+        assert_eq!(among(Some("@2")), Ok(2));
+        let error = |tag| among(tag).unwrap_err();
+        assert!(error(None).contains("3 images in it"));
+        assert!(error(Some("@3")).contains("no image @3"));
+        assert!(error(Some("app")).contains("no image \"app\"; there are app:v1"));
+        assert_eq!(Choice::Only.among(&images[..1]), Ok(0));
+        assert!(
+            Choice::Only
+                .among(&[])
+                .unwrap_err()
+                .contains("no image in it")
+        );
+        let twice = vec![vec!["a:x".to_owned()], vec!["b:x".to_owned()]];
+        let error = Choice::of(Some("x")).among(&twice).unwrap_err();
+        assert!(error.contains("several images"), "{error}");
+    }
+}

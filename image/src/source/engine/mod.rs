@@ -1,0 +1,232 @@
+//! `docker-daemon:`: images of a Docker engine, by its API. Podman's service
+//! speaks the same.
+
+mod host;
+mod unix;
+
+use std::io::{self, Read};
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use serde::Deserialize;
+use ureq::http::Response;
+use ureq::tls::{ClientCert, RootCerts, TlsConfig};
+use ureq::{Agent, Body};
+
+use self::host::{Host, Tls};
+use self::unix::{NoResolver, UnixConnector};
+use super::bundle::Bundle;
+use super::choice::Choice;
+use super::{Session, Source, SourceImage, SourceLayer, pem};
+use crate::Error;
+use crate::digest::Digest;
+use crate::platform::Platform;
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long an engine may say nothing. It collects all layers before it sends the
+/// first byte.
+const SILENCE: Duration = Duration::from_secs(1800);
+/// Largest answer that is no image, in bytes.
+const MAX_ANSWER: u64 = 4 << 20;
+/// Characters of an error that are shown.
+const SHOWN: usize = 200;
+
+/// An image of an engine.
+pub(super) struct Engine<'s> {
+    agent: Agent,
+    host: Host,
+    /// Where the API is.
+    base: String,
+    /// A name with its tag, or an ID.
+    name: String,
+    session: Session<'s>,
+    /// The image, once it has been sent.
+    bundle: OnceLock<Bundle>,
+}
+
+impl<'s> Engine<'s> {
+    /// Finds the engine, and that it has the image `name`.
+    pub(super) fn open(name: &str, session: Session<'s>) -> Result<Self, Error> {
+        let host = Host::find().map_err(|reason| Error::Engine {
+            engine: "docker".to_owned(),
+            reason,
+        })?;
+        Self::at(host, name, session)
+    }
+
+    fn at(host: Host, name: &str, session: Session<'s>) -> Result<Self, Error> {
+        let config = |tls: TlsConfig| {
+            Agent::config_builder()
+                .http_status_as_error(false)
+                .user_agent(concat!("sm/", env!("CARGO_PKG_VERSION")))
+                .timeout_connect(Some(CONNECT_TIMEOUT))
+                .timeout_recv_response(Some(SILENCE))
+                .timeout_per_read(Some(SILENCE))
+                .max_redirects(0)
+                .max_redirects_will_error(false)
+                .proxy(None)
+                .tls_config(tls)
+                .build()
+        };
+        let (agent, base) = match &host {
+            Host::Unix(path) => {
+                let connector = UnixConnector(path.clone());
+                let config = config(TlsConfig::default());
+                let agent = Agent::with_parts(config, connector, NoResolver);
+                (agent, "http://engine".to_owned())
+            }
+            Host::Tcp(address, None) => {
+                let agent = Agent::new_with_config(config(TlsConfig::default()));
+                (agent, format!("http://{address}"))
+            }
+            Host::Tcp(address, Some(tls)) => {
+                let agent = Agent::new_with_config(config(tls_config(tls)));
+                (agent, format!("https://{address}"))
+            }
+        };
+        let ended = agent.clone();
+        session.cancel.on_cancel(move || ended.shutdown());
+        let mut engine = Self {
+            agent,
+            host,
+            base,
+            name: name.to_owned(),
+            session,
+            bundle: OnceLock::new(),
+        };
+        // Engines have dropped what is without a version, and old versions.
+        let ping = engine.get("/_ping")?;
+        if let Some(version) = ping.headers().get("api-version")
+            && let Ok(version) = version.to_str()
+            && version
+                .bytes()
+                .all(|byte| byte.is_ascii_digit() || byte == b'.')
+        {
+            engine.base = format!("{}/v{version}", engine.base);
+        }
+        Ok(engine)
+    }
+
+    fn error(&self, reason: impl Into<String>) -> Error {
+        Error::Engine {
+            engine: self.host.to_string(),
+            reason: reason.into(),
+        }
+    }
+
+    fn get(&self, path: &str) -> Result<Response<Body>, Error> {
+        let url = format!("{}{path}", self.base);
+        self.agent.get(url).call().map_err(|error| match error {
+            ureq::Error::Io(error) => self.error(match error.kind() {
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+                    "no engine listens there; is it running? (DOCKER_HOST says where it is; \
+                     images of Podman are containers-storage:NAME)"
+                        .to_owned()
+                }
+                io::ErrorKind::PermissionDenied => {
+                    "you may not use it; people in the group of its socket (\"docker\", \
+                     usually) may"
+                        .to_owned()
+                }
+                _ => error.to_string(),
+            }),
+            other => self.error(other.to_string()),
+        })
+    }
+
+    /// What the engine has of the image at `path`.
+    fn ask(&self, path: &str) -> Result<Response<Body>, Error> {
+        let mut response = self.get(&format!("/images/{}/{path}", self.name))?;
+        let status = response.status().as_u16();
+        match status {
+            200 => Ok(response),
+            404 => Err(Error::Unknown {
+                reference: format!("docker-daemon:{}", self.name),
+                reason: format!("the engine at {} has none", self.host),
+            }),
+            _ => {
+                let said = explanation(&mut response);
+                Err(self.error(format!("it answers {status}{said}")))
+            }
+        }
+    }
+
+    /// The image, sent by the engine if that has not been.
+    fn bundle(&self) -> Result<&Bundle, Error> {
+        if let Some(bundle) = self.bundle.get() {
+            return Ok(bundle);
+        }
+        let response = self.ask("get")?;
+        let place = format!("docker-daemon:{}", self.name);
+        (self.session.notice)(&format!("receiving {} from {}", self.name, self.host));
+        let body = response.into_body().into_reader();
+        let bundle = Bundle::read(body, &place, self.session)?;
+        Ok(self.bundle.get_or_init(|| bundle))
+    }
+}
+
+impl Source for Engine<'_> {
+    fn identity(&self) -> Result<Option<Digest>, Error> {
+        #[derive(Deserialize)]
+        struct Inspected {
+            #[serde(rename = "Id")]
+            id: String,
+        }
+        let mut bytes = Vec::new();
+        let mut response = self.ask("json")?;
+        let body = response.body_mut().as_reader();
+        let read = body.take(MAX_ANSWER).read_to_end(&mut bytes);
+        read.map_err(|error| self.error(error.to_string()))?;
+        let inspected: Inspected = serde_json::from_slice(&bytes)
+            .map_err(|error| self.error(format!("its answer makes no sense: {error}")))?;
+        let id = inspected.id;
+        // Podman leaves the algorithm out.
+        Ok(Digest::parse(&id).or_else(|| Digest::parse(&format!("sha256:{id}"))))
+    }
+
+    fn image(&self, platform: Option<&Platform>) -> Result<SourceImage, Error> {
+        self.bundle()?.chosen(Choice::Only).image(platform)
+    }
+
+    fn layer<'a>(&'a self, layer: &SourceLayer) -> Result<Box<dyn Read + Send + 'a>, Error> {
+        self.bundle()?.layer(layer)
+    }
+}
+
+fn tls_config(tls: &Tls) -> TlsConfig {
+    let file = |name: &str| tls.directory.join(name);
+    let chain = pem::certificates(&file("cert.pem"));
+    let key = pem::private_key(&file("key.pem"));
+    let own = key.filter(|_| !chain.is_empty());
+    TlsConfig::builder()
+        .root_certs(RootCerts::new_with_certs(&pem::certificates(&file(
+            "ca.pem",
+        ))))
+        .client_cert(own.map(|key| ClientCert::new_with_certs(&chain, key)))
+        .disable_verification(!tls.verify)
+        .build()
+}
+
+/// What an engine says about an error, made fit for a terminal.
+fn explanation(response: &mut Response<Body>) -> String {
+    #[derive(Deserialize)]
+    struct Explained {
+        message: String,
+    }
+    let mut bytes = Vec::new();
+    let body = response.body_mut().as_reader();
+    if body.take(MAX_ANSWER).read_to_end(&mut bytes).is_err() {
+        return String::new();
+    }
+    let Ok(explained) = serde_json::from_slice::<Explained>(&bytes) else {
+        return String::new();
+    };
+    let shown = explained.message.chars().take(SHOWN);
+    let shown: String = shown
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .collect();
+    format!(": {}", shown.trim())
+}
+
+#[cfg(test)]
+mod tests;

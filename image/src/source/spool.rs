@@ -1,0 +1,210 @@
+//! Streams that have to be read out of order: kept for a while in a file without
+//! a name, decompressed.
+
+use std::cell::Cell;
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read, Seek as _, SeekFrom, Write as _};
+use std::path::Path;
+use std::rc::Rc;
+
+use super::Session;
+use crate::limits::Limits;
+
+/// Largest window of a zstd stream, as a power of two (128 MiB: `zstd --long`).
+const ZSTD_WINDOW_LOG: u32 = 27;
+/// Bytes moved at once.
+const CHUNK: usize = 1 << 20;
+
+/// How a stream is compressed, by its first bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Compression {
+    None,
+    Gzip,
+    Zstd,
+    /// Not read here; what it is called.
+    Other(&'static str),
+}
+
+impl Compression {
+    fn of(head: &[u8]) -> Self {
+        match head {
+            [0x1f, 0x8b, ..] => Self::Gzip,
+            // A frame, or a skippable one (RFC 8878 section 3.1).
+            [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => Self::Zstd,
+            [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => Self::Other("xz"),
+            [b'B', b'Z', b'h', ..] => Self::Other("bzip2"),
+            [b'P', b'K', 3, 4, ..] => Self::Other("zip"),
+            _ => Self::None,
+        }
+    }
+}
+
+/// The file at `path`, or for `-` the standard input, such that it can be read
+/// anywhere: itself, if it is a plain one.
+pub(super) fn open(path: &Path, session: Session<'_>) -> io::Result<File> {
+    if path.as_os_str() == "-" {
+        return spool(io::stdin().lock(), session);
+    }
+    let mut file = File::open(path)?;
+    if !file.metadata()?.is_file() {
+        return spool(file, session);
+    }
+    let mut head = [0; 8];
+    let len = read_up_to(&mut file, &mut head)?;
+    file.seek(SeekFrom::Start(0))?;
+    match Compression::of(head.get(..len).unwrap_or_default()) {
+        Compression::None => Ok(file),
+        _ => spool(file, session),
+    }
+}
+
+/// Keeps a stream in a file of the session's scratch directory.
+///
+/// # Errors
+/// Besides those of reading and writing: it is compressed in a way that is not
+/// known here, it is too large, or it is not wanted any more.
+pub(super) fn spool(stream: impl Read, session: Session<'_>) -> io::Result<File> {
+    spool_within(stream, session, Limits::default())
+}
+
+fn spool_within(stream: impl Read, session: Session<'_>, limits: Limits) -> io::Result<File> {
+    let count = Rc::new(Cell::new(0));
+    let counting = Counting {
+        stream,
+        count: Rc::clone(&count),
+    };
+    let mut stream = BufReader::with_capacity(CHUNK, counting);
+    let mut plain: Box<dyn Read + '_> = match Compression::of(stream.fill_buf()?) {
+        Compression::None => Box::new(stream),
+        Compression::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(stream)),
+        Compression::Zstd => {
+            let mut decoder = zstd::stream::read::Decoder::with_buffer(stream)?;
+            decoder.window_log_max(ZSTD_WINDOW_LOG)?;
+            Box::new(decoder)
+        }
+        Compression::Other(name) => {
+            return Err(io::Error::other(format!(
+                "it is compressed by {name}: decompress it first"
+            )));
+        }
+    };
+    let mut file = tempfile::tempfile_in(session.scratch)?;
+    let mut buffer = vec![0; CHUNK];
+    let mut written = 0;
+    loop {
+        if session.cancel.is_cancelled() {
+            return Err(io::Error::other("given up"));
+        }
+        let len = read_up_to(&mut plain, &mut buffer)?;
+        if len == 0 {
+            break;
+        }
+        written += len as u64;
+        limits.check_stream(written, count.get())?;
+        file.write_all(buffer.get(..len).unwrap_or_default())?;
+    }
+    drop(plain);
+    file.seek(SeekFrom::Start(0))?;
+    Ok(file)
+}
+
+fn read_up_to(stream: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut len = 0;
+    while let Some(rest) = buffer.get_mut(len..).filter(|rest| !rest.is_empty()) {
+        match stream.read(rest) {
+            Ok(0) => break,
+            Ok(count) => len += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(len)
+}
+
+struct Counting<R> {
+    stream: R,
+    count: Rc<Cell<u64>>,
+}
+
+impl<R: Read> Read for Counting<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.stream.read(buffer)?;
+        self.count.set(self.count.get() + count as u64);
+        Ok(count)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cancel::Cancel;
+
+    const LIMITS: Limits = Limits {
+        layer_bytes: 8 << 20,
+        ratio: 100,
+        ratio_floor: 4 << 20,
+        ..Limits::NONE
+    };
+
+    fn spooled(bytes: &[u8], cancel: &Cancel) -> io::Result<Vec<u8>> {
+        let directory = tempfile::tempdir().unwrap();
+        let session = Session {
+            scratch: directory.path(),
+            cancel,
+            notice: &|_| {},
+        };
+        let mut file = spool_within(bytes, session, LIMITS)?;
+        assert_eq!(
+            directory.path().read_dir().unwrap().count(),
+            0,
+            "it has no name"
+        );
+        let mut read = Vec::new();
+        file.read_to_end(&mut read)?;
+        Ok(read)
+    }
+
+    fn gzip(bytes: &[u8]) -> Vec<u8> {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::new(1));
+        encoder.write_all(bytes).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    #[test]
+    fn streams_are_kept_decompressed() {
+        let cancel = Cancel::new();
+        let bytes: Vec<u8> = (0..3_000_000_u32).map(|n| (n % 251) as u8).collect();
+        for stream in [
+            bytes.clone(),
+            gzip(&bytes),
+            // As `pigz` and `bgzip` write it: one after another.
+            [gzip(&bytes[..1000]), gzip(&bytes[1000..])].concat(),
+            zstd::encode_all(bytes.as_slice(), 1).unwrap(),
+        ] {
+            assert_eq!(spooled(&stream, &cancel).unwrap(), bytes);
+        }
+        assert_eq!(spooled(b"", &cancel).unwrap(), b"");
+    }
+
+    #[test]
+    fn what_cannot_be_kept_is_told() {
+        let cancel = Cancel::new();
+        let error = spooled(b"\xfd7zXZ\0rest", &cancel).unwrap_err();
+        assert!(error.to_string().contains("xz"), "{error}");
+        assert!(spooled(&gzip(&[1; 5000])[..50], &cancel).is_err());
+        assert!(spooled(b"\x28\xb5\x2f\xfdgarbage", &cancel).is_err());
+        cancel.cancel();
+        let error = spooled(b"plain", &cancel).unwrap_err();
+        assert!(error.to_string().contains("given up"), "{error}");
+    }
+
+    #[test]
+    fn bombs_stop() {
+        let cancel = Cancel::new();
+        let bomb = zstd::encode_all(vec![0; 6 << 20].as_slice(), 1).unwrap();
+        let error = spooled(&bomb, &cancel).unwrap_err();
+        assert!(error.to_string().contains("times its size"), "{error}");
+        let error = spooled(&vec![b'x'; 9 << 20], &cancel).unwrap_err();
+        assert!(error.to_string().contains("more than"), "{error}");
+    }
+}
