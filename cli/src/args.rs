@@ -22,7 +22,8 @@ use crate::units::{parse_publish_wait, parse_size};
 
 /// What an image argument can be.
 const IMAGE_HELP: &str = "The image: NAME[:TAG][@DIGEST] in a registry, oci:DIR[:TAG], \
-                          oci-archive:FILE[:TAG], docker-archive:FILE[:TAG], rootfs:DIR, \
+                          oci-archive:FILE[:TAG], docker-archive:FILE[:NAME], \
+                          docker-daemon:NAME, containers-storage:NAME, rootfs:DIR, \
                           or a name or ID from \"sm images\"";
 
 const PLATFORM: &str = "OS/ARCH[/VARIANT]";

@@ -18,12 +18,13 @@ use crate::lab::{self, Job, Lab, Output};
 use crate::{bench_restore, cmd, fixtures, host, kernel, stock};
 
 /// What unit and property tests compare us with, and a compiler.
-pub(crate) const UNIT_PACKAGES: [&str; 7] = [
+pub(crate) const UNIT_PACKAGES: [&str; 8] = [
     "gcc",
     "libc6-dev",
     "docker-registry",
     "erofs-utils",
     "openssl",
+    "podman",
     "skopeo",
     "umoci",
 ];
