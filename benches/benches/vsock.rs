@@ -1,15 +1,21 @@
 //! The vsock device with a model of the guest's driver, against pumps between two
-//! sockets: one with the same buffers, and the usual one with 16 KiB.
+//! sockets.
 #![allow(
     missing_docs,
     clippy::unwrap_used,
     reason = "a bench that cannot go on is a failed bench"
 )]
 
+#[expect(dead_code, reason = "the binary measures more")]
+#[path = "../src/bin/vsock/device.rs"]
+mod device;
+#[expect(dead_code, reason = "the binary measures more")]
+#[path = "../src/bin/vsock/pump.rs"]
+mod pump;
+
 use std::hint::black_box;
-use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
-use std::thread::{JoinHandle, spawn};
+use std::io::{Read as _, Write as _};
+use std::time::{Duration, Instant};
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use sm_devices_vsock::testing::Guest;
@@ -17,84 +23,35 @@ use sm_devices_vsock::{Vsock, VsockConfig};
 
 /// Bytes moved in one iteration.
 const AMOUNT: usize = 8 << 20;
-const CHUNK: usize = 64 << 10;
 
-/// Writes [`AMOUNT`] bytes whenever it is told to.
-fn writer(mut to: UnixStream) -> (std::sync::mpsc::Sender<()>, JoinHandle<()>) {
-    let (go, gone) = std::sync::mpsc::channel();
-    let thread = spawn(move || {
-        let chunk = vec![7; CHUNK];
-        while gone.recv().is_ok() {
-            for _ in 0..AMOUNT / CHUNK {
-                to.write_all(&chunk).unwrap();
-            }
-        }
-    });
-    (go, thread)
+fn timed(work: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<Duration> {
+    let begun = Instant::now();
+    work()?;
+    Ok(begun.elapsed())
 }
 
-fn drain(from: &mut UnixStream, mut left: usize) {
-    let mut chunk = vec![0; CHUNK];
-    while left > 0 {
-        let most = left.min(CHUNK);
-        left -= from.read(&mut chunk[..most]).unwrap();
-    }
+/// Adds up what each of some iterations takes.
+fn all(iterations: u64, one: impl Fn() -> anyhow::Result<Duration>) -> Duration {
+    (0..iterations).map(|_| one().unwrap()).sum()
 }
 
-/// A thread that copies from one socket to another.
-fn pump(mut from: UnixStream, mut to: UnixStream, buffer: usize) -> JoinHandle<()> {
-    spawn(move || {
-        let mut chunk = vec![0; buffer];
-        while let Ok(count @ 1..) = from.read(&mut chunk) {
-            to.write_all(&chunk[..count]).unwrap();
-        }
-    })
-}
-
+/// One stream, against a pump between two sockets with a buffer of the same size.
+/// `cargo xtask bench-vsock` takes turns between them, and has ratios.
 fn throughput(c: &mut Criterion) {
     let mut group = c.benchmark_group("vsock");
     group.throughput(Throughput::Bytes(AMOUNT as u64));
     group.sample_size(20);
-
-    let mut guest = Guest::new(VsockConfig::default());
-    let (host, request) = guest.connected();
-    let (go, thread) = writer(host);
-    let mut taken = 0;
-    group.bench_function("host to guest", |b| {
-        b.iter(|| {
-            go.send(()).unwrap();
-            taken = guest.take(&request, AMOUNT as u64, taken);
+    for (payload, buffer) in [(3732, 4 << 10), (16 << 10, 16 << 10), (64 << 10, 64 << 10)] {
+        group.bench_function(format!("pump of {buffer} B"), |b| {
+            b.iter_custom(|n| all(n, || pump::stream(buffer, AMOUNT)));
         });
-    });
-    drop(go);
-    thread.join().unwrap();
-
-    let mut guest = Guest::new(VsockConfig::default());
-    let (mut host, request) = guest.connected();
-    let data = vec![7; AMOUNT];
-    group.bench_function("guest to host", |b| {
-        b.iter(|| {
-            std::thread::scope(|scope| {
-                scope.spawn(|| drain(&mut host, AMOUNT));
-                guest.give(&request, &data);
-            });
+        group.bench_function(format!("host to guest, buffers of {payload} B"), |b| {
+            b.iter_custom(|n| all(n, || device::to_guest(payload, AMOUNT, false)));
         });
-    });
-
-    for (name, buffer) in [("pump with 64 KiB", CHUNK), ("pump with 16 KiB", 16 << 10)] {
-        let (near, from) = UnixStream::pair().unwrap();
-        let (to, mut far) = UnixStream::pair().unwrap();
-        let pump = pump(from, to, buffer);
-        let (go, thread) = writer(near);
-        group.bench_function(name, |b| {
-            b.iter(|| {
-                go.send(()).unwrap();
-                drain(&mut far, AMOUNT);
-            });
+        group.bench_function(format!("guest to host, packets of {buffer} B"), |b| {
+            let payload = u32::try_from(buffer).unwrap();
+            b.iter_custom(|n| all(n, || device::to_host(payload, AMOUNT)));
         });
-        drop(go);
-        thread.join().unwrap();
-        pump.join().unwrap();
     }
     group.finish();
 }

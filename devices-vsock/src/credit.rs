@@ -55,8 +55,8 @@ impl<C: Count> Outgoing<C> {
         self.forwarded = forwarded;
     }
 
-    /// Bytes that may be sent now. Who claims to have passed on more than it got
-    /// gets nothing.
+    /// Bytes that may be sent now. Who claims to have passed on more than it got has
+    /// nearly 2^32 bytes on the way, which no sensible window has room for.
     pub(crate) fn available(&self) -> C {
         self.window
             .saturating_minus(self.sent.minus(self.forwarded))

@@ -22,8 +22,9 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 
 use self::receive::Receiver;
 use self::reset::TransportReset;
+use self::transmit::Gathered;
 use crate::config::{SetUpError, VsockConfig};
-use crate::handle::{ConnectError, Mailbox, MuxerHandle};
+use crate::handle::{Command, ConnectError, Mailbox, MuxerHandle};
 use crate::muxer::Muxer;
 use crate::profile::Stage;
 
@@ -63,6 +64,8 @@ pub struct Vsock {
     config: VsockConfig,
     muxer: Muxer,
     mailbox: Arc<Mailbox>,
+    /// Room for what is taken out of the mailbox.
+    commands: Vec<Command>,
     registrations: Option<[Registration; 2]>,
     active: Option<Active>,
     queues: Vec<Queue>,
@@ -71,6 +74,7 @@ pub struct Vsock {
     /// The driver broke a queue, and has not reset the device since.
     failed: bool,
     receiver: Receiver,
+    gathered: Gathered,
     chain: Chain,
     spans: Vec<Span>,
     reset: TransportReset,
@@ -103,12 +107,14 @@ impl Vsock {
             config,
             muxer,
             mailbox: Arc::clone(&mailbox),
+            commands: Vec::new(),
             registrations: None,
             active: None,
             queues: Vec::new(),
             seqpacket: false,
             failed: false,
             receiver: Receiver::default(),
+            gathered: Gathered::default(),
             chain: Chain::new(),
             spans: Vec::new(),
             reset: TransportReset::None,
@@ -169,14 +175,18 @@ impl Vsock {
         active.interrupt.needs_reset(&reason);
         self.muxer.clear(Some(registry));
         self.receiver.forget();
+        self.gathered.forget();
         self.mailbox.failed(&reason);
     }
 
     fn take_commands(&mut self, registry: &mut Registry<'_>) {
         let refusal = self.failed.then_some(ConnectError::Reset);
-        for command in self.mailbox.commands.take() {
+        let mut commands = std::mem::take(&mut self.commands);
+        self.mailbox.commands.take(&mut commands);
+        for command in commands.drain(..) {
             self.muxer.command(command, refusal, registry);
         }
+        self.commands = commands;
     }
 
     fn socket_ready(&mut self, slot: u32, readiness: Readiness, registry: &mut Registry<'_>) {
@@ -329,6 +339,7 @@ impl VirtioDevice for Vsock {
         self.failed = false;
         self.queues.clear();
         self.receiver.forget();
+        self.gathered.forget();
         self.reset = TransportReset::None;
         self.muxer.clear(registry);
     }

@@ -5,7 +5,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::sockopt::{set_socket_send_buffer_size, socket_domain, socket_type};
+use rustix::net::sockopt::{
+    set_socket_send_buffer_size, socket_domain, socket_passcred, socket_type,
+};
 use rustix::net::{
     AddressFamily, RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown, SocketType, shutdown,
 };
@@ -32,9 +34,10 @@ pub(crate) enum Moved {
 pub(crate) struct HostSocket {
     fd: OwnedFd,
     pub(crate) kind: SocketKind,
-    /// A read that fills less than it could has taken all there is. Not so with
-    /// `AF_UNIX`, where it may stop early at descriptors that were sent along.
-    pub(crate) short_is_all: bool,
+    /// A read that fills less than it could has taken all there was, unless it
+    /// stopped at something that came along. Of a unix socket that is told of its
+    /// peer's credentials that cannot be said.
+    short_is_all: bool,
 }
 
 impl AsFd for HostSocket {
@@ -55,11 +58,11 @@ impl HostSocket {
             _ => return Err(io::ErrorKind::Unsupported.into()),
         };
         rustix::io::ioctl_fionbio(&fd, true)?;
-        let short_is_all = kind == SocketKind::Stream
-            && matches!(
-                socket_domain(&fd)?,
-                AddressFamily::INET | AddressFamily::INET6
-            );
+        let short_is_all = match socket_domain(&fd)? {
+            AddressFamily::INET | AddressFamily::INET6 => true,
+            AddressFamily::UNIX => !socket_passcred(&fd)?,
+            _ => false,
+        };
         if kind == SocketKind::SeqPacket {
             // The kernel doubles it. A message that does not fit is refused later.
             let _ = set_socket_send_buffer_size(&fd, largest_message as usize);
@@ -71,18 +74,24 @@ impl HostSocket {
         })
     }
 
-    /// Reads into guest memory.
-    pub(crate) fn read(&self, memory: &GuestMemory, spans: &[Span]) -> Moved {
+    /// Reads into guest memory that has room for `room` bytes; also says whether
+    /// there may be more.
+    pub(crate) fn read(&self, memory: &GuestMemory, spans: &[Span], room: u32) -> (Moved, bool) {
         loop {
-            match iov::readv(memory, spans, self.fd.as_fd()) {
-                Ok(0) => return Moved::Over,
-                // Not more than the spans hold, which is below a u32.
-                Ok(len) => return Moved::Bytes(u32::try_from(len).unwrap_or(0)),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Moved::Nothing,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            let moved = match iov::receive(memory, spans, self.fd.as_fd()) {
+                Ok(received) if received.len == 0 => Moved::Over,
+                Ok(received) => {
+                    // Not more than the spans hold, which is below a u32.
+                    let len = u32::try_from(received.len).unwrap_or(0);
+                    let more = len >= room || received.stopped || !self.short_is_all;
+                    return (Moved::Bytes(len), more);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => Moved::Nothing,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 // Gone for good (ECONNRESET and the like).
-                Err(_) => return Moved::Broken,
-            }
+                Err(_) => Moved::Broken,
+            };
+            return (moved, false);
         }
     }
 

@@ -58,14 +58,16 @@ impl<T> Inbox<T> {
         Ok(!self.woken.swap(true, Ordering::AcqRel))
     }
 
-    /// Takes all items.
-    pub(crate) fn take(&self) -> Vec<T> {
+    /// Takes all items, into an empty list whose memory is used for the next.
+    pub(crate) fn take(&self, into: &mut Vec<T>) {
         // Before the items: one that comes after them finds the flag down.
-        if !self.woken.swap(false, Ordering::AcqRel) {
-            return Vec::new();
+        if self.woken.swap(false, Ordering::AcqRel) {
+            self.with(|items| {
+                if let Some(items) = items {
+                    std::mem::swap(items, into);
+                }
+            });
         }
-        self.with(|items| items.as_mut().map(std::mem::take))
-            .unwrap_or_default()
     }
 
     /// Takes the items that wait and are `unwanted`.

@@ -6,6 +6,9 @@
     reason = "a test that cannot go on is a failed test"
 )]
 
+pub mod linux;
+mod packet;
+
 use std::collections::HashMap;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, channel};
@@ -18,9 +21,13 @@ use sm_vmm_core::virtio::queue::Span;
 use sm_vmm_core::virtio::testing::{Driver, DriverQueue};
 use vm_memory::{Bytes as _, GuestAddress};
 
+pub use packet::{CREDIT_UPDATE, Packet, REQUEST, RESPONSE, RST, RW, SHUTDOWN};
+
 use crate::{ConnectError, ConnectOptions, MuxerHandle, Stats, Vsock, VsockConfig};
 
 const HEADER: usize = 44;
+/// VIRTIO_VSOCK_F_SEQPACKET.
+const F_SEQPACKET: u64 = 1 << 1;
 const RX_BUFFER: u64 = 4096;
 /// As many as a Linux guest offers at least.
 const RX_BUFFERS: u64 = 128;
@@ -42,117 +49,6 @@ const HOST: u64 = 2;
 const PATIENCE: Duration = Duration::from_secs(60);
 /// The guest's port that [`Guest::connected`] uses.
 pub const PORT: u32 = 7;
-
-/// A connection is asked for.
-pub const REQUEST: u16 = 1;
-/// It is accepted.
-pub const RESPONSE: u16 = 2;
-/// It is refused, or over.
-pub const RST: u16 = 3;
-/// One direction, or both, are over.
-pub const SHUTDOWN: u16 = 4;
-/// Data.
-pub const RW: u16 = 5;
-/// More room.
-pub const CREDIT_UPDATE: u16 = 6;
-
-/// A packet as the guest sees it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Packet {
-    /// Sender.
-    pub src_cid: u64,
-    /// Receiver.
-    pub dst_cid: u64,
-    /// Port of the sender.
-    pub src_port: u32,
-    /// Port of the receiver.
-    pub dst_port: u32,
-    /// 1 for streams.
-    pub kind: u16,
-    /// What it is for.
-    pub op: u16,
-    /// Of a shutdown: 1 no more received, 2 no more sent.
-    pub flags: u32,
-    /// Room of the sender for data.
-    pub buf_alloc: u32,
-    /// Bytes that the sender has taken so far.
-    pub fwd_cnt: u32,
-    /// What the header says, when that is not the payload's length.
-    pub len: Option<u32>,
-    /// Data.
-    pub payload: Vec<u8>,
-}
-
-impl Packet {
-    /// A packet of the guest with 64 KiB of room and no data.
-    #[must_use]
-    pub fn from_guest(src_port: u32, dst_port: u32, op: u16) -> Self {
-        Self {
-            src_cid: GUEST,
-            dst_cid: HOST,
-            src_port,
-            dst_port,
-            kind: 1,
-            op,
-            flags: 0,
-            buf_alloc: 1 << 16,
-            fwd_cnt: 0,
-            len: None,
-            payload: Vec::new(),
-        }
-    }
-
-    /// An answer to this packet.
-    #[must_use]
-    pub fn reply(&self, op: u16) -> Self {
-        Self::from_guest(self.dst_port, self.src_port, op)
-    }
-
-    fn encode(&self) -> Vec<u8> {
-        let len = self.len.unwrap_or(self.payload.len() as u32);
-        let mut bytes = Vec::new();
-        bytes.extend(self.src_cid.to_le_bytes());
-        bytes.extend(self.dst_cid.to_le_bytes());
-        bytes.extend(self.src_port.to_le_bytes());
-        bytes.extend(self.dst_port.to_le_bytes());
-        bytes.extend(len.to_le_bytes());
-        bytes.extend(self.kind.to_le_bytes());
-        bytes.extend(self.op.to_le_bytes());
-        bytes.extend(self.flags.to_le_bytes());
-        bytes.extend(self.buf_alloc.to_le_bytes());
-        bytes.extend(self.fwd_cnt.to_le_bytes());
-        bytes.extend(&self.payload);
-        bytes
-    }
-
-    /// The header of a packet.
-    fn read(bytes: &[u8]) -> Self {
-        let u32_at = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
-        let u16_at = |at: usize| u16::from_le_bytes(bytes[at..at + 2].try_into().unwrap());
-        let u64_at = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
-        Self {
-            src_cid: u64_at(0),
-            dst_cid: u64_at(8),
-            src_port: u32_at(16),
-            dst_port: u32_at(20),
-            kind: u16_at(28),
-            op: u16_at(30),
-            flags: u32_at(32),
-            buf_alloc: u32_at(36),
-            fwd_cnt: u32_at(40),
-            len: Some(u32_at(24)),
-            payload: Vec::new(),
-        }
-    }
-
-    fn decode(bytes: &[u8]) -> Self {
-        let mut packet = Self::read(bytes);
-        packet.payload = bytes[HEADER..].to_vec();
-        let len = packet.len.take();
-        assert_eq!(len, Some(packet.payload.len() as u32), "length field");
-        packet
-    }
-}
 
 /// The guest's driver.
 pub struct Guest {
@@ -195,19 +91,40 @@ impl Guest {
     #[must_use]
     pub fn with_receive_buffers(config: VsockConfig, count: u64) -> Self {
         let mut guest = Self::without_driver(config);
-        let mut queues = guest.driver.start(QUEUES, &SIZES).into_iter();
-        guest.rx = queues.next().unwrap();
-        guest.tx = queues.next().unwrap();
-        guest.event = queues.next().unwrap();
+        let all = guest.driver.offered();
+        guest.start(all, count);
+        guest
+    }
+
+    /// As [`Self::new`], with a driver that knows no sockets that keep messages
+    /// apart.
+    ///
+    /// # Panics
+    /// When the system refuses.
+    #[must_use]
+    pub fn with_streams_only(config: VsockConfig) -> Self {
+        let mut guest = Self::without_driver(config);
+        let streams = guest.driver.offered() & !F_SEQPACKET;
+        guest.start(streams, RX_BUFFERS);
+        guest
+    }
+
+    fn start(&mut self, features: u64, count: u64) {
+        let queues = self.driver.start_with(features, QUEUES, &SIZES);
+        let mut queues = queues.into_iter();
+        self.rx = queues.next().unwrap();
+        self.tx = queues.next().unwrap();
+        self.event = queues.next().unwrap();
+        self.buffers.clear();
+        self.in_flight = 0;
         for index in 0..count {
-            guest.offer_rx(Span {
+            self.offer_rx(Span {
                 address: GuestAddress(RX_BASE + index * RX_BUFFER),
                 len: RX_BUFFER as u32,
             });
         }
-        guest.offer_event();
-        guest.driver.notify(0);
-        guest
+        self.offer_event();
+        self.driver.notify(0);
     }
 
     /// A device whose driver has not started it: nothing can be sent or received.
@@ -317,6 +234,85 @@ impl Guest {
     /// When the queue is full and the device takes nothing.
     pub fn queue_packet(&mut self, packet: &Packet) {
         self.queue(packet, &packet.payload);
+    }
+
+    /// Offers any bytes as a packet, cut into descriptors of these lengths and one
+    /// for the rest, and waits for nothing. Dropped when there is no room.
+    ///
+    /// # Panics
+    /// When they are more than a packet may have.
+    pub fn offer_cut(&mut self, bytes: &[u8], cuts: &[u8]) {
+        while self.tx.take_used().is_some() {
+            self.in_flight -= 1;
+        }
+        if self.in_flight == SLOTS {
+            return;
+        }
+        assert!(bytes.len() as u64 <= SLOT_LEN);
+        let address = TX_BASE + self.slot * SLOT_LEN;
+        self.memory
+            .write_slice(bytes, GuestAddress(address))
+            .unwrap();
+        let mut spans = Vec::new();
+        let mut start = 0;
+        let ends = cuts.iter().scan(0, |end, &cut| {
+            *end += usize::from(cut);
+            Some(*end)
+        });
+        for end in ends.chain([bytes.len()]) {
+            let end = end.min(bytes.len());
+            spans.push(Span {
+                address: GuestAddress(address + start as u64),
+                len: (end - start) as u32,
+            });
+            start = end;
+        }
+        if self.tx.offer(&spans, &[]).is_some() {
+            self.slot = (self.slot + 1) % SLOTS;
+            self.in_flight += 1;
+        }
+        self.driver.notify(1);
+    }
+
+    /// Takes all packets that have come, tells the ports of each, the guest's first,
+    /// and offers the buffers again with another length. Waits for nothing.
+    pub fn take_all(&mut self, next: u32, mut tell: impl FnMut((u32, u32))) {
+        while let Some((head, len)) = self.rx.take_used() {
+            let span = self.buffers.remove(&head).unwrap();
+            let mut header = [0; HEADER];
+            assert!(
+                len as usize >= HEADER && len <= span.len,
+                "{len} bytes used"
+            );
+            self.memory.read_slice(&mut header, span.address).unwrap();
+            let packet = Packet::read(&header);
+            assert_eq!((packet.src_cid, packet.dst_cid), (HOST, GUEST));
+            tell((packet.dst_port, packet.src_port));
+            self.offer_rx(Span { len: next, ..span });
+        }
+        self.driver.notify(0);
+    }
+
+    /// Resets the device and starts it again.
+    ///
+    /// # Panics
+    /// When the device refuses.
+    pub fn restart(&mut self) {
+        self.driver.reset();
+        let all = self.driver.offered();
+        self.start(all, RX_BUFFERS);
+    }
+
+    /// Saves the machine and restores it in place.
+    ///
+    /// # Panics
+    /// When the device refuses.
+    pub fn restore(&mut self) {
+        let transport = &self.driver.transport;
+        transport.quiesce().unwrap();
+        let state = transport.save();
+        transport.restore(&state).unwrap();
+        transport.unquiesce();
     }
 
     /// Has the transmit queue claim more buffers than it has.
@@ -514,12 +510,8 @@ impl Guest {
         }
         let address = GuestAddress(TX_BASE + self.slot * SLOT_LEN);
         self.slot = (self.slot + 1) % SLOTS;
-        let header = Packet {
-            len: packet.len.or(Some(data.len() as u32)),
-            payload: Vec::new(),
-            ..*packet
-        };
-        self.memory.write_slice(&header.encode(), address).unwrap();
+        let header = packet.header(packet.len.unwrap_or(data.len() as u32));
+        self.memory.write_slice(&header, address).unwrap();
         let body = GuestAddress(address.0 + HEADER as u64);
         self.memory.write_slice(data, body).unwrap();
         let span = Span {

@@ -54,6 +54,7 @@ fn fill(guest: &mut Guest, request: &Packet) -> usize {
         let mut granted = false;
         guest.send(&data(request, &[7; 4096]));
         sent += 4096;
+        guest.settle();
         while let Some(packet) = guest.try_receive() {
             granted |= packet.op == CREDIT_UPDATE;
         }
@@ -368,16 +369,10 @@ fn a_burst_of_refusals_does_not_stop_the_guest() {
 fn a_reset_is_told_once_there_is_a_buffer_for_it() {
     let mut guest = Guest::new(VsockConfig::default());
     // Its only event buffer is used up by a first restore.
-    let restore = |guest: &mut Guest| {
-        guest.driver.transport.quiesce().unwrap();
-        let state = guest.driver.transport.save();
-        guest.driver.transport.restore(&state).unwrap();
-        guest.driver.transport.unquiesce();
-    };
-    restore(&mut guest);
+    guest.restore();
     guest.driver.wait_used(&mut guest.event);
     // Not handled yet, and then the machine is saved and restored once more.
-    restore(&mut guest);
+    guest.restore();
     let (_host, result) = connect(&guest.muxer, ConnectOptions::default());
     guest.settle();
     assert_eq!(guest.try_receive(), None, "too early");

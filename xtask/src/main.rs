@@ -6,6 +6,7 @@
 
 mod apt;
 mod bench_restore;
+mod bench_vsock;
 mod build;
 mod ci;
 mod cmd;
@@ -57,6 +58,7 @@ fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
         Invocation::Setup => host::set_up(&apt)?,
         Invocation::Demo => return Ok(ExitCode::from(demo::run(&apt)?)),
         Invocation::BenchRestore(wanted) => bench_restore::run(&apt, &wanted)?,
+        Invocation::BenchVsock(wanted) => bench_vsock::run(&apt, &wanted)?,
         Invocation::Test(wanted) => test::run(&apt, &wanted)?,
         Invocation::Ci => ci::run(&apt)?,
     }

@@ -6,6 +6,7 @@ use anyhow::{Context as _, Result, bail};
 use lexopt::prelude::*;
 
 use crate::bench_restore;
+use crate::bench_vsock;
 use crate::build::Profile;
 use crate::lab::Job;
 use crate::test::Wanted;
@@ -24,6 +25,9 @@ Developer commands of sm: cargo xtask COMMAND
               how long restoring takes, phase by phase, against a floor and rivals
               [--iterations N] [--memory MIB]... [--vcpus N]... [--vs RIVAL]...
               [--vmm-only | --path-only] [--json FILE] [--html FILE]
+  bench-vsock how fast bytes move through the vsock device, against pumps, with a
+              model of a guest and with a real one
+              [--rounds N] [--harness-only | --guest-only] [--json FILE]
   lab -- CMD  run CMD in a QEMU machine that has a real /dev/kvm
               [--results DIR] [--memory MIB] [--cpus N] [--timeout SECONDS]
               [--env NAME=VALUE]
@@ -44,6 +48,7 @@ pub(crate) enum Invocation {
     Setup,
     Demo,
     BenchRestore(bench_restore::Wanted),
+    BenchVsock(bench_vsock::Wanted),
     Test(Wanted),
     Ci,
 }
@@ -73,6 +78,7 @@ fn read(mut parser: lexopt::Parser) -> Result<Invocation> {
         "demo" => bare(parser, Invocation::Demo)?,
         "ci" => bare(parser, Invocation::Ci)?,
         "bench-restore" => Invocation::BenchRestore(bench_restore(parser)?),
+        "bench-vsock" => Invocation::BenchVsock(bench_vsock(parser)?),
         "lab" => Invocation::Lab(lab(parser)?),
         "test" => Invocation::Test(test(parser)?),
         other => bail!("there is no command \"{other}\"; \"cargo xtask help\" lists them"),
@@ -164,6 +170,23 @@ fn bench_restore(mut parser: lexopt::Parser) -> Result<bench_restore::Wanted> {
     }
     if wanted.vmm_only && wanted.path_only {
         bail!("--vmm-only and --path-only leave nothing to measure");
+    }
+    Ok(wanted)
+}
+
+fn bench_vsock(mut parser: lexopt::Parser) -> Result<bench_vsock::Wanted> {
+    let mut wanted = bench_vsock::Wanted::default();
+    while let Some(argument) = parser.next()? {
+        match argument {
+            Long("rounds") => wanted.rounds = Some(parser.value()?.parse()?),
+            Long("harness-only") => wanted.harness_only = true,
+            Long("guest-only") => wanted.guest_only = true,
+            Long("json") => wanted.json = Some(parser.value()?.into()),
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    if wanted.harness_only && wanted.guest_only {
+        bail!("--harness-only and --guest-only leave nothing to measure");
     }
     Ok(wanted)
 }

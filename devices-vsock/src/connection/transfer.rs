@@ -78,11 +78,12 @@ impl Connection {
     }
 
     fn fill_from_stream(&mut self, memory: &GuestMemory, spans: &[Span], room: u32) -> Filled {
-        match self.socket.read(memory, spans) {
+        let (moved, more) = self.socket.read(memory, spans, room);
+        match moved {
             Moved::Bytes(len) => {
-                if len < room && self.socket.short_is_all && !self.hung_up {
-                    self.readable = false;
-                }
+                // What comes from now on is told by the event loop, an end that has
+                // come before is not.
+                self.readable = more || self.hung_up;
                 let ends_message = false;
                 Filled::Data { len, ends_message }
             }

@@ -17,7 +17,7 @@ use crate::profile::Stage;
 /// Most buffers that one read fills, when nobody else waits and when somebody
 /// does.
 const RUN_ALONE: usize = 32;
-const RUN_SHARED: usize = 4;
+const RUN_SHARED: usize = 8;
 /// Buffers filled before other handlers get their turn.
 const BUDGET: usize = 256;
 
@@ -289,7 +289,8 @@ impl Vsock {
                 if let Some(connection) = self.muxer.get(slot) {
                     connection.run = match len == offered {
                         true => (connection.run * 2).min(RUN_ALONE),
-                        false => used + 1,
+                        // As much as lately, so that messages of a size come whole.
+                        false => (used + 1).max(connection.run - 1),
                     };
                 }
                 self.muxer.queue(slot);

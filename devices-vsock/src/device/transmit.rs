@@ -2,8 +2,8 @@
 
 use sm_vmm_core::GuestMemory;
 use sm_vmm_core::event_loop::Registry;
-use sm_vmm_core::virtio::iov::Window;
-use sm_vmm_core::virtio::queue::{Chain, QueueError};
+use sm_vmm_core::virtio::iov::{MAX_SPANS, Window};
+use sm_vmm_core::virtio::queue::{Chain, QueueError, Span};
 
 use super::{Active, BATCH, Pause, TX, Vsock};
 use crate::connection::Phase;
@@ -11,9 +11,30 @@ use crate::handle::ConnectError;
 use crate::packet::{HEADER_LEN, HOST_CID, Header, Operation, TYPE_SEQPACKET, TYPE_STREAM};
 use crate::profile::Stage;
 
+/// Data of one connection that is written at once.
+const GATHERED: u32 = 64 << 10;
 /// Packets and bytes of the guest looked at before other handlers get their turn.
-const BUDGET: usize = 256;
-const BYTES: u32 = 1 << 20;
+const BUDGET: usize = 128;
+const BYTES: u32 = 256 << 10;
+
+/// Packets of one stream that are written together.
+#[derive(Default)]
+pub(super) struct Gathered {
+    slot: u32,
+    len: u32,
+    spans: Vec<Span>,
+    /// Their chains, which are the device's until then.
+    heads: Vec<u16>,
+}
+
+impl Gathered {
+    /// The queue is gone.
+    pub(super) fn forget(&mut self) {
+        self.len = 0;
+        self.spans.clear();
+        self.heads.clear();
+    }
+}
 
 impl Vsock {
     /// Looks at the guest's packets until there are none, resets have no room, or
@@ -23,27 +44,27 @@ impl Vsock {
         active: &Active,
         registry: &mut Registry<'_>,
     ) -> Result<Pause, QueueError> {
-        let memory = &active.memory;
         let mut bytes = 0;
         let mut chain = std::mem::take(&mut self.chain);
-        let mut pause = Pause::Budget;
+        let mut pause = Ok(Pause::Budget);
         for count in 1..=BUDGET {
             if !self.muxer.has_room() {
                 // Goes on when the guest has taken some resets.
-                pause = Pause::Buffers;
+                pause = Ok(Pause::Buffers);
                 break;
             }
-            let Some(queue) = self.queues.get_mut(TX) else {
-                break;
-            };
-            if !queue.pop(memory, &mut chain)? {
-                pause = Pause::Idle;
-                break;
+            match self.next_chain(active, &mut chain, registry) {
+                Ok(true) => {}
+                Ok(false) => {
+                    pause = Ok(Pause::Idle);
+                    break;
+                }
+                Err(error) => {
+                    pause = Err(error);
+                    break;
+                }
             }
-            bytes += self.handle_chain(memory, &chain, registry);
-            if let Some(queue) = self.queues.get_mut(TX) {
-                queue.push_used(memory, chain.head(), 0)?;
-            }
+            bytes += self.handle_chain(&active.memory, &chain, registry)?;
             if count % BATCH == 0 {
                 // The guest can use its buffers again while the others are looked at.
                 self.publish(active, TX)?;
@@ -53,7 +74,38 @@ impl Vsock {
             }
         }
         self.chain = chain;
-        Ok(pause)
+        // What came before a broken chain was sound.
+        self.write_gathered(&active.memory, registry)?;
+        pause
+    }
+
+    /// Takes the guest's next packet. Before the device lets the guest know that
+    /// there are no more, what was gathered is written.
+    fn next_chain(
+        &mut self,
+        active: &Active,
+        chain: &mut Chain,
+        registry: &mut Registry<'_>,
+    ) -> Result<bool, QueueError> {
+        let Some(queue) = self.queues.get_mut(TX) else {
+            return Ok(false);
+        };
+        if !self.gathered.heads.is_empty() && queue.pending(&active.memory)? == 0 {
+            self.write_gathered(&active.memory, registry)?;
+            self.publish(active, TX)?;
+        }
+        match self.queues.get_mut(TX) {
+            Some(queue) => queue.pop(&active.memory, chain),
+            None => Ok(false),
+        }
+    }
+
+    /// Gives a packet back to the guest.
+    fn used(&mut self, memory: &GuestMemory, head: u16) -> Result<(), QueueError> {
+        match self.queues.get_mut(TX) {
+            Some(queue) => queue.push_used(memory, head, 0),
+            None => Ok(()),
+        }
     }
 
     /// Looks at one packet; says how much data it had.
@@ -62,16 +114,105 @@ impl Vsock {
         memory: &GuestMemory,
         chain: &Chain,
         registry: &mut Registry<'_>,
-    ) -> u32 {
+    ) -> Result<u32, QueueError> {
         let mut bytes = [0; HEADER_LEN as usize];
         let head = Window::new(&chain.readable, 0, HEADER_LEN);
-        if !head.copy_out(memory, &mut bytes) {
-            self.count_malformed();
-            return 0;
+        let header = head
+            .copy_out(memory, &mut bytes)
+            .then(|| Header::decode(&bytes));
+        if let Some(header) = &header
+            && self.gather(memory, chain, header, registry)?
+        {
+            return Ok(header.len);
         }
-        let header = Header::decode(&bytes);
-        self.handle_packet(memory, chain, &header, registry);
-        header.len.min(chain.readable_len())
+        // In the order in which they came.
+        self.write_gathered(memory, registry)?;
+        match &header {
+            Some(header) => self.handle_packet(memory, chain, header, registry),
+            None => self.count_malformed(),
+        }
+        self.used(memory, chain.head())?;
+        Ok(header.map_or(0, |header| header.len.min(chain.readable_len())))
+    }
+
+    /// Puts data of a stream aside, to be written together with what follows it; a
+    /// system call for each of many small packets would cost more than their bytes.
+    /// `false` for anything that is not plainly that.
+    fn gather(
+        &mut self,
+        memory: &GuestMemory,
+        chain: &Chain,
+        header: &Header,
+        registry: &mut Registry<'_>,
+    ) -> Result<bool, QueueError> {
+        let data = Window::new(&chain.readable, HEADER_LEN, header.len);
+        let plain = header.operation() == Some(Operation::Data)
+            && self.is_sound(header)
+            && header.kind == TYPE_STREAM
+            && !data.is_empty()
+            && data.len() == header.len
+            && chain.readable.len() <= MAX_SPANS;
+        let slot = self.muxer.find((header.src_port, header.dst_port));
+        let Some(slot) = slot.filter(|_| plain) else {
+            return Ok(false);
+        };
+        let Some(connection) = self.muxer.get(slot) else {
+            return Ok(false);
+        };
+        if connection.phase != Phase::Established
+            || connection.status_reply
+            || connection.socket_type() != TYPE_STREAM
+        {
+            return Ok(false);
+        }
+        let gathered = &self.gathered;
+        if gathered.slot != slot
+            || gathered.len.saturating_add(header.len) > GATHERED
+            || gathered.spans.len() + chain.readable.len() > MAX_SPANS
+        {
+            self.write_gathered(memory, registry)?;
+        }
+        // Which may have been the end of it.
+        let Some(connection) = self.muxer.get(slot) else {
+            return Ok(false);
+        };
+        connection.outgoing.update(header.buf_alloc, header.fwd_cnt);
+        let gathered = &mut self.gathered;
+        gathered.slot = slot;
+        gathered.len += header.len;
+        gathered.spans.extend(data.spans());
+        gathered.heads.push(chain.head());
+        Ok(true)
+    }
+
+    /// Writes what was put aside.
+    fn write_gathered(
+        &mut self,
+        memory: &GuestMemory,
+        registry: &mut Registry<'_>,
+    ) -> Result<(), QueueError> {
+        if self.gathered.heads.is_empty() {
+            return Ok(());
+        }
+        let len = std::mem::take(&mut self.gathered.len);
+        let mut spans = std::mem::take(&mut self.gathered.spans);
+        self.pass_on(memory, self.gathered.slot, &mut spans, len, 0, registry);
+        spans.clear();
+        self.gathered.spans = spans;
+        let mut heads = std::mem::take(&mut self.gathered.heads);
+        for &head in &heads {
+            self.used(memory, head)?;
+        }
+        heads.clear();
+        self.gathered.heads = heads;
+        Ok(())
+    }
+
+    /// Whether addresses and type of a packet make sense.
+    fn is_sound(&self, header: &Header) -> bool {
+        header.src_cid == self.config.guest_cid
+            && header.dst_cid == HOST_CID
+            && (header.kind == TYPE_STREAM || self.seqpacket && header.kind == TYPE_SEQPACKET)
     }
 
     fn handle_packet(
@@ -83,11 +224,7 @@ impl Vsock {
     ) {
         let key = (header.src_port, header.dst_port);
         let available = chain.readable_len().saturating_sub(HEADER_LEN);
-        let kind = header.kind == TYPE_STREAM || self.seqpacket && header.kind == TYPE_SEQPACKET;
-        let sound = header.src_cid == self.config.guest_cid
-            && header.dst_cid == HOST_CID
-            && kind
-            && header.len <= available;
+        let sound = self.is_sound(header) && header.len <= available;
         let slot = self.muxer.find(key);
         let of_its_kind = slot
             .and_then(|slot| self.muxer.get(slot))
@@ -187,7 +324,7 @@ impl Vsock {
         registry: &mut Registry<'_>,
     ) {
         let mut data = Window::new(&chain.readable, HEADER_LEN, header.len);
-        let Some((connection, pool)) = self.muxer.parts(slot) else {
+        let Some(connection) = self.muxer.get(slot) else {
             return;
         };
         if connection.status_reply && !data.is_empty() {
@@ -202,16 +339,33 @@ impl Vsock {
             connection.report(Ok(()));
             data.advance(1);
         }
-        self.spans.clear();
-        self.spans.extend(data.spans());
+        let mut spans = std::mem::take(&mut self.spans);
+        spans.clear();
+        spans.extend(data.spans());
+        self.pass_on(memory, slot, &mut spans, data.len(), header.flags, registry);
+        self.spans = spans;
+    }
+
+    /// Passes data of the guest on to the host's socket.
+    fn pass_on(
+        &mut self,
+        memory: &GuestMemory,
+        slot: u32,
+        spans: &mut Vec<Span>,
+        len: u32,
+        flags: u32,
+        registry: &mut Registry<'_>,
+    ) {
+        let Some((connection, pool)) = self.muxer.parts(slot) else {
+            return;
+        };
         let counters = &self.mailbox.counters;
-        counters.from_guest.add(u64::from(data.len()));
+        counters.from_guest.add(u64::from(len));
         if let Some(member) = &connection.member {
-            member.count_from_guest(u64::from(data.len()));
+            member.count_from_guest(u64::from(len));
         }
         let begun = self.mailbox.profiler.begin();
-        let (len, flags) = (data.len(), header.flags);
-        let taken = connection.take(memory, pool, counters, &mut self.spans, len, flags);
+        let taken = connection.take(memory, pool, counters, spans, len, flags);
         self.mailbox.profiler.end(Stage::SocketWrite, begun);
         if !taken {
             self.muxer.abort(slot, ConnectError::Reset, registry);

@@ -175,6 +175,15 @@ impl Buffers {
         self.iov.as_ptr().cast()
     }
 
+    /// A message of them, without a name or control data.
+    fn message(&self) -> libc::msghdr {
+        // SAFETY: a message header is plain data, for which zeroes are "nothing".
+        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+        message.msg_iov = self.as_ptr().cast_mut();
+        message.msg_iovlen = self.count;
+        message
+    }
+
     /// Their number, as system calls on files take it.
     fn count(&self) -> libc::c_int {
         // At most `MAX_SPANS`.
@@ -186,15 +195,31 @@ fn result(returned: isize) -> io::Result<usize> {
     usize::try_from(returned).map_err(|_| io::Error::last_os_error())
 }
 
-/// Reads from a stream into guest memory; at most 128 spans at once.
+/// What came of receiving from a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Received {
+    /// Bytes.
+    pub len: usize,
+    /// Something came along with the bytes (descriptors) and was dropped; the
+    /// kernel ends a read there, although there may be more.
+    pub stopped: bool,
+}
+
+/// Receives from a stream socket into guest memory; at most 128 spans at once.
 ///
 /// # Errors
 /// The system's answer; `EFAULT` for spans outside guest memory.
-pub fn readv(memory: &GuestMemory, spans: &[Span], fd: BorrowedFd<'_>) -> io::Result<usize> {
+pub fn receive(memory: &GuestMemory, spans: &[Span], fd: BorrowedFd<'_>) -> io::Result<Received> {
     let buffers = Buffers::new(memory, spans.iter().copied())?;
+    let mut message = buffers.message();
     // SAFETY: the first `count` buffers are initialised and lie in guest memory,
-    // which `memory` keeps mapped, and which is only ever accessed as volatile.
-    result(unsafe { libc::readv(fd.as_raw_fd(), buffers.as_ptr(), buffers.count()) })
+    // which `memory` keeps mapped, and which is only ever accessed as volatile. The
+    // message has neither room for a name nor for control data.
+    let len = result(unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut message, 0) })?;
+    Ok(Received {
+        len,
+        stopped: message.msg_flags & libc::MSG_CTRUNC != 0,
+    })
 }
 
 /// Sends guest memory to a socket; at most 128 spans at once. A peer that is gone
@@ -206,11 +231,8 @@ pub fn readv(memory: &GuestMemory, spans: &[Span], fd: BorrowedFd<'_>) -> io::Re
 /// message of more than 128 spans.
 pub fn send(memory: &GuestMemory, spans: &[Span], fd: BorrowedFd<'_>) -> io::Result<usize> {
     let buffers = Buffers::new(memory, spans.iter().copied())?;
-    // SAFETY: a message header is plain data, for which zeroes are "nothing".
-    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-    message.msg_iov = buffers.as_ptr().cast_mut();
-    message.msg_iovlen = buffers.count;
-    // SAFETY: as in `readv`; the message has neither a name nor control data.
+    let message = buffers.message();
+    // SAFETY: as in `receive`.
     result(unsafe { libc::sendmsg(fd.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) })
 }
 
@@ -230,7 +252,7 @@ fn pread(
     let buffers = Buffers::new(memory, window.spans())?;
     let offset = i64::try_from(offset).map_err(io::Error::other)?;
     let flags = if cached_only { libc::RWF_NOWAIT } else { 0 };
-    // SAFETY: as in `readv`.
+    // SAFETY: as in `receive`.
     let read = result(unsafe {
         let (fd, iov) = (fd.as_raw_fd(), buffers.as_ptr());
         libc::preadv2(fd, iov, buffers.count(), offset, flags)
@@ -310,7 +332,7 @@ pub fn write_all_at(
     while !window.is_empty() {
         let buffers = Buffers::new(memory, window.spans())?;
         let at = i64::try_from(offset).map_err(io::Error::other)?;
-        // SAFETY: as in `readv`.
+        // SAFETY: as in `receive`.
         let written =
             result(unsafe { libc::pwritev(fd.as_raw_fd(), buffers.as_ptr(), buffers.count(), at) });
         match written {
@@ -426,7 +448,8 @@ mod tests {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let spans = after_empty(MAX_SPANS, 4096, 8);
         assert_eq!(send(&memory, &spans, ours.as_fd()).unwrap(), 8);
-        assert_eq!(readv(&memory, &spans, theirs.as_fd()).unwrap(), 8);
+        let received = receive(&memory, &spans, theirs.as_fd()).unwrap();
+        assert_eq!((received.len, received.stopped), (8, false));
         drop(theirs);
         // A signal that is blocked stays pending, ignored or not.
         let pending = || {

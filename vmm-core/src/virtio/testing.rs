@@ -8,6 +8,8 @@
 
 mod driver;
 
+use std::sync::atomic::{Ordering, fence};
+
 use vm_memory::{Bytes as _, GuestAddress};
 
 use super::queue::{Queue, Span};
@@ -29,8 +31,10 @@ pub struct DriverQueue {
     size: u16,
     base: u64,
     free: Vec<u16>,
-    /// Descriptors of each chain in use, by head.
-    chains: Vec<Vec<u16>>,
+    /// For each chain in use, by head, how many descriptors it has; and for each
+    /// descriptor in use, what follows it in its chain.
+    lens: Vec<u16>,
+    following: Vec<u16>,
     available: u16,
     /// Available index when the device was notified last.
     kicked: u16,
@@ -46,7 +50,8 @@ impl DriverQueue {
             size,
             base,
             free: (0..size).rev().collect(),
-            chains: vec![Vec::new(); usize::from(size)],
+            lens: vec![0; usize::from(size)],
+            following: vec![0; usize::from(size)],
             available: 0,
             kicked: 0,
             used: 0,
@@ -92,18 +97,19 @@ impl DriverQueue {
         if count == 0 || self.free.len() < count {
             return None;
         }
-        let taken = self.free.split_off(self.free.len() - count);
         let all = readable
             .iter()
             .map(|span| (span, 0))
             .chain(writable.iter().map(|span| (span, WRITE)));
-        for (position, (span, flags)) in all.enumerate() {
-            let next = taken.get(position + 1).copied();
+        let head = *self.free.last()?;
+        for (left, (span, flags)) in (0..count).rev().zip(all) {
+            let index = self.free.pop()?;
+            let next = self.free.last().copied().filter(|_| left > 0);
             let flags = flags | if next.is_some() { NEXT } else { 0 };
-            self.put_descriptor(taken[position], *span, flags, next.unwrap_or(0));
+            self.put_descriptor(index, *span, flags, next.unwrap_or(0));
+            self.following[usize::from(index)] = next.unwrap_or(0);
         }
-        let head = taken[0];
-        self.chains[usize::from(head)] = taken;
+        self.lens[usize::from(head)] = u16::try_from(count).expect("below the queue size");
         self.make_available(head);
         Some(head)
     }
@@ -136,7 +142,7 @@ impl DriverQueue {
             len: u32::try_from(16 * count).expect("a table is small"),
         };
         self.put_descriptor(head, whole, INDIRECT, 0);
-        self.chains[usize::from(head)] = vec![head];
+        self.lens[usize::from(head)] = 1;
         self.make_available(head);
         Some(head)
     }
@@ -152,6 +158,8 @@ impl DriverQueue {
         let slot = u64::from(self.available % self.size);
         self.put(self.available_ring() + 4 + 2 * slot, head);
         self.available = self.available.wrapping_add(1);
+        // After what it makes visible.
+        fence(Ordering::Release);
         self.put(self.available_ring() + 2, self.available);
     }
 
@@ -232,14 +240,19 @@ impl DriverQueue {
         if index == self.used {
             return None;
         }
+        fence(Ordering::Acquire);
         let slot = u64::from(self.used % self.size);
         let head: u32 = self.get(self.used_ring() + 4 + 8 * slot);
         let len: u32 = self.get(self.used_ring() + 8 + 8 * slot);
         self.used = self.used.wrapping_add(1);
         let head = u16::try_from(head).expect("the device names a chain that was offered");
-        let chain = std::mem::take(&mut self.chains[usize::from(head)]);
-        assert!(!chain.is_empty(), "chain {head} was not in use");
-        self.free.extend(chain);
+        let count = std::mem::take(&mut self.lens[usize::from(head)]);
+        assert!(count > 0, "chain {head} was not in use");
+        let mut index = head;
+        for _ in 0..count {
+            self.free.push(index);
+            index = self.following[usize::from(index)];
+        }
         Some((head, len))
     }
 

@@ -1,0 +1,207 @@
+//! The device, driven by a model of a Linux guest.
+
+use std::collections::VecDeque;
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use sm_devices_vsock::testing::linux::{LinuxGuest, Profile, SocketId};
+use sm_devices_vsock::{ConnectOptions, Profiler, Stage, VsockConfig};
+
+use super::pump::{CHUNK, Host, drain, give, join};
+
+const PORT: u32 = 7;
+
+fn profile(payload: u32) -> Profile {
+    if payload + 44 == Profile::LINUX.buffer {
+        Profile::LINUX
+    } else {
+        Profile::with_payload(payload)
+    }
+}
+
+fn connect(guest: &mut LinuxGuest) -> Result<(UnixStream, SocketId)> {
+    let (ours, theirs) = UnixStream::pair()?;
+    guest
+        .muxer
+        .connect(PORT, theirs.into(), ConnectOptions::default());
+    loop {
+        guest.wait();
+        while let Some(id) = guest.next_event() {
+            if guest.is_established(id) {
+                return Ok((ours, id));
+            }
+        }
+    }
+}
+
+/// `amount` bytes from a process on the host into an application's buffer in the
+/// guest.
+pub(crate) fn to_guest(payload: u32, amount: usize, profiled: bool) -> Result<Duration> {
+    let mut guest = LinuxGuest::new(VsockConfig::default(), profile(payload));
+    let (host, id) = connect(&mut guest)?;
+    if profiled {
+        guest.muxer.profiler().start();
+    }
+    let mut room = vec![0; CHUNK];
+    super::timed(|| {
+        let giver = give(host, amount);
+        let mut left = amount;
+        while left > 0 {
+            match guest.read(id, &mut room) {
+                0 => guest.wait(),
+                count => {
+                    left -= count;
+                    guest.poll();
+                }
+            }
+        }
+        Ok(join(giver)??)
+    })
+}
+
+/// `amount` bytes from an application in the guest, in packets of `payload`, to a
+/// process on the host.
+pub(crate) fn to_host(payload: u32, amount: usize) -> Result<Duration> {
+    let mut guest = LinuxGuest::new(VsockConfig::default(), Profile::LINUX);
+    let (mut host, id) = connect(&mut guest)?;
+    let data = vec![7; payload as usize];
+    super::timed(|| {
+        let reader = std::thread::spawn(move || drain(&mut host, amount));
+        let mut left = amount;
+        while left > 0 {
+            let now = data.get(..left.min(data.len())).unwrap_or_default();
+            match guest.write(id, now) {
+                0 => guest.wait(),
+                count => {
+                    left -= count;
+                    guest.poll();
+                }
+            }
+        }
+        join(reader)?
+    })
+}
+
+pub(crate) fn cost_of_a_stage_that_is_off() -> f64 {
+    const TIMES: u32 = 50_000_000;
+    let profiler = Profiler::default();
+    let begun = Instant::now();
+    for _ in 0..TIMES {
+        let stage = std::hint::black_box(&profiler).begin();
+        profiler.end(Stage::SocketRead, std::hint::black_box(stage));
+    }
+    begun.elapsed().as_secs_f64() * 1e9 / f64::from(TIMES)
+}
+
+/// Connections to a guest that echoes on each.
+pub(crate) struct Echo {
+    host: Host,
+    guest: Option<JoinHandle<()>>,
+    stop: Sender<()>,
+    /// Wakes the guest up for that.
+    muxer: sm_devices_vsock::MuxerHandle,
+}
+
+impl Echo {
+    pub(crate) fn new(count: usize) -> Result<Self> {
+        let mut guest = LinuxGuest::new(VsockConfig::default(), Profile::LINUX);
+        let mut ends = Vec::with_capacity(count);
+        for _ in 0..count {
+            ends.push(connect(&mut guest)?.0);
+        }
+        let muxer = guest.muxer.clone();
+        let (stop, stopped) = channel();
+        let guest = std::thread::Builder::new()
+            .name("guest".to_owned())
+            .spawn(move || echo(&mut guest, &stopped))?;
+        Ok(Self {
+            host: Host { ends },
+            guest: Some(guest),
+            stop,
+            muxer,
+        })
+    }
+
+    pub(crate) fn turns(&mut self, message: usize, turns: usize) -> Result<Duration> {
+        super::timed(|| self.host.turns(message, turns))
+    }
+}
+
+impl Echo {
+    /// As [`super::pump::RoundTrips`].
+    pub(crate) fn latency(&mut self, count: usize) -> Result<Vec<Duration>> {
+        self.host.latency(count)
+    }
+}
+
+impl Drop for Echo {
+    fn drop(&mut self) {
+        let _ = self.stop.send(());
+        if let Ok((_ours, theirs)) = UnixStream::pair() {
+            self.muxer
+                .connect(PORT, theirs.into(), ConnectOptions::default());
+        }
+        if let Some(guest) = self.guest.take() {
+            let _ = guest.join();
+        }
+    }
+}
+
+/// Sends back what comes, until told to stop.
+fn echo(guest: &mut LinuxGuest, stopped: &Receiver<()>) {
+    let mut echo = Echoing::default();
+    while stopped.try_recv().is_err() {
+        guest.wait();
+        echo.serve(guest);
+    }
+}
+
+/// An application that sends back what it gets.
+#[derive(Default)]
+struct Echoing {
+    room: Vec<u8>,
+    /// What credit did not allow yet, by socket.
+    pending: Vec<VecDeque<u8>>,
+}
+
+impl Echoing {
+    /// Serves the sockets that something happened to.
+    fn serve(&mut self, guest: &mut LinuxGuest) {
+        self.room.resize(CHUNK, 0);
+        while let Some(id) = guest.next_event() {
+            if self.pending.len() <= id.index() {
+                self.pending.resize_with(id.index() + 1, VecDeque::new);
+            }
+            self.socket(guest, id);
+        }
+        guest.kick();
+    }
+
+    fn socket(&mut self, guest: &mut LinuxGuest, id: SocketId) {
+        let Some(pending) = self.pending.get_mut(id.index()) else {
+            return;
+        };
+        loop {
+            let front = pending.make_contiguous();
+            if !front.is_empty() {
+                let sent = guest.write(id, front);
+                if sent == 0 {
+                    guest.retry(id);
+                    return;
+                }
+                pending.drain(..sent);
+                continue;
+            }
+            let count = guest.read(id, &mut self.room);
+            if count == 0 {
+                return;
+            }
+            let data = self.room.get(..count).unwrap_or_default();
+            let sent = guest.write(id, data);
+            pending.extend(data.get(sent..).unwrap_or_default());
+        }
+    }
+}

@@ -1,0 +1,203 @@
+//! Real guests: bytes through published ports, by taking turns.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use serde::Serialize;
+
+use super::pump::{self, CHUNK};
+use super::{median, rate, timed};
+
+/// Ports of the guest: one reads everything, the other writes.
+const SINK: u16 = 9001;
+const SOURCE: u16 = 9002;
+
+/// What to run.
+pub(crate) struct Wanted {
+    pub(crate) sm: PathBuf,
+    pub(crate) image: String,
+    pub(crate) mib: usize,
+    pub(crate) rounds: usize,
+}
+
+/// One way into a guest, one direction.
+#[derive(Debug, Serialize)]
+pub(crate) struct Guest {
+    by: &'static str,
+    direction: &'static str,
+    mb_s: f64,
+    /// A pump between two sockets with 64 KiB, in the same place.
+    pump_mb_s: f64,
+    ratio: f64,
+}
+
+trait End: Read + Write {
+    fn end_writing(&self) -> std::io::Result<()>;
+}
+
+impl End for UnixStream {
+    fn end_writing(&self) -> std::io::Result<()> {
+        self.shutdown(Shutdown::Write)
+    }
+}
+
+impl End for TcpStream {
+    fn end_writing(&self) -> std::io::Result<()> {
+        self.shutdown(Shutdown::Write)
+    }
+}
+
+/// A guest that runs until this is dropped.
+struct Running<'a> {
+    sm: &'a Path,
+    directory: tempfile::TempDir,
+    /// The published ports on the host.
+    sink: String,
+    source: String,
+}
+
+const NAME: &str = "bench-vsock";
+
+impl<'a> Running<'a> {
+    fn new(wanted: &'a Wanted) -> Result<Self> {
+        let directory = tempfile::tempdir()?;
+        let script = format!(
+            "nc -ll -p {SINK} -e sh -c 'cat >/dev/null; echo done' & \
+             exec nc -ll -p {SOURCE} -e dd if=/dev/zero bs=65536 count={}",
+            wanted.mib * 16
+        );
+        let mut run = Command::new(&wanted.sm);
+        run.args(["run", "-d", "--name", NAME, "-m", "256"]);
+        for port in [SINK, SOURCE] {
+            let path = directory.path().join(port.to_string());
+            run.arg("--publish-unix")
+                .arg(format!("{}:{port}", path.display()))
+                .args(["-p", &port.to_string()]);
+        }
+        run.arg(&wanted.image).args(["sh", "-c", &script]);
+        output(&mut run)?;
+        let mut running = Self {
+            sm: &wanted.sm,
+            directory,
+            sink: String::new(),
+            source: String::new(),
+        };
+        let ports = output(Command::new(&wanted.sm).args(["port", NAME]))?;
+        for line in ports.lines() {
+            let Some((guest, host)) = line.split_once(" -> ") else {
+                continue;
+            };
+            match guest.split('/').next().and_then(|port| port.parse().ok()) {
+                Some(SINK) if host.contains("127.0.0.1") => running.sink = host.to_owned(),
+                Some(SOURCE) if host.contains("127.0.0.1") => running.source = host.to_owned(),
+                _ => {}
+            }
+        }
+        Ok(running)
+    }
+
+    fn unix(&self, port: u16) -> Result<UnixStream> {
+        let path = self.directory.path().join(port.to_string());
+        Ok(UnixStream::connect(path)?)
+    }
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        let _ = Command::new(self.sm).args(["rm", "-f", NAME]).output();
+    }
+}
+
+fn output(command: &mut Command) -> Result<String> {
+    let output = command.output().context("cannot run sm")?;
+    if !output.status.success() {
+        bail!("{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+/// Writes all of it, and waits until the guest says that it has read it.
+fn to_guest(mut end: impl End, amount: usize) -> Result<Duration> {
+    timed(|| {
+        let chunk = vec![7; CHUNK];
+        for _ in 0..amount / CHUNK {
+            end.write_all(&chunk)?;
+        }
+        end.end_writing()?;
+        let mut said = String::new();
+        end.read_to_string(&mut said)?;
+        if said.trim() != "done" {
+            bail!("the guest says {said:?}");
+        }
+        Ok(())
+    })
+}
+
+fn to_host(mut end: impl End, amount: usize) -> Result<Duration> {
+    timed(|| {
+        let mut chunk = vec![0; CHUNK];
+        let mut got = 0;
+        loop {
+            match end.read(&mut chunk)? {
+                0 => break,
+                count => got += count,
+            }
+        }
+        if got != amount {
+            bail!("{got} bytes of {amount} came");
+        }
+        Ok(())
+    })
+}
+
+pub(crate) fn measure(wanted: &Wanted) -> Result<Vec<Guest>> {
+    let amount = wanted.mib << 20;
+    let running = Running::new(wanted)?;
+    let mut rates: [Vec<f64>; 5] = Default::default();
+    // The first of each is not counted.
+    for round in 0..=wanted.rounds {
+        let took = [
+            to_guest(running.unix(SINK)?, amount)?,
+            to_host(running.unix(SOURCE)?, amount)?,
+            to_guest(TcpStream::connect(&running.sink)?, amount)?,
+            to_host(TcpStream::connect(&running.source)?, amount)?,
+            pump::stream(CHUNK, amount)?,
+        ];
+        if round > 0 {
+            for (rates, took) in rates.iter_mut().zip(took) {
+                rates.push(rate(amount, took) / 1e6);
+            }
+        }
+    }
+    let [unix_in, unix_out, tcp_in, tcp_out, pump_mb_s] = rates.map(|mut rates| median(&mut rates));
+    println!(
+        "a real guest, {} MiB, medians of {} (MB/s); a pump in the same place: {pump_mb_s:.0}",
+        wanted.mib, wanted.rounds
+    );
+    println!("  by     direction         MB/s   of the pump");
+    let rows = [
+        ("unix", "host to guest", unix_in),
+        ("unix", "guest to host", unix_out),
+        ("tcp", "host to guest", tcp_in),
+        ("tcp", "guest to host", tcp_out),
+    ];
+    Ok(rows
+        .into_iter()
+        .map(|(by, direction, mb_s)| {
+            let ratio = mb_s / pump_mb_s;
+            println!("  {by:<5}  {direction}  {mb_s:>8.1}   {ratio:>11.3}");
+            Guest {
+                by,
+                direction,
+                mb_s,
+                pump_mb_s,
+                ratio,
+            }
+        })
+        .collect())
+}

@@ -1,0 +1,90 @@
+//! The device without a VM: a model of a Linux driver is the guest.
+//!
+//! `cargo run -p sm-devices-vsock --example embed`
+
+use std::error::Error;
+use std::io::{Read as _, Write as _};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::channel;
+
+use sm_devices_vsock::testing::linux::{LinuxGuest, Profile, SocketId};
+use sm_devices_vsock::{ConnectOptions, VsockConfig};
+
+/// What the guest listens on, and what the host does.
+const GUEST_PORT: u32 = 1024;
+const HOST_PORT: u32 = 5000;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    // A VMM would have `Vsock::new(config)`, and put the device behind a transport.
+    // The model has done that, and started the driver.
+    let mut guest = LinuxGuest::new(VsockConfig::default(), Profile::LINUX);
+    let muxer = guest.muxer.clone();
+
+    // From the host to the guest: one end of a socket is all that is handed over.
+    let (mut ours, theirs) = UnixStream::pair()?;
+    let (told, result) = channel();
+    let options = ConnectOptions {
+        on_result: Some(Box::new(move |outcome| {
+            let _ = told.send(outcome);
+        })),
+        ..ConnectOptions::default()
+    };
+    muxer.connect(GUEST_PORT, theirs.into(), options);
+    ours.write_all(b"hello from the host")?;
+    let socket = wait_for(&mut guest, |guest, id| guest.readable(id) > 0);
+    println!("the guest accepted: host port {}", result.recv()??);
+    let mut room = [0; 64];
+    let count = guest.read(socket, &mut room);
+    println!(
+        "the guest reads {:?}",
+        String::from_utf8_lossy(&room[..count])
+    );
+    guest.write(socket, b"hello from the guest");
+    guest.kick();
+    let count = ours.read(&mut room)?;
+    println!(
+        "the host reads {:?}",
+        String::from_utf8_lossy(&room[..count])
+    );
+
+    // From the guest to the host: an acceptor answers with one end of a socket.
+    let (accepted, connections) = channel();
+    let listening = muxer.listen(
+        HOST_PORT,
+        Box::new(move |stream| {
+            println!(
+                "the guest dials {} from {}",
+                stream.host_port, stream.guest_port
+            );
+            let (ours, theirs) = UnixStream::pair().ok()?;
+            accepted.send(ours).ok()?;
+            Some(OwnedFd::from(theirs).into())
+        }),
+    );
+    let dialled = guest.connect(2000, HOST_PORT);
+    wait_for(&mut guest, |guest, id| {
+        id == dialled && guest.is_established(id)
+    });
+    guest.write(dialled, b"a report");
+    guest.shut_down(dialled, 2);
+    let mut report = String::new();
+    connections.recv()?.read_to_string(&mut report)?;
+    println!("the host gets {report:?}, and its end");
+    drop(listening);
+
+    println!("{:#?}", muxer.stats());
+    Ok(())
+}
+
+/// Waits for something to happen to a socket of the guest.
+fn wait_for(guest: &mut LinuxGuest, happened: impl Fn(&LinuxGuest, SocketId) -> bool) -> SocketId {
+    loop {
+        guest.wait();
+        while let Some(id) = guest.next_event() {
+            if happened(guest, id) {
+                return id;
+            }
+        }
+    }
+}
