@@ -10,6 +10,7 @@ use std::io::{ErrorKind, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use rustix::event::{Timespec, epoll};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use sm_devices_vsock::testing::linux::{LinuxGuest, Profile, SocketId};
 use sm_devices_vsock::{ConnectOptions, VsockConfig};
@@ -149,10 +150,31 @@ fn echo(count: usize, each: usize, round: usize) {
         std::thread::yield_now();
     }
     let mut room = vec![0; 64 << 10];
+    let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).unwrap();
+    for (index, stream) in (0..).zip(&streams) {
+        let data = epoll::EventData::new_u64(index);
+        epoll::add(&epoll, &stream.host, data, epoll::EventFlags::IN).unwrap();
+    }
+    let mut events = Vec::with_capacity(1024);
     for until in (round..=each).step_by(round) {
-        let mut left: Vec<usize> = (0..count).collect();
-        while !left.is_empty() {
-            left.retain(|&index| !advance(index, &mut streams[index], until, &mut room));
+        let mut writing: Vec<usize> = (0..count).collect();
+        let mut left = count;
+        while left > 0 {
+            writing.retain(|&index| {
+                let stream = &mut streams[index];
+                left -= usize::from(advance(index, stream, until, &mut room));
+                stream.sent < until
+            });
+            events.clear();
+            let spare = rustix::buffer::spare_capacity(&mut events);
+            epoll::wait(&epoll, spare, Some(&Timespec::default())).unwrap();
+            for event in &events {
+                let index = usize::try_from(event.data.u64()).unwrap();
+                if streams[index].got < until {
+                    let there = advance(index, &mut streams[index], until, &mut room);
+                    left -= usize::from(there);
+                }
+            }
             guest.poll();
             echo.serve(&mut guest);
         }
