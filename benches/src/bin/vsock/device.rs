@@ -131,7 +131,7 @@ impl Echo {
 }
 
 impl Echo {
-    /// As [`super::pump::RoundTrips`].
+    /// Round trips of 64 bytes while the others are busy, so many of them.
     pub(crate) fn latency(&mut self, count: usize) -> Result<Vec<Duration>> {
         self.host.latency(count)
     }

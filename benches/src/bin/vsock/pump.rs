@@ -111,7 +111,7 @@ impl Host {
         Ok(())
     }
 
-    /// As [`RoundTrips`], so many of them.
+    /// Round trips of 64 bytes while the others are busy, so many of them.
     pub(crate) fn latency(&mut self, count: usize) -> Result<Vec<Duration>> {
         let mut trips = RoundTrips::begin(&mut self.ends)?;
         let warm = count / 10;
