@@ -508,21 +508,41 @@ impl Launched {
         Ok(vm)
     }
 
-    /// Follows the VMM's reports until it has told what makes the machine
-    /// distinct, and ended.
-    pub(crate) fn until_evidence(mut self) -> Result<Testimony, Error> {
-        let mut found = None;
-        let ended = loop {
+    /// Follows the VMM's reports until it has told what makes the machine distinct.
+    /// The machine lives as long as the witness.
+    pub(crate) fn until_evidence(mut self) -> Result<(Testimony, Witness), Error> {
+        loop {
             match self.session.next_event().map_err(talking)? {
-                Some(Event::Evidence(told)) => found = Some(told),
-                Some(Event::Ended(exit)) => break exit,
+                Some(Event::Evidence(told)) => {
+                    let witness = Witness {
+                        session: Some(self.session),
+                        child: self.child,
+                    };
+                    return Ok((told, witness));
+                }
+                Some(Event::Ended(exit)) => {
+                    // The process has nothing left to do; a zombie of it would stay.
+                    let _ = self.child.wait();
+                    return Err(not_started(exit));
+                }
                 Some(_) => {}
                 None => return Err(vmm_died(&self.record, &mut self.child)),
             }
-        };
-        // The process has nothing left to do; a zombie of it would stay.
+        }
+    }
+}
+
+/// A machine that was started for evidence, which ends with this value.
+pub(crate) struct Witness {
+    session: Option<Session>,
+    child: Child,
+}
+
+impl Drop for Witness {
+    fn drop(&mut self) {
+        // Without its launcher it ends, and removes what it has.
+        self.session = None;
         let _ = self.child.wait();
-        found.ok_or_else(|| not_started(ended))
     }
 }
 

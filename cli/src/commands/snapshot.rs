@@ -166,8 +166,9 @@ fn prove_distinct(
         if proof.holds() {
             let worst = proof.clones.iter().map(|c| c.clock_error_ns).max();
             printer.line(format_args!(
-                "{count} clones of \"{name}\": getrandom, uuid, machine-id, boot_id, epoch and \
+                "{count} clones of \"{name}\", {} at the same time: getrandom, uuid, machine-id, boot_id, epoch and \
                  hostname{} differ in all; no clock is more than {} ms off",
+                proof.at_once,
                 match proof.clones.iter().all(|c| c.evidence.mac.is_some()) {
                     true => ", and MAC,",
                     false => " (there is no network interface)",

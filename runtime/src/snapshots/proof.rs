@@ -1,6 +1,6 @@
 //! The proof that clones of a snapshot share no identity.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 use serde::Serialize;
 use sm_snapshot::chain::Chain;
@@ -12,7 +12,7 @@ use crate::launch::Origin;
 pub use crate::launch::Testimony;
 use crate::output_log::unix_nanos;
 use crate::record::VmConfig;
-use crate::run::{self, RunOptions, Source};
+use crate::run::{self, RunOptions, Source, Witness};
 use crate::vmm::saved;
 use crate::workload::Workload;
 
@@ -35,6 +35,8 @@ pub struct Twins {
 pub struct Proof {
     /// The snapshot.
     pub snapshot: String,
+    /// How many clones were there at the same time.
+    pub at_once: usize,
     /// What each clone told.
     pub clones: Vec<Testimony>,
     /// What should differ, and does not.
@@ -50,7 +52,7 @@ impl Proof {
         self.twins.is_empty() && self.wrong_clocks.is_empty()
     }
 
-    fn of(snapshot: &str, clones: Vec<Testimony>) -> Self {
+    fn of(snapshot: &str, at_once: usize, clones: Vec<Testimony>) -> Self {
         let mut seen: BTreeMap<(&'static str, String), Vec<usize>> = BTreeMap::new();
         for (number, clone) in clones.iter().enumerate() {
             let evidence = &clone.evidence;
@@ -86,6 +88,7 @@ impl Proof {
             .collect();
         Self {
             snapshot: snapshot.to_owned(),
+            at_once,
             clones,
             twins,
             wrong_clocks,
@@ -93,9 +96,14 @@ impl Proof {
     }
 }
 
-/// Starts `count` clones of the snapshot `name`, one after the other, and has
-/// each tell what makes it distinct, before any workload code runs in it. Calls
-/// `progress` with the number of each.
+/// Memory that a clone may need while it is asked, in bytes: its VMM, and what its
+/// guest writes.
+const EACH: u64 = 64 << 20;
+
+/// Starts `count` clones of the snapshot `name`, and has each tell what makes it
+/// distinct, before any workload code runs in it. As many as half of the host's free
+/// memory carries are there at the same time: beyond that, the oldest ends when the
+/// next one is started. Calls `progress` with the number of each.
 ///
 /// # Errors
 /// The snapshot cannot be used, or a clone not be started.
@@ -106,15 +114,33 @@ pub fn prove_distinct(
     mut progress: impl FnMut(usize),
 ) -> Result<Proof, Error> {
     let chain = Chain::open(&SnapshotStore::read_only(&home.snapshots()), name)?;
+    let room = usize::try_from(free_memory() / 2 / EACH).unwrap_or(usize::MAX);
+    let at_once = count.min(room).max(1);
     let mut clones = Vec::new();
+    let mut alive = VecDeque::new();
     for number in 0..count {
         progress(number);
-        clones.push(ask(home, &chain)?);
+        if alive.len() == at_once {
+            alive.pop_front();
+        }
+        let (told, witness) = ask(home, &chain)?;
+        clones.push(told);
+        alive.push_back(witness);
     }
-    Ok(Proof::of(name, clones))
+    Ok(Proof::of(name, at_once, clones))
 }
 
-fn ask(home: &Home, chain: &Chain) -> Result<Testimony, Error> {
+/// Bytes of memory that the host can give without swapping; 0 if it does not say.
+fn free_memory() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|rest| rest.trim().strip_suffix(" kB"));
+    kib.and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) << 10
+}
+
+fn ask(home: &Home, chain: &Chain) -> Result<(Testimony, Witness), Error> {
     let lease = &chain.tip().lease;
     let manifest = lease.manifest();
     let content = saved::content(chain)?;
@@ -175,14 +201,14 @@ mod tests {
 
     #[test]
     fn distinct_clones_are_distinct() {
-        assert!(Proof::of("s", vec![clone(1), clone(2), clone(3)]).holds());
+        assert!(Proof::of("s", 2, vec![clone(1), clone(2), clone(3)]).holds());
     }
 
     #[test]
     fn one_thing_in_common_is_one_too_many() {
         let mut twin = clone(2);
         twin.evidence.boot_id = "boot-1".to_owned();
-        let proof = Proof::of("s", vec![clone(1), twin, clone(3)]);
+        let proof = Proof::of("s", 2, vec![clone(1), twin, clone(3)]);
         assert!(!proof.holds());
         assert_eq!(
             proof.twins,
@@ -198,7 +224,7 @@ mod tests {
     fn a_clock_that_is_off_is_found() {
         let mut late = clone(2);
         late.clock_error_ns = CLOCK_TOLERANCE_NS + 1;
-        let proof = Proof::of("s", vec![clone(1), late]);
+        let proof = Proof::of("s", 2, vec![clone(1), late]);
         assert_eq!(proof.wrong_clocks, [1]);
         assert!(!proof.holds());
     }

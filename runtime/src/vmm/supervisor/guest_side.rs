@@ -201,7 +201,8 @@ impl<G: Guest> Supervisor<G> {
                     evidence,
                     clock_error_ns: early.max(told.saturating_sub(now)),
                 }));
-                self.destroy("it was made for evidence only");
+                // It lives until whoever asked hangs up.
+                self.clear_timer(Timer::Start);
             }
             (Purpose::Freeze { job }, reply) => self.frozen(job, reply),
             (Purpose::Prepare { job }, reply) => self.prepared(job, reply),
