@@ -184,6 +184,8 @@ struct Setup {
     /// The launch stream takes more than a connection holds back.
     large_buffers: bool,
     wants_root: bool,
+    /// It is started to tell what makes it distinct.
+    evidence: bool,
     prepare_timeout: Option<Duration>,
 }
 
@@ -226,7 +228,10 @@ fn fixture(setup: Setup) -> Fixture {
         config: record.config().clone(),
         modules: None,
         cmdline: String::new(),
-        origin: Origin::Image,
+        origin: match setup.evidence {
+            true => Origin::Evidence("warm".to_owned()),
+            false => Origin::Image,
+        },
         paging: crate::Paging::Map,
         root: Vec::new(),
         upper_size: 5,

@@ -1,5 +1,7 @@
 //! Snapshots, clones and machines that are put back.
 
+use sm_guest_proto::control::Evidence;
+
 use super::*;
 
 /// Asks for a snapshot on a thread; the answer comes when it was made.
@@ -323,4 +325,43 @@ fn a_machine_of_an_image_has_nothing_to_be_put_back_to() {
     assert!(refused.to_string().contains("not started from a snapshot"));
     main.exit(0);
     f.finish();
+}
+
+#[test]
+fn a_machine_that_has_told_what_it_is_lives_until_its_launcher_goes() {
+    let mut f = fixture(Setup {
+        detached: true,
+        evidence: true,
+        start: Some(Start::Restored(Layer::App)),
+        ..Setup::default()
+    });
+    let mut agent = f.dial();
+    let _: ControlRequest = agent.receive_json(FrameType::Control);
+    agent.send_json(&ControlReply::Hello(AgentHello {
+        protocol: PROTOCOL_VERSION,
+        ..AgentHello::default()
+    }));
+    let _: ControlRequest = agent.receive_json(FrameType::Control);
+    agent.send_json(&ControlReply::Refreshed(Refreshed {
+        vmgenid_seen: true,
+        ..Refreshed::default()
+    }));
+    let request: ControlRequest = agent.receive_json(FrameType::Control);
+    assert_eq!(request, ControlRequest::Evidence, "and no thaw");
+    agent.send_json(&ControlReply::Evidence(Evidence::default()));
+    let mut launcher = f.launcher.take().unwrap();
+    let told = std::iter::from_fn(|| match launcher.next_event().unwrap().unwrap() {
+        Event::Evidence(_) => None,
+        other => Some(format!("{other:?}")),
+    });
+    assert!(told.count() > 0, "phases come first");
+    let status = f.control().call(&ControlCall::Status).unwrap();
+    assert!(
+        matches!(status, ControlAnswer::Status(_)),
+        "it is still there"
+    );
+    assert_eq!(f.guest.end.lock().unwrap().clone(), None);
+    drop(launcher);
+    f.finish();
+    assert!(!f.record.directory().exists(), "nothing of it is left");
 }
