@@ -418,6 +418,10 @@ fn archives_are_read_compressed_from_a_pipe_and_with_several_images() {
             .unwrap();
         assert!(pulling.wait().unwrap().success());
         assert_eq!(printed.trim(), id);
+        // A file in its place needs no copy.
+        let mut pull = somebody.sm(&["pull", &format!("{transport}-archive:-")]);
+        pull.stdin(File::open(file).unwrap());
+        assert_eq!(&somebody.pulled(pull), id);
     }
 
     // Several images, by Podman.

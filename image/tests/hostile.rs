@@ -396,6 +396,12 @@ fn documents_that_are_wrong() {
 
     fs::write(layout.0.path().join("index.json"), "{").unwrap();
     layout.refused("index");
+    // Nobody writes into it: it would be waited for.
+    let index = layout.0.path().join("index.json");
+    fs::remove_file(&index).unwrap();
+    let mode = rustix::fs::Mode::RUSR;
+    rustix::fs::mkfifoat(rustix::fs::CWD, &index, mode).unwrap();
+    layout.refused("open");
     fs::remove_file(layout.0.path().join("index.json")).unwrap();
     layout.refused("not an OCI layout");
 }

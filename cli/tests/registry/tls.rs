@@ -173,4 +173,8 @@ fn proxies_are_used_where_the_environment_says() {
     assert_eq!(asked.lock().unwrap().len(), lines.len());
     let output = registry.sm_with(&pull, &[("HTTPS_PROXY", "socks5://127.0.0.1:1")]);
     refused(&output, &["SOCKS"]);
+    // It is of no matter where it is not used.
+    registry.trust(".config/containers/certs.d", &registry.address, &["ca.crt"]);
+    let pull = ["pull", &registry.image()];
+    id_of(&registry.sm_with(&pull, &[("ALL_PROXY", "socks5://127.0.0.1:1")]));
 }

@@ -1,7 +1,9 @@
 //! Archives of either kind, with any number of images: what `docker save`,
 //! `podman save` and `skopeo copy` write.
 
-use std::io::Read;
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
 
 use super::archive::Archive;
 use super::choice::Choice;
@@ -20,6 +22,19 @@ pub(crate) struct Bundle {
 
 #[allow(dead_code, reason = "loading archives is about to use it")]
 impl Bundle {
+    /// The archive at `path`, compressed or not; for `-`, that on the standard
+    /// input.
+    ///
+    /// # Errors
+    /// It cannot be read, or is no archive of images.
+    pub(crate) fn open(path: &Path, session: Session<'_>) -> Result<Self, Error> {
+        let place = match path.as_os_str() == "-" {
+            true => "the standard input".to_owned(),
+            false => path.display().to_string(),
+        };
+        Self::of(spool::open(path, session), place)
+    }
+
     /// Reads an archive, compressed or not, from a stream, which errors call
     /// `place`. It is kept in a file of the session's scratch directory.
     ///
@@ -30,14 +45,17 @@ impl Bundle {
         place: &str,
         session: Session<'_>,
     ) -> Result<Self, Error> {
+        Self::of(spool::spool(stream, session), place.to_owned())
+    }
+
+    fn of(file: io::Result<File>, place: String) -> Result<Self, Error> {
         let unknown = |reason: String| Error::Unknown {
-            reference: place.to_owned(),
+            reference: place.clone(),
             reason,
         };
-        let file = spool::spool(stream, session).map_err(|error| unknown(error.to_string()))?;
+        let file = file.map_err(|error| unknown(error.to_string()))?;
         let archive = Archive::new(file).map_err(unknown)?;
-        // Newer engines write both; there is more in a layout. So does Podman,
-        // which has no `oci-layout` in what is not one.
+        // Newer engines write both; there is more in a layout.
         let has = |name: &str| Ok::<_, Error>(archive.open_file(name)?.is_some());
         let is_layout = has("index.json")? && has("oci-layout")?;
         if !is_layout && !has("manifest.json")? && !has("repositories")? {
@@ -45,7 +63,7 @@ impl Bundle {
         }
         Ok(Self {
             archive,
-            place: place.to_owned(),
+            place,
             is_layout,
         })
     }
@@ -90,5 +108,95 @@ impl Bundle {
 
     fn docker(&self, choice: Choice) -> DockerArchive<&Archive> {
         DockerArchive::new(&self.archive, self.place.clone(), choice)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::builder::{Compression, LayoutBuilder, MemoryFile};
+    use crate::cancel::Cancel;
+
+    fn with_session<T>(act: impl FnOnce(Session<'_>) -> T) -> T {
+        let scratch = tempfile::tempdir().unwrap();
+        act(Session {
+            scratch: scratch.path(),
+            cancel: &Cancel::new(),
+            notice: &|_| {},
+        })
+    }
+
+    fn tar_of(files: &[(&str, &[u8])]) -> Vec<u8> {
+        let mut tar = tar::Builder::new(Vec::new());
+        for (name, bytes) in files {
+            let mut header = tar::Header::new_ustar();
+            header.set_size(bytes.len() as u64);
+            header.set_mode(0o644);
+            tar.append_data(&mut header, name, *bytes).unwrap();
+        }
+        tar.into_inner().unwrap()
+    }
+
+    #[test]
+    fn a_layout_has_images_by_name_and_number() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut digests = Vec::new();
+        for name in ["one", "two"] {
+            let mut image = LayoutBuilder::new(directory.path(), Compression::Gzip(1)).unwrap();
+            let file = MemoryFile::File(name.into());
+            image.memory_layer(&[("file", 0o644, file)]).unwrap();
+            digests.push(image.finish(name, crate::Config::default()).unwrap());
+        }
+        let mut tar = tar::Builder::new(Vec::new());
+        tar.append_dir_all(".", directory.path()).unwrap();
+        let tar = zstd::encode_all(tar.into_inner().unwrap().as_slice(), 1).unwrap();
+        with_session(|session| {
+            let bundle = Bundle::read(tar.as_slice(), "x", session).unwrap();
+            assert_eq!(bundle.images().unwrap(), [["one"], ["two"]]);
+            for (number, digest) in digests.iter().enumerate() {
+                let source = bundle.source(number);
+                let image = source.image(None).unwrap();
+                assert_eq!(image.digest, *digest);
+                let mut layer = Vec::new();
+                let stream = source.layer(&image.layers[0]);
+                stream.unwrap().read_to_end(&mut layer).unwrap();
+                assert_eq!(crate::Digest::of(&layer), image.layers[0].digest);
+            }
+            let error = bundle.source(2).image(None).unwrap_err().to_string();
+            assert!(error.contains("no image @2"), "{error}");
+        });
+    }
+
+    #[test]
+    fn dockers_list_has_images_without_names_too() {
+        let config = br#"{"architecture": "amd64", "os": "linux",
+                          "rootfs": {"type": "layers", "diff_ids": []}}"#;
+        let list = br#"[{"Config": "./c.json", "RepoTags": ["a:1", "b:2"], "Layers": []},
+                        {"Config": "c.json", "RepoTags": null, "Layers": null}]"#;
+        let tar = tar_of(&[("c.json", config), ("manifest.json", list)]);
+        with_session(|session| {
+            let bundle = Bundle::read(tar.as_slice(), "x", session).unwrap();
+            assert_eq!(bundle.images().unwrap(), [vec!["a:1", "b:2"], vec![]]);
+            for number in 0..2 {
+                let image = bundle.source(number).image(None).unwrap();
+                assert_eq!(image.digest, crate::Digest::of(config));
+            }
+        });
+    }
+
+    #[test]
+    fn what_is_no_archive_of_images_is_told() {
+        let fails = |tar: &[u8], word: &str| {
+            let error = with_session(|session| {
+                let bundle = Bundle::read(tar, "this one", session)?;
+                bundle.images().map(drop)
+            });
+            let error = error.unwrap_err().to_string();
+            assert!(error.contains(word), "{word:?} is not in {error:?}");
+        };
+        fails(&tar_of(&[("x", b"")]), "no archive of images");
+        fails(&tar_of(&[("repositories", b"{}")]), "before 1.10");
+        fails(&tar_of(&[("manifest.json", b"[{")]), "manifest");
+        fails(b"", "this one");
     }
 }

@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use oci_spec::image::{Descriptor, ImageIndex};
@@ -100,7 +101,15 @@ impl Directory {
 impl Files for Directory {
     fn open<'a>(&'a self, path: &str) -> Result<Option<Box<dyn Read + Send + 'a>>, Error> {
         let path = self.0.join(path);
-        match File::open(&path) {
+        // A pipe in its place would be waited for.
+        let mut options = File::options();
+        options.read(true).custom_flags(libc::O_NONBLOCK);
+        let opened = options.open(&path).and_then(|file| {
+            let is_file = file.metadata()?.is_file();
+            let no_file = || io::Error::other("it is no plain file");
+            is_file.then_some(file).ok_or_else(no_file)
+        });
+        match opened {
             Ok(file) => Ok(Some(Box::new(file))),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(Error::file("open", &path)(error)),

@@ -3,7 +3,10 @@
 
 use std::cell::Cell;
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read, Seek as _, SeekFrom, Write as _};
+use std::io::{
+    self, BufRead as _, BufReader, IsTerminal as _, Read, Seek as _, SeekFrom, Write as _,
+};
+use std::os::fd::AsFd as _;
 use std::path::Path;
 use std::rc::Rc;
 
@@ -42,11 +45,16 @@ impl Compression {
 /// The file at `path`, or for `-` the standard input, such that it can be read
 /// anywhere: itself, if it is a plain one.
 pub(super) fn open(path: &Path, session: Session<'_>) -> io::Result<File> {
-    if path.as_os_str() == "-" {
-        return spool(io::stdin().lock(), session);
-    }
-    let mut file = File::open(path)?;
-    if !file.metadata()?.is_file() {
+    let mut file = match path.as_os_str() == "-" {
+        false => File::open(path)?,
+        true if io::stdin().is_terminal() => {
+            return Err(io::Error::other(
+                "the standard input is a terminal: an archive is to come from there",
+            ));
+        }
+        true => File::from(io::stdin().as_fd().try_clone_to_owned()?),
+    };
+    if !file.metadata()?.is_file() || file.stream_position()? != 0 {
         return spool(file, session);
     }
     let mut head = [0; 8];

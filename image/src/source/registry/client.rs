@@ -246,7 +246,7 @@ impl<'s> Client<'s> {
 impl Connection {
     fn new(place: &Place, session: Session<'_>) -> Result<Self, String> {
         let host = &place.host;
-        let http = Http::new(host, place.insecure, session.cancel)?;
+        let http = Http::new(host, place.insecure, session.cancel);
         let base = |scheme: &str| {
             let text = format!("{scheme}://{host}/");
             text.parse::<Uri>()

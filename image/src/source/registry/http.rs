@@ -19,10 +19,10 @@ const MAX_REDIRECTS: u32 = 10;
 /// How to talk to a host, directly or through proxies.
 pub(super) struct Http {
     direct: Agent,
-    /// For `https`.
-    secure: Option<Agent>,
+    /// For `https`; what is wrong with its proxy.
+    secure: Result<Option<Agent>, String>,
     /// For `http`.
-    plain: Option<Agent>,
+    plain: Result<Option<Agent>, String>,
     proxies: Proxies,
     insecure: bool,
 }
@@ -54,14 +54,9 @@ impl Http {
     /// For `host`, with its port if it has one; an `insecure` one may have any
     /// certificate, and send us where there is no TLS. Cancellation breaks all
     /// connections.
-    pub(super) fn new(host: &str, insecure: bool, cancel: &Cancel) -> Result<Self, String> {
-        let proxies = Proxies::from_env()?;
-        Ok(Self::with(
-            trust::tls(host, insecure),
-            proxies,
-            insecure,
-            cancel,
-        ))
+    pub(super) fn new(host: &str, insecure: bool, cancel: &Cancel) -> Self {
+        let proxies = Proxies::from_env();
+        Self::with(trust::tls(host, insecure), proxies, insecure, cancel)
     }
 
     /// With these certificates and proxies.
@@ -87,24 +82,31 @@ impl Http {
             cancel.on_cancel(move || ended.shutdown());
             agent
         };
+        let proxied = |proxy: &Result<Option<Proxy>, String>| match proxy {
+            Ok(proxy) => Ok(proxy.clone().map(|proxy| agent(Some(proxy)))),
+            Err(reason) => Err(reason.clone()),
+        };
         Self {
             direct: agent(None),
-            secure: proxies.secure.clone().map(|proxy| agent(Some(proxy))),
-            plain: proxies.plain.clone().map(|proxy| agent(Some(proxy))),
+            secure: proxied(&proxies.secure),
+            plain: proxied(&proxies.plain),
             proxies,
             insecure,
         }
     }
 
-    fn agent(&self, uri: &Uri) -> &Agent {
+    fn agent(&self, uri: &Uri) -> Result<&Agent, Trouble> {
         if self.proxies.spare(uri) {
-            return &self.direct;
+            return Ok(&self.direct);
         }
         let proxied = match uri.scheme_str() {
             Some("https") => &self.secure,
             _ => &self.plain,
         };
-        proxied.as_ref().unwrap_or(&self.direct)
+        match proxied {
+            Ok(proxied) => Ok(proxied.as_ref().unwrap_or(&self.direct)),
+            Err(reason) => Err(Trouble::Astray(reason.clone())),
+        }
     }
 
     /// Asks, and follows redirections: to another host without authorization,
@@ -116,7 +118,7 @@ impl Http {
             let authorization = authorization.filter(|_| is_same_origin(&uri, &ask.uri));
             let request = request(ask.method.clone(), &uri, &ask.headers, authorization);
             let request = request.body(()).map_err(ureq::Error::from)?;
-            let response = self.agent(&uri).run(request)?;
+            let response = self.agent(&uri)?.run(request)?;
             if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
                 return Ok(response);
             }
@@ -148,7 +150,7 @@ impl Http {
         let authorization = ask.authorization.as_deref();
         let request = request(ask.method.clone(), &ask.uri, &ask.headers, authorization);
         let request = request.body(body).map_err(ureq::Error::from)?;
-        Ok(self.agent(&ask.uri).run(request)?)
+        Ok(self.agent(&ask.uri)?.run(request)?)
     }
 }
 

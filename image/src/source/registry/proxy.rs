@@ -10,13 +10,24 @@ use ureq::http::Uri;
 use super::url::port;
 
 /// Which proxies to use.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Proxies {
-    /// For `https`.
-    pub(super) secure: Option<Proxy>,
+    /// For `https`; what is wrong with it, where it cannot be used.
+    pub(super) secure: Result<Option<Proxy>, String>,
     /// For `http`.
-    pub(super) plain: Option<Proxy>,
+    pub(super) plain: Result<Option<Proxy>, String>,
     none_for: Vec<Exception>,
+}
+
+impl Default for Proxies {
+    /// None.
+    fn default() -> Self {
+        Self {
+            secure: Ok(None),
+            plain: Ok(None),
+            none_for: Vec::new(),
+        }
+    }
 }
 
 /// An entry of `NO_PROXY`.
@@ -35,11 +46,11 @@ enum Exception {
 
 impl Proxies {
     /// What the environment says.
-    pub(super) fn from_env() -> Result<Self, String> {
+    pub(super) fn from_env() -> Self {
         Self::read(&|name| std::env::var(name).ok())
     }
 
-    fn read(environment: &dyn Fn(&str) -> Option<String>) -> Result<Self, String> {
+    fn read(environment: &dyn Fn(&str) -> Option<String>) -> Self {
         let variable = |name: &str| {
             let lower = name.to_ascii_lowercase();
             [name, &lower]
@@ -56,11 +67,11 @@ impl Proxies {
             }
         };
         let none_for = variable("NO_PROXY").unwrap_or_default();
-        Ok(Self {
-            secure: proxy("HTTPS_PROXY")?,
-            plain: proxy("HTTP_PROXY")?,
+        Self {
+            secure: proxy("HTTPS_PROXY"),
+            plain: proxy("HTTP_PROXY"),
             none_for: none_for.split(',').filter_map(Exception::parse).collect(),
-        })
+        }
     }
 
     /// Whether what is asked of `uri` goes straight there.
@@ -157,7 +168,7 @@ mod tests {
 
     use super::*;
 
-    fn read(variables: &[(&str, &str)]) -> Result<Proxies, String> {
+    fn read(variables: &[(&str, &str)]) -> Proxies {
         Proxies::read(&|name| {
             let found = variables.iter().find(|(known, _)| *known == name);
             found.map(|(_, value)| (*value).to_owned())
@@ -165,29 +176,39 @@ mod tests {
     }
 
     fn spared(none_for: &str, uri: &str) -> bool {
-        let proxies = read(&[("NO_PROXY", none_for)]).unwrap();
+        let proxies = read(&[("NO_PROXY", none_for)]);
         proxies.spare(&uri.parse().unwrap())
     }
 
     #[test]
     fn each_protocol_has_its_own() {
-        let proxies = read(&[
+        let host = |proxy: Result<Option<Proxy>, String>| {
+            Ok::<_, String>(proxy?.map(|proxy| proxy.host().to_owned()))
+        };
+        let hosts = |variables: &[(&str, &str)]| {
+            let proxies = read(variables);
+            (host(proxies.secure), host(proxies.plain))
+        };
+        let some = |name: &str| Ok(Some(name.to_owned()));
+        let both = [
             ("https_proxy", "http://secure.example:3128"),
             ("HTTP_PROXY", "plain.example"),
-        ])
-        .unwrap();
-        assert_eq!(proxies.secure.unwrap().host(), "secure.example");
-        assert_eq!(proxies.plain.unwrap().host(), "plain.example");
-        let proxies = read(&[("ALL_PROXY", "http://a"), ("HTTPS_PROXY", "http://b")]).unwrap();
-        assert_eq!(proxies.secure.unwrap().host(), "b");
-        assert_eq!(proxies.plain.unwrap().host(), "a");
-        assert!(read(&[("HTTPS_PROXY", "")]).unwrap().secure.is_none());
-        let error = read(&[("HTTPS_PROXY", "socks5://me:secret@x")]).unwrap_err();
+        ];
+        assert_eq!(
+            hosts(&both),
+            (some("secure.example"), some("plain.example"))
+        );
+        let all = [("ALL_PROXY", "http://a"), ("HTTPS_PROXY", "http://b")];
+        assert_eq!(hosts(&all), (some("b"), some("a")));
+        assert_eq!(hosts(&[("HTTPS_PROXY", "")]), (Ok(None), Ok(None)));
+        let (error, plain) = hosts(&[("HTTPS_PROXY", "socks5://me:secret@x")]);
+        let error = error.unwrap_err();
         assert!(
             error.contains("SOCKS") && !error.contains("secret"),
             "{error}"
         );
-        assert!(read(&[("HTTPS_PROXY", "x y://")]).is_err());
+        assert_eq!(plain, Ok(None), "the other one is of use");
+        assert!(hosts(&[("HTTPS_PROXY", "x y://")]).0.is_err());
     }
 
     #[test]
