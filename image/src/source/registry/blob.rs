@@ -101,7 +101,7 @@ impl<'a> Blob<'a> {
         // Some begin earlier than asked: what is known already is read again.
         let Some(skip) = self.at.checked_sub(begins) else {
             let text = format!("it leaves out a part of blob {}", self.digest);
-            return Err(Failure::Passing(text, None));
+            return Err(Failure::Final(text));
         };
         let mut body = response.into_body().into_reader();
         let skipped = io::copy(&mut body.by_ref().take(skip), &mut io::sink());
@@ -188,7 +188,7 @@ fn begins_at(response: &Response<Body>, size: u64) -> Result<u64, Failure> {
         Some((begins, total)) if total.is_none_or(|total| total == size) => Ok(begins),
         _ => {
             let text = "it does not say which part of the blob it sends".to_owned();
-            Err(Failure::Passing(text, None))
+            Err(Failure::Final(text))
         }
     }
 }
