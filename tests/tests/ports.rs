@@ -242,6 +242,59 @@ fn a_clone_publishes_ports_of_its_own() {
 }
 
 #[test]
+fn a_file_at_the_place_of_a_socket_is_left_alone() {
+    let home = Home::shared();
+    let path = home.run_dir().join(unique("data"));
+    std::fs::write(&path, "precious").unwrap();
+    let place = path.to_str().unwrap();
+    let published = format!("{place}:80");
+    for options in [
+        ["--publish-unix", &published],
+        ["--handoff", &published],
+        ["--hybrid-vsock", place],
+    ] {
+        let busybox = image("busybox");
+        let mut arguments = vec!["run", "--rm"];
+        arguments.extend_from_slice(&options);
+        arguments.extend_from_slice(&[&busybox, "true"]);
+        let error = home.sm(&arguments).exits(125).err();
+        assert!(
+            error.contains(place) && error.contains("not a socket"),
+            "{error}"
+        );
+        assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+    }
+}
+
+#[test]
+fn ranges_are_published_and_shown_as_docker_does() {
+    let home = Home::shared();
+    let vm = serving(home, &["-p", "80-81/tcp", "-p", "82"], ECHO);
+    let list = home.sm(&["port", &vm.name]).exits(0).out();
+    let lines: Vec<_> = list.lines().collect();
+    assert_eq!(lines.len(), 3, "{list}");
+    for (line, port) in lines.iter().zip(80..) {
+        let (guest, host) = line.split_once(" -> ").unwrap();
+        assert_eq!(guest, format!("{port}/tcp"));
+        let shown = home.sm(&["port", &vm.name, guest]).exits(0).out();
+        assert_eq!(shown.trim(), host);
+    }
+    assert_eq!(
+        echo(address(home, &vm.name, "80"), b"in a range"),
+        b"in a range"
+    );
+    let error = home.sm(&["port", &vm.name, "80/udp"]).exits(125).err();
+    assert!(error.contains("only TCP"), "{error}");
+    let busybox = image("busybox");
+    let refused = home.sm(&["run", "--rm", "-p", "53:53/udp", &busybox, "true"]);
+    let error = refused.exits(125).err();
+    assert!(
+        error.contains("53:53/udp") && error.contains("only TCP"),
+        "{error}"
+    );
+}
+
+#[test]
 fn a_port_that_is_taken_is_said_to_be() {
     let home = Home::shared();
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();

@@ -5,14 +5,17 @@
     reason = "a failed expectation is a failed test"
 )]
 
-use std::io::Read as _;
+use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use sha2::{Digest as _, Sha256};
-use sm_e2e::{Done, Home, Vm, image, unique};
+use sm_e2e::{Done, Home, Reaped, Vm, image, unique};
 use sm_frontends::HandoffSender;
 
 const PAGE: &str = "Welcome to nginx!";
@@ -113,10 +116,7 @@ fn text(path: &Path) -> &str {
 fn nginx_is_reached_through_every_frontend() {
     let web = Web::start(Home::shared());
     let (plain, tls, certificate) = web.published();
-    // Twice over one connection, too.
-    let url = format!("http://{plain}/");
-    web.page(&[&url]);
-    web.page(&[&url, &url]);
+    web.page(&[&format!("http://{plain}/")]);
     web.page(&["--unix-socket", text(&web.unix), "http://any/"]);
     let trusted = ["--cacert", text(&certificate)];
     web.page(
@@ -138,17 +138,105 @@ fn nginx_is_reached_through_every_frontend() {
     );
     assert!(!web.curl(&[&format!("https://localhost:{}/", tls.port())]).0);
 
-    // A router that has read the request hands the connection over.
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-    let (accepted, _) = listener.accept().unwrap();
-    let mut router = HandoffSender::connect(&web.handoff).unwrap();
-    let request = b"GET / HTTP/1.1\r\nHost: any\r\nConnection: close\r\n\r\n";
-    router.send(&accepted, request).unwrap();
-    drop(accepted);
-    let mut answer = String::new();
-    client.read_to_string(&mut answer).unwrap();
-    assert!(answer.contains(PAGE), "{answer}");
+    // By a router that has read the request and hands the connection over.
+    let router = Router::start(&web.handoff);
+    web.page(&[&format!("http://{}/", router.address)]);
+}
+
+#[test]
+fn connections_are_kept_alive_and_half_closed_ones_answered() {
+    let web = Web::start(Home::shared());
+    let (plain, tls, certificate) = web.published();
+    let router = Router::start(&web.handoff);
+    let (plain_url, tls_url) = (
+        format!("http://{plain}/"),
+        format!("https://localhost:{}/", tls.port()),
+    );
+    let routed = format!("http://{}/", router.address);
+    for arguments in [
+        &[&plain_url, &plain_url][..],
+        &[
+            "--unix-socket",
+            text(&web.unix),
+            "http://any/",
+            "http://any/",
+        ],
+        &["--cacert", text(&certificate), &tls_url, &tls_url],
+        &[&routed, &routed],
+    ] {
+        // Connections made for the first page, and for the second.
+        let counted = ["--write-out", "<%{num_connects}>"];
+        let (fetched, said) = web.curl(&[&counted, arguments].concat());
+        let said = String::from_utf8_lossy(&said);
+        assert!(
+            fetched && said.contains("<1>") && said.ends_with("<0>"),
+            "{said}"
+        );
+    }
+    // The request, and then the end of what the client has to say.
+    let request = "GET / HTTP/1.0\r\n\r\n";
+    let (host, port) = (plain.ip().to_string(), plain.port().to_string());
+    for arguments in [&[&host, &port][..], &["-U", text(&web.unix)]] {
+        let mut nc = Command::new("nc.openbsd")
+            .args(["-N", "-w", "120"])
+            .args(arguments)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        nc.stdin
+            .take()
+            .unwrap()
+            .write_all(request.as_bytes())
+            .unwrap();
+        let done = Done::from(nc.wait_with_output().unwrap());
+        assert!(done.exits(0).out().contains(PAGE));
+    }
+}
+
+/// Accepts connections, reads what they say first, and hands them over.
+struct Router {
+    address: SocketAddr,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Router {
+    fn start(handoff: &Path) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut sender = HandoffSender::connect(handoff).unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let thread = std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            loop {
+                let (mut stream, _) = listener.accept().unwrap();
+                if stopped.load(Ordering::Relaxed) {
+                    return;
+                }
+                let count = stream.read(&mut buffer).unwrap();
+                if count > 0 {
+                    sender.send(&stream, &buffer[..count]).unwrap();
+                }
+            }
+        });
+        Self {
+            address,
+            stop,
+            thread: Some(thread),
+        }
+    }
+}
+
+impl Drop for Router {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        let _ = TcpStream::connect(self.address);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
 }
 
 #[test]
@@ -185,9 +273,11 @@ fn large_files_arrive_whole_and_load_loses_nothing() {
         &web.vm.name,
     ];
     let measuring = web.home.command(&measure).spawn().unwrap();
+    let router = Router::start(&web.handoff);
     for url in [
         format!("http://{plain}/"),
         format!("https://localhost:{}/", tls.port()),
+        format!("http://{}/", router.address),
     ] {
         let done = Command::new("wrk")
             .args(["-t", "1", "-c", "50", "-d", "5", "--timeout", "60s", &url])
@@ -215,12 +305,48 @@ fn large_files_arrive_whole_and_load_loses_nothing() {
     ] {
         assert!(stages.contains(&stage), "{profile}");
     }
-    // In the middle of a transfer the guest is killed: an end, not a hang.
-    let mut client = TcpStream::connect(plain).unwrap();
-    std::io::Write::write_all(&mut client, b"GET /large HTTP/1.0\r\n\r\n").unwrap();
-    client.read_exact(&mut [0; 1000]).unwrap();
-    web.home.sm(&["kill", &web.vm.name]).exits(0);
-    let mut rest = Vec::new();
-    let _ = client.read_to_end(&mut rest);
-    assert!(rest.len() < LARGE);
+}
+
+#[test]
+fn a_guest_that_is_killed_ends_every_transfer() {
+    let web = Web::start(Home::shared());
+    let (plain, tls, certificate) = web.published();
+    let make = format!("head -c {LARGE} /dev/zero > /var/www/html/large");
+    web.vm.exec(&["sh", "-c", &make]).exits(0);
+    let (plain_url, tls_url) = (
+        format!("http://{plain}/large"),
+        format!("https://localhost:{}/large", tls.port()),
+    );
+    let router = Router::start(&web.handoff);
+    let routed = format!("http://{}/large", router.address);
+    let mut transfers: Vec<_> = [
+        &[plain_url.as_str()][..],
+        &["--cacert", text(&certificate), &tls_url],
+        &["--unix-socket", text(&web.unix), "http://any/large"],
+        &[&routed],
+    ]
+    .into_iter()
+    .map(|arguments| {
+        // Too slow to be over before.
+        let transfer = Command::new("curl")
+            .args(["--silent", "--show-error", "--limit-rate", "20k"])
+            .args(arguments)
+            .stdout(Stdio::piped())
+            .spawn();
+        Reaped(transfer.unwrap())
+    })
+    .collect();
+    for Reaped(transfer) in &mut transfers {
+        let stdout = transfer.stdout.as_mut().unwrap();
+        stdout.read_exact(&mut [0; 1000]).unwrap();
+    }
+    web.home.sm(&["rm", "-f", &web.vm.name]).exits(0);
+    for Reaped(transfer) in &mut transfers {
+        let mut rest = Vec::new();
+        let stdout = transfer.stdout.as_mut().unwrap();
+        stdout.read_to_end(&mut rest).unwrap();
+        // An end, not a hang; and it is known for an early one.
+        let status = transfer.wait().unwrap();
+        assert!(!status.success() && rest.len() < LARGE, "{status}");
+    }
 }

@@ -31,6 +31,7 @@ pub(crate) fn set_up(apt: &Apt) -> Result<()> {
     let mut packages = Vec::new();
     packages.extend(crate::kernel::PACKAGES);
     packages.extend(crate::fixtures::PACKAGES);
+    packages.extend(crate::fixtures::CLIENTS);
     packages.extend(crate::lab::PACKAGES);
     packages.extend(crate::test::UNIT_PACKAGES);
     packages.sort_unstable();

@@ -205,6 +205,7 @@ fn environment(apt: &Apt, sm: &Path) -> Result<Vec<(String, String)>> {
     set("SM_KERNEL", kernel::tuned(apt)?)?;
     set("SM_STOCK_KERNEL", stock::kernel(apt)?)?;
     set("SM_FIXTURES", fixtures::make(apt)?)?;
+    apt.ensure(&fixtures::CLIENTS)?;
     apt.ensure_qemu()?;
     set("SM_BENCH_RESTORE", bench_restore::build(Profile::Debug)?)?;
     set("SM_BENCH_INITRAMFS", bench_restore::initramfs()?)?;
