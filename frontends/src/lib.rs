@@ -19,6 +19,10 @@
 //! exceeds it waits in the system's backlog.
 #![warn(missing_docs)]
 
+#[cfg(all(doctest, feature = "tls"))]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
 mod address;
 mod deadlines;
 mod error;

@@ -154,7 +154,7 @@ fn connections_are_kept_alive_and_half_closed_ones_answered() {
     );
     let routed = format!("http://{}/", router.address);
     for arguments in [
-        &[&plain_url, &plain_url][..],
+        &[plain_url.as_str(), &plain_url][..],
         &[
             "--unix-socket",
             text(&web.unix),
@@ -166,7 +166,7 @@ fn connections_are_kept_alive_and_half_closed_ones_answered() {
     ] {
         // Connections made for the first page, and for the second.
         let counted = ["--write-out", "<%{num_connects}>"];
-        let (fetched, said) = web.curl(&[&counted, arguments].concat());
+        let (fetched, said) = web.curl(&[&counted[..], arguments].concat());
         let said = String::from_utf8_lossy(&said);
         assert!(
             fetched && said.contains("<1>") && said.ends_with("<0>"),
@@ -176,7 +176,7 @@ fn connections_are_kept_alive_and_half_closed_ones_answered() {
     // The request, and then the end of what the client has to say.
     let request = "GET / HTTP/1.0\r\n\r\n";
     let (host, port) = (plain.ip().to_string(), plain.port().to_string());
-    for arguments in [&[&host, &port][..], &["-U", text(&web.unix)]] {
+    for arguments in [&[host.as_str(), &port][..], &["-U", text(&web.unix)]] {
         let mut nc = Command::new("nc.openbsd")
             .args(["-N", "-w", "120"])
             .args(arguments)

@@ -30,6 +30,8 @@ mod control;
 mod device;
 mod exec;
 mod forward;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod identity;
 mod init;
 mod kernel_log;

@@ -1,0 +1,70 @@
+//! Parts of the agent that take a host's bytes, for fuzz targets: not part of the
+//! interface.
+
+use std::io::{Read as _, Write as _};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::time::Instant;
+
+use crate::forward::Forwards;
+use crate::reactor::{Class, Event, Reactor, Token};
+
+/// Plays the host of one forwarded connection, which sends `pieces` and then no
+/// more: what it is answered.
+///
+/// # Panics
+/// The system refused descriptors.
+#[must_use]
+#[expect(
+    clippy::expect_used,
+    reason = "a fuzz target stops at what it cannot do"
+)]
+pub fn forward(pieces: &[&[u8]]) -> Vec<u8> {
+    let mut reactor = Reactor::new().expect("an epoll set");
+    let mut forwards = Forwards::default();
+    let (mut host, ours) = UnixStream::pair().expect("a pair");
+    ours.set_nonblocking(true).expect("a socket");
+    forwards.accept(&mut reactor, ours.into());
+    for piece in pieces {
+        // Fails once the agent has hung up.
+        let _ = host.write_all(piece);
+        serve(&mut reactor, &mut forwards);
+    }
+    let _ = host.shutdown(Shutdown::Write);
+    serve(&mut reactor, &mut forwards);
+    host.set_nonblocking(true).expect("a socket");
+    let mut answer = Vec::new();
+    // An end, a reset because not all was read, or nothing more.
+    let _ = host.read_to_end(&mut answer);
+    answer
+}
+
+/// Handles events until there are none.
+#[expect(
+    clippy::expect_used,
+    reason = "a fuzz target stops at what it cannot do"
+)]
+fn serve(reactor: &mut Reactor, forwards: &mut Forwards) {
+    let mut scratch = vec![0; 1 << 16];
+    let mut events = Vec::new();
+    let mut busy = true;
+    while busy {
+        // So that there is something to wait for.
+        reactor.timer(Instant::now(), Token::single(Class::Power, 0));
+        reactor.wait(&mut events).expect("events");
+        busy = false;
+        for event in events.drain(..) {
+            match event {
+                Event::Io(token, ready) => {
+                    busy = true;
+                    forwards.ready(reactor, token, ready, &mut scratch);
+                }
+                Event::Timer(token) if token.class == Class::Forward => {
+                    busy = true;
+                    forwards.deadline(reactor, token.key);
+                }
+                Event::Timer(_) => {}
+            }
+        }
+    }
+}
