@@ -173,10 +173,11 @@ impl Vsock {
         let reason = error.to_string();
         self.failed = true;
         active.interrupt.needs_reset(&reason);
+        // Before the streams end, so that it explains why.
+        self.mailbox.failed(&reason);
         self.muxer.clear(Some(registry));
         self.receiver.forget();
         self.gathered.forget();
-        self.mailbox.failed(&reason);
     }
 
     fn take_commands(&mut self, registry: &mut Registry<'_>) {

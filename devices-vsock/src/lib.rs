@@ -1,9 +1,8 @@
 //! A virtio-vsock device (virtio 1.3 section 5.10) whose muxer moves bytes
 //! between host sockets and guest buffers.
 //!
-//! Bytes from the host are read by `readv` straight into the guest's receive
-//! buffers, bytes from the guest written by `writev` straight out of its transmit
-//! buffers. Only what a host socket does not take at once is kept, within the
+//! Bytes from the host are received straight into the guest's receive buffers,
+//! bytes from the guest sent straight out of its transmit buffers. Only what a host socket does not take at once is kept, within the
 //! credit window that the guest was granted, so that a slow reader stalls its own
 //! connection and nothing else.
 //!

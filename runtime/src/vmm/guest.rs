@@ -121,6 +121,8 @@ pub(crate) enum Notice {
     /// A snapshot that the supervisor asked for was made, or could not be; a
     /// clause.
     Snapshot(Result<SnapshotMade, String>),
+    /// The guest cannot be reached any more, as its driver broke the device; why.
+    Unreachable(String),
     /// All that the guest has sent to published ports has left.
     Delivered,
 }

@@ -243,6 +243,7 @@ fn begin(
     };
     let (vsock, muxer) = Vsock::new(config).map_err(failed("make the vsock device"))?;
     listen_for_agent(&muxer, notices.clone());
+    report_failure(&muxer, notices.clone());
     let exec = UnixFrontend::new(&record.exec_socket(), Target::Exec)
         .limit(&descriptors.exec)
         .start(muxer.clone(), &event_loop.handle())
@@ -439,6 +440,12 @@ fn listen_for_agent(muxer: &MuxerHandle, notices: NoticeSender) {
         }
     };
     muxer.listen(port::CONTROL, Box::new(acceptor)).forever();
+}
+
+/// Has the supervisor learn why, before the streams of the guest end.
+fn report_failure(muxer: &MuxerHandle, notices: NoticeSender) {
+    let tell = move |reason: &str| notices.send(Notice::Unreachable(reason.to_owned()));
+    muxer.on_failure(Box::new(tell));
 }
 
 fn device(slot: u32, device: impl sm_vmm_core::virtio::VirtioDevice + 'static) -> DeviceConfig {

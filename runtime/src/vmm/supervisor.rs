@@ -273,6 +273,9 @@ impl<G: Guest> Supervisor<G> {
                         Notice::Agent(stream) => self.agent_dialed(stream),
                         Notice::Snapshot(made) => self.snapshot_made(made),
                         Notice::Delivered => self.delivered(),
+                        Notice::Unreachable(reason) => self.guest_broke(&format!(
+                            "the guest's vsock driver broke its device: {reason}"
+                        )),
                     }
                 }
             }

@@ -101,6 +101,21 @@ fn an_answer_is_short() {
 }
 
 #[test]
+fn a_guest_that_breaks_its_vsock_device_is_ended_with_the_reason() {
+    let mut f = fixture(Setup::default());
+    let (agent, main) = f.start();
+    f.dial
+        .send(Notice::Unreachable("a ring is broken".to_owned()));
+    drop((agent, main));
+    f.finish();
+    let message = f.exit().message.unwrap();
+    assert!(
+        message.contains("vsock driver broke its device: a ring is broken"),
+        "{message}"
+    );
+}
+
+#[test]
 fn frames_that_only_a_host_sends_end_the_vm() {
     for kind in [FrameType::Stdin, FrameType::Signal, FrameType::Request] {
         let mut f = fixture(Setup::default());
