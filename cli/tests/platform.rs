@@ -135,6 +135,29 @@ fn the_hosts_platform_is_taken_unless_another_is_asked_for() {
 }
 
 #[test]
+fn one_name_may_be_of_an_image_for_each_platform() {
+    let somebody = Somebody::new();
+    let layout = somebody.directory.path().join("layout");
+    let host = Platform::host().to_string();
+    let name = r#""annotations": {"org.opencontainers.image.ref.name": "app"}, "platform""#;
+    let entries = [(somebody.theirs, FOREIGN), (somebody.ours, &host)]
+        .map(|(digest, platform)| entry(&layout, digest, platform).replace("\"platform\"", name));
+    let write = |entries: &str| {
+        let index = format!("{{\"schemaVersion\": 2, \"manifests\": [{entries}]}}");
+        fs::write(layout.join("index.json"), index).unwrap();
+    };
+    write(&entries.join(", "));
+    let app = somebody.reference("app");
+    assert_eq!(somebody.pulled(&[&app]), somebody.ours.to_string());
+    let theirs = somebody.pulled(&["--platform", FOREIGN, &app]);
+    assert_eq!(theirs, somebody.theirs.to_string());
+    // Of two names, none is meant.
+    write(&entries.join(", ").replacen("\"app\"", "\"other\"", 1));
+    let both = format!("oci:{}", layout.display());
+    somebody.refused(&["pull", &both], &["2 images", "other, app"]);
+}
+
+#[test]
 fn an_image_for_another_platform_does_not_run() {
     let somebody = Somebody::new();
     let both = somebody.reference("both");

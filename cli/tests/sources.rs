@@ -37,6 +37,14 @@ struct Somebody {
     config: Digest,
 }
 
+impl Drop for Somebody {
+    fn drop(&mut self) {
+        // The storage's driver mounts its directory onto itself, and leaves it so.
+        let mounted = self.path("storage/overlay");
+        let _ = rustix::mount::unmount(&mounted, rustix::mount::UnmountFlags::DETACH);
+    }
+}
+
 impl Somebody {
     fn new(compression: Compression) -> Self {
         let directory = tempfile::tempdir().unwrap();

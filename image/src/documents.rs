@@ -10,7 +10,7 @@ use crate::Error;
 use crate::digest::Digest;
 
 pub(crate) use self::parts::{Parts, diff_ids};
-pub(crate) use self::resolve::{Resolved, check_platform, resolve};
+pub(crate) use self::resolve::{Resolved, check_platform, platform_of, resolve};
 
 /// Largest document read, in bytes.
 pub(crate) const MAX_DOCUMENT: u64 = 8 << 20;

@@ -228,7 +228,8 @@ impl Search<'_> {
     }
 }
 
-fn platform_of(descriptor: &Descriptor) -> Option<Platform> {
+/// What a descriptor says that it is for.
+pub(crate) fn platform_of(descriptor: &Descriptor) -> Option<Platform> {
     let platform = descriptor.platform().as_ref()?;
     Some(Platform::new(
         &platform.os().to_string(),

@@ -28,22 +28,30 @@ impl Choice {
     /// # Errors
     /// There is none, or more than one; a sentence that says which there are.
     pub(super) fn among(&self, images: &[Vec<String>]) -> Result<usize, String> {
-        let all = || {
-            let names: Vec<&str> = images.iter().flatten().map(String::as_str).collect();
-            match names.as_slice() {
-                [] => "none has a name".to_owned(),
-                names => format!("there are {}", names.join(", ")),
-            }
-        };
-        match self {
-            _ if images.is_empty() => Err("there is no image in it".to_owned()),
-            Self::Only if images.len() == 1 => Ok(0),
-            Self::Only => Err(format!(
+        let meant = self.all_among(images)?;
+        match (meant.as_slice(), self) {
+            ([one], _) => Ok(*one),
+            (_, Self::Name(name)) => Err(format!(
+                "it has several images \"{name}\"; {}",
+                listed(images)
+            )),
+            _ => Err(format!(
                 "there are {} images in it, add :NAME or :@NUMBER; {}",
                 images.len(),
-                all()
+                listed(images)
             )),
-            Self::Number(number) if *number < images.len() => Ok(*number),
+        }
+    }
+
+    /// Likewise, where several can be one image for several platforms.
+    ///
+    /// # Errors
+    /// There is none.
+    pub(super) fn all_among(&self, images: &[Vec<String>]) -> Result<Vec<usize>, String> {
+        match self {
+            _ if images.is_empty() => Err("there is no image in it".to_owned()),
+            Self::Only => Ok((0..images.len()).collect()),
+            Self::Number(number) if *number < images.len() => Ok(vec![*number]),
             Self::Number(number) => Err(format!(
                 "there is no image @{number} in it, but {} of them",
                 images.len()
@@ -55,21 +63,23 @@ impl Choice {
                     &|known| is_same(known, name),
                     &|known| known.rsplit_once(':').is_some_and(|(_, tag)| tag == name),
                 ];
-                for is_meant in kinds {
-                    let mut meant = (0..)
-                        .zip(images)
-                        .filter(|(_, names)| names.iter().any(|known| is_meant(known)));
-                    match (meant.next(), meant.next()) {
-                        (Some((place, _)), None) => return Ok(place),
-                        (None, _) => {}
-                        (Some(_), Some(_)) => {
-                            return Err(format!("it has several images \"{name}\"; {}", all()));
-                        }
-                    }
-                }
-                Err(format!("it has no image \"{name}\"; {}", all()))
+                let named = |is_meant: &dyn Fn(&str) -> bool| -> Vec<usize> {
+                    let images = (0..).zip(images);
+                    let meant = images.filter(|(_, names)| names.iter().any(|it| is_meant(it)));
+                    meant.map(|(place, _)| place).collect()
+                };
+                let meant = kinds.into_iter().map(named).find(|meant| !meant.is_empty());
+                meant.ok_or_else(|| format!("it has no image \"{name}\"; {}", listed(images)))
             }
         }
+    }
+}
+
+fn listed(images: &[Vec<String>]) -> String {
+    let names: Vec<&str> = images.iter().flatten().map(String::as_str).collect();
+    match names.as_slice() {
+        [] => "none has a name".to_owned(),
+        names => format!("there are {}", names.join(", ")),
     }
 }
 

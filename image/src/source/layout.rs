@@ -11,7 +11,7 @@ use oci_spec::image::{Descriptor, ImageIndex};
 use super::choice::Choice;
 use super::{Files, Source, SourceImage, SourceLayer, blob_path, describe, read_named, read_small};
 use crate::Error;
-use crate::documents::{Named, REF_NAME, parse, resolve};
+use crate::documents::{Named, REF_NAME, parse, platform_of, resolve};
 use crate::platform::Platform;
 
 /// The annotation in which containerd and Docker keep an image's whole name.
@@ -47,6 +47,39 @@ impl<F: Files> Layout<F> {
         parse(&bytes, "index")
     }
 
+    /// The image that is meant. Some layouts have an image for several platforms
+    /// as so many of one name.
+    fn chosen<'i>(
+        &self,
+        index: &'i ImageIndex,
+        platform: Option<&Platform>,
+    ) -> Result<&'i Descriptor, Error> {
+        let unknown = |reason| self.unknown(reason);
+        let manifests = index.manifests();
+        let all: Vec<_> = manifests.iter().map(names).collect();
+        let meant = self.choice.all_among(&all).map_err(unknown)?;
+        let host = Platform::host();
+        let platform = platform.unwrap_or(&host);
+        let serving = meant.iter().filter_map(|place| {
+            let descriptor = manifests.get(*place)?;
+            Some((platform.rank(&platform_of(descriptor)?)?, descriptor))
+        });
+        let best = serving.min_by_key(|(rank, _)| *rank);
+        let is_one_image = meant.windows(2).all(|pair| match pair {
+            [one, other] => all.get(*one) == all.get(*other),
+            _ => true,
+        });
+        match best {
+            Some((_, best)) if is_one_image => Ok(best),
+            _ => {
+                let place = self.choice.among(&all).map_err(unknown)?;
+                manifests
+                    .get(place)
+                    .ok_or_else(|| self.unknown("it is empty"))
+            }
+        }
+    }
+
     /// The names of each image.
     pub(super) fn names(&self) -> Result<Vec<Vec<String>>, Error> {
         Ok(self.index()?.manifests().iter().map(names).collect())
@@ -63,12 +96,7 @@ fn names(descriptor: &Descriptor) -> Vec<String> {
 impl<F: Files + Sync> Source for Layout<F> {
     fn image(&self, platform: Option<&Platform>) -> Result<SourceImage, Error> {
         let index = self.index()?;
-        let all: Vec<_> = index.manifests().iter().map(names).collect();
-        let chosen = self.choice.among(&all);
-        let chosen = chosen.map_err(|reason| self.unknown(reason))?;
-        let chosen = index.manifests().get(chosen);
-        let chosen = chosen.ok_or_else(|| self.unknown("it is empty"))?;
-        let first = Named::from_descriptor(chosen, "index")?;
+        let first = Named::from_descriptor(self.chosen(&index, platform)?, "index")?;
         let read = |named: &Named, what: &str| read_named(&self.files, named, what);
         let manifest = |named: &Named| read(named, "manifest");
         let bytes = manifest(&first)?;
