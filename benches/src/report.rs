@@ -80,7 +80,8 @@ fn ratios(comparison: &Comparison) -> Vec<String> {
 
 /// One HTML file without scripts: stacked bars of medians, then the tables.
 #[must_use]
-pub fn html(report: &Report) -> String {
+pub fn html(title: &str, report: &Report) -> String {
+    let title = escaped(title);
     let mut body = String::new();
     for note in &report.notes {
         let _ = writeln!(body, "<p>{}</p>", escaped(note));
@@ -94,12 +95,12 @@ pub fn html(report: &Report) -> String {
         body.push_str(&table(comparison));
     }
     format!(
-        "<!DOCTYPE html>\n<html lang=\"en\"><meta charset=\"utf-8\"><title>Restoring</title>\n\
+        "<!DOCTYPE html>\n<html lang=\"en\"><meta charset=\"utf-8\"><title>{title}</title>\n\
          <style>body{{font:15px/1.4 sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem}}\
          table{{border-collapse:collapse}}td,th{{padding:.1rem .7rem;text-align:right}}\
          td:nth-child(-n+2),th:nth-child(-n+2){{text-align:left}}\
          tr:nth-child(even){{background:#f3f3f3}}svg text{{font-size:12px}}</style>\n\
-         <h1>Restoring a machine, phase by phase</h1>\n{body}</html>\n"
+         <h1>{title}</h1>\n{body}</html>\n"
     )
 }
 
@@ -238,7 +239,7 @@ mod tests {
 
     #[test]
     fn the_page_escapes_names_and_has_a_bar_for_each_median() {
-        let html = html(&report());
+        let html = html("A title", &report());
         assert!(html.contains("map &lt;memory&gt;") && !html.contains("<memory>"));
         assert_eq!(html.matches("<rect ").count(), 3);
         assert!(html.contains("2.000 ms"));

@@ -9,8 +9,8 @@ mod image;
 mod snapshot;
 
 pub(crate) use image::{
-    HistoryArgs, ImageCommand, ImageNames, ImagesArgs, PruneArgs, PullArgs, RmiArgs, TagArgs,
-    VerifyArgs,
+    HistoryArgs, ImageCommand, ImageNames, ImagesArgs, ImportArgs, LoadArgs, PruneArgs, PullArgs,
+    PushArgs, RmiArgs, SaveArgs, TagArgs, VerifyArgs,
 };
 pub(crate) use snapshot::{ForkArgs, SnapshotCommand};
 
@@ -79,10 +79,18 @@ pub(crate) enum Command {
     Pull(PullArgs),
     /// Remove images from the local store
     Rmi(RmiArgs),
+    /// Bring an image into the registry that its name says
+    Push(PushArgs),
     /// Give an image another name
     Tag(TagArgs),
     /// Show how an image was made
     History(HistoryArgs),
+    /// Write images to an archive, for "docker load", "podman load" or "sm load"
+    Save(SaveArgs),
+    /// Bring the images of an archive into the local store
+    Load(LoadArgs),
+    /// Make an image of a root file system in a tar archive
+    Import(ImportArgs),
     /// Clone a running VM, which goes on
     Fork(ForkArgs),
     /// Put clones back to the snapshot that they were started from

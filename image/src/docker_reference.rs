@@ -87,6 +87,20 @@ impl DockerReference {
         &self.registry
     }
 
+    /// The whole name, Docker's own registry and `library/` included.
+    #[must_use]
+    pub fn full(&self) -> String {
+        let mut name = format!("{}/{}", self.registry, self.repository);
+        if let Some(tag) = &self.tag {
+            name.push(':');
+            name.push_str(tag);
+        }
+        if let Some(digest) = self.digest {
+            name.push_str(&format!("@{digest}"));
+        }
+        name
+    }
+
     /// Whether Docker's own registry is meant.
     #[must_use]
     pub fn is_default_registry(&self) -> bool {

@@ -99,6 +99,9 @@ pub enum Error {
         /// Why.
         reason: String,
     },
+    /// An archive of images cannot be written.
+    #[error("the archive cannot be written")]
+    Archive(#[source] io::Error),
     /// It was given up, as asked.
     #[error("it was given up")]
     Cancelled,
@@ -129,4 +132,18 @@ impl Error {
             reason: reason.to_string(),
         }
     }
+}
+
+/// Bytes from a stranger, for a message: what a terminal would act on is written
+/// out.
+pub(crate) fn printable(bytes: &[u8]) -> String {
+    let text = String::from_utf8_lossy(bytes);
+    let mut printable = String::with_capacity(text.len());
+    for character in text.chars() {
+        match character.is_control() {
+            true => printable.extend(character.escape_default()),
+            false => printable.push(character),
+        }
+    }
+    printable
 }

@@ -13,6 +13,7 @@ use std::rc::Rc;
 use crate::Error;
 use crate::blob::{BlobWriter, SmallWriter};
 use crate::digest::{Digest, HashingReader};
+use crate::error::printable;
 use crate::index::{Entry, EntryKind, IndexWriter, Meta, Place, Totals, Xattrs, encode_xattrs};
 use crate::limits::Limits;
 use crate::pipeline::{self, Decoders, Measured};
@@ -198,7 +199,7 @@ impl<R: Read> LayerWriter<'_, R> {
         let (layer, limits) = (self.layer, self.limits);
         let refuse = |path: &[u8], reason: String| Error::Entry {
             layer: layer.to_string(),
-            entry: String::from_utf8_lossy(path).into_owned(),
+            entry: printable(path),
             reason,
         };
         let whole = |reason: String| Error::Layer {

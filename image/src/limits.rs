@@ -27,7 +27,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             layer_bytes: 64 << 30,
-            entries: 1 << 20,
+            entries: 768 << 10,
             index_bytes: 1 << 30,
             names_bytes: 32 << 20,
             ratio: 1000,

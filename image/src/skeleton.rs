@@ -99,10 +99,10 @@ impl<R: Read> Read for Tap<'_, R> {
 }
 
 /// The tar stream of a stored layer.
-pub(crate) struct Assembler<'a> {
+pub(crate) struct Assembler {
     skeleton: zstd::stream::read::Decoder<'static, BufReader<File>>,
-    blob: &'a File,
-    small: &'a File,
+    blob: File,
+    small: File,
     piece: Piece,
 }
 
@@ -121,8 +121,8 @@ fn damaged(what: &str) -> io::Error {
     )
 }
 
-impl<'a> Assembler<'a> {
-    pub(crate) fn new(skeleton: File, blob: &'a File, small: &'a File) -> io::Result<Self> {
+impl Assembler {
+    pub(crate) fn new(skeleton: File, blob: File, small: File) -> io::Result<Self> {
         Ok(Self {
             skeleton: zstd::stream::read::Decoder::new(skeleton)?,
             blob,
@@ -172,7 +172,7 @@ fn read_at(file: &File, buffer: &mut [u8], at: &mut u64, left: &mut u64) -> io::
     Ok(count)
 }
 
-impl Read for Assembler<'_> {
+impl Read for Assembler {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         if buffer.is_empty() {
             return Ok(0);
@@ -191,8 +191,8 @@ impl Read for Assembler<'_> {
                     *left -= count as u64;
                     return Ok(count);
                 }
-                Piece::Blob { at, left } => return read_at(self.blob, buffer, at, left),
-                Piece::Small { at, left } => return read_at(self.small, buffer, at, left),
+                Piece::Blob { at, left } => return read_at(&self.blob, buffer, at, left),
+                Piece::Small { at, left } => return read_at(&self.small, buffer, at, left),
             }
             self.advance()?;
         }
@@ -231,6 +231,10 @@ mod tests {
         (stream, blob, small)
     }
 
+    fn clone(file: &File) -> File {
+        file.try_clone().unwrap()
+    }
+
     fn rewound(file: &File) -> File {
         use std::io::Seek as _;
         let mut file = file.try_clone().unwrap();
@@ -244,7 +248,7 @@ mod tests {
         let (stream, blob, small) = written(&skeleton);
         assert!(skeleton.metadata().unwrap().len() < 1000);
         let mut assembled = Vec::new();
-        Assembler::new(rewound(&skeleton), &blob, &small)
+        Assembler::new(rewound(&skeleton), clone(&blob), clone(&small))
             .unwrap()
             .read_to_end(&mut assembled)
             .unwrap();
@@ -256,7 +260,7 @@ mod tests {
         let skeleton = tempfile::tempfile().unwrap();
         let (_, blob, small) = written(&skeleton);
         small.set_len(3).unwrap();
-        let error = Assembler::new(rewound(&skeleton), &blob, &small)
+        let error = Assembler::new(rewound(&skeleton), clone(&blob), clone(&small))
             .unwrap()
             .read_to_end(&mut Vec::new())
             .unwrap_err();
@@ -265,7 +269,7 @@ mod tests {
             .set_len(skeleton.metadata().unwrap().len() - 4)
             .unwrap();
         assert!(
-            Assembler::new(rewound(&skeleton), &blob, &blob)
+            Assembler::new(rewound(&skeleton), clone(&blob), clone(&blob))
                 .unwrap()
                 .read_to_end(&mut Vec::new())
                 .is_err()

@@ -155,7 +155,7 @@ fn names_that_do_not_fit() {
         "longer than 4095",
     );
     let zero = file("x", b"x").pax("path", b"a\0b");
-    refused(&[tar(&[zero])], "a\0b", "zero byte");
+    refused(&[tar(&[zero])], "a\\u{0}b", "zero byte");
     accepted(&[tar(&[file("d/".repeat(2000) + "x", b"x")])]);
 }
 

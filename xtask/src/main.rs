@@ -5,6 +5,7 @@
 //! `~/.cache/sm`) and may be deleted at any time.
 
 mod apt;
+mod bench_image;
 mod bench_restore;
 mod bench_vsock;
 mod build;
@@ -57,6 +58,7 @@ fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
         }
         Invocation::Setup => host::set_up(&apt)?,
         Invocation::Demo => return Ok(ExitCode::from(demo::run(&apt)?)),
+        Invocation::BenchImage(wanted) => bench_image::run(&apt, &wanted)?,
         Invocation::BenchRestore(wanted) => bench_restore::run(&apt, &wanted)?,
         Invocation::BenchVsock(wanted) => bench_vsock::run(&apt, &wanted)?,
         Invocation::Test(wanted) => test::run(&apt, &wanted)?,

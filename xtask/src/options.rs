@@ -5,6 +5,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use lexopt::prelude::*;
 
+use crate::bench_image;
 use crate::bench_restore;
 use crate::bench_vsock;
 use crate::build::Profile;
@@ -28,6 +29,8 @@ Developer commands of sm: cargo xtask COMMAND
   bench-vsock how fast bytes move through the vsock device, against pumps, with a
               model of a guest and with a real one
               [--rounds N] [--harness-only | --guest-only] [--json FILE]
+  bench-image how long images take to become disks, against the usual tools
+              [--iterations N] [--json FILE] [--html FILE]
   lab -- CMD  run CMD in a QEMU machine that has a real /dev/kvm
               [--results DIR] [--memory MIB] [--cpus N] [--timeout SECONDS]
               [--env NAME=VALUE]
@@ -47,6 +50,7 @@ pub(crate) enum Invocation {
     Lab(Job),
     Setup,
     Demo,
+    BenchImage(bench_image::Wanted),
     BenchRestore(bench_restore::Wanted),
     BenchVsock(bench_vsock::Wanted),
     Test(Wanted),
@@ -77,6 +81,7 @@ fn read(mut parser: lexopt::Parser) -> Result<Invocation> {
         "setup" => bare(parser, Invocation::Setup)?,
         "demo" => bare(parser, Invocation::Demo)?,
         "ci" => bare(parser, Invocation::Ci)?,
+        "bench-image" => Invocation::BenchImage(bench_image(parser)?),
         "bench-restore" => Invocation::BenchRestore(bench_restore(parser)?),
         "bench-vsock" => Invocation::BenchVsock(bench_vsock(parser)?),
         "lab" => Invocation::Lab(lab(parser)?),
@@ -147,6 +152,19 @@ fn test(mut parser: lexopt::Parser) -> Result<Wanted> {
             Long("lab") => wanted.force_lab = true,
             Long("debug") => wanted.profile = Profile::Debug,
             Value(name) => wanted.names.push(name.string()?),
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    Ok(wanted)
+}
+
+fn bench_image(mut parser: lexopt::Parser) -> Result<bench_image::Wanted> {
+    let mut wanted = bench_image::Wanted::default();
+    while let Some(argument) = parser.next()? {
+        match argument {
+            Long("iterations") => wanted.iterations = Some(parser.value()?.parse()?),
+            Long("json") => wanted.json = Some(parser.value()?.into()),
+            Long("html") => wanted.html = Some(parser.value()?.into()),
             other => return Err(other.unexpected().into()),
         }
     }

@@ -1,5 +1,7 @@
 //! The command line of `sm image` and of its shorter forms.
 
+use std::path::PathBuf;
+
 use clap::{Args, Subcommand};
 use sm_runtime::image::Platform;
 
@@ -12,6 +14,8 @@ pub(crate) enum ImageCommand {
     Ls(ImagesArgs),
     /// Bring an image into the local store
     Pull(PullArgs),
+    /// Bring an image into the registry that its name says
+    Push(PushArgs),
     /// Give an image another name
     Tag(TagArgs),
     /// Remove images from the local store
@@ -22,6 +26,12 @@ pub(crate) enum ImageCommand {
     History(HistoryArgs),
     /// Check images against their digests (status 1 if anything is damaged)
     Verify(VerifyArgs),
+    /// Write images to an archive, for "docker load", "podman load" or "sm load"
+    Save(SaveArgs),
+    /// Bring the images of an archive into the local store
+    Load(LoadArgs),
+    /// Make an image of a root file system in a tar archive
+    Import(ImportArgs),
     /// Remove what no image needs, and more if asked
     Prune(PruneArgs),
     /// Show how much the images take on disk
@@ -56,6 +66,15 @@ pub(crate) struct PullArgs {
     pub(crate) discard_compressed: bool,
     #[arg(help = IMAGE_HELP)]
     pub(crate) image: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PushArgs {
+    /// Print nothing but the digest
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    #[arg(help = "Name of the image: [HOST[:PORT]/]NAME[:TAG]; \"sm tag\" gives it one")]
+    pub(crate) name: String,
 }
 
 #[derive(Debug, Args)]
@@ -119,4 +138,46 @@ pub(crate) struct PruneArgs {
     pub(crate) force: bool,
     #[command(flatten)]
     pub(crate) format: FormatArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SaveArgs {
+    /// Write to a file instead of standard output
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) output: Option<PathBuf>,
+    /// Names or IDs
+    #[arg(required = true)]
+    pub(crate) images: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LoadArgs {
+    /// Read from a file instead of standard input
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) input: Option<PathBuf>,
+    /// Print nothing but the images' IDs
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    #[arg(long, value_name = PLATFORM, help = PLATFORM_HELP)]
+    pub(crate) platform: Option<Platform>,
+    /// Print JSON
+    #[arg(long, conflicts_with = "quiet")]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ImportArgs {
+    /// Set something of the image's configuration: CMD, ENTRYPOINT, ENV, EXPOSE,
+    /// LABEL, STOPSIGNAL, USER, VOLUME or WORKDIR, as in a Containerfile
+    #[arg(short, long, value_name = "INSTRUCTION")]
+    pub(crate) change: Vec<String>,
+    /// Comment in the image's history
+    #[arg(short, long, default_value = "imported by sm")]
+    pub(crate) message: String,
+    #[arg(long, value_name = PLATFORM, help = "What the programs in it run on [default: this host's]")]
+    pub(crate) platform: Option<Platform>,
+    /// The archive, plain or compressed by gzip or Zstandard; - is standard input
+    pub(crate) file: PathBuf,
+    #[arg(help = "Name of the image: [HOST[:PORT]/]NAME[:TAG]")]
+    pub(crate) name: Option<String>,
 }

@@ -10,9 +10,10 @@ use sm_runtime::image::{
     self, Fetch, Image, LayerStep, Platform, Progress, PruneOptions, PullOptions,
 };
 
+use super::archive;
 use crate::args::{
     FormatArgs, HistoryArgs, ImageCommand, ImageNames, ImagesArgs, PruneArgs, Pull, PullArgs,
-    RmiArgs, TagArgs, VerifyArgs,
+    PushArgs, RmiArgs, TagArgs, VerifyArgs,
 };
 use crate::failure::{Failure, OUR_FAILURE};
 use crate::printer::Printer;
@@ -34,11 +35,15 @@ pub(crate) fn run(home: &Home, command: ImageCommand, printer: &Printer) -> Resu
     match command {
         ImageCommand::Ls(args) => list(home, &args, printer),
         ImageCommand::Pull(args) => pull(home, &args, printer),
+        ImageCommand::Push(args) => push(home, &args, printer),
         ImageCommand::Tag(args) => tag(home, &args),
         ImageCommand::Rm(args) => remove(home, &args, printer),
         ImageCommand::Inspect(args) => inspect(home, &args, printer),
         ImageCommand::History(args) => history(home, &args, printer),
         ImageCommand::Verify(args) => verify(home, &args, printer),
+        ImageCommand::Save(args) => archive::save(home, &args, printer),
+        ImageCommand::Load(args) => archive::load(home, &args, printer),
+        ImageCommand::Import(args) => archive::import(home, &args, printer),
         ImageCommand::Prune(args) => prune(home, &args, printer),
         ImageCommand::Du(args) => usage(home, &args, printer),
     }
@@ -125,6 +130,18 @@ pub(crate) fn pull(home: &Home, args: &PullArgs, printer: &Printer) -> Result<u3
         printer.note(format_args!("Stored \"{}\"", image.reference()));
     }
     printer.line(image.digest());
+    Ok(0)
+}
+
+pub(crate) fn push(home: &Home, args: &PushArgs, printer: &Printer) -> Result<u32, Failure> {
+    let bars = Bars::new(printer, !args.quiet, "Sending");
+    let options = PullOptions {
+        report: &|progress| bars.show(progress),
+        ..PullOptions::default()
+    };
+    let pushed = image::push(home, &args.name, &options);
+    bars.clear();
+    printer.line(pushed?);
     Ok(0)
 }
 

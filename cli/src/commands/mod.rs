@@ -1,5 +1,6 @@
 //! One module for each group of subcommands.
 
+mod archive;
 mod exec;
 mod images;
 mod kernel;
@@ -39,8 +40,12 @@ pub(crate) fn run(begin: Phase, cli: Cli, printer: &Printer) -> Result<u32, Fail
         Command::Images(args) => images::list(&home()?, &args, printer),
         Command::Pull(args) => images::pull(&home()?, &args, printer),
         Command::Rmi(args) => images::remove(&home()?, &args, printer),
+        Command::Push(args) => images::push(&home()?, &args, printer),
         Command::Tag(args) => images::tag(&home()?, &args),
         Command::History(args) => images::history(&home()?, &args, printer),
+        Command::Save(args) => archive::save(&home()?, &args, printer),
+        Command::Load(args) => archive::load(&home()?, &args, printer),
+        Command::Import(args) => archive::import(&home()?, &args, printer),
         Command::Fork(args) => snapshot::fork(&home()?, &args, printer),
         Command::Reset(args) => lifecycle::reset(&home()?, &args, printer),
         Command::Snapshot(command) => snapshot::run(&home()?, command, printer),

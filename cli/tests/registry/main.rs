@@ -10,6 +10,7 @@
 mod configured;
 mod faults;
 mod faulty;
+mod push;
 mod support;
 mod tls;
 mod tokens;

@@ -67,8 +67,10 @@ impl Files {
         data
     }
 
-    fn assembled(&self) -> Assembler<'_> {
-        Assembler::new(rewound(&self.skeleton), &self.blob, &self.small).unwrap()
+    fn assembled(&self) -> Assembler {
+        let clone = |file: &File| file.try_clone().unwrap();
+        let (blob, small) = (clone(&self.blob), clone(&self.small));
+        Assembler::new(rewound(&self.skeleton), blob, small).unwrap()
     }
 }
 

@@ -20,7 +20,6 @@ pub(crate) struct Bundle {
     is_layout: bool,
 }
 
-#[allow(dead_code, reason = "loading archives is about to use it")]
 impl Bundle {
     /// The archive at `path`, compressed or not; for `-`, that on the standard
     /// input.

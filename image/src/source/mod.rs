@@ -27,7 +27,6 @@ use crate::documents::{MAX_DOCUMENT, Named, Parts, Resolved, check_platform, dif
 use crate::platform::Platform;
 use crate::reference::Reference;
 
-#[allow(unused_imports, reason = "loading archives is about to use it")]
 pub(crate) use self::bundle::Bundle;
 use self::choice::Choice;
 pub(crate) use self::registries::Registries;
@@ -53,6 +52,19 @@ pub(crate) struct SourceLayer {
     pub(crate) diff_id: Digest,
     /// Where the transport has it, if the digest does not tell.
     place: Option<String>,
+}
+
+impl SourceLayer {
+    /// A layer that is named by what is in it.
+    pub(crate) fn plain(diff_id: Digest) -> Self {
+        Self {
+            digest: diff_id,
+            size: None,
+            media_type: None,
+            diff_id,
+            place: None,
+        }
+    }
 }
 
 /// A manifest as it came.
@@ -107,7 +119,6 @@ pub(crate) trait Source: Sync {
 
 /// What a transport may use while it is open.
 #[derive(Clone, Copy)]
-#[allow(dead_code, reason = "the engine's images are about to be kept there")]
 pub(crate) struct Session<'a> {
     /// A directory for files that are in the way for a while. They have no names.
     pub(crate) scratch: &'a Path,
@@ -154,34 +165,6 @@ pub(crate) fn open<'a>(
         },
         Reference::Docker(name) => Box::new(registry::Registry::open(name, session)?),
         Reference::Stored(_) => return Ok(None),
-    }))
-}
-
-/// The names of all images in a layout or archive; some have none. `None` for
-/// other transports.
-#[allow(dead_code, reason = "loading archives is about to use it")]
-pub(crate) fn names(
-    reference: &Reference,
-    session: Session<'_>,
-) -> Result<Option<Vec<Vec<String>>>, Error> {
-    let place = reference.to_string();
-    Ok(Some(match reference {
-        Reference::Oci { directory, .. } => {
-            let files = layout::Directory::open(directory).map_err(|reason| Error::Unknown {
-                reference: place.clone(),
-                reason,
-            })?;
-            layout::Layout::new(files, place, Choice::Only).names()?
-        }
-        Reference::OciArchive { file, .. } => {
-            let files = archive::Archive::open(file, reference, session)?;
-            layout::Layout::new(files, place, Choice::Only).names()?
-        }
-        Reference::DockerArchive { file, .. } => {
-            let files = archive::Archive::open(file, reference, session)?;
-            docker::DockerArchive::new(files, place, Choice::Only).names()?
-        }
-        _ => return Ok(None),
     }))
 }
 

@@ -19,10 +19,15 @@
 //! `meta.erofs` ([`DiskSegment::open`]).
 
 mod collect;
+mod export;
 mod files;
+mod import;
+mod load;
 mod names;
 mod pull;
+mod push;
 mod record;
+mod save;
 mod usage;
 mod verify;
 
@@ -35,6 +40,7 @@ use oci_spec::image::ImageConfiguration;
 use rustix::fs::{FlockOperation, flock};
 
 pub use self::collect::{PruneOptions, Pruned};
+pub use self::load::Loaded;
 pub use self::names::ImageSummary;
 pub use self::pull::PullOptions;
 pub use self::record::{ImageDetails, LayerDetails};

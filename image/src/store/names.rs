@@ -107,10 +107,10 @@ impl Store {
         let is_id = bare.len() >= SHORTEST_ID && bare.bytes().all(|b| b.is_ascii_hexdigit());
         let named = self.list()?.into_iter().find(|it| it.reference == text);
         if let Some(named) = named {
-            return self.load(named.digest);
+            return self.stored(named.digest);
         }
         match is_id.then(|| self.find(bare)) {
-            Some(Ok(found)) => self.load(found.digest),
+            Some(Ok(found)) => self.stored(found.digest),
             None | Some(Err(Error::Unknown { .. })) => Ok(None),
             Some(Err(error)) => Err(error),
         }

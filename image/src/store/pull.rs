@@ -18,7 +18,8 @@ use crate::cancel::Cancel;
 use crate::digest::Digest;
 use crate::documents;
 use crate::erofs::{self, LayerData};
-use crate::layer::{self, Expected, LayerFiles};
+use crate::error::printable;
+use crate::layer::{self, Converted, Expected, LayerFiles};
 use crate::pipeline::Decoders;
 use crate::platform::Platform;
 use crate::progress::{LayerStep, Progress, Report};
@@ -113,7 +114,7 @@ impl Store {
         let Some(source) = source::open(reference, session)? else {
             let named = self.find(&reference.to_string())?;
             self.used_now(named.digest);
-            let stored = self.load(named.digest)?.ok_or_else(|| Error::Unknown {
+            let stored = self.stored(named.digest)?.ok_or_else(|| Error::Unknown {
                 reference: reference.to_string(),
                 reason: "its disk is missing from the store".to_owned(),
             })?;
@@ -150,7 +151,7 @@ impl Store {
         if ![named.digest, named.named, record.config_digest].contains(&identity) {
             return Ok(None);
         }
-        let stored = self.load(named.digest)?;
+        let stored = self.stored(named.digest)?;
         Ok(stored.filter(|stored| serves(stored, platform)))
     }
 
@@ -163,11 +164,11 @@ impl Store {
         keep: bool,
         options: &PullOptions<'_>,
     ) -> Result<StoredImage, Error> {
-        let stored = match self.load(image.digest)? {
+        let stored = match self.stored(image.digest)? {
             Some(stored) => stored,
             None => {
                 let _making = self.making("disk", image.digest)?;
-                match self.load(image.digest)? {
+                match self.stored(image.digest)? {
                     Some(stored) => stored,
                     None => self.make(source, image, name, keep, options)?,
                 }
@@ -194,12 +195,22 @@ impl Store {
             decoders: Decoders::default(),
         };
         let layers = work.layers(&image.layers)?;
+        self.finish(image, name, layers)
+    }
+
+    /// Makes the disk of an image whose layers are in the store.
+    pub(super) fn finish(
+        &self,
+        image: &SourceImage,
+        name: &str,
+        layers: Vec<StoredLayer>,
+    ) -> Result<StoredImage, Error> {
         self.keep_document(Digest::of(&image.config_bytes), &image.config_bytes)?;
         if let Some(raw) = &image.manifest {
             self.keep_document(image.digest, &raw.bytes)?;
         }
         self.make_disk(image, name, layers)?;
-        self.load(image.digest)?.ok_or_else(|| {
+        self.stored(image.digest)?.ok_or_else(|| {
             let path = self.disk_path(image.digest);
             Error::file("read back", &path)(io::ErrorKind::NotFound.into())
         })
@@ -239,7 +250,7 @@ impl Store {
                 .map_err(|refused| match refused {
                     Refused::Entry { path, reason } => Error::Entry {
                         layer: layer.digest.to_string(),
-                        entry: String::from_utf8_lossy(&path).into_owned(),
+                        entry: printable(&path),
                         reason,
                     },
                     Refused::Index(error) => Error::file("read", &stored.path)(error),
@@ -351,7 +362,43 @@ impl Pull<'_> {
     }
 
     fn convert(&self, layer: &SourceLayer, progress: &mut dyn FnMut(u64)) -> Result<(), Error> {
-        let made = self.store.temporary()?;
+        let expected = Expected {
+            digest: layer.digest,
+            size: layer.size,
+            diff_id: Some(layer.diff_id),
+        };
+        let stream = self.source.layer(layer)?;
+        // A plain tar stream can be put together again.
+        let keep = self.keep && layer.size.is_some() && layer.digest != layer.diff_id;
+        let beside = self.store.temporary()?;
+        let kept_path = beside.path().join("kept");
+        let kept = keep.then(|| create(&kept_path)).transpose()?;
+        let stream = Keeping {
+            inner: stream,
+            kept: kept.map(|file| BufWriter::with_capacity(1 << 20, file)),
+        };
+        self.store
+            .convert(stream, &expected, &self.decoders, progress)?;
+        if keep {
+            // Its digest has been checked.
+            let path = self.store.blob_path(layer.digest);
+            std::fs::rename(&kept_path, &path).map_err(Error::file("write", &path))?;
+        }
+        Ok(())
+    }
+}
+
+impl Store {
+    /// Converts a layer into the store. The caller holds the lock, and that of the
+    /// layer if it is known which one it is.
+    pub(super) fn convert(
+        &self,
+        stream: impl Read + Send,
+        expected: &Expected,
+        decoders: &Decoders,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<Converted, Error> {
+        let made = self.temporary()?;
         let file = |name: &str| create(&made.path().join(name));
         let (blob, small) = (file("blob")?, file("small")?);
         let (index, skeleton) = (file("index")?, file("skeleton")?);
@@ -361,22 +408,7 @@ impl Pull<'_> {
             index: &index,
             skeleton: &skeleton,
         };
-        let expected = Expected {
-            digest: layer.digest,
-            size: layer.size,
-            diff_id: Some(layer.diff_id),
-        };
-        let (limits, decoders) = (self.store.limits, &self.decoders);
-        let stream = self.source.layer(layer)?;
-        let beside = self.store.temporary()?;
-        let kept_path = beside.path().join("kept");
-        let keep = self.keep && layer.size.is_some();
-        let kept = keep.then(|| create(&kept_path)).transpose()?;
-        let stream = Keeping {
-            inner: stream,
-            kept: kept.map(|file| BufWriter::with_capacity(1 << 20, file)),
-        };
-        layer::convert(stream, &expected, limits, decoders, files, progress)?;
+        let converted = layer::convert(stream, expected, self.limits, decoders, files, progress)?;
         for (name, file) in [
             ("blob", &blob),
             ("small", &small),
@@ -386,13 +418,16 @@ impl Pull<'_> {
             let path = made.path().join(name);
             file.sync_all().map_err(Error::file("write", &path))?;
         }
-        if keep {
-            // Its digest has been checked.
-            let path = self.store.blob_path(layer.digest);
-            std::fs::rename(&kept_path, &path).map_err(Error::file("write", &path))?;
+        let path = self.layer_path(converted.diff_id);
+        let known = expected.diff_id.is_some();
+        let _making = match known {
+            true => None,
+            false => Some(self.making("layer", converted.diff_id)?),
+        };
+        if known || StoredLayer::open(path.clone()).is_none() {
+            self.publish(made, &path)?;
         }
-        self.store
-            .publish(made, &self.store.layer_path(layer.diff_id))
+        Ok(converted)
     }
 }
 

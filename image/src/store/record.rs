@@ -110,7 +110,7 @@ impl Store {
     }
 
     /// The image of this digest, if its disk is there and whole.
-    pub(super) fn load(&self, digest: Digest) -> Result<Option<StoredImage>, Error> {
+    pub(super) fn stored(&self, digest: Digest) -> Result<Option<StoredImage>, Error> {
         let Some(record) = self.record(digest)? else {
             return Ok(None);
         };

@@ -18,7 +18,6 @@ use super::record::{DiskRecord, LayerRecord};
 use crate::Error;
 use crate::digest::{Digest, HashingReader};
 use crate::layer;
-use crate::skeleton::Assembler;
 
 /// What came of checking an image.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -66,7 +65,7 @@ impl Store {
             ..
         } = check;
         if repair && !damaged.is_empty() && !super::collect::in_use(&self.disk_path(digest)) {
-            for path in damaged {
+            for path in damaged.into_iter().filter(|path| path.exists()) {
                 self.discard(&path)?;
             }
             verified.repaired = true;
@@ -90,8 +89,8 @@ impl Check<'_> {
         }
     }
 
-    fn documents(&mut self, digest: Digest, record: &DiskRecord) -> Result<(), Error> {
-        let manifest = record.manifest_type.is_some().then_some(digest);
+    fn documents(&mut self, image: Digest, record: &DiskRecord) -> Result<(), Error> {
+        let manifest = record.manifest_type.is_some().then_some(image);
         for (what, digest) in [
             ("manifest", manifest),
             ("configuration", Some(record.config_digest)),
@@ -101,6 +100,8 @@ impl Check<'_> {
             {
                 let path = self.store.blob_path(digest);
                 self.problem(format!("the {what} {digest} is missing or damaged"), &path);
+                // It comes again with the image.
+                self.damaged.push(self.store.disk_path(image));
             }
         }
         Ok(())
@@ -114,11 +115,9 @@ impl Check<'_> {
             self.problem(format!("layer {name} is missing or cut short"), &path);
             return Ok(None);
         };
-        let (blob, small) = (stored.file("blob")?, stored.file("small")?);
         let again = tempfile::tempfile_in(self.store.root.join("tmp"));
         let again = again.map_err(Error::file("create a file in", &self.store.root))?;
-        let assembled = Assembler::new(stored.file("skeleton")?, &blob, &small);
-        let found = assembled.and_then(|stream| layer::index_again(stream, &again));
+        let found = layer::index_again(self.store.assemble(name)?, &again);
         match found {
             Err(error) => self.problem(format!("layer {name} is damaged: {error}"), &path),
             Ok(found) if found.diff_id != layer.diff_id => self.problem(

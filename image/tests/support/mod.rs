@@ -1,6 +1,8 @@
 //! Layers made by hand, and images of them.
 #![allow(dead_code, reason = "each test program uses its part")]
 
+pub(crate) mod home;
+
 use std::path::Path;
 
 use sm_image::{Compression, Config, Digest, LayoutBuilder};

@@ -3,12 +3,16 @@
 mod store;
 
 pub use sm_image::{
-    Cancel, Error as ImageError, ImageDetails, ImageSummary, ImageUsage, LayerDetails, LayerStep,
-    Platform, Progress, PruneOptions, Pruned, PullOptions, Report, Usage, Verified,
+    Cancel, Config, Digest, Error as ImageError, ImageDetails, ImageSummary, ImageUsage,
+    LayerDetails, LayerStep, Platform, Progress, PruneOptions, Pruned, PullOptions, Report, Usage,
+    Verified,
 };
 use sm_image::{ImageConfiguration, Reference, Store, StoredImage};
 
-pub use self::store::{inspect, is_stored, keep_within, list, prune, remove, tag, usage, verify};
+pub use self::store::{
+    import, inspect, is_stored, keep_within, list, load, prune, push, remove, save, tag, usage,
+    verify,
+};
 
 use crate::Error as RuntimeError;
 use crate::home::Home;

@@ -1,10 +1,11 @@
 //! The images of a home: what there is, and keeping it in order.
 
 use std::collections::BTreeSet;
+use std::io::{Read, Write};
 
 use sm_image::{
-    Digest, DockerReference, ImageDetails, ImageSummary, Platform, PruneOptions, Pruned, Reference,
-    Store, Usage, Verified,
+    Config, Digest, DockerReference, ImageDetails, ImageSummary, Loaded, Platform, PruneOptions,
+    Pruned, PullOptions, Reference, Store, Usage, Verified,
 };
 
 use crate::Error;
@@ -65,6 +66,65 @@ pub fn tag(home: &Home, query: &str, name: &str) -> Result<(), Error> {
         Error::Refused(format!("\"{name}\" is no name for an image: {reason}"))
     })?;
     Ok(store(home)?.tag(query, &name)?)
+}
+
+/// Writes images to one archive, for `docker load`, `podman load`, skopeo and
+/// [`load`].
+///
+/// # Errors
+/// One of them is not there or damaged, or `out` cannot be written.
+pub fn save(
+    home: &Home,
+    queries: &[String],
+    out: &mut dyn Write,
+    options: &PullOptions<'_>,
+) -> Result<(), Error> {
+    Ok(store(home)?.save(queries, out, options)?)
+}
+
+/// Brings all images of an archive into the store; `place` is what errors call it.
+///
+/// # Errors
+/// The stream is no archive of images, or one of them is refused.
+pub fn load(
+    home: &Home,
+    stream: impl Read,
+    place: &str,
+    options: &PullOptions<'_>,
+) -> Result<Vec<Loaded>, Error> {
+    Ok(store(home)?.load(stream, place, options)?)
+}
+
+/// Brings an image, by the name that it has in the store, into the registry that
+/// the name says; returns the digest of its manifest there.
+///
+/// # Errors
+/// There is no image of that name, or the registry does not take it.
+pub fn push(home: &Home, name: &str, options: &PullOptions<'_>) -> Result<Digest, Error> {
+    Ok(store(home)?.push(&docker_name(name)?, options)?)
+}
+
+/// Makes an image of a root file system in a tar stream, which may be compressed;
+/// returns its ID.
+///
+/// # Errors
+/// The stream is no archive, the name is none, or the store cannot be written.
+pub fn import(
+    home: &Home,
+    stream: impl Read + Send,
+    name: Option<&str>,
+    config: Config,
+    comment: &str,
+    options: &PullOptions<'_>,
+) -> Result<Digest, Error> {
+    let name = name.map(docker_name).transpose()?;
+    let image = store(home)?.import(stream, name.as_ref(), config, comment, options)?;
+    Ok(image.digest)
+}
+
+fn docker_name(name: &str) -> Result<DockerReference, Error> {
+    DockerReference::parse(name)
+        .map_err(|reason| Error::Refused(format!("\"{name}\" is no name for an image: {reason}")))
 }
 
 /// Removes an image by reference, or by (the beginning of) its ID.

@@ -127,7 +127,11 @@ fn render(options: &Options) -> Result<()> {
             .with_context(|| format!("cannot write {path:?}"))?;
     }
     if let Some(path) = &options.html {
-        fs::write(path, report::html(&all)).with_context(|| format!("cannot write {path:?}"))?;
+        fs::write(
+            path,
+            report::html("Restoring a machine, phase by phase", &all),
+        )
+        .with_context(|| format!("cannot write {path:?}"))?;
     }
     Ok(())
 }

@@ -1,0 +1,129 @@
+//! Instructions that set an image's configuration, as in a Containerfile.
+
+use std::collections::HashMap;
+
+use anyhow::{Result, bail};
+use sm_runtime::image::Config;
+
+/// The configuration that `instructions` make.
+pub(super) fn apply(instructions: &[String]) -> Result<Config> {
+    let mut config = Config::default();
+    for text in instructions {
+        let (name, value) = text
+            .trim()
+            .split_once(char::is_whitespace)
+            .map(|(name, value)| (name, value.trim()))
+            .unwrap_or((text.trim(), ""));
+        if value.is_empty() {
+            bail!(
+                "--change \"{text}\" has no value: write it as in a Containerfile, such as \"CMD sh\""
+            );
+        }
+        match name.to_ascii_uppercase().as_str() {
+            "CMD" => drop(config.set_cmd(Some(command(value)?))),
+            "ENTRYPOINT" => drop(config.set_entrypoint(Some(command(value)?))),
+            "USER" => drop(config.set_user(Some(value.to_owned()))),
+            "WORKDIR" => drop(config.set_working_dir(Some(value.to_owned()))),
+            "STOPSIGNAL" => drop(config.set_stop_signal(Some(value.to_owned()))),
+            "ENV" => {
+                let mut env = config.env().clone().unwrap_or_default();
+                env.push(pair(text, value)?);
+                config.set_env(Some(env));
+            }
+            "LABEL" => {
+                let mut labels: HashMap<_, _> = config.labels().clone().unwrap_or_default();
+                let pair = pair(text, value)?;
+                let (key, value) = pair.split_once('=').unwrap_or((&pair, ""));
+                labels.insert(key.to_owned(), value.trim_matches('"').to_owned());
+                config.set_labels(Some(labels));
+            }
+            "EXPOSE" => {
+                let mut ports = config.exposed_ports().clone().unwrap_or_default();
+                ports.extend(
+                    value
+                        .split_whitespace()
+                        .map(|port| match port.contains('/') {
+                            true => port.to_owned(),
+                            false => format!("{port}/tcp"),
+                        }),
+                );
+                config.set_exposed_ports(Some(ports));
+            }
+            "VOLUME" => {
+                let mut volumes = config.volumes().clone().unwrap_or_default();
+                volumes.extend(command_or_words(value)?);
+                config.set_volumes(Some(volumes));
+            }
+            other => bail!(
+                "--change \"{text}\": \"{other}\" is not known; there are CMD, ENTRYPOINT, ENV, \
+                 EXPOSE, LABEL, STOPSIGNAL, USER, VOLUME and WORKDIR"
+            ),
+        }
+    }
+    Ok(config)
+}
+
+/// A JSON array of words, or a line for the shell.
+fn command(value: &str) -> Result<Vec<String>> {
+    match value.starts_with('[') {
+        true => Ok(serde_json::from_str(value)?),
+        false => Ok(["/bin/sh", "-c", value].map(str::to_owned).to_vec()),
+    }
+}
+
+fn command_or_words(value: &str) -> Result<Vec<String>> {
+    match value.starts_with('[') {
+        true => Ok(serde_json::from_str(value)?),
+        false => Ok(value.split_whitespace().map(str::to_owned).collect()),
+    }
+}
+
+/// `NAME=VALUE`, or `NAME VALUE` as it used to be.
+fn pair(text: &str, value: &str) -> Result<String> {
+    if value.contains('=') {
+        return Ok(value.to_owned());
+    }
+    match value.split_once(char::is_whitespace) {
+        Some((name, value)) => Ok(format!("{name}={}", value.trim())),
+        None => bail!("--change \"{text}\" has no value for \"{value}\": write NAME=VALUE"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(instructions: &[&str]) -> Result<Config> {
+        let owned: Vec<_> = instructions.iter().map(|text| (*text).to_owned()).collect();
+        apply(&owned)
+    }
+
+    #[test]
+    fn instructions_set_what_they_say() {
+        let config = of(&[
+            r#"ENTRYPOINT ["/init", "-x"]"#,
+            "cmd echo hello",
+            "ENV A=1",
+            "ENV B two words",
+            "LABEL k=\"v\"",
+            "EXPOSE 80 53/udp",
+            "USER nobody:nogroup",
+            "WORKDIR /srv",
+        ])
+        .unwrap();
+        let words = |list: &Option<Vec<String>>| list.clone().unwrap();
+        assert_eq!(words(config.entrypoint()), ["/init", "-x"]);
+        assert_eq!(words(config.cmd()), ["/bin/sh", "-c", "echo hello"]);
+        assert_eq!(words(config.env()), ["A=1", "B=two words"]);
+        assert_eq!(words(config.exposed_ports()), ["80/tcp", "53/udp"]);
+        assert_eq!(config.user().as_deref(), Some("nobody:nogroup"));
+        assert_eq!(config.labels().as_ref().unwrap()["k"], "v");
+    }
+
+    #[test]
+    fn what_is_no_instruction_is_refused() {
+        for text in ["CMD", "ENV A", "FROM x", r#"CMD ["x""#, "  "] {
+            assert!(of(&[text]).is_err(), "{text:?}");
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! `sm push`: what was pulled, and what never was in a registry.
+
+use std::fs;
+use std::process::Command;
+
+use crate::support::{Registry, tools};
+
+/// The digest of what `name` is in the registry, as skopeo sees it.
+fn digest(registry: &Registry, name: &str) -> String {
+    let inspected = Command::new("skopeo")
+        .args(["inspect", "--raw"])
+        .args(
+            registry
+                .skopeo
+                .iter()
+                .map(|option| option.replace("--dest-", "--")),
+        )
+        .arg(format!("docker://{}/{name}", registry.address))
+        .output()
+        .unwrap();
+    assert!(inspected.status.success(), "{inspected:?}");
+    sm_image::Digest::of(&inspected.stdout).to_string()
+}
+
+#[test]
+fn what_was_pulled_is_pushed_byte_for_byte() {
+    if !tools() {
+        return;
+    }
+    let registry = Registry::open();
+    let ok = |arguments: &[&str]| {
+        let output = registry.sm(arguments);
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    };
+    let image = registry.image();
+    let original = digest(&registry, "team/app:v1");
+    assert_eq!(ok(&["pull", "--quiet", &image]), original);
+
+    // Into another repository, which mounts what there is.
+    let second = format!("{}/other/copy:v2", registry.address);
+    ok(&["tag", &image, &second]);
+    let output = registry.sm(&["push", &second]);
+    assert!(output.status.success(), "{output:?}");
+    let told = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(told.matches("Already exists").count(), 2, "{told}");
+    assert_eq!(digest(&registry, "other/copy:v2"), original);
+
+    // Into another registry, with the layers as they were pulled, and without.
+    let other = Registry::open();
+    let third = format!("{}/third:v3", other.address);
+    ok(&["tag", &image, &third]);
+    assert_eq!(ok(&["push", "--quiet", &third]), original);
+    assert_eq!(digest(&other, "third:v3"), original);
+    ok(&["image", "prune", "--compressed"]);
+    let fourth = format!("{}/fourth/is:new", other.address);
+    ok(&["tag", &image, &fourth]);
+    assert_eq!(ok(&["push", "--quiet", &fourth]), original);
+
+    // Nothing is had again where nobody wants it: the registry has it all.
+    ok(&["image", "prune", "--compressed"]);
+    let used = || ok(&["image", "du", "--json"]);
+    ok(&["push", &second]);
+    assert!(used().contains("\"compressed\": 0"), "{}", used());
+}
+
+#[test]
+fn what_never_had_a_manifest_is_pushed_with_one() {
+    if !tools() {
+        return;
+    }
+    let registry = Registry::open();
+    let root = registry.path("root");
+    fs::create_dir(&root).unwrap();
+    fs::write(root.join("file"), "contents\n".repeat(10_000)).unwrap();
+    let tar = registry.path("root.tar");
+    let made = Command::new("tar")
+        .arg("-C")
+        .arg(&root)
+        .arg("-cf")
+        .arg(&tar)
+        .arg(".")
+        .status();
+    assert!(made.unwrap().success());
+    let name = format!("{}/imported:latest", registry.address);
+    let ok = |arguments: &[&str]| {
+        let output = registry.sm(arguments);
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    };
+    ok(&[
+        "import",
+        "--change",
+        "CMD cat /file",
+        tar.to_str().unwrap(),
+        &name,
+    ]);
+    let pushed = ok(&["push", "--quiet", &name]);
+    assert_eq!(digest(&registry, "imported:latest"), pushed);
+    // Others can read it, and so can we, with the same contents.
+    let copied = registry.path("copied");
+    let output = Command::new("skopeo")
+        .args(["copy", "--quiet", "--src-tls-verify=false"])
+        .arg(format!("docker://{name}"))
+        .arg(format!("oci:{}:x", copied.display()))
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let layers = |query: &str| {
+        let details = ok(&["image", "inspect", query]);
+        let details: serde_json::Value = serde_json::from_str(&details).unwrap();
+        details[0]["layers"][0]["diff_id"].clone()
+    };
+    let before = layers(&name);
+    ok(&["pull", "--quiet", &name]);
+    assert_eq!(layers(&name), before);
+}

@@ -1,0 +1,20 @@
+//! Disks of any layers: what we write is what `fsck.erofs` accepts.
+#![no_main]
+
+use std::os::fd::AsRawFd as _;
+use std::process::Command;
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|data: &[u8]| {
+    let Some(disk) = sm_image::fuzzing::disk(data) else {
+        return;
+    };
+    let path = format!("/proc/{}/fd/{}", std::process::id(), disk.as_raw_fd());
+    // Reads all contents, writes none.
+    let checked = Command::new("fsck.erofs")
+        .args(["--extract", &path])
+        .output()
+        .expect("fsck.erofs, of erofs-utils");
+    assert!(checked.status.success(), "{checked:?}");
+});

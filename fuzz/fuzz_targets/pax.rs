@@ -1,0 +1,6 @@
+//! The records of pax headers.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|data: &[u8]| sm_image::fuzzing::pax(data));

@@ -1,0 +1,6 @@
+//! Tar archives.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|data: &[u8]| sm_image::fuzzing::tar(data));

@@ -1,0 +1,251 @@
+//! Tar streams, their indexes, and the disks that are made of them.
+#![expect(clippy::expect_used, reason = "a fuzzer without files is of no use")]
+
+use std::fs::File;
+use std::io::{Read as _, Write as _};
+
+use crate::digest::Digest;
+use crate::erofs::{self, LayerData};
+use crate::index::{
+    Entry, EntryKind, IndexReader, IndexWriter, Meta, Place, Totals, Xattrs, encode_xattrs,
+};
+use crate::layer::{self, Expected, LayerFiles};
+use crate::limits::Limits;
+use crate::pipeline::Decoders;
+use crate::skeleton::Assembler;
+use crate::tar::{END, Header, Kind, Reader, encode, padding};
+use crate::tree::Tree;
+
+/// Small enough that reaching them is found.
+const LIMITS: Limits = Limits {
+    layer_bytes: 1 << 20,
+    entries: 4096,
+    index_bytes: 1 << 20,
+    names_bytes: 256 << 10,
+    ratio: 100,
+    ratio_floor: 64 << 10,
+};
+
+/// Takes `data` for a layer, plain or compressed, and makes a disk of it.
+///
+/// # Panics
+/// When there are no temporary files to be had.
+pub fn layer(data: &[u8]) {
+    let file = || tempfile::tempfile().expect("a temporary file");
+    let (blob, small, index, skeleton) = (file(), file(), file(), file());
+    let digest = Digest::of(data);
+    let expected = Expected {
+        digest,
+        size: u64::try_from(data.len()).ok(),
+        diff_id: None,
+    };
+    let files = LayerFiles {
+        blob: &blob,
+        small: &small,
+        index: &index,
+        skeleton: &skeleton,
+    };
+    let decoders = Decoders::default();
+    let Ok(converted) = layer::convert(data, &expected, LIMITS, &decoders, files, &mut |_| {})
+    else {
+        return;
+    };
+    // What was taken apart can be put together again.
+    let rewound = |mut file: &std::fs::File| {
+        std::io::Seek::rewind(&mut file).expect("a file that can be read again");
+        file.try_clone().expect("a descriptor")
+    };
+    let assembled =
+        Assembler::new(rewound(&skeleton), rewound(&blob), rewound(&small)).expect("a skeleton");
+    let again = layer::index_again(assembled, &file()).expect("the same stream");
+    assert_eq!(again, converted);
+    let mut index = IndexReader::open(rewound(&index))
+        .expect("a file that can be read")
+        .expect("an index that is whole");
+    let mut tree = Tree::new(LIMITS);
+    if tree.apply(0, &mut index).is_ok() {
+        let data = LayerData {
+            blob_len: converted.totals.blob_len,
+            small: &small,
+        };
+        let _ = erofs::build(&tree, &[data], digest, &file());
+    }
+}
+
+/// Takes `data` for a tar archive.
+pub fn tar(data: &[u8]) {
+    let mut reader = Reader::new(data);
+    while let Ok(Some(header)) = reader.next_entry() {
+        // Some of it is read, the rest skipped.
+        let mut some = vec![0; usize::try_from(header.size / 2).unwrap_or(0).min(4096)];
+        let _ = reader.read_exact(&mut some);
+    }
+}
+
+/// Takes `data` for the records of a pax header, of one entry and of all.
+///
+/// # Panics
+/// Never, unless the reader does.
+pub fn pax(data: &[u8]) {
+    for kind in [b'x', b'g'] {
+        let file = |size: usize| Header {
+            path: b"file".to_vec(),
+            kind: Kind::File,
+            mode: 0o644,
+            uid: 0,
+            gid: 0,
+            mtime: (0, 0),
+            size: size as u64,
+            sparse: None,
+            xattrs: Vec::new(),
+        };
+        let mut archive = encode(&file(data.len()));
+        let old: u32 = archive.iter().take(148).map(|byte| u32::from(*byte)).sum();
+        let rest: u32 = archive.iter().skip(156).map(|byte| u32::from(*byte)).sum();
+        let sum = old + rest + 8 * u32::from(b' ') - u32::from(b'0') + u32::from(kind);
+        if let Some(block) = archive.first_chunk_mut::<512>() {
+            block[156] = kind;
+            let text = format!("{sum:06o}\0 ");
+            block[148..156].copy_from_slice(text.as_bytes());
+        }
+        archive.extend_from_slice(data);
+        archive.resize(archive.len() + padding(data.len() as u64), 0);
+        archive.extend_from_slice(&encode(&file(0)));
+        archive.extend_from_slice(&END);
+        self::tar(&archive);
+    }
+}
+
+/// Takes `data` for the index of a layer, and makes a disk of it.
+///
+/// # Panics
+/// When there are no temporary files to be had.
+pub fn layer_index(data: &[u8]) {
+    let mut file = tempfile::tempfile().expect("a temporary file");
+    file.write_all(data).expect("a file that can be written");
+    let Ok(Some(mut index)) = IndexReader::open(file) else {
+        return;
+    };
+    let blob_len = index.totals().blob_len;
+    let mut tree = Tree::new(LIMITS);
+    if tree.apply(0, &mut index).is_ok() {
+        let (small, out) = (tempfile::tempfile(), tempfile::tempfile());
+        let (small, out) = (small.expect("a file"), out.expect("a file"));
+        let data = LayerData {
+            blob_len,
+            small: &small,
+        };
+        let _ = erofs::build(&tree, &[data], Digest::of(b""), &out);
+    }
+}
+
+/// Makes a disk of layers that `data` describes, whatever it is. The file is as long
+/// as the file system that is in it; contents in blobs are zeros.
+///
+/// # Panics
+/// When there are no temporary files to be had, or the layers cannot be written.
+#[must_use]
+pub fn disk(data: &[u8]) -> Option<File> {
+    let mut bytes = data.iter().copied();
+    let mut tree = Tree::new(LIMITS);
+    let mut small = tempfile::tempfile().expect("a file");
+    small.write_all(&[b's'; SMALL_LEN]).expect("a file");
+    let mut lens = Vec::new();
+    for number in 0..LAYERS {
+        let file = tempfile::tempfile().expect("a file");
+        let mut writer = IndexWriter::new(&file).expect("a file");
+        let mut entries = 0;
+        // A byte that is 0 ends a layer.
+        while let Some(kind) = bytes.next().filter(|kind| *kind != 0) {
+            entry(kind, &mut bytes, &mut writer);
+            entries += 1;
+        }
+        let totals = Totals {
+            entries,
+            blob_len: BLOB_LEN,
+            small_len: SMALL_LEN as u64,
+            tar_len: 0,
+        };
+        writer.finish(totals).expect("a file");
+        let mut index = IndexReader::open(file).expect("a file").expect("an index");
+        tree.apply(number, &mut index).ok()?;
+        lens.push(BLOB_LEN);
+    }
+    let layers: Vec<_> = lens
+        .iter()
+        .map(|blob_len| LayerData {
+            blob_len: *blob_len,
+            small: &small,
+        })
+        .collect();
+    let out = tempfile::tempfile().expect("a file");
+    let len = erofs::build(&tree, &layers, Digest::of(data), &out).ok()?;
+    let blobs: u64 = lens.iter().sum();
+    out.set_len(len + blobs).expect("a file");
+    Some(out)
+}
+
+const LAYERS: u16 = 3;
+const BLOB_LEN: u64 = 1 << 20;
+const SMALL_LEN: usize = 64 << 10;
+
+/// One entry, its parts by the bytes that follow.
+fn entry(kind: u8, bytes: &mut impl Iterator<Item = u8>, writer: &mut IndexWriter<'_>) {
+    let mut next = || bytes.next().unwrap_or(0);
+    let path = path(&mut next);
+    let target = match kind % 8 {
+        4 | 5 => self::path(&mut next),
+        _ => Vec::new(),
+    };
+    let number = u64::from(next()) << 8 | u64::from(next());
+    let kind = match kind % 8 {
+        0 | 1 => EntryKind::File {
+            place: Place::Small(number % 1000),
+            size: number % 2049,
+        },
+        2 => EntryKind::File {
+            place: Place::Blob(number % 200 * 4096),
+            size: number * 3,
+        },
+        3 => EntryKind::Directory,
+        4 if target.is_empty() => EntryKind::Fifo,
+        4 => EntryKind::Symlink(&target),
+        5 => EntryKind::Hardlink(&target),
+        6 if number % 2 == 0 => EntryKind::Whiteout,
+        6 => EntryKind::Opaque,
+        _ => EntryKind::CharDevice(1, 3),
+    };
+    let xattrs: Vec<_> = (0..next() % 4)
+        .map(|_| {
+            let len = usize::from(next()) * 9;
+            (format!("user.{}", next() % 3).into_bytes(), vec![b'v'; len])
+        })
+        .collect();
+    let xattrs = encode_xattrs(&xattrs).unwrap_or_default();
+    let meta = Meta {
+        mode: u16::from(next()) | 0o400,
+        ..Meta::default()
+    };
+    let entry = Entry {
+        path: &path,
+        kind,
+        meta,
+        xattrs: Xattrs::encoded(&xattrs),
+    };
+    // The root is a directory.
+    if !path.is_empty() || entry.kind == EntryKind::Directory {
+        writer.push(&entry).expect("a file that can be written");
+    }
+}
+
+/// A path of few names, so that many meet; some are as long as can be.
+fn path(next: &mut impl FnMut() -> u8) -> Vec<u8> {
+    let parts: Vec<Vec<u8>> = (0..next() % 5)
+        .map(|_| {
+            let byte = next();
+            let len = if byte & 0x80 == 0 { 1 } else { 255 };
+            vec![b'a' + byte % 7; len]
+        })
+        .collect();
+    parts.join(&b'/')
+}

@@ -1,0 +1,384 @@
+//! What a stored image is elsewhere: a manifest, a configuration, and layers.
+//!
+//! Byte for byte what it was where it came from, as long as that is known and the
+//! layers as they were are kept, or can be had there again. An image that never had
+//! a manifest (an archive of Docker's, a directory) gets one, and layers are then
+//! put together from what was made of them.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Read, Write as _};
+use std::path::PathBuf;
+
+use oci_spec::image::{Descriptor, ImageManifestBuilder, MediaType, SCHEMA_VERSION, Sha256Digest};
+
+use super::Store;
+use super::files::{StoredLayer, create};
+use super::pull::PullOptions;
+use super::record::{DiskRecord, LayerRecord};
+use crate::Error;
+use crate::digest::{Digest, HashingReader};
+use crate::platform::Platform;
+use crate::progress::{LayerStep, Progress};
+use crate::reference::Reference;
+use crate::skeleton::Assembler;
+use crate::source::{self, Session};
+
+const GZIP_LEVEL: u32 = 6;
+
+/// An image as it is outside of the store.
+pub(super) struct Exported {
+    pub(super) manifest: Vec<u8>,
+    pub(super) manifest_type: String,
+    pub(super) config: Vec<u8>,
+    pub(super) layers: Vec<ExportedLayer>,
+}
+
+/// A layer of it.
+pub(super) struct ExportedLayer {
+    pub(super) digest: Digest,
+    pub(super) size: u64,
+    contents: Contents,
+}
+
+enum Contents {
+    /// A file of the store.
+    Stored(PathBuf),
+    /// A file that was made for this.
+    Made(tempfile::TempDir),
+    /// The plain tar stream of this layer.
+    Plain(Digest),
+    /// Whoever it is for has it.
+    Elsewhere,
+}
+
+/// Whether whoever an image is for has one of its layers already.
+pub(super) type Has<'a> = &'a dyn Fn(Digest, u64) -> bool;
+
+/// How layers are stored that have to be put together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Form {
+    Plain,
+    Gzip,
+}
+
+const MADE: &str = "layer";
+
+impl Exported {
+    /// The layer's stream, from its beginning.
+    pub(super) fn open(
+        &self,
+        store: &Store,
+        layer: &ExportedLayer,
+    ) -> Result<Box<dyn Read + Send>, Error> {
+        let file = |path: PathBuf| -> Result<Box<dyn Read + Send>, Error> {
+            let file = File::open(&path).map_err(Error::file("open", &path))?;
+            Ok(Box::new(file))
+        };
+        match &layer.contents {
+            Contents::Stored(path) => file(path.clone()),
+            Contents::Made(directory) => file(directory.path().join(MADE)),
+            Contents::Plain(diff_id) => Ok(Box::new(store.assemble(*diff_id)?)),
+            Contents::Elsewhere => Err(Error::Blob {
+                digest: layer.digest.to_string(),
+                reason: "it was there, and is not any more".to_owned(),
+            }),
+        }
+    }
+}
+
+impl Store {
+    /// The tar stream of a stored layer.
+    pub(super) fn assemble(&self, diff_id: Digest) -> Result<Assembler, Error> {
+        let path = self.layer_path(diff_id);
+        let stored = StoredLayer::open(path.clone())
+            .ok_or_else(|| Error::file("read", &path)(io::ErrorKind::NotFound.into()))?;
+        let (blob, small) = (stored.file("blob")?, stored.file("small")?);
+        Assembler::new(stored.file("skeleton")?, blob, small).map_err(Error::file("read", &path))
+    }
+
+    /// The image as it is elsewhere. The caller holds the lock, and an image that
+    /// is being removed is not exported.
+    pub(super) fn export(
+        &self,
+        digest: Digest,
+        record: &DiskRecord,
+        form: Form,
+        has: Has<'_>,
+        options: &PullOptions<'_>,
+    ) -> Result<Exported, Error> {
+        let config = self.needed(record.config_digest, "configuration")?;
+        if let Some(manifest_type) = &record.manifest_type {
+            let manifest = self.needed(digest, "manifest")?;
+            if let Some(layers) = self.as_they_were(digest, record, has, options)? {
+                return Ok(Exported {
+                    manifest,
+                    manifest_type: manifest_type.clone(),
+                    config,
+                    layers,
+                });
+            }
+            (options.report)(Progress::Notice(
+                "The layers as they were pulled are not kept, and cannot be had again: they \
+                 are written anew, and the image has another digest",
+            ));
+        }
+        self.made_anew(record, config, form, options)
+    }
+
+    fn needed(&self, digest: Digest, what: &str) -> Result<Vec<u8>, Error> {
+        self.document(digest)?.ok_or_else(|| Error::Blob {
+            digest: digest.to_string(),
+            reason: format!(
+                "the {what} is missing from the store; \"sm image verify --repair\" says more"
+            ),
+        })
+    }
+
+    /// The layers as the manifest has them; `None` if some are not to be had.
+    fn as_they_were(
+        &self,
+        digest: Digest,
+        record: &DiskRecord,
+        has: Has<'_>,
+        options: &PullOptions<'_>,
+    ) -> Result<Option<Vec<ExportedLayer>>, Error> {
+        let missing = |layer: &&LayerRecord| {
+            layer.digest != layer.diff_id && !self.blob_path(layer.digest).exists()
+        };
+        let (elsewhere, missing): (Vec<_>, Vec<_>) = record
+            .layers
+            .iter()
+            .filter(missing)
+            .partition(|layer| layer.size.is_some_and(|size| has(layer.digest, size)));
+        if !missing.is_empty() && !self.fetch(digest, record, &missing, options)? {
+            return Ok(None);
+        }
+        let export = |layer: &LayerRecord| {
+            if layer.digest == layer.diff_id {
+                return self.plain(layer.diff_id);
+            }
+            if elsewhere.iter().any(|other| other.digest == layer.digest) {
+                return Ok(ExportedLayer {
+                    digest: layer.digest,
+                    size: layer.size.unwrap_or(0),
+                    contents: Contents::Elsewhere,
+                });
+            }
+            let path = self.blob_path(layer.digest);
+            let size = fs::metadata(&path).map_err(Error::file("read", &path))?;
+            Ok(ExportedLayer {
+                digest: layer.digest,
+                size: size.len(),
+                contents: Contents::Stored(path),
+            })
+        };
+        let layers = record.layers.iter().map(export);
+        layers.collect::<Result<Vec<_>, Error>>().map(Some)
+    }
+
+    /// Gets layers as they were from where the image came from; `false` if it is
+    /// not there any more.
+    fn fetch(
+        &self,
+        digest: Digest,
+        record: &DiskRecord,
+        missing: &[&LayerRecord],
+        options: &PullOptions<'_>,
+    ) -> Result<bool, Error> {
+        let scratch = self.root.join("tmp");
+        let session = Session {
+            scratch: &scratch,
+            cancel: &options.cancel,
+            notice: &|text| (options.report)(Progress::Notice(text)),
+        };
+        // The name may have moved on where it was; the digest does not.
+        let reference = match &record.origin {
+            Some(origin) => format!("{}/{}@{digest}", origin.registry, origin.repository),
+            None => record.reference.clone(),
+        };
+        let Ok(reference) = Reference::parse(&reference) else {
+            return Ok(false);
+        };
+        let platform = Platform::of(&record.config);
+        let source = match source::open(&reference, session) {
+            Ok(Some(source)) => source,
+            Ok(None) | Err(Error::Unknown { .. }) => return Ok(false),
+            Err(error) => return Err(error),
+        };
+        let image = match source.image(Some(&platform)) {
+            Ok(image) if image.digest == digest => image,
+            // Something else is there now, or nothing.
+            Ok(_) | Err(Error::Unknown { .. }) => return Ok(false),
+            Err(error) => return Err(error),
+        };
+        let of = image.layers.len();
+        for (number, layer) in (1..).zip(&image.layers) {
+            if !missing.iter().any(|wanted| wanted.digest == layer.digest) {
+                continue;
+            }
+            let tell = |step| {
+                (options.report)(Progress::Layer {
+                    number,
+                    of,
+                    digest: layer.digest,
+                    step,
+                });
+            };
+            let made = self.temporary()?;
+            let path = made.path().join(MADE);
+            let mut out = BufWriter::new(create(&path)?);
+            let mut stream = HashingReader::new(source.layer(layer)?, std::rc::Rc::default());
+            let mut done = 0;
+            let mut chunk = vec![0; 256 << 10];
+            loop {
+                tell(LayerStep::Moving {
+                    done,
+                    total: layer.size,
+                });
+                let count = stream
+                    .read(&mut chunk)
+                    .map_err(Error::file("read layers for", &path))?;
+                let Some(bytes) = chunk.get(..count).filter(|bytes| !bytes.is_empty()) else {
+                    break;
+                };
+                out.write_all(bytes).map_err(Error::file("write", &path))?;
+                done += count as u64;
+                if layer.size.is_some_and(|size| done > size) {
+                    break;
+                }
+            }
+            out.flush().map_err(Error::file("write", &path))?;
+            let (found, _) = stream.finish();
+            if found != layer.digest {
+                return Err(Error::Blob {
+                    digest: layer.digest.to_string(),
+                    reason: format!("its contents have digest {found}"),
+                });
+            }
+            let kept = self.blob_path(layer.digest);
+            fs::rename(&path, &kept).map_err(Error::file("write", &kept))?;
+            tell(LayerStep::Done);
+        }
+        Ok(true)
+    }
+
+    /// The image with a manifest of our own.
+    fn made_anew(
+        &self,
+        record: &DiskRecord,
+        config: Vec<u8>,
+        form: Form,
+        options: &PullOptions<'_>,
+    ) -> Result<Exported, Error> {
+        let (media_type, of) = match form {
+            Form::Plain => (MediaType::ImageLayer, record.layers.len()),
+            Form::Gzip => (MediaType::ImageLayerGzip, record.layers.len()),
+        };
+        let mut layers = Vec::new();
+        for (number, layer) in (1..).zip(&record.layers) {
+            layers.push(match form {
+                Form::Plain => self.plain(layer.diff_id)?,
+                Form::Gzip => self.compressed(layer.diff_id, &|done, total| {
+                    (options.report)(Progress::Layer {
+                        number,
+                        of,
+                        digest: layer.digest,
+                        step: LayerStep::Moving { done, total },
+                    });
+                })?,
+            });
+        }
+        let descriptors = layers
+            .iter()
+            .map(|layer| descriptor(media_type.clone(), layer.size, layer.digest))
+            .collect::<Result<Vec<_>, _>>()?;
+        let config_type = MediaType::ImageConfig;
+        let manifest = ImageManifestBuilder::default()
+            .schema_version(SCHEMA_VERSION)
+            .media_type(MediaType::ImageManifest)
+            .config(descriptor(
+                config_type,
+                config.len() as u64,
+                record.config_digest,
+            )?)
+            .layers(descriptors)
+            .build()
+            .map_err(|error| Error::document("manifest", error))?;
+        Ok(Exported {
+            manifest: serde_json::to_vec(&manifest)
+                .map_err(|error| Error::document("manifest", error))?,
+            manifest_type: MediaType::ImageManifest.to_string(),
+            config,
+            layers,
+        })
+    }
+
+    fn plain(&self, diff_id: Digest) -> Result<ExportedLayer, Error> {
+        let path = self.layer_path(diff_id);
+        let stored = StoredLayer::open(path.clone())
+            .ok_or_else(|| Error::file("read", &path)(io::ErrorKind::NotFound.into()))?;
+        Ok(ExportedLayer {
+            digest: diff_id,
+            size: stored.totals().tar_len,
+            contents: Contents::Plain(diff_id),
+        })
+    }
+
+    fn compressed(
+        &self,
+        diff_id: Digest,
+        progress: &dyn Fn(u64, Option<u64>),
+    ) -> Result<ExportedLayer, Error> {
+        let total = self.plain(diff_id)?.size;
+        let made = self.temporary()?;
+        let path = made.path().join(MADE);
+        let failed = || Error::file("write", &path);
+        let out = BufWriter::new(create(&path)?);
+        let level = flate2::Compression::new(GZIP_LEVEL);
+        let mut encoder = flate2::write::GzEncoder::new(out, level);
+        let mut plain = self.assemble(diff_id)?;
+        let mut chunk = vec![0; 1 << 20];
+        let mut done = 0;
+        loop {
+            progress(done, Some(total));
+            let count = plain.read(&mut chunk).map_err(failed())?;
+            let Some(bytes) = chunk.get(..count).filter(|bytes| !bytes.is_empty()) else {
+                break;
+            };
+            encoder.write_all(bytes).map_err(failed())?;
+            done += count as u64;
+        }
+        let written = encoder.finish().and_then(|mut out| out.flush());
+        written.map_err(failed())?;
+        let file = File::open(&path).map_err(failed())?;
+        let mut stream = HashingReader::new(file, std::rc::Rc::default());
+        stream.drain().map_err(failed())?;
+        let (digest, size) = stream.finish();
+        Ok(ExportedLayer {
+            digest,
+            size,
+            contents: Contents::Made(made),
+        })
+    }
+}
+
+pub(super) fn descriptor(kind: MediaType, size: u64, digest: Digest) -> Result<Descriptor, Error> {
+    let digest: Sha256Digest = digest
+        .hex()
+        .parse()
+        .map_err(|error| Error::document("descriptor", error))?;
+    Ok(Descriptor::new(kind, size, digest))
+}
+
+/// Annotations of an image in an index: its name, as tools look for it.
+pub(super) fn annotations(name: &str, tag: &str) -> std::collections::HashMap<String, String> {
+    let annotations = BTreeMap::from([
+        ("io.containerd.image.name", name),
+        (crate::documents::REF_NAME, tag),
+    ]);
+    annotations
+        .into_iter()
+        .map(|(key, value)| (key.to_owned(), value.to_owned()))
+        .collect()
+}

@@ -1,0 +1,102 @@
+//! An image of one layer from a plain tar stream.
+
+use std::io::Read;
+
+use oci_spec::image::{Arch, Config, History, ImageConfiguration, Os, RootFsBuilder};
+use rustix::fs::FlockOperation;
+
+use super::files::StoredLayer;
+use super::pull::PullOptions;
+use super::{Store, StoredImage};
+use crate::Error;
+use crate::digest::Digest;
+use crate::docker_reference::DockerReference;
+use crate::layer::Expected;
+use crate::pipeline::Decoders;
+use crate::platform::Platform;
+use crate::progress::{LayerStep, Progress};
+use crate::source::{SourceImage, SourceLayer};
+
+impl Store {
+    /// Makes an image of a root file system in a tar stream, which may be compressed
+    /// by gzip or Zstandard. Without a name it is known by its ID.
+    ///
+    /// # Errors
+    /// The stream is no archive, or the store cannot be written.
+    pub fn import(
+        &self,
+        stream: impl Read + Send,
+        name: Option<&DockerReference>,
+        config: Config,
+        comment: &str,
+        options: &PullOptions<'_>,
+    ) -> Result<StoredImage, Error> {
+        let _in_use = self.lock(FlockOperation::LockShared)?;
+        // A name in progress reports and errors, until there is a digest.
+        let unknown = Digest::of(b"");
+        let expected = Expected {
+            digest: unknown,
+            size: None,
+            diff_id: None,
+        };
+        let mut progress = |done| {
+            (options.report)(Progress::Layer {
+                number: 1,
+                of: 1,
+                digest: unknown,
+                step: LayerStep::Moving { done, total: None },
+            });
+        };
+        let converted = self.convert(stream, &expected, &Decoders::default(), &mut progress)?;
+        let platform = options.platform.clone().unwrap_or_default();
+        let config = configuration(converted.diff_id, config, comment, &platform)?;
+        let config_bytes =
+            serde_json::to_vec(&config).map_err(|error| Error::document("configuration", error))?;
+        let digest = Digest::of(&config_bytes);
+        let image = SourceImage {
+            digest,
+            named: digest,
+            manifest: None,
+            config_bytes,
+            config,
+            layers: vec![SourceLayer::plain(converted.diff_id)],
+            origin: None,
+        };
+        let name = name.map_or_else(|| digest.to_string(), ToString::to_string);
+        let _making = self.making("disk", digest)?;
+        let layer = self.layer_path(converted.diff_id);
+        let stored = StoredLayer::open(layer.clone())
+            .ok_or_else(|| Error::file("read back", &layer)(std::io::ErrorKind::NotFound.into()))?;
+        let stored = match self.stored(digest)? {
+            Some(stored) => stored,
+            None => self.finish(&image, &name, vec![stored])?,
+        };
+        self.name(&name, digest, &stored)?;
+        Ok(stored)
+    }
+}
+
+fn configuration(
+    diff_id: Digest,
+    config: Config,
+    comment: &str,
+    platform: &Platform,
+) -> Result<ImageConfiguration, Error> {
+    let invalid = |error| Error::document("configuration", error);
+    let rootfs = RootFsBuilder::default()
+        .typ("layers")
+        .diff_ids(vec![diff_id.to_string()])
+        .build()
+        .map_err(invalid)?;
+    let mut history = History::default();
+    history.set_comment(Some(comment.to_owned()));
+    let mut image = ImageConfiguration::default();
+    image
+        .set_architecture(Arch::from(platform.architecture()))
+        .set_os(Os::from(platform.os()))
+        .set_variant(platform.variant().map(str::to_owned))
+        .set_config(Some(config))
+        .set_history(Some(vec![history]))
+        .set_rootfs(rootfs);
+    Ok(image)
+}

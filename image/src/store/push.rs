@@ -1,0 +1,135 @@
+//! Bringing a stored image into a registry.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+
+use rustix::fs::FlockOperation;
+
+use super::Store;
+use super::export::{Exported, ExportedLayer, Form};
+use super::pull::PullOptions;
+use crate::Error;
+use crate::digest::Digest;
+use crate::docker_reference::DockerReference;
+use crate::progress::{LayerStep, Progress};
+use crate::source::{OpenBlob, Pushed, Pusher};
+
+impl Store {
+    /// Brings an image, by the name that it has in the store, into the registry that
+    /// the name says; returns the digest of its manifest there. What was pulled is
+    /// pushed byte for byte; see [`Self::save`] for what was not.
+    ///
+    /// # Errors
+    /// The store has no image of that name, or the registry does not take it.
+    pub fn push(&self, name: &DockerReference, options: &PullOptions<'_>) -> Result<Digest, Error> {
+        let _in_use = self.lock(FlockOperation::LockShared)?;
+        let query = name.to_string();
+        let found = self.find(&query)?;
+        let record = self.record_of(&query, found.digest)?;
+        let others = self.repositories(name.registry())?;
+        let others: Vec<_> = others.iter().map(String::as_str).collect();
+        let notice = |text: &str| (options.report)(Progress::Notice(text));
+        let pusher = Pusher::open(name, &others, &options.cancel, &notice)?;
+        let push = Push {
+            store: self,
+            pusher: &pusher,
+            options,
+        };
+        // What the registry has need not be had here.
+        let absent: OpenBlob<'_> = &|| Err(io::ErrorKind::NotFound.into());
+        let has = |digest, size| pusher.blob(digest, size, absent, &mut |_| {}).is_ok();
+        let exported = self.export(found.digest, &record, Form::Gzip, &has, options)?;
+        push.layers(&exported)?;
+        push.document(&exported.config)?;
+        pusher.manifest(&exported.manifest_type, &exported.manifest)
+    }
+
+    /// Repositories of `registry` that images of the store came from: a registry
+    /// need not be sent what another of its repositories has.
+    fn repositories(&self, registry: &str) -> Result<Vec<String>, Error> {
+        let records = self.records()?.into_values();
+        let origins = records.filter_map(|record| record.origin);
+        let here = origins.filter(|origin| origin.registry == registry);
+        let repositories: BTreeSet<_> = here.map(|origin| origin.repository).collect();
+        Ok(repositories.into_iter().collect())
+    }
+}
+
+/// One image on its way to a registry.
+struct Push<'p> {
+    store: &'p Store,
+    pusher: &'p Pusher<'p>,
+    options: &'p PullOptions<'p>,
+}
+
+impl Push<'_> {
+    /// Sends layers, several at once.
+    fn layers(&self, image: &Exported) -> Result<(), Error> {
+        let next = AtomicUsize::new(0);
+        let failure = Mutex::new(None);
+        let failed = || failure.lock().unwrap_or_else(PoisonError::into_inner);
+        let work = || {
+            while let Some((number, layer)) = {
+                let number = next.fetch_add(1, Ordering::Relaxed);
+                image.layers.get(number).map(|layer| (number, layer))
+            } {
+                if failed().is_some() {
+                    return;
+                }
+                if let Err(error) = self.layer(image, layer, number) {
+                    failed().get_or_insert(error);
+                    self.options.cancel.cancel();
+                    return;
+                }
+            }
+        };
+        let workers = self.options.at_once.get().min(image.layers.len());
+        thread::scope(|scope| {
+            for _ in 1..workers {
+                scope.spawn(work);
+            }
+            work();
+        });
+        match failed().take() {
+            Some(error) => Err(error),
+            None => Ok(()),
+        }
+    }
+
+    fn layer(&self, image: &Exported, layer: &ExportedLayer, number: usize) -> Result<(), Error> {
+        let of = image.layers.len();
+        let tell = |step| {
+            (self.options.report)(Progress::Layer {
+                number: number + 1,
+                of,
+                digest: layer.digest,
+                step,
+            });
+        };
+        let open = || image.open(self.store, layer).map_err(io::Error::other);
+        let total = Some(layer.size);
+        let mut progress = |done| tell(LayerStep::Moving { done, total });
+        let pushed = self
+            .pusher
+            .blob(layer.digest, layer.size, &open, &mut progress)?;
+        tell(match pushed {
+            Pushed::Sent => LayerStep::Done,
+            Pushed::Existed | Pushed::Mounted => LayerStep::Present,
+        });
+        Ok(())
+    }
+
+    fn document(&self, bytes: &[u8]) -> Result<(), Error> {
+        let owned = bytes.to_vec();
+        let open = move || -> io::Result<Box<dyn io::Read + Send>> {
+            Ok(Box::new(io::Cursor::new(owned.clone())))
+        };
+        let size = bytes.len() as u64;
+        self.pusher
+            .blob(Digest::of(bytes), size, &open, &mut |_| {})?;
+        Ok(())
+    }
+}

@@ -1,0 +1,175 @@
+//! Images in one archive, for `docker load`, `podman load`, skopeo, and `sm load`:
+//! an OCI image layout, with the `manifest.json` of Docker's archives beside it, as
+//! Docker itself writes since version 25.
+
+use std::collections::BTreeSet;
+use std::io::{self, Read, Write};
+
+use oci_spec::image::{ImageIndexBuilder, MediaType, SCHEMA_VERSION};
+use rustix::fs::FlockOperation;
+use serde::Serialize;
+
+use super::Store;
+use super::export::{Exported, Form, annotations, descriptor};
+use super::pull::PullOptions;
+use crate::Error;
+use crate::digest::{Digest, HashingReader};
+use crate::docker_reference::DockerReference;
+use crate::tar::{END, Header, Kind, encode, padding};
+
+/// An item of `manifest.json`.
+#[derive(Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct Item {
+    config: String,
+    repo_tags: Vec<String>,
+    layers: Vec<String>,
+}
+
+impl Store {
+    /// Writes images, each by a name or (the beginning of) an ID, to an archive.
+    /// What is kept as it was pulled is written byte for byte; layers that were
+    /// never compressed, or are not kept, are written as plain tar streams.
+    ///
+    /// # Errors
+    /// An image is not there or damaged, or `out` cannot be written.
+    pub fn save(
+        &self,
+        queries: &[String],
+        out: &mut dyn Write,
+        options: &PullOptions<'_>,
+    ) -> Result<(), Error> {
+        let _in_use = self.lock(FlockOperation::LockShared)?;
+        let mut archive = Archive {
+            out,
+            written: BTreeSet::new(),
+        };
+        archive.file("oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#)?;
+        let mut manifests = Vec::new();
+        let mut items: Vec<Item> = Vec::new();
+        for query in queries {
+            let found = self.find(query)?;
+            let record = self.record_of(query, found.digest)?;
+            let exported =
+                self.export(found.digest, &record, Form::Plain, &|_, _| false, options)?;
+            archive.image(self, &exported)?;
+            let kind = MediaType::from(exported.manifest_type.as_str());
+            let size = exported.manifest.len() as u64;
+            let mut entry = descriptor(kind, size, Digest::of(&exported.manifest))?;
+            let name = DockerReference::parse(&found.reference).ok();
+            let name = name.filter(|_| found.reference != found.digest.to_string());
+            if let Some(name) = &name {
+                let tag = name.tag().unwrap_or_default();
+                entry.set_annotations(Some(annotations(&name.full(), tag)));
+            }
+            manifests.push(entry);
+            let tag = name.filter(|name| name.tag().is_some());
+            items.push(Item {
+                config: blob(Digest::of(&exported.config)),
+                repo_tags: tag.iter().map(ToString::to_string).collect(),
+                layers: exported
+                    .layers
+                    .iter()
+                    .map(|layer| blob(layer.digest))
+                    .collect(),
+            });
+        }
+        let index = ImageIndexBuilder::default()
+            .schema_version(SCHEMA_VERSION)
+            .media_type(MediaType::ImageIndex)
+            .manifests(manifests)
+            .build()
+            .map_err(|error| Error::document("index", error))?;
+        archive.json("index.json", &index)?;
+        archive.json("manifest.json", &merged(items))?;
+        archive.out.write_all(&END).map_err(unwritable)?;
+        archive.out.flush().map_err(unwritable)
+    }
+}
+
+/// One item for each image, with all its names.
+fn merged(items: Vec<Item>) -> Vec<Item> {
+    let mut merged: Vec<Item> = Vec::new();
+    for item in items {
+        match merged.iter_mut().find(|known| known.config == item.config) {
+            Some(known) => known.repo_tags.extend(item.repo_tags),
+            None => merged.push(item),
+        }
+    }
+    merged
+}
+
+fn blob(digest: Digest) -> String {
+    format!("blobs/sha256/{}", digest.hex())
+}
+
+fn unwritable(error: io::Error) -> Error {
+    Error::Archive(error)
+}
+
+/// An archive that is being written.
+struct Archive<'o> {
+    out: &'o mut dyn Write,
+    /// Blobs that are in it.
+    written: BTreeSet<Digest>,
+}
+
+impl Archive<'_> {
+    fn image(&mut self, store: &Store, image: &Exported) -> Result<(), Error> {
+        for document in [&image.config, &image.manifest] {
+            let digest = Digest::of(document);
+            if self.written.insert(digest) {
+                self.file(&blob(digest), document)?;
+            }
+        }
+        for layer in &image.layers {
+            if !self.written.insert(layer.digest) {
+                continue;
+            }
+            let mut stream = HashingReader::new(image.open(store, layer)?, std::rc::Rc::default());
+            self.stream(&blob(layer.digest), layer.size, &mut stream)?;
+            let (found, _) = stream.finish();
+            if found != layer.digest {
+                return Err(Error::Blob {
+                    digest: layer.digest.to_string(),
+                    reason: format!(
+                        "its contents in the store have digest {found}: run \"sm image verify \
+                         --repair\""
+                    ),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn json(&mut self, path: &str, value: &impl Serialize) -> Result<(), Error> {
+        let bytes = serde_json::to_vec(value).map_err(|error| Error::document(path, error))?;
+        self.file(path, &bytes)
+    }
+
+    fn file(&mut self, path: &str, bytes: &[u8]) -> Result<(), Error> {
+        self.stream(path, bytes.len() as u64, &mut &*bytes)
+    }
+
+    fn stream(&mut self, path: &str, size: u64, contents: &mut dyn Read) -> Result<(), Error> {
+        let header = encode(&Header {
+            path: path.as_bytes().to_vec(),
+            kind: Kind::File,
+            mode: 0o644,
+            uid: 0,
+            gid: 0,
+            mtime: (0, 0),
+            size,
+            sparse: None,
+            xattrs: Vec::new(),
+        });
+        self.out.write_all(&header).map_err(unwritable)?;
+        let copied = io::copy(&mut contents.take(size), self.out).map_err(unwritable)?;
+        if copied != size {
+            return Err(unwritable(io::ErrorKind::UnexpectedEof.into()));
+        }
+        let zeros = [0; 512];
+        let padding = zeros.get(..padding(size)).unwrap_or_default();
+        self.out.write_all(padding).map_err(unwritable)
+    }
+}

@@ -1,0 +1,82 @@
+//! Damage in the store is found, and repaired.
+//!
+//! A program of its own: a child that another test starts holds the locks of its
+//! parent for a moment, and what is in use is not repaired.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
+
+mod support;
+
+use std::fs;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+
+use support::home::{Home, layers};
+
+/// Files of the store with what they are called when they are damaged.
+fn damageable(home: &Home) -> Vec<(PathBuf, &'static str)> {
+    let store = home.path("store");
+    let mut found = Vec::new();
+    for layer in fs::read_dir(store.join("layers")).unwrap() {
+        for file in ["blob", "small", "index", "skeleton"] {
+            let path = layer.as_ref().unwrap().path().join(file);
+            if path.metadata().unwrap().len() > 0 {
+                found.push((path, "layer"));
+            }
+        }
+    }
+    for disk in fs::read_dir(store.join("disks")).unwrap() {
+        found.push((disk.unwrap().path().join("meta.erofs"), "metadata image"));
+    }
+    for blob in fs::read_dir(store.join("blobs")).unwrap() {
+        found.push((blob.unwrap().path(), "missing or damaged"));
+    }
+    found
+}
+
+fn flip(path: &Path, at: u64) {
+    let file = fs::File::options()
+        .read(true)
+        .write(true)
+        .open(path)
+        .unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at).unwrap();
+    file.write_all_at(&[byte[0] ^ 0x10], at).unwrap();
+}
+
+#[test]
+fn any_damage_is_found_and_can_be_repaired() {
+    let home = Home::new();
+    let (reference, _) = home.image("layout", &layers());
+    let sound = home.store.verify(&reference, false).unwrap();
+    assert!(sound.problems.is_empty(), "{sound:?}");
+    assert!(sound.bytes > 55_000);
+    let files = damageable(&home);
+    assert!(files.len() >= 10, "{files:?}");
+    for (path, what) in files {
+        let len = path.metadata().unwrap().len();
+        // Of a blob, the last block is mostly what no guest sees.
+        let places = match path.ends_with("blob") {
+            true => [0, len / 2, 4096],
+            false => [0, len / 2, len - 1],
+        };
+        for at in places.into_iter().filter(|at| *at < len) {
+            flip(&path, at);
+            let found = home.store.verify(&reference, false).unwrap();
+            assert!(
+                found.problems.iter().any(|text| text.contains(what)),
+                "{path:?} at {at}: {found:?}"
+            );
+            assert!(!found.repaired);
+            flip(&path, at);
+        }
+        flip(&path, 0);
+        let repaired = home.store.verify(&reference, true).unwrap();
+        assert!(repaired.repaired, "{path:?}: {repaired:?}");
+        assert!(!path.exists());
+        home.open(&reference);
+        let again = home.store.verify(&reference, false).unwrap();
+        assert!(again.problems.is_empty(), "{path:?}: {again:?}");
+    }
+}

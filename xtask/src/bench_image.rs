@@ -1,0 +1,108 @@
+//! `cargo xtask bench-image`: images into disks, against the usual tools.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use anyhow::{Result, bail};
+
+use crate::apt::{self, Apt};
+use crate::build::{Profile, cargo};
+use crate::{cmd, paths};
+
+/// What is measured against, and what makes the image.
+const PACKAGES: [&str; 7] = [
+    "docker-registry",
+    "erofs-utils",
+    "gzip",
+    "mmdebstrap",
+    "skopeo",
+    "time",
+    "umoci",
+];
+/// Raise it when the image changes.
+const RECIPE: &str = "1";
+/// Some 200 MB with these.
+const DEBIAN: &str = "ca-certificates,curl,openssl,perl,python3";
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Wanted {
+    pub(crate) iterations: Option<u32>,
+    pub(crate) json: Option<PathBuf>,
+    pub(crate) html: Option<PathBuf>,
+}
+
+pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
+    apt.ensure(&PACKAGES)?;
+    let sm = crate::build::sm(apt, Profile::Release)?;
+    cmd::step("building the benchmark");
+    cmd::check(&mut cargo([
+        "build",
+        "--locked",
+        "--release",
+        "-p",
+        "sm-benches",
+        "--bin",
+        "bench-image",
+    ]))?;
+    let layer = debian(apt)?;
+    let work = paths::target().join("bench-image");
+    fs::create_dir_all(&work)?;
+    cmd::step("measuring");
+    let mut bench = Command::new(paths::target().join("release/bench-image"));
+    bench
+        .current_dir(&work)
+        .args(["measure", "--sm"])
+        .arg(sm)
+        .arg("--layer")
+        .arg(layer);
+    if let Some(iterations) = wanted.iterations {
+        bench.args(["--iterations", &iterations.to_string()]);
+    }
+    let here = std::env::current_dir()?;
+    for (option, path) in [("--json", &wanted.json), ("--html", &wanted.html)] {
+        if let Some(path) = path {
+            bench.arg(option).arg(here.join(path));
+        }
+    }
+    cmd::check(&mut bench)
+}
+
+/// A layout of one gzip layer: a Debian system, put there by umoci.
+fn debian(apt: &Apt) -> Result<PathBuf> {
+    let cache = paths::cache("bench-image")?;
+    let done = cache.join(format!("debian-v{RECIPE}"));
+    if done.exists() {
+        return Ok(done);
+    }
+    let _lock = paths::lock(&cache)?;
+    if done.exists() {
+        return Ok(done);
+    }
+    if !apt::is_root() {
+        bail!("the image is made as root, once: run \"sudo -E cargo xtask bench-image\"");
+    }
+    apt.ensure(&PACKAGES)?;
+    cmd::step("making an image of some 200 MB (mmdebstrap)");
+    let work = tempfile::tempdir_in(paths::cache("tmp")?)?;
+    let tar = work.path().join("debian.tar");
+    let (codename, source) = apt::release_source()?;
+    cmd::check(
+        cmd::command("mmdebstrap", ["--mode=root", "--variant=minbase"])
+            .args(["--format=tar", &format!("--include={DEBIAN}")])
+            .arg(codename)
+            .arg(&tar)
+            .arg(source)
+            .stderr(Stdio::null()),
+    )?;
+    let umoci = |arguments: &[&str]| {
+        let mut umoci = cmd::command("umoci", arguments);
+        cmd::check(umoci.current_dir(work.path()).stdout(Stdio::null()))
+    };
+    umoci(&["init", "--layout", "debian"])?;
+    umoci(&["new", "--image", "debian:latest"])?;
+    umoci(&["raw", "add-layer", "--image", "debian:latest", "debian.tar"])?;
+    umoci(&["gc", "--layout", "debian"])?;
+    fs::rename(work.path().join("debian"), &done)?;
+    Ok(done)
+}
