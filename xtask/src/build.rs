@@ -50,6 +50,23 @@ pub(crate) fn agent(apt: &Apt) -> Result<PathBuf> {
     Ok(paths::target().join(target).join("agent/sm-guest-agent"))
 }
 
+/// Builds `sm-tree`, which runs in guests of any image.
+pub(crate) fn tree(apt: &Apt) -> Result<PathBuf> {
+    apt.ensure(&["gcc", "libc6-dev"])?;
+    let target = format!("{}-unknown-linux-musl", std::env::consts::ARCH);
+    ensure_target(&target)?;
+    cmd::check(&mut cargo([
+        "build",
+        "-p",
+        "sm-tree",
+        "--profile",
+        "agent",
+        "--target",
+        &target,
+    ]))?;
+    Ok(paths::target().join(target).join("agent/sm-tree"))
+}
+
 /// Adds the standard library for `target` to the toolchain.
 fn ensure_target(target: &str) -> Result<()> {
     let sysroot =

@@ -108,7 +108,7 @@ pub(crate) fn demo_image(apt: &Apt) -> Result<PathBuf> {
 }
 
 /// A root file system of one static binary and its links.
-fn busybox_tree(root: &Path) -> Result<()> {
+pub(crate) fn busybox_tree(root: &Path) -> Result<()> {
     for name in ["bin", "etc", "root", "tmp"] {
         fs::create_dir_all(root.join(name))?;
     }

@@ -14,6 +14,7 @@ mod cmd;
 mod cpio;
 mod deb;
 mod demo;
+mod fidelity;
 mod fixtures;
 mod host;
 mod kconfig;

@@ -15,7 +15,7 @@ use serde_json::Value;
 use crate::apt::{self, Apt};
 use crate::build::{self, Profile, cargo};
 use crate::lab::{self, Job, Lab, Output};
-use crate::{bench_restore, cmd, fixtures, host, kernel, stock};
+use crate::{bench_restore, cmd, fidelity, fixtures, host, kernel, stock};
 
 /// What unit and property tests compare us with, and a compiler.
 pub(crate) const UNIT_PACKAGES: [&str; 8] = [
@@ -206,6 +206,7 @@ fn environment(apt: &Apt, sm: &Path) -> Result<Vec<(String, String)>> {
     set("SM_STOCK_KERNEL", stock::kernel(apt)?)?;
     set("SM_FIXTURES", fixtures::make(apt)?)?;
     apt.ensure(&fixtures::CLIENTS)?;
+    set("SM_FIDELITY", fidelity::make(apt)?)?;
     apt.ensure_qemu()?;
     set("SM_BENCH_RESTORE", bench_restore::build(Profile::Debug)?)?;
     set("SM_BENCH_INITRAMFS", bench_restore::initramfs()?)?;

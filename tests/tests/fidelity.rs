@@ -1,0 +1,94 @@
+//! What a guest sees of an image is what `umoci unpack` makes of it, entry by entry:
+//! images by umoci, buildah, skopeo, GNU tar and our own writer, of one layer and of a
+//! hundred, of odd files, of many, and of a large one.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a failed expectation is a failed test"
+)]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::PathBuf;
+
+use sm_e2e::Home;
+
+fn images() -> PathBuf {
+    std::env::var_os("SM_FIDELITY")
+        .expect("SM_FIDELITY is set by cargo xtask test")
+        .into()
+}
+
+/// Lines by their paths.
+fn by_path(list: &str) -> BTreeMap<&str, &str> {
+    list.lines()
+        .map(|line| line.split_once(' ').expect("a path and what is there"))
+        .collect()
+}
+
+fn parent(path: &str) -> &str {
+    path.rsplit_once('/').map_or("", |(parent, _)| parent)
+}
+
+/// A line without the time.
+fn timeless(line: &str) -> String {
+    let parts = line.split(' ').filter(|part| !part.starts_with("mtime="));
+    parts.collect::<Vec<_>>().join(" ")
+}
+
+/// Compares what the guest lists with what is expected. Where the guest has mounted
+/// something, it is not the image's any more.
+fn compare(name: &str, seen: &str, expected: &str) {
+    let (seen, mut expected) = (by_path(seen), by_path(expected));
+    let mounted: Vec<_> = seen
+        .iter()
+        .filter(|(_, what)| **what == "mounted")
+        .map(|(path, _)| *path)
+        .collect();
+    expected.retain(|path, _| {
+        let inside = |mount: &&str| path == *mount || path.starts_with(&format!("{mount}/"));
+        !mounted.iter().any(|mount| inside(&mount))
+    });
+    let parents: Vec<_> = mounted.iter().map(|mount| parent(mount)).collect();
+    let mut count = 0;
+    for (path, what) in &seen {
+        if *what == "mounted" {
+            continue;
+        }
+        let wanted = expected.remove(path);
+        let same = match (wanted, parents.contains(path)) {
+            (Some(wanted), false) => wanted == *what,
+            (Some(wanted), true) => timeless(wanted) == timeless(what),
+            // Made for what is mounted in it.
+            (None, made) => made,
+        };
+        assert!(same, "{name} {path}:\n  guest {what}\n  umoci {wanted:?}");
+        count += 1;
+    }
+    assert!(
+        expected.is_empty(),
+        "{name}: not in the guest: {expected:?}"
+    );
+    assert!(count > 5, "{name}: {count}");
+}
+
+#[test]
+fn every_image_is_in_the_guest_as_umoci_unpacks_it() {
+    let images = images();
+    let list = fs::read_to_string(images.join("list")).unwrap();
+    assert!(list.lines().count() >= 12, "{list}");
+    let home = Home::new();
+    for line in list.lines() {
+        let (name, reference) = line.split_once(' ').unwrap();
+        let (transport, path) = reference.split_once(':').unwrap();
+        let reference = format!("{transport}:{}/{path}", images.display());
+        let listed = home
+            .sm(&["run", "--rm", "-m", "256m", &reference, "/sm-tree", "/"])
+            .exits(0)
+            .out();
+        let expected = fs::read_to_string(images.join(format!("{name}.tree"))).unwrap();
+        compare(name, &listed, &expected);
+        home.sm(&["rmi", &reference]).exits(0);
+        println!("{name}: {} entries are the same", listed.lines().count());
+    }
+}

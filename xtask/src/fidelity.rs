@@ -1,0 +1,293 @@
+//! Images by many tools, each with what `umoci unpack` makes of it: what a guest sees
+//! of them is compared with that.
+//!
+//! Every image has `sm-tree` in it, which lists all files; beside each is its list of
+//! the unpacked image.
+
+mod odd;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, Result, bail};
+use tempfile::TempDir;
+
+use crate::apt::{self, Apt};
+use crate::build::{self, cargo};
+use crate::{cmd, fixtures, paths};
+
+pub(crate) const PACKAGES: [&str; 6] = [
+    "attr",
+    "buildah",
+    "busybox-static",
+    "libcap2-bin",
+    "skopeo",
+    "umoci",
+];
+/// Part of the cache's name: raise it when the images change.
+const RECIPE: &str = "1";
+const TOOL: &str = "sm-tree";
+
+/// Directory of the images, with a file `list`: a name and a reference relative to the
+/// directory on each line. `NAME.tree` is what `umoci unpack` makes of it.
+pub(crate) fn make(apt: &Apt) -> Result<PathBuf> {
+    let cache = paths::cache("fidelity")?;
+    let tool = build::tree(apt)?;
+    let tool_bytes = fs::read(&tool)?;
+    let key = paths::fingerprint(&[RECIPE.as_bytes(), tool_bytes.as_slice()]);
+    let done = cache.join(key);
+    if done.exists() {
+        return Ok(done);
+    }
+    let _lock = paths::lock(&cache)?;
+    if done.exists() {
+        return Ok(done);
+    }
+    if !apt::is_root() {
+        bail!(
+            "the images that are compared hold files of many owners, so they are made as root, \
+             once: run \"sudo -E cargo xtask fixtures\""
+        );
+    }
+    apt.ensure(&PACKAGES)?;
+    let base = fixtures::make(apt)?;
+    // What earlier recipes left is of no use to this one.
+    for old in fs::read_dir(&cache)?
+        .flatten()
+        .filter(|old| old.path().is_dir())
+    {
+        paths::remove(&old.path())?;
+    }
+    let workshop = Workshop::new(tool)?;
+    workshop.all(&base)?;
+    fs::write(
+        workshop.images.join("list"),
+        workshop.list.borrow().join(""),
+    )?;
+    fs::rename(&workshop.images, &done)
+        .with_context(|| format!("cannot publish {:?}", done.display()))?;
+    Ok(done)
+}
+
+struct Workshop {
+    directory: TempDir,
+    images: PathBuf,
+    tool: PathBuf,
+    list: std::cell::RefCell<Vec<String>>,
+}
+
+impl Workshop {
+    fn new(tool: PathBuf) -> Result<Self> {
+        let directory = tempfile::tempdir_in(paths::cache("tmp")?)?;
+        let images = directory.path().join("images");
+        fs::create_dir(&images)?;
+        Ok(Self {
+            directory,
+            images,
+            tool,
+            list: std::cell::RefCell::default(),
+        })
+    }
+
+    fn all(&self, base: &Path) -> Result<()> {
+        for name in ["debian", "python", "nginx"] {
+            cmd::step(format_args!(
+                "making the image {name} with {TOOL} in it (umoci)"
+            ));
+            self.copied(base, name)?;
+        }
+        cmd::step("making images from these with other tools");
+        self.buildah()?;
+        self.single_layer()?;
+        self.distroless()?;
+        self.own_writer()?;
+        self.skopeo()?;
+        cmd::step("making images of odd and of many files");
+        self.many_layers()?;
+        self.small_files()?;
+        self.large_file()?;
+        self.odd_files()
+    }
+
+    /// Notes an image and what umoci makes of it. `layout` is that of the same image.
+    fn note(&self, name: &str, reference: &str, layout: &str) -> Result<()> {
+        let bundle = self.directory.path().join("bundle");
+        paths::remove(&bundle)?;
+        let image = format!("{layout}:latest");
+        self.umoci(&["unpack", "--image", &image], &[&bundle])?;
+        let tree = fs::File::create(self.images.join(format!("{name}.tree")))?;
+        let mut list = Command::new(&self.tool);
+        cmd::check(list.arg(bundle.join("rootfs")).stdout(tree))?;
+        self.list.borrow_mut().push(format!("{name} {reference}\n"));
+        paths::remove(&bundle)
+    }
+
+    /// An image of the other tests, with the tool in a layer of its own.
+    fn copied(&self, base: &Path, name: &str) -> Result<()> {
+        self.run("cp", &["-a"], &[&base.join(name), &self.images])?;
+        self.finish(name)
+    }
+
+    /// Adds the tool to an image of one of our layouts.
+    fn finish(&self, name: &str) -> Result<()> {
+        let image = format!("{name}:latest");
+        self.umoci(
+            &["insert", "--image", &image],
+            &[&self.tool, Path::new("/sm-tree")],
+        )?;
+        self.umoci(&["gc", "--layout", name], &[])?;
+        self.note(name, &format!("oci:{name}:latest"), name)
+    }
+
+    /// A layout with an image of no layers.
+    fn empty(&self, name: &str) -> Result<()> {
+        self.umoci(&["init", "--layout", name], &[])?;
+        self.umoci(&["new", "--image", &format!("{name}:latest")], &[])
+    }
+
+    fn add_layer(&self, name: &str, tar: &Path) -> Result<()> {
+        let image = format!("{name}:latest");
+        self.umoci(&["raw", "add-layer", "--image", &image], &[tar])
+    }
+
+    /// Makes a directory a layer, by GNU tar.
+    fn add_directory(&self, name: &str, root: &Path) -> Result<()> {
+        let tar = self.directory.path().join("layer.tar");
+        let mut command = cmd::command("tar", ["--format=pax", "--sort=name"]);
+        command
+            .args(["--xattrs", "--xattrs-include=*", "--numeric-owner", "-C"])
+            .arg(root)
+            .arg("-cf")
+            .arg(&tar)
+            .arg(".");
+        cmd::check(&mut command)?;
+        self.add_layer(name, &tar)?;
+        paths::remove(&tar)
+    }
+
+    /// Two layers by buildah: files added, changed and removed.
+    fn buildah(&self) -> Result<()> {
+        let storage = self.directory.path().join("containers");
+        let (root, run) = (storage.join("root"), storage.join("run"));
+        let layout = self.images.join("buildah");
+        let buildah = |arguments: &[&str]| -> Result<String> {
+            let mut command = cmd::command("buildah", ["--storage-driver", "vfs"]);
+            command.arg("--root").arg(&root).arg("--runroot").arg(&run);
+            cmd::text(command.args(arguments).stderr(Stdio::null()))
+        };
+        let first = buildah(&["from", "scratch"])?;
+        let first = first.trim();
+        let mounted = PathBuf::from(buildah(&["mount", first])?.trim());
+        fixtures::busybox_tree(&mounted)?;
+        fs::create_dir_all(mounted.join("srv/old"))?;
+        fs::write(mounted.join("srv/old/gone"), "gone")?;
+        fs::write(mounted.join("srv/changed"), "1")?;
+        buildah(&["umount", first])?;
+        buildah(&["commit", "--quiet", first, "first"])?;
+        let second = buildah(&["from", "--pull-never", "localhost/first"])?;
+        let second = second.trim();
+        let mounted = PathBuf::from(buildah(&["mount", second])?.trim());
+        fs::remove_dir_all(mounted.join("srv/old"))?;
+        fs::write(mounted.join("srv/changed"), "2")?;
+        fs::write(mounted.join("srv/new"), "new")?;
+        buildah(&["umount", second])?;
+        let target = format!("oci:{}:latest", layout.display());
+        buildah(&["commit", "--quiet", second, &target])?;
+        self.finish("buildah")
+    }
+
+    /// All of Debian in one layer, as kaniko with `--single-snapshot` writes it.
+    fn single_layer(&self) -> Result<()> {
+        let bundle = self.directory.path().join("whole");
+        self.umoci(&["unpack", "--image", "debian:latest"], &[&bundle])?;
+        self.empty("single")?;
+        self.add_directory("single", &bundle.join("rootfs"))?;
+        paths::remove(&bundle)?;
+        self.finish("single")
+    }
+
+    /// No shell, no package manager: what a static program needs, and no more.
+    fn distroless(&self) -> Result<()> {
+        let root = self.directory.path().join("distroless");
+        for name in [
+            "etc/ssl/certs",
+            "home/nonroot",
+            "tmp",
+            "usr/bin",
+            "usr/lib",
+            "var/lib",
+        ] {
+            fs::create_dir_all(root.join(name))?;
+        }
+        for name in ["bin", "lib"] {
+            std::os::unix::fs::symlink(format!("usr/{name}"), root.join(name))?;
+        }
+        fs::write(
+            root.join("etc/passwd"),
+            "nonroot:x:65532:65532::/home/nonroot:\n",
+        )?;
+        fs::write(root.join("etc/group"), "nonroot:x:65532:\n")?;
+        fs::write(root.join("etc/os-release"), "ID=distroless-like\n")?;
+        self.run(
+            "chown",
+            &["-R", "65532:65532"],
+            &[&root.join("home/nonroot")],
+        )?;
+        self.run("chmod", &["1777"], &[&root.join("tmp")])?;
+        self.empty("distroless")?;
+        self.add_directory("distroless", &root)?;
+        self.finish("distroless")
+    }
+
+    /// By the writer of `sm-image`.
+    fn own_writer(&self) -> Result<()> {
+        let root = self.directory.path().join("own");
+        fixtures::busybox_tree(&root)?;
+        let mut make = cargo(["run", "--quiet", "--locked", "-p", "sm-image", "--example"]);
+        make.args(["mkimage", "--"])
+            .arg(self.images.join("own"))
+            .arg("latest")
+            .arg(&root)
+            .stdout(Stdio::null());
+        cmd::check(&mut make)?;
+        self.finish("own")
+    }
+
+    /// The same images as skopeo writes them: Docker's archive, an archive of a
+    /// layout, and layers compressed by Zstandard.
+    fn skopeo(&self) -> Result<()> {
+        let copy = |arguments: &[&str]| {
+            self.run("skopeo", &[&["copy", "--quiet"], arguments].concat(), &[])
+        };
+        copy(&[
+            "oci:debian:latest",
+            "docker-archive:debian.tar:team/debian:v1",
+        ])?;
+        self.note("docker-archive", "docker-archive:debian.tar", "debian")?;
+        copy(&["oci:nginx:latest", "oci-archive:nginx.oci.tar:latest"])?;
+        self.note("oci-archive", "oci-archive:nginx.oci.tar:latest", "nginx")?;
+        copy(&[
+            "--dest-compress",
+            "--dest-compress-format",
+            "zstd",
+            "oci:python:latest",
+            "oci:zstd:latest",
+        ])?;
+        self.note("zstd", "oci:zstd:latest", "python")
+    }
+
+    fn umoci(&self, arguments: &[&str], paths: &[&Path]) -> Result<()> {
+        self.run("umoci", arguments, paths)
+    }
+
+    fn run(&self, program: &str, arguments: &[&str], paths: &[&Path]) -> Result<()> {
+        let mut command = Command::new(program);
+        command
+            .args(arguments)
+            .args(paths)
+            .current_dir(&self.images)
+            .stdout(Stdio::null());
+        cmd::check(&mut command)
+    }
+}
