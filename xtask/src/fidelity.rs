@@ -26,7 +26,7 @@ pub(crate) const PACKAGES: [&str; 6] = [
     "umoci",
 ];
 /// Part of the cache's name: raise it when the images change.
-const RECIPE: &str = "1";
+const RECIPE: &str = "2";
 const TOOL: &str = "sm-tree";
 
 /// Directory of the images, with a file `list`: a name and a reference relative to the
@@ -163,7 +163,7 @@ impl Workshop {
             .arg(".");
         cmd::check(&mut command)?;
         self.add_layer(name, &tar)?;
-        paths::remove(&tar)
+        fs::remove_file(&tar).context("cannot remove a tar file")
     }
 
     /// Two layers by buildah: files added, changed and removed.

@@ -51,7 +51,10 @@ fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
         }
         Invocation::Kernel { stock: false } => println!("{}", kernel::tuned(&apt)?.display()),
         Invocation::Kernel { stock: true } => println!("{}", stock::kernel(&apt)?.display()),
-        Invocation::Fixtures => println!("{}", fixtures::make(&apt)?.display()),
+        Invocation::Fixtures => {
+            println!("{}", fixtures::make(&apt)?.display());
+            println!("{}", fidelity::make(&apt)?.display());
+        }
         Invocation::Lab(job) => {
             let lab = lab::prepare(&apt)?;
             let status = lab::run(&lab, &job, &lab::Output::Inherit)?;

@@ -130,7 +130,7 @@ impl Workshop {
             setfattr -n user.long -v $(head -c 2500 /dev/zero | tr '\\0' v) user
             echo x >trusted; setfattr -n trusted.t -v secret trusted
             for n in 1 2 3 4 5 6 7 8 9; do echo $n >label-$n
-            setfattr -n security.selinux -v system_u:object_r:bin_t:s0 label-$n; done
+            setfattr -n user.label -v system_u:object_r:bin_t:s0 label-$n; done
             mkdir dir; setfattr -n user.d -v dir dir",
             &root,
         )?;

@@ -1,0 +1,147 @@
+//! `sm` is killed at any moment while it pulls, converts and removes: the next one
+//! finds a store in which nothing is by half, and finishes; nothing is left over.
+#![allow(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use sm_image::{Compression, Config, LayoutBuilder, MemoryFile};
+
+const KILLS: usize = 100;
+
+struct Somebody(tempfile::TempDir);
+
+impl Somebody {
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sm"));
+        command
+            .args(arguments)
+            .env("HOME", self.0.path())
+            .env("XDG_DATA_HOME", self.path("data"))
+            .env("XDG_RUNTIME_DIR", self.path("run"));
+        command
+    }
+
+    #[track_caller]
+    fn sm(&self, arguments: &[&str]) -> Output {
+        let output = self.command(arguments).output().unwrap();
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+        output
+    }
+
+    /// An image of four layers that share nothing.
+    fn image(&self, name: &str, seed: u8) -> String {
+        let layout = self.path(name);
+        let mut image = LayoutBuilder::new(&layout, Compression::Gzip(1)).unwrap();
+        for layer in 0..4u8 {
+            let noise = (0..1_500_000u32).map(|n| {
+                let mixed = n.wrapping_mul(2_654_435_761) >> 13;
+                mixed.to_le_bytes()[0] ^ layer ^ seed
+            });
+            let large = MemoryFile::File(noise.collect());
+            let small = MemoryFile::File(vec![seed; 100]);
+            let files = [("large", 0o644, large), ("small", 0o644, small)];
+            image.memory_layer(&files).unwrap();
+        }
+        image.finish("latest", Config::default()).unwrap();
+        format!("oci:{}", layout.display())
+    }
+
+    /// Files of the store below `part`, with their sizes on disk.
+    fn files(&self, part: &str) -> BTreeSet<(PathBuf, u64)> {
+        fn visit(path: &Path, found: &mut BTreeSet<(PathBuf, u64)>) {
+            for entry in fs::read_dir(path).into_iter().flatten().flatten() {
+                let meta = entry.metadata().unwrap();
+                match meta.is_dir() {
+                    true => visit(&entry.path(), found),
+                    false => drop(found.insert((entry.path(), meta.blocks() * 512))),
+                }
+            }
+        }
+        let mut found = BTreeSet::new();
+        visit(&self.path("data/sm/images").join(part), &mut found);
+        found
+    }
+}
+
+/// Numbers that differ from run to run, printed when something fails.
+fn random(state: &mut u64) -> u64 {
+    *state ^= *state << 13;
+    *state ^= *state >> 7;
+    *state ^= *state << 17;
+    *state
+}
+
+#[test]
+fn nothing_is_by_half_after_a_hundred_kills() {
+    let somebody = Somebody(tempfile::tempdir().unwrap());
+    let images = [somebody.image("one", 1), somebody.image("two", 2)];
+    let [one, two] = [0, 1].map(|n: usize| images[n].as_str());
+    // How long the longest takes here and now, to kill at moments all over it.
+    let begun = Instant::now();
+    somebody.sm(&["pull", one]);
+    let whole = begun.elapsed();
+    somebody.sm(&["image", "prune", "--all", "--force"]);
+    assert!(somebody.files("layers").is_empty(), "where the store is");
+
+    let seed = rustix::time::clock_gettime(rustix::time::ClockId::Realtime).tv_nsec;
+    let mut state = u64::try_from(seed).unwrap() | 1;
+    let mut killed = 0;
+    for round in 0..KILLS {
+        let doing: &[&str] = match random(&mut state) % 5 {
+            0 | 1 => &["pull", one],
+            2 => &["pull", two],
+            3 => &["rmi", one],
+            _ => &["image", "prune", "--all", "--force"],
+        };
+        let mut child = somebody
+            .command(doing)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let moment = random(&mut state) % u64::try_from(whole.as_micros()).unwrap();
+        std::thread::sleep(Duration::from_micros(moment));
+        child.kill().unwrap();
+        killed += usize::from(child.wait().unwrap().code().is_none());
+
+        // What is listed is whole.
+        let context = format!("round {round}, {doing:?} killed after {moment} us");
+        let verified = somebody.command(&["image", "verify"]).output().unwrap();
+        assert!(verified.status.success(), "{context}: {verified:?}");
+        if round % 5 == 4 {
+            somebody.sm(&["pull", one]);
+            somebody.sm(&["pull", two]);
+            somebody.sm(&["image", "verify", one, two]);
+            // Who came next has thrown away what was being made.
+            assert!(somebody.files("tmp").is_empty(), "{context}");
+        }
+    }
+    assert!(killed >= KILLS / 4, "{killed} of {KILLS} were in time");
+    // Nothing is left of all that but what the images need.
+    somebody.sm(&["pull", one]);
+    somebody.sm(&["pull", two]);
+    let names = |files: BTreeSet<(PathBuf, u64)>| files.into_iter().map(|(path, _)| path);
+    let store: BTreeSet<_> = names(somebody.files("")).collect();
+    somebody.sm(&["image", "prune"]);
+    let pruned: BTreeSet<_> = names(somebody.files("")).collect();
+    let left: Vec<_> = store
+        .difference(&pruned)
+        .filter(|path| !path.starts_with(somebody.path("data/sm/images/locks")))
+        .collect();
+    // A layer whose image was not finished may wait for the next attempt.
+    let blobs = left.iter().filter(|path| path.ends_with("blob")).count();
+    assert!(blobs <= 1, "{left:?}");
+    somebody.sm(&["image", "prune", "--all", "--force"]);
+    for part in ["layers", "disks", "blobs", "refs", "tmp"] {
+        assert!(somebody.files(part).is_empty(), "{part}");
+    }
+}
