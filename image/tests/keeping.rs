@@ -157,7 +157,7 @@ fn all_images_of_an_archive_are_loaded() {
     let docker = home.path("docker.tar");
     let target = format!("docker-archive:{}:name/in-it:v9", docker.display());
     tool("skopeo", &["copy", "--quiet", &reference, &target]);
-    let loaded = load(&fs::read(&docker).unwrap()).unwrap();
+    let loaded = again.store.load_file(&docker, &options).unwrap();
     assert_eq!(loaded[0].names, ["name/in-it:v9"]);
     let verified = again.store.verify("name/in-it:v9", false).unwrap();
     assert!(verified.problems.is_empty(), "{verified:?}");

@@ -66,10 +66,7 @@ pub(crate) fn load(home: &Home, args: &LoadArgs, printer: &Printer) -> Result<u3
         ..PullOptions::default()
     };
     let loaded = match &args.input {
-        Some(path) => {
-            let file = File::open(path).with_context(|| format!("cannot read {path:?}"))?;
-            image::load(home, file, &path.to_string_lossy(), &options)
-        }
+        Some(path) => image::load_file(home, path, &options),
         None if io::stdin().is_terminal() => {
             return Err(anyhow!(
                 "an archive is not typed in: name a file with --input, or redirect standard input"

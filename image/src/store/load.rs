@@ -1,6 +1,7 @@
 //! Images from archives that come as a stream.
 
 use std::io::Read;
+use std::path::Path;
 
 use rustix::fs::FlockOperation;
 use serde::Serialize;
@@ -37,14 +38,29 @@ impl Store {
         place: &str,
         options: &PullOptions<'_>,
     ) -> Result<Vec<Loaded>, Error> {
+        self.load_bundle(options, |session| Bundle::read(stream, place, session))
+    }
+
+    /// Like [`Self::load`], from a file, which need not be copied to be read.
+    ///
+    /// # Errors
+    /// Likewise.
+    pub fn load_file(&self, path: &Path, options: &PullOptions<'_>) -> Result<Vec<Loaded>, Error> {
+        self.load_bundle(options, |session| Bundle::open(path, session))
+    }
+
+    fn load_bundle(
+        &self,
+        options: &PullOptions<'_>,
+        open: impl FnOnce(Session<'_>) -> Result<Bundle, Error>,
+    ) -> Result<Vec<Loaded>, Error> {
         let _in_use = self.lock(FlockOperation::LockShared)?;
         let scratch = self.root.join("tmp");
-        let session = Session {
+        let bundle = open(Session {
             scratch: &scratch,
             cancel: &options.cancel,
             notice: &|text| (options.report)(Progress::Notice(text)),
-        };
-        let bundle = Bundle::read(stream, place, session)?;
+        })?;
         let mut loaded = Vec::new();
         for (number, names) in bundle.images()?.into_iter().enumerate() {
             let source = bundle.source(number);

@@ -10,8 +10,8 @@ pub use sm_image::{
 use sm_image::{ImageConfiguration, Reference, Store, StoredImage};
 
 pub use self::store::{
-    import, inspect, is_stored, keep_within, list, load, prune, push, remove, save, tag, usage,
-    verify,
+    import, inspect, is_stored, keep_within, list, load, load_file, prune, push, remove, save, tag,
+    usage, verify,
 };
 
 use crate::Error as RuntimeError;

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
+use std::path::Path;
 
 use sm_image::{
     Config, Digest, DockerReference, ImageDetails, ImageSummary, Loaded, Platform, PruneOptions,
@@ -93,6 +94,18 @@ pub fn load(
     options: &PullOptions<'_>,
 ) -> Result<Vec<Loaded>, Error> {
     Ok(store(home)?.load(stream, place, options)?)
+}
+
+/// Like [`load`], from a file, which need not be copied to be read.
+///
+/// # Errors
+/// Likewise.
+pub fn load_file(
+    home: &Home,
+    path: &Path,
+    options: &PullOptions<'_>,
+) -> Result<Vec<Loaded>, Error> {
+    Ok(store(home)?.load_file(path, options)?)
 }
 
 /// Brings an image, by the name that it has in the store, into the registry that
