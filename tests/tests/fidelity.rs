@@ -46,8 +46,8 @@ fn compare(name: &str, seen: &str, expected: &str) {
         .map(|(path, _)| *path)
         .collect();
     expected.retain(|path, _| {
-        let inside = |mount: &&str| path == *mount || path.starts_with(&format!("{mount}/"));
-        !mounted.iter().any(|mount| inside(&mount))
+        let inside = |mount: &str| *path == mount || path.starts_with(&format!("{mount}/"));
+        !mounted.iter().any(|mount| inside(mount))
     });
     let parents: Vec<_> = mounted.iter().map(|mount| parent(mount)).collect();
     let mut count = 0;

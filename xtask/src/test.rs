@@ -225,7 +225,8 @@ fn test_binaries(apt: &Apt) -> Result<Vec<PathBuf>> {
         })
         .collect();
     names.sort();
-    let mut build = cargo(["test", "-p", "sm-e2e", "--no-run", "--message-format=json"]);
+    let mut build = cargo(["test", "-p", "sm-e2e", "--no-run"]);
+    build.arg("--message-format=json-render-diagnostics");
     for name in &names {
         build.args(["--test", name]);
     }
