@@ -2,21 +2,34 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::fs::{CWD, FileType, Mode, OFlags, RenameFlags, fstat, lstat, open, renameat_with};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
 use crate::Error;
 
-/// What tells one file from another that takes its name.
-type Identity = (u64, u64);
+/// A file, whatever its name is by now. It is held, so that no other file is given
+/// its inode number as long as names are compared with it.
+#[derive(Debug)]
+struct Held(OwnedFd);
 
-fn identity(meta: &fs::Metadata) -> Identity {
-    (meta.dev(), meta.ino())
+impl Held {
+    fn of(path: &Path) -> io::Result<Self> {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        Ok(Self(open(path, flags, Mode::empty())?))
+    }
+
+    fn is_at(&self, path: &Path) -> bool {
+        let (Ok(held), Ok(there)) = (fstat(&self.0), lstat(path)) else {
+            return false;
+        };
+        (held.st_dev, held.st_ino) == (there.st_dev, there.st_ino)
+    }
 }
 
 /// The path of a listening socket. Dropping it unlinks the socket, unless
@@ -24,13 +37,12 @@ fn identity(meta: &fs::Metadata) -> Identity {
 #[derive(Debug)]
 pub(crate) struct Place {
     path: PathBuf,
-    socket: Identity,
+    socket: Held,
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let ours = fs::symlink_metadata(&self.path).map(|meta| identity(&meta) == self.socket);
-        if ours.unwrap_or(false) {
+        if self.socket.is_at(&self.path) {
             let _ = fs::remove_file(&self.path);
         }
     }
@@ -58,7 +70,7 @@ pub(crate) fn listen(frontend: &'static str, path: &Path) -> Result<(UnixListene
 /// A socket that listens where nobody finds it.
 struct Made {
     listener: UnixListener,
-    socket: Identity,
+    socket: Held,
     inside: PathBuf,
     _private: tempfile::TempDir,
 }
@@ -70,7 +82,7 @@ fn make(path: &Path) -> io::Result<Made> {
     let listener = UnixListener::bind(&inside)?;
     listener.set_nonblocking(true)?;
     fs::set_permissions(&inside, fs::Permissions::from_mode(0o600))?;
-    let socket = identity(&fs::symlink_metadata(&inside)?);
+    let socket = Held::of(&inside)?;
     Ok(Made {
         listener,
         socket,
@@ -122,21 +134,22 @@ impl Taken<'_> {
 
     /// The socket that may be replaced, if there is one; an error for anything
     /// else that is there.
-    fn look(&self) -> Result<Option<Identity>, Error> {
-        let meta = match fs::symlink_metadata(self.path) {
-            Ok(meta) => meta,
+    fn look(&self) -> Result<Option<Held>, Error> {
+        let held = match Held::of(self.path) {
+            Ok(held) => held,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(self.failed("look at")(error)),
         };
+        let stat = fstat(&held.0).map_err(|error| self.failed("look at")(error.into()))?;
         let (frontend, path) = (self.frontend, self.path.to_owned());
-        if !meta.file_type().is_socket() {
+        if FileType::from_raw_mode(stat.st_mode) != FileType::Socket {
             return Err(Error::NotASocket { frontend, path });
         }
-        if meta.uid() != rustix::process::geteuid().as_raw() {
+        if stat.st_uid != rustix::process::geteuid().as_raw() {
             return Err(Error::OtherUsers { frontend, path });
         }
         match self.call() {
-            Err(Errno::CONNREFUSED) => Ok(Some(identity(&meta))),
+            Err(Errno::CONNREFUSED) => Ok(Some(held)),
             // It has gone meanwhile.
             Err(Errno::NOENT) => Ok(None),
             // Somebody answers, or would if there were not so many others (AGAIN),
@@ -154,7 +167,7 @@ impl Taken<'_> {
     }
 
     /// Moves a socket to its place, where nothing is or what was judged stale.
-    fn put(&self, made: &Made, stale: Option<Identity>) -> Result<(), Error> {
+    fn put(&self, made: &Made, stale: Option<Held>) -> Result<(), Error> {
         let failed = |error: Errno| match error {
             Errno::EXIST => self.in_use(),
             error => self.failed("put a socket at")(error.into()),
@@ -165,8 +178,7 @@ impl Taken<'_> {
         match renameat_with(CWD, &made.inside, CWD, self.path, RenameFlags::EXCHANGE) {
             Ok(()) => {
                 // What was there is where ours was made.
-                let replaced = fs::symlink_metadata(&made.inside).map(|meta| identity(&meta));
-                if replaced.ok() == Some(stale) {
+                if stale.is_at(&made.inside) {
                     return Ok(());
                 }
                 // Somebody else came first: as it was.
@@ -178,7 +190,7 @@ impl Taken<'_> {
             Err(Errno::NOENT) => move_to_free(&made.inside, self.path).map_err(failed),
             // A file system that cannot exchange.
             Err(Errno::INVAL | Errno::NOSYS) => {
-                if self.look()? == Some(stale) {
+                if self.look()?.is_some() && stale.is_at(self.path) {
                     fs::remove_file(self.path).map_err(self.failed("replace"))?;
                 }
                 move_to_free(&made.inside, self.path).map_err(failed)
