@@ -19,20 +19,26 @@
 //!
 //! There is one backend so far, [`kvm`] on x86_64 Linux; the seam itself builds
 //! on every host. What a backend must do is written down as the tests in
-//! `tests/conformance`, which are generic over it. The feature `fake` adds
-//! `fake::FakeHypervisor`, which plays a script, for tests of what stands above.
+//! `tests/conformance`, which are generic over it. The feature `testing`
+//! adds `fake::FakeHypervisor`, which plays a script, for tests of what stands above.
 #![warn(missing_docs)]
 
 mod bus;
 mod caps;
 mod error;
-#[cfg(any(feature = "fake", test))]
+#[cfg(any(feature = "testing", test))]
 pub mod fake;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 pub mod kvm;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 mod probe;
 pub mod state;
+#[cfg(all(
+    any(feature = "testing", test),
+    target_os = "linux",
+    target_arch = "x86_64"
+))]
+pub mod testing;
 mod traits;
 
 pub use bus::Bus;

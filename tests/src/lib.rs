@@ -16,7 +16,7 @@
 )]
 
 use std::ffi::OsStr;
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::OnceLock;
@@ -26,6 +26,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 mod terminal;
+pub mod tiny;
 
 pub use terminal::Terminal;
 
@@ -218,6 +219,24 @@ impl Vm<'_> {
         let mut all = vec!["exec", &self.name];
         all.extend_from_slice(arguments);
         self.home.sm(&all)
+    }
+
+    /// Waits until its workload has written `words`.
+    ///
+    /// # Panics
+    /// When it ends without.
+    #[track_caller]
+    pub fn until_it_says(&self, words: &str) {
+        let mut logs = self.home.command(&["logs", "-f", &self.name]);
+        let mut logs = Reaped(logs.spawn().expect("sm can be started"));
+        let mut output = logs.0.stdout.take().expect("stdout is piped");
+        let (mut seen, mut buffer) = (Vec::new(), [0; 4096]);
+        while !String::from_utf8_lossy(&seen).contains(words) {
+            let count = output.read(&mut buffer).expect("output can be read");
+            let text = String::from_utf8_lossy(&seen);
+            assert_ne!(count, 0, "it ended without {words:?}: {text:?}");
+            seen.extend_from_slice(&buffer[..count]);
+        }
     }
 
     /// Waits for its end by following its log, and returns what `inspect` says.

@@ -29,7 +29,7 @@ fn main() -> ExitCode {
             std::panic::catch_unwind(test).map_err(|_| Failed::from("it panicked, see above"))
         })
     };
-    let tests = vec![
+    let mut tests = vec![
         trial("a_workload_runs_and_tells_how_it_ended", workload),
         trial("commands_run_beside_it", exec),
         trial("input_and_output_are_streams", streams),
@@ -37,7 +37,13 @@ fn main() -> ExitCode {
         trial("forks_are_distinct_and_can_be_reset", fork_and_reset),
         trial("mistakes_are_errors_that_tell", mistakes),
     ];
-    libtest_mimic::run(&Arguments::from_args(), tests).exit_code()
+    // Any number of names, as other test programs take.
+    let (options, names): (Vec<_>, Vec<_>) =
+        std::env::args().partition(|word| word.starts_with('-'));
+    let names = names.get(1..).unwrap_or_default();
+    tests.retain(|test| names.is_empty() || names.iter().any(|name| test.name().contains(name)));
+    let arguments = Arguments::from_iter(std::iter::once("api".to_owned()).chain(options));
+    libtest_mimic::run(&arguments, tests).exit_code()
 }
 
 fn home() -> &'static Home {

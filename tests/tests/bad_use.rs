@@ -5,6 +5,8 @@
     reason = "a failed expectation is a failed test"
 )]
 
+use std::process::Command;
+
 use sm_e2e::{Done, Home, image, unique};
 
 fn says(done: Done, code: i32, words: &[&str]) {
@@ -13,6 +15,22 @@ fn says(done: Done, code: i32, words: &[&str]) {
         assert!(done.err().contains(word), "no {word:?} in: {}", done.err());
     }
     assert!(!done.err().contains("panicked"), "{}", done.err());
+}
+
+/// Runs `inner` in a mount namespace of its own, after `set_up`.
+fn elsewhere(set_up: &str, inner: &Command) -> Done {
+    let mut command = Command::new("unshare");
+    command
+        .args(["-m", "sh", "-c", &format!("{set_up} && exec \"$@\""), "sh"])
+        .arg(inner.get_program())
+        .args(inner.get_args());
+    for (name, value) in inner.get_envs() {
+        match value {
+            Some(value) => command.env(name, value),
+            None => command.env_remove(name),
+        };
+    }
+    command.output().expect("unshare can be started").into()
 }
 
 #[test]
@@ -50,20 +68,26 @@ fn a_taken_name_is_said_to_be_taken() {
 }
 
 #[test]
-fn a_missing_kernel_says_how_to_get_one() {
-    let home = Home::new();
-    let output = home
-        .command(&[
-            "run",
-            "--rm",
-            "--kernel",
-            "/no/kernel",
-            &image("busybox"),
-            "true",
-        ])
-        .output()
-        .unwrap();
-    says(output.into(), 125, &["/no/kernel"]);
+fn a_kernel_that_is_not_there_is_named() {
+    let home = Home::shared();
+    let image = image("busybox");
+    let done = home.sm(&["run", "--rm", "--kernel", "/no/kernel", &image, "true"]);
+    says(
+        done,
+        125,
+        &["cannot use kernel \"/no/kernel\"", "No such file"],
+    );
+}
+
+#[test]
+fn without_any_kernel_the_sentence_says_how_to_get_one() {
+    let (home, empty) = (Home::new(), tempfile::tempdir().unwrap());
+    let mut sm = home.command(&["run", "--rm", &image("busybox"), "true"]);
+    sm.env_remove("SM_KERNEL")
+        .env("XDG_CACHE_HOME", empty.path());
+    let done = elsewhere("mount -t tmpfs none /boot", &sm);
+    let ways = ["sm kernel build", "sm kernel use PATH", "--kernel PATH"];
+    says(done, 125, &[&["no guest kernel found"], &ways[..]].concat());
 }
 
 #[test]
@@ -96,22 +120,45 @@ fn an_unknown_machine_is_named() {
     }
 }
 
+/// Other devices that a process cannot do without.
+const EMPTY_DEV: &str = "mount -t tmpfs none /dev && mknod /dev/null c 1 3 && chmod 666 /dev/null";
+
 #[test]
-fn without_a_device_the_sentence_says_so() {
-    // In a mount namespace of its own, with /dev/kvm hidden.
-    let home = Home::shared();
-    let script = "mount --bind /dev/null /dev/kvm && exec \"$@\"";
-    let inner = home.command(&["run", "--rm", &image("busybox"), "true"]);
-    let mut command = std::process::Command::new("unshare");
-    command
-        .args(["-m", "sh", "-c", script, "sh"])
-        .arg(inner.get_program())
-        .args(inner.get_args());
-    for (key, value) in inner.get_envs() {
-        if let Some(value) = value {
-            command.env(key, value);
-        }
+fn without_a_device_the_sentence_says_what_to_do() {
+    let sm = Home::shared().command(&["run", "--rm", &image("busybox"), "true"]);
+    let done = elsewhere(EMPTY_DEV, &sm);
+    says(
+        done,
+        125,
+        &[
+            "there is no /dev/kvm",
+            "load the kvm_intel or kvm_amd module",
+        ],
+    );
+}
+
+#[test]
+fn without_permission_the_sentence_names_the_group() {
+    // Of user and group 1, which are "daemon" on every Debian; and root is bound by
+    // permissions without these capabilities.
+    let device = "mknod -m 660 /dev/kvm c 10 232 && chown 1:1 /dev/kvm";
+    let sm = Home::shared().command(&["run", "--rm", &image("busybox"), "true"]);
+    let mut bound = Command::new("setpriv");
+    bound
+        .arg("--bounding-set=-dac_override,-dac_read_search")
+        .arg(sm.get_program())
+        .args(sm.get_args());
+    for (name, value) in sm.get_envs() {
+        bound.env(name, value.unwrap_or_default());
     }
-    let output = command.output().unwrap();
-    says(output.into(), 125, &["/dev/kvm"]);
+    let done = elsewhere(&format!("{EMPTY_DEV} && {device}"), &bound);
+    let action = "add this user to the group that owns it (daemon)";
+    says(done, 125, &["no permission to open /dev/kvm", action]);
+}
+
+#[test]
+fn a_device_that_is_no_hypervisor_is_told_from_none() {
+    let sm = Home::shared().command(&["run", "--rm", &image("busybox"), "true"]);
+    let done = elsewhere("mount --bind /dev/null /dev/kvm", &sm);
+    says(done, 125, &["/dev/kvm cannot be used"]);
 }

@@ -119,8 +119,8 @@ fn stop_asks_first() {
     let home = Home::shared();
     let script = "trap 'echo bye; exit 4' TERM; echo up; while :; do sleep 0.1; done";
     let vm = home.detached(&[&image("busybox"), "sh", "-c", script]);
-    home.sm(&["exec", &vm.name, "true"]).exits(0);
-    home.sm(&["stop", "-t", "20", &vm.name]).exits(0);
+    vm.until_it_says("up");
+    home.sm(&["stop", "-t", "60", &vm.name]).exits(0);
     let out = home.sm(&["logs", &vm.name]).exits(0).out();
     assert_eq!(out, "up\nbye\n");
     assert_eq!(vm.inspect()["state"]["exit_code"], 4);
@@ -168,9 +168,36 @@ fn a_guest_panic_is_reported_with_its_last_words() {
         "echo 1 > /proc/sys/vm/panic_on_oom; exec tail /dev/zero",
     ]);
     let state = vm.wait()["state"].clone();
-    let text = state.to_string();
-    assert!(text.contains("Kernel panic"), "{text}");
-    assert_ne!(state["exit_code"], 0);
+    assert_eq!(state["exit_code"], 125, "{state}");
+    assert_eq!(state["exit"]["reason"], "guest_failed", "{state}");
+    let message = state["exit"]["message"].as_str().unwrap();
+    let (what, console) = message.split_once('\n').expect("several lines");
+    assert!(
+        what.contains("the guest's kernel panicked: Kernel panic - not syncing: Out of memory"),
+        "{message}"
+    );
+    let (head, tail) = console.split_once('\n').expect("a console");
+    assert_eq!(head, "Last lines of the guest's console:", "{message}");
+    let console = home.sm(&["logs", "--console", &vm.name]).exits(0).out();
+    let last = |text: &str| text.lines().last().unwrap_or_default().trim().to_owned();
+    assert!(tail.lines().count() > 5, "{message}");
+    assert_eq!(last(tail), last(console.trim_end()), "{message}");
+}
+
+#[test]
+fn a_triple_fault_is_reported_with_the_guests_last_words() {
+    let dir = tempfile::tempdir().unwrap();
+    let kernel = sm_e2e::tiny::triple_faulting_kernel(dir.path(), "first words\nlast words\n");
+    let kernel = kernel.to_str().unwrap();
+    let image = image("busybox");
+    let run = ["run", "--rm", "--kernel", kernel, &image, "true"];
+    let error = Home::shared().sm(&run).exits(125).err();
+    assert!(error.contains("triple fault"), "{error}");
+    let (_, console) = error
+        .split_once("Last lines of the guest's console:\n")
+        .expect("the console");
+    let lines: Vec<_> = console.lines().map(str::trim).collect();
+    assert_eq!(lines, ["first words", "last words"], "{error}");
 }
 
 #[test]

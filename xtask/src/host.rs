@@ -1,12 +1,21 @@
 //! What this host can do.
 
+use std::fs::OpenOptions;
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use serde_json::Value;
 
 use crate::apt::Apt;
+
+/// Whether there is a `/dev/kvm` to be used at all.
+pub(crate) fn open_kvm() -> Result<()> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true);
+    options.open("/dev/kvm").context("cannot open /dev/kvm")?;
+    Ok(())
+}
 
 /// Why guests cannot run here, in a sentence; `None` where they can.
 ///

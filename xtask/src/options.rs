@@ -17,7 +17,7 @@ Developer commands of sm: cargo xtask COMMAND
 
   demo        build everything and run a container image as a microVM
   test        all tests: unit tests here, end-to-end tests where KVM runs Linux
-              [--unit | --e2e] [--lab] [--debug] [-- NAME...]
+              [--unit | --e2e] [--lab] [--debug] [NAME...: end-to-end tests only]
   ci          fmt, clippy, doc, test: what .ci/run calls
   build       sm with its guest agent (release) [--debug]
   kernel      the tuned guest kernel, built once [--stock: the distribution's]

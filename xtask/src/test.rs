@@ -70,6 +70,12 @@ pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
             cmd::note("not root: image disks are not mounted and compared");
             tests.env("SM_IMAGE_NO_MOUNT", "1");
         }
+        if let Err(error) = host::open_kvm() {
+            cmd::note(format_args!(
+                "{error}: what needs a hypervisor is left out here and runs in the lab only"
+            ));
+            tests.env("SM_TEST_WITHOUT_KVM", "1");
+        }
         let result = cmd::check(&mut tests);
         results.push(("unit and property tests", started.elapsed(), result));
     }
@@ -99,11 +105,12 @@ pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
 fn end_to_end(apt: &Apt, wanted: &Wanted) -> Result<()> {
     let sm = build::sm(apt, wanted.profile)?;
     let environment = environment(apt, &sm)?;
-    let tests = test_binaries(apt)?;
+    let mut tests = end_to_end_programs(apt)?;
     let here = host::why_not_here(&sm)?;
     match here {
         None if !wanted.force_lab => {
             cmd::step("end-to-end tests on this host's KVM");
+            let tests = matching(tests, &wanted.names)?;
             let failed = tests.iter().filter(|test| {
                 !Command::new(test)
                     .args(&wanted.names)
@@ -120,6 +127,9 @@ fn end_to_end(apt: &Apt, wanted: &Wanted) -> Result<()> {
             let reason = reason.unwrap_or_else(|| "asked for by --lab".to_owned());
             cmd::step("end-to-end tests in the lab");
             cmd::note(reason);
+            // Of which this host's KVM, if any, has only seen tiny guests.
+            tests.extend(backend_programs()?);
+            let tests = matching(tests, &wanted.names)?;
             in_the_lab(apt, wanted, &tests, &environment)
         }
     }
@@ -213,8 +223,35 @@ fn environment(apt: &Apt, sm: &Path) -> Result<Vec<(String, String)>> {
     Ok(environment)
 }
 
+/// The programs that have a test whose name contains one of `names`; all if there are
+/// none.
+fn matching(programs: Vec<PathBuf>, names: &[String]) -> Result<Vec<PathBuf>> {
+    if names.is_empty() {
+        return Ok(programs);
+    }
+    let mut matching = Vec::new();
+    for program in programs {
+        let list = cmd::text(Command::new(&program).args(names).arg("--list"))?;
+        if list.lines().any(|line| line.ends_with(": test")) {
+            matching.push(program);
+        }
+    }
+    if matching.is_empty() {
+        bail!("no test's name contains {}", names.join(" or "));
+    }
+    Ok(matching)
+}
+
+/// Tests of single crates that take a hypervisor, to be run on the lab's as well.
+fn backend_programs() -> Result<Vec<PathBuf>> {
+    let mut build = cargo(["test", "--no-run", "--locked", "--message-format=json"]);
+    build.args(["-p", "sm-hypervisor", "--test", "conformance"]);
+    build.args(["-p", "sm-vmm-core", "--test", "machine_kvm"]);
+    built(&mut build, 2)
+}
+
 /// Builds the test programs of `sm-e2e` and returns their paths.
-fn test_binaries(apt: &Apt) -> Result<Vec<PathBuf>> {
+fn end_to_end_programs(apt: &Apt) -> Result<Vec<PathBuf>> {
     let agent = build::agent(apt)?;
     cmd::step("building the end-to-end tests");
     let mut names: Vec<_> = fs::read_dir(crate::paths::root().join("tests/tests"))?
@@ -231,13 +268,17 @@ fn test_binaries(apt: &Apt) -> Result<Vec<PathBuf>> {
         build.args(["--test", name]);
     }
     // The tests of the library are VMMs themselves.
+    built(build.env("SM_AGENT_BIN", agent), names.len())
+}
+
+/// Has cargo build test programs, `count` of them, and returns their paths.
+fn built(build: &mut Command, count: usize) -> Result<Vec<PathBuf>> {
     let output = build
-        .env("SM_AGENT_BIN", agent)
         .stderr(Stdio::inherit())
         .output()
         .context("cannot run cargo")?;
     if !output.status.success() {
-        bail!("the end-to-end tests do not build");
+        bail!("test programs do not build");
     }
     let found: Vec<PathBuf> = String::from_utf8_lossy(&output.stdout)
         .lines()
@@ -245,12 +286,8 @@ fn test_binaries(apt: &Apt) -> Result<Vec<PathBuf>> {
         .filter(|message| message["reason"] == "compiler-artifact")
         .filter_map(|message| message["executable"].as_str().map(PathBuf::from))
         .collect();
-    if found.len() != names.len() {
-        bail!(
-            "cargo built {} of {} test programs",
-            found.len(),
-            names.len()
-        );
+    if found.len() != count {
+        bail!("cargo built {} of {count} test programs", found.len());
     }
     Ok(found)
 }

@@ -2,7 +2,9 @@
 //!
 //! The checks are generic over [`sm_hypervisor::Hypervisor`]; at the bottom each
 //! is run on the backend of this host. They work on any `/dev/kvm`, also one
-//! that cannot run Linux; where there is none at all they say so and pass.
+//! that cannot run Linux; where there is none at all they fail, unless told to be
+//! left out ([`sm_hypervisor::testing::WITHOUT`]). `cargo xtask test` runs them in
+//! the lab, too.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 #![allow(
     clippy::cast_possible_truncation,
@@ -20,21 +22,13 @@ mod memory;
 mod smp;
 mod state;
 
-use sm_hypervisor::Hypervisor as _;
-use sm_hypervisor::kvm::Kvm;
-
-/// Opens the backend, or explains why the check is skipped.
-fn open() -> Option<Kvm> {
-    Kvm::open()
-        .map_err(|error| eprintln!("skipped: {error}"))
-        .ok()
-}
+use sm_hypervisor::testing::kvm;
 
 macro_rules! conformance {
     ($($check:path as $name:ident),* $(,)?) => {$(
         #[test]
         fn $name() {
-            if let Some(hypervisor) = open() {
+            if let Some(hypervisor) = kvm() {
                 $check(&hypervisor);
             }
         }

@@ -1,0 +1,135 @@
+use super::*;
+use crate::{Bus, IrqTrigger, MemoryRegion, Vcpu as _, VcpuSeed as _, Vm as _};
+
+/// Answers reads with the low byte of the address.
+struct Echo;
+
+impl Bus for Echo {
+    fn mmio_read(&self, address: u64, data: &mut [u8]) {
+        data.fill(address.to_le_bytes()[0]);
+    }
+    fn mmio_write(&self, _: u64, _: &[u8]) {}
+    fn pio_read(&self, port: u16, data: &mut [u8]) {
+        data.fill(port.to_le_bytes()[0]);
+    }
+    fn pio_write(&self, _: u16, _: &[u8]) {}
+}
+
+#[test]
+fn a_script_is_played_and_kicks_stick() {
+    let fake = FakeHypervisor::new(vec![vec![
+        Step::PioRead(0x21, 2),
+        Step::Exit(Exit::Reset),
+        Step::MmioRead(0x33, 1),
+        Step::Fail,
+    ]]);
+    let vm = fake.create_vm(&VmConfig { vcpus: 1 }).unwrap();
+    let seed = vm.create_vcpu(0).unwrap();
+    let kicker = seed.kicker();
+    kicker.kick();
+    kicker.kick();
+    let mut vcpu = seed.bind(None).unwrap();
+    assert_eq!(vcpu.run(&Echo).unwrap(), Exit::Cancelled);
+    assert_eq!(vcpu.run(&Echo).unwrap(), Exit::Reset);
+    assert!(vcpu.run(&Echo).is_err());
+    let expected = [
+        Event::Bound(0, None),
+        Event::Read(0, vec![0x21, 0x21]),
+        Event::Read(0, vec![0x33]),
+    ];
+    assert_eq!(fake.take_events(), expected);
+    assert!(vm.create_vcpu(1).is_err());
+}
+
+#[test]
+fn saved_state_goes_on_in_another_vm() {
+    let fake = FakeHypervisor::new(vec![vec![
+        Step::Exit(Exit::Reset),
+        Step::WaitIrq(5),
+        Step::Exit(Exit::Shutdown),
+    ]]);
+    let vm = fake.create_vm(&VmConfig { vcpus: 1 }).unwrap();
+    let mut vcpu = vm.create_vcpu(0).unwrap().bind(None).unwrap();
+    assert_eq!(vcpu.run(&Echo).unwrap(), Exit::Reset);
+    vm.irq_line(5, IrqTrigger::Edge).unwrap().pulse().unwrap();
+    let (vcpu_state, vm_state) = (vcpu.save().unwrap(), vm.save().unwrap());
+
+    let other = fake.create_vm(&VmConfig { vcpus: 1 }).unwrap();
+    let seed = other.create_vcpu(0).unwrap();
+    let (mut vcpu, proof) = seed.bind_restored(&vcpu_state).unwrap();
+    assert!(other.restore(&vm_state, Vec::new()).is_err());
+    other.restore(&vm_state, vec![proof]).unwrap();
+    // The interrupt that was pending wakes it.
+    assert_eq!(vcpu.run(&Echo).unwrap(), Exit::Shutdown);
+}
+
+#[test]
+fn an_interrupt_or_a_kick_ends_waiting() {
+    let fake = FakeHypervisor::new(vec![vec![Step::WaitIrq(9), Step::Exit(Exit::Halt)]]);
+    let vm = fake.create_vm(&VmConfig { vcpus: 1 }).unwrap();
+    let line = vm.irq_line(9, IrqTrigger::Edge).unwrap();
+    let seed = vm.create_vcpu(0).unwrap();
+    let kicker = seed.kicker();
+    let (left, leaves) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            let mut vcpu = seed.bind(None).unwrap();
+            for _ in 0..2 {
+                left.send(vcpu.run(&Echo).unwrap()).unwrap();
+            }
+        });
+        kicker.kick();
+        assert_eq!(leaves.recv(), Ok(Exit::Cancelled));
+        line.pulse().unwrap();
+        assert_eq!(leaves.recv(), Ok(Exit::Halt));
+    });
+}
+
+#[cfg(unix)]
+#[test]
+fn doorbells_take_the_writes_they_match() {
+    use std::os::fd::AsFd as _;
+    let write = |value: u32| Step::MmioWrite(0x50, value.to_le_bytes().to_vec());
+    let end = Step::Exit(Exit::Halt);
+    let fake = FakeHypervisor::new(vec![vec![write(1), write(2), end]]);
+    let vm = fake.create_vm(&VmConfig { vcpus: 1 }).unwrap();
+    let (reader, writer) = std::io::pipe().unwrap();
+    let doorbell = Doorbell {
+        address: 0x50,
+        width: Some(4),
+        value: Some(2),
+    };
+    assert!(vm.add_doorbell(doorbell, writer.as_fd()).unwrap());
+    let mut vcpu = vm.create_vcpu(0).unwrap().bind(None).unwrap();
+    vcpu.run(&Echo).unwrap();
+    let events = fake.take_events();
+    assert_eq!(events, [Event::Bound(0, None), Event::Rung(doorbell)]);
+    let mut count = [0; 8];
+    rustix::io::read(&reader, &mut count).unwrap();
+    assert_eq!(u64::from_ne_bytes(count), 1);
+}
+
+#[test]
+fn slots_are_kept_apart() {
+    let fake = FakeHypervisor::open().unwrap();
+    let vm = fake.create_vm(&VmConfig { vcpus: 1 }).unwrap();
+    let region = |guest_address, len| MemoryRegion {
+        guest_address,
+        host_address: std::ptr::NonNull::dangling(),
+        len,
+        read_only: false,
+        track_dirty: true,
+    };
+    #[expect(unsafe_code, reason = "the fake never touches the memory")]
+    // SAFETY: nothing is dereferenced.
+    let map = |guest_address, len| unsafe { vm.map_memory(region(guest_address, len)) };
+    let slot = map(0, 0x10_0000).unwrap();
+    assert!(map(0xf_f000, 0x1000).is_err(), "overlaps");
+    assert!(map(0x20_0000, 0x800).is_err(), "half a page");
+    fake.mark_dirty(slot, 65);
+    fake.mark_dirty(slot, 10_000);
+    assert_eq!(vm.take_dirty(slot).unwrap().words, [0, 2, 0, 0]);
+    assert_eq!(vm.take_dirty(slot).unwrap().words, [0; 4]);
+    vm.unmap_memory(slot).unwrap();
+    assert!(vm.take_dirty(slot).is_err());
+}

@@ -1,0 +1,194 @@
+//! The vCPUs, which play their scripts.
+
+use std::fmt;
+use std::io;
+use std::marker::PhantomData;
+use std::sync::{Arc, PoisonError};
+
+use super::vm::Shared;
+use super::{BACKEND, Event, Inner, Step, lock};
+use crate::state::{BootRegisters, VcpuState};
+use crate::{Bus, Error, Exit, Gsi, Kicker, RestoredVcpu, Vcpu, VcpuSeed};
+
+struct FakeKicker {
+    shared: Arc<Shared>,
+    index: u32,
+}
+
+impl fmt::Debug for FakeKicker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "FakeKicker({})", self.index)
+    }
+}
+
+impl Kicker for FakeKicker {
+    fn kick(&self) {
+        lock(&self.shared.signals).kicked.insert(self.index);
+        self.shared.changed.notify_all();
+    }
+}
+
+/// A vCPU of the fake backend before it is bound.
+#[derive(Debug)]
+pub struct FakeSeed {
+    inner: Arc<Inner>,
+    shared: Arc<Shared>,
+    index: u32,
+}
+
+impl FakeSeed {
+    pub(super) fn new(inner: Arc<Inner>, shared: Arc<Shared>, index: u32) -> Self {
+        Self {
+            inner,
+            shared,
+            index,
+        }
+    }
+
+    fn into_vcpu(self) -> FakeVcpu {
+        let index = usize::try_from(self.index).unwrap_or(usize::MAX);
+        FakeVcpu {
+            script: self.inner.scripts.get(index).cloned().unwrap_or_default(),
+            inner: self.inner,
+            shared: self.shared,
+            index: self.index,
+            position: 0,
+            stays: PhantomData,
+        }
+    }
+}
+
+impl VcpuSeed for FakeSeed {
+    type Vcpu = FakeVcpu;
+
+    fn index(&self) -> u32 {
+        self.index
+    }
+
+    fn kicker(&self) -> Arc<dyn Kicker> {
+        Arc::new(FakeKicker {
+            shared: self.shared.clone(),
+            index: self.index,
+        })
+    }
+
+    fn bind(self, boot: Option<&BootRegisters>) -> Result<FakeVcpu, Error> {
+        let vcpu = self.into_vcpu();
+        vcpu.inner.note(Event::Bound(vcpu.index, boot.cloned()));
+        Ok(vcpu)
+    }
+
+    fn bind_restored(self, state: &VcpuState) -> Result<(FakeVcpu, RestoredVcpu), Error> {
+        let mut vcpu = self.into_vcpu();
+        let proof = vcpu.reload(state)?;
+        Ok((vcpu, proof))
+    }
+}
+
+/// A vCPU of the fake backend.
+#[derive(Debug)]
+pub struct FakeVcpu {
+    inner: Arc<Inner>,
+    shared: Arc<Shared>,
+    index: u32,
+    script: Vec<Step>,
+    position: usize,
+    /// Not `Send`, as the seam demands.
+    stays: PhantomData<*const ()>,
+}
+
+impl FakeVcpu {
+    /// Waits for an interrupt, or for a kick only. True when kicked.
+    fn wait(&self, gsi: Option<Gsi>) -> bool {
+        let mut signals = lock(&self.shared.signals);
+        loop {
+            if signals.kicked.remove(&self.index) {
+                return true;
+            }
+            if gsi.is_some_and(|gsi| signals.pending.remove(&gsi).is_some()) {
+                return false;
+            }
+            signals = self
+                .shared
+                .changed
+                .wait(signals)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn read(&self, len: usize, read: impl FnOnce(&mut [u8])) {
+        let mut data = vec![0xff; len];
+        read(&mut data);
+        self.inner.note(Event::Read(self.index, data));
+    }
+}
+
+impl Vcpu for FakeVcpu {
+    fn run(&mut self, bus: &dyn Bus) -> Result<Exit, Error> {
+        loop {
+            if lock(&self.shared.signals).kicked.remove(&self.index) {
+                return Ok(Exit::Cancelled);
+            }
+            let Some(step) = self.script.get(self.position) else {
+                self.wait(None);
+                return Ok(Exit::Cancelled);
+            };
+            match step {
+                Step::MmioRead(address, len) => {
+                    self.read(*len, |data| bus.mmio_read(*address, data));
+                }
+                Step::MmioWrite(address, data) => match self.shared.ring(*address, data) {
+                    Some(doorbell) => self.inner.note(Event::Rung(doorbell)),
+                    None => bus.mmio_write(*address, data),
+                },
+                Step::PioRead(port, len) => self.read(*len, |data| bus.pio_read(*port, data)),
+                Step::PioWrite(port, data) => bus.pio_write(*port, data),
+                Step::WaitIrq(gsi) => {
+                    if self.wait(Some(*gsi)) {
+                        return Ok(Exit::Cancelled);
+                    }
+                }
+                Step::Exit(exit) => {
+                    let exit = exit.clone();
+                    self.position += 1;
+                    return Ok(exit);
+                }
+                Step::Fail => {
+                    return Err(Error::Os {
+                        operation: "run a vCPU",
+                        source: io::ErrorKind::Other.into(),
+                    });
+                }
+            }
+            self.position += 1;
+        }
+    }
+
+    fn save(&mut self) -> Result<VcpuState, Error> {
+        let mut state = VcpuState {
+            index: self.index,
+            ..VcpuState::default()
+        };
+        state.general.rip = self.position as u64;
+        state.events.backend = BACKEND.to_owned();
+        Ok(state)
+    }
+
+    fn reload(&mut self, state: &VcpuState) -> Result<RestoredVcpu, Error> {
+        if state.index != self.index || state.events.backend != BACKEND {
+            return Err(Error::State {
+                reason: format!(
+                    "it is of vCPU {} of backend {:?}",
+                    state.index, state.events.backend
+                ),
+            });
+        }
+        self.position = usize::try_from(state.general.rip).unwrap_or(usize::MAX);
+        self.inner.note(Event::Restored(self.index));
+        Ok(RestoredVcpu { index: self.index })
+    }
+
+    fn notify_paused(&mut self) {
+        self.inner.note(Event::Paused(self.index));
+    }
+}
