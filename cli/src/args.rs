@@ -33,11 +33,21 @@ const PLATFORM_HELP: &str = "Which of an image's platforms to take (default: thi
 #[derive(Debug, Parser)]
 #[command(name = "sm", version, max_term_width = 100, propagate_version = true)]
 pub(crate) struct Cli {
-    /// Say more about what happens (repeat for even more)
-    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
-    pub(crate) verbose: u8,
+    /// Say more about what happens (repeat for even more); -v before the subcommand
+    #[arg(long, action = clap::ArgAction::Count, global = true)]
+    verbose: u8,
+    /// The same; after some subcommands, -v is something else.
+    #[arg(short = 'v', action = clap::ArgAction::Count, hide = true)]
+    short_verbose: u8,
     #[command(subcommand)]
     pub(crate) command: Command,
+}
+
+impl Cli {
+    /// How much to say.
+    pub(crate) fn verbose(&self) -> u8 {
+        self.verbose.saturating_add(self.short_verbose)
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -187,6 +197,11 @@ pub(crate) struct RunArgs {
     /// Firecracker and Cloud Hypervisor
     #[arg(long, value_name = "PATH", value_parser = Publication::hybrid)]
     pub(crate) hybrid_vsock: Option<Publication>,
+    // Known in order to be refused with a sentence.
+    #[arg(short, long, value_name = "SOURCE:TARGET", hide = true)]
+    pub(crate) volume: Vec<String>,
+    #[arg(long, value_name = "MOUNT", hide = true)]
+    pub(crate) mount: Vec<String>,
     /// Guest memory, such as 256m or 1g; at least 64m
     #[arg(short, long, value_name = "SIZE", value_parser = parse_size, default_value = "512m")]
     pub(crate) memory: u64,
@@ -376,6 +391,13 @@ pub(crate) struct LogsArgs {
     /// Show the last N lines only
     #[arg(short = 'n', long, value_name = "N")]
     pub(crate) tail: Option<usize>,
+    /// Show what was written from then on: so long ago, such as 90s or 1h30m, or a
+    /// moment, such as 2026-01-31T12:00:00Z
+    #[arg(long, value_name = "TIME", value_parser = crate::moment::parse)]
+    pub(crate) since: Option<u64>,
+    /// Show what was written until then
+    #[arg(long, value_name = "TIME", value_parser = crate::moment::parse)]
+    pub(crate) until: Option<u64>,
     /// Begin each line with the time it was written
     #[arg(short = 't', long)]
     pub(crate) timestamps: bool,
@@ -446,7 +468,7 @@ pub(crate) struct ListArgs {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum KernelCommand {
-    /// Build a tuned guest kernel
+    /// Build a tuned guest kernel; to be run in the source tree of sm
     Build,
     /// List kernels found on this host
     List(ListArgs),

@@ -5,6 +5,7 @@
 mod args;
 mod commands;
 mod failure;
+mod moment;
 mod printer;
 mod progress;
 mod stream;
@@ -53,7 +54,7 @@ fn run(
             return Ok(status);
         }
     };
-    log_to_stderr(cli.verbose);
+    log_to_stderr(cli.verbose());
     commands::run(begin, cli, printer)
 }
 

@@ -35,8 +35,8 @@ const MAX_MODULE: u64 = 16 << 20;
 pub enum KernelError {
     /// None was found anywhere.
     #[error(
-        "no guest kernel found: build one with \"sm kernel build\", choose one with \
-         \"sm kernel use PATH\", or name one with --kernel PATH"
+        "no guest kernel found: build one with \"sm kernel build\" in the source tree of sm, \
+         choose one with \"sm kernel use PATH\", or name one with --kernel PATH"
     )]
     None,
     /// The one asked for cannot be used.
@@ -110,20 +110,35 @@ pub fn find(home: &Home, explicit: Option<&Path>) -> Result<Kernel, KernelError>
     }
 }
 
-/// All kernels known on this host.
+/// All kernels known on this host, among them the one that is booted when nothing else
+/// is asked for.
 #[must_use]
 pub fn list(home: &Home) -> Vec<Listed> {
     let current = find(home, None).ok().map(|kernel| kernel.path);
-    candidates(home)
+    let is_current = |path: &Path| {
+        let path = path.canonicalize();
+        path.is_ok_and(|path| current.as_ref() == Some(&path))
+    };
+    let mut listed: Vec<_> = candidates(home)
         .into_iter()
         .map(|(name, path)| Listed {
-            current: path
-                .canonicalize()
-                .is_ok_and(|path| current.as_ref() == Some(&path)),
+            current: is_current(&path),
             name,
             path,
         })
-        .collect()
+        .collect();
+    // One from elsewhere is named by its path.
+    if let Some(path) = current
+        && !listed.iter().any(|kernel| kernel.current)
+    {
+        let chosen = Listed {
+            name: path.display().to_string(),
+            path,
+            current: true,
+        };
+        listed.insert(0, chosen);
+    }
+    listed
 }
 
 /// Makes a kernel (a path, or a name from [`list`]) the one that is booted when

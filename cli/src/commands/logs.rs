@@ -11,17 +11,23 @@ use sm_runtime::logs::{LogRecord, Stream};
 
 use crate::args::LogsArgs;
 use crate::failure::Failure;
+use crate::moment::timestamp;
 
 pub(crate) fn logs(home: &Home, args: &LogsArgs) -> Result<u32, Failure> {
     let vm = Vm::find(home, &args.vm)?;
     if args.console {
         return console(&vm, args.tail);
     }
+    let asked_for = |record: &LogRecord| {
+        let (since, until) = (args.since.unwrap_or(0), args.until.unwrap_or(u64::MAX));
+        (since..=until).contains(&record.time_ns)
+    };
     let mut logs = vm.logs()?;
     let mut sink = Sink::new(args.timestamps);
     let mut held = Tail::new(args.tail);
     while let Some(record) = logs.next_record()? {
-        if let Some(record) = held.push(record)
+        if asked_for(&record)
+            && let Some(record) = held.push(record)
             && !sink.write(&record)
         {
             return Ok(0);
@@ -32,7 +38,8 @@ pub(crate) fn logs(home: &Home, args: &LogsArgs) -> Result<u32, Failure> {
     }
     if args.follow {
         while let Some(record) = logs.wait_record()? {
-            if !sink.write(&record) {
+            let late = args.until.is_some_and(|until| record.time_ns > until);
+            if late || (asked_for(&record) && !sink.write(&record)) {
                 break;
             }
         }
@@ -130,10 +137,13 @@ impl Tail {
                 ..record
             });
         }
-        while self.lines > limit {
-            if let Some(dropped) = self.held.pop_front() {
-                self.lines -= usize::from(dropped.bytes.ends_with(b"\n"));
-            }
+        // What comes last is a line, too, whether it has ended yet or not.
+        let open = self.held.back().is_some_and(|r| !r.bytes.ends_with(b"\n"));
+        while self.lines + usize::from(open) > limit {
+            let Some(dropped) = self.held.pop_front() else {
+                break;
+            };
+            self.lines -= usize::from(dropped.bytes.ends_with(b"\n"));
         }
         None
     }
@@ -141,33 +151,6 @@ impl Tail {
     fn finish(self) -> VecDeque<LogRecord> {
         self.held
     }
-}
-
-/// `2026-01-31T12:00:00.123456789Z` (RFC 3339, UTC).
-fn timestamp(nanoseconds: u64) -> String {
-    let (seconds, fraction) = (nanoseconds / 1_000_000_000, nanoseconds % 1_000_000_000);
-    let (days, second) = (seconds / 86_400, seconds % 86_400);
-    // Days to civil date in the proleptic Gregorian calendar, counting years
-    // from March so that the leap day is the last.
-    let shifted = days + 719_468;
-    let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
-    let year_of_era =
-        (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted_month = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
-    let month = if shifted_month < 10 {
-        shifted_month + 3
-    } else {
-        shifted_month - 9
-    };
-    let year = era * 400 + year_of_era + u64::from(month <= 2);
-    format!(
-        "{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}.{fraction:09}Z",
-        second / 3600,
-        second / 60 % 60,
-        second % 60
-    )
 }
 
 #[cfg(test)]
@@ -190,15 +173,10 @@ mod tests {
         }
         let text: Vec<u8> = tail.finish().into_iter().flat_map(|r| r.bytes).collect();
         assert_eq!(text, b"cd\ne\n");
+        let mut last = Tail::new(Some(1));
+        assert_eq!(last.push(record("a\nb")), None);
+        let text: Vec<u8> = last.finish().into_iter().flat_map(|r| r.bytes).collect();
+        assert_eq!(text, b"b");
         assert_eq!(Tail::new(None).push(record("x")), Some(record("x")));
-    }
-
-    #[test]
-    fn timestamps_are_rfc_3339() {
-        assert_eq!(timestamp(0), "1970-01-01T00:00:00.000000000Z");
-        assert_eq!(
-            timestamp(1_709_210_096_000_000_007),
-            "2024-02-29T12:34:56.000000007Z"
-        );
     }
 }

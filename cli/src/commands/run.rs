@@ -45,6 +45,14 @@ pub(crate) fn run(
         )
         .into());
     }
+    if let Some(volume) = args.volume.iter().chain(&args.mount).next() {
+        return Err(anyhow!(
+            "\"{volume}\" cannot be mounted: guests cannot reach files of the host yet. \
+             Put the files into the image, or hand them over as input: \
+             tar -c FILES | sm exec -i VM tar -x"
+        )
+        .into());
+    }
     let mut vm = match &args.from {
         Some(name) => {
             let snapshot = Snapshot::open(home, name)?;

@@ -1,0 +1,332 @@
+//! Commands that need no guest, and what they say: `sm kernel`, `sm doctor`,
+//! `sm completions`, and refusals.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a failed expectation is a failed test"
+)]
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+
+use serde_json::Value;
+use sm_image::{Compression, Config, LayoutBuilder, MemoryFile};
+
+/// Somebody's home, with nothing in it.
+struct User {
+    directory: tempfile::TempDir,
+}
+
+struct Done {
+    code: Option<i32>,
+    out: String,
+    err: String,
+}
+
+impl Done {
+    #[track_caller]
+    fn exits(self, code: i32) -> Self {
+        assert_eq!(self.code, Some(code), "{}\n{}", self.out, self.err);
+        self
+    }
+
+    #[track_caller]
+    fn says(&self, words: &[&str]) {
+        for word in words {
+            assert!(self.err.contains(word), "no {word:?} in: {}", self.err);
+        }
+    }
+}
+
+impl User {
+    fn new() -> Self {
+        Self {
+            directory: tempfile::tempdir().unwrap(),
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sm"));
+        command.args(arguments).current_dir(self.directory.path());
+        for (name, value) in [
+            ("HOME", "home"),
+            ("XDG_DATA_HOME", "data"),
+            ("XDG_RUNTIME_DIR", "run"),
+            ("XDG_CACHE_HOME", "cache"),
+        ] {
+            command.env(name, self.path(value));
+        }
+        for name in ["SM_KERNEL", "SM_AGENT", "SM_LOG"] {
+            command.env_remove(name);
+        }
+        command
+    }
+
+    fn run(&self, command: &mut Command) -> Done {
+        let output = command.output().unwrap();
+        let text = |bytes: &[u8]| {
+            let text = String::from_utf8_lossy(bytes).into_owned();
+            text.replace(self.directory.path().to_str().unwrap(), "~")
+        };
+        Done {
+            code: output.status.code(),
+            out: text(&output.stdout),
+            err: text(&output.stderr),
+        }
+    }
+
+    fn sm(&self, arguments: &[&str]) -> Done {
+        self.run(&mut self.command(arguments))
+    }
+
+    /// A file that begins as a kernel does, and its path.
+    fn kernel(&self, name: &str) -> String {
+        let path = self.path(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        let mut bytes = vec![0; 1024];
+        bytes[..4].copy_from_slice(b"\x7fELF");
+        fs::write(&path, bytes).unwrap();
+        path.to_str().unwrap().to_owned()
+    }
+
+    /// An image, by its reference.
+    fn image(&self) -> String {
+        let layout = self.path("layout");
+        let mut image = LayoutBuilder::new(&layout, Compression::None).unwrap();
+        let file = MemoryFile::File(b"hello".to_vec());
+        image.memory_layer(&[("hello", 0o644, file)]).unwrap();
+        image.finish("v1", Config::default()).unwrap();
+        format!("oci:{}:v1", layout.display())
+    }
+}
+
+#[test]
+fn kernels_are_listed_and_chosen() {
+    let user = User::new();
+    let built = user.kernel("cache/sm/kernels/6.12.1-abc/vmlinux");
+    // Those of this host come last.
+    let listed = |words: &[&str]| {
+        let done = user.sm(&[&["kernel", "list"], words].concat()).exits(0);
+        let ours = |line: &&str| !line.contains("/boot/vmlinuz-") && !line.starts_with("vmlinuz-");
+        let lines: Vec<_> = done.out.lines().filter(ours).map(str::to_owned).collect();
+        lines
+    };
+    let row = "*   6.12.1-abc   ~/cache/sm/kernels/6.12.1-abc/vmlinux";
+    let squeezed = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ");
+    let table = |words: &[&str]| {
+        let lines = listed(words);
+        lines.iter().map(|line| squeezed(line)).collect::<Vec<_>>()
+    };
+    assert_eq!(table(&[]), ["NAME PATH", &squeezed(row)]);
+    assert_eq!(listed(&["-q"]), ["6.12.1-abc"]);
+
+    // One from elsewhere is listed while it is the chosen one.
+    let other = user.kernel("elsewhere/vmlinux");
+    let done = user.sm(&["kernel", "use", &other]).exits(0);
+    assert_eq!(done.out, "~/elsewhere/vmlinux\n");
+    let chosen = "* ~/elsewhere/vmlinux ~/elsewhere/vmlinux";
+    let unchosen = squeezed(row).replace("* ", "");
+    assert_eq!(table(&[]), ["NAME PATH", chosen, &unchosen]);
+    let json: Value = serde_json::from_str(&user.sm(&["kernel", "list", "--json"]).out).unwrap();
+    assert_eq!(json[0]["current"], true);
+    assert_eq!(json[1]["name"], "6.12.1-abc");
+    assert_eq!(json[1]["current"], false);
+
+    user.sm(&["kernel", "use", "6.12.1-abc"]).exits(0);
+    assert_eq!(table(&[]), ["NAME PATH", &squeezed(row)]);
+    // The environment is asked first.
+    let mut asked = user.command(&["kernel", "list", "-q"]);
+    let done = user.run(asked.env("SM_KERNEL", &other));
+    assert!(
+        done.out.starts_with("~/elsewhere/vmlinux\n"),
+        "{}",
+        done.out
+    );
+
+    for (name, why) in [
+        ("nowhere", "No such file"),
+        ("/etc/passwd", "neither an ELF"),
+    ] {
+        let done = user.sm(&["kernel", "use", name]).exits(125);
+        done.says(&["cannot use kernel", name, why]);
+    }
+    fs::remove_file(built).unwrap();
+    user.sm(&["run", "--rm", &user.image()]).exits(125).says(&[
+        "cannot use kernel",
+        "kernels/current",
+        "No such file",
+    ]);
+}
+
+#[test]
+fn a_kernel_is_built_in_the_source_tree_only() {
+    let done = User::new().sm(&["kernel", "build"]).exits(125);
+    done.says(&["source tree", "cargo xtask kernel", "sm kernel use /boot/"]);
+}
+
+#[test]
+fn doctor_finds_what_is_missing() {
+    let user = User::new();
+    let report = |command: &mut Command| -> (Done, Value) {
+        let table = user.run(command);
+        let json = user.run(command.arg("--json"));
+        assert_eq!(json.code, table.code);
+        (table, serde_json::from_str(&json.out).unwrap())
+    };
+    let check = |json: &Value, name: &str| {
+        let checks = json["checks"].as_array().unwrap();
+        checks.iter().find(|c| c["name"] == name).unwrap().clone()
+    };
+    let mut doctor = user.command(&["doctor"]);
+    let (table, json) = report(
+        doctor
+            .env("SM_KERNEL", "/nowhere")
+            .env("SM_AGENT", "/nowhere"),
+    );
+    assert_eq!(table.code, Some(125));
+    assert_eq!(json["works"], false);
+    for name in ["guest kernel", "guest agent"] {
+        assert_eq!(check(&json, name)["ok"], false);
+        let line = table.out.lines().find(|line| line.contains(name)).unwrap();
+        assert!(
+            line.starts_with("FAIL") && line.contains("/nowhere"),
+            "{line}"
+        );
+    }
+    let last = table.out.lines().last().unwrap();
+    assert_eq!(
+        last,
+        "This host cannot run VMs until what failed is put right"
+    );
+
+    let kernel = user.kernel("vmlinux");
+    let mut doctor = user.command(&["doctor"]);
+    let (table, json) = report(doctor.env("SM_KERNEL", &kernel).env("SM_AGENT", &kernel));
+    for name in ["guest kernel", "guest agent", "data and sockets", "memory"] {
+        assert_eq!(check(&json, name)["ok"], true, "{json}");
+        assert!(
+            table.out.contains(&format!("ok    {name}: ")),
+            "{}",
+            table.out
+        );
+    }
+    let works = check(&json, "hypervisor")["ok"] == true;
+    assert_eq!(json["works"], works);
+    assert_eq!(table.code, Some(if works { 0 } else { 125 }));
+}
+
+/// On a host whose hypervisor will not do, `sm run` says what `sm doctor` says of it.
+/// On any other the guest, whose kernel is none, does not start for its own reason.
+#[test]
+fn an_unusable_hypervisor_is_said_to_be_one() {
+    let user = User::new();
+    let (kernel, image) = (user.kernel("vmlinux"), user.image());
+    let json = user.sm(&["doctor", "--json"]).out;
+    let json: Value = serde_json::from_str(&json).unwrap();
+    let checks = json["checks"].as_array().unwrap();
+    let hypervisor = checks.iter().find(|c| c["name"] == "hypervisor").unwrap();
+    let mut run = user.command(&["run", "--rm", &image, "true"]);
+    let done = user.run(run.env("SM_KERNEL", &kernel).env("SM_AGENT", &kernel));
+    let done = done.exits(125);
+    if hypervisor["ok"] == true {
+        eprintln!("this host's hypervisor runs Linux, so only that is checked");
+        done.says(&["cannot load the guest kernel"]);
+        return;
+    }
+    let detail = hypervisor["detail"].as_str().unwrap();
+    let action = [
+        "Use a host with",
+        "load the kvm",
+        "add this user",
+        "cannot be used",
+    ];
+    assert!(
+        action.iter().any(|words| detail.contains(words)),
+        "{detail}"
+    );
+    done.says(&[detail]);
+}
+
+#[test]
+fn completions_name_every_subcommand() {
+    let user = User::new();
+    for shell in ["bash", "elvish", "fish", "powershell", "zsh"] {
+        let script = user.sm(&["completions", shell]).exits(0).out;
+        for word in [
+            "run",
+            "exec",
+            "snapshot",
+            "prove-distinct",
+            "kernel",
+            "stop-signal",
+        ] {
+            assert!(script.contains(word), "{shell} has no {word}");
+        }
+    }
+    let script = user.path("completions");
+    fs::write(&script, user.sm(&["completions", "bash"]).out).unwrap();
+    let parsed = Command::new("bash").arg("-n").arg(script).output().unwrap();
+    assert!(parsed.status.success(), "{parsed:?}");
+    user.sm(&["completions", "tcsh"])
+        .exits(125)
+        .says(&["tcsh", "bash"]);
+}
+
+#[test]
+fn listings_of_nothing_have_a_header() {
+    let user = User::new();
+    let header = "VM ID   IMAGE   COMMAND   CREATED   STATUS   PORTS   NAME\n";
+    for words in [&["ps"][..], &["ps", "-a"]] {
+        assert_eq!(user.sm(words).exits(0).out, header);
+    }
+    assert_eq!(user.sm(&["ps", "--json"]).exits(0).out, "[]\n");
+    assert_eq!(user.sm(&["ps", "-q"]).exits(0).out, "");
+}
+
+#[test]
+fn what_is_not_there_yet_is_refused_with_a_way_round() {
+    let user = User::new();
+    for flag in [
+        ["-v", "/host:/guest"],
+        ["--volume", "data:/x"],
+        ["--mount", "type=bind"],
+    ] {
+        let line = [&["run", "--rm"], &flag[..], &["busybox"]].concat();
+        user.sm(&line)
+            .exits(125)
+            .says(&[flag[1], "cannot be mounted", "sm exec -i VM tar -x"]);
+    }
+}
+
+#[test]
+fn wrong_words_are_named() {
+    let user = User::new();
+    for (line, words) in [
+        (
+            &["run", "--frobnicate", "x"][..],
+            &["--frobnicate", "--help"][..],
+        ),
+        (&["frobnicate"], &["frobnicate", "--help"]),
+        (&["run"], &["IMAGE", "--help"]),
+        (&["exec", "vm"], &["COMMAND", "--help"]),
+        (
+            &["logs", "--since", "yesterday", "vm"],
+            &["yesterday", "1h30m"],
+        ),
+        (&["run", "-p", "http", "x"], &["http"]),
+        (&["run", "--add-host", "db", "oci:x"], &["oci:x"]),
+        (&["kill", "-s", "NOSIG", "vm"], &["NOSIG"]),
+        (&["stop", "nobody"], &["no such VM: \"nobody\""]),
+    ] {
+        user.sm(line).exits(125).says(words);
+    }
+    let version = format!("sm {}\n", env!("CARGO_PKG_VERSION"));
+    for line in ["version", "--version"] {
+        assert_eq!(user.sm(&[line]).exits(0).out, version);
+    }
+}
