@@ -95,6 +95,12 @@ fn logs_are_kept_and_followed_to_the_end() {
     assert_eq!(again.out(), "one\nthree\n");
     let console = home.sm(&["logs", "--console", &vm.name]).exits(0);
     assert!(!console.out().is_empty(), "the guest's console is kept");
+    // Its process ends when the guest has powered itself off.
+    let id = vm.inspect()["id"].as_str().unwrap().to_owned();
+    let lock = std::fs::File::open(home.data().join("sm/vms").join(id).join("lock")).unwrap();
+    rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockShared).unwrap();
+    let console = home.sm(&["logs", "--console", &vm.name]).exits(0).out();
+    assert!(console.contains("reboot: Power down"), "{console}");
 }
 
 #[test]

@@ -1,100 +1,30 @@
 //! A virtual machine: boots or is restored, runs, pauses, is saved, ends.
 
+mod chassis;
+mod error;
+
 use std::fs::File;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use sm_hypervisor::state::BootRegisters;
-use sm_hypervisor::{
-    DirtyBitmap, Hypervisor, IrqTrigger, MemoryRegion, RestoredVcpu, SlotId, Vm, VmConfig,
-};
-use thiserror::Error;
+use sm_hypervisor::{DirtyBitmap, Hypervisor, SlotId, Vm as _};
 
+use self::chassis::{Chassis, Stopwatch};
+pub use self::error::MachineError;
+use self::error::hypervisor;
 use crate::acpi::{self, AcpiConfig, GENERATION_ID};
-use crate::bus::{BusBuilder, MachineBus};
-use crate::devices::{DeviceConfig, DeviceError, Devices};
+use crate::devices::{DeviceConfig, Devices};
 use crate::event_loop::EventLoopHandle;
 use crate::exit::{ExitLatch, ExitReason};
-use crate::layout::{COM1_GSI, COM1_PORT, GED_GSI, MACHINE_VERSION};
+use crate::layout::MACHINE_VERSION;
 use crate::loader::{self, BootSource, InitramfsPart};
 use crate::memory::{MachineMemory, MemoryConfig, RamRegion};
-use crate::power;
-use crate::serial::{Console, SerialError, Uart};
+use crate::serial::{Console, Uart};
 use crate::state::MachineState;
-use crate::vcpu_thread::{Start, VcpuError, VcpuThread};
-use crate::vmgenid::{GenerationError, GenerationId};
-
-/// Why a machine cannot be made, or cannot do what it was asked to.
-#[derive(Debug, Error)]
-pub enum MachineError {
-    /// Guest memory.
-    #[error("cannot set up guest memory")]
-    Memory(#[from] crate::memory::MemoryError),
-    /// Kernel, initramfs or command line.
-    #[error("cannot load the guest kernel")]
-    Load(#[from] loader::LoadError),
-    /// ACPI tables.
-    #[error("cannot describe the machine to the guest")]
-    Acpi(#[from] acpi::AcpiError),
-    /// Device windows.
-    #[error("cannot lay out the devices")]
-    Bus(#[from] crate::bus::BusError),
-    /// Virtio devices.
-    #[error("a virtio device did not do its part")]
-    Device(#[from] DeviceError),
-    /// The hypervisor.
-    #[error("cannot {operation}")]
-    Hypervisor {
-        /// What was tried.
-        operation: &'static str,
-        /// What it said.
-        #[source]
-        source: sm_hypervisor::Error,
-    },
-    /// A vCPU.
-    #[error("a vCPU did not do its part")]
-    Vcpu(#[from] VcpuError),
-    /// The console.
-    #[error("the console did not do its part")]
-    Serial(#[from] SerialError),
-    /// The generation ID.
-    #[error("cannot change the machine's identity")]
-    Generation(#[from] GenerationError),
-    /// A host resource.
-    #[error("cannot {operation}")]
-    Io {
-        /// What was tried.
-        operation: &'static str,
-        /// The system's answer.
-        #[source]
-        source: std::io::Error,
-    },
-    /// Saved state of another kind of machine.
-    #[error("saved machine state does not fit: {reason}")]
-    State {
-        /// What does not fit.
-        reason: String,
-    },
-    /// More vCPUs than a machine can have.
-    #[error("{vcpus} vCPUs are not possible: 1 to {max} are")]
-    Vcpus {
-        /// What was asked for.
-        vcpus: u32,
-        /// What is possible.
-        max: u32,
-    },
-    /// Only possible while the machine is paused.
-    #[error("cannot {operation} while the machine runs: pause it first")]
-    NotPaused {
-        /// What was tried.
-        operation: &'static str,
-    },
-}
-
-fn hypervisor(operation: &'static str) -> impl FnOnce(sm_hypervisor::Error) -> MachineError {
-    move |source| MachineError::Hypervisor { operation, source }
-}
+use crate::vcpu_thread::{Start, VcpuThread};
+use crate::vmgenid::GenerationId;
 
 /// What a machine is made of.
 #[derive(Debug)]
@@ -133,20 +63,6 @@ pub struct Phases {
     pub resume: Duration,
 }
 
-/// Measures consecutive steps.
-struct Stopwatch(Instant);
-
-impl Stopwatch {
-    fn start() -> Self {
-        Self(Instant::now())
-    }
-
-    fn lap(&mut self) -> Duration {
-        let now = Instant::now();
-        now.duration_since(std::mem::replace(&mut self.0, now))
-    }
-}
-
 /// A virtual machine. Created paused; dropping it ends it.
 pub struct Machine<H: Hypervisor> {
     // Fields are dropped in this order: threads (with their vCPUs) before the
@@ -162,147 +78,6 @@ pub struct Machine<H: Hypervisor> {
     memory: MachineMemory,
     running: bool,
     phases: Phases,
-}
-
-/// Everything but vCPUs.
-struct Chassis<H: Hypervisor> {
-    vm: H::Vm,
-    memory: MachineMemory,
-    slots: Vec<(RamRegion, SlotId)>,
-    bus: Arc<MachineBus>,
-    devices: Devices,
-    uart: Arc<Uart>,
-    console: Console,
-    exit: Arc<ExitLatch>,
-    generation: GenerationId,
-    phases: Phases,
-}
-
-impl<H: Hypervisor> Chassis<H> {
-    fn build(
-        host: &H,
-        memory: MachineMemory,
-        vcpus: u32,
-        console: File,
-        devices: Vec<DeviceConfig>,
-        event_loop: &EventLoopHandle,
-    ) -> Result<Self, MachineError> {
-        let mut watch = Stopwatch::start();
-        let vm = host
-            .create_vm(&VmConfig { vcpus })
-            .map_err(hypervisor("create the virtual machine"))?;
-        let hypervisor_objects = watch.lap();
-        let slots = map_memory(&vm, &memory)?;
-        let memory_map = watch.lap();
-
-        let line = |gsi| {
-            vm.irq_line(gsi, IrqTrigger::Edge)
-                .map_err(hypervisor("open an interrupt line"))
-        };
-        let exit = Arc::new(ExitLatch::new().map_err(|source| MachineError::Io {
-            operation: "create an event descriptor",
-            source,
-        })?);
-        let console = Console::new(console);
-        let uart = Arc::new(Uart::new(line(COM1_GSI)?, console.clone()));
-        let generation = GenerationId::new(memory.guest.clone(), line(GED_GSI)?);
-        let mut bus = BusBuilder::default();
-        bus.pio(COM1_PORT, 8, uart.clone())?;
-        power::attach(&mut bus, &exit)?;
-        let hypervisor_objects = hypervisor_objects + watch.lap();
-        let devices = Devices::attach(devices, &vm, &mut bus, &memory.guest, event_loop)?;
-        let bus = Arc::new(bus.build());
-        Ok(Self {
-            vm,
-            memory,
-            slots,
-            bus,
-            devices,
-            uart,
-            console,
-            exit,
-            generation,
-            phases: Phases {
-                hypervisor_objects,
-                devices: watch.lap(),
-                memory_map,
-                ..Phases::default()
-            },
-        })
-    }
-
-    /// Starts all vCPU threads, parked, and waits until each is bound.
-    fn start(
-        &self,
-        starts: impl Iterator<Item = Start>,
-    ) -> Result<(Vec<VcpuThread>, Vec<RestoredVcpu>), MachineError> {
-        let mut threads = Vec::new();
-        let mut answers = Vec::new();
-        for (index, start) in (0u32..).zip(starts) {
-            let seed = self
-                .vm
-                .create_vcpu(index)
-                .map_err(hypervisor("create a vCPU"))?;
-            let (thread, bound) =
-                VcpuThread::spawn(seed, start, self.bus.clone(), self.exit.clone())?;
-            threads.push(thread);
-            answers.push(bound);
-        }
-        let mut proofs = Vec::new();
-        for answer in answers {
-            proofs.extend(answer.wait_ok()?);
-        }
-        self.exit
-            .set_kickers(threads.iter().map(VcpuThread::kicker).collect());
-        Ok((threads, proofs))
-    }
-
-    fn finish(self, threads: Vec<VcpuThread>) -> Machine<H> {
-        Machine {
-            threads,
-            devices: self.devices,
-            uart: self.uart,
-            console: self.console,
-            exit: self.exit,
-            generation: self.generation,
-            vm: self.vm,
-            slots: self.slots,
-            memory: self.memory,
-            running: false,
-            phases: self.phases,
-        }
-    }
-}
-
-#[expect(
-    unsafe_code,
-    reason = "hands guest memory to the hypervisor, which needs it to stay mapped"
-)]
-fn map_memory<V: Vm>(
-    vm: &V,
-    memory: &MachineMemory,
-) -> Result<Vec<(RamRegion, SlotId)>, MachineError> {
-    let mut slots = Vec::with_capacity(memory.regions.len());
-    for region in &memory.regions {
-        let host_address = memory.host_address(region).ok_or(MachineError::State {
-            reason: "a memory region is not mapped".into(),
-        })?;
-        // SAFETY: the machine keeps `memory` until after the VM and all vCPUs
-        // are gone (see the order of its fields), and everything else accesses
-        // it through volatile accessors.
-        let slot = unsafe {
-            vm.map_memory(MemoryRegion {
-                guest_address: region.guest_address,
-                host_address,
-                len: region.len,
-                read_only: false,
-                track_dirty: false,
-            })
-        }
-        .map_err(hypervisor("map guest memory into the virtual machine"))?;
-        slots.push((*region, slot));
-    }
-    Ok(slots)
 }
 
 impl<H: Hypervisor> Machine<H> {

@@ -41,6 +41,8 @@ pub(crate) enum Purpose {
     Thaw,
     /// Find out whether memory ran out.
     OomCheck,
+    /// Switch the guest off.
+    PowerOff,
     /// Signal the workload. (Not on the workload's own stream, where a signal
     /// would wait behind input that the workload does not read.)
     Signal,

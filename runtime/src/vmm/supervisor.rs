@@ -72,6 +72,8 @@ enum Timer {
     HangUp,
     /// What the guest had sent to published ports should have left.
     Delivery,
+    /// The guest should have powered itself off.
+    PowerOff,
     /// The machine should have ended.
     End,
 }

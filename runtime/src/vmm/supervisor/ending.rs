@@ -18,6 +18,8 @@ use crate::vmm::guest::{Guest, GuestEnd};
 const END_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long after SIGKILL the workload may take to report its end.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long the guest may take to power itself off.
+const POWER_OFF_TIMEOUT: Duration = Duration::from_millis(if cfg!(test) { 20 } else { 2000 });
 /// How long the agent may take to say whether memory ran out.
 const OOM_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -54,7 +56,11 @@ impl<G: Guest> Supervisor<G> {
             Timer::HangUp => self.guest_broke("the guest agent hung up"),
             Timer::Delivery => {
                 tracing::info!("clients did not take in time what the guest had sent");
-                self.end_machine();
+                self.power_off();
+            }
+            Timer::PowerOff => {
+                tracing::warn!("the guest did not power itself off");
+                self.stop_machine();
             }
             Timer::End => {
                 tracing::error!("the machine did not end when it was stopped");
@@ -223,36 +229,57 @@ impl<G: Guest> Supervisor<G> {
         .to_payload();
         self.broadcast(FrameType::Exit, &payload);
         self.report(&Report::Ended(exit.clone()));
-        let reason = exit.reason;
         self.ended = Some(exit);
         self.close_clients();
         self.main = None;
-        self.agent = None;
         self.listener = None;
         // The clients should not wait for the machine to be taken apart.
         self.flush();
         // What a workload said last is not lost by its end.
-        let delivers = reason == ExitReason::Workload
+        let delivers = self.ended_by_itself()
             && self.guest.as_mut().is_some_and(|guest| {
                 guest.close_published();
                 guest.is_delivering()
             });
         match delivers {
             true => self.set_timer(Timer::Delivery, DELIVERY_TIMEOUT),
-            false => self.end_machine(),
+            false => self.power_off(),
         }
+    }
+
+    fn ended_by_itself(&self) -> bool {
+        let ended = self.ended.as_ref();
+        ended.is_some_and(|exit| exit.reason == ExitReason::Workload)
     }
 
     /// All that the guest had sent to published ports has left.
     pub(super) fn delivered(&mut self) {
         if self.is_set(Timer::Delivery) {
             self.clear_timer(Timer::Delivery);
-            self.end_machine();
+            self.power_off();
         }
     }
 
-    /// Ends the machine, if it has not ended; [`Self::guest_ended`] follows.
-    fn end_machine(&mut self) {
+    /// Has the guest end itself if its workload has; [`Self::guest_ended`] follows.
+    fn power_off(&mut self) {
+        let by_itself = self.ended_by_itself();
+        match &mut self.agent {
+            // Commands beside the workload have ended with it: their clients are to
+            // have their last output and their status, too.
+            Some(agent) if by_itself => {
+                let request = ControlRequest::PowerOff { grace_ms: 0 };
+                agent.ask(Purpose::PowerOff, &request);
+                self.set_timer(Timer::PowerOff, POWER_OFF_TIMEOUT);
+            }
+            _ => self.stop_machine(),
+        }
+    }
+
+    /// Ends the machine, whatever the guest does.
+    pub(super) fn stop_machine(&mut self) {
+        self.agent = None;
+        self.clear_timer(Timer::Delivery);
+        self.clear_timer(Timer::PowerOff);
         if let Some(guest) = &mut self.guest {
             guest.stop();
             self.set_timer(Timer::End, END_TIMEOUT);

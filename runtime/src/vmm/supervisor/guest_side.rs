@@ -136,6 +136,9 @@ impl<G: Guest> Supervisor<G> {
                 Ok(None) => return,
                 Err(what) => {
                     self.agent = None;
+                    if self.ended.is_some() {
+                        return self.guest_hung_up();
+                    }
                     return self.guest_broke(&format!("the guest agent sent {what}"));
                 }
             }
@@ -206,7 +209,8 @@ impl<G: Guest> Supervisor<G> {
             }
             (Purpose::Freeze { job }, reply) => self.frozen(job, reply),
             (Purpose::Prepare { job }, reply) => self.prepared(job, reply),
-            (Purpose::Thaw, ControlReply::Done) => {}
+            // A power-off follows.
+            (Purpose::Thaw | Purpose::PowerOff, ControlReply::Done) => {}
             (Purpose::OomCheck, ControlReply::Stats(stats)) => {
                 self.oom_checked(stats.oom_kills > 0);
             }
@@ -227,6 +231,7 @@ impl<G: Guest> Supervisor<G> {
                 let text = printable(&format!("the guest answered {other:?}"));
                 self.answer(client, &ControlAnswer::Error(text));
             }
+            (Purpose::PowerOff, _) => self.stop_machine(),
             (_, ControlReply::Error { message }) => {
                 let what = match purpose {
                     Purpose::Hello => "agree with the guest agent",
@@ -435,7 +440,10 @@ impl<G: Guest> Supervisor<G> {
 
     /// A stream of the guest ended. Why shows when the machine's end is known.
     pub(super) fn guest_hung_up(&mut self) {
-        if self.ended.is_none() && !self.is_set(Timer::HangUp) {
+        if self.is_set(Timer::PowerOff) {
+            // It was asked to power off, and will not.
+            self.stop_machine();
+        } else if self.ended.is_none() && !self.is_set(Timer::HangUp) {
             self.set_timer(Timer::HangUp, HANG_UP_TIMEOUT);
         }
     }

@@ -128,13 +128,10 @@ fn what_the_workload_said_last_is_delivered_before_the_machine_ends() {
     main.exit(0);
     // Whoever waits for the workload does not wait for that.
     assert_eq!(f.events(), ["exit 0", "ended 0"]);
-    // Which is told first: the ports are closed right after.
-    while !*f.guest.closed.lock().unwrap() {
-        std::thread::yield_now();
-    }
     assert_eq!(f.guest.end.lock().unwrap().clone(), None);
     f.dial.send(Notice::Delivered);
     f.finish();
+    assert!(*f.guest.closed.lock().unwrap());
     assert_eq!(f.guest.end.lock().unwrap().clone(), Some(GuestEnd::Stopped));
 }
 
@@ -146,4 +143,36 @@ fn a_client_that_takes_nothing_does_not_keep_the_machine() {
     main.exit(0);
     f.finish();
     assert_eq!(f.guest.end.lock().unwrap().clone(), Some(GuestEnd::Stopped));
+}
+
+#[test]
+fn a_guest_whose_workload_has_ended_is_asked_to_power_off() {
+    let mut f = fixture(Setup::default());
+    let (mut agent, mut main) = f.start();
+    main.exit(0);
+    let request: ControlRequest = agent.receive_json(FrameType::Control);
+    assert_eq!(request, ControlRequest::PowerOff { grace_ms: 0 });
+    assert_eq!(f.exit().status, 0, "its end is on record already");
+    f.finish();
+    assert!(agent.receive().is_none(), "one that does not is stopped");
+}
+
+#[test]
+fn a_guest_whose_agent_is_gone_is_stopped() {
+    let mut f = fixture(Setup::default());
+    let (agent, mut main) = f.start();
+    drop(agent);
+    main.exit(4);
+    f.finish();
+    assert_eq!(f.exit().reason, ExitReason::Workload);
+    assert_eq!(f.guest.end.lock().unwrap().clone(), Some(GuestEnd::Stopped));
+}
+
+#[test]
+fn a_vm_that_is_destroyed_is_stopped_at_once() {
+    let mut f = fixture(Setup::default());
+    let (mut agent, _main) = f.start();
+    f.control().call(&ControlCall::Destroy).unwrap();
+    f.finish();
+    assert!(agent.receive().is_none(), "nothing is asked of it");
 }

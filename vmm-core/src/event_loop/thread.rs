@@ -1,0 +1,343 @@
+//! The loop's thread, and how other threads reach it.
+
+use std::io;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{JoinHandle, ThreadId};
+
+use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
+
+use super::registry::{HandlerId, Registry, Table};
+use super::{EventHandler, Readiness, signal};
+
+/// Events taken from the kernel at once.
+const BATCH: usize = 256;
+/// Epoll data of the loop's own wake-up descriptor.
+const WAKE: u64 = u64::MAX;
+
+type Handler = Arc<Mutex<dyn EventHandler>>;
+type Task = Box<dyn FnOnce(&mut Inner) + Send>;
+
+/// A place for a handler.
+struct Place {
+    generation: u32,
+    handler: Option<Handler>,
+}
+
+/// The loop's own thread's data.
+struct Inner {
+    table: Table,
+    handlers: Vec<Place>,
+    stop: bool,
+}
+
+/// What other threads can reach.
+struct Shared {
+    /// `None` once the loop has stopped.
+    tasks: Mutex<Option<Vec<Task>>>,
+    wake: OwnedFd,
+    thread: Mutex<Option<ThreadId>>,
+}
+
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A handler that panicked has been reported; the others go on.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
+    /// Hands a task to the loop; dropped when that has stopped.
+    fn push(&self, task: Task) {
+        match &mut *lock(&self.tasks) {
+            Some(tasks) => tasks.push(task),
+            None => return,
+        }
+        signal(self.wake.as_fd());
+    }
+
+    fn is_current(&self) -> bool {
+        *lock(&self.thread) == Some(std::thread::current().id())
+    }
+}
+
+/// Reaches a loop from any thread.
+#[derive(Clone)]
+pub struct EventLoopHandle {
+    shared: Arc<Shared>,
+}
+
+impl std::fmt::Debug for EventLoopHandle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("EventLoopHandle").finish_non_exhaustive()
+    }
+}
+
+/// The loop has stopped.
+fn stopped() -> io::Error {
+    io::Error::new(io::ErrorKind::BrokenPipe, "the event loop has stopped")
+}
+
+impl EventLoopHandle {
+    /// Runs `task` on the loop and waits for its result.
+    fn run<R: Send + 'static>(
+        &self,
+        task: impl FnOnce(&mut Inner) -> R + Send + 'static,
+    ) -> io::Result<R> {
+        if self.shared.is_current() {
+            return Err(io::Error::new(
+                io::ErrorKind::Deadlock,
+                "the event loop cannot wait for itself",
+            ));
+        }
+        let (send, receive): (SyncSender<R>, _) = sync_channel(1);
+        self.shared.push(Box::new(move |inner| {
+            // The caller may have gone away with its thread.
+            let _ = send.send(task(inner));
+        }));
+        receive.recv().map_err(|_| stopped())
+    }
+
+    /// Adds a handler; returns when it has started.
+    ///
+    /// # Errors
+    /// What [`EventHandler::start`] returned, or the loop has stopped.
+    pub fn add_handler(&self, handler: Arc<Mutex<dyn EventHandler>>) -> io::Result<HandlerId> {
+        self.run(move |inner| inner.add(handler))?
+    }
+
+    /// Removes a handler; when this returns it is not called any more. On the
+    /// loop's own thread that is so soon after.
+    ///
+    /// # Errors
+    /// The loop has stopped.
+    pub fn remove_handler(&self, id: HandlerId) -> io::Result<()> {
+        if self.shared.is_current() {
+            self.shared.push(Box::new(move |inner| inner.remove(id)));
+            return Ok(());
+        }
+        self.run(move |inner| inner.remove(id))
+    }
+
+    /// Runs `task` on the loop with the registry of handler `id`, and waits.
+    ///
+    /// # Errors
+    /// The handler is gone, the loop has stopped, or this is its own thread.
+    pub fn call<R: Send + 'static>(
+        &self,
+        id: HandlerId,
+        task: impl FnOnce(&mut Registry<'_>) -> R + Send + 'static,
+    ) -> io::Result<R> {
+        self.run(move |inner| inner.with_registry(id, task))?
+            .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "the handler is gone"))
+    }
+
+    /// Runs `task` on the loop with the registry of handler `id`, some time soon,
+    /// unless the handler is gone by then.
+    pub fn post(&self, id: HandlerId, task: impl FnOnce(&mut Registry<'_>) + Send + 'static) {
+        self.shared.push(Box::new(move |inner| {
+            inner.with_registry(id, task);
+        }));
+    }
+}
+
+/// Owns the loop's thread; dropping it stops the loop and waits for its end.
+#[derive(Debug)]
+pub struct EventLoop {
+    handle: EventLoopHandle,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl EventLoop {
+    /// Starts a loop on a new thread called `name`.
+    ///
+    /// # Errors
+    /// No descriptors or threads to be had.
+    pub fn spawn(name: &str) -> io::Result<Self> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        epoll::add(
+            &epoll,
+            &wake,
+            epoll::EventData::new_u64(WAKE),
+            epoll::EventFlags::IN,
+        )?;
+        let shared = Arc::new(Shared {
+            tasks: Mutex::new(Some(Vec::new())),
+            wake,
+            thread: Mutex::new(None),
+        });
+        let mut inner = Inner {
+            table: Table::new(epoll),
+            handlers: Vec::new(),
+            stop: false,
+        };
+        let for_thread = Arc::clone(&shared);
+        let thread = std::thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(move || {
+                *lock(&for_thread.thread) = Some(std::thread::current().id());
+                let closing = Closing(for_thread);
+                inner.run(&closing.0);
+            })?;
+        Ok(Self {
+            handle: EventLoopHandle { shared },
+            thread: Some(thread),
+        })
+    }
+
+    /// A handle for other threads.
+    #[must_use]
+    pub fn handle(&self) -> EventLoopHandle {
+        self.handle.clone()
+    }
+}
+
+/// Whoever waits for a task that will not run gets an error, also when a handler
+/// panicked.
+struct Closing(Arc<Shared>);
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        // Not in the lock: a task may own things that reach for the loop.
+        let tasks = lock(&self.0.tasks).take();
+        drop(tasks);
+    }
+}
+
+impl Drop for EventLoop {
+    fn drop(&mut self) {
+        self.handle.shared.push(Box::new(|inner| inner.stop = true));
+        if let Some(thread) = self.thread.take() {
+            // A panic there has been reported by the panic hook.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Inner {
+    fn run(&mut self, shared: &Shared) {
+        let mut events = Vec::with_capacity(BATCH);
+        let mut again = Vec::new();
+        let at_once = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        while !self.stop {
+            events.clear();
+            let timeout = (!self.table.again.is_empty()).then_some(&at_once);
+            match epoll::wait(
+                &self.table.epoll,
+                rustix::buffer::spare_capacity(&mut events),
+                timeout,
+            ) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => {
+                    tracing::error!(%error, "the event loop cannot wait and stops");
+                    return;
+                }
+            }
+            for event in &events {
+                let data = event.data.u64();
+                if data == WAKE {
+                    self.run_tasks(shared);
+                } else {
+                    self.dispatch(data, event.flags);
+                }
+            }
+            std::mem::swap(&mut again, &mut self.table.again);
+            for (id, token) in again.drain(..) {
+                self.tell(id, token, Readiness::default());
+            }
+        }
+    }
+
+    fn run_tasks(&mut self, shared: &Shared) {
+        let _ = rustix::io::read(&shared.wake, &mut [0; 8]);
+        let tasks = lock(&shared.tasks).as_mut().map(std::mem::take);
+        for task in tasks.unwrap_or_default() {
+            task(self);
+        }
+    }
+
+    fn dispatch(&mut self, data: u64, flags: epoll::EventFlags) {
+        let Some((id, token)) = self.table.target(data) else {
+            return; // removed since the event was fetched
+        };
+        let readiness = Readiness {
+            readable: flags.contains(epoll::EventFlags::IN),
+            writable: flags.contains(epoll::EventFlags::OUT),
+            hangup: flags.intersects(epoll::EventFlags::HUP | epoll::EventFlags::RDHUP),
+            error: flags.contains(epoll::EventFlags::ERR),
+        };
+        self.tell(id, token, readiness);
+    }
+
+    fn tell(&mut self, id: HandlerId, token: u64, readiness: Readiness) {
+        let Some(handler) = self.handler(id).cloned() else {
+            return;
+        };
+        let mut registry = Registry {
+            table: &mut self.table,
+            handler: id,
+        };
+        lock(&handler).ready(token, readiness, &mut registry);
+    }
+
+    fn handler(&self, id: HandlerId) -> Option<&Handler> {
+        self.handlers
+            .get(id.index as usize)
+            .filter(|place| place.generation == id.generation)?
+            .handler
+            .as_ref()
+    }
+
+    fn with_registry<R>(
+        &mut self,
+        id: HandlerId,
+        task: impl FnOnce(&mut Registry<'_>) -> R,
+    ) -> Option<R> {
+        self.handler(id)?;
+        Some(task(&mut Registry {
+            table: &mut self.table,
+            handler: id,
+        }))
+    }
+
+    fn add(&mut self, handler: Handler) -> io::Result<HandlerId> {
+        let free = self.handlers.iter().position(|p| p.handler.is_none());
+        let index = free.unwrap_or(self.handlers.len());
+        if free.is_none() {
+            self.handlers.push(Place {
+                generation: 0,
+                handler: None,
+            });
+        }
+        let id = HandlerId {
+            index: u32::try_from(index).map_err(io::Error::other)?,
+            generation: self.handlers[index].generation,
+        };
+        let mut registry = Registry {
+            table: &mut self.table,
+            handler: id,
+        };
+        let started = lock(&handler).start(&mut registry);
+        // Set in any case: removing it again ends the use of the identifier.
+        self.handlers[index].handler = Some(handler);
+        if let Err(error) = started {
+            self.remove(id);
+            return Err(error);
+        }
+        Ok(id)
+    }
+
+    fn remove(&mut self, id: HandlerId) {
+        if self.handler(id).is_none() {
+            return;
+        }
+        // Before the handler closes its descriptors.
+        self.table.release_all(id);
+        let place = &mut self.handlers[id.index as usize];
+        place.generation = place.generation.wrapping_add(1);
+        place.handler = None;
+    }
+}

@@ -1,0 +1,390 @@
+//! The life of a machine on a scripted hypervisor: what the machine asks of any
+//! backend, in which order, and what it makes of the answers. Needs no host support.
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::expect_used,
+    clippy::unwrap_used,
+    reason = "helpers of tests"
+)]
+
+mod common;
+
+use std::fs::File;
+use std::io::{Read as _, Seek as _, SeekFrom};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use sm_hypervisor::fake::{Event, FakeHypervisor, Step};
+use sm_hypervisor::{Exit, FaultInfo};
+use sm_vmm_core::devices::DeviceConfig;
+use sm_vmm_core::event_loop::EventLoop;
+use sm_vmm_core::exit::ExitReason;
+use sm_vmm_core::layout::{GED_GSI, SLOT_RNG, virtio_window};
+use sm_vmm_core::machine::{Machine, MachineConfig, MachineError};
+use sm_vmm_core::memory::{MachineMemory, MemoryConfig};
+use sm_vmm_core::state::MachineState;
+use sm_vmm_core::virtio::rng::Rng;
+
+use self::common::{ENTRY, kernel};
+
+const MEMORY: u64 = 64 << 20;
+const POWER_OFF: Step = Step::Exit(Exit::Shutdown);
+
+struct Rig {
+    host: FakeHypervisor,
+    event_loop: EventLoop,
+    console: File,
+}
+
+fn print(text: &str) -> impl Iterator<Item = Step> {
+    text.bytes().map(|byte| Step::PioWrite(0x3f8, vec![byte]))
+}
+
+impl Rig {
+    fn new(scripts: Vec<Vec<Step>>) -> Self {
+        Self {
+            host: FakeHypervisor::new(scripts),
+            event_loop: EventLoop::spawn("devices").unwrap(),
+            console: tempfile::tempfile().unwrap(),
+        }
+    }
+
+    fn devices() -> Vec<DeviceConfig> {
+        vec![DeviceConfig {
+            slot: SLOT_RNG,
+            device: Arc::new(Mutex::new(Rng::new())),
+        }]
+    }
+
+    fn config(&self, vcpus: u32) -> MachineConfig {
+        MachineConfig {
+            memory: MemoryConfig::new(MEMORY),
+            vcpus,
+            kernel: kernel(&[0xf4]),
+            initramfs: Vec::new(),
+            cmdline: String::new(),
+            generation_id: [7; 16],
+            console: self.console.try_clone().unwrap(),
+            devices: Self::devices(),
+        }
+    }
+
+    fn boot(&self, vcpus: u32) -> Machine<FakeHypervisor> {
+        Machine::boot(&self.host, self.config(vcpus), &self.event_loop.handle()).unwrap()
+    }
+
+    fn restore(&self, state: MachineState) -> Result<Machine<FakeHypervisor>, MachineError> {
+        Machine::restore(
+            &self.host,
+            state,
+            MachineMemory::anonymous(&MemoryConfig::new(MEMORY)).unwrap(),
+            Self::devices(),
+            self.console.try_clone().unwrap(),
+            &self.event_loop.handle(),
+        )
+    }
+
+    fn console_text(&self) -> String {
+        let mut console = &self.console;
+        let mut text = String::new();
+        console.seek(SeekFrom::Start(0)).unwrap();
+        console.read_to_string(&mut text).unwrap();
+        text
+    }
+}
+
+fn end(machine: &Machine<FakeHypervisor>) -> ExitReason {
+    let latch = machine.exit_latch();
+    latch
+        .wait_timeout(Duration::from_secs(60))
+        .expect("it ends")
+}
+
+#[test]
+fn a_machine_is_made_of_memory_and_parked_vcpus() {
+    let rig = Rig::new(vec![vec![POWER_OFF]]);
+    let mut machine = rig.boot(3);
+    assert_eq!((machine.vcpus(), machine.is_running()), (3, false));
+    let mut events = rig.host.take_events();
+    // Threads bind in any order.
+    events.sort_by_key(|event| match event {
+        Event::Bound(index, _) => *index + 1,
+        _ => 0,
+    });
+    let [
+        Event::Mapped {
+            guest_address: 0,
+            len: MEMORY,
+            ..
+        },
+        bound @ ..,
+    ] = &events[..]
+    else {
+        panic!("memory comes first: {events:?}");
+    };
+    let [
+        Event::Bound(0, Some(boot)),
+        Event::Bound(1, None),
+        Event::Bound(2, None),
+    ] = bound
+    else {
+        panic!("only the boot processor has registers: {bound:?}");
+    };
+    assert_eq!(boot.rip, u64::from(ENTRY));
+    assert_eq!(machine.exit_reason(), None, "nothing has run");
+    machine.resume().unwrap();
+    machine.resume().unwrap();
+    assert_eq!(end(&machine), ExitReason::PowerOff);
+}
+
+#[test]
+fn memory_leaves_the_hole_below_4_gib_free() {
+    let rig = Rig::new(Vec::new());
+    let large = MachineConfig {
+        memory: MemoryConfig::new(6 << 30),
+        ..rig.config(1)
+    };
+    let _machine = Machine::boot(&rig.host, large, &rig.event_loop.handle()).unwrap();
+    let mapped: Vec<_> = rig
+        .host
+        .take_events()
+        .into_iter()
+        .filter_map(|event| match event {
+            Event::Mapped {
+                guest_address, len, ..
+            } => Some((guest_address, guest_address + len)),
+            _ => None,
+        })
+        .collect();
+    let [(0, low_end), (4_294_967_296, high_end)] = mapped[..] else {
+        panic!("two regions: {mapped:?}");
+    };
+    assert!(low_end < 4 << 30);
+    assert_eq!(low_end + (high_end - (4 << 30)), 6 << 30);
+}
+
+#[test]
+fn ports_reach_their_devices() {
+    let power_off = Step::PioWrite(0x600, vec![5 << 2 | 1 << 5]);
+    let script = print("hello\n").chain([power_off]).collect();
+    let rig = Rig::new(vec![script]);
+    let mut machine = rig.boot(1);
+    machine.resume().unwrap();
+    assert_eq!(end(&machine), ExitReason::PowerOff);
+    assert_eq!(machine.console().tail(1), "hello");
+    drop(machine);
+    assert_eq!(rig.console_text(), "hello\n");
+    for (port, value) in [(0x602, 1), (0x64, 0xfe), (0xcf9, 6)] {
+        let rig = Rig::new(vec![vec![Step::PioWrite(port, vec![value])]]);
+        let mut machine = rig.boot(1);
+        machine.resume().unwrap();
+        assert_eq!(end(&machine), ExitReason::Reset, "{port:#x}");
+    }
+}
+
+#[test]
+fn a_doorbell_is_the_hypervisors_business() {
+    let notify = virtio_window(SLOT_RNG) + 0x50;
+    let rig = Rig::new(vec![vec![
+        // The magic value, "virt".
+        Step::MmioRead(virtio_window(SLOT_RNG), 4),
+        Step::MmioWrite(notify, 0u32.to_le_bytes().to_vec()),
+        // No device is there.
+        Step::MmioRead(0xc000_0000, 4),
+        POWER_OFF,
+    ]]);
+    let mut machine = rig.boot(1);
+    machine.resume().unwrap();
+    assert_eq!(end(&machine), ExitReason::PowerOff);
+    let events = rig.host.take_events();
+    assert!(
+        events.contains(&Event::Read(0, b"virt".to_vec())),
+        "{events:?}"
+    );
+    assert!(
+        events.contains(&Event::Read(0, vec![0xff; 4])),
+        "{events:?}"
+    );
+    let rung = |event: &Event| matches!(event, Event::Rung(bell) if bell.address == notify);
+    assert!(events.iter().any(rung), "{events:?}");
+}
+
+#[test]
+fn every_end_is_told_with_the_vcpu_that_met_it() {
+    let info = FaultInfo {
+        reason: "it is lost".into(),
+        program_counter: 0x1234,
+        ..FaultInfo::default()
+    };
+    for (step, expected) in [
+        (POWER_OFF, ExitReason::PowerOff),
+        (Step::Exit(Exit::Reset), ExitReason::Reset),
+        (
+            Step::Exit(Exit::TripleFault),
+            ExitReason::TripleFault { vcpu: 1 },
+        ),
+        (Step::Exit(Exit::Halt), ExitReason::Halted { vcpu: 1 }),
+        (
+            Step::Exit(Exit::Fault(info.clone())),
+            ExitReason::Fault { vcpu: 1, info },
+        ),
+    ] {
+        // The first vCPU stays in the guest until it is taken out.
+        let rig = Rig::new(vec![Vec::new(), vec![step]]);
+        let mut machine = rig.boot(2);
+        machine.resume().unwrap();
+        assert_eq!(end(&machine), expected);
+        machine.pause().unwrap();
+        machine.save_state().unwrap();
+    }
+    let rig = Rig::new(vec![vec![Step::Fail]]);
+    let mut machine = rig.boot(1);
+    machine.resume().unwrap();
+    let ExitReason::Failed { reason } = end(&machine) else {
+        panic!("a failure");
+    };
+    assert!(
+        reason.starts_with("vCPU 0: ") && reason.contains("run a vCPU"),
+        "{reason}"
+    );
+}
+
+#[test]
+fn a_paused_machine_can_be_saved_and_a_running_one_not() {
+    let rig = Rig::new(Vec::new());
+    let mut machine = rig.boot(2);
+    for _ in 0..3 {
+        machine.resume().unwrap();
+        let refused = machine.save_state();
+        assert!(matches!(refused, Err(MachineError::NotPaused { .. })));
+        machine.pause().unwrap();
+        machine.pause().unwrap();
+        assert_eq!(machine.save_state().unwrap().vcpus.len(), 2);
+    }
+    let paused = |event: &Event| matches!(event, Event::Paused(_));
+    // A vCPU that had not entered the guest yet need not be told.
+    assert!(
+        rig.host
+            .take_events()
+            .iter()
+            .filter(|event| paused(event))
+            .count()
+            <= 6
+    );
+    machine.resume().unwrap();
+    machine.stop().unwrap();
+    assert_eq!(end(&machine), ExitReason::Stopped);
+}
+
+#[test]
+fn a_restored_machine_goes_on_and_learns_of_its_identity_first() {
+    let script = print("a")
+        .chain([Step::WaitIrq(GED_GSI)])
+        .chain(print("b"))
+        .chain([POWER_OFF])
+        .collect();
+    let rig = Rig::new(vec![script]);
+    let mut machine = rig.boot(1);
+    machine.resume().unwrap();
+    machine.pause().unwrap();
+    let state = machine.save_state().unwrap();
+    drop(machine);
+    let before = rig.console_text();
+    let bytes = postcard::to_stdvec(&state).unwrap();
+    for _ in 0..2 {
+        let state: MachineState = postcard::from_bytes(&bytes).unwrap();
+        let mut clone = rig.restore(state).unwrap();
+        let _ = rig.host.take_events();
+        clone.set_generation_id([9; 16]).unwrap();
+        assert_eq!(rig.host.take_events(), [Event::Irq(GED_GSI)]);
+        clone.resume().unwrap();
+        assert_eq!(end(&clone), ExitReason::PowerOff);
+        assert!(clone.console().tail(1).ends_with('b'));
+    }
+    // What was written before it was saved is not written again.
+    let whole = format!("{before}{}", "ab"[before.len()..].repeat(2));
+    assert_eq!(rig.console_text(), whole);
+}
+
+#[test]
+fn a_machine_put_back_plays_on_from_there() {
+    let rig = Rig::new(vec![vec![Step::WaitIrq(GED_GSI), Step::Exit(Exit::Halt)]]);
+    let mut first = rig.boot(1);
+    let state = first.save_state().unwrap();
+    drop(first);
+    let mut clone = rig.restore(state.clone()).unwrap();
+    for _ in 0..3 {
+        clone.resume().unwrap();
+        let running = clone.reset_to(&state);
+        assert!(matches!(running, Err(MachineError::NotPaused { .. })));
+        clone.pause().unwrap();
+        clone.reset_to(&state).unwrap();
+    }
+    let two = rig.boot(2).save_state().unwrap();
+    assert!(clone.reset_to(&two).is_err(), "of another number of vCPUs");
+    clone.set_generation_id([9; 16]).unwrap();
+    clone.resume().unwrap();
+    assert_eq!(end(&clone), ExitReason::Halted { vcpu: 0 });
+    clone.pause().unwrap();
+    assert!(clone.reset_to(&state).is_err(), "it has ended");
+}
+
+#[test]
+fn state_that_does_not_fit_is_refused() {
+    let rig = Rig::new(Vec::new());
+    let state = rig.boot(1).save_state().unwrap();
+    let mut newer = state.clone();
+    newer.version += 1;
+    let mut larger = state.clone();
+    larger.memory_bytes *= 2;
+    let mut bare = state.clone();
+    bare.devices.clear();
+    let mut headless = state.clone();
+    headless.vcpus.clear();
+    let mut foreign = state.clone();
+    foreign.vm.blob.backend = "another".into();
+    let mut swapped = state.clone();
+    swapped.vcpus[0].index = 1;
+    for bad in [newer, larger, bare, headless, foreign, swapped] {
+        assert!(rig.restore(bad).is_err());
+    }
+    assert!(rig.restore(state).is_ok());
+}
+
+#[test]
+fn dirty_pages_come_by_region() {
+    let rig = Rig::new(Vec::new());
+    let machine = rig.boot(1);
+    assert!(machine.take_dirty().is_err(), "it is off");
+    machine.set_dirty_tracking(true).unwrap();
+    let slot = rig
+        .host
+        .take_events()
+        .into_iter()
+        .find_map(|event| match event {
+            Event::Mapped { slot, .. } => Some(slot),
+            _ => None,
+        });
+    rig.host.mark_dirty(slot.unwrap(), 65);
+    let dirty = machine.take_dirty().unwrap();
+    assert_eq!((dirty[0].0.guest_address, dirty[0].1.words[1]), (0, 2));
+    assert!(
+        machine.take_dirty().unwrap()[0]
+            .1
+            .words
+            .iter()
+            .all(|word| *word == 0)
+    );
+    machine.set_dirty_tracking(false).unwrap();
+    assert!(machine.take_dirty().is_err());
+}
+
+#[test]
+fn impossible_numbers_of_vcpus_are_refused() {
+    let rig = Rig::new(Vec::new());
+    for vcpus in [0, 255, 100_000] {
+        let made = Machine::boot(&rig.host, rig.config(vcpus), &rig.event_loop.handle());
+        assert!(matches!(made, Err(MachineError::Vcpus { .. })));
+    }
+}
