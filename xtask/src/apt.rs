@@ -1,20 +1,26 @@
 //! Packages of the distribution: what is missing is installed (as root) or asked
 //! for in one line.
 
+mod sources;
+
 use std::cell::Cell;
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, bail};
 
+use self::sources::backports_entry;
+pub(crate) use self::sources::release_source;
 use crate::cmd;
 
 /// QEMU that emulates SVM well enough for nested guests (see ARCHITECTURE.md).
 const QEMU_MAJOR: u32 = 10;
 const QEMU: &str = "qemu-system-x86";
 const BACKPORTS: &str = "/etc/apt/sources.list.d/sm-backports.sources";
+const INSTALL: [&str; 3] = ["install", "-y", "--no-install-recommends"];
 
 /// What this process knows of apt.
 #[derive(Default)]
@@ -22,68 +28,126 @@ pub(crate) struct Apt {
     updated: Cell<bool>,
 }
 
+/// What a command needs.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Needs {
+    /// Packages that must be installed.
+    pub(crate) packages: BTreeSet<&'static str>,
+    /// A package that apt must know where it can, for it to be downloaded.
+    pub(crate) known: Option<&'static str>,
+    /// A QEMU that is new enough for the lab.
+    pub(crate) qemu: bool,
+}
+
+/// What there is to do for that.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Plan {
+    /// The sources entry of the backports suite, which apt does not have.
+    backports: Option<String>,
+    packages: Vec<&'static str>,
+    /// Install QEMU, from the named suite unless the release's own will do.
+    qemu: Option<Option<String>>,
+}
+
+impl Plan {
+    /// The line that a person is asked to run as root.
+    fn line(&self) -> String {
+        let mut steps = Vec::new();
+        if let Some(entry) = &self.backports {
+            let lines: Vec<_> = entry.lines().map(|line| format!("\"{line}\"")).collect();
+            steps.push(format!(
+                "printf \"%s\\n\" {} > {BACKPORTS}",
+                lines.join(" ")
+            ));
+        }
+        steps.push("apt-get update".to_owned());
+        let install = |words: &[&str]| format!("apt-get {} {}", INSTALL.join(" "), words.join(" "));
+        if !self.packages.is_empty() {
+            steps.push(install(&self.packages));
+        }
+        match &self.qemu {
+            None => {}
+            Some(None) => steps.push(install(&[QEMU])),
+            Some(Some(suite)) => steps.push(install(&["-t", suite, QEMU])),
+        }
+        format!("sudo sh -c '{}'", steps.join(" && "))
+    }
+}
+
 impl Apt {
     /// Sees to it that `packages` are installed.
-    pub(crate) fn ensure(&self, packages: &[&str]) -> Result<()> {
-        let missing: Vec<_> = packages
-            .iter()
-            .copied()
-            .filter(|package| !installed(package))
-            .collect();
-        if missing.is_empty() {
-            return Ok(());
-        }
-        if !is_root() {
-            bail!(
-                "packages are missing; install them and try again:\n  sudo apt-get install -y \
-                 --no-install-recommends {}",
-                missing.join(" ")
-            );
-        }
-        self.update();
-        self.install(&missing)
+    pub(crate) fn ensure(&self, packages: &[&'static str]) -> Result<()> {
+        self.ensure_all(&Needs {
+            packages: packages.iter().copied().collect(),
+            ..Needs::default()
+        })
     }
 
     /// Sees to it that QEMU is new enough, from the backports suite where the
     /// distribution's own is older.
     pub(crate) fn ensure_qemu(&self) -> Result<()> {
-        if qemu_major().is_some_and(|major| major >= QEMU_MAJOR) {
+        self.ensure_all(&Needs {
+            qemu: true,
+            ..Needs::default()
+        })
+    }
+
+    /// Sees to everything at once: as root by doing it, else by an error that says in
+    /// one line how to.
+    pub(crate) fn ensure_all(&self, needs: &Needs) -> Result<()> {
+        let packages = missing(&needs.packages);
+        let qemu = needs.qemu && qemu_major().is_none_or(|major| major < QEMU_MAJOR);
+        if packages.is_empty() && !qemu {
             return Ok(());
         }
-        let new_enough = |version: &String| major(version) >= QEMU_MAJOR;
-        let mut options = vec!["install", "-y", "-qq", "--no-install-recommends"];
-        let mut entry = None;
-        let suite;
-        if !self.candidate(QEMU)?.as_ref().is_some_and(new_enough) {
-            let known = self.versions(QEMU)?.iter().any(new_enough);
-            let backports = backports_entry()?;
-            suite = backports.0;
-            entry = (!known && !Path::new(BACKPORTS).exists()).then_some(backports.1);
-            // For the packages it depends on as well.
-            options.extend(["-t", &suite]);
-        }
-        options.push(QEMU);
+        let plan = self.plan(packages, qemu, needs.known)?;
         if !is_root() {
-            let add = entry.map_or_else(String::new, |entry| {
-                let text = entry.replace('\n', "\\n");
-                format!("printf '{text}' | sudo tee {BACKPORTS} && sudo apt-get update && ")
-            });
             bail!(
-                "QEMU {QEMU_MAJOR} or later is needed; install it and try again:\n  {add}sudo \
-                 apt-get {}",
-                options.join(" ")
+                "packages are missing; install them by this line, then try again:\n  {}",
+                plan.line()
             );
         }
-        if entry.is_some() {
+        if plan.backports.is_some() {
             self.add_backports()?;
         }
         self.update();
-        cmd::step("installing QEMU");
-        cmd::check(quiet(&mut cmd::command("apt-get", options)))?;
+        if !plan.packages.is_empty() {
+            self.install(&plan.packages)?;
+        }
+        match &plan.qemu {
+            None => return Ok(()),
+            Some(None) => self.install(&[QEMU])?,
+            // For the packages it depends on as well.
+            Some(Some(suite)) => self.install(&["-t", suite, QEMU])?,
+        }
         match qemu_major() {
             Some(major) if major >= QEMU_MAJOR => Ok(()),
             _ => bail!("apt has no QEMU {QEMU_MAJOR} or later for this distribution"),
         }
+    }
+
+    fn plan(&self, packages: Vec<&'static str>, qemu: bool, known: Option<&str>) -> Result<Plan> {
+        let new_enough = |version: &String| major(version) >= QEMU_MAJOR;
+        let release_has_qemu = !qemu || self.candidate(QEMU)?.as_ref().is_some_and(new_enough);
+        let apt_has_qemu = release_has_qemu || self.versions(QEMU)?.iter().any(new_enough);
+        let apt_knows = match known {
+            Some(package) => self.candidate(package)?.is_some(),
+            None => true,
+        };
+        let backports = backports_entry();
+        let suite = match (&backports, release_has_qemu) {
+            (_, true) => None,
+            (Ok((suite, _)), false) => Some(suite.clone()),
+            (Err(error), false) => {
+                bail!("there is no QEMU {QEMU_MAJOR} or later: {error:#}; put one in the PATH")
+            }
+        };
+        let there = Path::new(BACKPORTS).exists() || (apt_has_qemu && apt_knows);
+        Ok(Plan {
+            backports: backports.ok().filter(|_| !there).map(|(_, entry)| entry),
+            packages,
+            qemu: qemu.then_some(suite),
+        })
     }
 
     /// Adds the backports suite if it can be told and is not there yet. Returns
@@ -159,11 +223,8 @@ impl Apt {
 
     fn install(&self, packages: &[&str]) -> Result<()> {
         cmd::step(format_args!("installing {}", packages.join(" ")));
-        let mut install = cmd::command(
-            "apt-get",
-            ["install", "-y", "-qq", "--no-install-recommends"],
-        );
-        cmd::check(quiet(install.args(packages)))
+        let mut install = cmd::command("apt-get", INSTALL);
+        cmd::check(quiet(install.arg("-qq").args(packages)))
     }
 }
 
@@ -177,6 +238,23 @@ fn quiet(command: &mut Command) -> &mut Command {
 
 pub(crate) fn is_root() -> bool {
     fs::metadata("/proc/self").is_ok_and(|meta| meta.uid() == 0)
+}
+
+/// Those of `packages` that are not installed.
+fn missing(packages: &BTreeSet<&'static str>) -> Vec<&'static str> {
+    let installed = Command::new("dpkg-query")
+        .args(["-W", "-f=${Package} ${db:Status-Abbrev}\n"])
+        .args(packages)
+        .stderr(Stdio::null())
+        .output();
+    let installed = installed.map_or_else(|_| Vec::new(), |output| output.stdout);
+    let installed = String::from_utf8_lossy(&installed);
+    let is_installed = |package: &&str| {
+        let mut lines = installed.lines().map(str::split_whitespace);
+        lines.any(|mut words| words.next() == Some(package) && words.next() == Some("ii"))
+    };
+    let packages = packages.iter().copied();
+    packages.filter(|package| !is_installed(package)).collect()
 }
 
 pub(crate) fn installed(package: &str) -> bool {
@@ -204,132 +282,9 @@ fn major(version: &str) -> u32 {
     digits.and_then(|digits| digits.parse().ok()).unwrap_or(0)
 }
 
-/// The backports suite of this release and a sources entry for it, made from the
-/// configured entry of the release itself: same mirror, same key.
-fn backports_entry() -> Result<(String, String)> {
-    let (codename, origin) = release_origin().with_context(|| {
-        format!("cannot tell where QEMU {QEMU_MAJOR} or later is; put one in the PATH")
-    })?;
-    let suite = format!("{codename}-backports");
-    let entry = origin.entry(&suite);
-    Ok((suite, entry))
-}
-
-/// This release's code name, and its configured archive as a one-line entry.
-pub(crate) fn release_source() -> Result<(String, String)> {
-    let (codename, origin) = release_origin()?;
-    let line = origin.line(&codename);
-    Ok((codename, line))
-}
-
-fn release_origin() -> Result<(String, Origin)> {
-    let release = fs::read_to_string("/etc/os-release").context("cannot read /etc/os-release")?;
-    let codename = release
-        .lines()
-        .find_map(|line| line.strip_prefix("VERSION_CODENAME="))
-        .map(|name| name.trim_matches('"').to_owned())
-        .context("/etc/os-release has no VERSION_CODENAME")?;
-    if !release.lines().any(|line| line == "ID=debian") {
-        bail!("this distribution is not Debian");
-    }
-    let mut files = vec![PathBuf::from("/etc/apt/sources.list")];
-    if let Ok(entries) = fs::read_dir("/etc/apt/sources.list.d") {
-        files.extend(entries.flatten().map(|entry| entry.path()));
-    }
-    for file in files {
-        let text = fs::read_to_string(&file).unwrap_or_default();
-        let origin = match file.extension().and_then(|name| name.to_str()) {
-            Some("sources") => origin_of_stanzas(&text, &codename),
-            Some("list") => origin_of_lines(&text, &codename),
-            _ => None,
-        };
-        if let Some(origin) = origin {
-            return Ok((codename, origin));
-        }
-    }
-    bail!("no apt source for {codename}/main is configured")
-}
-
-/// Where a suite comes from.
-#[derive(Debug, PartialEq, Eq)]
-struct Origin {
-    uris: String,
-    signed_by: Option<String>,
-}
-
-impl Origin {
-    fn entry(&self, suite: &str) -> String {
-        let mut entry = format!(
-            "Types: deb\nURIs: {}\nSuites: {suite}\nComponents: main\n",
-            self.uris
-        );
-        if let Some(key) = &self.signed_by {
-            entry.push_str(&format!("Signed-By: {key}\n"));
-        }
-        entry
-    }
-
-    fn line(&self, suite: &str) -> String {
-        let uri = self.uris.split_whitespace().next().unwrap_or_default();
-        match &self.signed_by {
-            Some(key) => format!("deb [signed-by={key}] {uri} {suite} main"),
-            None => format!("deb {uri} {suite} main"),
-        }
-    }
-}
-
-/// deb822 stanzas (sources.list(5)).
-fn origin_of_stanzas(text: &str, codename: &str) -> Option<Origin> {
-    let text: Vec<_> = text.lines().filter(|line| !line.starts_with('#')).collect();
-    text.split(|line| line.trim().is_empty())
-        .find_map(|stanza| {
-            let field = |name: &str| {
-                stanza.iter().find_map(|line| {
-                    let (key, value) = line.split_once(':')?;
-                    key.eq_ignore_ascii_case(name).then(|| value.trim())
-                })
-            };
-            let has =
-                |name, word| field(name).is_some_and(|v| v.split_whitespace().any(|w| w == word));
-            let usable = has("Types", "deb")
-                && has("Suites", codename)
-                && has("Components", "main")
-                && !has("Enabled", "no");
-            Some(Origin {
-                uris: field("URIs").filter(|_| usable)?.to_owned(),
-                // A key block that continues on other lines cannot be copied as one
-                // word; without it apt falls back on its own keyring.
-                signed_by: field("Signed-By")
-                    .filter(|key| key.starts_with('/'))
-                    .map(str::to_owned),
-            })
-        })
-}
-
-/// One-line entries (sources.list(5)).
-fn origin_of_lines(text: &str, codename: &str) -> Option<Origin> {
-    text.lines().find_map(|line| {
-        let rest = line.trim().strip_prefix("deb ")?.trim_start();
-        let (options, rest) = match rest.strip_prefix('[') {
-            Some(rest) => rest.split_once(']')?,
-            None => ("", rest),
-        };
-        let mut words = rest.split_whitespace();
-        let uri = words.next()?;
-        let usable = words.next() == Some(codename) && words.any(|word| word == "main");
-        usable.then(|| Origin {
-            uris: uri.to_owned(),
-            signed_by: options
-                .split_whitespace()
-                .find_map(|option| option.strip_prefix("signed-by="))
-                .map(str::to_owned),
-        })
-    })
-}
-
 #[cfg(test)]
 mod tests {
-    use super::{Origin, major, origin_of_lines, origin_of_stanzas};
+    use super::{Plan, major};
 
     #[test]
     fn versions_with_and_without_an_epoch() {
@@ -339,30 +294,26 @@ mod tests {
     }
 
     #[test]
-    fn a_stanza_of_the_release_is_found_among_others() {
-        let text = "Types: deb\nURIs: http://security.example/d\nSuites: twelve-security\n\
-                    Components: main\n\n# the archive\nTypes: deb\n# old\nURIs: http://mirror.example/d\n\
-                    Suites: twelve twelve-updates\nComponents: main contrib\nSigned-By: /k.gpg\n";
-        let origin = origin_of_stanzas(text, "twelve").unwrap();
-        assert_eq!(origin.uris, "http://mirror.example/d");
+    fn everything_is_asked_for_in_one_line() {
+        let plan = Plan {
+            backports: Some("Types: deb\nURIs: http://m.example/d\n".into()),
+            packages: vec!["bc", "gcc"],
+            qemu: Some(Some("twelve-backports".into())),
+        };
         assert_eq!(
-            origin.entry("twelve-backports"),
-            "Types: deb\nURIs: http://mirror.example/d\nSuites: twelve-backports\n\
-             Components: main\nSigned-By: /k.gpg\n"
+            plan.line(),
+            "sudo sh -c 'printf \"%s\\n\" \"Types: deb\" \"URIs: http://m.example/d\" \
+             > /etc/apt/sources.list.d/sm-backports.sources && apt-get update && \
+             apt-get install -y --no-install-recommends bc gcc && \
+             apt-get install -y --no-install-recommends -t twelve-backports qemu-system-x86'"
         );
-        assert_eq!(origin_of_stanzas(text, "thirteen"), None);
-    }
-
-    #[test]
-    fn a_line_of_the_release_is_found_among_others() {
-        let text = "# deb http://no.example/d twelve main\ndeb-src http://s.example/d twelve main\n\
-                    deb [arch=amd64 signed-by=/k.gpg] http://mirror.example/d twelve contrib main\n";
+        let plan = Plan {
+            packages: vec!["gcc"],
+            ..Plan::default()
+        };
         assert_eq!(
-            origin_of_lines(text, "twelve"),
-            Some(Origin {
-                uris: "http://mirror.example/d".into(),
-                signed_by: Some("/k.gpg".into())
-            })
+            plan.line(),
+            "sudo sh -c 'apt-get update && apt-get install -y --no-install-recommends gcc'"
         );
     }
 }

@@ -4,11 +4,11 @@ use anyhow::Result;
 
 use crate::apt::Apt;
 use crate::build::cargo;
-use crate::cmd;
 use crate::test::{self, Wanted};
+use crate::{cmd, needs};
 
 pub(crate) fn run(apt: &Apt) -> Result<()> {
-    apt.ensure(&["gcc", "libc6-dev"])?;
+    needs::everything(apt)?;
     cmd::step("checking the format");
     cmd::check(&mut cargo(["fmt", "--all", "--check"]))?;
     cmd::step("running clippy");

@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result};
 use crate::apt::Apt;
 use crate::build::{self, Profile};
 use crate::lab::{self, Job, Output};
-use crate::{cmd, fixtures, host, kernel};
+use crate::{cmd, fixtures, host, kernel, needs};
 
 const SCRIPT: &str = "echo \"hello from $(uname -sr) on $(nproc) vCPU\"; \
                       head -n 1 /etc/os-release 2>/dev/null; \
@@ -16,6 +16,7 @@ const SCRIPT: &str = "echo \"hello from $(uname -sr) on $(nproc) vCPU\"; \
 
 /// Returns 0 when the guest ended as it should.
 pub(crate) fn run(apt: &Apt) -> Result<u8> {
+    needs::demo(apt)?;
     let sm = build::sm(apt, Profile::Release)?;
     let kernel = kernel::tuned(apt)?;
     let image = fixtures::demo_image(apt)?;

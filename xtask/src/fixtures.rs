@@ -26,6 +26,9 @@ pub(crate) const PACKAGES: [&str; 6] = [
 /// The clients that the tests talk to them with.
 pub(crate) const CLIENTS: [&str; 3] = ["curl", "netcat-openbsd", "wrk"];
 
+/// To be root of a user namespace.
+pub(crate) const ROOTLESS_PACKAGES: [&str; 2] = ["uidmap", "util-linux"];
+
 /// Part of the cache's name: raise it when the images change.
 const RECIPE: &str = "2";
 const DEMO_RECIPE: &str = "2";
@@ -53,17 +56,16 @@ pub(crate) fn make(apt: &Apt) -> Result<PathBuf> {
     if done.exists() {
         return Ok(done);
     }
-    let _lock = paths::lock(&fixtures)?;
+    let lock = paths::lock(&fixtures)?;
     if done.exists() {
         return Ok(done);
     }
-    if !apt::is_root() {
-        bail!(
-            "the images for the end-to-end tests hold files of many owners, so they are made \
-             as root, once: run \"sudo -E cargo xtask fixtures\""
-        );
-    }
     apt.ensure(&PACKAGES)?;
+    if !apt::is_root() {
+        apt.ensure(&ROOTLESS_PACKAGES)?;
+        drop(lock);
+        return as_root_of_a_namespace(done);
+    }
     let workshop = Workshop::new()?;
     cmd::step("making the test image busybox");
     workshop.busybox()?;
@@ -76,6 +78,20 @@ pub(crate) fn make(apt: &Apt) -> Result<PathBuf> {
     cmd::step("making the test image nginx (mmdebstrap)");
     workshop.derived("nginx", "procps,nginx-light", &NGINX)?;
     workshop.publish(&done)?;
+    Ok(done)
+}
+
+/// The images hold files of many owners, so whoever makes them is to be root: of a
+/// user namespace will do.
+fn as_root_of_a_namespace(done: PathBuf) -> Result<PathBuf> {
+    cmd::note("not root: making the images in a user namespace");
+    let own = std::env::current_exe().context("cannot tell which program this is")?;
+    let mut command = cmd::command("unshare", ["--user", "--map-root-user", "--map-auto"]);
+    command.args(["--mount", "--pid", "--fork", "--"]);
+    cmd::check(command.arg(own).arg("fixtures")).context(
+        "the images for the end-to-end tests cannot be made without root; make them by \
+         \"sudo -E cargo xtask fixtures\", once",
+    )?;
     Ok(done)
 }
 
@@ -279,11 +295,7 @@ impl Workshop {
     }
 
     fn umoci(&self, arguments: &[&str], paths: &[&Path]) -> Result<()> {
-        let mut umoci = cmd::command("umoci", arguments);
-        if !apt::is_root() && arguments.first() == Some(&"unpack") {
-            umoci.arg("--rootless");
-        }
-        self.quiet(umoci.args(paths))
+        self.quiet(cmd::command("umoci", arguments).args(paths))
     }
 
     fn quiet(&self, command: &mut Command) -> Result<()> {

@@ -1,13 +1,11 @@
 //! What this host can do.
 
-use std::fs::OpenOptions;
+use std::fs::{self, OpenOptions};
 use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context as _, Result};
 use serde_json::Value;
-
-use crate::apt::Apt;
 
 /// Whether there is a `/dev/kvm` to be used at all.
 pub(crate) fn open_kvm() -> Result<()> {
@@ -35,16 +33,9 @@ pub(crate) fn why_not_here(sm: &Path) -> Result<Option<String>> {
     })
 }
 
-/// Installs what all commands need, at once.
-pub(crate) fn set_up(apt: &Apt) -> Result<()> {
-    let mut packages = Vec::new();
-    packages.extend(crate::kernel::PACKAGES);
-    packages.extend(crate::fixtures::PACKAGES);
-    packages.extend(crate::fixtures::CLIENTS);
-    packages.extend(crate::lab::PACKAGES);
-    packages.extend(crate::test::UNIT_PACKAGES);
-    packages.sort_unstable();
-    packages.dedup();
-    apt.ensure(&packages)?;
-    apt.ensure_qemu()
+/// A guess at that before there is an `sm` to ask.
+pub(crate) fn looks_able() -> bool {
+    let flags = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let hardware = flags.split_whitespace().any(|f| f == "vmx" || f == "svm");
+    hardware && open_kvm().is_ok()
 }

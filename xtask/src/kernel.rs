@@ -16,8 +16,8 @@ use crate::apt::Apt;
 use crate::deb::Deb;
 use crate::{apt, cmd, kconfig, paths};
 
-/// The series that the fragment was made for and tested with.
-const SERIES: &str = "6.12";
+/// The source of the series that the fragment was made for and tested with.
+pub(crate) const SOURCE: &str = "linux-source-6.12";
 /// Part of the cache key: raise it when the recipe below changes its result.
 const RECIPE: &str = "1";
 /// About how many lines make prints, for the progress shown.
@@ -82,11 +82,16 @@ fn remove_other_builds(kernels: &Path, ours: &Path) -> Result<()> {
 
 impl Recipe {
     fn of_this_host(apt: &Apt) -> Result<Self> {
-        let package = format!("linux-source-{SERIES}");
-        let package = match apt.candidate(&package)? {
-            Some(_) => package,
-            None if apt.add_backports()? && apt.candidate(&package)?.is_some() => package,
-            None => apt.depends_on("linux-source", "linux-source-")?,
+        let package = match apt.candidate(SOURCE)? {
+            Some(_) => SOURCE.to_owned(),
+            None if apt.add_backports()? && apt.candidate(SOURCE)?.is_some() => SOURCE.to_owned(),
+            None => {
+                let package = apt.depends_on("linux-source", "linux-source-")?;
+                cmd::note(format_args!(
+                    "apt does not know {SOURCE}: building {package} instead"
+                ));
+                package
+            }
         };
         let version = apt
             .candidate(&package)?

@@ -21,6 +21,7 @@ mod kconfig;
 mod kernel;
 mod lab;
 mod modules;
+mod needs;
 mod options;
 mod paths;
 mod qemu;
@@ -60,7 +61,7 @@ fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
             let status = lab::run(&lab, &job, &lab::Output::Inherit)?;
             return Ok(ExitCode::from(status));
         }
-        Invocation::Setup => host::set_up(&apt)?,
+        Invocation::Setup => needs::everything(&apt)?,
         Invocation::Demo => return Ok(ExitCode::from(demo::run(&apt)?)),
         Invocation::BenchImage(wanted) => bench_image::run(&apt, &wanted)?,
         Invocation::BenchRestore(wanted) => bench_restore::run(&apt, &wanted)?,

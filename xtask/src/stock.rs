@@ -30,6 +30,8 @@ const WANTED: [&str; 15] = [
     "crc32c_intel",
 ];
 
+pub(crate) const PACKAGES: [&str; 3] = ["kmod", "xz-utils", "zstd"];
+
 /// The distribution's cloud kernel: `vmlinuz` with `modules/` (a module tree
 /// with its `modules.dep`) beside it.
 pub(crate) fn kernel(apt: &Apt) -> Result<PathBuf> {
@@ -47,7 +49,7 @@ pub(crate) fn kernel(apt: &Apt) -> Result<PathBuf> {
     if image.exists() {
         return Ok(image);
     }
-    apt.ensure(&["kmod", "xz-utils", "zstd"])?;
+    apt.ensure(&PACKAGES)?;
     let deb = Deb::fetch(&format!("{package}={version}"))?;
     let work = tempfile::tempdir_in(paths::cache("tmp")?)?;
     cmd::step(format_args!("unpacking {package}"));

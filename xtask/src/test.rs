@@ -15,10 +15,11 @@ use serde_json::Value;
 use crate::apt::{self, Apt};
 use crate::build::{self, Profile, cargo};
 use crate::lab::{self, Job, Lab, Output};
-use crate::{bench_restore, cmd, fidelity, fixtures, host, kernel, stock};
+use crate::{bench_restore, cmd, fidelity, fixtures, host, kernel, needs, stock};
 
 /// What unit and property tests compare us with, and a compiler.
-pub(crate) const UNIT_PACKAGES: [&str; 8] = [
+pub(crate) const UNIT_PACKAGES: [&str; 9] = [
+    "acpica-tools",
     "gcc",
     "libc6-dev",
     "docker-registry",
@@ -59,16 +60,23 @@ impl Default for Wanted {
 
 pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
     let mut results = Vec::new();
+    match wanted.e2e {
+        true => needs::everything(apt)?,
+        false => needs::unit_tests(apt)?,
+    }
     if wanted.unit {
         cmd::step("unit and property tests");
         let started = Instant::now();
-        apt.ensure(&UNIT_PACKAGES)?;
         let mut tests = cargo(["test", "--workspace", "--locked"]);
         // What these tools test is not left out where they are missing.
         tests.env("SM_TEST_REGISTRY", "1");
         if !apt::is_root() {
-            cmd::note("not root: image disks are not mounted and compared");
+            cmd::note(
+                "not root: image disks are not mounted and compared, \
+                 and the agent is tested in the lab only",
+            );
             tests.env("SM_IMAGE_NO_MOUNT", "1");
+            tests.env("SM_TEST_WITHOUT_ROOT", "1");
         }
         if let Err(error) = host::open_kvm() {
             cmd::note(format_args!(
@@ -242,12 +250,19 @@ fn matching(programs: Vec<PathBuf>, names: &[String]) -> Result<Vec<PathBuf>> {
     Ok(matching)
 }
 
-/// Tests of single crates that take a hypervisor, to be run on the lab's as well.
+/// Tests of single crates that take a hypervisor, to be run on the lab's as well, and
+/// those that take root, unless they have been run by it here.
 fn backend_programs() -> Result<Vec<PathBuf>> {
     let mut build = cargo(["test", "--no-run", "--locked", "--message-format=json"]);
     build.args(["-p", "sm-hypervisor", "--test", "conformance"]);
     build.args(["-p", "sm-vmm-core", "--test", "machine_kvm"]);
-    built(&mut build, 2)
+    let mut programs = built(&mut build, 2)?;
+    if !apt::is_root() {
+        let mut build = cargo(["test", "--no-run", "--locked", "--message-format=json"]);
+        build.args(["-p", "sm-guest-agent", "--test", "host"]);
+        programs.extend(built(&mut build, 1)?);
+    }
+    Ok(programs)
 }
 
 /// Builds the test programs of `sm-e2e` and returns their paths.

@@ -1,0 +1,50 @@
+//! What commands need of the distribution: all of it is seen to before they begin, so
+//! that who is not root is asked once.
+
+use anyhow::Result;
+
+use crate::apt::{self, Apt, Needs};
+use crate::{fixtures, host, kernel, lab, stock, test};
+
+/// For `xtask demo`.
+pub(crate) fn demo(apt: &Apt) -> Result<()> {
+    let mut needs = building();
+    needs.packages.extend(["busybox-static"]);
+    if !host::looks_able() {
+        needs.packages.extend(lab::PACKAGES);
+        needs.qemu = true;
+    }
+    apt.ensure_all(&needs)
+}
+
+/// For `xtask test --unit`.
+pub(crate) fn unit_tests(apt: &Apt) -> Result<()> {
+    apt.ensure_all(&Needs {
+        packages: test::UNIT_PACKAGES.into_iter().collect(),
+        ..Needs::default()
+    })
+}
+
+/// For everything else: all tests, the lab.
+pub(crate) fn everything(apt: &Apt) -> Result<()> {
+    let mut needs = building();
+    needs.packages.extend(test::UNIT_PACKAGES);
+    needs.packages.extend(fixtures::PACKAGES);
+    needs.packages.extend(fixtures::CLIENTS);
+    needs.packages.extend(stock::PACKAGES);
+    needs.packages.extend(lab::PACKAGES);
+    if !apt::is_root() {
+        needs.packages.extend(fixtures::ROOTLESS_PACKAGES);
+    }
+    needs.qemu = true;
+    apt.ensure_all(&needs)
+}
+
+/// For building `sm` and its kernel.
+fn building() -> Needs {
+    Needs {
+        packages: kernel::PACKAGES.into_iter().chain(["libc6-dev"]).collect(),
+        known: Some(kernel::SOURCE),
+        qemu: false,
+    }
+}
