@@ -105,6 +105,61 @@ fn a_file_that_is_no_kernel_is_refused() {
 }
 
 #[test]
+fn what_a_machine_does_not_do_now_is_said() {
+    let home = Home::shared();
+    let vm = home.detached(&[&image("busybox"), "sleep", "1000"]);
+    let name = vm.name.as_str();
+    says(
+        home.sm(&["rm", name]),
+        125,
+        &[name, "is running", "--force"],
+    );
+    says(
+        home.sm(&["reset", name]),
+        125,
+        &["not started from a snapshot"],
+    );
+    home.sm(&["stop", "-t", "0", name]).exits(0);
+    for arguments in [
+        &["exec", name, "true"][..],
+        &["attach", name],
+        &["kill", name],
+        &["pause", name],
+        &["stats", name],
+        &["snapshot", "create", name, "late"],
+    ] {
+        says(home.sm(arguments), 125, &[name, "is not running"]);
+    }
+    // As Docker has it.
+    home.sm(&["stop", name]).exits(0);
+    assert_eq!(home.sm(&["wait", name]).exits(0).out(), "137\n");
+    home.sm(&["logs", name]).exits(0);
+}
+
+#[test]
+fn an_interrupted_start_leaves_nothing() {
+    let home = Home::new();
+    let image = image("busybox");
+    home.sm(&["pull", &image]).exits(0);
+    // Should the interrupt come too late, the command ends by itself.
+    let run = [
+        "run", "--rm", "--cold", "--name", "early", &image, "sleep", "20",
+    ];
+    let listed = || home.sm(&["ps", "-a"]).exits(0).out().contains("early");
+    let mut child = home.command(&run).spawn().unwrap();
+    while !listed() {
+        assert!(child.try_wait().unwrap().is_none(), "it ended by itself");
+    }
+    let pid = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+    let done: Done = child.wait_with_output().unwrap().into();
+    assert!(matches!(done.code, None | Some(0)), "{done:?}");
+    while listed() {}
+    home.sm(&["run", "--rm", "--name", "early", &image, "true"])
+        .exits(0);
+}
+
+#[test]
 fn an_unknown_machine_is_named() {
     let name = unique("nobody");
     for arguments in [

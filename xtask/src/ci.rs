@@ -3,12 +3,14 @@
 use anyhow::Result;
 
 use crate::apt::Apt;
+use crate::background::KernelBuild;
 use crate::build::cargo;
 use crate::test::{self, Wanted};
-use crate::{cmd, needs};
+use crate::{cmd, needs, paths};
 
 pub(crate) fn run(apt: &Apt) -> Result<()> {
     needs::everything(apt)?;
+    let kernel = KernelBuild::start();
     cmd::step("checking the format");
     cmd::check(&mut cargo(["fmt", "--all", "--check"]))?;
     cmd::step("running clippy");
@@ -25,5 +27,30 @@ pub(crate) fn run(apt: &Apt) -> Result<()> {
     cmd::check(
         cargo(["doc", "--workspace", "--no-deps", "--locked"]).env("RUSTDOCFLAGS", "-D warnings"),
     )?;
-    test::run(apt, &Wanted::default())
+    // Type-checked above with everything else; that they build is another matter.
+    cmd::step("building the benches");
+    cmd::check(&mut cargo([
+        "bench",
+        "-p",
+        "sm-benches",
+        "--benches",
+        "--no-run",
+        "--locked",
+    ]))?;
+    cmd::step("checking the fuzz targets");
+    cmd::check(
+        cargo([
+            "clippy",
+            "--manifest-path",
+            "fuzz/Cargo.toml",
+            "--locked",
+            "--bins",
+            "--target-dir",
+        ])
+        .arg(paths::target())
+        .args(["--", "-D", "warnings"])
+        // The library is not linked, so it need not be compiled, nor be there.
+        .env("CUSTOM_LIBFUZZER_PATH", "/nowhere/libFuzzer.a"),
+    )?;
+    test::run(apt, &Wanted::default(), Some(kernel))
 }

@@ -5,6 +5,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result};
 
 use crate::apt::Apt;
+use crate::background::KernelBuild;
 use crate::build::{self, Profile};
 use crate::lab::{self, Job, Output};
 use crate::{cmd, fixtures, host, kernel, needs};
@@ -17,7 +18,10 @@ const SCRIPT: &str = "echo \"hello from $(uname -sr) on $(nproc) vCPU\"; \
 /// Returns 0 when the guest ended as it should.
 pub(crate) fn run(apt: &Apt) -> Result<u8> {
     needs::demo(apt)?;
+    let building = KernelBuild::start();
     let sm = build::sm(apt, Profile::Release)?;
+    // With what has been done of it.
+    drop(building);
     let kernel = kernel::tuned(apt)?;
     let image = fixtures::demo_image(apt)?;
     let text = |path: &std::path::Path| {

@@ -5,6 +5,7 @@
 //! `~/.cache/sm`) and may be deleted at any time.
 
 mod apt;
+mod background;
 mod bench_image;
 mod bench_restore;
 mod bench_vsock;
@@ -66,7 +67,11 @@ fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
         Invocation::BenchImage(wanted) => bench_image::run(&apt, &wanted)?,
         Invocation::BenchRestore(wanted) => bench_restore::run(&apt, &wanted)?,
         Invocation::BenchVsock(wanted) => bench_vsock::run(&apt, &wanted)?,
-        Invocation::Test(wanted) => test::run(&apt, &wanted)?,
+        Invocation::Test(wanted) => {
+            needs::tests(&apt, &wanted)?;
+            let kernel = wanted.e2e.then(background::KernelBuild::start);
+            test::run(&apt, &wanted, kernel)?;
+        }
         Invocation::Ci => ci::run(&apt)?,
     }
     Ok(ExitCode::SUCCESS)

@@ -4,7 +4,8 @@
 use anyhow::Result;
 
 use crate::apt::{self, Apt, Needs};
-use crate::{fixtures, host, kernel, lab, stock, test};
+use crate::test::{self, Wanted};
+use crate::{fidelity, fixtures, host, kernel, lab, stock};
 
 /// For `xtask demo`.
 pub(crate) fn demo(apt: &Apt) -> Result<()> {
@@ -17,20 +18,24 @@ pub(crate) fn demo(apt: &Apt) -> Result<()> {
     apt.ensure_all(&needs)
 }
 
-/// For `xtask test --unit`.
-pub(crate) fn unit_tests(apt: &Apt) -> Result<()> {
+/// For `xtask test`.
+pub(crate) fn tests(apt: &Apt, wanted: &Wanted) -> Result<()> {
+    if wanted.e2e {
+        return everything(apt);
+    }
     apt.ensure_all(&Needs {
         packages: test::UNIT_PACKAGES.into_iter().collect(),
         ..Needs::default()
     })
 }
 
-/// For everything else: all tests, the lab.
+/// For all tests, and anything else.
 pub(crate) fn everything(apt: &Apt) -> Result<()> {
     let mut needs = building();
     needs.packages.extend(test::UNIT_PACKAGES);
     needs.packages.extend(fixtures::PACKAGES);
     needs.packages.extend(fixtures::CLIENTS);
+    needs.packages.extend(fidelity::PACKAGES);
     needs.packages.extend(stock::PACKAGES);
     needs.packages.extend(lab::PACKAGES);
     if !apt::is_root() {

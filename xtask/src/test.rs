@@ -13,9 +13,10 @@ use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
 use crate::apt::{self, Apt};
+use crate::background::KernelBuild;
 use crate::build::{self, Profile, cargo};
 use crate::lab::{self, Job, Lab, Output};
-use crate::{bench_restore, cmd, fidelity, fixtures, host, kernel, needs, stock};
+use crate::{bench_restore, cmd, fidelity, fixtures, host, kernel, stock};
 
 /// What unit and property tests compare us with, and a compiler.
 pub(crate) const UNIT_PACKAGES: [&str; 9] = [
@@ -58,12 +59,9 @@ impl Default for Wanted {
     }
 }
 
-pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
+/// Runs them. What they need must be there already; `kernel` is being built meanwhile.
+pub(crate) fn run(apt: &Apt, wanted: &Wanted, kernel: Option<KernelBuild>) -> Result<()> {
     let mut results = Vec::new();
-    match wanted.e2e {
-        true => needs::everything(apt)?,
-        false => needs::unit_tests(apt)?,
-    }
     if wanted.unit {
         cmd::step("unit and property tests");
         let started = Instant::now();
@@ -89,7 +87,7 @@ pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
     }
     if wanted.e2e {
         let started = Instant::now();
-        let result = end_to_end(apt, wanted);
+        let result = end_to_end(apt, wanted, kernel);
         results.push(("end-to-end tests", started.elapsed(), result));
     }
     let mut failed = false;
@@ -110,10 +108,10 @@ pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
     Ok(())
 }
 
-fn end_to_end(apt: &Apt, wanted: &Wanted) -> Result<()> {
+fn end_to_end(apt: &Apt, wanted: &Wanted, kernel: Option<KernelBuild>) -> Result<()> {
     let sm = build::sm(apt, wanted.profile)?;
-    let environment = environment(apt, &sm)?;
     let mut tests = end_to_end_programs(apt)?;
+    let environment = environment(apt, &sm, kernel)?;
     let here = host::why_not_here(&sm)?;
     match here {
         None if !wanted.force_lab => {
@@ -211,7 +209,7 @@ fn one_in_the_lab(
 }
 
 /// What `tests/src/lib.rs` says the tests are configured by.
-fn environment(apt: &Apt, sm: &Path) -> Result<Vec<(String, String)>> {
+fn environment(apt: &Apt, sm: &Path, kernel: Option<KernelBuild>) -> Result<Vec<(String, String)>> {
     let mut environment = Vec::new();
     let mut set = |name: &str, path: PathBuf| -> Result<()> {
         let value = path.into_os_string().into_string();
@@ -220,14 +218,14 @@ fn environment(apt: &Apt, sm: &Path) -> Result<Vec<(String, String)>> {
         Ok(())
     };
     set("SM_BIN", sm.to_owned())?;
-    set("SM_KERNEL", kernel::tuned(apt)?)?;
-    set("SM_STOCK_KERNEL", stock::kernel(apt)?)?;
     set("SM_FIXTURES", fixtures::make(apt)?)?;
-    apt.ensure(&fixtures::CLIENTS)?;
     set("SM_FIDELITY", fidelity::make(apt)?)?;
-    apt.ensure_qemu()?;
     set("SM_BENCH_RESTORE", bench_restore::build(Profile::Debug)?)?;
     set("SM_BENCH_INITRAMFS", bench_restore::initramfs()?)?;
+    // With what has been done of it.
+    drop(kernel);
+    set("SM_KERNEL", kernel::tuned(apt)?)?;
+    set("SM_STOCK_KERNEL", stock::kernel(apt)?)?;
     Ok(environment)
 }
 

@@ -209,8 +209,10 @@ impl<G: Guest> Supervisor<G> {
             }
             (Purpose::Freeze { job }, reply) => self.frozen(job, reply),
             (Purpose::Prepare { job }, reply) => self.prepared(job, reply),
-            // A power-off follows.
-            (Purpose::Thaw | Purpose::PowerOff, ControlReply::Done) => {}
+            (Purpose::Thaw, ControlReply::Done) => {}
+            // It follows, once the guest knows that this has arrived: it waits for the
+            // end of the stream.
+            (Purpose::PowerOff, ControlReply::Done) => self.agent = None,
             (Purpose::OomCheck, ControlReply::Stats(stats)) => {
                 self.oom_checked(stats.oom_kills > 0);
             }
