@@ -73,12 +73,12 @@ fn valid_queues_never_leave_memory() {
     let mut valid = 0u32;
     for size in 0..=u16::MAX {
         let rings = [16, 2, 8].map(|entry| entry * u64::from(size));
-        for place in 0..3 {
+        for (place, length) in rings.into_iter().enumerate() {
             // Everything else lies where there is room for the largest.
             for distance in [0, 1, 2, 4, 6, 8, 14, 15, 16, 17, 32] {
                 for at in [
                     distance,
-                    end.wrapping_sub(rings[place]).wrapping_sub(distance),
+                    end.wrapping_sub(length).wrapping_sub(distance),
                     u64::MAX - distance,
                 ] {
                     let mut queue = Queue::new(256);
