@@ -1,10 +1,6 @@
 //! Commands that need no guest, and what they say: `sm kernel`, `sm doctor`,
 //! `sm completions`, and refusals.
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    reason = "a failed expectation is a failed test"
-)]
+#![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
 use std::fs;
 use std::path::PathBuf;

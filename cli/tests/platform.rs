@@ -1,5 +1,5 @@
 //! `--platform`: which image of several is taken, and what cannot run here.
-#![allow(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
+#![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -281,6 +281,8 @@ impl Memory {
     }
 
     fn put(&self, offset: usize, bytes: &[u8]) {
+        // Holds for all callers: offsets are constants, and a test says that the code
+        // fits. Here for what follows to be sound by itself.
         assert!(offset + bytes.len() <= MEMORY_LEN);
         // SAFETY: within the mapping, checked above, and no guest runs yet.
         unsafe {

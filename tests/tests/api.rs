@@ -1,7 +1,7 @@
 //! The library, used as a program of one's own would use it.
 //!
 //! This program is its own VMM (`run_vmm_if_asked`), so it has a `main` of its own.
-#![allow(
+#![expect(
     clippy::unwrap_used,
     clippy::expect_used,
     reason = "a failed expectation is a failed test"

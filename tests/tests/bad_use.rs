@@ -1,5 +1,5 @@
 //! Wrong use: a sentence that says what to do, and Docker's exit status.
-#![allow(
+#![expect(
     clippy::unwrap_used,
     clippy::expect_used,
     reason = "a failed expectation is a failed test"

@@ -1,5 +1,5 @@
 //! `bench-restore` measures: whole commands, and QEMU with the same guest.
-#![allow(
+#![expect(
     clippy::unwrap_used,
     clippy::expect_used,
     reason = "a failed expectation is a failed test"

@@ -1,5 +1,5 @@
 //! Snapshots of running workloads, and the clones that go on from them.
-#![allow(
+#![expect(
     clippy::unwrap_used,
     clippy::expect_used,
     reason = "a failed expectation is a failed test"

@@ -1,6 +1,6 @@
 //! What must hold every time: many restores, sudden death at any moment, several
 //! at once.
-#![allow(
+#![expect(
     clippy::unwrap_used,
     clippy::expect_used,
     reason = "a failed expectation is a failed test"

@@ -1,5 +1,5 @@
 //! Detached machines: exec, logs, stop, kill, removal, and sudden death.
-#![allow(
+#![expect(
     clippy::unwrap_used,
     clippy::expect_used,
     reason = "a failed expectation is a failed test"

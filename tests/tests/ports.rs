@@ -1,5 +1,5 @@
 //! Ports of the guest, reached from the host.
-#![allow(
+#![expect(
     clippy::unwrap_used,
     clippy::expect_used,
     reason = "a failed expectation is a failed test"

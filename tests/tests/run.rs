@@ -1,5 +1,5 @@
 //! `sm run` on real images: output, status, configuration, streams, SMP, memory.
-#![allow(
+#![expect(
     clippy::unwrap_used,
     clippy::expect_used,
     reason = "a failed expectation is a failed test"

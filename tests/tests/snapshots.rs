@@ -1,6 +1,6 @@
 //! Base snapshots: the second machine does not boot, and clones share nothing
 //! that must be distinct.
-#![allow(
+#![expect(
     clippy::unwrap_used,
     clippy::expect_used,
     reason = "a failed expectation is a failed test"

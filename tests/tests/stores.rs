@@ -1,7 +1,7 @@
 //! Stores that do not work: a full disk, a read-only one. And a restore much
 //! later than the capture. These change mounts and the clock, so they run in the
 //! lab only.
-#![allow(
+#![expect(
     clippy::unwrap_used,
     clippy::expect_used,
     reason = "a failed expectation is a failed test"

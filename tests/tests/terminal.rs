@@ -1,5 +1,5 @@
 //! Terminals: raw mode, size, control keys, detaching, and snapshots of them.
-#![allow(
+#![expect(
     clippy::unwrap_used,
     clippy::expect_used,
     reason = "a failed expectation is a failed test"

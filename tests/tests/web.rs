@@ -1,5 +1,5 @@
 //! A real web server in a guest, reached by real clients through every frontend.
-#![allow(
+#![expect(
     clippy::unwrap_used,
     clippy::expect_used,
     reason = "a failed expectation is a failed test"

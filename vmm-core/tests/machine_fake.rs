@@ -1,12 +1,7 @@
 //! The life of a machine on a scripted hypervisor: what the machine asks of any
 //! backend, in which order, and what it makes of the answers. Needs no host support.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
-#![allow(
-    clippy::cast_possible_truncation,
-    clippy::expect_used,
-    clippy::unwrap_used,
-    reason = "helpers of tests"
-)]
+#![expect(clippy::expect_used, clippy::unwrap_used, reason = "helpers of tests")]
 
 mod common;
 

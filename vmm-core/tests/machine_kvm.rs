@@ -1,12 +1,7 @@
 //! Machines with tiny hand-made kernels on the host's KVM: any `/dev/kvm`, also one
 //! that cannot run Linux. `cargo xtask test` runs these in the lab, too.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
-#![allow(
-    clippy::cast_possible_truncation,
-    clippy::expect_used,
-    clippy::unwrap_used,
-    reason = "helpers of tests"
-)]
+#![expect(clippy::expect_used, clippy::unwrap_used, reason = "helpers of tests")]
 
 mod common;
 

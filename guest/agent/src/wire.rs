@@ -159,7 +159,10 @@ impl Framed {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::cast_possible_truncation)]
+    #![expect(
+        clippy::cast_possible_truncation,
+        reason = "small numbers of a test's own making"
+    )]
     use super::*;
     use std::io::Read as _;
     use std::os::unix::net::UnixStream;

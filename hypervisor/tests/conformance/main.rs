@@ -6,9 +6,8 @@
 //! left out ([`sm_hypervisor::testing::WITHOUT`]). `cargo xtask test` runs them in
 //! the lab, too.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
-#![allow(
+#![expect(
     clippy::cast_possible_truncation,
-    clippy::expect_used,
     clippy::unwrap_used,
     reason = "helpers of tests"
 )]

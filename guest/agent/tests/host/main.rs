@@ -3,7 +3,11 @@
 //!
 //! Needs root and a cgroup2 file system; says so and passes where it has not.
 //! The agent runs in a process of its own, which is this program again.
-#![allow(clippy::unwrap_used, clippy::expect_used)]
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a failed expectation is a failed test"
+)]
 
 mod client;
 mod exec;
