@@ -53,13 +53,9 @@ const NGINX: [&str; 10] = [
 pub(crate) fn make(apt: &Apt) -> Result<PathBuf> {
     let fixtures = paths::cache("fixtures")?;
     let done = fixtures.join(format!("v{RECIPE}"));
-    if done.exists() {
+    let Some(lock) = paths::lock_unless(&done, &fixtures)? else {
         return Ok(done);
-    }
-    let lock = paths::lock(&fixtures)?;
-    if done.exists() {
-        return Ok(done);
-    }
+    };
     apt.ensure(&PACKAGES)?;
     if !apt::is_root() {
         apt.ensure(&ROOTLESS_PACKAGES)?;
@@ -100,13 +96,9 @@ pub(crate) fn demo_image(apt: &Apt) -> Result<PathBuf> {
     let demo = paths::cache("demo")?;
     let done = demo.join(format!("v{DEMO_RECIPE}"));
     let image = done.join("busybox");
-    if image.exists() {
+    let Some(_lock) = paths::lock_unless(&image, &demo)? else {
         return Ok(image);
-    }
-    let _lock = paths::lock(&demo)?;
-    if image.exists() {
-        return Ok(image);
-    }
+    };
     apt.ensure(&["busybox-static"])?;
     cmd::step("making the demo image");
     let workshop = Workshop::new()?;

@@ -48,13 +48,9 @@ pub(crate) fn tuned(apt: &Apt) -> Result<PathBuf> {
     let key = recipe.key()?;
     let done = kernels.join(&key);
     let image = done.join("vmlinux");
-    if image.exists() {
+    let Some(_lock) = paths::lock_unless(&image, &kernels)? else {
         return Ok(image);
-    }
-    let _lock = paths::lock(&kernels)?;
-    if image.exists() {
-        return Ok(image);
-    }
+    };
     apt.ensure(&PACKAGES)?;
     let work = kernels.join(format!(".build-{key}"));
     remove_other_builds(&kernels, &work)?;

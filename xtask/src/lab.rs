@@ -406,13 +406,9 @@ pub(crate) fn prepare(apt: &Apt) -> Result<Lab> {
         kernel: done.join("vmlinuz"),
         initramfs: done.join("initramfs"),
     };
-    if done.exists() {
+    let Some(_lock) = paths::lock_unless(&done, &labs)? else {
         return Ok(built());
-    }
-    let _lock = paths::lock(&labs)?;
-    if done.exists() {
-        return Ok(built());
-    }
+    };
     apt.ensure(&PACKAGES)?;
     let deb = Deb::fetch(&format!("{package}={version}"))?;
     cmd::step(format_args!("preparing the lab with {package}"));

@@ -32,9 +32,19 @@ pub(crate) fn cache(name: &str) -> Result<PathBuf> {
     Ok(directory)
 }
 
+/// Takes the lock of a cache directory for making `done` in it, unless that is there.
+pub(crate) fn lock_unless(done: &Path, directory: &Path) -> Result<Option<File>> {
+    if done.exists() {
+        return Ok(None);
+    }
+    let lock = lock(directory)?;
+    // Somebody else may have made it meanwhile.
+    Ok((!done.exists()).then_some(lock))
+}
+
 /// Takes the lock of a cache directory: one process at a time makes things in
 /// it. Held until the value is dropped, and released by any kind of death.
-pub(crate) fn lock(directory: &Path) -> Result<File> {
+fn lock(directory: &Path) -> Result<File> {
     let path = directory.join(".lock");
     let file = File::create(&path).with_context(|| format!("cannot open {:?}", path.display()))?;
     if file.try_lock().is_err() {

@@ -42,13 +42,9 @@ pub(crate) fn kernel(apt: &Apt) -> Result<PathBuf> {
     let kernels = paths::cache("kernels")?;
     let done = kernels.join(format!("stock-{}", version.replace(['/', ':'], "_")));
     let image = done.join("vmlinuz");
-    if image.exists() {
+    let Some(_lock) = paths::lock_unless(&image, &kernels)? else {
         return Ok(image);
-    }
-    let _lock = paths::lock(&kernels)?;
-    if image.exists() {
-        return Ok(image);
-    }
+    };
     apt.ensure(&PACKAGES)?;
     let deb = Deb::fetch(&format!("{package}={version}"))?;
     let work = tempfile::tempdir_in(paths::cache("tmp")?)?;

@@ -13,7 +13,7 @@ use crate::args::{AttachArgs, ExecArgs};
 use crate::failure::Failure;
 use crate::printer::Printer;
 use crate::stream::{self, End, Remote, Wiring};
-use crate::{terminal, units};
+use crate::terminal;
 
 /// A command next to the workload, reached by its own stream.
 #[derive(Clone)]
@@ -32,38 +32,36 @@ impl Remote for Command {
 }
 
 pub(crate) fn exec(home: &Home, args: ExecArgs) -> Result<u32, Failure> {
-    if args.tty && args.interactive && !io::stdin().is_terminal() {
+    if args.process.tty && args.process.interactive && !io::stdin().is_terminal() {
         return Err(anyhow!(
             "standard input is not a terminal: leave out -t, or run this from a terminal"
         )
         .into());
     }
     let vm = Vm::find(home, &args.vm)?;
-    let mut builder = vm.exec(args.command).stdin(args.interactive);
-    for path in &args.env_file {
-        builder = builder.env(units::read_env_file(path)?);
-    }
-    for entry in &args.env {
-        builder = builder.env(units::env_entry(entry)?);
-    }
-    if let Some(directory) = args.workdir {
+    let process = args.process;
+    let mut builder = vm
+        .exec(args.command)
+        .stdin(process.interactive)
+        .env(process.environment()?);
+    if let Some(directory) = process.workdir {
         builder = builder.cwd(directory);
     }
-    if let Some(user) = args.user {
+    if let Some(user) = process.user {
         builder = builder.user(user);
     }
     if let Some(seconds) = args.timeout {
         builder = builder.timeout(Duration::from_secs(seconds));
     }
-    if args.tty {
+    if process.tty {
         let (columns, rows) = terminal::size().unwrap_or((80, 24));
         builder = builder.tty(columns, rows);
     }
     let session = builder.start()?;
     let command = Command(session.writer());
     let wiring = Wiring {
-        stdin: args.interactive,
-        tty: args.tty,
+        stdin: process.interactive,
+        tty: process.tty,
     };
     Ok(
         match stream::run(session, wiring, &command, &mut Vec::new())? {

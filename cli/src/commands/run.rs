@@ -17,7 +17,7 @@ use crate::args::RunArgs;
 use crate::failure::{Failure, OUR_FAILURE};
 use crate::printer::Printer;
 use crate::stream::{self, End, Remote, Wiring};
-use crate::{terminal, timings, units};
+use crate::{terminal, timings};
 
 /// Time for a workload to end by itself when nobody reads its output any more.
 const ABANDON_GRACE: Duration = Duration::from_secs(1);
@@ -39,7 +39,7 @@ pub(crate) fn run(
     args: RunArgs,
     printer: &Printer,
 ) -> Result<u32, Failure> {
-    if args.tty && !args.detach && args.interactive && !io::stdin().is_terminal() {
+    if args.process.tty && !args.detach && args.process.interactive && !io::stdin().is_terminal() {
         return Err(anyhow!(
             "standard input is not a terminal: leave out -t, or run this from a terminal"
         )
@@ -184,24 +184,18 @@ impl Remote for Workload {
 }
 
 fn options(begin: Phase, args: &RunArgs) -> anyhow::Result<RunOptions> {
-    let mut env = Vec::new();
-    for path in &args.env_file {
-        env.extend(units::read_env_file(path)?);
-    }
-    for entry in &args.env {
-        env.extend(units::env_entry(entry)?);
-    }
+    let process = &args.process;
     let overrides = Overrides {
         command: args.command.clone(),
         entrypoint: args.entrypoint.clone(),
-        env,
-        user: args.user.clone(),
+        env: process.environment()?,
+        user: process.user.clone(),
         groups: args.group_add.clone(),
-        cwd: args.workdir.clone(),
+        cwd: process.workdir.clone(),
         hostname: args.hostname.clone(),
         stop_signal: args.stop_signal.clone(),
-        tty: args.tty,
-        stdin: args.interactive,
+        tty: process.tty,
+        stdin: process.interactive,
         rlimits: args
             .ulimit
             .iter()

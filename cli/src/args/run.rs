@@ -1,0 +1,221 @@
+//! The command line of `sm run` and `sm exec`.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+use sm_runtime::Publication;
+use sm_runtime::image::Platform;
+use sm_runtime::publish::Ports;
+
+use super::{IMAGE_HELP, PLATFORM, PLATFORM_HELP};
+use crate::units::{self, parse_publish_wait, parse_size};
+
+/// How a command runs in a guest, whether it is the VM's own or another.
+#[derive(Debug, Args)]
+pub(crate) struct ProcessArgs {
+    /// Keep standard input open
+    #[arg(short, long)]
+    pub(crate) interactive: bool,
+    /// Give the command a terminal
+    #[arg(short, long)]
+    pub(crate) tty: bool,
+    /// Set an environment variable (NAME=VALUE, or NAME to pass on this one's)
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    pub(crate) env: Vec<String>,
+    /// Read environment variables from a file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) env_file: Vec<PathBuf>,
+    /// Working directory in the guest
+    #[arg(short, long, value_name = "DIR")]
+    pub(crate) workdir: Option<String>,
+    /// User, by name or number
+    #[arg(short, long, value_name = "USER[:GROUP]")]
+    pub(crate) user: Option<String>,
+}
+
+impl ProcessArgs {
+    /// What the environment files and options say.
+    ///
+    /// # Errors
+    /// A file that cannot be read, a line that is none.
+    pub(crate) fn environment(&self) -> anyhow::Result<Vec<String>> {
+        let mut environment = Vec::new();
+        for path in &self.env_file {
+            environment.extend(units::read_env_file(path)?);
+        }
+        for entry in &self.env {
+            environment.extend(units::env_entry(entry)?);
+        }
+        Ok(environment)
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    /// Run in the background and print the VM's ID
+    #[arg(short, long)]
+    pub(crate) detach: bool,
+    #[command(flatten)]
+    pub(crate) process: ProcessArgs,
+    /// Remove the VM when it ends
+    #[arg(long)]
+    pub(crate) rm: bool,
+    /// When to ask a registry for the image
+    #[arg(long, value_name = "WHEN", value_enum, default_value = "missing")]
+    pub(crate) pull: Pull,
+    #[arg(long, value_name = PLATFORM, help = PLATFORM_HELP)]
+    pub(crate) platform: Option<Platform>,
+    /// Name of the VM
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// Add a group, by name or number
+    #[arg(long, value_name = "GROUP")]
+    pub(crate) group_add: Vec<String>,
+    /// Program to run instead of the image's entrypoint
+    #[arg(long, value_name = "PROGRAM")]
+    pub(crate) entrypoint: Option<String>,
+    /// Host name of the guest
+    #[arg(long, value_name = "NAME")]
+    pub(crate) hostname: Option<String>,
+    /// Add a line to the guest's /etc/hosts
+    #[arg(long, value_name = "NAME:ADDRESS")]
+    pub(crate) add_host: Vec<String>,
+    /// Name server of the guest
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) dns: Vec<String>,
+    /// Publish a port of the guest on the host, on 127.0.0.1 unless an address is
+    /// given, on a port of the system's choice unless one is; auto publishes the
+    /// first port on which the guest listens. Ranges: 8000-8010:9000-9010
+    #[arg(short, long, value_name = "[[IP:]HOST:]GUEST[/tcp]")]
+    pub(crate) publish: Vec<Ports>,
+    /// How long a connection waits for somebody in the guest to listen, such as 500ms,
+    /// 30s or 2m
+    #[arg(long, value_name = "DURATION", value_parser = parse_publish_wait, default_value = "1s")]
+    pub(crate) publish_wait: Duration,
+    /// Publish a port of the guest to TLS clients; the guest gets plain bytes.
+    /// Options: cert=FILE and key=FILE (PEM; without them the VM signs its own
+    /// certificate, see "sm port"), name=NAME (for such a certificate),
+    /// alpn=PROTOCOL, sni=NAME:GUEST (another port for that server name)
+    #[arg(long, value_name = "[[IP:]HOST:]GUEST[,OPTION=VALUE]...", value_parser = Publication::tls)]
+    pub(crate) publish_tls: Vec<Publication>,
+    /// Publish a port of the guest as a unix socket
+    #[arg(long, value_name = "PATH:GUEST", value_parser = Publication::unix)]
+    pub(crate) publish_unix: Vec<Publication>,
+    /// Take connections that a router hands over on a unix socket, for a port of the
+    /// guest or the first on which it listens
+    #[arg(long, value_name = "PATH[:GUEST]", value_parser = Publication::handoff)]
+    pub(crate) handoff: Vec<Publication>,
+    /// Make the guest's vsock ports reachable on a unix socket, by the protocol of
+    /// Firecracker and Cloud Hypervisor
+    #[arg(long, value_name = "PATH", value_parser = Publication::hybrid)]
+    pub(crate) hybrid_vsock: Option<Publication>,
+    // Known in order to be refused with a sentence.
+    #[arg(short, long, value_name = "SOURCE:TARGET", hide = true)]
+    pub(crate) volume: Vec<String>,
+    #[arg(long, value_name = "MOUNT", hide = true)]
+    pub(crate) mount: Vec<String>,
+    /// Guest memory, such as 256m or 1g; at least 64m
+    #[arg(short, long, value_name = "SIZE", value_parser = parse_size, default_value = "512m")]
+    pub(crate) memory: u64,
+    /// Number of vCPUs
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) cpus: u32,
+    /// Guest kernel to boot
+    #[arg(long, value_name = "PATH")]
+    pub(crate) kernel: Option<PathBuf>,
+    /// Words added to the guest kernel's command line
+    #[arg(
+        long,
+        value_name = "WORDS",
+        default_value = "",
+        hide_default_value = true
+    )]
+    pub(crate) kernel_args: String,
+    /// Boot, even where a snapshot could be restored
+    #[arg(long)]
+    pub(crate) cold: bool,
+    /// How memory is restored from a snapshot: mapped, mapped and read at once, or
+    /// copied when touched (needs root)
+    #[arg(long, value_name = "HOW", value_enum, default_value = "map")]
+    pub(crate) paging: Paging,
+    /// No writable layer over the image
+    #[arg(long)]
+    pub(crate) read_only: bool,
+    /// Size of /dev/shm
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "64m")]
+    pub(crate) shm_size: u64,
+    /// Limit of the writable layer, which is guest memory [default: half of it]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) tmpfs_size: Option<u64>,
+    /// Resource limit of the command
+    #[arg(long, value_name = "NAME=SOFT[:HARD]")]
+    pub(crate) ulimit: Vec<String>,
+    /// Signal that asks the command to end [default: the image's, else SIGTERM]
+    #[arg(long, value_name = "SIGNAL")]
+    pub(crate) stop_signal: Option<String>,
+    /// Seconds between the stop signal and SIGKILL
+    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    pub(crate) stop_timeout: u64,
+    /// Seconds that the guest may take to get ready
+    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
+    pub(crate) start_timeout: u64,
+    /// Print how long each phase took
+    #[arg(long)]
+    pub(crate) timings: bool,
+    /// Print a JSON object about the VM: when detached its identity to standard
+    /// output, else identity, exit status and timings to standard error at the end
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Go on with the workload of a snapshot instead of starting an image
+    #[arg(long, value_name = "SNAPSHOT", conflicts_with_all = ["image", "interactive", "tty", "cold", "kernel"])]
+    pub(crate) from: Option<String>,
+    #[arg(help = IMAGE_HELP, required_unless_present = "from", default_value = "", hide_default_value = true)]
+    pub(crate) image: String,
+    /// Command and arguments [default: the image's]
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(crate) command: Vec<String>,
+}
+
+/// When a registry is asked for an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Pull {
+    /// At each start
+    Always,
+    /// When the store does not have it
+    Missing,
+    /// Never
+    Never,
+}
+
+/// See [`sm_runtime::Paging`].
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub(crate) enum Paging {
+    Map,
+    Prefault,
+    Userfault,
+}
+
+impl From<Paging> for sm_runtime::Paging {
+    fn from(paging: Paging) -> Self {
+        match paging {
+            Paging::Map => Self::Map,
+            Paging::Prefault => Self::Prefault,
+            Paging::Userfault => Self::Userfault,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ExecArgs {
+    #[command(flatten)]
+    pub(crate) process: ProcessArgs,
+    /// End the command after so many seconds
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) timeout: Option<u64>,
+    /// Name or ID
+    pub(crate) vm: String,
+    /// Command and arguments
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+    pub(crate) command: Vec<String>,
+}
