@@ -311,18 +311,21 @@ fn a_machine_put_back_plays_on_from_there() {
     let mut clone = rig.restore(state.clone()).unwrap();
     for _ in 0..3 {
         clone.resume().unwrap();
-        let running = clone.reset_to(&state);
+        let running = clone.reset_to(&state, None);
         assert!(matches!(running, Err(MachineError::NotPaused { .. })));
         clone.pause().unwrap();
-        clone.reset_to(&state).unwrap();
+        clone.reset_to(&state, None).unwrap();
     }
     let two = rig.boot(2).save_state().unwrap();
-    assert!(clone.reset_to(&two).is_err(), "of another number of vCPUs");
+    assert!(
+        clone.reset_to(&two, None).is_err(),
+        "of another number of vCPUs"
+    );
     clone.set_generation_id([9; 16]).unwrap();
     clone.resume().unwrap();
     assert_eq!(end(&clone), ExitReason::Halted { vcpu: 0 });
     clone.pause().unwrap();
-    assert!(clone.reset_to(&state).is_err(), "it has ended");
+    assert!(clone.reset_to(&state, None).is_err(), "it has ended");
 }
 
 #[test]
