@@ -198,3 +198,42 @@ fn what_waits_for_room_goes_on_when_there_is_room() {
     assert_eq!(events[1..], ["exit 5", "ended 5"]);
     f.finish();
 }
+
+#[test]
+fn tens_of_megabytes_come_back_as_they_went() {
+    let mut f = fixture(Setup {
+        stdin: true,
+        ..Setup::default()
+    });
+    let (_agent, mut main) = f.start();
+    let writer = f.launcher.as_ref().unwrap().writer();
+    let input: Vec<u8> = (0..4_000_000u32).flat_map(u32::to_le_bytes).collect();
+    let sender = std::thread::spawn({
+        let input = input.clone();
+        move || {
+            writer.write_stdin(&input).unwrap();
+            writer.close_stdin().unwrap();
+        }
+    });
+    let cat = std::thread::spawn(move || {
+        loop {
+            match main.receive().unwrap() {
+                (FrameType::Stdin, bytes) if bytes.is_empty() => break,
+                (FrameType::Stdin, bytes) => main.send(FrameType::Stdout, &bytes),
+                other => panic!("{other:?}"),
+            }
+        }
+        main.exit(0);
+    });
+    let mut session = f.launcher.take().unwrap();
+    let mut output = Vec::new();
+    while let Some(event) = session.next_event().unwrap() {
+        if let Event::Stdout(bytes) = event {
+            output.extend_from_slice(bytes);
+        }
+    }
+    assert!(output == input, "every byte comes back, in order");
+    sender.join().unwrap();
+    cat.join().unwrap();
+    f.finish();
+}
