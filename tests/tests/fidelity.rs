@@ -13,10 +13,10 @@ use std::path::PathBuf;
 
 use sm_e2e::Home;
 
-fn images() -> PathBuf {
-    std::env::var_os("SM_FIDELITY")
-        .expect("SM_FIDELITY is set by cargo xtask test")
-        .into()
+/// `None` where xtask could not make them, for want of root, and has said so.
+fn images() -> Option<PathBuf> {
+    let images = std::env::var_os("SM_FIDELITY").expect("cargo xtask test sets SM_FIDELITY");
+    Some(PathBuf::from(images)).filter(|path| !path.as_os_str().is_empty())
 }
 
 /// Lines by their paths.
@@ -74,7 +74,10 @@ fn compare(name: &str, seen: &str, expected: &str) {
 
 #[test]
 fn every_image_is_in_the_guest_as_umoci_unpacks_it() {
-    let images = images();
+    let Some(images) = images() else {
+        eprintln!("left out: the images are made as root");
+        return;
+    };
     let list = fs::read_to_string(images.join("list")).unwrap();
     assert!(list.lines().count() >= 12, "{list}");
     let home = Home::new();

@@ -72,13 +72,9 @@ pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
 fn debian(apt: &Apt) -> Result<PathBuf> {
     let cache = paths::cache("bench-image")?;
     let done = cache.join(format!("debian-v{RECIPE}"));
-    if done.exists() {
+    let Some(_lock) = paths::lock_unless(&done, &cache)? else {
         return Ok(done);
-    }
-    let _lock = paths::lock(&cache)?;
-    if done.exists() {
-        return Ok(done);
-    }
+    };
     if !apt::is_root() {
         bail!("the image is made as root, once: run \"sudo -E cargo xtask bench-image\"");
     }

@@ -55,7 +55,9 @@ fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
         Invocation::Kernel { stock: true } => println!("{}", stock::kernel(&apt)?.display()),
         Invocation::Fixtures => {
             println!("{}", fixtures::make(&apt)?.display());
-            println!("{}", fidelity::make(&apt)?.display());
+            if let Some(images) = fidelity::make(&apt)? {
+                println!("{}", images.display());
+            }
         }
         Invocation::Lab(job) => {
             let lab = lab::prepare(&apt)?;

@@ -126,7 +126,7 @@ impl Registry<'_> {
         self.table.release(registration);
     }
 
-    /// Has [`EventHandler::ready`] called with `token` and an empty readiness
+    /// Has [`EventHandler::ready`](super::EventHandler::ready) called with `token` and an empty readiness
     /// once the other handlers have had their turn: for work cut into slices.
     pub fn again(&mut self, token: u64) {
         let call = (self.handler, token);
