@@ -8,6 +8,7 @@
 //! | `SM_FIXTURES` | directory of OCI layouts: `busybox`, `debian`, `python` |
 //! | `SM_KERNEL`, `SM_AGENT` | passed on to `sm` |
 //! | `SM_BENCH_RESTORE`, `SM_BENCH_INITRAMFS` | the benchmark, and its guest |
+//! | `SM_LANES` | the static program `tests/guest/lanes.rs` |
 //! | `SM_STOCK_KERNEL` | a distribution kernel for the stock-kernel cases |
 #![warn(missing_docs)]
 #![expect(
@@ -25,9 +26,11 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use serde_json::Value;
 use tempfile::TempDir;
 
+mod mount;
 mod terminal;
 pub mod tiny;
 
+pub use mount::Mount;
 pub use terminal::Terminal;
 
 /// What a command left behind.
@@ -293,6 +296,29 @@ pub fn binary() -> PathBuf {
     std::env::var_os("SM_BIN")
         .expect("SM_BIN is set (run these tests by `cargo xtask test`)")
         .into()
+}
+
+/// Whether this is the lab, where a test may change the system.
+#[must_use]
+pub fn lab() -> bool {
+    let lab = std::env::var_os("SM_LAB").is_some();
+    if !lab {
+        eprintln!("skipped: this test changes mounts or the clock, and this is not the lab");
+    }
+    lab
+}
+
+/// An image with nothing but the program for guests, `/lanes`. It is there as long as
+/// the value.
+///
+/// # Panics
+/// When `SM_LANES` is not set, or there is no room for it.
+#[must_use]
+pub fn lanes() -> TempDir {
+    let program = std::env::var_os("SM_LANES").expect("SM_LANES is set");
+    let root = tempfile::tempdir().expect("a temporary directory");
+    std::fs::copy(program, root.path().join("lanes")).expect("the program for guests");
+    root
 }
 
 /// Reference of a fixture image.

@@ -43,6 +43,8 @@ fn restoring_is_measured_phase_by_phase_and_against_qemu() {
         "2",
         "--memory",
         "128",
+        "--vcpus",
+        "1",
         "--vs",
         "qemu",
     ])
@@ -54,11 +56,20 @@ fn restoring_is_measured_phase_by_phase_and_against_qemu() {
         phases.iter().map(|p| p["name"].as_str().unwrap()).collect()
     };
     assert!(phases(0).contains(&"state restored"), "{:?}", phases(0));
+    assert!(phases(1).contains(&"root attached"), "{:?}", phases(1));
     assert!(
-        phases(1).contains(&"kernel reached init"),
+        phases(2).contains(&"kernel reached init"),
         "{:?}",
-        phases(1)
+        phases(2)
     );
+    for phase in [
+        "KVM objects",
+        "devices made",
+        "agent answered",
+        "first output",
+    ] {
+        assert!(phases(0).contains(&phase), "{:?}", phases(0));
+    }
     let contest = &report["comparisons"][1]["series"];
     for (n, subject) in ["sm", "qemu"].into_iter().enumerate() {
         assert_eq!(contest[n]["subject"], subject);
@@ -72,4 +83,25 @@ fn restoring_is_measured_phase_by_phase_and_against_qemu() {
     let rendered = bench(&["render", &text(&saved), "--html", &text(&page)]).exits(0);
     assert!(rendered.out().contains("times as long as qemu"));
     assert!(std::fs::read_to_string(page).unwrap().contains("<svg "));
+}
+
+/// Bit for bit: a chain of five diffs, the same paused machine captured whole, and the
+/// machine itself.
+#[test]
+fn five_diffs_are_what_the_machine_was() {
+    let mut bench = Command::new(path("SM_BENCH_RESTORE"));
+    bench
+        .arg("depth")
+        .arg("--kernel")
+        .arg(path("SM_KERNEL"))
+        .arg("--initramfs")
+        .arg(path("SM_BENCH_INITRAMFS"));
+    let done: Done = bench.output().unwrap().into();
+    let compared = done.exits(0).json();
+    println!("{compared}");
+    assert_eq!(compared["depth"], 5);
+    assert_eq!(compared["pages"], (128 << 20) / 4096);
+    assert_eq!(compared["different_from_full"], 0);
+    let stored = compared["pages_stored"].as_array().unwrap();
+    assert!(stored.iter().all(|pages| pages.as_u64().unwrap() > 0));
 }

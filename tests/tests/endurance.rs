@@ -15,7 +15,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
-use sm_e2e::{Home, image, unique};
+use sm_e2e::{Home, Mount, image, lab, unique};
 
 const SMALL: [&str; 2] = ["-m", "128m"];
 
@@ -39,15 +39,36 @@ fn says(home: &Home, image: &str, word: &str) {
 
 #[test]
 fn two_hundred_restores_in_a_row_are_all_ready() {
-    let home = Home::shared();
-    for n in 0..180 {
-        says(home, &image("busybox"), &n.to_string());
-    }
-    for name in ["debian", "python"] {
-        for n in 0..10 {
-            let vm = home.detached(&[SMALL[0], SMALL[1], &image(name), "sleep", "1000"]);
-            let said = vm.exec(&["sh", "-c", "echo $((6 * 7))"]).exits(0).out();
+    let home = Home::new();
+    for (name, count) in [("busybox", 120), ("debian", 40), ("python", 40)] {
+        // Leaves its image snapshot behind.
+        let before = snapshots(&home).len();
+        says(&home, &image(name), "first");
+        until("it is published", || snapshots(&home).len() > before);
+        for n in 0..count {
+            let vm = unique("restored");
+            let run = [
+                "run",
+                "-d",
+                "--rm",
+                "--json",
+                "--name",
+                &vm,
+                SMALL[0],
+                SMALL[1],
+                &image(name),
+                "sleep",
+                "1000",
+            ];
+            let started = home.sm(&run).exits(0).json();
+            let phases = started["timings"].as_array().unwrap();
+            let reached = |wanted: &str| phases.iter().any(|phase| phase["name"] == wanted);
+            assert!(reached("state restored"), "{name} {n}: {started}");
+            assert!(!reached("root attached"), "{name} {n}: {started}");
+            let script = ["exec", &vm, "sh", "-c", "echo $((6 * 7))"];
+            let said = home.sm(&script).exits(0).out();
             assert_eq!(said, "42\n", "{name} {n}");
+            home.sm(&["rm", "-f", &vm]).exits(0);
         }
     }
 }
@@ -134,8 +155,14 @@ fn death_during_a_first_start_leaves_everything_sound() {
 #[test]
 fn death_during_captures_and_restores_leaves_everything_sound() {
     let home = Home::new();
+    // On a disk, or as near to one as the lab comes.
+    let _disk = lab().then(|| Mount::ext4(8, &home.data()));
     says(&home, &image("busybox"), "warm");
     until("both are published", || snapshots(&home).len() == 2);
+    // What resets and forks are tried with.
+    let first = home.detached(&[SMALL[0], SMALL[1], &image("busybox"), "sleep", "1000"]);
+    home.sm(&["snapshot", "create", "--stop", &first.name, "mine"])
+        .exits(0);
     for n in 0..36 {
         let name = unique("vm");
         let script = "head -c 20000000 /dev/urandom >/tmp/f; sleep 1000";
@@ -152,13 +179,21 @@ fn death_during_captures_and_restores_leaves_everything_sound() {
             script,
         ];
         let snapshot = unique("snap");
-        let (mut child, what) = if n % 2 == 0 {
-            home.sm(&run).exits(0);
-            let create = ["snapshot", "create", &name, &snapshot];
-            (home.command(&create).spawn().unwrap(), "a capture")
-        } else {
-            (home.command(&run).spawn().unwrap(), "a restore")
+        let from = ["run", "-d", "--name", &name, "--from", "mine"];
+        let (ready, doomed, what): (Option<&[&str]>, &[&str], _) = match n % 4 {
+            0 => (
+                Some(&run),
+                &["snapshot", "create", &name, &snapshot],
+                "a capture",
+            ),
+            1 => (None, &run, "a restore"),
+            2 => (Some(&from), &["fork", "-n", "2", "--rm", &name], "a fork"),
+            _ => (Some(&from), &["reset", &name], "a reset"),
         };
+        if let Some(ready) = ready {
+            home.sm(ready).exits(0);
+        }
+        let mut child = home.command(doomed).spawn().unwrap();
         let after = wait_up_to(600);
         kill_all(&home, &mut child);
         is_sound(&home, &format!("{what} after {after} ms"));

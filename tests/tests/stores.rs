@@ -8,41 +8,11 @@
 )]
 
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::thread::sleep;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use sm_e2e::{Home, Vm, image};
-
-/// Whether this is the lab, where a test may change the system.
-fn lab() -> bool {
-    let lab = std::env::var_os("SM_LAB").is_some();
-    if !lab {
-        eprintln!("skipped: this test changes mounts or the clock, and this is not the lab");
-    }
-    lab
-}
-
-/// A mount that is undone in the end.
-struct Mount(PathBuf);
-
-impl Mount {
-    fn new(arguments: &[&str], at: &Path) -> Self {
-        fs::create_dir_all(at).unwrap();
-        let mut mount = Command::new("mount");
-        assert!(mount.args(arguments).arg(at).status().unwrap().success());
-        Self(at.to_owned())
-    }
-}
-
-impl Drop for Mount {
-    fn drop(&mut self) {
-        // Gone already when it changed another mount that is gone.
-        let mut umount = Command::new("umount");
-        let _ = umount.arg("-l").arg(&self.0).stderr(Stdio::null()).status();
-    }
-}
+use sm_e2e::{Home, Mount, Vm, image, lab, lanes};
 
 fn until(what: &str, mut happened: impl FnMut() -> bool) {
     let begun = Instant::now();
@@ -165,5 +135,54 @@ fn an_hour_later_clocks_are_right_and_timers_have_not_leapt() {
     drop(clone);
     until("it is free", || {
         home.sm(&["snapshot", "rm", "nap"]).code == Some(0)
+    });
+}
+
+/// Absolute timers of the wall clock that became due while the guest was a file fire at
+/// once; the monotonic clock stood still, so its timers have their time still to go.
+#[test]
+fn timers_of_each_clock_fire_by_that_clock_an_hour_later() {
+    if !lab() {
+        return;
+    }
+    let home = Home::shared();
+    let program = lanes();
+    let image = format!("rootfs:{}", program.path().display());
+    let vm = home.detached(&["-m", "128m", &image, "/lanes", "timers", "30"]);
+    until("they are set", || {
+        home.sm(&["logs", &vm.name]).out().contains("set")
+    });
+    home.sm(&["snapshot", "create", "--stop", &vm.name, "timers"])
+        .exits(0);
+    let later = now() + 3600;
+    let set = Command::new("date")
+        .args(["-s", &format!("@{later}")])
+        .output();
+    assert!(set.unwrap().status.success());
+
+    let clone = home.clone_of("timers", "later");
+    let resumed = now();
+    let ended = home.sm(&["wait", &clone.name]).exits(0).out();
+    assert_eq!(ended.trim(), "0");
+    let said = home.sm(&["logs", &clone.name]).exits(0).out();
+    let told = |name: &str| -> (i64, u64) {
+        let line = said.lines().find(|line| line.starts_with(name));
+        let words: Vec<&str> = line
+            .unwrap_or_else(|| panic!("{said}"))
+            .split(' ')
+            .collect();
+        (words[1].parse().unwrap(), words[2].parse().unwrap())
+    };
+    let (late, at) = told("realtime");
+    assert!((3500..3800).contains(&late), "{said}");
+    assert!(at <= resumed + 20, "at once: {said}");
+    for name in ["monotonic", "relative"] {
+        let (late, at) = told(name);
+        assert!((0..20).contains(&late), "not late by its own clock: {said}");
+        assert!(at > later, "{said}");
+    }
+    drop(clone);
+    until("it is free", || {
+        home.sm(&["snapshot", "rm", "timers"]).code == Some(0)
     });
 }

@@ -67,6 +67,29 @@ pub(crate) fn tree(apt: &Apt) -> Result<PathBuf> {
     Ok(paths::target().join(target).join("agent/sm-tree"))
 }
 
+/// Builds the static program that tests run in guests.
+pub(crate) fn guest_program(apt: &Apt) -> Result<PathBuf> {
+    apt.ensure(&["gcc", "libc6-dev"])?;
+    let target = format!("{}-unknown-linux-musl", std::env::consts::ARCH);
+    ensure_target(&target)?;
+    cmd::step("building a program for guests");
+    let program = paths::target().join("lanes");
+    let mut rustc = cmd::command("rustc", ["--edition", "2024", "-O", "-C", "strip=symbols"]);
+    rustc
+        .args([
+            "-C",
+            "target-feature=+crt-static",
+            "--target",
+            &target,
+            "-o",
+        ])
+        .arg(&program)
+        .arg(paths::root().join("tests/guest/lanes.rs"))
+        .current_dir(paths::root());
+    cmd::check(&mut rustc)?;
+    Ok(program)
+}
+
 /// Adds the standard library for `target` to the toolchain.
 fn ensure_target(target: &str) -> Result<()> {
     let sysroot =

@@ -222,6 +222,7 @@ fn environment(apt: &Apt, sm: &Path, kernel: Option<KernelBuild>) -> Result<Vec<
     // Empty where they cannot be made, which has been said.
     set("SM_FIDELITY", fidelity::make(apt)?.unwrap_or_default())?;
     set("SM_BENCH_RESTORE", bench_restore::build(Profile::Debug)?)?;
+    set("SM_LANES", build::guest_program(apt)?)?;
     set("SM_BENCH_INITRAMFS", bench_restore::initramfs()?)?;
     // With what has been done of it.
     drop(kernel);

@@ -5,7 +5,10 @@
 //! runs on any `/dev/kvm`. `bench-restore path` runs whole `sm` commands, and
 //! rivals if asked to; it needs a KVM that can run Linux. `bench-restore render`
 //! makes a report of what they have printed. `cargo xtask bench-restore` calls them.
+//! `bench-restore depth` measures nothing: it compares a chain of diffs with the
+//! machine it was made of.
 
+mod depth;
 mod floor;
 mod path;
 mod rivals;
@@ -26,6 +29,7 @@ bench-restore vmm [--iterations N] [--memory MIB]... [--vcpus N]...
 bench-restore path --sm FILE --image REFERENCE --kernel FILE [--iterations N]
                    [--memory MIB]... [--vcpus N]... [--cold-cache]
                    [--vs RIVAL]... [--initramfs FILE]
+bench-restore depth --kernel FILE --initramfs FILE
 bench-restore render [--json FILE] [--html FILE] REPORT...
 ";
 
@@ -105,6 +109,7 @@ fn main() -> Result<()> {
             println!("{}", started.as_nanos());
             Ok(())
         }
+        "depth" => depth::check(&path::guest(&options, 128)?),
         // One clone, for the contest.
         "serve" => ticking::serve(options.reports.first().context("no store")?),
         "render" => render(&options),

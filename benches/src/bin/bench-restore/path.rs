@@ -194,8 +194,9 @@ fn steps(report: &Value) -> Result<Vec<(String, Duration)>> {
         .collect()
 }
 
-fn contenders(options: &Options, mib: u64, iterations: usize) -> Result<Comparison> {
-    let guest = Guest {
+/// The guest of the contest.
+pub(crate) fn guest(options: &Options, mib: u64) -> Result<Guest> {
+    Ok(Guest {
         kernel: options.kernel.clone().context("--kernel is missing")?,
         initramfs: options
             .initramfs
@@ -204,7 +205,11 @@ fn contenders(options: &Options, mib: u64, iterations: usize) -> Result<Comparis
         cmdline: "console=ttyS0 quiet".to_owned(),
         memory: mib << 20,
         sign: SIGN,
-    };
+    })
+}
+
+fn contenders(options: &Options, mib: u64, iterations: usize) -> Result<Comparison> {
+    let guest = guest(options, mib)?;
     let mut all: Vec<(Box<dyn Contender>, Series)> = vec![(
         Box::new(Ours::default()),
         Series::new(Ours::default().name()),

@@ -26,16 +26,17 @@ use sm_vmm_core::layout::{MACHINE_VERSION, SLOT_RNG};
 use sm_vmm_core::loader::{BASE_COMMAND_LINE, InitramfsPart};
 use sm_vmm_core::machine::{Machine, MachineConfig};
 use sm_vmm_core::memory::MemoryConfig;
+use sm_vmm_core::state::MachineState;
 use sm_vmm_core::virtio::rng::Rng;
 
 use crate::rivals::{Contender, Guest, await_output};
 
-const NAME: &str = "snapshot";
+pub(crate) const NAME: &str = "snapshot";
 const SECTION: &str = "machine";
 
 /// Makes the snapshot of a machine whose console has said something from user
 /// space.
-fn make(store: &Path, guest: &Guest) -> Result<()> {
+pub(crate) fn make(store: &Path, guest: &Guest) -> Result<()> {
     let store = SnapshotStore::open(store)?;
     let event_loop = EventLoop::spawn("devices")?;
     let (mut said, console) = std::io::pipe()?;
@@ -59,12 +60,18 @@ fn make(store: &Path, guest: &Guest) -> Result<()> {
     // Whatever it says until it is paused is read, lest the console block.
     let reader = std::thread::spawn(move || std::io::copy(&mut said, &mut std::io::sink()));
     machine.pause()?;
-    let payload = postcard::to_stdvec(&machine.save_state()?)?;
+    let section = section(&machine.save_state()?)?;
     let capture = Capture::begin(&store, &machine.memory().guest, Ancestry::Booted)?;
     drop(machine);
     drop(event_loop);
     let _ = reader.join();
-    let description = Description {
+    capture.finish(&store, NAME, description(&host)?, vec![section])?;
+    Ok(())
+}
+
+/// What snapshots of this guest say of themselves.
+pub(crate) fn description(host: &Kvm) -> Result<Description> {
+    Ok(Description {
         layer: Layer::Base,
         sm_version: env!("CARGO_PKG_VERSION").to_owned(),
         machine_version: MACHINE_VERSION,
@@ -75,14 +82,21 @@ fn make(store: &Path, guest: &Guest) -> Result<()> {
         protocol: 1,
         devices: Vec::new(),
         labels: BTreeMap::new(),
-    };
-    let section = Section {
+    })
+}
+
+pub(crate) fn section(state: &MachineState) -> Result<Section> {
+    Ok(Section {
         name: SECTION.to_owned(),
         version: 1,
-        payload,
-    };
-    capture.finish(&store, NAME, description, vec![section])?;
-    Ok(())
+        payload: postcard::to_stdvec(state)?,
+    })
+}
+
+pub(crate) fn state(chain: &Chain) -> Result<MachineState> {
+    let tip = chain.tip();
+    let (_, payload) = tip.state.section(tip.lease.dir(), SECTION, 1..=1)?;
+    Ok(postcard::from_bytes(payload)?)
 }
 
 /// Restores it in this process, with its console at standard output, until
@@ -99,12 +113,10 @@ pub(crate) fn serve(store: &Path) -> Result<()> {
         cpu: CpuFeatures::of(&host.guest_cpuid()?),
     };
     check(&chain, &requirements)?;
-    let tip = chain.tip();
-    let state = postcard::from_bytes(tip.state.section(tip.lease.dir(), SECTION, 1..=1)?.1)?;
     let console = std::io::stdout().as_fd().try_clone_to_owned()?;
     let mut machine = Machine::restore(
         &host,
-        state,
+        state(&chain)?,
         map_memory(&chain)?,
         devices(),
         File::from(console),
@@ -115,7 +127,7 @@ pub(crate) fn serve(store: &Path) -> Result<()> {
     bail!("the guest ended: {exit:?}")
 }
 
-fn devices() -> Vec<DeviceConfig> {
+pub(crate) fn devices() -> Vec<DeviceConfig> {
     vec![DeviceConfig {
         slot: SLOT_RNG,
         device: Arc::new(Mutex::new(Rng::new())),

@@ -1,0 +1,108 @@
+//! Whether a chain of diffs is what the machine was: a guest that runs Linux is
+//! captured, restored and captured again, and in the end the same paused machine is
+//! captured in full as well.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+
+use anyhow::{Context as _, Result, bail};
+use serde_json::json;
+use sm_hypervisor::Hypervisor as _;
+use sm_hypervisor::kvm::Kvm;
+use sm_snapshot::capture::{Ancestry, Capture};
+use sm_snapshot::chain::Chain;
+use sm_snapshot::contents;
+use sm_snapshot::restore::map_memory;
+use sm_snapshot::store::SnapshotStore;
+use sm_snapshot::verify::verify;
+use sm_vmm_core::event_loop::EventLoop;
+use sm_vmm_core::machine::Machine;
+use vm_memory::{Bytes as _, GuestAddress};
+
+use crate::rivals::{Guest, await_output};
+use crate::ticking;
+
+const DEPTH: usize = 5;
+/// Signs of life between two captures.
+const SIGNS: usize = 5;
+const PAGE: u64 = 4096;
+
+/// Prints what was compared; fails if anything differs.
+pub(crate) fn check(guest: &Guest) -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    ticking::make(directory.path(), guest)?;
+    let store = SnapshotStore::open(directory.path())?;
+    let host = Kvm::open()?;
+    let mut tip = ticking::NAME.to_owned();
+    let mut changed = Vec::new();
+    for depth in 1..=DEPTH {
+        let chain = Chain::open(&store, &tip)?;
+        let event_loop = EventLoop::spawn("devices")?;
+        let (mut said, console) = std::io::pipe()?;
+        let mut machine = Machine::restore(
+            &host,
+            ticking::state(&chain)?,
+            map_memory(&chain)?,
+            ticking::devices(),
+            File::from(OwnedFd::from(console)),
+            &event_loop.handle(),
+        )?;
+        machine.resume()?;
+        for _ in 0..SIGNS {
+            await_output(&mut said, guest.sign)?;
+        }
+        let reader = std::thread::spawn(move || std::io::copy(&mut said, &mut std::io::sink()));
+        machine.pause()?;
+        let sections = vec![ticking::section(&machine.save_state()?)?];
+        let memory = &machine.memory().guest;
+        let capture = |name: &str, ancestry| -> Result<u64> {
+            let made = Capture::begin(&store, memory, ancestry)?.finish(
+                &store,
+                name,
+                ticking::description(&host)?,
+                sections.clone(),
+            )?;
+            Ok(made.manifest.memory.data_pages)
+        };
+        tip = format!("depth-{depth}");
+        changed.push(capture(&tip, Ancestry::Diff(&chain))?);
+        if depth == DEPTH {
+            capture("full", Ancestry::Full(&chain))?;
+            let (diff, full) = (Chain::open(&store, &tip)?, Chain::open(&store, "full")?);
+            if (diff.members().len(), full.members().len()) != (DEPTH + 1, 1) {
+                bail!("the chains are not as deep as they should be");
+            }
+            verify(&diff)?;
+            verify(&full)?;
+            let difference = contents::compare(&diff, &full)?;
+            let mut unlike = 0;
+            contents::for_each_batch(&diff, |first, bytes| {
+                let mut actual = vec![0; bytes.len()];
+                // Less memory than reaches to the hole: pages are where they say.
+                memory
+                    .read_slice(&mut actual, GuestAddress(first * PAGE))
+                    .map_err(|error| sm_snapshot::Error::Machine {
+                        operation: "read the machine's memory",
+                        source: Box::new(error),
+                    })?;
+                unlike += u64::from(actual != bytes);
+                Ok(())
+            })?;
+            let report = json!({
+                "depth": DEPTH,
+                "pages": difference.pages,
+                "different_from_full": difference.different,
+                "batches_unlike_the_machine": unlike,
+                "pages_stored": changed,
+            });
+            println!("{report}");
+            if difference.different != 0 || unlike != 0 {
+                bail!("the chain is not what the machine was");
+            }
+        }
+        drop(machine);
+        drop(event_loop);
+        reader.join().ok().context("the console's reader")??;
+    }
+    Ok(())
+}

@@ -1,0 +1,192 @@
+//! A static program for guests: what a snapshot in the middle of a computation, or
+//! with timers set, must not lose. Built by `cargo xtask test` with rustc alone.
+//!
+//! `lanes ROUNDS` computes in four threads. Each keeps sixteen 256-bit registers full
+//! across a loop of vector instructions, does the same in ordinary arithmetic, and
+//! compares; what it computed, and a checksum of memory, goes into its line of output.
+//! `timers SECONDS` sets timers and tells when each of them fires.
+#![allow(unsafe_code, clippy::unwrap_used, clippy::expect_used)]
+
+use std::arch::asm;
+use std::io::Write as _;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+const THREADS: u64 = 4;
+/// Sixteen registers of four numbers.
+const NUMBERS: usize = 64;
+/// Turns of the loop in which the numbers are nowhere but in registers.
+const TURNS: u64 = 20_000;
+
+#[repr(align(32))]
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Numbers([u64; NUMBERS]);
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().collect();
+    match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        [_, "lanes", rounds] => lanes(rounds.parse().expect("a number of rounds")),
+        [_, "timers", seconds] => timers(seconds.parse().expect("a number of seconds")),
+        _ => panic!("lanes ROUNDS | timers SECONDS"),
+    }
+}
+
+fn lanes(rounds: u64) {
+    assert!(std::is_x86_feature_detected!("avx2"), "no AVX2");
+    let threads: Vec<_> = (0..THREADS)
+        .map(|thread| std::thread::spawn(move || compute(thread, rounds)))
+        .collect();
+    for (number, thread) in threads.into_iter().enumerate() {
+        let (lanes, checksum) = thread.join().expect("a thread that computes");
+        println!("{number} {lanes:016x} {checksum:016x}");
+    }
+}
+
+fn compute(thread: u64, rounds: u64) -> (u64, u64) {
+    let mut numbers = Numbers(std::array::from_fn(|i| (thread + 1) << 40 | i as u64));
+    let mut memory = vec![0u8; 256 * 1024];
+    let mut checksum = thread;
+    for round in 0..rounds {
+        let mut vectors = numbers;
+        // SAFETY: AVX2 is there, as `lanes` has seen.
+        unsafe { turn_vectors(&mut vectors) };
+        turn_numbers(&mut numbers);
+        assert!(
+            vectors == numbers,
+            "round {round} of thread {thread} went wrong"
+        );
+        for (place, byte) in memory.iter_mut().enumerate() {
+            *byte = byte.wrapping_add((numbers.0[place % NUMBERS] >> (place % 57)) as u8);
+            checksum = (checksum ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3);
+        }
+        if thread == 0 {
+            let mut out = std::io::stderr().lock();
+            writeln!(out, "round {round}").expect("somebody who reads");
+        }
+    }
+    let all = numbers
+        .0
+        .iter()
+        .fold(0, |all: u64, x| all.rotate_left(7) ^ x);
+    (all, checksum)
+}
+
+/// Adds each register to the next one, over and over, with nothing in memory.
+#[target_feature(enable = "avx2")]
+unsafe fn turn_vectors(numbers: &mut Numbers) {
+    // SAFETY: reads and writes the sixteen aligned vectors behind the pointer, and
+    // changes the registers that are named.
+    unsafe {
+        asm!(
+            "vmovdqa ymm0, [{p}]", "vmovdqa ymm1, [{p} + 32]",
+            "vmovdqa ymm2, [{p} + 64]", "vmovdqa ymm3, [{p} + 96]",
+            "vmovdqa ymm4, [{p} + 128]", "vmovdqa ymm5, [{p} + 160]",
+            "vmovdqa ymm6, [{p} + 192]", "vmovdqa ymm7, [{p} + 224]",
+            "vmovdqa ymm8, [{p} + 256]", "vmovdqa ymm9, [{p} + 288]",
+            "vmovdqa ymm10, [{p} + 320]", "vmovdqa ymm11, [{p} + 352]",
+            "vmovdqa ymm12, [{p} + 384]", "vmovdqa ymm13, [{p} + 416]",
+            "vmovdqa ymm14, [{p} + 448]", "vmovdqa ymm15, [{p} + 480]",
+            "2:",
+            "vpaddq ymm0, ymm0, ymm1", "vpaddq ymm1, ymm1, ymm2",
+            "vpaddq ymm2, ymm2, ymm3", "vpaddq ymm3, ymm3, ymm4",
+            "vpaddq ymm4, ymm4, ymm5", "vpaddq ymm5, ymm5, ymm6",
+            "vpaddq ymm6, ymm6, ymm7", "vpaddq ymm7, ymm7, ymm8",
+            "vpaddq ymm8, ymm8, ymm9", "vpaddq ymm9, ymm9, ymm10",
+            "vpaddq ymm10, ymm10, ymm11", "vpaddq ymm11, ymm11, ymm12",
+            "vpaddq ymm12, ymm12, ymm13", "vpaddq ymm13, ymm13, ymm14",
+            "vpaddq ymm14, ymm14, ymm15", "vpaddq ymm15, ymm15, ymm0",
+            "dec {turns}",
+            "jnz 2b",
+            "vmovdqa [{p}], ymm0", "vmovdqa [{p} + 32], ymm1",
+            "vmovdqa [{p} + 64], ymm2", "vmovdqa [{p} + 96], ymm3",
+            "vmovdqa [{p} + 128], ymm4", "vmovdqa [{p} + 160], ymm5",
+            "vmovdqa [{p} + 192], ymm6", "vmovdqa [{p} + 224], ymm7",
+            "vmovdqa [{p} + 256], ymm8", "vmovdqa [{p} + 288], ymm9",
+            "vmovdqa [{p} + 320], ymm10", "vmovdqa [{p} + 352], ymm11",
+            "vmovdqa [{p} + 384], ymm12", "vmovdqa [{p} + 416], ymm13",
+            "vmovdqa [{p} + 448], ymm14", "vmovdqa [{p} + 480], ymm15",
+            "vzeroupper",
+            p = in(reg) numbers.0.as_mut_ptr(),
+            turns = inout(reg) TURNS => _,
+            out("ymm0") _, out("ymm1") _, out("ymm2") _, out("ymm3") _,
+            out("ymm4") _, out("ymm5") _, out("ymm6") _, out("ymm7") _,
+            out("ymm8") _, out("ymm9") _, out("ymm10") _, out("ymm11") _,
+            out("ymm12") _, out("ymm13") _, out("ymm14") _, out("ymm15") _,
+        );
+    }
+}
+
+fn turn_numbers(numbers: &mut Numbers) {
+    for _ in 0..TURNS {
+        for register in 0..16 {
+            for lane in 0..4 {
+                let next = numbers.0[(register + 1) % 16 * 4 + lane];
+                let number = &mut numbers.0[register * 4 + lane];
+                *number = number.wrapping_add(next);
+            }
+        }
+    }
+}
+
+#[repr(C)]
+struct Time {
+    seconds: i64,
+    nanos: i64,
+}
+
+unsafe extern "C" {
+    fn clock_nanosleep(clock: i32, flags: i32, wanted: *const Time, left: *mut Time) -> i32;
+    fn clock_gettime(clock: i32, now: *mut Time) -> i32;
+}
+
+const REALTIME: i32 = 0;
+const MONOTONIC: i32 = 1;
+const ABSOLUTE: i32 = 1;
+
+fn now(clock: i32) -> i64 {
+    let mut time = Time {
+        seconds: 0,
+        nanos: 0,
+    };
+    // SAFETY: writes to the structure.
+    assert_eq!(unsafe { clock_gettime(clock, &raw mut time) }, 0);
+    time.seconds
+}
+
+/// One timer `seconds` away on each clock, absolute, and one that only counts.
+fn timers(seconds: u64) {
+    let clocks = [("realtime", REALTIME), ("monotonic", MONOTONIC)];
+    let mut threads: Vec<_> = clocks
+        .map(|(name, clock)| {
+            let wanted = Time {
+                seconds: now(clock) + i64::try_from(seconds).expect("few seconds"),
+                nanos: 0,
+            };
+            std::thread::spawn(move || {
+                // SAFETY: reads the structure; nothing is left over of an absolute time.
+                let slept = unsafe {
+                    clock_nanosleep(clock, ABSOLUTE, &raw const wanted, std::ptr::null_mut())
+                };
+                assert_eq!(slept, 0);
+                tell(name, now(clock) - wanted.seconds);
+            })
+        })
+        .into();
+    threads.push(std::thread::spawn(move || {
+        let begun = Instant::now();
+        std::thread::sleep(Duration::from_secs(seconds));
+        let late = begun.elapsed().as_secs() - seconds;
+        tell("relative", i64::try_from(late).expect("few seconds"));
+    }));
+    println!("set");
+    for thread in threads {
+        thread.join().expect("a timer");
+    }
+}
+
+/// The name of a timer, how late it fired by its own clock, and when.
+fn tell(name: &str, late: i64) {
+    let wall = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .expect("a time after 1970");
+    println!("{name} {late} {}", wall.as_secs());
+}
