@@ -62,7 +62,7 @@ fn packet(input: &mut Input<'_>, seen: &[(u32, u32)]) -> Vec<u8> {
     let mut packet = vec![0; HEADER];
     let head = input.bytes(HEADER);
     packet[..head.len()].copy_from_slice(head);
-    if truth % 4 != 0 {
+    if !truth.is_multiple_of(4) {
         packet[..8].copy_from_slice(&3u64.to_le_bytes());
         packet[8..16].copy_from_slice(&2u64.to_le_bytes());
         packet[24..28].copy_from_slice(&u32::try_from(len).unwrap_or(0).to_le_bytes());
