@@ -281,18 +281,21 @@ impl<R: Read> Reader<R> {
         Ok(())
     }
 
+    /// Skips what was not read of an entry, and what pads it. The stream may end where
+    /// the data does: some writers leave the last entry's padding out (`umoci insert`
+    /// 0.4), and all readers of layers allow it.
     fn skip_rest(&mut self) -> Result<(), TarError> {
-        let rest = self.left + self.padding;
-        self.left = 0;
-        self.padding = 0;
-        if let Some(padding) = usize::try_from(rest).ok().filter(|rest| *rest < BLOCK) {
-            self.inner.read_exact(&mut [0; BLOCK][..padding])?;
-            self.position += rest;
-            return Ok(());
-        }
-        let skipped = io::copy(&mut self.inner.by_ref().take(rest), &mut io::sink())?;
+        let (data, padding) = (self.left, self.padding);
+        (self.left, self.padding) = (0, 0);
+        let skipped = match usize::try_from(data + padding) {
+            Ok(rest) if rest < BLOCK => read_full(&mut self.inner, &mut [0; BLOCK][..rest])? as u64,
+            _ => io::copy(
+                &mut self.inner.by_ref().take(data + padding),
+                &mut io::sink(),
+            )?,
+        };
         self.position += skipped;
-        if skipped < rest {
+        if skipped < data {
             return Err(bad("it is truncated"));
         }
         Ok(())
@@ -302,15 +305,10 @@ impl<R: Read> Reader<R> {
     /// could begin (some writers leave the zero blocks out).
     fn header_block(&mut self) -> Result<Option<[u8; BLOCK]>, TarError> {
         let mut block = [0; BLOCK];
-        let mut filled = 0;
-        while let Some(rest) = block.get_mut(filled..).filter(|rest| !rest.is_empty()) {
-            match self.inner.read(rest) {
-                Ok(0) if filled == 0 => return Ok(None),
-                Ok(0) => return Err(bad("it is truncated")),
-                Ok(count) => filled += count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error.into()),
-            }
+        match read_full(&mut self.inner, &mut block)? {
+            0 => return Ok(None),
+            BLOCK => {}
+            _ => return Err(bad("it is truncated")),
         }
         self.position += BLOCK as u64;
         if block.iter().all(|byte| *byte == 0) {
@@ -418,6 +416,20 @@ impl<R: Read> Read for Counting<'_, R> {
 }
 
 /// Sorts by name; of several records for one name the last one counts.
+/// Fills `to`, or as much of it as there is before the end.
+fn read_full(from: &mut impl Read, to: &mut [u8]) -> io::Result<usize> {
+    let mut filled = 0;
+    while let Some(rest) = to.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+        match from.read(rest) {
+            Ok(0) => break,
+            Ok(count) => filled += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(filled)
+}
+
 fn by_name(mut xattrs: Vec<(Vec<u8>, Vec<u8>)>) -> Vec<(Vec<u8>, Vec<u8>)> {
     xattrs.reverse();
     xattrs.sort_by(|a, b| a.0.cmp(&b.0));
@@ -650,6 +662,28 @@ mod tests {
         let mut damaged = bytes;
         damaged[3] ^= 1;
         assert!(Reader::new(damaged.as_slice()).next_entry().is_err());
+    }
+
+    #[test]
+    fn the_last_padding_may_be_left_out() {
+        let bytes = archive(|b| {
+            append(b, "a", &[1; 100]);
+            append(b, "b", &[1; 2000]);
+        });
+        let end = 1024 + 512 + 2000;
+        for len in [end, end + 1, end + 47, end + 48] {
+            for read in [true, false] {
+                let mut reader = Reader::new(&bytes[..len]);
+                let mut count = 0;
+                while reader.next_entry().unwrap().is_some() {
+                    count += 1;
+                    if read {
+                        io::copy(&mut reader, &mut io::sink()).unwrap();
+                    }
+                }
+                assert_eq!((count, reader.position), (2, len as u64));
+            }
+        }
     }
 
     #[test]
