@@ -10,6 +10,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
+use std::time::Instant;
 
 use sm_e2e::Home;
 
@@ -69,7 +70,7 @@ fn compare(name: &str, seen: &str, expected: &str) {
         expected.is_empty(),
         "{name}: not in the guest: {expected:?}"
     );
-    assert!(count > 5, "{name}: {count}");
+    assert!(count > 3, "{name}: {count}");
 }
 
 #[test]
@@ -83,6 +84,7 @@ fn every_image_is_in_the_guest_as_umoci_unpacks_it() {
     let home = Home::new();
     for line in list.lines() {
         let (name, reference) = line.split_once(' ').unwrap();
+        let begun = Instant::now();
         let (transport, path) = reference.split_once(':').unwrap();
         let reference = format!("{transport}:{}/{path}", images.display());
         let listed = home
@@ -92,6 +94,10 @@ fn every_image_is_in_the_guest_as_umoci_unpacks_it() {
         let expected = fs::read_to_string(images.join(format!("{name}.tree"))).unwrap();
         compare(name, &listed, &expected);
         home.sm(&["rmi", &reference]).exits(0);
-        println!("{name}: {} entries are the same", listed.lines().count());
+        println!(
+            "{name}: {} entries are the same ({} s)",
+            listed.lines().count(),
+            begun.elapsed().as_secs()
+        );
     }
 }

@@ -237,7 +237,7 @@ fn a_hundred_connections_end_in_a_clone_and_go_on_in_the_original() {
     home.sm(&["run", "-d", "--name", &clone, "--from", &name, "-p", "80"])
         .exits(0);
     // Its servers learn that their clients are gone, and end.
-    let serving = ["exec", &clone, "sh", "-c", "ps | grep -c '[c]at$'"];
+    let serving = ["exec", &clone, "sh", "-c", "pidof cat | wc -w"];
     until("the clone's connections end", || {
         home.sm(&serving).out().trim() == "0"
     });
