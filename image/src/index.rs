@@ -33,6 +33,13 @@ const FIXED_LEN: usize = 56;
 const MAX_RECORD: usize = 256 << 10;
 const BUFFER: usize = 256 << 10;
 
+/// Longest contents that go into the metadata image, in bytes. Larger ones begin a
+/// block of the blob: there they are shared by all images of the layer, and half a
+/// block at most is empty.
+pub(crate) const SMALL: u64 = 2048;
+/// Alignment of contents in the blob, in bytes.
+const BLOCK: u64 = 4096;
+
 /// Owner, mode and times.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Meta {
@@ -437,6 +444,9 @@ fn kind<'a>(fixed: &Fixed, link: &'a [u8], totals: Totals) -> io::Result<EntryKi
     Ok(match fixed.kind.get() {
         FILE => {
             inside(totals.blob_len)?;
+            if !a.is_multiple_of(BLOCK) {
+                return Err(damaged("a file's place"));
+            }
             EntryKind::File {
                 place: Place::Blob(a),
                 size: b,
@@ -444,6 +454,9 @@ fn kind<'a>(fixed: &Fixed, link: &'a [u8], totals: Totals) -> io::Result<EntryKi
         }
         SMALL_FILE => {
             inside(totals.small_len)?;
+            if b > SMALL {
+                return Err(damaged("a file's size"));
+            }
             EntryKind::File {
                 place: Place::Small(a),
                 size: b,
@@ -541,6 +554,38 @@ mod tests {
         reader.rewind()?;
         while reader.next()?.is_some() {}
         Ok(Some(count))
+    }
+
+    #[test]
+    fn files_that_no_writer_would_place_so_are_damage() {
+        for (place, size, sound) in [
+            (Place::Small(1), SMALL, true),
+            (Place::Small(1), SMALL + 1, false),
+            (Place::Small(0), u64::from(u32::MAX), false),
+            (Place::Small(u64::MAX), 2, false),
+            (Place::Blob(BLOCK), 1 << 40, true),
+            (Place::Blob(BLOCK + 1), 1, false),
+            (Place::Blob(1 << 41), 0, true),
+            (Place::Blob(1 << 41), 1, false),
+        ] {
+            let file = tempfile::tempfile().unwrap();
+            let mut writer = IndexWriter::new(&file).unwrap();
+            let entry = Entry {
+                path: b"file",
+                kind: EntryKind::File { place, size },
+                meta: Meta::default(),
+                xattrs: Xattrs::default(),
+            };
+            writer.push(&entry).unwrap();
+            let totals = Totals {
+                entries: 1,
+                blob_len: 1 << 41,
+                small_len: 1 << 41,
+                tar_len: 0,
+            };
+            writer.finish(totals).unwrap();
+            assert_eq!(read_all(&file).is_ok(), sound, "{place:?} {size}");
+        }
     }
 
     proptest! {

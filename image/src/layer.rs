@@ -14,7 +14,9 @@ use crate::Error;
 use crate::blob::{BlobWriter, SmallWriter};
 use crate::digest::{Digest, HashingReader};
 use crate::error::printable;
-use crate::index::{Entry, EntryKind, IndexWriter, Meta, Place, Totals, Xattrs, encode_xattrs};
+use crate::index::{
+    Entry, EntryKind, IndexWriter, Meta, Place, SMALL, Totals, Xattrs, encode_xattrs,
+};
 use crate::limits::Limits;
 use crate::pipeline::{self, Decoders, Measured};
 use crate::skeleton::Tap;
@@ -28,11 +30,6 @@ const MAX_NAME: usize = 255;
 const MAX_XATTR_NAME: usize = 255;
 /// Most bytes of extended attributes of one entry.
 const MAX_XATTRS: usize = 64 << 10;
-
-/// Longest contents that go into the metadata image, in bytes. Larger ones begin a
-/// block of the blob: there they are shared by all images of the layer, and half a
-/// block at most is empty.
-const SMALL: u64 = 2048;
 
 const WHITEOUT: &[u8] = b".wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
