@@ -305,7 +305,7 @@ fn a_vm_with_few_descriptors_can_still_be_entered() {
     let mut command = Command::new("sh");
     command.args(["-c", run, "sh"]).arg(binary());
     command.args(["run", "-d", "--name", &name, "-m", "192m", "-p", "80"]);
-    command.args(["--publish-wait", "60s", &busybox, "sh", "-c", ECHO]);
+    command.args(["--publish-wait", "120s", &busybox, "sh", "-c", ECHO]);
     let started = command
         .env("XDG_DATA_HOME", home.data())
         .env("XDG_RUNTIME_DIR", home.run_dir())
