@@ -5,10 +5,13 @@
 //! across a loop of vector instructions, does the same in ordinary arithmetic, and
 //! compares; what it computed, and a checksum of memory, goes into its line of output.
 //! `timers SECONDS` sets timers and tells when each of them fires.
+//! `echo PORT` answers all connections at once by what they send, and has a backlog for
+//! those that come at the same time, which busybox's `nc` has not. `true` ends.
 #![allow(unsafe_code, clippy::unwrap_used, clippy::expect_used)]
 
 use std::arch::asm;
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
+use std::net::{Ipv4Addr, TcpListener};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 const THREADS: u64 = 4;
@@ -26,7 +29,27 @@ fn main() {
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         [_, "lanes", rounds] => lanes(rounds.parse().expect("a number of rounds")),
         [_, "timers", seconds] => timers(seconds.parse().expect("a number of seconds")),
-        _ => panic!("lanes ROUNDS | timers SECONDS"),
+        [_, "echo", port] => echo(port.parse().expect("a port")),
+        [_, "true"] => {}
+        _ => panic!("lanes ROUNDS | timers SECONDS | echo PORT | true"),
+    }
+}
+
+fn echo(port: u16) {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).expect("a free port");
+    for stream in listener.incoming() {
+        let mut stream = stream.expect("a connection");
+        std::thread::Builder::new()
+            .stack_size(64 << 10)
+            .spawn(move || {
+                let mut bytes = [0; 4096];
+                while let Ok(count @ 1..) = stream.read(&mut bytes) {
+                    if stream.write_all(&bytes[..count]).is_err() {
+                        break;
+                    }
+                }
+            })
+            .expect("a thread");
     }
 }
 

@@ -9,6 +9,7 @@
 
 use std::fs;
 use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::sleep;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -102,11 +103,29 @@ fn number(vm: &Vm<'_>, command: &[&str]) -> u64 {
     digits.parse().unwrap()
 }
 
+/// There is one clock: held by whoever sets it, for as long as it matters.
+static CLOCK: Mutex<()> = Mutex::new(());
+
+fn clock() -> MutexGuard<'static, ()> {
+    CLOCK.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Sets the clock forward by an hour; what it says then.
+fn an_hour_later() -> u64 {
+    let later = now() + 3600;
+    let set = Command::new("date")
+        .args(["-s", &format!("@{later}")])
+        .output();
+    assert!(set.unwrap().status.success());
+    later
+}
+
 #[test]
 fn an_hour_later_clocks_are_right_and_timers_have_not_leapt() {
     if !lab() {
         return;
     }
+    let _clock = clock();
     let home = Home::shared();
     let script = "sleep 20; date +%s >/tmp/woke; sleep 1000";
     let arguments = ["-m", "128m", &image("busybox"), "sh", "-c", script];
@@ -114,12 +133,7 @@ fn an_hour_later_clocks_are_right_and_timers_have_not_leapt() {
     home.sm(&["snapshot", "create", "--stop", &vm.name, "nap"])
         .exits(0);
     let uptime = number(&home.clone_of("nap", "before"), &["cat", "/proc/uptime"]);
-    let later = now() + 3600;
-    let set = Command::new("date")
-        .args(["-s", &format!("@{later}")])
-        .output();
-    assert!(set.unwrap().status.success());
-
+    let later = an_hour_later();
     let clone = home.clone_of("nap", "after");
     let (guest, host) = (number(&clone, &["date", "+%s"]), now());
     assert!(host >= later && guest.abs_diff(host) <= 2, "{guest} {host}");
@@ -145,6 +159,7 @@ fn timers_of_each_clock_fire_by_that_clock_an_hour_later() {
     if !lab() {
         return;
     }
+    let _clock = clock();
     let home = Home::shared();
     let program = lanes();
     let image = format!("rootfs:{}", program.path().display());
@@ -154,12 +169,7 @@ fn timers_of_each_clock_fire_by_that_clock_an_hour_later() {
     });
     home.sm(&["snapshot", "create", "--stop", &vm.name, "timers"])
         .exits(0);
-    let later = now() + 3600;
-    let set = Command::new("date")
-        .args(["-s", &format!("@{later}")])
-        .output();
-    assert!(set.unwrap().status.success());
-
+    let later = an_hour_later();
     let clone = home.clone_of("timers", "later");
     let resumed = now();
     let ended = home.sm(&["wait", &clone.name]).exits(0).out();

@@ -12,7 +12,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use sha2::{Digest as _, Sha256};
-use sm_e2e::{Home, Reaped, Vm, binary, image, unique};
+use sm_e2e::{Home, Reaped, Vm, binary, image, lanes, unique};
 
 /// Answers every connection to port 80 by what it sent, once that has ended.
 const ECHO: &str = "nc -ll -p 80 -e cat";
@@ -298,14 +298,15 @@ fn stopping_closes_the_ports_and_lets_connections_end() {
 #[test]
 fn a_vm_with_few_descriptors_can_still_be_entered() {
     let home = Home::shared();
-    let busybox = image("busybox");
+    let program = lanes();
+    let image = format!("rootfs:{}", program.path().display());
     let name = unique("few");
     // Both limits: the soft one alone would be raised.
     let run = "ulimit -n 700; exec \"$@\"";
     let mut command = Command::new("sh");
     command.args(["-c", run, "sh"]).arg(binary());
     command.args(["run", "-d", "--name", &name, "-m", "192m", "-p", "80"]);
-    command.args(["--publish-wait", "120s", &busybox, "sh", "-c", ECHO]);
+    command.args(["--publish-wait", "60s", &image, "/lanes", "echo", "80"]);
     let started = command
         .env("XDG_DATA_HOME", home.data())
         .env("XDG_RUNTIME_DIR", home.run_dir())
@@ -321,7 +322,7 @@ fn a_vm_with_few_descriptors_can_still_be_entered() {
         let active = port()["connections"]["active"].as_u64();
         active.is_some_and(|active| (100..300).contains(&active))
     });
-    home.sm(&["exec", &name, "true"]).exits(0);
+    home.sm(&["exec", &name, "/lanes", "true"]).exits(0);
     let snapshot = unique("few");
     home.sm(&["snapshot", "create", &name, &snapshot]).exits(0);
     assert_eq!(port()["connections"]["refused"], 0);
