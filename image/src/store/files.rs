@@ -4,6 +4,8 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::sync_channel;
+use std::thread;
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
@@ -14,6 +16,10 @@ use super::Store;
 use crate::Error;
 use crate::digest::Digest;
 use crate::index::{IndexReader, Totals};
+
+/// Bytes of a layer as it comes after which the system is to write out what was made
+/// of them.
+const WRITE_OUT: u64 = 8 << 20;
 
 impl Store {
     pub(super) fn layer_path(&self, diff_id: Digest) -> PathBuf {
@@ -230,5 +236,62 @@ pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, E
         Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(Error::file("read", path)(error)),
+    }
+}
+
+/// Does `work`, which tells how many bytes of a layer it has read, and has the system
+/// write out `file` meanwhile, so that there is little to wait for in the end.
+///
+/// # Errors
+/// Writing failed. (The system says so once for each open file, so nobody else would
+/// know.)
+pub(super) fn writing_out<T>(
+    file: &File,
+    progress: &mut dyn FnMut(u64),
+    work: impl FnOnce(&mut dyn FnMut(u64)) -> T,
+) -> io::Result<T> {
+    thread::scope(|scope| {
+        let (due, wait) = sync_channel(1);
+        let name = thread::Builder::new().name("write-out".to_owned());
+        let writer = name.spawn_scoped(scope, move || {
+            wait.iter().try_for_each(|()| file.sync_data())
+        });
+        let mut last = 0;
+        let done = work(&mut |read| {
+            if read >= last + WRITE_OUT {
+                last = read;
+                // It may be busy: there is a next time.
+                let _ = due.try_send(());
+            }
+            progress(read);
+        });
+        drop(due);
+        // Without a thread all is written in the end.
+        if let Ok(writer) = writer {
+            writer.join().unwrap_or(Ok(()))?;
+        }
+        Ok(done)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_written_out_is_an_error_and_progress_is_told() {
+        // The system writes no sockets out.
+        let (socket, _other) = UnixStream::pair().unwrap();
+        let file = File::from(OwnedFd::from(socket));
+        let mut told = Vec::new();
+        let mut progress = |read| told.push(read);
+        let fails = writing_out(&file, &mut progress, |progress| progress(WRITE_OUT));
+        assert!(fails.is_err());
+        let little = writing_out(&file, &mut progress, |progress| progress(WRITE_OUT - 1));
+        assert!(little.is_ok());
+        assert_eq!(told, [WRITE_OUT, WRITE_OUT - 1]);
     }
 }

@@ -9,7 +9,7 @@ use std::thread;
 
 use rustix::fs::FlockOperation;
 
-use super::files::{StoredLayer, create, write_synced};
+use super::files::{StoredLayer, create, write_synced, writing_out};
 use super::names::absolute;
 use super::record::DiskRecord;
 use super::{Store, StoredImage};
@@ -408,7 +408,10 @@ impl Store {
             index: &index,
             skeleton: &skeleton,
         };
-        let converted = layer::convert(stream, expected, self.limits, decoders, files, progress)?;
+        let converted = writing_out(&blob, progress, |progress| {
+            layer::convert(stream, expected, self.limits, decoders, files, progress)
+        })
+        .map_err(Error::file("write", &made.path().join("blob")))??;
         for (name, file) in [
             ("blob", &blob),
             ("small", &small),
