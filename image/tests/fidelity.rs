@@ -13,7 +13,6 @@ mod support;
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -348,16 +347,5 @@ fn a_directory_is_an_image_of_itself() {
     if std::env::var_os("SM_IMAGE_NO_MOUNT").is_none() {
         let mount = Mount::new(&disk, work.path().join("mnt"));
         assert_eq!(tree(&mount.0), tree(&root));
-    }
-}
-
-/// Compares more images: `SM_IMAGE_LAYOUTS` has directories with a tag `latest`,
-/// separated by colons.
-#[test]
-#[ignore = "takes layouts from SM_IMAGE_LAYOUTS"]
-fn given_layouts() {
-    let layouts = std::env::var_os("SM_IMAGE_LAYOUTS").expect("SM_IMAGE_LAYOUTS is set");
-    for layout in layouts.as_bytes().split(|byte| *byte == b':') {
-        compare(Path::new(std::ffi::OsStr::from_bytes(layout)), "latest");
     }
 }

@@ -17,6 +17,7 @@ mod deb;
 mod demo;
 mod fidelity;
 mod fixtures;
+mod fuzz;
 mod host;
 mod kconfig;
 mod kernel;
@@ -69,6 +70,7 @@ fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
         Invocation::BenchImage(wanted) => bench_image::run(&apt, &wanted)?,
         Invocation::BenchRestore(wanted) => bench_restore::run(&apt, &wanted)?,
         Invocation::BenchVsock(wanted) => bench_vsock::run(&apt, &wanted)?,
+        Invocation::Fuzz(wanted) => fuzz::run(&apt, &wanted)?,
         Invocation::Test(wanted) => {
             needs::tests(&apt, &wanted)?;
             let kernel = wanted.e2e.then(background::KernelBuild::start);

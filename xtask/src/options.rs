@@ -9,6 +9,7 @@ use crate::bench_image;
 use crate::bench_restore;
 use crate::bench_vsock;
 use crate::build::Profile;
+use crate::fuzz;
 use crate::lab::Job;
 use crate::test::Wanted;
 
@@ -31,6 +32,8 @@ Developer commands of sm: cargo xtask COMMAND
               [--rounds N] [--harness-only | --guest-only] [--json FILE]
   bench-image how long images take to become disks, against the usual tools
               [--iterations N] [--json FILE] [--html FILE]
+  fuzz        the fuzz targets, until each has had so much of a CPU, in any number of runs
+              [--minutes N (60)] [NAME...]
   lab -- CMD  run CMD in a QEMU machine that has a real /dev/kvm
               [--results DIR] [--memory MIB] [--cpus N] [--timeout SECONDS]
               [--env NAME=VALUE]
@@ -53,6 +56,7 @@ pub(crate) enum Invocation {
     BenchImage(bench_image::Wanted),
     BenchRestore(bench_restore::Wanted),
     BenchVsock(bench_vsock::Wanted),
+    Fuzz(fuzz::Wanted),
     Test(Wanted),
     Ci,
 }
@@ -84,6 +88,7 @@ fn read(mut parser: lexopt::Parser) -> Result<Invocation> {
         "bench-image" => Invocation::BenchImage(bench_image(parser)?),
         "bench-restore" => Invocation::BenchRestore(bench_restore(parser)?),
         "bench-vsock" => Invocation::BenchVsock(bench_vsock(parser)?),
+        "fuzz" => Invocation::Fuzz(fuzz(parser)?),
         "lab" => Invocation::Lab(lab(parser)?),
         "test" => Invocation::Test(test(parser)?),
         other => bail!("there is no command \"{other}\"; \"cargo xtask help\" lists them"),
@@ -192,6 +197,18 @@ fn bench_restore(mut parser: lexopt::Parser) -> Result<bench_restore::Wanted> {
     Ok(wanted)
 }
 
+fn fuzz(mut parser: lexopt::Parser) -> Result<fuzz::Wanted> {
+    let mut wanted = fuzz::Wanted::default();
+    while let Some(argument) = parser.next()? {
+        match argument {
+            Long("minutes") => wanted.minutes = Some(parser.value()?.parse()?),
+            Value(name) => wanted.names.push(name.string()?),
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    Ok(wanted)
+}
+
 fn bench_vsock(mut parser: lexopt::Parser) -> Result<bench_vsock::Wanted> {
     let mut wanted = bench_vsock::Wanted::default();
     while let Some(argument) = parser.next()? {
@@ -240,6 +257,7 @@ mod tests {
             "kernel --sock",
             "lab --env A -- b",
             "bench-restore --vmm-only --path-only",
+            "fuzz --minutes many",
         ] {
             assert!(parsed(line).is_err(), "{line}");
         }

@@ -1,0 +1,216 @@
+//! `cargo xtask fuzz`: the fuzz targets, for as much time of a CPU as is wanted.
+//!
+//! Corpora, what was found and how long each target has run stay in the cache, so that
+//! an hour may be spent in many parts.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Mutex;
+use std::thread;
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::apt::Apt;
+use crate::{cmd, paths};
+
+/// `g++` compiles libFuzzer, `fsck.erofs` judges disks, and `time` tells CPU time.
+const PACKAGES: [&str; 3] = ["erofs-utils", "g++", "time"];
+/// Seconds that a target runs until another one has its turn.
+const TURN: u32 = 120;
+
+/// Which targets, all unless some are named, and how long each.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Wanted {
+    pub(crate) names: Vec<String>,
+    /// Minutes of CPU time that each has had in the end, with what it had before.
+    pub(crate) minutes: Option<u32>,
+}
+
+/// A target, and where its things are.
+struct Target {
+    name: String,
+    program: PathBuf,
+    home: PathBuf,
+}
+
+pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
+    apt.ensure(&PACKAGES)?;
+    let targets = build(wanted)?;
+    let enough = f64::from(wanted.minutes.unwrap_or(60)) * 60.0;
+    cmd::step(format_args!(
+        "running {} fuzz targets until each has had {enough} s of a CPU",
+        targets.len()
+    ));
+    let waiting = Mutex::new(targets);
+    let broken = Mutex::new(Vec::new());
+    let workers = thread::available_parallelism().map_or(1, usize::from);
+    let work = || -> Result<()> {
+        loop {
+            // The one that had least goes first; it is nobody else's meanwhile.
+            let target = {
+                let mut waiting = waiting.lock().unwrap_or_else(|e| e.into_inner());
+                waiting.sort_by(|a, b| b.spent().total_cmp(&a.spent()));
+                match waiting.pop() {
+                    None => return Ok(()),
+                    Some(target) => target,
+                }
+            };
+            if target.spent() >= enough {
+                println!("{:<16} {:>6.0} s", target.name, target.spent());
+                continue;
+            }
+            let list = match target.turn()? {
+                true => &waiting,
+                false => &broken,
+            };
+            list.lock().unwrap_or_else(|e| e.into_inner()).push(target);
+        }
+    };
+    thread::scope(|scope| {
+        let workers: Vec<_> = (0..workers).map(|_| scope.spawn(work)).collect();
+        workers
+            .into_iter()
+            .try_for_each(|worker| match worker.join() {
+                Ok(done) => done,
+                Err(_) => bail!("a thread panicked"),
+            })
+    })?;
+    let broken = broken.into_inner().unwrap_or_else(|e| e.into_inner());
+    for target in &broken {
+        cmd::note(format_args!(
+            "{} failed: see {:?}",
+            target.name,
+            target.log().display()
+        ));
+    }
+    if !broken.is_empty() {
+        bail!("{} fuzz targets found something", broken.len());
+    }
+    Ok(())
+}
+
+/// Builds the targets with a fuzzer's instrumentation, which takes a nightly compiler.
+fn build(wanted: &Wanted) -> Result<Vec<Target>> {
+    let fuzz = paths::root().join("fuzz");
+    let mut names = Vec::new();
+    for entry in fs::read_dir(fuzz.join("fuzz_targets"))? {
+        let name = entry?.file_name().into_string().unwrap_or_default();
+        names.extend(name.strip_suffix(".rs").map(str::to_owned));
+    }
+    if let Some(name) = wanted.names.iter().find(|name| !names.contains(name)) {
+        names.sort();
+        bail!(
+            "there is no fuzz target {name:?}; there are {}",
+            names.join(", ")
+        );
+    }
+    if !wanted.names.is_empty() {
+        names.clone_from(&wanted.names);
+    }
+    let has = |program: &str, arguments: &[&str]| {
+        let mut asked = Command::new(program);
+        asked.args(arguments).current_dir(&fuzz);
+        let asked = asked.stdout(Stdio::null()).stderr(Stdio::null()).status();
+        asked.is_ok_and(|status| status.success())
+    };
+    if !has("cargo", &["+nightly", "--version"]) {
+        cmd::step("adding the nightly Rust toolchain");
+        let add = ["toolchain", "install", "nightly", "--profile", "minimal"];
+        cmd::check(&mut cmd::command("rustup", add))?;
+    }
+    if !has("cargo", &["fuzz", "--version"]) {
+        cmd::step("installing cargo-fuzz");
+        cmd::check(&mut cmd::command(
+            "cargo",
+            ["install", "--locked", "cargo-fuzz"],
+        ))?;
+    }
+    cmd::step("building the fuzz targets");
+    let output = paths::target().join("fuzz");
+    let mut cargo = Command::new("cargo");
+    cargo
+        .args(["+nightly", "fuzz", "build", "-O", "--target-dir"])
+        .arg(&output)
+        .current_dir(paths::root());
+    // One by name, or all.
+    if let [name] = names.as_slice() {
+        cargo.arg(name);
+    }
+    cmd::check(&mut cargo)?;
+    let triple = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
+    let cache = paths::cache("fuzz")?;
+    names
+        .into_iter()
+        .map(|name| {
+            let home = cache.join(&name);
+            for part in ["corpus", "found"] {
+                fs::create_dir_all(home.join(part))?;
+            }
+            Ok(Target {
+                program: output.join(&triple).join("release").join(&name),
+                home,
+                name,
+            })
+        })
+        .collect()
+}
+
+impl Target {
+    fn log(&self) -> PathBuf {
+        self.home.join("log")
+    }
+
+    /// Seconds of CPU time so far.
+    fn spent(&self) -> f64 {
+        let text = fs::read_to_string(self.home.join("cpu")).unwrap_or_default();
+        text.trim().parse().unwrap_or(0.0)
+    }
+
+    /// Runs for a while, after everything else that wants a CPU; `false` if something
+    /// was found.
+    fn turn(&self) -> Result<bool> {
+        let log = fs::File::options()
+            .create(true)
+            .append(true)
+            .open(self.log())
+            .with_context(|| format!("cannot write {:?}", self.log().display()))?;
+        let took = self.home.join("took");
+        let mut fuzzer = Command::new("time");
+        fuzzer
+            .args(["--quiet", "--format", "%U %S", "--output"])
+            .arg(&took)
+            .args(["nice", "-n", "19"])
+            .arg(&self.program)
+            .arg(format!("-max_total_time={TURN}"))
+            .args(["-timeout=60", "-rss_limit_mb=3000", "-print_final_stats=1"])
+            .arg(format!(
+                "-artifact_prefix={}/",
+                self.home.join("found").display()
+            ))
+            .arg(self.home.join("corpus"));
+        let seeds = paths::root().join("fuzz/seeds").join(&self.name);
+        if seeds.is_dir() {
+            fuzzer.arg(seeds);
+        }
+        let status = fuzzer
+            .current_dir(&self.home)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .status()
+            .context("cannot run time")?;
+        let spent = self.spent() + seconds(&took)?;
+        fs::write(self.home.join("cpu"), format!("{spent:.1}\n"))?;
+        Ok(status.success())
+    }
+}
+
+/// The sum of the numbers in a file.
+fn seconds(path: &Path) -> Result<f64> {
+    let text = fs::read_to_string(path).with_context(|| format!("cannot read {path:?}"))?;
+    let numbers = text
+        .split_whitespace()
+        .filter_map(|word| word.parse::<f64>().ok());
+    Ok(numbers.sum())
+}
