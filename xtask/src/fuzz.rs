@@ -206,11 +206,14 @@ impl Target {
     }
 }
 
-/// The sum of the numbers in a file.
+/// The sum of the numbers in the last line of a file; what comes before them is how
+/// the command ended.
 fn seconds(path: &Path) -> Result<f64> {
     let text = fs::read_to_string(path).with_context(|| format!("cannot read {path:?}"))?;
-    let numbers = text
-        .split_whitespace()
-        .filter_map(|word| word.parse::<f64>().ok());
-    Ok(numbers.sum())
+    let numbers = text.lines().last().unwrap_or_default().split_whitespace();
+    let numbers: Result<Vec<f64>, _> = numbers.map(str::parse).collect();
+    Ok(numbers
+        .with_context(|| format!("no numbers in {path:?}"))?
+        .iter()
+        .sum())
 }
