@@ -256,8 +256,9 @@ impl Store {
                     reason: format!("its contents have digest {found}"),
                 });
             }
-            let kept = self.blob_path(layer.digest);
-            fs::rename(&path, &kept).map_err(Error::file("write", &kept))?;
+            let synced = out.get_ref().sync_all();
+            synced.map_err(Error::file("write", &path))?;
+            self.keep_blob(layer.digest, &path)?;
             tell(LayerStep::Done);
         }
         Ok(true)
@@ -271,10 +272,11 @@ impl Store {
         form: Form,
         options: &PullOptions<'_>,
     ) -> Result<Exported, Error> {
-        let (media_type, of) = match form {
-            Form::Plain => (MediaType::ImageLayer, record.layers.len()),
-            Form::Gzip => (MediaType::ImageLayerGzip, record.layers.len()),
+        let media_type = match form {
+            Form::Plain => MediaType::ImageLayer,
+            Form::Gzip => MediaType::ImageLayerGzip,
         };
+        let of = record.layers.len();
         let mut layers = Vec::new();
         for (number, layer) in (1..).zip(&record.layers) {
             layers.push(match form {

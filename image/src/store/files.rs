@@ -129,6 +129,15 @@ impl Store {
         self.write_file(&path, bytes)
     }
 
+    /// Gives a layer as it came its final name. The caller has checked its digest, and
+    /// that it is on the disk.
+    pub(super) fn keep_blob(&self, digest: Digest, made: &Path) -> Result<(), Error> {
+        let path = self.blob_path(digest);
+        fs::rename(made, &path)
+            .and_then(|()| sync_parent(&path))
+            .map_err(Error::file("write", &path))
+    }
+
     /// Writes a document under its final name.
     pub(super) fn write_json(&self, path: &Path, value: &impl Serialize) -> Result<(), Error> {
         let json = serde_json::to_vec(value).map_err(|error| Error::document("record", error))?;
@@ -240,13 +249,13 @@ pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, E
 }
 
 /// Does `work`, which tells how many bytes of a layer it has read, and has the system
-/// write out `file` meanwhile, so that there is little to wait for in the end.
+/// write out `files` meanwhile, so that there is little to wait for in the end.
 ///
 /// # Errors
 /// Writing failed. (The system says so once for each open file, so nobody else would
 /// know.)
 pub(super) fn writing_out<T>(
-    file: &File,
+    files: &[&File],
     progress: &mut dyn FnMut(u64),
     work: impl FnOnce(&mut dyn FnMut(u64)) -> T,
 ) -> io::Result<T> {
@@ -254,7 +263,8 @@ pub(super) fn writing_out<T>(
         let (due, wait) = sync_channel(1);
         let name = thread::Builder::new().name("write-out".to_owned());
         let writer = name.spawn_scoped(scope, move || {
-            wait.iter().try_for_each(|()| file.sync_data())
+            let mut all = wait.iter().flat_map(|()| files);
+            all.try_for_each(|file| file.sync_data())
         });
         let mut last = 0;
         let done = work(&mut |read| {
@@ -288,9 +298,9 @@ mod tests {
         let file = File::from(OwnedFd::from(socket));
         let mut told = Vec::new();
         let mut progress = |read| told.push(read);
-        let fails = writing_out(&file, &mut progress, |progress| progress(WRITE_OUT));
+        let fails = writing_out(&[&file], &mut progress, |progress| progress(WRITE_OUT));
         assert!(fails.is_err());
-        let little = writing_out(&file, &mut progress, |progress| progress(WRITE_OUT - 1));
+        let little = writing_out(&[&file], &mut progress, |progress| progress(WRITE_OUT - 1));
         assert!(little.is_ok());
         assert_eq!(told, [WRITE_OUT, WRITE_OUT - 1]);
     }

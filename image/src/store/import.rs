@@ -47,7 +47,8 @@ impl Store {
                 step: LayerStep::Moving { done, total: None },
             });
         };
-        let converted = self.convert(stream, &expected, &Decoders::default(), &mut progress)?;
+        let converted =
+            self.convert(stream, &expected, &Decoders::default(), None, &mut progress)?;
         let platform = options.platform.clone().unwrap_or_default();
         let config = configuration(converted.diff_id, config, comment, &platform)?;
         let config_bytes =

@@ -373,29 +373,32 @@ impl Pull<'_> {
         let beside = self.store.temporary()?;
         let kept_path = beside.path().join("kept");
         let kept = keep.then(|| create(&kept_path)).transpose()?;
+        let copy = kept.as_ref().map(File::try_clone).transpose();
+        let copy = copy.map_err(Error::file("write", &kept_path))?;
         let stream = Keeping {
             inner: stream,
-            kept: kept.map(|file| BufWriter::with_capacity(1 << 20, file)),
+            kept: copy.map(|file| BufWriter::with_capacity(1 << 20, file)),
         };
-        self.store
-            .convert(stream, &expected, &self.decoders, progress)?;
+        let (store, decoders) = (self.store, &self.decoders);
+        store.convert(stream, &expected, decoders, kept.as_ref(), progress)?;
         if keep {
             // Its digest has been checked.
-            let path = self.store.blob_path(layer.digest);
-            std::fs::rename(&kept_path, &path).map_err(Error::file("write", &path))?;
+            self.store.keep_blob(layer.digest, &kept_path)?;
         }
         Ok(())
     }
 }
 
 impl Store {
-    /// Converts a layer into the store. The caller holds the lock, and that of the
-    /// layer if it is known which one it is.
+    /// Converts a layer into the store, and sees to it that `beside`, which the stream
+    /// writes, is on the disk, too. The caller holds the lock, and that of the layer if
+    /// it is known which one it is.
     pub(super) fn convert(
         &self,
         stream: impl Read + Send,
         expected: &Expected,
         decoders: &Decoders,
+        beside: Option<&File>,
         progress: &mut dyn FnMut(u64),
     ) -> Result<Converted, Error> {
         let made = self.temporary()?;
@@ -408,7 +411,8 @@ impl Store {
             index: &index,
             skeleton: &skeleton,
         };
-        let converted = writing_out(&blob, progress, |progress| {
+        let large: Vec<_> = beside.into_iter().chain([&blob]).collect();
+        let converted = writing_out(&large, progress, |progress| {
             layer::convert(stream, expected, self.limits, decoders, files, progress)
         })
         .map_err(Error::file("write", &made.path().join("blob")))??;
@@ -417,7 +421,10 @@ impl Store {
             ("small", &small),
             ("index", &index),
             ("skeleton", &skeleton),
-        ] {
+        ]
+        .into_iter()
+        .chain(beside.map(|file| ("kept", file)))
+        {
             let path = made.path().join(name);
             file.sync_all().map_err(Error::file("write", &path))?;
         }
