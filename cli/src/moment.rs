@@ -110,7 +110,8 @@ fn rfc_3339(text: &str) -> Option<u64> {
     let (clock, seconds) = time.strip_suffix('Z')?.rsplit_once(':')?;
     let [hour, minute] = numbers(clock, ':')?.try_into().ok()?;
     let seconds = fixed_point(seconds)?;
-    if hour > 23 || minute > 59 || seconds >= 61 * SECOND || year > 9999 {
+    let is_date = year <= 9999 && month <= 12 && day <= 31;
+    if !is_date || hour > 23 || minute > 59 || seconds >= 61 * SECOND {
         return None;
     }
     let whole = days(year, month, day)? * DAY + hour * 3600 + minute * 60;
@@ -160,6 +161,8 @@ mod tests {
             "2024-02-30",
             "2023-02-29",
             "2024-13-01",
+            "2024-9999999999999999999-01",
+            "2024-01-9999999999999999999",
             "2024-01-01T24:00:00Z",
             "2024-01-01T00:00Z",
             "2024-01-01T00:00:00",
