@@ -2,9 +2,9 @@
 //! between host sockets and guest buffers.
 //!
 //! Bytes from the host are received straight into the guest's receive buffers,
-//! bytes from the guest sent straight out of its transmit buffers. Only what a host socket does not take at once is kept, within the
-//! credit window that the guest was granted, so that a slow reader stalls its own
-//! connection and nothing else.
+//! bytes from the guest sent straight out of its transmit buffers. Only what a host
+//! socket does not take at once is kept, within the credit window that the guest was
+//! granted, so that a slow reader stalls its own connection and nothing else.
 //!
 //! Host code reaches the guest through a [`MuxerHandle`]: it hands over one end
 //! of a stream socket and forgets about it.

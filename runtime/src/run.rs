@@ -17,7 +17,7 @@ use sm_guest_proto::frame::{self, FrameType};
 use crate::home::Home;
 use crate::id::VmId;
 use crate::image::Image;
-use crate::launch::{DiskSegment, LaunchRequest, Origin, Testimony};
+use crate::launch::{DiskSegment, LaunchRequest, Origin};
 use crate::output_log::unix_nanos;
 use crate::publish::{DEFAULT_WAIT_MS, Publication};
 use crate::record::{ExitRecord, Record, Records, VMM_LOG, VmConfig};
@@ -26,6 +26,10 @@ use crate::timings::Phase;
 use crate::vm::Vm;
 use crate::workload::{Overrides, Workload};
 use crate::{Error, fdpass, kernel, vmm};
+
+mod witness;
+
+pub(crate) use self::witness::Witness;
 
 /// Least guest memory in bytes.
 pub const MIN_MEMORY: u64 = 64 << 20;
@@ -506,43 +510,6 @@ impl Launched {
         let mut vm = Vm::started(self.record, self.child, session, self.phases);
         vm.warnings = self.warnings;
         Ok(vm)
-    }
-
-    /// Follows the VMM's reports until it has told what makes the machine distinct.
-    /// The machine lives as long as the witness.
-    pub(crate) fn until_evidence(mut self) -> Result<(Testimony, Witness), Error> {
-        loop {
-            match self.session.next_event().map_err(talking)? {
-                Some(Event::Evidence(told)) => {
-                    let witness = Witness {
-                        session: Some(self.session),
-                        child: self.child,
-                    };
-                    return Ok((told, witness));
-                }
-                Some(Event::Ended(exit)) => {
-                    // The process has nothing left to do; a zombie of it would stay.
-                    let _ = self.child.wait();
-                    return Err(not_started(exit));
-                }
-                Some(_) => {}
-                None => return Err(vmm_died(&self.record, &mut self.child)),
-            }
-        }
-    }
-}
-
-/// A machine that was started for evidence, which ends with this value.
-pub(crate) struct Witness {
-    session: Option<Session>,
-    child: Child,
-}
-
-impl Drop for Witness {
-    fn drop(&mut self) {
-        // Without its launcher it ends, and removes what it has.
-        self.session = None;
-        let _ = self.child.wait();
     }
 }
 
