@@ -68,12 +68,18 @@ fn ratios(comparison: &Comparison) -> Vec<String> {
     let others = comparison.series.iter().skip(1);
     let first = comparison.series.first().map_or("", |s| &s.subject);
     others
-        .filter_map(|other| {
-            let ratio = comparison.ratio(&other.subject)?;
-            Some(format!(
-                "{first} takes {ratio:.2} times as long as {} (medians of totals)",
-                other.subject
-            ))
+        .flat_map(|other| {
+            let other = &other.subject;
+            let takes = |ratio: f64, of: &str| {
+                format!("{first} takes {ratio:.2} times as long as {other} (medians of {of})")
+            };
+            let total = comparison.ratio(other);
+            let since = comparison.since.as_deref().unwrap_or_default();
+            let part = comparison.ratio_since(other);
+            total
+                .map(|ratio| takes(ratio, "totals"))
+                .into_iter()
+                .chain(part.map(|ratio| takes(ratio, &format!("what happens from {since:?} on"))))
         })
         .collect()
 }
@@ -217,6 +223,7 @@ mod tests {
             comparisons: vec![Comparison {
                 title: "1 vCPU".to_owned(),
                 series: vec![sm, floor],
+                since: Some("state".to_owned()),
             }],
         }
     }
@@ -231,6 +238,7 @@ mod tests {
             "  sm           total                          4.000     5.000     5.000     5.000",
             "  floor        state                          2.000     2.000     2.000     2.000",
             "  sm takes 2.00 times as long as floor (medians of totals)",
+            "  sm takes 1.00 times as long as floor (medians of what happens from \"state\" on)",
         ] {
             assert!(text.contains(&format!("{line}\n")), "{line}\n{text}");
         }

@@ -85,6 +85,22 @@ impl Series {
         let total = phases.iter().map(|(_, duration)| micros(duration)).sum();
         self.total.micros.push(total);
     }
+
+    /// The phases from the one called `name` to the last, taken together.
+    #[must_use]
+    pub fn since(&self, name: &str) -> Option<Phase> {
+        let first = self.phases.iter().position(|phase| phase.name == name)?;
+        let mut together = Phase {
+            name: format!("since \"{name}\""),
+            micros: vec![0.0; self.total.micros.len()],
+        };
+        for phase in self.phases.iter().skip(first) {
+            for (sum, micros) in together.micros.iter_mut().zip(&phase.micros) {
+                *sum += micros;
+            }
+        }
+        Some(together)
+    }
 }
 
 /// Subjects measured alternately in one configuration.
@@ -94,13 +110,27 @@ pub struct Comparison {
     pub title: String,
     /// The subjects; the first is compared with the others.
     pub series: Vec<Series>,
+    /// A phase from which on the subjects are also compared.
+    #[serde(default)]
+    pub since: Option<String>,
 }
 
 impl Comparison {
     /// Median total of the first subject over that of `other`.
     #[must_use]
     pub fn ratio(&self, other: &str) -> Option<f64> {
-        let median = |series: &Series| Some(series.total.summary()?.p50);
+        self.ratio_of(other, |series| Some(series.total.clone()))
+    }
+
+    /// Likewise, for what happens from phase [`Self::since`] on.
+    #[must_use]
+    pub fn ratio_since(&self, other: &str) -> Option<f64> {
+        let since = self.since.as_deref()?;
+        self.ratio_of(other, |series| series.since(since))
+    }
+
+    fn ratio_of(&self, other: &str, of: impl Fn(&Series) -> Option<Phase>) -> Option<f64> {
+        let median = |series: &Series| Some(of(series)?.summary()?.p50);
         let ours = median(self.series.first()?)?;
         let theirs = median(self.series.iter().find(|s| s.subject == other)?)?;
         (theirs > 0.0).then(|| ours / theirs)
@@ -150,8 +180,29 @@ mod tests {
         let comparison = Comparison {
             title: String::new(),
             series: vec![ours, floor],
+            since: None,
         };
         assert_eq!(comparison.ratio("floor"), Some(1.5));
         assert_eq!(comparison.ratio("nobody"), None);
+        assert_eq!(comparison.ratio_since("floor"), None);
+    }
+
+    #[test]
+    fn what_comes_first_can_be_left_out_of_a_comparison() {
+        let ms = Duration::from_millis;
+        let mut ours = Series::new("sm");
+        let mut floor = Series::new("floor");
+        for extra in 0..3 {
+            ours.add(&[("a", ms(9)), ("b", ms(2 + extra)), ("c", ms(1))]);
+            floor.add(&[("b", ms(1)), ("c", ms(1))]);
+        }
+        assert_eq!(ours.since("b").unwrap().micros, [3000.0, 4000.0, 5000.0]);
+        assert_eq!(ours.since("d"), None);
+        let comparison = Comparison {
+            title: String::new(),
+            series: vec![ours, floor],
+            since: Some("b".to_owned()),
+        };
+        assert_eq!(comparison.ratio_since("floor"), Some(2.0));
     }
 }

@@ -113,6 +113,9 @@ pub trait Vm: Send + Sync + 'static {
 
     /// Makes host memory appear in the guest.
     ///
+    /// Cheapest on a VM that has no vCPU, interrupt line or doorbell yet: KVM lets a
+    /// later change wait until nobody can use what these have replaced.
+    ///
     /// # Safety
     /// `region.host_address .. + region.len` must stay mapped, and must not be
     /// used as Rust references that assume exclusive access, until the region

@@ -3,26 +3,63 @@
 use std::borrow::Cow;
 use std::path::PathBuf;
 
+use sm_snapshot::state_file::hex_digest;
+
 use crate::Error;
 
-/// Set at build time to the agent to embed; see `build.rs`.
+/// The agent that was embedded at build time (see `build.rs`), and its SHA-256.
 #[cfg(sm_embedded_agent)]
-const EMBEDDED: Option<&[u8]> = Some(include_bytes!(env!("SM_EMBEDDED_AGENT")));
+const EMBEDDED: Option<(&[u8], &str)> = Some((
+    include_bytes!(env!("SM_EMBEDDED_AGENT")),
+    env!("SM_EMBEDDED_AGENT_SHA256"),
+));
 #[cfg(not(sm_embedded_agent))]
-const EMBEDDED: Option<&[u8]> = None;
+const EMBEDDED: Option<(&[u8], &str)> = None;
 
 const NAME: &str = "sm-guest-agent";
 
-/// The agent's binary: `$SM_AGENT`, else the one built into this program, else
+/// The agent's binary.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Agent {
+    bytes: Cow<'static, [u8]>,
+    /// SHA-256 in hexadecimal, where it was known before.
+    digest: Option<&'static str>,
+}
+
+impl Agent {
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// SHA-256 in hexadecimal.
+    pub(crate) fn digest(&self) -> String {
+        self.digest
+            .map_or_else(|| hex_digest(&self.bytes), str::to_owned)
+    }
+}
+
+impl From<Vec<u8>> for Agent {
+    fn from(bytes: Vec<u8>) -> Self {
+        Self {
+            bytes: Cow::Owned(bytes),
+            digest: None,
+        }
+    }
+}
+
+/// The agent: `$SM_AGENT`, else the one built into this program, else
 /// `sm-guest-agent` next to it or in `../libexec/sm/`.
-pub(crate) fn read() -> Result<Cow<'static, [u8]>, Error> {
+pub(crate) fn read() -> Result<Agent, Error> {
     let explicit = std::env::var_os("SM_AGENT")
         .filter(|value| !value.is_empty())
         .map(PathBuf::from);
     if explicit.is_none()
-        && let Some(bytes) = EMBEDDED
+        && let Some((bytes, digest)) = EMBEDDED
     {
-        return Ok(Cow::Borrowed(bytes));
+        return Ok(Agent {
+            bytes: Cow::Borrowed(bytes),
+            digest: Some(digest),
+        });
     }
     let path = match explicit {
         Some(path) => path,
@@ -43,17 +80,17 @@ pub(crate) fn read() -> Result<Cow<'static, [u8]>, Error> {
             "{path:?} is not a guest agent: it is no ELF binary"
         )));
     }
-    Ok(Cow::Owned(bytes))
+    Ok(bytes.into())
 }
 
 /// Whether there is an agent, for `sm doctor`; how it is found, in words.
 pub(crate) fn describe() -> Result<String, Error> {
-    let bytes = read()?;
-    let origin = match bytes {
-        Cow::Borrowed(_) => "built in",
-        Cow::Owned(_) => "a file",
+    let agent = read()?;
+    let origin = match agent.digest {
+        Some(_) => "built in",
+        None => "a file",
     };
-    Ok(format!("{origin}, {} KiB", bytes.len() / 1024))
+    Ok(format!("{origin}, {} KiB", agent.bytes.len() / 1024))
 }
 
 fn beside_the_program() -> Option<PathBuf> {
@@ -65,4 +102,18 @@ fn beside_the_program() -> Option<PathBuf> {
     ]
     .into_iter()
     .find(|path| path.is_file())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_digest_is_that_of_the_binary() {
+        let abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+        assert_eq!(Agent::from(b"abc".to_vec()).digest(), abc);
+        if let Some((bytes, digest)) = EMBEDDED {
+            assert_eq!(digest, hex_digest(bytes));
+        }
+    }
 }

@@ -7,6 +7,15 @@
 
 use std::io;
 
+use sm_snapshot::state_file::hex_digest;
+
+use crate::guest_agent::Agent;
+use crate::vmm::digests::combined_digest;
+
+/// Of the archive that is made of the same contents. Raise it when [`Initramfs::build`]
+/// makes another one: snapshots of the old one are not used any more.
+const LAYOUT: u32 = 1;
+
 /// Where the agent looks for modules: one path per line, in loading order.
 const MODULE_LIST: &str = "sm/modules.list";
 
@@ -23,8 +32,34 @@ pub(crate) struct Module {
     pub(crate) bytes: Vec<u8>,
 }
 
-/// Builds the archive. `modules` are in loading order.
-pub(crate) fn build(agent: &[u8], modules: &[Module]) -> io::Result<Vec<u8>> {
+/// What an initial RAM file system is made of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Initramfs {
+    pub(crate) agent: Agent,
+    /// In loading order.
+    pub(crate) modules: Vec<Module>,
+}
+
+impl Initramfs {
+    /// What tells the file system from every other one, in hexadecimal; it need not be
+    /// built for that.
+    pub(crate) fn digest(&self) -> String {
+        let mut parts = vec![LAYOUT.to_string(), self.agent.digest()];
+        for module in &self.modules {
+            parts.push(module.name.clone());
+            parts.push(hex_digest(&module.bytes));
+        }
+        let parts: Vec<_> = parts.iter().map(String::as_bytes).collect();
+        combined_digest(&parts)
+    }
+
+    /// Builds the archive.
+    pub(crate) fn build(&self) -> io::Result<Vec<u8>> {
+        build(self.agent.bytes(), &self.modules)
+    }
+}
+
+fn build(agent: &[u8], modules: &[Module]) -> io::Result<Vec<u8>> {
     let mut archive = Archive::default();
     for directory in ["dev", "proc", "sys", "sm", "sm/modules"] {
         archive.entry(directory, S_IFDIR | 0o755, (0, 0), &[])?;
@@ -106,6 +141,8 @@ impl Archive {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::*;
 
     /// Reads an archive back, by the format's own rules.
@@ -127,6 +164,46 @@ mod tests {
             found.push((name.to_owned(), mode, bytes[data..data + size].to_vec()));
             bytes = &bytes[(data + size).next_multiple_of(4)..];
         }
+    }
+
+    #[test]
+    fn everything_that_changes_the_archive_changes_its_digest() {
+        let module = |name: &str, bytes: &str| Module {
+            name: name.to_owned(),
+            bytes: bytes.as_bytes().to_vec(),
+        };
+        let of = |agent: &str, modules: &[Module]| Initramfs {
+            agent: agent.as_bytes().to_vec().into(),
+            modules: modules.to_vec(),
+        };
+        let all = [
+            of("agent", &[]),
+            of("other", &[]),
+            of("agent", &[module("a.ko", "1")]),
+            of("agent", &[module("a.ko", "2")]),
+            of("agent", &[module("b.ko", "1")]),
+            of("agent", &[module("a.ko", "1"), module("b.ko", "1")]),
+            of("agent", &[module("b.ko", "1"), module("a.ko", "1")]),
+        ];
+        let digests: HashSet<_> = all.iter().map(Initramfs::digest).collect();
+        assert_eq!(digests.len(), all.len());
+    }
+
+    #[test]
+    fn another_archive_of_the_same_contents_has_another_layout() {
+        let contents = Initramfs {
+            agent: b"agent".to_vec().into(),
+            modules: vec![Module {
+                name: "a.ko".to_owned(),
+                bytes: b"module".to_vec(),
+            }],
+        };
+        let built = hex_digest(&contents.build().unwrap());
+        assert_eq!(
+            (LAYOUT, &built[..16]),
+            (1, "e1839f80a4f00995"),
+            "raise LAYOUT, and then write the new digest here"
+        );
     }
 
     #[test]

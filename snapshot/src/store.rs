@@ -520,7 +520,10 @@ pub fn read_manifest(dir: &Path) -> Result<Manifest, Error> {
 pub(crate) fn read_capped(path: &Path, limit: u64) -> Result<Vec<u8>, Error> {
     use std::io::Read as _;
     let file = File::open(path).map_err(Error::io("open", path))?;
-    let mut bytes = Vec::new();
+    let len = file.metadata().map_err(Error::io("look at", path))?.len();
+    // One byte more than it has: then its end is seen without growing.
+    let room = usize::try_from(len.min(limit) + 1).unwrap_or(0);
+    let mut bytes = Vec::with_capacity(room);
     file.take(limit + 1)
         .read_to_end(&mut bytes)
         .map_err(Error::io("read", path))?;

@@ -1,7 +1,7 @@
 //! The VM: memory slots, interrupt lines, doorbells, irqchip and clock.
 
 use std::os::fd::{AsFd as _, BorrowedFd, FromRawFd as _, IntoRawFd as _};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use kvm_bindings::{
     KVM_CAP_X86_TRIPLE_FAULT_EVENT, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
@@ -50,9 +50,31 @@ pub(super) struct VmShared {
     pub(super) readable_msrs: OnceLock<Vec<u32>>,
     pub(super) tsc_offset: TscOffset,
     pub(super) slots: SlotTable,
+    /// Whether the interrupt controllers are there.
+    controllers: Mutex<bool>,
 }
 
 impl VmShared {
+    /// Makes the interrupt controllers unless they are there: before the first vCPU,
+    /// as KVM demands, but after the memory of a machine that maps it first.
+    ///
+    /// They bring an interrupt routing with them, and KVM frees the one that it
+    /// replaces after a grace period, for which every change of the memory map
+    /// waits from then on: some milliseconds in which nothing happens.
+    fn ensure_controllers(&self) -> Result<(), Error> {
+        let mut there = self
+            .controllers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if !*there {
+            self.fd
+                .create_irq_chip()
+                .map_err(os("create interrupt controllers"))?;
+            *there = true;
+        }
+        Ok(())
+    }
+
     /// Whether the local APIC's timer has the TSC-deadline mode.
     pub(super) fn tsc_deadline(&self) -> bool {
         *self
@@ -96,8 +118,6 @@ impl KvmVm {
         let fd = kvm.shared.kvm.create_vm().map_err(os("create a VM"))?;
         fd.set_tss_address(TSS_ADDRESS)
             .map_err(os("set the TSS address"))?;
-        fd.create_irq_chip()
-            .map_err(os("create interrupt controllers"))?;
         let events = kvm_enable_cap {
             cap: KVM_CAP_X86_TRIPLE_FAULT_EVENT,
             args: [1, 0, 0, 0],
@@ -120,6 +140,7 @@ impl KvmVm {
                 readable_msrs: OnceLock::new(),
                 tsc_offset: TscOffset::default(),
                 slots: SlotTable::default(),
+                controllers: Mutex::new(false),
             }),
         })
     }
@@ -272,6 +293,7 @@ impl Vm for KvmVm {
                 what: format!("vCPU {index} of a VM with {}", self.shared.vcpus),
             });
         }
+        self.shared.ensure_controllers()?;
         let fd = self
             .fd()
             .create_vcpu(u64::from(index))
@@ -285,6 +307,7 @@ impl Vm for KvmVm {
                 what: "level-triggered interrupt lines".to_owned(),
             });
         }
+        self.shared.ensure_controllers()?;
         let fd = EventFd::new(EFD_NONBLOCK).map_err(|source| Error::Os {
             operation: "create an eventfd",
             source,
@@ -325,6 +348,7 @@ impl Vm for KvmVm {
     }
 
     fn save(&self) -> Result<VmState, Error> {
+        self.shared.ensure_controllers()?;
         let clock = self.fd().get_clock().map_err(os("read the clock"))?;
         let state = KvmVmState {
             pic_master: self.irqchip(KVM_IRQCHIP_PIC_MASTER)?,

@@ -5,9 +5,10 @@ use sm_snapshot::store::SnapshotStore;
 
 use super::cache::{Cache, Identity};
 use super::guest::Start;
-use super::machine::initial_ram_fs;
+use super::machine::read_initramfs;
 use super::saved::{Content, Plan, Saved};
 use crate::doctor::with_causes;
+use crate::initramfs::Initramfs;
 use crate::launch::{LaunchRequest, Origin};
 
 /// See the module's documentation.
@@ -24,7 +25,7 @@ pub(crate) struct Beginning {
 
 pub(crate) enum Source {
     Kernel {
-        initramfs: Vec<u8>,
+        initramfs: Initramfs,
     },
     Snapshot {
         store: SnapshotStore,
@@ -48,7 +49,7 @@ impl Beginning {
         if let Origin::Snapshot(name) | Origin::Evidence(name) = &request.origin {
             return Self::named(store, name, cpu);
         }
-        let initramfs = initial_ram_fs(request)?;
+        let initramfs = read_initramfs(request)?;
         let identity = Identity::of(request, &initramfs)?;
         let mut beginning = Self {
             source: Source::Kernel { initramfs },

@@ -7,18 +7,16 @@
 //! is another snapshot, never a wrong one.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 
-use sha2::{Digest as _, Sha256};
 use sm_snapshot::Error;
 use sm_snapshot::cpu::CpuFeatures;
 use sm_snapshot::manifest::Layer;
-use sm_snapshot::state_file::hex_digest;
 use sm_snapshot::store::SnapshotStore;
 
-use super::digests::file_digest;
+use super::digests::{combined_digest, file_digest};
 use super::saved::{Content, Plan, Saved, versions};
 use crate::doctor::with_causes;
+use crate::initramfs::Initramfs;
 use crate::launch::LaunchRequest;
 use crate::snapshots::{EPHEMERAL_LABEL, IMAGE_LABEL, is_automatic, is_of_fork};
 
@@ -30,7 +28,7 @@ const KEPT: usize = 64;
 pub(crate) struct Identity {
     /// SHA-256 of the kernel.
     pub(crate) kernel: String,
-    /// SHA-256 of the initial RAM file system, which is agent and modules.
+    /// Digest of the initial RAM file system's contents, which are agent and modules.
     pub(crate) agent: String,
 }
 
@@ -39,11 +37,11 @@ impl Identity {
     ///
     /// # Errors
     /// The kernel cannot be read; a clause.
-    pub(crate) fn of(request: &LaunchRequest, initramfs: &[u8]) -> Result<Self, String> {
+    pub(crate) fn of(request: &LaunchRequest, initramfs: &Initramfs) -> Result<Self, String> {
         Ok(Self {
             kernel: file_digest(&request.config.kernel, &request.cache)
                 .map_err(|error| format!("cannot read the kernel: {error}"))?,
-            agent: hex_digest(initramfs),
+            agent: initramfs.digest(),
         })
     }
 }
@@ -67,22 +65,6 @@ pub(crate) struct Found {
     pub(crate) image_missing: bool,
 }
 
-/// SHA-256 in hexadecimal, of parts that cannot be taken for others.
-fn digest(parts: &[&[u8]]) -> String {
-    let mut hash = Sha256::new();
-    for part in parts {
-        hash.update((part.len() as u64).to_le_bytes());
-        hash.update(part);
-    }
-    hash.finalize()
-        .iter()
-        .fold(String::new(), |mut text, byte| {
-            // Writing to a String cannot fail.
-            let _ = write!(text, "{byte:02x}");
-            text
-        })
-}
-
 impl Cache {
     /// The snapshots for `request` on a host that offers `cpu` to guests.
     ///
@@ -97,7 +79,7 @@ impl Cache {
         // What another program or host could not use has another name there.
         let reader = serde_json::to_vec(&(versions(), cpu))
             .map_err(|error| format!("cannot describe the host: {error}"))?;
-        let kind = digest(&[
+        let kind = combined_digest(&[
             identity.kernel.as_bytes(),
             identity.agent.as_bytes(),
             request.cmdline.as_bytes(),
@@ -123,7 +105,7 @@ impl Cache {
         Ok(Self {
             store,
             base: name("base", &kind),
-            image: name("image", &digest(&[kind.as_bytes(), &root])),
+            image: name("image", &combined_digest(&[kind.as_bytes(), &root])),
             identity,
             cpu: cpu.clone(),
         })

@@ -37,7 +37,9 @@ use super::paging::Paged;
 use super::prefetch::Prefetch;
 use super::saved::{Content, Plan, Saved};
 use crate::doctor::{unusable, with_causes};
+use crate::guest_agent;
 use crate::id::random;
+use crate::initramfs::Initramfs;
 use crate::kernel::Kernel;
 use crate::launch::{DiskSegment, LaunchRequest, Origin};
 use crate::publish::{Published, Wiring};
@@ -45,7 +47,6 @@ use crate::record::{Record, VmConfig};
 use crate::run::Paging;
 use crate::snapshots::EPHEMERAL_LABEL;
 use crate::timings::{Phase, monotonic_ns};
-use crate::{guest_agent, initramfs};
 
 /// A machine that runs, with what it needs to be reached.
 pub(crate) struct RunningMachine {
@@ -282,7 +283,7 @@ fn begin(
             let cached = request.origin == Origin::Image;
             (machine, Some(SourceSnapshot::new(chain, store, cached)))
         }
-        Source::Kernel { initramfs } => (parts.boot(request, initramfs, &event_loop)?, None),
+        Source::Kernel { initramfs } => (parts.boot(request, &initramfs, &event_loop)?, None),
     };
     machine.resume().map_err(failed("start the vCPUs"))?;
     parts.phases.push(Phase::now("vCPUs started"));
@@ -340,7 +341,7 @@ impl Parts {
     fn boot(
         &mut self,
         request: &LaunchRequest,
-        initramfs: Vec<u8>,
+        initramfs: &Initramfs,
         event_loop: &EventLoop,
     ) -> Result<Machine<Kvm>, String> {
         // Not asked of a host on which a guest of the same kind has run.
@@ -351,6 +352,9 @@ impl Parts {
         let path = &request.config.kernel;
         let kernel =
             File::open(path).map_err(|error| format!("cannot open kernel {path:?}: {error}"))?;
+        let initramfs = initramfs
+            .build()
+            .map_err(failed("make the initial RAM file system"))?;
         self.phases.push(Phase::now("files opened"));
         let mut cmdline = BASE_COMMAND_LINE.to_owned();
         if !request.cmdline.is_empty() {
@@ -474,12 +478,12 @@ fn root_disk(segments: &[DiskSegment]) -> Result<Disk, String> {
     Disk::composite(opened).map_err(failed("assemble the root disk"))
 }
 
-pub(crate) fn initial_ram_fs(request: &LaunchRequest) -> Result<Vec<u8>, String> {
+pub(crate) fn read_initramfs(request: &LaunchRequest) -> Result<Initramfs, String> {
     let agent = guest_agent::read().map_err(|error| with_causes(&error))?;
     let kernel = Kernel {
         path: request.config.kernel.clone(),
         modules: request.modules.clone(),
     };
     let modules = kernel.read_modules().map_err(|error| with_causes(&error))?;
-    initramfs::build(&agent, &modules).map_err(failed("make the initial RAM file system"))
+    Ok(Initramfs { agent, modules })
 }

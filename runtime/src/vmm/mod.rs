@@ -9,7 +9,7 @@ mod beginning;
 mod cache;
 mod conn;
 mod descriptors;
-mod digests;
+pub(crate) mod digests;
 mod guest;
 mod log;
 mod machine;

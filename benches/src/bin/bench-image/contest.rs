@@ -69,6 +69,7 @@ impl Contest {
         let comparison = Comparison {
             title: title.to_owned(),
             series,
+            since: None,
         };
         Ok((comparison, notes))
     }
@@ -96,6 +97,7 @@ impl Contest {
         Ok(Comparison {
             title: title.to_owned(),
             series: vec![series],
+            since: None,
         })
     }
 }

@@ -15,6 +15,7 @@ mod rivals;
 mod ticking;
 mod tiny;
 mod vmm;
+mod witness;
 
 use std::fs;
 use std::path::PathBuf;

@@ -101,6 +101,7 @@ fn commands(options: &Options, vcpus: u32, mib: u64, iterations: usize) -> Resul
         comparisons.push(Comparison {
             title: format!("sm run, {vcpus} vCPU, {mib} MiB, {}", cache(cold)),
             series: vec![restored, new, booted],
+            since: None,
         });
     }
     Ok(comparisons)
@@ -236,6 +237,7 @@ fn contenders(options: &Options, mib: u64, iterations: usize) -> Result<Comparis
     Ok(Comparison {
         title: format!("Restoring one guest, 1 vCPU, {mib} MiB, warm page cache"),
         series: all.into_iter().map(|(_, series)| series).collect(),
+        since: None,
     })
 }
 

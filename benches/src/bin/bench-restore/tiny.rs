@@ -1,19 +1,23 @@
-//! The tiny guest: it waits for a flag in its memory, then powers off.
+//! The tiny guest: it waits for a flag in its memory, looks at a device, then powers off.
 
 use std::fs::File;
 use std::io::Write as _;
 
 use anyhow::Result;
+use sm_vmm_core::layout::SLOT_RNG;
 use vm_memory::GuestAddress;
 
 const ENTRY: u32 = 0x10_0000;
 /// What makes it power off when it is not zero.
 pub(crate) const STOP: GuestAddress = GuestAddress(0x20_0000);
+/// Where the device is that it looks at.
+pub(crate) const DEVICE_SLOT: u32 = SLOT_RNG;
 
 /// 32-bit code, as PVH starts it.
-const CODE: [u8; 22] = [
+const CODE: [u8; 27] = [
     0x83, 0x3d, 0x00, 0x00, 0x20, 0x00, 0x00, // cmp dword [STOP], 0
     0x74, 0xf7, // je back
+    0xa1, 0x00, 0x11, 0x00, 0xd0, // mov eax, [configuration of the device in slot 1]
     0x66, 0xba, 0x00, 0x06, // mov dx, 0x600: the sleep control register
     0xb0, 0x34, // mov al, sleep type 5 | enable
     0xee, // out dx, al
@@ -52,4 +56,19 @@ pub(crate) fn kernel() -> Result<File> {
     let mut file = tempfile::tempfile()?;
     file.write_all(&elf)?;
     Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use sm_vmm_core::layout::virtio_window;
+
+    use super::*;
+
+    #[test]
+    fn it_looks_at_the_configuration_of_the_device() {
+        assert_eq!(CODE[9], 0xa1);
+        let address = CODE[10..14].try_into().unwrap();
+        let configuration = virtio_window(DEVICE_SLOT) + 0x100;
+        assert_eq!(u64::from(u32::from_le_bytes(address)), configuration);
+    }
 }

@@ -1,0 +1,77 @@
+//! A device that notes when the guest first looks at it, on the vCPU's own thread.
+
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
+
+use sm_vmm_core::event_loop::{Readiness, Registry};
+use sm_vmm_core::virtio::queue::Queue;
+use sm_vmm_core::virtio::{ActivateError, Activation, DevicePayload, VirtioDevice};
+
+const KIND: &str = "witness";
+/// Of no device that there is.
+const TYPE: u32 = 63;
+const QUEUE_SIZES: [u16; 1] = [1];
+
+/// Has no driver, and does nothing else.
+#[derive(Debug, Default)]
+pub(crate) struct Witness {
+    seen: Arc<OnceLock<Instant>>,
+}
+
+impl Witness {
+    /// When the guest first read the configuration of the device.
+    pub(crate) fn seen(&self) -> Arc<OnceLock<Instant>> {
+        self.seen.clone()
+    }
+}
+
+impl VirtioDevice for Witness {
+    fn device_type(&self) -> u32 {
+        TYPE
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn read_config(&self, _offset: u64, data: &mut [u8]) {
+        let _ = self.seen.set(Instant::now());
+        data.fill(0);
+    }
+
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    fn activate(&mut self, _activation: Activation) -> Result<(), ActivateError> {
+        Ok(())
+    }
+
+    fn started(&mut self, _registry: &mut Registry<'_>) {}
+
+    fn queue_notified(&mut self, _index: usize, _registry: &mut Registry<'_>) {}
+
+    fn host_ready(&mut self, _token: u64, _readiness: Readiness, _registry: &mut Registry<'_>) {}
+
+    fn reset(&mut self, _registry: Option<&mut Registry<'_>>) {}
+
+    fn quiesce(&mut self, _registry: &mut Registry<'_>) {}
+
+    fn queues(&self) -> &[Queue] {
+        &[]
+    }
+
+    fn save(&self) -> DevicePayload {
+        DevicePayload {
+            kind: KIND.to_owned(),
+            version: 1,
+            bytes: Vec::new(),
+        }
+    }
+
+    fn restore(&mut self, payload: &DevicePayload) -> Result<(), ActivateError> {
+        payload.expect(KIND, 1)
+    }
+}
