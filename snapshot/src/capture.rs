@@ -54,6 +54,9 @@ pub enum Ancestry<'a> {
     Booted,
     /// The machine's memory was mapped from this chain; store what changed over it.
     Diff(&'a Chain),
+    /// Likewise, and these pages of it were copied ahead of use (see
+    /// [`crate::working_set`]): whether they changed is found by comparing.
+    Copied(&'a Chain, &'a [Run]),
     /// The machine's memory was filled from this chain as it was touched: what changed
     /// is found by comparing.
     Filled(&'a Chain),
@@ -63,13 +66,14 @@ pub enum Ancestry<'a> {
 
 impl<'a> Ancestry<'a> {
     /// What to build a snapshot on whose machine was restored from `chain`, which may
-    /// be as deep as chains get.
+    /// be as deep as chains get. Its memory was `filled` as it was touched, or mapped,
+    /// and then some pages `copied` ahead of use.
     #[must_use]
-    pub fn of(chain: &'a Chain, filled: bool) -> Self {
+    pub fn of(chain: &'a Chain, filled: bool, copied: &'a [Run]) -> Self {
         match chain.members().len() {
             MAX_DEPTH.. => Self::Full(chain),
             _ if filled => Self::Filled(chain),
-            _ => Self::Diff(chain),
+            _ => Self::Copied(chain, copied),
         }
     }
 }
@@ -116,10 +120,11 @@ impl Capture {
             Ancestry::Full(chain) => (Some(chain), Base::Nothing),
             Ancestry::Diff(chain) => (Some(chain), Base::Parent),
             Ancestry::Filled(chain) => (Some(chain), Base::Filled(chain)),
+            Ancestry::Copied(chain, pages) => (Some(chain), Base::Copied(chain, pages)),
         };
         let mut parent = match (chain, base) {
-            (Some(chain), Base::Parent | Base::Filled(_)) => Some(parent_ref(chain)?),
-            _ => None,
+            (None, _) | (_, Base::Nothing) => None,
+            (Some(chain), _) => Some(parent_ref(chain)?),
         };
         let draft = store.draft()?;
         let path = draft.path().join("memory.bin");

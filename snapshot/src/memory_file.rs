@@ -16,7 +16,7 @@ use crate::Error;
 use crate::chain::Chain;
 use crate::contents;
 use crate::extents::{self, Content, Extent, ExtentBuilder, PAGE};
-use crate::runs::Run;
+use crate::runs::{self, Run};
 
 /// [`PAGE`], as a length in memory.
 const PAGE_LEN: usize = 4096;
@@ -73,6 +73,20 @@ pub enum Base<'a> {
     /// A parent from which memory was filled: a page is worth recording if it is not
     /// as in the parent.
     Filled(&'a Chain),
+    /// A parent from which these pages were copied before they were written to: of
+    /// them, the same goes; of others, as for [`Self::Parent`].
+    Copied(&'a Chain, &'a [Run]),
+}
+
+impl<'a> Base<'a> {
+    /// The parent, if some of `pages` pages from `first` on may be as they are there.
+    fn doubtful(self, first: u64, pages: u64) -> Option<&'a Chain> {
+        match self {
+            Base::Nothing | Base::Parent => None,
+            Base::Filled(chain) => Some(chain),
+            Base::Copied(chain, runs) => runs::touches(runs, (first, pages)).then_some(chain),
+        }
+    }
 }
 
 /// Extents of a diff beyond which those near each other are joined: each costs a
@@ -188,9 +202,15 @@ impl Writer<'_> {
     /// and writes those that have to be.
     fn store(&mut self, first: u64, bytes: &[u8]) -> Result<(), Error> {
         let mut parents = std::mem::take(&mut self.parents);
-        if let Base::Filled(chain) = self.base {
+        let parent = self.base.doubtful(first, bytes.len() as u64 / PAGE);
+        if let Some(chain) = parent {
             contents::read_pages(chain, first, bytes.len() as u64 / PAGE, &mut parents)?;
         }
+        let unchanged = |number, range, page| {
+            parent.is_some()
+                && self.base.doubtful(number, 1).is_some()
+                && parents.get(range) == Some(page)
+        };
         // Pages to write in one go.
         let mut pending = 0..0;
         for (index, page) in bytes.chunks_exact(PAGE_LEN).enumerate() {
@@ -199,9 +219,9 @@ impl Writer<'_> {
             let zero = is_zero(page);
             let content = match self.base {
                 Base::Nothing => (!zero).then_some(Content::Data),
-                Base::Filled(_) if parents.get(range.clone()) == Some(page) => None,
-                Base::Parent | Base::Filled(_) if zero => Some(Content::Zero),
-                Base::Parent | Base::Filled(_) => Some(Content::Data),
+                _ if unchanged(number, range.clone(), page) => None,
+                _ if zero => Some(Content::Zero),
+                _ => Some(Content::Data),
             };
             if let Some(content) = content {
                 self.builder.push(number, content);

@@ -21,6 +21,14 @@ pub fn push(runs: &mut Vec<Run>, (first, pages): Run) {
     }
 }
 
+/// Whether some page of `run` is in `runs`.
+#[must_use]
+pub fn touches(runs: &[Run], (first, pages): Run) -> bool {
+    let after = runs.partition_point(|(start, count)| start.saturating_add(*count) <= first);
+    let next = runs.get(after);
+    pages > 0 && next.is_some_and(|(start, _)| *start < first.saturating_add(pages))
+}
+
 /// The pages that are in one of two lists, or both.
 #[must_use]
 pub fn union(a: &[Run], b: &[Run]) -> Vec<Run> {
@@ -92,6 +100,18 @@ mod tests {
         ) {
             let both: Vec<bool> = a.iter().zip(&b).map(|(a, b)| a | b).collect();
             prop_assert_eq!(union(&of(&a), &of(&b)), of(&both));
+        }
+
+        #[test]
+        fn runs_touch_what_they_share_a_page_with(
+            pages in prop::collection::vec(any::<bool>(), 40),
+            first in 0usize..40,
+            count in 0usize..9,
+        ) {
+            let end = (first + count).min(40);
+            let shared = pages[first..end].contains(&true);
+            let run = (first as u64, (end - first) as u64);
+            prop_assert_eq!(touches(&of(&pages), run), shared);
         }
     }
 }

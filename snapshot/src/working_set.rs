@@ -4,7 +4,8 @@
 //! restored for, the VMM process's page tables show which pages were touched
 //! (kernel fault-around adds neighbours, which are likely next). Later restores
 //! map those pages in one system call for each run, instead of one fault for
-//! each page. The record is a hint: a missing, damaged or outdated one costs
+//! each page. Pages that were written get their private copy then: it is made all the
+//! same, and a page that is writable at once spares the guest a second fault. The record is a hint: a missing, damaged or outdated one costs
 //! time, never correctness. `mincore` would not do, as it tells what is in the
 //! shared page cache, not what this guest used; `userfaultfd` would give the
 //! order of accesses, at the price of a round trip for each.
@@ -20,14 +21,18 @@ use crate::Error;
 use crate::chain::Chain;
 use crate::extents::{PAGE, Source};
 use crate::pagemap::Pagemap;
+use crate::runs::Run;
 use crate::state_file::{Section, StateFile};
 use crate::store::{Lease, SnapshotStore, read_capped};
 
 /// File name in the snapshot's directory.
 pub const FILE: &str = "working-set.bin";
-const SECTION: (&str, u32) = ("working-set", 1);
+const SECTION: (&str, u32) = ("working-set", 2);
 /// Largest record read, in bytes.
 const MAX_LEN: u64 = 16 * 1024 * 1024;
+/// Most pages that are copied ahead of use: more than anything writes before its
+/// workload has started.
+const MOST_WRITTEN: u64 = 4096;
 /// Runs closer than this many pages are joined: a gap of a few pages costs less
 /// to map than another system call.
 const JOIN: u64 = 16;
@@ -36,7 +41,9 @@ const JOIN: u64 = 16;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkingSet {
     /// First page and number of pages of each run, ascending.
-    pub runs: Vec<(u64, u64)>,
+    pub runs: Vec<Run>,
+    /// Likewise, the pages that were written.
+    pub written: Vec<Run>,
 }
 
 impl WorkingSet {
@@ -48,6 +55,7 @@ impl WorkingSet {
         let proc_path = Path::new("/proc/self/pagemap");
         let pagemap = Pagemap::open().map_err(Error::io("open", proc_path))?;
         let mut set = Self::default();
+        let mut written = 0;
         for region in &memory.regions {
             let Some(address) = memory.host_address(region) else {
                 continue;
@@ -56,7 +64,13 @@ impl WorkingSet {
             pagemap
                 .visit(address.as_ptr() as u64, region.len / PAGE, |page, state| {
                     if state.is_present() {
-                        set.add(base + page);
+                        add(&mut set.runs, base + page, JOIN);
+                    }
+                    // What is not foreseen costs a fault, but a page that is copied for
+                    // nothing costs memory: these are joined to nothing.
+                    if state.is_private() && written < MOST_WRITTEN {
+                        add(&mut set.written, base + page, 1);
+                        written += 1;
                     }
                 })
                 .map_err(Error::io("read", proc_path))?;
@@ -71,13 +85,7 @@ impl WorkingSet {
         let held = held.filter(|piece| matches!(piece.source, Source::Member(_)));
         Self {
             runs: held.map(|piece| (piece.first, piece.pages)).collect(),
-        }
-    }
-
-    fn add(&mut self, page: u64) {
-        match self.runs.last_mut() {
-            Some((first, pages)) if page < *first + *pages + JOIN => *pages = page + 1 - *first,
-            _ => self.runs.push((page, 1)),
+            written: Vec::new(),
         }
     }
 
@@ -132,45 +140,54 @@ impl WorkingSet {
     /// Returns the number of pages asked for.
     #[must_use]
     pub fn prefetch(&self, memory: &MachineMemory) -> u64 {
-        let mut asked = 0;
-        for region in &memory.regions {
-            let base = region.offset / PAGE;
-            let end = base + region.len / PAGE;
-            let Some(address) = memory.host_address(region) else {
-                continue;
-            };
-            for &(first, pages) in &self.runs {
-                let from = first.max(base);
-                let to = first.saturating_add(pages).min(end);
-                if from >= to {
-                    continue;
-                }
-                if populate(address.as_ptr(), from - base, to - from) {
-                    asked += to - from;
-                }
-            }
-        }
-        asked
+        // What is written first: the guest may be waiting for it already.
+        let _ = populate_all(memory, &self.written, Advice::LinuxPopulateWrite);
+        populate_all(memory, &self.runs, Advice::LinuxPopulateRead)
     }
 }
 
-/// Maps `pages` pages from page `first` of the mapping at `base` for reading.
+/// Adds a page at the end, to a run that ends less than `join` pages before it.
+fn add(runs: &mut Vec<Run>, page: u64, join: u64) {
+    match runs.last_mut() {
+        Some((first, pages)) if page < *first + *pages + join => *pages = page + 1 - *first,
+        _ => runs.push((page, 1)),
+    }
+}
+
+/// Maps the pages of `runs` that are in `memory`; returns how many.
+fn populate_all(memory: &MachineMemory, runs: &[Run], how: Advice) -> u64 {
+    let mut asked = 0;
+    for region in &memory.regions {
+        let base = region.offset / PAGE;
+        let end = base + region.len / PAGE;
+        let Some(address) = memory.host_address(region) else {
+            continue;
+        };
+        for &(first, pages) in runs {
+            let from = first.max(base);
+            let to = first.saturating_add(pages).min(end);
+            if from >= to {
+                continue;
+            }
+            if populate(address.as_ptr(), from - base, to - from, how) {
+                asked += to - from;
+            }
+        }
+    }
+    asked
+}
+
+/// Maps `pages` pages from page `first` of the mapping at `base`, for reading or
+/// writing.
 #[expect(unsafe_code, reason = "madvise takes an address")]
-fn populate(base: *mut u8, first: u64, pages: u64) -> bool {
+fn populate(base: *mut u8, first: u64, pages: u64, how: Advice) -> bool {
     let (Ok(offset), Ok(len)) = (usize::try_from(first * PAGE), usize::try_from(pages * PAGE))
     else {
         return false;
     };
     // SAFETY: the caller has cut the range to a region of live guest memory, and
-    // MADV_POPULATE_READ changes neither contents nor protection.
-    unsafe {
-        madvise(
-            base.wrapping_add(offset).cast(),
-            len,
-            Advice::LinuxPopulateRead,
-        )
-    }
-    .is_ok()
+    // populating changes neither contents nor protection.
+    unsafe { madvise(base.wrapping_add(offset).cast(), len, how) }.is_ok()
 }
 
 #[cfg(test)]
@@ -190,6 +207,7 @@ mod tests {
         }
         let set = WorkingSet::record(&memory).unwrap();
         assert_eq!(set.runs, [(3, 2), (500, 1)]);
+        assert_eq!(set.written, set.runs);
         let (dir, store) = crate::store::tests::store();
         crate::store::tests::publish(&store, "name", None);
         let lease = store.lease("name").unwrap();
@@ -211,6 +229,7 @@ mod tests {
         let memory = MachineMemory::anonymous(&MemoryConfig::new(MIN_MEMORY)).unwrap();
         let far = WorkingSet {
             runs: vec![(u64::MAX - 1, 9), (1 << 40, 1)],
+            written: vec![(u64::MAX - 1, 9)],
         };
         assert_eq!(far.prefetch(&memory), 0);
     }

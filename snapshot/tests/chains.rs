@@ -320,6 +320,38 @@ fn of_memory_that_was_filled_only_what_differs_is_stored() {
     }
 }
 
+#[test]
+fn pages_that_were_copied_ahead_are_stored_only_if_they_changed() {
+    let (_dir, store) = store();
+    let memory = booted();
+    for page in 0..100 {
+        write(&memory, page, page + 1);
+    }
+    capture(&store, "base", &memory, Ancestry::Booted);
+    let chain = Chain::open(&store, "base").unwrap();
+    let memory = map_memory(&chain).unwrap();
+    let set = WorkingSet {
+        runs: vec![(0, 60)],
+        written: vec![(10, 30), (90, 20)],
+    };
+    assert_eq!(set.prefetch(&memory), 60);
+    let private = sm_snapshot::runs::private(&memory.guest).unwrap();
+    assert_eq!(private, set.written, "they are copies");
+    write(&memory, 12, 777);
+    write(&memory, 20, 0);
+    write(&memory, 50, 51);
+    let ancestry = Ancestry::of(&chain, false, &set.written);
+    capture(&store, "diff", &memory, ancestry);
+    let diff = Chain::open(&store, "diff").unwrap();
+    // Page 50 was written to, if only with what it had.
+    assert_eq!(diff.tip().index.count(Content::Data), 2);
+    assert_eq!(diff.tip().index.count(Content::Zero), 1);
+    let memory = map_memory(&diff).unwrap();
+    for (page, value) in [(10, 11), (12, 777), (20, 0), (50, 51), (99, 100), (105, 0)] {
+        assert_eq!(read(&memory, page), value, "page {page}");
+    }
+}
+
 /// Each piece is a mapping, of which a process can have some 65,000: a guest that
 /// writes to pages here and there must not make a snapshot that cannot be restored.
 #[test]

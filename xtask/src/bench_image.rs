@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use anyhow::{Result, bail};
 
@@ -49,7 +49,7 @@ pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
     let work = paths::target().join("bench-image");
     fs::create_dir_all(&work)?;
     cmd::step("measuring");
-    let mut bench = Command::new(paths::target().join("release/bench-image"));
+    let mut bench = cmd::measured(paths::target().join("release/bench-image"));
     bench
         .current_dir(&work)
         .args(["measure", "--sm"])

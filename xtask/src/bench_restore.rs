@@ -47,7 +47,7 @@ pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
     if !wanted.path_only {
         let report = work.join("vmm.json");
         cmd::step("restoring a tiny guest on this host's KVM, against the floor");
-        let mut command = Command::new(&bench);
+        let mut command = cmd::measured(&bench);
         command.arg("vmm").args(sizes(wanted));
         // Snapshots on the disk that the build is on: a cold cache is one there.
         command.current_dir(&work).stdout(File::create(&report)?);
@@ -136,7 +136,7 @@ fn whole_commands(apt: &Apt, wanted: &Wanted, bench: &Path, work: &Path) -> Resu
             cmd::step("whole commands on this host's KVM");
             // On the disk that the build is on, which has a page cache to drop.
             let state = tempfile::tempdir_in(work)?;
-            let mut here = Command::new(bench);
+            let mut here = cmd::measured(bench);
             here.args(command.iter().skip(1))
                 .envs(environment)
                 .env("XDG_DATA_HOME", state.path().join("data"))

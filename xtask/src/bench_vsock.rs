@@ -34,7 +34,7 @@ pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
     if !wanted.guest_only {
         cmd::step("the device with a model of a guest's driver");
         let report = work.join("harness.json");
-        let mut command = Command::new(&bench);
+        let mut command = cmd::measured(&bench);
         command.arg("--json").arg(&report).args(rounds(wanted));
         cmd::check(&mut command)?;
         reports.push(("harness", report));
@@ -88,7 +88,7 @@ fn real_guest(apt: &Apt, wanted: &Wanted, bench: &Path, work: &Path) -> Result<P
     let Some(reason) = why_not else {
         cmd::step("published ports of a guest on this host's KVM");
         let state = tempfile::tempdir()?;
-        let mut here = Command::new(bench);
+        let mut here = cmd::measured(bench);
         here.args(command.iter().skip(1))
             .arg(&report)
             .args(rounds(wanted))

@@ -6,6 +6,17 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, bail};
 
+/// Where `cargo run` has programs look for libraries first: some sixty places, in which
+/// there are none of what ours need. It takes longer than many of them do.
+pub(crate) const LIBRARY_PATH: &str = "LD_LIBRARY_PATH";
+
+/// A program whose time is measured.
+pub(crate) fn measured(program: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new(program);
+    command.env_remove(LIBRARY_PATH);
+    command
+}
+
 /// Says which step begins. Steps go to standard error: standard output is for
 /// results.
 pub(crate) fn step(text: impl Display) {

@@ -356,7 +356,8 @@ fn script(job: &Job) -> Result<String> {
     let mut text = String::new();
     let inherited = std::env::vars_os()
         .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
-        .filter(|(name, _)| is_identifier(name) && name != "TMPDIR");
+        .filter(|(name, _)| is_identifier(name))
+        .filter(|(name, _)| name != "TMPDIR" && name != cmd::LIBRARY_PATH);
     let ours = [
         ("SM_LAB", "1"),
         ("SM_LAB_RESULTS", "/run/lab/results"),

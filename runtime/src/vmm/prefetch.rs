@@ -4,6 +4,7 @@
 use std::thread::JoinHandle;
 
 use sm_snapshot::chain::Chain;
+use sm_snapshot::runs::Run;
 use sm_snapshot::store::SnapshotStore;
 use sm_snapshot::working_set::WorkingSet;
 use sm_vmm_core::memory::MachineMemory;
@@ -14,6 +15,8 @@ use crate::doctor::with_causes;
 pub(crate) struct Prefetch {
     /// The snapshot that has no record yet.
     missing: Option<String>,
+    /// The pages that were copied because earlier machines wrote to them.
+    copied: Vec<Run>,
 }
 
 impl Prefetch {
@@ -24,26 +27,37 @@ impl Prefetch {
         let Some(set) = WorkingSet::load(lease.dir()) else {
             return Self {
                 missing: Some(lease.name().to_owned()),
+                copied: Vec::new(),
             };
         };
         let memory = memory.clone();
+        let copied = set.written.clone();
         let thread = std::thread::Builder::new()
             .name("sm-prefetch".to_owned())
             .spawn(move || set.prefetch(&memory));
         if let Err(error) = thread {
             tracing::warn!(%error, "the working set is not prefetched");
         }
-        Self { missing: None }
+        Self {
+            missing: None,
+            copied,
+        }
+    }
+
+    /// Pages that are this process's own although the machine need not have written to
+    /// them.
+    pub(crate) fn copied(&self) -> &[Run] {
+        &self.copied
     }
 
     /// Records what has been used by now, unless a record exists. Returns the
     /// thread that does it. (The snapshot cannot be another: the machine uses it.)
     pub(crate) fn record(
-        self,
+        &mut self,
         memory: &MachineMemory,
         store: &SnapshotStore,
     ) -> Option<JoinHandle<()>> {
-        let name = self.missing?;
+        let name = self.missing.take()?;
         let (memory, store) = (memory.clone(), store.clone());
         let save = move || {
             let saved =

@@ -20,6 +20,7 @@ use sm_snapshot::manifest::Layer;
 use sm_snapshot::restore::{Requirements, check, map_memory};
 use sm_snapshot::state_file::Section;
 use sm_snapshot::store::SnapshotStore;
+use sm_snapshot::working_set::WorkingSet;
 use sm_vmm_core::devices::DeviceConfig;
 use sm_vmm_core::event_loop::EventLoop;
 use sm_vmm_core::layout::{MACHINE_VERSION, SLOT_RNG};
@@ -99,32 +100,66 @@ pub(crate) fn state(chain: &Chain) -> Result<MachineState> {
     Ok(postcard::from_bytes(payload)?)
 }
 
+/// Restores it once until it says something, and records which memory it used.
+pub(crate) fn learn(store: &Path, guest: &Guest) -> Result<()> {
+    let store = SnapshotStore::open(store)?;
+    let (mut said, console) = std::io::pipe()?;
+    let restored = Restored::new(&store, OwnedFd::from(console).into())?;
+    await_output(&mut said, guest.sign)?;
+    let set = WorkingSet::record(restored.machine.memory())?;
+    set.save(&store, &restored.chain.tip().lease)?;
+    Ok(())
+}
+
 /// Restores it in this process, with its console at standard output, until
 /// killed.
 pub(crate) fn serve(store: &Path) -> Result<()> {
-    let host = Kvm::open()?;
-    let event_loop = EventLoop::spawn("devices")?;
-    let chain = Chain::open(&SnapshotStore::read_only(store), NAME)?;
-    let requirements = Requirements {
-        machine_version: MACHINE_VERSION,
-        protocol: 1,
-        kernel: None,
-        agent: None,
-        cpu: CpuFeatures::of(&host.guest_cpuid()?),
-    };
-    check(&chain, &requirements)?;
     let console = std::io::stdout().as_fd().try_clone_to_owned()?;
-    let mut machine = Machine::restore(
-        &host,
-        state(&chain)?,
-        map_memory(&chain)?,
-        devices(),
-        File::from(console),
-        &event_loop.handle(),
-    )?;
-    machine.resume()?;
-    let exit = machine.exit_latch().wait();
+    let restored = Restored::new(&SnapshotStore::read_only(store), console.into())?;
+    let exit = restored.machine.exit_latch().wait();
     bail!("the guest ended: {exit:?}")
+}
+
+/// A clone that runs.
+struct Restored {
+    machine: Machine<Kvm>,
+    chain: Chain,
+    _event_loop: EventLoop,
+}
+
+impl Restored {
+    fn new(store: &SnapshotStore, console: File) -> Result<Self> {
+        let host = Kvm::open()?;
+        let event_loop = EventLoop::spawn("devices")?;
+        let chain = Chain::open(store, NAME)?;
+        let requirements = Requirements {
+            machine_version: MACHINE_VERSION,
+            protocol: 1,
+            kernel: None,
+            agent: None,
+            cpu: CpuFeatures::of(&host.guest_cpuid()?),
+        };
+        check(&chain, &requirements)?;
+        let memory = map_memory(&chain)?;
+        if let Some(set) = WorkingSet::load(chain.tip().lease.dir()) {
+            let memory = memory.clone();
+            std::thread::spawn(move || set.prefetch(&memory));
+        }
+        let mut machine = Machine::restore(
+            &host,
+            state(&chain)?,
+            memory,
+            devices(),
+            console,
+            &event_loop.handle(),
+        )?;
+        machine.resume()?;
+        Ok(Self {
+            machine,
+            chain,
+            _event_loop: event_loop,
+        })
+    }
 }
 
 pub(crate) fn devices() -> Vec<DeviceConfig> {
@@ -148,6 +183,7 @@ impl Contender for Ours {
     fn prepare(&mut self, guest: &Guest) -> Result<()> {
         let store = tempfile::tempdir()?;
         make(store.path(), guest)?;
+        learn(store.path(), guest)?;
         self.store = Some(store);
         Ok(())
     }

@@ -18,6 +18,7 @@ use crate::launch::{SnapshotReport, StageTimes};
 use crate::publish::PublishedPort;
 use crate::snapshots::{EPHEMERAL_LABEL, IMAGE_LABEL};
 use crate::vmm::guest::{Guest, GuestEnd, Notice, SnapshotMade, SnapshotPlan, Start};
+use crate::vmm::prefetch::Prefetch;
 use crate::vmm::saved::{Content, Done, Made, Plan, machine_state};
 
 impl RunningMachine {
@@ -50,7 +51,10 @@ impl RunningMachine {
             .as_ref()
             .and_then(|source| source.chain.as_ref());
         let filled = self.pager.is_some();
-        let ancestry = chain.map_or(Ancestry::Booted, |chain| Ancestry::of(chain, filled));
+        let copied = self.prefetch.as_ref().map_or(&[][..], Prefetch::copied);
+        let ancestry = chain.map_or(Ancestry::Booted, |chain| {
+            Ancestry::of(chain, filled, copied)
+        });
         let publishing = plan.capture(&mut self.machine, ancestry, stay, done)?;
         self.publishing.push(publishing);
         Ok(())
@@ -85,7 +89,7 @@ impl Guest for RunningMachine {
     }
 
     fn workload_started(&mut self) {
-        if let Some(prefetch) = self.prefetch.take() {
+        if let Some(prefetch) = &mut self.prefetch {
             self.publishing
                 .extend(prefetch.record(self.machine.memory(), &self.store));
         }

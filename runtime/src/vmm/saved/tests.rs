@@ -292,7 +292,7 @@ fn write_golden() {
     f.machine =
         Machine::restore(&kvm, state, memory, devices, console, &event_loop.handle()).unwrap();
     f.machine.set_generation_id([8; 16]).unwrap();
-    capture(&mut f, "diff", Ancestry::of(&chain, false)).unwrap();
+    capture(&mut f, "diff", Ancestry::of(&chain, false, &[])).unwrap();
     for name in ["root", "diff"] {
         let chain = Chain::open(&f.store, name).unwrap();
         let (from, to) = (chain.tip().lease.dir(), Path::new(GOLDEN).join(name));
