@@ -39,6 +39,8 @@ pub struct Profile {
     pub buffer: u32,
     /// Receive buffers in all: in the ring, and not read yet.
     pub buffers: u32,
+    /// Receive buffers in the ring.
+    pub posted: u16,
     /// Room of a socket.
     pub window: u32,
 }
@@ -48,15 +50,19 @@ impl Profile {
     pub const LINUX: Self = Self {
         buffer: 3776,
         buffers: 4096,
+        posted: RING,
         window: 256 << 10,
     };
 
-    /// As Linux, with room for `payload` bytes of data in each buffer.
+    /// As Linux, with room for `payload` bytes of data in each buffer, and as much
+    /// memory in the ring as Linux offers (1 MiB).
     #[must_use]
     pub const fn with_payload(payload: u32) -> Self {
+        let memory = RING as u32 * 4096;
         Self {
             buffer: payload + HEADER as u32,
             buffers: 1024,
+            posted: (memory / payload) as u16,
             ..Self::LINUX
         }
     }
@@ -185,7 +191,7 @@ impl LinuxGuest {
 
     /// Offers receive buffers until the ring is full.
     fn refill(&mut self) {
-        while self.in_ring < RING
+        while self.in_ring < self.profile.posted
             && let Some(buffer) = self.free_buffers.pop()
         {
             let span = Span {
@@ -240,11 +246,28 @@ impl LinuxGuest {
                 break;
             }
         }
-        if self.in_ring < RING / 2 {
+        if self.in_ring < self.profile.posted / 2 {
             self.refill();
         }
         self.kick();
         any
+    }
+
+    /// Takes in what has come, and asks for an interrupt (see [`Driver::line`]) when
+    /// more comes.
+    ///
+    /// # Panics
+    /// When the device breaks the rules.
+    pub fn serve(&mut self) {
+        self.driver.acknowledge();
+        loop {
+            self.rx.set_used_event();
+            self.tx.set_used_event();
+            fence(Ordering::SeqCst);
+            if !self.poll() {
+                return;
+            }
+        }
     }
 
     /// Waits until something comes, and takes it in.

@@ -10,7 +10,7 @@ use anyhow::Result;
 use sm_devices_vsock::testing::linux::{LinuxGuest, Profile, SocketId};
 use sm_devices_vsock::{ConnectOptions, Profiler, Stage, VsockConfig};
 
-use super::pump::{CHUNK, Host, drain, give, join};
+use super::pump::{CHUNK, Host, connection, drain, give, join};
 
 const PORT: u32 = 7;
 
@@ -24,6 +24,11 @@ fn profile(payload: u32) -> Profile {
 
 fn connect(guest: &mut LinuxGuest) -> Result<(UnixStream, SocketId)> {
     let (ours, theirs) = UnixStream::pair()?;
+    Ok((ours, accepted(guest, theirs)?))
+}
+
+/// The guest's socket that is connected with `theirs`.
+fn accepted(guest: &mut LinuxGuest, theirs: UnixStream) -> Result<SocketId> {
     guest
         .muxer
         .connect(PORT, theirs.into(), ConnectOptions::default());
@@ -31,7 +36,7 @@ fn connect(guest: &mut LinuxGuest) -> Result<(UnixStream, SocketId)> {
         guest.wait();
         while let Some(id) = guest.next_event() {
             if guest.is_established(id) {
-                return Ok((ours, id));
+                return Ok(id);
             }
         }
     }
@@ -112,6 +117,24 @@ impl Echo {
         for _ in 0..count {
             ends.push(connect(&mut guest)?.0);
         }
+        Self::of(guest, ends)
+    }
+
+    /// Between the host's processes and the device there are two threads for each
+    /// connection.
+    pub(crate) fn behind_threads(count: usize) -> Result<Self> {
+        let mut guest = LinuxGuest::new(VsockConfig::default(), Profile::LINUX);
+        let mut ends = Vec::with_capacity(count);
+        for _ in 0..count {
+            // The threads end with their sockets.
+            let (near, far, _) = connection()?;
+            accepted(&mut guest, far)?;
+            ends.push(near);
+        }
+        Self::of(guest, ends)
+    }
+
+    fn of(mut guest: LinuxGuest, ends: Vec<UnixStream>) -> Result<Self> {
         let muxer = guest.muxer.clone();
         let (stop, stopped) = channel();
         let guest = std::thread::Builder::new()
@@ -130,11 +153,26 @@ impl Echo {
     }
 }
 
-impl Echo {
-    /// Round trips of 64 bytes while the others are busy, so many of them.
-    pub(crate) fn latency(&mut self, count: usize) -> Result<Vec<Duration>> {
-        self.host.latency(count)
+/// Round trips of 64 bytes with `neighbours` that are busy, so many of them. One thread
+/// plays the host's processes and the guest, lest the scheduler be what is measured:
+/// with the device's, that is as many as there are processors anywhere.
+pub(crate) fn latency(neighbours: usize, count: usize) -> Result<Vec<Duration>> {
+    let mut guest = LinuxGuest::new(VsockConfig::default(), Profile::LINUX);
+    let mut ends = Vec::with_capacity(neighbours + 1);
+    for _ in 0..=neighbours {
+        ends.push(connect(&mut guest)?.0);
     }
+    let line = guest.driver.line.clone();
+    let mut echo = Echoing::default();
+    let mut serve = || {
+        // There may have been no interrupt: the first time, the driver asks for one.
+        let _ = rustix::io::read(line.event(), &mut [0; 8]);
+        guest.serve();
+        echo.serve(&mut guest);
+        Ok(())
+    };
+    serve()?;
+    Host { ends }.latency(count, Some((line.event(), &mut serve)))
 }
 
 impl Drop for Echo {

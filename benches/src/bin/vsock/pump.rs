@@ -2,7 +2,7 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::Shutdown;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::thread::{JoinHandle, spawn};
 use std::time::{Duration, Instant};
@@ -66,6 +66,15 @@ fn pump(mut from: UnixStream, mut to: UnixStream, buffer: usize) -> Result<JoinH
         .spawn(work)?)
 }
 
+/// A connection by way of two threads: the ends.
+pub(crate) fn connection() -> Result<(UnixStream, UnixStream, [JoinHandle<()>; 2])> {
+    let (near, from) = UnixStream::pair()?;
+    let (to, far) = UnixStream::pair()?;
+    let there = pump(from.try_clone()?, to.try_clone()?, USUAL)?;
+    let back = pump(to, from, USUAL)?;
+    Ok((near, far, [there, back]))
+}
+
 /// `amount` bytes from one process's end to the other by way of a pump.
 pub(crate) fn stream(buffer: usize, amount: usize) -> Result<Duration> {
     let (near, from) = UnixStream::pair()?;
@@ -111,14 +120,27 @@ impl Host {
         Ok(())
     }
 
-    /// Round trips of 64 bytes while the others are busy, so many of them.
-    pub(crate) fn latency(&mut self, count: usize) -> Result<Vec<Duration>> {
+    /// Round trips of 64 bytes while the others are busy, so many of them. When `other`
+    /// is readable, this thread does that part, too.
+    pub(crate) fn latency(
+        &mut self,
+        count: usize,
+        other: Option<(BorrowedFd<'_>, &mut dyn FnMut() -> Result<()>)>,
+    ) -> Result<Vec<Duration>> {
         let mut trips = RoundTrips::begin(&mut self.ends)?;
+        let mut nothing = || Ok(());
+        let part = match other {
+            Some((fd, part)) => {
+                let data = epoll::EventData::new_u64(OTHER);
+                epoll::add(&trips.epoll, fd, data, epoll::EventFlags::IN)?;
+                part
+            }
+            None => &mut nothing,
+        };
         let warm = count / 10;
         while trips.times.len() < count + warm {
-            trips.step(&mut self.ends)?;
+            trips.step(&mut self.ends, part)?;
         }
-        trips.finish(&mut self.ends)?;
         Ok(trips.times.split_off(warm))
     }
 }
@@ -143,6 +165,8 @@ struct RoundTrips {
 }
 
 const BUSY: usize = 4096;
+/// What the event loop says of what is none of the ends.
+const OTHER: u64 = u64::MAX;
 
 fn size(index: usize) -> usize {
     if index == 0 { 64 } else { BUSY }
@@ -163,12 +187,20 @@ impl RoundTrips {
     }
 
     /// Waits for something to come, and answers it.
-    fn step(&mut self, ends: &mut [UnixStream]) -> Result<()> {
+    fn step(
+        &mut self,
+        ends: &mut [UnixStream],
+        other: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<()> {
         let mut room = [0; BUSY];
         let mut events = Vec::with_capacity(256);
         let spare = rustix::buffer::spare_capacity(&mut events);
         epoll::wait(&self.epoll, spare, None)?;
         for event in &events {
+            if event.data.u64() == OTHER {
+                other()?;
+                continue;
+            }
             let index = usize::try_from(event.data.u64())?;
             let (Some(end), Some(got)) = (ends.get_mut(index), self.got.get_mut(index)) else {
                 continue;
@@ -184,14 +216,6 @@ impl RoundTrips {
                 self.begun = Instant::now();
             }
             end.write_all(room.get(..size(index)).unwrap_or_default())?;
-        }
-        Ok(())
-    }
-
-    /// Leaves nothing on the way.
-    fn finish(&self, ends: &mut [UnixStream]) -> Result<()> {
-        for ((index, end), got) in ends.iter_mut().enumerate().zip(&self.got) {
-            end.read_exact(&mut vec![0; size(index) - got])?;
         }
         Ok(())
     }
@@ -211,10 +235,8 @@ impl Echo {
         let mut far_ends = Vec::with_capacity(count);
         let mut pumps = Vec::with_capacity(2 * count);
         for _ in 0..count {
-            let (near, from) = UnixStream::pair()?;
-            let (to, far) = UnixStream::pair()?;
-            pumps.push(pump(from.try_clone()?, to.try_clone()?, USUAL)?);
-            pumps.push(pump(to, from, USUAL)?);
+            let (near, far, both) = connection()?;
+            pumps.extend(both);
             ends.push(near);
             far_ends.push(far);
         }
@@ -231,7 +253,7 @@ impl Echo {
     }
 
     pub(crate) fn latency(&mut self, count: usize) -> Result<Vec<Duration>> {
-        self.host.latency(count)
+        self.host.latency(count, None)
     }
 }
 

@@ -1,8 +1,10 @@
 //! A driver's side of the register transport.
 
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
+use rustix::event::{EventfdFlags, eventfd};
 use sm_hypervisor::IrqLine;
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
@@ -25,6 +27,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub struct TestLine {
     pulses: Mutex<u64>,
     pulsed: Condvar,
+    event: OnceLock<OwnedFd>,
 }
 
 impl TestLine {
@@ -47,12 +50,27 @@ impl TestLine {
         assert!(!timeout.timed_out(), "no interrupt came");
         *pulses
     }
+
+    /// An eventfd that counts pulses from now on.
+    ///
+    /// # Panics
+    /// When there are no descriptors left.
+    pub fn event(&self) -> BorrowedFd<'_> {
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        let event = self
+            .event
+            .get_or_init(|| eventfd(0, flags).expect("there are descriptors"));
+        event.as_fd()
+    }
 }
 
 impl IrqLine for TestLine {
     fn pulse(&self) -> Result<(), sm_hypervisor::Error> {
         *self.pulses.lock().unwrap_or_else(PoisonError::into_inner) += 1;
         self.pulsed.notify_all();
+        if let Some(event) = self.event.get() {
+            let _ = rustix::io::write(event, &1u64.to_ne_bytes());
+        }
         Ok(())
     }
 }
