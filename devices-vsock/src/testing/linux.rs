@@ -54,15 +54,20 @@ impl Profile {
         window: 256 << 10,
     };
 
-    /// As Linux, with room for `payload` bytes of data in each buffer, and as much
-    /// memory in the ring as Linux offers (1 MiB).
+    /// As Linux, with room for `payload` bytes of data in each buffer, and not more
+    /// memory in the ring than Linux offers, which is 1 MiB (but at least a buffer).
     #[must_use]
     pub const fn with_payload(payload: u32) -> Self {
         let memory = RING as u32 * 4096;
+        let posted = match memory / payload {
+            0 => 1,
+            few if few < RING as u32 => few as u16,
+            _ => RING,
+        };
         Self {
             buffer: payload + HEADER as u32,
             buffers: 1024,
-            posted: (memory / payload) as u16,
+            posted,
             ..Self::LINUX
         }
     }
@@ -246,7 +251,7 @@ impl LinuxGuest {
                 break;
             }
         }
-        if self.in_ring < self.profile.posted / 2 {
+        if self.in_ring < self.profile.posted.div_ceil(2) {
             self.refill();
         }
         self.kick();
