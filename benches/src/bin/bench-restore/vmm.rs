@@ -36,6 +36,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// The first phase of making the machine: before, files are read, and the host is asked
 /// what it can do.
 pub(crate) const MAP_MEMORY: &str = "map memory";
+/// When the kernel is done with a VM that is gone; before, the next one may wait for it.
+const SETTLED: Duration = Duration::from_millis(20);
 /// Iterations that are not counted.
 const WARM_UP: usize = 3;
 
@@ -67,7 +69,10 @@ fn restores(options: &Options) -> Result<Vec<Comparison>> {
                         setup.evict()?;
                         floor.evict()?;
                     }
-                    let (a, b) = (setup.restore()?, floor.restore()?);
+                    std::thread::sleep(SETTLED);
+                    let a = setup.restore()?;
+                    std::thread::sleep(SETTLED);
+                    let b = floor.restore()?;
                     if iteration >= WARM_UP {
                         ours.add(&a);
                         theirs.add(&b);
