@@ -19,7 +19,7 @@ use std::time::Duration;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
-use sm_devices_vsock::testing::{Guest, REQUEST, RESPONSE, RST, RW, SHUTDOWN};
+use sm_devices_vsock::testing::{Guest, Packet, REQUEST, RESPONSE, RST, RW, SHUTDOWN};
 use sm_devices_vsock::{ConnectOptions, MuxerHandle, VsockConfig};
 use sm_frontends::{
     FrontendHandle, HandoffFrontend, HandoffSender, HybridFrontend, Limit, Target, TcpFrontend,
@@ -50,49 +50,101 @@ pub enum Kind {
     Hybrid,
 }
 
+/// What a guest that echoes knows of a connection.
+#[derive(Default)]
+struct Echoed {
+    /// Bytes of a forward header that are still to come.
+    header: usize,
+    /// What came and was not sent back yet: the host has no room for it.
+    pending: Vec<u8>,
+    /// Bytes taken, which the host is told, and sent.
+    taken: u32,
+    sent: u32,
+    /// The host is done sending.
+    end: Option<Packet>,
+}
+
+impl Echoed {
+    /// Takes in the data of a packet.
+    fn take(&mut self, packet: &Packet) {
+        let mut data = &packet.payload[..];
+        if self.header > 0 {
+            let skipped = data.len().min(self.header);
+            data = &data[skipped..];
+            self.taken += u32::try_from(skipped).unwrap();
+            self.header -= skipped;
+            if self.header == 0 {
+                // It is answered with a status, which nobody sent.
+                self.pending.push(0);
+                self.taken = self.taken.wrapping_sub(1);
+            }
+        }
+        self.pending.extend(data);
+    }
+
+    /// Sends back as much as the host has room for, as `packet` of it says.
+    fn answer(&mut self, guest: &mut Guest, packet: &Packet) {
+        let way = self.sent.wrapping_sub(packet.fwd_cnt);
+        let room = usize::try_from(packet.buf_alloc.saturating_sub(way)).unwrap();
+        let now: Vec<u8> = self.pending.drain(..self.pending.len().min(room)).collect();
+        for payload in now.chunks(64 << 10) {
+            let len = u32::try_from(payload.len()).unwrap();
+            self.taken = self.taken.wrapping_add(len);
+            self.sent = self.sent.wrapping_add(len);
+            let mut back = packet.reply(RW);
+            back.fwd_cnt = self.taken;
+            back.payload = payload.to_vec();
+            guest.send(&back);
+        }
+        if self.pending.is_empty()
+            && let Some(mut end) = self.end.take()
+        {
+            end.fwd_cnt = self.taken;
+            guest.send(&end);
+        }
+    }
+}
+
 /// A guest that sends back what it gets, and every end as well.
 fn echo(mut guest: Guest) {
-    let mut taken: HashMap<u32, u32> = HashMap::new();
-    // Bytes of a forward header that are still to come, by the host's port.
-    let mut header: HashMap<u32, usize> = HashMap::new();
+    let mut streams: HashMap<u32, Echoed> = HashMap::new();
     loop {
         let packet = guest.receive();
         match packet.op {
             REQUEST if packet.dst_port == QUIT => return,
             REQUEST if packet.dst_port == ECHO || packet.dst_port == port::FORWARD => {
-                if packet.dst_port == port::FORWARD {
-                    header.insert(packet.src_port, HEADER_LEN);
-                }
+                let header = match packet.dst_port {
+                    port::FORWARD => HEADER_LEN,
+                    _ => 0,
+                };
+                let stream = Echoed {
+                    header,
+                    ..Echoed::default()
+                };
+                streams.insert(packet.src_port, stream);
                 guest.send(&packet.reply(RESPONSE));
             }
-            RW => {
-                let taken = taken.entry(packet.src_port).or_default();
-                *taken += u32::try_from(packet.payload.len()).unwrap();
-                let mut back = packet.reply(RW);
-                back.fwd_cnt = *taken;
-                back.payload.clone_from(&packet.payload);
-                if let Some(rest) = header.get_mut(&packet.src_port) {
-                    let skipped = back.payload.drain(..packet.payload.len().min(*rest)).len();
-                    *rest -= skipped;
-                    if *rest == 0 {
-                        header.remove(&packet.src_port);
-                        back.payload.insert(0, 0);
-                    }
-                }
-                guest.send(&back);
-            }
-            // The host is done sending: so is the guest.
-            SHUTDOWN => {
-                let mut end = packet.reply(if packet.flags == 3 { RST } else { SHUTDOWN });
-                end.flags = 2;
-                guest.send(&end);
-            }
-            RST => {
-                taken.remove(&packet.src_port);
-                header.remove(&packet.src_port);
-            }
             REQUEST => guest.send(&packet.reply(RST)),
-            _ => {}
+            RST => {
+                streams.remove(&packet.src_port);
+            }
+            op => {
+                let Some(stream) = streams.get_mut(&packet.src_port) else {
+                    continue;
+                };
+                match op {
+                    RW => stream.take(&packet),
+                    // The host is done sending: so is the guest.
+                    SHUTDOWN => {
+                        let op = if packet.flags == 3 { RST } else { SHUTDOWN };
+                        let mut end = packet.reply(op);
+                        end.flags = 2;
+                        stream.end = Some(end);
+                    }
+                    _ => {}
+                }
+                stream.answer(&mut guest, &packet);
+            }
         }
     }
 }
