@@ -10,7 +10,7 @@ use anyhow::Result;
 use sm_devices_vsock::testing::linux::{LinuxGuest, Profile, SocketId};
 use sm_devices_vsock::{ConnectOptions, Profiler, Stage, VsockConfig};
 
-use super::pump::{CHUNK, Host, connection, drain, give, join};
+use super::pump::{CHUNK, Host, Trip, connection, drain, give, join};
 
 const PORT: u32 = 7;
 
@@ -156,7 +156,7 @@ impl Echo {
 /// Round trips of 64 bytes with `neighbours` that are busy, so many of them. One thread
 /// plays the host's processes and the guest, lest the scheduler be what is measured:
 /// with the device's, that is as many as there are processors anywhere.
-pub(crate) fn latency(neighbours: usize, count: usize) -> Result<Vec<Duration>> {
+pub(crate) fn latency(neighbours: usize, count: usize) -> Result<Vec<Trip>> {
     let mut guest = LinuxGuest::new(VsockConfig::default(), Profile::LINUX);
     let mut ends = Vec::with_capacity(neighbours + 1);
     for _ in 0..=neighbours {

@@ -64,6 +64,9 @@ struct Latency {
     p50_us: f64,
     p99_us: f64,
     ratio: f64,
+    /// Round trips of neighbours during one of these.
+    others_p50: usize,
+    others_p99: usize,
 }
 
 #[derive(Debug, Serialize)]
@@ -272,21 +275,30 @@ fn many(report: &mut Report, rounds: usize) -> Result<()> {
 
 fn latency(report: &mut Report) -> Result<()> {
     println!("round trips of 64 bytes (microseconds)");
-    println!("  subject               neighbours      p50      p99   p99/p50");
+    println!(
+        "  subject               neighbours      p50      p99   p99/p50   neighbours' meanwhile: p50   p99"
+    );
     for (subject, neighbours) in [
         ("device", 0),
         ("device", NEIGHBOURS),
         ("two threads each", NEIGHBOURS),
     ] {
         let count = if neighbours == 0 { 20_000 } else { 4000 };
-        let mut times = match subject {
+        let trips = match subject {
             "device" => device::latency(neighbours, count)?,
             _ => pump::Echo::new(neighbours + 1)?.latency(count)?,
         };
+        let mut times: Vec<_> = trips.iter().map(|trip| trip.time).collect();
         times.sort_unstable();
         let at = |percent: usize| {
             let time = times.get(times.len() * percent / 100);
             time.map_or(0.0, |time| time.as_secs_f64() * 1e6)
+        };
+        let mut others: Vec<_> = trips.iter().map(|trip| trip.others).collect();
+        others.sort_unstable();
+        let others = |percent: usize| {
+            let count = others.get(others.len() * percent / 100);
+            count.copied().unwrap_or(0)
         };
         let row = Latency {
             subject,
@@ -294,10 +306,12 @@ fn latency(report: &mut Report) -> Result<()> {
             p50_us: at(50),
             p99_us: at(99),
             ratio: at(99) / at(50),
+            others_p50: others(50),
+            others_p99: others(99),
         };
         println!(
-            "  {subject:<20}  {neighbours:>10}  {:>7.1}  {:>7.1}  {:>8.2}",
-            row.p50_us, row.p99_us, row.ratio
+            "  {subject:<20}  {neighbours:>10}  {:>7.1}  {:>7.1}  {:>8.2}   {:>27} {:>5}",
+            row.p50_us, row.p99_us, row.ratio, row.others_p50, row.others_p99
         );
         report.latency.push(row);
     }
@@ -321,4 +335,19 @@ fn profiling(report: &mut Report, rounds: usize) -> Result<()> {
         report.profiling.push(Profiling { measures, gb_s });
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// However long that takes on this machine.
+    #[test]
+    fn a_message_waits_for_each_busy_neighbour_once() {
+        let mut trips = device::latency(NEIGHBOURS, 400).unwrap();
+        trips.sort_unstable_by_key(|trip| trip.others);
+        let at = |percent: usize| trips[trips.len() * percent / 100].others;
+        assert!(at(50) <= NEIGHBOURS + 1, "{} for most", at(50));
+        assert!(at(99) * 10 <= at(50) * 13, "{} for some", at(99));
+    }
 }

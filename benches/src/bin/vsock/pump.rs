@@ -126,7 +126,7 @@ impl Host {
         &mut self,
         count: usize,
         other: Option<(BorrowedFd<'_>, &mut dyn FnMut() -> Result<()>)>,
-    ) -> Result<Vec<Duration>> {
+    ) -> Result<Vec<Trip>> {
         let mut trips = RoundTrips::begin(&mut self.ends)?;
         let mut nothing = || Ok(());
         let part = match other {
@@ -138,10 +138,10 @@ impl Host {
             None => &mut nothing,
         };
         let warm = count / 10;
-        while trips.times.len() < count + warm {
+        while trips.done.len() < count + warm {
             trips.step(&mut self.ends, part)?;
         }
-        Ok(trips.times.split_off(warm))
+        Ok(trips.done.split_off(warm))
     }
 }
 
@@ -155,13 +155,23 @@ fn waiting(ends: &[UnixStream]) -> Result<OwnedFd> {
     Ok(epoll)
 }
 
+/// One round trip.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Trip {
+    pub(crate) time: Duration,
+    /// Round trips of neighbours that ended meanwhile: what it waited for, without what
+    /// the machine did besides.
+    pub(crate) others: usize,
+}
+
 /// Round trips of 64 bytes on the first connection, while each of the others has
 /// 4 KiB on the way at all times.
 struct RoundTrips {
     epoll: OwnedFd,
     got: Vec<usize>,
     begun: Instant,
-    times: Vec<Duration>,
+    others: usize,
+    done: Vec<Trip>,
 }
 
 const BUSY: usize = 4096;
@@ -182,7 +192,8 @@ impl RoundTrips {
             epoll,
             got: vec![0; ends.len()],
             begun: Instant::now(),
-            times: Vec::new(),
+            others: 0,
+            done: Vec::new(),
         })
     }
 
@@ -212,8 +223,13 @@ impl RoundTrips {
             }
             *got = 0;
             if index == 0 {
-                self.times.push(self.begun.elapsed());
+                self.done.push(Trip {
+                    time: self.begun.elapsed(),
+                    others: std::mem::take(&mut self.others),
+                });
                 self.begun = Instant::now();
+            } else {
+                self.others += 1;
             }
             end.write_all(room.get(..size(index)).unwrap_or_default())?;
         }
@@ -252,7 +268,7 @@ impl Echo {
         super::timed(|| self.host.turns(message, turns))
     }
 
-    pub(crate) fn latency(&mut self, count: usize) -> Result<Vec<Duration>> {
+    pub(crate) fn latency(&mut self, count: usize) -> Result<Vec<Trip>> {
         self.host.latency(count, None)
     }
 }
