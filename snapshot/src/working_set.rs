@@ -5,7 +5,7 @@
 //! (kernel fault-around adds neighbours, which are likely next). Later restores
 //! map those pages in one system call for each run, instead of one fault for
 //! each page. Pages that were written get their private copy then: it is made all the
-//! same, and a page that is writable at once spares the guest a second fault. The record is a hint: a missing, damaged or outdated one costs
+//! same, and a page that is writable at once can spare the guest a second fault. The record is a hint: a missing, damaged or outdated one costs
 //! time, never correctness. `mincore` would not do, as it tells what is in the
 //! shared page cache, not what this guest used; `userfaultfd` would give the
 //! order of accesses, at the price of a round trip for each.
@@ -127,12 +127,12 @@ impl WorkingSet {
         let (digest, body) = bytes.split_first_chunk::<64>()?;
         let digest = std::str::from_utf8(digest).ok()?;
         let file = StateFile::decode(&path, body, digest).ok()?;
-        postcard::from_bytes(
-            file.section(&path, SECTION.0, SECTION.1..=SECTION.1)
-                .ok()?
-                .1,
-        )
-        .ok()
+        let section = file.section(&path, SECTION.0, SECTION.1..=SECTION.1).ok()?;
+        let set: Self = postcard::from_bytes(section.1).ok()?;
+        // One that would have memory copied without need is none of ours.
+        let written = set.written.iter().map(|(_, pages)| *pages);
+        let written = written.fold(0, u64::saturating_add);
+        (written <= MOST_WRITTEN).then_some(set)
     }
 
     /// Maps the pages of the record into this process, reading them from disk
@@ -232,5 +232,23 @@ mod tests {
             written: vec![(u64::MAX - 1, 9)],
         };
         assert_eq!(far.prefetch(&memory), 0);
+    }
+
+    #[test]
+    fn a_record_that_would_copy_much_memory_is_ignored() {
+        let (_dir, store) = crate::store::tests::store();
+        crate::store::tests::publish(&store, "name", None);
+        let lease = store.lease("name").unwrap();
+        for (written, usable) in [
+            (vec![(7, MOST_WRITTEN)], true),
+            (vec![(7, MOST_WRITTEN), (9000, 1)], false),
+            (vec![(0, u64::MAX), (1, u64::MAX)], false),
+        ] {
+            let runs = Vec::new();
+            let set = WorkingSet { runs, written };
+            set.save(&store, &lease).unwrap();
+            let loaded = WorkingSet::load(lease.dir());
+            assert_eq!(loaded, usable.then_some(set));
+        }
     }
 }

@@ -293,15 +293,20 @@ fn a_whole_snapshot_of_a_restored_machine_reads_only_what_the_chain_stores() {
     assert!(mapped.pages() < 200, "{} pages were read", mapped.pages());
 }
 
-#[test]
-fn of_memory_that_was_filled_only_what_differs_is_stored() {
-    let (_dir, store) = store();
+/// A snapshot in which each of the first hundred pages holds its number and one.
+fn hundred_pages(store: &SnapshotStore) -> Chain {
     let memory = booted();
     for page in 0..100 {
         write(&memory, page, page + 1);
     }
-    capture(&store, "base", &memory, Ancestry::Booted);
-    let chain = Chain::open(&store, "base").unwrap();
+    capture(store, "base", &memory, Ancestry::Booted);
+    Chain::open(store, "base").unwrap()
+}
+
+#[test]
+fn of_memory_that_was_filled_only_what_differs_is_stored() {
+    let (_dir, store) = store();
+    let chain = hundred_pages(&store);
     // What a pager does: everything is copied, and is a page of this process's own.
     let filled = booted();
     for page in 0..100 {
@@ -323,12 +328,7 @@ fn of_memory_that_was_filled_only_what_differs_is_stored() {
 #[test]
 fn pages_that_were_copied_ahead_are_stored_only_if_they_changed() {
     let (_dir, store) = store();
-    let memory = booted();
-    for page in 0..100 {
-        write(&memory, page, page + 1);
-    }
-    capture(&store, "base", &memory, Ancestry::Booted);
-    let chain = Chain::open(&store, "base").unwrap();
+    let chain = hundred_pages(&store);
     let memory = map_memory(&chain).unwrap();
     let set = WorkingSet {
         runs: vec![(0, 60)],
