@@ -17,7 +17,7 @@ use sm_snapshot::capture::{Ancestry, Capture, Description};
 use sm_snapshot::chain::Chain;
 use sm_snapshot::cpu::CpuFeatures;
 use sm_snapshot::manifest::Layer;
-use sm_snapshot::restore::{Requirements, check, map_memory};
+use sm_snapshot::restore::map_memory;
 use sm_snapshot::state_file::Section;
 use sm_snapshot::store::SnapshotStore;
 use sm_snapshot::working_set::WorkingSet;
@@ -31,6 +31,7 @@ use sm_vmm_core::state::MachineState;
 use sm_vmm_core::virtio::rng::Rng;
 
 use crate::rivals::{Contender, Guest, await_output};
+use crate::vmm::check_host;
 
 pub(crate) const NAME: &str = "snapshot";
 const SECTION: &str = "machine";
@@ -132,14 +133,7 @@ impl Restored {
         let host = Kvm::open()?;
         let event_loop = EventLoop::spawn("devices")?;
         let chain = Chain::open(store, NAME)?;
-        let requirements = Requirements {
-            machine_version: MACHINE_VERSION,
-            protocol: 1,
-            kernel: None,
-            agent: None,
-            cpu: CpuFeatures::of(&host.guest_cpuid()?),
-        };
-        check(&chain, &requirements)?;
+        check_host(&host, &chain)?;
         let memory = map_memory(&chain)?;
         if let Some(set) = WorkingSet::load(chain.tip().lease.dir()) {
             let memory = memory.clone();

@@ -163,6 +163,18 @@ fn devices() -> (Vec<DeviceConfig>, Arc<OnceLock<Instant>>) {
     (vec![device], seen)
 }
 
+/// Checks that a snapshot of ours can go on here, as every restore does.
+pub(crate) fn check_host(host: &Kvm, chain: &Chain) -> Result<()> {
+    let requirements = Requirements {
+        machine_version: MACHINE_VERSION,
+        protocol: 1,
+        kernel: None,
+        agent: None,
+        cpu: CpuFeatures::of(&host.guest_cpuid()?),
+    };
+    Ok(check(chain, &requirements)?)
+}
+
 impl Setup {
     fn new(memory: u64, vcpus: u32) -> Result<Self> {
         let directory = tempfile::tempdir_in(".").context("cannot make a directory here")?;
@@ -230,14 +242,7 @@ impl Setup {
         let event_loop = EventLoop::spawn("devices")?;
         let opened = watch.lap();
         let chain = Chain::open(&self.store, NAME)?;
-        let requirements = Requirements {
-            machine_version: MACHINE_VERSION,
-            protocol: 1,
-            kernel: None,
-            agent: None,
-            cpu: CpuFeatures::of(&host.guest_cpuid()?),
-        };
-        check(&chain, &requirements)?;
+        check_host(&host, &chain)?;
         let tip = chain.tip();
         let payload = tip.state.section(tip.lease.dir(), SECTION, 1..=1)?.1;
         let state = postcard::from_bytes(payload)?;

@@ -59,6 +59,7 @@ impl TestLine {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         let event = self
             .event
+            // For tests: without a descriptor they cannot go on.
             .get_or_init(|| eventfd(0, flags).expect("there are descriptors"));
         event.as_fd()
     }
