@@ -113,8 +113,8 @@ pub trait Vm: Send + Sync + 'static {
 
     /// Makes host memory appear in the guest.
     ///
-    /// Cheapest on a VM that has no vCPU, interrupt line or doorbell yet: KVM lets a
-    /// later change wait until nobody can use what these have replaced.
+    /// Cheapest on a VM that has no vCPU, interrupt line or doorbell yet: some versions
+    /// of KVM take milliseconds later.
     ///
     /// # Safety
     /// `region.host_address .. + region.len` must stay mapped, and must not be

@@ -58,9 +58,8 @@ impl VmShared {
     /// Makes the interrupt controllers unless they are there: before the first vCPU,
     /// as KVM demands, but after the memory of a machine that maps it first.
     ///
-    /// They bring an interrupt routing with them, and KVM frees the one that it
-    /// replaces after a grace period, for which every change of the memory map
-    /// waits from then on: some milliseconds in which nothing happens.
+    /// After them, changing the memory map takes 7 ms instead of 0.1 (Linux 6.18):
+    /// presumably it waits for the grace period of what they replace.
     fn ensure_controllers(&self) -> Result<(), Error> {
         let mut there = self
             .controllers
