@@ -33,7 +33,7 @@ use super::beginning::{Beginning, Source};
 use super::cache::{self, Identity};
 use super::descriptors::Descriptors;
 use super::guest::{Guest, Notice, NoticeSender, Start};
-use super::paging::Paged;
+use super::paging::{self, Paged};
 use super::prefetch::Prefetch;
 use super::saved::{Content, Plan, Saved};
 use crate::doctor::{unusable, with_causes};
@@ -236,6 +236,8 @@ fn begin(
     beginning: Beginning,
     mut parts: Parts,
 ) -> Result<(RunningMachine, Vec<Phase>), Failure> {
+    let start = beginning.start();
+    paging::allow_huge_pages(start == Start::Boot);
     let event_loop = EventLoop::spawn("sm-devices").map_err(failed("start the event loop"))?;
     let descriptors = Descriptors::of_this_process(request.config.publish.len());
     let config = VsockConfig {
@@ -260,7 +262,7 @@ fn begin(
     )?;
     // A disk that the guest knows already is there from the start; otherwise
     // the machine gets it when it was captured.
-    let (disk, image) = match beginning.start() {
+    let (disk, image) = match start {
         Start::Restored(Layer::Image | Layer::App) => (root_disk(&beginning.content.root)?, None),
         _ => (Disk::empty(), Some(root_disk(&beginning.content.root)?)),
     };
@@ -276,7 +278,6 @@ fn begin(
         },
         device(SLOT_RNG, Rng::new()),
     ];
-    let start = beginning.start();
     let (mut machine, source) = match beginning.source {
         Source::Snapshot { store, saved } => {
             let (machine, chain) = parts.restore(*saved, &event_loop)?;
