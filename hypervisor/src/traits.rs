@@ -99,6 +99,11 @@ pub trait Hypervisor: Send + Sync + Sized + 'static {
     /// The hypervisor refused.
     fn guest_cpuid(&self) -> Result<Vec<CpuidEntry>, Error>;
 
+    /// Says that a VM will be created soon: a backend that waits for something then
+    /// can begin to wait now, on another thread. A caller that has other work in the
+    /// meantime gains; one that never creates a VM loses nothing but that time.
+    fn prepare_vm(&self) {}
+
     /// Creates an empty VM with interrupt controllers and no memory.
     ///
     /// # Errors

@@ -3,6 +3,7 @@
 //! | file | idea |
 //! |---|---|
 //! | `mod.rs` | opening `/dev/kvm`, what it can do |
+//! | `ahead.rs` | a VM that is made before it is needed |
 //! | `vm.rs` | the VM: interrupt lines, doorbells, interrupt controllers and clock |
 //! | `slots.rs` | the table of memory slots |
 //! | `vcpu.rs` | binding and running a vCPU |
@@ -35,6 +36,7 @@
 //! thread, and can miss the save: a device with an unacknowledged interrupt
 //! raises its line again after a restore.
 
+mod ahead;
 #[cfg(any(debug_assertions, test))]
 mod compare;
 mod convert;
@@ -55,6 +57,7 @@ use std::sync::{Arc, OnceLock};
 use kvm_bindings::CpuId;
 use kvm_ioctls::Cap;
 
+use ahead::Ahead;
 pub use vcpu::{KvmSeed, KvmVcpu};
 pub use vm::KvmVm;
 
@@ -79,6 +82,7 @@ struct Shared {
     supported_cpuid: OnceLock<CpuId>,
     msr_indices: OnceLock<Vec<u32>>,
     linux: OnceLock<LinuxSupport>,
+    ahead: Ahead,
 }
 
 /// An error of a KVM ioctl.
@@ -155,6 +159,7 @@ impl Hypervisor for Kvm {
                 supported_cpuid: OnceLock::new(),
                 msr_indices: OnceLock::new(),
                 linux: OnceLock::new(),
+                ahead: Ahead::default(),
             }),
         })
     }
@@ -181,6 +186,10 @@ impl Hypervisor for Kvm {
         let deadline = self.shared.kvm.check_extension(Cap::TscDeadlineTimer);
         let offered = cpuid::offered(self.supported_cpuid()?, deadline)?;
         Ok(offered.iter().map(convert::from_cpuid).collect())
+    }
+
+    fn prepare_vm(&self) {
+        Ahead::begin(&self.shared);
     }
 
     fn create_vm(&self, config: &VmConfig) -> Result<KvmVm, Error> {

@@ -12,6 +12,7 @@ use kvm_ioctls::{Cap, IoEventAddress, NoDatamatch, VmFd};
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::ahead::Ahead;
 use super::slots::{Slot, SlotTable};
 use super::tsc::TscOffset;
 use super::vcpu::KvmSeed;
@@ -114,7 +115,7 @@ struct KvmVmState {
 
 impl KvmVm {
     pub(super) fn create(kvm: Kvm, config: &VmConfig) -> Result<Self, Error> {
-        let fd = kvm.shared.kvm.create_vm().map_err(os("create a VM"))?;
+        let fd = Ahead::take(&kvm.shared).map_err(os("create a VM"))?;
         fd.set_tss_address(TSS_ADDRESS)
             .map_err(os("set the TSS address"))?;
         let events = kvm_enable_cap {

@@ -78,3 +78,17 @@ pub(crate) fn a_triple_fault_is_told<H: Hypervisor>(hypervisor: &H) {
     let mut vcpu = bench.boot(&bus);
     assert_eq!(run(&mut vcpu, &bus), Exit::TripleFault);
 }
+
+pub(crate) fn a_prepared_vm_is_like_any_other<H: Hypervisor>(hypervisor: &H) {
+    let (expected, _) = played(hypervisor, guests::ports());
+    hypervisor.prepare_vm();
+    hypervisor.prepare_vm();
+    // The one that was prepared, with what it must not share with the next.
+    let (log, first) = played(hypervisor, guests::ports());
+    assert_eq!(log, expected);
+    let (log, second) = played(hypervisor, guests::device_memory());
+    assert_ne!(log, expected);
+    drop((first, second));
+    // One that is never asked for.
+    hypervisor.prepare_vm();
+}

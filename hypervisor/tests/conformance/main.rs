@@ -39,6 +39,7 @@ conformance! {
     access::memory_mapped_access_of_each_width as memory_mapped_access_of_each_width,
     access::string_operations_are_split as string_operations_are_split,
     access::a_triple_fault_is_told as a_triple_fault_is_told,
+    access::a_prepared_vm_is_like_any_other as a_prepared_vm_is_like_any_other,
     kick::a_kick_before_running_is_kept as a_kick_before_running_is_kept,
     kick::a_kick_ends_a_spin as a_kick_ends_a_spin,
     kick::a_kick_in_an_access_leaves_it_complete as a_kick_in_an_access_leaves_it_complete,

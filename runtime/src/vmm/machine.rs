@@ -170,13 +170,12 @@ impl From<String> for Failure {
 /// # Errors
 /// A sentence for the person who started the VM.
 pub(crate) fn start(
+    kvm: &Kvm,
     request: &LaunchRequest,
     record: &Record,
     console: &File,
     notices: &NoticeSender,
 ) -> Result<Started, String> {
-    let kvm = Kvm::open().map_err(|error| with_causes(&error))?;
-    let opened = Phase::now("hypervisor opened");
     let cpuid = kvm
         .guest_cpuid()
         .map_err(failed("ask what processor guests get"))?;
@@ -192,7 +191,7 @@ pub(crate) fn start(
             console: console
                 .try_clone()
                 .map_err(failed("duplicate the console's descriptor"))?,
-            phases: vec![opened.clone()],
+            phases: Vec::new(),
             paging: request.paging,
             prefetch: None,
             pager: None,

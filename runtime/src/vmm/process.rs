@@ -11,10 +11,13 @@ use std::sync::atomic::AtomicBool;
 use rustix::fs::Mode;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use sm_guest_proto::frame::{self, ExitStatus, FrameDecoder, FrameType};
+use sm_hypervisor::Hypervisor as _;
+use sm_hypervisor::kvm::Kvm;
 
 use super::guest::notices;
 use super::supervisor::{Parts, Supervisor};
 use super::{descriptors, log};
+use crate::doctor::with_causes;
 use crate::fdpass;
 use crate::home::Home;
 use crate::launch::{LaunchRequest, Report};
@@ -33,14 +36,21 @@ pub(super) fn main() -> io::Result<()> {
     rustix::process::umask(Mode::from_raw_mode(0o077));
     descriptors::raise();
     let terminate = terminate_stream()?;
+    let started = Phase::now("process started");
+    // Whatever is asked for, it will be a VM: it is made while we read what kind.
+    let kvm = Kvm::open().inspect(Kvm::prepare_vm);
+    let opened = Phase::now("hypervisor opened");
 
     let (request, lock) = receive_request(&launcher)?;
     let record = open_record(&request)?;
     let mut phases = request.phases.clone();
-    phases.push(Phase::now("process started"));
+    phases.extend([started, opened]);
     let request = LaunchRequest { phases, ..request };
 
-    match assemble(request, &record, lock, &launcher, terminate) {
+    let supervisor = kvm
+        .map_err(|error| with_causes(&error))
+        .and_then(|kvm| assemble(&kvm, request, &record, lock, &launcher, terminate));
+    match supervisor {
         Ok(supervisor) => supervisor.run(),
         Err(message) => {
             tracing::error!(message, "the VM cannot be started");
@@ -99,6 +109,7 @@ fn open_record(request: &LaunchRequest) -> io::Result<Record> {
 /// # Errors
 /// A sentence, with its causes, for the person who started the VM.
 fn assemble(
+    kvm: &Kvm,
     request: LaunchRequest,
     record: &Record,
     lock: File,
@@ -118,7 +129,7 @@ fn assemble(
     let listener = UnixListener::bind(record.control_socket())
         .map_err(io_error("create the control socket"))?;
     let (sender, notices) = notices().map_err(io_error("create an event descriptor"))?;
-    let started = super::machine::start(&request, record, &console, &sender)?;
+    let started = super::machine::start(kvm, &request, record, &console, &sender)?;
     let mut request = request;
     request.phases.extend(started.phases);
     let launcher = launcher

@@ -131,6 +131,7 @@ struct Restored {
 impl Restored {
     fn new(store: &SnapshotStore, console: File) -> Result<Self> {
         let host = Kvm::open()?;
+        host.prepare_vm();
         let event_loop = EventLoop::spawn("devices")?;
         let chain = Chain::open(store, NAME)?;
         check_host(&host, &chain)?;
