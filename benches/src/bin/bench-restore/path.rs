@@ -245,7 +245,9 @@ fn contenders(options: &Options, mib: u64, iterations: usize) -> Result<Comparis
     }
     for iteration in 0..=iterations {
         for (contender, series) in &mut all {
-            let took = contender.restore(&guest)?;
+            let took = contender
+                .restore(&guest)
+                .with_context(|| format!("{} does not restore", contender.name()))?;
             // The first brings programs and snapshots into the page cache.
             if iteration > 0 {
                 series.add(&[("process start to first word", took)]);

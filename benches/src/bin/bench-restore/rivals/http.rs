@@ -4,19 +4,23 @@
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
-const PATIENCE: Duration = Duration::from_secs(30);
+use super::PATIENCE;
 
-/// Connects to a socket that a process that was just started is about to make.
+/// Connects to a socket that a process that was just started is about to make. Reading
+/// from it fails when nothing has come for [`PATIENCE`].
 pub(super) fn connect(socket: &Path) -> Result<UnixStream> {
     let deadline = Instant::now() + PATIENCE;
     loop {
         match UnixStream::connect(socket) {
-            Ok(stream) => return Ok(stream),
+            Ok(stream) => {
+                stream.set_read_timeout(Some(PATIENCE))?;
+                return Ok(stream);
+            }
             Err(error)
                 if matches!(
                     error.kind(),

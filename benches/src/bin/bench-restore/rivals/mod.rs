@@ -9,10 +9,15 @@ mod qemu;
 
 use std::fmt::Debug;
 use std::io::Read;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+/// Longer than anybody takes, but for one who never will.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What every contender restores.
 #[derive(Clone, Debug)]
@@ -68,10 +73,23 @@ pub(crate) fn find(name: &str) -> Result<Box<dyn Contender>> {
 }
 
 /// Reads until `sign` was seen.
-pub(crate) fn await_output(from: &mut impl Read, sign: &[u8]) -> Result<()> {
+pub(crate) fn await_output(from: &mut (impl Read + AsFd), sign: &[u8]) -> Result<()> {
+    await_output_for(from, sign, PATIENCE)
+}
+
+fn await_output_for(from: &mut (impl Read + AsFd), sign: &[u8], patience: Duration) -> Result<()> {
+    let deadline = Instant::now() + patience;
     let mut seen: Vec<u8> = Vec::new();
     let mut chunk = [0; 4096];
     loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let left = Timespec::try_from(left)?;
+        if poll(&mut [PollFd::new(from, PollFlags::IN)], Some(&left))? == 0 {
+            bail!(
+                "the guest has not given its sign in {patience:?}; it said:\n{}",
+                String::from_utf8_lossy(&seen)
+            );
+        }
         let count = from.read(&mut chunk)?;
         if count == 0 {
             bail!(
@@ -107,14 +125,32 @@ mod fake;
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
+
     use super::*;
 
     #[test]
     fn a_sign_is_found_across_reads_and_missed_at_the_end() {
-        let mut cut = b"boot ti".chain(&b"ck\n"[..]);
-        await_output(&mut cut, b"tick").unwrap();
-        let error = await_output(&mut &b"panic"[..], b"tick").unwrap_err();
+        let said = |words: &'static [&[u8]]| {
+            let (from, mut to) = std::io::pipe().unwrap();
+            std::thread::spawn(move || words.iter().try_for_each(|word| to.write_all(word)));
+            from
+        };
+        await_output(&mut said(&[b"boot ti", b"ck\n"]), b"tick").unwrap();
+        let error = await_output(&mut said(&[b"panic"]), b"tick").unwrap_err();
         assert!(error.to_string().contains("panic"), "{error}");
+    }
+
+    #[test]
+    fn a_guest_that_never_gives_its_sign_is_not_awaited_for_ever() {
+        let (mut from, mut to) = std::io::pipe().unwrap();
+        to.write_all(b"boot").unwrap();
+        let error = await_output_for(&mut from, b"tick", Duration::from_millis(20));
+        let error = error.unwrap_err().to_string();
+        assert!(
+            error.contains("sign in 20ms") && error.contains("boot"),
+            "{error}"
+        );
     }
 
     #[test]
