@@ -66,7 +66,22 @@ pub(crate) fn parse() -> Result<Invocation> {
     read(lexopt::Parser::from_env())
 }
 
-fn read(mut parser: lexopt::Parser) -> Result<Invocation> {
+fn read(parser: lexopt::Parser) -> Result<Invocation> {
+    match command(parser) {
+        Err(error) if asks_for_help(&error) => Ok(Invocation::Help),
+        invocation => invocation,
+    }
+}
+
+/// Whether the option that a command does not have is the one for help.
+fn asks_for_help(error: &anyhow::Error) -> bool {
+    matches!(
+        error.downcast_ref(),
+        Some(lexopt::Error::UnexpectedOption(option)) if option == "--help" || option == "-h"
+    )
+}
+
+fn command(mut parser: lexopt::Parser) -> Result<Invocation> {
     let command = match parser.next()? {
         None | Some(Long("help") | Short('h')) => return Ok(Invocation::Help),
         Some(Value(command)) => command.string()?,
@@ -246,6 +261,22 @@ mod tests {
             assert_eq!(job.memory_mib, 512);
             assert_eq!(job.command, ["ls", "--memory", "x"]);
         }
+    }
+
+    #[test]
+    fn every_command_can_be_asked_for_help() {
+        for line in [
+            "--help",
+            "-h",
+            "help",
+            "test --help",
+            "ci -h",
+            "fuzz tar -h",
+            "lab --help",
+        ] {
+            assert!(matches!(parsed(line), Ok(Invocation::Help)), "{line}");
+        }
+        assert!(matches!(parsed("lab ls --help"), Ok(Invocation::Lab(_))));
     }
 
     #[test]
