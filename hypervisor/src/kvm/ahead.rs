@@ -1,8 +1,8 @@
 //! A VM that is made before it is needed.
 //!
-//! `KVM_CREATE_VM` mostly waits: KVM moves a kernel thread of the VM's into the
-//! caller's control group, which takes a grace period of RCU (7 to 18 ms in the lab).
-//! A program that starts for one VM has other work in the meantime.
+//! `KVM_CREATE_VM` can wait long: in Linux 6.1 for a kernel thread of the VM's to begin
+//! (`kvm_vm_create_worker_thread`), 10 to 26 ms in the lab. A program that starts for
+//! one VM has other work in the meantime.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
