@@ -236,7 +236,9 @@ fn begin(
     mut parts: Parts,
 ) -> Result<(RunningMachine, Vec<Phase>), Failure> {
     let start = beginning.start();
-    paging::allow_huge_pages(start == Start::Boot);
+    if start != Start::Boot {
+        paging::forgo_huge_pages();
+    }
     let event_loop = EventLoop::spawn("sm-devices").map_err(failed("start the event loop"))?;
     let descriptors = Descriptors::of_this_process(request.config.publish.len());
     let config = VsockConfig {

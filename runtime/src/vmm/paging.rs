@@ -12,12 +12,12 @@ use super::prefetch::Prefetch;
 use crate::doctor::with_causes;
 use crate::run::Paging;
 
-/// Says whether this process may have transparent huge pages. One that restores must
-/// not: what is written once, in memory of the guest that no file has or in a stack of
-/// ours that happens to be aligned, would take 2 MiB from each clone. One that boots
-/// has ordinary memory, and gets what the host is set up to give.
-pub(crate) fn allow_huge_pages(allowed: bool) {
-    if let Err(error) = rustix::thread::disable_transparent_huge_pages(!allowed) {
+/// Does without transparent huge pages from now on, as a process that restores must:
+/// what is written once, in memory of the guest that no file has or in a stack of ours
+/// that happens to be aligned, would take 2 MiB from each clone. (One that boots has
+/// ordinary memory, and gets what the host is set up to give.)
+pub(crate) fn forgo_huge_pages() {
+    if let Err(error) = rustix::thread::disable_transparent_huge_pages(true) {
         tracing::debug!(%error, "huge pages are as the host is set up");
     }
 }
