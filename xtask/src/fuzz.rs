@@ -1,7 +1,8 @@
 //! `cargo xtask fuzz`: the fuzz targets, for as much time of a CPU as is wanted.
 //!
 //! Corpora, what was found and how long each target has run stay in the cache, so that
-//! an hour may be spent in many parts.
+//! an hour may be spent in many parts. What is worth keeping of a corpus is in the
+//! repository, an archive for each target.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -25,6 +26,8 @@ pub(crate) struct Wanted {
     pub(crate) names: Vec<String>,
     /// Minutes of CPU time that each has had in the end, with what it had before.
     pub(crate) minutes: Option<u32>,
+    /// Put what is worth keeping of their corpora into the repository afterwards.
+    pub(crate) save: bool,
 }
 
 /// A target, and where its things are.
@@ -43,7 +46,7 @@ pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
         targets.len()
     ));
     let waiting = Mutex::new(targets);
-    let broken = Mutex::new(Vec::new());
+    let (done, broken) = (Mutex::new(Vec::new()), Mutex::new(Vec::new()));
     let workers = thread::available_parallelism().map_or(1, usize::from);
     let work = || -> Result<()> {
         loop {
@@ -58,6 +61,7 @@ pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
             };
             if target.spent() >= enough {
                 println!("{:<16} {:>6.0} s", target.name, target.spent());
+                done.lock().unwrap_or_else(|e| e.into_inner()).push(target);
                 continue;
             }
             let list = match target.turn()? {
@@ -87,7 +91,10 @@ pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
     if !broken.is_empty() {
         bail!("{} fuzz targets found something", broken.len());
     }
-    Ok(())
+    let done = done.into_inner().unwrap_or_else(|e| e.into_inner());
+    done.iter()
+        .filter(|_| wanted.save)
+        .try_for_each(Target::save)
 }
 
 /// Builds the targets with a fuzzer's instrumentation, which takes a nightly compiler.
@@ -147,11 +154,13 @@ fn build(wanted: &Wanted) -> Result<Vec<Target>> {
             for part in ["corpus", "found"] {
                 fs::create_dir_all(home.join(part))?;
             }
-            Ok(Target {
+            let target = Target {
                 program: output.join(&triple).join("release").join(&name),
                 home,
                 name,
-            })
+            };
+            target.unpack()?;
+            Ok(target)
         })
         .collect()
 }
@@ -159,6 +168,62 @@ fn build(wanted: &Wanted) -> Result<Vec<Target>> {
 impl Target {
     fn log(&self) -> PathBuf {
         self.home.join("log")
+    }
+
+    /// What the repository has of its corpus.
+    fn archive(&self) -> PathBuf {
+        let name = format!("{}.tar.gz", self.name);
+        paths::root().join("fuzz/corpus").join(name)
+    }
+
+    /// Where that is unpacked.
+    fn kept(&self) -> PathBuf {
+        self.home.join("kept")
+    }
+
+    fn unpack(&self) -> Result<()> {
+        let (archive, kept) = (self.archive(), empty(self.kept())?);
+        if archive.is_file() {
+            let mut tar = Command::new("tar");
+            tar.arg("-xzf").arg(archive).arg("-C").arg(kept);
+            cmd::check(&mut tar)?;
+        }
+        Ok(())
+    }
+
+    /// Where inputs to begin with are.
+    fn inputs(&self) -> impl Iterator<Item = PathBuf> {
+        let seeds = paths::root().join("fuzz/seeds").join(&self.name);
+        [self.home.join("corpus"), self.kept(), seeds]
+            .into_iter()
+            .filter(|directory| directory.is_dir())
+    }
+
+    /// Archives inputs that together reach what all inputs reach.
+    fn save(&self) -> Result<()> {
+        cmd::step(format_args!("keeping the corpus of {}", self.name));
+        let merged = empty(self.home.join("merged"))?;
+        let log = self.home.join("merge-log");
+        let mut fuzzer = Command::new(&self.program);
+        fuzzer
+            .args(["-merge=1", "-rss_limit_mb=3000"])
+            .arg(&merged)
+            .args(self.inputs())
+            .current_dir(&self.home)
+            .stdin(Stdio::null())
+            .stderr(fs::File::create(log)?);
+        cmd::check(&mut fuzzer)?;
+        let archive = self.archive();
+        fs::create_dir_all(archive.parent().context("a path without a directory")?)?;
+        // The same files give the same archive.
+        let mut tar = Command::new("tar");
+        tar.args(["--sort=name", "--mtime=@0", "--owner=0", "--group=0"])
+            .args(["--numeric-owner", "--mode=u=rwX,go=rX"])
+            .args(["--use-compress-program", "gzip -9n", "-cf"])
+            .arg(archive)
+            .arg("-C")
+            .args([&merged, Path::new(".")]);
+        cmd::check(&mut tar)
     }
 
     /// Seconds of CPU time so far.
@@ -188,11 +253,7 @@ impl Target {
                 "-artifact_prefix={}/",
                 self.home.join("found").display()
             ))
-            .arg(self.home.join("corpus"));
-        let seeds = paths::root().join("fuzz/seeds").join(&self.name);
-        if seeds.is_dir() {
-            fuzzer.arg(seeds);
-        }
+            .args(self.inputs());
         let status = fuzzer
             .current_dir(&self.home)
             .stdin(Stdio::null())
@@ -204,6 +265,16 @@ impl Target {
         fs::write(self.home.join("cpu"), format!("{spent:.1}\n"))?;
         Ok(status.success())
     }
+}
+
+/// Makes an empty directory of it.
+fn empty(directory: PathBuf) -> Result<PathBuf> {
+    match fs::remove_dir_all(&directory) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+        _ => fs::create_dir_all(&directory),
+    }
+    .with_context(|| format!("cannot empty {directory:?}"))?;
+    Ok(directory)
 }
 
 /// The sum of the numbers in the last line of a file; what comes before them is how

@@ -33,7 +33,7 @@ Developer commands of sm: cargo xtask COMMAND
   bench-image how long images take to become disks, against the usual tools
               [--iterations N] [--json FILE] [--html FILE]
   fuzz        the fuzz targets, until each has had so much of a CPU, in any number of runs
-              [--minutes N (60)] [NAME...]
+              [--minutes N (60)] [--save: keep their corpora in fuzz/corpus] [NAME...]
   lab -- CMD  run CMD in a QEMU machine that has a real /dev/kvm
               [--results DIR] [--memory MIB] [--cpus N] [--timeout SECONDS]
               [--env NAME=VALUE]
@@ -217,6 +217,7 @@ fn fuzz(mut parser: lexopt::Parser) -> Result<fuzz::Wanted> {
     while let Some(argument) = parser.next()? {
         match argument {
             Long("minutes") => wanted.minutes = Some(parser.value()?.parse()?),
+            Long("save") => wanted.save = true,
             Value(name) => wanted.names.push(name.string()?),
             other => return Err(other.unexpected().into()),
         }
