@@ -101,7 +101,8 @@ pub trait Hypervisor: Send + Sync + Sized + 'static {
 
     /// Says that a VM will be created soon: a backend that waits for something then
     /// can begin to wait now, on another thread. A caller that has other work in the
-    /// meantime gains; one that never creates a VM loses nothing but that time.
+    /// meantime gains; one that never creates a VM keeps an unused one until the backend is
+    /// dropped.
     fn prepare_vm(&self) {}
 
     /// Creates an empty VM with interrupt controllers and no memory.

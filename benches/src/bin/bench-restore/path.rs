@@ -20,9 +20,9 @@ const WARM_UP: usize = 4;
 /// The image's name, once it is in the store of images: looking a name up there takes
 /// less than reading a layout on whatever file system that is.
 const IMAGE: &str = "bench:latest";
-/// What the contenders' guest says: a word at the beginning of a line. A guest that was
-/// caught in the middle of a word says the rest of it at once, before anything of it
-/// has to run; that is not its first word.
+/// What the contenders' guest says: a whole line's end and the next word. A word alone
+/// can have been on its way to the console when the snapshot was made, and then comes
+/// without its program having run.
 const SIGN: &[u8] = b"\ntick";
 
 /// What each of these runs measures.
