@@ -27,6 +27,12 @@ use crate::args::Cli;
 use crate::failure::{Failure, OUR_FAILURE};
 use crate::printer::Printer;
 
+/// musl's own gives memory back to the system at every turn: starting takes half as
+/// long again with it.
+#[cfg(target_env = "musl")]
+#[global_allocator]
+static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
+
 fn main() -> ExitCode {
     let begin = Phase::now("command started");
     sm_runtime::run_vmm_if_asked();

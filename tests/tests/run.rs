@@ -9,7 +9,7 @@ use std::io::Read as _;
 use std::process::Stdio;
 
 use sha2::{Digest as _, Sha256};
-use sm_e2e::{Home, image};
+use sm_e2e::{Home, binary, image};
 
 fn sm(arguments: &[&str]) -> sm_e2e::Done {
     Home::shared().sm(arguments)
@@ -443,4 +443,26 @@ fn timings_name_every_phase() {
     for phase in ["agent", "exit"] {
         assert!(done.err().contains(phase), "no {phase} in\n{}", done.err());
     }
+}
+
+/// A distribution of another kind, or of another age, is a system without this one's
+/// C library.
+#[test]
+fn sm_itself_runs_where_there_is_nothing_but_a_kernel() {
+    let program = std::fs::read(binary()).unwrap();
+    let script = "cat >/tmp/sm && chmod +x /tmp/sm && exec /tmp/sm --version";
+    let image = image("busybox");
+    let arguments = ["run", "--rm", "-i", &image, "sh", "-c", script];
+    let there = Home::shared().sm_with_input(&arguments, &program).exits(0);
+    assert_eq!(there.out(), sm(&["--version"]).exits(0).out());
+}
+
+#[test]
+fn the_doctor_finds_nothing_wrong() {
+    let found = sm(&["doctor", "--json"]).exits(0).json();
+    assert_eq!(found["works"], true, "{found}");
+    let checks = found["checks"].as_array().unwrap();
+    let making = checks.iter().find(|check| check["name"] == "making a VM");
+    let detail = making.unwrap()["detail"].as_str().unwrap();
+    assert!(detail.starts_with("takes "), "{detail}");
 }

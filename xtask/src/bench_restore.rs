@@ -75,10 +75,12 @@ pub(crate) fn build(profile: Profile) -> Result<PathBuf> {
     let name = "bench-restore";
     let mut build = cargo(["build", "--locked", "-p", "sm-benches", "--bin", name]);
     let directory = match profile {
-        Profile::Debug => "debug",
+        Profile::Debug => "debug".to_owned(),
+        // A contender starts as `sm` does.
         Profile::Release => {
-            build.arg("--release");
-            "release"
+            let target = crate::build::static_target()?;
+            build.args(["--release", "--target", &target]);
+            format!("{target}/release")
         }
     };
     cmd::check(&mut build)?;

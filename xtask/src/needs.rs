@@ -5,7 +5,7 @@ use anyhow::Result;
 
 use crate::apt::{self, Apt, Needs};
 use crate::test::{self, Wanted};
-use crate::{fidelity, fixtures, host, kernel, lab, stock};
+use crate::{build, fidelity, fixtures, host, kernel, lab, stock};
 
 /// For `xtask demo`.
 pub(crate) fn demo(apt: &Apt) -> Result<()> {
@@ -48,7 +48,10 @@ pub(crate) fn everything(apt: &Apt) -> Result<()> {
 /// For building `sm` and its kernel.
 fn building() -> Needs {
     Needs {
-        packages: kernel::PACKAGES.into_iter().chain(["libc6-dev"]).collect(),
+        packages: kernel::PACKAGES
+            .into_iter()
+            .chain(build::PACKAGES)
+            .collect(),
         known: Some(kernel::SOURCE),
         qemu: false,
     }

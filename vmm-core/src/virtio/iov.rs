@@ -145,7 +145,8 @@ fn fault() -> io::Error {
 /// The buffers of one call, on the stack.
 struct Buffers {
     iov: [MaybeUninit<libc::iovec>; MAX_SPANS],
-    count: usize,
+    /// At most `MAX_SPANS`.
+    count: u16,
 }
 
 impl Buffers {
@@ -180,14 +181,14 @@ impl Buffers {
         // SAFETY: a message header is plain data, for which zeroes are "nothing".
         let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
         message.msg_iov = self.as_ptr().cast_mut();
-        message.msg_iovlen = self.count;
+        // Its type is not the same in all C libraries.
+        message.msg_iovlen = self.count.into();
         message
     }
 
     /// Their number, as system calls on files take it.
     fn count(&self) -> libc::c_int {
-        // At most `MAX_SPANS`.
-        libc::c_int::try_from(self.count).unwrap_or(0)
+        self.count.into()
     }
 }
 

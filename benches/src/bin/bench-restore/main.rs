@@ -25,6 +25,11 @@ use lexopt::prelude::*;
 use sm_benches::report;
 use sm_benches::samples::Report;
 
+/// As `sm` has it.
+#[cfg(target_env = "musl")]
+#[global_allocator]
+static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
+
 const HELP: &str = "\
 bench-restore vmm [--iterations N] [--memory MIB]... [--vcpus N]...
 bench-restore path --sm FILE --image REFERENCE --kernel FILE [--iterations N]

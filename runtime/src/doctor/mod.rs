@@ -1,5 +1,7 @@
 //! Whether this host can run VMs, and what to do if not.
 
+mod creation;
+
 use serde::Serialize;
 use sm_hypervisor::kvm::Kvm;
 use sm_hypervisor::{Hypervisor as _, LinuxSupport};
@@ -35,8 +37,11 @@ pub fn examine(home: &Home) -> Vec<Check> {
             detail,
         },
     };
-    vec![
-        check("hypervisor", hypervisor()),
+    let mut checks = vec![check("hypervisor", hypervisor())];
+    if checks.iter().all(|check| check.ok) {
+        checks.push(check("making a VM", creation::describe()));
+    }
+    checks.extend([
         check(
             "guest kernel",
             kernel::find(home, None)
@@ -54,7 +59,8 @@ pub fn examine(home: &Home) -> Vec<Check> {
                 .map_err(|error| with_causes(&error)),
         ),
         check("memory", memory()),
-    ]
+    ]);
+    checks
 }
 
 fn hypervisor() -> Result<String, String> {

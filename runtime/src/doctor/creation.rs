@@ -1,0 +1,97 @@
+//! How long this host takes to make a VM, and what would spare it some of that.
+
+use std::time::{Duration, Instant};
+
+use sm_hypervisor::kvm::Kvm;
+use sm_hypervisor::{Hypervisor as _, VmConfig};
+
+use super::with_causes;
+
+/// What waits for the kernel does not wait again for a while.
+const WHILE: Duration = Duration::from_millis(100);
+/// Nothing but a wait takes longer.
+const SLOW: Duration = Duration::from_millis(5);
+
+pub(super) fn describe() -> Result<String, String> {
+    let kvm = Kvm::open().map_err(|error| with_causes(&error))?;
+    // The hypervisor may just have been tried out.
+    std::thread::sleep(WHILE);
+    let begun = Instant::now();
+    let vm = kvm.create_vm(&VmConfig { vcpus: 1 });
+    let time = begun.elapsed();
+    vm.map_err(|error| with_causes(&error))?;
+    let took = format!("takes {:.1} ms", time.as_secs_f64() * 1e3);
+    let slow = (time >= SLOW).then(remedy).flatten();
+    Ok(match slow {
+        Some(remedy) => format!("{took}; {remedy}"),
+        None => took,
+    })
+}
+
+/// Up to Linux 6.13, KVM starts a thread for each VM and moves it to the cgroup of the
+/// process, for which the kernel waits until all CPUs have passed through the scheduler.
+/// Since Linux 6.0, who mounts the cgroups can choose to have it not wait, at the price
+/// of slower `fork` and `exit`.
+fn remedy() -> Option<String> {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").ok()?;
+    let release = rustix::system::uname();
+    let chosen = release.release().to_str().is_ok_and(has_the_choice);
+    let point = chosen.then(|| waiting_cgroups(&mounts)).flatten()?;
+    Some(format!(
+        "\"mount -o remount,favordynmods {point}\" makes it faster"
+    ))
+}
+
+/// Whether a Linux of this release knows `favordynmods`.
+fn has_the_choice(release: &str) -> bool {
+    let major = release.split('.').next().unwrap_or_default();
+    major.parse::<u32>().is_ok_and(|major| major >= 6)
+}
+
+/// Where cgroups of version 2 are mounted without `favordynmods` (see `proc(5)`,
+/// `/proc/pid/mountinfo`).
+fn waiting_cgroups(mountinfo: &str) -> Option<&str> {
+    mountinfo.lines().find_map(|line| {
+        let (mount, file_system) = line.split_once(" - ")?;
+        let mut file_system = file_system.split(' ');
+        let is_v2 = file_system.next() == Some("cgroup2");
+        let options = file_system.nth(1)?;
+        let waits = is_v2 && options.split(',').all(|option| option != "favordynmods");
+        waits.then(|| mount.split(' ').nth(4)).flatten()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ROOT: &str = "21 1 254:1 / / rw,relatime - ext4 /dev/vda1 rw\n";
+
+    #[test]
+    fn cgroups_that_wait_are_found() {
+        let mounts = format!(
+            "{ROOT}28 22 0:25 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n"
+        );
+        assert_eq!(waiting_cgroups(&mounts), Some("/sys/fs/cgroup"));
+    }
+
+    #[test]
+    fn cgroups_that_do_not_wait_need_no_remedy() {
+        let favoured = format!(
+            "{ROOT}28 22 0:25 / /sys/fs/cgroup rw - cgroup2 none rw,nsdelegate,favordynmods\n"
+        );
+        assert_eq!(waiting_cgroups(&favoured), None);
+        assert_eq!(waiting_cgroups(ROOT), None);
+        let first_version = "30 28 0:27 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n";
+        assert_eq!(waiting_cgroups(first_version), None);
+        assert_eq!(waiting_cgroups("what is this - cgroup2"), None);
+    }
+
+    #[test]
+    fn the_choice_came_with_linux_6() {
+        assert!(has_the_choice("6.1.0-37-amd64"));
+        assert!(has_the_choice("10.0"));
+        assert!(!has_the_choice("5.10.0-32-amd64"));
+        assert!(!has_the_choice(""));
+    }
+}
