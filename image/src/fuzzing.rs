@@ -61,3 +61,68 @@ pub fn registries(data: &[u8]) {
     let first = text.lines().next().unwrap_or_default();
     Registries::fuzz(text, first.trim_start_matches('#').trim());
 }
+
+/// What the fuzzers have found worth keeping is tried again here, without a fuzzer.
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, File};
+    use std::io::Read as _;
+    use std::path::Path;
+
+    use flate2::read::MultiGzDecoder;
+
+    use super::*;
+
+    /// Has `target` take the seeds and the corpus called `name`.
+    fn replay(name: &str, target: impl Fn(&[u8])) {
+        let fuzz = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz");
+        let seeds = fuzz.join("seeds").join(name);
+        let mut taken = 0;
+        if seeds.exists() {
+            for seed in fs::read_dir(seeds).unwrap() {
+                target(&fs::read(seed.unwrap().path()).unwrap());
+                taken += 1;
+            }
+        }
+        let corpus = fuzz.join("corpus").join(format!("{name}.tar.gz"));
+        if corpus.exists() {
+            let corpus = MultiGzDecoder::new(File::open(corpus).unwrap());
+            for entry in tar::Archive::new(corpus).entries().unwrap() {
+                let mut data = Vec::new();
+                entry.unwrap().read_to_end(&mut data).unwrap();
+                target(&data);
+                taken += 1;
+            }
+        }
+        assert!(taken > 0, "there is nothing for {name}");
+    }
+
+    #[test]
+    fn archives() {
+        replay("tar", super::tar);
+        replay("pax", pax);
+    }
+
+    #[test]
+    fn layers() {
+        replay("layer", layer);
+        replay("layer_index", layer_index);
+    }
+
+    #[test]
+    fn disks() {
+        replay("erofs", |data| drop(disk(data)));
+    }
+
+    #[test]
+    fn what_registries_say() {
+        replay("documents", documents);
+        replay("headers", headers);
+    }
+
+    #[test]
+    fn names_and_where_to_look_for_them() {
+        replay("reference", reference);
+        replay("registries", registries);
+    }
+}

@@ -15,7 +15,7 @@ mod docker_reference;
 mod documents;
 mod erofs;
 mod error;
-#[cfg(feature = "fuzzing")]
+#[cfg(any(feature = "fuzzing", test))]
 #[doc(hidden)]
 pub mod fuzzing;
 mod index;

@@ -25,9 +25,12 @@ impl Ahead {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Begins to make one, unless that has been done. Where no thread can be had, the
-    /// VM is made when it is asked for.
+    /// Begins to make one, unless that has been done. Where no thread can be had, or
+    /// none would run beside the caller's, the VM is made when it is asked for.
     pub(super) fn begin(shared: &Arc<Shared>) {
+        if processors() < 2 {
+            return;
+        }
         let mut ahead = shared.ahead.lock();
         if ahead.is_none() {
             let shared = Arc::clone(shared);
@@ -49,6 +52,12 @@ impl Ahead {
             Some(_) | None => shared.kvm.create_vm(),
         }
     }
+}
+
+/// How many processors this thread may use; many where they are too many to count. (The
+/// standard library's count takes limits of cgroups from files, too.)
+fn processors() -> u32 {
+    rustix::thread::sched_getaffinity(None).map_or(u32::MAX, |set| set.count())
 }
 
 impl fmt::Debug for Ahead {

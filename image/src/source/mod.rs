@@ -33,7 +33,7 @@ pub(crate) use self::registries::Registries;
 pub use self::registry::{OpenBlob, Pushed, Pusher};
 
 /// Reads the headers that a registry answers with.
-#[cfg(feature = "fuzzing")]
+#[cfg(any(feature = "fuzzing", test))]
 pub(crate) fn headers(text: &str) {
     registry::headers(text);
 }

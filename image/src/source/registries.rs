@@ -130,7 +130,7 @@ impl Registries {
     }
 
     /// Reads `text` and looks up `name` in it.
-    #[cfg(feature = "fuzzing")]
+    #[cfg(any(feature = "fuzzing", test))]
     pub(crate) fn fuzz(text: &str, name: &str) {
         let mut all = Self::default();
         if all.add(text, Path::new("fuzzed")).is_ok() {

@@ -37,7 +37,7 @@ const MANIFESTS: &str = "application/vnd.oci.image.index.v1+json,\
 const MIRROR_ATTEMPTS: u32 = 2;
 
 /// Reads each header of an answer that means something here.
-#[cfg(feature = "fuzzing")]
+#[cfg(any(feature = "fuzzing", test))]
 pub(super) fn headers(text: &str) {
     let _ = challenge::Challenge::parse(text);
     let _ = patience::retry_after(text, std::time::UNIX_EPOCH);
