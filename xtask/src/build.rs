@@ -21,7 +21,7 @@ pub(crate) enum Profile {
 pub(crate) const PACKAGES: [&str; 3] = ["gcc", "libc6-dev", "musl-tools"];
 
 /// Builds the agent, then `sm` with it inside: one static program, which starts in half
-/// the time and runs on any distribution. Returns where it is.
+/// the time and needs no C library. Returns where it is.
 pub(crate) fn sm(apt: &Apt, profile: Profile) -> Result<PathBuf> {
     let agent = agent(apt)?;
     cmd::step("building sm");

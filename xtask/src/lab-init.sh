@@ -34,7 +34,7 @@ $b mount -t devpts -o mode=620,ptmxmode=666 devpts /new/dev/pts
 $b mount -t tmpfs -o mode=1777 shm /new/dev/shm
 $b mount -t tmpfs -o mode=1777 tmp /new/tmp
 $b mount -t tmpfs -o mode=755 run /new/run
-# As hosts of many VMs have it: without, each waits for the kernel 10 ms (see "sm doctor").
+# As Firecracker's guide to hosts has it: without, each VM waits for the kernel 10 ms (see "sm doctor").
 $b mount -t cgroup2 -o favordynmods cgroup2 /new/sys/fs/cgroup
 
 # Sockets and overlay uppers do not work on 9p: state of sm goes to a tmpfs.
