@@ -29,6 +29,11 @@ done
 for dir in proc sys dev; do
     $b mount --move /$dir /new/$dir
 done
+# What /tmp and /run have below the lab's own ones: see "visible" below.
+for dir in tmp run; do
+    $b mkdir -p /covered/$dir
+    $b mount --bind /new/$dir /covered/$dir
+done
 $b mkdir -p /new/dev/pts /new/dev/shm
 $b mount -t devpts -o mode=620,ptmxmode=666 devpts /new/dev/pts
 $b mount -t tmpfs -o mode=1777 shm /new/dev/shm
@@ -44,6 +49,12 @@ for share in control results; do
     $b mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000,cache=none \
         $share /new/run/lab/$share || die "cannot mount the $share share"
 done
+# The workspace, its caches and the current directory, where these are below /tmp or
+# /run. Their writes stay in memory as all others do.
+while IFS= read -r dir; do
+    $b mkdir -p "/new$dir"
+    $b mount --bind "/covered$dir" "/new$dir" || die "cannot show $dir"
+done </new/run/lab/control/visible
 $b cp $b /session /new/run/lab/
 $b ifconfig lo 127.0.0.1 up
 exec $b switch_root /new /run/lab/busybox sh /run/lab/session

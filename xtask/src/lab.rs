@@ -166,6 +166,7 @@ pub(crate) fn run(lab: &Lab, job: &Job, output: &Output) -> Result<u8> {
     let token = token()?;
     fs::write(shared.join("token"), &token)?;
     fs::write(shared.join("job"), script(job)?)?;
+    fs::write(shared.join("visible"), visible()?)?;
 
     let console = control.path().join("console");
     let machine = Machine {
@@ -351,6 +352,48 @@ fn token() -> Result<Vec<u8>> {
     Ok(token)
 }
 
+/// Directories of the host that lie where the lab has file systems of its own.
+const COVERED: [&str; 2] = ["/tmp", "/run"];
+
+/// The directories that the lab shows although they are below one of [`COVERED`],
+/// a line each: the workspace, its build output, the cache and the current directory.
+fn visible() -> Result<String> {
+    let current = std::env::current_dir().context("cannot tell the current directory")?;
+    let directories = [paths::root(), paths::target(), paths::cache("")?, current];
+    let mut list = String::new();
+    for directory in covered(directories)? {
+        list.push_str(&directory);
+        list.push('\n');
+    }
+    Ok(list)
+}
+
+/// Those of `directories` that the lab's own file systems hide, by their real paths,
+/// parents before children and none inside another.
+fn covered(directories: impl IntoIterator<Item = PathBuf>) -> Result<Vec<String>> {
+    let mut hidden = Vec::new();
+    for directory in directories {
+        // Build output that does not exist yet is not needed either.
+        let Ok(real) = directory.canonicalize() else {
+            continue;
+        };
+        // "/tmp" itself stays the lab's: it exists there, and is empty by design.
+        let inside = |cover: &&str| real.starts_with(cover) && real != Path::new(*cover);
+        if !COVERED.iter().any(|cover| inside(&cover)) {
+            continue;
+        }
+        let text = real.to_str().filter(|text| !text.contains('\n'));
+        let text = text.with_context(|| {
+            let path = real.display();
+            format!("the lab cannot show {path:?}: its name is not UTF-8 or has a line end")
+        })?;
+        hidden.push(text.to_owned());
+    }
+    hidden.sort();
+    hidden.dedup_by(|next, kept| Path::new(next).starts_with(&*kept));
+    Ok(hidden)
+}
+
 /// The shell script that becomes the command.
 fn script(job: &Job) -> Result<String> {
     let mut text = String::new();
@@ -467,9 +510,11 @@ fn assemble(work: &TempDir) -> Result<PathBuf> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::PathBuf;
+
     use anyhow::{Result, bail};
 
-    use super::{ATTEMPTS, Died, is_identifier, outlive_crashes, quoted};
+    use super::{ATTEMPTS, Died, covered, is_identifier, outlive_crashes, quoted};
 
     #[test]
     fn words_survive_the_shell() {
@@ -480,6 +525,34 @@ mod tests {
                 .unwrap();
             assert_eq!(String::from_utf8(output.stdout).unwrap(), word);
         }
+    }
+
+    #[test]
+    fn directories_below_tmp_are_shown_once_and_tmp_itself_is_not() {
+        let root = tempfile::tempdir_in("/tmp").unwrap();
+        let root = root.path().canonicalize().unwrap();
+        let inner = root.join("a b/target");
+        std::fs::create_dir_all(&inner).unwrap();
+        let link = root.join("link");
+        std::os::unix::fs::symlink(&inner, &link).unwrap();
+        let given = [
+            inner.clone(),
+            PathBuf::from("/tmp"),
+            PathBuf::from("/usr"),
+            root.join("a b"),
+            link,
+            root.join("missing"),
+        ];
+        let shown = covered(given).unwrap();
+        assert_eq!(shown, [root.join("a b").to_str().unwrap()]);
+    }
+
+    #[test]
+    fn a_name_with_a_line_end_is_refused() {
+        let root = tempfile::tempdir_in("/tmp").unwrap();
+        let odd = root.path().join("a\nb");
+        std::fs::create_dir(&odd).unwrap();
+        assert!(covered([odd]).is_err());
     }
 
     #[test]

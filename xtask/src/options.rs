@@ -19,6 +19,7 @@ Developer commands of sm: cargo xtask COMMAND
   demo        build everything and run a container image as a microVM
   test        all tests: unit tests here, end-to-end tests where KVM runs Linux
               [--unit | --e2e] [--lab] [--debug] [NAME...: end-to-end tests only]
+              [--full: also those that take too long for CI, named full_...]
   ci          fmt, clippy, doc, test: what .ci/run calls
   build       sm with its guest agent (release) [--debug]
   kernel      the tuned guest kernel, built once [--stock: the distribution's]
@@ -40,8 +41,9 @@ Developer commands of sm: cargo xtask COMMAND
   setup       install the packages that all of this needs
 
 In the lab, CMD sees this host's files at the same paths; what it writes stays
-in the lab's memory, except in $SM_LAB_RESULTS (--results DIR here). /tmp, /run
-and the data of sm are empty there.
+in the lab's memory, except in $SM_LAB_RESULTS (--results DIR here). The data of sm
+is empty there, and so are /tmp and /run but for the workspace, its build output, the
+cache and the current directory.
 ";
 
 /// What to do.
@@ -170,6 +172,7 @@ fn test(mut parser: lexopt::Parser) -> Result<Wanted> {
             Long("unit") => wanted.e2e = false,
             Long("e2e") => wanted.unit = false,
             Long("lab") => wanted.force_lab = true,
+            Long("full") => wanted.full = true,
             Long("debug") => wanted.profile = Profile::Debug,
             Value(name) => wanted.names.push(name.string()?),
             other => return Err(other.unexpected().into()),

@@ -35,6 +35,11 @@ const LAB_TIMEOUT: Duration = Duration::from_secs(20 * 60);
 /// Room for a 6 GiB guest that touches little of it.
 const LAB_MEMORY_MIB: u32 = 8192;
 
+/// The prefix of end-to-end tests that run with `--full` only.
+const FULL: &str = "full_";
+/// Tells tests that they may take as long as they need.
+const FULL_VARIABLE: &str = "SM_TEST_FULL";
+
 /// Which tests.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Wanted {
@@ -43,6 +48,9 @@ pub(crate) struct Wanted {
     /// Use the lab even where KVM works.
     pub(crate) force_lab: bool,
     pub(crate) profile: Profile,
+    /// Also the tests that take too long for CI: end-to-end tests by their prefix
+    /// [`FULL`], others by `SM_TEST_FULL` in their environment.
+    pub(crate) full: bool,
     /// End-to-end tests whose names contain one of these; all if empty.
     pub(crate) names: Vec<String>,
 }
@@ -54,8 +62,21 @@ impl Default for Wanted {
             e2e: true,
             force_lab: false,
             profile: Profile::Release,
+            full: false,
             names: Vec::new(),
         }
+    }
+}
+
+impl Wanted {
+    /// The arguments that select the tests in a test program.
+    fn selection(&self) -> Vec<String> {
+        let mut arguments = self.names.clone();
+        // Naming such a test asks for it.
+        if !self.full && !self.names.iter().any(|name| name.starts_with(FULL)) {
+            arguments.extend(["--skip".to_owned(), FULL.to_owned()]);
+        }
+        arguments
     }
 }
 
@@ -68,6 +89,9 @@ pub(crate) fn run(apt: &Apt, wanted: &Wanted, kernel: Option<KernelBuild>) -> Re
         let mut tests = cargo(["test", "--workspace", "--locked"]);
         // What these tools test is not left out where they are missing.
         tests.env("SM_TEST_REGISTRY", "1");
+        if wanted.full {
+            tests.env(FULL_VARIABLE, "1");
+        }
         if !apt::is_root() {
             cmd::note(
                 "not root: image disks are not mounted and compared, \
@@ -111,15 +135,18 @@ pub(crate) fn run(apt: &Apt, wanted: &Wanted, kernel: Option<KernelBuild>) -> Re
 fn end_to_end(apt: &Apt, wanted: &Wanted, kernel: Option<KernelBuild>) -> Result<()> {
     let sm = build::sm(apt, wanted.profile)?;
     let mut tests = end_to_end_programs(apt)?;
-    let environment = environment(apt, &sm, kernel)?;
+    let mut environment = environment(apt, &sm, kernel)?;
+    if wanted.full {
+        environment.push((FULL_VARIABLE.to_owned(), "1".to_owned()));
+    }
     let here = host::why_not_here(&sm)?;
     match here {
         None if !wanted.force_lab => {
             cmd::step("end-to-end tests on this host's KVM");
-            let tests = matching(tests, &wanted.names)?;
+            let tests = matching(tests, wanted)?;
             let failed = tests.iter().filter(|test| {
                 !Command::new(test)
-                    .args(&wanted.names)
+                    .args(wanted.selection())
                     .envs(environment.iter().cloned())
                     .status()
                     .is_ok_and(|status| status.success())
@@ -135,7 +162,7 @@ fn end_to_end(apt: &Apt, wanted: &Wanted, kernel: Option<KernelBuild>) -> Result
             cmd::note(reason);
             // Of which this host's KVM, if any, has only seen tiny guests.
             tests.extend(backend_programs()?);
-            let tests = matching(tests, &wanted.names)?;
+            let tests = matching(tests, wanted)?;
             in_the_lab(apt, wanted, &tests, &environment)
         }
     }
@@ -186,7 +213,7 @@ fn one_in_the_lab(
         test.to_string_lossy().into_owned(),
         "--test-threads=2".to_owned(),
     ];
-    command.extend(wanted.names.iter().cloned());
+    command.extend(wanted.selection());
     let job = Job {
         command,
         environment: environment.to_vec(),
@@ -231,21 +258,21 @@ fn environment(apt: &Apt, sm: &Path, kernel: Option<KernelBuild>) -> Result<Vec<
     Ok(environment)
 }
 
-/// The programs that have a test whose name contains one of `names`; all if there are
-/// none.
-fn matching(programs: Vec<PathBuf>, names: &[String]) -> Result<Vec<PathBuf>> {
-    if names.is_empty() {
-        return Ok(programs);
-    }
+/// The programs that have one of the wanted tests.
+fn matching(programs: Vec<PathBuf>, wanted: &Wanted) -> Result<Vec<PathBuf>> {
     let mut matching = Vec::new();
     for program in programs {
-        let list = cmd::text(Command::new(&program).args(names).arg("--list"))?;
+        let list = cmd::text(
+            Command::new(&program)
+                .args(wanted.selection())
+                .arg("--list"),
+        )?;
         if list.lines().any(|line| line.ends_with(": test")) {
             matching.push(program);
         }
     }
     if matching.is_empty() {
-        bail!("no test's name contains {}", names.join(" or "));
+        bail!("no test's name contains {}", wanted.names.join(" or "));
     }
     Ok(matching)
 }
@@ -305,4 +332,24 @@ fn built(build: &mut Command, count: usize) -> Result<Vec<PathBuf>> {
         bail!("cargo built {} of {count} test programs", found.len());
     }
     Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Wanted;
+
+    #[test]
+    fn long_tests_run_when_all_are_wanted_or_they_are_named() {
+        let mut wanted = Wanted::default();
+        assert_eq!(wanted.selection(), ["--skip", "full_"]);
+        wanted.names = vec!["run".to_owned()];
+        assert_eq!(wanted.selection(), ["run", "--skip", "full_"]);
+        wanted.names = vec!["full_docker".to_owned()];
+        assert_eq!(wanted.selection(), ["full_docker"]);
+        let all = Wanted {
+            full: true,
+            ..Wanted::default()
+        };
+        assert!(all.selection().is_empty());
+    }
 }
