@@ -25,8 +25,8 @@ pub struct Segment {
     pub file: File,
     /// First byte in the file.
     pub offset: u64,
-    /// Length in bytes; a multiple of the sector size. What lies past the end of
-    /// the file reads as zero.
+    /// Length in bytes; a multiple of the sector size. What lies past the end that
+    /// the file has when the disk is created reads as zero.
     pub len: u64,
 }
 
@@ -35,8 +35,18 @@ pub struct Segment {
 pub struct Disk {
     kind: Kind,
     len: u64,
-    /// Start of each segment on the disk.
-    starts: Vec<u64>,
+    /// Each segment's range on the disk.
+    ranges: Vec<Range>,
+}
+
+/// The bytes of the disk that one segment provides.
+#[derive(Clone, Copy, Debug)]
+struct Range {
+    /// First byte on the disk.
+    start: u64,
+    /// Bytes that the file has, from the start on. The others are zeros; these are
+    /// never, whatever a read of the file returns.
+    held: u64,
 }
 
 #[derive(Debug, Default)]
@@ -50,8 +60,18 @@ enum Kind {
     },
 }
 
+/// At most the largest window.
+fn saturated(len: u64) -> u32 {
+    u32::try_from(len).unwrap_or(u32::MAX)
+}
+
 fn invalid(text: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, text)
+}
+
+/// Length of a file or a block device.
+fn file_len(file: &File) -> io::Result<u64> {
+    Ok(rustix::fs::seek(file, rustix::fs::SeekFrom::End(0))?)
 }
 
 impl Disk {
@@ -65,9 +85,9 @@ impl Disk {
     ///
     /// # Errors
     /// A segment that is not made of whole sectors, or that ends past the largest
-    /// file; a total over 2^63 bytes.
+    /// file; a total over 2^63 bytes; a file whose length cannot be found out.
     pub fn composite(segments: Vec<Segment>) -> io::Result<Self> {
-        let mut starts = Vec::with_capacity(segments.len());
+        let mut ranges = Vec::with_capacity(segments.len());
         let mut len = 0u64;
         for segment in &segments {
             if !segment.len.is_multiple_of(SECTOR) {
@@ -77,7 +97,11 @@ impl Disk {
             if end.is_none_or(|end| i64::try_from(end).is_err()) {
                 return Err(invalid("a segment of a disk ends past the largest file"));
             }
-            starts.push(len);
+            let in_file = file_len(&segment.file)?.saturating_sub(segment.offset);
+            ranges.push(Range {
+                start: len,
+                held: in_file.min(segment.len),
+            });
             len = len
                 .checked_add(segment.len)
                 .filter(|&len| i64::try_from(len).is_ok())
@@ -86,7 +110,7 @@ impl Disk {
         Ok(Self {
             kind: Kind::Composite(segments),
             len,
-            starts,
+            ranges,
         })
     }
 
@@ -95,11 +119,11 @@ impl Disk {
     /// # Errors
     /// The length cannot be found out.
     pub fn raw(file: File, read_only: bool) -> io::Result<Self> {
-        let len = rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0))?;
+        let len = file_len(&file)?;
         Ok(Self {
             kind: Kind::Raw { file, read_only },
             len: len - len % SECTOR,
-            starts: Vec::new(),
+            ranges: Vec::new(),
         })
     }
 
@@ -137,9 +161,10 @@ impl Disk {
     /// Fills `window` from `offset` on.
     ///
     /// # Errors
-    /// An access past the end, or the file's error.
+    /// An access past the end of the disk, a file that has become shorter than it
+    /// was when the disk was created (`UnexpectedEof`), or the file's error.
     pub fn read(&self, memory: &GuestMemory, window: Window<'_>, offset: u64) -> io::Result<()> {
-        self.for_each_run(window, offset, |part, file, at| {
+        self.for_each_run(memory, window, offset, |part, file, at| {
             iov::read_exact_at(memory, part, file, at).map(|()| true)
         })?;
         Ok(())
@@ -157,15 +182,16 @@ impl Disk {
         window: Window<'_>,
         offset: u64,
     ) -> io::Result<bool> {
-        self.for_each_run(window, offset, |part, file, at| {
+        self.for_each_run(memory, window, offset, |part, file, at| {
             iov::read_cached_at(memory, part, file, at)
         })
     }
 
     /// Calls `read` for each part of `window` that lies in one file, with its
-    /// place there, until that says no.
+    /// place there, until that says no; the parts that lie in no file are zeros.
     fn for_each_run(
         &self,
+        memory: &GuestMemory,
         mut window: Window<'_>,
         offset: u64,
         mut read: impl FnMut(Window<'_>, BorrowedFd<'_>, u64) -> io::Result<bool>,
@@ -176,20 +202,23 @@ impl Disk {
             Kind::Raw { file, .. } => return read(window, file.as_fd(), offset),
             Kind::Composite(segments) => segments,
         };
-        let first = self.starts.partition_point(|&start| start <= offset);
+        let first = self.ranges.partition_point(|range| range.start <= offset);
         let mut at = offset;
-        for (segment, start) in segments.iter().zip(&self.starts).skip(first.max(1) - 1) {
+        for (segment, range) in segments.iter().zip(&self.ranges).skip(first.max(1) - 1) {
             if window.is_empty() {
                 break;
             }
-            let within = at - start;
-            let len = (segment.len - within).min(window.len().into());
-            // At most the window's length.
-            let len = u32::try_from(len).unwrap_or(u32::MAX);
+            let within = at - range.start;
+            let part = window.take(saturated(segment.len - within));
+            let mut padding = part;
+            let part = part.take(saturated(range.held.saturating_sub(within)));
             let place = segment.offset + within;
-            if len > 0 && !read(window.take(len), segment.file.as_fd(), place)? {
+            if !part.is_empty() && !read(part, segment.file.as_fd(), place)? {
                 return Ok(false);
             }
+            let len = padding.len();
+            padding.advance(part.len());
+            padding.zero(memory)?;
             window.advance(len);
             at += u64::from(len);
         }
@@ -415,6 +444,59 @@ mod tests {
         for (offset, len) in [(1 << 20, 512), ((1 << 20) - 512, 1024), (u64::MAX, 2)] {
             assert!(disk.discard(offset, len).is_err());
             assert!(disk.write_zeroes(offset, len, true).is_err());
+        }
+    }
+
+    /// Also what a disk is told by kernels on which a read of what is not cached
+    /// may return 0 (`RWF_NOWAIT` on Linux 5.9 and 5.10).
+    #[test]
+    fn a_file_that_lost_its_end_is_no_file_of_zeros() {
+        let memory = memory();
+        let spans = spans(&[700, 324]);
+        let window = Window::new(&spans, 0, u32::MAX);
+        let raw = file(&[1; 2048]);
+        let part = file(&[1; 2048]);
+        let disks = [
+            (Disk::raw(raw.try_clone().unwrap(), true).unwrap(), raw),
+            (
+                Disk::composite(vec![Segment {
+                    file: part.try_clone().unwrap(),
+                    offset: 0,
+                    len: 4096,
+                }])
+                .unwrap(),
+                part,
+            ),
+        ];
+        for (disk, file) in disks {
+            disk.read(&memory, window, 1024).unwrap();
+            assert_eq!(contents(&memory, &spans), [1; 1024]);
+            file.set_len(1500).unwrap();
+            // Not a matter of the page cache alone, so it is asked again and fails.
+            assert!(!disk.read_cached(&memory, window, 1024).unwrap());
+            let error = disk.read(&memory, window, 1024).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+            disk.read(&memory, window, 0).unwrap();
+        }
+    }
+
+    #[test]
+    fn what_a_file_never_had_is_zeros() {
+        let memory = memory();
+        let disk = Disk::composite(vec![Segment {
+            file: file(&[1; 600]),
+            offset: 88,
+            len: 2048,
+        }])
+        .unwrap();
+        let spans = spans(&[100, 924]);
+        let window = Window::new(&spans, 0, u32::MAX);
+        for at in [0, 512, 1024] {
+            memory.write_slice(&[0xaa; 4096], GuestAddress(0)).unwrap();
+            disk.read(&memory, window, at).unwrap();
+            let held = 512 - usize::try_from(at).unwrap().min(512);
+            let expected: Vec<u8> = (0..1024).map(|i| u8::from(i < held)).collect();
+            assert_eq!(contents(&memory, &spans), expected);
         }
     }
 

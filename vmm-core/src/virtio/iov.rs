@@ -261,11 +261,11 @@ fn pread(
     u32::try_from(read).map_err(io::Error::other)
 }
 
-/// Fills `window` from `offset` of a file on; what lies past its end reads as
-/// zero.
+/// Fills `window` from `offset` of a file on.
 ///
 /// # Errors
-/// The system's answer; `EFAULT` for spans outside guest memory.
+/// `UnexpectedEof` when the file ends before the window is full; otherwise the
+/// system's answer, and `EFAULT` for spans outside guest memory.
 pub fn read_exact_at(
     memory: &GuestMemory,
     window: Window<'_>,
@@ -279,8 +279,12 @@ pub fn read_exact_at(
 /// would have to, or the file system cannot tell. Some bytes may have been read
 /// then.
 ///
+/// A read that ends early counts as one that would have to wait: with
+/// `RWF_NOWAIT`, Linux 5.9 and 5.10 return 0 before the end of a file when a page
+/// is not cached (preadv2(2), BUGS). [`read_exact_at`] tells the two apart.
+///
 /// # Errors
-/// As [`read_exact_at`].
+/// As [`read_exact_at`], without `UnexpectedEof`.
 pub fn read_cached_at(
     memory: &GuestMemory,
     window: Window<'_>,
@@ -290,8 +294,10 @@ pub fn read_cached_at(
     match read_all(memory, window, fd, offset, true) {
         Ok(()) => Ok(true),
         Err(error)
-            if error.kind() == io::ErrorKind::WouldBlock
-                || error.raw_os_error() == Some(libc::EOPNOTSUPP) =>
+            if matches!(
+                error.kind(),
+                io::ErrorKind::WouldBlock | io::ErrorKind::UnexpectedEof
+            ) || error.raw_os_error() == Some(libc::EOPNOTSUPP) =>
         {
             Ok(false)
         }
@@ -308,7 +314,7 @@ fn read_all(
 ) -> io::Result<()> {
     while !window.is_empty() {
         match pread(memory, window, fd, offset, cached_only) {
-            Ok(0) => return window.zero(memory),
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(read) => {
                 window.advance(read);
                 offset += u64::from(read);
@@ -440,6 +446,25 @@ mod tests {
         assert_eq!(&seen, b"contents");
         write_all_at(&memory, Window::new(&spans, 0, 8), file.as_fd(), 8).unwrap();
         assert_eq!(file.metadata().unwrap().len(), 16);
+    }
+
+    /// A read of 0 bytes before the end that the caller knows: what a kernel with
+    /// the `RWF_NOWAIT` fault answers for a page that is not cached.
+    #[test]
+    fn a_read_of_nothing_is_no_data() {
+        use std::io::Write as _;
+        let memory = memory();
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(b"cont").unwrap();
+        let spans = after_empty(0, 4096, 8);
+        let window = Window::new(&spans, 0, 8);
+        memory.write_slice(b"........", GuestAddress(4096)).unwrap();
+        assert!(!read_cached_at(&memory, window, file.as_fd(), 0).unwrap());
+        let error = read_exact_at(&memory, window, file.as_fd(), 0).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+        let mut seen = [0; 8];
+        memory.read_slice(&mut seen, GuestAddress(4096)).unwrap();
+        assert_eq!(&seen, b"cont....");
     }
 
     #[test]
