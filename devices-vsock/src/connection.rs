@@ -107,6 +107,10 @@ pub(crate) struct Connection {
     before_sent: usize,
     backlog: Backlog,
     messages: Messages,
+    /// The system lacked memory: what was not moved has to be tried again.
+    pub(crate) short_of_memory: bool,
+    /// When that will be.
+    pub(crate) retry_at: Option<Instant>,
     /// Bytes of the backlog were taken since this was looked at last.
     pub(crate) progressed: bool,
     /// The guest's next byte is a status.
@@ -144,6 +148,8 @@ impl Connection {
             before_sent: 0,
             backlog: Backlog::default(),
             messages: Messages::default(),
+            short_of_memory: false,
+            retry_at: None,
             progressed: false,
             status_reply: false,
             report: Report::nobody(),

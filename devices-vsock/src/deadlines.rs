@@ -1,4 +1,4 @@
-//! When connections stop waiting: one timer for all of them.
+//! When connections stop waiting, or try again: one timer for all of them.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -10,9 +10,19 @@ use rustix::time::{
     timerfd_settime,
 };
 
-/// Deadlines of slots, each with at most one, and the timer for the first.
+/// What is due for a slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Due {
+    /// Trying again what failed for want of memory.
+    Retry(u32),
+    /// The end of waiting.
+    End(u32),
+}
+
+/// Times at which something is due, each thing at most once, and the timer for the
+/// first.
 pub(crate) struct Deadlines {
-    by_time: BTreeSet<(Instant, u32)>,
+    by_time: BTreeSet<(Instant, Due)>,
     pub(crate) timer: OwnedFd,
     /// When the timer goes off, not later than the first deadline.
     armed: Option<Instant>,
@@ -30,13 +40,13 @@ impl Deadlines {
         })
     }
 
-    /// Replaces the deadline of a slot.
-    pub(crate) fn set(&mut self, slot: u32, old: Option<Instant>, new: Option<Instant>) {
+    /// Replaces the time of something.
+    pub(crate) fn set(&mut self, due: Due, old: Option<Instant>, new: Option<Instant>) {
         if let Some(old) = old {
-            self.by_time.remove(&(old, slot));
+            self.by_time.remove(&(old, due));
         }
         if let Some(new) = new {
-            self.by_time.insert((new, slot));
+            self.by_time.insert((new, due));
             // Most are never reached: the timer is set back when it went off.
             if self.armed.is_none_or(|armed| new < armed) {
                 self.arm(new);
@@ -66,14 +76,14 @@ impl Deadlines {
         }
     }
 
-    /// Takes a slot whose deadline has passed; when there is none, sets the timer
+    /// Takes something whose time has come; when there is nothing, sets the timer
     /// for the next.
-    pub(crate) fn pop(&mut self, now: Instant) -> Option<u32> {
+    pub(crate) fn pop(&mut self, now: Instant) -> Option<Due> {
         let first = self.by_time.first().copied();
         match first {
-            Some((at, slot)) if at <= now => {
-                self.by_time.remove(&(at, slot));
-                return Some(slot);
+            Some((at, due)) if at <= now => {
+                self.by_time.remove(&(at, due));
+                return Some(due);
             }
             Some((at, _)) => self.arm(at),
             None => self.armed = None,

@@ -191,20 +191,14 @@ impl Vsock {
     }
 
     fn socket_ready(&mut self, slot: u32, readiness: Readiness, registry: &mut Registry<'_>) {
-        let Some((connection, pool)) = self.muxer.parts(slot) else {
+        let Some(connection) = self.muxer.get(slot) else {
             return;
         };
         let over = readiness.hangup || readiness.error;
         connection.readable |= readiness.readable || over;
         connection.hung_up |= over;
         if connection.has_backlog() && (readiness.writable || readiness.error) {
-            let sound = connection.flush(pool, &self.mailbox.counters);
-            if !connection.has_backlog() {
-                let since = connection.kept_since.take();
-                self.mailbox.profiler.end(Stage::GuestToHost, since);
-            }
-            if !sound {
-                self.muxer.abort(slot, ConnectError::Reset, registry);
+            if !self.muxer.flush(slot, registry) {
                 return;
             }
         } else if readiness.writable {

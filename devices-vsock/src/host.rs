@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::sockopt::{
-    set_socket_send_buffer_size, socket_domain, socket_passcred, socket_type,
+    set_socket_oobinline, set_socket_send_buffer_size, socket_domain, socket_passcred, socket_type,
 };
 use rustix::net::{
     AddressFamily, RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown, SocketType, shutdown,
@@ -22,8 +22,11 @@ use crate::handle::SocketKind;
 pub(crate) enum Moved {
     /// So many bytes.
     Bytes(u32),
-    /// Nothing now.
+    /// Nothing now; there will be an event.
     Nothing,
+    /// Nothing now, as the system lacks memory. No event says when it has some
+    /// again, so that is for the caller to try.
+    Later,
     /// Nothing any more: the end of the stream, or nobody who would read.
     Over,
     /// Nothing any more in either direction, as the socket is broken.
@@ -35,8 +38,8 @@ pub(crate) struct HostSocket {
     fd: OwnedFd,
     pub(crate) kind: SocketKind,
     /// A read that fills less than it could has taken all there was, unless it
-    /// stopped at something that came along. Of a unix socket that is told of its
-    /// peer's credentials that cannot be said.
+    /// stopped at something that came along or at a mark (urgent data). Of a unix
+    /// socket that is told of its peer's credentials that cannot be said.
     short_is_all: bool,
 }
 
@@ -63,6 +66,11 @@ impl HostSocket {
             AddressFamily::UNIX => !socket_passcred(&fd)?,
             _ => false,
         };
+        if kind == SocketKind::Stream {
+            // Virtio sockets have no urgent data: such a byte stays in its place.
+            // Refused where there is none.
+            let _ = set_socket_oobinline(&fd, true);
+        }
         if kind == SocketKind::SeqPacket {
             // The kernel doubles it. A message that does not fit is refused later.
             let _ = set_socket_send_buffer_size(&fd, largest_message as usize);
@@ -83,11 +91,15 @@ impl HostSocket {
                 Ok(received) => {
                     // Not more than the spans hold, which is below a u32.
                     let len = u32::try_from(received.len).unwrap_or(0);
-                    let more = len >= room || received.stopped || !self.short_is_all;
+                    let more = len >= room
+                        || received.stopped
+                        || !self.short_is_all
+                        || iov::is_at_mark(self.fd.as_fd());
                     return (Moved::Bytes(len), more);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => Moved::Nothing,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) if lacks_memory(Errno::from_io_error(&error)) => Moved::Later,
                 // Gone for good (ECONNRESET and the like).
                 Err(_) => Moved::Broken,
             };
@@ -105,6 +117,7 @@ impl HostSocket {
                 Ok((_, len)) => return Moved::Bytes(u32::try_from(len).unwrap_or(u32::MAX)),
                 Err(Errno::AGAIN) => return Moved::Nothing,
                 Err(Errno::INTR) => {}
+                Err(error) if lacks_memory(Some(error)) => return Moved::Later,
                 Err(_) => return Moved::Broken,
             }
         }
@@ -117,6 +130,7 @@ impl HostSocket {
                 Ok(len) => return Moved::Bytes(u32::try_from(len).unwrap_or(0)),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Moved::Nothing,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if lacks_memory(Errno::from_io_error(&error)) => return Moved::Later,
                 Err(error) => {
                     return broken(error.raw_os_error() == Some(Errno::MSGSIZE.raw_os_error()));
                 }
@@ -132,6 +146,7 @@ impl HostSocket {
                 Ok(len) => return Moved::Bytes(u32::try_from(len).unwrap_or(0)),
                 Err(Errno::AGAIN) => return Moved::Nothing,
                 Err(Errno::INTR) => {}
+                Err(error) if lacks_memory(Some(error)) => return Moved::Later,
                 Err(error) => return broken(error == Errno::MSGSIZE),
             }
         }
@@ -158,6 +173,11 @@ impl HostSocket {
         // Fails when the peer is gone, which is as good.
         let _ = shutdown(&self.fd, how);
     }
+}
+
+/// Whether a call failed for want of memory, which comes back.
+fn lacks_memory(error: Option<Errno>) -> bool {
+    matches!(error, Some(Errno::NOBUFS | Errno::NOMEM))
 }
 
 /// A socket that refused bytes: a message that is too large for it is no end.

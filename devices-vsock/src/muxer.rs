@@ -12,17 +12,20 @@ use crate::allowance::Allowance;
 use crate::backlog::Pool;
 use crate::config::VsockConfig;
 use crate::connection::{Awaiting, Connection, Key, Phase};
-use crate::deadlines::Deadlines;
+use crate::deadlines::{Deadlines, Due};
 use crate::group::Group;
 use crate::handle::{
     Acceptor, Command, ConnectError, ConnectRequest, GuestStream, Mailbox, SocketKind,
 };
 use crate::host::HostSocket;
 use crate::packet::{Header, TYPE_SEQPACKET};
+use crate::profile::Stage;
 use crate::ready::Ready;
 
 /// First host port given to connections that the host opens.
 const FIRST_EPHEMERAL: u32 = 1 << 30;
+/// Time until a call that failed for want of memory is repeated.
+const RETRY: Duration = Duration::from_millis(10);
 /// Resets without a connection that may wait for a receive buffer. When there
 /// are more, the guest's transmit queue waits.
 const MAX_RESETS: usize = 256;
@@ -345,7 +348,9 @@ impl Muxer {
         }
         self.forget_key(&connection, slot);
         self.ready.remove(slot);
-        self.deadlines.set(slot, connection.deadline, None);
+        let deadlines = &mut self.deadlines;
+        deadlines.set(Due::End(slot), connection.deadline, None);
+        deadlines.set(Due::Retry(slot), connection.retry_at, None);
         connection.release(&mut self.pool);
         self.allowance.give_back(connection.incoming.window());
         self.free.push(slot);
@@ -443,6 +448,7 @@ impl Muxer {
                 self.await_until(slot, awaits, most);
             }
         }
+        self.retry_if_due(slot);
         self.queue(slot);
     }
 
@@ -458,13 +464,65 @@ impl Muxer {
         let old = std::mem::replace(&mut connection.deadline, deadline);
         connection.awaiting = awaiting;
         connection.progressed = false;
-        self.deadlines.set(slot, old, deadline);
+        self.deadlines.set(Due::End(slot), old, deadline);
     }
 
-    /// Ends what has waited too long.
+    /// Repeats what failed for want of memory, later.
+    fn retry_if_due(&mut self, slot: u32) {
+        let place = self.connections.get_mut(slot as usize);
+        let Some(connection) = place.and_then(Option::as_deref_mut) else {
+            return;
+        };
+        if std::mem::take(&mut connection.short_of_memory) && connection.retry_at.is_none() {
+            connection.retry_at = Instant::now().checked_add(RETRY);
+            let due = Due::Retry(slot);
+            self.deadlines.set(due, None, connection.retry_at);
+        }
+    }
+
+    fn retry(&mut self, slot: u32, registry: &mut Registry<'_>) {
+        let Some(connection) = self.get(slot) else {
+            return;
+        };
+        connection.retry_at = None;
+        connection.readable = true;
+        if self.flush(slot, registry) {
+            self.settle(slot, registry);
+        }
+    }
+
+    /// Writes what is kept for a socket, as far as that takes it; `false` when the
+    /// connection ended by that.
+    pub(crate) fn flush(&mut self, slot: u32, registry: &mut Registry<'_>) -> bool {
+        let place = self.connections.get_mut(slot as usize);
+        let Some(connection) = place.and_then(Option::as_deref_mut) else {
+            return false;
+        };
+        if !connection.has_backlog() {
+            return true;
+        }
+        let sound = connection.flush(&mut self.pool, &self.mailbox.counters);
+        if !connection.has_backlog() {
+            let since = connection.kept_since.take();
+            self.mailbox.profiler.end(Stage::GuestToHost, since);
+        }
+        if !sound {
+            self.abort(slot, ConnectError::Reset, registry);
+        }
+        sound
+    }
+
+    /// Ends what has waited too long, and repeats what is to be tried again.
     pub(crate) fn expire(&mut self, registry: &mut Registry<'_>) {
         let now = Instant::now();
-        while let Some(slot) = self.deadlines.pop(now) {
+        while let Some(due) = self.deadlines.pop(now) {
+            let slot = match due {
+                Due::Retry(slot) => {
+                    self.retry(slot, registry);
+                    continue;
+                }
+                Due::End(slot) => slot,
+            };
             let linger = self.config.linger;
             let Some(connection) = self.get(slot) else {
                 continue;
@@ -489,7 +547,8 @@ impl Muxer {
                 && let Some(old) = connection.deadline
             {
                 connection.deadline = old.checked_add(by);
-                self.deadlines.set(slot, Some(old), connection.deadline);
+                let due = Due::End(slot);
+                self.deadlines.set(due, Some(old), connection.deadline);
             }
         }
     }

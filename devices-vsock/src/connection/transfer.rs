@@ -91,8 +91,15 @@ impl Connection {
                 self.readable = false;
                 Filled::Nothing
             }
+            Moved::Later => self.read_later(),
             ended => self.end_reading(ended),
         }
+    }
+
+    fn read_later(&mut self) -> Filled {
+        self.short_of_memory = true;
+        self.readable = false;
+        Filled::Nothing
     }
 
     /// The host sends no more.
@@ -124,6 +131,7 @@ impl Connection {
                 self.readable = false;
                 return Filled::Nothing;
             }
+            Moved::Later => return self.read_later(),
             ended => return self.end_reading(ended),
         };
         if len > most.min(self.outgoing.window()) {
@@ -176,6 +184,10 @@ impl Connection {
                     self.forwarded(written);
                 }
                 Moved::Nothing => break,
+                Moved::Later => {
+                    self.short_of_memory = true;
+                    break;
+                }
                 Moved::Over => {
                     self.refuse(pool, counters);
                     return true;
@@ -205,6 +217,7 @@ impl Connection {
                     return true;
                 }
                 Moved::Nothing => {}
+                Moved::Later => self.short_of_memory = true,
                 Moved::Over => {
                     self.refuse(pool, counters);
                     return true;
@@ -251,6 +264,10 @@ impl Connection {
                     self.forwarded(written);
                 }
                 Moved::Nothing => return true,
+                Moved::Later => {
+                    self.short_of_memory = true;
+                    return true;
+                }
                 Moved::Over => self.refuse(pool, counters),
                 Moved::Broken => return false,
             }
@@ -265,7 +282,7 @@ impl Connection {
         let count = self.backlog.slices(pool, len, &mut slices);
         let slices = slices.get(..count).unwrap_or_default();
         let moved = self.socket.write_kept(slices);
-        if moved != Moved::Nothing {
+        if !matches!(moved, Moved::Nothing | Moved::Later) {
             self.messages.lens.pop_front();
         }
         moved

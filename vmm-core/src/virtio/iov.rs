@@ -17,6 +17,9 @@ use crate::GuestMemory;
 /// Buffers handed to one system call; longer lists take several.
 pub const MAX_SPANS: usize = 128;
 
+/// `SIOCATMARK` (linux/sockios.h), which the libc crate does not have.
+const SIOCATMARK: libc::Ioctl = 0x8905;
+
 /// A run of the bytes of a list of spans.
 #[derive(Clone, Copy, Debug)]
 pub struct Window<'a> {
@@ -221,6 +224,17 @@ pub fn receive(memory: &GuestMemory, spans: &[Span], fd: BorrowedFd<'_>) -> io::
         len,
         stopped: message.msg_flags & libc::MSG_CTRUNC != 0,
     })
+}
+
+/// Whether a stream socket has been read up to urgent data (TCP) or an out-of-band
+/// byte (unix sockets): a read ends there, although there may be more behind it.
+/// `false` where there is no such thing.
+#[must_use]
+pub fn is_at_mark(fd: BorrowedFd<'_>) -> bool {
+    let mut at: libc::c_int = 0;
+    // SAFETY: the request writes an integer to where it is told.
+    let asked = unsafe { libc::ioctl(fd.as_raw_fd(), SIOCATMARK, &raw mut at) };
+    asked == 0 && at != 0
 }
 
 /// Sends guest memory to a socket; at most 128 spans at once. A peer that is gone
