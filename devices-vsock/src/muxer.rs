@@ -165,7 +165,7 @@ impl Muxer {
         };
         let key = (request.guest_port, self.free_port(request.guest_port));
         let window = self.window_for(&socket);
-        let most = self.config.answer_timeout + request.wait;
+        let most = self.config.answer_timeout.saturating_add(request.wait);
         let connection =
             Connection::new(key, socket, Phase::Requested, window).with_request(request);
         if let Some(slot) = self.insert(connection, registry) {

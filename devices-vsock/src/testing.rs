@@ -41,6 +41,10 @@ const SIZES: [u16; 3] = [256, 32, 16];
 const SLOT_LEN: u64 = 0x1_1000;
 /// What a Linux guest sends at most in one packet.
 const PACKET: usize = 64 << 10;
+/// Guest memory; most of it is never touched.
+const MEMORY: usize = 32 << 20;
+/// Where a table of indirect descriptors goes.
+const TABLE: u64 = 0x38_0000;
 /// Where the buffer of the event queue is.
 pub const EVENT_BASE: u64 = 0x30_0000;
 const GUEST: u64 = 3;
@@ -133,7 +137,7 @@ impl Guest {
     /// When the system refuses.
     #[must_use]
     pub fn without_driver(config: VsockConfig) -> Self {
-        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 4 << 20)]).unwrap();
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
         let event_loop = EventLoop::spawn("test").unwrap();
         let (device, muxer) = Vsock::new(config).unwrap();
         let device: Arc<Mutex<dyn sm_vmm_core::virtio::VirtioDevice>> = device;
@@ -353,6 +357,29 @@ impl Guest {
             self.driver.notify(1);
             self.flush();
         }
+    }
+
+    /// Sends any bytes as a packet that goes on with `more`, by way of an indirect
+    /// table, in one batch with `before`; waits until the device has taken both.
+    ///
+    /// # Panics
+    /// When it does not.
+    pub fn send_spans(&mut self, before: &Packet, bytes: &[u8], more: &[Span]) {
+        self.flush();
+        self.driver.transport.quiesce().unwrap();
+        self.queue(before, &before.payload);
+        let address = GuestAddress(TX_BASE + self.slot * SLOT_LEN);
+        self.memory.write_slice(bytes, address).unwrap();
+        let first = Span {
+            address,
+            len: bytes.len() as u32,
+        };
+        let spans: Vec<Span> = [first].into_iter().chain(more.iter().copied()).collect();
+        self.tx.offer_indirect(TABLE, &spans, &[]).unwrap();
+        self.in_flight += 1;
+        self.driver.transport.unquiesce();
+        self.driver.notify(1);
+        self.flush();
     }
 
     /// Waits for a packet, and offers its buffer again with another length.

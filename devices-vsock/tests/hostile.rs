@@ -11,6 +11,8 @@ use std::os::unix::net::UnixStream;
 
 use sm_devices_vsock::VsockConfig;
 use sm_devices_vsock::testing::{CREDIT_UPDATE, Guest, Packet, REQUEST, RST, RW, SHUTDOWN};
+use sm_vmm_core::virtio::queue::Span;
+use vm_memory::GuestAddress;
 
 /// A stream that works.
 fn works(guest: &mut Guest, host: &mut UnixStream, request: &Packet, taken: &mut u32) {
@@ -75,6 +77,27 @@ fn lies_about_credit_cost_the_liar_only() {
     liar.write_all(&[3; 3000]).unwrap();
     assert_eq!(guest.expect(RW).payload, [3; 3000]);
     assert_eq!(guest.muxer.stats().connections, 2);
+}
+
+/// The same memory again and again: a packet of nearly 4 GiB, after one of some
+/// bytes. Their sum is more than 32 bits hold.
+#[test]
+fn packets_of_gigabytes_do_not_overflow_the_budget() {
+    // A table has 256 entries, one of them for the header.
+    const LEN: u32 = (u32::MAX - 44) / 255;
+    let mut guest = Guest::new(VsockConfig::default());
+    let (mut neighbour, neighbour_request) = guest.connected();
+    let (_host, request) = guest.connected();
+    let mut taken = 0;
+    let span = Span {
+        address: GuestAddress(8 << 20),
+        len: LEN,
+    };
+    let mut before = request.reply(RW);
+    before.payload = vec![1; 1000];
+    let huge = Packet::from_guest(999, 9, CREDIT_UPDATE).header(u32::MAX);
+    guest.send_spans(&before, &huge, &[span; 255]);
+    works(&mut guest, &mut neighbour, &neighbour_request, &mut taken);
 }
 
 #[test]

@@ -109,16 +109,17 @@ impl ExitLatch {
     /// Blocks until there is a reason, at most for `timeout`.
     #[must_use]
     pub fn wait_timeout(&self, timeout: Duration) -> Option<ExitReason> {
-        let deadline = Instant::now() + timeout;
+        // None: later than any clock says.
+        let deadline = Instant::now().checked_add(timeout);
         loop {
             if let Some(reason) = self.reason.get() {
                 return Some(reason.clone());
             }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
+            if left.is_some_and(|left| left.is_zero()) {
                 return None;
             }
-            self.poll(Some(left));
+            self.poll(left);
         }
     }
 

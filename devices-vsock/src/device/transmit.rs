@@ -44,7 +44,8 @@ impl Vsock {
         active: &Active,
         registry: &mut Registry<'_>,
     ) -> Result<Pause, QueueError> {
-        let mut bytes = 0;
+        // Of overlapping buffers, so that one packet can have 4 GiB.
+        let mut bytes = 0u32;
         let mut chain = std::mem::take(&mut self.chain);
         let mut pause = Ok(Pause::Budget);
         for count in 1..=BUDGET {
@@ -64,7 +65,8 @@ impl Vsock {
                     break;
                 }
             }
-            bytes += self.handle_chain(&active.memory, &chain, registry)?;
+            let len = self.handle_chain(&active.memory, &chain, registry)?;
+            bytes = bytes.saturating_add(len);
             if count % BATCH == 0 {
                 // The guest can use its buffers again while the others are looked at.
                 self.publish(active, TX)?;

@@ -68,8 +68,9 @@ impl Packet {
         Self::from_guest(self.dst_port, self.src_port, op)
     }
 
-    /// The header of a packet with `len` bytes of data.
-    pub(super) fn header(&self, len: u32) -> [u8; HEADER] {
+    /// Its header, with a length of data that need not be true.
+    #[must_use]
+    pub fn header(&self, len: u32) -> [u8; HEADER] {
         let header = Header {
             src_cid: self.src_cid,
             dst_cid: self.dst_cid,
