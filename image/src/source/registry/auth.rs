@@ -7,14 +7,14 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
+use ureq::SendBody;
 use ureq::http::{HeaderMap, Method, StatusCode, Uri, header};
-use ureq::{Body, SendBody};
 
 use super::challenge::Challenge;
 use super::client::Failure;
 use super::credentials::{self, Credentials};
-use super::http::{Ask, Http};
-use super::url::escape;
+use super::http::{Answer, Ask, Http};
+use super::url::{escape, is_same_origin};
 
 /// Largest answer of a token server, in bytes.
 const MAX_TOKEN: u64 = 1 << 20;
@@ -151,7 +151,8 @@ impl Authorizer {
             _ => return Err(senseless()),
         }
         let scopes = self.scopes(scope);
-        let mut response = match self.credentials() {
+        let server = place.clone();
+        let answer = match self.credentials() {
             Some(Credentials::Identity(token)) => {
                 let scope = scopes.join(" ");
                 let mut form = vec![
@@ -188,13 +189,20 @@ impl Authorizer {
             }
         }
         .map_err(Failure::from)?;
-        self.read_token(&mut response)
+        // The registry has named this server, and no other.
+        if !is_same_origin(&answer.from, &server) {
+            let host = answer.from.host().unwrap_or_default();
+            let text = format!("its token server sends us to {host}, which gives no tokens");
+            return Err(Failure::Final(text));
+        }
+        self.read_token(answer)
     }
 
-    fn read_token(&self, response: &mut ureq::http::Response<Body>) -> Result<String, Failure> {
+    fn read_token(&self, answer: Answer) -> Result<String, Failure> {
+        let mut response = answer.response;
         let status = response.status();
         if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS {
-            let asked = super::client::asked_pause(response);
+            let asked = super::client::asked_pause(&response);
             let text = format!("its token server answers {status}");
             return Err(Failure::Passing(text, asked));
         }

@@ -12,7 +12,7 @@ use ureq::{Body, SendBody};
 
 use super::super::place::Place;
 use super::auth::Authorizer;
-use super::http::{Ask, Http, Trouble};
+use super::http::{Answer, Ask, Http, Trouble};
 use super::patience::{Over, Patience, retry_after};
 use super::url::is_same_origin;
 use crate::Error;
@@ -149,12 +149,12 @@ impl<'s> Client<'s> {
         if wanted.from > 0 {
             headers.push((header::RANGE, &range));
         }
-        let mut response = self.ask(Method::GET, &path, &headers)?;
-        match response.status().as_u16() {
-            200 => Ok(Some(response)),
-            206 if wanted.from > 0 => Ok(Some(response)),
+        let mut answer = self.ask(Method::GET, &path, &headers)?;
+        match answer.status() {
+            200 => Ok(Some(answer.response)),
+            206 if wanted.from > 0 => Ok(Some(answer.response)),
             404 => Ok(None),
-            _ => Err(self.failure(&mut response)),
+            _ => Err(self.failure(&mut answer)),
         }
     }
 
@@ -165,7 +165,7 @@ impl<'s> Client<'s> {
         method: Method,
         path: &str,
         headers: &[(header::HeaderName, &str)],
-    ) -> Result<Response<Body>, Failure> {
+    ) -> Result<Answer, Failure> {
         let connection = self.connection()?;
         let uri = self.uri(path)?;
         self.authorized(connection, |authorization| {
@@ -186,7 +186,7 @@ impl<'s> Client<'s> {
         uri: &Uri,
         headers: &[(header::HeaderName, &str)],
         mut open: impl FnMut() -> Result<Box<dyn Read + 'b>, Failure>,
-    ) -> Result<Response<Body>, Failure> {
+    ) -> Result<Answer, Failure> {
         let connection = self.connection()?;
         let ours = is_same_origin(uri, &connection.base);
         self.authorized(connection, |authorization| {
@@ -212,38 +212,84 @@ impl<'s> Client<'s> {
     }
 
     /// A request, and once more with a new token if that is what it takes: with
-    /// the first request, or when a token has expired.
+    /// the first request, or when a token has expired. Only the registry itself can
+    /// ask for that: nobody that it sends us to gets a password or a token.
     fn authorized(
         &self,
         connection: &Connection,
-        mut request: impl FnMut(Option<String>) -> Result<Response<Body>, Failure>,
-    ) -> Result<Response<Body>, Failure> {
+        mut request: impl FnMut(Option<String>) -> Result<Answer, Failure>,
+    ) -> Result<Answer, Failure> {
         let used = self.authorizer.header();
-        let response = request(used.clone())?;
-        if response.status().as_u16() != 401 {
-            return Ok(response);
+        let answer = request(used.clone())?;
+        if answer.status() != 401 || !connection.is_own(&answer) {
+            return Ok(answer);
         }
         let (http, base) = (&connection.http, &connection.base);
-        let headers = response.headers();
+        let headers = answer.response.headers();
         self.authorizer
             .renew(http, base, used.as_deref(), headers)?;
         request(self.authorizer.header())
     }
 
     /// What an answer that is no success means.
-    pub(super) fn failure(&self, response: &mut Response<Body>) -> Failure {
-        let status = response.status();
+    pub(super) fn failure(&self, answer: &mut Answer) -> Failure {
+        let status = answer.response.status();
+        // Of somebody else the status alone is taken: no explanations in the
+        // registry's name, no pauses, nothing about who we are.
+        if !self.is_own(answer) {
+            let host = answer.from.host().unwrap_or_default();
+            let text = format!("{host}, where it sends us, answers {status}");
+            return match is_passing(status.as_u16()) {
+                true => Failure::Passing(text, None),
+                false => Failure::Final(text),
+            };
+        }
+        let response = &mut answer.response;
         let asked = asked_pause(response);
         let said = explanation(response).map_or_else(String::new, |said| format!(": {said}"));
         match status.as_u16() {
             401 | 403 => Failure::Final(format!("{}{said}", self.authorizer.refusal())),
-            408 | 429 | 500..=599 => Failure::Passing(format!("it answers {status}{said}"), asked),
+            code if is_passing(code) => {
+                Failure::Passing(format!("it answers {status}{said}"), asked)
+            }
             _ => Failure::Final(format!("it answers {status}{said}")),
         }
     }
 }
 
+impl Client<'_> {
+    /// Whether the registry itself has answered, and nobody that it sends us to.
+    fn is_own(&self, answer: &Answer) -> bool {
+        self.connection()
+            .is_ok_and(|connection| connection.is_own(answer))
+    }
+
+    /// Whether an upload may go on at `place`, which `answer` names. The registry may
+    /// choose it; who is not the registry speaks for itself only, so that it sends no
+    /// request of ours back there.
+    pub(super) fn check_place(&self, answer: &Answer, place: &Uri) -> Result<(), Failure> {
+        let connection = self.connection()?;
+        if !connection.is_own(answer) && !is_same_origin(place, &answer.from) {
+            let host = answer.from.host().unwrap_or_default();
+            return Err(Failure::Final(format!(
+                "{host}, where it sends us, says that an upload goes on elsewhere"
+            )));
+        }
+        let leading = connection.http.check_leading(&answer.from, place);
+        leading.map_err(Failure::Final)
+    }
+}
+
+/// Whether what an answer with this status says may be over soon.
+fn is_passing(status: u16) -> bool {
+    matches!(status, 408 | 429 | 500..=599)
+}
+
 impl Connection {
+    fn is_own(&self, answer: &Answer) -> bool {
+        is_same_origin(&answer.from, &self.base)
+    }
+
     fn new(place: &Place, session: Session<'_>) -> Result<Self, String> {
         let host = &place.host;
         let http = Http::new(host, place.insecure, session.cancel);
@@ -257,29 +303,36 @@ impl Connection {
             base: base("https")?,
         };
         // As Docker does it: on this host, a registry may do without TLS, and
-        // so may an insecure one. One that has a certificate that is not trusted
-        // does not.
-        if (place.insecure || is_loopback(host)) && !connection.speaks_tls() {
+        // so may an insecure one.
+        if (place.insecure || is_loopback(host)) && connection.does_without_tls() {
             connection.base = base("http")?;
         }
         Ok(connection)
     }
 
-    fn speaks_tls(&self) -> bool {
-        let Ok(uri) = format!("{}v2/", self.base).parse() else {
-            return true;
+    /// Whether the registry has shown that it does not speak TLS: what it answered
+    /// to a greeting is no TLS, or nobody listens at the port of `https`. Anything
+    /// else that goes wrong, such as a connection that is reset, may be the doing of
+    /// whoever wants to see us go on in the open.
+    fn does_without_tls(&self) -> bool {
+        let Ok(uri) = format!("{}v2/", self.base).parse::<Uri>() else {
+            return false;
         };
-        let probe = self.http.ask(&Ask {
-            method: Method::GET,
-            uri,
-            headers: Vec::new(),
-            authorization: None,
-        });
-        match probe {
-            Ok(_) | Err(Trouble::Astray(_)) => true,
-            Err(Trouble::Http(error)) => error.to_string().contains("certificate"),
+        match self.http.probe(&uri) {
+            Err(Trouble::Http(ureq::Error::Io(error))) => {
+                is_no_tls(&error)
+                    || error.kind() == io::ErrorKind::ConnectionRefused && uri.port().is_none()
+            }
+            _ => false,
         }
     }
+}
+
+/// Whether a TLS connection failed as the other side sent something else.
+fn is_no_tls(error: &io::Error) -> bool {
+    let inner = error.get_ref();
+    let inner = inner.and_then(|inner| inner.downcast_ref::<rustls::Error>());
+    matches!(inner, Some(rustls::Error::InvalidMessage(_)))
 }
 
 /// How long the registry asks to be left alone.

@@ -40,6 +40,21 @@ impl From<ureq::Error> for Trouble {
     }
 }
 
+/// An answer, and who gave it: at the end of redirections that is not whoever was
+/// asked, and what it wants of us counts for nothing.
+#[derive(Debug)]
+pub(super) struct Answer {
+    pub(super) response: Response<Body>,
+    /// The address that answered.
+    pub(super) from: Uri,
+}
+
+impl Answer {
+    pub(super) fn status(&self) -> u16 {
+        self.response.status().as_u16()
+    }
+}
+
 /// A request without a body.
 #[derive(Clone, Debug)]
 pub(super) struct Ask<'a> {
@@ -111,7 +126,7 @@ impl Http {
 
     /// Asks, and follows redirections: to another host without authorization,
     /// and never from `https` to `http`, unless the host is insecure anyway.
-    pub(super) fn ask(&self, ask: &Ask<'_>) -> Result<Response<Body>, Trouble> {
+    pub(super) fn ask(&self, ask: &Ask<'_>) -> Result<Answer, Trouble> {
         let mut uri = ask.uri.clone();
         for _ in 0..=MAX_REDIRECTS {
             let authorization = ask.authorization.as_deref();
@@ -120,37 +135,49 @@ impl Http {
             let request = request.body(()).map_err(ureq::Error::from)?;
             let response = self.agent(&uri)?.run(request)?;
             if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
-                return Ok(response);
+                let from = uri;
+                return Ok(Answer { response, from });
             }
             let location = response.headers().get(header::LOCATION);
             let next = location.and_then(|location| join(&uri, location.to_str().ok()?));
             let next = next.ok_or_else(|| {
                 Trouble::Astray("it sends us to a place that makes no sense".to_owned())
             })?;
-            if uri.scheme_str() == Some("https")
-                && next.scheme_str() != Some("https")
-                && !self.insecure
-            {
-                let host = next.host().unwrap_or_default();
-                let text = format!("it sends us to {host}, without TLS");
-                return Err(Trouble::Astray(text));
-            }
+            self.check_leading(&uri, &next).map_err(Trouble::Astray)?;
             uri = next;
         }
         let text = format!("it sends us on more than {MAX_REDIRECTS} times");
         Err(Trouble::Astray(text))
     }
 
+    /// Whether an answer from `from` may lead to `next`: not from `https` to `http`,
+    /// unless the host is insecure anyway.
+    pub(super) fn check_leading(&self, from: &Uri, next: &Uri) -> Result<(), String> {
+        let is_secure = |uri: &Uri| uri.scheme_str() == Some("https");
+        if is_secure(from) && !is_secure(next) && !self.insecure {
+            let host = next.host().unwrap_or_default();
+            return Err(format!("it sends us to {host}, without TLS"));
+        }
+        Ok(())
+    }
+
+    /// Makes one request and follows nothing: for what its address alone can tell.
+    pub(super) fn probe(&self, uri: &Uri) -> Result<(), Trouble> {
+        let request = request(Method::GET, uri, &[], None);
+        let request = request.body(()).map_err(ureq::Error::from)?;
+        self.agent(uri)?.run(request)?;
+        Ok(())
+    }
+
     /// Sends a body, and follows nothing.
-    pub(super) fn send(
-        &self,
-        ask: &Ask<'_>,
-        body: SendBody<'_>,
-    ) -> Result<Response<Body>, Trouble> {
+    pub(super) fn send(&self, ask: &Ask<'_>, body: SendBody<'_>) -> Result<Answer, Trouble> {
         let authorization = ask.authorization.as_deref();
         let request = request(ask.method.clone(), &ask.uri, &ask.headers, authorization);
         let request = request.body(body).map_err(ureq::Error::from)?;
-        Ok(self.agent(&ask.uri)?.run(request)?)
+        Ok(Answer {
+            response: self.agent(&ask.uri)?.run(request)?,
+            from: ask.uri.clone(),
+        })
     }
 }
 

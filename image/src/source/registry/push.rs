@@ -3,11 +3,11 @@
 use std::cell::RefCell;
 use std::io::{self, Read};
 
-use ureq::Body;
-use ureq::http::{HeaderMap, Method, Response, Uri, header};
+use ureq::http::{Method, Uri, header};
 
 use super::super::place::Place;
 use super::client::{Client, Failure};
+use super::http::Answer;
 use super::patience::ATTEMPTS;
 use super::url::{escape, join, with_query};
 use crate::Error;
@@ -125,13 +125,14 @@ impl<'s> Pusher<'s> {
                 (header::CONTENT_TYPE, media_type),
                 (header::CONTENT_LENGTH, &*length),
             ];
-            let mut response = self
+            let mut answer = self
                 .client
                 .send(&Method::PUT, &uri, &headers, || Ok(Box::new(bytes)))?;
-            if !matches!(response.status().as_u16(), 200..=202) {
-                return Err(self.client.failure(&mut response));
+            if !matches!(answer.status(), 200..=202) {
+                return Err(self.client.failure(&mut answer));
             }
-            match response
+            match answer
+                .response
                 .headers()
                 .get(DIGEST)
                 .and_then(|value| value.to_str().ok())
@@ -147,11 +148,11 @@ impl<'s> Pusher<'s> {
 
     fn has(&self, digest: Digest) -> Result<bool, Failure> {
         let path = format!("blobs/{digest}");
-        let mut response = self.client.ask(Method::HEAD, &path, &[])?;
-        match response.status().as_u16() {
+        let mut answer = self.client.ask(Method::HEAD, &path, &[])?;
+        match answer.status() {
             200 => Ok(true),
             404 => Ok(false),
-            _ => Err(self.client.failure(&mut response)),
+            _ => Err(self.client.failure(&mut answer)),
         }
     }
 
@@ -164,15 +165,15 @@ impl<'s> Pusher<'s> {
             escape(&text),
             escape(other)
         );
-        let mut response = self.begin(&path)?;
-        match response.status().as_u16() {
+        let mut answer = self.begin(&path)?;
+        match answer.status() {
             201 => Ok(true),
             202 | 400..=405 => Ok(false),
-            _ => Err(self.client.failure(&mut response)),
+            _ => Err(self.client.failure(&mut answer)),
         }
     }
 
-    fn begin(&self, path: &str) -> Result<Response<Body>, Failure> {
+    fn begin(&self, path: &str) -> Result<Answer, Failure> {
         let uri = self.client.uri(path)?;
         self.client
             .send(&Method::POST, &uri, &[(header::CONTENT_LENGTH, "0")], empty)
@@ -187,11 +188,11 @@ impl<'s> Pusher<'s> {
         progress: &mut dyn FnMut(u64),
     ) -> Result<(), Failure> {
         let path = "blobs/uploads/";
-        let mut response = self.begin(path)?;
-        if response.status().as_u16() != 202 {
-            return Err(self.client.failure(&mut response));
+        let mut answer = self.begin(path)?;
+        if answer.status() != 202 {
+            return Err(self.client.failure(&mut answer));
         }
-        let place = next_place(&self.client.uri(path)?, response.headers())?;
+        let place = self.next_place(&answer)?;
         let length = size.to_string();
         // It is lent to each reader in turn.
         let progress = RefCell::new(progress);
@@ -199,7 +200,7 @@ impl<'s> Pusher<'s> {
             (header::CONTENT_TYPE, "application/octet-stream"),
             (header::CONTENT_LENGTH, &*length),
         ];
-        let mut response = self.client.send(&Method::PATCH, &place, &headers, || {
+        let mut answer = self.client.send(&Method::PATCH, &place, &headers, || {
             let blob = open().map_err(|error| {
                 Failure::Final(format!("blob {digest} cannot be read to be sent: {error}"))
             })?;
@@ -210,33 +211,35 @@ impl<'s> Pusher<'s> {
                 progress: &progress,
             }))
         })?;
-        if !matches!(response.status().as_u16(), 202 | 204) {
-            return Err(self.client.failure(&mut response));
+        if !matches!(answer.status(), 202 | 204) {
+            return Err(self.client.failure(&mut answer));
         }
-        let place = next_place(&place, response.headers())?;
+        let place = self.next_place(&answer)?;
         let text = with_query(&place, "digest", &digest.to_string());
         let place = text
             .parse()
             .map_err(|_| Failure::Final(format!("{text:?} is no address")))?;
         let headers = [(header::CONTENT_LENGTH, "0")];
-        let mut response = self.client.send(&Method::PUT, &place, &headers, empty)?;
-        match response.status().as_u16() {
+        let mut answer = self.client.send(&Method::PUT, &place, &headers, empty)?;
+        match answer.status() {
             201 | 204 => Ok(()),
-            _ => Err(self.client.failure(&mut response)),
+            _ => Err(self.client.failure(&mut answer)),
         }
+    }
+
+    /// The place that `answer` names, where an upload goes on.
+    fn next_place(&self, answer: &Answer) -> Result<Uri, Failure> {
+        let location = answer.response.headers().get(header::LOCATION);
+        let place = location.and_then(|location| join(&answer.from, location.to_str().ok()?));
+        let place = place
+            .ok_or_else(|| Failure::Final("it does not say where an upload goes on".to_owned()))?;
+        self.client.check_place(answer, &place)?;
+        Ok(place)
     }
 }
 
 fn empty() -> Result<Box<dyn Read>, Failure> {
     Ok(Box::new(io::empty()))
-}
-
-/// Where an upload goes on.
-fn next_place(base: &Uri, headers: &HeaderMap) -> Result<Uri, Failure> {
-    let location = headers.get(header::LOCATION);
-    location
-        .and_then(|location| join(base, location.to_str().ok()?))
-        .ok_or_else(|| Failure::Final("it does not say where an upload goes on".to_owned()))
 }
 
 /// A blob's contents, as many bytes as were announced.

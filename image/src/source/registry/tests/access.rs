@@ -222,11 +222,11 @@ fn credentials_are_not_sent_where_anybody_listens() {
                   WWW-Authenticate: Bearer realm=\"http://127.0.0.1:1/token\"\r\n\r\n";
     let (address, http) = with_tls(answer);
     let asked = ask(&address);
-    let Ok(response) = http.ask(&asked) else {
+    let Ok(answer) = http.ask(&asked) else {
         panic!("no answer");
     };
     let authorizer = super::auth::Authorizer::new("r", "a", vec!["repository:a:pull".to_owned()]);
-    match authorizer.renew(&http, &asked.uri, None, response.headers()) {
+    match authorizer.renew(&http, &asked.uri, None, answer.response.headers()) {
         Err(super::Failure::Final(text)) => assert!(text.contains("without TLS"), "{text}"),
         _ => panic!("it was asked"),
     }

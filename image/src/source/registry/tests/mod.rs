@@ -3,6 +3,7 @@
 mod access;
 mod faults;
 mod mirrors;
+mod origins;
 mod push;
 mod server;
 

@@ -142,8 +142,10 @@ pub(super) fn registry(
 fn serve(stream: &TcpStream, log: &Mutex<Vec<Request>>, behaviour: &Behaviour, content: &Content) {
     let mut reader = BufReader::new(stream);
     let mut line = String::new();
-    // TLS is not spoken here: a client hello is no line.
+    // TLS is not spoken here: a client hello is no line, and is answered as real
+    // servers do.
     if reader.read_line(&mut line).is_err() || !line.starts_with(['G', 'H', 'P']) {
+        let _ = (&mut &*stream).write_all(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n");
         let _ = stream.shutdown(Shutdown::Both);
         return;
     }

@@ -1,0 +1,217 @@
+//! Whose answers count: those of the registry, and of nobody that it sends us to.
+
+use std::io::{Read as _, Write as _};
+use std::net::TcpListener;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use super::super::push::Pusher;
+use super::server::{Answer, Fixture, Heard, Request, ok, registry, status};
+use crate::DockerReference;
+use crate::digest::Digest;
+
+/// A registry that wants a token and sends whoever asks for blobs to `other`.
+fn redirecting(other: &Fixture) -> Fixture {
+    let other = other.address.replace("127.0.0.1", "localhost");
+    registry(move |request, content| {
+        if request.path.starts_with("/token") {
+            return ok(b"{\"token\": \"secret\"}");
+        }
+        if !request.headers.contains_key("authorization") {
+            let challenge = format!("Bearer realm=\"http://{}/token\"", content.address);
+            return Answer::Say(401, vec![("WWW-Authenticate", challenge)], Vec::new());
+        }
+        if request.path.contains("/blobs/") {
+            let location = format!("http://{other}{}", request.path);
+            return Answer::Say(307, vec![("Location", location)], Vec::new());
+        }
+        content.honest(request)
+    })
+}
+
+#[test]
+fn a_challenge_at_the_end_of_a_redirect_is_not_taken_up() {
+    for code in [401, 403] {
+        let thief = registry(move |request, content| {
+            if request.path.starts_with("/token") {
+                return ok(b"{\"token\": \"mine\"}");
+            }
+            let challenge = format!("Bearer realm=\"http://{}/token\"", content.address);
+            let headers = vec![("WWW-Authenticate", challenge)];
+            let body = br#"{"errors": [{"message": "log in at evil.example"}]}"#;
+            Answer::Say(code, headers, body.to_vec())
+        });
+        let own = redirecting(&thief);
+        let error = own.pull().unwrap_err().to_string();
+        assert!(error.contains("localhost, where it sends us"), "{error}");
+        assert!(!error.contains("evil"), "{error}");
+        assert!(!error.contains("login"), "{error}");
+        let asked: Vec<Request> = thief.requests();
+        assert_eq!(asked.len(), 1, "{asked:?}");
+        assert!(asked[0].path.contains("/blobs/"), "{asked:?}");
+        assert!(!asked[0].headers.contains_key("authorization"), "{asked:?}");
+    }
+}
+
+#[test]
+fn a_pause_is_the_registrys_to_ask_for() {
+    // It would be far too long to be waited for.
+    let mut troubles = 1;
+    let elsewhere = registry(move |request, content| {
+        if troubles > 0 {
+            troubles -= 1;
+            return Answer::Say(
+                503,
+                vec![("Retry-After", "100000".to_owned())],
+                br#"{"errors": [{"message": "from elsewhere"}]}"#.to_vec(),
+            );
+        }
+        content.honest(request)
+    });
+    redirecting(&elsewhere).pull().unwrap();
+
+    let broken = registry(|_, _| {
+        let body = br#"{"errors": [{"message": "from elsewhere"}]}"#;
+        Answer::Say(410, Vec::new(), body.to_vec())
+    });
+    let error = redirecting(&broken).pull().unwrap_err().to_string();
+    assert!(error.contains("localhost, where it sends us"), "{error}");
+    assert!(!error.contains("from elsewhere"), "{error}");
+}
+
+#[test]
+fn tokens_come_from_the_server_that_the_registry_names() {
+    let thief = registry(|_, _| ok(b"{\"token\": \"theirs\"}"));
+    let other = thief.address.replace("127.0.0.1", "localhost");
+    let own = registry(move |request, content| {
+        if request.path.starts_with("/token") {
+            let location = format!("http://{other}{}", request.path);
+            return Answer::Say(307, vec![("Location", location)], Vec::new());
+        }
+        let challenge = format!("Bearer realm=\"http://{}/token\"", content.address);
+        Answer::Say(401, vec![("WWW-Authenticate", challenge)], Vec::new())
+    });
+    own.fails(&["token server sends us to localhost"]);
+    assert!(
+        !own.requests()
+            .iter()
+            .any(|request| request.headers.contains_key("authorization"))
+    );
+}
+
+/// Pushes a blob to a registry whose uploads go on at `other`.
+fn push_through(other: &Fixture) -> (Fixture, String) {
+    let place = other.address.replace("127.0.0.1", "localhost");
+    let own = registry(move |request, content| {
+        if request.path.starts_with("/token") {
+            return ok(b"{\"token\": \"secret\"}");
+        }
+        if !request.headers.contains_key("authorization") {
+            let challenge = format!("Bearer realm=\"http://{}/token\"", content.address);
+            return Answer::Say(401, vec![("WWW-Authenticate", challenge)], Vec::new());
+        }
+        match request.method.as_str() {
+            "POST" => {
+                let place = format!("http://{place}/upload");
+                Answer::Say(202, vec![("Location", place)], Vec::new())
+            }
+            "HEAD" => status(404),
+            _ => status(if request.path == "/v2/" { 200 } else { 500 }),
+        }
+    });
+    let heard = Heard::default();
+    let error = heard.with(|session| {
+        let name = format!("{}/team/app:v1", own.address);
+        let reference = DockerReference::parse(&name).unwrap();
+        let pusher = Pusher::open(&reference, &[], session.cancel, session.notice).unwrap();
+        let open = || -> std::io::Result<Box<dyn std::io::Read + Send>> { Ok(Box::new(&b"x"[..])) };
+        pusher.blob(Digest::of(b"x"), 1, &open, &mut |_| {})
+    });
+    (own, error.unwrap_err().to_string())
+}
+
+#[test]
+fn an_upload_place_elsewhere_gets_no_credentials_whatever_it_answers() {
+    let thief = registry(|request, content| {
+        if request.path.starts_with("/token") {
+            return ok(b"{\"token\": \"mine\"}");
+        }
+        let challenge = format!("Bearer realm=\"http://{}/token\"", content.address);
+        Answer::Say(401, vec![("WWW-Authenticate", challenge)], Vec::new())
+    });
+    let (_, error) = push_through(&thief);
+    assert!(error.contains("localhost, where it sends us"), "{error}");
+    assert_eq!(thief.requests().len(), 1, "{:?}", thief.requests());
+}
+
+#[test]
+fn an_upload_place_elsewhere_sends_us_nowhere_else() {
+    // A request at the registry, with credentials, of somebody else's choice.
+    let target = Arc::new(std::sync::Mutex::new(String::new()));
+    let named = Arc::clone(&target);
+    let clever = registry(move |_, _| {
+        let place = format!("http://{}/v2/other/manifests/latest", named.lock().unwrap());
+        Answer::Say(202, vec![("Location", place)], Vec::new())
+    });
+    *target.lock().unwrap() = "127.0.0.1:9".to_owned();
+    let (own, error) = push_through(&clever);
+    assert!(error.contains("goes on elsewhere"), "{error}");
+    assert!(!own.requests().iter().any(|request| request.method == "PUT"));
+}
+
+/// A port at which each connection is met by `answer`; returns it, and how many
+/// connections there were.
+fn port(answer: Option<&'static [u8]>) -> (String, Arc<AtomicUsize>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let count = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&count);
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let mut greeting = [0; 4096];
+            let length = stream.read(&mut greeting).unwrap_or(0);
+            // HTTP without TLS begins with its method.
+            if greeting.starts_with(b"GET ") {
+                counted.fetch_add(1, Ordering::Relaxed);
+            }
+            assert!(length > 0);
+            if let Some(answer) = answer {
+                let _ = stream.write_all(answer);
+            }
+            // Without an answer the connection just ends.
+        }
+    });
+    (address, count)
+}
+
+fn ask(address: &str) -> String {
+    let heard = Heard::default();
+    heard.with(|session| {
+        let place = crate::source::place::Place {
+            registry: address.to_owned(),
+            host: address.to_owned(),
+            repository: "team/app".to_owned(),
+            insecure: true,
+        };
+        let client = super::Client::new(place, session, 1, Vec::new());
+        let asked = client.patiently(|| client.ask(ureq::http::Method::GET, "tags/list", &[]));
+        asked.map_or_else(|error| error.to_string(), |_| "answered".to_owned())
+    })
+}
+
+#[test]
+fn only_who_does_not_speak_tls_is_talked_to_without() {
+    // What Go's server says to a TLS greeting.
+    let refused = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+    let (plain, count) = port(Some(refused));
+    ask(&plain);
+    assert!(count.load(Ordering::Relaxed) > 0);
+    // A TLS alert (handshake_failure), and a connection that just ends.
+    for answer in [Some(&b"\x15\x03\x03\x00\x02\x02\x28"[..]), None] {
+        let (address, count) = port(answer);
+        let said = ask(&address);
+        assert!(said.contains(&address), "{said}");
+        assert_eq!(count.load(Ordering::Relaxed), 0, "{answer:?}: {said}");
+    }
+}
