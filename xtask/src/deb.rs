@@ -53,7 +53,11 @@ impl Deb {
     }
 
     /// Streams one member of the package into a command's standard input.
-    pub(crate) fn member_into(&self, member: &str, sink: &mut Command) -> Result<()> {
+    ///
+    /// The command is taken by value: a `Command` holds the ends of pipes that its
+    /// child was given until it is dropped. While this process holds the read end, a
+    /// reader that ends early is no SIGPIPE to the writer, which then waits forever.
+    pub(crate) fn member_into(&self, member: &str, mut sink: Command) -> Result<()> {
         let mut tar = Command::new("dpkg-deb")
             .arg("--fsys-tarfile")
             .arg(&self.path)
@@ -66,7 +70,9 @@ impl Deb {
             .stdout(Stdio::piped())
             .spawn()
             .context("cannot run tar")?;
-        let consumed = cmd::check(sink.stdin(pick.stdout.take().context("tar has no output")?));
+        sink.stdin(pick.stdout.take().context("tar has no output")?);
+        let consumed = cmd::check(&mut sink);
+        drop(sink);
         let picked = pick.wait()?;
         // tar may stop reading once it has the member: only its verdict counts.
         tar.wait()?;
@@ -75,5 +81,64 @@ impl Deb {
             bail!("{} has no {member}", self.path.display());
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::process::Command;
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use super::Deb;
+
+    const MEMBER: &str = "./large";
+
+    /// A package with one file that is larger than any pipe.
+    fn package() -> Deb {
+        let directory = tempfile::tempdir().unwrap();
+        let tree = directory.path().join("tree");
+        fs::create_dir_all(tree.join("DEBIAN")).unwrap();
+        let control = "Package: large\nVersion: 1\nArchitecture: all\n\
+                       Maintainer: nobody <nobody@example.org>\nDescription: large\n";
+        fs::write(tree.join("DEBIAN/control"), control).unwrap();
+        fs::write(tree.join("large"), vec![b'x'; 4 << 20]).unwrap();
+        let path = directory.path().join("large.deb");
+        let made = Command::new("dpkg-deb")
+            .args(["--root-owner-group", "-Znone", "-b"])
+            .args([&tree, &path])
+            .output()
+            .unwrap();
+        assert!(made.status.success(), "{made:?}");
+        Deb {
+            _directory: directory,
+            path,
+        }
+    }
+
+    #[test]
+    fn a_member_arrives_whole() {
+        let deb = package();
+        let mut count = Command::new("sh");
+        count.args(["-c", "test \"$(wc -c)\" -eq 4194304"]);
+        deb.member_into(MEMBER, count).unwrap();
+        let error = deb.member_into("./absent", Command::new("cat"));
+        assert!(error.unwrap_err().to_string().contains("has no ./absent"));
+    }
+
+    #[test]
+    fn a_reader_that_ends_early_is_an_error_and_no_hang() {
+        let (done, ended) = mpsc::channel();
+        std::thread::spawn(move || {
+            let failed = package().member_into(MEMBER, Command::new("false"));
+            let missing = package().member_into(MEMBER, Command::new("/no/such/program"));
+            let _ = done.send([failed, missing].map(|result| result.unwrap_err().to_string()));
+        });
+        let [failed, missing] = ended
+            .recv_timeout(Duration::from_secs(60))
+            .expect("the writer must not outlive its reader");
+        assert!(failed.contains("false failed"), "{failed}");
+        assert!(missing.contains("cannot run"), "{missing}");
     }
 }

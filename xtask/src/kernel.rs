@@ -140,7 +140,8 @@ impl Recipe {
         } else {
             let deb = Deb::fetch(&format!("{}={}", self.package, self.version))?;
             cmd::step(format_args!("unpacking {}", self.package));
-            deb.member_into(&format!("./{archive}"), unpack.args(["-f", "-"]))?;
+            unpack.args(["-f", "-"]);
+            deb.member_into(&format!("./{archive}"), unpack)?;
         }
         fs::rename(&partial, &tree)?;
         Ok(())
