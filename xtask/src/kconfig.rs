@@ -2,6 +2,17 @@
 
 use std::collections::HashMap;
 
+mod defaults;
+
+pub(crate) use defaults::{came_on, prompts, unreviewed};
+
+/// What `sm` asks of its kernel.
+pub(crate) const FRAGMENT: &str = include_str!("../../guest/kernel/guest.config");
+/// Symbols that may come on by default.
+pub(crate) const REVIEWED: &str = include_str!("../../guest/kernel/defaults.reviewed");
+/// What containers in the guest need; the guest is compared with the same list.
+const CONTAINERS: &str = include_str!("../../guest/kernel/containers.required");
+
 /// Symbols without which `sm` cannot run the guest. Others of the fragment may
 /// be absent from a kernel version, and are only reported.
 const ESSENTIAL: [&str; 14] = [
@@ -56,6 +67,14 @@ pub(crate) fn lost(fragment: &str, config: &str) -> Lost {
     lost
 }
 
+/// What containers in the guest need and a kernel with this `config` does not have.
+pub(crate) fn missing_for_containers(config: &str) -> Vec<&'static str> {
+    let on = symbols(config);
+    defaults::entries(CONTAINERS)
+        .filter(|symbol| on.get(symbol).copied() != Some("y"))
+        .collect()
+}
+
 fn symbols(text: &str) -> HashMap<&str, &str> {
     text.lines()
         .filter_map(|line| line.trim().split_once('='))
@@ -65,7 +84,7 @@ fn symbols(text: &str) -> HashMap<&str, &str> {
 
 #[cfg(test)]
 mod tests {
-    use super::{ESSENTIAL, lost};
+    use super::{CONTAINERS, ESSENTIAL, FRAGMENT, defaults, lost, missing_for_containers};
 
     fn essential() -> String {
         ESSENTIAL.map(|symbol| format!("{symbol}=y\n")).concat()
@@ -91,5 +110,30 @@ mod tests {
     fn a_fragment_that_forgets_something_essential_is_caught() {
         let config = essential().replace("CONFIG_PVH=y\n", "");
         assert_eq!(lost("", &config).essential, ["CONFIG_PVH is not set"]);
+    }
+
+    #[test]
+    fn the_fragment_asks_for_all_that_containers_need() {
+        assert_eq!(missing_for_containers(FRAGMENT), [""; 0]);
+        // Namespaces, cgroups, networks, storage: of each at least one.
+        for symbol in [
+            "CONFIG_NET_NS",
+            "CONFIG_CGROUP_BPF",
+            "CONFIG_BRIDGE_NETFILTER",
+            "CONFIG_VXLAN",
+            "CONFIG_IP_VS_RR",
+            "CONFIG_OVERLAY_FS",
+        ] {
+            assert!(defaults::entries(CONTAINERS).any(|entry| entry == symbol));
+            let without = FRAGMENT.replace(&format!("{symbol}=y\n"), "");
+            assert_eq!(missing_for_containers(&without), [symbol]);
+        }
+    }
+
+    #[test]
+    fn the_agents_ports_are_not_reached_by_a_loopback() {
+        for line in ["CONFIG_VSOCKETS_LOOPBACK=n", "CONFIG_VSOCKETS_DIAG=n"] {
+            assert!(FRAGMENT.lines().any(|asked| asked == line), "{line}");
+        }
     }
 }

@@ -19,7 +19,9 @@ use crate::{apt, cmd, kconfig, paths};
 /// The source of the series that the fragment was made for and tested with.
 pub(crate) const SOURCE: &str = "linux-source-6.12";
 /// Part of the cache key: raise it when the recipe below changes its result.
-const RECIPE: &str = "1";
+const RECIPE: &str = "2";
+/// Names the symbols that came on by default, in a build and in a cache entry.
+const DEFAULTS: &str = "defaults";
 /// About how many lines make prints, for the progress shown.
 const MAKE_LINES: usize = 2500;
 pub(crate) const PACKAGES: [&str; 8] = [
@@ -49,6 +51,8 @@ pub(crate) fn tuned(apt: &Apt) -> Result<PathBuf> {
     let done = kernels.join(&key);
     let image = done.join("vmlinux");
     let Some(_lock) = paths::lock_unless(&image, &kernels)? else {
+        // The list may have changed since.
+        recipe.review(&done)?;
         return Ok(image);
     };
     apt.ensure(&PACKAGES)?;
@@ -163,9 +167,9 @@ impl Recipe {
                 .env("KCONFIG_CONFIG", ".config.fresh"),
         )?;
         quiet(clean_make(&["olddefconfig"]).env("KCONFIG_CONFIG", ".config.fresh"))?;
-        let fragment = fs::read_to_string(&self.fragment)?;
         let fresh = tree.join(".config.fresh");
-        let lost = kconfig::lost(&fragment, &fs::read_to_string(&fresh)?);
+        let config = fs::read_to_string(&fresh)?;
+        let lost = kconfig::lost(kconfig::FRAGMENT, &config);
         for line in &lost.other {
             cmd::note(format_args!("not in this kernel: {line}"));
         }
@@ -175,7 +179,46 @@ impl Recipe {
                 lost.essential.join(", ")
             );
         }
+        let missing = kconfig::missing_for_containers(&config);
+        if !missing.is_empty() {
+            self.refuse(&format!(
+                "the configuration lost what containers in the guest need: {}",
+                missing.join(", ")
+            ))?;
+        }
+        let came_on = kconfig::came_on(&kconfig::prompts(&tree)?, kconfig::FRAGMENT, &config);
+        fs::write(work.join(DEFAULTS), came_on.join("\n"))?;
+        self.review(work)?;
         fs::rename(fresh, tree.join(".config"))?;
+        Ok(())
+    }
+
+    /// Checks what came on by default in the kernel of `directory`, built or not yet,
+    /// against the list of what may.
+    fn review(&self, directory: &Path) -> Result<()> {
+        let path = directory.join(DEFAULTS);
+        let came_on = fs::read_to_string(&path)
+            .with_context(|| format!("cannot read {:?}", path.display()))?;
+        let came_on: Vec<_> = came_on.lines().collect();
+        let unreviewed = kconfig::unreviewed(&came_on, kconfig::REVIEWED);
+        if unreviewed.is_empty() {
+            return Ok(());
+        }
+        self.refuse(&format!(
+            "the kernel's configuration turned on what nobody has asked for or reviewed: {}; \
+             have it off in guest/kernel/guest.config, or on, or say in \
+             guest/kernel/defaults.reviewed why it may be",
+            unreviewed.join(", ")
+        ))
+    }
+
+    /// Fails for the source that the fragment and the lists were made for. Another one,
+    /// which is built where there is no such source, has other symbols: says so.
+    fn refuse(&self, why: &str) -> Result<()> {
+        if self.package == SOURCE {
+            bail!("{why}");
+        }
+        cmd::note(why);
         Ok(())
     }
 
@@ -198,6 +241,7 @@ impl Recipe {
             bail!("the kernel that was built has no PVH entry point");
         }
         fs::copy(tree.join(".config"), out.join("config"))?;
+        fs::copy(work.join(DEFAULTS), out.join(DEFAULTS))?;
         let meta = json!({
             "source": self.package,
             "version": self.version,
@@ -299,5 +343,45 @@ impl Progress {
             "make took {} s",
             self.started.elapsed().as_secs()
         ));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::PathBuf;
+
+    use super::{DEFAULTS, Recipe, SOURCE};
+
+    fn recipe(package: &str) -> Recipe {
+        Recipe {
+            package: package.to_owned(),
+            version: "1".to_owned(),
+            fragment: PathBuf::new(),
+            compiler: "1".to_owned(),
+        }
+    }
+
+    #[test]
+    fn a_default_that_nobody_reviewed_fails_the_build_by_its_name() {
+        let work = tempfile::tempdir().unwrap();
+        let write = |names: &str| fs::write(work.path().join(DEFAULTS), names).unwrap();
+        write("CONFIG_COMPACTION\nCONFIG_MITIGATION_YET_UNKNOWN");
+        recipe(SOURCE).review(work.path()).unwrap();
+        write("CONFIG_COMPACTION\nCONFIG_VSOCKETS_LOOPBACK\nCONFIG_VSOCKETS_DIAG");
+        let error = recipe(SOURCE).review(work.path()).unwrap_err().to_string();
+        assert!(
+            error.contains("CONFIG_VSOCKETS_LOOPBACK, CONFIG_VSOCKETS_DIAG;"),
+            "{error}"
+        );
+        // The lists are those of one series.
+        recipe("linux-source-6.1").review(work.path()).unwrap();
+    }
+
+    #[test]
+    fn a_kernel_without_its_list_of_defaults_is_not_used() {
+        let work = tempfile::tempdir().unwrap();
+        let error = recipe(SOURCE).review(work.path()).unwrap_err();
+        assert!(error.to_string().contains("cannot read"), "{error}");
     }
 }
