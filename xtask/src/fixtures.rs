@@ -32,6 +32,9 @@ pub(crate) const ROOTLESS_PACKAGES: [&str; 2] = ["uidmap", "util-linux"];
 /// Part of the cache's name: raise it when the images change.
 const RECIPE: &str = "2";
 const DEMO_RECIPE: &str = "2";
+const DOCKER_RECIPE: &str = "1";
+/// An engine that runs in a guest, and the tools for what it needs of the kernel.
+const DOCKER: &str = "docker.io,iptables,nftables,ipvsadm,wireguard-tools,iproute2,procps";
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Configuration of the image `nginx`, as that of Docker's official one.
@@ -73,6 +76,26 @@ pub(crate) fn make(apt: &Apt) -> Result<PathBuf> {
     workshop.derived("python", "procps,python3-minimal", &python)?;
     cmd::step("making the test image nginx (mmdebstrap)");
     workshop.derived("nginx", "procps,nginx-light", &NGINX)?;
+    workshop.publish(&done)?;
+    Ok(done)
+}
+
+/// Directory of the OCI layout `docker`, for the tests that take too long for CI.
+pub(crate) fn docker(apt: &Apt) -> Result<PathBuf> {
+    let fixtures = paths::cache("fixtures")?;
+    let done = fixtures.join(format!("docker-v{DOCKER_RECIPE}"));
+    let Some(lock) = paths::lock_unless(&done, &fixtures)? else {
+        return Ok(done);
+    };
+    apt.ensure(&PACKAGES)?;
+    if !apt::is_root() {
+        apt.ensure(&ROOTLESS_PACKAGES)?;
+        drop(lock);
+        return as_root_of_a_namespace(done);
+    }
+    let workshop = Workshop::new()?;
+    cmd::step("making the test image docker (mmdebstrap)");
+    workshop.docker()?;
     workshop.publish(&done)?;
     Ok(done)
 }
@@ -232,6 +255,24 @@ impl Workshop {
         )?;
         self.repack(name, &bundle)?;
         self.configure(name, settings)
+    }
+
+    /// Debian with an engine, in one layer.
+    fn docker(&self) -> Result<()> {
+        let bundle = self.new_image("docker")?;
+        self.bootstrap(&bundle, DOCKER)?;
+        // Tens of megabytes that neither the engine nor the tests run.
+        let root = bundle.join("rootfs");
+        for unused in ["usr/bin/ctr", "usr/share/doc", "var/lib/apt/lists"] {
+            let path = root.join(unused);
+            if path.is_dir() {
+                paths::remove(&path)?;
+            } else if path.exists() {
+                fs::remove_file(path)?;
+            }
+        }
+        self.repack("docker", &bundle)?;
+        self.configure("docker", &["--config.cmd", "bash"])
     }
 
     /// A Debian system of this host's release in `directory/rootfs`.

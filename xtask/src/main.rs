@@ -56,6 +56,7 @@ fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
         Invocation::Kernel { stock: true } => println!("{}", stock::kernel(&apt)?.display()),
         Invocation::Fixtures => {
             println!("{}", fixtures::make(&apt)?.display());
+            println!("{}", fixtures::docker(&apt)?.display());
             if let Some(images) = fidelity::make(&apt)? {
                 println!("{}", images.display());
             }

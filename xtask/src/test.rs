@@ -72,11 +72,15 @@ impl Wanted {
     /// The arguments that select the tests in a test program.
     fn selection(&self) -> Vec<String> {
         let mut arguments = self.names.clone();
-        // Naming such a test asks for it.
-        if !self.full && !self.names.iter().any(|name| name.starts_with(FULL)) {
+        if !self.has_full() {
             arguments.extend(["--skip".to_owned(), FULL.to_owned()]);
         }
         arguments
+    }
+
+    /// Whether tests with the prefix [`FULL`] may be among them: naming one asks for it.
+    fn has_full(&self) -> bool {
+        self.full || self.names.iter().any(|name| name.starts_with(FULL))
     }
 }
 
@@ -136,6 +140,10 @@ fn end_to_end(apt: &Apt, wanted: &Wanted, kernel: Option<KernelBuild>) -> Result
     let sm = build::sm(apt, wanted.profile)?;
     let mut tests = end_to_end_programs(apt)?;
     let mut environment = environment(apt, &sm, kernel)?;
+    if wanted.has_full() {
+        let images = fixtures::docker(apt)?;
+        environment.push(("SM_DOCKER".to_owned(), images.display().to_string()));
+    }
     if wanted.full {
         environment.push((FULL_VARIABLE.to_owned(), "1".to_owned()));
     }
