@@ -28,7 +28,10 @@ pub(super) fn same(wanted: &VcpuState, found: &VcpuState) -> Result<(), Error> {
         ("extended control registers", found.xcrs == wanted.xcrs),
         ("MP state", found.mp_state == wanted.mp_state),
         ("XSAVE area", same_xsave(&wanted.xsave, &found.xsave)),
-        ("events", found.events == wanted.events),
+        (
+            "events",
+            super::state::same_events(&wanted.events, &found.events),
+        ),
     ];
     let different = checks
         .iter()

@@ -3,8 +3,9 @@
 //! Order matters in both directions:
 //!
 //! - Saving: the multiprocessor state first, because asking for it makes KVM
-//!   settle pending INIT and start-up signals; events last, after everything
-//!   that could still move them.
+//!   settle pending INIT and start-up signals; events next, because asking for
+//!   these makes KVM write the address of a pending page fault into CR2, and the
+//!   cause of a pending debug exception into DR6.
 //! - Restoring: CPUID first (it decides what else is accepted), TSC frequency,
 //!   system registers (they set the local APIC's base and mode), XCR0 before
 //!   the XSAVE area, the TSC before all other MSRs (see `tsc.rs`), the local
@@ -16,7 +17,10 @@
 //! processor trace, asynchronous page faults. PDPTRs of a 32-bit PAE guest are
 //! read again from memory by KVM when CR3 is set.
 
-use kvm_bindings::{CpuId, Xsave, kvm_lapic_state, kvm_vcpu_events, kvm_xcr, kvm_xcrs};
+use kvm_bindings::{
+    CpuId, KVM_VCPUEVENT_VALID_TRIPLE_FAULT, Xsave, kvm_lapic_state, kvm_vcpu_events, kvm_xcr,
+    kvm_xcrs,
+};
 use kvm_ioctls::VcpuFd;
 use zerocopy::{FromBytes as _, IntoBytes as _};
 
@@ -47,6 +51,7 @@ pub(super) fn save(
     let mp_state = fd.get_mp_state().map_err(os("read the MP state"))?;
     let mp_state = convert::from_mp_state(mp_state)
         .ok_or_else(|| unfit(format!("MP state {} is unknown", mp_state.mp_state)))?;
+    let events = fd.get_vcpu_events().map_err(os("read events"))?;
     let general = convert::from_regs(&fd.get_regs().map_err(os("read registers"))?);
     let system = convert::from_sregs(&fd.get_sregs().map_err(os("read system registers"))?);
     let xsave = save_xsave(fd, xsave_len)?;
@@ -57,7 +62,6 @@ pub(super) fn save(
     arm_expired_deadline(&mut values);
     // Not offered by every KVM; then the frequency is the host's.
     let tsc_khz = fd.get_tsc_khz().unwrap_or(0);
-    let events = fd.get_vcpu_events().map_err(os("read events"))?;
     let count = usize::try_from(xcrs.nr_xcrs).unwrap_or(0);
     Ok(VcpuState {
         index,
@@ -79,7 +83,7 @@ pub(super) fn save(
         events: Blob {
             backend: BACKEND.to_owned(),
             version: EVENTS_VERSION,
-            bytes: events.as_bytes().to_vec(),
+            bytes: portable(events).as_bytes().to_vec(),
         },
     })
 }
@@ -119,7 +123,7 @@ pub(super) fn restore(
     fd.set_debug_regs(&convert::to_debug(&state.debug))
         .map_err(os("write debug registers"))?;
     restore_msrs(fd, state, vm)?;
-    restore_events(fd, &state.events)?;
+    restore_events(fd, &state.events, vm.triple_faults)?;
     fd.set_mp_state(convert::to_mp_state(state.mp_state))
         .map_err(os("write the MP state"))
 }
@@ -189,16 +193,54 @@ fn restore_msrs(fd: &VcpuFd, state: &VcpuState, vm: &VmShared) -> Result<(), Err
     }
 }
 
-fn restore_events(fd: &VcpuFd, blob: &Blob) -> Result<(), Error> {
+fn restore_events(fd: &VcpuFd, blob: &Blob, triple_faults: bool) -> Result<(), Error> {
+    let events = for_this_kernel(decode_events(blob)?, triple_faults)?;
+    fd.set_vcpu_events(&events).map_err(os("write events"))
+}
+
+fn decode_events(blob: &Blob) -> Result<kvm_vcpu_events, Error> {
     if blob.backend != BACKEND || blob.version != EVENTS_VERSION {
         return Err(unfit(format!(
             "its events were saved by {} version {}",
             blob.backend, blob.version
         )));
     }
-    let events = kvm_vcpu_events::read_from_bytes(&blob.bytes)
-        .map_err(|_| unfit("its events have another size"))?;
-    fd.set_vcpu_events(&events).map_err(os("write events"))
+    kvm_vcpu_events::read_from_bytes(&blob.bytes).map_err(|_| unfit("its events have another size"))
+}
+
+/// The events as every kernel takes them, without what says nothing: that a triple
+/// fault could be pending and is not (only Linux 6.1 and later know that), and that
+/// an exception is pending, where KVM reports it as injected too.
+fn portable(mut events: kvm_vcpu_events) -> kvm_vcpu_events {
+    if events.triple_fault.pending == 0 {
+        events.flags &= !KVM_VCPUEVENT_VALID_TRIPLE_FAULT;
+    }
+    if events.exception.injected != 0 {
+        events.exception.pending = 0;
+    }
+    events
+}
+
+/// The events as this kernel takes them. One that knows of triple faults is told in
+/// any case, as a vCPU that is reset in place may have one pending.
+fn for_this_kernel(events: kvm_vcpu_events, triple_faults: bool) -> Result<kvm_vcpu_events, Error> {
+    let mut events = portable(events);
+    if triple_faults {
+        events.flags |= KVM_VCPUEVENT_VALID_TRIPLE_FAULT;
+    } else if events.triple_fault.pending != 0 {
+        return Err(unfit(
+            "it is about to be shut down by a triple fault, which this host's kernel cannot \
+             restore",
+        ));
+    }
+    Ok(events)
+}
+
+/// Whether two vCPUs have the same events, whichever kernels they are of.
+#[cfg(debug_assertions)]
+pub(super) fn same_events(a: &Blob, b: &Blob) -> bool {
+    let [a, b] = [a, b].map(|blob| decode_events(blob).map(portable).ok());
+    a == b
 }
 
 /// Bytes of the structure that every KVM knows.
@@ -263,6 +305,48 @@ mod tests {
         let mut values = [(msrs::TSC, 77), (msrs::TSC_DEADLINE, 99)];
         arm_expired_deadline(&mut values);
         assert_eq!(values[1].1, 99);
+    }
+
+    fn events(triple_fault: Option<u8>) -> kvm_vcpu_events {
+        let mut events = kvm_vcpu_events {
+            flags: 0xd,
+            ..kvm_vcpu_events::default()
+        };
+        if let Some(pending) = triple_fault {
+            events.flags |= KVM_VCPUEVENT_VALID_TRIPLE_FAULT;
+            events.triple_fault.pending = pending;
+        }
+        events
+    }
+
+    #[test]
+    fn kernels_before_6_1_are_not_told_of_triple_faults() {
+        // Saved by this version, and by one that left the flag as it was.
+        for saved in [portable(events(Some(0))), events(Some(0)), events(None)] {
+            let old = for_this_kernel(saved, false).unwrap();
+            assert_eq!(old, events(None), "what such a kernel knows");
+            let new = for_this_kernel(saved, true).unwrap();
+            assert_eq!(new, events(Some(0)), "an earlier one is cleared");
+        }
+        assert_eq!(portable(events(Some(0))), events(None));
+    }
+
+    #[test]
+    fn a_pending_triple_fault_is_kept_or_refused() {
+        let saved = portable(events(Some(1)));
+        assert_eq!(saved, events(Some(1)));
+        assert_eq!(for_this_kernel(saved, true).unwrap(), saved);
+        let error = for_this_kernel(saved, false).unwrap_err().to_string();
+        assert!(error.contains("triple fault"), "{error}");
+    }
+
+    #[test]
+    fn an_exception_to_be_delivered_is_reported_once() {
+        let mut reported = events(None);
+        (reported.exception.injected, reported.exception.pending) = (1, 1);
+        let mut wanted = reported;
+        wanted.exception.pending = 0;
+        assert_eq!(portable(reported), wanted);
     }
 
     #[test]

@@ -47,6 +47,8 @@ pub(super) struct VmShared {
     /// Size of a vCPU's XSAVE area in bytes.
     pub(super) xsave_len: usize,
     tsc_deadline: OnceLock<bool>,
+    /// A pending triple fault is part of a vCPU's events.
+    pub(super) triple_faults: bool,
     /// The MSRs that could be read from the first vCPU that was saved.
     pub(super) readable_msrs: OnceLock<Vec<u32>>,
     pub(super) tsc_offset: TscOffset,
@@ -123,9 +125,8 @@ impl KvmVm {
             args: [1, 0, 0, 0],
             ..kvm_enable_cap::default()
         };
-        // A pending triple fault is then part of a vCPU's events; kernels before
-        // 6.1 cannot tell.
-        let _ = fd.enable_cap(&events);
+        // Kernels before 6.1 cannot tell.
+        let triple_faults = fd.enable_cap(&events).is_ok();
         // Older kernels have no larger area than the structure's 4 KiB.
         let xsave_len = usize::try_from(fd.check_extension_int(Cap::Xsave2))
             .unwrap_or(0)
@@ -137,6 +138,7 @@ impl KvmVm {
                 vcpus: config.vcpus.max(1),
                 xsave_len,
                 tsc_deadline: OnceLock::new(),
+                triple_faults,
                 readable_msrs: OnceLock::new(),
                 tsc_offset: TscOffset::default(),
                 slots: SlotTable::default(),

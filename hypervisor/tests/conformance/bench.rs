@@ -23,7 +23,8 @@ const GDT: u64 = 0x4000;
 const TSS: u64 = 0x4800;
 /// Words that guest and test share.
 pub(crate) const SHARED: u64 = 0x5000;
-const IDT: u64 = 0x5800;
+/// Interrupt descriptor table; a gate has 16 bytes.
+pub(crate) const IDT: u64 = 0x5800;
 /// What the guest loads into vector registers.
 pub(crate) const VECTORS: u64 = 0x6000;
 /// The vector of an invalid instruction.

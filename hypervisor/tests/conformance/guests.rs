@@ -103,6 +103,28 @@ guest! {
 }
 
 guest! {
+    /// Moves a word from device memory to where nothing is mapped: KVM completes the
+    /// read and has a page fault to deliver.
+    faults_after_an_access:
+    "cld"
+    "mov esi, 0x100000"
+    "mov edi, 0x40001230"
+    "movsq"
+    "2: hlt"
+    "jmp 2b"
+}
+
+guest! {
+    /// The handler of a page fault: writes the faulting address down.
+    notes_fault:
+    "mov rax, cr2"
+    "mov [0x5000], rax"
+    "out 0x80, al"
+    "2: hlt"
+    "jmp 2b"
+}
+
+guest! {
     /// Spins, and says that it runs now and then.
     spin:
     "out 0x12, al"

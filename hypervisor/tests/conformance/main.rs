@@ -53,6 +53,7 @@ conformance! {
     state::a_restored_guest_finds_everything as a_restored_guest_finds_everything,
     state::a_guest_reset_in_place_finds_everything as a_guest_reset_in_place_finds_everything,
     state::time_does_not_go_backwards as time_does_not_go_backwards,
+    state::a_pending_page_fault_keeps_its_address as a_pending_page_fault_keeps_its_address,
     state::damaged_state_is_refused as damaged_state_is_refused,
     state::all_vcpus_must_be_restored as all_vcpus_must_be_restored,
 }

@@ -1,10 +1,11 @@
 //! Saving a guest, and going on with it elsewhere.
 
 use sm_hypervisor::state::VcpuState;
-use sm_hypervisor::{Hypervisor, Vcpu, VcpuSeed as _, Vm as _, VmState};
+use sm_hypervisor::{Bus, Exit, Hypervisor, Vcpu, VcpuSeed as _, Vm as _, VmState};
 
 use crate::bench::{
-    Bench, DUMP, INVALID_HANDLER, MEMORY_LEN, MSR_LIST, Recorder, SHARED, VECTORS, run_to_stop,
+    Bench, DUMP, IDT, INVALID_HANDLER, IRQ_HANDLER, MEMORY_LEN, MSR_LIST, Recorder, SHARED,
+    VECTORS, run_to_stop,
 };
 use crate::guests;
 
@@ -204,6 +205,52 @@ pub(crate) fn time_does_not_go_backwards<H: Hypervisor>(hypervisor: &H) {
     run_to_stop(&mut vcpu, &bus);
     let time = |offset| u64::from_le_bytes(bench.get(SHARED + offset, 8).try_into().unwrap());
     assert!(time(8) > time(0), "{} then {}", time(0), time(8));
+}
+
+/// A bus on which a read is the last thing before a pause.
+struct StopsOnReads<'a>(&'a Recorder);
+
+impl Bus for StopsOnReads<'_> {
+    fn mmio_read(&self, address: u64, data: &mut [u8]) {
+        self.0.mmio_read(address, data);
+        self.0.stop();
+    }
+    fn mmio_write(&self, address: u64, data: &[u8]) {
+        self.0.mmio_write(address, data);
+    }
+    fn pio_read(&self, port: u16, data: &mut [u8]) {
+        self.0.pio_read(port, data);
+    }
+    fn pio_write(&self, port: u16, data: &[u8]) {
+        self.0.pio_write(port, data);
+    }
+}
+
+/// A vCPU that is stopped between the fault and its delivery: CR2 gets its value on
+/// delivery only, which KVM makes up for while the state is read.
+pub(crate) fn a_pending_page_fault_keeps_its_address<H: Hypervisor>(hypervisor: &H) {
+    const ADDRESS: u64 = 0x4000_1230;
+    let bench = Bench::new(hypervisor, 1, guests::faults_after_an_access());
+    bench.put(IRQ_HANDLER, guests::notes_fault());
+    let gate = IRQ_HANDLER | 0x08 << 16 | 0x8e00 << 32;
+    bench.put(IDT + 14 * 16, &gate.to_le_bytes());
+    let bus = Recorder::default();
+    let mut vcpu = bench.boot(&bus);
+    let exit = vcpu.run(&StopsOnReads(&bus)).unwrap();
+    assert_eq!(exit, Exit::Cancelled);
+    let saved = (vcpu.save().unwrap(), bench.vm.save().unwrap());
+    let memory = bench.get(0, MEMORY_LEN);
+    drop((vcpu, bench));
+
+    let bench = Bench::with_memory(hypervisor, 1, &memory);
+    let bus = Recorder::default();
+    let seed = bench.vm.create_vcpu(0).unwrap();
+    bus.stops(seed.kicker());
+    let (mut vcpu, proof) = seed.bind_restored(&saved.0).unwrap();
+    bench.vm.restore(&saved.1, vec![proof]).unwrap();
+    run_to_stop(&mut vcpu, &bus);
+    let noted = u64::from_le_bytes(bench.get(SHARED, 8).try_into().unwrap());
+    assert_eq!(noted, ADDRESS, "CR2 was saved as {:#x}", saved.0.system.cr2);
 }
 
 pub(crate) fn damaged_state_is_refused<H: Hypervisor>(hypervisor: &H) {
