@@ -88,6 +88,8 @@ pub(crate) struct Supervisor<G> {
     listener: Option<UnixListener>,
     terminate: UnixStream,
     log: Option<LogWriter>,
+    /// The last output could not be logged.
+    log_fails: bool,
     clients: BTreeMap<u64, Client>,
     next_client: u64,
     agent: Option<AgentLink>,
@@ -145,6 +147,7 @@ impl<G: Guest> Supervisor<G> {
             listener: Some(parts.listener),
             terminate: parts.terminate,
             log: Some(parts.log),
+            log_fails: false,
             clients: BTreeMap::new(),
             next_client: 0,
             agent: None,

@@ -290,7 +290,9 @@ impl<G: Guest> Supervisor<G> {
     /// that have not read everything yet may take their time.
     fn release(&mut self) {
         self.guest = None;
-        self.log = None;
+        if let Some(Err(error)) = self.log.take().map(|mut log| log.note_dropped()) {
+            tracing::error!(%error, "output is missing from the log");
+        }
         self.timers.clear();
         let cleaned = if self.request.config.auto_remove {
             self.record.erase()

@@ -433,10 +433,17 @@ impl<G: Guest> Supervisor<G> {
         let Some(log) = &mut self.log else {
             return;
         };
-        if let Err(error) = log.append(stream, payload) {
-            // The workload goes on; its clients still see everything.
-            tracing::error!(%error, "output is no longer logged");
-            self.log = None;
+        // The workload goes on, and its clients still see everything. What is missing
+        // is noted in the log as soon as something can be written again.
+        match log.append(stream, payload) {
+            Ok(()) if std::mem::take(&mut self.log_fails) => {
+                tracing::info!("output is logged again");
+            }
+            Ok(()) => {}
+            Err(error) if !std::mem::replace(&mut self.log_fails, true) => {
+                tracing::error!(%error, "output cannot be logged");
+            }
+            Err(_) => {}
         }
     }
 
