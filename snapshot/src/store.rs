@@ -161,6 +161,21 @@ impl SnapshotStore {
         Ok(Draft { dir, _lock: lock })
     }
 
+    /// Checks that a snapshot could be published as `name` now.
+    ///
+    /// # Errors
+    /// [`Error::Exists`] when there is one, [`Error::BadName`] when there cannot be.
+    pub fn check_free(&self, name: &str) -> Result<(), Error> {
+        check_name(name)?;
+        let _guard = self.exclusive()?;
+        if self.root.join(name).exists() {
+            return Err(Error::Exists {
+                name: name.to_owned(),
+            });
+        }
+        Ok(())
+    }
+
     /// Makes a draft visible as `name`, durably.
     ///
     /// # Errors

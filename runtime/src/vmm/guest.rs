@@ -7,8 +7,10 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use rustix::event::{EventfdFlags, eventfd};
+use sm_snapshot::Error;
 use sm_snapshot::capture::Hold;
 use sm_snapshot::manifest::Layer;
+use sm_snapshot::store::SnapshotStore;
 
 use crate::launch::{SnapshotReport, StageTimes};
 use crate::publish::PublishedPort;
@@ -52,6 +54,12 @@ pub(crate) trait Guest {
     /// returns its name.
     fn give_up_source(&mut self) -> Option<String> {
         None
+    }
+    /// Whether a snapshot of this name could be published; a clause if not. Asked
+    /// before anything is done for it. Another process may still be first.
+    fn check_snapshot(&self, name: &str) -> Result<(), String> {
+        let _ = name;
+        Ok(())
     }
     /// Captures the machine with its workload, which must be frozen, as the
     /// snapshot `name`. Returns at once, with the machine running (or, with
@@ -100,6 +108,8 @@ pub(crate) enum GuestEnd {
     Stopped,
     /// The guest did it: a clause such as "the guest powered off".
     Guest(String),
+    /// Something on the host failed; a clause.
+    Host(String),
 }
 
 /// A snapshot to be made of a running workload.
@@ -132,7 +142,38 @@ pub(crate) enum Notice {
 pub(crate) struct SnapshotMade {
     pub(crate) report: SnapshotReport,
     /// Keeps it there.
-    pub(crate) hold: Option<Hold>,
+    pub(crate) kept: Option<Kept>,
+}
+
+/// Keeps a snapshot from being removed while whoever asked for it has not opened it.
+/// One that was made for clones only goes then, unless it was opened.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    hold: Option<Hold>,
+    ephemeral: Option<(SnapshotStore, String)>,
+}
+
+impl Kept {
+    pub(crate) fn new(hold: Hold, ephemeral: Option<(SnapshotStore, String)>) -> Self {
+        Self {
+            hold: Some(hold),
+            ephemeral,
+        }
+    }
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        self.hold = None;
+        if let Some((store, name)) = self.ephemeral.take() {
+            // Refused while a clone lives: the last one removes it.
+            match store.remove(&name) {
+                Ok(()) => tracing::info!(name, "removed a snapshot that nobody used"),
+                Err(Error::NotFound { .. } | Error::InUse { .. }) => {}
+                Err(error) => tracing::warn!(name, %error, "a snapshot is not removed"),
+            }
+        }
+    }
 }
 
 /// Hands notices to the supervisor, from any thread.

@@ -27,7 +27,7 @@ use crate::timings::Phase;
 
 /// Runs a VM from its launch request to its end.
 pub(super) fn main() -> io::Result<()> {
-    let launcher = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
+    let launcher = take_launch_stream()?;
     log::to_stderr();
     // Away from the launcher's terminal and directory; nothing that follows
     // makes files for others.
@@ -51,7 +51,11 @@ pub(super) fn main() -> io::Result<()> {
         .map_err(|error| with_causes(&error))
         .and_then(|kvm| assemble(&kvm, request, &record, lock, &launcher, terminate));
     match supervisor {
-        Ok(supervisor) => supervisor.run(),
+        Ok(supervisor) => {
+            // The supervisor's is the last: the stream ends when that is closed.
+            drop(launcher);
+            supervisor.run()
+        }
         Err(message) => {
             tracing::error!(message, "the VM cannot be started");
             refuse(launcher, message);
@@ -59,6 +63,15 @@ pub(super) fn main() -> io::Result<()> {
             record.erase().map_err(io::Error::other)
         }
     }
+}
+
+/// Takes the launch stream from standard input, which reads as empty afterwards: a
+/// descriptor that stayed there would keep the stream open as long as the VM lives.
+fn take_launch_stream() -> io::Result<UnixStream> {
+    let launcher = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
+    let null = File::open("/dev/null")?;
+    rustix::stdio::dup2_stdin(&null)?;
+    Ok(launcher)
 }
 
 /// Becomes readable when this process is asked to terminate.

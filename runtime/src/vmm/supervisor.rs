@@ -106,11 +106,14 @@ pub(crate) struct Supervisor<G> {
     had_output: bool,
     /// Identifies the guest since its last start or reset.
     epoch: String,
+    /// The machine does not run any more, and is to be released.
+    machine_ended: bool,
     /// The snapshot that is being made.
     snapshot: Option<SnapshotJob>,
     /// How many were begun.
     snapshots: u64,
     prepare_timeout: Duration,
+    power_off_timeout: Duration,
     /// Who asked for the machine to be put back, while it is on its way.
     resetting: Option<u64>,
     /// A sentence from the agent about why the workload did not start.
@@ -159,9 +162,11 @@ impl<G: Guest> Supervisor<G> {
             phases: parts.request.phases.clone(),
             started_ns: 0,
             had_output: false,
+            machine_ended: false,
             snapshot: None,
             snapshots: 0,
             prepare_timeout: snapshots::PREPARE_TIMEOUT,
+            power_off_timeout: ending::POWER_OFF_TIMEOUT,
             epoch: String::new(),
             resetting: None,
             start_error: None,
@@ -217,8 +222,10 @@ impl<G: Guest> Supervisor<G> {
             fds.push(fd);
         };
         if let Some(guest) = &self.guest {
-            let fd = PollFd::from_borrowed_fd(guest.end_event(), PollFlags::IN);
-            add(Source::GuestEnd, fd);
+            if !self.machine_ended {
+                let fd = PollFd::from_borrowed_fd(guest.end_event(), PollFlags::IN);
+                add(Source::GuestEnd, fd);
+            }
             let fd = PollFd::from_borrowed_fd(self.notices.fd(), PollFlags::IN);
             add(Source::Notices, fd);
             add(

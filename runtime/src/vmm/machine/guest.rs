@@ -17,7 +17,7 @@ use crate::id::random;
 use crate::launch::{SnapshotReport, StageTimes};
 use crate::publish::PublishedPort;
 use crate::snapshots::{EPHEMERAL_LABEL, IMAGE_LABEL};
-use crate::vmm::guest::{Guest, GuestEnd, Notice, SnapshotMade, SnapshotPlan, Start};
+use crate::vmm::guest::{Guest, GuestEnd, Kept, Notice, SnapshotMade, SnapshotPlan, Start};
 use crate::vmm::prefetch::Prefetch;
 use crate::vmm::saved::{Content, Done, Made, Plan, machine_state};
 
@@ -101,6 +101,12 @@ impl Guest for RunningMachine {
         source.name()
     }
 
+    fn check_snapshot(&self, name: &str) -> Result<(), String> {
+        self.store
+            .check_free(name)
+            .map_err(|error| with_causes(&error))
+    }
+
     fn snapshot(&mut self, plan: SnapshotPlan) -> Result<(), String> {
         let mut labels = BTreeMap::new();
         labels.insert(IMAGE_LABEL.to_owned(), self.config.image.clone());
@@ -108,6 +114,9 @@ impl Guest for RunningMachine {
             labels.insert(EPHEMERAL_LABEL.to_owned(), "yes".to_owned());
         }
         let stay = plan.stay;
+        let ephemeral = plan
+            .ephemeral
+            .then(|| (self.store.clone(), plan.name.clone()));
         let plan = Plan {
             store: self.store.clone(),
             name: plan.name,
@@ -128,7 +137,7 @@ impl Guest for RunningMachine {
                     paused_us: u64::try_from(pause.as_micros()).unwrap_or(u64::MAX),
                     ..SnapshotReport::default()
                 },
-                hold: Some(captured.hold),
+                kept: Some(Kept::new(captured.hold, ephemeral)),
             });
             notices.send(Notice::Snapshot(made));
         };
@@ -232,7 +241,11 @@ impl Guest for RunningMachine {
                 "the hypervisor cannot run vCPU {vcpu} on: {} (at {:#x})",
                 info.reason, info.program_counter
             ),
-            ExitReason::Failed { reason } => format!("the VM failed on the host: {reason}"),
+            ExitReason::Failed { reason } => {
+                return Some(GuestEnd::Host(format!(
+                    "the VM failed on the host: {reason}"
+                )));
+            }
         };
         Some(GuestEnd::Guest(what))
     }

@@ -6,14 +6,13 @@ use std::os::unix::net::UnixStream;
 use rustix::event::PollFlags;
 use sm_frontends::is_trusted_peer;
 use sm_guest_proto::frame::FrameType;
-use sm_snapshot::capture::Hold;
 
 use super::snapshots::SnapshotJob;
 use super::{Supervisor, Timer, interest};
 use crate::launch::{ControlAnswer, ControlCall, LaunchRequest, Report, Stage, Status};
 use crate::vmm::agent::Purpose;
 use crate::vmm::conn::Conn;
-use crate::vmm::guest::{Guest, SnapshotPlan};
+use crate::vmm::guest::{Guest, Kept, SnapshotPlan};
 
 /// Most clients served at once; more wait in the socket's backlog.
 const MAX_CLIENTS: usize = 64;
@@ -45,7 +44,7 @@ pub(super) struct Client {
     /// It has sent end of file on its STDIN.
     stdin_ended: bool,
     /// The snapshot that it asked for, kept until it goes.
-    pub(super) hold: Option<Hold>,
+    pub(super) kept: Option<Kept>,
 }
 
 impl Client {
@@ -67,7 +66,7 @@ impl Client {
             role,
             closing: false,
             stdin_ended: false,
-            hold: None,
+            kept: None,
         })
     }
 
@@ -351,6 +350,13 @@ impl<G: Guest> Supervisor<G> {
     }
 
     fn signal(&mut self, signal: u8) -> ControlAnswer {
+        // Nothing but this ends a workload that is held; other signals wait for it to
+        // go on, as they do for a frozen process.
+        if signal == crate::signal::KILL
+            && let Err(error) = self.let_run()
+        {
+            return ControlAnswer::Error(error);
+        }
         match (&mut self.agent, self.stage) {
             (Some(agent), Stage::Running) if agent.is_behind() => {
                 ControlAnswer::Error("the guest does not answer".into())
@@ -376,6 +382,16 @@ impl<G: Guest> Supervisor<G> {
                 "this VM is being put back to its snapshot"
             };
             return ControlAnswer::Error(format!("{what}: try again when that is done"));
+        }
+        let refusal = match self.stage {
+            // It has to be there in time, and would not.
+            Stage::Starting => Some("the workload has not started yet"),
+            Stage::Ending => Some("the workload has ended"),
+            Stage::Running if pause && !self.timers.is_empty() => Some("the VM is about to end"),
+            Stage::Running => None,
+        };
+        if let Some(text) = refusal {
+            return ControlAnswer::Error(text.to_owned());
         }
         let Some(guest) = &mut self.guest else {
             return ControlAnswer::Error("the VM has ended".into());
@@ -434,12 +450,30 @@ impl<G: Guest> Supervisor<G> {
     /// The last messages have been queued.
     pub(super) fn close_clients(&mut self) {
         let ended = self.ended.clone();
-        for client in self.clients.values_mut() {
+        let awaits_snapshot = self.awaits_snapshot();
+        for (&id, client) in &mut self.clients {
             if let (Role::Waiting, Some(exit)) = (client.role, &ended) {
                 let answer = ControlAnswer::Ended(exit.clone());
                 client.conn.queue_json(FrameType::Control, &answer);
             }
+            client.closing = awaits_snapshot != Some(id);
+        }
+    }
+
+    /// The last message to this one has been queued.
+    pub(super) fn close_client(&mut self, id: u64) {
+        if let Some(client) = self.clients.get_mut(&id) {
             client.closing = true;
         }
+    }
+
+    /// Lets the vCPUs run again if they were held on request.
+    pub(super) fn let_run(&mut self) -> Result<(), String> {
+        if std::mem::take(&mut self.paused)
+            && let Some(guest) = &mut self.guest
+        {
+            guest.resume()?;
+        }
+        Ok(())
     }
 }

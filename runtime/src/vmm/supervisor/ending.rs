@@ -19,7 +19,7 @@ const END_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long after SIGKILL the workload may take to report its end.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the guest may take to power itself off.
-const POWER_OFF_TIMEOUT: Duration = Duration::from_millis(if cfg!(test) { 20 } else { 2000 });
+pub(super) const POWER_OFF_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long the agent may take to say whether memory ran out.
 const OOM_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -64,7 +64,8 @@ impl<G: Guest> Supervisor<G> {
             }
             Timer::End => {
                 tracing::error!("the machine did not end when it was stopped");
-                self.release();
+                self.machine_ended = true;
+                self.release_when_published();
             }
         }
     }
@@ -73,7 +74,14 @@ impl<G: Guest> Supervisor<G> {
     pub(super) fn stop(&mut self, grace_ms: Option<u64>) {
         match self.stage {
             Stage::Starting => self.destroy("it was stopped before its workload ran"),
+            Stage::Running if self.resetting.is_some() => {
+                self.destroy("it was stopped before its workload ran again");
+            }
             Stage::Running => {
+                // A workload that is held could not answer its signal.
+                if let Err(error) = self.let_run() {
+                    return self.destroy(&format!("it was stopped while paused, and {error}"));
+                }
                 // Nobody new comes in; who is there may stay until the workload ends.
                 if let Some(guest) = &mut self.guest {
                     guest.close_published();
@@ -103,27 +111,34 @@ impl<G: Guest> Supervisor<G> {
         );
     }
 
+    /// The start failed for a reason that need not lie in what it started from: time,
+    /// or something on the host.
     pub(super) fn start_failed(&mut self, message: &str) {
+        let message = self.with_console(message);
+        self.conclude(OUR_FAILURE, ExitReason::StartFailed, Some(message));
+    }
+
+    /// The guest itself did something that a sound one does not do before its workload
+    /// runs.
+    pub(super) fn start_failed_in_guest(&mut self, message: &str) {
         // A guest that has no identity yet has done nothing of its own: what is wrong
         // with it came with the snapshot.
         let blank = !self.phases.iter().any(|p| p.name == IDENTITY_REFRESHED);
         let source = self.guest.as_mut().filter(|_| blank);
-        let given_up = match source.and_then(Guest::give_up_source) {
+        let discarded = match source.and_then(Guest::give_up_source) {
             Some(name) => format!(
                 "; it was restored from snapshot \"{name}\", which is removed now, so that the \
                  next start boots a kernel (as --cold does)"
             ),
             None => String::new(),
         };
-        let message = &format!("{message}{given_up}");
-        let message = self.with_console(message);
-        self.conclude(OUR_FAILURE, ExitReason::StartFailed, Some(message));
+        self.start_failed(&format!("{message}{discarded}"));
     }
 
     /// The guest does not keep to the protocol, or is gone.
     pub(super) fn guest_broke(&mut self, what: &str) {
         if self.stage == Stage::Starting {
-            return self.start_failed(what);
+            return self.start_failed_in_guest(what);
         }
         let message = self.with_console(what);
         self.conclude(OUR_FAILURE, ExitReason::GuestFailed, Some(message));
@@ -170,6 +185,7 @@ impl<G: Guest> Supervisor<G> {
     /// The machine has ended, asked or not.
     pub(super) fn guest_ended(&mut self) {
         let end = self.guest.as_ref().and_then(Guest::end);
+        self.machine_ended = true;
         if self.ended.is_none() {
             // What the guest sent before it ended still counts; a socket
             // buffer is all there can be.
@@ -182,13 +198,31 @@ impl<G: Guest> Supervisor<G> {
             self.finish(record);
         }
         if self.ended.is_none() {
-            let what = match end {
-                Some(GuestEnd::Guest(what)) => what,
-                Some(GuestEnd::Stopped) | None => "the machine was stopped".to_owned(),
-            };
-            self.guest_broke(&what);
+            match end {
+                Some(GuestEnd::Guest(what)) => self.guest_broke(&what),
+                Some(GuestEnd::Host(what)) => self.host_failed(&what),
+                Some(GuestEnd::Stopped) | None => self.host_failed("the machine was stopped"),
+            }
         }
-        self.release();
+        self.timers.clear();
+        self.release_when_published();
+    }
+
+    /// The machine cannot go on for a reason that is not the guest's.
+    fn host_failed(&mut self, what: &str) {
+        if self.stage == Stage::Starting {
+            return self.start_failed(what);
+        }
+        let message = self.with_console(what);
+        self.conclude(OUR_FAILURE, ExitReason::GuestFailed, Some(message));
+    }
+
+    /// What is left of the machine goes, unless a snapshot of it is still on its way to
+    /// the disk: whoever asked for that is to hear what came of it.
+    pub(super) fn release_when_published(&mut self) {
+        if self.machine_ended && self.snapshot.is_none() {
+            self.release();
+        }
     }
 
     fn exit_record(&self, status: u32, reason: ExitReason, message: Option<String>) -> ExitRecord {
@@ -220,7 +254,7 @@ impl<G: Guest> Supervisor<G> {
             tracing::error!(%error, "the exit status is lost");
         }
         self.stage = Stage::Ending;
-        self.give_up_snapshot();
+        self.cancel_snapshot();
         self.timers.clear();
         let payload = ExitStatus {
             status: exit.status,
@@ -269,7 +303,7 @@ impl<G: Guest> Supervisor<G> {
             Some(agent) if by_itself => {
                 let request = ControlRequest::PowerOff { grace_ms: 0 };
                 agent.ask(Purpose::PowerOff, &request);
-                self.set_timer(Timer::PowerOff, POWER_OFF_TIMEOUT);
+                self.set_timer(Timer::PowerOff, self.power_off_timeout);
             }
             _ => self.stop_machine(),
         }

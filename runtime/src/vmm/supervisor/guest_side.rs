@@ -149,7 +149,7 @@ impl<G: Guest> Supervisor<G> {
         match (purpose, reply) {
             (Purpose::Hello, ControlReply::Hello(hello)) => {
                 if hello.protocol != PROTOCOL_VERSION {
-                    return self.start_failed(&format!(
+                    return self.start_failed_in_guest(&format!(
                         "the guest agent speaks protocol version {}, this program {PROTOCOL_VERSION}: \
                          build both from the same source",
                         hello.protocol
@@ -172,7 +172,7 @@ impl<G: Guest> Supervisor<G> {
                 // Fail closed: without it the clone could repeat another's
                 // random numbers.
                 if self.start() != Start::Boot && !refreshed.vmgenid_seen {
-                    return self.start_failed(
+                    return self.start_failed_in_guest(
                         "the guest's kernel did not notice that it was restored from a \
                          snapshot, so it could repeat another VM's random numbers; \
                          use a kernel with CONFIG_VMGENID, or --cold",

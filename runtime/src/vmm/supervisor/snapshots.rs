@@ -46,7 +46,13 @@ impl SnapshotJob {
 
 impl<G: Guest> Supervisor<G> {
     pub(super) fn begin_snapshot(&mut self, client: u64, plan: SnapshotPlan) {
-        let refusal = if self.stage == Stage::Starting {
+        let taken = self
+            .guest
+            .as_ref()
+            .map_or(Ok(()), |guest| guest.check_snapshot(&plan.name));
+        let refusal = if let Err(error) = &taken {
+            error
+        } else if self.stage == Stage::Starting {
             "the workload has not started yet"
         } else if self.stage == Stage::Ending {
             "the workload has ended"
@@ -139,7 +145,7 @@ impl<G: Guest> Supervisor<G> {
             return;
         };
         match made {
-            Ok(SnapshotMade { report, hold }) => {
+            Ok(SnapshotMade { report, kept }) => {
                 let name = job.plan.name;
                 let why = format!("it was stopped when snapshot \"{name}\" of it was made");
                 let report = SnapshotReport {
@@ -150,14 +156,14 @@ impl<G: Guest> Supervisor<G> {
                 self.answer(job.client, &ControlAnswer::Snapshot(report));
                 // Until the client has opened it, or is gone.
                 if let Some(client) = self.clients.get_mut(&job.client) {
-                    client.hold = hold;
+                    client.kept = kept;
                 }
                 if job.plan.stay {
                     self.destroy(&why);
                 }
             }
             Err(error) => {
-                if job.plan.stay {
+                if job.plan.stay && self.ended.is_none() {
                     if let Some(Err(error)) = self.guest.as_mut().map(Guest::resume) {
                         self.guest_broke(&error);
                     }
@@ -166,6 +172,15 @@ impl<G: Guest> Supervisor<G> {
                 self.answer(job.client, &ControlAnswer::Error(error));
             }
         }
+        if self.ended.is_some() {
+            self.close_client(job.client);
+            self.release_when_published();
+        }
+    }
+
+    /// The client that hears later what came of its snapshot.
+    pub(super) fn awaits_snapshot(&self) -> Option<u64> {
+        self.snapshot.as_ref().map(|job| job.client)
     }
 
     /// Puts the machine back, and brings it up as after its start.
@@ -214,13 +229,16 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// The VM ends before the snapshot was made, or it was put back.
-    pub(super) fn give_up_snapshot(&mut self) {
+    /// The VM ends before it was captured, or put back. One that was captured is
+    /// published all the same: what comes of it is not known yet.
+    pub(super) fn cancel_snapshot(&mut self) {
         if let Some(client) = self.resetting.take() {
-            let text = "the VM ended on its way back".to_owned();
+            let text = "the VM ended before it was put back".to_owned();
             self.answer(client, &ControlAnswer::Error(text));
         }
-        self.snapshot_failed("the VM ended before its snapshot was made");
+        if !self.snapshot.as_ref().is_some_and(|job| job.captured) {
+            self.snapshot_failed("the VM ended before its snapshot was made");
+        }
     }
 
     fn snapshot_failed(&mut self, why: &str) {

@@ -88,7 +88,7 @@ impl Guest for FakeGuest {
             }),
         };
         *self.state.snapshot.lock().unwrap() = Some(plan);
-        let made = made.map(|report| SnapshotMade { report, hold: None });
+        let made = made.map(|report| SnapshotMade { report, kept: None });
         self.notices.send(Notice::Snapshot(made));
         Ok(())
     }
@@ -187,6 +187,10 @@ struct Setup {
     /// It is started to tell what makes it distinct.
     evidence: bool,
     prepare_timeout: Option<Duration>,
+    /// How long a guest may take to power itself off; hardly any time, as most agents
+    /// that a test plays do not.
+    power_off_timeout: Option<Duration>,
+    start_timeout_ms: Option<u64>,
 }
 
 fn fixture(setup: Setup) -> Fixture {
@@ -241,7 +245,7 @@ fn fixture(setup: Setup) -> Fixture {
         attach: !setup.detached,
         columns: 80,
         rows: 24,
-        start_timeout_ms: 600_000,
+        start_timeout_ms: setup.start_timeout_ms.unwrap_or(600_000),
         phases: Vec::new(),
     };
     let (launcher, theirs) = UnixStream::pair().unwrap();
@@ -281,6 +285,7 @@ fn fixture(setup: Setup) -> Fixture {
         record: record.clone(),
     };
     let mut supervisor = Supervisor::new(parts).unwrap();
+    supervisor.power_off_timeout = setup.power_off_timeout.unwrap_or(Duration::from_millis(20));
     if let Some(timeout) = setup.prepare_timeout {
         supervisor.prepare_timeout = timeout;
     }
