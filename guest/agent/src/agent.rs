@@ -249,12 +249,27 @@ impl Agent {
                 Ask::Nothing | Ask::Finished => return,
                 Ask::Launch(request) => self.launch(key, *request),
                 Ask::AttachMain => return self.attach_main(key),
+                Ask::Signal { pid, signal } => return self.signal_command(key, pid, signal),
             }
             // Frames that came right behind the request.
             let Some(session) = self.sessions.get_mut(key) else {
                 return;
             };
             ask = session.take_frames(&self.reactor);
+        }
+    }
+
+    /// Signals the command `pid` for the session `key`, and answers it.
+    fn signal_command(&mut self, key: Key, pid: u32, signal: u8) {
+        let found = self
+            .sessions
+            .iter_mut()
+            .any(|(_, session)| session.signal_if(pid, signal));
+        if let Some(session) = self.sessions.get_mut(key) {
+            match found {
+                true => session.confirm(),
+                false => session.refuse(1, "no such command"),
+            }
         }
     }
 

@@ -33,6 +33,16 @@ pub enum ExecControl {
     /// connection left off, or by ERROR and EXIT when there is no such command.
     /// A connection that holds the streams at that moment is closed.
     AttachMain,
+    /// Sent instead of a REQUEST: signal a command that another connection has
+    /// started. Answered by EXIT, with a status other than 0 (after ERROR) when
+    /// there is no such command. A signal on a connection of its own does not
+    /// wait behind standard input that the command does not read.
+    Signal {
+        /// The command's process identifier, as in [`ExecReply::Started`].
+        pid: u32,
+        /// Signal number.
+        signal: u8,
+    },
 }
 
 /// CONTROL messages that the agent sends on an exec connection.

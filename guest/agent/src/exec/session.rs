@@ -57,6 +57,8 @@ pub(crate) enum Ask {
     Launch(Box<ExecRequest>),
     /// Connect this client with the workload's main command.
     AttachMain,
+    /// Signal the command with this process identifier.
+    Signal { pid: u32, signal: u8 },
     /// The session is over: remove it.
     Finished,
 }
@@ -306,12 +308,11 @@ impl Session {
                 Ok(request) => return Ask::Launch(Box::new(request)),
                 Err(error) => self.refuse(125, &format!("exec: malformed request: {error}")),
             },
-            (Phase::Request, FrameType::Control) => {
-                if matches!(serde_json::from_slice(payload), Ok(ExecControl::AttachMain)) {
-                    return Ask::AttachMain;
-                }
-                self.refuse(125, "exec: unknown control message");
-            }
+            (Phase::Request, FrameType::Control) => match serde_json::from_slice(payload) {
+                Ok(ExecControl::AttachMain) => return Ask::AttachMain,
+                Ok(ExecControl::Signal { pid, signal }) => return Ask::Signal { pid, signal },
+                _ => self.refuse(125, "exec: unknown control message"),
+            },
             (Phase::Request, _) => self.refuse(125, "exec: expected a request"),
             (_, FrameType::Stdin) if payload.is_empty() => self.stdin.end(self.tty, reactor),
             (_, FrameType::Stdin) => self.stdin.push(payload, reactor),
@@ -323,14 +324,40 @@ impl Session {
                 }
             }
             (_, FrameType::Signal) => {
-                if let ([number @ 1..=64], Some(pid)) = (payload, self.live_pid()) {
-                    let _ = sys::kill(pid, *number);
+                if let [number] = payload {
+                    self.signal(*number);
                 }
             }
             // Frames of later versions that this one has no use for.
             _ => {}
         }
         Ask::Nothing
+    }
+
+    /// Signals the command, unless it has ended.
+    fn signal(&self, number: u8) {
+        if let (1..=64, Some(pid)) = (number, self.live_pid()) {
+            let _ = sys::kill(pid, number);
+        }
+    }
+
+    /// Signals the command if its process identifier is `pid`, as the workload sees
+    /// it. Returns whether it is.
+    pub(crate) fn signal_if(&self, pid: u32, number: u8) -> bool {
+        let is_meant = self.phase == Phase::Running && self.shown_pid == pid;
+        let is_meant = is_meant && self.live_pid().is_some();
+        if is_meant {
+            self.signal(number);
+        }
+        is_meant
+    }
+
+    /// Answers that what was asked for is done.
+    pub(crate) fn confirm(&mut self) {
+        self.send_exit(ExitStatus {
+            status: 0,
+            peak_rss_kib: None,
+        });
     }
 
     fn take_hello(&mut self, payload: &[u8]) {

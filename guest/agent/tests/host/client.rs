@@ -116,14 +116,30 @@ pub(crate) fn start(directory: &Path, request: &ExecRequest) -> Connection {
 
 /// Starts a command and waits until it runs.
 pub(crate) fn start_running(directory: &Path, request: &ExecRequest) -> Connection {
+    start_running_with_pid(directory, request).0
+}
+
+/// Starts a command, waits until it runs, and returns its process identifier too.
+pub(crate) fn start_running_with_pid(directory: &Path, request: &ExecRequest) -> (Connection, u32) {
     let mut connection = start(directory, request);
     let reply: ExecReply =
         serde_json::from_slice(&connection.next_kind(FrameType::Control)).unwrap();
     assert!(matches!(reply, ExecReply::Hello(_)));
     let reply: ExecReply =
         serde_json::from_slice(&connection.next_kind(FrameType::Control)).unwrap();
-    assert!(matches!(reply, ExecReply::Started { .. }));
-    connection
+    let ExecReply::Started { pid } = reply else {
+        panic!("{reply:?}");
+    };
+    (connection, pid)
+}
+
+/// Signals a command by a connection of its own.
+pub(crate) fn signal_beside(directory: &Path, pid: u32, signal: u8) -> Output {
+    let mut connection = Connection::open(directory, "exec");
+    connection.hello();
+    let message = serde_json::to_vec(&ExecControl::Signal { pid, signal }).unwrap();
+    connection.send(FrameType::Control, &message);
+    connection.collect()
 }
 
 /// Takes over the main command's streams.

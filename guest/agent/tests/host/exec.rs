@@ -1,9 +1,13 @@
 //! Commands: output, statuses, users, terminals, limits.
 
-use sm_guest_proto::exec::{ExecRequest, Rlimit, Role, StageFile};
-use sm_guest_proto::frame::{BULK_PAYLOAD, FrameType, resize_payload};
+use std::io::Write as _;
 
-use crate::client::{Connection, run, shell, start, start_running};
+use sm_guest_proto::exec::{ExecRequest, Rlimit, Role, StageFile};
+use sm_guest_proto::frame::{BULK_PAYLOAD, ExitStatus, FrameType, encode, resize_payload};
+
+use crate::client::{
+    Connection, run, shell, signal_beside, start, start_running, start_running_with_pid,
+};
 use crate::{Agent, Test};
 
 pub(crate) const TESTS: &[Test] = &[
@@ -17,6 +21,10 @@ pub(crate) const TESTS: &[Test] = &[
         a_hundred_megabytes_through_cat,
     ),
     ("signals_and_timeouts", signals_and_timeouts),
+    (
+        "a_signal_beside_does_not_wait_behind_input",
+        a_signal_beside_does_not_wait_behind_input,
+    ),
     ("terminals", terminals),
     ("chains_and_staged_files", chains_and_staged_files),
     ("the_client_leaves", the_client_leaves),
@@ -332,4 +340,30 @@ fn many_at_once() {
         assert_eq!(output.status, Some(u32::try_from(number % 50).unwrap()));
     }
     assert_eq!(ExecRequest::default().role, Role::Exec);
+}
+
+fn a_signal_beside_does_not_wait_behind_input() {
+    let agent = Agent::attached();
+    let mut request = shell("trap 'exit 42' USR1; echo ready; while :; do sleep 0.05; done");
+    request.stdin = true;
+    let mut command = start_running_with_pid(agent.path(), &request);
+    command.0.next_kind(FrameType::Stdout);
+    // Fill everything on the way to a command that does not read. Nothing depends
+    // on the length of the timeout but how full it gets.
+    let timeout = std::time::Duration::from_millis(300);
+    command.0.stream.set_write_timeout(Some(timeout)).unwrap();
+    let mut bytes = Vec::new();
+    encode(FrameType::Stdin, &[b'x'; BULK_PAYLOAD], &mut bytes).unwrap();
+    let error = loop {
+        if let Err(error) = command.0.stream.write_all(&bytes) {
+            break error;
+        }
+    };
+    assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
+    let nobody = signal_beside(agent.path(), 1 << 30, 10);
+    assert_eq!(nobody.status, Some(1));
+    assert!(nobody.error.is_some());
+    assert_eq!(signal_beside(agent.path(), command.1, 10).status, Some(0));
+    let exit = ExitStatus::parse(&command.0.next_kind(FrameType::Exit)).unwrap();
+    assert_eq!(exit.status, 42);
 }
