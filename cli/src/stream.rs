@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, IsTerminal as _, Read as _, Write as _};
 use std::os::fd::AsFd as _;
+use std::sync::mpsc;
 
 use anyhow::Context as _;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH};
@@ -11,6 +12,7 @@ use sm_runtime::record::ExitRecord;
 use sm_runtime::session::{Event, Session, SessionWriter};
 use sm_runtime::timings::Phase;
 
+use crate::shown::Shown;
 use crate::terminal::{self, RawMode};
 
 /// Ctrl-P Ctrl-Q detaches.
@@ -51,56 +53,61 @@ pub(crate) trait Remote: Clone + Send + 'static {
 
 /// Runs a session with `remote` to its end. Phases that arrive are added to
 /// `phases`.
+///
+/// Nothing that ends the session waits behind data: the main thread waits for
+/// whichever comes first, the end of the output or the detach keys, while threads
+/// of their own move bytes, pass signals on and count them.
 pub(crate) fn run(
-    mut session: Session,
+    session: Session,
     wiring: Wiring,
     remote: &impl Remote,
     phases: &mut Vec<Phase>,
 ) -> anyhow::Result<End> {
+    // Caught before the terminal is raw: a signal must not end this process and
+    // leave it so.
+    let signals = Signals::new([SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH])
+        .context("cannot watch for signals")?;
     let raw = (wiring.tty && wiring.stdin && io::stdin().is_terminal())
         .then(RawMode::enter)
         .transpose()
         .context("cannot put the terminal into raw mode")?;
     let writer = session.writer();
-    watch_signals(&writer, raw.clone(), wiring, remote.clone())?;
-    let (detached, detach) = io::pipe().context("cannot create a pipe")?;
-    let detaches = raw.is_some();
+    let resizes = wiring.tty.then(|| resizer(writer.clone())).transpose()?;
+    watch_signals(signals, raw.clone(), resizes, remote.clone())?;
+    let (outcome, outcomes) = mpsc::channel();
     if wiring.stdin {
+        let (detaches, outcome) = (raw.is_some(), outcome.clone());
         let writer = writer.clone();
-        std::thread::Builder::new()
-            .name("stdin".to_owned())
-            .spawn(move || {
-                if send_stdin(&writer, detaches) {
-                    // Dropped after the message, so that the end is seen.
-                    let _ = (&detach).write_all(b"d");
-                    writer.hang_up();
-                }
-                // The other end must not see an end of file before that.
-                std::mem::forget(detach);
-            })
-            .context("cannot start a thread")?;
+        spawn("stdin", move || {
+            if send_stdin(&writer, detaches) {
+                let _ = outcome.send((Ok(End::Detached), Vec::new()));
+            }
+        })?;
     }
-    let result = receive(&mut session, remote, phases);
+    let receiver = remote.clone();
+    spawn("output", move || {
+        let mut session = session;
+        let mut phases = Vec::new();
+        let end = receive(&mut session, &receiver, &mut phases);
+        let _ = outcome.send((end, phases));
+    })?;
+    let (end, seen) = outcomes.recv().context("the session's threads are gone")?;
+    if matches!(end, Ok(End::Detached)) {
+        writer.hang_up();
+    }
     if let Some(raw) = raw {
         raw.restore();
     }
-    match result {
-        // Hanging up ends the session like a loss does; the pipe tells which.
-        Ok(End::Lost) | Err(_) if detaches && is_readable(&detached) => Ok(End::Detached),
-        other => other,
-    }
+    phases.extend(seen);
+    end
 }
 
-fn is_readable(pipe: &io::PipeReader) -> bool {
-    let mut fds = [rustix::event::PollFd::new(
-        pipe,
-        rustix::event::PollFlags::IN,
-    )];
-    let now = rustix::event::Timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
-    rustix::event::poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
+fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> anyhow::Result<()> {
+    std::thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(work)
+        .map(drop)
+        .context("cannot start a thread")
 }
 
 /// Output to our standard streams until the command ends.
@@ -120,7 +127,7 @@ fn receive(
             Event::Stdout(bytes) => stdout.write(bytes, remote),
             Event::Stderr(bytes) => stderr.write(bytes, remote),
             Event::Error(text) => {
-                let _ = writeln!(io::stderr(), "sm: {text}");
+                let _ = writeln!(io::stderr(), "sm: {}", Shown(text));
             }
             Event::Started { .. } | Event::Evidence(_) | Event::Warning(_) => {}
             Event::Phase(phase) => phases.push(phase),
@@ -223,48 +230,60 @@ impl DetachKeys {
     }
 }
 
-/// Passes signals and terminal sizes on, on a thread of its own.
+/// Tells the command's terminal our size now, and again at each message. A thread
+/// of its own, because a size waits behind input that the command does not read.
+fn resizer(writer: SessionWriter) -> anyhow::Result<mpsc::Sender<()>> {
+    let (changed, changes) = mpsc::channel();
+    spawn("sizes", move || {
+        // It may have changed since the start was asked for.
+        let mut waiting = true;
+        while waiting {
+            if let Some((columns, rows)) = terminal::size() {
+                let _ = writer.resize(columns, rows);
+            }
+            waiting = changes.recv().is_ok();
+            // Only the last of several changes matters.
+            while changes.try_recv().is_ok() {}
+        }
+    })?;
+    Ok(changed)
+}
+
+/// Counts signals on a thread of its own, and has another pass them on.
 fn watch_signals(
-    writer: &SessionWriter,
+    mut signals: Signals,
     raw: Option<RawMode>,
-    wiring: Wiring,
+    resizes: Option<mpsc::Sender<()>>,
     remote: impl Remote,
 ) -> anyhow::Result<()> {
-    let mut signals = Signals::new([SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH])
-        .context("cannot watch for signals")?;
-    let writer = writer.clone();
-    if wiring.tty {
-        // It may have changed since the start was asked for.
-        if let Some((columns, rows)) = terminal::size() {
-            let _ = writer.resize(columns, rows);
+    let (to_remote, passed_on) = mpsc::channel();
+    spawn("remote", move || {
+        for number in passed_on {
+            remote.signal(number);
         }
-    }
-    std::thread::Builder::new()
-        .name("signals".to_owned())
-        .spawn(move || {
-            let mut interrupts = 0;
-            for signal in signals.forever() {
-                if signal == SIGWINCH {
-                    if let Some((columns, rows)) = terminal::size().filter(|_| wiring.tty) {
-                        let _ = writer.resize(columns, rows);
-                    }
-                    continue;
+    })?;
+    spawn("signals", move || {
+        let mut interrupts = 0;
+        for signal in signals.forever() {
+            if signal == SIGWINCH {
+                if let Some(resizes) = &resizes {
+                    let _ = resizes.send(());
                 }
-                let number = u8::try_from(signal).unwrap_or_default();
-                interrupts += u32::from(matches!(signal, SIGINT | SIGTERM));
-                // On a raw terminal keys reach the command as bytes; a signal
-                // is meant for this process, which then merely detaches.
-                if raw.is_some() || interrupts >= FORCE_QUIT {
-                    if let Some(raw) = &raw {
-                        raw.restore();
-                    }
-                    std::process::exit(128 + signal);
-                }
-                remote.signal(number);
+                continue;
             }
-        })
-        .context("cannot start a thread")?;
-    Ok(())
+            let number = u8::try_from(signal).unwrap_or_default();
+            interrupts += u32::from(matches!(signal, SIGINT | SIGTERM));
+            // On a raw terminal keys reach the command as bytes; a signal
+            // is meant for this process, which then merely detaches.
+            if raw.is_some() || interrupts >= FORCE_QUIT {
+                if let Some(raw) = &raw {
+                    raw.restore();
+                }
+                std::process::exit(128 + signal);
+            }
+            let _ = to_remote.send(number);
+        }
+    })
 }
 
 #[cfg(test)]

@@ -2,16 +2,17 @@
 
 use std::io;
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sm_guest_proto::frame::{self, FrameHeader, FrameType, HEADER_LEN};
 
 use crate::launch::{ControlAnswer, ControlCall};
 use crate::record::Record;
-use crate::session::Session;
+use crate::session::{Aside, Session};
+use crate::timed::{Until, connect_until};
 use crate::{Error, record::RecordError};
 
-/// How long a VMM may take to answer an ordinary call.
+/// How long a VMM may take to take a call, and to answer an ordinary one.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A connection to a VMM.
@@ -27,7 +28,11 @@ fn vmm(operation: &'static str) -> impl FnOnce(io::Error) -> Error {
 impl Control {
     /// Connects to the VMM of `record`.
     pub(crate) fn connect(record: &Record) -> Result<Self, Error> {
-        match UnixStream::connect(record.control_socket()) {
+        Self::connect_until(record, Instant::now() + ANSWER_TIMEOUT)
+    }
+
+    fn connect_until(record: &Record, deadline: Instant) -> Result<Self, Error> {
+        match connect_until(&record.control_socket(), deadline) {
             Ok(stream) => Ok(Self { stream }),
             Err(error)
                 if matches!(
@@ -43,52 +48,66 @@ impl Control {
 
     /// Makes a call that is answered at once.
     pub(crate) fn call(&mut self, call: &ControlCall) -> Result<ControlAnswer, Error> {
-        self.stream
-            .set_read_timeout(Some(ANSWER_TIMEOUT))
-            .map_err(vmm("talk to the VM's process"))?;
-        self.ask(call)
+        self.send(call)
+            .and_then(|()| self.receive(Some(Instant::now() + ANSWER_TIMEOUT)))
+            .map_err(vmm("talk to the VM's process"))
+            .and_then(checked)
     }
 
-    /// Makes a call that is answered when it pleases.
+    /// Makes a call whose answer takes as long as it takes.
     pub(crate) fn call_and_wait(&mut self, call: &ControlCall) -> Result<ControlAnswer, Error> {
-        self.stream
-            .set_read_timeout(None)
-            .map_err(vmm("talk to the VM's process"))?;
-        self.ask(call)
+        self.send(call)
+            .and_then(|()| self.receive(None))
+            .map_err(vmm("talk to the VM's process"))
+            .and_then(checked)
     }
 
-    fn ask(&mut self, call: &ControlCall) -> Result<ControlAnswer, Error> {
-        let exchange = || -> io::Result<ControlAnswer> {
-            let mut bytes = Vec::new();
-            frame::encode(FrameType::Request, &serde_json::to_vec(call)?, &mut bytes)
-                .map_err(io::Error::other)?;
-            io::Write::write_all(&mut &self.stream, &bytes)?;
-            // Unbuffered: what follows an answer may belong to a session.
-            let mut header = [0; HEADER_LEN];
-            io::Read::read_exact(&mut &self.stream, &mut header)?;
-            let header = FrameHeader::decode(header).map_err(io::Error::other)?;
-            let mut payload = vec![0; header.len];
-            io::Read::read_exact(&mut &self.stream, &mut payload)?;
-            Ok(serde_json::from_slice(&payload)?)
+    fn send(&mut self, call: &ControlCall) -> io::Result<()> {
+        let mut bytes = Vec::new();
+        frame::encode(FrameType::Request, &serde_json::to_vec(call)?, &mut bytes)
+            .map_err(io::Error::other)?;
+        let mut until = Until {
+            stream: &self.stream,
+            deadline: Some(Instant::now() + ANSWER_TIMEOUT),
         };
-        match exchange().map_err(vmm("talk to the VM's process"))? {
-            ControlAnswer::Error(text) => Err(Error::Refused(text)),
-            answer => Ok(answer),
-        }
+        io::Write::write_all(&mut until, &bytes)
+    }
+
+    fn receive(&self, deadline: Option<Instant>) -> io::Result<ControlAnswer> {
+        let mut until = Until {
+            stream: &self.stream,
+            deadline,
+        };
+        // Unbuffered: what follows an answer may belong to a session.
+        let mut header = [0; HEADER_LEN];
+        io::Read::read_exact(&mut until, &mut header)?;
+        let header = FrameHeader::decode(header).map_err(io::Error::other)?;
+        let mut payload = vec![0; header.len];
+        io::Read::read_exact(&mut until, &mut payload)?;
+        Ok(serde_json::from_slice(&payload)?)
     }
 
     /// Makes the connection a client of the workload.
-    pub(crate) fn attach(mut self, stdin: bool) -> Result<Session, Error> {
+    pub(crate) fn attach(mut self, record: &Record, stdin: bool) -> Result<Session, Error> {
         self.call(&ControlCall::Attach { stdin })?;
+        let aside = Aside::workload(record);
         self.stream
             .set_read_timeout(None)
-            .and_then(|()| Session::new(self.stream))
+            .and_then(|()| self.stream.set_write_timeout(None))
+            .and_then(|()| Session::new(self.stream, Some(aside)))
             .map_err(vmm("talk to the VM's process"))
     }
 
     /// Process identifier of the VMM, as the kernel knows it.
     pub(crate) fn peer_pid(&self) -> io::Result<rustix::process::Pid> {
         Ok(rustix::net::sockopt::socket_peercred(&self.stream)?.pid)
+    }
+}
+
+fn checked(answer: ControlAnswer) -> Result<ControlAnswer, Error> {
+    match answer {
+        ControlAnswer::Error(text) => Err(Error::Refused(text)),
+        answer => Ok(answer),
     }
 }
 

@@ -10,7 +10,7 @@ use crate::Error;
 use crate::control::Control;
 use crate::launch::{ControlAnswer, ControlCall, Stage};
 use crate::record::Record;
-use crate::session::{Output, Session};
+use crate::session::{Aside, Output, Session};
 use crate::vm::connect_exec;
 use crate::workload::merge_env;
 
@@ -118,7 +118,7 @@ impl ExecBuilder {
         refuse_unless_running(&self.record)?;
         let stream = connect_exec(&self.record)?;
         let open = || {
-            let session = Session::new(stream)?;
+            let session = Session::new(stream, Some(Aside::exec(&self.record)))?;
             let writer = session.writer();
             let hello = Hello {
                 protocol: PROTOCOL_VERSION,

@@ -41,6 +41,7 @@ pub mod run;
 pub mod session;
 pub mod signal;
 pub mod snapshots;
+mod timed;
 pub mod timings;
 mod vm;
 mod vmm;

@@ -1,18 +1,30 @@
 //! A caller's connection to a command in a guest: the workload, or an exec.
 
+#[cfg(test)]
+mod tests;
+
 use std::io::{self, BufReader, Read as _, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use sm_guest_proto::exec::ExecReply;
+use sm_guest_proto::PROTOCOL_VERSION;
+use sm_guest_proto::exec::{ExecControl, ExecReply, Hello};
 use sm_guest_proto::frame::{self, BULK_PAYLOAD, FrameHeader, FrameType, HEADER_LEN};
 
+use crate::control::Control;
+use crate::launch::ControlCall;
 use crate::launch::{Report, Testimony};
-use crate::record::ExitRecord;
+use crate::record::{ExitRecord, Record};
+use crate::timed::{Until, connect_until};
 use crate::timings::Phase;
+
+/// How long a signal to a command may take on its way.
+const SIGNAL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What arrives from a command.
 #[derive(Debug, PartialEq, Eq)]
@@ -49,9 +61,12 @@ pub struct Session {
 }
 
 impl Session {
-    pub(crate) fn new(stream: UnixStream) -> io::Result<Self> {
+    /// A session on `stream`; signals to its command go by `aside`.
+    pub(crate) fn new(stream: UnixStream, aside: Option<Aside>) -> io::Result<Self> {
         let writer = SessionWriter {
             stream: Arc::new(Mutex::new(stream.try_clone()?)),
+            hang_up: Arc::new(stream.try_clone()?),
+            aside: aside.map(Arc::new),
         };
         Ok(Self {
             reader: BufReader::with_capacity(BULK_PAYLOAD, stream),
@@ -93,6 +108,9 @@ impl Session {
                 }
                 FrameType::Control => {
                     if let Some(event) = control_event(&self.payload) {
+                        if let Event::Started { pid } = event {
+                            self.writer.started(pid);
+                        }
                         return Ok(Some(event));
                     }
                 }
@@ -151,13 +169,102 @@ fn read_exact_or_end(reader: &mut impl io::Read, buffer: &mut [u8]) -> io::Resul
     Ok(true)
 }
 
+/// The way to a command besides its session, where nothing waits behind input that
+/// the command does not read.
+#[derive(Debug)]
+pub(crate) struct Aside {
+    record: Record,
+    command: Command,
+}
+
+#[derive(Debug)]
+enum Command {
+    /// The workload, reached by the control socket.
+    Workload,
+    /// A command beside it: its process identifier, 0 until it runs.
+    Exec(AtomicU32),
+}
+
+impl Aside {
+    pub(crate) fn workload(record: &Record) -> Self {
+        Self {
+            record: record.clone(),
+            command: Command::Workload,
+        }
+    }
+
+    pub(crate) fn exec(record: &Record) -> Self {
+        Self {
+            record: record.clone(),
+            command: Command::Exec(AtomicU32::new(0)),
+        }
+    }
+
+    /// Sends a signal. `Ok(false)` when there is no such way to the command: it
+    /// does not run yet, or the guest's agent is from before there was one.
+    fn signal(&self, signal: u8) -> io::Result<bool> {
+        let pid = match &self.command {
+            Command::Workload => {
+                return Control::connect(&self.record)
+                    .and_then(|mut control| control.call(&ControlCall::Signal { signal }))
+                    .map(|_| true)
+                    .map_err(io::Error::other);
+            }
+            Command::Exec(pid) => pid.load(Ordering::Relaxed),
+        };
+        if pid == 0 {
+            return Ok(false);
+        }
+        let deadline = Instant::now() + SIGNAL_TIMEOUT;
+        let stream = connect_until(&self.record.exec_socket(), deadline)?;
+        let mut until = Until {
+            stream: &stream,
+            deadline: Some(deadline),
+        };
+        let hello = ExecControl::Hello(Hello {
+            protocol: PROTOCOL_VERSION,
+        });
+        let mut bytes = Vec::new();
+        for message in [hello, ExecControl::Signal { pid, signal }] {
+            let json = serde_json::to_vec(&message)?;
+            frame::encode(FrameType::Control, &json, &mut bytes).map_err(io::Error::other)?;
+        }
+        until.write_all(&bytes)?;
+        loop {
+            let mut header = [0; HEADER_LEN];
+            until.read_exact(&mut header)?;
+            let header = FrameHeader::decode(header).map_err(io::Error::other)?;
+            if header.len > BULK_PAYLOAD {
+                return Err(io::ErrorKind::InvalidData.into());
+            }
+            let mut payload = vec![0; header.len];
+            until.read_exact(&mut payload)?;
+            if header.kind == FrameType::Exit {
+                let exit = frame::ExitStatus::parse(&payload).map_err(io::Error::other)?;
+                // 1: it has ended. 125: a request that the agent does not know.
+                return Ok(exit.status <= 1);
+            }
+        }
+    }
+}
+
 /// The direction towards a command. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct SessionWriter {
     stream: Arc<Mutex<UnixStream>>,
+    /// The same stream, not behind the lock that a blocked writer holds.
+    hang_up: Arc<UnixStream>,
+    aside: Option<Arc<Aside>>,
 }
 
 impl SessionWriter {
+    /// Notes the process identifier of the command, which runs now.
+    fn started(&self, pid: u32) {
+        if let Some(Command::Exec(known)) = self.aside.as_deref().map(|aside| &aside.command) {
+            known.store(pid, Ordering::Relaxed);
+        }
+    }
+
     pub(crate) fn send(&self, kind: FrameType, payload: &[u8]) -> io::Result<()> {
         let mut bytes = Vec::with_capacity(HEADER_LEN + payload.len());
         frame::encode(kind, payload, &mut bytes)
@@ -198,21 +305,24 @@ impl SessionWriter {
         self.send(FrameType::Resize, &frame::resize_payload(columns, rows))
     }
 
-    /// Signals the command. Waits its turn behind input that was sent before.
+    /// Signals the command, by a connection of its own, so that the signal does not
+    /// wait behind input that the command does not read. Before the command runs
+    /// there is only the session, where the signal waits its turn.
     ///
     /// # Errors
-    /// The command or the VM is gone.
+    /// The command or the VM is gone, or does not answer.
     pub fn signal(&self, signal: u8) -> io::Result<()> {
-        self.send(FrameType::Signal, &[signal])
+        match &self.aside {
+            Some(aside) if aside.signal(signal)? => Ok(()),
+            _ => self.send(FrameType::Signal, &[signal]),
+        }
     }
 
-    /// Closes the connection in both directions; a waiting
-    /// [`Session::next_event`] returns.
+    /// Closes the connection in both directions; a waiting [`Session::next_event`]
+    /// and a writer that is blocked return.
     pub fn hang_up(&self) {
-        // Not behind the lock: a blocked writer is to be woken, too.
-        if let Ok(stream) = self.stream.try_lock() {
-            let _ = stream.shutdown(Shutdown::Both);
-        }
+        // A peer that is gone already is as good.
+        let _ = self.hang_up.shutdown(Shutdown::Both);
     }
 }
 

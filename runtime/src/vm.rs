@@ -3,7 +3,7 @@
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::process::Child;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::Serialize;
@@ -17,10 +17,13 @@ use crate::logs::Logs;
 use crate::publish::PublishedPort;
 use crate::record::{ExitRecord, Record, RecordError, Records, VmConfig, VmState};
 use crate::session::Session;
+use crate::timed::connect_until;
 use crate::timings::Phase;
 
 /// How long a VMM may take to end a VM once told to, before it is killed.
 const DESTROY_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a VMM may take to have room for another exec.
+const EXEC_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A handle to a virtual machine, running or ended. Dropping it leaves the VM
 /// alone.
@@ -154,7 +157,7 @@ impl Vm {
     /// # Errors
     /// It is not running.
     pub fn attach(&self, stdin: bool) -> Result<Session, Error> {
-        self.control()?.attach(stdin)
+        self.control()?.attach(&self.record, stdin)
     }
 
     fn control(&self) -> Result<Control, Error> {
@@ -507,7 +510,7 @@ fn unexpected(answer: &ControlAnswer) -> Error {
 
 /// Connects to the exec socket of a VM.
 pub(crate) fn connect_exec(record: &Record) -> Result<UnixStream, Error> {
-    match UnixStream::connect(record.exec_socket()) {
+    match connect_until(&record.exec_socket(), Instant::now() + EXEC_TIMEOUT) {
         Ok(stream) => Ok(stream),
         Err(error)
             if matches!(

@@ -292,7 +292,7 @@ fn fixture(setup: Setup) -> Fixture {
     Fixture {
         _dir: dir,
         record,
-        launcher: Some(Session::new(launcher).unwrap()),
+        launcher: Some(Session::new(launcher, None).unwrap()),
         dial,
         connections,
         guest,

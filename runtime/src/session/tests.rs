@@ -1,0 +1,36 @@
+use super::*;
+
+/// A session whose peer reads nothing, and whose input is blocked in a thread.
+#[test]
+fn hanging_up_wakes_a_blocked_writer_and_the_reader() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let mut session = Session::new(ours, None).unwrap();
+    let writer = session.writer();
+    let blocked = std::thread::spawn({
+        let writer = writer.clone();
+        move || loop {
+            if let Err(error) = writer.write_stdin(&[0; BULK_PAYLOAD]) {
+                break error.kind();
+            }
+        }
+    });
+    let reader = std::thread::spawn(move || matches!(session.next_event(), Ok(None)));
+    // The writer is blocked, and holds the lock, once the buffers are full.
+    while writer.stream.try_lock().is_ok() || !is_full(&writer.hang_up) {
+        std::thread::yield_now();
+    }
+    writer.hang_up();
+    assert_eq!(blocked.join().unwrap(), io::ErrorKind::BrokenPipe);
+    assert!(reader.join().unwrap());
+    drop(theirs);
+}
+
+fn is_full(stream: &UnixStream) -> bool {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    let mut fds = [PollFd::new(stream, PollFlags::OUT)];
+    poll(&mut fds, Some(&now)).unwrap() == 0
+}
