@@ -2,22 +2,28 @@
 
 use std::fmt;
 
-/// Docker's status for a failure that is not the command's.
+/// Docker's status for a failure of `run` that is not the command's, and for options
+/// that cannot be understood.
 pub(crate) const OUR_FAILURE: u32 = 125;
+/// Docker's status for a failure of any other command.
+pub(crate) const FAILED: u32 = 1;
 
 /// Why a command of `sm` did not do its work.
 #[derive(Debug)]
 pub(crate) struct Failure {
     pub(crate) error: anyhow::Error,
-    pub(crate) status: u32,
 }
 
 impl Failure {
     pub(crate) fn new(error: anyhow::Error) -> Self {
-        let status = error
+        Self { error }
+    }
+
+    /// The status that `sm run` ends with: 126 or 127 if its command was at fault.
+    pub(crate) fn status_of_run(&self) -> u32 {
+        self.error
             .downcast_ref::<sm_runtime::Error>()
-            .map_or(OUR_FAILURE, sm_runtime::Error::exit_status);
-        Self { error, status }
+            .map_or(OUR_FAILURE, sm_runtime::Error::exit_status)
     }
 }
 
@@ -63,7 +69,8 @@ mod tests {
             message: "x: not found".into(),
             status: 127,
         };
-        assert_eq!(Failure::from(error).status, 127);
-        assert_eq!(Failure::new(anyhow::anyhow!("x")).status, OUR_FAILURE);
+        assert_eq!(Failure::from(error).status_of_run(), 127);
+        let other = Failure::new(anyhow::anyhow!("x"));
+        assert_eq!(other.status_of_run(), OUR_FAILURE);
     }
 }

@@ -8,6 +8,7 @@ use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use sm_runtime::image::{LayerStep, Progress};
 
 use crate::printer::Printer;
+use crate::shown::Shown;
 
 /// What is shown of a layer whose length is known.
 const TEMPLATE: &str = "{prefix}: {msg:14} {wide_bar} {bytes:>10}/{total_bytes}";
@@ -67,7 +68,7 @@ impl<'a> Bars<'a> {
     fn notice(&self, text: &str) {
         if self.printer.interactive() {
             // Above the bars.
-            let _ = self.screen.println(text);
+            let _ = self.screen.println(Shown(text).to_string());
         } else if self.lines {
             self.printer.note(text);
         }

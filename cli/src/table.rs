@@ -1,9 +1,15 @@
 //! Aligned columns for listings.
 
+use crate::shown::ShownInline;
+
 /// Lines of `rows` under `header`, columns padded to their widest cell.
+///
+/// Control characters in cells are escaped: no cell breaks the table.
 pub(crate) fn render<const N: usize>(header: [&str; N], rows: &[[String; N]]) -> String {
+    let shown = |cell: &String| ShownInline(cell).to_string();
+    let rows: Vec<[String; N]> = rows.iter().map(|row| row.each_ref().map(shown)).collect();
     let mut widths = header.map(str::len);
-    for row in rows {
+    for row in &rows {
         for (width, cell) in widths.iter_mut().zip(row) {
             *width = (*width).max(cell.chars().count());
         }
@@ -33,5 +39,12 @@ mod tests {
     fn columns_line_up() {
         let rows = [["a".to_owned(), "long".to_owned()]];
         assert_eq!(render(["NAME", "X"], &rows), "NAME   X\na      long");
+    }
+
+    #[test]
+    fn a_cell_cannot_leave_its_place() {
+        let rows = [["a\n\u{1b}[1A".to_owned(), "b".to_owned()]];
+        let table = render(["NAME", "X"], &rows);
+        assert_eq!(table, "NAME           X\na\\n\\u{1b}[1A   b");
     }
 }

@@ -15,7 +15,7 @@ use crate::args::{
     FormatArgs, HistoryArgs, ImageCommand, ImageNames, ImagesArgs, PruneArgs, Pull, PullArgs,
     PushArgs, RmiArgs, TagArgs, VerifyArgs,
 };
-use crate::failure::{Failure, OUR_FAILURE};
+use crate::failure::{FAILED, Failure};
 use crate::printer::Printer;
 use crate::progress::Bars;
 use crate::table;
@@ -205,7 +205,7 @@ pub(crate) fn remove(home: &Home, args: &RmiArgs, printer: &Printer) -> Result<u
             Ok(_) => printer.line(query),
             Err(error) => {
                 printer.error(&error.into());
-                status = OUR_FAILURE;
+                status = FAILED;
             }
         }
     }

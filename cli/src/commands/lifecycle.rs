@@ -7,7 +7,7 @@ use sm_runtime::home::Home;
 use sm_runtime::signal;
 
 use crate::args::{KillArgs, RmArgs, StopArgs, VmArgs};
-use crate::failure::{Failure, OUR_FAILURE};
+use crate::failure::{FAILED, Failure};
 use crate::printer::Printer;
 
 /// Does something to each VM, printing its name as given when it worked. All
@@ -27,7 +27,7 @@ fn each(
             Ok(text) => printer.line(text.as_ref().unwrap_or(query)),
             Err(failure) => {
                 printer.error(&failure);
-                status = OUR_FAILURE;
+                status = FAILED;
             }
         }
     }

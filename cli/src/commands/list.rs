@@ -9,7 +9,7 @@ use sm_runtime::publish::{HostEnd, PublishedPort};
 use sm_runtime::{Inspection, Vm};
 
 use crate::args::{PortArgs, PsArgs, StatsArgs, VmArgs};
-use crate::failure::{Failure, OUR_FAILURE};
+use crate::failure::{FAILED, Failure};
 use crate::printer::Printer;
 use crate::table;
 use crate::units::{format_age, format_size};
@@ -190,7 +190,7 @@ pub(crate) fn inspect(home: &Home, args: &VmArgs, printer: &Printer) -> Result<u
             Ok(inspection) => found.push(inspection),
             Err(error) => {
                 printer.error(&error.into());
-                status = OUR_FAILURE;
+                status = FAILED;
             }
         }
     }

@@ -10,7 +10,7 @@ use sm_runtime::snapshots::{self, Layer, Listed};
 use sm_runtime::{RunOptions, SnapshotReport, Vm};
 
 use crate::args::{ForkArgs, SnapshotCommand};
-use crate::failure::{Failure, OUR_FAILURE};
+use crate::failure::{FAILED, Failure};
 use crate::printer::Printer;
 use crate::table;
 use crate::units::{format_age, format_size};
@@ -190,7 +190,7 @@ fn each(
     for name in names {
         if let Err(failure) = action(name) {
             printer.error(&failure);
-            status = OUR_FAILURE;
+            status = FAILED;
         }
     }
     Ok(status)
