@@ -2,7 +2,8 @@
 
 use std::fs::File;
 use std::io::{self, BufWriter, IsTerminal as _, Read, Write as _};
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, anyhow};
 use sm_runtime::home::Home;
@@ -37,24 +38,78 @@ pub(crate) fn save(home: &Home, args: &SaveArgs, printer: &Printer) -> Result<u3
         image::save(home, &args.images, &mut out, &options)?;
         return Ok(0);
     };
-    // What had the name stays until the archive is complete.
-    let directory = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => ".".as_ref(),
-    };
     let cannot = || format!("cannot write {path:?}");
-    // As any other file that a user asks for, not private as temporary ones.
-    let permissions = std::fs::Permissions::from_mode(0o666);
-    let file = tempfile::Builder::new()
-        .permissions(permissions)
-        .tempfile_in(directory)
-        .with_context(cannot)?;
-    let mut out = BufWriter::with_capacity(1 << 20, file);
-    image::save(home, &args.images, &mut out, &options)?;
-    out.flush().with_context(cannot)?;
-    let file = out.into_inner().with_context(cannot)?;
-    file.persist(path).with_context(cannot)?;
+    match destination(path).with_context(cannot)? {
+        Destination::Stream => {
+            let file = File::options()
+                .write(true)
+                .open(path)
+                .with_context(cannot)?;
+            let mut out = BufWriter::with_capacity(1 << 20, file);
+            image::save(home, &args.images, &mut out, &options)?;
+            out.flush().with_context(cannot)?;
+        }
+        Destination::File(path) => {
+            // What had the name stays until the archive is complete.
+            let directory = match path.parent() {
+                Some(parent) if !parent.as_os_str().is_empty() => parent,
+                _ => ".".as_ref(),
+            };
+            // As any other file that a user asks for, not private as temporary ones.
+            let permissions = std::fs::Permissions::from_mode(0o666);
+            let file = tempfile::Builder::new()
+                .permissions(permissions)
+                .tempfile_in(directory)
+                .with_context(cannot)?;
+            let mut out = BufWriter::with_capacity(1 << 20, file);
+            image::save(home, &args.images, &mut out, &options)?;
+            out.flush().with_context(cannot)?;
+            let file = out.into_inner().with_context(cannot)?;
+            file.persist(path).with_context(cannot)?;
+        }
+    }
     Ok(0)
+}
+
+/// What a path that a user gives for output leads to.
+#[derive(Debug, PartialEq)]
+enum Destination {
+    /// A regular file at this path, which no symbolic link changes, or none yet.
+    File(PathBuf),
+    /// A pipe, which is written into.
+    Stream,
+}
+
+/// Looks where `path` leads. A device is never replaced nor written, as by Docker.
+fn destination(path: &Path) -> io::Result<Destination> {
+    let refuse = |what: &str| {
+        let text = format!("it is {what}: name a file, or redirect standard output");
+        Err(io::Error::other(text))
+    };
+    match std::fs::metadata(path) {
+        Ok(found) if found.is_file() => Ok(Destination::File(path.canonicalize()?)),
+        Ok(found) if found.file_type().is_fifo() => Ok(Destination::Stream),
+        Ok(found) if found.is_dir() => refuse("a directory"),
+        Ok(found) if found.file_type().is_socket() => refuse("a socket"),
+        Ok(_) => refuse("a device"),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            Ok(Destination::File(end_of_links(path)?))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// The file, which does not exist, that the symbolic link `path` leads to.
+fn end_of_links(path: &Path) -> io::Result<PathBuf> {
+    let mut path = path.to_owned();
+    // Linux follows 40 (path_resolution(7)).
+    for _ in 0..40 {
+        match std::fs::read_link(&path) {
+            Ok(link) => path = path.parent().unwrap_or(Path::new("")).join(link),
+            Err(_) => return Ok(path),
+        }
+    }
+    Err(rustix::io::Errno::LOOP.into())
 }
 
 pub(crate) fn load(home: &Home, args: &LoadArgs, printer: &Printer) -> Result<u32, Failure> {
@@ -113,4 +168,57 @@ pub(crate) fn import(home: &Home, args: &ImportArgs, printer: &Printer) -> Resul
     bars.clear();
     printer.line(imported?);
     Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::symlink;
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[test]
+    fn only_files_are_replaced_and_links_are_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().canonicalize().unwrap();
+        let at = |name: &str| root.join(name);
+        fs::write(at("file"), b"x").unwrap();
+        fs::create_dir(at("sub")).unwrap();
+        for (link, target) in [
+            ("to-file", "file"),
+            ("to-nothing", "sub/new"),
+            ("to-link", "to-nothing"),
+            ("to-null", "/dev/null"),
+            ("loop", "loop"),
+        ] {
+            symlink(target, at(link)).unwrap();
+        }
+        let _listener = UnixListener::bind(at("socket")).unwrap();
+        let (reader, _writer) = io::pipe().unwrap();
+        let fd = std::os::fd::AsRawFd::as_raw_fd(&reader);
+        let pipe = PathBuf::from(format!("/proc/self/fd/{fd}"));
+
+        for (name, leads_to) in [
+            ("file", "file"),
+            ("new", "new"),
+            ("to-file", "file"),
+            ("to-nothing", "sub/new"),
+            ("to-link", "sub/new"),
+        ] {
+            let found = destination(&at(name)).unwrap();
+            assert_eq!(found, Destination::File(at(leads_to)), "{name}");
+        }
+        assert_eq!(destination(&pipe).unwrap(), Destination::Stream);
+        for (path, why) in [
+            (at("sub"), "a directory"),
+            (at("socket"), "a socket"),
+            (at("to-null"), "a device"),
+            (PathBuf::from("/dev/null"), "a device"),
+            (at("loop"), "symbolic links"),
+        ] {
+            let error = destination(&path).unwrap_err().to_string();
+            assert!(error.contains(why), "{path:?}: {error}");
+        }
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, Read as _, Write};
 
 use anyhow::Context as _;
 use sm_runtime::Vm;
@@ -58,15 +58,21 @@ fn console(vm: &Vm, tail: Option<usize>) -> Result<u32, Failure> {
             let _ = io::copy(&mut file, &mut out);
         }
         Some(count) => {
-            let text = io::read_to_string(&mut file)
+            let mut bytes = Vec::new();
+            file.read_to_end(&mut bytes)
                 .with_context(|| format!("cannot read the console log {path:?}"))?;
-            let lines: Vec<&str> = text.lines().collect();
-            for line in lines.iter().skip(lines.len().saturating_sub(count)) {
-                let _ = writeln!(out, "{line}");
-            }
+            // Bytes of the guest, which need not be text.
+            let _ = out.write_all(last_lines(&bytes, count));
         }
     }
     Ok(0)
+}
+
+/// The last `count` lines of `bytes`; what follows the last end of line is one, too.
+fn last_lines(bytes: &[u8], count: usize) -> &[u8] {
+    let lines = bytes.split_inclusive(|byte| *byte == b'\n');
+    let len: usize = lines.rev().take(count).map(<[u8]>::len).sum();
+    bytes.get(bytes.len() - len..).unwrap_or_default()
 }
 
 /// Writes records to the stream they came from.
@@ -163,6 +169,16 @@ mod tests {
             time_ns: 0,
             bytes: text.as_bytes().to_vec(),
         }
+    }
+
+    #[test]
+    fn the_console_is_bytes() {
+        let bytes = b"a\n\xff\r\nc";
+        assert_eq!(last_lines(bytes, 0), b"");
+        assert_eq!(last_lines(bytes, 1), b"c");
+        assert_eq!(last_lines(bytes, 2), b"\xff\r\nc");
+        assert_eq!(last_lines(bytes, 9), bytes);
+        assert_eq!(last_lines(b"a\nb\n", 1), b"b\n");
     }
 
     #[test]
