@@ -1,14 +1,16 @@
 //! `sm kernel` and `sm doctor`.
 
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, anyhow};
+use rustix::process::{getegid, geteuid};
 use sm_runtime::home::Home;
 use sm_runtime::{doctor as checks, kernel};
 
 use crate::args::{DoctorArgs, KernelCommand, ListArgs};
-use crate::failure::{Failure, OUR_FAILURE};
+use crate::failure::{FAILED, Failure};
 use crate::printer::Printer;
 use crate::table;
 
@@ -36,12 +38,13 @@ fn build() -> Result<u32, Failure> {
         )
         .into());
     };
+    refuse_of_others(&checkout)?;
     let status = Command::new("cargo")
         .args(["xtask", "kernel"])
         .current_dir(&checkout)
         .status()
         .context("cannot run cargo")?;
-    Ok(if status.success() { 0 } else { OUR_FAILURE })
+    Ok(if status.success() { 0 } else { FAILED })
 }
 
 /// The source tree that `directory` is in.
@@ -50,6 +53,35 @@ fn checkout(directory: &Path) -> Option<PathBuf> {
         .ancestors()
         .find(|path| path.join("xtask/Cargo.toml").is_file() && path.join("vmm-core").is_dir())
         .map(Path::to_owned)
+}
+
+/// Refuses a source tree that another user could have made or changed: building it
+/// runs its programs. (Git's `safe.directory` is against the same.)
+fn refuse_of_others(checkout: &Path) -> anyhow::Result<()> {
+    let in_tree =
+        ["", "Cargo.toml", ".cargo", "xtask", "xtask/Cargo.toml"].map(|p| checkout.join(p));
+    // Cargo obeys the configuration of directories above, too.
+    let above = checkout.ancestors().skip(1);
+    let above = above
+        .flat_map(|path| [".cargo", ".cargo/config.toml", ".cargo/config"].map(|p| path.join(p)));
+    for path in in_tree.into_iter().chain(above) {
+        let found = match std::fs::metadata(&path) {
+            Ok(found) => found,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(error).with_context(|| format!("cannot examine {path:?}")),
+        };
+        let (user, group) = (geteuid().as_raw(), getegid().as_raw());
+        let owned = [0, user].contains(&found.uid());
+        // A group of its own for each user is usual, and nobody else is in it.
+        let group_may = found.mode() & 0o020 != 0 && found.gid() != group;
+        if !owned || group_may || found.mode() & 0o002 != 0 {
+            return Err(anyhow!(
+                "not building in {checkout:?}: another user owns or can change {path:?}, and \
+                 building runs what is there. Copy the source tree to a directory of yours"
+            ));
+        }
+    }
+    Ok(())
 }
 
 fn list(home: &Home, args: &ListArgs, printer: &Printer) -> Result<u32, Failure> {
@@ -93,5 +125,42 @@ pub(crate) fn doctor(home: &Home, args: &DoctorArgs, printer: &Printer) -> Resul
             "This host cannot run VMs until what failed is put right"
         });
     }
-    Ok(if works { 0 } else { OUR_FAILURE })
+    Ok(if works { 0 } else { FAILED })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, Permissions};
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    #[test]
+    fn a_tree_that_others_can_change_is_not_built() {
+        let dir = tempfile::tempdir().unwrap();
+        let tree = dir.path().join("sm");
+        fs::create_dir_all(tree.join("xtask")).unwrap();
+        fs::create_dir(tree.join("vmm-core")).unwrap();
+        fs::write(tree.join("xtask/Cargo.toml"), b"").unwrap();
+        let below = tree.join("vmm-core");
+        assert_eq!(checkout(&below).as_deref(), Some(tree.as_path()));
+        let mode = |name: &str, mode| {
+            fs::set_permissions(tree.join(name), Permissions::from_mode(mode)).unwrap();
+        };
+        for (name, safe) in [("", 0o755), ("xtask", 0o755), ("xtask/Cargo.toml", 0o644)] {
+            mode(name, safe);
+        }
+        refuse_of_others(&tree).unwrap();
+        for (name, safe) in [("", 0o755), ("xtask", 0o755), ("xtask/Cargo.toml", 0o644)] {
+            mode(name, safe | 0o002);
+            let error = refuse_of_others(&tree).unwrap_err().to_string();
+            assert!(error.contains("another user"), "{error}");
+            mode(name, safe);
+        }
+        // The configuration above it counts, too.
+        let config = dir.path().join(".cargo");
+        fs::create_dir(&config).unwrap();
+        fs::set_permissions(&config, Permissions::from_mode(0o777)).unwrap();
+        assert!(refuse_of_others(&tree).is_err());
+    }
 }
