@@ -296,7 +296,7 @@ mod tests {
         };
         assert!(run.process.interactive && run.process.tty && run.rm);
         assert_eq!(run.command, ["sh", "-c", "x", "--rm"]);
-        assert_eq!(run.memory, 512 << 20);
+        assert_eq!(run.memory, None);
     }
 
     #[test]
@@ -305,6 +305,7 @@ mod tests {
         assert!(parse(&["sm", "run"]).is_err());
         assert!(parse(&["sm", "run", "--from", "warm", "IMG"]).is_err());
         assert!(parse(&["sm", "run", "--from", "warm", "-it"]).is_err());
+        assert!(parse(&["sm", "run", "--from", "warm", "--pull", "missing"]).is_err());
         let Ok(Command::Run(run)) = parse(&["sm", "run", "-d", "--from", "warm"]) else {
             panic!("run");
         };

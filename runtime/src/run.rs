@@ -21,7 +21,7 @@ use crate::launch::{DiskSegment, LaunchRequest, Origin};
 use crate::output_log::unix_nanos;
 use crate::publish::{DEFAULT_WAIT_MS, Publication};
 use crate::record::{ExitRecord, Record, Records, VMM_LOG, VmConfig};
-use crate::session::{Event, Session};
+use crate::session::{Aside, Event, Session};
 use crate::timings::Phase;
 use crate::vm::Vm;
 use crate::workload::{Overrides, Workload};
@@ -35,6 +35,8 @@ pub(crate) use self::witness::Witness;
 pub const MIN_MEMORY: u64 = 64 << 20;
 /// Guest memory when nothing else is asked for, in bytes.
 pub const DEFAULT_MEMORY: u64 = 512 << 20;
+/// Number of vCPUs when nothing else is asked for.
+pub const DEFAULT_CPUS: u32 = 1;
 /// Time between stop signal and SIGKILL when nothing else is asked for.
 pub(crate) const DEFAULT_STOP_TIMEOUT: Duration = Duration::from_secs(10);
 const MEBIBYTE: u64 = 1 << 20;
@@ -58,18 +60,18 @@ pub enum Paging {
 pub struct RunOptions {
     pub(crate) overrides: Overrides,
     pub(crate) name: Option<String>,
-    pub(crate) memory: u64,
-    pub(crate) cpus: u32,
+    pub(crate) memory: Option<u64>,
+    pub(crate) cpus: Option<u32>,
     pub(crate) kernel: Option<PathBuf>,
     pub(crate) auto_remove: bool,
     pub(crate) read_only: bool,
     pub(crate) attach: bool,
     terminal_size: (u16, u16),
-    pub(crate) upper_size: u64,
-    pub(crate) shm_size: u64,
+    pub(crate) upper_size: Option<u64>,
+    pub(crate) shm_size: Option<u64>,
     pub(crate) extra_hosts: Vec<(String, String)>,
     pub(crate) nameservers: Vec<String>,
-    pub(crate) stop_timeout: Duration,
+    pub(crate) stop_timeout: Option<Duration>,
     start_timeout: Duration,
     pub(crate) cmdline: String,
     pub(crate) cold: bool,
@@ -84,18 +86,18 @@ impl Default for RunOptions {
         Self {
             overrides: Overrides::default(),
             name: None,
-            memory: DEFAULT_MEMORY,
-            cpus: 1,
+            memory: None,
+            cpus: None,
             kernel: None,
             auto_remove: false,
             read_only: false,
             attach: false,
             terminal_size: (80, 24),
-            upper_size: 0,
-            shm_size: 0,
+            upper_size: None,
+            shm_size: None,
             extra_hosts: Vec::new(),
             nameservers: Vec::new(),
-            stop_timeout: DEFAULT_STOP_TIMEOUT,
+            stop_timeout: None,
             start_timeout: Duration::from_secs(120),
             cmdline: String::new(),
             cold: false,
@@ -149,14 +151,14 @@ impl RunOptions {
     /// Guest memory in bytes, at least [`MIN_MEMORY`]; rounded up to a MiB.
     #[must_use]
     pub fn memory(mut self, bytes: u64) -> Self {
-        self.memory = bytes;
+        self.memory = Some(bytes);
         self
     }
 
     /// Number of vCPUs, at least 1.
     #[must_use]
     pub fn cpus(mut self, cpus: u32) -> Self {
-        self.cpus = cpus;
+        self.cpus = Some(cpus);
         self
     }
 
@@ -214,14 +216,14 @@ impl RunOptions {
     /// Size limit of the writable layer in bytes; half of guest memory when 0.
     #[must_use]
     pub fn upper_size(mut self, bytes: u64) -> Self {
-        self.upper_size = bytes;
+        self.upper_size = Some(bytes);
         self
     }
 
     /// Size of `/dev/shm` in bytes; 64 MiB when 0.
     #[must_use]
     pub fn shm_size(mut self, bytes: u64) -> Self {
-        self.shm_size = bytes;
+        self.shm_size = Some(bytes);
         self
     }
 
@@ -242,7 +244,7 @@ impl RunOptions {
     /// Time between stop signal and SIGKILL.
     #[must_use]
     pub fn stop_timeout(mut self, timeout: Duration) -> Self {
-        self.stop_timeout = timeout;
+        self.stop_timeout = Some(timeout);
         self
     }
 
@@ -289,15 +291,21 @@ impl RunOptions {
         wait.unwrap_or(MAX_WAIT_MS).min(MAX_WAIT_MS)
     }
 
+    /// Guest memory in bytes, in whole MiB; `None` when it is not asked for.
+    pub(crate) fn memory_given(&self) -> Option<u64> {
+        let mebibytes = self.memory.map(|bytes| bytes.div_ceil(MEBIBYTE));
+        mebibytes.map(|count| count.saturating_mul(MEBIBYTE))
+    }
+
     fn check(&self) -> Result<(), Error> {
-        if self.memory < MIN_MEMORY {
+        if let Some(memory) = self.memory.filter(|memory| *memory < MIN_MEMORY) {
             return Err(Error::Option(format!(
                 "{} of memory is too little for a guest: give it at least {} MiB",
-                mebibytes(self.memory),
+                mebibytes(memory),
                 MIN_MEMORY / MEBIBYTE
             )));
         }
-        if self.cpus == 0 {
+        if self.cpus == Some(0) {
             return Err(Error::Option(
                 "0 CPUs are too few for a guest: give it at least 1".to_owned(),
             ));
@@ -317,7 +325,7 @@ fn mebibytes(bytes: u64) -> String {
 /// Starts a VM from an image and returns once its workload runs.
 pub(crate) fn start(home: &Home, image: &Image, options: RunOptions) -> Result<Vm, Error> {
     options.check()?;
-    let memory = options.memory.next_multiple_of(MEBIBYTE);
+    let memory = options.memory_given().unwrap_or(DEFAULT_MEMORY);
     // Look at everything that can be wrong before there is anything to undo.
     image.check_platform()?;
     let kernel = kernel::find(home, options.kernel.as_deref())?;
@@ -337,11 +345,11 @@ pub(crate) fn start(home: &Home, image: &Image, options: RunOptions) -> Result<V
                 created_ns: unix_nanos(),
                 workload,
                 memory,
-                cpus: options.cpus,
+                cpus: options.cpus.unwrap_or(DEFAULT_CPUS),
                 kernel: kernel.path.clone(),
                 auto_remove: options.auto_remove,
                 read_only: options.read_only,
-                stop_timeout_ms: millis(options.stop_timeout),
+                stop_timeout_ms: millis(options.stop_timeout.unwrap_or(DEFAULT_STOP_TIMEOUT)),
                 publish: options.publish.clone(),
                 publish_wait_ms: options.publish_wait_ms(),
             })
@@ -399,8 +407,8 @@ pub(crate) fn launch(
         origin: source.origin,
         paging: options.paging,
         root: source.root,
-        upper_size: options.upper_size,
-        shm_size: options.shm_size,
+        upper_size: options.upper_size.unwrap_or(0),
+        shm_size: options.shm_size.unwrap_or(0),
         extra_hosts: options.extra_hosts.clone(),
         nameservers: options.nameservers.clone(),
         attach: options.attach,
@@ -410,7 +418,7 @@ pub(crate) fn launch(
         phases,
     };
     let launched = spawn(&record, &request, lock).and_then(|(child, stream)| {
-        let session = Session::new(stream).map_err(talking)?;
+        let session = Session::new(stream, Some(Aside::workload(&record))).map_err(talking)?;
         Ok((child, session))
     });
     match launched {

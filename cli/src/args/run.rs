@@ -115,12 +115,12 @@ pub(crate) struct RunArgs {
     pub(crate) volume: Vec<String>,
     #[arg(long, value_name = "MOUNT", hide = true)]
     pub(crate) mount: Vec<String>,
-    /// Guest memory, such as 256m or 1g; at least 64m
-    #[arg(short, long, value_name = "SIZE", value_parser = parse_size, default_value = "512m")]
-    pub(crate) memory: u64,
-    /// Number of vCPUs
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub(crate) cpus: u32,
+    /// Guest memory, such as 256m or 1g; at least 64m [default: 512m]
+    #[arg(short, long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) memory: Option<u64>,
+    /// Number of vCPUs [default: 1]
+    #[arg(long, value_name = "N")]
+    pub(crate) cpus: Option<u32>,
     /// Guest kernel to boot
     #[arg(long, value_name = "PATH")]
     pub(crate) kernel: Option<PathBuf>,
@@ -142,9 +142,9 @@ pub(crate) struct RunArgs {
     /// No writable layer over the image
     #[arg(long)]
     pub(crate) read_only: bool,
-    /// Size of /dev/shm
-    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "64m")]
-    pub(crate) shm_size: u64,
+    /// Size of /dev/shm [default: 64m]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) shm_size: Option<u64>,
     /// Limit of the writable layer, which is guest memory [default: half of it]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(crate) tmpfs_size: Option<u64>,
@@ -154,9 +154,9 @@ pub(crate) struct RunArgs {
     /// Signal that asks the command to end [default: the image's, else SIGTERM]
     #[arg(long, value_name = "SIGNAL")]
     pub(crate) stop_signal: Option<String>,
-    /// Seconds between the stop signal and SIGKILL
-    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
-    pub(crate) stop_timeout: u64,
+    /// Seconds between the stop signal and SIGKILL [default: 10, or the snapshot's]
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) stop_timeout: Option<u64>,
     /// Seconds that the guest may take to get ready
     #[arg(long, value_name = "SECONDS", default_value_t = 120)]
     pub(crate) start_timeout: u64,
@@ -168,7 +168,7 @@ pub(crate) struct RunArgs {
     #[arg(long)]
     pub(crate) json: bool,
     /// Go on with the workload of a snapshot instead of starting an image
-    #[arg(long, value_name = "SNAPSHOT", conflicts_with_all = ["image", "interactive", "tty", "cold", "kernel"])]
+    #[arg(long, value_name = "SNAPSHOT", conflicts_with_all = ["image", "interactive", "tty", "cold", "kernel", "pull", "platform"])]
     pub(crate) from: Option<String>,
     #[arg(help = IMAGE_HELP, required_unless_present = "from", default_value = "", hide_default_value = true)]
     pub(crate) image: String,

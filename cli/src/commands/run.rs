@@ -14,7 +14,7 @@ use sm_runtime::{RunOptions, SignalSender, Snapshot, Vm};
 
 use super::images;
 use crate::args::RunArgs;
-use crate::failure::{Failure, OUR_FAILURE};
+use crate::failure::Failure;
 use crate::printer::Printer;
 use crate::stream::{self, End, Remote, Wiring};
 use crate::{terminal, timings};
@@ -136,7 +136,7 @@ fn foreground(vm: &mut Vm, args: &RunArgs, printer: &Printer) -> Result<u32, Fai
             exit: exit.as_ref(),
             timings: timings::steps(&phases),
         };
-        printer.note(serde_json::to_string(&report)?);
+        printer.note_json(&report)?;
     }
     Ok(status)
 }
@@ -205,8 +205,6 @@ fn options(begin: Phase, args: &RunArgs) -> anyhow::Result<RunOptions> {
     let (columns, rows) = terminal::size().unwrap_or((80, 24));
     let mut options = RunOptions::new()
         .overrides(overrides)
-        .memory(args.memory)
-        .cpus(args.cpus)
         .cmdline(args.kernel_args.as_str())
         .cold(args.cold)
         .paging(args.paging.into())
@@ -214,12 +212,25 @@ fn options(begin: Phase, args: &RunArgs) -> anyhow::Result<RunOptions> {
         .read_only(args.read_only)
         .attach(!args.detach)
         .terminal_size(columns, rows)
-        .shm_size(args.shm_size)
-        .upper_size(args.tmpfs_size.unwrap_or(0))
-        .stop_timeout(Duration::from_secs(args.stop_timeout))
         .start_timeout(Duration::from_secs(args.start_timeout))
         .publish_wait(args.publish_wait)
         .phases(vec![begin]);
+    // One that is left out is not one that asks for the default.
+    if let Some(memory) = args.memory {
+        options = options.memory(memory);
+    }
+    if let Some(cpus) = args.cpus {
+        options = options.cpus(cpus);
+    }
+    if let Some(size) = args.shm_size {
+        options = options.shm_size(size);
+    }
+    if let Some(size) = args.tmpfs_size {
+        options = options.upper_size(size);
+    }
+    if let Some(seconds) = args.stop_timeout {
+        options = options.stop_timeout(Duration::from_secs(seconds));
+    }
     if let Some(name) = &args.name {
         options = options.name(name.as_str());
     }
@@ -261,7 +272,7 @@ fn parse_ulimit(text: &str) -> anyhow::Result<Rlimit> {
 }
 
 /// The status of a command whose VM went away.
-pub(super) const LOST: u32 = OUR_FAILURE + 12;
+pub(super) const LOST: u32 = 128 + 9;
 
 #[cfg(test)]
 mod tests {

@@ -12,13 +12,10 @@ use crate::image::Image;
 use crate::launch::{Origin, SnapshotReport};
 use crate::output_log::unix_nanos;
 use crate::record::VmConfig;
-use crate::run::{self, DEFAULT_MEMORY, DEFAULT_STOP_TIMEOUT, RunOptions, Source};
+use crate::run::{self, RunOptions, Source};
 use crate::vm::Vm;
 use crate::vmm::saved::{self, Content};
 use crate::workload::Overrides;
-
-/// What `sm run` gives `/dev/shm`, in bytes.
-const DEFAULT_SHM: u64 = 64 << 20;
 
 /// A snapshot of a running workload. While this value lives, the snapshot
 /// cannot be removed.
@@ -76,7 +73,7 @@ impl Snapshot {
     /// # Errors
     /// See [`Error`]; among them an option that cannot be changed any more.
     pub fn run(&self, options: &RunOptions) -> Result<Vm, Error> {
-        self.check(options)?;
+        check(&self.config, options)?;
         let source = Source {
             origin: Origin::Snapshot(self.name().to_owned()),
             root: self.content.root.clone(),
@@ -92,10 +89,7 @@ impl Snapshot {
                 created_ns: unix_nanos(),
                 workload,
                 auto_remove: options.auto_remove,
-                stop_timeout_ms: match options.stop_timeout {
-                    DEFAULT_STOP_TIMEOUT => self.config.stop_timeout_ms,
-                    given => run::millis(given),
-                },
+                stop_timeout_ms: stop_timeout_ms(&self.config, options),
                 publish: options.publish.clone(),
                 publish_wait_ms: options.publish_wait_ms(),
                 ..self.config.clone()
@@ -103,46 +97,55 @@ impl Snapshot {
         };
         run::launch(&self.home, options, config, source)?.until_started(options.attach)
     }
+}
 
-    /// Refuses what a machine that runs already cannot be given.
-    fn check(&self, options: &RunOptions) -> Result<(), Error> {
-        let fixed = |what: &str| {
-            Err(Error::Option(format!(
-                "{what} of a snapshot's VM cannot be changed: leave it out"
-            )))
-        };
-        let given = &options.overrides;
-        if *given
-            != (Overrides {
-                hostname: given.hostname.clone(),
-                ..Overrides::default()
-            })
-        {
-            return fixed("the command, its environment, user, directory and streams");
-        }
-        if ![DEFAULT_MEMORY, self.config.memory].contains(&options.memory) {
-            return fixed("the memory");
-        }
-        if ![1, self.config.cpus].contains(&options.cpus) {
-            return fixed("the number of CPUs");
-        }
-        if options.kernel.is_some() || !options.cmdline.is_empty() || options.cold {
-            return fixed("the kernel");
-        }
-        if options.read_only || options.upper_size != 0 {
-            return fixed("the root file system");
-        }
-        if ![0, DEFAULT_SHM].contains(&options.shm_size) {
-            return fixed("the size of /dev/shm");
-        }
-        if !options.extra_hosts.is_empty() {
-            return fixed("the list of hosts");
-        }
-        if !options.nameservers.is_empty() {
-            return fixed("the list of name servers");
-        }
-        Ok(())
+/// The time between stop signal and SIGKILL of a VM that goes on from a snapshot: as
+/// asked for, else as it was.
+fn stop_timeout_ms(made_of: &VmConfig, options: &RunOptions) -> u64 {
+    let given = options.stop_timeout.map(run::millis);
+    given.unwrap_or(made_of.stop_timeout_ms)
+}
+
+/// Refuses what a machine that runs already cannot be given. An option that asks for
+/// what is so is none of that; one that is a VM's default may be.
+fn check(made_of: &VmConfig, options: &RunOptions) -> Result<(), Error> {
+    let fixed = |what: &str| {
+        Err(Error::Option(format!(
+            "{what} of a snapshot's VM cannot be changed: leave it out"
+        )))
+    };
+    let given = &options.overrides;
+    if *given
+        != (Overrides {
+            hostname: given.hostname.clone(),
+            ..Overrides::default()
+        })
+    {
+        return fixed("the command, its environment, user, directory and streams");
     }
+    if options.memory_given().is_some_and(|m| m != made_of.memory) {
+        return fixed("the memory");
+    }
+    if options.cpus.is_some_and(|cpus| cpus != made_of.cpus) {
+        return fixed("the number of CPUs");
+    }
+    if options.kernel.is_some() || !options.cmdline.is_empty() || options.cold {
+        return fixed("the kernel");
+    }
+    if options.read_only || options.upper_size.is_some() {
+        return fixed("the root file system");
+    }
+    // A snapshot does not say what it has.
+    if options.shm_size.is_some() {
+        return fixed("the size of /dev/shm");
+    }
+    if !options.extra_hosts.is_empty() {
+        return fixed("the list of hosts");
+    }
+    if !options.nameservers.is_empty() {
+        return fixed("the list of name servers");
+    }
+    Ok(())
 }
 
 impl Vm {
