@@ -76,9 +76,10 @@ pub(crate) fn convert(
 ) -> Result<Converted, Error> {
     let layer = expected.digest;
     // One byte more than there should be shows that there is more.
-    let most = expected
-        .size
-        .map_or(u64::MAX, |size| size.saturating_add(1));
+    let longest = limits.stored_bytes();
+    let stated = expected.size.unwrap_or(longest);
+    check_stated(layer, stated, limits)?;
+    let most = stated.saturating_add(1);
     let outcome = pipeline::run(stream, most, limits, decoders, progress, |plain| {
         write(plain, layer, limits, files, false)
     });
@@ -88,6 +89,10 @@ pub(crate) fn convert(
         // What was made says why.
         (Err(_), Err(_)) => None,
     };
+    // It may have become next to nothing, and so passed all other limits.
+    if let Some(stored) = stored.filter(|_| expected.size.is_none()) {
+        check_stated(layer, stored.size, limits)?;
+    }
     // A damaged stream is called that, whatever was stumbled over first.
     let as_stated =
         |size, stored: Measured| size == stored.size && stored.digest == expected.digest;
@@ -107,6 +112,15 @@ pub(crate) fn convert(
         });
     }
     Ok(Converted { totals, diff_id })
+}
+
+/// Refuses a layer by its length alone, which is what somebody says or more than it
+/// may be.
+pub(crate) fn check_stated(layer: Digest, size: u64, limits: Limits) -> Result<(), Error> {
+    limits.check_stored(size).map_err(|error| Error::Layer {
+        layer: layer.to_string(),
+        reason: error.to_string(),
+    })
 }
 
 /// Makes the index of a tar stream again, without its contents.

@@ -47,6 +47,22 @@ impl Limits {
         ratio_floor: u64::MAX,
     };
 
+    /// Most bytes of a layer as it is stored: what does not compress becomes a bit
+    /// longer, and an archive has its own headers.
+    pub(crate) fn stored_bytes(self) -> u64 {
+        let more = self.layer_bytes / 64 + (1 << 20);
+        self.layer_bytes.saturating_add(more)
+    }
+
+    /// Checks the length of what a stream is decompressed from, which may become
+    /// nothing at all (RFC 8878 section 3.1.2, "Skippable Frames").
+    pub(crate) fn check_stored(self, stored: u64) -> io::Result<()> {
+        match stored > self.stored_bytes() {
+            true => Err(self.too_large()),
+            false => Ok(()),
+        }
+    }
+
     /// Checks the length of a decompressed stream so far against that of what
     /// it was decompressed from.
     pub(crate) fn check_stream(self, plain: u64, stored: u64) -> io::Result<()> {

@@ -7,6 +7,7 @@
 use std::cell::Cell;
 use std::io::{self, BufRead, BufReader, Read};
 use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::thread;
@@ -23,6 +24,11 @@ const CHUNK: usize = 256 << 10;
 const QUEUE: usize = 6;
 /// Largest window of a zstd stream, as a power of two (32 MiB).
 const ZSTD_WINDOW_LOG: u32 = 25;
+
+/// Bytes of a stored stream that are read once nothing is made of them any more: with
+/// them a small stream comes to its end, and damage is told from a wrong archive. A
+/// large one is not worth having for that.
+const LAST: u64 = 64 << 10;
 
 /// Decoders that may be at work at once. Those of Zstandard may need a window of
 /// 32 MiB each, so only some may.
@@ -84,7 +90,8 @@ pub(crate) struct Outcome<T> {
     pub(crate) made: T,
     /// The decompressed stream, as far as the caller has read it.
     pub(crate) plain: Measured,
-    /// The stored stream, to its end or its limit.
+    /// The stored stream, to its end or its limit. An error, if it was not worth
+    /// reading so far.
     pub(crate) stored: io::Result<Measured>,
 }
 
@@ -98,10 +105,16 @@ pub(crate) fn run<T>(
     progress: &mut dyn FnMut(u64),
     consume: impl FnOnce(&mut Plain<'_>) -> T,
 ) -> Outcome<T> {
+    let over = AtomicBool::new(false);
+    let stream = Wanted {
+        inner: stream.take(most),
+        over: &over,
+        left: LAST,
+    };
     thread::scope(|scope| {
         let (filled, chunks) = sync_channel(QUEUE);
         let (returns, empty) = sync_channel(QUEUE + 2);
-        let decoder = scope.spawn(move || decode(stream.take(most), decoders, &empty, filled));
+        let decoder = scope.spawn(move || decode(stream, decoders, &empty, filled));
         let mut plain = Plain {
             chunks,
             returns,
@@ -113,7 +126,8 @@ pub(crate) fn run<T>(
             progress,
         };
         let made = consume(&mut plain);
-        // Ends the decoder's sending, should the caller have given up.
+        // Ends the decoder's reading and sending, should the caller have given up.
+        over.store(true, Ordering::Relaxed);
         let plain = plain.finish();
         let stored = match decoder.join() {
             Ok(stored) => stored,
@@ -127,21 +141,51 @@ pub(crate) fn run<T>(
     })
 }
 
-/// The decoder's thread. Reads the stored stream to its end in any case, so that
-/// damage is told from a wrong archive.
+/// The stored stream, as long as something is made of it.
+struct Wanted<'a, R> {
+    inner: R,
+    /// Nothing is any more.
+    over: &'a AtomicBool,
+    /// Bytes that may be read then.
+    left: u64,
+}
+
+impl<R: Read> Read for Wanted<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if !self.over.load(Ordering::Relaxed) {
+            return self.inner.read(buffer);
+        }
+        // One byte more shows whether this is its end.
+        let left = usize::try_from(self.left.saturating_add(1)).unwrap_or(usize::MAX);
+        let most = buffer.len().min(left);
+        let count = self
+            .inner
+            .read(buffer.get_mut(..most).unwrap_or_default())?;
+        match self.left.checked_sub(count as u64) {
+            Some(left) => self.left = left,
+            None => return Err(io::Error::other("it goes on after its end")),
+        }
+        Ok(count)
+    }
+}
+
+/// The decoder's thread. Whatever goes wrong, a little more of the stored stream is
+/// read: see [`LAST`].
 fn decode(
-    stream: impl Read,
+    stream: Wanted<'_, impl Read>,
     decoders: &Decoders,
     empty: &Receiver<Vec<u8>>,
     filled: SyncSender<io::Result<Chunk>>,
 ) -> io::Result<Measured> {
     let count = Rc::new(Cell::new(0));
+    let over = stream.over;
     let mut stored = HashingReader::new(stream, Rc::clone(&count));
     if let Err(error) = decode_chunks(&mut stored, decoders, &count, empty, &filled) {
         // The caller may have gone: then nobody wants to know.
         let _ = filled.send(Err(error));
     }
     drop(filled);
+    over.store(true, Ordering::Relaxed);
     stored.drain()?;
     let (digest, size) = stored.finish();
     Ok(Measured { digest, size })
@@ -285,7 +329,7 @@ mod tests {
 
     #[test]
     fn a_caller_that_stops_early_still_learns_the_stored_digest() {
-        let bytes = vec![3; 40 * CHUNK];
+        let bytes = vec![3; CHUNK / 8];
         let outcome = run(
             bytes.as_slice(),
             u64::MAX,
@@ -296,6 +340,55 @@ mod tests {
         );
         assert_eq!(outcome.made, 10);
         assert_eq!(outcome.stored.unwrap(), measured(&bytes));
+    }
+
+    /// A stream without an end; returns how much of it was read when `head` comes
+    /// first and `consume` has its way.
+    fn taken(head: &[u8], consume: impl FnOnce(&mut Plain<'_>)) -> u64 {
+        let taken = std::sync::atomic::AtomicU64::new(0);
+        struct Counted<'a, R>(R, &'a std::sync::atomic::AtomicU64);
+        impl<R: Read> Read for Counted<'_, R> {
+            fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+                let count = self.0.read(buffer)?;
+                self.1.fetch_add(count as u64, Ordering::Relaxed);
+                Ok(count)
+            }
+        }
+        // Not quite without one: a test that fails has to end.
+        let endless = head.chain(io::repeat(b'x').take(1 << 30));
+        let outcome = run(
+            Counted(endless, &taken),
+            u64::MAX,
+            Limits::default(),
+            &Decoders::default(),
+            &mut |_| {},
+            consume,
+        );
+        assert!(outcome.stored.is_err());
+        taken.into_inner()
+    }
+
+    #[test]
+    fn no_more_is_read_of_a_stream_that_is_of_no_use() {
+        // It cannot be decompressed.
+        let damaged = taken(b"\x1f\x8bgarbage", |plain| {
+            assert!(drain(plain).is_err());
+        });
+        assert!(damaged < 1 << 20, "{damaged}");
+        // Nobody wants what comes out; some of it is under way then.
+        let most = (QUEUE as u64 + 4) * CHUNK as u64 + LAST;
+        let unwanted = taken(b"", |plain| {
+            assert_eq!(plain.read(&mut [0; 10]).unwrap(), 10);
+        });
+        assert!(unwanted <= most, "{unwanted}");
+        // Its archive has come to its end.
+        let gzip = {
+            let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+            io::Write::write_all(&mut gzip, b"all").unwrap();
+            gzip.finish().unwrap()
+        };
+        let followed = taken(&gzip, |plain| drop(drain(plain)));
+        assert!(followed < 1 << 20, "{followed}");
     }
 
     #[test]

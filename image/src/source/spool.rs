@@ -80,6 +80,7 @@ fn spool_within(stream: impl Read, session: Session<'_>, limits: Limits) -> io::
     let counting = Counting {
         stream,
         count: Rc::clone(&count),
+        limits,
     };
     let mut stream = BufReader::with_capacity(CHUNK, counting);
     let mut plain: Box<dyn Read + '_> = match Compression::of(stream.fill_buf()?) {
@@ -132,12 +133,14 @@ fn read_up_to(stream: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
 struct Counting<R> {
     stream: R,
     count: Rc<Cell<u64>>,
+    limits: Limits,
 }
 
 impl<R: Read> Read for Counting<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let count = self.stream.read(buffer)?;
         self.count.set(self.count.get() + count as u64);
+        self.limits.check_stored(self.count.get())?;
         Ok(count)
     }
 }
@@ -213,6 +216,12 @@ mod tests {
         let error = spooled(&bomb, &cancel).unwrap_err();
         assert!(error.to_string().contains("times its size"), "{error}");
         let error = spooled(&vec![b'x'; 9 << 20], &cancel).unwrap_err();
+        assert!(error.to_string().contains("more than"), "{error}");
+        // Frames that become nothing (RFC 8878 section 3.1.2).
+        let mut nothing = vec![0x50, 0x2a, 0x4d, 0x18];
+        nothing.extend((12_u32 << 20).to_le_bytes());
+        nothing.resize(nothing.len() + (12 << 20), 0);
+        let error = spooled(&nothing, &cancel).unwrap_err();
         assert!(error.to_string().contains("more than"), "{error}");
     }
 }
