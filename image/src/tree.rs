@@ -18,6 +18,7 @@ pub(crate) use self::arena::Text;
 use self::arena::{Arena, XattrSets};
 use crate::index::{Entry, EntryKind, IndexReader, Meta, Place, Xattrs};
 use crate::limits::Limits;
+use crate::tar::device_in_range;
 
 /// Row of an inode.
 pub(crate) type InodeId = u32;
@@ -81,6 +82,9 @@ struct Dirent {
     inode: InodeId,
     /// The next entry of the same directory.
     next: DirentId,
+    /// The layer that has an entry of its own for this name, plus one: 0 for names
+    /// that only paths of others imply.
+    unpacked: u32,
 }
 
 /// Why an entry has no place; the entry's path and a clause.
@@ -106,11 +110,19 @@ pub(crate) struct Tree {
     limits: Limits,
     /// Directories on the way to where a walk is; reused.
     trail: Vec<InodeId>,
+    /// Steps that walks and opaque markers may still take, over all layers.
+    steps: usize,
 }
+
+/// Steps allowed for each entry that an image may have. Paths of real images have some
+/// five components; a small image whose paths lead through long chains of links would
+/// otherwise take minutes.
+const STEPS_PER_ENTRY: usize = 64;
 
 impl Tree {
     pub(crate) fn new(limits: Limits) -> Self {
         let mut tree = Self {
+            steps: limits.entries.saturating_mul(STEPS_PER_ENTRY),
             inodes: Vec::new(),
             dirents: Vec::new(),
             by_name: HashTable::new(),
@@ -125,53 +137,64 @@ impl Tree {
     }
 
     /// Puts layer number `layer` on top.
+    ///
+    /// Entries take effect in the order in which the layer has them, each in the state
+    /// that those before it have made, as in containerd's and umoci's appliers. A
+    /// whiteout therefore never reaches through a lower link that the layer has
+    /// replaced by a directory.
     pub(crate) fn apply(&mut self, layer: u16, index: &mut IndexReader) -> Result<(), Refused> {
-        // A layer's whiteouts are about the layers below, wherever in the
-        // layer they stand.
-        if index.hides() {
-            index.rewind().map_err(Refused::Index)?;
-            while let Some(entry) = index.next().map_err(Refused::Index)? {
-                match entry.kind {
-                    EntryKind::Whiteout => self.hide(entry.path),
-                    EntryKind::Opaque => self.empty(entry.path),
-                    _ => Ok(()),
-                }
-                .map_err(|reason| refused(&entry, reason))?;
-            }
-        }
         index.rewind().map_err(Refused::Index)?;
         while let Some(entry) = index.next().map_err(Refused::Index)? {
-            if !matches!(entry.kind, EntryKind::Whiteout | EntryKind::Opaque) {
-                self.add(layer, &entry)
-                    .map_err(|reason| refused(&entry, reason))?;
+            match entry.kind {
+                EntryKind::Whiteout => self.hide(entry.path),
+                EntryKind::Opaque => self.empty(entry.path, layer),
+                _ => self.add(layer, &entry),
             }
+            .map_err(|reason| refused(&entry, reason))?;
         }
         Ok(())
     }
 
     fn hide(&mut self, path: &[u8]) -> Result<(), Reason> {
         let (parent, name) = split(path);
-        if let Some(parent) = self.walk(parent, false)? {
-            self.unlink(parent, name);
+        let parent = self.parent_of_entry(parent)?;
+        self.unlink(parent, name);
+        Ok(())
+    }
+
+    /// Takes away what is in a directory and does not come from an entry of `layer`.
+    fn empty(&mut self, path: &[u8], layer: u16) -> Result<(), Reason> {
+        let directory = self.parent_of_entry(path)?;
+        let mut directories = vec![directory];
+        while let Some(directory) = directories.pop() {
+            let mut at = self.first_entry(directory);
+            let mut kept = NONE;
+            while at != NONE {
+                self.step(1)?;
+                let entry = self.dirents[at as usize];
+                if entry.inode != NONE && entry.unpacked == unpacked_mark(layer) {
+                    if self.inodes[entry.inode as usize].tag == Tag::Directory {
+                        directories.push(entry.inode);
+                    }
+                    self.dirents[at as usize].next = kept;
+                    kept = at;
+                } else {
+                    let hash = self.hash(entry.parent, self.arena.get(entry.name));
+                    if let Ok(found) = self.by_name.find_entry(hash, |other| *other == at) {
+                        found.remove();
+                    }
+                }
+                at = entry.next;
+            }
+            self.set_first_entry(directory, kept);
         }
         Ok(())
     }
 
-    fn empty(&mut self, path: &[u8]) -> Result<(), Reason> {
-        let Some(directory) = self.walk(path, false)? else {
-            return Ok(());
-        };
-        let mut at = self.first_entry(directory);
-        while at != NONE {
-            let entry = self.dirents[at as usize];
-            let hash = self.hash(entry.parent, self.arena.get(entry.name));
-            if let Ok(found) = self.by_name.find_entry(hash, |other| *other == at) {
-                found.remove();
-            }
-            at = entry.next;
-        }
-        self.set_first_entry(directory, NONE);
-        Ok(())
+    /// The directory that an entry is in, created if it is missing.
+    fn parent_of_entry(&mut self, path: &[u8]) -> Result<InodeId, Reason> {
+        let found = self.walk(path, true)?;
+        Ok(found.ok_or("its parent is not a directory")?)
     }
 
     fn add(&mut self, layer: u16, entry: &Entry<'_>) -> Result<(), Reason> {
@@ -179,36 +202,51 @@ impl Tree {
             return self.set_meta(ROOT, &entry.meta, entry.xattrs);
         }
         let (parent, name) = split(entry.path);
-        let parent = self
-            .walk(parent, true)?
-            .ok_or("its parent is not a directory")?;
+        let parent = self.parent_of_entry(parent)?;
         let kind = match entry.kind {
             EntryKind::Directory => {
                 // A directory over a directory keeps what is in it.
-                if let Some(id) = self.child(parent, name)
+                if let Some(known) = self.find(parent, name)
+                    && let Some(id) = self.child(parent, name)
                     && self.inodes[id as usize].tag == Tag::Directory
                 {
+                    self.dirents[known as usize].unpacked = unpacked_mark(layer);
                     return self.set_meta(id, &entry.meta, entry.xattrs);
                 }
                 Kind::Directory
             }
             EntryKind::Hardlink(target) => {
+                // The link replaces what has its name, so that cannot be its target.
+                self.unlink(parent, name);
                 let linked = self.link_target(target)?;
-                return self.place(parent, name, linked);
+                return self.place(parent, name, linked, unpacked_mark(layer));
             }
             EntryKind::File { place, size } => Kind::File { layer, place, size },
             EntryKind::Symlink(target) => {
                 let text = self.arena.add(target, self.limits.names_bytes)?;
                 Kind::Symlink(text)
             }
-            EntryKind::CharDevice(major, minor) => Kind::CharDevice(major, minor),
-            EntryKind::BlockDevice(major, minor) => Kind::BlockDevice(major, minor),
+            EntryKind::CharDevice(major, minor) => {
+                device_in_range(major, minor)?;
+                Kind::CharDevice(major, minor)
+            }
+            EntryKind::BlockDevice(major, minor) => {
+                device_in_range(major, minor)?;
+                Kind::BlockDevice(major, minor)
+            }
             EntryKind::Fifo => Kind::Fifo,
             EntryKind::Whiteout | EntryKind::Opaque => return Ok(()),
         };
         let id = self.new_inode(kind)?;
         self.set_meta(id, &entry.meta, entry.xattrs)?;
-        self.place(parent, name, id)
+        self.place(parent, name, id, unpacked_mark(layer))
+    }
+
+    /// Takes some of the steps that are left.
+    fn step(&mut self, count: usize) -> Result<(), Reason> {
+        let left = self.steps.checked_sub(count);
+        self.steps = left.ok_or("the image's paths lead through too many links and directories")?;
+        Ok(())
     }
 
     fn new_inode(&mut self, kind: Kind) -> Result<InodeId, Reason> {
@@ -264,13 +302,20 @@ impl Tree {
     }
 
     /// Gives an inode a name, which may have been another's.
-    fn place(&mut self, parent: InodeId, name: &[u8], inode: InodeId) -> Result<(), Reason> {
+    fn place(
+        &mut self,
+        parent: InodeId,
+        name: &[u8],
+        inode: InodeId,
+        unpacked: u32,
+    ) -> Result<(), Reason> {
         if self.inodes[inode as usize].tag == Tag::Directory {
             // A directory has one name.
             self.inodes[inode as usize].b = parent.into();
         }
         if let Some(known) = self.find(parent, name) {
-            self.dirents[known as usize].inode = inode;
+            let dirent = &mut self.dirents[known as usize];
+            (dirent.inode, dirent.unpacked) = (inode, unpacked);
             return Ok(());
         }
         let most = self.limits.entries;
@@ -284,6 +329,7 @@ impl Tree {
             parent,
             inode,
             next: self.first_entry(parent),
+            unpacked,
         });
         self.set_first_entry(parent, id);
         let hash = self.hash(parent, name);
@@ -435,6 +481,11 @@ impl Inode {
             Tag::Fifo => Kind::Fifo,
         }
     }
+}
+
+/// The mark of names that `layer` has entries for.
+fn unpacked_mark(layer: u16) -> u32 {
+    u32::from(layer) + 1
 }
 
 fn refused(entry: &Entry<'_>, reason: Reason) -> Refused {

@@ -52,7 +52,7 @@ use crate::limits::Limits;
 use crate::platform::Platform;
 
 /// Version of everything the store writes; other versions are made again.
-const FORMAT: u32 = 3;
+const FORMAT: u32 = 4;
 
 /// A part of a disk: bytes of one file, in disk order.
 #[derive(Clone, Debug, PartialEq, Eq)]

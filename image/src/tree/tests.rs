@@ -101,17 +101,110 @@ fn paths(tree: &Tree) -> Vec<String> {
 }
 
 #[test]
-fn whiteouts_hide_lower_layers_only() {
+fn whiteouts_take_effect_where_they_stand() {
     let tree = merge(&[
-        vec![file("a"), file("d/b"), file("d/c")],
+        vec![file("a"), file("d/b"), file("d/c"), file("e")],
         vec![
-            file("a"),
             entry("a", EntryKind::Whiteout),
+            file("a"),
             entry("d/b", EntryKind::Whiteout),
+            file("e"),
+            entry("e", EntryKind::Whiteout),
         ],
     ])
     .unwrap();
     assert_eq!(paths(&tree), ["/a@1", "/d/c@0"]);
+}
+
+#[test]
+fn markers_do_not_follow_a_link_that_their_layer_replaces() {
+    for (target, marker) in [
+        ("usr/lib64", EntryKind::Opaque),
+        ("/", EntryKind::Opaque),
+        ("usr/lib64", EntryKind::Whiteout),
+    ] {
+        let hidden = match marker {
+            EntryKind::Opaque => "lib64",
+            _ => "lib64/ld.so",
+        };
+        let tree = merge(&[
+            vec![file("usr/lib64/ld.so"), link("lib64", target)],
+            vec![
+                entry("lib64", EntryKind::Directory),
+                entry(hidden, marker),
+                file("lib64/new"),
+            ],
+        ])
+        .unwrap();
+        let expected = ["/lib64/new@1", "/usr/lib64/ld.so@0"];
+        assert_eq!(paths(&tree), expected, "a link to {target}, {marker:?}");
+    }
+}
+
+#[test]
+fn an_opaque_marker_keeps_what_its_layer_has_unpacked() {
+    let tree = merge(&[
+        vec![file("d/a"), file("d/sub/low"), file("d/low/x")],
+        vec![
+            entry("d", EntryKind::Directory),
+            entry("d/sub", EntryKind::Directory),
+            file("d/sub/new"),
+            file("d/implied/new"),
+            entry("d", EntryKind::Opaque),
+            file("d/after"),
+        ],
+    ])
+    .unwrap();
+    assert_eq!(paths(&tree), ["/d/after@1", "/d/sub/new@1"]);
+    // Names that were kept can be replaced and taken away as others.
+    let tree = merge(&[
+        vec![
+            file("d/a"),
+            file("d/b"),
+            entry("d", EntryKind::Opaque),
+            file("d/b"),
+        ],
+        vec![entry("d/a", EntryKind::Whiteout)],
+    ])
+    .unwrap();
+    assert_eq!(paths(&tree), ["/d/b@0"]);
+}
+
+#[test]
+fn a_hard_link_cannot_be_to_what_it_replaces() {
+    let linked = entry("a", EntryKind::Hardlink(b"a"));
+    let error = refusal(&[vec![file("a")], vec![linked]]);
+    assert!(error.contains("a path that does not exist"), "{error}");
+}
+
+#[test]
+fn devices_that_linux_does_not_have_are_refused() {
+    merge(&[vec![entry("d", EntryKind::CharDevice(4095, 0xf_ffff))]]).unwrap();
+    for kind in [
+        EntryKind::CharDevice(4097, 3),
+        EntryKind::BlockDevice(1, 1 << 20),
+    ] {
+        let error = refusal(&[vec![entry("d", kind)]]);
+        assert!(error.contains("is out of range"), "{error}");
+    }
+}
+
+#[test]
+fn long_ways_are_bounded_over_the_whole_image() {
+    let limits = Limits {
+        entries: 100,
+        ..Limits::default()
+    };
+    // Forty links of a hundred components each on the way to every entry.
+    let target: &'static str = Box::leak("./".repeat(2000).into_boxed_str());
+    let mut entries = vec![link("l", target)];
+    entries.extend((0..90).map(|n| file(&format!("l/{n}"))));
+    let error = merge_within(limits, &[entries]).err().unwrap();
+    assert!(error.contains("too many links and directories"), "{error}");
+    let mut entries: Vec<_> = (0..80).map(|n| file(&format!("f{n}"))).collect();
+    entries.extend((0..200).map(|_| entry("", EntryKind::Opaque)));
+    let error = merge_within(limits, &[entries]).err().unwrap();
+    assert!(error.contains("too many links and directories"), "{error}");
 }
 
 #[test]

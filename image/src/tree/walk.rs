@@ -6,6 +6,8 @@ use super::{InodeId, Kind, ROOT, Reason, Tree};
 const MAX_LINKS: u32 = 40;
 /// Components looked at on the way, those of links included.
 const MAX_PARTS: u32 = 4096;
+/// Bytes of a path whose copying counts as a step.
+const BYTES_PER_STEP: usize = 256;
 
 impl Tree {
     /// The directory at `path`, following symbolic links as if the tree were
@@ -37,6 +39,7 @@ impl Tree {
             };
             left = rest;
             parts += 1;
+            self.step(1)?;
             if parts > MAX_PARTS {
                 return Err("the way to it is too long".to_owned());
             }
@@ -56,7 +59,7 @@ impl Tree {
                     return Ok(None);
                 }
                 let id = self.new_inode(Kind::Directory)?;
-                self.place(here, part, id)?;
+                self.place(here, part, id, 0)?;
                 trail.push(id);
                 continue;
             };
@@ -73,6 +76,8 @@ impl Tree {
                         trail.truncate(1);
                     }
                     rewritten = [target, b"/", left].concat();
+                    // Copying counts, too.
+                    self.step(rewritten.len() / BYTES_PER_STEP)?;
                     left = &rewritten;
                 }
                 _ if create => return Err("its parent is not a directory".to_owned()),
