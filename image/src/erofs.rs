@@ -374,7 +374,7 @@ impl<'a> Image<'a> {
     }
 }
 
-/// Linux's `new_encode_dev`.
+/// Linux's `new_encode_dev`. The tree has only numbers that it has room for.
 fn device_number(major: u32, minor: u32) -> u32 {
     minor & 0xff | (major & 0xfff) << 8 | (minor & 0xf_ff00) << 12
 }

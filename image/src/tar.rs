@@ -1,7 +1,8 @@
 //! A tar reader for hostile input: ustar, pax and GNU long names.
 //!
 //! Strict where leniency could be abused: a header's checksum must be right, a
-//! stream must not end inside an entry, extended headers are small.
+//! stream must not end inside an entry, extended headers are small. Where readers
+//! differ, this one reads as Go's `archive/tar`, which Docker and containerd use.
 
 mod directory;
 mod sparse;
@@ -88,7 +89,6 @@ struct Extended {
     uid: Option<u32>,
     gid: Option<u32>,
     mtime: Option<(i64, u32)>,
-    device: (Option<u32>, Option<u32>),
     xattrs: Vec<(Vec<u8>, Vec<u8>)>,
     sparse: PaxSparse,
 }
@@ -101,8 +101,6 @@ pub(crate) struct Reader<R> {
     padding: u64,
     /// Bytes consumed so far.
     position: u64,
-    /// What global extended headers say about all entries that follow.
-    global: Extended,
 }
 
 impl<R: Read> Reader<R> {
@@ -112,7 +110,6 @@ impl<R: Read> Reader<R> {
             left: 0,
             padding: 0,
             position: 0,
-            global: Extended::default(),
         }
     }
 
@@ -140,21 +137,52 @@ impl<R: Read> Reader<R> {
     /// not read of the previous entry's data is skipped.
     pub(crate) fn next_entry(&mut self) -> Result<Option<Header>, TarError> {
         self.skip_rest()?;
-        let mut extended = self.global.clone();
+        let mut extended = Extended::default();
+        // GNU's long names; they outrank those of pax headers.
+        let (mut long_path, mut long_link) = (None, None);
         for _ in 0..MAX_HEADERS {
             let Some(block) = self.header_block()? else {
                 return Ok(None);
             };
             let size = number(field(&block, 124, 12))?;
             match block[156] {
-                b'x' => self.read_pax(size, &mut extended)?,
-                b'g' => self.read_global(size, &mut extended)?,
-                b'L' => extended.path = Some(until_nul(&self.read_small(size)?)),
-                b'K' => extended.link = Some(until_nul(&self.read_small(size)?)),
-                kind => return self.entry(&block, kind, size, extended).map(Some),
+                b'x' => extended = self.read_pax(size)?,
+                // An entry of its own for Go, Docker and containerd, which ignore it:
+                // its defaults apply to nothing, and headers before it are used up.
+                b'g' => {
+                    self.read_pax(size)?;
+                    extended = Extended::default();
+                    (long_path, long_link) = (None, None);
+                }
+                b'L' => long_path = Some(until_nul(&self.read_small(size)?)),
+                b'K' => long_link = Some(until_nul(&self.read_small(size)?)),
+                kind => {
+                    let long = |name: &Vec<u8>| !name.is_empty();
+                    extended.path = long_path.filter(long).or(extended.path);
+                    extended.link = long_link.filter(long).or(extended.link);
+                    return self.entry(&block, kind, size, extended).map(Some);
+                }
             }
         }
         Err(bad("too many extended headers before an entry"))
+    }
+
+    /// Passes over what was not read of the current entry's data without reading it;
+    /// the whole stream has `len` bytes.
+    pub(crate) fn seek_over_data(&mut self, len: u64) -> Result<(), TarError>
+    where
+        R: io::Seek,
+    {
+        let end = self.position.checked_add(self.left);
+        // Seeking beyond the end is no error of the system's.
+        if end.is_none_or(|end| end > len) {
+            return Err(bad("it is truncated"));
+        }
+        let distance = i64::try_from(self.left).map_err(|_| bad("a size is out of range"))?;
+        self.inner.seek_relative(distance)?;
+        self.position += self.left;
+        self.left = 0;
+        Ok(())
     }
 
     fn entry(
@@ -208,10 +236,10 @@ impl<R: Read> Reader<R> {
             xattrs: by_name(extended.xattrs),
             path,
         };
-        // Only files have data; some writers note a size for others.
+        // Only files have data, whatever the size of others says.
         let data = match header.kind {
-            Kind::Hardlink(_) => 0,
-            _ => extended.size.unwrap_or(size),
+            Kind::File => extended.size.unwrap_or(size),
+            _ => 0,
         };
         if header.kind == Kind::File {
             let map = self.sparse_map(block, kind, extended.sparse, data)?;
@@ -254,23 +282,6 @@ impl<R: Read> Reader<R> {
         }
     }
 
-    fn read_global(&mut self, size: u64, extended: &mut Extended) -> Result<(), TarError> {
-        let mut global = Extended::default();
-        self.read_pax(size, &mut global)?;
-        // What is one entry's own cannot be a default. Nor are attributes: no
-        // writer means that, and a small archive would become a large one.
-        self.global = Extended {
-            path: None,
-            link: None,
-            size: None,
-            sparse: PaxSparse::default(),
-            xattrs: Vec::new(),
-            ..global
-        };
-        *extended = self.global.clone();
-        Ok(())
-    }
-
     fn expect_data(&mut self, size: u64) -> Result<(), TarError> {
         let block = BLOCK as u64;
         let padded = size
@@ -301,8 +312,8 @@ impl<R: Read> Reader<R> {
         Ok(())
     }
 
-    /// `None` at the end: a zero block, or the end of the stream where a header
-    /// could begin (some writers leave the zero blocks out).
+    /// `None` at the end: two zero blocks, or the end of the stream where a header
+    /// could begin (some writers leave zero blocks out).
     fn header_block(&mut self) -> Result<Option<[u8; BLOCK]>, TarError> {
         let mut block = [0; BLOCK];
         match read_full(&mut self.inner, &mut block)? {
@@ -311,14 +322,17 @@ impl<R: Read> Reader<R> {
             _ => return Err(bad("it is truncated")),
         }
         self.position += BLOCK as u64;
-        if block.iter().all(|byte| *byte == 0) {
-            return Ok(None);
+        if is_zero(&block) {
+            let second = read_full(&mut self.inner, &mut block)?;
+            self.position += second as u64;
+            return match second == 0 || is_zero(&block) {
+                true => Ok(None),
+                // Entries behind it are seen by some readers and not by others.
+                false => Err(bad("it goes on after a zero block")),
+            };
         }
         let stated = number(field(&block, 148, 8))?;
-        // The sum takes its own field for spaces.
-        let add = |bytes: &[u8]| bytes.iter().map(|byte| u32::from(*byte)).sum::<u32>();
-        let sum = u64::from(add(&block) - add(field(&block, 148, 8)) + 8 * u32::from(b' '));
-        if stated != sum {
+        if !checksums(&block).contains(&stated) {
             return Err(bad("a header's checksum is wrong: it is not a tar archive"));
         }
         Ok(Some(block))
@@ -339,8 +353,9 @@ impl<R: Read> Reader<R> {
     }
 
     /// Reads pax records: `LENGTH KEY=VALUE\n` (POSIX pax, "pax Extended Header").
-    fn read_pax(&mut self, size: u64, extended: &mut Extended) -> Result<(), TarError> {
+    fn read_pax(&mut self, size: u64) -> Result<Extended, TarError> {
         let bytes = self.read_small(size)?;
+        let mut extended = Extended::default();
         let mut rest = bytes.as_slice();
         while !rest.is_empty() {
             let (key, value, after) =
@@ -348,7 +363,7 @@ impl<R: Read> Reader<R> {
             rest = after;
             extended.apply(key, value)?;
         }
-        Ok(())
+        Ok(extended)
     }
 }
 
@@ -381,8 +396,10 @@ impl Extended {
             // Without a value, the header's own counts again.
             b"path" => self.path = (!value.is_empty()).then(|| value.to_vec()),
             b"linkpath" => self.link = (!value.is_empty()).then(|| value.to_vec()),
-            b"SCHILY.devmajor" => self.device.0 = Some(id(text()?)?),
-            b"SCHILY.devminor" => self.device.1 = Some(id(text()?)?),
+            // Written where the header has no room for the number, which Linux has for
+            // all that the header has.
+            b"SCHILY.devmajor" => check_device(id(text()?)?, 0)?,
+            b"SCHILY.devminor" => check_device(0, id(text()?)?)?,
             b"size" | b"uid" | b"gid" | b"mtime" if value.is_empty() => {}
             b"size" => self.size = Some(parse(text()?)?),
             b"uid" => self.uid = Some(id(text()?)?),
@@ -415,7 +432,40 @@ impl<R: Read> Read for Counting<'_, R> {
     }
 }
 
-/// Sorts by name; of several records for one name the last one counts.
+fn is_zero(block: &[u8]) -> bool {
+    block.iter().all(|byte| *byte == 0)
+}
+
+/// The sums that a header may state, of bytes without and with a sign, as old writers
+/// have it. Its own field counts as spaces.
+fn checksums(block: &[u8; BLOCK]) -> [u64; 2] {
+    let (mut unsigned, mut signed) = (0u64, 0i64);
+    for (at, byte) in block.iter().enumerate() {
+        let byte = if (148..156).contains(&at) {
+            b' '
+        } else {
+            *byte
+        };
+        unsigned += u64::from(byte);
+        signed += i64::from(byte.cast_signed());
+    }
+    // A negative sum cannot be stated.
+    [unsigned, u64::try_from(signed).unwrap_or(unsigned)]
+}
+
+fn check_device(major: u32, minor: u32) -> Result<(), TarError> {
+    device_in_range(major, minor).map_err(bad)
+}
+
+/// Refuses device numbers that Linux does not have: 12 and 20 bits. Cut to these they
+/// would be those of another device.
+pub(crate) fn device_in_range(major: u32, minor: u32) -> Result<(), String> {
+    match major < 1 << 12 && minor < 1 << 20 {
+        true => Ok(()),
+        false => Err(format!("its device number {major}:{minor} is out of range")),
+    }
+}
+
 /// Fills `to`, or as much of it as there is before the end.
 fn read_full(from: &mut impl Read, to: &mut [u8]) -> io::Result<usize> {
     let mut filled = 0;
@@ -430,6 +480,7 @@ fn read_full(from: &mut impl Read, to: &mut [u8]) -> io::Result<usize> {
     Ok(filled)
 }
 
+/// Sorts by name; of several records for one name the last one counts.
 fn by_name(mut xattrs: Vec<(Vec<u8>, Vec<u8>)>) -> Vec<(Vec<u8>, Vec<u8>)> {
     xattrs.reverse();
     xattrs.sort_by(|a, b| a.0.cmp(&b.0));
@@ -453,17 +504,19 @@ fn read_kind(
             false => Ok(link),
         }
     };
-    let number = |given: Option<u32>, at| given.map_or_else(|| small(field(block, at, 8)), Ok);
-    let major = || number(extended.device.0, 329);
-    let minor = || number(extended.device.1, 337);
+    let device = || -> Result<(u32, u32), TarError> {
+        let (major, minor) = (small(field(block, 329, 8))?, small(field(block, 337, 8))?);
+        check_device(major, minor)?;
+        Ok((major, minor))
+    };
     Ok(match kind {
         // Before POSIX a directory was a file whose name ends in a slash.
-        b'0' | 0 | b'7' if path.ends_with(b"/") => Kind::Directory,
+        0 if path.ends_with(b"/") => Kind::Directory,
         b'0' | 0 | b'7' | b'S' => Kind::File,
         b'1' => Kind::Hardlink(link()?),
         b'2' => Kind::Symlink(link()?),
-        b'3' => Kind::CharDevice(major()?, minor()?),
-        b'4' => Kind::BlockDevice(major()?, minor()?),
+        b'3' => device().map(|(major, minor)| Kind::CharDevice(major, minor))?,
+        b'4' => device().map(|(major, minor)| Kind::BlockDevice(major, minor))?,
         b'5' => Kind::Directory,
         b'6' => Kind::Fifo,
         other => {
@@ -552,12 +605,13 @@ fn signed(bytes: &[u8]) -> Result<i64, TarError> {
     }
 }
 
-/// Octal digits, or base 256 when the first bit is set (GNU). Negative numbers
-/// read as 0.
+/// Octal digits, or base 256 when the first bit is set (GNU). Negative numbers are
+/// refused.
 fn number(bytes: &[u8]) -> Result<u64, TarError> {
     let malformed = || bad("a number in a header is malformed: it is not a tar archive");
     match bytes.first() {
-        Some(0xff) => Ok(0),
+        // The second bit is the sign.
+        Some(first) if first & 0xc0 == 0xc0 => Err(bad("a number in a header is negative")),
         Some(first) if first & 0x80 != 0 => {
             let mut value = u64::from(first & 0x7f);
             for byte in bytes.iter().skip(1) {
@@ -566,12 +620,19 @@ fn number(bytes: &[u8]) -> Result<u64, TarError> {
             Ok(value)
         }
         _ => {
-            let text = std::str::from_utf8(bytes).map_err(|_| malformed())?;
-            let digits = text.trim_matches(|c: char| c == ' ' || c == '\0');
-            if digits.is_empty() {
-                return Ok(0);
+            let is_filler = |byte: &u8| matches!(byte, b' ' | 0);
+            let begin = bytes.iter().position(|byte| !is_filler(byte));
+            let digits = bytes.get(begin.unwrap_or(bytes.len())..);
+            // To the first zero, as a string in C.
+            let digits = until_nul(digits.unwrap_or_default());
+            let digits = digits.trim_ascii_end();
+            if !digits.iter().all(|byte| matches!(byte, b'0'..=b'7')) {
+                return Err(malformed());
             }
-            u64::from_str_radix(digits, 8).map_err(|_| malformed())
+            digits.iter().try_fold(0u64, |value, digit| {
+                let value = value.checked_mul(8).ok_or_else(malformed)?;
+                Ok(value | u64::from(digit - b'0'))
+            })
         }
     }
 }

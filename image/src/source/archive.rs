@@ -13,12 +13,26 @@ use crate::tar::{Header, Kind, Reader};
 
 /// Most files in an archive.
 const MAX_FILES: usize = 100_000;
+/// Most bytes of their names and links together.
+const MAX_NAMES: usize = 16 << 20;
+/// Longest name or link that is listed. Names of images' files are digests.
+const MAX_NAME: usize = 512;
 /// Links followed to a file (`docker save` links equal layers).
 const MAX_LINKS: usize = 8;
 
 enum Item {
     File { offset: u64, size: u64 },
     Link(String),
+}
+
+impl Item {
+    /// Bytes of names that it keeps.
+    fn len(&self) -> usize {
+        match self {
+            Self::File { .. } => 0,
+            Self::Link(target) => target.len(),
+        }
+    }
 }
 
 /// A tar file.
@@ -54,48 +68,52 @@ impl Archive {
 }
 
 fn list(file: &mut File) -> Result<HashMap<String, Item>, String> {
+    let text = |error: io::Error| error.to_string();
+    let len = file.metadata().map_err(text)?.len();
     let mut items = HashMap::new();
-    let mut reader = Reader::new(Skipping(BufReader::new(&*file)));
+    let mut names = 0;
+    file.seek(SeekFrom::Start(0)).map_err(text)?;
+    let mut reader = Reader::new(BufReader::new(&*file));
     while let Some(header) = reader.next_entry().map_err(|error| error.reason)? {
+        let listed = item(&header, reader.position());
+        reader.seek_over_data(len).map_err(|error| error.reason)?;
+        let Some((name, item)) = listed else {
+            continue;
+        };
         if items.len() >= MAX_FILES {
             return Err(format!("it has more than {MAX_FILES} files"));
         }
-        let Some(name) = clean(&header) else { continue };
-        let item = match header.kind {
-            Kind::File => Item::File {
-                offset: reader.position(),
-                size: header.size,
-            },
-            Kind::Symlink(target) => match String::from_utf8(target) {
-                Ok(target) => Item::Link(join(&name, &target)),
-                Err(_) => continue,
-            },
-            Kind::Hardlink(target) => match String::from_utf8(target) {
-                Ok(target) => Item::Link(join("", &target)),
-                Err(_) => continue,
-            },
-            _ => continue,
-        };
+        names += name.len() + item.len();
+        if names > MAX_NAMES {
+            return Err(format!("it has more than {MAX_NAMES} bytes of names"));
+        }
         items.insert(name, item);
     }
-    file.seek(SeekFrom::Start(0))
-        .map_err(|error| error.to_string())?;
+    file.seek(SeekFrom::Start(0)).map_err(text)?;
     Ok(items)
 }
 
-/// Reading over contents by seeking would save little: page cache reads are
-/// cheap next to hashing, and pipes cannot seek.
-struct Skipping<R>(R);
-
-impl<R: Read> Read for Skipping<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.0.read(buffer)
-    }
-}
-
-fn clean(header: &Header) -> Option<String> {
-    let text = std::str::from_utf8(&header.path).ok()?;
-    Some(join("", text))
+/// The file or link that a header is about; `None` for what no document of an image
+/// can name.
+fn item(header: &Header, offset: u64) -> Option<(String, Item)> {
+    let short = |bytes: &[u8]| bytes.len() <= MAX_NAME;
+    let name = std::str::from_utf8(&header.path).ok();
+    let name = join("", name.filter(|name| short(name.as_bytes()))?);
+    let link = |from: &str, target: &[u8]| {
+        let target = std::str::from_utf8(target).ok();
+        let target = target.filter(|target| short(target.as_bytes()))?;
+        Some(Item::Link(join(from, target)))
+    };
+    let item = match &header.kind {
+        Kind::File => Item::File {
+            offset,
+            size: header.size,
+        },
+        Kind::Symlink(target) => link(&name, target)?,
+        Kind::Hardlink(target) => link("", target)?,
+        _ => return None,
+    };
+    Some((name, item))
 }
 
 /// `target` seen from the directory of `name`; `..` stops at the top.
@@ -178,7 +196,88 @@ impl Read for Slice<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
+
     use super::*;
+
+    fn archive(build: impl FnOnce(&mut tar::Builder<&File>)) -> File {
+        let file = tempfile::tempfile().unwrap();
+        let mut builder = tar::Builder::new(&file);
+        build(&mut builder);
+        builder.into_inner().unwrap();
+        file
+    }
+
+    fn add_link(builder: &mut tar::Builder<&File>, path: &str, target: &str) {
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(tar::EntryType::Symlink);
+        header.set_size(0);
+        builder.append_link(&mut header, path, target).unwrap();
+    }
+
+    #[test]
+    fn names_have_a_byte_budget() {
+        let target = "t".repeat(MAX_NAME - 6);
+        let directory = "d".repeat(MAX_NAME - 100);
+        let file = archive(|builder| {
+            for number in 0..20_000 {
+                add_link(builder, &format!("{directory}/{number}"), &target);
+            }
+        });
+        let error = Archive::new(file).err().unwrap();
+        assert_eq!(
+            error,
+            format!("it has more than {MAX_NAMES} bytes of names")
+        );
+    }
+
+    #[test]
+    fn names_that_are_too_long_are_not_listed() {
+        let long = "n".repeat(MAX_NAME + 1);
+        let file = archive(|builder| {
+            add_link(builder, &long, "a");
+            add_link(builder, "b", &long);
+            add_link(builder, "c", "a");
+        });
+        let archive = Archive::new(file).unwrap();
+        assert_eq!(archive.items.keys().collect::<Vec<_>>(), ["c"]);
+    }
+
+    #[test]
+    fn contents_are_not_read_while_listing() {
+        // 8 TiB of holes would take hours to read.
+        let size = 8u64 << 40;
+        let mut file = tempfile::tempfile().unwrap();
+        let mut header = tar::Header::new_gnu();
+        header.set_path("large").unwrap();
+        header.set_size(size);
+        header.set_cksum();
+        file.write_all(header.as_bytes()).unwrap();
+        if file.set_len(512 + size).is_err() {
+            // Sparse files are smaller on this file system.
+            return;
+        }
+        file.seek(SeekFrom::End(0)).unwrap();
+        let mut header = tar::Header::new_gnu();
+        header.set_path("behind").unwrap();
+        header.set_size(0);
+        header.set_cksum();
+        file.write_all(header.as_bytes()).unwrap();
+        let archive = Archive::new(file).unwrap();
+        assert_eq!(archive.items.len(), 2);
+    }
+
+    #[test]
+    fn contents_beyond_the_end_are_truncation() {
+        let mut file = tempfile::tempfile().unwrap();
+        let mut header = tar::Header::new_gnu();
+        header.set_path("large").unwrap();
+        header.set_size(4096);
+        header.set_cksum();
+        file.write_all(header.as_bytes()).unwrap();
+        file.write_all(&[1; 4095]).unwrap();
+        assert_eq!(Archive::new(file).err().unwrap(), "it is truncated");
+    }
 
     #[test]
     fn links_are_resolved_inside() {

@@ -143,3 +143,133 @@ proptest! {
         while let Ok(Some(_)) = reader.next_entry() {}
     }
 }
+
+/// A raw ustar header.
+fn raw(path: &str, kind: u8, size: u64, change: impl FnOnce(&mut [u8])) -> Vec<u8> {
+    let mut header = tar::Header::new_ustar();
+    header.set_path(path).unwrap();
+    header.set_mode(0o755);
+    header.set_uid(0);
+    header.set_gid(0);
+    header.set_mtime(0);
+    header.set_size(size);
+    let mut bytes = header.as_bytes().to_vec();
+    bytes[156] = kind;
+    change(&mut bytes);
+    bytes[148..156].fill(b' ');
+    let sum: u32 = bytes.iter().map(|byte| u32::from(*byte)).sum();
+    bytes[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+    bytes
+}
+
+/// Paths and kinds of a stream's entries.
+fn listed(bytes: &[u8]) -> Result<Vec<(String, Kind)>, String> {
+    let mut reader = Reader::new(bytes);
+    let mut entries = Vec::new();
+    while let Some(header) = reader.next_entry().map_err(|error| error.reason)? {
+        entries.push((String::from_utf8_lossy(&header.path).into(), header.kind));
+    }
+    Ok(entries)
+}
+
+#[test]
+fn only_files_have_data() {
+    for kind in *b"123456" {
+        let mut bytes = raw("first", kind, 1024, |_| ());
+        bytes.extend(raw("second", b'0', 3, |_| ()));
+        bytes.extend([7; 512]);
+        let seen = listed(&bytes).unwrap();
+        let kind = char::from(kind);
+        assert_eq!(seen.len(), 2, "type {kind}");
+        assert_eq!(seen[1], ("second".to_owned(), Kind::File), "type {kind}");
+    }
+    let sized: [(&str, &[u8]); 1] = [("size", b"1024")];
+    let mut bytes = archive(|b| b.append_pax_extensions(sized).unwrap());
+    bytes.truncate(bytes.len() - 1024);
+    bytes.extend(raw("d/", b'5', 0, |_| ()));
+    bytes.extend(raw("f", b'0', 0, |_| ()));
+    assert_eq!(listed(&bytes).unwrap().len(), 2);
+}
+
+#[test]
+fn a_slash_makes_a_directory_of_the_oldest_type_only() {
+    for (kind, expected) in [(0, Kind::Directory), (b'0', Kind::File)] {
+        let mut bytes = raw("d/", kind, 512, |_| ());
+        // The data of a file; of a directory, the next header.
+        bytes.extend(raw("f", b'0', 0, |_| ()));
+        let seen = listed(&bytes).unwrap();
+        assert_eq!(seen[0].1, expected);
+        assert_eq!(seen.len(), if kind == 0 { 2 } else { 1 });
+    }
+}
+
+#[test]
+fn global_headers_apply_to_nothing() {
+    let mut bytes = raw("pax_global_header", b'g', 13, |_| ());
+    bytes.extend(*b"13 uid=10001\n");
+    bytes.resize(1024, 0);
+    bytes.extend(raw("f", b'0', 0, |_| ()));
+    let header = Reader::new(bytes.as_slice()).next_entry().unwrap().unwrap();
+    assert_eq!((header.path.as_slice(), header.uid), (&b"f"[..], 0));
+}
+
+#[test]
+fn numbers_out_of_range_are_refused() {
+    for (field, what) in [(108..116, "uid"), (116..124, "gid"), (124..136, "size")] {
+        let bytes = raw("f", b'0', 0, |header| header[field].fill(0xff));
+        let error = listed(&bytes).unwrap_err();
+        assert_eq!(error, "a number in a header is negative", "{what}");
+    }
+    for (major, minor) in [("0010000", "0000003"), ("0000001", "4000000")] {
+        let bytes = raw("null", b'3', 0, |header| {
+            header[329..336].copy_from_slice(major.as_bytes());
+            header[337..344].copy_from_slice(minor.as_bytes());
+        });
+        let error = listed(&bytes).unwrap_err();
+        assert!(error.contains("is out of range"), "{error}");
+    }
+    let bytes = raw("f", b'0', 0, |header| {
+        header[100..108].copy_from_slice(b"+000644\0");
+    });
+    assert!(listed(&bytes).is_err());
+}
+
+#[test]
+fn checksums_of_signed_bytes_are_accepted() {
+    let mut bytes = raw("f\u{e4}", b'0', 0, |_| ());
+    bytes[148..156].fill(b' ');
+    let sum: i32 = bytes.iter().map(|byte| i32::from(byte.cast_signed())).sum();
+    bytes[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+    assert_eq!(listed(&bytes).unwrap().len(), 1);
+}
+
+#[test]
+fn entries_after_a_zero_block_are_not_hidden() {
+    let entry = raw("f", b'0', 0, |_| ());
+    let zeros = vec![0; 512];
+    assert_eq!(
+        listed(&[entry.clone(), zeros.clone()].concat())
+            .unwrap()
+            .len(),
+        1
+    );
+    let two = [entry.clone(), zeros.clone(), zeros.clone(), entry.clone()].concat();
+    assert_eq!(listed(&two).unwrap().len(), 1);
+    let error = listed(&[entry.clone(), zeros, entry].concat()).unwrap_err();
+    assert_eq!(error, "it goes on after a zero block");
+}
+
+#[test]
+fn gnu_names_outrank_pax_names() {
+    let mut bytes = raw("././@LongLink", b'L', 5, |_| ());
+    bytes.extend(*b"long\0");
+    bytes.resize(1024, 0);
+    let mut pax = archive(|b| {
+        let records: [(&str, &[u8]); 1] = [("path", b"pax")];
+        b.append_pax_extensions(records).unwrap();
+    });
+    pax.truncate(1024);
+    bytes.extend(pax);
+    bytes.extend(raw("short", b'0', 0, |_| ()));
+    assert_eq!(listed(&bytes).unwrap()[0].0, "long");
+}

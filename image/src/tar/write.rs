@@ -148,8 +148,8 @@ mod tests {
             Just(Kind::Fifo),
             target.clone().prop_map(Kind::Symlink),
             target.prop_map(Kind::Hardlink),
-            any::<(u32, u32)>().prop_map(|(a, b)| Kind::CharDevice(a, b)),
-            any::<(u32, u32)>().prop_map(|(a, b)| Kind::BlockDevice(a, b)),
+            (0u32..1 << 12, 0u32..1 << 20).prop_map(|(a, b)| Kind::CharDevice(a, b)),
+            (0u32..1 << 12, 0u32..1 << 20).prop_map(|(a, b)| Kind::BlockDevice(a, b)),
         ]
     }
 
