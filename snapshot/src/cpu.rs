@@ -1,10 +1,12 @@
 //! Which processor a snapshot needs.
 //!
-//! A restored guest keeps using the instructions it found at boot. The manifest
-//! therefore records the feature words that the *guest* was given, and a host whose
-//! hypervisor does not offer one of these features to guests is refused by name.
-//! Extra features of the new host do no harm: the guest's own CPUID is part of the
-//! saved state.
+//! A restored guest keeps using what it found at boot. The manifest therefore records
+//! the CPUID that the *guest* was given, and a host whose hypervisor does not offer
+//! all of that to guests is refused by name. Everything is compared, leaves that are
+//! not defined yet included, except what [`rule`] lists. Extra features of the new
+//! host do no harm: the guest's own CPUID is part of the saved state.
+//!
+//! Manifests of format 1 have twelve of these words; the others are not compared then.
 
 use std::collections::BTreeMap;
 
@@ -19,53 +21,137 @@ pub struct CpuFeatures {
     pub arch: String,
     /// Vendor identification string.
     pub vendor: String,
-    /// Feature words by CPUID register: `leaf.subleaf.register`.
+    /// What is compared of the CPUID registers, without zeros, by
+    /// `leaf.subleaf.register`.
     pub words: BTreeMap<String, u32>,
-}
-
-/// A CPUID register that holds feature bits.
-struct Word {
-    leaf: u32,
-    subleaf: u32,
-    /// Index into eax, ebx, ecx, edx.
-    register: usize,
-    /// Bits that say what the operating system or hypervisor did, not what the
-    /// processor can do.
-    ignored: u32,
 }
 
 const REGISTERS: [&str; 4] = ["eax", "ebx", "ecx", "edx"];
 
-const fn word(leaf: u32, subleaf: u32, register: usize, ignored: u32) -> Word {
-    Word {
-        leaf,
-        subleaf,
-        register,
-        ignored,
+/// How a register of the guest's CPUID is compared with what a host offers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Rule {
+    /// Feature bits: the host offers each, except for those in `ignored`.
+    Bits { ignored: u32 },
+    /// Numbers in these fields: none of the host's is lower. Other bits do not count.
+    AtLeast(&'static [u32]),
+    /// The host's value is the same.
+    Same,
+    /// Nothing that a guest could not go on with.
+    Ignored,
+}
+
+const EAX: usize = 0;
+const EBX: usize = 1;
+const ECX: usize = 2;
+const EDX: usize = 3;
+
+/// How a register is compared: by its bits, except for what is listed here (Intel SDM
+/// volume 2A, CPUID; AMD APM volume 3, appendix E; Linux
+/// `Documentation/virt/kvm/x86/cpuid.rst`).
+fn rule(leaf: u32, subleaf: u32, register: usize) -> Rule {
+    match (leaf, subleaf, register) {
+        // Number of leaves; the vendor, which is compared by itself.
+        (0 | 0x8000_0000 | 0xc000_0000, ..)
+        // Family, model, stepping; brand, CLFLUSH size, number of threads, APIC id.
+        | (1 | 0x8000_0001, _, EAX | EBX)
+        // Caches and TLBs; the serial number; MONITOR sizes, which are not offered.
+        | (2..=5 | 0x18 | 0x8000_0005 | 0x8000_0006 | 0x8000_0019 | 0x8000_001d, ..)
+        // Number of interrupt thresholds; numbers of subleaves.
+        | (6, _, EBX)
+        | (7 | 0x24, 0, EAX)
+        // Topology, which is written for each VM; the kind of a core.
+        | (0xb | 0x1a | 0x1f | 0x8000_001e | 0x8000_0026, ..)
+        | (0x8000_0008, _, ECX)
+        // Sizes of the XSAVE area: for all that the host has, or by XCR0.
+        | (0xd, 0, EBX | ECX)
+        | (0xd, 1, EBX)
+        // Frequencies: that of the time-stamp counter is restored or refused there.
+        | (0x15 | 0x16, ..)
+        // The name of the processor and of its maker; hints of its speed.
+        | (0x17 | 0x8000_0002..=0x8000_0004 | 0x8000_001a, ..)
+        // Error reporting and power sampling, by numbers.
+        | (0x8000_0007, _, EAX | ECX)
+        // Memory encryption, without which the VM was created.
+        | (0x8000_001f, ..)
+        // Sizes of microcode patches and of the return stack.
+        | (0x8000_0021, _, EBX) => Rule::Ignored,
+        // OSXSAVE and "a hypervisor is present" are not the processor's.
+        (1, _, ECX) => Rule::Bits { ignored: 1 << 27 | 1 << 31 },
+        // OSPKE.
+        (7, 0, ECX) => Rule::Bits { ignored: 1 << 4 },
+        // The speculation-control bits come and go with microcode.
+        (7, 0, EDX) => Rule::Bits { ignored: 0xfc00_0000 | 1 << 10 | 1 << 9 },
+        (0x8000_0008, _, EBX) => Rule::Bits { ignored: 0xffff_f000 },
+        // Size and place of an XSAVE component: guests have such areas in memory.
+        (0xd, 2.., EAX | EBX) => Rule::Same,
+        // Version of AVX10, and the vector lengths.
+        (0x24, 0, EBX) => Rule::AtLeast(&[0xff, 1 << 16, 1 << 17, 1 << 18]),
+        // The hypervisor's number of leaves, and its name.
+        (0x4000_0000, _, EAX) => Rule::AtLeast(&[u32::MAX]),
+        (0x4000_0000, ..) => Rule::Same,
+        // Bits of physical and of linear addresses.
+        (0x8000_0008, _, EAX) => Rule::AtLeast(&[0xff, 0xff00]),
+        _ => Rule::Bits { ignored: 0 },
     }
 }
 
-/// Intel SDM volume 2A (CPUID), AMD APM volume 3 appendix E.
-const WORDS: [Word; 12] = [
-    // OSXSAVE and "a hypervisor is present" are not the processor's.
-    word(1, 0, 2, 1 << 27 | 1 << 31),
-    word(1, 0, 3, 0),
-    word(7, 0, 1, 0),
-    // OSPKE.
-    word(7, 0, 2, 1 << 4),
-    // The speculation-control bits come and go with microcode.
-    word(7, 0, 3, 0xfc00_0000 | 1 << 10 | 1 << 9),
-    word(7, 1, 0, 0),
-    word(0xd, 0, 0, 0),
-    word(0xd, 1, 0, 0),
-    word(0x8000_0001, 0, 2, 0),
-    word(0x8000_0001, 0, 3, 0),
-    word(0x8000_0007, 0, 3, 0),
-    word(0x8000_0008, 0, 1, 0xffff_f000),
-];
+impl Rule {
+    /// The part of a value that is compared.
+    fn apply(self, value: u32) -> u32 {
+        match self {
+            Self::Bits { ignored } => value & !ignored,
+            Self::AtLeast(fields) => value & fields.iter().fold(0, |all, field| all | field),
+            Self::Same => value,
+            Self::Ignored => 0,
+        }
+    }
+
+    /// Names what a host lacks.
+    fn lacking(self, key: &str, needed: u32, offered: u32) -> Vec<String> {
+        match self {
+            Self::Bits { .. } => (0..32)
+                .filter(|bit| needed & !offered & (1 << bit) != 0)
+                .map(|bit| feature_name(key, bit))
+                .collect(),
+            Self::AtLeast(fields) => fields
+                .iter()
+                .filter(|&field| needed & field > offered & field)
+                .map(|field| {
+                    let number = |value| (value & field) >> field.trailing_zeros();
+                    let (needed, offered) = (number(needed), number(offered));
+                    match (key, field) {
+                        ("80000008.0.eax", 0xff) => {
+                            format!("{needed}-bit physical addresses (but {offered}-bit ones)")
+                        }
+                        _ => format!("{needed} in CPUID {key} (but {offered})"),
+                    }
+                })
+                .collect(),
+            Self::Same if needed != offered => {
+                vec![format!("{needed:#x} in CPUID {key} (but {offered:#x})")]
+            }
+            Self::Same | Self::Ignored => Vec::new(),
+        }
+    }
+}
+
+/// The rule for a word of a manifest. One that cannot be read is compared by its bits.
+fn rule_of(key: &str) -> Rule {
+    let mut parts = key.splitn(3, '.');
+    let mut next = || parts.next();
+    let parsed = (|| {
+        let leaf = u32::from_str_radix(next()?, 16).ok()?;
+        let subleaf = next()?.parse().ok()?;
+        let register = next()?;
+        let register = REGISTERS.iter().position(|name| *name == register)?;
+        Some(rule(leaf, subleaf, register))
+    })();
+    parsed.unwrap_or(Rule::Bits { ignored: 0 })
+}
 
 /// Names of the bits that people ask about; others are given by position.
-const NAMES: [(&str, u32, &str); 22] = [
+const NAMES: [(&str, u32, &str); 28] = [
     ("00000001.0.ecx", 0, "sse3"),
     ("00000001.0.ecx", 9, "ssse3"),
     ("00000001.0.ecx", 12, "fma"),
@@ -88,6 +174,12 @@ const NAMES: [(&str, u32, &str); 22] = [
     ("00000007.0.ebx", 30, "avx512bw"),
     ("00000007.0.ebx", 31, "avx512vl"),
     ("00000007.0.ecx", 11, "avx512vnni"),
+    ("40000001.0.eax", 3, "kvmclock"),
+    ("40000001.0.eax", 5, "kvm-steal-time"),
+    ("40000001.0.eax", 6, "kvm-pv-eoi"),
+    ("40000001.0.eax", 9, "kvm-pv-tlb-flush"),
+    ("40000001.0.eax", 11, "kvm-pv-ipi"),
+    ("40000001.0.eax", 13, "kvm-pv-sched-yield"),
 ];
 
 impl CpuFeatures {
@@ -105,16 +197,15 @@ impl CpuFeatures {
             .flat_map(u32::to_le_bytes)
             .collect();
         let mut words = BTreeMap::new();
-        for word in &WORDS {
-            let Some(entry) = find(word.leaf, word.subleaf) else {
-                continue;
-            };
-            let registers = [entry.eax, entry.ebx, entry.ecx, entry.edx];
-            let key = format!(
-                "{:08x}.{}.{}",
-                word.leaf, word.subleaf, REGISTERS[word.register]
-            );
-            words.insert(key, registers[word.register] & !word.ignored);
+        for entry in cpuid {
+            let (leaf, subleaf) = (entry.function, entry.index);
+            let values = [entry.eax, entry.ebx, entry.ecx, entry.edx];
+            for (register, (name, value)) in REGISTERS.iter().zip(values).enumerate() {
+                let value = rule(leaf, subleaf, register).apply(value);
+                if value != 0 {
+                    words.insert(format!("{leaf:08x}.{subleaf}.{name}"), value);
+                }
+            }
         }
         Self {
             arch: std::env::consts::ARCH.to_owned(),
@@ -141,13 +232,9 @@ impl CpuFeatures {
             ));
         }
         let mut missing = Vec::new();
-        for (register, &needed) in &self.words {
-            let lacking = needed & !host.words.get(register).copied().unwrap_or(0);
-            missing.extend(
-                (0..32)
-                    .filter(|bit| lacking & (1 << bit) != 0)
-                    .map(|bit| feature_name(register, bit)),
-            );
+        for (key, &needed) in &self.words {
+            let offered = host.words.get(key).copied().unwrap_or(0);
+            missing.extend(rule_of(key).lacking(key, needed, offered));
         }
         if missing.is_empty() {
             return Ok(());
@@ -216,6 +303,102 @@ pub(crate) mod tests {
         assert!(reason.contains("avx512f"), "{reason}");
         assert!(reason.contains("CPUID 00000007.0.ebx bit 2"), "{reason}");
         assert_eq!(older.check(&newer), Ok(()), "more features do no harm");
+    }
+
+    /// One register of a guest's CPUID.
+    fn with(function: u32, index: u32, register: usize, value: u32) -> CpuFeatures {
+        let mut values = [0; 4];
+        values[register] = value;
+        let [eax, ebx, ecx, edx] = values;
+        CpuFeatures::of(&[CpuidEntry {
+            function,
+            index,
+            eax,
+            ebx,
+            ecx,
+            edx,
+            ..CpuidEntry::default()
+        }])
+    }
+
+    #[test]
+    fn every_leaf_is_compared_by_its_bits() {
+        // Also those that are not defined yet.
+        let leaves = [
+            (7, 1, EDX),
+            (7, 2, EDX),
+            (7, 9, EBX),
+            (0x29, 0, EAX),
+            (0x4000_0001, 0, EAX),
+            (0x8000_0021, 0, EAX),
+            (0x8000_0030, 3, ECX),
+        ];
+        for (leaf, subleaf, register) in leaves {
+            let guest = with(leaf, subleaf, register, 0b110);
+            let reason = guest.check(&with(leaf, subleaf, register, 0b1011));
+            assert!(reason.unwrap_err().contains("bit 2"), "{leaf:#x}");
+            assert!(guest.check(&with(0, 0, EAX, 0)).is_err(), "{leaf:#x}");
+            assert_eq!(guest.check(&with(leaf, subleaf, register, 0b1110)), Ok(()));
+        }
+    }
+
+    #[test]
+    fn an_older_kvm_does_not_lose_the_guests_interrupts() {
+        let guest = with(0x4000_0001, 0, EAX, 1 << 11 | 1 << 3);
+        let reason = guest.check(&with(0x4000_0001, 0, EAX, 1 << 3)).unwrap_err();
+        assert!(reason.contains("kvm-pv-ipi"), "{reason}");
+        assert!(!reason.contains("kvmclock"), "{reason}");
+    }
+
+    #[test]
+    fn numbers_are_compared_as_numbers() {
+        let bits = |physical: u32, linear: u32| with(0x8000_0008, 0, EAX, linear << 8 | physical);
+        assert_eq!(bits(48, 48).check(&bits(52, 57)), Ok(()));
+        assert_eq!(bits(52, 48).check(&bits(52, 48)), Ok(()));
+        let reason = bits(52, 48).check(&bits(48, 48)).unwrap_err();
+        assert!(reason.contains("52-bit physical"), "{reason}");
+        assert!(bits(48, 57).check(&bits(52, 48)).is_err());
+        // Bits of the host's own addresses are no guest's.
+        assert_eq!(with(0x8000_0008, 0, EAX, 52 << 16).words.len(), 0);
+    }
+
+    /// PKRU is at 2688 of Intel's areas and at 2432 of AMD's later ones.
+    #[test]
+    fn areas_in_a_guests_memory_keep_their_layout() {
+        let guest = with(0xd, 9, EBX, 2688);
+        assert_eq!(guest.check(&with(0xd, 9, EBX, 2688)), Ok(()));
+        assert!(guest.check(&with(0xd, 9, EBX, 2432)).is_err());
+        let fewer = with(0xd, 9, ECX, 0);
+        assert_eq!(fewer.check(&guest), Ok(()), "one more does no harm");
+    }
+
+    #[test]
+    fn what_is_written_for_each_vm_or_names_the_processor_is_no_feature() {
+        let ignored = [
+            (0, 0, EAX),
+            (1, 0, EBX),
+            (4, 1, EAX),
+            (0xb, 1, EBX),
+            (0xd, 0, EBX),
+            (0x16, 0, EAX),
+            (0x8000_0003, 0, EDX),
+            (0x8000_0008, 0, ECX),
+            (0x8000_001e, 0, EAX),
+        ];
+        for (leaf, subleaf, register) in ignored {
+            assert!(with(leaf, subleaf, register, u32::MAX).words.is_empty());
+        }
+    }
+
+    /// The words of a manifest are compared by the rule of their register, those of
+    /// an unknown one by their bits.
+    #[test]
+    fn a_word_finds_its_rule() {
+        assert_eq!(rule_of("80000008.0.eax"), rule(0x8000_0008, 0, EAX));
+        assert_eq!(rule_of("0000000d.12.ebx"), Rule::Same);
+        for odd in ["", "x.0.eax", "1.0", "00000001.0.rax"] {
+            assert_eq!(rule_of(odd), Rule::Bits { ignored: 0 });
+        }
     }
 
     #[test]
