@@ -294,11 +294,8 @@ impl MuxerHandle {
     /// its driver does: all connections are over then, and there are no others
     /// until the driver resets the device. In place of an earlier one.
     pub fn on_failure(&self, tell: OnFailure) {
-        let mut place = self.mailbox.on_failure.lock();
-        let place = place.as_deref_mut();
-        if let Ok(place) = place {
-            *place = Some(tell);
-        }
+        let place = self.mailbox.on_failure.lock();
+        *place.unwrap_or_else(PoisonError::into_inner) = Some(tell);
     }
 
     /// Counters, as of now.
@@ -346,5 +343,30 @@ impl Drop for Listening {
                 host_port: self.host_port,
             });
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sm_vmm_core::event_loop::new_eventfd;
+
+    #[test]
+    fn a_failure_is_told_after_one_that_panicked() {
+        let mailbox = Arc::new(Mailbox::new(new_eventfd().unwrap(), 8));
+        let handle = MuxerHandle {
+            mailbox: Arc::clone(&mailbox),
+        };
+        handle.on_failure(Box::new(|_| panic!("of a test")));
+        let failing = Arc::clone(&mailbox);
+        std::thread::spawn(move || failing.failed("first"))
+            .join()
+            .unwrap_err();
+        let (send, told) = std::sync::mpsc::channel();
+        handle.on_failure(Box::new(move |reason| {
+            send.send(reason.to_owned()).unwrap();
+        }));
+        mailbox.failed("second");
+        assert_eq!(told.try_recv().unwrap(), "second");
     }
 }

@@ -24,6 +24,10 @@ const BATCH: usize = 64;
 /// Connections that may wait to be accepted, as far as the system allows.
 pub(crate) const BACKLOG: i32 = 4096;
 
+/// Rounds of [`Gate::accept`] before a listener is closed: as many connections as can
+/// have waited then. Others come as fast as they are taken, perhaps without end.
+pub(crate) const CLOSING_ROUNDS: usize = BACKLOG as usize / BATCH + 1;
+
 /// Told once per change: whatever is left is asked for again.
 const NEW_CONNECTIONS: Interest = Interest {
     readable: true,
@@ -88,6 +92,8 @@ pub(crate) struct Gate<L> {
     /// Descriptors that a connection needs.
     cost: usize,
     spare: Spare,
+    /// The last look did not come to the end of what waits.
+    more: bool,
 }
 
 impl<L: Listener> Gate<L> {
@@ -98,7 +104,13 @@ impl<L: Listener> Gate<L> {
             limit,
             cost,
             spare: Spare::new(),
+            more: false,
         }
+    }
+
+    /// Whether there may be more to accept right away.
+    pub(crate) fn has_more(&self) -> bool {
+        self.more
     }
 
     /// Begins to listen, under [`LISTENER`].
@@ -126,6 +138,7 @@ impl<L: Listener> Gate<L> {
         registry: &mut Registry<'_>,
     ) -> Vec<(L::Stream, Permit)> {
         let mut connections = Vec::new();
+        self.more = false;
         for _ in 0..BATCH.min(most) {
             match self.next(bell, service) {
                 Found::Connection(stream, permit) => connections.push((stream, permit)),
@@ -134,6 +147,7 @@ impl<L: Listener> Gate<L> {
             }
         }
         if most > 0 {
+            self.more = true;
             registry.again(LISTENER);
         }
         connections

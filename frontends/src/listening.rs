@@ -6,7 +6,7 @@ use sm_devices_vsock::{Permit, Stage};
 use sm_vmm_core::event_loop::{EventHandler, Readiness, Registry};
 
 use crate::Target;
-use crate::gate::{Gate, Listener};
+use crate::gate::{CLOSING_ROUNDS, Gate, Listener};
 use crate::handle::Frontend;
 use crate::service::{Bell, Service};
 
@@ -30,7 +30,7 @@ impl<L: Listener> Listening<L> {
         }
     }
 
-    /// Accepts some connections; whether there were any.
+    /// Accepts some connections; whether there may be more.
     fn accept(&mut self, registry: &mut Registry<'_>) -> bool {
         let Some(bell) = &self.bell else {
             return false;
@@ -38,13 +38,12 @@ impl<L: Listener> Listening<L> {
         let profiler = self.service.muxer.profiler();
         let mut begun = profiler.begin();
         let connections = self.gate.accept(usize::MAX, bell, &self.service, registry);
-        let some = !connections.is_empty();
         for (stream, permit) in connections {
             self.lead(stream, permit);
             profiler.end(Stage::Accept, begun);
             begun = profiler.begin();
         }
-        some
+        self.gate.has_more()
     }
 
     fn lead(&self, stream: L::Stream, permit: Permit) {
@@ -71,7 +70,62 @@ impl<L: Listener> Frontend for Listening<L> {
     }
 
     fn close(&mut self, registry: &mut Registry<'_>) {
-        while self.accept(registry) {}
+        let mut rounds = 0..CLOSING_ROUNDS;
+        while rounds.next().is_some() && self.accept(registry) {}
         self.gate.close(registry);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+    use std::sync::mpsc::channel;
+    use std::time::Duration;
+
+    use sm_devices_vsock::testing::Guest;
+    use sm_devices_vsock::{Limit, VsockConfig};
+    use sm_vmm_core::event_loop::{EventLoop, new_eventfd};
+
+    use super::*;
+    use crate::gate::BACKLOG;
+    use crate::{FrontendHandle, LocalAddress};
+
+    /// Clients come faster than they are taken.
+    struct Flood(OwnedFd);
+
+    impl AsFd for Flood {
+        fn as_fd(&self) -> BorrowedFd<'_> {
+            self.0.as_fd()
+        }
+    }
+
+    impl Listener for Flood {
+        type Stream = File;
+
+        fn accept(&self) -> io::Result<File> {
+            File::open("/dev/null")
+        }
+    }
+
+    #[test]
+    fn closing_ends_although_clients_never_do() {
+        let guest = Guest::new(VsockConfig::default());
+        let event_loop = EventLoop::spawn("test").unwrap();
+        let service = Service::new("flood".to_owned(), guest.muxer.clone(), Limit::none());
+        // Nothing is accepted before it is closed: no event comes from this.
+        let listener = Flood(new_eventfd().unwrap());
+        let listening = Listening::new(listener, Target::Vsock(7), service);
+        let address = LocalAddress::Unix("flood".into());
+        let service = listening.service.clone();
+        let handle =
+            FrontendHandle::start(listening, address, None, service, &event_loop.handle()).unwrap();
+        let (send, closed) = channel();
+        std::thread::spawn(move || {
+            handle.close();
+            send.send(handle.stats().accepted).unwrap();
+        });
+        let accepted = closed.recv_timeout(Duration::from_secs(60)).unwrap();
+        assert!(accepted >= u64::try_from(BACKLOG).unwrap(), "{accepted}");
     }
 }

@@ -105,7 +105,8 @@ pub trait Hypervisor: Send + Sync + Sized + 'static {
     /// dropped.
     fn prepare_vm(&self) {}
 
-    /// Creates an empty VM with interrupt controllers and no memory.
+    /// Creates a VM without memory or vCPUs. Its interrupt controllers may come into
+    /// being with the first vCPU or interrupt line.
     ///
     /// # Errors
     /// The hypervisor refused.

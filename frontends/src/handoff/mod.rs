@@ -29,7 +29,7 @@ use sm_vmm_core::event_loop::{
 use self::parcel::Parcel;
 pub use self::sender::HandoffSender;
 use crate::deadlines::Deadlines;
-use crate::gate::{Gate, LISTENER};
+use crate::gate::{CLOSING_ROUNDS, Gate, LISTENER};
 use crate::handle::Frontend;
 use crate::place;
 use crate::service::{Bell, Service};
@@ -155,7 +155,7 @@ struct Handoff {
 }
 
 impl Handoff {
-    /// Accepts some routers; whether there were any.
+    /// Accepts some routers; whether there may be more.
     fn accept(&mut self, registry: &mut Registry<'_>) -> bool {
         let Some(bell) = self.bell.clone() else {
             return false;
@@ -166,13 +166,12 @@ impl Handoff {
         }
         let room = MAX_ROUTERS.saturating_sub(self.routers.len());
         let accepted = self.gate.accept(room, &bell, &self.service, registry);
-        let some = !accepted.is_empty();
         for (stream, _) in accepted {
             if let Err(error) = self.add(stream, registry) {
                 self.service.counters.refuse(error);
             }
         }
-        some
+        self.gate.has_more()
     }
 
     fn add(&mut self, stream: UnixStream, registry: &mut Registry<'_>) -> io::Result<()> {
@@ -357,7 +356,8 @@ impl Frontend for Handoff {
     }
 
     fn close(&mut self, registry: &mut Registry<'_>) {
-        while self.accept(registry) {}
+        let mut rounds = 0..CLOSING_ROUNDS;
+        while rounds.next().is_some() && self.accept(registry) {}
         self.gate.close(registry);
         // What routers have handed over counts; there will be no more.
         let tokens: Vec<u64> = self.routers.keys().copied().collect();

@@ -27,8 +27,9 @@ use sm_vmm_core::event_loop::{
 
 use self::line::{Line, MAX_LINE};
 use crate::deadlines::Deadlines;
-use crate::gate::{Gate, LISTENER};
+use crate::gate::{CLOSING_ROUNDS, Gate, LISTENER};
 use crate::handle::Frontend;
+use crate::peer::is_trusted_peer;
 use crate::place;
 use crate::service::{Bell, Service};
 use crate::{Error, FrontendHandle, LocalAddress};
@@ -117,7 +118,8 @@ impl HybridFrontend {
 }
 
 /// Connects a stream of the guest's to the socket of its port. Never waits: a
-/// server whose backlog is full is as good as none.
+/// server whose backlog is full is as good as none. So is one of another user, who may
+/// have come first to a directory that all can write to: it gets no byte.
 fn connect_beside(path: &Path, request: GuestStream) -> Option<OwnedFd> {
     let kind = match request.kind {
         SocketKind::Stream => SocketType::STREAM,
@@ -129,7 +131,7 @@ fn connect_beside(path: &Path, request: GuestStream) -> Option<OwnedFd> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None).ok()?;
     rustix::net::connect(&socket, &address).ok()?;
-    Some(socket)
+    is_trusted_peer(&socket).ok()?.then_some(socket)
 }
 
 /// A client that has not said yet what it wants.
@@ -157,7 +159,7 @@ struct Hybrid {
 }
 
 impl Hybrid {
-    /// Accepts some clients; whether there were any.
+    /// Accepts some clients; whether there may be more.
     fn accept(&mut self, registry: &mut Registry<'_>) -> bool {
         let Some(bell) = self.bell.clone() else {
             return false;
@@ -165,14 +167,13 @@ impl Hybrid {
         let room = MAX_UNDECIDED.saturating_sub(self.undecided.len());
         self.somebody_waits = room == 0;
         let accepted = self.gate.accept(room, &bell, &self.service, registry);
-        let some = !accepted.is_empty();
         for (stream, permit) in accepted {
             match self.add(stream, permit, registry) {
                 Ok(()) => {}
                 Err(error) => self.turn_away(&error),
             }
         }
-        some
+        self.gate.has_more()
     }
 
     fn add(
@@ -332,7 +333,8 @@ impl Frontend for Hybrid {
     }
 
     fn close(&mut self, registry: &mut Registry<'_>) {
-        while self.accept(registry) {}
+        let mut rounds = 0..CLOSING_ROUNDS;
+        while rounds.next().is_some() && self.accept(registry) {}
         self.gate.close(registry);
         // What the guest opens is refused from now on.
         self.beside = None;

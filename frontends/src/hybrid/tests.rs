@@ -115,3 +115,31 @@ fn the_guest_reaches_the_socket_of_its_port() {
     server.write_all(b"goes on").unwrap();
     assert_eq!(rig.guest.expect(RW).payload, b"goes on");
 }
+
+/// A server whose socket is of another user, as the guest's stream would be.
+#[test]
+fn the_guest_does_not_reach_another_users_socket() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("this needs root, to be somebody else");
+        return;
+    }
+    let mut rig = rig();
+    let beside = rig.path.with_file_name("v.sock_1300");
+    let listen = move || {
+        let flags = SocketFlags::CLOEXEC;
+        let (family, kind) = (AddressFamily::UNIX, SocketType::STREAM);
+        let socket = rustix::net::socket_with(family, kind, flags, None).unwrap();
+        rustix::net::bind(&socket, &SocketAddrUnix::new(beside).unwrap()).unwrap();
+        // Of this thread alone. The peer is who listens.
+        let nobody = rustix::fs::Uid::from_raw(65534);
+        rustix::thread::set_thread_res_uid(nobody, nobody, nobody).unwrap();
+        rustix::net::listen(&socket, 8).unwrap();
+        UnixListener::from(socket)
+    };
+    let listener = std::thread::spawn(listen).join().unwrap();
+    rig.guest.send(&Packet::from_guest(55, 1300, REQUEST));
+    rig.guest.expect(RST);
+    let (mut stream, _) = listener.accept().unwrap();
+    assert_eq!(stream.read(&mut [0; 8]).unwrap(), 0);
+    assert_eq!(rig.frontend.stats().accepted, 0);
+}

@@ -14,7 +14,7 @@ use super::identity::Identity;
 use super::session::{Pumped, Session};
 use crate::Target;
 use crate::deadlines::Deadlines;
-use crate::gate::{Gate, LISTENER};
+use crate::gate::{CLOSING_ROUNDS, Gate, LISTENER};
 use crate::handle::Frontend;
 use crate::service::{Bell, Service};
 
@@ -98,7 +98,7 @@ impl Listening {
         })
     }
 
-    /// Accepts some connections; whether there were any.
+    /// Accepts some connections; whether there may be more.
     fn accept(&mut self, registry: &mut Registry<'_>) -> bool {
         let Some(bell) = self.bell.clone() else {
             return false;
@@ -107,7 +107,6 @@ impl Listening {
         let room = MAX_HANDSHAKES.saturating_sub(self.handshakes);
         self.somebody_waits = room == 0;
         let accepted = self.gate.accept(room, &bell, &self.service, registry);
-        let some = !accepted.is_empty();
         for (socket, permit) in accepted {
             if let Err(error) = self.add(socket, permit, registry) {
                 self.service.counters.refuse(error);
@@ -116,7 +115,7 @@ impl Listening {
             profiler.end(Stage::Accept, begun);
             begun = profiler.begin();
         }
-        some
+        self.gate.has_more()
     }
 
     fn add(
@@ -268,7 +267,8 @@ impl Frontend for Listening {
     }
 
     fn close(&mut self, registry: &mut Registry<'_>) {
-        while self.accept(registry) {}
+        let mut rounds = 0..CLOSING_ROUNDS;
+        while rounds.next().is_some() && self.accept(registry) {}
         self.gate.close(registry);
     }
 

@@ -96,7 +96,7 @@ fn adjust(entry: &mut kvm_cpuid_entry2, index: u32, count: u32, tsc_deadline: bo
             entry.eax =
                 entry.eax & 0x3fff | (sharing.min(4096) - 1) << 14 | (count.min(64) - 1) << 26;
         }
-        // CET is not set up (BACKENDS.md), AMX not asked for; SGX, processor
+        // CET is not set up, AMX not asked for; SGX, processor
         // trace and last branch records are not saved.
         (7, 0) => {
             entry.ebx &= !(1 << 2 | 1 << 25);
