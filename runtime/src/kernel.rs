@@ -1,6 +1,7 @@
 //! Which kernel a guest boots, and the modules it needs if it is a
 //! distribution's.
 
+use std::cmp::Ordering;
 use std::collections::{HashMap, HashSet};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -88,10 +89,11 @@ pub struct Listed {
 }
 
 /// Finds the kernel to boot: `explicit`, else `$SM_KERNEL`, else the one chosen
-/// with [`choose`], else the newest one built, else one in `/boot`.
+/// with [`choose`], else the newest one built, else the newest one in `/boot`. Of those
+/// that nobody asked for, unusable ones are skipped.
 ///
 /// # Errors
-/// The one asked for is unusable, or there is none.
+/// The one asked for is unusable, or there is none that is not.
 pub fn find(home: &Home, explicit: Option<&Path>) -> Result<Kernel, KernelError> {
     let environment = std::env::var_os("SM_KERNEL")
         .filter(|value| !value.is_empty())
@@ -104,10 +106,23 @@ pub fn find(home: &Home, explicit: Option<&Path>) -> Result<Kernel, KernelError>
     if current.symlink_metadata().is_ok() {
         return usable(&current);
     }
-    match candidates(home).into_iter().next() {
-        Some((_, path)) => usable(&path),
-        None => Err(KernelError::None),
+    let found = candidates(home);
+    first_usable(found.iter().map(|(_, path)| path.as_path()))
+}
+
+/// The first kernel that can be used, or why the first one cannot.
+fn first_usable<'a>(paths: impl Iterator<Item = &'a Path>) -> Result<Kernel, KernelError> {
+    let mut first_error = None;
+    for path in paths {
+        match usable(path) {
+            Ok(kernel) => return Ok(kernel),
+            Err(error) => {
+                tracing::debug!(%error, "a kernel is skipped");
+                first_error = first_error.or(Some(error));
+            }
+        }
     }
+    Err(first_error.unwrap_or(KernelError::None))
 }
 
 /// All kernels known on this host, among them the one that is booted when nothing else
@@ -171,7 +186,7 @@ pub fn choose(home: &Home, kernel: &str) -> Result<Kernel, KernelError> {
 /// newest first), the distribution's.
 fn candidates(home: &Home) -> Vec<(String, PathBuf)> {
     let mut found = Vec::new();
-    for (prefix, directory) in [("", home.kernels()), ("", home.cache().join("kernels"))] {
+    for directory in [home.kernels(), home.cache().join("kernels")] {
         let mut built: Vec<_> = entries(&directory)
             .into_iter()
             .filter_map(|(name, path)| {
@@ -180,19 +195,67 @@ fn candidates(home: &Home) -> Vec<(String, PathBuf)> {
                     .map(|file| path.join(file))
                     .find(|image| image.is_file())?;
                 let age = image.metadata().and_then(|meta| meta.modified()).ok();
-                Some((age, format!("{prefix}{name}"), image))
+                Some((age, name, image))
             })
             .collect();
         built.sort_by_key(|(age, ..)| std::cmp::Reverse(*age));
         found.extend(built.into_iter().map(|(_, name, image)| (name, image)));
     }
-    let mut stock: Vec<_> = entries(Path::new("/boot"))
+    found.extend(stock(Path::new("/boot")));
+    found
+}
+
+/// The distribution's kernels, the newest first.
+fn stock(boot: &Path) -> Vec<(String, PathBuf)> {
+    let mut found: Vec<_> = entries(boot)
         .into_iter()
         .filter(|(name, _)| name.starts_with("vmlinuz-"))
         .collect();
-    stock.sort_by(|a, b| b.0.cmp(&a.0));
-    found.extend(stock);
+    found.sort_by(|a, b| by_version(&b.0, &a.0));
     found
+}
+
+/// The order of versions as dpkg has it: numbers by their value, and a tilde before
+/// the end (deb-version(7)).
+fn by_version(a: &str, b: &str) -> Ordering {
+    let (mut a, mut b) = (a.as_bytes(), b.as_bytes());
+    let rank = |byte: Option<&u8>| match byte {
+        Some(b'~') => -1,
+        None => 0,
+        Some(&byte) => i32::from(byte),
+    };
+    while !(a.is_empty() && b.is_empty()) {
+        let (left, right) = (part(&mut a, false), part(&mut b, false));
+        let longest = left.len().max(right.len());
+        let text = |side: &[u8]| {
+            (0..longest)
+                .map(|at| rank(side.get(at)))
+                .collect::<Vec<_>>()
+        };
+        let (left_number, right_number) = (part(&mut a, true), part(&mut b, true));
+        let number = |digits: &[u8]| {
+            let zeros = digits.iter().take_while(|digit| **digit == b'0').count();
+            digits.get(zeros..).unwrap_or_default().to_vec()
+        };
+        let (low, high) = (number(left_number), number(right_number));
+        let order = text(left)
+            .cmp(&text(right))
+            .then(low.len().cmp(&high.len()))
+            .then(low.cmp(&high));
+        if order.is_ne() {
+            return order;
+        }
+    }
+    Ordering::Equal
+}
+
+/// Takes the leading digits, or what precedes the next digit.
+fn part<'a>(bytes: &mut &'a [u8], digits: bool) -> &'a [u8] {
+    let is_part = |byte: &&u8| byte.is_ascii_digit() == digits;
+    let len = bytes.iter().take_while(is_part).count();
+    let (taken, rest) = bytes.split_at(len);
+    *bytes = rest;
+    taken
 }
 
 fn entries(directory: &Path) -> Vec<(String, PathBuf)> {
@@ -384,6 +447,47 @@ mod tests {
             usable(&home.kernels().join("current")).unwrap().path,
             Path::new(other)
         );
+    }
+
+    #[test]
+    fn the_newest_of_a_distributions_kernels_comes_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let versions = [
+            "6.10.0-1-amd64",
+            "6.1.0-30-amd64",
+            "6.1.0-9-amd64",
+            "6.1~rc3-amd64",
+            "6.1~rc2-amd64",
+            "5.10.0-33-amd64",
+        ];
+        for name in ["config-6.12", "initrd.img-6.12", "vmlinuz"] {
+            std::fs::write(dir.path().join(name), "").unwrap();
+        }
+        for version in versions {
+            std::fs::write(dir.path().join(format!("vmlinuz-{version}")), "").unwrap();
+        }
+        let found = stock(dir.path()).into_iter().map(|(name, _)| name);
+        let found: Vec<_> = found.collect();
+        assert_eq!(found, versions.map(|version| format!("vmlinuz-{version}")));
+        assert_eq!(by_version("6.01", "6.1"), Ordering::Equal);
+        assert_eq!(by_version("6.1", "6.1-rt"), Ordering::Less);
+    }
+
+    /// Ubuntu's kernels are for root alone; others are cut short or links to nothing.
+    #[test]
+    fn kernels_that_nobody_asked_for_are_skipped_when_unusable() {
+        let dir = tempfile::tempdir().unwrap();
+        let [absent, short, good] = ["absent", "short", "good"].map(|name| dir.path().join(name));
+        std::fs::write(&short, "x").unwrap();
+        kernel_file(&good);
+        let all = [&absent, &short, &good];
+        let found = first_usable(all.iter().map(|path| path.as_path())).unwrap();
+        assert_eq!(found.path, good);
+        // None is: the one that would have been taken says why.
+        let error = first_usable(all[..2].iter().map(|path| path.as_path())).unwrap_err();
+        assert!(error.to_string().contains("absent"), "{error}");
+        let error = first_usable(std::iter::empty()).unwrap_err();
+        assert!(matches!(error, KernelError::None));
     }
 
     #[test]
