@@ -3,7 +3,7 @@
 //! A restored guest keeps using what it found at boot. The manifest therefore records
 //! the CPUID that the *guest* was given, and a host whose hypervisor does not offer
 //! all of that to guests is refused by name. Everything is compared, leaves that are
-//! not defined yet included, except what [`rule`] lists. Extra features of the new
+//! not defined yet included, except what `rule` lists. Extra features of the new
 //! host do no harm: the guest's own CPUID is part of the saved state.
 //!
 //! Manifests of format 1 have twelve of these words; the others are not compared then.
