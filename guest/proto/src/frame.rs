@@ -66,6 +66,16 @@ pub enum FrameError {
     /// The length field exceeds [`MAX_PAYLOAD`].
     #[error("frame of {0} bytes exceeds the limit of {MAX_PAYLOAD} bytes")]
     TooLong(u32),
+    /// The length field exceeds what the receiver takes for this type.
+    #[error("{kind:?} frame of {len} bytes exceeds the limit of {limit} bytes")]
+    OverLimit {
+        /// The frame's type.
+        kind: FrameType,
+        /// Its length in bytes.
+        len: usize,
+        /// The receiver's limit in bytes.
+        limit: usize,
+    },
     /// The payload does not have the length its type requires.
     #[error("malformed {0:?} frame payload of {1} bytes")]
     BadPayload(FrameType, usize),
@@ -139,11 +149,14 @@ pub struct Frame<'a> {
 /// Push bytes as they arrive, then take frames until there is none. Memory is
 /// bounded by the largest frame announced plus what was pushed beyond it, so a
 /// reader that pushes what one `read` of a bounded buffer returned stays
-/// bounded by [`MAX_PAYLOAD`] plus that buffer.
+/// bounded by [`MAX_PAYLOAD`] plus that buffer, or by the limit for the type of frame
+/// that [`Self::limited`] was given: a longer one is an error as soon as its header is
+/// there.
 #[derive(Debug, Default)]
 pub struct FrameDecoder {
     buffer: Vec<u8>,
     start: usize,
+    limit: Option<fn(FrameType) -> usize>,
 }
 
 impl FrameDecoder {
@@ -151,6 +164,16 @@ impl FrameDecoder {
     #[must_use]
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// A decoder that takes payloads of up to `limit` bytes of each type, and of
+    /// [`MAX_PAYLOAD`] at most.
+    #[must_use]
+    pub fn limited(limit: fn(FrameType) -> usize) -> Self {
+        Self {
+            limit: Some(limit),
+            ..Self::default()
+        }
     }
 
     /// Adds bytes that arrived.
@@ -173,6 +196,14 @@ impl FrameDecoder {
             return Ok(None);
         };
         let header = FrameHeader::decode(*header)?;
+        let limit = self.limit.map_or(MAX_PAYLOAD, |limit| limit(header.kind));
+        if header.len > limit {
+            return Err(FrameError::OverLimit {
+                kind: header.kind,
+                len: header.len,
+                limit,
+            });
+        }
         let end = HEADER_LEN + header.len;
         if pending.len() < end {
             return Ok(None);
@@ -301,6 +332,31 @@ mod tests {
             let exit = ExitStatus { status, peak_rss_kib: rss };
             prop_assert_eq!(ExitStatus::parse(&exit.to_payload()).unwrap(), exit);
         }
+    }
+
+    #[test]
+    fn a_frame_over_the_limit_of_its_type_is_refused_by_its_header() {
+        let limit = |kind| match kind {
+            FrameType::Stdout => BULK_PAYLOAD,
+            _ => 16,
+        };
+        let mut decoder = FrameDecoder::limited(limit);
+        let mut wire = Vec::new();
+        encode(FrameType::Stdout, &[7; BULK_PAYLOAD], &mut wire).unwrap();
+        encode(FrameType::Exit, &[7; 16], &mut wire).unwrap();
+        decoder.push(&wire);
+        for len in [BULK_PAYLOAD, 16] {
+            assert_eq!(decoder.next_frame().unwrap().unwrap().payload.len(), len);
+        }
+        decoder.push(&[FrameType::Exit as u8, 0, 0, 0, 17]);
+        assert_eq!(
+            decoder.next_frame(),
+            Err(FrameError::OverLimit {
+                kind: FrameType::Exit,
+                len: 17,
+                limit: 16
+            })
+        );
     }
 
     #[test]

@@ -5,13 +5,26 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
 use serde::Serialize;
-use sm_guest_proto::frame::{self, FrameDecoder, FrameType};
+use sm_guest_proto::frame::{self, BULK_PAYLOAD, FrameDecoder, FrameType};
 
 /// Above this many unsent bytes a connection takes no more bulk data; what
 /// feeds it waits.
 pub(crate) const HIGH_WATER: usize = 256 * 1024;
 
 const READ_SIZE: usize = 64 * 1024;
+
+/// Longest payload of each type of frame that a guest or a client sends, in bytes. A
+/// frame is buffered whole, and what a workload writes for each attached client.
+fn longest(kind: FrameType) -> usize {
+    match kind {
+        FrameType::Stdin | FrameType::Stdout | FrameType::Stderr => BULK_PAYLOAD,
+        FrameType::Control | FrameType::Request | FrameType::Error => MAX_MESSAGE,
+        FrameType::Resize | FrameType::Signal | FrameType::Exit => 16,
+    }
+}
+
+/// Longest message that is understood, in bytes: far more than any takes.
+const MAX_MESSAGE: usize = 64 << 10;
 
 /// A non-blocking stream that carries frames.
 #[derive(Debug)]
@@ -28,7 +41,7 @@ impl Conn {
         stream.set_nonblocking(true)?;
         Ok(Self {
             stream,
-            decoder: FrameDecoder::new(),
+            decoder: FrameDecoder::limited(longest),
             out: Vec::new(),
             sent: 0,
             ended: false,

@@ -17,6 +17,10 @@ const MOST_CONNECTIONS: usize = 16_384;
 const OTHERS: usize = 16;
 /// Descriptors of a listener of a published port: its socket, a spare one, a timer.
 const PER_LISTENER: usize = 3;
+/// Most clients of the control socket that are attached or wait for the end. Of
+/// [`RESERVE`], that many at least are theirs.
+const MOST_STAYING: usize = 1024;
+const LEAST_STAYING: usize = 128;
 /// What each gets where there are far too few for everything.
 const LEAST: usize = 16;
 
@@ -51,11 +55,7 @@ pub(super) struct Descriptors {
 impl Descriptors {
     /// Shares out what this process may have, which listens for so many ports.
     pub(super) fn of_this_process(listeners: usize) -> Self {
-        let most = getrlimit(Resource::Nofile).current;
-        let most = most.map_or(usize::MAX, |most| {
-            usize::try_from(most).unwrap_or(usize::MAX)
-        });
-        let (exec, published) = shares(most, listeners);
+        let (exec, published) = shares(most(), listeners);
         Self {
             exec: Limit::new(exec),
             published: Limit::new(published),
@@ -64,9 +64,27 @@ impl Descriptors {
     }
 }
 
+/// Descriptors that this process may have.
+fn most() -> usize {
+    let most = getrlimit(Resource::Nofile).current;
+    most.map_or(usize::MAX, |most| {
+        usize::try_from(most).unwrap_or(usize::MAX)
+    })
+}
+
+/// Clients of the control socket that may be attached or wait for the end.
+pub(super) fn staying_clients() -> usize {
+    staying(most())
+}
+
+fn staying(most: usize) -> usize {
+    (most / 8).clamp(LEAST_STAYING, MOST_STAYING)
+}
+
 /// Descriptors for exec and for published ports, of so many.
 fn shares(most: usize, listeners: usize) -> (usize, usize) {
-    let reserve = RESERVE.saturating_add(listeners.saturating_mul(PER_LISTENER));
+    let reserve = RESERVE + staying(most) - LEAST_STAYING;
+    let reserve = reserve.saturating_add(listeners.saturating_mul(PER_LISTENER));
     let free = most.saturating_sub(reserve);
     let exec = (free / 8).clamp(LEAST, MOST_EXEC);
     let published = free.saturating_sub(exec);

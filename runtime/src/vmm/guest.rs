@@ -49,6 +49,10 @@ pub(crate) trait Guest {
     }
     /// The workload runs.
     fn workload_started(&mut self) {}
+    /// The snapshot it was restored from, if that was made on the way to others.
+    fn cached_source(&self) -> Option<String> {
+        None
+    }
     /// The guest did not come up as it should have. If it was restored from a snapshot
     /// that was made on the way to others, that is removed when the machine has ended;
     /// returns its name.

@@ -29,6 +29,7 @@ use self::clients::Client;
 use self::snapshots::SnapshotJob;
 use super::agent::AgentLink;
 use super::conn::Conn;
+use super::descriptors;
 use super::guest::{Guest, Notice, NoticeReceiver};
 use crate::launch::{LaunchRequest, Report, Stage};
 use crate::output_log::LogWriter;
@@ -76,6 +77,18 @@ enum Timer {
     PowerOff,
     /// The machine should have ended.
     End,
+    /// Connections that could not be accepted are tried again.
+    Accept,
+    /// Clients that make no calls have had their places for long enough.
+    Idle,
+    /// How it ended, which could not be written down, is tried again.
+    Record,
+}
+
+impl Timer {
+    fn is_of_guest(self) -> bool {
+        !matches!(self, Self::Accept | Self::Idle | Self::Record)
+    }
 }
 
 /// See the module's documentation.
@@ -86,6 +99,13 @@ pub(crate) struct Supervisor<G> {
     record: Record,
     lock: Option<File>,
     listener: Option<UnixListener>,
+    /// A descriptor to accept a client with when there are no more.
+    spare: Option<File>,
+    /// The last connection could not be accepted.
+    accept_fails: bool,
+    idle_timeout: Duration,
+    /// Clients that may be attached or wait for the end at a time.
+    most_staying: usize,
     terminate: UnixStream,
     log: Option<LogWriter>,
     /// The last output could not be logged.
@@ -114,6 +134,7 @@ pub(crate) struct Supervisor<G> {
     snapshots: u64,
     prepare_timeout: Duration,
     power_off_timeout: Duration,
+    record_retry: Duration,
     /// Who asked for the machine to be put back, while it is on its way.
     resetting: Option<u64>,
     /// A sentence from the agent about why the workload did not start.
@@ -122,6 +143,8 @@ pub(crate) struct Supervisor<G> {
     provisional: Option<ExitRecord>,
     /// The VM's end.
     ended: Option<ExitRecord>,
+    /// The same, while it could not be written down.
+    unwritten: Option<ExitRecord>,
     timers: Vec<(Timer, Instant)>,
 }
 
@@ -148,6 +171,10 @@ impl<G: Guest> Supervisor<G> {
             record: parts.record,
             lock: Some(parts.lock),
             listener: Some(parts.listener),
+            spare: File::open("/dev/null").ok(),
+            accept_fails: false,
+            idle_timeout: clients::IDLE_TIMEOUT,
+            most_staying: descriptors::staying_clients(),
             terminate: parts.terminate,
             log: Some(parts.log),
             log_fails: false,
@@ -167,11 +194,13 @@ impl<G: Guest> Supervisor<G> {
             snapshots: 0,
             prepare_timeout: snapshots::PREPARE_TIMEOUT,
             power_off_timeout: ending::POWER_OFF_TIMEOUT,
+            record_retry: ending::RECORD_RETRY,
             epoch: String::new(),
             resetting: None,
             start_error: None,
             provisional: None,
             ended: None,
+            unwritten: None,
             timers: Vec::new(),
             request: parts.request,
         };
@@ -209,7 +238,7 @@ impl<G: Guest> Supervisor<G> {
     }
 
     fn is_finished(&self) -> bool {
-        self.guest.is_none() && self.clients.is_empty()
+        self.guest.is_none() && self.clients.is_empty() && self.unwritten.is_none()
     }
 
     /// Waits for descriptors or the next deadline. Descriptors of which nothing
@@ -228,12 +257,14 @@ impl<G: Guest> Supervisor<G> {
             }
             let fd = PollFd::from_borrowed_fd(self.notices.fd(), PollFlags::IN);
             add(Source::Notices, fd);
+        }
+        if self.guest.is_some() || self.unwritten.is_some() {
             add(
                 Source::Terminate,
                 PollFd::new(&self.terminate, PollFlags::IN),
             );
         }
-        if let Some(listener) = &self.listener {
+        if let Some(listener) = self.listener.as_ref().filter(|_| self.accepts()) {
             add(Source::Listener, PollFd::new(listener, PollFlags::IN));
         }
         if let Some(agent) = &self.agent {
@@ -294,7 +325,10 @@ impl<G: Guest> Supervisor<G> {
             Source::Terminate => {
                 // Drained, or it would stay readable.
                 let _ = self.terminate.read(&mut [0; 16]);
-                self.stop(None);
+                match self.unwritten {
+                    Some(_) => self.forgo_record(),
+                    None => self.stop(None),
+                }
             }
             Source::Listener => self.accept(),
             Source::Agent if flags.intersects(input) => {
@@ -360,6 +394,16 @@ impl<G: Guest> Supervisor<G> {
 
     fn clear_timer(&mut self, timer: Timer) {
         self.timers.retain(|(other, _)| *other != timer);
+    }
+
+    /// All but those that have nothing to do with the guest.
+    fn clear_guest_timers(&mut self) {
+        self.timers.retain(|(timer, _)| !timer.is_of_guest());
+    }
+
+    /// Whether the workload's end is on its way, or being looked into.
+    fn is_about_to_end(&self) -> bool {
+        self.timers.iter().any(|(timer, _)| timer.is_of_guest())
     }
 
     fn next_deadline(&self) -> Option<Instant> {

@@ -95,6 +95,11 @@ impl Guest for RunningMachine {
         }
     }
 
+    fn cached_source(&self) -> Option<String> {
+        let source = self.source.as_ref().filter(|source| source.cached)?;
+        source.name()
+    }
+
     fn give_up_source(&mut self) -> Option<String> {
         let source = self.source.as_mut().filter(|source| source.cached)?;
         source.spoilt = true;

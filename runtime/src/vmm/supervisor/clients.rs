@@ -1,7 +1,9 @@
 //! Attached clients and the control socket.
 
+use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
 use sm_frontends::is_trusted_peer;
@@ -14,8 +16,14 @@ use crate::vmm::agent::Purpose;
 use crate::vmm::conn::Conn;
 use crate::vmm::guest::{Guest, Kept, SnapshotPlan};
 
-/// Most clients served at once; more wait in the socket's backlog.
-const MAX_CLIENTS: usize = 64;
+/// Connections served at once that may make control calls; more wait in the socket's
+/// backlog. Places of their own, as calls such as a stop must be heard however many
+/// clients wait for the VM's end or are attached.
+const CONTROL_CLIENTS: usize = 64;
+/// How long one that makes no call keeps its place when others wait for one.
+pub(super) const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long no connection is accepted after none could be.
+const ACCEPT_BACKOFF: Duration = Duration::from_millis(200);
 
 /// What a connection is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +49,10 @@ pub(super) struct Client {
     role: Role,
     /// Nothing more is to be sent; it goes once everything is.
     closing: bool,
+    /// When it came, or made its last call.
+    active: Instant,
+    /// It has the descriptor that is kept for when there are no more.
+    on_spare: bool,
     /// It has sent end of file on its STDIN.
     stdin_ended: bool,
     /// The snapshot that it asked for, kept until it goes.
@@ -65,6 +77,8 @@ impl Client {
             conn: Conn::new(stream)?,
             role,
             closing: false,
+            active: Instant::now(),
+            on_spare: false,
             stdin_ended: false,
             kept: None,
         })
@@ -93,27 +107,103 @@ impl<G: Guest> Supervisor<G> {
         self.clients.insert(id, client);
     }
 
+    /// Whether connections are taken from the backlog now.
+    pub(super) fn accepts(&self) -> bool {
+        !self.is_set(Timer::Accept) && self.calling_clients() < CONTROL_CLIENTS
+    }
+
+    /// Whether a client has one of the places for those that make calls.
+    fn is_calling(&self, id: u64, client: &Client) -> bool {
+        client.role == Role::Control
+            && !client.closing
+            && client.kept.is_none()
+            && self.awaits_snapshot() != Some(id)
+            && self.resetting != Some(id)
+    }
+
+    fn calling_clients(&self) -> usize {
+        let clients = self.clients.iter();
+        clients.filter(|(id, c)| self.is_calling(**id, c)).count()
+    }
+
     /// Takes one connection; the poll loop comes back for the next.
     pub(super) fn accept(&mut self) {
         let Some(listener) = &self.listener else {
             return;
         };
-        match listener.accept() {
+        let mut accepted = listener.accept();
+        let mut on_spare = false;
+        if accepted.as_ref().is_err_and(out_of_descriptors) && self.spare.take().is_some() {
+            accepted = listener.accept();
+            on_spare = accepted.is_ok();
+        }
+        match accepted {
             // The directory is private; should it have been opened up, this holds.
             Ok((stream, _)) if !is_trusted_peer(&stream).unwrap_or(false) => {
                 tracing::warn!("refused a client of another user");
             }
-            Ok((stream, _)) if self.clients.len() < MAX_CLIENTS => {
-                match Client::new(stream, Role::Control) {
-                    Ok(client) => self.add_client(client),
-                    Err(error) => tracing::warn!(%error, "cannot serve a client"),
+            Ok((stream, _)) => match Client::new(stream, Role::Control) {
+                Ok(client) => self.add_client(Client { on_spare, ..client }),
+                Err(error) => tracing::warn!(%error, "cannot serve a client"),
+            },
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            // It stays in the backlog, and the socket readable.
+            Err(error) => {
+                if !std::mem::replace(&mut self.accept_fails, true) {
+                    tracing::warn!(%error, "cannot accept clients");
+                }
+                self.set_timer(Timer::Accept, ACCEPT_BACKOFF);
+            }
+        }
+        self.keep_spare();
+    }
+
+    /// Opens the spare descriptor again once there is one to be had.
+    fn keep_spare(&mut self) {
+        if self.spare.is_none() {
+            self.spare = File::open("/dev/null").ok();
+        }
+        if self.spare.is_some() && std::mem::take(&mut self.accept_fails) {
+            tracing::info!("clients are accepted again");
+        }
+    }
+
+    /// All places for calls are taken: those that make none are given to others.
+    pub(super) fn drop_idle_clients(&mut self) {
+        if self.calling_clients() < CONTROL_CLIENTS {
+            return;
+        }
+        let mut idle = Vec::new();
+        let mut next = self.idle_timeout;
+        for (&id, client) in &self.clients {
+            if self.is_calling(id, client) {
+                match self.idle_timeout.checked_sub(client.active.elapsed()) {
+                    None | Some(Duration::ZERO) => idle.push(id),
+                    Some(left) => next = next.min(left),
                 }
             }
-            // Closing the stream is the refusal.
-            Ok(_) => tracing::warn!("refused a client: there are too many"),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => tracing::warn!(%error, "cannot accept a client"),
         }
+        if idle.is_empty() {
+            return self.set_timer(Timer::Idle, next);
+        }
+        for id in idle {
+            self.drop_client(id);
+        }
+    }
+
+    /// Whether one more client may stay for long.
+    fn may_stay(&self, id: u64) -> Result<(), String> {
+        if self.clients.get(&id).is_some_and(|client| client.on_spare) {
+            return Err("the VM's process has no descriptors left".to_owned());
+        }
+        let staying = self.clients.iter();
+        let staying = staying.filter(|(id, c)| !self.is_calling(**id, c)).count();
+        if staying >= self.most_staying {
+            return Err(format!(
+                "{staying} clients are attached or wait for this VM already, and there can be no more"
+            ));
+        }
+        Ok(())
     }
 
     /// Whether every attached client takes more output.
@@ -170,6 +260,9 @@ impl<G: Guest> Supervisor<G> {
         for id in ids {
             self.pump_client(id);
         }
+        if self.calling_clients() >= CONTROL_CLIENTS && !self.is_set(Timer::Idle) {
+            self.set_timer(Timer::Idle, self.idle_timeout);
+        }
     }
 
     fn pump_client(&mut self, id: u64) {
@@ -213,6 +306,7 @@ impl<G: Guest> Supervisor<G> {
                     }
                 }
                 Role::Control if frame.kind == FrameType::Request => {
+                    client.active = Instant::now();
                     let call = serde_json::from_slice(frame.payload);
                     match call {
                         Ok(call) => self.call(id, &call),
@@ -243,7 +337,18 @@ impl<G: Guest> Supervisor<G> {
         let Some(client) = self.clients.remove(&id) else {
             return;
         };
-        if client.is_launcher() && self.stage == Stage::Starting {
+        let is_launcher = client.is_launcher();
+        let Client {
+            role,
+            stdin_ended,
+            conn,
+            ..
+        } = client;
+        drop(conn);
+        self.keep_spare();
+        // There is a place, and a descriptor.
+        self.clear_timer(Timer::Accept);
+        if is_launcher && self.stage == Stage::Starting {
             // Nobody has learnt of this VM yet, and nobody will.
             self.request.config.auto_remove = true;
             self.cancel();
@@ -251,7 +356,7 @@ impl<G: Guest> Supervisor<G> {
         }
         // A client that leaves without ending its input ends it by leaving;
         // on a terminal it merely detaches.
-        let Role::Attached { stdin: true, .. } = client.role else {
+        let Role::Attached { stdin: true, .. } = role else {
             return;
         };
         let last = !self
@@ -259,7 +364,7 @@ impl<G: Guest> Supervisor<G> {
             .values()
             .any(|other| matches!(other.role, Role::Attached { stdin: true, .. }));
         if last
-            && !client.stdin_ended
+            && !stdin_ended
             && !self.request.config.workload.tty
             && let Some(main) = &mut self.main
         {
@@ -279,7 +384,9 @@ impl<G: Guest> Supervisor<G> {
             }
             ControlCall::Destroy => {
                 self.answer(id, &ControlAnswer::Done);
-                return self.destroy("it was removed while it was running");
+                self.destroy("it was removed while it was running");
+                // Its record goes, too.
+                return self.forgo_record();
             }
             ControlCall::Pause => self.pause(true),
             ControlCall::Resume => self.pause(false),
@@ -304,6 +411,12 @@ impl<G: Guest> Supervisor<G> {
                 return self.begin_snapshot(id, plan);
             }
             ControlCall::Wait => {
+                if let Some(exit) = self.ended.clone() {
+                    return self.answer(id, &ControlAnswer::Ended(exit));
+                }
+                if let Err(text) = self.may_stay(id) {
+                    return self.answer(id, &ControlAnswer::Error(text));
+                }
                 if let Some(client) = self.clients.get_mut(&id) {
                     client.role = Role::Waiting;
                 }
@@ -338,6 +451,9 @@ impl<G: Guest> Supervisor<G> {
     fn attach(&mut self, id: u64, stdin: bool) {
         if self.stage == Stage::Ending {
             let text = "the workload has ended".to_owned();
+            return self.answer(id, &ControlAnswer::Error(text));
+        }
+        if let Err(text) = self.may_stay(id) {
             return self.answer(id, &ControlAnswer::Error(text));
         }
         self.answer(id, &ControlAnswer::Done);
@@ -387,7 +503,7 @@ impl<G: Guest> Supervisor<G> {
             // It has to be there in time, and would not.
             Stage::Starting => Some("the workload has not started yet"),
             Stage::Ending => Some("the workload has ended"),
-            Stage::Running if pause && !self.timers.is_empty() => Some("the VM is about to end"),
+            Stage::Running if pause && self.is_about_to_end() => Some("the VM is about to end"),
             Stage::Running => None,
         };
         if let Some(text) = refusal {
@@ -451,12 +567,15 @@ impl<G: Guest> Supervisor<G> {
     pub(super) fn close_clients(&mut self) {
         let ended = self.ended.clone();
         let awaits_snapshot = self.awaits_snapshot();
+        let stays = self.unwritten.is_some();
         for (&id, client) in &mut self.clients {
             if let (Role::Waiting, Some(exit)) = (client.role, &ended) {
                 let answer = ControlAnswer::Ended(exit.clone());
                 client.conn.queue_json(FrameType::Control, &answer);
             }
-            client.closing = awaits_snapshot != Some(id);
+            // Others may still be asked how it ended.
+            let calls_on = stays && client.role == Role::Control;
+            client.closing = awaits_snapshot != Some(id) && !calls_on;
         }
     }
 
@@ -476,4 +595,12 @@ impl<G: Guest> Supervisor<G> {
         }
         Ok(())
     }
+}
+
+fn out_of_descriptors(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    matches!(
+        Errno::from_io_error(error),
+        Some(Errno::MFILE | Errno::NFILE)
+    )
 }

@@ -7,6 +7,7 @@ use sm_guest_proto::frame::{ExitStatus, FrameType};
 
 use super::guest_side::IDENTITY_REFRESHED;
 use super::{Supervisor, Timer, printable};
+use crate::doctor::with_causes;
 use crate::launch::{Report, Stage};
 use crate::output_log::unix_nanos;
 use crate::record::{ExitReason, ExitRecord};
@@ -16,6 +17,8 @@ use crate::vmm::guest::{Guest, GuestEnd};
 
 /// How long a machine may take to end once asked before the process just exits.
 const END_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long after a failed attempt to write down how it ended the next one is.
+pub(super) const RECORD_RETRY: Duration = Duration::from_secs(1);
 /// How long after SIGKILL the workload may take to report its end.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the guest may take to power itself off.
@@ -50,10 +53,14 @@ impl<G: Guest> Supervisor<G> {
                 }
                 self.set_timer(Timer::Kill, KILL_TIMEOUT);
             }
+            Timer::Accept => {}
+            Timer::Idle => self.drop_idle_clients(),
+            Timer::Record => self.write_exit_again(),
             Timer::Prepare => self.preparing_took_too_long(),
             Timer::Kill => self.destroy("the workload did not end when it was killed"),
             Timer::OomCheck => self.oom_checked(false),
-            Timer::HangUp => self.guest_broke("the guest agent hung up"),
+            // A stream that could not be opened in time ends, too.
+            Timer::HangUp => self.host_failed("the guest agent hung up"),
             Timer::Delivery => {
                 tracing::info!("clients did not take in time what the guest had sent");
                 self.power_off();
@@ -112,18 +119,24 @@ impl<G: Guest> Supervisor<G> {
     }
 
     /// The start failed for a reason that need not lie in what it started from: time,
-    /// or something on the host.
+    /// or something on the host. A snapshot of the cache stays.
     pub(super) fn start_failed(&mut self, message: &str) {
-        let message = self.with_console(message);
-        self.conclude(OUR_FAILURE, ExitReason::StartFailed, Some(message));
+        let source = self.guest.as_ref().filter(|_| self.is_blank());
+        let kept = match source.and_then(Guest::cached_source) {
+            Some(name) => format!(
+                "; it was restored from snapshot \"{name}\", which is kept: should that be the \
+                 reason, start without it (--cold)"
+            ),
+            None => String::new(),
+        };
+        self.conclude_start(&format!("{message}{kept}"));
     }
 
     /// The guest itself did something that a sound one does not do before its workload
     /// runs.
     pub(super) fn start_failed_in_guest(&mut self, message: &str) {
-        // A guest that has no identity yet has done nothing of its own: what is wrong
-        // with it came with the snapshot.
-        let blank = !self.phases.iter().any(|p| p.name == IDENTITY_REFRESHED);
+        // What is wrong with it came with the snapshot.
+        let blank = self.is_blank();
         let source = self.guest.as_mut().filter(|_| blank);
         let discarded = match source.and_then(Guest::give_up_source) {
             Some(name) => format!(
@@ -132,7 +145,17 @@ impl<G: Guest> Supervisor<G> {
             ),
             None => String::new(),
         };
-        self.start_failed(&format!("{message}{discarded}"));
+        self.conclude_start(&format!("{message}{discarded}"));
+    }
+
+    /// Whether the guest has no identity yet, and so has done nothing of its own.
+    fn is_blank(&self) -> bool {
+        !self.phases.iter().any(|p| p.name == IDENTITY_REFRESHED)
+    }
+
+    fn conclude_start(&mut self, message: &str) {
+        let message = self.with_console(message);
+        self.conclude(OUR_FAILURE, ExitReason::StartFailed, Some(message));
     }
 
     /// The guest does not keep to the protocol, or is gone.
@@ -204,7 +227,7 @@ impl<G: Guest> Supervisor<G> {
                 Some(GuestEnd::Stopped) | None => self.host_failed("the machine was stopped"),
             }
         }
-        self.timers.clear();
+        self.clear_guest_timers();
         self.release_when_published();
     }
 
@@ -245,17 +268,20 @@ impl<G: Guest> Supervisor<G> {
 
     /// Writes down how it ended, tells everybody, and has the machine end.
     ///
-    /// Invariant: nobody hears of the end before it is on disk.
+    /// Invariant: nobody hears of the end before it is on disk, if the disk takes it.
+    /// If not, clients are told all the same, and this process stays, to tell others
+    /// and to try again, until it does or somebody ends it.
     fn finish(&mut self, exit: ExitRecord) {
         if self.ended.is_some() {
             return;
         }
-        if let Err(error) = self.record.write_exit(&exit) {
-            tracing::error!(%error, "the exit status is lost");
-        }
+        let written = self.write_exit(&exit);
         self.stage = Stage::Ending;
         self.cancel_snapshot();
-        self.timers.clear();
+        self.clear_guest_timers();
+        if !written {
+            self.set_timer(Timer::Record, self.record_retry);
+        }
         let payload = ExitStatus {
             status: exit.status,
             peak_rss_kib: exit.peak_rss_kib,
@@ -266,7 +292,9 @@ impl<G: Guest> Supervisor<G> {
         self.ended = Some(exit);
         self.close_clients();
         self.main = None;
-        self.listener = None;
+        if written {
+            self.listener = None;
+        }
         // The clients should not wait for the machine to be taken apart.
         self.flush();
         // What a workload said last is not lost by its end.
@@ -278,6 +306,59 @@ impl<G: Guest> Supervisor<G> {
         match delivers {
             true => self.set_timer(Timer::Delivery, DELIVERY_TIMEOUT),
             false => self.power_off(),
+        }
+    }
+
+    /// Leaves word of how it ended. Says whether no other attempt is needed.
+    fn write_exit(&mut self, exit: &ExitRecord) -> bool {
+        let first = self.unwritten.take().is_none();
+        match self.record.write_exit(exit) {
+            Ok(()) if first => true,
+            Ok(()) => {
+                tracing::info!("how the VM ended is on record now");
+                true
+            }
+            // It is about to be removed, or somebody has removed it.
+            Err(_) if self.request.config.auto_remove || !self.record.directory().exists() => true,
+            Err(error) => {
+                if first {
+                    tracing::error!(
+                        error = with_causes(&error),
+                        "cannot write down how the VM ended: trying again until it can be"
+                    );
+                }
+                self.unwritten = Some(exit.clone());
+                false
+            }
+        }
+    }
+
+    /// Tries again to leave word of how it ended.
+    fn write_exit_again(&mut self) {
+        let Some(exit) = self.unwritten.clone() else {
+            return;
+        };
+        match self.write_exit(&exit) {
+            true => self.close_record(),
+            false => self.set_timer(Timer::Record, self.record_retry),
+        }
+    }
+
+    /// This process is to go, whether it could leave word of the end or not.
+    pub(super) fn forgo_record(&mut self) {
+        if self.unwritten.take().is_some() {
+            tracing::error!("the exit status is lost");
+            self.close_record();
+        }
+    }
+
+    /// Nobody needs this process to hear of the end any more.
+    fn close_record(&mut self) {
+        self.clear_timer(Timer::Record);
+        self.listener = None;
+        self.close_clients();
+        if self.guest.is_none() {
+            self.clean_up();
         }
     }
 
@@ -327,7 +408,13 @@ impl<G: Guest> Supervisor<G> {
         if let Some(Err(error)) = self.log.take().map(|mut log| log.note_dropped()) {
             tracing::error!(%error, "output is missing from the log");
         }
-        self.timers.clear();
+        self.clear_guest_timers();
+        if self.unwritten.is_none() {
+            self.clean_up();
+        }
+    }
+
+    fn clean_up(&mut self) {
         let cleaned = if self.request.config.auto_remove {
             self.record.erase()
         } else {

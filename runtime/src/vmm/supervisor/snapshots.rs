@@ -191,7 +191,7 @@ impl<G: Guest> Supervisor<G> {
             "the VM is paused: unpause it first"
         } else if self.snapshot.is_some() {
             "a snapshot of this VM is being made"
-        } else if !self.timers.is_empty() {
+        } else if self.is_about_to_end() {
             "the VM is about to end"
         } else if self.resetting.is_some() {
             "this VM is being put back already"
@@ -209,7 +209,7 @@ impl<G: Guest> Supervisor<G> {
         self.main = None;
         self.main_requested = false;
         self.phases.clear();
-        self.timers.clear();
+        self.clear_guest_timers();
         self.set_timer(
             Timer::Start,
             Duration::from_millis(self.request.start_timeout_ms),

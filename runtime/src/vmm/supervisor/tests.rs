@@ -1,5 +1,6 @@
 //! The supervisor against a fake machine whose agent is played by the test.
 
+mod clients;
 mod ends;
 mod hostile;
 mod input_output;
@@ -75,13 +76,27 @@ impl Guest for FakeGuest {
         *self.state.roots.lock().unwrap() += 1;
         Ok(())
     }
+    fn cached_source(&self) -> Option<String> {
+        matches!(self.start, Start::Restored(_)).then(|| "image-x".to_owned())
+    }
     fn give_up_source(&mut self) -> Option<String> {
         *self.state.given_up.lock().unwrap() = true;
         matches!(self.start, Start::Restored(_)).then(|| "image-x".to_owned())
     }
+    fn check_snapshot(&self, name: &str) -> Result<(), String> {
+        match name {
+            "taken" => Err("a snapshot named \"taken\" exists already".to_owned()),
+            _ => Ok(()),
+        }
+    }
     fn snapshot(&mut self, plan: SnapshotPlan) -> Result<(), String> {
         let made = match plan.name.as_str() {
-            "taken" => Err("a snapshot named \"taken\" exists already".to_owned()),
+            "raced" => Err("a snapshot named \"raced\" exists already".to_owned()),
+            // The test says when it is on disk.
+            "slow" => {
+                *self.state.snapshot.lock().unwrap() = Some(plan);
+                return Ok(());
+            }
             _ => Ok(SnapshotReport {
                 pages: 7,
                 ..SnapshotReport::default()
@@ -191,6 +206,7 @@ struct Setup {
     /// that a test plays do not.
     power_off_timeout: Option<Duration>,
     start_timeout_ms: Option<u64>,
+    idle_timeout: Option<Duration>,
 }
 
 fn fixture(setup: Setup) -> Fixture {
@@ -286,6 +302,10 @@ fn fixture(setup: Setup) -> Fixture {
     };
     let mut supervisor = Supervisor::new(parts).unwrap();
     supervisor.power_off_timeout = setup.power_off_timeout.unwrap_or(Duration::from_millis(20));
+    supervisor.record_retry = Duration::from_millis(20);
+    if let Some(timeout) = setup.idle_timeout {
+        supervisor.idle_timeout = timeout;
+    }
     if let Some(timeout) = setup.prepare_timeout {
         supervisor.prepare_timeout = timeout;
     }

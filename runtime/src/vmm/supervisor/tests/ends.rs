@@ -176,3 +176,112 @@ fn a_vm_that_is_destroyed_is_stopped_at_once() {
     f.finish();
     assert!(agent.receive().is_none(), "nothing is asked of it");
 }
+
+#[test]
+fn a_paused_vm_that_is_stopped_runs_first() {
+    let mut f = fixture(Setup::default());
+    let (mut agent, mut main) = f.start();
+    f.control().call(&ControlCall::Pause).unwrap();
+    f.control()
+        .call(&ControlCall::Stop { grace_ms: None })
+        .unwrap();
+    let request: ControlRequest = agent.receive_json(FrameType::Control);
+    assert_eq!(request, ControlRequest::SignalMain { signal: 15 });
+    assert!(!*f.guest.paused.lock().unwrap());
+    // It is not held again on its way to the end.
+    let error = f.control().call(&ControlCall::Pause).unwrap_err();
+    assert!(error.to_string().contains("about to end"), "{error}");
+    main.exit(143);
+    f.finish();
+    assert_eq!(f.exit().status, 143);
+}
+
+#[test]
+fn a_paused_vm_runs_to_be_killed_and_holds_other_signals() {
+    let mut f = fixture(Setup::default());
+    let (mut agent, mut main) = f.start();
+    f.control().call(&ControlCall::Pause).unwrap();
+    for (signal, paused) in [(10, true), (9, false)] {
+        f.control().call(&ControlCall::Signal { signal }).unwrap();
+        let request: ControlRequest = agent.receive_json(FrameType::Control);
+        assert_eq!(request, ControlRequest::SignalMain { signal });
+        assert_eq!(*f.guest.paused.lock().unwrap(), paused);
+    }
+    main.exit(137);
+    let _: ControlRequest = agent.receive_json(FrameType::Control);
+    agent.send_json(&ControlReply::Stats(GuestStats::default()));
+    f.finish();
+}
+
+#[test]
+fn a_paused_vm_that_is_removed_ends() {
+    let mut f = fixture(Setup::default());
+    let (mut agent, _main) = f.start();
+    f.control().call(&ControlCall::Pause).unwrap();
+    f.control().call(&ControlCall::Destroy).unwrap();
+    f.finish();
+    assert!(agent.receive().is_none(), "nothing is asked of it");
+}
+
+#[test]
+fn a_guest_that_powers_itself_off_is_not_stopped() {
+    let mut f = fixture(Setup {
+        power_off_timeout: Some(Duration::from_secs(600)),
+        ..Setup::default()
+    });
+    let (mut agent, mut main) = f.start();
+    main.exit(0);
+    let request: ControlRequest = agent.receive_json(FrameType::Control);
+    assert_eq!(request, ControlRequest::PowerOff { grace_ms: 0 });
+    agent.send_json(&ControlReply::Done);
+    let off = GuestEnd::Guest("the guest powered itself off".into());
+    f.guest.end(off.clone());
+    f.finish();
+    assert_eq!(f.guest.end.lock().unwrap().clone(), Some(off));
+}
+
+#[test]
+fn an_end_that_cannot_be_written_down_is_told_and_written_later() {
+    let mut f = fixture(Setup::default());
+    let (_agent, mut main) = f.start();
+    // Nothing can be written there.
+    let obstacle = f.record.directory().join(".exit.json.new");
+    std::fs::create_dir(&obstacle).unwrap();
+    let mut waiter = Peer(UnixStream::connect(f.record.control_socket()).unwrap());
+    let call = serde_json::to_vec(&ControlCall::Wait).unwrap();
+    waiter.send(FrameType::Request, &call);
+    f.control().call(&ControlCall::Status).unwrap();
+    main.exit(9);
+    // Clients that are there are told, and so are those that come now.
+    assert_eq!(f.events(), ["exit 9", "ended 9"]);
+    let told: ControlAnswer = waiter.receive_json(FrameType::Control);
+    assert!(matches!(told, ControlAnswer::Ended(exit) if exit.status == 9));
+    let told = f.control().call(&ControlCall::Wait).unwrap();
+    assert!(matches!(told, ControlAnswer::Ended(exit) if exit.status == 9));
+    assert_eq!(f.record.state().unwrap(), VmState::Running);
+    let status = f.control().call(&ControlCall::Status).unwrap();
+    assert!(matches!(status, ControlAnswer::Status(status) if status.stage == Stage::Ending));
+    std::fs::remove_dir(&obstacle).unwrap();
+    f.finish();
+    assert_eq!(f.exit().status, 9);
+    assert!(!f.record.sockets().exists());
+}
+
+#[test]
+fn a_vm_whose_end_cannot_be_written_down_can_be_ended() {
+    for destroy in [false, true] {
+        let mut f = fixture(Setup::default());
+        let (_agent, mut main) = f.start();
+        std::fs::create_dir(f.record.directory().join(".exit.json.new")).unwrap();
+        main.exit(9);
+        assert_eq!(f.events(), ["exit 9", "ended 9"]);
+        match destroy {
+            true => {
+                f.control().call(&ControlCall::Destroy).unwrap();
+            }
+            false => f.terminate.write_all(b"x").unwrap(),
+        }
+        f.finish();
+        assert_eq!(f.exit().reason, ExitReason::Lost);
+    }
+}

@@ -74,7 +74,7 @@ fn an_agent_that_hangs_up_is_not_heard_again() {
 fn what_a_guest_says_is_short_and_has_no_control_characters() {
     let mut f = fixture(Setup::default());
     let (_agent, mut main, _) = f.boot();
-    let long = format!("no\x1b[2J such\nprogram {}", "x".repeat(1 << 20));
+    let long = format!("no\x1b[2J such\nprogram {}", "x".repeat(1 << 15));
     main.send(FrameType::Error, long.as_bytes());
     main.exit(127);
     f.finish();
@@ -91,13 +91,39 @@ fn an_answer_is_short() {
     let asked = std::thread::spawn(move || control.call(&ControlCall::Stats));
     let request: ControlRequest = agent.receive_json(FrameType::Control);
     assert_eq!(request, ControlRequest::Stats);
-    agent.send_json(&ControlReply::Error {
-        message: "x".repeat(1 << 20),
-    });
+    // Its header is enough.
+    let header = FrameHeader {
+        kind: FrameType::Control,
+        len: 1 << 20,
+    };
+    agent.0.write_all(&header.encode().unwrap()).unwrap();
     assert!(asked.join().unwrap().is_err());
     f.finish();
     let message = f.exit().message.unwrap();
-    assert!(message.contains("sent a reply of 10"), "{message}");
+    assert!(
+        message.contains("Control frame of 10") && message.contains("exceeds the limit of 65536"),
+        "{message}"
+    );
+}
+
+/// One would be buffered whole, and once more for each attached client.
+#[test]
+fn a_guest_cannot_have_large_frames_buffered() {
+    for (kind, len) in [
+        (FrameType::Stdout, frame::BULK_PAYLOAD + 1),
+        (FrameType::Error, 16 << 20),
+        (FrameType::Exit, 17),
+    ] {
+        let mut f = fixture(Setup::default());
+        let (_agent, mut main) = f.start();
+        // Nothing but the header is needed to see it.
+        let header = FrameHeader { kind, len }.encode().unwrap();
+        main.0.write_all(&header).unwrap();
+        f.finish();
+        let exit = f.exit();
+        assert_eq!(exit.reason, ExitReason::GuestFailed);
+        assert!(exit.message.unwrap().contains("exceeds the limit"));
+    }
 }
 
 #[test]

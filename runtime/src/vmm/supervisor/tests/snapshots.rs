@@ -69,7 +69,7 @@ fn a_snapshot_that_fails_leaves_the_workload_running() {
         "{error}"
     );
     // Another one is not kept from trying; a name that is taken is no harm either.
-    let asked = ask_for_snapshot(&f, "taken", true);
+    let asked = ask_for_snapshot(&f, "raced", true);
     freeze(&mut agent);
     expect_thaw(&mut agent);
     let error = asked.join().unwrap().unwrap_err().to_string();
@@ -77,6 +77,126 @@ fn a_snapshot_that_fails_leaves_the_workload_running() {
     main.exit(4);
     f.finish();
     assert_eq!(f.exit().status, 4);
+}
+
+#[test]
+fn a_name_that_is_taken_is_refused_before_anything_is_frozen() {
+    let mut f = fixture(Setup::default());
+    let (mut agent, mut main) = f.start();
+    let refused = ask_for_snapshot(&f, "taken", false).join().unwrap();
+    let error = refused.unwrap_err().to_string();
+    assert!(error.contains("exists already"), "{error}");
+    assert!(f.guest.snapshot.lock().unwrap().is_none());
+    // The next thing that the agent hears of is the end.
+    main.exit(0);
+    let request: ControlRequest = agent.receive_json(FrameType::Control);
+    assert_eq!(request, ControlRequest::PowerOff { grace_ms: 0 });
+    f.finish();
+}
+
+fn made(pages: u64) -> Result<SnapshotMade, String> {
+    let report = SnapshotReport {
+        pages,
+        ..SnapshotReport::default()
+    };
+    Ok(SnapshotMade { report, kept: None })
+}
+
+/// Once it was captured it is published, whatever happens to the VM.
+#[test]
+fn a_vm_that_ends_while_its_snapshot_is_published_says_what_came_of_it() {
+    for stays in [false, true] {
+        for outcome in [made(5), Err("the disk is full".to_owned())] {
+            let succeeds = outcome.is_ok();
+            let mut f = fixture(Setup::default());
+            let (mut agent, mut main) = f.start();
+            let asked = ask_for_snapshot(&f, "slow", stays);
+            freeze(&mut agent);
+            if !stays {
+                expect_thaw(&mut agent);
+            }
+            main.exit(6);
+            // All others hear of the end at once.
+            assert_eq!(f.events(), ["exit 6", "ended 6"]);
+            while agent.receive().is_some() {}
+            f.dial.send(Notice::Snapshot(outcome));
+            match asked.join().unwrap() {
+                Ok(ControlAnswer::Snapshot(report)) => {
+                    assert!(succeeds);
+                    assert_eq!((report.name.as_str(), report.pages), ("slow", 5));
+                }
+                Err(error) => {
+                    assert!(!succeeds);
+                    assert!(error.to_string().contains("the disk is full"), "{error}");
+                }
+                other => panic!("{other:?}"),
+            }
+            f.finish();
+            assert_eq!(f.exit().status, 6);
+        }
+    }
+}
+
+#[test]
+fn a_vm_that_ends_before_it_is_captured_makes_no_snapshot() {
+    let mut f = fixture(Setup::default());
+    let (mut agent, mut main) = f.start();
+    let asked = ask_for_snapshot(&f, "slow", false);
+    let request: ControlRequest = agent.receive_json(FrameType::Control);
+    assert_eq!(request, ControlRequest::Freeze);
+    main.exit(0);
+    let error = asked.join().unwrap().unwrap_err().to_string();
+    assert!(
+        error.contains("ended before its snapshot was made"),
+        "{error}"
+    );
+    f.finish();
+    assert!(f.guest.snapshot.lock().unwrap().is_none());
+}
+
+#[test]
+fn a_vm_on_its_way_is_not_paused() {
+    let mut f = fixture(Setup::default());
+    let (_agent, mut main, _) = f.boot();
+    let error = f.control().call(&ControlCall::Pause).unwrap_err();
+    assert!(error.to_string().contains("has not started yet"), "{error}");
+    assert!(!*f.guest.paused.lock().unwrap());
+    main.send_json(&ExecReply::Started { pid: 1 });
+    main.exit(0);
+    f.finish();
+}
+
+/// That it took long says nothing of the snapshot it was restored from.
+#[test]
+fn a_start_that_takes_too_long_discards_no_snapshot() {
+    let mut f = fixture(Setup {
+        start: Some(Start::Restored(Layer::Image)),
+        start_timeout_ms: Some(20),
+        ..Setup::default()
+    });
+    f.finish();
+    let message = f.exit().message.unwrap();
+    assert!(message.contains("not ready after"), "{message}");
+    assert!(message.contains("\"image-x\", which is kept"), "{message}");
+    assert!(!*f.guest.given_up.lock().unwrap());
+}
+
+#[test]
+fn a_failure_of_the_host_discards_no_snapshot_and_a_crash_of_the_guest_does() {
+    for (end, discards) in [
+        (GuestEnd::Host("no memory".to_owned()), false),
+        (GuestEnd::Guest("a triple fault".to_owned()), true),
+    ] {
+        let mut f = fixture(Setup {
+            start: Some(Start::Restored(Layer::Base)),
+            ..Setup::default()
+        });
+        let _agent = f.dial();
+        f.guest.end(end);
+        f.finish();
+        assert_eq!(f.exit().reason, ExitReason::StartFailed);
+        assert_eq!(*f.guest.given_up.lock().unwrap(), discards);
+    }
 }
 
 #[test]

@@ -1,0 +1,164 @@
+//! Many clients, and too few descriptors for them.
+
+use super::*;
+
+fn connect(f: &Fixture) -> Peer {
+    Peer(UnixStream::connect(f.record.control_socket()).unwrap())
+}
+
+fn call(client: &mut Peer, call: &ControlCall) {
+    client.send(FrameType::Request, &serde_json::to_vec(call).unwrap());
+}
+
+/// Those who wait and those who are attached leave room for those who control.
+#[test]
+fn hundreds_of_waiting_clients_keep_nobody_from_stopping_the_vm() {
+    let mut f = fixture(Setup {
+        detached: true,
+        ..Setup::default()
+    });
+    let (mut agent, mut main) = f.start();
+    // The test's own end of each of them.
+    crate::vmm::descriptors::raise();
+    let mut waiting: Vec<Peer> = (0..300)
+        .map(|number| {
+            let mut client = connect(&f);
+            match number % 3 {
+                0 => {
+                    call(&mut client, &ControlCall::Attach { stdin: false });
+                    let done: ControlAnswer = client.receive_json(FrameType::Control);
+                    assert_eq!(done, ControlAnswer::Done);
+                }
+                _ => call(&mut client, &ControlCall::Wait),
+            }
+            client
+        })
+        .collect();
+    for _ in 0..100 {
+        let status = f.control().call(&ControlCall::Status).unwrap();
+        assert!(matches!(status, ControlAnswer::Status(_)));
+    }
+    f.control()
+        .call(&ControlCall::Stop { grace_ms: None })
+        .unwrap();
+    let request: ControlRequest = agent.receive_json(FrameType::Control);
+    assert_eq!(request, ControlRequest::SignalMain { signal: 15 });
+    main.exit(7);
+    for (number, client) in waiting.iter_mut().enumerate() {
+        match number % 3 {
+            // After reports of phases.
+            0 => while client.receive().unwrap().0 != FrameType::Exit {},
+            _ => {
+                let answer = client.receive_json(FrameType::Control);
+                assert!(matches!(answer, ControlAnswer::Ended(exit) if exit.status == 7));
+            }
+        }
+    }
+    drop(waiting);
+    f.finish();
+}
+
+/// More than there are places for wait in the backlog, and are not hung up on.
+#[test]
+fn connections_that_call_nothing_give_way() {
+    let mut f = fixture(Setup {
+        detached: true,
+        idle_timeout: Some(Duration::from_millis(50)),
+        ..Setup::default()
+    });
+    let (_agent, mut main) = f.start();
+    let mut idle: Vec<Peer> = (0..100).map(|_| connect(&f)).collect();
+    let status = f.control().call(&ControlCall::Status).unwrap();
+    assert!(matches!(status, ControlAnswer::Status(_)));
+    assert!(idle[0].receive().is_none(), "its place was given to others");
+    main.exit(0);
+    drop(idle);
+    f.finish();
+}
+
+#[test]
+fn a_place_is_given_on_when_its_client_leaves() {
+    let mut f = fixture(Setup {
+        detached: true,
+        // Never.
+        idle_timeout: Some(Duration::from_secs(3600)),
+        ..Setup::default()
+    });
+    let (_agent, mut main) = f.start();
+    let idle: Vec<Peer> = (0..64).map(|_| connect(&f)).collect();
+    let mut next = f.control();
+    let asked = std::thread::spawn(move || next.call_and_wait(&ControlCall::Status));
+    drop(idle);
+    let status = asked.join().unwrap().unwrap();
+    assert!(matches!(status, ControlAnswer::Status(_)));
+    main.exit(0);
+    f.finish();
+}
+
+/// The limit is of the process, so it is set in one of its own.
+#[test]
+fn a_process_without_descriptors_serves_clients_one_by_one() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    const OWN: &str = "SM_TEST_OWN_PROCESS";
+    if std::env::var_os(OWN).is_none() {
+        let name = "vmm::supervisor::tests::clients::\
+                    a_process_without_descriptors_serves_clients_one_by_one";
+        let test = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "--nocapture", name])
+            .env(OWN, "1")
+            .output()
+            .unwrap();
+        assert!(test.status.success(), "{test:?}");
+        assert!(String::from_utf8_lossy(&test.stdout).contains("1 passed"));
+        return;
+    }
+    let mut f = fixture(Setup {
+        detached: true,
+        ..Setup::default()
+    });
+    let (mut agent, mut main) = f.start();
+    f.control().call(&ControlCall::Status).unwrap();
+    let mut more: Vec<Peer> = (0..3).map(|_| Peer(socket())).collect();
+    let before = getrlimit(Resource::Nofile);
+    let few = Rlimit {
+        current: Some(64),
+        ..before
+    };
+    setrlimit(Resource::Nofile, few).unwrap();
+    let address = rustix::net::SocketAddrUnix::new(f.record.control_socket()).unwrap();
+    let null = || std::fs::File::open("/dev/null").ok();
+    let taken: Vec<_> = std::iter::from_fn(null).collect();
+    assert!(!taken.is_empty());
+    for client in &more {
+        rustix::net::connect(&client.0, &address).unwrap();
+    }
+    // The first is served with the descriptor that was kept for it.
+    call(&mut more[0], &ControlCall::Status);
+    let status: ControlAnswer = more[0].receive_json(FrameType::Control);
+    assert!(matches!(status, ControlAnswer::Status(_)));
+    call(&mut more[0], &ControlCall::Wait);
+    let refused: ControlAnswer = more[0].receive_json(FrameType::Control);
+    assert!(matches!(refused, ControlAnswer::Error(text) if text.contains("no descriptors")));
+    // The others wait, without being hung up on.
+    call(&mut more[1], &ControlCall::Status);
+    call(&mut more[0], &ControlCall::Status);
+    let status: ControlAnswer = more[0].receive_json(FrameType::Control);
+    assert!(matches!(status, ControlAnswer::Status(_)));
+    drop(taken);
+    setrlimit(Resource::Nofile, before).unwrap();
+    let status: ControlAnswer = more[1].receive_json(FrameType::Control);
+    assert!(matches!(status, ControlAnswer::Status(_)));
+    call(&mut more[1], &ControlCall::Stop { grace_ms: None });
+    let request: ControlRequest = agent.receive_json(FrameType::Control);
+    assert_eq!(request, ControlRequest::SignalMain { signal: 15 });
+    main.exit(0);
+    drop(more);
+    f.finish();
+}
+
+fn socket() -> UnixStream {
+    use rustix::net::{AddressFamily, SocketType};
+    rustix::net::socket(AddressFamily::UNIX, SocketType::STREAM, None)
+        .unwrap()
+        .into()
+}
