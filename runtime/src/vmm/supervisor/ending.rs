@@ -401,13 +401,10 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// Gives back everything the machine had, and the record's lock. Clients
-    /// that have not read everything yet may take their time.
+    /// Gives back everything the machine had and, once its end is on record, the
+    /// record's lock. Clients that have not read everything yet may take their time.
     fn release(&mut self) {
         self.guest = None;
-        if let Some(Err(error)) = self.log.take().map(|mut log| log.note_dropped()) {
-            tracing::error!(%error, "output is missing from the log");
-        }
         self.clear_guest_timers();
         if self.unwritten.is_none() {
             self.clean_up();
@@ -415,6 +412,9 @@ impl<G: Guest> Supervisor<G> {
     }
 
     fn clean_up(&mut self) {
+        if let Some(Err(error)) = self.log.take().map(|mut log| log.note_dropped()) {
+            tracing::error!(%error, "output is missing from the log");
+        }
         let cleaned = if self.request.config.auto_remove {
             self.record.erase()
         } else {

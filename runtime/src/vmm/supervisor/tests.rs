@@ -210,6 +210,35 @@ struct Setup {
 }
 
 fn fixture(setup: Setup) -> Fixture {
+    let (fixture, supervisor) = not_running(setup);
+    Fixture {
+        thread: Some(std::thread::spawn(move || supervisor.run())),
+        ..fixture
+    }
+}
+
+/// The name of a test that must have a process of its own runs there, and only there.
+fn in_own_process(name: &str, command: &mut std::process::Command) -> bool {
+    const OWN: &str = "SM_TEST_OWN_PROCESS";
+    if std::env::var_os(OWN).is_some() {
+        return true;
+    }
+    let name = format!("vmm::supervisor::tests::{name}");
+    let test = command
+        .args(["--exact", "--nocapture", &name])
+        .env(OWN, "1")
+        .output()
+        .unwrap();
+    assert!(test.status.success(), "{test:?}");
+    assert!(String::from_utf8_lossy(&test.stdout).contains("1 passed"));
+    false
+}
+
+fn this_program() -> std::process::Command {
+    std::process::Command::new(std::env::current_exe().unwrap())
+}
+
+fn not_running(setup: Setup) -> (Fixture, Supervisor<FakeGuest>) {
     let dir = tempfile::tempdir().unwrap();
     let at = |name| dir.path().join(name);
     let home = Home::new(&at("data"), &at("run"), &at("cache"));
@@ -309,7 +338,7 @@ fn fixture(setup: Setup) -> Fixture {
     if let Some(timeout) = setup.prepare_timeout {
         supervisor.prepare_timeout = timeout;
     }
-    Fixture {
+    let fixture = Fixture {
         _dir: dir,
         record,
         launcher: Some(Session::new(launcher, None).unwrap()),
@@ -317,8 +346,9 @@ fn fixture(setup: Setup) -> Fixture {
         connections,
         guest,
         terminate,
-        thread: Some(std::thread::spawn(move || supervisor.run())),
-    }
+        thread: None,
+    };
+    (fixture, supervisor)
 }
 
 impl Fixture {

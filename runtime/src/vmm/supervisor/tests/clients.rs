@@ -95,21 +95,60 @@ fn a_place_is_given_on_when_its_client_leaves() {
     f.finish();
 }
 
+/// All descriptors there are, up to a limit, which is of the process.
+fn take_all_descriptors() -> Vec<std::fs::File> {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let few = Rlimit {
+        current: Some(64),
+        ..getrlimit(Resource::Nofile)
+    };
+    setrlimit(Resource::Nofile, few).unwrap();
+    let null = || std::fs::File::open("/dev/null").ok();
+    let taken: Vec<_> = std::iter::from_fn(null).collect();
+    assert!(!taken.is_empty());
+    taken
+}
+
+/// The listener stays readable, so it is not looked at until a deadline.
+#[test]
+fn a_connection_that_cannot_be_accepted_makes_no_loop_spin() {
+    let name = "clients::a_connection_that_cannot_be_accepted_makes_no_loop_spin";
+    if !in_own_process(name, &mut this_program()) {
+        return;
+    }
+    let (f, mut supervisor) = not_running(Setup::default());
+    let clients = [socket(), socket()];
+    let address = rustix::net::SocketAddrUnix::new(f.record.control_socket()).unwrap();
+    let taken = take_all_descriptors();
+    for client in &clients {
+        rustix::net::connect(client, &address).unwrap();
+    }
+    let listens = |supervisor: &Supervisor<FakeGuest>| {
+        assert!(supervisor.next_deadline().is_some());
+        supervisor.accepts()
+    };
+    let before = supervisor.clients.len();
+    supervisor.accept();
+    assert_eq!(supervisor.clients.len(), before + 1, "with the spare one");
+    assert!(listens(&supervisor));
+    supervisor.accept();
+    assert_eq!(supervisor.clients.len(), before + 1);
+    assert!(!listens(&supervisor) && supervisor.is_set(Timer::Accept));
+    drop(taken);
+    // The deadline, or the end of a client.
+    let last = *supervisor.clients.keys().last().unwrap();
+    supervisor.drop_client(last);
+    assert!(listens(&supervisor));
+    supervisor.accept();
+    assert_eq!(supervisor.clients.len(), before + 1);
+    assert!(supervisor.spare.is_some());
+}
+
 /// The limit is of the process, so it is set in one of its own.
 #[test]
 fn a_process_without_descriptors_serves_clients_one_by_one() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    const OWN: &str = "SM_TEST_OWN_PROCESS";
-    if std::env::var_os(OWN).is_none() {
-        let name = "vmm::supervisor::tests::clients::\
-                    a_process_without_descriptors_serves_clients_one_by_one";
-        let test = std::process::Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "--nocapture", name])
-            .env(OWN, "1")
-            .output()
-            .unwrap();
-        assert!(test.status.success(), "{test:?}");
-        assert!(String::from_utf8_lossy(&test.stdout).contains("1 passed"));
+    let name = "clients::a_process_without_descriptors_serves_clients_one_by_one";
+    if !in_own_process(name, &mut this_program()) {
         return;
     }
     let mut f = fixture(Setup {
@@ -119,16 +158,8 @@ fn a_process_without_descriptors_serves_clients_one_by_one() {
     let (mut agent, mut main) = f.start();
     f.control().call(&ControlCall::Status).unwrap();
     let mut more: Vec<Peer> = (0..3).map(|_| Peer(socket())).collect();
-    let before = getrlimit(Resource::Nofile);
-    let few = Rlimit {
-        current: Some(64),
-        ..before
-    };
-    setrlimit(Resource::Nofile, few).unwrap();
     let address = rustix::net::SocketAddrUnix::new(f.record.control_socket()).unwrap();
-    let null = || std::fs::File::open("/dev/null").ok();
-    let taken: Vec<_> = std::iter::from_fn(null).collect();
-    assert!(!taken.is_empty());
+    let taken = take_all_descriptors();
     for client in &more {
         rustix::net::connect(&client.0, &address).unwrap();
     }
@@ -145,7 +176,6 @@ fn a_process_without_descriptors_serves_clients_one_by_one() {
     let status: ControlAnswer = more[0].receive_json(FrameType::Control);
     assert!(matches!(status, ControlAnswer::Status(_)));
     drop(taken);
-    setrlimit(Resource::Nofile, before).unwrap();
     let status: ControlAnswer = more[1].receive_json(FrameType::Control);
     assert!(matches!(status, ControlAnswer::Status(_)));
     call(&mut more[1], &ControlCall::Stop { grace_ms: None });
