@@ -66,14 +66,14 @@ pub enum FrameError {
     /// The length field exceeds [`MAX_PAYLOAD`].
     #[error("frame of {0} bytes exceeds the limit of {MAX_PAYLOAD} bytes")]
     TooLong(u32),
-    /// The length field exceeds what the receiver takes for this type.
+    /// The length field exceeds what the receiver takes of this type.
     #[error("{kind:?} frame of {len} bytes exceeds the limit of {limit} bytes")]
     OverLimit {
         /// The frame's type.
         kind: FrameType,
-        /// Its length in bytes.
+        /// The length announced.
         len: usize,
-        /// The receiver's limit in bytes.
+        /// The most that is taken.
         limit: usize,
     },
     /// The payload does not have the length its type requires.
@@ -149,14 +149,19 @@ pub struct Frame<'a> {
 /// Push bytes as they arrive, then take frames until there is none. Memory is
 /// bounded by the largest frame announced plus what was pushed beyond it, so a
 /// reader that pushes what one `read` of a bounded buffer returned stays
-/// bounded by [`MAX_PAYLOAD`] plus that buffer, or by the limit for the type of frame
-/// that [`Self::limited`] was given: a longer one is an error as soon as its header is
-/// there.
-#[derive(Debug, Default)]
+/// bounded by [`MAX_PAYLOAD`] plus that buffer, or by the largest limit of
+/// [`FrameDecoder::with_limits`] plus it.
+#[derive(Debug)]
 pub struct FrameDecoder {
     buffer: Vec<u8>,
     start: usize,
-    limit: Option<fn(FrameType) -> usize>,
+    limit: fn(FrameType) -> usize,
+}
+
+impl Default for FrameDecoder {
+    fn default() -> Self {
+        Self::with_limits(|_| MAX_PAYLOAD)
+    }
 }
 
 impl FrameDecoder {
@@ -166,13 +171,14 @@ impl FrameDecoder {
         Self::default()
     }
 
-    /// A decoder that takes payloads of up to `limit` bytes of each type, and of
-    /// [`MAX_PAYLOAD`] at most.
+    /// A decoder that refuses a frame whose payload is longer than `limit` says for
+    /// its type, in bytes, as soon as its header has arrived.
     #[must_use]
-    pub fn limited(limit: fn(FrameType) -> usize) -> Self {
+    pub fn with_limits(limit: fn(FrameType) -> usize) -> Self {
         Self {
-            limit: Some(limit),
-            ..Self::default()
+            buffer: Vec::new(),
+            start: 0,
+            limit,
         }
     }
 
@@ -195,23 +201,19 @@ impl FrameDecoder {
         let Some(header) = pending.first_chunk::<HEADER_LEN>() else {
             return Ok(None);
         };
-        let header = FrameHeader::decode(*header)?;
-        let limit = self.limit.map_or(MAX_PAYLOAD, |limit| limit(header.kind));
-        if header.len > limit {
-            return Err(FrameError::OverLimit {
-                kind: header.kind,
-                len: header.len,
-                limit,
-            });
+        let FrameHeader { kind, len } = FrameHeader::decode(*header)?;
+        let limit = (self.limit)(kind);
+        if len > limit {
+            return Err(FrameError::OverLimit { kind, len, limit });
         }
-        let end = HEADER_LEN + header.len;
+        let end = HEADER_LEN + len;
         if pending.len() < end {
             return Ok(None);
         }
         let begin = self.start + HEADER_LEN;
         self.start += end;
         Ok(Some(Frame {
-            kind: header.kind,
+            kind,
             payload: &self.buffer[begin..self.start],
         }))
     }
@@ -335,27 +337,30 @@ mod tests {
     }
 
     #[test]
-    fn a_frame_over_the_limit_of_its_type_is_refused_by_its_header() {
-        let limit = |kind| match kind {
-            FrameType::Stdout => BULK_PAYLOAD,
-            _ => 16,
-        };
-        let mut decoder = FrameDecoder::limited(limit);
+    fn a_frame_over_its_types_limit_is_refused_before_its_payload_arrives() {
+        let mut decoder = FrameDecoder::with_limits(|kind| match kind {
+            FrameType::Request => 1000,
+            _ => 3,
+        });
         let mut wire = Vec::new();
-        encode(FrameType::Stdout, &[7; BULK_PAYLOAD], &mut wire).unwrap();
-        encode(FrameType::Exit, &[7; 16], &mut wire).unwrap();
+        encode(FrameType::Request, &[7; 1000], &mut wire).unwrap();
+        encode(FrameType::Stdin, &[7; 3], &mut wire).unwrap();
         decoder.push(&wire);
-        for len in [BULK_PAYLOAD, 16] {
+        for len in [1000, 3] {
             assert_eq!(decoder.next_frame().unwrap().unwrap().payload.len(), len);
         }
-        decoder.push(&[FrameType::Exit as u8, 0, 0, 0, 17]);
+        decoder.push(&[FrameType::Stdin as u8, 0, 0, 0]);
+        assert_eq!(decoder.next_frame(), Ok(None));
+        decoder.push(&[4]);
+        let refused = FrameError::OverLimit {
+            kind: FrameType::Stdin,
+            len: 4,
+            limit: 3,
+        };
+        assert_eq!(decoder.next_frame(), Err(refused));
         assert_eq!(
-            decoder.next_frame(),
-            Err(FrameError::OverLimit {
-                kind: FrameType::Exit,
-                len: 17,
-                limit: 16
-            })
+            refused.to_string(),
+            "Stdin frame of 4 bytes exceeds the limit of 3 bytes"
         );
     }
 

@@ -41,7 +41,7 @@ impl Conn {
         stream.set_nonblocking(true)?;
         Ok(Self {
             stream,
-            decoder: FrameDecoder::limited(longest),
+            decoder: FrameDecoder::with_limits(longest),
             out: Vec::new(),
             sent: 0,
             ended: false,
