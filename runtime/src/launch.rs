@@ -89,6 +89,8 @@ pub(crate) struct LaunchRequest {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Report {
+    /// The program that was started is a VMM. The first message.
+    Hello,
     /// A phase is complete.
     Phase(Phase),
     /// Something that did not go as it should, and stopped nothing; a sentence.

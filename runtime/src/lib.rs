@@ -36,6 +36,7 @@ mod launch;
 pub mod logs;
 mod output_log;
 pub mod publish;
+mod reaper;
 pub mod record;
 pub mod run;
 pub mod session;

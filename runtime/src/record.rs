@@ -28,7 +28,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use self::files::{read_json, remove_tree, write_json};
-pub use self::records::Records;
+pub use self::records::{Damaged, Records};
 use crate::home::HomeError;
 use crate::id::VmId;
 use crate::publish::{DEFAULT_WAIT_MS, Publication};
@@ -70,6 +70,14 @@ pub enum RecordError {
         "\"{0}\" is not a valid name: start with a letter or digit, then letters, digits, '_', '.' or '-', 64 at most"
     )]
     BadName(String),
+    /// Its record cannot be understood.
+    #[error("the record of VM {id} is damaged: {reason}")]
+    Damaged {
+        /// Its identifier.
+        id: VmId,
+        /// What is wrong.
+        reason: String,
+    },
     /// It is alive and must not be for this operation.
     #[error("VM \"{0}\" is running: stop it first, or use --force")]
     Running(String),
@@ -150,6 +158,9 @@ pub enum ExitReason {
     Destroyed,
     /// The VMM ended without leaving word (killed, or the host went down).
     Lost,
+    /// A reason that only a later version knows.
+    #[serde(other)]
+    Other,
 }
 
 /// What is left when a VM has ended.
@@ -269,9 +280,14 @@ impl Record {
         }
     }
 
+    /// Whether it left word of how it ended, be that readable or not.
+    fn has_ended(&self) -> bool {
+        self.directory.join(EXIT).exists()
+    }
+
     /// Whether it has ended and is about to be removed by its VMM.
     fn is_vanishing(&self) -> bool {
-        self.config.auto_remove && self.directory.join(EXIT).exists()
+        self.config.auto_remove && self.has_ended()
     }
 
     /// Durably leaves word of how it ended. Called by the VMM.
@@ -281,19 +297,7 @@ impl Record {
 
     /// Takes the lock, `None` if the VMM holds it.
     fn try_lock(&self, operation: FlockOperation) -> Result<Option<File>, RecordError> {
-        let path = self.directory.join(LOCK);
-        let file = match File::open(&path) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Err(RecordError::NotFound(self.config.name.clone()));
-            }
-            Err(error) => return Err(io_error("open", &path)(error)),
-        };
-        match rustix::io::retry_on_intr(|| flock(&file, operation)) {
-            Ok(()) => Ok(Some(file)),
-            Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
-            Err(errno) => Err(io_error("lock", &path)(errno.into())),
-        }
+        try_lock(&self.directory, &self.config.name, operation)
     }
 
     /// Removes a record that is not alive.
@@ -302,9 +306,9 @@ impl Record {
     /// It is alive, or its files cannot be removed.
     pub fn remove(&self) -> Result<(), RecordError> {
         // A VM that has ended is about to give up its lock.
-        let operation = match self.exit()? {
-            Some(_) => FlockOperation::LockShared,
-            None => FlockOperation::NonBlockingLockShared,
+        let operation = match self.has_ended() {
+            true => FlockOperation::LockShared,
+            false => FlockOperation::NonBlockingLockShared,
         };
         let Some(_dead) = self.try_lock(operation)? else {
             return Err(RecordError::Running(self.config.name.clone()));
@@ -317,18 +321,44 @@ impl Record {
     /// knows that the VMM is dead.
     pub(crate) fn erase(&self) -> Result<(), RecordError> {
         self.remove_sockets()?;
-        // Rename first: a listing never sees half a record.
-        let parent = self.directory.parent().unwrap_or(Path::new("/"));
-        let grave = parent.join(format!("{}{}", records::REMOVED_PREFIX, self.config.id));
-        match std::fs::rename(&self.directory, &grave) {
-            Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            Err(error) => return Err(io_error("remove", &self.directory)(error)),
-        }
-        remove_tree(&grave)
+        bury(&self.directory, &self.config.id)
     }
 
     pub(crate) fn remove_sockets(&self) -> Result<(), RecordError> {
         remove_tree(&self.sockets)
     }
+}
+
+/// Takes the lock of the record in `directory`, `None` if the VMM holds it.
+fn try_lock(
+    directory: &Path,
+    name: &str,
+    operation: FlockOperation,
+) -> Result<Option<File>, RecordError> {
+    let path = directory.join(LOCK);
+    let file = match File::open(&path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Err(RecordError::NotFound(name.to_owned()));
+        }
+        Err(error) => return Err(io_error("open", &path)(error)),
+    };
+    match rustix::io::retry_on_intr(|| flock(&file, operation)) {
+        Ok(()) => Ok(Some(file)),
+        Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+        Err(errno) => Err(io_error("lock", &path)(errno.into())),
+    }
+}
+
+/// Removes the directory of a record.
+fn bury(directory: &Path, id: &VmId) -> Result<(), RecordError> {
+    // Rename first: a listing never sees half a record.
+    let parent = directory.parent().unwrap_or(Path::new("/"));
+    let grave = parent.join(format!("{}{id}", records::REMOVED_PREFIX));
+    match std::fs::rename(directory, &grave) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(io_error("remove", directory)(error)),
+    }
+    remove_tree(&grave)
 }

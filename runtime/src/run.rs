@@ -1,27 +1,29 @@
 //! Starting a virtual machine: options in, a running VM out.
 
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, Read as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use sm_guest_proto::forward::MAX_WAIT_MS;
-use sm_guest_proto::frame::{self, FrameType};
+use sm_guest_proto::frame::{self, FrameHeader, FrameType, HEADER_LEN};
 
 use crate::home::Home;
 use crate::id::VmId;
 use crate::image::Image;
-use crate::launch::{DiskSegment, LaunchRequest, Origin};
+use crate::launch::{DiskSegment, LaunchRequest, Origin, Report};
 use crate::output_log::unix_nanos;
 use crate::publish::{DEFAULT_WAIT_MS, Publication};
+use crate::reaper::Process;
 use crate::record::{ExitRecord, Record, Records, VMM_LOG, VmConfig};
 use crate::session::{Aside, Event, Session};
+use crate::timed::Until;
 use crate::timings::Phase;
 use crate::vm::Vm;
 use crate::workload::{Overrides, Workload};
@@ -377,10 +379,17 @@ pub(crate) struct Source {
 /// A VMM that was started and has not said much yet.
 pub(crate) struct Launched {
     record: Record,
-    child: Child,
+    child: Process,
     session: Session,
     phases: Vec<Phase>,
     warnings: Vec<String>,
+}
+
+/// The program that becomes a VMM.
+struct Program {
+    path: PathBuf,
+    /// How long it may take to say that it is one.
+    timeout: Duration,
 }
 
 /// Makes a record and starts a VMM for it. `config` completes what the options
@@ -393,6 +402,38 @@ pub(crate) fn launch(
 ) -> Result<Launched, Error> {
     let records = Records::open(home)?;
     records.sweep()?;
+    launch_in(home, &records, options, config, source)
+}
+
+/// Does the same for one of many VMs, whose caller has swept the records.
+pub(crate) fn launch_in(
+    home: &Home,
+    records: &Records,
+    options: &RunOptions,
+    config: impl FnOnce(VmId, String) -> Result<VmConfig, Error>,
+    source: Source,
+) -> Result<Launched, Error> {
+    let program = Program {
+        path: executable(),
+        timeout: HELLO_TIMEOUT,
+    };
+    launch_program(home, records, options, config, source, &program)
+}
+
+fn launch_program(
+    home: &Home,
+    records: &Records,
+    options: &RunOptions,
+    config: impl FnOnce(VmId, String) -> Result<VmConfig, Error>,
+    source: Source,
+    program: &Program,
+) -> Result<Launched, Error> {
+    if std::env::var_os(vmm::VMM_VARIABLE).is_some() {
+        return Err(Error::Refused(format!(
+            "this process was started to be the process of a VM, and starts a VM instead: \
+             {FORGOTTEN}"
+        )));
+    }
     let (record, lock) = records.create(options.name.as_deref(), config)?;
     let mut phases = options.phases.clone();
     phases.push(Phase::now("image resolved"));
@@ -417,11 +458,7 @@ pub(crate) fn launch(
         start_timeout_ms: millis(options.start_timeout),
         phases,
     };
-    let launched = spawn(&record, &request, lock).and_then(|(child, stream)| {
-        let session = Session::new(stream, Some(Aside::workload(&record))).map_err(talking)?;
-        Ok((child, session))
-    });
-    match launched {
+    match spawn(&record, &request, lock, program) {
         Ok((child, session)) => Ok(Launched {
             record,
             child,
@@ -430,12 +467,19 @@ pub(crate) fn launch(
             warnings: Vec::new(),
         }),
         Err(error) => {
-            // The lock was ours alone, so nothing else cleans up.
+            // There is no process, or none any more, so nothing else cleans up.
             let _ = record.erase();
             Err(error)
         }
     }
 }
+
+/// How long a program may take to say that it is a VMM. A busy host needs some of it.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// What a program has to do.
+const FORGOTTEN: &str =
+    "its program has to call sm_runtime::run_vmm_if_asked() first thing in main";
 
 fn talking(source: io::Error) -> Error {
     Error::Vmm {
@@ -448,12 +492,14 @@ pub(crate) fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// Starts the VMM process and hands it the request and the record's lock.
+/// Starts the VMM process, hands it the request and the record's lock, and waits
+/// until it says that it is a VMM. There is no process after an error.
 fn spawn(
     record: &Record,
     request: &LaunchRequest,
     lock: File,
-) -> Result<(Child, UnixStream), Error> {
+    program: &Program,
+) -> Result<(Process, Session), Error> {
     let vmm_error = |source| Error::Vmm {
         operation: "start the VM's process",
         source,
@@ -469,21 +515,101 @@ fn spawn(
             path: log_path,
             source,
         })?;
+    let mut bytes = Vec::new();
+    let encoded = serde_json::to_vec(request).map_err(|error| vmm_error(error.into()))?;
+    frame::encode(FrameType::Request, &encoded, &mut bytes)
+        .map_err(|error| vmm_error(io::Error::other(error)))?;
     let (mut ours, theirs) = UnixStream::pair().map_err(vmm_error)?;
-    let child = Command::new(executable())
+    let session = ours
+        .try_clone()
+        .and_then(|stream| Session::new(stream, Some(Aside::workload(record))))
+        .map_err(vmm_error)?;
+    let child = Command::new(&program.path)
         .arg0("sm-vmm")
         .args([vmm::SUBCOMMAND, record.config().id.short()])
+        .env(vmm::VMM_VARIABLE, "1")
         .stdin(Stdio::from(OwnedFd::from(theirs)))
         .stdout(Stdio::null())
         .stderr(log)
         .spawn()
         .map_err(vmm_error)?;
-    let mut bytes = Vec::new();
-    let encoded = serde_json::to_vec(request).map_err(|error| vmm_error(error.into()))?;
-    frame::encode(FrameType::Request, &encoded, &mut bytes)
-        .map_err(|error| vmm_error(io::Error::other(error)))?;
-    fdpass::send(&mut ours, &bytes, &lock).map_err(vmm_error)?;
-    Ok((child, ours))
+    let mut child = Process::new(child);
+    let deadline = Instant::now() + program.timeout;
+    let greeted = ours
+        .set_write_timeout(Some(program.timeout))
+        .and_then(|()| fdpass::send(&mut ours, &bytes, &lock))
+        .and_then(|()| receive_hello(&ours, deadline))
+        .and_then(|()| ours.set_write_timeout(None))
+        .and_then(|()| ours.set_read_timeout(None));
+    match greeted {
+        Ok(()) => Ok((child, session)),
+        // It has ended, or closed its end.
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::UnexpectedEof
+                    | io::ErrorKind::BrokenPipe
+                    | io::ErrorKind::ConnectionReset
+            ) =>
+        {
+            drop(ours);
+            drop(session);
+            Err(not_a_vmm(record, &mut child, deadline))
+        }
+        Err(error) => {
+            child.kill();
+            Err(vmm_error(match error.kind() {
+                io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => {
+                    let text = format!(
+                        "{:?} does not become one within {:?}: {FORGOTTEN}",
+                        program.path, program.timeout
+                    );
+                    io::Error::new(io::ErrorKind::TimedOut, text)
+                }
+                _ => error,
+            }))
+        }
+    }
+}
+
+/// Reads the VMM's first message, and no byte more.
+fn receive_hello(stream: &UnixStream, deadline: Instant) -> io::Result<()> {
+    let mut until = Until {
+        stream,
+        deadline: Some(deadline),
+    };
+    let mut header = [0; HEADER_LEN];
+    until.read_exact(&mut header)?;
+    let header = FrameHeader::decode(header).map_err(io::Error::other)?;
+    let mut payload = vec![0; header.len];
+    until.read_exact(&mut payload)?;
+    match serde_json::from_slice(&payload)? {
+        Report::Hello => Ok(()),
+        other => Err(io::Error::other(format!("it began with {other:?}"))),
+    }
+}
+
+/// A program that has hung up before it said that it is a VMM.
+fn not_a_vmm(record: &Record, child: &mut Process, deadline: Instant) -> Error {
+    let how = child.wait_until(deadline);
+    let how = how.map_or_else(|| "it went on".to_owned(), |status| status.to_string());
+    Error::Start {
+        message: format!(
+            "the VM's process ended before it was one ({how}): {FORGOTTEN}{}",
+            log_tail(record)
+        ),
+        status: 125,
+    }
+}
+
+/// The last lines of the VMM's log, indented.
+fn log_tail(record: &Record) -> String {
+    // Any bytes may be in it.
+    let log = std::fs::read(record.directory().join(VMM_LOG)).unwrap_or_default();
+    let log = String::from_utf8_lossy(&log);
+    let lines: Vec<&str> = log.lines().rev().take(5).collect();
+    let lines = lines.into_iter().rev();
+    lines.map(|line| format!("\n  {line}")).collect()
 }
 
 /// The program to run as the VMM: `$SM_VMM`, else this one, which must call
@@ -538,21 +664,19 @@ fn not_started(exit: ExitRecord) -> Error {
 }
 
 /// The VMM is gone without a word: say what can be known, and clean up.
-fn vmm_died(record: &Record, child: &mut Child) -> Error {
+fn vmm_died(record: &Record, child: &mut Process) -> Error {
     let how = match child.wait() {
         Ok(status) => status.to_string(),
         Err(error) => error.to_string(),
     };
-    let log = std::fs::read_to_string(record.directory().join(VMM_LOG)).unwrap_or_default();
-    let tail: Vec<&str> = log.lines().rev().take(5).collect();
-    let tail: Vec<&str> = tail.into_iter().rev().collect();
+    let mut message = format!("the VM's process ended unexpectedly ({how})");
+    let tail = log_tail(record);
+    if !tail.is_empty() {
+        message.push(':');
+        message.push_str(&tail);
+    }
     // Nobody else knows of it.
     let _ = record.remove();
-    let mut message = format!("the VM's process ended unexpectedly ({how})");
-    if !tail.is_empty() {
-        message.push_str(":\n  ");
-        message.push_str(&tail.join("\n  "));
-    }
     Error::Start {
         message,
         status: 125,
@@ -562,6 +686,80 @@ fn vmm_died(record: &Record, child: &mut Child) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Starts a "VMM" that is another program; returns the error, and whether
+    /// anything is left of it.
+    fn started_as(program: &str, timeout: Duration) -> (String, bool) {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name| dir.path().join(name);
+        let home = Home::new(&at("data"), &at("run"), &at("cache"));
+        let records = Records::open(&home).unwrap();
+        let config = |id, name| {
+            Ok(VmConfig {
+                id,
+                name,
+                image: String::new(),
+                image_digest: String::new(),
+                created_ns: 0,
+                workload: Workload::default(),
+                memory: MIN_MEMORY,
+                cpus: 1,
+                kernel: PathBuf::new(),
+                auto_remove: false,
+                read_only: false,
+                stop_timeout_ms: 0,
+                publish: Vec::new(),
+                publish_wait_ms: 0,
+            })
+        };
+        let source = Source {
+            origin: Origin::Cold,
+            root: Vec::new(),
+            modules: None,
+        };
+        let program = Program {
+            path: program.into(),
+            timeout,
+        };
+        let launched = launch_program(
+            &home,
+            &records,
+            &RunOptions::new(),
+            config,
+            source,
+            &program,
+        );
+        let Err(error) = launched else {
+            panic!("{:?} is a VMM", program.path);
+        };
+        let left = !records.list().unwrap().is_empty() || has_child(&program.path);
+        (crate::doctor::with_causes(&error), left)
+    }
+
+    /// Whether this process has a child that runs `program`, or did (a zombie).
+    fn has_child(program: &Path) -> bool {
+        let name = program.file_name().unwrap().to_str().unwrap();
+        let wanted = (format!("({name})"), std::process::id().to_string());
+        let processes = std::fs::read_dir("/proc").unwrap();
+        processes.flatten().any(|entry| {
+            let stat = std::fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
+            let mut words = stat.split(' ').skip(1);
+            let (comm, parent) = (words.next(), words.nth(1));
+            comm == Some(wanted.0.as_str()) && parent == Some(wanted.1.as_str())
+        })
+    }
+
+    #[test]
+    fn a_program_that_is_no_vmm_is_told_from_one() {
+        // It ends at once, reading nothing.
+        let (error, left) = started_as("/usr/bin/false", Duration::from_secs(60));
+        assert!(error.contains("run_vmm_if_asked"), "{error}");
+        assert!(!left, "{error}");
+        // It goes on, reading nothing.
+        let (error, left) = started_as("/usr/bin/yes", Duration::from_millis(200));
+        assert!(error.contains("run_vmm_if_asked"), "{error}");
+        assert!(!left, "{error}");
+    }
 
     #[test]
     fn memory_and_cpus_have_a_minimum() {

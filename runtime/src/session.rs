@@ -132,6 +132,7 @@ impl AsFd for Session {
 fn control_event(payload: &[u8]) -> Option<Event<'static>> {
     if let Ok(report) = serde_json::from_slice(payload) {
         return Some(match report {
+            Report::Hello => return None,
             Report::Phase(phase) => Event::Phase(phase),
             Report::Warning(text) => Event::Warning(text),
             Report::Started { pid } => Event::Started { pid },

@@ -30,6 +30,19 @@ pub(crate) fn connect_until(path: &Path, deadline: Instant) -> io::Result<UnixSt
     Ok(socket.into())
 }
 
+/// Connects to the socket at `path`, if there is room in its backlog; the stream does
+/// not block.
+pub(crate) fn connect_now(path: &Path) -> io::Result<UnixStream> {
+    let address = SocketAddrUnix::new(path)?;
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    match rustix::io::retry_on_intr(|| connect(&socket, &address)) {
+        Ok(()) => Ok(socket.into()),
+        Err(rustix::io::Errno::AGAIN) => Err(io::ErrorKind::TimedOut.into()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
 fn remaining(deadline: Instant) -> io::Result<Duration> {
     match deadline.checked_duration_since(Instant::now()) {
         Some(left) if !left.is_zero() => Ok(left.max(SHORTEST)),

@@ -2,7 +2,6 @@
 
 use std::io;
 use std::os::unix::net::UnixStream;
-use std::process::Child;
 use std::time::{Duration, Instant};
 
 use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
@@ -12,13 +11,16 @@ use crate::Error;
 use crate::control::Control;
 use crate::exec::ExecBuilder;
 use crate::home::Home;
-use crate::launch::{ControlAnswer, ControlCall, SnapshotReport, Stage, StageTimes, Status};
+use crate::launch::{ControlAnswer, ControlCall, SnapshotReport, StageTimes, Status};
 use crate::logs::Logs;
 use crate::publish::PublishedPort;
-use crate::record::{ExitRecord, Record, RecordError, Records, VmConfig, VmState};
+use crate::reaper::Process;
+use crate::record::{Damaged, ExitRecord, Record, RecordError, Records, VmConfig, VmState};
 use crate::session::Session;
 use crate::timed::connect_until;
 use crate::timings::Phase;
+
+mod survey;
 
 /// How long a VMM may take to end a VM once told to, before it is killed.
 const DESTROY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -30,8 +32,8 @@ const EXEC_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub struct Vm {
     record: Record,
-    /// Reaps the VMM process, when this process has started it.
-    child: Option<Child>,
+    /// The VMM process, when this process has started it.
+    _child: Option<Process>,
     session: Option<Session>,
     phases: Vec<Phase>,
     pub(crate) warnings: Vec<String>,
@@ -50,8 +52,12 @@ pub struct Inspection {
 /// What a VM is doing, for people and programs to read.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct StateView {
-    /// `starting`, `running`, `paused`, `ending` or `exited`.
+    /// `starting`, `running`, `paused`, `ending` or `exited`; `unresponsive` when its
+    /// process does not answer, `damaged` when its record cannot be read.
     pub status: &'static str,
+    /// Why it is unresponsive or damaged.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
     /// Process identifier of the VMM, while there is one.
     pub pid: Option<u32>,
     /// When the workload was started, in nanoseconds since the Unix epoch; 0 if
@@ -74,13 +80,13 @@ pub struct StateView {
 impl Vm {
     pub(crate) fn started(
         record: Record,
-        child: Child,
+        child: Process,
         session: Option<Session>,
         phases: Vec<Phase>,
     ) -> Self {
         Self {
             record,
-            child: Some(child),
+            _child: Some(child),
             session,
             phases,
             warnings: Vec::new(),
@@ -95,20 +101,55 @@ impl Vm {
         Ok(Self::from_record(Records::open(home)?.find(query)?))
     }
 
-    /// All VMs, newest first, after cleaning up after those that died.
+    /// All VMs whose records can be read, newest first, after cleaning up after
+    /// those that died.
     ///
     /// # Errors
-    /// The records cannot be read.
+    /// The records cannot be listed.
     pub fn list(home: &Home) -> Result<Vec<Self>, Error> {
+        Ok(Self::swept(home)?.0)
+    }
+
+    /// Everything about all VMs, newest first, after cleaning up after those that
+    /// died, and the records that cannot be read. All VMs are asked at the same
+    /// time; those that do not answer within `timeout` are `unresponsive`.
+    ///
+    /// # Errors
+    /// The records cannot be listed.
+    pub fn inspect_all(
+        home: &Home,
+        timeout: Duration,
+    ) -> Result<(Vec<Inspection>, Vec<Damaged>), Error> {
+        let (vms, damaged) = Self::swept(home)?;
+        let records = vms.into_iter().map(|vm| vm.record).collect();
+        Ok((survey::inspect_all(records, timeout), damaged))
+    }
+
+    fn swept(home: &Home) -> Result<(Vec<Self>, Vec<Damaged>), Error> {
         let records = Records::open(home)?;
-        records.sweep()?;
-        Ok(records.list()?.into_iter().map(Self::from_record).collect())
+        if let Err(error) = records.sweep() {
+            tracing::warn!(%error, "cannot clean up after VMs");
+        }
+        let (records, damaged) = records.read_all(false)?;
+        Ok((
+            records.into_iter().map(Self::from_record).collect(),
+            damaged,
+        ))
+    }
+
+    /// Removes the record that cannot be read of the VM whose identifier begins with
+    /// `query`.
+    ///
+    /// # Errors
+    /// There is none, or several; its VM is alive; its files cannot be removed.
+    pub fn remove_damaged(home: &Home, query: &str) -> Result<(), Error> {
+        Ok(Records::open(home)?.remove_damaged(query)?)
     }
 
     fn from_record(record: Record) -> Self {
         Self {
             record,
-            child: None,
+            _child: None,
             session: None,
             phases: Vec::new(),
             warnings: Vec::new(),
@@ -187,39 +228,17 @@ impl Vm {
         }
     }
 
-    /// Everything about it.
+    /// Everything about it. A record that cannot be read is one of the states.
     ///
     /// # Errors
-    /// Its record cannot be read.
+    /// It is not there any more.
     pub fn inspect(&self) -> Result<Inspection, Error> {
-        let state = match self.state()? {
-            VmState::Exited(exit) => StateView {
-                status: "exited",
-                started_ns: exit.started_ns,
-                exit_code: Some(exit.status),
-                exit: Some(exit),
-                ..StateView::default()
+        let state = match self.record.state() {
+            Ok(VmState::Running) => match self.status() {
+                Ok(status) => StateView::alive(status),
+                Err(error) => StateView::silent(&self.record, &error)?,
             },
-            VmState::Running => match self.status() {
-                Ok(status) => StateView {
-                    status: match status.stage {
-                        _ if status.paused => "paused",
-                        Stage::Starting => "starting",
-                        Stage::Running => "running",
-                        Stage::Ending => "ending",
-                    },
-                    pid: Some(status.vmm_pid),
-                    started_ns: status.started_ns,
-                    epoch: status.epoch,
-                    published: status.published,
-                    ..StateView::default()
-                },
-                // Too early or too late to answer.
-                Err(_) => StateView {
-                    status: "starting",
-                    ..StateView::default()
-                },
-            },
+            other => StateView::dead(other)?,
         };
         Ok(Inspection {
             config: self.config().clone(),
@@ -227,7 +246,9 @@ impl Vm {
         })
     }
 
-    /// Waits for its end.
+    /// Waits for its end. Output that nobody has taken with [`Self::take_session`]
+    /// is dropped: the attached session ends, so that the workload is not held up
+    /// by output that nobody reads.
     ///
     /// # Errors
     /// It removed itself at its end before anybody could be told.
@@ -377,7 +398,8 @@ impl Vm {
     /// # Errors
     /// It is running and `force` is not set, or files cannot be removed.
     pub fn remove(&mut self, force: bool) -> Result<(), Error> {
-        if force && self.record.state()? == VmState::Running {
+        // A record that cannot be read is no process that runs.
+        if force && matches!(self.record.state(), Ok(VmState::Running)) {
             self.destroy()?;
         }
         match self.record.remove() {
@@ -440,26 +462,6 @@ impl Vm {
     #[must_use]
     pub fn console_log(&self) -> std::path::PathBuf {
         self.record.directory().join(crate::record::CONSOLE)
-    }
-}
-
-impl Drop for Vm {
-    fn drop(&mut self) {
-        let Some(mut child) = self.child.take() else {
-            return;
-        };
-        if !matches!(child.try_wait(), Ok(None)) {
-            return;
-        }
-        // The VM outlives its handle. Its process must still be reaped when it
-        // ends, or a long-lived caller would collect zombies.
-        let reaper = std::thread::Builder::new()
-            .name("sm-reaper".to_owned())
-            .stack_size(64 * 1024)
-            .spawn(move || child.wait());
-        if let Err(error) = reaper {
-            tracing::warn!(%error, "a VMM process will not be reaped");
-        }
     }
 }
 

@@ -200,7 +200,8 @@ fn fork_and_reset() {
     let original = sleeping();
     text(&original.0, &["sh", "-c", "echo 1 >/tmp/n"]);
     let forks = snapshots::fork(home(), &original.0, 2, &RunOptions::new()).unwrap();
-    let forks: Vec<_> = forks.into_iter().map(Running).collect();
+    assert!(forks.error.is_none(), "{forks:?}");
+    let forks: Vec<_> = forks.vms.into_iter().map(Running).collect();
     let mut identities = BTreeSet::new();
     for Running(fork) in &forks {
         for _ in 0..2 {

@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
-use sm_runtime::Vm;
 use sm_runtime::home::Home;
+use sm_runtime::record::RecordError;
 use sm_runtime::signal;
+use sm_runtime::{Error, Vm};
 
 use crate::args::{KillArgs, RmArgs, StopArgs, VmArgs};
 use crate::failure::{FAILED, Failure};
@@ -18,12 +19,17 @@ fn each(
     printer: &Printer,
     mut act: impl FnMut(Vm) -> Result<Option<String>, Failure>,
 ) -> Result<u32, Failure> {
+    each_named(vms, printer, |query| act(Vm::find(home, query)?))
+}
+
+fn each_named(
+    vms: &[String],
+    printer: &Printer,
+    mut act: impl FnMut(&str) -> Result<Option<String>, Failure>,
+) -> Result<u32, Failure> {
     let mut status = 0;
     for query in vms {
-        let done = Vm::find(home, query)
-            .map_err(Failure::from)
-            .and_then(&mut act);
-        match done {
+        match act(query) {
             Ok(text) => printer.line(text.as_ref().unwrap_or(query)),
             Err(failure) => {
                 printer.error(&failure);
@@ -76,8 +82,12 @@ pub(crate) fn wait(home: &Home, args: &VmArgs, printer: &Printer) -> Result<u32,
 }
 
 pub(crate) fn rm(home: &Home, args: &RmArgs, printer: &Printer) -> Result<u32, Failure> {
-    each(home, &args.vms, printer, |mut vm| {
-        vm.remove(args.force)?;
+    each_named(&args.vms, printer, |query| {
+        match Vm::find(home, query) {
+            Ok(mut vm) => vm.remove(args.force)?,
+            Err(Error::Record(RecordError::Damaged { .. })) => Vm::remove_damaged(home, query)?,
+            Err(error) => return Err(error.into()),
+        }
         Ok(None)
     })
 }

@@ -6,7 +6,8 @@ use anyhow::anyhow;
 use serde::Serialize;
 use sm_runtime::home::Home;
 use sm_runtime::publish::{HostEnd, PublishedPort};
-use sm_runtime::{Inspection, Vm};
+use sm_runtime::record::Damaged;
+use sm_runtime::{Inspection, StateView, Vm};
 
 use crate::args::{PortArgs, PsArgs, StatsArgs, VmArgs};
 use crate::failure::{FAILED, Failure};
@@ -16,6 +17,9 @@ use crate::units::{format_age, format_size};
 
 /// Longest command shown in a table.
 const COMMAND_WIDTH: usize = 30;
+
+/// How long VMs may take to say what they do.
+const PS_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A VM in `sm ps --json`.
 #[derive(Serialize)]
@@ -28,19 +32,12 @@ struct Row<'a> {
     memory: u64,
     cpus: u32,
     #[serde(flatten)]
-    state: &'a sm_runtime::StateView,
+    state: &'a StateView,
 }
 
 pub(crate) fn ps(home: &Home, args: &PsArgs, printer: &Printer) -> Result<u32, Failure> {
-    let mut vms = Vec::new();
-    for vm in Vm::list(home)? {
-        // One that goes away meanwhile is not there.
-        if let Ok(inspection) = vm.inspect()
-            && (args.all || inspection.state.exit_code.is_none())
-        {
-            vms.push(inspection);
-        }
-    }
+    let (mut vms, damaged) = Vm::inspect_all(home, PS_TIMEOUT)?;
+    vms.retain(|vm| args.all || vm.state.exit_code.is_none());
     if args.quiet {
         for vm in &vms {
             let id = &vm.config.id;
@@ -50,7 +47,26 @@ pub(crate) fn ps(home: &Home, args: &PsArgs, printer: &Printer) -> Result<u32, F
                 id.short()
             });
         }
+        for damaged in &damaged {
+            let id = &damaged.id;
+            printer.line(if args.no_trunc {
+                id.as_str()
+            } else {
+                id.short()
+            });
+        }
     } else if args.format.json() {
+        let states: Vec<_> = damaged.iter().map(damaged_state).collect();
+        let damaged = damaged.iter().zip(&states).map(|(damaged, state)| Row {
+            id: damaged.id.as_str(),
+            name: "",
+            image: "",
+            command: &[],
+            created_ns: 0,
+            memory: 0,
+            cpus: 0,
+            state,
+        });
         let rows: Vec<Row<'_>> = vms
             .iter()
             .map(|vm| Row {
@@ -63,11 +79,23 @@ pub(crate) fn ps(home: &Home, args: &PsArgs, printer: &Printer) -> Result<u32, F
                 cpus: vm.config.cpus,
                 state: &vm.state,
             })
+            .chain(damaged)
             .collect();
         printer.json(&rows)?;
     } else {
         let now = SystemTime::now();
-        let rows: Vec<_> = vms.iter().map(|vm| row(vm, now, args.no_trunc)).collect();
+        let rows = vms.iter().map(|vm| row(vm, now, args.no_trunc));
+        let damaged = damaged.iter().map(|damaged| {
+            let id = if args.no_trunc {
+                damaged.id.as_str()
+            } else {
+                damaged.id.short()
+            };
+            let status = format!("Damaged: {}", damaged.reason);
+            let [image, command, created, ports, name] = ["-"; 5].map(str::to_owned);
+            [id.to_owned(), image, command, created, status, ports, name]
+        });
+        let rows: Vec<_> = rows.chain(damaged).collect();
         printer.line(table::render(
             [
                 "VM ID", "IMAGE", "COMMAND", "CREATED", "STATUS", "PORTS", "NAME",
@@ -76,6 +104,14 @@ pub(crate) fn ps(home: &Home, args: &PsArgs, printer: &Printer) -> Result<u32, F
         ));
     }
     Ok(0)
+}
+
+fn damaged_state(damaged: &Damaged) -> StateView {
+    StateView {
+        status: "damaged",
+        problem: Some(damaged.reason.clone()),
+        ..StateView::default()
+    }
 }
 
 fn row(vm: &Inspection, now: SystemTime, no_trunc: bool) -> [String; 7] {
@@ -171,6 +207,10 @@ fn status(vm: &Inspection, now: SystemTime) -> String {
             let mut text = other.to_owned();
             if let Some(first) = text.get_mut(..1) {
                 first.make_ascii_uppercase();
+            }
+            if let Some(problem) = &state.problem {
+                text.push_str(": ");
+                text.push_str(problem);
             }
             text
         }

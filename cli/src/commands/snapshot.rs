@@ -126,7 +126,8 @@ pub(crate) fn fork(home: &Home, args: &ForkArgs, printer: &Printer) -> Result<u3
         options = options.name(name.as_str());
     }
     let vm = Vm::find(home, &args.vm)?;
-    let clones = snapshots::fork(home, &vm, args.count, &options)?;
+    let forked = snapshots::fork(home, &vm, args.count, &options)?;
+    let clones = forked.vms;
     if args.json {
         let clones: Vec<_> = clones
             .iter()
@@ -138,7 +139,8 @@ pub(crate) fn fork(home: &Home, args: &ForkArgs, printer: &Printer) -> Result<u3
             printer.line(clone.id());
         }
     }
-    Ok(0)
+    // Those that run were named: they are the user's.
+    forked.error.map_or(Ok(0), |error| Err(error.into()))
 }
 
 fn prove_distinct(

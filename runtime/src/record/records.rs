@@ -1,13 +1,19 @@
 //! All records of one user: naming, finding, and cleaning up after the dead.
 
+use std::collections::HashMap;
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::{FlockOperation, flock};
 
 use super::files::{dir_names, read_json, remove_tree, write_json};
-use super::{CONFIG, CONSOLE, ExitRecord, LOCK, Record, RecordError, VmConfig, io_error};
+use super::{
+    CONFIG, CONSOLE, EXIT, ExitRecord, LOCK, Record, RecordError, VmConfig, bury, io_error,
+    try_lock,
+};
+use crate::doctor::with_causes;
 use crate::home::{Home, ensure_private_dir};
 use crate::id::{VmId, generate_name, is_valid_name};
 
@@ -22,6 +28,17 @@ const REGISTRY_LOCK: &str = ".lock";
 pub struct Records {
     pub(super) directory: PathBuf,
     pub(super) sockets: PathBuf,
+    /// Names of records that were read, and whether these vanish at their end.
+    known: Arc<Mutex<HashMap<VmId, (String, bool)>>>,
+}
+
+/// A record that cannot be understood.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Damaged {
+    /// Identifier of its VM.
+    pub id: VmId,
+    /// What is wrong with it.
+    pub reason: String,
 }
 
 impl Records {
@@ -35,7 +52,11 @@ impl Records {
         ensure_private_dir(home.run())?;
         ensure_private_dir(&sockets)?;
         ensure_private_dir(&directory)?;
-        Ok(Self { directory, sockets })
+        Ok(Self {
+            directory,
+            sockets,
+            known: Arc::default(),
+        })
     }
 
     /// Makes a record under a free name (`name`, or a generated one) and gives
@@ -49,14 +70,14 @@ impl Records {
             return Err(RecordError::BadName(name.to_owned()).into());
         }
         let _registry = registry_lock(&self.directory)?;
-        let taken = self.list()?;
+        let taken = self.names()?;
         let id = self.free_id()?;
         let name = match name {
             Some(name) => {
-                if let Some(other) = taken.iter().find(|record| record.config.name == name) {
+                if let Some((other, _)) = taken.iter().find(|(_, taken)| taken == name) {
                     return Err(RecordError::NameTaken {
                         name: name.to_owned(),
-                        id: other.config.id.short().to_owned(),
+                        id: other.short().to_owned(),
                     }
                     .into());
                 }
@@ -64,7 +85,7 @@ impl Records {
             }
             None => (0..)
                 .map(generate_name)
-                .find(|name| !taken.iter().any(|record| record.config.name == *name))
+                .find(|name| !taken.iter().any(|(_, taken)| taken == name))
                 .unwrap_or_else(|| id.short().to_owned()),
         };
         let config = config(id.clone(), name)?;
@@ -128,32 +149,102 @@ impl Records {
     ///
     /// # Errors
     /// The directory cannot be read. A record that disappears meanwhile is left
-    /// out, one that cannot be understood is logged and left out.
+    /// out, as is one that cannot be understood; see [`Self::damaged`].
     pub fn list(&self) -> Result<Vec<Record>, RecordError> {
-        self.list_with(false)
+        Ok(self.read_all(false)?.0)
     }
 
-    fn list_with(&self, vanishing: bool) -> Result<Vec<Record>, RecordError> {
-        let mut records = Vec::new();
+    /// The records that cannot be understood.
+    ///
+    /// # Errors
+    /// The directory cannot be read.
+    pub fn damaged(&self) -> Result<Vec<Damaged>, RecordError> {
+        Ok(self.read_all(false)?.1)
+    }
+
+    pub(crate) fn read_all(
+        &self,
+        vanishing: bool,
+    ) -> Result<(Vec<Record>, Vec<Damaged>), RecordError> {
+        let (mut records, mut damaged) = (Vec::new(), Vec::new());
         for name in dir_names(&self.directory)? {
             let Some(id) = VmId::parse(&name) else {
                 continue;
             };
             let path = self.directory.join(id.as_str()).join(CONFIG);
-            match read_json::<VmConfig>(&path) {
+            let reason = match read_json::<VmConfig>(&path) {
                 Ok(Some(config)) if config.id == id => {
                     let record = self.record(config);
                     if vanishing || !record.is_vanishing() {
                         records.push(record);
                     }
+                    continue;
                 }
-                Ok(Some(_)) => tracing::warn!(?path, "the record names another VM"),
-                Ok(None) => {}
-                Err(error) => tracing::warn!(?path, %error, "skipping a damaged record"),
-            }
+                // It disappears.
+                Ok(None) => continue,
+                Ok(Some(config)) => format!("{path:?} is of VM {}", config.id),
+                Err(error) => with_causes(&error),
+            };
+            damaged.push(Damaged { id, reason });
         }
         records.sort_by_key(|record| std::cmp::Reverse(record.config.created_ns));
-        Ok(records)
+        Ok((records, damaged))
+    }
+
+    /// The names in use. Reads each record once only, as its name never changes:
+    /// many VMs are started through one value without reading all of them each time.
+    fn names(&self) -> Result<Vec<(VmId, String)>, RecordError> {
+        // Nothing panics while it holds this.
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut names = Vec::new();
+        for name in dir_names(&self.directory)? {
+            let Some(id) = VmId::parse(&name) else {
+                continue;
+            };
+            let directory = self.directory.join(id.as_str());
+            if !known.contains_key(&id)
+                && let Ok(Some(config)) = read_json::<VmConfig>(&directory.join(CONFIG))
+            {
+                known.insert(id.clone(), (config.name, config.auto_remove));
+            }
+            if let Some((name, auto_remove)) = known.get(&id)
+                && !(*auto_remove && directory.join(EXIT).exists())
+            {
+                names.push((id, name.clone()));
+            }
+        }
+        Ok(names)
+    }
+
+    /// Removes the record that cannot be understood whose identifier begins with
+    /// `query`.
+    ///
+    /// # Errors
+    /// There is none, or several; its VM is alive; its files cannot be removed.
+    pub fn remove_damaged(&self, query: &str) -> Result<(), RecordError> {
+        let _registry = registry_lock(&self.directory)?;
+        let damaged = self.one_damaged(query)?;
+        let id = damaged
+            .ok_or_else(|| RecordError::NotFound(query.to_owned()))?
+            .id;
+        let directory = self.directory.join(id.as_str());
+        match try_lock(&directory, query, FlockOperation::NonBlockingLockShared) {
+            Ok(None) => return Err(RecordError::Running(id.short().to_owned())),
+            // Without a lock there never was a process.
+            Ok(Some(_)) | Err(RecordError::NotFound(_)) => {}
+            Err(error) => return Err(error),
+        }
+        remove_tree(&self.sockets.join(id.short()))?;
+        bury(&directory, &id)
+    }
+
+    fn one_damaged(&self, query: &str) -> Result<Option<Damaged>, RecordError> {
+        let mut damaged = self.damaged()?;
+        damaged.retain(|damaged| !query.is_empty() && damaged.id.as_str().starts_with(query));
+        if damaged.len() > 1 {
+            return Err(RecordError::Ambiguous(query.to_owned()));
+        }
+        Ok(damaged.pop())
     }
 
     /// The record with this name, identifier, or unambiguous prefix of one.
@@ -176,50 +267,68 @@ impl Records {
                 _ => return Err(RecordError::Ambiguous(query.to_owned())),
             }
         }
-        Err(RecordError::NotFound(query.to_owned()))
+        match self.one_damaged(query)? {
+            Some(Damaged { id, reason }) => Err(RecordError::Damaged { id, reason }),
+            None => Err(RecordError::NotFound(query.to_owned())),
+        }
     }
 
     /// Cleans up after VMs that died without doing so: sockets of dead VMs,
     /// records that were to be removed at their end, interrupted creations and
     /// removals.
     ///
+    /// What cannot be cleaned up is logged and left for the next time: one VM does
+    /// not stand in the way of others.
+    ///
     /// # Errors
-    /// The directories cannot be read or written.
+    /// The directories cannot be read.
     pub fn sweep(&self) -> Result<(), RecordError> {
         let _registry = registry_lock(&self.directory)?;
-        for name in dir_names(&self.directory)? {
+        let names = dir_names(&self.directory)?;
+        for name in &names {
             // Both kinds are made and renamed under the registry's lock, but for
             // the removals of VMMs, which get their name by a rename and may be
             // going on: removing twice is fine.
             if name.starts_with(NEW_PREFIX) || name.starts_with(REMOVED_PREFIX) {
-                remove_tree(&self.directory.join(name))?;
+                note(remove_tree(&self.directory.join(name)));
             }
         }
-        let records = self.list_with(true)?;
-        for record in &records {
+        for record in &self.read_all(true)?.0 {
             let dead = record.try_lock(FlockOperation::NonBlockingLockShared);
-            let Ok(Some(_dead)) = dead else {
-                continue;
-            };
-            // One that has no console never came to be a machine.
-            let stillborn = !record.directory.join(CONSOLE).exists();
-            if record.config.auto_remove || stillborn {
-                record.erase()?;
-                continue;
-            }
-            record.remove_sockets()?;
-            if record.exit()?.is_none() {
-                let mut exit = ExitRecord::lost();
-                exit.finished_ns = crate::output_log::unix_nanos();
-                record.write_exit(&exit)?;
+            if let Ok(Some(_dead)) = dead {
+                note(clean_up(record));
             }
         }
+        // Sockets of a VM whose record is damaged are still its own.
+        let ids: Vec<VmId> = names.iter().filter_map(|name| VmId::parse(name)).collect();
         for name in dir_names(&self.sockets)? {
-            if !records.iter().any(|r| r.config.id.short() == name) {
-                remove_tree(&self.sockets.join(name))?;
+            if !ids.iter().any(|id| id.short() == name) {
+                note(remove_tree(&self.sockets.join(name)));
             }
         }
         Ok(())
+    }
+}
+
+/// Cleans up after one VM that is dead.
+fn clean_up(record: &Record) -> Result<(), RecordError> {
+    // One that has no console never came to be a machine.
+    let stillborn = !record.directory.join(CONSOLE).exists();
+    if record.config.auto_remove || stillborn {
+        return record.erase();
+    }
+    record.remove_sockets()?;
+    if !record.has_ended() {
+        let mut exit = ExitRecord::lost();
+        exit.finished_ns = crate::output_log::unix_nanos();
+        record.write_exit(&exit)?;
+    }
+    Ok(())
+}
+
+fn note(cleaned: Result<(), RecordError>) {
+    if let Err(error) = cleaned {
+        tracing::warn!(error = with_causes(&error), "cannot clean up after a VM");
     }
 }
 

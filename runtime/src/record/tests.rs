@@ -160,6 +160,69 @@ fn damaged_records_are_left_out_of_listings() {
     let (record, _lock) = f.create(None).unwrap();
     std::fs::write(record.directory().join(CONFIG), b"{").unwrap();
     assert!(f.records.list().unwrap().is_empty());
+    let id = record.config().id.clone();
+    let damaged = f.records.damaged().unwrap();
+    assert_eq!(damaged[0].id, id);
+    assert!(damaged[0].reason.contains(CONFIG), "{damaged:?}");
+}
+
+#[test]
+fn one_damaged_record_affects_no_other() {
+    let f = fixture();
+    let (damaged, lock) = f.create(Some("damaged")).unwrap();
+    let (unreadable, unreadable_lock) = f.create(Some("unreadable")).unwrap();
+    let (killed, killed_lock) = f.create(Some("killed")).unwrap();
+    for record in [&unreadable, &killed] {
+        std::fs::write(record.directory().join(CONSOLE), b"").unwrap();
+    }
+    std::fs::write(damaged.directory().join(CONFIG), b"{}").unwrap();
+    std::fs::write(unreadable.directory().join(EXIT), b"{").unwrap();
+    // One whose end cannot be written: the name of the draft is taken.
+    let (full, full_lock) = f.create(Some("full")).unwrap();
+    std::fs::write(full.directory().join(CONSOLE), b"").unwrap();
+    std::fs::create_dir(full.directory().join(".exit.json.new")).unwrap();
+    drop((unreadable_lock, killed_lock, full_lock));
+
+    f.records.sweep().unwrap();
+
+    assert_eq!(killed.exit().unwrap().unwrap().reason, ExitReason::Lost);
+    assert!(matches!(full.state().unwrap(), VmState::Exited(_)));
+    assert!(unreadable.state().is_err());
+    // It is alive, so its sockets stay, and it cannot be removed.
+    assert!(damaged.sockets().exists());
+    let id = damaged.config().id.clone();
+    let found = f.records.find(id.short()).unwrap_err();
+    assert!(matches!(found, RecordError::Damaged { .. }), "{found}");
+    let refused = f.records.remove_damaged(id.short()).unwrap_err();
+    assert!(matches!(refused, RecordError::Running(_)), "{refused}");
+    // Others are made beside them, and both kinds can be removed.
+    let _other = f.create(Some("other")).unwrap();
+    drop(lock);
+    f.records.remove_damaged(id.short()).unwrap();
+    unreadable.remove().unwrap();
+    assert!(!damaged.directory().exists() && !damaged.sockets().exists());
+    assert!(f.records.damaged().unwrap().is_empty());
+}
+
+#[test]
+fn a_reason_of_a_later_version_is_a_reason() {
+    let f = fixture();
+    let (record, _lock) = f.create(None).unwrap();
+    let text = br#"{"status": 9, "reason": "evicted_by_moonlight", "finished_ns": 1}"#;
+    std::fs::write(record.directory().join(EXIT), text).unwrap();
+    let exit = record.exit().unwrap().unwrap();
+    assert_eq!((exit.status, exit.reason), (9, ExitReason::Other));
+}
+
+#[test]
+fn records_are_read_once_by_one_who_makes_many() {
+    let f = fixture();
+    let (first, _lock) = f.create(Some("first")).unwrap();
+    let _second = f.create(Some("second")).unwrap();
+    // What was read once is not read again.
+    std::fs::write(first.directory().join(CONFIG), b"{").unwrap();
+    let error = f.create(Some("first")).unwrap_err();
+    assert!(error.to_string().contains("taken"), "{error}");
 }
 
 #[test]

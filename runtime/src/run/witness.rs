@@ -1,10 +1,9 @@
 //! Machines that are started to tell what makes them distinct.
 
-use std::process::Child;
-
 use super::{Launched, not_started, talking, vmm_died};
 use crate::Error;
 use crate::launch::Testimony;
+use crate::reaper::Process;
 use crate::session::{Event, Session};
 
 impl Launched {
@@ -35,7 +34,7 @@ impl Launched {
 /// A machine that was started for evidence, which ends with this value.
 pub(crate) struct Witness {
     session: Option<Session>,
-    child: Child,
+    child: Process,
 }
 
 impl Drop for Witness {

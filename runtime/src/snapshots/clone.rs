@@ -1,5 +1,8 @@
 //! From a running VM to a snapshot, and from there to clones.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
 use sm_snapshot::chain::Chain;
 use sm_snapshot::manifest::Layer;
 use sm_snapshot::store::SnapshotStore;
@@ -11,7 +14,7 @@ use crate::id::{hex, random};
 use crate::image::Image;
 use crate::launch::{Origin, SnapshotReport};
 use crate::output_log::unix_nanos;
-use crate::record::VmConfig;
+use crate::record::{Records, VmConfig};
 use crate::run::{self, RunOptions, Source};
 use crate::vm::Vm;
 use crate::vmm::saved::{self, Content};
@@ -73,6 +76,13 @@ impl Snapshot {
     /// # Errors
     /// See [`Error`]; among them an option that cannot be changed any more.
     pub fn run(&self, options: &RunOptions) -> Result<Vm, Error> {
+        let records = Records::open(&self.home)?;
+        records.sweep()?;
+        self.run_in(&records, options)
+    }
+
+    /// Does the same for one of many, whose caller has swept the records.
+    fn run_in(&self, records: &Records, options: &RunOptions) -> Result<Vm, Error> {
         check(&self.config, options)?;
         let source = Source {
             origin: Origin::Snapshot(self.name().to_owned()),
@@ -95,7 +105,7 @@ impl Snapshot {
                 ..self.config.clone()
             })
         };
-        run::launch(&self.home, options, config, source)?.until_started(options.attach)
+        run::launch_in(&self.home, records, options, config, source)?.until_started(options.attach)
     }
 }
 
@@ -162,32 +172,83 @@ impl Vm {
     }
 }
 
+/// The clones that [`fork`] has started.
+#[derive(Debug)]
+pub struct Forked {
+    /// Those whose workloads run.
+    pub vms: Vec<Vm>,
+    /// Why there are fewer than were asked for.
+    pub error: Option<Error>,
+}
+
+/// Clones that are started at the same time.
+const AT_ONCE: usize = 4;
+
 /// Starts `count` clones of a running VM, which goes on, and returns them once
 /// their workloads do. They share memory until they change it. `options` are as
 /// for [`Snapshot::run`], with a name completed by a number for each clone.
 ///
+/// When a clone cannot be started no further ones are, and those that run are
+/// returned beside the error.
+///
 /// # Errors
-/// The VM cannot be captured, or a clone not be started: the clones started
-/// before it go on.
-pub fn fork(home: &Home, vm: &Vm, count: usize, options: &RunOptions) -> Result<Vec<Vm>, Error> {
+/// The VM cannot be captured: no clone was started.
+pub fn fork(home: &Home, vm: &Vm, count: usize, options: &RunOptions) -> Result<Forked, Error> {
     let name = format!("fork-{}-{}", vm.id().short(), hex(&random::<4>()));
+    let records = Records::open(home)?;
+    records.sweep()?;
     // Nobody else sweeps it before it is opened here.
     let held = vm.make_snapshot(&name, false, true)?;
     let snapshot = Snapshot::open(home, &name)?;
     drop(held);
-    let started: Result<Vec<Vm>, Error> = (1..=count)
-        .map(|number| {
-            let mut options = options.clone();
-            if let Some(name) = &mut options.name {
-                *name = format!("{name}-{number}");
-            }
-            snapshot.run(&options)
-        })
-        .collect();
+    let (vms, error) = start_all(count, |number| {
+        let mut options = options.clone();
+        if let Some(name) = &mut options.name {
+            *name = format!("{name}-{number}");
+        }
+        snapshot.run_in(&records, &options)
+    });
     drop(snapshot);
-    // The last clone to end removes it; refused while one lives.
-    let _ = SnapshotStore::open(&home.snapshots())?.remove(&name);
-    started
+    // The last clone to end removes it; refused while one lives. One that stays is
+    // removed when another snapshot is made.
+    let removed = SnapshotStore::open(&home.snapshots()).and_then(|store| store.remove(&name));
+    if let Err(error) = removed {
+        tracing::debug!(%error, name, "the snapshot of a fork stays");
+    }
+    Ok(Forked { vms, error })
+}
+
+/// Starts numbers 1 to `count`, some at the same time, until one fails. Returns those
+/// that were started, in this order, and the first error.
+fn start_all<T: Send>(
+    count: usize,
+    start: impl Fn(usize) -> Result<T, Error> + Sync,
+) -> (Vec<T>, Option<Error>) {
+    let next = AtomicUsize::new(1);
+    let results = Mutex::new((Vec::new(), None));
+    // Nothing panics while it holds this.
+    let lock = || results.lock().unwrap_or_else(PoisonError::into_inner);
+    std::thread::scope(|scope| {
+        for _ in 0..count.min(AT_ONCE) {
+            scope.spawn(|| {
+                while lock().1.is_none() {
+                    let number = next.fetch_add(1, Ordering::Relaxed);
+                    if number > count {
+                        return;
+                    }
+                    let started = start(number);
+                    let mut results = lock();
+                    match started {
+                        Ok(value) => results.0.push((number, value)),
+                        Err(error) => drop(results.1.get_or_insert(error)),
+                    }
+                }
+            });
+        }
+    });
+    let (mut started, error) = results.into_inner().unwrap_or_else(PoisonError::into_inner);
+    started.sort_by_key(|(number, _)| *number);
+    (started.into_iter().map(|(_, value)| value).collect(), error)
 }
 
 /// Runs an image, has `prepare` bring its workload to where clones shall begin
@@ -215,5 +276,61 @@ pub fn warm_up<T>(
             let _ = vm.remove(true);
             Err(error)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn made_of() -> VmConfig {
+        VmConfig {
+            id: crate::id::VmId::generate(),
+            name: "made".into(),
+            image: String::new(),
+            image_digest: String::new(),
+            created_ns: 0,
+            workload: crate::workload::Workload::default(),
+            memory: 1 << 30,
+            cpus: 4,
+            kernel: std::path::PathBuf::new(),
+            auto_remove: false,
+            read_only: false,
+            stop_timeout_ms: 3000,
+            publish: Vec::new(),
+            publish_wait_ms: 0,
+        }
+    }
+
+    #[test]
+    fn an_option_that_equals_a_default_is_an_option() {
+        let refused = |options: RunOptions| check(&made_of(), &options).is_err();
+        assert!(!refused(RunOptions::new()));
+        assert!(!refused(RunOptions::new().memory(1 << 30).cpus(4)));
+        assert!(refused(RunOptions::new().memory(run::DEFAULT_MEMORY)));
+        assert!(refused(RunOptions::new().cpus(run::DEFAULT_CPUS)));
+        assert!(refused(RunOptions::new().shm_size(64 << 20)));
+        assert!(refused(RunOptions::new().upper_size(0)));
+        let timeout = |options: RunOptions| stop_timeout_ms(&made_of(), &options);
+        assert_eq!(timeout(RunOptions::new()), 3000);
+        let default = Duration::from_secs(10);
+        assert_eq!(timeout(RunOptions::new().stop_timeout(default)), 10_000);
+    }
+
+    #[test]
+    fn what_was_started_before_an_error_is_returned_with_it() {
+        let (started, error) = start_all(10, Ok);
+        assert_eq!(started, (1..=10).collect::<Vec<_>>());
+        assert!(error.is_none());
+        let (started, error) = start_all(100, |number| match number {
+            6 => Err(Error::Refused("no sixth".to_owned())),
+            number => Ok(number),
+        });
+        assert_eq!(started[..5], [1, 2, 3, 4, 5]);
+        assert!(started.len() < 99, "{started:?}");
+        assert_eq!(error.unwrap().to_string(), "no sixth");
+        assert!(start_all(0, Ok).0.is_empty());
     }
 }

@@ -10,7 +10,7 @@ mod proof;
 
 use std::collections::BTreeMap;
 
-pub use clone::{Snapshot, fork, warm_up};
+pub use clone::{Forked, Snapshot, fork, warm_up};
 pub use proof::{Proof, Testimony, Twins, prove_distinct};
 use serde::Serialize;
 use sm_image::Digest;

@@ -19,6 +19,10 @@ mod process;
 pub(crate) mod saved;
 mod supervisor;
 
+/// Set in the environment of VMMs, so that a program that was started as one and
+/// starts VMs instead is found out.
+pub(crate) const VMM_VARIABLE: &str = "SM_VMM_PROCESS";
+
 /// The hidden subcommand that makes a program the VMM.
 pub(crate) const SUBCOMMAND: &str = "__vmm";
 

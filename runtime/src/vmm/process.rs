@@ -29,6 +29,7 @@ use crate::timings::Phase;
 pub(super) fn main() -> io::Result<()> {
     let launcher = take_launch_stream()?;
     log::to_stderr();
+    greet(&launcher);
     // Away from the launcher's terminal and directory; nothing that follows
     // makes files for others.
     let _ = rustix::process::setsid();
@@ -72,6 +73,20 @@ fn take_launch_stream() -> io::Result<UnixStream> {
     let null = File::open("/dev/null")?;
     rustix::stdio::dup2_stdin(&null)?;
     Ok(launcher)
+}
+
+/// Tells the launcher that the program it has started is a VMM.
+fn greet(mut launcher: &UnixStream) {
+    let mut bytes = Vec::new();
+    let greeted = serde_json::to_vec(&Report::Hello)
+        .map_err(io::Error::from)
+        .and_then(|hello| {
+            frame::encode(FrameType::Control, &hello, &mut bytes).map_err(io::Error::other)
+        })
+        .and_then(|()| launcher.write_all(&bytes));
+    if let Err(error) = greeted {
+        tracing::warn!(%error, "the launcher was not greeted");
+    }
 }
 
 /// Becomes readable when this process is asked to terminate.

@@ -1,0 +1,178 @@
+//! Child processes that outlive whoever has started them.
+//!
+//! A VM outlives its handle, and its process must still be waited for when it ends,
+//! or a long-lived caller would collect zombies. One thread waits for all of them,
+//! and ends when there are none left.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::process::{Child, ExitStatus};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
+/// A process that was started, and is waited for whatever happens to this value.
+#[derive(Debug)]
+pub(crate) struct Process(Option<Child>);
+
+impl Process {
+    pub(crate) fn new(child: Child) -> Self {
+        Self(Some(child))
+    }
+
+    /// Waits for its end.
+    pub(crate) fn wait(&mut self) -> io::Result<ExitStatus> {
+        match &mut self.0 {
+            Some(child) => child.wait(),
+            // Only dropping takes it out.
+            None => Err(io::ErrorKind::NotFound.into()),
+        }
+    }
+
+    /// Waits for its end until `deadline`, and ends it then.
+    pub(crate) fn wait_until(&mut self, deadline: Instant) -> Option<ExitStatus> {
+        let child = self.0.as_ref()?;
+        let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+        let ends = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = Timespec::try_from(left).ok()?;
+        let ended = ends.is_some_and(|ends| {
+            let mut fds = [PollFd::new(&ends, PollFlags::IN)];
+            rustix::io::retry_on_intr(|| poll(&mut fds, Some(&timeout))).is_ok_and(|n| n > 0)
+        });
+        if !ended {
+            self.kill();
+            return None;
+        }
+        self.wait().ok()
+    }
+
+    /// Ends it, and waits for its end.
+    pub(crate) fn kill(&mut self) {
+        if let Some(child) = &mut self.0 {
+            // It fails for one that has ended.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.0.take()
+            && matches!(child.try_wait(), Ok(None))
+        {
+            reap(child);
+        }
+    }
+}
+
+/// What is shared with the thread.
+struct Reaper {
+    incoming: Vec<Child>,
+    /// Wakes the thread; `None` while there is none.
+    wake: Option<Arc<OwnedFd>>,
+}
+
+static REAPER: Mutex<Reaper> = Mutex::new(Reaper {
+    incoming: Vec::new(),
+    wake: None,
+});
+
+fn reaper() -> MutexGuard<'static, Reaper> {
+    // Nothing panics while it holds this.
+    REAPER.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Waits for `child` in the background.
+fn reap(child: Child) {
+    let mut reaper = reaper();
+    reaper.incoming.push(child);
+    let woken = match &reaper.wake {
+        Some(wake) => rustix::io::write(wake, &1_u64.to_ne_bytes())
+            .map(drop)
+            .map_err(io::Error::from),
+        None => start().map(|wake| reaper.wake = Some(wake)),
+    };
+    if let Err(error) = woken {
+        // The next one tries again, for this one, too.
+        tracing::warn!(%error, "a VMM process is not waited for");
+    }
+}
+
+fn start() -> io::Result<Arc<OwnedFd>> {
+    let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+    let wake = Arc::new(eventfd(0, flags)?);
+    let woken = Arc::clone(&wake);
+    std::thread::Builder::new()
+        .name("sm-reaper".to_owned())
+        .stack_size(128 * 1024)
+        .spawn(move || wait_for_all(&woken))?;
+    Ok(wake)
+}
+
+fn wait_for_all(woken: &OwnedFd) {
+    let mut waiting: Vec<(Child, Option<OwnedFd>)> = Vec::new();
+    loop {
+        let mut reaper = reaper();
+        waiting.extend(reaper.incoming.drain(..).map(|child| {
+            let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+            // Without one (EMFILE) it is looked at whenever another ends.
+            let ends = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+            (child, ends)
+        }));
+        waiting.retain_mut(|(child, _)| matches!(child.try_wait(), Ok(None)));
+        if waiting.is_empty() {
+            reaper.wake = None;
+            return;
+        }
+        drop(reaper);
+        let mut fds = vec![PollFd::new(woken, PollFlags::IN)];
+        let ends = waiting.iter().filter_map(|(_, ends)| ends.as_ref());
+        fds.extend(ends.map(|ends| PollFd::new(ends, PollFlags::IN)));
+        let _ = poll(&mut fds, None);
+        let mut count = [0; 8];
+        let _ = rustix::io::read(woken, &mut count);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    fn is_there(pid: u32) -> bool {
+        let pid = Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+        rustix::process::test_kill_process(pid).is_ok()
+    }
+
+    fn reapers() -> usize {
+        let threads = std::fs::read_dir("/proc/self/task").unwrap();
+        let names = threads.map(|task| std::fs::read(task.unwrap().path().join("comm")));
+        names
+            .filter(|name| name.as_ref().is_ok_and(|name| name == b"sm-reaper\n"))
+            .count()
+    }
+
+    #[test]
+    fn one_thread_waits_for_all_that_are_dropped() {
+        let mut inputs = Vec::new();
+        let mut pids = Vec::new();
+        for _ in 0..20 {
+            let mut child = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+            inputs.push(child.stdin.take().unwrap());
+            pids.push(child.id());
+            drop(Process::new(child));
+        }
+        assert!(pids.iter().all(|pid| is_there(*pid)));
+        assert!(reapers() <= 1, "{} threads", reapers());
+        // They end, and none stays a zombie.
+        drop(inputs);
+        while pids.iter().any(|pid| is_there(*pid)) {
+            std::thread::yield_now();
+        }
+    }
+}

@@ -1,0 +1,217 @@
+//! Asking many VMs at the same time.
+
+use std::collections::VecDeque;
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use sm_guest_proto::frame::{self, FrameDecoder, FrameType};
+
+use super::{Inspection, StateView};
+use crate::Error;
+use crate::doctor::with_causes;
+use crate::launch::{ControlAnswer, ControlCall, Stage, Status};
+use crate::record::{Record, RecordError, VmState};
+use crate::timed::connect_now;
+
+/// Connections open at the same time, of the 1024 descriptors that a process may have.
+const AT_ONCE: usize = 256;
+
+impl StateView {
+    /// The view of a VM that answers.
+    pub(super) fn alive(status: Status) -> Self {
+        Self {
+            status: match status.stage {
+                _ if status.paused => "paused",
+                Stage::Starting => "starting",
+                Stage::Running => "running",
+                Stage::Ending => "ending",
+            },
+            pid: Some(status.vmm_pid),
+            started_ns: status.started_ns,
+            epoch: status.epoch,
+            published: status.published,
+            ..Self::default()
+        }
+    }
+
+    /// The view of a VM that has ended, or whose record cannot be read.
+    ///
+    /// # Errors
+    /// It is not there any more.
+    pub(super) fn dead(state: Result<VmState, RecordError>) -> Result<Self, Error> {
+        match state {
+            Ok(VmState::Exited(exit)) => Ok(Self {
+                status: "exited",
+                started_ns: exit.started_ns,
+                exit_code: Some(exit.status),
+                exit: Some(exit),
+                ..Self::default()
+            }),
+            // Its process lives and has no socket yet, or none any more.
+            Ok(VmState::Running) => Ok(Self {
+                status: "starting",
+                ..Self::default()
+            }),
+            Err(error @ RecordError::NotFound(_)) => Err(error.into()),
+            Err(error) => Ok(Self {
+                status: "damaged",
+                problem: Some(with_causes(&error)),
+                ..Self::default()
+            }),
+        }
+    }
+
+    /// The view of a VM that lives and has not answered.
+    ///
+    /// # Errors
+    /// It is not there any more.
+    pub(super) fn silent(record: &Record, error: &Error) -> Result<Self, Error> {
+        match (error, record.state()) {
+            (Error::NotRunning(_), state) => Self::dead(state),
+            (_, Ok(VmState::Running)) => Ok(Self {
+                status: "unresponsive",
+                problem: Some(with_causes(error)),
+                ..Self::default()
+            }),
+            // It has ended meanwhile.
+            (_, state) => Self::dead(state),
+        }
+    }
+}
+
+/// A VM that was asked.
+struct Asked {
+    index: usize,
+    stream: UnixStream,
+    decoder: FrameDecoder,
+}
+
+/// Inspects the VMs of `records`, in this order. One that is gone is left out.
+pub(super) fn inspect_all(records: Vec<Record>, timeout: Duration) -> Vec<Inspection> {
+    let deadline = Instant::now() + timeout;
+    let mut views: Vec<Option<StateView>> = records.iter().map(|_| None).collect();
+    let mut alive = VecDeque::new();
+    for (index, record) in records.iter().enumerate() {
+        match record.state() {
+            Ok(VmState::Running) => alive.push_back(index),
+            other => views[index] = StateView::dead(other).ok(),
+        }
+    }
+    let mut note = |index: usize, answer: io::Result<Status>| {
+        let name = &records[index].config().name;
+        views[index] = match answer {
+            Ok(status) => Some(StateView::alive(status)),
+            Err(error) => {
+                let error = match error.kind() {
+                    io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+                        Error::NotRunning(name.clone())
+                    }
+                    _ => Error::Vmm {
+                        operation: "talk to the VM's process",
+                        source: error,
+                    },
+                };
+                StateView::silent(&records[index], &error).ok()
+            }
+        };
+    };
+    let mut asked: Vec<Asked> = Vec::new();
+    while !alive.is_empty() || !asked.is_empty() {
+        while asked.len() < AT_ONCE
+            && let Some(index) = alive.pop_front()
+        {
+            match ask(index, &records[index]) {
+                Ok(vm) => asked.push(vm),
+                Err(error) => note(index, Err(error)),
+            }
+        }
+        if !wait(&asked, deadline) {
+            let unasked = alive.drain(..).chain(asked.drain(..).map(|vm| vm.index));
+            unasked.for_each(|index| note(index, Err(io::ErrorKind::TimedOut.into())));
+        }
+        asked.retain_mut(|vm| match vm.answer() {
+            Ok(None) => true,
+            Ok(Some(status)) => {
+                note(vm.index, Ok(status));
+                false
+            }
+            Err(error) => {
+                note(vm.index, Err(error));
+                false
+            }
+        });
+    }
+    let inspected = records.into_iter().zip(views);
+    inspected
+        .filter_map(|(record, state)| {
+            Some(Inspection {
+                config: record.config().clone(),
+                state: state?,
+            })
+        })
+        .collect()
+}
+
+fn ask(index: usize, record: &Record) -> io::Result<Asked> {
+    let mut stream = connect_now(&record.control_socket())?;
+    let mut bytes = Vec::new();
+    let call = serde_json::to_vec(&ControlCall::Status)?;
+    frame::encode(FrameType::Request, &call, &mut bytes).map_err(io::Error::other)?;
+    // A fresh connection has room for it.
+    stream.write_all(&bytes)?;
+    Ok(Asked {
+        index,
+        stream,
+        decoder: FrameDecoder::new(),
+    })
+}
+
+/// Waits until one of them has something to say; `false` at the deadline.
+fn wait(asked: &[Asked], deadline: Instant) -> bool {
+    if asked.is_empty() {
+        return true;
+    }
+    let left = deadline.saturating_duration_since(Instant::now());
+    let Ok(left) = Timespec::try_from(left) else {
+        return false;
+    };
+    let fds = asked
+        .iter()
+        .map(|vm| PollFd::new(&vm.stream, PollFlags::IN));
+    let mut fds: Vec<_> = fds.collect();
+    match poll(&mut fds, Some(&left)) {
+        Ok(ready) => ready > 0,
+        // Interrupted: nothing is ready, and the deadline is looked at again.
+        Err(_) => true,
+    }
+}
+
+impl Asked {
+    /// Reads what has arrived; `None` while the answer is not complete.
+    fn answer(&mut self) -> io::Result<Option<Status>> {
+        let mut buffer = [0; 4096];
+        match self.stream.read(&mut buffer) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(count) => self.decoder.push(buffer.get(..count).unwrap_or_default()),
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+                ) =>
+            {
+                return Ok(None);
+            }
+            Err(error) => return Err(error),
+        }
+        let Some(frame) = self.decoder.next_frame().map_err(io::Error::other)? else {
+            return Ok(None);
+        };
+        match serde_json::from_slice(frame.payload)? {
+            ControlAnswer::Status(status) => Ok(Some(status)),
+            ControlAnswer::Error(text) => Err(io::Error::other(text)),
+            other => Err(io::Error::other(format!("it answered {other:?}"))),
+        }
+    }
+}
