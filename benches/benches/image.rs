@@ -4,12 +4,13 @@
 
 #![allow(clippy::unwrap_used, reason = "benches")]
 
-use std::collections::BTreeSet;
 use std::hint::black_box;
 use std::path::Path;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use sm_image::{Compression, Config, LayoutBuilder, MemoryFile, PullOptions, Reference, Store};
+use sm_image::{
+    Compression, Config, LayoutBuilder, MemoryFile, PullOptions, Reference, Store, Users,
+};
 
 /// Bytes of the layer that is converted: large enough to reach a steady state.
 const LAYER: usize = 64 << 20;
@@ -63,7 +64,7 @@ fn layer(criterion: &mut Criterion) {
                     .open_image(&reference(&layout, name), &PullOptions::default())
                     .unwrap();
                 drop(black_box(image));
-                store.remove(&digest, &BTreeSet::new()).unwrap();
+                store.remove(&digest, &|| Ok(Users::new())).unwrap();
             });
         });
     }
@@ -103,7 +104,7 @@ fn metadata(criterion: &mut Criterion) {
                 .open_image(&reference(&layout, "made"), &PullOptions::default())
                 .unwrap();
             drop(black_box(image));
-            store.remove(&digest, &BTreeSet::new()).unwrap();
+            store.remove(&digest, &|| Ok(Users::new())).unwrap();
         });
     });
     group.finish();

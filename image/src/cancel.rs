@@ -2,7 +2,7 @@
 //! go on, and whoever waits for a registry's patience need not wait.
 
 use std::fmt;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 /// Something that is to be done at once when everything is given up.
@@ -12,11 +12,15 @@ type Action = Box<dyn FnOnce() + Send>;
 struct State {
     cancelled: bool,
     actions: Vec<Action>,
+    /// Cancelled with this one.
+    children: Vec<Weak<Shared>>,
 }
+
+type Shared = (Mutex<State>, Condvar);
 
 /// Whether what is being done is still wanted. Clones are the same one.
 #[derive(Clone, Default)]
-pub struct Cancel(Arc<(Mutex<State>, Condvar)>);
+pub struct Cancel(Arc<Shared>);
 
 impl Cancel {
     /// One that is not cancelled.
@@ -25,15 +29,36 @@ impl Cancel {
         Self::default()
     }
 
+    /// One that is cancelled with this one, and may be before: what ends a part of
+    /// something need not end all of it.
+    #[must_use]
+    pub fn child(&self) -> Self {
+        let child = Self::new();
+        let mut state = self.lock();
+        if state.cancelled {
+            drop(state);
+            child.cancel();
+            return child;
+        }
+        state.children.retain(|child| child.strong_count() > 0);
+        state.children.push(Arc::downgrade(&child.0));
+        drop(state);
+        child
+    }
+
     /// Ends all waits, and requests to registries. There is no way back.
     pub fn cancel(&self) {
         let mut state = self.lock();
         state.cancelled = true;
         let actions = std::mem::take(&mut state.actions);
+        let children = std::mem::take(&mut state.children);
         drop(state);
         self.0.1.notify_all();
         for action in actions {
             action();
+        }
+        for child in children.iter().filter_map(Weak::upgrade) {
+            Self(child).cancel();
         }
     }
 
@@ -97,6 +122,24 @@ mod tests {
         assert!(!waiting.join().unwrap());
         assert!(cancel.is_cancelled());
         assert!(!cancel.wait(Duration::from_secs(100_000)));
+    }
+
+    #[test]
+    fn a_child_ends_with_its_parent_and_not_the_reverse() {
+        let parent = Cancel::new();
+        let (one, two) = (parent.child(), parent.child());
+        let grandchild = two.child();
+        one.cancel();
+        assert!(one.is_cancelled());
+        assert!(!parent.is_cancelled() && !two.is_cancelled());
+        // Those that are gone are not kept.
+        for _ in 0..100 {
+            drop(parent.child());
+        }
+        assert!(parent.lock().children.len() <= 3);
+        parent.cancel();
+        assert!(two.is_cancelled() && grandchild.is_cancelled());
+        assert!(parent.child().is_cancelled());
     }
 
     #[test]

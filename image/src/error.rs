@@ -102,6 +102,33 @@ pub enum Error {
     /// An archive of images cannot be written.
     #[error("the archive cannot be written")]
     Archive(#[source] io::Error),
+    /// A snapshot needs the image.
+    #[error(
+        "image \"{reference}\" is used by snapshot \"{user}\": remove that first (sm snapshot \
+         rm {user})"
+    )]
+    Used {
+        /// The image.
+        reference: String,
+        /// The snapshot.
+        user: String,
+    },
+    /// It cannot be said which images are needed.
+    #[error("no image is removed, as it is not known which ones snapshots need: {0}")]
+    Users(String),
+    /// The disk is too small for what is to come.
+    #[error(
+        "the image's layers have {needed} bytes, and {path:?} has room for {free}: free some \
+         space (\"sm image prune\" removes what is not needed)"
+    )]
+    Space {
+        /// Bytes of the layers that are missing, as their manifest has it.
+        needed: u64,
+        /// Bytes that are free.
+        free: u64,
+        /// Where.
+        path: PathBuf,
+    },
     /// It was given up, as asked.
     #[error("it was given up")]
     Cancelled,

@@ -147,7 +147,8 @@ pub(crate) struct Totals {
 struct Header {
     magic: [u8; 8],
     version: U32,
-    /// The layer has whiteouts or opaque directories.
+    /// The layer has whiteouts or opaque directories. Readers of earlier versions went
+    /// through the records twice for these.
     hides: U32,
     entries: U64,
     records_len: U64,
@@ -304,7 +305,6 @@ pub(crate) struct IndexReader {
     record: Vec<u8>,
     totals: Totals,
     records_len: u64,
-    hides: bool,
     /// Bytes of records not read yet.
     left: u64,
 }
@@ -345,7 +345,6 @@ impl IndexReader {
                 tar_len: header.tar_len.get(),
             },
             records_len,
-            hides: header.hides.get() != 0,
             left: 0,
         };
         reader.rewind()?;
@@ -354,11 +353,6 @@ impl IndexReader {
 
     pub(crate) fn totals(&self) -> Totals {
         self.totals
-    }
-
-    /// Whether there are whiteouts or opaque directories.
-    pub(crate) fn hides(&self) -> bool {
-        self.hides
     }
 
     /// Begins again.

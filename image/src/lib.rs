@@ -43,6 +43,6 @@ pub use progress::{LayerStep, Progress, Report};
 pub use reference::Reference;
 pub use source::{OpenBlob, Pushed, Pusher};
 pub use store::{
-    DiskSegment, ImageDetails, ImageSummary, ImageUsage, LayerDetails, Loaded, PruneOptions,
-    Pruned, PullOptions, Store, StoredImage, Usage, Verified,
+    DiskSegment, FindUsers, ImageDetails, ImageSummary, ImageUsage, LayerDetails, Loaded,
+    PruneOptions, Pruned, PullOptions, Store, StoredImage, Usage, Users, Verified,
 };

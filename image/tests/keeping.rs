@@ -4,11 +4,12 @@
 
 mod support;
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::process::Command;
 
-use sm_image::{Config, Digest, DockerReference, Error, PruneOptions, PullOptions, Reference};
+use sm_image::{
+    Config, Digest, DockerReference, Error, PruneOptions, PullOptions, Reference, Users,
+};
 use support::home::{Home, layers};
 use support::{file, tar};
 
@@ -40,9 +41,9 @@ fn names_are_understood_as_they_are_written() {
     let details = store.inspect("app").unwrap();
     assert_eq!((details.names.len(), details.layers.len()), (3, 2));
     // One name goes, the image stays; the last one takes it along.
-    store.remove("app", &BTreeSet::new()).unwrap();
+    store.remove("app", &|| Ok(Users::new())).unwrap();
     assert!(store.find("app").is_err());
-    let removed = store.remove(&digest.hex()[..12], &BTreeSet::new());
+    let removed = store.remove(&digest.hex()[..12], &|| Ok(Users::new()));
     assert_eq!(removed.unwrap().images.len(), 2);
     assert_eq!((home.count("disks"), home.count("blobs")), (0, 0));
 }
@@ -72,7 +73,10 @@ fn what_was_not_used_for_long_goes_first() {
         all: true,
         ..PruneOptions::default()
     };
-    let kept = home.store.prune(all, &BTreeSet::from([digest])).unwrap();
+    let kept = home
+        .store
+        .prune(all, &|| Ok(Users::from([(digest, vec!["s".to_owned()])])))
+        .unwrap();
     assert!(kept.images.is_empty(), "{kept:?}");
     drop(in_use);
     let pruned = home.prune(all);

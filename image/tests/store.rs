@@ -4,7 +4,6 @@
 
 mod support;
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -12,7 +11,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Barrier, Mutex};
 use std::thread;
 
-use sm_image::{LayerStep, Progress, PullOptions, Reference, Report, Store};
+use sm_image::{LayerStep, Progress, PullOptions, Reference, Report, Store, Users};
 use support::{file, image, tar};
 
 fn reference(layout: &Path) -> Reference {
@@ -77,12 +76,12 @@ fn layers_are_stored_once_and_go_with_their_last_image() {
 
     let (one_id, two_id) = (one.digest.to_string(), two.digest.to_string());
     drop(one);
-    store.remove(&one_id[..20], &BTreeSet::new()).unwrap();
+    store.remove(&one_id[..20], &|| Ok(Users::new())).unwrap();
     assert_eq!((count(&root, "layers"), count(&root, "disks")), (2, 1));
-    assert!(store.remove(&one_id, &BTreeSet::new()).is_err());
+    assert!(store.remove(&one_id, &|| Ok(Users::new())).is_err());
 
     // In use: the name goes, the disk stays until it is not used any more.
-    store.remove(&two_id, &BTreeSet::new()).unwrap();
+    store.remove(&two_id, &|| Ok(Users::new())).unwrap();
     assert!(store.list().unwrap().is_empty());
     assert_eq!((count(&root, "layers"), count(&root, "disks")), (2, 1));
     assert!(two.segments.iter().all(|segment| segment.path.exists()));
@@ -91,7 +90,7 @@ fn layers_are_stored_once_and_go_with_their_last_image() {
         .open_image(&reference(&at("one")), &PullOptions::default())
         .unwrap();
     drop(again);
-    store.remove(&one_id, &BTreeSet::new()).unwrap();
+    store.remove(&one_id, &|| Ok(Users::new())).unwrap();
     assert_eq!((count(&root, "layers"), count(&root, "disks")), (0, 0));
 }
 

@@ -83,6 +83,7 @@ fn fetch(
     options: PullOptions<'_>,
     bars: &Bars<'_>,
 ) -> Result<Image, Failure> {
+    let quota = quota()?;
     let grown = AtomicBool::new(false);
     let options = PullOptions {
         report: &|progress| {
@@ -101,21 +102,32 @@ fn fetch(
     bars.clear();
     let image = image?;
     if grown.into_inner() {
-        keep_to_quota(home)?;
+        if let Some(quota) = quota
+            && let Some(reason) = kept_beyond(home, quota)
+        {
+            bars.show(Progress::Notice(&reason));
+        }
     }
     Ok(image)
 }
 
-/// Removes the longest unused if the store has become larger than it may. The image
-/// that was just opened is in use.
-fn keep_to_quota(home: &Home) -> Result<(), Failure> {
+/// What the store is kept within after it has grown, if that is wished: the image that
+/// was just opened is in use then.
+fn quota() -> Result<Option<u64>, Failure> {
     let Some(quota) = std::env::var_os(QUOTA).filter(|text| !text.is_empty()) else {
-        return Ok(());
+        return Ok(None);
     };
-    let quota =
-        parse_size(&quota.to_string_lossy()).map_err(|error| anyhow!("{QUOTA}: {error}"))?;
-    image::keep_within(home, quota)?;
-    Ok(())
+    let quota = parse_size(&quota.to_string_lossy());
+    Ok(Some(quota.map_err(|error| anyhow!("{QUOTA}: {error}"))?))
+}
+
+/// Keeps the store within its size. The image is there: that others could not be
+/// removed is no reason not to use it.
+fn kept_beyond(home: &Home, quota: u64) -> Option<String> {
+    match image::keep_within(home, quota) {
+        Ok(pruned) => pruned?.notes.into_iter().next(),
+        Err(error) => Some(format!("{:#}", anyhow!(error))),
+    }
 }
 
 pub(crate) fn pull(home: &Home, args: &PullArgs, printer: &Printer) -> Result<u32, Failure> {
@@ -369,6 +381,9 @@ fn prune(home: &Home, args: &PruneArgs, printer: &Printer) -> Result<u32, Failur
     if args.format.json() {
         printer.json(&pruned)?;
         return Ok(0);
+    }
+    for note in &pruned.notes {
+        printer.note(note);
     }
     for name in &pruned.images {
         printer.line(format_args!("Removed: {name}"));

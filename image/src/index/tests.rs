@@ -120,8 +120,6 @@ proptest! {
         let meta = Meta { mode, uid, gid, mtime };
         let file = written(&entries, meta);
         let mut reader = IndexReader::open(file).unwrap().unwrap();
-        let hides = entries.iter().any(|(_, kind, ..)| *kind >= 8);
-        prop_assert_eq!(reader.hides(), hides);
         let totals = Totals { entries: entries.len() as u64, ..TOTALS };
         prop_assert_eq!(reader.totals(), totals);
         for (path, kind, link, xattrs) in &entries {

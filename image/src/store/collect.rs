@@ -1,11 +1,15 @@
 //! Removing images, and what nobody needs any more.
 //!
-//! What is in use stays, whoever asks: disks that somebody has open, and those
-//! that the caller names (snapshots begin with a machine that has a disk open, and
-//! will have it open again).
+//! What is in use stays, whoever asks: disks that somebody has open, those that the
+//! caller names (snapshots begin with a machine that has a disk open, and will have
+//! it open again), and what work that goes on needs. All of that is found out while
+//! nobody else can use the store, and disks that nobody has open cannot be opened
+//! meanwhile: a machine that has ended has made its snapshots before. What cannot be
+//! understood may lead to anything, so nothing goes then that it could lead to.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -14,7 +18,8 @@ use rustix::io::Errno;
 use serde::Serialize;
 
 use super::Store;
-use super::files::{digest_of, entries};
+use super::files::{digest_of, entries, read_json};
+use super::names::ImageSummary;
 use super::record::DiskRecord;
 use super::usage::size_on_disk;
 use crate::Error;
@@ -39,43 +44,53 @@ pub struct Pruned {
     pub images: Vec<String>,
     /// Bytes on disk.
     pub bytes: u64,
+    /// Why more was kept than is needed, in sentences.
+    pub notes: Vec<String>,
 }
+
+/// Images that stay, by digest, with the names of the snapshots that need them.
+pub type Users = BTreeMap<Digest, Vec<String>>;
+
+/// Finds out which images the caller's snapshots need; an error is a sentence about
+/// why that cannot be said. It is called while nobody else uses the store, and must
+/// not use it either.
+pub type FindUsers<'a> = &'a dyn Fn() -> Result<Users, String>;
 
 impl Store {
     /// Removes an image: its name, or all names of the ID that begins like this,
-    /// and what no other image needs. `keep` are digests of images whose disks
-    /// stay.
+    /// and what no other image needs. What `users` finds stays.
     ///
     /// # Errors
-    /// None or several match, or files cannot be removed.
-    pub fn remove(&self, query: &str, keep: &BTreeSet<Digest>) -> Result<Pruned, Error> {
-        let _alone = self.lock(FlockOperation::LockExclusive)?;
-        let found = self.find(query)?;
-        let by_id = found.digest.hex();
-        let digits = query.strip_prefix("sha256:").unwrap_or(query);
-        let by_name = !(by_id.starts_with(digits) && found.reference != query);
-        let mut pruned = Pruned::default();
-        for image in self.list()? {
-            let meant = match by_name {
-                true => image.reference == found.reference,
-                false => image.digest == found.digest,
-            };
-            if meant {
-                self.forget_name(&image.reference)?;
-                pruned.images.push(image.reference);
-            }
+    /// None or several match, it is the last name of what a snapshot needs, or files
+    /// cannot be removed.
+    pub fn remove(&self, query: &str, users: FindUsers<'_>) -> Result<Pruned, Error> {
+        let lock = self.lock(FlockOperation::LockExclusive)?;
+        let (found, by_name) = self.lookup(query)?;
+        let mut alone = Alone::new(self, lock, users)?;
+        let names = alone.names.get(&found.digest).cloned().unwrap_or_default();
+        let user = alone.users.get(&found.digest).and_then(|all| all.first());
+        // Another name of it may go.
+        if let Some(user) = user.filter(|_| names.len() <= 1 || !by_name) {
+            return Err(Error::Used {
+                reference: query.to_owned(),
+                user: user.clone(),
+            });
         }
-        pruned.bytes = self.collect(keep)?;
-        Ok(pruned)
+        match by_name {
+            true => alone.forget(found.digest, Some(&found.reference))?,
+            false => alone.forget(found.digest, None)?,
+        }
+        alone.collect()?;
+        Ok(alone.pruned)
     }
 
-    /// Removes what is not needed; see [`PruneOptions`]. Images in `keep` stay.
+    /// Removes what is not needed; see [`PruneOptions`]. What `users` finds stays.
     ///
     /// # Errors
     /// Files cannot be read or removed.
-    pub fn prune(&self, options: PruneOptions, keep: &BTreeSet<Digest>) -> Result<Pruned, Error> {
-        let _alone = self.lock(FlockOperation::LockExclusive)?;
-        self.prune_alone(options, keep)
+    pub fn prune(&self, options: PruneOptions, users: FindUsers<'_>) -> Result<Pruned, Error> {
+        let lock = self.lock(FlockOperation::LockExclusive)?;
+        Alone::new(self, lock, users)?.prune(options)
     }
 
     /// Like [`Self::prune`], or nothing if others use the store now.
@@ -85,138 +100,15 @@ impl Store {
     pub fn try_prune(
         &self,
         options: PruneOptions,
-        keep: &BTreeSet<Digest>,
+        users: FindUsers<'_>,
     ) -> Result<Option<Pruned>, Error> {
         match self.try_lock_alone()? {
-            Some(_alone) => self.prune_alone(options, keep).map(Some),
+            Some(lock) => Alone::new(self, lock, users)?.prune(options).map(Some),
             None => Ok(None),
         }
     }
 
-    fn prune_alone(&self, options: PruneOptions, keep: &BTreeSet<Digest>) -> Result<Pruned, Error> {
-        let mut pruned = Pruned::default();
-        if options.all {
-            for image in self.list()? {
-                if !self.is_used(image.digest, keep) {
-                    self.forget_name(&image.reference)?;
-                    pruned.images.push(image.reference);
-                }
-            }
-        }
-        pruned.bytes += self.collect(keep)?;
-        if options.compressed {
-            let documents = self.documents()?;
-            for path in self.blobs()? {
-                if digest_of(&path).is_none_or(|digest| !documents.contains(&digest)) {
-                    pruned.bytes += remove_file(&path)?;
-                }
-            }
-        }
-        if let Some(most) = options.max_bytes {
-            self.shrink(most, keep, &mut pruned)?;
-        }
-        Ok(pruned)
-    }
-
-    fn is_used(&self, digest: Digest, keep: &BTreeSet<Digest>) -> bool {
-        keep.contains(&digest) || in_use(&self.disk_path(digest))
-    }
-
-    /// Removes the longest unused until no more than `most` bytes are left, or
-    /// nothing more can go.
-    fn shrink(&self, most: u64, keep: &BTreeSet<Digest>, pruned: &mut Pruned) -> Result<(), Error> {
-        let mut size = self.size()?;
-        let mut oldest: Vec<_> = self.records()?.into_iter().collect();
-        oldest.sort_by_key(|(digest, _)| self.last_used(*digest));
-        // A layer as it came serves until the last image that has it is old.
-        for (number, (_, record)) in oldest.iter().enumerate() {
-            for layer in &record.layers {
-                if size <= most {
-                    return Ok(());
-                }
-                let younger = oldest.iter().skip(number + 1);
-                let wanted = younger
-                    .flat_map(|(_, record)| &record.layers)
-                    .any(|other| other.digest == layer.digest);
-                let path = self.blob_path(layer.digest);
-                if !wanted && path.exists() {
-                    let bytes = remove_file(&path)?;
-                    pruned.bytes += bytes;
-                    size = size.saturating_sub(bytes);
-                }
-            }
-        }
-        for (digest, record) in &oldest {
-            if size <= most {
-                break;
-            }
-            // What was loaded or imported cannot be had again.
-            if record.origin.is_none() || self.is_used(*digest, keep) {
-                continue;
-            }
-            for image in self.list()? {
-                if image.digest == *digest {
-                    self.forget_name(&image.reference)?;
-                    pruned.images.push(image.reference);
-                }
-            }
-            let bytes = self.collect(keep)?;
-            pruned.bytes += bytes;
-            size = size.saturating_sub(bytes);
-        }
-        Ok(())
-    }
-
-    /// Removes what neither a name nor a user leads to; returns how many bytes
-    /// that were. The caller holds the lock exclusively.
-    fn collect(&self, keep: &BTreeSet<Digest>) -> Result<u64, Error> {
-        let mut bytes = 0;
-        let wanted: BTreeSet<_> = self.list()?.iter().map(|image| image.digest).collect();
-        for path in entries(&self.root.join("disks"))? {
-            let stays = digest_of(&path)
-                .is_some_and(|digest| wanted.contains(&digest) || keep.contains(&digest));
-            if !stays && !in_use(&path) {
-                bytes += size_on_disk(&path);
-                self.discard(&path)?;
-            }
-        }
-        let records = self.records()?;
-        let layers: BTreeSet<_> = records
-            .values()
-            .flat_map(|record| record.layers.iter().map(|layer| layer.diff_id))
-            .collect();
-        for path in entries(&self.root.join("layers"))? {
-            if digest_of(&path).is_none_or(|digest| !layers.contains(&digest)) {
-                bytes += size_on_disk(&path);
-                self.discard(&path)?;
-            }
-        }
-        let mut blobs = documents(&records);
-        let stored = records.values().flat_map(|record| &record.layers);
-        blobs.extend(stored.map(|layer| layer.digest));
-        for path in self.blobs()? {
-            if digest_of(&path).is_none_or(|digest| !blobs.contains(&digest)) {
-                bytes += remove_file(&path)?;
-            }
-        }
-        // Nobody makes anything while the store is locked.
-        for path in entries(&self.root.join("locks"))? {
-            remove_file(&path)?;
-        }
-        self.clear_tmp()?;
-        Ok(bytes)
-    }
-
-    fn blobs(&self) -> Result<Vec<PathBuf>, Error> {
-        entries(&self.root.join("blobs"))
-    }
-
-    /// Digests of all manifests and configurations.
-    fn documents(&self) -> Result<BTreeSet<Digest>, Error> {
-        Ok(documents(&self.records()?))
-    }
-
-    /// The records of all disks.
+    /// The records of all disks that this version understands.
     pub(super) fn records(&self) -> Result<BTreeMap<Digest, DiskRecord>, Error> {
         let mut records = BTreeMap::new();
         for path in entries(&self.root.join("disks"))? {
@@ -244,9 +136,269 @@ impl Store {
     }
 }
 
-fn documents(records: &BTreeMap<Digest, DiskRecord>) -> BTreeSet<Digest> {
-    let of_one = |(digest, record): (&Digest, &DiskRecord)| [*digest, record.config_digest];
-    records.iter().flat_map(of_one).collect()
+/// The store without anybody else in it.
+struct Alone<'s> {
+    store: &'s Store,
+    _lock: File,
+    names: BTreeMap<Digest, Vec<String>>,
+    /// Some names cannot be read: any disk may have one.
+    unclear_names: bool,
+    /// Disks that nobody has open; nobody can, while these are locked.
+    free: BTreeMap<Digest, Option<File>>,
+    users: Users,
+    /// What work that goes on needs.
+    needed: BTreeSet<PathBuf>,
+    records: BTreeMap<Digest, DiskRecord>,
+    /// How many disks lead to a layer or blob.
+    leading: BTreeMap<PathBuf, usize>,
+    pruned: Pruned,
+}
+
+impl<'s> Alone<'s> {
+    fn new(store: &'s Store, lock: File, users: FindUsers<'_>) -> Result<Self, Error> {
+        let mut pruned = Pruned::default();
+        let mut names: BTreeMap<Digest, Vec<String>> = BTreeMap::new();
+        let mut unclear_names = false;
+        for path in entries(&store.root.join("refs"))? {
+            match read_json::<ImageSummary>(&path)? {
+                Some(image) => names.entry(image.digest).or_default().push(image.reference),
+                None => {
+                    unclear_names = true;
+                    pruned.notes.push(format!(
+                        "{path:?} is no name that this version understands: it may be that of \
+                         any image, so all are kept"
+                    ));
+                }
+            }
+        }
+        // In this order: whoever has a disk open may leave a snapshot that needs it,
+        // and is seen now, or the snapshot is then.
+        let mut free = BTreeMap::new();
+        for path in entries(&store.root.join("disks"))? {
+            if let Some(digest) = digest_of(&path)
+                && let Some(locked) = lock_disk(&path)
+            {
+                free.insert(digest, locked);
+            }
+        }
+        let users = users().map_err(Error::Users)?;
+        let records = store.records()?;
+        let mut leading = BTreeMap::new();
+        for (digest, record) in &records {
+            for part in store.parts(*digest, record) {
+                *leading.entry(part).or_default() += 1;
+            }
+        }
+        Ok(Self {
+            store,
+            _lock: lock,
+            names,
+            unclear_names,
+            free,
+            users,
+            needed: store.needed_by_work(None)?,
+            records,
+            leading,
+            pruned,
+        })
+    }
+
+    /// Whether something besides a name leads to the disk.
+    fn is_used(&self, digest: Digest) -> bool {
+        self.unclear_names
+            || self.users.contains_key(&digest)
+            || self.needed.contains(&self.store.disk_path(digest))
+            || (!self.free.contains_key(&digest) && self.store.disk_path(digest).exists())
+    }
+
+    fn stays(&self, digest: Digest) -> bool {
+        self.names.contains_key(&digest) || self.is_used(digest)
+    }
+
+    /// Takes one name from an image, or all.
+    fn forget(&mut self, digest: Digest, only: Option<&str>) -> Result<(), Error> {
+        let names = self.names.remove(&digest).unwrap_or_default();
+        let (mut gone, left): (Vec<_>, Vec<_>) = names
+            .into_iter()
+            .partition(|name| only.is_none_or(|only| only == name));
+        gone.sort();
+        if !left.is_empty() {
+            self.names.insert(digest, left);
+        }
+        for name in gone {
+            self.store.forget_name(&name)?;
+            self.pruned.images.push(name);
+        }
+        Ok(())
+    }
+
+    fn prune(mut self, options: PruneOptions) -> Result<Pruned, Error> {
+        if options.all {
+            let unused = self.names.keys().filter(|digest| !self.is_used(**digest));
+            for digest in unused.copied().collect::<Vec<_>>() {
+                self.forget(digest, None)?;
+            }
+            self.pruned.images.sort();
+        }
+        self.collect()?;
+        if options.compressed && self.unclear_disks().is_empty() {
+            let documents: BTreeSet<_> = self
+                .records
+                .iter()
+                .flat_map(|(digest, record)| [*digest, record.config_digest])
+                .map(|digest| self.store.blob_path(digest))
+                .collect();
+            for path in entries(&self.store.root.join("blobs"))? {
+                if !documents.contains(&path) && !self.needed.contains(&path) {
+                    self.pruned.bytes += remove_file(&path)?;
+                }
+            }
+        }
+        if let Some(most) = options.max_bytes {
+            self.shrink(most)?;
+        }
+        Ok(self.pruned)
+    }
+
+    /// Removes the longest unused until no more than `most` bytes are left, or
+    /// nothing more can go.
+    fn shrink(&mut self, most: u64) -> Result<(), Error> {
+        let store = self.store;
+        let mut size = store.size()?;
+        let mut oldest: Vec<Digest> = self.records.keys().copied().collect();
+        oldest.sort_by_cached_key(|digest| store.last_used(*digest));
+        // A layer as it came serves until the last image that has it is old.
+        let mut streams = Vec::new();
+        let mut seen = BTreeSet::new();
+        for digest in oldest.iter().rev() {
+            for layer in self.records.get(digest).into_iter().flat_map(|r| &r.layers) {
+                if seen.insert(layer.digest) {
+                    streams.push(store.blob_path(layer.digest));
+                }
+            }
+        }
+        if self.unclear_disks().is_empty() {
+            for path in streams.iter().rev() {
+                if size <= most {
+                    return Ok(());
+                }
+                if !self.needed.contains(path) && path.exists() {
+                    let bytes = remove_file(path)?;
+                    self.pruned.bytes += bytes;
+                    size = size.saturating_sub(bytes);
+                }
+            }
+        }
+        for digest in oldest {
+            if size <= most {
+                break;
+            }
+            // What was loaded or imported cannot be had again.
+            let again = self.records.get(&digest);
+            let again = again.is_some_and(|record| record.origin.is_some());
+            if !again || self.is_used(digest) {
+                continue;
+            }
+            self.forget(digest, None)?;
+            let before = self.pruned.bytes;
+            self.discard_disk(digest)?;
+            size = size.saturating_sub(self.pruned.bytes - before);
+        }
+        Ok(())
+    }
+
+    /// Disks that stay, and of which is not known what they lead to: another version
+    /// has made them, or they are damaged.
+    fn unclear_disks(&self) -> Vec<PathBuf> {
+        let disks = entries(&self.store.root.join("disks")).unwrap_or_default();
+        let unclear = |path: &PathBuf| {
+            digest_of(path).is_some_and(|digest| !self.records.contains_key(&digest))
+        };
+        disks.into_iter().filter(unclear).collect()
+    }
+
+    /// Removes a disk, and what only it led to.
+    fn discard_disk(&mut self, digest: Digest) -> Result<(), Error> {
+        let path = self.store.disk_path(digest);
+        self.pruned.bytes += size_on_disk(&path);
+        self.store.discard(&path)?;
+        let Some(record) = self.records.remove(&digest) else {
+            return Ok(());
+        };
+        let mut unneeded = Vec::new();
+        for part in self.store.parts(digest, &record) {
+            let Some(count) = self.leading.get_mut(&part) else {
+                continue;
+            };
+            *count -= 1;
+            if *count == 0 {
+                self.leading.remove(&part);
+                unneeded.push(part);
+            }
+        }
+        if self.unclear_disks().is_empty() {
+            for part in unneeded {
+                self.discard_part(&part)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes a layer or a blob, if nothing leads there.
+    fn discard_part(&mut self, path: &Path) -> Result<(), Error> {
+        if self.leading.contains_key(path) || self.needed.contains(path) || !path.exists() {
+            return Ok(());
+        }
+        self.pruned.bytes += match path.is_dir() {
+            true => {
+                let bytes = size_on_disk(path);
+                self.store.discard(path)?;
+                bytes
+            }
+            false => remove_file(path)?,
+        };
+        Ok(())
+    }
+
+    /// Removes what neither a name nor a user leads to.
+    fn collect(&mut self) -> Result<(), Error> {
+        for path in entries(&self.store.root.join("disks"))? {
+            match digest_of(&path) {
+                Some(digest) if self.stays(digest) => {}
+                Some(digest) => self.discard_disk(digest)?,
+                None => {}
+            }
+        }
+        let unclear = self.unclear_disks();
+        if let Some(disk) = unclear.first() {
+            self.pruned.notes.push(format!(
+                "the image in {disk:?} is of another version of sm, or damaged: it may need any \
+                 layer, so all are kept"
+            ));
+        } else {
+            for part in ["layers", "blobs"] {
+                for path in entries(&self.store.root.join(part))? {
+                    self.discard_part(&path)?;
+                }
+            }
+        }
+        self.store.clear_locks()?;
+        self.store.clear_tmp()
+    }
+}
+
+/// Locks a disk such that nobody can open it by [`super::DiskSegment::open`]; `None`
+/// if somebody has, or it cannot be said.
+fn lock_disk(disk: &Path) -> Option<Option<File>> {
+    match File::open(disk.join("meta.erofs")) {
+        Ok(file) => {
+            let locked = flock(&file, FlockOperation::NonBlockingLockExclusive);
+            locked.is_ok().then_some(Some(file))
+        }
+        // Nobody can have it open.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Some(None),
+        Err(_) => None,
+    }
 }
 
 /// Somebody has the disk open by [`super::DiskSegment::open`].

@@ -97,8 +97,7 @@ impl Store {
         Assembler::new(stored.file("skeleton")?, blob, small).map_err(Error::file("read", &path))
     }
 
-    /// The image as it is elsewhere. The caller holds the lock, and an image that
-    /// is being removed is not exported.
+    /// The image as it is elsewhere. The caller needs all of it.
     pub(super) fn export(
         &self,
         digest: Digest,
@@ -186,9 +185,8 @@ impl Store {
         missing: &[&LayerRecord],
         options: &PullOptions<'_>,
     ) -> Result<bool, Error> {
-        let scratch = self.root.join("tmp");
         let session = Session {
-            scratch: &scratch,
+            scratch: &self.tmp,
             cancel: &options.cancel,
             notice: &|text| (options.report)(Progress::Notice(text)),
         };
@@ -212,6 +210,9 @@ impl Store {
             Ok(_) | Err(Error::Unknown { .. }) => return Ok(false),
             Err(error) => return Err(error),
         };
+        let sizes = missing.iter();
+        let sizes = sizes.map(|layer| (layer.digest, layer.size.unwrap_or(0)));
+        self.check_room(&sizes.collect())?;
         let of = image.layers.len();
         for (number, layer) in (1..).zip(&image.layers) {
             if !missing.iter().any(|wanted| wanted.digest == layer.digest) {
@@ -244,7 +245,8 @@ impl Store {
                 };
                 out.write_all(bytes).map_err(Error::file("write", &path))?;
                 done += count as u64;
-                if layer.size.is_some_and(|size| done > size) {
+                let most = layer.size.unwrap_or(self.limits.stored_bytes());
+                if done > most {
                     break;
                 }
             }

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::sync_channel;
 use std::thread;
@@ -13,6 +13,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::Store;
+use super::work::is_alive;
 use crate::Error;
 use crate::digest::Digest;
 use crate::index::{IndexReader, Totals};
@@ -43,7 +44,8 @@ impl Store {
     pub(super) fn lock(&self, operation: FlockOperation) -> Result<File, Error> {
         let path = self.root.join("lock");
         let file = open_lock(&path)?;
-        // Nobody uses the store: what is under `tmp` was left by the dead.
+        // Nobody uses the store, so what is under `tmp` is of work that goes on, or
+        // was left by the dead.
         if flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() {
             self.clear_tmp()?;
         }
@@ -63,29 +65,68 @@ impl Store {
         }
     }
 
-    /// Waits for whoever else makes the same thing, and keeps others waiting.
-    /// The caller holds the store's lock.
-    pub(super) fn making(&self, what: &str, digest: Digest) -> Result<File, Error> {
+    /// Waits for whoever else makes the same thing, and keeps others waiting. `notice`
+    /// is told of a wait. The caller does not hold the store's lock: whoever makes
+    /// something needs that now and then.
+    pub(super) fn making(
+        &self,
+        what: &str,
+        digest: Digest,
+        notice: &dyn Fn(&str),
+    ) -> Result<File, Error> {
         let name = format!("{what}-{}", digest.hex());
         let path = self.root.join("locks").join(name);
-        let file = open_lock(&path)?;
-        rustix::io::retry_on_intr(|| flock(&file, FlockOperation::LockExclusive))
-            .map_err(|errno| Error::file("lock", &path)(errno.into()))?;
-        Ok(file)
+        let failed = |errno: Errno| Error::file("lock", &path)(errno.into());
+        loop {
+            let file = open_lock(&path)?;
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Err(Errno::WOULDBLOCK) => {
+                    notice(&format!(
+                        "waiting for another process that makes {what} {digest}"
+                    ));
+                    rustix::io::retry_on_intr(|| flock(&file, FlockOperation::LockExclusive))
+                        .map_err(failed)?;
+                }
+                locked => locked.map_err(failed)?,
+            }
+            // It may have been cleared away before it was locked.
+            if is_at(&file, &path) {
+                return Ok(file);
+            }
+        }
+    }
+
+    /// Removes locks that nobody holds.
+    pub(super) fn clear_locks(&self) -> Result<(), Error> {
+        for path in entries(&self.root.join("locks"))? {
+            let file = open_lock(&path)?;
+            if flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() {
+                fs::remove_file(&path).map_err(Error::file("remove", &path))?;
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn temporary(&self) -> Result<tempfile::TempDir, Error> {
-        let path = self.root.join("tmp");
-        tempfile::TempDir::new_in(&path).map_err(Error::file("create a directory in", &path))
+        let path = &self.tmp;
+        tempfile::TempDir::new_in(path).map_err(Error::file("create a directory in", path))
     }
 
+    /// Removes what the dead have left. The caller has the store alone.
     pub(super) fn clear_tmp(&self) -> Result<(), Error> {
         for path in entries(&self.root.join("tmp"))? {
+            if is_alive(&path)? {
+                continue;
+            }
             let removed = match path.is_dir() {
                 true => fs::remove_dir_all(&path),
                 false => fs::remove_file(&path),
             };
-            removed.map_err(Error::file("remove", &path))?;
+            match removed {
+                // Whoever works in there is about to end.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                removed => removed.map_err(Error::file("remove", &path))?,
+            }
         }
         Ok(())
     }
@@ -200,6 +241,15 @@ fn open_lock(path: &Path) -> Result<File, Error> {
         .mode(0o600)
         .open(path)
         .map_err(Error::file("open", path))
+}
+
+/// Whether the open file is the one at `path`.
+pub(super) fn is_at(file: &File, path: &Path) -> bool {
+    let same = |a: fs::Metadata, b: fs::Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
+    let both = file
+        .metadata()
+        .and_then(|file| Ok((file, fs::metadata(path)?)));
+    both.is_ok_and(|(file, named)| same(file, named))
 }
 
 /// Makes the name of `path` last.

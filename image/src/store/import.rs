@@ -3,7 +3,6 @@
 use std::io::Read;
 
 use oci_spec::image::{Arch, Config, History, ImageConfiguration, Os, RootFsBuilder};
-use rustix::fs::FlockOperation;
 
 use super::files::StoredLayer;
 use super::pull::PullOptions;
@@ -12,7 +11,6 @@ use crate::Error;
 use crate::digest::Digest;
 use crate::docker_reference::DockerReference;
 use crate::layer::Expected;
-use crate::pipeline::Decoders;
 use crate::platform::Platform;
 use crate::progress::{LayerStep, Progress};
 use crate::source::{SourceImage, SourceLayer};
@@ -31,7 +29,8 @@ impl Store {
         comment: &str,
         options: &PullOptions<'_>,
     ) -> Result<StoredImage, Error> {
-        let _in_use = self.lock(FlockOperation::LockShared)?;
+        let work = self.begin()?;
+        let store = &work.store;
         // A name in progress reports and errors, until there is a digest.
         let unknown = Digest::of(b"");
         let expected = Expected {
@@ -47,8 +46,7 @@ impl Store {
                 step: LayerStep::Moving { done, total: None },
             });
         };
-        let converted =
-            self.convert(stream, &expected, &Decoders::default(), None, &mut progress)?;
+        let converted = work.convert_unknown(stream, &expected, &mut progress, options)?;
         let platform = options.platform.clone().unwrap_or_default();
         let config = configuration(converted.diff_id, config, comment, &platform)?;
         let config_bytes =
@@ -64,15 +62,18 @@ impl Store {
             origin: None,
         };
         let name = name.map_or_else(|| digest.to_string(), ToString::to_string);
-        let _making = self.making("disk", digest)?;
-        let layer = self.layer_path(converted.diff_id);
+        let layers = std::iter::once((converted.diff_id, converted.diff_id));
+        let parts = store.parts_of(digest, digest, layers);
+        work.need(parts.into_iter().chain([store.disk_path(digest)]))?;
+        let _making = store.making("disk", digest, &options.notice())?;
+        let layer = store.layer_path(converted.diff_id);
         let stored = StoredLayer::open(layer.clone())
             .ok_or_else(|| Error::file("read back", &layer)(std::io::ErrorKind::NotFound.into()))?;
-        let stored = match self.stored(digest)? {
+        let stored = match store.stored(digest)? {
             Some(stored) => stored,
-            None => self.finish(&image, &name, vec![stored])?,
+            None => store.finish(&image, &name, vec![stored])?,
         };
-        self.name(&name, digest, &stored)?;
+        store.name(&name, digest, &stored)?;
         Ok(stored)
     }
 }

@@ -3,7 +3,6 @@
 use std::io::Read;
 use std::path::Path;
 
-use rustix::fs::FlockOperation;
 use serde::Serialize;
 
 use super::Store;
@@ -54,10 +53,10 @@ impl Store {
         options: &PullOptions<'_>,
         open: impl FnOnce(Session<'_>) -> Result<Bundle, Error>,
     ) -> Result<Vec<Loaded>, Error> {
-        let _in_use = self.lock(FlockOperation::LockShared)?;
-        let scratch = self.root.join("tmp");
+        let options = &options.child();
+        let work = self.begin()?;
         let bundle = open(Session {
-            scratch: &scratch,
+            scratch: &work.store.tmp,
             cancel: &options.cancel,
             notice: &|text| (options.report)(Progress::Notice(text)),
         })?;
@@ -72,7 +71,7 @@ impl Store {
             let mut digest = image.digest;
             for name in &names {
                 // The archive is gone afterwards: what came is kept as it came.
-                let stored = self.bring(&*source, &image, name, true, options)?;
+                let stored = work.bring(&*source, &image, name, true, options)?;
                 digest = stored.digest;
             }
             loaded.push(Loaded { digest, names });

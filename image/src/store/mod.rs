@@ -1,9 +1,10 @@
 //! The content store: converted layers and disks, shared by all images.
 //!
 //! ```text
-//! lock                    shared by whoever adds, exclusive for whoever removes
+//! lock                    shared by whoever looks for something or notes what it
+//!                         needs, exclusive for whoever removes; never held for long
 //! locks/                  one for each thing that is being made
-//! tmp/                    what is being made
+//! tmp/                    what is being made, by work that goes on; see `work`
 //! layers/<diff_id>/       blob, small, index, skeleton
 //! disks/<image digest>/   meta.erofs, image.json
 //! blobs/<digest>          manifests, configurations; layers as a registry had them
@@ -30,6 +31,7 @@ mod record;
 mod save;
 mod usage;
 mod verify;
+mod work;
 
 use std::fs::{self, File};
 use std::os::unix::fs::DirBuilderExt as _;
@@ -39,7 +41,7 @@ use std::sync::Arc;
 use oci_spec::image::ImageConfiguration;
 use rustix::fs::{FlockOperation, flock};
 
-pub use self::collect::{PruneOptions, Pruned};
+pub use self::collect::{FindUsers, PruneOptions, Pruned, Users};
 pub use self::load::Loaded;
 pub use self::names::ImageSummary;
 pub use self::pull::PullOptions;
@@ -76,6 +78,12 @@ impl DiskSegment {
         let file = File::open(&self.path).map_err(Error::file("open", &self.path))?;
         rustix::io::retry_on_intr(|| flock(&file, FlockOperation::LockShared))
             .map_err(|errno| Error::file("lock", &self.path)(errno.into()))?;
+        // It may have been removed while it was waited for.
+        if !files::is_at(&file, &self.path) {
+            return Err(Error::file("open", &self.path)(
+                std::io::ErrorKind::NotFound.into(),
+            ));
+        }
         Ok(file)
     }
 }
@@ -105,6 +113,8 @@ impl StoredImage {
 #[derive(Clone, Debug)]
 pub struct Store {
     root: PathBuf,
+    /// For what is being made.
+    tmp: PathBuf,
     limits: Limits,
 }
 
@@ -124,6 +134,7 @@ impl Store {
         }
         Ok(Self {
             root: root.to_owned(),
+            tmp: root.join("tmp"),
             limits: Limits::default(),
         })
     }

@@ -18,6 +18,9 @@ use crate::reference::Reference;
 /// Fewest digits that are taken for the beginning of an ID where a name could be
 /// meant as well.
 const SHORTEST_ID: usize = 6;
+/// Fewest digits that are taken for the beginning of an ID at all, as in Docker's
+/// containerd image store.
+const SHORTEST_PREFIX: usize = 4;
 
 /// A name in the store.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -54,23 +57,41 @@ impl Store {
         Ok(found)
     }
 
-    /// The image of this name, however it is written, or of the ID that begins
-    /// like this.
+    /// What is noted of a name, written as it is in the store.
+    pub(super) fn named(&self, reference: &str) -> Result<Option<ImageSummary>, Error> {
+        let found = read_json::<ImageSummary>(&self.ref_path(reference))?;
+        Ok(found.filter(|found| found.reference == reference))
+    }
+
+    /// The image of this name, however it is written, or of the ID that begins with
+    /// these four digits or more. A name comes first.
     ///
     /// # Errors
     /// None, or several.
     pub fn find(&self, query: &str) -> Result<ImageSummary, Error> {
-        let all = self.list()?;
-        let by_name = |name: &str| all.iter().find(|image| image.reference == name);
-        let meant = Reference::parse(query).ok().map(|parsed| absolute(&parsed));
-        let named = by_name(query).or_else(|| by_name(&meant?));
-        if let Some(named) = named {
-            return Ok(named.clone());
+        Ok(self.lookup(query)?.0)
+    }
+
+    /// Like [`Self::find`]; also says whether it was found by its name.
+    pub(super) fn lookup(&self, query: &str) -> Result<(ImageSummary, bool), Error> {
+        if let Some(named) = self.named(query)? {
+            return Ok((named, true));
+        }
+        if let Ok(meant) = Reference::parse(query)
+            && let Some(named) = self.named(&absolute(&meant))?
+        {
+            return Ok((named, true));
         }
         let digits = query.strip_prefix("sha256:").unwrap_or(query);
+        let is_id =
+            digits.len() >= SHORTEST_PREFIX && digits.bytes().all(|b| b.is_ascii_hexdigit());
+        let all = match is_id {
+            true => self.list()?,
+            false => Vec::new(),
+        };
         let mut matching = all
             .into_iter()
-            .filter(|image| !digits.is_empty() && image.digest.hex().starts_with(digits));
+            .filter(|image| image.digest.hex().starts_with(digits));
         let first = matching.next().ok_or_else(|| Error::Unknown {
             reference: query.to_owned(),
             reason: "there is none of this name in the store; give its source, \
@@ -78,7 +99,7 @@ impl Store {
                 .to_owned(),
         })?;
         match matching.all(|other| other.digest == first.digest) {
-            true => Ok(first),
+            true => Ok((first, false)),
             false => Err(Error::Ambiguous(query.to_owned())),
         }
     }
@@ -105,8 +126,7 @@ impl Store {
         let text = name.to_string();
         let bare = text.strip_suffix(":latest").unwrap_or(&text);
         let is_id = bare.len() >= SHORTEST_ID && bare.bytes().all(|b| b.is_ascii_hexdigit());
-        let named = self.list()?.into_iter().find(|it| it.reference == text);
-        if let Some(named) = named {
+        if let Some(named) = self.named(&text)? {
             return self.stored(named.digest);
         }
         match is_id.then(|| self.find(bare)) {
@@ -131,6 +151,7 @@ impl Store {
 
     /// Records the name of an image, unless it is recorded already.
     pub(super) fn name(&self, text: &str, named: Digest, image: &StoredImage) -> Result<(), Error> {
+        let _in_use = self.lock(FlockOperation::LockShared)?;
         let known = read_json::<ImageSummary>(&self.ref_path(text))?;
         if known.is_some_and(|known| known.digest == image.digest && known.named == named) {
             return Ok(());

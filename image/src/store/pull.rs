@@ -1,5 +1,6 @@
 //! Bringing images into the store.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, BufWriter, Read, Write as _};
 use std::num::NonZero;
@@ -12,6 +13,7 @@ use rustix::fs::FlockOperation;
 use super::files::{StoredLayer, create, write_synced, writing_out};
 use super::names::absolute;
 use super::record::DiskRecord;
+use super::work::Work;
 use super::{Store, StoredImage};
 use crate::Error;
 use crate::cancel::Cancel;
@@ -104,14 +106,15 @@ impl Store {
         reference: &Reference,
         options: &PullOptions<'_>,
     ) -> Result<StoredImage, Error> {
-        let _in_use = self.lock(FlockOperation::LockShared)?;
-        let scratch = self.root.join("tmp");
+        let options = &options.child();
+        let work = self.begin()?;
         let session = Session {
-            scratch: &scratch,
+            scratch: &work.store.tmp,
             cancel: &options.cancel,
             notice: &|text| (options.report)(Progress::Notice(text)),
         };
         let Some(source) = source::open(reference, session)? else {
+            let _in_use = self.lock(FlockOperation::LockShared)?;
             let named = self.find(&reference.to_string())?;
             self.used_now(named.digest);
             let stored = self.stored(named.digest)?.ok_or_else(|| Error::Unknown {
@@ -128,7 +131,7 @@ impl Store {
         }
         let image = source.image(options.platform.as_ref())?;
         let keep = options.keep_compressed && matches!(reference, Reference::Docker(_));
-        self.bring(&*source, &image, &name, keep, options)
+        work.bring(&*source, &image, &name, keep, options)
     }
 
     /// The image of this name, if it is still the one that the source has, and the
@@ -142,7 +145,8 @@ impl Store {
         let Some(identity) = source.identity()? else {
             return Ok(None);
         };
-        let Some(named) = self.list()?.into_iter().find(|it| it.reference == name) else {
+        let _in_use = self.lock(FlockOperation::LockShared)?;
+        let Some(named) = self.named(name)? else {
             return Ok(None);
         };
         let Some(record) = self.record(named.digest)? else {
@@ -154,8 +158,41 @@ impl Store {
         let stored = self.stored(named.digest)?;
         Ok(stored.filter(|stored| serves(stored, platform)))
     }
+}
 
-    /// Makes what is missing of an image, and names it. The caller holds the lock.
+impl PullOptions<'_> {
+    /// The same, with something to cancel of its own: one layer that fails ends the
+    /// others, and not what else the caller does.
+    pub(super) fn child(&self) -> Self {
+        Self {
+            cancel: self.cancel.child(),
+            ..self.clone()
+        }
+    }
+
+    pub(super) fn notice(&self) -> impl Fn(&str) {
+        |text| (self.report)(Progress::Notice(text))
+    }
+}
+
+impl Work {
+    /// Converts a layer of which nothing is known before.
+    pub(super) fn convert_unknown(
+        &self,
+        stream: impl Read + Send,
+        expected: &Expected,
+        progress: &mut dyn FnMut(u64),
+        options: &PullOptions<'_>,
+    ) -> Result<Converted, Error> {
+        let store = &self.store;
+        let decoders = Decoders::default();
+        store.convert_as(stream, expected, &decoders, None, progress, |diff_id| {
+            self.need([store.layer_path(diff_id)])?;
+            store.making("layer", diff_id, &options.notice())
+        })
+    }
+
+    /// Makes what is missing of an image, and names it.
     pub(super) fn bring(
         &self,
         source: &dyn Source,
@@ -164,21 +201,28 @@ impl Store {
         keep: bool,
         options: &PullOptions<'_>,
     ) -> Result<StoredImage, Error> {
-        let stored = match self.stored(image.digest)? {
+        let store = &self.store;
+        let layers = image.layers.iter();
+        let layers = layers.map(|layer| (layer.diff_id, layer.digest));
+        let parts = store.parts_of(image.digest, Digest::of(&image.config_bytes), layers);
+        self.need(parts.into_iter().chain([store.disk_path(image.digest)]))?;
+        let stored = match store.stored(image.digest)? {
             Some(stored) => stored,
             None => {
-                let _making = self.making("disk", image.digest)?;
-                match self.stored(image.digest)? {
+                let _making = store.making("disk", image.digest, &options.notice())?;
+                match store.stored(image.digest)? {
                     Some(stored) => stored,
-                    None => self.make(source, image, name, keep, options)?,
+                    None => store.make(source, image, name, keep, options)?,
                 }
             }
         };
-        self.used_now(stored.digest);
-        self.name(name, image.named, &stored)?;
+        store.used_now(stored.digest);
+        store.name(name, image.named, &stored)?;
         Ok(stored)
     }
+}
 
+impl Store {
     fn make(
         &self,
         source: &dyn Source,
@@ -194,6 +238,7 @@ impl Store {
             options,
             decoders: Decoders::default(),
         };
+        work.check_sizes(&image.layers)?;
         let layers = work.layers(&image.layers)?;
         self.finish(image, name, layers)
     }
@@ -291,6 +336,17 @@ struct Pull<'p> {
 type Slot = Mutex<Option<StoredLayer>>;
 
 impl Pull<'_> {
+    /// Refuses what cannot become an image, by what its manifest says, before anything
+    /// is asked for.
+    fn check_sizes(&self, layers: &[SourceLayer]) -> Result<(), Error> {
+        let missing = |layer: &&SourceLayer| {
+            StoredLayer::open(self.store.layer_path(layer.diff_id)).is_none()
+        };
+        let sizes = layers.iter().filter(missing);
+        let sizes = sizes.map(|layer| (layer.digest, layer.size.unwrap_or(0)));
+        self.store.check_room(&sizes.collect())
+    }
+
     /// Brings all layers into the store, several at once.
     fn layers(&self, layers: &[SourceLayer]) -> Result<Vec<StoredLayer>, Error> {
         let next = AtomicUsize::new(0);
@@ -345,7 +401,8 @@ impl Pull<'_> {
             tell(LayerStep::Present);
             return Ok(stored);
         }
-        let _making = self.store.making("layer", layer.diff_id)?;
+        let notice = self.options.notice();
+        let _making = self.store.making("layer", layer.diff_id, &notice)?;
         if let Some(stored) = StoredLayer::open(path.clone()) {
             tell(LayerStep::Present);
             return Ok(stored);
@@ -375,12 +432,19 @@ impl Pull<'_> {
         let kept = keep.then(|| create(&kept_path)).transpose()?;
         let copy = kept.as_ref().map(File::try_clone).transpose();
         let copy = copy.map_err(Error::file("write", &kept_path))?;
+        let failed = Mutex::new(None);
         let stream = Keeping {
             inner: stream,
             kept: copy.map(|file| BufWriter::with_capacity(1 << 20, file)),
+            failed: &failed,
         };
         let (store, decoders) = (self.store, &self.decoders);
-        store.convert(stream, &expected, decoders, kept.as_ref(), progress)?;
+        let converted = store.convert(stream, &expected, decoders, kept.as_ref(), progress);
+        // Whatever follows from it.
+        if let Some(error) = lock(&failed).take() {
+            return Err(Error::file("write", &kept_path)(error));
+        }
+        converted?;
         if keep {
             // Its digest has been checked.
             self.store.keep_blob(layer.digest, &kept_path)?;
@@ -391,15 +455,29 @@ impl Pull<'_> {
 
 impl Store {
     /// Converts a layer into the store, and sees to it that `beside`, which the stream
-    /// writes, is on the disk, too. The caller holds the lock, and that of the layer if
-    /// it is known which one it is.
-    pub(super) fn convert(
+    /// writes, is on the disk, too. The caller needs the layer, and holds its lock.
+    /// ([`Work::convert_unknown`] is for a layer that is not known before.)
+    fn convert(
         &self,
         stream: impl Read + Send,
         expected: &Expected,
         decoders: &Decoders,
         beside: Option<&File>,
         progress: &mut dyn FnMut(u64),
+    ) -> Result<Converted, Error> {
+        let known = |_| Ok(());
+        self.convert_as(stream, expected, decoders, beside, progress, known)
+    }
+
+    /// Does `before_publishing` when it is known which layer it is.
+    fn convert_as<T>(
+        &self,
+        stream: impl Read + Send,
+        expected: &Expected,
+        decoders: &Decoders,
+        beside: Option<&File>,
+        progress: &mut dyn FnMut(u64),
+        before_publishing: impl FnOnce(Digest) -> Result<T, Error>,
     ) -> Result<Converted, Error> {
         let made = self.temporary()?;
         let file = |name: &str| create(&made.path().join(name));
@@ -428,32 +506,56 @@ impl Store {
             let path = made.path().join(name);
             file.sync_all().map_err(Error::file("write", &path))?;
         }
+        let _held = before_publishing(converted.diff_id)?;
         let path = self.layer_path(converted.diff_id);
-        let known = expected.diff_id.is_some();
-        let _making = match known {
-            true => None,
-            false => Some(self.making("layer", converted.diff_id)?),
-        };
-        if known || StoredLayer::open(path.clone()).is_none() {
+        if expected.diff_id.is_some() || StoredLayer::open(path.clone()).is_none() {
             self.publish(made, &path)?;
         }
         Ok(converted)
     }
+
+    /// Checks layers of these sizes against the limits, and all of them together
+    /// against what is free. (What is made of them takes at least as much.)
+    pub(super) fn check_room(&self, sizes: &BTreeMap<Digest, u64>) -> Result<(), Error> {
+        let mut needed: u64 = 0;
+        for (digest, size) in sizes {
+            layer::check_stated(*digest, *size, self.limits)?;
+            needed = needed.saturating_add(*size);
+        }
+        let found = rustix::fs::statvfs(&self.root);
+        let found = found.map_err(|errno| Error::file("look at", &self.root)(errno.into()))?;
+        let free = found.f_bavail.saturating_mul(found.f_frsize);
+        match needed > free {
+            true => Err(Error::Space {
+                needed,
+                free,
+                path: self.root.clone(),
+            }),
+            false => Ok(()),
+        }
+    }
 }
 
 /// Writes down what is read.
-struct Keeping<R> {
+struct Keeping<'f, R> {
     inner: R,
     kept: Option<BufWriter<File>>,
+    /// Why it could not be written down, which is no fault of the stream.
+    failed: &'f Mutex<Option<io::Error>>,
 }
 
-impl<R: Read> Read for Keeping<R> {
+impl<R: Read> Read for Keeping<'_, R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let count = self.inner.read(buffer)?;
         if let Some(kept) = &mut self.kept {
-            kept.write_all(buffer.get(..count).unwrap_or_default())?;
-            if count == 0 {
-                kept.flush()?;
+            let written = match count {
+                0 => kept.flush(),
+                count => kept.write_all(buffer.get(..count).unwrap_or_default()),
+            };
+            if let Err(error) = written {
+                let kind = error.kind();
+                *lock(self.failed) = Some(error);
+                return Err(kind.into());
             }
         }
         Ok(count)

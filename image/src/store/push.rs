@@ -6,8 +6,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
-use rustix::fs::FlockOperation;
-
 use super::Store;
 use super::export::{Exported, ExportedLayer, Form};
 use super::pull::PullOptions;
@@ -25,23 +23,23 @@ impl Store {
     /// # Errors
     /// The store has no image of that name, or the registry does not take it.
     pub fn push(&self, name: &DockerReference, options: &PullOptions<'_>) -> Result<Digest, Error> {
-        let _in_use = self.lock(FlockOperation::LockShared)?;
-        let query = name.to_string();
-        let found = self.find(&query)?;
-        let record = self.record_of(&query, found.digest)?;
+        let options = &options.child();
+        let work = self.begin()?;
+        let store = &work.store;
+        let (found, record) = work.needed_image(&name.to_string())?;
         let others = self.repositories(name.registry())?;
         let others: Vec<_> = others.iter().map(String::as_str).collect();
         let notice = |text: &str| (options.report)(Progress::Notice(text));
         let pusher = Pusher::open(name, &others, &options.cancel, &notice)?;
         let push = Push {
-            store: self,
+            store,
             pusher: &pusher,
             options,
         };
         // What the registry has need not be had here.
         let absent: OpenBlob<'_> = &|| Err(io::ErrorKind::NotFound.into());
         let has = |digest, size| pusher.blob(digest, size, absent, &mut |_| {}).is_ok();
-        let exported = self.export(found.digest, &record, Form::Gzip, &has, options)?;
+        let exported = store.export(found.digest, &record, Form::Gzip, &has, options)?;
         push.layers(&exported)?;
         push.document(&exported.config)?;
         pusher.manifest(&exported.manifest_type, &exported.manifest)

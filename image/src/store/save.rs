@@ -6,7 +6,6 @@ use std::collections::BTreeSet;
 use std::io::{self, Read, Write};
 
 use oci_spec::image::{ImageIndexBuilder, MediaType, SCHEMA_VERSION};
-use rustix::fs::FlockOperation;
 use serde::Serialize;
 
 use super::Store;
@@ -39,7 +38,9 @@ impl Store {
         out: &mut dyn Write,
         options: &PullOptions<'_>,
     ) -> Result<(), Error> {
-        let _in_use = self.lock(FlockOperation::LockShared)?;
+        let options = &options.child();
+        let work = self.begin()?;
+        let store = &work.store;
         let mut archive = Archive {
             out,
             written: BTreeSet::new(),
@@ -48,11 +49,10 @@ impl Store {
         let mut manifests = Vec::new();
         let mut items: Vec<Item> = Vec::new();
         for query in queries {
-            let found = self.find(query)?;
-            let record = self.record_of(query, found.digest)?;
+            let (found, record) = work.needed_image(query)?;
             let exported =
-                self.export(found.digest, &record, Form::Plain, &|_, _| false, options)?;
-            archive.image(self, &exported)?;
+                store.export(found.digest, &record, Form::Plain, &|_, _| false, options)?;
+            archive.image(store, &exported)?;
             let kind = MediaType::from(exported.manifest_type.as_str());
             let size = exported.manifest.len() as u64;
             let mut entry = descriptor(kind, size, Digest::of(&exported.manifest))?;

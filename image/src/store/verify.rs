@@ -7,7 +7,7 @@
 
 use std::fs::File;
 use std::io::{self, BufReader, Read as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::FlockOperation;
 use serde::Serialize;
@@ -38,15 +38,11 @@ impl Store {
     /// # Errors
     /// None or several match, or the store cannot be read. Damage is no error.
     pub fn verify(&self, query: &str, repair: bool) -> Result<Verified, Error> {
-        let how = match repair {
-            true => FlockOperation::LockExclusive,
-            false => FlockOperation::LockShared,
-        };
-        let _lock = self.lock(how)?;
-        let digest = self.find(query)?.digest;
-        let record = self.record_of(query, digest)?;
+        let work = self.begin()?;
+        let (found, record) = work.needed_image(query)?;
+        let digest = found.digest;
         let mut check = Check {
-            store: self,
+            store: &work.store,
             verified: Verified::default(),
             damaged: Vec::new(),
         };
@@ -64,11 +60,20 @@ impl Store {
             damaged,
             ..
         } = check;
-        if repair && !damaged.is_empty() && !super::collect::in_use(&self.disk_path(digest)) {
-            for path in damaged.into_iter().filter(|path| path.exists()) {
-                self.discard(&path)?;
+        if repair && !damaged.is_empty() {
+            let _alone = self.lock(FlockOperation::LockExclusive)?;
+            let needed = self.needed_by_work(Some(&work))?;
+            let disk = self.disk_path(digest);
+            let in_use = super::collect::in_use(&disk) || needed.contains(&disk);
+            if !in_use && !damaged.iter().any(|(path, _)| needed.contains(path)) {
+                // What has been made again meanwhile is not what was checked.
+                for (path, _) in damaged.iter().filter(|(path, id)| id_of(path) == *id) {
+                    if path.exists() {
+                        self.discard(path)?;
+                    }
+                }
+                verified.repaired = true;
             }
-            verified.repaired = true;
         }
         Ok(verified)
     }
@@ -77,15 +82,21 @@ impl Store {
 struct Check<'s> {
     store: &'s Store,
     verified: Verified,
-    /// What is to be removed.
-    damaged: Vec<std::path::PathBuf>,
+    /// What is to be removed, and which file or directory that is.
+    damaged: Vec<(PathBuf, Option<u64>)>,
 }
 
 impl Check<'_> {
     fn problem(&mut self, text: String, path: &Path) {
         self.verified.problems.push(text);
-        if path.exists() && !self.damaged.iter().any(|known| known == path) {
-            self.damaged.push(path.to_owned());
+        if path.exists() {
+            self.damage(path);
+        }
+    }
+
+    fn damage(&mut self, path: &Path) {
+        if !self.damaged.iter().any(|(known, _)| known == path) {
+            self.damaged.push((path.to_owned(), id_of(path)));
         }
     }
 
@@ -101,7 +112,7 @@ impl Check<'_> {
                 let path = self.store.blob_path(digest);
                 self.problem(format!("the {what} {digest} is missing or damaged"), &path);
                 // It comes again with the image.
-                self.damaged.push(self.store.disk_path(image));
+                self.damage(&self.store.disk_path(image));
             }
         }
         Ok(())
@@ -115,7 +126,7 @@ impl Check<'_> {
             self.problem(format!("layer {name} is missing or cut short"), &path);
             return Ok(None);
         };
-        let again = tempfile::tempfile_in(self.store.root.join("tmp"));
+        let again = tempfile::tempfile_in(&self.store.tmp);
         let again = again.map_err(Error::file("create a file in", &self.store.root))?;
         let found = layer::index_again(self.store.assemble(name)?, &again);
         match found {
@@ -174,6 +185,11 @@ impl Check<'_> {
         }
         Ok(())
     }
+}
+
+fn id_of(path: &Path) -> Option<u64> {
+    use std::os::unix::fs::MetadataExt as _;
+    path.metadata().ok().map(|meta| meta.ino())
 }
 
 /// Whether two files have the same contents.

@@ -1,10 +1,9 @@
 //! A store of its own, and images in it.
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
 
-use sm_image::{Digest, PruneOptions, PullOptions, Reference, Store};
+use sm_image::{Digest, PruneOptions, PullOptions, Reference, Store, Users};
 
 use super::{dir, file, image, symlink, tar};
 
@@ -45,7 +44,7 @@ impl Home {
     }
 
     pub(crate) fn prune(&self, options: PruneOptions) -> sm_image::Pruned {
-        self.store.prune(options, &BTreeSet::new()).unwrap()
+        self.store.prune(options, &|| Ok(Users::new())).unwrap()
     }
 
     pub(crate) fn save(&self, queries: &[&str], file: &str) -> PathBuf {

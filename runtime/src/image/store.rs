@@ -1,6 +1,5 @@
 //! The images of a home: what there is, and keeping it in order.
 
-use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::path::Path;
 
@@ -145,21 +144,7 @@ fn docker_name(name: &str) -> Result<DockerReference, Error> {
 /// # Errors
 /// There is none, a snapshot needs it, or the store cannot be changed.
 pub fn remove(home: &Home, query: &str) -> Result<Pruned, Error> {
-    let store = store(home)?;
-    let found = store.find(query)?;
-    let users = image_users(home)?;
-    // Another name of it may go.
-    let names = store.list()?.into_iter();
-    let last = names.filter(|image| image.digest == found.digest).count() == 1;
-    let by_name = found.reference == query;
-    if let Some(user) = users.get(&found.digest).and_then(|users| users.first())
-        && (last || !by_name)
-    {
-        return Err(Error::Refused(format!(
-            "image \"{query}\" is used by snapshot \"{user}\": remove that first (sm snapshot rm {user})"
-        )));
-    }
-    Ok(store.remove(query, &users.into_keys().collect())?)
+    Ok(store(home)?.remove(query, &|| image_users(home))?)
 }
 
 /// Removes what is not needed; see [`PruneOptions`]. What VMs and snapshots use
@@ -168,21 +153,18 @@ pub fn remove(home: &Home, query: &str) -> Result<Pruned, Error> {
 /// # Errors
 /// Files cannot be read or removed.
 pub fn prune(home: &Home, options: PruneOptions) -> Result<Pruned, Error> {
-    let keep: BTreeSet<Digest> = image_users(home)?.into_keys().collect();
-    Ok(store(home)?.prune(options, &keep)?)
+    Ok(store(home)?.prune(options, &|| image_users(home))?)
 }
 
 /// Removes the longest unused until the images take no more than `max_bytes`, unless
 /// somebody else uses the store right now.
 ///
 /// # Errors
-/// Files cannot be read or removed.
-pub fn keep_within(home: &Home, max_bytes: u64) -> Result<(), Error> {
-    let keep: BTreeSet<Digest> = image_users(home)?.into_keys().collect();
+/// Files cannot be read or removed, or it is not known what snapshots need.
+pub fn keep_within(home: &Home, max_bytes: u64) -> Result<Option<Pruned>, Error> {
     let options = PruneOptions {
         max_bytes: Some(max_bytes),
         ..PruneOptions::default()
     };
-    store(home)?.try_prune(options, &keep)?;
-    Ok(())
+    Ok(store(home)?.try_prune(options, &|| image_users(home))?)
 }

@@ -8,21 +8,20 @@
 mod clone;
 mod proof;
 
-use std::collections::BTreeMap;
-
 pub use clone::{Forked, Snapshot, fork, warm_up};
 pub use proof::{Proof, Testimony, Twins, prove_distinct};
 use serde::Serialize;
-use sm_image::Digest;
+use sm_image::{Digest, Users};
 use sm_snapshot::Error;
 use sm_snapshot::chain::Chain;
 use sm_snapshot::contents;
 pub use sm_snapshot::contents::Difference;
 pub use sm_snapshot::manifest::{Layer, Manifest};
-use sm_snapshot::store::SnapshotStore;
+use sm_snapshot::store::{Entry, SnapshotStore};
 pub use sm_snapshot::verify::Verified;
 
 use crate::Error as RuntimeError;
+use crate::doctor::with_causes;
 use crate::home::Home;
 
 /// Label with the image that a snapshot's root file system is of.
@@ -167,23 +166,51 @@ pub fn remove(home: &Home, name: &str) -> Result<(), Error> {
     store(home).remove(name)
 }
 
-/// The images that workload snapshots need, with the names of these.
+/// The images that workload snapshots need, with the names of these. A snapshot that
+/// cannot be read may need any image.
 ///
 /// # Errors
-/// The store cannot be read.
-pub(crate) fn image_users(home: &Home) -> Result<BTreeMap<Digest, Vec<String>>, Error> {
+/// A sentence about what cannot be read.
+pub(crate) fn image_users(home: &Home) -> Result<Users, String> {
     let store = store(home);
-    let mut users: BTreeMap<Digest, Vec<String>> = BTreeMap::new();
-    for entry in store.list()? {
-        let holds_workload = entry.manifest.is_ok_and(|m| m.layer == Layer::App);
-        if holds_workload
-            && let Ok(chain) = Chain::open(&store, &entry.name)
-            && let Ok(content) = crate::vmm::saved::content(&chain)
-            && let Some(config) = content.config
-            && let Some(digest) = Digest::parse(&config.image_digest)
-        {
+    let mut users = Users::new();
+    let entries = store.list().map_err(|error| with_causes(&error))?;
+    for entry in entries {
+        let digest = match image_of(&store, &entry) {
+            Ok(digest) => digest,
+            // Removed meanwhile, as can be done at any time.
+            Err(_) if !home.snapshots().join(&entry.name).exists() => continue,
+            Err(reason) => {
+                return Err(format!(
+                    "snapshot \"{name}\" cannot be read: {reason}; if it is of no use any more, \
+                     remove it (sm snapshot rm {name})",
+                    name = entry.name
+                ));
+            }
+        };
+        if let Some(digest) = digest {
             users.entry(digest).or_default().push(entry.name);
         }
     }
     Ok(users)
+}
+
+/// The image that a snapshot's workload runs from.
+fn image_of(store: &SnapshotStore, entry: &Entry) -> Result<Option<Digest>, String> {
+    let manifest = entry
+        .manifest
+        .as_ref()
+        .map_err(|error| with_causes(error))?;
+    if manifest.layer != Layer::App {
+        return Ok(None);
+    }
+    let chain = Chain::open(store, &entry.name).map_err(|error| with_causes(&error))?;
+    let content = crate::vmm::saved::content(&chain).map_err(|error| with_causes(&error))?;
+    let Some(config) = content.config else {
+        return Ok(None);
+    };
+    match Digest::parse(&config.image_digest) {
+        Some(digest) => Ok(Some(digest)),
+        None => Err(format!("{:?} is no image", config.image_digest)),
+    }
 }

@@ -1,0 +1,147 @@
+//! Work with the store that takes its time: a pull waits for a registry, and nobody
+//! who wants to remove something waits for that.
+//!
+//! It has a directory of its own below `tmp`, with a lock that lasts as long as the
+//! process works, and notes there what it needs. Whoever has the store alone leaves
+//! both alone: the directory, and what is noted. The store's lock is held for noting
+//! only, so that a note is either seen, or made after everything has been removed.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+
+use super::Store;
+use super::files::{create, entries};
+use super::names::ImageSummary;
+use super::record::DiskRecord;
+use crate::Error;
+use crate::digest::Digest;
+
+/// Locked as long as the work goes on.
+const LOCK: &str = "lock";
+/// What it needs: a path below the store's root in each line.
+const NEEDS: &str = "needs";
+
+/// Something that is being done with the store.
+pub(super) struct Work {
+    /// The store, with the work's own directory for what is being made.
+    pub(super) store: Store,
+    /// Removed before its lock is let go.
+    directory: tempfile::TempDir,
+    _lock: File,
+}
+
+impl Store {
+    pub(super) fn begin(&self) -> Result<Work, Error> {
+        let _in_use = self.lock(FlockOperation::LockShared)?;
+        let directory = self.temporary()?;
+        let path = directory.path().join(LOCK);
+        let lock = create(&path)?;
+        flock(&lock, FlockOperation::NonBlockingLockExclusive)
+            .map_err(|errno| Error::file("lock", &path)(errno.into()))?;
+        Ok(Work {
+            store: Self {
+                tmp: directory.path().to_owned(),
+                ..self.clone()
+            },
+            directory,
+            _lock: lock,
+        })
+    }
+
+    /// What work that goes on needs, but for that in `own`. The caller has the store
+    /// alone.
+    pub(super) fn needed_by_work(&self, own: Option<&Work>) -> Result<BTreeSet<PathBuf>, Error> {
+        let mut needed = BTreeSet::new();
+        for path in entries(&self.root.join("tmp"))? {
+            let is_own = own.is_some_and(|own| own.directory.path() == path);
+            if is_own || !is_alive(&path)? {
+                continue;
+            }
+            let needs = path.join(NEEDS);
+            match fs::read_to_string(&needs) {
+                Ok(text) => needed.extend(text.lines().map(|line| self.root.join(line))),
+                // Nothing has been noted, or it has come to its end just now.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(Error::file("read", &needs)(error)),
+            }
+        }
+        Ok(needed)
+    }
+
+    /// What an image consists of, besides its names.
+    pub(super) fn parts(&self, digest: Digest, record: &DiskRecord) -> BTreeSet<PathBuf> {
+        let layers = record.layers.iter();
+        let layers = layers.map(|layer| (layer.diff_id, layer.digest));
+        self.parts_of(digest, record.config_digest, layers)
+    }
+
+    pub(super) fn parts_of(
+        &self,
+        digest: Digest,
+        config: Digest,
+        layers: impl Iterator<Item = (Digest, Digest)>,
+    ) -> BTreeSet<PathBuf> {
+        let of_layer = |(diff_id, digest)| [self.layer_path(diff_id), self.blob_path(digest)];
+        let documents = [self.blob_path(digest), self.blob_path(config)];
+        documents
+            .into_iter()
+            .chain(layers.flat_map(of_layer))
+            .collect()
+    }
+}
+
+impl Work {
+    /// Notes that these are needed, whether they are there already or will be.
+    pub(super) fn need(&self, paths: impl IntoIterator<Item = PathBuf>) -> Result<(), Error> {
+        let mut text = String::new();
+        for path in paths {
+            let path = path.strip_prefix(&self.store.root).unwrap_or(&path);
+            text.push_str(&path.to_string_lossy());
+            text.push('\n');
+        }
+        let path = self.directory.path().join(NEEDS);
+        let _in_use = self.store.lock(FlockOperation::LockShared)?;
+        let opened = OpenOptions::new().create(true).append(true).open(&path);
+        opened
+            .and_then(|mut file| file.write_all(text.as_bytes()))
+            .map_err(Error::file("write", &path))
+    }
+
+    /// The image that is found as `query`, all of which is needed from now on.
+    pub(super) fn needed_image(&self, query: &str) -> Result<(ImageSummary, DiskRecord), Error> {
+        let store = &self.store;
+        // Nothing is removed between finding and noting.
+        let _in_use = store.lock(FlockOperation::LockShared)?;
+        let found = store.find(query)?;
+        let record = store.record_of(query, found.digest)?;
+        let disk = store.disk_path(found.digest);
+        self.need(store.parts(found.digest, &record).into_iter().chain([disk]))?;
+        Ok((found, record))
+    }
+}
+
+/// Whether somebody works in a directory below `tmp`.
+pub(super) fn is_alive(directory: &Path) -> Result<bool, Error> {
+    let path = directory.join(LOCK);
+    match File::open(&path) {
+        Ok(lock) => match flock(&lock, FlockOperation::NonBlockingLockShared) {
+            Ok(()) => Ok(false),
+            Err(Errno::WOULDBLOCK) => Ok(true),
+            Err(errno) => Err(Error::file("lock", &path)(errno.into())),
+        },
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+            ) =>
+        {
+            Ok(false)
+        }
+        Err(error) => Err(Error::file("open", &path)(error)),
+    }
+}

@@ -1,0 +1,267 @@
+//! Removing beside work that goes on, and beside what cannot be understood: nothing
+//! that somebody may need goes, and nobody waits for a pull.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
+
+mod support;
+
+use std::cell::RefCell;
+use std::fs;
+use std::path::Path;
+use std::sync::mpsc::sync_channel;
+use std::sync::{Barrier, Mutex};
+use std::thread;
+
+use sm_image::{
+    Cancel, Error, LayerStep, Progress, PruneOptions, PullOptions, Reference, Store, Users,
+};
+use support::home::{Home, layers};
+use support::{file, image, tar};
+
+const ALL: PruneOptions = PruneOptions {
+    all: true,
+    compressed: true,
+    max_bytes: None,
+};
+
+fn nobody() -> Result<Users, String> {
+    Ok(Users::new())
+}
+
+fn parse(layout: &Path) -> Reference {
+    Reference::parse(&format!("oci:{}", layout.display())).unwrap()
+}
+
+#[test]
+fn nobody_waits_for_a_pull_and_the_pull_loses_nothing() {
+    let home = Home::new();
+    let (other, _) = home.image("other", &[tar(&[file("o", b"o")])]);
+    let parts = [
+        tar(&[file("a", vec![1; 100_000])]),
+        tar(&[file("b", vec![2; 100_000])]),
+    ];
+    // The first layer is of an image that has no name any more: all that holds it is
+    // the pull.
+    let (first, _) = home.image("first", &parts[..1]);
+    image(&home.path("both"), &parts);
+    let (reached, wait) = sync_channel(0);
+    let (go, gone) = sync_channel::<()>(0);
+    let gone = Mutex::new(gone);
+    let report = |progress: Progress<'_>| {
+        if let Progress::Layer {
+            number: 2,
+            step: LayerStep::Moving { done: 0, .. },
+            ..
+        } = progress
+        {
+            reached.send(()).unwrap();
+            gone.lock().unwrap().recv().unwrap();
+        }
+    };
+    let options = PullOptions {
+        report: &report,
+        at_once: std::num::NonZero::<usize>::MIN,
+        ..PullOptions::default()
+    };
+    let both = home.path("both");
+    thread::scope(|scope| {
+        let pulling = scope.spawn(|| home.store.open_image(&parse(&both), &options));
+        wait.recv().unwrap();
+        // The pull stands still now, and goes on when all of this is done.
+        home.store.remove(&other, &nobody).unwrap();
+        home.store.remove(&first, &nobody).unwrap();
+        let pruned = home.store.try_prune(ALL, &nobody).unwrap();
+        assert!(pruned.is_some());
+        assert_eq!((home.count("disks"), home.count("layers")), (0, 1));
+        home.image("meanwhile", &[tar(&[file("m", b"m")])]);
+        go.send(()).unwrap();
+        pulling.join().unwrap().unwrap();
+    });
+    let verified = home
+        .store
+        .verify(&parse(&home.path("both")).to_string(), false);
+    assert!(verified.unwrap().problems.is_empty());
+    home.store.prune(ALL, &nobody).unwrap();
+    assert_eq!((home.count("disks"), home.count("layers")), (0, 0));
+    assert_eq!(
+        (home.count("tmp"), home.count("locks"), home.count("blobs")),
+        (0, 0, 0)
+    );
+}
+
+#[test]
+fn who_needs_what_is_asked_when_nobody_else_is_there() {
+    let home = Home::new();
+    let (reference, digest) = home.image("layout", &layers());
+    // Whoever is in the store while it is asked.
+    let root = home.path("store");
+    let asked = RefCell::new(0);
+    let users = || {
+        *asked.borrow_mut() += 1;
+        let lock = fs::File::open(root.join("lock")).unwrap();
+        let shared = rustix::fs::FlockOperation::NonBlockingLockShared;
+        assert!(rustix::fs::flock(&lock, shared).is_err(), "it is locked");
+        // Nobody gets hold of a disk that may go.
+        let disk = root.join("disks").join(digest.hex()).join("meta.erofs");
+        let disk = fs::File::open(disk).unwrap();
+        assert!(rustix::fs::flock(&disk, shared).is_err(), "it is locked");
+        Ok(Users::from([(digest, vec!["snap".to_owned()])]))
+    };
+    let pruned = home.store.prune(ALL, &users).unwrap();
+    assert!(pruned.images.is_empty(), "{pruned:?}");
+    let error = home.store.remove(&reference, &users).unwrap_err();
+    assert!(matches!(error, Error::Used { .. }), "{error}");
+    assert!(error.to_string().contains("snap"), "{error}");
+    assert_eq!(*asked.borrow(), 2);
+    assert_eq!(home.count("disks"), 1);
+    // What cannot be said is not taken for nothing.
+    let unclear = || Err("snapshot \"x\" cannot be read".to_owned());
+    for error in [
+        home.store.remove(&reference, &unclear).unwrap_err(),
+        home.store.prune(ALL, &unclear).unwrap_err(),
+        home.store.try_prune(ALL, &unclear).unwrap_err(),
+    ] {
+        assert!(error.to_string().contains("snapshot \"x\""), "{error}");
+    }
+    assert!(home.store.find(&reference).is_ok());
+    home.store.remove(&reference, &nobody).unwrap();
+    assert_eq!((home.count("disks"), home.count("layers")), (0, 0));
+}
+
+#[test]
+fn what_another_version_has_made_is_kept_with_all_that_it_may_need() {
+    let home = Home::new();
+    let (old, digest) = home.image("old", &layers());
+    let (new, _) = home.image("new", &[tar(&[file("n", b"n")])]);
+    let record = home.path("store").join("disks").join(digest.hex());
+    let record = record.join("image.json");
+    let text = fs::read_to_string(&record).unwrap();
+    assert!(text.contains("\"format\":3"), "{text}");
+    fs::write(&record, text.replace("\"format\":3", "\"format\":2")).unwrap();
+    // A VM of the older version has it open.
+    let disk = fs::File::open(record.with_file_name("meta.erofs")).unwrap();
+    rustix::fs::flock(&disk, rustix::fs::FlockOperation::LockShared).unwrap();
+    home.store.remove(&old, &nobody).unwrap();
+    let pruned = home.store.prune(ALL, &nobody).unwrap();
+    assert_eq!(pruned.images, [new]);
+    assert!(pruned.notes[0].contains("another version"), "{pruned:?}");
+    assert_eq!((home.count("disks"), home.count("layers")), (1, 3));
+    assert!(home.count("blobs") > 0);
+    drop(disk);
+    home.store.prune(ALL, &nobody).unwrap();
+    assert_eq!((home.count("disks"), home.count("layers")), (0, 0));
+
+    // The same with a name that cannot be read: it may be of any image.
+    let (name, _) = home.image("named", &layers());
+    let reference = fs::read_dir(home.path("store/refs")).unwrap().next();
+    let reference = reference.unwrap().unwrap().path();
+    let good = fs::read(&reference).unwrap();
+    fs::write(&reference, b"{").unwrap();
+    let pruned = home.store.prune(ALL, &nobody).unwrap();
+    assert!(pruned.notes[0].contains("may be that of any"), "{pruned:?}");
+    assert_eq!((home.count("disks"), home.count("layers")), (1, 2));
+    fs::write(&reference, good).unwrap();
+    assert!(home.store.find(&name).is_ok());
+}
+
+#[test]
+fn a_pull_that_fails_does_not_cancel_its_caller() {
+    let home = Home::new();
+    image(&home.path("bad"), &layers());
+    for blob in fs::read_dir(home.path("bad/blobs/sha256")).unwrap() {
+        let path = blob.unwrap().path();
+        let bytes = fs::read(&path).unwrap();
+        if !bytes.starts_with(b"{") {
+            fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
+        }
+    }
+    image(&home.path("good"), &layers());
+    let options = PullOptions::default();
+    let failed = home.store.pull(&parse(&home.path("bad")), &options);
+    assert!(!matches!(failed, Err(Error::Cancelled)), "{failed:?}");
+    assert!(failed.is_err());
+    assert!(!options.cancel.is_cancelled());
+    home.store
+        .pull(&parse(&home.path("good")), &options)
+        .unwrap();
+    // The caller's own is heeded.
+    let cancel = Cancel::new();
+    cancel.cancel();
+    let options = PullOptions {
+        cancel,
+        ..PullOptions::default()
+    };
+    let empty = Home::new();
+    let cancelled = empty.store.pull(&parse(&home.path("good")), &options);
+    assert!(matches!(cancelled, Err(Error::Cancelled)), "{cancelled:?}");
+}
+
+#[test]
+fn a_name_comes_before_an_id_and_short_ones_are_none() {
+    let home = Home::new();
+    let (first, digest) = home.image("first", &layers());
+    let (second, other) = home.image("second", &[tar(&[file("n", b"n")])]);
+    let tag = |query: &str, name: &str| {
+        let name = sm_image::DockerReference::parse(name).unwrap();
+        home.store.tag(query, &name).unwrap();
+    };
+    let hex = digest.hex();
+    for short in [
+        &hex[..1],
+        &hex[..3],
+        "",
+        "sha256:",
+        &format!("sha256:{}", &hex[..3]),
+    ] {
+        assert!(home.store.find(short).is_err(), "{short:?}");
+        assert!(home.store.remove(short, &nobody).is_err(), "{short:?}");
+    }
+    assert_eq!(home.store.find(&hex[..4]).unwrap().digest, digest);
+    // Another image has a name that looks like the beginning of this one's ID.
+    tag(&second, &hex[..8]);
+    assert_eq!(home.store.find(&hex[..8]).unwrap().digest, other);
+    let removed = home.store.remove(&hex[..8], &nobody).unwrap();
+    assert_eq!(removed.images.len(), 1);
+    assert!(home.store.find(&first).is_ok() && home.store.find(&second).is_ok());
+    // As does a name of the image itself: only that goes.
+    tag(&first, &hex[..8]);
+    let removed = home.store.remove(&hex[..8], &nobody).unwrap();
+    assert_eq!(removed.images.len(), 1, "{removed:?}");
+    assert!(home.store.find(&first).is_ok());
+}
+
+#[test]
+fn removing_beside_pulling_leaves_whole_images() {
+    let home = Home::new();
+    let names = ["one", "two", "three"];
+    for (number, name) in (1_u8..).zip(names) {
+        let shared = tar(&[file("shared", vec![9; 50_000])]);
+        let own = tar(&[file("own", vec![number; 50_000])]);
+        image(&home.path(name), &[shared, own]);
+    }
+    let barrier = Barrier::new(names.len() + 1);
+    thread::scope(|scope| {
+        for name in names {
+            let (home, barrier) = (&home, &barrier);
+            scope.spawn(move || {
+                barrier.wait();
+                for _ in 0..30 {
+                    let store = Store::open(&home.path("store")).unwrap();
+                    let stored =
+                        store.open_image(&parse(&home.path(name)), &PullOptions::default());
+                    for segment in &stored.unwrap().segments {
+                        let len = segment.open().unwrap().metadata().unwrap().len();
+                        assert_eq!(len, segment.len);
+                    }
+                }
+            });
+        }
+        barrier.wait();
+        for _ in 0..60 {
+            home.store.prune(ALL, &nobody).unwrap();
+        }
+    });
+    home.store.prune(ALL, &nobody).unwrap();
+    assert_eq!((home.count("disks"), home.count("layers")), (0, 0));
+    assert_eq!((home.count("tmp"), home.count("locks")), (0, 0));
+}
