@@ -1,0 +1,12 @@
+//! Commands on VMs, against records that the test makes and VMMs that it plays.
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a failed expectation is a failed test"
+)]
+
+mod fake;
+mod listing;
+mod sessions;
+mod statuses;

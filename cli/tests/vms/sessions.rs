@@ -1,0 +1,143 @@
+//! Sessions whose command does not read its input.
+
+use std::io::{BufRead as _, BufReader, Read as _};
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+use sm_guest_proto::frame::{ExitStatus, FrameType};
+
+use crate::fake::{User, receive, send, send_json};
+
+const PID: u32 = 77;
+
+/// `yes | sm exec -i vm x`, whose command has started and reads nothing.
+struct Stuck {
+    _user: User,
+    yes: Child,
+    sm: Child,
+    session: UnixStream,
+    /// Signals that the agent gets besides.
+    signals: Receiver<u64>,
+}
+
+impl Stuck {
+    fn new() -> Self {
+        let user = User::new();
+        let vm = user.vm(1, "vm");
+        vm.answers();
+        let exec = vm.listens("exec.sock");
+        let mut yes = Command::new("yes").stdout(Stdio::piped()).spawn().unwrap();
+        let mut sm = user
+            .command(&["exec", "-i", "vm", "x"])
+            .stdin(yes.stdout.take().unwrap())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (mut session, _) = exec.accept().unwrap();
+        let hello = receive(&mut session).unwrap();
+        assert_eq!(hello.0, FrameType::Control);
+        assert_eq!(receive(&mut session).unwrap().0, FrameType::Request);
+        send_json(&mut session, &json!({"started": {"pid": PID}}));
+        send(&mut session, FrameType::Stdout, b"ready\n");
+        let mut line = String::new();
+        let mut out = BufReader::new(sm.stdout.take().unwrap());
+        out.read_line(&mut line).unwrap();
+        assert_eq!(line, "ready\n");
+        sm.stdout = Some(out.into_inner());
+        // Its input is on the way; wait until it is stuck there: `yes` has filled the
+        // pipe, and `sm` sleeps in a write.
+        let stdin = format!("/proc/{}/task", sm.id());
+        let blocked = || {
+            std::fs::read_dir(&stdin).unwrap().flatten().any(|task| {
+                let comm = std::fs::read_to_string(task.path().join("comm"));
+                let call = std::fs::read_to_string(task.path().join("syscall"));
+                // write(2) or sendto(2), of x86-64.
+                comm.is_ok_and(|comm| comm == "stdin\n")
+                    && call.is_ok_and(|call| call.starts_with("1 ") || call.starts_with("44 "))
+            })
+        };
+        while !blocked() {
+            std::thread::yield_now();
+        }
+        let (sender, signals) = channel();
+        std::thread::spawn(move || {
+            // The agent, as far as signals go. The VM goes with the thread.
+            let _vm = vm;
+            for stream in exec.incoming() {
+                let mut stream = stream.unwrap();
+                receive(&mut stream).unwrap();
+                let (_, payload) = receive(&mut stream).unwrap();
+                let message: Value = serde_json::from_slice(&payload).unwrap();
+                assert_eq!(message["signal"]["pid"], PID);
+                let exit = ExitStatus {
+                    status: 0,
+                    peak_rss_kib: None,
+                };
+                send(&mut stream, FrameType::Exit, &exit.to_payload());
+                let _ = sender.send(message["signal"]["signal"].as_u64().unwrap());
+            }
+        });
+        Self {
+            _user: user,
+            yes,
+            sm,
+            session,
+            signals,
+        }
+    }
+
+    fn kill(&self, signal: Signal) {
+        let pid = Pid::from_raw(i32::try_from(self.sm.id()).unwrap()).unwrap();
+        kill_process(pid, signal).unwrap();
+    }
+}
+
+impl Drop for Stuck {
+    fn drop(&mut self) {
+        for child in [&mut self.yes, &mut self.sm] {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+#[test]
+fn a_signal_reaches_a_command_that_does_not_read() {
+    let mut stuck = Stuck::new();
+    stuck.kill(Signal::TERM);
+    assert_eq!(stuck.signals.recv().unwrap(), 15);
+    // The command ends by it.
+    let exit = ExitStatus {
+        status: 143,
+        peak_rss_kib: None,
+    };
+    send(&mut stuck.session, FrameType::Exit, &exit.to_payload());
+    stuck.session.shutdown(std::net::Shutdown::Both).unwrap();
+    assert_eq!(stuck.sm.wait().unwrap().code(), Some(143));
+}
+
+#[test]
+fn three_interrupts_end_it_whatever_the_command_does() {
+    let mut stuck = Stuck::new();
+    for _ in 0..2 {
+        stuck.kill(Signal::INT);
+        assert_eq!(stuck.signals.recv().unwrap(), 2);
+    }
+    stuck.kill(Signal::INT);
+    assert_eq!(stuck.sm.wait().unwrap().code(), Some(130));
+}
+
+#[test]
+fn it_ends_when_nobody_reads_its_output() {
+    let mut stuck = Stuck::new();
+    drop(stuck.sm.stdout.take());
+    send(&mut stuck.session, FrameType::Stdout, b"more\n");
+    assert_eq!(stuck.signals.recv().unwrap(), 13);
+    // It hangs up: what was sent before is all there is.
+    let mut rest = Vec::new();
+    stuck.session.read_to_end(&mut rest).unwrap();
+    assert_eq!(stuck.sm.wait().unwrap().code(), Some(137));
+}

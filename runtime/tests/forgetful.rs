@@ -1,0 +1,74 @@
+//! A program that starts a VM and never calls `run_vmm_if_asked`. It is started again
+//! as the VMM, where it starts a VM, and so on: it must end with an error instead.
+#![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, ExitCode};
+
+use sm_image::{Compression, Config, LayoutBuilder, MemoryFile};
+use sm_runtime::home::Home;
+use sm_runtime::image::Fetch;
+use sm_runtime::{Image, RunOptions};
+
+/// Names the directory of the program, which counts how often it was started there.
+const DIRECTORY: &str = "SM_TEST_FORGETFUL";
+
+fn main() -> ExitCode {
+    match std::env::var_os(DIRECTORY) {
+        Some(directory) => forgetful(Path::new(&directory)),
+        None => test(),
+    }
+}
+
+fn test() -> ExitCode {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name);
+    let mut image = LayoutBuilder::new(at("layout"), Compression::None).unwrap();
+    let file = MemoryFile::File(b"hello".to_vec());
+    image.memory_layer(&[("hello", 0o644, file)]).unwrap();
+    image.finish("v1", Config::default()).unwrap();
+    let mut elf = vec![0; 1024];
+    elf[..4].copy_from_slice(b"\x7fELF");
+    fs::write(at("elf"), elf).unwrap();
+    let done = Command::new(std::env::current_exe().unwrap())
+        .env(DIRECTORY, directory.path())
+        .env("SM_KERNEL", at("elf"))
+        .env("SM_AGENT", at("elf"))
+        .env_remove("SM_VMM")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&done.stderr);
+    assert!(text.contains("run_vmm_if_asked"), "{text}");
+    assert_eq!(done.status.code(), Some(1), "{text}");
+    // Itself, and the one that was to be the VMM.
+    assert_eq!(fs::read(at("count")).unwrap().len(), 2, "{text}");
+    // Nothing is left of the VM.
+    let left = fs::read_dir(at("data/vms")).unwrap();
+    assert_eq!(left.count(), 1, "only the lock of the records");
+    println!("a forgetful program ends with an error ... ok");
+    ExitCode::SUCCESS
+}
+
+/// What an application's `main` does.
+fn forgetful(directory: &Path) -> ExitCode {
+    let at = |name: &str| directory.join(name);
+    let mut count = fs::read(at("count")).unwrap_or_default();
+    count.push(b'x');
+    fs::write(at("count"), &count).unwrap();
+    // Should it be started without end, after all.
+    if count.len() > 5 {
+        return ExitCode::from(9);
+    }
+    let home = Home::new(&at("data"), &at("run"), &at("cache"));
+    let reference = format!("oci:{}:v1", at("layout").display());
+    let started = Image::open_in(&home, &reference, &Fetch::default())
+        .and_then(|image| image.run(RunOptions::new().command(["/hello"])));
+    match started {
+        Ok(_) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::from(1)
+        }
+    }
+}
