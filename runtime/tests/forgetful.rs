@@ -24,7 +24,8 @@ fn main() -> ExitCode {
 fn test() -> ExitCode {
     let directory = tempfile::tempdir().unwrap();
     let at = |name: &str| directory.path().join(name);
-    let mut image = LayoutBuilder::new(at("layout"), Compression::None).unwrap();
+    let layout = at("layout");
+    let mut image = LayoutBuilder::new(&layout, Compression::None).unwrap();
     let file = MemoryFile::File(b"hello".to_vec());
     image.memory_layer(&[("hello", 0o644, file)]).unwrap();
     image.finish("v1", Config::default()).unwrap();
