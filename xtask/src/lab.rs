@@ -378,8 +378,8 @@ fn covered(directories: impl IntoIterator<Item = PathBuf>) -> Result<Vec<String>
             continue;
         };
         // "/tmp" itself stays the lab's: it exists there, and is empty by design.
-        let inside = |cover: &&str| real.starts_with(cover) && real != Path::new(*cover);
-        if !COVERED.iter().any(|cover| inside(&cover)) {
+        let inside = |cover: &str| real.starts_with(cover) && real != Path::new(cover);
+        if !COVERED.iter().any(|cover| inside(cover)) {
             continue;
         }
         let text = real.to_str().filter(|text| !text.contains('\n'));

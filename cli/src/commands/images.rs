@@ -101,12 +101,11 @@ fn fetch(
     let image = Image::open_in(home, reference, &Fetch { anew, options });
     bars.clear();
     let image = image?;
-    if grown.into_inner() {
-        if let Some(quota) = quota
-            && let Some(reason) = kept_beyond(home, quota)
-        {
-            bars.show(Progress::Notice(&reason));
-        }
+    if grown.into_inner()
+        && let Some(quota) = quota
+        && let Some(reason) = kept_beyond(home, quota)
+    {
+        bars.show(Progress::Notice(&reason));
     }
     Ok(image)
 }

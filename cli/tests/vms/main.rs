@@ -1,10 +1,5 @@
 //! Commands on VMs, against records that the test makes and VMMs that it plays.
-#![expect(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    reason = "a failed expectation is a failed test"
-)]
+#![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
 mod fake;
 mod listing;
