@@ -179,6 +179,21 @@ impl Manifest {
     }
 }
 
+/// The name of the parent that a manifest has, whatever its format and whether or not
+/// it is whole.
+pub(crate) fn parent_in(bytes: &[u8]) -> Option<String> {
+    #[derive(Deserialize)]
+    struct Child {
+        parent: Option<Named>,
+    }
+    #[derive(Deserialize)]
+    struct Named {
+        name: String,
+    }
+    let child: Child = serde_json::from_slice(bytes).ok()?;
+    Some(child.parent?.name)
+}
+
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;

@@ -11,6 +11,7 @@
 //! exclusively and never waits. A process that dies releases its locks, so
 //! nothing stale can block.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
@@ -211,7 +212,7 @@ impl SnapshotStore {
         draft.sync()?;
         let _guard = self.exclusive()?;
         // Kept until nobody finds the old one any more.
-        let _old = self.claim(name)?;
+        let _old = self.claim(name, &self.family(name)?)?;
         draft.unlock()?;
         renameat_with(CWD, draft.path(), CWD, &target, RenameFlags::EXCHANGE)
             .map_err(|e| Error::io("replace", &target)(e.into()))?;
@@ -310,7 +311,7 @@ impl SnapshotStore {
         let dir = self.root.join(name);
         let grave = {
             let _guard = self.exclusive()?;
-            let _memory = self.claim(name)?;
+            let _memory = self.claim(name, &self.family(name)?)?;
             self.bury(&dir)?
         };
         // Nobody finds it any more, so nobody has to wait for the rest; what is
@@ -323,14 +324,14 @@ impl SnapshotStore {
     /// Sees to it that nobody uses a snapshot, as long as the returned file (if it has
     /// one: a damaged snapshot may not, and then nothing can use it) is open and the
     /// exclusive lock is held.
-    fn claim(&self, name: &str) -> Result<Option<File>, Error> {
+    fn claim(&self, name: &str, family: &Family) -> Result<Option<File>, Error> {
         let dir = self.root.join(name);
         if !dir.exists() {
             return Err(Error::NotFound {
                 name: name.to_owned(),
             });
         }
-        if let Some(child) = self.child_of(name)? {
+        if let Some(child) = family.get(name).and_then(|children| children.first()) {
             return Err(Error::InUse {
                 name: name.to_owned(),
                 user: format!("snapshot \"{child}\", which builds on it"),
@@ -370,11 +371,34 @@ impl SnapshotStore {
         }
         found.sort();
         let surplus = found.len().saturating_sub(keep);
-        let removed = found
-            .iter()
-            .take(surplus)
-            .filter(|(_, name)| self.remove(name).is_ok());
-        Ok(removed.count())
+        let surplus = found.into_iter().take(surplus).map(|(_, name)| name);
+        self.remove_all(surplus.collect())
+    }
+
+    /// Removes those of these snapshots that can be; returns how many went.
+    fn remove_all(&self, names: Vec<String>) -> Result<usize, Error> {
+        if names.is_empty() {
+            return Ok(0);
+        }
+        let mut graves = Vec::new();
+        let guard = self.exclusive()?;
+        let mut family = self.family("")?;
+        for name in names {
+            let buried = self
+                .claim(&name, &family)
+                .and_then(|_memory| self.bury(&self.root.join(&name)));
+            if let Ok(grave) = buried {
+                graves.push(grave);
+                for children in family.values_mut() {
+                    children.retain(|child| *child != name);
+                }
+            }
+        }
+        drop(guard);
+        // Nobody finds them any more: what is left of them is swept.
+        let gone = graves.len();
+        graves.into_iter().for_each(|grave| drop(grave.close()));
+        Ok(gone)
     }
 
     /// Removes the snapshots whose name and manifest are chosen and that neither a
@@ -390,9 +414,8 @@ impl SnapshotStore {
         let removed = self.names()?.into_iter().filter(|name| {
             named(name)
                 && read_manifest(&self.root.join(name)).is_ok_and(|manifest| chosen(&manifest))
-                && self.remove(name).is_ok()
         });
-        Ok(removed.count())
+        self.remove_all(removed.collect())
     }
 
     /// Takes the name away, in one step. The files go with what is returned.
@@ -407,22 +430,39 @@ impl SnapshotStore {
         Ok(grave)
     }
 
-    fn child_of(&self, name: &str) -> Result<Option<String>, Error> {
-        Ok(self.children(name)?.into_iter().next())
-    }
-
     /// The snapshots that build directly on `name`, which may itself be damaged.
     ///
     /// # Errors
-    /// The directory cannot be read.
+    /// The directory, or a manifest in it, cannot be read.
     pub fn children(&self, name: &str) -> Result<Vec<String>, Error> {
-        let builds_on = |other: &String| {
-            read_manifest(&self.root.join(other))
-                .ok()
-                .and_then(|manifest| manifest.parent)
-                .is_some_and(|parent| parent.name == name)
-        };
-        Ok(self.names()?.into_iter().filter(builds_on).collect())
+        Ok(self.family(name)?.remove(name).unwrap_or_default())
+    }
+
+    /// The snapshots that build on others, by the names of these. What is written in a
+    /// manifest that this version does not understand is heeded all the same. Where
+    /// that cannot even be read, nothing is said: any snapshot may be its parent. Not so
+    /// of `but`, which is no child of its own.
+    fn family(&self, but: &str) -> Result<Family, Error> {
+        let mut family = Family::new();
+        for name in self.names()?.into_iter().filter(|name| name != but) {
+            let path = self.root.join(&name).join("manifest.json");
+            let read = match path.metadata() {
+                // It is none.
+                Ok(meta) if meta.len() > manifest::MAX_LEN => continue,
+                Ok(_) => fs::read(&path),
+                Err(error) => Err(error),
+            };
+            let bytes = match read {
+                Ok(bytes) => bytes,
+                // Removed meanwhile, or there is nothing to go on with.
+                Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+                Err(e) => return Err(Error::io("read", &path)(e)),
+            };
+            if let Some(parent) = manifest::parent_in(&bytes) {
+                family.entry(parent).or_default().push(name);
+            }
+        }
+        Ok(family)
     }
 
     fn names(&self) -> Result<Vec<String>, Error> {
@@ -484,6 +524,9 @@ impl SnapshotStore {
         Ok(temporary.filter(abandoned).collect())
     }
 }
+
+/// Children by the names of their parents.
+type Family = BTreeMap<String, Vec<String>>;
 
 /// Whether `path` names the open `file`.
 fn is_still_at(file: &File, path: &Path) -> Result<bool, Error> {

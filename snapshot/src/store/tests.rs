@@ -95,6 +95,55 @@ fn a_parent_cannot_be_removed_before_its_child() {
 }
 
 #[test]
+fn a_child_that_cannot_be_read_keeps_its_parent() {
+    let (_dir, store) = store();
+    let base = publish(&store, "base", None);
+    let parent = ParentRef {
+        name: "base".into(),
+        digest: base.digest,
+    };
+    publish(&store, "child", Some(parent));
+    let path = store.root.join("child/manifest.json");
+    // Another version has made it, or somebody has changed it.
+    let text = fs::read_to_string(&path).unwrap();
+    let newer = text.replace("\"format\": ", "\"format\": 9");
+    assert_ne!(newer, text);
+    fs::write(&path, newer).unwrap();
+    let error = store.remove("base").unwrap_err().to_string();
+    assert!(error.contains("child"), "{error}");
+    assert_eq!(store.trim(0, |name| name == "base").unwrap(), 0);
+    // It cannot be opened, as when there are no descriptors left.
+    fs::remove_file(&path).unwrap();
+    fs::create_dir(&path).unwrap();
+    assert!(matches!(store.remove("base"), Err(Error::Io { .. })));
+    assert!(store.trim(0, |name| name == "base").is_err());
+    assert!(store.root.join("base").exists());
+    store.remove("child").unwrap();
+    store.remove("base").unwrap();
+}
+
+#[test]
+fn of_a_chain_the_tips_go_and_then_what_they_were_built_on() {
+    let (_dir, store) = store();
+    let mut parent = None;
+    for name in ["a", "b", "c"] {
+        let manifest = publish(&store, name, parent);
+        parent = Some(ParentRef {
+            name: name.into(),
+            digest: manifest.digest,
+        });
+    }
+    let chosen = |name: &str| name != "lock";
+    let newest = store.lease("a").unwrap();
+    // Whoever was used last is looked at last.
+    store.note_use(&store.lease("b").unwrap());
+    store.note_use(&newest);
+    drop(newest);
+    assert_eq!(store.trim(0, chosen).unwrap(), 3);
+    assert!(store.list().unwrap().is_empty());
+}
+
+#[test]
 fn a_truncated_memory_file_is_refused() {
     let (_dir, store) = store();
     publish(&store, "base", None);
