@@ -188,9 +188,10 @@ fn run_helper(name: &str, key: &str) -> Option<Credentials> {
         .stderr(Stdio::null())
         .spawn()
         .ok()?;
-    child.stdin.take()?.write_all(key.as_bytes()).ok()?;
+    // One that ends without reading is waited for as well.
+    let asked = child.stdin.take()?.write_all(key.as_bytes());
     let output = child.wait_with_output().ok()?;
-    if !output.status.success() {
+    if asked.is_err() || !output.status.success() {
         return None;
     }
     let helped: Helped = serde_json::from_slice(&output.stdout).ok()?;
