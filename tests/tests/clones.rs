@@ -133,7 +133,7 @@ fn clones_go_on_where_the_workload_was_with_an_identity_of_their_own() {
         ends(home, clone, "9");
     }
     let refused = Home::shared().sm(&["snapshot", "create", &vm.name, "late"]);
-    assert!(refused.exits(125).err().contains("not running"));
+    assert!(refused.exits(1).err().contains("not running"));
     drop(clones);
     until("its clones are gone", || {
         remove(home, &name).code == Some(0)
@@ -156,7 +156,7 @@ fn forked_clones_share_a_snapshot_that_goes_with_the_last() {
         let then = count(home, clone);
         goes_on(home, clone, then);
     }
-    let refused = remove(home, made).exits(125).err();
+    let refused = remove(home, made).exits(1).err();
     assert!(refused.contains("in use"), "{refused}");
     drop(clones);
     until("it is removed", || !names(home).contains(made));
@@ -371,7 +371,7 @@ fn a_clone_is_put_back_to_its_snapshot() {
     assert!(count(home, clone) < 1000);
     home.sm(&["exec", clone, "touch", "/tmp/end"]).exits(0);
     ends(home, clone, "9");
-    let refused = home.sm(&["reset", clone]).exits(125).err();
+    let refused = home.sm(&["reset", clone]).exits(1).err();
     assert!(refused.contains("not running"), "{refused}");
     drop(clones);
     until("its clones are gone", || {
@@ -459,7 +459,7 @@ fn snapshots_of_clones_of_snapshots() {
     goes_on(home, &clone.name, then);
     drop(clone);
     until("its clone is gone", || remove(home, &flat).code == Some(0));
-    let refused = remove(home, &made[0]).exits(125).err();
+    let refused = remove(home, &made[0]).exits(1).err();
     assert!(refused.contains("builds on it"), "{refused}");
     drop(all);
     for name in made.iter().rev() {
@@ -531,12 +531,12 @@ fn bad_names_and_bad_wishes_are_refused_and_nothing_stops() {
         ("a/b", "not a snapshot name"),
         ("", "not a snapshot name"),
     ] {
-        let error = create(name).exits(125).err();
+        let error = create(name).exits(1).err();
         assert!(error.contains(why), "{name}: {error}");
     }
     let name = unique("taken");
     create(&name).exits(0);
-    let error = create(&name).exits(125).err();
+    let error = create(&name).exits(1).err();
     assert!(error.contains("exists already"), "{error}");
     let from = |more: &[&str]| {
         let mut all = vec!["run", "--rm", "--from", &name];

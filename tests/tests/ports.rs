@@ -83,7 +83,7 @@ fn bytes_go_both_ways_and_half_close_is_kept() {
     assert!(table.contains(&format!("{address}->80/tcp")), "{table}");
     let json = home.sm(&["port", "--json", &vm.name]).exits(0).json();
     assert_eq!(json[0]["guest"], 80);
-    let error = home.sm(&["port", &vm.name, "81"]).exits(125).err();
+    let error = home.sm(&["port", &vm.name, "81"]).exits(1).err();
     assert!(error.contains("not published"), "{error}");
     drop(vm);
     assert!(
@@ -283,7 +283,7 @@ fn ranges_are_published_and_shown_as_docker_does() {
         echo(address(home, &vm.name, "80"), b"in a range"),
         b"in a range"
     );
-    let error = home.sm(&["port", &vm.name, "80/udp"]).exits(125).err();
+    let error = home.sm(&["port", &vm.name, "80/udp"]).exits(1).err();
     assert!(error.contains("only TCP"), "{error}");
     let busybox = image("busybox");
     let refused = home.sm(&["run", "--rm", "-p", "53:53/udp", &busybox, "true"]);
