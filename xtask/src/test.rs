@@ -19,8 +19,9 @@ use crate::lab::{self, Job, Lab, Output};
 use crate::{bench_restore, cmd, fidelity, fixtures, host, kernel, stock};
 
 /// What unit and property tests compare us with, and a compiler.
-pub(crate) const UNIT_PACKAGES: [&str; 9] = [
+pub(crate) const UNIT_PACKAGES: [&str; 10] = [
     "acpica-tools",
+    "containerd",
     "gcc",
     "libc6-dev",
     "docker-registry",
