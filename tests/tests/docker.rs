@@ -16,7 +16,7 @@ const REQUIRED: &str = include_str!("../../guest/kernel/containers.required");
 const CONTROLLERS: [&str; 5] = ["cpu", "cpuset", "io", "memory", "pids"];
 
 #[test]
-fn the_running_kernel_has_all_that_containers_need() {
+fn full_the_running_kernel_has_all_that_containers_need() {
     let home = Home::shared();
     let script = "cat /sys/fs/cgroup/cgroup.controllers; zcat /proc/config.gz";
     let arguments = [

@@ -179,13 +179,6 @@ impl Recipe {
                 lost.essential.join(", ")
             );
         }
-        let missing = kconfig::missing_for_containers(&config);
-        if !missing.is_empty() {
-            self.refuse(&format!(
-                "the configuration lost what containers in the guest need: {}",
-                missing.join(", ")
-            ))?;
-        }
         let came_on = kconfig::came_on(&kconfig::prompts(&tree)?, kconfig::FRAGMENT, &config);
         fs::write(work.join(DEFAULTS), came_on.join("\n"))?;
         self.review(work)?;
