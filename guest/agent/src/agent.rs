@@ -1,16 +1,18 @@
 //! The agent's state and its loop: every event is handed to its owner here.
 
+use std::collections::HashMap;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use rustix::net::{SocketFlags, accept_with};
+use rustix::fs::OFlags;
 use rustix::process::Pid;
 use sm_guest_proto::control::{ControlReply, ControlRequest};
 use sm_guest_proto::exec::{ExecRequest, Role};
 
-use crate::cgroup::Cgroup;
+use crate::cgroup::{Cgroup, Events};
 use crate::control::{self, Control};
 use crate::exec::session::{Ask, Session, status_pipe};
 use crate::exec::stdio::{self, ChildEnds};
@@ -19,6 +21,8 @@ use crate::forward::Forwards;
 use crate::identity::Identity;
 use crate::kernel_log::KernelLog;
 use crate::log;
+use crate::node::Node;
+use crate::peer;
 use crate::poweroff::PowerOff;
 use crate::reactor::{Class, Event, Reactor, Ready, Token, Watched};
 use crate::slab::{Key, Slab};
@@ -41,7 +45,18 @@ mod listener {
     pub(super) const EXEC: u8 = 0;
     pub(super) const FORWARD: u8 = 1;
     pub(super) const CONTROL: u8 = 2;
+    /// Time to accept again.
+    pub(super) const RESUME: u8 = 3;
 }
+
+/// Connections of strangers closed before others get their turn.
+const STRANGERS: usize = 64;
+/// Until connections are accepted again after that failed, when none has ended before:
+/// Linux announces no descriptors or memory that others have released.
+const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
+
+/// Status of a process that SIGKILL ended.
+const KILLED: u32 = 128 + 9;
 
 /// How long the root may take to assemble.
 const ATTACH_DEADLINE: Duration = Duration::from_secs(30);
@@ -53,10 +68,17 @@ pub(crate) struct Agent {
     pub(crate) reactor: Reactor,
     scratch: Vec<u8>,
     listeners: [Watched; 3],
+    accepting: Accepting,
     signals: Watched,
+    null: Node,
     kernel_log: Option<KernelLog>,
     pub(crate) controls: Slab<Control>,
     pub(crate) sessions: Slab<Session>,
+    /// Commands that have not been reaped, and whose they are.
+    pub(crate) running: HashMap<Pid, Key>,
+    /// OOM kills that ended commands beside the main one, of those that the cgroup
+    /// has counted.
+    pub(crate) exec_oom_kills: u64,
     forwards: Forwards,
     pub(crate) workload: Workload,
     pub(crate) identity: Identity,
@@ -68,8 +90,20 @@ pub(crate) struct Agent {
     pub(crate) freezing: Option<Waiting>,
     pub(crate) preparing: Option<(Waiting, Pid)>,
     pub(crate) refreshing: Option<Waiting>,
+    /// With where the answer is written.
+    pub(crate) reporting: Option<(Waiting, Pid, File)>,
     pub(crate) deadlines: Deadlines,
     pub(crate) power: Option<PowerOff>,
+}
+
+/// Whether connections are accepted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Accepting {
+    Yes,
+    /// Not at the moment, for want of descriptors or memory.
+    Paused,
+    /// Again, though the last attempt failed.
+    Retrying,
 }
 
 impl Agent {
@@ -81,6 +115,10 @@ impl Agent {
         cgroup: Cgroup,
         facts: Facts,
     ) -> io::Result<Self> {
+        // All before a workload runs, which could replace what is opened here.
+        log::open();
+        let null = Node::find("/dev/null")?;
+        let random = Node::find("/dev/urandom")?.open(OFlags::WRONLY)?;
         let reactor = Reactor::new()?;
         let mut listeners =
             [listeners.exec, listeners.forward, listeners.control].map(Watched::new);
@@ -96,13 +134,17 @@ impl Agent {
             reactor,
             scratch: vec![0; SCRATCH_LEN],
             listeners,
+            accepting: Accepting::Yes,
             signals,
+            null,
             kernel_log,
             controls: Slab::default(),
             sessions: Slab::default(),
+            running: HashMap::new(),
+            exec_oom_kills: 0,
             forwards: Forwards::default(),
             workload: Workload::new(directory.clone())?,
-            identity: Identity::new(directory),
+            identity: Identity::new(directory, random),
             cgroup,
             facts,
             vmgenid_seen: false,
@@ -110,6 +152,7 @@ impl Agent {
             freezing: None,
             preparing: None,
             refreshing: None,
+            reporting: None,
             deadlines: Deadlines::default(),
             power: None,
         })
@@ -142,8 +185,13 @@ impl Agent {
                 Class::Control => self.control_ready(token.key, ready),
                 Class::Exec => self.session_ready(token, ready),
                 Class::Forward => {
-                    self.forwards
-                        .ready(&mut self.reactor, token, ready, &mut self.scratch);
+                    let reactor = &mut self.reactor;
+                    if self
+                        .forwards
+                        .ready(reactor, token, ready, &mut self.scratch)
+                    {
+                        self.resume_accepting();
+                    }
                 }
                 Class::Workload if token.part == workload::part::CHANNEL => self.check_attach(),
                 Class::Workload => self.cgroup_changed(),
@@ -155,27 +203,80 @@ impl Agent {
                         session.deadline(token.part);
                     }
                 }
-                Class::Forward => self.forwards.deadline(&mut self.reactor, token.key),
+                Class::Forward => {
+                    if self.forwards.deadline(&mut self.reactor, token.key) {
+                        self.resume_accepting();
+                    }
+                }
                 Class::Control => self.finish_refresh(Some(token)),
                 Class::Workload => self.workload_deadline(token),
                 Class::Power => self.power_deadline(token.part),
-                Class::Listener | Class::Signals | Class::KernelLog => {}
+                Class::Listener => self.resume_accepting(),
+                Class::Signals | Class::KernelLog => {}
             },
         }
     }
+
+    // ---- connections ----
 
     fn accept(&mut self, part: u8) {
         let Some(listener) = self.listeners.get(usize::from(part)) else {
             return;
         };
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         // One per wake-up: the listener stays readable while more wait, and
-        // running sessions get their turn in between.
-        let socket = match accept_with(listener, flags) {
-            Ok(socket) => socket,
-            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return,
-            Err(error) => return log::error("accept a connection", error),
-        };
+        // running sessions get their turn in between. Nobody waits for strangers.
+        for _ in 0..STRANGERS {
+            match peer::accept(listener.as_fd()) {
+                Ok((socket, peer)) => {
+                    self.accepting = Accepting::Yes;
+                    if peer.is_served() {
+                        return self.serve_new(part, socket);
+                    }
+                }
+                // Nobody waits, or whoever did has left.
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::WouldBlock
+                            | io::ErrorKind::Interrupted
+                            | io::ErrorKind::ConnectionAborted
+                            | io::ErrorKind::ConnectionReset
+                    ) =>
+                {
+                    return;
+                }
+                Err(error) => return self.pause_accepting(&error),
+            }
+        }
+    }
+
+    /// Accepts nothing until a connection ends or [`ACCEPT_PAUSE`] has passed: those
+    /// that wait would wake the agent again and again. They stay in the backlog.
+    fn pause_accepting(&mut self, error: &io::Error) {
+        if self.accepting == Accepting::Yes {
+            log::error("accept a connection", error);
+        }
+        self.accepting = Accepting::Paused;
+        self.watch_listeners(Ready::empty());
+        let token = Token::single(Class::Listener, listener::RESUME);
+        self.reactor.timer(Instant::now() + ACCEPT_PAUSE, token);
+    }
+
+    fn resume_accepting(&mut self) {
+        if self.accepting == Accepting::Paused {
+            self.accepting = Accepting::Retrying;
+            self.watch_listeners(Ready::IN);
+        }
+    }
+
+    fn watch_listeners(&mut self, want: Ready) {
+        for (watched, part) in self.listeners.iter_mut().zip(0..) {
+            let token = Token::single(Class::Listener, part);
+            log::note_failure("watch a listener", watched.set(&self.reactor, token, want));
+        }
+    }
+
+    fn serve_new(&mut self, part: u8, socket: OwnedFd) {
         match part {
             listener::EXEC => {
                 let key = self.sessions.insert(Session::new(socket));
@@ -195,18 +296,18 @@ impl Agent {
     fn reap(&mut self) {
         while sys::next_signal(self.signals.as_fd()).is_some() {}
         while let Ok(Some(reaped)) = sys::reap() {
-            let owner = self
-                .sessions
-                .iter_mut()
-                .find(|(_, session)| session.live_pid() == Some(reaped.pid))
-                .map(|(key, _)| key);
+            let owner = self.running.remove(&reaped.pid);
             if let Some(key) = owner {
+                if reaped.status == KILLED && self.workload.main() != Some(key) {
+                    self.note_exec_killed();
+                }
                 if let Some(session) = self.sessions.get_mut(key) {
                     session.exited(&self.reactor, reaped.status, reaped.peak_rss_kib);
                 }
                 self.settle_session(key);
             }
             self.check_prepared(&reaped);
+            self.check_reported(&reaped);
             if self.workload.attaching() && self.workload.init() == Some(reaped.pid) {
                 // Its last words are in the channel.
                 self.check_attach();
@@ -223,6 +324,14 @@ impl Agent {
         }
         if self.power.is_some() {
             self.check_power();
+        }
+    }
+
+    /// A command beside the main one was killed: by the kernel, if that has killed
+    /// more processes than are accounted for.
+    fn note_exec_killed(&mut self) {
+        if self.cgroup.oom_kills() > self.exec_oom_kills {
+            self.exec_oom_kills += 1;
         }
     }
 
@@ -279,6 +388,7 @@ impl Agent {
         };
         if let Ask::Finished = session.settle(&mut self.reactor, key, &mut self.scratch) {
             self.sessions.remove(key);
+            self.resume_accepting();
             if self.workload.main() == Some(key) {
                 self.workload.forget_main();
             }
@@ -318,7 +428,7 @@ impl Agent {
             stdio::terminal(&self.workload.devpts(), request.cols, request.rows)
                 .map_err(|error| fail("open a terminal", error))?
         } else {
-            stdio::pipes(request.stdin).map_err(|error| fail("make pipes", error))?
+            stdio::pipes(request.stdin, &self.null).map_err(|error| fail("make pipes", error))?
         };
         let (status, child_status) = status_pipe().map_err(|error| fail("make a pipe", error))?;
         let terminal = match &child_ends {
@@ -330,13 +440,12 @@ impl Agent {
             Role::Main => self
                 .workload
                 .become_main(key, &launch, &child_ends, &child_status),
-            Role::Exec => {
-                let cgroup = self.cgroup.directory();
-                self.workload
-                    .spawn(&launch, &child_ends, child_status, cgroup)
-            }
+            Role::Exec => self
+                .workload
+                .spawn(&launch, &child_ends, child_status, &self.cgroup),
         };
         let pid = pid.map_err(|error| fail("start a process", error))?;
+        self.running.insert(pid, key);
         if let Some(session) = self.sessions.get_mut(key) {
             session.started(&launch.request, pid, agent_ends, status);
         }
@@ -418,6 +527,7 @@ impl Agent {
     fn drop_control(&mut self, key: Key) {
         if let Some(control) = self.controls.remove(key) {
             control.close(&self.reactor);
+            self.resume_accepting();
         }
     }
 
@@ -436,7 +546,13 @@ impl Agent {
     fn check_attach(&mut self) {
         let reply = match self.workload.attach_progress(&self.reactor) {
             Attached::Pending => return,
-            Attached::Done => ControlReply::Done,
+            Attached::Done => {
+                if let Some(init) = self.workload.init() {
+                    let learnt = self.cgroup.learn_path(init);
+                    log::note_failure("find the workload's cgroup", learnt);
+                }
+                ControlReply::Done
+            }
             Attached::Failed(message) => ControlReply::Error { message },
         };
         let waiting = self.attaching.take();
@@ -460,6 +576,9 @@ impl Agent {
         } else if let Some((waiting, _)) = self.preparing.take_if(|(w, _)| w.is_due(passed)) {
             // The child cannot be ended while it waits for a device; it does no harm.
             self.answer(Some(waiting.key), &late("writing data back"));
+        } else if let Some((waiting, pid, _)) = self.reporting.take_if(|(w, ..)| w.is_due(passed)) {
+            let _ = sys::kill(pid, 9);
+            self.answer(Some(waiting.key), &late("reading the workload's files"));
         }
     }
 
@@ -470,6 +589,19 @@ impl Agent {
         Ok(())
     }
 
+    /// The answer to a freeze. A workload that nobody says is frozen goes on.
+    pub(crate) fn frozen(&mut self, result: io::Result<Events>) -> ControlReply {
+        match result {
+            Ok(_) => ControlReply::Done,
+            Err(error) => {
+                log::note_failure("thaw", self.cgroup.freeze(false));
+                ControlReply::Error {
+                    message: format!("read cgroup.events: {error}"),
+                }
+            }
+        }
+    }
+
     pub(crate) fn cgroup_changed(&mut self) {
         if self.freezing.is_some() {
             match self.cgroup.events(&self.reactor) {
@@ -477,12 +609,7 @@ impl Agent {
                 result => {
                     self.cgroup.stop_watching(&self.reactor);
                     let waiting = self.freezing.take();
-                    let reply = match result {
-                        Ok(_) => ControlReply::Done,
-                        Err(error) => ControlReply::Error {
-                            message: format!("read cgroup.events: {error}"),
-                        },
-                    };
+                    let reply = self.frozen(result);
                     self.answer(waiting.map(|waiting| waiting.key), &reply);
                 }
             }

@@ -36,6 +36,15 @@ enum Phase {
     Closing,
 }
 
+/// Bytes taken of one frame. The largest request is an ATTACH ROOT with its hosts.
+fn limit(kind: FrameType) -> usize {
+    match kind {
+        FrameType::Control => 1 << 20,
+        // They are refused whatever they hold.
+        _ => 4096,
+    }
+}
+
 /// One control connection.
 #[derive(Debug)]
 pub(crate) struct Control {
@@ -47,7 +56,7 @@ impl Control {
     /// A connection accepted from the host.
     pub(crate) fn accepted(socket: OwnedFd) -> Self {
         Self {
-            framed: Framed::new(socket),
+            framed: Framed::new(socket, limit),
             phase: Phase::Hello,
         }
     }
@@ -55,7 +64,7 @@ impl Control {
     /// A connection that the agent is making.
     pub(crate) fn dialled(socket: OwnedFd) -> Self {
         Self {
-            framed: Framed::new(socket),
+            framed: Framed::new(socket, limit),
             phase: Phase::Connecting,
         }
     }

@@ -4,12 +4,16 @@
 //! `/etc/machine-id` and the kernel's `boot_id` are files of the agent, mounted
 //! over the image's by [`crate::root`]. A refresh rewrites these files, so it
 //! is the same before and after a root is attached, and never touches a path
-//! that the workload controls.
+//! that the workload controls. It writes through descriptors from before the
+//! workload, whose root could otherwise hold the opening up by a lease.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write as _};
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::fs::{self, File};
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, UdpSocket};
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -50,15 +54,21 @@ fn step<T>(
 #[derive(Debug)]
 pub(crate) struct Identity {
     directory: PathBuf,
+    /// The kernel's random number generator.
+    random: OwnedFd,
+    /// What was written, by name.
+    files: HashMap<&'static str, File>,
     hostname: String,
     extra_hosts: Vec<(String, String)>,
 }
 
 impl Identity {
-    /// Keeps its files in `directory`.
-    pub(crate) fn new(directory: PathBuf) -> Self {
+    /// Keeps its files in `directory`, and gives entropy to `random`.
+    pub(crate) fn new(directory: PathBuf, random: OwnedFd) -> Self {
         Self {
             directory,
+            random,
+            files: HashMap::new(),
             hostname: String::from("localhost"),
             extra_hosts: Vec::new(),
         }
@@ -84,13 +94,9 @@ impl Identity {
             return Err(IdentityError::Malformed("entropy"));
         }
         if !refresh.entropy.is_empty() {
-            let random = step(
-                "open /dev/urandom",
-                OpenOptions::new().write(true).open("/dev/urandom"),
-            )?;
             step(
                 "add entropy",
-                sys::add_entropy(random.as_fd(), &refresh.entropy),
+                sys::add_entropy(self.random.as_fd(), &refresh.entropy),
             )?;
         }
         if refresh.realtime_ns != 0 {
@@ -102,14 +108,17 @@ impl Identity {
         if !refresh.machine_id.is_empty() {
             step(
                 "write machine-id",
-                self.write(MACHINE_ID_FILE, &refresh.machine_id),
+                self.write_line(MACHINE_ID_FILE, &refresh.machine_id),
             )?;
         }
         if !refresh.boot_id.is_empty() {
-            step("write boot_id", self.write(BOOT_ID_FILE, &refresh.boot_id))?;
+            step(
+                "write boot_id",
+                self.write_line(BOOT_ID_FILE, &refresh.boot_id),
+            )?;
         }
         if !refresh.epoch.is_empty() {
-            step("write epoch", self.write(EPOCH_FILE, &refresh.epoch))?;
+            step("write epoch", self.write_line(EPOCH_FILE, &refresh.epoch))?;
         }
         if let Some(mac) = mac {
             step("set the MAC address", set_first_mac(mac))?;
@@ -141,30 +150,30 @@ impl Identity {
             servers += &format!("nameserver {server}\n");
         }
         if !servers.is_empty() {
-            step(
-                "write resolv.conf",
-                fs::write(self.directory.join("resolv.conf"), servers),
-            )?;
+            step("write resolv.conf", self.write("resolv.conf", &servers))?;
         }
         // A host that never refreshes still gets identifiers of this boot.
-        let boot_id = self.directory.join(BOOT_ID_FILE);
         let kernels = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-        if !boot_id.exists() {
-            step("write boot_id", self.write(BOOT_ID_FILE, kernels.trim()))?;
+        if !self.files.contains_key(BOOT_ID_FILE) {
+            step(
+                "write boot_id",
+                self.write_line(BOOT_ID_FILE, kernels.trim()),
+            )?;
         }
-        if !self.directory.join(EPOCH_FILE).exists() {
-            step("write epoch", self.write(EPOCH_FILE, kernels.trim()))?;
+        if !self.files.contains_key(EPOCH_FILE) {
+            step("write epoch", self.write_line(EPOCH_FILE, kernels.trim()))?;
         }
-        if !self.directory.join(MACHINE_ID_FILE).exists() {
+        if !self.files.contains_key(MACHINE_ID_FILE) {
             let fresh = fs::read_to_string("/proc/sys/kernel/random/uuid").unwrap_or_default();
             let fresh = fresh.trim().replace('-', "");
-            step("write machine-id", self.write(MACHINE_ID_FILE, &fresh))?;
+            step("write machine-id", self.write_line(MACHINE_ID_FILE, &fresh))?;
         }
         Ok(())
     }
 
     /// What this guest is by now, read the way a process of the workload would, below
-    /// its `root`; without a workload, from the files that it would be given.
+    /// its `root`; without a workload, from the files that it would be given. May wait
+    /// for whatever the workload has mounted there.
     pub(crate) fn evidence(&self, root: Option<PathBuf>) -> Result<Evidence, IdentityError> {
         let root = root
             .map(|root| {
@@ -219,19 +228,24 @@ impl Identity {
             rustix::system::sethostname(name.as_bytes()),
         )?;
         self.hostname = name.to_owned();
-        step("write hostname", self.write("hostname", name))?;
+        step("write hostname", self.write_line("hostname", name))?;
         let hosts = hosts_file(name, &self.extra_hosts);
-        step(
-            "write hosts",
-            fs::write(self.directory.join("hosts"), hosts),
-        )
+        step("write hosts", self.write("hosts", &hosts))
+    }
+
+    fn write_line(&mut self, name: &'static str, line: &str) -> io::Result<()> {
+        self.write(name, &format!("{line}\n"))
     }
 
     /// Rewrites a file in place: it may be mounted in the workload's namespace,
     /// where a new inode would not be seen.
-    fn write(&self, name: &str, line: &str) -> io::Result<()> {
-        let mut file = File::create(self.directory.join(name))?;
-        file.write_all(format!("{line}\n").as_bytes())
+    fn write(&mut self, name: &'static str, text: &str) -> io::Result<()> {
+        let file = match self.files.entry(name) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => entry.insert(File::create(self.directory.join(name))?),
+        };
+        file.write_all_at(text.as_bytes(), 0)?;
+        file.set_len(u64::try_from(text.len()).unwrap_or(u64::MAX))
     }
 }
 
@@ -341,10 +355,15 @@ fn first_interface(class: &Path) -> io::Result<Option<String>> {
 mod tests {
     use super::*;
 
+    fn identity(directory: &Path) -> Identity {
+        let random = File::options().write(true).open("/dev/null").unwrap();
+        Identity::new(directory.into(), random.into())
+    }
+
     #[test]
     fn malformed_identities_are_refused_before_anything_changes() {
         let directory = tempfile::tempdir().unwrap();
-        let mut identity = Identity::new(directory.path().into());
+        let mut identity = identity(directory.path());
         let refused = |refresh: Refresh| identity.refresh(&refresh).unwrap_err().to_string();
         let base = Refresh::default;
         let mut refused = refused;
@@ -382,15 +401,15 @@ mod tests {
     #[test]
     fn files_are_rewritten_in_place() {
         let directory = tempfile::tempdir().unwrap();
-        let identity = Identity::new(directory.path().into());
+        let mut identity = identity(directory.path());
         identity
-            .write("machine-id", "a longer first content")
+            .write_line("machine-id", "a longer first content")
             .unwrap();
         let inode = |name| {
             std::os::unix::fs::MetadataExt::ino(&fs::metadata(directory.path().join(name)).unwrap())
         };
         let before = inode("machine-id");
-        identity.write("machine-id", "short").unwrap();
+        identity.write_line("machine-id", "short").unwrap();
         assert_eq!(inode("machine-id"), before);
         let text = fs::read_to_string(directory.path().join("machine-id")).unwrap();
         assert_eq!(text, "short\n");

@@ -12,11 +12,9 @@ use sm_guest_proto::control::AttachRoot;
 use crate::exec::child;
 use crate::exec::session::read_launch;
 use crate::exec::stdio::ChildEnds;
+use crate::log;
 use crate::root;
 use crate::sys;
-
-/// Number that the channel keeps; everything above it is closed.
-const CHANNEL: i32 = 3;
 
 /// Assembles the root file system, reports, waits, and possibly becomes the
 /// main command. Runs in a process forked by the agent.
@@ -29,7 +27,9 @@ pub(crate) fn run(channel: OwnedFd, directory: &Path, plan: &AttachRoot) -> ! {
 }
 
 fn assemble(channel: OwnedFd, directory: &Path, plan: &AttachRoot) -> Result<OwnedFd, ()> {
-    let channel = keep_only(channel).map_err(drop)?;
+    let mut keep = vec![channel.as_fd()];
+    keep.extend(log::descriptor());
+    sys::close_all_but(&keep);
     let message = match root::assemble(directory, plan) {
         Ok(()) => vec![0],
         Err(error) => {
@@ -43,20 +43,6 @@ fn assemble(channel: OwnedFd, directory: &Path, plan: &AttachRoot) -> Result<Own
         (Ok(_), 1) => Ok(channel),
         _ => Err(()),
     }
-}
-
-/// Moves the channel to a fixed number and closes what the agent had open.
-#[expect(unsafe_code, reason = "takes over a descriptor number")]
-fn keep_only(channel: OwnedFd) -> io::Result<OwnedFd> {
-    sys::place(channel.as_fd(), CHANNEL)?;
-    // Its number may be above CHANNEL and is then closed below, or be CHANNEL
-    // itself and owned again below: either way not by this value.
-    std::mem::forget(channel);
-    sys::close_from(CHANNEL.unsigned_abs() + 1);
-    // SAFETY: just made, and its earlier owner is forgotten.
-    let channel = unsafe { sys::adopt(CHANNEL) };
-    rustix::io::fcntl_setfd(&channel, rustix::io::FdFlags::CLOEXEC)?;
-    Ok(channel)
 }
 
 /// Reaps orphans until told to become the main command, or to end.

@@ -5,10 +5,12 @@
 //! random.c`, `add_vmfork_randomness`). Records of the kernel cannot be forged:
 //! what user space writes to `/dev/kmsg` never has facility 0.
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, ErrorKind, Read as _, Seek as _, SeekFrom};
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::fs::OpenOptions;
+use std::io::{self, Seek as _, SeekFrom};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt as _;
+
+use rustix::io::Errno;
 
 use crate::reactor::{Class, Reactor, Ready, Token, Watched};
 
@@ -43,21 +45,16 @@ impl KernelLog {
     /// Reads what was logged since the last call. Returns whether a new VM
     /// generation ID was noticed in it.
     pub(crate) fn vm_fork_seen(&mut self) -> bool {
-        let Ok(log) = self.watched.as_fd().try_clone_to_owned() else {
-            return false;
-        };
-        let mut log = File::from(log);
         let mut record = [0; 2048];
         let mut seen = false;
         loop {
             // One record per read.
-            match log.read(&mut record) {
+            match rustix::io::read(&self.watched, &mut record) {
                 Ok(0) => return seen,
                 Ok(count) => seen |= is_vm_fork(record.get(..count).unwrap_or_default()),
                 // EPIPE: records were overwritten before they were read; the
                 // next read continues with the oldest there is.
-                Err(error)
-                    if matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::Interrupted) => {}
+                Err(Errno::PIPE | Errno::INTR) => {}
                 Err(_) => return seen,
             }
         }

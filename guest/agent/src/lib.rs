@@ -4,8 +4,11 @@
 //!
 //! - **One thread, one place to wait.** Everything runs on the main thread and
 //!   waits only in `reactor`'s `epoll_wait`. Nothing else blocks: files of the
-//!   image are touched only by processes forked for one command. This is also
-//!   what makes forking safe without exec.
+//!   image are touched only by processes forked for one command or one question,
+//!   and device nodes and files that the workload can replace are held by descriptor
+//!   (`node`, `identity`). This is also what makes forking safe without exec.
+//! - **Only the host gives orders** (`peer`): a connection of anybody else is closed
+//!   before a byte of it is read.
 //! - **One reaper.** Only `Agent::reap` waits for children, after SIGCHLD
 //!   arrives by signalfd, and hands each status to the session that owns the
 //!   process. A session's process cannot be reaped behind its back, so its PID
@@ -24,6 +27,7 @@
 #![warn(missing_docs)]
 
 mod agent;
+mod bind;
 pub mod boot;
 mod cgroup;
 mod control;
@@ -36,9 +40,12 @@ mod identity;
 mod init;
 mod kernel_log;
 mod log;
+mod node;
+mod peer;
 mod poweroff;
 mod prepare;
 mod reactor;
+mod report;
 mod requests;
 mod root;
 mod slab;

@@ -1,7 +1,9 @@
 //! Powering off in order: processes, output, connections, disks.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
+use rustix::process::Pid;
 use sm_guest_proto::control::ControlReply;
 
 use crate::agent::Agent;
@@ -23,6 +25,29 @@ const FLUSH_DEADLINE: Duration = Duration::from_millis(1000);
 /// How long the host may take to close its connections after the answer. The
 /// answer is then with it, not in a queue of this guest.
 const LINGER_DEADLINE: Duration = Duration::from_millis(50);
+
+const SIGTERM: u8 = 15;
+
+/// `SIGRTMIN+3` of glibc, which starts at 34. systemd halts the system on it
+/// (systemd(1), "SIGNALS").
+const HALT: u8 = 37;
+
+/// The signal that ends `pid`, where `signal` is meant to.
+pub(crate) fn stop_signal(pid: Pid, signal: u8) -> u8 {
+    // Reading the link opens nothing. Elsewhere, SIGTERM and the others are what they
+    // are everywhere; systemd takes SIGTERM for the wish to re-execute itself.
+    let program = std::fs::read_link(format!("/proc/{}/exe", pid.as_raw_nonzero()));
+    match program {
+        Ok(path) if signal == SIGTERM && is_systemd(&path) => HALT,
+        _ => signal,
+    }
+}
+
+fn is_systemd(program: &Path) -> bool {
+    // After an upgrade the running program's file is gone.
+    let name = program.file_name().map(|name| name.as_encoded_bytes());
+    matches!(name, Some(b"systemd" | b"systemd (deleted)"))
+}
 
 /// Longest grace period honoured.
 const MAX_GRACE: Duration = Duration::from_secs(3600);
@@ -71,9 +96,17 @@ impl Agent {
             .is_none()
             .then(|| self.workload.init())
             .flatten();
-        for pid in self.cgroup.processes() {
+        let init = self.workload.init();
+        let system = init.filter(|pid| stop_signal(*pid, SIGTERM) != SIGTERM);
+        // An init system ends its services itself, in their order.
+        let processes = match system {
+            Some(_) => self.running.keys().copied().collect(),
+            None => self.cgroup.processes(),
+        };
+        for pid in processes {
+            let signal = if system == Some(pid) { HALT } else { SIGTERM };
             if Some(pid) != waiting {
-                let _ = sys::kill(pid, 15);
+                let _ = sys::kill(pid, signal);
             }
         }
         let grace = grace.min(MAX_GRACE);
@@ -101,10 +134,7 @@ impl Agent {
     /// Goes as far as it can.
     pub(crate) fn check_power(&mut self) {
         if self.stage() == Stage::Terminating {
-            let running = self
-                .sessions
-                .iter_mut()
-                .any(|(_, session)| session.live_pid().is_some());
+            let running = !self.running.is_empty();
             if !running && self.workload.main().is_none() {
                 self.workload.release_init(&self.reactor);
             }
@@ -154,5 +184,21 @@ impl Agent {
             (part::LINGER, _) => self.advance(Stage::Complete),
             _ => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn systemd_is_known_by_its_program() {
+        for name in ["/usr/lib/systemd/systemd", "/lib/systemd/systemd (deleted)"] {
+            assert!(is_systemd(Path::new(name)), "{name}");
+        }
+        for name in ["/usr/lib/systemd/systemd-udevd", "/bin/busybox", "/", ""] {
+            assert!(!is_systemd(Path::new(name)), "{name}");
+        }
+        assert_eq!(stop_signal(rustix::process::getpid(), SIGTERM), SIGTERM);
     }
 }

@@ -21,6 +21,9 @@ impl Agent {
     pub(crate) fn begin_prepare(&mut self, key: Key) -> io::Result<()> {
         match workload::fork_agent(0, None)? {
             Fork::Child => {
+                // Connections that end meanwhile must not stay open here.
+                let keep: Vec<_> = log::descriptor().into_iter().collect();
+                sys::close_all_but(&keep);
                 prepare_snapshot();
                 sys::exit_now(0)
             }

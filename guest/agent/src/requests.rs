@@ -9,6 +9,7 @@ use sm_guest_proto::control::{AttachRoot, ControlReply, ControlRequest, Refresh,
 
 use crate::agent::Agent;
 use crate::identity;
+use crate::poweroff::stop_signal;
 use crate::slab::Key;
 use crate::sys;
 
@@ -36,16 +37,13 @@ impl Agent {
             ControlRequest::Freeze => return self.freeze(key),
             ControlRequest::Thaw => done_or("thaw the workload", self.cgroup.freeze(false)),
             ControlRequest::PrepareSnapshot => return self.prepare(key),
-            ControlRequest::SignalMain { signal } => self.signal_main(signal),
+            ControlRequest::SignalMain { signal, stop } => self.signal_main(signal, stop),
             ControlRequest::PowerOff { grace_ms } => {
                 self.begin_power_off(key, Duration::from_millis(grace_ms));
                 return None;
             }
             ControlRequest::Stats => ControlReply::Stats(self.stats()),
-            ControlRequest::Evidence => match self.identity.evidence(self.workload.root()) {
-                Ok(evidence) => ControlReply::Evidence(evidence),
-                Err(error) => failed(error),
-            },
+            ControlRequest::Evidence => return self.evidence(key),
         })
     }
 
@@ -53,6 +51,9 @@ impl Agent {
         if let Err(error) = self.identity.refresh(refresh) {
             return Some(failed(error));
         }
+        // What was counted before is another VM's, if this is a clone.
+        self.cgroup.forget_oom_kills();
+        self.exec_oom_kills = 0;
         self.check_vmgenid();
         if !self.vmgenid_seen && refresh.vmgenid_wait_ms > 0 && self.refreshing.is_none() {
             let wait = Duration::from_millis(u64::from(refresh.vmgenid_wait_ms.min(60_000)));
@@ -101,7 +102,7 @@ impl Agent {
             result => {
                 self.cgroup.stop_watching(&self.reactor);
                 self.freezing = None;
-                Some(done_or("read cgroup.events", result.map(drop)))
+                Some(self.frozen(result))
             }
         }
     }
@@ -116,13 +117,28 @@ impl Agent {
             .map(|error| failed(format_args!("write data back: {error}")))
     }
 
-    fn signal_main(&mut self, signal: u8) -> ControlReply {
+    fn evidence(&mut self, key: Key) -> Option<ControlReply> {
+        if self.reporting.is_some() {
+            return Some(failed("the workload's files are already being read"));
+        }
+        let begun = self.begin_report(key);
+        begun
+            .err()
+            .map(|error| failed(format_args!("read the workload's files: {error}")))
+    }
+
+    fn signal_main(&mut self, signal: u8, stop: bool) -> ControlReply {
         let main = self.workload.main();
         let pid = main
             .and_then(|key| self.sessions.get_mut(key))
             .and_then(|session| session.live_pid());
         match pid {
             Some(pid) if (1..=64).contains(&signal) => {
+                let signal = if stop {
+                    stop_signal(pid, signal)
+                } else {
+                    signal
+                };
                 done_or("signal the main command", sys::kill(pid, signal))
             }
             Some(_) => failed(format_args!("{signal} is not a signal number")),

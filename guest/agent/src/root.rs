@@ -10,12 +10,14 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, mkdirat, open, openat2, unlinkat};
+use rustix::fs::{
+    AtFlags, FileType, Mode, OFlags, ResolveFlags, fstat, mkdirat, open, openat2, unlinkat,
+};
 use rustix::io::Errno;
 use rustix::mount::{
     MountFlags, MountPropagationFlags, mount, mount_bind, mount_change, mount_move, mount_remount,
@@ -23,6 +25,7 @@ use rustix::mount::{
 use sm_guest_proto::control::{AttachRoot, Upper};
 use thiserror::Error;
 
+use crate::bind::{self, descriptor_path};
 use crate::{device, sys};
 
 /// How long a block device may take to show up with a capacity. The host sets
@@ -34,15 +37,13 @@ const DEFAULT_SHM: u64 = 64 << 20;
 
 /// The files of the agent that are mounted over the image's, by their names
 /// below the agent's directory.
-const FILES: [(&str, &str); 4] = [
+const FILES: [(&str, &str); 5] = [
     ("hostname", "etc/hostname"),
     ("hosts", "etc/hosts"),
     ("resolv.conf", "etc/resolv.conf"),
     (EPOCH_FILE, EPOCH),
+    (MACHINE_ID_FILE, MACHINE_ID),
 ];
-
-/// Likewise, where the image's own file must not be seen: two clones would be one.
-const IDENTITIES: [(&str, &str); 2] = [(MACHINE_ID_FILE, MACHINE_ID), (BOOT_ID_FILE, BOOT_ID)];
 
 /// Names of files below the agent's directory.
 pub(crate) const BOOT_ID_FILE: &str = "boot_id";
@@ -110,16 +111,13 @@ pub(crate) fn assemble(directory: &Path, plan: &AttachRoot) -> Result<(), RootEr
     .context(|| "open the new root".into())?;
     let tree = Tree { fd: root_fd };
     mount_kernel_file_systems(&tree, directory, plan)?;
-    for (name, target) in FILES {
-        let source = directory.join(name);
-        if source.exists() {
-            crate::log::note_failure(target, tree.bind_file(&source, target));
-        }
-    }
-    for (name, target) in IDENTITIES {
-        tree.bind_file(&directory.join(name), target)
-            .context(|| format!("mount this guest's own file on /{target}"))?;
-    }
+    // What is a link is looked at last: it may lead to another of them.
+    let (links, files): (Vec<_>, Vec<_>) = FILES
+        .into_iter()
+        .partition(|(_, target)| tree.is_link(target));
+    tree.mount_files(directory, &files)?;
+    tree.mount_files(directory, &links)?;
+    tree.mount_boot_id(&directory.join(BOOT_ID_FILE))?;
     if plan.read_only {
         mount_remount(&root, MountFlags::BIND | MountFlags::RDONLY, "")
             .context(|| "make the root read-only".into())?;
@@ -263,16 +261,47 @@ fn mount_kernel_file_systems(
     Ok(())
 }
 
-fn descriptor_path(fd: &OwnedFd) -> String {
-    format!("/proc/self/fd/{}", fd.as_raw_fd())
-}
-
 /// The new root, reached only by descriptor.
 struct Tree {
     fd: OwnedFd,
 }
 
 impl Tree {
+    fn is_link(&self, path: &str) -> bool {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        openat2(&self.fd, path, flags, Mode::empty(), ResolveFlags::IN_ROOT)
+            .and_then(fstat)
+            .is_ok_and(|found| FileType::from_raw_mode(found.st_mode) == FileType::Symlink)
+    }
+
+    /// Mounts files of the agent's `directory` over the root's.
+    fn mount_files(&self, directory: &Path, files: &[(&str, &str)]) -> Result<(), RootError> {
+        for (name, target) in files {
+            let source = directory.join(name);
+            if !source.exists() {
+                continue;
+            }
+            match bind::over(&self.fd, Path::new(target), &source) {
+                // Where nothing can be, nothing is that two clones would have in common.
+                Err(error) if *target == MACHINE_ID && !bind::is_nowhere(&error) => {
+                    return Err(error)
+                        .context(|| format!("mount this guest's own file on /{target}"));
+                }
+                mounted => crate::log::note_failure(target, mounted),
+            }
+        }
+        Ok(())
+    }
+
+    /// Mounts `source` over the kernel's own number, which clones have in common.
+    fn mount_boot_id(&self, source: &Path) -> Result<(), RootError> {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+        openat2(&self.fd, BOOT_ID, flags, Mode::empty(), resolve)
+            .and_then(|target| mount_bind(source, descriptor_path(&target)))
+            .context(|| format!("mount this guest's own file on /{BOOT_ID}"))
+    }
+
     /// Opens or makes the directory `path`, one of a few fixed names. Whatever
     /// else the image has in its place is replaced.
     fn directory(&self, path: &str) -> Result<OwnedFd, RootError> {
@@ -309,45 +338,6 @@ impl Tree {
         )
         .context(|| format!("mount {kind} on /{path}"))
     }
-
-    /// Mounts the file `source` over the regular file `path` of the root, which
-    /// is made when the image has none. Links are followed inside the root; a
-    /// dangling one is replaced.
-    fn bind_file(&self, source: &Path, path: &str) -> io::Result<()> {
-        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-        let find = || {
-            let flags = OFlags::PATH | OFlags::CLOEXEC;
-            openat2(&self.fd, path, flags, Mode::empty(), resolve)
-        };
-        let target = find().or_else(|error| {
-            if error != Errno::NOENT {
-                return Err(error);
-            }
-            let (parent, name) = path.rsplit_once('/').unwrap_or((".", path));
-            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-            let parent = match openat2(&self.fd, parent, flags, Mode::empty(), resolve) {
-                Err(Errno::NOENT) => {
-                    mkdirat(&self.fd, parent, Mode::from_raw_mode(0o755))?;
-                    openat2(&self.fd, parent, flags, Mode::empty(), resolve)
-                }
-                other => other,
-            }?;
-            match unlinkat(&parent, name, AtFlags::empty()) {
-                Err(Errno::NOENT) | Ok(()) => {}
-                Err(other) => return Err(other),
-            }
-            make_file(&parent, name)?;
-            find()
-        })?;
-        mount_bind(source, descriptor_path(&target))?;
-        Ok(())
-    }
-}
-
-fn make_file(parent: &OwnedFd, name: &str) -> Result<(), Errno> {
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let parent: BorrowedFd<'_> = std::os::fd::AsFd::as_fd(parent);
-    rustix::fs::openat(parent, name, flags, Mode::from_raw_mode(0o644)).map(drop)
 }
 
 #[cfg(test)]

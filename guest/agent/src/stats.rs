@@ -7,6 +7,7 @@ use sm_guest_proto::PROTOCOL_VERSION;
 use sm_guest_proto::control::{AgentHello, GuestStats};
 
 use crate::agent::Agent;
+use crate::cgroup::field;
 
 /// What was true when the agent started.
 #[derive(Clone, Copy, Debug, Default)]
@@ -47,44 +48,20 @@ impl Facts {
     }
 }
 
-/// The number after `name` in a file of `name value` lines.
-fn field(text: &str, name: &str) -> u64 {
-    text.lines()
-        .find_map(|line| {
-            let mut words = line.split_whitespace();
-            let key = words.next()?.trim_end_matches(':');
-            (key == name).then(|| words.next()?.parse().ok()).flatten()
-        })
-        .unwrap_or(0)
-}
-
 impl Agent {
     /// The answer to STATS.
     pub(crate) fn stats(&mut self) -> GuestStats {
         let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-        let events = fs::read_to_string("/proc/vmstat").unwrap_or_default();
         let waiting = usize::from(self.workload.init().is_some() && self.workload.main().is_none());
         let processes = self.cgroup.processes().len().saturating_sub(waiting);
+        let oom_kills = self.cgroup.oom_kills();
         GuestStats {
             memory_total_kib: field(&memory, "MemTotal"),
             memory_available_kib: field(&memory, "MemAvailable"),
             processes: u32::try_from(processes).unwrap_or(u32::MAX),
             cpu_us: self.cgroup.cpu_us(),
-            oom_kills: field(&events, "oom_kill"),
+            oom_kills,
+            main_oom_kills: oom_kills.saturating_sub(self.exec_oom_kills),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn fields_are_found_by_whole_name() {
-        let text = "MemTotal:  12 kB\nMemAvailable:\t7 kB\noom_kill 3\n";
-        assert_eq!(field(text, "MemTotal"), 12);
-        assert_eq!(field(text, "MemAvailable"), 7);
-        assert_eq!(field(text, "oom_kill"), 3);
-        assert_eq!(field(text, "Mem"), 0);
     }
 }

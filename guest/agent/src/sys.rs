@@ -216,11 +216,28 @@ pub(crate) fn reset_signals() {
     unsafe { libc::sigprocmask(libc::SIG_SETMASK, &raw const set, std::ptr::null_mut()) };
 }
 
-/// Closes every descriptor from `first` on.
-pub(crate) fn close_from(first: u32) {
-    // SAFETY: callers are freshly forked processes that own nothing above
-    // `first` and never run destructors of the copies they inherited.
-    unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, 0) };
+/// Closes every descriptor above the standard ones but those in `keep`, in a freshly
+/// forked process.
+pub(crate) fn close_all_but(keep: &[BorrowedFd<'_>]) {
+    let numbers = keep
+        .iter()
+        .filter_map(|fd| u32::try_from(fd.as_raw_fd()).ok());
+    let mut numbers: Vec<_> = numbers.filter(|number| *number > 2).collect();
+    numbers.sort_unstable();
+    let mut first = 3;
+    for number in numbers {
+        if number > first {
+            close_range(first, number - 1);
+        }
+        first = number.saturating_add(1);
+    }
+    close_range(first, u32::MAX);
+}
+
+fn close_range(first: u32, last: u32) {
+    // SAFETY: the caller is a freshly forked process that owns nothing in this range
+    // and never runs destructors of the copies it inherited.
+    unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
 }
 
 /// Makes `number` refer to what `fd` refers to, open across exec.
@@ -231,15 +248,6 @@ pub(crate) fn place(fd: BorrowedFd<'_>, number: c_int) -> io::Result<()> {
     }
     // SAFETY: the caller gives up whatever `number` referred to.
     check(unsafe { libc::dup2(fd.as_raw_fd(), number) }).map(drop)
-}
-
-/// Takes ownership of a descriptor number.
-///
-/// # Safety
-/// `number` must be open and owned by nobody else in this process.
-pub(crate) unsafe fn adopt(number: c_int) -> OwnedFd {
-    // SAFETY: the caller's promise.
-    unsafe { OwnedFd::from_raw_fd(number) }
 }
 
 /// Replaces the program. Returns only on failure.
@@ -407,6 +415,26 @@ pub(crate) fn vsock_connect(socket: BorrowedFd<'_>, cid: u32, port: u32) -> io::
         Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => Ok(false),
         Err(error) => Err(error),
     }
+}
+
+/// Accepts a connection, which neither blocks nor survives an exec. Returns it and how
+/// many bytes of `address` its peer's address takes.
+pub(crate) fn accept(
+    listener: BorrowedFd<'_>,
+    address: &mut [u8; 128],
+) -> io::Result<(OwnedFd, usize)> {
+    let mut len: libc::socklen_t = 128;
+    // SAFETY: the pointers are to a buffer of `len` bytes, in which the kernel's
+    // layout needs no alignment, and to its length; the descriptor returned is new.
+    let socket = unsafe {
+        OwnedFd::from_raw_fd(check(libc::accept4(
+            listener.as_raw_fd(),
+            address.as_mut_ptr().cast(),
+            &raw mut len,
+            libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK,
+        ))?)
+    };
+    Ok((socket, usize::try_from(len).map_or(0, |len| len.min(128))))
 }
 
 /// A non-blocking socket that receives the kernel's uevents.

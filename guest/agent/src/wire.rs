@@ -37,10 +37,11 @@ pub(crate) struct Framed {
 }
 
 impl Framed {
-    pub(crate) fn new(socket: OwnedFd) -> Self {
+    /// `limit` says how much of each type of frame is taken, in bytes.
+    pub(crate) fn new(socket: OwnedFd, limit: fn(FrameType) -> usize) -> Self {
         Self {
             socket: Watched::new(socket),
-            decoder: FrameDecoder::new(),
+            decoder: FrameDecoder::with_limits(limit),
             out: Vec::new(),
             sent: 0,
             broken: false,
@@ -170,7 +171,7 @@ mod tests {
     fn pair() -> (Framed, UnixStream) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
-        (Framed::new(ours.into()), theirs)
+        (Framed::new(ours.into(), |_| BULK_PAYLOAD), theirs)
     }
 
     #[test]

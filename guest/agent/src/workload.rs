@@ -21,6 +21,7 @@ use rustix::net::{
 use rustix::process::Pid;
 use sm_guest_proto::control::AttachRoot;
 
+use crate::cgroup::Cgroup;
 use crate::exec::stdio::ChildEnds;
 use crate::exec::{Launch, child};
 use crate::init;
@@ -40,6 +41,8 @@ pub(crate) mod part {
     pub(crate) const ATTACH: u8 = 3;
     /// Deadline of writing data back.
     pub(crate) const PREPARE: u8 = 4;
+    /// Deadline of reading the workload's files.
+    pub(crate) const REPORT: u8 = 5;
 }
 
 #[derive(Debug)]
@@ -224,13 +227,14 @@ impl Workload {
     }
 
     /// Starts a command next to the workload's main command. It is a child of
-    /// the agent inside the workload's namespaces and `cgroup`.
+    /// the agent inside the workload's namespaces and `cgroup`, or the group that the
+    /// workload's PID 1 is in, as Docker has it (runc's `setnsProcess`).
     pub(crate) fn spawn(
         &self,
         launch: &Launch,
         ends: &ChildEnds,
         status: OwnedFd,
-        cgroup: BorrowedFd<'_>,
+        cgroup: &Cgroup,
     ) -> io::Result<Pid> {
         let State::Ready(namespaces) = &self.state else {
             return Err(io::ErrorKind::NotConnected.into());
@@ -238,7 +242,7 @@ impl Workload {
         // A process cannot change its own PID namespace, only that of children
         // to come: enter it, fork, and return.
         sys::setns(namespaces.pids.as_fd(), sys::NEW_PIDS)?;
-        let forked = fork_agent(0, Some(cgroup));
+        let forked = fork_into(cgroup, self.init);
         if let Ok(Fork::Child) = forked {
             join_and_become(namespaces, launch, ends, status);
         }
@@ -308,6 +312,31 @@ impl Workload {
     pub(crate) fn end(&mut self) {
         self.state = State::Ended;
     }
+}
+
+/// How often PID 1 may change its group while a command is started.
+const GROUP_CHANGES: u32 = 8;
+
+/// Forks into `cgroup`, or where that takes no processes into the group of `init`.
+fn fork_into(cgroup: &Cgroup, init: Option<Pid>) -> io::Result<Fork> {
+    // It has controllers or threads below, or is gone.
+    const NOT_THERE: [i32; 4] = [libc::EBUSY, libc::EOPNOTSUPP, libc::ENODEV, libc::ENOENT];
+    let mut forked = fork_agent(0, Some(cgroup.directory()));
+    for _ in 0..GROUP_CHANGES {
+        let (Err(error), Some(init)) = (&forked, init) else {
+            break;
+        };
+        if !error
+            .raw_os_error()
+            .is_some_and(|code| NOT_THERE.contains(&code))
+        {
+            break;
+        }
+        forked = cgroup
+            .of(init)
+            .and_then(|group| fork_agent(0, Some(group.as_fd())));
+    }
+    forked
 }
 
 fn join_and_become(

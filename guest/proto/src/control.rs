@@ -36,6 +36,10 @@ pub enum ControlRequest {
     SignalMain {
         /// Signal number, 1..=64.
         signal: u8,
+        /// The signal is to end the workload, so what ends it stands for it: systemd
+        /// re-executes itself on SIGTERM, and ends the system on SIGRTMIN+3.
+        #[serde(default)]
+        stop: bool,
     },
     /// End all processes (SIGTERM, after `grace_ms` SIGKILL), unmount, power off.
     PowerOff {
@@ -194,8 +198,11 @@ pub struct GuestStats {
     pub processes: u32,
     /// CPU time used by workload processes, in microseconds.
     pub cpu_us: u64,
-    /// OOM kills in the guest since boot.
+    /// Workload processes that the guest's kernel killed for want of memory, since
+    /// this VM was started or restored.
     pub oom_kills: u64,
+    /// Those of them that were not a command run next to the main one.
+    pub main_oom_kills: u64,
 }
 
 #[cfg(test)]
@@ -208,6 +215,15 @@ mod tests {
         assert_eq!(json, r#"{"power_off":{"grace_ms":10}}"#);
         let json = serde_json::to_string(&ControlRequest::Freeze).unwrap();
         assert_eq!(json, r#""freeze""#);
+        // As hosts sent it before there was `stop`.
+        let request = serde_json::from_str(r#"{"signal_main":{"signal":15}}"#).unwrap();
+        assert_eq!(
+            ControlRequest::SignalMain {
+                signal: 15,
+                stop: false
+            },
+            request
+        );
     }
 
     #[test]

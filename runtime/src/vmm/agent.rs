@@ -88,9 +88,11 @@ impl AgentLink {
         self.conn.queue_json(FrameType::Control, request);
     }
 
-    /// Queues a signal for the workload's main process.
-    pub(crate) fn signal_main(&mut self, signal: u8) {
-        self.ask(Purpose::Signal, &ControlRequest::SignalMain { signal });
+    /// Queues a signal for the workload's main process; with `stop`, the signal is the
+    /// one that ends it.
+    pub(crate) fn signal_main(&mut self, signal: u8, stop: bool) {
+        let request = ControlRequest::SignalMain { signal, stop };
+        self.ask(Purpose::Signal, &request);
     }
 
     /// The next reply that has arrived, with what it answers.

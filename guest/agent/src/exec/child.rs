@@ -37,15 +37,20 @@ const OPEN_FILES: (u64, u64) = (1024, 524_288);
 
 /// Turns this process into the command.
 pub(crate) fn become_command(launch: &Launch, ends: &ChildEnds, status: OwnedFd) -> ! {
-    let mut status = File::from(status);
+    let mut status = Some(File::from(status));
     let pid = rustix::process::getpid().as_raw_nonzero().get();
-    let _ = status.write_all(&pid.to_le_bytes());
-    let Err(error) = prepare_and_exec(launch, ends, &status);
+    if let Some(status) = &mut status {
+        let _ = status.write_all(&pid.to_le_bytes());
+    }
+    let Err(error) = prepare_and_exec(launch, ends, &mut status);
     report(&mut status, &error);
     sys::exit_now(error.status)
 }
 
-fn report(status: &mut File, error: &LaunchError) {
+fn report(status: &mut Option<File>, error: &LaunchError) {
+    let Some(status) = status else {
+        return;
+    };
     let mut bytes = vec![error.status];
     bytes.extend_from_slice(error.message.as_bytes());
     // One write below PIPE_BUF is atomic; a longer sentence is cut.
@@ -56,7 +61,7 @@ fn report(status: &mut File, error: &LaunchError) {
 fn prepare_and_exec(
     launch: &Launch,
     ends: &ChildEnds,
-    status: &File,
+    status: &mut Option<File>,
 ) -> Result<Infallible, LaunchError> {
     let request = &launch.request;
     let fail = |what: &str, error: io::Error| LaunchError::failed(format!("{what}: {error}"));
@@ -94,7 +99,7 @@ fn prepare_and_exec(
 /// Runs `argv` and then each of `chain` while they exit with 0, as their
 /// parent. Signals meant for the command are passed on to the current one; one
 /// that asks to end also ends the chain, even if it came between two commands.
-fn run_chain(request: &ExecRequest, env: &[String], status: &File) -> LaunchError {
+fn run_chain(request: &ExecRequest, env: &[String], status: &mut Option<File>) -> LaunchError {
     const FORWARDED: [libc::c_int; 8] = [
         libc::SIGHUP,
         libc::SIGINT,
@@ -120,10 +125,7 @@ fn run_chain(request: &ExecRequest, env: &[String], status: &File) -> LaunchErro
                 sys::reset_signals();
                 let error = exec(argv, env);
                 if index == 0 {
-                    let mut status = status;
-                    let mut bytes = vec![error.status];
-                    bytes.extend_from_slice(error.message.as_bytes());
-                    let _ = status.write_all(&bytes);
+                    report(status, &error);
                 } else {
                     eprintln!("sm: {}", error.message);
                 }
@@ -133,7 +135,7 @@ fn run_chain(request: &ExecRequest, env: &[String], status: &File) -> LaunchErro
                 if index == 0 {
                     // From here on the first command's exec decides when the
                     // status pipe closes.
-                    close_status(status);
+                    *status = None;
                 }
                 last = wait_forwarding(signals.as_fd(), pid);
             }
@@ -153,14 +155,6 @@ fn fork_plain() -> io::Result<sys::Fork> {
     // SAFETY: this process was forked from the single-threaded agent and has
     // started no thread.
     unsafe { sys::fork(0, None) }
-}
-
-fn close_status(status: &File) {
-    // The descriptor is replaced rather than closed, so that its owner's number
-    // stays valid; both outlive this process only by moments.
-    if let Ok(null) = File::open("/dev/null") {
-        let _ = sys::place(null.as_fd(), std::os::fd::AsRawFd::as_raw_fd(status));
-    }
 }
 
 /// Waits for `child`. Its status, or 128+n when it ended well although signal n

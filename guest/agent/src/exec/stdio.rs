@@ -1,13 +1,16 @@
 //! The descriptors between a session and its command.
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
+use rustix::fs::OFlags;
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::termios::Winsize;
+
+use crate::node::Node;
 
 /// The command's ends. Which they are depends on whether there is a terminal.
 #[derive(Debug)]
@@ -32,14 +35,14 @@ fn nonblocking(fd: &OwnedFd) -> io::Result<()> {
     Ok(())
 }
 
-/// Three pipes; standard input is `/dev/null` when not wanted.
-pub(crate) fn pipes(stdin: bool) -> io::Result<(ChildEnds, AgentEnds)> {
+/// Three pipes; standard input is `null` when not wanted.
+pub(crate) fn pipes(stdin: bool, null: &Node) -> io::Result<(ChildEnds, AgentEnds)> {
     let (input, to_child) = if stdin {
         let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
         nonblocking(&writer)?;
         (reader, Some(writer))
     } else {
-        (File::open("/dev/null")?.into(), None)
+        (null.open(OFlags::RDONLY)?, None)
     };
     let (stdout, output) = pipe_with(PipeFlags::CLOEXEC)?;
     let (stderr, errors) = pipe_with(PipeFlags::CLOEXEC)?;
@@ -54,7 +57,8 @@ pub(crate) fn pipes(stdin: bool) -> io::Result<(ChildEnds, AgentEnds)> {
     Ok((child, agent))
 }
 
-/// A new pseudo-terminal of the devpts instance mounted at `devpts`.
+/// A new pseudo-terminal of the devpts instance mounted at `devpts`, where the agent
+/// alone mounts and the file system lets nobody create or remove anything.
 pub(crate) fn terminal(devpts: &Path, cols: u16, rows: u16) -> io::Result<(ChildEnds, AgentEnds)> {
     let flags = libc::O_NOCTTY | libc::O_NONBLOCK;
     let master: OwnedFd = OpenOptions::new()

@@ -25,34 +25,36 @@ impl Forwards {
         self.settle(reactor, key);
     }
 
-    /// A socket is ready.
+    /// A socket is ready. Returns whether its connection is over.
     pub(crate) fn ready(
         &mut self,
         reactor: &mut Reactor,
         token: Token,
         ready: Ready,
         scratch: &mut [u8],
-    ) {
+    ) -> bool {
         if let Some(connection) = self.connections.get_mut(token.key) {
             connection.ready(reactor, token.key, token.part, ready, scratch);
-            self.settle(reactor, token.key);
         }
+        self.settle(reactor, token.key)
     }
 
-    /// Time for another attempt to connect.
-    pub(crate) fn deadline(&mut self, reactor: &mut Reactor, key: Key) {
+    /// Time for another attempt to connect. Returns whether the connection is over.
+    pub(crate) fn deadline(&mut self, reactor: &mut Reactor, key: Key) -> bool {
         if let Some(connection) = self.connections.get_mut(key) {
             connection.retry(reactor, key);
-            self.settle(reactor, key);
         }
+        self.settle(reactor, key)
     }
 
-    fn settle(&mut self, reactor: &mut Reactor, key: Key) {
+    fn settle(&mut self, reactor: &mut Reactor, key: Key) -> bool {
         if let Some(connection) = self.connections.get_mut(key)
             && !connection.settle(reactor, key)
             && let Some(connection) = self.connections.remove(key)
         {
             connection.close(reactor);
+            return true;
         }
+        false
     }
 }

@@ -478,7 +478,7 @@ impl<G: Guest> Supervisor<G> {
                 ControlAnswer::Error("the guest does not answer".into())
             }
             (Some(agent), Stage::Running) => {
-                agent.signal_main(signal);
+                agent.signal_main(signal, false);
                 ControlAnswer::Done
             }
             (_, Stage::Starting) => ControlAnswer::Error("the workload has not started yet".into()),

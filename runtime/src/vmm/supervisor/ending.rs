@@ -49,7 +49,7 @@ impl<G: Guest> Supervisor<G> {
             }
             Timer::StopGrace => {
                 if let Some(agent) = &mut self.agent {
-                    agent.signal_main(signal::KILL);
+                    agent.signal_main(signal::KILL, false);
                 }
                 self.set_timer(Timer::Kill, KILL_TIMEOUT);
             }
@@ -95,7 +95,7 @@ impl<G: Guest> Supervisor<G> {
                 }
                 let stop_signal = self.request.config.workload.stop_signal;
                 if let Some(agent) = &mut self.agent {
-                    agent.signal_main(stop_signal);
+                    agent.signal_main(stop_signal, true);
                 }
                 let grace = grace_ms.unwrap_or(self.request.config.stop_timeout_ms);
                 self.set_timer(Timer::StopGrace, Duration::from_millis(grace));

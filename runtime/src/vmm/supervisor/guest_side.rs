@@ -214,7 +214,7 @@ impl<G: Guest> Supervisor<G> {
             // end of the stream.
             (Purpose::PowerOff, ControlReply::Done) => self.agent = None,
             (Purpose::OomCheck, ControlReply::Stats(stats)) => {
-                self.oom_checked(stats.oom_kills > 0);
+                self.oom_checked(stats.main_oom_kills > 0);
             }
             (Purpose::Signal, ControlReply::Error { message }) => {
                 // Most likely it has just ended.

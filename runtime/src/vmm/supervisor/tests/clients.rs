@@ -42,7 +42,13 @@ fn hundreds_of_waiting_clients_keep_nobody_from_stopping_the_vm() {
         .call(&ControlCall::Stop { grace_ms: None })
         .unwrap();
     let request: ControlRequest = agent.receive_json(FrameType::Control);
-    assert_eq!(request, ControlRequest::SignalMain { signal: 15 });
+    assert_eq!(
+        request,
+        ControlRequest::SignalMain {
+            signal: 15,
+            stop: true
+        }
+    );
     main.exit(7);
     for (number, client) in waiting.iter_mut().enumerate() {
         match number % 3 {
@@ -180,7 +186,13 @@ fn a_process_without_descriptors_serves_clients_one_by_one() {
     assert!(matches!(status, ControlAnswer::Status(_)));
     call(&mut more[1], &ControlCall::Stop { grace_ms: None });
     let request: ControlRequest = agent.receive_json(FrameType::Control);
-    assert_eq!(request, ControlRequest::SignalMain { signal: 15 });
+    assert_eq!(
+        request,
+        ControlRequest::SignalMain {
+            signal: 15,
+            stop: true
+        }
+    );
     main.exit(0);
     drop(more);
     f.finish();

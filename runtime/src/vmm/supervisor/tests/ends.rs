@@ -69,7 +69,13 @@ fn stopping_signals_first() {
     let answer = f.control().call(&ControlCall::Stop { grace_ms: None });
     assert_eq!(answer.unwrap(), ControlAnswer::Done);
     let request: ControlRequest = agent.receive_json(FrameType::Control);
-    assert_eq!(request, ControlRequest::SignalMain { signal: 15 });
+    assert_eq!(
+        request,
+        ControlRequest::SignalMain {
+            signal: 15,
+            stop: true
+        }
+    );
     assert!(*f.guest.closed.lock().unwrap(), "nobody new comes in");
     main.exit(143);
     f.finish();
@@ -85,7 +91,13 @@ fn stopping_kills_after_the_grace() {
         .unwrap();
     for signal in [15, 9] {
         let request: ControlRequest = agent.receive_json(FrameType::Control);
-        assert_eq!(request, ControlRequest::SignalMain { signal });
+        assert_eq!(
+            request,
+            ControlRequest::SignalMain {
+                signal,
+                stop: signal == 15
+            }
+        );
     }
     main.exit(137);
     f.finish();
@@ -99,7 +111,13 @@ fn termination_of_the_process_stops_the_workload() {
     let (mut agent, mut main) = f.start();
     f.terminate.write_all(b"x").unwrap();
     let request: ControlRequest = agent.receive_json(FrameType::Control);
-    assert_eq!(request, ControlRequest::SignalMain { signal: 15 });
+    assert_eq!(
+        request,
+        ControlRequest::SignalMain {
+            signal: 15,
+            stop: true
+        }
+    );
     main.exit(0);
     f.finish();
 }
@@ -113,6 +131,7 @@ fn an_unexplained_kill_is_checked_for_lack_of_memory() {
     assert_eq!(request, ControlRequest::Stats);
     agent.send_json(&ControlReply::Stats(GuestStats {
         oom_kills: 1,
+        main_oom_kills: 1,
         ..GuestStats::default()
     }));
     f.finish();
@@ -186,7 +205,13 @@ fn a_paused_vm_that_is_stopped_runs_first() {
         .call(&ControlCall::Stop { grace_ms: None })
         .unwrap();
     let request: ControlRequest = agent.receive_json(FrameType::Control);
-    assert_eq!(request, ControlRequest::SignalMain { signal: 15 });
+    assert_eq!(
+        request,
+        ControlRequest::SignalMain {
+            signal: 15,
+            stop: true
+        }
+    );
     assert!(!*f.guest.paused.lock().unwrap());
     // It is not held again on its way to the end.
     let error = f.control().call(&ControlCall::Pause).unwrap_err();
@@ -204,7 +229,13 @@ fn a_paused_vm_runs_to_be_killed_and_holds_other_signals() {
     for (signal, paused) in [(10, true), (9, false)] {
         f.control().call(&ControlCall::Signal { signal }).unwrap();
         let request: ControlRequest = agent.receive_json(FrameType::Control);
-        assert_eq!(request, ControlRequest::SignalMain { signal });
+        assert_eq!(
+            request,
+            ControlRequest::SignalMain {
+                signal,
+                stop: false
+            }
+        );
         assert_eq!(*f.guest.paused.lock().unwrap(), paused);
     }
     main.exit(137);

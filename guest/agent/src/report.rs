@@ -1,0 +1,71 @@
+//! Reporting what the workload's own processes would find of its identity.
+//!
+//! These are files of the workload's tree, which it may have put on a file system that
+//! does not answer: one of its own processes serves it, or a machine that is gone. A
+//! child reads them, and PID 1 serves others meanwhile.
+
+use std::fs::File;
+use std::io::{self, Read as _, Seek as _, Write as _};
+use std::os::fd::AsFd as _;
+use std::time::Duration;
+
+use sm_guest_proto::control::ControlReply;
+
+use crate::agent::Agent;
+use crate::slab::Key;
+use crate::sys::{self, Fork};
+use crate::workload::{self, part};
+
+/// How long reading may take.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// Most that a child may write, in bytes: three files of 4 KiB as JSON.
+const MAX_REPORT: u64 = 128 << 10;
+
+impl Agent {
+    /// Begins to read, in a child outside the workload's cgroup: it is also asked for
+    /// while the workload is frozen.
+    pub(crate) fn begin_report(&mut self, key: Key) -> io::Result<()> {
+        let flags = rustix::fs::MemfdFlags::CLOEXEC;
+        let mut file = File::from(rustix::fs::memfd_create("report", flags)?);
+        match workload::fork_agent(0, None)? {
+            Fork::Child => {
+                // Connections that end meanwhile must not stay open here.
+                sys::close_all_but(&[file.as_fd()]);
+                let reply = match self.identity.evidence(self.workload.root()) {
+                    Ok(evidence) => ControlReply::Evidence(evidence),
+                    Err(error) => ControlReply::Error {
+                        message: error.to_string(),
+                    },
+                };
+                let json = serde_json::to_vec(&reply).unwrap_or_default();
+                sys::exit_now(u8::from(file.write_all(&json).is_err()))
+            }
+            Fork::Parent(pid) => {
+                let waiting = self.await_workload(part::REPORT, key, DEADLINE);
+                self.reporting = Some((waiting, pid, file));
+                Ok(())
+            }
+        }
+    }
+
+    /// Answers when the child has ended.
+    pub(crate) fn check_reported(&mut self, reaped: &sys::Reaped) {
+        if let Some((waiting, _, file)) = self.reporting.take_if(|(_, pid, _)| *pid == reaped.pid) {
+            let reply = read_report(file).unwrap_or_else(|error| ControlReply::Error {
+                message: format!(
+                    "reading the workload's files ended with status {}: {error}",
+                    reaped.status
+                ),
+            });
+            self.answer(Some(waiting.key), &reply);
+        }
+    }
+}
+
+fn read_report(mut file: File) -> io::Result<ControlReply> {
+    file.rewind()?;
+    let mut json = Vec::new();
+    file.take(MAX_REPORT).read_to_end(&mut json)?;
+    Ok(serde_json::from_slice(&json)?)
+}
