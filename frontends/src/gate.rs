@@ -4,16 +4,21 @@
 //! What there is no room for waits in the kernel's backlog and is taken as soon as
 //! something else ends; nobody is hung up on for it.
 
+#[cfg(test)]
+mod tests;
+
 use std::fs::File;
 use std::io;
 use std::net::TcpListener;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
+use std::time::Duration;
 
 use rustix::io::Errno;
 use sm_devices_vsock::{Limit, Permit};
 use sm_vmm_core::event_loop::{Interest, Registration, Registry};
 
+use crate::deadlines::Deadlines;
 use crate::peer::is_trusted_peer;
 use crate::service::{Bell, Service};
 
@@ -27,6 +32,10 @@ pub(crate) const BACKLOG: i32 = 4096;
 /// Rounds of [`Gate::accept`] before a listener is closed: as many connections as can
 /// have waited then. Others come as fast as they are taken, perhaps without end.
 pub(crate) const CLOSING_ROUNDS: usize = BACKLOG as usize / BATCH + 1;
+
+/// Time until a listener is looked at again that could not be accepted from. No event
+/// says when the system has descriptors or memory again.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// Told once per change: whatever is left is asked for again.
 const NEW_CONNECTIONS: Interest = Interest {
@@ -92,6 +101,10 @@ pub(crate) struct Gate<L> {
     /// Descriptors that a connection needs.
     cost: usize,
     spare: Spare,
+    /// Calls under [`LISTENER`] when a pause is over; made when it begins to listen.
+    timer: Option<(Deadlines, Registration)>,
+    /// The timer is set.
+    paused: bool,
     /// The last look did not come to the end of what waits.
     more: bool,
 }
@@ -104,6 +117,8 @@ impl<L: Listener> Gate<L> {
             limit,
             cost,
             spare: Spare::new(),
+            timer: None,
+            paused: false,
             more: false,
         }
     }
@@ -116,6 +131,9 @@ impl<L: Listener> Gate<L> {
     /// Begins to listen, under [`LISTENER`].
     pub(crate) fn begin(&mut self, registry: &mut Registry<'_>) -> io::Result<()> {
         if let Some((listener, registration)) = &mut self.open {
+            let timer = Deadlines::new()?;
+            let registered = registry.add(&timer, LISTENER, Interest::READ)?;
+            self.timer = Some((timer, registered));
             *registration = Some(registry.add(&*listener, LISTENER, NEW_CONNECTIONS)?);
         }
         Ok(())
@@ -126,6 +144,9 @@ impl<L: Listener> Gate<L> {
     pub(crate) fn close(&mut self, registry: &mut Registry<'_>) {
         if let Some((listener, Some(registration))) = self.open.take() {
             registry.remove(registration, &listener);
+        }
+        if let Some((timer, registration)) = self.timer.take() {
+            registry.remove(registration, &timer);
         }
     }
 
@@ -139,6 +160,7 @@ impl<L: Listener> Gate<L> {
     ) -> Vec<(L::Stream, Permit)> {
         let mut connections = Vec::new();
         self.more = false;
+        self.end_pause();
         for _ in 0..BATCH.min(most) {
             match self.next(bell, service) {
                 Found::Connection(stream, permit) => connections.push((stream, permit)),
@@ -151,6 +173,27 @@ impl<L: Listener> Gate<L> {
             registry.again(LISTENER);
         }
         connections
+    }
+
+    /// Has the listener looked at again after a while.
+    fn pause(&mut self) {
+        if let Some((timer, _)) = &mut self.timer
+            && !self.paused
+        {
+            timer.add(LISTENER, PAUSE);
+            self.paused = true;
+        }
+    }
+
+    /// Stops the timer calling, if a pause is over.
+    fn end_pause(&mut self) {
+        if let Some((timer, _)) = &mut self.timer
+            && self.paused
+        {
+            while timer.next_due().is_some() {
+                self.paused = false;
+            }
+        }
     }
 
     fn next(&mut self, bell: &Bell, service: &Service) -> Found<L::Stream> {
@@ -167,7 +210,7 @@ impl<L: Listener> Gate<L> {
             return Found::NothingNow;
         };
         match self.spare.accept(|| listener.accept()) {
-            Ok(stream) => match listener.admits(&stream) {
+            Ok(Some(stream)) => match listener.admits(&stream) {
                 Ok(true) => Found::Connection(stream, permit),
                 Ok(false) => {
                     service.counters.refuse("it is of another user");
@@ -178,11 +221,19 @@ impl<L: Listener> Gate<L> {
                     Found::Nobody
                 }
             },
+            Ok(None) => {
+                service.counters.refuse("there are no descriptors left");
+                Found::Nobody
+            }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Found::NothingNow,
             Err(error) if is_of_one_connection(&error) => Found::Nobody,
             Err(error) => {
-                service.counters.refuse(error);
-                Found::Nobody
+                // The connection is still there, and so is the reason.
+                service
+                    .counters
+                    .say("connections wait in the backlog", error);
+                self.pause();
+                Found::NothingNow
             }
         }
     }
@@ -193,7 +244,19 @@ impl<L: Listener> Gate<L> {
 fn is_of_one_connection(error: &io::Error) -> bool {
     matches!(
         Errno::from_io_error(error),
-        Some(Errno::CONNABORTED | Errno::INTR | Errno::PROTO | Errno::CONNRESET)
+        Some(
+            Errno::CONNABORTED
+                | Errno::CONNRESET
+                | Errno::HOSTDOWN
+                | Errno::HOSTUNREACH
+                | Errno::INTR
+                | Errno::NETDOWN
+                | Errno::NETUNREACH
+                | Errno::NONET
+                | Errno::NOPROTOOPT
+                | Errno::PROTO
+                | Errno::TIMEDOUT
+        )
     )
 }
 
@@ -207,16 +270,24 @@ impl Spare {
     }
 
     /// Accepts a connection. When the process has no more descriptors, against all
-    /// planning, it is taken with this one and hung up on: it would never be
-    /// heard of again otherwise.
-    fn accept<T>(&mut self, accept: impl Fn() -> io::Result<T>) -> io::Result<T> {
-        let accepted = accept();
-        if accepted.as_ref().is_err_and(out_of_descriptors) {
-            self.0 = None;
-            drop(accept());
+    /// planning, it is taken with this one and hung up on, which `None` says: whoever
+    /// connected need not wait for what may take long.
+    ///
+    /// # Errors
+    /// Nothing was accepted. That this one was given up may have been of use to
+    /// others only; then there is none until a connection can be accepted again.
+    fn accept<T>(&mut self, accept: impl Fn() -> io::Result<T>) -> io::Result<Option<T>> {
+        let accepted = accept().map(Some);
+        if accepted.is_ok() && self.0.is_none() {
             *self = Self::new();
         }
-        accepted
+        if self.0.is_none() || !accepted.as_ref().is_err_and(out_of_descriptors) {
+            return accepted;
+        }
+        self.0 = None;
+        let accepted = accept().map(drop);
+        *self = Self::new();
+        accepted.map(|()| None)
     }
 }
 

@@ -1,0 +1,131 @@
+//! A listener that cannot be accepted from, for a time.
+
+use std::collections::VecDeque;
+use std::os::fd::BorrowedFd;
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use sm_devices_vsock::VsockConfig;
+use sm_devices_vsock::testing::Guest;
+use sm_vmm_core::event_loop::{EventLoop, new_eventfd, signal};
+
+use super::*;
+use crate::listening::Listening;
+use crate::{FrontendHandle, LocalAddress, Target};
+
+#[derive(Default)]
+struct Waiting {
+    looks: u64,
+    clients: VecDeque<File>,
+    /// Why they cannot be accepted now.
+    error: Option<Errno>,
+}
+
+/// What is readable for as long as it is open, as a backlog is.
+struct Backlog {
+    fd: OwnedFd,
+    waiting: Arc<Mutex<Waiting>>,
+    looked: Sender<()>,
+}
+
+impl AsFd for Backlog {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl Listener for Backlog {
+    type Stream = File;
+
+    fn accept(&self) -> io::Result<File> {
+        let mut waiting = self.waiting.lock().unwrap();
+        waiting.looks += 1;
+        let _ = self.looked.send(());
+        if let Some(error) = waiting.error {
+            return Err(error.into());
+        }
+        let client = waiting.clients.pop_front();
+        client.ok_or_else(|| io::ErrorKind::WouldBlock.into())
+    }
+}
+
+#[test]
+fn a_listener_that_cannot_be_accepted_from_is_looked_at_after_a_while() {
+    const TURNS: u64 = 500;
+    for error in [Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::NOBUFS] {
+        let guest = Guest::new(VsockConfig::default());
+        let event_loop = EventLoop::spawn("test").unwrap();
+        let service = Service::new("short".to_owned(), guest.muxer.clone(), Limit::none());
+        let waiting = Arc::new(Mutex::new(Waiting {
+            looks: 0,
+            clients: [File::open("/dev/null").unwrap()].into(),
+            error: Some(error),
+        }));
+        let (looked, looks) = channel();
+        let listener = Backlog {
+            fd: new_eventfd().unwrap(),
+            waiting: waiting.clone(),
+            looked,
+        };
+        signal(listener.as_fd());
+        let listening = Listening::new(listener, Target::Vsock(7), service.clone());
+        let address = LocalAddress::Unix("short".into());
+        let handle =
+            FrontendHandle::start(listening, address, None, service, &event_loop.handle()).unwrap();
+        looks.recv_timeout(Duration::from_secs(60)).unwrap();
+        let other = Arc::new(Mutex::new(Idle));
+        let id = event_loop.handle().add_handler(other).unwrap();
+        for _ in 0..TURNS {
+            event_loop.handle().call(id, |_| ()).unwrap();
+        }
+        // In each turn, if the loop was busy; else one in each of the pauses.
+        let looked = waiting.lock().unwrap().looks;
+        assert!(looked < TURNS, "{error:?}: {looked}");
+        let stats = handle.stats();
+        assert_eq!((stats.accepted, stats.refused), (0, 0), "{error:?}");
+        // No event comes of this.
+        waiting.lock().unwrap().error = None;
+        while handle.stats().accepted == 0 {
+            looks.recv_timeout(Duration::from_secs(60)).unwrap();
+            // The loop has done with what it was at.
+            event_loop.handle().call(id, |_| ()).unwrap();
+        }
+    }
+}
+
+struct Idle;
+
+impl sm_vmm_core::event_loop::EventHandler for Idle {
+    fn start(&mut self, _registry: &mut Registry<'_>) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn ready(
+        &mut self,
+        _token: u64,
+        _readiness: sm_vmm_core::event_loop::Readiness,
+        _registry: &mut Registry<'_>,
+    ) {
+    }
+}
+
+#[test]
+fn a_spare_descriptor_that_others_took_is_had_again_later() {
+    let mut spare = Spare::new();
+    let out = || -> io::Result<()> { Err(Errno::MFILE.into()) };
+    assert!(out_of_descriptors(&spare.accept(out).unwrap_err()));
+    spare.0 = None;
+    assert!(out_of_descriptors(&spare.accept(out).unwrap_err()));
+    assert!(spare.0.is_none());
+    assert_eq!(spare.accept(|| Ok(())).unwrap(), Some(()));
+    assert!(spare.0.is_some());
+    // With the spare one: hung up on.
+    let first = std::cell::Cell::new(true);
+    let once = || match first.replace(false) {
+        true => out(),
+        false => Ok(()),
+    };
+    assert_eq!(spare.accept(once).unwrap(), None);
+    assert!(spare.0.is_some());
+}
