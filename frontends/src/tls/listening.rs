@@ -23,6 +23,9 @@ const COST: usize = 3;
 /// Handshakes at once; more connections wait in the backlog.
 const MAX_HANDSHAKES: usize = 256;
 
+/// Time until a connection is served again for which the system lacked memory.
+const RETRY: Duration = Duration::from_millis(10);
+
 const TIMER: u64 = 1;
 /// Tokens of connections begin here: an even one is a socket's, the next one
 /// its plain side's.
@@ -41,6 +44,9 @@ struct Place {
     guest: Option<Registration>,
     /// When it is hung up on, if what it is at is not done by then.
     deadline: Option<Instant>,
+    /// When it is served again without an event. The deadline of its plain side's
+    /// token.
+    retry: Option<Instant>,
 }
 
 /// Where connections go.
@@ -135,6 +141,7 @@ impl Listening {
             socket: registration,
             guest: None,
             deadline: None,
+            retry: None,
         };
         self.sessions.insert(token, place);
         self.limit(token);
@@ -148,9 +155,16 @@ impl Listening {
         }
     }
 
-    /// Hangs up on whoever took too long.
+    /// Hangs up on whoever took too long, and serves those again who lacked memory.
     fn sweep(&mut self, registry: &mut Registry<'_>) {
         while let Some(token) = self.deadlines.next_due() {
+            if token & 1 == 1 {
+                if let Some(place) = self.sessions.get_mut(&(token & !1)) {
+                    place.retry = None;
+                    registry.again(token);
+                }
+                continue;
+            }
             let place = self.sessions.get(&token);
             let why = match place.is_some_and(|place| place.guest.is_none()) {
                 true => "its handshake was not complete in time",
@@ -167,6 +181,9 @@ impl Listening {
         };
         if let Some(at) = place.deadline {
             self.deadlines.remove(at, token);
+        }
+        if let Some(at) = place.retry {
+            self.deadlines.remove(at, token | 1);
         }
         registry.remove(place.socket, &place.session.socket);
         match (place.guest, &place.session.guest) {
@@ -194,6 +211,9 @@ impl Listening {
         };
         match place.session.pump() {
             Ok(Pumped::Idle) => {
+                if place.session.is_short_of_memory() && place.retry.is_none() {
+                    place.retry = Some(self.deadlines.add(token | 1, RETRY));
+                }
                 if place.session.is_closing() && place.deadline.is_none() {
                     self.limit(token);
                 }

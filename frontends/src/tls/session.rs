@@ -5,6 +5,7 @@ use std::net::{Shutdown, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
+use rustix::io::Errno;
 use rustix::net::{SendFlags, send};
 use rustls::{ServerConfig, ServerConnection};
 use sm_devices_vsock::Member;
@@ -27,9 +28,21 @@ pub(super) enum Pumped {
     Ended,
 }
 
-pub(super) struct Session {
+/// A client's side of a connection; does not block.
+pub(super) trait Socket: io::Read + io::Write {
+    /// Says that nothing more is sent.
+    fn end(&self) -> io::Result<()>;
+}
+
+impl Socket for TcpStream {
+    fn end(&self) -> io::Result<()> {
+        self.shutdown(Shutdown::Write)
+    }
+}
+
+pub(super) struct Session<S = TcpStream> {
     tls: ServerConnection,
-    pub(super) socket: TcpStream,
+    pub(super) socket: S,
     /// Plain bytes; the muxer has the other end.
     pub(super) guest: Option<UnixStream>,
     /// The client has sent all that it will, and the guest's side knows.
@@ -42,16 +55,14 @@ pub(super) struct Session {
     guest_deaf: bool,
     /// The client's side of the TCP connection is closed.
     hung_up: bool,
+    /// The system lacked memory for what is to be done.
+    short_of_memory: bool,
     member: Member,
 }
 
-impl Session {
+impl<S: Socket> Session<S> {
     /// A session on a socket that does not block.
-    pub(super) fn new(
-        socket: TcpStream,
-        config: Arc<ServerConfig>,
-        member: Member,
-    ) -> io::Result<Self> {
+    pub(super) fn new(socket: S, config: Arc<ServerConfig>, member: Member) -> io::Result<Self> {
         let tls = ServerConnection::new(config).map_err(io::Error::other)?;
         Ok(Self {
             tls,
@@ -62,6 +73,7 @@ impl Session {
             client_told: false,
             guest_deaf: false,
             hung_up: false,
+            short_of_memory: false,
             member,
         })
     }
@@ -84,11 +96,18 @@ impl Session {
         self.client_told && self.guest.as_ref().is_none_or(gone)
     }
 
+    /// Whether the system lacked memory in the last [`Self::pump`]. No event says
+    /// when it has some again, so another is due after a while.
+    pub(super) fn is_short_of_memory(&self) -> bool {
+        self.short_of_memory
+    }
+
     /// Moves bytes both ways as far as it goes without waiting.
     ///
     /// # Errors
     /// The connection is over: broken off, or what the client sends is not TLS.
     pub(super) fn pump(&mut self) -> io::Result<Pumped> {
+        self.short_of_memory = false;
         for _ in 0..ROUNDS {
             let mut moved = self.send()?;
             moved |= self.feed_guest()?;
@@ -113,14 +132,14 @@ impl Session {
         while self.tls.wants_write() {
             match self.tls.write_tls(&mut self.socket) {
                 Ok(_) => moved = true,
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(moved),
+                Err(error) if is_for_later(&error, &mut self.short_of_memory) => return Ok(moved),
                 Err(error) => return Err(error),
             }
         }
         if self.guest_ended && !self.client_told {
             self.client_told = true;
             self.member.delivered();
-            self.socket.shutdown(Shutdown::Write)?;
+            self.socket.end()?;
             moved = true;
         }
         Ok(moved)
@@ -146,7 +165,9 @@ impl Session {
                 true => bytes.len(),
                 false => match guest.write(bytes) {
                     Ok(count) => count,
-                    Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(moved),
+                    Err(error) if is_for_later(&error, &mut self.short_of_memory) => {
+                        return Ok(moved);
+                    }
                     Err(error) if error.kind() == ErrorKind::BrokenPipe => {
                         self.guest_deaf = true;
                         bytes.len()
@@ -184,7 +205,7 @@ impl Session {
             // Without a word, so perhaps not by the client's will.
             Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
             Ok(_) => {}
-            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
+            Err(error) if is_for_later(&error, &mut self.short_of_memory) => return Ok(false),
             Err(error) => return Err(error),
         }
         if let Err(error) = self.tls.process_new_packets() {
@@ -204,7 +225,7 @@ impl Session {
                 Ok(true)
             }
             Ok(_) => Ok(true),
-            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(false),
+            Err(error) if is_for_later(&error, &mut self.short_of_memory) => Ok(false),
             Err(error) => Err(error),
         }
     }
@@ -228,9 +249,102 @@ impl Session {
                 self.tls.writer().write_all(bytes)?;
                 self.member.count_from_guest(count as u64);
             }
-            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
+            Err(error) if is_for_later(&error, &mut self.short_of_memory) => return Ok(false),
             Err(error) => return Err(error),
         }
         Ok(true)
+    }
+}
+
+/// Whether what failed can be done later: when there is an event or, if the system
+/// lacked memory, which is noted, after a while.
+fn is_for_later(error: &io::Error, short_of_memory: &mut bool) -> bool {
+    let short = matches!(
+        Errno::from_io_error(error),
+        Some(Errno::NOBUFS | Errno::NOMEM)
+    );
+    *short_of_memory |= short;
+    short || matches!(error.kind(), ErrorKind::WouldBlock)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+
+    use rustls::pki_types::ServerName;
+    use rustls::{ClientConfig, ClientConnection, RootCertStore};
+    use sm_devices_vsock::Group;
+
+    use super::*;
+    use crate::TlsIdentity;
+    use crate::tls::identity::Identity;
+
+    /// Reads a client's first bytes; does not write for lack of memory at first.
+    struct Short {
+        hello: io::Cursor<Vec<u8>>,
+        sent: Vec<u8>,
+        error: Option<Errno>,
+    }
+
+    impl Read for Short {
+        fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+            match self.hello.read(room)? {
+                0 => Err(ErrorKind::WouldBlock.into()),
+                count => Ok(count),
+            }
+        }
+    }
+
+    impl Write for Short {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            match self.error {
+                Some(error) => Err(error.into()),
+                None => self.sent.write(bytes),
+            }
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Socket for Short {
+        fn end(&self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_lack_of_memory_ends_no_session() {
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(RootCertStore::empty())
+            .with_no_client_auth();
+        let name = ServerName::try_from("localhost").unwrap();
+        let mut client = ClientConnection::new(Arc::new(config), name).unwrap();
+        let mut hello = Vec::new();
+        client.write_tls(&mut hello).unwrap();
+        for error in [Errno::NOBUFS, Errno::NOMEM] {
+            let socket = Short {
+                hello: io::Cursor::new(hello.clone()),
+                sent: Vec::new(),
+                error: Some(error),
+            };
+            let itself = TlsIdentity::SelfSigned {
+                names: vec!["localhost".to_owned()],
+            };
+            let mut identity = Identity::load(itself, Vec::new()).unwrap();
+            let member = Group::new().join(None);
+            let mut session = Session::new(socket, identity.current(), member).unwrap();
+            assert_eq!(session.pump().unwrap(), Pumped::Idle);
+            assert!(session.is_short_of_memory());
+            session.socket.error = None;
+            assert_eq!(session.pump().unwrap(), Pumped::Idle);
+            assert!(!session.is_short_of_memory());
+            // A record of the handshake.
+            assert_eq!(session.socket.sent.first(), Some(&22));
+        }
     }
 }
