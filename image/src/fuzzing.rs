@@ -1,6 +1,8 @@
 //! Entrances for fuzz targets: everything that takes bytes from strangers.
 
 mod layers;
+#[cfg(test)]
+mod tar_reference;
 
 use oci_spec::image::ImageConfiguration;
 
