@@ -534,6 +534,10 @@ fn markers_first(stack: &[Layer]) -> Vec<Layer> {
 
 fn compare(containerd: &Containerd, stack: &[Layer]) -> Option<Verdict> {
     let verdict = compare_as_is(containerd, stack)?;
+    if !verdict.class.starts_with("umoci") {
+        return Some(verdict);
+    }
+    // Unlike containerd, umoci keeps what a layer has hidden of its own.
     let sorted = markers_first(stack);
     let moved = describe(&sorted) != describe(stack);
     match moved && compare_as_is(containerd, &sorted).is_none() {
@@ -575,7 +579,7 @@ fn compare_as_is(containerd: &Containerd, stack: &[Layer]) -> Option<Verdict> {
     match umoci(&layout, work.path()) {
         Ok(tree) if tree == theirs => None,
         Ok(tree) => {
-            if umoci_differs(stack, &tree, &theirs).is_some() {
+            if umoci_differs(&tree, &theirs).is_some() {
                 return None;
             }
             verdict(
@@ -627,19 +631,16 @@ fn known_difference(ours: &Tree, theirs: &Tree) -> bool {
         });
         seen.collect()
     };
-    let (ours, theirs) = (files(ours), files(theirs));
-    let left = theirs.iter().filter(|(path, seen)| {
-        ours.contains_key(*path) || seen.mode != 0o40755 || seen.owner != (0, 0)
-    });
-    let left: Tree = left
-        .map(|(path, seen)| (path.clone(), seen.clone()))
-        .collect();
-    left == ours
+    files(ours) == files(theirs)
 }
 
 /// The class of a difference between umoci and containerd, if it is a known one.
-fn umoci_differs(_stack: &[Layer], _umoci: &Tree, _containerd: &Tree) -> Option<&'static str> {
-    None
+fn umoci_differs(umoci: &Tree, containerd: &Tree) -> Option<&'static str> {
+    let left = containerd.iter().filter(|(path, seen)| {
+        umoci.contains_key(*path) || seen.mode != 0o40755 || seen.owner != (0, 0)
+    });
+    left.eq(umoci.iter())
+        .then_some("it makes no directories on the way to what is hidden")
 }
 
 /// Leaves out of a stack what its verdict does not need.
