@@ -75,6 +75,11 @@ fn carry(
 ) -> std::io::Result<()> {
     let mut reader = BufReader::new(stream);
     let mut lines: Request = Vec::new();
+    // A TLS record of a handshake. Servers without TLS answer it as what it is to them.
+    if reader.fill_buf()?.first() == Some(&0x16) {
+        let head = "HTTP/1.1 400 X\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+        return stream.write_all(head.as_bytes());
+    }
     loop {
         let mut line = String::new();
         if reader.read_line(&mut line)? <= 2 {
