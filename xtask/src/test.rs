@@ -19,7 +19,7 @@ use crate::lab::{self, Job, Lab, Output};
 use crate::{bench_restore, cmd, fidelity, fixtures, host, kernel, stock};
 
 /// What unit and property tests compare us with, and a compiler.
-pub(crate) const UNIT_PACKAGES: [&str; 10] = [
+pub(crate) const UNIT_PACKAGES: [&str; 11] = [
     "acpica-tools",
     "containerd",
     "gcc",
@@ -28,6 +28,7 @@ pub(crate) const UNIT_PACKAGES: [&str; 10] = [
     "erofs-utils",
     "openssl",
     "podman",
+    "python3",
     "skopeo",
     "umoci",
 ];
