@@ -7,6 +7,7 @@
 mod apt;
 mod background;
 mod bench_image;
+mod bench_kernel;
 mod bench_restore;
 mod bench_vsock;
 mod build;
@@ -69,6 +70,7 @@ fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
         Invocation::Setup => needs::everything(&apt)?,
         Invocation::Demo => return Ok(ExitCode::from(demo::run(&apt)?)),
         Invocation::BenchImage(wanted) => bench_image::run(&apt, &wanted)?,
+        Invocation::BenchKernel(wanted) => bench_kernel::run(&apt, &wanted)?,
         Invocation::BenchRestore(wanted) => bench_restore::run(&apt, &wanted)?,
         Invocation::BenchVsock(wanted) => bench_vsock::run(&apt, &wanted)?,
         Invocation::Fuzz(wanted) => fuzz::run(&apt, &wanted)?,

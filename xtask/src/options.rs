@@ -6,6 +6,7 @@ use anyhow::{Context as _, Result, bail};
 use lexopt::prelude::*;
 
 use crate::bench_image;
+use crate::bench_kernel;
 use crate::bench_restore;
 use crate::bench_vsock;
 use crate::build::Profile;
@@ -24,6 +25,9 @@ Developer commands of sm: cargo xtask COMMAND
   build       sm with its guest agent (release) [--debug]
   kernel      the tuned guest kernel, built once [--stock: the distribution's]
   fixtures    images for the end-to-end tests
+  bench-kernel
+              the tuned kernel's size, and its instructions until the first program
+              [--vs VMLINUX]...
   bench-restore
               how long restoring takes, phase by phase, against a floor and rivals
               [--iterations N] [--memory MIB]... [--vcpus N]... [--vs RIVAL]...
@@ -56,6 +60,7 @@ pub(crate) enum Invocation {
     Setup,
     Demo,
     BenchImage(bench_image::Wanted),
+    BenchKernel(bench_kernel::Wanted),
     BenchRestore(bench_restore::Wanted),
     BenchVsock(bench_vsock::Wanted),
     Fuzz(fuzz::Wanted),
@@ -103,6 +108,7 @@ fn command(mut parser: lexopt::Parser) -> Result<Invocation> {
         "demo" => bare(parser, Invocation::Demo)?,
         "ci" => bare(parser, Invocation::Ci)?,
         "bench-image" => Invocation::BenchImage(bench_image(parser)?),
+        "bench-kernel" => Invocation::BenchKernel(bench_kernel(parser)?),
         "bench-restore" => Invocation::BenchRestore(bench_restore(parser)?),
         "bench-vsock" => Invocation::BenchVsock(bench_vsock(parser)?),
         "fuzz" => Invocation::Fuzz(fuzz(parser)?),
@@ -188,6 +194,17 @@ fn bench_image(mut parser: lexopt::Parser) -> Result<bench_image::Wanted> {
             Long("iterations") => wanted.iterations = Some(parser.value()?.parse()?),
             Long("json") => wanted.json = Some(parser.value()?.into()),
             Long("html") => wanted.html = Some(parser.value()?.into()),
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    Ok(wanted)
+}
+
+fn bench_kernel(mut parser: lexopt::Parser) -> Result<bench_kernel::Wanted> {
+    let mut wanted = bench_kernel::Wanted::default();
+    while let Some(argument) = parser.next()? {
+        match argument {
+            Long("vs") => wanted.others.push(parser.value()?.into()),
             other => return Err(other.unexpected().into()),
         }
     }
