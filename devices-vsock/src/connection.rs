@@ -19,7 +19,7 @@ use std::os::fd::AsFd as _;
 use std::time::Instant;
 
 use rustix::net::Shutdown;
-use sm_vmm_core::event_loop::Registration;
+use sm_event_loop::Registration;
 
 pub(crate) use transfer::{Filled, MAX_MESSAGE};
 

@@ -13,8 +13,8 @@ mod transmit;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
+use sm_event_loop::{Interest, Readiness, Registration, Registry, new_eventfd};
 use sm_vmm_core::GuestMemory;
-use sm_vmm_core::event_loop::{Interest, Readiness, Registration, Registry, new_eventfd};
 use sm_vmm_core::virtio::queue::{Chain, Queue, QueueError, Span};
 use sm_vmm_core::virtio::{ActivateError, Activation, DevicePayload, Interrupt, VirtioDevice};
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use sm_vmm_core::event_loop::signal;
+use sm_event_loop::signal;
 use thiserror::Error;
 
 use crate::group::{Group, Member};
@@ -349,7 +349,7 @@ impl Drop for Listening {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use sm_vmm_core::event_loop::new_eventfd;
+    use sm_event_loop::new_eventfd;
 
     #[test]
     fn a_failure_is_told_after_one_that_panicked() {

@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use sm_vmm_core::event_loop::{Interest, Registry};
+use sm_event_loop::{Interest, Registry};
 
 use crate::allowance::Allowance;
 use crate::backlog::Pool;

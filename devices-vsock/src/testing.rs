@@ -15,8 +15,8 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use sm_event_loop::EventLoop;
 use sm_vmm_core::GuestMemory;
-use sm_vmm_core::event_loop::EventLoop;
 use sm_vmm_core::virtio::queue::Span;
 use sm_vmm_core::virtio::testing::{Driver, DriverQueue};
 use vm_memory::{Bytes as _, GuestAddress};

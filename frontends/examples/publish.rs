@@ -17,8 +17,8 @@ use std::time::Duration;
 
 use sm_devices_vsock::VsockConfig;
 use sm_devices_vsock::testing::{Guest, REQUEST, RESPONSE, RST, RW, SHUTDOWN};
+use sm_event_loop::EventLoop;
 use sm_frontends::{HybridFrontend, Limit, Target, TcpFrontend};
-use sm_vmm_core::event_loop::EventLoop;
 
 /// The guest's vsock port that answers.
 const PORT: u32 = 5000;

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 use sm_devices_vsock::{Limit, Permit};
-use sm_vmm_core::event_loop::{Interest, Registration, Registry};
+use sm_event_loop::{Interest, Registration, Registry};
 
 use crate::deadlines::Deadlines;
 use crate::peer::is_trusted_peer;

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use sm_devices_vsock::Group;
-use sm_vmm_core::event_loop::{EventHandler, EventLoopHandle, HandlerId, Registry};
+use sm_event_loop::{EventHandler, EventLoopHandle, HandlerId, Registry};
 
 use crate::place::Place;
 use crate::service::{Bell, Service};

@@ -3,7 +3,7 @@
 use std::io;
 
 use sm_devices_vsock::{Permit, Stage};
-use sm_vmm_core::event_loop::{EventHandler, Readiness, Registry};
+use sm_event_loop::{EventHandler, Readiness, Registry};
 
 use crate::Target;
 use crate::gate::{CLOSING_ROUNDS, Gate, Listener};
@@ -85,7 +85,7 @@ mod tests {
 
     use sm_devices_vsock::testing::Guest;
     use sm_devices_vsock::{Limit, VsockConfig};
-    use sm_vmm_core::event_loop::{EventLoop, new_eventfd};
+    use sm_event_loop::{EventLoop, new_eventfd};
 
     use super::*;
     use crate::gate::BACKLOG;

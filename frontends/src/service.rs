@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use sm_devices_vsock::{ConnectError, ConnectOptions, Group, Limit, Member, MuxerHandle};
-use sm_vmm_core::event_loop::{EventLoopHandle, HandlerId};
+use sm_event_loop::{EventLoopHandle, HandlerId};
 
 use crate::stats::Counters;
 

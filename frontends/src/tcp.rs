@@ -4,7 +4,7 @@ use std::io;
 use std::net::{SocketAddr, TcpListener};
 
 use sm_devices_vsock::{Limit, MuxerHandle};
-use sm_vmm_core::event_loop::EventLoopHandle;
+use sm_event_loop::EventLoopHandle;
 
 use crate::gate::BACKLOG;
 use crate::listening::Listening;

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use sm_devices_vsock::{Limit, MuxerHandle};
-use sm_vmm_core::event_loop::EventLoopHandle;
+use sm_event_loop::EventLoopHandle;
 
 use crate::listening::Listening;
 use crate::place;

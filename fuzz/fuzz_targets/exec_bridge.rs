@@ -13,7 +13,7 @@ use sm_devices_vsock::VsockConfig;
 use sm_devices_vsock::testing::{Guest, Packet, REQUEST, RESPONSE, RST, RW, SHUTDOWN};
 use sm_frontends::{FrontendHandle, Target, UnixFrontend};
 use sm_guest_proto::port;
-use sm_vmm_core::event_loop::EventLoop;
+use sm_event_loop::EventLoop;
 
 /// Made once: a connection is what is tried.
 struct Rig {

@@ -6,7 +6,7 @@ use std::sync::{Arc, LazyLock, Mutex};
 
 use libfuzzer_sys::fuzz_target;
 use sm_vmm_core::GuestMemory;
-use sm_vmm_core::event_loop::EventLoop;
+use sm_event_loop::EventLoop;
 use sm_vmm_core::virtio::blk::{Access, Block};
 use sm_vmm_core::virtio::disk::{Disk, Segment};
 use sm_vmm_core::virtio::testing::Driver;

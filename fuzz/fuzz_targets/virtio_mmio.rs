@@ -7,7 +7,7 @@ use std::sync::{Arc, LazyLock, Mutex};
 use libfuzzer_sys::fuzz_target;
 use sm_vmm_core::GuestMemory;
 use sm_vmm_core::bus::MmioDevice as _;
-use sm_vmm_core::event_loop::EventLoop;
+use sm_event_loop::EventLoop;
 use sm_vmm_core::virtio::queue::Span;
 use sm_vmm_core::virtio::rng::Rng;
 use sm_vmm_core::virtio::testing::Driver;

@@ -8,10 +8,10 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
+use sm_event_loop::EventLoop;
 use sm_hypervisor::Hypervisor;
 use sm_hypervisor::kvm::Kvm;
 use sm_vmm_core::devices::DeviceConfig;
-use sm_vmm_core::event_loop::EventLoop;
 use sm_vmm_core::layout::{SLOT_DATA_DISK, SLOT_RNG, SLOT_ROOT_DISK};
 use sm_vmm_core::loader::InitramfsPart;
 use sm_vmm_core::machine::{Machine, MachineConfig};

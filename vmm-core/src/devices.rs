@@ -10,10 +10,10 @@ use thiserror::Error;
 
 use crate::GuestMemory;
 use crate::bus::{BusBuilder, BusError};
-use crate::event_loop::EventLoopHandle;
 use crate::layout::{VIRTIO_SLOTS, VIRTIO_WINDOW_SIZE, virtio_gsi, virtio_window};
 use crate::virtio::mmio::{MmioTransport, QUEUE_NOTIFY, TransportState};
 use crate::virtio::{ActivateError, VirtioDevice};
+use sm_event_loop::EventLoopHandle;
 
 /// Why a device cannot be attached, saved or restored.
 #[derive(Debug, Error)]

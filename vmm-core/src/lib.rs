@@ -6,7 +6,6 @@
 pub mod acpi;
 pub mod bus;
 pub mod devices;
-pub mod event_loop;
 pub mod exit;
 pub mod layout;
 pub mod loader;

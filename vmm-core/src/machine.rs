@@ -16,7 +16,6 @@ pub use self::error::MachineError;
 use self::error::hypervisor;
 use crate::acpi::{self, AcpiConfig, GENERATION_ID};
 use crate::devices::{DeviceConfig, Devices};
-use crate::event_loop::EventLoopHandle;
 use crate::exit::{ExitLatch, ExitReason};
 use crate::layout::MACHINE_VERSION;
 use crate::loader::{self, BootSource, InitramfsPart};
@@ -25,6 +24,7 @@ use crate::serial::{Console, Uart};
 use crate::state::MachineState;
 use crate::vcpu_thread::{Start, VcpuThread};
 use crate::vmgenid::GenerationId;
+use sm_event_loop::EventLoopHandle;
 
 /// What a machine is made of.
 #[derive(Debug)]

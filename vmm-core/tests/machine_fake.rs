@@ -10,10 +10,10 @@ use std::io::{Read as _, Seek as _, SeekFrom};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use sm_event_loop::EventLoop;
 use sm_hypervisor::fake::{Event, FakeHypervisor, Step};
 use sm_hypervisor::{Exit, FaultInfo};
 use sm_vmm_core::devices::DeviceConfig;
-use sm_vmm_core::event_loop::EventLoop;
 use sm_vmm_core::exit::ExitReason;
 use sm_vmm_core::layout::{GED_GSI, SLOT_RNG, virtio_window};
 use sm_vmm_core::machine::{Machine, MachineConfig, MachineError};

@@ -10,9 +10,9 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use sm_event_loop::EventLoop;
 use sm_hypervisor::kvm::Kvm;
 use sm_vmm_core::devices::DeviceConfig;
-use sm_vmm_core::event_loop::EventLoop;
 use sm_vmm_core::exit::ExitReason;
 use sm_vmm_core::layout::SLOT_RNG;
 use sm_vmm_core::machine::{Machine, MachineConfig, MachineError};

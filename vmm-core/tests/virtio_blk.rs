@@ -6,8 +6,8 @@ use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
+use sm_event_loop::EventLoop;
 use sm_vmm_core::GuestMemory;
-use sm_vmm_core::event_loop::EventLoop;
 use sm_vmm_core::virtio::blk::{Access, Block};
 use sm_vmm_core::virtio::disk::{Disk, Segment};
 use sm_vmm_core::virtio::queue::Span;

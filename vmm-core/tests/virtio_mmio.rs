@@ -4,9 +4,9 @@
 use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
+use sm_event_loop::{EventHandler, EventLoop, Readiness, Registry};
 use sm_vmm_core::GuestMemory;
 use sm_vmm_core::bus::MmioDevice as _;
-use sm_vmm_core::event_loop::{EventHandler, EventLoop, Readiness, Registry};
 use sm_vmm_core::virtio::blk::{Access, Block};
 use sm_vmm_core::virtio::disk::Disk;
 use sm_vmm_core::virtio::queue::Span;

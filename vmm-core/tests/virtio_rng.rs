@@ -2,8 +2,8 @@
 
 use std::sync::{Arc, Mutex};
 
+use sm_event_loop::EventLoop;
 use sm_vmm_core::GuestMemory;
-use sm_vmm_core::event_loop::EventLoop;
 use sm_vmm_core::virtio::queue::Span;
 use sm_vmm_core::virtio::rng::Rng;
 use sm_vmm_core::virtio::testing::Driver;

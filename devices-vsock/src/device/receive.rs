@@ -2,8 +2,8 @@
 
 use std::collections::VecDeque;
 
+use sm_event_loop::Registry;
 use sm_vmm_core::GuestMemory;
-use sm_vmm_core::event_loop::Registry;
 use sm_vmm_core::virtio::iov::{MAX_SPANS, Window};
 use sm_vmm_core::virtio::queue::{Chain, Queue, QueueError, Span};
 

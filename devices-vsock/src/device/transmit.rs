@@ -1,7 +1,7 @@
 //! Looking at what the guest sent: from the guest to the host.
 
+use sm_event_loop::Registry;
 use sm_vmm_core::GuestMemory;
-use sm_vmm_core::event_loop::Registry;
 use sm_vmm_core::virtio::iov::{MAX_SPANS, Window};
 use sm_vmm_core::virtio::queue::{Chain, QueueError, Span};
 

@@ -11,8 +11,8 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{Ordering, fence};
 use std::sync::{Arc, Mutex};
 
+use sm_event_loop::EventLoop;
 use sm_vmm_core::GuestMemory;
-use sm_vmm_core::event_loop::EventLoop;
 use sm_vmm_core::virtio::VirtioDevice;
 use sm_vmm_core::virtio::queue::Span;
 use sm_vmm_core::virtio::testing::{Driver, DriverQueue};

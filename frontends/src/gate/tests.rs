@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use sm_devices_vsock::VsockConfig;
 use sm_devices_vsock::testing::Guest;
-use sm_vmm_core::event_loop::{EventLoop, new_eventfd, signal};
+use sm_event_loop::{EventLoop, new_eventfd, signal};
 
 use super::*;
 use crate::listening::Listening;
@@ -96,7 +96,7 @@ fn a_listener_that_cannot_be_accepted_from_is_looked_at_after_a_while() {
 
 struct Idle;
 
-impl sm_vmm_core::event_loop::EventHandler for Idle {
+impl sm_event_loop::EventHandler for Idle {
     fn start(&mut self, _registry: &mut Registry<'_>) -> io::Result<()> {
         Ok(())
     }
@@ -104,7 +104,7 @@ impl sm_vmm_core::event_loop::EventHandler for Idle {
     fn ready(
         &mut self,
         _token: u64,
-        _readiness: sm_vmm_core::event_loop::Readiness,
+        _readiness: sm_event_loop::Readiness,
         _registry: &mut Registry<'_>,
     ) {
     }

@@ -20,11 +20,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use sm_devices_vsock::{ConnectOptions, Limit, MuxerHandle, Permit, Stage};
+use sm_event_loop::{EventHandler, EventLoopHandle, Interest, Readiness, Registration, Registry};
 use sm_guest_proto::forward::ForwardHeader;
 use sm_guest_proto::port;
-use sm_vmm_core::event_loop::{
-    EventHandler, EventLoopHandle, Interest, Readiness, Registration, Registry,
-};
 
 use self::parcel::Parcel;
 pub use self::sender::HandoffSender;

@@ -4,8 +4,8 @@ use std::os::fd::AsFd;
 
 use sm_devices_vsock::VsockConfig;
 use sm_devices_vsock::testing::{Guest, Packet, REQUEST, RESPONSE, RW};
+use sm_event_loop::EventLoop;
 use sm_guest_proto::forward::HEADER_LEN;
-use sm_vmm_core::event_loop::EventLoop;
 
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 

@@ -21,9 +21,7 @@ use sm_devices_vsock::{
     Accepted, ConnectOptions, GuestStream, Limit, Listening, Member, MuxerHandle, Permit,
     SocketKind, Stage,
 };
-use sm_vmm_core::event_loop::{
-    EventHandler, EventLoopHandle, Interest, Readiness, Registration, Registry,
-};
+use sm_event_loop::{EventHandler, EventLoopHandle, Interest, Readiness, Registration, Registry};
 
 use self::line::{Line, MAX_LINE};
 use crate::deadlines::Deadlines;

@@ -2,7 +2,7 @@ use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 
 use sm_devices_vsock::VsockConfig;
 use sm_devices_vsock::testing::{Guest, Packet, REQUEST, RESPONSE, RST, RW};
-use sm_vmm_core::event_loop::EventLoop;
+use sm_event_loop::EventLoop;
 
 use super::*;
 

@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use sm_devices_vsock::{Permit, Stage};
-use sm_vmm_core::event_loop::{EventHandler, Interest, Readiness, Registration, Registry};
+use sm_event_loop::{EventHandler, Interest, Readiness, Registration, Registry};
 
 use super::identity::Identity;
 use super::session::{Pumped, Session};

@@ -18,7 +18,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use sm_devices_vsock::{Limit, MuxerHandle};
-use sm_vmm_core::event_loop::EventLoopHandle;
+use sm_event_loop::EventLoopHandle;
 
 use self::identity::Identity;
 use self::listening::{Listening, Targets};

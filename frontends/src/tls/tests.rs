@@ -10,7 +10,7 @@ use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 use sm_devices_vsock::VsockConfig;
 use sm_devices_vsock::testing::{Guest, REQUEST, RESPONSE, RST, RW, SHUTDOWN};
-use sm_vmm_core::event_loop::EventLoop;
+use sm_event_loop::EventLoop;
 
 use super::*;
 

@@ -21,13 +21,13 @@ use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 use sm_devices_vsock::testing::{Guest, Packet, REQUEST, RESPONSE, RST, RW, SHUTDOWN};
 use sm_devices_vsock::{ConnectOptions, MuxerHandle, VsockConfig};
+use sm_event_loop::{EventHandler, EventLoop, HandlerId, Readiness, Registry};
 use sm_frontends::{
     FrontendHandle, HandoffFrontend, HandoffSender, HybridFrontend, Limit, Target, TcpFrontend,
     TlsFrontend, TlsIdentity, UnixFrontend,
 };
 use sm_guest_proto::forward::{ForwardHeader, HEADER_LEN};
 use sm_guest_proto::port;
-use sm_vmm_core::event_loop::{EventHandler, EventLoop, HandlerId, Readiness, Registry};
 
 /// The guest's port that echoes.
 pub const ECHO: u32 = 7;

@@ -7,12 +7,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use sm_devices_vsock::MuxerHandle;
+use sm_event_loop::EventLoopHandle;
 use sm_frontends::{
     FrontendHandle, HandoffFrontend, HybridFrontend, Limit, Target, TcpFrontend, TlsFrontend,
     TlsIdentity, UnixFrontend,
 };
 use sm_guest_proto::forward::ForwardHeader;
-use sm_vmm_core::event_loop::EventLoopHandle;
 
 use super::{HostEnd, Publication, PublishedPort, TlsEnd};
 use crate::doctor::with_causes;

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use sm_devices_vsock::{MuxerHandle, Vsock, VsockConfig};
+use sm_event_loop::EventLoop;
 use sm_frontends::{FrontendHandle, Target, UnixFrontend};
 use sm_guest_proto::port;
 use sm_hypervisor::kvm::Kvm;
@@ -19,7 +20,6 @@ use sm_snapshot::manifest::Layer;
 use sm_snapshot::store::SnapshotStore;
 use sm_snapshot::userfault::Pager;
 use sm_vmm_core::devices::DeviceConfig;
-use sm_vmm_core::event_loop::EventLoop;
 use sm_vmm_core::exit::ExitLatch;
 use sm_vmm_core::layout::{SLOT_RNG, SLOT_ROOT_DISK, SLOT_VSOCK};
 use sm_vmm_core::loader::{BASE_COMMAND_LINE, InitramfsPart};

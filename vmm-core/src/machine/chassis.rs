@@ -10,7 +10,6 @@ use super::error::hypervisor;
 use super::{Machine, MachineError, Phases};
 use crate::bus::{BusBuilder, MachineBus};
 use crate::devices::{DeviceConfig, Devices};
-use crate::event_loop::EventLoopHandle;
 use crate::exit::ExitLatch;
 use crate::layout::{COM1_GSI, COM1_PORT, GED_GSI};
 use crate::memory::{MachineMemory, RamRegion};
@@ -18,6 +17,7 @@ use crate::power;
 use crate::serial::{Console, Uart};
 use crate::vcpu_thread::{Start, VcpuThread};
 use crate::vmgenid::GenerationId;
+use sm_event_loop::EventLoopHandle;
 
 /// Measures consecutive steps.
 pub(super) struct Stopwatch(Instant);

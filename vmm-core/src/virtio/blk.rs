@@ -27,7 +27,7 @@ use super::device::{ActivateError, Activation, DevicePayload, Interrupt, VirtioD
 use super::disk::{Disk, SECTOR};
 use super::queue::{Chain, Queue, QueueError};
 use crate::GuestMemory;
-use crate::event_loop::{Interest, Readiness, Registration, Registry, drain};
+use sm_event_loop::{Interest, Readiness, Registration, Registry, drain};
 
 const QUEUE_SIZES: [u16; 1] = [256];
 /// Bytes of the identification string.

@@ -12,8 +12,8 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::GuestMemory;
-use crate::event_loop::{Readiness, Registry};
 use crate::virtio::queue::Queue;
+use sm_event_loop::{Readiness, Registry};
 
 /// How a device tells the driver something. Cheap, callable from any thread.
 pub trait Interrupt: Send + Sync {

@@ -22,7 +22,7 @@ use super::device::{ActivateError, Activation, DevicePayload, Interrupt, VirtioD
 use super::queue::Queue;
 use crate::GuestMemory;
 use crate::bus::MmioDevice;
-use crate::event_loop::{
+use sm_event_loop::{
     EventHandler, EventLoopHandle, HandlerId, Interest, Readiness, Registry, drain, new_eventfd,
     signal,
 };

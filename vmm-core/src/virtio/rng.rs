@@ -9,7 +9,7 @@ use super::device::{ActivateError, Activation, DevicePayload, Interrupt, VirtioD
 use super::iov::Window;
 use super::queue::{Chain, Queue, QueueError};
 use crate::GuestMemory;
-use crate::event_loop::{Readiness, Registry};
+use sm_event_loop::{Readiness, Registry};
 
 const QUEUE_SIZES: [u16; 1] = [64];
 /// Most bytes given for one request; the driver asks again for more.

@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::json;
+use sm_event_loop::EventLoop;
 use sm_hypervisor::Hypervisor as _;
 use sm_hypervisor::kvm::Kvm;
 use sm_snapshot::capture::{Ancestry, Capture};
@@ -15,7 +16,6 @@ use sm_snapshot::contents;
 use sm_snapshot::restore::map_memory;
 use sm_snapshot::store::SnapshotStore;
 use sm_snapshot::verify::verify;
-use sm_vmm_core::event_loop::EventLoop;
 use sm_vmm_core::machine::Machine;
 use vm_memory::{Bytes as _, GuestAddress};
 

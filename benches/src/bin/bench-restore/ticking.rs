@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
+use sm_event_loop::EventLoop;
 use sm_hypervisor::Hypervisor as _;
 use sm_hypervisor::kvm::Kvm;
 use sm_snapshot::capture::{Ancestry, Capture, Description};
@@ -22,7 +23,6 @@ use sm_snapshot::state_file::Section;
 use sm_snapshot::store::SnapshotStore;
 use sm_snapshot::working_set::WorkingSet;
 use sm_vmm_core::devices::DeviceConfig;
-use sm_vmm_core::event_loop::EventLoop;
 use sm_vmm_core::layout::{MACHINE_VERSION, SLOT_RNG};
 use sm_vmm_core::loader::{BASE_COMMAND_LINE, InitramfsPart};
 use sm_vmm_core::machine::{Machine, MachineConfig};

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use sm_benches::samples::{Comparison, Report, Series};
+use sm_event_loop::EventLoop;
 use sm_hypervisor::Hypervisor as _;
 use sm_hypervisor::kvm::Kvm;
 use sm_snapshot::capture::{Ancestry, Capture, Description};
@@ -19,7 +20,6 @@ use sm_snapshot::restore::{Requirements, check, map_memory};
 use sm_snapshot::state_file::Section;
 use sm_snapshot::store::SnapshotStore;
 use sm_vmm_core::devices::DeviceConfig;
-use sm_vmm_core::event_loop::EventLoop;
 use sm_vmm_core::layout::MACHINE_VERSION;
 use sm_vmm_core::machine::{Machine, MachineConfig};
 use sm_vmm_core::memory::MemoryConfig;

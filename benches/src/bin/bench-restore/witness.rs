@@ -3,7 +3,7 @@
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
-use sm_vmm_core::event_loop::{Readiness, Registry};
+use sm_event_loop::{Readiness, Registry};
 use sm_vmm_core::virtio::queue::Queue;
 use sm_vmm_core::virtio::{ActivateError, Activation, DevicePayload, VirtioDevice};
 

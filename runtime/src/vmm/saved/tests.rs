@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 
+use sm_event_loop::EventLoop;
 use sm_hypervisor::kvm::Kvm;
 use sm_snapshot::capture::Ancestry;
 use sm_snapshot::extents::Content as Stored;
@@ -15,7 +16,6 @@ use sm_snapshot::manifest::{Manifest, OLDEST_FORMAT};
 use sm_snapshot::store::read_manifest;
 use sm_snapshot::verify::verify;
 use sm_vmm_core::devices::DeviceConfig;
-use sm_vmm_core::event_loop::EventLoop;
 use sm_vmm_core::machine::MachineConfig;
 use sm_vmm_core::memory::{MIN_MEMORY, MemoryConfig};
 use sm_vmm_core::virtio::rng::Rng;

@@ -13,9 +13,9 @@ use std::thread::JoinHandle;
 
 use super::request::{Operation, Outcome};
 use crate::GuestMemory;
-use crate::event_loop::{new_eventfd, signal};
 use crate::virtio::disk::Disk;
 use crate::virtio::queue::Chain;
+use sm_event_loop::{new_eventfd, signal};
 
 /// Requests of one disk that wait at the same time.
 const MAX_THREADS: usize = 4;

@@ -15,9 +15,9 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use super::DriverQueue;
 use crate::GuestMemory;
 use crate::bus::MmioDevice as _;
-use crate::event_loop::EventLoopHandle;
 use crate::virtio::VirtioDevice;
 use crate::virtio::mmio::MmioTransport;
+use sm_event_loop::EventLoopHandle;
 
 /// How long a device may take before a test is given up.
 const PATIENCE: Duration = Duration::from_secs(60);

@@ -1,16 +1,57 @@
-//! The device event loop: one thread that waits for file descriptors and calls
-//! handlers.
+//! An event loop for devices: one thread that waits for file descriptors and calls
+//! the handlers that registered them.
 //!
 //! A handler registers descriptors under tokens of its own and is called when
 //! one is ready. Registrations carry a generation, so an event that was fetched
 //! before its registration was removed is never delivered, even if the
-//! descriptor number or the slot has been reused in between; that is why this is
-//! a layer over epoll (through `rustix`) rather than over `event-manager`, which
-//! finds handlers by descriptor number. A host without epoll gets another
-//! implementation of the same few calls.
+//! descriptor number or the slot has been reused in between. The loop is a layer
+//! over epoll (through `rustix`); a host without epoll gets another implementation
+//! of the same few calls.
+//!
+//! ```
+//! use std::io::{self, Read as _, Write as _};
+//! use std::os::unix::net::UnixStream;
+//! use std::sync::mpsc::{Sender, channel};
+//! use std::sync::{Arc, Mutex};
+//!
+//! use sm_event_loop::{EventHandler, EventLoop, Interest, Readiness, Registry};
+//!
+//! /// Passes on what arrives on a socket.
+//! struct Reader {
+//!     socket: UnixStream,
+//!     received: Sender<Vec<u8>>,
+//! }
+//!
+//! impl EventHandler for Reader {
+//!     fn start(&mut self, registry: &mut Registry<'_>) -> io::Result<()> {
+//!         registry.add(&self.socket, 0, Interest::READ)?;
+//!         Ok(())
+//!     }
+//!
+//!     fn ready(&mut self, _token: u64, _readiness: Readiness, _registry: &mut Registry<'_>) {
+//!         let mut bytes = vec![0; 64];
+//!         if let Ok(len) = self.socket.read(&mut bytes) {
+//!             bytes.truncate(len);
+//!             let _ = self.received.send(bytes);
+//!         }
+//!     }
+//! }
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let event_loop = EventLoop::spawn("devices")?;
+//! let (mut ours, theirs) = UnixStream::pair()?;
+//! let (received, bytes) = channel();
+//! let reader = Reader { socket: theirs, received };
+//! event_loop.handle().add_handler(Arc::new(Mutex::new(reader)))?;
+//! ours.write_all(b"hello")?;
+//! assert_eq!(bytes.recv()?, b"hello");
+//! # Ok(())
+//! # }
+//! ```
 //!
 //! Architecture invariants: nothing is allocated for an event; a handler that is
 //! gone is never called, and never keeps the loop awake.
+#![warn(missing_docs)]
 
 mod registry;
 #[cfg(test)]
