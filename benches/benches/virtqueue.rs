@@ -6,9 +6,9 @@
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use sm_vmm_core::GuestMemory;
-use sm_vmm_core::virtio::queue::{Chain, Queue, Span};
-use sm_vmm_core::virtio::testing::DriverQueue;
+use sm_virtio::GuestMemory;
+use sm_virtio::queue::{Chain, Queue, Span};
+use sm_virtio::testing::DriverQueue;
 use virtio_queue::{Queue as Reference, QueueT as _};
 use vm_memory::GuestAddress;
 

@@ -6,7 +6,7 @@
 
 use std::io::IoSlice;
 
-use sm_vmm_core::GuestMemory;
+use sm_virtio::GuestMemory;
 use vm_memory::{Bytes as _, GuestAddress};
 
 /// Bytes in a chunk.

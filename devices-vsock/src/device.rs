@@ -14,9 +14,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use sm_event_loop::{Interest, Readiness, Registration, Registry, new_eventfd};
-use sm_vmm_core::GuestMemory;
-use sm_vmm_core::virtio::queue::{Chain, Queue, QueueError, Span};
-use sm_vmm_core::virtio::{ActivateError, Activation, DevicePayload, Interrupt, VirtioDevice};
+use sm_virtio::GuestMemory;
+use sm_virtio::queue::{Chain, Queue, QueueError, Span};
+use sm_virtio::{ActivateError, Activation, DevicePayload, Interrupt, VirtioDevice};
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 

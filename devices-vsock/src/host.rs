@@ -11,9 +11,9 @@ use rustix::net::sockopt::{
 use rustix::net::{
     AddressFamily, RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown, SocketType, shutdown,
 };
-use sm_vmm_core::GuestMemory;
-use sm_vmm_core::virtio::iov;
-use sm_vmm_core::virtio::queue::Span;
+use sm_virtio::GuestMemory;
+use sm_virtio::iov;
+use sm_virtio::queue::Span;
 
 use crate::handle::SocketKind;
 

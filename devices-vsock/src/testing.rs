@@ -16,9 +16,9 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use sm_event_loop::EventLoop;
-use sm_vmm_core::GuestMemory;
-use sm_vmm_core::virtio::queue::Span;
-use sm_vmm_core::virtio::testing::{Driver, DriverQueue};
+use sm_virtio::GuestMemory;
+use sm_virtio::queue::Span;
+use sm_virtio::testing::{Driver, DriverQueue};
 use vm_memory::{Bytes as _, GuestAddress};
 
 pub use packet::{CREDIT_UPDATE, Packet, REQUEST, RESPONSE, RST, RW, SHUTDOWN};
@@ -140,7 +140,7 @@ impl Guest {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
         let event_loop = EventLoop::spawn("test").unwrap();
         let (device, muxer) = Vsock::new(config).unwrap();
-        let device: Arc<Mutex<dyn sm_vmm_core::virtio::VirtioDevice>> = device;
+        let device: Arc<Mutex<dyn sm_virtio::VirtioDevice>> = device;
         let driver = Driver::new(device, &memory, event_loop.handle());
         let queue = |index: usize| {
             let base = QUEUES + 0x1_0000 * index as u64;

@@ -11,7 +11,7 @@ use std::os::unix::net::UnixStream;
 
 use sm_devices_vsock::VsockConfig;
 use sm_devices_vsock::testing::{CREDIT_UPDATE, Guest, Packet, REQUEST, RST, RW, SHUTDOWN};
-use sm_vmm_core::virtio::queue::Span;
+use sm_virtio::queue::Span;
 use vm_memory::GuestAddress;
 
 /// A stream that works.

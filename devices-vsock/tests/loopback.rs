@@ -16,7 +16,7 @@ use sm_devices_vsock::testing::{
     CREDIT_UPDATE, EVENT_BASE, Guest, Packet, REQUEST, RESPONSE, RST, RW, SHUTDOWN, connect,
 };
 use sm_devices_vsock::{ConnectError, ConnectOptions, Group, Limit, Vsock, VsockConfig};
-use sm_vmm_core::virtio::queue::Span;
+use sm_virtio::queue::Span;
 use vm_memory::GuestAddress;
 
 #[test]

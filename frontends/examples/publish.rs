@@ -3,7 +3,7 @@
 //!
 //! The guest is a model of a driver in this process, so that this runs anywhere; a
 //! VMM puts the device on its own transport instead (`VirtioDevice` of
-//! `sm-vmm-core`). `cargo run -p sm-frontends --example publish`
+//! `sm-virtio`). `cargo run -p sm-frontends --example publish`
 #![allow(
     clippy::unwrap_used,
     reason = "an example stops at what it cannot do; mind this in a program"

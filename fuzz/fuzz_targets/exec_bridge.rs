@@ -11,9 +11,9 @@ use std::path::PathBuf;
 use libfuzzer_sys::fuzz_target;
 use sm_devices_vsock::VsockConfig;
 use sm_devices_vsock::testing::{Guest, Packet, REQUEST, RESPONSE, RST, RW, SHUTDOWN};
+use sm_event_loop::EventLoop;
 use sm_frontends::{FrontendHandle, Target, UnixFrontend};
 use sm_guest_proto::port;
-use sm_event_loop::EventLoop;
 
 /// Made once: a connection is what is tried.
 struct Rig {

@@ -5,11 +5,11 @@ use std::fs::File;
 use std::sync::{Arc, LazyLock, Mutex};
 
 use libfuzzer_sys::fuzz_target;
-use sm_vmm_core::GuestMemory;
 use sm_event_loop::EventLoop;
+use sm_virtio::GuestMemory;
+use sm_virtio::testing::Driver;
 use sm_vmm_core::virtio::blk::{Access, Block};
 use sm_vmm_core::virtio::disk::{Disk, Segment};
-use sm_vmm_core::virtio::testing::Driver;
 use vm_memory::{Bytes as _, GuestAddress};
 
 static LOOP: LazyLock<EventLoop> =

@@ -5,12 +5,11 @@
 use std::sync::{Arc, LazyLock, Mutex};
 
 use libfuzzer_sys::fuzz_target;
-use sm_vmm_core::GuestMemory;
-use sm_vmm_core::bus::MmioDevice as _;
 use sm_event_loop::EventLoop;
-use sm_vmm_core::virtio::queue::Span;
+use sm_virtio::GuestMemory;
+use sm_virtio::queue::Span;
+use sm_virtio::testing::Driver;
 use sm_vmm_core::virtio::rng::Rng;
-use sm_vmm_core::virtio::testing::Driver;
 use vm_memory::{Bytes as _, GuestAddress};
 
 static LOOP: LazyLock<EventLoop> =

@@ -2,9 +2,9 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use sm_vmm_core::GuestMemory;
-use sm_vmm_core::virtio::queue::Chain;
-use sm_vmm_core::virtio::testing::DriverQueue;
+use sm_virtio::GuestMemory;
+use sm_virtio::queue::Chain;
+use sm_virtio::testing::DriverQueue;
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _};
 
 const MEMORY: usize = 1 << 16;

@@ -5,15 +5,15 @@ use std::io;
 use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
-use sm_hypervisor::{Doorbell, IrqTrigger, Vm};
+use sm_hypervisor::{Doorbell, IrqLine, IrqTrigger, Vm};
 use thiserror::Error;
 
-use crate::GuestMemory;
-use crate::bus::{BusBuilder, BusError};
+use crate::bus::{BusBuilder, BusError, MmioDevice};
 use crate::layout::{VIRTIO_SLOTS, VIRTIO_WINDOW_SIZE, virtio_gsi, virtio_window};
-use crate::virtio::mmio::{MmioTransport, QUEUE_NOTIFY, TransportState};
-use crate::virtio::{ActivateError, VirtioDevice};
 use sm_event_loop::EventLoopHandle;
+use sm_virtio::GuestMemory;
+use sm_virtio::mmio::{InterruptLine, MmioTransport, QUEUE_NOTIFY, TransportState};
+use sm_virtio::{ActivateError, VirtioDevice};
 
 /// Why a device cannot be attached, saved or restored.
 #[derive(Debug, Error)]
@@ -98,6 +98,25 @@ pub struct SlotState {
     pub transport: TransportState,
 }
 
+/// The hypervisor's line, as the transport knows it.
+struct Line(Arc<dyn IrqLine>);
+
+impl InterruptLine for Line {
+    fn pulse(&self) -> io::Result<()> {
+        self.0.pulse().map_err(io::Error::other)
+    }
+}
+
+impl MmioDevice for MmioTransport {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        self.read(offset, data);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        self.write(offset, data);
+    }
+}
+
 /// All devices of a machine, by ascending slot.
 #[derive(Default)]
 pub(crate) struct Devices {
@@ -124,6 +143,7 @@ impl Devices {
             let line = vm
                 .irq_line(virtio_gsi(slot), IrqTrigger::Edge)
                 .map_err(connect)?;
+            let line = Arc::new(Line(line));
             let transport =
                 MmioTransport::new(slot, device, guest.clone(), line, event_loop.clone()).map_err(
                     |source| DeviceError::Io {

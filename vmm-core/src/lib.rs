@@ -1,6 +1,5 @@
-//! The machine: memory map, boot protocols, ACPI, virtio-mmio devices, vCPU
-//! threads and the device event loop, generic over a
-//! [`sm_hypervisor::Hypervisor`].
+//! The machine: memory map, boot protocols, ACPI, virtio-mmio devices and vCPU
+//! threads, generic over a [`sm_hypervisor::Hypervisor`].
 #![warn(missing_docs)]
 
 pub mod acpi;
@@ -17,6 +16,3 @@ pub mod state;
 pub mod vcpu_thread;
 pub mod virtio;
 mod vmgenid;
-
-/// Guest physical memory, shared by every device and vCPU of a machine.
-pub type GuestMemory = vm_memory::GuestMemoryMmap;

@@ -15,8 +15,8 @@ use thiserror::Error;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 
-use crate::GuestMemory;
 use crate::layout::{HOLE_END, HOLE_START};
+use sm_virtio::GuestMemory;
 
 /// Granule of guest memory and of file extents, in bytes.
 pub const PAGE_SIZE: u64 = 4096;

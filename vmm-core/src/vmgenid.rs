@@ -7,8 +7,8 @@ use sm_hypervisor::IrqLine;
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
-use crate::GuestMemory;
 use crate::acpi::GENERATION_ID;
+use sm_virtio::GuestMemory;
 
 /// Why the generation ID could not be changed.
 #[derive(Debug, Error)]

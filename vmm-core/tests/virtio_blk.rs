@@ -7,11 +7,11 @@ use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
 use sm_event_loop::EventLoop;
-use sm_vmm_core::GuestMemory;
+use sm_virtio::GuestMemory;
+use sm_virtio::queue::Span;
+use sm_virtio::testing::{Driver, DriverQueue};
 use sm_vmm_core::virtio::blk::{Access, Block};
 use sm_vmm_core::virtio::disk::{Disk, Segment};
-use sm_vmm_core::virtio::queue::Span;
-use sm_vmm_core::virtio::testing::{Driver, DriverQueue};
 use vm_memory::{Bytes as _, GuestAddress};
 
 const MEMORY: usize = 16 << 20;

@@ -3,10 +3,10 @@
 use std::sync::{Arc, Mutex};
 
 use sm_event_loop::EventLoop;
-use sm_vmm_core::GuestMemory;
-use sm_vmm_core::virtio::queue::Span;
+use sm_virtio::GuestMemory;
+use sm_virtio::queue::Span;
+use sm_virtio::testing::Driver;
 use sm_vmm_core::virtio::rng::Rng;
-use sm_vmm_core::virtio::testing::Driver;
 use vm_memory::{Bytes as _, GuestAddress};
 
 const BASE: u64 = 0x1_0000;

@@ -2,9 +2,9 @@
 
 use std::io::IoSlice;
 
-use sm_vmm_core::GuestMemory;
-use sm_vmm_core::virtio::iov::{self, Window};
-use sm_vmm_core::virtio::queue::Span;
+use sm_virtio::GuestMemory;
+use sm_virtio::iov::{self, Window};
+use sm_virtio::queue::Span;
 
 use super::{Connection, Phase};
 use crate::backlog::{CHUNK, Pool};

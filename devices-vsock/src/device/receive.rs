@@ -3,9 +3,9 @@
 use std::collections::VecDeque;
 
 use sm_event_loop::Registry;
-use sm_vmm_core::GuestMemory;
-use sm_vmm_core::virtio::iov::{MAX_SPANS, Window};
-use sm_vmm_core::virtio::queue::{Chain, Queue, QueueError, Span};
+use sm_virtio::GuestMemory;
+use sm_virtio::iov::{MAX_SPANS, Window};
+use sm_virtio::queue::{Chain, Queue, QueueError, Span};
 
 use super::{Active, BATCH, Pause, RX, Vsock};
 use crate::connection::{Filled, Key};

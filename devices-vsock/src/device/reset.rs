@@ -1,7 +1,7 @@
 //! Telling the guest that all its connections are gone (virtio 1.3 section
 //! 5.10.6.7), after the machine was restored.
 
-use sm_vmm_core::virtio::queue::QueueError;
+use sm_virtio::queue::QueueError;
 use vm_memory::Bytes as _;
 
 use super::{Active, EVENT, Vsock};

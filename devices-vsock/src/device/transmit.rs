@@ -1,9 +1,9 @@
 //! Looking at what the guest sent: from the guest to the host.
 
 use sm_event_loop::Registry;
-use sm_vmm_core::GuestMemory;
-use sm_vmm_core::virtio::iov::{MAX_SPANS, Window};
-use sm_vmm_core::virtio::queue::{Chain, QueueError, Span};
+use sm_virtio::GuestMemory;
+use sm_virtio::iov::{MAX_SPANS, Window};
+use sm_virtio::queue::{Chain, QueueError, Span};
 
 use super::{Active, BATCH, Pause, TX, Vsock};
 use crate::connection::Phase;

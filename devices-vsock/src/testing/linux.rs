@@ -12,10 +12,10 @@ use std::sync::atomic::{Ordering, fence};
 use std::sync::{Arc, Mutex};
 
 use sm_event_loop::EventLoop;
-use sm_vmm_core::GuestMemory;
-use sm_vmm_core::virtio::VirtioDevice;
-use sm_vmm_core::virtio::queue::Span;
-use sm_vmm_core::virtio::testing::{Driver, DriverQueue};
+use sm_virtio::GuestMemory;
+use sm_virtio::VirtioDevice;
+use sm_virtio::queue::Span;
+use sm_virtio::testing::{Driver, DriverQueue};
 use vm_memory::{Bytes as _, GuestAddress};
 
 use super::{

@@ -454,7 +454,7 @@ fn report_failure(muxer: &MuxerHandle, notices: NoticeSender) {
     muxer.on_failure(Box::new(tell));
 }
 
-fn device(slot: u32, device: impl sm_vmm_core::virtio::VirtioDevice + 'static) -> DeviceConfig {
+fn device(slot: u32, device: impl sm_virtio::VirtioDevice + 'static) -> DeviceConfig {
     DeviceConfig {
         slot,
         device: Arc::new(Mutex::new(device)),

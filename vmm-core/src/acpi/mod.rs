@@ -10,7 +10,7 @@ use std::ops::Range;
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
-use crate::GuestMemory;
+use sm_virtio::GuestMemory;
 
 /// Guest physical addresses of all tables: where a BIOS would have its own, so
 /// that a kernel that is not told still finds the RSDP at the start.

@@ -24,8 +24,8 @@ pub use initramfs::InitramfsPart;
 pub use memory_map::{MapEntry, MapKind, memory_map};
 pub use vmlinux_extract::{ExtractError, extract_vmlinux};
 
-use crate::GuestMemory;
 use crate::memory::MachineMemory;
+use sm_virtio::GuestMemory;
 
 /// Longest kernel command line in bytes (Linux: `COMMAND_LINE_SIZE` less the
 /// final zero).

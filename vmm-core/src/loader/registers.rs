@@ -3,7 +3,7 @@
 use sm_hypervisor::state::{BootRegisters, Segment, Table};
 
 use super::{LoadError, at, write};
-use crate::GuestMemory;
+use sm_virtio::GuestMemory;
 
 /// Selectors of the Linux boot protocol (`__BOOT_CS`, `__BOOT_DS`); the table
 /// register gets the next one.

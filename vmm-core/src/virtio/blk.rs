@@ -23,11 +23,11 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 
 use self::request::{Outcome, answer, parse};
 use self::worker::{Done, Job, Workers};
-use super::device::{ActivateError, Activation, DevicePayload, Interrupt, VirtioDevice};
 use super::disk::{Disk, SECTOR};
-use super::queue::{Chain, Queue, QueueError};
-use crate::GuestMemory;
 use sm_event_loop::{Interest, Readiness, Registration, Registry, drain};
+use sm_virtio::GuestMemory;
+use sm_virtio::queue::{Chain, Queue, QueueError};
+use sm_virtio::{ActivateError, Activation, DevicePayload, Interrupt, VirtioDevice};
 
 const QUEUE_SIZES: [u16; 1] = [256];
 /// Bytes of the identification string.

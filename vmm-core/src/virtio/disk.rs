@@ -9,8 +9,8 @@ use std::os::unix::fs::FileExt as _;
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 
-use super::iov::{self, Window};
-use crate::GuestMemory;
+use sm_virtio::GuestMemory;
+use sm_virtio::iov::{self, Window};
 
 /// Bytes in a sector, the unit of the virtio-blk protocol.
 pub const SECTOR: u64 = 512;
@@ -321,7 +321,7 @@ mod tests {
     use vm_memory::{Bytes as _, GuestAddress};
 
     use super::*;
-    use crate::virtio::queue::Span;
+    use sm_virtio::queue::Span;
 
     fn memory() -> GuestMemory {
         GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap()

@@ -5,11 +5,11 @@ use std::sync::Arc;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-use super::device::{ActivateError, Activation, DevicePayload, Interrupt, VirtioDevice};
-use super::iov::Window;
-use super::queue::{Chain, Queue, QueueError};
-use crate::GuestMemory;
 use sm_event_loop::{Readiness, Registry};
+use sm_virtio::GuestMemory;
+use sm_virtio::iov::Window;
+use sm_virtio::queue::{Chain, Queue, QueueError};
+use sm_virtio::{ActivateError, Activation, DevicePayload, Interrupt, VirtioDevice};
 
 const QUEUE_SIZES: [u16; 1] = [64];
 /// Most bytes given for one request; the driver asks again for more.

@@ -4,8 +4,8 @@ use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use sm_event_loop::{Readiness, Registry};
-use sm_vmm_core::virtio::queue::Queue;
-use sm_vmm_core::virtio::{ActivateError, Activation, DevicePayload, VirtioDevice};
+use sm_virtio::queue::Queue;
+use sm_virtio::{ActivateError, Activation, DevicePayload, VirtioDevice};
 
 const KIND: &str = "witness";
 /// Of no device that there is.

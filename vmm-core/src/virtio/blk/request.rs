@@ -9,10 +9,10 @@ use virtio_bindings::virtio_blk::{
 };
 
 use super::{ID_LEN, MAX_RANGE_SECTORS, MAX_RANGES};
-use crate::GuestMemory;
 use crate::virtio::disk::{Disk, SECTOR};
-use crate::virtio::iov::Window;
-use crate::virtio::queue::{Chain, QueueError};
+use sm_virtio::GuestMemory;
+use sm_virtio::iov::Window;
+use sm_virtio::queue::{Chain, QueueError};
 
 const HEADER_LEN: u32 = 16;
 /// Bytes of one range: sector, number of sectors, flags.

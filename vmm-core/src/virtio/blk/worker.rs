@@ -12,10 +12,10 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use super::request::{Operation, Outcome};
-use crate::GuestMemory;
 use crate::virtio::disk::Disk;
-use crate::virtio::queue::Chain;
 use sm_event_loop::{new_eventfd, signal};
+use sm_virtio::GuestMemory;
+use sm_virtio::queue::Chain;
 
 /// Requests of one disk that wait at the same time.
 const MAX_THREADS: usize = 4;

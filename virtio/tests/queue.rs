@@ -7,9 +7,9 @@
 )]
 
 use proptest::prelude::*;
-use sm_vmm_core::GuestMemory;
-use sm_vmm_core::virtio::queue::{Chain, Queue, QueueError, Span};
-use sm_vmm_core::virtio::testing::{DriverQueue, INDIRECT, NEXT, WRITE};
+use sm_virtio::GuestMemory;
+use sm_virtio::queue::{Chain, Queue, QueueError, Span};
+use sm_virtio::testing::{DriverQueue, INDIRECT, NEXT, WRITE};
 use virtio_queue::{Queue as Reference, QueueT as _};
 use vm_memory::{Bytes as _, GuestAddress};
 

@@ -1,18 +1,18 @@
 //! The register transport, driven as a driver drives it.
 #![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
+mod common;
+
 use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
 use sm_event_loop::{EventHandler, EventLoop, Readiness, Registry};
-use sm_vmm_core::GuestMemory;
-use sm_vmm_core::bus::MmioDevice as _;
-use sm_vmm_core::virtio::blk::{Access, Block};
-use sm_vmm_core::virtio::disk::Disk;
-use sm_vmm_core::virtio::queue::Span;
-use sm_vmm_core::virtio::rng::Rng;
-use sm_vmm_core::virtio::testing::{Driver, DriverQueue};
+use sm_virtio::GuestMemory;
+use sm_virtio::queue::Span;
+use sm_virtio::testing::{Driver, DriverQueue};
 use vm_memory::{Bytes as _, GuestAddress};
+
+use self::common::Filler;
 
 const MEMORY: usize = 1 << 20;
 const BASE: u64 = 0x1_0000;
@@ -23,6 +23,9 @@ const FEATURES_OK: u32 = 8;
 const NEEDS_RESET: u32 = 64;
 const FAILED: u32 = 128;
 const VERSION_1: u64 = 1 << 32;
+/// Types of devices.
+const BLOCK: u32 = 2;
+const ENTROPY: u32 = 4;
 /// An interrupt's causes.
 const USED: u32 = 1;
 const CONFIG: u32 = 2;
@@ -31,7 +34,7 @@ fn memory() -> GuestMemory {
     GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap()
 }
 
-/// An entropy device and its loop.
+/// A device and its loop.
 struct Bench {
     driver: Driver,
     memory: GuestMemory,
@@ -40,7 +43,7 @@ struct Bench {
 
 fn bench_with(memory: GuestMemory) -> Bench {
     let event_loop = EventLoop::spawn("test").unwrap();
-    let device = Arc::new(Mutex::new(Rng::new()));
+    let device = Arc::new(Mutex::new(Filler::new(ENTROPY)));
     Bench {
         driver: Driver::new(device, &memory, event_loop.handle()),
         memory,
@@ -91,7 +94,7 @@ fn registers_say_what_the_device_is() {
     let Bench { driver, .. } = &bench();
     assert_eq!(driver.read(0x00), u32::from_le_bytes(*b"virt"));
     assert_eq!(driver.read(0x04), 2, "not a legacy device");
-    assert_eq!(driver.read(0x08), 4, "entropy");
+    assert_eq!(driver.read(0x08), ENTROPY);
     assert_eq!(driver.read(0x34), 64, "queue 0");
     driver.write(0x30, 1);
     assert_eq!(driver.read(0x34), 0, "there is no queue 1");
@@ -271,7 +274,7 @@ fn state_of_another_device_is_refused() {
     bench.start();
     bench.driver.transport.quiesce().unwrap();
     let state = bench.driver.transport.save();
-    let block = Arc::new(Mutex::new(Block::new(Disk::empty(), Access::ReadOnly, "x")));
+    let block = Arc::new(Mutex::new(Filler::new(BLOCK)));
     let driver = Driver::new(block, &bench.memory, bench.event_loop.handle());
     let error = driver.transport.restore(&state).unwrap_err();
     assert!(error.to_string().contains("device type"), "{error}");

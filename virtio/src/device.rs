@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::GuestMemory;
-use crate::virtio::queue::Queue;
+use crate::queue::Queue;
 use sm_event_loop::{Readiness, Registry};
 
 /// How a device tells the driver something. Cheap, callable from any thread.

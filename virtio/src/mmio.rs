@@ -10,7 +10,6 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
-use sm_hypervisor::IrqLine;
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
     VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
@@ -18,10 +17,9 @@ use virtio_bindings::virtio_config::{
 };
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
-use super::device::{ActivateError, Activation, DevicePayload, Interrupt, VirtioDevice};
-use super::queue::Queue;
 use crate::GuestMemory;
-use crate::bus::MmioDevice;
+use crate::device::{ActivateError, Activation, DevicePayload, Interrupt, VirtioDevice};
+use crate::queue::Queue;
 use sm_event_loop::{
     EventHandler, EventLoopHandle, HandlerId, Interest, Readiness, Registry, drain, new_eventfd,
     signal,
@@ -48,6 +46,15 @@ const DRIVER_OK: u32 = VIRTIO_CONFIG_S_DRIVER_OK;
 const NEEDS_RESET: u32 = VIRTIO_CONFIG_S_NEEDS_RESET;
 const FAILED: u32 = VIRTIO_CONFIG_S_FAILED;
 
+/// A device's interrupt line, edge-triggered.
+pub trait InterruptLine: Send + Sync {
+    /// Raises the interrupt once.
+    ///
+    /// # Errors
+    /// The hypervisor refused; the guest has missed an interrupt.
+    fn pulse(&self) -> io::Result<()>;
+}
+
 fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Device code does not panic on guest input; if it did, the report of the
     // panic says more than a second one here.
@@ -59,7 +66,7 @@ struct MmioInterrupt {
     status: AtomicU32,
     generation: AtomicU32,
     needs_reset: AtomicBool,
-    line: Arc<dyn IrqLine>,
+    line: Arc<dyn InterruptLine>,
     slot: u32,
 }
 
@@ -189,7 +196,7 @@ impl MmioTransport {
         slot: u32,
         device: Arc<Mutex<dyn VirtioDevice>>,
         memory: GuestMemory,
-        line: Arc<dyn IrqLine>,
+        line: Arc<dyn InterruptLine>,
         event_loop: EventLoopHandle,
     ) -> io::Result<Arc<Self>> {
         let (sizes, features, device_type) = {
@@ -555,8 +562,10 @@ fn set_high(target: &mut u64, value: u32) {
     *target = *target & 0xffff_ffff | u64::from(value) << 32;
 }
 
-impl MmioDevice for MmioTransport {
-    fn read(&self, offset: u64, data: &mut [u8]) {
+impl MmioTransport {
+    /// Fills `data` from the register at `offset` of the window; leaves it as it is
+    /// where there is no such register. For vCPU threads, several at once.
+    pub fn read(&self, offset: u64, data: &mut [u8]) {
         if let Some(offset) = offset.checked_sub(CONFIG_SPACE) {
             lock(&self.device).read_config(offset, data);
         } else if data.len() == 4 && offset.is_multiple_of(4) {
@@ -564,7 +573,9 @@ impl MmioDevice for MmioTransport {
         }
     }
 
-    fn write(&self, offset: u64, data: &[u8]) {
+    /// Writes `data` to the register at `offset` of the window; does nothing where
+    /// there is no such register. For vCPU threads, several at once.
+    pub fn write(&self, offset: u64, data: &[u8]) {
         if let Some(offset) = offset.checked_sub(CONFIG_SPACE) {
             lock(&self.device).write_config(offset, data);
         } else if let Ok(bytes) = data.try_into()

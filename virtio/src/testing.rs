@@ -12,8 +12,8 @@ use std::sync::atomic::{Ordering, fence};
 
 use vm_memory::{Bytes as _, GuestAddress};
 
-use super::queue::{Queue, Span};
 use crate::GuestMemory;
+use crate::queue::{Queue, Span};
 
 pub use driver::{Driver, TestLine};
 

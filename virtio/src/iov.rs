@@ -11,8 +11,8 @@ use std::os::fd::{AsRawFd as _, BorrowedFd};
 
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _, VolatileSlice};
 
-use super::queue::Span;
 use crate::GuestMemory;
+use crate::queue::Span;
 
 /// Buffers handed to one system call; longer lists take several.
 pub const MAX_SPANS: usize = 128;

@@ -2,13 +2,13 @@
 //! bounded size: indices, sizes, and cuts of span lists.
 //!
 //! These stand in for proofs by Kani, whose verifier is not to be had from a package
-//! registry. `virtio_queue.rs` has the walk of descriptor tables, and random ones.
+//! registry. `queue.rs` has the walk of descriptor tables, and random ones.
 #![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
-use sm_vmm_core::GuestMemory;
-use sm_vmm_core::virtio::iov::Window;
-use sm_vmm_core::virtio::queue::{Chain, Queue, QueueError, Span, slice_spans};
-use sm_vmm_core::virtio::testing::DriverQueue;
+use sm_virtio::GuestMemory;
+use sm_virtio::iov::Window;
+use sm_virtio::queue::{Chain, Queue, QueueError, Span, slice_spans};
+use sm_virtio::testing::DriverQueue;
 use vm_memory::{Bytes as _, GuestAddress};
 
 const MEMORY: usize = 0x1_0000;

@@ -5,7 +5,6 @@ use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
-use sm_hypervisor::IrqLine;
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
     VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_F_VERSION_1,
@@ -14,9 +13,8 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::DriverQueue;
 use crate::GuestMemory;
-use crate::bus::MmioDevice as _;
-use crate::virtio::VirtioDevice;
-use crate::virtio::mmio::MmioTransport;
+use crate::VirtioDevice;
+use crate::mmio::{InterruptLine, MmioTransport};
 use sm_event_loop::EventLoopHandle;
 
 /// How long a device may take before a test is given up.
@@ -65,8 +63,8 @@ impl TestLine {
     }
 }
 
-impl IrqLine for TestLine {
-    fn pulse(&self) -> Result<(), sm_hypervisor::Error> {
+impl InterruptLine for TestLine {
+    fn pulse(&self) -> std::io::Result<()> {
         *self.pulses.lock().unwrap_or_else(PoisonError::into_inner) += 1;
         self.pulsed.notify_all();
         if let Some(event) = self.event.get() {

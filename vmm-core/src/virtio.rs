@@ -1,0 +1,10 @@
+//! Virtio devices of the machine, behind the transport of `sm-virtio`.
+//!
+//! | file | idea |
+//! |---|---|
+//! | `blk.rs`, `disk.rs` | the block device and what may be behind it |
+//! | `rng.rs` | the entropy device |
+
+pub mod blk;
+pub mod disk;
+pub mod rng;
