@@ -1,60 +1,25 @@
-//! Writes the *metadata image*: an EROFS file system without the contents of any
-//! but small files.
-//!
-//! Other contents stay in the layers' blobs, which follow the metadata image on
-//! the composite disk; a file's inode points there by block number. The format is
-//! that of Linux `fs/erofs/erofs_fs.h`: extended inodes (for exact times and
-//! owners), plain data or, for directories, links and small files, data whose last
-//! part follows the inode in the same block.
-//!
-//! ```text
-//! superblock | inodes, with inline data | data that is not inline | shared xattrs
-//! ```
-//!
-//! The image is planned first and then written from front to back, so that memory
-//! holds a few numbers for each inode and no more.
-
-mod directory;
-mod output;
-mod superblock;
-mod xattrs;
+//! The *metadata image*: an EROFS file system without the contents of any but small
+//! files. Other contents stay in the layers' blobs, which follow the metadata image on
+//! the composite disk; a file's inode points there by block number.
 
 use std::fs::File;
+use std::io;
 use std::os::unix::fs::FileExt as _;
 
-use self::directory::Directory;
-use self::output::Output;
-use self::xattrs::EncodedXattrs;
+use sm_erofs::{Data, FileTree, Options};
+
 use crate::Error;
 use crate::digest::Digest;
 use crate::index::Place;
 use crate::layer::BLOCK_SIZE;
-use crate::tree::{InodeId, Kind, ROOT, Tree};
+use crate::tree::{InodeId, Kind, Tree};
 
-const BLOCK: u64 = BLOCK_SIZE;
-const BLOCK_BYTES: usize = 4096;
-const _: () = assert!(BLOCK_BYTES as u64 == BLOCK);
-const SUPER_AT: usize = 1024;
-const SUPER_OFFSET: u64 = SUPER_AT as u64;
-const SUPER_LEN: u64 = 128;
-/// Inode numbers (nids) count in these.
-const SLOT: u64 = 32;
-const INODE_BYTES: usize = 64;
-const INODE_LEN: u64 = INODE_BYTES as u64;
+const _: () = assert!(sm_erofs::BLOCK == BLOCK_SIZE);
+const _: () = assert!(sm_erofs::ROOT == crate::tree::ROOT);
 
-/// `i_format`: extended inode, and the data layout from bit 1 on.
-const PLAIN: u16 = 1;
-const INLINE: u16 = 1 | 2 << 1;
-
-const S_IFIFO: u16 = 0o010_000;
-const S_IFCHR: u16 = 0o020_000;
-const S_IFDIR: u16 = 0o040_000;
-const S_IFBLK: u16 = 0o060_000;
-const S_IFREG: u16 = 0o100_000;
-const S_IFLNK: u16 = 0o120_000;
-
-/// An inode that has no place.
-const NOWHERE: u32 = u32::MAX;
+/// What the guest's overlay file system uses for itself: an image must not
+/// speak in its name.
+const OVERLAY: [&[u8]; 2] = [b"trusted.overlay.", b"user.overlay."];
 
 /// What of a layer is on the disk.
 #[derive(Clone, Copy, Debug)]
@@ -74,318 +39,154 @@ pub(crate) fn build(
     identity: Digest,
     file: &File,
 ) -> Result<u64, Error> {
-    let mut image = Image::plan(tree, layers)?;
-    image.write(file)?;
-    superblock::complete(
-        file,
-        &superblock::Contents {
-            identity,
-            root: image.nid(ROOT),
-            inodes: image.order.len(),
-            blocks: image.disk_blocks,
-            xattr_block: image.xattr_block,
-        },
-    )
-    .map_err(unwritable)?;
-    Ok(image.len)
+    let mut blobs_len = 0u64;
+    let mut bases = Vec::with_capacity(layers.len());
+    for layer in layers {
+        bases.push(blobs_len);
+        let blocks = layer.blob_len.div_ceil(BLOCK_SIZE);
+        blobs_len = blobs_len.saturating_add(blocks.saturating_mul(BLOCK_SIZE));
+    }
+    let stack = Stack {
+        tree,
+        layers,
+        bases,
+    };
+    let options = Options::default().uuid(uuid(identity)).behind(blobs_len);
+    sm_erofs::write(&stack, file, &options).map_err(|error| match error {
+        sm_erofs::Error::TooLarge(what) => Error::TooLarge(what),
+        sm_erofs::Error::Read(source) | sm_erofs::Error::Write(source) => {
+            Error::MetadataImage(source)
+        }
+        other => Error::MetadataImage(io::Error::other(other)),
+    })
 }
 
-fn unwritable(error: std::io::Error) -> Error {
-    Error::MetadataImage(error)
+/// A UUID of version 8 (RFC 9562).
+fn uuid(identity: Digest) -> [u8; 16] {
+    let mut uuid = [0; 16];
+    uuid.copy_from_slice(&identity.bytes()[..16]);
+    uuid[6] = uuid[6] & 0x0f | 0x80;
+    uuid[8] = uuid[8] & 0x3f | 0x80;
+    uuid
 }
 
-const TOO_MANY: Error = Error::TooLarge("it has too many files");
-
-/// A planned metadata image.
-struct Image<'a> {
+/// A stack of layers, as the writer sees it.
+struct Stack<'a> {
     tree: &'a Tree,
     layers: &'a [LayerData<'a>],
-    xattrs: EncodedXattrs,
-    /// All inodes that can be reached, parents before children.
-    order: Vec<InodeId>,
-    /// By inode: its place, in slots, and its links.
-    slots: Vec<u32>,
-    links: Vec<u32>,
-    /// First byte after the inodes, block-aligned: data begins here.
-    inodes_end: u64,
-    /// Block of the shared attributes.
-    xattr_block: u32,
-    /// Length of the metadata image.
-    len: u64,
-    /// First block on the disk of each layer's blob.
+    /// Where each layer's blob begins, in bytes from the end of the metadata image.
     bases: Vec<u64>,
-    disk_blocks: u32,
 }
 
-/// How an inode and its data are laid out.
-struct Layout {
-    /// Bytes of the inode with its attributes.
-    fixed: u64,
-    /// Bytes of data in this image: of a directory, a link, a small file.
-    len: u64,
-    /// The last part of the data follows the inode.
-    inline: bool,
-}
-
-impl Layout {
-    fn tail(&self) -> u64 {
-        if self.inline { self.len % BLOCK } else { 0 }
+impl FileTree for Stack<'_> {
+    fn inode_count(&self) -> usize {
+        self.tree.inode_count()
     }
 
-    /// Bytes of data in blocks of their own.
-    fn in_blocks(&self) -> u64 {
-        self.len - self.tail()
-    }
-}
-
-impl<'a> Image<'a> {
-    fn plan(tree: &'a Tree, layers: &'a [LayerData<'a>]) -> Result<Self, Error> {
-        let mut image = Self {
-            tree,
-            layers,
-            xattrs: EncodedXattrs::default(),
-            order: vec![ROOT],
-            slots: vec![NOWHERE; tree.inode_count()],
-            links: vec![0; tree.inode_count()],
-            inodes_end: 0,
-            xattr_block: 0,
-            len: 0,
-            bases: Vec::with_capacity(layers.len()),
-            disk_blocks: 0,
-        };
-        image.collect();
-        image.xattrs = EncodedXattrs::new(tree, &image.order)?;
-        image.place()?;
-        image.place_blobs()?;
-        Ok(image)
-    }
-
-    /// Finds all inodes, and counts their links.
-    fn collect(&mut self) {
-        let mut children = Vec::new();
-        let mut next = 0;
-        self.links[ROOT as usize] = 2;
-        while let Some(&id) = self.order.get(next) {
-            next += 1;
-            if self.tree.kind(id) != Kind::Directory {
-                continue;
-            }
-            children.clear();
-            self.tree.children(id, &mut children);
-            for (_, child) in &children {
-                let known = self.links[*child as usize] > 0;
-                if self.tree.kind(*child) == Kind::Directory {
-                    // Its name, and its own `.`; its `..` is the parent's.
-                    self.links[*child as usize] = 2;
-                    self.links[id as usize] += 1;
-                } else {
-                    self.links[*child as usize] += 1;
-                }
-                if !known {
-                    self.order.push(*child);
-                }
-            }
-        }
-    }
-
-    /// Gives every inode and all data their places.
-    fn place(&mut self) -> Result<(), Error> {
-        let mut at = SUPER_OFFSET + SUPER_LEN;
-        let mut data_blocks = 0;
-        for number in 0..self.order.len() {
-            let id = self.order[number];
-            let layout = self.layout(id);
-            let needed = layout.fixed + layout.tail();
-            // Inode and inline data stay within a block where they can.
-            if at % BLOCK + needed > BLOCK {
-                at = at.next_multiple_of(BLOCK);
-            }
-            let slot = u32::try_from(at / SLOT).ok();
-            let slot = slot.filter(|slot| *slot != NOWHERE).ok_or(TOO_MANY)?;
-            self.slots[id as usize] = slot;
-            at = (at + needed).next_multiple_of(SLOT);
-            data_blocks += layout.in_blocks().div_ceil(BLOCK);
-        }
-        self.inodes_end = at.next_multiple_of(BLOCK);
-        let data_end = self.inodes_end + data_blocks * BLOCK;
-        self.xattr_block = u32::try_from(data_end / BLOCK).map_err(|_| TOO_MANY)?;
-        self.len = (data_end + self.xattrs.shared_len()).next_multiple_of(BLOCK);
-        Ok(())
-    }
-
-    /// Finds where each layer's blob begins on the disk.
-    fn place_blobs(&mut self) -> Result<(), Error> {
-        let mut total = self.len / BLOCK;
-        for layer in self.layers {
-            self.bases.push(total);
-            total = total.saturating_add(layer.blob_len.div_ceil(BLOCK));
-        }
-        self.disk_blocks = u32::try_from(total)
-            .ok()
-            // The last number means "no block".
-            .filter(|total| *total < u32::MAX)
-            .ok_or(Error::TooLarge("it is larger than 16 TiB"))?;
-        Ok(())
-    }
-
-    fn nid(&self, id: InodeId) -> u32 {
-        self.slots[id as usize]
-    }
-
-    fn layout(&self, id: InodeId) -> Layout {
-        let len = match self.tree.kind(id) {
-            Kind::Directory => Directory::of(self.tree, id).len(),
-            Kind::Symlink(target) => self.tree.text(target).len() as u64,
-            Kind::File {
-                place: Place::Small(_),
-                size,
-                ..
-            } => size,
-            _ => 0,
-        };
-        let fixed = INODE_LEN + self.xattrs.len(self.tree.xattr_set(id));
-        let tail = len % BLOCK;
-        Layout {
-            fixed,
-            len,
-            inline: tail > 0 && fixed + tail <= BLOCK,
-        }
-    }
-
-    fn write(&mut self, file: &File) -> Result<(), Error> {
-        let mut out = Output::new(file);
-        let mut block = u32::try_from(self.inodes_end / BLOCK).map_err(|_| TOO_MANY)?;
-        let mut data = Vec::new();
-        for (number, &id) in (1u32..).zip(&self.order) {
-            let layout = self.layout(id);
-            out.pad_to(u64::from(self.nid(id)) * SLOT)
-                .map_err(unwritable)?;
-            self.write_inode(&mut out, id, number, &layout, block)?;
-            if layout.tail() > 0 {
-                self.data(id, &mut data)?;
-                let tail = usize::try_from(layout.in_blocks()).ok();
-                let tail = tail.and_then(|at| data.get(at..)).unwrap_or_default();
-                out.bytes(tail).map_err(unwritable)?;
-            }
-            let blocks = layout.in_blocks().div_ceil(BLOCK);
-            block += u32::try_from(blocks).map_err(|_| TOO_MANY)?;
-        }
-        out.pad_to(self.inodes_end).map_err(unwritable)?;
-        for &id in &self.order {
-            let in_blocks = self.layout(id).in_blocks();
-            if in_blocks == 0 {
-                continue;
-            }
-            self.data(id, &mut data)?;
-            let end = usize::try_from(in_blocks).ok();
-            let whole = end.and_then(|end| data.get(..end)).unwrap_or_default();
-            out.bytes(whole).map_err(unwritable)?;
-            out.pad_to(out.position().next_multiple_of(BLOCK))
-                .map_err(unwritable)?;
-        }
-        out.bytes(self.xattrs.shared()).map_err(unwritable)?;
-        out.pad_to(self.len).map_err(unwritable)?;
-        out.finish().map_err(unwritable)
-    }
-
-    fn write_inode(
-        &self,
-        out: &mut Output<'_>,
-        id: InodeId,
-        number: u32,
-        layout: &Layout,
-        block: u32,
-    ) -> Result<(), Error> {
-        let (kind, size, union) = self.describe(id, layout, block)?;
-        let meta = self.tree.meta(id);
-        let set = self.tree.xattr_set(id);
-        let mut inode = [0; INODE_BYTES];
-        let format = if layout.inline { INLINE } else { PLAIN };
-        let mut put = |at: usize, bytes: &[u8]| {
-            // Constant offsets, within the inode.
-            if let Some(place) = inode.get_mut(at..at + bytes.len()) {
-                place.copy_from_slice(bytes);
-            }
-        };
-        put(0, &format.to_le_bytes());
-        put(2, &self.xattrs.count(set)?.to_le_bytes());
-        put(4, &(kind | meta.mode & 0o7777).to_le_bytes());
-        put(8, &size.to_le_bytes());
-        put(16, &union.to_le_bytes());
-        put(20, &number.to_le_bytes());
-        put(24, &meta.uid.to_le_bytes());
-        put(28, &meta.gid.to_le_bytes());
-        put(32, &meta.mtime.0.to_le_bytes());
-        put(40, &meta.mtime.1.to_le_bytes());
-        put(44, &self.links[id as usize].to_le_bytes());
-        out.bytes(&inode).map_err(unwritable)?;
-        out.bytes(self.xattrs.get(set)).map_err(unwritable)
-    }
-
-    /// File type, size, and what the inode's union holds: first block or device.
-    fn describe(&self, id: InodeId, layout: &Layout, block: u32) -> Result<(u16, u64, u32), Error> {
-        let block = if layout.in_blocks() > 0 { block } else { 0 };
-        Ok(match self.tree.kind(id) {
-            Kind::Directory => (S_IFDIR, layout.len, block),
-            Kind::Symlink(_) => (S_IFLNK, layout.len, block),
-            Kind::File {
-                layer,
-                place: Place::Blob(offset),
-                size,
-            } => {
-                let base = self.bases.get(usize::from(layer)).copied();
-                let block = base.unwrap_or_default() + offset / BLOCK;
-                let block = u32::try_from(block)
-                    .map_err(|_| Error::TooLarge("it is larger than 16 TiB"))?;
-                (S_IFREG, size, block)
-            }
-            Kind::File { size, .. } => (S_IFREG, size, block),
-            Kind::CharDevice(major, minor) => (S_IFCHR, 0, device_number(major, minor)),
-            Kind::BlockDevice(major, minor) => (S_IFBLK, 0, device_number(major, minor)),
-            Kind::Fifo => (S_IFIFO, 0, 0),
-        })
-    }
-
-    /// Puts an inode's data that is in this image into `data`.
-    fn data(&self, id: InodeId, data: &mut Vec<u8>) -> Result<(), Error> {
-        data.clear();
+    fn kind(&self, id: InodeId) -> sm_erofs::Kind<'_> {
         match self.tree.kind(id) {
-            Kind::Directory => {
-                Directory::of(self.tree, id).encode(self.tree, |id| self.nid(id), data);
+            Kind::Directory => sm_erofs::Kind::Directory,
+            Kind::File { layer, place, size } => {
+                let data = match place {
+                    Place::Small(_) => Data::Image,
+                    Place::Blob(offset) => {
+                        let base = self.bases.get(usize::from(layer)).copied();
+                        Data::Behind(base.unwrap_or_default().saturating_add(offset))
+                    }
+                };
+                sm_erofs::Kind::File { data, size }
             }
-            Kind::Symlink(target) => data.extend_from_slice(self.tree.text(target)),
-            Kind::File {
-                layer,
-                place: Place::Small(offset),
-                size,
-            } => {
-                data.resize(usize::try_from(size).unwrap_or(0), 0);
-                let layer = self.layers.get(usize::from(layer));
-                if let Some(layer) = layer {
-                    layer
-                        .small
-                        .read_exact_at(data, offset)
-                        .map_err(unwritable)?;
-                }
-            }
-            _ => {}
+            Kind::Symlink(target) => sm_erofs::Kind::Symlink(self.tree.text(target)),
+            Kind::CharDevice(major, minor) => sm_erofs::Kind::CharDevice(major, minor),
+            Kind::BlockDevice(major, minor) => sm_erofs::Kind::BlockDevice(major, minor),
+            Kind::Fifo => sm_erofs::Kind::Fifo,
         }
-        Ok(())
     }
-}
 
-/// Linux's `new_encode_dev`. The tree has only numbers that it has room for.
-fn device_number(major: u32, minor: u32) -> u32 {
-    minor & 0xff | (major & 0xfff) << 8 | (minor & 0xf_ff00) << 12
+    fn meta(&self, id: InodeId) -> sm_erofs::Meta {
+        let meta = self.tree.meta(id);
+        sm_erofs::Meta {
+            mode: meta.mode,
+            uid: meta.uid,
+            gid: meta.gid,
+            mtime: meta.mtime,
+        }
+    }
+
+    fn parent(&self, directory: InodeId) -> InodeId {
+        self.tree.parent(directory)
+    }
+
+    fn children<'t>(&'t self, directory: InodeId, children: &mut Vec<(&'t [u8], InodeId)>) {
+        let mut own = Vec::new();
+        self.tree.children(directory, &mut own);
+        let own = own.into_iter();
+        children.extend(own.map(|(name, inode)| (self.tree.text(name), inode)));
+    }
+
+    fn xattr_set(&self, id: InodeId) -> u32 {
+        self.tree.xattr_set(id)
+    }
+
+    fn xattr_sets(&self) -> usize {
+        self.tree.xattr_sets()
+    }
+
+    fn xattrs<'t>(&'t self, set: u32, attributes: &mut Vec<(&'t [u8], &'t [u8])>) {
+        let of_images =
+            |(name, _): &(&[u8], &[u8])| !OVERLAY.iter().any(|own| name.starts_with(own));
+        attributes.extend(self.tree.xattrs(set).iter().filter(of_images));
+    }
+
+    fn read_at(&self, file: InodeId, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        let Kind::File {
+            layer,
+            place: Place::Small(begin),
+            ..
+        } = self.tree.kind(file)
+        else {
+            return Err(io::ErrorKind::InvalidInput.into());
+        };
+        match self.layers.get(usize::from(layer)) {
+            Some(layer) => layer
+                .small
+                .read_exact_at(buffer, begin.saturating_add(offset)),
+            None => Ok(()),
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tree::testing;
 
     #[test]
-    fn device_numbers_are_linuxs() {
-        assert_eq!(device_number(8, 1), 0x801);
-        assert_eq!(device_number(259, 0x1234), 0x0121_0334);
+    fn contents_in_blobs_lie_behind_those_of_the_layers_before() {
+        let tree = testing::of_files(["a"]);
+        let stack = Stack {
+            tree: &tree,
+            layers: &[],
+            bases: vec![3 * BLOCK_SIZE],
+        };
+        let file = sm_erofs::Kind::File {
+            data: Data::Behind(3 * BLOCK_SIZE),
+            size: 1,
+        };
+        assert_eq!(stack.kind(1), file);
+    }
+
+    #[test]
+    fn overlays_own_attributes_are_dropped() {
+        let tree =
+            testing::with_xattrs(&[("a", &[("trusted.overlay.opaque", b"y"), ("user.a", b"bc")])]);
+        let stack = Stack {
+            tree: &tree,
+            layers: &[],
+            bases: Vec::new(),
+        };
+        let mut attributes = Vec::new();
+        stack.xattrs(1, &mut attributes);
+        assert_eq!(attributes, [(&b"user.a"[..], &b"bc"[..])]);
     }
 }

@@ -5,7 +5,6 @@ use std::io;
 use std::os::unix::fs::FileExt as _;
 
 use super::{BLOCK_BYTES, SUPER_AT, SUPER_OFFSET};
-use crate::digest::Digest;
 
 const MAGIC: u32 = 0xe0f5_e1e2;
 /// Compatible features: the superblock has a checksum; inode times are those
@@ -15,7 +14,7 @@ const BLOCK_BITS: u8 = 12;
 
 /// What a superblock says.
 pub(super) struct Contents {
-    pub(super) identity: Digest,
+    pub(super) uuid: [u8; 16],
     /// Place of the root's inode.
     pub(super) root: u32,
     pub(super) inodes: usize,
@@ -45,19 +44,10 @@ pub(super) fn complete(file: &File, contents: &Contents) -> io::Result<()> {
     // No build time: the same image has the same bytes.
     put(36, &contents.blocks.to_le_bytes());
     put(44, &contents.xattr_block.to_le_bytes());
-    put(48, &uuid(contents.identity));
+    put(48, &contents.uuid);
     let checksum = crc32c(&block[SUPER_AT..]);
     block[SUPER_AT + 4..SUPER_AT + 8].copy_from_slice(&checksum.to_le_bytes());
     file.write_all_at(&block[SUPER_AT..], SUPER_OFFSET)
-}
-
-/// A UUID of version 8 (RFC 9562).
-fn uuid(identity: Digest) -> [u8; 16] {
-    let mut uuid = [0; 16];
-    uuid.copy_from_slice(&identity.bytes()[..16]);
-    uuid[6] = uuid[6] & 0x0f | 0x80;
-    uuid[8] = uuid[8] & 0x3f | 0x80;
-    uuid
 }
 
 /// CRC-32C as the kernel computes it: from all ones, without the last inversion.

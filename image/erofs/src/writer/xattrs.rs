@@ -4,8 +4,7 @@
 use std::collections::HashMap;
 
 use super::TOO_MANY;
-use crate::Error;
-use crate::tree::{InodeId, Tree};
+use crate::{Error, FileTree, InodeId};
 
 const HEADER_LEN: usize = 12;
 /// Attributes, and references to shared ones, count in these.
@@ -21,9 +20,6 @@ const PREFIXES: [(&[u8], u8); 5] = [
     (b"trusted.", 4),
     (b"security.", 6),
 ];
-/// What the guest's overlay file system uses for itself: an image must not
-/// speak in its name.
-const OVERLAY: [&[u8]; 2] = [b"trusted.overlay.", b"user.overlay."];
 
 /// The encoded sets of attributes of a tree.
 #[derive(Default)]
@@ -34,7 +30,7 @@ pub(super) struct EncodedXattrs {
 
 impl EncodedXattrs {
     /// Encodes the sets that the inodes of `order` have.
-    pub(super) fn new(tree: &Tree, order: &[InodeId]) -> Result<Self, Error> {
+    pub(super) fn new(tree: &impl FileTree, order: &[InodeId]) -> Result<Self, Error> {
         let mut users = vec![0u64; tree.xattr_sets()];
         for id in order {
             if let Some(users) = users.get_mut(tree.xattr_set(*id) as usize) {
@@ -89,11 +85,14 @@ struct Shared<'t> {
 }
 
 impl<'t> Shared<'t> {
-    fn of(tree: &'t Tree, users: &[u64]) -> Result<Self, Error> {
+    fn of(tree: &'t impl FileTree, users: &[u64]) -> Result<Self, Error> {
         let mut counts = HashMap::new();
         let mut inorder = Vec::new();
+        let mut attributes = Vec::new();
         for (set, users) in (0u32..).zip(users).filter(|(_, users)| **users > 0) {
-            for attribute in tree.xattrs(set).iter() {
+            attributes.clear();
+            tree.xattrs(set, &mut attributes);
+            for attribute in attributes.iter().copied() {
                 let count = counts.entry(attribute).or_insert_with(|| {
                     inorder.push(attribute);
                     0u64
@@ -120,10 +119,12 @@ impl<'t> Shared<'t> {
     }
 
     /// The set as it follows an inode; nothing if there are no attributes.
-    fn encode(&self, tree: &Tree, set: u32) -> Result<Vec<u8>, Error> {
+    fn encode(&self, tree: &'t impl FileTree, set: u32) -> Result<Vec<u8>, Error> {
         let mut references = Vec::new();
         let mut own = Vec::new();
-        for attribute in tree.xattrs(set).iter() {
+        let mut attributes = Vec::new();
+        tree.xattrs(set, &mut attributes);
+        for attribute in attributes {
             match self.numbers.get(&attribute) {
                 Some(number) if references.len() < MOST_SHARED => references.push(*number),
                 _ => {
@@ -144,11 +145,8 @@ impl<'t> Shared<'t> {
     }
 }
 
-/// Appends an attribute; `false` for one that no guest could ask for.
+/// Appends an attribute; `false` for one in a namespace that EROFS does not have.
 fn encode((name, value): (&[u8], &[u8]), bytes: &mut Vec<u8>) -> Result<bool, Error> {
-    if OVERLAY.iter().any(|own| name.starts_with(own)) {
-        return Ok(false);
-    }
     let prefix = PREFIXES
         .iter()
         .find_map(|(prefix, index)| Some((name.strip_prefix(*prefix)?, *index)));
@@ -169,12 +167,27 @@ fn encode((name, value): (&[u8], &[u8]), bytes: &mut Vec<u8>) -> Result<bool, Er
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tree::testing;
+    use crate::{Entry, EntryKind, Tree};
+
+    /// Name and value.
+    type Pair<'a> = (&'a str, &'a [u8]);
+
+    /// Files in the root with extended attributes; inodes count from 1.
+    fn with_xattrs(files: &[(&str, &[Pair<'_>])]) -> Tree {
+        let mut tree = Tree::new();
+        for (path, xattrs) in files {
+            let mut file = Entry::new(EntryKind::Bytes(b"x".to_vec()));
+            for (name, value) in *xattrs {
+                file = file.xattr(name.as_bytes(), *value);
+            }
+            tree.add(path.as_bytes(), file).unwrap();
+        }
+        tree
+    }
 
     #[test]
-    fn overlays_own_attributes_are_dropped() {
-        let tree =
-            testing::with_xattrs(&[("a", &[("trusted.overlay.opaque", b"y"), ("user.a", b"bc")])]);
+    fn attributes_that_erofs_cannot_name_are_dropped() {
+        let tree = with_xattrs(&[("a", &[("os2.thing", b"y"), ("user.a", b"bc")])]);
         let encoded = EncodedXattrs::new(&tree, &[1]).unwrap();
         assert_eq!(
             encoded.get(1)[HEADER_LEN..],
@@ -186,7 +199,7 @@ mod tests {
     #[test]
     fn what_inodes_have_in_common_is_kept_once() {
         let label: &[u8] = b"system_u:object_r:bin_t:s0";
-        let tree = testing::with_xattrs(&[
+        let tree = with_xattrs(&[
             ("a", &[("security.selinux", label)]),
             ("b", &[("security.selinux", label), ("user.b", b"own")]),
         ]);

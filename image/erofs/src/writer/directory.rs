@@ -2,41 +2,32 @@
 //! Linux searches in them by halves, so all names are in order of their bytes.
 
 use super::{BLOCK, BLOCK_BYTES};
-use crate::tree::{InodeId, Kind, Text, Tree};
+use crate::{FileTree, InodeId, Kind};
 
 const DIRENT_LEN: usize = 12;
 
-/// One entry: `.` and `..` have no text in the tree.
-#[derive(Clone, Copy)]
-enum Name {
-    Own,
-    Parent,
-    Text(Text),
-}
-
 /// The entries of a directory in order.
-pub(super) struct Directory {
-    entries: Vec<(Name, InodeId)>,
+pub(super) struct Directory<'t> {
+    entries: Vec<(&'t [u8], InodeId)>,
     /// Number of entries in each block.
     blocks: Vec<usize>,
     len: u64,
 }
 
-impl Directory {
-    pub(super) fn of(tree: &Tree, id: InodeId) -> Self {
-        let mut children = Vec::new();
-        tree.children(id, &mut children);
-        let mut entries: Vec<_> = children
-            .into_iter()
-            .map(|(text, inode)| (Name::Text(text), inode))
-            .collect();
-        for (name, inode) in [(Name::Own, id), (Name::Parent, tree.parent(id))] {
-            let at = entries.partition_point(|(other, _)| bytes(tree, *other) < bytes(tree, name));
+impl<'t> Directory<'t> {
+    pub(super) fn of(tree: &'t impl FileTree, id: InodeId) -> Self {
+        let mut entries = Vec::new();
+        tree.children(id, &mut entries);
+        if !entries.is_sorted() {
+            entries.sort_unstable();
+        }
+        for (name, inode) in [(&b"."[..], id), (b"..", tree.parent(id))] {
+            let at = entries.partition_point(|(other, _)| *other < name);
             entries.insert(at, (name, inode));
         }
         let (mut blocks, mut in_block, mut used) = (Vec::new(), 0, 0);
         for (name, _) in &entries {
-            let needed = DIRENT_LEN + bytes(tree, *name).len();
+            let needed = DIRENT_LEN + name.len();
             if (used + needed) as u64 > BLOCK {
                 blocks.push(in_block);
                 (in_block, used) = (0, 0);
@@ -59,7 +50,12 @@ impl Directory {
     }
 
     /// Appends it to `data`, which is empty.
-    pub(super) fn encode(&self, tree: &Tree, nid: impl Fn(InodeId) -> u32, data: &mut Vec<u8>) {
+    pub(super) fn encode(
+        &self,
+        tree: &impl FileTree,
+        nid: impl Fn(InodeId) -> u32,
+        data: &mut Vec<u8>,
+    ) {
         let mut rest = self.entries.as_slice();
         for (number, count) in self.blocks.iter().enumerate() {
             let (block, after) = rest.split_at(*count);
@@ -71,24 +67,16 @@ impl Directory {
                 // Within a block, so it fits.
                 data.extend_from_slice(&u16::try_from(name_offset).unwrap_or(0).to_le_bytes());
                 data.extend_from_slice(&[file_type(tree.kind(*inode)), 0]);
-                name_offset += bytes(tree, *name).len();
+                name_offset += name.len();
             }
             for (name, _) in block {
-                data.extend_from_slice(bytes(tree, *name));
+                data.extend_from_slice(name);
             }
         }
     }
 }
 
-fn bytes(tree: &Tree, name: Name) -> &[u8] {
-    match name {
-        Name::Own => b".",
-        Name::Parent => b"..",
-        Name::Text(text) => tree.text(text),
-    }
-}
-
-fn file_type(kind: Kind) -> u8 {
+fn file_type(kind: Kind<'_>) -> u8 {
     match kind {
         Kind::File { .. } => 1,
         Kind::Directory => 2,
@@ -102,13 +90,17 @@ fn file_type(kind: Kind) -> u8 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tree::testing;
+    use crate::{Entry, EntryKind, ROOT, Tree};
 
     #[test]
     fn directories_are_cut_between_entries() {
-        let names: Vec<String> = (0..1000).map(|n| format!("name{n:05}")).collect();
-        let tree = testing::of_files(names.iter().map(String::as_str));
-        let directory = Directory::of(&tree, crate::tree::ROOT);
+        let mut tree = Tree::new();
+        for n in 0..1000 {
+            let path = format!("name{n:05}");
+            let file = Entry::new(EntryKind::Bytes(b"x".to_vec()));
+            tree.add(path.as_bytes(), file).unwrap();
+        }
+        let directory = Directory::of(&tree, ROOT);
         assert!(directory.blocks.len() > 1);
         assert_eq!(directory.entries.len(), 1002);
         let mut data = Vec::new();

@@ -1,0 +1,276 @@
+//! Images as erofs-utils reads them.
+#![expect(
+    clippy::expect_used,
+    clippy::unwrap_used,
+    reason = "a failed expectation is a failed test"
+)]
+
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _, symlink};
+use std::path::Path;
+use std::process::Command;
+
+use sm_erofs::{
+    BLOCK, Data, Entry, EntryKind, Error, FileTree as _, Kind, Meta, Options, ROOT, Tree, write,
+};
+
+/// Has `fsck.erofs` read all of an image and extract it to `to`.
+fn extract(image: &Path, to: &Path) {
+    let output = Command::new("fsck.erofs")
+        .arg(format!("--extract={}", to.display()))
+        .arg("--preserve-perms")
+        .arg(image)
+        .output()
+        .expect("fsck.erofs is needed by this test (Debian: erofs-utils)");
+    assert!(
+        output.status.success(),
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+fn image_of(tree: &Tree, path: &Path) -> Vec<u8> {
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(path)
+        .unwrap();
+    let len = write(tree, &file, &Options::default()).unwrap();
+    let bytes = fs::read(path).unwrap();
+    assert_eq!(bytes.len() as u64, len);
+    assert_eq!(len % BLOCK, 0);
+    bytes
+}
+
+/// Sizes around everything that has a boundary.
+const SIZES: [usize; 9] = [0, 1, 2048, 4031, 4032, 4033, 4096, 10_000, (1 << 20) + 4097];
+
+fn contents(size: usize) -> Vec<u8> {
+    (0..size)
+        .map(|at| (at * 7 % 251 + 1).to_le_bytes()[0])
+        .collect()
+}
+
+/// A directory with a bit of everything that needs no privilege.
+fn make(at: &Path) {
+    fs::create_dir_all(at.join("files/empty")).unwrap();
+    for size in SIZES {
+        fs::write(at.join(format!("files/{size}")), contents(size)).unwrap();
+    }
+    fs::hard_link(at.join("files/2048"), at.join("another")).unwrap();
+    symlink("files/2048", at.join("link")).unwrap();
+    symlink("x".repeat(4090), at.join("long-link")).unwrap();
+    let mode = fs::Permissions::from_mode(0o751);
+    fs::set_permissions(at.join("files/1"), mode).unwrap();
+    fs::create_dir(at.join("many")).unwrap();
+    for n in 0..500 {
+        fs::write(at.join(format!("many/file-{n:03}")), b"x").unwrap();
+    }
+}
+
+/// Checks that two directories have the same in them.
+fn same(left: &Path, right: &Path) {
+    let list = |path: &Path| {
+        let mut names: Vec<_> = fs::read_dir(path)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .collect();
+        names.sort();
+        names
+    };
+    assert_eq!(list(left), list(right), "{left:?}");
+    for name in list(left) {
+        let (left, right) = (left.join(&name), right.join(&name));
+        let (a, b) = (
+            fs::symlink_metadata(&left).unwrap(),
+            fs::symlink_metadata(&right).unwrap(),
+        );
+        assert_eq!(a.file_type(), b.file_type(), "{left:?}");
+        if a.is_symlink() {
+            assert_eq!(
+                fs::read_link(&left).unwrap(),
+                fs::read_link(&right).unwrap()
+            );
+            continue;
+        }
+        assert_eq!(a.mode(), b.mode(), "{left:?}");
+        assert_eq!(
+            (a.mtime(), a.mtime_nsec()),
+            (b.mtime(), b.mtime_nsec()),
+            "{left:?}"
+        );
+        if a.is_dir() {
+            same(&left, &right);
+        } else {
+            assert!(
+                fs::read(&left).unwrap() == fs::read(&right).unwrap(),
+                "{left:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_directory_comes_back_from_its_image() {
+    let place = tempfile::tempdir().unwrap();
+    let source = place.path().join("source");
+    make(&source);
+    let tree = Tree::from_directory(&source).unwrap();
+    let first = image_of(&tree, &place.path().join("image"));
+    let to = place.path().join("to");
+    extract(&place.path().join("image"), &to);
+    same(&source, &to);
+    let tree = Tree::from_directory(&source).unwrap();
+    let second = image_of(&tree, &place.path().join("again"));
+    assert!(first == second, "the same tree gives the same bytes");
+}
+
+#[test]
+fn hard_links_are_one_inode() {
+    let place = tempfile::tempdir().unwrap();
+    let source = place.path().join("source");
+    make(&source);
+    let tree = Tree::from_directory(&source).unwrap();
+    let mut root = Vec::new();
+    tree.children(ROOT, &mut root);
+    let find = |wanted: &[u8], names: &[(&[u8], u32)]| {
+        names.iter().find(|(name, _)| *name == wanted).unwrap().1
+    };
+    let mut files = Vec::new();
+    tree.children(find(b"files", &root), &mut files);
+    assert_eq!(find(b"another", &root), find(b"2048", &files));
+    let file = Kind::File {
+        data: Data::Image,
+        size: 2048,
+    };
+    assert_eq!(tree.kind(find(b"another", &root)), file);
+}
+
+#[cfg(feature = "tar")]
+#[test]
+fn a_tar_stream_gives_the_image_of_what_is_in_it() {
+    let place = tempfile::tempdir().unwrap();
+    let source = place.path().join("source");
+    make(&source);
+    // Pax has times to the nanosecond.
+    let archive = Command::new("tar")
+        .args(["--format=pax", "--numeric-owner", "-c", "-C"])
+        .arg(&source)
+        .arg(".")
+        .output()
+        .unwrap();
+    assert!(archive.status.success());
+    let tree = Tree::from_tar(&archive.stdout[..], tempfile::tempfile().unwrap()).unwrap();
+    image_of(&tree, &place.path().join("image"));
+    let to = place.path().join("to");
+    extract(&place.path().join("image"), &to);
+    same(&source, &to);
+    let cut = &archive.stdout[..archive.stdout.len() / 2];
+    let error = Tree::from_tar(cut, tempfile::tempfile().unwrap()).unwrap_err();
+    assert!(matches!(error, Error::Tar(_)), "{error:?}");
+}
+
+#[test]
+fn contents_may_lie_behind_the_image() {
+    let place = tempfile::tempdir().unwrap();
+    let path = place.path().join("disk");
+    let mut tree = Tree::new();
+    for (name, offset, size) in [(b"a", 0, 5000), (b"b", 2 * BLOCK, 3)] {
+        let kind = EntryKind::Behind { offset, size };
+        tree.add(name, Entry::new(kind)).unwrap();
+    }
+    let mut disk = File::options()
+        .read(true)
+        .append(true)
+        .create_new(true)
+        .open(&path)
+        .unwrap();
+    // Written at positions, so not in append mode.
+    let image = File::options().read(true).write(true).open(&path).unwrap();
+    let behind = 3 * BLOCK;
+    let len = write(&tree, &image, &Options::default().behind(behind)).unwrap();
+    let mut data = contents(5000);
+    data.resize(8192, 0);
+    data.extend_from_slice(b"end");
+    data.resize(12_288, 0);
+    disk.write_all(&data).unwrap();
+    assert_eq!(disk.metadata().unwrap().len(), len + behind);
+    let to = place.path().join("to");
+    extract(&path, &to);
+    assert_eq!(fs::read(to.join("a")).unwrap(), contents(5000));
+    assert_eq!(fs::read(to.join("b")).unwrap(), b"end");
+}
+
+#[test]
+fn uuid_owner_and_devices_are_where_linux_looks_for_them() {
+    let place = tempfile::tempdir().unwrap();
+    let path = place.path().join("image");
+    let mut tree = Tree::new();
+    let meta = Meta {
+        mode: 0o4600,
+        uid: 70_000,
+        gid: 80_000,
+        mtime: (-5, 7),
+    };
+    let device = Entry::new(EntryKind::CharDevice(5, 1)).meta(meta);
+    tree.add(b"dev/console", device).unwrap();
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(&path)
+        .unwrap();
+    let uuid = *b"0123456789abcdef";
+    write(&tree, &file, &Options::default().uuid(uuid)).unwrap();
+    let mut found = [0; 16];
+    file.read_exact_at(&mut found, 1024 + 48).unwrap();
+    assert_eq!(found, uuid);
+    let output = Command::new("dump.erofs")
+        .args(["--path=/dev/console", path.to_str().unwrap()])
+        .output()
+        .expect("dump.erofs is needed by this test (Debian: erofs-utils)");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(text.contains("Uid: 70000   Gid: 80000"), "{text}");
+    // It shows three digits of the mode; the inode has the fourth.
+    assert!(text.contains("Access: 0600"), "{text}");
+    let nid = text.split("NID: ").nth(1).unwrap();
+    let nid: u64 = nid.split_whitespace().next().unwrap().parse().unwrap();
+    let mut mode = [0; 2];
+    file.read_exact_at(&mut mode, nid * 32 + 4).unwrap();
+    assert_eq!(u16::from_le_bytes(mode), 0o024_600);
+}
+
+#[test]
+fn what_has_no_place_is_refused() {
+    let file = || Entry::new(EntryKind::Bytes(b"x".to_vec()));
+    let mut tree = Tree::new();
+    tree.add(b"file", file()).unwrap();
+    let long = [b'n'; 256];
+    for path in [&b"a/../b"[..], b"a\0b", b"file/below", b"/", &long] {
+        let error = tree.add(path, file()).unwrap_err();
+        assert!(matches!(error, Error::Entry { .. }), "{error}");
+    }
+    assert!(tree.link(b"x", b"nothing").is_err());
+    assert!(tree.link(b"x", b"/").is_err());
+    // A directory over a directory keeps what is in it, a file replaces it.
+    tree.add(b"d/f", file()).unwrap();
+    tree.add(b"d", Entry::new(EntryKind::Directory)).unwrap();
+    tree.link(b"g", b"d/f").unwrap();
+    tree.add(b"d", file()).unwrap();
+    assert!(tree.link(b"x", b"d/f").is_err());
+}
+
+#[test]
+fn a_file_that_became_shorter_is_an_error() {
+    let place = tempfile::tempdir().unwrap();
+    let source = place.path().join("source");
+    fs::create_dir(&source).unwrap();
+    fs::write(source.join("f"), b"contents").unwrap();
+    let tree = Tree::from_directory(&source).unwrap();
+    fs::write(source.join("f"), b"con").unwrap();
+    let error = write(&tree, &tempfile::tempfile().unwrap(), &Options::default()).unwrap_err();
+    assert!(matches!(error, Error::Read(_)), "{error:?}");
+}
