@@ -6,13 +6,14 @@ use crate::apt::Apt;
 use crate::background::KernelBuild;
 use crate::build::cargo;
 use crate::test::{self, Wanted};
-use crate::{cmd, needs, paths};
+use crate::{cmd, needs, paths, tidy};
 
 pub(crate) fn run(apt: &Apt) -> Result<()> {
     needs::everything(apt)?;
     let kernel = KernelBuild::start();
     cmd::step("checking the format");
     cmd::check(&mut cargo(["fmt", "--all", "--check"]))?;
+    tidy::run()?;
     cmd::step("running clippy");
     cmd::check(&mut cargo([
         "clippy",

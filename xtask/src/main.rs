@@ -31,6 +31,7 @@ mod qemu;
 mod stock;
 mod stream;
 mod test;
+mod tidy;
 
 use std::process::ExitCode;
 
@@ -79,6 +80,7 @@ fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
             let kernel = wanted.e2e.then(background::KernelBuild::start);
             test::run(&apt, &wanted, kernel)?;
         }
+        Invocation::Tidy => tidy::run()?,
         Invocation::Ci => ci::run(&apt)?,
     }
     Ok(ExitCode::SUCCESS)

@@ -21,7 +21,9 @@ Developer commands of sm: cargo xtask COMMAND
   test        all tests: unit tests here, end-to-end tests where KVM runs Linux
               [--unit | --e2e] [--lab] [--debug] [NAME...: end-to-end tests only]
               [--full: also those that take too long for CI, named full_...]
-  ci          fmt, clippy, doc, test: what .ci/run calls
+  ci          fmt, tidy, clippy, doc, test: what .ci/run calls
+  tidy        rules that no compiler checks: crates' dependencies, operating systems,
+              lengths of files, pointers outside the repository
   build       sm with its guest agent (release) [--debug]
   kernel      the tuned guest kernel, built once [--stock: the distribution's]
   fixtures    images for the end-to-end tests
@@ -65,6 +67,7 @@ pub(crate) enum Invocation {
     BenchVsock(bench_vsock::Wanted),
     Fuzz(fuzz::Wanted),
     Test(Wanted),
+    Tidy,
     Ci,
 }
 
@@ -106,6 +109,7 @@ fn command(mut parser: lexopt::Parser) -> Result<Invocation> {
         "fixtures" => bare(parser, Invocation::Fixtures)?,
         "setup" => bare(parser, Invocation::Setup)?,
         "demo" => bare(parser, Invocation::Demo)?,
+        "tidy" => bare(parser, Invocation::Tidy)?,
         "ci" => bare(parser, Invocation::Ci)?,
         "bench-image" => Invocation::BenchImage(bench_image(parser)?),
         "bench-kernel" => Invocation::BenchKernel(bench_kernel(parser)?),

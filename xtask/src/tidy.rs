@@ -1,0 +1,143 @@
+//! `cargo xtask tidy`: rules of this repository that no compiler checks.
+//!
+//! | rule | exceptions |
+//! |---|---|
+//! | crates depend on each other as `xtask/tidy/crates.txt` has it | none |
+//! | crates that are used alone come with few packages, and without a C compiler | `xtask/tidy/packages.txt` has the numbers |
+//! | what differs between operating systems is in folders named `sys` | `xtask/tidy/target-os.txt` |
+//! | a Rust file has at most 600 lines | `xtask/tidy/long-files.txt` |
+//! | nothing points to files outside the repository | none |
+//!
+//! Lists of exceptions only shrink: an entry that is no longer needed is an error, too.
+
+mod crates;
+mod packages;
+mod pointers;
+mod sources;
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::{cmd, paths};
+
+/// Data of tests, which may contain anything.
+const DATA: [&str; 2] = ["fuzz/corpus/", "fuzz/seeds/"];
+
+/// A file that the repository contains.
+struct Text {
+    /// Relative to the root of the repository.
+    path: String,
+    text: String,
+}
+
+pub(crate) fn run() -> Result<()> {
+    cmd::step("checking the repository's own rules");
+    let root = paths::root();
+    let files = texts(&root)?;
+    let list = |name: &str| -> Result<String> {
+        let path = root.join("xtask/tidy").join(name);
+        fs::read_to_string(&path).with_context(|| format!("cannot read {:?}", path.display()))
+    };
+    let mut faults = crates::check(&crates::metadata()?, &list("crates.txt")?)?;
+    faults.extend(packages::check(&list("packages.txt")?, packages::tree)?);
+    faults.extend(except(
+        sources::depends_on_system(&files),
+        "xtask/tidy/target-os.txt",
+        &list("target-os.txt")?,
+    ));
+    faults.extend(except(
+        sources::long(&files),
+        "xtask/tidy/long-files.txt",
+        &list("long-files.txt")?,
+    ));
+    faults.extend(pointers::outside(&files, |path| root.join(path).exists()));
+    for fault in &faults {
+        cmd::note(fault);
+    }
+    if !faults.is_empty() {
+        bail!("{} of the repository's rules are broken", faults.len());
+    }
+    Ok(())
+}
+
+/// All files under version control that are text.
+fn texts(root: &Path) -> Result<Vec<Text>> {
+    let names = cmd::text(cmd::command("git", ["ls-files", "-z", "--cached"]).current_dir(root))?;
+    let mut texts = Vec::new();
+    for path in names.split('\0').filter(|path| !path.is_empty()) {
+        if DATA.iter().any(|data| path.starts_with(data)) {
+            continue;
+        }
+        let absolute = root.join(path);
+        // Deleted and not yet committed, or a link.
+        if !absolute.is_file() {
+            continue;
+        }
+        let bytes =
+            fs::read(&absolute).with_context(|| format!("cannot read {:?}", absolute.display()))?;
+        if let Ok(text) = String::from_utf8(bytes) {
+            texts.push(Text {
+                path: path.to_owned(),
+                text,
+            });
+        }
+    }
+    Ok(texts)
+}
+
+/// A file that breaks a rule, and how.
+struct Broken {
+    path: String,
+    how: String,
+}
+
+/// The lines of a list that are not comments.
+fn lines(list: &str) -> impl Iterator<Item = &str> {
+    list.lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty() && !line.starts_with('#'))
+}
+
+/// What is broken, without the exceptions in `list`; and exceptions that nothing needs.
+fn except(broken: Vec<Broken>, name: &str, list: &str) -> Vec<String> {
+    let exceptions: Vec<&str> = lines(list).collect();
+    let mut faults: Vec<String> = exceptions
+        .iter()
+        .filter(|exception| !broken.iter().any(|file| file.path == **exception))
+        .map(|exception| format!("{name}: {exception} is no exception any more: remove the line"))
+        .collect();
+    faults.extend(
+        broken
+            .into_iter()
+            .filter(|file| !exceptions.contains(&file.path.as_str()))
+            .map(|file| format!("{}: {}", file.path, file.how)),
+    );
+    faults
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn broken(path: &str) -> Broken {
+        Broken {
+            path: path.to_owned(),
+            how: "is wrong".to_owned(),
+        }
+    }
+
+    #[test]
+    fn exceptions_are_left_out_and_must_be_needed() {
+        let list = "# why\na.rs\n\nb.rs\n";
+        let faults = except(vec![broken("a.rs"), broken("c.rs")], "list", list);
+        assert_eq!(
+            faults,
+            [
+                "list: b.rs is no exception any more: remove the line",
+                "c.rs: is wrong"
+            ]
+        );
+    }
+}

@@ -1,0 +1,158 @@
+//! Rules for Rust files.
+
+use super::{Broken, Text};
+
+/// Most lines of a file.
+const MAX_LINES: usize = 600;
+/// Predicates of conditional compilation that ask for an operating system.
+const SYSTEMS: [&str; 4] = ["target_os", "target_family", "unix", "windows"];
+
+fn rust(files: &[Text]) -> impl Iterator<Item = &Text> {
+    files.iter().filter(|file| file.path.ends_with(".rs"))
+}
+
+/// Files with more lines than one idea takes.
+pub(super) fn long(files: &[Text]) -> Vec<Broken> {
+    rust(files)
+        .filter_map(|file| {
+            let lines = file.text.lines().count();
+            (lines > MAX_LINES).then(|| Broken {
+                path: file.path.clone(),
+                how: format!("it has {lines} lines, more than {MAX_LINES}"),
+            })
+        })
+        .collect()
+}
+
+/// Files outside folders named `sys` that are compiled differently for different
+/// operating systems.
+pub(super) fn depends_on_system(files: &[Text]) -> Vec<Broken> {
+    rust(files)
+        .filter(|file| !is_sys(&file.path))
+        .filter_map(|file| {
+            let asked = system_asked_for(&file.text)?;
+            Some(Broken {
+                path: file.path.clone(),
+                how: format!("it asks for \"{asked}\", which only files in \"sys\" do"),
+            })
+        })
+        .collect()
+}
+
+fn is_sys(path: &str) -> bool {
+    path.split('/')
+        .any(|part| part == "sys" || part == "sys.rs")
+}
+
+/// The first predicate in a condition of conditional compilation that names an
+/// operating system.
+fn system_asked_for(text: &str) -> Option<&'static str> {
+    let code: String = text
+        .lines()
+        .filter(|line| !line.trim_start().starts_with("//"))
+        .flat_map(|line| [line, "\n"])
+        .collect();
+    let mut rest = code.as_str();
+    while let Some(at) = rest.find("cfg") {
+        let before = rest[..at].chars().next_back();
+        rest = &rest[at + "cfg".len()..];
+        if before.is_some_and(is_word) {
+            continue;
+        }
+        let after = rest.strip_prefix("_attr").unwrap_or(rest);
+        let after = after.strip_prefix('!').unwrap_or(after);
+        if let Some(condition) = after.strip_prefix('(') {
+            let asked = words(inside(condition))
+                .find_map(|word| SYSTEMS.into_iter().find(|system| *system == word));
+            if asked.is_some() {
+                return asked;
+            }
+        }
+    }
+    None
+}
+
+/// Text up to the parenthesis that closes it.
+fn inside(text: &str) -> &str {
+    let mut depth = 1;
+    let end = text.find(|character| {
+        match character {
+            '(' => depth += 1,
+            ')' => depth -= 1,
+            _ => {}
+        }
+        depth == 0
+    });
+    end.map_or(text, |end| &text[..end])
+}
+
+/// The words of a condition that are not in quotes.
+fn words(condition: &str) -> impl Iterator<Item = &str> {
+    condition
+        .split('"')
+        .step_by(2)
+        .flat_map(|part| part.split(|character| !is_word(character)))
+}
+
+fn is_word(character: char) -> bool {
+    character.is_alphanumeric() || character == '_'
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(path: &str, text: String) -> Text {
+        Text {
+            path: path.to_owned(),
+            text,
+        }
+    }
+
+    /// Made of parts, as this file is checked as well.
+    fn attribute(condition: &str) -> String {
+        format!("#[{}({condition})]\nfn f() {{}}\n", concat!("c", "fg"))
+    }
+
+    #[test]
+    fn only_sys_asks_for_the_operating_system() {
+        for (condition, asked) in [
+            ("target_os = \"linux\"", Some("target_os")),
+            ("all(\n    feature = \"a\",\n    not(unix)\n)", Some("unix")),
+            ("any(windows, test)", Some("windows")),
+            ("feature = \"unix\"", None),
+            ("test", None),
+            ("target_arch = \"x86_64\"", None),
+        ] {
+            assert_eq!(
+                system_asked_for(&attribute(condition)),
+                asked,
+                "{condition}"
+            );
+        }
+        let macros = format!("if {}!(unix) {{}}", concat!("c", "fg"));
+        assert_eq!(system_asked_for(&macros), Some("unix"));
+        let comment = format!("    // {}", attribute("unix"));
+        assert_eq!(system_asked_for(&comment), None);
+        assert_eq!(system_asked_for("let my_cfg = (unix);"), None);
+        let broken = depends_on_system(&[
+            file("a/src/sys/linux.rs", attribute("unix")),
+            file("a/src/sys.rs", attribute("unix")),
+            file("a/src/lib.rs", attribute("unix")),
+            file("a/README.md", attribute("unix")),
+        ]);
+        let paths: Vec<_> = broken.iter().map(|broken| broken.path.as_str()).collect();
+        assert_eq!(paths, ["a/src/lib.rs"]);
+    }
+
+    #[test]
+    fn files_end_at_600_lines() {
+        let broken = long(&[
+            file("a.rs", "x\n".repeat(600)),
+            file("b.rs", "x\n".repeat(601)),
+            file("c.md", "x\n".repeat(601)),
+        ]);
+        let paths: Vec<_> = broken.iter().map(|broken| broken.path.as_str()).collect();
+        assert_eq!(paths, ["b.rs"]);
+    }
+}
