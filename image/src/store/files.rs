@@ -132,11 +132,19 @@ impl Store {
     }
 
     /// Removes something that has its final name, without it ever being there
-    /// by half.
+    /// by half. Nothing is created for that: the disk may be full.
     pub(super) fn discard(&self, path: &Path) -> Result<(), Error> {
-        let grave = self.temporary()?;
-        let inside = grave.path().join("removed");
-        fs::rename(path, &inside).map_err(Error::file("remove", path))
+        let renamed = tempfile::Builder::new()
+            .prefix("removed-")
+            .make_in(&self.tmp, |grave| fs::rename(path, grave))
+            .and_then(|grave| Ok(grave.into_temp_path().keep()?));
+        let grave = renamed.map_err(Error::file("remove", path))?;
+        // It is gone in any case; files that stay are cleared by whoever comes next.
+        let _ = match grave.is_dir() {
+            true => fs::remove_dir_all(&grave),
+            false => fs::remove_file(&grave),
+        };
+        Ok(())
     }
 
     /// Gives a directory that was made its final name, replacing what is not whole.

@@ -2,6 +2,7 @@
 
 mod access;
 mod faults;
+mod full;
 mod mirrors;
 mod origins;
 mod push;

@@ -1,0 +1,213 @@
+//! A disk that gets full, at every page and every inode that a pull takes: the error
+//! says so, the store stays whole, and works once there is room.
+//!
+//! Each test is run again below `unshare`, with a small tmpfs of its own.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
+
+mod support;
+
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use sm_image::{Error, PruneOptions, PullOptions, Reference, Store, Users};
+
+use support::{dir, file, image, tar};
+
+const OWN: &str = "SM_TEST_OWN_DISK";
+
+const ALL: PruneOptions = PruneOptions {
+    all: true,
+    compressed: true,
+    max_bytes: None,
+};
+
+const UNUSED: PruneOptions = PruneOptions {
+    all: false,
+    compressed: false,
+    max_bytes: None,
+};
+
+/// The directory of a file system with these limits, in a process of its own; `None`
+/// when the test has run there.
+fn small_disk(name: &str, options: &str) -> Option<PathBuf> {
+    if let Some(path) = std::env::var_os(OWN) {
+        return Some(path.into());
+    }
+    let at = tempfile::tempdir().unwrap();
+    let mut command = Command::new("unshare");
+    // Whoever is not root may mount in a user namespace.
+    if !rustix::process::geteuid().is_root() {
+        command.args(["--user", "--map-root-user"]);
+    }
+    let test = command
+        .args(["--mount", "sh", "-c"])
+        .arg(format!(
+            "mount -t tmpfs -o {options} none \"${OWN}\" && exec \"$0\" \"$@\""
+        ))
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", "--nocapture", name])
+        .env(OWN, at.path())
+        .output()
+        .unwrap();
+    assert!(test.status.success(), "{test:?}");
+    assert!(String::from_utf8_lossy(&test.stdout).contains("1 passed"));
+    None
+}
+
+/// What takes the room that is to be missing.
+struct Ballast(PathBuf);
+
+impl Ballast {
+    /// Leaves `pages` pages.
+    fn but_pages(disk: &Path, pages: u64) -> Self {
+        let path = disk.join("ballast");
+        let mut file = File::create(&path).unwrap();
+        while file.write(&[1; 4096]).is_ok_and(|count| count > 0) {}
+        let len = file.metadata().unwrap().len();
+        file.set_len(len.checked_sub(pages * 4096).unwrap())
+            .unwrap();
+        Self(path)
+    }
+
+    /// Leaves `inodes` inodes.
+    fn but_inodes(disk: &Path, inodes: u64) -> Self {
+        let path = disk.join("ballast");
+        fs::create_dir(&path).unwrap();
+        let made = (0..)
+            .take_while(|n| File::create(path.join(format!("{n}"))).is_ok())
+            .count();
+        for n in 0..inodes {
+            assert!(n < made as u64);
+            fs::remove_file(path.join(format!("{n}"))).unwrap();
+        }
+        Self(path)
+    }
+}
+
+impl Drop for Ballast {
+    fn drop(&mut self) {
+        let removed = match self.0.is_dir() {
+            true => fs::remove_dir_all(&self.0),
+            false => fs::remove_file(&self.0),
+        };
+        removed.unwrap();
+    }
+}
+
+fn with_causes(error: &Error) -> String {
+    let mut text = error.to_string();
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        text.push_str(&format!(": {cause}"));
+        source = cause.source();
+    }
+    text
+}
+
+fn parse(layout: &Path) -> Reference {
+    Reference::parse(&format!("oci:{}", layout.display())).unwrap()
+}
+
+fn nobody() -> Result<Users, String> {
+    Ok(Users::new())
+}
+
+fn is_sound(store: &Store, reference: &Reference) {
+    let verified = store.verify(&reference.to_string(), false).unwrap();
+    assert!(verified.problems.is_empty(), "{verified:?}");
+}
+
+/// Pulls with no room at all, then with one unit more each time, until it is enough.
+fn wherever_it_gets_full(disk: &Path, ballast: impl Fn(u64) -> Ballast) {
+    let layouts = tempfile::tempdir().unwrap();
+    let [small, large] = ["small", "large"].map(|name| layouts.path().join(name));
+    image(&small, &[tar(&[file("s", b"s")])]);
+    // Compressed it has room for long before it is converted.
+    let text = |seed: u8| {
+        (0..30_000_u32)
+            .map(|n| seed | n.to_le_bytes()[1] | 1)
+            .collect()
+    };
+    let layers: Vec<Vec<u8>> = (1..=3)
+        .map(|n| {
+            let large: Vec<u8> = text(n << 4);
+            tar(&[
+                dir("d"),
+                file(format!("d/{n}"), large),
+                file("few", [n; 50]),
+            ])
+        })
+        .collect();
+    image(&large, &layers);
+    let [small, large] = [parse(&small), parse(&large)];
+    let options = PullOptions::default();
+
+    let root = disk.join("store");
+    let store = Store::open(&root).unwrap();
+    store.open_image(&small, &options).unwrap();
+    let (mut failed, mut layers_left) = (0, 0);
+    for room in 0.. {
+        let full = ballast(room);
+        let pulled = store.open_image(&large, &options);
+        let Err(error) = pulled else {
+            drop(full);
+            break;
+        };
+        failed += 1;
+        let text = with_causes(&error);
+        assert!(
+            text.contains("No space left") || text.contains("has room for"),
+            "with {room}: {text}"
+        );
+        // What is there can be used and listed as it is.
+        let store = Store::open(&root).unwrap();
+        assert_eq!(store.list().unwrap().len(), 1, "with {room}");
+        drop(full);
+        is_sound(&store, &small);
+        assert_eq!(fs::read_dir(root.join("tmp")).unwrap().count(), 0);
+        if room % 8 == 4 {
+            // So can what the attempt has left, layers that are whole.
+            layers_left += fs::read_dir(root.join("layers")).unwrap().count() - 1;
+            let _full = ballast(0);
+            store.prune(UNUSED, &nobody).unwrap();
+            assert_eq!(fs::read_dir(root.join("layers")).unwrap().count(), 1);
+        }
+        if room % 8 == 0 {
+            // It works at once when there is room, whatever was made before.
+            store.open_image(&large, &options).unwrap();
+            is_sound(&store, &large);
+            // Room can be made where there is none.
+            let _full = ballast(0);
+            store.remove(&large.to_string(), &nobody).unwrap();
+        }
+    }
+    assert!(failed > 10 && layers_left > 0, "{failed}, {layers_left}");
+    for reference in [&small, &large] {
+        is_sound(&store, reference);
+    }
+    let full = ballast(0);
+    store.prune(ALL, &nobody).unwrap();
+    drop(full);
+    for part in ["layers", "disks", "blobs", "refs", "tmp", "locks"] {
+        assert_eq!(fs::read_dir(root.join(part)).unwrap().count(), 0, "{part}");
+    }
+}
+
+#[test]
+fn wherever_the_disk_gets_full_the_store_is_sound() {
+    let name = "wherever_the_disk_gets_full_the_store_is_sound";
+    if let Some(disk) = small_disk(name, "size=2m") {
+        wherever_it_gets_full(&disk, |pages| Ballast::but_pages(&disk, pages));
+    }
+}
+
+#[test]
+fn wherever_inodes_run_out_the_store_is_sound() {
+    let name = "wherever_inodes_run_out_the_store_is_sound";
+    if let Some(disk) = small_disk(name, "size=4m,nr_inodes=200") {
+        wherever_it_gets_full(&disk, |inodes| Ballast::but_inodes(&disk, inodes));
+    }
+}
