@@ -316,9 +316,11 @@ impl SnapshotStore {
         };
         // Nobody finds it any more, so nobody has to wait for the rest; what is
         // left of it when this process dies is swept.
-        grave
-            .close()
-            .map_err(Error::io("remove the files of", &dir))
+        match fs::remove_dir_all(&grave) {
+            // Somebody who opened the store has swept it.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            removed => removed.map_err(Error::io("remove the files of", &dir)),
+        }
     }
 
     /// Sees to it that nobody uses a snapshot, as long as the returned file (if it has
@@ -397,7 +399,9 @@ impl SnapshotStore {
         drop(guard);
         // Nobody finds them any more: what is left of them is swept.
         let gone = graves.len();
-        graves.into_iter().for_each(|grave| drop(grave.close()));
+        for grave in graves {
+            let _ = fs::remove_dir_all(grave);
+        }
         Ok(gone)
     }
 
@@ -418,14 +422,14 @@ impl SnapshotStore {
         self.remove_all(removed.collect())
     }
 
-    /// Takes the name away, in one step. The files go with what is returned.
-    fn bury(&self, dir: &Path) -> Result<tempfile::TempDir, Error> {
+    /// Takes the name away, in one step; returns where the files are now. Nothing is
+    /// created for that: the disk may be full.
+    fn bury(&self, dir: &Path) -> Result<PathBuf, Error> {
         let grave = tempfile::Builder::new()
             .prefix(TEMPORARY)
-            .tempdir_in(&self.root)
-            .map_err(Error::io("create a directory in", &self.root))?;
-        let moved = grave.path().join("removed");
-        fs::rename(dir, &moved).map_err(Error::io("remove", dir))?;
+            .make_in(&self.root, |grave| fs::rename(dir, grave))
+            .and_then(|grave| Ok(grave.into_temp_path().keep()?))
+            .map_err(Error::io("remove", dir))?;
         sync(&self.root)?;
         Ok(grave)
     }

@@ -214,7 +214,7 @@ fn death_while_publishing_or_removing_leaves_nothing_for_good() {
     let _ = draft.dir.keep();
     fs::remove_file(path.join(LOCK)).unwrap();
     publish(&store, "gone", None);
-    let grave = store.bury(&store.root.join("gone")).unwrap().keep();
+    let grave = store.bury(&store.root.join("gone")).unwrap();
     assert_eq!(temporary(&store).len(), 2);
     SnapshotStore::open(&store.root).unwrap();
     assert!(!path.exists() && !grave.exists());
