@@ -181,8 +181,13 @@ fn run_helper(name: &str, key: &str) -> Option<Credentials> {
     {
         return None;
     }
-    let mut child = Command::new(format!("docker-credential-{name}"))
-        .arg("get")
+    let mut helper = Command::new(format!("docker-credential-{name}"));
+    ask(helper.arg("get"), key)
+}
+
+/// Gives `key` to a helper, and waits for its answer and its end.
+fn ask(helper: &mut Command, key: &str) -> Option<Credentials> {
+    let mut child = helper
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
@@ -260,6 +265,30 @@ mod tests {
         let docker = find_in(json, "docker.io", "library/a");
         assert_eq!(docker, identity(&format!("two {DEFAULT_KEY}")));
         assert_eq!(run_helper("../x", "k"), None);
+    }
+
+    /// A process that nobody waits for stays as a zombie.
+    #[test]
+    fn a_helper_that_does_not_read_is_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let pid = directory.path().join("pid");
+        let asked = |script: &str, key: &str| {
+            let script = format!("echo $$ >\"$0\"; {script}");
+            let mut helper = Command::new("sh");
+            let answer = ask(helper.args(["-c", &script]).arg(&pid), key);
+            let pid = std::fs::read_to_string(&pid).unwrap();
+            let process = Path::new("/proc").join(pid.trim());
+            assert!(!process.exists(), "{script}");
+            answer
+        };
+        // More than a pipe has room for, so that writing fails.
+        let long = "k".repeat(1 << 20);
+        let json = r#"{"Username": "u", "Secret": "s"}"#;
+        assert_eq!(asked("exit 0", &long), None);
+        assert_eq!(asked(&format!("echo '{json}'"), &long), None);
+        assert_eq!(asked("cat >/dev/null; exit 1", "key"), None);
+        let reads = format!("cat >/dev/null; echo '{json}'");
+        assert_eq!(asked(&reads, &long), password("u", "s"));
     }
 
     #[test]
