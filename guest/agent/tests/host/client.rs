@@ -72,7 +72,7 @@ impl Connection {
         payload
     }
 
-    fn hello(&mut self) {
+    pub(crate) fn hello(&mut self) {
         let hello = ExecControl::Hello(Hello {
             protocol: PROTOCOL_VERSION,
         });

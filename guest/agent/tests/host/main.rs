@@ -13,6 +13,7 @@ mod client;
 mod exec;
 mod forward;
 mod lifecycle;
+mod luck;
 
 use std::fs;
 use std::io::{Read as _, Seek as _, Write as _};
@@ -30,7 +31,7 @@ pub(crate) struct Agent {
     process: Child,
 }
 
-fn cgroup_mount() -> Option<PathBuf> {
+pub(crate) fn cgroup_mount() -> Option<PathBuf> {
     let mounts = fs::read_to_string("/proc/self/mounts").ok()?;
     mounts.lines().find_map(|line| {
         let mut words = line.split(' ').skip(1);
@@ -42,6 +43,11 @@ fn cgroup_mount() -> Option<PathBuf> {
 impl Agent {
     /// Starts an agent that has no root yet.
     pub(crate) fn bare() -> Self {
+        Self::after("true")
+    }
+
+    /// Likewise, after these commands of a shell in its namespaces.
+    pub(crate) fn after(commands: &str) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let name = directory.path().file_name().unwrap();
         let cgroup = cgroup_mount().unwrap().join("sm-agent-test").join(name);
@@ -54,7 +60,10 @@ impl Agent {
                 "--fork",
                 "--kill-child",
                 "--mount-proc",
+                "sh",
+                "-ec",
             ])
+            .arg(format!("{commands}\nexec \"$0\" \"$@\""))
             .arg(std::env::current_exe().unwrap())
             .arg("serve")
             .args([directory.path(), &cgroup])
@@ -74,12 +83,24 @@ impl Agent {
 
     /// Starts an agent with this machine's root attached.
     pub(crate) fn attached() -> Self {
-        let agent = Self::bare();
-        let reply = agent
-            .control()
-            .ask(&ControlRequest::AttachRoot(agent.plan()));
+        Self::bare().attach()
+    }
+
+    /// Attaches this machine's root.
+    pub(crate) fn attach(self) -> Self {
+        let reply = self.control().ask(&ControlRequest::AttachRoot(self.plan()));
         assert_eq!(reply, ControlReply::Done);
-        agent
+        self
+    }
+
+    /// The process of the agent, as seen from here.
+    pub(crate) fn pid(&self) -> u32 {
+        children(self.process.id())[0]
+    }
+
+    /// The group that the workload's is in.
+    pub(crate) fn cgroup(&self) -> &Path {
+        &self.cgroup
     }
 
     pub(crate) fn plan(&self) -> AttachRoot {
@@ -115,9 +136,19 @@ impl Drop for Agent {
         let workload = self.cgroup.join("workload");
         let _ = fs::write(workload.join("cgroup.kill"), "1");
         let _ = wait_until_empty(&workload);
+        for below in fs::read_dir(&workload).into_iter().flatten().flatten() {
+            let _ = fs::remove_dir(below.path());
+        }
         let _ = fs::remove_dir(workload);
         let _ = fs::remove_dir(&self.cgroup);
     }
+}
+
+/// The children of a process of one thread.
+pub(crate) fn children(pid: u32) -> Vec<u32> {
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+    let words = text.split_whitespace();
+    words.map(|word| word.parse().unwrap()).collect()
 }
 
 /// Waits until a cgroup has no processes; dying takes them a moment.
@@ -187,7 +218,7 @@ fn main() -> ExitCode {
     let filter = arguments
         .get(1)
         .filter(|argument| !argument.starts_with('-'));
-    let tests = [exec::TESTS, forward::TESTS, lifecycle::TESTS].concat();
+    let tests = [exec::TESTS, forward::TESTS, lifecycle::TESTS, luck::TESTS].concat();
     for (name, test) in tests {
         if filter.is_none_or(|filter| name.contains(filter.as_str())) {
             println!("test {name} ...");
