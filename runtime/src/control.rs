@@ -98,6 +98,17 @@ impl Control {
             .map_err(vmm("talk to the VM's process"))
     }
 
+    /// Makes the connection one that hears of output. Its own stream says nothing
+    /// else: whatever arrives means that there may be more to read, and its end that
+    /// the VM has ended or is about to.
+    pub(crate) fn follow(mut self) -> Result<UnixStream, Error> {
+        self.call(&ControlCall::Follow)?;
+        self.stream
+            .set_read_timeout(None)
+            .map_err(vmm("talk to the VM's process"))?;
+        Ok(self.stream)
+    }
+
     /// Process identifier of the VMM, as the kernel knows it.
     pub(crate) fn peer_pid(&self) -> io::Result<rustix::process::Pid> {
         Ok(rustix::net::sockopt::socket_peercred(&self.stream)?.pid)

@@ -157,6 +157,9 @@ pub(crate) enum ControlCall {
     Reset,
     /// Answered when the VM has ended.
     Wait,
+    /// Hear of output: answered at once, and again whenever something was logged
+    /// since the last answer was taken. The connection ends with the VM.
+    Follow,
 }
 
 /// The answer to a [`ControlCall`].

@@ -1,13 +1,17 @@
 //! Reading a workload's output, also while it is being written.
 
-use std::io;
+use std::io::{self, Read as _};
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::inotify;
+use rustix::io::Errno;
 
 use crate::Error;
+use crate::control::Control;
+use crate::doctor::with_causes;
 use crate::output_log::LogReader;
 pub use crate::output_log::{LogRecord, Stream};
 use crate::record::{Record, VmState};
@@ -17,7 +21,18 @@ use crate::record::{Record, VmState};
 pub struct Logs {
     record: Record,
     reader: LogReader,
-    watch: Option<OwnedFd>,
+    watch: Option<Watch>,
+}
+
+/// By what a change is heard of.
+#[derive(Debug)]
+enum Watch {
+    /// The record's directory, by inotify.
+    Directory(OwnedFd),
+    /// The VM's process, by [`crate::launch::ControlCall::Follow`].
+    Process(UnixStream),
+    /// The VM has ended.
+    Nothing,
 }
 
 fn log_error(record: &Record) -> impl Fn(io::Error) -> Error {
@@ -75,47 +90,93 @@ impl Logs {
         if self.watch.is_some() {
             return Ok(());
         }
-        let flags = inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK;
-        let watch = inotify::init(flags)?;
-        // Output is written, a file rotated, the exit status moved in place,
-        // the lock closed by a VMM that was killed, all of it removed.
-        let events = inotify::WatchFlags::MODIFY
-            | inotify::WatchFlags::MOVE
-            | inotify::WatchFlags::CREATE
-            | inotify::WatchFlags::CLOSE_WRITE
-            | inotify::WatchFlags::MOVE_SELF
-            | inotify::WatchFlags::DELETE_SELF;
-        inotify::add_watch(&watch, self.record.directory(), events)?;
+        let watch = match watch_directory(&self.record) {
+            Ok(watch) => Watch::Directory(watch),
+            // A user may have 128 of these by default, all of whose programs take some.
+            Err(errno @ (Errno::MFILE | Errno::NOSPC)) => match self.follow() {
+                Ok(watch) => watch,
+                Err(error) => {
+                    let causes = with_causes(&error);
+                    tracing::info!(error = causes, "the VM's process tells of no output");
+                    return Err(errno.into());
+                }
+            },
+            Err(errno) => return Err(errno.into()),
+        };
         self.watch = Some(watch);
         Ok(())
     }
 
-    fn wait_for_change(&self) -> io::Result<()> {
-        let Some(watch) = &self.watch else {
-            return Ok(());
-        };
-        let mut fds = [PollFd::new(watch, PollFlags::IN)];
-        rustix::io::retry_on_intr(|| poll(&mut fds, None))?;
-        let mut buffer = [MaybeUninit::uninit(); 4096];
-        let mut events = inotify::Reader::new(watch, &mut buffer);
-        let mut lock_closed = false;
-        loop {
-            match events.next() {
-                Ok(event) => {
-                    // Otherwise it does not matter what changed, only that
-                    // something did.
-                    lock_closed |= event.events().contains(inotify::ReadFlags::CLOSE_WRITE)
-                        && event.file_name().is_some_and(|name| name == c"lock");
-                }
-                Err(rustix::io::Errno::AGAIN) => break,
-                Err(rustix::io::Errno::INTR) => {}
-                Err(errno) => return Err(errno.into()),
+    /// Has the VM's process tell of output.
+    fn follow(&self) -> Result<Watch, Error> {
+        match Control::connect(&self.record).and_then(Control::follow) {
+            Ok(stream) => Ok(Watch::Process(stream)),
+            // What there is no process to tell of does not happen.
+            Err(Error::NotRunning(_)) => {
+                self.record.wait_until_dead()?;
+                Ok(Watch::Nothing)
             }
+            Err(error) => Err(error),
         }
-        if lock_closed {
-            // The event comes a moment before the lock is released.
+    }
+
+    fn wait_for_change(&mut self) -> io::Result<()> {
+        let dead = match &mut self.watch {
+            Some(Watch::Directory(watch)) => wait_for_events(watch)?,
+            Some(Watch::Process(stream)) => {
+                let mut buffer = [0; 4096];
+                match stream.read(&mut buffer) {
+                    Ok(count) => count == 0,
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => false,
+                    // It was killed.
+                    Err(error) if error.kind() == io::ErrorKind::ConnectionReset => true,
+                    Err(error) => return Err(error),
+                }
+            }
+            Some(Watch::Nothing) | None => false,
+        };
+        if dead {
+            // Heard of a moment before the lock is released.
             self.record.wait_until_dead().map_err(io::Error::other)?;
         }
         Ok(())
+    }
+}
+
+/// Watches the directory of a record.
+fn watch_directory(record: &Record) -> Result<OwnedFd, Errno> {
+    let flags = inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK;
+    let watch = inotify::init(flags)?;
+    // Output is written, a file rotated, the exit status moved in place,
+    // the lock closed by a VMM that was killed, all of it removed.
+    let events = inotify::WatchFlags::MODIFY
+        | inotify::WatchFlags::MOVE
+        | inotify::WatchFlags::CREATE
+        | inotify::WatchFlags::CLOSE_WRITE
+        | inotify::WatchFlags::MOVE_SELF
+        | inotify::WatchFlags::DELETE_SELF;
+    inotify::add_watch(&watch, record.directory(), events)?;
+    Ok(watch)
+}
+
+/// Waits for a change in a directory; says whether the lock in it was closed.
+fn wait_for_events(watch: &OwnedFd) -> io::Result<bool> {
+    let mut fds = [PollFd::new(watch, PollFlags::IN)];
+    rustix::io::retry_on_intr(|| poll(&mut fds, None))?;
+    let mut buffer = [MaybeUninit::uninit(); 4096];
+    let mut events = inotify::Reader::new(watch, &mut buffer);
+    let mut lock_closed = false;
+    loop {
+        match events.next() {
+            Ok(event) => {
+                // Otherwise it does not matter what changed, only that
+                // something did.
+                lock_closed |= event.events().contains(inotify::ReadFlags::CLOSE_WRITE)
+                    && event.file_name().is_some_and(|name| name == c"lock");
+            }
+            Err(Errno::AGAIN) => return Ok(lock_closed),
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
     }
 }

@@ -32,6 +32,8 @@ enum Role {
     Control,
     /// It wants to hear how the VM ends.
     Waiting,
+    /// It reads the output log, and wants to hear when there is more.
+    Following,
     /// The launcher of a detached VM: hears reports until the workload runs.
     Launcher,
     /// It gets the workload's output, and gives input if `stdin`.
@@ -219,7 +221,9 @@ impl<G: Guest> Supervisor<G> {
         let read = !client.conn.ended()
             && match client.role {
                 // Answers that are not read are no reason to make more.
-                Role::Control | Role::Waiting | Role::Launcher => !client.conn.is_full(),
+                Role::Control | Role::Waiting | Role::Following | Role::Launcher => {
+                    !client.conn.is_full()
+                }
                 Role::Attached { .. } => self.takes_input(),
             };
         let flags = interest(read, write);
@@ -316,7 +320,7 @@ impl<G: Guest> Supervisor<G> {
                         }
                     }
                 }
-                Role::Control | Role::Waiting | Role::Launcher => {}
+                Role::Control | Role::Waiting | Role::Following | Role::Launcher => {}
             }
         }
     }
@@ -419,6 +423,18 @@ impl<G: Guest> Supervisor<G> {
                 }
                 if let Some(client) = self.clients.get_mut(&id) {
                     client.role = Role::Waiting;
+                }
+                return;
+            }
+            ControlCall::Follow => {
+                if let Err(text) = self.may_stay(id) {
+                    return self.answer(id, &ControlAnswer::Error(text));
+                }
+                self.answer(id, &ControlAnswer::Done);
+                if let Some(client) = self.clients.get_mut(&id) {
+                    client.role = Role::Following;
+                    // There will be no more.
+                    client.closing = self.ended.is_some();
                 }
                 return;
             }
@@ -552,6 +568,17 @@ impl<G: Guest> Supervisor<G> {
     pub(super) fn broadcast(&mut self, kind: FrameType, payload: &[u8]) {
         for client in self.clients.values_mut().filter(|c| c.is_attached()) {
             client.conn.queue(kind, payload);
+        }
+    }
+
+    /// Something was logged. Whoever has not taken the last word of that needs no
+    /// other: it looks at the log when it has, so a slow reader holds up nobody.
+    pub(super) fn tell_followers(&mut self) {
+        for client in self.clients.values_mut() {
+            if client.role == Role::Following && client.conn.unsent() == 0 {
+                let kind = FrameType::Control;
+                client.conn.queue_json(kind, &ControlAnswer::Done);
+            }
         }
     }
 

@@ -367,6 +367,7 @@ impl<G: Guest> Supervisor<G> {
                     self.reach("first output");
                 }
                 self.log_output(kind, payload);
+                self.tell_followers();
                 self.broadcast(kind, payload);
             }
             FrameType::Control => match serde_json::from_slice(payload) {
