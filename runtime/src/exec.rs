@@ -11,7 +11,8 @@ use crate::control::Control;
 use crate::launch::{ControlAnswer, ControlCall, Stage};
 use crate::record::Record;
 use crate::session::{Aside, Output, Session};
-use crate::vm::connect_exec;
+use crate::timed::timed_out;
+use crate::vm::{EXEC_TIMEOUT, connect_exec};
 use crate::workload::merge_env;
 
 /// A command to be run; the workload's environment, directory and user apply
@@ -21,6 +22,8 @@ pub struct ExecBuilder {
     record: Record,
     request: ExecRequest,
     env: Vec<String>,
+    /// How long the guest may take nothing of the request.
+    pub(crate) send_timeout: Duration,
 }
 
 impl ExecBuilder {
@@ -38,6 +41,7 @@ impl ExecBuilder {
             record,
             request,
             env: Vec::new(),
+            send_timeout: EXEC_TIMEOUT,
         }
     }
 
@@ -117,7 +121,11 @@ impl ExecBuilder {
         request.env = merge_env(&[&base, &self.env])?;
         refuse_unless_running(&self.record)?;
         let stream = connect_exec(&self.record)?;
+        let timeout = self.send_timeout;
         let open = || {
+            // A guest that hangs takes no more than there is room for on the way.
+            let socket = stream.try_clone()?;
+            socket.set_write_timeout(Some(timeout))?;
             let session = Session::new(stream, Some(Aside::exec(&self.record)))?;
             let writer = session.writer();
             let hello = Hello {
@@ -125,9 +133,10 @@ impl ExecBuilder {
             };
             writer.send_json(FrameType::Control, &ExecControl::Hello(hello))?;
             writer.send_json(FrameType::Request, &request)?;
+            socket.set_write_timeout(None)?;
             Ok(session)
         };
-        open().map_err(|source| Error::Vmm {
+        open().map_err(timed_out).map_err(|source| Error::Vmm {
             operation: "send the command to the VM",
             source,
         })

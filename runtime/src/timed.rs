@@ -64,7 +64,8 @@ impl Until<'_> {
     }
 }
 
-fn timed_out(error: io::Error) -> io::Error {
+/// The error of a socket timeout, by its name.
+pub(crate) fn timed_out(error: io::Error) -> io::Error {
     match error.kind() {
         io::ErrorKind::WouldBlock => io::ErrorKind::TimedOut.into(),
         _ => error,

@@ -25,7 +25,7 @@ mod survey;
 /// How long a VMM may take to end a VM once told to, before it is killed.
 const DESTROY_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a VMM may take to have room for another exec.
-const EXEC_TIMEOUT: Duration = Duration::from_secs(10);
+pub(crate) const EXEC_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A handle to a virtual machine, running or ended. Dropping it leaves the VM
 /// alone.

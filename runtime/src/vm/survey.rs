@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -13,10 +14,13 @@ use crate::Error;
 use crate::doctor::with_causes;
 use crate::launch::{ControlAnswer, ControlCall, Stage, Status};
 use crate::record::{Record, RecordError, VmState};
-use crate::timed::connect_now;
+use crate::timed::{connect_now, connect_until};
 
 /// Connections open at the same time, of the 1024 descriptors that a process may have.
 const AT_ONCE: usize = 256;
+/// VMs with a full backlog that are waited for, each by a thread: nothing tells when
+/// there is room.
+const MOST_FULL: usize = 64;
 
 impl StateView {
     /// The view of a VM that answers.
@@ -90,6 +94,23 @@ struct Asked {
 
 /// Inspects the VMs of `records`, in this order. One that is gone is left out.
 pub(super) fn inspect_all(records: Vec<Record>, timeout: Duration) -> Vec<Inspection> {
+    let views = thread::scope(|scope| ask_all(scope, &records, timeout));
+    let inspected = records.into_iter().zip(views);
+    inspected
+        .filter_map(|(record, state)| {
+            Some(Inspection {
+                config: record.config().clone(),
+                state: state?,
+            })
+        })
+        .collect()
+}
+
+fn ask_all<'scope, 'r: 'scope>(
+    scope: &'scope thread::Scope<'scope, '_>,
+    records: &'r [Record],
+    timeout: Duration,
+) -> Vec<Option<StateView>> {
     let deadline = Instant::now() + timeout;
     let mut views: Vec<Option<StateView>> = records.iter().map(|_| None).collect();
     let mut alive = VecDeque::new();
@@ -118,12 +139,21 @@ pub(super) fn inspect_all(records: Vec<Record>, timeout: Duration) -> Vec<Inspec
         };
     };
     let mut asked: Vec<Asked> = Vec::new();
+    let mut full = Vec::new();
     while !alive.is_empty() || !asked.is_empty() {
         while asked.len() < AT_ONCE
             && let Some(index) = alive.pop_front()
         {
             match ask(index, &records[index]) {
                 Ok(vm) => asked.push(vm),
+                Err(error) if error.kind() == io::ErrorKind::TimedOut && full.len() < MOST_FULL => {
+                    let record = &records[index];
+                    let waiter = thread::Builder::new().name("sm-survey".to_owned());
+                    match waiter.spawn_scoped(scope, move || ask_until(record, deadline)) {
+                        Ok(answer) => full.push((index, answer)),
+                        Err(error) => note(index, Err(error)),
+                    }
+                }
                 Err(error) => note(index, Err(error)),
             }
         }
@@ -143,19 +173,38 @@ pub(super) fn inspect_all(records: Vec<Record>, timeout: Duration) -> Vec<Inspec
             }
         });
     }
-    let inspected = records.into_iter().zip(views);
-    inspected
-        .filter_map(|(record, state)| {
-            Some(Inspection {
-                config: record.config().clone(),
-                state: state?,
-            })
-        })
-        .collect()
+    for (index, answer) in full {
+        // It does not panic.
+        let answer = answer.join();
+        note(
+            index,
+            answer.unwrap_or_else(|_| Err(io::ErrorKind::Other.into())),
+        );
+    }
+    views
 }
 
+/// Asks a VM, if it takes a connection at once.
 fn ask(index: usize, record: &Record) -> io::Result<Asked> {
-    let mut stream = connect_now(&record.control_socket())?;
+    send(index, connect_now(&record.control_socket())?)
+}
+
+/// Asks a VM in whose backlog others wait, and waits for its answer.
+fn ask_until(record: &Record, deadline: Instant) -> io::Result<Status> {
+    let stream = connect_until(&record.control_socket(), deadline)?;
+    stream.set_nonblocking(true)?;
+    let mut vm = send(0, stream)?;
+    loop {
+        if !wait(std::slice::from_ref(&vm), deadline) {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        if let Some(status) = vm.answer()? {
+            return Ok(status);
+        }
+    }
+}
+
+fn send(index: usize, mut stream: UnixStream) -> io::Result<Asked> {
     let mut bytes = Vec::new();
     let call = serde_json::to_vec(&ControlCall::Status)?;
     frame::encode(FrameType::Request, &call, &mut bytes).map_err(io::Error::other)?;
