@@ -207,3 +207,51 @@ fn refuse(mut launcher: UnixStream, message: String) {
         tracing::warn!(%error, "the launcher was not told");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    /// Says that this is the process whose standard input is a launch stream.
+    const LAUNCHED: &str = "SM_TEST_LAUNCHED";
+
+    /// Descriptors of this process that are what `launcher` is.
+    fn copies(launcher: &str) -> Vec<String> {
+        let descriptors = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
+        let same = descriptors.filter(|entry| {
+            std::fs::read_link(entry.path()).is_ok_and(|link| link.as_os_str() == launcher)
+        });
+        same.map(|entry| entry.file_name().into_string().unwrap())
+            .collect()
+    }
+
+    /// One that stayed at descriptor 0 would keep the stream open for the VM's life.
+    #[test]
+    fn the_launch_stream_is_moved_away_from_standard_input() {
+        if std::env::var_os(LAUNCHED).is_none() {
+            let (_ours, theirs) = UnixStream::pair().unwrap();
+            let name = "vmm::process::tests::the_launch_stream_is_moved_away_from_standard_input";
+            let test = Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", name])
+                .env(LAUNCHED, "1")
+                .stdin(Stdio::from(OwnedFd::from(theirs)))
+                .output()
+                .unwrap();
+            assert!(test.status.success(), "{test:?}");
+            assert!(String::from_utf8_lossy(&test.stdout).contains("1 passed"));
+            return;
+        }
+        let stream = std::fs::read_link("/proc/self/fd/0").unwrap();
+        let stream = stream.to_str().unwrap();
+        assert!(stream.starts_with("socket:"), "{stream}");
+        assert_eq!(copies(stream), ["0"]);
+        let launcher = take_launch_stream().unwrap();
+        let null = std::fs::read_link("/proc/self/fd/0").unwrap();
+        assert_eq!(null.to_str(), Some("/dev/null"));
+        assert_eq!(copies(stream).len(), 1);
+        drop(launcher);
+        assert_eq!(copies(stream), [""; 0]);
+    }
+}

@@ -2,12 +2,17 @@
 
 mod clients;
 mod ends;
+mod ephemeral;
+mod exec;
 mod hostile;
 mod input_output;
+mod killed;
+mod load;
 mod snapshots;
 
 use std::io::{Read as _, Write as _};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::path::Path;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 
@@ -180,7 +185,7 @@ impl Peer {
 }
 
 struct Fixture {
-    _dir: tempfile::TempDir,
+    _dir: Option<tempfile::TempDir>,
     record: Record,
     launcher: Option<Session>,
     dial: NoticeSender,
@@ -240,11 +245,24 @@ fn this_program() -> std::process::Command {
 
 fn not_running(setup: Setup) -> (Fixture, Supervisor<FakeGuest>) {
     let dir = tempfile::tempdir().unwrap();
-    let at = |name| dir.path().join(name);
-    let home = Home::new(&at("data"), &at("run"), &at("cache"));
-    let records = Records::open(&home).unwrap();
+    let (mut fixture, supervisor) = not_running_in(dir.path(), Some("vm"), setup);
+    fixture._dir = Some(dir);
+    (fixture, supervisor)
+}
+
+fn home_in(dir: &Path) -> Home {
+    Home::new(&dir.join("data"), &dir.join("run"), &dir.join("cache"))
+}
+
+fn not_running_in(
+    dir: &Path,
+    name: Option<&str>,
+    setup: Setup,
+) -> (Fixture, Supervisor<FakeGuest>) {
+    let at = |name| dir.join(name);
+    let records = Records::open(&home_in(dir)).unwrap();
     let (record, lock) = records
-        .create(Some("vm"), |id, name| {
+        .create(name, |id, name| {
             Ok(VmConfig {
                 id,
                 name,
@@ -339,7 +357,7 @@ fn not_running(setup: Setup) -> (Fixture, Supervisor<FakeGuest>) {
         supervisor.prepare_timeout = timeout;
     }
     let fixture = Fixture {
-        _dir: dir,
+        _dir: None,
         record,
         launcher: Some(Session::new(launcher, None).unwrap()),
         dial,

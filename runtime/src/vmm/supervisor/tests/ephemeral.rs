@@ -1,0 +1,117 @@
+//! A snapshot that is made for clones only goes when nobody will open it.
+
+use std::collections::BTreeMap;
+
+use sm_snapshot::capture::{Ancestry, Capture, Description};
+use sm_snapshot::cpu::CpuFeatures;
+use sm_snapshot::state_file::Section;
+use sm_snapshot::store::SnapshotStore;
+use sm_vmm_core::memory::{MIN_MEMORY, MachineMemory, MemoryConfig};
+
+use super::*;
+use crate::vmm::guest::Kept;
+
+/// Publishes a snapshot, as a machine's thread does.
+fn publish(store: &SnapshotStore, name: &str) -> SnapshotMade {
+    let memory = MachineMemory::anonymous(&MemoryConfig::new(MIN_MEMORY)).unwrap();
+    let description = Description {
+        layer: Layer::App,
+        sm_version: String::new(),
+        machine_version: 1,
+        vcpus: 1,
+        kernel: String::new(),
+        agent: String::new(),
+        cpu: CpuFeatures::default(),
+        protocol: 1,
+        devices: Vec::new(),
+        labels: BTreeMap::new(),
+    };
+    let state = Section {
+        name: "machine".into(),
+        version: 1,
+        payload: Vec::new(),
+    };
+    let captured = Capture::begin(store, &memory.guest, Ancestry::Booted)
+        .unwrap()
+        .finish(store, name, description, vec![state])
+        .unwrap();
+    SnapshotMade {
+        report: SnapshotReport::default(),
+        kept: Some(Kept::new(
+            captured.hold,
+            Some((store.clone(), name.to_owned())),
+        )),
+    }
+}
+
+fn names(store: &SnapshotStore) -> Vec<String> {
+    let entries = store.list().unwrap().into_iter();
+    entries.map(|entry| entry.name).collect()
+}
+
+/// A VM that was asked for a snapshot, has been captured, and whose workload has ended
+/// since; and who asked.
+fn ended_while_publishing() -> (Fixture, Peer) {
+    let mut f = fixture(Setup::default());
+    let (mut agent, mut main) = f.start();
+    let mut client = Peer(UnixStream::connect(f.record.control_socket()).unwrap());
+    let call = ControlCall::Snapshot {
+        name: "slow".to_owned(),
+        stop: false,
+        ephemeral: true,
+    };
+    client.send(FrameType::Request, &serde_json::to_vec(&call).unwrap());
+    for expected in [
+        ControlRequest::Freeze,
+        ControlRequest::PrepareSnapshot,
+        ControlRequest::Thaw,
+    ] {
+        let request: ControlRequest = agent.receive_json(FrameType::Control);
+        assert_eq!(request, expected);
+        agent.send_json(&ControlReply::Done);
+    }
+    main.exit(6);
+    assert_eq!(f.events(), ["exit 6", "ended 6"]);
+    // The machine is gone, too.
+    while agent.receive().is_some() {}
+    (f, client)
+}
+
+#[test]
+fn a_snapshot_for_clones_of_a_vm_that_has_ended_goes_with_whoever_asked() {
+    for leaves_early in [false, true] {
+        let (mut f, client) = ended_while_publishing();
+        let mut client = Some(client);
+        let directory = tempfile::tempdir().unwrap();
+        let store = SnapshotStore::open(directory.path()).unwrap();
+        let made = publish(&store, "slow");
+        assert_eq!(names(&store), ["slow"]);
+        if leaves_early {
+            client = None;
+        }
+        f.dial.send(Notice::Snapshot(Ok(made)));
+        if let Some(client) = &mut client {
+            let answer: ControlAnswer = client.receive_json(FrameType::Control);
+            assert!(matches!(answer, ControlAnswer::Snapshot(_)), "{answer:?}");
+            assert!(client.receive().is_none());
+        }
+        f.finish();
+        assert_eq!(names(&store), [""; 0]);
+        assert_eq!(f.exit().status, 6);
+    }
+}
+
+#[test]
+fn a_snapshot_for_clones_that_somebody_has_opened_stays() {
+    let (mut f, mut client) = ended_while_publishing();
+    let directory = tempfile::tempdir().unwrap();
+    let store = SnapshotStore::open(directory.path()).unwrap();
+    let made = publish(&store, "slow");
+    let lease = store.lease("slow").unwrap();
+    f.dial.send(Notice::Snapshot(Ok(made)));
+    let answer: ControlAnswer = client.receive_json(FrameType::Control);
+    assert!(matches!(answer, ControlAnswer::Snapshot(_)), "{answer:?}");
+    f.finish();
+    assert_eq!(names(&store), ["slow"]);
+    drop(lease);
+}

@@ -1,0 +1,47 @@
+//! Commands beside the workload, as far as the VM's process has to do with them.
+
+use super::*;
+use crate::{Error, Vm};
+
+#[test]
+fn a_guest_that_takes_no_request_is_not_waited_for_for_ever() {
+    let mut f = fixture(Setup {
+        detached: true,
+        ..Setup::default()
+    });
+    let (_agent, mut main) = f.start();
+    // Nobody reads what arrives there.
+    let _exec = UnixListener::bind(f.record.exec_socket()).unwrap();
+    let vm = Vm::find(&home_in(f._dir.as_ref().unwrap().path()), "vm").unwrap();
+    let mut command = vm.exec(["cat", "/tmp/f"]);
+    command.send_timeout = Duration::from_millis(50);
+    let error = command
+        .stage_file("/tmp/f", 0o644, vec![b'x'; 4 << 20])
+        .start()
+        .unwrap_err();
+    let Error::Vmm { operation, source } = &error else {
+        panic!("{error:?}");
+    };
+    assert_eq!(*operation, "send the command to the VM");
+    assert_eq!(source.kind(), io::ErrorKind::TimedOut);
+    main.exit(0);
+    f.finish();
+}
+
+#[test]
+fn a_command_in_a_paused_vm_is_refused_at_once() {
+    let mut f = fixture(Setup {
+        detached: true,
+        ..Setup::default()
+    });
+    let (_agent, mut main) = f.start();
+    let vm = Vm::find(&home_in(f._dir.as_ref().unwrap().path()), "vm").unwrap();
+    vm.pause().unwrap();
+    let error = vm.exec(["true"]).start().unwrap_err().to_string();
+    assert!(error.contains("VM \"vm\" is paused"), "{error}");
+    vm.resume().unwrap();
+    let error = vm.exec(["true"]).start().unwrap_err();
+    assert!(matches!(error, Error::NotRunning(_)), "no agent: {error}");
+    main.exit(0);
+    f.finish();
+}

@@ -1,0 +1,138 @@
+//! Hundreds of clients of all kinds at the same time.
+
+use std::thread;
+
+use super::*;
+use crate::Vm;
+use crate::logs::Logs;
+
+/// Of each kind.
+const CLIENTS: usize = 120;
+
+/// What `sm logs -f` shows.
+fn followed(record: &Record) -> String {
+    let mut logs = Logs::open(record.clone()).unwrap();
+    let mut all = Vec::new();
+    while let Some(record) = logs.wait_record().unwrap() {
+        all.extend(record.bytes);
+    }
+    text(&all)
+}
+
+/// Plays an agent that says what it was asked to run.
+fn serve_exec(listener: &UnixListener, commands: usize) {
+    for stream in listener.incoming().take(commands) {
+        let mut peer = Peer(stream.unwrap());
+        let _: ExecControl = peer.receive_json(FrameType::Control);
+        let request: ExecRequest = peer.receive_json(FrameType::Request);
+        peer.send_json(&ExecReply::Started { pid: 7 });
+        peer.send(FrameType::Stdout, request.argv[0].as_bytes());
+        peer.exit(0);
+    }
+}
+
+/// In a user namespace with fewer inotify instances than there are readers of the log:
+/// by default a user has 128, whoever takes them.
+#[test]
+fn hundreds_that_wait_are_attached_or_follow_keep_nobody_from_using_the_vm() {
+    let mut command = std::process::Command::new("unshare");
+    command
+        .args(["--user", "--map-root-user", "sh", "-c"])
+        .arg("echo 50 >/proc/sys/user/max_inotify_instances && exec \"$0\" \"$@\"")
+        .arg(std::env::current_exe().unwrap());
+    let name = "load::hundreds_that_wait_are_attached_or_follow_keep_nobody_from_using_the_vm";
+    if !in_own_process(name, &mut command) {
+        return;
+    }
+    crate::vmm::descriptors::raise();
+    let mut f = fixture(Setup {
+        detached: true,
+        ..Setup::default()
+    });
+    let (mut agent, mut main) = f.start();
+    let exec = UnixListener::bind(f.record.exec_socket()).unwrap();
+    let exec = thread::spawn(move || serve_exec(&exec, 10));
+    let client = |call: &ControlCall| {
+        let mut peer = Peer(UnixStream::connect(f.record.control_socket()).unwrap());
+        peer.send(FrameType::Request, &serde_json::to_vec(call).unwrap());
+        peer
+    };
+    let mut waiting: Vec<Peer> = (0..CLIENTS).map(|_| client(&ControlCall::Wait)).collect();
+    let attach = ControlCall::Attach { stdin: false };
+    let mut attached: Vec<Peer> = (0..CLIENTS).map(|_| client(&attach)).collect();
+    for client in &mut attached {
+        let done: ControlAnswer = client.receive_json(FrameType::Control);
+        assert_eq!(done, ControlAnswer::Done);
+    }
+    let following: Vec<_> = (0..CLIENTS)
+        .map(|_| {
+            let record = f.record.clone();
+            thread::spawn(move || followed(&record))
+        })
+        .collect();
+    let vm = Vm::find(&home_in(f._dir.as_ref().unwrap().path()), "vm").unwrap();
+    let mut expected = String::new();
+    for round in 0..10 {
+        let line = format!("line {round}\n");
+        main.send(FrameType::Stdout, line.as_bytes());
+        for client in &mut attached {
+            // After the report of a phase.
+            let mut frames = std::iter::from_fn(|| client.receive());
+            let output = frames.find(|(kind, _)| *kind == FrameType::Stdout);
+            assert_eq!(text(&output.unwrap().1), line);
+        }
+        expected.push_str(&line);
+        let ran = vm.exec([format!("command {round}")]).output().unwrap();
+        assert_eq!(text(&ran.stdout), format!("command {round}"));
+        assert_eq!(vm.inspect().unwrap().state.status, "running");
+    }
+    f.control()
+        .call(&ControlCall::Stop { grace_ms: None })
+        .unwrap();
+    let request: ControlRequest = agent.receive_json(FrameType::Control);
+    assert_eq!(
+        request,
+        ControlRequest::SignalMain {
+            signal: 15,
+            stop: true
+        }
+    );
+    main.send(FrameType::Stderr, b"last");
+    expected.push_str("last");
+    main.exit(7);
+    for client in &mut waiting {
+        let answer = client.receive_json(FrameType::Control);
+        assert!(matches!(answer, ControlAnswer::Ended(exit) if exit.status == 7));
+    }
+    for client in &mut attached {
+        while client.receive().unwrap().0 != FrameType::Exit {}
+    }
+    for reader in following {
+        assert_eq!(reader.join().unwrap(), expected);
+    }
+    exec.join().unwrap();
+    drop((waiting, attached));
+    f.finish();
+}
+
+/// It hears once that there is more, however much more there is.
+#[test]
+fn a_follower_that_does_not_read_holds_nobody_up() {
+    let mut f = fixture(Setup {
+        detached: true,
+        ..Setup::default()
+    });
+    let (_agent, mut main) = f.start();
+    let mut follower = f.control().follow().unwrap();
+    // More words than a socket has room for.
+    for _ in 0..5000 {
+        main.send(FrameType::Stdout, b"x");
+    }
+    main.exit(0);
+    let mut words = Vec::new();
+    follower.read_to_end(&mut words).unwrap();
+    assert!(!words.is_empty());
+    f.finish();
+    // One that comes when all is over is told so by the end of its connection.
+    assert_eq!(followed(&f.record).len(), 5000);
+}
