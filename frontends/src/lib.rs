@@ -36,6 +36,7 @@ mod listening;
 mod peer;
 mod place;
 mod service;
+mod shortage;
 mod stats;
 mod target;
 mod tcp;

@@ -31,6 +31,7 @@ use crate::gate::{CLOSING_ROUNDS, Gate, LISTENER};
 use crate::handle::Frontend;
 use crate::place;
 use crate::service::{Bell, Service};
+use crate::shortage::{RETRY, is_shortage};
 use crate::{Error, FrontendHandle, LocalAddress};
 
 /// Longest payload of one handoff, in bytes.
@@ -48,8 +49,10 @@ const FRONTEND: &str = "handoff";
 const TIMER: u64 = 1;
 /// There may be room for more streams.
 const ROOM: u64 = 2;
+/// Routers that could not be heard for want of memory.
+const SHORTAGE: u64 = 3;
 /// Tokens of routers begin here.
-const FIRST: u64 = 3;
+const FIRST: u64 = 4;
 
 /// Told once per change: routers that wait for room are not heard meanwhile.
 const NEW_BYTES: Interest = Interest {
@@ -118,6 +121,7 @@ impl HandoffFrontend {
             routers: HashMap::new(),
             next_token: FIRST,
             deadlines: Deadlines::new().map_err(failed())?,
+            retries: Deadlines::new().map_err(failed())?,
             somebody_waits: false,
         };
         let address = LocalAddress::Unix(self.path.clone());
@@ -148,6 +152,8 @@ struct Handoff {
     routers: HashMap<u64, Router>,
     next_token: u64,
     deadlines: Deadlines,
+    /// When routers are heard again, after there was no memory for it.
+    retries: Deadlines,
     /// There may be a router in the backlog for which there is no place.
     somebody_waits: bool,
 }
@@ -309,6 +315,10 @@ impl Handoff {
             Ok(false) => return,
             Err(error) => error,
         };
+        if is_shortage(&error) {
+            self.retries.add(token, RETRY);
+            return;
+        }
         match error.kind() {
             io::ErrorKind::WouldBlock => return,
             io::ErrorKind::Interrupted => return registry.again(token),
@@ -335,6 +345,11 @@ impl EventHandler for Handoff {
                     self.is_due(token, registry);
                 }
             }
+            SHORTAGE => {
+                while let Some(token) = self.retries.next_due() {
+                    registry.again(token);
+                }
+            }
             ROOM => {
                 let waiting = self.routers.iter().filter(|(_, router)| router.waits);
                 for (&token, _) in waiting {
@@ -350,6 +365,7 @@ impl Frontend for Handoff {
     fn begin(&mut self, bell: Bell, registry: &mut Registry<'_>) -> io::Result<()> {
         self.bell = Some(bell);
         registry.add(&self.deadlines, TIMER, Interest::READ)?;
+        registry.add(&self.retries, SHORTAGE, Interest::READ)?;
         self.gate.begin(registry)
     }
 

@@ -30,6 +30,7 @@ use crate::handle::Frontend;
 use crate::peer::is_trusted_peer;
 use crate::place;
 use crate::service::{Bell, Service};
+use crate::shortage::{RETRY, is_shortage};
 use crate::{Error, FrontendHandle, LocalAddress};
 
 /// Clients that have not said yet what they want; more wait in the backlog.
@@ -39,8 +40,10 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const FRONTEND: &str = "hybrid";
 
 const TIMER: u64 = 1;
+/// Clients that could not be heard for want of memory.
+const SHORTAGE: u64 = 2;
 /// Tokens of clients begin here.
-const FIRST: u64 = 2;
+const FIRST: u64 = 3;
 
 /// Told once per change: the beginning of a line stays in the socket.
 const NEW_BYTES: Interest = Interest {
@@ -107,6 +110,7 @@ impl HybridFrontend {
             undecided: HashMap::new(),
             next_token: FIRST,
             deadlines: Deadlines::new().map_err(failed())?,
+            retries: Deadlines::new().map_err(failed())?,
             somebody_waits: false,
             closed: false,
         };
@@ -151,6 +155,8 @@ struct Hybrid {
     undecided: HashMap<u64, Undecided>,
     next_token: u64,
     deadlines: Deadlines,
+    /// When clients are heard again, after there was no memory for it.
+    retries: Deadlines,
     /// There may be a client in the backlog for which there is no place.
     somebody_waits: bool,
     closed: bool,
@@ -182,11 +188,18 @@ impl Hybrid {
     ) -> io::Result<()> {
         let member = self.service.group.join(Some(permit));
         // Most have said what they want by now.
-        if let Some(port) = take_line(&stream)? {
-            self.connect(port, stream, member);
-            return Ok(());
-        }
         let token = self.next_token;
+        match take_line(&stream) {
+            Ok(Some(port)) => {
+                self.connect(port, stream, member);
+                return Ok(());
+            }
+            Ok(None) => {}
+            Err(error) if is_shortage(&error) => {
+                self.retries.add(token, RETRY);
+            }
+            Err(error) => return Err(error),
+        }
         let registration = registry.add(&stream, token, NEW_BYTES)?;
         self.next_token += 1;
         let client = Undecided {
@@ -224,8 +237,13 @@ impl Hybrid {
             return;
         };
         let wanted = take_line(&client.stream);
-        if matches!(wanted, Ok(None)) {
-            return;
+        match &wanted {
+            Ok(None) => return,
+            Err(error) if is_shortage(error) => {
+                self.retries.add(token, RETRY);
+                return;
+            }
+            _ => {}
         }
         let Some((stream, member)) = self.remove(token, registry) else {
             return;
@@ -309,6 +327,11 @@ impl EventHandler for Hybrid {
                     self.remove(token, registry);
                 }
             }
+            SHORTAGE => {
+                while let Some(token) = self.retries.next_due() {
+                    registry.again(token);
+                }
+            }
             token => self.client_ready(token, registry),
         }
     }
@@ -327,6 +350,7 @@ impl Frontend for Hybrid {
         };
         self.beside = Some(self.service.muxer.listen_to_others(Box::new(acceptor)));
         registry.add(&self.deadlines, TIMER, Interest::READ)?;
+        registry.add(&self.retries, SHORTAGE, Interest::READ)?;
         self.gate.begin(registry)
     }
 

@@ -5,10 +5,11 @@ use std::net::{Shutdown, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use rustix::io::Errno;
 use rustix::net::{SendFlags, send};
 use rustls::{ServerConfig, ServerConnection};
 use sm_devices_vsock::Member;
+
+use crate::shortage::is_shortage;
 
 /// Bytes taken from the guest's side at once; a TLS record holds as many.
 const CHUNK: usize = 16 << 10;
@@ -259,10 +260,7 @@ impl<S: Socket> Session<S> {
 /// Whether what failed can be done later: when there is an event or, if the system
 /// lacked memory, which is noted, after a while.
 fn is_for_later(error: &io::Error, short_of_memory: &mut bool) -> bool {
-    let short = matches!(
-        Errno::from_io_error(error),
-        Some(Errno::NOBUFS | Errno::NOMEM)
-    );
+    let short = is_shortage(error);
     *short_of_memory |= short;
     short || matches!(error.kind(), ErrorKind::WouldBlock)
 }
@@ -271,6 +269,7 @@ fn is_for_later(error: &io::Error, short_of_memory: &mut bool) -> bool {
 mod tests {
     use std::io::{Read, Write};
 
+    use rustix::io::Errno;
     use rustls::pki_types::ServerName;
     use rustls::{ClientConfig, ClientConnection, RootCertStore};
     use sm_devices_vsock::Group;
