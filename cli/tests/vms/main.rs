@@ -4,4 +4,5 @@
 mod fake;
 mod listing;
 mod sessions;
+mod small;
 mod statuses;
