@@ -367,7 +367,8 @@ impl<R: Read> LayerWriter<'_, R> {
     }
 }
 
-fn check_xattrs(xattrs: &[(Vec<u8>, Vec<u8>)]) -> Result<(), String> {
+/// Refuses more extended attributes than an inode may have.
+pub(crate) fn check_xattrs(xattrs: &[(Vec<u8>, Vec<u8>)]) -> Result<(), String> {
     let bytes: usize = xattrs.iter().map(|(k, v)| k.len() + v.len()).sum();
     if bytes > MAX_XATTRS {
         return Err("its extended attributes are larger than 64 KiB".to_owned());

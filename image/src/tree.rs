@@ -16,7 +16,8 @@ use hashbrown::HashTable;
 
 pub(crate) use self::arena::Text;
 use self::arena::{Arena, XattrSets};
-use crate::index::{Entry, EntryKind, IndexReader, Meta, Place, Xattrs};
+use crate::index::{Entry, EntryKind, IndexReader, Meta, Place, Xattrs, encode_xattrs};
+use crate::layer::check_xattrs;
 use crate::limits::Limits;
 use crate::tar::device_in_range;
 
@@ -28,6 +29,10 @@ type DirentId = u32;
 pub(crate) const ROOT: InodeId = 0;
 /// No row.
 const NONE: u32 = u32::MAX;
+/// Capabilities of a program.
+const CAPABILITY: &[u8] = b"security.capability";
+/// Bytes whose copying counts as a step.
+const BYTES_PER_STEP: usize = 256;
 
 /// What an inode is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -219,6 +224,7 @@ impl Tree {
                 // The link replaces what has its name, so that cannot be its target.
                 self.unlink(parent, name);
                 let linked = self.link_target(target)?;
+                self.relabel(linked, entry)?;
                 return self.place(parent, name, linked, unpacked_mark(layer));
             }
             EntryKind::File { place, size } => Kind::File { layer, place, size },
@@ -262,12 +268,40 @@ impl Tree {
     fn set_meta(&mut self, id: InodeId, meta: &Meta, xattrs: Xattrs<'_>) -> Result<(), Reason> {
         let set = self.xattrs.number(xattrs, self.limits.names_bytes)?;
         let inode = &mut self.inodes[id as usize];
-        inode.mode = meta.mode;
+        inode.mode = match inode.tag {
+            // Linux has no other mode for them.
+            Tag::Symlink => 0o777,
+            _ => meta.mode,
+        };
         inode.uid = meta.uid;
         inode.gid = meta.gid;
         (inode.seconds, inode.nanoseconds) = meta.mtime;
         inode.xattrs = set;
         Ok(())
+    }
+
+    /// Gives the inode what a hard link's header says of it, as containerd and Docker do:
+    /// they link, and then apply the header. Extended attributes are added to those that
+    /// there are, except that a change of owner takes away the file's capabilities.
+    fn relabel(&mut self, id: InodeId, link: &Entry<'_>) -> Result<(), Reason> {
+        let old = self.xattrs.get(self.inodes[id as usize].xattrs);
+        if old.bytes().is_empty() {
+            return self.set_meta(id, &link.meta, link.xattrs);
+        }
+        let mut all: Vec<(Vec<u8>, Vec<u8>)> = Vec::new();
+        let kept = old.iter().filter(|(name, _)| {
+            *name != CAPABILITY && link.xattrs.iter().all(|new| new.0 != *name)
+        });
+        all.extend(
+            kept.chain(link.xattrs.iter())
+                .map(|(name, value)| (name.to_vec(), value.to_vec())),
+        );
+        all.sort();
+        check_xattrs(&all)?;
+        let all = encode_xattrs(&all).ok_or("an extended attribute is too long")?;
+        // Many links of one file cost as much as they copy.
+        self.step(all.len() / BYTES_PER_STEP)?;
+        self.set_meta(id, &link.meta, Xattrs::encoded(&all))
     }
 
     fn link_target(&mut self, target: &[u8]) -> Result<InodeId, Reason> {

@@ -1,3 +1,5 @@
+mod hard_links;
+
 use std::fs::File;
 
 use super::*;

@@ -1,13 +1,11 @@
 //! Finding directories by their paths, through symbolic links.
 
-use super::{InodeId, Kind, ROOT, Reason, Tree};
+use super::{BYTES_PER_STEP, InodeId, Kind, ROOT, Reason, Tree};
 
 /// Symbolic links followed on the way to an entry's parent (as Linux does).
 const MAX_LINKS: u32 = 40;
 /// Components looked at on the way, those of links included.
 const MAX_PARTS: u32 = 4096;
-/// Bytes of a path whose copying counts as a step.
-const BYTES_PER_STEP: usize = 256;
 
 impl Tree {
     /// The directory at `path`, following symbolic links as if the tree were
