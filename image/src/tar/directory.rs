@@ -98,10 +98,9 @@ impl DirectoryTar {
             mtime: (meta.mtime(), u32::try_from(meta.mtime_nsec()).unwrap_or(0)),
             size,
             sparse: None,
-            xattrs: match kind {
-                Kind::Hardlink(_) => Vec::new(),
-                _ => xattrs(path)?,
-            },
+            // Those of a hard link, too: who unpacks it changes the owner, by which the
+            // file loses its capabilities.
+            xattrs: xattrs(path)?,
             kind,
         }));
         Ok(true)
@@ -215,6 +214,8 @@ fn xattrs(path: &Path) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
 mod tests {
     use std::os::unix::fs::symlink;
 
+    use rustix::fs::{XattrFlags, setxattr};
+
     use super::super::Reader;
     use super::*;
 
@@ -224,6 +225,9 @@ mod tests {
         let at = |name: &str| root.path().join(name);
         fs::create_dir(at("d")).unwrap();
         fs::write(at("d/a"), b"hello").unwrap();
+        let attribute = (b"user.a".to_vec(), b"x".to_vec());
+        let none = XattrFlags::empty();
+        setxattr(at("d/a"), "user.a", b"x", none).unwrap();
         fs::hard_link(at("d/a"), at("z")).unwrap();
         symlink("/nowhere", at("link")).unwrap();
         fs::write(at("big"), vec![5; 3000]).unwrap();
@@ -238,6 +242,8 @@ mod tests {
             let mut data = Vec::new();
             reader.read_to_end(&mut data).unwrap();
             let path = String::from_utf8(header.path).unwrap();
+            let linked = matches!(path.as_str(), "d/a" | "z");
+            assert_eq!(header.xattrs.contains(&attribute), linked, "{path}");
             seen.push((path, header.kind, data.len()));
         }
         let expect = |path: &str, kind, len| (path.to_owned(), kind, len);
