@@ -1,4 +1,5 @@
 mod hard_links;
+mod implied;
 
 use std::fs::File;
 

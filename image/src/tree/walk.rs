@@ -6,11 +6,14 @@ use super::{BYTES_PER_STEP, InodeId, Kind, ROOT, Reason, Tree};
 const MAX_LINKS: u32 = 40;
 /// Components looked at on the way, those of links included.
 const MAX_PARTS: u32 = 4096;
+/// The set-group-ID bit.
+const SETGID: u16 = 0o2000;
 
 impl Tree {
     /// The directory at `path`, following symbolic links as if the tree were
     /// the whole file system: `..` of the root is the root. With `create`,
-    /// missing directories are made; otherwise `None` if there is no directory.
+    /// missing directories are made; otherwise `None` if there is no directory. The way
+    /// `missing/..` makes none, as in containerd's and umoci's appliers.
     pub(super) fn walk(&mut self, path: &[u8], create: bool) -> Result<Option<InodeId>, Reason> {
         let mut trail = std::mem::take(&mut self.trail);
         trail.clear();
@@ -30,6 +33,9 @@ impl Tree {
         let mut rewritten: Vec<u8>;
         let mut left = path;
         let (mut links, mut parts) = (0, 0);
+        // Names that lead on from the trail and are not there. Those that `..` leads back
+        // out of are never made.
+        let mut missing: Vec<Vec<u8>> = Vec::new();
         while !left.is_empty() {
             let (part, rest) = match left.iter().position(|byte| *byte == b'/') {
                 Some(at) => (&left[..at], &left[at + 1..]),
@@ -45,20 +51,19 @@ impl Tree {
             match part {
                 b"" | b"." => continue,
                 b".." => {
-                    if trail.len() > 1 {
+                    if missing.pop().is_none() && trail.len() > 1 {
                         trail.pop();
                     }
                     continue;
                 }
                 _ => {}
             }
-            let Some(id) = self.child(here, part) else {
-                if !create {
-                    return Ok(None);
-                }
-                let id = self.new_inode(Kind::Directory)?;
-                self.place(here, part, id, 0)?;
-                trail.push(id);
+            let child = match missing.is_empty() {
+                true => self.child(here, part),
+                false => None,
+            };
+            let Some(id) = child else {
+                missing.push(part.to_vec());
                 continue;
             };
             match self.kind(id) {
@@ -82,6 +87,25 @@ impl Tree {
                 _ => return Ok(None),
             }
         }
+        if !create && !missing.is_empty() {
+            return Ok(None);
+        }
+        for name in &missing {
+            let parent = trail.last().copied().unwrap_or(ROOT);
+            let id = self.new_inode(Kind::Directory)?;
+            self.place(parent, name, id, 0)?;
+            self.inherit_group(id, parent);
+            trail.push(id);
+        }
         Ok(trail.last().copied())
+    }
+
+    /// Gives a new directory the group of one with the set-group-ID bit, as Linux does
+    /// (inode(7)), but not the bit, which containerd takes away again.
+    fn inherit_group(&mut self, id: InodeId, parent: InodeId) {
+        let parent = self.inodes[parent as usize];
+        if parent.mode & SETGID != 0 {
+            self.inodes[id as usize].gid = parent.gid;
+        }
     }
 }

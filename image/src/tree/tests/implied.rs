@@ -1,0 +1,54 @@
+//! Directories that no entry tells of.
+
+use super::*;
+
+#[test]
+fn the_uppermost_has_the_group_of_a_set_group_id_directory() {
+    let mut tree = Tree::new(Limits::default());
+    let mut add = |path: &[u8], kind, mode, gid| {
+        let meta = Meta {
+            mode,
+            gid,
+            ..Meta::default()
+        };
+        let xattrs = Xattrs::default();
+        tree.add(
+            0,
+            &Entry {
+                path,
+                kind,
+                meta,
+                xattrs,
+            },
+        )
+        .unwrap();
+    };
+    let file = EntryKind::File {
+        place: Place::Blob(0),
+        size: 1,
+    };
+    add(b"usr/local", EntryKind::Directory, 0o2775, 50);
+    add(b"usr/local/a/b/file", file, 0o644, 0);
+    add(b"usr/local/a/b/c/file", file, 0o644, 0);
+    let seen = ["usr", "usr/local/a", "usr/local/a/b", "usr/local/a/b/c"].map(|path| {
+        let id = tree.walk(path.as_bytes(), false).unwrap().unwrap();
+        (tree.meta(id).mode, tree.meta(id).gid)
+    });
+    assert_eq!(seen, [(0o755, 0), (0o755, 50), (0o755, 0), (0o755, 0)]);
+}
+
+#[test]
+fn a_way_out_of_them_makes_none() {
+    let tree = merge(&[vec![
+        link("l", "x/y/../../z/./w/../v"),
+        file("l/f"),
+        link("r", "/../q/../.."),
+        file("r/g"),
+    ]])
+    .unwrap();
+    assert_eq!(paths(&tree), ["/g@0", "/l", "/r", "/z/v/f@0"]);
+    let mut names = Vec::new();
+    tree.children(ROOT, &mut names);
+    let names: Vec<_> = names.iter().map(|(name, _)| tree.text(*name)).collect();
+    assert_eq!(names, [&b"g"[..], b"l", b"r", b"z"]);
+}
