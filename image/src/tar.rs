@@ -140,17 +140,23 @@ impl<R: Read> Reader<R> {
         let mut extended = Extended::default();
         // GNU's long names; they outrank those of pax headers.
         let (mut long_path, mut long_link) = (None, None);
+        // An extended header is part of an entry.
+        let mut begun = false;
         for _ in 0..MAX_HEADERS {
             let Some(block) = self.header_block()? else {
-                return Ok(None);
+                return match begun {
+                    true => Err(bad("it ends after an extended header")),
+                    false => Ok(None),
+                };
             };
+            begun = matches!(block[156], b'x' | b'L' | b'K');
             let size = number(field(&block, 124, 12))?;
             match block[156] {
                 b'x' => extended = self.read_pax(size)?,
                 // An entry of its own for Go, Docker and containerd, which ignore it:
                 // its defaults apply to nothing, and headers before it are used up.
                 b'g' => {
-                    self.read_pax(size)?;
+                    self.read_records(size, |_, _| Ok(()))?;
                     extended = Extended::default();
                     (long_path, long_link) = (None, None);
                 }
@@ -352,18 +358,27 @@ impl<R: Read> Reader<R> {
         Ok(bytes)
     }
 
-    /// Reads pax records: `LENGTH KEY=VALUE\n` (POSIX pax, "pax Extended Header").
     fn read_pax(&mut self, size: u64) -> Result<Extended, TarError> {
-        let bytes = self.read_small(size)?;
         let mut extended = Extended::default();
+        self.read_records(size, |key, value| extended.apply(key, value))?;
+        Ok(extended)
+    }
+
+    /// Reads pax records: `LENGTH KEY=VALUE\n` (POSIX pax, "pax Extended Header").
+    fn read_records(
+        &mut self,
+        size: u64,
+        mut apply: impl FnMut(&[u8], &[u8]) -> Result<(), TarError>,
+    ) -> Result<(), TarError> {
+        let bytes = self.read_small(size)?;
         let mut rest = bytes.as_slice();
         while !rest.is_empty() {
             let (key, value, after) =
                 pax_record(rest).ok_or_else(|| bad("a pax header is malformed"))?;
             rest = after;
-            extended.apply(key, value)?;
+            apply(key, value)?;
         }
-        Ok(extended)
+        Ok(())
     }
 }
 

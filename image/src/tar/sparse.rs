@@ -70,6 +70,8 @@ impl PaxSparse {
                 let offset = self.offset.take().ok_or_else(malformed)?;
                 self.extents.push((offset, decimal(value)?));
             }
+            // No parts at all.
+            b"map" if value.is_empty() => self.extents.clear(),
             b"map" => {
                 let numbers = value
                     .split(|byte| *byte == b',')
@@ -192,6 +194,8 @@ fn decimal(bytes: &[u8]) -> Result<u64, TarError> {
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+
     use super::*;
 
     #[test]
@@ -223,6 +227,16 @@ mod tests {
         assert_eq!(len, 512);
         assert_eq!(map.extents, [(0, 10), (4990, 10)]);
         assert!(map.check(20).is_ok());
+    }
+
+    #[test]
+    fn a_map_of_nothing_is_all_hole() {
+        let mut pax = PaxSparse::default();
+        pax.apply(b"size", b"700").unwrap();
+        pax.apply(b"map", b"").unwrap();
+        let (map, _) = pax.map(&mut io::empty()).unwrap().unwrap();
+        let map = map.check(0).unwrap();
+        assert_eq!((map.size, map.extents), (700, vec![]));
     }
 
     #[test]

@@ -211,6 +211,9 @@ fn global_headers_apply_to_nothing() {
     bytes.extend(raw("f", b'0', 0, |_| ()));
     let header = Reader::new(bytes.as_slice()).next_entry().unwrap().unwrap();
     assert_eq!((header.path.as_slice(), header.uid), (&b"f"[..], 0));
+    // Nor are they refused for values.
+    bytes[512..525].copy_from_slice(b"13 uid=-1000\n");
+    assert_eq!(listed(&bytes).unwrap().len(), 1);
 }
 
 #[test]
@@ -272,4 +275,22 @@ fn gnu_names_outrank_pax_names() {
     bytes.extend(pax);
     bytes.extend(raw("short", b'0', 0, |_| ()));
     assert_eq!(listed(&bytes).unwrap()[0].0, "long");
+}
+
+#[test]
+fn an_extended_header_is_not_the_last() {
+    let extended = |kind| {
+        let mut bytes = raw("extended", kind, 9, |_| ());
+        bytes.extend(*b"9 path=a\n");
+        bytes.resize(1024, 0);
+        bytes
+    };
+    for kind in *b"xLK" {
+        for end in [&[][..], &[0; 1024]] {
+            let error = listed(&[&extended(kind), end].concat()).unwrap_err();
+            assert_eq!(error, "it ends after an extended header");
+        }
+    }
+    // `git archive` writes nothing else for a tree of nothing.
+    assert_eq!(listed(&extended(b'g')).unwrap(), []);
 }
