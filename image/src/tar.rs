@@ -5,12 +5,16 @@
 //! differ, this one reads as Go's `archive/tar`, which Docker and containerd use.
 
 mod directory;
+mod number;
+mod pax;
 mod sparse;
 mod write;
 
 use std::io::{self, Read};
 
 pub(crate) use directory::DirectoryTar;
+use number::{number, signed, small};
+use pax::{Extended, by_name, pax_record};
 use sparse::{PaxSparse, SparseMap};
 pub(crate) use write::{END, encode, padding};
 
@@ -78,19 +82,6 @@ fn bad(reason: impl Into<String>) -> TarError {
         entry: None,
         reason: reason.into(),
     }
-}
-
-/// What extended headers say about the entry that follows.
-#[derive(Clone, Default)]
-struct Extended {
-    path: Option<Vec<u8>>,
-    link: Option<Vec<u8>>,
-    size: Option<u64>,
-    uid: Option<u32>,
-    gid: Option<u32>,
-    mtime: Option<(i64, u32)>,
-    xattrs: Vec<(Vec<u8>, Vec<u8>)>,
-    sparse: PaxSparse,
 }
 
 /// Reads entries from a stream.
@@ -396,46 +387,6 @@ impl<R: Read> Read for Reader<R> {
     }
 }
 
-impl Extended {
-    fn apply(&mut self, key: &[u8], value: &[u8]) -> Result<(), TarError> {
-        let text =
-            || std::str::from_utf8(value).map_err(|_| bad("a number in a pax header is malformed"));
-        let parse = |text: &str| {
-            text.parse::<u64>()
-                .map_err(|_| bad("a number in a pax header is malformed"))
-        };
-        let id = |text: &str| {
-            u32::try_from(parse(text)?).map_err(|_| bad("a number in a pax header is out of range"))
-        };
-        match key {
-            // Without a value, the header's own counts again.
-            b"path" => self.path = (!value.is_empty()).then(|| value.to_vec()),
-            b"linkpath" => self.link = (!value.is_empty()).then(|| value.to_vec()),
-            // Written where the header has no room for the number, which Linux has for
-            // all that the header has.
-            b"SCHILY.devmajor" => check_device(id(text()?)?, 0)?,
-            b"SCHILY.devminor" => check_device(0, id(text()?)?)?,
-            b"size" | b"uid" | b"gid" | b"mtime" if value.is_empty() => {}
-            b"size" => self.size = Some(parse(text()?)?),
-            b"uid" => self.uid = Some(id(text()?)?),
-            b"gid" => self.gid = Some(id(text()?)?),
-            b"mtime" => {
-                let time =
-                    pax_time(text()?).ok_or_else(|| bad("a time in a pax header is malformed"))?;
-                self.mtime = Some(time);
-            }
-            _ => {
-                if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
-                    self.xattrs.push((name.to_vec(), value.to_vec()));
-                } else if let Some(key) = key.strip_prefix(b"GNU.sparse.") {
-                    self.sparse.apply(key, value)?;
-                }
-            }
-        }
-        Ok(())
-    }
-}
-
 /// Counts the bytes read.
 struct Counting<'a, R>(&'a mut R, u64);
 
@@ -495,14 +446,6 @@ fn read_full(from: &mut impl Read, to: &mut [u8]) -> io::Result<usize> {
     Ok(filled)
 }
 
-/// Sorts by name; of several records for one name the last one counts.
-fn by_name(mut xattrs: Vec<(Vec<u8>, Vec<u8>)>) -> Vec<(Vec<u8>, Vec<u8>)> {
-    xattrs.reverse();
-    xattrs.sort_by(|a, b| a.0.cmp(&b.0));
-    xattrs.dedup_by(|later, earlier| later.0 == earlier.0);
-    xattrs
-}
-
 fn read_kind(
     block: &[u8; BLOCK],
     kind: u8,
@@ -541,42 +484,6 @@ fn read_kind(
     })
 }
 
-fn pax_record(bytes: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
-    let space = bytes.iter().take(20).position(|byte| *byte == b' ')?;
-    let len: usize = std::str::from_utf8(bytes.get(..space)?)
-        .ok()?
-        .parse()
-        .ok()?;
-    let record = bytes.get(space + 1..len)?.strip_suffix(b"\n")?;
-    let equals = record.iter().position(|byte| *byte == b'=')?;
-    Some((
-        record.get(..equals)?,
-        record.get(equals + 1..)?,
-        bytes.get(len..)?,
-    ))
-}
-
-/// Reads `SECONDS[.FRACTION]`, possibly negative. A fraction always counts
-/// forward from the second before.
-fn pax_time(text: &str) -> Option<(i64, u32)> {
-    let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
-    let negative = whole.starts_with('-');
-    let seconds: i64 = whole.parse().ok()?;
-    if !fraction.bytes().all(|byte| byte.is_ascii_digit()) {
-        return None;
-    }
-    let digits: String = fraction
-        .chars()
-        .chain("000000000".chars())
-        .take(9)
-        .collect();
-    let nanos: u32 = digits.parse().ok()?;
-    Some(match (negative, nanos) {
-        (true, 1..) => (seconds.checked_sub(1)?, 1_000_000_000 - nanos),
-        _ => (seconds, nanos),
-    })
-}
-
 fn field(block: &[u8; BLOCK], start: usize, len: usize) -> &[u8] {
     block.get(start..start + len).unwrap_or_default()
 }
@@ -597,58 +504,6 @@ fn ustar_path(block: &[u8; BLOCK]) -> Vec<u8> {
         [prefix, b"/".to_vec(), name].concat()
     } else {
         name
-    }
-}
-
-fn small(bytes: &[u8]) -> Result<u32, TarError> {
-    u32::try_from(number(bytes)?).map_err(|_| bad("a number is out of range"))
-}
-
-/// Like [`number`], and negative numbers (times before 1970) in base 256, as
-/// two's complement.
-fn signed(bytes: &[u8]) -> Result<i64, TarError> {
-    let malformed = || bad("a time in a header is out of range");
-    match bytes {
-        [0xff, rest @ ..] => {
-            let (fill, low) = rest.split_at(rest.len().saturating_sub(8));
-            let low = low.try_into().map_err(|_| malformed())?;
-            let value = i64::from_be_bytes(low);
-            let fits = fill.iter().all(|byte| *byte == 0xff) && value < 0;
-            fits.then_some(value).ok_or_else(malformed)
-        }
-        _ => i64::try_from(number(bytes)?).map_err(|_| malformed()),
-    }
-}
-
-/// Octal digits, or base 256 when the first bit is set (GNU). Negative numbers are
-/// refused.
-fn number(bytes: &[u8]) -> Result<u64, TarError> {
-    let malformed = || bad("a number in a header is malformed: it is not a tar archive");
-    match bytes.first() {
-        // The second bit is the sign.
-        Some(first) if first & 0xc0 == 0xc0 => Err(bad("a number in a header is negative")),
-        Some(first) if first & 0x80 != 0 => {
-            let mut value = u64::from(first & 0x7f);
-            for byte in bytes.iter().skip(1) {
-                value = value.checked_mul(256).ok_or_else(malformed)? | u64::from(*byte);
-            }
-            Ok(value)
-        }
-        _ => {
-            let is_filler = |byte: &u8| matches!(byte, b' ' | 0);
-            let begin = bytes.iter().position(|byte| !is_filler(byte));
-            let digits = bytes.get(begin.unwrap_or(bytes.len())..);
-            // To the first zero, as a string in C.
-            let digits = until_nul(digits.unwrap_or_default());
-            let digits = digits.trim_ascii_end();
-            if !digits.iter().all(|byte| matches!(byte, b'0'..=b'7')) {
-                return Err(malformed());
-            }
-            digits.iter().try_fold(0u64, |value, digit| {
-                let value = value.checked_mul(8).ok_or_else(malformed)?;
-                Ok(value | u64::from(digit - b'0'))
-            })
-        }
     }
 }
 

@@ -1,5 +1,6 @@
 use proptest::prelude::*;
 
+use super::pax::pax_time;
 use super::*;
 
 fn archive(build: impl FnOnce(&mut tar::Builder<Vec<u8>>)) -> Vec<u8> {

@@ -1,0 +1,55 @@
+//! Numbers in headers.
+
+use super::{TarError, bad, until_nul};
+
+pub(super) fn small(bytes: &[u8]) -> Result<u32, TarError> {
+    u32::try_from(number(bytes)?).map_err(|_| bad("a number is out of range"))
+}
+
+/// Like [`number`], and negative numbers (times before 1970) in base 256, as
+/// two's complement.
+pub(super) fn signed(bytes: &[u8]) -> Result<i64, TarError> {
+    let malformed = || bad("a time in a header is out of range");
+    match bytes {
+        [0xff, rest @ ..] => {
+            let (fill, low) = rest.split_at(rest.len().saturating_sub(8));
+            let low = low.try_into().map_err(|_| malformed())?;
+            let value = i64::from_be_bytes(low);
+            let fits = fill.iter().all(|byte| *byte == 0xff) && value < 0;
+            fits.then_some(value).ok_or_else(malformed)
+        }
+        _ => i64::try_from(number(bytes)?).map_err(|_| malformed()),
+    }
+}
+
+/// Octal digits, or base 256 when the first bit is set (GNU). Negative numbers are
+/// refused.
+pub(super) fn number(bytes: &[u8]) -> Result<u64, TarError> {
+    let malformed = || bad("a number in a header is malformed: it is not a tar archive");
+    match bytes.first() {
+        // The second bit is the sign.
+        Some(first) if first & 0xc0 == 0xc0 => Err(bad("a number in a header is negative")),
+        Some(first) if first & 0x80 != 0 => {
+            let mut value = u64::from(first & 0x7f);
+            for byte in bytes.iter().skip(1) {
+                value = value.checked_mul(256).ok_or_else(malformed)? | u64::from(*byte);
+            }
+            Ok(value)
+        }
+        _ => {
+            let is_filler = |byte: &u8| matches!(byte, b' ' | 0);
+            let begin = bytes.iter().position(|byte| !is_filler(byte));
+            let digits = bytes.get(begin.unwrap_or(bytes.len())..);
+            // To the first zero, as a string in C.
+            let digits = until_nul(digits.unwrap_or_default());
+            let digits = digits.trim_ascii_end();
+            if !digits.iter().all(|byte| matches!(byte, b'0'..=b'7')) {
+                return Err(malformed());
+            }
+            digits.iter().try_fold(0u64, |value, digit| {
+                let value = value.checked_mul(8).ok_or_else(malformed)?;
+                Ok(value | u64::from(digit - b'0'))
+            })
+        }
+    }
+}
