@@ -332,6 +332,7 @@ impl<R: Read> Reader<R> {
         if !checksums(&block).contains(&stated) {
             return Err(bad("a header's checksum is wrong: it is not a tar archive"));
         }
+        number::check(&block)?;
         Ok(Some(block))
     }
 

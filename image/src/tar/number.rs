@@ -1,18 +1,17 @@
 //! Numbers in headers.
 
-use super::{TarError, bad, until_nul};
+use super::{BLOCK, TarError, bad, field, until_nul};
 
 pub(super) fn small(bytes: &[u8]) -> Result<u32, TarError> {
     u32::try_from(number(bytes)?).map_err(|_| bad("a number is out of range"))
 }
 
-/// Like [`number`], and negative numbers (times before 1970) in base 256, as
-/// two's complement.
+/// Like [`number`], and negative numbers in base 256 as two's complement.
 pub(super) fn signed(bytes: &[u8]) -> Result<i64, TarError> {
-    let malformed = || bad("a time in a header is out of range");
     match bytes {
-        [0xff, rest @ ..] => {
-            let (fill, low) = rest.split_at(rest.len().saturating_sub(8));
+        // The second bit is the sign.
+        [first, ..] if first & 0xc0 == 0xc0 => {
+            let (fill, low) = bytes.split_at(bytes.len().saturating_sub(8));
             let low = low.try_into().map_err(|_| malformed())?;
             let value = i64::from_be_bytes(low);
             let fits = fill.iter().all(|byte| *byte == 0xff) && value < 0;
@@ -25,9 +24,7 @@ pub(super) fn signed(bytes: &[u8]) -> Result<i64, TarError> {
 /// Octal digits, or base 256 when the first bit is set (GNU). Negative numbers are
 /// refused.
 pub(super) fn number(bytes: &[u8]) -> Result<u64, TarError> {
-    let malformed = || bad("a number in a header is malformed: it is not a tar archive");
     match bytes.first() {
-        // The second bit is the sign.
         Some(first) if first & 0xc0 == 0xc0 => Err(bad("a number in a header is negative")),
         Some(first) if first & 0x80 != 0 => {
             let mut value = u64::from(first & 0x7f);
@@ -52,4 +49,26 @@ pub(super) fn number(bytes: &[u8]) -> Result<u64, TarError> {
             })
         }
     }
+}
+
+fn malformed() -> TarError {
+    bad("a number in a header is malformed: it is not a tar archive")
+}
+
+/// Refuses a header with a number that is none, used or not, as Go's reader does: what
+/// has one was damaged, or is no header.
+pub(super) fn check(block: &[u8; BLOCK]) -> Result<(), TarError> {
+    // Mode, owner, group, size, time.
+    let mut fields = vec![(100, 8), (108, 8), (116, 8), (124, 12), (136, 12)];
+    // Before POSIX there were no device numbers.
+    if matches!(
+        field(block, 257, 8),
+        [b'u', b's', b't', b'a', b'r', 0, ..] | b"ustar  \0"
+    ) {
+        fields.extend([(329, 8), (337, 8)]);
+    }
+    for (start, len) in fields {
+        signed(field(block, start, len))?;
+    }
+    Ok(())
 }

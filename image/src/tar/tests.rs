@@ -239,6 +239,25 @@ fn numbers_out_of_range_are_refused() {
 }
 
 #[test]
+fn numbers_that_are_not_used_are_numbers() {
+    // Mode and owner of an extended header, device numbers of a file.
+    for (kind, field) in [
+        (b'x', 100),
+        (b'L', 109),
+        (b'g', 137),
+        (b'0', 330),
+        (b'5', 338),
+    ] {
+        let bytes = raw("f", kind, 0, |header| header[field] = b'8');
+        let error = listed(&bytes).unwrap_err();
+        assert!(error.contains("malformed"), "{error}");
+    }
+    // Before POSIX there were no device numbers.
+    let bytes = raw("f", 0, 0, |header| header[257..].fill(b'8'));
+    assert_eq!(listed(&bytes).unwrap().len(), 1);
+}
+
+#[test]
 fn checksums_of_signed_bytes_are_accepted() {
     let mut bytes = raw("f\u{e4}", b'0', 0, |_| ());
     bytes[148..156].fill(b' ');
