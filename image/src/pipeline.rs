@@ -200,7 +200,7 @@ fn decode_chunks(
 ) -> io::Result<()> {
     let (mut plain, _permit) = decompress(BufReader::with_capacity(CHUNK, stored), decoders)?;
     loop {
-        let mut bytes = empty.try_recv().unwrap_or_default();
+        let mut bytes = empty.try_recv().unwrap_or_else(|_| vec![0; CHUNK]);
         bytes.resize(CHUNK, 0);
         let len = fill(&mut plain, &mut bytes)?;
         bytes.truncate(len);
