@@ -19,9 +19,10 @@ use crate::lab::{self, Job, Lab, Output};
 use crate::{bench_restore, cmd, fidelity, fixtures, host, kernel, stock};
 
 /// What unit and property tests compare us with, and a compiler.
-pub(crate) const UNIT_PACKAGES: [&str; 11] = [
+pub(crate) const UNIT_PACKAGES: [&str; 12] = [
     "acpica-tools",
     "containerd",
+    "curl",
     "gcc",
     "libc6-dev",
     "docker-registry",

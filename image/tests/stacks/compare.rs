@@ -1,0 +1,441 @@
+//! Stacks applied by all three, and what is made of their outcomes.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::containerd::Containerd;
+use crate::others::{Bench, Disk, OurRefusal};
+use crate::random::{self, Layer};
+use crate::support;
+use crate::tree::{self, Tree};
+
+/// Layers, and the tar streams that they are.
+#[derive(Clone, Debug)]
+pub(crate) struct Stack {
+    pub(crate) layers: Vec<Layer>,
+    pub(crate) tars: Vec<Vec<u8>>,
+}
+
+impl Stack {
+    pub(crate) fn new(layers: Vec<Layer>) -> Self {
+        let tars = layers.iter().map(|layer| support::tar(layer)).collect();
+        Self { layers, tars }
+    }
+
+    /// The stack without one entry of a layer.
+    fn without(&self, layer: usize, entry: usize) -> Self {
+        let mut layers = self.layers.clone();
+        layers[layer].remove(entry);
+        Self::new(layers)
+    }
+
+    /// The lowest `count` layers.
+    fn lowest(&self, count: usize) -> Self {
+        Self {
+            layers: self.layers[..count].to_vec(),
+            tars: self.tars[..count].to_vec(),
+        }
+    }
+}
+
+/// The layer that is not applied, and why.
+#[derive(Clone, Debug)]
+pub(crate) struct Refusal {
+    pub(crate) layer: usize,
+    pub(crate) text: String,
+}
+
+/// What became of a stack.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// All three have the same tree.
+    Same,
+    /// Containerd and we refuse the same layer.
+    Refused,
+    /// A difference of a class that is listed here.
+    Known(&'static str),
+    /// Containerd alone refuses a directory that is not there at the end of its layer:
+    /// numbers of layer and entry.
+    Gone(usize, usize),
+    Different(Verdict),
+}
+
+/// A difference that is not listed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Verdict {
+    /// Names the kind of difference; all of one name are taken for the same.
+    pub(crate) class: &'static str,
+    pub(crate) details: String,
+}
+
+/// A stack without what makes a difference of a class, if it has that.
+type Variant = fn(&Stack, &Verdict) -> Option<Stack>;
+
+const VARIANTS: [(Variant, &str); 3] = [
+    (
+        // As the kernel does, by which Docker resolves all paths.
+        |stack, _| changed(stack, cleaned(&stack.layers)),
+        "containerd takes `..` behind a link in a target by its text, we follow the link",
+    ),
+    (
+        |stack, verdict| {
+            let umoci = verdict.class.starts_with("umoci");
+            let split = umoci.then(|| split(&stack.layers))?;
+            changed(stack, split)
+        },
+        // By the specification (OCI image-spec layer.md, "Whiteouts"), markers hide what
+        // lower layers have; containerd takes away also what their own layer has put there
+        // before.
+        "umoci keeps what a layer has hidden of its own",
+    ),
+    (
+        |stack, verdict| {
+            let umoci = verdict.class.starts_with("umoci");
+            let plain = umoci.then(|| plain(&split(&stack.layers)))?;
+            changed(stack, plain)
+        },
+        "umoci leaves a file as it is when a hard link's header says otherwise",
+    ),
+];
+
+fn changed(stack: &Stack, layers: Vec<Layer>) -> Option<Stack> {
+    let changed = Stack::new(layers);
+    (changed.tars != stack.tars).then_some(changed)
+}
+
+/// The three, with a directory of their own.
+pub(crate) struct Appliers {
+    directory: PathBuf,
+    containerd: Containerd,
+    disk: Disk,
+    bench: Bench,
+}
+
+impl Appliers {
+    pub(crate) fn start(directory: &Path) -> Self {
+        let containerd = directory.join("containerd");
+        fs::create_dir_all(&containerd).unwrap();
+        Self {
+            directory: directory.to_owned(),
+            containerd: Containerd::start(&containerd),
+            disk: Disk::new(directory),
+            bench: Bench::new(&directory.join("bench")),
+        }
+    }
+
+    /// Begins with an empty store, which otherwise only grows.
+    pub(crate) fn clear(&mut self) {
+        let work = self.directory.join("bench");
+        fs::remove_dir_all(&work).unwrap();
+        self.bench = Bench::new(&work);
+    }
+
+    /// What becomes of these stacks. Where containerd refuses a directory for a reason of
+    /// its own, that is left out.
+    pub(crate) fn compare(&self, stacks: &[Stack]) -> Vec<Outcome> {
+        let mut outcomes = self.compare_once(stacks);
+        let mut stacks = stacks.to_vec();
+        loop {
+            let mut again = Vec::new();
+            for (number, (stack, outcome)) in stacks.iter_mut().zip(&outcomes).enumerate() {
+                if let Outcome::Gone(layer, at) = outcome {
+                    *stack = stack.without(*layer, *at);
+                    again.push(number);
+                }
+            }
+            if again.is_empty() {
+                return outcomes;
+            }
+            let less: Vec<_> = again.iter().map(|number| stacks[*number].clone()).collect();
+            for (number, outcome) in again.into_iter().zip(self.compare_once(&less)) {
+                outcomes[number] = outcome;
+            }
+        }
+    }
+
+    fn compare_once(&self, stacks: &[Stack]) -> Vec<Outcome> {
+        let mut outcomes = self.compare_all(stacks);
+        // Some differences vanish with what the stack has that is taken differently.
+        for (variant, class) in VARIANTS {
+            let mut again = Vec::new();
+            for (number, outcome) in outcomes.iter().enumerate() {
+                if let Outcome::Different(verdict) = outcome {
+                    let stack = variant(&stacks[number], verdict);
+                    again.extend(stack.map(|stack| (number, stack)));
+                }
+            }
+            if again.is_empty() {
+                continue;
+            }
+            let (numbers, again): (Vec<_>, Vec<_>) = again.into_iter().unzip();
+            for (number, outcome) in numbers.into_iter().zip(self.compare_all(&again)) {
+                if !matches!(outcome, Outcome::Different(_)) {
+                    outcomes[number] = Outcome::Known(class);
+                }
+            }
+        }
+        outcomes
+    }
+
+    fn compare_all(&self, stacks: &[Stack]) -> Vec<Outcome> {
+        let theirs = self.containerd.apply(stacks, &self.bench.work);
+        let pairs = stacks.iter().zip(theirs);
+        pairs
+            .map(|(stack, theirs)| {
+                self.bench.write(stack);
+                let ours = self.bench.ours(stack, &self.disk);
+                self.judge(stack, ours, theirs)
+            })
+            .collect()
+    }
+
+    /// A stack to compare: as it is, or without the entries that we refuse, which would be
+    /// the end of it. Links that lead to themselves by ever longer ways are left out of
+    /// both: containerd takes seconds to refuse them.
+    pub(crate) fn prepared(&self, layers: Vec<Layer>, as_it_is: bool) -> Stack {
+        let mut stack = Stack::new(layers);
+        loop {
+            self.bench.write(&stack);
+            match self.bench.accepted(&stack) {
+                Ok(()) => break,
+                Err(refused) if as_it_is && !refused.by_links() => return stack,
+                Err(refused) => stack = without(&stack, &refused),
+            }
+        }
+        let mut layer = 0;
+        while let Some(entries) = stack.layers.get(layer) {
+            let directory = entries.iter().position(|entry| entry.kind == b'5');
+            let link = entries.iter().rposition(|entry| entry.kind == b'2');
+            let gone = (directory.is_some() && directory < link)
+                .then(|| self.gone(&stack, layer))
+                .flatten();
+            match gone {
+                Some(entry) => stack = stack.without(layer, entry),
+                None => layer += 1,
+            }
+        }
+        stack
+    }
+
+    fn judge(
+        &self,
+        stack: &Stack,
+        ours: Result<Tree, OurRefusal>,
+        theirs: Result<Tree, Refusal>,
+    ) -> Outcome {
+        let different = |class, details: String| Outcome::Different(Verdict { class, details });
+        match (ours, theirs) {
+            (Ok(ours), Ok(theirs)) => {
+                let difference = tree::difference(&ours, &theirs);
+                if !difference.is_empty() {
+                    return different("another tree than containerd's", difference);
+                }
+                self.judge_umoci(&theirs)
+            }
+            (Err(ours), Err(theirs))
+                if stack.tars[ours.refusal.layer] == stack.tars[theirs.layer] =>
+            {
+                Outcome::Refused
+            }
+            (Err(ours), Err(theirs)) if ours.refusal.layer < theirs.layer => {
+                different("only we refuse a layer", ours.refusal.text)
+            }
+            (_, Err(theirs)) => match self.gone(stack, theirs.layer) {
+                Some(entry) => Outcome::Gone(theirs.layer, entry),
+                None => different("containerd refuses a layer", theirs.text),
+            },
+            (Err(ours), Ok(_)) => different("only we refuse it", ours.refusal.text),
+        }
+    }
+
+    fn judge_umoci(&self, theirs: &Tree) -> Outcome {
+        let different = |class, details: String| Outcome::Different(Verdict { class, details });
+        match self.bench.umoci() {
+            Ok(tree) => {
+                let difference = tree::difference(&tree, theirs);
+                if difference.is_empty() {
+                    return Outcome::Same;
+                }
+                match but_for_implied(theirs, &tree) {
+                    true => Outcome::Known(
+                        "umoci makes directories without entries not for markers, and with set-group-ID",
+                    ),
+                    false => different("umoci has another tree than both", difference),
+                }
+            }
+            Err(error) if error.contains("SecureJoin") => {
+                Outcome::Known("umoci refuses a way along links that never ends")
+            }
+            Err(error) => different("umoci refuses it", error),
+        }
+    }
+
+    /// A directory of a layer that is not there at its end, which containerd refuses: it
+    /// sets the times of a layer's directories last, by their paths (containerd
+    /// archive/tar.go, `applyNaive`).
+    fn gone(&self, stack: &Stack, layer: usize) -> Option<usize> {
+        let lowest = stack.lowest(layer + 1);
+        self.bench.write(&lowest);
+        let tree = self.bench.ours(&lowest, &self.disk).ok()?;
+        stack.layers[layer].iter().position(|entry| {
+            let path = String::from_utf8_lossy(&entry.path);
+            entry.kind == b'5' && tree::resolve(&tree, &path).is_none()
+        })
+    }
+}
+
+/// The stack without the entry that is refused.
+fn without(stack: &Stack, refused: &OurRefusal) -> Stack {
+    let entry = refused.entry.trim_end_matches('/');
+    let markers = [random::hidden(entry), format!("{entry}/.wh..wh..opq")];
+    let layer = refused.refusal.layer;
+    let at = stack.layers[layer].iter().rposition(|candidate| {
+        let path = String::from_utf8_lossy(&candidate.path);
+        let path = path.trim_end_matches('/');
+        path == entry
+            || markers
+                .iter()
+                .any(|marker| marker.trim_start_matches('/') == path)
+    });
+    let at = at.unwrap_or_else(|| panic!("not in its layer: {}", refused.refusal.text));
+    stack.without(layer, at)
+}
+
+/// Whether umoci's tree is containerd's but for directories that no entry tells of.
+fn but_for_implied(containerd: &Tree, umoci: &Tree) -> bool {
+    let left: Tree = containerd
+        .iter()
+        .filter_map(|(path, seen)| match umoci.get(path) {
+            Some(other) if seen.implied() && other.implied() => Some((path, other)),
+            None if seen.implied() => None,
+            _ => Some((path, seen)),
+        })
+        .map(|(path, seen)| (path.clone(), seen.clone()))
+        .collect();
+    tree::difference(umoci, &left).is_empty()
+}
+
+/// The stack with a layer of its own for what precedes a marker.
+fn split(layers: &[Layer]) -> Vec<Layer> {
+    let mut made: Vec<Layer> = Vec::new();
+    for layer in layers {
+        made.push(Layer::new());
+        for entry in layer {
+            let last = made.last_mut().unwrap();
+            match random::is_marker(entry) && !last.iter().all(random::is_marker) {
+                true => made.push(vec![entry.clone()]),
+                false => last.push(entry.clone()),
+            }
+        }
+    }
+    made
+}
+
+/// The stack with no `name/..` in targets of links where `name` is that of a link.
+fn cleaned(layers: &[Layer]) -> Vec<Layer> {
+    let is_link = |entry: &&support::Entry| entry.kind == b'2';
+    let links: BTreeSet<String> = layers
+        .iter()
+        .flatten()
+        .filter(is_link)
+        .filter_map(|entry| {
+            let path = String::from_utf8_lossy(&entry.path);
+            path.rsplit('/').next().map(str::to_owned)
+        })
+        .collect();
+    let mut layers = layers.to_vec();
+    for entry in layers.iter_mut().flatten() {
+        if entry.kind == b'2' {
+            let target = String::from_utf8_lossy(&entry.link).into_owned();
+            entry.link = clean(&target, &links).into_bytes();
+        }
+    }
+    layers
+}
+
+fn clean(target: &str, links: &BTreeSet<String>) -> String {
+    let mut parts: Vec<&str> = Vec::new();
+    for part in target.split('/').filter(|part| !matches!(*part, "" | ".")) {
+        match parts.last() {
+            Some(last) if part == ".." && links.contains(*last) => {
+                parts.pop();
+            }
+            _ => parts.push(part),
+        }
+    }
+    match (target.starts_with('/'), parts.as_slice()) {
+        (true, parts) => format!("/{}", parts.join("/")),
+        (false, []) => ".".to_owned(),
+        (false, parts) => parts.join("/"),
+    }
+}
+
+/// The stack with the same attributes for everything but directories.
+fn plain(layers: &[Layer]) -> Vec<Layer> {
+    let mut layers = layers.to_vec();
+    for entry in layers.iter_mut().flatten() {
+        if entry.kind != b'5' {
+            let same = support::entry("", entry.kind);
+            entry.mode = same.mode;
+            entry.owner = same.owner;
+            entry.mtime = random::FILE_TIMES;
+            entry.pax.clear();
+        }
+    }
+    layers
+}
+
+/// Leaves out of a stack what its verdict does not need.
+pub(crate) fn shrink(appliers: &Appliers, stack: &Stack, verdict: Verdict) -> (Stack, Verdict) {
+    let mut least = (stack.clone(), verdict);
+    loop {
+        let mut smaller = Vec::new();
+        for (number, layer) in least.0.layers.iter().enumerate() {
+            if least.0.layers.len() > 1 {
+                let mut layers = least.0.layers.clone();
+                layers.remove(number);
+                smaller.push(Stack::new(layers));
+            }
+            for at in 0..layer.len() {
+                smaller.push(least.0.without(number, at));
+            }
+        }
+        let outcomes = appliers.compare(&smaller);
+        let found = smaller
+            .into_iter()
+            .zip(outcomes)
+            .find_map(|(stack, outcome)| match outcome {
+                Outcome::Different(found) if found.class == least.1.class => Some((stack, found)),
+                _ => None,
+            });
+        match found {
+            Some(found) => least = found,
+            None => return least,
+        }
+    }
+}
+
+/// How often each outcome was seen.
+#[derive(Default)]
+pub(crate) struct Tally(BTreeMap<&'static str, u64>);
+
+impl Tally {
+    pub(crate) fn count(&mut self, outcome: &Outcome) {
+        let class = match outcome {
+            Outcome::Same => "the same tree of all three",
+            Outcome::Refused => "refused by containerd and by us",
+            Outcome::Known(class) => class,
+            Outcome::Gone(..) => "refused by containerd alone",
+            Outcome::Different(_) => "different",
+        };
+        *self.0.entry(class).or_default() += 1;
+    }
+
+    pub(crate) fn lines(&self) -> String {
+        self.0
+            .iter()
+            .map(|(class, count)| format!("  {count:6} {class}\n"))
+            .collect()
+    }
+}

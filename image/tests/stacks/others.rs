@@ -1,0 +1,154 @@
+//! Our disks, and umoci.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use rustix::mount::{MountFlags, UnmountFlags};
+use sm_image::{
+    Compression, Config, Error, LayoutBuilder, PullOptions, Reference, Store, StoredImage,
+};
+
+use crate::compare::{Refusal, Stack};
+use crate::programs::{output, while_none_starts};
+use crate::tree::{self, Tree};
+
+/// Room for a disk in bytes.
+const DISK: u64 = 64 << 20;
+
+/// A block device on which one disk after another is mounted, since starting `mount`
+/// takes longer than all that is compared.
+pub(crate) struct Disk {
+    device: PathBuf,
+    mount: PathBuf,
+}
+
+impl Disk {
+    pub(crate) fn new(directory: &Path) -> Self {
+        let path = directory.join("disk");
+        File::create(&path).unwrap().set_len(DISK).unwrap();
+        let mount = directory.join("mnt");
+        fs::create_dir(&mount).unwrap();
+        let losetup = ["--find", "--show"];
+        let device = output(Command::new("losetup").args(losetup).arg(&path)).unwrap();
+        Self {
+            device: device.trim().into(),
+            mount,
+        }
+    }
+
+    /// The tree of an image's disk.
+    fn tree(&self, image: &StoredImage) -> Tree {
+        let mut device = OpenOptions::new().write(true).open(&self.device).unwrap();
+        for segment in &image.segments {
+            io::copy(&mut segment.open().unwrap(), &mut device).unwrap();
+        }
+        // A file system reads past the cache that this was written to.
+        device.flush().unwrap();
+        device.sync_all().unwrap();
+        drop(device);
+        // What is started meanwhile would have its files open for a moment.
+        while_none_starts(|| {
+            rustix::mount::mount(&self.device, &self.mount, "erofs", MountFlags::RDONLY, None)
+                .unwrap();
+            let tree = tree::read(&self.mount);
+            rustix::mount::unmount(&self.mount, UnmountFlags::empty()).unwrap();
+            tree
+        })
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let _ = output(Command::new("losetup").arg("--detach").arg(&self.device));
+    }
+}
+
+/// What we refuse, with the entry.
+#[derive(Clone, Debug)]
+pub(crate) struct OurRefusal {
+    pub(crate) refusal: Refusal,
+    pub(crate) entry: String,
+}
+
+impl OurRefusal {
+    /// Whether it is for links that lead to themselves.
+    pub(crate) fn by_links(&self) -> bool {
+        self.refusal.text.contains("too many symbolic links")
+    }
+
+    fn new(stack: &Stack, error: Error) -> Self {
+        let text = error.to_string();
+        let Error::Entry { layer, entry, .. } = error else {
+            panic!("no entry is named: {text}");
+        };
+        let number = stack
+            .tars
+            .iter()
+            .position(|tar| sm_image::Digest::of(tar).to_string() == layer)
+            .unwrap_or_else(|| panic!("not a layer of the stack: {text}"));
+        let refusal = Refusal {
+            layer: number,
+            text,
+        };
+        Self { refusal, entry }
+    }
+}
+
+/// A store, and the layout of the stack that is looked at.
+pub(crate) struct Bench {
+    pub(crate) work: PathBuf,
+    layout: PathBuf,
+    store: Store,
+}
+
+impl Bench {
+    pub(crate) fn new(work: &Path) -> Self {
+        Self {
+            work: work.to_owned(),
+            layout: work.join("layout"),
+            store: Store::open(&work.join("store")).unwrap(),
+        }
+    }
+
+    /// Makes this stack the one that is looked at.
+    pub(crate) fn write(&self, stack: &Stack) {
+        let mut builder = LayoutBuilder::new(&self.layout, Compression::None).unwrap();
+        for layer in &stack.tars {
+            builder.layer(layer.as_slice()).unwrap();
+        }
+        builder.finish("latest", Config::default()).unwrap();
+    }
+
+    fn open(&self, stack: &Stack) -> Result<StoredImage, OurRefusal> {
+        let text = format!("oci:{}:latest", self.layout.display());
+        let reference = Reference::parse(&text).unwrap();
+        self.store
+            .open_image(&reference, &PullOptions::default())
+            .map_err(|error| OurRefusal::new(stack, error))
+    }
+
+    /// Whether there is a disk of it at all.
+    pub(crate) fn accepted(&self, stack: &Stack) -> Result<(), OurRefusal> {
+        self.open(stack).map(drop)
+    }
+
+    /// What a guest sees of it.
+    pub(crate) fn ours(&self, stack: &Stack, disk: &Disk) -> Result<Tree, OurRefusal> {
+        self.open(stack).map(|image| disk.tree(&image))
+    }
+
+    pub(crate) fn umoci(&self) -> Result<Tree, String> {
+        let root = self.work.join("umoci");
+        let image = format!("{}:latest", self.layout.display());
+        let unpack = ["raw", "unpack", "--image", &image];
+        let unpacked = output(Command::new("umoci").args(unpack).arg(&root));
+        let tree = unpacked.map(|_| tree::read(&root));
+        // It refuses some images before it makes anything.
+        if root.exists() {
+            fs::remove_dir_all(root).unwrap();
+        }
+        tree
+    }
+}
