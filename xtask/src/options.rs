@@ -22,8 +22,8 @@ Developer commands of sm: cargo xtask COMMAND
               [--unit | --e2e] [--lab] [--debug] [NAME...: end-to-end tests only]
               [--full: also those that take too long for CI, named full_...]
   ci          fmt, tidy, clippy, doc, test: what .ci/run calls
-  tidy        rules that no compiler checks: crates' dependencies, operating systems,
-              lengths of files, pointers outside the repository
+  tidy        rules that no compiler checks: dependencies of crates and modules, operating
+              systems, lengths of files, pointers outside the repository
   build       sm with its guest agent (release) [--debug]
   kernel      the tuned guest kernel, built once [--stock: the distribution's]
   fixtures    images for the end-to-end tests

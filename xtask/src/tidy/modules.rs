@@ -1,0 +1,294 @@
+//! Circles of modules: siblings that use each other, by whatever way.
+//!
+//! A module and what is below it count as one; a child may use its parent. What only
+//! tests use does not count.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::{Text, lines};
+
+/// Path of a module in its crate; the root's is empty.
+type Module = Vec<String>;
+/// What uses what, by name, among the children of a module.
+type Uses = BTreeMap<String, BTreeSet<String>>;
+
+/// Circles that `list` does not have, and lines of it that are no circles any more.
+/// A line is a crate's folder, a colon, and the modules of a circle.
+pub(super) fn check(files: &[Text], list: &str) -> Vec<String> {
+    let found = circles(files);
+    let known: BTreeSet<&str> = lines(list).collect();
+    let mut faults: Vec<String> = known
+        .iter()
+        .filter(|line| !found.contains(**line))
+        .map(|line| format!("circles.txt: this is no circle any more: {line}"))
+        .collect();
+    faults.extend(
+        found
+            .iter()
+            .filter(|circle| !known.contains(circle.as_str()))
+            .map(|circle| format!("modules use each other in a circle: {circle}")),
+    );
+    faults
+}
+
+fn circles(files: &[Text]) -> BTreeSet<String> {
+    let crates = files
+        .iter()
+        .filter_map(|file| file.path.strip_suffix("/Cargo.toml"));
+    let mut circles = BTreeSet::new();
+    for folder in crates {
+        let sources: BTreeMap<Module, &str> = files
+            .iter()
+            .filter_map(|file| Some((module(&file.path, folder)?, file.text.as_str())))
+            .collect();
+        for (parent, uses) in uses(&sources) {
+            for circle in strongly_connected(&uses) {
+                let names: Vec<String> = circle
+                    .iter()
+                    .map(|name| {
+                        [&parent[..], std::slice::from_ref(name)]
+                            .concat()
+                            .join("::")
+                    })
+                    .collect();
+                circles.insert(format!("{folder}: {}", names.join(" ")));
+            }
+        }
+    }
+    circles
+}
+
+/// The module that a file of the crate in `folder` is; `None` for files of others, and
+/// for tests.
+fn module(path: &str, folder: &str) -> Option<Module> {
+    let path = path.strip_prefix(folder)?.strip_prefix("/src/")?;
+    let path = path.strip_suffix(".rs")?;
+    let mut module: Module = path.split('/').map(str::to_owned).collect();
+    // Programs have roots of their own, but share no module with the library.
+    if module
+        .last()
+        .is_some_and(|name| matches!(name.as_str(), "mod" | "lib" | "main"))
+    {
+        module.pop();
+    }
+    (!module.iter().any(|name| name == "tests")).then_some(module)
+}
+
+/// By module, which of its children use which.
+fn uses(sources: &BTreeMap<Module, &str>) -> BTreeMap<Module, Uses> {
+    let mut all: BTreeMap<Module, Uses> = BTreeMap::new();
+    for (module, text) in sources {
+        for target in targets(text, module, sources) {
+            let shared = module
+                .iter()
+                .zip(&target)
+                .take_while(|(a, b)| a == b)
+                .count();
+            // Otherwise one is above the other.
+            if let (Some(from), Some(to)) = (module.get(shared), target.get(shared)) {
+                let parent = module[..shared].to_vec();
+                let uses = all.entry(parent).or_default();
+                uses.entry(from.clone()).or_default().insert(to.clone());
+            }
+        }
+    }
+    all
+}
+
+/// The modules that the text of `module` names by `crate::` and `super::`.
+fn targets(text: &str, module: &Module, sources: &BTreeMap<Module, &str>) -> BTreeSet<Module> {
+    let text = text.split("#[cfg(test)]\nmod ").next().unwrap_or_default();
+    let code: String = text
+        .lines()
+        .map(|line| line.split("//").next().unwrap_or_default())
+        .collect();
+    let code: String = code.chars().filter(|c| !c.is_whitespace()).collect();
+    let mut targets = BTreeSet::new();
+    for start in ["crate::", "super::"] {
+        for (at, _) in code.match_indices(start) {
+            // The first `super` of several speaks for the others.
+            if code[..at].ends_with("super::") || ends_with_word(&code[..at]) {
+                continue;
+            }
+            let mut paths = Vec::new();
+            tree(&code[at..], &mut Vec::new(), &mut paths);
+            for path in paths {
+                targets.extend(resolve(&path, module, sources));
+            }
+        }
+    }
+    targets
+}
+
+/// Whether what follows would be the end of a longer word. (Blanks are gone, so the
+/// words that may come before a path do not count.)
+fn ends_with_word(text: &str) -> bool {
+    let word = |c: char| c.is_alphanumeric() || c == '_';
+    let before = text.trim_end_matches(word).len();
+    let last = &text[before..];
+    text.ends_with('$')
+        || (!last.is_empty()
+            && !["use", "in", "dyn", "mut", "impl", "return", "as"]
+                .iter()
+                .any(|keyword| last.ends_with(keyword)))
+}
+
+/// Reads a path, and all paths of a `use` tree; returns what follows.
+fn tree<'t>(text: &'t str, before: &mut Vec<&'t str>, paths: &mut Vec<Vec<&'t str>>) -> &'t str {
+    let len = before.len();
+    let mut rest = text;
+    loop {
+        let end = rest.find(|c: char| !(c.is_alphanumeric() || c == '_'));
+        let (name, after) = rest.split_at(end.unwrap_or(rest.len()));
+        before.push(name);
+        let Some(after) = after.strip_prefix("::") else {
+            paths.push(before.clone());
+            rest = after;
+            break;
+        };
+        if let Some(mut inner) = after.strip_prefix('{') {
+            while !inner.starts_with('}') && !inner.is_empty() {
+                let after = tree(inner, before, paths);
+                let skipped = after.find([',', '}']).unwrap_or(after.len());
+                inner = &after[skipped..];
+                inner = inner.strip_prefix(',').unwrap_or(inner);
+            }
+            rest = inner.strip_prefix('}').unwrap_or(inner);
+            break;
+        }
+        rest = after;
+    }
+    before.truncate(len);
+    rest
+}
+
+/// The module that a path leads into.
+fn resolve(path: &[&str], module: &Module, sources: &BTreeMap<Module, &str>) -> Option<Module> {
+    let mut at: Module = module.clone();
+    for name in path {
+        match *name {
+            "crate" => at.clear(),
+            "super" => {
+                at.pop()?;
+            }
+            name => {
+                at.push(name.to_owned());
+                if !sources.contains_key(&at) {
+                    at.pop();
+                    break;
+                }
+            }
+        }
+    }
+    Some(at)
+}
+
+/// Sets of more than one name that can all be reached from each other.
+fn strongly_connected(uses: &Uses) -> BTreeSet<BTreeSet<String>> {
+    let reached: BTreeMap<&String, BTreeSet<&String>> =
+        uses.keys().map(|from| (from, reach(from, uses))).collect();
+    let mut circles = BTreeSet::new();
+    for (from, to) in &reached {
+        let circle: BTreeSet<String> = to
+            .iter()
+            .filter(|name| reached.get(*name).is_some_and(|back| back.contains(from)))
+            .map(|name| (*name).clone())
+            .collect();
+        if circle.len() > 1 {
+            circles.insert(circle);
+        }
+    }
+    circles
+}
+
+fn reach<'u>(from: &'u String, uses: &'u Uses) -> BTreeSet<&'u String> {
+    let mut reached = BTreeSet::new();
+    let mut pending = vec![from];
+    while let Some(name) = pending.pop() {
+        for next in uses.get(name).into_iter().flatten() {
+            if reached.insert(next) {
+                pending.push(next);
+            }
+        }
+    }
+    reached
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn files(sources: &[(&str, &str)]) -> Vec<Text> {
+        let manifest = ("a/Cargo.toml", "");
+        [manifest]
+            .iter()
+            .chain(sources)
+            .map(|(path, text)| Text {
+                path: (*path).to_owned(),
+                text: (*text).to_owned(),
+            })
+            .collect()
+    }
+
+    fn found(sources: &[(&str, &str)]) -> Vec<String> {
+        circles(&files(sources)).into_iter().collect()
+    }
+
+    #[test]
+    fn siblings_must_not_use_each_other_in_a_circle() {
+        let circle = found(&[
+            ("a/src/lib.rs", "mod one; mod two; mod three;"),
+            ("a/src/one.rs", "use crate::{Error, two::{self, Two}};"),
+            ("a/src/two/mod.rs", "mod deep;"),
+            ("a/src/two/deep.rs", "fn f() -> super::super::three::X {}"),
+            ("a/src/three.rs", "use crate::one::One;"),
+            ("a/src/four.rs", "use crate::one::One;"),
+        ]);
+        assert_eq!(circle, ["a: one three two"]);
+    }
+
+    #[test]
+    fn children_may_use_their_parents_and_tests_anything() {
+        let none = found(&[
+            ("a/src/lib.rs", "mod one; use one::X;"),
+            (
+                "a/src/one.rs",
+                "mod child; use self::child::Y;\nuse crate::two::Z;",
+            ),
+            ("a/src/one/child.rs", "use super::X;"),
+            (
+                "a/src/two.rs",
+                "// crate::one::X\n#[cfg(test)]\nmod tests {\n    use crate::one::X;\n}\n",
+            ),
+            ("a/src/two/tests.rs", "use crate::one::X;"),
+        ]);
+        assert_eq!(none, [""; 0]);
+    }
+
+    #[test]
+    fn circles_below_a_module_have_its_name() {
+        let circle = found(&[
+            ("a/src/lib.rs", ""),
+            ("a/src/m.rs", ""),
+            ("a/src/m/x.rs", "use super::y::Y;"),
+            ("a/src/m/y.rs", "fn f() { crate::m::x::g() }"),
+        ]);
+        assert_eq!(circle, ["a: m::x m::y"]);
+    }
+
+    #[test]
+    fn known_circles_are_left_out_and_must_be_there() {
+        let files = files(&[
+            ("a/src/x.rs", "use crate::y::Y;"),
+            ("a/src/y.rs", "use crate::x::X;"),
+        ]);
+        assert_eq!(check(&files, "a: x y\n"), [""; 0]);
+        assert_eq!(
+            check(&files, "a: x z\n"),
+            [
+                "circles.txt: this is no circle any more: a: x z",
+                "modules use each other in a circle: a: x y"
+            ]
+        );
+    }
+}
