@@ -19,9 +19,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use sm_devices_vsock::VsockConfig;
 use sm_devices_vsock::testing::{Guest, REQUEST, RESPONSE, RW};
+use sm_event_loop::EventLoop;
 use sm_frontends::{HandoffFrontend, HandoffSender, HybridFrontend};
 use sm_guest_proto::forward::{ForwardHeader, HEADER_LEN};
-use sm_event_loop::EventLoop;
 
 /// `SECCOMP_IOCTL_NOTIF_RECV` and `SECCOMP_IOCTL_NOTIF_SEND` (linux/seccomp.h).
 const RECEIVE: libc::Ioctl = 0xc050_2100u32 as libc::Ioctl;
