@@ -143,7 +143,7 @@ pub(super) fn gnu(archive: &[u8]) -> Listing {
         return Err(said);
     }
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    text.lines().map(|line| gnu_line(line)).collect()
+    text.lines().map(gnu_line).collect()
 }
 
 fn gnu_line(line: &str) -> Result<Line, String> {
