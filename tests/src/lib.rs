@@ -6,7 +6,7 @@
 //! |---|---|
 //! | `SM_BIN` | path of the `sm` to test |
 //! | `SM_FIXTURES` | directory of OCI layouts: `busybox`, `debian`, `python` |
-//! | `SM_DOCKER` | directory of the OCI layout `docker`, for tests named `full_...` |
+//! | `SM_DOCKER`, `SM_SYSTEMD` | directories of the OCI layouts `docker` and `systemd`, for tests named `full_...` |
 //! | `SM_KERNEL`, `SM_AGENT` | passed on to `sm` |
 //! | `SM_BENCH_RESTORE`, `SM_BENCH_INITRAMFS` | the benchmark, and its guest |
 //! | `SM_LANES` | the static program `tests/guest/lanes.rs` |

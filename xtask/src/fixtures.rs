@@ -35,6 +35,11 @@ const DEMO_RECIPE: &str = "2";
 const DOCKER_RECIPE: &str = "1";
 /// An engine that runs in a guest, and the tools for what it needs of the kernel.
 const DOCKER: &str = "docker.io,iptables,nftables,ipvsadm,wireguard-tools,iproute2,procps";
+const SYSTEMD_RECIPE: &str = "1";
+/// An init system that is told what to do over D-Bus, as Debian's machines have it.
+const SYSTEMD: &str = "systemd-sysv,dbus,procps";
+/// Megabytes that no test runs or looks at.
+const UNUSED: [&str; 3] = ["usr/bin/ctr", "usr/share/doc", "var/lib/apt/lists"];
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Configuration of the image `nginx`, as that of Docker's official one.
@@ -82,8 +87,18 @@ pub(crate) fn make(apt: &Apt) -> Result<PathBuf> {
 
 /// Directory of the OCI layout `docker`, for the tests that take too long for CI.
 pub(crate) fn docker(apt: &Apt) -> Result<PathBuf> {
+    of_packages(apt, "docker", DOCKER_RECIPE, DOCKER)
+}
+
+/// Directory of the OCI layout `systemd`, for the tests that take too long for CI.
+pub(crate) fn systemd(apt: &Apt) -> Result<PathBuf> {
+    of_packages(apt, "systemd", SYSTEMD_RECIPE, SYSTEMD)
+}
+
+/// Directory of the OCI layout `name`: Debian with `packages`, in one layer.
+fn of_packages(apt: &Apt, name: &str, recipe: &str, packages: &str) -> Result<PathBuf> {
     let fixtures = paths::cache("fixtures")?;
-    let done = fixtures.join(format!("docker-v{DOCKER_RECIPE}"));
+    let done = fixtures.join(format!("{name}-v{recipe}"));
     let Some(lock) = paths::lock_unless(&done, &fixtures)? else {
         return Ok(done);
     };
@@ -94,8 +109,8 @@ pub(crate) fn docker(apt: &Apt) -> Result<PathBuf> {
         return as_root_of_a_namespace(done);
     }
     let workshop = Workshop::new()?;
-    cmd::step("making the test image docker (mmdebstrap)");
-    workshop.docker()?;
+    cmd::step(format_args!("making the test image {name} (mmdebstrap)"));
+    workshop.of_packages(name, packages)?;
     workshop.publish(&done)?;
     Ok(done)
 }
@@ -257,13 +272,12 @@ impl Workshop {
         self.configure(name, settings)
     }
 
-    /// Debian with an engine, in one layer.
-    fn docker(&self) -> Result<()> {
-        let bundle = self.new_image("docker")?;
-        self.bootstrap(&bundle, DOCKER)?;
-        // Tens of megabytes that neither the engine nor the tests run.
+    /// Debian with packages, in one layer.
+    fn of_packages(&self, name: &str, packages: &str) -> Result<()> {
+        let bundle = self.new_image(name)?;
+        self.bootstrap(&bundle, packages)?;
         let root = bundle.join("rootfs");
-        for unused in ["usr/bin/ctr", "usr/share/doc", "var/lib/apt/lists"] {
+        for unused in UNUSED {
             let path = root.join(unused);
             if path.is_dir() {
                 paths::remove(&path)?;
@@ -271,8 +285,8 @@ impl Workshop {
                 fs::remove_file(path)?;
             }
         }
-        self.repack("docker", &bundle)?;
-        self.configure("docker", &["--config.cmd", "bash"])
+        self.repack(name, &bundle)?;
+        self.configure(name, &["--config.cmd", "bash"])
     }
 
     /// A Debian system of this host's release in `directory/rootfs`.

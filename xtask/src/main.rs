@@ -59,6 +59,7 @@ fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
         Invocation::Fixtures => {
             println!("{}", fixtures::make(&apt)?.display());
             println!("{}", fixtures::docker(&apt)?.display());
+            println!("{}", fixtures::systemd(&apt)?.display());
             if let Some(images) = fidelity::make(&apt)? {
                 println!("{}", images.display());
             }

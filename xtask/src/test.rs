@@ -145,8 +145,12 @@ fn end_to_end(apt: &Apt, wanted: &Wanted, kernel: Option<KernelBuild>) -> Result
     let mut tests = end_to_end_programs(apt)?;
     let mut environment = environment(apt, &sm, kernel)?;
     if wanted.has_full() {
-        let images = fixtures::docker(apt)?;
-        environment.push(("SM_DOCKER".to_owned(), images.display().to_string()));
+        for (variable, images) in [
+            ("SM_DOCKER", fixtures::docker(apt)?),
+            ("SM_SYSTEMD", fixtures::systemd(apt)?),
+        ] {
+            environment.push((variable.to_owned(), images.display().to_string()));
+        }
     }
     if wanted.full {
         environment.push((FULL_VARIABLE.to_owned(), "1".to_owned()));
