@@ -546,12 +546,19 @@ impl Agent {
     fn check_attach(&mut self) {
         let reply = match self.workload.attach_progress(&self.reactor) {
             Attached::Pending => return,
-            Attached::Done => {
+            Attached::Done(machine_id) => {
                 if let Some(init) = self.workload.init() {
                     let learnt = self.cgroup.learn_path(init);
                     log::note_failure("find the workload's cgroup", learnt);
                 }
-                ControlReply::Done
+                match self.identity.attached(machine_id) {
+                    Ok(()) => ControlReply::Done,
+                    Err(error) => {
+                        self.workload.abandon(&self.reactor);
+                        let message = error.to_string();
+                        ControlReply::Error { message }
+                    }
+                }
             }
             Attached::Failed(message) => ControlReply::Error { message },
         };

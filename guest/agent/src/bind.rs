@@ -1,9 +1,9 @@
-//! Mounting a file of the agent over one of the image's.
+//! Putting a file of this guest's own in the place of one of the image's.
 //!
 //! The image decides what is there: a file, a link to one, a link to `/dev/null`, a
 //! link to nothing, a directory, a FIFO. Only a regular file of the root file system is
-//! mounted over, at the end of its links, as Docker does; a link that leads to nothing
-//! gets its target made. Everything else is replaced: whatever a link leads to
+//! mounted over or written, at the end of its links, as Docker does; a link that leads
+//! to nothing gets its target made. Everything else is replaced: whatever a link leads to
 //! elsewhere (a device, an entry of `/proc`, a file that is mounted already) is not the
 //! image's to lend.
 
@@ -15,8 +15,8 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{
-    AtFlags, FileType, Mode, OFlags, ResolveFlags, fstat, mkdirat, openat, openat2, readlinkat,
-    unlinkat,
+    AtFlags, FileType, Mode, OFlags, ResolveFlags, fstat, mkdirat, open, openat, openat2,
+    readlinkat, unlinkat,
 };
 use rustix::io::Errno;
 use rustix::mount::mount_bind;
@@ -24,26 +24,62 @@ use rustix::mount::mount_bind;
 /// Links followed for one path (`MAXSYMLINKS` of Linux).
 const MAX_LINKS: u32 = 40;
 
+/// Writing what was found, emptied.
+const REWRITE: OFlags = OFlags::WRONLY.union(OFlags::TRUNC).union(OFlags::CLOEXEC);
+
 const FIND: OFlags = OFlags::PATH.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
-/// Mounts the file `source` over `path` below `root`.
+/// Mounts the file `source` over `path` below `root`, but not where a link leads to one
+/// of the files `taken`.
 ///
 /// # Errors
 /// [`is_nowhere`] of the error, when the image has no directory to hold `path`.
-pub(crate) fn over(root: &OwnedFd, path: &Path, source: &Path) -> io::Result<()> {
+pub(crate) fn over(
+    root: &OwnedFd,
+    path: &Path,
+    source: &Path,
+    taken: &[PathBuf],
+) -> io::Result<()> {
+    let target = place(root, path, taken)?;
+    mount_bind(source, descriptor_path(&target.fd))?;
+    Ok(())
+}
+
+/// Makes `path` below `root` an empty file of the root's own, and returns where it is,
+/// without links. It is none of `taken`.
+///
+/// # Errors
+/// As [`over`].
+pub(crate) fn empty(root: &OwnedFd, path: &Path, taken: &[PathBuf]) -> io::Result<PathBuf> {
+    let target = place(root, path, taken)?;
+    open(descriptor_path(&target.fd), REWRITE, Mode::empty())?;
+    Ok(target.path)
+}
+
+/// Whether `path` leads to a regular file of the root.
+pub(crate) fn is_file(root: &OwnedFd, path: &Path) -> bool {
+    let found = resolve(root, Path::new(""), path).and_then(|path| Ok(find(root, &path)?));
+    found
+        .and_then(|found| Ok(fstat(found)?))
+        .is_ok_and(|found| FileType::from_raw_mode(found.st_mode) == FileType::RegularFile)
+}
+
+/// Finds or makes the file to be used for `path`.
+fn place(root: &OwnedFd, path: &Path, taken: &[PathBuf]) -> io::Result<Place> {
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(io::ErrorKind::InvalidInput.into());
     };
     let parent = directory(root, parent)?;
-    let target = match at_the_end(root, &parent, name) {
-        Ok(target) => target,
-        Err(_) => {
+    match at_the_end(root, &parent, name) {
+        Ok(target) if !taken.contains(&target.path) => Ok(target),
+        _ => {
             remove(&parent.fd, name)?;
-            make_file(&parent.fd, name)?
+            Ok(Place {
+                fd: make_file(&parent.fd, name)?,
+                path: parent.path.join(name),
+            })
         }
-    };
-    mount_bind(source, descriptor_path(&target))?;
-    Ok(())
+    }
 }
 
 /// Whether a file could not be mounted as nothing of the image can be found there: its
@@ -60,21 +96,21 @@ pub(crate) fn descriptor_path(fd: &OwnedFd) -> String {
     format!("/proc/self/fd/{}", fd.as_raw_fd())
 }
 
-/// A directory of the root, and its path below it without links.
-struct Directory {
-    path: PathBuf,
-    fd: OwnedFd,
+/// A file or directory of the root, and its path below it without links.
+pub(crate) struct Place {
+    pub(crate) path: PathBuf,
+    pub(crate) fd: OwnedFd,
 }
 
 /// The directory `path`, made where it is missing.
-fn directory(root: &OwnedFd, path: &Path) -> io::Result<Directory> {
+pub(crate) fn directory(root: &OwnedFd, path: &Path) -> io::Result<Place> {
     let path = resolve(root, Path::new(""), path)?;
     let fd = make_directories(root, &path)?;
-    Ok(Directory { path, fd })
+    Ok(Place { path, fd })
 }
 
 /// The regular file that `name` in `parent` leads to, made where a link leads to nothing.
-fn at_the_end(root: &OwnedFd, parent: &Directory, name: &OsStr) -> io::Result<OwnedFd> {
+fn at_the_end(root: &OwnedFd, parent: &Place, name: &OsStr) -> io::Result<Place> {
     let path = resolve(root, &parent.path, Path::new(name))?;
     match find(root, &path) {
         Err(Errno::NOENT) => {}
@@ -82,7 +118,7 @@ fn at_the_end(root: &OwnedFd, parent: &Directory, name: &OsStr) -> io::Result<Ow
             let found = found?;
             let kind = FileType::from_raw_mode(fstat(&found)?.st_mode);
             return match kind {
-                FileType::RegularFile => Ok(found),
+                FileType::RegularFile => Ok(Place { path, fd: found }),
                 _ => Err(io::ErrorKind::InvalidInput.into()),
             };
         }
@@ -91,7 +127,8 @@ fn at_the_end(root: &OwnedFd, parent: &Directory, name: &OsStr) -> io::Result<Ow
         return Err(io::ErrorKind::InvalidInput.into());
     };
     let parent = make_directories(root, parent)?;
-    make_file(&parent, name)
+    let fd = make_file(&parent, name)?;
+    Ok(Place { path, fd })
 }
 
 /// Finds `path`, which has no links in it, in the root's own file system.
@@ -207,7 +244,7 @@ mod tests {
     fn target(root: &OwnedFd) -> io::Result<PathBuf> {
         let parent = directory(root, Path::new("etc"))?;
         let found = at_the_end(root, &parent, OsStr::new("x"))?;
-        fs::read_link(descriptor_path(&found))
+        fs::read_link(descriptor_path(&found.fd))
     }
 
     #[test]

@@ -1,11 +1,11 @@
 //! What makes this guest itself: entropy, clock, names and identifiers.
 //!
 //! The workload's `/etc/hostname`, `/etc/hosts`, `/etc/resolv.conf`,
-//! `/etc/machine-id` and the kernel's `boot_id` are files of the agent, mounted
-//! over the image's by [`crate::root`]. A refresh rewrites these files, so it
-//! is the same before and after a root is attached, and never touches a path
-//! that the workload controls. It writes through descriptors from before the
-//! workload, whose root could otherwise hold the opening up by a lease.
+//! `/run/sm-epoch` and the kernel's `boot_id` are files of the agent, mounted
+//! over the image's by [`crate::root`]; `/etc/machine-id` is one in the root. A
+//! refresh rewrites these files, and never touches a path that the workload
+//! controls. It writes through descriptors from before the workload, whose root
+//! could otherwise hold the opening up by a lease.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -22,7 +22,10 @@ use rustix::time::{ClockId, Timespec, clock_settime};
 use sm_guest_proto::control::{AttachRoot, Evidence, Refresh};
 use thiserror::Error;
 
-use crate::root::{BOOT_ID, BOOT_ID_FILE, EPOCH, EPOCH_FILE, MACHINE_ID, MACHINE_ID_FILE, read_in};
+use crate::root::{
+    BOOT_ID, BOOT_ID_FILE, EPOCH, EPOCH_FILE, MACHINE_ID, MACHINE_ID_FILE, RESOLV_CONF_FILE,
+    read_in,
+};
 use crate::sys;
 
 const INTERFACES: &str = "/sys/class/net";
@@ -58,6 +61,9 @@ pub(crate) struct Identity {
     random: OwnedFd,
     /// What was written, by name.
     files: HashMap<&'static str, File>,
+    machine_id: String,
+    /// Where the workload's root has it, unless that is one of the files.
+    root_machine_id: Option<File>,
     hostname: String,
     extra_hosts: Vec<(String, String)>,
 }
@@ -69,6 +75,8 @@ impl Identity {
             directory,
             random,
             files: HashMap::new(),
+            machine_id: String::new(),
+            root_machine_id: None,
             hostname: String::from("localhost"),
             extra_hosts: Vec::new(),
         }
@@ -106,10 +114,7 @@ impl Identity {
             self.set_hostname(&refresh.hostname)?;
         }
         if !refresh.machine_id.is_empty() {
-            step(
-                "write machine-id",
-                self.write_line(MACHINE_ID_FILE, &refresh.machine_id),
-            )?;
+            self.set_machine_id(&refresh.machine_id)?;
         }
         if !refresh.boot_id.is_empty() {
             step(
@@ -150,7 +155,7 @@ impl Identity {
             servers += &format!("nameserver {server}\n");
         }
         if !servers.is_empty() {
-            step("write resolv.conf", self.write("resolv.conf", &servers))?;
+            step("write resolv.conf", self.write(RESOLV_CONF_FILE, &servers))?;
         }
         // A host that never refreshes still gets identifiers of this boot.
         let kernels = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
@@ -166,9 +171,17 @@ impl Identity {
         if !self.files.contains_key(MACHINE_ID_FILE) {
             let fresh = fs::read_to_string("/proc/sys/kernel/random/uuid").unwrap_or_default();
             let fresh = fresh.trim().replace('-', "");
-            step("write machine-id", self.write_line(MACHINE_ID_FILE, &fresh))?;
+            self.set_machine_id(&fresh)?;
         }
         Ok(())
+    }
+
+    /// Takes over the file that the workload has for its machine ID, if it is not one
+    /// of those that were prepared.
+    pub(crate) fn attached(&mut self, machine_id: Option<OwnedFd>) -> Result<(), IdentityError> {
+        self.root_machine_id = machine_id.map(File::from);
+        let id = self.machine_id.clone();
+        self.set_machine_id(&id)
     }
 
     /// What this guest is by now, read the way a process of the workload would, below
@@ -233,6 +246,17 @@ impl Identity {
         step("write hosts", self.write("hosts", &hosts))
     }
 
+    fn set_machine_id(&mut self, id: &str) -> Result<(), IdentityError> {
+        let written = self.write_line(MACHINE_ID_FILE, id);
+        step("write machine-id", written)?;
+        if let Some(file) = &self.root_machine_id {
+            let rewritten = rewrite(file, &format!("{id}\n"));
+            step("write the root's machine-id", rewritten)?;
+        }
+        id.clone_into(&mut self.machine_id);
+        Ok(())
+    }
+
     fn write_line(&mut self, name: &'static str, line: &str) -> io::Result<()> {
         self.write(name, &format!("{line}\n"))
     }
@@ -244,9 +268,13 @@ impl Identity {
             Entry::Occupied(entry) => entry.into_mut(),
             Entry::Vacant(entry) => entry.insert(File::create(self.directory.join(name))?),
         };
-        file.write_all_at(text.as_bytes(), 0)?;
-        file.set_len(u64::try_from(text.len()).unwrap_or(u64::MAX))
+        rewrite(file, text)
     }
+}
+
+fn rewrite(file: &File, text: &str) -> io::Result<()> {
+    file.write_all_at(text.as_bytes(), 0)?;
+    file.set_len(u64::try_from(text.len()).unwrap_or(u64::MAX))
 }
 
 fn hosts_file(hostname: &str, extra: &[(String, String)]) -> String {

@@ -1,12 +1,15 @@
 //! PID 1 of the workload's namespace, until the main command takes its place.
 
-use std::io::{self, IoSliceMut};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, recvmsg, send};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
 use sm_guest_proto::control::AttachRoot;
 
 use crate::exec::child;
@@ -30,15 +33,22 @@ fn assemble(channel: OwnedFd, directory: &Path, plan: &AttachRoot) -> Result<Own
     let mut keep = vec![channel.as_fd()];
     keep.extend(log::descriptor());
     sys::close_all_but(&keep);
-    let message = match root::assemble(directory, plan) {
-        Ok(()) => vec![0],
+    let (message, machine_id) = match root::assemble(directory, plan) {
+        Ok(machine_id) => (vec![0], machine_id),
         Err(error) => {
             let mut message = vec![1];
             message.extend_from_slice(error.to_string().as_bytes());
-            message
+            (message, None)
         }
     };
-    let sent = send(&channel, &message, SendFlags::NOSIGNAL);
+    let fds: Vec<_> = machine_id.iter().map(AsFd::as_fd).collect();
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if !fds.is_empty() {
+        ancillary.push(SendAncillaryMessage::ScmRights(&fds));
+    }
+    let parts = [IoSlice::new(&message)];
+    let sent = sendmsg(&channel, &parts, &mut ancillary, SendFlags::NOSIGNAL);
     match (sent, message.len()) {
         (Ok(_), 1) => Ok(channel),
         _ => Err(()),

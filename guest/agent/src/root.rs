@@ -20,12 +20,13 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 use rustix::mount::{
-    MountFlags, MountPropagationFlags, mount, mount_bind, mount_change, mount_move, mount_remount,
+    MountFlags, MountPropagationFlags, mount, mount_bind, mount_bind_recursive, mount_change,
+    mount_move, mount_remount,
 };
 use sm_guest_proto::control::{AttachRoot, Upper};
 use thiserror::Error;
 
-use crate::bind::{self, descriptor_path};
+use crate::bind::{self, Place, descriptor_path};
 use crate::{device, sys};
 
 /// How long a block device may take to show up with a capacity. The host sets
@@ -37,23 +38,28 @@ const DEFAULT_SHM: u64 = 64 << 20;
 
 /// The files of the agent that are mounted over the image's, by their names
 /// below the agent's directory.
-const FILES: [(&str, &str); 5] = [
+const FILES: [(&str, &str); 3] = [
     ("hostname", "etc/hostname"),
     ("hosts", "etc/hosts"),
-    ("resolv.conf", "etc/resolv.conf"),
-    (EPOCH_FILE, EPOCH),
-    (MACHINE_ID_FILE, MACHINE_ID),
+    (RESOLV_CONF_FILE, RESOLV_CONF),
 ];
+
+/// The overlay's upper directory, in the file system for changes.
+const CHANGES: &str = "upper";
 
 /// Names of files below the agent's directory.
 pub(crate) const BOOT_ID_FILE: &str = "boot_id";
 pub(crate) const MACHINE_ID_FILE: &str = "machine-id";
 pub(crate) const EPOCH_FILE: &str = "epoch";
+pub(crate) const RESOLV_CONF_FILE: &str = "resolv.conf";
 
 /// Where the workload finds them, below its root.
 pub(crate) const BOOT_ID: &str = "proc/sys/kernel/random/boot_id";
 pub(crate) const MACHINE_ID: &str = "etc/machine-id";
 pub(crate) const EPOCH: &str = "run/sm-epoch";
+const RESOLV_CONF: &str = "etc/resolv.conf";
+const RUN: &str = "run";
+const EPOCH_NAME: &str = "sm-epoch";
 
 /// A step that failed.
 #[derive(Debug, Error)]
@@ -93,7 +99,9 @@ pub(crate) fn read_in(root: &OwnedFd, path: &str) -> io::Result<String> {
 /// Builds the root that `plan` describes and makes it the root of this process
 /// and its mount namespace. `directory` is the agent's own, with the files of
 /// [`crate::identity`] and the devpts instance.
-pub(crate) fn assemble(directory: &Path, plan: &AttachRoot) -> Result<(), RootError> {
+///
+/// Returns the file that the workload has for its machine ID, when that is the root's own.
+pub(crate) fn assemble(directory: &Path, plan: &AttachRoot) -> Result<Option<OwnedFd>, RootError> {
     // Nothing mounted here may reach the agent's namespace.
     mount_change(
         "/",
@@ -111,18 +119,39 @@ pub(crate) fn assemble(directory: &Path, plan: &AttachRoot) -> Result<(), RootEr
     .context(|| "open the new root".into())?;
     let tree = Tree { fd: root_fd };
     mount_kernel_file_systems(&tree, directory, plan)?;
-    // What is a link is looked at last: it may lead to another of them.
-    let (links, files): (Vec<_>, Vec<_>) = FILES
+    let resolved = !plan.nameservers.is_empty();
+    let wanted = FILES
         .into_iter()
-        .partition(|(_, target)| tree.is_link(target));
-    tree.mount_files(directory, &files)?;
-    tree.mount_files(directory, &links)?;
+        .filter(|(_, target)| resolved || *target != RESOLV_CONF);
+    // What is a link is looked at last: it may lead to another of them.
+    let (links, files): (Vec<_>, Vec<_>) = wanted.partition(|(_, target)| tree.is_link(target));
+    let run = bind::directory(&tree.fd, Path::new(RUN));
+    let mut taken: Vec<_> = run.iter().map(|run| run.path.join(EPOCH_NAME)).collect();
+    tree.mount_files(directory, &files, &taken);
+    let machine_id = if plan.read_only {
+        tree.mount_machine_id(directory, &taken)?;
+        None
+    } else {
+        tree.own_machine_id(&upper, &taken)?
+    };
+    let (path, machine_id) = machine_id.unzip();
+    taken.extend(path);
+    tree.mount_files(directory, &links, &taken);
+    let resolv_conf = Path::new(RESOLV_CONF);
+    if !resolved && !bind::is_file(&tree.fd, resolv_conf) {
+        // As programs expect one, and expect that they can write it.
+        let made = bind::empty(&tree.fd, resolv_conf, &taken);
+        crate::log::note_failure(RESOLV_CONF, made);
+    }
+    let mounted = run.and_then(|run| tree.mount_epoch(directory, &run, plan.read_only));
+    crate::log::note_failure(EPOCH, mounted);
     tree.mount_boot_id(&directory.join(BOOT_ID_FILE))?;
     if plan.read_only {
         mount_remount(&root, MountFlags::BIND | MountFlags::RDONLY, "")
             .context(|| "make the root read-only".into())?;
     }
-    enter(&root)
+    enter(&root)?;
+    Ok(machine_id)
 }
 
 fn enter(root: &Path) -> Result<(), RootError> {
@@ -183,7 +212,7 @@ fn mount_upper(directory: &Path, plan: &AttachRoot) -> Result<PathBuf, RootError
 }
 
 fn mount_overlay(directory: &Path, lower: &Path, upper: &Path) -> Result<PathBuf, RootError> {
-    let changes = make_directory(upper.join("upper"))?;
+    let changes = make_directory(upper.join(CHANGES))?;
     let work = make_directory(upper.join("work"))?;
     copy_attributes(lower, &changes).context(|| "copy the attributes of /".into())?;
     let target = make_directory(directory.join("root"))?;
@@ -261,6 +290,19 @@ fn mount_kernel_file_systems(
     Ok(())
 }
 
+/// Where nothing can be, nothing is that two clones would have in common; every other
+/// failure to give this guest a machine ID is one.
+fn unless_nowhere<T>(placed: io::Result<T>) -> Result<Option<T>, RootError> {
+    match placed {
+        Ok(placed) => Ok(Some(placed)),
+        Err(error) if bind::is_nowhere(&error) => {
+            crate::log::error(MACHINE_ID, error);
+            Ok(None)
+        }
+        Err(error) => Err(error).context(|| format!("make this guest's own /{MACHINE_ID}")),
+    }
+}
+
 /// The new root, reached only by descriptor.
 struct Tree {
     fd: OwnedFd,
@@ -274,23 +316,62 @@ impl Tree {
             .is_ok_and(|found| FileType::from_raw_mode(found.st_mode) == FileType::Symlink)
     }
 
-    /// Mounts files of the agent's `directory` over the root's.
-    fn mount_files(&self, directory: &Path, files: &[(&str, &str)]) -> Result<(), RootError> {
+    /// Mounts files of the agent's `directory` over the root's, but not over `taken`.
+    fn mount_files(&self, directory: &Path, files: &[(&str, &str)], taken: &[PathBuf]) {
         for (name, target) in files {
-            let source = directory.join(name);
-            if !source.exists() {
-                continue;
-            }
-            match bind::over(&self.fd, Path::new(target), &source) {
-                // Where nothing can be, nothing is that two clones would have in common.
-                Err(error) if *target == MACHINE_ID && !bind::is_nowhere(&error) => {
-                    return Err(error)
-                        .context(|| format!("mount this guest's own file on /{target}"));
-                }
-                mounted => crate::log::note_failure(target, mounted),
-            }
+            let mounted = bind::over(&self.fd, Path::new(target), &directory.join(name), taken);
+            crate::log::note_failure(target, mounted);
         }
+    }
+
+    /// Mounts the agent's machine ID over the root's, which cannot be written.
+    fn mount_machine_id(&self, directory: &Path, taken: &[PathBuf]) -> Result<(), RootError> {
+        let source = directory.join(MACHINE_ID_FILE);
+        let mounted = bind::over(&self.fd, Path::new(MACHINE_ID), &source, taken);
+        unless_nowhere(mounted)?;
         Ok(())
+    }
+
+    /// Makes the machine ID a file of the root, and returns where it is and a descriptor
+    /// that writes to it.
+    ///
+    /// It is not mounted over, as systemd takes a machine ID that is a mount point for
+    /// one to be kept: it would write it to the file below and unmount it, and all clones
+    /// would have what is below in common (systemd-machine-id-commit.service(8)).
+    fn own_machine_id(
+        &self,
+        upper: &Path,
+        taken: &[PathBuf],
+    ) -> Result<Option<(PathBuf, OwnedFd)>, RootError> {
+        let made = bind::empty(&self.fd, Path::new(MACHINE_ID), taken);
+        let Some(path) = unless_nowhere(made)? else {
+            return Ok(None);
+        };
+        // Written to by the file system for changes, where it is by now: a descriptor of
+        // the root's own would keep the workload from making its root read-only.
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let file = open(upper.join(CHANGES), flags, Mode::empty()).and_then(|changes| {
+            let flags = OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+            openat2(changes, &path, flags, Mode::empty(), resolve)
+        });
+        let file = file.context(|| format!("open this guest's own /{MACHINE_ID}"))?;
+        Ok(Some((path, file)))
+    }
+
+    /// Mounts the epoch. `/run` becomes a mount point where it can: systemd mounts a
+    /// file system of its own over one that is not, and the epoch would be below.
+    fn mount_epoch(&self, directory: &Path, run: &Place, read_only: bool) -> io::Result<()> {
+        let source = directory.join(EPOCH_FILE);
+        if read_only || run.path.as_os_str().is_empty() {
+            return bind::over(&run.fd, Path::new(EPOCH_NAME), &source, &[]);
+        }
+        let path = descriptor_path(&run.fd);
+        mount_bind_recursive(&path, &path)?;
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+        let run = openat2(&self.fd, &run.path, flags, Mode::empty(), resolve)?;
+        bind::over(&run, Path::new(EPOCH_NAME), &source, &[])
     }
 
     /// Mounts `source` over the kernel's own number, which clones have in common.

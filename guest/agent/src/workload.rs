@@ -9,14 +9,14 @@
 //! that never gets a main command keeps the waiting init.
 
 use std::fs::File;
-use std::io::{self, IoSlice, Write as _};
+use std::io::{self, IoSlice, IoSliceMut, Write as _};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
 use rustix::net::{
-    AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags,
-    SocketType, recv, sendmsg, socketpair,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
 };
 use rustix::process::Pid;
 use sm_guest_proto::control::AttachRoot;
@@ -91,12 +91,12 @@ pub(crate) struct Workload {
 }
 
 /// What init said about the root file system.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(crate) enum Attached {
     /// Nothing yet.
     Pending,
-    /// It is mounted.
-    Done,
+    /// It is mounted, with the file that its machine ID is to be written to.
+    Done(Option<OwnedFd>),
     /// It is not; why.
     Failed(String),
 }
@@ -186,19 +186,27 @@ impl Workload {
             return Attached::Pending;
         }
         let mut message = [0; 4096];
-        let failure = match recv(&*channel, &mut message, RecvFlags::DONTWAIT) {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let received = recvmsg(
+            &*channel,
+            &mut [IoSliceMut::new(&mut message)],
+            &mut ancillary,
+            RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC,
+        );
+        let failure = match received.map(|received| received.bytes) {
             Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return Attached::Pending,
             Err(error) => error.to_string(),
-            Ok((1, _)) => match self.init.map(Namespaces::of) {
+            Ok(1) => match self.init.map(Namespaces::of) {
                 Some(Ok(namespaces)) => {
                     self.state = State::Ready(namespaces);
-                    return Attached::Done;
+                    return Attached::Done(ancillary.drain().find_map(only_descriptor));
                 }
                 Some(Err(error)) => format!("open the workload's namespaces: {error}"),
                 None => "the workload's init is gone".to_owned(),
             },
-            Ok((0, _)) => "the workload's init died while mounting the root".to_owned(),
-            Ok((count, _)) => String::from_utf8_lossy(&message[1..count]).into_owned(),
+            Ok(0) => "the workload's init died while mounting the root".to_owned(),
+            Ok(count) => String::from_utf8_lossy(&message[1..count]).into_owned(),
         };
         self.abandon(reactor);
         Attached::Failed(failure)
@@ -311,6 +319,13 @@ impl Workload {
     /// Drops the last references to the workload's mounts.
     pub(crate) fn end(&mut self) {
         self.state = State::Ended;
+    }
+}
+
+fn only_descriptor(message: RecvAncillaryMessage<'_>) -> Option<OwnedFd> {
+    match message {
+        RecvAncillaryMessage::ScmRights(mut rights) => rights.next(),
+        _ => None,
     }
 }
 

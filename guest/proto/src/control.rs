@@ -89,7 +89,8 @@ pub struct AttachRoot {
     pub hostname: String,
     /// Further lines for `/etc/hosts`: address, then names.
     pub extra_hosts: Vec<(String, String)>,
-    /// Name servers for `/etc/resolv.conf`; the image's file stays when empty.
+    /// Name servers for `/etc/resolv.conf`; when empty, the image's file stays, or is
+    /// made where it has none.
     pub nameservers: Vec<String>,
     /// Size of `/dev/shm` in bytes; 64 MiB when 0.
     pub shm_size: u64,

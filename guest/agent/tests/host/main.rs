@@ -12,6 +12,7 @@
 mod client;
 mod exec;
 mod forward;
+mod identity;
 mod lifecycle;
 mod luck;
 
@@ -22,6 +23,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 
 use client::ControlClient;
+use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 use sm_guest_proto::control::{AttachRoot, ControlReply, ControlRequest, Upper};
 
 /// A running agent; ends with the value.
@@ -123,6 +125,21 @@ impl Agent {
         ControlClient::open(self.path())
     }
 
+    /// What the file `path` has for a process of the workload.
+    pub(crate) fn text(&self, path: &str) -> String {
+        let procs = fs::read_to_string(self.cgroup.join("workload/cgroup.procs")).unwrap();
+        let root = format!("/proc/{}/root", procs.lines().next().unwrap());
+        let flags = OFlags::PATH | OFlags::DIRECTORY;
+        let root = rustix::fs::open(root, flags, Mode::empty()).unwrap();
+        let resolve = ResolveFlags::IN_ROOT;
+        let file = openat2(root, path, OFlags::RDONLY, Mode::empty(), resolve);
+        let mut text = String::new();
+        fs::File::from(file.unwrap())
+            .read_to_string(&mut text)
+            .unwrap();
+        text
+    }
+
     /// Waits for the agent to end by itself.
     pub(crate) fn wait(&mut self) -> bool {
         self.process.wait().unwrap().success()
@@ -218,7 +235,14 @@ fn main() -> ExitCode {
     let filter = arguments
         .get(1)
         .filter(|argument| !argument.starts_with('-'));
-    let tests = [exec::TESTS, forward::TESTS, lifecycle::TESTS, luck::TESTS].concat();
+    let tests = [
+        exec::TESTS,
+        forward::TESTS,
+        identity::TESTS,
+        lifecycle::TESTS,
+        luck::TESTS,
+    ]
+    .concat();
     for (name, test) in tests {
         if filter.is_none_or(|filter| name.contains(filter.as_str())) {
             println!("test {name} ...");

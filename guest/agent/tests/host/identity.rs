@@ -1,0 +1,176 @@
+//! What makes a guest itself, whatever the image has in its place and whatever the
+//! workload does with it.
+
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+use sm_guest_proto::control::{ControlReply, ControlRequest, Refresh};
+
+use crate::client::{run, shell};
+use crate::lifecycle::evidence;
+use crate::{Agent, Test};
+
+pub(crate) const TESTS: &[Test] = &[
+    (
+        "whatever_an_image_has_for_machine_id_is_not_seen",
+        whatever_an_image_has_for_machine_id_is_not_seen,
+    ),
+    (
+        "what_systemd_does_leaves_a_clone_its_identity",
+        what_systemd_does_leaves_a_clone_its_identity,
+    ),
+    (
+        "files_of_identity_that_are_links_to_each_other",
+        files_of_identity_that_are_links_to_each_other,
+    ),
+    (
+        "there_is_a_resolv_conf_whatever_the_image_has",
+        there_is_a_resolv_conf_whatever_the_image_has,
+    ),
+];
+
+/// Two clones with the image's own machine ID would be one, and an image may have
+/// anything in its place.
+fn whatever_an_image_has_for_machine_id_is_not_seen() {
+    type Build = fn(&Path);
+    let builds: [(&str, Build); 4] = [
+        ("a directory", |etc| {
+            std::fs::create_dir_all(etc.join("machine-id/deep")).unwrap();
+        }),
+        ("a link to a device", |etc| {
+            symlink("/dev/null", etc.join("machine-id")).unwrap();
+        }),
+        ("a link to nothing", |etc| {
+            symlink("/var/lib/id", etc.join("machine-id")).unwrap();
+        }),
+        ("an identity", |etc| {
+            std::fs::write(etc.join("machine-id"), "0".repeat(32)).unwrap();
+        }),
+    ];
+    for (what, build) in builds {
+        let agent = Agent::bare();
+        let image = tempfile::tempdir().unwrap();
+        let etc = image.path().join("etc");
+        std::fs::create_dir(&etc).unwrap();
+        build(&etc);
+        let mut plan = agent.plan();
+        plan.lower = image.path().to_str().unwrap().into();
+        let mut control = agent.control();
+        let attached = control.ask(&ControlRequest::AttachRoot(plan));
+        assert_eq!(attached, ControlReply::Done, "{what}");
+        let machine_id = "0123456789abcdef0123456789abcdef";
+        control.ask(&ControlRequest::Refresh(Refresh {
+            machine_id: machine_id.into(),
+            ..Refresh::default()
+        }));
+        assert_eq!(evidence(&agent).machine_id, machine_id, "{what}");
+        let null = std::fs::metadata("/dev/null").unwrap();
+        assert!(!null.is_file(), "{what}: the device stays one");
+    }
+}
+
+/// systemd keeps a machine ID that is a mount point: it unmounts it and writes it to
+/// the file below. Over a `/run` that is none it mounts a file system.
+fn what_systemd_does_leaves_a_clone_its_identity() {
+    let agent = Agent::attached();
+    let script = "
+        if grep -q ' /etc/machine-id ' /proc/mounts; then
+            id=$(cat /etc/machine-id); umount /etc/machine-id; echo $id >/etc/machine-id
+        fi
+        grep -q ' /run ' /proc/mounts || mount -t tmpfs run /run
+        mount -o remount,ro / && mount -o remount,rw / && echo done";
+    assert_eq!(run(agent.path(), &shell(script)).text(), "done\n");
+    let refresh = Refresh {
+        machine_id: "89abcdef0123456789abcdef01234567".into(),
+        epoch: "31234567-89ab-4def-8123-456789abcdef".into(),
+        ..Refresh::default()
+    };
+    agent.control().ask(&ControlRequest::Refresh(refresh));
+    let evidence = evidence(&agent);
+    assert_eq!(evidence.machine_id, "89abcdef0123456789abcdef01234567");
+    assert_eq!(evidence.epoch, "31234567-89ab-4def-8123-456789abcdef");
+}
+
+/// An agent with the image that `build` makes.
+fn with_image(build: impl FnOnce(&Path), nameservers: &[&str]) -> Agent {
+    let agent = Agent::bare();
+    let image = tempfile::tempdir().unwrap();
+    std::fs::create_dir(image.path().join("etc")).unwrap();
+    build(image.path());
+    let mut plan = agent.plan();
+    plan.lower = image.path().to_str().unwrap().into();
+    plan.nameservers = nameservers
+        .iter()
+        .map(|&server| server.to_owned())
+        .collect();
+    let attached = agent.control().ask(&ControlRequest::AttachRoot(plan));
+    assert_eq!(attached, ControlReply::Done);
+    agent
+}
+
+fn there_is_a_resolv_conf_whatever_the_image_has() {
+    const PATH: &str = "etc/resolv.conf";
+    type Build = fn(&Path);
+    let nothing = "";
+    let images: [(Build, &str); 5] = [
+        (|_| {}, nothing),
+        (
+            |image| std::fs::write(image.join(PATH), "search own").unwrap(),
+            "search own",
+        ),
+        (
+            |image| symlink("/run/systemd/resolve/stub-resolv.conf", image.join(PATH)).unwrap(),
+            nothing,
+        ),
+        (
+            |image| std::fs::create_dir(image.join(PATH)).unwrap(),
+            nothing,
+        ),
+        (
+            |image| {
+                std::fs::create_dir(image.join("lib")).unwrap();
+                std::fs::write(image.join("lib/resolv.conf"), "search linked").unwrap();
+                symlink("../lib/resolv.conf", image.join(PATH)).unwrap();
+            },
+            "search linked",
+        ),
+    ];
+    for (number, (build, own)) in images.into_iter().enumerate() {
+        let agent = with_image(build, &[]);
+        assert_eq!(agent.text(PATH), own, "{number}");
+        let agent = with_image(build, &["10.9.9.9", "fe80::9"]);
+        let asked_for = "nameserver 10.9.9.9\nnameserver fe80::9\n";
+        assert_eq!(agent.text(PATH), asked_for, "{number}");
+    }
+}
+
+fn files_of_identity_that_are_links_to_each_other() {
+    const NAMES: [&str; 4] = ["hosts", "hostname", "resolv.conf", "machine-id"];
+    let targets = NAMES.iter().chain(&["../run/sm-epoch", "../run/x"]);
+    for (name, target) in NAMES
+        .iter()
+        .flat_map(|name| targets.clone().map(move |target| (name, target)))
+        .filter(|(name, target)| name != target)
+    {
+        let agent = with_image(
+            |image| symlink(target, image.join("etc").join(name)).unwrap(),
+            &["10.9.9.9"],
+        );
+        let refresh = Refresh {
+            machine_id: "89abcdef0123456789abcdef01234567".into(),
+            hostname: "clone".into(),
+            ..Refresh::default()
+        };
+        agent.control().ask(&ControlRequest::Refresh(refresh));
+        let text = |name: &str| agent.text(&format!("etc/{name}"));
+        let what = format!("{name} -> {target}");
+        assert_eq!(
+            text("machine-id"),
+            "89abcdef0123456789abcdef01234567\n",
+            "{what}"
+        );
+        assert_eq!(text("hostname"), "clone\n", "{what}");
+        assert_eq!(text("resolv.conf"), "nameserver 10.9.9.9\n", "{what}");
+        assert!(text("hosts").contains("127.0.1.1\tclone\n"), "{what}");
+    }
+}
