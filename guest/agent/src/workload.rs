@@ -235,8 +235,8 @@ impl Workload {
     }
 
     /// Starts a command next to the workload's main command. It is a child of
-    /// the agent inside the workload's namespaces and `cgroup`, or the group that the
-    /// workload's PID 1 is in, as Docker has it (runc's `setnsProcess`).
+    /// the agent inside the workload's namespaces and `cgroup`, there in the group that
+    /// the workload's PID 1 is in.
     pub(crate) fn spawn(
         &self,
         launch: &Launch,
@@ -332,26 +332,29 @@ fn only_descriptor(message: RecvAncillaryMessage<'_>) -> Option<OwnedFd> {
 /// How often PID 1 may change its group while a command is started.
 const GROUP_CHANGES: u32 = 8;
 
-/// Forks into `cgroup`, or where that takes no processes into the group of `init`.
+/// Forks into the group that `init` is in, or into `cgroup` where that takes none.
+///
+/// Docker has it the other way round (runc's `setnsProcess`). A process that is started
+/// in the topmost group when systemd has left it, but has not turned controllers on yet,
+/// keeps systemd from doing so for as long as it runs; and a group that has controllers
+/// on takes no processes. The group that PID 1 is in is in nobody's way.
 fn fork_into(cgroup: &Cgroup, init: Option<Pid>) -> io::Result<Fork> {
     // It has controllers or threads below, or is gone.
     const NOT_THERE: [i32; 4] = [libc::EBUSY, libc::EOPNOTSUPP, libc::ENODEV, libc::ENOENT];
-    let mut forked = fork_agent(0, Some(cgroup.directory()));
     for _ in 0..GROUP_CHANGES {
-        let (Err(error), Some(init)) = (&forked, init) else {
+        let Some(group) = init.and_then(|init| cgroup.of(init).ok()) else {
             break;
         };
-        if !error
-            .raw_os_error()
-            .is_some_and(|code| NOT_THERE.contains(&code))
-        {
-            break;
+        let forked = fork_agent(0, Some(group.as_fd()));
+        let moved = |error: &io::Error| {
+            let code = error.raw_os_error();
+            code.is_some_and(|code| NOT_THERE.contains(&code))
+        };
+        if !forked.as_ref().is_err_and(moved) {
+            return forked;
         }
-        forked = cgroup
-            .of(init)
-            .and_then(|group| fork_agent(0, Some(group.as_fd())));
     }
-    forked
+    fork_agent(0, Some(cgroup.directory()))
 }
 
 fn join_and_become(

@@ -24,6 +24,10 @@ pub(crate) const TESTS: &[Test] = &[
         "the_main_command_waits_for_the_thaw",
         the_main_command_waits_for_the_thaw,
     ),
+    (
+        "commands_join_the_group_of_pid_one",
+        commands_join_the_group_of_pid_one,
+    ),
     ("power_off_ends_in_order", power_off_ends_in_order),
     ("power_off_without_a_workload", power_off_without_a_workload),
     (
@@ -223,6 +227,33 @@ fn the_root_is_assembled() {
     };
     assert_eq!(stats.processes, 0);
     assert!(stats.memory_total_kib > stats.memory_available_kib);
+}
+
+/// As systemd does: it leaves the topmost group, and then turns controllers on there,
+/// which works as long as no process is in it.
+fn commands_join_the_group_of_pid_one() {
+    let agent = Agent::attached();
+    let mut before = start_running(
+        agent.path(),
+        &shell("grep ^0: /proc/self/cgroup; sleep 1000"),
+    );
+    assert_eq!(before.next_kind(FrameType::Stdout), b"0::/\n");
+    let mut request = shell(
+        "cd /sys/fs/cgroup && mkdir init && for pid in $(cat cgroup.procs); do
+            echo $pid >init/cgroup.procs 2>/dev/null
+        done; echo left; read line; cat cgroup.procs; echo end",
+    );
+    request.role = Role::Main;
+    request.stdin = true;
+    let mut main = start_running(agent.path(), &request);
+    assert_eq!(main.next_kind(FrameType::Stdout), b"left\n");
+    let mut beside = start_running(
+        agent.path(),
+        &shell("grep ^0: /proc/self/cgroup; sleep 1000"),
+    );
+    assert_eq!(beside.next_kind(FrameType::Stdout), b"0::/init\n");
+    main.send(FrameType::Stdin, b"\n");
+    assert_eq!(main.collect().text(), "end\n");
 }
 
 fn a_read_only_root() {
