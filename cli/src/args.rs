@@ -178,7 +178,7 @@ pub(crate) struct LogsArgs {
     #[arg(short, long)]
     pub(crate) follow: bool,
     /// Show the guest's console instead
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["follow", "since", "until", "timestamps"])]
     pub(crate) console: bool,
     /// Show the last N lines only
     #[arg(short = 'n', long, value_name = "N")]
@@ -297,6 +297,18 @@ mod tests {
         assert!(run.process.interactive && run.process.tty && run.rm);
         assert_eq!(run.command, ["sh", "-c", "x", "--rm"]);
         assert_eq!(run.memory, None);
+    }
+
+    #[test]
+    fn what_a_console_cannot_do_is_refused() {
+        let parse = |option: &[&str]| {
+            let line = ["sm", "logs", "--console", "vm"].iter().chain(option);
+            Cli::try_parse_from(line).map(|cli| cli.command)
+        };
+        for option in [&["-f"][..], &["-t"], &["--since", "1h"], &["--until", "1h"]] {
+            assert!(parse(option).is_err(), "{option:?}");
+        }
+        assert!(parse(&["-n", "3"]).is_ok());
     }
 
     #[test]
