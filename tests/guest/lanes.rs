@@ -6,12 +6,16 @@
 //! compares; what it computed, and a checksum of memory, goes into its line of output.
 //! `timers SECONDS` sets timers and tells when each of them fires.
 //! `echo PORT` answers all connections at once by what they send, and has a backlog for
-//! those that come at the same time, which busybox's `nc` has not. `true` ends.
+//! those that come at the same time, which busybox's `nc` has not. `knock CIDS PORTS`
+//! connects by vsock and says what came of each attempt; `cid` says what this guest's own CID is.
+//! `true` ends.
 #![allow(unsafe_code, clippy::unwrap_used, clippy::expect_used)]
 
 use std::arch::asm;
+use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, TcpListener};
+use std::os::fd::{AsRawFd as _, FromRawFd as _};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 const THREADS: u64 = 4;
@@ -30,8 +34,10 @@ fn main() {
         [_, "lanes", rounds] => lanes(rounds.parse().expect("a number of rounds")),
         [_, "timers", seconds] => timers(seconds.parse().expect("a number of seconds")),
         [_, "echo", port] => echo(port.parse().expect("a port")),
+        [_, "knock", cids, ports] => knock(cids, ports),
+        [_, "cid"] => println!("{}", own_cid()),
         [_, "true"] => {}
-        _ => panic!("lanes ROUNDS | timers SECONDS | echo PORT | true"),
+        _ => panic!("lanes ROUNDS | timers SECONDS | echo PORT | knock CIDS PORTS | cid | true"),
     }
 }
 
@@ -212,4 +218,80 @@ fn tell(name: &str, late: i64) {
         .duration_since(UNIX_EPOCH)
         .expect("a time after 1970");
     println!("{name} {late} {}", wall.as_secs());
+}
+
+/// The address of a vsock socket (`sockaddr_vm`).
+#[repr(C)]
+struct Address {
+    family: u16,
+    reserved: u16,
+    port: u32,
+    cid: u32,
+    zero: [u8; 4],
+}
+
+unsafe extern "C" {
+    fn socket(domain: i32, kind: i32, protocol: i32) -> i32;
+    fn connect(socket: i32, address: *const Address, len: u32) -> i32;
+    fn ioctl(file: i32, request: u64, value: *mut u32) -> i32;
+}
+
+const VSOCK: u16 = 40;
+const KINDS: [(&str, i32); 2] = [("stream", 1), ("seqpacket", 5)];
+const GET_LOCAL_CID: u64 = 0x7b9;
+
+fn numbers(list: &str) -> impl Iterator<Item = u32> {
+    list.split(',')
+        .map(|number| number.parse().expect("a number"))
+}
+
+/// All attempts at once: some take as long as Linux waits for an answer.
+fn knock(cids: &str, ports: &str) {
+    let attempts = KINDS
+        .iter()
+        .flat_map(|kind| numbers(cids).map(move |cid| (kind, cid)))
+        .flat_map(|(kind, cid)| numbers(ports).map(move |port| (kind, cid, port)));
+    let threads: Vec<_> = attempts
+        .map(|(kind, cid, port)| {
+            std::thread::spawn(move || {
+                let came = connect_by(kind.1, cid, port).unwrap_or_else(|error| error.to_string());
+                println!("{} {cid} {port}: {came}", kind.0);
+            })
+        })
+        .collect();
+    for thread in threads {
+        thread.join().expect("an attempt");
+    }
+}
+
+/// Connects and reads.
+fn connect_by(kind: i32, cid: u32, port: u32) -> std::io::Result<String> {
+    let address = Address {
+        family: VSOCK,
+        reserved: 0,
+        port,
+        cid,
+        zero: [0; 4],
+    };
+    // SAFETY: takes numbers only.
+    let fd = unsafe { socket(i32::from(VSOCK), kind, 0) };
+    assert!(fd >= 0, "{}", std::io::Error::last_os_error());
+    // SAFETY: the descriptor is new, and nobody else's.
+    let mut socket = unsafe { File::from_raw_fd(fd) };
+    // SAFETY: reads the address, which has this length.
+    if unsafe { connect(fd, &raw const address, 16) } != 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    let mut said = [0; 64];
+    let read = socket.read(&mut said).map(|count| said[..count].to_vec());
+    Ok(format!("connected, {read:?}"))
+}
+
+fn own_cid() -> u32 {
+    let device = File::open("/dev/vsock").expect("/dev/vsock");
+    let mut cid = 0;
+    // SAFETY: writes one number.
+    let done = unsafe { ioctl(device.as_raw_fd(), GET_LOCAL_CID, &raw mut cid) };
+    assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+    cid
 }

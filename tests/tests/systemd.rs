@@ -1,0 +1,113 @@
+//! systemd as the workload.
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a failed expectation is a failed test"
+)]
+
+use std::collections::BTreeSet;
+use std::io::{BufRead as _, BufReader};
+use std::path::PathBuf;
+
+use sm_e2e::{Home, Reaped, Vm, unique};
+
+/// The lab is some 20 times slower than hardware.
+const GRACE: &str = "200";
+
+fn layout() -> String {
+    let images = PathBuf::from(std::env::var_os("SM_SYSTEMD").expect("SM_SYSTEMD is set"));
+    format!("oci:{}", images.join("systemd").display())
+}
+
+/// What the system has come to, once it has: there is no bus to wait at before systemd
+/// has made one.
+const BOOTED: &str = "until [ -S /run/dbus/system_bus_socket ]; do sleep 1; done; \
+    systemctl is-system-running --wait; systemctl --failed --no-pager";
+
+/// Machine ID, epoch, host name as a process has them, and as services have.
+fn identity(vm: &Vm<'_>) -> Vec<String> {
+    let script = "cat /etc/machine-id /run/sm-epoch; hostname; systemd-run -q --pipe --wait \
+        cat /etc/machine-id";
+    let said = vm.exec(&["sh", "-c", script]).exits(0).out();
+    let lines: Vec<_> = said.lines().map(str::to_owned).collect();
+    let [machine_id, epoch, hostname, of_a_service] = lines.try_into().unwrap();
+    assert_eq!(machine_id, of_a_service);
+    assert_eq!(vm.inspect()["state"]["epoch"], *epoch);
+    vec![machine_id, epoch, hostname]
+}
+
+#[test]
+fn full_systemd_boots_takes_commands_and_ends_cleanly() {
+    let home = Home::shared();
+    let layout = layout();
+    let vm = home.detached(&["-m", "512m", &layout, "/sbin/init"]);
+
+    // As soon as it runs, also for as long as it runs.
+    let mut early = home.command(&["exec", &vm.name, "sh", "-c", "echo here; sleep 100000"]);
+    let mut early = Reaped(early.spawn().unwrap());
+    let mut here = BufReader::new(early.0.stdout.take().unwrap()).lines();
+    assert_eq!(here.next().unwrap().unwrap(), "here");
+    let comm = vm.exec(&["cat", "/proc/1/comm"]).exits(0).out();
+    eprintln!("PID 1 was {comm}");
+
+    let booted = vm.exec(&["sh", "-c", BOOTED]).exits(0).out();
+    eprintln!("{booted}");
+    let state = booted.lines().next().unwrap();
+    assert!(["running", "degraded"].contains(&state), "{booted}");
+
+    // Services have limits, which takes a topmost group without processes.
+    let script = "cat /proc/self/cgroup /sys/fs/cgroup/cgroup.procs \
+        /sys/fs/cgroup/cgroup.subtree_control; systemd-run -q --pipe --wait \
+        -p MemoryMax=64M -p TasksMax=50 sh -c '
+            cd /sys/fs/cgroup/$(sed s/0::// /proc/self/cgroup); cat memory.max pids.max'";
+    let said = vm.exec(&["sh", "-c", script]).exits(0).out();
+    let lines: Vec<_> = said.lines().collect();
+    let [own, controllers, memory, tasks] = lines[..] else {
+        panic!("processes are in the topmost group: {said}");
+    };
+    assert_eq!((own, memory, tasks), ("0::/init.scope", "67108864", "50"));
+    assert!(
+        controllers.split(' ').any(|name| name == "memory"),
+        "{said}"
+    );
+    let journal = vm.exec(&["journalctl", "-b", "--no-pager", "-o", "cat"]);
+    assert!(journal.exits(0).out().contains("Reached target"));
+    // It has no ID of this guest's to keep.
+    let kept = ["show", "-P", "ConditionResult", "systemd-machine-id-commit"];
+    let kept = vm.exec(&[&["systemctl"], &kept[..]].concat());
+    assert_eq!(kept.exits(0).out(), "no\n");
+
+    let snapshot = unique("systemd");
+    home.sm(&["snapshot", "create", &vm.name, &snapshot])
+        .exits(0);
+    home.sm(&["snapshot", "prove-distinct", "-n", "2", &snapshot])
+        .exits(0);
+    let clones = [(); 2].map(|()| home.clone_of(&snapshot, "systemd"));
+    let mut seen = BTreeSet::new();
+    for vm in [&vm].into_iter().chain(&clones) {
+        for part in identity(vm) {
+            assert!(seen.insert(part.clone()), "{part} twice");
+        }
+    }
+
+    // Ended from outside, and from inside.
+    let [stopped, other] = &clones;
+    for vm in [&vm, stopped] {
+        home.sm(&["stop", "-t", GRACE, &vm.name]).exits(0);
+    }
+    other.exec(&["systemctl", "poweroff"]);
+    for (vm, word) in [
+        (&vm, "halt.target"),
+        (stopped, "halt.target"),
+        (other, "poweroff.target"),
+    ] {
+        // Linux ends PID 1 of a PID namespace that halts by SIGINT (reboot(2)).
+        let end = vm.wait()["state"]["exit"].clone();
+        let console = home.sm(&["logs", "--console", &vm.name]).exits(0).out();
+        assert_eq!(end["status"], 130, "{end}: {console}");
+        assert_eq!(end["reason"], "workload", "{end}");
+        assert!(console.contains(word), "{console}");
+    }
+    drop(clones);
+    home.sm(&["snapshot", "rm", &snapshot]).exits(0);
+}
