@@ -217,7 +217,7 @@ impl<R: Read> Reader<R> {
             Some(mtime) => mtime,
             None => (signed(field(block, 136, 12))?, 0),
         };
-        let mode = number(field(block, 100, 8))? & 0o7777;
+        let mode = small(field(block, 100, 8))? & 0o7777;
         let mut header = Header {
             kind: read_kind(block, kind, &path, &extended)?,
             mode: u16::try_from(mode).unwrap_or(0),

@@ -15,6 +15,7 @@ use std::io::Read as _;
 use std::ops::Range;
 
 use self::references::{Line, Listing, gnu, printable, python};
+use self::streams::Contents;
 use crate::tar::{Header, Kind, Reader};
 
 /// Whole archives in one run, and as many that are damaged.
@@ -27,6 +28,13 @@ const STRICT: &[&str] = &[
     "it goes on after a zero block",
     "it is truncated",
     "a number in a header is malformed",
+    "a number in a header is negative",
+    "a number is out of range",
+    "a number in a pax header is out of range",
+    "its device number",
+    "its map of a sparse file is malformed",
+    // Records that end with zeros.
+    "a pax header is malformed",
 ];
 
 fn ours(archive: &[u8]) -> Listing {
@@ -118,20 +126,12 @@ fn judge(ours: &Listing, python: &Listing, gnu: &Listing) -> Result<String, Stri
     }
 }
 
-/// The class of an archive that is the same for all with what pads its last entry, which
-/// some writers leave out.
-fn padded(archive: &[u8], ours: &Listing) -> Option<String> {
+/// The archive with what pads its last entry, which some writers leave out and we do not
+/// need.
+fn padded(archive: &[u8], ours: &Listing) -> Option<Vec<u8>> {
     let mut padded = archive.to_vec();
     padded.resize(archive.len().next_multiple_of(512), 0);
-    let same = padded.len() != archive.len() && self::ours(&padded) == *ours;
-    let gnu = gnu(&padded).ok()?;
-    let lines = ours.as_ref().ok()?.iter().cloned();
-    let same = same
-        && gnu
-            == lines
-                .map(|line| Line { rest: None, ..line })
-                .collect::<Vec<_>>();
-    same.then(|| "without its last padding".to_owned())
+    (padded.len() != archive.len() && self::ours(&padded) == *ours).then_some(padded)
 }
 
 fn compare(archives: &[Vec<u8>], tally: &mut BTreeMap<String, u64>) -> String {
@@ -141,10 +141,14 @@ fn compare(archives: &[Vec<u8>], tally: &mut BTreeMap<String, u64>) -> String {
     }
     let python = python(directory.path(), archives.len());
     let mut different = String::new();
+    let mut again = Vec::new();
     for (number, (archive, python)) in archives.iter().zip(python).enumerate() {
         let (ours, gnu) = (ours(archive), gnu(archive));
-        let outcome =
-            judge(&ours, &python, &gnu).or_else(|class| padded(archive, &ours).ok_or(class));
+        let outcome = judge(&ours, &python, &gnu);
+        if let (Err(_), Some(padded)) = (&outcome, padded(archive, &ours)) {
+            again.push(padded);
+            continue;
+        }
         match outcome {
             Ok(class) => *tally.entry(class).or_default() += 1,
             Err(class) => {
@@ -158,6 +162,9 @@ fn compare(archives: &[Vec<u8>], tally: &mut BTreeMap<String, u64>) -> String {
                 );
             }
         }
+    }
+    if !again.is_empty() {
+        different.push_str(&compare(&again, tally));
     }
     different
 }
@@ -198,7 +205,7 @@ fn seeds() -> Range<u64> {
 
 #[test]
 fn random_archives_are_listed_as_others_list_them() {
-    run(|seed| streams::archive(seed, false));
+    run(|seed| streams::archive(seed, Contents::Two));
 }
 
 #[test]
@@ -210,7 +217,10 @@ fn damaged_archives_are_listed_as_others_list_them() {
 fn global_headers_and_empty_records_are_ignored_as_in_go() {
     let mut different = 0;
     for seed in seeds() {
-        let (with, without) = (streams::archive(seed, true), streams::archive(seed, false));
+        let (with, without) = (
+            streams::archive(seed, Contents::Go),
+            streams::archive(seed, Contents::Two),
+        );
         assert_eq!(ours(&with), ours(&without), "seed {seed}");
         different += u64::from(with != without);
     }

@@ -224,6 +224,8 @@ fn numbers_out_of_range_are_refused() {
         let error = listed(&bytes).unwrap_err();
         assert_eq!(error, "a number in a header is negative", "{what}");
     }
+    let bytes = raw("f", b'0', 0, |header| header[100] = 0xb0);
+    assert_eq!(listed(&bytes).unwrap_err(), "a number is out of range");
     for (major, minor) in [("0010000", "0000003"), ("0000001", "4000000")] {
         let bytes = raw("null", b'3', 0, |header| {
             header[329..336].copy_from_slice(major.as_bytes());

@@ -75,10 +75,10 @@ fn seal(block: &mut [u8]) {
 }
 
 /// A stream with some entries.
-#[derive(Default)]
 struct Stream {
     bytes: Vec<u8>,
     go: bool,
+    common: bool,
 }
 
 impl Stream {
@@ -115,13 +115,26 @@ impl Stream {
     }
 }
 
-/// A whole archive. `go` gives it what Go alone ignores: global headers, and records
-/// without a value; for Go it is the same archive without it.
-pub(super) fn archive(seed: u64, go: bool) -> Vec<u8> {
+/// What is in an archive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Contents {
+    /// What all take alike.
+    Common,
+    /// Also what two of the three take alike: prefixes in GNU's headers, a slash
+    /// behind a file's name, sizes where there is no data, blank numbers.
+    Two,
+    /// Also what Go alone ignores: global headers, records without a value, pax names
+    /// beside GNU's. For Go it is the same archive without it.
+    Go,
+}
+
+/// A whole archive.
+pub(super) fn archive(seed: u64, contents: Contents) -> Vec<u8> {
     let mut random = Random::new(seed);
     let mut stream = Stream {
-        go,
-        ..Stream::default()
+        bytes: Vec::new(),
+        go: contents == Contents::Go,
+        common: contents == Contents::Common,
     };
     for number in 0..1 + random.below(4) {
         match random.below(12) {
@@ -140,7 +153,7 @@ pub(super) fn archive(seed: u64, go: bool) -> Vec<u8> {
 /// An archive that something was done to.
 pub(super) fn mutated(seed: u64) -> Vec<u8> {
     let mut random = Random::new(!seed);
-    let mut bytes = archive(seed, false);
+    let mut bytes = archive(seed, Contents::Common);
     let headers: Vec<_> = (0..bytes.len() - END.len())
         .step_by(BLOCK)
         .filter(|at| bytes[at + 257..].starts_with(b"ustar"))
@@ -151,8 +164,9 @@ pub(super) fn mutated(seed: u64) -> Vec<u8> {
         }
         match random.below(8) {
             0 => {
+                // A stream of nothing is an archive of nothing for Go and us alone.
                 let len = random.index(bytes.len());
-                bytes.truncate(len);
+                bytes.truncate(len.max(1));
             }
             1 => {
                 // A block twice, or one of zeros.
@@ -177,9 +191,7 @@ pub(super) fn mutated(seed: u64) -> Vec<u8> {
             }
             _ => {
                 // Fields that say something, more often than names.
-                let field = [
-                    100, 108, 116, 124, 136, 156, 157, 257, 263, 329, 345, 482, 483,
-                ];
+                let field = [100, 108, 116, 124, 136, 156, 157, 257, 263, 329, 482, 483];
                 let at = field[random.index(field.len())] + random.index(12);
                 let header = headers.get(random.index(headers.len() + 1)).unwrap_or(&0);
                 let Some(block) = bytes.get_mut(*header..header + BLOCK) else {
@@ -198,21 +210,21 @@ pub(super) fn mutated(seed: u64) -> Vec<u8> {
 
 fn plain(random: &mut Random, stream: &mut Stream, number: u64) {
     let kind = b"001234567"[random.index(9)];
-    let slash = match kind == b'5' || random.one_in(8) {
+    let slash = match kind == b'5' || random.one_in(8) && !stream.common {
         true => "/",
         false => "",
     };
     let stated = match kind {
         b'0' | b'7' => random.below(700),
         // Some writers note a size where there is no data.
-        _ if random.one_in(3) => random.below(3) * 512,
+        _ if random.one_in(3) && !stream.common => random.below(3) * 512,
         _ => 0,
     };
     let mut block = Block::new(&format!("n{number}{slash}"), kind, stated);
     if matches!(kind, b'1' | b'2') {
         block.text(157, "n0");
     }
-    if random.one_in(4) {
+    if random.one_in(4) && !stream.common {
         block.text(345, random.pick(&["prefix", "a/b", "c/"]));
     }
     if random.one_in(4) {
@@ -305,6 +317,7 @@ fn pax(random: &mut Random, stream: &mut Stream, number: u64) {
         _ => size,
     };
     let link = random.one_in(3);
+    let stated = if link && stream.common { 0 } else { stated };
     let mut block = Block::new(
         &format!("n{number}"),
         if link { b'2' } else { b'0' },
@@ -340,6 +353,7 @@ fn odd_numbers(random: &mut Random, stream: &mut Stream, number: u64) {
                 108,
                 random.pick(&["      1 ", "0000001 ", "00000001", "\0\0\0\0\0\0\0\0"]),
             ),
+            _ if stream.common => {}
             _ => {
                 size = 0;
                 block.text(
