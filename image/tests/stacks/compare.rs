@@ -76,7 +76,7 @@ const VARIANTS: [(Variant, &str); 3] = [
     (
         // As the kernel does, by which Docker resolves all paths.
         |stack, _| changed(stack, cleaned(&stack.layers)),
-        "containerd takes `..` behind a link in a target by its text, we follow the link",
+        "containerd takes `..` behind a link or file in a target by its text, we as the kernel",
     ),
     (
         |stack, verdict| {
@@ -332,13 +332,14 @@ fn split(layers: &[Layer]) -> Vec<Layer> {
     made
 }
 
-/// The stack with no `name/..` in targets of links where `name` is that of a link.
+/// The stack with no `name/..` in targets of links where `name` is that of an entry which
+/// is no directory: a link, or a file, by which the kernel does not find a way.
 fn cleaned(layers: &[Layer]) -> Vec<Layer> {
-    let is_link = |entry: &&support::Entry| entry.kind == b'2';
-    let links: BTreeSet<String> = layers
+    let others = |entry: &&support::Entry| entry.kind != b'5';
+    let names: BTreeSet<String> = layers
         .iter()
         .flatten()
-        .filter(is_link)
+        .filter(others)
         .filter_map(|entry| {
             let path = String::from_utf8_lossy(&entry.path);
             path.rsplit('/').next().map(str::to_owned)
@@ -348,17 +349,17 @@ fn cleaned(layers: &[Layer]) -> Vec<Layer> {
     for entry in layers.iter_mut().flatten() {
         if entry.kind == b'2' {
             let target = String::from_utf8_lossy(&entry.link).into_owned();
-            entry.link = clean(&target, &links).into_bytes();
+            entry.link = clean(&target, &names).into_bytes();
         }
     }
     layers
 }
 
-fn clean(target: &str, links: &BTreeSet<String>) -> String {
+fn clean(target: &str, names: &BTreeSet<String>) -> String {
     let mut parts: Vec<&str> = Vec::new();
     for part in target.split('/').filter(|part| !matches!(*part, "" | ".")) {
         match parts.last() {
-            Some(last) if part == ".." && links.contains(*last) => {
+            Some(last) if part == ".." && names.contains(*last) => {
                 parts.pop();
             }
             _ => parts.push(part),
