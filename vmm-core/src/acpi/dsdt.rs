@@ -7,8 +7,7 @@ use acpi_tables::aml::{
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
-use super::tables::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
-use super::{AcpiConfig, GENERATION_ID};
+use super::{AcpiConfig, GENERATION_ID, OEM_ID, OEM_REVISION, OEM_TABLE_ID};
 use crate::layout::{COM1_GSI, COM1_PORT, GED_GSI, VIRTIO_WINDOW_SIZE, virtio_gsi, virtio_window};
 use crate::power::SLEEP_TYPE_S5;
 

@@ -24,6 +24,10 @@ pub const GENERATION_ID: u64 = TABLES.end - 0x1000;
 /// less the broadcast ID.
 pub const MAX_VCPUS: u32 = 254;
 
+const OEM_ID: [u8; 6] = *b"SMVM  ";
+const OEM_TABLE_ID: [u8; 8] = *b"SMVM    ";
+const OEM_REVISION: u32 = 1;
+
 /// What the tables describe.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AcpiConfig {

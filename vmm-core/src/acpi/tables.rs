@@ -9,13 +9,9 @@ use acpi_tables::rsdp::Rsdp;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, AmlSink};
 
-use super::{AcpiConfig, AcpiError, MAX_VCPUS, TABLES, dsdt};
+use super::{AcpiConfig, AcpiError, MAX_VCPUS, OEM_ID, OEM_REVISION, OEM_TABLE_ID, TABLES, dsdt};
 use crate::layout::{VIRTIO_GSI_BASE, VIRTIO_SLOTS};
 use crate::power::{RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT};
-
-pub(super) const OEM_ID: [u8; 6] = *b"SMVM  ";
-pub(super) const OEM_TABLE_ID: [u8; 8] = *b"SMVM    ";
-pub(super) const OEM_REVISION: u32 = 1;
 
 const LOCAL_APIC: u32 = 0xfee0_0000;
 const IOAPIC: u32 = 0xfec0_0000;
