@@ -5,8 +5,8 @@ use std::fs::File;
 use std::io::{self, BufWriter, Read, Write as _};
 use std::os::unix::fs::FileExt as _;
 
-use crate::layer::BLOCK_SIZE;
-
+/// Granule of file contents in a blob, in bytes: a block of the disk.
+pub(crate) const BLOCK_SIZE: u64 = 4096;
 /// Bytes gathered before they are written; a multiple of the block size.
 const BUFFER: usize = 1 << 20;
 const SMALL_BUFFER: usize = 256 << 10;

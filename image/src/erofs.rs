@@ -9,9 +9,9 @@ use std::os::unix::fs::FileExt as _;
 use sm_erofs::{Data, FileTree, Options};
 
 use crate::Error;
+use crate::blob::BLOCK_SIZE;
 use crate::digest::Digest;
 use crate::index::Place;
-use crate::layer::BLOCK_SIZE;
 use crate::tree::{InodeId, Kind, Tree};
 
 const _: () = assert!(sm_erofs::BLOCK == BLOCK_SIZE);

@@ -22,8 +22,6 @@ use crate::pipeline::{self, Decoders, Measured};
 use crate::skeleton::Tap;
 use crate::tar::{Header, Kind, MAX_PATH, Reader, TarError};
 
-/// Granule of file contents in a blob, in bytes: a block of the disk.
-pub(crate) const BLOCK_SIZE: u64 = 4096;
 /// Longest name of a directory entry (Linux `NAME_MAX`).
 const MAX_NAME: usize = 255;
 /// Longest name of an extended attribute (Linux `XATTR_NAME_MAX`).
