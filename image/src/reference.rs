@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 use crate::Error;
 use crate::digest::Digest;
 use crate::docker_reference::DockerReference;
-use crate::source::Registries;
 
 /// Where an image comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,27 +59,6 @@ pub enum Reference {
 }
 
 impl Reference {
-    /// Like [`Self::parse`], where a name without a registry may be an alias of
-    /// another one in the `registries.conf` of this user or host
-    /// (containers-registries.conf(5)).
-    ///
-    /// # Errors
-    /// Likewise, or that file is wrong.
-    pub fn parse_with_aliases(text: &str) -> Result<Self, Error> {
-        let parsed = Self::parse(text)?;
-        let short = text.strip_prefix("docker://").unwrap_or(text);
-        let is_docker = matches!(&parsed, Self::Docker(name) if name.is_default_registry());
-        let rest = short.find([':', '@']).unwrap_or(short.len());
-        let (name, rest) = short.split_at(rest);
-        if !is_docker || name.starts_with("docker.io/") || name.starts_with("index.docker.io/") {
-            return Ok(parsed);
-        }
-        match Registries::load()?.alias(name) {
-            Some(full) => Self::parse(&format!("docker://{full}{rest}")),
-            None => Ok(parsed),
-        }
-    }
-
     /// Reads a reference. Relative paths are taken from the current directory.
     ///
     /// # Errors

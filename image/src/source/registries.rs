@@ -14,6 +14,7 @@ use serde::Deserialize;
 use super::place::Place;
 use crate::Error;
 use crate::docker_reference::DockerReference;
+use crate::reference::Reference;
 
 /// Largest file read, in bytes.
 const MAX_FILE: u64 = 1 << 20;
@@ -78,6 +79,29 @@ pub(super) struct Places {
     pub(super) mirrors: Vec<Place>,
     /// The registry itself.
     pub(super) own: Place,
+}
+
+impl Reference {
+    /// Like [`Self::parse`], where a name without a registry may be an alias of
+    /// another one in the `registries.conf` of this user or host
+    /// (containers-registries.conf(5)).
+    ///
+    /// # Errors
+    /// Likewise, or that file is wrong.
+    pub fn parse_with_aliases(text: &str) -> Result<Self, Error> {
+        let parsed = Self::parse(text)?;
+        let short = text.strip_prefix("docker://").unwrap_or(text);
+        let is_docker = matches!(&parsed, Self::Docker(name) if name.is_default_registry());
+        let rest = short.find([':', '@']).unwrap_or(short.len());
+        let (name, rest) = short.split_at(rest);
+        if !is_docker || name.starts_with("docker.io/") || name.starts_with("index.docker.io/") {
+            return Ok(parsed);
+        }
+        match Registries::load()?.alias(name) {
+            Some(full) => Self::parse(&format!("docker://{full}{rest}")),
+            None => Ok(parsed),
+        }
+    }
 }
 
 impl Registries {
