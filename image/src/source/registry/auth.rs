@@ -11,8 +11,8 @@ use ureq::SendBody;
 use ureq::http::{HeaderMap, Method, StatusCode, Uri, header};
 
 use super::challenge::Challenge;
-use super::client::Failure;
 use super::credentials::{self, Credentials};
+use super::failure::{Failure, asked_pause};
 use super::http::{Answer, Ask, Http};
 use super::url::{escape, is_same_origin};
 
@@ -202,7 +202,7 @@ impl Authorizer {
         let mut response = answer.response;
         let status = response.status();
         if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS {
-            let asked = super::client::asked_pause(&response);
+            let asked = asked_pause(&response);
             let text = format!("its token server answers {status}");
             return Err(Failure::Passing(text, asked));
         }

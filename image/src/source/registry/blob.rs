@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use ureq::Body;
 use ureq::http::{Response, StatusCode, header};
 
-use super::client::{Client, Failure, Wanted};
+use super::client::{Client, Wanted};
+use super::failure::Failure;
 use super::patience::Patience;
 use crate::digest::Digest;
 

@@ -4,7 +4,6 @@
 use std::io::{self, Read};
 use std::net::IpAddr;
 use std::sync::OnceLock;
-use std::time::{Duration, SystemTime};
 
 use serde::Deserialize;
 use ureq::http::{Method, Response, Uri, header};
@@ -12,8 +11,9 @@ use ureq::{Body, SendBody};
 
 use super::super::place::Place;
 use super::auth::Authorizer;
+use super::failure::{Failure, asked_pause};
 use super::http::{Answer, Ask, Http, Trouble};
-use super::patience::{Over, Patience, retry_after};
+use super::patience::{Over, Patience};
 use super::url::is_same_origin;
 use crate::Error;
 use crate::source::Session;
@@ -50,37 +50,6 @@ pub(super) struct Wanted<'a> {
     pub(super) accept: &'a str,
     /// First byte.
     pub(super) from: u64,
-}
-
-/// Why a single request did not bring anything.
-pub(super) enum Failure {
-    /// It makes no sense to ask again.
-    Final(String),
-    /// It may work later; how long to wait, if the registry says so.
-    Passing(String, Option<Duration>),
-}
-
-impl From<Trouble> for Failure {
-    /// What went wrong below HTTP. Another attempt may find it mended, but for
-    /// what is wrong with the certificate or the request.
-    fn from(trouble: Trouble) -> Self {
-        match trouble {
-            Trouble::Astray(reason) => Self::Final(reason),
-            Trouble::Http(ureq::Error::Timeout(_)) => {
-                Self::Passing("it does not answer".to_owned(), None)
-            }
-            Trouble::Http(ureq::Error::Io(error)) if error.kind() != io::ErrorKind::InvalidData => {
-                Self::Passing(format!("cannot talk to it: {error}"), None)
-            }
-            Trouble::Http(ureq::Error::ConnectionFailed) => {
-                Self::Passing("cannot connect to it".to_owned(), None)
-            }
-            Trouble::Http(ureq::Error::HostNotFound) => {
-                Self::Final("no host has its name".to_owned())
-            }
-            Trouble::Http(other) => Self::Final(other.to_string()),
-        }
-    }
 }
 
 impl<'s> Client<'s> {
@@ -333,12 +302,6 @@ fn is_no_tls(error: &io::Error) -> bool {
     let inner = error.get_ref();
     let inner = inner.and_then(|inner| inner.downcast_ref::<rustls::Error>());
     matches!(inner, Some(rustls::Error::InvalidMessage(_)))
-}
-
-/// How long the registry asks to be left alone.
-pub(super) fn asked_pause(response: &Response<Body>) -> Option<Duration> {
-    let value = response.headers().get(header::RETRY_AFTER)?;
-    retry_after(value.to_str().ok()?, SystemTime::now())
 }
 
 /// What the registry says of its own about an error (distribution-spec, "Error

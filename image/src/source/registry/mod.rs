@@ -5,6 +5,7 @@ mod blob;
 mod challenge;
 mod client;
 mod credentials;
+mod failure;
 mod http;
 mod patience;
 mod proxy;
@@ -18,7 +19,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use ureq::http::header;
 
 use self::blob::Blob;
-use self::client::{Client, Failure, Wanted};
+use self::client::{Client, Wanted};
+use self::failure::Failure;
 pub use self::push::{OpenBlob, Pushed, Pusher};
 use super::place::Place;
 use super::registries::{Places, Registries};

@@ -6,7 +6,8 @@ use std::io::{self, Read};
 use ureq::http::{Method, Uri, header};
 
 use super::super::place::Place;
-use super::client::{Client, Failure};
+use super::client::Client;
+use super::failure::Failure;
 use super::http::Answer;
 use super::patience::ATTEMPTS;
 use super::url::{escape, join, with_query};
