@@ -14,7 +14,6 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use rustix::fs::{FlockOperation, flock};
-use rustix::io::Errno;
 use serde::Serialize;
 
 use super::Store;
@@ -399,13 +398,6 @@ fn lock_disk(disk: &Path) -> Option<Option<File>> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Some(None),
         Err(_) => None,
     }
-}
-
-/// Somebody has the disk open by [`super::DiskSegment::open`].
-pub(super) fn in_use(disk: &Path) -> bool {
-    File::open(disk.join("meta.erofs")).is_ok_and(|file| {
-        flock(&file, FlockOperation::NonBlockingLockExclusive) == Err(Errno::WOULDBLOCK)
-    })
 }
 
 /// Removes a file; returns how many bytes it had on disk.

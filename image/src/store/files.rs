@@ -260,6 +260,13 @@ pub(super) fn is_at(file: &File, path: &Path) -> bool {
     both.is_ok_and(|(file, named)| same(file, named))
 }
 
+/// Somebody has the disk open by [`super::DiskSegment::open`].
+pub(super) fn in_use(disk: &Path) -> bool {
+    File::open(disk.join("meta.erofs")).is_ok_and(|file| {
+        flock(&file, FlockOperation::NonBlockingLockExclusive) == Err(Errno::WOULDBLOCK)
+    })
+}
+
 /// Makes the name of `path` last.
 fn sync_parent(path: &Path) -> io::Result<()> {
     match path.parent() {

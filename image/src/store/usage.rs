@@ -9,7 +9,7 @@ use std::time::UNIX_EPOCH;
 use serde::Serialize;
 
 use super::Store;
-use super::collect::in_use;
+use super::files::in_use;
 use crate::Error;
 use crate::digest::Digest;
 

@@ -64,7 +64,7 @@ impl Store {
             let _alone = self.lock(FlockOperation::LockExclusive)?;
             let needed = self.needed_by_work(Some(&work))?;
             let disk = self.disk_path(digest);
-            let in_use = super::collect::in_use(&disk) || needed.contains(&disk);
+            let in_use = super::files::in_use(&disk) || needed.contains(&disk);
             if !in_use && !damaged.iter().any(|(path, _)| needed.contains(path)) {
                 // What has been made again meanwhile is not what was checked.
                 for (path, _) in damaged.iter().filter(|(path, id)| id_of(path) == *id) {
