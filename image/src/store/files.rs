@@ -13,7 +13,6 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::Store;
-use super::work::is_alive;
 use crate::Error;
 use crate::digest::Digest;
 use crate::index::{IndexReader, Totals};
@@ -21,6 +20,8 @@ use crate::index::{IndexReader, Totals};
 /// Bytes of a layer as it comes after which the system is to write out what was made
 /// of them.
 const WRITE_OUT: u64 = 8 << 20;
+/// In a directory below `tmp`, locked as long as the work there goes on.
+pub(super) const WORK_LOCK: &str = "lock";
 
 impl Store {
     pub(super) fn layer_path(&self, diff_id: Digest) -> PathBuf {
@@ -239,6 +240,27 @@ impl StoredLayer {
     pub(super) fn file(&self, name: &str) -> Result<File, Error> {
         let path = self.path.join(name);
         File::open(&path).map_err(Error::file("open", &path))
+    }
+}
+
+/// Whether somebody works in a directory below `tmp`.
+pub(super) fn is_alive(directory: &Path) -> Result<bool, Error> {
+    let path = directory.join(WORK_LOCK);
+    match File::open(&path) {
+        Ok(lock) => match flock(&lock, FlockOperation::NonBlockingLockShared) {
+            Ok(()) => Ok(false),
+            Err(Errno::WOULDBLOCK) => Ok(true),
+            Err(errno) => Err(Error::file("lock", &path)(errno.into())),
+        },
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+            ) =>
+        {
+            Ok(false)
+        }
+        Err(error) => Err(Error::file("open", &path)(error)),
     }
 }
 

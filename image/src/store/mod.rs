@@ -107,6 +107,11 @@ impl StoredImage {
     pub fn platform(&self) -> Platform {
         Platform::of(&self.config)
     }
+
+    /// Whether it is for the platform that is wanted.
+    fn serves(&self, platform: Option<&Platform>) -> bool {
+        platform.is_none_or(|wanted| wanted.accepts(&self.platform()))
+    }
 }
 
 /// The store of one user.

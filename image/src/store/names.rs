@@ -7,7 +7,6 @@ use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
 use super::files::{entries, read_json};
-use super::pull::serves;
 use super::{Store, StoredImage};
 use crate::Error;
 use crate::digest::Digest;
@@ -111,7 +110,7 @@ impl Store {
     pub fn has(&self, reference: &Reference, platform: Option<&Platform>) -> Result<bool, Error> {
         if let Reference::Docker(name) = reference {
             let stored = self.at_hand(name)?;
-            return Ok(stored.is_some_and(|stored| serves(&stored, platform)));
+            return Ok(stored.is_some_and(|stored| stored.serves(platform)));
         }
         match self.find(&absolute(reference)) {
             Ok(_) => Ok(true),

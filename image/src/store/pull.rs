@@ -88,7 +88,7 @@ impl Store {
         if let Reference::Docker(name) = reference {
             let _in_use = self.lock(FlockOperation::LockShared)?;
             if let Some(stored) = self.at_hand(name)?
-                && serves(&stored, options.platform.as_ref())
+                && stored.serves(options.platform.as_ref())
             {
                 self.used_now(stored.digest);
                 return Ok(stored);
@@ -156,7 +156,7 @@ impl Store {
             return Ok(None);
         }
         let stored = self.stored(named.digest)?;
-        Ok(stored.filter(|stored| serves(stored, platform)))
+        Ok(stored.filter(|stored| stored.serves(platform)))
     }
 }
 
@@ -315,11 +315,6 @@ impl Store {
             .collect();
         erofs::build(&tree, &data, image, meta)
     }
-}
-
-/// Whether a stored image is for the platform that is wanted.
-pub(super) fn serves(image: &StoredImage, platform: Option<&Platform>) -> bool {
-    platform.is_none_or(|wanted| wanted.accepts(&image.platform()))
 }
 
 /// The layers of one image on their way into the store.

@@ -9,20 +9,17 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use rustix::fs::{FlockOperation, flock};
-use rustix::io::Errno;
 
 use super::Store;
-use super::files::{create, entries};
+use super::files::{WORK_LOCK, create, entries, is_alive};
 use super::names::ImageSummary;
 use super::record::DiskRecord;
 use crate::Error;
 use crate::digest::Digest;
 
-/// Locked as long as the work goes on.
-const LOCK: &str = "lock";
 /// What it needs: a path below the store's root in each line.
 const NEEDS: &str = "needs";
 
@@ -39,7 +36,7 @@ impl Store {
     pub(super) fn begin(&self) -> Result<Work, Error> {
         let _in_use = self.lock(FlockOperation::LockShared)?;
         let directory = self.temporary()?;
-        let path = directory.path().join(LOCK);
+        let path = directory.path().join(WORK_LOCK);
         let lock = create(&path)?;
         flock(&lock, FlockOperation::NonBlockingLockExclusive)
             .map_err(|errno| Error::file("lock", &path)(errno.into()))?;
@@ -122,26 +119,5 @@ impl Work {
         let disk = store.disk_path(found.digest);
         self.need(store.parts(found.digest, &record).into_iter().chain([disk]))?;
         Ok((found, record))
-    }
-}
-
-/// Whether somebody works in a directory below `tmp`.
-pub(super) fn is_alive(directory: &Path) -> Result<bool, Error> {
-    let path = directory.join(LOCK);
-    match File::open(&path) {
-        Ok(lock) => match flock(&lock, FlockOperation::NonBlockingLockShared) {
-            Ok(()) => Ok(false),
-            Err(Errno::WOULDBLOCK) => Ok(true),
-            Err(errno) => Err(Error::file("lock", &path)(errno.into())),
-        },
-        Err(error)
-            if matches!(
-                error.kind(),
-                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
-            ) =>
-        {
-            Ok(false)
-        }
-        Err(error) => Err(Error::file("open", &path)(error)),
     }
 }
