@@ -312,6 +312,17 @@ fn backend_programs() -> Result<Vec<PathBuf>> {
 fn end_to_end_programs(apt: &Apt) -> Result<Vec<PathBuf>> {
     let agent = build::agent(apt)?;
     cmd::step("building the end-to-end tests");
+    let names = end_to_end_names()?;
+    let mut build = cargo(["test", "-p", "sm-e2e", "--no-run"]);
+    build.arg("--message-format=json-render-diagnostics");
+    for name in &names {
+        build.args(["--test", name]);
+    }
+    // The tests of the library are VMMs themselves.
+    built(build.env("SM_AGENT_BIN", agent), names.len())
+}
+
+fn end_to_end_names() -> Result<Vec<String>> {
     let mut names: Vec<_> = fs::read_dir(crate::paths::root().join("tests/tests"))?
         .flatten()
         .filter_map(|entry| {
@@ -320,13 +331,7 @@ fn end_to_end_programs(apt: &Apt) -> Result<Vec<PathBuf>> {
         })
         .collect();
     names.sort();
-    let mut build = cargo(["test", "-p", "sm-e2e", "--no-run"]);
-    build.arg("--message-format=json-render-diagnostics");
-    for name in &names {
-        build.args(["--test", name]);
-    }
-    // The tests of the library are VMMs themselves.
-    built(build.env("SM_AGENT_BIN", agent), names.len())
+    Ok(names)
 }
 
 /// Has cargo build test programs, `count` of them, and returns their paths.
@@ -352,7 +357,18 @@ fn built(build: &mut Command, count: usize) -> Result<Vec<PathBuf>> {
 
 #[cfg(test)]
 mod tests {
-    use super::Wanted;
+    use super::{Wanted, end_to_end_names};
+
+    /// Cargo finds programs that the manifest does not name, and runs them as unit tests.
+    #[test]
+    fn end_to_end_programs_are_no_unit_tests() {
+        let manifest = crate::paths::root().join("tests/Cargo.toml");
+        let manifest = std::fs::read_to_string(manifest).unwrap();
+        for name in end_to_end_names().unwrap() {
+            let entry = format!("[[test]]\nname = \"{name}\"\ntest = false\n");
+            assert!(manifest.contains(&entry), "{name}");
+        }
+    }
 
     #[test]
     fn long_tests_run_when_all_are_wanted_or_they_are_named() {
