@@ -94,7 +94,7 @@ pub(crate) fn run(apt: &Apt, wanted: &Wanted, kernel: Option<KernelBuild>) -> Re
     if wanted.unit {
         cmd::step("unit and property tests");
         let started = Instant::now();
-        let mut tests = cargo(["test", "--workspace", "--locked"]);
+        let mut tests = cargo(["test", "--workspace", "--locked", "--no-fail-fast"]);
         // What these tools test is not left out where they are missing.
         tests.env("SM_TEST_REGISTRY", "1");
         if wanted.full {
