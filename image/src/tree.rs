@@ -87,8 +87,8 @@ struct Dirent {
     inode: InodeId,
     /// The next entry of the same directory.
     next: DirentId,
-    /// The layer that has an entry of its own for this name, plus one: 0 for names
-    /// that only paths of others imply.
+    /// The last layer that had an entry of its own for this name, by
+    /// [`unpacked_mark`], or [`IMPLIED`].
     unpacked: u32,
 }
 
@@ -177,8 +177,9 @@ impl Tree {
             while at != NONE {
                 self.step(1)?;
                 let entry = self.dirents[at as usize];
-                if entry.inode != NONE && entry.unpacked == unpacked_mark(layer) {
-                    if self.inodes[entry.inode as usize].tag == Tag::Directory {
+                if entry.unpacked == unpacked_mark(layer) {
+                    let inode = self.inodes.get(entry.inode as usize);
+                    if inode.is_some_and(|inode| inode.tag == Tag::Directory) {
                         directories.push(entry.inode);
                     }
                     self.dirents[at as usize].next = kept;
@@ -349,7 +350,12 @@ impl Tree {
         }
         if let Some(known) = self.find(parent, name) {
             let dirent = &mut self.dirents[known as usize];
-            (dirent.inode, dirent.unpacked) = (inode, unpacked);
+            dirent.inode = inode;
+            // A name that the layer has had an entry for keeps its mark, also when a
+            // marker has taken the entry away since: containerd goes by names, too.
+            if unpacked != IMPLIED {
+                dirent.unpacked = unpacked;
+            }
             return Ok(());
         }
         let most = self.limits.entries;
@@ -516,6 +522,9 @@ impl Inode {
         }
     }
 }
+
+/// The mark of names that only paths of others imply.
+const IMPLIED: u32 = 0;
 
 /// The mark of names that `layer` has entries for.
 fn unpacked_mark(layer: u16) -> u32 {

@@ -1,6 +1,6 @@
 //! Finding directories by their paths, through symbolic links.
 
-use super::{BYTES_PER_STEP, InodeId, Kind, ROOT, Reason, Tree};
+use super::{BYTES_PER_STEP, IMPLIED, InodeId, Kind, ROOT, Reason, Tree};
 
 /// Symbolic links followed on the way to an entry's parent (as Linux does).
 const MAX_LINKS: u32 = 40;
@@ -93,7 +93,7 @@ impl Tree {
         for name in &missing {
             let parent = trail.last().copied().unwrap_or(ROOT);
             let id = self.new_inode(Kind::Directory)?;
-            self.place(parent, name, id, 0)?;
+            self.place(parent, name, id, IMPLIED)?;
             self.inherit_group(id, parent);
             trail.push(id);
         }

@@ -52,3 +52,24 @@ fn a_way_out_of_them_makes_none() {
     let names: Vec<_> = names.iter().map(|(name, _)| tree.text(*name)).collect();
     assert_eq!(names, [&b"g"[..], b"l", b"r", b"z"]);
 }
+
+#[test]
+fn one_that_takes_the_place_of_an_entry_is_kept_like_it() {
+    let mut tree = merge(&[vec![
+        file("d/x/f"),
+        entry("d/x", EntryKind::Directory),
+        entry("d/x", EntryKind::Whiteout),
+        entry("d/y", EntryKind::Directory),
+        entry("d/y", EntryKind::Whiteout),
+        entry("d/x/gone", EntryKind::Whiteout),
+        entry("d/z/gone", EntryKind::Whiteout),
+        entry("d", EntryKind::Opaque),
+        // The mark outlives an opaque marker, too.
+        entry("d/y/gone", EntryKind::Whiteout),
+        entry("d", EntryKind::Opaque),
+    ]])
+    .unwrap();
+    let is_there = ["d/x", "d/y", "d/z"].map(|path| tree.walk(path.as_bytes(), false).unwrap());
+    assert_eq!(is_there.map(|id| id.is_some()), [true, true, false]);
+    assert_eq!(paths(&tree), [""; 0]);
+}
