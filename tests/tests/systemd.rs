@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use std::io::{BufRead as _, BufReader};
 use std::path::PathBuf;
 
-use sm_e2e::{Home, Reaped, Vm, unique};
+use sm_e2e::{Done, Home, Reaped, Vm, unique};
 
 /// The lab is some 20 times slower than hardware.
 const GRACE: &str = "200";
@@ -19,16 +19,25 @@ fn layout() -> String {
     format!("oci:{}", images.join("systemd").display())
 }
 
+/// systemd's programs wait 25 s for an answer by the bus otherwise, of which an emulated
+/// processor needs more.
+const PATIENT: &str = "SYSTEMD_BUS_TIMEOUT=600s";
+
 /// What the system has come to, once it has: there is no bus to wait at before systemd
 /// has made one.
 const BOOTED: &str = "until [ -S /run/dbus/system_bus_socket ]; do sleep 1; done; \
     systemctl is-system-running --wait; systemctl --failed --no-pager";
 
+/// Runs a command of systemd's.
+fn patiently(vm: &Vm<'_>, command: &[&str]) -> Done {
+    vm.exec(&[&["env", PATIENT], command].concat())
+}
+
 /// Machine ID, epoch, host name as a process has them, and as services have.
 fn identity(vm: &Vm<'_>) -> Vec<String> {
     let script = "cat /etc/machine-id /run/sm-epoch; hostname; systemd-run -q --pipe --wait \
         cat /etc/machine-id";
-    let said = vm.exec(&["sh", "-c", script]).exits(0).out();
+    let said = patiently(vm, &["sh", "-c", script]).exits(0).out();
     let lines: Vec<_> = said.lines().map(str::to_owned).collect();
     let [machine_id, epoch, hostname, of_a_service] = lines.try_into().unwrap();
     assert_eq!(machine_id, of_a_service);
@@ -50,7 +59,7 @@ fn full_systemd_boots_takes_commands_and_ends_cleanly() {
     let comm = vm.exec(&["cat", "/proc/1/comm"]).exits(0).out();
     eprintln!("PID 1 was {comm}");
 
-    let booted = vm.exec(&["sh", "-c", BOOTED]).exits(0).out();
+    let booted = patiently(&vm, &["sh", "-c", BOOTED]).exits(0).out();
     eprintln!("{booted}");
     let state = booted.lines().next().unwrap();
     assert!(["running", "degraded"].contains(&state), "{booted}");
@@ -60,7 +69,7 @@ fn full_systemd_boots_takes_commands_and_ends_cleanly() {
         /sys/fs/cgroup/cgroup.subtree_control; systemd-run -q --pipe --wait \
         -p MemoryMax=64M -p TasksMax=50 sh -c '
             cd /sys/fs/cgroup/$(sed s/0::// /proc/self/cgroup); cat memory.max pids.max'";
-    let said = vm.exec(&["sh", "-c", script]).exits(0).out();
+    let said = patiently(&vm, &["sh", "-c", script]).exits(0).out();
     let lines: Vec<_> = said.lines().collect();
     let [own, controllers, memory, tasks] = lines[..] else {
         panic!("processes are in the topmost group: {said}");
@@ -74,7 +83,7 @@ fn full_systemd_boots_takes_commands_and_ends_cleanly() {
     assert!(journal.exits(0).out().contains("Reached target"));
     // It has no ID of this guest's to keep.
     let kept = ["show", "-P", "ConditionResult", "systemd-machine-id-commit"];
-    let kept = vm.exec(&[&["systemctl"], &kept[..]].concat());
+    let kept = patiently(&vm, &[&["systemctl"], &kept[..]].concat());
     assert_eq!(kept.exits(0).out(), "no\n");
 
     let snapshot = unique("systemd");
@@ -95,7 +104,7 @@ fn full_systemd_boots_takes_commands_and_ends_cleanly() {
     for vm in [&vm, stopped] {
         home.sm(&["stop", "-t", GRACE, &vm.name]).exits(0);
     }
-    other.exec(&["systemctl", "poweroff"]);
+    patiently(other, &["systemctl", "poweroff"]);
     for (vm, word) in [
         (&vm, "halt.target"),
         (stopped, "halt.target"),
