@@ -37,10 +37,28 @@ fn timeless(line: &str) -> String {
     parts.collect::<Vec<_>>().join(" ")
 }
 
+/// A file of the guest's own, whatever the image has there.
+const MACHINE_ID: &str = "/etc/machine-id";
+/// Made where the image has none.
+const RESOLV_CONF: &str = "/etc/resolv.conf";
+
 /// Compares what the guest lists with what is expected. Where the guest has mounted
-/// something, it is not the image's any more.
+/// or made something, it is not the image's any more.
 fn compare(name: &str, seen: &str, expected: &str) {
-    let (seen, mut expected) = (by_path(seen), by_path(expected));
+    let (mut seen, mut expected) = (by_path(seen), by_path(expected));
+    let is_file = |what: &&str| what.starts_with("mode=100");
+    assert!(seen.get(MACHINE_ID).is_none_or(is_file), "{seen:?}");
+    let mut own = vec![MACHINE_ID];
+    if !expected.contains_key(RESOLV_CONF) {
+        let empty = |what: &&str| is_file(what) && what.contains(" size=0 ");
+        assert!(seen.get(RESOLV_CONF).is_none_or(empty), "{seen:?}");
+        own.push(RESOLV_CONF);
+    }
+    for path in own {
+        if let Some(what) = seen.get_mut(path) {
+            *what = "mounted";
+        }
+    }
     let mounted: Vec<_> = seen
         .iter()
         .filter(|(_, what)| **what == "mounted")
