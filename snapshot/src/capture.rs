@@ -18,6 +18,7 @@ use crate::cpu::CpuFeatures;
 use crate::extents::{Content, PAGE};
 use crate::manifest::{DeviceEntry, FORMAT, Layer, Manifest, MemoryEntry, ParentRef, StateEntry};
 use crate::memory_file::{self, Base, MemoryIndex};
+use crate::pagemap;
 use crate::runs::{self, Run};
 use crate::state_file::{Section, StateFile};
 use crate::store::{Draft, SnapshotStore};
@@ -136,7 +137,7 @@ impl Capture {
             .map_err(Error::io("create", &path))?;
         flock(&file, FlockOperation::NonBlockingLockShared)
             .map_err(|e| Error::io("lock", &path)(e.into()))?;
-        let mut runs = runs::private(memory)?;
+        let mut runs = pagemap::private(memory)?;
         let whole = |runs: &[Run], chain: &Chain| {
             let runs = runs::union(runs, &chain.stored());
             memory_file::write(memory, &runs, Base::Nothing, &file, &path)

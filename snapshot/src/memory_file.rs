@@ -344,11 +344,11 @@ fn digest(file: &File, path: &Path, extent: &Extent, buffer: &mut [u8]) -> Resul
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::runs;
+    use crate::pagemap;
     use vm_memory::GuestAddress;
 
     fn write_all(memory: &GuestMemoryMmap, base: Base<'_>, file: &File) -> MemoryIndex {
-        let runs = runs::private(memory).unwrap();
+        let runs = pagemap::private(memory).unwrap();
         write(memory, &runs, base, file, Path::new("memory.bin")).unwrap()
     }
 

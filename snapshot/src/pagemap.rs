@@ -16,12 +16,15 @@ use std::ffi::c_void;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
+use std::path::Path;
 
 use rustix::io::Errno;
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
+use vm_memory::{GuestMemoryBackend as _, GuestMemoryMmap, GuestMemoryRegion as _};
 
+use crate::Error;
 use crate::extents::PAGE;
-use crate::runs::Run;
+use crate::runs::{self, Run};
 
 /// Bits of an entry (Linux `Documentation/admin-guide/mm/pagemap.rst`).
 const PRESENT: u64 = 1 << 63;
@@ -209,6 +212,32 @@ impl Pagemap {
         }
         Ok(())
     }
+}
+
+/// The pages of guest memory that belong to this process alone: written, or
+/// filled by it.
+///
+/// # Errors
+/// The page map cannot be read, or memory is not mapped.
+pub fn private(memory: &GuestMemoryMmap) -> Result<Vec<Run>, Error> {
+    let path = Path::new("/proc/self/pagemap");
+    let pagemap = Pagemap::open().map_err(Error::io("open", path))?;
+    let mut all = Vec::new();
+    let mut offset = 0;
+    for region in memory.iter() {
+        let host = memory
+            .get_host_address(region.start_addr())
+            .map_err(|e| Error::damaged(path, format!("guest memory is not mapped: {e}")))?
+            as u64;
+        let pages = region.len() / PAGE;
+        pagemap
+            .private_runs(host, pages, |(first, count)| {
+                runs::push(&mut all, (offset + first, count));
+            })
+            .map_err(Error::io("read", path))?;
+        offset += pages;
+    }
+    Ok(all)
 }
 
 #[cfg(test)]

@@ -1,14 +1,6 @@
 //! Lists of page runs: first page and number of pages, ascending, disjoint, in
 //! RAM order.
 
-use std::path::Path;
-
-use vm_memory::{GuestMemoryBackend as _, GuestMemoryMmap, GuestMemoryRegion as _};
-
-use crate::Error;
-use crate::extents::PAGE;
-use crate::pagemap::Pagemap;
-
 /// First page and number of pages.
 pub type Run = (u64, u64);
 
@@ -51,32 +43,6 @@ pub fn union(a: &[Run], b: &[Run]) -> Vec<Run> {
             _ => all.push((first, pages)),
         }
     }
-}
-
-/// The pages of guest memory that belong to this process alone: written, or
-/// filled by it.
-///
-/// # Errors
-/// The page map cannot be read, or memory is not mapped.
-pub fn private(memory: &GuestMemoryMmap) -> Result<Vec<Run>, Error> {
-    let path = Path::new("/proc/self/pagemap");
-    let pagemap = Pagemap::open().map_err(Error::io("open", path))?;
-    let mut runs = Vec::new();
-    let mut offset = 0;
-    for region in memory.iter() {
-        let host = memory
-            .get_host_address(region.start_addr())
-            .map_err(|e| Error::damaged(path, format!("guest memory is not mapped: {e}")))?
-            as u64;
-        let pages = region.len() / PAGE;
-        pagemap
-            .private_runs(host, pages, |(first, count)| {
-                push(&mut runs, (offset + first, count));
-            })
-            .map_err(Error::io("read", path))?;
-        offset += pages;
-    }
-    Ok(runs)
 }
 
 #[cfg(test)]

@@ -335,7 +335,7 @@ fn pages_that_were_copied_ahead_are_stored_only_if_they_changed() {
         written: vec![(10, 30), (90, 20)],
     };
     assert_eq!(set.prefetch(&memory), 60);
-    let private = sm_snapshot::runs::private(&memory.guest).unwrap();
+    let private = sm_snapshot::pagemap::private(&memory.guest).unwrap();
     assert_eq!(private, set.written, "they are copies");
     write(&memory, 12, 777);
     write(&memory, 20, 0);

@@ -158,7 +158,7 @@ impl Guest for RunningMachine {
         let state = machine_state(chain).map_err(|error| with_causes(&error))?;
         self.machine.pause().map_err(failed("pause the vCPUs"))?;
         // Pages that were only read are as in the snapshot, and stay mapped.
-        let written = sm_snapshot::runs::private(&self.machine.memory().guest)
+        let written = sm_snapshot::pagemap::private(&self.machine.memory().guest)
             .map_err(failed("find what the machine wrote"))?;
         self.machine
             .reset_to(&state, Some(&written))
