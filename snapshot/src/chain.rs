@@ -3,8 +3,7 @@
 use std::path::Path;
 
 use crate::Error;
-use crate::extents::{Content, Extent, Piece, flatten, is_well_formed};
-use crate::memory_file::MemoryIndex;
+use crate::extents::{Content, Extent, MemoryIndex, Piece, flatten, is_well_formed};
 use crate::runs::{Run, union};
 use crate::state_file::{self, StateFile};
 use crate::store::{Lease, SnapshotStore, read_capped};

@@ -1,20 +1,16 @@
 //! Guest-visible memory of a snapshot, wherever in its chain a page is stored:
-//! reading, comparing and flattening without a VMM.
+//! reading and comparing without a VMM.
 
-use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 
 use crate::Error;
-use crate::capture;
 use crate::chain::Chain;
-use crate::extents::{Content, ExtentBuilder, PAGE, Piece, Source};
-use crate::manifest::{Manifest, MemoryEntry};
-use crate::memory_file::{self, MemoryIndex};
-use crate::store::{Draft, SnapshotStore};
+use crate::extents::{PAGE, Piece, Source};
 
 /// Pages read at once.
 const BATCH: u64 = 64;
-const PAGE_LEN: usize = 4096;
+/// [`PAGE`], as a length in memory.
+pub(crate) const PAGE_LEN: usize = 4096;
 
 /// Calls `visit(first page, bytes)` over all memory, in batches of whole pages.
 ///
@@ -130,74 +126,4 @@ pub fn compare(a: &Chain, b: &Chain) -> Result<Difference, Error> {
         Ok(())
     })?;
     Ok(Difference { pages, different })
-}
-
-/// Writes a copy of a snapshot that builds on nothing, as `name`. The machine in it
-/// is the same.
-///
-/// # Errors
-/// The file system refused, or the name is taken.
-pub fn flatten_to(store: &SnapshotStore, chain: &Chain, name: &str) -> Result<Manifest, Error> {
-    let (draft, manifest) = flat_copy(store, chain)?;
-    store.publish(draft, name)?;
-    Ok(manifest)
-}
-
-/// Makes the snapshot `name` build on nothing. Whoever opens it meanwhile gets the one
-/// or the other.
-///
-/// # Errors
-/// It is absent or damaged, a machine or another snapshot uses it, or the file system
-/// refused.
-pub fn flatten(store: &SnapshotStore, name: &str) -> Result<Manifest, Error> {
-    let chain = Chain::open(store, name)?;
-    let (draft, manifest) = flat_copy(store, &chain)?;
-    // Or it would be in use by us.
-    drop(chain);
-    store.replace(draft, name)?;
-    Ok(manifest)
-}
-
-fn flat_copy(store: &SnapshotStore, chain: &Chain) -> Result<(Draft, Manifest), Error> {
-    let tip = chain.tip();
-    let draft = store.draft()?;
-    let path = draft.path().join("memory.bin");
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(&path)
-        .map_err(Error::io("create", &path))?;
-    file.set_len(tip.index.pages() * PAGE)
-        .map_err(Error::io("set the length of", &path))?;
-    let mut builder = ExtentBuilder::new();
-    for_each_batch(chain, |first, bytes| {
-        for (page, content) in (first..).zip(bytes.chunks(PAGE_LEN)) {
-            if content.iter().any(|&byte| byte != 0) {
-                builder.push(page, Content::Data);
-                file.write_all_at(content, page * PAGE)
-                    .map_err(Error::io("write", &path))?;
-            }
-        }
-        Ok(())
-    })?;
-    let extents = builder.finish();
-    let index = MemoryIndex {
-        regions: tip.index.regions.clone(),
-        digests: memory_file::digests(&file, &path, &extents)?,
-        extents,
-    };
-    let state = capture::encode_state(&path, &index, tip.state.sections.clone())?;
-    let mut manifest = Manifest {
-        parent: None,
-        memory: MemoryEntry {
-            len: index.pages() * PAGE,
-            data_pages: index.count(Content::Data),
-            zero_pages: 0,
-        },
-        ..tip.lease.manifest().clone()
-    };
-    capture::write_state(&draft, &state, &mut manifest)?;
-    capture::write_manifest(&draft, &mut manifest)?;
-    Ok((draft, manifest))
 }

@@ -39,6 +39,37 @@ impl Extent {
     }
 }
 
+/// What `memory.bin` holds; stored as a section of `state.bin`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryIndex {
+    /// Guest physical start and length of each RAM region, in RAM order.
+    pub regions: Vec<(u64, u64)>,
+    /// The runs of pages recorded.
+    pub extents: Vec<Extent>,
+    /// SHA-256 over the stored pages of each [`Content::Data`] extent, in order.
+    pub digests: Vec<[u8; 32]>,
+}
+
+impl MemoryIndex {
+    /// Number of pages of guest memory.
+    #[must_use]
+    pub fn pages(&self) -> u64 {
+        self.regions
+            .iter()
+            .fold(0, |sum, (_, len)| sum.saturating_add(len / PAGE))
+    }
+
+    /// Number of pages recorded with `content`.
+    #[must_use]
+    pub fn count(&self, content: Content) -> u64 {
+        self.extents
+            .iter()
+            .filter(|extent| extent.content == content)
+            .map(|extent| extent.pages)
+            .sum()
+    }
+}
+
 /// Collects pages in ascending order into extents.
 #[derive(Debug, Default)]
 pub struct ExtentBuilder {

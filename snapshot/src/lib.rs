@@ -12,6 +12,7 @@ pub mod contents;
 pub mod cpu;
 mod error;
 pub mod extents;
+pub mod flat;
 pub mod manifest;
 pub mod memory_file;
 pub mod pagemap;

@@ -6,7 +6,6 @@ use std::path::Path;
 
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
-use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use vm_memory::{
     Bytes as _, GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap, GuestMemoryRegion as _,
@@ -15,44 +14,13 @@ use vm_memory::{
 use crate::Error;
 use crate::chain::Chain;
 use crate::contents;
-use crate::extents::{self, Content, Extent, ExtentBuilder, PAGE};
+use crate::extents::{self, Content, Extent, ExtentBuilder, MemoryIndex, PAGE};
 use crate::runs::{self, Run};
 
 /// [`PAGE`], as a length in memory.
 const PAGE_LEN: usize = 4096;
 /// Bytes copied out of the guest at once: fits a core's second-level cache.
 const COPY: usize = 256 * 1024;
-
-/// What `memory.bin` holds; stored as a section of `state.bin`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MemoryIndex {
-    /// Guest physical start and length of each RAM region, in RAM order.
-    pub regions: Vec<(u64, u64)>,
-    /// The runs of pages recorded.
-    pub extents: Vec<Extent>,
-    /// SHA-256 over the stored pages of each [`Content::Data`] extent, in order.
-    pub digests: Vec<[u8; 32]>,
-}
-
-impl MemoryIndex {
-    /// Number of pages of guest memory.
-    #[must_use]
-    pub fn pages(&self) -> u64 {
-        self.regions
-            .iter()
-            .fold(0, |sum, (_, len)| sum.saturating_add(len / PAGE))
-    }
-
-    /// Number of pages recorded with `content`.
-    #[must_use]
-    pub fn count(&self, content: Content) -> u64 {
-        self.extents
-            .iter()
-            .filter(|extent| extent.content == content)
-            .map(|extent| extent.pages)
-            .sum()
-    }
-}
 
 /// The RAM regions of `memory`: guest physical start and length, in RAM order.
 #[must_use]

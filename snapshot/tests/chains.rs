@@ -16,6 +16,7 @@ use sm_snapshot::capture::{Ancestry, Capture, Description};
 use sm_snapshot::chain::{Chain, MAX_DEPTH, MAX_PIECES};
 use sm_snapshot::contents::{self, Difference};
 use sm_snapshot::extents::Content;
+use sm_snapshot::flat;
 use sm_snapshot::manifest::Layer;
 use sm_snapshot::restore::map_memory;
 use sm_snapshot::state_file::Section;
@@ -124,7 +125,7 @@ fn a_chain_of_five_diffs_equals_a_full_snapshot() {
     );
     assert_eq!(diff.tip().index.count(Content::Zero), 1);
 
-    contents::flatten_to(&store, &diff, "flat").unwrap();
+    flat::flatten_to(&store, &diff, "flat").unwrap();
     let flat = Chain::open(&store, "flat").unwrap();
     assert_eq!(flat.members().len(), 1);
     assert_eq!(contents::compare(&flat, &full).unwrap(), equal);
@@ -148,12 +149,12 @@ fn a_snapshot_is_flattened_in_place_unless_it_is_used() {
     // Mapped memory, too, is a use.
     drop((chain, memory));
     let held = Chain::open(&store, "tip").unwrap();
-    let refused = contents::flatten(&store, "tip").unwrap_err();
+    let refused = flat::flatten(&store, "tip").unwrap_err();
     assert!(matches!(refused, Error::InUse { .. }), "{refused}");
-    let refused = contents::flatten(&store, "base").unwrap_err().to_string();
+    let refused = flat::flatten(&store, "base").unwrap_err().to_string();
     assert!(refused.contains("builds on it"), "{refused}");
     drop(held);
-    let manifest = contents::flatten(&store, "tip").unwrap();
+    let manifest = flat::flatten(&store, "tip").unwrap();
     assert_eq!(manifest.parent, None);
     store.remove("base").unwrap();
     let flat = Chain::open(&store, "tip").unwrap();

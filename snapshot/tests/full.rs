@@ -13,7 +13,7 @@ use std::process::Command;
 use sm_snapshot::Error;
 use sm_snapshot::capture::{Ancestry, Capture, Description};
 use sm_snapshot::chain::Chain;
-use sm_snapshot::contents;
+use sm_snapshot::flat;
 use sm_snapshot::manifest::Layer;
 use sm_snapshot::restore::map_memory;
 use sm_snapshot::state_file::Section;
@@ -208,7 +208,7 @@ fn all_that_is_written(disk: &Path, ballast: impl Fn(u64) -> Ballast, at_least: 
     drop((child, memory, chain));
     // In the place of one.
     let failed = is_full(&["child", "parent"], &mut |store| {
-        contents::flatten(store, "child").map(drop)
+        flat::flatten(store, "child").map(drop)
     });
     assert!(failed >= at_least, "{failed}");
     is_sound(&store, "child", 44);

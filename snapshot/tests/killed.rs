@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use sm_snapshot::capture::{Ancestry, Capture, Description};
 use sm_snapshot::chain::Chain;
-use sm_snapshot::contents;
+use sm_snapshot::flat;
 use sm_snapshot::manifest::Layer;
 use sm_snapshot::restore::map_memory;
 use sm_snapshot::state_file::Section;
@@ -79,7 +79,7 @@ fn work(root: &Path) {
         write(&memory, 1, 1);
         capture(&store, "grandchild", &memory, Ancestry::Diff(&child));
         drop((memory, child, chain));
-        contents::flatten(&store, "grandchild").unwrap();
+        flat::flatten(&store, "grandchild").unwrap();
         store.remove("child").unwrap();
     }
 }

@@ -16,6 +16,7 @@ use sm_snapshot::Error;
 use sm_snapshot::chain::Chain;
 use sm_snapshot::contents;
 pub use sm_snapshot::contents::Difference;
+use sm_snapshot::flat;
 pub use sm_snapshot::manifest::{Layer, Manifest};
 use sm_snapshot::store::{Entry, SnapshotStore};
 pub use sm_snapshot::verify::Verified;
@@ -148,14 +149,10 @@ pub fn diff(home: &Home, a: &str, b: &str) -> Result<Difference, Error> {
 pub fn flatten(home: &Home, name: &str, copy: Option<&str>) -> Result<Manifest, RuntimeError> {
     let store = SnapshotStore::open(&home.snapshots())?;
     let Some(copy) = copy else {
-        return Ok(contents::flatten(&store, name)?);
+        return Ok(flat::flatten(&store, name)?);
     };
     check_user_name(copy)?;
-    Ok(contents::flatten_to(
-        &store,
-        &Chain::open(&store, name)?,
-        copy,
-    )?)
+    Ok(flat::flatten_to(&store, &Chain::open(&store, name)?, copy)?)
 }
 
 /// Removes a snapshot.
