@@ -49,6 +49,7 @@ mod state;
 mod tsc;
 mod vcpu;
 mod vm;
+mod vm_shared;
 
 use std::io;
 use std::os::unix::fs::MetadataExt as _;

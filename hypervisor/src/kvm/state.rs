@@ -24,7 +24,7 @@ use kvm_bindings::{
 use kvm_ioctls::VcpuFd;
 use zerocopy::{FromBytes as _, IntoBytes as _};
 
-use super::vm::VmShared;
+use super::vm_shared::VmShared;
 use super::{convert, msrs, os};
 use crate::Error;
 use crate::state::{Blob, CpuidEntry, VcpuState};

@@ -13,7 +13,7 @@ use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::kick::KickState;
-use super::vm::VmShared;
+use super::vm_shared::VmShared;
 use super::{convert, cpuid, fault, os, state};
 use crate::state::{BootRegisters, CpuidEntry, VcpuState};
 use crate::{Bus, Error, Exit, Kicker, RestoredVcpu, Vcpu, VcpuSeed};

@@ -1,21 +1,19 @@
 //! The VM: memory slots, interrupt lines, doorbells, irqchip and clock.
 
 use std::os::fd::{AsFd as _, BorrowedFd, FromRawFd as _, IntoRawFd as _};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::Arc;
 
 use kvm_bindings::{
-    KVM_CAP_X86_TRIPLE_FAULT_EVENT, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
-    KVM_IRQCHIP_PIC_SLAVE, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_clock_data,
-    kvm_enable_cap, kvm_irqchip, kvm_userspace_memory_region,
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MEM_LOG_DIRTY_PAGES,
+    KVM_MEM_READONLY, kvm_clock_data, kvm_irqchip, kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Cap, IoEventAddress, NoDatamatch, VmFd};
+use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::ahead::Ahead;
-use super::slots::{Slot, SlotTable};
-use super::tsc::TscOffset;
+use super::slots::Slot;
 use super::vcpu::KvmSeed;
+use super::vm_shared::VmShared;
 use super::{Kvm, os};
 use crate::state::{Blob, VmState};
 use crate::{
@@ -23,9 +21,6 @@ use crate::{
     VmConfig,
 };
 
-/// Three pages below 4 GiB for KVM's own use on processors without
-/// unrestricted guests; must not be RAM or a device.
-const TSS_ADDRESS: usize = 0xfffb_d000;
 const PAGE: u64 = 4096;
 /// Layout version of [`KvmVmState`].
 const STATE_VERSION: u32 = 1;
@@ -35,74 +30,6 @@ const BACKEND: &str = "kvm";
 #[derive(Debug)]
 pub struct KvmVm {
     shared: Arc<VmShared>,
-}
-
-/// What a VM and its vCPUs share.
-#[derive(Debug)]
-pub(super) struct VmShared {
-    pub(super) kvm: Kvm,
-    fd: VmFd,
-    /// Number of vCPUs.
-    pub(super) vcpus: u32,
-    /// Size of a vCPU's XSAVE area in bytes.
-    pub(super) xsave_len: usize,
-    tsc_deadline: OnceLock<bool>,
-    /// A pending triple fault is part of a vCPU's events.
-    pub(super) triple_faults: bool,
-    /// The MSRs that could be read from the first vCPU that was saved.
-    pub(super) readable_msrs: OnceLock<Vec<u32>>,
-    pub(super) tsc_offset: TscOffset,
-    pub(super) slots: SlotTable,
-    /// Whether the interrupt controllers are there.
-    controllers: Mutex<bool>,
-}
-
-impl VmShared {
-    /// Makes the interrupt controllers unless they are there: before the first vCPU,
-    /// as KVM demands, but after the memory of a machine that maps it first.
-    ///
-    /// After them, changing the memory map takes 7 ms instead of 0.1 (Linux 6.18):
-    /// presumably it waits for the grace period of what they replace.
-    fn ensure_controllers(&self) -> Result<(), Error> {
-        let mut there = self
-            .controllers
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        if !*there {
-            self.fd
-                .create_irq_chip()
-                .map_err(os("create interrupt controllers"))?;
-            *there = true;
-        }
-        Ok(())
-    }
-
-    /// Whether the local APIC's timer has the TSC-deadline mode.
-    pub(super) fn tsc_deadline(&self) -> bool {
-        *self
-            .tsc_deadline
-            .get_or_init(|| self.fd.check_extension(Cap::TscDeadlineTimer))
-    }
-
-    /// Masks the 8259 pair that KVM creates with the IOAPIC, and that the machine
-    /// does not have: the local APIC passes its interrupts on after a reset, and
-    /// a guest that is told of no 8259 does not mask it.
-    pub(super) fn mask_legacy_controllers(&self) -> Result<(), Error> {
-        for chip_id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE] {
-            let mut chip = kvm_irqchip {
-                chip_id,
-                ..kvm_irqchip::default()
-            };
-            self.fd
-                .get_irqchip(&mut chip)
-                .map_err(os("read an interrupt controller"))?;
-            chip.chip.pic.imr = 0xff;
-            self.fd
-                .set_irqchip(&chip)
-                .map_err(os("write an interrupt controller"))?;
-        }
-        Ok(())
-    }
 }
 
 /// What [`VmState`]'s blob holds.
@@ -117,34 +44,8 @@ struct KvmVmState {
 
 impl KvmVm {
     pub(super) fn create(kvm: Kvm, config: &VmConfig) -> Result<Self, Error> {
-        let fd = Ahead::take(&kvm.shared).map_err(os("create a VM"))?;
-        fd.set_tss_address(TSS_ADDRESS)
-            .map_err(os("set the TSS address"))?;
-        let events = kvm_enable_cap {
-            cap: KVM_CAP_X86_TRIPLE_FAULT_EVENT,
-            args: [1, 0, 0, 0],
-            ..kvm_enable_cap::default()
-        };
-        // Kernels before 6.1 cannot tell.
-        let triple_faults = fd.enable_cap(&events).is_ok();
-        // Older kernels have no larger area than the structure's 4 KiB.
-        let xsave_len = usize::try_from(fd.check_extension_int(Cap::Xsave2))
-            .unwrap_or(0)
-            .max(4096);
-        Ok(Self {
-            shared: Arc::new(VmShared {
-                kvm,
-                fd,
-                vcpus: config.vcpus.max(1),
-                xsave_len,
-                tsc_deadline: OnceLock::new(),
-                triple_faults,
-                readable_msrs: OnceLock::new(),
-                tsc_offset: TscOffset::default(),
-                slots: SlotTable::default(),
-                controllers: Mutex::new(false),
-            }),
-        })
+        let shared = Arc::new(VmShared::create(kvm, config)?);
+        Ok(Self { shared })
     }
 
     fn fd(&self) -> &VmFd {
