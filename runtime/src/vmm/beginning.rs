@@ -3,8 +3,9 @@
 use sm_snapshot::cpu::CpuFeatures;
 use sm_snapshot::store::SnapshotStore;
 
-use super::cache::{Cache, Identity};
+use super::cache::Cache;
 use super::guest::Start;
+use super::identity::Identity;
 use super::machine::read_initramfs;
 use super::saved::{Content, Plan, Saved};
 use crate::doctor::with_causes;

@@ -13,38 +13,15 @@ use sm_snapshot::cpu::CpuFeatures;
 use sm_snapshot::manifest::Layer;
 use sm_snapshot::store::SnapshotStore;
 
-use super::digests::{combined_digest, file_digest};
+use super::digests::combined_digest;
+use super::identity::Identity;
 use super::saved::{Content, Plan, Saved, versions};
 use crate::doctor::with_causes;
-use crate::initramfs::Initramfs;
 use crate::launch::LaunchRequest;
 use crate::snapshots::{EPHEMERAL_LABEL, IMAGE_LABEL, is_automatic, is_of_fork};
 
 /// Automatic snapshots kept; beyond that, those unused for longest go.
 const KEPT: usize = 64;
-
-/// What tells one guest software from another.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Identity {
-    /// SHA-256 of the kernel.
-    pub(crate) kernel: String,
-    /// Digest of the initial RAM file system's contents, which are agent and modules.
-    pub(crate) agent: String,
-}
-
-impl Identity {
-    /// The identity of what `request` boots.
-    ///
-    /// # Errors
-    /// The kernel cannot be read; a clause.
-    pub(crate) fn of(request: &LaunchRequest, initramfs: &Initramfs) -> Result<Self, String> {
-        Ok(Self {
-            kernel: file_digest(&request.config.kernel, &request.cache)
-                .map_err(|error| format!("cannot read the kernel: {error}"))?,
-            agent: initramfs.digest(),
-        })
-    }
-}
 
 /// The snapshots that a request can use.
 #[derive(Clone, Debug)]

@@ -30,9 +30,10 @@ use sm_vmm_core::virtio::disk::{Disk, Segment};
 use sm_vmm_core::virtio::rng::Rng;
 
 use super::beginning::{Beginning, Source};
-use super::cache::{self, Identity};
+use super::cache;
 use super::descriptors::Descriptors;
 use super::guest::{Guest, Notice, NoticeSender, Start};
+use super::identity::Identity;
 use super::paging::{self, Paged};
 use super::prefetch::Prefetch;
 use super::saved::{Content, Plan, Saved};

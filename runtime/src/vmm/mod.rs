@@ -11,6 +11,7 @@ mod conn;
 mod descriptors;
 pub(crate) mod digests;
 mod guest;
+mod identity;
 mod log;
 mod machine;
 mod paging;
