@@ -6,10 +6,11 @@ use sm_snapshot::store::SnapshotStore;
 use super::cache::Cache;
 use super::guest::Start;
 use super::identity::Identity;
-use super::machine::read_initramfs;
 use super::saved::{Content, Plan, Saved};
 use crate::doctor::with_causes;
+use crate::guest_agent;
 use crate::initramfs::Initramfs;
+use crate::kernel::Kernel;
 use crate::launch::{LaunchRequest, Origin};
 
 /// See the module's documentation.
@@ -131,4 +132,14 @@ impl Beginning {
             }
         }
     }
+}
+
+fn read_initramfs(request: &LaunchRequest) -> Result<Initramfs, String> {
+    let agent = guest_agent::read().map_err(|error| with_causes(&error))?;
+    let kernel = Kernel {
+        path: request.config.kernel.clone(),
+        modules: request.modules.clone(),
+    };
+    let modules = kernel.read_modules().map_err(|error| with_causes(&error))?;
+    Ok(Initramfs { agent, modules })
 }

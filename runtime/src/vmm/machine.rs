@@ -32,16 +32,15 @@ use sm_vmm_core::virtio::rng::Rng;
 use super::beginning::{Beginning, Source};
 use super::cache;
 use super::descriptors::Descriptors;
+use super::failure::Failure;
 use super::guest::{Guest, Notice, NoticeSender, Start};
 use super::identity::Identity;
 use super::paging::{self, Paged};
 use super::prefetch::Prefetch;
 use super::saved::{Content, Plan, Saved};
 use crate::doctor::{unusable, with_causes};
-use crate::guest_agent;
 use crate::id::random;
 use crate::initramfs::Initramfs;
-use crate::kernel::Kernel;
 use crate::launch::{DiskSegment, LaunchRequest, Origin};
 use crate::publish::{Published, Wiring};
 use crate::record::{Record, VmConfig};
@@ -147,22 +146,6 @@ pub(crate) struct Started {
     pub(crate) phases: Vec<Phase>,
     /// Sentences that the person who started the VM should see.
     pub(crate) warnings: Vec<String>,
-}
-
-/// Why there is no machine; a sentence.
-pub(crate) struct Failure {
-    pub(crate) message: String,
-    /// It may be the snapshot's fault, not the host's or the request's.
-    pub(crate) spoilt: bool,
-}
-
-impl From<String> for Failure {
-    fn from(message: String) -> Self {
-        Self {
-            message,
-            spoilt: false,
-        }
-    }
 }
 
 /// Boots or restores the machine. A snapshot of the cache that cannot be restored is
@@ -479,14 +462,4 @@ fn root_disk(segments: &[DiskSegment]) -> Result<Disk, String> {
         });
     }
     Disk::composite(opened).map_err(failed("assemble the root disk"))
-}
-
-pub(crate) fn read_initramfs(request: &LaunchRequest) -> Result<Initramfs, String> {
-    let agent = guest_agent::read().map_err(|error| with_causes(&error))?;
-    let kernel = Kernel {
-        path: request.config.kernel.clone(),
-        modules: request.modules.clone(),
-    };
-    let modules = kernel.read_modules().map_err(|error| with_causes(&error))?;
-    Ok(Initramfs { agent, modules })
 }

@@ -10,6 +10,7 @@ mod cache;
 mod conn;
 mod descriptors;
 pub(crate) mod digests;
+mod failure;
 mod guest;
 mod identity;
 mod log;

@@ -7,7 +7,7 @@ use sm_snapshot::userfault::{ChainPages, Pager, page_in};
 use sm_snapshot::working_set::WorkingSet;
 use sm_vmm_core::memory::MachineMemory;
 
-use super::machine::Failure;
+use super::failure::Failure;
 use super::prefetch::Prefetch;
 use crate::doctor::with_causes;
 use crate::run::Paging;
