@@ -19,6 +19,7 @@ mod sources;
 
 use std::fs;
 use std::path::Path;
+use std::process::Stdio;
 
 use anyhow::{Context as _, Result, bail};
 
@@ -65,11 +66,40 @@ pub(crate) fn run() -> Result<()> {
     Ok(())
 }
 
-/// All files under version control that are text.
+/// Paths of all files of the repository, relative to its root: those under version
+/// control or, in a copy without it, all but build output and hidden directories.
+fn names(root: &Path) -> Result<Vec<String>> {
+    let mut git = cmd::command("git", ["ls-files", "-z", "--cached"]);
+    let listed = git.current_dir(root).stderr(Stdio::null()).output();
+    if let Ok(listed) = listed
+        && listed.status.success()
+    {
+        let names = String::from_utf8_lossy(&listed.stdout);
+        let names = names.split('\0').filter(|path| !path.is_empty());
+        return Ok(names.map(str::to_owned).collect());
+    }
+    let mut names = Vec::new();
+    let mut directories = vec![root.to_owned()];
+    while let Some(directory) = directories.pop() {
+        for entry in fs::read_dir(&directory)? {
+            let (path, kind) = entry.and_then(|entry| Ok((entry.path(), entry.file_type()?)))?;
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            if kind.is_dir() {
+                if name != "target" && !name.starts_with('.') {
+                    directories.push(path);
+                }
+            } else if let Some(path) = path.strip_prefix(root).ok().and_then(Path::to_str) {
+                names.push(path.to_owned());
+            }
+        }
+    }
+    Ok(names)
+}
+
+/// All files of the repository that are text.
 fn texts(root: &Path) -> Result<Vec<Text>> {
-    let names = cmd::text(cmd::command("git", ["ls-files", "-z", "--cached"]).current_dir(root))?;
     let mut texts = Vec::new();
-    for path in names.split('\0').filter(|path| !path.is_empty()) {
+    for path in &names(root)? {
         if DATA.iter().any(|data| path.starts_with(data)) {
             continue;
         }
@@ -129,6 +159,19 @@ mod tests {
             path: path.to_owned(),
             how: "is wrong".to_owned(),
         }
+    }
+
+    #[test]
+    fn a_copy_without_version_control_has_the_same_files() {
+        let copy = tempfile::tempdir().unwrap();
+        for path in ["a.rs", "sub/b.rs", "target/c.rs", ".hidden/d.rs"] {
+            let path = copy.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, "text").unwrap();
+        }
+        let mut found = names(copy.path()).unwrap();
+        found.sort();
+        assert_eq!(found, ["a.rs", "sub/b.rs"]);
     }
 
     #[test]
