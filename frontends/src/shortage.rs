@@ -12,7 +12,7 @@ use rustix::io::Errno;
 /// Time until a call is repeated.
 pub(crate) const RETRY: Duration = Duration::from_millis(10);
 
-/// Whether a call failed for want of memory.
+/// Returns true if a call failed for want of memory.
 pub(crate) fn is_shortage(error: &io::Error) -> bool {
     matches!(
         Errno::from_io_error(error),

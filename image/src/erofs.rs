@@ -17,7 +17,7 @@ use crate::tree::{InodeId, Kind, Tree};
 const _: () = assert!(sm_erofs::BLOCK == BLOCK_SIZE);
 const _: () = assert!(sm_erofs::ROOT == crate::tree::ROOT);
 
-/// What the guest's overlay file system uses for itself: an image must not
+/// Attributes that the guest's overlay file system uses for itself: an image must not
 /// speak in its name.
 const OVERLAY: [&[u8]; 2] = [b"trusted.overlay.", b"user.overlay."];
 
@@ -74,7 +74,7 @@ fn uuid(identity: Digest) -> [u8; 16] {
 struct Stack<'a> {
     tree: &'a Tree,
     layers: &'a [LayerData<'a>],
-    /// Where each layer's blob begins, in bytes from the end of the metadata image.
+    /// Start of each layer's blob, in bytes from the end of the metadata image.
     bases: Vec<u64>,
 }
 

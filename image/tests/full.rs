@@ -38,7 +38,7 @@ fn small_disk(name: &str, options: &str) -> Option<PathBuf> {
     }
     let at = tempfile::tempdir().unwrap();
     let mut command = Command::new("unshare");
-    // Whoever is not root may mount in a user namespace.
+    // Users other than root may mount in a user namespace.
     if !rustix::process::geteuid().is_root() {
         command.args(["--user", "--map-root-user"]);
     }
@@ -57,7 +57,7 @@ fn small_disk(name: &str, options: &str) -> Option<PathBuf> {
     None
 }
 
-/// What takes the room that is to be missing.
+/// A file that takes the room that is to be missing.
 struct Ballast(PathBuf);
 
 impl Ballast {
@@ -162,7 +162,7 @@ fn wherever_it_gets_full(disk: &Path, ballast: impl Fn(u64) -> Ballast) {
             text.contains("No space left") || text.contains("has room for"),
             "with {room}: {text}"
         );
-        // What is there can be used and listed as it is.
+        // The rest can be used and listed as it is.
         let store = Store::open(&root).unwrap();
         assert_eq!(store.list().unwrap().len(), 1, "with {room}");
         drop(full);

@@ -22,7 +22,7 @@ pub struct ExecBuilder {
     record: Record,
     request: ExecRequest,
     env: Vec<String>,
-    /// How long the guest may take nothing of the request.
+    /// Limit on the time in which the guest takes nothing of the request.
     pub(crate) send_timeout: Duration,
 }
 

@@ -111,7 +111,7 @@ impl Logs {
     fn follow(&self) -> Result<Watch, Error> {
         match Control::connect(&self.record).and_then(Control::follow) {
             Ok(stream) => Ok(Watch::Process(stream)),
-            // What there is no process to tell of does not happen.
+            // Without a process there is no more output.
             Err(Error::NotRunning(_)) => {
                 self.record.wait_until_dead()?;
                 Ok(Watch::Nothing)

@@ -39,7 +39,7 @@ impl Extent {
     }
 }
 
-/// What `memory.bin` holds; stored as a section of `state.bin`.
+/// Contents of `memory.bin`; stored as a section of `state.bin`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryIndex {
     /// Guest physical start and length of each RAM region, in RAM order.

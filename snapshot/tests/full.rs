@@ -34,7 +34,7 @@ fn small_disk(name: &str, options: &str) -> Option<PathBuf> {
     }
     let at = tempfile::tempdir().unwrap();
     let mut command = Command::new("unshare");
-    // Whoever is not root may mount in a user namespace.
+    // Users other than root may mount in a user namespace.
     if !rustix::process::geteuid().is_root() {
         command.args(["--user", "--map-root-user"]);
     }
@@ -53,7 +53,7 @@ fn small_disk(name: &str, options: &str) -> Option<PathBuf> {
     None
 }
 
-/// What takes the room that is to be missing.
+/// A file that takes the room that is to be missing.
 struct Ballast(PathBuf);
 
 impl Ballast {
@@ -164,7 +164,7 @@ fn wherever_it_gets_full(
         };
         let text = with_causes(&error);
         assert!(text.contains("No space left"), "with {room}: {text}");
-        // What is there can be used as it is, and nothing else is there.
+        // The rest can be used as it is, and nothing else is there.
         let store = SnapshotStore::open(root).unwrap();
         let listed: Vec<String> = store.list().unwrap().into_iter().map(|e| e.name).collect();
         assert_eq!(listed, names, "with {room}");

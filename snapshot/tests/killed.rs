@@ -22,7 +22,7 @@ use vm_memory::{Bytes as _, GuestAddress};
 
 const KILLS: usize = 60;
 const NAME: &str = "whatever_is_listed_after_a_kill_is_whole";
-/// Where the process that is killed has its store.
+/// Directory of the store of the process that is killed.
 const VICTIM: &str = "SM_TEST_VICTIM";
 const PAGE: u64 = 4096;
 
@@ -59,7 +59,7 @@ fn write(memory: &MachineMemory, page: u64, value: u64) {
 fn work(root: &Path) {
     let store = SnapshotStore::open(root).unwrap();
     for round in 0.. {
-        // What an earlier one has left may be of any kind.
+        // An earlier one may have left a snapshot of any kind.
         for name in ["grandchild", "child"] {
             let _ = store.remove(name);
         }

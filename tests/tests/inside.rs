@@ -7,7 +7,7 @@ use sm_e2e::{Home, lanes};
 
 /// Commands, forwarded connections, control.
 const PORTS: &str = "1028,1029,1030";
-/// Where the host listens.
+/// A port on which the host listens.
 const OPEN: &str = "4000";
 /// `VMADDR_CID_LOCAL`.
 const LOOPBACK: &str = "1";
@@ -47,7 +47,7 @@ fn nobody_inside_reaches_the_agents_ports() {
         let said = knock(user, &here, PORTS);
         assert_eq!(said.lines().count(), 2 * 2 * 3, "{said}");
         assert!(!said.contains("connected"), "{said}");
-        // Where the host has the agent's own connections, it says nothing.
+        // On the ports of the agent's own connections the host says nothing.
         let said = knock(user, HOST, PORTS);
         assert_eq!(said.lines().count(), 2 * 3, "{said}");
         let greeted = |line: &str| line.contains("connected") && !line.ends_with("Ok([])");

@@ -67,7 +67,7 @@ fn a_layer_changes_what_it_says_and_nothing_else() {
     assert_eq!(done.out(), expected);
 }
 
-/// What is in `/etc`, and what became of devices.
+/// Shows `/etc`, and a device.
 const IDENTITY: &str = "stat -c %F /dev/null; cat /etc/machine-id | wc -c; cat /etc/resolv.conf; \
     echo; echo changed >/etc/resolv.conf && cat /etc/resolv.conf";
 

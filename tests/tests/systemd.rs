@@ -23,7 +23,7 @@ fn layout() -> String {
 /// processor needs more.
 const PATIENT: &str = "SYSTEMD_BUS_TIMEOUT=600s";
 
-/// What the system has come to, once it has: there is no bus to wait at before systemd
+/// Prints the state of the system, once booted: there is no bus to wait at before systemd
 /// has made one.
 const BOOTED: &str = "until [ -S /run/dbus/system_bus_socket ]; do sleep 1; done; \
     systemctl is-system-running --wait; systemctl --failed --no-pager";

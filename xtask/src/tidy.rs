@@ -133,7 +133,7 @@ fn lines(list: &str) -> impl Iterator<Item = &str> {
         .filter(|line| !line.is_empty() && !line.starts_with('#'))
 }
 
-/// What is broken, without the exceptions in `list`; and exceptions that nothing needs.
+/// Returns what is broken, without the exceptions in `list`, and unneeded exceptions.
 fn except(broken: Vec<Broken>, name: &str, list: &str) -> Vec<String> {
     let exceptions: Vec<&str> = lines(list).collect();
     let mut faults: Vec<String> = exceptions

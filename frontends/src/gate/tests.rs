@@ -22,7 +22,7 @@ struct Waiting {
     error: Option<Errno>,
 }
 
-/// What is readable for as long as it is open, as a backlog is.
+/// A descriptor that stays readable while it is open, as a backlog does.
 struct Backlog {
     fd: OwnedFd,
     waiting: Arc<Mutex<Waiting>>,

@@ -97,7 +97,7 @@ impl<S: Socket> Session<S> {
         self.client_told && self.guest.as_ref().is_none_or(gone)
     }
 
-    /// Whether the system lacked memory in the last [`Self::pump`]. No event says
+    /// The system lacked memory in the last [`Self::pump`]. No event says
     /// when it has some again, so another is due after a while.
     pub(super) fn is_short_of_memory(&self) -> bool {
         self.short_of_memory
@@ -257,7 +257,7 @@ impl<S: Socket> Session<S> {
     }
 }
 
-/// Whether what failed can be done later: when there is an event or, if the system
+/// Returns true if the call can be repeated later: on an event or, if the system
 /// lacked memory, which is noted, after a while.
 fn is_for_later(error: &io::Error, short_of_memory: &mut bool) -> bool {
     let short = is_shortage(error);

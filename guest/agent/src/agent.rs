@@ -96,7 +96,7 @@ pub(crate) struct Agent {
     pub(crate) power: Option<PowerOff>,
 }
 
-/// Whether connections are accepted.
+/// True while connections are accepted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Accepting {
     Yes,

@@ -56,7 +56,7 @@ pub(crate) fn empty(root: &OwnedFd, path: &Path, taken: &[PathBuf]) -> io::Resul
     Ok(target.path)
 }
 
-/// Whether `path` leads to a regular file of the root.
+/// Returns true if `path` leads to a regular file of the root.
 pub(crate) fn is_file(root: &OwnedFd, path: &Path) -> bool {
     let found = resolve(root, Path::new(""), path).and_then(|path| Ok(find(root, &path)?));
     found
@@ -82,7 +82,7 @@ fn place(root: &OwnedFd, path: &Path, taken: &[PathBuf]) -> io::Result<Place> {
     }
 }
 
-/// Whether a file could not be mounted as nothing of the image can be found there: its
+/// Returns true if a file could not be mounted as nothing of the image is found there: its
 /// parent is a file, a link to itself, or not of the root file system.
 pub(crate) fn is_nowhere(error: &io::Error) -> bool {
     matches!(
@@ -143,7 +143,7 @@ fn find(root: &OwnedFd, path: &Path) -> Result<OwnedFd, Errno> {
     openat2(root, path, FIND, Mode::empty(), resolve)
 }
 
-/// Where `path` leads to from the directory `from`, without links. Components that do
+/// Resolves `path` from the directory `from`, without links. Components that do
 /// not exist are taken as they are.
 fn resolve(root: &OwnedFd, from: &Path, path: &Path) -> io::Result<PathBuf> {
     let mut resolved = from.to_path_buf();

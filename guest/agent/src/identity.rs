@@ -59,10 +59,10 @@ pub(crate) struct Identity {
     directory: PathBuf,
     /// The kernel's random number generator.
     random: OwnedFd,
-    /// What was written, by name.
+    /// The files written, by name.
     files: HashMap<&'static str, File>,
     machine_id: String,
-    /// Where the workload's root has it, unless that is one of the files.
+    /// The machine ID's file in the workload's root, unless that is one of the files.
     root_machine_id: Option<File>,
     hostname: String,
     extra_hosts: Vec<(String, String)>,

@@ -1,4 +1,4 @@
-//! Who is at the other end of an accepted connection.
+//! The peer of an accepted connection.
 
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -37,7 +37,7 @@ impl Peer {
         }
     }
 
-    /// Whether to serve this peer. Only the host may give orders: a process of the
+    /// Returns true if this peer is served. Only the host may give orders: a process of the
     /// guest reaches the same ports through vsock's loopback, and needs no privilege
     /// to connect.
     pub(crate) fn is_served(self) -> bool {

@@ -16,7 +16,7 @@ use crate::slab::Key;
 use crate::sys::{self, Fork};
 use crate::workload::{self, part};
 
-/// How long reading may take.
+/// Limit on the time of reading.
 const DEADLINE: Duration = Duration::from_secs(10);
 
 /// Most that a child may write, in bytes: three files of 4 KiB as JSON.

@@ -51,7 +51,7 @@ impl Agent {
         if let Err(error) = self.identity.refresh(refresh) {
             return Some(failed(error));
         }
-        // What was counted before is another VM's, if this is a clone.
+        // Earlier counts are another VM's, if this is a clone.
         self.cgroup.forget_oom_kills();
         self.exec_oom_kills = 0;
         self.check_vmgenid();

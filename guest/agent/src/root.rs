@@ -123,7 +123,7 @@ pub(crate) fn assemble(directory: &Path, plan: &AttachRoot) -> Result<Option<Own
     let wanted = FILES
         .into_iter()
         .filter(|(_, target)| resolved || *target != RESOLV_CONF);
-    // What is a link is looked at last: it may lead to another of them.
+    // Links come last: they may lead to another of them.
     let (links, files): (Vec<_>, Vec<_>) = wanted.partition(|(_, target)| tree.is_link(target));
     let run = bind::directory(&tree.fd, Path::new(RUN));
     let mut taken: Vec<_> = run.iter().map(|run| run.path.join(EPOCH_NAME)).collect();
@@ -290,7 +290,7 @@ fn mount_kernel_file_systems(
     Ok(())
 }
 
-/// Where nothing can be, nothing is that two clones would have in common; every other
+/// Two clones have nothing in common at a path where nothing can be; every other
 /// failure to give this guest a machine ID is one.
 fn unless_nowhere<T>(placed: io::Result<T>) -> Result<Option<T>, RootError> {
     match placed {

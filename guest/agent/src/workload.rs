@@ -329,7 +329,7 @@ fn only_descriptor(message: RecvAncillaryMessage<'_>) -> Option<OwnedFd> {
     }
 }
 
-/// How often PID 1 may change its group while a command is started.
+/// Changes of PID 1's group that are followed while a command is started.
 const GROUP_CHANGES: u32 = 8;
 
 /// Forks into the group that `init` is in, or into `cgroup` where that takes none.

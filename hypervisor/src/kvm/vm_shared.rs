@@ -1,4 +1,4 @@
-//! What a VM and its vCPUs share.
+//! State that a VM shares with its vCPUs.
 
 use std::sync::{Mutex, OnceLock, PoisonError};
 
@@ -18,7 +18,7 @@ use crate::{Error, VmConfig};
 /// unrestricted guests; must not be RAM or a device.
 const TSS_ADDRESS: usize = 0xfffb_d000;
 
-/// What a VM and its vCPUs share.
+/// State that a VM shares with its vCPUs.
 #[derive(Debug)]
 pub(super) struct VmShared {
     pub(super) kvm: Kvm,
@@ -34,7 +34,7 @@ pub(super) struct VmShared {
     pub(super) readable_msrs: OnceLock<Vec<u32>>,
     pub(super) tsc_offset: TscOffset,
     pub(super) slots: SlotTable,
-    /// Whether the interrupt controllers are there.
+    /// True once the interrupt controllers exist.
     controllers: Mutex<bool>,
 }
 
@@ -88,7 +88,7 @@ impl VmShared {
         Ok(())
     }
 
-    /// Whether the local APIC's timer has the TSC-deadline mode.
+    /// Returns true if the local APIC's timer has the TSC-deadline mode.
     pub(super) fn tsc_deadline(&self) -> bool {
         *self
             .tsc_deadline

@@ -21,7 +21,7 @@ pub struct Meta {
     pub mtime: (i64, u32),
 }
 
-/// Where the contents of a file are.
+/// Location of a file's contents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Data {
     /// In the image. The writer reads them with [`FileTree::read_at`].
@@ -32,14 +32,14 @@ pub enum Data {
     Behind(u64),
 }
 
-/// What an inode is.
+/// Type of an inode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind<'t> {
     /// A directory.
     Directory,
     /// A regular file.
     File {
-        /// Where its contents are.
+        /// Location of its contents.
         data: Data,
         /// Its length in bytes.
         size: u64,
@@ -63,7 +63,7 @@ pub trait FileTree {
     /// image.
     fn inode_count(&self) -> usize;
 
-    /// What the inode is. [`ROOT`] is a directory.
+    /// Type of the inode. [`ROOT`] is a directory.
     fn kind(&self, id: InodeId) -> Kind<'_>;
 
     /// Owner, mode and time of the inode.
@@ -82,7 +82,7 @@ pub trait FileTree {
     /// [`Self::xattr_sets`]. Inodes with equal attributes best have the same set.
     fn xattr_set(&self, id: InodeId) -> u32;
 
-    /// How many sets of extended attributes there are.
+    /// Number of sets of extended attributes.
     fn xattr_sets(&self) -> usize;
 
     /// Appends names and values of a set to `attributes`. Names outside the

@@ -19,7 +19,7 @@ use crate::source::{Data, FileTree, InodeId, Kind, Meta, ROOT};
 /// Longest name of a directory entry, in bytes (Linux `NAME_MAX`).
 const MAX_NAME: usize = 255;
 
-/// What an [`Entry`] is.
+/// Type of an [`Entry`].
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum EntryKind {

@@ -51,7 +51,7 @@ const S_IFLNK: u16 = 0o120_000;
 /// An inode that has no place.
 const NOWHERE: u32 = u32::MAX;
 
-/// What an image is besides its tree. The default has a UUID of zeros, and nothing
+/// Properties of an image besides its tree. The default has a UUID of zeros, and nothing
 /// behind the image.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Options {
@@ -118,7 +118,7 @@ struct Image<'t, T> {
     disk_blocks: u32,
 }
 
-/// How an inode and its data are laid out.
+/// Layout of an inode and its data.
 struct Layout {
     /// Bytes of the inode with its attributes.
     fixed: u64,

@@ -243,7 +243,7 @@ impl StoredLayer {
     }
 }
 
-/// Whether somebody works in a directory below `tmp`.
+/// Returns true if a process works in a directory below `tmp`.
 pub(super) fn is_alive(directory: &Path) -> Result<bool, Error> {
     let path = directory.join(WORK_LOCK);
     match File::open(&path) {

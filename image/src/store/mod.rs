@@ -108,7 +108,7 @@ impl StoredImage {
         Platform::of(&self.config)
     }
 
-    /// Whether it is for the platform that is wanted.
+    /// Returns true if it is for the platform that is wanted.
     fn serves(&self, platform: Option<&Platform>) -> bool {
         platform.is_none_or(|wanted| wanted.accepts(&self.platform()))
     }

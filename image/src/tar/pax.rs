@@ -3,7 +3,7 @@
 use super::sparse::PaxSparse;
 use super::{TarError, bad, check_device};
 
-/// What extended headers say about the entry that follows.
+/// Values of extended headers for the entry that follows.
 #[derive(Clone, Default)]
 pub(super) struct Extended {
     pub(super) path: Option<Vec<u8>>,

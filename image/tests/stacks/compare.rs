@@ -46,7 +46,7 @@ pub(crate) struct Refusal {
     pub(crate) text: String,
 }
 
-/// What became of a stack.
+/// Outcome of a stack.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Outcome {
     /// All three have the same tree.
@@ -131,7 +131,7 @@ impl Appliers {
         self.bench = Bench::new(&work);
     }
 
-    /// What becomes of these stacks. Where containerd refuses a directory for a reason of
+    /// Outcomes of these stacks. Where containerd refuses a directory for a reason of
     /// its own, that is left out.
     pub(crate) fn compare(&self, stacks: &[Stack]) -> Vec<Outcome> {
         let mut outcomes = self.compare_once(stacks);
@@ -302,7 +302,7 @@ fn without(stack: &Stack, refused: &OurRefusal) -> Stack {
     stack.without(layer, at)
 }
 
-/// Whether umoci's tree is containerd's but for directories that no entry tells of.
+/// Returns true if umoci's tree is containerd's but for directories that no entry tells of.
 fn but_for_implied(containerd: &Tree, umoci: &Tree) -> bool {
     let left: Tree = containerd
         .iter()
@@ -417,7 +417,7 @@ pub(crate) fn shrink(appliers: &Appliers, stack: &Stack, verdict: Verdict) -> (S
     }
 }
 
-/// How often each outcome was seen.
+/// Count of each outcome.
 #[derive(Default)]
 pub(crate) struct Tally(BTreeMap<&'static str, u64>);
 

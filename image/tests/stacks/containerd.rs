@@ -170,7 +170,7 @@ impl Requests<'_> {
         self.count += 1;
     }
 
-    /// What containerd says to each.
+    /// containerd's answer to each.
     fn send(self) -> Vec<Result<(), String>> {
         let path = self.directory.join("calls");
         fs::write(&path, &self.config).unwrap();
@@ -194,7 +194,7 @@ fn answer(headers: &str) -> Result<(), String> {
     };
     match header("grpc-status:") {
         Some("0") => Ok(()),
-        // What an applier refuses is "unknown".
+        // An applier's refusal is "unknown".
         Some("2") => Err(header("grpc-message:").unwrap_or_default().to_owned()),
         _ => panic!("containerd answers {headers}"),
     }

@@ -84,7 +84,7 @@ impl Drop for Memory {
     }
 }
 
-/// What is found, over all threads.
+/// Findings of all threads.
 #[derive(Default)]
 struct Found {
     tally: Tally,

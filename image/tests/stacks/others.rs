@@ -48,7 +48,7 @@ impl Disk {
         device.flush().unwrap();
         device.sync_all().unwrap();
         drop(device);
-        // What is started meanwhile would have its files open for a moment.
+        // Processes started meanwhile would have its files open for a moment.
         while_none_starts(|| {
             rustix::mount::mount(&self.device, &self.mount, "erofs", MountFlags::RDONLY, None)
                 .unwrap();
@@ -65,7 +65,7 @@ impl Drop for Disk {
     }
 }
 
-/// What we refuse, with the entry.
+/// Our refusal, with the entry.
 #[derive(Clone, Debug)]
 pub(crate) struct OurRefusal {
     pub(crate) refusal: Refusal,
@@ -73,7 +73,7 @@ pub(crate) struct OurRefusal {
 }
 
 impl OurRefusal {
-    /// Whether it is for links that lead to themselves.
+    /// True for links that lead to themselves.
     pub(crate) fn by_links(&self) -> bool {
         self.refusal.text.contains("too many symbolic links")
     }
@@ -129,12 +129,12 @@ impl Bench {
             .map_err(|error| OurRefusal::new(stack, error))
     }
 
-    /// Whether there is a disk of it at all.
+    /// True if there is a disk of it at all.
     pub(crate) fn accepted(&self, stack: &Stack) -> Result<(), OurRefusal> {
         self.open(stack).map(drop)
     }
 
-    /// What a guest sees of it.
+    /// A guest's view of it.
     pub(crate) fn ours(&self, stack: &Stack, disk: &Disk) -> Result<Tree, OurRefusal> {
         self.open(stack).map(|image| disk.tree(&image))
     }

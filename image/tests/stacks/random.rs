@@ -49,7 +49,7 @@ impl Random {
 
 pub(crate) type Layer = Vec<Entry>;
 
-/// What is being made, and what it has spoken of so far.
+/// The stack that is being made, and the paths it has spoken of so far.
 struct Maker {
     random: Random,
     /// Paths and types of the entries so far, however deep they are hidden.
@@ -206,7 +206,7 @@ impl Maker {
     }
 }
 
-/// Whether an entry hides something.
+/// Returns true if an entry hides something.
 pub(crate) fn is_marker(entry: &Entry) -> bool {
     let path = String::from_utf8_lossy(&entry.path);
     path.rsplit('/')
@@ -271,7 +271,7 @@ fn attributes(mut random: Random, layers: &mut [Layer]) {
     }
 }
 
-/// How a stack is spoken of when it fails.
+/// Description of a stack that fails.
 pub(crate) fn describe(stack: &[Layer]) -> String {
     let mut text = String::new();
     for (number, layer) in stack.iter().enumerate() {

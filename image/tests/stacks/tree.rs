@@ -9,7 +9,7 @@ use std::path::{Component, Path, PathBuf};
 
 use crate::random::{DIRECTORY_TIMES, FILE_TIMES};
 
-/// What there is at a path.
+/// The file at a path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Seen {
     mode: u32,
@@ -29,7 +29,7 @@ impl Seen {
         self.mode & 0o170_000 == 0o040_000
     }
 
-    /// Whether it is as a directory that only paths of others tell of, which may have
+    /// Returns true if it is as a directory that only paths of others tell of, which may have
     /// its group from the directory that it is in.
     pub(crate) fn implied(&self) -> bool {
         self.mode & !0o2000 == 0o40755 && self.owner.0 == 0 && self.time.is_none()
@@ -110,7 +110,7 @@ fn xattrs(path: &Path) -> Vec<(String, Vec<u8>)> {
     xattrs
 }
 
-/// Where a path leads to in a tree, through links, if there is something.
+/// Resolves a path in a tree, through links, if there is something.
 pub(crate) fn resolve(tree: &Tree, path: &str) -> Option<PathBuf> {
     let mut at = PathBuf::new();
     let mut left: Vec<Component<'_>> = Path::new(path).components().rev().collect();

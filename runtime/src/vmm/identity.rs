@@ -4,7 +4,7 @@ use super::digests::file_digest;
 use crate::initramfs::Initramfs;
 use crate::launch::LaunchRequest;
 
-/// What tells one guest software from another.
+/// Digests that tell one guest software from another.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Identity {
     /// SHA-256 of the kernel.

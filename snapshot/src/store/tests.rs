@@ -135,7 +135,7 @@ fn of_a_chain_the_tips_go_and_then_what_they_were_built_on() {
     }
     let chosen = |name: &str| name != "lock";
     let newest = store.lease("a").unwrap();
-    // Whoever was used last is looked at last.
+    // The one used last comes last.
     store.note_use(&store.lease("b").unwrap());
     store.note_use(&newest);
     drop(newest);

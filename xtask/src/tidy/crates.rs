@@ -17,7 +17,7 @@ struct Arrow {
     dev: bool,
 }
 
-/// What cargo says about the workspace.
+/// Cargo's view of the workspace.
 pub(super) fn metadata() -> Result<Value> {
     let arguments = ["metadata", "--format-version=1", "--no-deps", "--locked"];
     let text = cmd::text(&mut crate::build::cargo(arguments))?;

@@ -9,7 +9,7 @@ use super::{Text, lines};
 
 /// Path of a module in its crate; the root's is empty.
 type Module = Vec<String>;
-/// What uses what, by name, among the children of a module.
+/// Uses between the children of a module, by name.
 type Uses = BTreeMap<String, BTreeSet<String>>;
 
 /// Circles that `list` does not have, and lines of it that are no circles any more.
@@ -120,7 +120,7 @@ fn targets(text: &str, module: &Module, sources: &BTreeMap<Module, &str>) -> BTr
     targets
 }
 
-/// Whether what follows would be the end of a longer word. (Blanks are gone, so the
+/// Returns true if what follows would be the end of a longer word. (Blanks are gone, so the
 /// words that may come before a path do not count.)
 fn ends_with_word(text: &str) -> bool {
     let word = |c: char| c.is_alphanumeric() || c == '_';

@@ -1,4 +1,4 @@
-//! How much comes with crates that are meant to be used alone.
+//! Packages that come with crates that are meant to be used alone.
 
 use std::collections::BTreeSet;
 

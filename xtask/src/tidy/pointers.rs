@@ -35,7 +35,7 @@ pub(super) fn outside(files: &[Text], exists: impl Fn(&str) -> bool) -> Vec<Stri
     faults
 }
 
-/// Whether `line` has `folder`, not as the end of a longer path.
+/// Returns true if `line` has `folder`, not as the end of a longer path.
 fn names(line: &str, folder: &str) -> bool {
     line.match_indices(folder).any(|(at, _)| {
         let before = line[..at].chars().next_back();

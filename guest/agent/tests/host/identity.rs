@@ -1,4 +1,4 @@
-//! What makes a guest itself, whatever the image has in its place and whatever the
+//! A guest's identity, whatever the image has in its place and whatever the
 //! workload does with it.
 
 use std::os::unix::fs::symlink;

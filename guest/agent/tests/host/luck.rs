@@ -51,7 +51,7 @@ fn without_descriptors_connections_wait() {
     for other in &mut others {
         other.hello();
     }
-    // Whoever was there before is served, and the agent does nothing besides, though
+    // Earlier clients are served, and the agent does nothing besides, though
     // connections wait. (One that tried all the time would have all the CPU.)
     others[0].next_kind(FrameType::Control);
     let before = cpu_ticks(agent.pid());
@@ -109,7 +109,7 @@ fn nothing_below_a_replaced_dev_is_opened() {
         assert!(names.iter().any(|entry| entry == name), "{names:?}");
         let path = format!("{dev}/{name}");
         fs::remove_file(&path).unwrap();
-        // Whoever opens it waits for ever.
+        // Opening it takes for ever.
         rustix::fs::mkfifoat(rustix::fs::CWD, &path, rustix::fs::Mode::RWXU).unwrap();
     }
     let mut control = agent.control();

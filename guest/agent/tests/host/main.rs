@@ -125,7 +125,7 @@ impl Agent {
         ControlClient::open(self.path())
     }
 
-    /// What the file `path` has for a process of the workload.
+    /// The contents of the file `path` for a process of the workload.
     pub(crate) fn text(&self, path: &str) -> String {
         let procs = fs::read_to_string(self.cgroup.join("workload/cgroup.procs")).unwrap();
         let root = format!("/proc/{}/root", procs.lines().next().unwrap());

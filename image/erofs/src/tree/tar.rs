@@ -10,7 +10,7 @@ use super::{Entry, EntryKind, Tree};
 use crate::Error;
 use crate::source::Meta;
 
-/// What pax headers call an extended attribute.
+/// Prefix of extended attributes in pax headers.
 const XATTR: &[u8] = b"SCHILY.xattr.";
 
 impl Tree {

@@ -4,7 +4,7 @@ use std::io::Write as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-/// What is said of an entry: type and permissions as `ls` has them, owner, name, target
+/// An entry as listed: type and permissions as `ls` has them, owner, name, target
 /// of a link, size.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Line {
@@ -18,7 +18,7 @@ pub(super) struct Line {
     pub(super) rest: Option<(u32, i64)>,
 }
 
-/// What a reader makes of an archive: its entries, or why not.
+/// A reader's view of an archive: its entries, or an error.
 pub(super) type Listing = Result<Vec<Line>, String>;
 
 /// Lists all archives of a directory. A reader that stops at a header that is no header

@@ -115,10 +115,10 @@ impl Stream {
     }
 }
 
-/// What is in an archive.
+/// Contents of an archive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Contents {
-    /// What all take alike.
+    /// Contents that all readers take alike.
     Common,
     /// Also what two of the three take alike: prefixes in GNU's headers, a slash
     /// behind a file's name, sizes where there is no data, blank numbers.

@@ -18,7 +18,7 @@ pub(super) enum Failure {
 }
 
 impl From<Trouble> for Failure {
-    /// What went wrong below HTTP. Another attempt may find it mended, but for
+    /// A failure below HTTP. Another attempt may succeed, but for
     /// what is wrong with the certificate or the request.
     fn from(trouble: Trouble) -> Self {
         match trouble {
@@ -40,7 +40,7 @@ impl From<Trouble> for Failure {
     }
 }
 
-/// How long the registry asks to be left alone.
+/// The pause that the registry asks for.
 pub(super) fn asked_pause(response: &Response<Body>) -> Option<Duration> {
     let value = response.headers().get(header::RETRY_AFTER)?;
     retry_after(value.to_str().ok()?, SystemTime::now())

@@ -1,4 +1,4 @@
-//! What hard links' headers say of the files that they link.
+//! Metadata in the headers of hard links.
 
 use super::*;
 use crate::index::encode_xattrs;

@@ -18,7 +18,7 @@ fn on_small_disk(name: &str, size: &str) -> bool {
     }
     let at = tempfile::tempdir().unwrap();
     let mut command = Command::new("unshare");
-    // Whoever is not root may mount in a user namespace.
+    // Users other than root may mount in a user namespace.
     if !rustix::process::geteuid().is_root() {
         command.args(["--user", "--map-root-user"]);
     }
@@ -39,7 +39,7 @@ fn on_small_disk(name: &str, size: &str) -> bool {
     false
 }
 
-/// What a manifest says of its layers is looked at before any of them is asked for.
+/// The sizes that a manifest claims are checked before any layer is asked for.
 #[test]
 fn a_layer_of_which_too_much_is_said_is_not_asked_for() {
     if !on_small_disk("a_layer_of_which_too_much_is_said_is_not_asked_for", "4m") {

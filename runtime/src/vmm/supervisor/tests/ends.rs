@@ -341,7 +341,7 @@ fn a_vm_whose_end_cannot_be_written_down_can_be_ended() {
 fn a_full_disk_loses_only_what_is_written_while_it_is_full() {
     let at = tempfile::tempdir().unwrap();
     let mut command = std::process::Command::new("unshare");
-    // Whoever is not root may mount in a user namespace.
+    // Users other than root may mount in a user namespace.
     if !rustix::process::geteuid().is_root() {
         command.args(["--user", "--map-root-user"]);
     }

@@ -10,7 +10,7 @@ use crate::Vm;
 
 const KILLS: usize = 60;
 const NAME: &str = "vmm::supervisor::tests::killed::a_listing_after_a_kill_is_true";
-/// Where the process that is killed has its VMs.
+/// Directory of VMs of the process that is killed.
 const VICTIM: &str = "SM_TEST_VICTIM";
 
 /// Starts, stops and removes VMs until it is killed.

@@ -9,7 +9,7 @@ use crate::logs::Logs;
 /// Of each kind.
 const CLIENTS: usize = 120;
 
-/// What `sm logs -f` shows.
+/// Output of `sm logs -f`.
 fn followed(record: &Record) -> String {
     let mut logs = Logs::open(record.clone()).unwrap();
     let mut all = Vec::new();
