@@ -9,6 +9,7 @@
 mod arena;
 mod walk;
 
+use std::collections::BTreeMap;
 use std::hash::{BuildHasher as _, RandomState};
 use std::io;
 
@@ -285,23 +286,22 @@ impl Tree {
     /// they link, and then apply the header. Extended attributes are added to those that
     /// there are, except that a change of owner takes away the file's capabilities.
     fn relabel(&mut self, id: InodeId, link: &Entry<'_>) -> Result<(), Reason> {
-        let old = self.xattrs.get(self.inodes[id as usize].xattrs);
+        let set = self.inodes[id as usize].xattrs;
+        let old = self.xattrs.get(set);
         if old.bytes().is_empty() {
             return self.set_meta(id, &link.meta, link.xattrs);
         }
-        let mut all: Vec<(Vec<u8>, Vec<u8>)> = Vec::new();
-        let kept = old.iter().filter(|(name, _)| {
-            *name != CAPABILITY && link.xattrs.iter().all(|new| new.0 != *name)
-        });
-        all.extend(
-            kept.chain(link.xattrs.iter())
-                .map(|(name, value)| (name.to_vec(), value.to_vec())),
-        );
-        all.sort();
+        // Each of many links of one file may have thousands.
+        let bytes = old.bytes().len() + link.xattrs.bytes().len();
+        let count = old.iter().count() + link.xattrs.iter().count();
+        self.step(count + bytes / BYTES_PER_STEP)?;
+        let old = self.xattrs.get(set).iter();
+        let mut all: BTreeMap<_, _> = old.filter(|(name, _)| *name != CAPABILITY).collect();
+        all.extend(link.xattrs.iter());
+        let all = all.into_iter();
+        let all: Vec<_> = all.map(|(k, v)| (k.to_vec(), v.to_vec())).collect();
         check_xattrs(&all)?;
         let all = encode_xattrs(&all).ok_or("an extended attribute is too long")?;
-        // Many links of one file cost as much as they copy.
-        self.step(all.len() / BYTES_PER_STEP)?;
         self.set_meta(id, &link.meta, Xattrs::encoded(&all))
     }
 

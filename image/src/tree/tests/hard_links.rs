@@ -114,3 +114,39 @@ fn attributes_of_many_hard_links_do_not_grow_without_end() {
     let expected = "its extended attributes are larger than 64 KiB";
     assert_eq!(error.as_deref(), Some(expected));
 }
+
+/// Each link of a file with many attributes takes as long as these.
+#[test]
+fn the_work_for_attributes_is_bounded_over_the_whole_image() {
+    let attributes = |count: u16| -> Vec<(Vec<u8>, Vec<u8>)> {
+        (0..count)
+            .map(|n| (n.to_be_bytes().to_vec(), Vec::new()))
+            .collect()
+    };
+    let (many, some) = (attributes(4000), attributes(400));
+    let (many, some) = (encode_xattrs(&many).unwrap(), encode_xattrs(&some).unwrap());
+    let limits = Limits {
+        entries: 1000,
+        ..Limits::default()
+    };
+    let mut tree = Tree::new(limits);
+    let mut add = |path: &str, kind, xattrs| {
+        let entry = Entry {
+            path: path.as_bytes(),
+            kind,
+            meta: Meta::default(),
+            xattrs: Xattrs::encoded(xattrs),
+        };
+        tree.add(0, &entry)
+    };
+    let file = EntryKind::File {
+        place: Place::Blob(0),
+        size: 1,
+    };
+    add("f", file, &many).unwrap();
+    // 64 steps for each entry are allowed.
+    let taken = (0..100)
+        .take_while(|n| add(&format!("l{n}"), EntryKind::Hardlink(b"f"), &some).is_ok())
+        .count();
+    assert!((5..16).contains(&taken), "{taken}");
+}
