@@ -15,9 +15,7 @@ use rustix::fs::{Mode, OFlags};
 
 use crate::Error;
 use crate::source::{Data, FileTree, InodeId, Kind, Meta, ROOT};
-
-/// Longest name of a directory entry, in bytes (Linux `NAME_MAX`).
-const MAX_NAME: usize = 255;
+use crate::writer::MAX_NAME;
 
 /// Type of an [`Entry`].
 #[derive(Clone, Debug)]
@@ -99,7 +97,7 @@ impl Entry {
         Self { meta, ..self }
     }
 
-    /// Adds an extended attribute, such as `user.comment`.
+    /// Adds an extended attribute, such as `user.comment`, or replaces its value.
     #[must_use]
     pub fn xattr(mut self, name: impl Into<Vec<u8>>, value: impl Into<Vec<u8>>) -> Self {
         self.xattrs.push((name.into(), value.into()));
@@ -289,7 +287,10 @@ impl Tree {
     }
 
     fn set_of(&mut self, mut xattrs: Vec<Xattr>) -> Result<u32, Error> {
-        xattrs.sort_unstable();
+        // Of several values of a name the last one counts.
+        xattrs.reverse();
+        xattrs.sort_by(|a, b| a.0.cmp(&b.0));
+        xattrs.dedup_by(|other, last| other.0 == last.0);
         if let Some(known) = self.numbers.get(&xattrs) {
             return Ok(*known);
         }

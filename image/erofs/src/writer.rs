@@ -35,7 +35,7 @@ const INODE_LEN: u64 = INODE_BYTES as u64;
 /// Bytes of a file's contents that are copied at once; a multiple of the block size.
 const CHUNK: u64 = 1 << 20;
 /// Longest name of a directory entry (`EROFS_NAME_LEN`).
-const MAX_NAME: usize = 255;
+pub(crate) const MAX_NAME: usize = 255;
 
 /// `i_format`: extended inode, and the data layout from bit 1 on.
 const PLAIN: u16 = 1;
@@ -143,6 +143,10 @@ impl<'t, T: FileTree> Image<'t, T> {
     fn plan(tree: &'t T, behind_len: u64) -> Result<Self, Error> {
         // A root without a number of its own would be the first contradiction.
         let count = tree.inode_count().max(1);
+        let most = |count| u32::try_from(count).is_err();
+        if most(count) || most(tree.xattr_sets()) {
+            return Err(TOO_MANY);
+        }
         let mut image = Self {
             tree,
             xattrs: EncodedXattrs::default(),
@@ -205,7 +209,7 @@ impl<'t, T: FileTree> Image<'t, T> {
     /// Gives every inode and all data their places.
     fn place(&mut self) -> Result<(), Error> {
         let mut at = SUPER_OFFSET + SUPER_LEN;
-        let mut data_blocks = 0;
+        let mut data_blocks: u64 = 0;
         for number in 0..self.order.len() {
             let id = self.order[number];
             let layout = self.layout(id);
@@ -218,11 +222,16 @@ impl<'t, T: FileTree> Image<'t, T> {
             let slot = slot.filter(|slot| *slot != NOWHERE).ok_or(TOO_MANY)?;
             self.slots[id as usize] = slot;
             at = (at + needed).next_multiple_of(SLOT);
-            data_blocks += layout.in_blocks().div_ceil(BLOCK);
+            let blocks = layout.in_blocks().div_ceil(BLOCK);
+            data_blocks = data_blocks.saturating_add(blocks);
+            // Below, neither bytes nor blocks overflow.
+            if data_blocks > u64::from(u32::MAX) {
+                return Err(TOO_LARGE);
+            }
         }
         self.inodes_end = at.next_multiple_of(BLOCK);
         let data_end = self.inodes_end + data_blocks * BLOCK;
-        self.xattr_block = u32::try_from(data_end / BLOCK).map_err(|_| TOO_MANY)?;
+        self.xattr_block = u32::try_from(data_end / BLOCK).map_err(|_| TOO_LARGE)?;
         self.len = (data_end + self.xattrs.shared_len()).next_multiple_of(BLOCK);
         Ok(())
     }
@@ -264,7 +273,10 @@ impl<'t, T: FileTree> Image<'t, T> {
                 out.bytes(&data).map_err(Error::Write)?;
             }
             let blocks = layout.in_blocks().div_ceil(BLOCK);
-            block += u32::try_from(blocks).map_err(|_| TOO_MANY)?;
+            let next = u32::try_from(blocks)
+                .ok()
+                .and_then(|n| block.checked_add(n));
+            block = next.ok_or(TOO_LARGE)?;
         }
         out.pad_to(self.inodes_end).map_err(Error::Write)?;
         for &id in &self.order {
@@ -285,7 +297,7 @@ impl<'t, T: FileTree> Image<'t, T> {
         let end = self.layout(id).in_blocks();
         let step = match self.tree.kind(id) {
             Kind::File { .. } => CHUNK,
-            // Other data is short, and encoded at once.
+            // Encoded at once: it is in memory already, or made of what is.
             _ => end,
         };
         let mut at = 0;
@@ -347,8 +359,8 @@ impl<'t, T: FileTree> Image<'t, T> {
                 (S_IFREG, size, u32::try_from(block).map_err(|_| TOO_LARGE)?)
             }
             Kind::File { size, .. } => (S_IFREG, size, block),
-            Kind::CharDevice(major, minor) => (S_IFCHR, 0, device_number(major, minor)),
-            Kind::BlockDevice(major, minor) => (S_IFBLK, 0, device_number(major, minor)),
+            Kind::CharDevice(major, minor) => (S_IFCHR, 0, device_number(major, minor)?),
+            Kind::BlockDevice(major, minor) => (S_IFBLK, 0, device_number(major, minor)?),
             Kind::Fifo => (S_IFIFO, 0, 0),
         })
     }
@@ -370,7 +382,8 @@ impl<'t, T: FileTree> Image<'t, T> {
             Kind::File {
                 data: Data::Image, ..
             } => {
-                data.resize(at(range.end - range.start), 0);
+                // More only if the tree contradicts itself.
+                data.resize(at((range.end - range.start).min(CHUNK)), 0);
                 self.tree
                     .read_at(id, range.start, data)
                     .map_err(Error::Read)?;
@@ -381,9 +394,15 @@ impl<'t, T: FileTree> Image<'t, T> {
     }
 }
 
-/// Linux's `new_encode_dev`, which has room for 12 and 20 bits.
-fn device_number(major: u32, minor: u32) -> u32 {
-    minor & 0xff | (major & 0xfff) << 8 | (minor & 0xf_ff00) << 12
+/// Linux's `new_encode_dev`, which has room for 12 and 20 bits. Cut to these, a number
+/// would be another device's.
+fn device_number(major: u32, minor: u32) -> Result<u32, Error> {
+    if major >> 12 != 0 || minor >> 20 != 0 {
+        return Err(Error::TooLarge(
+            "a device number has more than 12 or 20 bits",
+        ));
+    }
+    Ok(minor & 0xff | major << 8 | (minor & 0xf_ff00) << 12)
 }
 
 #[cfg(test)]
@@ -392,7 +411,11 @@ mod tests {
 
     #[test]
     fn device_numbers_are_linuxs() {
-        assert_eq!(device_number(8, 1), 0x801);
-        assert_eq!(device_number(259, 0x1234), 0x0121_0334);
+        assert_eq!(device_number(8, 1).unwrap(), 0x801);
+        assert_eq!(device_number(259, 0x1234).unwrap(), 0x0121_0334);
+        assert_eq!(device_number(0xfff, 0xf_ffff).unwrap(), u32::MAX);
+        for (major, minor) in [(4097, 3), (1, 1 << 20)] {
+            assert!(device_number(major, minor).is_err());
+        }
     }
 }

@@ -274,3 +274,172 @@ fn a_file_that_became_shorter_is_an_error() {
     let error = write(&tree, &tempfile::tempfile().unwrap(), &Options::default()).unwrap_err();
     assert!(matches!(error, Error::Read(_)), "{error:?}");
 }
+
+fn refusal(tree: &Tree) -> String {
+    let file = tempfile::tempfile().unwrap();
+    write(tree, &file, &Options::default())
+        .unwrap_err()
+        .to_string()
+}
+
+#[test]
+fn what_no_image_can_have_is_refused() {
+    let huge = |tree: &mut Tree, name: &[u8]| {
+        let kind = EntryKind::Extent {
+            file: tempfile::tempfile().unwrap().into(),
+            offset: 0,
+            size: u64::MAX,
+        };
+        tree.add(name, Entry::new(kind)).unwrap();
+    };
+    let mut tree = Tree::new();
+    huge(&mut tree, b"a");
+    assert!(refusal(&tree).contains("16 TiB"));
+    huge(&mut tree, b"b");
+    assert!(refusal(&tree).contains("16 TiB"));
+    // Cut to 12 bits, this would be /dev/null's.
+    let mut tree = Tree::new();
+    tree.add(b"d", Entry::new(EntryKind::CharDevice(4097, 3)))
+        .unwrap();
+    assert!(refusal(&tree).contains("device number"));
+}
+
+#[test]
+fn the_last_value_of_an_attribute_counts() {
+    let file = Entry::new(EntryKind::Bytes(Vec::new()));
+    let file = file.xattr("user.a", "2").xattr("user.b", "x");
+    let mut tree = Tree::new();
+    let id = tree.add(b"f", file.xattr("user.a", "1")).unwrap();
+    let mut attributes = Vec::new();
+    tree.xattrs(tree.xattr_set(id), &mut attributes);
+    assert_eq!(attributes, [(&b"user.a"[..], &b"1"[..]), (b"user.b", b"x")]);
+}
+
+/// A tree that answers otherwise when it is asked again.
+struct Liar {
+    tree: Tree,
+    asked: std::cell::Cell<u32>,
+    turn: u32,
+}
+
+impl sm_erofs::FileTree for Liar {
+    fn inode_count(&self) -> usize {
+        self.tree.inode_count()
+    }
+
+    fn kind(&self, id: sm_erofs::InodeId) -> Kind<'_> {
+        self.asked.set(self.asked.get() + 1);
+        match (self.asked.get() > self.turn, self.tree.kind(id)) {
+            (true, Kind::File { data, .. }) => Kind::File {
+                data,
+                size: u64::MAX,
+            },
+            (_, kind) => kind,
+        }
+    }
+
+    fn meta(&self, id: sm_erofs::InodeId) -> Meta {
+        self.tree.meta(id)
+    }
+
+    fn parent(&self, _: sm_erofs::InodeId) -> sm_erofs::InodeId {
+        u32::MAX
+    }
+
+    fn children<'t>(
+        &'t self,
+        directory: sm_erofs::InodeId,
+        children: &mut Vec<(&'t [u8], sm_erofs::InodeId)>,
+    ) {
+        self.tree.children(directory, children);
+        if self.asked.get() > self.turn {
+            children.push((b"zz", u32::MAX - 1));
+        }
+    }
+
+    fn xattr_set(&self, _: sm_erofs::InodeId) -> u32 {
+        self.asked.get()
+    }
+
+    fn xattr_sets(&self) -> usize {
+        self.tree.xattr_sets()
+    }
+
+    fn xattrs<'t>(&'t self, set: u32, attributes: &mut Vec<(&'t [u8], &'t [u8])>) {
+        self.tree.xattrs(set, attributes);
+    }
+
+    fn read_at(
+        &self,
+        file: sm_erofs::InodeId,
+        offset: u64,
+        buffer: &mut [u8],
+    ) -> std::io::Result<()> {
+        self.tree.read_at(file, offset, buffer)
+    }
+}
+
+#[test]
+fn a_tree_that_contradicts_itself_is_no_panic() {
+    for turn in 0..60 {
+        let mut tree = Tree::new();
+        for size in [10, 5000, 20_000] {
+            let file = Entry::new(EntryKind::Bytes(contents(size)));
+            tree.add(format!("d/{size}").as_bytes(), file).unwrap();
+        }
+        let liar = Liar {
+            tree,
+            asked: 0.into(),
+            turn,
+        };
+        let _ = write(&liar, &tempfile::tempfile().unwrap(), &Options::default());
+    }
+}
+
+/// A header of a tar archive, with its checksum.
+#[cfg(feature = "tar")]
+fn header(name: &str, kind: u8) -> [u8; 512] {
+    let mut header = [0; 512];
+    let mut put = |at: usize, text: &[u8]| header[at..at + text.len()].copy_from_slice(text);
+    put(0, name.as_bytes());
+    put(100, b"0000644\0");
+    put(108, b"0000000\0");
+    put(116, b"0000000\0");
+    put(124, b"00000000000\0");
+    put(136, b"00000000000\0");
+    put(156, &[kind]);
+    put(257, b"ustar  \0");
+    header
+}
+
+#[cfg(feature = "tar")]
+fn from_tar(mut header: [u8; 512]) -> Result<Tree, Error> {
+    header[148..156].fill(b' ');
+    let sum: u32 = header.iter().map(|byte| u32::from(*byte)).sum();
+    header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+    let archive = [&header[..], &[0; 1024]].concat();
+    Tree::from_tar(&archive[..], tempfile::tempfile().unwrap())
+}
+
+/// Holes take no room in an archive, and would take the host's.
+#[cfg(feature = "tar")]
+#[test]
+fn sparse_files_of_archives_are_refused() {
+    let mut sparse = header("s", b'S');
+    // One part of no length, at 2^62, and the size.
+    for at in [386, 483] {
+        sparse[at..at + 12].copy_from_slice(&[0x80, 0, 0, 0, 0x40, 0, 0, 0, 0, 0, 0, 0]);
+    }
+    sparse[398..410].copy_from_slice(b"00000000000\0");
+    let refused = from_tar(sparse).unwrap_err().to_string();
+    assert!(refused.contains("sparse"), "{refused}");
+}
+
+#[cfg(feature = "tar")]
+#[test]
+fn times_before_1970_are_read() {
+    let mut old = header("old", b'0');
+    old[136..148].fill(0xff);
+    let tree = from_tar(old).unwrap();
+    assert_eq!(tree.meta(1).mtime, (-1, 0));
+}

@@ -21,8 +21,9 @@ const MAX_XATTR: usize = 64 << 10;
 
 impl Tree {
     /// The tree of a directory of the host: everything in it but sockets, with owners,
-    /// modes, times and extended attributes. Symbolic links are kept and not followed.
-    /// Contents are read when the image is written.
+    /// modes, times and those extended attributes that this user may read. Symbolic links
+    /// are kept and not followed. Contents are read when the image is written; the
+    /// directory must not change until then.
     ///
     /// # Errors
     /// Something in the directory cannot be read.

@@ -12,19 +12,21 @@ use crate::source::Meta;
 
 /// Prefix of extended attributes in pax headers.
 const XATTR: &[u8] = b"SCHILY.xattr.";
+/// Prefix of pax headers of sparse files.
+const SPARSE: &[u8] = b"GNU.sparse.";
 
 impl Tree {
-    /// The tree of a tar stream (ustar, pax and GNU). A later entry of a path replaces
-    /// an earlier one. Contents of files are copied to `spool`, an empty file that the
-    /// tree keeps open; an unnamed temporary file will do.
+    /// The tree of a tar stream (ustar, pax and GNU, but for sparse files). A later entry
+    /// of a path replaces an earlier one. Contents of files are copied to `spool`, an empty
+    /// file that the tree keeps open; an unnamed temporary file will do.
     ///
-    /// Nothing limits how much a stream may contain: who does not trust it limits the
-    /// reader (`Read::take`).
+    /// A limit on the reader (`Read::take`) limits the spool likewise, and memory to some
+    /// hundred times as much: each byte of a path may be half of a directory.
     ///
     /// # Errors
-    /// The stream cannot be read or is no tar archive, an entry has no place in a tree,
-    /// or `spool` cannot be written. Extended attributes whose values contain a line
-    /// feed are not understood.
+    /// The stream cannot be read or is no tar archive, an entry is sparse or has no place
+    /// in a tree, or `spool` cannot be written. Extended attributes whose values contain a
+    /// line feed are not understood.
     pub fn from_tar(stream: impl Read, spool: File) -> Result<Self, Error> {
         let spool = Arc::new(spool);
         let mut tree = Self::new();
@@ -39,7 +41,7 @@ impl Tree {
             };
             let link = || link.clone().ok_or_else(|| refused("it has no target"));
             let kind = match entry.header().entry_type() {
-                EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
+                EntryType::Regular | EntryType::Continuous => {
                     spooled(&mut entry, &spool).map_err(Error::Tar)?
                 }
                 EntryType::Directory => EntryKind::Directory,
@@ -58,8 +60,10 @@ impl Tree {
                     tree.link(&path, &link()?)?;
                     continue;
                 }
-                // Defaults for entries that follow; other readers ignore them, too.
+                // Defaults for entries that follow, ignored as Go's reader does.
                 EntryType::XGlobalHeader => continue,
+                // A header of 512 bytes may stand for holes of any size.
+                EntryType::GNUSparse => return Err(refused("it is sparse")),
                 _ => return Err(refused("it is of an unknown type")),
             };
             let added = described(&mut entry, kind).map_err(Error::Tar)?;
@@ -89,7 +93,8 @@ fn described(entry: &mut tar::Entry<'_, impl Read>, kind: EntryKind) -> io::Resu
         mode: u16::try_from(header.mode()? & 0o7777).map_err(io::Error::other)?,
         uid: number(header.uid()?)?,
         gid: number(header.gid()?)?,
-        mtime: (i64::try_from(header.mtime()?).map_err(io::Error::other)?, 0),
+        // Negative numbers are two's complement.
+        mtime: (header.mtime()?.cast_signed(), 0),
     };
     let mut xattrs = Vec::new();
     for extension in entry.pax_extensions()?.into_iter().flatten() {
@@ -97,6 +102,8 @@ fn described(entry: &mut tar::Entry<'_, impl Read>, kind: EntryKind) -> io::Resu
         if extension.key_bytes() == b"mtime" {
             let time = extension.value().ok().and_then(time);
             meta.mtime = time.ok_or_else(|| io::Error::other("a time is not a number"))?;
+        } else if extension.key_bytes().starts_with(SPARSE) {
+            return Err(io::Error::other("a file is sparse"));
         } else if let Some(name) = extension.key_bytes().strip_prefix(XATTR) {
             xattrs.push((name.to_vec(), extension.value_bytes().to_vec()));
         }
@@ -110,10 +117,10 @@ fn described(entry: &mut tar::Entry<'_, impl Read>, kind: EntryKind) -> io::Resu
 fn time(text: &str) -> Option<(i64, u32)> {
     let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
     let seconds: i64 = whole.parse().ok()?;
-    let digits = fraction.get(..fraction.len().min(9))?;
-    if !digits.bytes().all(|digit| digit.is_ascii_digit()) {
+    if !fraction.bytes().all(|digit| digit.is_ascii_digit()) {
         return None;
     }
+    let digits = fraction.get(..fraction.len().min(9))?;
     let nanoseconds: u32 = format!("{digits:0<9}").parse().ok()?;
     match (whole.starts_with('-'), nanoseconds) {
         // Nanoseconds count upwards from the second before.
@@ -137,6 +144,7 @@ mod tests {
             ("-1", Some((-1, 0))),
             ("", None),
             ("1.x", None),
+            ("1.123456789x", None),
         ] {
             assert_eq!(time(text), expected, "{text}");
         }

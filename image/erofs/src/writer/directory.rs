@@ -66,7 +66,13 @@ impl<'t> Directory<'t> {
                 data.extend_from_slice(&u64::from(nid(*inode)).to_le_bytes());
                 // Within a block, so it fits.
                 data.extend_from_slice(&u16::try_from(name_offset).unwrap_or(0).to_le_bytes());
-                data.extend_from_slice(&[file_type(tree.kind(*inode)), 0]);
+                let kind = match *name {
+                    b"." | b".." => file_type(Kind::Directory),
+                    _ if (*inode as usize) < tree.inode_count() => file_type(tree.kind(*inode)),
+                    // The tree contradicts itself.
+                    _ => 0,
+                };
+                data.extend_from_slice(&[kind, 0]);
                 name_offset += name.len();
             }
             for (name, _) in block {
