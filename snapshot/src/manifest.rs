@@ -179,8 +179,7 @@ impl Manifest {
     }
 }
 
-/// The name of the parent that a manifest has, whatever its format and whether or not
-/// it is whole.
+/// The name of the parent that a manifest has, whatever its format and its other values.
 pub(crate) fn parent_in(bytes: &[u8]) -> Option<String> {
     #[derive(Deserialize)]
     struct Child {

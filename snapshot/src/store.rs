@@ -362,23 +362,28 @@ impl SnapshotStore {
     /// snapshot uses. Returns how many went.
     ///
     /// # Errors
-    /// The directory cannot be read.
+    /// The directory, or a manifest in it, cannot be read: it may have any parent.
     pub fn trim(&self, keep: usize, chosen: impl Fn(&str) -> bool) -> Result<usize, Error> {
-        let mut found = Vec::new();
-        for name in self.names()?.into_iter().filter(|name| chosen(name)) {
-            let manifest = self.root.join(&name).join("manifest.json");
+        let used = |name: &str| {
+            let manifest = self.root.join(name).join("manifest.json");
             // One that cannot even be looked at is older than all others.
             let used = manifest.metadata().and_then(|meta| meta.modified());
-            found.push((used.unwrap_or(SystemTime::UNIX_EPOCH), name));
-        }
+            used.unwrap_or(SystemTime::UNIX_EPOCH)
+        };
+        let names = self.names()?.into_iter().filter(|name| chosen(name));
+        let mut found: Vec<_> = names.map(|name| (used(&name), name)).collect();
         found.sort();
-        let surplus = found.len().saturating_sub(keep);
-        let surplus = found.into_iter().take(surplus).map(|(_, name)| name);
-        self.remove_all(surplus.collect())
+        found.truncate(found.len().saturating_sub(keep));
+        let Some((newest, _)) = found.last().cloned() else {
+            return Ok(0);
+        };
+        let surplus = found.into_iter().map(|(_, name)| name).collect();
+        self.remove_all(surplus, |name| used(name) <= newest)
     }
 
-    /// Removes those of these snapshots that can be; returns how many went.
-    fn remove_all(&self, names: Vec<String>) -> Result<usize, Error> {
+    /// Removes those of these snapshots that can be, if they are `still` to go once nobody
+    /// can change them any more; returns how many went.
+    fn remove_all(&self, names: Vec<String>, still: impl Fn(&str) -> bool) -> Result<usize, Error> {
         if names.is_empty() {
             return Ok(0);
         }
@@ -386,6 +391,10 @@ impl SnapshotStore {
         let guard = self.exclusive()?;
         let mut family = self.family("")?;
         for name in names {
+            // Used, or replaced by another of its name, while the lock was waited for.
+            if !still(&name) {
+                continue;
+            }
             let buried = self
                 .claim(&name, &family)
                 .and_then(|_memory| self.bury(&self.root.join(&name)));
@@ -409,17 +418,18 @@ impl SnapshotStore {
     /// process nor another snapshot uses. Returns how many went.
     ///
     /// # Errors
-    /// The directory cannot be read.
+    /// As for [`Self::trim`].
     pub fn remove_unused(
         &self,
         named: impl Fn(&str) -> bool,
         chosen: impl Fn(&Manifest) -> bool,
     ) -> Result<usize, Error> {
-        let removed = self.names()?.into_iter().filter(|name| {
-            named(name)
-                && read_manifest(&self.root.join(name)).is_ok_and(|manifest| chosen(&manifest))
-        });
-        self.remove_all(removed.collect())
+        let removed = |name: &str| {
+            read_manifest(&self.root.join(name)).is_ok_and(|manifest| chosen(&manifest))
+        };
+        let names = self.names()?.into_iter();
+        let names = names.filter(|name| named(name) && removed(name)).collect();
+        self.remove_all(names, removed)
     }
 
     /// Takes the name away, in one step; returns where the files are now. Nothing is
@@ -442,10 +452,10 @@ impl SnapshotStore {
         Ok(self.family(name)?.remove(name).unwrap_or_default())
     }
 
-    /// The snapshots that build on others, by the names of these. What is written in a
-    /// manifest that this version does not understand is heeded all the same. Where
-    /// that cannot even be read, nothing is said: any snapshot may be its parent. Not so
-    /// of `but`, which is no child of its own.
+    /// The snapshots that build on others, by the names of these. The parent in a manifest
+    /// of another version counts, too, if it is written as this version writes it. A
+    /// manifest that cannot be read is an error, as any snapshot may be its parent; one
+    /// that is no JSON, or too long, is none. `but` is left out: it is no child of its own.
     fn family(&self, but: &str) -> Result<Family, Error> {
         let mut family = Family::new();
         for name in self.names()?.into_iter().filter(|name| name != but) {
