@@ -131,8 +131,9 @@ impl<L: Listener> Gate<L> {
     /// Begins to listen, under [`LISTENER`].
     pub(crate) fn begin(&mut self, registry: &mut Registry<'_>) -> io::Result<()> {
         if let Some((listener, registration)) = &mut self.open {
+            // Told once: a frontend that has no place for connections does not read it.
             let timer = Deadlines::new()?;
-            let registered = registry.add(&timer, LISTENER, Interest::READ)?;
+            let registered = registry.add(&timer, LISTENER, NEW_CONNECTIONS)?;
             self.timer = Some((timer, registered));
             *registration = Some(registry.add(&*listener, LISTENER, NEW_CONNECTIONS)?);
         }

@@ -31,7 +31,7 @@ use crate::gate::{CLOSING_ROUNDS, Gate, LISTENER};
 use crate::handle::Frontend;
 use crate::place;
 use crate::service::{Bell, Service};
-use crate::shortage::{RETRY, is_shortage};
+use crate::shortage::{Retries, is_shortage};
 use crate::{Error, FrontendHandle, LocalAddress};
 
 /// Longest payload of one handoff, in bytes.
@@ -121,7 +121,7 @@ impl HandoffFrontend {
             routers: HashMap::new(),
             next_token: FIRST,
             deadlines: Deadlines::new().map_err(failed())?,
-            retries: Deadlines::new().map_err(failed())?,
+            retries: Retries::new().map_err(failed())?,
             somebody_waits: false,
         };
         let address = LocalAddress::Unix(self.path.clone());
@@ -153,7 +153,7 @@ struct Handoff {
     next_token: u64,
     deadlines: Deadlines,
     /// When routers are heard again, after there was no memory for it.
-    retries: Deadlines,
+    retries: Retries,
     /// There may be a router in the backlog for which there is no place.
     somebody_waits: bool,
 }
@@ -316,7 +316,7 @@ impl Handoff {
             Err(error) => error,
         };
         if is_shortage(&error) {
-            self.retries.add(token, RETRY);
+            self.retries.add(token);
             return;
         }
         match error.kind() {

@@ -30,7 +30,7 @@ use crate::handle::Frontend;
 use crate::peer::is_trusted_peer;
 use crate::place;
 use crate::service::{Bell, Service};
-use crate::shortage::{RETRY, is_shortage};
+use crate::shortage::{Retries, is_shortage};
 use crate::{Error, FrontendHandle, LocalAddress};
 
 /// Clients that have not said yet what they want; more wait in the backlog.
@@ -110,7 +110,7 @@ impl HybridFrontend {
             undecided: HashMap::new(),
             next_token: FIRST,
             deadlines: Deadlines::new().map_err(failed())?,
-            retries: Deadlines::new().map_err(failed())?,
+            retries: Retries::new().map_err(failed())?,
             somebody_waits: false,
             closed: false,
         };
@@ -156,7 +156,7 @@ struct Hybrid {
     next_token: u64,
     deadlines: Deadlines,
     /// When clients are heard again, after there was no memory for it.
-    retries: Deadlines,
+    retries: Retries,
     /// There may be a client in the backlog for which there is no place.
     somebody_waits: bool,
     closed: bool,
@@ -196,7 +196,7 @@ impl Hybrid {
             }
             Ok(None) => {}
             Err(error) if is_shortage(&error) => {
-                self.retries.add(token, RETRY);
+                self.retries.add(token);
             }
             Err(error) => return Err(error),
         }
@@ -240,7 +240,7 @@ impl Hybrid {
         match &wanted {
             Ok(None) => return,
             Err(error) if is_shortage(error) => {
-                self.retries.add(token, RETRY);
+                self.retries.add(token);
                 return;
             }
             _ => {}
