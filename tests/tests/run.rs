@@ -5,11 +5,11 @@
     reason = "a failed expectation is a failed test"
 )]
 
-use std::io::Read as _;
+use std::io::{BufRead as _, BufReader, Read as _};
 use std::process::Stdio;
 
 use sha2::{Digest as _, Sha256};
-use sm_e2e::{Home, binary, image};
+use sm_e2e::{Home, Reaped, binary, image};
 
 fn sm(arguments: &[&str]) -> sm_e2e::Done {
     Home::shared().sm(arguments)
@@ -344,6 +344,34 @@ fn a_workload_that_exhausts_memory_is_killed_and_said_so() {
     let state = home.sm(&["inspect", &name]).exits(0).json()[0]["state"].clone();
     assert_eq!(state["exit"]["oom_killed"], true, "{state}");
     assert_eq!(state["exit_code"], 137, "{state}");
+    home.sm(&["rm", &name]).exits(0);
+}
+
+/// The command beside it is killed with the namespace of the main one, and ends first.
+#[test]
+fn a_workload_that_exhausts_memory_beside_a_command_is_said_to() {
+    let script = "import signal\n\
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])\n\
+        print('ready', flush=True)\n\
+        signal.sigwait([signal.SIGUSR1])\n\
+        x = []\n\
+        while True: x.append(b'x' * (1 << 20))";
+    let (home, name) = (Home::shared(), sm_e2e::unique("oom"));
+    let image = image("python");
+    let run = ["run", "--name", &name, "-m", "128m", &image];
+    let mut run = home.command(&[&run[..], &["python3", "-c", script]].concat());
+    let mut run = Reaped(run.stderr(Stdio::null()).spawn().unwrap());
+    let mut ready = BufReader::new(run.0.stdout.take().unwrap()).lines();
+    assert_eq!(ready.next().unwrap().unwrap(), "ready");
+    let mut beside = home.command(&["exec", &name, "sh", "-c", "echo here; exec sleep 10000"]);
+    let mut beside = Reaped(beside.spawn().unwrap());
+    let mut here = BufReader::new(beside.0.stdout.take().unwrap()).lines();
+    assert_eq!(here.next().unwrap().unwrap(), "here");
+    home.sm(&["kill", "-s", "USR1", &name]).exits(0);
+    assert_eq!(run.0.wait().unwrap().code(), Some(137));
+    assert_eq!(beside.0.wait().unwrap().code(), Some(137));
+    let state = home.sm(&["inspect", &name]).exits(0).json()[0]["state"].clone();
+    assert_eq!(state["exit"]["oom_killed"], true, "{state}");
     home.sm(&["rm", &name]).exits(0);
 }
 

@@ -257,7 +257,10 @@ impl Agent {
             log::error("accept a connection", error);
         }
         self.accepting = Accepting::Paused;
-        self.watch_listeners(Ready::empty());
+        log::note_failure(
+            "leave listeners alone",
+            self.watch_listeners(Ready::empty()),
+        );
         let token = Token::single(Class::Listener, listener::RESUME);
         self.reactor.timer(Instant::now() + ACCEPT_PAUSE, token);
     }
@@ -265,15 +268,20 @@ impl Agent {
     fn resume_accepting(&mut self) {
         if self.accepting == Accepting::Paused {
             self.accepting = Accepting::Retrying;
-            self.watch_listeners(Ready::IN);
+            if let Err(error) = self.watch_listeners(Ready::IN) {
+                // For want of memory, as it may be: a listener that is not watched is lost.
+                self.pause_accepting(&error);
+            }
         }
     }
 
-    fn watch_listeners(&mut self, want: Ready) {
-        for (watched, part) in self.listeners.iter_mut().zip(0..) {
+    fn watch_listeners(&mut self, want: Ready) -> io::Result<()> {
+        let mut watched = Ok(());
+        for (listener, part) in self.listeners.iter_mut().zip(0..) {
             let token = Token::single(Class::Listener, part);
-            log::note_failure("watch a listener", watched.set(&self.reactor, token, want));
+            watched = watched.and(listener.set(&self.reactor, token, want));
         }
+        watched
     }
 
     fn serve_new(&mut self, part: u8, socket: OwnedFd) {
@@ -327,10 +335,11 @@ impl Agent {
         }
     }
 
-    /// A command beside the main one was killed: by the kernel, if that has killed
-    /// more processes than are accounted for.
+    /// A command beside the main one was killed: by the kernel for lack of memory, if
+    /// that has killed more processes than are accounted for; or with all others of its
+    /// namespace, if PID 1 of that is ending (which ends last: pid_namespaces(7)).
     fn note_exec_killed(&mut self) {
-        if self.cgroup.oom_kills() > self.exec_oom_kills {
+        if !self.workload.init_ends() && self.cgroup.oom_kills() > self.exec_oom_kills {
             self.exec_oom_kills += 1;
         }
     }

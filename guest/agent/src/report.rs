@@ -19,8 +19,9 @@ use crate::workload::{self, part};
 /// Limit on the time of reading.
 const DEADLINE: Duration = Duration::from_secs(10);
 
-/// Most that a child may write, in bytes: three files of 4 KiB as JSON.
-const MAX_REPORT: u64 = 128 << 10;
+/// Most that a child may write, in bytes: four files of [`crate::root::MAX_ID`] bytes as JSON,
+/// with six bytes for each. The host takes messages of 64 KiB.
+const MAX_REPORT: u64 = 16 << 10;
 
 impl Agent {
     /// Begins to read, in a child outside the workload's cgroup: it is also asked for

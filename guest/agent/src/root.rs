@@ -82,6 +82,9 @@ impl<T, E: Into<io::Error>> Context<T> for Result<T, E> {
     }
 }
 
+/// Bytes that are read of a file with an identifier.
+pub(crate) const MAX_ID: u64 = 256;
+
 /// Reads a small file of the workload's tree as a process of the workload would:
 /// links lead to where they lead there, and what is no regular file is not read.
 pub(crate) fn read_in(root: &OwnedFd, path: &str) -> io::Result<String> {
@@ -92,7 +95,7 @@ pub(crate) fn read_in(root: &OwnedFd, path: &str) -> io::Result<String> {
         return Err(io::ErrorKind::InvalidInput.into());
     }
     let mut text = String::new();
-    io::Read::read_to_string(&mut io::Read::take(file, 4096), &mut text)?;
+    io::Read::read_to_string(&mut io::Read::take(file, MAX_ID), &mut text)?;
     Ok(text.trim().to_owned())
 }
 
@@ -338,6 +341,8 @@ impl Tree {
     /// It is not mounted over, as systemd takes a machine ID that is a mount point for
     /// one to be kept: it would write it to the file below and unmount it, and all clones
     /// would have what is below in common (systemd-machine-id-commit.service(8)).
+    /// A workload that replaces the file by another has an ID of its own making from then
+    /// on, and so have its clones.
     fn own_machine_id(
         &self,
         upper: &Path,

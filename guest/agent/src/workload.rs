@@ -15,8 +15,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
+    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg,
+    sendmsg, socketpair,
 };
 use rustix::process::Pid;
 use sm_guest_proto::control::AttachRoot;
@@ -194,7 +195,10 @@ impl Workload {
             &mut ancillary,
             RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC,
         );
+        let cut = matches!(&received, Ok(all) if all.flags.contains(ReturnFlags::CTRUNC));
         let failure = match received.map(|received| received.bytes) {
+            // Without its descriptor the machine ID would never be written.
+            Ok(_) if cut => "there is no descriptor left for the root's machine-id".to_owned(),
             Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return Attached::Pending,
             Err(error) => error.to_string(),
             Ok(1) => match self.init.map(Namespaces::of) {
@@ -232,6 +236,13 @@ impl Workload {
             State::Empty | State::Attaching => Err("no root file system is attached yet"),
             State::Ended => Err("the workload has ended"),
         }
+    }
+
+    /// PID 1 of the workload's namespace has ended, or is ending: it has given its memory
+    /// back, which is what Linux does first.
+    pub(crate) fn init_ends(&self) -> bool {
+        let program = |pid: Pid| std::fs::read_link(format!("/proc/{}/exe", pid.as_raw_nonzero()));
+        self.init.is_none_or(|pid| program(pid).is_err())
     }
 
     /// Starts a command next to the workload's main command. It is a child of
