@@ -1,5 +1,7 @@
 //! The store: publishing, leasing, removing, sweeping.
 
+use std::time::SystemTime;
+
 use super::*;
 use crate::manifest::{MemoryEntry, ParentRef, tests::sample};
 
