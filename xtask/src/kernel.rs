@@ -161,9 +161,11 @@ impl Recipe {
         let quiet =
             |command: &mut Command| cmd::check(command.current_dir(&tree).stdout(Stdio::null()));
         quiet(clean_make(&["allnoconfig"]).env("KCONFIG_CONFIG", ".config.none"))?;
+        // The script takes a blank in a path for the end of it.
+        fs::copy(&self.fragment, tree.join(".config.asked"))?;
+        let merge = ["-m", ".config.none", ".config.asked"];
         quiet(
-            cmd::command("scripts/kconfig/merge_config.sh", ["-m", ".config.none"])
-                .arg(&self.fragment)
+            cmd::command("scripts/kconfig/merge_config.sh", merge)
                 .env("KCONFIG_CONFIG", ".config.fresh"),
         )?;
         quiet(clean_make(&["olddefconfig"]).env("KCONFIG_CONFIG", ".config.fresh"))?;
