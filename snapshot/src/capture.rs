@@ -8,6 +8,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::Path;
+use std::sync::atomic::AtomicBool;
 
 use rustix::fs::{FlockOperation, flock};
 use vm_memory::GuestMemoryMmap;
@@ -116,6 +117,20 @@ impl Capture {
         memory: &GuestMemoryMmap,
         ancestry: Ancestry<'_>,
     ) -> Result<Self, Error> {
+        Self::begin_unless(store, memory, ancestry, &AtomicBool::new(false))
+    }
+
+    /// The same, which another thread can end by setting `given_up`: within the time that
+    /// copying 256 KiB takes, unless the file system itself hangs.
+    ///
+    /// # Errors
+    /// As with [`Self::begin`], and [`Error::GivenUp`].
+    pub fn begin_unless(
+        store: &SnapshotStore,
+        memory: &GuestMemoryMmap,
+        ancestry: Ancestry<'_>,
+        given_up: &AtomicBool,
+    ) -> Result<Self, Error> {
         let (chain, base) = match ancestry {
             Ancestry::Booted => (None, Base::Nothing),
             Ancestry::Full(chain) => (Some(chain), Base::Nothing),
@@ -140,11 +155,11 @@ impl Capture {
         let mut runs = pagemap::private(memory)?;
         let whole = |runs: &[Run], chain: &Chain| {
             let runs = runs::union(runs, &chain.stored());
-            memory_file::write(memory, &runs, Base::Nothing, &file, &path)
+            memory_file::write(memory, &runs, Base::Nothing, &file, &path, given_up)
         };
         let mut index = match (chain, &parent) {
             (Some(chain), None) => whole(&runs, chain)?,
-            _ => memory_file::write(memory, &runs, base, &file, &path)?,
+            _ => memory_file::write(memory, &runs, base, &file, &path, given_up)?,
         };
         if let (Some(chain), Some(_)) = (chain, &parent)
             && chain.pieces_of_child(&index.extents) > MAX_PIECES

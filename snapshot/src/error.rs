@@ -110,6 +110,9 @@ pub enum Error {
         /// The limit.
         limit: usize,
     },
+    /// The caller wanted it no longer.
+    #[error("making the snapshot was given up")]
+    GivenUp,
     /// Something still uses the snapshot.
     #[error("snapshot \"{name}\" is in use by {user}")]
     InUse {

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
@@ -65,16 +66,18 @@ const MOST_GAP: u64 = 64;
 
 /// Writes the pages of `runs`, of a paused guest, to `file` and says what was
 /// written: what is zero is not stored. `runs` must have all pages that may differ
-/// from what lies below.
+/// from what lies below. It stops soon after `given_up` is set.
 ///
 /// # Errors
-/// A file system that is full or refuses, or a parent that cannot be read.
+/// A file system that is full or refuses, a parent that cannot be read, or
+/// [`Error::GivenUp`].
 pub fn write(
     memory: &GuestMemoryMmap,
     runs: &[Run],
     base: Base<'_>,
     file: &File,
     path: &Path,
+    given_up: &AtomicBool,
 ) -> Result<MemoryIndex, Error> {
     let regions = ram_regions(memory);
     let pages: u64 = regions.iter().map(|(_, len)| len / PAGE).sum();
@@ -85,6 +88,7 @@ pub fn write(
         regions: &regions,
         file,
         path,
+        given_up,
         base,
         builder: ExtentBuilder::new(),
         scratch: vec![0; COPY],
@@ -119,6 +123,7 @@ struct Writer<'a> {
     regions: &'a [(u64, u64)],
     file: &'a File,
     path: &'a Path,
+    given_up: &'a AtomicBool,
     base: Base<'a>,
     builder: ExtentBuilder,
     scratch: Vec<u8>,
@@ -146,6 +151,9 @@ impl Writer<'_> {
         let step = (COPY as u64) / PAGE;
         let mut done = 0;
         while done < pages {
+            if self.given_up.load(Ordering::Relaxed) {
+                return Err(Error::GivenUp);
+            }
             let count = step.min(pages - done);
             let len = usize::try_from(count * PAGE).unwrap_or(COPY);
             let mut buffer = std::mem::take(&mut self.scratch);
@@ -317,7 +325,8 @@ mod tests {
 
     fn write_all(memory: &GuestMemoryMmap, base: Base<'_>, file: &File) -> MemoryIndex {
         let runs = pagemap::private(memory).unwrap();
-        write(memory, &runs, base, file, Path::new("memory.bin")).unwrap()
+        let never = AtomicBool::new(false);
+        write(memory, &runs, base, file, Path::new("memory.bin"), &never).unwrap()
     }
 
     fn guest() -> GuestMemoryMmap {
@@ -365,6 +374,17 @@ mod tests {
         let index = write_all(&memory, Base::Parent, &file);
         assert_eq!(index.count(Content::Zero), 1);
         assert_eq!(index.count(Content::Data), 1);
+    }
+
+    #[test]
+    fn copying_ends_when_it_is_given_up() {
+        let memory = guest();
+        memory.write_obj(1u8, GuestAddress(0)).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        let runs = pagemap::private(&memory).unwrap();
+        let (path, given_up) = (Path::new("memory.bin"), AtomicBool::new(true));
+        let error = write(&memory, &runs, Base::Nothing, &file, path, &given_up).unwrap_err();
+        assert!(matches!(error, Error::GivenUp), "{error:?}");
     }
 
     #[test]

@@ -11,6 +11,7 @@
 //! | `SM_BENCH_RESTORE`, `SM_BENCH_INITRAMFS` | the benchmark, and its guest |
 //! | `SM_LANES` | the static program `tests/guest/lanes.rs` |
 //! | `SM_STOCK_KERNEL` | a distribution kernel for the stock-kernel cases |
+//! | `SM_TEST_FULL` | set for tests in full length, see [`full`] |
 #![warn(missing_docs)]
 #![expect(
     clippy::expect_used,
@@ -28,10 +29,12 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 mod mount;
+mod patience;
 mod terminal;
 pub mod tiny;
 
 pub use mount::Mount;
+pub use patience::{PATIENCE, until};
 pub use terminal::Terminal;
 
 /// What a command left behind.
@@ -307,6 +310,12 @@ pub fn lab() -> bool {
         eprintln!("skipped: this test changes mounts or the clock, and this is not the lab");
     }
     lab
+}
+
+/// Whether a test may take as long as it needs: `cargo xtask test --full`.
+#[must_use]
+pub fn full() -> bool {
+    std::env::var_os("SM_TEST_FULL").is_some()
 }
 
 /// An image with nothing but the program for guests, `/lanes`. It is there as long as

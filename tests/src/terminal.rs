@@ -10,10 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
 
-use crate::{Home, Reaped};
-
-/// A guest in the lab may take this long to answer, and no test waits longer.
-const PATIENCE: Duration = Duration::from_secs(120);
+use crate::{Home, PATIENCE, Reaped};
 
 /// A terminal with `sm` in its foreground.
 #[derive(Debug)]

@@ -10,18 +10,9 @@
 use std::fs;
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::thread::sleep;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use sm_e2e::{Home, Mount, Vm, image, lab, lanes};
-
-fn until(what: &str, mut happened: impl FnMut() -> bool) {
-    let begun = Instant::now();
-    while !happened() {
-        assert!(begun.elapsed() < Duration::from_secs(120), "{what}");
-        sleep(Duration::from_millis(100));
-    }
-}
+use sm_e2e::{Home, Mount, Vm, image, lab, lanes, until};
 
 fn sleeping(home: &Home) -> Vm<'_> {
     home.detached(&["-m", "128m", &image("busybox"), "sleep", "1000"])

@@ -12,11 +12,10 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use sha2::{Digest as _, Sha256};
-use sm_e2e::{Home, Reaped, Vm, binary, image, lanes, unique};
+use sm_e2e::{Home, PATIENCE, Reaped, Vm, binary, image, lanes, unique, until};
 
 /// Answers every connection to port 80 by what it sent, once that has ended.
 const ECHO: &str = "nc -ll -p 80 -e cat";
-const LONG: Duration = Duration::from_secs(120);
 
 fn serving<'a>(home: &'a Home, options: &[&str], script: &str) -> Vm<'a> {
     let busybox = image("busybox");
@@ -37,23 +36,13 @@ fn connections(vm: &Vm<'_>) -> serde_json::Value {
     vm.inspect()["state"]["published"][0]["connections"].clone()
 }
 
-/// Waits until something is so.
-#[track_caller]
-fn until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let begun = Instant::now();
-    while !is_so() {
-        assert!(begun.elapsed() < LONG, "{what}");
-        std::thread::sleep(Duration::from_millis(100));
-    }
-}
-
 /// A connection that the echo answers.
 struct Echo(TcpStream);
 
 impl Echo {
     fn open(address: SocketAddr) -> Self {
         let stream = TcpStream::connect(address).unwrap();
-        stream.set_read_timeout(Some(LONG)).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
         Self(stream)
     }
 
@@ -148,7 +137,7 @@ fn a_listener_is_waited_for_as_long_as_was_asked() {
     assert_eq!(nothing.kind(), ErrorKind::WouldBlock);
     assert_eq!(connections(&vm)["active"], 1);
     vm.exec(&["touch", "/go"]).exits(0);
-    early.0.set_read_timeout(Some(LONG)).unwrap();
+    early.0.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut said = [0; 5];
     early.0.read_exact(&mut said).unwrap();
     assert_eq!(&said, b"early");
@@ -163,7 +152,7 @@ fn a_port_that_nobody_has_or_has_no_more_ends_the_connection() {
     let vm = serving(home, &options, script);
     let gone = |port: &str| {
         let mut stream = TcpStream::connect(address(home, &vm.name, port)).unwrap();
-        stream.set_read_timeout(Some(LONG)).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
         matches!(stream.read(&mut [0; 1]), Ok(0))
     };
     assert!(gone("81"));

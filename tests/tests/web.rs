@@ -12,10 +12,10 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use sha2::{Digest as _, Sha256};
-use sm_e2e::{Done, Home, Reaped, Vm, image, unique};
+use sm_e2e::{Done, Home, PATIENCE, Reaped, Vm, image, unique};
 use sm_frontends::HandoffSender;
 
 const PAGE: &str = "Welcome to nginx!";
@@ -56,11 +56,7 @@ impl<'a> Web<'a> {
         };
         let begun = Instant::now();
         while !web.curl(&[&format!("http://{}/", web.tcp())]).0 {
-            assert!(
-                begun.elapsed() < Duration::from_secs(60),
-                "{:?}",
-                web.vm.inspect()
-            );
+            assert!(begun.elapsed() < PATIENCE, "{:?}", web.vm.inspect());
         }
         web
     }

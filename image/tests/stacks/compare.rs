@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::containerd::Containerd;
 use crate::others::{Bench, Disk, OurRefusal};
 use crate::random::{self, Layer};
+use crate::straight::straight;
 use crate::support;
 use crate::tree::{self, Tree};
 
@@ -72,14 +73,14 @@ pub(crate) struct Verdict {
 const OTHER_TREE: &str = "another tree than containerd's";
 
 /// A stack without what makes a difference of a class, if it has that.
-type Variant = fn(&Stack, &Verdict) -> Option<Stack>;
+type Variant = fn(&Appliers, &Stack, &Verdict) -> Option<Stack>;
 
-const VARIANTS: [(Variant, &str); 4] = [
+const VARIANTS: [(Variant, &str); 5] = [
     (
         // It goes by the names that a layer has unpacked (archive/tar.go,
         // `unpackedPaths`), we by the entries: one whose parent a marker has taken away is
         // forgotten.
-        |stack, verdict| {
+        |_, stack, verdict| {
             let implied = |line: &str| {
                 let line = line.trim_start();
                 line.starts_with("- ") && line.contains(" 40755 (0, 0)")
@@ -92,11 +93,25 @@ const VARIANTS: [(Variant, &str); 4] = [
     ),
     (
         // As the kernel does, by which Docker resolves all paths.
-        |stack, _| changed(stack, cleaned(&stack.layers)),
+        |_, stack, _| changed(stack, cleaned(&stack.layers)),
         "containerd takes `..` behind a link or file in a target by its text, we as the kernel",
     ),
     (
-        |stack, verdict| {
+        // It looks for `a/b` below the text of the link that `a` is, and takes what it finds
+        // for a link of that place (continuity fs/path.go, `walkLinks`).
+        |appliers, stack, verdict| {
+            let containerd = !verdict.class.starts_with("umoci");
+            let ours = containerd.then(|| appliers.ours(stack)).flatten()?;
+            let umoci = appliers.bench.umoci().ok()?;
+            if !but_for_implied(&ours, &umoci) {
+                return None;
+            }
+            changed(stack, straight(appliers, stack)?.layers)
+        },
+        "containerd follows a link behind a link from the wrong place, umoci as we do",
+    ),
+    (
+        |_, stack, verdict| {
             let umoci = verdict.class.starts_with("umoci");
             let split = umoci.then(|| split(&stack.layers))?;
             changed(stack, split)
@@ -107,7 +122,7 @@ const VARIANTS: [(Variant, &str); 4] = [
         "umoci keeps what a layer has hidden of its own",
     ),
     (
-        |stack, verdict| {
+        |_, stack, verdict| {
             let umoci = verdict.class.starts_with("umoci");
             let plain = umoci.then(|| plain(&split(&stack.layers)))?;
             changed(stack, plain)
@@ -178,7 +193,7 @@ impl Appliers {
             let mut again = Vec::new();
             for (number, outcome) in outcomes.iter().enumerate() {
                 if let Outcome::Different(verdict) = outcome {
-                    let stack = variant(&stacks[number], verdict);
+                    let stack = variant(self, &stacks[number], verdict);
                     again.extend(stack.map(|stack| (number, stack)));
                 }
             }
@@ -288,13 +303,17 @@ impl Appliers {
         }
     }
 
+    /// The tree that we make, unless we refuse it.
+    pub(crate) fn ours(&self, stack: &Stack) -> Option<Tree> {
+        self.bench.write(stack);
+        self.bench.ours(stack, &self.disk).ok()
+    }
+
     /// A directory of a layer that is not there at its end, which containerd refuses: it
     /// sets the times of a layer's directories last, by their paths (containerd
     /// archive/tar.go, `applyNaive`).
     fn gone(&self, stack: &Stack, layer: usize) -> Option<usize> {
-        let lowest = stack.lowest(layer + 1);
-        self.bench.write(&lowest);
-        let tree = self.bench.ours(&lowest, &self.disk).ok()?;
+        let tree = self.ours(&stack.lowest(layer + 1))?;
         stack.layers[layer].iter().position(|entry| {
             let path = String::from_utf8_lossy(&entry.path);
             entry.kind == b'5' && tree::resolve(&tree, &path).is_none()

@@ -103,9 +103,9 @@ fn sweeping_cleans_up_after_the_dead_and_spares_the_living() {
     let (alive, _lock) = f.create(Some("alive")).unwrap();
     let (killed, lock) = f.create(Some("killed")).unwrap();
     std::fs::write(killed.directory().join(CONSOLE), b"").unwrap();
-    drop(lock);
+    let_go(lock);
     let (stillborn, lock) = f.create(Some("stillborn")).unwrap();
-    drop(lock);
+    let_go(lock);
     let (gone, lock) = f
         .records
         .create(Some("gone"), |id, name| {
@@ -115,7 +115,7 @@ fn sweeping_cleans_up_after_the_dead_and_spares_the_living() {
             })
         })
         .unwrap();
-    drop(lock);
+    let_go(lock);
     std::fs::create_dir(f.records.directory.join(".new-x")).unwrap();
     std::fs::create_dir(f.records.directory.join(".removed-x")).unwrap();
     std::fs::create_dir(f.records.sockets.join("0123456789ab")).unwrap();
@@ -149,7 +149,7 @@ fn waiting_ends_when_the_lock_is_released() {
         let record = record.clone();
         move || record.wait_until_dead()
     });
-    drop(lock);
+    let_go(lock);
     waiter.join().unwrap().unwrap();
     assert!(matches!(record.state().unwrap(), VmState::Exited(_)));
 }
@@ -197,7 +197,7 @@ fn one_damaged_record_affects_no_other() {
     assert!(matches!(refused, RecordError::Running(_)), "{refused}");
     // Others are made beside them, and both kinds can be removed.
     let _other = f.create(Some("other")).unwrap();
-    drop(lock);
+    let_go(lock);
     f.records.remove_damaged(id.short()).unwrap();
     unreadable.remove().unwrap();
     assert!(!damaged.directory().exists() && !damaged.sockets().exists());
@@ -242,6 +242,12 @@ fn an_ended_vm_that_removes_itself_frees_its_name_at_once() {
     make().unwrap();
 }
 
+/// Gives back a lock for good: a process that another test is about to start has a copy
+/// of the descriptor until it runs its program.
+fn let_go(lock: File) {
+    flock(&lock, FlockOperation::Unlock).unwrap();
+}
+
 /// Whoever looks at a dead VM is told so, whoever else is about it.
 #[test]
 fn the_dead_are_dead_while_they_are_cleaned_up_after() {
@@ -249,7 +255,7 @@ fn the_dead_are_dead_while_they_are_cleaned_up_after() {
     for round in 0..50 {
         let (record, lock) = f.create(Some("killed")).unwrap();
         std::fs::write(record.directory().join(CONSOLE), b"").unwrap();
-        drop(lock);
+        let_go(lock);
         std::thread::scope(|scope| {
             for _ in 0..2 {
                 scope.spawn(|| f.records.sweep().unwrap());

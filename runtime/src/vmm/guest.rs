@@ -34,18 +34,22 @@ pub(crate) trait Guest {
         Start::Boot
     }
     /// The agent is there and has nothing to do yet: the moment to make a base
-    /// snapshot of, before the machine is given its image and identity.
-    fn agent_ready(&mut self) -> Result<(), String> {
-        Ok(())
+    /// snapshot of, before the machine is given its image and identity. True if it is
+    /// held for that: [`Notice::Captured`] follows.
+    fn agent_ready(&mut self) -> Result<bool, String> {
+        Ok(false)
     }
+    /// Puts the image into its drive.
+    fn insert_image(&mut self) {}
     /// Whether an image snapshot is to be made, of a guest that is frozen first.
     fn wants_root(&self) -> bool {
         false
     }
     /// The root file system is mounted and nothing of it has run: the moment to
-    /// make an image snapshot of.
-    fn root_attached(&mut self) -> Result<(), String> {
-        Ok(())
+    /// make an image snapshot of. True if it is held for that: [`Notice::Captured`]
+    /// follows.
+    fn root_attached(&mut self) -> Result<bool, String> {
+        Ok(false)
     }
     /// The workload runs.
     fn workload_started(&mut self) {}
@@ -66,12 +70,20 @@ pub(crate) trait Guest {
         Ok(())
     }
     /// Captures the machine with its workload, which must be frozen, as the
-    /// snapshot `name`. Returns at once, with the machine running (or, with
-    /// `stay`, held); [`Notice::Snapshot`] follows.
+    /// snapshot `name`. Returns at once, with the machine held; [`Notice::Captured`]
+    /// follows and, after [`Self::captured`], [`Notice::Snapshot`].
     fn snapshot(&mut self, plan: SnapshotPlan) -> Result<(), String> {
         let _ = plan;
         Err("this machine cannot be captured".to_owned())
     }
+    /// To be called when the machine was captured, or could not be.
+    fn captured(&mut self, then: AfterCapture) -> Result<(), String> {
+        let _ = then;
+        Ok(())
+    }
+    /// Has the machine held no longer than it must be: [`Notice::Captured`], with a
+    /// failure, follows soon.
+    fn give_up_capture(&self) {}
     /// Puts the machine back to the snapshot that it was started from, with another
     /// identity to be. Every stream to it ends.
     fn reset(&mut self) -> Result<(), String> {
@@ -105,6 +117,17 @@ pub(crate) trait Guest {
     fn end(&self) -> Option<GuestEnd>;
 }
 
+/// What becomes of a machine that was held to be captured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum AfterCapture {
+    /// It runs on, and its snapshot is published.
+    Run,
+    /// It stays held, and its snapshot is published.
+    Stay,
+    /// It runs on, and nothing is published.
+    Forget,
+}
+
 /// Why a machine ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum GuestEnd {
@@ -132,6 +155,8 @@ pub(crate) struct SnapshotPlan {
 pub(crate) enum Notice {
     /// The agent has dialled.
     Agent(UnixStream),
+    /// The memory of a machine that is held was copied, or could not be; a clause.
+    Captured(Result<(), String>),
     /// A snapshot that the supervisor asked for was made, or could not be; a
     /// clause.
     Snapshot(Result<SnapshotMade, String>),

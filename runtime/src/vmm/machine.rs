@@ -31,6 +31,7 @@ use sm_vmm_core::virtio::rng::Rng;
 
 use super::beginning::{Beginning, Source};
 use super::cache;
+use super::capturing::Capturing;
 use super::descriptors::Descriptors;
 use super::failure::Failure;
 use super::guest::{Guest, Notice, NoticeSender, Start};
@@ -71,6 +72,8 @@ pub(crate) struct RunningMachine {
     /// Fills memory while the machine and whoever reads it lives.
     pager: Option<Pager>,
     notices: NoticeSender,
+    /// The snapshot for which the machine is held.
+    capturing: Option<Capturing>,
     /// Threads that publish snapshots.
     publishing: Vec<JoinHandle<()>>,
     _exec: FrontendHandle,
@@ -82,6 +85,7 @@ pub(crate) struct RunningMachine {
 
 impl Drop for RunningMachine {
     fn drop(&mut self) {
+        self.capturing = None;
         for publishing in self.publishing.drain(..) {
             // Its outcome was logged.
             let _ = publishing.join();
@@ -95,7 +99,7 @@ impl Drop for RunningMachine {
 /// if it is no good.
 struct SourceSnapshot {
     store: SnapshotStore,
-    chain: Option<Chain>,
+    chain: Option<Arc<Chain>>,
     /// It is one that `sm run` has made for itself.
     cached: bool,
     /// What was restored from it did not come up.
@@ -106,7 +110,7 @@ impl SourceSnapshot {
     fn new(chain: Chain, store: SnapshotStore, cached: bool) -> Self {
         Self {
             store,
-            chain: Some(chain),
+            chain: Some(Arc::new(chain)),
             cached,
             spoilt: false,
         }
@@ -290,6 +294,7 @@ fn begin(
         prefetch: parts.prefetch,
         pager: parts.pager,
         notices: notices.clone(),
+        capturing: None,
         publishing: Vec::new(),
         _exec: exec,
         published,

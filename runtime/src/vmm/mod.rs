@@ -7,6 +7,7 @@
 mod agent;
 mod beginning;
 mod cache;
+mod capturing;
 mod conn;
 mod descriptors;
 pub(crate) mod digests;

@@ -5,15 +5,11 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::mpsc::channel;
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use sm_guest_proto::PROTOCOL_VERSION;
-use sm_hypervisor::Hypervisor;
 use sm_snapshot::Error;
-use sm_snapshot::capture::{Ancestry, Capture, Captured, Description};
+use sm_snapshot::capture::{Capture, Captured, Description};
 use sm_snapshot::chain::Chain;
 use sm_snapshot::cpu::CpuFeatures;
 use sm_snapshot::manifest::{DeviceEntry, FORMAT, Layer};
@@ -21,7 +17,6 @@ use sm_snapshot::restore::{self, Requirements};
 use sm_snapshot::state_file::Section;
 use sm_snapshot::store::SnapshotStore;
 use sm_vmm_core::layout::{MACHINE_VERSION, SLOT_RNG, SLOT_ROOT_DISK, SLOT_VSOCK};
-use sm_vmm_core::machine::Machine;
 use sm_vmm_core::state::MachineState;
 
 use super::identity::Identity;
@@ -142,61 +137,12 @@ pub(crate) struct Plan {
     pub(crate) content: Content,
 }
 
-/// What making a snapshot came to.
-#[derive(Debug)]
-pub(crate) struct Made {
-    pub(crate) captured: Captured,
-    /// How long the vCPUs were held.
-    pub(crate) pause: Duration,
-}
-
-/// Told on the publishing thread how it went; the error is a clause.
-pub(crate) type Done = Box<dyn FnOnce(Result<Made, String>) + Send>;
-
 impl Plan {
-    /// Captures a machine. Copying its memory happens in a pause, which ends
-    /// with this call unless `stay` is set; the rest on a thread, which publishes
-    /// the snapshot and calls `done`.
+    /// Writes and publishes what was captured.
     ///
     /// # Errors
-    /// The machine cannot be paused, saved or resumed, or its memory not be
-    /// stored; a clause. `done` is not called then, and the machine runs on if it
-    /// can at all.
-    pub(crate) fn capture<H: Hypervisor>(
-        self,
-        machine: &mut Machine<H>,
-        ancestry: Ancestry<'_>,
-        stay: bool,
-        done: Done,
-    ) -> Result<JoinHandle<()>, String> {
-        // Before anything is held up: there may be no thread to be had.
-        let (hand_over, taken) = channel();
-        let (store, vcpus) = (self.store.clone(), machine.vcpus());
-        let publisher = std::thread::Builder::new()
-            .name("sm-snapshot".to_owned())
-            .spawn(move || {
-                // Nothing comes when capturing failed.
-                if let Ok((capture, state, pause)) = taken.recv() {
-                    let made = self.finish(capture, &state, vcpus);
-                    done(made.map(|captured| Made { captured, pause }));
-                }
-            })
-            .map_err(|error| format!("cannot start a thread: {error}"))?;
-        let begun = Instant::now();
-        let held = hold(machine, &store, ancestry);
-        if held.is_err() || !stay {
-            let resumed = machine.resume().map_err(|error| with_causes(&error));
-            if let (Ok(_), Err(error)) = (&held, resumed) {
-                return Err(error);
-            }
-        }
-        let (state, capture) = held?;
-        // The thread waits for it.
-        let _ = hand_over.send((capture, state, begun.elapsed()));
-        Ok(publisher)
-    }
-
-    fn finish(
+    /// The file system refused, or the name is taken; a clause.
+    pub(super) fn finish(
         self,
         capture: Capture,
         state: &MachineState,
@@ -243,20 +189,6 @@ impl Plan {
             .finish(&self.store, &self.name, description, sections)
             .map_err(|error| with_causes(&error))
     }
-}
-
-/// Pauses a machine, takes its state and copies its memory. It is left paused, and
-/// after a failure in whatever state that came in.
-fn hold<H: Hypervisor>(
-    machine: &mut Machine<H>,
-    store: &SnapshotStore,
-    ancestry: Ancestry<'_>,
-) -> Result<(MachineState, Capture), String> {
-    machine.pause().map_err(|error| with_causes(&error))?;
-    let state = machine.save_state().map_err(|error| with_causes(&error))?;
-    let capture = Capture::begin(store, &machine.memory().guest, ancestry)
-        .map_err(|error| with_causes(&error))?;
-    Ok((state, capture))
 }
 
 #[cfg(test)]

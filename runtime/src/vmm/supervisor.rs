@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use self::clients::Client;
-use self::snapshots::SnapshotJob;
+use self::snapshots::{Held, SnapshotJob};
 use super::agent::AgentLink;
 use super::conn::Conn;
 use super::descriptors;
@@ -128,6 +128,8 @@ pub(crate) struct Supervisor<G> {
     epoch: String,
     /// The machine does not run any more, and is to be released.
     machine_ended: bool,
+    /// What follows when the machine was captured for which it is held.
+    held: Option<Held>,
     /// The snapshot that is being made.
     snapshot: Option<SnapshotJob>,
     /// How many were begun.
@@ -190,6 +192,7 @@ impl<G: Guest> Supervisor<G> {
             started_ns: 0,
             had_output: false,
             machine_ended: false,
+            held: None,
             snapshot: None,
             snapshots: 0,
             prepare_timeout: snapshots::PREPARE_TIMEOUT,
@@ -314,6 +317,7 @@ impl<G: Guest> Supervisor<G> {
                 while let Some(notice) = self.notices.next() {
                     match notice {
                         Notice::Agent(stream) => self.agent_dialed(stream),
+                        Notice::Captured(copied) => self.captured(copied),
                         Notice::Snapshot(made) => self.snapshot_made(made),
                         Notice::Delivered => self.delivered(),
                         Notice::Unreachable(reason) => self.guest_broke(&format!(

@@ -7,7 +7,6 @@ use std::os::unix::net::UnixStream;
 use std::sync::PoisonError;
 
 use sm_devices_vsock::ConnectOptions;
-use sm_snapshot::capture::Ancestry;
 use sm_snapshot::manifest::Layer;
 use sm_vmm_core::exit::ExitReason;
 
@@ -17,16 +16,18 @@ use crate::id::random;
 use crate::launch::{SnapshotReport, StageTimes};
 use crate::publish::PublishedPort;
 use crate::snapshots::{EPHEMERAL_LABEL, IMAGE_LABEL};
-use crate::vmm::guest::{Guest, GuestEnd, Kept, Notice, SnapshotMade, SnapshotPlan, Start};
+use crate::vmm::capturing::{Capturing, Made, Origin, Told};
+use crate::vmm::guest::{
+    AfterCapture, Guest, GuestEnd, Kept, Notice, SnapshotMade, SnapshotPlan, Start,
+};
 use crate::vmm::prefetch::Prefetch;
-use crate::vmm::saved::{Content, Done, Made, Plan, machine_state};
+use crate::vmm::saved::{Content, Plan, machine_state};
 
 impl RunningMachine {
-    /// Makes a snapshot that `sm run` wants for itself. That it cannot be made
-    /// is no reason to stop.
+    /// Makes a snapshot that `sm run` wants for itself.
     fn leave_behind(&mut self, plan: Plan) -> Result<(), String> {
         let name = plan.name.clone();
-        let done = move |made: Result<Made, String>| match made {
+        let made = move |made: Result<Made, String>| match made {
             Ok(made) => tracing::info!(
                 name,
                 pages = made.captured.manifest.memory.data_pages,
@@ -36,28 +37,44 @@ impl RunningMachine {
             // Another VM may have made the same one meanwhile: as good.
             Err(error) => tracing::warn!(name, error, "a snapshot was not made"),
         };
-        match self.capture(plan, false, Box::new(done)) {
-            Err(error) if self.machine.is_running() => {
-                tracing::warn!(error, "a snapshot was not made");
-                Ok(())
-            }
-            other => other,
-        }
+        self.capture(plan, Box::new(made))
     }
 
-    fn capture(&mut self, plan: Plan, stay: bool, done: Done) -> Result<(), String> {
-        let chain = self
-            .source
-            .as_ref()
-            .and_then(|source| source.chain.as_ref());
-        let filled = self.pager.is_some();
+    fn capture(
+        &mut self,
+        plan: Plan,
+        made: Box<dyn FnOnce(Result<Made, String>) + Send>,
+    ) -> Result<(), String> {
+        let source = self.source.as_ref();
         let copied = self.prefetch.as_ref().map_or(&[][..], Prefetch::copied);
-        let ancestry = chain.map_or(Ancestry::Booted, |chain| {
-            Ancestry::of(chain, filled, copied)
-        });
-        let publishing = plan.capture(&mut self.machine, ancestry, stay, done)?;
-        self.publishing.push(publishing);
+        let origin = Origin {
+            chain: source.and_then(|source| source.chain.clone()),
+            filled: self.pager.is_some(),
+            copied: copied.to_vec(),
+        };
+        let notices = self.notices.clone();
+        let told = Told {
+            copied: Box::new(move |copied| notices.send(Notice::Captured(copied))),
+            made,
+        };
+        let (capturing, thread) = Capturing::begin(plan, &mut self.machine, origin, told)?;
+        self.capturing = Some(capturing);
+        self.publishing.push(thread);
         Ok(())
+    }
+
+    /// Begins to make a snapshot that is wanted, and says whether it does. That it cannot
+    /// be made is no reason to stop.
+    fn try_leave_behind(&mut self, plan: Option<Plan>) -> Result<bool, String> {
+        match plan.map(|plan| self.leave_behind(plan)) {
+            None => Ok(false),
+            Some(Ok(())) => Ok(true),
+            Some(Err(error)) if self.machine.is_running() => {
+                tracing::warn!(error, "a snapshot was not made");
+                Ok(false)
+            }
+            Some(Err(error)) => Err(error),
+        }
     }
 }
 
@@ -66,26 +83,25 @@ impl Guest for RunningMachine {
         self.start
     }
 
-    fn agent_ready(&mut self) -> Result<(), String> {
-        if let Some(plan) = self.base_plan.take() {
-            self.leave_behind(plan)?;
-        }
+    fn agent_ready(&mut self) -> Result<bool, String> {
+        let plan = self.base_plan.take();
+        self.try_leave_behind(plan)
+    }
+
+    fn insert_image(&mut self) {
         if let Some(image) = self.image.take() {
             let mut root = self.root.lock().unwrap_or_else(PoisonError::into_inner);
             root.set_disk(image);
         }
-        Ok(())
     }
 
     fn wants_root(&self) -> bool {
         self.image_plan.is_some()
     }
 
-    fn root_attached(&mut self) -> Result<(), String> {
-        match self.image_plan.take() {
-            Some(plan) => self.leave_behind(plan),
-            None => Ok(()),
-        }
+    fn root_attached(&mut self) -> Result<bool, String> {
+        let plan = self.image_plan.take();
+        self.try_leave_behind(plan)
     }
 
     fn workload_started(&mut self) {
@@ -118,7 +134,6 @@ impl Guest for RunningMachine {
         if plan.ephemeral {
             labels.insert(EPHEMERAL_LABEL.to_owned(), "yes".to_owned());
         }
-        let stay = plan.stay;
         let ephemeral = plan
             .ephemeral
             .then(|| (self.store.clone(), plan.name.clone()));
@@ -134,7 +149,7 @@ impl Guest for RunningMachine {
             },
         };
         let notices = self.notices.clone();
-        let done = move |made: Result<Made, String>| {
+        let made = move |made: Result<Made, String>| {
             let made = made.map(|Made { captured, pause }| SnapshotMade {
                 report: SnapshotReport {
                     pages: captured.manifest.memory.data_pages,
@@ -146,7 +161,26 @@ impl Guest for RunningMachine {
             });
             notices.send(Notice::Snapshot(made));
         };
-        self.capture(plan, stay, Box::new(done))
+        self.capture(plan, Box::new(made))
+    }
+
+    fn captured(&mut self, then: AfterCapture) -> Result<(), String> {
+        let capturing = self.capturing.take();
+        if then != AfterCapture::Stay {
+            self.machine.resume().map_err(failed("resume the vCPUs"))?;
+        }
+        if let Some(capturing) = capturing
+            && then != AfterCapture::Forget
+        {
+            capturing.end();
+        }
+        Ok(())
+    }
+
+    fn give_up_capture(&self) {
+        if let Some(capturing) = &self.capturing {
+            capturing.give_up();
+        }
     }
 
     fn reset(&mut self) -> Result<(), String> {

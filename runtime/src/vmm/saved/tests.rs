@@ -5,22 +5,23 @@ use std::fs::{self, File};
 use std::io::Write as _;
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 
 use sm_event_loop::EventLoop;
+use sm_hypervisor::Hypervisor as _;
 use sm_hypervisor::kvm::Kvm;
-use sm_snapshot::capture::Ancestry;
 use sm_snapshot::extents::Content as Stored;
 use sm_snapshot::manifest::{Manifest, OLDEST_FORMAT};
 use sm_snapshot::store::read_manifest;
 use sm_snapshot::verify::verify;
 use sm_vmm_core::devices::DeviceConfig;
-use sm_vmm_core::machine::MachineConfig;
+use sm_vmm_core::machine::{Machine, MachineConfig};
 use sm_vmm_core::memory::{MIN_MEMORY, MemoryConfig};
 use sm_vmm_core::virtio::rng::Rng;
 
 use super::*;
+use crate::vmm::capturing::{Capturing, Made, Origin, Told};
 
 const ENTRY: u32 = 0x10_0000;
 
@@ -119,11 +120,32 @@ fn plan(store: &SnapshotStore, name: &str) -> Plan {
     }
 }
 
-fn capture(f: &mut Fixture, name: &str, ancestry: Ancestry<'_>) -> Result<Made, String> {
-    let (send, made) = channel();
-    let done = Box::new(move |made| send.send(made).unwrap());
-    plan(&f.store, name).capture(&mut f.machine, ancestry, false, done)?;
-    made.recv().unwrap()
+/// What is told while a snapshot is made.
+fn told() -> (
+    Told,
+    Receiver<Result<(), String>>,
+    Receiver<Result<Made, String>>,
+) {
+    let ((copied, is_copied), (made, is_made)) = (channel(), channel());
+    let told = Told {
+        copied: Box::new(move |result| copied.send(result).unwrap()),
+        made: Box::new(move |result| made.send(result).unwrap()),
+    };
+    (told, is_copied, is_made)
+}
+
+fn capture(f: &mut Fixture, name: &str, origin: Origin) -> Result<Made, String> {
+    let (told, copied, made) = told();
+    let plan = plan(&f.store, name);
+    let (capturing, thread) = Capturing::begin(plan, &mut f.machine, origin, told)?;
+    assert!(!f.machine.is_running());
+    let copied = copied.recv().unwrap();
+    f.machine.resume().unwrap();
+    copied?;
+    capturing.end();
+    let made = made.recv().unwrap();
+    thread.join().unwrap();
+    made
 }
 
 /// Changes the manifest in a way that leaves it whole.
@@ -136,7 +158,7 @@ fn rewrite(dir: &Path, change: impl FnOnce(&mut Manifest)) {
 #[test]
 fn what_this_program_or_host_cannot_go_on_with_is_refused_by_name() {
     let Some(mut f) = fixture() else { return };
-    capture(&mut f, "base", Ancestry::Booted).unwrap();
+    capture(&mut f, "base", Origin::default()).unwrap();
     let open = |cpu: &CpuFeatures, identity: Option<&Identity>| {
         Saved::open(&f.store, "base", cpu, identity)
     };
@@ -190,7 +212,7 @@ fn what_this_program_or_host_cannot_go_on_with_is_refused_by_name() {
 #[test]
 fn the_processor_is_the_guests_not_the_hosts() {
     let Some(mut f) = fixture() else { return };
-    let made = capture(&mut f, "base", Ancestry::Booted).unwrap();
+    let made = capture(&mut f, "base", Origin::default()).unwrap();
     let cpu = &made.captured.manifest.cpu;
     assert_eq!(cpu.check(&f.cpu), Ok(()));
     for (register, word) in &cpu.words {
@@ -209,17 +231,36 @@ fn a_machine_whose_memory_cannot_be_stored_runs_on() {
     // A store whose directory has gone.
     let root = f.dir.path().join("snapshots");
     fs::rename(&root, f.dir.path().join("elsewhere")).unwrap();
-    for stay in [false, true] {
-        let done = Box::new(|_| panic!("nothing was made"));
-        let error = plan(&f.store, "base")
-            .capture(&mut f.machine, Ancestry::Booted, stay, done)
-            .unwrap_err();
-        assert!(error.contains("No such file"), "{error}");
-        assert!(f.machine.is_running());
-    }
-    fs::rename(f.dir.path().join("elsewhere"), &root).unwrap();
-    capture(&mut f, "base", Ancestry::Booted).unwrap();
+    let error = capture(&mut f, "base", Origin::default()).unwrap_err();
+    assert!(error.contains("No such file"), "{error}");
     assert!(f.machine.is_running());
+    fs::rename(f.dir.path().join("elsewhere"), &root).unwrap();
+    capture(&mut f, "base", Origin::default()).unwrap();
+    assert!(f.machine.is_running());
+}
+
+/// Nothing is published that nobody waits for any more, complete or not.
+#[test]
+fn a_capture_that_is_given_up_leaves_nothing() {
+    let Some(mut f) = fixture() else { return };
+    for after_copying in [false, true] {
+        let (told, copied, made) = told();
+        let plan = plan(&f.store, "base");
+        let (capturing, thread) =
+            Capturing::begin(plan, &mut f.machine, Origin::default(), told).unwrap();
+        if after_copying {
+            copied.recv().unwrap().unwrap();
+        }
+        drop(capturing);
+        thread.join().unwrap();
+        if let Ok(Err(error)) = copied.try_recv() {
+            assert!(error.contains("given up"), "{error}");
+        }
+        assert!(made.recv().is_err());
+        f.machine.resume().unwrap();
+        assert_eq!(f.store.list().unwrap().len(), 0);
+    }
+    capture(&mut f, "base", Origin::default()).unwrap();
 }
 
 /// Where snapshots of each format are that were made by the first version to write
@@ -297,7 +338,7 @@ fn snapshots_are_read(format: u32) {
 #[ignore = "writes files of the source tree"]
 fn write_golden() {
     let mut f = fixture().expect("this needs KVM");
-    capture(&mut f, "root", Ancestry::Booted).unwrap();
+    capture(&mut f, "root", Origin::default()).unwrap();
     let chain = Chain::open(&f.store, "root").unwrap();
     let state = machine_state(&chain).unwrap();
     let memory = sm_snapshot::restore::map_memory(&chain).unwrap();
@@ -311,7 +352,11 @@ fn write_golden() {
     f.machine =
         Machine::restore(&kvm, state, memory, devices, console, &event_loop.handle()).unwrap();
     f.machine.set_generation_id([8; 16]).unwrap();
-    capture(&mut f, "diff", Ancestry::of(&chain, false, &[])).unwrap();
+    let origin = Origin {
+        chain: Some(Arc::new(chain)),
+        ..Origin::default()
+    };
+    capture(&mut f, "diff", origin).unwrap();
     for name in ["root", "diff"] {
         let chain = Chain::open(&f.store, name).unwrap();
         let (from, to) = (chain.tip().lease.dir(), golden(FORMAT).join(name));

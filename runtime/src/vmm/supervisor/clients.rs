@@ -484,10 +484,11 @@ impl<G: Guest> Supervisor<G> {
     fn signal(&mut self, signal: u8) -> ControlAnswer {
         // Nothing but this ends a workload that is held; other signals wait for it to
         // go on, as they do for a frozen process.
-        if signal == crate::signal::KILL
-            && let Err(error) = self.let_run()
-        {
-            return ControlAnswer::Error(error);
+        if signal == crate::signal::KILL {
+            self.give_up_capture();
+            if let Err(error) = self.let_run() {
+                return ControlAnswer::Error(error);
+            }
         }
         match (&mut self.agent, self.stage) {
             (Some(agent), Stage::Running) if agent.is_behind() => {
@@ -503,10 +504,8 @@ impl<G: Guest> Supervisor<G> {
     }
 
     fn pause(&mut self, pause: bool) -> ControlAnswer {
-        let busy = self
-            .snapshot
-            .as_ref()
-            .is_some_and(SnapshotJob::needs_machine);
+        let job = self.snapshot.as_ref();
+        let busy = self.held.is_some() || job.is_some_and(SnapshotJob::needs_machine);
         if busy || self.resetting.is_some() {
             let what = if busy {
                 "a snapshot of this VM is being made"

@@ -48,6 +48,7 @@ impl<G: Guest> Supervisor<G> {
                 self.start_failed(&format!("the guest was not ready after {seconds} s"));
             }
             Timer::StopGrace => {
+                self.give_up_capture();
                 if let Some(agent) = &mut self.agent {
                     agent.signal_main(signal::KILL, false);
                 }
@@ -232,7 +233,7 @@ impl<G: Guest> Supervisor<G> {
     }
 
     /// The machine cannot go on for a reason that is not the guest's.
-    fn host_failed(&mut self, what: &str) {
+    pub(super) fn host_failed(&mut self, what: &str) {
         if self.stage == Stage::Starting {
             return self.start_failed(what);
         }

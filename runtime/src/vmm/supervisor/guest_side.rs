@@ -9,6 +9,7 @@ use sm_guest_proto::frame::{self, FrameType};
 use sm_guest_proto::{PROTOCOL_VERSION, port};
 use sm_snapshot::manifest::Layer;
 
+use super::snapshots::Held;
 use super::{Supervisor, Timer, printable};
 use crate::id::{hex, random};
 use crate::launch::{ControlAnswer, Origin, Report, Stage, Testimony};
@@ -37,8 +38,17 @@ impl<G: Guest> Supervisor<G> {
         if start == Start::Boot {
             self.reach("agent ready");
         }
-        if let Some(Err(error)) = self.guest.as_mut().map(Guest::agent_ready) {
-            return self.start_failed(&format!("cannot prepare the machine: {error}"));
+        match self.guest.as_mut().map_or(Ok(false), Guest::agent_ready) {
+            Ok(true) => self.held = Some(Held::Agent(stream)),
+            Ok(false) => self.meet_agent(stream),
+            Err(error) => self.start_failed(&format!("cannot prepare the machine: {error}")),
+        }
+    }
+
+    /// The machine is whatever it has to be before it is told anything.
+    pub(super) fn meet_agent(&mut self, stream: UnixStream) {
+        if let Some(guest) = &mut self.guest {
+            guest.insert_image();
         }
         match AgentLink::new(stream) {
             Ok(agent) => self.agent = Some(agent),
@@ -282,16 +292,22 @@ impl<G: Guest> Supervisor<G> {
     }
 
     fn root_frozen(&mut self, reply: ControlReply) {
-        if reply == ControlReply::Done {
-            if let Some(Err(error)) = self.guest.as_mut().map(Guest::root_attached) {
-                return self.start_failed(&format!("cannot prepare the machine: {error}"));
-            }
-        } else {
+        if reply != ControlReply::Done {
             tracing::warn!(
                 ?reply,
                 "no image snapshot is made: the guest does not freeze"
             );
+            return self.go_on_with_root();
         }
+        match self.guest.as_mut().map_or(Ok(false), Guest::root_attached) {
+            Ok(true) => self.held = Some(Held::Root),
+            Ok(false) => self.go_on_with_root(),
+            Err(error) => self.start_failed(&format!("cannot prepare the machine: {error}")),
+        }
+    }
+
+    /// The guest's root has been frozen for as long as it had to be.
+    pub(super) fn go_on_with_root(&mut self) {
         self.thaw();
         self.request_workload();
     }

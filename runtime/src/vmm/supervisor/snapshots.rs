@@ -1,13 +1,15 @@
 //! Making a snapshot of the workload as it runs.
 //!
-//! Freeze the workload, have dirty data written back, capture the machine, let
-//! the workload go on; publishing the snapshot goes on beside it. What is captured
+//! Freeze the workload, have dirty data written back, hold the machine while its memory
+//! is copied, let the workload go on; publishing the snapshot goes on beside it. Clients
+//! are served all the time. What is captured
 //! is thus a workload that does nothing, in a guest whose agent is idle: a clone
 //! gives itself an identity before it thaws the workload.
 //!
 //! Also: putting a clone back to its snapshot, which is a start without making a
 //! machine.
 
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use sm_guest_proto::control::{ControlReply, ControlRequest};
@@ -17,11 +19,22 @@ use sm_snapshot::manifest::Layer;
 use super::{Supervisor, Timer, printable};
 use crate::launch::{ControlAnswer, SnapshotReport, Stage};
 use crate::vmm::agent::Purpose;
-use crate::vmm::guest::{Guest, SnapshotMade, SnapshotPlan, Start};
+use crate::vmm::guest::{AfterCapture, Guest, SnapshotMade, SnapshotPlan, Start};
 
 /// How long the guest may take to stop its workload and write back its data before
 /// the attempt is given up. (The agent gives up earlier, if it still runs.)
 pub(super) const PREPARE_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Whom the machine that is held lets wait.
+#[derive(Debug)]
+pub(super) enum Held {
+    /// The agent, which has dialled: a base snapshot is made.
+    Agent(UnixStream),
+    /// The workload, which has not started: an image snapshot is made.
+    Root,
+    /// The workload, which is frozen: somebody asked for a snapshot.
+    Workload,
+}
 
 /// A snapshot on its way.
 #[derive(Debug)]
@@ -58,7 +71,7 @@ impl<G: Guest> Supervisor<G> {
             "the workload has ended"
         } else if self.paused {
             "the VM is paused: unpause it first"
-        } else if self.snapshot.is_some() {
+        } else if self.snapshot.is_some() || self.held.is_some() {
             "a snapshot of this VM is being made already"
         } else if self.resetting.is_some() {
             "this VM is being put back to its snapshot"
@@ -125,17 +138,62 @@ impl<G: Guest> Supervisor<G> {
         let (Some(job), Some(guest)) = (&mut self.snapshot, &mut self.guest) else {
             return;
         };
-        let stay = job.plan.stay;
-        let captured = guest.snapshot(job.plan.clone());
-        job.frozen_us = u64::try_from(job.asked.elapsed().as_micros()).unwrap_or(u64::MAX);
-        job.captured = captured.is_ok();
-        match captured {
-            Ok(()) if stay => {}
-            Ok(()) => self.thaw(),
+        match guest.snapshot(job.plan.clone()) {
+            Ok(()) => self.held = Some(Held::Workload),
             Err(error) => {
                 self.thaw();
                 self.snapshot_failed(&error);
             }
+        }
+    }
+
+    /// The memory of the machine, which is held for that, was copied, or could not be.
+    pub(super) fn captured(&mut self, copied: Result<(), String>) {
+        let Some(held) = self.held.take() else {
+            return;
+        };
+        let job = self.snapshot.as_ref();
+        let then = match &held {
+            // Whoever has asked for it was told that there is none.
+            Held::Workload if job.is_none() => AfterCapture::Forget,
+            Held::Workload if job.is_some_and(|job| job.plan.stay) && copied.is_ok() => {
+                AfterCapture::Stay
+            }
+            Held::Agent(_) | Held::Root | Held::Workload => AfterCapture::Run,
+        };
+        if let Some(Err(error)) = self.guest.as_mut().map(|guest| guest.captured(then)) {
+            return self.host_failed(&error);
+        }
+        if let Err(error) = &copied {
+            tracing::warn!(error, "a snapshot was not made");
+        }
+        match held {
+            Held::Agent(_) | Held::Root if self.ended.is_some() => {}
+            Held::Agent(stream) => self.meet_agent(stream),
+            Held::Root => self.go_on_with_root(),
+            Held::Workload => self.workload_captured(copied, then),
+        }
+    }
+
+    fn workload_captured(&mut self, copied: Result<(), String>, then: AfterCapture) {
+        if then != AfterCapture::Stay {
+            self.thaw();
+        }
+        match (copied, &mut self.snapshot) {
+            (Ok(()), Some(job)) => {
+                job.frozen_us = u64::try_from(job.asked.elapsed().as_micros()).unwrap_or(u64::MAX);
+                job.captured = true;
+            }
+            (Err(error), _) => self.snapshot_failed(&error),
+            (Ok(()), None) => {}
+        }
+    }
+
+    /// Has the machine held no longer for a snapshot than it must be: something is
+    /// wanted of it that it could not do.
+    pub(super) fn give_up_capture(&self) {
+        if let Some(guest) = &self.guest {
+            guest.give_up_capture();
         }
     }
 
@@ -189,7 +247,7 @@ impl<G: Guest> Supervisor<G> {
             "the workload does not run"
         } else if self.paused {
             "the VM is paused: unpause it first"
-        } else if self.snapshot.is_some() {
+        } else if self.snapshot.is_some() || self.held.is_some() {
             "a snapshot of this VM is being made"
         } else if self.is_about_to_end() {
             "the VM is about to end"
@@ -237,6 +295,7 @@ impl<G: Guest> Supervisor<G> {
             self.answer(client, &ControlAnswer::Error(text));
         }
         if !self.snapshot.as_ref().is_some_and(|job| job.captured) {
+            self.give_up_capture();
             self.snapshot_failed("the VM ended before its snapshot was made");
         }
     }

@@ -30,7 +30,9 @@ use crate::launch::{ControlAnswer, ControlCall, Origin, SnapshotReport};
 use crate::output_log::LogReader;
 use crate::record::{ExitReason, Records, VmConfig, VmState};
 use crate::session::{Event, Session};
-use crate::vmm::guest::{GuestEnd, NoticeSender, SnapshotMade, SnapshotPlan, Start, notices};
+use crate::vmm::guest::{
+    AfterCapture, GuestEnd, NoticeSender, SnapshotMade, SnapshotPlan, Start, notices,
+};
 use crate::workload::Workload;
 
 /// A machine without a guest: streams to it go to the test.
@@ -49,6 +51,9 @@ struct FakeState {
     console: Mutex<String>,
     /// The last snapshot that was asked for.
     snapshot: Mutex<Option<SnapshotPlan>>,
+    /// What became of the machine after its memory was copied.
+    captured: Mutex<Option<AfterCapture>>,
+    capture_given_up: Mutex<bool>,
     /// Its published ports are closed.
     closed: Mutex<bool>,
     /// It has sent something that has not left yet.
@@ -77,9 +82,10 @@ impl Guest for FakeGuest {
     fn wants_root(&self) -> bool {
         self.wants_root
     }
-    fn root_attached(&mut self) -> Result<(), String> {
+    fn root_attached(&mut self) -> Result<bool, String> {
         *self.state.roots.lock().unwrap() += 1;
-        Ok(())
+        self.notices.send(Notice::Captured(Ok(())));
+        Ok(true)
     }
     fn cached_source(&self) -> Option<String> {
         matches!(self.start, Start::Restored(_)).then(|| "image-x".to_owned())
@@ -95,22 +101,32 @@ impl Guest for FakeGuest {
         }
     }
     fn snapshot(&mut self, plan: SnapshotPlan) -> Result<(), String> {
-        let made = match plan.name.as_str() {
-            "raced" => Err("a snapshot named \"raced\" exists already".to_owned()),
+        // Of some the test says when their memory is copied.
+        if plan.name != "large" {
+            self.notices.send(Notice::Captured(Ok(())));
+        }
+        *self.state.snapshot.lock().unwrap() = Some(plan);
+        Ok(())
+    }
+    fn captured(&mut self, then: AfterCapture) -> Result<(), String> {
+        *self.state.captured.lock().unwrap() = Some(then);
+        let plan = self.state.snapshot.lock().unwrap();
+        let made = match plan.as_ref().map(|plan| plan.name.as_str()) {
+            _ if then == AfterCapture::Forget => return Ok(()),
+            Some("raced") => Err("a snapshot named \"raced\" exists already".to_owned()),
             // The test says when it is on disk.
-            "slow" => {
-                *self.state.snapshot.lock().unwrap() = Some(plan);
-                return Ok(());
-            }
-            _ => Ok(SnapshotReport {
+            None | Some("slow" | "large") => return Ok(()),
+            Some(_) => Ok(SnapshotReport {
                 pages: 7,
                 ..SnapshotReport::default()
             }),
         };
-        *self.state.snapshot.lock().unwrap() = Some(plan);
         let made = made.map(|report| SnapshotMade { report, kept: None });
         self.notices.send(Notice::Snapshot(made));
         Ok(())
+    }
+    fn give_up_capture(&self) {
+        *self.state.capture_given_up.lock().unwrap() = true;
     }
     fn reset(&mut self) -> Result<(), String> {
         Ok(())
@@ -324,6 +340,8 @@ fn not_running_in(
         paused: Mutex::new(false),
         console: Mutex::new(String::new()),
         snapshot: Mutex::new(None),
+        captured: Mutex::new(None),
+        capture_given_up: Mutex::new(false),
         closed: Mutex::new(false),
         delivers: Mutex::new(false),
         roots: Mutex::new(0),

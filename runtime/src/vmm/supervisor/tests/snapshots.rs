@@ -115,6 +115,9 @@ fn a_vm_that_ends_while_its_snapshot_is_published_says_what_came_of_it() {
             if !stays {
                 expect_thaw(&mut agent);
             }
+            while f.guest.captured.lock().unwrap().is_none() {
+                f.control().call(&ControlCall::Status).unwrap();
+            }
             main.exit(6);
             // All others hear of the end at once.
             assert_eq!(f.events(), ["exit 6", "ended 6"]);
@@ -135,6 +138,80 @@ fn a_vm_that_ends_while_its_snapshot_is_published_says_what_came_of_it() {
             assert_eq!(f.exit().status, 6);
         }
     }
+}
+
+/// Its memory may be large and its disk slow: nobody else waits for that.
+#[test]
+fn a_vm_serves_its_clients_while_its_memory_is_copied() {
+    let mut f = fixture(Setup::default());
+    let (mut agent, mut main) = f.start();
+    let asked = ask_for_snapshot(&f, "large", false);
+    freeze(&mut agent);
+    f.control().call(&ControlCall::Status).unwrap();
+    for call in [ControlCall::Pause, ControlCall::Reset] {
+        let error = f.control().call_and_wait(&call).unwrap_err().to_string();
+        assert!(
+            error.contains("snapshot of this VM is being made"),
+            "{error}"
+        );
+    }
+    f.dial.send(Notice::Captured(Ok(())));
+    expect_thaw(&mut agent);
+    assert_eq!(*f.guest.captured.lock().unwrap(), Some(AfterCapture::Run));
+    f.dial.send(Notice::Snapshot(made(9)));
+    assert!(matches!(
+        asked.join().unwrap(),
+        Ok(ControlAnswer::Snapshot(SnapshotReport { pages: 9, .. }))
+    ));
+    assert!(!*f.guest.capture_given_up.lock().unwrap());
+    main.exit(0);
+    f.finish();
+}
+
+/// Copying goes on for as long as the workload may take to stop, and no longer.
+#[test]
+fn a_vm_that_is_stopped_while_its_memory_is_copied_stops_in_time() {
+    let mut f = fixture(Setup::default());
+    let (mut agent, mut main) = f.start();
+    let asked = ask_for_snapshot(&f, "large", false);
+    freeze(&mut agent);
+    f.control()
+        .call(&ControlCall::Stop { grace_ms: Some(1) })
+        .unwrap();
+    for _ in ["its stop signal", "SIGKILL"] {
+        let request: ControlRequest = agent.receive_json(FrameType::Control);
+        assert!(
+            matches!(request, ControlRequest::SignalMain { .. }),
+            "{request:?}"
+        );
+        agent.send_json(&ControlReply::Done);
+    }
+    assert!(*f.guest.capture_given_up.lock().unwrap());
+    f.dial.send(Notice::Captured(Err("it was given up".into())));
+    expect_thaw(&mut agent);
+    let error = asked.join().unwrap().unwrap_err().to_string();
+    assert!(error.contains("given up"), "{error}");
+    main.exit(137);
+    f.finish();
+    assert_eq!(f.exit().reason, ExitReason::Workload);
+}
+
+/// What is told to whoever asked for it stays true.
+#[test]
+fn a_vm_that_is_removed_while_its_memory_is_copied_leaves_no_snapshot() {
+    let mut f = fixture(Setup::default());
+    let (mut agent, _main) = f.start();
+    let asked = ask_for_snapshot(&f, "large", false);
+    freeze(&mut agent);
+    f.control().call(&ControlCall::Destroy).unwrap();
+    let error = asked.join().unwrap().unwrap_err().to_string();
+    assert!(error.contains("ended before its snapshot"), "{error}");
+    assert!(*f.guest.capture_given_up.lock().unwrap());
+    // It was complete before that was seen.
+    f.dial.send(Notice::Captured(Ok(())));
+    f.finish();
+    let captured = *f.guest.captured.lock().unwrap();
+    assert!(captured.is_none_or(|then| then == AfterCapture::Forget));
 }
 
 #[test]
