@@ -1,5 +1,14 @@
 //! The agent's state and its loop: every event is handed to its owner here.
 
+mod controls;
+mod exec;
+mod poweroff;
+mod prepare;
+mod progress;
+mod report;
+mod requests;
+mod stats;
+
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
@@ -9,28 +18,25 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::OFlags;
 use rustix::process::Pid;
-use sm_guest_proto::control::{ControlReply, ControlRequest};
-use sm_guest_proto::exec::{ExecRequest, Role};
 
-use crate::cgroup::{Cgroup, Events};
-use crate::control::{self, Control};
-use crate::exec::session::{Ask, Session, status_pipe};
-use crate::exec::stdio::{self, ChildEnds};
-use crate::exec::{Launch, LaunchError};
+use self::poweroff::PowerOff;
+use crate::cgroup::Cgroup;
+use crate::control::Control;
+use crate::exec::session::Session;
+use crate::facts::Facts;
 use crate::forward::Forwards;
 use crate::identity::Identity;
 use crate::kernel_log::KernelLog;
 use crate::log;
 use crate::node::Node;
+use crate::part;
 use crate::peer;
-use crate::poweroff::PowerOff;
 use crate::reactor::{Class, Event, Reactor, Ready, Token, Watched};
 use crate::slab::{Key, Slab};
-use crate::stats::{Facts, uptime_us};
 use crate::sys;
 use crate::waiting::{Deadlines, Waiting};
 use crate::wire::SCRATCH_LEN;
-use crate::workload::{self, Attached, Workload};
+use crate::workload::Workload;
 
 /// Listening sockets, in the order of the protocol's ports.
 #[derive(Debug)]
@@ -57,11 +63,6 @@ const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 
 /// Status of a process that SIGKILL ended.
 const KILLED: u32 = 128 + 9;
-
-/// How long the root may take to assemble.
-const ATTACH_DEADLINE: Duration = Duration::from_secs(30);
-/// How long freezing may take.
-const FREEZE_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Everything the agent knows. One per process, used by one thread.
 pub(crate) struct Agent {
@@ -193,7 +194,7 @@ impl Agent {
                         self.resume_accepting();
                     }
                 }
-                Class::Workload if token.part == workload::part::CHANNEL => self.check_attach(),
+                Class::Workload if token.part == part::CHANNEL => self.check_attach(),
                 Class::Workload => self.cgroup_changed(),
                 Class::Power => {}
             },
@@ -216,8 +217,6 @@ impl Agent {
             },
         }
     }
-
-    // ---- connections ----
 
     fn accept(&mut self, part: u8) {
         let Some(listener) = self.listeners.get(usize::from(part)) else {
@@ -299,8 +298,6 @@ impl Agent {
         }
     }
 
-    // ---- processes ----
-
     fn reap(&mut self) {
         while sys::next_signal(self.signals.as_fd()).is_some() {}
         while let Ok(Some(reaped)) = sys::reap() {
@@ -342,349 +339,5 @@ impl Agent {
         if !self.workload.init_ends() && self.cgroup.oom_kills() > self.exec_oom_kills {
             self.exec_oom_kills += 1;
         }
-    }
-
-    // ---- exec ----
-
-    fn session_ready(&mut self, token: Token, ready: Ready) {
-        let Some(session) = self.sessions.get_mut(token.key) else {
-            return;
-        };
-        let ask = session.ready(
-            &mut self.reactor,
-            token.key,
-            token.part,
-            ready,
-            &mut self.scratch,
-        );
-        self.serve(token.key, ask);
-        self.settle_session(token.key);
-    }
-
-    fn serve(&mut self, key: Key, mut ask: Ask) {
-        loop {
-            match ask {
-                Ask::Nothing | Ask::Finished => return,
-                Ask::Launch(request) => self.launch(key, *request),
-                Ask::AttachMain => return self.attach_main(key),
-                Ask::Signal { pid, signal } => return self.signal_command(key, pid, signal),
-            }
-            // Frames that came right behind the request.
-            let Some(session) = self.sessions.get_mut(key) else {
-                return;
-            };
-            ask = session.take_frames(&self.reactor);
-        }
-    }
-
-    /// Signals the command `pid` for the session `key`, and answers it.
-    fn signal_command(&mut self, key: Key, pid: u32, signal: u8) {
-        let found = self
-            .sessions
-            .iter_mut()
-            .any(|(_, session)| session.signal_if(pid, signal));
-        if let Some(session) = self.sessions.get_mut(key) {
-            match found {
-                true => session.confirm(),
-                false => session.refuse(1, "no such command"),
-            }
-        }
-    }
-
-    pub(crate) fn settle_session(&mut self, key: Key) {
-        let Some(session) = self.sessions.get_mut(key) else {
-            return;
-        };
-        if let Ask::Finished = session.settle(&mut self.reactor, key, &mut self.scratch) {
-            self.sessions.remove(key);
-            self.resume_accepting();
-            if self.workload.main() == Some(key) {
-                self.workload.forget_main();
-            }
-            if self.power.is_some() {
-                self.check_power();
-            }
-        }
-    }
-
-    fn launch(&mut self, key: Key, request: ExecRequest) {
-        let timeout_ms = request.timeout_ms;
-        match self.try_launch(key, request) {
-            Ok(()) => Session::set_timeout(&mut self.reactor, key, timeout_ms),
-            Err(error) => {
-                if let Some(session) = self.sessions.get_mut(key) {
-                    session.refuse(error.status, &error.message);
-                }
-            }
-        }
-    }
-
-    fn try_launch(&mut self, key: Key, request: ExecRequest) -> Result<(), LaunchError> {
-        let fail = |what: &str, error: io::Error| LaunchError::failed(format!("{what}: {error}"));
-        self.workload.check_ready().map_err(LaunchError::failed)?;
-        if self.power.is_some() {
-            return Err(LaunchError::failed("the guest is powering off"));
-        }
-        if request.argv.is_empty() {
-            return Err(LaunchError::failed("the request names no command"));
-        }
-        if request.role == Role::Main && self.workload.main().is_some() {
-            return Err(LaunchError::failed(
-                "the workload's main command already runs",
-            ));
-        }
-        let (child_ends, agent_ends) = if request.tty {
-            stdio::terminal(&self.workload.devpts(), request.cols, request.rows)
-                .map_err(|error| fail("open a terminal", error))?
-        } else {
-            stdio::pipes(request.stdin, &self.null).map_err(|error| fail("make pipes", error))?
-        };
-        let (status, child_status) = status_pipe().map_err(|error| fail("make a pipe", error))?;
-        let terminal = match &child_ends {
-            ChildEnds::Terminal(path) => Some(path.clone()),
-            ChildEnds::Pipes(_) => None,
-        };
-        let launch = Launch { request, terminal };
-        let pid = match launch.request.role {
-            Role::Main => self
-                .workload
-                .become_main(key, &launch, &child_ends, &child_status),
-            Role::Exec => self
-                .workload
-                .spawn(&launch, &child_ends, child_status, &self.cgroup),
-        };
-        let pid = pid.map_err(|error| fail("start a process", error))?;
-        self.running.insert(pid, key);
-        if let Some(session) = self.sessions.get_mut(key) {
-            session.started(&launch.request, pid, agent_ends, status);
-        }
-        Ok(())
-    }
-
-    fn attach_main(&mut self, key: Key) {
-        let Some(session) = self.sessions.get_mut(key) else {
-            return;
-        };
-        let Some(main) = self.workload.main() else {
-            return session.refuse(125, "no main command runs in this guest");
-        };
-        let client = session.take_client(&self.reactor);
-        self.settle_session(key);
-        if let (Some(client), Some(session)) = (client, self.sessions.get_mut(main)) {
-            session.attach(client, &self.reactor);
-            session.take_frames(&self.reactor);
-            self.settle_session(main);
-        }
-    }
-
-    // ---- control ----
-
-    /// Logs what happens when, if asked for by `sm.debug` on the command line.
-    pub(crate) fn trace(&self, text: impl FnOnce() -> String) {
-        if self.facts.debug {
-            log::line(6, &format!("{} us: {}", uptime_us(), text()));
-        }
-    }
-
-    fn control_ready(&mut self, key: Key, ready: Ready) {
-        let alive = match self.controls.get_mut(key) {
-            Some(control) => control.ready(ready, &mut self.scratch),
-            None => return,
-        };
-        if alive {
-            self.serve_control(key);
-        } else {
-            self.drop_control(key);
-        }
-    }
-
-    fn serve_control(&mut self, key: Key) {
-        while let Some(request) = self.controls.get_mut(key).and_then(Control::next_request) {
-            self.trace(|| format!("asked {}", request_name(&request)));
-            if let Some(reply) = self.perform(key, request) {
-                self.answer_now(key, &reply);
-            }
-        }
-        self.settle_control(key);
-    }
-
-    fn answer_now(&mut self, key: Key, reply: &ControlReply) {
-        self.trace(|| format!("answered {reply:?}"));
-        if let Some(control) = self.controls.get_mut(key) {
-            control.reply(reply);
-        }
-    }
-
-    /// Answers a request that was put off, and goes on with the next.
-    pub(crate) fn answer(&mut self, key: Option<Key>, reply: &ControlReply) {
-        if let Some(key) = key {
-            self.answer_now(key, reply);
-            self.serve_control(key);
-        }
-    }
-
-    fn settle_control(&mut self, key: Key) {
-        let alive = match self.controls.get_mut(key) {
-            Some(control) => control.settle(&self.reactor, key),
-            None => return,
-        };
-        if !alive {
-            self.drop_control(key);
-        }
-    }
-
-    fn drop_control(&mut self, key: Key) {
-        if let Some(control) = self.controls.remove(key) {
-            control.close(&self.reactor);
-            self.resume_accepting();
-        }
-    }
-
-    // ---- the workload's progress ----
-
-    /// Notes that connection `key` waits for a part of the workload's progress.
-    pub(crate) fn await_workload(&mut self, part: u8, key: Key, limit: Duration) -> Waiting {
-        self.deadlines
-            .wait(&mut self.reactor, Class::Workload, part, key, limit)
-    }
-
-    pub(crate) fn await_root(&mut self, key: Key) {
-        self.attaching = Some(self.await_workload(workload::part::ATTACH, key, ATTACH_DEADLINE));
-    }
-
-    fn check_attach(&mut self) {
-        let reply = match self.workload.attach_progress(&self.reactor) {
-            Attached::Pending => return,
-            Attached::Done(machine_id) => {
-                if let Some(init) = self.workload.init() {
-                    let learnt = self.cgroup.learn_path(init);
-                    log::note_failure("find the workload's cgroup", learnt);
-                }
-                match self.identity.attached(machine_id) {
-                    Ok(()) => ControlReply::Done,
-                    Err(error) => {
-                        self.workload.abandon(&self.reactor);
-                        let message = error.to_string();
-                        ControlReply::Error { message }
-                    }
-                }
-            }
-            Attached::Failed(message) => ControlReply::Error { message },
-        };
-        let waiting = self.attaching.take();
-        self.answer(waiting.map(|waiting| waiting.key), &reply);
-    }
-
-    fn workload_deadline(&mut self, passed: Token) {
-        let late = |what: &str| ControlReply::Error {
-            message: format!("{what} took too long"),
-        };
-        if let Some(waiting) = self.attaching.take_if(|w| w.is_due(passed)) {
-            self.workload.abandon(&self.reactor);
-            self.answer(Some(waiting.key), &late("mounting the root file system"));
-        } else if let Some(waiting) = self.freezing.take_if(|w| w.is_due(passed)) {
-            log::note_failure("thaw", self.cgroup.freeze(false));
-            self.cgroup.stop_watching(&self.reactor);
-            self.answer(
-                Some(waiting.key),
-                &late("stopping the workload's processes"),
-            );
-        } else if let Some((waiting, _)) = self.preparing.take_if(|(w, _)| w.is_due(passed)) {
-            // The child cannot be ended while it waits for a device; it does no harm.
-            self.answer(Some(waiting.key), &late("writing data back"));
-        } else if let Some((waiting, pid, _)) = self.reporting.take_if(|(w, ..)| w.is_due(passed)) {
-            let _ = sys::kill(pid, 9);
-            self.answer(Some(waiting.key), &late("reading the workload's files"));
-        }
-    }
-
-    /// Begins to freeze; the answer comes when every process has stopped.
-    pub(crate) fn begin_freeze(&mut self, key: Key) -> io::Result<()> {
-        self.cgroup.freeze(true)?;
-        self.freezing = Some(self.await_workload(workload::part::FREEZE, key, FREEZE_DEADLINE));
-        Ok(())
-    }
-
-    /// The answer to a freeze. A workload that nobody says is frozen goes on.
-    pub(crate) fn frozen(&mut self, result: io::Result<Events>) -> ControlReply {
-        match result {
-            Ok(_) => ControlReply::Done,
-            Err(error) => {
-                log::note_failure("thaw", self.cgroup.freeze(false));
-                ControlReply::Error {
-                    message: format!("read cgroup.events: {error}"),
-                }
-            }
-        }
-    }
-
-    pub(crate) fn cgroup_changed(&mut self) {
-        if self.freezing.is_some() {
-            match self.cgroup.events(&self.reactor) {
-                Ok(events) if !events.frozen => {}
-                result => {
-                    self.cgroup.stop_watching(&self.reactor);
-                    let waiting = self.freezing.take();
-                    let reply = self.frozen(result);
-                    self.answer(waiting.map(|waiting| waiting.key), &reply);
-                }
-            }
-        }
-        if self.power.is_some() {
-            self.check_power();
-        }
-    }
-
-    /// Looks for a new VM generation ID in what the kernel logged.
-    pub(crate) fn check_vmgenid(&mut self) {
-        if let Some(kernel_log) = &mut self.kernel_log {
-            self.vmgenid_seen |= kernel_log.vm_fork_seen();
-        }
-        if self.vmgenid_seen {
-            self.finish_refresh(None);
-        }
-    }
-
-    /// Answers a refresh that waits for the VM generation ID; if a deadline has
-    /// passed, only the one that it was set for.
-    fn finish_refresh(&mut self, passed: Option<Token>) {
-        let due = |waiting: &mut Waiting| passed.is_none_or(|token| waiting.is_due(token));
-        if let Some(waiting) = self.refreshing.take_if(due) {
-            self.watch_kernel_log(false);
-            let reply = self.refreshed();
-            self.answer(Some(waiting.key), &reply);
-        }
-    }
-
-    fn watch_kernel_log(&mut self, on: bool) {
-        if let Some(kernel_log) = &mut self.kernel_log {
-            log::note_failure("watch the kernel log", kernel_log.watch(&self.reactor, on));
-        }
-    }
-
-    /// Sets the deadline of a refresh that waits for the VM generation ID.
-    pub(crate) fn wait_for_vmgenid(&mut self, key: Key, wait: Duration) {
-        self.watch_kernel_log(true);
-        let part = control::part::VMGENID;
-        let waiting = self
-            .deadlines
-            .wait(&mut self.reactor, Class::Control, part, key, wait);
-        self.refreshing = Some(waiting);
-    }
-}
-
-/// The request without its contents, which may be secret (entropy).
-fn request_name(request: &ControlRequest) -> &'static str {
-    match request {
-        ControlRequest::Hello(_) => "hello",
-        ControlRequest::Refresh(_) => "refresh",
-        ControlRequest::AttachRoot(_) => "attach root",
-        ControlRequest::Freeze => "freeze",
-        ControlRequest::Thaw => "thaw",
-        ControlRequest::PrepareSnapshot => "prepare snapshot",
-        ControlRequest::SignalMain { .. } => "signal main",
-        ControlRequest::PowerOff { .. } => "power off",
-        ControlRequest::Stats => "stats",
-        ControlRequest::Evidence => "evidence",
     }
 }

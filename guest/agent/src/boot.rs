@@ -15,7 +15,7 @@ use sm_guest_proto::port;
 
 use crate::agent::{Agent, Listeners};
 use crate::cgroup::Cgroup;
-use crate::stats::{Facts, uptime_us};
+use crate::facts::{Facts, uptime_us};
 use crate::{control, identity, log, sys};
 
 /// The agent's own directory in the initramfs.

@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::process::Pid;
 
+use crate::part;
 use crate::reactor::{Class, Reactor, Ready, Token, Watched};
-use crate::workload::part;
 
 /// Controllers offered to the workload, where the kernel has them.
 const CONTROLLERS: [&str; 5] = ["cpu", "memory", "pids", "io", "cpuset"];

@@ -7,9 +7,9 @@ use std::time::Duration;
 use rustix::mount::{MountFlags, mount};
 use sm_guest_proto::control::{AttachRoot, ControlReply, ControlRequest, Refresh, Refreshed};
 
-use crate::agent::Agent;
+use super::Agent;
+use super::poweroff::stop_signal;
 use crate::identity;
-use crate::poweroff::stop_signal;
 use crate::slab::Key;
 use crate::sys;
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use rustix::process::Pid;
 use sm_guest_proto::control::ControlReply;
 
-use crate::agent::Agent;
+use super::Agent;
 use crate::log;
 use crate::reactor::{Class, Token};
 use crate::slab::Key;

@@ -11,10 +11,11 @@ use std::time::Duration;
 
 use sm_guest_proto::control::ControlReply;
 
-use crate::agent::Agent;
+use super::Agent;
+use crate::part;
 use crate::slab::Key;
 use crate::sys::{self, Fork};
-use crate::workload::{self, part};
+use crate::workload;
 
 /// Limit on the time of reading.
 const DEADLINE: Duration = Duration::from_secs(10);

@@ -6,11 +6,12 @@ use std::time::Duration;
 
 use sm_guest_proto::control::ControlReply;
 
-use crate::agent::Agent;
+use super::Agent;
 use crate::log;
+use crate::part;
 use crate::slab::Key;
 use crate::sys::{self, Fork};
-use crate::workload::{self, part};
+use crate::workload;
 
 /// How long writing data back may take.
 const DEADLINE: Duration = Duration::from_secs(30);

@@ -1,0 +1,89 @@
+//! Connections of the host that ask for what the agent itself does.
+
+use sm_guest_proto::control::{ControlReply, ControlRequest};
+
+use super::Agent;
+use crate::control::Control;
+use crate::facts::uptime_us;
+use crate::log;
+use crate::reactor::Ready;
+use crate::slab::Key;
+
+impl Agent {
+    /// Logs what happens when, if asked for by `sm.debug` on the command line.
+    pub(crate) fn trace(&self, text: impl FnOnce() -> String) {
+        if self.facts.debug {
+            log::line(6, &format!("{} us: {}", uptime_us(), text()));
+        }
+    }
+
+    pub(super) fn control_ready(&mut self, key: Key, ready: Ready) {
+        let alive = match self.controls.get_mut(key) {
+            Some(control) => control.ready(ready, &mut self.scratch),
+            None => return,
+        };
+        if alive {
+            self.serve_control(key);
+        } else {
+            self.drop_control(key);
+        }
+    }
+
+    pub(super) fn serve_control(&mut self, key: Key) {
+        while let Some(request) = self.controls.get_mut(key).and_then(Control::next_request) {
+            self.trace(|| format!("asked {}", request_name(&request)));
+            if let Some(reply) = self.perform(key, request) {
+                self.answer_now(key, &reply);
+            }
+        }
+        self.settle_control(key);
+    }
+
+    pub(super) fn answer_now(&mut self, key: Key, reply: &ControlReply) {
+        self.trace(|| format!("answered {reply:?}"));
+        if let Some(control) = self.controls.get_mut(key) {
+            control.reply(reply);
+        }
+    }
+
+    /// Answers a request that was put off, and goes on with the next.
+    pub(crate) fn answer(&mut self, key: Option<Key>, reply: &ControlReply) {
+        if let Some(key) = key {
+            self.answer_now(key, reply);
+            self.serve_control(key);
+        }
+    }
+
+    pub(super) fn settle_control(&mut self, key: Key) {
+        let alive = match self.controls.get_mut(key) {
+            Some(control) => control.settle(&self.reactor, key),
+            None => return,
+        };
+        if !alive {
+            self.drop_control(key);
+        }
+    }
+
+    pub(super) fn drop_control(&mut self, key: Key) {
+        if let Some(control) = self.controls.remove(key) {
+            control.close(&self.reactor);
+            self.resume_accepting();
+        }
+    }
+}
+
+/// The request without its contents, which may be secret (entropy).
+fn request_name(request: &ControlRequest) -> &'static str {
+    match request {
+        ControlRequest::Hello(_) => "hello",
+        ControlRequest::Refresh(_) => "refresh",
+        ControlRequest::AttachRoot(_) => "attach root",
+        ControlRequest::Freeze => "freeze",
+        ControlRequest::Thaw => "thaw",
+        ControlRequest::PrepareSnapshot => "prepare snapshot",
+        ControlRequest::SignalMain { .. } => "signal main",
+        ControlRequest::PowerOff { .. } => "power off",
+        ControlRequest::Stats => "stats",
+        ControlRequest::Evidence => "evidence",
+    }
+}

@@ -1,0 +1,145 @@
+//! Commands: starting them, and what their connections ask.
+
+use std::io;
+
+use sm_guest_proto::exec::{ExecRequest, Role};
+
+use super::Agent;
+use crate::exec::session::{Ask, Session, status_pipe};
+use crate::exec::stdio::{self, ChildEnds};
+use crate::exec::{Launch, LaunchError};
+use crate::reactor::{Ready, Token};
+use crate::slab::Key;
+
+impl Agent {
+    pub(super) fn session_ready(&mut self, token: Token, ready: Ready) {
+        let Some(session) = self.sessions.get_mut(token.key) else {
+            return;
+        };
+        let ask = session.ready(
+            &mut self.reactor,
+            token.key,
+            token.part,
+            ready,
+            &mut self.scratch,
+        );
+        self.serve(token.key, ask);
+        self.settle_session(token.key);
+    }
+
+    pub(super) fn serve(&mut self, key: Key, mut ask: Ask) {
+        loop {
+            match ask {
+                Ask::Nothing | Ask::Finished => return,
+                Ask::Launch(request) => self.launch(key, *request),
+                Ask::AttachMain => return self.attach_main(key),
+                Ask::Signal { pid, signal } => return self.signal_command(key, pid, signal),
+            }
+            // Frames that came right behind the request.
+            let Some(session) = self.sessions.get_mut(key) else {
+                return;
+            };
+            ask = session.take_frames(&self.reactor);
+        }
+    }
+
+    /// Signals the command `pid` for the session `key`, and answers it.
+    pub(super) fn signal_command(&mut self, key: Key, pid: u32, signal: u8) {
+        let found = self
+            .sessions
+            .iter_mut()
+            .any(|(_, session)| session.signal_if(pid, signal));
+        if let Some(session) = self.sessions.get_mut(key) {
+            match found {
+                true => session.confirm(),
+                false => session.refuse(1, "no such command"),
+            }
+        }
+    }
+
+    pub(crate) fn settle_session(&mut self, key: Key) {
+        let Some(session) = self.sessions.get_mut(key) else {
+            return;
+        };
+        if let Ask::Finished = session.settle(&mut self.reactor, key, &mut self.scratch) {
+            self.sessions.remove(key);
+            self.resume_accepting();
+            if self.workload.main() == Some(key) {
+                self.workload.forget_main();
+            }
+            if self.power.is_some() {
+                self.check_power();
+            }
+        }
+    }
+
+    pub(super) fn launch(&mut self, key: Key, request: ExecRequest) {
+        let timeout_ms = request.timeout_ms;
+        match self.try_launch(key, request) {
+            Ok(()) => Session::set_timeout(&mut self.reactor, key, timeout_ms),
+            Err(error) => {
+                if let Some(session) = self.sessions.get_mut(key) {
+                    session.refuse(error.status, &error.message);
+                }
+            }
+        }
+    }
+
+    pub(super) fn try_launch(&mut self, key: Key, request: ExecRequest) -> Result<(), LaunchError> {
+        let fail = |what: &str, error: io::Error| LaunchError::failed(format!("{what}: {error}"));
+        self.workload.check_ready().map_err(LaunchError::failed)?;
+        if self.power.is_some() {
+            return Err(LaunchError::failed("the guest is powering off"));
+        }
+        if request.argv.is_empty() {
+            return Err(LaunchError::failed("the request names no command"));
+        }
+        if request.role == Role::Main && self.workload.main().is_some() {
+            return Err(LaunchError::failed(
+                "the workload's main command already runs",
+            ));
+        }
+        let (child_ends, agent_ends) = if request.tty {
+            stdio::terminal(&self.workload.devpts(), request.cols, request.rows)
+                .map_err(|error| fail("open a terminal", error))?
+        } else {
+            stdio::pipes(request.stdin, &self.null).map_err(|error| fail("make pipes", error))?
+        };
+        let (status, child_status) = status_pipe().map_err(|error| fail("make a pipe", error))?;
+        let terminal = match &child_ends {
+            ChildEnds::Terminal(path) => Some(path.clone()),
+            ChildEnds::Pipes(_) => None,
+        };
+        let launch = Launch { request, terminal };
+        let pid = match launch.request.role {
+            Role::Main => self
+                .workload
+                .become_main(key, &launch, &child_ends, &child_status),
+            Role::Exec => self
+                .workload
+                .spawn(&launch, &child_ends, child_status, &self.cgroup),
+        };
+        let pid = pid.map_err(|error| fail("start a process", error))?;
+        self.running.insert(pid, key);
+        if let Some(session) = self.sessions.get_mut(key) {
+            session.started(&launch.request, pid, agent_ends, status);
+        }
+        Ok(())
+    }
+
+    pub(super) fn attach_main(&mut self, key: Key) {
+        let Some(session) = self.sessions.get_mut(key) else {
+            return;
+        };
+        let Some(main) = self.workload.main() else {
+            return session.refuse(125, "no main command runs in this guest");
+        };
+        let client = session.take_client(&self.reactor);
+        self.settle_session(key);
+        if let (Some(client), Some(session)) = (client, self.sessions.get_mut(main)) {
+            session.attach(client, &self.reactor);
+            session.take_frames(&self.reactor);
+            self.settle_session(main);
+        }
+    }
+}

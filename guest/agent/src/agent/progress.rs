@@ -1,0 +1,151 @@
+//! Requests that wait for something in the guest, and their deadlines.
+
+use std::io;
+use std::time::Duration;
+
+use sm_guest_proto::control::ControlReply;
+
+use super::Agent;
+use crate::cgroup::Events;
+use crate::reactor::{Class, Token};
+use crate::slab::Key;
+use crate::waiting::Waiting;
+use crate::workload::Attached;
+use crate::{control, log, part, sys};
+
+/// How long the root may take to assemble.
+const ATTACH_DEADLINE: Duration = Duration::from_secs(30);
+/// How long freezing may take.
+const FREEZE_DEADLINE: Duration = Duration::from_secs(5);
+
+impl Agent {
+    /// Notes that connection `key` waits for a part of the workload's progress.
+    pub(crate) fn await_workload(&mut self, part: u8, key: Key, limit: Duration) -> Waiting {
+        self.deadlines
+            .wait(&mut self.reactor, Class::Workload, part, key, limit)
+    }
+
+    pub(crate) fn await_root(&mut self, key: Key) {
+        self.attaching = Some(self.await_workload(part::ATTACH, key, ATTACH_DEADLINE));
+    }
+
+    pub(super) fn check_attach(&mut self) {
+        let reply = match self.workload.attach_progress(&self.reactor) {
+            Attached::Pending => return,
+            Attached::Done(machine_id) => {
+                if let Some(init) = self.workload.init() {
+                    let learnt = self.cgroup.learn_path(init);
+                    log::note_failure("find the workload's cgroup", learnt);
+                }
+                match self.identity.attached(machine_id) {
+                    Ok(()) => ControlReply::Done,
+                    Err(error) => {
+                        self.workload.abandon(&self.reactor);
+                        let message = error.to_string();
+                        ControlReply::Error { message }
+                    }
+                }
+            }
+            Attached::Failed(message) => ControlReply::Error { message },
+        };
+        let waiting = self.attaching.take();
+        self.answer(waiting.map(|waiting| waiting.key), &reply);
+    }
+
+    pub(super) fn workload_deadline(&mut self, passed: Token) {
+        let late = |what: &str| ControlReply::Error {
+            message: format!("{what} took too long"),
+        };
+        if let Some(waiting) = self.attaching.take_if(|w| w.is_due(passed)) {
+            self.workload.abandon(&self.reactor);
+            self.answer(Some(waiting.key), &late("mounting the root file system"));
+        } else if let Some(waiting) = self.freezing.take_if(|w| w.is_due(passed)) {
+            log::note_failure("thaw", self.cgroup.freeze(false));
+            self.cgroup.stop_watching(&self.reactor);
+            self.answer(
+                Some(waiting.key),
+                &late("stopping the workload's processes"),
+            );
+        } else if let Some((waiting, _)) = self.preparing.take_if(|(w, _)| w.is_due(passed)) {
+            // The child cannot be ended while it waits for a device; it does no harm.
+            self.answer(Some(waiting.key), &late("writing data back"));
+        } else if let Some((waiting, pid, _)) = self.reporting.take_if(|(w, ..)| w.is_due(passed)) {
+            let _ = sys::kill(pid, 9);
+            self.answer(Some(waiting.key), &late("reading the workload's files"));
+        }
+    }
+
+    /// Begins to freeze; the answer comes when every process has stopped.
+    pub(crate) fn begin_freeze(&mut self, key: Key) -> io::Result<()> {
+        self.cgroup.freeze(true)?;
+        self.freezing = Some(self.await_workload(part::FREEZE, key, FREEZE_DEADLINE));
+        Ok(())
+    }
+
+    /// The answer to a freeze. A workload that nobody says is frozen goes on.
+    pub(crate) fn frozen(&mut self, result: io::Result<Events>) -> ControlReply {
+        match result {
+            Ok(_) => ControlReply::Done,
+            Err(error) => {
+                log::note_failure("thaw", self.cgroup.freeze(false));
+                ControlReply::Error {
+                    message: format!("read cgroup.events: {error}"),
+                }
+            }
+        }
+    }
+
+    pub(crate) fn cgroup_changed(&mut self) {
+        if self.freezing.is_some() {
+            match self.cgroup.events(&self.reactor) {
+                Ok(events) if !events.frozen => {}
+                result => {
+                    self.cgroup.stop_watching(&self.reactor);
+                    let waiting = self.freezing.take();
+                    let reply = self.frozen(result);
+                    self.answer(waiting.map(|waiting| waiting.key), &reply);
+                }
+            }
+        }
+        if self.power.is_some() {
+            self.check_power();
+        }
+    }
+
+    /// Looks for a new VM generation ID in what the kernel logged.
+    pub(crate) fn check_vmgenid(&mut self) {
+        if let Some(kernel_log) = &mut self.kernel_log {
+            self.vmgenid_seen |= kernel_log.vm_fork_seen();
+        }
+        if self.vmgenid_seen {
+            self.finish_refresh(None);
+        }
+    }
+
+    /// Answers a refresh that waits for the VM generation ID; if a deadline has
+    /// passed, only the one that it was set for.
+    pub(super) fn finish_refresh(&mut self, passed: Option<Token>) {
+        let due = |waiting: &mut Waiting| passed.is_none_or(|token| waiting.is_due(token));
+        if let Some(waiting) = self.refreshing.take_if(due) {
+            self.watch_kernel_log(false);
+            let reply = self.refreshed();
+            self.answer(Some(waiting.key), &reply);
+        }
+    }
+
+    pub(super) fn watch_kernel_log(&mut self, on: bool) {
+        if let Some(kernel_log) = &mut self.kernel_log {
+            log::note_failure("watch the kernel log", kernel_log.watch(&self.reactor, on));
+        }
+    }
+
+    /// Sets the deadline of a refresh that waits for the VM generation ID.
+    pub(crate) fn wait_for_vmgenid(&mut self, key: Key, wait: Duration) {
+        self.watch_kernel_log(true);
+        let part = control::part::VMGENID;
+        let waiting = self
+            .deadlines
+            .wait(&mut self.reactor, Class::Control, part, key, wait);
+        self.refreshing = Some(waiting);
+    }
+}
