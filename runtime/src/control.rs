@@ -8,7 +8,6 @@ use sm_guest_proto::frame::{self, FrameHeader, FrameType, HEADER_LEN};
 
 use crate::launch::{ControlAnswer, ControlCall};
 use crate::record::Record;
-use crate::session::{Aside, Session};
 use crate::timed::{Until, connect_until};
 use crate::{Error, record::RecordError};
 
@@ -87,15 +86,14 @@ impl Control {
         Ok(serde_json::from_slice(&payload)?)
     }
 
-    /// Makes the connection a client of the workload.
-    pub(crate) fn attach(mut self, record: &Record, stdin: bool) -> Result<Session, Error> {
+    /// The connection itself, which is a client of the workload from now on.
+    pub(crate) fn attach(mut self, stdin: bool) -> Result<UnixStream, Error> {
         self.call(&ControlCall::Attach { stdin })?;
-        let aside = Aside::workload(record);
         self.stream
             .set_read_timeout(None)
             .and_then(|()| self.stream.set_write_timeout(None))
-            .and_then(|()| Session::new(self.stream, Some(aside)))
-            .map_err(vmm("talk to the VM's process"))
+            .map_err(vmm("talk to the VM's process"))?;
+        Ok(self.stream)
     }
 
     /// Makes the connection one that hears of output. Its own stream says nothing

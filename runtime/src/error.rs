@@ -26,7 +26,7 @@ pub enum Error {
     Kernel(#[from] crate::kernel::KernelError),
     /// The image cannot be used.
     #[error(transparent)]
-    Image(#[from] crate::image::ImageError),
+    Image(#[from] sm_image::Error),
     /// A snapshot cannot be used or removed.
     #[error(transparent)]
     Snapshot(#[from] sm_snapshot::Error),

@@ -1,19 +1,23 @@
 //! Commands run next to a VM's workload.
 
-use std::time::Duration;
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
 use sm_guest_proto::PROTOCOL_VERSION;
 use sm_guest_proto::exec::{ExecControl, ExecRequest, Hello, Role, StageFile};
 use sm_guest_proto::frame::FrameType;
 
 use crate::Error;
-use crate::control::Control;
+use crate::control::{Control, not_running};
 use crate::launch::{ControlAnswer, ControlCall, Stage};
 use crate::record::Record;
 use crate::session::{Aside, Output, Session};
-use crate::timed::timed_out;
-use crate::vm::{EXEC_TIMEOUT, connect_exec};
+use crate::timed::{connect_until, timed_out};
 use crate::workload::merge_env;
+
+/// How long a VMM may take to have room for another exec.
+const EXEC_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A command to be run; the workload's environment, directory and user apply
 /// unless changed.
@@ -166,5 +170,24 @@ fn refuse_unless_running(record: &Record) -> Result<(), Error> {
             format!("VM \"{name}\" is still starting: try again when its workload runs"),
         )),
         _ => Ok(()),
+    }
+}
+
+/// Connects to the exec socket of a VM.
+fn connect_exec(record: &Record) -> Result<UnixStream, Error> {
+    match connect_until(&record.exec_socket(), Instant::now() + EXEC_TIMEOUT) {
+        Ok(stream) => Ok(stream),
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+            ) =>
+        {
+            Err(not_running(record))
+        }
+        Err(source) => Err(Error::Vmm {
+            operation: "connect to the VM's exec socket",
+            source,
+        }),
     }
 }

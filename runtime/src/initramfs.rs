@@ -9,8 +9,8 @@ use std::io;
 
 use sm_snapshot::state_file::hex_digest;
 
+use crate::digests::combined_digest;
 use crate::guest_agent::Agent;
-use crate::vmm::digests::combined_digest;
 
 /// Of the archive that is made of the same contents. Raise it when [`Initramfs::build`]
 /// makes another one: snapshots of the old one are not used any more.

@@ -12,8 +12,21 @@ use sm_guest_proto::control::{Evidence, GuestStats};
 
 use crate::publish::PublishedPort;
 use crate::record::{ExitRecord, VmConfig};
-use crate::run::Paging;
 use crate::timings::Phase;
+
+/// How the memory of a snapshot gets into a VM that is restored from it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Paging {
+    /// Mapped, and read when it is touched; what earlier VMs used is mapped ahead.
+    #[default]
+    Map,
+    /// Mapped, and read before the VM runs: no page of it is waited for later.
+    Prefault,
+    /// Copied page by page when it is touched, by userfaultfd. Needs the right to
+    /// handle faults of the kernel.
+    Userfault,
+}
 
 /// A piece of the root disk: bytes of one file, in disk order.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -21,7 +21,9 @@
 //! ```
 #![warn(missing_docs)]
 
+mod causes;
 mod control;
+mod digests;
 pub mod doctor;
 mod error;
 pub mod exec;
@@ -50,9 +52,9 @@ pub mod workload;
 
 pub use error::Error;
 pub use image::Image;
-pub use launch::{SnapshotReport, Stage, StageTimes, Status};
+pub use launch::{Paging, SnapshotReport, Stage, StageTimes, Status};
 pub use publish::Publication;
-pub use run::{Paging, RunOptions};
+pub use run::RunOptions;
 pub use snapshots::Snapshot;
 pub use vm::{Inspection, SignalSender, StateView, Vm};
 pub use vmm::run_vmm_if_asked;

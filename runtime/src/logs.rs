@@ -10,8 +10,8 @@ use rustix::fs::inotify;
 use rustix::io::Errno;
 
 use crate::Error;
+use crate::causes::with_causes;
 use crate::control::Control;
-use crate::doctor::with_causes;
 use crate::output_log::LogReader;
 pub use crate::output_log::{LogRecord, Stream};
 use crate::record::{Record, VmState};

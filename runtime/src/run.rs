@@ -10,14 +10,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
 use sm_guest_proto::forward::MAX_WAIT_MS;
 use sm_guest_proto::frame::{self, FrameHeader, FrameType, HEADER_LEN};
 
 use crate::home::Home;
 use crate::id::VmId;
 use crate::image::Image;
-use crate::launch::{DiskSegment, LaunchRequest, Origin, Report};
+use crate::launch::{DiskSegment, LaunchRequest, Origin, Paging, Report};
 use crate::output_log::unix_nanos;
 use crate::publish::{DEFAULT_WAIT_MS, Publication};
 use crate::reaper::Process;
@@ -42,20 +41,6 @@ pub const DEFAULT_CPUS: u32 = 1;
 /// Time between stop signal and SIGKILL when nothing else is asked for.
 pub(crate) const DEFAULT_STOP_TIMEOUT: Duration = Duration::from_secs(10);
 const MEBIBYTE: u64 = 1 << 20;
-
-/// How the memory of a snapshot gets into a VM that is restored from it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Paging {
-    /// Mapped, and read when it is touched; what earlier VMs used is mapped ahead.
-    #[default]
-    Map,
-    /// Mapped, and read before the VM runs: no page of it is waited for later.
-    Prefault,
-    /// Copied page by page when it is touched, by userfaultfd. Needs the right to
-    /// handle faults of the kernel.
-    Userfault,
-}
 
 /// How a VM is started.
 #[derive(Clone, Debug)]
@@ -321,6 +306,17 @@ fn mebibytes(bytes: u64) -> String {
         format!("{} MiB", bytes / MEBIBYTE)
     } else {
         format!("{bytes} bytes")
+    }
+}
+
+impl Image {
+    /// Starts a VM from this image and returns once its workload runs.
+    ///
+    /// # Errors
+    /// See [`Error`]; nothing is left behind, except the record of a VM
+    /// whose command could not be run.
+    pub fn run(&self, options: RunOptions) -> Result<Vm, Error> {
+        start(self.home(), self, options)
     }
 }
 
@@ -733,7 +729,7 @@ mod tests {
             panic!("{:?} is a VMM", program.path);
         };
         let left = !records.list().unwrap().is_empty() || has_child(&program.path);
-        (crate::doctor::with_causes(&error), left)
+        (crate::causes::with_causes(&error), left)
     }
 
     /// Whether this process has a child that runs `program`, or did (a zombie).

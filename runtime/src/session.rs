@@ -16,6 +16,7 @@ use sm_guest_proto::PROTOCOL_VERSION;
 use sm_guest_proto::exec::{ExecControl, ExecReply, Hello};
 use sm_guest_proto::frame::{self, BULK_PAYLOAD, FrameHeader, FrameType, HEADER_LEN};
 
+use crate::Error;
 use crate::control::Control;
 use crate::launch::ControlCall;
 use crate::launch::{Report, Testimony};
@@ -72,6 +73,15 @@ impl Session {
             reader: BufReader::with_capacity(BULK_PAYLOAD, stream),
             payload: Vec::new(),
             writer,
+        })
+    }
+
+    /// A session with the workload of a VM.
+    pub(crate) fn attach(record: &Record, control: Control, stdin: bool) -> Result<Self, Error> {
+        let stream = control.attach(stdin)?;
+        Self::new(stream, Some(Aside::workload(record))).map_err(|source| Error::Vmm {
+            operation: "talk to the VM's process",
+            source,
         })
     }
 

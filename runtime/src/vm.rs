@@ -1,8 +1,7 @@
 //! A virtual machine, seen by its owner.
 
 use std::io;
-use std::os::unix::net::UnixStream;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::Serialize;
@@ -17,15 +16,12 @@ use crate::publish::PublishedPort;
 use crate::reaper::Process;
 use crate::record::{Damaged, ExitRecord, Record, RecordError, Records, VmConfig, VmState};
 use crate::session::Session;
-use crate::timed::connect_until;
 use crate::timings::Phase;
 
 mod survey;
 
 /// How long a VMM may take to end a VM once told to, before it is killed.
 const DESTROY_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long a VMM may take to have room for another exec.
-pub(crate) const EXEC_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A handle to a virtual machine, running or ended. Dropping it leaves the VM
 /// alone.
@@ -198,7 +194,7 @@ impl Vm {
     /// # Errors
     /// It is not running.
     pub fn attach(&self, stdin: bool) -> Result<Session, Error> {
-        self.control()?.attach(&self.record, stdin)
+        Session::attach(&self.record, self.control()?, stdin)
     }
 
     fn control(&self) -> Result<Control, Error> {
@@ -508,23 +504,4 @@ impl SignalSender {
 
 fn unexpected(answer: &ControlAnswer) -> Error {
     Error::Refused(format!("the VM's process answered {answer:?}"))
-}
-
-/// Connects to the exec socket of a VM.
-pub(crate) fn connect_exec(record: &Record) -> Result<UnixStream, Error> {
-    match connect_until(&record.exec_socket(), Instant::now() + EXEC_TIMEOUT) {
-        Ok(stream) => Ok(stream),
-        Err(error)
-            if matches!(
-                error.kind(),
-                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
-            ) =>
-        {
-            Err(crate::control::not_running(record))
-        }
-        Err(source) => Err(Error::Vmm {
-            operation: "connect to the VM's exec socket",
-            source,
-        }),
-    }
 }

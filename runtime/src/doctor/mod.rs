@@ -6,9 +6,11 @@ use serde::Serialize;
 use sm_hypervisor::kvm::Kvm;
 use sm_hypervisor::{Hypervisor as _, LinuxSupport};
 
+use crate::causes::with_causes;
 use crate::home::Home;
 use crate::record::Records;
 use crate::run::{DEFAULT_MEMORY, MIN_MEMORY};
+use crate::vmm::unusable;
 use crate::{guest_agent, kernel};
 
 /// The result of one check.
@@ -75,14 +77,6 @@ fn hypervisor() -> Result<String, String> {
     }
 }
 
-/// The sentence for a host whose hypervisor cannot run Linux.
-pub(crate) fn unusable(reason: &str) -> String {
-    format!(
-        "this host's /dev/kvm cannot run Linux guests: {reason}. Use a host with hardware \
-         virtualisation (vmx or svm in /proc/cpuinfo)"
-    )
-}
-
 fn memory() -> Result<String, String> {
     let text = std::fs::read_to_string("/proc/meminfo")
         .map_err(|error| format!("cannot read /proc/meminfo: {error}"))?;
@@ -103,21 +97,4 @@ fn memory() -> Result<String, String> {
         "{mebibytes} MiB available; a guest gets {} MiB unless told otherwise",
         DEFAULT_MEMORY >> 20
     ))
-}
-
-/// An error and its causes in one sentence.
-pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut last = text.clone();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let next = cause.to_string();
-        if next != last {
-            text.push_str(": ");
-            text.push_str(&next);
-        }
-        last = next;
-        source = cause.source();
-    }
-    text
 }

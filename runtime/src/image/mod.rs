@@ -1,6 +1,7 @@
 //! Images, as this library's callers see them.
 
 mod store;
+mod users;
 
 pub use sm_image::{
     Cancel, Config, Digest, Error as ImageError, ImageDetails, ImageSummary, ImageUsage,
@@ -17,9 +18,6 @@ pub use self::store::{
 use crate::Error as RuntimeError;
 use crate::home::Home;
 use crate::launch::DiskSegment;
-use crate::run::{RunOptions, start};
-use crate::snapshots::{Snapshot, warm_up};
-use crate::vm::Vm;
 use crate::workload::ImageDefaults;
 
 /// How an image is got.
@@ -88,30 +86,6 @@ impl Image {
         }
     }
 
-    /// Starts a VM from this image and returns once its workload runs.
-    ///
-    /// # Errors
-    /// See [`RuntimeError`]; nothing is left behind, except the record of a VM
-    /// whose command could not be run.
-    pub fn run(&self, options: RunOptions) -> Result<Vm, RuntimeError> {
-        start(&self.home, self, options)
-    }
-
-    /// Runs the image, has `prepare` bring its workload to where clones shall
-    /// begin, and makes the snapshot `name` of it; see
-    /// [`crate::snapshots::warm_up`].
-    ///
-    /// # Errors
-    /// The VM cannot be started or captured, or `prepare` failed.
-    pub fn warm_up<T>(
-        &self,
-        options: RunOptions,
-        name: &str,
-        prepare: impl FnOnce(&mut Vm) -> Result<T, RuntimeError>,
-    ) -> Result<(Snapshot, T), RuntimeError> {
-        warm_up(&self.home, self, options, name, prepare)
-    }
-
     /// The reference it was opened by.
     #[must_use]
     pub fn reference(&self) -> &str {
@@ -128,6 +102,11 @@ impl Image {
     #[must_use]
     pub fn platform(&self) -> &Platform {
         &self.platform
+    }
+
+    /// Where its store is.
+    pub(crate) fn home(&self) -> &Home {
+        &self.home
     }
 
     /// Whether VMs of this host can run it.

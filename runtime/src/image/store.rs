@@ -8,9 +8,9 @@ use sm_image::{
     Pruned, PullOptions, Reference, Store, Usage, Verified,
 };
 
+use super::users::image_users;
 use crate::Error;
 use crate::home::Home;
-use crate::snapshots::image_users;
 
 fn store(home: &Home) -> Result<Store, Error> {
     Ok(Store::open(&home.images())?)

@@ -1,7 +1,6 @@
 //! Ports of the guest, published on the host.
 
 mod ports;
-mod serving;
 mod tls;
 
 use std::fmt;
@@ -13,7 +12,6 @@ use serde::{Deserialize, Serialize};
 use sm_frontends::FrontendStats;
 
 pub use self::ports::Ports;
-pub(crate) use self::serving::{Published, Wiring};
 pub use self::tls::TlsEnd;
 
 /// How long a connection waits for somebody in the guest to listen unless something

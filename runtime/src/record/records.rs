@@ -13,7 +13,7 @@ use super::{
     CONFIG, CONSOLE, EXIT, ExitRecord, LOCK, Record, RecordError, VmConfig, bury, io_error,
     try_lock,
 };
-use crate::doctor::with_causes;
+use crate::causes::with_causes;
 use crate::home::{Home, ensure_private_dir};
 use crate::id::{VmId, generate_name, is_valid_name};
 

@@ -251,6 +251,23 @@ fn start_all<T: Send>(
     (started.into_iter().map(|(_, value)| value).collect(), error)
 }
 
+impl Image {
+    /// Runs the image, has `prepare` bring its workload to where clones shall
+    /// begin, and makes the snapshot `name` of it; see
+    /// [`warm_up`].
+    ///
+    /// # Errors
+    /// The VM cannot be started or captured, or `prepare` failed.
+    pub fn warm_up<T>(
+        &self,
+        options: RunOptions,
+        name: &str,
+        prepare: impl FnOnce(&mut Vm) -> Result<T, Error>,
+    ) -> Result<(Snapshot, T), Error> {
+        warm_up(self.home(), self, options, name, prepare)
+    }
+}
+
 /// Runs an image, has `prepare` bring its workload to where clones shall begin
 /// (by exec, through a frontend, by waiting for its output), and makes the
 /// snapshot `name` of it. The VM is gone afterwards, whatever happens.

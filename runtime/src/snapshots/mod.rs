@@ -11,36 +11,21 @@ mod proof;
 pub use clone::{Forked, Snapshot, fork, warm_up};
 pub use proof::{Proof, Testimony, Twins, prove_distinct};
 use serde::Serialize;
-use sm_image::{Digest, Users};
 use sm_snapshot::Error;
 use sm_snapshot::chain::Chain;
 use sm_snapshot::contents;
 pub use sm_snapshot::contents::Difference;
 use sm_snapshot::flat;
 pub use sm_snapshot::manifest::{Layer, Manifest};
-use sm_snapshot::store::{Entry, SnapshotStore};
+use sm_snapshot::store::SnapshotStore;
 pub use sm_snapshot::verify::Verified;
 
 use crate::Error as RuntimeError;
-use crate::doctor::with_causes;
 use crate::home::Home;
+use crate::vmm::names::IMAGE_LABEL;
 
-/// Label with the image that a snapshot's root file system is of.
-pub(crate) const IMAGE_LABEL: &str = "image";
-/// Label of a snapshot that the last VM that uses it removes.
-pub(crate) const EPHEMERAL_LABEL: &str = "ephemeral";
 /// How the names of the snapshots begin that are not made by users.
 const RESERVED: [&str; 3] = ["base-", "image-", "fork-"];
-
-/// Whether `sm run` has made a snapshot of that name for itself.
-pub(crate) fn is_automatic(name: &str) -> bool {
-    name.starts_with("base-") || name.starts_with("image-")
-}
-
-/// Whether `sm fork` has made a snapshot of that name.
-pub(crate) fn is_of_fork(name: &str) -> bool {
-    name.starts_with("fork-")
-}
 
 /// Checks a name that a user wants to give to a snapshot.
 pub(crate) fn check_user_name(name: &str) -> Result<(), RuntimeError> {
@@ -161,53 +146,4 @@ pub fn flatten(home: &Home, name: &str, copy: Option<&str>) -> Result<Manifest, 
 /// It does not exist, or something uses it.
 pub fn remove(home: &Home, name: &str) -> Result<(), Error> {
     store(home).remove(name)
-}
-
-/// The images that workload snapshots need, with the names of these. A snapshot that
-/// cannot be read may need any image.
-///
-/// # Errors
-/// A sentence about what cannot be read.
-pub(crate) fn image_users(home: &Home) -> Result<Users, String> {
-    let store = store(home);
-    let mut users = Users::new();
-    let entries = store.list().map_err(|error| with_causes(&error))?;
-    for entry in entries {
-        let digest = match image_of(&store, &entry) {
-            Ok(digest) => digest,
-            // Removed meanwhile, as can be done at any time.
-            Err(_) if !home.snapshots().join(&entry.name).exists() => continue,
-            Err(reason) => {
-                return Err(format!(
-                    "snapshot \"{name}\" cannot be read: {reason}; if it is of no use any more, \
-                     remove it (sm snapshot rm {name})",
-                    name = entry.name
-                ));
-            }
-        };
-        if let Some(digest) = digest {
-            users.entry(digest).or_default().push(entry.name);
-        }
-    }
-    Ok(users)
-}
-
-/// The image that a snapshot's workload runs from.
-fn image_of(store: &SnapshotStore, entry: &Entry) -> Result<Option<Digest>, String> {
-    let manifest = entry
-        .manifest
-        .as_ref()
-        .map_err(|error| with_causes(error))?;
-    if manifest.layer != Layer::App {
-        return Ok(None);
-    }
-    let chain = Chain::open(store, &entry.name).map_err(|error| with_causes(&error))?;
-    let content = crate::vmm::saved::content(&chain).map_err(|error| with_causes(&error))?;
-    let Some(config) = content.config else {
-        return Ok(None);
-    };
-    match Digest::parse(&config.image_digest) {
-        Some(digest) => Ok(Some(digest)),
-        None => Err(format!("{:?} is no image", config.image_digest)),
-    }
 }

@@ -11,7 +11,7 @@ use sm_guest_proto::frame::{self, FrameDecoder, FrameType};
 
 use super::{Inspection, StateView};
 use crate::Error;
-use crate::doctor::with_causes;
+use crate::causes::with_causes;
 use crate::launch::{ControlAnswer, ControlCall, Stage, Status};
 use crate::record::{Record, RecordError, VmState};
 use crate::timed::{connect_now, connect_until};

@@ -7,7 +7,7 @@ use super::cache::Cache;
 use super::guest::Start;
 use super::identity::Identity;
 use super::saved::{Content, Plan, Saved};
-use crate::doctor::with_causes;
+use crate::causes::with_causes;
 use crate::guest_agent;
 use crate::initramfs::Initramfs;
 use crate::kernel::Kernel;

@@ -13,12 +13,12 @@ use sm_snapshot::cpu::CpuFeatures;
 use sm_snapshot::manifest::Layer;
 use sm_snapshot::store::SnapshotStore;
 
-use super::digests::combined_digest;
 use super::identity::Identity;
 use super::saved::{Content, Plan, Saved, versions};
-use crate::doctor::with_causes;
+use crate::causes::with_causes;
+use crate::digests::combined_digest;
 use crate::launch::LaunchRequest;
-use crate::snapshots::{EPHEMERAL_LABEL, IMAGE_LABEL, is_automatic, is_of_fork};
+use crate::vmm::names::{EPHEMERAL_LABEL, IMAGE_LABEL, is_automatic, is_of_fork};
 
 /// Automatic snapshots kept; beyond that, those unused for longest go.
 const KEPT: usize = 64;

@@ -17,7 +17,7 @@ use sm_snapshot::runs::Run;
 use sm_vmm_core::machine::Machine;
 
 use super::saved::Plan;
-use crate::doctor::with_causes;
+use crate::causes::with_causes;
 
 /// What the memory of a machine was made from.
 #[derive(Clone, Debug, Default)]

@@ -1,6 +1,6 @@
 //! Guest software, by what is in it.
 
-use super::digests::file_digest;
+use crate::digests::file_digest;
 use crate::initramfs::Initramfs;
 use crate::launch::LaunchRequest;
 

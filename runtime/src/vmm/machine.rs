@@ -39,15 +39,16 @@ use super::identity::Identity;
 use super::paging::{self, Paged};
 use super::prefetch::Prefetch;
 use super::saved::{Content, Plan, Saved};
-use crate::doctor::{unusable, with_causes};
+use super::serving::{Published, Wiring};
+use super::unusable;
+use crate::causes::with_causes;
 use crate::id::random;
 use crate::initramfs::Initramfs;
+use crate::launch::Paging;
 use crate::launch::{DiskSegment, LaunchRequest, Origin};
-use crate::publish::{Published, Wiring};
 use crate::record::{Record, VmConfig};
-use crate::run::Paging;
-use crate::snapshots::EPHEMERAL_LABEL;
 use crate::timings::{Phase, monotonic_ns};
+use crate::vmm::names::EPHEMERAL_LABEL;
 
 /// A machine that runs, with what it needs to be reached.
 pub(crate) struct RunningMachine {

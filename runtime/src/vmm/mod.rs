@@ -10,16 +10,17 @@ mod cache;
 mod capturing;
 mod conn;
 mod descriptors;
-pub(crate) mod digests;
 mod failure;
 mod guest;
 mod identity;
 mod log;
 mod machine;
+pub(crate) mod names;
 mod paging;
 mod prefetch;
 mod process;
 pub(crate) mod saved;
+mod serving;
 mod supervisor;
 
 /// Set in the environment of VMMs, so that a program that was started as one and
@@ -28,6 +29,14 @@ pub(crate) const VMM_VARIABLE: &str = "SM_VMM_PROCESS";
 
 /// The hidden subcommand that makes a program the VMM.
 pub(crate) const SUBCOMMAND: &str = "__vmm";
+
+/// The sentence for a host whose hypervisor cannot run Linux.
+pub(crate) fn unusable(reason: &str) -> String {
+    format!(
+        "this host's /dev/kvm cannot run Linux guests: {reason}. Use a host with hardware \
+         virtualisation (vmx or svm in /proc/cpuinfo)"
+    )
+}
 
 /// Becomes a VMM, and does not return, if this process was started as one.
 ///

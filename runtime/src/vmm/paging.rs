@@ -9,8 +9,8 @@ use sm_vmm_core::memory::MachineMemory;
 
 use super::failure::Failure;
 use super::prefetch::Prefetch;
-use crate::doctor::with_causes;
-use crate::run::Paging;
+use crate::causes::with_causes;
+use crate::launch::Paging;
 
 /// Does without transparent huge pages from now on, as a process that restores must:
 /// what is written once, in memory of the guest that no file has or in a stack of ours

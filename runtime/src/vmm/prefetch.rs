@@ -9,7 +9,7 @@ use sm_snapshot::store::SnapshotStore;
 use sm_snapshot::working_set::WorkingSet;
 use sm_vmm_core::memory::MachineMemory;
 
-use crate::doctor::with_causes;
+use crate::causes::with_causes;
 
 /// What is known of a snapshot's working set.
 pub(crate) struct Prefetch {

@@ -17,7 +17,7 @@ use sm_hypervisor::kvm::Kvm;
 use super::guest::notices;
 use super::supervisor::{Parts, Supervisor};
 use super::{descriptors, log};
-use crate::doctor::with_causes;
+use crate::causes::with_causes;
 use crate::fdpass;
 use crate::home::Home;
 use crate::launch::{LaunchRequest, Report};

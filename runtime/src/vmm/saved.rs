@@ -20,7 +20,7 @@ use sm_vmm_core::layout::{MACHINE_VERSION, SLOT_RNG, SLOT_ROOT_DISK, SLOT_VSOCK}
 use sm_vmm_core::state::MachineState;
 
 use super::identity::Identity;
-use crate::doctor::with_causes;
+use crate::causes::with_causes;
 use crate::launch::DiskSegment;
 use crate::record::VmConfig;
 

@@ -14,8 +14,8 @@ use sm_frontends::{
 };
 use sm_guest_proto::forward::ForwardHeader;
 
-use super::{HostEnd, Publication, PublishedPort, TlsEnd};
-use crate::doctor::with_causes;
+use crate::causes::with_causes;
+use crate::publish::{HostEnd, Publication, PublishedPort, TlsEnd};
 use crate::record::VmConfig;
 
 /// What listeners of a machine are made with.

@@ -11,15 +11,15 @@ use sm_snapshot::manifest::Layer;
 use sm_vmm_core::exit::ExitReason;
 
 use super::{RunningMachine, failed};
-use crate::doctor::with_causes;
+use crate::causes::with_causes;
 use crate::id::random;
 use crate::launch::{SnapshotReport, StageTimes};
 use crate::publish::PublishedPort;
-use crate::snapshots::{EPHEMERAL_LABEL, IMAGE_LABEL};
 use crate::vmm::capturing::{Capturing, Made, Origin, Told};
 use crate::vmm::guest::{
     AfterCapture, Guest, GuestEnd, Kept, Notice, SnapshotMade, SnapshotPlan, Start,
 };
+use crate::vmm::names::{EPHEMERAL_LABEL, IMAGE_LABEL};
 use crate::vmm::prefetch::Prefetch;
 use crate::vmm::saved::{Content, Plan, machine_state};
 

@@ -121,29 +121,34 @@ fn plan(store: &SnapshotStore, name: &str) -> Plan {
 }
 
 /// What is told while a snapshot is made.
-fn told() -> (
-    Told,
-    Receiver<Result<(), String>>,
-    Receiver<Result<Made, String>>,
-) {
+struct Heard {
+    copied: Receiver<Result<(), String>>,
+    made: Receiver<Result<Made, String>>,
+}
+
+fn told() -> (Told, Heard) {
     let ((copied, is_copied), (made, is_made)) = (channel(), channel());
     let told = Told {
         copied: Box::new(move |result| copied.send(result).unwrap()),
         made: Box::new(move |result| made.send(result).unwrap()),
     };
-    (told, is_copied, is_made)
+    let heard = Heard {
+        copied: is_copied,
+        made: is_made,
+    };
+    (told, heard)
 }
 
 fn capture(f: &mut Fixture, name: &str, origin: Origin) -> Result<Made, String> {
-    let (told, copied, made) = told();
+    let (told, heard) = told();
     let plan = plan(&f.store, name);
     let (capturing, thread) = Capturing::begin(plan, &mut f.machine, origin, told)?;
     assert!(!f.machine.is_running());
-    let copied = copied.recv().unwrap();
+    let copied = heard.copied.recv().unwrap();
     f.machine.resume().unwrap();
     copied?;
     capturing.end();
-    let made = made.recv().unwrap();
+    let made = heard.made.recv().unwrap();
     thread.join().unwrap();
     made
 }
@@ -244,19 +249,19 @@ fn a_machine_whose_memory_cannot_be_stored_runs_on() {
 fn a_capture_that_is_given_up_leaves_nothing() {
     let Some(mut f) = fixture() else { return };
     for after_copying in [false, true] {
-        let (told, copied, made) = told();
+        let (told, heard) = told();
         let plan = plan(&f.store, "base");
         let (capturing, thread) =
             Capturing::begin(plan, &mut f.machine, Origin::default(), told).unwrap();
         if after_copying {
-            copied.recv().unwrap().unwrap();
+            heard.copied.recv().unwrap().unwrap();
         }
         drop(capturing);
         thread.join().unwrap();
-        if let Ok(Err(error)) = copied.try_recv() {
+        if let Ok(Err(error)) = heard.copied.try_recv() {
             assert!(error.contains("given up"), "{error}");
         }
-        assert!(made.recv().is_err());
+        assert!(heard.made.recv().is_err());
         f.machine.resume().unwrap();
         assert_eq!(f.store.list().unwrap().len(), 0);
     }

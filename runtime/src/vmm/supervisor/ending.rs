@@ -7,7 +7,7 @@ use sm_guest_proto::frame::{ExitStatus, FrameType};
 
 use super::guest_side::IDENTITY_REFRESHED;
 use super::{Supervisor, Timer, printable};
-use crate::doctor::with_causes;
+use crate::causes::with_causes;
 use crate::launch::{Report, Stage};
 use crate::output_log::unix_nanos;
 use crate::record::{ExitReason, ExitRecord};

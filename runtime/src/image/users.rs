@@ -1,0 +1,59 @@
+//! Who needs the images of a home.
+
+use sm_image::{Digest, Users};
+use sm_snapshot::chain::Chain;
+use sm_snapshot::manifest::Layer;
+use sm_snapshot::store::{Entry, SnapshotStore};
+
+use crate::causes::with_causes;
+use crate::home::Home;
+use crate::vmm::saved;
+
+/// The images that workload snapshots need, with the names of these. A snapshot that
+/// cannot be read may need any image.
+///
+/// # Errors
+/// A sentence about what cannot be read.
+pub(super) fn image_users(home: &Home) -> Result<Users, String> {
+    let store = SnapshotStore::read_only(&home.snapshots());
+    let mut users = Users::new();
+    let entries = store.list().map_err(|error| with_causes(&error))?;
+    for entry in entries {
+        let digest = match image_of(&store, &entry) {
+            Ok(digest) => digest,
+            // Removed meanwhile, as can be done at any time.
+            Err(_) if !home.snapshots().join(&entry.name).exists() => continue,
+            Err(reason) => {
+                return Err(format!(
+                    "snapshot \"{name}\" cannot be read: {reason}; if it is of no use any more, \
+                     remove it (sm snapshot rm {name})",
+                    name = entry.name
+                ));
+            }
+        };
+        if let Some(digest) = digest {
+            users.entry(digest).or_default().push(entry.name);
+        }
+    }
+    Ok(users)
+}
+
+/// The image that a snapshot's workload runs from.
+fn image_of(store: &SnapshotStore, entry: &Entry) -> Result<Option<Digest>, String> {
+    let manifest = entry
+        .manifest
+        .as_ref()
+        .map_err(|error| with_causes(error))?;
+    if manifest.layer != Layer::App {
+        return Ok(None);
+    }
+    let chain = Chain::open(store, &entry.name).map_err(|error| with_causes(&error))?;
+    let content = saved::content(&chain).map_err(|error| with_causes(&error))?;
+    let Some(config) = content.config else {
+        return Ok(None);
+    };
+    match Digest::parse(&config.image_digest) {
+        Some(digest) => Ok(Some(digest)),
+        None => Err(format!("{:?} is no image", config.image_digest)),
+    }
+}
