@@ -35,6 +35,9 @@ pub struct VsockConfig {
     /// How long the guest may take to answer a request for a connection, and to
     /// confirm the end of one. More than zero.
     pub answer_timeout: Duration,
+    /// How long the guest, once it has answered, may take to send the status of a
+    /// connection that was asked for with [`crate::ConnectOptions::status_reply`].
+    pub status_timeout: Duration,
     /// How long the tail of a connection that the guest has closed is kept for a
     /// host socket that takes none of it. Every byte taken starts it anew.
     pub linger: Duration,
@@ -48,6 +51,8 @@ impl Default for VsockConfig {
             max_connections: 16_384,
             max_backlog: 192 << 20,
             answer_timeout: Duration::from_secs(10),
+            // Linux gives up connecting by TCP after 127 s (tcp(7), tcp_syn_retries).
+            status_timeout: Duration::from_secs(130),
             linger: Duration::from_secs(600),
         }
     }

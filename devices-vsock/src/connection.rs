@@ -16,7 +16,7 @@ mod transfer;
 
 use std::collections::VecDeque;
 use std::os::fd::AsFd as _;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::net::Shutdown;
 use sm_event_loop::Registration;
@@ -51,6 +51,8 @@ pub(crate) enum Phase {
 pub(crate) enum Awaiting {
     /// The guest's answer to a request.
     Answer,
+    /// The status that follows the answer.
+    Status,
     /// The guest's confirmation of the end.
     End,
     /// A host socket that takes the tail of what the guest sent.
@@ -115,6 +117,8 @@ pub(crate) struct Connection {
     pub(crate) progressed: bool,
     /// The guest's next byte is a status.
     pub(crate) status_reply: bool,
+    /// How much longer than usual the guest may take for it.
+    pub(crate) status_wait: Duration,
     report: Report,
     pub(crate) member: Option<Member>,
     /// When it was asked for, if that is measured.
@@ -152,6 +156,7 @@ impl Connection {
             retry_at: None,
             progressed: false,
             status_reply: false,
+            status_wait: Duration::ZERO,
             report: Report::nobody(),
             member: None,
             asked: None,
@@ -166,6 +171,7 @@ impl Connection {
         self.owed.request = true;
         self.before = request.preamble;
         self.status_reply = request.status_reply;
+        self.status_wait = request.wait;
         self.report = request.report;
         self.member = request.member;
         self.asked = request.asked;
@@ -316,7 +322,7 @@ impl Connection {
         match self.phase {
             Phase::Requested => Awaiting::Answer,
             Phase::Draining => Awaiting::Tail,
-            Phase::Established if self.status_reply => Awaiting::Answer,
+            Phase::Established if self.status_reply => Awaiting::Status,
             Phase::Established if self.guest_ends == BOTH => Awaiting::Tail,
             Phase::Established if self.told == BOTH => Awaiting::End,
             Phase::Established => Awaiting::Nothing,

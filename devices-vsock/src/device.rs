@@ -290,6 +290,8 @@ impl VirtioDevice for Vsock {
             let all = Readiness {
                 readable: true,
                 writable: true,
+                // What comes behind the bytes that are there now, if anything.
+                hangup: true,
                 ..Readiness::default()
             };
             self.socket_ready(slot, all, registry);

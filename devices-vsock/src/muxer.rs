@@ -440,6 +440,10 @@ impl Muxer {
         if awaits != connection.awaiting {
             let most = match awaits {
                 Awaiting::Answer => None,
+                Awaiting::Status => {
+                    let wait = connection.status_wait;
+                    Some(self.config.status_timeout.saturating_add(wait))
+                }
                 Awaiting::Nothing => Some(Duration::MAX),
                 Awaiting::End => Some(self.config.answer_timeout),
                 Awaiting::Tail => Some(self.config.linger),

@@ -23,6 +23,7 @@ const SHORT: Duration = Duration::from_millis(50);
 fn impatient() -> VsockConfig {
     VsockConfig {
         answer_timeout: SHORT,
+        status_timeout: SHORT,
         linger: SHORT,
         ..VsockConfig::default()
     }
@@ -215,6 +216,27 @@ fn a_guest_that_never_answers_is_given_up() {
     guest.expect(RST);
 }
 
+/// A server may take longer to accept than the guest to answer.
+#[test]
+fn a_status_may_come_later_than_an_answer() {
+    let answer_timeout = Duration::from_secs(1);
+    let mut guest = Guest::new(VsockConfig {
+        answer_timeout,
+        ..VsockConfig::default()
+    });
+    let options = ConnectOptions {
+        status_reply: true,
+        ..ConnectOptions::default()
+    };
+    let (_host, result) = connect(&guest.muxer, options);
+    let request = guest.expect(REQUEST);
+    guest.send(&request.reply(RESPONSE));
+    let early = result.recv_timeout(answer_timeout * 2);
+    assert!(early.is_err(), "{early:?}");
+    guest.send(&data(&request, &[0]));
+    assert_eq!(result.recv().unwrap(), Ok(()));
+}
+
 #[test]
 fn a_guest_that_does_not_confirm_the_end_is_reset() {
     let mut guest = Guest::new(VsockConfig {
@@ -403,4 +425,37 @@ fn a_pause_does_not_lose_what_happened_meanwhile() {
     host.read_exact(&mut seen).unwrap();
     host.set_nonblocking(true).unwrap();
     assert!(matches!(host.read(&mut [0]), Err(e) if e.kind() == ErrorKind::WouldBlock));
+}
+
+/// The events that told of it have passed.
+#[test]
+fn a_pause_does_not_lose_an_end_behind_bytes() {
+    for gone in [false, true] {
+        let mut guest = Guest::new(VsockConfig::default());
+        let (mut host, request) = guest.connected();
+        guest.driver.transport.quiesce().unwrap();
+        host.write_all(b"last words").unwrap();
+        let left = match gone {
+            true => {
+                drop(host);
+                None
+            }
+            false => {
+                host.shutdown(Shutdown::Write).unwrap();
+                Some(host)
+            }
+        };
+        // The loop takes the events before the machine runs again.
+        guest.driver.transport.quiesce().unwrap();
+        guest.driver.transport.unquiesce();
+        assert_eq!(guest.expect(RW).payload, b"last words");
+        assert_eq!(guest.expect(SHUTDOWN).flags, if gone { 3 } else { 2 });
+        if let Some(mut host) = left {
+            guest.send(&data(&request, b"answer"));
+            guest.send(&end(&request, 3));
+            let mut answer = Vec::new();
+            host.read_to_end(&mut answer).unwrap();
+            assert_eq!(answer, b"answer");
+        }
+    }
 }

@@ -87,13 +87,17 @@ impl Connection {
                 let ends_message = false;
                 Filled::Data { len, ends_message }
             }
-            Moved::Nothing => {
-                self.readable = false;
-                Filled::Nothing
-            }
+            Moved::Nothing => self.nothing_to_read(),
             Moved::Later => self.read_later(),
             ended => self.end_reading(ended),
         }
+    }
+
+    /// What comes is told from now on, also an end: there is none yet.
+    fn nothing_to_read(&mut self) -> Filled {
+        self.readable = false;
+        self.hung_up = false;
+        Filled::Nothing
     }
 
     fn read_later(&mut self) -> Filled {
@@ -127,10 +131,7 @@ impl Connection {
         let place = scratch.get_mut(..most as usize).unwrap_or_default();
         let len = match self.socket.read_message(place) {
             Moved::Bytes(len) => len,
-            Moved::Nothing => {
-                self.readable = false;
-                return Filled::Nothing;
-            }
+            Moved::Nothing => return self.nothing_to_read(),
             Moved::Later => return self.read_later(),
             ended => return self.end_reading(ended),
         };
