@@ -2,10 +2,11 @@
 
 use std::fs::File;
 use std::io::{self, IsTerminal as _, Read as _, Write as _};
-use std::os::fd::AsFd as _;
+use std::os::fd::AsFd;
 use std::sync::mpsc;
 
 use anyhow::Context as _;
+use rustix::event::{PollFd, PollFlags, poll};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH};
 use signal_hook::iterator::Signals;
 use sm_runtime::record::ExitRecord;
@@ -65,8 +66,11 @@ pub(crate) fn run(
 ) -> anyhow::Result<End> {
     // Caught before the terminal is raw: a signal must not end this process and
     // leave it so.
-    let signals = Signals::new([SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH])
-        .context("cannot watch for signals")?;
+    // Those that are ignored, as nohup and some shells have it, stay so.
+    let ignored = ignored_signals();
+    let all = [SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH];
+    let heeded = all.into_iter().filter(|signal| !ignored.contains(signal));
+    let signals = Signals::new(heeded).context("cannot watch for signals")?;
     let raw = (wiring.tty && wiring.stdin && io::stdin().is_terminal())
         .then(RawMode::enter)
         .transpose()
@@ -129,7 +133,10 @@ fn receive(
             Event::Error(text) => {
                 let _ = writeln!(io::stderr(), "sm: {}", Shown(text));
             }
-            Event::Started { .. } | Event::Evidence(_) | Event::Warning(_) => {}
+            Event::Warning(text) => {
+                let _ = writeln!(io::stderr(), "sm: {}", Shown(text));
+            }
+            Event::Started { .. } | Event::Evidence(_) => {}
             Event::Phase(phase) => phases.push(phase),
             Event::Exit(code) => status = Some(code),
             Event::Ended(exit) => {
@@ -164,12 +171,53 @@ impl Sink {
     /// gone away, the command gets the signal that the kernel would send; since
     /// the first process of a PID namespace ignores it, it is ended besides.
     fn write(&mut self, bytes: &[u8], remote: &impl Remote) {
-        if !self.broken && self.file.write_all(bytes).is_err() {
+        if self.broken {
+            return;
+        }
+        if let Err(error) = write_all(&mut self.file, bytes) {
             self.broken = true;
+            if error.kind() != io::ErrorKind::BrokenPipe {
+                let _ = writeln!(io::stderr(), "sm: cannot write the output: {error}");
+            }
             remote.signal(SIGPIPE);
             remote.abandon();
         }
     }
+}
+
+/// Writes all of `bytes`, also to what does not block because whoever shares it wants
+/// that.
+fn write_all(file: &mut File, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match file.write(bytes) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(count) => bytes = bytes.get(count..).unwrap_or_default(),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                wait_for(&*file, PollFlags::OUT)?;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+fn wait_for(file: impl AsFd, flags: PollFlags) -> io::Result<()> {
+    rustix::io::retry_on_intr(|| poll(&mut [PollFd::new(&file, flags)], None))?;
+    Ok(())
+}
+
+/// The signals that this process ignores (proc_pid_status(5), `SigIgn`).
+fn ignored_signals() -> Vec<i32> {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status
+        .lines()
+        .find_map(|line| line.strip_prefix("SigIgn:"))
+        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .unwrap_or(0);
+    (1..=64)
+        .filter(|number| mask >> (number - 1) & 1 == 1)
+        .collect()
 }
 
 /// Sends standard input until it ends; `true` if the detach keys were pressed.
@@ -182,6 +230,12 @@ fn send_stdin(writer: &SessionWriter, detaches: bool) -> bool {
             Ok(0) => break,
             Ok(count) => count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                match wait_for(io::stdin(), PollFlags::IN) {
+                    Ok(()) => continue,
+                    Err(_) => break,
+                }
+            }
             Err(_) => break,
         };
         let bytes = buffer.get(..count).unwrap_or_default();
@@ -289,6 +343,21 @@ fn watch_signals(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// As a pipe is that a program with an event loop has made.
+    #[test]
+    fn all_is_written_to_what_does_not_block() {
+        let (mut reader, writer) = io::pipe().unwrap();
+        rustix::io::ioctl_fionbio(&writer, true).unwrap();
+        let mut file = File::from(std::os::fd::OwnedFd::from(writer));
+        let sent: Vec<u8> = (0..=250).cycle().take(1_000_000).collect();
+        let expected = sent.clone();
+        let written = std::thread::spawn(move || write_all(&mut file, &sent));
+        let mut received = Vec::new();
+        reader.read_to_end(&mut received).unwrap();
+        written.join().unwrap().unwrap();
+        assert!(received == expected);
+    }
 
     #[test]
     fn detach_keys_are_found_across_reads_and_others_pass() {

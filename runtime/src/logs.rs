@@ -101,6 +101,8 @@ impl Logs {
                     return Err(errno.into());
                 }
             },
+            // Removed meanwhile: what is open can still be read.
+            Err(Errno::NOENT) => Watch::Nothing,
             Err(errno) => return Err(errno.into()),
         };
         self.watch = Some(watch);

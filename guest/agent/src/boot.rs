@@ -181,6 +181,9 @@ fn set_limits() {
         ("ip_unprivileged_port_start", "0"),
         // ... and ping.
         ("ping_group_range", "0 2147483647"),
+        // Clients come by the loopback interface, of which none floods. With cookies, a
+        // server whose backlog is full resets clients that have connected.
+        ("tcp_syncookies", "0"),
     ] {
         log::note_failure(name, fs::write(format!("/proc/sys/net/ipv4/{name}"), value));
     }

@@ -13,6 +13,7 @@
 mod clients;
 mod ending;
 mod guest_side;
+mod output;
 mod snapshots;
 #[cfg(test)]
 mod tests;
@@ -110,6 +111,8 @@ pub(crate) struct Supervisor<G> {
     log: Option<LogWriter>,
     /// The last output could not be logged.
     log_fails: bool,
+    /// Clients that take no output are not waited for any more.
+    leaves_behind: bool,
     clients: BTreeMap<u64, Client>,
     next_client: u64,
     agent: Option<AgentLink>,
@@ -130,6 +133,10 @@ pub(crate) struct Supervisor<G> {
     machine_ended: bool,
     /// What follows when the machine was captured for which it is held.
     held: Option<Held>,
+    /// What was left of the time to start when the machine was held.
+    start_left: Option<Duration>,
+    /// The workload is asked to stop, and may take this long once it can.
+    stop_grace: Option<Duration>,
     /// The snapshot that is being made.
     snapshot: Option<SnapshotJob>,
     /// How many were begun.
@@ -180,6 +187,7 @@ impl<G: Guest> Supervisor<G> {
             terminate: parts.terminate,
             log: Some(parts.log),
             log_fails: false,
+            leaves_behind: false,
             clients: BTreeMap::new(),
             next_client: 0,
             agent: None,
@@ -193,6 +201,8 @@ impl<G: Guest> Supervisor<G> {
             had_output: false,
             machine_ended: false,
             held: None,
+            start_left: None,
+            stop_grace: None,
             snapshot: None,
             snapshots: 0,
             prepare_timeout: snapshots::PREPARE_TIMEOUT,
@@ -278,7 +288,7 @@ impl<G: Guest> Supervisor<G> {
             );
         }
         if let Some(main) = &self.main {
-            let flags = interest(self.clients_have_room(), main.unsent() > 0);
+            let flags = interest(self.has_room_for_output(), main.unsent() > 0);
             if !flags.is_empty() {
                 add(Source::Main, PollFd::from_borrowed_fd(main.fd(), flags));
             }
@@ -390,6 +400,13 @@ impl<G: Guest> Supervisor<G> {
         if let Some(at) = Instant::now().checked_add(after) {
             self.timers.push((timer, at));
         }
+    }
+
+    /// Stops a timer; returns how long it would have run.
+    fn take_timer(&mut self, timer: Timer) -> Option<Duration> {
+        let at = self.timers.iter().find(|(other, _)| *other == timer)?.1;
+        self.clear_timer(timer);
+        Some(at.saturating_duration_since(Instant::now()))
     }
 
     fn is_set(&self, timer: Timer) -> bool {

@@ -27,7 +27,7 @@ const ACCEPT_BACKOFF: Duration = Duration::from_millis(200);
 
 /// What a connection is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Role {
+pub(super) enum Role {
     /// It may make control calls.
     Control,
     /// It wants to hear how the VM ends.
@@ -48,7 +48,7 @@ enum Role {
 #[derive(Debug)]
 pub(super) struct Client {
     pub(super) conn: Conn,
-    role: Role,
+    pub(super) role: Role,
     /// Nothing more is to be sent; it goes once everything is.
     closing: bool,
     /// When it came, or made its last call.
@@ -56,7 +56,9 @@ pub(super) struct Client {
     /// It has the descriptor that is kept for when there are no more.
     on_spare: bool,
     /// It has sent end of file on its STDIN.
-    stdin_ended: bool,
+    pub(super) stdin_ended: bool,
+    /// It has missed output, and was told.
+    pub(super) left_behind: bool,
     /// The snapshot that it asked for, kept until it goes.
     pub(super) kept: Option<Kept>,
 }
@@ -82,6 +84,7 @@ impl Client {
             active: Instant::now(),
             on_spare: false,
             stdin_ended: false,
+            left_behind: false,
             kept: None,
         })
     }
@@ -97,7 +100,7 @@ impl Client {
         )
     }
 
-    fn is_attached(&self) -> bool {
+    pub(super) fn is_attached(&self) -> bool {
         matches!(self.role, Role::Attached { .. })
     }
 }
@@ -206,13 +209,6 @@ impl<G: Guest> Supervisor<G> {
             ));
         }
         Ok(())
-    }
-
-    /// Whether every attached client takes more output.
-    pub(super) fn clients_have_room(&self) -> bool {
-        self.clients
-            .values()
-            .all(|client| !client.is_attached() || !client.conn.is_full())
     }
 
     /// What to wait for on a client; `None` leaves it out.
@@ -325,13 +321,14 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// The client will send nothing more. One that only half-closed still gets
-    /// output; its end shows when it cannot be written to, or when it is polled.
+    /// The client will send nothing more. One that made a call still gets its answer.
     fn client_ended(&mut self, id: u64) {
-        let Some(client) = self.clients.get(&id) else {
+        let Some(client) = self.clients.get_mut(&id) else {
             return;
         };
-        if !client.closing {
+        if client.role == Role::Control && client.conn.unsent() > 0 {
+            client.closing = true;
+        } else if !client.closing {
             self.drop_client(id);
         }
     }
@@ -559,24 +556,6 @@ impl<G: Guest> Supervisor<G> {
         for client in self.clients.values_mut() {
             if client.is_launcher() || client.is_attached() {
                 client.conn.queue_json(FrameType::Control, report);
-            }
-        }
-    }
-
-    /// Sends one of the workload's frames to all attached clients.
-    pub(super) fn broadcast(&mut self, kind: FrameType, payload: &[u8]) {
-        for client in self.clients.values_mut().filter(|c| c.is_attached()) {
-            client.conn.queue(kind, payload);
-        }
-    }
-
-    /// Something was logged. Whoever has not taken the last word of that needs no
-    /// other: it looks at the log when it has, so a slow reader holds up nobody.
-    pub(super) fn tell_followers(&mut self) {
-        for client in self.clients.values_mut() {
-            if client.role == Role::Following && client.conn.unsent() == 0 {
-                let kind = FrameType::Control;
-                client.conn.queue_json(kind, &ControlAnswer::Done);
             }
         }
     }

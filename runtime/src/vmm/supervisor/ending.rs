@@ -47,12 +47,9 @@ impl<G: Guest> Supervisor<G> {
                 let seconds = self.request.start_timeout_ms / 1000;
                 self.start_failed(&format!("the guest was not ready after {seconds} s"));
             }
-            Timer::StopGrace => {
-                self.give_up_capture();
-                if let Some(agent) = &mut self.agent {
-                    agent.signal_main(signal::KILL, false);
-                }
-                self.set_timer(Timer::Kill, KILL_TIMEOUT);
+            Timer::StopGrace => self.grace_is_over(),
+            Timer::Kill if self.held.is_some() => {
+                self.destroy("copying its memory did not end when the VM was to stop");
             }
             Timer::Accept => {}
             Timer::Idle => self.drop_idle_clients(),
@@ -99,10 +96,48 @@ impl<G: Guest> Supervisor<G> {
                     agent.signal_main(stop_signal, true);
                 }
                 let grace = grace_ms.unwrap_or(self.request.config.stop_timeout_ms);
-                self.set_timer(Timer::StopGrace, Duration::from_millis(grace));
+                self.stop_grace = Some(Duration::from_millis(grace));
+                self.begin_grace();
             }
             Stage::Ending => {}
         }
+    }
+
+    /// The workload has its stop signal, and can answer it from now on.
+    pub(super) fn begin_grace(&mut self) {
+        if let Some(grace) = self.stop_grace {
+            self.clear_timer(Timer::Kill);
+            self.set_timer(Timer::StopGrace, grace);
+        }
+    }
+
+    /// The workload has had its time to stop, unless it could not run.
+    fn grace_is_over(&mut self) {
+        let job = self.snapshot.as_ref();
+        let stays = job
+            .filter(|job| job.stays())
+            .map(|job| job.name().to_owned());
+        if let Some(name) = stays {
+            return self.destroy(&format!(
+                "it was stopped while snapshot \"{name}\" of it was written"
+            ));
+        }
+        if self.held.is_some() {
+            // Its time begins when it runs again.
+            self.give_up_capture();
+            return self.set_timer(Timer::Kill, KILL_TIMEOUT);
+        }
+        if self.is_getting_ready_for_snapshot() {
+            self.thaw();
+            self.snapshot_failed("the VM is to stop");
+            return self.begin_grace();
+        }
+        // Word of its end may be behind output that a client does not take.
+        self.leave_slow_clients_behind();
+        if let Some(agent) = &mut self.agent {
+            agent.signal_main(signal::KILL, false);
+        }
+        self.set_timer(Timer::Kill, KILL_TIMEOUT);
     }
 
     /// Ends the VM without waiting for its workload.
@@ -182,11 +217,18 @@ impl<G: Guest> Supervisor<G> {
         // SIGKILL that nobody here sent may have been the guest's kernel.
         let unexplained =
             exit.status == KILLED && !self.is_set(Timer::StopGrace) && !self.is_set(Timer::Kill);
+        // Nobody wants the machine held any more, and it is asked something.
+        self.give_up_capture();
+        if let Err(error) = self.let_run() {
+            tracing::warn!(error, "the VM stays paused");
+        }
+        let held = self.held.is_some();
         match &mut self.agent {
             Some(agent) if unexplained => {
                 agent.ask(Purpose::OomCheck, &ControlRequest::Stats);
                 self.provisional = Some(record);
-                self.set_timer(Timer::OomCheck, OOM_TIMEOUT);
+                let more = if held { KILL_TIMEOUT } else { Duration::ZERO };
+                self.set_timer(Timer::OomCheck, OOM_TIMEOUT + more);
             }
             _ => self.finish(record),
         }
@@ -210,6 +252,7 @@ impl<G: Guest> Supervisor<G> {
     pub(super) fn guest_ended(&mut self) {
         let end = self.guest.as_ref().and_then(Guest::end);
         self.machine_ended = true;
+        self.leave_slow_clients_behind();
         if self.ended.is_none() {
             // What the guest sent before it ended still counts; a socket
             // buffer is all there can be.

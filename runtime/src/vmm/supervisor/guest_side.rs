@@ -13,7 +13,7 @@ use super::snapshots::Held;
 use super::{Supervisor, Timer, printable};
 use crate::id::{hex, random};
 use crate::launch::{ControlAnswer, Origin, Report, Stage, Testimony};
-use crate::output_log::{Stream, unix_nanos};
+use crate::output_log::unix_nanos;
 use crate::vmm::agent::{AgentLink, Purpose};
 use crate::vmm::conn::Conn;
 use crate::vmm::guest::{Guest, Start};
@@ -39,7 +39,7 @@ impl<G: Guest> Supervisor<G> {
             self.reach("agent ready");
         }
         match self.guest.as_mut().map_or(Ok(false), Guest::agent_ready) {
-            Ok(true) => self.held = Some(Held::Agent(stream)),
+            Ok(true) => self.hold(Held::Agent(stream)),
             Ok(false) => self.meet_agent(stream),
             Err(error) => self.start_failed(&format!("cannot prepare the machine: {error}")),
         }
@@ -300,7 +300,7 @@ impl<G: Guest> Supervisor<G> {
             return self.go_on_with_root();
         }
         match self.guest.as_mut().map_or(Ok(false), Guest::root_attached) {
-            Ok(true) => self.held = Some(Held::Root),
+            Ok(true) => self.hold(Held::Root),
             Ok(false) => self.go_on_with_root(),
             Err(error) => self.start_failed(&format!("cannot prepare the machine: {error}")),
         }
@@ -347,6 +347,10 @@ impl<G: Guest> Supervisor<G> {
             let size = frame::resize_payload(self.request.columns, self.request.rows);
             main.queue(FrameType::Resize, &size);
         }
+        // The workload of the snapshot may not have been told.
+        if self.clients.values().any(|client| client.stdin_ended) {
+            main.queue(FrameType::Stdin, &[]);
+        }
         self.main_requested = true;
     }
 
@@ -355,7 +359,7 @@ impl<G: Guest> Supervisor<G> {
         let Some(mut main) = self.main.take() else {
             return;
         };
-        while self.clients_have_room() {
+        while self.has_room_for_output() {
             let ended = main.ended();
             match main.decoder.next_frame() {
                 Ok(Some(frame)) => {
@@ -382,9 +386,7 @@ impl<G: Guest> Supervisor<G> {
                     self.had_output = true;
                     self.reach("first output");
                 }
-                self.log_output(kind, payload);
-                self.tell_followers();
-                self.broadcast(kind, payload);
+                self.pass_on_output(kind, payload);
             }
             FrameType::Control => match serde_json::from_slice(payload) {
                 Ok(ExecReply::Hello(_)) => {}
@@ -403,9 +405,10 @@ impl<G: Guest> Supervisor<G> {
                     return Break(());
                 }
             },
-            FrameType::Error => {
+            FrameType::Error if self.is_starting() => {
                 self.start_error = Some(printable(&String::from_utf8_lossy(payload)));
             }
+            FrameType::Error => {}
             FrameType::Exit => {
                 match frame::ExitStatus::parse(payload) {
                     Ok(exit) => self.workload_exited(exit),
@@ -439,28 +442,6 @@ impl<G: Guest> Supervisor<G> {
         }
         if let Some(client) = self.resetting.take() {
             self.answer(client, &ControlAnswer::Done);
-        }
-    }
-
-    fn log_output(&mut self, kind: FrameType, payload: &[u8]) {
-        let stream = match kind {
-            FrameType::Stderr => Stream::Stderr,
-            _ => Stream::Stdout,
-        };
-        let Some(log) = &mut self.log else {
-            return;
-        };
-        // The workload goes on, and its clients still see everything. What is missing
-        // is noted in the log as soon as something can be written again.
-        match log.append(stream, payload) {
-            Ok(()) if std::mem::take(&mut self.log_fails) => {
-                tracing::info!("output is logged again");
-            }
-            Ok(()) => {}
-            Err(error) if !std::mem::replace(&mut self.log_fails, true) => {
-                tracing::error!(%error, "output cannot be logged");
-            }
-            Err(_) => {}
         }
     }
 

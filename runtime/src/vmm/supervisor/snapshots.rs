@@ -51,6 +51,15 @@ pub(super) struct SnapshotJob {
 }
 
 impl SnapshotJob {
+    pub(super) fn name(&self) -> &str {
+        &self.plan.name
+    }
+
+    /// Whether the machine is held for good.
+    pub(super) fn stays(&self) -> bool {
+        self.captured && self.plan.stay
+    }
+
     /// Whether nothing else may hold or resume the machine.
     pub(super) fn needs_machine(&self) -> bool {
         !self.captured || self.plan.stay
@@ -73,6 +82,8 @@ impl<G: Guest> Supervisor<G> {
             "the VM is paused: unpause it first"
         } else if self.snapshot.is_some() || self.held.is_some() {
             "a snapshot of this VM is being made already"
+        } else if self.is_about_to_end() {
+            "the VM is about to end"
         } else if self.resetting.is_some() {
             "this VM is being put back to its snapshot"
         } else if let Some(agent) = &mut self.agent {
@@ -139,7 +150,7 @@ impl<G: Guest> Supervisor<G> {
             return;
         };
         match guest.snapshot(job.plan.clone()) {
-            Ok(()) => self.held = Some(Held::Workload),
+            Ok(()) => self.hold(Held::Workload),
             Err(error) => {
                 self.thaw();
                 self.snapshot_failed(&error);
@@ -147,11 +158,21 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
+    /// The machine is held. That takes as long as its memory takes to be copied, which is
+    /// no fault of the guest's.
+    pub(super) fn hold(&mut self, held: Held) {
+        self.held = Some(held);
+        self.start_left = self.take_timer(Timer::Start);
+    }
+
     /// The memory of the machine, which is held for that, was copied, or could not be.
     pub(super) fn captured(&mut self, copied: Result<(), String>) {
         let Some(held) = self.held.take() else {
             return;
         };
+        if let Some(left) = self.start_left.take() {
+            self.set_timer(Timer::Start, left);
+        }
         let job = self.snapshot.as_ref();
         let then = match &held {
             // Whoever has asked for it was told that there is none.
@@ -178,6 +199,7 @@ impl<G: Guest> Supervisor<G> {
     fn workload_captured(&mut self, copied: Result<(), String>, then: AfterCapture) {
         if then != AfterCapture::Stay {
             self.thaw();
+            self.begin_grace();
         }
         match (copied, &mut self.snapshot) {
             (Ok(()), Some(job)) => {
@@ -187,6 +209,11 @@ impl<G: Guest> Supervisor<G> {
             (Err(error), _) => self.snapshot_failed(&error),
             (Ok(()), None) => {}
         }
+    }
+
+    /// Whether the workload is frozen, or about to be, and the machine still runs.
+    pub(super) fn is_getting_ready_for_snapshot(&self) -> bool {
+        self.held.is_none() && self.snapshot.as_ref().is_some_and(|job| !job.captured)
     }
 
     /// Has the machine held no longer for a snapshot than it must be: something is
@@ -221,13 +248,14 @@ impl<G: Guest> Supervisor<G> {
                 }
             }
             Err(error) => {
+                self.answer(job.client, &ControlAnswer::Error(error));
                 if job.plan.stay && self.ended.is_none() {
                     if let Some(Err(error)) = self.guest.as_mut().map(Guest::resume) {
                         self.guest_broke(&error);
                     }
                     self.thaw();
+                    self.begin_grace();
                 }
-                self.answer(job.client, &ControlAnswer::Error(error));
             }
         }
         if self.ended.is_some() {
@@ -283,7 +311,12 @@ impl<G: Guest> Supervisor<G> {
         });
         match called {
             Ok(stream) => self.agent_dialed(stream),
-            Err(error) => self.guest_broke(&error),
+            Err(error) => {
+                if let Some(client) = self.resetting.take() {
+                    self.answer(client, &ControlAnswer::Error(error.clone()));
+                }
+                self.guest_broke(&error);
+            }
         }
     }
 
@@ -300,7 +333,7 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    fn snapshot_failed(&mut self, why: &str) {
+    pub(super) fn snapshot_failed(&mut self, why: &str) {
         self.clear_timer(Timer::Prepare);
         if let Some(job) = self.snapshot.take() {
             self.answer(job.client, &ControlAnswer::Error(why.to_owned()));

@@ -42,6 +42,7 @@ struct FakeGuest {
     start: Start,
     notices: NoticeSender,
     wants_root: bool,
+    slow_copies: bool,
 }
 
 struct FakeState {
@@ -84,7 +85,9 @@ impl Guest for FakeGuest {
     }
     fn root_attached(&mut self) -> Result<bool, String> {
         *self.state.roots.lock().unwrap() += 1;
-        self.notices.send(Notice::Captured(Ok(())));
+        if !self.slow_copies {
+            self.notices.send(Notice::Captured(Ok(())));
+        }
         Ok(true)
     }
     fn cached_source(&self) -> Option<String> {
@@ -220,6 +223,8 @@ struct Setup {
     /// The launch stream takes more than a connection holds back.
     large_buffers: bool,
     wants_root: bool,
+    /// The test says when memory was copied for an image snapshot.
+    slow_copies: bool,
     /// It is started to tell what makes it distinct.
     evidence: bool,
     prepare_timeout: Option<Duration>,
@@ -354,6 +359,7 @@ fn not_running_in(
             start: setup.start.unwrap_or(Start::Boot),
             notices: dial.clone(),
             wants_root: setup.wants_root,
+            slow_copies: setup.slow_copies,
         },
         warnings: vec!["it rains".to_owned()],
         notices,

@@ -204,3 +204,34 @@ fn socket() -> UnixStream {
         .unwrap()
         .into()
 }
+
+#[test]
+fn a_client_that_sends_no_more_gets_its_answer() {
+    let mut f = fixture(Setup::default());
+    let (_agent, mut main) = f.start();
+    let mut client = Peer(UnixStream::connect(f.record.control_socket()).unwrap());
+    let call = serde_json::to_vec(&ControlCall::Status).unwrap();
+    client.send(FrameType::Request, &call);
+    client.0.shutdown(std::net::Shutdown::Write).unwrap();
+    let answer: ControlAnswer = client.receive_json(FrameType::Control);
+    assert!(matches!(answer, ControlAnswer::Status(_)), "{answer:?}");
+    assert!(client.receive().is_none());
+    main.exit(0);
+    f.finish();
+}
+
+#[test]
+fn the_log_of_a_vm_that_has_gone_is_read_to_its_end() {
+    let mut f = fixture(Setup {
+        auto_remove: true,
+        ..Setup::default()
+    });
+    let (_agent, mut main) = f.start();
+    let mut logs = crate::logs::Logs::open(f.record.clone()).unwrap();
+    main.send(FrameType::Stdout, b"last");
+    main.exit(0);
+    f.finish();
+    assert!(!f.record.directory().exists());
+    assert_eq!(logs.wait_record().unwrap().unwrap().bytes, b"last");
+    assert!(logs.wait_record().unwrap().is_none());
+}

@@ -249,3 +249,52 @@ fn tens_of_megabytes_come_back_as_they_went() {
     cat.join().unwrap();
     f.finish();
 }
+
+/// It is stopped from elsewhere, and word of its end is behind output that nobody takes.
+#[test]
+fn a_client_that_takes_no_output_does_not_hide_the_end() {
+    let mut f = fixture(Setup::default());
+    let (mut agent, mut main) = f.start();
+    let chunk = vec![b'x'; 64 * 1024];
+    let chunks = 18;
+    let sent = std::thread::spawn({
+        let chunk = chunk.clone();
+        move || {
+            for _ in 0..chunks {
+                main.send(FrameType::Stdout, &chunk);
+            }
+            main.exit(143);
+        }
+    });
+    f.control()
+        .call(&ControlCall::Stop { grace_ms: Some(1) })
+        .unwrap();
+    for signal in [15, 9] {
+        let request: ControlRequest = agent.receive_json(FrameType::Control);
+        assert!(
+            matches!(request, ControlRequest::SignalMain { signal: sent, .. } if sent == signal)
+        );
+        agent.send_json(&ControlReply::Done);
+    }
+    sent.join().unwrap();
+    // It hears of it when it takes output again.
+    let mut session = f.launcher.take().unwrap();
+    let (mut told, mut status) = (false, None);
+    while let Some(event) = session.next_event().unwrap() {
+        match event {
+            Event::Warning(text) => told |= text.contains("output is missing"),
+            Event::Exit(exit) => status = Some(exit),
+            _ => {}
+        }
+    }
+    assert_eq!((told, status), (true, Some(143)));
+    f.finish();
+    let exit = f.exit();
+    assert_eq!((exit.status, exit.reason), (143, ExitReason::Workload));
+    let mut log = LogReader::open(f.record.directory()).unwrap();
+    let mut total = 0;
+    while let Some(record) = log.next_record().unwrap() {
+        total += record.bytes.len();
+    }
+    assert_eq!(total, chunks * chunk.len());
+}
