@@ -9,7 +9,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 
-use sm_e2e::{Home, image};
+use sm_e2e::{Home, image, until};
 use sm_snapshot::state_file::StateFile;
 use sm_snapshot::store::read_manifest;
 
@@ -24,14 +24,10 @@ fn warm() -> Home {
 /// Waits until the first machine's process, which goes on after `sm run` has
 /// returned, has published both of its snapshots.
 fn await_base(home: &Home) {
-    for _ in 0..600 {
+    until("both snapshots are published", || {
         let listed = home.sm(&["snapshot", "ls", "-q"]).exits(0).out();
-        if listed.lines().count() >= 2 {
-            return;
-        }
-        std::thread::sleep(std::time::Duration::from_millis(100));
-    }
-    panic!("the snapshots were not published within a minute");
+        listed.lines().count() >= 2
+    });
 }
 
 /// The names of the base snapshot and the image snapshot.

@@ -4,6 +4,7 @@ mod clients;
 mod ends;
 mod ephemeral;
 mod exec;
+mod held;
 mod hostile;
 mod input_output;
 mod killed;

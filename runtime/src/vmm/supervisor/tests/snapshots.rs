@@ -2,10 +2,11 @@
 
 use sm_guest_proto::control::Evidence;
 
+use super::held::until;
 use super::*;
 
 /// Asks for a snapshot on a thread; the answer comes when it was made.
-fn ask_for_snapshot(
+pub(super) fn ask_for_snapshot(
     f: &Fixture,
     name: &str,
     stop: bool,
@@ -20,7 +21,7 @@ fn ask_for_snapshot(
 }
 
 /// Plays an agent that freezes its workload and prepares.
-fn freeze(agent: &mut Peer) {
+pub(super) fn freeze(agent: &mut Peer) {
     for expected in [ControlRequest::Freeze, ControlRequest::PrepareSnapshot] {
         let request: ControlRequest = agent.receive_json(FrameType::Control);
         assert_eq!(request, expected);
@@ -28,7 +29,7 @@ fn freeze(agent: &mut Peer) {
     }
 }
 
-fn expect_thaw(agent: &mut Peer) {
+pub(super) fn expect_thaw(agent: &mut Peer) {
     let request: ControlRequest = agent.receive_json(FrameType::Control);
     assert_eq!(request, ControlRequest::Thaw);
     agent.send_json(&ControlReply::Done);
@@ -94,7 +95,7 @@ fn a_name_that_is_taken_is_refused_before_anything_is_frozen() {
     f.finish();
 }
 
-fn made(pages: u64) -> Result<SnapshotMade, String> {
+pub(super) fn made(pages: u64) -> Result<SnapshotMade, String> {
     let report = SnapshotReport {
         pages,
         ..SnapshotReport::default()
@@ -136,160 +137,6 @@ fn a_vm_that_ends_while_its_snapshot_is_published_says_what_came_of_it() {
             assert_eq!(f.exit().status, 6);
         }
     }
-}
-
-/// Its memory may be large and its disk slow: nobody else waits for that.
-#[test]
-fn a_vm_serves_its_clients_while_its_memory_is_copied() {
-    let mut f = fixture(Setup::default());
-    let (mut agent, mut main) = f.start();
-    let asked = ask_for_snapshot(&f, "large", false);
-    freeze(&mut agent);
-    f.control().call(&ControlCall::Status).unwrap();
-    for call in [ControlCall::Pause, ControlCall::Reset] {
-        let error = f.control().call_and_wait(&call).unwrap_err().to_string();
-        assert!(
-            error.contains("snapshot of this VM is being made"),
-            "{error}"
-        );
-    }
-    f.dial.send(Notice::Captured(Ok(())));
-    expect_thaw(&mut agent);
-    assert_eq!(*f.guest.captured.lock().unwrap(), Some(AfterCapture::Run));
-    f.dial.send(Notice::Snapshot(made(9)));
-    assert!(matches!(
-        asked.join().unwrap(),
-        Ok(ControlAnswer::Snapshot(SnapshotReport { pages: 9, .. }))
-    ));
-    assert!(!*f.guest.capture_given_up.lock().unwrap());
-    main.exit(0);
-    f.finish();
-}
-
-/// Waits until a fixture's guest is as it should be.
-fn until(f: &Fixture, is_so: impl Fn(&FakeState) -> bool) {
-    while !is_so(&f.guest) {
-        f.control().call(&ControlCall::Status).unwrap();
-    }
-}
-
-fn hear_signal(agent: &mut Peer, expected: u8) {
-    let request: ControlRequest = agent.receive_json(FrameType::Control);
-    assert!(
-        matches!(request, ControlRequest::SignalMain { signal, .. } if signal == expected),
-        "{request:?}"
-    );
-}
-
-fn expect_signal(agent: &mut Peer, expected: u8) {
-    hear_signal(agent, expected);
-    agent.send_json(&ControlReply::Done);
-}
-
-/// Copying may take as long as the workload may take to stop. The workload's time begins
-/// when it runs.
-#[test]
-fn a_vm_that_is_stopped_while_its_memory_is_copied_has_its_time_to_stop() {
-    let mut f = fixture(Setup::default());
-    let (mut agent, mut main) = f.start();
-    let asked = ask_for_snapshot(&f, "large", false);
-    freeze(&mut agent);
-    f.control()
-        .call(&ControlCall::Stop { grace_ms: Some(1) })
-        .unwrap();
-    expect_signal(&mut agent, 15);
-    until(&f, |guest| *guest.capture_given_up.lock().unwrap());
-    f.dial.send(Notice::Captured(Err("it was given up".into())));
-    expect_thaw(&mut agent);
-    let error = asked.join().unwrap().unwrap_err().to_string();
-    assert!(error.contains("given up"), "{error}");
-    expect_signal(&mut agent, 9);
-    main.exit(137);
-    f.finish();
-    assert_eq!(f.exit().reason, ExitReason::Workload);
-}
-
-#[test]
-fn a_vm_that_is_stopped_while_it_freezes_has_its_time_to_stop() {
-    let mut f = fixture(Setup::default());
-    let (mut agent, mut main) = f.start();
-    let asked = ask_for_snapshot(&f, "warm", false);
-    let request: ControlRequest = agent.receive_json(FrameType::Control);
-    assert_eq!(request, ControlRequest::Freeze);
-    f.control()
-        .call(&ControlCall::Stop { grace_ms: Some(1) })
-        .unwrap();
-    // It answers nothing, as it has not frozen the workload yet.
-    hear_signal(&mut agent, 15);
-    let request: ControlRequest = agent.receive_json(FrameType::Control);
-    assert_eq!(request, ControlRequest::Thaw);
-    let error = asked.join().unwrap().unwrap_err().to_string();
-    assert!(error.contains("to stop"), "{error}");
-    hear_signal(&mut agent, 9);
-    main.exit(143);
-    f.finish();
-    assert_eq!(f.exit().status, 143);
-    assert!(f.guest.snapshot.lock().unwrap().is_none());
-}
-
-/// It would be frozen in the middle of what it does to stop.
-#[test]
-fn a_vm_that_is_about_to_stop_makes_no_snapshot() {
-    let mut f = fixture(Setup::default());
-    let (mut agent, mut main) = f.start();
-    f.control()
-        .call(&ControlCall::Stop { grace_ms: None })
-        .unwrap();
-    expect_signal(&mut agent, 15);
-    let refused = ask_for_snapshot(&f, "late", false).join().unwrap();
-    let error = refused.unwrap_err().to_string();
-    assert!(error.contains("about to end"), "{error}");
-    main.exit(0);
-    f.finish();
-}
-
-/// That the disk is slow is no fault of the guest's.
-#[test]
-fn the_time_to_start_does_not_pass_while_memory_is_copied() {
-    let timeout = Duration::from_secs(3);
-    let mut f = fixture(Setup {
-        wants_root: true,
-        slow_copies: true,
-        start_timeout_ms: Some(3000),
-        ..Setup::default()
-    });
-    let (mut agent, mut main) = f.boot_to_root();
-    let request: ControlRequest = agent.receive_json(FrameType::Control);
-    assert_eq!(request, ControlRequest::Freeze);
-    agent.send_json(&ControlReply::Done);
-    until(&f, |guest| *guest.roots.lock().unwrap() == 1);
-    std::thread::sleep(timeout);
-    f.control().call(&ControlCall::Status).unwrap();
-    f.dial.send(Notice::Captured(Ok(())));
-    expect_thaw(&mut agent);
-    let _: ExecRequest = main.receive_json(FrameType::Request);
-    main.send_json(&ExecReply::Started { pid: 1 });
-    main.exit(0);
-    f.finish();
-    assert_eq!(f.exit().status, 0);
-}
-
-/// What is told to whoever asked for it stays true.
-#[test]
-fn a_vm_that_is_removed_while_its_memory_is_copied_leaves_no_snapshot() {
-    let mut f = fixture(Setup::default());
-    let (mut agent, _main) = f.start();
-    let asked = ask_for_snapshot(&f, "large", false);
-    freeze(&mut agent);
-    f.control().call(&ControlCall::Destroy).unwrap();
-    let error = asked.join().unwrap().unwrap_err().to_string();
-    assert!(error.contains("ended before its snapshot"), "{error}");
-    assert!(*f.guest.capture_given_up.lock().unwrap());
-    // It was complete before that was seen.
-    f.dial.send(Notice::Captured(Ok(())));
-    f.finish();
-    let captured = *f.guest.captured.lock().unwrap();
-    assert!(captured.is_none_or(|then| then == AfterCapture::Forget));
 }
 
 #[test]
