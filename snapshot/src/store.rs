@@ -168,7 +168,8 @@ impl SnapshotStore {
     /// [`Error::Exists`] when there is one, [`Error::BadName`] when there cannot be.
     pub fn check_free(&self, name: &str) -> Result<(), Error> {
         check_name(name)?;
-        let _guard = self.exclusive()?;
+        // Without the lock, for which a writer may have to be waited for: another writer
+        // may be first in any case.
         if self.root.join(name).exists() {
             return Err(Error::Exists {
                 name: name.to_owned(),
@@ -326,7 +327,7 @@ impl SnapshotStore {
     fn exclusive(&self) -> Result<File, Error> {
         let path = self.root.join("lock");
         let file = open_lock(&path)?;
-        flock(&file, FlockOperation::LockExclusive)
+        rustix::io::retry_on_intr(|| flock(&file, FlockOperation::LockExclusive))
             .map_err(|e| Error::io("lock", &path)(e.into()))?;
         Ok(file)
     }
