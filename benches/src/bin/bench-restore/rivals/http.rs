@@ -43,12 +43,13 @@ pub(super) fn call(socket: &Path, method: &str, path: &str, body: &Value) -> Res
         Value::Null => String::new(),
         body => body.to_string(),
     };
-    write!(
-        stream,
+    // In one piece: a server may take what comes first for all.
+    let request = format!(
         "{method} {path} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n\
          Content-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
         body.len()
-    )?;
+    );
+    stream.write_all(request.as_bytes())?;
     let mut answer = Vec::new();
     let mut chunk = [0; 4096];
     while !answer.windows(4).any(|window| window == b"\r\n\r\n") {
