@@ -127,6 +127,16 @@ fn state(pid: u32) -> (char, u64) {
 /// the terminal's settings: here that is the moment before it is raw.
 #[test]
 fn signals_are_caught_before_the_terminal_is_raw() {
+    signals_are_caught_but_for("");
+}
+
+/// As `nohup` has it, so that the command goes on when the terminal is closed.
+#[test]
+fn a_signal_that_is_ignored_stays_so() {
+    signals_are_caught_but_for("HUP");
+}
+
+fn signals_are_caught_but_for(ignored: &str) {
     let user = User::new();
     let vm = user.vm(1, "vm");
     vm.answers();
@@ -144,8 +154,14 @@ fn signals_are_caught_before_the_terminal_is_raw() {
     let sm = user.command(&["exec", "-it", "vm", "x"]);
     let mut shell = Command::new("setsid");
     shell
-        .args(["--ctty", "bash", "-c"])
-        .arg("set -m; \"$0\" \"$@\" & echo $! >pid; mv pid pid-of-sm; exec sleep 1000")
+        // Whatever this test inherits.
+        .args(["--ctty", "env", "--default-signal", "bash", "-c"])
+        .arg(
+            match ignored {
+                "" => String::new(),
+                name => format!("trap '' {name}; "),
+            } + "set -m; \"$0\" \"$@\" & echo $! >pid; mv pid pid-of-sm; exec sleep 1000",
+        )
         .arg(sm.get_program())
         .args(sm.get_args())
         .current_dir(user.path("."));
@@ -174,9 +190,13 @@ fn signals_are_caught_before_the_terminal_is_raw() {
             _ => std::thread::yield_now(),
         }
     };
-    for signal in [Signal::HUP, Signal::INT, Signal::TERM] {
-        let bit = 1 << (signal.as_raw() - 1);
-        assert_ne!(caught & bit, 0, "{signal:?} would leave it raw");
+    for (name, signal) in [
+        ("HUP", Signal::HUP),
+        ("INT", Signal::INT),
+        ("TERM", Signal::TERM),
+    ] {
+        let is_caught = caught & 1 << (signal.as_raw() - 1) != 0;
+        assert_eq!(is_caught, name != ignored, "{name} would leave it raw");
     }
     let modes = tcgetattr(&slave).unwrap().local_modes;
     assert!(modes.contains(LocalModes::ICANON), "not yet");
