@@ -156,6 +156,23 @@ impl Home {
         command
     }
 
+    /// Like [`Self::command`], as a shell starts it in the foreground: no signal is
+    /// ignored, though this test may have been started so.
+    #[must_use]
+    pub fn foreground<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Command {
+        let mut command = Command::new("env");
+        command
+            .arg("--default-signal")
+            .arg(binary())
+            .args(arguments)
+            .env("XDG_DATA_HOME", self.data())
+            .env("XDG_RUNTIME_DIR", self.run_dir())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        command
+    }
+
     /// Runs `sm` to its end.
     ///
     /// # Panics

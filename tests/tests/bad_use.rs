@@ -142,7 +142,7 @@ fn an_interrupted_start_leaves_nothing() {
         "run", "--rm", "--cold", "--name", "early", &image, "sleep", "20",
     ];
     let listed = || home.sm(&["ps", "-a"]).exits(0).out().contains("early");
-    let mut child = home.command(&run).spawn().unwrap();
+    let mut child = home.foreground(&run).spawn().unwrap();
     while !listed() {
         assert!(child.try_wait().unwrap().is_none(), "it ended by itself");
     }

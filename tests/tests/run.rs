@@ -310,7 +310,7 @@ fn a_terminal_is_one_and_has_our_size() {
 fn an_interrupt_reaches_the_workload() {
     let script = "trap 'echo caught; exit 9' INT; echo ready; while :; do sleep 0.1; done";
     let mut child = Home::shared()
-        .command(&["run", "--rm", &image("busybox"), "sh", "-c", script])
+        .foreground(&["run", "--rm", &image("busybox"), "sh", "-c", script])
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();

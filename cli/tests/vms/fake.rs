@@ -50,6 +50,23 @@ impl User {
         command
     }
 
+    /// As a shell starts it in the foreground: no signal is ignored, though this test may
+    /// have been started so.
+    pub(crate) fn foreground(&self, arguments: &[&str]) -> Command {
+        let sm = self.command(arguments);
+        let mut command = Command::new("env");
+        command.arg("--default-signal").arg(sm.get_program());
+        command.args(sm.get_args());
+        command.current_dir(self.directory.path());
+        for (name, value) in sm.get_envs() {
+            match value {
+                Some(value) => command.env(name, value),
+                None => command.env_remove(name),
+            };
+        }
+        command
+    }
+
     pub(crate) fn sm(&self, arguments: &[&str]) -> Output {
         self.command(arguments).output().unwrap()
     }

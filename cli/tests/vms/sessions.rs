@@ -31,7 +31,7 @@ impl Stuck {
         let exec = vm.listens("exec.sock");
         let mut yes = Command::new("yes").stdout(Stdio::piped()).spawn().unwrap();
         let mut sm = user
-            .command(&["exec", "-i", "vm", "x"])
+            .foreground(&["exec", "-i", "vm", "x"])
             .stdin(yes.stdout.take().unwrap())
             .stdout(Stdio::piped())
             .spawn()
