@@ -10,6 +10,7 @@
 //! slow client stalls the workload, as a slow terminal does, and memory stays
 //! bounded. With no client attached, output goes to the log alone.
 
+mod admission;
 mod clients;
 mod ending;
 mod guest_side;
@@ -182,7 +183,7 @@ impl<G: Guest> Supervisor<G> {
             listener: Some(parts.listener),
             spare: File::open("/dev/null").ok(),
             accept_fails: false,
-            idle_timeout: clients::IDLE_TIMEOUT,
+            idle_timeout: admission::IDLE_TIMEOUT,
             most_staying: descriptors::staying_clients(),
             terminate: parts.terminate,
             log: Some(parts.log),
