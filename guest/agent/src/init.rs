@@ -13,7 +13,7 @@ use rustix::net::{
 use sm_guest_proto::control::AttachRoot;
 
 use crate::exec::child;
-use crate::exec::session::read_launch;
+use crate::exec::read_launch;
 use crate::exec::stdio::ChildEnds;
 use crate::log;
 use crate::root;

@@ -5,7 +5,7 @@ use std::io;
 use sm_guest_proto::exec::{ExecRequest, Role};
 
 use super::Agent;
-use crate::exec::session::{Ask, Session, status_pipe};
+use crate::exec::session::{Ask, Session};
 use crate::exec::stdio::{self, ChildEnds};
 use crate::exec::{Launch, LaunchError};
 use crate::reactor::{Ready, Token};
@@ -105,7 +105,8 @@ impl Agent {
         } else {
             stdio::pipes(request.stdin, &self.null).map_err(|error| fail("make pipes", error))?
         };
-        let (status, child_status) = status_pipe().map_err(|error| fail("make a pipe", error))?;
+        let (status, child_status) =
+            stdio::status_pipe().map_err(|error| fail("make a pipe", error))?;
         let terminal = match &child_ends {
             ChildEnds::Terminal(path) => Some(path.clone()),
             ChildEnds::Pipes(_) => None,

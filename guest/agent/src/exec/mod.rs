@@ -10,6 +10,10 @@ pub(crate) mod lookup;
 pub(crate) mod session;
 pub(crate) mod stdio;
 
+use std::fs::File;
+use std::io::{self, Read as _, Seek as _};
+use std::os::fd::OwnedFd;
+
 use serde::{Deserialize, Serialize};
 use sm_guest_proto::exec::ExecRequest;
 
@@ -52,4 +56,13 @@ impl LaunchError {
             message: message.into(),
         }
     }
+}
+
+/// Reads a launch written by the agent into a memory file.
+pub(crate) fn read_launch(memory: OwnedFd) -> io::Result<Launch> {
+    let mut bytes = Vec::new();
+    let mut file = File::from(memory);
+    file.rewind()?;
+    file.read_to_end(&mut bytes)?;
+    Ok(serde_json::from_slice(&bytes)?)
 }

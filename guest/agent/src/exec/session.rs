@@ -9,9 +9,8 @@
 //! by then is forwarded (children it left behind may hold the pipes open, so
 //! end of file is not waited for); EXIT is the last frame.
 
-use std::fs::File;
 use std::io::{self, Read as _};
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
@@ -600,20 +599,4 @@ impl Session {
         }
         Ok(())
     }
-}
-
-/// The agent's end of a status pipe, and the child's.
-pub(crate) fn status_pipe() -> io::Result<(OwnedFd, OwnedFd)> {
-    let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
-    rustix::io::ioctl_fionbio(reader.as_fd(), true)?;
-    Ok((reader, writer))
-}
-
-/// Reads a launch written by the agent into a memory file.
-pub(crate) fn read_launch(memory: OwnedFd) -> io::Result<super::Launch> {
-    let mut bytes = Vec::new();
-    let mut file = File::from(memory);
-    std::io::Seek::rewind(&mut file)?;
-    file.read_to_end(&mut bytes)?;
-    Ok(serde_json::from_slice(&bytes)?)
 }

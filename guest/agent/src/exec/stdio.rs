@@ -2,7 +2,7 @@
 
 use std::fs::OpenOptions;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
@@ -92,4 +92,11 @@ pub(crate) fn resize(master: impl std::os::fd::AsFd, cols: u16, rows: u16) -> io
     };
     rustix::termios::tcsetwinsize(master, size)?;
     Ok(())
+}
+
+/// The agent's end of a status pipe, and the child's.
+pub(crate) fn status_pipe() -> io::Result<(OwnedFd, OwnedFd)> {
+    let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
+    rustix::io::ioctl_fionbio(reader.as_fd(), true)?;
+    Ok((reader, writer))
 }
