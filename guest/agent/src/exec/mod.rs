@@ -16,6 +16,7 @@ use std::os::fd::OwnedFd;
 
 use serde::{Deserialize, Serialize};
 use sm_guest_proto::exec::ExecRequest;
+use sm_guest_proto::frame::{FrameType, MAX_PAYLOAD};
 
 /// A command to start, as the new process gets it.
 #[derive(Debug, Serialize, Deserialize)]
@@ -65,4 +66,16 @@ pub(crate) fn read_launch(memory: OwnedFd) -> io::Result<Launch> {
     file.rewind()?;
     file.read_to_end(&mut bytes)?;
     Ok(serde_json::from_slice(&bytes)?)
+}
+
+/// Bytes taken of one frame of a client.
+fn frame_limit(kind: FrameType) -> usize {
+    match kind {
+        // It may bring files along.
+        FrameType::Request => MAX_PAYLOAD,
+        FrameType::Stdin => 1 << 20,
+        FrameType::Control => 1 << 16,
+        // They are small, or refused or ignored whatever they hold.
+        _ => 4096,
+    }
 }

@@ -9,7 +9,7 @@
 //! by then is forwarded (children it left behind may hold the pipes open, so
 //! end of file is not waited for); EXIT is the last frame.
 
-use std::io::{self, Read as _};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
@@ -17,10 +17,9 @@ use rustix::io::Errno;
 use rustix::process::Pid;
 use sm_guest_proto::PROTOCOL_VERSION;
 use sm_guest_proto::exec::{ExecControl, ExecReply, ExecRequest, Hello, Role};
-use sm_guest_proto::frame::{
-    BULK_PAYLOAD, ExitStatus, FrameType, HEADER_LEN, MAX_PAYLOAD, parse_resize,
-};
+use sm_guest_proto::frame::{BULK_PAYLOAD, ExitStatus, FrameType, HEADER_LEN, parse_resize};
 
+use super::frame_limit;
 use super::input::Input;
 use super::stdio::{self, AgentEnds};
 use crate::reactor::{Class, Reactor, Ready, Token, Watched};
@@ -48,18 +47,6 @@ const HANGUP_GRACE: Duration = Duration::from_secs(2);
 
 /// Exit status of a command killed by its timeout.
 const TIMED_OUT: u32 = 124;
-
-/// Bytes taken of one frame of a client.
-fn limit(kind: FrameType) -> usize {
-    match kind {
-        // It may bring files along.
-        FrameType::Request => MAX_PAYLOAD,
-        FrameType::Stdin => 1 << 20,
-        FrameType::Control => 1 << 16,
-        // They are small, or refused or ignored whatever they hold.
-        _ => 4096,
-    }
-}
 
 /// What the agent must do for a session.
 #[derive(Debug)]
@@ -120,7 +107,7 @@ impl Session {
     /// A session for a new connection.
     pub(crate) fn new(client: OwnedFd) -> Self {
         Self {
-            client: Some(Framed::new(client, limit)),
+            client: Some(Framed::new(client, frame_limit)),
             phase: Phase::Hello,
             role: Role::Exec,
             tty: false,
@@ -205,7 +192,7 @@ impl Session {
     /// Gives this session (the workload's) a new client.
     pub(crate) fn attach(&mut self, client: OwnedFd, reactor: &Reactor) {
         self.detach(reactor);
-        let mut client = Framed::new(client, limit);
+        let mut client = Framed::new(client, frame_limit);
         let unsent = std::mem::take(&mut self.unsent);
         if self.phase == Phase::Running {
             let started = ExecReply::Started {

@@ -14,7 +14,7 @@ use crate::vmm::guest::Guest;
 /// Connections served at once that may make control calls; more wait in the socket's
 /// backlog. Places of their own, as calls such as a stop must be heard however many
 /// clients wait for the VM's end or are attached.
-pub(super) const CONTROL_CLIENTS: usize = 64;
+const CONTROL_CLIENTS: usize = 64;
 /// How long one that makes no call keeps its place when others wait for one.
 pub(super) const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long no connection is accepted after none could be.
@@ -23,7 +23,7 @@ const ACCEPT_BACKOFF: Duration = Duration::from_millis(200);
 impl<G: Guest> Supervisor<G> {
     /// Whether connections are taken from the backlog now.
     pub(super) fn accepts(&self) -> bool {
-        !self.is_set(Timer::Accept) && self.calling_clients() < CONTROL_CLIENTS
+        !self.is_set(Timer::Accept) && !self.places_are_taken()
     }
 
     /// Whether a client has one of the places for those that make calls.
@@ -35,7 +35,12 @@ impl<G: Guest> Supervisor<G> {
             && self.resetting != Some(id)
     }
 
-    pub(super) fn calling_clients(&self) -> usize {
+    /// Whether there are as many clients that make calls as there may be.
+    pub(super) fn places_are_taken(&self) -> bool {
+        self.calling_clients() >= CONTROL_CLIENTS
+    }
+
+    fn calling_clients(&self) -> usize {
         let clients = self.clients.iter();
         clients.filter(|(id, c)| self.is_calling(**id, c)).count()
     }
@@ -84,7 +89,7 @@ impl<G: Guest> Supervisor<G> {
 
     /// All places for calls are taken: those that make none are given to others.
     pub(super) fn drop_idle_clients(&mut self) {
-        if self.calling_clients() < CONTROL_CLIENTS {
+        if !self.places_are_taken() {
             return;
         }
         let mut idle = Vec::new();

@@ -7,7 +7,6 @@ use std::time::Instant;
 use rustix::event::PollFlags;
 use sm_guest_proto::frame::FrameType;
 
-use super::admission::CONTROL_CLIENTS;
 use super::snapshots::SnapshotJob;
 use super::{Supervisor, Timer, interest};
 use crate::launch::{ControlAnswer, ControlCall, LaunchRequest, Report, Stage, Status};
@@ -151,7 +150,7 @@ impl<G: Guest> Supervisor<G> {
         for id in ids {
             self.pump_client(id);
         }
-        if self.calling_clients() >= CONTROL_CLIENTS && !self.is_set(Timer::Idle) {
+        if self.places_are_taken() && !self.is_set(Timer::Idle) {
             self.set_timer(Timer::Idle, self.idle_timeout);
         }
     }
