@@ -1,33 +1,6 @@
-//! `sm`: OCI images as microVMs.
-//!
-//! This crate parses arguments and prints; everything else is `sm-runtime`.
+//! The program `sm`; see the library.
 
-mod args;
-mod commands;
-mod failure;
-mod moment;
-mod printer;
-mod progress;
-mod shown;
-mod stream;
-mod table;
-mod terminal;
-mod timings;
-mod units;
-
-use std::ffi::OsString;
 use std::process::ExitCode;
-
-use clap::Parser as _;
-use clap::error::ErrorKind;
-use sm_runtime::timings::Phase;
-use tracing_subscriber::filter::{LevelFilter, Targets};
-use tracing_subscriber::layer::SubscriberExt as _;
-use tracing_subscriber::util::SubscriberInitExt as _;
-
-use crate::args::Cli;
-use crate::failure::{FAILED, Failure, OUR_FAILURE};
-use crate::printer::Printer;
 
 /// musl's own gives memory back to the system at every turn: starting takes half as
 /// long again with it.
@@ -36,77 +9,5 @@ use crate::printer::Printer;
 static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
 
 fn main() -> ExitCode {
-    let begin = Phase::now("command started");
-    sm_runtime::run_vmm_if_asked();
-    let printer = Printer::new();
-    match run(begin, std::env::args_os(), &printer) {
-        Ok(status) => exit_code(status),
-        Err((failure, status)) => {
-            printer.error(&failure);
-            exit_code(status)
-        }
-    }
-}
-
-fn run(
-    begin: Phase,
-    arguments: impl Iterator<Item = OsString>,
-    printer: &Printer,
-) -> Result<u32, (Failure, u32)> {
-    let cli = match Cli::try_parse_from(arguments) {
-        Ok(cli) => cli,
-        Err(error) => {
-            // Help and version are asked for, and go to standard output.
-            let status = usage_status(&error);
-            let printed = error.print();
-            printed.map_err(|error| (Failure::new(error.into()), status))?;
-            return Ok(status);
-        }
-    };
-    log_to_stderr(cli.verbose());
-    let is_run = matches!(cli.command, args::Command::Run(_));
-    commands::run(begin, cli, printer).map_err(|failure| match is_run {
-        true => {
-            let status = failure.status_of_run();
-            (failure, status)
-        }
-        false => (failure, FAILED),
-    })
-}
-
-/// Docker's status for a command line that is not understood: 125 for an option, 1
-/// for a command that does not exist or arguments that are missing.
-fn usage_status(error: &clap::Error) -> u32 {
-    match error.kind() {
-        _ if !error.use_stderr() => 0,
-        ErrorKind::InvalidSubcommand
-        | ErrorKind::MissingSubcommand
-        | ErrorKind::MissingRequiredArgument
-        | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => FAILED,
-        _ => OUR_FAILURE,
-    }
-}
-
-fn log_to_stderr(verbose: u8) {
-    let default = match verbose {
-        0 => LevelFilter::WARN,
-        1 => LevelFilter::INFO,
-        2 => LevelFilter::DEBUG,
-        _ => LevelFilter::TRACE,
-    };
-    // Of the VMM process, too (see `vmm.log` in the VM's directory).
-    let wanted = std::env::var("SM_LOG").ok();
-    let wanted = wanted.and_then(|wanted| wanted.parse::<Targets>().ok());
-    let lines = tracing_subscriber::fmt::layer()
-        .with_writer(shown::LogLines::default)
-        .without_time();
-    tracing_subscriber::registry()
-        .with(lines)
-        .with(wanted.unwrap_or_else(|| Targets::new().with_default(default)))
-        .init();
-}
-
-/// Docker's statuses fit in a byte; a guest could report any number.
-fn exit_code(status: u32) -> ExitCode {
-    ExitCode::from(u8::try_from(status).unwrap_or(u8::MAX))
+    sm_cli::main()
 }

@@ -1,0 +1,101 @@
+//! The parts of Markdown documents that can be checked: headings with their anchors,
+//! links, fenced blocks, and the commands in blocks of shell.
+//!
+//! `cargo xtask tidy` follows the links and parses the commands of `cargo xtask`; tests
+//! of `sm-cli` parse the commands of `sm`. This reads the Markdown that the documents
+//! of this repository use, not all of CommonMark: fences of backticks, headings with
+//! `#`, inline links.
+
+mod inline;
+mod lines;
+mod shell;
+
+pub use inline::{Link, code_spans, includes, links};
+pub use lines::{Block, anchors, blocks};
+pub use shell::{Command, Unbalanced, commands};
+
+/// Returns the commands of a fenced block: those after a `$` in a block of `console`,
+/// all of a block of `sh`, none of any other.
+///
+/// # Errors
+/// A quote or a parenthesis that is not closed.
+pub fn block_commands(block: &Block) -> Result<Vec<Command>, Unbalanced> {
+    match block.language() {
+        "sh" => commands(&block.text),
+        "console" => {
+            let mut found = Vec::new();
+            for script in prompts(&block.text) {
+                found.extend(commands(&script)?);
+            }
+            Ok(found)
+        }
+        _ => Ok(Vec::new()),
+    }
+}
+
+/// What is typed at the prompts of a console; a line that ends with a backslash goes on
+/// in the next one.
+fn prompts(text: &str) -> Vec<String> {
+    let mut scripts: Vec<String> = Vec::new();
+    let mut goes_on = false;
+    for line in text.lines() {
+        match (line.strip_prefix("$ "), goes_on) {
+            (Some(typed), _) => scripts.push(typed.to_owned()),
+            (None, true) => {
+                if let Some(script) = scripts.last_mut() {
+                    script.push('\n');
+                    script.push_str(line);
+                }
+            }
+            (None, false) => continue,
+        }
+        goes_on = line.ends_with('\\');
+    }
+    scripts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn block(info: &str, text: &str) -> Block {
+        Block {
+            info: info.to_owned(),
+            line: 1,
+            text: text.to_owned(),
+        }
+    }
+
+    fn programs(block: &Block) -> Vec<String> {
+        let commands = block_commands(block).unwrap();
+        commands
+            .into_iter()
+            .map(|command| command.words.join(" "))
+            .collect()
+    }
+
+    #[test]
+    fn a_console_has_prompts_and_output() {
+        let text = "$ sm ps\nID  NAME\n$ sm run \\\n    --rm x\n$ sm rm a; sm rm b\n";
+        let expected = ["sm ps", "sm run --rm x", "sm rm a", "sm rm b"];
+        assert_eq!(programs(&block("console", text)), expected);
+        assert_eq!(programs(&block("console unchecked: x", text)), expected);
+        assert_eq!(programs(&block("text", text)), [""; 0]);
+    }
+
+    #[test]
+    fn a_script_is_all_commands() {
+        assert_eq!(
+            programs(&block("sh", "sm ps # x\n\nsm rm a")),
+            ["sm ps", "sm rm a"]
+        );
+    }
+
+    #[test]
+    fn a_reason_is_part_of_the_mark() {
+        assert_eq!(block("sh", "").unchecked(), None);
+        let marked = block("console unchecked: other program", "");
+        assert_eq!(marked.unchecked(), Some("other program"));
+        assert_eq!(block("console unchecked", "").unchecked(), Some(""));
+    }
+}
