@@ -16,6 +16,7 @@ mod cmd;
 mod cpio;
 mod deb;
 mod demo;
+mod docs;
 mod fidelity;
 mod fixtures;
 mod fuzz;
@@ -81,6 +82,7 @@ fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
             let kernel = wanted.e2e.then(background::KernelBuild::start);
             test::run(&apt, &wanted, kernel)?;
         }
+        Invocation::Docs(wanted) => docs::run(&apt, &wanted)?,
         Invocation::Tidy => tidy::run()?,
         Invocation::Ci => ci::run(&apt)?,
     }

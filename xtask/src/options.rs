@@ -10,6 +10,7 @@ use crate::bench_kernel;
 use crate::bench_restore;
 use crate::bench_vsock;
 use crate::build::Profile;
+use crate::docs;
 use crate::fuzz;
 use crate::lab::Job;
 use crate::test::Wanted;
@@ -23,7 +24,11 @@ Developer commands of sm: cargo xtask COMMAND
               [--full: also those that take too long for CI, named full_...]
   ci          fmt, tidy, clippy, doc, test: what .ci/run calls
   tidy        rules that no compiler checks: dependencies of crates and modules, operating
-              systems, lengths of files, pointers outside the repository
+              systems, lengths of files, pointers outside the repository, links and
+              commands in documents
+  docs        the site and manual pages, in the build output
+              [--write: the pages that are generated from the parser of sm instead]
+              [--man DIRECTORY: manual pages only]
   build       sm with its guest agent (release) [--debug]
   kernel      the tuned guest kernel, built once [--stock: the distribution's]
   fixtures    images for the end-to-end tests
@@ -67,6 +72,7 @@ pub(crate) enum Invocation {
     BenchVsock(bench_vsock::Wanted),
     Fuzz(fuzz::Wanted),
     Test(Wanted),
+    Docs(docs::Wanted),
     Tidy,
     Ci,
 }
@@ -76,7 +82,7 @@ pub(crate) fn parse() -> Result<Invocation> {
     read(lexopt::Parser::from_env())
 }
 
-fn read(parser: lexopt::Parser) -> Result<Invocation> {
+pub(crate) fn read(parser: lexopt::Parser) -> Result<Invocation> {
     match command(parser) {
         Err(error) if asks_for_help(&error) => Ok(Invocation::Help),
         invocation => invocation,
@@ -115,6 +121,7 @@ fn command(mut parser: lexopt::Parser) -> Result<Invocation> {
         "bench-kernel" => Invocation::BenchKernel(bench_kernel(parser)?),
         "bench-restore" => Invocation::BenchRestore(bench_restore(parser)?),
         "bench-vsock" => Invocation::BenchVsock(bench_vsock(parser)?),
+        "docs" => Invocation::Docs(docs(parser)?),
         "fuzz" => Invocation::Fuzz(fuzz(parser)?),
         "lab" => Invocation::Lab(lab(parser)?),
         "test" => Invocation::Test(test(parser)?),
@@ -187,6 +194,18 @@ fn test(mut parser: lexopt::Parser) -> Result<Wanted> {
             Value(name) => wanted.names.push(name.string()?),
             other => return Err(other.unexpected().into()),
         }
+    }
+    Ok(wanted)
+}
+
+fn docs(mut parser: lexopt::Parser) -> Result<docs::Wanted> {
+    let mut wanted = docs::Wanted::All;
+    while let Some(argument) = parser.next()? {
+        wanted = match argument {
+            Long("write") => docs::Wanted::Generated,
+            Long("man") => docs::Wanted::Man(parser.value()?.into()),
+            other => return Err(other.unexpected().into()),
+        };
     }
     Ok(wanted)
 }

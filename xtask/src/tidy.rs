@@ -8,10 +8,14 @@
 //! | what differs between operating systems is in folders named `sys` | `xtask/tidy/target-os.txt` |
 //! | a Rust file has at most 600 lines | `xtask/tidy/long-files.txt` |
 //! | nothing points to files outside the repository | none |
+//! | links of documents lead to files and headings that are there | none |
+//! | commands of cargo in documents exist | blocks marked `unchecked: REASON` |
 //!
 //! Lists of exceptions only shrink: an entry that is no longer needed is an error, too.
 
+mod commands;
 mod crates;
+mod links;
 mod modules;
 mod packages;
 mod pointers;
@@ -22,6 +26,7 @@ use std::path::Path;
 use std::process::Stdio;
 
 use anyhow::{Context as _, Result, bail};
+use serde_json::Value;
 
 use crate::{cmd, paths};
 
@@ -43,7 +48,8 @@ pub(crate) fn run() -> Result<()> {
         let path = root.join("xtask/tidy").join(name);
         fs::read_to_string(&path).with_context(|| format!("cannot read {:?}", path.display()))
     };
-    let mut faults = crates::check(&crates::metadata()?, &list("crates.txt")?)?;
+    let metadata = crates::metadata()?;
+    let mut faults = crates::check(&metadata, &list("crates.txt")?)?;
     faults.extend(packages::check(&list("packages.txt")?, packages::tree)?);
     faults.extend(modules::check(&files, &list("circles.txt")?));
     faults.extend(except(
@@ -56,8 +62,29 @@ pub(crate) fn run() -> Result<()> {
         "xtask/tidy/long-files.txt",
         &list("long-files.txt")?,
     ));
-    faults.extend(pointers::outside(&files, |path| root.join(path).exists()));
-    for fault in &faults {
+    faults.extend(pointers::outside(&files));
+    faults.extend(in_documents(&files, &metadata)?);
+    report(&faults)
+}
+
+/// Checks the links and commands of documents only.
+pub(crate) fn documents() -> Result<()> {
+    cmd::step("checking links and commands of the documents");
+    report(&in_documents(
+        &texts(&paths::root())?,
+        &crates::metadata()?,
+    )?)
+}
+
+fn in_documents(files: &[Text], metadata: &Value) -> Result<Vec<String>> {
+    let root = paths::root();
+    let mut faults = links::broken(files, |path| root.join(path).exists());
+    faults.extend(commands::unknown(files, &commands::Names::new(metadata)?));
+    Ok(faults)
+}
+
+fn report(faults: &[String]) -> Result<()> {
+    for fault in faults {
         cmd::note(fault);
     }
     if !faults.is_empty() {

@@ -1,0 +1,74 @@
+//! `cargo xtask docs`: the site, its generated pages, and manual pages.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+
+use crate::apt::Apt;
+use crate::build::{self, cargo};
+use crate::{cmd, paths, tidy};
+
+/// The version of mdBook that the site is built with.
+const MDBOOK: &str = "0.5.4";
+
+/// The parts of the documents that are made.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Wanted {
+    /// The site and manual pages, in the build output.
+    #[default]
+    All,
+    /// The pages and texts in the repository that are generated from the parser.
+    Generated,
+    /// Manual pages, in a directory.
+    Man(PathBuf),
+}
+
+pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
+    apt.ensure(&build::PACKAGES)?;
+    match wanted {
+        Wanted::Generated => {
+            generate("pages", &paths::root().join("docs/src/reference"))?;
+            generate("help", &paths::root().join("cli/tests/help"))
+        }
+        Wanted::Man(directory) => generate("man", directory),
+        Wanted::All => {
+            tidy::documents()?;
+            let mdbook = mdbook()?;
+            let output = paths::target().join("docs");
+            cmd::step("building the site");
+            let arguments: [&OsStr; 3] = ["build".as_ref(), "--dest-dir".as_ref(), output.as_ref()];
+            let mut build = cmd::command(&mdbook.to_string_lossy(), arguments);
+            cmd::check(build.current_dir(paths::root().join("docs")))?;
+            let man = paths::target().join("man");
+            generate("man", &man)?;
+            println!("{}", output.join("index.html").display());
+            println!("{}", man.display());
+            Ok(())
+        }
+    }
+}
+
+/// Has a program of `sm-cli`, which knows the parser, write files into a directory.
+fn generate(kind: &str, directory: &Path) -> Result<()> {
+    cmd::step(format_args!("writing {}", directory.display()));
+    let directory = std::path::absolute(directory)?;
+    let mut run = cargo(["run", "--quiet", "--locked", "-p", "sm-cli"]);
+    run.args(["--example", "reference", "--", kind]);
+    cmd::check(run.arg(directory))
+}
+
+/// Returns mdBook in the cache; building it takes some minutes, once.
+fn mdbook() -> Result<PathBuf> {
+    let cache = paths::cache("mdbook")?;
+    let home = cache.join(MDBOOK);
+    let program = home.join("bin/mdbook");
+    if let Some(_lock) = paths::lock_unless(&program, &cache)? {
+        cmd::step(format_args!("building mdBook {MDBOOK}, once"));
+        let mut install = cargo(["install", "mdbook", "--version", MDBOOK, "--locked"]);
+        // Without its server.
+        install.args(["--no-default-features", "--features", "search", "--root"]);
+        cmd::check(install.arg(&home))?;
+    }
+    Ok(program)
+}
