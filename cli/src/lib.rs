@@ -125,3 +125,8 @@ fn log_to_stderr(verbose: u8) {
 fn exit_code(status: u32) -> ExitCode {
     ExitCode::from(u8::try_from(status).unwrap_or(u8::MAX))
 }
+
+/// The programs on the page about embedding compile.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/src/embedding.md")]
+struct Embedding;

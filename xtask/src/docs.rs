@@ -7,7 +7,7 @@ use anyhow::Result;
 
 use crate::apt::Apt;
 use crate::build::{self, cargo};
-use crate::{cmd, paths, tidy};
+use crate::{cmd, paths};
 
 /// The version of mdBook that the site is built with.
 const MDBOOK: &str = "0.5.4";
@@ -33,7 +33,6 @@ pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
         }
         Wanted::Man(directory) => generate("man", directory),
         Wanted::All => {
-            tidy::documents()?;
             let mdbook = mdbook()?;
             let output = paths::target().join("docs");
             cmd::step("building the site");

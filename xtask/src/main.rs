@@ -82,7 +82,10 @@ fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
             let kernel = wanted.e2e.then(background::KernelBuild::start);
             test::run(&apt, &wanted, kernel)?;
         }
-        Invocation::Docs(wanted) => docs::run(&apt, &wanted)?,
+        Invocation::Docs(wanted) => {
+            docs::run(&apt, &wanted)?;
+            tidy::documents()?;
+        }
         Invocation::Tidy => tidy::run()?,
         Invocation::Ci => ci::run(&apt)?,
     }
