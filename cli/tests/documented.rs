@@ -163,6 +163,33 @@ fn has_option(command: &Command, option: &str) -> bool {
     }
 }
 
+/// The page for users of Docker says of each option whether it is there.
+#[test]
+fn options_are_those_of_docker_where_the_page_says_so() {
+    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/src/docker.md");
+    let page = fs::read_to_string(page).unwrap();
+    let (_, table) = page.split_once("## Options of `docker run`").unwrap();
+    let (table, _) = table.split_once("\n## ").unwrap();
+    let root = sm_cli::command();
+    let run = root.find_subcommand("run").unwrap();
+    let mut counts = [0, 0];
+    for row in table.lines().filter(|line| line.starts_with("| `")) {
+        let mut cells = row.trim_matches('|').split('|').map(str::trim);
+        let (options, meaning) = (cells.next().unwrap(), cells.next().unwrap());
+        let there = match meaning {
+            "the same" => true,
+            "not there" => false,
+            _ => continue,
+        };
+        for (_, option) in code_spans(options) {
+            let found = has_option(run, option.strip_prefix('-').unwrap());
+            assert_eq!(found, there, "{option}: {meaning}");
+            counts[usize::from(there)] += 1;
+        }
+    }
+    assert!(counts[0] > 5 && counts[1] > 15, "{counts:?}");
+}
+
 #[test]
 fn commands_and_options_that_do_not_exist_are_found() {
     let unknown = |line: &str| {

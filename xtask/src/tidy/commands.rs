@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 
 use anyhow::{Context as _, Result};
 use serde_json::Value;
-use sm_markdown::{block_commands, blocks};
+use sm_markdown::{block_commands, blocks, code_spans};
 
 use super::Text;
 use crate::options;
@@ -58,10 +58,23 @@ impl Names {
     }
 }
 
-/// Returns the commands of cargo in blocks of shell that do not exist.
+/// Returns the commands of cargo that do not exist: in blocks of shell, and those of
+/// xtask in sentences, without their arguments.
 pub(super) fn unknown(files: &[Text], names: &Names) -> Vec<String> {
     let mut faults = Vec::new();
     for file in files.iter().filter(|file| file.path.ends_with(".md")) {
+        for (line, span) in code_spans(&file.text) {
+            let mut words = span.split_whitespace();
+            let is_xtask = words.next() == Some("cargo") && words.next() == Some("xtask");
+            let name = words.next().filter(|_| is_xtask);
+            // Commands are named in lower case; others stand for one.
+            let name = name.filter(|name| name.bytes().all(is_of_name));
+            if let Some(name) = name
+                && let Err(error) = options::read(lexopt::Parser::from_args([name, "--help"]))
+            {
+                faults.push(format!("{}:{line}: `{span}`: {error}", file.path));
+            }
+        }
         for block in blocks(&file.text) {
             if block.unchecked().is_some() {
                 continue;
@@ -83,6 +96,10 @@ pub(super) fn unknown(files: &[Text], names: &Names) -> Vec<String> {
         }
     }
     faults
+}
+
+fn is_of_name(byte: u8) -> bool {
+    byte.is_ascii_lowercase() || byte == b'-'
 }
 
 #[cfg(test)]
@@ -107,6 +124,22 @@ mod tests {
         let found = faults("cargo xtask frobnicate");
         assert!(found[0].starts_with("a.md:2: \"cargo xtask frobnicate\": there is no command"));
         assert_eq!(faults("cargo xtask test --sideways").len(), 1);
+    }
+
+    #[test]
+    fn commands_in_sentences_exist() {
+        let found = |text: &str| {
+            let file = Text {
+                path: "a.md".to_owned(),
+                text: text.to_owned(),
+            };
+            let metadata = json!({ "packages": [] });
+            unknown(&[file], &Names::new(&metadata).unwrap())
+        };
+        let fine = "see `cargo xtask fuzz [NAME...]`, `cargo xtask lab`, `cargo xtask COMMAND`";
+        assert_eq!(found(fine), [""; 0]);
+        let faults = found("\nsee `cargo xtask fly`");
+        assert!(faults[0].starts_with("a.md:2: `cargo xtask fly`: there is no command"));
     }
 
     #[test]
