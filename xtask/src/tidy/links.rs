@@ -1,18 +1,22 @@
 //! Links of Markdown files: each leads to a file of the repository and, if it names a
-//! heading, to one that is there.
+//! heading, to one that is there. Paths in code lead to files, too, but for those in the
+//! changelog, which tells of the past.
 //!
 //! Pages below `docs/src` become a site of their own: they link to each other only, all
 //! are in its table of contents, and files that they include have no links to others.
 
 use std::collections::BTreeSet;
 
-use sm_markdown::{anchors, includes, links};
+use sm_markdown::{anchors, code_spans, includes, links};
 
 use super::Text;
 
 /// The pages of the site.
 const SITE: &str = "docs/src/";
 const CONTENTS: &str = "docs/src/SUMMARY.md";
+const CHANGELOG: &str = "CHANGELOG.md";
+/// The first page that a reader sees, and the most lines that it has.
+const FIRST_PAGE: (&str, usize) = ("README.md", 150);
 
 /// Returns links that lead nowhere, and pages that nothing leads to.
 pub(super) fn broken(files: &[Text], exists: impl Fn(&str) -> bool) -> Vec<String> {
@@ -55,6 +59,18 @@ pub(super) fn broken(files: &[Text], exists: impl Fn(&str) -> bool) -> Vec<Strin
                 );
             }
         }
+        let spans = code_spans(&file.text);
+        for (line, span) in spans.into_iter().filter(|_| file.path != CHANGELOG) {
+            // From the root, or from where the document is.
+            let from = [Some(span.to_owned()), resolve(&file.path, span)];
+            if is_path(span, files) && !from.iter().flatten().any(|path| exists(path)) {
+                fault(line, format!("\"{span}\" is not in the repository"));
+            }
+        }
+        let (lines, most) = (file.text.lines().count(), FIRST_PAGE.1);
+        if file.path == FIRST_PAGE.0 && lines > most {
+            fault(lines, format!("the file has more than {most} lines"));
+        }
         for include in includes(&file.text) {
             let target = resolve(&file.path, include.target);
             let Some(document) = target.as_deref().and_then(find) else {
@@ -84,6 +100,21 @@ pub(super) fn broken(files: &[Text], exists: impl Fn(&str) -> bool) -> Vec<Strin
             .map(|path| format!("{path}: it is not in {CONTENTS}")),
     );
     faults
+}
+
+/// Returns true for a path below a folder of the repository; `NAME` in it stands for any.
+fn is_path(span: &str, files: &[Text]) -> bool {
+    let is_part = |part: &str| {
+        let mut bytes = part.bytes();
+        bytes.all(|byte| {
+            byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"._-".contains(&byte)
+        })
+    };
+    let Some((folder, rest)) = span.split_once('/') else {
+        return false;
+    };
+    let is_folder = |file: &Text| file.path.split('/').next() == Some(folder);
+    is_part(folder) && rest.split('/').all(is_part) && files.iter().any(is_folder)
 }
 
 fn is_markdown(path: &str) -> bool {
@@ -168,6 +199,27 @@ mod tests {
             faults(&[("b.md", "\n[x](#one)")]),
             ["b.md:2: \"b.md\" has no heading \"one\""]
         );
+    }
+
+    #[test]
+    fn paths_in_code_lead_to_files() {
+        let fine = "`guide/a.md` `elsewhere/b` `guide/NAME` `and/or` `guide` `sm run guide/x`";
+        assert_eq!(faults(&[("b.md", fine)]), [""; 0]);
+        let beside = [("guide/guide/c.md", "x"), ("guide/b.md", "`guide/c.md`")];
+        assert_eq!(faults(&beside), [""; 0]);
+        assert_eq!(
+            faults(&[("b.md", "see\n`guide/gone.rs`")]),
+            ["b.md:2: \"guide/gone.rs\" is not in the repository"]
+        );
+        assert_eq!(faults(&[("CHANGELOG.md", "`guide/gone.rs`")]), [""; 0]);
+    }
+
+    #[test]
+    fn the_first_page_is_short() {
+        assert_eq!(faults(&[("README.md", &"x\n".repeat(150))]), [""; 0]);
+        let found = faults(&[("README.md", &"x\n".repeat(151))]);
+        assert_eq!(found, ["README.md:151: the file has more than 150 lines"]);
+        assert_eq!(faults(&[("guide/README.md", &"x\n".repeat(151))]), [""; 0]);
     }
 
     #[test]
