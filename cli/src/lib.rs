@@ -54,7 +54,7 @@ pub fn command() -> clap::Command {
 /// Parses a command line, `sm` included, as [`main`] does, and runs nothing.
 ///
 /// # Errors
-/// What `sm` prints for a line that it does not accept, or that asks for help.
+/// The message of `sm` for a line that it does not accept, or the help asked for.
 pub fn check<I>(arguments: I) -> Result<(), clap::Error>
 where
     I: IntoIterator,

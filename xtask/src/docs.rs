@@ -12,7 +12,7 @@ use crate::{cmd, paths};
 /// The version of mdBook that the site is built with.
 const MDBOOK: &str = "0.5.4";
 
-/// The parts of the documents that are made.
+/// The documents to build or write.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Wanted {
     /// The site and manual pages, in the build output.

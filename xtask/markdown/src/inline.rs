@@ -88,7 +88,7 @@ fn split(line: &str) -> impl Iterator<Item = Part<'_>> {
     parts.into_iter()
 }
 
-/// Where a run of exactly `count` backticks begins.
+/// The start of a run of exactly `count` backticks.
 fn closing(text: &str, count: usize) -> Option<usize> {
     let mut at = 0;
     while let Some(found) = text[at..].find('`') {

@@ -33,7 +33,7 @@ pub fn block_commands(block: &Block) -> Result<Vec<Command>, Unbalanced> {
     }
 }
 
-/// What is typed at the prompts of a console; a line that ends with a backslash goes on
+/// The commands at the prompts of a console. A line that ends with a backslash continues
 /// in the next one.
 fn prompts(text: &str) -> Vec<String> {
     let mut scripts: Vec<String> = Vec::new();

@@ -85,7 +85,7 @@ fn parse(document: &str) -> (Vec<Block>, Vec<(usize, &str)>) {
             }
         }
     }
-    // A block without an end goes on to the end of the document.
+    // A block without an end extends to the end of the document.
     blocks.extend(open.map(|(.., block)| block));
     (blocks, prose)
 }
