@@ -24,8 +24,8 @@ pub fn block_commands(block: &Block) -> Result<Vec<Command>, Unbalanced> {
         "sh" => commands(&block.text),
         "console" => {
             let mut found = Vec::new();
-            for script in prompts(&block.text) {
-                found.extend(commands(&script)?);
+            for prompt in prompts(&block.text) {
+                found.extend(commands(&prompt.typed)?);
             }
             Ok(found)
         }
@@ -33,25 +33,37 @@ pub fn block_commands(block: &Block) -> Result<Vec<Command>, Unbalanced> {
     }
 }
 
-/// The commands at the prompts of a console. A line that ends with a backslash continues
-/// in the next one.
-fn prompts(text: &str) -> Vec<String> {
-    let mut scripts: Vec<String> = Vec::new();
-    let mut goes_on = false;
+/// A prompt of a console.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Prompt {
+    /// The script that is typed. A line that ends with a backslash continues in the next.
+    pub typed: String,
+    /// The lines that are printed.
+    pub output: Vec<String>,
+}
+
+/// Returns the prompts in a block of `console`.
+pub fn prompts(text: &str) -> Vec<Prompt> {
+    let mut prompts: Vec<Prompt> = Vec::new();
+    let mut continues = false;
     for line in text.lines() {
-        match (line.strip_prefix("$ "), goes_on) {
-            (Some(typed), _) => scripts.push(typed.to_owned()),
-            (None, true) => {
-                if let Some(script) = scripts.last_mut() {
-                    script.push('\n');
-                    script.push_str(line);
-                }
+        if let Some(typed) = line.strip_prefix("$ ") {
+            prompts.push(Prompt {
+                typed: typed.to_owned(),
+                output: Vec::new(),
+            });
+        } else if let Some(prompt) = prompts.last_mut() {
+            if continues {
+                prompt.typed.push('\n');
+                prompt.typed.push_str(line);
+            } else {
+                prompt.output.push(line.to_owned());
+                continue;
             }
-            (None, false) => continue,
         }
-        goes_on = line.ends_with('\\');
+        continues = line.ends_with('\\');
     }
-    scripts
+    prompts
 }
 
 #[cfg(test)]
@@ -81,6 +93,8 @@ mod tests {
         assert_eq!(programs(&block("console", text)), expected);
         assert_eq!(programs(&block("console unchecked: x", text)), expected);
         assert_eq!(programs(&block("text", text)), [""; 0]);
+        let output: Vec<_> = prompts(text).into_iter().map(|p| p.output).collect();
+        assert_eq!(output, [&["ID  NAME"][..], &[], &[]]);
     }
 
     #[test]
