@@ -139,7 +139,7 @@ fn is_sound(home: &Home, when: &str) {
 
 #[test]
 fn death_during_a_first_start_leaves_everything_sound() {
-    for _ in 0..14 {
+    for _ in 0..if full() { 14 } else { 5 } {
         let home = Home::new();
         let run = ["run", "--rm", SMALL[0], SMALL[1], &image("busybox"), "true"];
         let mut child = home.command(&run).spawn().unwrap();
@@ -161,7 +161,7 @@ fn death_during_captures_and_restores_leaves_everything_sound() {
     let first = home.detached(&[SMALL[0], SMALL[1], &image("busybox"), "sleep", "1000"]);
     home.sm(&["snapshot", "create", "--stop", &first.name, "mine"])
         .exits(0);
-    for n in 0..36 {
+    for n in 0..if full() { 36 } else { 12 } {
         let name = unique("vm");
         let script = "head -c 20000000 /dev/urandom >/tmp/f; sleep 1000";
         let run = [
