@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use sm_guest_proto::frame::{self, FrameHeader, FrameType, HEADER_LEN};
 
+use crate::control_error::ControlError;
+use crate::endpoint::Endpoint;
 use crate::launch::{ControlAnswer, ControlCall};
-use crate::record::Record;
 use crate::timed::{Until, connect_until};
-use crate::{Error, record::RecordError};
 
 /// How long a VMM may take to take a call, and to answer an ordinary one.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -20,18 +20,18 @@ pub(crate) struct Control {
     stream: UnixStream,
 }
 
-fn vmm(operation: &'static str) -> impl FnOnce(io::Error) -> Error {
-    move |source| Error::Vmm { operation, source }
+fn vmm(operation: &'static str) -> impl FnOnce(io::Error) -> ControlError {
+    move |source| ControlError::Io { operation, source }
 }
 
 impl Control {
-    /// Connects to the VMM of `record`.
-    pub(crate) fn connect(record: &Record) -> Result<Self, Error> {
-        Self::connect_until(record, Instant::now() + ANSWER_TIMEOUT)
+    /// Connects to the VMM that listens on `endpoint`.
+    pub(crate) fn connect(endpoint: &Endpoint) -> Result<Self, ControlError> {
+        Self::connect_until(endpoint, Instant::now() + ANSWER_TIMEOUT)
     }
 
-    fn connect_until(record: &Record, deadline: Instant) -> Result<Self, Error> {
-        match connect_until(&record.control_socket(), deadline) {
+    fn connect_until(endpoint: &Endpoint, deadline: Instant) -> Result<Self, ControlError> {
+        match connect_until(&endpoint.socket, deadline) {
             Ok(stream) => Ok(Self { stream }),
             Err(error)
                 if matches!(
@@ -39,14 +39,14 @@ impl Control {
                     io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
                 ) =>
             {
-                Err(Error::NotRunning(record.config().name.clone()))
+                Err(ControlError::NotRunning(endpoint.name.clone()))
             }
             Err(error) => Err(vmm("connect to the VM's process")(error)),
         }
     }
 
     /// Makes a call that is answered at once.
-    pub(crate) fn call(&mut self, call: &ControlCall) -> Result<ControlAnswer, Error> {
+    pub(crate) fn call(&mut self, call: &ControlCall) -> Result<ControlAnswer, ControlError> {
         self.send(call)
             .and_then(|()| self.receive(Some(Instant::now() + ANSWER_TIMEOUT)))
             .map_err(vmm("talk to the VM's process"))
@@ -54,7 +54,10 @@ impl Control {
     }
 
     /// Makes a call whose answer takes as long as it takes.
-    pub(crate) fn call_and_wait(&mut self, call: &ControlCall) -> Result<ControlAnswer, Error> {
+    pub(crate) fn call_and_wait(
+        &mut self,
+        call: &ControlCall,
+    ) -> Result<ControlAnswer, ControlError> {
         self.send(call)
             .and_then(|()| self.receive(None))
             .map_err(vmm("talk to the VM's process"))
@@ -87,7 +90,7 @@ impl Control {
     }
 
     /// The connection itself, which is a client of the workload from now on.
-    pub(crate) fn attach(mut self, stdin: bool) -> Result<UnixStream, Error> {
+    pub(crate) fn attach(mut self, stdin: bool) -> Result<UnixStream, ControlError> {
         self.call(&ControlCall::Attach { stdin })?;
         self.stream
             .set_read_timeout(None)
@@ -99,7 +102,7 @@ impl Control {
     /// Makes the connection one that hears of output. Its own stream says nothing
     /// else: whatever arrives means that there may be more to read, and its end that
     /// the VM has ended or is about to.
-    pub(crate) fn follow(mut self) -> Result<UnixStream, Error> {
+    pub(crate) fn follow(mut self) -> Result<UnixStream, ControlError> {
         self.call(&ControlCall::Follow)?;
         self.stream
             .set_read_timeout(None)
@@ -113,17 +116,9 @@ impl Control {
     }
 }
 
-fn checked(answer: ControlAnswer) -> Result<ControlAnswer, Error> {
+fn checked(answer: ControlAnswer) -> Result<ControlAnswer, ControlError> {
     match answer {
-        ControlAnswer::Error(text) => Err(Error::Refused(text)),
+        ControlAnswer::Error(text) => Err(ControlError::Refused(text)),
         answer => Ok(answer),
-    }
-}
-
-/// The error for a VM that is not there to be asked.
-pub(crate) fn not_running(record: &Record) -> Error {
-    match record.state() {
-        Err(RecordError::NotFound(name)) => RecordError::NotFound(name).into(),
-        _ => Error::NotRunning(record.config().name.clone()),
     }
 }

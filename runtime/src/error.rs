@@ -5,8 +5,9 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+use crate::control_error::ControlError;
 use crate::home::HomeError;
-use crate::record::RecordError;
+use crate::record::{Record, RecordError};
 use crate::workload::WorkloadError;
 
 /// Why an operation of this crate failed.
@@ -77,6 +78,24 @@ impl Error {
         match self {
             Self::Start { status, .. } => *status,
             _ => 125,
+        }
+    }
+
+    /// The error for a VM that is not there to be asked.
+    pub(crate) fn not_running(record: &Record) -> Self {
+        match record.state() {
+            Err(RecordError::NotFound(name)) => RecordError::NotFound(name).into(),
+            _ => Self::NotRunning(record.config().name.clone()),
+        }
+    }
+}
+
+impl From<ControlError> for Error {
+    fn from(error: ControlError) -> Self {
+        match error {
+            ControlError::NotRunning(name) => Self::NotRunning(name),
+            ControlError::Refused(text) => Self::Refused(text),
+            ControlError::Io { operation, source } => Self::Vmm { operation, source },
         }
     }
 }

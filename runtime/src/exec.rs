@@ -9,7 +9,7 @@ use sm_guest_proto::exec::{ExecControl, ExecRequest, Hello, Role, StageFile};
 use sm_guest_proto::frame::FrameType;
 
 use crate::Error;
-use crate::control::{Control, not_running};
+use crate::control::Control;
 use crate::launch::{ControlAnswer, ControlCall, Stage};
 use crate::record::Record;
 use crate::session::{Aside, Output, Session};
@@ -130,7 +130,7 @@ impl ExecBuilder {
             // A guest that hangs takes no more than there is room for on the way.
             let socket = stream.try_clone()?;
             socket.set_write_timeout(Some(timeout))?;
-            let session = Session::new(stream, Some(Aside::exec(&self.record)))?;
+            let session = Session::new(stream, Some(Aside::exec(self.record.exec_endpoint())))?;
             let writer = session.writer();
             let hello = Hello {
                 protocol: PROTOCOL_VERSION,
@@ -162,7 +162,7 @@ impl ExecBuilder {
 /// its way would find another root than its workload.
 fn refuse_unless_running(record: &Record) -> Result<(), Error> {
     let name = &record.config().name;
-    match Control::connect(record)?.call(&ControlCall::Status)? {
+    match Control::connect(&record.control_endpoint())?.call(&ControlCall::Status)? {
         ControlAnswer::Status(status) if status.paused => Err(Error::Refused(format!(
             "VM \"{name}\" is paused: let it go on first (sm unpause)"
         ))),
@@ -183,7 +183,7 @@ fn connect_exec(record: &Record) -> Result<UnixStream, Error> {
                 io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
             ) =>
         {
-            Err(not_running(record))
+            Err(Error::not_running(record))
         }
         Err(source) => Err(Error::Vmm {
             operation: "connect to the VM's exec socket",

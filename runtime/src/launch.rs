@@ -10,8 +10,9 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use sm_guest_proto::control::{Evidence, GuestStats};
 
+use crate::config::VmConfig;
+use crate::exit::ExitRecord;
 use crate::publish::PublishedPort;
-use crate::record::{ExitRecord, VmConfig};
 use crate::timings::Phase;
 
 /// How the memory of a snapshot gets into a VM that is restored from it.
@@ -59,11 +60,11 @@ pub(crate) enum Origin {
 pub(crate) struct LaunchRequest {
     /// Version of the sender's crate; refused when it differs.
     pub(crate) version: String,
-    /// The caller's places; see [`crate::home::Home`].
+    /// The caller's directory of data that outlives a reboot: records and images.
     pub(crate) data: PathBuf,
-    /// Likewise.
+    /// The caller's directory of sockets.
     pub(crate) run: PathBuf,
-    /// Likewise.
+    /// The caller's directory of what may be deleted at any time.
     pub(crate) cache: PathBuf,
     /// The VM.
     pub(crate) config: VmConfig,
@@ -196,7 +197,7 @@ pub(crate) enum ControlAnswer {
 }
 
 /// What a stage on the way of a connection's bytes took; see
-/// [`sm_devices_vsock::Stage`]. Times are in nanoseconds, and right within an eighth.
+/// `Stage` of `sm-devices-vsock`. Times are in nanoseconds, and right within an eighth.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StageTimes {
     /// Name of the stage.

@@ -22,11 +22,15 @@
 #![warn(missing_docs)]
 
 mod causes;
+mod config;
 mod control;
+mod control_error;
 mod digests;
 pub mod doctor;
+mod endpoint;
 mod error;
 pub mod exec;
+mod exit;
 mod fdpass;
 mod guest_agent;
 pub mod home;

@@ -12,6 +12,7 @@ use rustix::io::Errno;
 use crate::Error;
 use crate::causes::with_causes;
 use crate::control::Control;
+use crate::control_error::ControlError;
 use crate::output_log::LogReader;
 pub use crate::output_log::{LogRecord, Stream};
 use crate::record::{Record, VmState};
@@ -111,14 +112,14 @@ impl Logs {
 
     /// Has the VM's process tell of output.
     fn follow(&self) -> Result<Watch, Error> {
-        match Control::connect(&self.record).and_then(Control::follow) {
+        match Control::connect(&self.record.control_endpoint()).and_then(Control::follow) {
             Ok(stream) => Ok(Watch::Process(stream)),
             // Without a process there is no more output.
-            Err(Error::NotRunning(_)) => {
+            Err(ControlError::NotRunning(_)) => {
                 self.record.wait_until_dead()?;
                 Ok(Watch::Nothing)
             }
-            Err(error) => Err(error),
+            Err(error) => Err(error.into()),
         }
     }
 

@@ -24,16 +24,15 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
-use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use self::files::{read_json, remove_tree, write_json};
 pub use self::records::{Damaged, Records};
+pub use crate::config::VmConfig;
+use crate::endpoint::Endpoint;
+pub use crate::exit::{ExitReason, ExitRecord};
 use crate::home::HomeError;
 use crate::id::VmId;
-use crate::publish::{DEFAULT_WAIT_MS, Publication};
-use crate::timings::Phase;
-use crate::workload::Workload;
 
 const CONFIG: &str = "config.json";
 const LOCK: &str = "lock";
@@ -103,107 +102,6 @@ fn io_error(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> R
     }
 }
 
-/// What a VM was started with.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct VmConfig {
-    /// Identifier.
-    pub id: VmId,
-    /// Name, unique among this user's VMs.
-    pub name: String,
-    /// The image as the caller named it.
-    pub image: String,
-    /// Digest of the image's manifest.
-    pub image_digest: String,
-    /// Nanoseconds since the Unix epoch.
-    pub created_ns: u64,
-    /// What runs.
-    pub workload: Workload,
-    /// Guest memory in bytes.
-    pub memory: u64,
-    /// Number of vCPUs.
-    pub cpus: u32,
-    /// The kernel booted.
-    pub kernel: PathBuf,
-    /// Remove the record when the VM ends.
-    pub auto_remove: bool,
-    /// Root file system without an upper layer.
-    pub read_only: bool,
-    /// Milliseconds between the stop signal and SIGKILL.
-    pub stop_timeout_ms: u64,
-    /// Ports of the guest that are published on the host, as asked for.
-    #[serde(default)]
-    pub publish: Vec<Publication>,
-    /// Milliseconds that a connection to one of them waits for somebody in the guest
-    /// to listen.
-    #[serde(default = "default_wait_ms")]
-    pub publish_wait_ms: u32,
-}
-
-/// What it was before it could be chosen.
-fn default_wait_ms() -> u32 {
-    DEFAULT_WAIT_MS
-}
-
-/// How a VM ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum ExitReason {
-    /// The workload ended by itself or by a signal.
-    Workload,
-    /// The VM never came to run its workload.
-    StartFailed,
-    /// The guest ended under the workload: panic, triple fault, reset.
-    GuestFailed,
-    /// The VM was ended from outside without waiting for the workload.
-    Destroyed,
-    /// The VMM ended without leaving word (killed, or the host went down).
-    Lost,
-    /// A reason that only a later version knows.
-    #[serde(other)]
-    Other,
-}
-
-/// What is left when a VM has ended.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ExitRecord {
-    /// Docker's exit status: the workload's own, or 125 when it is not its doing.
-    pub status: u32,
-    /// How it came to that.
-    pub reason: ExitReason,
-    /// A sentence, unless the workload ended by itself.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub message: Option<String>,
-    /// The guest's kernel killed processes for lack of memory.
-    #[serde(default)]
-    pub oom_killed: bool,
-    /// When, in nanoseconds since the Unix epoch.
-    pub finished_ns: u64,
-    /// When the workload was started, likewise; 0 if never.
-    #[serde(default)]
-    pub started_ns: u64,
-    /// Peak resident set size of the workload's main process in KiB.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub peak_rss_kib: Option<u64>,
-    /// When each phase was reached.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub phases: Vec<Phase>,
-}
-
-impl ExitRecord {
-    fn lost() -> Self {
-        Self {
-            status: 137,
-            reason: ExitReason::Lost,
-            message: Some("the VMM process ended without leaving an exit status".into()),
-            oom_killed: false,
-            finished_ns: 0,
-            started_ns: 0,
-            peak_rss_kib: None,
-            phases: Vec::new(),
-        }
-    }
-}
-
 /// Whether a VM is alive, and how it ended if not.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum VmState {
@@ -246,6 +144,16 @@ impl Record {
 
     pub(crate) fn exec_socket(&self) -> PathBuf {
         self.sockets.join("exec.sock")
+    }
+
+    /// The socket on which its VMM takes calls.
+    pub(crate) fn control_endpoint(&self) -> Endpoint {
+        Endpoint::new(self.control_socket(), &self.config.name)
+    }
+
+    /// The socket that leads to the exec server in its guest.
+    pub(crate) fn exec_endpoint(&self) -> Endpoint {
+        Endpoint::new(self.exec_socket(), &self.config.name)
     }
 
     /// Whether it runs, and how it ended if not.

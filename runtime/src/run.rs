@@ -518,7 +518,7 @@ fn spawn(
     let (mut ours, theirs) = UnixStream::pair().map_err(vmm_error)?;
     let session = ours
         .try_clone()
-        .and_then(|stream| Session::new(stream, Some(Aside::workload(record))))
+        .and_then(|stream| Session::new(stream, Some(Aside::workload(record.control_endpoint()))))
         .map_err(vmm_error)?;
     let child = Command::new(&program.path)
         .arg0("sm-vmm")

@@ -16,11 +16,12 @@ use sm_guest_proto::PROTOCOL_VERSION;
 use sm_guest_proto::exec::{ExecControl, ExecReply, Hello};
 use sm_guest_proto::frame::{self, BULK_PAYLOAD, FrameHeader, FrameType, HEADER_LEN};
 
-use crate::Error;
 use crate::control::Control;
+use crate::control_error::ControlError;
+use crate::endpoint::Endpoint;
+use crate::exit::ExitRecord;
 use crate::launch::ControlCall;
 use crate::launch::{Report, Testimony};
-use crate::record::{ExitRecord, Record};
 use crate::timed::{Until, connect_until};
 use crate::timings::Phase;
 
@@ -76,10 +77,14 @@ impl Session {
         })
     }
 
-    /// A session with the workload of a VM.
-    pub(crate) fn attach(record: &Record, control: Control, stdin: bool) -> Result<Self, Error> {
+    /// A session with the workload of the VM at `endpoint`, over a connection to it.
+    pub(crate) fn attach(
+        endpoint: Endpoint,
+        control: Control,
+        stdin: bool,
+    ) -> Result<Self, ControlError> {
         let stream = control.attach(stdin)?;
-        Self::new(stream, Some(Aside::workload(record))).map_err(|source| Error::Vmm {
+        Self::new(stream, Some(Aside::workload(endpoint))).map_err(|source| ControlError::Io {
             operation: "talk to the VM's process",
             source,
         })
@@ -153,10 +158,8 @@ fn control_event(payload: &[u8]) -> Option<Event<'static>> {
     match serde_json::from_slice(payload) {
         Ok(ExecReply::Started { pid }) => Some(Event::Started { pid }),
         Ok(ExecReply::Hello(_)) => None,
-        Err(error) => {
-            tracing::debug!(%error, "skipped a message of another version");
-            None
-        }
+        // A message of another version is skipped.
+        Err(_) => None,
     }
 }
 
@@ -184,7 +187,7 @@ fn read_exact_or_end(reader: &mut impl io::Read, buffer: &mut [u8]) -> io::Resul
 /// the command does not read.
 #[derive(Debug)]
 pub(crate) struct Aside {
-    record: Record,
+    endpoint: Endpoint,
     command: Command,
 }
 
@@ -197,16 +200,18 @@ enum Command {
 }
 
 impl Aside {
-    pub(crate) fn workload(record: &Record) -> Self {
+    /// The way to the workload of a VM: its control socket.
+    pub(crate) fn workload(control: Endpoint) -> Self {
         Self {
-            record: record.clone(),
+            endpoint: control,
             command: Command::Workload,
         }
     }
 
-    pub(crate) fn exec(record: &Record) -> Self {
+    /// The way to a command beside it: the VM's exec socket.
+    pub(crate) fn exec(exec: Endpoint) -> Self {
         Self {
-            record: record.clone(),
+            endpoint: exec,
             command: Command::Exec(AtomicU32::new(0)),
         }
     }
@@ -216,7 +221,7 @@ impl Aside {
     fn signal(&self, signal: u8) -> io::Result<bool> {
         let pid = match &self.command {
             Command::Workload => {
-                return Control::connect(&self.record)
+                return Control::connect(&self.endpoint)
                     .and_then(|mut control| control.call(&ControlCall::Signal { signal }))
                     .map(|_| true)
                     .map_err(io::Error::other);
@@ -227,7 +232,7 @@ impl Aside {
             return Ok(false);
         }
         let deadline = Instant::now() + SIGNAL_TIMEOUT;
-        let stream = connect_until(&self.record.exec_socket(), deadline)?;
+        let stream = connect_until(&self.endpoint.socket, deadline)?;
         let mut until = Until {
             stream: &stream,
             deadline: Some(deadline),

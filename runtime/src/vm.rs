@@ -194,15 +194,17 @@ impl Vm {
     /// # Errors
     /// It is not running.
     pub fn attach(&self, stdin: bool) -> Result<Session, Error> {
-        Session::attach(&self.record, self.control()?, stdin)
+        let control = self.control()?;
+        let endpoint = self.record.control_endpoint();
+        Ok(Session::attach(endpoint, control, stdin)?)
     }
 
     fn control(&self) -> Result<Control, Error> {
-        Control::connect(&self.record)
+        Ok(Control::connect(&self.record.control_endpoint())?)
     }
 
     fn call(&self, call: &ControlCall) -> Result<ControlAnswer, Error> {
-        self.control()?.call(call)
+        Ok(self.control()?.call(call)?)
     }
 
     /// Whether it runs, and how it ended if not.
@@ -275,7 +277,7 @@ impl Vm {
         let grace_ms = grace.map(|grace| u64::try_from(grace.as_millis()).unwrap_or(u64::MAX));
         let mut control = match self.control() {
             Ok(control) => control,
-            Err(Error::NotRunning(_)) => return self.ended_or(crate::control::not_running),
+            Err(Error::NotRunning(_)) => return self.ended_or(Error::not_running),
             Err(error) => return Err(error),
         };
         control.call(&ControlCall::Stop { grace_ms })?;
@@ -331,7 +333,8 @@ impl Vm {
     /// # Errors
     /// It does not run, or was started in another way.
     pub fn reset(&self) -> Result<(), Error> {
-        self.control()?.call_and_wait(&ControlCall::Reset).map(drop)
+        self.control()?.call_and_wait(&ControlCall::Reset)?;
+        Ok(())
     }
 
     /// Usage figures of the guest.
@@ -482,9 +485,9 @@ impl SignalSender {
     /// # Errors
     /// The workload is not running.
     pub fn send(&self, signal: u8) -> Result<(), Error> {
-        Control::connect(&self.record)?
-            .call(&ControlCall::Signal { signal })
-            .map(drop)
+        let mut control = Control::connect(&self.record.control_endpoint())?;
+        control.call(&ControlCall::Signal { signal })?;
+        Ok(())
     }
 
     /// Asks the workload to end: its stop signal, then SIGKILL after `grace`.
@@ -494,11 +497,11 @@ impl SignalSender {
     /// The VM is not running.
     pub fn stop(&self, grace: Duration) -> Result<(), Error> {
         let grace_ms = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);
-        Control::connect(&self.record)?
-            .call(&ControlCall::Stop {
-                grace_ms: Some(grace_ms),
-            })
-            .map(drop)
+        let mut control = Control::connect(&self.record.control_endpoint())?;
+        control.call(&ControlCall::Stop {
+            grace_ms: Some(grace_ms),
+        })?;
+        Ok(())
     }
 }
 

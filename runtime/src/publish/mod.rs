@@ -9,7 +9,6 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
-use sm_frontends::FrontendStats;
 
 pub use self::ports::Ports;
 pub use self::tls::TlsEnd;
@@ -28,7 +27,7 @@ pub struct PublishedPort {
     pub connections: PortStats,
 }
 
-/// See [`sm_frontends::FrontendStats`].
+/// What the clients of a published port did, as the frontends of `sm-frontends` count it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PortStats {
     /// Connections led to the guest.
@@ -47,20 +46,6 @@ pub struct PortStats {
     pub from_guest: u64,
 }
 
-impl From<FrontendStats> for PortStats {
-    fn from(stats: FrontendStats) -> Self {
-        Self {
-            accepted: stats.accepted,
-            active: stats.active,
-            refused: stats.refused,
-            evicted: stats.evicted,
-            unanswered: stats.unanswered,
-            to_guest: stats.to_guest,
-            from_guest: stats.from_guest,
-        }
-    }
-}
-
 /// Where the host listens for a guest's port.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -72,10 +57,10 @@ pub enum HostEnd {
     /// A unix socket, which only this user can use.
     Unix(PathBuf),
     /// A unix socket on which a router hands accepted connections over; see
-    /// [`sm_frontends::HandoffFrontend`].
+    /// `HandoffFrontend` of `sm-frontends`.
     Handoff(PathBuf),
     /// A unix socket on which any vsock port of the guest can be asked for; see
-    /// [`sm_frontends::HybridFrontend`].
+    /// `HybridFrontend` of `sm-frontends`.
     Hybrid(PathBuf),
 }
 

@@ -1,5 +1,6 @@
 use super::*;
 use crate::home::Home;
+use crate::workload::Workload;
 
 struct Fixture {
     _dir: tempfile::TempDir,

@@ -9,13 +9,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use sm_devices_vsock::MuxerHandle;
 use sm_event_loop::EventLoopHandle;
 use sm_frontends::{
-    FrontendHandle, HandoffFrontend, HybridFrontend, Limit, Target, TcpFrontend, TlsFrontend,
-    TlsIdentity, UnixFrontend,
+    FrontendHandle, FrontendStats, HandoffFrontend, HybridFrontend, Limit, Target, TcpFrontend,
+    TlsFrontend, TlsIdentity, UnixFrontend,
 };
 use sm_guest_proto::forward::ForwardHeader;
 
 use crate::causes::with_causes;
-use crate::publish::{HostEnd, Publication, PublishedPort, TlsEnd};
+use crate::publish::{HostEnd, PortStats, Publication, PublishedPort, TlsEnd};
 use crate::record::VmConfig;
 
 /// What listeners of a machine are made with.
@@ -65,7 +65,7 @@ impl Published {
             .iter()
             .map(|(handle, publication)| PublishedPort {
                 publication: publication.clone(),
-                connections: handle.stats().into(),
+                connections: port_stats(handle.stats()),
             });
         ports.collect()
     }
@@ -93,6 +93,19 @@ impl Published {
             });
         }
         !busy.is_empty()
+    }
+}
+
+/// The counts of a frontend, for clients.
+fn port_stats(stats: FrontendStats) -> PortStats {
+    PortStats {
+        accepted: stats.accepted,
+        active: stats.active,
+        refused: stats.refused,
+        evicted: stats.evicted,
+        unanswered: stats.unanswered,
+        to_guest: stats.to_guest,
+        from_guest: stats.from_guest,
     }
 }
 

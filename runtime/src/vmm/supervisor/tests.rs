@@ -482,7 +482,7 @@ impl Fixture {
     }
 
     fn control(&self) -> Control {
-        Control::connect(&self.record).unwrap()
+        Control::connect(&self.record.control_endpoint()).unwrap()
     }
 
     fn finish(&mut self) {

@@ -145,7 +145,7 @@ fn a_client_that_attaches_later_sees_output_from_then_on() {
         [""; 0],
         "a launcher that does not attach is let go"
     );
-    f.launcher = Some(Session::attach(&f.record, f.control(), false).unwrap());
+    f.launcher = Some(Session::attach(f.record.control_endpoint(), f.control(), false).unwrap());
     main.send(FrameType::Stdout, b"late");
     main.exit(0);
     assert_eq!(f.events(), ["out late", "exit 0", "ended 0"]);
