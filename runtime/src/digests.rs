@@ -91,7 +91,7 @@ fn read(entry: &Path) -> Option<String> {
 /// In one step: a reader sees all of it or nothing.
 fn write(directory: &Path, entry: &Path, digest: &str) -> io::Result<()> {
     fs::create_dir_all(directory)?;
-    let random = crate::id::hex(&crate::id::random::<8>());
+    let random = sm_control::id::hex(&sm_control::id::random::<8>());
     let draft = directory.join(format!(".{random}"));
     fs::write(&draft, digest)?;
     fs::rename(&draft, entry).inspect_err(|_| {

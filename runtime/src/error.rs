@@ -3,12 +3,12 @@
 use std::io;
 use std::path::PathBuf;
 
+use sm_control::ControlError;
+use sm_control::workload::WorkloadError;
 use thiserror::Error;
 
-use crate::control_error::ControlError;
 use crate::home::HomeError;
 use crate::record::{Record, RecordError};
-use crate::workload::WorkloadError;
 
 /// Why an operation of this crate failed.
 #[derive(Debug, Error)]
@@ -96,6 +96,11 @@ impl From<ControlError> for Error {
             ControlError::NotRunning(name) => Self::NotRunning(name),
             ControlError::Refused(text) => Self::Refused(text),
             ControlError::Io { operation, source } => Self::Vmm { operation, source },
+            // A kind of failure that this version does not know apart.
+            other => Self::Vmm {
+                operation: "talk to the VM's process",
+                source: io::Error::other(other),
+            },
         }
     }
 }

@@ -4,17 +4,17 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
+use sm_control::Control;
+use sm_control::launch::{ControlAnswer, ControlCall, Stage};
+use sm_control::session::{Aside, Output, Session};
+use sm_control::timed::{connect_until, timed_out};
+use sm_control::workload::merge_env;
 use sm_guest_proto::PROTOCOL_VERSION;
 use sm_guest_proto::exec::{ExecControl, ExecRequest, Hello, Role, StageFile};
 use sm_guest_proto::frame::FrameType;
 
 use crate::Error;
-use crate::control::Control;
-use crate::launch::{ControlAnswer, ControlCall, Stage};
 use crate::record::Record;
-use crate::session::{Aside, Output, Session};
-use crate::timed::{connect_until, timed_out};
-use crate::workload::merge_env;
 
 /// How long a VMM may take to have room for another exec.
 const EXEC_TIMEOUT: Duration = Duration::from_secs(10);

@@ -21,44 +21,46 @@
 //! ```
 #![warn(missing_docs)]
 
-mod causes;
-mod config;
-mod control;
-mod control_error;
 mod digests;
 pub mod doctor;
-mod endpoint;
 mod error;
 pub mod exec;
-mod exit;
-mod fdpass;
 mod guest_agent;
 pub mod home;
-pub mod id;
 pub mod image;
 mod initramfs;
 pub mod kernel;
-mod launch;
 pub mod logs;
 mod output_log;
-pub mod publish;
 mod reaper;
 pub mod record;
 pub mod run;
-pub mod session;
-pub mod signal;
 pub mod snapshots;
-mod timed;
-pub mod timings;
 mod vm;
 mod vmm;
-pub mod workload;
 
 pub use error::Error;
 pub use image::Image;
-pub use launch::{Paging, SnapshotReport, Stage, StageTimes, Status};
-pub use publish::Publication;
 pub use run::RunOptions;
+pub use sm_control::launch::{Paging, SnapshotReport, Stage, StageTimes, Status};
+pub use sm_control::publish::{self, Publication};
+pub use sm_control::{signal, timings};
 pub use snapshots::Snapshot;
 pub use vm::{Inspection, SignalSender, StateView, Vm};
 pub use vmm::run_vmm_if_asked;
+
+/// Identifiers and names of virtual machines.
+pub mod id {
+    pub use sm_control::id::{SHORT_LEN, VmId, is_valid_name};
+}
+
+/// A caller's connection to a command in a guest: the workload, or an exec.
+pub mod session {
+    pub use sm_control::session::{Event, Output, Session, SessionWriter, Stdin};
+}
+
+/// What a virtual machine runs: an image's defaults merged with what the
+/// caller asks for, by Docker's rules.
+pub mod workload {
+    pub use sm_control::workload::{ImageDefaults, Overrides, Rlimit, Workload, WorkloadError};
+}

@@ -8,11 +8,9 @@ use std::os::unix::net::UnixStream;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::inotify;
 use rustix::io::Errno;
+use sm_control::{Control, ControlError, with_causes};
 
 use crate::Error;
-use crate::causes::with_causes;
-use crate::control::Control;
-use crate::control_error::ControlError;
 use crate::output_log::LogReader;
 pub use crate::output_log::{LogRecord, Stream};
 use crate::record::{Record, VmState};
@@ -30,7 +28,7 @@ pub struct Logs {
 enum Watch {
     /// The record's directory, by inotify.
     Directory(OwnedFd),
-    /// The VM's process, by [`crate::launch::ControlCall::Follow`].
+    /// The VM's process, by [`sm_control::launch::ControlCall::Follow`].
     Process(UnixStream),
     /// The VM has ended.
     Nothing,

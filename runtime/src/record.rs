@@ -24,15 +24,15 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
+use sm_control::Endpoint;
+pub use sm_control::config::VmConfig;
+pub use sm_control::exit::{ExitReason, ExitRecord};
+use sm_control::id::VmId;
 use thiserror::Error;
 
 use self::files::{read_json, remove_tree, write_json};
 pub use self::records::{Damaged, Records};
-pub use crate::config::VmConfig;
-use crate::endpoint::Endpoint;
-pub use crate::exit::{ExitReason, ExitRecord};
 use crate::home::HomeError;
-use crate::id::VmId;
 
 const CONFIG: &str = "config.json";
 const LOCK: &str = "lock";

@@ -10,23 +10,24 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use sm_control::fdpass;
+use sm_control::id::VmId;
+use sm_control::launch::{DiskSegment, LaunchRequest, Origin, Paging, Report};
+use sm_control::publish::{DEFAULT_WAIT_MS, Publication};
+use sm_control::session::{Aside, Event, Session};
+use sm_control::timed::Until;
+use sm_control::timings::Phase;
+use sm_control::workload::{Overrides, Workload};
 use sm_guest_proto::forward::MAX_WAIT_MS;
 use sm_guest_proto::frame::{self, FrameHeader, FrameType, HEADER_LEN};
 
 use crate::home::Home;
-use crate::id::VmId;
 use crate::image::Image;
-use crate::launch::{DiskSegment, LaunchRequest, Origin, Paging, Report};
 use crate::output_log::unix_nanos;
-use crate::publish::{DEFAULT_WAIT_MS, Publication};
 use crate::reaper::Process;
 use crate::record::{ExitRecord, Record, Records, VMM_LOG, VmConfig};
-use crate::session::{Aside, Event, Session};
-use crate::timed::Until;
-use crate::timings::Phase;
 use crate::vm::Vm;
-use crate::workload::{Overrides, Workload};
-use crate::{Error, fdpass, kernel, vmm};
+use crate::{Error, kernel, vmm};
 
 mod witness;
 
@@ -434,7 +435,7 @@ fn launch_program(
     let mut phases = options.phases.clone();
     phases.push(Phase::now("image resolved"));
     let request = LaunchRequest {
-        version: env!("CARGO_PKG_VERSION").to_owned(),
+        version: sm_control::VERSION.to_owned(),
         data: home.data().to_owned(),
         run: home.run().to_owned(),
         cache: home.cache().to_owned(),
@@ -729,7 +730,7 @@ mod tests {
             panic!("{:?} is a VMM", program.path);
         };
         let left = !records.list().unwrap().is_empty() || has_child(&program.path);
-        (crate::causes::with_causes(&error), left)
+        (sm_control::with_causes(&error), left)
     }
 
     /// Whether this process has a child that runs `program`, or did (a zombie).

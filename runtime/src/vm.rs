@@ -5,18 +5,18 @@ use std::time::Duration;
 
 use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::Serialize;
+use sm_control::Control;
+use sm_control::launch::{ControlAnswer, ControlCall, SnapshotReport, StageTimes, Status};
+use sm_control::publish::PublishedPort;
+use sm_control::session::Session;
+use sm_control::timings::Phase;
 
 use crate::Error;
-use crate::control::Control;
 use crate::exec::ExecBuilder;
 use crate::home::Home;
-use crate::launch::{ControlAnswer, ControlCall, SnapshotReport, StageTimes, Status};
 use crate::logs::Logs;
-use crate::publish::PublishedPort;
 use crate::reaper::Process;
 use crate::record::{Damaged, ExitRecord, Record, RecordError, Records, VmConfig, VmState};
-use crate::session::Session;
-use crate::timings::Phase;
 
 mod survey;
 

@@ -3,10 +3,10 @@
 mod creation;
 
 use serde::Serialize;
+use sm_control::with_causes;
 use sm_hypervisor::kvm::Kvm;
 use sm_hypervisor::{Hypervisor as _, LinuxSupport};
 
-use crate::causes::with_causes;
 use crate::home::Home;
 use crate::record::Records;
 use crate::run::{DEFAULT_MEMORY, MIN_MEMORY};

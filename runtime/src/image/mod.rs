@@ -3,6 +3,8 @@
 mod store;
 mod users;
 
+use sm_control::launch::DiskSegment;
+use sm_control::workload::ImageDefaults;
 pub use sm_image::{
     Cancel, Config, Digest, Error as ImageError, ImageDetails, ImageSummary, ImageUsage,
     LayerDetails, LayerStep, Platform, Progress, PruneOptions, Pruned, PullOptions, Report, Usage,
@@ -17,8 +19,6 @@ pub use self::store::{
 
 use crate::Error as RuntimeError;
 use crate::home::Home;
-use crate::launch::DiskSegment;
-use crate::workload::ImageDefaults;
 
 /// How an image is got.
 #[derive(Clone, Debug, Default)]

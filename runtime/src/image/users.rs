@@ -1,11 +1,11 @@
 //! Who needs the images of a home.
 
+use sm_control::with_causes;
 use sm_image::{Digest, Users};
 use sm_snapshot::chain::Chain;
 use sm_snapshot::manifest::Layer;
 use sm_snapshot::store::{Entry, SnapshotStore};
 
-use crate::causes::with_causes;
 use crate::home::Home;
 use crate::vmm::saved;
 

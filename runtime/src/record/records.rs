@@ -7,15 +7,15 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::{FlockOperation, flock};
+use sm_control::id::{VmId, generate_name, is_valid_name};
+use sm_control::with_causes;
 
 use super::files::{dir_names, read_json, remove_tree, write_json};
 use super::{
     CONFIG, CONSOLE, EXIT, ExitRecord, LOCK, Record, RecordError, VmConfig, bury, io_error,
     try_lock,
 };
-use crate::causes::with_causes;
 use crate::home::{Home, ensure_private_dir};
-use crate::id::{VmId, generate_name, is_valid_name};
 
 /// Records being made and records being removed, which have no lock to test.
 const NEW_PREFIX: &str = ".new-";

@@ -1,6 +1,7 @@
+use sm_control::workload::Workload;
+
 use super::*;
 use crate::home::Home;
-use crate::workload::Workload;
 
 struct Fixture {
     _dir: tempfile::TempDir,

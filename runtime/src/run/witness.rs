@@ -1,10 +1,11 @@
 //! Machines that are started to tell what makes them distinct.
 
+use sm_control::launch::Testimony;
+use sm_control::session::{Event, Session};
+
 use super::{Launched, not_started, talking, vmm_died};
 use crate::Error;
-use crate::launch::Testimony;
 use crate::reaper::Process;
-use crate::session::{Event, Session};
 
 impl Launched {
     /// Follows the VMM's reports until it has told what makes the machine distinct.

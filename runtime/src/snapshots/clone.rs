@@ -3,6 +3,9 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use sm_control::id::{hex, random};
+use sm_control::launch::{Origin, SnapshotReport};
+use sm_control::workload::Overrides;
 use sm_snapshot::chain::Chain;
 use sm_snapshot::manifest::Layer;
 use sm_snapshot::store::SnapshotStore;
@@ -10,15 +13,12 @@ use sm_snapshot::store::SnapshotStore;
 use super::check_user_name;
 use crate::Error;
 use crate::home::Home;
-use crate::id::{hex, random};
 use crate::image::Image;
-use crate::launch::{Origin, SnapshotReport};
 use crate::output_log::unix_nanos;
 use crate::record::{Records, VmConfig};
 use crate::run::{self, RunOptions, Source};
 use crate::vm::Vm;
 use crate::vmm::saved::{self, Content};
-use crate::workload::Overrides;
 
 /// A snapshot of a running workload. While this value lives, the snapshot
 /// cannot be removed.
@@ -89,7 +89,7 @@ impl Snapshot {
             root: self.content.root.clone(),
             modules: None,
         };
-        let config = |id: crate::id::VmId, name| {
+        let config = |id: sm_control::id::VmId, name| {
             let mut workload = self.config.workload.clone();
             let hostname = options.overrides.hostname.as_deref();
             workload.hostname = hostname.unwrap_or(id.short()).to_owned();
@@ -304,12 +304,12 @@ mod tests {
 
     fn made_of() -> VmConfig {
         VmConfig {
-            id: crate::id::VmId::generate(),
+            id: sm_control::id::VmId::generate(),
             name: "made".into(),
             image: String::new(),
             image_digest: String::new(),
             created_ns: 0,
-            workload: crate::workload::Workload::default(),
+            workload: sm_control::workload::Workload::default(),
             memory: 1 << 30,
             cpus: 4,
             kernel: std::path::PathBuf::new(),

@@ -3,18 +3,18 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use serde::Serialize;
+use sm_control::launch::Origin;
+pub use sm_control::launch::Testimony;
+use sm_control::workload::Workload;
 use sm_snapshot::chain::Chain;
 use sm_snapshot::store::SnapshotStore;
 
 use crate::Error;
 use crate::home::Home;
-use crate::launch::Origin;
-pub use crate::launch::Testimony;
 use crate::output_log::unix_nanos;
 use crate::record::VmConfig;
 use crate::run::{self, RunOptions, Source, Witness};
 use crate::vmm::saved;
-use crate::workload::Workload;
 
 /// How far a clone's clock may be from the host's, in nanoseconds.
 const CLOCK_TOLERANCE_NS: u64 = 100_000_000;
@@ -150,7 +150,7 @@ fn ask(home: &Home, chain: &Chain) -> Result<(Testimony, Witness), Error> {
         modules: None,
     };
     let options = RunOptions::new().auto_remove(true);
-    let config = |id: crate::id::VmId, name| {
+    let config = |id: sm_control::id::VmId, name| {
         let hostname = id.short().to_owned();
         let workload = Workload {
             hostname,

@@ -7,14 +7,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use sm_control::launch::{ControlAnswer, ControlCall, Stage, Status};
+use sm_control::timed::{connect_now, connect_until};
+use sm_control::with_causes;
 use sm_guest_proto::frame::{self, FrameDecoder, FrameType};
 
 use super::{Inspection, StateView};
 use crate::Error;
-use crate::causes::with_causes;
-use crate::launch::{ControlAnswer, ControlCall, Stage, Status};
 use crate::record::{Record, RecordError, VmState};
-use crate::timed::{connect_now, connect_until};
 
 /// Connections open at the same time, of the 1024 descriptors that a process may have.
 const AT_ONCE: usize = 256;

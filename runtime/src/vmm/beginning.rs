@@ -1,5 +1,7 @@
 //! What a machine starts from: a kernel, or the snapshot that saves most work.
 
+use sm_control::launch::{LaunchRequest, Origin};
+use sm_control::with_causes;
 use sm_snapshot::cpu::CpuFeatures;
 use sm_snapshot::store::SnapshotStore;
 
@@ -7,11 +9,9 @@ use super::cache::Cache;
 use super::guest::Start;
 use super::identity::Identity;
 use super::saved::{Content, Plan, Saved};
-use crate::causes::with_causes;
 use crate::guest_agent;
 use crate::initramfs::Initramfs;
 use crate::kernel::Kernel;
-use crate::launch::{LaunchRequest, Origin};
 
 /// See the module's documentation.
 pub(crate) struct Beginning {

@@ -8,6 +8,8 @@
 
 use std::collections::BTreeMap;
 
+use sm_control::launch::LaunchRequest;
+use sm_control::with_causes;
 use sm_snapshot::Error;
 use sm_snapshot::cpu::CpuFeatures;
 use sm_snapshot::manifest::Layer;
@@ -15,9 +17,7 @@ use sm_snapshot::store::SnapshotStore;
 
 use super::identity::Identity;
 use super::saved::{Content, Plan, Saved, versions};
-use crate::causes::with_causes;
 use crate::digests::combined_digest;
-use crate::launch::LaunchRequest;
 use crate::vmm::names::{EPHEMERAL_LABEL, IMAGE_LABEL, is_automatic, is_of_fork};
 
 /// Automatic snapshots kept; beyond that, those unused for longest go.

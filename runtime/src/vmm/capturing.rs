@@ -10,6 +10,7 @@ use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use sm_control::with_causes;
 use sm_hypervisor::Hypervisor;
 use sm_snapshot::capture::{Ancestry, Capture, Captured};
 use sm_snapshot::chain::Chain;
@@ -17,7 +18,6 @@ use sm_snapshot::runs::Run;
 use sm_vmm_core::machine::Machine;
 
 use super::saved::Plan;
-use crate::causes::with_causes;
 
 /// What the memory of a machine was made from.
 #[derive(Clone, Debug, Default)]

@@ -7,13 +7,12 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use rustix::event::{EventfdFlags, eventfd};
+use sm_control::launch::{SnapshotReport, StageTimes};
+use sm_control::publish::PublishedPort;
 use sm_snapshot::Error;
 use sm_snapshot::capture::Hold;
 use sm_snapshot::manifest::Layer;
 use sm_snapshot::store::SnapshotStore;
-
-use crate::launch::{SnapshotReport, StageTimes};
-use crate::publish::PublishedPort;
 
 /// What a machine was started from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,8 +1,9 @@
 //! Guest software, by what is in it.
 
+use sm_control::launch::LaunchRequest;
+
 use crate::digests::file_digest;
 use crate::initramfs::Initramfs;
-use crate::launch::LaunchRequest;
 
 /// Digests that tell one guest software from another.
 #[derive(Clone, Debug, PartialEq, Eq)]

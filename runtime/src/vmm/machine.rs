@@ -8,6 +8,10 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
+use sm_control::id::random;
+use sm_control::launch::{DiskSegment, LaunchRequest, Origin, Paging};
+use sm_control::timings::{Phase, monotonic_ns};
+use sm_control::with_causes;
 use sm_devices_vsock::{MuxerHandle, Vsock, VsockConfig};
 use sm_event_loop::EventLoop;
 use sm_frontends::{FrontendHandle, Target, UnixFrontend};
@@ -41,13 +45,8 @@ use super::prefetch::Prefetch;
 use super::saved::{Content, Plan, Saved};
 use super::serving::{Published, Wiring};
 use super::unusable;
-use crate::causes::with_causes;
-use crate::id::random;
 use crate::initramfs::Initramfs;
-use crate::launch::Paging;
-use crate::launch::{DiskSegment, LaunchRequest, Origin};
 use crate::record::{Record, VmConfig};
-use crate::timings::{Phase, monotonic_ns};
 use crate::vmm::names::EPHEMERAL_LABEL;
 
 /// A machine that runs, with what it needs to be reached.

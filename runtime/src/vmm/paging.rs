@@ -1,5 +1,7 @@
 //! How the memory of a snapshot gets into a machine.
 
+use sm_control::launch::Paging;
+use sm_control::with_causes;
 use sm_snapshot::Error;
 use sm_snapshot::chain::Chain;
 use sm_snapshot::restore::map_memory;
@@ -9,8 +11,6 @@ use sm_vmm_core::memory::MachineMemory;
 
 use super::failure::Failure;
 use super::prefetch::Prefetch;
-use crate::causes::with_causes;
-use crate::launch::Paging;
 
 /// Does without transparent huge pages from now on, as a process that restores must:
 /// what is written once, in memory of the guest that no file has or in a stack of ours

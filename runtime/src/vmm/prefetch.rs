@@ -3,13 +3,12 @@
 
 use std::thread::JoinHandle;
 
+use sm_control::with_causes;
 use sm_snapshot::chain::Chain;
 use sm_snapshot::runs::Run;
 use sm_snapshot::store::SnapshotStore;
 use sm_snapshot::working_set::WorkingSet;
 use sm_vmm_core::memory::MachineMemory;
-
-use crate::causes::with_causes;
 
 /// What is known of a snapshot's working set.
 pub(crate) struct Prefetch {

@@ -10,6 +10,10 @@ use std::sync::atomic::AtomicBool;
 
 use rustix::fs::Mode;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use sm_control::fdpass;
+use sm_control::launch::{LaunchRequest, Report};
+use sm_control::timings::Phase;
+use sm_control::with_causes;
 use sm_guest_proto::frame::{self, ExitStatus, FrameDecoder, FrameType};
 use sm_hypervisor::Hypervisor as _;
 use sm_hypervisor::kvm::Kvm;
@@ -17,13 +21,9 @@ use sm_hypervisor::kvm::Kvm;
 use super::guest::notices;
 use super::supervisor::{Parts, Supervisor};
 use super::{descriptors, log};
-use crate::causes::with_causes;
-use crate::fdpass;
 use crate::home::Home;
-use crate::launch::{LaunchRequest, Report};
 use crate::output_log::{LogWriter, ROTATE_AT, unix_nanos};
 use crate::record::{CONSOLE, ExitReason, ExitRecord, Record, Records};
-use crate::timings::Phase;
 
 /// Runs a VM from its launch request to its end.
 pub(super) fn main() -> io::Result<()> {
@@ -116,7 +116,7 @@ fn receive_request(launcher: &UnixStream) -> io::Result<(LaunchRequest, File)> {
             return Err(bad("the launcher did not send a request"));
         }
         let request: LaunchRequest = serde_json::from_slice(frame.payload)?;
-        if request.version != env!("CARGO_PKG_VERSION") {
+        if request.version != sm_control::VERSION {
             return Err(bad("the launcher is of another version"));
         }
         return match fds.pop() {

@@ -7,6 +7,8 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use sm_control::launch::DiskSegment;
+use sm_control::with_causes;
 use sm_guest_proto::PROTOCOL_VERSION;
 use sm_snapshot::Error;
 use sm_snapshot::capture::{Capture, Captured, Description};
@@ -20,8 +22,6 @@ use sm_vmm_core::layout::{MACHINE_VERSION, SLOT_RNG, SLOT_ROOT_DISK, SLOT_VSOCK}
 use sm_vmm_core::state::MachineState;
 
 use super::identity::Identity;
-use crate::causes::with_causes;
-use crate::launch::DiskSegment;
 use crate::record::VmConfig;
 
 /// Name and layout version of the section with the machine's state. The layout is

@@ -6,6 +6,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use sm_control::publish::{HostEnd, PortStats, Publication, PublishedPort, TlsEnd};
+use sm_control::with_causes;
 use sm_devices_vsock::MuxerHandle;
 use sm_event_loop::EventLoopHandle;
 use sm_frontends::{
@@ -14,8 +16,6 @@ use sm_frontends::{
 };
 use sm_guest_proto::forward::ForwardHeader;
 
-use crate::causes::with_causes;
-use crate::publish::{HostEnd, PortStats, Publication, PublishedPort, TlsEnd};
 use crate::record::VmConfig;
 
 /// What listeners of a machine are made with.

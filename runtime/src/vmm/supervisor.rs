@@ -26,6 +26,8 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use sm_control::launch::{LaunchRequest, Report, Stage};
+use sm_control::timings::Phase;
 
 use self::clients::Client;
 use self::snapshots::{Held, SnapshotJob};
@@ -33,10 +35,8 @@ use super::agent::AgentLink;
 use super::conn::Conn;
 use super::descriptors;
 use super::guest::{Guest, Notice, NoticeReceiver};
-use crate::launch::{LaunchRequest, Report, Stage};
 use crate::output_log::LogWriter;
 use crate::record::{ExitRecord, Record};
-use crate::timings::Phase;
 
 /// Everything a supervisor is given.
 pub(crate) struct Parts<G> {

@@ -6,15 +6,15 @@ use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::PoisonError;
 
+use sm_control::id::random;
+use sm_control::launch::{SnapshotReport, StageTimes};
+use sm_control::publish::PublishedPort;
+use sm_control::with_causes;
 use sm_devices_vsock::ConnectOptions;
 use sm_snapshot::manifest::Layer;
 use sm_vmm_core::exit::ExitReason;
 
 use super::{RunningMachine, failed};
-use crate::causes::with_causes;
-use crate::id::random;
-use crate::launch::{SnapshotReport, StageTimes};
-use crate::publish::PublishedPort;
 use crate::vmm::capturing::{Capturing, Made, Origin, Told};
 use crate::vmm::guest::{
     AfterCapture, Guest, GuestEnd, Kept, Notice, SnapshotMade, SnapshotPlan, Start,

@@ -5,11 +5,11 @@ use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
 use rustix::event::PollFlags;
+use sm_control::launch::{ControlAnswer, ControlCall, LaunchRequest, Report, Stage, Status};
 use sm_guest_proto::frame::FrameType;
 
 use super::snapshots::SnapshotJob;
 use super::{Supervisor, Timer, interest};
-use crate::launch::{ControlAnswer, ControlCall, LaunchRequest, Report, Stage, Status};
 use crate::vmm::agent::Purpose;
 use crate::vmm::conn::Conn;
 use crate::vmm::guest::{Guest, Kept, SnapshotPlan};
@@ -371,7 +371,7 @@ impl<G: Guest> Supervisor<G> {
     fn signal(&mut self, signal: u8) -> ControlAnswer {
         // Nothing but this ends a workload that is held; other signals wait for it to
         // go on, as they do for a frozen process.
-        if signal == crate::signal::KILL {
+        if signal == sm_control::signal::KILL {
             self.give_up_capture();
             if let Err(error) = self.let_run() {
                 return ControlAnswer::Error(error);

@@ -3,6 +3,8 @@
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use sm_control::id::{hex, random};
+use sm_control::launch::{ControlAnswer, Origin, Report, Stage, Testimony};
 use sm_guest_proto::control::{AttachRoot, ControlReply, ControlRequest, Refresh, Upper};
 use sm_guest_proto::exec::{ExecControl, ExecReply, Hello};
 use sm_guest_proto::frame::{self, FrameType};
@@ -11,8 +13,6 @@ use sm_snapshot::manifest::Layer;
 
 use super::snapshots::Held;
 use super::{Supervisor, Timer, printable};
-use crate::id::{hex, random};
-use crate::launch::{ControlAnswer, Origin, Report, Stage, Testimony};
 use crate::output_log::unix_nanos;
 use crate::vmm::agent::{AgentLink, Purpose};
 use crate::vmm::conn::Conn;
@@ -272,7 +272,7 @@ impl<G: Guest> Supervisor<G> {
             return;
         };
         let after_init = ready_us.saturating_sub(init_us).saturating_mul(1000);
-        let phase = crate::timings::Phase {
+        let phase = sm_control::timings::Phase {
             name: "kernel reached init".to_owned(),
             at_ns: at_ns.saturating_sub(after_init),
         };

@@ -1,10 +1,10 @@
 //! The workload's output: to the log, and to the clients that are attached.
 
+use sm_control::launch::{ControlAnswer, Report};
 use sm_guest_proto::frame::FrameType;
 
 use super::Supervisor;
 use super::clients::Role;
-use crate::launch::{ControlAnswer, Report};
 use crate::output_log::Stream;
 use crate::vmm::guest::Guest;
 

@@ -12,12 +12,12 @@
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
+use sm_control::launch::{ControlAnswer, SnapshotReport, Stage};
 use sm_guest_proto::control::{ControlReply, ControlRequest};
 use sm_guest_proto::port;
 use sm_snapshot::manifest::Layer;
 
 use super::{Supervisor, Timer, printable};
-use crate::launch::{ControlAnswer, SnapshotReport, Stage};
 use crate::vmm::agent::Purpose;
 use crate::vmm::guest::{AfterCapture, Guest, SnapshotMade, SnapshotPlan, Start};
 

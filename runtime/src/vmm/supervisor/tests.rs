@@ -18,6 +18,10 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 
 use rustix::event::{EventfdFlags, eventfd};
+use sm_control::Control;
+use sm_control::launch::{ControlAnswer, ControlCall, Origin, SnapshotReport};
+use sm_control::session::{Event, Session};
+use sm_control::workload::Workload;
 use sm_guest_proto::control::{AgentHello, ControlReply, ControlRequest, GuestStats, Refreshed};
 use sm_guest_proto::exec::{ExecControl, ExecReply, ExecRequest, Hello, Role};
 use sm_guest_proto::frame::{self, ExitStatus, FrameHeader, FrameType, HEADER_LEN};
@@ -25,16 +29,12 @@ use sm_guest_proto::{PROTOCOL_VERSION, port};
 use sm_snapshot::manifest::Layer;
 
 use super::*;
-use crate::control::Control;
 use crate::home::Home;
-use crate::launch::{ControlAnswer, ControlCall, Origin, SnapshotReport};
 use crate::output_log::LogReader;
 use crate::record::{ExitReason, Records, VmConfig, VmState};
-use crate::session::{Event, Session};
 use crate::vmm::guest::{
     AfterCapture, GuestEnd, NoticeSender, SnapshotMade, SnapshotPlan, Start, notices,
 };
-use crate::workload::Workload;
 
 /// A machine without a guest: streams to it go to the test.
 struct FakeGuest {
@@ -138,7 +138,7 @@ impl Guest for FakeGuest {
     fn console_tail(&self, _lines: usize) -> String {
         self.state.console.lock().unwrap().clone()
     }
-    fn published(&self) -> Vec<crate::publish::PublishedPort> {
+    fn published(&self) -> Vec<sm_control::publish::PublishedPort> {
         Vec::new()
     }
     fn close_published(&mut self) {

@@ -10,7 +10,7 @@ pub(super) fn ask_for_snapshot(
     f: &Fixture,
     name: &str,
     stop: bool,
-) -> std::thread::JoinHandle<Result<ControlAnswer, crate::control_error::ControlError>> {
+) -> std::thread::JoinHandle<Result<ControlAnswer, sm_control::ControlError>> {
     let mut control = f.control();
     let call = ControlCall::Snapshot {
         name: name.to_owned(),

@@ -12,7 +12,11 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connec
 const SHORTEST: Duration = Duration::from_millis(1);
 
 /// Connects to the socket at `path`, waiting for room in its backlog until `deadline`.
-pub(crate) fn connect_until(path: &Path, deadline: Instant) -> io::Result<UnixStream> {
+///
+/// # Errors
+/// Nothing listens there (`NotFound`, `ConnectionRefused`), or there was no room
+/// (`TimedOut`).
+pub fn connect_until(path: &Path, deadline: Instant) -> io::Result<UnixStream> {
     let address = SocketAddrUnix::new(path)?;
     let flags = SocketFlags::CLOEXEC;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
@@ -32,7 +36,10 @@ pub(crate) fn connect_until(path: &Path, deadline: Instant) -> io::Result<UnixSt
 
 /// Connects to the socket at `path`, if there is room in its backlog; the stream does
 /// not block.
-pub(crate) fn connect_now(path: &Path) -> io::Result<UnixStream> {
+///
+/// # Errors
+/// As [`connect_until`], without waiting.
+pub fn connect_now(path: &Path) -> io::Result<UnixStream> {
     let address = SocketAddrUnix::new(path)?;
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
@@ -53,9 +60,11 @@ fn remaining(deadline: Instant) -> io::Result<Duration> {
 /// A stream whose reads and writes fail with `TimedOut` once a deadline has passed;
 /// without a deadline they wait as long as it takes.
 #[derive(Debug)]
-pub(crate) struct Until<'a> {
-    pub(crate) stream: &'a UnixStream,
-    pub(crate) deadline: Option<Instant>,
+pub struct Until<'a> {
+    /// The stream. Its timeouts are changed.
+    pub stream: &'a UnixStream,
+    /// When reads and writes fail.
+    pub deadline: Option<Instant>,
 }
 
 impl Until<'_> {
@@ -64,8 +73,9 @@ impl Until<'_> {
     }
 }
 
-/// The error of a socket timeout, by its name.
-pub(crate) fn timed_out(error: io::Error) -> io::Error {
+/// Returns the error of a socket timeout by its name: `TimedOut` for `WouldBlock`.
+#[must_use]
+pub fn timed_out(error: io::Error) -> io::Error {
     match error.kind() {
         io::ErrorKind::WouldBlock => io::ErrorKind::TimedOut.into(),
         _ => error,

@@ -31,19 +31,19 @@ pub enum Paging {
 
 /// A piece of the root disk: bytes of one file, in disk order.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct DiskSegment {
+pub struct DiskSegment {
     /// The file; opened read-only by the VMM.
-    pub(crate) path: PathBuf,
+    pub path: PathBuf,
     /// First byte.
-    pub(crate) offset: u64,
+    pub offset: u64,
     /// Length in bytes.
-    pub(crate) len: u64,
+    pub len: u64,
 }
 
 /// What a machine starts from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(crate) enum Origin {
+pub enum Origin {
     /// Its kernel, and the best snapshot of it that there is.
     Image,
     /// Its kernel, and no snapshot; nor is one made.
@@ -57,52 +57,52 @@ pub(crate) enum Origin {
 /// The launcher's first message (a REQUEST frame), accompanied by the record's
 /// lock as a file descriptor.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(crate) struct LaunchRequest {
+pub struct LaunchRequest {
     /// Version of the sender's crate; refused when it differs.
-    pub(crate) version: String,
+    pub version: String,
     /// The caller's directory of data that outlives a reboot: records and images.
-    pub(crate) data: PathBuf,
+    pub data: PathBuf,
     /// The caller's directory of sockets.
-    pub(crate) run: PathBuf,
+    pub run: PathBuf,
     /// The caller's directory of what may be deleted at any time.
-    pub(crate) cache: PathBuf,
+    pub cache: PathBuf,
     /// The VM.
-    pub(crate) config: VmConfig,
+    pub config: VmConfig,
     /// Directory of the kernel's modules, if it comes with any.
-    pub(crate) modules: Option<PathBuf>,
+    pub modules: Option<PathBuf>,
     /// Words added to the kernel's command line.
-    pub(crate) cmdline: String,
+    pub cmdline: String,
     /// What the machine starts from.
-    pub(crate) origin: Origin,
+    pub origin: Origin,
     /// How the memory of a snapshot gets into it.
-    pub(crate) paging: Paging,
+    pub paging: Paging,
     /// The root disk.
-    pub(crate) root: Vec<DiskSegment>,
+    pub root: Vec<DiskSegment>,
     /// Size limit of the writable layer in bytes; 0 for half of guest memory.
-    pub(crate) upper_size: u64,
+    pub upper_size: u64,
     /// Size of `/dev/shm` in bytes; 0 for the default.
-    pub(crate) shm_size: u64,
+    pub shm_size: u64,
     /// Lines for `/etc/hosts`.
-    pub(crate) extra_hosts: Vec<(String, String)>,
+    pub extra_hosts: Vec<(String, String)>,
     /// Name servers.
-    pub(crate) nameservers: Vec<String>,
+    pub nameservers: Vec<String>,
     /// The launcher stays attached to the workload.
-    pub(crate) attach: bool,
+    pub attach: bool,
     /// Terminal size, when on a terminal.
-    pub(crate) columns: u16,
+    pub columns: u16,
     /// Likewise.
-    pub(crate) rows: u16,
+    pub rows: u16,
     /// How long guest and agent may take until the workload runs.
-    pub(crate) start_timeout_ms: u64,
+    pub start_timeout_ms: u64,
     /// Phases reached before the VMM was started.
-    pub(crate) phases: Vec<Phase>,
+    pub phases: Vec<Phase>,
 }
 
 /// What the VMM reports on the launch stream (CONTROL frames), and to
 /// attached clients.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(crate) enum Report {
+pub enum Report {
     /// The program that was started is a VMM. The first message.
     Hello,
     /// A phase is complete.
@@ -124,7 +124,7 @@ pub(crate) enum Report {
 /// [`ControlAnswer`] (CONTROL frame).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(crate) enum ControlCall {
+pub enum ControlCall {
     /// What the VM is doing.
     Status,
     /// Become a client of the workload: after the answer, the connection
@@ -179,7 +179,7 @@ pub(crate) enum ControlCall {
 /// The answer to a [`ControlCall`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(crate) enum ControlAnswer {
+pub enum ControlAnswer {
     /// Done, or begun.
     Done,
     /// Answer to [`ControlCall::Status`].

@@ -4,16 +4,16 @@ use std::path::PathBuf;
 
 /// A socket of a VM, and the name by which messages call that VM.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Endpoint {
+pub struct Endpoint {
     /// Path of the unix socket.
-    pub(crate) socket: PathBuf,
+    pub socket: PathBuf,
     /// Name of the VM.
-    pub(crate) name: String,
+    pub name: String,
 }
 
 impl Endpoint {
     /// The socket at `socket`, of the VM called `name`.
-    pub(crate) fn new(socket: impl Into<PathBuf>, name: impl Into<String>) -> Self {
+    pub fn new(socket: impl Into<PathBuf>, name: impl Into<String>) -> Self {
         Self {
             socket: socket.into(),
             name: name.into(),

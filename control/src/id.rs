@@ -14,7 +14,8 @@ pub struct VmId(String);
 
 impl VmId {
     /// A fresh identifier from the system's random source.
-    pub(crate) fn generate() -> Self {
+    #[must_use]
+    pub fn generate() -> Self {
         Self(hex(&random::<32>()))
     }
 
@@ -49,7 +50,8 @@ impl fmt::Display for VmId {
 ///
 /// The kernel's generator cannot fail once it is seeded, and the call waits
 /// until then; a system without it gets a UUID-derived value instead.
-pub(crate) fn random<const N: usize>() -> [u8; N] {
+#[must_use]
+pub fn random<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];
     let mut filled = 0;
     while let Some(rest) = bytes.get_mut(filled..).filter(|rest| !rest.is_empty()) {
@@ -68,7 +70,8 @@ pub(crate) fn random<const N: usize>() -> [u8; N] {
 }
 
 /// Lower-case hexadecimal digits of `bytes`.
-pub(crate) fn hex(bytes: &[u8]) -> String {
+#[must_use]
+pub fn hex(bytes: &[u8]) -> String {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
     let digit = |nibble: u8| char::from(DIGITS[usize::from(nibble & 15)]);
     bytes
@@ -89,7 +92,8 @@ pub fn is_valid_name(name: &str) -> bool {
 
 /// A name such as `quiet_heron`; `attempt` > 0 adds a number so that a crowded
 /// listing still finds a free one.
-pub(crate) fn generate_name(attempt: u32) -> String {
+#[must_use]
+pub fn generate_name(attempt: u32) -> String {
     let [a, b, c, d] = random::<4>();
     let pick = |list: &[&'static str], high: u8, low: u8| {
         let index = usize::from(u16::from_be_bytes([high, low]));

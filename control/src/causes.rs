@@ -1,7 +1,9 @@
 //! Errors in words.
 
-/// An error and its causes in one sentence.
-pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
+/// An error and its causes in one sentence. A cause with the text of the error before
+/// it is left out.
+#[must_use]
+pub fn with_causes(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut last = text.clone();
     let mut source = error.source();

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use sm_guest_proto::frame::{self, FrameHeader, FrameType, HEADER_LEN};
 
-use crate::control_error::ControlError;
 use crate::endpoint::Endpoint;
+use crate::error::ControlError;
 use crate::launch::{ControlAnswer, ControlCall};
 use crate::timed::{Until, connect_until};
 
@@ -16,7 +16,7 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A connection to a VMM.
 #[derive(Debug)]
-pub(crate) struct Control {
+pub struct Control {
     stream: UnixStream,
 }
 
@@ -25,8 +25,12 @@ fn vmm(operation: &'static str) -> impl FnOnce(io::Error) -> ControlError {
 }
 
 impl Control {
-    /// Connects to the VMM that listens on `endpoint`.
-    pub(crate) fn connect(endpoint: &Endpoint) -> Result<Self, ControlError> {
+    /// Connects to the VMM that listens on `endpoint`, waiting at most 10 s for room in
+    /// its backlog.
+    ///
+    /// # Errors
+    /// The VM is not running, or its process cannot be connected to.
+    pub fn connect(endpoint: &Endpoint) -> Result<Self, ControlError> {
         Self::connect_until(endpoint, Instant::now() + ANSWER_TIMEOUT)
     }
 
@@ -45,8 +49,11 @@ impl Control {
         }
     }
 
-    /// Makes a call that is answered at once.
-    pub(crate) fn call(&mut self, call: &ControlCall) -> Result<ControlAnswer, ControlError> {
+    /// Makes a call that is answered at once: within 10 s.
+    ///
+    /// # Errors
+    /// The VM refuses, or its process cannot be talked to.
+    pub fn call(&mut self, call: &ControlCall) -> Result<ControlAnswer, ControlError> {
         self.send(call)
             .and_then(|()| self.receive(Some(Instant::now() + ANSWER_TIMEOUT)))
             .map_err(vmm("talk to the VM's process"))
@@ -54,10 +61,10 @@ impl Control {
     }
 
     /// Makes a call whose answer takes as long as it takes.
-    pub(crate) fn call_and_wait(
-        &mut self,
-        call: &ControlCall,
-    ) -> Result<ControlAnswer, ControlError> {
+    ///
+    /// # Errors
+    /// As [`Self::call`].
+    pub fn call_and_wait(&mut self, call: &ControlCall) -> Result<ControlAnswer, ControlError> {
         self.send(call)
             .and_then(|()| self.receive(None))
             .map_err(vmm("talk to the VM's process"))
@@ -89,8 +96,12 @@ impl Control {
         Ok(serde_json::from_slice(&payload)?)
     }
 
-    /// The connection itself, which is a client of the workload from now on.
-    pub(crate) fn attach(mut self, stdin: bool) -> Result<UnixStream, ControlError> {
+    /// The connection itself, which is a client of the workload from now on; with
+    /// `stdin`, frames of input may be sent on it.
+    ///
+    /// # Errors
+    /// As [`Self::call`].
+    pub fn attach(mut self, stdin: bool) -> Result<UnixStream, ControlError> {
         self.call(&ControlCall::Attach { stdin })?;
         self.stream
             .set_read_timeout(None)
@@ -102,7 +113,10 @@ impl Control {
     /// Makes the connection one that hears of output. Its own stream says nothing
     /// else: whatever arrives means that there may be more to read, and its end that
     /// the VM has ended or is about to.
-    pub(crate) fn follow(mut self) -> Result<UnixStream, ControlError> {
+    ///
+    /// # Errors
+    /// As [`Self::call`].
+    pub fn follow(mut self) -> Result<UnixStream, ControlError> {
         self.call(&ControlCall::Follow)?;
         self.stream
             .set_read_timeout(None)
@@ -111,7 +125,10 @@ impl Control {
     }
 
     /// Process identifier of the VMM, as the kernel knows it.
-    pub(crate) fn peer_pid(&self) -> io::Result<rustix::process::Pid> {
+    ///
+    /// # Errors
+    /// The kernel does not tell.
+    pub fn peer_pid(&self) -> io::Result<rustix::process::Pid> {
         Ok(rustix::net::sockopt::socket_peercred(&self.stream)?.pid)
     }
 }

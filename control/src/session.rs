@@ -17,11 +17,10 @@ use sm_guest_proto::exec::{ExecControl, ExecReply, Hello};
 use sm_guest_proto::frame::{self, BULK_PAYLOAD, FrameHeader, FrameType, HEADER_LEN};
 
 use crate::control::Control;
-use crate::control_error::ControlError;
 use crate::endpoint::Endpoint;
+use crate::error::ControlError;
 use crate::exit::ExitRecord;
-use crate::launch::ControlCall;
-use crate::launch::{Report, Testimony};
+use crate::launch::{ControlCall, Report, Testimony};
 use crate::timed::{Until, connect_until};
 use crate::timings::Phase;
 
@@ -63,8 +62,11 @@ pub struct Session {
 }
 
 impl Session {
-    /// A session on `stream`; signals to its command go by `aside`.
-    pub(crate) fn new(stream: UnixStream, aside: Option<Aside>) -> io::Result<Self> {
+    /// A session on `stream`; signals to its command go by `aside`, else by the stream.
+    ///
+    /// # Errors
+    /// The stream's descriptor cannot be duplicated.
+    pub fn new(stream: UnixStream, aside: Option<Aside>) -> io::Result<Self> {
         let writer = SessionWriter {
             stream: Arc::new(Mutex::new(stream.try_clone()?)),
             hang_up: Arc::new(stream.try_clone()?),
@@ -77,12 +79,12 @@ impl Session {
         })
     }
 
-    /// A session with the workload of the VM at `endpoint`, over a connection to it.
-    pub(crate) fn attach(
-        endpoint: Endpoint,
-        control: Control,
-        stdin: bool,
-    ) -> Result<Self, ControlError> {
+    /// A session with the workload of the VM at `endpoint`, over a connection to it;
+    /// with `stdin`, frames of input are sent, too.
+    ///
+    /// # Errors
+    /// The VM refuses, or its process cannot be talked to.
+    pub fn attach(endpoint: Endpoint, control: Control, stdin: bool) -> Result<Self, ControlError> {
         let stream = control.attach(stdin)?;
         Self::new(stream, Some(Aside::workload(endpoint))).map_err(|source| ControlError::Io {
             operation: "talk to the VM's process",
@@ -186,7 +188,7 @@ fn read_exact_or_end(reader: &mut impl io::Read, buffer: &mut [u8]) -> io::Resul
 /// The way to a command besides its session, where nothing waits behind input that
 /// the command does not read.
 #[derive(Debug)]
-pub(crate) struct Aside {
+pub struct Aside {
     endpoint: Endpoint,
     command: Command,
 }
@@ -201,7 +203,7 @@ enum Command {
 
 impl Aside {
     /// The way to the workload of a VM: its control socket.
-    pub(crate) fn workload(control: Endpoint) -> Self {
+    pub fn workload(control: Endpoint) -> Self {
         Self {
             endpoint: control,
             command: Command::Workload,
@@ -209,7 +211,7 @@ impl Aside {
     }
 
     /// The way to a command beside it: the VM's exec socket.
-    pub(crate) fn exec(exec: Endpoint) -> Self {
+    pub fn exec(exec: Endpoint) -> Self {
         Self {
             endpoint: exec,
             command: Command::Exec(AtomicU32::new(0)),
@@ -281,7 +283,11 @@ impl SessionWriter {
         }
     }
 
-    pub(crate) fn send(&self, kind: FrameType, payload: &[u8]) -> io::Result<()> {
+    /// Sends a frame. Blocks while the other side does not read.
+    ///
+    /// # Errors
+    /// The payload is too long for a frame, or the command or the VM is gone.
+    pub fn send(&self, kind: FrameType, payload: &[u8]) -> io::Result<()> {
         let mut bytes = Vec::with_capacity(HEADER_LEN + payload.len());
         frame::encode(kind, payload, &mut bytes)
             .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
@@ -290,7 +296,11 @@ impl SessionWriter {
         stream.write_all(&bytes)
     }
 
-    pub(crate) fn send_json(&self, kind: FrameType, message: &impl Serialize) -> io::Result<()> {
+    /// Sends `message` as the payload of a frame.
+    ///
+    /// # Errors
+    /// As [`Self::send`].
+    pub fn send_json(&self, kind: FrameType, message: &impl Serialize) -> io::Result<()> {
         self.send(kind, &serde_json::to_vec(message)?)
     }
 

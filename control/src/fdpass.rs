@@ -11,7 +11,10 @@ use rustix::net::{
 };
 
 /// Sends all of `bytes`, `fd` with the first of them.
-pub(crate) fn send(stream: &mut UnixStream, bytes: &[u8], fd: impl AsFd) -> io::Result<()> {
+///
+/// # Errors
+/// The stream is closed or its timeout has passed.
+pub fn send(stream: &mut UnixStream, bytes: &[u8], fd: impl AsFd) -> io::Result<()> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     let fds = [fd.as_fd()];
@@ -29,8 +32,12 @@ pub(crate) fn send(stream: &mut UnixStream, bytes: &[u8], fd: impl AsFd) -> io::
     stream.write_all(bytes.get(sent..).unwrap_or_default())
 }
 
-/// Receives some bytes, and descriptors if any came with them.
-pub(crate) fn receive(
+/// Receives some bytes (0 at the end of the stream), and appends the descriptors that
+/// came with them, four at most, to `fds`. They are closed on exec.
+///
+/// # Errors
+/// The stream cannot be read.
+pub fn receive(
     stream: &UnixStream,
     buffer: &mut [u8],
     fds: &mut Vec<OwnedFd>,

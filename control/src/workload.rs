@@ -172,7 +172,8 @@ impl Workload {
     }
 
     /// The request that starts it in the guest, on a terminal of this size.
-    pub(crate) fn request(&self, columns: u16, rows: u16) -> ExecRequest {
+    #[must_use]
+    pub fn request(&self, columns: u16, rows: u16) -> ExecRequest {
         ExecRequest {
             argv: self.argv.clone(),
             env: self.env.clone(),
@@ -192,7 +193,10 @@ impl Workload {
 
 /// Merges environments: later layers win, the position of a name's first
 /// appearance is kept.
-pub(crate) fn merge_env(layers: &[&[String]]) -> Result<Vec<String>, WorkloadError> {
+///
+/// # Errors
+/// An entry without a name.
+pub fn merge_env(layers: &[&[String]]) -> Result<Vec<String>, WorkloadError> {
     let mut merged: Vec<String> = Vec::new();
     for entry in layers.iter().copied().flatten() {
         let name = match entry.split_once('=') {

@@ -1,0 +1,100 @@
+//! What clients of a virtual machine and its process say to each other: the seam for
+//! other clients than the `sm` command, such as SDKs, containerd shims and routers.
+//!
+//! | module | idea |
+//! |---|---|
+//! | [`Control`], [`Endpoint`], [`ControlError`] | calls on a VM's control socket |
+//! | [`session`] | a stream to and from a command in the guest |
+//! | [`launch`] | the messages: launch request, reports, calls and their answers |
+//! | [`config`], [`exit`] | what a VM was started with, and how it ended |
+//! | [`workload`], [`publish`], [`signal`], [`id`] | parts of these, and the words that people write for them |
+//! | [`timings`] | when each phase of a start was complete |
+//! | [`fdpass`], [`timed`] | unix sockets with descriptors, and with deadlines |
+//!
+//! All messages are JSON in the frames of [`sm_guest_proto::frame`] on unix sockets of one
+//! user. Launcher and VMM have the same [`VERSION`]. A client of another version gets an
+//! error for a call that the VMM does not know, and skips reports that it does not know.
+//! The crate needs no hypervisor, no device, no image and no snapshot.
+//!
+//! A client asks the process of a VM what it is doing. In this example, a thread stands
+//! for that process.
+//!
+//! ```
+//! use std::io::{Read as _, Write as _};
+//! use std::os::unix::net::UnixListener;
+//!
+//! use sm_control::launch::{ControlAnswer, ControlCall, Stage, Status};
+//! use sm_control::{Control, ControlError, Endpoint};
+//! use sm_guest_proto::frame::{self, FrameDecoder, FrameType};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let directory = tempfile::tempdir()?;
+//! let endpoint = Endpoint::new(directory.path().join("control.sock"), "web");
+//! let error = Control::connect(&endpoint).unwrap_err();
+//! assert!(matches!(error, ControlError::NotRunning(name) if name == "web"));
+//!
+//! let listener = UnixListener::bind(&endpoint.socket)?;
+//! let process = std::thread::spawn(move || -> std::io::Result<ControlCall> {
+//!     let (mut client, _) = listener.accept()?;
+//!     let (mut decoder, mut buffer) = (FrameDecoder::new(), [0; 512]);
+//!     let call = loop {
+//!         let count = client.read(&mut buffer)?;
+//!         decoder.push(&buffer[..count]);
+//!         if let Some(frame) = decoder.next_frame().map_err(std::io::Error::other)? {
+//!             break serde_json::from_slice(frame.payload)?;
+//!         }
+//!     };
+//!     let answer = ControlAnswer::Status(Status {
+//!         stage: Stage::Running,
+//!         paused: false,
+//!         vmm_pid: std::process::id(),
+//!         epoch: String::new(),
+//!         started_ns: 1,
+//!         clients: 0,
+//!         published: Vec::new(),
+//!     });
+//!     let mut bytes = Vec::new();
+//!     frame::encode(FrameType::Control, &serde_json::to_vec(&answer)?, &mut bytes)
+//!         .map_err(std::io::Error::other)?;
+//!     client.write_all(&bytes)?;
+//!     Ok(call)
+//! });
+//!
+//! let answer = Control::connect(&endpoint)?.call(&ControlCall::Status)?;
+//! let ControlAnswer::Status(status) = answer else {
+//!     return Err("it answered another call".into());
+//! };
+//! assert_eq!(status.stage, Stage::Running);
+//! assert_eq!(process.join().expect("it does not panic")?, ControlCall::Status);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Architecture invariants: a call has a deadline, unless its answer takes as long as it
+//! takes ([`Control::call_and_wait`]); a signal never waits behind input that a command
+//! does not read.
+#![warn(missing_docs)]
+
+mod causes;
+pub mod config;
+mod control;
+mod endpoint;
+mod error;
+pub mod exit;
+pub mod fdpass;
+pub mod id;
+pub mod launch;
+pub mod publish;
+pub mod session;
+pub mod signal;
+pub mod timed;
+pub mod timings;
+pub mod workload;
+
+pub use causes::with_causes;
+pub use control::Control;
+pub use endpoint::Endpoint;
+pub use error::ControlError;
+
+/// Version of this crate: that of the `sm` that it is built for.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
