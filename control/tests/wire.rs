@@ -1,0 +1,302 @@
+//! The JSON of messages. Clients of other versions and in other languages read it, so a
+//! change of it is a decision.
+#![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
+
+use std::fmt::Debug;
+use std::path::PathBuf;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use sm_control::config::VmConfig;
+use sm_control::exit::{ExitReason, ExitRecord};
+use sm_control::id::VmId;
+use sm_control::launch::{
+    ControlAnswer, ControlCall, DiskSegment, LaunchRequest, Origin, Paging, Report, SnapshotReport,
+    Stage, StageTimes, Status, Testimony,
+};
+use sm_control::publish::{PortStats, Publication, PublishedPort};
+use sm_control::timings::Phase;
+use sm_control::workload::Workload;
+
+/// `value` is written as `form`, and `form` is read as `value`.
+#[track_caller]
+fn is<T: Serialize + DeserializeOwned + PartialEq + Debug>(value: &T, form: &Value) {
+    assert_eq!(serde_json::to_value(value).unwrap(), *form);
+    assert_eq!(serde_json::from_value::<T>(form.clone()).unwrap(), *value);
+}
+
+fn id() -> VmId {
+    VmId::parse(&"ab".repeat(32)).unwrap()
+}
+
+fn config() -> VmConfig {
+    VmConfig {
+        id: id(),
+        name: "web".into(),
+        image: "nginx".into(),
+        image_digest: "sha256:00".into(),
+        created_ns: 1,
+        workload: Workload {
+            argv: vec!["/bin/true".into()],
+            cwd: "/".into(),
+            hostname: "web".into(),
+            stop_signal: 15,
+            ..Workload::default()
+        },
+        memory: 1 << 28,
+        cpus: 2,
+        kernel: PathBuf::from("/k"),
+        auto_remove: true,
+        read_only: false,
+        stop_timeout_ms: 10_000,
+        publish: vec!["8080:80".parse().unwrap()],
+        publish_wait_ms: 1000,
+    }
+}
+
+fn config_form() -> Value {
+    json!({
+        "id": "ab".repeat(32), "name": "web", "image": "nginx", "image_digest": "sha256:00",
+        "created_ns": 1,
+        "workload": {
+            "argv": ["/bin/true"], "env": [], "cwd": "/", "user": "", "tty": false,
+            "stdin": false, "hostname": "web", "stop_signal": 15,
+        },
+        "memory": 1 << 28, "cpus": 2, "kernel": "/k", "auto_remove": true,
+        "read_only": false, "stop_timeout_ms": 10_000,
+        "publish": [{"host": {"tcp": "127.0.0.1:8080"}, "guest": 80}],
+        "publish_wait_ms": 1000,
+    })
+}
+
+#[test]
+fn a_configuration() {
+    is(&config(), &config_form());
+    // Records of before these could be chosen.
+    let mut old = config_form();
+    let fields = old.as_object_mut().unwrap();
+    fields.remove("publish");
+    fields.remove("publish_wait_ms");
+    let read: VmConfig = serde_json::from_value(old).unwrap();
+    assert_eq!((read.publish.len(), read.publish_wait_ms), (0, 1000));
+}
+
+#[test]
+fn publications() {
+    let form = |publication: Publication| serde_json::to_value(publication).unwrap();
+    assert_eq!(
+        form(Publication::unix("/s:80").unwrap()),
+        json!({"host": {"unix": "/s"}, "guest": 80})
+    );
+    assert_eq!(
+        form(Publication::handoff("/s").unwrap()),
+        json!({"host": {"handoff": "/s"}, "guest": 0})
+    );
+    assert_eq!(
+        form(Publication::hybrid("/s").unwrap()),
+        json!({"host": {"hybrid": "/s"}, "guest": 0})
+    );
+    assert_eq!(
+        form(Publication::tls("8443:443,name=a.test").unwrap()),
+        json!({"host": {"tls": {
+            "address": "127.0.0.1:8443", "certificate": null, "key": null,
+            "names": ["a.test"], "protocols": [], "servers": [],
+        }}, "guest": 443})
+    );
+}
+
+#[test]
+fn ends() {
+    let lost = json!({
+        "status": 137, "reason": "lost", "oom_killed": false, "finished_ns": 0,
+        "started_ns": 0, "message": "the VMM process ended without leaving an exit status",
+    });
+    is(&ExitRecord::lost(), &lost);
+    for (reason, form) in [
+        (ExitReason::Workload, "workload"),
+        (ExitReason::StartFailed, "start_failed"),
+        (ExitReason::GuestFailed, "guest_failed"),
+        (ExitReason::Destroyed, "destroyed"),
+        (ExitReason::Lost, "lost"),
+    ] {
+        is(&reason, &json!(form));
+    }
+    let later: ExitReason = serde_json::from_value(json!("of_a_later_version")).unwrap();
+    assert_eq!(later, ExitReason::Other);
+    // What records of before did not say.
+    let short = json!({"status": 3, "reason": "workload", "finished_ns": 7});
+    let read: ExitRecord = serde_json::from_value(short).unwrap();
+    assert_eq!((read.status, read.started_ns, read.message), (3, 0, None));
+}
+
+#[test]
+fn a_launch_request() {
+    let request = LaunchRequest {
+        version: "1".into(),
+        data: "/data".into(),
+        run: "/run".into(),
+        cache: "/cache".into(),
+        config: config(),
+        modules: None,
+        cmdline: String::new(),
+        origin: Origin::Image,
+        paging: Paging::Map,
+        root: vec![DiskSegment {
+            path: "/d".into(),
+            offset: 0,
+            len: 4096,
+        }],
+        upper_size: 0,
+        shm_size: 0,
+        extra_hosts: vec![("a".into(), "10.0.0.1".into())],
+        nameservers: Vec::new(),
+        attach: true,
+        columns: 80,
+        rows: 25,
+        start_timeout_ms: 60_000,
+        phases: Vec::new(),
+    };
+    let form = json!({
+        "version": "1", "data": "/data", "run": "/run", "cache": "/cache",
+        "config": config_form(), "modules": null, "cmdline": "", "origin": "image",
+        "paging": "map", "root": [{"path": "/d", "offset": 0, "len": 4096}],
+        "upper_size": 0, "shm_size": 0, "extra_hosts": [["a", "10.0.0.1"]],
+        "nameservers": [], "attach": true, "columns": 80, "rows": 25,
+        "start_timeout_ms": 60_000, "phases": [],
+    });
+    assert_eq!(serde_json::to_value(&request).unwrap(), form);
+    let read: LaunchRequest = serde_json::from_value(form).unwrap();
+    assert_eq!((read.config, read.root), (request.config, request.root));
+    is(&Origin::Cold, &json!("cold"));
+    is(&Origin::Snapshot("s".into()), &json!({"snapshot": "s"}));
+    is(&Origin::Evidence("s".into()), &json!({"evidence": "s"}));
+    is(&Paging::Prefault, &json!("prefault"));
+    is(&Paging::Userfault, &json!("userfault"));
+}
+
+#[test]
+fn reports() {
+    is(&Report::Hello, &json!("hello"));
+    let phase = Phase {
+        name: "agent ready".into(),
+        at_ns: 5,
+    };
+    is(
+        &Report::Phase(phase),
+        &json!({"phase": {"name": "agent ready", "at_ns": 5}}),
+    );
+    is(&Report::Warning("w".into()), &json!({"warning": "w"}));
+    is(&Report::Started { pid: 2 }, &json!({"started": {"pid": 2}}));
+    is(
+        &Report::Evidence(Testimony::default()),
+        &json!({"evidence": {
+            "random": "", "uuid": "", "machine_id": "", "boot_id": "", "epoch": "",
+            "hostname": "", "mac": null, "realtime_ns": 0, "clock_error_ns": 0,
+        }}),
+    );
+    let ended = serde_json::to_value(Report::Ended(ExitRecord::lost())).unwrap();
+    assert_eq!(ended["ended"]["status"], 137);
+}
+
+#[test]
+fn calls() {
+    for (call, form) in [
+        (ControlCall::Status, json!("status")),
+        (
+            ControlCall::Attach { stdin: true },
+            json!({"attach": {"stdin": true}}),
+        ),
+        (
+            ControlCall::Signal { signal: 9 },
+            json!({"signal": {"signal": 9}}),
+        ),
+        (
+            ControlCall::Stop { grace_ms: None },
+            json!({"stop": {"grace_ms": null}}),
+        ),
+        (
+            ControlCall::Stop { grace_ms: Some(1) },
+            json!({"stop": {"grace_ms": 1}}),
+        ),
+        (ControlCall::Destroy, json!("destroy")),
+        (ControlCall::Pause, json!("pause")),
+        (ControlCall::Resume, json!("resume")),
+        (ControlCall::Stats, json!("stats")),
+        (
+            ControlCall::Profile { on: true },
+            json!({"profile": {"on": true}}),
+        ),
+        (
+            ControlCall::Snapshot {
+                name: "s".into(),
+                stop: false,
+                ephemeral: true,
+            },
+            json!({"snapshot": {"name": "s", "stop": false, "ephemeral": true}}),
+        ),
+        (ControlCall::Reset, json!("reset")),
+        (ControlCall::Wait, json!("wait")),
+        (ControlCall::Follow, json!("follow")),
+    ] {
+        is(&call, &form);
+    }
+    // A call of a later version is no call of this one.
+    assert!(serde_json::from_value::<ControlCall>(json!("moonlight")).is_err());
+}
+
+#[test]
+fn answers() {
+    is(&ControlAnswer::Done, &json!("done"));
+    is(&ControlAnswer::Error("e".into()), &json!({"error": "e"}));
+    let status = Status {
+        stage: Stage::Running,
+        paused: false,
+        vmm_pid: 7,
+        epoch: "e".into(),
+        started_ns: 1,
+        clients: 2,
+        published: vec![PublishedPort {
+            publication: "8080:80".parse().unwrap(),
+            connections: PortStats::default(),
+        }],
+    };
+    is(
+        &ControlAnswer::Status(status),
+        &json!({"status": {
+            "stage": "running", "paused": false, "vmm_pid": 7, "epoch": "e",
+            "started_ns": 1, "clients": 2,
+            "published": [{
+                "host": {"tcp": "127.0.0.1:8080"}, "guest": 80,
+                "connections": {
+                    "accepted": 0, "active": 0, "refused": 0, "evicted": 0,
+                    "unanswered": 0, "to_guest": 0, "from_guest": 0,
+                },
+            }],
+        }}),
+    );
+    is(&Stage::Starting, &json!("starting"));
+    is(&Stage::Ending, &json!("ending"));
+    let times = StageTimes {
+        stage: "s".into(),
+        count: 1,
+        total_ns: 2,
+        p50_ns: 3,
+        p90_ns: 4,
+        p99_ns: 5,
+        max_ns: 6,
+    };
+    is(
+        &ControlAnswer::Profile(vec![times]),
+        &json!({"profile": [{
+            "stage": "s", "count": 1, "total_ns": 2, "p50_ns": 3, "p90_ns": 4,
+            "p99_ns": 5, "max_ns": 6,
+        }]}),
+    );
+    is(
+        &ControlAnswer::Snapshot(SnapshotReport::default()),
+        &json!({"snapshot": {
+            "name": "", "pages": 0, "parent": null, "frozen_us": 0, "paused_us": 0,
+        }}),
+    );
+}
