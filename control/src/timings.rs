@@ -1,4 +1,6 @@
-//! When each phase of a start was reached.
+//! When each phase of a start was reached, and the clocks that say so.
+
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
@@ -21,6 +23,16 @@ impl Phase {
             at_ns: monotonic_ns(),
         }
     }
+}
+
+/// Nanoseconds since the Unix epoch, 0 if the clock is before it.
+#[must_use]
+pub fn unix_nanos() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .ok()
+        .and_then(|elapsed| u64::try_from(elapsed.as_nanos()).ok())
+        .unwrap_or(0)
 }
 
 /// `CLOCK_MONOTONIC` in nanoseconds.

@@ -14,7 +14,8 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, BufReader, Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+
+use sm_control::timings::unix_nanos;
 
 /// Name of the current file in a VM's record.
 pub(crate) const FILE: &str = "output.log";
@@ -206,15 +207,6 @@ fn encode(kind: u8, bytes: &[u8]) -> io::Result<Vec<u8>> {
     record.extend_from_slice(&unix_nanos().to_be_bytes());
     record.extend_from_slice(bytes);
     Ok(record)
-}
-
-/// Nanoseconds since the Unix epoch, 0 if the clock is before it.
-pub(crate) fn unix_nanos() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .ok()
-        .and_then(|elapsed| u64::try_from(elapsed.as_nanos()).ok())
-        .unwrap_or(0)
 }
 
 /// Reads a log from its oldest record on, across rotations. Output that is in no file

@@ -16,14 +16,13 @@ use sm_control::launch::{DiskSegment, LaunchRequest, Origin, Paging, Report};
 use sm_control::publish::{DEFAULT_WAIT_MS, Publication};
 use sm_control::session::{Aside, Event, Session};
 use sm_control::timed::Until;
-use sm_control::timings::Phase;
+use sm_control::timings::{Phase, unix_nanos};
 use sm_control::workload::{Overrides, Workload};
 use sm_guest_proto::forward::MAX_WAIT_MS;
 use sm_guest_proto::frame::{self, FrameHeader, FrameType, HEADER_LEN};
 
 use crate::home::Home;
 use crate::image::Image;
-use crate::output_log::unix_nanos;
 use crate::reaper::Process;
 use crate::record::{ExitRecord, Record, Records, VMM_LOG, VmConfig};
 use crate::vm::Vm;

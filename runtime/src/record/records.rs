@@ -320,7 +320,7 @@ fn clean_up(record: &Record) -> Result<(), RecordError> {
     record.remove_sockets()?;
     if !record.has_ended() {
         let mut exit = ExitRecord::lost();
-        exit.finished_ns = crate::output_log::unix_nanos();
+        exit.finished_ns = sm_control::timings::unix_nanos();
         record.write_exit(&exit)?;
     }
     Ok(())

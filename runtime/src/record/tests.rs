@@ -22,7 +22,7 @@ fn config(id: VmId, name: String) -> VmConfig {
         name,
         image: "oci:x".into(),
         image_digest: "sha256:0".into(),
-        created_ns: crate::output_log::unix_nanos(),
+        created_ns: sm_control::timings::unix_nanos(),
         workload: Workload::default(),
         memory: 64 << 20,
         cpus: 1,

@@ -5,6 +5,7 @@ use std::sync::{Mutex, PoisonError};
 
 use sm_control::id::{hex, random};
 use sm_control::launch::{Origin, SnapshotReport};
+use sm_control::timings::unix_nanos;
 use sm_control::workload::Overrides;
 use sm_snapshot::chain::Chain;
 use sm_snapshot::manifest::Layer;
@@ -14,7 +15,6 @@ use super::check_user_name;
 use crate::Error;
 use crate::home::Home;
 use crate::image::Image;
-use crate::output_log::unix_nanos;
 use crate::record::{Records, VmConfig};
 use crate::run::{self, RunOptions, Source};
 use crate::vm::Vm;

@@ -5,13 +5,13 @@ use std::collections::{BTreeMap, VecDeque};
 use serde::Serialize;
 use sm_control::launch::Origin;
 pub use sm_control::launch::Testimony;
+use sm_control::timings::unix_nanos;
 use sm_control::workload::Workload;
 use sm_snapshot::chain::Chain;
 use sm_snapshot::store::SnapshotStore;
 
 use crate::Error;
 use crate::home::Home;
-use crate::output_log::unix_nanos;
 use crate::record::VmConfig;
 use crate::run::{self, RunOptions, Source, Witness};
 use crate::vmm::saved;

@@ -12,7 +12,7 @@ use rustix::fs::Mode;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use sm_control::fdpass;
 use sm_control::launch::{LaunchRequest, Report};
-use sm_control::timings::Phase;
+use sm_control::timings::{Phase, unix_nanos};
 use sm_control::with_causes;
 use sm_guest_proto::frame::{self, ExitStatus, FrameDecoder, FrameType};
 use sm_hypervisor::Hypervisor as _;
@@ -22,7 +22,7 @@ use super::guest::notices;
 use super::supervisor::{Parts, Supervisor};
 use super::{descriptors, log};
 use crate::home::Home;
-use crate::output_log::{LogWriter, ROTATE_AT, unix_nanos};
+use crate::output_log::{LogWriter, ROTATE_AT};
 use crate::record::{CONSOLE, ExitReason, ExitRecord, Record, Records};
 
 /// Runs a VM from its launch request to its end.

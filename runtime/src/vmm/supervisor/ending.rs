@@ -4,13 +4,13 @@ use std::time::Duration;
 
 use sm_control::launch::{Report, Stage};
 use sm_control::signal;
+use sm_control::timings::unix_nanos;
 use sm_control::with_causes;
 use sm_guest_proto::control::ControlRequest;
 use sm_guest_proto::frame::{ExitStatus, FrameType};
 
 use super::guest_side::IDENTITY_REFRESHED;
 use super::{Supervisor, Timer, printable};
-use crate::output_log::unix_nanos;
 use crate::record::{ExitReason, ExitRecord};
 use crate::vmm::agent::Purpose;
 use crate::vmm::guest::{Guest, GuestEnd};

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use sm_control::id::{hex, random};
 use sm_control::launch::{ControlAnswer, Origin, Report, Stage, Testimony};
+use sm_control::timings::unix_nanos;
 use sm_guest_proto::control::{AttachRoot, ControlReply, ControlRequest, Refresh, Upper};
 use sm_guest_proto::exec::{ExecControl, ExecReply, Hello};
 use sm_guest_proto::frame::{self, FrameType};
@@ -13,7 +14,6 @@ use sm_snapshot::manifest::Layer;
 
 use super::snapshots::Held;
 use super::{Supervisor, Timer, printable};
-use crate::output_log::unix_nanos;
 use crate::vmm::agent::{AgentLink, Purpose};
 use crate::vmm::conn::Conn;
 use crate::vmm::guest::{Guest, Start};
