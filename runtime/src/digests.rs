@@ -50,16 +50,6 @@ pub(crate) fn file_digest(path: &Path, cache: &Path) -> io::Result<String> {
     Ok(digest)
 }
 
-/// SHA-256 in hexadecimal, of parts that cannot be taken for others.
-pub(crate) fn combined_digest(parts: &[&[u8]]) -> String {
-    let mut hash = Sha256::new();
-    for part in parts {
-        hash.update((part.len() as u64).to_le_bytes());
-        hash.update(part);
-    }
-    hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
-}
-
 fn compute(mut file: File) -> io::Result<String> {
     let mut hash = Sha256::new();
     let mut buffer = vec![0; 256 * 1024];

@@ -7,9 +7,8 @@
 
 use std::io;
 
-use sm_snapshot::state_file::hex_digest;
+use sm_snapshot::state_file::{combined_digest, hex_digest};
 
-use crate::digests::combined_digest;
 use crate::guest_agent::Agent;
 
 /// Of the archive that is made of the same contents. Raise it when [`Initramfs::build`]

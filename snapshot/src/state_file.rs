@@ -50,6 +50,18 @@ pub fn hex_digest(bytes: &[u8]) -> String {
     hex(&Sha256::digest(bytes))
 }
 
+/// SHA-256 in hexadecimal of several parts: each counts with its length, so that parts
+/// that are split differently have another digest.
+#[must_use]
+pub fn combined_digest(parts: &[&[u8]]) -> String {
+    let mut hash = Sha256::new();
+    for part in parts {
+        hash.update((part.len() as u64).to_le_bytes());
+        hash.update(part);
+    }
+    hex(&hash.finalize())
+}
+
 pub(crate) fn hex(bytes: &[u8]) -> String {
     use std::fmt::Write as _;
     bytes.iter().fold(String::new(), |mut text, byte| {
@@ -210,6 +222,20 @@ impl<'a> Reader<'a> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn a_combined_digest_tells_apart_how_bytes_are_split() {
+        let digest = |parts: &[&str]| {
+            let parts: Vec<_> = parts.iter().map(|part| part.as_bytes()).collect();
+            combined_digest(&parts)
+        };
+        assert_ne!(digest(&["ab", "c"]), digest(&["a", "bc"]));
+        assert_ne!(digest(&["a"]), digest(&["a", ""]));
+        // Names of snapshots are made of it: a change of it forgets them all.
+        let nothing = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+        assert_eq!(digest(&[]), nothing);
+        assert_eq!(digest(&["abc"]), hex_digest(b"\x03\0\0\0\0\0\0\0abc"));
+    }
 
     fn arbitrary() -> impl Strategy<Value = StateFile> {
         let section = (

@@ -13,11 +13,11 @@ use sm_control::with_causes;
 use sm_snapshot::Error;
 use sm_snapshot::cpu::CpuFeatures;
 use sm_snapshot::manifest::Layer;
+use sm_snapshot::state_file::combined_digest;
 use sm_snapshot::store::SnapshotStore;
 
 use super::identity::Identity;
 use super::saved::{Content, Plan, Saved, versions};
-use crate::digests::combined_digest;
 use crate::vmm::names::{EPHEMERAL_LABEL, IMAGE_LABEL, is_automatic, is_of_fork};
 
 /// Automatic snapshots kept; beyond that, those unused for longest go.
