@@ -23,6 +23,7 @@
 
 mod digests;
 pub mod doctor;
+mod entry;
 mod error;
 pub mod exec;
 mod guest_agent;
@@ -39,6 +40,7 @@ pub mod snapshots;
 mod vm;
 mod vmm;
 
+pub use entry::run_vmm_if_asked;
 pub use error::Error;
 pub use image::Image;
 pub use run::RunOptions;
@@ -47,7 +49,6 @@ pub use sm_control::publish::{self, Publication};
 pub use sm_control::{signal, timings};
 pub use snapshots::Snapshot;
 pub use vm::{Inspection, SignalSender, StateView, Vm};
-pub use vmm::run_vmm_if_asked;
 
 /// Identifiers and names of virtual machines.
 pub mod id {

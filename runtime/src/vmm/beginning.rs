@@ -6,12 +6,10 @@ use sm_snapshot::cpu::CpuFeatures;
 use sm_snapshot::store::SnapshotStore;
 
 use super::cache::Cache;
+use super::environment::{BootAssets, Environment, InitramfsBuilder};
 use super::guest::Start;
 use super::identity::Identity;
 use super::saved::{Content, Plan, Saved};
-use crate::guest_agent;
-use crate::initramfs::Initramfs;
-use crate::kernel::Kernel;
 
 /// See the module's documentation.
 pub(crate) struct Beginning {
@@ -27,7 +25,7 @@ pub(crate) struct Beginning {
 
 pub(crate) enum Source {
     Kernel {
-        initramfs: Initramfs,
+        initramfs: InitramfsBuilder,
     },
     Snapshot {
         store: SnapshotStore,
@@ -41,7 +39,11 @@ impl Beginning {
     /// # Errors
     /// A snapshot that was asked for cannot be used, or kernel and agent not be
     /// read; a sentence.
-    pub(crate) fn of(request: &LaunchRequest, cpu: &CpuFeatures) -> Result<Self, String> {
+    pub(crate) fn of(
+        request: &LaunchRequest,
+        cpu: &CpuFeatures,
+        environment: &dyn Environment,
+    ) -> Result<Self, String> {
         let root = request.data.join("snapshots");
         let store = SnapshotStore::open(&root).unwrap_or_else(|error| {
             // What it has can be used all the same; making one says why not.
@@ -51,8 +53,10 @@ impl Beginning {
         if let Origin::Snapshot(name) | Origin::Evidence(name) = &request.origin {
             return Self::named(store, name, cpu);
         }
-        let initramfs = read_initramfs(request)?;
-        let identity = Identity::of(request, &initramfs)?;
+        let BootAssets {
+            identity,
+            initramfs,
+        } = environment.boot_assets(request)?;
         let mut beginning = Self {
             source: Source::Kernel { initramfs },
             content: Content {
@@ -132,14 +136,4 @@ impl Beginning {
             }
         }
     }
-}
-
-fn read_initramfs(request: &LaunchRequest) -> Result<Initramfs, String> {
-    let agent = guest_agent::read().map_err(|error| with_causes(&error))?;
-    let kernel = Kernel {
-        path: request.config.kernel.clone(),
-        modules: request.modules.clone(),
-    };
-    let modules = kernel.read_modules().map_err(|error| with_causes(&error))?;
-    Ok(Initramfs { agent, modules })
 }

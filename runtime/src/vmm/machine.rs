@@ -8,6 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
+use sm_control::config::VmConfig;
 use sm_control::id::random;
 use sm_control::launch::{DiskSegment, LaunchRequest, Origin, Paging};
 use sm_control::timings::{Phase, monotonic_ns};
@@ -37,6 +38,7 @@ use super::beginning::{Beginning, Source};
 use super::cache;
 use super::capturing::Capturing;
 use super::descriptors::Descriptors;
+use super::environment::{Environment, InitramfsBuilder, VmRecord};
 use super::failure::Failure;
 use super::guest::{Guest, Notice, NoticeSender, Start};
 use super::identity::Identity;
@@ -45,8 +47,6 @@ use super::prefetch::Prefetch;
 use super::saved::{Content, Plan, Saved};
 use super::serving::{Published, Wiring};
 use super::unusable;
-use crate::initramfs::Initramfs;
-use crate::record::{Record, VmConfig};
 use crate::vmm::names::EPHEMERAL_LABEL;
 
 /// A machine that runs, with what it needs to be reached.
@@ -159,8 +159,9 @@ pub(crate) struct Started {
 /// A sentence for the person who started the VM.
 pub(crate) fn start(
     kvm: &Kvm,
+    environment: &dyn Environment,
     request: &LaunchRequest,
-    record: &Record,
+    record: &dyn VmRecord,
     console: &File,
     notices: &NoticeSender,
 ) -> Result<Started, String> {
@@ -171,7 +172,7 @@ pub(crate) fn start(
     let mut warnings = Vec::new();
     let mut request = request.clone();
     loop {
-        let beginning = Beginning::of(&request, &cpu)?;
+        let beginning = Beginning::of(&request, &cpu, environment)?;
         let cached = beginning.cached(&request);
         let parts = Parts {
             kvm: kvm.clone(),
@@ -218,7 +219,7 @@ pub(crate) fn start(
 
 fn begin(
     request: &LaunchRequest,
-    record: &Record,
+    record: &dyn VmRecord,
     notices: &NoticeSender,
     beginning: Beginning,
     mut parts: Parts,
@@ -273,7 +274,7 @@ fn begin(
             let cached = request.origin == Origin::Image;
             (machine, Some(SourceSnapshot::new(chain, store, cached)))
         }
-        Source::Kernel { initramfs } => (parts.boot(request, &initramfs, &event_loop)?, None),
+        Source::Kernel { initramfs } => (parts.boot(request, initramfs, &event_loop)?, None),
     };
     machine.resume().map_err(failed("start the vCPUs"))?;
     parts.phases.push(Phase::now("vCPUs started"));
@@ -332,7 +333,7 @@ impl Parts {
     fn boot(
         &mut self,
         request: &LaunchRequest,
-        initramfs: &Initramfs,
+        initramfs: InitramfsBuilder,
         event_loop: &EventLoop,
     ) -> Result<Machine<Kvm>, String> {
         // Not asked of a host on which a guest of the same kind has run.
@@ -343,9 +344,7 @@ impl Parts {
         let path = &request.config.kernel;
         let kernel =
             File::open(path).map_err(|error| format!("cannot open kernel {path:?}: {error}"))?;
-        let initramfs = initramfs
-            .build()
-            .map_err(failed("make the initial RAM file system"))?;
+        let initramfs = initramfs().map_err(failed("make the initial RAM file system"))?;
         self.phases.push(Phase::now("files opened"));
         let mut cmdline = BASE_COMMAND_LINE.to_owned();
         if !request.cmdline.is_empty() {

@@ -1,6 +1,6 @@
 //! The VMM process: one machine and its supervisor.
 //!
-//! Started by [`crate::run`] as `PROGRAM __vmm SHORT_ID`, with the launch stream
+//! Started by the launcher as `PROGRAM __vmm SHORT_ID`, with the launch stream
 //! as standard input. The first message on it is the whole request; everything
 //! after that is reports and, for an attached launcher, the workload's session.
 
@@ -10,9 +10,10 @@ mod cache;
 mod capturing;
 mod conn;
 mod descriptors;
+pub(crate) mod environment;
 mod failure;
 mod guest;
-mod identity;
+pub(crate) mod identity;
 mod log;
 mod machine;
 pub(crate) mod names;
@@ -22,6 +23,8 @@ mod process;
 pub(crate) mod saved;
 mod serving;
 mod supervisor;
+
+use environment::Environment;
 
 /// Set in the environment of VMMs, so that a program that was started as one and
 /// starts VMs instead is found out.
@@ -38,17 +41,15 @@ pub(crate) fn unusable(reason: &str) -> String {
     )
 }
 
-/// Becomes a VMM, and does not return, if this process was started as one.
-///
-/// A program that starts VMs through this library calls it first thing in
-/// `main`, before any thread is started; it costs nothing otherwise.
-pub fn run_vmm_if_asked() {
+/// Becomes a VMM in `environment`, and does not return, if this process was started as
+/// one.
+pub(crate) fn run_if_asked(environment: &dyn Environment) {
     let asked = std::env::args_os()
         .nth(1)
         .is_some_and(|argument| argument == SUBCOMMAND);
     if asked {
         // Whatever still holds on to the machine goes with the process.
-        std::process::exit(match process::main() {
+        std::process::exit(match process::main(environment) {
             Ok(()) => 0,
             Err(error) => {
                 tracing::error!(%error, "the VM's process failed");

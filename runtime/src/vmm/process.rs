@@ -10,6 +10,7 @@ use std::sync::atomic::AtomicBool;
 
 use rustix::fs::Mode;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use sm_control::exit::{ExitReason, ExitRecord};
 use sm_control::fdpass;
 use sm_control::launch::{LaunchRequest, Report};
 use sm_control::timings::{Phase, unix_nanos};
@@ -18,15 +19,13 @@ use sm_guest_proto::frame::{self, ExitStatus, FrameDecoder, FrameType};
 use sm_hypervisor::Hypervisor as _;
 use sm_hypervisor::kvm::Kvm;
 
+use super::environment::{Environment, VmRecord};
 use super::guest::notices;
 use super::supervisor::{Parts, Supervisor};
 use super::{descriptors, log};
-use crate::home::Home;
-use crate::output_log::{LogWriter, ROTATE_AT};
-use crate::record::{CONSOLE, ExitReason, ExitRecord, Record, Records};
 
 /// Runs a VM from its launch request to its end.
-pub(super) fn main() -> io::Result<()> {
+pub(super) fn main(environment: &dyn Environment) -> io::Result<()> {
     let launcher = take_launch_stream()?;
     log::to_stderr();
     greet(&launcher);
@@ -43,14 +42,23 @@ pub(super) fn main() -> io::Result<()> {
     let opened = Phase::now("hypervisor opened");
 
     let (request, lock) = receive_request(&launcher)?;
-    let record = open_record(&request)?;
+    let record = environment.open_record(&request)?;
     let mut phases = request.phases.clone();
     phases.extend([started, opened]);
     let request = LaunchRequest { phases, ..request };
 
-    let supervisor = kvm
-        .map_err(|error| with_causes(&error))
-        .and_then(|kvm| assemble(&kvm, request, &record, lock, &launcher, terminate));
+    let supervisor = kvm.map_err(|error| with_causes(&error)).and_then(|kvm| {
+        let record = Arc::clone(&record);
+        assemble(
+            &kvm,
+            environment,
+            request,
+            record,
+            lock,
+            &launcher,
+            terminate,
+        )
+    });
     match supervisor {
         Ok(supervisor) => {
             // The supervisor's is the last: the stream ends when that is closed.
@@ -61,7 +69,7 @@ pub(super) fn main() -> io::Result<()> {
             tracing::error!(message, "the VM cannot be started");
             refuse(launcher, message);
             // The launcher has the reason; an empty record helps nobody.
-            record.erase().map_err(io::Error::other)
+            record.erase()
         }
     }
 }
@@ -126,20 +134,15 @@ fn receive_request(launcher: &UnixStream) -> io::Result<(LaunchRequest, File)> {
     }
 }
 
-fn open_record(request: &LaunchRequest) -> io::Result<Record> {
-    let home = Home::new(&request.data, &request.run, &request.cache);
-    let records = Records::open(&home).map_err(io::Error::other)?;
-    Ok(records.record(request.config.clone()))
-}
-
 /// Makes everything a supervisor needs.
 ///
 /// # Errors
 /// A sentence, with its causes, for the person who started the VM.
 fn assemble(
     kvm: &Kvm,
+    environment: &dyn Environment,
     request: LaunchRequest,
-    record: &Record,
+    record: Arc<dyn VmRecord>,
     lock: File,
     launcher: &UnixStream,
     terminate: UnixStream,
@@ -149,15 +152,16 @@ fn assemble(
         .create(true)
         .append(true)
         .mode(0o600)
-        .open(record.directory().join(CONSOLE))
+        .open(record.console())
         .map_err(io_error("create the console log"))?;
-    let log = LogWriter::create(record.directory(), ROTATE_AT)
+    let log = record
+        .output_log()
         .map_err(io_error("create the output log"))?;
     // The directory is private, so nobody can connect before or besides us.
     let listener = UnixListener::bind(record.control_socket())
         .map_err(io_error("create the control socket"))?;
     let (sender, notices) = notices().map_err(io_error("create an event descriptor"))?;
-    let started = super::machine::start(kvm, &request, record, &console, &sender)?;
+    let started = super::machine::start(kvm, environment, &request, &*record, &console, &sender)?;
     let mut request = request;
     request.phases.extend(started.phases);
     let launcher = launcher
@@ -168,7 +172,7 @@ fn assemble(
         warnings: started.warnings,
         notices,
         request,
-        record: record.clone(),
+        record,
         lock,
         launcher,
         listener,

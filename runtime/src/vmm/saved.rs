@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use sm_control::config::VmConfig;
 use sm_control::launch::DiskSegment;
 use sm_control::with_causes;
 use sm_guest_proto::PROTOCOL_VERSION;
@@ -22,7 +23,6 @@ use sm_vmm_core::layout::{MACHINE_VERSION, SLOT_RNG, SLOT_ROOT_DISK, SLOT_VSOCK}
 use sm_vmm_core::state::MachineState;
 
 use super::identity::Identity;
-use crate::record::VmConfig;
 
 /// Name and layout version of the section with the machine's state. The layout is
 /// that of [`MachineState`]: whoever changes that, or anything in it, also raises

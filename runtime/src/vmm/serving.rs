@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use sm_control::config::VmConfig;
 use sm_control::publish::{HostEnd, PortStats, Publication, PublishedPort, TlsEnd};
 use sm_control::with_causes;
 use sm_devices_vsock::MuxerHandle;
@@ -15,8 +16,6 @@ use sm_frontends::{
     TlsFrontend, TlsIdentity, UnixFrontend,
 };
 use sm_guest_proto::forward::ForwardHeader;
-
-use crate::record::VmConfig;
 
 /// What listeners of a machine are made with.
 #[derive(Clone, Copy, Debug)]

@@ -23,9 +23,11 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read as _};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use sm_control::exit::ExitRecord;
 use sm_control::launch::{LaunchRequest, Report, Stage};
 use sm_control::timings::Phase;
 
@@ -34,9 +36,8 @@ use self::snapshots::{Held, SnapshotJob};
 use super::agent::AgentLink;
 use super::conn::Conn;
 use super::descriptors;
+use super::environment::{OutputLog, VmRecord};
 use super::guest::{Guest, Notice, NoticeReceiver};
-use crate::output_log::LogWriter;
-use crate::record::{ExitRecord, Record};
 
 /// Everything a supervisor is given.
 pub(crate) struct Parts<G> {
@@ -46,7 +47,7 @@ pub(crate) struct Parts<G> {
     /// What other threads have to say.
     pub(crate) notices: NoticeReceiver,
     pub(crate) request: LaunchRequest,
-    pub(crate) record: Record,
+    pub(crate) record: Arc<dyn VmRecord>,
     /// The record's lock: released when the machine has ended.
     pub(crate) lock: File,
     /// The launch stream.
@@ -55,7 +56,7 @@ pub(crate) struct Parts<G> {
     pub(crate) listener: UnixListener,
     /// Becomes readable when this process is asked to terminate.
     pub(crate) terminate: UnixStream,
-    pub(crate) log: LogWriter,
+    pub(crate) log: Box<dyn OutputLog>,
 }
 
 /// What a deadline is for.
@@ -98,7 +99,7 @@ pub(crate) struct Supervisor<G> {
     guest: Option<G>,
     notices: NoticeReceiver,
     request: LaunchRequest,
-    record: Record,
+    record: Arc<dyn VmRecord>,
     lock: Option<File>,
     listener: Option<UnixListener>,
     /// A descriptor to accept a client with when there are no more.
@@ -109,7 +110,7 @@ pub(crate) struct Supervisor<G> {
     /// Clients that may be attached or wait for the end at a time.
     most_staying: usize,
     terminate: UnixStream,
-    log: Option<LogWriter>,
+    log: Option<Box<dyn OutputLog>>,
     /// The last output could not be logged.
     log_fails: bool,
     /// Clients that take no output are not waited for any more.

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use sm_control::exit::{ExitReason, ExitRecord};
 use sm_control::launch::{Report, Stage};
 use sm_control::signal;
 use sm_control::timings::unix_nanos;
@@ -11,7 +12,6 @@ use sm_guest_proto::frame::{ExitStatus, FrameType};
 
 use super::guest_side::IDENTITY_REFRESHED;
 use super::{Supervisor, Timer, printable};
-use crate::record::{ExitReason, ExitRecord};
 use crate::vmm::agent::Purpose;
 use crate::vmm::guest::{Guest, GuestEnd};
 

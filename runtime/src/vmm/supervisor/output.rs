@@ -5,7 +5,6 @@ use sm_guest_proto::frame::FrameType;
 
 use super::Supervisor;
 use super::clients::Role;
-use crate::output_log::Stream;
 use crate::vmm::guest::Guest;
 
 impl<G: Guest> Supervisor<G> {
@@ -58,16 +57,12 @@ impl<G: Guest> Supervisor<G> {
     }
 
     fn log_output(&mut self, kind: FrameType, payload: &[u8]) {
-        let stream = match kind {
-            FrameType::Stderr => Stream::Stderr,
-            _ => Stream::Stdout,
-        };
         let Some(log) = &mut self.log else {
             return;
         };
         // The workload goes on, and its clients still see everything. What is missing
         // is noted in the log as soon as something can be written again.
-        match log.append(stream, payload) {
+        match log.append(kind, payload) {
             Ok(()) if std::mem::take(&mut self.log_fails) => {
                 tracing::info!("output is logged again");
             }

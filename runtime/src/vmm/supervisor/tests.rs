@@ -30,8 +30,8 @@ use sm_snapshot::manifest::Layer;
 
 use super::*;
 use crate::home::Home;
-use crate::output_log::LogReader;
-use crate::record::{ExitReason, Records, VmConfig, VmState};
+use crate::output_log::{LogReader, LogWriter};
+use crate::record::{ExitReason, Record, Records, VmConfig, VmState};
 use crate::vmm::guest::{
     AfterCapture, GuestEnd, NoticeSender, SnapshotMade, SnapshotPlan, Start, notices,
 };
@@ -369,8 +369,8 @@ fn not_running_in(
         launcher: theirs,
         listener: UnixListener::bind(record.control_socket()).unwrap(),
         terminate: terminated,
-        log: LogWriter::create(record.directory(), 1 << 20).unwrap(),
-        record: record.clone(),
+        log: Box::new(LogWriter::create(record.directory(), 1 << 20).unwrap()),
+        record: Arc::new(record.clone()),
     };
     let mut supervisor = Supervisor::new(parts).unwrap();
     supervisor.power_off_timeout = setup.power_off_timeout.unwrap_or(Duration::from_millis(20));

@@ -1,0 +1,108 @@
+//! The program around a VMM: its record in the state directory, and what machines boot.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use sm_control::exit::ExitRecord;
+use sm_control::launch::LaunchRequest;
+use sm_control::with_causes;
+use sm_guest_proto::frame::FrameType;
+
+use crate::digests::file_digest;
+use crate::guest_agent;
+use crate::home::Home;
+use crate::initramfs::Initramfs;
+use crate::kernel::Kernel;
+use crate::output_log::{LogWriter, ROTATE_AT, Stream};
+use crate::record::{CONSOLE, Record, Records};
+use crate::vmm::environment::{BootAssets, Environment, OutputLog, VmRecord};
+use crate::vmm::identity::Identity;
+
+/// Becomes a VMM, and does not return, if this process was started as one.
+///
+/// A program that starts VMs through this library calls it first thing in
+/// `main`, before any thread is started; it costs nothing otherwise.
+pub fn run_vmm_if_asked() {
+    crate::vmm::run_if_asked(&Installed);
+}
+
+/// The user's directories and what is installed on the host.
+struct Installed;
+
+impl Environment for Installed {
+    fn open_record(&self, request: &LaunchRequest) -> io::Result<Arc<dyn VmRecord>> {
+        let home = Home::new(&request.data, &request.run, &request.cache);
+        let records = Records::open(&home).map_err(io::Error::other)?;
+        Ok(Arc::new(records.record(request.config.clone())))
+    }
+
+    fn boot_assets(&self, request: &LaunchRequest) -> Result<BootAssets, String> {
+        let agent = guest_agent::read().map_err(|error| with_causes(&error))?;
+        let kernel = Kernel {
+            path: request.config.kernel.clone(),
+            modules: request.modules.clone(),
+        };
+        let modules = kernel.read_modules().map_err(|error| with_causes(&error))?;
+        let initramfs = Initramfs { agent, modules };
+        Ok(BootAssets {
+            identity: Identity {
+                kernel: file_digest(&kernel.path, &request.cache)
+                    .map_err(|error| format!("cannot read the kernel: {error}"))?,
+                agent: initramfs.digest(),
+            },
+            initramfs: Box::new(move || initramfs.build()),
+        })
+    }
+}
+
+impl VmRecord for Record {
+    fn directory(&self) -> &Path {
+        Self::directory(self)
+    }
+
+    fn console(&self) -> PathBuf {
+        Self::directory(self).join(CONSOLE)
+    }
+
+    fn control_socket(&self) -> PathBuf {
+        Self::control_socket(self)
+    }
+
+    fn exec_socket(&self) -> PathBuf {
+        Self::exec_socket(self)
+    }
+
+    fn output_log(&self) -> io::Result<Box<dyn OutputLog>> {
+        Ok(Box::new(LogWriter::create(
+            Self::directory(self),
+            ROTATE_AT,
+        )?))
+    }
+
+    fn write_exit(&self, exit: &ExitRecord) -> io::Result<()> {
+        Self::write_exit(self, exit).map_err(io::Error::other)
+    }
+
+    fn remove_sockets(&self) -> io::Result<()> {
+        Self::remove_sockets(self).map_err(io::Error::other)
+    }
+
+    fn erase(&self) -> io::Result<()> {
+        Self::erase(self).map_err(io::Error::other)
+    }
+}
+
+impl OutputLog for LogWriter {
+    fn append(&mut self, kind: FrameType, bytes: &[u8]) -> io::Result<()> {
+        let stream = match kind {
+            FrameType::Stderr => Stream::Stderr,
+            _ => Stream::Stdout,
+        };
+        Self::append(self, stream, bytes)
+    }
+
+    fn note_dropped(&mut self) -> io::Result<()> {
+        Self::note_dropped(self)
+    }
+}
