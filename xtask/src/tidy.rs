@@ -5,6 +5,7 @@
 //! | crates depend on each other as `xtask/tidy/crates.txt` has it | none |
 //! | crates that are used alone come with few packages, and without a C compiler | `xtask/tidy/packages.txt` has the numbers |
 //! | modules with one parent do not use each other in a circle | `xtask/tidy/circles.txt` |
+//! | modules that are to be crates use nothing outside of themselves | `xtask/tidy/sealed.txt` has them |
 //! | what differs between operating systems is in folders named `sys` | `xtask/tidy/target-os.txt` |
 //! | a Rust file has at most 600 lines | `xtask/tidy/long-files.txt` |
 //! | nothing points to files outside the repository | none |
@@ -53,6 +54,7 @@ pub(crate) fn run() -> Result<()> {
     let mut faults = crates::check(&metadata, &list("crates.txt")?)?;
     faults.extend(packages::check(&list("packages.txt")?, packages::tree)?);
     faults.extend(modules::check(&files, &list("circles.txt")?));
+    faults.extend(modules::check_sealed(&files, &list("sealed.txt")?));
     faults.extend(except(
         sources::depends_on_system(&files),
         "xtask/tidy/target-os.txt",

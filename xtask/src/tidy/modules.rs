@@ -1,4 +1,5 @@
-//! Circles of modules: siblings that use each other, by whatever way.
+//! Circles of modules: siblings that use each other, by whatever way. And modules that
+//! use nothing outside of themselves, because they are to be crates.
 //!
 //! A module and what is below it count as one; a child may use its parent. What only
 //! tests use does not count.
@@ -31,17 +32,44 @@ pub(super) fn check(files: &[Text], list: &str) -> Vec<String> {
     faults
 }
 
+/// Uses that leave a module of `list`. A line is a crate's folder, a colon, and a module.
+pub(super) fn check_sealed(files: &[Text], list: &str) -> Vec<String> {
+    let mut faults = Vec::new();
+    for line in lines(list) {
+        let (folder, sealed) = line.split_once(": ").unwrap_or((line, ""));
+        let module: Module = sealed.split("::").map(str::to_owned).collect();
+        let sources = sources(files, folder);
+        if !sources.contains_key(&module) {
+            faults.push(format!("sealed.txt: there is no such module: {line}"));
+        }
+        for (from, text) in sources.iter().filter(|(from, _)| from.starts_with(&module)) {
+            let targets = targets(text, from, &sources);
+            for to in targets.iter().filter(|to| !to.starts_with(&module)) {
+                let (from, to) = (from.join("::"), to.join("::"));
+                faults.push(format!(
+                    "{folder}: {from} uses crate::{to}, and {sealed} is to use nothing outside of it"
+                ));
+            }
+        }
+    }
+    faults
+}
+
+/// The modules of the crate in `folder`, and their texts.
+fn sources<'t>(files: &'t [Text], folder: &str) -> BTreeMap<Module, &'t str> {
+    files
+        .iter()
+        .filter_map(|file| Some((module(&file.path, folder)?, file.text.as_str())))
+        .collect()
+}
+
 fn circles(files: &[Text]) -> BTreeSet<String> {
     let crates = files
         .iter()
         .filter_map(|file| file.path.strip_suffix("/Cargo.toml"));
     let mut circles = BTreeSet::new();
     for folder in crates {
-        let sources: BTreeMap<Module, &str> = files
-            .iter()
-            .filter_map(|file| Some((module(&file.path, folder)?, file.text.as_str())))
-            .collect();
-        for (parent, uses) in uses(&sources) {
+        for (parent, uses) in uses(&sources(files, folder)) {
             for circle in strongly_connected(&uses) {
                 let names: Vec<String> = circle
                     .iter()
@@ -274,6 +302,32 @@ mod tests {
             ("a/src/m/y.rs", "fn f() { crate::m::x::g() }"),
         ]);
         assert_eq!(circle, ["a: m::x m::y"]);
+    }
+
+    #[test]
+    fn a_sealed_module_uses_nothing_outside_of_it() {
+        let files = files(&[
+            ("a/src/lib.rs", "mod x; mod y;"),
+            ("a/src/x/mod.rs", "mod in_it; use self::in_it::A;"),
+            ("a/src/x/in_it.rs", "use super::B; use crate::x::C;"),
+            (
+                "a/src/x/out.rs",
+                "use crate::y::D; fn f() -> crate::Error {}",
+            ),
+            ("a/src/x/tests.rs", "use crate::y::D;"),
+            ("a/src/y.rs", "use crate::x::A;"),
+        ]);
+        assert_eq!(
+            check_sealed(&files, "a: x\n"),
+            [
+                "a: x::out uses crate::, and x is to use nothing outside of it",
+                "a: x::out uses crate::y, and x is to use nothing outside of it",
+            ]
+        );
+        assert_eq!(
+            check_sealed(&files, "a: z\n"),
+            ["sealed.txt: there is no such module: a: z"]
+        );
     }
 
     #[test]
