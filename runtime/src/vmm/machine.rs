@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use sm_control::config::VmConfig;
 use sm_control::id::random;
@@ -59,6 +60,7 @@ pub(crate) struct RunningMachine {
     root: Arc<Mutex<Block>>,
     image: Option<Disk>,
     start: Start,
+    start_timeout: Duration,
     /// What the machine was asked to be.
     config: VmConfig,
     /// What a snapshot of it says besides memory and state.
@@ -286,6 +288,7 @@ fn begin(
         root,
         image,
         start,
+        start_timeout: Duration::from_millis(request.start_timeout_ms),
         config: request.config.clone(),
         content: beginning.content,
         identity: beginning.identity,

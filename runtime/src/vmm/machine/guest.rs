@@ -205,8 +205,12 @@ impl Guest for RunningMachine {
 
     fn connect(&mut self, port: u32) -> io::Result<UnixStream> {
         let (ours, theirs) = UnixStream::pair()?;
-        self.muxer
-            .connect(port, theirs.into(), ConnectOptions::default());
+        // How long a start, or a way back, may take is the supervisor's to say.
+        let options = ConnectOptions {
+            wait: self.start_timeout,
+            ..ConnectOptions::default()
+        };
+        self.muxer.connect(port, theirs.into(), options);
         Ok(ours)
     }
 
