@@ -1,0 +1,306 @@
+//! The options of a start.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use sm_control::launch::Paging;
+use sm_control::publish::{DEFAULT_WAIT_MS, Publication};
+use sm_control::timings::Phase;
+use sm_guest_proto::forward::MAX_WAIT_MS;
+
+use crate::Error;
+use crate::workload::Overrides;
+
+/// Least guest memory in bytes.
+pub const MIN_MEMORY: u64 = 64 << 20;
+/// Guest memory when nothing else is asked for, in bytes.
+pub const DEFAULT_MEMORY: u64 = 512 << 20;
+/// Number of vCPUs when nothing else is asked for.
+pub const DEFAULT_CPUS: u32 = 1;
+/// Time between stop signal and SIGKILL when nothing else is asked for.
+pub(crate) const DEFAULT_STOP_TIMEOUT: Duration = Duration::from_secs(10);
+const MEBIBYTE: u64 = 1 << 20;
+
+/// How a VM is started.
+#[derive(Clone, Debug)]
+pub struct RunOptions {
+    pub(crate) overrides: Overrides,
+    pub(crate) name: Option<String>,
+    pub(crate) memory: Option<u64>,
+    pub(crate) cpus: Option<u32>,
+    pub(crate) kernel: Option<PathBuf>,
+    pub(crate) auto_remove: bool,
+    pub(crate) read_only: bool,
+    pub(crate) attach: bool,
+    pub(super) terminal_size: (u16, u16),
+    pub(crate) upper_size: Option<u64>,
+    pub(crate) shm_size: Option<u64>,
+    pub(crate) extra_hosts: Vec<(String, String)>,
+    pub(crate) nameservers: Vec<String>,
+    pub(crate) stop_timeout: Option<Duration>,
+    pub(super) start_timeout: Duration,
+    pub(crate) cmdline: String,
+    pub(crate) cold: bool,
+    pub(super) paging: Paging,
+    pub(super) phases: Vec<Phase>,
+    pub(crate) publish: Vec<Publication>,
+    pub(super) publish_wait: Duration,
+}
+
+impl Default for RunOptions {
+    fn default() -> Self {
+        Self {
+            overrides: Overrides::default(),
+            name: None,
+            memory: None,
+            cpus: None,
+            kernel: None,
+            auto_remove: false,
+            read_only: false,
+            attach: false,
+            terminal_size: (80, 24),
+            upper_size: None,
+            shm_size: None,
+            extra_hosts: Vec::new(),
+            nameservers: Vec::new(),
+            stop_timeout: None,
+            start_timeout: Duration::from_secs(120),
+            cmdline: String::new(),
+            cold: false,
+            paging: Paging::Map,
+            phases: Vec::new(),
+            publish: Vec::new(),
+            publish_wait: Duration::from_millis(u64::from(DEFAULT_WAIT_MS)),
+        }
+    }
+}
+
+impl RunOptions {
+    /// The image's own choices, 512 MiB and one vCPU.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// What to change of the image's configuration.
+    #[must_use]
+    pub fn overrides(mut self, overrides: Overrides) -> Self {
+        self.overrides = overrides;
+        self
+    }
+
+    /// Arguments in place of the image's `Cmd`.
+    #[must_use]
+    pub fn command<I, S>(mut self, command: I) -> Self
+    where
+        I: IntoIterator<Item = S>,
+        S: Into<String>,
+    {
+        self.overrides.command = command.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// Adds a `NAME=value` entry to the environment.
+    #[must_use]
+    pub fn env(mut self, entry: impl Into<String>) -> Self {
+        self.overrides.env.push(entry.into());
+        self
+    }
+
+    /// Names the VM; a name is generated otherwise.
+    #[must_use]
+    pub fn name(mut self, name: impl Into<String>) -> Self {
+        self.name = Some(name.into());
+        self
+    }
+
+    /// Guest memory in bytes, at least [`MIN_MEMORY`]; rounded up to a MiB.
+    #[must_use]
+    pub fn memory(mut self, bytes: u64) -> Self {
+        self.memory = Some(bytes);
+        self
+    }
+
+    /// Number of vCPUs, at least 1.
+    #[must_use]
+    pub fn cpus(mut self, cpus: u32) -> Self {
+        self.cpus = Some(cpus);
+        self
+    }
+
+    /// The kernel to boot; see [`kernel::find`] for what is used otherwise.
+    #[must_use]
+    pub fn kernel(mut self, path: impl Into<PathBuf>) -> Self {
+        self.kernel = Some(path.into());
+        self
+    }
+
+    /// Words added to the guest kernel's command line.
+    #[must_use]
+    pub fn cmdline(mut self, words: impl Into<String>) -> Self {
+        self.cmdline = words.into();
+        self
+    }
+
+    /// Boots a kernel even where a snapshot could be restored, and leaves none
+    /// behind.
+    #[must_use]
+    pub fn cold(mut self, cold: bool) -> Self {
+        self.cold = cold;
+        self
+    }
+
+    /// Removes the VM's record and logs when it ends.
+    #[must_use]
+    pub fn auto_remove(mut self, yes: bool) -> Self {
+        self.auto_remove = yes;
+        self
+    }
+
+    /// No writable layer over the image.
+    #[must_use]
+    pub fn read_only(mut self, yes: bool) -> Self {
+        self.read_only = yes;
+        self
+    }
+
+    /// Stays attached: [`Vm::take_session`] then has the workload's session,
+    /// from its first byte on.
+    #[must_use]
+    pub fn attach(mut self, yes: bool) -> Self {
+        self.attach = yes;
+        self
+    }
+
+    /// Columns and rows, for a workload on a terminal.
+    #[must_use]
+    pub fn terminal_size(mut self, columns: u16, rows: u16) -> Self {
+        self.terminal_size = (columns, rows);
+        self
+    }
+
+    /// Size limit of the writable layer in bytes; half of guest memory when 0.
+    #[must_use]
+    pub fn upper_size(mut self, bytes: u64) -> Self {
+        self.upper_size = Some(bytes);
+        self
+    }
+
+    /// Size of `/dev/shm` in bytes; 64 MiB when 0.
+    #[must_use]
+    pub fn shm_size(mut self, bytes: u64) -> Self {
+        self.shm_size = Some(bytes);
+        self
+    }
+
+    /// Adds a line to `/etc/hosts`.
+    #[must_use]
+    pub fn host(mut self, name: impl Into<String>, address: impl Into<String>) -> Self {
+        self.extra_hosts.push((address.into(), name.into()));
+        self
+    }
+
+    /// Adds a name server.
+    #[must_use]
+    pub fn nameserver(mut self, address: impl Into<String>) -> Self {
+        self.nameservers.push(address.into());
+        self
+    }
+
+    /// Time between stop signal and SIGKILL.
+    #[must_use]
+    pub fn stop_timeout(mut self, timeout: Duration) -> Self {
+        self.stop_timeout = Some(timeout);
+        self
+    }
+
+    /// How long guest and agent may take until the workload runs.
+    #[must_use]
+    pub fn start_timeout(mut self, timeout: Duration) -> Self {
+        self.start_timeout = timeout;
+        self
+    }
+
+    /// Phases that were complete before, for one list of all.
+    #[must_use]
+    pub fn phases(mut self, phases: Vec<Phase>) -> Self {
+        self.phases = phases;
+        self
+    }
+
+    /// How memory is restored, where the VM is started from a snapshot.
+    #[must_use]
+    pub fn paging(mut self, paging: Paging) -> Self {
+        self.paging = paging;
+        self
+    }
+
+    /// Publishes a port of the guest on the host.
+    #[must_use]
+    pub fn publish(mut self, publication: Publication) -> Self {
+        self.publish.push(publication);
+        self
+    }
+
+    /// How long a connection to a published port waits for somebody in the guest to
+    /// listen, 10 minutes at most: 1 s unless this is called. Longer lets clients
+    /// come before a server that takes its time to start; with none at all a client
+    /// learns at once that nobody listens.
+    #[must_use]
+    pub fn publish_wait(mut self, wait: Duration) -> Self {
+        self.publish_wait = wait;
+        self
+    }
+
+    pub(crate) fn publish_wait_ms(&self) -> u32 {
+        let wait = u32::try_from(self.publish_wait.as_millis());
+        wait.unwrap_or(MAX_WAIT_MS).min(MAX_WAIT_MS)
+    }
+
+    /// Guest memory in bytes, in whole MiB; `None` when it is not asked for.
+    pub(crate) fn memory_given(&self) -> Option<u64> {
+        let mebibytes = self.memory.map(|bytes| bytes.div_ceil(MEBIBYTE));
+        mebibytes.map(|count| count.saturating_mul(MEBIBYTE))
+    }
+
+    pub(super) fn check(&self) -> Result<(), Error> {
+        if let Some(memory) = self.memory.filter(|memory| *memory < MIN_MEMORY) {
+            return Err(Error::Option(format!(
+                "{} of memory is too little for a guest: give it at least {} MiB",
+                mebibytes(memory),
+                MIN_MEMORY / MEBIBYTE
+            )));
+        }
+        if self.cpus == Some(0) {
+            return Err(Error::Option(
+                "0 CPUs are too few for a guest: give it at least 1".to_owned(),
+            ));
+        }
+        Ok(())
+    }
+}
+
+fn mebibytes(bytes: u64) -> String {
+    if bytes.is_multiple_of(MEBIBYTE) {
+        format!("{} MiB", bytes / MEBIBYTE)
+    } else {
+        format!("{bytes} bytes")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_and_cpus_have_a_minimum() {
+        let error = RunOptions::new().memory(1 << 20).check().unwrap_err();
+        let text = error.to_string();
+        assert!(
+            text.contains("1 MiB of memory") && text.contains("64 MiB"),
+            "{text}"
+        );
+        assert!(RunOptions::new().cpus(0).check().is_err());
+        assert!(RunOptions::new().memory(MIN_MEMORY).check().is_ok());
+    }
+}
