@@ -1,4 +1,4 @@
-//! What a VM was started with.
+//! The configuration that a VM was started with.
 
 use std::path::PathBuf;
 
@@ -8,7 +8,7 @@ use crate::id::VmId;
 use crate::publish::{DEFAULT_WAIT_MS, Publication};
 use crate::workload::Workload;
 
-/// What a VM was started with.
+/// The configuration that a VM was started with.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmConfig {
     /// Identifier.
@@ -21,7 +21,7 @@ pub struct VmConfig {
     pub image_digest: String,
     /// Nanoseconds since the Unix epoch.
     pub created_ns: u64,
-    /// What runs.
+    /// The command that runs in it.
     pub workload: Workload,
     /// Guest memory in bytes.
     pub memory: u64,
@@ -44,7 +44,7 @@ pub struct VmConfig {
     pub publish_wait_ms: u32,
 }
 
-/// What it was before it could be chosen.
+/// The value of records that were written before it could be chosen.
 fn default_wait_ms() -> u32 {
     DEFAULT_WAIT_MS
 }

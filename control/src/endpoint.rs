@@ -1,4 +1,4 @@
-//! Where a VM is reached.
+//! The socket and the name of a VM.
 
 use std::path::PathBuf;
 

@@ -1,4 +1,4 @@
-//! What can go wrong between a client and a VM's process.
+//! Errors of calls to the process of a VM.
 
 use std::io;
 
@@ -17,7 +17,7 @@ pub enum ControlError {
     /// The VM's process cannot be connected to, or talked to.
     #[error("cannot {operation}")]
     Io {
-        /// What was tried.
+        /// The operation that failed, after "cannot".
         operation: &'static str,
         /// The cause.
         #[source]

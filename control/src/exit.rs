@@ -1,10 +1,10 @@
-//! How VMs end.
+//! The end of a VM: its reason and its record.
 
 use serde::{Deserialize, Serialize};
 
 use crate::timings::Phase;
 
-/// How a VM ended.
+/// The reason why a VM ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ExitReason {
@@ -23,12 +23,12 @@ pub enum ExitReason {
     Other,
 }
 
-/// What is left when a VM has ended.
+/// The record of an ended VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExitRecord {
     /// Docker's exit status: the workload's own, or 125 when it is not its doing.
     pub status: u32,
-    /// How it came to that.
+    /// The reason for the end.
     pub reason: ExitReason,
     /// A sentence, unless the workload ended by itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -15,7 +15,7 @@ use crate::exit::ExitRecord;
 use crate::publish::PublishedPort;
 use crate::timings::Phase;
 
-/// How the memory of a snapshot gets into a VM that is restored from it.
+/// The way in which the memory of a snapshot gets into a VM that is restored from it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Paging {

@@ -1,5 +1,5 @@
-//! What clients of a virtual machine and its process say to each other: the seam for
-//! other clients than the `sm` command, such as SDKs, containerd shims and routers.
+//! The messages between clients of a virtual machine and its process: the seam for other
+//! clients than the `sm` command, such as SDKs, containerd shims and routers.
 //!
 //! | module | idea |
 //! |---|---|

@@ -124,7 +124,7 @@ fn ends() {
     }
     let later: ExitReason = serde_json::from_value(json!("of_a_later_version")).unwrap();
     assert_eq!(later, ExitReason::Other);
-    // What records of before did not say.
+    // Members that older records lack.
     let short = json!({"status": 3, "reason": "workload", "finished_ns": 7});
     let read: ExitRecord = serde_json::from_value(short).unwrap();
     assert_eq!((read.status, read.started_ns, read.message), (3, 0, None));

@@ -35,7 +35,7 @@ pub struct VsockConfig {
     /// How long the guest may take to answer a request for a connection, and to
     /// confirm the end of one. More than zero.
     pub answer_timeout: Duration,
-    /// How long the guest, once it has answered, may take to send the status of a
+    /// The time that the guest, once it has answered, may take to send the status of a
     /// connection that was asked for with [`crate::ConnectOptions::status_reply`].
     pub status_timeout: Duration,
     /// How long the tail of a connection that the guest has closed is kept for a

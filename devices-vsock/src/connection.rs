@@ -117,7 +117,7 @@ pub(crate) struct Connection {
     pub(crate) progressed: bool,
     /// The guest's next byte is a status.
     pub(crate) status_reply: bool,
-    /// How much longer than usual the guest may take for it.
+    /// The time beyond the usual that the guest may take for it.
     pub(crate) status_wait: Duration,
     report: Report,
     pub(crate) member: Option<Member>,

@@ -290,7 +290,7 @@ impl VirtioDevice for Vsock {
             let all = Readiness {
                 readable: true,
                 writable: true,
-                // What comes behind the bytes that are there now, if anything.
+                // There may be an end behind the bytes.
                 hangup: true,
                 ..Readiness::default()
             };

@@ -55,9 +55,9 @@ pub struct ConnectOptions {
     /// The guest's first byte is a status, not data: 0 is success, anything else
     /// ends the attempt with [`ConnectError::Status`].
     pub status_reply: bool,
-    /// How much longer than [`crate::VsockConfig::answer_timeout`] and
-    /// [`crate::VsockConfig::status_timeout`] the guest may take, because it was told to
-    /// wait for something.
+    /// The time beyond [`crate::VsockConfig::answer_timeout`] and
+    /// [`crate::VsockConfig::status_timeout`] that the guest may take, because it was told
+    /// to wait for something.
     pub wait: Duration,
     /// Told how the attempt ended.
     pub on_result: Option<OnResult>,

@@ -16,7 +16,7 @@ use sm_guest_proto::frame::FrameType;
 use crate::Error;
 use crate::record::Record;
 
-/// How long a VMM may take to have room for another exec.
+/// The time that a VMM may take until it has room for another exec.
 const EXEC_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A command to be run; the workload's environment, directory and user apply

@@ -145,15 +145,7 @@ impl Home {
 
     /// A command line of `sm`, not started yet; standard input is empty.
     pub fn command<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Command {
-        let mut command = Command::new(binary());
-        command
-            .args(arguments)
-            .env("XDG_DATA_HOME", self.data())
-            .env("XDG_RUNTIME_DIR", self.run_dir())
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
-        command
+        self.at_home(Command::new(binary()), arguments)
     }
 
     /// Like [`Self::command`], as a shell starts it in the foreground: no signal is
@@ -161,9 +153,12 @@ impl Home {
     #[must_use]
     pub fn foreground<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Command {
         let mut command = Command::new("env");
+        command.arg("--default-signal").arg(binary());
+        self.at_home(command, arguments)
+    }
+
+    fn at_home<S: AsRef<OsStr>>(&self, mut command: Command, arguments: &[S]) -> Command {
         command
-            .arg("--default-signal")
-            .arg(binary())
             .args(arguments)
             .env("XDG_DATA_HOME", self.data())
             .env("XDG_RUNTIME_DIR", self.run_dir())
@@ -329,7 +324,7 @@ pub fn lab() -> bool {
     lab
 }
 
-/// Whether a test may take as long as it needs: `cargo xtask test --full`.
+/// True if a test may take as long as it needs: `cargo xtask test --full`.
 #[must_use]
 pub fn full() -> bool {
     std::env::var_os("SM_TEST_FULL").is_some()

@@ -154,7 +154,7 @@ fn signals_are_caught_but_for(ignored: &str) {
     let sm = user.command(&["exec", "-it", "vm", "x"]);
     let mut shell = Command::new("setsid");
     shell
-        // Whatever this test inherits.
+        // The test may itself have been started with ignored signals.
         .args(["--ctty", "env", "--default-signal", "bash", "-c"])
         .arg(
             match ignored {

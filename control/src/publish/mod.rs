@@ -27,7 +27,7 @@ pub struct PublishedPort {
     pub connections: PortStats,
 }
 
-/// What the clients of a published port did, as the frontends of `sm-frontends` count it.
+/// Counters of the clients of a published port, as the frontends of `sm-frontends` keep them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PortStats {
     /// Connections led to the guest.

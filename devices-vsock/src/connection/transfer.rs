@@ -93,7 +93,7 @@ impl Connection {
         }
     }
 
-    /// What comes is told from now on, also an end: there is none yet.
+    /// The socket has no data and no end yet. The event loop reports both from now on.
     fn nothing_to_read(&mut self) -> Filled {
         self.readable = false;
         self.hung_up = false;

@@ -1,4 +1,4 @@
-//! What is true of the guest as long as it runs.
+//! Facts about the guest that stay true as long as it runs.
 
 use rustix::time::{ClockId, clock_gettime};
 use sm_guest_proto::PROTOCOL_VERSION;

@@ -104,7 +104,7 @@ impl Image {
         &self.platform
     }
 
-    /// Where its store is.
+    /// The home whose store it is in.
     pub(crate) fn home(&self) -> &Home {
         &self.home
     }

@@ -1,4 +1,4 @@
-//! Who needs the images of a home.
+//! The snapshots that need the images of a home.
 
 use sm_control::with_causes;
 use sm_image::{Digest, Users};

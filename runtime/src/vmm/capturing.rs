@@ -19,7 +19,7 @@ use sm_vmm_core::machine::Machine;
 
 use super::saved::Plan;
 
-/// What the memory of a machine was made from.
+/// The source of a machine's memory.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Origin {
     /// The snapshot that it was restored from.
@@ -38,15 +38,15 @@ impl Origin {
     }
 }
 
-/// What making a snapshot came to.
+/// The result of a capture.
 #[derive(Debug)]
 pub(crate) struct Made {
     pub(crate) captured: Captured,
-    /// How long the vCPUs were held.
+    /// The time for which the vCPUs were held.
     pub(crate) pause: Duration,
 }
 
-/// What is told by the thread that makes a snapshot; errors are clauses.
+/// Callbacks of the thread that makes a snapshot; errors are clauses.
 pub(crate) struct Told {
     /// Memory was copied, or could not be. Only after [`Capturing::end`] is there more.
     pub(crate) copied: Box<dyn FnOnce(Result<(), String>) + Send>,
@@ -83,7 +83,7 @@ impl Capturing {
         let (held, was_held) = channel();
         let (memory, vcpus) = (machine.memory().guest.clone(), machine.vcpus());
         let unless = Arc::clone(&given_up);
-        // Before anything is held up: there may be no thread to be had.
+        // Created before the machine is held, since creating a thread can fail.
         let thread = std::thread::Builder::new()
             .name("sm-snapshot".to_owned())
             .spawn(move || {
@@ -96,7 +96,7 @@ impl Capturing {
                 };
                 drop((memory, origin));
                 (told.copied)(Ok(()));
-                // Nobody has heard of the copy, and everybody that it is not made.
+                // The capture was given up, and its client was told that it failed.
                 let Ok(pause) = was_held.recv() else { return };
                 let made = plan.finish(capture, &state, vcpus);
                 (told.made)(made.map(|captured| Made { captured, pause }));
@@ -111,7 +111,7 @@ impl Capturing {
             // The thread waits for it.
             Ok(state) => drop(hand_over.send(state)),
             Err(error) => {
-                // What still works goes on; if nothing does, the machine says so itself.
+                // A machine that cannot be resumed reports its end itself.
                 let _ = machine.resume();
                 return Err(error);
             }

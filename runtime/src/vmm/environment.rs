@@ -1,5 +1,5 @@
-//! What a VMM takes from the program that it is part of: the record of its VM, and what
-//! the machine boots. The VMM knows neither the layout of the state directory nor where
+//! The seam between a VMM and the program that it is part of, which provides the record of
+//! the VM and the files that the machine boots. The VMM knows neither the layout of the state directory nor where
 //! kernels and agents come from.
 
 use std::io;
@@ -27,7 +27,7 @@ pub(crate) trait Environment {
     fn boot_assets(&self, request: &LaunchRequest) -> Result<BootAssets, String>;
 }
 
-/// What a machine boots besides the kernel.
+/// The files that a machine boots besides the kernel.
 pub(crate) struct BootAssets {
     pub(crate) identity: Identity,
     pub(crate) initramfs: InitramfsBuilder,

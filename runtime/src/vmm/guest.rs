@@ -116,7 +116,7 @@ pub(crate) trait Guest {
     fn end(&self) -> Option<GuestEnd>;
 }
 
-/// What becomes of a machine that was held to be captured.
+/// The next state of a machine that was held to be captured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum AfterCapture {
     /// It runs on, and its snapshot is published.

@@ -133,9 +133,9 @@ pub(crate) struct Supervisor<G> {
     epoch: String,
     /// The machine does not run any more, and is to be released.
     machine_ended: bool,
-    /// What follows when the machine was captured for which it is held.
+    /// The purpose for which the machine is held, until its memory was copied.
     held: Option<Held>,
-    /// What was left of the time to start when the machine was held.
+    /// The time to start that was left when the machine was held.
     start_left: Option<Duration>,
     /// The workload is asked to stop, and may take this long once it can.
     stop_grace: Option<Duration>,

@@ -13,9 +13,9 @@ use crate::waiting::Waiting;
 use crate::workload::Attached;
 use crate::{control, log, part, sys};
 
-/// How long the root may take to assemble.
+/// The time that assembling the root may take.
 const ATTACH_DEADLINE: Duration = Duration::from_secs(30);
-/// How long freezing may take.
+/// The time that freezing may take.
 const FREEZE_DEADLINE: Duration = Duration::from_secs(5);
 
 impl Agent {

@@ -205,7 +205,7 @@ impl Guest for RunningMachine {
 
     fn connect(&mut self, port: u32) -> io::Result<UnixStream> {
         let (ours, theirs) = UnixStream::pair()?;
-        // How long a start, or a way back, may take is the supervisor's to say.
+        // The supervisor limits the time of a start and of a reset.
         let options = ConnectOptions {
             wait: self.start_timeout,
             ..ConnectOptions::default()

@@ -120,7 +120,7 @@ fn plan(store: &SnapshotStore, name: &str) -> Plan {
     }
 }
 
-/// What is told while a snapshot is made.
+/// The results that a capture reports.
 struct Heard {
     copied: Receiver<Result<(), String>>,
     made: Receiver<Result<Made, String>>,

@@ -15,9 +15,9 @@ use crate::vmm::guest::Guest;
 /// backlog. Places of their own, as calls such as a stop must be heard however many
 /// clients wait for the VM's end or are attached.
 const CONTROL_CLIENTS: usize = 64;
-/// How long one that makes no call keeps its place when others wait for one.
+/// The time for which one that makes no call keeps its place when others wait for one.
 pub(super) const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long no connection is accepted after none could be.
+/// The pause after a connection that could not be accepted.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(200);
 
 impl<G: Guest> Supervisor<G> {

@@ -103,7 +103,7 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// The workload has its stop signal, and can answer it from now on.
+    /// Gives the workload its time to stop, from now on, if it was asked to stop.
     pub(super) fn begin_grace(&mut self) {
         if let Some(grace) = self.stop_grace {
             self.clear_timer(Timer::Kill);
@@ -129,8 +129,7 @@ impl<G: Guest> Supervisor<G> {
         }
         if self.is_getting_ready_for_snapshot() {
             self.thaw();
-            self.snapshot_failed("the VM is to stop");
-            return self.begin_grace();
+            return self.snapshot_failed("the VM is to stop");
         }
         // Word of its end may be behind output that a client does not take.
         self.leave_slow_clients_behind();

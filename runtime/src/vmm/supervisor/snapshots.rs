@@ -175,7 +175,7 @@ impl<G: Guest> Supervisor<G> {
         }
         let job = self.snapshot.as_ref();
         let then = match &held {
-            // Whoever has asked for it was told that there is none.
+            // Its client was told that there is no snapshot.
             Held::Workload if job.is_none() => AfterCapture::Forget,
             Held::Workload if job.is_some_and(|job| job.plan.stay) && copied.is_ok() => {
                 AfterCapture::Stay
@@ -197,9 +197,10 @@ impl<G: Guest> Supervisor<G> {
     }
 
     fn workload_captured(&mut self, copied: Result<(), String>, then: AfterCapture) {
-        if then != AfterCapture::Stay {
-            self.thaw();
-            self.begin_grace();
+        match then {
+            // It ends when its snapshot is published, or when its time is over.
+            AfterCapture::Stay => self.begin_grace(),
+            AfterCapture::Run | AfterCapture::Forget => self.thaw(),
         }
         match (copied, &mut self.snapshot) {
             (Ok(()), Some(job)) => {
@@ -254,7 +255,6 @@ impl<G: Guest> Supervisor<G> {
                         self.guest_broke(&error);
                     }
                     self.thaw();
-                    self.begin_grace();
                 }
             }
         }
@@ -340,7 +340,9 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
+    /// Lets the workload run. If it is asked to stop, its time begins now.
     pub(super) fn thaw(&mut self) {
+        self.begin_grace();
         if let Some(agent) = &mut self.agent {
             agent.ask(Purpose::Thaw, &ControlRequest::Thaw);
         }

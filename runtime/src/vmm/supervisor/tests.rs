@@ -53,7 +53,7 @@ struct FakeState {
     console: Mutex<String>,
     /// The last snapshot that was asked for.
     snapshot: Mutex<Option<SnapshotPlan>>,
-    /// What became of the machine after its memory was copied.
+    /// The state in which the machine was put after its memory was copied.
     captured: Mutex<Option<AfterCapture>>,
     capture_given_up: Mutex<bool>,
     /// Its published ports are closed.

@@ -128,6 +128,7 @@ fn the_time_to_start_does_not_pass_while_memory_is_copied() {
     assert_eq!(request, ControlRequest::Freeze);
     agent.send_json(&ControlReply::Done);
     until(&f, |guest| *guest.roots.lock().unwrap() == 1);
+    // Longer than the start may take: the timer must not run.
     std::thread::sleep(timeout);
     f.control().call(&ControlCall::Status).unwrap();
     f.dial.send(Notice::Captured(Ok(())));
@@ -139,7 +140,32 @@ fn the_time_to_start_does_not_pass_while_memory_is_copied() {
     assert_eq!(f.exit().status, 0);
 }
 
-/// What is told to whoever asked for it stays true.
+/// It does not run again, so it is no fault of its workload's that it did not stop.
+#[test]
+fn a_vm_that_stays_held_is_not_said_to_resist() {
+    let mut f = fixture(Setup::default());
+    let (mut agent, _main) = f.start();
+    let asked = ask_for_snapshot(&f, "large", true);
+    freeze(&mut agent);
+    f.control()
+        .call(&ControlCall::Stop { grace_ms: Some(1) })
+        .unwrap();
+    expect_signal(&mut agent, 15);
+    until(&f, |guest| *guest.capture_given_up.lock().unwrap());
+    // It was complete before that was seen.
+    f.dial.send(Notice::Captured(Ok(())));
+    while agent.receive().is_some() {}
+    f.dial.send(Notice::Snapshot(made(3)));
+    assert!(asked.join().unwrap().is_ok());
+    f.finish();
+    let message = f.exit().message.unwrap();
+    assert!(
+        message.contains("while snapshot \"large\" of it"),
+        "{message}"
+    );
+}
+
+/// Its client was told that there is no snapshot, and there must be none.
 #[test]
 fn a_vm_that_is_removed_while_its_memory_is_copied_leaves_no_snapshot() {
     let mut f = fixture(Setup::default());
