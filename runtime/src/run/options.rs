@@ -128,7 +128,7 @@ impl RunOptions {
         self
     }
 
-    /// The kernel to boot; see [`kernel::find`] for what is used otherwise.
+    /// The kernel to boot; see [`crate::kernel::find`] for what is used otherwise.
     #[must_use]
     pub fn kernel(mut self, path: impl Into<PathBuf>) -> Self {
         self.kernel = Some(path.into());
@@ -164,7 +164,7 @@ impl RunOptions {
         self
     }
 
-    /// Stays attached: [`Vm::take_session`] then has the workload's session,
+    /// Stays attached: [`crate::Vm::take_session`] then has the workload's session,
     /// from its first byte on.
     #[must_use]
     pub fn attach(mut self, yes: bool) -> Self {
