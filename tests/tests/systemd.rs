@@ -106,9 +106,11 @@ fn full_systemd_boots_takes_commands_and_ends_cleanly() {
     }
     patiently(other, &["systemctl", "poweroff"]);
     for (vm, word) in [
-        (&vm, "halt.target"),
-        (stopped, "halt.target"),
-        (other, "poweroff.target"),
+        // The last words of systemd-shutdown, whose unit never becomes active: the
+        // targets behind it need not be reached.
+        (&vm, "Halting system."),
+        (stopped, "Halting system."),
+        (other, "Powering off."),
     ] {
         // Linux ends PID 1 of a PID namespace that halts by SIGINT (reboot(2)).
         let end = vm.wait()["state"]["exit"].clone();
