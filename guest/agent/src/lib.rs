@@ -46,6 +46,7 @@ mod part;
 mod peer;
 mod reactor;
 mod root;
+mod sending;
 mod slab;
 mod sys;
 mod users;

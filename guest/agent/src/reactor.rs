@@ -1,10 +1,11 @@
 //! The one place where the agent waits: epoll plus a heap of deadlines.
 
+use std::cell::RefCell;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::event::{Timespec, epoll};
 
@@ -110,6 +111,10 @@ pub(crate) enum Event {
 pub(crate) struct Watched {
     fd: OwnedFd,
     current: Ready,
+    /// The kernel had no memory for the last thing sent.
+    starved: bool,
+    /// Time of the last attempt asked for because of that.
+    resumes: Option<Instant>,
 }
 
 impl Watched {
@@ -118,11 +123,33 @@ impl Watched {
         Self {
             fd,
             current: Ready::empty(),
+            starved: false,
+            resumes: None,
         }
     }
 
+    /// Notes whether the kernel lacks memory for sending. Such a socket is writable all the
+    /// same: instead of watching for that, [`Watched::set`] reports it after a moment.
+    pub(crate) fn set_starved(&mut self, starved: bool) {
+        self.starved = starved;
+    }
+
     /// Watches for `want` from now on.
-    pub(crate) fn set(&mut self, reactor: &Reactor, token: Token, want: Ready) -> io::Result<()> {
+    pub(crate) fn set(
+        &mut self,
+        reactor: &Reactor,
+        token: Token,
+        mut want: Ready,
+    ) -> io::Result<()> {
+        if self.starved && want.contains(Ready::OUT) {
+            want -= Ready::OUT;
+            let now = Instant::now();
+            if self.resumes.is_none_or(|resumes| resumes <= now) {
+                let resumes = now + SHORTAGE;
+                self.resumes = Some(resumes);
+                reactor.resume(resumes, token);
+            }
+        }
         if want == self.current {
             return Ok(());
         }
@@ -164,10 +191,16 @@ impl AsFd for Watched {
 /// Events taken from the kernel per system call.
 const BATCH: usize = 64;
 
+/// Time until a socket for which the kernel had no memory is written to again: long
+/// enough for reclaim to have freed something, short for whoever reads.
+const SHORTAGE: Duration = Duration::from_millis(10);
+
 /// See the module text.
 pub(crate) struct Reactor {
     epoll: OwnedFd,
     timers: BinaryHeap<Reverse<(Instant, u64)>>,
+    /// Sockets that are reported as writable at a time: at most one time for each.
+    resuming: RefCell<BinaryHeap<Reverse<(Instant, u64)>>>,
     batch: Vec<epoll::Event>,
 }
 
@@ -176,6 +209,7 @@ impl Reactor {
         Ok(Self {
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
             timers: BinaryHeap::new(),
+            resuming: RefCell::default(),
             batch: Vec::with_capacity(BATCH),
         })
     }
@@ -185,12 +219,22 @@ impl Reactor {
         self.timers.push(Reverse((at, token.encode())));
     }
 
+    /// Reports `token` as writable once `at` has passed.
+    fn resume(&self, at: Instant, token: Token) {
+        self.resuming
+            .borrow_mut()
+            .push(Reverse((at, token.encode())));
+    }
+
     /// Waits until something happens and fills `events` with it.
     pub(crate) fn wait(&mut self, events: &mut Vec<Event>) -> io::Result<()> {
         events.clear();
-        let timeout = match self.timers.peek() {
+        let resuming = self.resuming.get_mut();
+        let next = [self.timers.peek(), resuming.peek()];
+        let next = next.into_iter().flatten().map(|Reverse((at, _))| *at).min();
+        let timeout = match next {
             None => None,
-            Some(Reverse((at, _))) => {
+            Some(at) => {
                 let left = at.saturating_duration_since(Instant::now());
                 Some(Timespec::try_from(left).map_err(|_| io::ErrorKind::InvalidInput)?)
             }
@@ -207,27 +251,33 @@ impl Reactor {
                 events.push(Event::Io(token, flags));
             }
         }
-        if self.timers.is_empty() {
+        if next.is_none() {
             return Ok(());
         }
         let now = Instant::now();
-        while let Some(Reverse((at, token))) = self.timers.peek().copied()
-            && at <= now
-        {
-            self.timers.pop();
-            if let Some(token) = Token::decode(token) {
-                events.push(Event::Timer(token));
-            }
+        while let Some(token) = due(resuming, now) {
+            events.extend(Token::decode(token).map(|token| Event::Io(token, Ready::OUT)));
+        }
+        while let Some(token) = due(&mut self.timers, now) {
+            events.extend(Token::decode(token).map(Event::Timer));
         }
         Ok(())
     }
+}
+
+/// Takes the first entry of `times` if its time has passed.
+fn due(times: &mut BinaryHeap<Reverse<(Instant, u64)>>, now: Instant) -> Option<u64> {
+    let Reverse((at, token)) = times.peek().copied()?;
+    (at <= now).then(|| {
+        times.pop();
+        token
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::io::Write as _;
-    use std::time::Duration;
 
     #[test]
     fn tokens_survive_the_kernel() {
@@ -271,5 +321,44 @@ mod tests {
             }
         }
         assert_eq!(fired, [1, 2]);
+    }
+
+    #[test]
+    fn a_socket_without_memory_is_written_to_again_after_a_moment() {
+        let mut reactor = Reactor::new().unwrap();
+        let (ours, mut theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let mut watched = Watched::new(ours.into());
+        let token = Token::single(Class::Control, 3);
+        let want = Ready::IN | Ready::OUT;
+        let started = Instant::now();
+        for _ in 0..1000 {
+            watched.set_starved(true);
+            watched.set(&reactor, token, want).unwrap();
+        }
+
+        // It is writable, and only what arrives wakes the loop before its time.
+        theirs.write_all(b"x").unwrap();
+        let mut events = Vec::new();
+        reactor.wait(&mut events).unwrap();
+        let first = |events: &[Event]| match events {
+            [Event::Io(t, ready), ..] if *t == token => *ready,
+            _ => panic!("{} other events", events.len()),
+        };
+        if started.elapsed() < SHORTAGE {
+            assert_eq!(first(&events), Ready::IN);
+        }
+        watched.set(&reactor, token, Ready::OUT).unwrap();
+        let mut resumed = 0;
+        while resumed == 0 {
+            reactor.wait(&mut events).unwrap();
+            resumed += events.len();
+        }
+        assert!(started.elapsed() >= SHORTAGE);
+        assert_eq!((first(&events), resumed), (Ready::OUT, 1));
+
+        watched.set_starved(false);
+        watched.set(&reactor, token, want).unwrap();
+        reactor.wait(&mut events).unwrap();
+        assert!(first(&events).contains(want));
     }
 }

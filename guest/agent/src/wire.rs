@@ -1,13 +1,14 @@
 //! Frames over a non-blocking stream, without copies on the fast path.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 
-use rustix::net::{RecvFlags, SendFlags, recv, send};
+use rustix::net::{RecvFlags, recv};
 use sm_guest_proto::frame::{
     BULK_PAYLOAD, FrameDecoder, FrameHeader, FrameType, HEADER_LEN, encode,
 };
 
 use crate::reactor::Watched;
+use crate::sending::{Refusal, send_bytes};
 
 /// Scratch bytes that [`Framed::send_bulk`] works in: room for a header and
 /// one bulk payload. One such buffer serves every connection.
@@ -118,22 +119,13 @@ impl Framed {
     }
 
     fn send_some(&mut self, bytes: &[u8], from: usize) -> usize {
-        let mut count = 0;
-        while let Some(rest) = bytes.get(from + count..)
-            && !rest.is_empty()
-            && !self.broken
-        {
-            match send(
-                &self.socket,
-                rest,
-                SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
-            ) {
-                Ok(sent) => count += sent,
-                Err(rustix::io::Errno::AGAIN) => break,
-                Err(rustix::io::Errno::INTR) => {}
-                Err(_) => self.broken = true,
-            }
+        if self.broken {
+            return 0;
         }
+        let rest = bytes.get(from..).unwrap_or_default();
+        let (count, refusal) = send_bytes(self.socket.as_fd(), rest);
+        self.broken = refusal == Some(Refusal::Broken);
+        self.socket.set_starved(refusal == Some(Refusal::Starved));
         count
     }
 
@@ -165,6 +157,7 @@ mod tests {
         reason = "small numbers of a test's own making"
     )]
     use super::*;
+    use crate::sending::shortage;
     use std::io::Read as _;
     use std::os::unix::net::UnixStream;
 
@@ -172,6 +165,19 @@ mod tests {
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
         (Framed::new(ours.into(), |_| BULK_PAYLOAD), theirs)
+    }
+
+    #[test]
+    fn a_shortage_of_memory_breaks_nothing() {
+        let (mut framed, mut theirs) = pair();
+        shortage::begin(1);
+        framed.send(FrameType::Exit, &[0, 0, 0, 7]);
+        assert!(!framed.is_flushed() && !framed.is_broken());
+        framed.flush();
+        assert!(framed.is_flushed());
+        let mut bytes = [0; HEADER_LEN + 4];
+        theirs.read_exact(&mut bytes).unwrap();
+        assert_eq!(bytes[HEADER_LEN..], [0, 0, 0, 7]);
     }
 
     #[test]

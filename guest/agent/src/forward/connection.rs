@@ -13,6 +13,7 @@ use sm_guest_proto::forward::{ForwardHeader, ForwardStatus, HEADER_LEN};
 
 use super::listening;
 use crate::reactor::{Class, Reactor, Ready, Token, Watched};
+use crate::sending::{Refusal, send_bytes};
 use crate::slab::Key;
 
 /// Parts of forward tokens.
@@ -38,6 +39,8 @@ struct Pump {
     at_end: bool,
     /// The sink has been told, or takes no more.
     done: bool,
+    /// The kernel had no memory for the sink's next packet.
+    starved: bool,
 }
 
 #[derive(Debug)]
@@ -130,23 +133,12 @@ impl Pump {
         }
     }
 
-    /// Sends what the sink takes. A sink that takes no more ends this direction
-    /// only: its own bytes may still be on their way.
+    /// Sends the part that the sink takes now. A sink that takes no more ends this
+    /// direction only: its own bytes may still be on their way.
     fn send(&mut self, bytes: &[u8], to: BorrowedFd<'_>) -> usize {
-        let mut count = 0;
-        while let Some(rest) = bytes.get(count..)
-            && !rest.is_empty()
-        {
-            match send(to, rest, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
-                Ok(sent) => count += sent,
-                Err(Errno::AGAIN) => break,
-                Err(Errno::INTR) => {}
-                Err(_) => {
-                    self.done = true;
-                    break;
-                }
-            }
-        }
+        let (count, refusal) = send_bytes(to, bytes);
+        self.done |= refusal == Some(Refusal::Broken);
+        self.starved = refusal == Some(Refusal::Starved);
         count
     }
 }
@@ -362,9 +354,13 @@ impl Connection {
                 wanted(&self.to_host, &self.to_tcp),
             ),
         };
+        self.host.set_starved(self.to_host.starved);
         let host = self.host.set(reactor, token(part::HOST), host);
         let tcp = match &mut self.tcp {
-            Some(watched) => watched.set(reactor, token(part::TCP), tcp),
+            Some(watched) => {
+                watched.set_starved(self.to_tcp.starved);
+                watched.set(reactor, token(part::TCP), tcp)
+            }
             None => Ok(()),
         };
         host.is_ok() && tcp.is_ok()

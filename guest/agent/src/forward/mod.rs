@@ -58,3 +58,81 @@ impl Forwards {
         false
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read as _, Write as _};
+    use std::net::{Shutdown, TcpListener};
+    use std::os::unix::net::UnixStream;
+
+    use sm_guest_proto::forward::{ForwardHeader, ForwardStatus};
+
+    use super::*;
+    use crate::reactor::{Class, Event};
+    use crate::sending::shortage;
+
+    /// Handles events until the connection is over.
+    fn serve(reactor: &mut Reactor, forwards: &mut Forwards, mut each: impl FnMut()) {
+        let mut scratch = vec![0; 1 << 16];
+        let mut events = Vec::new();
+        loop {
+            each();
+            reactor.wait(&mut events).unwrap();
+            for event in events.drain(..) {
+                let over = match event {
+                    Event::Io(token, ready) => forwards.ready(reactor, token, ready, &mut scratch),
+                    Event::Timer(token) if token.class == Class::Forward => {
+                        forwards.deadline(reactor, token.key)
+                    }
+                    Event::Timer(_) => panic!("nobody asked for this"),
+                };
+                if over {
+                    return;
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_shortage_of_memory_loses_nothing() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let (mut host, agents) = UnixStream::pair().unwrap();
+        let header = ForwardHeader { port, wait_ms: 0 }.encode();
+        host.write_all(&header).unwrap();
+
+        // Both ways: what the peer of one side sends arrives at the other.
+        let sent: Vec<u8> = (0..500_000_u32).map(|n| n.to_le_bytes()[1]).collect();
+        let outcome = std::thread::scope(|scope| {
+            let server = scope.spawn(|| {
+                let (mut tcp, _) = listener.accept().unwrap();
+                let mut got = Vec::new();
+                tcp.read_to_end(&mut got).unwrap();
+                tcp.write_all(&got).unwrap();
+                got
+            });
+            let client = scope.spawn(|| {
+                host.write_all(&sent).unwrap();
+                host.shutdown(Shutdown::Write).unwrap();
+                let mut got = Vec::new();
+                host.read_to_end(&mut got).unwrap();
+                got
+            });
+            let mut reactor = Reactor::new().unwrap();
+            let mut forwards = Forwards::default();
+            forwards.accept(&mut reactor, agents.into());
+            // Every send of the loop's first turns fails, large or small.
+            let mut turns = 0;
+            serve(&mut reactor, &mut forwards, || {
+                turns += 1;
+                if turns % 2 == 0 && turns < 20 {
+                    shortage::begin(5);
+                }
+            });
+            (server.join().unwrap(), client.join().unwrap())
+        });
+        assert!(outcome.0 == sent);
+        assert_eq!(outcome.1.first(), Some(&(ForwardStatus::Connected as u8)));
+        assert!(outcome.1[1..] == sent);
+    }
+}
