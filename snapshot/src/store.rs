@@ -1,6 +1,7 @@
 //! Where snapshots live: one directory each, published by a rename.
 //!
 //! ```text
+//! ROOT                   locked while a draft begins, and while abandoned ones are sought
 //! ROOT/lock              creation and removal of names are serialised by it
 //! ROOT/tmp-XXXXXX/       being written, or being removed; swept by the next writer
 //! ROOT/NAME/manifest.json, state.bin, memory.bin[, working-set.bin]
@@ -145,12 +146,12 @@ impl SnapshotStore {
         }
     }
 
-    /// Starts a new snapshot.
+    /// Starts a new snapshot. Waits for no other writer's disk.
     ///
     /// # Errors
     /// The file system refused.
     pub fn draft(&self) -> Result<Draft, Error> {
-        let _guard = self.exclusive()?;
+        let _guard = self.drafts()?;
         let dir = tempfile::Builder::new()
             .prefix(TEMPORARY)
             .tempdir_in(&self.root)
@@ -326,10 +327,16 @@ impl SnapshotStore {
     /// Serialises creation, removal and sweeping among processes.
     fn exclusive(&self) -> Result<File, Error> {
         let path = self.root.join("lock");
-        let file = open_lock(&path)?;
-        rustix::io::retry_on_intr(|| flock(&file, FlockOperation::LockExclusive))
-            .map_err(|e| Error::io("lock", &path)(e.into()))?;
-        Ok(file)
+        hold(open_lock(&path)?, &path)
+    }
+
+    /// Taken while a draft is created and locked, and while abandoned ones are looked for:
+    /// for a few system calls that write nothing back, as a machine is paused when its
+    /// draft begins. Taken after [`Self::exclusive`] where both are. It is a lock on the
+    /// directory, for which a full file system needs no file.
+    fn drafts(&self) -> Result<File, Error> {
+        let root = File::open(&self.root).map_err(Error::io("open", &self.root))?;
+        hold(root, &self.root)
     }
 
     /// Removes drafts whose writer is gone, and what removals left. What cannot be
@@ -346,10 +353,11 @@ impl SnapshotStore {
     }
 
     /// Temporary directories that nobody works in. A draft has its lock from the
-    /// start to its publication, both under the lock that is taken here; and of a
-    /// removed snapshot nothing is needed any more.
+    /// start to its publication, each under one of the locks that are taken here; and of
+    /// a removed snapshot nothing is needed any more.
     fn abandoned(&self) -> Result<Vec<PathBuf>, Error> {
-        let _guard = self.exclusive()?;
+        let _names = self.exclusive()?;
+        let _drafts = self.drafts()?;
         let entries = fs::read_dir(&self.root).map_err(Error::io("list", &self.root))?;
         let temporary = entries
             .flatten()
@@ -424,6 +432,12 @@ pub(crate) fn read_capped(path: &Path, limit: u64) -> Result<Vec<u8>, Error> {
         return Err(Error::damaged(path, format!("it is over {limit} bytes")));
     }
     Ok(bytes)
+}
+
+fn hold(file: File, path: &Path) -> Result<File, Error> {
+    rustix::io::retry_on_intr(|| flock(&file, FlockOperation::LockExclusive))
+        .map_err(|e| Error::io("lock", path)(e.into()))?;
+    Ok(file)
 }
 
 fn open_lock(path: &Path) -> Result<File, Error> {

@@ -80,6 +80,22 @@ fn abandoned_drafts_are_swept_and_live_ones_are_not() {
     assert!(live.path().exists());
 }
 
+/// A machine is paused meanwhile, and another writer holds the lock while it waits for the
+/// disk.
+#[test]
+fn a_draft_begins_whatever_another_writer_waits_for() {
+    let (_dir, store) = store();
+    let _guard = store.exclusive().unwrap();
+    let root = store.root.clone();
+    let (done, drafted) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let draft = SnapshotStore::read_only(&root).draft();
+        done.send(draft.is_ok()).unwrap();
+    });
+    let minute = std::time::Duration::from_secs(60);
+    assert!(drafted.recv_timeout(minute).unwrap());
+}
+
 #[test]
 fn a_parent_cannot_be_removed_before_its_child() {
     let (_dir, store) = store();
