@@ -1,7 +1,7 @@
-//! Errors in words.
+//! Formatting of errors with their causes.
 
-/// An error and its causes in one sentence. A cause with the text of the error before
-/// it is left out.
+/// Formats an error and its causes as one sentence. A cause whose text equals that of the
+/// error before it is left out.
 #[must_use]
 pub fn with_causes(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();

@@ -15,36 +15,36 @@ pub struct VmConfig {
     pub id: VmId,
     /// Name, unique among this user's VMs.
     pub name: String,
-    /// The image as the caller named it.
+    /// The image reference that the caller gave.
     pub image: String,
     /// Digest of the image's manifest.
     pub image_digest: String,
-    /// Nanoseconds since the Unix epoch.
+    /// Creation time in nanoseconds since the Unix epoch.
     pub created_ns: u64,
-    /// The command that runs in it.
+    /// The command that runs in the VM.
     pub workload: Workload,
     /// Guest memory in bytes.
     pub memory: u64,
     /// Number of vCPUs.
     pub cpus: u32,
-    /// The kernel booted.
+    /// Path of the kernel image that was booted.
     pub kernel: PathBuf,
-    /// Remove the record when the VM ends.
+    /// Remove the VM's record when the VM exits.
     pub auto_remove: bool,
-    /// Root file system without an upper layer.
+    /// Mount the root file system without a writable layer.
     pub read_only: bool,
     /// Milliseconds between the stop signal and SIGKILL.
     pub stop_timeout_ms: u64,
-    /// Ports of the guest that are published on the host, as asked for.
+    /// Guest ports published on the host, as the caller requested them.
     #[serde(default)]
     pub publish: Vec<Publication>,
-    /// Milliseconds that a connection to one of them waits for somebody in the guest
-    /// to listen.
+    /// Milliseconds that a connection to a published port waits for a listener in the
+    /// guest.
     #[serde(default = "default_wait_ms")]
     pub publish_wait_ms: u32,
 }
 
-/// The value of records that were written before it could be chosen.
+/// Default for records written before this field existed.
 fn default_wait_ms() -> u32 {
     DEFAULT_WAIT_MS
 }

@@ -11,10 +11,10 @@ use crate::error::ControlError;
 use crate::launch::{ControlAnswer, ControlCall};
 use crate::timed::{Until, connect_until};
 
-/// How long a VMM may take to take a call, and to answer an ordinary one.
+/// Timeout for connecting to a VMM, and for sending a call and receiving its answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A connection to a VMM.
+/// A connection to the control socket of a VMM.
 #[derive(Debug)]
 pub struct Control {
     stream: UnixStream,
@@ -29,7 +29,7 @@ impl Control {
     /// its backlog.
     ///
     /// # Errors
-    /// The VM is not running, or its process cannot be connected to.
+    /// The VM is not running, or the connection to its process failed.
     pub fn connect(endpoint: &Endpoint) -> Result<Self, ControlError> {
         Self::connect_until(endpoint, Instant::now() + ANSWER_TIMEOUT)
     }
@@ -49,10 +49,10 @@ impl Control {
         }
     }
 
-    /// Makes a call that is answered at once: within 10 s.
+    /// Makes a call whose answer is due within 10 s.
     ///
     /// # Errors
-    /// The VM refuses, or its process cannot be talked to.
+    /// The VM refuses the call, or the connection to its process failed.
     pub fn call(&mut self, call: &ControlCall) -> Result<ControlAnswer, ControlError> {
         self.send(call)
             .and_then(|()| self.receive(Some(Instant::now() + ANSWER_TIMEOUT)))
@@ -60,7 +60,7 @@ impl Control {
             .and_then(checked)
     }
 
-    /// Makes a call whose answer takes as long as it takes.
+    /// Makes a call whose answer has no deadline.
     ///
     /// # Errors
     /// As [`Self::call`].
@@ -87,7 +87,7 @@ impl Control {
             stream: &self.stream,
             deadline,
         };
-        // Unbuffered: what follows an answer may belong to a session.
+        // Unbuffered: bytes after an answer may belong to a session.
         let mut header = [0; HEADER_LEN];
         io::Read::read_exact(&mut until, &mut header)?;
         let header = FrameHeader::decode(header).map_err(io::Error::other)?;
@@ -96,8 +96,8 @@ impl Control {
         Ok(serde_json::from_slice(&payload)?)
     }
 
-    /// The connection itself, which is a client of the workload from now on; with
-    /// `stdin`, frames of input may be sent on it.
+    /// Turns the connection into a session with the workload and returns its stream. With
+    /// `stdin`, the caller may send input frames on it.
     ///
     /// # Errors
     /// As [`Self::call`].
@@ -110,9 +110,9 @@ impl Control {
         Ok(self.stream)
     }
 
-    /// Makes the connection one that hears of output. Its own stream says nothing
-    /// else: whatever arrives means that there may be more to read, and its end that
-    /// the VM has ended or is about to.
+    /// Subscribes the connection to output notifications and returns its stream. Arriving
+    /// bytes mean that more output may be in the log; end of file means that the VM has
+    /// exited or is about to.
     ///
     /// # Errors
     /// As [`Self::call`].
@@ -124,10 +124,10 @@ impl Control {
         Ok(self.stream)
     }
 
-    /// Process identifier of the VMM, as the kernel knows it.
+    /// Process identifier of the VMM, from `SO_PEERCRED`.
     ///
     /// # Errors
-    /// The kernel does not tell.
+    /// The socket option cannot be read.
     pub fn peer_pid(&self) -> io::Result<rustix::process::Pid> {
         Ok(rustix::net::sockopt::socket_peercred(&self.stream)?.pid)
     }

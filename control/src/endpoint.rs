@@ -1,8 +1,8 @@
-//! The socket and the name of a VM.
+//! Address of a VM's socket.
 
 use std::path::PathBuf;
 
-/// A socket of a VM, and the name by which messages call that VM.
+/// A socket of a VM, and the VM's name for messages.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Endpoint {
     /// Path of the unix socket.
@@ -12,7 +12,7 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// The socket at `socket`, of the VM called `name`.
+    /// Creates an endpoint from the path of a socket and the name of its VM.
     pub fn new(socket: impl Into<PathBuf>, name: impl Into<String>) -> Self {
         Self {
             socket: socket.into(),

@@ -4,17 +4,17 @@ use std::io;
 
 use thiserror::Error;
 
-/// Why a call to a VM's process failed.
+/// Failure of a call to a VM's process.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum ControlError {
-    /// Nothing listens on the VM's socket; its name.
+    /// Nothing listens on the socket of the VM with this name.
     #[error("VM \"{0}\" is not running")]
     NotRunning(String),
-    /// The VM, or its guest, refused; a sentence.
+    /// The VM or its guest refused the call, for this reason.
     #[error("{0}")]
     Refused(String),
-    /// The VM's process cannot be connected to, or talked to.
+    /// Connecting to the VM's process, or exchanging messages with it, failed.
     #[error("cannot {operation}")]
     Io {
         /// The operation that failed, after "cannot".

@@ -1,56 +1,58 @@
-//! The end of a VM: its reason and its record.
+//! Exit reason and exit record of a VM.
 
 use serde::{Deserialize, Serialize};
 
 use crate::timings::Phase;
 
-/// The reason why a VM ended.
+/// The reason why a VM exited.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ExitReason {
     /// The workload ended by itself or by a signal.
     Workload,
-    /// The VM never came to run its workload.
+    /// The VM failed before its workload was started.
     StartFailed,
-    /// The guest ended under the workload: panic, triple fault, reset.
+    /// The guest failed while the workload ran: panic, triple fault or reset.
     GuestFailed,
-    /// The VM was ended from outside without waiting for the workload.
+    /// The VM was destroyed without waiting for the workload.
     Destroyed,
-    /// The VMM ended without leaving word (killed, or the host went down).
+    /// The VMM process ended without writing a record: it was killed, or the host went
+    /// down.
     Lost,
     /// A reason that only a later version knows.
     #[serde(other)]
     Other,
 }
 
-/// The record of an ended VM.
+/// The record of a VM that has exited.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExitRecord {
-    /// Docker's exit status: the workload's own, or 125 when it is not its doing.
+    /// Docker's exit status: that of the workload, or 125 when the VM failed.
     pub status: u32,
-    /// The reason for the end.
+    /// The reason for the exit.
     pub reason: ExitReason,
-    /// A sentence, unless the workload ended by itself.
+    /// Description of the failure; absent when the workload exited by itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
     /// The guest's kernel killed processes for lack of memory.
     #[serde(default)]
     pub oom_killed: bool,
-    /// When, in nanoseconds since the Unix epoch.
+    /// Time of the exit in nanoseconds since the Unix epoch.
     pub finished_ns: u64,
-    /// When the workload was started, likewise; 0 if never.
+    /// Start time of the workload in nanoseconds since the Unix epoch; 0 if it never
+    /// started.
     #[serde(default)]
     pub started_ns: u64,
     /// Peak resident set size of the workload's main process in KiB.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peak_rss_kib: Option<u64>,
-    /// When each phase was reached.
+    /// Phases of the start that were completed, with their times.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub phases: Vec<Phase>,
 }
 
 impl ExitRecord {
-    /// The end of a VM whose VMM was killed, or whose host went down.
+    /// Record of a VM whose VMM was killed or whose host went down.
     #[must_use]
     pub fn lost() -> Self {
         Self {

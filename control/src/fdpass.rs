@@ -1,4 +1,4 @@
-//! Hands one file descriptor over with the first bytes of a stream.
+//! Passing of a file descriptor with the first bytes of a stream.
 
 use std::io::{self, IoSlice, IoSliceMut, Write as _};
 use std::mem::MaybeUninit;
@@ -10,7 +10,7 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
-/// Sends all of `bytes`, `fd` with the first of them.
+/// Sends all of `bytes`, and `fd` with the first of them.
 ///
 /// # Errors
 /// The stream is closed or its timeout has passed.
@@ -32,8 +32,9 @@ pub fn send(stream: &mut UnixStream, bytes: &[u8], fd: impl AsFd) -> io::Result<
     stream.write_all(bytes.get(sent..).unwrap_or_default())
 }
 
-/// Receives some bytes (0 at the end of the stream), and appends the descriptors that
-/// came with them, four at most, to `fds`. They are closed on exec.
+/// Receives at most `buffer.len()` bytes and returns their count, 0 at end of file.
+/// Descriptors that arrive with them, at most four, are appended to `fds` with
+/// close-on-exec set.
 ///
 /// # Errors
 /// The stream cannot be read.

@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// Characters of an identifier that listings show.
+/// Length of an abbreviated identifier, in characters.
 pub const SHORT_LEN: usize = 12;
 
 /// 64 lower-case hexadecimal digits that identify a virtual machine.
@@ -13,13 +13,13 @@ pub const SHORT_LEN: usize = 12;
 pub struct VmId(String);
 
 impl VmId {
-    /// A fresh identifier from the system's random source.
+    /// Generates an identifier from the system's random source.
     #[must_use]
     pub fn generate() -> Self {
         Self(hex(&random::<32>()))
     }
 
-    /// Reads an identifier; `None` unless it is 64 lower-case hexadecimal digits.
+    /// Parses an identifier; `None` unless `text` is 64 lower-case hexadecimal digits.
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
         let valid =
@@ -46,10 +46,10 @@ impl fmt::Display for VmId {
     }
 }
 
-/// `N` bytes from the system's random source.
+/// Returns `N` bytes from the system's random source.
 ///
-/// The kernel's generator cannot fail once it is seeded, and the call waits
-/// until then; a system without it gets a UUID-derived value instead.
+/// `getrandom(2)` blocks until the kernel's generator is seeded and cannot fail
+/// afterwards. On a kernel without the system call the bytes derive from UUIDs.
 #[must_use]
 pub fn random<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];
@@ -69,7 +69,7 @@ pub fn random<const N: usize>() -> [u8; N] {
     bytes
 }
 
-/// Lower-case hexadecimal digits of `bytes`.
+/// Formats `bytes` as lower-case hexadecimal digits.
 #[must_use]
 pub fn hex(bytes: &[u8]) -> String {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
@@ -80,8 +80,8 @@ pub fn hex(bytes: &[u8]) -> String {
         .collect()
 }
 
-/// Whether `name` may name a virtual machine: a letter or digit, then letters,
-/// digits, `_`, `.` or `-`, at most 64 in all.
+/// Returns whether `name` is a valid VM name: a letter or digit, then letters, digits,
+/// `_`, `.` or `-`, at most 64 characters in total.
 #[must_use]
 pub fn is_valid_name(name: &str) -> bool {
     let mut bytes = name.bytes();
@@ -90,8 +90,8 @@ pub fn is_valid_name(name: &str) -> bool {
         && bytes.all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-'))
 }
 
-/// A name such as `quiet_heron`; `attempt` > 0 adds a number so that a crowded
-/// listing still finds a free one.
+/// Generates a name such as `quiet_heron`. An `attempt` greater than 0 appends a number,
+/// for callers whose earlier names were already in use.
 #[must_use]
 pub fn generate_name(attempt: u32) -> String {
     let [a, b, c, d] = random::<4>();

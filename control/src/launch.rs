@@ -1,9 +1,9 @@
-//! What launcher, VMM and attached clients say to each other.
+//! Messages between the launcher, the VMM and its clients.
 //!
-//! All of it travels in the frames of [`sm_guest_proto::frame`] over unix
-//! sockets between processes of one user and one version of this crate: the
-//! launcher starts its own executable, and a client that meets another version
-//! gets an error reply, because unknown requests do not parse.
+//! All messages travel in the frames of [`sm_guest_proto::frame`] over unix sockets
+//! between processes of one user. Launcher and VMM are one version of this crate, because
+//! the launcher starts its own executable. A client of another version gets an error
+//! reply for a request that the VMM cannot parse.
 
 use std::path::PathBuf;
 
@@ -15,164 +15,167 @@ use crate::exit::ExitRecord;
 use crate::publish::PublishedPort;
 use crate::timings::Phase;
 
-/// The way in which the memory of a snapshot gets into a VM that is restored from it.
+/// Loading of guest memory when a VM is restored from a snapshot.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Paging {
-    /// Mapped, and read when it is touched; what earlier VMs used is mapped ahead.
+    /// The memory file is mapped and pages are read on first access. Pages that earlier
+    /// VMs used are mapped in advance.
     #[default]
     Map,
-    /// Mapped, and read before the VM runs: no page of it is waited for later.
+    /// The memory file is mapped and read completely before the VM runs, so that no later
+    /// access waits for the disk.
     Prefault,
-    /// Copied page by page when it is touched, by userfaultfd. Needs the right to
+    /// Pages are copied on first access through userfaultfd. Requires the privilege to
     /// handle faults of the kernel.
     Userfault,
 }
 
-/// A piece of the root disk: bytes of one file, in disk order.
+/// A segment of the root disk: a range of bytes of one file. Segments are in disk order.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskSegment {
-    /// The file; opened read-only by the VMM.
+    /// Path of the file, which the VMM opens read-only.
     pub path: PathBuf,
-    /// First byte.
+    /// Offset of the first byte in the file.
     pub offset: u64,
     /// Length in bytes.
     pub len: u64,
 }
 
-/// What a machine starts from.
+/// The start source of a VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Origin {
-    /// Its kernel, and the best snapshot of it that there is.
+    /// A boot of the kernel, or the best matching snapshot.
     Image,
-    /// Its kernel, and no snapshot; nor is one made.
+    /// A boot of the kernel. No snapshot is used or created.
     Cold,
-    /// A snapshot of a workload, which goes on.
+    /// The snapshot with this name of a running workload, which continues.
     Snapshot(String),
-    /// A snapshot; the machine tells what makes it distinct, and ends.
+    /// The snapshot with this name. The VM sends its identity report and exits.
     Evidence(String),
 }
 
-/// The launcher's first message (a REQUEST frame), accompanied by the record's
-/// lock as a file descriptor.
+/// The launcher's first message, a REQUEST frame. The descriptor of the record's lock is
+/// passed with it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct LaunchRequest {
-    /// Version of the sender's crate; refused when it differs.
+    /// Version of the sender's crate. The VMM refuses any version other than its own.
     pub version: String,
-    /// The caller's directory of data that outlives a reboot: records and images.
+    /// The caller's directory for data that survives a reboot: records and images.
     pub data: PathBuf,
-    /// The caller's directory of sockets.
+    /// The caller's directory for sockets.
     pub run: PathBuf,
-    /// The caller's directory of what may be deleted at any time.
+    /// The caller's directory for data that may be deleted at any time.
     pub cache: PathBuf,
-    /// The VM.
+    /// Configuration of the VM.
     pub config: VmConfig,
-    /// Directory of the kernel's modules, if it comes with any.
+    /// Directory of the kernel's modules, if the kernel has any.
     pub modules: Option<PathBuf>,
-    /// Words added to the kernel's command line.
+    /// Parameters appended to the kernel's command line.
     pub cmdline: String,
-    /// What the machine starts from.
+    /// The start source.
     pub origin: Origin,
-    /// How the memory of a snapshot gets into it.
+    /// Loading of the snapshot's memory.
     pub paging: Paging,
-    /// The root disk.
+    /// Segments of the root disk.
     pub root: Vec<DiskSegment>,
     /// Size limit of the writable layer in bytes; 0 for half of guest memory.
     pub upper_size: u64,
     /// Size of `/dev/shm` in bytes; 0 for the default.
     pub shm_size: u64,
-    /// Lines for `/etc/hosts`.
+    /// Additional entries of `/etc/hosts`.
     pub extra_hosts: Vec<(String, String)>,
-    /// Name servers.
+    /// Name servers for `/etc/resolv.conf`.
     pub nameservers: Vec<String>,
     /// The launcher stays attached to the workload.
     pub attach: bool,
-    /// Terminal size, when on a terminal.
+    /// Terminal width in columns, if the workload has a terminal.
     pub columns: u16,
-    /// Likewise.
+    /// Terminal height in rows, if the workload has a terminal.
     pub rows: u16,
-    /// How long guest and agent may take until the workload runs.
+    /// Milliseconds that guest and agent have until the workload runs.
     pub start_timeout_ms: u64,
-    /// Phases reached before the VMM was started.
+    /// Phases completed before the VMM was started.
     pub phases: Vec<Phase>,
 }
 
-/// What the VMM reports on the launch stream (CONTROL frames), and to
-/// attached clients.
+/// Reports of the VMM on the launch stream and to attached clients (CONTROL frames).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Report {
-    /// The program that was started is a VMM. The first message.
+    /// The process that was started is a VMM. Always the first message.
     Hello,
     /// A phase is complete.
     Phase(Phase),
-    /// Something that did not go as it should, and stopped nothing; a sentence.
+    /// A failure that the start survived, in a sentence.
     Warning(String),
     /// The workload runs.
     Started {
         /// Its process identifier in the guest.
         pid: u32,
     },
-    /// What makes this machine distinct.
+    /// The identity report of this VM.
     Evidence(Testimony),
-    /// The VM has ended; the record, if kept, is on disk. The last message.
+    /// The VM has exited. Its record, unless it is removed, is on disk. Always the last
+    /// message.
     Ended(ExitRecord),
 }
 
-/// A request on the control socket (REQUEST frame); each is answered by one
+/// A request on the control socket (REQUEST frame). Each is answered by one
 /// [`ControlAnswer`] (CONTROL frame).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ControlCall {
-    /// What the VM is doing.
+    /// Report the status of the VM.
     Status,
     /// Become a client of the workload: after the answer, the connection
     /// carries exec frames both ways and ends with [`Report::Ended`].
     Attach {
-        /// Send STDIN frames.
+        /// The client will send STDIN frames.
         stdin: bool,
     },
-    /// Signal the workload's main process.
+    /// Send a signal to the workload's main process.
     Signal {
         /// Signal number.
         signal: u8,
     },
-    /// End the workload: its stop signal, then SIGKILL. Answered at once.
+    /// Send the workload its stop signal, then SIGKILL. Answered immediately.
     Stop {
-        /// Milliseconds in between; the VM's own setting if absent.
+        /// Milliseconds between the two; absent for the VM's own setting.
         grace_ms: Option<u64>,
     },
-    /// End the VM at once.
+    /// Terminate the VM immediately.
     Destroy,
-    /// Hold all vCPUs.
+    /// Pause all vCPUs.
     Pause,
-    /// Let them run again.
+    /// Resume all vCPUs.
     Resume,
     /// Usage figures of the guest.
     Stats,
-    /// Begin to measure where the time goes, or end it and say.
+    /// Start or stop profiling of the vsock device. Stopping returns the measurements.
     Profile {
-        /// Begin.
+        /// Start profiling if true, stop it if false.
         on: bool,
     },
-    /// Make a snapshot of the workload as it runs. Answered when it is
+    /// Create a snapshot of the running workload. Answered once the snapshot is
     /// published.
     Snapshot {
-        /// Its name.
+        /// Name of the snapshot.
         name: String,
-        /// End the VM afterwards.
+        /// Terminate the VM afterwards.
         stop: bool,
-        /// The last VM that uses it removes it.
+        /// The last VM that uses the snapshot removes it.
         ephemeral: bool,
     },
-    /// Put the VM back to the snapshot of a workload that it was started from.
-    /// Answered when the workload goes on from there.
+    /// Reset the VM to the workload snapshot that it was started from. Answered once the
+    /// workload runs again.
     Reset,
-    /// Answered when the VM has ended.
+    /// Wait for the VM to exit. Answered when it has.
     Wait,
-    /// Hear of output: answered at once, and again whenever something was logged
-    /// since the last answer was taken. The connection ends with the VM.
+    /// Subscribe to output notifications. Answered immediately, and again whenever output
+    /// was logged since the client read the last answer. The connection closes when the
+    /// VM exits.
     Follow,
 }
 
@@ -180,7 +183,7 @@ pub enum ControlCall {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ControlAnswer {
-    /// Done, or begun.
+    /// The request was carried out, or was started where it is answered immediately.
     Done,
     /// Answer to [`ControlCall::Status`].
     Status(Status),
@@ -192,85 +195,85 @@ pub enum ControlAnswer {
     Snapshot(SnapshotReport),
     /// Answer to [`ControlCall::Wait`].
     Ended(ExitRecord),
-    /// It failed; a sentence.
+    /// The request failed, for this reason.
     Error(String),
 }
 
-/// What a stage on the way of a connection's bytes took; see
-/// `Stage` of `sm-devices-vsock`. Times are in nanoseconds, and right within an eighth.
+/// Latency statistics of one stage in the path of a connection's bytes; see `Stage` of
+/// `sm-devices-vsock`. Times are in nanoseconds with an error of at most one eighth.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StageTimes {
     /// Name of the stage.
     pub stage: String,
-    /// How often.
+    /// Number of measurements.
     pub count: u64,
-    /// All together.
+    /// Sum of all measurements.
     pub total_ns: u64,
-    /// Not exceeded by half of them.
+    /// 50th percentile.
     pub p50_ns: u64,
-    /// Not exceeded by nine in ten.
+    /// 90th percentile.
     pub p90_ns: u64,
-    /// Not exceeded by 99 in a hundred.
+    /// 99th percentile.
     pub p99_ns: u64,
-    /// The longest.
+    /// Maximum.
     pub max_ns: u64,
 }
 
-/// What a machine told of itself before any workload code ran in it.
+/// Identity report of a VM, taken before any workload code ran in it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Testimony {
-    /// What makes it distinct.
+    /// The identity that the guest's processes see.
     #[serde(flatten)]
     pub evidence: Evidence,
-    /// By how much its clock was outside the time during which it was asked, in
-    /// nanoseconds; 0 is best.
+    /// Distance of the guest's clock from the interval in which the report was requested
+    /// and answered, in nanoseconds; 0 if the clock was within it.
     pub clock_error_ns: u64,
 }
 
-/// A snapshot that was made of a running VM.
+/// Description of a snapshot created from a running VM.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SnapshotReport {
-    /// Its name.
+    /// Name of the snapshot.
     pub name: String,
-    /// Pages of guest memory stored.
+    /// Number of guest memory pages stored.
     pub pages: u64,
-    /// The snapshot it builds on.
+    /// Name of the parent snapshot, if the snapshot is incremental.
     pub parent: Option<String>,
-    /// How long the workload was frozen, in microseconds.
+    /// Time for which the workload was frozen, in microseconds.
     pub frozen_us: u64,
-    /// How long the vCPUs were held, in microseconds.
+    /// Time for which the vCPUs were paused, in microseconds.
     pub paused_us: u64,
 }
 
-/// What a live VM is doing.
+/// Status of a running VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
-    /// Where it is in its life.
+    /// Stage of the VM's life cycle.
     pub stage: Stage,
-    /// All vCPUs are held.
+    /// All vCPUs are paused.
     pub paused: bool,
     /// Process identifier of its VMM.
     pub vmm_pid: u32,
-    /// A UUID, new at every start and reset, which the guest finds in
-    /// `/run/sm-epoch`; empty before it was sent.
+    /// A UUID that is new after every start and reset and that the guest reads from
+    /// `/run/sm-epoch`. Empty until it was sent to the guest.
     pub epoch: String,
-    /// When the workload was started, in nanoseconds since the Unix epoch; 0
-    /// before.
+    /// Start time of the workload in nanoseconds since the Unix epoch; 0 before it
+    /// starts.
     pub started_ns: u64,
     /// Number of attached clients.
     pub clients: usize,
-    /// Ports that are published, with their addresses on the host.
+    /// Published ports with their addresses on the host.
     pub published: Vec<PublishedPort>,
 }
 
-/// Where a live VM is in its life.
+/// Stages in the life cycle of a running VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Stage {
-    /// On its way to the workload.
+    /// The workload has not been started yet.
     Starting,
     /// The workload runs.
     Running,
-    /// The workload has ended, the VM is about to.
+    /// The workload has exited and the VM is shutting down.
     Ending,
 }

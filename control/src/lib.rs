@@ -1,23 +1,23 @@
-//! The messages between clients of a virtual machine and its process: the seam for other
-//! clients than the `sm` command, such as SDKs, containerd shims and routers.
+//! The messages between clients of a virtual machine and its process: the interface for
+//! clients other than the `sm` command, such as SDKs, containerd shims and routers.
 //!
-//! | module | idea |
+//! | module | contents |
 //! |---|---|
 //! | [`Control`], [`Endpoint`], [`ControlError`] | calls on a VM's control socket |
 //! | [`session`] | a stream to and from a command in the guest |
 //! | [`launch`] | the messages: launch request, reports, calls and their answers |
-//! | [`config`], [`exit`] | what a VM was started with, and how it ended |
-//! | [`workload`], [`publish`], [`signal`], [`id`] | parts of these, and the words that people write for them |
-//! | [`timings`] | when each phase of a start was complete |
+//! | [`config`], [`exit`] | the configuration that a VM was started with, and its exit record |
+//! | [`workload`], [`publish`], [`signal`], [`id`] | parts of these, and parsers for their textual forms |
+//! | [`timings`] | completion times of the phases of a start |
 //! | [`fdpass`], [`timed`] | unix sockets with descriptors, and with deadlines |
 //!
-//! All messages are JSON in the frames of [`sm_guest_proto::frame`] on unix sockets of one
-//! user. Launcher and VMM have the same [`VERSION`]. A client of another version gets an
-//! error for a call that the VMM does not know, and skips reports that it does not know.
-//! The crate needs no hypervisor, no device, no image and no snapshot.
+//! All messages are JSON in the frames of [`sm_guest_proto::frame`] on unix sockets of
+//! one user. Launcher and VMM have the same [`VERSION`]. A client of another version gets
+//! an error for a call that the VMM does not know, and skips reports that it does not
+//! know itself. The crate depends on no hypervisor, device, image or snapshot code.
 //!
-//! A client asks the process of a VM what it is doing. In this example, a thread stands
-//! for that process.
+//! In this example a client asks the process of a VM for its status. A thread plays the
+//! role of that process.
 //!
 //! ```
 //! use std::io::{Read as _, Write as _};
@@ -70,9 +70,8 @@
 //! # }
 //! ```
 //!
-//! Architecture invariants: a call has a deadline, unless its answer takes as long as it
-//! takes ([`Control::call_and_wait`]); a signal never waits behind input that a command
-//! does not read.
+//! Architecture invariants: every call has a deadline except [`Control::call_and_wait`];
+//! a signal never waits behind input that a command does not read.
 #![warn(missing_docs)]
 
 mod causes;
@@ -96,5 +95,5 @@ pub use control::Control;
 pub use endpoint::Endpoint;
 pub use error::ControlError;
 
-/// Version of this crate: that of the `sm` that it is built for.
+/// Version of this crate, which is that of the `sm` command it is built for.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");

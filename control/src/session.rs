@@ -1,4 +1,4 @@
-//! A caller's connection to a command in a guest: the workload, or an exec.
+//! A client's connection to a command in a guest: the workload, or an exec.
 
 #[cfg(test)]
 mod tests;
@@ -24,36 +24,36 @@ use crate::launch::{ControlCall, Report, Testimony};
 use crate::timed::{Until, connect_until};
 use crate::timings::Phase;
 
-/// How long a signal to a command may take on its way.
+/// Timeout for the delivery of a signal to a command.
 const SIGNAL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What arrives from a command.
+/// An event of a command's session.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Event<'a> {
-    /// Bytes of its standard output, or its terminal.
+    /// Bytes that the command wrote to its standard output or its terminal.
     Stdout(&'a [u8]),
-    /// Bytes of its standard error.
+    /// Bytes that the command wrote to its standard error.
     Stderr(&'a [u8]),
-    /// A sentence about why it cannot be started; [`Event::Exit`] follows.
+    /// The reason why the command cannot be started; [`Event::Exit`] follows.
     Error(String),
-    /// It runs.
+    /// The command runs.
     Started {
         /// Its process identifier in the guest.
         pid: u32,
     },
     /// A phase of the VM's start is complete.
     Phase(Phase),
-    /// Something that did not go as it should, and stopped nothing; a sentence.
+    /// A failure that the start survived, in a sentence.
     Warning(String),
-    /// What makes the machine distinct, from one that was started to tell it.
+    /// The identity report of a VM that was started to produce one.
     Evidence(Testimony),
-    /// It ended, with this status; 128+n when signal n ended it.
+    /// The command exited with this status; 128+n when signal n terminated it.
     Exit(u32),
-    /// The VM has ended. The last event of a workload's session.
+    /// The VM has exited. The last event of a workload's session.
     Ended(ExitRecord),
 }
 
-/// A stream of frames to and from a command.
+/// A session with a command: its output and state arrive as [`Event`]s.
 #[derive(Debug)]
 pub struct Session {
     reader: BufReader<UnixStream>,
@@ -62,7 +62,8 @@ pub struct Session {
 }
 
 impl Session {
-    /// A session on `stream`; signals to its command go by `aside`, else by the stream.
+    /// Creates a session on `stream`. Signals to its command are sent through `aside` if
+    /// there is one, else on the stream.
     ///
     /// # Errors
     /// The stream's descriptor cannot be duplicated.
@@ -79,11 +80,11 @@ impl Session {
         })
     }
 
-    /// A session with the workload of the VM at `endpoint`, over a connection to it;
-    /// with `stdin`, frames of input are sent, too.
+    /// Opens a session with the workload of the VM at `endpoint`, over a connection to
+    /// it. With `stdin`, the caller may send input.
     ///
     /// # Errors
-    /// The VM refuses, or its process cannot be talked to.
+    /// The VM refuses, or the connection to its process failed.
     pub fn attach(endpoint: Endpoint, control: Control, stdin: bool) -> Result<Self, ControlError> {
         let stream = control.attach(stdin)?;
         Self::new(stream, Some(Aside::workload(endpoint))).map_err(|source| ControlError::Io {
@@ -92,16 +93,16 @@ impl Session {
         })
     }
 
-    /// The other direction, usable from other threads.
+    /// Returns the writer of this session, which other threads can use.
     #[must_use]
     pub fn writer(&self) -> SessionWriter {
         self.writer.clone()
     }
 
-    /// Waits for the next event; `None` when the stream has ended.
+    /// Waits for the next event; `None` at the end of the stream.
     ///
     /// # Errors
-    /// The connection failed, or does not carry frames.
+    /// The connection failed, or the bytes on it are not frames.
     pub fn next_event(&mut self) -> io::Result<Option<Event<'_>>> {
         let bad = |error: frame::FrameError| io::Error::new(io::ErrorKind::InvalidData, error);
         loop {
@@ -131,7 +132,7 @@ impl Session {
                         return Ok(Some(event));
                     }
                 }
-                // Only sent towards a command.
+                // These types are only sent towards a command.
                 FrameType::Stdin | FrameType::Resize | FrameType::Signal | FrameType::Request => {}
             }
         }
@@ -144,8 +145,8 @@ impl AsFd for Session {
     }
 }
 
-/// What a CONTROL frame means to a caller, if anything: a report of a VMM, or a
-/// reply of the agent.
+/// Decodes a CONTROL frame, which is a report of a VMM or a reply of the agent. Returns
+/// `None` for messages without an event.
 fn control_event(payload: &[u8]) -> Option<Event<'static>> {
     if let Ok(report) = serde_json::from_slice(payload) {
         return Some(match report {
@@ -165,7 +166,7 @@ fn control_event(payload: &[u8]) -> Option<Event<'static>> {
     }
 }
 
-/// `Ok(false)` when the stream ends before the first byte.
+/// Fills `buffer`; `Ok(false)` when the stream ends before the first byte.
 fn read_exact_or_end(reader: &mut impl io::Read, buffer: &mut [u8]) -> io::Result<bool> {
     let mut filled = 0;
     while let Some(rest) = buffer.get_mut(filled..).filter(|rest| !rest.is_empty()) {
@@ -174,8 +175,8 @@ fn read_exact_or_end(reader: &mut impl io::Read, buffer: &mut [u8]) -> io::Resul
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(count) => filled += count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            // A peer that closes with input of ours unread resets the stream,
-            // after everything it had to say.
+            // Closing a unix socket with unread input resets the stream, after the peer's
+            // own data was delivered.
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset && filled == 0 => {
                 return Ok(false);
             }
@@ -185,8 +186,8 @@ fn read_exact_or_end(reader: &mut impl io::Read, buffer: &mut [u8]) -> io::Resul
     Ok(true)
 }
 
-/// The way to a command besides its session, where nothing waits behind input that
-/// the command does not read.
+/// An additional path to a command besides its session, so that signals do not wait
+/// behind input that the command does not read.
 #[derive(Debug)]
 pub struct Aside {
     endpoint: Endpoint,
@@ -195,14 +196,14 @@ pub struct Aside {
 
 #[derive(Debug)]
 enum Command {
-    /// The workload, reached by the control socket.
+    /// The workload, through the control socket.
     Workload,
-    /// A command beside it: its process identifier, 0 until it runs.
+    /// An exec, by its process identifier; 0 until it runs.
     Exec(AtomicU32),
 }
 
 impl Aside {
-    /// The way to the workload of a VM: its control socket.
+    /// Creates the path to the workload of a VM, through its control socket.
     pub fn workload(control: Endpoint) -> Self {
         Self {
             endpoint: control,
@@ -210,7 +211,7 @@ impl Aside {
         }
     }
 
-    /// The way to a command beside it: the VM's exec socket.
+    /// Creates the path to an exec, through the VM's exec socket.
     pub fn exec(exec: Endpoint) -> Self {
         Self {
             endpoint: exec,
@@ -218,8 +219,8 @@ impl Aside {
         }
     }
 
-    /// Sends a signal. `Ok(false)` when there is no such way to the command: it
-    /// does not run yet, or the guest's agent is from before there was one.
+    /// Sends a signal. `Ok(false)` when the path is not available: the command does not
+    /// run yet, or the guest's agent predates the request.
     fn signal(&self, signal: u8) -> io::Result<bool> {
         let pid = match &self.command {
             Command::Workload => {
@@ -259,44 +260,46 @@ impl Aside {
             until.read_exact(&mut payload)?;
             if header.kind == FrameType::Exit {
                 let exit = frame::ExitStatus::parse(&payload).map_err(io::Error::other)?;
-                // 1: it has ended. 125: a request that the agent does not know.
+                // Status 1: the command has exited. Status 125: the agent does not know
+                // the request.
                 return Ok(exit.status <= 1);
             }
         }
     }
 }
 
-/// The direction towards a command. Cheap to clone.
+/// The sending side of a session. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct SessionWriter {
     stream: Arc<Mutex<UnixStream>>,
-    /// The same stream, not behind the lock that a blocked writer holds.
+    /// The same stream outside the lock, which a blocked writer holds.
     hang_up: Arc<UnixStream>,
     aside: Option<Arc<Aside>>,
 }
 
 impl SessionWriter {
-    /// Notes the process identifier of the command, which runs now.
+    /// Records the process identifier of the command when it starts.
     fn started(&self, pid: u32) {
         if let Some(Command::Exec(known)) = self.aside.as_deref().map(|aside| &aside.command) {
             known.store(pid, Ordering::Relaxed);
         }
     }
 
-    /// Sends a frame. Blocks while the other side does not read.
+    /// Sends a frame. Blocks while the receiver does not read.
     ///
     /// # Errors
-    /// The payload is too long for a frame, or the command or the VM is gone.
+    /// The payload is too long for a frame, or the connection failed.
     pub fn send(&self, kind: FrameType, payload: &[u8]) -> io::Result<()> {
         let mut bytes = Vec::with_capacity(HEADER_LEN + payload.len());
         frame::encode(kind, payload, &mut bytes)
             .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
-        // A frame is written whole or the stream is broken anyway.
+        // Continuing after another writer's panic is safe: a partly written frame means
+        // that the stream is broken, and this write fails too.
         let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
         stream.write_all(&bytes)
     }
 
-    /// Sends `message` as the payload of a frame.
+    /// Sends `message` as the JSON payload of a frame.
     ///
     /// # Errors
     /// As [`Self::send`].
@@ -304,39 +307,40 @@ impl SessionWriter {
         self.send(kind, &serde_json::to_vec(message)?)
     }
 
-    /// Sends bytes to the command's standard input. Blocks while it does not read.
+    /// Sends bytes to the command's standard input. Blocks while the command does not
+    /// read.
     ///
     /// # Errors
-    /// The command or the VM is gone.
+    /// The connection to the command or the VM failed.
     pub fn write_stdin(&self, bytes: &[u8]) -> io::Result<()> {
-        // An empty frame would mean the end.
+        // An empty frame would mean end of file.
         bytes
             .chunks(BULK_PAYLOAD)
             .try_for_each(|chunk| self.send(FrameType::Stdin, chunk))
     }
 
-    /// Ends the command's standard input.
+    /// Closes the command's standard input.
     ///
     /// # Errors
-    /// The command or the VM is gone.
+    /// The connection to the command or the VM failed.
     pub fn close_stdin(&self) -> io::Result<()> {
         self.send(FrameType::Stdin, &[])
     }
 
-    /// Tells the command's terminal its new size.
+    /// Sets the size of the command's terminal.
     ///
     /// # Errors
-    /// The command or the VM is gone.
+    /// The connection to the command or the VM failed.
     pub fn resize(&self, columns: u16, rows: u16) -> io::Result<()> {
         self.send(FrameType::Resize, &frame::resize_payload(columns, rows))
     }
 
-    /// Signals the command, by a connection of its own, so that the signal does not
-    /// wait behind input that the command does not read. Before the command runs
-    /// there is only the session, where the signal waits its turn.
+    /// Sends the command a signal over a separate connection, so that the signal does not
+    /// wait behind input that the command does not read. Before the command runs, the
+    /// signal is sent on the session and is delivered in order.
     ///
     /// # Errors
-    /// The command or the VM is gone, or does not answer.
+    /// The connection to the command or the VM failed, or no answer arrived.
     pub fn signal(&self, signal: u8) -> io::Result<()> {
         match &self.aside {
             Some(aside) if aside.signal(signal)? => Ok(()),
@@ -344,22 +348,22 @@ impl SessionWriter {
         }
     }
 
-    /// Closes the connection in both directions; a waiting [`Session::next_event`]
-    /// and a writer that is blocked return.
+    /// Shuts the connection down in both directions, which wakes a waiting
+    /// [`Session::next_event`] and blocked writers.
     pub fn hang_up(&self) {
-        // A peer that is gone already is as good.
+        // The peer may already have closed the connection.
         let _ = self.hang_up.shutdown(Shutdown::Both);
     }
 }
 
-/// [`SessionWriter`]'s standard input as a writer; ends the input when dropped.
+/// An [`io::Write`] for a command's standard input, which is closed on drop.
 #[derive(Debug)]
 pub struct Stdin {
     writer: SessionWriter,
 }
 
 impl Stdin {
-    /// Takes responsibility for the command's standard input.
+    /// Takes over the command's standard input.
     #[must_use]
     pub fn new(writer: SessionWriter) -> Self {
         Self { writer }
@@ -380,15 +384,15 @@ impl Write for Stdin {
 
 impl Drop for Stdin {
     fn drop(&mut self) {
-        // A command that is gone needs no end of input.
+        // A command that has exited needs no end of file.
         let _ = self.writer.close_stdin();
     }
 }
 
-/// Everything a command wrote, and how it ended.
+/// The complete output of a command, and its exit status.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Output {
-    /// Exit status; 128+n when signal n ended it.
+    /// Exit status; 128+n when signal n terminated the command.
     pub status: u32,
     /// Standard output.
     pub stdout: Vec<u8>,
@@ -397,7 +401,7 @@ pub struct Output {
 }
 
 impl Session {
-    /// Collects output until the command ends.
+    /// Collects output until the command exits.
     ///
     /// # Errors
     /// The connection failed, or ended before the command did.

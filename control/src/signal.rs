@@ -1,13 +1,13 @@
-//! Signal names, as `sm kill -s` and an image's `StopSignal` write them.
+//! Signal names, in the forms that an image's `StopSignal` and users write.
 
 use thiserror::Error;
 
-/// A text that names no signal.
+/// The text is not the name or number of a signal.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[error("unknown signal \"{0}\": use a name such as TERM or SIGKILL, or a number from 1 to 64")]
 pub struct UnknownSignal(pub String);
 
-/// Signal number and name, in the numbering of Linux on x86_64 and arm64.
+/// Signal numbers and names of Linux on x86_64 and arm64.
 const SIGNALS: [(u8, &str); 31] = [
     (1, "HUP"),
     (2, "INT"),
@@ -42,15 +42,15 @@ const SIGNALS: [(u8, &str); 31] = [
     (31, "SYS"),
 ];
 
-/// SIGTERM.
+/// Number of SIGTERM.
 pub const TERM: u8 = 15;
-/// SIGKILL.
+/// Number of SIGKILL.
 pub const KILL: u8 = 9;
 
-/// Reads a signal by name (`TERM`, `SIGTERM`, `sigterm`, `RTMIN+3`) or number.
+/// Parses a signal name (`TERM`, `SIGTERM`, `sigterm`, `RTMIN+3`) or number.
 ///
 /// # Errors
-/// Anything else.
+/// The text has none of these forms.
 pub fn parse(text: &str) -> Result<u8, UnknownSignal> {
     let unknown = || UnknownSignal(text.to_owned());
     if let Ok(number) = text.parse::<u8>() {
@@ -64,7 +64,7 @@ pub fn parse(text: &str) -> Result<u8, UnknownSignal> {
     if let Some((number, _)) = SIGNALS.iter().find(|(_, known)| *known == name) {
         return Ok(*number);
     }
-    // The C library keeps 32 and 33 for itself, so that RTMIN is 34.
+    // The C library reserves 32 and 33, so that SIGRTMIN is 34.
     let real_time = if name == "RTMIN" {
         Some(34)
     } else if name == "RTMAX" {
@@ -81,7 +81,7 @@ pub fn parse(text: &str) -> Result<u8, UnknownSignal> {
         .ok_or_else(unknown)
 }
 
-/// `SIGTERM` for 15; `signal 40` for a real-time signal.
+/// Returns the name of a signal: `SIGTERM` for 15, `signal 40` for a real-time signal.
 #[must_use]
 pub fn name(number: u8) -> String {
     match SIGNALS.iter().find(|(known, _)| *known == number) {

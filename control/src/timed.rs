@@ -1,4 +1,4 @@
-//! Unix sockets with a deadline for everything that could block.
+//! Blocking operations on unix sockets with deadlines.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
-/// A socket timeout of zero would mean none.
+/// Shortest socket timeout; a timeout of zero would mean no timeout.
 const SHORTEST: Duration = Duration::from_millis(1);
 
 /// Connects to the socket at `path`, waiting for room in its backlog until `deadline`.
@@ -21,7 +21,7 @@ pub fn connect_until(path: &Path, deadline: Instant) -> io::Result<UnixStream> {
     let flags = SocketFlags::CLOEXEC;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
     loop {
-        // The send timeout is the one of connecting, too (unix(7)).
+        // The send timeout also applies to connect(2), see unix(7).
         set_socket_timeout(&socket, Timeout::Send, Some(remaining(deadline)?))?;
         match connect(&socket, &address) {
             Ok(()) => break,
@@ -34,8 +34,8 @@ pub fn connect_until(path: &Path, deadline: Instant) -> io::Result<UnixStream> {
     Ok(socket.into())
 }
 
-/// Connects to the socket at `path`, if there is room in its backlog; the stream does
-/// not block.
+/// Connects to the socket at `path` without waiting for room in its backlog. The stream
+/// is non-blocking.
 ///
 /// # Errors
 /// As [`connect_until`], without waiting.
@@ -57,13 +57,13 @@ fn remaining(deadline: Instant) -> io::Result<Duration> {
     }
 }
 
-/// A stream whose reads and writes fail with `TimedOut` once a deadline has passed;
-/// without a deadline they wait as long as it takes.
+/// A stream whose reads and writes fail with `TimedOut` after a deadline. Without a
+/// deadline they block indefinitely.
 #[derive(Debug)]
 pub struct Until<'a> {
-    /// The stream. Its timeouts are changed.
+    /// The stream. Its socket timeouts are changed.
     pub stream: &'a UnixStream,
-    /// When reads and writes fail.
+    /// The deadline.
     pub deadline: Option<Instant>,
 }
 
@@ -73,7 +73,7 @@ impl Until<'_> {
     }
 }
 
-/// Returns the error of a socket timeout by its name: `TimedOut` for `WouldBlock`.
+/// Converts the error of a socket timeout: `WouldBlock` becomes `TimedOut`.
 #[must_use]
 pub fn timed_out(error: io::Error) -> io::Error {
     match error.kind() {

@@ -1,21 +1,22 @@
-//! When each phase of a start was reached, and the clocks that say so.
+//! Completion times of the phases of a start, and the clocks they are measured with.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
-/// A phase and the moment it was complete.
+/// A phase of a start and its completion time.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Phase {
-    /// What was complete, such as `agent ready`.
+    /// Name of the phase, such as `agent ready`.
     pub name: String,
-    /// `CLOCK_MONOTONIC` in nanoseconds: comparable between the processes of a host.
+    /// Time of `CLOCK_MONOTONIC` in nanoseconds, comparable between the processes of a
+    /// host.
     pub at_ns: u64,
 }
 
 impl Phase {
-    /// `name`, complete now.
+    /// Creates a phase that is complete now.
     #[must_use]
     pub fn now(name: &str) -> Self {
         Self {
@@ -25,7 +26,7 @@ impl Phase {
     }
 }
 
-/// Nanoseconds since the Unix epoch, 0 if the clock is before it.
+/// Returns the nanoseconds since the Unix epoch, 0 if the clock is before it.
 #[must_use]
 pub fn unix_nanos() -> u64 {
     SystemTime::now()
@@ -35,7 +36,7 @@ pub fn unix_nanos() -> u64 {
         .unwrap_or(0)
 }
 
-/// `CLOCK_MONOTONIC` in nanoseconds.
+/// Returns the time of `CLOCK_MONOTONIC` in nanoseconds.
 #[must_use]
 pub fn monotonic_ns() -> u64 {
     let time = clock_gettime(ClockId::Monotonic);

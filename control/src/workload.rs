@@ -1,5 +1,5 @@
-//! What a virtual machine runs: an image's defaults merged with what the
-//! caller asks for, by Docker's rules.
+//! The workload of a virtual machine: an image's defaults merged with the caller's
+//! overrides, by Docker's rules.
 
 use serde::{Deserialize, Serialize};
 pub use sm_guest_proto::exec::Rlimit;
@@ -11,31 +11,31 @@ use crate::signal;
 /// Docker's search path for images that set none.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// Why image and options do not make a command.
+/// Failure to combine an image's defaults and the caller's overrides into a command.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum WorkloadError {
-    /// Neither the image nor the caller says what to run.
-    #[error("no command: the image sets neither Entrypoint nor Cmd, so give one after the image")]
+    /// Neither the image nor the caller names a command.
+    #[error("no command: the image sets neither Entrypoint nor Cmd, and none was given")]
     NoCommand,
     /// A working directory that is not absolute.
     #[error("working directory \"{0}\" is not an absolute path")]
     RelativeDirectory(String),
-    /// An environment entry without a name.
+    /// An environment entry has no name.
     #[error("environment entry \"{0}\" has no name: write NAME=value")]
     BadEnv(String),
-    /// A stop signal that does not exist.
+    /// The stop signal does not exist.
     #[error(transparent)]
     StopSignal(#[from] signal::UnknownSignal),
-    /// A NUL byte where the guest's kernel takes none.
+    /// A string contains a NUL byte, which the guest's kernel does not accept.
     #[error("{0} contains a NUL byte")]
     Nul(&'static str),
-    /// A host name the guest's kernel would refuse.
+    /// The host name is not one that the guest's kernel accepts.
     #[error("host name \"{0}\" is not valid: use 1 to 63 letters, digits, '-' and '.'")]
     Hostname(String),
 }
 
-/// The members of an image's configuration that decide what runs (OCI
-/// image-spec config.md, `config`).
+/// The members of an image's configuration that determine the workload (OCI image-spec
+/// config.md, `config`).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ImageDefaults {
@@ -53,15 +53,15 @@ pub struct ImageDefaults {
     pub stop_signal: Option<String>,
 }
 
-/// What the caller asks for; `None` and empty leave the image's choice.
+/// The caller's overrides. `None` and empty collections keep the image's value.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Overrides {
-    /// Arguments in place of the image's `Cmd`.
+    /// Arguments that replace the image's `Cmd`.
     pub command: Vec<String>,
-    /// Program in place of `Entrypoint` (which also drops the image's `Cmd`);
-    /// an empty string means no entrypoint.
+    /// Program that replaces `Entrypoint`, which also drops the image's `Cmd`. An empty
+    /// string means no entrypoint.
     pub entrypoint: Option<String>,
-    /// `NAME=value` entries over the image's.
+    /// `NAME=value` entries that override those of the image.
     pub env: Vec<String>,
     /// `user[:group]`.
     pub user: Option<String>,
@@ -69,9 +69,9 @@ pub struct Overrides {
     pub groups: Vec<String>,
     /// Working directory.
     pub cwd: Option<String>,
-    /// Host name; the VM's short identifier when absent.
+    /// Host name; `None` for the VM's short identifier.
     pub hostname: Option<String>,
-    /// Signal that asks the workload to end.
+    /// Signal that requests the workload to exit.
     pub stop_signal: Option<String>,
     /// Run on a terminal.
     pub tty: bool,
@@ -81,7 +81,7 @@ pub struct Overrides {
     pub rlimits: Vec<Rlimit>,
 }
 
-/// A workload, ready to be sent to the guest.
+/// A complete workload, ready to be sent to the guest.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Workload {
     /// Program and arguments.
@@ -101,7 +101,7 @@ pub struct Workload {
     pub stdin: bool,
     /// Host name of the guest.
     pub hostname: String,
-    /// Signal number that asks the workload to end.
+    /// Number of the signal that requests the workload to exit.
     pub stop_signal: u8,
     /// Resource limits.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -109,7 +109,7 @@ pub struct Workload {
 }
 
 impl Workload {
-    /// Merges an image's defaults with the caller's wishes.
+    /// Merges an image's defaults with the caller's overrides.
     ///
     /// # Errors
     /// See [`WorkloadError`].
@@ -139,7 +139,7 @@ impl Workload {
             }
             Some(cwd) => cwd.to_owned(),
             None if image.working_dir.is_empty() => "/".to_owned(),
-            // Some images carry a relative directory; Docker takes it from the root.
+            // Some images have a relative directory, which Docker resolves from the root.
             None if !image.working_dir.starts_with('/') => format!("/{}", image.working_dir),
             None => image.working_dir.clone(),
         };
@@ -171,7 +171,8 @@ impl Workload {
         })
     }
 
-    /// The request that starts it in the guest, on a terminal of this size.
+    /// Returns the request that starts the workload in the guest, on a terminal of this
+    /// size.
     #[must_use]
     pub fn request(&self, columns: u16, rows: u16) -> ExecRequest {
         ExecRequest {
@@ -191,11 +192,11 @@ impl Workload {
     }
 }
 
-/// Merges environments: later layers win, the position of a name's first
-/// appearance is kept.
+/// Merges environments. Later layers override earlier ones; a name keeps the position of
+/// its first appearance.
 ///
 /// # Errors
-/// An entry without a name.
+/// An entry has no name.
 pub fn merge_env(layers: &[&[String]]) -> Result<Vec<String>, WorkloadError> {
     let mut merged: Vec<String> = Vec::new();
     for entry in layers.iter().copied().flatten() {
@@ -300,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn nonsense_is_refused_with_its_cause() {
+    fn invalid_overrides_are_refused_with_the_reason() {
         let merge = |wish: Overrides| Workload::merge(&image(), &wish, "h").unwrap_err();
         let wish = Overrides {
             cwd: Some("tmp".into()),

@@ -1,4 +1,4 @@
-//! Calls on a control socket, with threads for the VM's process.
+//! Calls on a control socket whose server is a thread.
 #![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
 use std::error::Error as _;
@@ -11,7 +11,7 @@ use sm_control::session::{Event, Session};
 use sm_control::{Control, ControlError, Endpoint};
 use sm_guest_proto::frame::{self, FrameDecoder, FrameType};
 
-/// A VM's process that takes one connection.
+/// Starts a server that accepts one connection and passes it to `serve`.
 fn process<T: Send + 'static>(
     serve: impl FnOnce(UnixStream) -> T + Send + 'static,
 ) -> (tempfile::TempDir, Endpoint, JoinHandle<T>) {
@@ -46,7 +46,7 @@ fn answer(stream: &mut UnixStream, message: &impl serde::Serialize) {
 }
 
 #[test]
-fn a_socket_without_listener_is_a_vm_that_does_not_run() {
+fn a_socket_without_listener_means_not_running() {
     let directory = tempfile::tempdir().unwrap();
     let endpoint = Endpoint::new(directory.path().join("control.sock"), "web");
     let refused = |endpoint: &Endpoint| {
@@ -55,13 +55,13 @@ fn a_socket_without_listener_is_a_vm_that_does_not_run() {
         assert_eq!(error.to_string(), "VM \"web\" is not running");
     };
     refused(&endpoint);
-    // Of a process that was killed: the socket is left.
+    // A killed process leaves its socket behind.
     drop(UnixListener::bind(&endpoint.socket).unwrap());
     refused(&endpoint);
 }
 
 #[test]
-fn a_refusal_is_the_sentence_of_the_vm() {
+fn a_refusal_carries_the_message_of_the_vm() {
     let (_directory, endpoint, process) = process(|mut stream| {
         let (kind, payload) = receive(&mut stream, &mut FrameDecoder::new());
         answer(&mut stream, &ControlAnswer::Error("it is paused".into()));
@@ -78,7 +78,7 @@ fn a_refusal_is_the_sentence_of_the_vm() {
 }
 
 #[test]
-fn a_process_that_hangs_up_or_talks_nonsense_is_named_with_the_cause() {
+fn a_closed_or_invalid_stream_is_an_io_error_with_a_cause() {
     let (_directory, endpoint, process) = process(drop);
     let mut control = Control::connect(&endpoint).unwrap();
     process.join().unwrap();
@@ -98,7 +98,7 @@ fn a_process_that_hangs_up_or_talks_nonsense_is_named_with_the_cause() {
 }
 
 #[test]
-fn an_attached_client_sends_input_and_hears_of_the_workload() {
+fn an_attached_client_sends_input_and_receives_events() {
     let (_directory, endpoint, process) = process(|mut stream| {
         let mut decoder = FrameDecoder::new();
         let (_, call) = receive(&mut stream, &mut decoder);
@@ -119,7 +119,7 @@ fn an_attached_client_sends_input_and_hears_of_the_workload() {
     }
     let expected = [
         Event::Stdout(b"out"),
-        // A report of a later version is skipped.
+        // The report of a later version before this event is skipped.
         Event::Warning("slow".into()),
         Event::Exit(3),
     ];
@@ -130,7 +130,7 @@ fn an_attached_client_sends_input_and_hears_of_the_workload() {
 }
 
 #[test]
-fn a_follower_is_the_stream_behind_the_answer() {
+fn follow_returns_the_stream_after_the_answer() {
     let (_directory, endpoint, process) = process(|mut stream| {
         receive(&mut stream, &mut FrameDecoder::new());
         answer(&mut stream, &ControlAnswer::Done);

@@ -1,5 +1,5 @@
-//! The JSON of messages. Clients of other versions and in other languages read it, so a
-//! change of it is a decision.
+//! The JSON form of messages. Clients of other versions and in other languages read it,
+//! so every change of it must be deliberate.
 #![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
 use std::fmt::Debug;
@@ -19,7 +19,7 @@ use sm_control::publish::{PortStats, Publication, PublishedPort};
 use sm_control::timings::Phase;
 use sm_control::workload::Workload;
 
-/// `value` is written as `form`, and `form` is read as `value`.
+/// Asserts that `value` serialises to `form` and that `form` deserialises to `value`.
 #[track_caller]
 fn is<T: Serialize + DeserializeOwned + PartialEq + Debug>(value: &T, form: &Value) {
     assert_eq!(serde_json::to_value(value).unwrap(), *form);
@@ -73,7 +73,7 @@ fn config_form() -> Value {
 #[test]
 fn a_configuration() {
     is(&config(), &config_form());
-    // Records of before these could be chosen.
+    // Records written before these fields existed.
     let mut old = config_form();
     let fields = old.as_object_mut().unwrap();
     fields.remove("publish");
@@ -124,7 +124,7 @@ fn ends() {
     }
     let later: ExitReason = serde_json::from_value(json!("of_a_later_version")).unwrap();
     assert_eq!(later, ExitReason::Other);
-    // Members that older records lack.
+    // Older records lack these members.
     let short = json!({"status": 3, "reason": "workload", "finished_ns": 7});
     let read: ExitRecord = serde_json::from_value(short).unwrap();
     assert_eq!((read.status, read.started_ns, read.message), (3, 0, None));
@@ -241,7 +241,7 @@ fn calls() {
     ] {
         is(&call, &form);
     }
-    // A call of a later version is no call of this one.
+    // A call of a later version does not parse.
     assert!(serde_json::from_value::<ControlCall>(json!("moonlight")).is_err());
 }
 

@@ -1,4 +1,4 @@
-//! Ports of the guest, published on the host.
+//! Publication of guest ports on the host.
 
 mod ports;
 mod tls;
@@ -13,54 +13,54 @@ use serde::{Deserialize, Serialize};
 pub use self::ports::Ports;
 pub use self::tls::TlsEnd;
 
-/// How long a connection waits for somebody in the guest to listen unless something
-/// else is asked for, in milliseconds.
+/// Default time that a connection waits for a listener in the guest, in milliseconds.
 pub const DEFAULT_WAIT_MS: u32 = 1000;
 
-/// A port that is published, and what came of it.
+/// A published port and its connection counters.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PublishedPort {
-    /// Where it is published, with the ports that the system has chosen.
+    /// The publication, with the ports that the system assigned.
     #[serde(flatten)]
     pub publication: Publication,
-    /// What its clients did.
+    /// Connection counters.
     pub connections: PortStats,
 }
 
-/// Counters of the clients of a published port, as the frontends of `sm-frontends` keep them.
+/// Connection counters of a published port, as the frontends of `sm-frontends` maintain
+/// them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PortStats {
-    /// Connections led to the guest.
+    /// Connections forwarded to the guest.
     pub accepted: u64,
-    /// Connections that live now.
+    /// Connections that are open.
     pub active: usize,
-    /// Connections turned away on the host.
+    /// Connections refused on the host.
     pub refused: u64,
-    /// Connections hung up on because they took too long to say what they want.
+    /// Connections closed because their request did not arrive in time.
     pub evicted: u64,
-    /// Connections that nothing in the guest took.
+    /// Connections for which nothing in the guest listened.
     pub unanswered: u64,
     /// Bytes sent to the guest.
     pub to_guest: u64,
-    /// Bytes that came from the guest.
+    /// Bytes received from the guest.
     pub from_guest: u64,
 }
 
-/// Where the host listens for a guest's port.
+/// The listener on the host for a guest port.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum HostEnd {
-    /// A TCP address; port 0 is one of the system's choice.
+    /// A TCP address. With port 0 the system assigns a port.
     Tcp(SocketAddr),
-    /// A TCP address that speaks TLS; the guest sees plain bytes.
+    /// A TCP address with TLS, which is terminated on the host.
     Tls(Box<TlsEnd>),
-    /// A unix socket, which only this user can use.
+    /// A unix socket that only this user can connect to.
     Unix(PathBuf),
-    /// A unix socket on which a router hands accepted connections over; see
+    /// A unix socket over which a router passes accepted connections; see
     /// `HandoffFrontend` of `sm-frontends`.
     Handoff(PathBuf),
-    /// A unix socket on which any vsock port of the guest can be asked for; see
-    /// `HybridFrontend` of `sm-frontends`.
+    /// A unix socket whose clients choose a vsock port of the guest; see `HybridFrontend`
+    /// of `sm-frontends`.
     Hybrid(PathBuf),
 }
 
@@ -76,12 +76,12 @@ impl fmt::Display for HostEnd {
     }
 }
 
-/// A TCP port of the guest that is reached from the host.
+/// Publication of a TCP port of the guest on the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Publication {
-    /// Where the host listens.
+    /// The listener on the host.
     pub host: HostEnd,
-    /// The guest's port; 0 for the first on which something listens.
+    /// The guest's port; 0 for the first port on which a process listens.
     pub guest: u16,
 }
 
@@ -91,9 +91,9 @@ impl fmt::Display for Publication {
     }
 }
 
-/// Why a word does not say what to publish; a sentence.
+/// Failure to parse a publication.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("\"{word}\" does not say what to publish: {reason}")]
+#[error("cannot publish \"{word}\": {reason}")]
 pub struct PublishError {
     word: String,
     reason: &'static str,
@@ -102,9 +102,9 @@ pub struct PublishError {
 impl FromStr for Publication {
     type Err = PublishError;
 
-    /// Reads `[[IP:]HOST:]GUEST[/tcp]` or `auto`, as `docker run --publish` has
-    /// it but for the address, which is 127.0.0.1 unless one is given. Without
-    /// a host port the system chooses one.
+    /// Parses `[[IP:]HOST:]GUEST[/tcp]` or `auto`. The syntax is that of `docker run
+    /// --publish`, except that the address defaults to 127.0.0.1. Without a host port the
+    /// system assigns one.
     fn from_str(word: &str) -> Result<Self, PublishError> {
         let bad = |reason| PublishError {
             word: word.to_owned(),
@@ -114,9 +114,7 @@ impl FromStr for Publication {
         match protocol {
             "tcp" => {}
             "udp" | "sctp" => {
-                return Err(bad(
-                    "only TCP ports can be published: streams are what a VM is reached by",
-                ));
+                return Err(bad("only TCP ports can be published"));
             }
             _ => return Err(bad("the protocol is tcp")),
         }
@@ -153,7 +151,7 @@ impl FromStr for Publication {
 }
 
 impl Publication {
-    /// What of the guest is reached: `80/tcp`, `auto/tcp` or `vsock`.
+    /// Formats the guest's side: `80/tcp`, `auto/tcp` or `vsock`.
     #[must_use]
     pub fn guest_end(&self) -> String {
         match (&self.host, self.guest) {
@@ -163,11 +161,11 @@ impl Publication {
         }
     }
 
-    /// A socket for routers, from `PATH[:GUEST]`; without a port, for the first on
-    /// which the guest listens.
+    /// Parses `PATH[:GUEST]`, a unix socket over which a router passes connections.
+    /// Without a port, connections go to the first port on which the guest listens.
     ///
     /// # Errors
-    /// It is not that.
+    /// The path is empty, or cannot be made absolute.
     pub fn handoff(word: &str) -> Result<Self, PublishError> {
         let (path, guest) = match word.rsplit_once(':') {
             Some((path, port)) => match port.parse::<u16>() {
@@ -180,28 +178,28 @@ impl Publication {
         Ok(Self { host, guest })
     }
 
-    /// A socket for the guest's vsock ports, from its path.
+    /// Publishes all vsock ports of the guest on the unix socket at `path`.
     ///
     /// # Errors
-    /// It is empty.
+    /// The path is empty, or cannot be made absolute.
     pub fn hybrid(path: &str) -> Result<Self, PublishError> {
         let host = HostEnd::Hybrid(place(path, path)?);
         Ok(Self { host, guest: 0 })
     }
 
-    /// A TLS listener, from
+    /// Parses a TLS listener:
     /// `[[IP:]HOST:]GUEST[,cert=FILE,key=FILE][,name=NAME][,alpn=PROTOCOL][,sni=NAME:GUEST]`.
     ///
     /// # Errors
-    /// It is not that.
+    /// The text does not have this form.
     pub fn tls(word: &str) -> Result<Self, PublishError> {
         tls::parse(word)
     }
 
-    /// A unix socket for a guest's port, from `PATH:GUEST`.
+    /// Parses `PATH:GUEST`, a unix socket for one port of the guest.
     ///
     /// # Errors
-    /// It is not that.
+    /// The text does not have this form.
     pub fn unix(word: &str) -> Result<Self, PublishError> {
         let bad = |reason| PublishError {
             word: word.to_owned(),
@@ -221,7 +219,7 @@ impl Publication {
     }
 }
 
-/// The absolute path of a socket: the VMM works in another directory.
+/// Makes the path of a socket absolute, because the VMM runs in another directory.
 fn place(word: &str, path: &str) -> Result<PathBuf, PublishError> {
     let bad = |reason| PublishError {
         word: word.to_owned(),

@@ -1,23 +1,23 @@
-//! Ranges of ports, published one by one.
+//! Ranges of ports, each published individually.
 
 use std::ops::RangeInclusive;
 use std::str::FromStr;
 
 use super::{Publication, PublishError};
 
-/// Most ports in a range: each has a listener of its own.
+/// Maximum number of ports in a range, each of which has its own listener.
 const MOST: usize = 1000;
 
-/// What `-p` takes: a port, or a range of them.
+/// One or more publications, parsed from a port or a range of ports.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ports(pub Vec<Publication>);
 
 impl FromStr for Ports {
     type Err = PublishError;
 
-    /// Reads what [`Publication`] reads, and ranges of as many ports of the guest as
-    /// of the host: `8000-8010:9000-9010`, or `9000-9010` for ports of the system's
-    /// choice.
+    /// Parses the syntax of [`Publication`], and ranges with as many guest ports as host
+    /// ports: `8000-8010:9000-9010`, or `9000-9010` for host ports that the system
+    /// assigns.
     fn from_str(word: &str) -> Result<Self, PublishError> {
         let bad = |reason| PublishError {
             word: word.to_owned(),
@@ -25,7 +25,7 @@ impl FromStr for Ports {
         };
         let (ports, protocol) = word.rsplit_once('/').unwrap_or((word, "tcp"));
         let (front, guest) = ports.rsplit_once(':').unwrap_or(("", ports));
-        // An IPv6 address ends in a bracket, and has no dash.
+        // An IPv6 address ends in a bracket and contains no dash.
         let (address, host) = match front.rsplit_once(':') {
             Some((address, host)) => (format!("{address}:"), host),
             None => (String::new(), front),
@@ -53,12 +53,12 @@ impl FromStr for Ports {
             format!("{address}{host}:{guest}/{protocol}").parse::<Publication>()
         };
         let publications: Result<_, _> = hosts.into_iter().zip(guest).map(one).collect();
-        // As it was written, not as it was taken apart.
+        // Report the range as the caller wrote it instead of the expanded publication.
         publications.map(Self).map_err(|error| bad(error.reason))
     }
 }
 
-/// `FIRST-LAST`, or a single port.
+/// Parses `FIRST-LAST` or a single port.
 fn range(word: &str) -> Option<RangeInclusive<u16>> {
     let (first, last) = word.split_once('-').unwrap_or((word, word));
     let range = first.parse().ok()?..=last.parse().ok()?;

@@ -10,7 +10,7 @@ fn tcp(address: &str, guest: u16) -> Publication {
 }
 
 #[test]
-fn what_docker_takes_is_taken() {
+fn the_syntax_of_docker_is_parsed() {
     for (word, host, guest) in [
         ("80", "127.0.0.1:0", 80),
         ("8080:80", "127.0.0.1:8080", 80),
@@ -25,7 +25,7 @@ fn what_docker_takes_is_taken() {
 }
 
 #[test]
-fn a_range_is_as_many_ports() {
+fn a_range_is_expanded_to_its_ports() {
     let shown = |word: &str| {
         let Ports(all) = word.parse().unwrap();
         let all: Vec<_> = all.iter().map(ToString::to_string).collect();
@@ -66,7 +66,7 @@ fn a_range_is_as_many_ports() {
 }
 
 #[test]
-fn what_makes_no_sense_is_named() {
+fn invalid_publications_are_refused_with_the_reason() {
     for word in [
         "", "0", "80/udp", "x:80", "65536:80", "80:0", "a.b:1:2", "1:2:3:4", "-1",
     ] {
@@ -82,7 +82,7 @@ fn what_makes_no_sense_is_named() {
 }
 
 #[test]
-fn routers_and_vsock_have_sockets_of_their_own() {
+fn handoff_and_hybrid_sockets_are_parsed() {
     let shown = |publication: Result<Publication, PublishError>| {
         publication.map(|publication| publication.to_string())
     };
@@ -96,7 +96,7 @@ fn routers_and_vsock_have_sockets_of_their_own() {
 }
 
 #[test]
-fn tls_has_options() {
+fn tls_options_are_parsed() {
     let Publication { host, guest } =
         Publication::tls("0.0.0.0:8443:80,cert=/c,key=/k,alpn=h2,alpn=http/1.1,sni=a.test:81")
             .unwrap();
@@ -127,7 +127,7 @@ fn tls_has_options() {
 }
 
 #[test]
-fn a_socket_is_where_the_caller_means_it() {
+fn socket_paths_are_made_absolute() {
     let here = std::env::current_dir().unwrap();
     let Publication { host, guest } = Publication::unix("a:b:80").unwrap();
     assert_eq!((host, guest), (HostEnd::Unix(here.join("a:b")), 80));
@@ -135,12 +135,12 @@ fn a_socket_is_where_the_caller_means_it() {
 
 proptest! {
     #[test]
-    fn any_word_is_read_or_refused(word in "[0-9a-z:./\\[\\]-]{0,24}") {
+    fn parsing_any_word_does_not_panic(word in "[0-9a-z:./\\[\\]-]{0,24}") {
         let _ = word.parse::<Ports>();
     }
 
     #[test]
-    fn what_is_shown_as_an_address_is_read_back(port in any::<u16>(), guest in 1..=u16::MAX) {
+    fn a_displayed_address_is_parsed_back(port in any::<u16>(), guest in 1..=u16::MAX) {
         for address in ["127.0.0.1", "[::]"] {
             let parsed: Publication = format!("{address}:{port}:{guest}").parse().unwrap();
             prop_assert_eq!(parsed, tcp(&format!("{address}:{port}"), guest));

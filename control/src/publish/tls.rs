@@ -1,4 +1,4 @@
-//! What `--publish-tls` takes.
+//! Publications with TLS termination.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -10,23 +10,23 @@ use super::{HostEnd, Publication, PublishError, place};
 /// A TLS listener on the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TlsEnd {
-    /// Where it listens; port 0 is one of the system's choice.
+    /// Address to listen on. With port 0 the system assigns a port.
     pub address: SocketAddr,
-    /// Its certificates, in PEM. Without a key it makes one that it signs itself,
-    /// and this is where its certificate is, once it listens.
+    /// Path of the certificate chain, in PEM. Without a key, the listener creates a
+    /// self-signed certificate and reports its path here.
     pub certificate: Option<PathBuf>,
-    /// The key to these certificates, in PEM.
+    /// Path of the private key of these certificates, in PEM.
     pub key: Option<PathBuf>,
-    /// Names, besides `localhost` and the address, that a certificate of its own
-    /// is for.
+    /// Names for which a self-signed certificate is valid, besides `localhost` and the
+    /// address.
     pub names: Vec<String>,
     /// Application protocols offered (ALPN).
     pub protocols: Vec<String>,
-    /// Ports of the guest for certain server names (SNI).
+    /// Guest ports for particular server names (SNI).
     pub servers: Vec<(String, u16)>,
 }
 
-/// Reads `[[IP:]HOST:]GUEST[,OPTION=VALUE]...`.
+/// Parses `[[IP:]HOST:]GUEST[,OPTION=VALUE]...`.
 pub(super) fn parse(word: &str) -> Result<Publication, PublishError> {
     let bad = |reason| PublishError {
         word: word.to_owned(),

@@ -1,6 +1,6 @@
 use super::*;
 
-/// A session whose peer reads nothing, and whose input is blocked in a thread.
+/// The peer reads nothing, so a thread that writes input blocks.
 #[test]
 fn hanging_up_wakes_a_blocked_writer_and_the_reader() {
     let (ours, theirs) = UnixStream::pair().unwrap();
