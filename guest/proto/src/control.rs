@@ -1,69 +1,71 @@
-//! Control: the host asks, the agent answers, one CONTROL frame each, in order.
+//! The control protocol: the host sends requests, and the agent answers each with one
+//! CONTROL frame, in order.
 //!
-//! Served on connections accepted on guest port [`crate::port::CONTROL`] and on
-//! the one stream that the agent dials to the host after a cold boot. The
-//! first request on a connection must be [`ControlRequest::Hello`]. Requests
-//! may be sent ahead; they are answered one after the other.
+//! The agent serves it on connections accepted on guest port [`crate::port::CONTROL`] and
+//! on the one stream that it dials to the host after a cold boot. The first request on a
+//! connection must be [`ControlRequest::Hello`]. Requests may be pipelined; they are
+//! processed one after the other.
 //!
-//! A cold start is HELLO, REFRESH, ATTACH ROOT. A snapshot is FREEZE, PREPARE
-//! SNAPSHOT, and the capture; every connection is reset by the restore, after
-//! which the host connects anew: HELLO, REFRESH (with
-//! [`Refresh::vmgenid_wait_ms`]), and only when that was answered as wished, THAW.
+//! A cold start is HELLO, REFRESH, ATTACH ROOT. A snapshot is FREEZE, PREPARE SNAPSHOT,
+//! and the capture. A restore resets every connection, after which the host connects
+//! again: HELLO, REFRESH (with [`Refresh::vmgenid_wait_ms`]), and THAW only after the
+//! refresh succeeded.
 
 use serde::{Deserialize, Serialize};
 
 use crate::exec::{Hello, base64_bytes};
 
-/// What the host asks for.
+/// A request of the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ControlRequest {
-    /// Agree on a version. Answered by [`ControlReply::Hello`].
+    /// Negotiate the protocol version. Answered by [`ControlReply::Hello`].
     Hello(Hello),
-    /// Give this guest an identity of its own. Sent after every start, before
-    /// any workload code runs; everything the workload could observe as shared
-    /// with another clone is fresh when the reply arrives.
+    /// Give this guest a fresh identity. Sent after every start, before any workload code
+    /// runs: everything by which the workload could recognise another clone is fresh when
+    /// the reply arrives.
     Refresh(Refresh),
     /// Mount the root file system and prepare it for workloads.
     AttachRoot(AttachRoot),
     /// Stop scheduling workload processes (cgroup v2 freezer).
     Freeze,
-    /// Let frozen workload processes run again.
+    /// Resume frozen workload processes.
     Thaw,
-    /// Write back dirty data and drop what need not be in a snapshot.
+    /// Write back dirty data and discard caches that a snapshot need not contain.
     PrepareSnapshot,
     /// Send `signal` to the workload's main process.
     SignalMain {
         /// Signal number, 1..=64.
         signal: u8,
-        /// The signal is to end the workload, so what ends it stands for it: systemd
-        /// re-executes itself on SIGTERM, and ends the system on SIGRTMIN+3.
+        /// The signal is meant to end the workload. If the process is systemd, SIGTERM is
+        /// then replaced by SIGRTMIN+3, because systemd re-executes itself on SIGTERM.
         #[serde(default)]
         stop: bool,
     },
-    /// End all processes (SIGTERM, after `grace_ms` SIGKILL), unmount, power off.
+    /// Terminate all processes (SIGTERM, then SIGKILL after `grace_ms`), unmount, power
+    /// off.
     PowerOff {
         /// Milliseconds between SIGTERM and SIGKILL.
         grace_ms: u64,
     },
     /// Report usage figures.
     Stats,
-    /// Report what tells this guest from every other; answered by
-    /// [`ControlReply::Evidence`].
+    /// Report the identity of this guest. Answered by [`ControlReply::Evidence`].
     Evidence,
 }
 
-/// Fresh identity for a guest.
+/// The fresh identity of a guest.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Refresh {
-    /// Restore epoch: a UUID in text form, new at every start and reset. The workload
-    /// finds it in `/run/sm-epoch`, and by a change of that file that it was cloned.
+    /// Restore epoch: a UUID in text form that is new after every start and reset. The
+    /// workload reads it from `/run/sm-epoch`, and a change of that file means that it
+    /// was cloned.
     pub epoch: String,
     /// Host entropy, 32 to 512 bytes, mixed into the kernel's CRNG and credited.
     #[serde(with = "base64_bytes")]
     pub entropy: Vec<u8>,
-    /// Wall-clock time in nanoseconds since the Unix epoch, at sending.
+    /// Wall-clock time in nanoseconds since the Unix epoch, when the request is sent.
     pub realtime_ns: u64,
     /// Host name to set.
     pub hostname: String,
@@ -73,32 +75,32 @@ pub struct Refresh {
     pub boot_id: String,
     /// MAC address for the network interface, when there is one.
     pub mac: Option<String>,
-    /// How long the answer may wait for the kernel to notice a new VM
-    /// generation ID, in milliseconds. Set after a restore; 0 does not wait.
+    /// Maximum time that the answer waits for the kernel to process a new VM generation
+    /// ID, in milliseconds. Set after a restore; with 0 the answer does not wait.
     pub vmgenid_wait_ms: u32,
 }
 
-/// How to assemble the root file system.
+/// Assembly of the root file system.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AttachRoot {
     /// Block device of the read-only EROFS lower layer, such as `/dev/vda`.
     pub lower: String,
-    /// Where changes go.
+    /// Storage for changes.
     pub upper: Upper,
     /// Host name, also written to `/etc/hosts`.
     pub hostname: String,
     /// Further lines for `/etc/hosts`: address, then names.
     pub extra_hosts: Vec<(String, String)>,
-    /// Name servers for `/etc/resolv.conf`; when empty, the image's file stays, or is
-    /// made where it has none.
+    /// Name servers for `/etc/resolv.conf`. When empty, the image's file is kept; one is
+    /// created if the image has none.
     pub nameservers: Vec<String>,
     /// Size of `/dev/shm` in bytes; 64 MiB when 0.
     pub shm_size: u64,
-    /// Mount the root read-only (no upper at all).
+    /// Mount the root read-only, without an upper layer.
     pub read_only: bool,
 }
 
-/// Where changes to the root file system go.
+/// Storage for changes to the root file system.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Upper {
@@ -114,13 +116,13 @@ pub enum Upper {
     },
 }
 
-/// The agent's answer.
+/// A reply of the agent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ControlReply {
     /// Answer to HELLO.
     Hello(AgentHello),
-    /// Done; nothing to add.
+    /// The request was carried out and has no result.
     Done,
     /// Answer to a refresh.
     Refreshed(Refreshed),
@@ -128,14 +130,14 @@ pub enum ControlReply {
     Stats(GuestStats),
     /// Answer to [`ControlRequest::Evidence`].
     Evidence(Evidence),
-    /// It failed; a sentence naming operation, object and cause.
+    /// The request failed.
     Error {
-        /// The sentence.
+        /// The operation, the object and the cause, in a sentence.
         message: String,
     },
 }
 
-/// Who answers.
+/// Version and boot data of the agent.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct AgentHello {
@@ -145,7 +147,8 @@ pub struct AgentHello {
     pub version: String,
     /// Kernel release, as `uname -r` prints it.
     pub kernel: String,
-    /// Guest uptime (CLOCK_BOOTTIME) in microseconds when the agent's `main` began.
+    /// Guest uptime (CLOCK_BOOTTIME) in microseconds when `main` of the agent was
+    /// entered.
     pub init_us: u64,
     /// Guest uptime in microseconds when the agent was ready to serve.
     pub ready_us: u64,
@@ -155,17 +158,18 @@ pub struct AgentHello {
     pub memory_kib: u64,
 }
 
-/// What a refresh did, as evidence.
+/// Result of a refresh.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Refreshed {
-    /// Guest wall clock in nanoseconds since the Unix epoch after stepping.
+    /// Guest wall clock in nanoseconds since the Unix epoch after it was set.
     pub realtime_ns: u64,
-    /// Whether the kernel has seen a new VM generation ID since the last refresh.
+    /// True if the kernel has processed a new VM generation ID since the last refresh.
     pub vmgenid_seen: bool,
 }
 
-/// What tells a guest from every other, as its own processes would find it.
+/// Identity report: the data that distinguishes a guest from its clones, as its own
+/// processes read it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Evidence {
@@ -199,10 +203,10 @@ pub struct GuestStats {
     pub processes: u32,
     /// CPU time used by workload processes, in microseconds.
     pub cpu_us: u64,
-    /// Workload processes that the guest's kernel killed for want of memory, since
-    /// this VM was started or restored.
+    /// Workload processes that the guest's OOM killer killed since this VM was started or
+    /// restored.
     pub oom_kills: u64,
-    /// Those of them that were not a command run next to the main one.
+    /// The part of `oom_kills` that concerns the workload and not an exec.
     pub main_oom_kills: u64,
 }
 
@@ -216,7 +220,7 @@ mod tests {
         assert_eq!(json, r#"{"power_off":{"grace_ms":10}}"#);
         let json = serde_json::to_string(&ControlRequest::Freeze).unwrap();
         assert_eq!(json, r#""freeze""#);
-        // As hosts sent it before there was `stop`.
+        // Older hosts send no `stop`.
         let request = serde_json::from_str(r#"{"signal_main":{"signal":15}}"#).unwrap();
         assert_eq!(
             ControlRequest::SignalMain {

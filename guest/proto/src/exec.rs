@@ -1,20 +1,20 @@
-//! Exec: one command per connection to guest port [`crate::port::EXEC`].
+//! The exec protocol: one command per connection to guest port [`crate::port::EXEC`].
 //!
-//! The client sends CONTROL ([`Hello`]) and REQUEST ([`ExecRequest`]) without
-//! waiting in between. The agent answers CONTROL ([`ExecReply::Hello`]); once
-//! the command runs, CONTROL ([`ExecReply::Started`]); then STDOUT and STDERR
-//! frames, and last EXIT. A command that cannot be started is answered by ERROR
-//! (a sentence) and EXIT with Docker's status: 127 not found, 126 not
-//! executable, 125 for the agent's own failure.
+//! The client sends CONTROL ([`Hello`]) and REQUEST ([`ExecRequest`]) without waiting in
+//! between. The agent answers with CONTROL ([`ExecReply::Hello`]), once the command runs
+//! with CONTROL ([`ExecReply::Started`]), then with STDOUT and STDERR frames, and last
+//! with EXIT. If a command cannot be started, the agent answers with ERROR (a sentence)
+//! and EXIT with Docker's status: 127 not found, 126 not executable, 125 for a failure of
+//! the agent.
 //!
-//! When the client closes its connection before EXIT, the command is sent
-//! SIGHUP and, if it is still alive after a grace period, SIGKILL. The workload
-//! ([`Role::Main`]) goes on instead: its output waits in its pipes, at most what
-//! these hold, until a client sends [`ExecControl::AttachMain`].
+//! When the client closes its connection before EXIT, the agent sends the command SIGHUP
+//! and, after a grace period, SIGKILL. The workload ([`Role::Main`]) continues instead:
+//! its output is buffered in its pipes, up to their capacity, until a client sends
+//! [`ExecControl::AttachMain`].
 
 use serde::{Deserialize, Serialize};
 
-/// First message in either direction.
+/// The first message in either direction.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {
     /// The sender's [`crate::PROTOCOL_VERSION`].
@@ -25,18 +25,17 @@ pub struct Hello {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ExecControl {
-    /// Must be the first frame.
+    /// Version of the client. Must be the first frame.
     Hello(Hello),
-    /// Sent instead of a REQUEST: take over the standard streams of the
-    /// command that runs as [`Role::Main`]. Answered like a REQUEST, by
-    /// [`ExecReply::Started`] and the command's output from where the last
-    /// connection left off, or by ERROR and EXIT when there is no such command.
-    /// A connection that holds the streams at that moment is closed.
+    /// Sent instead of a REQUEST: take over the standard streams of the command that runs
+    /// as [`Role::Main`]. Answered like a REQUEST, with [`ExecReply::Started`] and the
+    /// output that no earlier connection received, or with ERROR and EXIT when there is
+    /// no such command. The connection that held the streams before is closed.
     AttachMain,
-    /// Sent instead of a REQUEST: signal a command that another connection has
-    /// started. Answered by EXIT, with a status other than 0 (after ERROR) when
-    /// there is no such command. A signal on a connection of its own does not
-    /// wait behind standard input that the command does not read.
+    /// Sent instead of a REQUEST: send a signal to a command that another connection has
+    /// started. Answered with EXIT; its status is not 0, and ERROR precedes it, when
+    /// there is no such command. A signal on a separate connection does not wait behind
+    /// standard input that the command does not read.
     Signal {
         /// The command's process identifier, as in [`ExecReply::Started`].
         pid: u32,
@@ -58,56 +57,56 @@ pub enum ExecReply {
     },
 }
 
-/// What a command is to the VM.
+/// The role of a command in the VM.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Role {
-    /// The VM's workload. It is not killed when its client goes away.
+    /// The VM's workload. It continues when its client disconnects.
     Main,
-    /// A command run next to the workload.
+    /// An additional command beside the workload.
     #[default]
     Exec,
 }
 
-/// A command to run. Fields that are absent have the value of the type's default.
+/// A command to run. Absent fields have their type's default value.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ExecRequest {
-    /// Program and arguments; a program without `/` is looked up in the
-    /// request's `PATH`.
+    /// Program and arguments. A program name without `/` is searched in the request's
+    /// `PATH`.
     pub argv: Vec<String>,
-    /// `NAME=value` entries. Only `PATH`, `HOME` and, on a terminal, `TERM`
-    /// are added when they are absent.
+    /// `NAME=value` entries. The agent adds `PATH`, `HOME` and, on a terminal, `TERM` if
+    /// they are absent.
     pub env: Vec<String>,
-    /// Working directory; `/` when empty. Created when it does not exist and
-    /// the role is [`Role::Main`], as Docker does for `WorkingDir`.
+    /// Working directory; `/` when empty. A missing directory is created for
+    /// [`Role::Main`], as Docker does for `WorkingDir`.
     pub cwd: String,
     /// `user[:group]` by name or number, resolved in the guest; root when empty.
     pub user: String,
     /// Additional groups, by name or number.
     pub groups: Vec<String>,
-    /// Run on a new pseudo-terminal; its output arrives as STDOUT.
+    /// Run on a new pseudo-terminal, whose output is sent as STDOUT.
     pub tty: bool,
-    /// Terminal width in columns, when `tty`.
+    /// Terminal width in columns, if `tty` is set.
     pub cols: u16,
-    /// Terminal height in rows, when `tty`.
+    /// Terminal height in rows, if `tty` is set.
     pub rows: u16,
-    /// Keep standard input open for STDIN frames; otherwise it is `/dev/null`.
+    /// Connect standard input to STDIN frames; otherwise it is `/dev/null`.
     pub stdin: bool,
-    /// What the command is to the VM.
+    /// Role of the command in the VM.
     pub role: Role,
     /// Files to write before the command starts.
     pub stage_files: Vec<StageFile>,
-    /// Commands to run after `argv`, in order, while each one exits with 0.
-    /// The status reported is that of the last one run.
+    /// Commands to run after `argv`, in order, as long as each one exits with status 0.
+    /// The reported status is that of the last command run.
     pub chain: Vec<Vec<String>>,
-    /// Milliseconds after which the command is killed (status 124); none when 0.
+    /// Milliseconds after which the command is killed (status 124); 0 for no timeout.
     pub timeout_ms: u64,
     /// Resource limits set before the command starts.
     pub rlimits: Vec<Rlimit>,
 }
 
-/// A file written in the guest before a command starts.
+/// A file that the agent writes before it starts a command.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StageFile {
     /// Absolute path in the guest; missing parent directories are created.
@@ -130,7 +129,7 @@ pub struct Rlimit {
     pub hard: u64,
 }
 
-/// Bytes as base64 text in JSON.
+/// Serialisation of bytes as base64 text.
 pub(crate) mod base64_bytes {
     use base64::Engine as _;
     use base64::engine::general_purpose::STANDARD;

@@ -1,37 +1,37 @@
-//! Port forward: one TCP connection inside the guest per connection to guest
-//! port [`crate::port::FORWARD`].
+//! The forward protocol: one TCP connection inside the guest per connection to guest port
+//! [`crate::port::FORWARD`].
 //!
-//! The host sends a [`ForwardHeader`]; the agent connects to the guest port,
-//! retrying with backoff until the deadline while nothing listens, and answers
-//! one [`ForwardStatus`] byte. On success the stream is raw bytes both ways and
-//! half-close is kept; on failure the agent closes it.
+//! The host sends a [`ForwardHeader`]. The agent connects to the guest port, retries with
+//! backoff until the deadline while nothing listens, and answers with one
+//! [`ForwardStatus`] byte. On success the stream carries raw bytes in both directions and
+//! half-close is preserved; on failure the agent closes it.
 
 use std::time::Duration;
 
 use thiserror::Error;
 
-/// Bytes in an encoded [`ForwardHeader`].
+/// Length of an encoded [`ForwardHeader`] in bytes.
 pub const HEADER_LEN: usize = 12;
 
 const MAGIC: [u8; 4] = *b"smf1";
 
-/// Longest wait a header may ask for, in milliseconds (10 minutes).
+/// Longest wait that a header can request, in milliseconds (10 minutes).
 pub const MAX_WAIT_MS: u32 = 600_000;
 
-/// Where to connect, and how long to try.
+/// Destination port and timeout of a forwarded connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ForwardHeader {
-    /// TCP port inside the guest; 0 means the first listener found.
+    /// TCP port inside the guest; 0 for the first port on which a process listens.
     pub port: u16,
-    /// How long to retry while nothing listens, in milliseconds, at most
-    /// [`MAX_WAIT_MS`]. 0 tries once.
+    /// Time to retry while nothing listens, in milliseconds, at most [`MAX_WAIT_MS`]; 0
+    /// for a single attempt.
     pub wait_ms: u32,
 }
 
-/// Why header bytes were refused.
+/// Failure to decode a header.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 pub enum ForwardError {
-    /// The magic bytes are wrong: another protocol or version.
+    /// The magic bytes belong to another protocol or version.
     #[error("not a forward header of this version")]
     BadMagic,
     /// The wait exceeds [`MAX_WAIT_MS`].
@@ -40,13 +40,13 @@ pub enum ForwardError {
 }
 
 impl ForwardHeader {
-    /// How long to retry while nothing listens.
+    /// Returns the time to retry while nothing listens.
     #[must_use]
     pub fn wait(self) -> Duration {
         Duration::from_millis(self.wait_ms.into())
     }
 
-    /// Encodes as magic, `u16` BE port, two zero bytes, `u32` BE wait.
+    /// Encodes the header: magic, `u16` BE port, two zero bytes, `u32` BE wait.
     #[must_use]
     pub fn encode(self) -> [u8; HEADER_LEN] {
         let mut bytes = [0; HEADER_LEN];
@@ -59,7 +59,7 @@ impl ForwardHeader {
     /// Decodes a header.
     ///
     /// # Errors
-    /// Wrong magic, or a wait over [`MAX_WAIT_MS`].
+    /// The magic is wrong, or the wait exceeds [`MAX_WAIT_MS`].
     pub fn decode(bytes: [u8; HEADER_LEN]) -> Result<Self, ForwardError> {
         let [m0, m1, m2, m3, p0, p1, _, _, w0, w1, w2, w3] = bytes;
         if [m0, m1, m2, m3] != MAGIC {
@@ -80,13 +80,13 @@ impl ForwardHeader {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum ForwardStatus {
-    /// Connected; raw bytes follow.
+    /// The connection is established; raw bytes follow.
     Connected = 0,
-    /// Nothing listened until the deadline.
+    /// Nothing listened on the port until the deadline.
     NoListener = 1,
-    /// The header was malformed.
+    /// The header is malformed.
     BadHeader = 2,
-    /// Connecting failed for another reason.
+    /// The connection failed for another reason.
     Failed = 3,
 }
 

@@ -2,19 +2,19 @@
 
 use thiserror::Error;
 
-/// Bytes in a frame header.
+/// Length of a frame header in bytes.
 pub const HEADER_LEN: usize = 5;
 
-/// Largest payload accepted, in bytes (16 MiB).
+/// Maximum accepted payload in bytes (16 MiB).
 pub const MAX_PAYLOAD: usize = 16 * 1024 * 1024;
 
-/// Payload size that senders of bulk data should use, in bytes.
+/// Payload size for senders of bulk data, in bytes.
 ///
-/// Large enough to amortise the header, small enough that a receiver's buffer
-/// stays small.
+/// It is large enough to amortise the header and small enough to bound a receiver's
+/// buffer.
 pub const BULK_PAYLOAD: usize = 64 * 1024;
 
-/// What a frame carries.
+/// The content of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum FrameType {
@@ -28,9 +28,9 @@ pub enum FrameType {
     Resize = 3,
     /// Signal for the command: one `u8` signal number.
     Signal = 4,
-    /// The command ended: `u32` BE status, optionally `u64` BE peak RSS in KiB.
+    /// Exit of the command: `u32` BE status, optionally `u64` BE peak RSS in KiB.
     Exit = 5,
-    /// A sentence saying why the request failed (UTF-8).
+    /// The reason why the request failed (UTF-8).
     Error = 6,
     /// A control message (JSON).
     Control = 0xfe,
@@ -57,34 +57,34 @@ impl TryFrom<u8> for FrameType {
     }
 }
 
-/// Why bytes are not a frame.
+/// Failure to decode a frame.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 pub enum FrameError {
-    /// The type byte is not one of [`FrameType`].
+    /// The type byte is not a [`FrameType`].
     #[error("unknown frame type {0:#04x}")]
     UnknownType(u8),
     /// The length field exceeds [`MAX_PAYLOAD`].
     #[error("frame of {0} bytes exceeds the limit of {MAX_PAYLOAD} bytes")]
     TooLong(u32),
-    /// The length field exceeds what the receiver takes of this type.
+    /// The length field exceeds the receiver's limit for this type.
     #[error("{kind:?} frame of {len} bytes exceeds the limit of {limit} bytes")]
     OverLimit {
         /// The frame's type.
         kind: FrameType,
-        /// The length announced.
+        /// The announced length in bytes.
         len: usize,
-        /// The most that is taken.
+        /// The receiver's limit in bytes.
         limit: usize,
     },
-    /// The payload does not have the length its type requires.
+    /// The payload's length does not match its type.
     #[error("malformed {0:?} frame payload of {1} bytes")]
     BadPayload(FrameType, usize),
 }
 
-/// A decoded header.
+/// A decoded frame header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FrameHeader {
-    /// What follows.
+    /// Type of the frame.
     pub kind: FrameType,
     /// Payload length in bytes, at most [`MAX_PAYLOAD`].
     pub len: usize,
@@ -94,7 +94,7 @@ impl FrameHeader {
     /// Decodes the five header bytes.
     ///
     /// # Errors
-    /// An unknown type or a length over [`MAX_PAYLOAD`].
+    /// The type is unknown, or the length exceeds [`MAX_PAYLOAD`].
     pub fn decode(bytes: [u8; HEADER_LEN]) -> Result<Self, FrameError> {
         let [kind, a, b, c, d] = bytes;
         let kind = FrameType::try_from(kind)?;
@@ -108,7 +108,7 @@ impl FrameHeader {
     /// Encodes the header.
     ///
     /// # Errors
-    /// A length over [`MAX_PAYLOAD`].
+    /// The length exceeds [`MAX_PAYLOAD`].
     pub fn encode(self) -> Result<[u8; HEADER_LEN], FrameError> {
         let len = u32::try_from(self.len).unwrap_or(u32::MAX);
         if self.len > MAX_PAYLOAD {
@@ -122,7 +122,7 @@ impl FrameHeader {
 /// Appends one frame to `out`.
 ///
 /// # Errors
-/// A payload over [`MAX_PAYLOAD`]; `out` is then unchanged.
+/// The payload exceeds [`MAX_PAYLOAD`]; `out` is then unchanged.
 pub fn encode(kind: FrameType, payload: &[u8], out: &mut Vec<u8>) -> Result<(), FrameError> {
     let header = FrameHeader {
         kind,
@@ -135,22 +135,21 @@ pub fn encode(kind: FrameType, payload: &[u8], out: &mut Vec<u8>) -> Result<(), 
     Ok(())
 }
 
-/// One whole frame, borrowed from a [`FrameDecoder`]'s buffer.
+/// A complete frame, borrowed from a [`FrameDecoder`]'s buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Frame<'a> {
-    /// What the frame carries.
+    /// Type of the frame.
     pub kind: FrameType,
-    /// Its payload.
+    /// Payload of the frame.
     pub payload: &'a [u8],
 }
 
-/// Cuts a byte stream into frames.
+/// Splits a byte stream into frames.
 ///
-/// Push bytes as they arrive, then take frames until there is none. Memory is
-/// bounded by the largest frame announced plus what was pushed beyond it, so a
-/// reader that pushes what one `read` of a bounded buffer returned stays
-/// bounded by [`MAX_PAYLOAD`] plus that buffer, or by the largest limit of
-/// [`FrameDecoder::with_limits`] plus it.
+/// The caller pushes bytes as they arrive and takes frames until none is complete. Memory
+/// is bounded by the largest announced frame plus the bytes pushed beyond it: a reader
+/// that pushes one `read` of a bounded buffer at a time uses at most [`MAX_PAYLOAD`], or
+/// the largest limit of [`FrameDecoder::with_limits`], plus the size of that buffer.
 #[derive(Debug)]
 pub struct FrameDecoder {
     buffer: Vec<u8>,
@@ -165,14 +164,14 @@ impl Default for FrameDecoder {
 }
 
 impl FrameDecoder {
-    /// A decoder with no bytes in it.
+    /// Creates a decoder with an empty buffer and no limits besides [`MAX_PAYLOAD`].
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// A decoder that refuses a frame whose payload is longer than `limit` says for
-    /// its type, in bytes, as soon as its header has arrived.
+    /// Creates a decoder that refuses a frame as soon as its header announces a payload
+    /// longer than `limit` returns for its type, in bytes.
     #[must_use]
     pub fn with_limits(limit: fn(FrameType) -> usize) -> Self {
         Self {
@@ -182,7 +181,7 @@ impl FrameDecoder {
         }
     }
 
-    /// Adds bytes that arrived.
+    /// Appends received bytes.
     pub fn push(&mut self, bytes: &[u8]) {
         if self.start > 0 {
             self.buffer.drain(..self.start);
@@ -191,11 +190,11 @@ impl FrameDecoder {
         self.buffer.extend_from_slice(bytes);
     }
 
-    /// Takes the next whole frame, `None` while it is incomplete.
+    /// Returns the next complete frame; `None` while it is incomplete.
     ///
     /// # Errors
-    /// The stream is not made of frames; it cannot be resynchronised, so the
-    /// caller should close it.
+    /// The stream contains no valid frame. It cannot be resynchronised, so the caller
+    /// should close it.
     pub fn next_frame(&mut self) -> Result<Option<Frame<'_>>, FrameError> {
         let pending = self.buffer.get(self.start..).unwrap_or_default();
         let Some(header) = pending.first_chunk::<HEADER_LEN>() else {
@@ -218,7 +217,8 @@ impl FrameDecoder {
         }))
     }
 
-    /// Bytes pushed and not yet taken, for handing a stream over as raw bytes.
+    /// Returns bytes that were pushed and not yet taken, to continue the stream as raw
+    /// bytes.
     #[must_use]
     pub fn remaining(&self) -> &[u8] {
         self.buffer.get(self.start..).unwrap_or_default()
@@ -233,10 +233,10 @@ pub fn resize_payload(columns: u16, rows: u16) -> [u8; 4] {
     [a, b, c, d]
 }
 
-/// Decodes a RESIZE payload into columns and rows.
+/// Decodes a RESIZE payload as columns and rows.
 ///
 /// # Errors
-/// A payload that is not four bytes.
+/// The payload is not four bytes long.
 pub fn parse_resize(payload: &[u8]) -> Result<(u16, u16), FrameError> {
     match payload {
         [a, b, c, d] => Ok((u16::from_be_bytes([*a, *b]), u16::from_be_bytes([*c, *d]))),
@@ -244,12 +244,12 @@ pub fn parse_resize(payload: &[u8]) -> Result<(u16, u16), FrameError> {
     }
 }
 
-/// How a command ended.
+/// Exit status and resource usage of a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExitStatus {
-    /// The exit status; 128+n when signal n ended the command.
+    /// The exit status; 128+n when signal n terminated the command.
     pub status: u32,
-    /// Peak resident set size in KiB, where the agent knows it.
+    /// Peak resident set size in KiB, if the agent knows it.
     pub peak_rss_kib: Option<u64>,
 }
 
@@ -267,7 +267,7 @@ impl ExitStatus {
     /// Decodes an EXIT payload.
     ///
     /// # Errors
-    /// A payload of neither 4 nor 12 bytes.
+    /// The payload is neither 4 nor 12 bytes long.
     pub fn parse(payload: &[u8]) -> Result<Self, FrameError> {
         let bad = FrameError::BadPayload(FrameType::Exit, payload.len());
         let (status, rest) = payload.split_first_chunk::<4>().ok_or(bad)?;

@@ -1,13 +1,13 @@
 //! Wire types shared by the host and the guest agent.
 //!
-//! Three vsock ports are served by the agent ([`port`]). The exec and control
-//! ports speak frames of `[u8 type][u32 BE length][payload]` ([`frame`]);
-//! exec carries one command per connection ([`exec`]), control carries one
-//! JSON request and one JSON reply at a time ([`control`]). The forward port
-//! takes one fixed-size header and becomes a raw byte stream ([`forward`]).
+//! The agent serves three vsock ports ([`port`]). The exec and control ports carry frames
+//! of `[u8 type][u32 BE length][payload]` ([`frame`]): exec one command per connection
+//! ([`exec`]), control one JSON request and one JSON reply at a time ([`control`]). The
+//! forward port takes one header of fixed size and becomes a raw byte stream
+//! ([`forward`]).
 //!
-//! This crate does no I/O: it encodes to and decodes from byte buffers, so the
-//! same code serves the blocking agent and the host's event loop.
+//! This crate does no I/O: it encodes to and decodes from byte buffers, so that the
+//! blocking agent and the host's event loop share the code.
 #![warn(missing_docs)]
 
 pub mod control;
@@ -15,10 +15,10 @@ pub mod exec;
 pub mod forward;
 pub mod frame;
 
-/// Version of the exec and control protocols spoken by this build.
+/// Version of the exec and control protocols that this build implements.
 ///
-/// The two sides exchange it in a HELLO before anything else. A peer answers
-/// an unknown version with a sentence in an ERROR frame, never with silence.
+/// The two sides exchange it in a HELLO before any other message. A peer answers an
+/// unknown version with an error message, never by closing the connection silently.
 pub const PROTOCOL_VERSION: u32 = 1;
 
 /// Ports and context identifiers of the vsock address space.
@@ -27,13 +27,13 @@ pub mod port {
     pub const EXEC: u32 = 1028;
     /// Guest port of the TCP port forwarder.
     pub const FORWARD: u32 = 1029;
-    /// Guest port of the control server. The agent also *dials* this port on
-    /// the host once it is ready after a cold boot; that stream then serves
-    /// control requests like an accepted one.
+    /// Guest port of the control server. The agent also *dials* this port on the host
+    /// once it is ready after a cold boot; that stream then carries control requests like
+    /// an accepted one.
     pub const CONTROL: u32 = 1030;
     /// Context identifier of the host (virtio 1.3 section 5.10.4).
     pub const HOST_CID: u32 = 2;
-    /// Context identifier of every guest: each guest has a muxer of its own,
-    /// so the value need not be unique on the host.
+    /// Context identifier of every guest. Each guest has a muxer of its own, so the value
+    /// need not be unique on the host.
     pub const GUEST_CID: u32 = 3;
 }
