@@ -1,9 +1,9 @@
-//! Writing a snapshot of a paused machine.
+//! Capture of a snapshot from a paused machine.
 //!
-//! In two steps, so that the machine is paused for the first one only:
-//! [`Capture::begin`] copies guest memory into a draft; [`Capture::finish`],
-//! with the machine running again or gone, computes digests, writes state and
-//! manifest, and publishes.
+//! A capture has two steps, so that the machine is paused only during the first:
+//! [`Capture::begin`] copies guest memory into a draft; [`Capture::finish`], while the
+//! machine runs again or has exited, computes digests, writes state and manifest, and
+//! publishes.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -24,10 +24,11 @@ use crate::runs::{self, Run};
 use crate::state_file::{Section, StateFile};
 use crate::store::{Draft, SnapshotStore};
 
-/// What a snapshot will say of itself; the rest of the manifest is measured.
+/// The members of a manifest that the caller provides; the others are derived from the
+/// capture.
 #[derive(Clone, Debug)]
 pub struct Description {
-    /// What it holds.
+    /// The layer that the snapshot contains.
     pub layer: Layer,
     /// Version of sm.
     pub sm_version: String,
@@ -39,37 +40,38 @@ pub struct Description {
     pub kernel: String,
     /// SHA-256 of the initial RAM file system, which is the guest's agent.
     pub agent: String,
-    /// The processor that the guest was told of.
+    /// CPU features that the guest sees.
     pub cpu: CpuFeatures,
     /// Version of the protocol between host and agent.
     pub protocol: u32,
     /// The machine's devices.
     pub devices: Vec<DeviceEntry>,
-    /// The writer's own notes.
+    /// Labels chosen by the writer.
     pub labels: BTreeMap<String, String>,
 }
 
-/// What the memory of a machine to be captured builds on.
+/// The origin of a machine's memory, on which its next snapshot builds.
 #[derive(Clone, Copy, Debug)]
 pub enum Ancestry<'a> {
     /// The machine was booted: its memory is anonymous.
     Booted,
-    /// The machine's memory was mapped from this chain; store what changed over it.
+    /// The machine's memory was mapped from this chain. The snapshot stores the changes.
     Diff(&'a Chain),
-    /// Likewise, and these pages of it were copied ahead of use (see
-    /// [`crate::working_set`]): whether they changed is found by comparing.
+    /// As [`Self::Diff`], and these pages were copied before the guest used them (see
+    /// [`crate::working_set`]). They are compared with the chain to detect changes.
     Copied(&'a Chain, &'a [Run]),
-    /// The machine's memory was filled from this chain as it was touched: what changed
-    /// is found by comparing.
+    /// The machine's memory was filled from this chain on first access. All private pages
+    /// are compared with the chain to detect changes.
     Filled(&'a Chain),
-    /// The machine was restored from this chain; store everything, without a parent.
+    /// The machine was restored from this chain. The snapshot stores all pages and has no
+    /// parent.
     Full(&'a Chain),
 }
 
 impl<'a> Ancestry<'a> {
-    /// What to build a snapshot on whose machine was restored from `chain`, which may
-    /// be as deep as chains get. Its memory was `filled` as it was touched, or mapped,
-    /// and then some pages `copied` ahead of use.
+    /// Returns the ancestry of a machine that was restored from `chain`. Its memory was
+    /// `filled` on first access, or it was mapped and the pages `copied` were prefetched
+    /// for writing. A chain of [`MAX_DEPTH`] members yields [`Self::Full`].
     #[must_use]
     pub fn of(chain: &'a Chain, filled: bool, copied: &'a [Run]) -> Self {
         match chain.members().len() {
@@ -80,23 +82,23 @@ impl<'a> Ancestry<'a> {
     }
 }
 
-/// A snapshot that was published.
+/// A published snapshot.
 #[derive(Debug)]
 pub struct Captured {
-    /// Its manifest.
+    /// The manifest.
     pub manifest: Manifest,
-    /// Keeps it from being removed.
+    /// Prevents removal of the snapshot.
     pub hold: Hold,
 }
 
-/// Keeps a snapshot from being removed while it lives, from the moment of its
-/// publication on; see [`crate::store::Lease`] for one that can be read.
+/// Prevents removal of a snapshot from its publication until the value is dropped; see
+/// [`crate::store::Lease`] for a hold with access to the snapshot.
 #[derive(Debug)]
 pub struct Hold {
     _memory: File,
 }
 
-/// A snapshot half written.
+/// An unpublished snapshot whose memory has been copied.
 #[derive(Debug)]
 pub struct Capture {
     draft: Draft,
@@ -107,11 +109,12 @@ pub struct Capture {
 
 impl Capture {
     /// Copies the memory of a machine, which must be paused, into a draft. A diff that
-    /// would be in more than [`MAX_PIECES`] pieces is stored whole instead.
+    /// would consist of more than [`MAX_PIECES`] pieces is stored as a full snapshot
+    /// instead.
     ///
     /// # Errors
-    /// The file system refused or is full, or the chain is too deep. Nothing
-    /// remains then.
+    /// A file system operation fails, or the chain is too deep. The draft is then
+    /// removed.
     pub fn begin(
         store: &SnapshotStore,
         memory: &GuestMemoryMmap,
@@ -120,11 +123,12 @@ impl Capture {
         Self::begin_unless(store, memory, ancestry, &AtomicBool::new(false))
     }
 
-    /// The same, which another thread can end by setting `given_up`: within the time that
-    /// copying 256 KiB takes, unless the file system itself hangs.
+    /// As [`Self::begin`], with cancellation by another thread: setting `given_up` ends
+    /// the capture within the time that copying 256 KiB takes, unless the file system
+    /// blocks.
     ///
     /// # Errors
-    /// As with [`Self::begin`], and [`Error::GivenUp`].
+    /// As [`Self::begin`], and [`Error::GivenUp`].
     pub fn begin_unless(
         store: &SnapshotStore,
         memory: &GuestMemoryMmap,
@@ -164,7 +168,7 @@ impl Capture {
         if let (Some(chain), Some(_)) = (chain, &parent)
             && chain.pieces_of_child(&index.extents) > MAX_PIECES
         {
-            // What is in the file already is stored once more, at the same place.
+            // Pages that the file contains already are written again at the same offset.
             runs = index.extents.iter().map(|e| (e.first, e.pages)).collect();
             index = whole(&runs, chain)?;
             parent = None;
@@ -177,17 +181,17 @@ impl Capture {
         })
     }
 
-    /// Pages stored.
+    /// Returns the number of stored pages.
     #[must_use]
     pub fn data_pages(&self) -> u64 {
         self.index.count(Content::Data)
     }
 
-    /// Writes the rest and publishes the snapshot as `name`. `sections` are the
+    /// Writes state and manifest and publishes the snapshot as `name`. `sections` are the
     /// machine's state, saved in the same pause as the memory.
     ///
     /// # Errors
-    /// The file system refused, or the name is taken. Nothing remains then.
+    /// A file system operation fails, or the name is in use. The draft is then removed.
     pub fn finish(
         mut self,
         store: &SnapshotStore,
@@ -258,7 +262,7 @@ fn now_ms() -> u64 {
         .unwrap_or(0)
 }
 
-/// The machine's sections with the page index in front.
+/// Combines the page index and the machine's sections, in this order.
 pub(crate) fn encode_state(
     path: &Path,
     index: &MemoryIndex,

@@ -8,13 +8,13 @@ use crate::runs::{Run, union};
 use crate::state_file::{self, StateFile};
 use crate::store::{Lease, SnapshotStore, read_capped};
 
-/// Largest number of snapshots in a chain, the full one at its root included.
-/// Deeper chains are refused on creation: flatten first.
+/// Maximum number of snapshots in a chain, including the full one at its root. Creation
+/// of a deeper chain fails; the parent must be flattened first.
 pub const MAX_DEPTH: usize = 8;
 
-/// Most pieces that the memory of a chain is mapped from: Linux allows a process
-/// some 65,000 mappings (`vm.max_map_count`), and each costs time. Snapshots that
-/// would need more are stored whole.
+/// Maximum number of pieces that the memory of a chain is mapped from. Linux allows a
+/// process about 65,000 mappings (`vm.max_map_count`), and each costs time. Snapshots
+/// that would exceed the limit are stored in full.
 pub const MAX_PIECES: usize = 16 * 1024;
 
 /// Name and layout version of the section that holds the [`MemoryIndex`].
@@ -23,11 +23,11 @@ pub const MEMORY_SECTION: (&str, u32) = ("memory", 1);
 /// One snapshot of a chain.
 #[derive(Debug)]
 pub struct Member {
-    /// The snapshot, kept from being removed.
+    /// Lease that prevents removal of the snapshot.
     pub lease: Lease,
-    /// Its machine state.
+    /// Machine state of the snapshot.
     pub state: StateFile,
-    /// What its memory file holds.
+    /// Index of the snapshot's memory file.
     pub index: MemoryIndex,
 }
 
@@ -39,12 +39,11 @@ pub struct Chain {
 }
 
 impl Chain {
-    /// Opens `name` and everything it builds on, and checks that they belong
-    /// together.
+    /// Opens `name` and all its ancestors, and checks that each child matches its parent.
     ///
     /// # Errors
-    /// Any of them is absent, damaged, of another format, or another snapshot
-    /// than the one that the child was made over.
+    /// One of them is absent, corrupt or of another format, or a parent is not the
+    /// snapshot that its child was created from.
     pub fn open(store: &SnapshotStore, name: &str) -> Result<Self, Error> {
         let mut members = vec![open_member(store, name)?];
         while let Some(child) = members.last() {
@@ -81,13 +80,13 @@ impl Chain {
         Ok(Self { members, pieces })
     }
 
-    /// The members, root first. There is at least one.
+    /// Returns the members, root first. There is at least one.
     #[must_use]
     pub fn members(&self) -> &[Member] {
         &self.members
     }
 
-    /// The snapshot that was asked for.
+    /// Returns the snapshot that the chain was opened for.
     ///
     /// # Panics
     /// Never: a chain has at least one member.
@@ -97,19 +96,20 @@ impl Chain {
         self.members.last().expect("a chain is not empty")
     }
 
-    /// What to map, in RAM order; sources index [`Self::members`].
+    /// Returns the pieces to map, in RAM order. Their sources are indices into
+    /// [`Self::members`].
     #[must_use]
     pub fn pieces(&self) -> &[Piece] {
         &self.pieces
     }
 
-    /// How many pieces a child that records `extents` will have.
+    /// Returns the number of pieces of a child that records `extents`.
     #[must_use]
     pub fn pieces_of_child(&self, extents: &[Extent]) -> usize {
         pieces(&self.members, &[extents]).len()
     }
 
-    /// The pages that any of the members stores: all others are zero.
+    /// Returns the pages that at least one member stores. All other pages are zero.
     #[must_use]
     pub fn stored(&self) -> Vec<Run> {
         self.members.iter().fold(Vec::new(), |all, member| {

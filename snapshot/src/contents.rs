@@ -1,5 +1,5 @@
-//! Guest-visible memory of a snapshot, wherever in its chain a page is stored:
-//! reading and comparing without a VMM.
+//! Guest-visible memory of a snapshot, read and compared without a VMM. Pages are found
+//! at any depth of the chain.
 
 use std::os::unix::fs::FileExt as _;
 
@@ -7,15 +7,15 @@ use crate::Error;
 use crate::chain::Chain;
 use crate::extents::{PAGE, Piece, Source};
 
-/// Pages read at once.
+/// Number of pages read at a time.
 const BATCH: u64 = 64;
-/// [`PAGE`], as a length in memory.
+/// [`PAGE`] as a `usize`.
 pub(crate) const PAGE_LEN: usize = 4096;
 
-/// Calls `visit(first page, bytes)` over all memory, in batches of whole pages.
+/// Calls `visit(first page, bytes)` for all memory, in batches of whole pages.
 ///
 /// # Errors
-/// A memory file that cannot be read, or what `visit` returned.
+/// A memory file cannot be read, or `visit` returned an error.
 pub fn for_each_batch(
     chain: &Chain,
     mut visit: impl FnMut(u64, &[u8]) -> Result<(), Error>,
@@ -56,10 +56,10 @@ fn read(
         .map_err(Error::io("read", &member.lease.dir().join("memory.bin")))
 }
 
-/// Reads pages of a chain into `buffer`, which is made as long as they are.
+/// Reads pages of a chain into `buffer`, which is resized to their length.
 ///
 /// # Errors
-/// A memory file that cannot be read.
+/// A memory file cannot be read.
 pub(crate) fn read_pages(
     chain: &Chain,
     first: u64,
@@ -83,19 +83,19 @@ pub(crate) fn read_pages(
     Ok(())
 }
 
-/// How the memory of two snapshots differs.
+/// Difference between the memory of two snapshots.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Difference {
-    /// Pages of memory in each.
+    /// Number of pages in each snapshot.
     pub pages: u64,
-    /// Pages whose contents differ.
+    /// Number of pages whose contents differ.
     pub different: u64,
 }
 
 /// Compares the guest-visible memory of two snapshots of the same size.
 ///
 /// # Errors
-/// Sizes that differ, or a memory file that cannot be read.
+/// The sizes differ, or a memory file cannot be read.
 pub fn compare(a: &Chain, b: &Chain) -> Result<Difference, Error> {
     let pages = a.tip().index.pages();
     if a.tip().index.regions != b.tip().index.regions {

@@ -1,12 +1,13 @@
-//! Which processor a snapshot needs.
+//! CPU features that a snapshot requires of a host.
 //!
-//! A restored guest keeps using what it found at boot. The manifest therefore records
-//! the CPUID that the *guest* was given, and a host whose hypervisor does not offer
-//! all of that to guests is refused by name. Everything is compared, leaves that are
-//! not defined yet included, except what `rule` lists. Extra features of the new
-//! host do no harm: the guest's own CPUID is part of the saved state.
+//! A restored guest continues to use the features that it detected at boot. The manifest
+//! therefore records the CPUID that the *guest* saw, and a host whose hypervisor does not
+//! offer all of it to guests is refused with the names of the missing features. All
+//! leaves are compared, including leaves that are not defined yet, except those that
+//! `rule` lists. Additional features of the host do no harm, because the guest's own
+//! CPUID is part of the saved state.
 //!
-//! Manifests of format 1 have twelve of these words; the others are not compared then.
+//! Manifests of format 1 contain only twelve of these words; the others are not compared.
 
 use std::collections::BTreeMap;
 
@@ -21,23 +22,25 @@ pub struct CpuFeatures {
     pub arch: String,
     /// Vendor identification string.
     pub vendor: String,
-    /// What is compared of the CPUID registers, without zeros, by
-    /// `leaf.subleaf.register`.
+    /// Compared parts of the CPUID registers, by `leaf.subleaf.register`. Zeros are left
+    /// out.
     pub words: BTreeMap<String, u32>,
 }
 
 const REGISTERS: [&str; 4] = ["eax", "ebx", "ecx", "edx"];
 
-/// How a register of the guest's CPUID is compared with what a host offers.
+/// Comparison of a register of the guest's CPUID with the host's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Rule {
-    /// Feature bits: the host offers each, except for those in `ignored`.
+    /// Feature bits. The host must offer each bit of the guest, except those in
+    /// `ignored`.
     Bits { ignored: u32 },
-    /// Numbers in these fields: none of the host's is lower. Other bits do not count.
+    /// Numbers in the fields with these masks. None of the host's may be lower. Other
+    /// bits are ignored.
     AtLeast(&'static [u32]),
-    /// The host's value is the same.
+    /// The host's value must be equal.
     Same,
-    /// Nothing that a guest could not go on with.
+    /// The register is not compared.
     Ignored,
 }
 
@@ -46,12 +49,12 @@ const EBX: usize = 1;
 const ECX: usize = 2;
 const EDX: usize = 3;
 
-/// How a register is compared: by its bits, except for what is listed here (Intel SDM
-/// volume 2A, CPUID; AMD APM volume 3, appendix E; Linux
+/// Returns the comparison rule of a register. The default is a comparison by bits (Intel
+/// SDM volume 2A, CPUID; AMD APM volume 3, appendix E; Linux
 /// `Documentation/virt/kvm/x86/cpuid.rst`).
 fn rule(leaf: u32, subleaf: u32, register: usize) -> Rule {
     match (leaf, subleaf, register) {
-        // Number of leaves; the vendor, which is compared by itself.
+        // Number of leaves; the vendor, which is compared separately.
         (0 | 0x8000_0000 | 0xc000_0000, ..)
         // Family, model, stepping; brand, CLFLUSH size, number of threads, APIC id.
         | (1 | 0x8000_0001, _, EAX | EBX)
@@ -60,44 +63,45 @@ fn rule(leaf: u32, subleaf: u32, register: usize) -> Rule {
         // Number of interrupt thresholds; numbers of subleaves.
         | (6, _, EBX)
         | (7 | 0x24, 0, EAX)
-        // Topology, which is written for each VM; the kind of a core.
+        // Topology, which is set for each VM; the type of a core.
         | (0xb | 0x1a | 0x1f | 0x8000_001e | 0x8000_0026, ..)
         | (0x8000_0008, _, ECX)
-        // Sizes of the XSAVE area: for all that the host has, or by XCR0.
+        // Sizes of the XSAVE area for all features of the host, or for the current XCR0.
         | (0xd, 0, EBX | ECX)
         | (0xd, 1, EBX)
-        // Frequencies: that of the time-stamp counter is restored or refused there.
+        // Frequencies. Restoring the time-stamp counter checks its frequency separately.
         | (0x15 | 0x16, ..)
-        // The name of the processor and of its maker; hints of its speed.
+        // Brand string and vendor; performance hints.
         | (0x17 | 0x8000_0002..=0x8000_0004 | 0x8000_001a, ..)
-        // Error reporting and power sampling, by numbers.
+        // Numbers of error reporting and power sampling.
         | (0x8000_0007, _, EAX | ECX)
-        // Memory encryption, without which the VM was created.
+        // Memory encryption, which no VM uses.
         | (0x8000_001f, ..)
         // Sizes of microcode patches and of the return stack.
         | (0x8000_0021, _, EBX) => Rule::Ignored,
-        // OSXSAVE and "a hypervisor is present" are not the processor's.
+        // OSXSAVE and the hypervisor bit are not features of the processor.
         (1, _, ECX) => Rule::Bits { ignored: 1 << 27 | 1 << 31 },
         // OSPKE.
         (7, 0, ECX) => Rule::Bits { ignored: 1 << 4 },
-        // The speculation-control bits come and go with microcode.
+        // Speculation-control bits change with microcode updates.
         (7, 0, EDX) => Rule::Bits { ignored: 0xfc00_0000 | 1 << 10 | 1 << 9 },
         (0x8000_0008, _, EBX) => Rule::Bits { ignored: 0xffff_f000 },
-        // Size and place of an XSAVE component: guests have such areas in memory.
+        // Size and offset of an XSAVE component, which determine the layout of areas in
+        // guest memory.
         (0xd, 2.., EAX | EBX) => Rule::Same,
         // Version of AVX10, and the vector lengths.
         (0x24, 0, EBX) => Rule::AtLeast(&[0xff, 1 << 16, 1 << 17, 1 << 18]),
-        // The hypervisor's number of leaves, and its name.
+        // The hypervisor's number of leaves, and its signature.
         (0x4000_0000, _, EAX) => Rule::AtLeast(&[u32::MAX]),
         (0x4000_0000, ..) => Rule::Same,
-        // Bits of physical and of linear addresses.
+        // Widths of physical and linear addresses.
         (0x8000_0008, _, EAX) => Rule::AtLeast(&[0xff, 0xff00]),
         _ => Rule::Bits { ignored: 0 },
     }
 }
 
 impl Rule {
-    /// The part of a value that is compared.
+    /// Returns the part of a value that is compared.
     fn apply(self, value: u32) -> u32 {
         match self {
             Self::Bits { ignored } => value & !ignored,
@@ -107,7 +111,7 @@ impl Rule {
         }
     }
 
-    /// Names what a host lacks.
+    /// Returns the names of the features that a host lacks.
     fn lacking(self, key: &str, needed: u32, offered: u32) -> Vec<String> {
         match self {
             Self::Bits { .. } => (0..32)
@@ -136,7 +140,8 @@ impl Rule {
     }
 }
 
-/// The rule for a word of a manifest. One that cannot be read is compared by its bits.
+/// Returns the rule for a word of a manifest. A key that cannot be parsed is compared by
+/// bits.
 fn rule_of(key: &str) -> Rule {
     let mut parts = key.splitn(3, '.');
     let mut next = || parts.next();
@@ -150,7 +155,7 @@ fn rule_of(key: &str) -> Rule {
     parsed.unwrap_or(Rule::Bits { ignored: 0 })
 }
 
-/// Names of the bits that people ask about; others are given by position.
+/// Names of common feature bits; others are reported by position.
 const NAMES: [(&str, u32, &str); 28] = [
     ("00000001.0.ecx", 0, "sse3"),
     ("00000001.0.ecx", 9, "ssse3"),
@@ -183,7 +188,7 @@ const NAMES: [(&str, u32, &str); 28] = [
 ];
 
 impl CpuFeatures {
-    /// The processor that CPUID entries of a guest tell of: those of a saved vCPU, or
+    /// Extracts the features from the CPUID entries of a guest: those of a saved vCPU, or
     /// those that the hypervisor offers.
     #[must_use]
     pub fn of(cpuid: &[CpuidEntry]) -> Self {
@@ -214,10 +219,11 @@ impl CpuFeatures {
         }
     }
 
-    /// Says whether a guest that was given `self` can go on where `host` is offered.
+    /// Checks that a guest that was created with `self` can run on a host that offers
+    /// `host`.
     ///
     /// # Errors
-    /// A sentence that names what `host` lacks.
+    /// A sentence that names the features that `host` lacks.
     pub fn check(&self, host: &Self) -> Result<(), String> {
         if self.arch != host.arch {
             return Err(format!(
@@ -260,7 +266,7 @@ fn feature_name(register: &str, bit: u32) -> String {
 pub(crate) mod tests {
     use super::*;
 
-    /// A processor with SSE3 and AVX2, among others.
+    /// A processor with SSE3, AVX2 and other features.
     pub(crate) fn sample() -> CpuFeatures {
         let leaf = |function, [eax, ebx, ecx, edx]: [u32; 4]| CpuidEntry {
             function,
@@ -279,7 +285,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn feature_words_are_taken_from_what_the_guest_is_told() {
+    fn feature_words_are_those_that_the_guest_sees() {
         let cpu = sample();
         assert_eq!(cpu.vendor, "AuthenticAMD");
         assert_eq!(
@@ -287,7 +293,10 @@ pub(crate) mod tests {
             "not OSXSAVE, nor hypervisor"
         );
         assert_eq!(cpu.words["00000007.0.ebx"], 1 << 5);
-        assert!(!cpu.words.contains_key("80000008.0.ebx"), "it was not told");
+        assert!(
+            !cpu.words.contains_key("80000008.0.ebx"),
+            "the guest does not see it"
+        );
         assert_eq!(cpu.check(&cpu), Ok(()));
     }
 
@@ -305,7 +314,7 @@ pub(crate) mod tests {
         assert_eq!(older.check(&newer), Ok(()), "more features do no harm");
     }
 
-    /// One register of a guest's CPUID.
+    /// The features of a CPUID with a single register set.
     fn with(function: u32, index: u32, register: usize, value: u32) -> CpuFeatures {
         let mut values = [0; 4];
         values[register] = value;
@@ -323,7 +332,7 @@ pub(crate) mod tests {
 
     #[test]
     fn every_leaf_is_compared_by_its_bits() {
-        // Also those that are not defined yet.
+        // Leaves that are not defined yet are included.
         let leaves = [
             (7, 1, EDX),
             (7, 2, EDX),
@@ -358,11 +367,11 @@ pub(crate) mod tests {
         let reason = bits(52, 48).check(&bits(48, 48)).unwrap_err();
         assert!(reason.contains("52-bit physical"), "{reason}");
         assert!(bits(48, 57).check(&bits(52, 48)).is_err());
-        // Bits of the host's own addresses are no guest's.
+        // The width of the host's guest physical addresses is not compared.
         assert_eq!(with(0x8000_0008, 0, EAX, 52 << 16).words.len(), 0);
     }
 
-    /// PKRU is at 2688 of Intel's areas and at 2432 of AMD's later ones.
+    /// PKRU is at offset 2688 on Intel and at 2432 on later AMD processors.
     #[test]
     fn areas_in_a_guests_memory_keep_their_layout() {
         let guest = with(0xd, 9, EBX, 2688);
@@ -373,7 +382,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn what_is_written_for_each_vm_or_names_the_processor_is_no_feature() {
+    fn topology_and_identification_are_not_compared() {
         let ignored = [
             (0, 0, EAX),
             (1, 0, EBX),
@@ -390,8 +399,8 @@ pub(crate) mod tests {
         }
     }
 
-    /// The words of a manifest are compared by the rule of their register, those of
-    /// an unknown one by their bits.
+    /// Words of a manifest are compared by the rule of their register; words of an
+    /// unknown register are compared by bits.
     #[test]
     fn a_word_finds_its_rule() {
         assert_eq!(rule_of("80000008.0.eax"), rule(0x8000_0008, 0, EAX));

@@ -1,50 +1,50 @@
-//! What can go wrong with a snapshot.
+//! Errors of snapshot operations.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-/// Why a snapshot cannot be written, read or used.
+/// Failure to write, read or use a snapshot.
 #[derive(Debug, Error)]
 pub enum Error {
-    /// The file system refused.
+    /// A file system operation failed.
     #[error("cannot {operation} \"{}\"", path.display())]
     Io {
-        /// What was tried.
+        /// The operation, after "cannot".
         operation: &'static str,
-        /// On what.
+        /// The file or directory.
         path: PathBuf,
-        /// The system's answer.
+        /// The cause.
         #[source]
         source: io::Error,
     },
-    /// No snapshot of that name or identifier.
+    /// No snapshot has this name.
     #[error("there is no snapshot \"{name}\"")]
     NotFound {
-        /// What was asked for.
+        /// The requested name.
         name: String,
     },
-    /// The name is taken.
+    /// The name is in use.
     #[error("a snapshot named \"{name}\" exists already")]
     Exists {
         /// The name.
         name: String,
     },
-    /// A name that could not be a directory entry, or is reserved.
+    /// A name that cannot be a directory entry, or is reserved.
     #[error("\"{name}\" is not a snapshot name: {reason}")]
     BadName {
         /// The name.
         name: String,
-        /// What is wrong with it.
+        /// The reason why the name is invalid.
         reason: &'static str,
     },
-    /// A file of the snapshot was cut short, altered or swapped.
+    /// A file of the snapshot was truncated, modified or replaced.
     #[error("snapshot file \"{}\" is damaged: {reason}", path.display())]
     Damaged {
         /// The file.
         path: PathBuf,
-        /// What was found.
+        /// The difference that was detected.
         reason: String,
     },
     /// Written by a later version of this software.
@@ -60,7 +60,7 @@ pub enum Error {
         /// The highest version this code reads.
         supported: u32,
     },
-    /// Written by an earlier version whose format is no longer read.
+    /// Written by an earlier version in a format that is no longer supported.
     #[error(
         "snapshot \"{}\" has format {found}, which this version no longer reads: \
          make the snapshot again", path.display()
@@ -71,22 +71,22 @@ pub enum Error {
         /// Its format version.
         found: u32,
     },
-    /// Whole, but not for this host, kernel or agent.
+    /// The snapshot is intact, but does not match this host, kernel or agent.
     #[error("snapshot \"{name}\" cannot be used here: {reason}")]
     Incompatible {
         /// The snapshot.
         name: String,
-        /// What does not match.
+        /// The mismatch.
         reason: String,
     },
-    /// The parent a diff builds on is gone or is another one.
+    /// The parent of a diff is missing or was replaced.
     #[error("snapshot \"{name}\" builds on \"{parent}\", which {reason}")]
     Parent {
         /// The snapshot.
         name: String,
-        /// The parent it names.
+        /// The name of its parent.
         parent: String,
-        /// What is wrong with the parent.
+        /// The problem with the parent.
         reason: String,
     },
     /// The chain of parents is too long.
@@ -94,10 +94,10 @@ pub enum Error {
     TooDeep {
         /// The snapshot.
         name: String,
-        /// The limit.
+        /// The maximum number of ancestors.
         limit: usize,
     },
-    /// Its memory is in more pieces than can be mapped.
+    /// The memory consists of more pieces than can be mapped.
     #[error(
         "the memory of snapshot \"{name}\" is in {pieces} pieces, and at most {limit} can be \
          mapped: flatten it first"
@@ -105,35 +105,35 @@ pub enum Error {
     Fragmented {
         /// The snapshot.
         name: String,
-        /// How many.
+        /// Number of pieces.
         pieces: usize,
-        /// The limit.
+        /// Maximum number of pieces.
         limit: usize,
     },
-    /// The caller wanted it no longer.
-    #[error("making the snapshot was given up")]
+    /// The caller cancelled the operation.
+    #[error("the creation of the snapshot was cancelled")]
     GivenUp,
-    /// Something still uses the snapshot.
+    /// The snapshot is in use.
     #[error("snapshot \"{name}\" is in use by {user}")]
     InUse {
         /// The snapshot.
         name: String,
-        /// By what.
+        /// The user of the snapshot.
         user: String,
     },
-    /// The machine refused.
+    /// An operation of the machine failed.
     #[error("cannot {operation}")]
     Machine {
-        /// What was tried.
+        /// The operation, after "cannot".
         operation: &'static str,
-        /// The machine's answer.
+        /// The cause.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
 }
 
 impl Error {
-    /// An error of the file system.
+    /// Creates a file system error.
     pub(crate) fn io(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self::Io {
@@ -143,7 +143,7 @@ impl Error {
         }
     }
 
-    /// A damaged file.
+    /// Creates an error for a corrupt file.
     pub(crate) fn damaged(path: &Path, reason: impl Into<String>) -> Self {
         Self::Damaged {
             path: path.to_owned(),

@@ -1,22 +1,23 @@
-//! Runs of pages, and how a chain of snapshots becomes one list of mappings.
+//! Extents of pages, and the flattening of a chain of snapshots into one list of
+//! mappings.
 //!
-//! Pages are numbered in *RAM order*: the guest's memory without the hole below
-//! 4 GiB. Page `p` of a snapshot is stored at byte `p * PAGE` of its
-//! `memory.bin`, whatever its depth in a chain, so no lookup is needed to map it.
+//! Pages are numbered in *RAM order*: guest memory without the hole below 4 GiB. Page `p`
+//! of a snapshot is stored at byte offset `p * PAGE` of its `memory.bin` at every depth
+//! of a chain, so that no lookup is needed to map it.
 
 use serde::{Deserialize, Serialize};
 
 use crate::runs::{Run, push as push_run};
 
-/// Bytes in a page.
+/// Size of a page in bytes.
 pub const PAGE: u64 = 4096;
 
-/// What a snapshot says of a run of pages.
+/// Kind of the content of an extent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Content {
-    /// Stored in the snapshot's `memory.bin`.
+    /// The pages are stored in the snapshot's `memory.bin`.
     Data,
-    /// All zero, over a parent where they may not be.
+    /// The pages are zero, and the parent's may not be.
     Zero,
 }
 
@@ -27,31 +28,31 @@ pub struct Extent {
     pub first: u64,
     /// Number of pages, at least 1.
     pub pages: u64,
-    /// What they hold.
+    /// Kind of their content.
     pub content: Content,
 }
 
 impl Extent {
-    /// The page after the last.
+    /// Returns the number of the page after the last one.
     #[must_use]
     pub fn end(&self) -> u64 {
         self.first.saturating_add(self.pages)
     }
 }
 
-/// Contents of `memory.bin`; stored as a section of `state.bin`.
+/// Index of `memory.bin`, stored as a section of `state.bin`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryIndex {
     /// Guest physical start and length of each RAM region, in RAM order.
     pub regions: Vec<(u64, u64)>,
-    /// The runs of pages recorded.
+    /// The recorded extents.
     pub extents: Vec<Extent>,
-    /// SHA-256 over the stored pages of each [`Content::Data`] extent, in order.
+    /// SHA-256 of the stored pages of each [`Content::Data`] extent, in order.
     pub digests: Vec<[u8; 32]>,
 }
 
 impl MemoryIndex {
-    /// Number of pages of guest memory.
+    /// Returns the number of pages of guest memory.
     #[must_use]
     pub fn pages(&self) -> u64 {
         self.regions
@@ -59,7 +60,7 @@ impl MemoryIndex {
             .fold(0, |sum, (_, len)| sum.saturating_add(len / PAGE))
     }
 
-    /// Number of pages recorded with `content`.
+    /// Returns the number of pages recorded with `content`.
     #[must_use]
     pub fn count(&self, content: Content) -> u64 {
         self.extents
@@ -70,20 +71,20 @@ impl MemoryIndex {
     }
 }
 
-/// Collects pages in ascending order into extents.
+/// Builds extents from pages in ascending order.
 #[derive(Debug, Default)]
 pub struct ExtentBuilder {
     extents: Vec<Extent>,
 }
 
 impl ExtentBuilder {
-    /// No pages yet.
+    /// Creates a builder without pages.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Adds a page; pages must come in ascending order.
+    /// Adds a page. Pages must be added in ascending order.
     pub fn push(&mut self, page: u64, content: Content) {
         if let Some(last) = self.extents.last_mut()
             && last.content == content
@@ -99,14 +100,14 @@ impl ExtentBuilder {
         });
     }
 
-    /// The extents collected.
+    /// Returns the extents.
     #[must_use]
     pub fn finish(self) -> Vec<Extent> {
         self.extents
     }
 }
 
-/// Checks that extents ascend, do not overlap, are not empty and end within `pages`.
+/// Returns true if the extents are ascending, disjoint, not empty and end within `pages`.
 #[must_use]
 pub fn is_well_formed(extents: &[Extent], pages: u64) -> bool {
     let mut next = 0;
@@ -120,15 +121,15 @@ pub fn is_well_formed(extents: &[Extent], pages: u64) -> bool {
     })
 }
 
-/// Joins extents of data that are at most `gap` pages apart, with pages between
-/// them that are zero or not recorded. Also returns the pages that were not recorded
-/// and are now data, which still have to be stored. (Zero pages among data are holes
-/// of the file, which are there already.)
+/// Joins data extents that are at most `gap` pages apart, where the pages between them
+/// are zero or not recorded. Also returns the pages that were not recorded before and now
+/// belong to a data extent, which the caller has to store. Zero pages in a data extent
+/// need not be stored, because they are holes of the file already.
 #[must_use]
 pub fn join(extents: &[Extent], gap: u64) -> (Vec<Extent>, Vec<Run>) {
     let mut joined: Vec<Extent> = Vec::with_capacity(extents.len());
     let mut missing = Vec::new();
-    // Short extents of zeros since the last one of data.
+    // Short zero extents since the last data extent.
     let mut zeros: Vec<Extent> = Vec::new();
     for &extent in extents {
         if extent.content == Content::Zero {
@@ -159,7 +160,8 @@ pub fn join(extents: &[Extent], gap: u64) -> (Vec<Extent>, Vec<Run>) {
     (joined, missing)
 }
 
-/// Whether no pages more than `gap` at a stretch lie between these.
+/// Returns true if every unrecorded gap between these extents is at most `gap` pages
+/// long.
 fn is_near(from: &Extent, between: &[Extent], to: &Extent, gap: u64) -> bool {
     let mut at = from.end();
     between.iter().chain([to]).all(|extent| {
@@ -169,31 +171,31 @@ fn is_near(from: &Extent, between: &[Extent], to: &Extent, gap: u64) -> bool {
     })
 }
 
-/// Where a run of pages of a restored guest comes from.
+/// Source of a run of pages of a restored guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
-    /// `memory.bin` of the chain's member with this index (0 is the root).
+    /// `memory.bin` of the chain member with this index (0 is the root).
     Member(usize),
     /// Anonymous zero pages.
     Zero,
 }
 
-/// A run of pages to map from one place.
+/// A run of pages to map from one source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Piece {
     /// First page, in RAM order; also the page offset in the member's file.
     pub first: u64,
     /// Number of pages.
     pub pages: u64,
-    /// Where they come from.
+    /// Source of the pages.
     pub source: Source,
 }
 
-/// Lays the extents of a chain, root first, over one another.
+/// Flattens the extents of a chain, root first, into the pieces to map.
 ///
-/// The root covers everything: what it does not store are holes of its file,
-/// which read as zero, so that mapping it is one piece. `chain[0]` is ignored
-/// for that reason. Neighbouring pieces from one source are merged.
+/// The root provides all pages: pages that it does not store are holes of its file, which
+/// read as zero, so that mapping it takes one piece. `chain[0]` is therefore ignored.
+/// Adjacent pieces of one source are merged.
 #[must_use]
 pub fn flatten(pages: u64, chain: &[&[Extent]]) -> Vec<Piece> {
     let mut pieces = vec![Piece {
@@ -336,7 +338,7 @@ mod tests {
                 }
             }
             prop_assert_eq!(&extents(&model), &after, "and all of it is there");
-            // No two extents of data are left that near to each other.
+            // No two data extents are within the gap of each other.
             let data: Vec<_> = after.iter().filter(|e| e.content == Content::Data).collect();
             for pair in data.windows(2) {
                 let apart = pair[0].end()..pair[1].first;

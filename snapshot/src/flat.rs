@@ -1,4 +1,4 @@
-//! Snapshots that build on nothing, made of ones that do, without a VMM.
+//! Flattening of snapshots without a VMM: copies without a parent.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
@@ -12,27 +12,27 @@ use crate::manifest::{Manifest, MemoryEntry};
 use crate::memory_file;
 use crate::store::{Draft, SnapshotStore};
 
-/// Writes a copy of a snapshot that builds on nothing, as `name`. The machine in it
-/// is the same.
+/// Writes a copy of a snapshot that has no parent, as `name`. The copy restores the same
+/// machine.
 ///
 /// # Errors
-/// The file system refused, or the name is taken.
+/// A file system operation fails, or the name is in use.
 pub fn flatten_to(store: &SnapshotStore, chain: &Chain, name: &str) -> Result<Manifest, Error> {
     let (draft, manifest) = flat_copy(store, chain)?;
     store.publish(draft, name)?;
     Ok(manifest)
 }
 
-/// Makes the snapshot `name` build on nothing. Whoever opens it meanwhile gets the one
-/// or the other.
+/// Replaces the snapshot `name` by a copy without a parent. A concurrent reader opens
+/// either the old or the new one.
 ///
 /// # Errors
-/// It is absent or damaged, a machine or another snapshot uses it, or the file system
-/// refused.
+/// The snapshot is absent or corrupt, a machine or another snapshot uses it, or a file
+/// system operation fails.
 pub fn flatten(store: &SnapshotStore, name: &str) -> Result<Manifest, Error> {
     let chain = Chain::open(store, name)?;
     let (draft, manifest) = flat_copy(store, &chain)?;
-    // Or it would be in use by us.
+    // The lease of this chain would make the snapshot count as used.
     drop(chain);
     store.replace(draft, name)?;
     Ok(manifest)

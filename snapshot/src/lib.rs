@@ -1,9 +1,9 @@
-//! Snapshots: the format on disk, layered diffs, restore and clone identity.
+//! Snapshots: on-disk format, diffs, restore and clone identity.
 //!
-//! A snapshot is a directory of `manifest.json` ([`manifest`]), `state.bin`
-//! ([`state_file`]) and `memory.bin` ([`memory_file`]). A *diff* stores only the
-//! pages that changed over its parent ([`extents`], [`chain`]). All of it can be
-//! read and checked without a VMM ([`store`], [`verify`]).
+//! A snapshot is a directory with `manifest.json` ([`manifest`]), `state.bin`
+//! ([`state_file`]) and `memory.bin` ([`memory_file`]). A *diff* stores only the pages
+//! that changed since its parent ([`extents`], [`chain`]). Reading and verifying a
+//! snapshot needs no VMM ([`store`], [`verify`]).
 #![warn(missing_docs)]
 
 pub mod capture;

@@ -1,14 +1,14 @@
-//! `manifest.json`: what a snapshot is, for people and for checks before use.
+//! `manifest.json`: description of a snapshot, for people and for checks before use.
 //!
-//! The file is canonical: there is exactly one byte sequence for a manifest,
-//! and its last member is the SHA-256 of that sequence with the member empty.
-//! Any change to any byte is therefore found, and yet the file reads well.
+//! The file is canonical: there is exactly one byte sequence for a manifest, and its last
+//! member is the SHA-256 of that sequence with the member empty. A change of any byte is
+//! therefore detected, although the file is readable text.
 //!
-//! Compatibility promise: a later sm reads every format from
-//! [`OLDEST_FORMAT`] on; a member is never given another meaning; an addition is
-//! a new format number. An older sm refuses a newer format by number.
+//! Compatibility: a later sm reads all formats from [`OLDEST_FORMAT`] on. A member never
+//! changes its meaning; adding a member requires a new format number. An older sm refuses
+//! a newer format by its number.
 //!
-//! Format 2 has more words of CPUID than format 1 (`cpu.rs`).
+//! Format 2 contains more CPUID words than format 1 (`cpu.rs`).
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -18,54 +18,55 @@ use serde::{Deserialize, Serialize};
 use crate::cpu::CpuFeatures;
 use crate::{Error, state_file};
 
-/// Format written by this version.
+/// Format that this version writes.
 pub const FORMAT: u32 = 2;
-/// Oldest format read by this version.
+/// Oldest format that this version reads.
 pub const OLDEST_FORMAT: u32 = 1;
-/// Largest manifest accepted, in bytes.
+/// Maximum size of a manifest in bytes.
 pub const MAX_LEN: u64 = 1024 * 1024;
 
-/// What a snapshot holds.
+/// The start stage at which a snapshot was taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Layer {
-    /// Kernel and agent booted; no image.
+    /// Kernel and agent have booted; no image is attached.
     Base,
-    /// An image's root file system mounted; nothing of it has run.
+    /// An image's root file system is mounted; none of its programs has run.
     Image,
-    /// A running workload.
+    /// A workload is running.
     App,
 }
 
-/// The snapshot that a diff builds on.
+/// Reference to the parent of a diff.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ParentRef {
-    /// Its name in the same store.
+    /// Name of the parent in the same store.
     pub name: String,
-    /// Its manifest's digest: another snapshot under that name is refused.
+    /// Digest of the parent's manifest. Another snapshot with the parent's name is
+    /// refused.
     pub digest: String,
 }
 
-/// `state.bin`, as the manifest knows it.
+/// Description of `state.bin`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct StateEntry {
     /// Length in bytes.
     pub len: u64,
-    /// SHA-256 of what precedes the file's own trailer, in hexadecimal.
+    /// SHA-256 of the file without its own trailer, in hexadecimal.
     pub digest: String,
 }
 
-/// `memory.bin`, as the manifest knows it.
+/// Description of `memory.bin`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MemoryEntry {
-    /// Length in bytes: the guest's memory size.
+    /// Length in bytes, which is the size of guest memory.
     pub len: u64,
-    /// Pages stored.
+    /// Number of stored pages.
     pub data_pages: u64,
-    /// Pages recorded as zero over a parent.
+    /// Number of pages recorded as zero over a parent.
     pub zero_pages: u64,
 }
 
@@ -73,23 +74,23 @@ pub struct MemoryEntry {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DeviceEntry {
-    /// Its slot on the virtio-mmio window.
+    /// Slot in the virtio-mmio window.
     pub slot: u32,
-    /// Its kind, such as `blk`.
+    /// Kind of the device, such as `blk`.
     pub kind: String,
 }
 
-/// What a snapshot is.
+/// The manifest of a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
     /// Format number; see [`FORMAT`].
     pub format: u32,
-    /// What it holds.
+    /// The start stage at which the snapshot was taken.
     pub layer: Layer,
     /// Wall-clock time of the capture, in milliseconds since the Unix epoch.
     pub created_ms: u64,
-    /// Version of sm that wrote it.
+    /// Version of the sm that wrote the manifest.
     pub sm_version: String,
     /// Version of the machine's address map and devices.
     pub machine_version: u32,
@@ -99,38 +100,38 @@ pub struct Manifest {
     pub vcpus: u32,
     /// SHA-256 of the guest kernel, in hexadecimal.
     pub kernel: String,
-    /// SHA-256 of the initial RAM file system, which is the guest's agent (and the
+    /// SHA-256 of the initial RAM file system, which contains the guest's agent (and the
     /// kernel's modules), in hexadecimal.
     pub agent: String,
     /// Version of the protocol between host and agent.
     pub protocol: u32,
-    /// The processor that the guest was told of.
+    /// CPU features that the guest sees.
     pub cpu: CpuFeatures,
     /// The machine's devices.
     pub devices: Vec<DeviceEntry>,
-    /// The snapshot it builds on; a full snapshot has none.
+    /// The parent; `None` for a full snapshot.
     pub parent: Option<ParentRef>,
     /// `state.bin`.
     pub state: StateEntry,
     /// `memory.bin`.
     pub memory: MemoryEntry,
-    /// What the writer wants to find again, such as the image it runs.
+    /// Labels of the writer, such as the image that runs.
     pub labels: BTreeMap<String, String>,
-    /// SHA-256 of the canonical file with this member empty; set on writing.
+    /// SHA-256 of the canonical file with this member empty; set by [`Manifest::encode`].
     pub digest: String,
 }
 
-/// Only the member that says how to read the others.
+/// The format number, which is decoded before the other members.
 #[derive(Deserialize)]
 struct FormatProbe {
     format: u32,
 }
 
 impl Manifest {
-    /// The canonical bytes; sets the digest.
+    /// Sets the digest and returns the canonical bytes.
     ///
     /// # Errors
-    /// None that a caller can provoke: serialising plain data to memory.
+    /// Serialisation to memory fails, which no value of the members causes.
     pub fn encode(&mut self) -> Result<Vec<u8>, serde_json::Error> {
         self.digest = String::new();
         let bare = self.canonical()?;
@@ -144,10 +145,10 @@ impl Manifest {
         Ok(bytes)
     }
 
-    /// Decodes and checks; `path` names the snapshot's directory in errors.
+    /// Decodes and checks a manifest; `path` names the snapshot's directory in errors.
     ///
     /// # Errors
-    /// Another format, or any byte changed since it was written.
+    /// The format is not supported, or a byte was changed since the manifest was written.
     pub fn decode(path: &Path, bytes: &[u8]) -> Result<Self, Error> {
         let file = path.join("manifest.json");
         let unreadable =
@@ -179,7 +180,8 @@ impl Manifest {
     }
 }
 
-/// The name of the parent that a manifest has, whatever its format and its other values.
+/// Returns the name of the parent in a manifest, without checking its format or other
+/// members.
 pub(crate) fn parent_in(bytes: &[u8]) -> Option<String> {
     #[derive(Deserialize)]
     struct Child {

@@ -1,4 +1,5 @@
-//! Writing `memory.bin`: sparse, page-aligned, only what has to be stored.
+//! Writing of `memory.bin`: sparse, page-aligned, with only the pages that must be
+//! stored.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
@@ -18,12 +19,13 @@ use crate::contents;
 use crate::extents::{self, Content, Extent, ExtentBuilder, MemoryIndex, PAGE};
 use crate::runs::{self, Run};
 
-/// [`PAGE`], as a length in memory.
+/// [`PAGE`] as a `usize`.
 const PAGE_LEN: usize = 4096;
-/// Bytes copied out of the guest at once: fits a core's second-level cache.
+/// Number of bytes copied from the guest at a time; fits the second-level cache of a
+/// core.
 const COPY: usize = 256 * 1024;
 
-/// The RAM regions of `memory`: guest physical start and length, in RAM order.
+/// Returns the RAM regions of `memory`: guest physical start and length, in RAM order.
 #[must_use]
 pub fn ram_regions(memory: &GuestMemoryMmap) -> Vec<(u64, u64)> {
     memory
@@ -32,23 +34,25 @@ pub fn ram_regions(memory: &GuestMemoryMmap) -> Vec<(u64, u64)> {
         .collect()
 }
 
-/// What lies below the pages that are written.
+/// Reference with which written pages are compared.
 #[derive(Clone, Copy, Debug)]
 pub enum Base<'a> {
-    /// Nothing: pages that are not recorded are zero.
+    /// No parent: pages that are not recorded are zero.
     Nothing,
-    /// A parent: pages that are not recorded are the parent's.
+    /// A parent: pages that are not recorded have the parent's contents.
     Parent,
-    /// A parent from which memory was filled: a page is worth recording if it is not
-    /// as in the parent.
+    /// A parent from which memory was filled. Only pages that differ from the parent are
+    /// recorded.
     Filled(&'a Chain),
-    /// A parent from which these pages were copied before they were written to: of
-    /// them, the same goes; of others, as for [`Self::Parent`].
+    /// A parent from which these pages were copied before the guest used them. Of these,
+    /// only pages that differ from the parent are recorded; others are treated as in
+    /// [`Self::Parent`].
     Copied(&'a Chain, &'a [Run]),
 }
 
 impl<'a> Base<'a> {
-    /// The parent, if some of `pages` pages from `first` on may be as they are there.
+    /// Returns the parent if some of the `pages` pages from `first` may equal those of
+    /// the parent.
     fn doubtful(self, first: u64, pages: u64) -> Option<&'a Chain> {
         match self {
             Base::Nothing | Base::Parent => None,
@@ -58,19 +62,18 @@ impl<'a> Base<'a> {
     }
 }
 
-/// Extents of a diff beyond which those near each other are joined: each costs a
-/// mapping when it is restored.
+/// Number of extents above which nearby extents of a diff are joined, because each costs
+/// a mapping at restore.
 const MANY: usize = 1024;
-/// Pages that joining two extents may store for nothing.
+/// Maximum number of unchanged pages that joining two extents may store.
 const MOST_GAP: u64 = 64;
 
-/// Writes the pages of `runs`, of a paused guest, to `file` and says what was
-/// written: what is zero is not stored. `runs` must have all pages that may differ
-/// from what lies below. It stops soon after `given_up` is set.
+/// Writes the pages `runs` of a paused guest to `file` and returns the index. Zero pages
+/// are not stored. `runs` must contain all pages that may differ from the base. The
+/// function returns early when `given_up` is set.
 ///
 /// # Errors
-/// A file system that is full or refuses, a parent that cannot be read, or
-/// [`Error::GivenUp`].
+/// The file system is full or fails, a parent cannot be read, or [`Error::GivenUp`].
 pub fn write(
     memory: &GuestMemoryMmap,
     runs: &[Run],
@@ -99,7 +102,7 @@ pub fn write(
     }
     let mut extents = std::mem::take(&mut writer.builder).finish();
     if !matches!(base, Base::Nothing) {
-        // What joining adds is stored as it is, even if it is the parent's.
+        // Pages added by joining are stored even if they equal the parent's.
         writer.base = Base::Nothing;
         let mut gap = 1;
         while extents.len() > MANY && gap <= MOST_GAP {
@@ -127,7 +130,7 @@ struct Writer<'a> {
     base: Base<'a>,
     builder: ExtentBuilder,
     scratch: Vec<u8>,
-    /// Likewise, for the parent's pages.
+    /// Buffer for the parent's pages.
     parents: Vec<u8>,
 }
 
@@ -146,7 +149,8 @@ impl Writer<'_> {
         Ok(())
     }
 
-    /// Copies pages from guest address `start` on, which is page `first` in RAM order.
+    /// Copies pages from the guest physical address `start`, which is page `first` in RAM
+    /// order.
     fn copy_within(&mut self, start: u64, first: u64, pages: u64) -> Result<(), Error> {
         let step = (COPY as u64) / PAGE;
         let mut done = 0;
@@ -174,8 +178,8 @@ impl Writer<'_> {
         Ok(())
     }
 
-    /// Records the pages of `bytes`, the first of which is page `first` in RAM order,
-    /// and writes those that have to be.
+    /// Records the pages of `bytes`, the first of which is page `first` in RAM order, and
+    /// writes those that must be stored.
     fn store(&mut self, first: u64, bytes: &[u8]) -> Result<(), Error> {
         let mut parents = std::mem::take(&mut self.parents);
         let parent = self.base.doubtful(first, bytes.len() as u64 / PAGE);
@@ -187,7 +191,7 @@ impl Writer<'_> {
                 && self.base.doubtful(number, 1).is_some()
                 && parents.get(range) == Some(page)
         };
-        // Pages to write in one go.
+        // Range of bytes to write in one call.
         let mut pending = 0..0;
         for (index, page) in bytes.chunks_exact(PAGE_LEN).enumerate() {
             let number = first + index as u64;
@@ -228,17 +232,17 @@ impl Writer<'_> {
     }
 }
 
-/// Whether all bytes are zero; the compiler vectorises the inner loop.
+/// Returns true if all bytes are zero. The compiler vectorises the inner loop.
 fn is_zero(page: &[u8]) -> bool {
     page.chunks(256)
         .all(|chunk| chunk.iter().fold(0, |acc, byte| acc | byte) == 0)
 }
 
-/// Computes the digest of each data extent of a written file. Kept out of the
-/// pause: it reads the file, not the guest.
+/// Computes the digest of each data extent of a written file. The function reads the file
+/// and not the guest, so that the machine need not be paused.
 ///
 /// # Errors
-/// A file that is shorter than its index says, or cannot be read.
+/// The file is shorter than its index requires, or cannot be read.
 pub fn digests(file: &File, path: &Path, extents: &[Extent]) -> Result<Vec<[u8; 32]>, Error> {
     let mut buffer = vec![0; COPY];
     extents
@@ -248,11 +252,11 @@ pub fn digests(file: &File, path: &Path, extents: &[Extent]) -> Result<Vec<[u8; 
         .collect()
 }
 
-/// Checks that a file is zero wherever its index does not say that it stores a page.
-/// Holes are not read.
+/// Checks that a file is zero wherever its index records no stored page. Holes are not
+/// read.
 ///
 /// # Errors
-/// The first page that is not zero, or a file that cannot be read.
+/// A page is not zero, or the file cannot be read.
 pub fn check_holes(file: &File, path: &Path, index: &MemoryIndex) -> Result<(), Error> {
     let data = index.extents.iter();
     let data = data.filter(|extent| extent.content == Content::Data);
@@ -276,7 +280,7 @@ fn check_hole(
     buffer: &mut [u8],
 ) -> Result<(), Error> {
     while at < end {
-        // A file system that does not know holes says that everything is data.
+        // A file system without support for holes reports everything as data.
         at = match seek(file, SeekFrom::Data(at)) {
             Ok(found) => found,
             Err(Errno::NXIO) => return Ok(()),
@@ -377,7 +381,7 @@ mod tests {
     }
 
     #[test]
-    fn copying_ends_when_it_is_given_up() {
+    fn copying_stops_when_it_is_cancelled() {
         let memory = guest();
         memory.write_obj(1u8, GuestAddress(0)).unwrap();
         let file = tempfile::tempfile().unwrap();

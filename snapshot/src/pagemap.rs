@@ -1,12 +1,12 @@
-//! Which pages of this process's memory are private, by its own page tables.
+//! Detection of private pages in this process's page tables.
 //!
-//! Guest memory is either anonymous (a machine that was booted) or a private
-//! mapping of snapshot files (one that was restored). In both, a page that was
-//! written is an anonymous page of this process, and one that was not is either
-//! not present or a page of the file. `/proc/self/pagemap` tells them apart, so
-//! the pages that a machine changed are known exactly, without write protection,
-//! a dirty log, or comparing memory. Linux 6.7 has an ioctl that finds them without
-//! looking at what was never touched; before that, each page's entry is read.
+//! Guest memory is either anonymous (a booted machine) or a private mapping of snapshot
+//! files (a restored one). In both cases a page that was written is an anonymous page of
+//! this process, and one that was not is either not present or a page of the file.
+//! `/proc/self/pagemap` distinguishes them, so that the pages that a machine changed are
+//! known exactly, without write protection, a dirty log or comparison of memory. Linux
+//! 6.7 added an ioctl that finds such pages without visiting untouched ones; on older
+//! kernels the entry of each page is read.
 #![expect(
     unsafe_code,
     reason = "the ioctl PAGEMAP_SCAN is given the address of a buffer"
@@ -31,18 +31,17 @@ const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
 const FILE_OR_SHARED: u64 = 1 << 61;
 
-/// Entries read at once: 2 MiB of page map covers 1 GiB of memory; 64 KiB keeps
-/// the buffer small and covers 32 MiB.
+/// Number of entries read at a time: 64 KiB of page map, which cover 32 MiB of memory.
 const BATCH: u64 = 8192;
 
-/// Runs taken from the kernel at once.
+/// Number of regions requested from the kernel at a time.
 const REGIONS: usize = 512;
 
 /// Categories of `PAGEMAP_SCAN` (`Documentation/admin-guide/mm/pagemap.rst`).
 const SCAN_FILE: u64 = 1 << 2;
 const SCAN_PRESENT: u64 = 1 << 3;
 const SCAN_SWAPPED: u64 = 1 << 4;
-/// The page of zeros that all untouched anonymous memory shares.
+/// The shared zero page, which is mapped by reads of untouched anonymous memory.
 const SCAN_ZERO: u64 = 1 << 5;
 
 /// `struct page_region`.
@@ -72,8 +71,8 @@ struct Scan {
     return_mask: u64,
 }
 
-// SAFETY: the kernel reads and writes this structure, and writes at most
-// `vec_len` regions at `vec`, as whoever makes one sees to.
+// SAFETY: the kernel reads and writes this structure, and writes at most `vec_len`
+// regions at `vec`; the code that creates the value ensures that the buffer is that long.
 unsafe impl Ioctl for &mut Scan {
     type Output = usize;
     const IS_MUTATING: bool = true;
@@ -94,18 +93,20 @@ unsafe impl Ioctl for &mut Scan {
     }
 }
 
-/// What the page tables say of one page.
+/// Page table state of one page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PageState(u64);
 
 impl PageState {
-    /// The page was written by this process: it is a page of its own.
+    /// Returns true if the page is an anonymous page of this process, because it was
+    /// written.
     #[must_use]
     pub fn is_private(self) -> bool {
         self.0 & (PRESENT | SWAPPED) != 0 && self.0 & FILE_OR_SHARED == 0
     }
 
-    /// The page is mapped here: it was touched, or a neighbour was.
+    /// Returns true if the page is mapped, because it or (by fault-around) a neighbour
+    /// was accessed.
     #[must_use]
     pub fn is_present(self) -> bool {
         self.0 & PRESENT != 0
@@ -122,19 +123,19 @@ impl Pagemap {
     /// Opens the page map.
     ///
     /// # Errors
-    /// The system's answer, for instance where `/proc` is not mounted.
+    /// The file cannot be opened, for example because `/proc` is not mounted.
     pub fn open() -> io::Result<Self> {
         Ok(Self {
             file: File::open("/proc/self/pagemap")?,
         })
     }
 
-    /// Calls `found` with each run of private pages (see [`PageState::is_private`])
-    /// among `pages` pages from `address` on, as numbers from there; runs that touch
-    /// may come in parts. `address` is a multiple of the page size.
+    /// Calls `found` with each run of private pages (see [`PageState::is_private`]) among
+    /// the `pages` pages from `address`. Page numbers are relative to `address`, which
+    /// must be a multiple of the page size. Adjacent runs may be reported separately.
     ///
     /// # Errors
-    /// The system's answer.
+    /// The page map cannot be read.
     pub fn private_runs(
         &self,
         address: u64,
@@ -169,7 +170,7 @@ impl Pagemap {
                 return_mask: SCAN_PRESENT,
                 ..Scan::default()
             };
-            // SAFETY: `vec` is the buffer above, and has `vec_len` regions.
+            // SAFETY: `vec` points to the buffer above, which has `vec_len` regions.
             let count = unsafe { ioctl(&self.file, &mut scan) }?;
             for region in regions.iter().take(count) {
                 found((
@@ -185,11 +186,11 @@ impl Pagemap {
         Ok(())
     }
 
-    /// Calls `visit(index, state)` for each of `pages` pages from `address` on.
-    /// `address` is a multiple of the page size.
+    /// Calls `visit(index, state)` for each of the `pages` pages from `address`, which
+    /// must be a multiple of the page size.
     ///
     /// # Errors
-    /// The system's answer.
+    /// The page map cannot be read.
     pub fn visit(
         &self,
         address: u64,
@@ -214,8 +215,8 @@ impl Pagemap {
     }
 }
 
-/// The pages of guest memory that belong to this process alone: written, or
-/// filled by it.
+/// Returns the pages of guest memory that are private to this process: written by the
+/// guest, or filled on its behalf.
 ///
 /// # Errors
 /// The page map cannot be read, or memory is not mapped.
@@ -293,7 +294,7 @@ mod tests {
         runs
     }
 
-    /// More runs than the kernel gives at once, and reading leaves none.
+    /// There are more runs than one ioctl returns; both methods must find all of them.
     #[test]
     fn both_ways_to_find_private_pages_agree() {
         let pages = 4096u64;

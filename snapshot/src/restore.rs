@@ -1,4 +1,4 @@
-//! From a chain on disk to what a machine is restored with.
+//! Restoring: compatibility checks, and mapping of guest memory from a chain.
 
 use std::sync::Arc;
 
@@ -9,26 +9,26 @@ use crate::chain::{Chain, MAX_PIECES};
 use crate::cpu::CpuFeatures;
 use crate::extents::{PAGE, Source};
 
-/// What the restoring side is; a snapshot that needs anything else is refused.
+/// Properties of the restoring host and software. A snapshot that requires others is
+/// refused.
 #[derive(Clone, Debug)]
 pub struct Requirements {
     /// Version of the machine's address map and devices.
     pub machine_version: u32,
     /// Version of the protocol between host and agent.
     pub protocol: u32,
-    /// SHA-256 of the kernel that would be booted instead, when one is known.
+    /// SHA-256 of the kernel that a boot would use, if known.
     pub kernel: Option<String>,
-    /// SHA-256 of the initial RAM file system that would be booted instead, when one is
-    /// known.
+    /// SHA-256 of the initial RAM file system that a boot would use, if known.
     pub agent: Option<String>,
-    /// The processor that this host offers to guests.
+    /// CPU features that this host offers to guests.
     pub cpu: CpuFeatures,
 }
 
-/// Says whether a snapshot can be restored here.
+/// Checks that a snapshot can be restored on this host.
 ///
 /// # Errors
-/// [`Error::Incompatible`] with the first thing that does not match.
+/// [`Error::Incompatible`] with the first mismatch.
 pub fn check(chain: &Chain, wanted: &Requirements) -> Result<(), Error> {
     let lease = &chain.tip().lease;
     let manifest = lease.manifest();
@@ -63,12 +63,12 @@ pub fn check(chain: &Chain, wanted: &Requirements) -> Result<(), Error> {
     manifest.cpu.check(&wanted.cpu).or_else(refuse)
 }
 
-/// Maps the memory of a snapshot privately: nothing is read before it is
-/// touched, and clones share the page cache.
+/// Maps the memory of a snapshot privately. Pages are read on first access, and clones
+/// share the page cache.
 ///
 /// # Errors
-/// The host refused a mapping, a file is shorter than its index says, or memory is in
-/// more than [`MAX_PIECES`] pieces.
+/// A mapping fails, a file is shorter than its index requires, or memory consists of more
+/// than [`MAX_PIECES`] pieces.
 pub fn map_memory(chain: &Chain) -> Result<MachineMemory, Error> {
     let machine = |e: sm_vmm_core::memory::MemoryError| Error::Machine {
         operation: "map the memory of a snapshot",

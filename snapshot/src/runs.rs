@@ -1,10 +1,9 @@
-//! Lists of page runs: first page and number of pages, ascending, disjoint, in
-//! RAM order.
+//! Lists of page runs, which are ascending, disjoint and in RAM order.
 
-/// First page and number of pages.
+/// A run of pages: first page and number of pages.
 pub type Run = (u64, u64);
 
-/// Adds a run behind all others, or to the last one when it touches that.
+/// Appends a run, and merges it with the last one if they are adjacent.
 pub fn push(runs: &mut Vec<Run>, (first, pages): Run) {
     match runs.last_mut() {
         Some((start, count)) if *start + *count == first => *count += pages,
@@ -13,7 +12,7 @@ pub fn push(runs: &mut Vec<Run>, (first, pages): Run) {
     }
 }
 
-/// Whether some page of `run` is in `runs`.
+/// Returns true if a page of `run` is in `runs`.
 #[must_use]
 pub fn touches(runs: &[Run], (first, pages): Run) -> bool {
     let after = runs.partition_point(|(start, count)| start.saturating_add(*count) <= first);
@@ -21,7 +20,7 @@ pub fn touches(runs: &[Run], (first, pages): Run) -> bool {
     pages > 0 && next.is_some_and(|(start, _)| *start < first.saturating_add(pages))
 }
 
-/// The pages that are in one of two lists, or both.
+/// Returns the union of two lists.
 #[must_use]
 pub fn union(a: &[Run], b: &[Run]) -> Vec<Run> {
     let mut all: Vec<Run> = Vec::with_capacity(a.len() + b.len());

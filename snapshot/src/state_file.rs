@@ -6,9 +6,9 @@
 //! SHA-256 of everything before it
 //! ```
 //!
-//! The digest is checked before any section is looked at, so a parser above
-//! never sees a byte that was not written by us. The manifest repeats the digest,
-//! which binds the two files to each other.
+//! The digest is checked before any section is parsed, so that the parsers of sections
+//! only receive bytes that this software wrote. The manifest repeats the digest, which
+//! ties the two files to each other.
 
 use std::ops::RangeInclusive;
 use std::path::Path;
@@ -22,11 +22,11 @@ const FORMAT: u32 = 1;
 const HEADER_LEN: usize = 24;
 const DIGEST_LEN: usize = 32;
 
-/// Largest `state.bin` accepted, in bytes (256 MiB): the state of 64 vCPUs and
-/// the page index of a terabyte guest stay far below.
+/// Maximum size of `state.bin` in bytes (256 MiB). The state of 64 vCPUs and the page
+/// index of a guest with 1 TiB are far smaller.
 pub const MAX_LEN: u64 = 256 * 1024 * 1024;
 
-/// One named part of a machine's state.
+/// A named part of a machine's state.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Section {
     /// Name, at most 65,535 bytes.
@@ -37,21 +37,21 @@ pub struct Section {
     pub payload: Vec<u8>,
 }
 
-/// The sections of a `state.bin`.
+/// The decoded contents of a `state.bin`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StateFile {
     /// The sections, in file order.
     pub sections: Vec<Section>,
 }
 
-/// SHA-256 as 64 lower-case hexadecimal digits.
+/// Returns the SHA-256 of `bytes` as 64 lower-case hexadecimal digits.
 #[must_use]
 pub fn hex_digest(bytes: &[u8]) -> String {
     hex(&Sha256::digest(bytes))
 }
 
-/// SHA-256 in hexadecimal of several parts: each counts with its length, so that parts
-/// that are split differently have another digest.
+/// Returns the SHA-256 of several parts in hexadecimal. The length of each part is hashed
+/// before it, so that different splits of the same bytes have different digests.
 #[must_use]
 pub fn combined_digest(parts: &[&[u8]]) -> String {
     let mut hash = Sha256::new();
@@ -65,18 +65,18 @@ pub fn combined_digest(parts: &[&[u8]]) -> String {
 pub(crate) fn hex(bytes: &[u8]) -> String {
     use std::fmt::Write as _;
     bytes.iter().fold(String::new(), |mut text, byte| {
-        // Writing to a String cannot fail.
+        // Writing to a `String` cannot fail.
         let _ = write!(text, "{byte:02x}");
         text
     })
 }
 
 impl StateFile {
-    /// The section `name`, with the version of its layout, which must be one of
-    /// `versions`. Sections that nobody asks for do no harm.
+    /// Returns the version and payload of section `name`. The version must be one of
+    /// `versions`. Sections that are never requested are ignored.
     ///
     /// # Errors
-    /// It is absent, or has another version; `path` names the file in the error.
+    /// The section is absent or has another version; `path` names the file in the error.
     pub fn section(
         &self,
         path: &Path,
@@ -106,7 +106,7 @@ impl StateFile {
         })
     }
 
-    /// Encodes the file; the second value is its digest in hexadecimal.
+    /// Encodes the file and returns it with its digest in hexadecimal.
     #[must_use]
     pub fn encode(&self) -> (Vec<u8>, String) {
         let body: usize = self
@@ -138,7 +138,7 @@ impl StateFile {
     /// Decodes and checks a file; `path` names it in errors.
     ///
     /// # Errors
-    /// Anything but what [`Self::encode`] wrote with exactly this digest.
+    /// The bytes are not an encoding by [`Self::encode`] with this digest.
     pub fn decode(path: &Path, bytes: &[u8], digest: &str) -> Result<Self, Error> {
         let damaged = |reason: &str| Error::damaged(path, reason);
         let Some((body, stored)) = bytes.split_last_chunk::<DIGEST_LEN>() else {
@@ -180,7 +180,7 @@ impl StateFile {
     }
 }
 
-/// Takes fixed-size values off the front of a slice.
+/// Reads values of fixed size from the front of a slice.
 struct Reader<'a>(&'a [u8]);
 
 impl<'a> Reader<'a> {
@@ -231,7 +231,8 @@ mod tests {
         };
         assert_ne!(digest(&["ab", "c"]), digest(&["a", "bc"]));
         assert_ne!(digest(&["a"]), digest(&["a", ""]));
-        // Names of snapshots are made of it: a change of it forgets them all.
+        // Snapshot names contain this digest: after a change of it, existing snapshots
+        // would no longer be found.
         let nothing = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
         assert_eq!(digest(&[]), nothing);
         assert_eq!(digest(&["abc"]), hex_digest(b"\x03\0\0\0\0\0\0\0abc"));

@@ -1,16 +1,16 @@
-//! Where snapshots live: one directory each, published by a rename.
+//! The store of snapshots: one directory for each, published by a rename.
 //!
 //! ```text
-//! ROOT                   locked while a draft begins, and while abandoned ones are sought
-//! ROOT/lock              creation and removal of names are serialised by it
-//! ROOT/tmp-XXXXXX/       being written, or being removed; swept by the next writer
+//! ROOT                   locked while a draft is created and while abandoned ones are sought
+//! ROOT/lock              serialises creation and removal of names
+//! ROOT/tmp-XXXXXX/       a draft, or a snapshot during removal; swept by the next writer
 //! ROOT/NAME/manifest.json, state.bin, memory.bin[, working-set.bin]
 //! ```
 //!
-//! A reader that maps `memory.bin` holds a shared lock on it (a [`Lease`]), as
-//! does every child on its parents while it is in use; removal takes that lock
-//! exclusively and never waits. A process that dies releases its locks, so
-//! nothing stale can block.
+//! A reader that maps `memory.bin` holds a shared lock on it (a [`Lease`]), and so does
+//! every child on its parents while it is in use. Removal takes that lock exclusively
+//! without waiting. The kernel releases the locks of a process that dies, so that no
+//! stale lock remains.
 
 mod removal;
 
@@ -24,12 +24,12 @@ use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 use crate::Error;
 use crate::manifest::{self, Manifest};
 
-/// Longest name, in bytes.
+/// Maximum length of a name in bytes.
 const MAX_NAME: usize = 100;
 const TEMPORARY: &str = "tmp-";
-/// In a draft: locked by its writer.
+/// Lock file in a draft, held by its writer.
 const LOCK: &str = ".lock";
-/// How often a name may become another snapshot under whoever opens it.
+/// Maximum number of attempts to open a snapshot whose name is replaced concurrently.
 const LEASE_ATTEMPTS: usize = 32;
 
 /// A directory of snapshots.
@@ -40,22 +40,22 @@ pub struct SnapshotStore {
 
 /// A snapshot that is being written.
 ///
-/// Dropped without [`SnapshotStore::publish`], it disappears.
+/// It is removed when it is dropped without [`SnapshotStore::publish`].
 #[derive(Debug)]
 pub struct Draft {
     dir: tempfile::TempDir,
-    /// Held while the draft lives, so that sweeping leaves it alone.
+    /// Lock held for the lifetime of the draft, so that sweeping skips it.
     _lock: File,
 }
 
 impl Draft {
-    /// The directory to write the files into.
+    /// Returns the directory for the snapshot's files.
     #[must_use]
     pub fn path(&self) -> &Path {
         self.dir.path()
     }
 
-    /// Brings its files to disk.
+    /// Syncs the files to disk.
     fn sync(&self) -> Result<(), Error> {
         for file in ["manifest.json", "state.bin", "memory.bin"] {
             sync(&self.path().join(file))?;
@@ -63,9 +63,9 @@ impl Draft {
         Ok(())
     }
 
-    /// Takes the lock's file away, which a published snapshot does not have. Until it
-    /// is published, the draft looks abandoned: whoever sweeps has to wait for the
-    /// exclusive lock, which the caller holds.
+    /// Removes the lock file, which a published snapshot does not contain. Until
+    /// publication the draft looks abandoned, but sweeping requires the exclusive lock,
+    /// which the caller holds.
     fn unlock(&self) -> Result<(), Error> {
         let lock = self.path().join(LOCK);
         fs::remove_file(&lock).map_err(Error::io("remove", &lock))?;
@@ -73,7 +73,7 @@ impl Draft {
     }
 }
 
-/// A published snapshot that cannot be removed while this value lives.
+/// A published snapshot that cannot be removed during the lifetime of this value.
 #[derive(Debug)]
 pub struct Lease {
     name: String,
@@ -83,48 +83,48 @@ pub struct Lease {
 }
 
 impl Lease {
-    /// The snapshot's name.
+    /// Returns the snapshot's name.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Its directory.
+    /// Returns the snapshot's directory.
     #[must_use]
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// Its manifest, checked.
+    /// Returns the snapshot's manifest, which has been checked.
     #[must_use]
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
     }
 
-    /// `memory.bin`, opened for reading, locked shared.
+    /// Returns `memory.bin`, opened for reading with a shared lock.
     #[must_use]
     pub fn memory(&self) -> &File {
         &self.memory
     }
 }
 
-/// One line of a listing.
+/// An entry of a listing.
 #[derive(Debug)]
 pub struct Entry {
     /// The snapshot's name.
     pub name: String,
-    /// Its manifest, or why it cannot be used.
+    /// The manifest, or the reason why the snapshot cannot be used.
     pub manifest: Result<Manifest, Error>,
-    /// Bytes it occupies on disk.
+    /// Disk usage in bytes.
     pub disk_bytes: u64,
 }
 
 impl SnapshotStore {
-    /// Opens a store, creating its directory (mode 0700) when it is absent, and
-    /// removes what interrupted writers left behind.
+    /// Opens a store, creates its directory (mode 0700) if it is absent, and removes
+    /// drafts of writers that were interrupted.
     ///
     /// # Errors
-    /// The file system refused.
+    /// A file system operation fails.
     pub fn open(root: &Path) -> Result<Self, Error> {
         fs::DirBuilder::new()
             .recursive(true)
@@ -138,7 +138,7 @@ impl SnapshotStore {
         Ok(store)
     }
 
-    /// Opens a store for reading only: creates, locks and removes nothing.
+    /// Opens a store for reading only. Nothing is created, locked or removed.
     #[must_use]
     pub fn read_only(root: &Path) -> Self {
         Self {
@@ -146,10 +146,10 @@ impl SnapshotStore {
         }
     }
 
-    /// Starts a new snapshot. Waits for no other writer's disk.
+    /// Creates the draft of a new snapshot. Does not wait for another writer's disk.
     ///
     /// # Errors
-    /// The file system refused.
+    /// A file system operation fails.
     pub fn draft(&self) -> Result<Draft, Error> {
         let _guard = self.drafts()?;
         let dir = tempfile::Builder::new()
@@ -163,14 +163,14 @@ impl SnapshotStore {
         Ok(Draft { dir, _lock: lock })
     }
 
-    /// Checks that a snapshot could be published as `name` now.
+    /// Checks that a snapshot can be published as `name` now.
     ///
     /// # Errors
-    /// [`Error::Exists`] when there is one, [`Error::BadName`] when there cannot be.
+    /// [`Error::Exists`] if the name is in use, [`Error::BadName`] if it is invalid.
     pub fn check_free(&self, name: &str) -> Result<(), Error> {
         check_name(name)?;
-        // Without the lock, for which a writer may have to be waited for: another writer
-        // may be first in any case.
+        // The check takes no lock, which a writer might hold for long: another writer may
+        // be first in any case.
         if self.root.join(name).exists() {
             return Err(Error::Exists {
                 name: name.to_owned(),
@@ -179,11 +179,11 @@ impl SnapshotStore {
         Ok(())
     }
 
-    /// Makes a draft visible as `name`, durably.
+    /// Publishes a draft as `name`, durably.
     ///
     /// # Errors
-    /// [`Error::Exists`] when another writer was first; the draft is then gone
-    /// and the other's snapshot is whole.
+    /// [`Error::Exists`] if another writer was first. The draft is then removed and the
+    /// other snapshot is intact.
     pub fn publish(&self, draft: Draft, name: &str) -> Result<PathBuf, Error> {
         check_name(name)?;
         let target = self.root.join(name);
@@ -196,36 +196,36 @@ impl SnapshotStore {
         }
         draft.unlock()?;
         fs::rename(draft.path(), &target).map_err(Error::io("publish", &target))?;
-        // The directory has another name now: there is nothing to clean up.
+        // The directory has been renamed, so there is nothing to clean up.
         let _ = draft.dir.keep();
         sync(&self.root)?;
         Ok(target)
     }
 
-    /// Puts a draft in the place of the snapshot `name`, durably and in one step, and
-    /// removes that.
+    /// Replaces the snapshot `name` by a draft, durably and atomically, and removes the
+    /// old one.
     ///
     /// # Errors
-    /// It is absent, used by a machine, or the parent of another snapshot; or the file
-    /// system cannot exchange directories.
+    /// The snapshot is absent, used by a machine, or the parent of another snapshot; or
+    /// the file system cannot exchange directories.
     pub fn replace(&self, draft: Draft, name: &str) -> Result<(), Error> {
         check_name(name)?;
         let target = self.root.join(name);
         draft.sync()?;
         let _guard = self.exclusive()?;
-        // Kept until nobody finds the old one any more.
+        // Held until the old snapshot can no longer be opened.
         let _old = self.claim(name, &self.family(name)?)?;
         draft.unlock()?;
         renameat_with(CWD, draft.path(), CWD, &target, RenameFlags::EXCHANGE)
             .map_err(|e| Error::io("replace", &target)(e.into()))?;
-        // What the draft's name is of now goes with it.
+        // The old snapshot now has the draft's path and is removed with the draft.
         sync(&self.root)
     }
 
-    /// Opens a snapshot for use, and keeps it from being removed.
+    /// Opens a snapshot for use and prevents its removal.
     ///
     /// # Errors
-    /// It is absent, damaged, or of another format.
+    /// The snapshot is absent, corrupt or of another format.
     pub fn lease(&self, name: &str) -> Result<Lease, Error> {
         check_name(name)?;
         for _ in 0..LEASE_ATTEMPTS {
@@ -239,7 +239,7 @@ impl SnapshotStore {
         })
     }
 
-    /// `None` when the name became another snapshot, or none, meanwhile.
+    /// Returns `None` if the name was replaced or removed concurrently.
     fn try_lease(&self, name: &str) -> Result<Option<Lease>, Error> {
         let dir = self.root.join(name);
         let path = dir.join("memory.bin");
@@ -261,7 +261,8 @@ impl SnapshotStore {
             name: name.to_owned(),
             user: "a process that is removing it".to_owned(),
         })?;
-        // What is locked now cannot be removed; but it may have been before.
+        // A locked snapshot cannot be removed, but it may have been removed before the
+        // lock was taken.
         if !is_still_at(&memory, &path)? {
             return Ok(None);
         }
@@ -282,7 +283,7 @@ impl SnapshotStore {
         }))
     }
 
-    /// Lists all snapshots by name, usable or not.
+    /// Lists all snapshots by name, including those that cannot be used.
     ///
     /// # Errors
     /// The directory cannot be read.
@@ -292,7 +293,7 @@ impl SnapshotStore {
             let dir = self.root.join(&name);
             let manifest = read_manifest(&dir);
             if !dir.exists() {
-                continue; // removed meanwhile
+                continue; // removed concurrently
             }
             entries.push(Entry {
                 name,
@@ -324,37 +325,38 @@ impl SnapshotStore {
         Ok(names)
     }
 
-    /// Serialises creation, removal and sweeping among processes.
+    /// Takes the lock that serialises creation, removal and sweeping among processes.
     fn exclusive(&self) -> Result<File, Error> {
         let path = self.root.join("lock");
         hold(open_lock(&path)?, &path)
     }
 
-    /// Taken while a draft is created and locked, and while abandoned ones are looked for:
-    /// for a few system calls that write nothing back, as a machine is paused when its
-    /// draft begins. Taken after [`Self::exclusive`] where both are. It is a lock on the
-    /// directory, for which a full file system needs no file.
+    /// Takes the lock under which drafts are created and abandoned ones sought. It is held
+    /// for a few system calls, none of which waits for a disk, because a machine is paused
+    /// while its draft is created. It is taken after [`Self::exclusive`] where both are. A
+    /// lock on the directory needs no file, which a full file system could not create.
     fn drafts(&self) -> Result<File, Error> {
         let root = File::open(&self.root).map_err(Error::io("open", &self.root))?;
         hold(root, &self.root)
     }
 
-    /// Removes drafts whose writer is gone, and what removals left. What cannot be
-    /// removed is no reason not to use the store; the next to open it tries again.
+    /// Removes drafts of writers that no longer exist, and remains of removals. A failure
+    /// is logged and does not prevent use of the store; the next process that opens it
+    /// tries again.
     fn sweep(&self) -> Result<(), Error> {
         for path in self.abandoned()? {
             if let Err(error) = fs::remove_dir_all(&path)
                 && error.kind() != io::ErrorKind::NotFound
             {
-                tracing::warn!(%error, path = %path.display(), "cannot remove what a process left");
+                tracing::warn!(%error, path = %path.display(), "cannot remove the remains of a process");
             }
         }
         Ok(())
     }
 
-    /// Temporary directories that nobody works in. A draft has its lock from the
-    /// start to its publication, each under one of the locks that are taken here; and of
-    /// a removed snapshot nothing is needed any more.
+    /// Returns temporary directories that no process works in. A draft is locked from its
+    /// creation to its publication, each under one of the two locks taken here; nothing of
+    /// a removed snapshot is needed.
     fn abandoned(&self) -> Result<Vec<PathBuf>, Error> {
         let _names = self.exclusive()?;
         let _drafts = self.drafts()?;
@@ -371,7 +373,7 @@ impl SnapshotStore {
     }
 }
 
-/// Whether `path` names the open `file`.
+/// Returns true if `path` names the open `file`.
 fn is_still_at(file: &File, path: &Path) -> Result<bool, Error> {
     use std::os::unix::fs::MetadataExt as _;
     let open = file.metadata().map_err(Error::io("stat", path))?;
@@ -382,10 +384,10 @@ fn is_still_at(file: &File, path: &Path) -> Result<bool, Error> {
     }
 }
 
-/// Checks that `name` can be a directory entry and is not one of the store's own.
+/// Checks that `name` can be a directory entry and is not reserved by the store.
 ///
 /// # Errors
-/// A sentence saying what is wrong.
+/// [`Error::BadName`] with the reason.
 pub fn check_name(name: &str) -> Result<(), Error> {
     let bad = |reason| {
         Err(Error::BadName {
@@ -411,18 +413,19 @@ pub fn check_name(name: &str) -> Result<(), Error> {
 /// Reads and checks the manifest in a snapshot's directory.
 ///
 /// # Errors
-/// It is absent, damaged or of another format.
+/// The manifest is absent, corrupt or of another format.
 pub fn read_manifest(dir: &Path) -> Result<Manifest, Error> {
     let bytes = read_capped(&dir.join("manifest.json"), manifest::MAX_LEN)?;
     Manifest::decode(dir, &bytes)
 }
 
-/// Reads a file that must not be longer than `limit`.
+/// Reads a file of at most `limit` bytes.
 pub(crate) fn read_capped(path: &Path, limit: u64) -> Result<Vec<u8>, Error> {
     use std::io::Read as _;
     let file = File::open(path).map_err(Error::io("open", path))?;
-    let len = file.metadata().map_err(Error::io("look at", path))?.len();
-    // One byte more than it has: then its end is seen without growing.
+    let len = file.metadata().map_err(Error::io("stat", path))?.len();
+    // One more byte than the file's length lets the read detect its end without growing
+    // the buffer.
     let room = usize::try_from(len.min(limit) + 1).unwrap_or(0);
     let mut bytes = Vec::with_capacity(room);
     file.take(limit + 1)

@@ -1,11 +1,11 @@
-//! Guest memory that a thread fills on demand, by Linux's userfaultfd.
+//! Guest memory that a thread fills on demand through Linux's userfaultfd.
 //!
-//! The alternative to mapping `memory.bin`: memory is anonymous, and what a page
-//! holds is asked for when it is first touched, through [`PageSource`], so that it
-//! can come from anywhere. Every first touch costs a round trip through the
-//! thread, which is why files are mapped by default. Needs the right to handle
-//! faults of the kernel (`CAP_SYS_PTRACE`, or the sysctl
-//! `vm.unprivileged_userfaultfd`), because KVM touches guest memory there.
+//! This is the alternative to mapping `memory.bin`: memory is anonymous, and the contents
+//! of a page are read through [`PageSource`] on its first access, so that they can come
+//! from any storage. Each first access costs a round trip through the thread, which is
+//! why files are mapped by default. Requires the privilege to handle faults of the kernel
+//! (`CAP_SYS_PTRACE`, or the sysctl `vm.unprivileged_userfaultfd`), because KVM accesses
+//! guest memory in the kernel.
 #![expect(
     unsafe_code,
     reason = "ioctls of userfaultfd (ioctl_userfaultfd(2)), which take addresses"
@@ -29,12 +29,12 @@ use crate::Error;
 use crate::chain::Chain;
 use crate::extents::{PAGE, Piece, Source};
 
-/// Pages around a fault that are filled with it; a power of two.
+/// Number of pages in the aligned block that is filled after a fault; a power of two.
 const AROUND: u64 = 16;
 const AROUND_LEN: usize = 64 << 10;
-/// Faults read at once.
+/// Maximum number of faults read at a time.
 const BATCH: usize = 16;
-/// Bytes of a `struct uffd_msg`.
+/// Size of `struct uffd_msg` in bytes.
 const MESSAGE: usize = 32;
 const EVENT_PAGEFAULT: u8 = 0x12;
 const API: u64 = 0xaa;
@@ -77,17 +77,18 @@ struct Zero {
     zeroed: i64,
 }
 
-/// What pages hold.
+/// Source of page contents.
 pub trait PageSource: Send + 'static {
-    /// Reads pages from `first` on, in RAM order, into `buffer`, which is a
-    /// multiple of the page size; `false` if all of them are zero, and the buffer
-    /// was left alone.
+    /// Reads pages from `first`, in RAM order, into `buffer`, whose length is a multiple
+    /// of the page size. Returns `false` if all of them are zero; `buffer` is then
+    /// unchanged.
     ///
     /// # Errors
-    /// They cannot be had; the machine cannot go on then.
+    /// The pages cannot be read. The machine cannot continue then.
     fn read(&self, first: u64, buffer: &mut [u8]) -> io::Result<bool>;
 
-    /// How many pages from `first` on, at most `most`, one read may ask for.
+    /// Returns the number of pages from `first`, at most `most`, that one read may
+    /// request.
     fn run(&self, first: u64, most: u64) -> u64;
 }
 
@@ -99,10 +100,10 @@ pub struct ChainPages {
 }
 
 impl ChainPages {
-    /// The pages of `chain`.
+    /// Creates a source with the pages of `chain`.
     ///
     /// # Errors
-    /// There are no descriptors left.
+    /// A file descriptor cannot be duplicated.
     pub fn new(chain: &Chain) -> Result<Self, Error> {
         let mut files = Vec::with_capacity(chain.members().len());
         for member in chain.members() {
@@ -141,22 +142,22 @@ impl PageSource for ChainPages {
     }
 }
 
-/// Told that pages cannot be had any more. Whoever touches one hangs: the only
-/// way on is to end the process.
+/// Callback for a failure of the pager. A thread that accesses a missing page then blocks
+/// forever, so the process must be terminated.
 pub type OnFailure = Box<dyn FnOnce(io::Error) + Send>;
 
-/// Fills memory until it is dropped.
+/// The thread that fills memory. Dropping it stops the thread.
 #[derive(Debug)]
 pub struct Pager {
     stop: Arc<OwnedFd>,
     thread: Option<JoinHandle<()>>,
-    /// Kept mapped while the thread may fill it.
+    /// Keeps the memory mapped while the thread may fill it.
     _memory: MachineMemory,
 }
 
 impl Drop for Pager {
     fn drop(&mut self) {
-        // Never full: it is written once.
+        // The counter cannot overflow, because it is written only once.
         let _ = rustix::io::write(&*self.stop, &1u64.to_ne_bytes());
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
@@ -164,7 +165,7 @@ impl Drop for Pager {
     }
 }
 
-/// A piece of memory that faults are expected in.
+/// A mapped region in which faults are handled.
 #[derive(Clone, Copy, Debug)]
 struct Window {
     address: u64,
@@ -172,10 +173,10 @@ struct Window {
     first: u64,
 }
 
-/// Memory of `bytes` bytes whose pages come from `source` when they are touched.
+/// Creates memory of `bytes` bytes whose pages are read from `source` on first access.
 ///
 /// # Errors
-/// The system does not let this process handle faults, or has no memory.
+/// The system does not permit this process to handle faults, or is out of memory.
 pub fn page_in(
     bytes: u64,
     source: impl PageSource,
@@ -193,7 +194,7 @@ pub fn page_in(
             operation: "reserve memory",
             source: Box::new(source),
         })?;
-    // SAFETY: makes a descriptor; nothing is touched.
+    // SAFETY: the call creates a descriptor and accesses no memory.
     let fd = unsafe { userfaultfd(UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK) }
         .map_err(failed("open"))?;
     let mut api = Api {
@@ -201,7 +202,7 @@ pub fn page_in(
         features: 0,
         ioctls: 0,
     };
-    // SAFETY: the structure is what this ioctl reads and writes.
+    // SAFETY: this ioctl reads and writes a `struct uffdio_api`, which `Api` is.
     unsafe { update::<{ opcode::read_write::<Api>(0xaa, 0x3f) }, _>(&fd, &mut api) }
         .map_err(failed("agree on a version with"))?;
     let mut windows = Vec::new();
@@ -222,7 +223,7 @@ pub fn page_in(
             mode: MODE_MISSING,
             ioctls: 0,
         };
-        // SAFETY: the range is a mapping of ours, which nothing has touched.
+        // SAFETY: the range is a mapping of this process that no code has accessed yet.
         unsafe { update::<{ opcode::read_write::<Register>(0xaa, 0) }, _>(&fd, &mut register) }
             .map_err(failed("register memory with"))?;
         windows.push(window);
@@ -258,13 +259,13 @@ pub fn page_in(
 }
 
 /// # Safety
-/// `value` is what the ioctl `CODE` of userfaultfd reads and writes, and the
-/// addresses in it are of mappings that it may fill.
+/// `value` must be the structure that the ioctl `CODE` of userfaultfd reads and writes,
+/// and the addresses in it must be those of mappings that it may fill.
 unsafe fn update<const CODE: rustix::ioctl::Opcode, T>(
     fd: &OwnedFd,
     value: &mut T,
 ) -> Result<(), Errno> {
-    // SAFETY: passed on to the caller.
+    // SAFETY: the caller upholds the contract of this function.
     unsafe { ioctl(fd, Updater::<CODE, T>::new(value)) }
 }
 
@@ -321,7 +322,7 @@ impl<S: PageSource> Filler<S> {
         Ok(())
     }
 
-    /// Fills the page at `address`, and then what is around it.
+    /// Fills the page at `address`, then the rest of its block.
     fn fill(&mut self, address: u64) -> io::Result<()> {
         let Some(window) = self
             .windows
@@ -345,8 +346,8 @@ impl<S: PageSource> Filler<S> {
         Ok(())
     }
 
-    /// Fills a run of pages of one kind; nobody waits for one unless `wake` is
-    /// set. Pages that are there already stay as they are.
+    /// Fills pages of one kind (data or zero), and wakes threads that wait for them if
+    /// `wake` is set. Pages that are present remain unchanged.
     fn pages(&mut self, window: Window, from: u64, count: u64, wake: bool) -> io::Result<()> {
         let len = usize::try_from(count * PAGE).map_err(io::Error::other)?;
         let dst = window.address + from * PAGE;
@@ -363,8 +364,8 @@ impl<S: PageSource> Filler<S> {
                 mode,
                 copied: 0,
             };
-            // SAFETY: the destination is in a window, which is mapped while the
-            // pager lives; the source is the buffer.
+            // SAFETY: the destination is in a window, which is mapped for the lifetime of
+            // the pager; the source is the buffer.
             unsafe { update::<{ opcode::read_write::<Copy>(0xaa, 3) }, _>(&self.fd, &mut copy) }
         } else {
             let mut zero = Zero {
@@ -375,16 +376,17 @@ impl<S: PageSource> Filler<S> {
                 mode,
                 zeroed: 0,
             };
-            // SAFETY: as above.
+            // SAFETY: the destination is in a window, which is mapped for the lifetime of
+            // the pager.
             unsafe { update::<{ opcode::read_write::<Zero>(0xaa, 4) }, _>(&self.fd, &mut zero) }
         };
         match filled {
             Ok(()) => Ok(()),
-            // Another thread's fault was first: it waits no more, but this one
-            // may have begun to.
+            // The page was filled for the fault of another thread, which was woken, but
+            // this one may have started to wait since.
             Err(Errno::EXIST | Errno::AGAIN) if wake => self.wake(dst),
             Err(Errno::EXIST | Errno::AGAIN) => Ok(()),
-            // The memory is being unmapped: the machine ends.
+            // The memory is being unmapped, because the machine exits.
             Err(Errno::NOENT | Errno::SRCH) => Ok(()),
             Err(error) => Err(error.into()),
         }
@@ -395,7 +397,8 @@ impl<S: PageSource> Filler<S> {
             start: address,
             len: PAGE,
         };
-        // SAFETY: wakes whoever waits for a page of ours.
+        // SAFETY: the ioctl wakes threads that wait for a page of this range, and
+        // accesses no memory.
         unsafe { update::<{ opcode::read::<Range>(0xaa, 2) }, _>(&self.fd, &mut range) }
             .map_err(Into::into)
     }
@@ -412,7 +415,7 @@ mod tests {
 
     const BYTES: u64 = 64 << 20;
 
-    /// Page `n` holds `n`, but for every third one, which is zero.
+    /// Page `n` contains the number `n`, except every third page, which is zero.
     struct Numbers {
         asked: Arc<Mutex<Vec<u64>>>,
         broken_from: u64,
@@ -440,7 +443,7 @@ mod tests {
 
     type Paged = (MachineMemory, Pager, Arc<Mutex<Vec<u64>>>);
 
-    /// `None`, with a word, where this process may not handle faults.
+    /// Returns `None`, and prints the reason, if this process may not handle faults.
     fn paged(broken_from: u64, on_failure: OnFailure) -> Option<Paged> {
         let asked = Arc::default();
         let source = Numbers {
@@ -464,17 +467,21 @@ mod tests {
     }
 
     #[test]
-    fn pages_come_when_they_are_touched_with_their_neighbours() {
+    fn pages_are_filled_on_first_access_with_their_neighbours() {
         let never = |error: io::Error| panic!("{error}");
         let Some((memory, _pager, asked)) = paged(u64::MAX, Box::new(never)) else {
             return;
         };
         assert!(asked.lock().unwrap().is_empty());
         assert_eq!(at(&memory, 100), 100);
-        assert_eq!(asked.lock().unwrap().first(), Some(&100), "it comes first");
+        assert_eq!(
+            asked.lock().unwrap().first(),
+            Some(&100),
+            "the faulting page is read first"
+        );
         assert_eq!((at(&memory, 99), at(&memory, 101)), (0, 101));
         assert!(asked.lock().unwrap().iter().all(|page| page / AROUND == 6));
-        // What was written stays, and reverting brings the source's back.
+        // Written values persist; reverting restores the contents of the source.
         memory
             .guest
             .write_obj(7u64, GuestAddress(100 * PAGE + 8))
@@ -504,14 +511,14 @@ mod tests {
     }
 
     #[test]
-    fn a_source_that_fails_is_told_of() {
+    fn a_failing_source_is_reported() {
         let (send, failed) = std::sync::mpsc::channel();
         let on_failure = Box::new(move |error: io::Error| send.send(error.to_string()).unwrap());
         let Some((memory, _pager, _)) = paged(1000, on_failure) else {
             return;
         };
         assert_eq!(at(&memory, 1), 1);
-        // Whoever touches it waits for ever, so that is not this thread.
+        // A thread that accesses such a page blocks forever, so another thread does.
         std::thread::spawn(move || at(&memory, 5000));
         assert!(failed.recv().unwrap().contains("out of reach"));
     }

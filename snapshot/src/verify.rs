@@ -1,24 +1,24 @@
-//! Checking every byte of a snapshot against what was written.
+//! Verification of every byte of a snapshot.
 
 use crate::Error;
 use crate::chain::{Chain, Member};
 use crate::extents::Content;
 use crate::memory_file;
 
-/// What a verification looked at.
+/// Statistics of a verification.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Verified {
-    /// Snapshots checked, ancestors included.
+    /// Number of verified snapshots, including ancestors.
     pub snapshots: usize,
-    /// Memory pages whose digests were computed.
+    /// Number of memory pages whose digests were computed.
     pub pages: u64,
 }
 
-/// Verifies a snapshot and its ancestors: manifests and state (checked on
-/// opening already), and all stored memory.
+/// Verifies a snapshot and its ancestors: all stored memory, in addition to manifests and
+/// state, which were checked when the chain was opened.
 ///
 /// # Errors
-/// The first thing found that differs.
+/// The first difference found.
 pub fn verify(chain: &Chain) -> Result<Verified, Error> {
     let mut verified = Verified::default();
     for member in chain.members() {
@@ -50,6 +50,7 @@ fn verify_memory(member: &Member) -> Result<(), Error> {
             return Err(Error::damaged(&path, reason));
         }
     }
-    // The whole file of a root is mapped, so what it does not store has to be zero.
+    // The file of a root is mapped as a whole, so the pages that it does not store must
+    // be zero.
     memory_file::check_holes(member.lease.memory(), &path, &member.index)
 }

@@ -1,14 +1,15 @@
-//! The pages a restored guest touches first, recorded once, prefetched later.
+//! The pages that a restored guest accesses first: recorded once, prefetched later.
 //!
-//! After the first restore of a snapshot, when the guest has done what it was
-//! restored for, the VMM process's page tables show which pages were touched
-//! (kernel fault-around adds neighbours, which are likely next). Later restores
-//! map those pages in one system call for each run, instead of one fault for
-//! each page. Pages that were written get their private copy then: it is made all the
-//! same, and a page that is writable at once can spare the guest a second fault. The record is a hint: a missing, damaged or outdated one costs
-//! time, never correctness. `mincore` would not do, as it tells what is in the
-//! shared page cache, not what this guest used; `userfaultfd` would give the
-//! order of accesses, at the price of a round trip for each.
+//! After the first restore of a snapshot, when the guest has reached its goal, the page
+//! tables of the VMM process show the pages that were accessed; kernel fault-around adds
+//! neighbours, which are likely to be accessed next. Later restores map these pages with
+//! one system call per run instead of one fault per page. Pages that were written get
+//! their private copy at that time: the copy is needed in any case, and a page that is
+//! writable already can save the guest a second fault. The record is a hint: a missing,
+//! corrupt or outdated one costs time and never affects correctness. `mincore` is no
+//! substitute, because it reports the contents of the shared page cache instead of the
+//! accesses of this guest; `userfaultfd` would report the order of accesses, at the cost
+//! of a round trip for each.
 
 use std::fs;
 use std::path::Path;
@@ -25,29 +26,29 @@ use crate::runs::Run;
 use crate::state_file::{Section, StateFile};
 use crate::store::{Lease, SnapshotStore, read_capped};
 
-/// File name in the snapshot's directory.
+/// Name of the file in the snapshot's directory.
 pub const FILE: &str = "working-set.bin";
 const SECTION: (&str, u32) = ("working-set", 2);
-/// Largest record read, in bytes.
+/// Maximum size of a record in bytes.
 const MAX_LEN: u64 = 16 * 1024 * 1024;
-/// Most pages that are copied ahead of use: more than anything writes before its
-/// workload has started.
+/// Maximum number of pages that are copied before use. Guests write fewer pages before
+/// their workload starts.
 const MOST_WRITTEN: u64 = 4096;
-/// Runs closer than this many pages are joined: a gap of a few pages costs less
-/// to map than another system call.
+/// Runs that are closer than this number of pages are joined, because mapping a short gap
+/// costs less than another system call.
 const JOIN: u64 = 16;
 
-/// Runs of pages in RAM order.
+/// The pages that a guest accessed, as runs in RAM order.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkingSet {
     /// First page and number of pages of each run, ascending.
     pub runs: Vec<Run>,
-    /// Likewise, the pages that were written.
+    /// Runs of the pages that were written, ascending.
     pub written: Vec<Run>,
 }
 
 impl WorkingSet {
-    /// The pages of `memory` that are mapped in this process now.
+    /// Records the pages of `memory` that are mapped in this process now.
     ///
     /// # Errors
     /// The page map cannot be read.
@@ -66,8 +67,9 @@ impl WorkingSet {
                     if state.is_present() {
                         add(&mut set.runs, base + page, JOIN);
                     }
-                    // What is not foreseen costs a fault, but a page that is copied for
-                    // nothing costs memory: these are joined to nothing.
+                    // A written page that is not recorded costs a fault, but one that is
+                    // copied in vain costs memory. Written runs are therefore not joined
+                    // across gaps.
                     if state.is_private() && written < MOST_WRITTEN {
                         add(&mut set.written, base + page, 1);
                         written += 1;
@@ -78,7 +80,7 @@ impl WorkingSet {
         Ok(set)
     }
 
-    /// All pages that the members of `chain` hold.
+    /// Returns a working set of all pages that the members of `chain` store.
     #[must_use]
     pub fn all(chain: &Chain) -> Self {
         let held = chain.pieces().iter();
@@ -89,16 +91,17 @@ impl WorkingSet {
         }
     }
 
-    /// Number of pages.
+    /// Returns the number of pages.
     #[must_use]
     pub fn pages(&self) -> u64 {
         self.runs.iter().map(|(_, pages)| pages).sum()
     }
 
-    /// Stores the record next to a snapshot, replacing an earlier one in one step.
+    /// Stores the record in the directory of a snapshot, and replaces an earlier one
+    /// atomically.
     ///
     /// # Errors
-    /// The file system refused.
+    /// A file system operation fails.
     pub fn save(&self, store: &SnapshotStore, lease: &Lease) -> Result<(), Error> {
         let path = lease.dir().join(FILE);
         let payload = postcard::to_stdvec(self)
@@ -111,7 +114,8 @@ impl WorkingSet {
             }],
         };
         let (bytes, digest) = file.encode();
-        // Not beside it: what a process that is killed leaves would stay there.
+        // The file is written in a draft and not in the snapshot's directory, where it
+        // would remain if this process were killed.
         let draft = store.draft()?;
         let written = draft.path().join(FILE);
         fs::write(&written, [digest.as_bytes(), &bytes].concat())
@@ -119,7 +123,7 @@ impl WorkingSet {
         fs::rename(&written, &path).map_err(Error::io("publish", &path))
     }
 
-    /// Loads the record of a snapshot; `None` when there is no usable one.
+    /// Loads the record of a snapshot; `None` if there is no usable one.
     #[must_use]
     pub fn load(snapshot_dir: &Path) -> Option<Self> {
         let path = snapshot_dir.join(FILE);
@@ -129,24 +133,24 @@ impl WorkingSet {
         let file = StateFile::decode(&path, body, digest).ok()?;
         let section = file.section(&path, SECTION.0, SECTION.1..=SECTION.1).ok()?;
         let set: Self = postcard::from_bytes(section.1).ok()?;
-        // One that would have memory copied without need is none of ours.
+        // This software never writes a record with more pages to copy.
         let written = set.written.iter().map(|(_, pages)| *pages);
         let written = written.fold(0, u64::saturating_add);
         (written <= MOST_WRITTEN).then_some(set)
     }
 
-    /// Maps the pages of the record into this process, reading them from disk
-    /// where they are not in the page cache. Pages outside `memory` are ignored.
-    /// Returns the number of pages asked for.
+    /// Maps the pages of the record into this process and reads them from disk if they
+    /// are not in the page cache. Pages outside `memory` are ignored. Returns the number
+    /// of requested pages.
     #[must_use]
     pub fn prefetch(&self, memory: &MachineMemory) -> u64 {
-        // What is written first: the guest may be waiting for it already.
+        // Written pages come first, because the guest may be waiting for them already.
         let _ = populate_all(memory, &self.written, Advice::LinuxPopulateWrite);
         populate_all(memory, &self.runs, Advice::LinuxPopulateRead)
     }
 }
 
-/// Adds a page at the end, to a run that ends less than `join` pages before it.
+/// Appends a page, or extends the last run if it ends less than `join` pages before it.
 fn add(runs: &mut Vec<Run>, page: u64, join: u64) {
     match runs.last_mut() {
         Some((first, pages)) if page < *first + *pages + join => *pages = page + 1 - *first,
@@ -154,7 +158,7 @@ fn add(runs: &mut Vec<Run>, page: u64, join: u64) {
     }
 }
 
-/// Maps the pages of `runs` that are in `memory`; returns how many.
+/// Maps the pages of `runs` that are in `memory` and returns their number.
 fn populate_all(memory: &MachineMemory, runs: &[Run], how: Advice) -> u64 {
     let mut asked = 0;
     for region in &memory.regions {
@@ -177,15 +181,14 @@ fn populate_all(memory: &MachineMemory, runs: &[Run], how: Advice) -> u64 {
     asked
 }
 
-/// Maps `pages` pages from page `first` of the mapping at `base`, for reading or
-/// writing.
+/// Maps `pages` pages from page `first` of the mapping at `base`, for reading or writing.
 #[expect(unsafe_code, reason = "madvise takes an address")]
 fn populate(base: *mut u8, first: u64, pages: u64, how: Advice) -> bool {
     let (Ok(offset), Ok(len)) = (usize::try_from(first * PAGE), usize::try_from(pages * PAGE))
     else {
         return false;
     };
-    // SAFETY: the caller has cut the range to a region of live guest memory, and
+    // SAFETY: the caller has limited the range to a region of live guest memory, and
     // populating changes neither contents nor protection.
     unsafe { madvise(base.wrapping_add(offset).cast(), len, how) }.is_ok()
 }

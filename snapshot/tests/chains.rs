@@ -1,4 +1,4 @@
-//! Chains of diffs, from real private mappings, without a VM.
+//! Tests of chains of diffs with real private mappings, without a VM.
 #![allow(
     clippy::cast_possible_truncation,
     clippy::unwrap_used,
@@ -146,7 +146,7 @@ fn a_snapshot_is_flattened_in_place_unless_it_is_used() {
     let memory = map_memory(&chain).unwrap();
     write(&memory, 4, 44);
     capture(&store, "tip", &memory, Ancestry::Diff(&chain));
-    // Mapped memory, too, is a use.
+    // Mapped memory counts as a use.
     drop((chain, memory));
     let held = Chain::open(&store, "tip").unwrap();
     let refused = flat::flatten(&store, "tip").unwrap_err();
@@ -253,8 +253,8 @@ fn altered_memory_is_found_by_verification_and_other_files_on_opening() {
     Chain::open(&store, "base").unwrap();
 }
 
-/// Nothing that can be mapped escapes verification: a root is mapped whole, so a page
-/// that it does not store counts as much as one that it does.
+/// Verification covers everything that can be mapped. A root is mapped as a whole, so the
+/// pages that it does not store are verified as well.
 #[test]
 fn data_in_a_hole_is_found() {
     let (dir, store) = store();
@@ -289,12 +289,12 @@ fn a_whole_snapshot_of_a_restored_machine_reads_only_what_the_chain_stores() {
     let full = Chain::open(&store, "full").unwrap();
     assert_eq!(full.members().len(), 1);
     assert_eq!(full.stored(), [(5, 1), (7000, 1)]);
-    // Reading a page maps it: one that nobody asked for is not mapped now.
+    // Reading a page maps it, so the mapped pages are those that were read.
     let mapped = WorkingSet::record(&memory).unwrap();
     assert!(mapped.pages() < 200, "{} pages were read", mapped.pages());
 }
 
-/// A snapshot in which each of the first hundred pages holds its number and one.
+/// A snapshot in which each of the first hundred pages contains its number plus one.
 fn hundred_pages(store: &SnapshotStore) -> Chain {
     let memory = booted();
     for page in 0..100 {
@@ -308,7 +308,7 @@ fn hundred_pages(store: &SnapshotStore) -> Chain {
 fn of_memory_that_was_filled_only_what_differs_is_stored() {
     let (_dir, store) = store();
     let chain = hundred_pages(&store);
-    // What a pager does: everything is copied, and is a page of this process's own.
+    // Like a pager, this copies all pages, which are then private to this process.
     let filled = booted();
     for page in 0..100 {
         write(&filled, page, page + 1);
@@ -344,7 +344,7 @@ fn pages_that_were_copied_ahead_are_stored_only_if_they_changed() {
     let ancestry = Ancestry::of(&chain, false, &set.written);
     capture(&store, "diff", &memory, ancestry);
     let diff = Chain::open(&store, "diff").unwrap();
-    // Page 50 was written to, if only with what it had.
+    // Page 50 was overwritten with the value that it had.
     assert_eq!(diff.tip().index.count(Content::Data), 2);
     assert_eq!(diff.tip().index.count(Content::Zero), 1);
     let memory = map_memory(&diff).unwrap();
@@ -353,8 +353,8 @@ fn pages_that_were_copied_ahead_are_stored_only_if_they_changed() {
     }
 }
 
-/// Each piece is a mapping, of which a process can have some 65,000: a guest that
-/// writes to pages here and there must not make a snapshot that cannot be restored.
+/// Each piece is a mapping, of which a process can have about 65,000. A guest that writes
+/// to scattered pages must not cause a snapshot that cannot be restored.
 #[test]
 fn scattered_changes_are_joined() {
     let (_dir, store) = store();
@@ -363,7 +363,7 @@ fn scattered_changes_are_joined() {
     let memory = map_memory(&chain).unwrap();
     let pages = MIN_MEMORY / PAGE;
     for page in (0..pages).step_by(2) {
-        // Some of them zero.
+        // A third of the written values are zero.
         write(&memory, page, page % 3);
     }
     capture(&store, "diff", &memory, Ancestry::Diff(&chain));
@@ -404,7 +404,7 @@ fn changes_too_scattered_to_join_are_stored_whole() {
     }
 }
 
-/// The files of a snapshot that another builds on, and of that other one.
+/// The files of a snapshot and of the snapshot that it builds on.
 fn files() -> (tempfile::TempDir, SnapshotStore, Vec<PathBuf>) {
     let (dir, store) = store();
     let memory = booted();
@@ -427,7 +427,7 @@ proptest! {
 
     #[test]
     fn a_file_cut_anywhere_is_refused(which in 0usize..6, at in any::<prop::sample::Index>()) {
-        // Files are put back as they were, so one store does for all cases.
+        // Files are restored after each case, so that all cases share one store.
         thread_local! {
             static FILES: (tempfile::TempDir, SnapshotStore, Vec<PathBuf>) = files();
         }
@@ -443,7 +443,7 @@ proptest! {
             let opened = Chain::open(store, "tip");
             prop_assert!(opened.is_err(), "{} cut to {cut}", path.display());
 
-            // As long as it was, but with zeros at the end.
+            // The file has its former length, but the cut part is zero.
             file.set_len(whole).unwrap();
             let mut after = vec![0; before.len()];
             file.read_exact_at(&mut after, 0).unwrap();

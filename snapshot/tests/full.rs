@@ -1,7 +1,8 @@
-//! A disk that gets full, at every page and every inode that a snapshot takes: the
-//! error says so, what was there stays whole, and it works once there is room.
+//! Tests with a disk that becomes full at every page and every inode that a snapshot
+//! needs: the error says so, existing snapshots remain intact, and the operation succeeds
+//! once there is space.
 //!
-//! Each test is run again below `unshare`, with a small tmpfs of its own.
+//! Each test runs itself again under `unshare` with a small tmpfs.
 #![allow(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
 use std::collections::BTreeMap;
@@ -26,15 +27,15 @@ use vm_memory::{Bytes as _, GuestAddress};
 const OWN: &str = "SM_TEST_OWN_DISK";
 const PAGE: u64 = 4096;
 
-/// The directory of a file system with these limits, in a process of its own; `None`
-/// when the test has run there.
+/// Returns the directory of a file system with these limits in a child process; `None` in
+/// the parent after the child has run the test.
 fn small_disk(name: &str, options: &str) -> Option<PathBuf> {
     if let Some(path) = std::env::var_os(OWN) {
         return Some(path.into());
     }
     let at = tempfile::tempdir().unwrap();
     let mut command = Command::new("unshare");
-    // Users other than root may mount in a user namespace.
+    // Other users than root can mount in a user namespace.
     if !rustix::process::geteuid().is_root() {
         command.args(["--user", "--map-root-user"]);
     }
@@ -53,11 +54,11 @@ fn small_disk(name: &str, options: &str) -> Option<PathBuf> {
     None
 }
 
-/// A file that takes the room that is to be missing.
+/// A file or directory that occupies all space but a given amount.
 struct Ballast(PathBuf);
 
 impl Ballast {
-    /// Leaves `pages` pages.
+    /// Leaves `pages` pages free.
     fn but_pages(disk: &Path, pages: u64) -> Self {
         let path = disk.join("ballast");
         let mut file = File::create(&path).unwrap();
@@ -68,7 +69,7 @@ impl Ballast {
         Self(path)
     }
 
-    /// Leaves `inodes` inodes.
+    /// Leaves `inodes` inodes free.
     fn but_inodes(disk: &Path, inodes: u64) -> Self {
         let path = disk.join("ballast");
         fs::create_dir(&path).unwrap();
@@ -124,7 +125,7 @@ fn capture(
     memory: &MachineMemory,
     ancestry: Ancestry<'_>,
 ) -> Result<(), Error> {
-    // State that takes some pages, too.
+    // The state also needs several pages.
     let state = vec![Section {
         name: "machine".into(),
         version: 1,
@@ -147,8 +148,8 @@ fn is_sound(store: &SnapshotStore, name: &str, value: u64) {
     assert_eq!(memory.guest.read_obj::<u64>(at).unwrap(), value, "{name}");
 }
 
-/// Does `act`, which makes something in the store, with no room at all, then with one
-/// unit more each time, until it is enough. Returns how often it was not.
+/// Calls `act`, which writes to the store, first without free space and then with one
+/// more unit each time until it succeeds. Returns the number of failures.
 fn wherever_it_gets_full(
     root: &Path,
     ballast: &impl Fn(u64) -> Ballast,
@@ -157,14 +158,14 @@ fn wherever_it_gets_full(
 ) -> u64 {
     for room in 0.. {
         let full = ballast(room);
-        // As whoever makes one does.
+        // Every writer opens the store first.
         let acted = SnapshotStore::open(root).and_then(|store| act(&store));
         let Err(error) = acted else {
             return room;
         };
         let text = with_causes(&error);
         assert!(text.contains("No space left"), "with {room}: {text}");
-        // The rest can be used as it is, and nothing else is there.
+        // Existing snapshots can be used, and there is nothing else in the store.
         let store = SnapshotStore::open(root).unwrap();
         let listed: Vec<String> = store.list().unwrap().into_iter().map(|e| e.name).collect();
         assert_eq!(listed, names, "with {room}");
@@ -197,7 +198,7 @@ fn all_that_is_written(disk: &Path, ballast: impl Fn(u64) -> Ballast, at_least: 
     });
     assert!(failed >= at_least, "{failed}");
     is_sound(&store, "child", 44);
-    // Beside a snapshot.
+    // Writing a file into an existing snapshot.
     let set = WorkingSet::record(&memory).unwrap();
     let failed = is_full(&["child", "parent"], &mut |store| {
         set.save(store, &store.lease("child")?)
@@ -206,14 +207,14 @@ fn all_that_is_written(disk: &Path, ballast: impl Fn(u64) -> Ballast, at_least: 
     let child = store.lease("child").unwrap();
     assert_eq!(WorkingSet::load(child.dir()).unwrap().pages(), set.pages());
     drop((child, memory, chain));
-    // In the place of one.
+    // Replacing a snapshot.
     let failed = is_full(&["child", "parent"], &mut |store| {
         flat::flatten(store, "child").map(drop)
     });
     assert!(failed >= at_least, "{failed}");
     is_sound(&store, "child", 44);
     assert_eq!(Chain::open(&store, "child").unwrap().members().len(), 1);
-    // Room can be made where there is none.
+    // Removal frees space on a full disk.
     let full = ballast(0);
     let store = SnapshotStore::open(&root).unwrap();
     store.remove("child").unwrap();
@@ -223,16 +224,16 @@ fn all_that_is_written(disk: &Path, ballast: impl Fn(u64) -> Ballast, at_least: 
 }
 
 #[test]
-fn wherever_the_disk_gets_full_snapshots_are_whole() {
-    let name = "wherever_the_disk_gets_full_snapshots_are_whole";
+fn snapshots_are_intact_when_the_disk_is_full() {
+    let name = "snapshots_are_intact_when_the_disk_is_full";
     if let Some(disk) = small_disk(name, "size=2m") {
         all_that_is_written(&disk, |pages| Ballast::but_pages(&disk, pages), 25);
     }
 }
 
 #[test]
-fn wherever_inodes_run_out_snapshots_are_whole() {
-    let name = "wherever_inodes_run_out_snapshots_are_whole";
+fn snapshots_are_intact_when_inodes_run_out() {
+    let name = "snapshots_are_intact_when_inodes_run_out";
     if let Some(disk) = small_disk(name, "size=4m,nr_inodes=100") {
         all_that_is_written(&disk, |inodes| Ballast::but_inodes(&disk, inodes), 4);
     }

@@ -1,5 +1,5 @@
-//! A process is killed at any moment while it makes, replaces and removes snapshots:
-//! the next one finds all that are listed whole, and nothing left over.
+//! Tests that kill a process at random moments while it creates, replaces and removes
+//! snapshots: the next process finds all listed snapshots intact, and no remains.
 #![allow(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
 use std::collections::BTreeMap;
@@ -21,8 +21,9 @@ use sm_vmm_core::memory::{MIN_MEMORY, MachineMemory, MemoryConfig};
 use vm_memory::{Bytes as _, GuestAddress};
 
 const KILLS: usize = 60;
-const NAME: &str = "whatever_is_listed_after_a_kill_is_whole";
-/// Directory of the store of the process that is killed.
+const NAME: &str = "snapshots_listed_after_a_kill_are_intact";
+/// Name of the environment variable with the store's directory for the process to be
+/// killed.
 const VICTIM: &str = "SM_TEST_VICTIM";
 const PAGE: u64 = 4096;
 
@@ -55,11 +56,11 @@ fn write(memory: &MachineMemory, page: u64, value: u64) {
     memory.guest.write_obj(value, at).unwrap();
 }
 
-/// Makes, replaces and removes snapshots until it is killed.
+/// Creates, replaces and removes snapshots until the process is killed.
 fn work(root: &Path) {
     let store = SnapshotStore::open(root).unwrap();
     for round in 0.. {
-        // An earlier one may have left a snapshot of any kind.
+        // An earlier process may have left any of these snapshots.
         for name in ["grandchild", "child"] {
             let _ = store.remove(name);
         }
@@ -84,7 +85,7 @@ fn work(root: &Path) {
     }
 }
 
-/// Numbers that differ from run to run.
+/// Returns pseudo-random numbers from a seed.
 fn random(state: &mut u64) -> u64 {
     *state ^= *state << 13;
     *state ^= *state >> 7;
@@ -93,7 +94,7 @@ fn random(state: &mut u64) -> u64 {
 }
 
 #[test]
-fn whatever_is_listed_after_a_kill_is_whole() {
+fn snapshots_listed_after_a_kill_are_intact() {
     if let Some(root) = std::env::var_os(VICTIM) {
         return work(Path::new(&root));
     }
@@ -109,7 +110,7 @@ fn whatever_is_listed_after_a_kill_is_whole() {
     let mut state = u64::try_from(seed).unwrap() | 1;
     let mut seen = BTreeMap::new();
     let said = directory.path().join("said");
-    // At different moments, of which a busy machine may need more to choose from.
+    // The moments vary; a busy machine may need more attempts to hit each kind.
     let kinds = ["child", "grandchild", "1 unfinished"];
     let mut kills = 0..20 * KILLS;
     while kills.start < KILLS || !kinds.iter().all(|kind| seen.contains_key(*kind)) {
@@ -149,7 +150,7 @@ fn whatever_is_listed_after_a_kill_is_whole() {
             map_memory(&chain).unwrap();
             *seen.entry(entry.name.clone()).or_insert(0) += 1;
         }
-        // The snapshots and the lock: the dead have left nothing.
+        // Only the snapshots and the lock are left.
         let there = fs::read_dir(&root).unwrap().count();
         assert_eq!(there, entries.len() + 1, "{context}");
     }

@@ -1,4 +1,4 @@
-//! Removing snapshots that neither a process nor another snapshot uses.
+//! Removal of snapshots that neither a process nor another snapshot uses.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -12,14 +12,14 @@ use super::{Lease, SnapshotStore, TEMPORARY, check_name, read_manifest, sync};
 use crate::Error;
 use crate::manifest::{self, Manifest};
 
-/// Children by the names of their parents.
+/// Names of children, by the names of their parents.
 type Family = BTreeMap<String, Vec<String>>;
 
 impl SnapshotStore {
     /// Removes a snapshot.
     ///
     /// # Errors
-    /// It is absent, used by a machine, or the parent of another snapshot.
+    /// The snapshot is absent, used by a machine, or the parent of another snapshot.
     pub fn remove(&self, name: &str) -> Result<(), Error> {
         check_name(name)?;
         let dir = self.root.join(name);
@@ -28,18 +28,18 @@ impl SnapshotStore {
             let _memory = self.claim(name, &self.family(name)?)?;
             self.bury(&dir)?
         };
-        // Nobody finds it any more, so nobody has to wait for the rest; what is
-        // left of it when this process dies is swept.
+        // The snapshot can no longer be opened, so the rest is done without the lock. If
+        // this process dies, the remains are swept.
         match fs::remove_dir_all(&grave) {
-            // Somebody who opened the store has swept it.
+            // Another process has swept it when it opened the store.
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             removed => removed.map_err(Error::io("remove the files of", &dir)),
         }
     }
 
-    /// Sees to it that nobody uses a snapshot, as long as the returned file (if it has
-    /// one: a damaged snapshot may not, and then nothing can use it) is open and the
-    /// exclusive lock is held.
+    /// Ensures that nothing uses a snapshot while the returned file is open and the
+    /// exclusive lock is held. Returns `None` for a corrupt snapshot without
+    /// `memory.bin`, which cannot be used.
     pub(super) fn claim(&self, name: &str, family: &Family) -> Result<Option<File>, Error> {
         let dir = self.root.join(name);
         if !dir.exists() {
@@ -63,24 +63,25 @@ impl SnapshotStore {
         Ok(memory)
     }
 
-    /// Notes that a snapshot was used just now, for [`Self::trim`]. (The time is
-    /// that of the manifest's last change; nothing in it is changed.)
+    /// Records that a snapshot was used now, for [`Self::trim`]. The record is the
+    /// modification time of its manifest, whose contents do not change.
     pub fn note_use(&self, lease: &Lease) {
         let path = lease.dir().join("manifest.json");
-        // A store that cannot be written to is not trimmed either.
+        // A store that is not writable is not trimmed either.
         let _ = File::open(path).and_then(|file| file.set_modified(SystemTime::now()));
     }
 
-    /// Of the snapshots whose names `chosen` accepts, keeps the `keep` most
-    /// recently used and removes the others, except those that a machine or another
-    /// snapshot uses. Returns how many went.
+    /// Keeps the `keep` most recently used of the snapshots whose names `chosen` accepts
+    /// and removes the others, except those that a machine or another snapshot uses.
+    /// Returns the number of removed snapshots.
     ///
     /// # Errors
-    /// The directory, or a manifest in it, cannot be read: it may have any parent.
+    /// The directory, or a manifest in it, cannot be read. Such a manifest could name any
+    /// parent.
     pub fn trim(&self, keep: usize, chosen: impl Fn(&str) -> bool) -> Result<usize, Error> {
         let used = |name: &str| {
             let manifest = self.root.join(name).join("manifest.json");
-            // One that cannot even be looked at is older than all others.
+            // A manifest without a time counts as the oldest.
             let used = manifest.metadata().and_then(|meta| meta.modified());
             used.unwrap_or(SystemTime::UNIX_EPOCH)
         };
@@ -95,8 +96,9 @@ impl SnapshotStore {
         self.remove_all(surplus, |name| used(name) <= newest)
     }
 
-    /// Removes those of these snapshots that can be, if they are `still` to go once nobody
-    /// can change them any more; returns how many went.
+    /// Removes those of the named snapshots that are not in use. `still` is called under
+    /// the exclusive lock and confirms that a snapshot is still to be removed. Returns
+    /// the number of removed snapshots.
     fn remove_all(&self, names: Vec<String>, still: impl Fn(&str) -> bool) -> Result<usize, Error> {
         if names.is_empty() {
             return Ok(0);
@@ -105,7 +107,7 @@ impl SnapshotStore {
         let guard = self.exclusive()?;
         let mut family = self.family("")?;
         for name in names {
-            // Used, or replaced by another of its name, while the lock was waited for.
+            // The snapshot was used or replaced before the lock was taken.
             if !still(&name) {
                 continue;
             }
@@ -120,7 +122,7 @@ impl SnapshotStore {
             }
         }
         drop(guard);
-        // Nobody finds them any more: what is left of them is swept.
+        // The snapshots can no longer be opened; remains are swept later.
         let gone = graves.len();
         for grave in graves {
             let _ = fs::remove_dir_all(grave);
@@ -129,10 +131,10 @@ impl SnapshotStore {
     }
 
     /// Removes the snapshots whose name and manifest are chosen and that neither a
-    /// process nor another snapshot uses. Returns how many went.
+    /// process nor another snapshot uses. Returns the number of removed snapshots.
     ///
     /// # Errors
-    /// As for [`Self::trim`].
+    /// As [`Self::trim`].
     pub fn remove_unused(
         &self,
         named: impl Fn(&str) -> bool,
@@ -146,8 +148,8 @@ impl SnapshotStore {
         self.remove_all(names, removed)
     }
 
-    /// Takes the name away, in one step; returns where the files are now. Nothing is
-    /// created for that: the disk may be full.
+    /// Renames a snapshot to a temporary name, atomically, and returns its new path. No
+    /// file or directory is created, because the disk may be full.
     pub(super) fn bury(&self, dir: &Path) -> Result<PathBuf, Error> {
         let grave = tempfile::Builder::new()
             .prefix(TEMPORARY)
@@ -158,7 +160,7 @@ impl SnapshotStore {
         Ok(grave)
     }
 
-    /// The snapshots that build directly on `name`, which may itself be damaged.
+    /// Returns the snapshots that build directly on `name`, which may itself be corrupt.
     ///
     /// # Errors
     /// The directory, or a manifest in it, cannot be read.
@@ -166,23 +168,23 @@ impl SnapshotStore {
         Ok(self.family(name)?.remove(name).unwrap_or_default())
     }
 
-    /// The snapshots that build on others, by the names of these. The parent in a manifest
-    /// of another version counts, too, if it is written as this version writes it. A
-    /// manifest that cannot be read is an error, as any snapshot may be its parent; one
-    /// that is no JSON, or too long, is none. `but` is left out: it is no child of its own.
+    /// Returns the children of all snapshots. Manifests of other versions count if their
+    /// parent is written in the form of this version. A manifest that cannot be read is
+    /// an error, because it could name any parent; one that is not JSON or too long names
+    /// none. `but` is left out, because no snapshot is its own child.
     pub(super) fn family(&self, but: &str) -> Result<Family, Error> {
         let mut family = Family::new();
         for name in self.names()?.into_iter().filter(|name| name != but) {
             let path = self.root.join(&name).join("manifest.json");
             let read = match path.metadata() {
-                // It is none.
+                // A file of this size is not a manifest.
                 Ok(meta) if meta.len() > manifest::MAX_LEN => continue,
                 Ok(_) => fs::read(&path),
                 Err(error) => Err(error),
             };
             let bytes = match read {
                 Ok(bytes) => bytes,
-                // Removed meanwhile, or there is nothing to go on with.
+                // The snapshot was removed concurrently, or has no manifest.
                 Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
                 Err(e) => return Err(Error::io("read", &path)(e)),
             };

@@ -1,4 +1,4 @@
-//! The store: publishing, leasing, removing, sweeping.
+//! Tests of the store: publishing, leasing, removing, sweeping.
 
 use std::time::SystemTime;
 
@@ -54,7 +54,7 @@ fn a_published_snapshot_is_listed_leased_and_removed() {
 }
 
 #[test]
-fn of_two_writers_one_wins_and_the_other_is_told() {
+fn of_two_writers_one_succeeds_and_the_other_gets_an_error() {
     let (_dir, store) = store();
     let (first, second) = (store.draft().unwrap(), store.draft().unwrap());
     write(&first, None);
@@ -122,7 +122,7 @@ fn a_child_that_cannot_be_read_keeps_its_parent() {
     };
     publish(&store, "child", Some(parent));
     let path = store.root.join("child/manifest.json");
-    // Another version has made it, or somebody has changed it.
+    // The manifest has another version, or was changed.
     let text = fs::read_to_string(&path).unwrap();
     let newer = text.replace("\"format\": ", "\"format\": 9");
     assert_ne!(newer, text);
@@ -130,7 +130,7 @@ fn a_child_that_cannot_be_read_keeps_its_parent() {
     let error = store.remove("base").unwrap_err().to_string();
     assert!(error.contains("child"), "{error}");
     assert_eq!(store.trim(0, |name| name == "base").unwrap(), 0);
-    // It cannot be opened, as when there are no descriptors left.
+    // The manifest cannot be opened, as when the process has no file descriptors left.
     fs::remove_file(&path).unwrap();
     fs::create_dir(&path).unwrap();
     assert!(matches!(store.remove("base"), Err(Error::Io { .. })));
@@ -141,7 +141,7 @@ fn a_child_that_cannot_be_read_keeps_its_parent() {
 }
 
 #[test]
-fn of_a_chain_the_tips_go_and_then_what_they_were_built_on() {
+fn trimming_a_chain_removes_tips_before_their_parents() {
     let (_dir, store) = store();
     let mut parent = None;
     for name in ["a", "b", "c"] {
@@ -153,7 +153,7 @@ fn of_a_chain_the_tips_go_and_then_what_they_were_built_on() {
     }
     let chosen = |name: &str| name != "lock";
     let newest = store.lease("a").unwrap();
-    // The one used last comes last.
+    // The most recently used snapshot is last.
     store.note_use(&store.lease("b").unwrap());
     store.note_use(&newest);
     drop(newest);
@@ -221,10 +221,10 @@ fn temporary(store: &SnapshotStore) -> Vec<String> {
         .collect()
 }
 
-/// What a process that is killed in the middle of [`SnapshotStore::publish`], or of
-/// [`SnapshotStore::remove`], leaves.
+/// Reproduces the directories that a process leaves when it is killed in
+/// [`SnapshotStore::publish`] or [`SnapshotStore::remove`].
 #[test]
-fn death_while_publishing_or_removing_leaves_nothing_for_good() {
+fn remains_of_a_kill_while_publishing_or_removing_are_swept() {
     let (_dir, store) = store();
     let draft = store.draft().unwrap();
     write(&draft, None);
@@ -240,11 +240,11 @@ fn death_while_publishing_or_removing_leaves_nothing_for_good() {
 }
 
 #[test]
-fn what_cannot_be_swept_does_not_close_the_store() {
+fn a_failed_sweep_does_not_prevent_opening_the_store() {
     use std::os::unix::fs::PermissionsExt as _;
     if rustix::process::geteuid().is_root() {
-        // Root removes everything that is not immutable: a file in the place of a
-        // directory stands for what it cannot.
+        // Root can remove everything except immutable files, so a file in place of a
+        // directory represents one that cannot be removed.
         let (_dir, store) = store();
         fs::write(store.root.join("tmp-file"), b"").unwrap();
         SnapshotStore::open(&store.root).unwrap().draft().unwrap();
@@ -258,10 +258,10 @@ fn what_cannot_be_swept_does_not_close_the_store() {
     fs::set_permissions(stuck.join("inner"), fs::Permissions::from_mode(0o700)).unwrap();
 }
 
-/// A reader that has opened a file when its snapshot is replaced must not take the
-/// new one's manifest for the old one's memory.
+/// A reader that opened a file just before its snapshot was replaced must not combine the
+/// new manifest with the old memory.
 #[test]
-fn a_lease_is_of_one_snapshot_even_while_its_name_changes_hands() {
+fn a_lease_is_consistent_while_its_name_is_replaced() {
     let (_dir, store) = store();
     let make = |number: u8| {
         let draft = store.draft().unwrap();
@@ -284,7 +284,7 @@ fn a_lease_is_of_one_snapshot_even_while_its_name_changes_hands() {
         scope.spawn(|| {
             for number in 0..200 {
                 make(number);
-                // A reader holds it for a moment now and then.
+                // A reader may hold a lease on it.
                 while store.remove("name").is_err() {}
             }
             done.store(true, std::sync::atomic::Ordering::Relaxed);
@@ -329,7 +329,7 @@ fn unused_snapshots_of_a_kind_are_removed_and_used_ones_are_not() {
 }
 
 #[test]
-fn a_file_is_told_from_another_that_has_its_name_now() {
+fn a_file_is_distinguished_from_its_replacement() {
     let (_dir, store) = store();
     publish(&store, "name", None);
     let path = store.root.join("name/memory.bin");
