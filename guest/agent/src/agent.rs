@@ -1,4 +1,4 @@
-//! The agent's state and its loop: every event is handed to its owner here.
+//! The agent's state and its event loop, which dispatches every event to its owner.
 
 mod controls;
 mod exec;
@@ -51,20 +51,20 @@ mod listener {
     pub(super) const EXEC: u8 = 0;
     pub(super) const FORWARD: u8 = 1;
     pub(super) const CONTROL: u8 = 2;
-    /// Time to accept again.
+    /// Timer for accepting again after a pause.
     pub(super) const RESUME: u8 = 3;
 }
 
-/// Connections of strangers closed before others get their turn.
+/// Maximum number of connections from peers that are not served that one event closes.
 const STRANGERS: usize = 64;
-/// Until connections are accepted again after that failed, when none has ended before:
-/// Linux announces no descriptors or memory that others have released.
+/// Pause after a failed accept, if no connection ends before: Linux sends no event when
+/// other processes release descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 
-/// Status of a process that SIGKILL ended.
+/// Exit status of a process that SIGKILL terminated.
 const KILLED: u32 = 128 + 9;
 
-/// Everything the agent knows. One per process, used by one thread.
+/// State of the agent. There is one per process, used by one thread.
 pub(crate) struct Agent {
     pub(crate) reactor: Reactor,
     scratch: Vec<u8>,
@@ -75,10 +75,9 @@ pub(crate) struct Agent {
     kernel_log: Option<KernelLog>,
     pub(crate) controls: Slab<Control>,
     pub(crate) sessions: Slab<Session>,
-    /// Commands that have not been reaped, and whose they are.
+    /// Running commands that have not been reaped, with the keys of their sessions.
     pub(crate) running: HashMap<Pid, Key>,
-    /// OOM kills that ended commands beside the main one, of those that the cgroup
-    /// has counted.
+    /// Number of OOM kills counted by the cgroup that are attributed to execs.
     pub(crate) exec_oom_kills: u64,
     forwards: Forwards,
     pub(crate) workload: Workload,
@@ -86,37 +85,37 @@ pub(crate) struct Agent {
     pub(crate) cgroup: Cgroup,
     pub(crate) facts: Facts,
     pub(crate) vmgenid_seen: bool,
-    /// Connections waiting for an answer to a request of each kind.
+    /// Connections waiting for an answer, by kind of request.
     pub(crate) attaching: Option<Waiting>,
     pub(crate) freezing: Option<Waiting>,
     pub(crate) preparing: Option<(Waiting, Pid)>,
     pub(crate) refreshing: Option<Waiting>,
-    /// With where the answer is written.
+    /// Also contains the file that the child writes its answer to.
     pub(crate) reporting: Option<(Waiting, Pid, File)>,
     pub(crate) deadlines: Deadlines,
     pub(crate) power: Option<PowerOff>,
 }
 
-/// True while connections are accepted.
+/// State of accepting connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Accepting {
     Yes,
-    /// Not at the moment, for want of descriptors or memory.
+    /// Accepting is paused after a lack of descriptors or memory.
     Paused,
-    /// Again, though the last attempt failed.
+    /// Accepting again after a pause; no connection has been accepted since.
     Retrying,
 }
 
 impl Agent {
-    /// An agent that serves `listeners`, keeps its files and mount points in
-    /// `directory` and the workload in `cgroup`.
+    /// Creates an agent that serves `listeners`, stores its files and mount points in
+    /// `directory` and places the workload in `cgroup`.
     pub(crate) fn new(
         listeners: Listeners,
         directory: PathBuf,
         cgroup: Cgroup,
         facts: Facts,
     ) -> io::Result<Self> {
-        // All before a workload runs, which could replace what is opened here.
+        // These files are opened before a workload runs, because it could replace them.
         log::open();
         let null = Node::find("/dev/null")?;
         let random = Node::find("/dev/urandom")?.open(OFlags::WRONLY)?;
@@ -159,13 +158,13 @@ impl Agent {
         })
     }
 
-    /// Adds the connection that the agent makes to the host when it is ready.
+    /// Adds the connection that the agent makes to the host once it is ready.
     pub(crate) fn announce(&mut self, socket: OwnedFd) {
         let key = self.controls.insert(Control::dialled(socket));
         self.settle_control(key);
     }
 
-    /// Serves until the host asks to power off.
+    /// Serves until the host requests power-off.
     pub(crate) fn run(&mut self) -> io::Result<()> {
         let mut events = Vec::new();
         while !self.power.as_ref().is_some_and(PowerOff::is_complete) {
@@ -222,8 +221,9 @@ impl Agent {
         let Some(listener) = self.listeners.get(usize::from(part)) else {
             return;
         };
-        // One per wake-up: the listener stays readable while more wait, and
-        // running sessions get their turn in between. Nobody waits for strangers.
+        // One connection per event: the listener stays readable while others wait, and
+        // running sessions are served in between. Up to [`STRANGERS`] peers that are not
+        // served are closed in addition.
         for _ in 0..STRANGERS {
             match peer::accept(listener.as_fd()) {
                 Ok((socket, peer)) => {
@@ -232,7 +232,7 @@ impl Agent {
                         return self.serve_new(part, socket);
                     }
                 }
-                // Nobody waits, or whoever did has left.
+                // No connection waits, or its peer has closed it.
                 Err(error)
                     if matches!(
                         error.kind(),
@@ -249,8 +249,9 @@ impl Agent {
         }
     }
 
-    /// Accepts nothing until a connection ends or [`ACCEPT_PAUSE`] has passed: those
-    /// that wait would wake the agent again and again. They stay in the backlog.
+    /// Stops accepting until a connection ends or [`ACCEPT_PAUSE`] has passed, because
+    /// readable listeners would wake the agent continuously. Pending connections stay in
+    /// the backlog.
     fn pause_accepting(&mut self, error: &io::Error) {
         if self.accepting == Accepting::Yes {
             log::error("accept a connection", error);
@@ -268,7 +269,8 @@ impl Agent {
         if self.accepting == Accepting::Paused {
             self.accepting = Accepting::Retrying;
             if let Err(error) = self.watch_listeners(Ready::IN) {
-                // For want of memory, as it may be: a listener that is not watched is lost.
+                // The reason may be a lack of memory; a listener that is not watched
+                // would be lost.
                 self.pause_accepting(&error);
             }
         }
@@ -314,7 +316,7 @@ impl Agent {
             self.check_prepared(&reaped);
             self.check_reported(&reaped);
             if self.workload.attaching() && self.workload.init() == Some(reaped.pid) {
-                // Its last words are in the channel.
+                // Its last message may still be in the channel.
                 self.check_attach();
             }
             if self.workload.reaped(reaped.pid, &self.reactor)
@@ -332,9 +334,10 @@ impl Agent {
         }
     }
 
-    /// A command beside the main one was killed: by the kernel for lack of memory, if
-    /// that has killed more processes than are accounted for; or with all others of its
-    /// namespace, if PID 1 of that is ending (which ends last: pid_namespaces(7)).
+    /// Attributes the SIGKILL of an exec to the OOM killer, if that has killed more
+    /// processes than are accounted for. If PID 1 of the workload is exiting, the exec
+    /// was killed with all other processes of the namespace (of which PID 1 exits last,
+    /// pid_namespaces(7)).
     fn note_exec_killed(&mut self) {
         if !self.workload.init_ends() && self.cgroup.oom_kills() > self.exec_oom_kills {
             self.exec_oom_kills += 1;

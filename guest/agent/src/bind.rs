@@ -1,11 +1,11 @@
-//! Putting a file of this guest's own in the place of one of the image's.
+//! Replacement of files of the image by files of this guest.
 //!
-//! The image decides what is there: a file, a link to one, a link to `/dev/null`, a
-//! link to nothing, a directory, a FIFO. Only a regular file of the root file system is
-//! mounted over or written, at the end of its links, as Docker does; a link that leads
-//! to nothing gets its target made. Everything else is replaced: whatever a link leads to
-//! elsewhere (a device, an entry of `/proc`, a file that is mounted already) is not the
-//! image's to lend.
+//! The image determines the existing file: a regular file, a link to one, a link to
+//! `/dev/null`, a dangling link, a directory, a FIFO. As in Docker, only a regular file
+//! of the root file system, at the end of any links, is mounted over or written; the
+//! target of a dangling link is created. Everything else is replaced, because a link to
+//! other objects (a device, an entry of `/proc`, a file that is mounted already) leads to
+//! something that does not belong to the image.
 
 use std::collections::VecDeque;
 use std::ffi::{OsStr, OsString};
@@ -21,19 +21,20 @@ use rustix::fs::{
 use rustix::io::Errno;
 use rustix::mount::mount_bind;
 
-/// Links followed for one path (`MAXSYMLINKS` of Linux).
+/// Maximum number of links followed for one path (`MAXSYMLINKS` of Linux).
 const MAX_LINKS: u32 = 40;
 
-/// Writing what was found, emptied.
+/// Flags to truncate and write the file that was found.
 const REWRITE: OFlags = OFlags::WRONLY.union(OFlags::TRUNC).union(OFlags::CLOEXEC);
 
 const FIND: OFlags = OFlags::PATH.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
-/// Mounts the file `source` over `path` below `root`, but not where a link leads to one
-/// of the files `taken`.
+/// Mounts the file `source` over `path` below `root`. The target of a link is not used if
+/// it is one of the files `taken`.
 ///
 /// # Errors
-/// [`is_nowhere`] of the error, when the image has no directory to hold `path`.
+/// [`is_nowhere`] is true for the error if the image has no directory that can contain
+/// `path`.
 pub(crate) fn over(
     root: &OwnedFd,
     path: &Path,
@@ -45,8 +46,8 @@ pub(crate) fn over(
     Ok(())
 }
 
-/// Makes `path` below `root` an empty file of the root's own, and returns where it is,
-/// without links. It is none of `taken`.
+/// Makes `path` below `root` an empty file of the root, distinct from all files in
+/// `taken`, and returns its path without links.
 ///
 /// # Errors
 /// As [`over`].
@@ -56,7 +57,7 @@ pub(crate) fn empty(root: &OwnedFd, path: &Path, taken: &[PathBuf]) -> io::Resul
     Ok(target.path)
 }
 
-/// Returns true if `path` leads to a regular file of the root.
+/// Returns true if `path` resolves to a regular file of the root.
 pub(crate) fn is_file(root: &OwnedFd, path: &Path) -> bool {
     let found = resolve(root, Path::new(""), path).and_then(|path| Ok(find(root, &path)?));
     found
@@ -64,7 +65,7 @@ pub(crate) fn is_file(root: &OwnedFd, path: &Path) -> bool {
         .is_ok_and(|found| FileType::from_raw_mode(found.st_mode) == FileType::RegularFile)
 }
 
-/// Finds or makes the file to be used for `path`.
+/// Finds or creates the file that is used for `path`.
 fn place(root: &OwnedFd, path: &Path, taken: &[PathBuf]) -> io::Result<Place> {
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(io::ErrorKind::InvalidInput.into());
@@ -82,8 +83,8 @@ fn place(root: &OwnedFd, path: &Path, taken: &[PathBuf]) -> io::Result<Place> {
     }
 }
 
-/// Returns true if a file could not be mounted as nothing of the image is found there: its
-/// parent is a file, a link to itself, or not of the root file system.
+/// Returns true if `path` has no valid parent in the image: the parent is a file, a link
+/// to itself, or on another file system.
 pub(crate) fn is_nowhere(error: &io::Error) -> bool {
     matches!(
         Errno::from_io_error(error),
@@ -91,25 +92,26 @@ pub(crate) fn is_nowhere(error: &io::Error) -> bool {
     )
 }
 
-/// The path of a descriptor. It is followed by the agent's own `/proc`.
+/// Returns the path of a descriptor, which is resolved in the agent's own `/proc`.
 pub(crate) fn descriptor_path(fd: &OwnedFd) -> String {
     format!("/proc/self/fd/{}", fd.as_raw_fd())
 }
 
-/// A file or directory of the root, and its path below it without links.
+/// A file or directory of the root, and its path below the root without links.
 pub(crate) struct Place {
     pub(crate) path: PathBuf,
     pub(crate) fd: OwnedFd,
 }
 
-/// The directory `path`, made where it is missing.
+/// Opens the directory `path`, and creates missing components.
 pub(crate) fn directory(root: &OwnedFd, path: &Path) -> io::Result<Place> {
     let path = resolve(root, Path::new(""), path)?;
     let fd = make_directories(root, &path)?;
     Ok(Place { path, fd })
 }
 
-/// The regular file that `name` in `parent` leads to, made where a link leads to nothing.
+/// Opens the regular file that `name` in `parent` resolves to. The target of a dangling
+/// link is created.
 fn at_the_end(root: &OwnedFd, parent: &Place, name: &OsStr) -> io::Result<Place> {
     let path = resolve(root, &parent.path, Path::new(name))?;
     match find(root, &path) {
@@ -131,7 +133,7 @@ fn at_the_end(root: &OwnedFd, parent: &Place, name: &OsStr) -> io::Result<Place>
     Ok(Place { path, fd })
 }
 
-/// Finds `path`, which has no links in it, in the root's own file system.
+/// Opens `path`, which contains no links, in the root's own file system.
 fn find(root: &OwnedFd, path: &Path) -> Result<OwnedFd, Errno> {
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
     let path = if path.as_os_str().is_empty() {
@@ -139,12 +141,12 @@ fn find(root: &OwnedFd, path: &Path) -> Result<OwnedFd, Errno> {
     } else {
         path
     };
-    // NO_SYMLINKS lets the last component be one, with O_PATH and O_NOFOLLOW.
+    // NO_SYMLINKS permits a link as the last component with O_PATH and O_NOFOLLOW.
     openat2(root, path, FIND, Mode::empty(), resolve)
 }
 
-/// Resolves `path` from the directory `from`, without links. Components that do
-/// not exist are taken as they are.
+/// Resolves all links in `path`, starting at the directory `from`. Components that do not
+/// exist are kept unchanged.
 fn resolve(root: &OwnedFd, from: &Path, path: &Path) -> io::Result<PathBuf> {
     let mut resolved = from.to_path_buf();
     let mut left = components(path);
@@ -190,7 +192,7 @@ fn is_link(fd: &OwnedFd) -> io::Result<bool> {
     Ok(FileType::from_raw_mode(fstat(fd)?.st_mode) == FileType::Symlink)
 }
 
-/// Opens the directory `path`, which has no links in it, and makes what is missing.
+/// Opens the directory `path`, which contains no links, and creates missing components.
 fn make_directories(root: &OwnedFd, path: &Path) -> io::Result<OwnedFd> {
     let mut fd = find(root, Path::new(""))?;
     let mut made = PathBuf::new();
@@ -210,7 +212,7 @@ fn make_directories(root: &OwnedFd, path: &Path) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
-/// Removes what the image has there, with everything in it.
+/// Removes the entry `name`, recursively if it is a directory.
 fn remove(parent: &OwnedFd, name: &OsStr) -> io::Result<()> {
     match unlinkat(parent, name, AtFlags::empty()) {
         Ok(()) | Err(Errno::NOENT) => Ok(()),
@@ -232,7 +234,7 @@ mod tests {
     use std::fs;
     use std::os::unix::fs::symlink;
 
-    /// A root, and what `at_the_end` or else a replacement is for `etc/x` in it.
+    /// Creates a root directory for a test.
     fn root(build: impl FnOnce(&Path)) -> (tempfile::TempDir, OwnedFd) {
         let directory = tempfile::tempdir().unwrap();
         build(directory.path());
@@ -290,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_in_place_of_the_parent_holds_nothing() {
+    fn a_file_in_place_of_the_parent_is_an_error() {
         let (_directory, fd) = root(|path| fs::write(path.join("etc"), "").unwrap());
         assert!(is_nowhere(&target(&fd).unwrap_err()));
         let (_directory, fd) = root(|path| symlink("etc", path.join("etc")).unwrap());
@@ -298,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn all_else_is_replaced() {
+    fn other_files_are_replaced() {
         type Build = fn(&Path);
         let builds: [Build; 5] = [
             |x| fs::create_dir_all(x.join("deep/er")).unwrap(),

@@ -1,7 +1,7 @@
-//! From the kernel's hand-over to serving, and the end.
+//! Start of the agent after the kernel has executed it, and power-off.
 //!
-//! Only what is needed to serve is done here; the rest waits for the first
-//! request that needs it.
+//! Only steps that serving requires are done here; others are deferred to the first
+//! request that needs them.
 
 use std::fs::{self, File};
 use std::io;
@@ -21,21 +21,21 @@ use crate::{control, identity, log, sys};
 /// The agent's own directory in the initramfs.
 const DIRECTORY: &str = "/sm";
 
-/// Kernel modules to load, one path per line, for kernels that have the virtio
-/// drivers as modules.
+/// List of kernel modules to load, one path per line, for kernels with the virtio drivers
+/// as modules.
 const MODULES: &str = "/sm/modules.list";
 
 const CGROUPS: &str = "/sys/fs/cgroup";
 
-/// What a person who starts the agent by hand reads.
+/// Message for users who run the agent by hand.
 const NOT_INIT: &[u8] =
     b"sm-guest-agent: this is the init of a guest, and not of any use elsewhere\n";
 
-/// Runs the agent as PID 1; refuses to be anything else. Ends in power-off; a failure panics, and the kernel
-/// with it, so that the host sees a reason on the console instead of a guest
-/// that does nothing.
+/// Runs the agent as PID 1, and exits if the process is not PID 1. It never returns and
+/// ends in power-off. A failure panics, and the kernel with it, so that the reason is on
+/// the host's console and the guest does not hang.
 pub fn run() -> ! {
-    // Everything below changes the machine, and ends in turning it off.
+    // The following steps change the machine, and finally power it off.
     if std::process::id() != 1 {
         let _ = rustix::io::write(rustix::stdio::stderr(), NOT_INIT);
         std::process::exit(1);
@@ -53,15 +53,15 @@ pub fn run() -> ! {
     panic!("power off: {failed:?}");
 }
 
-/// Serves exec, forward and control on any listening sockets, in that order,
-/// until the host asks to power off: the agent without the machine around it.
+/// Serves exec, forward and control on any listening sockets, in that order, until the
+/// host requests power-off. This runs the agent without a machine.
 ///
-/// `directory` is for mount points and files of the agent, `cgroups` a cgroup2
-/// directory to make the workload's group in. The calling process must have one
-/// thread only, and is changed: signals are blocked, the host name may be set.
+/// `directory` is for mount points and files of the agent; the workload's group is
+/// created in the cgroup2 directory `cgroups`. The calling process must be
+/// single-threaded. Its state changes: signals are blocked, the host name may be set.
 ///
 /// # Errors
-/// What the agent cannot work without failed.
+/// The agent cannot start, or its event loop fails.
 pub fn serve_on(listeners: [OwnedFd; 3], directory: &Path, cgroups: &Path) -> io::Result<()> {
     let [exec, forward, control] = listeners;
     let listeners = Listeners {
@@ -98,12 +98,12 @@ fn serve(init_us: u64) -> io::Result<()> {
             .any(|word| word == "sm.debug"),
     };
     let mut agent = Agent::new(listeners, PathBuf::from(DIRECTORY), cgroup, facts)?;
-    // Last: the host may take a snapshot as soon as it hears of the agent, which
-    // must then have everything it needs, the kernel log above all. It would
-    // otherwise be opened after a restore, behind the line that tells of it.
+    // Last: the host may take a snapshot as soon as the agent connects, so the agent must
+    // be complete by then. In particular the kernel log must be open: opened after a
+    // restore, it would start behind the line about the generation ID.
     match control::dial() {
         Ok(socket) => agent.announce(socket),
-        // It connects to us instead.
+        // The host connects to the agent instead.
         Err(error) => log::error("tell the host", error),
     }
     if facts.debug {
@@ -117,13 +117,13 @@ fn serve(init_us: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// Keeps what happens to the workload from happening to the agent.
+/// Protects the agent from effects of the workload.
 fn protect_agent() {
     // Children reset this; see `exec::child`.
     let adjusted = fs::write("/proc/self/oom_score_adj", "-1000");
     log::note_failure("protect from the OOM killer", adjusted);
     sys::ignore_signal(libc::SIGPIPE);
-    // Ctrl-Alt-Del is a signal to ignore, not a reset.
+    // Turns Ctrl-Alt-Del into a signal, which is ignored, instead of a reset.
     let _ = reboot(RebootCommand::CadOff);
 }
 
@@ -149,8 +149,8 @@ fn mount_early() -> io::Result<()> {
     Ok(())
 }
 
-/// Makes sure that descriptors 0 to 2 are taken, so that nothing else gets
-/// these numbers. Without a console the kernel starts init with none.
+/// Ensures that descriptors 0 to 2 are in use, so that nothing else is opened with these
+/// numbers. Without a console the kernel starts init with none.
 fn standard_streams() -> io::Result<()> {
     loop {
         let null: OwnedFd = File::options()
@@ -165,9 +165,9 @@ fn standard_streams() -> io::Result<()> {
     }
 }
 
-/// Limits that suit a machine of one workload, as Docker sets them.
+/// Sets the limits that Docker sets in a container.
 fn set_limits() {
-    // Two descriptors per forwarded connection.
+    // Each forwarded connection needs two descriptors.
     let files = Rlimit {
         current: Some(1 << 20),
         maximum: Some(1 << 20),
@@ -177,12 +177,12 @@ fn set_limits() {
         setrlimit(Resource::Nofile, files),
     );
     for (name, value) in [
-        // Any user may serve port 80 ...
+        // Any user may bind port 80 ...
         ("ip_unprivileged_port_start", "0"),
-        // ... and ping.
+        // ... and use ping sockets.
         ("ping_group_range", "0 2147483647"),
-        // Clients come by the loopback interface, of which none floods. With cookies, a
-        // server whose backlog is full resets clients that have connected.
+        // Clients connect through the loopback interface, where SYN floods do not occur.
+        // With SYN cookies, a server with a full backlog would reset established clients.
         ("tcp_syncookies", "0"),
     ] {
         log::note_failure(name, fs::write(format!("/proc/sys/net/ipv4/{name}"), value));

@@ -1,4 +1,4 @@
-//! The workload's cgroup (v2): one group that every workload process is in.
+//! The workload's cgroup (v2), which contains all workload processes.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -13,15 +13,15 @@ use rustix::process::Pid;
 use crate::part;
 use crate::reactor::{Class, Reactor, Ready, Token, Watched};
 
-/// Controllers offered to the workload, where the kernel has them.
+/// Controllers enabled for the workload, if the kernel has them.
 const CONTROLLERS: [&str; 5] = ["cpu", "memory", "pids", "io", "cpuset"];
 
-/// What `cgroup.events` says.
+/// Contents of `cgroup.events`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Events {
-    /// Some process is in the group or below.
+    /// The group or one of its descendants contains a process.
     pub(crate) populated: bool,
-    /// All of them are stopped.
+    /// All processes are frozen.
     pub(crate) frozen: bool,
 }
 
@@ -35,15 +35,15 @@ impl Events {
     }
 }
 
-/// See the module text.
+/// The workload's cgroup; see the module documentation.
 #[derive(Debug)]
 pub(crate) struct Cgroup {
     path: PathBuf,
     directory: OwnedFd,
     events: Option<Watched>,
-    /// The group's own path, as `/proc/PID/cgroup` of a process in it has it.
+    /// The group's own path, in the form of `/proc/PID/cgroup` of its processes.
     name: Option<Vec<u8>>,
-    /// OOM kills of before this VM was started or restored.
+    /// OOM kills from before this VM was started or restored.
     earlier_oom_kills: u64,
 }
 
@@ -65,8 +65,7 @@ impl Cgroup {
         })
     }
 
-    /// Makes the controllers available inside the group. One that the kernel
-    /// lacks is left out.
+    /// Enables the controllers inside the group, except those that the kernel lacks.
     pub(crate) fn offer_controllers(&self) {
         if let Some(parent) = self.path.parent() {
             let file = parent.join("cgroup.subtree_control");
@@ -79,22 +78,22 @@ impl Cgroup {
         }
     }
 
-    /// The directory, for starting processes in the group.
+    /// Returns the group's directory, for starting processes in the group.
     pub(crate) fn directory(&self) -> BorrowedFd<'_> {
         self.directory.as_fd()
     }
 
-    /// Learns the group's path from `pid`, which was started in it.
+    /// Stores the group's path, read from `pid`, which was started in it.
     pub(crate) fn learn_path(&mut self, pid: Pid) -> io::Result<()> {
         self.name = Some(path_of(pid)?);
         Ok(())
     }
 
-    /// The directory of the group that `pid` is in, this one or one below.
+    /// Opens the directory of the group that contains `pid`: this group or a descendant.
     ///
-    /// A process cannot be started in a group whose controllers are turned on for the
-    /// groups below it, as systemd does with its root (cgroups(7), "no internal
-    /// processes" rule). The group of a running process is not such a one.
+    /// A process cannot be started in a group that has enabled controllers for its
+    /// children, as systemd does in its root group (cgroups(7), "no internal processes"
+    /// rule). The group of a running process never has.
     pub(crate) fn of(&self, pid: Pid) -> io::Result<OwnedFd> {
         let outside = || io::Error::other("the workload's PID 1 has left its cgroup");
         let below = match &self.name {
@@ -105,27 +104,27 @@ impl Cgroup {
         Ok(open(self.path.join(below), flags, Mode::empty())?)
     }
 
-    /// Counts OOM kills from now on: this VM starts, or goes on as another one.
+    /// Resets the count of OOM kills, when this VM starts or continues as another one.
     pub(crate) fn forget_oom_kills(&mut self) {
         self.earlier_oom_kills = self.all_oom_kills();
     }
 
-    /// Processes of the group and of groups below it that were killed for want of
-    /// memory, since [`Cgroup::forget_oom_kills`].
+    /// Returns the number of processes in the group and its descendants that the OOM
+    /// killer killed since [`Cgroup::forget_oom_kills`].
     pub(crate) fn oom_kills(&self) -> u64 {
         self.all_oom_kills().saturating_sub(self.earlier_oom_kills)
     }
 
     fn all_oom_kills(&self) -> u64 {
-        // Of the whole guest where the kernel does not count by group.
+        // A kernel without per-group counters provides a count for the whole guest.
         let text = fs::read_to_string(self.path.join("memory.events"))
             .or_else(|_| fs::read_to_string("/proc/vmstat"))
             .unwrap_or_default();
         field(&text, "oom_kill")
     }
 
-    /// Asks for all processes to be stopped, or lets them go on. Stopping takes
-    /// effect when [`Cgroup::events`] says so.
+    /// Freezes or thaws all processes. Freezing is complete when [`Cgroup::events`]
+    /// reports it.
     pub(crate) fn freeze(&self, freeze: bool) -> io::Result<()> {
         fs::write(
             self.path.join("cgroup.freeze"),
@@ -133,13 +132,13 @@ impl Cgroup {
         )
     }
 
-    /// Kills every process in the group.
+    /// Kills all processes in the group.
     pub(crate) fn kill(&self) -> io::Result<()> {
         fs::write(self.path.join("cgroup.kill"), "1")
     }
 
-    /// Reads the state and, from then on, reports a change of it as an event
-    /// for [`part::CGROUP`] until [`Cgroup::stop_watching`].
+    /// Reads the state and watches it: until [`Cgroup::stop_watching`], changes are
+    /// reported as events for [`part::CGROUP`].
     pub(crate) fn events(&mut self, reactor: &Reactor) -> io::Result<Events> {
         let watched = match &mut self.events {
             Some(watched) => watched,
@@ -149,21 +148,21 @@ impl Cgroup {
         };
         let token = Token::single(Class::Workload, part::CGROUP);
         watched.set(reactor, token, Ready::PRI)?;
-        // Some dozen bytes, whatever the group does.
+        // The file has a few dozen bytes in every state.
         let mut text = [0; 1024];
         let count = rustix::io::pread(&*watched, &mut text, 0)?;
         let text = text.get(..count).unwrap_or_default();
         Ok(Events::parse(&String::from_utf8_lossy(text)))
     }
 
-    /// Ends what [`Cgroup::events`] began.
+    /// Stops the watch that [`Cgroup::events`] started.
     pub(crate) fn stop_watching(&mut self, reactor: &Reactor) {
         if let Some(watched) = self.events.take() {
             watched.retire(reactor);
         }
     }
 
-    /// Every process in the group and in groups below it.
+    /// Returns all processes in the group and its descendants.
     pub(crate) fn processes(&self) -> Vec<Pid> {
         let mut found = Vec::new();
         let mut directories = vec![self.path.clone()];
@@ -180,14 +179,14 @@ impl Cgroup {
         found
     }
 
-    /// CPU time used by the group, in microseconds.
+    /// Returns the CPU time used by the group, in microseconds.
     pub(crate) fn cpu_us(&self) -> u64 {
         let text = fs::read_to_string(self.path.join("cpu.stat")).unwrap_or_default();
         field(&text, "usage_usec")
     }
 }
 
-/// The path of the cgroup2 group that `pid` is in.
+/// Returns the path of the cgroup2 group that contains `pid`.
 fn path_of(pid: Pid) -> io::Result<Vec<u8>> {
     let text = fs::read(format!("/proc/{}/cgroup", pid.as_raw_nonzero()))?;
     let mut lines = text.split(|byte| *byte == b'\n');
@@ -195,7 +194,7 @@ fn path_of(pid: Pid) -> io::Result<Vec<u8>> {
     Ok(path.ok_or(io::ErrorKind::NotFound)?.to_vec())
 }
 
-/// `path` relative to the group `name`, when it is that or below it.
+/// Returns `path` relative to the group `name`, if it is the group or a descendant.
 fn below(name: &[u8], path: &[u8]) -> Option<PathBuf> {
     let rest = path.strip_prefix(name)?;
     let inside = match rest {
@@ -207,7 +206,7 @@ fn below(name: &[u8], path: &[u8]) -> Option<PathBuf> {
     Some(OsStr::from_bytes(inside).into())
 }
 
-/// The number after `name` in a file of `name value` lines.
+/// Returns the number after `name` in a file of `name value` lines, 0 if there is none.
 pub(crate) fn field(text: &str, name: &str) -> u64 {
     text.lines()
         .find_map(|line| {
@@ -232,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn oom_kills_are_those_of_the_group_since_it_was_told_to_forget() {
+    fn oom_kills_are_counted_since_the_last_reset() {
         let mount = tempfile::tempdir().unwrap();
         let mut cgroup = Cgroup::create(mount.path(), "workload").unwrap();
         let events = mount.path().join("workload/memory.events");

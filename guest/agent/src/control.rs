@@ -1,8 +1,8 @@
 //! Control connections: one request at a time, answered in order.
 //!
-//! A request that takes time (attaching, freezing, powering off, waiting for a
-//! VM generation ID) leaves its connection *busy*: nothing more is read from it
-//! until the answer is queued. The agent as a whole is never busy.
+//! A request that takes time (attaching, freezing, powering off, waiting for a VM
+//! generation ID) makes its connection *busy*: no further requests are read from it until
+//! the answer is queued. Other connections are served meanwhile.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -24,28 +24,29 @@ pub(crate) mod part {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
-    /// Dialled by the agent, not connected yet.
+    /// The agent is connecting to the host.
     Connecting,
     /// Waiting for HELLO.
     Hello,
     /// Waiting for a request.
     Idle,
-    /// A request is being worked on.
+    /// A request is in progress.
     Busy,
-    /// Nothing more is read; closed once flushed.
+    /// No further input is read; the connection is closed once its output is flushed.
     Closing,
 }
 
-/// Bytes taken of one frame. The largest request is an ATTACH ROOT with its hosts.
+/// Returns the maximum frame payload. The largest request is an ATTACH ROOT with its
+/// hosts.
 fn limit(kind: FrameType) -> usize {
     match kind {
         FrameType::Control => 1 << 20,
-        // They are refused whatever they hold.
+        // Other frames are always refused.
         _ => 4096,
     }
 }
 
-/// One control connection.
+/// A control connection.
 #[derive(Debug)]
 pub(crate) struct Control {
     framed: Framed,
@@ -53,7 +54,7 @@ pub(crate) struct Control {
 }
 
 impl Control {
-    /// A connection accepted from the host.
+    /// Creates the state of a connection accepted from the host.
     pub(crate) fn accepted(socket: OwnedFd) -> Self {
         Self {
             framed: Framed::new(socket, limit),
@@ -61,7 +62,7 @@ impl Control {
         }
     }
 
-    /// A connection that the agent is making.
+    /// Creates the state of a connection that the agent is making.
     pub(crate) fn dialled(socket: OwnedFd) -> Self {
         Self {
             framed: Framed::new(socket, limit),
@@ -69,7 +70,7 @@ impl Control {
         }
     }
 
-    /// Handles readiness. Returns whether the connection is still there.
+    /// Handles readiness. Returns false if the connection is closed.
     pub(crate) fn ready(&mut self, ready: Ready, scratch: &mut [u8]) -> bool {
         if self.phase == Phase::Connecting {
             if !matches!(
@@ -89,8 +90,8 @@ impl Control {
         true
     }
 
-    /// Takes the next request, unless one is being worked on. Protocol errors
-    /// are answered here.
+    /// Takes the next request, unless one is in progress. Protocol errors are answered
+    /// here.
     pub(crate) fn next_request(&mut self) -> Option<ControlRequest> {
         if !matches!(self.phase, Phase::Hello | Phase::Idle) {
             return None;
@@ -124,7 +125,7 @@ impl Control {
         None
     }
 
-    /// Queues the answer to the request last taken.
+    /// Queues the answer to the last request.
     pub(crate) fn reply(&mut self, reply: &ControlReply) {
         if let Ok(json) = serde_json::to_vec(reply) {
             self.framed.send(FrameType::Control, &json);
@@ -132,7 +133,7 @@ impl Control {
         self.phase = Phase::Idle;
     }
 
-    /// Watches for what matters next. Returns whether the connection goes on.
+    /// Updates the watched events. Returns false if the connection is to be closed.
     pub(crate) fn settle(&mut self, reactor: &Reactor, key: Key) -> bool {
         let flushed = self.framed.is_flushed();
         if self.framed.is_broken() || (self.phase == Phase::Closing && flushed) {
@@ -157,8 +158,7 @@ impl Control {
     }
 }
 
-/// Starts connecting to the host's control port: the sign that the guest is
-/// ready.
+/// Starts connecting to the host's control port, which signals that the guest is ready.
 pub(crate) fn dial() -> io::Result<OwnedFd> {
     let socket = crate::sys::vsock_socket()?;
     crate::sys::vsock_connect(

@@ -1,4 +1,4 @@
-//! Waiting for a block device to appear and to have a capacity.
+//! Waiting for a block device to appear with a non-zero capacity.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, SeekFrom};
@@ -14,12 +14,12 @@ use crate::sys;
 
 /// Waits until `path` is a block device of non-zero size.
 ///
-/// Two sources of events wake it: uevents announce a new device; a change from
-/// capacity 0 makes no uevent (Linux sends RESIZE only between non-zero sizes),
-/// but the block layer logs every change, and the kernel log can be polled.
+/// Two kinds of events end a wait. Uevents announce a new device. A change from capacity
+/// 0 causes no uevent (Linux sends RESIZE only between non-zero sizes), but the block
+/// layer logs every change, and the kernel log can be polled.
 ///
 /// # Errors
-/// Timed out, with what was wrong last.
+/// The timeout expired; the error is that of the last check.
 pub(crate) fn wait_for_capacity(path: &Path, deadline: Duration) -> io::Result<()> {
     if has_capacity(path).is_ok() {
         return Ok(());
@@ -32,8 +32,8 @@ pub(crate) fn wait_for_capacity(path: &Path, deadline: Duration) -> io::Result<(
         .open("/dev/kmsg")?;
     log.seek(SeekFrom::End(0))?;
     loop {
-        // Checked after the sources were opened or drained, so that no change
-        // falls between checking and waiting.
+        // The check follows opening or draining of the event sources, so that no change
+        // between check and wait is missed.
         let last = match has_capacity(path) {
             Ok(()) => return Ok(()),
             Err(error) => error,
@@ -61,7 +61,7 @@ fn drain_log(log: &mut File, waste: &mut [u8]) {
     loop {
         match log.read(waste) {
             Ok(count) if count > 0 => {}
-            // EPIPE: records were overwritten; the next read continues.
+            // EPIPE: records were overwritten; the next read continues after them.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
             _ => return,
         }
@@ -81,7 +81,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_never_comes_is_reported_at_the_deadline() {
+    fn a_missing_device_is_reported_at_the_deadline() {
         let path = Path::new("/dev/does-not-exist");
         if !Path::new("/dev/kmsg").exists() {
             return;

@@ -1,21 +1,21 @@
-//! Facts about the guest that stay true as long as it runs.
+//! Facts about the guest that do not change while it runs.
 
 use rustix::time::{ClockId, clock_gettime};
 use sm_guest_proto::PROTOCOL_VERSION;
 use sm_guest_proto::control::AgentHello;
 
-/// What was true when the agent started.
+/// Facts recorded when the agent started.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Facts {
-    /// Uptime when `main` began, in microseconds.
+    /// Uptime when `main` was entered, in microseconds.
     pub(crate) init_us: u64,
-    /// Uptime when the agent began to serve, in microseconds.
+    /// Uptime when the agent was ready to serve, in microseconds.
     pub(crate) ready_us: u64,
-    /// Whether to log what happens when.
+    /// Trace lines are logged.
     pub(crate) debug: bool,
 }
 
-/// Uptime of the guest in microseconds.
+/// Returns the uptime of the guest in microseconds.
 pub(crate) fn uptime_us() -> u64 {
     let now = clock_gettime(ClockId::Boottime);
     let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
@@ -24,7 +24,7 @@ pub(crate) fn uptime_us() -> u64 {
 }
 
 impl Facts {
-    /// The answer to HELLO.
+    /// Returns the answer to HELLO.
     pub(crate) fn hello(self) -> AgentHello {
         let memory = rustix::system::sysinfo();
         AgentHello {

@@ -1,4 +1,4 @@
-//! Parts of the agent that take a host's bytes, for fuzz targets: not part of the
+//! Parts of the agent that process bytes from a host, for fuzz targets. Not a stable
 //! interface.
 
 use std::io::{Read as _, Write as _};
@@ -9,11 +9,11 @@ use std::time::Instant;
 use crate::forward::Forwards;
 use crate::reactor::{Class, Event, Reactor, Token};
 
-/// Plays the host of one forwarded connection, which sends `pieces` and then no
-/// more: what it is answered.
+/// Simulates the host of one forwarded connection, which sends `pieces` and then shuts
+/// down its side. Returns the agent's answer.
 ///
 /// # Panics
-/// The system refused descriptors.
+/// The system refuses descriptors.
 #[must_use]
 #[expect(
     clippy::expect_used,
@@ -26,7 +26,7 @@ pub fn forward(pieces: &[&[u8]]) -> Vec<u8> {
     ours.set_nonblocking(true).expect("a socket");
     forwards.accept(&mut reactor, ours.into());
     for piece in pieces {
-        // Fails once the agent has hung up.
+        // The write fails once the agent has closed the connection.
         let _ = host.write_all(piece);
         serve(&mut reactor, &mut forwards);
     }
@@ -34,7 +34,7 @@ pub fn forward(pieces: &[&[u8]]) -> Vec<u8> {
     serve(&mut reactor, &mut forwards);
     host.set_nonblocking(true).expect("a socket");
     let mut answer = Vec::new();
-    // An end, a reset because not all was read, or nothing more.
+    // End of file, a reset because of unread data, or no more data.
     let _ = host.read_to_end(&mut answer);
     answer
 }
@@ -49,7 +49,7 @@ fn serve(reactor: &mut Reactor, forwards: &mut Forwards) {
     let mut events = Vec::new();
     let mut busy = true;
     while busy {
-        // So that there is something to wait for.
+        // The timer ensures that the wait returns.
         reactor.timer(Instant::now(), Token::single(Class::Power, 0));
         reactor.wait(&mut events).expect("events");
         busy = false;

@@ -1,11 +1,11 @@
-//! What makes this guest itself: entropy, clock, names and identifiers.
+//! The guest's identity: entropy, clock, names and identifiers.
 //!
-//! The workload's `/etc/hostname`, `/etc/hosts`, `/etc/resolv.conf`,
-//! `/run/sm-epoch` and the kernel's `boot_id` are files of the agent, mounted
-//! over the image's by [`crate::root`]; `/etc/machine-id` is one in the root. A
-//! refresh rewrites these files, and never touches a path that the workload
-//! controls. It writes through descriptors from before the workload, whose root
-//! could otherwise hold the opening up by a lease.
+//! The workload's `/etc/hostname`, `/etc/hosts`, `/etc/resolv.conf`, `/run/sm-epoch` and
+//! the kernel's `boot_id` are files of the agent that [`crate::root`] mounts over the
+//! image's; `/etc/machine-id` is a file in the root. A refresh rewrites these files and
+//! never accesses a path that the workload controls. It writes through descriptors that
+//! were opened before the workload ran, because the workload's root could otherwise block
+//! the open with a lease.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -31,7 +31,7 @@ use crate::sys;
 const INTERFACES: &str = "/sys/class/net";
 const UUID: &str = "proc/sys/kernel/random/uuid";
 
-/// A part of a refresh that failed.
+/// Failure of a step of a refresh.
 #[derive(Debug, Error)]
 pub(crate) enum IdentityError {
     #[error("{0} is malformed")]
@@ -53,23 +53,23 @@ fn step<T>(
     })
 }
 
-/// The agent's knowledge of the guest's identity.
+/// The guest's identity and the files that contain it.
 #[derive(Debug)]
 pub(crate) struct Identity {
     directory: PathBuf,
     /// The kernel's random number generator.
     random: OwnedFd,
-    /// The files written, by name.
+    /// Files that have been written, by name.
     files: HashMap<&'static str, File>,
     machine_id: String,
-    /// The machine ID's file in the workload's root, unless that is one of the files.
+    /// The machine ID's file in the workload's root, unless it is one of `files`.
     root_machine_id: Option<File>,
     hostname: String,
     extra_hosts: Vec<(String, String)>,
 }
 
 impl Identity {
-    /// Keeps its files in `directory`, and gives entropy to `random`.
+    /// Creates an identity with files in `directory`, and entropy written to `random`.
     pub(crate) fn new(directory: PathBuf, random: OwnedFd) -> Self {
         Self {
             directory,
@@ -82,9 +82,9 @@ impl Identity {
         }
     }
 
-    /// Gives the guest the identity in `refresh`. Absent parts stay as they are.
+    /// Gives the guest the identity in `refresh`. Absent parts remain unchanged.
     pub(crate) fn refresh(&mut self, refresh: &Refresh) -> Result<(), IdentityError> {
-        // Everything is checked before anything changes.
+        // All parts are checked before any is changed.
         let mac = refresh.mac.as_deref().map(parse_mac).transpose()?;
         if !refresh.machine_id.is_empty() && !is_hex(&refresh.machine_id, 32) {
             return Err(IdentityError::Malformed("machine_id"));
@@ -131,7 +131,7 @@ impl Identity {
         Ok(())
     }
 
-    /// Prepares the files that a root is about to be assembled with.
+    /// Prepares the files for a root that is about to be assembled.
     pub(crate) fn prepare(&mut self, plan: &AttachRoot) -> Result<(), IdentityError> {
         if !plan.hostname.is_empty() && !is_hostname(&plan.hostname) {
             return Err(IdentityError::Malformed("hostname"));
@@ -176,17 +176,17 @@ impl Identity {
         Ok(())
     }
 
-    /// Takes over the file that the workload has for its machine ID, if it is not one
-    /// of those that were prepared.
+    /// Takes over the workload's file for its machine ID, unless it is one of the
+    /// prepared files.
     pub(crate) fn attached(&mut self, machine_id: Option<OwnedFd>) -> Result<(), IdentityError> {
         self.root_machine_id = machine_id.map(File::from);
         let id = self.machine_id.clone();
         self.set_machine_id(&id)
     }
 
-    /// What this guest is by now, read the way a process of the workload would, below
-    /// its `root`; without a workload, from the files that it would be given. May wait
-    /// for whatever the workload has mounted there.
+    /// Returns the guest's current identity, read below `root` in the way of a process of
+    /// the workload, or, without a workload, from the files prepared for it. May block on
+    /// a file system that the workload has mounted.
     pub(crate) fn evidence(&self, root: Option<PathBuf>) -> Result<Evidence, IdentityError> {
         let root = root
             .map(|root| {
@@ -195,7 +195,8 @@ impl Identity {
             })
             .transpose();
         let root = step("open the workload's root", root)?;
-        // What cannot be read is empty, which is the same in all guests.
+        // A value that cannot be read is reported as empty, which is the same in all
+        // guests.
         let line = |ours: &str, theirs: &str| match &root {
             Some(root) => read_in(root, theirs).unwrap_or_default(),
             None => fs::read_to_string(self.directory.join(ours))
@@ -261,8 +262,8 @@ impl Identity {
         self.write(name, &format!("{line}\n"))
     }
 
-    /// Rewrites a file in place: it may be mounted in the workload's namespace,
-    /// where a new inode would not be seen.
+    /// Rewrites a file in place, because it may be mounted in the workload's namespace,
+    /// where a new inode would not be visible.
     fn write(&mut self, name: &'static str, text: &str) -> io::Result<()> {
         let file = match self.files.entry(name) {
             Entry::Occupied(entry) => entry.into_mut(),
@@ -341,7 +342,7 @@ fn set_clock(nanoseconds: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// Nanoseconds since the Unix epoch by the guest's clock.
+/// Returns the guest's wall clock in nanoseconds since the Unix epoch.
 pub(crate) fn realtime_ns() -> u64 {
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
@@ -350,7 +351,7 @@ pub(crate) fn realtime_ns() -> u64 {
 }
 
 fn control_socket() -> io::Result<UdpSocket> {
-    // Any socket does for interface ioctls; this one is never used for traffic.
+    // Interface ioctls accept any socket; this one carries no traffic.
     UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))
 }
 
@@ -366,7 +367,7 @@ fn set_first_mac(mac: [u8; 6]) -> io::Result<()> {
     sys::set_mac(control_socket()?.as_fd(), &name, mac)
 }
 
-/// The first interface that is backed by a device, by name.
+/// Returns the first interface, by name, that is backed by a device.
 fn first_interface(class: &Path) -> io::Result<Option<String>> {
     let mut names = Vec::new();
     for entry in fs::read_dir(class)? {

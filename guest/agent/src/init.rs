@@ -1,4 +1,4 @@
-//! PID 1 of the workload's namespace, until the main command takes its place.
+//! PID 1 of the workload's namespace, until the main command replaces it.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -19,7 +19,7 @@ use crate::log;
 use crate::root;
 use crate::sys;
 
-/// Assembles the root file system, reports, waits, and possibly becomes the
+/// Assembles the root file system, reports the result, waits, and possibly becomes the
 /// main command. Runs in a process forked by the agent.
 pub(crate) fn run(channel: OwnedFd, directory: &Path, plan: &AttachRoot) -> ! {
     let status = match assemble(channel, directory, plan) {
@@ -55,12 +55,12 @@ fn assemble(channel: OwnedFd, directory: &Path, plan: &AttachRoot) -> Result<Own
     }
 }
 
-/// Reaps orphans until told to become the main command, or to end.
+/// Reaps orphans until a message to become the main command, or the end of the channel.
 fn wait(channel: OwnedFd) -> io::Result<()> {
     let signals = sys::signal_fd(&[libc::SIGCHLD])?;
     let mut channel = Some(channel);
     loop {
-        // Reap first: children may have ended before the signal was watched.
+        // Reap first, because children may have exited before the signal was watched.
         while sys::next_signal(signals.as_fd()).is_some() {}
         let childless = loop {
             match sys::reap() {
@@ -88,7 +88,7 @@ fn wait(channel: OwnedFd) -> io::Result<()> {
     }
 }
 
-/// Handles one message; `None` when the agent closed the channel.
+/// Handles one message; `None` if the agent closed the channel.
 fn take_message(channel: OwnedFd) -> io::Result<Option<OwnedFd>> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(5))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);

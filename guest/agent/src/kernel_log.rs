@@ -1,9 +1,9 @@
-//! Evidence that the kernel has noticed a new VM generation ID.
+//! Detection of a new VM generation ID in the kernel log.
 //!
-//! Linux tells user space in no other way: the driver hands the ID to the
-//! random number generator, which reseeds and logs one line (`drivers/char/
-//! random.c`, `add_vmfork_randomness`). Records of the kernel cannot be forged:
-//! what user space writes to `/dev/kmsg` never has facility 0.
+//! Linux has no other notification for user space: the driver passes the ID to the random
+//! number generator, which reseeds and logs one line (`drivers/char/random.c`,
+//! `add_vmfork_randomness`). Records of the kernel cannot be forged, because records that
+//! user space writes to `/dev/kmsg` never have facility 0.
 
 use std::fs::OpenOptions;
 use std::io::{self, Seek as _, SeekFrom};
@@ -16,7 +16,7 @@ use crate::reactor::{Class, Reactor, Ready, Token, Watched};
 
 const RESEEDED: &[u8] = b"crng reseeded due to virtual machine fork";
 
-/// A reader of the kernel log, from the time it was opened.
+/// A reader of the kernel log that starts at its end.
 #[derive(Debug)]
 pub(crate) struct KernelLog {
     watched: Watched,
@@ -34,26 +34,26 @@ impl KernelLog {
         })
     }
 
-    /// Reports new records as events, or no longer. Every line that anything
-    /// logs wakes the agent meanwhile.
+    /// Starts or stops reporting new records as events. While it is on, every logged line
+    /// wakes the agent.
     pub(crate) fn watch(&mut self, reactor: &Reactor, on: bool) -> io::Result<()> {
         let want = if on { Ready::IN } else { Ready::empty() };
         let token = Token::single(Class::KernelLog, 0);
         self.watched.set(reactor, token, want)
     }
 
-    /// Reads what was logged since the last call. Returns whether a new VM
-    /// generation ID was noticed in it.
+    /// Reads records logged since the last call. Returns true if one of them reports a
+    /// new VM generation ID.
     pub(crate) fn vm_fork_seen(&mut self) -> bool {
         let mut record = [0; 2048];
         let mut seen = false;
         loop {
-            // One record per read.
+            // Each read returns one record.
             match rustix::io::read(&self.watched, &mut record) {
                 Ok(0) => return seen,
                 Ok(count) => seen |= is_vm_fork(record.get(..count).unwrap_or_default()),
-                // EPIPE: records were overwritten before they were read; the
-                // next read continues with the oldest there is.
+                // EPIPE: records were overwritten before they were read; the next read
+                // continues with the oldest remaining one.
                 Err(Errno::PIPE | Errno::INTR) => {}
                 Err(_) => return seen,
             }
@@ -61,8 +61,8 @@ impl KernelLog {
     }
 }
 
-/// Whether a record (`priority,sequence,time,flags;text`) is the kernel's word
-/// for it.
+/// Returns true if a record (`priority,sequence,time,flags;text`) is the kernel's message
+/// about a new generation ID.
 fn is_vm_fork(record: &[u8]) -> bool {
     let mut parts = record.splitn(2, |byte| *byte == b';');
     let (Some(prefix), Some(text)) = (parts.next(), parts.next()) else {
@@ -72,7 +72,7 @@ fn is_vm_fork(record: &[u8]) -> bool {
         .split(|byte| *byte == b',')
         .next()
         .unwrap_or_default();
-    // Facility 0 (the kernel) leaves one digit below 8: the level.
+    // Facility 0 (the kernel) leaves one digit below 8, the level.
     let by_kernel = matches!(priority, [b'0'..=b'7']);
     by_kernel
         && text

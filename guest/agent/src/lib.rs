@@ -2,28 +2,28 @@
 //!
 //! # Invariants
 //!
-//! - **One thread, one place to wait.** Everything runs on the main thread and
-//!   waits only in `reactor`'s `epoll_wait`. Nothing else blocks: files of the
-//!   image are touched only by processes forked for one command or one question,
-//!   and device nodes and files that the workload can replace are held by descriptor
-//!   (`node`, `identity`). This is also what makes forking safe without exec.
-//! - **Only the host gives orders** (`peer`): a connection of anybody else is closed
+//! - **One thread, one blocking call.** Everything runs on the main thread and blocks
+//!   only in `reactor`'s `epoll_wait`. Files of the image are accessed only by processes
+//!   that are forked for one command or one request. Device nodes and files that the
+//!   workload can replace are held as descriptors (`node`, `identity`). A single thread
+//!   also makes it safe to fork without exec.
+//! - **Only the host is served** (`peer`): a connection of any other peer is closed
 //!   before a byte of it is read.
-//! - **One reaper.** Only `Agent::reap` waits for children, after SIGCHLD
-//!   arrives by signalfd, and hands each status to the session that owns the
-//!   process. A session's process cannot be reaped behind its back, so its PID
-//!   is valid as long as the session says that it lives.
-//! - **Descriptors have one owner.** Each is an `OwnedFd` inside a `Watched`,
-//!   which removes it from epoll before closing. All are close-on-exec; a command
-//!   gets exactly 0, 1 and 2.
-//! - **Events name their target with a generation** (`slab`). A late event or
-//!   an old deadline finds nothing.
-//! - **The workload is apart.** Its processes live in one cgroup (born there, so
-//!   the freezer holds all of them), in PID, mount and cgroup namespaces of their
-//!   own. They share the network and the host name with the agent, which has
-//!   nothing else to use them for.
-//! - **Bounded memory.** One scratch buffer for all; a connection that is ahead
-//!   of its peer is not read.
+//! - **One reaper.** Only `Agent::reap` waits for children, after SIGCHLD arrived through
+//!   a signalfd, and passes each status to the session that owns the process. No other
+//!   code can reap a session's process, so its PID is valid as long as the session
+//!   considers it alive.
+//! - **Descriptors have one owner.** Each is an `OwnedFd` inside a `Watched`, which
+//!   removes it from epoll before closing. All are close-on-exec; a command gets exactly
+//!   0, 1 and 2.
+//! - **Events name their target with a generation** (`slab`). A late event or an old
+//!   deadline finds no target.
+//! - **The workload is isolated.** Its processes are in one cgroup (created there, so
+//!   that the freezer covers all of them), and in PID, mount and cgroup namespaces of
+//!   their own. They share the network and the host name with the agent, which does not
+//!   use either otherwise.
+//! - **Bounded memory.** All connections share one scratch buffer; a connection whose
+//!   peer is slower is not read.
 #![warn(missing_docs)]
 
 mod agent;

@@ -1,8 +1,8 @@
 //! `/init` of the initramfs.
 //!
-//! `main` is the C one: the standard library's start-up code aborts when the
-//! standard descriptors are closed and `/dev/null` does not exist, which is how
-//! a kernel without a console starts init.
+//! `main` is the C entry point: the standard library's start-up code aborts if the
+//! standard descriptors are closed and `/dev/null` does not exist, which is the state in
+//! which a kernel without a console starts init.
 #![no_main]
 
 /// Entry point, called by the C library's start-up code.

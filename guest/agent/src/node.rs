@@ -1,24 +1,24 @@
-//! Device nodes that the agent keeps hold of.
+//! Device nodes that the agent holds open.
 //!
-//! devtmpfs is one instance for the whole guest: what root of the workload removes
-//! from its `/dev`, or puts there, is so in the agent's `/dev` too. A FIFO in the place
-//! of `/dev/kmsg` would block PID 1 for good. Nodes are therefore found before any
-//! workload runs, and opened through the descriptor from then on.
+//! devtmpfs is one instance for the whole guest: when root in the workload removes or
+//! creates a file in its `/dev`, the agent's `/dev` changes too. A FIFO in place of
+//! `/dev/kmsg` would block PID 1 forever. Nodes are therefore opened with O_PATH before
+//! any workload runs, and opened through that descriptor later.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 
 use rustix::fs::{FileType, Mode, OFlags, fstat, open};
 
-/// A character device, whatever its name leads to by now.
+/// A character device, independent of later changes of its path.
 #[derive(Debug)]
 pub(crate) struct Node(OwnedFd);
 
 impl Node {
-    /// The character device at `path`.
+    /// Finds the character device at `path`.
     ///
     /// # Errors
-    /// There is none, or something else.
+    /// The path does not exist or is not a character device.
     pub(crate) fn find(path: &str) -> io::Result<Self> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = open(path, flags, Mode::empty())?;
@@ -28,7 +28,7 @@ impl Node {
         Ok(Self(fd))
     }
 
-    /// Opens the device, with an open file of its own.
+    /// Opens the device with a new open file description.
     pub(crate) fn open(&self, flags: OFlags) -> io::Result<OwnedFd> {
         let path = format!("/proc/self/fd/{}", self.0.as_raw_fd());
         let flags = flags | OFlags::CLOEXEC | OFlags::NOCTTY;

@@ -2,7 +2,7 @@
 
 /// The channel to init.
 pub(crate) const CHANNEL: u8 = 0;
-/// `cgroup.events`, while something waits for a change.
+/// `cgroup.events`, while a request waits for a change.
 pub(crate) const CGROUP: u8 = 1;
 /// Deadline of a freeze.
 pub(crate) const FREEZE: u8 = 2;

@@ -7,19 +7,19 @@ use sm_guest_proto::port::HOST_CID;
 
 use crate::sys;
 
-/// The other end of a connection.
+/// The peer of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Peer {
     /// A vsock socket in the context `cid`.
     Vsock { cid: u32 },
-    /// A unix socket: the listener is one, which a guest has none of.
+    /// A unix socket. The listener is one only in tests, never in a guest.
     Local,
-    /// Anything else.
+    /// Any other address.
     Unknown,
 }
 
 impl Peer {
-    /// The peer that a socket address names, in the kernel's layout.
+    /// Parses a socket address in the kernel's layout.
     fn parse(address: &[u8]) -> Self {
         let Some(family) = address.first_chunk::<2>() else {
             return Self::Unknown;
@@ -37,9 +37,8 @@ impl Peer {
         }
     }
 
-    /// Returns true if this peer is served. Only the host may give orders: a process of the
-    /// guest reaches the same ports through vsock's loopback, and needs no privilege
-    /// to connect.
+    /// Returns true if this peer is served. Only the host may send requests: processes of
+    /// the guest can reach the same ports through vsock's loopback, without privileges.
     pub(crate) fn is_served(self) -> bool {
         match self {
             Self::Vsock { cid } => cid == HOST_CID,
@@ -49,7 +48,7 @@ impl Peer {
     }
 }
 
-/// Takes a connection that waits at `listener`.
+/// Accepts a connection that is pending at `listener`.
 pub(crate) fn accept(listener: BorrowedFd<'_>) -> io::Result<(OwnedFd, Peer)> {
     let mut address = [0; 128];
     let (socket, len) = sys::accept(listener, &mut address)?;
@@ -74,7 +73,7 @@ mod tests {
     #[test]
     fn only_the_host_is_served_over_vsock() {
         assert!(Peer::parse(&vsock(2)).is_served());
-        // The hypervisor, loopback, this guest, another guest, any.
+        // The hypervisor, loopback, this guest, another guest, and the wildcard.
         for cid in [0, 1, 3, 4, u32::MAX] {
             assert_eq!(Peer::parse(&vsock(cid)), Peer::Vsock { cid });
             assert!(!Peer::parse(&vsock(cid)).is_served(), "{cid}");
@@ -86,9 +85,9 @@ mod tests {
         assert!(!Peer::parse(&[&internet[..], &[0; 14]].concat()).is_served());
     }
 
-    /// The layout is the kernel's, not only this test's.
+    /// The offsets are those of the kernel's structure.
     #[test]
-    fn a_vsock_address_has_its_cid_where_it_is_looked_for() {
+    fn the_offset_of_a_vsock_cid_matches_the_kernel() {
         assert_eq!(std::mem::offset_of!(libc::sockaddr_vm, svm_family), 0);
         assert_eq!(std::mem::offset_of!(libc::sockaddr_vm, svm_cid), 8);
     }

@@ -1,4 +1,4 @@
-//! The one place where the agent waits: epoll plus a heap of deadlines.
+//! The agent's only blocking wait: epoll, and a heap of deadlines.
 
 use std::cell::RefCell;
 use std::cmp::Reverse;
@@ -13,11 +13,11 @@ use crate::slab::Key;
 
 pub(crate) use rustix::event::epoll::EventFlags as Ready;
 
-/// Which part of the agent an event is for.
+/// The part of the agent that an event is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
 pub(crate) enum Class {
-    /// A listening socket; the part says which.
+    /// A listening socket, selected by the part.
     Listener,
     /// SIGCHLD and other signals.
     Signals,
@@ -25,9 +25,9 @@ pub(crate) enum Class {
     KernelLog,
     /// A control connection.
     Control,
-    /// An exec session; the part says which of its descriptors.
+    /// An exec session; the part selects the descriptor.
     Exec,
-    /// A forwarded connection; the part says which side.
+    /// A forwarded connection; the part selects the side.
     Forward,
     /// The workload: its init's channel, and its cgroup's events.
     Workload,
@@ -46,17 +46,17 @@ const CLASSES: [Class; 8] = [
     Class::Power,
 ];
 
-/// Says what an event belongs to.
+/// Identifies the target of an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Token {
     pub(crate) class: Class,
-    /// Meaning depends on the class; below 16.
+    /// Part of the target, with a meaning that depends on the class; below 16.
     pub(crate) part: u8,
     pub(crate) key: Key,
 }
 
 impl Token {
-    /// A token for something of which there is only one.
+    /// Creates a token for a target that exists only once.
     pub(crate) fn single(class: Class, part: u8) -> Self {
         let key = Key {
             slot: 0,
@@ -65,7 +65,7 @@ impl Token {
         Self { class, part, key }
     }
 
-    /// A token for one occupant of a slab.
+    /// Creates a token for an occupant of a slab.
     pub(crate) fn new(class: Class, part: u8, key: Key) -> Self {
         Self { class, part, key }
     }
@@ -93,20 +93,20 @@ impl Token {
     }
 }
 
-/// Something happened.
+/// An event.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Event {
     /// A descriptor is ready.
     Io(Token, Ready),
-    /// A deadline passed. There is no cancelling: whoever set it checks whether
-    /// it still means anything.
+    /// A deadline has passed. Deadlines cannot be cancelled, so the owner checks that it
+    /// is still relevant.
     Timer(Token),
 }
 
-/// A descriptor together with what it is currently watched for.
+/// A descriptor and the events that it is watched for.
 ///
-/// A descriptor watched for nothing is not registered at all, so a hang-up on
-/// it cannot wake the loop again and again.
+/// A descriptor watched for no events is not registered, so that a hang-up on it cannot
+/// wake the loop continuously.
 #[derive(Debug)]
 pub(crate) struct Watched {
     fd: OwnedFd,
@@ -118,7 +118,7 @@ pub(crate) struct Watched {
 }
 
 impl Watched {
-    /// Not yet watched for anything.
+    /// Wraps a descriptor that is not watched yet.
     pub(crate) fn new(fd: OwnedFd) -> Self {
         Self {
             fd,
@@ -128,13 +128,13 @@ impl Watched {
         }
     }
 
-    /// Notes whether the kernel lacks memory for sending. Such a socket is writable all the
-    /// same: instead of watching for that, [`Watched::set`] reports it after a moment.
+    /// Notes whether the kernel lacks memory for sending. Such a socket is writable, so
+    /// [`Watched::set`] does not watch for that but reports it after [`SHORTAGE`].
     pub(crate) fn set_starved(&mut self, starved: bool) {
         self.starved = starved;
     }
 
-    /// Watches for `want` from now on.
+    /// Watches for the events `want` from now on.
     pub(crate) fn set(
         &mut self,
         reactor: &Reactor,
@@ -165,17 +165,17 @@ impl Watched {
         Ok(())
     }
 
-    /// Stops watching and closes. Children forked but not yet in their program
-    /// share the open file, so closing alone would not end its registration.
+    /// Stops watching and closes the descriptor. Forked children share the open file
+    /// until exec, so closing alone would not remove the registration.
     pub(crate) fn retire(self, reactor: &Reactor) {
         drop(self.release(reactor));
     }
 
-    /// Stops watching and hands the descriptor out.
+    /// Stops watching and returns the descriptor.
     pub(crate) fn release(self, reactor: &Reactor) -> OwnedFd {
         if !self.current.is_empty() {
-            // Failing to remove what is registered leaves at worst stale
-            // events, which the token's generation filters out.
+            // A failed removal leaves at worst stale events, which the token's generation
+            // filters out.
             let _ = epoll::delete(&reactor.epoll, &self.fd);
         }
         self.fd
@@ -188,14 +188,14 @@ impl AsFd for Watched {
     }
 }
 
-/// Events taken from the kernel per system call.
+/// Number of events read per system call.
 const BATCH: usize = 64;
 
 /// Time until a socket for which the kernel had no memory is written to again: long
-/// enough for reclaim to have freed something, short for whoever reads.
+/// enough for the kernel to reclaim some, short for the reader.
 const SHORTAGE: Duration = Duration::from_millis(10);
 
-/// See the module text.
+/// An event loop; see the module documentation.
 pub(crate) struct Reactor {
     epoll: OwnedFd,
     timers: BinaryHeap<Reverse<(Instant, u64)>>,
@@ -226,7 +226,7 @@ impl Reactor {
             .push(Reverse((at, token.encode())));
     }
 
-    /// Waits until something happens and fills `events` with it.
+    /// Waits for events and fills `events` with them.
     pub(crate) fn wait(&mut self, events: &mut Vec<Event>) -> io::Result<()> {
         events.clear();
         let resuming = self.resuming.get_mut();

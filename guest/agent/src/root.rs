@@ -1,12 +1,12 @@
-//! Assembling the workload's root file system.
+//! Assembly of the workload's root file system.
 //!
-//! Runs in the workload's init, in a mount namespace of its own that starts as
-//! a copy of the agent's. The finished root is moved over `/`, so that what was
-//! there (the initramfs with the agent) can no longer be named.
+//! Runs in the workload's init, in a mount namespace of its own that starts as a copy of
+//! the agent's. The finished root is moved over `/`, so that the previous root (the
+//! initramfs with the agent) has no path any more.
 //!
-//! The image is hostile input: `/proc` may be a symlink to `/etc`, `/etc/hosts`
-//! a FIFO. Mount points are therefore opened by `openat2` relative to the root,
-//! without leaving it, and mounted on through the descriptor.
+//! The image is hostile input: `/proc` may be a symlink to `/etc`, and `/etc/hosts` a
+//! FIFO. Mount points are therefore opened with `openat2` relative to the root, without
+//! leaving it, and mounted on through the descriptor.
 
 use std::fs;
 use std::io;
@@ -29,15 +29,15 @@ use thiserror::Error;
 use crate::bind::{self, Place, descriptor_path};
 use crate::{device, sys};
 
-/// How long a block device may take to show up with a capacity. The host sets
-/// the capacity before it asks; only the guest's own notice of it can lag.
+/// Timeout for a block device to appear with a capacity. The host sets the capacity
+/// before it sends the request, so that only the guest's own detection can be late.
 const DEVICE_DEADLINE: Duration = Duration::from_secs(5);
 
-/// `/dev/shm` when the request does not say, in bytes.
+/// Default size of `/dev/shm` in bytes.
 const DEFAULT_SHM: u64 = 64 << 20;
 
-/// The files of the agent that are mounted over the image's, by their names
-/// below the agent's directory.
+/// The files of the agent that are mounted over the image's, by their names in the
+/// agent's directory.
 const FILES: [(&str, &str); 3] = [
     ("hostname", "etc/hostname"),
     ("hosts", "etc/hosts"),
@@ -47,13 +47,13 @@ const FILES: [(&str, &str); 3] = [
 /// The overlay's upper directory, in the file system for changes.
 const CHANGES: &str = "upper";
 
-/// Names of files below the agent's directory.
+/// Names of files in the agent's directory.
 pub(crate) const BOOT_ID_FILE: &str = "boot_id";
 pub(crate) const MACHINE_ID_FILE: &str = "machine-id";
 pub(crate) const EPOCH_FILE: &str = "epoch";
 pub(crate) const RESOLV_CONF_FILE: &str = "resolv.conf";
 
-/// Where the workload finds them, below its root.
+/// Paths of these files below the workload's root.
 pub(crate) const BOOT_ID: &str = "proc/sys/kernel/random/boot_id";
 pub(crate) const MACHINE_ID: &str = "etc/machine-id";
 pub(crate) const EPOCH: &str = "run/sm-epoch";
@@ -61,7 +61,7 @@ const RESOLV_CONF: &str = "etc/resolv.conf";
 const RUN: &str = "run";
 const EPOCH_NAME: &str = "sm-epoch";
 
-/// A step that failed.
+/// Failure of a step.
 #[derive(Debug, Error)]
 #[error("{what}: {cause}")]
 pub(crate) struct RootError {
@@ -82,11 +82,11 @@ impl<T, E: Into<io::Error>> Context<T> for Result<T, E> {
     }
 }
 
-/// Bytes that are read of a file with an identifier.
+/// Maximum number of bytes read from a file with an identifier.
 pub(crate) const MAX_ID: u64 = 256;
 
-/// Reads a small file of the workload's tree as a process of the workload would:
-/// links lead to where they lead there, and what is no regular file is not read.
+/// Reads a small file of the workload's tree in the way of a process of the workload:
+/// links are resolved in its root. Only regular files are read.
 pub(crate) fn read_in(root: &OwnedFd, path: &str) -> io::Result<String> {
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
@@ -99,13 +99,13 @@ pub(crate) fn read_in(root: &OwnedFd, path: &str) -> io::Result<String> {
     Ok(text.trim().to_owned())
 }
 
-/// Builds the root that `plan` describes and makes it the root of this process
-/// and its mount namespace. `directory` is the agent's own, with the files of
+/// Builds the root that `plan` describes and makes it the root of this process and its
+/// mount namespace. `directory` is the agent's own, which contains the files of
 /// [`crate::identity`] and the devpts instance.
 ///
-/// Returns the file that the workload has for its machine ID, when that is the root's own.
+/// Returns the workload's machine ID file, if it is a file of the root.
 pub(crate) fn assemble(directory: &Path, plan: &AttachRoot) -> Result<Option<OwnedFd>, RootError> {
-    // Nothing mounted here may reach the agent's namespace.
+    // Mounts must not propagate to the agent's namespace.
     mount_change(
         "/",
         MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
@@ -126,7 +126,7 @@ pub(crate) fn assemble(directory: &Path, plan: &AttachRoot) -> Result<Option<Own
     let wanted = FILES
         .into_iter()
         .filter(|(_, target)| resolved || *target != RESOLV_CONF);
-    // Links come last: they may lead to another of them.
+    // Links come last, because they may resolve to another of these files.
     let (links, files): (Vec<_>, Vec<_>) = wanted.partition(|(_, target)| tree.is_link(target));
     let run = bind::directory(&tree.fd, Path::new(RUN));
     let mut taken: Vec<_> = run.iter().map(|run| run.path.join(EPOCH_NAME)).collect();
@@ -142,7 +142,7 @@ pub(crate) fn assemble(directory: &Path, plan: &AttachRoot) -> Result<Option<Own
     tree.mount_files(directory, &links, &taken);
     let resolv_conf = Path::new(RESOLV_CONF);
     if !resolved && !bind::is_file(&tree.fd, resolv_conf) {
-        // As programs expect one, and expect that they can write it.
+        // Programs expect the file to exist and to be writable.
         let made = bind::empty(&tree.fd, resolv_conf, &taken);
         crate::log::note_failure(RESOLV_CONF, made);
     }
@@ -158,8 +158,8 @@ pub(crate) fn assemble(directory: &Path, plan: &AttachRoot) -> Result<Option<Own
 }
 
 fn enter(root: &Path) -> Result<(), RootError> {
-    // The initramfs root cannot be pivoted away from; moving the new root over
-    // it is what every initramfs does.
+    // The initramfs root cannot be pivoted away from, so the new root is moved over it,
+    // as every initramfs does.
     std::env::set_current_dir(root).context(|| "enter the new root".into())?;
     mount_move(".", "/").context(|| "move the new root to /".into())?;
     rustix::process::chroot(".").context(|| "change root".into())?;
@@ -171,7 +171,7 @@ fn make_directory(path: PathBuf) -> Result<PathBuf, RootError> {
     Ok(path)
 }
 
-/// The read-only layer: an EROFS block device, or a directory as it is.
+/// Mounts the read-only layer: an EROFS block device, or a directory by a bind mount.
 fn mount_lower(directory: &Path, lower: &str) -> Result<PathBuf, RootError> {
     let target = make_directory(directory.join("lower"))?;
     if fs::metadata(lower).is_ok_and(|metadata| metadata.is_dir()) {
@@ -201,7 +201,7 @@ fn mount_upper(directory: &Path, plan: &AttachRoot) -> Result<PathBuf, RootError
             .context(|| "mount a tmpfs for changes".into())
     };
     match &plan.upper {
-        // Only mount points that the image lacks are made in it.
+        // A read-only root writes only mount points that the image lacks.
         _ if plan.read_only => tmpfs("1m")?,
         Upper::Tmpfs { size: 0 } => tmpfs("50%")?,
         Upper::Tmpfs { size } => tmpfs(&size.to_string())?,
@@ -219,8 +219,8 @@ fn mount_overlay(directory: &Path, lower: &Path, upper: &Path) -> Result<PathBuf
     let work = make_directory(upper.join("work"))?;
     copy_attributes(lower, &changes).context(|| "copy the attributes of /".into())?;
     let target = make_directory(directory.join("root"))?;
-    // index and xino as for a root whose lower never changes; redirect_dir so
-    // that directories of the image can be renamed.
+    // index and xino suit a lower layer that never changes; redirect_dir permits renames
+    // of directories of the image.
     let options = |extra: &str| {
         let text = format!(
             "lowerdir={},upperdir={},workdir={}{extra}\0",
@@ -233,7 +233,7 @@ fn mount_overlay(directory: &Path, lower: &Path, upper: &Path) -> Result<PathBuf
     let full = options(",index=off,xino=auto,redirect_dir=on");
     let flags = MountFlags::empty();
     let mounted = mount("overlay", &target, "overlay", flags, Some(full.as_c_str()))
-        // A kernel without some of these options refuses all of them.
+        // A kernel that lacks one of these options refuses all of them.
         .or_else(|_| {
             mount(
                 "overlay",
@@ -247,7 +247,7 @@ fn mount_overlay(directory: &Path, lower: &Path, upper: &Path) -> Result<PathBuf
     Ok(target)
 }
 
-/// In an overlay the root directory is the upper's.
+/// In an overlay, the root directory has the attributes of the upper one.
 fn copy_attributes(from: &Path, to: &Path) -> io::Result<()> {
     let metadata = fs::metadata(from)?;
     chown(to, Some(metadata.uid()), Some(metadata.gid()))?;
@@ -269,8 +269,8 @@ fn mount_kernel_file_systems(
         ("stdout", "/proc/self/fd/1"),
         ("stderr", "/proc/self/fd/2"),
     ] {
-        // Through the agent's own mount of the same devtmpfs: no image file is
-        // on the way.
+        // The links are created in the agent's own mount of the same devtmpfs, so that no
+        // file of the image is involved.
         let _ = symlink(target, Path::new("/dev").join(name));
     }
     let pts = tree.directory("dev/pts")?;
@@ -285,7 +285,7 @@ fn mount_kernel_file_systems(
         "mount /dev/mqueue",
         tree.mount("dev/mqueue", "mqueue", safe, ""),
     );
-    // From here on this process's cgroup is the root of the hierarchy it sees.
+    // From here on this process's cgroup is the root of the hierarchy that it sees.
     let cgroups = sys::unshare(sys::NEW_CGROUPS)
         .context(|| "make a cgroup namespace".into())
         .and_then(|()| tree.mount("sys/fs/cgroup", "cgroup2", safe, ""));
@@ -293,8 +293,8 @@ fn mount_kernel_file_systems(
     Ok(())
 }
 
-/// Two clones have nothing in common at a path where nothing can be; every other
-/// failure to give this guest a machine ID is one.
+/// Tolerates a path at which no file can exist, because clones then share nothing there.
+/// Every other failure to give this guest a machine ID is an error.
 fn unless_nowhere<T>(placed: io::Result<T>) -> Result<Option<T>, RootError> {
     match placed {
         Ok(placed) => Ok(Some(placed)),
@@ -306,7 +306,7 @@ fn unless_nowhere<T>(placed: io::Result<T>) -> Result<Option<T>, RootError> {
     }
 }
 
-/// The new root, reached only by descriptor.
+/// The new root, accessed only through a descriptor.
 struct Tree {
     fd: OwnedFd,
 }
@@ -327,7 +327,7 @@ impl Tree {
         }
     }
 
-    /// Mounts the agent's machine ID over the root's, which cannot be written.
+    /// Mounts the agent's machine ID over that of a root that is not writable.
     fn mount_machine_id(&self, directory: &Path, taken: &[PathBuf]) -> Result<(), RootError> {
         let source = directory.join(MACHINE_ID_FILE);
         let mounted = bind::over(&self.fd, Path::new(MACHINE_ID), &source, taken);
@@ -335,14 +335,14 @@ impl Tree {
         Ok(())
     }
 
-    /// Makes the machine ID a file of the root, and returns where it is and a descriptor
-    /// that writes to it.
+    /// Makes the machine ID a file of the root, and returns its path and a descriptor for
+    /// writing.
     ///
-    /// It is not mounted over, as systemd takes a machine ID that is a mount point for
-    /// one to be kept: it would write it to the file below and unmount it, and all clones
-    /// would have what is below in common (systemd-machine-id-commit.service(8)).
-    /// A workload that replaces the file by another has an ID of its own making from then
-    /// on, and so have its clones.
+    /// It is not a mount, because systemd treats a machine ID that is a mount point as
+    /// one to be committed: it writes the ID to the file below and unmounts it, so that
+    /// all clones would share the committed ID (systemd-machine-id-commit.service(8)). A
+    /// workload that replaces the file has an ID of its own from then on, which its
+    /// clones share.
     fn own_machine_id(
         &self,
         upper: &Path,
@@ -352,8 +352,9 @@ impl Tree {
         let Some(path) = unless_nowhere(made)? else {
             return Ok(None);
         };
-        // Written to by the file system for changes, where it is by now: a descriptor of
-        // the root's own would keep the workload from making its root read-only.
+        // The descriptor is opened in the file system for changes, which contains the
+        // file now. A writable descriptor in the overlay would prevent the workload from
+        // remounting its root read-only.
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let file = open(upper.join(CHANGES), flags, Mode::empty()).and_then(|changes| {
             let flags = OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -364,8 +365,8 @@ impl Tree {
         Ok(Some((path, file)))
     }
 
-    /// Mounts the epoch. `/run` becomes a mount point where it can: systemd mounts a
-    /// file system of its own over one that is not, and the epoch would be below.
+    /// Mounts the epoch. `/run` becomes a mount point if possible, because systemd mounts
+    /// a file system over one that is not, which would hide the epoch.
     fn mount_epoch(&self, directory: &Path, run: &Place, read_only: bool) -> io::Result<()> {
         let source = directory.join(EPOCH_FILE);
         if read_only || run.path.as_os_str().is_empty() {
@@ -379,7 +380,7 @@ impl Tree {
         bind::over(&run, Path::new(EPOCH_NAME), &source, &[])
     }
 
-    /// Mounts `source` over the kernel's own number, which clones have in common.
+    /// Mounts `source` over the kernel's boot ID, which clones share.
     fn mount_boot_id(&self, source: &Path) -> Result<(), RootError> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
@@ -388,8 +389,8 @@ impl Tree {
             .context(|| format!("mount this guest's own file on /{BOOT_ID}"))
     }
 
-    /// Opens or makes the directory `path`, one of a few fixed names. Whatever
-    /// else the image has in its place is replaced.
+    /// Opens or creates the directory `path`, one of a few fixed names. Any other file of
+    /// the image at that path is replaced.
     fn directory(&self, path: &str) -> Result<OwnedFd, RootError> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS;

@@ -1,14 +1,13 @@
-//! Numbered slots whose numbers are never confused with those of earlier users.
+//! A table of slots whose keys are never reused.
 
-/// Names one occupant of a [`Slab`]: a slot, and which use of it.
+/// Key of an occupant of a [`Slab`]: a slot and its generation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Key {
     pub(crate) slot: u32,
     pub(crate) generation: u32,
 }
 
-/// A table with stable keys. An event that arrives late for an occupant that
-/// is gone finds nothing, never somebody else.
+/// A table with stable keys. The key of a removed occupant never finds a later one.
 #[derive(Debug)]
 pub(crate) struct Slab<T> {
     slots: Vec<(u32, Option<T>)>,
@@ -25,7 +24,7 @@ impl<T> Default for Slab<T> {
 }
 
 impl<T> Slab<T> {
-    /// Adds an occupant.
+    /// Adds an occupant and returns its key.
     pub(crate) fn insert(&mut self, value: T) -> Key {
         if let Some(slot) = self.free.pop()
             && let Some((generation, place)) = self.slots.get_mut(slot as usize)
@@ -44,7 +43,7 @@ impl<T> Slab<T> {
         }
     }
 
-    /// The occupant, if it is still there.
+    /// Returns the occupant, if it still exists.
     pub(crate) fn get_mut(&mut self, key: Key) -> Option<&mut T> {
         match self.slots.get_mut(key.slot as usize) {
             Some((generation, value)) if *generation == key.generation => value.as_mut(),
@@ -52,7 +51,7 @@ impl<T> Slab<T> {
         }
     }
 
-    /// Takes the occupant out for good; its key is dead afterwards.
+    /// Removes the occupant and returns it. Its key becomes invalid.
     pub(crate) fn remove(&mut self, key: Key) -> Option<T> {
         let (generation, value) = self.slots.get_mut(key.slot as usize)?;
         if *generation != key.generation {
@@ -64,7 +63,7 @@ impl<T> Slab<T> {
         Some(value)
     }
 
-    /// Every occupant with its key.
+    /// Iterates over all occupants with their keys.
     pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = (Key, &mut T)> {
         self.slots
             .iter_mut()
@@ -77,7 +76,7 @@ impl<T> Slab<T> {
             })
     }
 
-    /// Number of occupants.
+    /// Returns the number of occupants.
     pub(crate) fn len(&self) -> usize {
         self.slots.len() - self.free.len()
     }

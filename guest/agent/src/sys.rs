@@ -1,6 +1,6 @@
-//! The system calls that neither `std` nor `rustix` offers in a safe form.
+//! System calls that neither `std` nor `rustix` offers in a safe form.
 //!
-//! Every function here is a thin wrapper: no policy, one system call each.
+//! Every function is a thin wrapper around one system call, without policy.
 #![expect(
     unsafe_code,
     reason = "raw system calls with no safe wrapper: clone3, signal masks, wait4, ioctls"
@@ -22,12 +22,12 @@ pub(crate) const NEW_CGROUPS: c_int = libc::CLONE_NEWCGROUP;
 /// `CLONE_INTO_CGROUP` does not fit `c_int`, so libc's constant cannot be used.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
-/// Which side of a fork this is.
+/// The side of a fork.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Fork {
-    /// The new process. It must end in [`exit_now`] or an exec.
+    /// The new process, which must end in [`exit_now`] or an exec.
     Child,
-    /// The calling process, with the child's PID as seen from here.
+    /// The calling process, with the child's PID in its own namespace.
     Parent(Pid),
 }
 
@@ -45,12 +45,12 @@ fn check_long(result: c_long) -> io::Result<c_int> {
     c_int::try_from(result).map_err(|_| io::ErrorKind::InvalidData.into())
 }
 
-/// Forks into `namespaces` (a union of the `NEW_` constants) and, when given,
-/// directly into the cgroup directory `cgroup`.
+/// Forks into new `namespaces` (a union of the `NEW_` constants) and, if given, directly
+/// into the cgroup directory `cgroup`.
 ///
-/// Joining at birth matters twice: no process of the workload is ever outside
-/// the freezer, and the kernel does not wait for an RCU grace period as it does
-/// when a running process is moved.
+/// Creation in the cgroup has two advantages over a later move: no process of the
+/// workload is ever outside the freezer, and the kernel does not wait for an RCU grace
+/// period.
 ///
 /// # Safety
 /// The calling process must have only one thread: the child continues with a
@@ -75,9 +75,9 @@ pub(crate) unsafe fn fork(namespaces: c_int, cgroup: Option<BorrowedFd<'_>>) -> 
         set_tid_size: 0,
         cgroup: cgroup_fd,
     };
-    // SAFETY: `args` is a valid clone_args of the size passed; without CLONE_VM
-    // the child has its own copy of memory and of the stack. That this process
-    // has a single thread is the caller's promise.
+    // SAFETY: `args` is a valid clone_args of the size passed; without CLONE_VM the child
+    // has its own copy of memory and of the stack. The caller guarantees that this
+    // process has a single thread.
     let pid = check_long(unsafe {
         libc::syscall(
             libc::SYS_clone3,
@@ -88,7 +88,7 @@ pub(crate) unsafe fn fork(namespaces: c_int, cgroup: Option<BorrowedFd<'_>>) -> 
     Ok(Pid::from_raw(pid).map_or(Fork::Child, Fork::Parent))
 }
 
-/// Ends this process at once: no destructors, no exit handlers.
+/// Terminates this process immediately, without destructors and exit handlers.
 pub(crate) fn exit_now(status: u8) -> ! {
     // SAFETY: `_exit` has no preconditions.
     unsafe { libc::_exit(c_int::from(status)) }
@@ -106,23 +106,24 @@ pub(crate) fn unshare(kinds: c_int) -> io::Result<()> {
     check(unsafe { libc::unshare(kinds) }).map(drop)
 }
 
-/// How a child ended.
+/// Exit of a child.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Reaped {
-    /// Which child.
+    /// PID of the child.
     pub(crate) pid: Pid,
-    /// Exit status, or 128+n when signal n ended it.
+    /// Exit status, or 128+n if signal n terminated the child.
     pub(crate) status: u32,
-    /// Peak resident set size in KiB, of it and of children it waited for.
+    /// Peak resident set size in KiB, of the child and of the children that it waited
+    /// for.
     pub(crate) peak_rss_kib: u64,
 }
 
-/// Reaps one ended child without waiting.
+/// Reaps one child that has exited, without waiting.
 ///
-/// `Ok(None)` means that children exist but none has ended.
+/// `Ok(None)` means that children exist but none has exited.
 ///
 /// # Errors
-/// `ECHILD` when there are no children.
+/// `ECHILD` if there are no children.
 pub(crate) fn reap() -> io::Result<Option<Reaped>> {
     let mut status = 0;
     // SAFETY: rusage is plain data for which all-zero is valid.
@@ -172,9 +173,10 @@ pub(crate) fn signal_fd(signals: &[c_int]) -> io::Result<OwnedFd> {
         // SAFETY: `set` is initialised.
         unsafe { libc::sigaddset(&raw mut set, *signal) };
     }
-    // SAFETY: `set` is initialised; the old mask is not wanted.
+    // SAFETY: `set` is initialised; the old mask is not requested.
     unsafe { libc::sigprocmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
-    // SAFETY: as above; the returned descriptor is new and owned by nobody else.
+    // SAFETY: `set` is initialised; the returned descriptor is new and has no other
+    // owner.
     unsafe {
         let fd = check(libc::signalfd(
             -1,
@@ -185,7 +187,7 @@ pub(crate) fn signal_fd(signals: &[c_int]) -> io::Result<OwnedFd> {
     }
 }
 
-/// Takes the number of one pending signal from a [`signal_fd`].
+/// Returns the number of one pending signal of a [`signal_fd`].
 pub(crate) fn next_signal(fd: BorrowedFd<'_>) -> Option<c_int> {
     // SAFETY: signalfd_siginfo is plain data for which all-zero is valid.
     let mut info: libc::signalfd_siginfo = unsafe { std::mem::zeroed() };
@@ -204,11 +206,11 @@ pub(crate) fn ignore_signal(signal: c_int) {
     unsafe { libc::signal(signal, libc::SIG_IGN) };
 }
 
-/// Gives every signal its default disposition and unblocks all of them.
+/// Resets every signal to its default disposition and unblocks all signals.
 pub(crate) fn reset_signals() {
     for signal in 1..=64 {
-        // SAFETY: SIG_DFL is always a valid disposition; signals that cannot
-        // be changed answer an error that does not matter.
+        // SAFETY: SIG_DFL is always a valid disposition; the error for signals that
+        // cannot be changed is ignored.
         unsafe { libc::signal(signal, libc::SIG_DFL) };
     }
     let set = empty_set();
@@ -216,7 +218,7 @@ pub(crate) fn reset_signals() {
     unsafe { libc::sigprocmask(libc::SIG_SETMASK, &raw const set, std::ptr::null_mut()) };
 }
 
-/// Closes every descriptor above the standard ones but those in `keep`, in a freshly
+/// Closes every descriptor above the standard ones, except those in `keep`, in a freshly
 /// forked process.
 pub(crate) fn close_all_but(keep: &[BorrowedFd<'_>]) {
     let numbers = keep
@@ -235,22 +237,22 @@ pub(crate) fn close_all_but(keep: &[BorrowedFd<'_>]) {
 }
 
 fn close_range(first: u32, last: u32) {
-    // SAFETY: the caller is a freshly forked process that owns nothing in this range
-    // and never runs destructors of the copies it inherited.
+    // SAFETY: the caller is a freshly forked process that owns nothing in this range and
+    // never runs destructors of the copies it inherited.
     unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
 }
 
-/// Makes `number` refer to what `fd` refers to, open across exec.
+/// Duplicates `fd` to the descriptor `number`, which stays open across exec.
 pub(crate) fn place(fd: BorrowedFd<'_>, number: c_int) -> io::Result<()> {
     if fd.as_raw_fd() == number {
         // SAFETY: plain fcntl on a live descriptor.
         return check(unsafe { libc::fcntl(number, libc::F_SETFD, 0) }).map(drop);
     }
-    // SAFETY: the caller gives up whatever `number` referred to.
+    // SAFETY: the caller does not use the previous file of `number` any more.
     check(unsafe { libc::dup2(fd.as_raw_fd(), number) }).map(drop)
 }
 
-/// Replaces the program. Returns only on failure.
+/// Executes a program. Returns only on failure.
 pub(crate) fn exec(path: &CString, argv: &[CString], env: &[CString]) -> io::Error {
     let pointers = |list: &[CString]| -> Vec<*const libc::c_char> {
         list.iter()
@@ -265,10 +267,10 @@ pub(crate) fn exec(path: &CString, argv: &[CString], env: &[CString]) -> io::Err
     io::Error::last_os_error()
 }
 
-/// Sets the supplementary groups, group and user of this process, for good.
+/// Sets the supplementary groups, group and user of this process irrevocably.
 pub(crate) fn set_user(uid: u32, gid: u32, groups: &[u32]) -> io::Result<()> {
-    // Raw system calls: the process has one thread, and libc's wrappers exist
-    // only to synchronise several.
+    // Raw system calls: the process has one thread, and libc's wrappers exist only to
+    // synchronise several.
     // SAFETY: pointer and length describe `groups`.
     check_long(unsafe { libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()) })?;
     // SAFETY: plain system call.
@@ -278,9 +280,9 @@ pub(crate) fn set_user(uid: u32, gid: u32, groups: &[u32]) -> io::Result<()> {
     Ok(())
 }
 
-/// Size of a block device in bytes (`BLKGETSIZE64`).
+/// Returns the size of a block device in bytes (`BLKGETSIZE64`).
 pub(crate) fn block_size(fd: BorrowedFd<'_>) -> io::Result<u64> {
-    /// `_IOR(0x12, 114, size_t)`, the same number on every 64-bit machine.
+    /// `_IOR(0x12, 114, size_t)`, which is the same number on every 64-bit machine.
     const BLKGETSIZE64: u32 = 0x8008_1272;
     let mut size = 0u64;
     // SAFETY: the ioctl writes one u64 to the address given.
@@ -364,7 +366,7 @@ pub(crate) fn set_mac(socket: BorrowedFd<'_>, name: &str, mac: [u8; 6]) -> io::R
     .map(drop)
 }
 
-/// A non-blocking vsock stream socket.
+/// Creates a non-blocking vsock stream socket.
 pub(crate) fn vsock_socket() -> io::Result<OwnedFd> {
     let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
     // SAFETY: plain system call; the descriptor returned is new.
@@ -399,7 +401,7 @@ pub(crate) fn vsock_listen(socket: BorrowedFd<'_>, port: u32) -> io::Result<()> 
     check(unsafe { libc::listen(fd, 1024) }).map(drop)
 }
 
-/// Starts connecting a vsock socket; `Ok(false)` means still in progress.
+/// Starts to connect a vsock socket; `Ok(false)` means that connecting is in progress.
 pub(crate) fn vsock_connect(socket: BorrowedFd<'_>, cid: u32, port: u32) -> io::Result<bool> {
     let address = vsock_address(cid, port);
     // SAFETY: the address is a sockaddr_vm and the length is its size.
@@ -417,15 +419,15 @@ pub(crate) fn vsock_connect(socket: BorrowedFd<'_>, cid: u32, port: u32) -> io::
     }
 }
 
-/// Accepts a connection, which neither blocks nor survives an exec. Returns it and how
-/// many bytes of `address` its peer's address takes.
+/// Accepts a connection, which is non-blocking and close-on-exec. Returns it and the
+/// length of the peer's address in `address`.
 pub(crate) fn accept(
     listener: BorrowedFd<'_>,
     address: &mut [u8; 128],
 ) -> io::Result<(OwnedFd, usize)> {
     let mut len: libc::socklen_t = 128;
-    // SAFETY: the pointers are to a buffer of `len` bytes, in which the kernel's
-    // layout needs no alignment, and to its length; the descriptor returned is new.
+    // SAFETY: the pointers are to a buffer of `len` bytes, in which the kernel's layout
+    // needs no alignment, and to its length; the returned descriptor is new.
     let socket = unsafe {
         OwnedFd::from_raw_fd(check(libc::accept4(
             listener.as_raw_fd(),
@@ -437,7 +439,7 @@ pub(crate) fn accept(
     Ok((socket, usize::try_from(len).map_or(0, |len| len.min(128))))
 }
 
-/// A non-blocking socket that receives the kernel's uevents.
+/// Creates a non-blocking socket that receives the kernel's uevents.
 pub(crate) fn uevent_socket() -> io::Result<OwnedFd> {
     let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
     // SAFETY: plain system call; the descriptor returned is new.

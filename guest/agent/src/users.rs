@@ -1,23 +1,22 @@
-//! Who a command runs as: `user[:group]` against the image's own files.
+//! Resolution of a command's user: `user[:group]` against the image's own files.
 //!
-//! The files are the image's, so they are data, not configuration: malformed
-//! lines are skipped, and nothing is looked up through NSS. The rules are
-//! Docker's (moby `user.GetExecUser`).
+//! The files belong to the image and are untrusted data: malformed lines are skipped, and
+//! NSS is not used. The rules are Docker's (moby `user.GetExecUser`).
 
 use thiserror::Error;
 
-/// What a process needs to know about its user.
+/// The attributes of a user that a process needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Account {
     pub(crate) uid: u32,
     pub(crate) gid: u32,
     /// Supplementary groups.
     pub(crate) groups: Vec<u32>,
-    /// Home directory; `/` when the image does not say.
+    /// Home directory; `/` if the image has none for the user.
     pub(crate) home: String,
 }
 
-/// Why a user or group could not be resolved.
+/// Failure to resolve a user or group.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub(crate) enum UserError {
     #[error("unable to find user {0}: no matching entries in passwd file")]
@@ -26,7 +25,7 @@ pub(crate) enum UserError {
     NoGroup(String),
 }
 
-/// Longest list of supplementary groups (`NGROUPS_MAX`).
+/// Maximum number of supplementary groups (`NGROUPS_MAX`).
 const MAX_GROUPS: usize = 65_536;
 
 fn fields(line: &[u8]) -> Option<Vec<&str>> {
@@ -80,12 +79,11 @@ fn find_group(spec: &str, group: &[u8]) -> Result<u32, UserError> {
         .map_err(|_| UserError::NoGroup(spec.to_owned()))
 }
 
-/// Resolves `spec` (`user`, `user:group`, `:group` or empty for root) and the
-/// additional groups `extra` against the contents of the image's `/etc/passwd`
-/// and `/etc/group`.
+/// Resolves `spec` (`user`, `user:group`, `:group` or empty for root) and the additional
+/// groups `extra` against the contents of the image's `/etc/passwd` and `/etc/group`.
 ///
-/// Names win over numbers that look the same. A numeric user or group need not
-/// have an entry. Naming a group drops the user's supplementary groups.
+/// Names take precedence over equal numbers. A numeric user or group need not have an
+/// entry. If a group is named, the user's supplementary groups are dropped.
 pub(crate) fn resolve(
     spec: &str,
     extra: &[String],
@@ -178,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_found_is_named() {
+    fn unknown_users_and_groups_are_named() {
         let fail = |spec, extra: &[String]| resolve(spec, extra, PASSWD, GROUP).unwrap_err();
         assert_eq!(fail("bad", &[]), UserError::NoUser("bad".into()));
         assert_eq!(fail("-1", &[]), UserError::NoUser("-1".into()));

@@ -1,8 +1,8 @@
-//! Requests whose answer comes later, and the deadlines of that.
+//! Deadlines of requests that are answered later.
 //!
-//! A deadline cannot be taken back from the reactor. It carries a number instead, so
-//! that one that was set for an earlier request means nothing to a later one of the
-//! same kind: a freeze that ended in time must not end the next.
+//! The reactor cannot cancel a deadline. Each deadline therefore has a number, so that a
+//! deadline of a completed request is not mistaken for that of a later request of the
+//! same kind.
 
 use std::time::{Duration, Instant};
 
@@ -18,21 +18,21 @@ pub(crate) struct Waiting {
 }
 
 impl Waiting {
-    /// Whether the deadline that passed is this one's.
+    /// Returns true if `passed` is the deadline of this request.
     pub(crate) fn is_due(&self, passed: Token) -> bool {
         self.token == passed
     }
 }
 
-/// Numbers requests.
+/// Assigns numbers to deadlines.
 #[derive(Debug, Default)]
 pub(crate) struct Deadlines {
     last: u32,
 }
 
 impl Deadlines {
-    /// Notes that `key` waits, at most `limit`: then there is an event for `part` of
-    /// `class`.
+    /// Records that `key` waits for an answer. After `limit`, an event for `part` of
+    /// `class` is delivered.
     pub(crate) fn wait(
         &mut self,
         reactor: &mut Reactor,
@@ -58,7 +58,7 @@ mod tests {
     use crate::reactor::Event;
 
     #[test]
-    fn the_deadline_of_an_earlier_request_is_not_a_later_ones() {
+    fn deadlines_of_earlier_requests_are_distinguished() {
         let mut reactor = Reactor::new().unwrap();
         let mut deadlines = Deadlines::default();
         let key = Key {

@@ -10,35 +10,36 @@ use sm_guest_proto::frame::{
 use crate::reactor::Watched;
 use crate::sending::{Refusal, send_bytes};
 
-/// Scratch bytes that [`Framed::send_bulk`] works in: room for a header and
-/// one bulk payload. One such buffer serves every connection.
+/// Size of the scratch buffer for [`Framed::send_bulk`]: a header and one bulk payload.
+/// One buffer serves all connections.
 pub(crate) const SCRATCH_LEN: usize = HEADER_LEN + BULK_PAYLOAD;
 
-/// What reading found.
+/// Result of reading.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Filled {
     /// Bytes arrived.
     Some,
-    /// Nothing there now.
+    /// No bytes are available now.
     Nothing,
     /// The peer closed, or the connection was reset.
     Closed,
 }
 
-/// A framed connection. Output that the socket does not take at once is kept
-/// here; callers produce no more until [`Framed::is_flushed`].
+/// A framed connection. It buffers output that the socket does not accept immediately;
+/// callers produce no more output until [`Framed::is_flushed`].
 #[derive(Debug)]
 pub(crate) struct Framed {
     pub(crate) socket: Watched,
     pub(crate) decoder: FrameDecoder,
-    /// Whole frames; those before `sent` may be partly or wholly with the peer.
+    /// Complete frames; the bytes before `sent` have been passed to the socket.
     out: Vec<u8>,
     sent: usize,
     broken: bool,
 }
 
 impl Framed {
-    /// `limit` says how much of each type of frame is taken, in bytes.
+    /// Creates a connection; `limit` returns the maximum payload for each frame type in
+    /// bytes.
     pub(crate) fn new(socket: OwnedFd, limit: fn(FrameType) -> usize) -> Self {
         Self {
             socket: Watched::new(socket),
@@ -49,7 +50,7 @@ impl Framed {
         }
     }
 
-    /// Reads once, into the decoder.
+    /// Reads once into the decoder.
     pub(crate) fn fill(&mut self, scratch: &mut [u8]) -> Filled {
         match recv(&self.socket, &mut *scratch, RecvFlags::DONTWAIT) {
             Ok((0, _)) => Filled::Closed,
@@ -62,18 +63,18 @@ impl Framed {
         }
     }
 
-    /// Whether all output has been taken by the socket.
+    /// Returns true if the socket has accepted all output.
     pub(crate) fn is_flushed(&self) -> bool {
         self.out.is_empty()
     }
 
-    /// Whether sending failed for good.
+    /// Returns true if sending has failed permanently.
     pub(crate) fn is_broken(&self) -> bool {
         self.broken
     }
 
-    /// Sends a small frame. A payload over the protocol's limit is dropped and
-    /// breaks the connection; no caller makes one.
+    /// Sends a small frame. A payload that exceeds the protocol's limit, which no caller
+    /// creates, is dropped and breaks the connection.
     pub(crate) fn send(&mut self, kind: FrameType, payload: &[u8]) {
         if encode(kind, payload, &mut self.out).is_err() {
             self.broken = true;
@@ -81,8 +82,8 @@ impl Framed {
         self.flush();
     }
 
-    /// Sends `scratch[HEADER_LEN..HEADER_LEN + len]` as one frame; the header
-    /// goes into the room before it, so that one `send` takes both.
+    /// Sends `scratch[HEADER_LEN..HEADER_LEN + len]` as one frame. The header is written
+    /// before it, so that one `send` takes both.
     pub(crate) fn send_bulk(&mut self, kind: FrameType, scratch: &mut [u8], len: usize) {
         let header = FrameHeader { kind, len }.encode();
         let (Ok(header), Some(frame)) = (header, scratch.get_mut(..HEADER_LEN + len)) else {
@@ -102,7 +103,7 @@ impl Framed {
         }
     }
 
-    /// Gives the socket as much pending output as it takes.
+    /// Passes as much pending output to the socket as it accepts.
     pub(crate) fn flush(&mut self) {
         let out = std::mem::take(&mut self.out);
         self.sent += self.send_some(&out, self.sent);
@@ -110,7 +111,7 @@ impl Framed {
             self.out = out;
         } else {
             self.sent = 0;
-            // A buffer that held a bulk frame is not worth keeping.
+            // A buffer that held a bulk frame is released.
             if out.capacity() <= 4096 {
                 self.out = out;
                 self.out.clear();
@@ -129,8 +130,8 @@ impl Framed {
         count
     }
 
-    /// Frames not wholly taken by the socket, from the start of the first of
-    /// them: what a connection that replaces this one must send first.
+    /// Returns frames that the socket has not accepted completely, from the start of the
+    /// first one. A connection that replaces this one must send them first.
     pub(crate) fn unsent(&self) -> Vec<u8> {
         let mut start = 0;
         while let Some(rest) = self.out.get(start..)
@@ -143,7 +144,7 @@ impl Framed {
         self.out.get(start..).unwrap_or_default().to_vec()
     }
 
-    /// Appends frames taken from another connection by [`Framed::unsent`].
+    /// Appends frames of another connection, returned by [`Framed::unsent`].
     pub(crate) fn resend(&mut self, frames: &[u8]) {
         self.out.extend_from_slice(frames);
         self.flush();

@@ -1,11 +1,10 @@
 //! The workload: its namespaces, its init, and starting commands in it.
 //!
-//! Attaching the root file system forks the workload's *init* into a PID
-//! namespace of its own ([`crate::init`]). It assembles the root in its own
-//! mount namespace and then waits, reaping orphans. Commands join these
-//! namespaces by descriptor and stay children of the agent. The main command is
-//! started by init *becoming* it: it is PID 1, `/proc` shows only workload
-//! processes, and its end is the end of all of them, as in a container. A VM
+//! Attaching the root file system forks the workload's *init* into a PID namespace of its
+//! own ([`crate::init`]). It assembles the root in its own mount namespace, then waits
+//! and reaps orphans. Commands join these namespaces by descriptor and remain children of
+//! the agent. To start the main command, init *becomes* it: it is then PID 1, `/proc`
+//! shows only workload processes, and its exit ends all of them, as in a container. A VM
 //! that never gets a main command keeps the waiting init.
 
 use std::fs::File;
@@ -50,21 +49,21 @@ impl Namespaces {
     }
 }
 
-/// How far the workload has come.
+/// Stages of the workload.
 #[derive(Debug, Default)]
 enum State {
-    /// No root file system yet.
+    /// No root file system is attached.
     #[default]
     Empty,
     /// Init is assembling the root.
     Attaching,
     /// Commands can be started.
     Ready(Namespaces),
-    /// The namespace has ended, with its main command.
+    /// The namespace has ended with its main command.
     Ended,
 }
 
-/// See the module text.
+/// The workload; see the module documentation.
 #[derive(Debug)]
 pub(crate) struct Workload {
     state: State,
@@ -76,14 +75,14 @@ pub(crate) struct Workload {
     directory: PathBuf,
 }
 
-/// What init said about the root file system.
+/// Message of init about the root file system.
 #[derive(Debug)]
 pub(crate) enum Attached {
-    /// Nothing yet.
+    /// No message has arrived yet.
     Pending,
-    /// It is mounted, with the file that its machine ID is to be written to.
+    /// The root is mounted. The file is the one that its machine ID must be written to.
     Done(Option<OwnedFd>),
-    /// It is not; why.
+    /// The root is not mounted, for this reason.
     Failed(String),
 }
 
@@ -99,33 +98,33 @@ impl Workload {
         })
     }
 
-    /// The session of the main command, once there is one.
+    /// Returns the session of the main command, if there is one.
     pub(crate) fn main(&self) -> Option<Key> {
         self.main
     }
 
-    /// Forgets the main command's session, which is over.
+    /// Removes the reference to the main command's session, which has ended.
     pub(crate) fn forget_main(&mut self) {
         self.main = None;
     }
 
-    /// The process that is PID 1 of the workload.
+    /// Returns PID 1 of the workload.
     pub(crate) fn init(&self) -> Option<Pid> {
         self.init
     }
 
-    /// The root directory that processes of the workload have, while there are any.
+    /// Returns the root directory of the workload's processes, if there are any.
     pub(crate) fn root(&self) -> Option<PathBuf> {
         let init = self.init?.as_raw_nonzero();
         matches!(self.state, State::Ready(_)).then(|| format!("/proc/{init}/root").into())
     }
 
-    /// Whether a root file system is attached or being attached.
+    /// Returns true if a root file system is attached or being attached.
     pub(crate) fn exists(&self) -> bool {
         !matches!(self.state, State::Empty)
     }
 
-    /// Where the devpts instance of the workload is mounted in the agent's view.
+    /// Returns the mount point of the workload's devpts instance in the agent's view.
     pub(crate) fn devpts(&self) -> PathBuf {
         self.directory.join("pts")
     }
@@ -160,13 +159,13 @@ impl Workload {
         Ok(())
     }
 
-    /// Reads what init said.
+    /// Reads a message of init.
     pub(crate) fn attach_progress(&mut self, reactor: &Reactor) -> Attached {
         let Some(channel) = &mut self.channel else {
             return Attached::Pending;
         };
         if !matches!(self.state, State::Attaching) {
-            // Nothing is expected any more; init's end arrives by SIGCHLD.
+            // No message is expected any more; init's exit is reported by SIGCHLD.
             let token = Token::single(Class::Workload, part::CHANNEL);
             let _ = channel.set(reactor, token, Ready::empty());
             return Attached::Pending;
@@ -201,7 +200,7 @@ impl Workload {
         Attached::Failed(failure)
     }
 
-    /// Gives up on attaching; it can be tried again.
+    /// Cancels attaching, which can then be tried again.
     pub(crate) fn abandon(&mut self, reactor: &Reactor) {
         if let Some(channel) = self.channel.take() {
             channel.retire(reactor);
@@ -214,7 +213,7 @@ impl Workload {
 
     // ---- commands ----
 
-    /// Whether commands can be started; a sentence when not.
+    /// Checks that commands can be started; the error is a sentence.
     pub(crate) fn check_ready(&self) -> Result<(), &'static str> {
         match self.state {
             State::Ready(_) => Ok(()),
@@ -223,16 +222,16 @@ impl Workload {
         }
     }
 
-    /// PID 1 of the workload's namespace has ended, or is ending: it has given its memory
-    /// back, which is what Linux does first.
+    /// Returns true if PID 1 of the workload's namespace has exited or is exiting. An
+    /// exiting process has released its memory, which is the first step in Linux.
     pub(crate) fn init_ends(&self) -> bool {
         let program = |pid: Pid| std::fs::read_link(format!("/proc/{}/exe", pid.as_raw_nonzero()));
         self.init.is_none_or(|pid| program(pid).is_err())
     }
 
-    /// Starts a command next to the workload's main command. It is a child of
-    /// the agent inside the workload's namespaces and `cgroup`, there in the group that
-    /// the workload's PID 1 is in.
+    /// Starts a command beside the workload's main command. It is a child of the agent
+    /// inside the workload's namespaces and `cgroup`, in the group that contains the
+    /// workload's PID 1.
     pub(crate) fn spawn(
         &self,
         launch: &Launch,
@@ -243,8 +242,8 @@ impl Workload {
         let State::Ready(namespaces) = &self.state else {
             return Err(io::ErrorKind::NotConnected.into());
         };
-        // A process cannot change its own PID namespace, only that of children
-        // to come: enter it, fork, and return.
+        // A process can change the PID namespace of its future children only: enter it,
+        // fork, and return.
         sys::setns(namespaces.pids.as_fd(), sys::NEW_PIDS)?;
         let forked = fork_into(cgroup, self.init);
         if let Ok(Fork::Child) = forked {
@@ -284,15 +283,15 @@ impl Workload {
         Ok(init)
     }
 
-    /// Tells a waiting init to end once it has no children left.
+    /// Lets a waiting init exit once it has no children left.
     pub(crate) fn release_init(&mut self, reactor: &Reactor) {
         if let Some(channel) = self.channel.take() {
             channel.retire(reactor);
         }
     }
 
-    /// Takes note that `pid` was reaped. Returns whether it was init, in which
-    /// case every process of the workload is gone.
+    /// Records that `pid` was reaped. Returns true if it was init, in which case no
+    /// process of the workload exists any more.
     pub(crate) fn reaped(&mut self, pid: Pid, reactor: &Reactor) -> bool {
         if self.init != Some(pid) {
             return false;
@@ -307,7 +306,7 @@ impl Workload {
         true
     }
 
-    /// Whether a reaped init was still assembling the root.
+    /// Returns true while init is assembling the root.
     pub(crate) fn attaching(&self) -> bool {
         matches!(self.state, State::Attaching)
     }
@@ -325,17 +324,19 @@ fn only_descriptor(message: RecvAncillaryMessage<'_>) -> Option<OwnedFd> {
     }
 }
 
-/// Changes of PID 1's group that are followed while a command is started.
+/// Maximum number of attempts to follow PID 1 to another group while a command is
+/// started.
 const GROUP_CHANGES: u32 = 8;
 
-/// Forks into the group that `init` is in, or into `cgroup` where that takes none.
+/// Forks into the group that contains `init`, or into `cgroup` if that group accepts
+/// none.
 ///
-/// Docker has it the other way round (runc's `setnsProcess`). A process that is started
-/// in the topmost group when systemd has left it, but has not turned controllers on yet,
-/// keeps systemd from doing so for as long as it runs; and a group that has controllers
-/// on takes no processes. The group that PID 1 is in is in nobody's way.
+/// Docker prefers the opposite order (runc's `setnsProcess`). A process started in the
+/// topmost group after systemd has left it, but before it enables controllers, prevents
+/// systemd from enabling them as long as it runs; and a group that has enabled
+/// controllers accepts no processes. The group of PID 1 avoids both.
 fn fork_into(cgroup: &Cgroup, init: Option<Pid>) -> io::Result<Fork> {
-    // It has controllers or threads below, or is gone.
+    // The group has controllers enabled or threads below it, or has been removed.
     const NOT_THERE: [i32; 4] = [libc::EBUSY, libc::EOPNOTSUPP, libc::ENODEV, libc::ENOENT];
     for _ in 0..GROUP_CHANGES {
         let Some(group) = init.and_then(|init| cgroup.of(init).ok()) else {
@@ -375,6 +376,6 @@ pub(crate) fn fork_agent(
     namespaces: std::ffi::c_int,
     cgroup: Option<BorrowedFd<'_>>,
 ) -> io::Result<Fork> {
-    // SAFETY: the agent never starts a thread (see the crate's text).
+    // SAFETY: the agent never starts a thread (see the crate's documentation).
     unsafe { sys::fork(namespaces, cgroup) }
 }

@@ -1,4 +1,4 @@
-//! Connections of the host that ask for what the agent itself does.
+//! Control connections: dispatch of requests and answers.
 
 use sm_guest_proto::control::{ControlReply, ControlRequest};
 
@@ -10,7 +10,7 @@ use crate::reactor::Ready;
 use crate::slab::Key;
 
 impl Agent {
-    /// Logs what happens when, if asked for by `sm.debug` on the command line.
+    /// Logs a trace line if `sm.debug` is on the kernel's command line.
     pub(crate) fn trace(&self, text: impl FnOnce() -> String) {
         if self.facts.debug {
             log::line(6, &format!("{} us: {}", uptime_us(), text()));
@@ -46,7 +46,7 @@ impl Agent {
         }
     }
 
-    /// Answers a request that was put off, and goes on with the next.
+    /// Answers a request whose answer was deferred, and continues with the next one.
     pub(crate) fn answer(&mut self, key: Option<Key>, reply: &ControlReply) {
         if let Some(key) = key {
             self.answer_now(key, reply);
@@ -72,7 +72,7 @@ impl Agent {
     }
 }
 
-/// The request without its contents, which may be secret (entropy).
+/// Returns the name of a request without its contents, which may be secret (entropy).
 fn request_name(request: &ControlRequest) -> &'static str {
     match request {
         ControlRequest::Hello(_) => "hello",

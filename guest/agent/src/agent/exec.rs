@@ -1,4 +1,4 @@
-//! Commands: starting them, and what their connections ask.
+//! Commands: starting them, and requests on their connections.
 
 use std::io;
 
@@ -35,7 +35,7 @@ impl Agent {
                 Ask::AttachMain => return self.attach_main(key),
                 Ask::Signal { pid, signal } => return self.signal_command(key, pid, signal),
             }
-            // Frames that came right behind the request.
+            // Process frames that arrived together with the request.
             let Some(session) = self.sessions.get_mut(key) else {
                 return;
             };
@@ -43,7 +43,7 @@ impl Agent {
         }
     }
 
-    /// Signals the command `pid` for the session `key`, and answers it.
+    /// Signals the command `pid` on behalf of session `key`, and answers the session.
     pub(super) fn signal_command(&mut self, key: Key, pid: u32, signal: u8) {
         let found = self
             .sessions

@@ -1,4 +1,4 @@
-//! Powering off in order: processes, output, connections, disks.
+//! Orderly power-off: processes, output, connections, disks.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -19,23 +19,23 @@ mod part {
     pub(super) const LINGER: u8 = 2;
 }
 
-/// How long clients may take to accept the rest of their output.
+/// Timeout for clients to accept the rest of their output.
 const FLUSH_DEADLINE: Duration = Duration::from_millis(1000);
 
-/// How long the host may take to close its connections after the answer. The
-/// answer is then with it, not in a queue of this guest.
+/// Timeout for the host to close its connections after the answer, which means that it
+/// has received the answer.
 const LINGER_DEADLINE: Duration = Duration::from_millis(50);
 
 const SIGTERM: u8 = 15;
 
-/// `SIGRTMIN+3` of glibc, which starts at 34. systemd halts the system on it
-/// (systemd(1), "SIGNALS").
+/// `SIGRTMIN+3` in glibc's numbering, where SIGRTMIN is 34. systemd halts the system on
+/// it (systemd(1), "SIGNALS").
 const HALT: u8 = 37;
 
-/// The signal that ends `pid`, where `signal` is meant to.
+/// Returns the signal that ends `pid`, for a request to end it by `signal`.
 pub(crate) fn stop_signal(pid: Pid, signal: u8) -> u8 {
-    // Reading the link opens nothing. Elsewhere, SIGTERM and the others are what they
-    // are everywhere; systemd takes SIGTERM for the wish to re-execute itself.
+    // Reading the link opens no file. systemd re-executes itself on SIGTERM; for every
+    // other program the signal is unchanged.
     let program = std::fs::read_link(format!("/proc/{}/exe", pid.as_raw_nonzero()));
     match program {
         Ok(path) if signal == SIGTERM && is_systemd(&path) => HALT,
@@ -44,23 +44,23 @@ pub(crate) fn stop_signal(pid: Pid, signal: u8) -> u8 {
 }
 
 fn is_systemd(program: &Path) -> bool {
-    // After an upgrade the running program's file is gone.
+    // The running program's file is unlinked after an upgrade.
     let name = program.file_name().map(|name| name.as_encoded_bytes());
     matches!(name, Some(b"systemd" | b"systemd (deleted)"))
 }
 
-/// Longest grace period honoured.
+/// Maximum grace period.
 const MAX_GRACE: Duration = Duration::from_secs(3600);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Stage {
-    /// Processes have been asked to end.
+    /// Processes have been sent SIGTERM.
     Terminating,
-    /// Processes are gone; their last output goes to the clients.
+    /// All processes have exited; their last output is sent to clients.
     Flushing,
-    /// The answer is sent.
+    /// The answer has been sent.
     Lingering,
-    /// Nothing is left to wait for.
+    /// The power-off is complete.
     Complete,
 }
 
@@ -72,14 +72,14 @@ pub(crate) struct PowerOff {
 }
 
 impl PowerOff {
-    /// Whether the machine can be switched off.
+    /// Returns true if the machine can be powered off.
     pub(crate) fn is_complete(&self) -> bool {
         self.stage == Stage::Complete
     }
 }
 
 impl Agent {
-    /// Begins: SIGTERM for every process, SIGKILL after `grace`.
+    /// Starts the power-off: SIGTERM for every process, SIGKILL after `grace`.
     pub(crate) fn begin_power_off(&mut self, key: Key, grace: Duration) {
         if self.power.is_some() {
             return;
@@ -89,7 +89,7 @@ impl Agent {
             stage: Stage::Terminating,
         });
         log::note_failure("thaw", self.cgroup.freeze(false));
-        // An init that is only waiting is told through its channel.
+        // The agent asks an init without a main command to exit by closing its channel.
         let waiting = self
             .workload
             .main()
@@ -98,7 +98,7 @@ impl Agent {
             .flatten();
         let init = self.workload.init();
         let system = init.filter(|pid| stop_signal(*pid, SIGTERM) != SIGTERM);
-        // An init system ends its services itself, in their order.
+        // An init system stops its services itself, in its own order.
         let processes = match system {
             Some(_) => self.running.keys().copied().collect(),
             None => self.cgroup.processes(),
@@ -131,7 +131,7 @@ impl Agent {
         }
     }
 
-    /// Goes as far as it can.
+    /// Advances as far as possible.
     pub(crate) fn check_power(&mut self) {
         if self.stage() == Stage::Terminating {
             let running = !self.running.is_empty();
@@ -145,8 +145,8 @@ impl Agent {
                     false
                 }
             };
-            // A process leaves its cgroup before it is reaped; wait for both,
-            // so that every exit status has been reported.
+            // A process leaves its cgroup before it is reaped. Wait for both, so that
+            // every exit status has been reported.
             if !populated && !running && self.workload.init().is_none() {
                 self.cgroup.stop_watching(&self.reactor);
                 self.advance(Stage::Flushing);
@@ -173,7 +173,7 @@ impl Agent {
         self.answer(key, &ControlReply::Done);
     }
 
-    /// A deadline of the power-off passed.
+    /// Handles an expired deadline of the power-off.
     pub(crate) fn power_deadline(&mut self, which: u8) {
         match (which, self.stage()) {
             (part::GRACE, Stage::Terminating) => {

@@ -1,4 +1,4 @@
-//! Preparing the guest for a snapshot.
+//! Preparation of the guest for a snapshot.
 
 use std::fs;
 use std::io;
@@ -13,16 +13,16 @@ use crate::slab::Key;
 use crate::sys::{self, Fork};
 use crate::workload;
 
-/// How long writing data back may take.
+/// Timeout for writing data back.
 const DEADLINE: Duration = Duration::from_secs(30);
 
 impl Agent {
-    /// Begins to write data back, in a child: it may take as long as a device does,
-    /// and this process serves others meanwhile.
+    /// Starts to write data back in a child process, because it may block on a device
+    /// while this process must serve others.
     pub(crate) fn begin_prepare(&mut self, key: Key) -> io::Result<()> {
         match workload::fork_agent(0, None)? {
             Fork::Child => {
-                // Connections that end meanwhile must not stay open here.
+                // The child must not hold open connections that the parent closes.
                 let keep: Vec<_> = log::descriptor().into_iter().collect();
                 sys::close_all_but(&keep);
                 prepare_snapshot();
@@ -36,7 +36,7 @@ impl Agent {
         }
     }
 
-    /// Answers when the child has ended.
+    /// Answers the request when the child has exited.
     pub(crate) fn check_prepared(&mut self, reaped: &sys::Reaped) {
         if let Some((waiting, _)) = self.preparing.take_if(|(_, pid)| *pid == reaped.pid) {
             let reply = match reaped.status {
@@ -50,10 +50,10 @@ impl Agent {
     }
 }
 
-/// Writes dirty data back. Caches are dropped only where dropping makes the
-/// snapshot smaller: Linux leaves the contents of freed pages in place, so
-/// without `init_on_free=1` they would be captured all the same, and every
-/// clone would read the files again.
+/// Writes dirty data back. Caches are dropped only if that makes the snapshot smaller:
+/// without `init_on_free=1` Linux leaves the contents of freed pages in place, so that
+/// the pages would be captured in any case, and every clone would have to read the files
+/// again.
 fn prepare_snapshot() {
     rustix::fs::sync();
     let command_line = fs::read_to_string("/proc/cmdline").unwrap_or_default();

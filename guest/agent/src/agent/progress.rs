@@ -1,4 +1,4 @@
-//! Requests that wait for something in the guest, and their deadlines.
+//! Requests whose answer depends on an event in the guest, and their deadlines.
 
 use std::io;
 use std::time::Duration;
@@ -13,13 +13,13 @@ use crate::waiting::Waiting;
 use crate::workload::Attached;
 use crate::{control, log, part, sys};
 
-/// The time that assembling the root may take.
+/// Timeout for assembling the root.
 const ATTACH_DEADLINE: Duration = Duration::from_secs(30);
-/// The time that freezing may take.
+/// Timeout for freezing.
 const FREEZE_DEADLINE: Duration = Duration::from_secs(5);
 
 impl Agent {
-    /// Notes that connection `key` waits for a part of the workload's progress.
+    /// Records that connection `key` waits for the workload event `part`.
     pub(crate) fn await_workload(&mut self, part: u8, key: Key, limit: Duration) -> Waiting {
         self.deadlines
             .wait(&mut self.reactor, Class::Workload, part, key, limit)
@@ -67,7 +67,7 @@ impl Agent {
                 &late("stopping the workload's processes"),
             );
         } else if let Some((waiting, _)) = self.preparing.take_if(|(w, _)| w.is_due(passed)) {
-            // The child cannot be ended while it waits for a device; it does no harm.
+            // The child cannot be killed while it blocks on a device; it does no harm.
             self.answer(Some(waiting.key), &late("writing data back"));
         } else if let Some((waiting, pid, _)) = self.reporting.take_if(|(w, ..)| w.is_due(passed)) {
             let _ = sys::kill(pid, 9);
@@ -75,14 +75,15 @@ impl Agent {
         }
     }
 
-    /// Begins to freeze; the answer comes when every process has stopped.
+    /// Starts to freeze; the answer is sent once every process is frozen.
     pub(crate) fn begin_freeze(&mut self, key: Key) -> io::Result<()> {
         self.cgroup.freeze(true)?;
         self.freezing = Some(self.await_workload(part::FREEZE, key, FREEZE_DEADLINE));
         Ok(())
     }
 
-    /// The answer to a freeze. A workload that nobody says is frozen goes on.
+    /// Returns the answer to a freeze. A workload that cannot be confirmed as frozen is
+    /// thawed.
     pub(crate) fn frozen(&mut self, result: io::Result<Events>) -> ControlReply {
         match result {
             Ok(_) => ControlReply::Done,
@@ -112,7 +113,7 @@ impl Agent {
         }
     }
 
-    /// Looks for a new VM generation ID in what the kernel logged.
+    /// Searches the kernel log for a new VM generation ID.
     pub(crate) fn check_vmgenid(&mut self) {
         if let Some(kernel_log) = &mut self.kernel_log {
             self.vmgenid_seen |= kernel_log.vm_fork_seen();
@@ -122,8 +123,8 @@ impl Agent {
         }
     }
 
-    /// Answers a refresh that waits for the VM generation ID; if a deadline has
-    /// passed, only the one that it was set for.
+    /// Answers a refresh that waits for the VM generation ID. If `passed` is an expired
+    /// deadline, only the refresh that it was set for is answered.
     pub(super) fn finish_refresh(&mut self, passed: Option<Token>) {
         let due = |waiting: &mut Waiting| passed.is_none_or(|token| waiting.is_due(token));
         if let Some(waiting) = self.refreshing.take_if(due) {

@@ -1,8 +1,8 @@
-//! Reporting what the workload's own processes would find of its identity.
+//! Identity reports: the guest's identity as the workload's own processes see it.
 //!
-//! These are files of the workload's tree, which it may have put on a file system that
-//! does not answer: one of its own processes serves it, or a machine that is gone. A
-//! child reads them, and PID 1 serves others meanwhile.
+//! The report reads files in the workload's tree, which may be on a file system that does
+//! not respond: a process of the workload or a remote machine may serve it. A child
+//! process reads them, so that PID 1 can serve others.
 
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _, Write as _};
@@ -17,22 +17,23 @@ use crate::slab::Key;
 use crate::sys::{self, Fork};
 use crate::workload;
 
-/// Limit on the time of reading.
+/// Timeout for reading.
 const DEADLINE: Duration = Duration::from_secs(10);
 
-/// Most that a child may write, in bytes: four files of [`crate::root::MAX_ID`] bytes as JSON,
-/// with six bytes for each. The host takes messages of 64 KiB.
+/// Maximum number of bytes that the child writes: four files of [`crate::root::MAX_ID`]
+/// bytes as JSON, with up to six characters per byte. The host accepts messages of 64
+/// KiB.
 const MAX_REPORT: u64 = 16 << 10;
 
 impl Agent {
-    /// Begins to read, in a child outside the workload's cgroup: it is also asked for
-    /// while the workload is frozen.
+    /// Starts to read, in a child outside the workload's cgroup, because reports are also
+    /// requested while the workload is frozen.
     pub(crate) fn begin_report(&mut self, key: Key) -> io::Result<()> {
         let flags = rustix::fs::MemfdFlags::CLOEXEC;
         let mut file = File::from(rustix::fs::memfd_create("report", flags)?);
         match workload::fork_agent(0, None)? {
             Fork::Child => {
-                // Connections that end meanwhile must not stay open here.
+                // The child must not hold open connections that the parent closes.
                 sys::close_all_but(&[file.as_fd()]);
                 let reply = match self.identity.evidence(self.workload.root()) {
                     Ok(evidence) => ControlReply::Evidence(evidence),
@@ -51,7 +52,7 @@ impl Agent {
         }
     }
 
-    /// Answers when the child has ended.
+    /// Answers the request when the child has exited.
     pub(crate) fn check_reported(&mut self, reaped: &sys::Reaped) {
         if let Some((waiting, _, file)) = self.reporting.take_if(|(_, pid, _)| *pid == reaped.pid) {
             let reply = read_report(file).unwrap_or_else(|error| ControlReply::Error {

@@ -1,4 +1,4 @@
-//! What each control request does.
+//! Control requests and their handlers.
 
 use std::fs;
 use std::path::Path;
@@ -27,7 +27,7 @@ fn done_or(what: &str, result: std::io::Result<()>) -> ControlReply {
 }
 
 impl Agent {
-    /// Performs a request of connection `key`. `None` when the answer comes
+    /// Performs a request of connection `key`. Returns `None` if the answer is sent
     /// later.
     pub(crate) fn perform(&mut self, key: Key, request: ControlRequest) -> Option<ControlReply> {
         Some(match request {
@@ -51,7 +51,7 @@ impl Agent {
         if let Err(error) = self.identity.refresh(refresh) {
             return Some(failed(error));
         }
-        // Earlier counts are another VM's, if this is a clone.
+        // If this guest is a clone, earlier counts belong to another VM.
         self.cgroup.forget_oom_kills();
         self.exec_oom_kills = 0;
         self.check_vmgenid();
@@ -63,7 +63,7 @@ impl Agent {
         Some(self.refreshed())
     }
 
-    /// The answer to a refresh. Seeing a generation ID counts once.
+    /// Returns the answer to a refresh, and resets the flag for the generation ID.
     pub(crate) fn refreshed(&mut self) -> ControlReply {
         ControlReply::Refreshed(Refreshed {
             realtime_ns: identity::realtime_ns(),
@@ -147,7 +147,7 @@ impl Agent {
     }
 }
 
-/// The instance that the workload's terminals live in.
+/// Mounts the devpts instance for the workload's terminals.
 fn mount_devpts(target: &Path) -> std::io::Result<()> {
     if target.join("ptmx").exists() {
         return Ok(());

@@ -1,4 +1,4 @@
-//! Figures about the guest.
+//! Usage figures of the guest.
 
 use std::fs;
 
@@ -8,7 +8,7 @@ use super::Agent;
 use crate::cgroup::field;
 
 impl Agent {
-    /// The answer to STATS.
+    /// Returns the answer to STATS.
     pub(crate) fn stats(&mut self) -> GuestStats {
         let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();
         let waiting = usize::from(self.workload.init().is_some() && self.workload.main().is_none());

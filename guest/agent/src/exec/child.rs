@@ -1,13 +1,13 @@
-//! What happens in the new process between fork and exec.
+//! Code that runs in a new process between fork and exec.
 //!
-//! Everything that touches the image's files or can block on them happens
-//! here, never in the agent: a FIFO called `/etc/passwd` or a dead FUSE mount
-//! hangs the one command that asked for it. The process is single-threaded, so
-//! ordinary code (allocation included) is fine after the fork.
+//! All access to the image's files, which may block, happens here and never in the agent:
+//! a FIFO called `/etc/passwd` or a dead FUSE mount blocks only the command that accessed
+//! it. The process is single-threaded, so ordinary code (including allocation) is
+//! permitted after the fork.
 //!
-//! The outcome goes through the *status pipe*: first the process's own PID as
-//! the workload sees it (`u32` LE), then nothing when the program runs (the
-//! pipe closes on exec), or a status byte and a sentence.
+//! The result is written to the *status pipe*: first the process's own PID in the
+//! workload's namespace (`u32` LE), then nothing if the program runs (exec closes the
+//! pipe), or a status byte and a sentence.
 
 use std::convert::Infallible;
 use std::ffi::CString;
@@ -28,14 +28,14 @@ use super::{Launch, LaunchError};
 use crate::sys;
 use crate::users::{Account, resolve};
 
-/// Largest `/etc/passwd` or `/etc/group` read, in bytes.
+/// Maximum size of `/etc/passwd` and `/etc/group` in bytes.
 const MAX_ACCOUNT_FILE: u64 = 4 << 20;
 
-/// Soft and hard limit of open files of a command that asks for none, as
-/// systemd and Docker set them. The agent's own is not for its children.
+/// Soft and hard limit of open files for a command that requests none, as in systemd and
+/// Docker. The agent's own limit must not be inherited.
 const OPEN_FILES: (u64, u64) = (1024, 524_288);
 
-/// Turns this process into the command.
+/// Executes the command in this process.
 pub(crate) fn become_command(launch: &Launch, ends: &ChildEnds, status: OwnedFd) -> ! {
     let mut status = Some(File::from(status));
     let pid = rustix::process::getpid().as_raw_nonzero().get();
@@ -53,7 +53,7 @@ fn report(status: &mut Option<File>, error: &LaunchError) {
     };
     let mut bytes = vec![error.status];
     bytes.extend_from_slice(error.message.as_bytes());
-    // One write below PIPE_BUF is atomic; a longer sentence is cut.
+    // One write below PIPE_BUF is atomic, so a longer sentence is truncated.
     bytes.truncate(4000);
     let _ = status.write_all(&bytes);
 }
@@ -85,8 +85,8 @@ fn prepare_and_exec(
         set_limit(limit)?;
     }
     let env = environment(request, &account);
-    // The command is an ordinary candidate for the OOM killer; the agent, whose
-    // setting it inherited, is not. Must precede the change of user.
+    // The command is subject to the OOM killer. The agent, whose setting it inherited, is
+    // not. This must precede the change of user.
     let _ = fs::write("/proc/self/oom_score_adj", "0");
     sys::set_user(account.uid, account.gid, &account.groups)
         .map_err(|error| fail("change user", error))?;
@@ -96,9 +96,9 @@ fn prepare_and_exec(
     Err(run_chain(request, &env, status))
 }
 
-/// Runs `argv` and then each of `chain` while they exit with 0, as their
-/// parent. Signals meant for the command are passed on to the current one; one
-/// that asks to end also ends the chain, even if it came between two commands.
+/// Runs `argv` and then each command of `chain`, as their parent, while they exit with 0.
+/// Signals for the command are forwarded to the current process. A terminating signal
+/// also ends the chain, even if it arrives between two commands.
 fn run_chain(request: &ExecRequest, env: &[String], status: &mut Option<File>) -> LaunchError {
     const FORWARDED: [libc::c_int; 8] = [
         libc::SIGHUP,
@@ -133,8 +133,8 @@ fn run_chain(request: &ExecRequest, env: &[String], status: &mut Option<File>) -
             }
             Ok(sys::Fork::Parent(pid)) => {
                 if index == 0 {
-                    // From here on the first command's exec decides when the
-                    // status pipe closes.
+                    // Closing this copy leaves the decision to the first command: its
+                    // exec closes the status pipe.
                     *status = None;
                 }
                 last = wait_forwarding(signals.as_fd(), pid);
@@ -152,13 +152,13 @@ fn run_chain(request: &ExecRequest, env: &[String], status: &mut Option<File>) -
     reason = "fork needs the caller's word that there is one thread"
 )]
 fn fork_plain() -> io::Result<sys::Fork> {
-    // SAFETY: this process was forked from the single-threaded agent and has
-    // started no thread.
+    // SAFETY: this process was forked from the single-threaded agent and has started no
+    // thread.
     unsafe { sys::fork(0, None) }
 }
 
-/// Waits for `child`. Its status, or 128+n when it ended well although signal n
-/// had asked it to end.
+/// Waits for `child` and forwards signals to it. Returns its status, or 128+n if it
+/// exited with 0 after a terminating signal n.
 fn wait_forwarding(signals: BorrowedFd<'_>, child: Pid) -> u32 {
     const ENDING: [libc::c_int; 4] = [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM];
     let mut asked_to_end = 0;
@@ -216,7 +216,7 @@ fn account(request: &ExecRequest) -> Result<Account, LaunchError> {
         .map_err(|error| LaunchError::failed(error.to_string()))
 }
 
-/// Reads a bounded regular file; anything else counts as empty.
+/// Reads a regular file up to a limit. Any other file counts as empty.
 fn read_account_file(path: &str) -> Vec<u8> {
     let mut bytes = Vec::new();
     // O_NONBLOCK: opening a FIFO must not wait for a writer.
@@ -239,7 +239,7 @@ fn attach_stdio(ends: &ChildEnds, account: &Account) -> io::Result<()> {
         ChildEnds::Pipes(fds) => {
             for (fd, number) in fds.iter().zip(0..) {
                 sys::place(fd.as_fd(), number)?;
-                // So that the user can reopen /dev/stdout. /dev/null keeps its owner.
+                // The user can then reopen /dev/stdout. /dev/null keeps its owner.
                 if rustix::fs::fstat(fd)?.st_mode & libc::S_IFMT == libc::S_IFIFO {
                     fchown(fd, owner, None)?;
                 }
@@ -277,7 +277,7 @@ fn stage(file: &StageFile, account: &Account) -> io::Result<()> {
             .create(parent)?;
     }
     let mode = file.mode & 0o7777;
-    // Never through whatever lies there now: the old file is replaced.
+    // The old file is replaced, so that no existing link is followed.
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}

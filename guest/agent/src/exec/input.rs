@@ -1,5 +1,4 @@
-//! Standard input of a command: what the client sent and the command has not
-//! taken yet.
+//! Standard input of a command: data from the client that the command has not read yet.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -8,21 +7,21 @@ use rustix::io::Errno;
 
 use crate::reactor::{Reactor, Ready, Token, Watched};
 
-/// Input held for a command that does not read, in bytes, before the client is
-/// not read either. Large enough that a RESIZE or SIGNAL behind some
-/// typed-ahead input is still seen. One frame may go beyond it.
+/// Number of buffered bytes at which the client is no longer read. It is large enough
+/// that a RESIZE or SIGNAL behind some typed-ahead input is still received. One frame may
+/// exceed it.
 const BACKLOG: usize = 256 * 1024;
 
-/// What a terminal takes for the end of input (^D).
+/// Character that a terminal interprets as end of file (^D).
 const END_OF_TRANSMISSION: u8 = 4;
 
-/// See the module text. Without a descriptor everything sent is discarded.
+/// Standard input of a command. Without a descriptor all input is discarded.
 #[derive(Debug, Default)]
 pub(crate) struct Input {
     fd: Option<Watched>,
     pending: Vec<u8>,
     written: usize,
-    /// Close once `pending` is written.
+    /// Close the descriptor once `pending` is written.
     closing: bool,
 }
 
@@ -34,7 +33,7 @@ impl Input {
         }
     }
 
-    /// Takes bytes from the client.
+    /// Buffers or writes bytes from the client.
     pub(crate) fn push(&mut self, bytes: &[u8], reactor: &Reactor) {
         if self.fd.is_none() || self.closing {
             return;
@@ -49,8 +48,7 @@ impl Input {
         }
     }
 
-    /// The client sends no more. A pipe is closed; a terminal has no end, there
-    /// ^D is how a person says it.
+    /// Ends the input. A pipe is closed; a terminal, which cannot be closed, receives ^D.
     pub(crate) fn end(&mut self, tty: bool, reactor: &Reactor) {
         if tty {
             self.push(&[END_OF_TRANSMISSION], reactor);
@@ -60,7 +58,7 @@ impl Input {
         }
     }
 
-    /// Writes what the command takes now.
+    /// Writes as much as the command accepts.
     pub(crate) fn flush(&mut self, reactor: &Reactor) {
         let pending = std::mem::take(&mut self.pending);
         let rest = pending.get(self.written..).unwrap_or_default();
@@ -76,7 +74,8 @@ impl Input {
         }
     }
 
-    /// A command that closed its input gets no more.
+    /// Writes bytes until the descriptor would block. If the command has closed its
+    /// input, the bytes are discarded.
     fn write(&mut self, bytes: &[u8], reactor: &Reactor) -> usize {
         let mut count = 0;
         while let (Some(fd), Some(rest)) = (&self.fd, bytes.get(count..))
@@ -92,12 +91,12 @@ impl Input {
         count
     }
 
-    /// Whether the client should not be read for now.
+    /// Returns true if the client should not be read for now.
     pub(crate) fn is_full(&self) -> bool {
         self.pending.len() >= BACKLOG
     }
 
-    /// Closes at once; what is pending is dropped.
+    /// Closes the input immediately and discards pending data.
     pub(crate) fn close(&mut self, reactor: &Reactor) {
         if let Some(fd) = self.fd.take() {
             fd.retire(reactor);
@@ -106,7 +105,7 @@ impl Input {
         self.written = 0;
     }
 
-    /// Watches for room, when there is something to write.
+    /// Watches for writability while there is pending data.
     pub(crate) fn watch(&mut self, reactor: &Reactor, token: Token) -> io::Result<()> {
         let want = match self.pending.is_empty() {
             true => Ready::empty(),
@@ -161,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn a_command_that_closed_its_input_costs_nothing() {
+    fn input_for_a_command_that_closed_it_is_discarded() {
         let (mut input, reader, reactor) = pipe();
         crate::sys::ignore_signal(libc::SIGPIPE);
         input.push(&[0; 200_000], &reactor);

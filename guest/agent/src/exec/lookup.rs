@@ -1,4 +1,4 @@
-//! Finding the program: `PATH`, and Docker's words for what goes wrong.
+//! Lookup of the program in `PATH`, with Docker's error messages.
 
 use std::fs;
 use std::io;
@@ -7,14 +7,14 @@ use std::path::Path;
 
 use super::LaunchError;
 
-/// `PATH` of a request that does not set one, as Docker's.
+/// Docker's `PATH` for a request that sets none.
 pub(crate) const DEFAULT_PATH: &str =
     "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// Finds the file that `program` names, in `path` when it has no slash.
+/// Finds the file of `program`, which is searched in `path` if it contains no slash.
 ///
 /// # Errors
-/// 127 when there is none, 126 when what is there cannot be executed.
+/// 127 if there is none, 126 if it cannot be executed.
 pub(crate) fn find(program: &str, path: &str) -> Result<String, LaunchError> {
     if program.contains('/') {
         return match executable(Path::new(program)) {
@@ -29,7 +29,7 @@ pub(crate) fn find(program: &str, path: &str) -> Result<String, LaunchError> {
     }
     let mut denied = false;
     for directory in path.split(':') {
-        // An empty element is the working directory, as in every shell.
+        // An empty element means the working directory, as in every shell.
         let directory = if directory.is_empty() { "." } else { directory };
         let candidate = format!("{}/{program}", directory.trim_end_matches('/'));
         match executable(Path::new(&candidate)) {
@@ -68,7 +68,7 @@ fn executable(path: &Path) -> Result<(), Unfit> {
     Ok(())
 }
 
-/// The words for a failed `execve` of a file that was found.
+/// Returns the error for a failed `execve` of a file that was found.
 pub(crate) fn exec_error(path: &str, error: &io::Error) -> LaunchError {
     match error.raw_os_error() {
         Some(libc::ENOENT) => LaunchError::absent(format!(
@@ -107,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn the_status_tells_absent_from_unusable() {
+    fn the_status_distinguishes_absent_from_unusable() {
         let directory = tempfile::tempdir().unwrap();
         place(directory.path(), "data", 0o644);
         let path = directory.path().display().to_string();

@@ -1,8 +1,8 @@
 //! Exec: one command per connection.
 //!
-//! [`session`] is the agent's side of a running command, [`stdio`] makes the
-//! descriptors between the two, [`child`] is the code that runs in the new
-//! process, and [`lookup`] finds its program.
+//! [`session`] is the agent's side of a running command, [`stdio`] creates the
+//! descriptors between the two, [`child`] is the code that runs in the new process, and
+//! [`lookup`] finds its program.
 
 pub(crate) mod child;
 mod input;
@@ -18,15 +18,15 @@ use serde::{Deserialize, Serialize};
 use sm_guest_proto::exec::ExecRequest;
 use sm_guest_proto::frame::{FrameType, MAX_PAYLOAD};
 
-/// A command to start, as the new process gets it.
+/// Data that a new process needs to start a command.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Launch {
     pub(crate) request: ExecRequest,
-    /// Path of the terminal in the workload's view, when there is one.
+    /// Path of the terminal in the workload's view, if the command has one.
     pub(crate) terminal: Option<String>,
 }
 
-/// Why a command did not start: an exit status and a sentence.
+/// Failure to start a command: an exit status and a sentence.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct LaunchError {
     pub(crate) status: u8,
@@ -34,7 +34,7 @@ pub(crate) struct LaunchError {
 }
 
 impl LaunchError {
-    /// The agent's own failure, or a request that makes no sense (125).
+    /// A failure of the agent, or an invalid request (125).
     pub(crate) fn failed(message: impl Into<String>) -> Self {
         Self {
             status: 125,
@@ -42,7 +42,7 @@ impl LaunchError {
         }
     }
 
-    /// It exists but cannot be used (126).
+    /// The program exists but cannot be executed (126).
     pub(crate) fn denied(message: impl Into<String>) -> Self {
         Self {
             status: 126,
@@ -50,7 +50,7 @@ impl LaunchError {
         }
     }
 
-    /// It does not exist (127).
+    /// The program does not exist (127).
     pub(crate) fn absent(message: impl Into<String>) -> Self {
         Self {
             status: 127,
@@ -59,7 +59,7 @@ impl LaunchError {
     }
 }
 
-/// Reads a launch written by the agent into a memory file.
+/// Reads a launch that the agent wrote to a memory file.
 pub(crate) fn read_launch(memory: OwnedFd) -> io::Result<Launch> {
     let mut bytes = Vec::new();
     let mut file = File::from(memory);
@@ -68,14 +68,14 @@ pub(crate) fn read_launch(memory: OwnedFd) -> io::Result<Launch> {
     Ok(serde_json::from_slice(&bytes)?)
 }
 
-/// Bytes taken of one frame of a client.
+/// Returns the maximum payload of a frame from a client.
 fn frame_limit(kind: FrameType) -> usize {
     match kind {
-        // It may bring files along.
+        // A request may contain files.
         FrameType::Request => MAX_PAYLOAD,
         FrameType::Stdin => 1 << 20,
         FrameType::Control => 1 << 16,
-        // They are small, or refused or ignored whatever they hold.
+        // Other frames are small, refused or ignored.
         _ => 4096,
     }
 }

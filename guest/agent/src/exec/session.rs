@@ -1,13 +1,13 @@
-//! The agent's side of one command: frames on one side, descriptors on the other.
+//! The agent's side of a command: frames on one side, descriptors on the other.
 //!
-//! A session is a small state machine driven by readiness. It never waits, and
-//! it holds at most one frame of output (when the client is slow) and
-//! a bounded backlog of input ([`super::input`], when the command is slow);
-//! beyond that it stops reading the side that is ahead.
+//! A session is a small state machine driven by readiness. It never blocks and buffers at
+//! most one frame of output (if the client is slow) and a bounded amount of input
+//! ([`super::input`], if the command is slow); beyond that it stops reading the faster
+//! side.
 //!
-//! Order at the end: the reaper reports the exit; what the command had written
-//! by then is forwarded (children it left behind may hold the pipes open, so
-//! end of file is not waited for); EXIT is the last frame.
+//! Order of events at the end: the reaper reports the exit; the output that the command
+//! had written until then is forwarded (remaining children may hold the pipes open, so
+//! end of file is not awaited); EXIT is the last frame.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -38,28 +38,28 @@ pub(crate) mod part {
     pub(crate) const HANGUP: u8 = 6;
 }
 
-/// Most bytes forwarded from a terminal after its command ended: more than the
-/// kernel's buffers hold, so only a left-behind writer can reach it.
+/// Maximum number of bytes forwarded from a terminal after its command exited. The
+/// kernel's buffers hold less, so that only another writer can reach the limit.
 const TERMINAL_TAIL: u64 = 256 * 1024;
 
-/// Between SIGHUP and SIGKILL when the client has gone away.
+/// Time between SIGHUP and SIGKILL when the client has disconnected.
 const HANGUP_GRACE: Duration = Duration::from_secs(2);
 
 /// Exit status of a command killed by its timeout.
 const TIMED_OUT: u32 = 124;
 
-/// What the agent must do for a session.
+/// Action that a session requests of the agent.
 #[derive(Debug)]
 pub(crate) enum Ask {
-    /// Nothing.
+    /// No action.
     Nothing,
     /// Start this command.
     Launch(Box<ExecRequest>),
-    /// Connect this client with the workload's main command.
+    /// Connect this client to the workload's main command.
     AttachMain,
     /// Signal the command with this process identifier.
     Signal { pid: u32, signal: u8 },
-    /// The session is over: remove it.
+    /// The session is complete and can be removed.
     Finished,
 }
 
@@ -69,9 +69,9 @@ enum Phase {
     Hello,
     /// Waiting for REQUEST.
     Request,
-    /// Forked; whether the program runs is not known yet.
+    /// Forked; the result of the exec is not known yet.
     Starting,
-    /// The program runs, or has ended and its end is not reported yet.
+    /// The program runs, or has exited and the exit has not been reported yet.
     Running,
     /// The last frame is queued.
     Closing,
@@ -80,11 +80,11 @@ enum Phase {
 #[derive(Debug)]
 struct Output {
     fd: Watched,
-    /// Bytes still to forward, once the command has ended.
+    /// Number of bytes still to forward, once the command has exited.
     left: Option<u64>,
 }
 
-/// One command and, usually, its client.
+/// A command and, usually, its client.
 #[derive(Debug)]
 pub(crate) struct Session {
     client: Option<Framed>,
@@ -99,12 +99,12 @@ pub(crate) struct Session {
     outputs: [Option<Output>; 2],
     exit: Option<ExitStatus>,
     timed_out: bool,
-    /// Frames a lost client did not get, for the one that takes over.
+    /// Frames that a disconnected client did not receive, for the next client.
     unsent: Vec<u8>,
 }
 
 impl Session {
-    /// A session for a new connection.
+    /// Creates a session for a new connection.
     pub(crate) fn new(client: OwnedFd) -> Self {
         Self {
             client: Some(Framed::new(client, frame_limit)),
@@ -123,19 +123,19 @@ impl Session {
         }
     }
 
-    /// The command's process, while it has not been reaped.
+    /// Returns the command's process until it has been reaped.
     pub(crate) fn live_pid(&self) -> Option<Pid> {
         self.pid.filter(|_| self.exit.is_none())
     }
 
-    /// Whether this session has frames that its client should still get.
+    /// Returns true if this session may still send frames to its client.
     pub(crate) fn owes_client(&self) -> bool {
         self.client.is_some() && self.phase != Phase::Hello && self.phase != Phase::Request
     }
 
     // ---- starting ----
 
-    /// The command has been forked.
+    /// Records that the command has been forked.
     pub(crate) fn started(
         &mut self,
         request: &ExecRequest,
@@ -156,7 +156,7 @@ impl Session {
         self.outputs = [Some(output(ends.stdout)), ends.stderr.map(output)];
     }
 
-    /// Answers ERROR and EXIT; nothing runs.
+    /// Answers with ERROR and EXIT without starting a command.
     pub(crate) fn refuse(&mut self, status: u8, message: &str) {
         if let Some(client) = &mut self.client {
             client.send(FrameType::Error, message.as_bytes());
@@ -182,7 +182,7 @@ impl Session {
 
     // ---- the client ----
 
-    /// Takes the connection out, for another session to use.
+    /// Removes the connection from this session, for use by another one.
     pub(crate) fn take_client(&mut self, reactor: &Reactor) -> Option<OwnedFd> {
         self.client
             .take()
@@ -213,7 +213,7 @@ impl Session {
             } else if let (Phase::Closing, Role::Main, Some(exit), false) =
                 (self.phase, self.role, self.exit, client.is_flushed())
             {
-                // The workload's last words: all but EXIT, which is made anew.
+                // Keep the workload's last output without EXIT, which is created again.
                 self.unsent = client.unsent();
                 let exit_len = HEADER_LEN + exit.to_payload().len();
                 let keep = self.unsent.len().saturating_sub(exit_len);
@@ -234,7 +234,7 @@ impl Session {
             let at = Instant::now() + HANGUP_GRACE;
             reactor.timer(at, Token::new(Class::Exec, part::HANGUP, key));
         }
-        // Nobody will read it: closing lets the command notice.
+        // The output has no reader, so closing the pipes lets the command notice.
         self.close_streams(reactor);
     }
 
@@ -262,10 +262,10 @@ impl Session {
         self.take_frames(reactor)
     }
 
-    /// Acts on frames already received.
+    /// Processes frames that have been received.
     pub(crate) fn take_frames(&mut self, reactor: &Reactor) -> Ask {
-        // The decoder is moved out so that its frames can be borrowed while the
-        // rest of the session is changed.
+        // The decoder is moved out, so that its frames can be borrowed while the rest of
+        // the session is changed.
         let Some(client) = &mut self.client else {
             return Ask::Nothing;
         };
@@ -295,7 +295,8 @@ impl Session {
     fn protocol_error(&mut self, message: &str, reactor: &Reactor) {
         match self.phase {
             Phase::Hello | Phase::Request => self.refuse(125, message),
-            // The stream cannot be resynchronised: as good as gone.
+            // The stream cannot be resynchronised, so the client is treated as
+            // disconnected.
             _ => self.detach(reactor),
         }
     }
@@ -328,21 +329,21 @@ impl Session {
                     self.signal(*number);
                 }
             }
-            // Frames of later versions that this one has no use for.
+            // Frames of later versions are ignored.
             _ => {}
         }
         Ask::Nothing
     }
 
-    /// Signals the command, unless it has ended.
+    /// Signals the command, unless it has exited.
     fn signal(&self, number: u8) {
         if let (1..=64, Some(pid)) = (number, self.live_pid()) {
             let _ = sys::kill(pid, number);
         }
     }
 
-    /// Signals the command if its process identifier is `pid`, as the workload sees
-    /// it. Returns whether it is.
+    /// Signals the command if `pid` is its process identifier in the workload's view.
+    /// Returns true if it is.
     pub(crate) fn signal_if(&self, pid: u32, number: u8) -> bool {
         let is_meant = self.phase == Phase::Running && self.shown_pid == pid;
         let is_meant = is_meant && self.live_pid().is_some();
@@ -352,7 +353,7 @@ impl Session {
         is_meant
     }
 
-    /// Answers that what was asked for is done.
+    /// Answers that a request was carried out.
     pub(crate) fn confirm(&mut self) {
         self.send_exit(ExitStatus {
             status: 0,
@@ -382,7 +383,7 @@ impl Session {
 
     // ---- output ----
 
-    /// Forwards one chunk. Returns whether to try again at once.
+    /// Forwards one chunk. Returns true if another attempt may succeed immediately.
     fn forward(&mut self, index: usize, reactor: &Reactor, scratch: &mut [u8]) -> bool {
         let (Some(client), Some(Some(output))) = (&mut self.client, self.outputs.get_mut(index))
         else {
@@ -408,7 +409,7 @@ impl Session {
             }
             Err(Errno::INTR) => return true,
             Err(Errno::AGAIN) if output.left.is_none() => return false,
-            // End of file, a hung-up terminal (EIO), or nothing left at the end.
+            // End of file, a hung-up terminal (EIO), or no more output after the exit.
             Ok(_) | Err(_) => {}
         }
         if let Some(output) = self.outputs[index].take() {
@@ -450,7 +451,7 @@ impl Session {
         }
     }
 
-    /// The reaper's word that the command has ended.
+    /// Records that the command has exited and was reaped.
     pub(crate) fn exited(&mut self, reactor: &Reactor, status: u32, peak_rss_kib: u64) {
         self.read_status(reactor);
         self.exit = Some(ExitStatus {
@@ -459,9 +460,8 @@ impl Session {
         });
         let tty = self.tty;
         for output in self.outputs.iter_mut().flatten() {
-            // What a pipe holds now is what the command wrote. A terminal's
-            // bytes may still be on their way to the read side: read it until
-            // it has nothing.
+            // A pipe contains everything that the command wrote. Bytes of a terminal may
+            // not have arrived at the read side yet, so it is read until it is empty.
             let queued = rustix::io::ioctl_fionread(&output.fd).unwrap_or(0);
             output.left = Some(if tty { TERMINAL_TAIL } else { queued });
         }
@@ -471,7 +471,7 @@ impl Session {
     /// Sets the deadline after which the command is killed.
     pub(crate) fn set_timeout(reactor: &mut Reactor, key: Key, timeout_ms: u64) {
         if timeout_ms > 0 {
-            // Beyond a day nobody waits; adding huge durations would overflow.
+            // The limit of one day prevents an overflow when the duration is added.
             let timeout = Duration::from_millis(timeout_ms.min(86_400_000));
             let token = Token::new(Class::Exec, part::TIMEOUT, key);
             reactor.timer(Instant::now() + timeout, token);
@@ -480,17 +480,17 @@ impl Session {
 
     // ---- events ----
 
-    /// A deadline passed.
+    /// Handles an expired deadline.
     pub(crate) fn deadline(&mut self, which: u8) {
         if let Some(pid) = self.live_pid() {
             self.timed_out |= which == part::TIMEOUT;
             let _ = sys::kill_group(pid, 9);
-            // Before setsid in the child there is no group yet.
+            // There is no group yet before setsid in the child.
             let _ = sys::kill(pid, 9);
         }
     }
 
-    /// A descriptor is ready.
+    /// Handles readiness of a descriptor.
     pub(crate) fn ready(
         &mut self,
         reactor: &mut Reactor,
@@ -519,8 +519,7 @@ impl Session {
         Ask::Nothing
     }
 
-    /// Brings everything that can go on without new events to its end, then
-    /// watches for exactly the events that matter next.
+    /// Advances everything that needs no new events, and updates the watched events.
     pub(crate) fn settle(&mut self, reactor: &mut Reactor, key: Key, scratch: &mut [u8]) -> Ask {
         if self.client.as_ref().is_some_and(Framed::is_broken) {
             self.lose_client(reactor, key);
@@ -544,7 +543,7 @@ impl Session {
             return Ask::Finished;
         }
         if self.watch(reactor, key).is_err() {
-            // Out of memory or watches: this command cannot be served.
+            // Out of memory or epoll watches: this command cannot be served.
             self.lose_client(reactor, key);
         }
         Ask::Nothing
@@ -554,7 +553,7 @@ impl Session {
         let reaped = self.pid.is_none() || self.exit.is_some();
         match &self.client {
             Some(client) => self.phase == Phase::Closing && client.is_flushed() && reaped,
-            // The workload's end is kept for whoever attaches.
+            // The exit of the workload is kept for a later client.
             None => reaped && (self.role != Role::Main || self.phase == Phase::Closing),
         }
     }

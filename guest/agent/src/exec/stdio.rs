@@ -1,4 +1,4 @@
-//! The descriptors between a session and its command.
+//! Descriptors between a session and its command.
 
 use std::fs::OpenOptions;
 use std::io;
@@ -12,13 +12,13 @@ use rustix::termios::Winsize;
 
 use crate::node::Node;
 
-/// The command's ends. Which they are depends on whether there is a terminal.
+/// The command's ends, which depend on the presence of a terminal.
 #[derive(Debug)]
 pub(crate) enum ChildEnds {
     /// Standard input, output and error.
     Pipes([OwnedFd; 3]),
-    /// The terminal's path in the workload's view; the child opens it there, so
-    /// that `ttyname` finds it.
+    /// The terminal's path in the workload's view. The child opens it there, so that
+    /// `ttyname` finds it.
     Terminal(String),
 }
 
@@ -35,7 +35,7 @@ fn nonblocking(fd: &OwnedFd) -> io::Result<()> {
     Ok(())
 }
 
-/// Three pipes; standard input is `null` when not wanted.
+/// Creates three pipes. Standard input is `null` unless `stdin` is set.
 pub(crate) fn pipes(stdin: bool, null: &Node) -> io::Result<(ChildEnds, AgentEnds)> {
     let (input, to_child) = if stdin {
         let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
@@ -57,8 +57,8 @@ pub(crate) fn pipes(stdin: bool, null: &Node) -> io::Result<(ChildEnds, AgentEnd
     Ok((child, agent))
 }
 
-/// A new pseudo-terminal of the devpts instance mounted at `devpts`, where the agent
-/// alone mounts and the file system lets nobody create or remove anything.
+/// Creates a pseudo-terminal of the devpts instance mounted at `devpts`. Only the agent
+/// has access to that mount point, and users cannot create or remove files in devpts.
 pub(crate) fn terminal(devpts: &Path, cols: u16, rows: u16) -> io::Result<(ChildEnds, AgentEnds)> {
     let flags = libc::O_NOCTTY | libc::O_NONBLOCK;
     let master: OwnedFd = OpenOptions::new()
@@ -71,8 +71,7 @@ pub(crate) fn terminal(devpts: &Path, cols: u16, rows: u16) -> io::Result<(Child
     resize(&master, cols, rows)?;
     let path = rustix::pty::ptsname(&master, Vec::new())?;
     let path = path.into_string().map_err(|_| io::ErrorKind::InvalidData)?;
-    // Two descriptors for one terminal, so that each direction is watched on
-    // its own.
+    // Two descriptors for one terminal, so that each direction is watched separately.
     let stdin = master.try_clone()?;
     let agent = AgentEnds {
         stdin: Some(stdin),
@@ -82,7 +81,8 @@ pub(crate) fn terminal(devpts: &Path, cols: u16, rows: u16) -> io::Result<(Child
     Ok((ChildEnds::Terminal(path), agent))
 }
 
-/// Sets a terminal's size; 0 leaves a dimension at a usual default.
+/// Sets a terminal's size. A dimension of 0 is replaced by a default (80 columns, 24
+/// rows).
 pub(crate) fn resize(master: impl std::os::fd::AsFd, cols: u16, rows: u16) -> io::Result<()> {
     let size = Winsize {
         ws_row: if rows == 0 { 24 } else { rows },
@@ -94,7 +94,7 @@ pub(crate) fn resize(master: impl std::os::fd::AsFd, cols: u16, rows: u16) -> io
     Ok(())
 }
 
-/// The agent's end of a status pipe, and the child's.
+/// Creates a status pipe: the agent's end, and the child's.
 pub(crate) fn status_pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
     rustix::io::ioctl_fionbio(reader.as_fd(), true)?;

@@ -1,4 +1,4 @@
-//! One forwarded connection: header, connecting, then two pumps.
+//! A forwarded connection: header, connecting, then one pump per direction.
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
@@ -23,7 +23,8 @@ mod part {
     pub(super) const RETRY: u8 = 2;
 }
 
-/// Chunks moved per direction before other connections get their turn.
+/// Maximum number of chunks moved per direction and event, so that other connections are
+/// served.
 const ROUNDS: usize = 4;
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(1);
@@ -32,12 +33,12 @@ const LONGEST_BACKOFF: Duration = Duration::from_millis(50);
 /// One direction of a connection.
 #[derive(Debug, Default)]
 struct Pump {
-    /// Read but not yet written.
+    /// Bytes that were read but not written yet.
     pending: Vec<u8>,
     written: usize,
-    /// The source has ended.
+    /// The source is at end of file.
     at_end: bool,
-    /// The sink has been told, or takes no more.
+    /// The sink has been shut down, or accepts no more bytes.
     done: bool,
     /// The kernel had no memory for the sink's next packet.
     starved: bool,
@@ -49,7 +50,7 @@ enum Phase {
         bytes: [u8; HEADER_LEN],
         got: usize,
     },
-    /// Connecting to the address family given, or about to try again.
+    /// Connecting to the given address family, or waiting for another attempt.
     Connecting {
         v6: bool,
     },
@@ -57,7 +58,7 @@ enum Phase {
     Over,
 }
 
-/// See the module text.
+/// A forwarded connection; see the module documentation.
 #[derive(Debug)]
 pub(super) struct Connection {
     host: Watched,
@@ -68,7 +69,7 @@ pub(super) struct Connection {
     backoff: Duration,
     to_tcp: Pump,
     to_host: Pump,
-    /// One side failed, rather than both having ended.
+    /// One side failed before both were at end of file.
     aborted: bool,
 }
 
@@ -81,10 +82,10 @@ impl Pump {
         !self.pending.is_empty()
     }
 
-    /// Moves what can be moved now.
+    /// Moves as many bytes as possible without blocking.
     ///
     /// # Errors
-    /// The source failed: the connection is over.
+    /// The source failed, so the connection must be closed.
     fn run(
         &mut self,
         from: BorrowedFd<'_>,
@@ -133,8 +134,8 @@ impl Pump {
         }
     }
 
-    /// Sends the part that the sink takes now. A sink that takes no more ends this
-    /// direction only: its own bytes may still be on their way.
+    /// Sends as many bytes as the sink accepts. A sink that accepts no more ends only
+    /// this direction, because its own bytes may still be in transit.
     fn send(&mut self, bytes: &[u8], to: BorrowedFd<'_>) -> usize {
         let (count, refusal) = send_bytes(to, bytes);
         self.done |= refusal == Some(Refusal::Broken);
@@ -179,8 +180,8 @@ impl Connection {
                 self.connected(outcome, v6, reactor, key);
             }
             Phase::Connecting { .. } => {
-                // Nothing but its end matters from the host now. Data it sent
-                // ahead stays in the socket.
+                // Until the connection is open, only the end of the host's side is
+                // relevant. Data that it sent ahead stays in the socket.
                 let gone = ready.intersects(Ready::HUP | Ready::ERR);
                 if gone || is_closed(self.host.as_fd()) {
                     self.phase = Phase::Over;
@@ -217,7 +218,7 @@ impl Connection {
         }
     }
 
-    /// Answers with a failure; the connection is over.
+    /// Answers with a failure and ends the connection.
     fn finish(&mut self, status: ForwardStatus) {
         let _ = send(
             &self.host,
@@ -229,7 +230,7 @@ impl Connection {
 
     // ---- connecting ----
 
-    /// Starts an attempt, IPv4 first.
+    /// Starts an attempt, with IPv4 first.
     pub(super) fn retry(&mut self, reactor: &mut Reactor, key: Key) {
         if matches!(self.phase, Phase::Connecting { .. }) && self.tcp.is_none() {
             self.attempt(false, reactor, key);
@@ -275,7 +276,7 @@ impl Connection {
         }
         match outcome {
             Ok(()) => self.open(),
-            // No such family counts as nobody listening there.
+            // A missing address family counts as a port without a listener.
             Err(
                 Errno::CONNREFUSED | Errno::AFNOSUPPORT | Errno::ADDRNOTAVAIL | Errno::NETUNREACH,
             ) => {
@@ -286,8 +287,8 @@ impl Connection {
                 if next > self.deadline {
                     return self.finish(ForwardStatus::NoListener);
                 }
-                // The one place where the agent tries again after a while:
-                // Linux announces no listeners.
+                // This is the only place where the agent polls: Linux has no event for
+                // new listeners.
                 self.backoff = (self.backoff * 2).min(LONGEST_BACKOFF);
                 reactor.timer(next, Token::new(Class::Forward, part::RETRY, key));
             }
@@ -325,7 +326,7 @@ impl Connection {
         } else {
             self.to_host.at_end && !self.to_tcp.done
         };
-        // One direction had ended before; now the other one cannot go on.
+        // One direction has ended before, and now the other one cannot continue.
         let fd = if which == part::HOST { host } else { tcp };
         if source_ended && (ready.intersects(Ready::HUP | Ready::ERR) || is_closed(fd)) {
             self.aborted = true;
@@ -342,7 +343,7 @@ impl Connection {
         }
     }
 
-    /// Watches for what matters next. Returns whether the connection goes on.
+    /// Updates the watched events. Returns false if the connection is to be closed.
     pub(super) fn settle(&mut self, reactor: &Reactor, key: Key) -> bool {
         let token = |part| Token::new(Class::Forward, part, key);
         let (host, tcp) = match self.phase {
@@ -370,8 +371,8 @@ impl Connection {
         self.host.retire(reactor);
         if let Some(tcp) = self.tcp {
             if self.aborted {
-                // A reset: a server that only waits would not notice a second
-                // FIN.
+                // Reset the connection, because a server that is only waiting would not
+                // notice a second FIN.
                 let _ = sockopt::set_socket_linger(&tcp, Some(Duration::ZERO));
             }
             tcp.retire(reactor);
@@ -379,7 +380,7 @@ impl Connection {
     }
 }
 
-/// What to watch a socket for that `from_it` reads and `into_it` writes.
+/// Returns the events to watch on a socket that `from_it` reads and `into_it` writes.
 fn wanted(from_it: &Pump, into_it: &Pump) -> Ready {
     let mut want = Ready::empty();
     if from_it.wants_input() {
@@ -389,14 +390,14 @@ fn wanted(from_it: &Pump, into_it: &Pump) -> Ready {
         want |= Ready::OUT;
     }
     if want.is_empty() && !into_it.done {
-        // Idle: only to learn that the peer is gone altogether, once.
-        // A closed vsock peer shows as writable, not as hung up.
+        // While idle, one edge-triggered event reports that the peer has closed
+        // completely. A closed vsock peer is reported as writable and not as hung up.
         want = Ready::ET | Ready::OUT;
     }
     want
 }
 
-/// Whether a socket can send no more. Sending nothing changes nothing.
+/// Returns true if a socket can no longer send. Sending zero bytes has no other effect.
 fn is_closed(socket: BorrowedFd<'_>) -> bool {
     let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
     !matches!(send(socket, &[], flags), Ok(_) | Err(Errno::AGAIN))

@@ -1,18 +1,19 @@
-//! Finding a listening TCP port in `/proc/net`.
+//! Search for a listening TCP port in `/proc/net`.
 
 use std::fs;
 
 /// State number of LISTEN in `/proc/net/tcp`.
 const LISTEN: &str = "0A";
 
-/// The first listening port, IPv4 before IPv6.
+/// Returns the first listening port, IPv4 before IPv6.
 pub(super) fn first() -> Option<u16> {
     ["/proc/net/tcp", "/proc/net/tcp6"]
         .iter()
         .find_map(|path| first_in(&fs::read_to_string(path).ok()?))
 }
 
-/// `sl local_address rem_address st ...`, addresses as `HEX:PORT`.
+/// Parses lines of the form `sl local_address rem_address st ...`, with addresses as
+/// `HEX:PORT`.
 fn first_in(table: &str) -> Option<u16> {
     table.lines().skip(1).find_map(|line| {
         let mut words = line.split_whitespace().skip(1);

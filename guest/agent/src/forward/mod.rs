@@ -1,7 +1,7 @@
-//! Port forward: bytes between host connections and TCP ports of the guest.
+//! Forwarding of bytes between host connections and TCP ports of the guest.
 //!
-//! All connections share the agent's loop; each costs two sockets and, only
-//! while one side is slow, at most one chunk of buffer per direction.
+//! All connections share the agent's event loop. Each uses two sockets and, only while
+//! one side is slow, at most one chunk of buffer per direction.
 
 mod connection;
 mod listening;
@@ -12,20 +12,20 @@ use crate::reactor::{Reactor, Ready, Token};
 use crate::slab::{Key, Slab};
 use connection::Connection;
 
-/// Every forwarded connection.
+/// All forwarded connections.
 #[derive(Debug, Default)]
 pub(crate) struct Forwards {
     connections: Slab<Connection>,
 }
 
 impl Forwards {
-    /// Takes a new connection of the host.
+    /// Adds a new connection of the host.
     pub(crate) fn accept(&mut self, reactor: &mut Reactor, host: OwnedFd) {
         let key = self.connections.insert(Connection::new(host));
         self.settle(reactor, key);
     }
 
-    /// A socket is ready. Returns whether its connection is over.
+    /// Handles readiness of a socket. Returns true if its connection has ended.
     pub(crate) fn ready(
         &mut self,
         reactor: &mut Reactor,
@@ -39,7 +39,7 @@ impl Forwards {
         self.settle(reactor, token.key)
     }
 
-    /// Time for another attempt to connect. Returns whether the connection is over.
+    /// Starts another attempt to connect. Returns true if the connection has ended.
     pub(crate) fn deadline(&mut self, reactor: &mut Reactor, key: Key) -> bool {
         if let Some(connection) = self.connections.get_mut(key) {
             connection.retry(reactor, key);

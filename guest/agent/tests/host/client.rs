@@ -1,4 +1,4 @@
-//! A plain blocking client of the agent's protocols.
+//! A blocking client of the agent's protocols.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -16,7 +16,7 @@ pub(crate) struct Connection {
     decoder: FrameDecoder,
 }
 
-/// All that a command said.
+/// The complete output of a command.
 #[derive(Debug, Default)]
 pub(crate) struct Output {
     pub(crate) stdout: Vec<u8>,
@@ -36,7 +36,7 @@ impl Output {
 impl Connection {
     pub(crate) fn open(directory: &Path, name: &str) -> Self {
         let stream = UnixStream::connect(directory.join(name)).unwrap();
-        // No test waits for ever; nothing depends on how long this is.
+        // No test waits forever; no result depends on the length of this timeout.
         stream
             .set_read_timeout(Some(Duration::from_secs(60)))
             .unwrap();
@@ -52,7 +52,7 @@ impl Connection {
         self.stream.write_all(&bytes).unwrap();
     }
 
-    /// The next frame, `None` at the end of the stream.
+    /// Returns the next frame, `None` at the end of the stream.
     pub(crate) fn next(&mut self) -> Option<(FrameType, Vec<u8>)> {
         let mut chunk = vec![0; 65536];
         loop {
@@ -133,7 +133,7 @@ pub(crate) fn start_running_with_pid(directory: &Path, request: &ExecRequest) ->
     (connection, pid)
 }
 
-/// Signals a command by a connection of its own.
+/// Signals a command through a separate connection.
 pub(crate) fn signal_beside(directory: &Path, pid: u32, signal: u8) -> Output {
     let mut connection = Connection::open(directory, "exec");
     connection.hello();
@@ -151,12 +151,12 @@ pub(crate) fn attach_main(directory: &Path) -> Connection {
     connection
 }
 
-/// Runs a command to its end.
+/// Runs a command until it exits.
 pub(crate) fn run(directory: &Path, request: &ExecRequest) -> Output {
     start(directory, request).collect()
 }
 
-/// A request to run `script` in a shell.
+/// Returns a request to run `script` in a shell.
 pub(crate) fn shell(script: &str) -> ExecRequest {
     ExecRequest {
         argv: vec!["sh".into(), "-c".into(), script.into()],
@@ -164,7 +164,7 @@ pub(crate) fn shell(script: &str) -> ExecRequest {
     }
 }
 
-/// A control connection that has said HELLO.
+/// A control connection after HELLO.
 pub(crate) struct ControlClient(Connection);
 
 impl ControlClient {

@@ -27,7 +27,7 @@ pub(crate) const TESTS: &[Test] = &[
     ),
     ("terminals", terminals),
     ("chains_and_staged_files", chains_and_staged_files),
-    ("the_client_leaves", the_client_leaves),
+    ("a_client_disconnects", a_client_disconnects),
     (
         "left_behind_children_do_not_hold_the_exit",
         left_behind_children_do_not_hold_the_exit,
@@ -70,7 +70,7 @@ fn output_status_and_environment() {
     let lines: Vec<_> = output.lines().collect();
     assert_eq!(lines[0], "0", "descriptors of the agent leaked");
     assert_eq!(lines[1], "0");
-    // Signals above 31 are the C library's own; it refuses to change them.
+    // The C library reserves the first signals above 31 and refuses to change them.
     assert!(
         lines[2].ends_with("00000000") && lines[3].ends_with("0000000"),
         "{output}"
@@ -197,7 +197,7 @@ fn terminals() {
     while !seen.ends_with("go\r\n") {
         seen += &String::from_utf8(connection.next_kind(FrameType::Stdout)).unwrap();
     }
-    // The echo of the input comes whenever it is taken, even between these.
+    // The echo of the input can appear between any of these.
     assert!(seen.contains("/dev/pts/0\r\n"), "{seen:?}");
     assert!(seen.contains("33 101\r\n"), "{seen:?}");
     assert!(seen.contains("got hello\r\n"), "{seen:?}");
@@ -206,10 +206,9 @@ fn terminals() {
     assert!(output.text().contains("40 90\r\n"), "{:?}", output.text());
     assert_eq!(output.status, Some(3));
 
-    // ^C reaches the foreground process; output of a command that ends at once
-    // is complete.
-    // (One program does both: a shell between two would ignore ^C when the first ends
-    // as if it had not seen it.)
+    // ^C reaches the foreground process, and the output of a command that exits
+    // immediately is complete. One program does both, because a shell between two
+    // programs may ignore ^C when the first one exits as if it had not received it.
     let mut request =
         shell("exec awk 'BEGIN { for (i = 1; i <= 20000; i++) print i; fflush(); getline line }'");
     request.tty = true;
@@ -262,7 +261,7 @@ fn chains_and_staged_files() {
     assert_eq!(connection.collect().status, Some(143));
 }
 
-fn the_client_leaves() {
+fn a_client_disconnects() {
     let agent = Agent::attached();
     let fifo = "rm -f /tmp/f; mkfifo /tmp/f";
     assert_eq!(run(agent.path(), &shell(fifo)).status, Some(0));
@@ -274,7 +273,7 @@ fn the_client_leaves() {
     drop(connection);
     assert_eq!({ watcher }.collect().text(), "gone\n");
 
-    // One that ignores the hang-up is killed after the grace period.
+    // A command that ignores the hang-up is killed after the grace period.
     let mut connection = start_running(
         agent.path(),
         &shell("exec 9>/tmp/f; trap '' HUP; echo ready; while :; do sleep 1000; done"),
@@ -348,8 +347,8 @@ fn a_signal_beside_does_not_wait_behind_input() {
     request.stdin = true;
     let mut command = start_running_with_pid(agent.path(), &request);
     command.0.next_kind(FrameType::Stdout);
-    // Fill everything on the way to a command that does not read. Nothing depends
-    // on the length of the timeout but how full it gets.
+    // Fill all buffers between client and a command that does not read. The length of the
+    // timeout only affects how full they become.
     let timeout = std::time::Duration::from_millis(300);
     command.0.stream.set_write_timeout(Some(timeout)).unwrap();
     let mut bytes = Vec::new();

@@ -1,4 +1,4 @@
-//! Port forward over this machine's loopback.
+//! Tests of port forwarding over the loopback of this machine.
 
 use std::io::{Read, Write};
 use std::net::{Ipv6Addr, Shutdown, TcpListener};
@@ -11,7 +11,7 @@ use crate::{Agent, Test};
 
 pub(crate) const TESTS: &[Test] = &[
     ("half_close_and_bulk", half_close_and_bulk),
-    ("nobody_listens", nobody_listens),
+    ("ports_without_a_listener", ports_without_a_listener),
     ("hundreds_at_once", hundreds_at_once),
 ];
 
@@ -38,7 +38,7 @@ fn half_close_and_bulk() {
             continue;
         };
         let port = listener.local_addr().unwrap().port();
-        // Counts what it gets until its end, and only then answers.
+        // The server reads until end of file and only then answers.
         let server = std::thread::spawn(move || {
             let (mut socket, _) = listener.accept().unwrap();
             let mut bytes = Vec::new();
@@ -60,7 +60,7 @@ fn half_close_and_bulk() {
     }
 }
 
-fn nobody_listens() {
+fn ports_without_a_listener() {
     let agent = Agent::bare();
     let spare = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = spare.local_addr().unwrap();
@@ -81,7 +81,7 @@ fn nobody_listens() {
     stream.read_to_end(&mut answer).unwrap();
     assert_eq!(answer, [ForwardStatus::BadHeader as u8]);
 
-    // One that comes late is found.
+    // A listener that appears late is found.
     let late = std::thread::spawn(move || {
         std::thread::sleep(Duration::from_millis(50));
         let listener = TcpListener::bind(address).unwrap();
@@ -115,8 +115,8 @@ fn hundreds_at_once() {
         stream.read_exact(&mut seen).unwrap();
         assert_eq!(seen, text.as_bytes());
     }
-    // A server that waits after the client's half-close is reset when the
-    // client is gone.
+    // A server that waits after the client's half-close is reset when the client
+    // disconnects.
     let (stream, mut socket) = pairs.pop().unwrap();
     stream.shutdown(Shutdown::Write).unwrap();
     assert_eq!(socket.read(&mut [0; 8]).unwrap(), 0);
@@ -134,7 +134,7 @@ fn hundreds_at_once() {
     };
     rustix::event::poll(&mut fds, Some(&minute)).unwrap();
     assert!(fds[0].revents().contains(rustix::event::PollFlags::ERR));
-    // A host side that goes away takes the guest side with it.
+    // When the host side closes, the guest side is closed too.
     for (stream, mut socket) in pairs {
         drop(stream);
         assert_eq!(socket.read(&mut [0; 8]).unwrap_or(0), 0);

@@ -1,5 +1,5 @@
-//! A guest's identity, whatever the image has in its place and whatever the
-//! workload does with it.
+//! Tests of a guest's identity with various files in the image and actions of the
+//! workload.
 
 use std::os::unix::fs::symlink;
 use std::path::Path;
@@ -12,26 +12,26 @@ use crate::{Agent, Test};
 
 pub(crate) const TESTS: &[Test] = &[
     (
-        "whatever_an_image_has_for_machine_id_is_not_seen",
-        whatever_an_image_has_for_machine_id_is_not_seen,
+        "the_images_machine_id_is_never_visible",
+        the_images_machine_id_is_never_visible,
     ),
     (
-        "what_systemd_does_leaves_a_clone_its_identity",
-        what_systemd_does_leaves_a_clone_its_identity,
+        "identity_survives_the_actions_of_systemd",
+        identity_survives_the_actions_of_systemd,
     ),
     (
         "files_of_identity_that_are_links_to_each_other",
         files_of_identity_that_are_links_to_each_other,
     ),
     (
-        "there_is_a_resolv_conf_whatever_the_image_has",
-        there_is_a_resolv_conf_whatever_the_image_has,
+        "a_resolv_conf_exists_with_every_image",
+        a_resolv_conf_exists_with_every_image,
     ),
 ];
 
-/// Two clones with the image's own machine ID would be one, and an image may have
-/// anything in its place.
-fn whatever_an_image_has_for_machine_id_is_not_seen() {
+/// Clones with the image's own machine ID would share it, and an image may have any kind
+/// of file at its path.
+fn the_images_machine_id_is_never_visible() {
     type Build = fn(&Path);
     let builds: [(&str, Build); 4] = [
         ("a directory", |etc| {
@@ -69,9 +69,9 @@ fn whatever_an_image_has_for_machine_id_is_not_seen() {
     }
 }
 
-/// systemd keeps a machine ID that is a mount point: it unmounts it and writes it to
-/// the file below. Over a `/run` that is none it mounts a file system.
-fn what_systemd_does_leaves_a_clone_its_identity() {
+/// systemd commits a machine ID that is a mount point: it unmounts it and writes it to
+/// the file below. It mounts a file system over a `/run` that is not a mount point.
+fn identity_survives_the_actions_of_systemd() {
     let agent = Agent::attached();
     let script = "
         if grep -q ' /etc/machine-id ' /proc/mounts; then
@@ -91,7 +91,7 @@ fn what_systemd_does_leaves_a_clone_its_identity() {
     assert_eq!(evidence.epoch, "31234567-89ab-4def-8123-456789abcdef");
 }
 
-/// An agent with the image that `build` makes.
+/// Starts an agent with the image that `build` creates.
 fn with_image(build: impl FnOnce(&Path), nameservers: &[&str]) -> Agent {
     let agent = Agent::bare();
     let image = tempfile::tempdir().unwrap();
@@ -108,7 +108,7 @@ fn with_image(build: impl FnOnce(&Path), nameservers: &[&str]) -> Agent {
     agent
 }
 
-fn there_is_a_resolv_conf_whatever_the_image_has() {
+fn a_resolv_conf_exists_with_every_image() {
     const PATH: &str = "etc/resolv.conf";
     type Build = fn(&Path);
     let nothing = "";

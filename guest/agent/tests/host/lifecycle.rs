@@ -1,4 +1,4 @@
-//! The workload's life: attach, main command, freeze, power-off.
+//! Tests of the workload's life cycle: attach, main command, freeze, power-off.
 
 use sm_guest_proto::control::{ControlReply, ControlRequest, Evidence, Refresh};
 use sm_guest_proto::exec::{ExecRequest, Role};
@@ -31,8 +31,8 @@ pub(crate) const TESTS: &[Test] = &[
     ("power_off_ends_in_order", power_off_ends_in_order),
     ("power_off_without_a_workload", power_off_without_a_workload),
     (
-        "power_off_kills_what_will_not_end",
-        power_off_kills_what_will_not_end,
+        "power_off_kills_processes_that_ignore_sigterm",
+        power_off_kills_processes_that_ignore_sigterm,
     ),
 ];
 
@@ -50,8 +50,8 @@ pub(crate) fn evidence(agent: &Agent) -> Evidence {
     }
 }
 
-/// What an image snapshot is made of: its clones are frozen until they have an
-/// identity, and what is started in them before waits.
+/// An image snapshot relies on this: its clones are frozen until they have an identity,
+/// and commands started before that wait.
 fn the_main_command_waits_for_the_thaw() {
     let agent = Agent::attached();
     let mut control = agent.control();
@@ -80,7 +80,7 @@ fn the_main_command_waits_for_the_thaw() {
     assert_eq!(evidence(&agent).machine_id, machine_id);
     assert_eq!(control.ask(&ControlRequest::Thaw), ControlReply::Done);
     assert_eq!(main.collect().text(), format!("{machine_id}\n"));
-    // It ended with the main command, or before.
+    // It exited with the main command, or before.
     let beside = beside.collect();
     assert!(
         beside.status == Some(137) || beside.text() == format!("{machine_id}\n"),
@@ -111,7 +111,7 @@ fn requests_out_of_order() {
     );
     let mut plan = agent.plan();
     plan.lower = "/dev/does-not-exist-either".into();
-    // A device that never comes is reported, and attaching can be tried again.
+    // A missing device is reported, and attaching can be tried again.
     plan.hostname = "bad name".into();
     assert_eq!(
         error(control.ask(&ControlRequest::AttachRoot(plan))),
@@ -171,7 +171,7 @@ fn the_root_is_assembled() {
     assert_eq!(evidence.epoch, "21234567-89ab-4def-8123-456789abcdef");
     assert_eq!(evidence.hostname, "clone");
     assert_eq!(evidence.uuid.len(), 36);
-    // It is what the workload finds, not what it was meant to.
+    // The report contains what the workload reads, not what the host sent.
     text("rm /etc/machine-id && echo other >/etc/machine-id");
     assert_eq!(self::evidence(&agent).machine_id, "other");
     assert_eq!(text("cat /etc/resolv.conf"), "nameserver 10.9.9.9\n");
@@ -180,7 +180,8 @@ fn the_root_is_assembled() {
         hosts.contains("127.0.1.1\tclone\n") && hosts.contains("10.1.2.3\tother\n"),
         "{hosts}"
     );
-    // Changes stay here, /dev/shm is bounded, and nothing of the agent shows.
+    // Changes stay in the overlay, /dev/shm is bounded, and no file of the agent is
+    // visible.
     assert_eq!(
         text("echo x > /usr/new; mv /usr/new /usr/new2; cat /usr/new2"),
         "x\n"
@@ -213,8 +214,8 @@ fn the_root_is_assembled() {
         );
     }
     assert!(!mounts.contains(agent.path().to_str().unwrap()), "{mounts}");
-    // Only the waiting init and the shell. (Of a pipeline, who is there already
-    // when the list is made is a matter of luck.)
+    // Only the waiting init and the shell. (The processes of a pipeline may or may not
+    // exist when the list is read.)
     assert_eq!(
         text("set -- /proc/[0-9]*; echo $#")
             .trim()
@@ -229,8 +230,8 @@ fn the_root_is_assembled() {
     assert!(stats.memory_total_kib > stats.memory_available_kib);
 }
 
-/// As systemd does: it leaves the topmost group, and then turns controllers on there,
-/// which works as long as no process is in it.
+/// systemd leaves the topmost group and then enables controllers there, which succeeds
+/// only while no process is in it.
 fn commands_join_the_group_of_pid_one() {
     let agent = Agent::attached();
     let mut before = start_running(
@@ -285,7 +286,7 @@ fn a_read_only_root() {
 
 fn main_is_pid_one_and_survives_its_client() {
     let agent = Agent::attached();
-    // A command from before the main one stays.
+    // A command started before the main one continues.
     let mut before = start_running(agent.path(), &shell("echo here; sleep 1000"));
     before.next_kind(FrameType::Stdout);
     let mut request = shell("echo pid $$; pwd; read line; echo got $line; echo error >&2; exit 9");
@@ -322,7 +323,7 @@ fn main_is_pid_one_and_survives_its_client() {
         main.next_kind(FrameType::Control),
         br#"{"started":{"pid":1}}"#
     );
-    // A further one takes over from a client that is still there.
+    // Another client takes over from one that is still connected.
     let mut second = attach_main(agent.path());
     assert!(main.next().is_none());
     second.send(FrameType::Stdin, b"words\n");
@@ -365,7 +366,7 @@ fn freezing_holds_everything() {
         control.ask(&ControlRequest::PrepareSnapshot),
         ControlReply::Done
     );
-    // A command that is started now is held before its first instruction.
+    // A command that is started now is frozen before its first instruction.
     let mut held = start(agent.path(), &shell("echo late"));
     held.next_kind(FrameType::Control);
     held.stream
@@ -381,7 +382,7 @@ fn freezing_holds_everything() {
         .unwrap();
     assert_eq!(control.ask(&ControlRequest::Thaw), ControlReply::Done);
     assert_eq!(held.collect().text(), "late\n");
-    // And a command can be ended while frozen.
+    // A frozen command can be killed.
     assert_eq!(control.ask(&ControlRequest::Freeze), ControlReply::Done);
     ticker.send(FrameType::Signal, &[9]);
     assert_eq!(ticker.collect().status, Some(137));
@@ -414,13 +415,13 @@ fn power_off_without_a_workload() {
     }
 }
 
-fn power_off_kills_what_will_not_end() {
+fn power_off_kills_processes_that_ignore_sigterm() {
     let mut agent = Agent::attached();
     let stubborn = "trap '' TERM; echo ready; while :; do sleep 1; done";
     let mut exec = start_running(agent.path(), &shell(stubborn));
     exec.next_kind(FrameType::Stdout);
     let mut control = agent.control();
-    // Also while everything is frozen.
+    // This also works while everything is frozen.
     assert_eq!(control.ask(&ControlRequest::Freeze), ControlReply::Done);
     assert_eq!(
         control.ask(&ControlRequest::PowerOff { grace_ms: 100 }),

@@ -1,4 +1,5 @@
-//! Ill luck: no descriptors, a workload that replaces what the agent uses.
+//! Tests of adverse conditions: no descriptors, a workload that replaces files the agent
+//! uses.
 
 use std::fs;
 
@@ -11,16 +12,16 @@ use crate::{Agent, Test, cgroup_mount, children};
 
 pub(crate) const TESTS: &[Test] = &[
     (
-        "without_descriptors_connections_wait",
-        without_descriptors_connections_wait,
+        "connections_wait_while_descriptors_are_exhausted",
+        connections_wait_while_descriptors_are_exhausted,
     ),
     (
         "nothing_below_a_replaced_dev_is_opened",
         nothing_below_a_replaced_dev_is_opened,
     ),
     (
-        "files_that_do_not_answer_hold_nobody_else_up",
-        files_that_do_not_answer_hold_nobody_else_up,
+        "files_that_do_not_respond_block_no_other_request",
+        files_that_do_not_respond_block_no_other_request,
     ),
     (
         "a_command_is_started_where_pid_one_is",
@@ -28,7 +29,7 @@ pub(crate) const TESTS: &[Test] = &[
     ),
 ];
 
-/// CPU time of a process, in hundredths of a second.
+/// Returns the CPU time of a process in hundredths of a second.
 fn cpu_ticks(pid: u32) -> u64 {
     let text = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
     let after_name = text.rsplit(") ").next().unwrap();
@@ -40,7 +41,7 @@ fn cpu_ticks(pid: u32) -> u64 {
         .sum()
 }
 
-fn without_descriptors_connections_wait() {
+fn connections_wait_while_descriptors_are_exhausted() {
     let agent = Agent::after("ulimit -n 40").attach();
     let mut control = agent.control();
     let mut request = shell("while read line; do sleep 1; echo $line; done");
@@ -51,8 +52,8 @@ fn without_descriptors_connections_wait() {
     for other in &mut others {
         other.hello();
     }
-    // Earlier clients are served, and the agent does nothing besides, though
-    // connections wait. (One that tried all the time would have all the CPU.)
+    // Earlier clients are served, and the agent is otherwise idle although connections
+    // wait. (An agent that retried continuously would use all the CPU.)
     others[0].next_kind(FrameType::Control);
     let before = cpu_ticks(agent.pid());
     for _ in 0..2 {
@@ -63,13 +64,13 @@ fn without_descriptors_connections_wait() {
     assert!(used < 30, "{used} ticks in two seconds");
     let stats = control.ask(&ControlRequest::Stats);
     assert!(!matches!(stats, ControlReply::Done), "{stats:?}");
-    // A command for which there are none is refused.
+    // A command for which there are no descriptors is refused.
     let request = serde_json::to_vec(&shell("true")).unwrap();
     others[1].send(FrameType::Request, &request);
     let refused = others[1].collect();
     assert_eq!(refused.status, Some(125));
     assert!(refused.error.unwrap().contains("Too many open files"));
-    // All others are served when there are some again.
+    // All other connections are served once descriptors are available again.
     let mut last = others.pop().unwrap();
     drop(others);
     last.next_kind(FrameType::Control);
@@ -87,8 +88,8 @@ fn report(control: &mut ControlClient) -> Evidence {
     }
 }
 
-/// devtmpfs is one instance, so what a workload does to its `/dev` is done to the
-/// agent's. Here that is a tmpfs with the same devices, or this machine would suffer.
+/// devtmpfs is one instance, so a workload's changes of its `/dev` also affect the
+/// agent's. Here `/dev` is a tmpfs with the same devices, to protect this machine.
 fn nothing_below_a_replaced_dev_is_opened() {
     let mut agent = Agent::after(
         "mount -t tmpfs none /dev
@@ -109,7 +110,7 @@ fn nothing_below_a_replaced_dev_is_opened() {
         assert!(names.iter().any(|entry| entry == name), "{names:?}");
         let path = format!("{dev}/{name}");
         fs::remove_file(&path).unwrap();
-        // Opening it takes for ever.
+        // Opening a FIFO blocks.
         rustix::fs::mkfifoat(rustix::fs::CWD, &path, rustix::fs::Mode::RWXU).unwrap();
     }
     let mut control = agent.control();
@@ -123,7 +124,7 @@ fn nothing_below_a_replaced_dev_is_opened() {
         matches!(refreshed, ControlReply::Refreshed(_)),
         "{refreshed:?}"
     );
-    // Without input, which is the null device.
+    // A command without input, which gets the null device.
     let output = run(agent.path(), &shell("cat; echo ran"));
     assert_eq!((output.text().as_str(), output.status), ("ran\n", Some(0)));
     let mut request = shell("tty");
@@ -137,7 +138,7 @@ fn nothing_below_a_replaced_dev_is_opened() {
         assert_eq!(control.ask(&request), ControlReply::Done);
     }
     assert_eq!(report(&mut control).machine_id, machine_id);
-    // An end of PID 1 that nobody asked for is a line in the kernel log.
+    // An unexpected exit of PID 1 is reported in the kernel log.
     let init = rustix::process::Pid::from_raw(children(agent.pid())[0].cast_signed()).unwrap();
     rustix::process::kill_process(init, rustix::process::Signal::KILL).unwrap();
     // Commands that are started meanwhile fail in one way or another.
@@ -153,9 +154,9 @@ fn nothing_below_a_replaced_dev_is_opened() {
     assert!(agent.wait());
 }
 
-fn files_that_do_not_answer_hold_nobody_else_up() {
+fn files_that_do_not_respond_block_no_other_request() {
     let agent = Agent::attached();
-    // A file system that says nothing, served by a process of the workload.
+    // A file system that does not respond, served by a process of the workload.
     let script = "exec 3<>/dev/fuse
         mount -i -t fuse -o fd=3,rootmode=100000,user_id=0,group_id=0 none /etc/machine-id
         echo mounted; exec sleep 1000";
@@ -164,7 +165,7 @@ fn files_that_do_not_answer_hold_nobody_else_up() {
     let mut asking = agent.control();
     asking.send(&ControlRequest::Evidence);
     let mut control = agent.control();
-    // It has been asked already when this is answered.
+    // The first report is in progress when this is answered.
     let again = control.ask(&ControlRequest::Evidence);
     let ControlReply::Error { message } = again else {
         panic!("{again:?}");
@@ -182,12 +183,12 @@ fn files_that_do_not_answer_hold_nobody_else_up() {
         matches!(refreshed, ControlReply::Refreshed(_)),
         "{refreshed:?}"
     );
-    // It has a deadline.
+    // The report has a deadline.
     let ControlReply::Error { message } = asking.reply() else {
         panic!("no report of what did not answer");
     };
     assert!(message.contains("took too long"), "{message}");
-    // Without its server, reading it fails, which is an answer.
+    // Without its server, reading fails, which counts as an answer.
     server.send(FrameType::Signal, &[9]);
     assert_eq!(server.collect().status, Some(137));
     let evidence = report(&mut control);
@@ -197,8 +198,8 @@ fn files_that_do_not_answer_hold_nobody_else_up() {
     assert_eq!(evidence.machine_id, machine_id);
 }
 
-/// systemd and its like turn controllers on for the groups below their own, where no
-/// process can be started then.
+/// systemd and other init systems enable controllers for the groups below their own, in
+/// which no process can be started then.
 fn a_command_is_started_where_pid_one_is() {
     let agent = Agent::bare();
     let mount = cgroup_mount().unwrap();
@@ -230,7 +231,7 @@ fn a_command_is_started_where_pid_one_is() {
     assert_eq!(main.next_kind(FrameType::Stdout), b"ready\n");
     let beside = run(agent.path(), &shell("cat /proc/self/cgroup"));
     assert!(beside.text().ends_with("0::/init.scope\n"), "{beside:?}");
-    // It is one of the workload's all the same.
+    // It is a process of the workload in any case.
     let mut control = agent.control();
     assert_eq!(control.ask(&ControlRequest::Freeze), ControlReply::Done);
     assert_eq!(control.ask(&ControlRequest::Thaw), ControlReply::Done);

@@ -1,8 +1,8 @@
-//! The whole agent on this machine: it runs in namespaces of its own, with this
+//! Tests of the whole agent on this machine: it runs in namespaces of its own, with this
 //! machine's `/` as the image and unix sockets instead of vsock.
 //!
-//! Needs root and a cgroup2 file system; says so and passes where it has not.
-//! The agent runs in a process of its own, which is this program again.
+//! The tests need root and a cgroup2 file system. The agent runs in a process of its own,
+//! which is another instance of this program.
 #![expect(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -26,7 +26,7 @@ use client::ControlClient;
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 use sm_guest_proto::control::{AttachRoot, ControlReply, ControlRequest, Upper};
 
-/// A running agent; ends with the value.
+/// A running agent, which is terminated on drop.
 pub(crate) struct Agent {
     pub(crate) directory: tempfile::TempDir,
     cgroup: PathBuf,
@@ -48,7 +48,7 @@ impl Agent {
         Self::after("true")
     }
 
-    /// Likewise, after these commands of a shell in its namespaces.
+    /// Starts an agent without a root after running shell commands in its namespaces.
     pub(crate) fn after(commands: &str) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let name = directory.path().file_name().unwrap();
@@ -73,7 +73,7 @@ impl Agent {
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
-        // It says so once it listens.
+        // The agent writes a byte once it listens.
         let mut ready = process.stdout.take().unwrap();
         ready.read_exact(&mut [0]).unwrap();
         Self {
@@ -95,12 +95,12 @@ impl Agent {
         self
     }
 
-    /// The process of the agent, as seen from here.
+    /// Returns the PID of the agent in this namespace.
     pub(crate) fn pid(&self) -> u32 {
         children(self.process.id())[0]
     }
 
-    /// The group that the workload's is in.
+    /// Returns the parent of the workload's cgroup.
     pub(crate) fn cgroup(&self) -> &Path {
         &self.cgroup
     }
@@ -125,7 +125,7 @@ impl Agent {
         ControlClient::open(self.path())
     }
 
-    /// The contents of the file `path` for a process of the workload.
+    /// Returns the contents of the file `path` for a process of the workload.
     pub(crate) fn text(&self, path: &str) -> String {
         let procs = fs::read_to_string(self.cgroup.join("workload/cgroup.procs")).unwrap();
         let root = format!("/proc/{}/root", procs.lines().next().unwrap());
@@ -140,7 +140,7 @@ impl Agent {
         text
     }
 
-    /// Waits for the agent to end by itself.
+    /// Waits for the agent to exit by itself. Returns true if it succeeded.
     pub(crate) fn wait(&mut self) -> bool {
         self.process.wait().unwrap().success()
     }
@@ -161,14 +161,14 @@ impl Drop for Agent {
     }
 }
 
-/// The children of a process of one thread.
+/// Returns the children of a single-threaded process.
 pub(crate) fn children(pid: u32) -> Vec<u32> {
     let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
     let words = text.split_whitespace();
     words.map(|word| word.parse().unwrap()).collect()
 }
 
-/// Waits until a cgroup has no processes; dying takes them a moment.
+/// Waits until a cgroup contains no processes, which takes a moment after a kill.
 fn wait_until_empty(cgroup: &Path) -> std::io::Result<()> {
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
     let mut events = fs::File::open(cgroup.join("cgroup.events"))?;
@@ -189,7 +189,7 @@ fn wait_until_empty(cgroup: &Path) -> std::io::Result<()> {
     }
 }
 
-/// The agent's process.
+/// Runs the agent in this process.
 fn serve(directory: &Path, cgroup: &Path) -> std::io::Result<()> {
     let listen = |name| -> std::io::Result<_> {
         let listener = UnixListener::bind(directory.join(name))?;
@@ -221,7 +221,7 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     if !rustix::process::geteuid().is_root() || cgroup_mount().is_none() {
-        // Left out is not passed, unless that was asked for.
+        // Skipping the tests is a failure, unless it was requested.
         let asked_for = std::env::var_os("SM_TEST_WITHOUT_ROOT").is_some();
         println!(
             "left out: running the agent takes root and a cgroup2 file system \
