@@ -1,7 +1,6 @@
-//! Makes an image of a directory or a static binary in an OCI layout:
-//! `mkimage [--cmd WORD]... [--env NAME=VALUE]... LAYOUT TAG DIRECTORY|BINARY
-//! [ENTRYPOINT...]`. A binary becomes `/NAME`, and the entry point unless another
-//! one is given.
+//! Creates an image of a directory or a static binary in an OCI layout: `mkimage [--cmd
+//! WORD]... [--env NAME=VALUE]... LAYOUT TAG DIRECTORY|BINARY [ENTRYPOINT...]`. A binary
+//! is stored as `/NAME`, and is the entry point unless another one is given.
 
 use std::fs;
 use std::path::Path;

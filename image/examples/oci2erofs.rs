@@ -1,5 +1,5 @@
-//! Turns an OCI image into an EROFS disk file: `oci2erofs REFERENCE DISK [STORE]`.
-//! Prints what was done and how long it took.
+//! Converts an OCI image to an EROFS disk file: `oci2erofs REFERENCE DISK [STORE]`.
+//! Prints the image's digest and the time taken.
 
 use std::fs::File;
 use std::io;

@@ -1,27 +1,27 @@
-//! Writing a layer's blob: file contents one after another, each beginning at a
-//! block boundary. Runs of zeros become holes of the host's file.
+//! Writing of a layer's blob: the contents of files, each starting at a block boundary.
+//! Runs of zeros become holes of the host's file.
 
 use std::fs::File;
 use std::io::{self, BufWriter, Read, Write as _};
 use std::os::unix::fs::FileExt as _;
 
-/// Granule of file contents in a blob, in bytes: a block of the disk.
+/// Alignment of file contents in a blob in bytes: the block size of the disk.
 pub(crate) const BLOCK_SIZE: u64 = 4096;
-/// Bytes gathered before they are written; a multiple of the block size.
+/// Number of bytes buffered before a write; a multiple of the block size.
 const BUFFER: usize = 1 << 20;
 const SMALL_BUFFER: usize = 256 << 10;
-/// Granule in which zeros are looked for.
+/// Granularity of the search for zeros in bytes.
 const HOLE: usize = 64 << 10;
 
-/// The end of a blob that is being written.
+/// Writer that appends to a blob.
 pub(crate) struct BlobWriter<'a> {
     file: &'a File,
     buffer: Vec<u8>,
-    /// Bytes of `buffer` that count.
+    /// Number of valid bytes in `buffer`.
     filled: usize,
     /// Offset in the file of the buffer's first byte.
     flushed: u64,
-    /// Nothing is written.
+    /// Count bytes without writing.
     dry: bool,
 }
 
@@ -36,7 +36,7 @@ impl<'a> BlobWriter<'a> {
         }
     }
 
-    /// One that counts, but does not write.
+    /// Creates a writer that counts bytes without writing them.
     pub(crate) fn dry(file: &'a File) -> Self {
         Self {
             dry: true,
@@ -44,7 +44,7 @@ impl<'a> BlobWriter<'a> {
         }
     }
 
-    /// Length of the blob so far.
+    /// Returns the length of the blob so far in bytes.
     pub(crate) fn position(&self) -> u64 {
         self.flushed + self.filled as u64
     }
@@ -66,7 +66,7 @@ impl<'a> BlobWriter<'a> {
         Ok(())
     }
 
-    /// Appends `len` zeros, which cost neither time nor space when they are many.
+    /// Appends `len` zeros. Long runs take neither time nor space.
     pub(crate) fn append_zeros(&mut self, len: u64) -> io::Result<()> {
         let mut left = len;
         while left > 0 {
@@ -89,7 +89,7 @@ impl<'a> BlobWriter<'a> {
         Ok(())
     }
 
-    /// Fills up the last block.
+    /// Pads the last block with zeros.
     pub(crate) fn pad(&mut self) -> io::Result<()> {
         let position = self.position();
         self.append_zeros(position.next_multiple_of(BLOCK_SIZE) - position)
@@ -104,7 +104,7 @@ impl<'a> BlobWriter<'a> {
         let bytes = &self.buffer[..self.filled];
         let mut start = 0;
         let mut at = 0;
-        // Neighbouring pieces that are not zero go out in one write.
+        // Adjacent pieces with data are written in one call.
         for piece in bytes.chunks(HOLE) {
             let end = at + piece.len();
             if is_zero(piece) {
@@ -121,7 +121,7 @@ impl<'a> BlobWriter<'a> {
         Ok(())
     }
 
-    /// Writes what is left; returns the blob's length.
+    /// Writes the remaining bytes and returns the blob's length.
     pub(crate) fn finish(mut self) -> io::Result<u64> {
         self.flush()?;
         if !self.dry {
@@ -131,7 +131,7 @@ impl<'a> BlobWriter<'a> {
     }
 }
 
-/// Contents of small files, one after another.
+/// Writer for the contents of small files, without alignment.
 pub(crate) struct SmallWriter<'a> {
     out: BufWriter<&'a File>,
     position: u64,
@@ -147,12 +147,12 @@ impl<'a> SmallWriter<'a> {
         }
     }
 
-    /// Bytes so far.
+    /// Returns the number of bytes so far.
     pub(crate) fn position(&self) -> u64 {
         self.position
     }
 
-    /// Appends exactly `len` bytes of `reader`; they are few.
+    /// Appends exactly `len` bytes of `reader`, which are buffered in memory.
     pub(crate) fn append(&mut self, reader: &mut impl Read, len: u64) -> io::Result<()> {
         self.buffer
             .resize(usize::try_from(len).map_err(io::Error::other)?, 0);
@@ -162,14 +162,15 @@ impl<'a> SmallWriter<'a> {
         Ok(())
     }
 
-    /// Writes what is left; returns the length.
+    /// Writes the remaining bytes and returns the length.
     pub(crate) fn finish(mut self) -> io::Result<u64> {
         self.out.flush()?;
         Ok(self.position)
     }
 }
 
-/// Compares the bytes with themselves, one further: a `memcmp`.
+/// Returns true if all bytes are zero, by comparing them with themselves at an offset of
+/// one, which is a `memcmp`.
 fn is_zero(bytes: &[u8]) -> bool {
     match bytes {
         [] => true,

@@ -1,5 +1,5 @@
-//! Writes OCI image layouts (OCI image-spec image-layout.md): for demo and test
-//! images, and for whoever has a root file system and wants an image of it.
+//! Writing of OCI image layouts (OCI image-spec image-layout.md), for demo and test
+//! images, and for users who want an image of a root file system.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -16,10 +16,10 @@ use crate::documents::{REF_NAME, parse};
 use crate::platform::Platform;
 use crate::tar::{DirectoryTar, END, Header, Kind, encode, padding};
 
-/// How a layer is stored.
+/// Compression of a stored layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Compression {
-    /// As it is.
+    /// No compression.
     None,
     /// Gzip, at this level (0 to 9).
     Gzip(u32),
@@ -27,7 +27,7 @@ pub enum Compression {
     Zstd(i32),
 }
 
-/// What a file made from memory is.
+/// Type of a file created from memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MemoryFile {
     /// A regular file.
@@ -36,14 +36,13 @@ pub enum MemoryFile {
     Directory,
     /// A symbolic link.
     Symlink(Vec<u8>),
-    /// Another name of a path.
+    /// A hard link to this path.
     Hardlink(Vec<u8>),
 }
 
-/// Makes one image in a layout directory.
+/// Creates one image in a layout directory.
 ///
-/// Layers are written at once, the image appears in the layout's index with
-/// [`Self::finish`].
+/// Layers are written immediately. [`Self::finish`] adds the image to the layout's index.
 #[derive(Debug)]
 pub struct LayoutBuilder<'a> {
     directory: &'a Path,
@@ -54,11 +53,11 @@ pub struct LayoutBuilder<'a> {
 }
 
 impl<'a> LayoutBuilder<'a> {
-    /// Begins an image in the layout at `directory`, which is made if it is not
-    /// there.
+    /// Starts an image in the layout at `directory`, which is created if it does not
+    /// exist.
     ///
     /// # Errors
-    /// The directory cannot be made or written.
+    /// The directory cannot be created or written.
     pub fn new(directory: &'a Path, compression: Compression) -> Result<Self, Error> {
         let blobs = directory.join("blobs/sha256");
         fs::create_dir_all(&blobs).map_err(Error::file("create directory", &blobs))?;
@@ -74,25 +73,24 @@ impl<'a> LayoutBuilder<'a> {
         })
     }
 
-    /// What the image says that its programs run on; without this, Linux on this
-    /// host's architecture.
+    /// Sets the platform of the image. The default is Linux on this host's architecture.
     #[must_use]
     pub fn platform(mut self, platform: Platform) -> Self {
         self.platform = platform;
         self
     }
 
-    /// Adds a directory of the host as a layer: all that is in it, with owners,
-    /// times and extended attributes as they are.
+    /// Adds the contents of a host directory as a layer, with owners, times and extended
+    /// attributes.
     ///
     /// # Errors
-    /// Something in it cannot be read, or the blob cannot be written.
+    /// A file cannot be read, or the blob cannot be written.
     pub fn directory_layer(&mut self, directory: &Path) -> Result<(), Error> {
         self.layer(DirectoryTar::new(directory))
     }
 
-    /// Adds files from memory as a layer: path, permission bits, contents. They
-    /// belong to root and have no time.
+    /// Adds files from memory as a layer: path, permission bits, contents. They are owned
+    /// by root and have time 0.
     ///
     /// # Errors
     /// The blob cannot be written.
@@ -124,7 +122,7 @@ impl<'a> LayoutBuilder<'a> {
         self.layer(tar.as_slice())
     }
 
-    /// Adds a layer from a tar stream, as it is.
+    /// Adds a layer from a tar stream, without changes.
     ///
     /// # Errors
     /// The stream cannot be read or the blob cannot be written.
@@ -152,11 +150,11 @@ impl<'a> LayoutBuilder<'a> {
         Ok(())
     }
 
-    /// Writes configuration and manifest, and names the image `tag`; an image
-    /// that had this name before loses it. Returns the manifest's digest.
+    /// Writes configuration and manifest, and names the image `tag`. An image that had
+    /// this name before loses it. Returns the manifest's digest.
     ///
     /// # Errors
-    /// The layout's index cannot be read, or something cannot be written.
+    /// The layout's index cannot be read, or a file cannot be written.
     pub fn finish(self, tag: &str, config: Config) -> Result<Digest, Error> {
         let rootfs = RootFsBuilder::default()
             .typ("layers")

@@ -1,36 +1,36 @@
-//! Giving up together: when one layer of a pull has failed, the others need not
-//! go on, and whoever waits for a registry's patience need not wait.
+//! Cancellation: when one layer of a pull fails, the others are cancelled, including
+//! waits for a registry's backoff.
 
 use std::fmt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-/// Something that is to be done at once when everything is given up.
+/// An action to run on cancellation.
 type Action = Box<dyn FnOnce() + Send>;
 
 #[derive(Default)]
 struct State {
     cancelled: bool,
     actions: Vec<Action>,
-    /// Cancelled with this one.
+    /// Handles that are cancelled with this one.
     children: Vec<Weak<Shared>>,
 }
 
 type Shared = (Mutex<State>, Condvar);
 
-/// Whether what is being done is still wanted. Clones are the same one.
+/// A cancellation handle. Clones share their state.
 #[derive(Clone, Default)]
 pub struct Cancel(Arc<Shared>);
 
 impl Cancel {
-    /// One that is not cancelled.
+    /// Creates a handle that is not cancelled.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// One that is cancelled with this one, and may be before: what ends a part of
-    /// something need not end all of it.
+    /// Creates a handle that is cancelled with this one. It can also be cancelled
+    /// separately, which does not affect this one.
     #[must_use]
     pub fn child(&self) -> Self {
         let child = Self::new();
@@ -46,7 +46,7 @@ impl Cancel {
         child
     }
 
-    /// Ends all waits, and requests to registries. There is no way back.
+    /// Cancels all waits and requests to registries. This cannot be undone.
     pub fn cancel(&self) {
         let mut state = self.lock();
         state.cancelled = true;
@@ -62,13 +62,13 @@ impl Cancel {
         }
     }
 
-    /// Whether it has been cancelled.
+    /// Returns true if the handle has been cancelled.
     #[must_use]
     pub fn is_cancelled(&self) -> bool {
         self.lock().cancelled
     }
 
-    /// Waits; `false` if it was cancelled before the time was over.
+    /// Waits for `time`. Returns `false` if the handle was cancelled before it elapsed.
     pub(crate) fn wait(&self, time: Duration) -> bool {
         let deadline = Instant::now() + time;
         let mut state = self.lock();
@@ -82,7 +82,7 @@ impl Cancel {
         }
     }
 
-    /// Does `action` on cancellation; at once, if that has been.
+    /// Runs `action` on cancellation, or immediately if that has already occurred.
     pub(crate) fn on_cancel(&self, action: impl FnOnce() + Send + 'static) {
         let mut state = self.lock();
         if state.cancelled {
@@ -94,7 +94,7 @@ impl Cancel {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // Nothing panics while it holds this.
+        // No code panics while it holds the lock.
         self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -116,7 +116,7 @@ mod tests {
         let cancel = Cancel::new();
         assert!(cancel.wait(Duration::from_millis(1)));
         let other = cancel.clone();
-        // Far longer than any test may run.
+        // Far longer than any test runs.
         let waiting = std::thread::spawn(move || other.wait(Duration::from_secs(100_000)));
         cancel.cancel();
         assert!(!waiting.join().unwrap());
@@ -132,7 +132,7 @@ mod tests {
         one.cancel();
         assert!(one.is_cancelled());
         assert!(!parent.is_cancelled() && !two.is_cancelled());
-        // Those that are gone are not kept.
+        // Dropped children are removed from the list.
         for _ in 0..100 {
             drop(parent.child());
         }

@@ -8,13 +8,13 @@ use std::rc::Rc;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use sha2::{Digest as _, Sha256};
 
-/// A SHA-256 digest (OCI image-spec descriptor.md, "Digests"; other algorithms
-/// are optional there and not used in practice).
+/// A SHA-256 digest (OCI image-spec descriptor.md, "Digests"). Other algorithms are
+/// optional there and not supported.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Digest([u8; 32]);
 
 impl Digest {
-    /// The digest of `bytes`.
+    /// Computes the digest of `bytes`.
     #[must_use]
     pub fn of(bytes: &[u8]) -> Self {
         Self(Sha256::digest(bytes).into())
@@ -24,7 +24,7 @@ impl Digest {
         Self(hash.finalize().into())
     }
 
-    /// Reads `sha256:…`; `None` for anything else.
+    /// Parses `sha256:…`; `None` for any other text.
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
         let digits = text.strip_prefix("sha256:")?.as_bytes();
@@ -43,18 +43,18 @@ impl Digest {
         Some(Self(bytes))
     }
 
-    /// The 64 digits.
+    /// Returns the 64 digits.
     #[must_use]
     pub fn hex(&self) -> String {
         use fmt::Write as _;
         self.0.iter().fold(String::new(), |mut text, byte| {
-            // Writing to a string does not fail.
+            // Writing to a string cannot fail.
             let _ = write!(text, "{byte:02x}");
             text
         })
     }
 
-    /// The digest's bytes.
+    /// Returns the digest's bytes.
     #[must_use]
     pub fn bytes(&self) -> &[u8; 32] {
         &self.0
@@ -87,12 +87,12 @@ impl<'de> Deserialize<'de> for Digest {
     }
 }
 
-/// Hashes and counts what is read through it.
+/// A reader that hashes and counts the bytes read through it.
 #[derive(Debug)]
 pub(crate) struct HashingReader<R> {
     inner: R,
     hash: Sha256,
-    /// Bytes read, for whoever cannot ask while the reader is borrowed.
+    /// Number of bytes read, accessible while the reader is borrowed.
     count: Rc<Cell<u64>>,
 }
 
@@ -105,7 +105,7 @@ impl<R: Read> HashingReader<R> {
         }
     }
 
-    /// Reads to the end, for its effect on the digest.
+    /// Reads to the end of the stream, to complete the digest.
     pub(crate) fn drain(&mut self) -> io::Result<()> {
         io::copy(self, &mut io::sink()).map(drop)
     }

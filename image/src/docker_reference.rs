@@ -1,26 +1,26 @@
-//! Names of images in registries, as Docker's users write them.
+//! Names of images in registries, in Docker's syntax.
 //!
 //! The grammar is that of the distribution project's `reference` package:
-//! `[HOST[:PORT]/]PATH[:TAG][@DIGEST]`. A first component is a host if it has a
-//! dot or a colon, or is `localhost`; without one, Docker's own registry is
-//! meant, and there a single component is in `library/`.
+//! `[HOST[:PORT]/]PATH[:TAG][@DIGEST]`. A first component is a host if it contains a dot
+//! or a colon, or is `localhost`. A name without a host refers to Docker's own registry,
+//! where a path of a single component is prefixed with `library/`.
 
 use std::fmt;
 
 use crate::digest::Digest;
 
-/// What Docker's own registry is called in references.
+/// Name of Docker's own registry in references.
 pub(crate) const DEFAULT_REGISTRY: &str = "docker.io";
-/// What it was called before.
+/// Former name of Docker's own registry.
 const LEGACY_REGISTRY: &str = "index.docker.io";
-/// Where Docker's own images are in it.
+/// Prefix of Docker's official images.
 const OFFICIAL: &str = "library/";
 const DEFAULT_TAG: &str = "latest";
-/// Longest name, without tag and digest.
+/// Maximum length of a name without tag and digest.
 const MAX_NAME: usize = 255;
 const MAX_TAG: usize = 128;
 
-/// An image in a registry.
+/// The name of an image in a registry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DockerReference {
     registry: String,
@@ -30,10 +30,10 @@ pub struct DockerReference {
 }
 
 impl DockerReference {
-    /// Reads a name.
+    /// Parses a name.
     ///
     /// # Errors
-    /// What is wrong with it.
+    /// The reason why the name is invalid.
     pub fn parse(text: &str) -> Result<Self, &'static str> {
         let (rest, digest) = match text.split_once('@') {
             Some((rest, digest)) => {
@@ -42,7 +42,7 @@ impl DockerReference {
             }
             None => (text, None),
         };
-        // A colon before the last slash belongs to a port.
+        // A colon before the last slash separates a port.
         let (name, tag) = match rest.rsplit_once(':') {
             Some((name, tag)) if !tag.contains('/') => (name, Some(tag)),
             _ => (rest, None),
@@ -81,13 +81,13 @@ impl DockerReference {
         })
     }
 
-    /// The host, with its port if it has one, as it is written.
+    /// Returns the registry's host as written, with its port if it has one.
     #[must_use]
     pub fn registry(&self) -> &str {
         &self.registry
     }
 
-    /// The whole name, Docker's own registry and `library/` included.
+    /// Returns the complete name, including Docker's own registry and `library/`.
     #[must_use]
     pub fn full(&self) -> String {
         let mut name = format!("{}/{}", self.registry, self.repository);
@@ -101,37 +101,37 @@ impl DockerReference {
         name
     }
 
-    /// Whether Docker's own registry is meant.
+    /// Returns true if the name refers to Docker's own registry.
     #[must_use]
     pub fn is_default_registry(&self) -> bool {
         self.registry == DEFAULT_REGISTRY
     }
 
-    /// The image's path in the registry.
+    /// Returns the image's path in the registry.
     #[must_use]
     pub fn repository(&self) -> &str {
         &self.repository
     }
 
-    /// The tag, unless only a digest was given.
+    /// Returns the tag, unless only a digest was given.
     #[must_use]
     pub fn tag(&self) -> Option<&str> {
         self.tag.as_deref()
     }
 
-    /// The digest, if one was given.
+    /// Returns the digest, if one was given.
     #[must_use]
     pub fn digest(&self) -> Option<Digest> {
         self.digest
     }
 }
 
-/// As people write it: without Docker's own registry and `library/`.
+/// Writes the short form, without Docker's own registry and `library/`.
 impl fmt::Display for DockerReference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.is_default_registry() {
             let path = self.repository.strip_prefix(OFFICIAL);
-            // Were it not a single component, it would be read back as another.
+            // A path with several components would be parsed as another name.
             let path = path.filter(|path| !path.contains('/'));
             let path = path.unwrap_or(&self.repository);
             if path.split_once('/').is_some_and(|(host, _)| is_host(host)) {
@@ -155,7 +155,7 @@ fn is_host(component: &str) -> bool {
     component.contains(['.', ':']) || component == "localhost"
 }
 
-/// A name or an address of a host, with a port or without.
+/// Returns true for a name or an address of a host, with or without a port.
 fn is_host_name(text: &str) -> bool {
     let is_port = |port: &str| port.parse::<u16>().is_ok() && !port.starts_with('+');
     if let Some(rest) = text.strip_prefix('[') {
@@ -180,7 +180,7 @@ fn is_host_name(text: &str) -> bool {
     host.split('.').all(is_label) && port.is_none_or(is_port)
 }
 
-/// `[a-z0-9]+` with `.`, `_`, `__` or dashes between.
+/// Matches `[a-z0-9]+` with separators `.`, `_`, `__` or dashes.
 fn is_component(text: &str) -> bool {
     let bytes = text.as_bytes();
     let is_word = |byte: &u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
@@ -247,7 +247,7 @@ mod tests {
         assert_eq!(both.to_string(), format!("app:v1@{digest}"));
         let long = DockerReference::parse("docker.io/library/nginx").unwrap();
         assert_eq!(long.to_string(), "nginx:latest");
-        // What looks like a host is none after one.
+        // A component after a host is not a host.
         for name in ["docker.io/a.b/c:latest", "docker.io/localhost/c:latest"] {
             let odd = DockerReference::parse(name).unwrap();
             assert!(odd.is_default_registry());

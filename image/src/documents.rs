@@ -12,13 +12,13 @@ use crate::digest::Digest;
 pub(crate) use self::parts::{Parts, diff_ids};
 pub(crate) use self::resolve::{Resolved, check_platform, platform_of, resolve};
 
-/// Largest document read, in bytes.
+/// Maximum size of a document in bytes.
 pub(crate) const MAX_DOCUMENT: u64 = 8 << 20;
 
-/// The annotation that names an image of a layout.
+/// The annotation with the name of an image in a layout.
 pub(crate) const REF_NAME: &str = "org.opencontainers.image.ref.name";
 
-/// A blob that a document names.
+/// The descriptor of a blob in a document.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Named {
     pub(crate) digest: Digest,
@@ -38,7 +38,7 @@ impl Named {
         })
     }
 
-    /// Whether `bytes` are what is named.
+    /// Checks that `bytes` have the size and digest of the descriptor.
     pub(crate) fn check(&self, bytes: &[u8]) -> Result<(), Error> {
         if u64::try_from(bytes.len()).ok() != Some(self.size) {
             let text = format!("it has {} bytes instead of {}", bytes.len(), self.size);

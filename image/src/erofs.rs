@@ -1,6 +1,6 @@
-//! The *metadata image*: an EROFS file system without the contents of any but small
-//! files. Other contents stay in the layers' blobs, which follow the metadata image on
-//! the composite disk; a file's inode points there by block number.
+//! The *metadata image*: an EROFS file system without the contents of files, except small
+//! ones. Other contents remain in the layers' blobs, which follow the metadata image on
+//! the composite disk; a file's inode refers to them by block number.
 
 use std::fs::File;
 use std::io;
@@ -17,11 +17,11 @@ use crate::tree::{InodeId, Kind, Tree};
 const _: () = assert!(sm_erofs::BLOCK == BLOCK_SIZE);
 const _: () = assert!(sm_erofs::ROOT == crate::tree::ROOT);
 
-/// Attributes that the guest's overlay file system uses for itself: an image must not
-/// speak in its name.
+/// Attributes that the guest's overlay file system uses itself. An image must not set
+/// them.
 const OVERLAY: [&[u8]; 2] = [b"trusted.overlay.", b"user.overlay."];
 
-/// What of a layer is on the disk.
+/// The data of a layer that is on the disk.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct LayerData<'a> {
     /// Length of the blob in bytes.
@@ -30,9 +30,9 @@ pub(crate) struct LayerData<'a> {
     pub(crate) small: &'a File,
 }
 
-/// Writes the metadata image of `tree` to an empty file; returns its length.
-/// `layers` are those that the tree was made of; their blobs follow it on the
-/// disk in this order. `identity` makes the file system's UUID.
+/// Writes the metadata image of `tree` to an empty file and returns its length in bytes.
+/// `layers` are the layers of the tree; their blobs follow it on the disk in this order.
+/// The file system's UUID derives from `identity`.
 pub(crate) fn build(
     tree: &Tree,
     layers: &[LayerData<'_>],
@@ -61,7 +61,7 @@ pub(crate) fn build(
     })
 }
 
-/// A UUID of version 8 (RFC 9562).
+/// Returns a UUID of version 8 (RFC 9562).
 fn uuid(identity: Digest) -> [u8; 16] {
     let mut uuid = [0; 16];
     uuid.copy_from_slice(&identity.bytes()[..16]);
@@ -70,7 +70,7 @@ fn uuid(identity: Digest) -> [u8; 16] {
     uuid
 }
 
-/// A stack of layers, as the writer sees it.
+/// Implements the writer's view of a stack of layers.
 struct Stack<'a> {
     tree: &'a Tree,
     layers: &'a [LayerData<'a>],

@@ -1,63 +1,63 @@
-//! Why an image cannot be used.
+//! Errors of image operations.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-/// An error of this crate. Texts name the image's part that is at fault.
+/// An error of this crate. Messages name the affected part of the image.
 #[derive(Debug, Error)]
 pub enum Error {
-    /// A reference that cannot be understood.
+    /// The image reference cannot be parsed.
     #[error("\"{reference}\" is not an image reference: {reason}")]
     Reference {
-        /// The text.
+        /// The reference.
         reference: String,
-        /// What is wrong with it.
+        /// The reason.
         reason: &'static str,
     },
-    /// A platform that cannot be understood.
+    /// The platform cannot be parsed.
     #[error("\"{0}\" is not a platform: OS/ARCHITECTURE[/VARIANT] is meant, such as linux/arm64")]
     Platform(String),
-    /// There is no image for the platform that is wanted.
+    /// No image exists for the requested platform.
     #[error("there is no image for {wanted}; there are images for {offered}")]
     NoPlatform {
-        /// The platform.
+        /// The requested platform.
         wanted: String,
-        /// Those that there are, separated by commas.
+        /// Available platforms, separated by commas.
         offered: String,
     },
-    /// Nothing is where the reference points to.
+    /// The reference names no image.
     #[error("unknown image \"{reference}\": {reason}")]
     Unknown {
         /// The reference.
         reference: String,
-        /// What is missing.
+        /// The reason.
         reason: String,
     },
-    /// A registry does not give what is asked of it.
+    /// A request to a registry failed.
     #[error("registry {registry}: {reason}")]
     Registry {
         /// The registry.
         registry: String,
-        /// What is wrong.
+        /// The reason.
         reason: String,
     },
-    /// A Docker engine does not give what is asked of it.
+    /// A request to a Docker engine failed.
     #[error("engine {engine}: {reason}")]
     Engine {
-        /// Where it listens.
+        /// Address of the engine.
         engine: String,
-        /// What is wrong.
+        /// The reason.
         reason: String,
     },
-    /// Several images match.
+    /// Several images match the ID prefix.
     #[error("\"{0}\" matches several images: give more of its ID")]
     Ambiguous(String),
-    /// A file of the host cannot be used.
+    /// An operation on a file of the host failed.
     #[error("cannot {operation} {path:?}")]
     File {
-        /// What was tried.
+        /// The operation, after "cannot".
         operation: &'static str,
         /// The file.
         path: PathBuf,
@@ -65,20 +65,20 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
-    /// A JSON document of the image (index, manifest, configuration) is wrong.
+    /// A JSON document of the image (index, manifest, configuration) is invalid.
     #[error("the image's {document} is not valid: {reason}")]
     Document {
-        /// Which one.
+        /// The document.
         document: String,
-        /// What is wrong with it.
+        /// The reason.
         reason: String,
     },
-    /// A blob does not have the digest or size that is written down for it.
+    /// The digest or size of a blob does not match its descriptor.
     #[error("blob {digest} is damaged: {reason}")]
     Blob {
-        /// The digest that it should have.
+        /// The expected digest.
         digest: String,
-        /// What does not fit.
+        /// The mismatch.
         reason: String,
     },
     /// A layer cannot be read.
@@ -86,7 +86,7 @@ pub enum Error {
     Layer {
         /// Digest of the layer.
         layer: String,
-        /// What is wrong.
+        /// The reason.
         reason: String,
     },
     /// An entry of a layer is refused.
@@ -94,18 +94,18 @@ pub enum Error {
     Entry {
         /// Digest of the layer.
         layer: String,
-        /// Path of the entry as the layer has it.
+        /// Path of the entry in the layer.
         entry: String,
-        /// Why.
+        /// The reason.
         reason: String,
     },
-    /// An archive of images cannot be written.
+    /// Writing an archive of images failed.
     #[error("the archive cannot be written")]
     Archive(#[source] io::Error),
     /// A snapshot needs the image.
     #[error(
-        "image \"{reference}\" is used by snapshot \"{user}\": remove that first (sm snapshot \
-         rm {user})"
+        "image \"{reference}\" is used by snapshot \"{user}\", which must be removed \
+         first"
     )]
     Used {
         /// The image.
@@ -113,29 +113,29 @@ pub enum Error {
         /// The snapshot.
         user: String,
     },
-    /// It cannot be said which images are needed.
-    #[error("no image is removed, as it is not known which ones snapshots need: {0}")]
+    /// The images that snapshots need cannot be determined.
+    #[error("cannot determine which images snapshots need: {0}")]
     Users(String),
-    /// The disk is too small for what is to come.
+    /// The file system has not enough space for the image.
     #[error(
-        "the image's layers have {needed} bytes, and {path:?} has room for {free}: free some \
-         space (\"sm image prune\" removes what is not needed)"
+        "the image's layers have {needed} bytes, and {path:?} has room for \
+         {free}"
     )]
     Space {
-        /// Bytes of the layers that are missing, as their manifest has it.
+        /// Size of the missing layers in bytes, according to the manifest.
         needed: u64,
-        /// Bytes that are free.
+        /// Free space in bytes.
         free: u64,
-        /// Where.
+        /// A directory in the file system.
         path: PathBuf,
     },
-    /// It was given up, as asked.
-    #[error("it was given up")]
+    /// The operation was cancelled by its caller.
+    #[error("the operation was cancelled")]
     Cancelled,
-    /// The image's disk cannot be written.
+    /// Writing the image's disk failed.
     #[error("the image's metadata cannot be written to the store")]
     MetadataImage(#[source] io::Error),
-    /// The image is too large for its disk format.
+    /// The image exceeds a limit of its disk format.
     #[error("the image does not fit an EROFS disk: {0}")]
     TooLarge(&'static str),
 }
@@ -161,8 +161,8 @@ impl Error {
     }
 }
 
-/// Bytes from a stranger, for a message: what a terminal would act on is written
-/// out.
+/// Converts untrusted bytes for a message. Control characters, which a terminal might
+/// interpret, are escaped.
 pub(crate) fn printable(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(bytes);
     let mut printable = String::with_capacity(text.len());

@@ -1,4 +1,4 @@
-//! Entrances for fuzz targets: everything that takes bytes from strangers.
+//! Entry points for fuzz targets: all code that parses untrusted bytes.
 
 mod layers;
 #[cfg(test)]
@@ -12,13 +12,13 @@ use crate::documents::{Parts, diff_ids, parse, resolve};
 use crate::source::Registries;
 use crate::{DockerReference, Platform, Reference, source};
 
-/// Takes `data` for a manifest or index and, after a zero byte, the configuration
-/// that belongs to it.
+/// Parses `data` as a manifest or index and, after a zero byte, the configuration that
+/// belongs to it.
 pub fn documents(data: &[u8]) {
     let mut parts = data.splitn(2, |byte| *byte == 0);
     let manifest = parts.next().unwrap_or_default();
     let config = parse::<ImageConfiguration>(parts.next().unwrap_or(manifest), "configuration");
-    // Whatever is asked for, there are only these bytes.
+    // Every requested document has these bytes.
     let resolved = resolve(manifest.to_vec(), None, None, &|_| Ok(manifest.to_vec()));
     if let Ok(config) = &config {
         let _ = Platform::of(config).to_string().parse::<Platform>();
@@ -29,11 +29,10 @@ pub fn documents(data: &[u8]) {
     }
 }
 
-/// Takes `data` for a name.
+/// Parses `data` as a name.
 ///
 /// # Panics
-/// When a name that is understood is understood differently after having been
-/// written.
+/// A valid name is parsed differently after it was formatted.
 pub fn reference(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else {
         return;
@@ -47,15 +46,15 @@ pub fn reference(data: &[u8]) {
     }
 }
 
-/// Takes `data` for each of the headers that registries answer with.
+/// Parses `data` as each of the headers in answers of registries.
 pub fn headers(data: &[u8]) {
     if let Ok(text) = std::str::from_utf8(data) {
         source::headers(text);
     }
 }
 
-/// Takes `data` for a `registries.conf`, whose first line is a comment with the
-/// name to look up.
+/// Parses `data` as a `registries.conf`, whose first line is a comment with the name to
+/// look up.
 pub fn registries(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else {
         return;
@@ -64,7 +63,7 @@ pub fn registries(data: &[u8]) {
     Registries::fuzz(text, first.trim_start_matches('#').trim());
 }
 
-/// What the fuzzers have found worth keeping is tried again here, without a fuzzer.
+/// Replays the seeds and corpora of the fuzzers without a fuzzer.
 #[cfg(test)]
 mod tests {
     use std::fs::{self, File};
@@ -75,7 +74,7 @@ mod tests {
 
     use super::*;
 
-    /// Has `target` take the seeds and the corpus called `name`.
+    /// Passes the seeds and the corpus called `name` to `target`.
     fn replay(name: &str, target: impl Fn(&[u8])) {
         let fuzz = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz");
         let seeds = fuzz.join("seeds").join(name);

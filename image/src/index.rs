@@ -1,8 +1,9 @@
-//! The *index* of a layer: everything in it but file contents, in its own order.
+//! The *index* of a layer: everything in it except file contents, in the order of the
+//! layer.
 //!
-//! A file of records that is written and read as a stream, so that neither takes
-//! memory for each entry. All numbers are little-endian; every record begins at a
-//! multiple of eight bytes, so that the file can also be mapped and walked in place.
+//! An index is a file of records that is written and read as a stream, without memory for
+//! each entry. All numbers are little-endian. Every record starts at a multiple of eight
+//! bytes, so that the file can also be mapped and traversed in place.
 //!
 //! ```text
 //! header   magic, version, counts and lengths (see `Header`)
@@ -10,10 +11,10 @@
 //! ...
 //! ```
 //!
-//! An extended attribute is two lengths (`u16` each), its name and its value.
+//! An extended attribute consists of two lengths (`u16` each), its name and its value.
 //!
-//! Who writes an index knows that it is whole only at the end: the header is
-//! written last. A reader takes nothing for granted all the same.
+//! The header is written last, because it marks an index as complete. A reader checks
+//! every record nevertheless.
 
 use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Read, Seek as _, SeekFrom, Write};
@@ -23,19 +24,19 @@ use zerocopy::little_endian::{I64, U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 const MAGIC: [u8; 8] = *b"sm-layer";
-/// Raise it when the format changes; layers of another version are made again.
+/// Format version. After a change, layers of other versions are converted again.
 const VERSION: u32 = 3;
 const ALIGN: usize = 8;
 const HEADER_BYTES: usize = 64;
 const HEADER_LEN: u64 = HEADER_BYTES as u64;
 const FIXED_LEN: usize = 56;
-/// Most bytes of a record: far above what entries may have.
+/// Maximum length of a record in bytes, far above that of valid entries.
 const MAX_RECORD: usize = 256 << 10;
 const BUFFER: usize = 256 << 10;
 
-/// Longest contents that go into the metadata image, in bytes. Larger ones begin a
-/// block of the blob: there they are shared by all images of the layer, and half a
-/// block at most is empty.
+/// Maximum size of contents in the metadata image, in bytes. Larger contents start a
+/// block of the blob, where they are shared by all images with the layer and waste at
+/// most half a block.
 pub(crate) const SMALL: u64 = 2048;
 /// Alignment of contents in the blob, in bytes.
 const BLOCK: u64 = 4096;
@@ -51,16 +52,16 @@ pub(crate) struct Meta {
     pub(crate) mtime: (i64, u32),
 }
 
-/// Where a file's contents are.
+/// Location of a file's contents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Place {
-    /// In the layer's blob, at a block boundary.
+    /// Offset in the layer's blob, at a block boundary.
     Blob(u64),
-    /// Among the layer's small files, one after another.
+    /// Offset in the contents of the layer's small files, without alignment.
     Small(u64),
 }
 
-/// What a layer says about a path.
+/// Type of a layer's entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum EntryKind<'a> {
     File {
@@ -69,19 +70,18 @@ pub(crate) enum EntryKind<'a> {
     },
     Directory,
     Symlink(&'a [u8]),
-    /// Another name of a path, in this layer or below.
+    /// Another name for a path in this layer or below.
     Hardlink(&'a [u8]),
     CharDevice(u32, u32),
     BlockDevice(u32, u32),
     Fifo,
-    /// The path is not there any more (OCI image-spec layer.md, "Whiteouts").
+    /// The path is removed (OCI image-spec layer.md, "Whiteouts").
     Whiteout,
-    /// Nothing that lower layers have in this directory is there any more.
+    /// The contents of this directory in lower layers are removed.
     Opaque,
 }
 
-/// One entry. `path` has no empty, `.` or `..` component; it is empty for the
-/// root itself.
+/// An entry. `path` has no empty, `.` or `..` component; it is empty for the root itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Entry<'a> {
     pub(crate) path: &'a [u8],
@@ -90,12 +90,12 @@ pub(crate) struct Entry<'a> {
     pub(crate) xattrs: Xattrs<'a>,
 }
 
-/// Extended attributes as a record has them.
+/// Encoded extended attributes of a record.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) struct Xattrs<'a>(&'a [u8]);
 
 impl<'a> Xattrs<'a> {
-    /// As they were encoded.
+    /// Wraps encoded attributes.
     pub(crate) fn encoded(bytes: &'a [u8]) -> Self {
         Self(bytes)
     }
@@ -104,7 +104,7 @@ impl<'a> Xattrs<'a> {
         self.0
     }
 
-    /// Names and values, as far as they make sense.
+    /// Iterates over names and values, up to the first invalid one.
     pub(crate) fn iter(self) -> impl Iterator<Item = (&'a [u8], &'a [u8])> {
         let mut rest = self.0;
         std::iter::from_fn(move || {
@@ -118,7 +118,8 @@ impl<'a> Xattrs<'a> {
     }
 }
 
-/// Encodes extended attributes. `None` when one is longer than 65535 bytes.
+/// Encodes extended attributes. Returns `None` if a name or value is longer than 65535
+/// bytes.
 pub(crate) fn encode_xattrs(xattrs: &[(Vec<u8>, Vec<u8>)]) -> Option<Vec<u8>> {
     let mut bytes = Vec::new();
     for (name, value) in xattrs {
@@ -130,7 +131,7 @@ pub(crate) fn encode_xattrs(xattrs: &[(Vec<u8>, Vec<u8>)]) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
-/// What a layer comes to.
+/// Totals of a layer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Totals {
     pub(crate) entries: u64,
@@ -147,8 +148,8 @@ pub(crate) struct Totals {
 struct Header {
     magic: [u8; 8],
     version: U32,
-    /// The layer has whiteouts or opaque directories. Readers of earlier versions went
-    /// through the records twice for these.
+    /// The layer contains whiteouts or opaque directories. Readers of earlier versions
+    /// used this to decide about a second pass.
     hides: U32,
     entries: U64,
     records_len: U64,
@@ -158,8 +159,8 @@ struct Header {
     reserved: [u8; 8],
 }
 
-/// The part that every record has. `a` and `b` are offset and size of a file, or
-/// major and minor of a device.
+/// The fixed part of a record. `a` and `b` are offset and size of a file, or major and
+/// minor number of a device.
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct Fixed {
@@ -190,7 +191,7 @@ const FIFO: u16 = 8;
 const WHITEOUT: u16 = 9;
 const OPAQUE: u16 = 10;
 
-/// Number of a kind, what `a` and `b` are, and the link.
+/// Returns the number of a kind, the values of `a` and `b`, and the link.
 fn describe<'a>(kind: &EntryKind<'a>) -> (u16, u64, u64, &'a [u8]) {
     let none: &[u8] = &[];
     match *kind {
@@ -213,7 +214,7 @@ fn describe<'a>(kind: &EntryKind<'a>) -> (u16, u64, u64, &'a [u8]) {
     }
 }
 
-/// Writes an index.
+/// Writer of an index.
 pub(crate) struct IndexWriter<'a> {
     file: &'a File,
     out: BufWriter<&'a File>,
@@ -224,7 +225,7 @@ pub(crate) struct IndexWriter<'a> {
 }
 
 impl<'a> IndexWriter<'a> {
-    /// Begins an index in an empty file.
+    /// Starts an index in an empty file.
     pub(crate) fn new(file: &'a File) -> io::Result<Self> {
         let mut out = BufWriter::with_capacity(BUFFER, file);
         out.seek(SeekFrom::Start(HEADER_LEN))?;
@@ -242,7 +243,7 @@ impl<'a> IndexWriter<'a> {
         self.entries
     }
 
-    /// Bytes of all records so far.
+    /// Returns the length of all records so far in bytes.
     pub(crate) fn len(&self) -> u64 {
         self.records_len
     }
@@ -280,7 +281,7 @@ impl<'a> IndexWriter<'a> {
         Ok(())
     }
 
-    /// Writes the header: the index is whole.
+    /// Writes the header, which completes the index.
     pub(crate) fn finish(mut self, totals: Totals) -> io::Result<()> {
         self.out.flush()?;
         let header = Header {
@@ -298,14 +299,14 @@ impl<'a> IndexWriter<'a> {
     }
 }
 
-/// Reads an index, any number of times.
+/// Reader of an index, which can be rewound.
 #[derive(Debug)]
 pub(crate) struct IndexReader {
     input: BufReader<File>,
     record: Vec<u8>,
     totals: Totals,
     records_len: u64,
-    /// Bytes of records not read yet.
+    /// Length of the records that have not been read yet.
     left: u64,
 }
 
@@ -317,7 +318,7 @@ fn damaged(what: &str) -> io::Error {
 }
 
 impl IndexReader {
-    /// Opens an index; `None` if it is of another version or not whole.
+    /// Opens an index. Returns `None` if it has another version or is incomplete.
     pub(crate) fn open(file: File) -> io::Result<Option<Self>> {
         let mut bytes = [0; HEADER_BYTES];
         let len = file.metadata()?.len();
@@ -355,14 +356,14 @@ impl IndexReader {
         self.totals
     }
 
-    /// Begins again.
+    /// Continues with the first entry.
     pub(crate) fn rewind(&mut self) -> io::Result<()> {
         self.input.seek(SeekFrom::Start(HEADER_LEN))?;
         self.left = self.records_len;
         Ok(())
     }
 
-    /// The next entry.
+    /// Returns the next entry, `None` at the end.
     pub(crate) fn next(&mut self) -> io::Result<Option<Entry<'_>>> {
         if self.left == 0 {
             return Ok(None);

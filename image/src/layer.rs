@@ -1,9 +1,9 @@
-//! A layer, read once: compressed stream -> digest check -> decompression ->
-//! diff_id check -> tar -> *blob* (file contents, each at a 4 KiB boundary),
-//! *small files* (contents that go into the metadata image), *index* (everything
-//! else), and *skeleton* (how to get the tar stream back).
+//! Conversion of a layer in one pass: compressed stream -> digest check -> decompression
+//! -> diff_id check -> tar -> *blob* (file contents, each at a 4 KiB boundary), *small
+//! files* (contents that go into the metadata image), *index* (everything else), and
+//! *skeleton* (which permits reconstruction of the tar stream).
 //!
-//! Nothing here touches paths of the host: an entry's path is data.
+//! The conversion accesses no paths of the host: an entry's path is data.
 
 use std::cmp::Ordering;
 use std::fs::{File, OpenOptions};
@@ -22,31 +22,31 @@ use crate::pipeline::{self, Decoders, Measured};
 use crate::skeleton::Tap;
 use crate::tar::{Header, Kind, MAX_PATH, Reader, TarError};
 
-/// Longest name of a directory entry (Linux `NAME_MAX`).
+/// Maximum length of a directory entry's name (Linux `NAME_MAX`).
 const MAX_NAME: usize = 255;
-/// Longest name of an extended attribute (Linux `XATTR_NAME_MAX`).
+/// Maximum length of an extended attribute's name (Linux `XATTR_NAME_MAX`).
 const MAX_XATTR_NAME: usize = 255;
-/// Most bytes of extended attributes of one entry.
+/// Maximum size of the extended attributes of an entry in bytes.
 const MAX_XATTRS: usize = 64 << 10;
 
 const WHITEOUT: &[u8] = b".wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
-/// Other names that AUFS kept for itself.
+/// Prefix of other names reserved by AUFS.
 const AUFS: &[u8] = b".wh..wh.";
 
-/// What is written down about a layer before it is read.
+/// Expected properties of a layer.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Expected {
-    /// Digest of the stream as it is stored, and the layer's name in errors.
+    /// Digest of the stored stream, and the layer's name in errors.
     pub(crate) digest: Digest,
-    /// Its size; where it is not written down, `digest` is not that of the
-    /// stream either, and the diff_id alone decides.
+    /// Size of the stored stream. If it is unknown, `digest` is not that of the stream
+    /// either, and only the diff_id is checked.
     pub(crate) size: Option<u64>,
-    /// Digest of the tar stream in it, if that is known.
+    /// Digest of the contained tar stream, if known.
     pub(crate) diff_id: Option<Digest>,
 }
 
-/// The empty files that a layer is written to.
+/// The empty files that a layer is converted to.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct LayerFiles<'a> {
     pub(crate) blob: &'a File,
@@ -55,7 +55,7 @@ pub(crate) struct LayerFiles<'a> {
     pub(crate) skeleton: &'a File,
 }
 
-/// What a layer was converted to.
+/// Result of a conversion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Converted {
     pub(crate) totals: Totals,
@@ -63,7 +63,8 @@ pub(crate) struct Converted {
     pub(crate) diff_id: Digest,
 }
 
-/// Converts a layer. `progress` is called with bytes of the stored stream read.
+/// Converts a layer. `progress` is called with the number of bytes read of the stored
+/// stream.
 pub(crate) fn convert(
     stream: impl Read + Send,
     expected: &Expected,
@@ -73,7 +74,7 @@ pub(crate) fn convert(
     progress: &mut dyn FnMut(u64),
 ) -> Result<Converted, Error> {
     let layer = expected.digest;
-    // One byte more than there should be shows that there is more.
+    // One more byte than expected is read, to detect a longer stream.
     let longest = limits.stored_bytes();
     let stated = expected.size.unwrap_or(longest);
     check_stated(layer, stated, limits)?;
@@ -84,14 +85,14 @@ pub(crate) fn convert(
     let stored = match (outcome.stored, &outcome.made) {
         (Ok(stored), _) => Some(stored),
         (Err(error), Ok(_)) => return Err(unreadable(layer, &error)),
-        // What was made says why.
+        // The error of the conversion takes precedence.
         (Err(_), Err(_)) => None,
     };
-    // It may have become next to nothing, and so passed all other limits.
+    // The decompressed stream may be almost empty, and so pass all other limits.
     if let Some(stored) = stored.filter(|_| expected.size.is_none()) {
         check_stated(layer, stored.size, limits)?;
     }
-    // A damaged stream is called that, whatever was stumbled over first.
+    // A mismatch of digest or size takes precedence over errors that it caused.
     let as_stated =
         |size, stored: Measured| size == stored.size && stored.digest == expected.digest;
     if let Some(stored) = stored
@@ -112,8 +113,7 @@ pub(crate) fn convert(
     Ok(Converted { totals, diff_id })
 }
 
-/// Refuses a layer by its length alone, which is what somebody says or more than it
-/// may be.
+/// Checks the length of a layer, which is a claim of its source or the maximum.
 pub(crate) fn check_stated(layer: Digest, size: u64, limits: Limits) -> Result<(), Error> {
     limits.check_stored(size).map_err(|error| Error::Layer {
         layer: layer.to_string(),
@@ -121,7 +121,7 @@ pub(crate) fn check_stated(layer: Digest, size: u64, limits: Limits) -> Result<(
     })
 }
 
-/// Makes the index of a tar stream again, without its contents.
+/// Recreates the index of a tar stream, without its contents.
 pub(crate) fn index_again(stream: impl Read + Send, index: &File) -> io::Result<Converted> {
     let null = OpenOptions::new().write(true).open("/dev/null")?;
     let files = LayerFiles {
@@ -138,7 +138,7 @@ pub(crate) fn index_again(stream: impl Read + Send, index: &File) -> io::Result<
     Ok(Converted { totals, diff_id })
 }
 
-/// Writes the layer of a tar stream; without its contents, when `dry`.
+/// Writes the files of a layer from its tar stream. If `dry`, contents are not written.
 fn write(
     stream: impl Read,
     layer: Digest,
@@ -193,7 +193,7 @@ fn unwritable(layer: Digest, error: &io::Error) -> Error {
     }
 }
 
-/// A layer on its way from a tar stream to its files.
+/// The state of converting a tar stream to a layer's files.
 struct LayerWriter<'f, R> {
     reader: Reader<Tap<'f, R>>,
     blob: BlobWriter<'f>,
@@ -229,7 +229,7 @@ impl<R: Read> LayerWriter<'_, R> {
         Ok(())
     }
 
-    /// Writes an entry to the index, and its data to where it belongs.
+    /// Writes an entry to the index, and its data to the blob or the small files.
     fn entry(&mut self, header: &Header) -> Result<(), String> {
         let path = normalize(&header.path)?;
         let name = path.rsplit(|byte| *byte == b'/').next().unwrap_or_default();
@@ -297,7 +297,7 @@ impl<R: Read> LayerWriter<'_, R> {
             .map_err(|error| format!("the store cannot be written: {error}"))
     }
 
-    /// Moves a file's data to where it belongs.
+    /// Moves a file's data to the blob or the small files.
     fn contents(&mut self, header: &Header) -> io::Result<Place> {
         let before = self.blob.position().saturating_add(self.small.position());
         self.limits
@@ -324,7 +324,7 @@ impl<R: Read> LayerWriter<'_, R> {
         Ok(place)
     }
 
-    /// A file with holes, which is always in the blob.
+    /// Writes a file with holes, which is always in the blob.
     fn sparse(&mut self, size: u64, extents: &[(u64, u64)]) -> io::Result<Place> {
         let begin = self.blob.position();
         let mut at = 0;
@@ -341,8 +341,8 @@ impl<R: Read> LayerWriter<'_, R> {
         Ok(Place::Blob(begin))
     }
 
-    /// Reads what follows the end of the archive, which is part of the diff_id,
-    /// and completes the files.
+    /// Reads the data after the end of the archive, which is part of the diff_id, and
+    /// completes the files.
     fn finish(mut self) -> Result<Totals, Error> {
         let layer = self.layer;
         let entries = self.index.entries();
@@ -365,7 +365,7 @@ impl<R: Read> LayerWriter<'_, R> {
     }
 }
 
-/// Refuses more extended attributes than an inode may have.
+/// Checks that an entry's extended attributes do not exceed the limits of an inode.
 pub(crate) fn check_xattrs(xattrs: &[(Vec<u8>, Vec<u8>)]) -> Result<(), String> {
     let bytes: usize = xattrs.iter().map(|(k, v)| k.len() + v.len()).sum();
     if bytes > MAX_XATTRS {
@@ -398,8 +398,8 @@ fn whiteout(path: &[u8], name: &[u8]) -> Result<Option<(Vec<u8>, EntryKind<'stat
     Ok(Some((target, EntryKind::Whiteout)))
 }
 
-/// Removes leading slashes, `.` and empty components; refuses what has no place
-/// in a file system of its own.
+/// Removes leading slashes, `.` and empty components. Paths that are not valid in a file
+/// system are refused.
 fn normalize(path: &[u8]) -> Result<Vec<u8>, String> {
     let mut normal = Vec::with_capacity(path.len());
     for part in path.split(|byte| *byte == b'/') {

@@ -1,10 +1,10 @@
 //! OCI and Docker images, from any transport, turned into EROFS disks in a
 //! crash-safe content store.
 //!
-//! A layer is converted once ([`Store`]) into a *blob* of file contents at 4 KiB
-//! boundaries and an *index* of everything else. An image is then one EROFS
-//! *metadata image* whose inodes point into the blobs of its layers; disk and
-//! layers together are the read-only disk that a guest mounts.
+//! A layer is converted once ([`Store`]) to a *blob* of file contents at 4 KiB boundaries
+//! and an *index* of everything else. An image is then an EROFS *metadata image* whose
+//! inodes refer to the blobs of its layers. The metadata image and the blobs together are
+//! the read-only disk that a guest mounts.
 #![warn(missing_docs)]
 
 mod blob;

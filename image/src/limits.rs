@@ -1,25 +1,25 @@
-//! How much an image may ask for.
+//! Resource limits of images.
 
 use std::io;
 
-/// What an image may come to. The defaults are above what real images need; they
-/// stop decompression bombs, and bound the memory that converting takes.
+/// Resource limits of images. The defaults exceed the needs of real images; they stop
+/// decompression bombs, and bound the memory of conversions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Most bytes of a decompressed layer, and of its file contents.
+    /// Maximum size of a decompressed layer, and of its file contents, in bytes.
     pub layer_bytes: u64,
-    /// Most entries of a layer, and most files and most names of an image.
+    /// Maximum number of entries of a layer, and of files and of names of an image.
     pub entries: usize,
-    /// Most bytes of a layer's index: paths, link targets, extended attributes.
+    /// Maximum size of a layer's index in bytes: paths, link targets, extended
+    /// attributes.
     pub index_bytes: u64,
-    /// Most bytes of an image's names and link targets, and most of its extended
+    /// Maximum size of an image's names and link targets in bytes, and of its extended
     /// attributes (equal ones count once).
     pub names_bytes: usize,
-    /// Most bytes that a byte of the stored layer may become, once it has
-    /// become more than [`Self::ratio_floor`] bytes. (Gzip makes 1029 zeros of
-    /// one.)
+    /// Maximum ratio between decompressed and stored bytes of a layer, which applies
+    /// above [`Self::ratio_floor`] bytes. (Gzip compresses up to 1029 zeros to a byte.)
     pub ratio: u64,
-    /// Decompressed bytes from which on the ratio counts.
+    /// Number of decompressed bytes above which the ratio applies.
     pub ratio_floor: u64,
 }
 
@@ -37,7 +37,7 @@ impl Default for Limits {
 }
 
 impl Limits {
-    /// None: for what has been taken in already.
+    /// No limits, for data that has been accepted before.
     pub(crate) const NONE: Self = Self {
         layer_bytes: u64::MAX,
         entries: usize::MAX,
@@ -47,15 +47,15 @@ impl Limits {
         ratio_floor: u64::MAX,
     };
 
-    /// Most bytes of a layer as it is stored: what does not compress becomes a bit
-    /// longer, and an archive has its own headers.
+    /// Returns the maximum size of a stored layer in bytes. Incompressible data grows
+    /// slightly, and an archive has headers.
     pub(crate) fn stored_bytes(self) -> u64 {
         let more = self.layer_bytes / 64 + (1 << 20);
         self.layer_bytes.saturating_add(more)
     }
 
-    /// Checks the length of what a stream is decompressed from, which may become
-    /// nothing at all (RFC 8878 section 3.1.2, "Skippable Frames").
+    /// Checks the length of a stored stream, which may decompress to nothing (RFC 8878
+    /// section 3.1.2, "Skippable Frames").
     pub(crate) fn check_stored(self, stored: u64) -> io::Result<()> {
         match stored > self.stored_bytes() {
             true => Err(self.too_large()),
@@ -63,8 +63,8 @@ impl Limits {
         }
     }
 
-    /// Checks the length of a decompressed stream so far against that of what
-    /// it was decompressed from.
+    /// Checks the length of a decompressed stream so far against the number of stored
+    /// bytes read.
     pub(crate) fn check_stream(self, plain: u64, stored: u64) -> io::Result<()> {
         if plain > self.layer_bytes {
             return Err(self.too_large());
@@ -78,7 +78,7 @@ impl Limits {
         Ok(())
     }
 
-    /// Checks how much a layer's index holds before one more entry.
+    /// Checks the size of a layer's index before another entry is added.
     pub(crate) fn check_entries(self, entries: u64, bytes: u64) -> Result<(), String> {
         if usize::try_from(entries).is_ok_and(|entries| entries >= self.entries) {
             return Err(format!("it has more than {} entries", self.entries));

@@ -1,8 +1,8 @@
-//! A stored stream, decompressed on a thread of its own while the caller hashes,
-//! parses and writes what comes out.
+//! Decompression of a stored stream on a separate thread, while the caller hashes, parses
+//! and writes the output.
 //!
-//! Chunks go to the caller through a short queue and come back to be filled
-//! again: memory does not grow with the stream.
+//! Chunks are passed to the caller through a short queue and returned for reuse, so that
+//! memory does not grow with the stream.
 
 use std::cell::Cell;
 use std::io::{self, BufRead, BufReader, Read};
@@ -17,27 +17,27 @@ use sha2::{Digest as _, Sha256};
 use crate::digest::{Digest, HashingReader};
 use crate::limits::Limits;
 
-/// Bytes of a chunk: large enough that handing it over costs nothing, small
-/// enough to be still in the cache when it is hashed and parsed.
+/// Size of a chunk in bytes: large enough to make passing it cheap, small enough to be in
+/// the cache when it is hashed and parsed.
 const CHUNK: usize = 256 << 10;
-/// Chunks between the two threads.
+/// Maximum number of chunks between the two threads.
 const QUEUE: usize = 6;
-/// Largest window of a zstd stream, as a power of two (32 MiB).
+/// Maximum window of a zstd stream, as a power of two (32 MiB).
 const ZSTD_WINDOW_LOG: u32 = 25;
 
-/// Bytes of a stored stream that are read once nothing is made of them any more: with
-/// them a small stream comes to its end, and damage is told from a wrong archive. A
-/// large one is not worth having for that.
+/// Number of bytes of a stored stream that are still read after the caller has stopped.
+/// This reaches the end of a small stream, whose digest then distinguishes damage from an
+/// invalid archive. Reading more of a large stream is not worthwhile.
 const LAST: u64 = 64 << 10;
 
-/// Decoders that may be at work at once. Those of Zstandard may need a window of
-/// 32 MiB each, so only some may.
+/// Limit of concurrent decoders. Each Zstandard decoder may need a window of 32 MiB, so
+/// only a few may run.
 pub(crate) struct Decoders {
     free: Mutex<usize>,
     freed: Condvar,
 }
 
-/// Zstandard streams that are decompressed at once.
+/// Maximum number of Zstandard streams that are decompressed concurrently.
 const ZSTD_AT_ONCE: usize = 2;
 
 impl Default for Decoders {
@@ -50,7 +50,7 @@ impl Default for Decoders {
 }
 
 impl Decoders {
-    /// Waits until one more stream may be decompressed.
+    /// Waits until another stream may be decompressed.
     fn take(&self) -> Permit<'_> {
         let free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
         let wait = self.freed.wait_while(free, |free| *free == 0);
@@ -59,7 +59,7 @@ impl Decoders {
     }
 }
 
-/// One stream is being decompressed.
+/// Permission to decompress one stream.
 struct Permit<'a>(&'a Decoders);
 
 impl Drop for Permit<'_> {
@@ -72,7 +72,7 @@ impl Drop for Permit<'_> {
 
 struct Chunk {
     bytes: Vec<u8>,
-    /// Bytes of the stored stream that were read for it and all before.
+    /// Number of bytes of the stored stream read for this chunk and all previous ones.
     stored: u64,
 }
 
@@ -83,20 +83,21 @@ pub(crate) struct Measured {
     pub(crate) size: u64,
 }
 
-/// What came of a stream.
+/// Result of processing a stream.
 #[derive(Debug)]
 pub(crate) struct Outcome<T> {
-    /// What the caller made of the decompressed stream.
+    /// Return value of the caller's `consume`.
     pub(crate) made: T,
-    /// The decompressed stream, as far as the caller has read it.
+    /// Digest and size of the decompressed stream, as far as the caller has read it.
     pub(crate) plain: Measured,
-    /// The stored stream, to its end or its limit. An error, if it was not worth
-    /// reading so far.
+    /// Digest and size of the stored stream up to its end or limit; an error if reading
+    /// stopped earlier.
     pub(crate) stored: io::Result<Measured>,
 }
 
-/// Decompresses at most `most` bytes of `stream` and gives the result to `consume`.
-/// `progress` is called with the bytes of the stored stream that have been read.
+/// Decompresses at most `most` bytes of `stream` and passes the result to `consume`.
+/// `progress` is called with the number of bytes of the stored stream that have been
+/// read.
 pub(crate) fn run<T>(
     stream: impl Read + Send,
     most: u64,
@@ -126,7 +127,7 @@ pub(crate) fn run<T>(
             progress,
         };
         let made = consume(&mut plain);
-        // Ends the decoder's reading and sending, should the caller have given up.
+        // Stops the decoder, in case the caller has stopped early.
         over.store(true, Ordering::Relaxed);
         let plain = plain.finish();
         let stored = match decoder.join() {
@@ -141,12 +142,12 @@ pub(crate) fn run<T>(
     })
 }
 
-/// The stored stream, as long as something is made of it.
+/// The stored stream, limited after the caller has stopped.
 struct Wanted<'a, R> {
     inner: R,
-    /// Nothing is any more.
+    /// The output is no longer needed.
     over: &'a AtomicBool,
-    /// Bytes that may be read then.
+    /// Number of bytes that may still be read in this case.
     left: u64,
 }
 
@@ -155,7 +156,7 @@ impl<R: Read> Read for Wanted<'_, R> {
         if !self.over.load(Ordering::Relaxed) {
             return self.inner.read(buffer);
         }
-        // One byte more shows whether this is its end.
+        // One more byte shows whether the stream ends here.
         let left = usize::try_from(self.left.saturating_add(1)).unwrap_or(usize::MAX);
         let most = buffer.len().min(left);
         let count = self
@@ -169,8 +170,8 @@ impl<R: Read> Read for Wanted<'_, R> {
     }
 }
 
-/// The decoder's thread. Whatever goes wrong, a little more of the stored stream is
-/// read: see [`LAST`].
+/// Runs on the decoder's thread. After an error, some more of the stored stream is read;
+/// see [`LAST`].
 fn decode(
     stream: Wanted<'_, impl Read>,
     decoders: &Decoders,
@@ -181,7 +182,7 @@ fn decode(
     let over = stream.over;
     let mut stored = HashingReader::new(stream, Rc::clone(&count));
     if let Err(error) = decode_chunks(&mut stored, decoders, &count, empty, &filled) {
-        // The caller may have gone: then nobody wants to know.
+        // The caller may have stopped, and needs no error then.
         let _ = filled.send(Err(error));
     }
     drop(filled);
@@ -228,8 +229,8 @@ fn fill(reader: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
     Ok(len)
 }
 
-/// By the stream's own first bytes: media types of real images are not always
-/// right, and a wrong guess cannot pass the digest checks.
+/// Selects a decoder by the first bytes of the stream. Media types of real images are not
+/// always right, and a wrong guess cannot pass the digest checks.
 fn decompress<'a>(
     mut stream: impl BufRead + 'a,
     decoders: &'a Decoders,
@@ -248,8 +249,8 @@ fn decompress<'a>(
     Ok((Box::new(stream), None))
 }
 
-/// A zstd frame, or a skippable frame (RFC 8878, 3.1), as zstd:chunked begins
-/// with in some writers.
+/// Returns true for a zstd frame, or a skippable frame (RFC 8878, 3.1), with which some
+/// writers of zstd:chunked start.
 fn is_zstd(head: &[u8]) -> bool {
     matches!(
         head,
@@ -257,12 +258,12 @@ fn is_zstd(head: &[u8]) -> bool {
     )
 }
 
-/// The decompressed stream; hashes and limits what is read from it.
+/// The decompressed stream, which is hashed and limited as it is read.
 pub(crate) struct Plain<'p> {
     chunks: Receiver<io::Result<Chunk>>,
     returns: SyncSender<Vec<u8>>,
     current: Vec<u8>,
-    /// Bytes of `current` that have been read.
+    /// Number of bytes of `current` that have been read.
     at: usize,
     hash: Sha256,
     count: u64,
@@ -271,7 +272,7 @@ pub(crate) struct Plain<'p> {
 }
 
 impl Plain<'_> {
-    /// Takes the next chunk; `false` at the end.
+    /// Receives the next chunk; `false` at the end.
     fn refill(&mut self) -> io::Result<bool> {
         let Ok(next) = self.chunks.recv() else {
             self.current.clear();
@@ -285,7 +286,7 @@ impl Plain<'_> {
         (self.progress)(stored);
         let used = std::mem::replace(&mut self.current, bytes);
         self.at = 0;
-        // Full, or nobody fills chunks any more: one buffer less to recycle.
+        // The queue is full or the decoder has exited, so the buffer is dropped.
         let _ = self.returns.try_send(used);
         Ok(true)
     }
@@ -342,8 +343,8 @@ mod tests {
         assert_eq!(outcome.stored.unwrap(), measured(&bytes));
     }
 
-    /// A stream without an end; returns how much of it was read when `head` comes
-    /// first and `consume` has its way.
+    /// Returns the number of bytes read from an endless stream that starts with `head`,
+    /// when its output is passed to `consume`.
     fn taken(head: &[u8], consume: impl FnOnce(&mut Plain<'_>)) -> u64 {
         let taken = std::sync::atomic::AtomicU64::new(0);
         struct Counted<'a, R>(R, &'a std::sync::atomic::AtomicU64);
@@ -354,7 +355,7 @@ mod tests {
                 Ok(count)
             }
         }
-        // Not quite without one: a test that fails has to end.
+        // The stream is limited, so that a failing test terminates.
         let endless = head.chain(io::repeat(b'x').take(1 << 30));
         let outcome = run(
             Counted(endless, &taken),
@@ -370,18 +371,18 @@ mod tests {
 
     #[test]
     fn no_more_is_read_of_a_stream_that_is_of_no_use() {
-        // It cannot be decompressed.
+        // A stream that cannot be decompressed.
         let damaged = taken(b"\x1f\x8bgarbage", |plain| {
             assert!(drain(plain).is_err());
         });
         assert!(damaged < 1 << 20, "{damaged}");
-        // Nobody wants what comes out; some of it is under way then.
+        // A consumer that stops early; some output is in the queue then.
         let most = (QUEUE as u64 + 4) * CHUNK as u64 + LAST;
         let unwanted = taken(b"", |plain| {
             assert_eq!(plain.read(&mut [0; 10]).unwrap(), 10);
         });
         assert!(unwanted <= most, "{unwanted}");
-        // Its archive has come to its end.
+        // A compressed stream that ends before the stored one.
         let gzip = {
             let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
             io::Write::write_all(&mut gzip, b"all").unwrap();

@@ -1,4 +1,4 @@
-//! What an image's programs run on: `OS/ARCHITECTURE[/VARIANT]`.
+//! Platforms of images: `OS/ARCHITECTURE[/VARIANT]`.
 
 use std::fmt;
 use std::str::FromStr;
@@ -7,19 +7,19 @@ use oci_spec::image::ImageConfiguration;
 
 use crate::Error;
 
-/// An operating system on an architecture, by the names that Go has for them
-/// (OCI image-spec image-index.md), normalized as containerd does: `x86_64` is
-/// `amd64`, `aarch64` and `arm64/v8` are `arm64`, `arm` is `arm/v7`.
+/// An operating system and an architecture, with Go's names (OCI image-spec
+/// image-index.md), normalized as in containerd: `x86_64` is `amd64`, `aarch64` and
+/// `arm64/v8` are `arm64`, `arm` is `arm/v7`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Platform {
     os: String,
     architecture: String,
-    /// Empty if there is none.
+    /// The variant, or an empty string.
     variant: String,
 }
 
 impl Platform {
-    /// Linux on this host's architecture: what guests are.
+    /// Returns Linux on this host's architecture, which is the platform of guests.
     #[must_use]
     pub fn host() -> Self {
         Self::new("linux", std::env::consts::ARCH, "")
@@ -40,7 +40,7 @@ impl Platform {
         }
     }
 
-    /// What an image says of itself.
+    /// Returns the platform in an image's configuration.
     #[must_use]
     pub fn of(config: &ImageConfiguration) -> Self {
         Self::new(
@@ -50,43 +50,43 @@ impl Platform {
         )
     }
 
-    /// The operating system, such as `linux`.
+    /// Returns the operating system, such as `linux`.
     #[must_use]
     pub fn os(&self) -> &str {
         &self.os
     }
 
-    /// The architecture, such as `amd64`.
+    /// Returns the architecture, such as `amd64`.
     #[must_use]
     pub fn architecture(&self) -> &str {
         &self.architecture
     }
 
-    /// The variant of the architecture, such as `v7` of `arm`.
+    /// Returns the variant of the architecture, such as `v7` of `arm`.
     #[must_use]
     pub fn variant(&self) -> Option<&str> {
         Some(self.variant.as_str()).filter(|variant| !variant.is_empty())
     }
 
-    /// Whether this computer's guests run programs of this platform. Of a variant,
-    /// that is not known.
+    /// Returns true if the platform is that of this host's guests. The variant is not
+    /// compared, because that of the host is unknown.
     #[must_use]
     pub fn is_host(&self) -> bool {
         let host = Self::host();
         self.os == host.os && self.architecture == host.architecture
     }
 
-    /// Whether an image for `offered` serves who wants this platform: the same
-    /// one, or of lower variant.
+    /// Returns true if an image for `offered` runs on this platform: the platform is the
+    /// same, or its variant is lower.
     #[must_use]
     pub fn accepts(&self, offered: &Self) -> bool {
         self.rank(offered).is_some()
     }
 
-    /// How well an image for `offered` serves who wants this platform: 0 is best,
-    /// `None` not at all. As in containerd, a variant of `arm` or `amd64` can do
-    /// what lower ones can. Unlike there, the other architectures that a processor
-    /// may run (`386` on `amd64`, `arm` on `arm64`) have to be asked for.
+    /// Ranks an image for `offered` on this platform: 0 is best, `None` means that it
+    /// does not run. As in containerd, a variant of `arm` or `amd64` runs images for
+    /// lower ones. Unlike in containerd, other architectures that a processor may support
+    /// (`386` on `amd64`, `arm` on `arm64`) must be requested explicitly.
     pub(crate) fn rank(&self, offered: &Self) -> Option<u32> {
         if self.os != offered.os || self.architecture != offered.architecture {
             return None;
@@ -111,7 +111,7 @@ impl Platform {
     }
 }
 
-/// One name for each architecture (containerd's `platforms` package).
+/// Normalizes the names of architectures (containerd's `platforms` package).
 fn normalized<'a>(architecture: &'a str, variant: &'a str) -> (&'a str, &'a str) {
     match (architecture, variant) {
         ("i386" | "x86" | "386", _) => ("386", ""),
@@ -147,7 +147,7 @@ impl fmt::Display for Platform {
 impl FromStr for Platform {
     type Err = Error;
 
-    /// Reads `OS/ARCHITECTURE[/VARIANT]`, or an architecture alone for Linux on it.
+    /// Parses `OS/ARCHITECTURE[/VARIANT]`, or an architecture alone for Linux on it.
     fn from_str(text: &str) -> Result<Self, Error> {
         let bad = || Error::Platform(text.to_owned());
         let is_part = |part: &&str| {

@@ -1,41 +1,41 @@
-//! What whoever waits for an image gets to know.
+//! Progress reports of image operations.
 
 use crate::digest::Digest;
 
-/// A step on the way of an image into the store, or out of it. Told from any
+/// A progress event of importing or exporting an image. It can be reported from any
 /// thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress<'a> {
-    /// One of the image's layers has come further.
+    /// Progress of a layer of the image.
     Layer {
-        /// Which one, from 1 on.
+        /// Number of the layer, from 1.
         number: usize,
-        /// How many there are.
+        /// Number of layers.
         of: usize,
-        /// Its digest, as the manifest has it.
+        /// Digest of the layer in the manifest.
         digest: Digest,
-        /// What about it.
+        /// The progress.
         step: LayerStep,
     },
-    /// Why nothing happens for a while, or what was decided; a sentence for people.
+    /// A sentence for users: the reason for a delay, or a decision.
     Notice(&'a str),
 }
 
-/// How far a layer is.
+/// Progress of a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LayerStep {
-    /// Bytes of the layer as it is stored elsewhere have been read, or sent.
+    /// Bytes of the stored layer have been read or sent.
     Moving {
-        /// So many.
+        /// Number of bytes so far.
         done: u64,
-        /// Of so many, when known.
+        /// Total number of bytes, if known.
         total: Option<u64>,
     },
-    /// It is complete.
+    /// The layer is complete.
     Done,
-    /// It was there already.
+    /// The layer already existed at the destination.
     Present,
 }
 
-/// Takes reports of progress. Runs on threads that have other things to do: short.
+/// Callback for progress events. It is called on worker threads and must return quickly.
 pub type Report<'a> = &'a (dyn Fn(Progress<'_>) + Sync);

@@ -1,4 +1,4 @@
-//! Image references, by their containers-transports names.
+//! Image references with the transport names of containers-transports(5).
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -7,33 +7,33 @@ use crate::Error;
 use crate::digest::Digest;
 use crate::docker_reference::DockerReference;
 
-/// Where an image comes from.
+/// A parsed image reference.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reference {
     /// `oci:DIR[:TAG]`: an OCI image layout.
     Oci {
         /// The layout's directory.
         directory: PathBuf,
-        /// Which of its images; the only one when absent.
+        /// Name of an image in the layout; absent for the only one.
         tag: Option<String>,
     },
     /// `oci-archive:FILE[:TAG]`: an OCI image layout in a tar file.
     OciArchive {
-        /// The tar file, compressed by gzip or zstd or not at all; `-` is the
+        /// The tar file, uncompressed or compressed with gzip or zstd; `-` is the
         /// standard input.
         file: PathBuf,
-        /// Which of its images, by a name or as `@NUMBER`; the only one when absent.
+        /// An image in the archive, by a name or as `@NUMBER`; absent for the only one.
         tag: Option<String>,
     },
-    /// `docker-archive:FILE[:NAME]`: what `docker save` writes.
+    /// `docker-archive:FILE[:NAME]`: an archive written by `docker save`.
     DockerArchive {
-        /// The tar file, as of [`Self::OciArchive`].
+        /// The tar file, as in [`Self::OciArchive`].
         file: PathBuf,
-        /// Which of its images, by a name or as `@NUMBER`; the only one when absent.
+        /// An image in the archive, by a name or as `@NUMBER`; absent for the only one.
         tag: Option<String>,
     },
-    /// `docker-daemon:NAME[:TAG]` or `docker-daemon:ID`: an image of the Docker
-    /// engine that `DOCKER_HOST` or Docker's current context names.
+    /// `docker-daemon:NAME[:TAG]` or `docker-daemon:ID`: an image of the Docker engine
+    /// selected by `DOCKER_HOST` or by Docker's current context.
     DockerDaemon {
         /// The name with its tag, or the ID.
         image: String,
@@ -41,28 +41,27 @@ pub enum Reference {
     /// `containers-storage:[[[DRIVER@]ROOT[+RUN]]]NAME[:TAG]`, or an ID instead of
     /// a name: an image of Podman, Buildah or CRI-O.
     ContainersStorage {
-        /// Which storage, as it is written between brackets; this user's own when
-        /// absent.
+        /// The storage, as written between the brackets; absent for this user's own.
         storage: Option<String>,
-        /// The name as it is written, or the ID.
+        /// The name as written, or the ID.
         image: String,
     },
-    /// `rootfs:DIR`: a directory as it is.
+    /// `rootfs:DIR`: a directory with the contents of a root file system.
     RootFs {
         /// The directory.
         directory: PathBuf,
     },
     /// `docker://NAME`, or a name without a transport: an image in a registry.
     Docker(DockerReference),
-    /// Anything else: a name given to an image that is in the store.
+    /// Any other text: the name of an image in the store.
     Stored(String),
 }
 
 impl Reference {
-    /// Reads a reference. Relative paths are taken from the current directory.
+    /// Parses a reference. Relative paths are resolved from the current directory.
     ///
     /// # Errors
-    /// A transport that is not known, or nothing after it.
+    /// The transport is unknown, or nothing follows it.
     pub fn parse(text: &str) -> Result<Self, Error> {
         let bad = |reason| Error::Reference {
             reference: text.to_owned(),
@@ -110,8 +109,8 @@ impl Reference {
     }
 }
 
-/// Splits `PATH[:TAG]`. What exists as it stands is the path; otherwise that ends
-/// at the first colon, as others have it (containers-transports(5)).
+/// Splits `PATH[:TAG]`. The longest existing path is used; without one, the path ends at
+/// the first colon, as in containers-transports(5).
 fn split_tag(text: &str) -> (PathBuf, Option<String>) {
     let colons = text.char_indices().filter(|(_, c)| *c == ':');
     let colons: Vec<usize> = colons.map(|(at, _)| at).filter(|at| *at > 0).collect();
@@ -130,10 +129,10 @@ fn split_tag(text: &str) -> (PathBuf, Option<String>) {
     (PathBuf::from(path), tag.map(str::to_owned))
 }
 
-/// Fewest digits that are an engine's ID rather than a name.
+/// Minimum number of digits of an engine's ID, as opposed to a name.
 const ENGINE_ID: usize = 12;
 
-/// What an engine is asked for: a name as it has them, or an ID.
+/// Returns the form of a name or an ID that an engine accepts.
 fn engine_image(text: &str) -> Result<String, &'static str> {
     if Digest::parse(text).is_some() {
         return Ok(text.to_owned());
@@ -145,7 +144,7 @@ fn engine_image(text: &str) -> Result<String, &'static str> {
     Ok(DockerReference::parse(text)?.to_string())
 }
 
-/// The storage between brackets, and the image after them.
+/// Splits the storage between brackets from the image after them.
 fn storage_image(text: &str) -> Result<(Option<String>, String), &'static str> {
     let (storage, image) = match text.strip_prefix('[') {
         Some(rest) => {

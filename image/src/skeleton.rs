@@ -1,11 +1,11 @@
 //! The *skeleton* of a layer: its tar stream without the contents of files.
 //!
-//! With the layer's other files it gives the tar stream back, byte for byte. That
-//! is how a stored layer is verified against its diff_id, saved, and pushed.
+//! The tar stream can be reconstructed byte for byte from the skeleton and the layer's
+//! other files, to verify a stored layer against its diff_id, to save it, or to push it.
 //!
-//! A Zstandard stream of pieces: bytes as they are (tag 0, `u32` length), bytes
-//! of the blob (tag 1, `u64` offset and length) or of the small files (tag 2,
-//! likewise). Numbers are little-endian.
+//! A skeleton is a Zstandard stream of pieces: raw bytes (tag 0, `u32` length), bytes of
+//! the blob (tag 1, `u64` offset and length) or bytes of the small files (tag 2, as tag
+//! 1). Numbers are little-endian.
 
 use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Read, Write};
@@ -16,23 +16,23 @@ use crate::index::Place;
 const RAW: u8 = 0;
 const BLOB: u8 = 1;
 const SMALL: u8 = 2;
-/// Raw bytes gathered before they become a piece.
+/// Maximum number of raw bytes buffered before they are written as a piece.
 const PIECE: usize = 64 << 10;
 const BUFFER: usize = 256 << 10;
-/// Headers are so alike that more effort gains little.
+/// Headers are very similar, so a higher level gains little.
 const LEVEL: i32 = 1;
 
-/// Passes a tar stream on, and writes its skeleton.
+/// A reader that passes a tar stream through, and writes its skeleton.
 pub(crate) struct Tap<'f, R> {
     inner: R,
     out: zstd::stream::write::Encoder<'static, BufWriter<&'f File>>,
     raw: Vec<u8>,
-    /// Contents of a file are being read: they are not raw bytes.
+    /// The bytes being read are the contents of a file and not raw bytes.
     contents: bool,
 }
 
 impl<'f, R> Tap<'f, R> {
-    /// Begins a skeleton in an empty file.
+    /// Starts a skeleton in an empty file.
     pub(crate) fn new(inner: R, file: &'f File) -> io::Result<Self> {
         let file = BufWriter::with_capacity(BUFFER, file);
         Ok(Self {
@@ -43,12 +43,12 @@ impl<'f, R> Tap<'f, R> {
         })
     }
 
-    /// What is read from now on is contents, which are kept elsewhere.
+    /// Marks the following bytes as contents, which are stored elsewhere.
     pub(crate) fn begin_contents(&mut self) {
         self.contents = true;
     }
 
-    /// The contents end; `len` bytes of them are at `place`.
+    /// Ends the contents, of which `len` bytes are stored at `place`.
     pub(crate) fn end_contents(&mut self, place: Place, len: u64) -> io::Result<()> {
         self.contents = false;
         if len == 0 {
@@ -68,7 +68,7 @@ impl<'f, R> Tap<'f, R> {
         if self.raw.is_empty() {
             return Ok(());
         }
-        // Never longer than `PIECE` and one read.
+        // The buffer is at most `PIECE` plus one read long.
         let len = u32::try_from(self.raw.len()).map_err(io::Error::other)?;
         self.out.write_all(&[RAW])?;
         self.out.write_all(&len.to_le_bytes())?;
@@ -77,7 +77,7 @@ impl<'f, R> Tap<'f, R> {
         Ok(())
     }
 
-    /// Ends the skeleton.
+    /// Completes the skeleton.
     pub(crate) fn finish(mut self) -> io::Result<()> {
         self.flush_raw()?;
         self.out.finish()?.flush()
@@ -98,7 +98,7 @@ impl<R: Read> Read for Tap<'_, R> {
     }
 }
 
-/// The tar stream of a stored layer.
+/// The reconstructed tar stream of a stored layer.
 pub(crate) struct Assembler {
     skeleton: zstd::stream::read::Decoder<'static, BufReader<File>>,
     blob: File,
@@ -131,7 +131,7 @@ impl Assembler {
         })
     }
 
-    /// Reads what comes next.
+    /// Reads the next piece.
     fn advance(&mut self) -> io::Result<()> {
         let mut tag = [0];
         if self.skeleton.read(&mut tag)? == 0 {
@@ -160,7 +160,7 @@ impl Assembler {
     }
 }
 
-/// Reads at most `left` bytes at `at`; there must be some.
+/// Reads at most `left` bytes at `at`, and at least one.
 fn read_at(file: &File, buffer: &mut [u8], at: &mut u64, left: &mut u64) -> io::Result<usize> {
     let most = usize::try_from(*left).map_or(buffer.len(), |left| left.min(buffer.len()));
     let count = file.read_at(buffer.get_mut(..most).unwrap_or_default(), *at)?;
@@ -203,7 +203,8 @@ impl Read for Assembler {
 mod tests {
     use super::*;
 
-    /// A stream of raw bytes and contents at various places, and what it was.
+    /// Writes a stream of raw bytes and contents at various offsets, and returns the
+    /// stream.
     fn written(skeleton: &File) -> (Vec<u8>, File, File) {
         let blob = tempfile::tempfile().unwrap();
         let small = tempfile::tempfile().unwrap();

@@ -1,4 +1,4 @@
-//! Why there is no image.
+//! Errors of reading trees and writing images.
 
 use std::fmt;
 use std::io;
@@ -7,27 +7,27 @@ use std::io;
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Error {
-    /// The image cannot be written.
+    /// Writing the image failed.
     Write(io::Error),
-    /// Contents of a file cannot be read.
+    /// Reading the contents of a file failed.
     Read(io::Error),
-    /// The tree does not fit the format; says what is too large.
+    /// The tree exceeds a limit of the format, which the text names.
     TooLarge(&'static str),
-    /// An entry has no place in a tree.
+    /// An entry cannot be added to a tree.
     Entry {
         /// The entry's path.
         path: Vec<u8>,
-        /// Why.
+        /// The reason.
         reason: &'static str,
     },
-    /// A directory, or something in it, cannot be read.
+    /// A directory, or a file in it, cannot be read.
     Directory {
-        /// The path.
+        /// The path of the file or directory.
         path: std::path::PathBuf,
-        /// The system's answer.
+        /// The cause.
         source: io::Error,
     },
-    /// A tar stream cannot be read.
+    /// Reading the tar stream failed.
     Tar(io::Error),
 }
 

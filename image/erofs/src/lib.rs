@@ -1,10 +1,9 @@
 //! Writes [EROFS](https://erofs.docs.kernel.org) file systems, which Linux mounts
-//! read-only: of a directory, of a tar stream, or of any tree that implements
-//! [`FileTree`].
+//! read-only, from a directory, a tar stream, or any tree that implements [`FileTree`].
 //!
-//! The same tree gives the same bytes. Owners, permissions, times to the nanosecond,
-//! hard links, devices and extended attributes are kept; extended attributes that
-//! several inodes have are stored once. Files are not compressed.
+//! Equal trees produce equal bytes. Owners, permissions, times to the nanosecond, hard
+//! links, devices and extended attributes are preserved; extended attributes that several
+//! inodes have are stored once. Files are not compressed.
 //!
 //! ```
 //! use std::fs::File;
@@ -25,13 +24,13 @@
 //! # }
 //! ```
 //!
-//! Contents of files are part of the image ([`Data::Image`]) or lie behind it on the
-//! disk ([`Data::Behind`]): a program that has them in a file already writes the
-//! metadata only, and puts its file behind it.
+//! Contents of files are part of the image ([`Data::Image`]) or follow it on the disk
+//! ([`Data::Behind`]). A program whose contents are in a file already can write only the
+//! metadata, and append its file.
 //!
 //! Architecture invariants: an image is planned first and then written from front to
-//! back, so a writer holds a few numbers for each inode and no contents; nothing that a
-//! tree says leads to a panic.
+//! back, so the writer stores a few numbers for each inode and no contents; no answer of
+//! a tree causes a panic.
 #![warn(missing_docs)]
 
 #[cfg(doctest)]

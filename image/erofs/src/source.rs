@@ -1,8 +1,8 @@
-//! A tree of files, as the writer sees it.
+//! The trait of file trees that an image can be written from.
 
 use std::io;
 
-/// Number of an inode in its tree; smaller than [`FileTree::inode_count`].
+/// Number of an inode in its tree; less than [`FileTree::inode_count`].
 pub type InodeId = u32;
 
 /// The root directory's inode.
@@ -11,24 +11,24 @@ pub const ROOT: InodeId = 0;
 /// Owner, mode and time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Meta {
-    /// Permission bits, those for set-user-ID, set-group-ID and sticky included.
+    /// Permission bits, including set-user-ID, set-group-ID and sticky.
     pub mode: u16,
-    /// Owner.
+    /// User ID of the owner.
     pub uid: u32,
-    /// Group.
+    /// Group ID.
     pub gid: u32,
-    /// Time of modification: seconds since the epoch and nanoseconds.
+    /// Time of modification: seconds since the Unix epoch, and nanoseconds.
     pub mtime: (i64, u32),
 }
 
 /// Location of a file's contents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Data {
-    /// In the image. The writer reads them with [`FileTree::read_at`].
+    /// The contents are in the image. The writer reads them with [`FileTree::read_at`].
     Image,
-    /// Behind the image on the disk, at this offset in bytes from the image's end: a
-    /// multiple of [`BLOCK`](crate::BLOCK). The caller of [`write`](crate::write) puts
-    /// them there.
+    /// The contents follow the image on the disk, at this offset in bytes from the
+    /// image's end, a multiple of [`BLOCK`](crate::BLOCK). The caller of
+    /// [`write`](crate::write) stores them there.
     Behind(u64),
 }
 
@@ -54,44 +54,44 @@ pub enum Kind<'t> {
     Fifo,
 }
 
-/// A tree of files that an image is made of.
+/// A tree of files from which an image is written.
 ///
-/// The writer asks for everything several times and expects the same answers. A tree
-/// that contradicts itself gives an image that contradicts itself, never a panic.
+/// The writer calls each method several times and expects consistent results.
+/// Inconsistent results cause an inconsistent image, never a panic.
 pub trait FileTree {
-    /// Inode numbers are smaller than this. Inodes without a name are left out of the
-    /// image.
+    /// Returns the number of inodes, which all inode numbers are less than. Inodes
+    /// without a name are left out of the image.
     fn inode_count(&self) -> usize;
 
-    /// Type of the inode. [`ROOT`] is a directory.
+    /// Returns the type of an inode. [`ROOT`] is a directory.
     fn kind(&self, id: InodeId) -> Kind<'_>;
 
-    /// Owner, mode and time of the inode.
+    /// Returns owner, mode and time of an inode.
     fn meta(&self, id: InodeId) -> Meta;
 
-    /// The directory that contains this directory; the root contains itself.
+    /// Returns the parent of a directory. The root is its own parent.
     fn parent(&self, directory: InodeId) -> InodeId;
 
     /// Appends the names in a directory and their inodes to `children`, in any order.
     ///
-    /// Names are unique, have 1 to 255 bytes, no slash and no zero byte, and are
-    /// neither `.` nor `..`. A directory has one name; other inodes may have several.
+    /// Names are unique, are 1 to 255 bytes long, contain no slash and no zero byte, and
+    /// are neither `.` nor `..`. A directory has one name; other inodes may have several.
     fn children<'t>(&'t self, directory: InodeId, children: &mut Vec<(&'t [u8], InodeId)>);
 
-    /// Number of the inode's set of extended attributes: below
-    /// [`Self::xattr_sets`]. Inodes with equal attributes best have the same set.
+    /// Returns the number of the inode's set of extended attributes, less than
+    /// [`Self::xattr_sets`]. Inodes with equal attributes should have the same set.
     fn xattr_set(&self, id: InodeId) -> u32;
 
-    /// Number of sets of extended attributes.
+    /// Returns the number of sets of extended attributes.
     fn xattr_sets(&self) -> usize;
 
-    /// Appends names and values of a set to `attributes`. Names outside the
-    /// namespaces that EROFS knows (`user.`, `trusted.`, `security.`, and POSIX access
+    /// Appends the names and values of a set to `attributes`. Names outside the
+    /// namespaces that EROFS supports (`user.`, `trusted.`, `security.`, and POSIX access
     /// control lists) are left out of the image.
     fn xattrs<'t>(&'t self, set: u32, attributes: &mut Vec<(&'t [u8], &'t [u8])>);
 
-    /// Fills `buffer` from the contents of a file whose data is [`Data::Image`];
-    /// `offset` and the buffer lie within its size.
+    /// Fills `buffer` from the contents of a file with [`Data::Image`]. `offset` and the
+    /// buffer are within its size.
     ///
     /// # Errors
     /// The contents cannot be read.

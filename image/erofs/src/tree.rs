@@ -1,4 +1,4 @@
-//! A tree in memory, for programs that have none of their own.
+//! A tree in memory, for programs without a tree of their own.
 
 mod directory;
 #[cfg(feature = "tar")]
@@ -25,24 +25,24 @@ pub enum EntryKind {
     Directory,
     /// A file with these contents.
     Bytes(Vec<u8>),
-    /// A file with the first `size` bytes of the host's file at `path`, which is
-    /// opened when the image is written.
+    /// A file with the first `size` bytes of the host's file at `path`, which is opened
+    /// when the image is written.
     Path {
         /// The host's file; not a symbolic link.
         path: PathBuf,
         /// Its length in bytes.
         size: u64,
     },
-    /// A file with a part of a file that is open.
+    /// A file with a part of an open file.
     Extent {
         /// The open file.
         file: Arc<File>,
-        /// First byte of the contents in it.
+        /// Offset of the contents in it.
         offset: u64,
         /// Length of the contents in bytes.
         size: u64,
     },
-    /// A file whose contents lie behind the image, see [`Data::Behind`].
+    /// A file whose contents follow the image; see [`Data::Behind`].
     Behind {
         /// Distance from the image's end in bytes; a multiple of the block size.
         offset: u64,
@@ -62,7 +62,7 @@ pub enum EntryKind {
 /// Name and value of an extended attribute.
 type Xattr = (Vec<u8>, Vec<u8>);
 
-/// A file, directory or other thing to be added to a [`Tree`].
+/// A file, directory or other object to be added to a [`Tree`].
 #[derive(Clone, Debug)]
 pub struct Entry {
     kind: EntryKind,
@@ -71,8 +71,8 @@ pub struct Entry {
 }
 
 impl Entry {
-    /// An entry of root's, without time and extended attributes, with the usual mode:
-    /// 0755 for directories, 0777 for symbolic links, 0644 otherwise.
+    /// Creates an entry owned by root, without time and extended attributes, with a
+    /// default mode: 0755 for directories, 0777 for symbolic links, 0644 otherwise.
     #[must_use]
     pub fn new(kind: EntryKind) -> Self {
         let mode = match kind {
@@ -122,8 +122,7 @@ struct Inode {
     xattrs: u32,
 }
 
-/// Files and directories in memory. Contents stay where they are until the image is
-/// written.
+/// Files and directories in memory. Contents are read when the image is written.
 #[derive(Debug)]
 pub struct Tree {
     inodes: Vec<Inode>,
@@ -139,7 +138,7 @@ impl Default for Tree {
 }
 
 impl Tree {
-    /// A tree of an empty root directory.
+    /// Creates a tree with an empty root directory.
     #[must_use]
     pub fn new() -> Self {
         let root = Entry::new(EntryKind::Directory);
@@ -157,14 +156,14 @@ impl Tree {
         }
     }
 
-    /// Adds an entry at `path`, below the root whether or not the path begins with a
-    /// slash. Directories on the way are created. An entry that has the path is
-    /// replaced; of a directory over a directory only owner, mode, time and attributes
-    /// are.
+    /// Adds an entry at `path`, which is relative to the root with or without a leading
+    /// slash. Missing parent directories are created. An existing entry at the path is
+    /// replaced; if both are directories, only owner, mode, time and attributes are
+    /// replaced.
     ///
     /// # Errors
-    /// [`Error::Entry`]: the path contains `..`, a zero byte or a name longer than 255
-    /// bytes, or something on the way is not a directory.
+    /// [`Error::Entry`] if the path contains `..`, a zero byte or a name longer than 255
+    /// bytes, or a parent is not a directory.
     pub fn add(&mut self, path: &[u8], entry: Entry) -> Result<InodeId, Error> {
         let refused = |reason| Error::Entry {
             path: path.to_vec(),
@@ -203,10 +202,10 @@ impl Tree {
         Ok(id)
     }
 
-    /// Adds another name of the file at `target`.
+    /// Adds another name for the file at `target`.
     ///
     /// # Errors
-    /// [`Error::Entry`]: as for [`Self::add`], or there is no file at `target`.
+    /// [`Error::Entry`] as for [`Self::add`], or if there is no file at `target`.
     pub fn link(&mut self, path: &[u8], target: &[u8]) -> Result<(), Error> {
         let refused = |reason| Error::Entry {
             path: path.to_vec(),
@@ -221,7 +220,7 @@ impl Tree {
         self.link_inode(path, linked)
     }
 
-    /// Adds a name of an inode.
+    /// Adds a name for an inode.
     fn link_inode(&mut self, path: &[u8], linked: InodeId) -> Result<(), Error> {
         let refused = |reason| Error::Entry {
             path: path.to_vec(),
@@ -239,7 +238,7 @@ impl Tree {
         Ok(())
     }
 
-    /// The directory at these names; those that are missing are created.
+    /// Returns the directory with these names, and creates missing ones.
     fn parent_of(&mut self, names: &[&[u8]]) -> Result<InodeId, &'static str> {
         let mut at = ROOT;
         for name in names {
@@ -287,7 +286,7 @@ impl Tree {
     }
 
     fn set_of(&mut self, mut xattrs: Vec<Xattr>) -> Result<u32, Error> {
-        // Of several values of a name the last one counts.
+        // The last of several values of a name is used.
         xattrs.reverse();
         xattrs.sort_by(|a, b| a.0.cmp(&b.0));
         xattrs.dedup_by(|other, last| other.0 == last.0);
@@ -302,7 +301,7 @@ impl Tree {
     }
 }
 
-/// The names in a path.
+/// Splits a path into names.
 fn names(path: &[u8]) -> Result<Vec<&[u8]>, &'static str> {
     let mut names = Vec::new();
     for name in path.split(|byte| *byte == b'/') {
@@ -319,7 +318,8 @@ fn names(path: &[u8]) -> Result<Vec<&[u8]>, &'static str> {
 
 /// Opens a file that is expected to be a regular one.
 fn open(path: &std::path::Path) -> io::Result<File> {
-    // A link or a pipe that took the file's place is neither followed nor waited for.
+    // Links are not followed, and opening a pipe does not block, in case the file was
+    // replaced.
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     Ok(File::from(rustix::fs::open(path, flags, Mode::empty())?))
 }

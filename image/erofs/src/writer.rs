@@ -1,8 +1,8 @@
-//! The image: its plan, and writing it from front to back.
+//! Planning an image, and writing it from front to back.
 //!
-//! The format is that of Linux `fs/erofs/erofs_fs.h`: extended inodes (for exact times
-//! and owners), plain data or, where it fits, data whose last part follows the inode in
-//! the same block.
+//! The format is defined in Linux `fs/erofs/erofs_fs.h`. Images use extended inodes (for
+//! exact times and owners) with plain data or, where it fits, data whose last part
+//! follows the inode in the same block.
 //!
 //! ```text
 //! superblock | inodes, with inline data | data that is not inline | shared xattrs
@@ -21,23 +21,23 @@ use self::output::Output;
 use self::xattrs::EncodedXattrs;
 use crate::{Data, Error, FileTree, InodeId, Kind, ROOT};
 
-/// Bytes in a block of the file system.
+/// Size of a block of the file system in bytes.
 pub const BLOCK: u64 = 4096;
 const BLOCK_BYTES: usize = 4096;
 const _: () = assert!(BLOCK_BYTES as u64 == BLOCK);
 const SUPER_AT: usize = 1024;
 const SUPER_OFFSET: u64 = SUPER_AT as u64;
 const SUPER_LEN: u64 = 128;
-/// Inode numbers (nids) count in these.
+/// Unit of inode numbers (nids) in bytes.
 const SLOT: u64 = 32;
 const INODE_BYTES: usize = 64;
 const INODE_LEN: u64 = INODE_BYTES as u64;
-/// Bytes of a file's contents that are copied at once; a multiple of the block size.
+/// Maximum number of bytes of a file copied at a time; a multiple of the block size.
 const CHUNK: u64 = 1 << 20;
-/// Longest name of a directory entry (`EROFS_NAME_LEN`).
+/// Maximum length of a directory entry's name (`EROFS_NAME_LEN`).
 pub(crate) const MAX_NAME: usize = 255;
 
-/// `i_format`: extended inode, and the data layout from bit 1 on.
+/// Values of `i_format`: extended inode, and the data layout from bit 1 on.
 const PLAIN: u16 = 1;
 const INLINE: u16 = 1 | 2 << 1;
 
@@ -48,11 +48,11 @@ const S_IFBLK: u16 = 0o060_000;
 const S_IFREG: u16 = 0o100_000;
 const S_IFLNK: u16 = 0o120_000;
 
-/// An inode that has no place.
+/// Slot of an inode that is not in the image.
 const NOWHERE: u32 = u32::MAX;
 
-/// Properties of an image besides its tree. The default has a UUID of zeros, and nothing
-/// behind the image.
+/// Options of an image besides its tree. By default the UUID is zero, and no data follows
+/// the image.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Options {
     uuid: [u8; 16],
@@ -66,20 +66,19 @@ impl Options {
         Self { uuid, ..self }
     }
 
-    /// Sets how many bytes of [`Data::Behind`] follow the image on the disk. They count
-    /// to the file system's size.
+    /// Sets the number of bytes of [`Data::Behind`] that follow the image on the disk.
+    /// They are included in the file system's size.
     #[must_use]
     pub fn behind(self, behind_len: u64) -> Self {
         Self { behind_len, ..self }
     }
 }
 
-/// Writes the image of `tree` to an empty file that can also be read; returns the
-/// image's length, a multiple of [`BLOCK`].
+/// Writes the image of `tree` to an empty file, which must also be readable. Returns the
+/// image's length in bytes, a multiple of [`BLOCK`].
 ///
 /// # Errors
-/// The tree does not fit the format, contents cannot be read, or the image cannot be
-/// written.
+/// The tree exceeds a limit of the format, contents cannot be read, or writing fails.
 pub fn write(tree: &impl FileTree, file: &File, options: &Options) -> Result<u64, Error> {
     let mut image = Image::plan(tree, options.behind_len)?;
     image.write(file)?;
@@ -104,25 +103,25 @@ const TOO_LARGE: Error = Error::TooLarge("it is larger than 16 TiB");
 struct Image<'t, T> {
     tree: &'t T,
     xattrs: EncodedXattrs,
-    /// All inodes that can be reached, parents before children.
+    /// All reachable inodes, parents before children.
     order: Vec<InodeId>,
-    /// By inode: its place, in slots, and its links.
+    /// Slot and link count of each inode.
     slots: Vec<u32>,
     links: Vec<u32>,
-    /// First byte after the inodes, block-aligned: data begins here.
+    /// Offset of the first byte after the inodes, where data starts; block-aligned.
     inodes_end: u64,
-    /// Block of the shared attributes.
+    /// First block of the shared attributes.
     xattr_block: u32,
-    /// Length of the image.
+    /// Length of the image in bytes.
     len: u64,
     disk_blocks: u32,
 }
 
 /// Layout of an inode and its data.
 struct Layout {
-    /// Bytes of the inode with its attributes.
+    /// Length of the inode with its attributes in bytes.
     fixed: u64,
-    /// Bytes of data in this image: of a directory, a link, a small file.
+    /// Length of the data in this image in bytes: of a directory, link or small file.
     len: u64,
     /// The last part of the data follows the inode.
     inline: bool,
@@ -133,7 +132,7 @@ impl Layout {
         if self.inline { self.len % BLOCK } else { 0 }
     }
 
-    /// Bytes of data in blocks of their own.
+    /// Returns the length of the data that is stored in separate blocks.
     fn in_blocks(&self) -> u64 {
         self.len - self.tail()
     }
@@ -141,7 +140,7 @@ impl Layout {
 
 impl<'t, T: FileTree> Image<'t, T> {
     fn plan(tree: &'t T, behind_len: u64) -> Result<Self, Error> {
-        // A root without a number of its own would be the first contradiction.
+        // A tree without a root inode is inconsistent; the writer assumes one.
         let count = tree.inode_count().max(1);
         let most = |count| u32::try_from(count).is_err();
         if most(count) || most(tree.xattr_sets()) {
@@ -164,7 +163,7 @@ impl<'t, T: FileTree> Image<'t, T> {
         image.disk_blocks =
             u32::try_from((image.len / BLOCK).saturating_add(behind_len.div_ceil(BLOCK)))
                 .ok()
-                // The last number means "no block".
+                // The last block number is reserved for "no block".
                 .filter(|total| *total < u32::MAX)
                 .ok_or(TOO_LARGE)?;
         Ok(image)
@@ -192,7 +191,8 @@ impl<'t, T: FileTree> Image<'t, T> {
                 };
                 let known = *links > 0;
                 if tree.kind(*child) == Kind::Directory {
-                    // Its name, and its own `.`; its `..` is the parent's.
+                    // The links are its name and its own `.`; its `..` counts for the
+                    // parent.
                     *links = 2;
                     self.links[id as usize] += 1;
                 } else {
@@ -206,7 +206,7 @@ impl<'t, T: FileTree> Image<'t, T> {
         Ok(())
     }
 
-    /// Gives every inode and all data their places.
+    /// Assigns a location to every inode and all data.
     fn place(&mut self) -> Result<(), Error> {
         let mut at = SUPER_OFFSET + SUPER_LEN;
         let mut data_blocks: u64 = 0;
@@ -214,7 +214,7 @@ impl<'t, T: FileTree> Image<'t, T> {
             let id = self.order[number];
             let layout = self.layout(id);
             let needed = layout.fixed + layout.tail();
-            // Inode and inline data stay within a block where they can.
+            // Inode and inline data share a block if possible.
             if at % BLOCK + needed > BLOCK {
                 at = at.next_multiple_of(BLOCK);
             }
@@ -224,7 +224,7 @@ impl<'t, T: FileTree> Image<'t, T> {
             at = (at + needed).next_multiple_of(SLOT);
             let blocks = layout.in_blocks().div_ceil(BLOCK);
             data_blocks = data_blocks.saturating_add(blocks);
-            // Below, neither bytes nor blocks overflow.
+            // Later sums of bytes or blocks cannot overflow.
             if data_blocks > u64::from(u32::MAX) {
                 return Err(TOO_LARGE);
             }
@@ -287,7 +287,7 @@ impl<'t, T: FileTree> Image<'t, T> {
         out.finish().map_err(Error::Write)
     }
 
-    /// Writes what an inode has in blocks of its own.
+    /// Writes the data of an inode that is stored in separate blocks.
     fn write_blocks(
         &self,
         out: &mut Output<'_>,
@@ -297,7 +297,8 @@ impl<'t, T: FileTree> Image<'t, T> {
         let end = self.layout(id).in_blocks();
         let step = match self.tree.kind(id) {
             Kind::File { .. } => CHUNK,
-            // Encoded at once: it is in memory already, or made of what is.
+            // Data other than file contents is encoded in one step, because its source is
+            // in memory.
             _ => end,
         };
         let mut at = 0;
@@ -325,7 +326,7 @@ impl<'t, T: FileTree> Image<'t, T> {
         let mut inode = [0; INODE_BYTES];
         let format = if layout.inline { INLINE } else { PLAIN };
         let mut put = |at: usize, bytes: &[u8]| {
-            // Constant offsets, within the inode.
+            // The offsets are constant and within the inode.
             if let Some(place) = inode.get_mut(at..at + bytes.len()) {
                 place.copy_from_slice(bytes);
             }
@@ -345,7 +346,8 @@ impl<'t, T: FileTree> Image<'t, T> {
         out.bytes(self.xattrs.get(set)).map_err(Error::Write)
     }
 
-    /// File type, size, and what the inode's union holds: first block or device.
+    /// Returns file type, size, and the value of the inode's union: first block or
+    /// device.
     fn describe(&self, id: InodeId, layout: &Layout, block: u32) -> Result<(u16, u64, u32), Error> {
         let block = if layout.in_blocks() > 0 { block } else { 0 };
         Ok(match self.tree.kind(id) {
@@ -365,7 +367,7 @@ impl<'t, T: FileTree> Image<'t, T> {
         })
     }
 
-    /// Puts a part of an inode's data that is in this image into `data`.
+    /// Replaces `data` by a part of an inode's data in this image.
     fn data(&self, id: InodeId, range: Range<u64>, data: &mut Vec<u8>) -> Result<(), Error> {
         data.clear();
         let at = |position: u64| usize::try_from(position).unwrap_or(usize::MAX);
@@ -382,7 +384,7 @@ impl<'t, T: FileTree> Image<'t, T> {
             Kind::File {
                 data: Data::Image, ..
             } => {
-                // More only if the tree contradicts itself.
+                // The range exceeds a chunk only if the tree is inconsistent.
                 data.resize(at((range.end - range.start).min(CHUNK)), 0);
                 self.tree
                     .read_at(id, range.start, data)
@@ -394,8 +396,8 @@ impl<'t, T: FileTree> Image<'t, T> {
     }
 }
 
-/// Linux's `new_encode_dev`, which has room for 12 and 20 bits. Cut to these, a number
-/// would be another device's.
+/// Encodes a device number like Linux's `new_encode_dev`, with 12 and 20 bits. Truncation
+/// would produce the number of another device.
 fn device_number(major: u32, minor: u32) -> Result<u32, Error> {
     if major >> 12 != 0 || minor >> 20 != 0 {
         return Err(Error::TooLarge(

@@ -1,4 +1,4 @@
-//! Images as erofs-utils reads them.
+//! Tests that compare images with the view of erofs-utils.
 #![expect(
     clippy::expect_used,
     clippy::unwrap_used,
@@ -15,7 +15,7 @@ use sm_erofs::{
     BLOCK, Data, Entry, EntryKind, Error, FileTree as _, Kind, Meta, Options, ROOT, Tree, write,
 };
 
-/// Has `fsck.erofs` read all of an image and extract it to `to`.
+/// Reads an entire image with `fsck.erofs` and extracts it to `to`.
 fn extract(image: &Path, to: &Path) {
     let output = Command::new("fsck.erofs")
         .arg(format!("--extract={}", to.display()))
@@ -45,7 +45,7 @@ fn image_of(tree: &Tree, path: &Path) -> Vec<u8> {
     bytes
 }
 
-/// Sizes around everything that has a boundary.
+/// Sizes around all boundaries.
 const SIZES: [usize; 9] = [0, 1, 2048, 4031, 4032, 4033, 4096, 10_000, (1 << 20) + 4097];
 
 fn contents(size: usize) -> Vec<u8> {
@@ -54,7 +54,7 @@ fn contents(size: usize) -> Vec<u8> {
         .collect()
 }
 
-/// A directory with a bit of everything that needs no privilege.
+/// Creates a directory with all kinds of files that need no privilege.
 fn make(at: &Path) {
     fs::create_dir_all(at.join("files/empty")).unwrap();
     for size in SIZES {
@@ -71,7 +71,7 @@ fn make(at: &Path) {
     }
 }
 
-/// Checks that two directories have the same in them.
+/// Asserts that two directories have the same contents.
 fn same(left: &Path, right: &Path) {
     let list = |path: &Path| {
         let mut names: Vec<_> = fs::read_dir(path)
@@ -155,7 +155,7 @@ fn a_tar_stream_gives_the_image_of_what_is_in_it() {
     let place = tempfile::tempdir().unwrap();
     let source = place.path().join("source");
     make(&source);
-    // Pax has times to the nanosecond.
+    // Pax archives have times to the nanosecond.
     let archive = Command::new("tar")
         .args(["--format=pax", "--numeric-owner", "-c", "-C"])
         .arg(&source)
@@ -188,7 +188,7 @@ fn contents_may_lie_behind_the_image() {
         .create_new(true)
         .open(&path)
         .unwrap();
-    // Written at positions, so not in append mode.
+    // The file is written at offsets, so it must not be in append mode.
     let image = File::options().read(true).write(true).open(&path).unwrap();
     let behind = 3 * BLOCK;
     let len = write(&tree, &image, &Options::default().behind(behind)).unwrap();
@@ -234,7 +234,7 @@ fn uuid_owner_and_devices_are_where_linux_looks_for_them() {
         .expect("dump.erofs is needed by this test (Debian: erofs-utils)");
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(text.contains("Uid: 70000   Gid: 80000"), "{text}");
-    // It shows three digits of the mode; the inode has the fourth.
+    // dump.erofs prints three digits of the mode; the inode contains the fourth.
     assert!(text.contains("Access: 0600"), "{text}");
     let nid = text.split("NID: ").nth(1).unwrap();
     let nid: u64 = nid.split_whitespace().next().unwrap().parse().unwrap();
@@ -255,7 +255,7 @@ fn what_has_no_place_is_refused() {
     }
     assert!(tree.link(b"x", b"nothing").is_err());
     assert!(tree.link(b"x", b"/").is_err());
-    // A directory over a directory keeps what is in it, a file replaces it.
+    // A directory that replaces a directory keeps its contents; a file replaces it.
     tree.add(b"d/f", file()).unwrap();
     tree.add(b"d", Entry::new(EntryKind::Directory)).unwrap();
     tree.link(b"g", b"d/f").unwrap();
@@ -297,7 +297,7 @@ fn what_no_image_can_have_is_refused() {
     assert!(refusal(&tree).contains("16 TiB"));
     huge(&mut tree, b"b");
     assert!(refusal(&tree).contains("16 TiB"));
-    // Cut to 12 bits, this would be /dev/null's.
+    // Truncated to 12 bits, this would be the number of /dev/null.
     let mut tree = Tree::new();
     tree.add(b"d", Entry::new(EntryKind::CharDevice(4097, 3)))
         .unwrap();
@@ -315,7 +315,7 @@ fn the_last_value_of_an_attribute_counts() {
     assert_eq!(attributes, [(&b"user.a"[..], &b"1"[..]), (b"user.b", b"x")]);
 }
 
-/// A tree that answers otherwise when it is asked again.
+/// A tree whose answers change between calls.
 struct Liar {
     tree: Tree,
     asked: std::cell::Cell<u32>,
@@ -396,7 +396,7 @@ fn a_tree_that_contradicts_itself_is_no_panic() {
     }
 }
 
-/// A header of a tar archive, with its checksum.
+/// Creates the header of a tar archive, with its checksum.
 #[cfg(feature = "tar")]
 fn header(name: &str, kind: u8) -> [u8; 512] {
     let mut header = [0; 512];
@@ -421,12 +421,12 @@ fn from_tar(mut header: [u8; 512]) -> Result<Tree, Error> {
     Tree::from_tar(&archive[..], tempfile::tempfile().unwrap())
 }
 
-/// Holes take no room in an archive, and would take the host's.
+/// Holes take no space in an archive, but would take space on the host.
 #[cfg(feature = "tar")]
 #[test]
 fn sparse_files_of_archives_are_refused() {
     let mut sparse = header("s", b'S');
-    // One part of no length, at 2^62, and the size.
+    // One part without length at offset 2^62, and the size.
     for at in [386, 483] {
         sparse[at..at + 12].copy_from_slice(&[0x80, 0, 0, 0, 0x40, 0, 0, 0, 0, 0, 0, 0]);
     }

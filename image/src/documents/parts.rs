@@ -1,5 +1,4 @@
-//! What an image consists of: the configuration and the layers that its manifest
-//! names.
+//! The parts of an image: the configuration and the layers in its manifest.
 
 use oci_spec::image::{Descriptor, ImageConfiguration, ImageManifest};
 
@@ -7,9 +6,9 @@ use super::Named;
 use crate::Error;
 use crate::digest::Digest;
 
-/// Most layers of an image: as many as Docker's and containerd's overlay drivers
-/// stack, so that no image has more that anybody could run. Each one is a file
-/// and a segment of the disk, which a VM has open while it runs.
+/// Maximum number of layers of an image, which is the limit of Docker's and containerd's
+/// overlay drivers, so that no usable image has more. Each layer is a file and a segment
+/// of the disk, which a VM keeps open while it runs.
 const MAX_LAYERS: usize = 127;
 
 const OCI_LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
@@ -23,12 +22,12 @@ const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Parts {
     pub(crate) config: Named,
-    /// The lowest first.
+    /// The layers, lowest first.
     pub(crate) layers: Vec<Named>,
 }
 
 impl Parts {
-    /// Reads a manifest, before anything that it names is read.
+    /// Checks a manifest, before any of its blobs is read.
     pub(crate) fn of(manifest: &ImageManifest) -> Result<Self, Error> {
         let config = Named::from_descriptor(manifest.config(), "manifest")?;
         if !matches!(config.media_type.as_str(), OCI_CONFIG | DOCKER_CONFIG) {
@@ -53,8 +52,8 @@ fn too_many() -> Error {
     Error::document("manifest", format!("it has more than {MAX_LAYERS} layers"))
 }
 
-/// A layer that can be read. Its `urls` are of no interest: whoever wrote them
-/// must not choose where this host sends requests (CVE-2020-15157).
+/// Checks that a layer can be read. Its `urls` are ignored, because the author of an
+/// image must not choose the destination of requests from this host (CVE-2020-15157).
 fn layer(descriptor: &Descriptor) -> Result<Named, Error> {
     let named = Named::from_descriptor(descriptor, "manifest")?;
     let reason = match kind(&named.media_type) {
@@ -91,7 +90,7 @@ fn kind(media_type: &str) -> Kind {
     } else {
         return Kind::Unknown;
     };
-    // Which one it is, the stream itself tells.
+    // The compression is detected from the stream.
     match compression {
         "" | "+gzip" | "+zstd" | ".gzip" | ".zstd" => known,
         other if other.ends_with("+encrypted") => Kind::Encrypted,
@@ -99,7 +98,7 @@ fn kind(media_type: &str) -> Kind {
     }
 }
 
-/// The diff_ids of a configuration, for as many layers.
+/// Returns the diff_ids of a configuration, which must have one for each layer.
 pub(crate) fn diff_ids(config: &ImageConfiguration, layers: usize) -> Result<Vec<Digest>, Error> {
     let diff_ids = config.rootfs().diff_ids();
     if diff_ids.len() != layers {

@@ -1,4 +1,4 @@
-//! From what a reference names to one image: through indexes, by platform.
+//! Resolution of a reference to one image: through indexes, by platform.
 
 use oci_spec::image::{Descriptor, ImageConfiguration, ImageIndex, ImageManifest, MediaType};
 use serde::Deserialize;
@@ -8,11 +8,11 @@ use crate::Error;
 use crate::digest::Digest;
 use crate::platform::Platform;
 
-/// Indexes in indexes that are followed.
+/// Maximum nesting depth of indexes.
 const MAX_DEPTH: usize = 4;
-/// Most documents read on the way to one image.
+/// Maximum number of documents read to find one image.
 const MAX_DOCUMENTS: usize = 16;
-/// Most platforms that a message lists.
+/// Maximum number of platforms listed in a message.
 const MAX_LISTED: usize = 20;
 
 const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
@@ -20,29 +20,29 @@ const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+
 const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 
-/// A manifest that has been arrived at.
+/// The manifest that was found.
 #[derive(Debug)]
 pub(crate) struct Resolved {
-    /// Its digest.
+    /// Digest of the manifest.
     pub(crate) digest: Digest,
-    /// Digest of the document that was begun with.
+    /// Digest of the document that the search started with.
     pub(crate) named: Digest,
     pub(crate) media_type: String,
     pub(crate) bytes: Vec<u8>,
     pub(crate) manifest: ImageManifest,
 }
 
-/// What a manifest blob turns out to be.
+/// A parsed manifest document.
 enum Document {
     /// Manifests for several platforms.
     Index(Box<ImageIndex>),
-    /// One image.
+    /// The manifest of one image.
     Manifest(Box<ImageManifest>),
 }
 
-/// Tells index and manifest apart by what they contain, since the media type
-/// inside is optional. What could be taken for either is refused: others may
-/// have checked and signed the other one (CVE-2021-41190).
+/// Parses an index or a manifest. They are distinguished by their members, because the
+/// media type inside is optional. An ambiguous document is refused, because other
+/// software may have checked and signed the other interpretation (CVE-2021-41190).
 fn parse_document(bytes: &[u8], media_type: Option<&str>) -> Result<Document, Error> {
     type Present = Option<serde::de::IgnoredAny>;
     #[derive(Deserialize)]
@@ -55,7 +55,7 @@ fn parse_document(bytes: &[u8], media_type: Option<&str>) -> Result<Document, Er
         layers: Present,
         fs_layers: Present,
     }
-    // The parser would take a list for the fields in their order.
+    // The parser would accept a list with the members in order.
     if bytes.trim_ascii_start().first() != Some(&b'{') {
         return Err(Error::document("manifest", "it is no object"));
     }
@@ -97,11 +97,11 @@ fn is_schema_1(media_type: &str) -> bool {
     media_type.starts_with("application/vnd.docker.distribution.manifest.v1+")
 }
 
-/// Reads documents by their descriptors; checks nothing.
+/// Reads documents by their descriptors, without checks.
 type Read<'a> = &'a dyn Fn(&Named) -> Result<Vec<u8>, Error>;
 
-/// Follows a document to the manifest for `platform`: `bytes`, which is of
-/// `media_type` as whoever gave it says.
+/// Follows the document `bytes` to the manifest for `platform`. `media_type` is the type
+/// that the source reported for `bytes`.
 pub(crate) fn resolve(
     bytes: Vec<u8>,
     media_type: Option<&str>,
@@ -125,9 +125,9 @@ pub(crate) fn resolve(
 struct Search<'a> {
     platform: &'a Platform,
     read: Read<'a>,
-    /// Documents that may still be read.
+    /// Number of documents that may still be read.
     left: usize,
-    /// Platforms that were seen.
+    /// Platforms found so far.
     offered: Vec<Platform>,
 }
 
@@ -175,8 +175,8 @@ impl Search<'_> {
         Ok(None)
     }
 
-    /// What of an index to look at: the best manifest, otherwise the indexes in
-    /// it, otherwise the only thing that there is.
+    /// Returns the entries of an index to follow: the best manifest, otherwise the nested
+    /// indexes, otherwise the only entry.
     fn candidates<'i>(&mut self, index: &'i ImageIndex) -> Result<Vec<&'i Descriptor>, Error> {
         let manifests = index.manifests();
         if manifests.is_empty() {
@@ -228,7 +228,7 @@ impl Search<'_> {
     }
 }
 
-/// What a descriptor says that it is for.
+/// Returns the platform of a descriptor.
 pub(crate) fn platform_of(descriptor: &Descriptor) -> Option<Platform> {
     let platform = descriptor.platform().as_ref()?;
     Some(Platform::new(
@@ -245,7 +245,8 @@ fn is_index(descriptor: &Descriptor) -> bool {
     )
 }
 
-/// What BuildKit says about how an image was made: no image.
+/// Returns true for an attestation of BuildKit, which describes a build and is not an
+/// image.
 fn is_attestation(descriptor: &Descriptor) -> bool {
     let annotation = descriptor.annotations().as_ref().is_some_and(|all| {
         all.get("vnd.docker.reference.type").map(String::as_str) == Some("attestation-manifest")
@@ -254,7 +255,7 @@ fn is_attestation(descriptor: &Descriptor) -> bool {
     annotation || platform.is_some_and(|p| p.os() == "unknown" && p.architecture() == "unknown")
 }
 
-/// Whether an image is for the platform that somebody asks for.
+/// Checks that an image is for the requested platform.
 pub(crate) fn check_platform(
     config: &ImageConfiguration,
     platform: Option<&Platform>,
@@ -290,7 +291,7 @@ mod tests {
             (digest, len)
         }
 
-        /// A manifest that is told from others by `name`.
+        /// Adds a manifest that `name` makes distinct.
         fn manifest(&mut self, name: &str) -> (Digest, usize) {
             let digest = Digest::of(name.as_bytes());
             self.add(format!(
@@ -299,7 +300,8 @@ mod tests {
             ))
         }
 
-        /// An index of these, each of a platform (or none) and a media type.
+        /// Adds an index of these entries, each with a platform (or none) and a media
+        /// type.
         fn index(&mut self, entries: &[(&str, &str, (Digest, usize))]) -> (Digest, usize) {
             let entries: Vec<String> = entries
                 .iter()
@@ -418,18 +420,18 @@ mod tests {
         let both = manifest.replace("\"layers\"", "\"manifests\": [], \"layers\"");
         refused(&both, None, "CVE-2021-41190");
         refused(r#"{"manifests": [], "config": {}}"#, None, "at once");
-        // What it is called has to fit, inside and outside.
+        // The media types inside and outside must match the contents.
         let other = ", \"mediaType\": \"application/vnd.oci.image.index.v1+json\", \"layers\"";
         refused(&manifest.replace(", \"layers\"", other), None, "called");
         refused(&manifest, Some(OCI_INDEX), "called");
         refused(&manifest, Some(DOCKER_LIST), "called");
         refused(index, Some(DOCKER_MANIFEST), "called");
-        // Of two fields of one name, parsers take either.
+        // Parsers differ in which of two equal members they use.
         let twice = manifest.replace("\"layers\"", "\"layers\": [], \"layers\"");
         refused(&twice, None, "duplicate field");
         let twice = manifest.replace("\"size\"", "\"size\": 2, \"size\"");
         refused(&twice, None, "duplicate field");
-        // A registry that calls it nothing in particular is believed nothing.
+        // An unspecific media type of a registry is ignored.
         let read = |_: &Named| panic!("nothing is to be read");
         let bytes = manifest.into_bytes();
         let found = resolve(bytes, Some("application/json"), None, &read).unwrap();

@@ -1,4 +1,4 @@
-//! Tar streams, their indexes, and the disks that are made of them.
+//! Fuzz targets for tar streams, their indexes, and the disks created from them.
 #![expect(clippy::expect_used, reason = "a fuzzer without files is of no use")]
 
 use std::fs::File;
@@ -16,7 +16,7 @@ use crate::skeleton::Assembler;
 use crate::tar::{END, Header, Kind, Reader, encode, padding};
 use crate::tree::Tree;
 
-/// Small enough that reaching them is found.
+/// Limits that are small enough for a fuzzer to reach.
 const LIMITS: Limits = Limits {
     layer_bytes: 1 << 20,
     entries: 4096,
@@ -26,10 +26,10 @@ const LIMITS: Limits = Limits {
     ratio_floor: 64 << 10,
 };
 
-/// Takes `data` for a layer, plain or compressed, and makes a disk of it.
+/// Parses `data` as a layer, plain or compressed, and creates a disk from it.
 ///
 /// # Panics
-/// When there are no temporary files to be had.
+/// Temporary files cannot be created.
 pub fn layer(data: &[u8]) {
     let file = || tempfile::tempfile().expect("a temporary file");
     let (blob, small, index, skeleton) = (file(), file(), file(), file());
@@ -50,7 +50,7 @@ pub fn layer(data: &[u8]) {
     else {
         return;
     };
-    // What was taken apart can be put together again.
+    // A layer that was split can be assembled again.
     let rewound = |mut file: &std::fs::File| {
         std::io::Seek::rewind(&mut file).expect("a file that can be read again");
         file.try_clone().expect("a descriptor")
@@ -72,20 +72,20 @@ pub fn layer(data: &[u8]) {
     }
 }
 
-/// Takes `data` for a tar archive.
+/// Parses `data` as a tar archive.
 pub fn tar(data: &[u8]) {
     let mut reader = Reader::new(data);
     while let Ok(Some(header)) = reader.next_entry() {
-        // Some of it is read, the rest skipped.
+        // Half of the data is read, the rest skipped.
         let mut some = vec![0; usize::try_from(header.size / 2).unwrap_or(0).min(4096)];
         let _ = reader.read_exact(&mut some);
     }
 }
 
-/// Takes `data` for the records of a pax header, of one entry and of all.
+/// Parses `data` as the records of a pax header, for one entry and as a global header.
 ///
 /// # Panics
-/// Never, unless the reader does.
+/// Only if the parser panics.
 pub fn pax(data: &[u8]) {
     for kind in [b'x', b'g'] {
         let file = |size: usize| Header {
@@ -116,10 +116,10 @@ pub fn pax(data: &[u8]) {
     }
 }
 
-/// Takes `data` for the index of a layer, and makes a disk of it.
+/// Parses `data` as the index of a layer, and creates a disk from it.
 ///
 /// # Panics
-/// When there are no temporary files to be had.
+/// Temporary files cannot be created.
 pub fn layer_index(data: &[u8]) {
     let mut file = tempfile::tempfile().expect("a temporary file");
     file.write_all(data).expect("a file that can be written");
@@ -139,11 +139,11 @@ pub fn layer_index(data: &[u8]) {
     }
 }
 
-/// Makes a disk of layers that `data` describes, whatever it is. The file is as long
-/// as the file system that is in it; contents in blobs are zeros.
+/// Creates a disk of layers that any `data` describes. The file is as long as its file
+/// system; contents in blobs are zeros.
 ///
 /// # Panics
-/// When there are no temporary files to be had, or the layers cannot be written.
+/// Temporary files cannot be created, or the layers cannot be written.
 #[must_use]
 pub fn disk(data: &[u8]) -> Option<File> {
     let mut bytes = data.iter().copied();
@@ -155,7 +155,7 @@ pub fn disk(data: &[u8]) -> Option<File> {
         let file = tempfile::tempfile().expect("a file");
         let mut writer = IndexWriter::new(&file).expect("a file");
         let mut entries = 0;
-        // A byte that is 0 ends a layer.
+        // A zero byte ends a layer.
         while let Some(kind) = bytes.next().filter(|kind| *kind != 0) {
             entry(kind, &mut bytes, &mut writer);
             entries += 1;
@@ -189,7 +189,7 @@ const LAYERS: u16 = 3;
 const BLOB_LEN: u64 = 1 << 20;
 const SMALL_LEN: usize = 64 << 10;
 
-/// One entry, its parts by the bytes that follow.
+/// Writes one entry, whose parts are determined by the following bytes.
 fn entry(kind: u8, bytes: &mut impl Iterator<Item = u8>, writer: &mut IndexWriter<'_>) {
     let mut next = || bytes.next().unwrap_or(0);
     let path = path(&mut next);
@@ -232,13 +232,14 @@ fn entry(kind: u8, bytes: &mut impl Iterator<Item = u8>, writer: &mut IndexWrite
         meta,
         xattrs: Xattrs::encoded(&xattrs),
     };
-    // The root is a directory.
+    // The root must be a directory.
     if !path.is_empty() || entry.kind == EntryKind::Directory {
         writer.push(&entry).expect("a file that can be written");
     }
 }
 
-/// A path of few names, so that many meet; some are as long as can be.
+/// Returns a path with few distinct names, so that collisions are frequent. Some names
+/// have the maximum length.
 fn path(next: &mut impl FnMut() -> u8) -> Vec<u8> {
     let parts: Vec<Vec<u8>> = (0..next() % 5)
         .map(|_| {

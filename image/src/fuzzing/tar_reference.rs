@@ -1,9 +1,9 @@
-//! Random archives, whole and damaged, are read as Python's `tarfile` and GNU tar read
-//! them.
+//! Comparison of the tar reader with Python's `tarfile` and GNU tar, on random archives,
+//! intact and damaged.
 //!
-//! An archive that all three take must have the same entries for all, or for us and one
-//! of the two. One that only the others take must be refused for a reason of [`STRICT`],
-//! and there is none that only we take.
+//! An archive that all three accept must have the same entries for all, or for this
+//! reader and one of the others. An archive that only the others accept must be refused
+//! for a reason in [`STRICT`]. No archive may be accepted by this reader alone.
 
 mod references;
 mod streams;
@@ -18,12 +18,12 @@ use self::references::{Line, Listing, gnu, printable, python};
 use self::streams::Contents;
 use crate::tar::{Header, Kind, Reader};
 
-/// Whole archives in one run, and as many that are damaged.
+/// Number of intact archives in one run, and of damaged ones.
 const ARCHIVES: u64 = 500;
-/// The same where time does not matter.
+/// Number of archives in a thorough run.
 const ARCHIVES_FULL: u64 = 20_000;
 
-/// Why we refuse what others take.
+/// Reasons for refusing an archive that others accept.
 const STRICT: &[&str] = &[
     "it goes on after a zero block",
     "it is truncated",
@@ -85,7 +85,7 @@ fn line(header: &Header, reader: &mut Reader<&[u8]>) -> Result<Line, String> {
     })
 }
 
-/// As `ls -l` has them.
+/// Formats permissions like `ls -l`.
 fn permissions(kind: char, mode: u16) -> String {
     let mut text = String::from(kind);
     for (shift, special, letter) in [(6, 0o4000, 's'), (3, 0o2000, 's'), (0, 0o1000, 't')] {
@@ -102,7 +102,8 @@ fn permissions(kind: char, mode: u16) -> String {
     text
 }
 
-/// The class of an archive's outcome, or why it is none that is known.
+/// Returns the class of an archive's outcome, or an error if the outcome is not
+/// permitted.
 fn judge(ours: &Listing, python: &Listing, gnu: &Listing) -> Result<String, String> {
     let as_gnu = |listing: &Listing| -> Option<Vec<Line>> {
         let lines = listing.as_ref().ok()?.iter().cloned();
@@ -126,8 +127,8 @@ fn judge(ours: &Listing, python: &Listing, gnu: &Listing) -> Result<String, Stri
     }
 }
 
-/// The archive with what pads its last entry, which some writers leave out and we do not
-/// need.
+/// Returns the archive with padding after its last entry, which some writers omit and
+/// this reader does not require.
 fn padded(archive: &[u8], ours: &Listing) -> Option<Vec<u8>> {
     let mut padded = archive.to_vec();
     padded.resize(archive.len().next_multiple_of(512), 0);

@@ -4,7 +4,7 @@ use super::*;
 
 type Pairs = Vec<(Vec<u8>, Vec<u8>)>;
 
-/// A path, a number for the kind, a link, and attributes.
+/// Generates a path, a number for the kind, a link, and attributes.
 fn parts() -> impl Strategy<Value = (Vec<u8>, u8, Vec<u8>, Pairs)> {
     let name = "[a-z\u{80}-\u{ff}]{1,20}";
     let path = prop::collection::vec(name, 0..6);
@@ -63,7 +63,7 @@ fn written(entries: &[(Vec<u8>, u8, Vec<u8>, Pairs)], meta: Meta) -> File {
     file
 }
 
-/// Reads all there is, twice; how many entries that are.
+/// Reads all entries twice and returns their number.
 fn read_all(file: &File) -> io::Result<Option<usize>> {
     let Some(mut reader) = IndexReader::open(file.try_clone()?)? else {
         return Ok(None);
@@ -152,7 +152,7 @@ proptest! {
             file.read_exact_at(&mut byte, at as u64).unwrap();
             byte[0] ^= 1 << bit;
             file.write_all_at(&byte, at as u64).unwrap();
-            // Whatever comes of it, it comes to an end.
+            // Reading terminates for every damage.
             let _ = read_all(&file);
         }
     }

@@ -40,7 +40,7 @@ impl Files {
         IndexReader::open(rewound(&self.index)).unwrap().unwrap()
     }
 
-    /// Paths with what they are.
+    /// Returns paths and types of all entries.
     fn entries(&self) -> Vec<(String, String)> {
         let mut index = self.index();
         let mut found = Vec::new();
@@ -86,7 +86,7 @@ fn tar(entries: &[(&str, &[u8])]) -> Vec<u8> {
         let mut header = tar::Header::new_gnu();
         header.set_size(data.len() as u64);
         header.set_mode(0o644);
-        // The builder refuses some of the paths that we want to see refused.
+        // The builder refuses some of the paths that these tests need.
         let name = &mut header.as_old_mut().name;
         name[..path.len()].copy_from_slice(path.as_bytes());
         header.set_cksum();
@@ -154,7 +154,7 @@ fn damage_is_noticed() {
     gzip.write_all(&tar).unwrap();
     let gzip = gzip.finish().unwrap();
     let zstd = zstd::encode_all(tar.as_slice(), 1).unwrap();
-    // Cut where it was stored: what is written down of it is right.
+    // The stored stream was truncated, and its descriptor matches.
     for stored in [gzip, zstd] {
         let cut = &stored[..stored.len() - 10];
         let error = run(cut, &expected(cut, &tar)).0.unwrap_err().to_string();
@@ -205,7 +205,7 @@ fn zeros_take_no_space() {
     assert!(files.blob.metadata().unwrap().blocks() * 512 < 1 << 20);
 }
 
-/// A tar stream of our own making, with whatever follows its end.
+/// Creates a tar stream with this crate's encoder, followed by `trailing` bytes.
 fn stream(files: &[(String, Vec<u8>)], xattrs: usize, trailing: usize) -> Vec<u8> {
     let mut tar = Vec::new();
     for (path, data) in files {
@@ -246,7 +246,7 @@ proptest! {
         let mut again = Vec::new();
         layer.assembled().read_to_end(&mut again).unwrap();
         prop_assert!(again == tar);
-        // And its index is made again from that.
+        // The index can be recreated from the assembled stream.
         let index = tempfile::tempfile().unwrap();
         let reindexed = index_again(layer.assembled(), &index).unwrap();
         prop_assert_eq!(reindexed, converted);

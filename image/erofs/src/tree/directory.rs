@@ -1,4 +1,4 @@
-//! A directory of the host as a tree.
+//! Conversion of a host directory to a tree.
 
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -15,23 +15,23 @@ use super::{Entry, EntryKind, Tree, Xattr};
 use crate::source::Meta;
 use crate::{Error, InodeId};
 
-/// Largest list of names, and value, of extended attributes (Linux
+/// Maximum size of a list of names, and of a value, of extended attributes (Linux
 /// `XATTR_LIST_MAX`, `XATTR_SIZE_MAX`).
 const MAX_XATTR: usize = 64 << 10;
 
 impl Tree {
-    /// The tree of a directory of the host: everything in it but sockets, with owners,
+    /// Creates the tree of a host directory: all files in it except sockets, with owners,
     /// modes, times and those extended attributes that this user may read. Symbolic links
-    /// are kept and not followed. Contents are read when the image is written; the
+    /// are stored and not followed. Contents are read when the image is written; the
     /// directory must not change until then.
     ///
     /// # Errors
-    /// Something in the directory cannot be read.
+    /// A file in the directory cannot be read.
     pub fn from_directory(directory: &Path) -> Result<Self, Error> {
         let mut tree = Self::new();
-        // Inodes that have several names.
+        // Inodes with several names.
         let mut linked: HashMap<(u64, u64), InodeId> = HashMap::new();
-        // Paths yet to be added, relative to `directory`; the next one last.
+        // Paths that remain to be added, relative to `directory`. The next one is last.
         let mut pending = vec![OsString::new()];
         while let Some(relative) = pending.pop() {
             let path = directory.join(&relative);
@@ -76,7 +76,7 @@ impl Tree {
     }
 }
 
-/// `None` for a socket, which means nothing without the process behind it.
+/// Returns the type of a file, `None` for a socket, which is useless without its process.
 fn kind(meta: &Metadata, path: &Path) -> io::Result<Option<EntryKind>> {
     let kind = meta.file_type();
     let (major, minor) = (major(meta.rdev()), minor(meta.rdev()));
@@ -114,7 +114,7 @@ fn xattrs(path: &Path) -> io::Result<Vec<Xattr>> {
         let mut value = vec![0; MAX_XATTR];
         let len = match lgetxattr(path, name, &mut value) {
             Ok(len) => len,
-            // Removed meanwhile, or not readable by this user.
+            // Removed concurrently, or not readable by this user.
             Err(Errno::NODATA | Errno::ACCESS | Errno::PERM) => continue,
             Err(error) => return Err(error.into()),
         };

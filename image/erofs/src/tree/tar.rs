@@ -1,4 +1,4 @@
-//! A tar stream as a tree.
+//! Conversion of a tar stream to a tree.
 
 use std::fs::File;
 use std::io::{self, Read, Seek as _, SeekFrom};
@@ -12,21 +12,22 @@ use crate::source::Meta;
 
 /// Prefix of extended attributes in pax headers.
 const XATTR: &[u8] = b"SCHILY.xattr.";
-/// Prefix of pax headers of sparse files.
+/// Prefix of pax headers for sparse files.
 const SPARSE: &[u8] = b"GNU.sparse.";
 
 impl Tree {
-    /// The tree of a tar stream (ustar, pax and GNU, but for sparse files). A later entry
-    /// of a path replaces an earlier one. Contents of files are copied to `spool`, an empty
-    /// file that the tree keeps open; an unnamed temporary file will do.
+    /// Creates the tree of a tar stream (ustar, pax and GNU, without sparse files). A
+    /// later entry replaces an earlier one with the same path. Contents of files are
+    /// copied to `spool`, an empty file that the tree keeps open, such as an unnamed
+    /// temporary file.
     ///
-    /// A limit on the reader (`Read::take`) limits the spool likewise, and memory to some
-    /// hundred times as much: each byte of a path may be half of a directory.
+    /// A limit on the reader (`Read::take`) also limits the spool, and memory to a few
+    /// hundred times as much: two bytes of a path can create a directory.
     ///
     /// # Errors
-    /// The stream cannot be read or is no tar archive, an entry is sparse or has no place
-    /// in a tree, or `spool` cannot be written. Extended attributes whose values contain a
-    /// line feed are not understood.
+    /// The stream cannot be read or is not a tar archive, an entry is sparse or cannot be
+    /// added to a tree, or `spool` cannot be written. Extended attributes whose values
+    /// contain a line feed are not supported.
     pub fn from_tar(stream: impl Read, spool: File) -> Result<Self, Error> {
         let spool = Arc::new(spool);
         let mut tree = Self::new();
@@ -60,9 +61,10 @@ impl Tree {
                     tree.link(&path, &link()?)?;
                     continue;
                 }
-                // Defaults for entries that follow, ignored as Go's reader does.
+                // Global headers set defaults for later entries. They are ignored, as
+                // Go's reader does.
                 EntryType::XGlobalHeader => continue,
-                // A header of 512 bytes may stand for holes of any size.
+                // A header of 512 bytes can describe holes of any size.
                 EntryType::GNUSparse => return Err(refused("it is sparse")),
                 _ => return Err(refused("it is of an unknown type")),
             };
@@ -85,7 +87,7 @@ fn spooled(entry: &mut tar::Entry<'_, impl Read>, spool: &Arc<File>) -> io::Resu
     })
 }
 
-/// Owner, mode, time and extended attributes of an entry.
+/// Builds an entry with owner, mode, time and extended attributes.
 fn described(entry: &mut tar::Entry<'_, impl Read>, kind: EntryKind) -> io::Result<Entry> {
     let header = entry.header();
     let number = |value: u64| u32::try_from(value).map_err(io::Error::other);
@@ -93,7 +95,7 @@ fn described(entry: &mut tar::Entry<'_, impl Read>, kind: EntryKind) -> io::Resu
         mode: u16::try_from(header.mode()? & 0o7777).map_err(io::Error::other)?,
         uid: number(header.uid()?)?,
         gid: number(header.gid()?)?,
-        // Negative numbers are two's complement.
+        // Negative numbers are stored as two's complement.
         mtime: (header.mtime()?.cast_signed(), 0),
     };
     let mut xattrs = Vec::new();
@@ -113,7 +115,7 @@ fn described(entry: &mut tar::Entry<'_, impl Read>, kind: EntryKind) -> io::Resu
     Ok(described)
 }
 
-/// Seconds and nanoseconds of a decimal number of seconds.
+/// Parses a decimal number of seconds as seconds and nanoseconds.
 fn time(text: &str) -> Option<(i64, u32)> {
     let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
     let seconds: i64 = whole.parse().ok()?;
@@ -123,7 +125,7 @@ fn time(text: &str) -> Option<(i64, u32)> {
     let digits = fraction.get(..fraction.len().min(9))?;
     let nanoseconds: u32 = format!("{digits:0<9}").parse().ok()?;
     match (whole.starts_with('-'), nanoseconds) {
-        // Nanoseconds count upwards from the second before.
+        // Nanoseconds are relative to the preceding whole second.
         (true, 1..) => Some((seconds.checked_sub(1)?, 1_000_000_000 - nanoseconds)),
         _ => Some((seconds, nanoseconds)),
     }

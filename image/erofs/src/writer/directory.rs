@@ -1,12 +1,12 @@
-//! Directories: blocks of entries, followed in each by the entries' names.
-//! Linux searches in them by halves, so all names are in order of their bytes.
+//! Directories: blocks with entries, followed by the names of these entries. Linux looks
+//! names up by binary search, so all names are sorted by their bytes.
 
 use super::{BLOCK, BLOCK_BYTES};
 use crate::{FileTree, InodeId, Kind};
 
 const DIRENT_LEN: usize = 12;
 
-/// The entries of a directory in order.
+/// The sorted entries of a directory.
 pub(super) struct Directory<'t> {
     entries: Vec<(&'t [u8], InodeId)>,
     /// Number of entries in each block.
@@ -44,12 +44,12 @@ impl<'t> Directory<'t> {
         }
     }
 
-    /// Bytes that it takes.
+    /// Returns the length of the encoded directory in bytes.
     pub(super) fn len(&self) -> u64 {
         self.len
     }
 
-    /// Appends it to `data`, which is empty.
+    /// Appends the encoded directory to `data`, which must be empty.
     pub(super) fn encode(
         &self,
         tree: &impl FileTree,
@@ -64,12 +64,12 @@ impl<'t> Directory<'t> {
             let mut name_offset = block.len() * DIRENT_LEN;
             for (name, inode) in block {
                 data.extend_from_slice(&u64::from(nid(*inode)).to_le_bytes());
-                // Within a block, so it fits.
+                // The offset is within a block, so it fits.
                 data.extend_from_slice(&u16::try_from(name_offset).unwrap_or(0).to_le_bytes());
                 let kind = match *name {
                     b"." | b".." => file_type(Kind::Directory),
                     _ if (*inode as usize) < tree.inode_count() => file_type(tree.kind(*inode)),
-                    // The tree contradicts itself.
+                    // The tree is inconsistent.
                     _ => 0,
                 };
                 data.extend_from_slice(&[kind, 0]);
@@ -112,8 +112,8 @@ mod tests {
         let mut data = Vec::new();
         directory.encode(&tree, |id| id, &mut data);
         assert_eq!(data.len() as u64, directory.len());
-        // The first entry of a block says where its names begin, so how many
-        // there are.
+        // The first entry of a block contains the offset of its names, which determines
+        // the number of entries.
         let mut seen = Vec::new();
         for block in data.chunks(4096) {
             let offset = |n: usize| {

@@ -1,4 +1,4 @@
-//! A file that is written from front to back.
+//! Sequential output to a file.
 
 use std::fs::File;
 use std::io::{self, BufWriter, Write as _};
@@ -19,7 +19,7 @@ impl<'a> Output<'a> {
         }
     }
 
-    /// Bytes written so far.
+    /// Returns the number of bytes written so far.
     pub(super) fn position(&self) -> u64 {
         self.position
     }
@@ -29,7 +29,7 @@ impl<'a> Output<'a> {
         self.out.write_all(bytes)
     }
 
-    /// Writes zeros up to `position`, which is not before the end.
+    /// Writes zeros up to `position`, which must not be before the current position.
     pub(super) fn pad_to(&mut self, position: u64) -> io::Result<()> {
         let mut left = position.saturating_sub(self.position);
         while left > 0 {

@@ -1,5 +1,5 @@
-//! Extended attributes as EROFS has them: those of an inode follow it, but what
-//! many inodes have in common is kept once and referred to by number.
+//! Extended attributes: those of an inode follow it, and attributes that several inodes
+//! have are stored once and referred to by number.
 
 use std::collections::HashMap;
 
@@ -7,9 +7,9 @@ use super::TOO_MANY;
 use crate::{Error, FileTree, InodeId};
 
 const HEADER_LEN: usize = 12;
-/// Attributes, and references to shared ones, count in these.
+/// Unit of attributes and of references to shared ones, in bytes.
 const UNIT: usize = 4;
-/// Most references of an inode, which has a byte for their number.
+/// Maximum number of references of an inode, which are counted in one byte.
 const MOST_SHARED: usize = 255;
 
 /// Name prefixes that are stored as a number.
@@ -29,7 +29,7 @@ pub(super) struct EncodedXattrs {
 }
 
 impl EncodedXattrs {
-    /// Encodes the sets that the inodes of `order` have.
+    /// Encodes the sets used by the inodes in `order`.
     pub(super) fn new(tree: &impl FileTree, order: &[InodeId]) -> Result<Self, Error> {
         let mut users = vec![0u64; tree.xattr_sets()];
         for id in order {
@@ -49,7 +49,7 @@ impl EncodedXattrs {
         })
     }
 
-    /// What follows an inode that has this set.
+    /// Returns the bytes that follow an inode with this set.
     pub(super) fn get(&self, set: u32) -> &[u8] {
         self.sets.get(set as usize).map_or(&[], Vec::as_slice)
     }
@@ -58,7 +58,7 @@ impl EncodedXattrs {
         self.get(set).len() as u64
     }
 
-    /// `i_xattr_icount`.
+    /// Returns `i_xattr_icount`.
     pub(super) fn count(&self, set: u32) -> Result<u16, Error> {
         match self.get(set).len() {
             0 => Ok(0),
@@ -67,7 +67,7 @@ impl EncodedXattrs {
         }
     }
 
-    /// The attributes that are shared.
+    /// Returns the encoded shared attributes.
     pub(super) fn shared(&self) -> &[u8] {
         &self.shared
     }
@@ -80,7 +80,7 @@ impl EncodedXattrs {
 /// Attributes that several inodes have.
 struct Shared<'t> {
     bytes: Vec<u8>,
-    /// Offset of each in units.
+    /// Offset of each attribute in units.
     numbers: HashMap<(&'t [u8], &'t [u8]), u32>,
 }
 
@@ -108,7 +108,7 @@ impl<'t> Shared<'t> {
         for attribute in inorder {
             let many = counts.get(&attribute).is_some_and(|count| *count > 1);
             encoded.clear();
-            // A reference takes a unit: nothing smaller is worth one.
+            // A reference takes a unit, so a smaller attribute is not shared.
             if many && encode(attribute, &mut encoded)? && encoded.len() > UNIT {
                 let number = u32::try_from(shared.bytes.len() / UNIT).map_err(|_| TOO_MANY)?;
                 shared.numbers.insert(attribute, number);
@@ -118,7 +118,7 @@ impl<'t> Shared<'t> {
         Ok(shared)
     }
 
-    /// The set as it follows an inode; nothing if there are no attributes.
+    /// Encodes the set as it follows an inode; empty if there are no attributes.
     fn encode(&self, tree: &'t impl FileTree, set: u32) -> Result<Vec<u8>, Error> {
         let mut references = Vec::new();
         let mut own = Vec::new();
@@ -145,7 +145,7 @@ impl<'t> Shared<'t> {
     }
 }
 
-/// Appends an attribute; `false` for one in a namespace that EROFS does not have.
+/// Appends an attribute. Returns `false` if EROFS does not support its namespace.
 fn encode((name, value): (&[u8], &[u8]), bytes: &mut Vec<u8>) -> Result<bool, Error> {
     let prefix = PREFIXES
         .iter()
@@ -172,7 +172,8 @@ mod tests {
     /// Name and value.
     type Pair<'a> = (&'a str, &'a [u8]);
 
-    /// Files in the root with extended attributes; inodes count from 1.
+    /// Creates a tree of files in the root with extended attributes. Inodes are numbered
+    /// from 1.
     fn with_xattrs(files: &[(&str, &[Pair<'_>])]) -> Tree {
         let mut tree = Tree::new();
         for (path, xattrs) in files {

@@ -1,28 +1,28 @@
-//! Archives as Python's `tarfile` and GNU tar list them.
+//! Listings of archives by Python's `tarfile` and GNU tar.
 
 use std::io::Write as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-/// An entry as listed: type and permissions as `ls` has them, owner, name, target
-/// of a link, size.
+/// A listed entry: type and permissions in the format of `ls`, owner, name, target of a
+/// link, size.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Line {
     pub(super) mode: String,
     pub(super) owner: String,
     pub(super) path: String,
     pub(super) link: String,
-    /// Of files.
+    /// Size of a regular file.
     pub(super) size: u64,
-    /// CRC-32 of a file's contents, time: GNU tar's listing has neither.
+    /// CRC-32 of a file's contents, and time. GNU tar's listing contains neither.
     pub(super) rest: Option<(u32, i64)>,
 }
 
-/// A reader's view of an archive: its entries, or an error.
+/// Result of a reader: the entries of an archive, or an error.
 pub(super) type Listing = Result<Vec<Line>, String>;
 
-/// Lists all archives of a directory. A reader that stops at a header that is no header
-/// takes what is before it, so what it stopped at is looked at here.
+/// Lists all archives in a directory. `tarfile` stops silently at an invalid header, so
+/// the script checks the block at which it stopped.
 const LIST: &str = r#"
 import os, stat, sys, tarfile, zlib
 for number in range(int(sys.argv[2])):
@@ -98,7 +98,7 @@ fn unhex(text: &str) -> String {
     printable(&bytes)
 }
 
-/// Bytes as GNU tar quotes them.
+/// Quotes bytes like GNU tar.
 pub(super) fn printable(bytes: &[u8]) -> String {
     let mut text = String::new();
     for byte in bytes {
@@ -135,7 +135,7 @@ pub(super) fn gnu(archive: &[u8]) -> Listing {
         .stderr(Stdio::piped())
         .spawn()
         .expect("GNU tar is needed by this test");
-    // It need not read all.
+    // GNU tar may exit before it has read everything.
     let _ = tar.stdin.take().unwrap().write_all(archive);
     let output = tar.wait_with_output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -158,7 +158,7 @@ fn gnu_line(line: &str) -> Result<Line, String> {
         names if mode.starts_with('h') => names.split_once("\" link to \"").ok_or_else(strange)?,
         path => (path, ""),
     };
-    // Contiguous files are files.
+    // Contiguous files are listed as files.
     let mode = mode.replacen('C', "-", 1);
     let size = match mode.starts_with('-') {
         true => size.parse().map_err(|_| strange())?,

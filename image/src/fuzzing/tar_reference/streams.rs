@@ -1,8 +1,8 @@
-//! Random tar streams, whole and damaged, by their seeds.
+//! Random tar streams, intact and damaged, generated from seeds.
 
 use crate::tar::END;
 
-/// SplitMix64.
+/// The SplitMix64 generator.
 pub(super) struct Random(u64);
 
 impl Random {
@@ -33,7 +33,7 @@ impl Random {
 
 const BLOCK: usize = 512;
 
-/// A header, with fields that every reader takes.
+/// A header, initialised with fields that all readers accept.
 struct Block([u8; BLOCK]);
 
 impl Block {
@@ -67,14 +67,14 @@ impl Block {
     }
 }
 
-/// Makes the checksum right.
+/// Updates the checksum.
 fn seal(block: &mut [u8]) {
     block[148..156].copy_from_slice(b"        ");
     let sum: u32 = block.iter().map(|byte| u32::from(*byte)).sum();
     block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
 }
 
-/// A stream with some entries.
+/// A stream of entries.
 struct Stream {
     bytes: Vec<u8>,
     go: bool,
@@ -115,20 +115,20 @@ impl Stream {
     }
 }
 
-/// Contents of an archive.
+/// Features used in an archive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Contents {
-    /// Contents that all readers take alike.
+    /// Features that all readers interpret alike.
     Common,
-    /// Also what two of the three take alike: prefixes in GNU's headers, a slash
-    /// behind a file's name, sizes where there is no data, blank numbers.
+    /// Also features that two of the three interpret alike: prefixes in GNU headers, a
+    /// slash after a file's name, sizes of entries without data, blank numbers.
     Two,
-    /// Also what Go alone ignores: global headers, records without a value, pax names
-    /// beside GNU's. For Go it is the same archive without it.
+    /// Also features that only Go ignores: global headers, records without a value, pax
+    /// names beside GNU names. For Go, the archive is the same without them.
     Go,
 }
 
-/// A whole archive.
+/// Generates an intact archive.
 pub(super) fn archive(seed: u64, contents: Contents) -> Vec<u8> {
     let mut random = Random::new(seed);
     let mut stream = Stream {
@@ -150,7 +150,7 @@ pub(super) fn archive(seed: u64, contents: Contents) -> Vec<u8> {
     stream.bytes
 }
 
-/// An archive that something was done to.
+/// Generates a damaged archive.
 pub(super) fn mutated(seed: u64) -> Vec<u8> {
     let mut random = Random::new(!seed);
     let mut bytes = archive(seed, Contents::Common);
@@ -164,12 +164,12 @@ pub(super) fn mutated(seed: u64) -> Vec<u8> {
         }
         match random.below(8) {
             0 => {
-                // A stream of nothing is an archive of nothing for Go and us alone.
+                // Only Go and this reader accept an empty stream as an empty archive.
                 let len = random.index(bytes.len());
                 bytes.truncate(len.max(1));
             }
             1 => {
-                // A block twice, or one of zeros.
+                // Duplicate a block, or insert one of zeros.
                 let at = random.index(bytes.len() / BLOCK + 1) * BLOCK;
                 let from = at.min(bytes.len().saturating_sub(BLOCK));
                 let block = match random.one_in(3) {
@@ -190,7 +190,7 @@ pub(super) fn mutated(seed: u64) -> Vec<u8> {
                 }
             }
             _ => {
-                // Fields that say something, more often than names.
+                // These fields are changed more often than names.
                 let field = [100, 108, 116, 124, 136, 156, 157, 257, 263, 329, 482, 483];
                 let at = field[random.index(field.len())] + random.index(12);
                 let header = headers.get(random.index(headers.len() + 1)).unwrap_or(&0);
@@ -216,7 +216,7 @@ fn plain(random: &mut Random, stream: &mut Stream, number: u64) {
     };
     let stated = match kind {
         b'0' | b'7' => random.below(700),
-        // Some writers note a size where there is no data.
+        // Some writers store a size for entries without data.
         _ if random.one_in(3) && !stream.common => random.below(3) * 512,
         _ => 0,
     };
@@ -247,7 +247,7 @@ fn contents(len: u64) -> Vec<u8> {
     (0..len).map(|at| (at % 251) as u8).collect()
 }
 
-/// Before POSIX: no magic, kind 0.
+/// Appends a header from before POSIX, without magic and with type 0.
 fn old(random: &mut Random, stream: &mut Stream, number: u64) {
     let slash = random.pick(&["", "/"]);
     let size = if slash.is_empty() {
@@ -272,7 +272,7 @@ fn gnu_long(random: &mut Random, stream: &mut Stream, number: u64) {
     if long_path {
         stream.extended(b'L', format!("{long}{nul}").as_bytes());
     }
-    // Of two names, GNU's counts.
+    // If both are present, the GNU name is used.
     if random.one_in(4) && stream.go && (!link || long_path) {
         stream.pax(b'x', &[("path", format!("pax{number}"))]);
     }
@@ -332,7 +332,7 @@ fn pax(random: &mut Random, stream: &mut Stream, number: u64) {
     }
 }
 
-/// Numbers in base 256, with blanks, without an end.
+/// Appends headers with numbers in base 256, with blanks, or without terminator.
 fn odd_numbers(random: &mut Random, stream: &mut Stream, number: u64) {
     let mut size = random.below(600);
     let mut block = Block::new(&format!("odd{number}"), b'0', size).gnu();
@@ -367,7 +367,7 @@ fn odd_numbers(random: &mut Random, stream: &mut Stream, number: u64) {
     stream.data(&contents(size));
 }
 
-/// A file with holes, in one of the four formats.
+/// Appends a file with holes, in one of the four formats.
 fn sparse(random: &mut Random, stream: &mut Stream, number: u64) {
     let mut extents = Vec::new();
     let mut end = 0;
@@ -377,7 +377,7 @@ fn sparse(random: &mut Random, stream: &mut Stream, number: u64) {
         extents.push((begin, len));
         end = begin + len;
     }
-    // A hole at the end has a part of its own, of no length.
+    // A hole at the end is followed by a part without length.
     let size = end + random.below(2) * 700;
     if size > end {
         extents.push((size, 0));
@@ -444,7 +444,7 @@ fn sparse(random: &mut Random, stream: &mut Stream, number: u64) {
     }
 }
 
-/// Offsets and lengths, as old GNU headers have them.
+/// Writes offsets and lengths in the form of old GNU headers.
 fn pair_fields<'a>(
     block: &mut [u8; BLOCK],
     at: usize,
