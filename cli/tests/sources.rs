@@ -319,7 +319,7 @@ fn images_of_an_engine_are_received_from_it() {
         pull(image, &format!("unix://{nobody}")),
         &[&nobody, "no engine listens"],
     );
-    refused(pull(image, "ssh://host"), &["unix://", "sm load"]);
+    refused(pull(image, "ssh://host"), &["unix://", "to an archive"]);
 }
 
 /// An engine that knows what its images are, and has none. It serves two requests,

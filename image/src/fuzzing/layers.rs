@@ -1,5 +1,8 @@
 //! Fuzz targets for tar streams, their indexes, and the disks created from them.
-#![expect(clippy::expect_used, reason = "a fuzzer without files is of no use")]
+#![expect(
+    clippy::expect_used,
+    reason = "a fuzz target cannot continue without temporary files"
+)]
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};

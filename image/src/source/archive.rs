@@ -1,4 +1,4 @@
-//! A tar file as named files: its headers are read once, contents in place.
+//! Random access to the files of a tar file. Headers are read once, contents in place.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -11,13 +11,13 @@ use crate::Error;
 use crate::reference::Reference;
 use crate::tar::{Header, Kind, Reader};
 
-/// Most files in an archive.
+/// Maximum number of files in an archive.
 const MAX_FILES: usize = 100_000;
-/// Most bytes of their names and links together.
+/// Maximum total size of their names and links in bytes.
 const MAX_NAMES: usize = 16 << 20;
-/// Longest name or link that is listed. Names of images' files are digests.
+/// Maximum length of a listed name or link. The names of an image's files are digests.
 const MAX_NAME: usize = 512;
-/// Links followed to a file (`docker save` links equal layers).
+/// Maximum number of links followed to a file (`docker save` links equal layers).
 const MAX_LINKS: usize = 8;
 
 enum Item {
@@ -26,7 +26,7 @@ enum Item {
 }
 
 impl Item {
-    /// Bytes of names that it keeps.
+    /// Returns the number of stored name bytes.
     fn len(&self) -> usize {
         match self {
             Self::File { .. } => 0,
@@ -45,14 +45,14 @@ impl Archive {
     /// Reads the headers of a tar file.
     ///
     /// # Errors
-    /// A sentence about what is wrong with it.
+    /// A sentence that describes the problem.
     pub(super) fn new(mut file: File) -> Result<Self, String> {
         let items = list(&mut file)?;
         Ok(Self { file, items })
     }
 
-    /// The archive at `path`, or for `-` that on the standard input, compressed
-    /// or not.
+    /// Opens the archive at `path`, or on the standard input for `-`. It may be
+    /// compressed.
     pub(super) fn open(
         path: &Path,
         reference: &Reference,
@@ -93,7 +93,7 @@ fn list(file: &mut File) -> Result<HashMap<String, Item>, String> {
     Ok(items)
 }
 
-/// The file or link that a header is about; `None` for what no document of an image
+/// Converts a header to a file or link; `None` for an entry that no document of an image
 /// can name.
 fn item(header: &Header, offset: u64) -> Option<(String, Item)> {
     let short = |bytes: &[u8]| bytes.len() <= MAX_NAME;
@@ -116,7 +116,7 @@ fn item(header: &Header, offset: u64) -> Option<(String, Item)> {
     Some((name, item))
 }
 
-/// `target` seen from the directory of `name`; `..` stops at the top.
+/// Resolves `target` relative to the directory of `name`. `..` stops at the top.
 fn join(name: &str, target: &str) -> String {
     let mut parts: Vec<&str> = Vec::new();
     let directory = name.rsplit_once('/').map_or("", |(directory, _)| directory);
@@ -138,7 +138,7 @@ impl Files for Archive {
     }
 }
 
-/// [`Layout`](super::layout::Layout)s and others can be several over one archive.
+/// Several [`Layout`](super::layout::Layout)s and other sources can share one archive.
 impl Files for &Archive {
     fn open<'a>(&'a self, path: &str) -> Result<Option<Box<dyn Read + Send + 'a>>, Error> {
         self.open_file(path)
@@ -146,7 +146,7 @@ impl Files for &Archive {
 }
 
 impl Archive {
-    /// Opens a file by its path; `None` if there is none.
+    /// Opens a file by its path; `None` if it does not exist.
     pub(super) fn open_file<'a>(
         &'a self,
         path: &str,
@@ -173,7 +173,7 @@ impl Archive {
     }
 }
 
-/// A part of a file, read by position so that several can be read at once.
+/// A part of a file, read with offsets so that several parts can be read concurrently.
 struct Slice<'a> {
     file: &'a File,
     at: u64,
@@ -245,7 +245,7 @@ mod tests {
 
     #[test]
     fn contents_are_not_read_while_listing() {
-        // 8 TiB of holes would take hours to read.
+        // Reading 8 TiB of holes would take hours.
         let size = 8u64 << 40;
         let mut file = tempfile::tempfile().unwrap();
         let mut header = tar::Header::new_gnu();
@@ -254,7 +254,7 @@ mod tests {
         header.set_cksum();
         file.write_all(header.as_bytes()).unwrap();
         if file.set_len(512 + size).is_err() {
-            // Sparse files are smaller on this file system.
+            // This file system does not support sparse files of this size.
             return;
         }
         file.seek(SeekFrom::End(0)).unwrap();

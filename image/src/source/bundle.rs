@@ -1,5 +1,5 @@
-//! Archives of either kind, with any number of images: what `docker save`,
-//! `podman save` and `skopeo copy` write.
+//! Archives of either kind with any number of images, as written by `docker save`,
+//! `podman save` and `skopeo copy`.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -12,20 +12,20 @@ use super::layout::Layout;
 use super::{Session, Source, SourceLayer, blob_path, spool};
 use crate::Error;
 
-/// An archive that has been read to its end.
+/// An archive whose headers have been read.
 pub(crate) struct Bundle {
     archive: Archive,
-    /// Where it came from, for people.
+    /// Source of the archive, for messages.
     place: String,
     is_layout: bool,
 }
 
 impl Bundle {
-    /// The archive at `path`, compressed or not; for `-`, that on the standard
-    /// input.
+    /// Opens the archive at `path`, or on the standard input for `-`. It may be
+    /// compressed.
     ///
     /// # Errors
-    /// It cannot be read, or is no archive of images.
+    /// The archive cannot be read, or contains no images.
     pub(crate) fn open(path: &Path, session: Session<'_>) -> Result<Self, Error> {
         let place = match path.as_os_str() == "-" {
             true => "the standard input".to_owned(),
@@ -34,11 +34,11 @@ impl Bundle {
         Self::of(spool::open(path, session), place)
     }
 
-    /// Reads an archive, compressed or not, from a stream, which errors call
-    /// `place`. It is kept in a file of the session's scratch directory.
+    /// Reads an archive, which may be compressed, from a stream that errors call `place`.
+    /// The archive is stored in a file of the session's scratch directory.
     ///
     /// # Errors
-    /// The stream cannot be read, or is no archive of images.
+    /// The stream cannot be read, or contains no images.
     pub(crate) fn read(
         stream: impl Read,
         place: &str,
@@ -54,7 +54,7 @@ impl Bundle {
         };
         let file = file.map_err(|error| unknown(error.to_string()))?;
         let archive = Archive::new(file).map_err(unknown)?;
-        // Newer engines write both; there is more in a layout.
+        // Newer engines write both formats; the layout contains more information.
         let has = |name: &str| Ok::<_, Error>(archive.open_file(name)?.is_some());
         let is_layout = has("index.json")? && has("oci-layout")?;
         if !is_layout && !has("manifest.json")? && !has("repositories")? {
@@ -67,10 +67,10 @@ impl Bundle {
         })
     }
 
-    /// The names of each image; some have none.
+    /// Returns the names of each image; an image may have none.
     ///
     /// # Errors
-    /// The archive's list of images is wrong.
+    /// The archive's list of images is invalid.
     pub(crate) fn images(&self) -> Result<Vec<Vec<String>>, Error> {
         match self.is_layout {
             true => self.layout(Choice::Only).names(),
@@ -78,7 +78,7 @@ impl Bundle {
         }
     }
 
-    /// The image at a place of [`Self::images`].
+    /// Returns the image with this index in [`Self::images`].
     pub(crate) fn source(&self, number: usize) -> Box<dyn Source + '_> {
         self.chosen(Choice::Number(number))
     }

@@ -1,20 +1,20 @@
-//! Which of several images in one place is meant.
+//! Selection of one of several images at one location.
 
 use crate::docker_reference::DockerReference;
 
-/// Which image (containers-transports(5)).
+/// Selection of an image (containers-transports(5)).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Choice {
-    /// The only one.
+    /// The only image.
     Only,
-    /// The one with this name.
+    /// The image with this name.
     Name(String),
-    /// The one at this place, from 0 on: `@N`.
+    /// The image with this index, from 0: `@N`.
     Number(usize),
 }
 
 impl Choice {
-    /// Reads what follows the path in a reference.
+    /// Parses the part of a reference after the path.
     pub(super) fn of(tag: Option<&str>) -> Self {
         let Some(tag) = tag else {
             return Self::Only;
@@ -23,10 +23,10 @@ impl Choice {
         number.map_or_else(|| Self::Name(tag.to_owned()), Self::Number)
     }
 
-    /// The place of the one that is meant among images with these names.
+    /// Returns the index of the selected image among images with these names.
     ///
     /// # Errors
-    /// There is none, or more than one; a sentence that says which there are.
+    /// No or several images match; the sentence lists the names.
     pub(super) fn among(&self, images: &[Vec<String>]) -> Result<usize, String> {
         let meant = self.all_among(images)?;
         match (meant.as_slice(), self) {
@@ -43,10 +43,10 @@ impl Choice {
         }
     }
 
-    /// Likewise, where several can be one image for several platforms.
+    /// As [`Self::among`], where several matches can be one image for several platforms.
     ///
     /// # Errors
-    /// There is none.
+    /// No image matches.
     pub(super) fn all_among(&self, images: &[Vec<String>]) -> Result<Vec<usize>, String> {
         match self {
             _ if images.is_empty() => Err("there is no image in it".to_owned()),
@@ -57,7 +57,7 @@ impl Choice {
                 images.len()
             )),
             Self::Name(name) => {
-                // Exactly, as Docker means it, or by the tag alone.
+                // A name matches exactly, in Docker's sense, or by the tag alone.
                 let kinds: [&dyn Fn(&str) -> bool; 3] = [
                     &|known| known == name,
                     &|known| is_same(known, name),

@@ -1,5 +1,4 @@
-//! What `docker save` writes: `manifest.json`, configurations and layers, in a
-//! tar file.
+//! Archives of `docker save`: `manifest.json`, configurations and layers in a tar file.
 
 use std::io::Read;
 
@@ -13,7 +12,7 @@ use crate::digest::Digest;
 use crate::documents::{check_platform, diff_ids, parse};
 use crate::platform::Platform;
 
-/// Most images in one archive.
+/// Maximum number of images in an archive.
 const MAX_IMAGES: usize = 1000;
 
 #[derive(Clone, Debug, Deserialize)]
@@ -29,7 +28,7 @@ struct Item {
 /// A Docker archive.
 pub(super) struct DockerArchive<F> {
     files: F,
-    /// Where it is, for people.
+    /// Path of the archive, for messages.
     place: String,
     choice: Choice,
 }
@@ -69,7 +68,7 @@ impl<F: Files> DockerArchive<F> {
         Ok(items)
     }
 
-    /// The names of each image.
+    /// Returns the names of each image.
     pub(super) fn names(&self) -> Result<Vec<Vec<String>>, Error> {
         let items = self.items()?.into_iter();
         Ok(items.map(|item| item.tags.unwrap_or_default()).collect())
@@ -100,7 +99,7 @@ impl<F: Files + Sync> Source for DockerArchive<F> {
             .zip(paths)
             .map(|(diff_id, path)| SourceLayer {
                 digest: diff_id,
-                // Nothing is written down about the stream, which some compress.
+                // The archive does not describe the stream, which some writers compress.
                 size: None,
                 media_type: None,
                 diff_id,

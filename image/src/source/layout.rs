@@ -1,5 +1,4 @@
-//! OCI image layouts (OCI image-spec image-layout.md), in a directory or a tar
-//! file.
+//! OCI image layouts (OCI image-spec image-layout.md), in a directory or a tar file.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -14,13 +13,13 @@ use crate::Error;
 use crate::documents::{Named, REF_NAME, parse, platform_of, resolve};
 use crate::platform::Platform;
 
-/// The annotation in which containerd and Docker keep an image's whole name.
+/// The annotation with an image's full name, written by containerd and Docker.
 const FULL_NAME: &str = "io.containerd.image.name";
 
-/// A layout over some files.
+/// A layout in a collection of files.
 pub(super) struct Layout<F> {
     files: F,
-    /// Where it is, for people.
+    /// Path of the layout, for messages.
     place: String,
     choice: Choice,
 }
@@ -47,8 +46,8 @@ impl<F: Files> Layout<F> {
         parse(&bytes, "index")
     }
 
-    /// The image that is meant. Some layouts have an image for several platforms
-    /// as so many of one name.
+    /// Returns the selected image. Some layouts contain an image for several platforms as
+    /// several entries with one name.
     fn chosen<'i>(
         &self,
         index: &'i ImageIndex,
@@ -80,13 +79,13 @@ impl<F: Files> Layout<F> {
         }
     }
 
-    /// The names of each image.
+    /// Returns the names of each image.
     pub(super) fn names(&self) -> Result<Vec<Vec<String>>, Error> {
         Ok(self.index()?.manifests().iter().map(names).collect())
     }
 }
 
-/// The whole name, then the name in the layout.
+/// Returns the full name, then the name in the layout.
 fn names(descriptor: &Descriptor) -> Vec<String> {
     let annotations = descriptor.annotations().as_ref();
     let name = |key: &str| annotations.and_then(|all| all.get(key).cloned());
@@ -113,7 +112,7 @@ impl<F: Files + Sync> Source for Layout<F> {
     }
 }
 
-/// A directory as named files.
+/// A directory as a collection of files.
 pub(super) struct Directory(PathBuf);
 
 impl Directory {
@@ -129,7 +128,7 @@ impl Directory {
 impl Files for Directory {
     fn open<'a>(&'a self, path: &str) -> Result<Option<Box<dyn Read + Send + 'a>>, Error> {
         let path = self.0.join(path);
-        // A pipe in its place would be waited for.
+        // Opening a pipe at this path must not block.
         let mut options = File::options();
         options.read(true).custom_flags(libc::O_NONBLOCK);
         let opened = options.open(&path).and_then(|file| {

@@ -1,4 +1,4 @@
-//! Where images come from: each transport gives documents and blobs.
+//! Sources of images: each transport provides documents and blobs.
 
 mod archive;
 mod bundle;
@@ -32,30 +32,29 @@ use self::choice::Choice;
 pub(crate) use self::registries::Registries;
 pub use self::registry::{OpenBlob, Pushed, Pusher};
 
-/// Reads the headers that a registry answers with.
+/// Parses the headers of a registry's answer.
 #[cfg(any(feature = "fuzzing", test))]
 pub(crate) fn headers(text: &str) {
     registry::headers(text);
 }
 
-/// One layer of an image to be read.
+/// A layer of an image to be read.
 #[derive(Clone, Debug)]
 pub(crate) struct SourceLayer {
-    /// Digest of the stream, as it is named; for transports without one, its
-    /// diff_id.
+    /// Digest of the stream in the manifest; the diff_id for transports without one.
     pub(crate) digest: Digest,
-    /// Size of the stream, where written down.
+    /// Size of the stream, if known.
     pub(crate) size: Option<u64>,
-    /// Media type of the stream, where written down.
+    /// Media type of the stream, if known.
     pub(crate) media_type: Option<String>,
-    /// Digest of the tar stream in it.
+    /// Digest of the contained tar stream.
     pub(crate) diff_id: Digest,
-    /// Where the transport has it, if the digest does not tell.
+    /// Location of the stream in the transport, if the digest does not determine it.
     place: Option<String>,
 }
 
 impl SourceLayer {
-    /// A layer that is named by what is in it.
+    /// Creates a layer that is identified by its contents.
     pub(crate) fn plain(diff_id: Digest) -> Self {
         Self {
             digest: diff_id,
@@ -67,69 +66,68 @@ impl SourceLayer {
     }
 }
 
-/// A manifest as it came.
+/// A manifest with its original bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct RawManifest {
     pub(crate) media_type: String,
     pub(crate) bytes: Vec<u8>,
 }
 
-/// The repository that an image is from.
+/// The repository that an image was pulled from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Origin {
-    /// The registry as it is named in references, such as `docker.io`.
+    /// The registry's name in references, such as `docker.io`.
     pub(crate) registry: String,
     pub(crate) repository: String,
 }
 
-/// An image that has been found, its documents read and checked.
+/// An image whose documents have been read and checked.
 #[derive(Clone, Debug)]
 pub(crate) struct SourceImage {
-    /// Digest that identifies the image: of its manifest, or of its
-    /// configuration where there is no manifest.
+    /// Digest that identifies the image: that of its manifest, or of its configuration if
+    /// there is no manifest.
     pub(crate) digest: Digest,
-    /// Digest of what the reference names: of an index, where there is one;
+    /// Digest of the document that the reference names: an index, if there is one,
     /// otherwise the image's own.
     pub(crate) named: Digest,
-    /// The manifest; transports without one have none.
+    /// The manifest; `None` for transports without one.
     pub(crate) manifest: Option<RawManifest>,
-    /// The configuration as it came; its digest is in the manifest.
+    /// The original bytes of the configuration, whose digest is in the manifest.
     pub(crate) config_bytes: Vec<u8>,
     pub(crate) config: ImageConfiguration,
     /// The layers, lowest first.
     pub(crate) layers: Vec<SourceLayer>,
-    /// The repository that it came from; `None` if it was no registry's.
+    /// The repository that the image comes from; `None` if it is not from a registry.
     pub(crate) origin: Option<Origin>,
 }
 
-/// An opened transport. Several layers can be read at once, from any threads.
+/// An opened transport. Several layers can be read concurrently, from any threads.
 pub(crate) trait Source: Sync {
-    /// The digest that the image is known by where it is, of a configuration, a
-    /// manifest or an index; `None` if finding out takes no less than
-    /// [`Self::image`] does. An image that is stored under it needs not be read.
+    /// Returns the digest of a configuration, manifest or index that identifies the image
+    /// at its source, or `None` if determining it costs as much as [`Self::image`]. An
+    /// image that is stored under this digest need not be read.
     fn identity(&self) -> Result<Option<Digest>, Error> {
         Ok(None)
     }
-    /// Finds the image for `platform`. Without one, that for guests of this host
-    /// is chosen where there is a choice; where there is none, whatever it is.
+    /// Finds the image for `platform`. Without a platform, an image for guests of this
+    /// host is preferred; if there is no choice, the only image is returned.
     fn image(&self, platform: Option<&Platform>) -> Result<SourceImage, Error>;
     /// Opens the stream of a layer of [`Self::image`].
     fn layer<'a>(&'a self, layer: &SourceLayer) -> Result<Box<dyn Read + Send + 'a>, Error>;
 }
 
-/// What a transport may use while it is open.
+/// Resources of a transport while it is open.
 #[derive(Clone, Copy)]
 pub(crate) struct Session<'a> {
-    /// A directory for files that are in the way for a while. They have no names.
+    /// A directory for temporary files, which have no names.
     pub(crate) scratch: &'a Path,
-    /// Ends waits and reads of registries.
+    /// Cancels waits for registries and reads from them.
     pub(crate) cancel: &'a Cancel,
-    /// Called, from any thread, with a sentence for people about why nothing
-    /// happens for a while.
+    /// Called from any thread with a sentence for users about the reason for a delay.
     pub(crate) notice: &'a (dyn Fn(&str) + Sync),
 }
 
-/// Opens the transport of `reference`; `None` for one that is in the store only.
+/// Opens the transport of `reference`; `None` for an image that is only in the store.
 pub(crate) fn open<'a>(
     reference: &Reference,
     session: Session<'a>,
@@ -168,13 +166,13 @@ pub(crate) fn open<'a>(
     }))
 }
 
-/// Named files, whatever they are kept in.
+/// A collection of named files.
 pub(crate) trait Files {
-    /// Opens a file by its path; `None` if there is none.
+    /// Opens a file by its path; `None` if it does not exist.
     fn open<'a>(&'a self, path: &str) -> Result<Option<Box<dyn Read + Send + 'a>>, Error>;
 }
 
-/// Reads a small file whole.
+/// Reads a small file completely.
 fn read_small(files: &impl Files, path: &str, what: &str) -> Result<Option<Vec<u8>>, Error> {
     let Some(file) = files.open(path)? else {
         return Ok(None);
@@ -193,7 +191,7 @@ fn blob_path(digest: Digest) -> String {
     format!("blobs/sha256/{}", digest.hex())
 }
 
-/// Reads a document by its descriptor, checking size and digest.
+/// Reads a document by its descriptor, and checks size and digest.
 fn read_named(files: &impl Files, named: &Named, what: &str) -> Result<Vec<u8>, Error> {
     let bytes = read_small(files, &blob_path(named.digest), what)?
         .ok_or_else(|| named.damaged("it is missing"))?;
@@ -201,10 +199,10 @@ fn read_named(files: &impl Files, named: &Named, what: &str) -> Result<Vec<u8>, 
     Ok(bytes)
 }
 
-/// Reads a document by its descriptor, and checks it; the text says which.
+/// Reads and checks the document of a descriptor; the text names its kind for errors.
 type ReadDocument<'a> = &'a dyn Fn(&Named, &str) -> Result<Vec<u8>, Error>;
 
-/// Everything about the image of a manifest.
+/// Reads and checks the parts of the image of a manifest.
 fn describe(
     read: ReadDocument<'_>,
     resolved: Resolved,

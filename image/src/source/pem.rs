@@ -1,10 +1,10 @@
-//! Certificates and keys in files.
+//! Parsing of files with certificates and keys.
 
 use std::path::Path;
 
 use ureq::tls::{Certificate, PemItem, PrivateKey, parse_pem};
 
-/// Largest file read, in bytes.
+/// Maximum size of a file in bytes.
 const MAX_FILE: u64 = 1 << 20;
 
 fn items(path: &Path) -> Vec<PemItem<'static>> {
@@ -15,7 +15,7 @@ fn items(path: &Path) -> Vec<PemItem<'static>> {
     parse_pem(&pem).flatten().collect()
 }
 
-/// All certificates of a file; none, if it cannot be read.
+/// Returns all certificates in a file; none if it cannot be read.
 pub(super) fn certificates(path: &Path) -> Vec<Certificate<'static>> {
     let items = items(path).into_iter();
     items
@@ -26,7 +26,7 @@ pub(super) fn certificates(path: &Path) -> Vec<Certificate<'static>> {
         .collect()
 }
 
-/// The first key of a file.
+/// Returns the first private key in a file.
 pub(super) fn private_key(path: &Path) -> Option<PrivateKey<'static>> {
     items(path).into_iter().find_map(|item| match item {
         PemItem::PrivateKey(key) => Some(key),

@@ -1,24 +1,24 @@
-//! Where a repository is: what the registry is called, and who answers for it.
+//! Location of a repository: the name of its registry, and the host that serves it.
 
 use crate::docker_reference::{DEFAULT_REGISTRY, DockerReference};
 
-/// Where Docker's own registry answers.
+/// Host that serves Docker's own registry.
 const DEFAULT_HOST: &str = "registry-1.docker.io";
 
-/// A repository at a registry.
+/// A repository on a host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Place {
-    /// The registry, for people and their credentials.
+    /// The registry's name, for messages and for its credentials.
     pub(super) registry: String,
-    /// Who answers, with a port if it is not the usual one.
+    /// The host, with a port if it is not the default.
     pub(super) host: String,
     pub(super) repository: String,
-    /// Any certificate is believed, or none is asked for.
+    /// Every certificate is accepted, and plain HTTP is permitted.
     pub(super) insecure: bool,
 }
 
 impl Place {
-    /// Where the reference itself says.
+    /// Returns the location that the reference itself names.
     pub(super) fn of(reference: &DockerReference) -> Self {
         let registry = reference.registry();
         let host = match registry {
@@ -33,7 +33,7 @@ impl Place {
         }
     }
 
-    /// The same, where anything is believed.
+    /// Sets whether the location is insecure.
     pub(super) fn insecure(self, insecure: bool) -> Self {
         Self { insecure, ..self }
     }

@@ -1,9 +1,9 @@
-//! `registries.conf` (containers-registries.conf(5), version 2): where the images
-//! of a registry really are, and what people mean by short names.
+//! `registries.conf` (containers-registries.conf(5), version 2): locations of registries'
+//! images, and aliases of short names.
 //!
-//! Read are the file and its drop-in directories, where Podman looks for them. Of
-//! what is in them, `unqualified-search-registries` and `short-name-mode` mean
-//! nothing here: a short name is Docker's, unless `[aliases]` has it.
+//! The file and its drop-in directories are read from Podman's paths. The settings
+//! `unqualified-search-registries` and `short-name-mode` are ignored: a short name
+//! without an entry in `[aliases]` refers to Docker's registry.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -16,14 +16,14 @@ use crate::Error;
 use crate::docker_reference::DockerReference;
 use crate::reference::Reference;
 
-/// Largest file read, in bytes.
+/// Maximum size of a file in bytes.
 const MAX_FILE: u64 = 1 << 20;
-/// Most drop-in files of a directory.
+/// Maximum number of drop-in files in a directory.
 const MAX_FILES: usize = 1000;
 
 const SYSTEM: &str = "/etc/containers";
 
-/// All that the files say.
+/// The merged contents of the files.
 #[derive(Debug, Default)]
 pub(crate) struct Registries {
     registries: Vec<Table>,
@@ -35,11 +35,11 @@ pub(crate) struct Registries {
 struct File {
     registry: Vec<Table>,
     aliases: BTreeMap<String, String>,
-    /// Of version 1.
+    /// Present in version 1 only.
     registries: Option<serde::de::IgnoredAny>,
 }
 
-/// `[[registry]]`
+/// A `[[registry]]` table.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, rename_all = "kebab-case")]
 struct Table {
@@ -49,12 +49,12 @@ struct Table {
     blocked: bool,
     mirror_by_digest_only: bool,
     mirror: Vec<Mirror>,
-    /// The file that it is in.
+    /// The file that contains the table.
     #[serde(skip)]
     file: PathBuf,
 }
 
-/// `[[registry.mirror]]`
+/// A `[[registry.mirror]]` table.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, rename_all = "kebab-case")]
 struct Mirror {
@@ -73,7 +73,7 @@ enum PullFrom {
     TagOnly,
 }
 
-/// Where to look for an image, in this order.
+/// Locations of an image, in the order in which they are tried.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Places {
     pub(super) mirrors: Vec<Place>,
@@ -82,12 +82,11 @@ pub(super) struct Places {
 }
 
 impl Reference {
-    /// Like [`Self::parse`], where a name without a registry may be an alias of
-    /// another one in the `registries.conf` of this user or host
-    /// (containers-registries.conf(5)).
+    /// As [`Self::parse`], but a name without a registry may be an alias in the
+    /// `registries.conf` of this user or host (containers-registries.conf(5)).
     ///
     /// # Errors
-    /// Likewise, or that file is wrong.
+    /// As [`Self::parse`], or a file is invalid.
     pub fn parse_with_aliases(text: &str) -> Result<Self, Error> {
         let parsed = Self::parse(text)?;
         let short = text.strip_prefix("docker://").unwrap_or(text);
@@ -105,16 +104,17 @@ impl Reference {
 }
 
 impl Registries {
-    /// What this user's and the system's files say.
+    /// Reads the files of this user and of the system.
     ///
     /// # Errors
-    /// One of them is wrong.
+    /// A file is invalid.
     pub(crate) fn load() -> Result<Self, Error> {
         let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
         Self::read(&files(Path::new(SYSTEM), &variable))
     }
 
-    /// Later files go before earlier ones, for each prefix and each alias.
+    /// Reads files in order. Later ones override earlier ones, for each prefix and each
+    /// alias.
     fn read(paths: &[PathBuf]) -> Result<Self, Error> {
         let mut all = Self::default();
         for path in paths {
@@ -153,7 +153,7 @@ impl Registries {
         Ok(())
     }
 
-    /// Reads `text` and looks up `name` in it.
+    /// Parses `text` and looks up `name` in it.
     #[cfg(any(feature = "fuzzing", test))]
     pub(crate) fn fuzz(text: &str, name: &str) {
         let mut all = Self::default();
@@ -165,12 +165,12 @@ impl Registries {
         }
     }
 
-    /// What `name`, a short one without tag and digest, is an alias of.
+    /// Resolves an alias. `name` is a short name without tag and digest.
     pub(crate) fn alias(&self, name: &str) -> Option<&str> {
         self.aliases.get(name).map(String::as_str)
     }
 
-    /// The table with the longest prefix that matches, and how long that is.
+    /// Returns the table with the longest matching prefix, and the length of the match.
     fn table(&self, name: &str) -> Option<(&Table, usize)> {
         let matching = self
             .registries
@@ -179,10 +179,10 @@ impl Registries {
         matching.max_by_key(|(table, _)| table.prefix.len())
     }
 
-    /// Where to look for an image.
+    /// Returns the locations of an image.
     ///
     /// # Errors
-    /// It is nowhere to be looked for.
+    /// The registry is blocked, or the resulting name is invalid.
     pub(super) fn places(&self, reference: &DockerReference) -> Result<Places, Error> {
         let name = full_name(reference);
         let Some((table, matched)) = self.table(&name) else {
@@ -271,8 +271,8 @@ fn clean_location(location: &mut String) -> Result<(), String> {
     Ok(())
 }
 
-/// The length of what `prefix` matches at the beginning of a name: whole
-/// components of it, or for `*.HOST` any host below.
+/// Returns the length of the match of `prefix` at the start of a name: complete
+/// components, or any host below `HOST` for `*.HOST`.
 fn match_prefix(name: &str, prefix: &str) -> Option<usize> {
     let end = match prefix.strip_prefix('*') {
         None => name.starts_with(prefix).then_some(prefix.len())?,
@@ -286,7 +286,7 @@ fn match_prefix(name: &str, prefix: &str) -> Option<usize> {
     matches!(next, None | Some(b'/' | b':' | b'@')).then_some(end)
 }
 
-/// A name with its registry, tag and digest.
+/// Returns the name with its registry, tag and digest.
 fn full_name(reference: &DockerReference) -> String {
     let mut name = format!("{}/{}", reference.registry(), reference.repository());
     if let Some(tag) = reference.tag() {
@@ -300,7 +300,7 @@ fn full_name(reference: &DockerReference) -> String {
     name
 }
 
-/// Whether an alias leads to a name with a registry, and without a tag.
+/// Returns true if an alias refers to a name with a registry and without a tag.
 fn is_full_name(text: &str) -> bool {
     let Some((host, rest)) = text.split_once('/') else {
         return false;
@@ -317,7 +317,7 @@ fn read_file(path: &Path) -> std::io::Result<String> {
     std::fs::read_to_string(path)
 }
 
-/// The files that there may be, in the order that they are read in.
+/// Returns the paths of all possible files, in the order in which they are read.
 fn files(system: &Path, variable: &dyn Fn(&str) -> Option<OsString>) -> Vec<PathBuf> {
     let own = variable("XDG_CONFIG_HOME")
         .map(PathBuf::from)
@@ -327,7 +327,7 @@ fn files(system: &Path, variable: &dyn Fn(&str) -> Option<OsString>) -> Vec<Path
     let own_file = own_file.filter(|path| path.exists());
     let (file, system_too) = match (variable("CONTAINERS_REGISTRIES_CONF"), own_file) {
         (Some(file), _) => (PathBuf::from(file), true),
-        // Whoever has a file of their own has it instead of the system's.
+        // A user's own file replaces that of the system.
         (None, Some(file)) => (file, false),
         (None, None) => (system.join("registries.conf"), true),
     };
@@ -339,7 +339,7 @@ fn files(system: &Path, variable: &dyn Fn(&str) -> Option<OsString>) -> Vec<Path
     files
 }
 
-/// The `.conf` files of a directory, by name.
+/// Returns the `.conf` files of a directory, sorted by name.
 fn drop_ins(directory: &Path) -> Vec<PathBuf> {
     let Ok(entries) = std::fs::read_dir(directory) else {
         return Vec::new();

@@ -1,4 +1,4 @@
-//! `rootfs:DIR`: a directory of the host, as one layer.
+//! `rootfs:DIR`: a directory of the host, as an image of one layer.
 
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ use crate::documents::check_platform;
 use crate::platform::Platform;
 use crate::tar::DirectoryTar;
 
-/// A directory. Its tar stream, and so its digest, is a function of what is in it.
+/// A directory. Its tar stream, and so its digest, depends only on its contents.
 pub(crate) struct Directory(PathBuf);
 
 impl Directory {
@@ -23,7 +23,7 @@ impl Directory {
 }
 
 impl Source for Directory {
-    /// Reads the whole directory once, to know what it is.
+    /// Reads the whole directory once to compute its digest.
     fn image(&self, platform: Option<&Platform>) -> Result<SourceImage, Error> {
         let mut stream = HashingReader::new(DirectoryTar::new(&self.0), Rc::default());
         stream.drain().map_err(Error::file("read", &self.0))?;

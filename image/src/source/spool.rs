@@ -1,5 +1,5 @@
-//! Streams that have to be read out of order: kept for a while in a file without
-//! a name, decompressed.
+//! Temporary storage of streams that must be read out of order: decompressed, in files
+//! without names.
 
 use std::cell::Cell;
 use std::fs::File;
@@ -13,18 +13,18 @@ use std::rc::Rc;
 use super::Session;
 use crate::limits::Limits;
 
-/// Largest window of a zstd stream, as a power of two (128 MiB: `zstd --long`).
+/// Maximum window of a zstd stream, as a power of two (128 MiB: `zstd --long`).
 const ZSTD_WINDOW_LOG: u32 = 27;
-/// Bytes moved at once.
+/// Number of bytes moved at a time.
 const CHUNK: usize = 1 << 20;
 
-/// How a stream is compressed, by its first bytes.
+/// Compression of a stream, detected from its first bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Compression {
     None,
     Gzip,
     Zstd,
-    /// Not read here; what it is called.
+    /// A compression that is not supported, with its name.
     Other(&'static str),
 }
 
@@ -42,8 +42,8 @@ impl Compression {
     }
 }
 
-/// The file at `path`, or for `-` the standard input, such that it can be read
-/// anywhere: itself, if it is a plain one.
+/// Opens the file at `path`, or the standard input for `-`, for random access. A regular
+/// file without compression is opened itself.
 pub(super) fn open(path: &Path, session: Session<'_>) -> io::Result<File> {
     let mut file = match path.as_os_str() == "-" {
         false => File::open(path)?,
@@ -66,11 +66,11 @@ pub(super) fn open(path: &Path, session: Session<'_>) -> io::Result<File> {
     }
 }
 
-/// Keeps a stream in a file of the session's scratch directory.
+/// Stores a stream in a file of the session's scratch directory.
 ///
 /// # Errors
-/// Besides those of reading and writing: it is compressed in a way that is not
-/// known here, it is too large, or it is not wanted any more.
+/// Reading or writing fails, the compression is not supported, the stream is too large,
+/// or the operation was cancelled.
 pub(super) fn spool(stream: impl Read, session: Session<'_>) -> io::Result<File> {
     spool_within(stream, session, Limits::default())
 }
@@ -102,7 +102,7 @@ fn spool_within(stream: impl Read, session: Session<'_>, limits: Limits) -> io::
     let mut written = 0;
     loop {
         if session.cancel.is_cancelled() {
-            return Err(io::Error::other("given up"));
+            return Err(io::Error::other("the operation was cancelled"));
         }
         let len = read_up_to(&mut plain, &mut buffer)?;
         if len == 0 {
@@ -188,7 +188,7 @@ mod tests {
         for stream in [
             bytes.clone(),
             gzip(&bytes),
-            // As `pigz` and `bgzip` write it: one after another.
+            // `pigz` and `bgzip` write several members.
             [gzip(&bytes[..1000]), gzip(&bytes[1000..])].concat(),
             zstd::encode_all(bytes.as_slice(), 1).unwrap(),
         ] {
@@ -206,7 +206,7 @@ mod tests {
         assert!(spooled(b"\x28\xb5\x2f\xfdgarbage", &cancel).is_err());
         cancel.cancel();
         let error = spooled(b"plain", &cancel).unwrap_err();
-        assert!(error.to_string().contains("given up"), "{error}");
+        assert!(error.to_string().contains("cancelled"), "{error}");
     }
 
     #[test]
@@ -217,7 +217,7 @@ mod tests {
         assert!(error.to_string().contains("times its size"), "{error}");
         let error = spooled(&vec![b'x'; 9 << 20], &cancel).unwrap_err();
         assert!(error.to_string().contains("more than"), "{error}");
-        // Frames that become nothing (RFC 8878 section 3.1.2).
+        // Frames without contents (RFC 8878 section 3.1.2).
         let mut nothing = vec![0x50, 0x2a, 0x4d, 0x18];
         nothing.extend((12_u32 << 20).to_le_bytes());
         nothing.resize(nothing.len() + (12 << 20), 0);

@@ -1,11 +1,11 @@
-//! Removing images, and what nobody needs any more.
+//! Removal of images and of data that is no longer needed.
 //!
-//! What is in use stays, whoever asks: disks that somebody has open, those that the
-//! caller names (snapshots begin with a machine that has a disk open, and will have
-//! it open again), and what work that goes on needs. All of that is found out while
-//! nobody else can use the store, and disks that nobody has open cannot be opened
-//! meanwhile: a machine that has ended has made its snapshots before. What cannot be
-//! understood may lead to anything, so nothing goes then that it could lead to.
+//! Data in use always stays: disks that a process has open, disks of images that the
+//! caller names (a machine has its disk open before it creates a snapshot, and opens it
+//! again to restore it), and data that running operations need. All of this is determined
+//! under the exclusive lock of the store, and disks that are not open are locked against
+//! opening. A machine that has exited has created its snapshots before. Data that cannot
+//! be parsed could refer to anything, so nothing is removed that it could refer to.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -24,51 +24,51 @@ use super::usage::size_on_disk;
 use crate::Error;
 use crate::digest::Digest;
 
-/// What is to be removed besides what no name leads to.
+/// Data to be removed in addition to images without names.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PruneOptions {
-    /// All images that are not in use.
+    /// Remove all images that are not in use.
     pub all: bool,
-    /// Layers as registries had them, which are kept for pushing and saving.
+    /// Remove compressed layers, which are kept for pushing and saving.
     pub compressed: bool,
-    /// The longest unused, until no more than so many bytes are left: first layers
-    /// as registries had them, then images that can be had again.
+    /// Remove the least recently used data until at most this number of bytes is left:
+    /// first compressed layers, then images that can be pulled again.
     pub max_bytes: Option<u64>,
 }
 
-/// What was removed.
+/// Result of a removal.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Pruned {
-    /// Names of images, and IDs of those that had none.
+    /// Names of the removed images, or IDs of those without names.
     pub images: Vec<String>,
-    /// Bytes on disk.
+    /// Number of bytes freed on disk.
     pub bytes: u64,
-    /// Why more was kept than is needed, in sentences.
+    /// Reasons why data that may not be needed was kept, as sentences.
     pub notes: Vec<String>,
 }
 
-/// Images that stay, by digest, with the names of the snapshots that need them.
+/// Images that must stay, by digest, with the names of the snapshots that need them.
 pub type Users = BTreeMap<Digest, Vec<String>>;
 
-/// Finds out which images the caller's snapshots need; an error is a sentence about
-/// why that cannot be said. It is called while nobody else uses the store, and must
-/// not use it either.
+/// Determines the images that the caller's snapshots need; the error is a sentence. It is
+/// called under the exclusive lock of the store, and must not use the store itself.
 pub type FindUsers<'a> = &'a dyn Fn() -> Result<Users, String>;
 
 impl Store {
-    /// Removes an image: its name, or all names of the ID that begins like this,
-    /// and what no other image needs. What `users` finds stays.
+    /// Removes an image and everything that no other image needs. `query` is a name,
+    /// which alone is removed, or the prefix of an ID, of which all names are removed.
+    /// Images that `users` returns stay.
     ///
     /// # Errors
-    /// None or several match, it is the last name of what a snapshot needs, or files
-    /// cannot be removed.
+    /// No image or several match, the name is the last one of an image that a snapshot
+    /// needs, or files cannot be removed.
     pub fn remove(&self, query: &str, users: FindUsers<'_>) -> Result<Pruned, Error> {
         let lock = self.lock(FlockOperation::LockExclusive)?;
         let (found, by_name) = self.lookup(query)?;
         let mut alone = Alone::new(self, lock, users)?;
         let names = alone.names.get(&found.digest).cloned().unwrap_or_default();
         let user = alone.users.get(&found.digest).and_then(|all| all.first());
-        // Another name of it may go.
+        // Another name of the image may be removed.
         if let Some(user) = user.filter(|_| names.len() <= 1 || !by_name) {
             return Err(Error::Used {
                 reference: query.to_owned(),
@@ -83,7 +83,8 @@ impl Store {
         Ok(alone.pruned)
     }
 
-    /// Removes what is not needed; see [`PruneOptions`]. What `users` finds stays.
+    /// Removes data that is not needed; see [`PruneOptions`]. Images that `users` returns
+    /// stay.
     ///
     /// # Errors
     /// Files cannot be read or removed.
@@ -92,10 +93,10 @@ impl Store {
         Alone::new(self, lock, users)?.prune(options)
     }
 
-    /// Like [`Self::prune`], or nothing if others use the store now.
+    /// As [`Self::prune`], but does nothing if the store is in use.
     ///
     /// # Errors
-    /// Likewise.
+    /// As [`Self::prune`].
     pub fn try_prune(
         &self,
         options: PruneOptions,
@@ -107,7 +108,7 @@ impl Store {
         }
     }
 
-    /// The records of all disks that this version understands.
+    /// Returns the records of all disks with a supported version.
     pub(super) fn records(&self) -> Result<BTreeMap<Digest, DiskRecord>, Error> {
         let mut records = BTreeMap::new();
         for path in entries(&self.root.join("disks"))? {
@@ -120,8 +121,8 @@ impl Store {
         Ok(records)
     }
 
-    /// Notes that an image is used. That is for choosing what to remove, so a store
-    /// that cannot be written is used all the same.
+    /// Records the use of an image, which determines the order of removal. A store that
+    /// is not writable is used without this record.
     pub(super) fn used_now(&self, digest: Digest) {
         let record = File::open(self.disk_path(digest).join("image.json"));
         if let Ok(record) = record {
@@ -135,20 +136,20 @@ impl Store {
     }
 }
 
-/// The store without anybody else in it.
+/// The store under its exclusive lock.
 struct Alone<'s> {
     store: &'s Store,
     _lock: File,
     names: BTreeMap<Digest, Vec<String>>,
-    /// Some names cannot be read: any disk may have one.
+    /// Some names cannot be read, so every disk may have a name.
     unclear_names: bool,
-    /// Disks that nobody has open; nobody can, while these are locked.
+    /// Disks that no process has open. They cannot be opened while they are locked.
     free: BTreeMap<Digest, Option<File>>,
     users: Users,
-    /// What work that goes on needs.
+    /// Paths that running operations need.
     needed: BTreeSet<PathBuf>,
     records: BTreeMap<Digest, DiskRecord>,
-    /// How many disks lead to a layer or blob.
+    /// Number of disks that refer to a layer or blob.
     leading: BTreeMap<PathBuf, usize>,
     pruned: Pruned,
 }
@@ -170,8 +171,8 @@ impl<'s> Alone<'s> {
                 }
             }
         }
-        // In this order: whoever has a disk open may leave a snapshot that needs it,
-        // and is seen now, or the snapshot is then.
+        // The order matters: a process with an open disk may create a snapshot that needs
+        // it. Either the open disk is seen here, or the snapshot afterwards.
         let mut free = BTreeMap::new();
         for path in entries(&store.root.join("disks"))? {
             if let Some(digest) = digest_of(&path)
@@ -202,7 +203,7 @@ impl<'s> Alone<'s> {
         })
     }
 
-    /// Whether something besides a name leads to the disk.
+    /// Returns true if the disk is referred to by anything other than a name.
     fn is_used(&self, digest: Digest) -> bool {
         self.unclear_names
             || self.users.contains_key(&digest)
@@ -214,7 +215,7 @@ impl<'s> Alone<'s> {
         self.names.contains_key(&digest) || self.is_used(digest)
     }
 
-    /// Takes one name from an image, or all.
+    /// Removes one name of an image, or all.
     fn forget(&mut self, digest: Digest, only: Option<&str>) -> Result<(), Error> {
         let names = self.names.remove(&digest).unwrap_or_default();
         let (mut gone, left): (Vec<_>, Vec<_>) = names
@@ -259,14 +260,15 @@ impl<'s> Alone<'s> {
         Ok(self.pruned)
     }
 
-    /// Removes the longest unused until no more than `most` bytes are left, or
-    /// nothing more can go.
+    /// Removes the least recently used data until at most `most` bytes are left, or
+    /// nothing more can be removed.
     fn shrink(&mut self, most: u64) -> Result<(), Error> {
         let store = self.store;
         let mut size = store.size()?;
         let mut oldest: Vec<Digest> = self.records.keys().copied().collect();
         oldest.sort_by_cached_key(|digest| store.last_used(*digest));
-        // A layer as it came serves until the last image that has it is old.
+        // A compressed layer is as recently used as the most recent image that contains
+        // it.
         let mut streams = Vec::new();
         let mut seen = BTreeSet::new();
         for digest in oldest.iter().rev() {
@@ -292,7 +294,7 @@ impl<'s> Alone<'s> {
             if size <= most {
                 break;
             }
-            // What was loaded or imported cannot be had again.
+            // An image that was loaded or imported cannot be pulled again.
             let again = self.records.get(&digest);
             let again = again.is_some_and(|record| record.origin.is_some());
             if !again || self.is_used(digest) {
@@ -306,8 +308,8 @@ impl<'s> Alone<'s> {
         Ok(())
     }
 
-    /// Disks that stay, and of which is not known what they lead to: another version
-    /// has made them, or they are damaged.
+    /// Returns disks that stay and whose references are unknown, because they have
+    /// another version or are corrupt.
     fn unclear_disks(&self) -> Vec<PathBuf> {
         let disks = entries(&self.store.root.join("disks")).unwrap_or_default();
         let unclear = |path: &PathBuf| {
@@ -316,7 +318,7 @@ impl<'s> Alone<'s> {
         disks.into_iter().filter(unclear).collect()
     }
 
-    /// Removes a disk, and what only it led to.
+    /// Removes a disk, and everything that only it refers to.
     fn discard_disk(&mut self, digest: Digest) -> Result<(), Error> {
         let path = self.store.disk_path(digest);
         self.pruned.bytes += size_on_disk(&path);
@@ -343,7 +345,7 @@ impl<'s> Alone<'s> {
         Ok(())
     }
 
-    /// Removes a layer or a blob, if nothing leads there.
+    /// Removes a layer or a blob, if nothing refers to it.
     fn discard_part(&mut self, path: &Path) -> Result<(), Error> {
         if self.leading.contains_key(path) || self.needed.contains(path) || !path.exists() {
             return Ok(());
@@ -359,7 +361,7 @@ impl<'s> Alone<'s> {
         Ok(())
     }
 
-    /// Removes what neither a name nor a user leads to.
+    /// Removes disks that neither a name nor a user refers to.
     fn collect(&mut self) -> Result<(), Error> {
         for path in entries(&self.store.root.join("disks"))? {
             match digest_of(&path) {
@@ -386,21 +388,21 @@ impl<'s> Alone<'s> {
     }
 }
 
-/// Locks a disk such that nobody can open it by [`super::DiskSegment::open`]; `None`
-/// if somebody has, or it cannot be said.
+/// Locks a disk, so that [`super::DiskSegment::open`] fails. Returns `None` if the disk
+/// is open or its state is unknown.
 fn lock_disk(disk: &Path) -> Option<Option<File>> {
     match File::open(disk.join("meta.erofs")) {
         Ok(file) => {
             let locked = flock(&file, FlockOperation::NonBlockingLockExclusive);
             locked.is_ok().then_some(Some(file))
         }
-        // Nobody can have it open.
+        // A disk without this file cannot be open.
         Err(error) if error.kind() == io::ErrorKind::NotFound => Some(None),
         Err(_) => None,
     }
 }
 
-/// Removes a file; returns how many bytes it had on disk.
+/// Removes a file and returns its size on disk in bytes.
 fn remove_file(path: &Path) -> Result<u64, Error> {
     let bytes = size_on_disk(path);
     fs::remove_file(path).map_err(Error::file("remove", path))?;

@@ -1,9 +1,9 @@
-//! What a stored image is elsewhere: a manifest, a configuration, and layers.
+//! Export of a stored image: its manifest, configuration and layers.
 //!
-//! Byte for byte what it was where it came from, as long as that is known and the
-//! layers as they were are kept, or can be had there again. An image that never had
-//! a manifest (an archive of Docker's, a directory) gets one, and layers are then
-//! put together from what was made of them.
+//! The export is byte for byte what the source had, if the manifest is known and the
+//! original layers are stored or can be fetched again. An image without a manifest (from
+//! a Docker archive or a directory) gets a new one, and its layers are reconstructed from
+//! the converted files.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -26,7 +26,7 @@ use crate::source::{self, Session};
 
 const GZIP_LEVEL: u32 = 6;
 
-/// An image as it is outside of the store.
+/// An image in its external form.
 pub(super) struct Exported {
     pub(super) manifest: Vec<u8>,
     pub(super) manifest_type: String,
@@ -34,7 +34,7 @@ pub(super) struct Exported {
     pub(super) layers: Vec<ExportedLayer>,
 }
 
-/// A layer of it.
+/// A layer of an exported image.
 pub(super) struct ExportedLayer {
     pub(super) digest: Digest,
     pub(super) size: u64,
@@ -44,18 +44,18 @@ pub(super) struct ExportedLayer {
 enum Contents {
     /// A file of the store.
     Stored(PathBuf),
-    /// A file that was made for this.
+    /// A file created for the export.
     Made(tempfile::TempDir),
     /// The plain tar stream of this layer.
     Plain(Digest),
-    /// Whoever it is for has it.
+    /// The recipient already has the layer.
     Elsewhere,
 }
 
-/// Whether whoever an image is for has one of its layers already.
+/// Returns true if the recipient of an image already has a layer.
 pub(super) type Has<'a> = &'a dyn Fn(Digest, u64) -> bool;
 
-/// How layers are stored that have to be put together.
+/// Form of layers that must be reconstructed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Form {
     Plain,
@@ -65,7 +65,7 @@ pub(super) enum Form {
 const MADE: &str = "layer";
 
 impl Exported {
-    /// The layer's stream, from its beginning.
+    /// Opens the layer's stream at its start.
     pub(super) fn open(
         &self,
         store: &Store,
@@ -88,7 +88,7 @@ impl Exported {
 }
 
 impl Store {
-    /// The tar stream of a stored layer.
+    /// Opens the tar stream of a stored layer.
     pub(super) fn assemble(&self, diff_id: Digest) -> Result<Assembler, Error> {
         let path = self.layer_path(diff_id);
         let stored = StoredLayer::open(path.clone())
@@ -97,7 +97,7 @@ impl Store {
         Assembler::new(stored.file("skeleton")?, blob, small).map_err(Error::file("read", &path))
     }
 
-    /// The image as it is elsewhere. The caller needs all of it.
+    /// Exports an image. The caller needs all of it.
     pub(super) fn export(
         &self,
         digest: Digest,
@@ -128,13 +128,11 @@ impl Store {
     fn needed(&self, digest: Digest, what: &str) -> Result<Vec<u8>, Error> {
         self.document(digest)?.ok_or_else(|| Error::Blob {
             digest: digest.to_string(),
-            reason: format!(
-                "the {what} is missing from the store; \"sm image verify --repair\" says more"
-            ),
+            reason: format!("the {what} is missing from the store"),
         })
     }
 
-    /// The layers as the manifest has them; `None` if some are not to be had.
+    /// Returns the layers of the manifest; `None` if some are not available.
     fn as_they_were(
         &self,
         digest: Digest,
@@ -176,8 +174,8 @@ impl Store {
         layers.collect::<Result<Vec<_>, Error>>().map(Some)
     }
 
-    /// Gets layers as they were from where the image came from; `false` if it is
-    /// not there any more.
+    /// Fetches original layers from the image's source. Returns `false` if the source
+    /// does not have the image any more.
     fn fetch(
         &self,
         digest: Digest,
@@ -190,7 +188,7 @@ impl Store {
             cancel: &options.cancel,
             notice: &|text| (options.report)(Progress::Notice(text)),
         };
-        // The name may have moved on where it was; the digest does not.
+        // The name may refer to another image by now; the digest does not.
         let reference = match &record.origin {
             Some(origin) => format!("{}/{}@{digest}", origin.registry, origin.repository),
             None => record.reference.clone(),
@@ -206,7 +204,7 @@ impl Store {
         };
         let image = match source.image(Some(&platform)) {
             Ok(image) if image.digest == digest => image,
-            // Something else is there now, or nothing.
+            // The source has another image, or none.
             Ok(_) | Err(Error::Unknown { .. }) => return Ok(false),
             Err(error) => return Err(error),
         };
@@ -266,7 +264,7 @@ impl Store {
         Ok(true)
     }
 
-    /// The image with a manifest of our own.
+    /// Exports the image with a new manifest.
     fn made_anew(
         &self,
         record: &DiskRecord,
@@ -375,7 +373,8 @@ pub(super) fn descriptor(kind: MediaType, size: u64, digest: Digest) -> Result<D
     Ok(Descriptor::new(kind, size, digest))
 }
 
-/// Annotations of an image in an index: its name, as tools look for it.
+/// Returns the annotations of an image in an index: its name, in the forms that tools
+/// use.
 pub(super) fn annotations(name: &str, tag: &str) -> std::collections::HashMap<String, String> {
     let annotations = BTreeMap::from([
         ("io.containerd.image.name", name),

@@ -176,8 +176,7 @@ impl Store {
     pub(super) fn record_of(&self, query: &str, digest: Digest) -> Result<DiskRecord, Error> {
         self.record(digest)?.ok_or_else(|| Error::Unknown {
             reference: query.to_owned(),
-            reason: "its disk is missing from the store; bring it there again with \"sm pull\""
-                .to_owned(),
+            reason: "its disk is missing from the store; pull the image again".to_owned(),
         })
     }
 }

@@ -1,4 +1,4 @@
-//! Which engine to talk to: what `docker` itself would.
+//! Selection of the engine, by the rules of `docker`.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -8,10 +8,10 @@ use serde::Deserialize;
 use crate::digest::Digest;
 
 const DEFAULT_SOCKET: &str = "/var/run/docker.sock";
-/// Largest configuration file read, in bytes.
+/// Maximum size of a configuration file in bytes.
 const MAX_FILE: u64 = 4 << 20;
 
-/// Where an engine listens.
+/// Address of an engine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Host {
     Unix(PathBuf),
@@ -19,10 +19,10 @@ pub(super) enum Host {
     Tcp(String, Option<Tls>),
 }
 
-/// How it proves itself, and we ourselves to it.
+/// TLS authentication of the engine and of the client.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Tls {
-    /// Has `ca.pem`, `cert.pem` and `key.pem`.
+    /// Directory with `ca.pem`, `cert.pem` and `key.pem`.
     pub(super) directory: PathBuf,
     pub(super) verify: bool,
 }
@@ -39,11 +39,11 @@ impl std::fmt::Display for Host {
 type Environment<'a> = &'a dyn Fn(&str) -> Option<OsString>;
 
 impl Host {
-    /// By `DOCKER_HOST`, `DOCKER_CONTEXT`, the context that `docker context use`
-    /// has left, or the usual sockets.
+    /// Finds the engine by `DOCKER_HOST`, `DOCKER_CONTEXT`, the context selected by
+    /// `docker context use`, or the usual sockets.
     ///
     /// # Errors
-    /// A sentence about what is wrong with that.
+    /// A sentence that describes the problem.
     pub(super) fn find() -> Result<Self, String> {
         Self::from(&|name| std::env::var_os(name).filter(|value| !value.is_empty()))
     }
@@ -94,13 +94,13 @@ impl Host {
                 }
             }
             _ => Err(format!(
-                "engines are talked to by unix:// and tcp:// only, not at \"{text}\"; forward \
-                 its socket, or save the image there and \"sm load\" it here"
+                "engines are supported at unix:// and tcp:// only, \
+                 not at \"{text}\"; forward its socket, or save the image to an archive"
             )),
         }
     }
 
-    /// `~/.docker/contexts/meta/HASH/meta.json`
+    /// Reads `~/.docker/contexts/meta/HASH/meta.json`.
     fn of_context(configuration: &Path, name: &str) -> Result<Self, String> {
         #[derive(Deserialize)]
         struct Meta {
@@ -211,7 +211,7 @@ mod tests {
             Ok(Host::Tcp("engine:2376".to_owned(), Some(tls)))
         );
 
-        // A context, which other variables go before.
+        // A context, over which other variables take precedence.
         let id = Digest::of(b"mine").hex();
         let meta = home.join(".docker/contexts/meta").join(&id);
         fs::create_dir_all(&meta).unwrap();

@@ -1,5 +1,5 @@
-//! `docker-daemon:`: images of a Docker engine, by its API. Podman's service
-//! speaks the same.
+//! `docker-daemon:`: images of a Docker engine, through its API. Podman's service has the
+//! same API.
 
 mod host;
 mod unix;
@@ -23,29 +23,29 @@ use crate::digest::Digest;
 use crate::platform::Platform;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
-/// How long an engine may say nothing. It collects all layers before it sends the
-/// first byte.
+/// Maximum time without data from an engine. An engine collects all layers before it
+/// sends the first byte.
 const SILENCE: Duration = Duration::from_secs(1800);
-/// Largest answer that is no image, in bytes.
+/// Maximum size of an answer other than an image, in bytes.
 const MAX_ANSWER: u64 = 4 << 20;
-/// Characters of an error that are shown.
+/// Maximum number of characters of an error that are shown.
 const SHOWN: usize = 200;
 
 /// An image of an engine.
 pub(super) struct Engine<'s> {
     agent: Agent,
     host: Host,
-    /// Where the API is.
+    /// Base URL of the API.
     base: String,
     /// A name with its tag, or an ID.
     name: String,
     session: Session<'s>,
-    /// The image, once it has been sent.
+    /// The image, once it has been received.
     bundle: OnceLock<Bundle>,
 }
 
 impl<'s> Engine<'s> {
-    /// Finds the engine, and that it has the image `name`.
+    /// Finds the engine and checks that it has the image `name`.
     pub(super) fn open(name: &str, session: Session<'s>) -> Result<Self, Error> {
         let host = Host::find().map_err(|reason| Error::Engine {
             engine: "docker".to_owned(),
@@ -94,7 +94,7 @@ impl<'s> Engine<'s> {
             session,
             bundle: OnceLock::new(),
         };
-        // Engines have dropped what is without a version, and old versions.
+        // Engines have removed paths without a version, and old versions.
         let ping = engine.get("/_ping")?;
         if let Some(version) = ping.headers().get("api-version")
             && let Ok(version) = version.to_str()
@@ -134,7 +134,7 @@ impl<'s> Engine<'s> {
         })
     }
 
-    /// What the engine has of the image at `path`.
+    /// Requests data about the image at `path`.
     fn ask(&self, path: &str) -> Result<Response<Body>, Error> {
         let mut response = self.get(&format!("/images/{}/{path}", self.name))?;
         let status = response.status().as_u16();
@@ -151,7 +151,7 @@ impl<'s> Engine<'s> {
         }
     }
 
-    /// The image, sent by the engine if that has not been.
+    /// Returns the image, and receives it from the engine on the first call.
     fn bundle(&self) -> Result<&Bundle, Error> {
         if let Some(bundle) = self.bundle.get() {
             return Ok(bundle);
@@ -178,9 +178,9 @@ impl Source for Engine<'_> {
         let read = body.take(MAX_ANSWER).read_to_end(&mut bytes);
         read.map_err(|error| self.error(error.to_string()))?;
         let inspected: Inspected = serde_json::from_slice(&bytes)
-            .map_err(|error| self.error(format!("its answer makes no sense: {error}")))?;
+            .map_err(|error| self.error(format!("its answer is invalid: {error}")))?;
         let id = inspected.id;
-        // Podman leaves the algorithm out.
+        // Podman omits the algorithm.
         Ok(Digest::parse(&id).or_else(|| Digest::parse(&format!("sha256:{id}"))))
     }
 
@@ -207,7 +207,7 @@ fn tls_config(tls: &Tls) -> TlsConfig {
         .build()
 }
 
-/// What an engine says about an error, made fit for a terminal.
+/// Returns an engine's description of an error, without control characters.
 fn explanation(response: &mut Response<Body>) -> String {
     #[derive(Deserialize)]
     struct Explained {

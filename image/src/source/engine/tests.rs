@@ -1,4 +1,4 @@
-//! Against an engine in this process.
+//! Tests with an engine in this process.
 
 use std::io::{BufRead as _, BufReader};
 use std::net::TcpListener;
@@ -10,10 +10,10 @@ use super::*;
 use crate::builder::{Compression, LayoutBuilder, MemoryFile};
 use crate::cancel::Cancel;
 
-/// What the engine says to a path: status and body.
+/// Returns the engine's answer for a path: status and body.
 type Answer = Box<dyn FnMut(&str) -> (u16, Vec<u8>) + Send>;
 
-/// Serves on connections as they come; returns the paths that are asked for.
+/// Serves connections sequentially and returns the requested paths.
 fn serve<S: io::Read + io::Write + Send + 'static>(
     mut accept: impl FnMut() -> S + Send + 'static,
     mut answer: Answer,
@@ -37,7 +37,7 @@ fn serve<S: io::Read + io::Write + Send + 'static>(
                 body.len()
             );
             let stream = stream.get_mut();
-            // A client that has given up is one of the tests.
+            // Some tests close the connection early.
             let _ = stream.write_all(head.as_bytes());
             let _ = stream.write_all(&body);
         }
@@ -52,8 +52,9 @@ fn on_socket(directory: &Path, answer: Answer) -> (Host, Arc<Mutex<Vec<String>>>
     (Host::Unix(path), seen)
 }
 
-/// An image as newer engines save it (a layout and Docker's list) or older ones
-/// (the list only), and its digests: the image's and its configuration's.
+/// Creates an image as newer engines save it (a layout and Docker's list) or as older
+/// ones do (the list only). Returns it with the digests of the image and of its
+/// configuration.
 fn saved(directory: &Path, with_layout: bool) -> (Vec<u8>, Digest, Digest) {
     let layout = directory.join("layout");
     let mut image = LayoutBuilder::new(&layout, Compression::None).unwrap();
@@ -187,7 +188,7 @@ fn what_is_wrong_is_told() {
         Host::Tcp("127.0.0.1:1".to_owned(), None),
         &["no engine listens there"],
     );
-    // A socket that somebody has left.
+    // A socket without a listener.
     let left = directory.path().join("left.sock");
     drop(UnixListener::bind(&left).unwrap());
     fails(Host::Unix(left), &["no engine listens there"]);
@@ -231,7 +232,7 @@ fn giving_up_ends_what_is_received() {
     };
     std::thread::scope(|scope| {
         let opening = scope.spawn(|| Engine::at(Host::Unix(path.clone()), "x", session).map(drop));
-        // It says nothing, for as long as anybody listens.
+        // The engine sends nothing until the client disconnects.
         let (stream, _) = listener.accept().unwrap();
         BufReader::new(&stream)
             .read_line(&mut String::new())

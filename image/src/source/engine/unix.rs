@@ -14,7 +14,7 @@ use ureq::unversioned::transport::{
 };
 use ureq::{Error, Timeout};
 
-/// Connects to one socket, whatever host is asked for.
+/// Connects to one socket, independently of the requested host.
 #[derive(Debug)]
 pub(super) struct UnixConnector(pub(super) PathBuf);
 
@@ -42,7 +42,7 @@ struct Stream(UnixStream);
 
 impl ShutdownHandle for Stream {
     fn shutdown(&self) {
-        // It is closed already, otherwise.
+        // The call fails if the socket is closed already.
         let _ = self.0.shutdown(Shutdown::Both);
     }
 }
@@ -54,9 +54,9 @@ pub(super) struct UnixTransport {
     buffers: LazyBuffers,
 }
 
-/// The time that is left, for a socket.
+/// Returns the remaining time as a socket timeout.
 fn limit(timeout: NextTimeout) -> Option<std::time::Duration> {
-    // No time at all means for ever there.
+    // A socket timeout of zero means no timeout.
     let least = std::time::Duration::from_millis(1);
     timeout.not_zero().map(|left| (*left).max(least))
 }
@@ -97,12 +97,12 @@ impl Transport for UnixTransport {
     }
 
     fn is_open(&mut self) -> bool {
-        // Each connection is used once.
+        // Each connection is used only once.
         false
     }
 }
 
-/// Knows one host, which has no address.
+/// Resolves every name to a placeholder, because a unix socket has no address.
 #[derive(Debug)]
 pub(super) struct NoResolver;
 

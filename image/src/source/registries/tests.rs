@@ -10,7 +10,7 @@ fn parsed(text: &str) -> Registries {
     all
 }
 
-/// Mirrors and the registry itself, as `HOST/REPOSITORY`, with `!` if insecure.
+/// Formats mirrors and the registry itself as `HOST/REPOSITORY`, with `!` if insecure.
 fn places(all: &Registries, name: &str) -> Vec<String> {
     let places = all.places(&DockerReference::parse(name).unwrap()).unwrap();
     let mut texts = Vec::new();

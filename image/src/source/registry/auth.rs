@@ -1,5 +1,5 @@
-//! Being let in: passwords and tokens, as the distribution project's token flow
-//! has them, got when a registry asks for them and got again when they expire.
+//! Authentication with passwords and tokens, by the distribution project's token flow.
+//! Tokens are requested when a registry demands them, and renewed when they expire.
 
 use std::io::Read as _;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
@@ -16,23 +16,22 @@ use super::failure::{Failure, asked_pause};
 use super::http::{Answer, Ask, Http};
 use super::url::{escape, is_same_origin};
 
-/// Largest answer of a token server, in bytes.
+/// Maximum size of an answer of a token server in bytes.
 const MAX_TOKEN: u64 = 1 << 20;
 const CLIENT_ID: &str = "sm";
 
-/// Who we are at one repository.
+/// Authentication state for one repository.
 pub(super) struct Authorizer {
-    /// The registry's name in Docker's and Podman's files.
+    /// Name of the registry in Docker's and Podman's files.
     registry: String,
     repository: String,
-    /// Looked for when they are asked for: helpers are programs that may ask
-    /// their user.
+    /// Looked up on demand, because helpers are programs that may prompt the user.
     credentials: OnceLock<Option<Credentials>>,
-    /// What tokens have to allow.
+    /// Scopes that tokens must have.
     scopes: Vec<String>,
-    /// What the `Authorization` header says, once it is known.
+    /// Value of the `Authorization` header, once known.
     current: Mutex<Option<String>>,
-    /// Held by whoever gets a new one.
+    /// Held by the thread that requests a new value.
     renewing: Mutex<()>,
 }
 
@@ -54,7 +53,7 @@ impl Authorizer {
         }
     }
 
-    /// What to put into the `Authorization` header.
+    /// Returns the value of the `Authorization` header.
     pub(super) fn header(&self) -> Option<String> {
         lock(&self.current).clone()
     }
@@ -64,7 +63,7 @@ impl Authorizer {
         self.credentials.get_or_init(find).as_ref()
     }
 
-    /// What a refusal means for who we are.
+    /// Explains a refusal, depending on the available credentials.
     pub(super) fn refusal(&self) -> String {
         match self.credentials() {
             Some(_) => format!(
@@ -79,8 +78,8 @@ impl Authorizer {
         }
     }
 
-    /// Does what the 401 with these headers asks for, which came to a request
-    /// with `used`. Of several threads that need a new token, one gets it.
+    /// Handles a 401 with these headers, which answered a request with the authorization
+    /// `used`. If several threads need a new token, only one requests it.
     pub(super) fn renew(
         &self,
         http: &Http,
@@ -106,7 +105,7 @@ impl Authorizer {
             }) => Some(self.token(http, base, &realm, service.as_deref(), scope.as_deref())?),
             None => {
                 return Err(Failure::Final(
-                    "it wants an authentication that sm does not know".to_owned(),
+                    "it requires an unsupported authentication scheme".to_owned(),
                 ));
             }
         };
@@ -114,8 +113,8 @@ impl Authorizer {
         Ok(())
     }
 
-    /// What to ask a token for: what the registry says, and what we are about to
-    /// do, unless that says it all.
+    /// Returns the scopes to request: the one in the challenge, and those of the intended
+    /// operations unless the challenge covers them.
     fn scopes<'a>(&'a self, asked: Option<&'a str>) -> Vec<&'a str> {
         let reads_only = |scope: &String| scope.ends_with(":pull");
         match asked {
@@ -138,8 +137,8 @@ impl Authorizer {
     ) -> Result<String, Failure> {
         let senseless = || Failure::Final(format!("it wants a token from {realm:?}"));
         let place: Uri = realm.parse().map_err(|_| senseless())?;
-        // The registry chooses the place: it must not be one where credentials
-        // travel in the open, unless the registry itself is.
+        // The registry chooses the token server. Credentials must not be sent there
+        // without TLS, unless the registry itself does without.
         match place.scheme_str() {
             Some("https") => {}
             Some("http") if base.scheme_str() == Some("http") => {}
@@ -189,10 +188,11 @@ impl Authorizer {
             }
         }
         .map_err(Failure::from)?;
-        // The registry has named this server, and no other.
+        // The registry named this server and no other.
         if !is_same_origin(&answer.from, &server) {
             let host = answer.from.host().unwrap_or_default();
-            let text = format!("its token server sends us to {host}, which gives no tokens");
+            let text =
+                format!("its token server redirects to {host}, which is not trusted with tokens");
             return Err(Failure::Final(text));
         }
         self.read_token(answer)
@@ -216,9 +216,12 @@ impl Authorizer {
         let body = response.body_mut().as_reader();
         let read = body.take(MAX_TOKEN).read_to_end(&mut bytes);
         read.map_err(|error| Failure::Passing(error.to_string(), None))?;
-        let token: Token = serde_json::from_slice(&bytes)
-            .map_err(|error| Failure::Final(format!("its token server makes no sense: {error}")))?;
-        // It goes into a header.
+        let token: Token = serde_json::from_slice(&bytes).map_err(|error| {
+            Failure::Final(format!(
+                "the answer of its token server is invalid: {error}"
+            ))
+        })?;
+        // The token becomes part of a header.
         let is_token =
             |token: &String| !token.is_empty() && token.bytes().all(|b| b.is_ascii_graphic());
         let token = token.token.filter(is_token).or(token.access_token);
@@ -230,7 +233,7 @@ impl Authorizer {
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // What is in them is whole at any moment.
+    // The values are consistent at all times, even after a panic.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -257,7 +260,7 @@ mod tests {
             authorizer.scopes(asked).join(" ")
         };
         assert_eq!(scopes(&["repository:a:pull"], None), "repository:a:pull");
-        // A registry may have other names for what it proxies.
+        // A registry that is a proxy may use other scope names.
         assert_eq!(scopes(&["repository:a:pull"], Some("b")), "b");
         let push = ["repository:a:pull,push", "repository:b:pull"];
         assert_eq!(scopes(&push, Some("b")), format!("{} b", push.join(" ")));

@@ -1,8 +1,8 @@
-//! A blob on its way: taken up again where it broke off, at another place if need
-//! be.
+//! Download of a blob, which is resumed after an interruption, at another location if
+//! necessary.
 //!
-//! Whatever is put together here, the digest of the whole is checked by whoever
-//! reads it: a place that continues with something else is found out.
+//! The reader of the blob checks the digest of the whole, so a location that continues
+//! with different data is detected.
 
 use std::io::{self, Read};
 use std::time::{Duration, Instant};
@@ -16,35 +16,35 @@ use super::patience::Patience;
 use crate::digest::Digest;
 
 const ANYTHING: &str = "*/*";
-/// How often one place is asked to go on, without getting on in between.
+/// Maximum number of consecutive attempts at one location without progress.
 const RESUMES: u32 = 5;
-/// Bytes that count as getting on.
+/// Number of bytes that counts as progress.
 const PROGRESS: u64 = 1 << 20;
-/// A connection that brings less than this in a while is broken off, bytes.
+/// Minimum number of bytes per [`WHILE`]; a slower connection is closed.
 const SLOWEST: u64 = 60 << 10;
-/// The while.
+/// Interval for [`SLOWEST`].
 const WHILE: Duration = Duration::from_secs(60);
 
 /// A blob that is being read.
 pub(super) struct Blob<'a> {
-    /// Where it can be had; the best first.
+    /// Locations of the blob, the best first.
     places: Vec<&'a Client<'a>>,
     digest: Digest,
-    /// Its length.
+    /// Length of the blob in bytes.
     size: u64,
-    /// Bytes read.
+    /// Number of bytes read.
     at: u64,
     body: Option<Box<dyn Read + Send>>,
-    /// Patience with the first of `places`, from [`Self::at`] on.
+    /// Retry state for the first of `places`.
     patience: Patience<'a>,
-    /// What was read when it began.
+    /// Number of bytes read when `patience` started.
     since: u64,
     pace: Pace,
-    /// Where the last answer began.
+    /// Offset at which the last answer started.
     begun: u64,
 }
 
-/// How fast it comes, while it is waited for.
+/// Measures the rate while data is awaited.
 #[derive(Default)]
 struct Pace {
     waited: Duration,
@@ -52,7 +52,7 @@ struct Pace {
 }
 
 impl Pace {
-    /// Whether these bytes, which took so long, come too slowly.
+    /// Records bytes and the time they took. Returns true if the rate is too low.
     fn drags(&mut self, count: u64, took: Duration) -> bool {
         self.bytes += count;
         self.waited += took;
@@ -64,7 +64,7 @@ impl Pace {
 }
 
 impl<'a> Blob<'a> {
-    /// `places` are not empty.
+    /// Creates a reader; `None` if `places` is empty.
     pub(super) fn new(places: Vec<&'a Client<'a>>, digest: Digest, size: u64) -> Option<Self> {
         let session = places.first()?.session;
         Some(Self {
@@ -99,7 +99,7 @@ impl<'a> Blob<'a> {
             );
             return Err(Failure::Passing(text, None));
         }
-        // Some begin earlier than asked: what is known already is read again.
+        // Some answers start earlier than requested; the known bytes are skipped.
         let Some(skip) = self.at.checked_sub(begins) else {
             let text = format!("it leaves out a part of blob {}", self.digest);
             return Err(Failure::Final(text));
@@ -139,8 +139,8 @@ impl<'a> Blob<'a> {
         Ok(count)
     }
 
-    /// After a failure: waits, or goes on at the next place. Nothing is left to
-    /// be tried if that fails.
+    /// Recovers from a failure: waits, or continues at the next location. An error means
+    /// that no further attempt is possible.
     fn recover(&mut self, failure: Failure) -> io::Result<()> {
         self.body = None;
         let Some(client) = self.places.first().copied() else {
@@ -153,7 +153,7 @@ impl<'a> Blob<'a> {
         let error = match failure {
             Failure::Final(reason) => client.error(reason),
             Failure::Passing(reason, asked) => {
-                // A connection that brought something is made again at once.
+                // A connection that delivered data is replaced immediately.
                 let asked = asked.or((self.at > self.begun).then_some(Duration::ZERO));
                 self.begun = self.at;
                 match self.patience.again(&client.place().registry, asked) {
@@ -168,7 +168,7 @@ impl<'a> Blob<'a> {
         self.places.remove(0);
         self.patience = Patience::new(client.session, RESUMES);
         self.since = self.at;
-        (client.session.notice)(&format!("going on elsewhere: {error}"));
+        (client.session.notice)(&format!("continuing at another location: {error}"));
         Ok(())
     }
 }
@@ -177,8 +177,8 @@ fn broken(error: &io::Error) -> Failure {
     Failure::Passing(format!("the connection broke: {error}"), None)
 }
 
-/// The first byte of an answer. An answer with a part that is not one of `size`
-/// bytes is of another blob.
+/// Returns the offset of an answer's first byte. A partial answer whose total is not
+/// `size` belongs to another blob.
 fn begins_at(response: &Response<Body>, size: u64) -> Result<u64, Failure> {
     if response.status() != StatusCode::PARTIAL_CONTENT {
         return Ok(0);
@@ -194,7 +194,7 @@ fn begins_at(response: &Response<Body>, size: u64) -> Result<u64, Failure> {
     }
 }
 
-/// First byte and length of the whole of `bytes 5-9/10` (RFC 9110 section 14.4).
+/// Parses `bytes 5-9/10` into first byte and total length (RFC 9110 section 14.4).
 pub(super) fn parse_range(text: &str) -> Option<(u64, Option<u64>)> {
     let (range, total) = text.trim().strip_prefix("bytes ")?.split_once('/')?;
     let (first, last) = range.split_once('-')?;
@@ -208,7 +208,8 @@ pub(super) fn parse_range(text: &str) -> Option<(u64, Option<u64>)> {
 
 impl Read for Blob<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        // No more than was announced is of interest: the digest is of that.
+        // Bytes beyond the expected size are ignored; the digest covers the expected
+        // size.
         let left = usize::try_from(self.size - self.at).unwrap_or(usize::MAX);
         let most = buffer.len().min(left);
         let Some(buffer) = buffer.get_mut(..most).filter(|buffer| !buffer.is_empty()) else {

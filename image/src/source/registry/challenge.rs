@@ -1,30 +1,29 @@
-//! What a registry asks for when it answers 401 (RFC 9110 section 11.6.1, and
+//! Authentication challenges in 401 answers of registries (RFC 9110 section 11.6.1, and
 //! the token flow of the distribution project).
 
 use std::collections::BTreeMap;
 
-/// How the registry wants to be talked to.
+/// Authentication scheme of a registry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Challenge {
     /// A user and a password with each request.
     Basic,
-    /// A token of another server.
+    /// A token issued by another server.
     Bearer {
-        /// Where tokens are.
+        /// URL of the token server.
         realm: String,
-        /// Passed on to there.
+        /// Parameter for the token server.
         service: Option<String>,
-        /// Likewise.
+        /// Parameter for the token server.
         scope: Option<String>,
     },
 }
 
-/// Longest header that is looked at, in bytes.
+/// Maximum length of a parsed header in bytes.
 const MAX_LEN: usize = 16 << 10;
 
 impl Challenge {
-    /// Reads a `WWW-Authenticate` header; the best of the schemes in it that this
-    /// program knows.
+    /// Parses a `WWW-Authenticate` header and returns the best of its supported schemes.
     pub(super) fn parse(header: &str) -> Option<Self> {
         let header = header.get(..header.len().min(MAX_LEN))?;
         let mut basic = false;
@@ -45,7 +44,7 @@ impl Challenge {
                 });
             }
             basic |= scheme.eq_ignore_ascii_case("basic");
-            // Something was consumed, or nothing ever will be.
+            // Parsing stops if no input was consumed.
             if next.len() >= rest.len() {
                 break;
             }
@@ -55,7 +54,8 @@ impl Challenge {
     }
 }
 
-/// `name=value` and `name="value"` pairs up to the next scheme, and the rest.
+/// Parses `name=value` and `name="value"` pairs up to the next scheme. Returns them and
+/// the rest.
 fn parameters(text: &str) -> (BTreeMap<String, String>, &str) {
     let mut found = BTreeMap::new();
     let mut rest = text;
@@ -66,7 +66,7 @@ fn parameters(text: &str) -> (BTreeMap<String, String>, &str) {
         };
         let (name, after) = rest.split_at(end);
         let Some(value) = after.strip_prefix('=') else {
-            // No parameter: the name of the next scheme.
+            // The word is the name of the next scheme.
             return (found, rest);
         };
         let (value, after) = match value.strip_prefix('"') {
@@ -82,7 +82,7 @@ fn parameters(text: &str) -> (BTreeMap<String, String>, &str) {
     }
 }
 
-/// The inside of a quoted string, and what follows it.
+/// Parses a quoted string and returns its value and the rest.
 fn unquoted(text: &str) -> (String, &str) {
     let mut value = String::new();
     let mut characters = text.char_indices();

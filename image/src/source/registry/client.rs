@@ -1,5 +1,5 @@
-//! Requests to one repository of a registry (OCI distribution-spec), with
-//! authentication and patience.
+//! Requests to one repository of a registry (OCI distribution-spec), with authentication
+//! and retries.
 
 use std::io::{self, Read};
 use std::net::IpAddr;
@@ -18,17 +18,17 @@ use super::url::is_same_origin;
 use crate::Error;
 use crate::source::Session;
 
-/// Largest error that a registry explains itself with, in bytes.
+/// Maximum size of an error document in bytes.
 const MAX_EXPLANATION: u64 = 64 << 10;
-/// Characters of it that are shown.
+/// Maximum number of characters of an error that are shown.
 const SHOWN: usize = 200;
 
-/// One repository of one registry.
+/// Client for one repository of one registry.
 pub(super) struct Client<'s> {
     place: Place,
     pub(super) session: Session<'s>,
     attempts: u32,
-    /// Made with the first request.
+    /// Created by the first request.
     connection: OnceLock<Result<Connection, String>>,
     authorizer: Authorizer,
 }
@@ -39,22 +39,22 @@ struct Connection {
     base: Uri,
 }
 
-/// A place in a repository, and what is expected there.
+/// A resource of a repository, and how it is requested.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Wanted<'a> {
     /// `manifests` or `blobs`.
     pub(super) kind: &'a str,
     /// A digest or a tag.
     pub(super) name: &'a str,
-    /// Media types, separated by commas.
+    /// Accepted media types, separated by commas.
     pub(super) accept: &'a str,
-    /// First byte.
+    /// Offset of the first byte.
     pub(super) from: u64,
 }
 
 impl<'s> Client<'s> {
-    /// A client for `place` that makes each request up to `attempts` times.
-    /// `scopes` are what it may have to be allowed to do.
+    /// Creates a client for `place` that makes each request up to `attempts` times.
+    /// `scopes` are the permissions that it may need.
     pub(super) fn new(
         place: Place,
         session: Session<'s>,
@@ -88,7 +88,7 @@ impl<'s> Client<'s> {
         connection.map_err(|reason| Failure::Final(reason.clone()))
     }
 
-    /// Does something until it works, or makes no sense any more.
+    /// Repeats an operation until it succeeds, or fails permanently.
     pub(super) fn patiently<T>(
         &self,
         mut once: impl FnMut() -> Result<T, Failure>,
@@ -110,7 +110,7 @@ impl<'s> Client<'s> {
         self.error(format!("{reason}{over}"))
     }
 
-    /// Asks for something, once; `None` if the registry does not have it.
+    /// Requests a resource once; `None` if the registry does not have it.
     pub(super) fn get_once(&self, wanted: Wanted<'_>) -> Result<Option<Response<Body>>, Failure> {
         let path = format!("{}/{}", wanted.kind, wanted.name);
         let range = format!("bytes={}-", wanted.from);
@@ -127,8 +127,8 @@ impl<'s> Client<'s> {
         }
     }
 
-    /// A request without a body for `path` of the repository, as whom the
-    /// registry wants us to be.
+    /// Sends a request without a body for `path` in the repository, with the
+    /// authentication that the registry demands.
     pub(super) fn ask(
         &self,
         method: Method,
@@ -147,8 +147,9 @@ impl<'s> Client<'s> {
         })
     }
 
-    /// Sends what `open` gives to a place that the registry named, or one in the
-    /// repository. It is opened again if the registry wants another token first.
+    /// Sends the body that `open` returns to an address that the registry named, or to
+    /// one in the repository. The body is opened again if the registry demands another
+    /// token first.
     pub(super) fn send<'b>(
         &self,
         method: &Method,
@@ -172,7 +173,7 @@ impl<'s> Client<'s> {
         })
     }
 
-    /// The address of `path` in the repository.
+    /// Returns the address of `path` in the repository.
     pub(super) fn uri(&self, path: &str) -> Result<Uri, Failure> {
         let base = &self.connection()?.base;
         let text = format!("{base}v2/{}/{path}", self.place.repository);
@@ -180,9 +181,9 @@ impl<'s> Client<'s> {
             .map_err(|_| Failure::Final(format!("{text:?} is no address")))
     }
 
-    /// A request, and once more with a new token if that is what it takes: with
-    /// the first request, or when a token has expired. Only the registry itself can
-    /// ask for that: nobody that it sends us to gets a password or a token.
+    /// Makes a request, and repeats it with a new token if the registry demands one, as
+    /// it does for the first request or after a token expired. Only the registry itself
+    /// is sent a password or a token, never a host that it redirects to.
     fn authorized(
         &self,
         connection: &Connection,
@@ -200,14 +201,14 @@ impl<'s> Client<'s> {
         request(self.authorizer.header())
     }
 
-    /// What an answer that is no success means.
+    /// Converts an unsuccessful answer to a failure.
     pub(super) fn failure(&self, answer: &mut Answer) -> Failure {
         let status = answer.response.status();
-        // Of somebody else the status alone is taken: no explanations in the
-        // registry's name, no pauses, nothing about who we are.
+        // Of other hosts only the status is used. Their explanations, pauses and
+        // challenges are ignored, because they do not speak for the registry.
         if !self.is_own(answer) {
             let host = answer.from.host().unwrap_or_default();
-            let text = format!("{host}, where it sends us, answers {status}");
+            let text = format!("{host}, to which it redirects, answers {status}");
             return match is_passing(status.as_u16()) {
                 true => Failure::Passing(text, None),
                 false => Failure::Final(text),
@@ -227,21 +228,21 @@ impl<'s> Client<'s> {
 }
 
 impl Client<'_> {
-    /// Whether the registry itself has answered, and nobody that it sends us to.
+    /// Returns true if the registry itself has answered, and not a host it redirected to.
     fn is_own(&self, answer: &Answer) -> bool {
         self.connection()
             .is_ok_and(|connection| connection.is_own(answer))
     }
 
-    /// Whether an upload may go on at `place`, which `answer` names. The registry may
-    /// choose it; who is not the registry speaks for itself only, so that it sends no
-    /// request of ours back there.
+    /// Checks that an upload may continue at `place`, which `answer` names. The registry
+    /// may name any address. Another host may only name itself, so that it cannot direct
+    /// requests with credentials back to the registry.
     pub(super) fn check_place(&self, answer: &Answer, place: &Uri) -> Result<(), Failure> {
         let connection = self.connection()?;
         if !connection.is_own(answer) && !is_same_origin(place, &answer.from) {
             let host = answer.from.host().unwrap_or_default();
             return Err(Failure::Final(format!(
-                "{host}, where it sends us, says that an upload goes on elsewhere"
+                "{host}, to which it redirects, continues an upload at another host"
             )));
         }
         let leading = connection.http.check_leading(&answer.from, place);
@@ -249,7 +250,7 @@ impl Client<'_> {
     }
 }
 
-/// Whether what an answer with this status says may be over soon.
+/// Returns true if the error with this status may be temporary.
 fn is_passing(status: u16) -> bool {
     matches!(status, 408 | 429 | 500..=599)
 }
@@ -271,18 +272,18 @@ impl Connection {
             http,
             base: base("https")?,
         };
-        // As Docker does it: on this host, a registry may do without TLS, and
-        // so may an insecure one.
+        // As in Docker, a registry on this host may do without TLS, and so may an
+        // insecure registry.
         if (place.insecure || is_loopback(host)) && connection.does_without_tls() {
             connection.base = base("http")?;
         }
         Ok(connection)
     }
 
-    /// Whether the registry has shown that it does not speak TLS: what it answered
-    /// to a greeting is no TLS, or nobody listens at the port of `https`. Anything
-    /// else that goes wrong, such as a connection that is reset, may be the doing of
-    /// whoever wants to see us go on in the open.
+    /// Returns true if the registry demonstrably does not support TLS: it answered a TLS
+    /// greeting with something else, or the default `https` port refused the connection.
+    /// Any other failure, such as a reset, could be caused by an attacker who wants to
+    /// see plain traffic.
     fn does_without_tls(&self) -> bool {
         let Ok(uri) = format!("{}v2/", self.base).parse::<Uri>() else {
             return false;
@@ -297,15 +298,15 @@ impl Connection {
     }
 }
 
-/// Whether a TLS connection failed as the other side sent something else.
+/// Returns true if a TLS handshake failed because the peer sent something other than TLS.
 fn is_no_tls(error: &io::Error) -> bool {
     let inner = error.get_ref();
     let inner = inner.and_then(|inner| inner.downcast_ref::<rustls::Error>());
     matches!(inner, Some(rustls::Error::InvalidMessage(_)))
 }
 
-/// What the registry says of its own about an error (distribution-spec, "Error
-/// Codes"), made fit for a terminal.
+/// Returns the registry's description of an error (distribution-spec, "Error Codes"),
+/// without control characters.
 fn explanation(response: &mut Response<Body>) -> Option<String> {
     #[derive(Deserialize)]
     struct Errors {
@@ -328,7 +329,7 @@ fn explanation(response: &mut Response<Body>) -> Option<String> {
     Some(shown.trim().to_owned()).filter(|shown| !shown.is_empty())
 }
 
-/// Whether `host`, with a port or without, is this one.
+/// Returns true if `host`, with or without a port, is this host.
 fn is_loopback(host: &str) -> bool {
     let name = match host.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
         Some((address, _)) => address,

@@ -1,4 +1,4 @@
-//! Who to be at a registry: what `docker login` and `podman login` have left.
+//! Credentials stored by `docker login` and `podman login`.
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -10,19 +10,19 @@ use serde::Deserialize;
 
 use crate::docker_reference::DEFAULT_REGISTRY;
 
-/// What Docker calls its own registry in its configuration.
+/// Docker's key for its own registry in its configuration.
 const DEFAULT_KEY: &str = "https://index.docker.io/v1/";
-/// Largest configuration file read, in bytes.
+/// Maximum size of a configuration file in bytes.
 const MAX_FILE: u64 = 4 << 20;
-/// The user name with which a helper gives an identity token.
+/// User name with which a helper marks an identity token.
 const TOKEN_USER: &str = "<token>";
 
-/// A proof of who somebody is.
+/// Credentials of a user.
 #[derive(Clone, PartialEq, Eq)]
 pub(super) enum Credentials {
     /// A user and a password.
     Password { user: String, password: String },
-    /// A token that others are got with (OAuth 2's refresh token).
+    /// A token to request other tokens with (OAuth 2 refresh token).
     Identity(String),
 }
 
@@ -36,7 +36,7 @@ impl std::fmt::Debug for Credentials {
     }
 }
 
-/// As much of Docker's and Podman's configuration as names credentials.
+/// The parts of Docker's and Podman's configuration that contain credentials.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct Configuration {
@@ -54,7 +54,7 @@ struct Entry {
     identitytoken: Option<String>,
 }
 
-/// What a helper prints.
+/// Output of a helper.
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
 struct Helped {
@@ -62,8 +62,8 @@ struct Helped {
     secret: String,
 }
 
-/// The credentials for `repository` of `registry`, from the first file that has
-/// any. What cannot be read counts as absent.
+/// Returns the credentials for `repository` of `registry`, from the first file that
+/// contains any. A file that cannot be read counts as absent.
 pub(super) fn find(registry: &str, repository: &str) -> Option<Credentials> {
     let keys = keys(registry, repository);
     files()
@@ -71,8 +71,8 @@ pub(super) fn find(registry: &str, repository: &str) -> Option<Credentials> {
         .find_map(|path| from_file(path, &keys, &run_helper))
 }
 
-/// The keys under which credentials may be, best first: Podman's paths from long
-/// to short, then the host as Docker has it.
+/// Returns possible keys of credentials, best first: Podman's paths from long to short,
+/// then Docker's key for the host.
 fn keys(registry: &str, repository: &str) -> Vec<String> {
     let mut keys = Vec::new();
     let mut path = format!("{registry}/{repository}");
@@ -135,8 +135,8 @@ fn from_configuration(
         return helper(name, key);
     }
     if let Some(name) = &configuration.store {
-        // What is in the store is listed, usually; where nothing is, Docker asks
-        // for the registry itself.
+        // Keys in the store are usually listed. If none is, Docker asks for the registry
+        // itself.
         let listed = |key: &&String| configuration.auths.contains_key(*key);
         let mut asked: Vec<&String> = keys.iter().filter(listed).collect();
         if asked.is_empty() {
@@ -150,7 +150,7 @@ fn from_configuration(
         .find_map(|key| from_entry(configuration.auths.get(key)?))
 }
 
-/// The key that Docker has a registry's credentials under.
+/// Returns Docker's key for a registry's credentials.
 fn canonical(keys: &[String]) -> Option<&String> {
     let own = keys.iter().find(|key| *key == DEFAULT_KEY);
     own.or_else(|| keys.iter().find(|key| !key.contains('/')))
@@ -173,7 +173,7 @@ fn from_entry(entry: &Entry) -> Option<Credentials> {
     })
 }
 
-/// Asks `docker-credential-NAME` (docker-credential-helpers' protocol).
+/// Runs `docker-credential-NAME` (protocol of docker-credential-helpers).
 fn run_helper(name: &str, key: &str) -> Option<Credentials> {
     if !name
         .chars()
@@ -185,7 +185,7 @@ fn run_helper(name: &str, key: &str) -> Option<Credentials> {
     ask(helper.arg("get"), key)
 }
 
-/// Gives `key` to a helper, and waits for its answer and its end.
+/// Writes `key` to a helper, and waits for its answer and its exit.
 fn ask(helper: &mut Command, key: &str) -> Option<Credentials> {
     let mut child = helper
         .stdin(Stdio::piped())
@@ -193,7 +193,7 @@ fn ask(helper: &mut Command, key: &str) -> Option<Credentials> {
         .stderr(Stdio::null())
         .spawn()
         .ok()?;
-    // One that ends without reading is waited for as well.
+    // A helper that exits without reading must be reaped as well.
     let asked = child.stdin.take()?.write_all(key.as_bytes());
     let output = child.wait_with_output().ok()?;
     if asked.is_err() || !output.status.success() {
@@ -267,7 +267,7 @@ mod tests {
         assert_eq!(run_helper("../x", "k"), None);
     }
 
-    /// A process that nobody waits for stays as a zombie.
+    /// A process that is not waited for remains as a zombie.
     #[test]
     fn a_helper_that_does_not_read_is_waited_for() {
         let directory = tempfile::tempdir().unwrap();
@@ -281,7 +281,7 @@ mod tests {
             assert!(!process.exists(), "{script}");
             answer
         };
-        // More than a pipe has room for, so that writing fails.
+        // More than the capacity of a pipe, so that writing fails.
         let long = "k".repeat(1 << 20);
         let json = r#"{"Username": "u", "Secret": "s"}"#;
         assert_eq!(asked("exit 0", &long), None);

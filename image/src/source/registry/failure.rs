@@ -1,4 +1,4 @@
-//! Why a request did not bring anything, and whether another one may.
+//! Failures of requests, and their classification as permanent or temporary.
 
 use std::io;
 use std::time::{Duration, SystemTime};
@@ -9,17 +9,17 @@ use ureq::http::{Response, header};
 use super::http::Trouble;
 use super::patience::retry_after;
 
-/// Why a single request did not bring anything.
+/// Failure of a single request.
 pub(super) enum Failure {
-    /// It makes no sense to ask again.
+    /// A repetition would fail too.
     Final(String),
-    /// It may work later; how long to wait, if the registry says so.
+    /// A repetition may succeed. The pause is that requested by the registry, if any.
     Passing(String, Option<Duration>),
 }
 
 impl From<Trouble> for Failure {
-    /// A failure below HTTP. Another attempt may succeed, but for
-    /// what is wrong with the certificate or the request.
+    /// Converts a failure below HTTP. Another attempt may succeed, except after problems
+    /// with the certificate or the request.
     fn from(trouble: Trouble) -> Self {
         match trouble {
             Trouble::Astray(reason) => Self::Final(reason),
@@ -40,7 +40,7 @@ impl From<Trouble> for Failure {
     }
 }
 
-/// The pause that the registry asks for.
+/// Returns the pause that the registry requests.
 pub(super) fn asked_pause(response: &Response<Body>) -> Option<Duration> {
     let value = response.headers().get(header::RETRY_AFTER)?;
     retry_after(value.to_str().ok()?, SystemTime::now())

@@ -1,4 +1,4 @@
-//! HTTP to one host and wherever it sends us.
+//! HTTP requests to a host and along its redirections.
 
 use std::time::Duration;
 
@@ -12,25 +12,25 @@ use super::url::{is_same_origin, join};
 use crate::cancel::Cancel;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
-/// How long a server may say nothing, or take nothing.
+/// Maximum time without receiving or sending data.
 const SILENCE: Duration = Duration::from_secs(60);
 const MAX_REDIRECTS: u32 = 10;
 
-/// How to talk to a host, directly or through proxies.
+/// HTTP agents for a host, directly or through proxies.
 pub(super) struct Http {
     direct: Agent,
-    /// For `https`; what is wrong with its proxy.
+    /// Agent for `https` through a proxy, or the reason why the proxy cannot be used.
     secure: Result<Option<Agent>, String>,
-    /// For `http`.
+    /// Agent for `http` through a proxy, or the reason why the proxy cannot be used.
     plain: Result<Option<Agent>, String>,
     proxies: Proxies,
     insecure: bool,
 }
 
-/// What can go wrong with a request.
+/// Failure of a request.
 pub(super) enum Trouble {
     Http(ureq::Error),
-    /// The server leads us astray; a sentence about it.
+    /// The server redirects to an address that is not permitted, for this reason.
     Astray(String),
 }
 
@@ -40,8 +40,8 @@ impl From<ureq::Error> for Trouble {
     }
 }
 
-/// An answer, and who gave it: at the end of redirections that is not whoever was
-/// asked, and what it wants of us counts for nothing.
+/// An answer and its origin. After redirections the origin differs from the requested
+/// host, and must not make demands in its name.
 #[derive(Debug)]
 pub(super) struct Answer {
     pub(super) response: Response<Body>,
@@ -61,32 +61,33 @@ pub(super) struct Ask<'a> {
     pub(super) method: Method,
     pub(super) uri: Uri,
     pub(super) headers: Vec<(header::HeaderName, &'a str)>,
-    /// For this host only.
+    /// Sent only to the original host.
     pub(super) authorization: Option<String>,
 }
 
 impl Http {
-    /// For `host`, with its port if it has one; an `insecure` one may have any
-    /// certificate, and send us where there is no TLS. Cancellation breaks all
-    /// connections.
+    /// Creates agents for `host`, with its port if it has one. An `insecure` host may
+    /// have any certificate, and redirect to addresses without TLS. Cancellation closes
+    /// all connections.
     pub(super) fn new(host: &str, insecure: bool, cancel: &Cancel) -> Self {
         let proxies = Proxies::from_env();
         Self::with(trust::tls(host, insecure), proxies, insecure, cancel)
     }
 
-    /// With these certificates and proxies.
+    /// Creates agents with these certificates and proxies.
     pub(super) fn with(tls: TlsConfig, proxies: Proxies, insecure: bool, cancel: &Cancel) -> Self {
         let agent = |proxy: Option<Proxy>| {
             let config = Agent::config_builder()
                 .http_status_as_error(false)
                 .user_agent(concat!("sm/", env!("CARGO_PKG_VERSION")))
-                // A layer is stored as it is compressed.
+                // A layer is stored with its own compression.
                 .accept_encoding("identity")
                 .timeout_connect(Some(CONNECT_TIMEOUT))
                 .timeout_recv_response(Some(SILENCE))
                 .timeout_per_read(Some(SILENCE))
                 .timeout_per_write(Some(SILENCE))
-                // Followed here, by rules for credentials and protocols.
+                // Redirections are followed here, with rules for credentials and
+                // protocols.
                 .max_redirects(0)
                 .max_redirects_will_error(false)
                 .tls_config(tls.clone())
@@ -124,8 +125,8 @@ impl Http {
         }
     }
 
-    /// Asks, and follows redirections: to another host without authorization,
-    /// and never from `https` to `http`, unless the host is insecure anyway.
+    /// Sends a request and follows redirections: to other hosts without authorization,
+    /// and never from `https` to `http` unless the host is insecure.
     pub(super) fn ask(&self, ask: &Ask<'_>) -> Result<Answer, Trouble> {
         let mut uri = ask.uri.clone();
         for _ in 0..=MAX_REDIRECTS {
@@ -140,28 +141,27 @@ impl Http {
             }
             let location = response.headers().get(header::LOCATION);
             let next = location.and_then(|location| join(&uri, location.to_str().ok()?));
-            let next = next.ok_or_else(|| {
-                Trouble::Astray("it sends us to a place that makes no sense".to_owned())
-            })?;
+            let next = next
+                .ok_or_else(|| Trouble::Astray("it redirects to an invalid address".to_owned()))?;
             self.check_leading(&uri, &next).map_err(Trouble::Astray)?;
             uri = next;
         }
-        let text = format!("it sends us on more than {MAX_REDIRECTS} times");
+        let text = format!("it redirects more than {MAX_REDIRECTS} times");
         Err(Trouble::Astray(text))
     }
 
-    /// Whether an answer from `from` may lead to `next`: not from `https` to `http`,
-    /// unless the host is insecure anyway.
+    /// Checks that an answer from `from` may lead to `next`. A step from `https` to
+    /// `http` is only permitted for an insecure host.
     pub(super) fn check_leading(&self, from: &Uri, next: &Uri) -> Result<(), String> {
         let is_secure = |uri: &Uri| uri.scheme_str() == Some("https");
         if is_secure(from) && !is_secure(next) && !self.insecure {
             let host = next.host().unwrap_or_default();
-            return Err(format!("it sends us to {host}, without TLS"));
+            return Err(format!("it redirects to {host}, without TLS"));
         }
         Ok(())
     }
 
-    /// Makes one request and follows nothing: for what its address alone can tell.
+    /// Makes one request without following redirections, to probe an address.
     pub(super) fn probe(&self, uri: &Uri) -> Result<(), Trouble> {
         let request = request(Method::GET, uri, &[], None);
         let request = request.body(()).map_err(ureq::Error::from)?;
@@ -169,7 +169,7 @@ impl Http {
         Ok(())
     }
 
-    /// Sends a body, and follows nothing.
+    /// Sends a body without following redirections.
     pub(super) fn send(&self, ask: &Ask<'_>, body: SendBody<'_>) -> Result<Answer, Trouble> {
         let authorization = ask.authorization.as_deref();
         let request = request(ask.method.clone(), &ask.uri, &ask.headers, authorization);

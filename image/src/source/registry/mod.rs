@@ -35,10 +35,10 @@ const MANIFESTS: &str = "application/vnd.oci.image.index.v1+json,\
                          application/vnd.oci.image.manifest.v1+json,\
                          application/vnd.docker.distribution.manifest.list.v2+json,\
                          application/vnd.docker.distribution.manifest.v2+json";
-/// How often a mirror is asked, which others can stand in for.
+/// Maximum number of requests to a mirror, which other locations can replace.
 const MIRROR_ATTEMPTS: u32 = 2;
 
-/// Reads each header of an answer that means something here.
+/// Passes `text` to the parsers of all headers that are used here.
 #[cfg(any(feature = "fuzzing", test))]
 pub(super) fn headers(text: &str) {
     let _ = challenge::Challenge::parse(text);
@@ -51,16 +51,16 @@ pub(super) fn headers(text: &str) {
 
 /// An image in a registry.
 pub(crate) struct Registry<'s> {
-    /// Mirrors, then the registry itself.
+    /// Clients for the mirrors, then for the registry itself.
     clients: Vec<Client<'s>>,
-    /// The one of them that has the image.
+    /// Index of the client whose registry has the image.
     chosen: AtomicUsize,
     reference: DockerReference,
     session: Session<'s>,
 }
 
 impl<'s> Registry<'s> {
-    /// Finds out where to go; nobody is asked for anything yet.
+    /// Determines the locations of the image, without sending a request.
     pub(crate) fn open(reference: &DockerReference, session: Session<'s>) -> Result<Self, Error> {
         let places = Registries::load()?.places(reference)?;
         Ok(Self::at(places, reference, session))
@@ -84,7 +84,8 @@ impl<'s> Registry<'s> {
         }
     }
 
-    /// A manifest or index by tag or digest, and what the registry calls it.
+    /// Requests a manifest or index by tag or digest. Returns it with the media type
+    /// reported by the registry.
     fn manifest(
         &self,
         client: &Client<'_>,
@@ -125,7 +126,7 @@ impl<'s> Registry<'s> {
         Ok((bytes, media_type))
     }
 
-    /// The image at one place.
+    /// Requests the image from one location.
     fn image_at(&self, number: usize, platform: Option<&Platform>) -> Result<SourceImage, Error> {
         let no_tag = || Error::Unknown {
             reference: self.reference.to_string(),
@@ -158,12 +159,12 @@ impl<'s> Registry<'s> {
         })
     }
 
-    /// The places to get a blob from: the one with the image, then those after it.
+    /// Returns the locations of a blob: the one with the image, then the following ones.
     fn from(&self, number: usize) -> Vec<&Client<'_>> {
         self.clients.iter().skip(number).collect()
     }
 
-    /// A small blob.
+    /// Requests a small blob.
     fn document(&self, number: usize, named: &Named, what: &str) -> Result<Vec<u8>, Error> {
         if named.size > MAX_DOCUMENT {
             return Err(Error::document(what, "it is larger than 8 MiB"));
@@ -177,7 +178,7 @@ impl<'s> Registry<'s> {
     }
 }
 
-/// What a blob's reader says in an error of input and output.
+/// Extracts the error of a blob's reader from an I/O error.
 fn registry_error(error: std::io::Error) -> Error {
     let reason = error.to_string();
     match error.into_inner().map(|inner| inner.downcast::<Error>()) {
@@ -195,7 +196,7 @@ impl Source for Registry<'_> {
                     self.chosen.store(number, Ordering::Relaxed);
                     return Ok(image);
                 }
-                Err(error) => (self.session.notice)(&format!("a mirror is of no use: {error}")),
+                Err(error) => (self.session.notice)(&format!("cannot use a mirror: {error}")),
             }
             if self.session.cancel.is_cancelled() {
                 break;

@@ -1,4 +1,4 @@
-//! How long and how often a registry is asked again.
+//! Limits and backoff for repeated requests to a registry.
 
 use std::fmt;
 use std::hash::{BuildHasher as _, Hasher as _};
@@ -6,18 +6,18 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::super::Session;
 
-/// How often a request is made before it is given up.
+/// Maximum number of attempts of a request.
 pub(super) const ATTEMPTS: u32 = 5;
-/// The first pause, if the registry asks for none; each next one is longer.
+/// First pause, if the registry requests none; each further pause is longer.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 const GROWTH: u32 = 2;
-/// Longest pause that a registry may ask for. One that wants more (as those do
-/// that count an hour's pulls) is not waited for.
+/// Maximum pause that a registry may request. A registry that requests more (for example
+/// after a limit on pulls per hour) is an error.
 const LONGEST_PAUSE: Duration = Duration::from_secs(120);
-/// Longest time that is waited for one request, all pauses together.
+/// Maximum total waiting time for one request.
 const LONGEST_WAIT: Duration = Duration::from_secs(300);
 
-/// The patience with one request.
+/// Retry state of one request.
 pub(super) struct Patience<'s> {
     session: Session<'s>,
     attempts: u32,
@@ -26,14 +26,14 @@ pub(super) struct Patience<'s> {
     waited: Duration,
 }
 
-/// Why it has come to its end.
+/// The reason why no further attempt is made.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Over {
-    /// So many attempts have been made.
+    /// The number of attempts is exhausted.
     Attempts(u32),
-    /// The registry asks for so long a pause.
+    /// The registry requests too long a pause.
     TooLong(Duration),
-    /// Nobody wants the answer any more.
+    /// The operation was cancelled.
     Cancelled,
 }
 
@@ -44,12 +44,9 @@ impl fmt::Display for Over {
             Self::Attempts(count) => write!(f, " ({count} times)"),
             Self::TooLong(pause) => {
                 let seconds = pause.as_secs();
-                write!(
-                    f,
-                    " and asks to be left alone for {seconds} s: try again then"
-                )
+                write!(f, " and requests a pause of {seconds} s: try again then")
             }
-            Self::Cancelled => f.write_str(" (given up)"),
+            Self::Cancelled => f.write_str(" (cancelled)"),
         }
     }
 }
@@ -65,8 +62,8 @@ impl<'s> Patience<'s> {
         }
     }
 
-    /// Waits until the next attempt: as long as `who` has `asked` for, or a bit
-    /// longer than the last time.
+    /// Waits until the next attempt: for the pause that `who` has `asked` for, or
+    /// slightly longer than the last time.
     pub(super) fn again(&mut self, who: &str, asked: Option<Duration>) -> Result<(), Over> {
         if self.session.cancel.is_cancelled() {
             return Err(Over::Cancelled);
@@ -92,17 +89,17 @@ impl<'s> Patience<'s> {
     }
 }
 
-/// Between half and all of it, so that those who failed together do not come
-/// back together.
+/// Returns a duration between half of `pause` and `pause`, so that clients that failed
+/// together do not retry together.
 fn jittered(pause: Duration) -> Duration {
-    // Differs each time; nothing depends on how.
+    // A pseudo-random number is sufficient.
     let random = std::hash::RandomState::new().build_hasher().finish() % 512;
     let part = u32::try_from(random).unwrap_or(0);
     pause / 2 + pause / 1024 * part
 }
 
-/// A `Retry-After` header: seconds, or a date (RFC 9110 section 10.2.3). One in
-/// the past means at once.
+/// Parses a `Retry-After` header: seconds, or a date (RFC 9110 section 10.2.3). A date in
+/// the past means no pause.
 pub(super) fn retry_after(value: &str, now: SystemTime) -> Option<Duration> {
     let value = value.trim();
     if let Ok(seconds) = value.parse::<u64>() {
@@ -112,8 +109,8 @@ pub(super) fn retry_after(value: &str, now: SystemTime) -> Option<Duration> {
     Some(then.duration_since(now).unwrap_or_default())
 }
 
-/// Seconds since 1970 of a date like `Sun, 06 Nov 1994 08:49:37 GMT` (RFC 9110
-/// section 5.6.7; the older forms are long out of use).
+/// Parses a date such as `Sun, 06 Nov 1994 08:49:37 GMT` as seconds since 1970 (RFC 9110
+/// section 5.6.7; the obsolete forms are not supported).
 fn http_date(text: &str) -> Option<u64> {
     const MONTHS: [&str; 12] = [
         "Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec",
@@ -137,8 +134,8 @@ fn http_date(text: &str) -> Option<u64> {
     if year < 1970 || !(1..=31).contains(&day) || hours > 23 || minutes > 59 || seconds > 60 {
         return None;
     }
-    // Days before a month of a year that begins in March, as calendars with the
-    // leap day at the end have it.
+    // Count the days before a month in a year that starts in March, so that the leap day
+    // is the last day.
     let month = u64::try_from(month).ok()?;
     let (year, month) = match month {
         0 | 1 => (year - 1, month + 10),
@@ -220,7 +217,7 @@ mod tests {
         assert!(over.to_string().contains("3600 s"));
         assert!(said.lock().unwrap().is_empty());
 
-        // Cancelled while it waits, which it says before.
+        // Cancellation during a wait, which is reported before.
         let mut patience = Patience::new(session, 3);
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| patience.again("r.example", Some(LONGEST_PAUSE)));
@@ -249,7 +246,7 @@ mod tests {
 
         #[test]
         fn later_dates_are_later(day in 0u64..40_000) {
-            // Against a calendar that counts one year and month at a time.
+            // The reference calendar counts years and months one by one.
             let (mut year, mut left) = (1970, day);
             let leap = |year: u64| year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
             while left >= 365 + u64::from(leap(year)) {

@@ -1,6 +1,6 @@
-//! Proxies, as Docker and Podman take them from the environment: `HTTPS_PROXY`,
+//! Proxies, configured as in Docker and Podman by the environment: `HTTPS_PROXY`,
 //! `HTTP_PROXY` and `NO_PROXY`, or their lower-case forms (the rules of Go's
-//! `httpproxy`), and `ALL_PROXY` where there is nothing better.
+//! `httpproxy`), and `ALL_PROXY` as a fallback.
 
 use std::net::IpAddr;
 
@@ -9,18 +9,18 @@ use ureq::http::Uri;
 
 use super::url::port;
 
-/// Which proxies to use.
+/// The configured proxies.
 #[derive(Debug)]
 pub(super) struct Proxies {
-    /// For `https`; what is wrong with it, where it cannot be used.
+    /// Proxy for `https`, or the reason why it cannot be used.
     pub(super) secure: Result<Option<Proxy>, String>,
-    /// For `http`.
+    /// Proxy for `http`, or the reason why it cannot be used.
     pub(super) plain: Result<Option<Proxy>, String>,
     none_for: Vec<Exception>,
 }
 
 impl Default for Proxies {
-    /// None.
+    /// No proxies.
     fn default() -> Self {
         Self {
             secure: Ok(None),
@@ -36,16 +36,16 @@ enum Exception {
     Everything,
     Network(IpAddr, u8),
     Host {
-        /// Without a leading dot.
+        /// Name without a leading dot.
         name: String,
-        /// Only what is below it.
+        /// Matches only subdomains.
         below: bool,
         port: Option<u16>,
     },
 }
 
 impl Proxies {
-    /// What the environment says.
+    /// Reads the environment.
     pub(super) fn from_env() -> Self {
         Self::read(&|name| std::env::var(name).ok())
     }
@@ -61,7 +61,7 @@ impl Proxies {
             match variable(name).or_else(|| variable("ALL_PROXY")) {
                 None => Ok(None),
                 Some(value) => parse(&value).map(Some).map_err(|reason| {
-                    // The value may have a password in it.
+                    // The value may contain a password, so it is not shown.
                     format!("the proxy that {name} or ALL_PROXY names {reason}")
                 }),
             }
@@ -74,7 +74,7 @@ impl Proxies {
         }
     }
 
-    /// Whether what is asked of `uri` goes straight there.
+    /// Returns true if requests to `uri` bypass the proxies.
     pub(super) fn spare(&self, uri: &Uri) -> bool {
         let (Some(host), Some(port)) = (uri.host(), port(uri)) else {
             return false;

@@ -1,4 +1,4 @@
-//! Bringing an image into a registry (OCI distribution-spec, "Push").
+//! Pushing of an image to a registry (OCI distribution-spec, "Push").
 
 use std::cell::RefCell;
 use std::io::{self, Read};
@@ -19,39 +19,40 @@ use crate::source::{Registries, Session};
 
 const DIGEST: &str = "docker-content-digest";
 
-/// A repository of a registry that an image is brought into: first its blobs,
-/// from any threads, then its manifest.
+/// A repository that an image is pushed to: first its blobs, from any threads, then its
+/// manifest.
 ///
-/// Where it is and how it is talked to is as for pulling; mirrors are left alone.
+/// Location and authentication are determined as for pulling, except that mirrors are not
+/// used.
 pub struct Pusher<'s> {
     client: Client<'s>,
     tag: String,
-    /// Other repositories of the registry that may have the same blobs.
+    /// Other repositories of the registry that may contain the same blobs.
     others: Vec<String>,
 }
 
-/// How a blob got there.
+/// Result of pushing a blob.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pushed {
-    /// It was there already.
+    /// The registry already had the blob.
     Existed,
-    /// Another repository had it.
+    /// The blob was mounted from another repository.
     Mounted,
-    /// It was sent.
+    /// The blob was uploaded.
     Sent,
 }
 
-/// Opens a blob's contents, each time from the beginning.
+/// Opens a blob's contents. Each call starts at the first byte.
 pub type OpenBlob<'a> = &'a (dyn Fn() -> io::Result<Box<dyn Read + Send>> + Sync);
 
 impl<'s> Pusher<'s> {
-    /// For the name `reference`, which has to have a tag. `others` are
-    /// repositories of the same registry that may have some of the blobs, and need
-    /// not be sent those. `notice` is called with sentences about why nothing
-    /// happens for a while.
+    /// Creates a pusher for the name `reference`, which must have a tag. `others` are
+    /// repositories of the same registry that may contain some of the blobs, which are
+    /// then mounted instead of uploaded. `notice` is called with sentences that explain
+    /// delays.
     ///
     /// # Errors
-    /// There is no tag, or the user's configuration of registries is wrong.
+    /// There is no tag, or the user's configuration of registries is invalid.
     pub fn open(
         reference: &DockerReference,
         others: &[&str],
@@ -88,11 +89,11 @@ impl<'s> Pusher<'s> {
         }
     }
 
-    /// Makes sure that a blob of `size` bytes is there. `progress` is called with
-    /// the bytes that have been sent; it may begin again.
+    /// Ensures that the registry has a blob of `size` bytes. `progress` is called with
+    /// the number of bytes sent, which restarts at 0 for each attempt.
     ///
     /// # Errors
-    /// The registry does not take it, or it cannot be read.
+    /// The registry refuses the blob, or the blob cannot be read.
     pub fn blob(
         &self,
         digest: Digest,
@@ -113,10 +114,10 @@ impl<'s> Pusher<'s> {
         Ok(Pushed::Sent)
     }
 
-    /// Names the image by its manifest, whose blobs are there.
+    /// Pushes the manifest under the tag. Its blobs must have been pushed before.
     ///
     /// # Errors
-    /// The registry does not take it, or takes it for something else.
+    /// The registry refuses the manifest, or reports another digest for it.
     pub fn manifest(&self, media_type: &str, bytes: &[u8]) -> Result<Digest, Error> {
         let digest = Digest::of(bytes);
         self.client.patiently(|| {
@@ -157,8 +158,8 @@ impl<'s> Pusher<'s> {
         }
     }
 
-    /// Asks for a blob of another repository. A registry that cannot, or will not,
-    /// begins an upload instead, which it forgets after a while.
+    /// Requests the mount of a blob from another repository. A registry that cannot mount
+    /// it starts an upload instead, which expires.
     fn mount(&self, digest: Digest, other: &str) -> Result<bool, Failure> {
         let text = digest.to_string();
         let path = format!(
@@ -180,7 +181,7 @@ impl<'s> Pusher<'s> {
             .send(&Method::POST, &uri, &[(header::CONTENT_LENGTH, "0")], empty)
     }
 
-    /// Sends a blob from its beginning: begin, contents, end.
+    /// Uploads a blob: start, contents, completion.
     fn upload(
         &self,
         digest: Digest,
@@ -195,7 +196,7 @@ impl<'s> Pusher<'s> {
         }
         let place = self.next_place(&answer)?;
         let length = size.to_string();
-        // It is lent to each reader in turn.
+        // The callback is lent to each reader in turn.
         let progress = RefCell::new(progress);
         let headers = [
             (header::CONTENT_TYPE, "application/octet-stream"),
@@ -228,7 +229,7 @@ impl<'s> Pusher<'s> {
         }
     }
 
-    /// The place that `answer` names, where an upload goes on.
+    /// Returns the address at which an upload continues, which `answer` contains.
     fn next_place(&self, answer: &Answer) -> Result<Uri, Failure> {
         let location = answer.response.headers().get(header::LOCATION);
         let place = location.and_then(|location| join(&answer.from, location.to_str().ok()?));
@@ -243,7 +244,7 @@ fn empty() -> Result<Box<dyn Read>, Failure> {
     Ok(Box::new(io::empty()))
 }
 
-/// A blob's contents, as many bytes as were announced.
+/// A blob's contents, limited to the announced size.
 struct Sending<'p, 'q> {
     blob: Box<dyn Read + Send>,
     left: u64,

@@ -1,6 +1,6 @@
-//! Whom to believe to be a registry, and who to be there: the system's
-//! certificates, and what Docker and Podman are given for single registries in
-//! `certs.d/HOST[:PORT]` (containers-certs.d(5)).
+//! TLS authorities and client certificates: those of the system, and those configured for
+//! single registries in `certs.d/HOST[:PORT]` (containers-certs.d(5)) of Docker and
+//! Podman.
 
 use std::path::{Path, PathBuf};
 
@@ -8,9 +8,9 @@ use ureq::tls::{Certificate, ClientCert, RootCerts, TlsConfig};
 
 use super::super::pem::{certificates, private_key};
 
-/// TLS for `host`, with its port if it has one. Of an `insecure` one, any
-/// certificate is taken. `SSL_CERT_FILE` and `SSL_CERT_DIR` stand in for the
-/// system's authorities.
+/// Returns the TLS configuration for `host`, with its port if it has one. For an
+/// `insecure` host every certificate is accepted. `SSL_CERT_FILE` and `SSL_CERT_DIR`
+/// override the system's authorities.
 pub(super) fn tls(host: &str, insecure: bool) -> TlsConfig {
     let system = rustls_native_certs::load_native_certs();
     let mut roots: Vec<Certificate<'static>> = system
@@ -31,7 +31,7 @@ pub(super) fn tls(host: &str, insecure: bool) -> TlsConfig {
         .build()
 }
 
-/// A user's own directories, then the system's.
+/// Returns the user's own directories, then the system's.
 fn directories(host: &str) -> Vec<PathBuf> {
     let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
     let home = variable("HOME").map(PathBuf::from);
@@ -53,7 +53,8 @@ struct Found {
     own: Option<ClientCert>,
 }
 
-/// `*.crt` are authorities; `NAME.cert` with `NAME.key` is who to be.
+/// Reads a directory: `*.crt` are authorities, `NAME.cert` with `NAME.key` is a client
+/// certificate.
 fn look_into(directory: &Path) -> Found {
     let Ok(entries) = std::fs::read_dir(directory) else {
         return Found::default();

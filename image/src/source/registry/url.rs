@@ -1,13 +1,13 @@
-//! Where answers send us: locations relative to what was asked (RFC 3986
-//! section 5.2), and which hosts may see credentials.
+//! Addresses in answers: locations relative to the request (RFC 3986 section 5.2), and
+//! the comparison of origins, which decides about credentials.
 
 use ureq::http::Uri;
 
-/// Longest location that is followed, in bytes. Signed ones are long.
+/// Maximum length of a location in bytes. Signed locations are long.
 const MAX_LEN: usize = 16 << 10;
 
-/// What `location` means in an answer from `base`; `None` if it makes no sense
-/// or is of another protocol than HTTP.
+/// Resolves `location` in an answer from `base`. Returns `None` if it is invalid or its
+/// scheme is not HTTP.
 pub(super) fn join(base: &Uri, location: &str) -> Option<Uri> {
     if location.is_empty() || location.len() > MAX_LEN {
         return None;
@@ -29,7 +29,7 @@ pub(super) fn join(base: &Uri, location: &str) -> Option<Uri> {
     };
     let uri: Uri = text.parse().ok()?;
     let is_http = matches!(uri.scheme_str(), Some("http" | "https"));
-    // A user and a password in it would be somebody's to choose.
+    // User and password in a location are refused, because the server could choose them.
     let authority = uri.authority()?;
     let has_port = authority.as_str().len() > authority.host().len();
     let plain = !authority.as_str().contains('@')
@@ -38,7 +38,7 @@ pub(super) fn join(base: &Uri, location: &str) -> Option<Uri> {
     (is_http && plain).then_some(uri)
 }
 
-/// `scheme:` before anything else.
+/// Returns true if the text starts with `scheme:`.
 fn has_scheme(text: &str) -> bool {
     let Some((scheme, _)) = text.split_once(':') else {
         return false;
@@ -50,8 +50,8 @@ fn has_scheme(text: &str) -> bool {
         && bytes.all(|byte| byte.is_ascii_alphanumeric() || b"+-.".contains(&byte))
 }
 
-/// Whether both are of one host, port and protocol: what is said to one may be
-/// said to the other.
+/// Returns true if both have the same host, port and scheme, so that credentials for one
+/// may be sent to the other.
 pub(super) fn is_same_origin(one: &Uri, other: &Uri) -> bool {
     let parts = |uri: &Uri| {
         Some((
@@ -63,7 +63,7 @@ pub(super) fn is_same_origin(one: &Uri, other: &Uri) -> bool {
     parts(one).is_some_and(|one| Some(one) == parts(other))
 }
 
-/// The port, also where it is the protocol's own.
+/// Returns the port, or the default of the scheme.
 pub(super) fn port(uri: &Uri) -> Option<u16> {
     uri.port_u16().or(match uri.scheme_str()? {
         "https" => Some(443),
@@ -72,7 +72,7 @@ pub(super) fn port(uri: &Uri) -> Option<u16> {
     })
 }
 
-/// A query parameter more.
+/// Appends a query parameter.
 pub(super) fn with_query(uri: &Uri, name: &str, value: &str) -> String {
     let separator = match uri.query() {
         Some("") => "",
@@ -82,7 +82,7 @@ pub(super) fn with_query(uri: &Uri, name: &str, value: &str) -> String {
     format!("{uri}{separator}{name}={}", escape(value))
 }
 
-/// Percent-encoding of all but what needs none anywhere (RFC 3986 section 2.3).
+/// Percent-encodes all characters except the unreserved ones (RFC 3986 section 2.3).
 pub(super) fn escape(text: &str) -> String {
     use std::fmt::Write as _;
     text.bytes().fold(String::new(), |mut escaped, byte| {
@@ -91,7 +91,7 @@ pub(super) fn escape(text: &str) -> String {
                 escaped.push(char::from(byte));
             }
             byte => {
-                // Writing to a string does not fail.
+                // Writing to a string cannot fail.
                 let _ = write!(escaped, "%{byte:02X}");
             }
         }

@@ -1,4 +1,4 @@
-//! Where the storage is: what `containers-storage.conf(5)` and its defaults say.
+//! Location of the storage, by `containers-storage.conf(5)` and its defaults.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -10,15 +10,15 @@ const SYSTEM: [&str; 2] = [
     "/usr/share/containers/storage.conf",
 ];
 const SYSTEM_ROOT: &str = "/var/lib/containers/storage";
-/// Largest file read, in bytes.
+/// Maximum size of a file in bytes.
 const MAX_FILE: u64 = 1 << 20;
 
-/// Where to look, in this order.
+/// Paths of a storage.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Location {
-    /// The storage, and others that it may read from.
+    /// Directory of the storage, and those of additional read-only storages.
     pub(super) roots: Vec<PathBuf>,
-    /// The driver, if it is said; otherwise, whichever has images.
+    /// The driver, if configured; otherwise, the one that has images.
     pub(super) driver: Option<String>,
 }
 
@@ -46,10 +46,10 @@ struct Options {
 type Environment<'a> = &'a dyn Fn(&str) -> Option<OsString>;
 
 impl Location {
-    /// Of what is written between brackets: `[DRIVER@]ROOT[+RUN][:OPTIONS]`.
+    /// Parses the text between brackets: `[DRIVER@]ROOT[+RUN][:OPTIONS]`.
     ///
     /// # Errors
-    /// A sentence about what is wrong with it.
+    /// A sentence that describes the problem.
     pub(super) fn parse(text: &str) -> Result<Self, String> {
         let (driver, rest) = match text.split_once('@') {
             Some((driver, rest)) if !driver.contains('/') => (Some(driver.to_owned()), rest),
@@ -65,10 +65,10 @@ impl Location {
         })
     }
 
-    /// This user's own.
+    /// Finds this user's own storage.
     ///
     /// # Errors
-    /// A sentence about what is wrong with a configuration.
+    /// A sentence that describes a problem of the configuration.
     pub(super) fn find() -> Result<Self, String> {
         let uid = rustix::process::geteuid();
         let environment = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
@@ -89,7 +89,7 @@ impl Location {
         let mut paths = given.iter().chain(&own).chain(system);
         let path = paths.find(|path| path.exists());
         let table = path.map(|path| read(path)).transpose()?.unwrap_or_default();
-        // The system's root is not for everybody.
+        // The root in the system's configuration applies only to root.
         let is_own =
             path.is_some_and(|path| Some(path) == given.as_ref() || Some(path) == own.as_ref());
         let expand = |text: &str| {

@@ -1,16 +1,16 @@
-//! `containers-storage:`: images of Podman, Buildah and CRI-O, read where they
-//! are (the format of containers/storage, drivers `overlay` and `vfs`).
+//! `containers-storage:`: images of Podman, Buildah and CRI-O, read in place (the format
+//! of containers/storage, drivers `overlay` and `vfs`).
 //!
 //! ```text
-//! DRIVER-images/images.json       names, and which layer is the uppermost
+//! DRIVER-images/images.json       names, and the topmost layers
 //! DRIVER-images/ID/KEY            manifest, configuration
-//! DRIVER-layers/layers.json       which layer is on which
-//! DRIVER-layers/ID.tar-split.gz   how to get a layer's stream back
-//! overlay/ID/diff, vfs/dir/ID     its files
+//! DRIVER-layers/layers.json       parents of layers
+//! DRIVER-layers/ID.tar-split.gz   data to reconstruct a layer's stream
+//! overlay/ID/diff, vfs/dir/ID     the layer's files
 //! ```
 //!
-//! Nothing is written or locked: the files are replaced whole by whoever changes
-//! them, and what is read is checked against its digests.
+//! Nothing is written or locked: other programs replace these files atomically, and all
+//! data is checked against its digests.
 
 mod location;
 mod tar_split;
@@ -34,11 +34,11 @@ use crate::docker_reference::DockerReference;
 use crate::documents::{MAX_DOCUMENT, Named, Parts, check_platform, diff_ids, parse, resolve};
 use crate::platform::Platform;
 
-/// Drivers that are read.
+/// Supported drivers.
 const DRIVERS: [&str; 2] = ["overlay", "vfs"];
-/// Largest list of images or layers, in bytes.
+/// Maximum size of a list of images or layers in bytes.
 const MAX_LIST: u64 = 256 << 20;
-/// Digits that are an ID without saying so.
+/// Minimum number of digits of an ID without prefix.
 const SHORTEST_ID: usize = 6;
 
 #[derive(Clone, Debug, Deserialize)]
@@ -48,7 +48,7 @@ struct Image {
     digest: Option<String>,
     #[serde(default)]
     names: Option<Vec<String>>,
-    /// The uppermost layer; empty if there is none.
+    /// ID of the topmost layer; empty if there is none.
     #[serde(default)]
     layer: String,
 }
@@ -62,7 +62,7 @@ struct Layer {
     diff_digest: Option<String>,
 }
 
-/// One directory of images.
+/// A directory with images.
 #[derive(Clone, Debug)]
 struct Root {
     path: PathBuf,
@@ -75,7 +75,7 @@ pub(super) struct Storage {
     image: Image,
     /// All layers of all roots.
     layers: HashMap<String, (Root, Layer)>,
-    /// The reference, for people.
+    /// The reference, for messages.
     place: String,
 }
 
@@ -123,7 +123,7 @@ impl Storage {
         })
     }
 
-    /// The image's layers, lowest first.
+    /// Returns the image's layers, lowest first.
     fn chain(&self) -> Result<Vec<&(Root, Layer)>, Error> {
         let mut chain = Vec::new();
         let mut next = &self.image.layer;
@@ -164,7 +164,7 @@ impl Source for Storage {
             );
             return Err(Error::document("configuration", text));
         }
-        // What is not compressed comes out as it was, and can be passed on by its
+        // An uncompressed layer is reconstructed exactly, and can be exported with its
         // manifest. Compressed layers are not kept in a storage.
         let exact = parts.layers.iter().zip(&diff_ids);
         let exact = exact
@@ -219,7 +219,7 @@ impl Source for Storage {
 }
 
 impl Root {
-    /// `images` or `layers`.
+    /// Reads the list `images` or `layers`.
     fn list<T: serde::de::DeserializeOwned>(&self, what: &str) -> Result<Vec<T>, Error> {
         let path = self
             .path
@@ -232,12 +232,12 @@ impl Root {
         }
     }
 
-    /// A document of an image.
+    /// Reads a document of an image.
     fn big_data(&self, id: &str, key: &str, what: &str) -> Result<Vec<u8>, Error> {
         check_id(id)?;
         let name = file_name(key);
         if name.contains('/') {
-            return Err(Error::document(what, "its name makes no sense"));
+            return Err(Error::document(what, "its name is invalid"));
         }
         let path = self
             .path
@@ -247,7 +247,7 @@ impl Root {
         read_file(&path, MAX_DOCUMENT).map_err(Error::file("read", &path))
     }
 
-    /// The stream of a layer.
+    /// Opens the stream of a layer.
     fn stream(&self, id: &str) -> Result<TarSplit, Error> {
         check_id(id)?;
         let path = self
@@ -272,7 +272,7 @@ impl Root {
     }
 }
 
-/// An ID becomes part of a path.
+/// Checks an ID, which becomes part of a path.
 fn check_id(id: &str) -> Result<(), Error> {
     let is_id = !id.is_empty() && id.len() <= 64 && id.bytes().all(|b| b.is_ascii_hexdigit());
     match is_id {
@@ -281,7 +281,7 @@ fn check_id(id: &str) -> Result<(), Error> {
     }
 }
 
-/// The name of the file that has the value of a key.
+/// Returns the name of the file with the value of a key.
 fn file_name(key: &str) -> String {
     let is_plain = |byte: u8| byte == b'.' || byte.is_ascii_digit() || byte.is_ascii_lowercase();
     match key.bytes().all(is_plain) {
@@ -299,7 +299,7 @@ fn read_file(path: &Path, most: u64) -> io::Result<Vec<u8>> {
     }
 }
 
-/// The directories that there are, with their drivers.
+/// Returns the existing directories with their drivers.
 fn roots(location: &Location) -> Result<Vec<Root>, String> {
     let mut roots = Vec::new();
     for path in &location.roots {
@@ -336,8 +336,8 @@ fn roots(location: &Location) -> Result<Vec<Root>, String> {
     Ok(roots)
 }
 
-/// The image that a name means, as Podman has it: a short one is first that of an
-/// image made here (`localhost/`), then Docker's, then an ID.
+/// Finds an image by Podman's rules: a short name refers to a locally built image
+/// (`localhost/`), then to one of Docker's registry, then to an ID.
 fn find<'a>(images: &'a [Image], name: &str) -> Result<Option<&'a Image>, String> {
     let by_id = |digits: &str| {
         let mut matching = images.iter().filter(|image| image.id.starts_with(digits));
@@ -468,7 +468,7 @@ mod tests {
         fails("", &["is no ID"]);
         write(r#"[{"id": "aa", "names": ["localhost/app:latest"], "layer": "bb"}]"#);
         fails("", &["cannot read"]);
-        // Layers that are on each other.
+        // Layers whose parents form a cycle.
         let layers = root.join("vfs-layers");
         std::fs::create_dir(&layers).unwrap();
         let json = r#"[{"id": "bb", "parent": "cc"}, {"id": "cc", "parent": "bb"}]"#;

@@ -1,10 +1,10 @@
-//! A layer's tar stream, put together from what the tar-split format keeps of it
-//! and the files that it was unpacked to.
+//! Reconstruction of a layer's tar stream from tar-split data and the files that it was
+//! unpacked to.
 //!
-//! One JSON object on each line: bytes of the stream (headers and padding), or the
-//! name and size of a file whose contents come next. What comes out is checked
-//! against the layer's diff_id by whoever reads it; here it is only seen to that no
-//! file from outside the layer's directory gets into it.
+//! Each line is a JSON object: either bytes of the stream (headers and padding), or the
+//! name and size of a file whose contents follow. The reader checks the result against
+//! the layer's diff_id; this module ensures only that no file outside the layer's
+//! directory is read.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
@@ -15,12 +15,12 @@ use base64::engine::general_purpose::STANDARD;
 use flate2::read::MultiGzDecoder;
 use serde::Deserialize;
 
-/// Longest line, in bytes: the headers of one entry, with all that PAX has.
+/// Maximum length of a line in bytes: the headers of one entry, including PAX headers.
 const MAX_LINE: u64 = 4 << 20;
 
-/// Of entries: a file's contents.
+/// Type of an entry with a file's contents.
 const FILE: u64 = 1;
-/// Of entries: bytes of the stream.
+/// Type of an entry with bytes of the stream.
 const SEGMENT: u64 = 2;
 
 #[derive(Deserialize)]
@@ -37,9 +37,9 @@ struct Entry {
     position: u64,
 }
 
-/// What is being read.
+/// State of reading.
 enum Piece {
-    /// The next entry has to be looked at.
+    /// The next entry must be read.
     Between,
     Bytes(io::Cursor<Vec<u8>>),
     File {
@@ -48,7 +48,7 @@ enum Piece {
     },
 }
 
-/// The stream.
+/// The reconstructed stream.
 pub(super) struct TarSplit {
     entries: BufReader<MultiGzDecoder<BufReader<File>>>,
     /// The directory that the layer was unpacked to.
@@ -58,7 +58,8 @@ pub(super) struct TarSplit {
 }
 
 impl TarSplit {
-    /// From the entries in a file, compressed by gzip, and the layer's directory.
+    /// Creates the stream from a gzip-compressed file of entries and the layer's
+    /// directory.
     pub(super) fn new(entries: File, root: OwnedFd) -> Self {
         Self {
             entries: BufReader::new(MultiGzDecoder::new(BufReader::new(entries))),
@@ -68,7 +69,7 @@ impl TarSplit {
         }
     }
 
-    /// Takes the next entry; `false` if there is none.
+    /// Reads the next entry; `false` if there is none.
     fn next_entry(&mut self) -> io::Result<bool> {
         let mut line = Vec::new();
         let mut limited = (&mut self.entries).take(MAX_LINE);
@@ -117,8 +118,8 @@ fn wrong(reason: impl Into<String>) -> io::Error {
     io::Error::other(format!("its tar-split is damaged: {reason}"))
 }
 
-/// Opens a plain file below a directory, whatever symbolic links there are on the
-/// way: in a layer, a directory may be a link that others are behind.
+/// Opens a regular file below a directory. Symbolic links are followed within the
+/// directory, because upper layers may have replaced a directory of the path by a link.
 #[cfg(target_os = "linux")]
 fn open_below(root: &OwnedFd, name: &[u8]) -> io::Result<File> {
     use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, fstat, openat2};
@@ -143,7 +144,7 @@ fn open_below(root: &OwnedFd, name: &[u8]) -> io::Result<File> {
             _ => Err(io::Error::other("it is no plain file")),
         }
     };
-    // Looked at first: opening a device can do something.
+    // The type is checked first, because opening a device can have side effects.
     open(OFlags::PATH).map_err(failed)?;
     let file = open(OFlags::RDONLY | OFlags::NONBLOCK).map_err(failed)?;
     Ok(File::from(file))
@@ -280,7 +281,7 @@ mod tests {
         fails("nonsense\n", "damaged");
         let endless = format!("{{\"type\": 2, \"payload\": \"{}", "A".repeat(5 << 20));
         fails(&endless, "too long");
-        // Not compressed.
+        // A file that is not compressed.
         let plain = directory.path().join("a");
         let root = OwnedFd::from(File::open(directory.path()).unwrap());
         let mut stream = TarSplit::new(File::open(plain).unwrap(), root);

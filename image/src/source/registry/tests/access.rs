@@ -1,4 +1,4 @@
-//! Tokens, passwords and redirections.
+//! Tests of tokens, passwords and redirections.
 
 use super::super::http::{Ask, Http, Trouble};
 use super::super::proxy::Proxies;
@@ -20,7 +20,7 @@ fn a_token_is_got_and_got_again() {
             valid += 1;
             return ok(format!("{{\"token\": \"t{valid}\"}}").as_bytes());
         }
-        // The first token expires before the layer is asked for.
+        // The first token expires before the layer is requested.
         let is_layer = request.path.contains("/blobs/") && valid == 1;
         let given = request.headers.get("authorization").cloned();
         if is_layer || given != Some(format!("Bearer t{valid}")) {
@@ -49,7 +49,7 @@ fn an_image_that_is_not_ours_says_how_to_log_in() {
         let challenge = "Negotiate".to_owned();
         Answer::Say(401, vec![("WWW-Authenticate", challenge)], Vec::new())
     });
-    fixture.fails(&["does not know"]);
+    fixture.fails(&["unsupported authentication"]);
 }
 
 #[test]
@@ -88,7 +88,7 @@ fn a_redirect_is_followed_without_the_token() {
     let blobs = elsewhere.requests();
     let blobs = blobs.iter().filter(|r| r.path.contains("/blobs/"));
     assert_eq!(blobs.count(), 2);
-    // Round and round is given up.
+    // A redirection loop is an error.
     let endless = registry(|request, content| {
         let location = format!("http://{}{}x", content.address, request.path);
         Answer::Say(307, vec![("Location", location)], Vec::new())
@@ -159,7 +159,8 @@ fn a_registrys_own_words_are_told() {
     fixture.fails(&["refuses access", "not for you  [31m"]);
 }
 
-/// A server that speaks TLS and answers one request, and a client that trusts it.
+/// Starts a server that speaks TLS and answers one request, and creates a client that
+/// trusts it.
 fn with_tls(answer: &'static str) -> (String, Http) {
     use std::io::{Read as _, Write as _};
 
@@ -180,7 +181,7 @@ fn with_tls(answer: &'static str) -> (String, Http) {
         let session = rustls::ServerConnection::new(std::sync::Arc::new(config)).unwrap();
         let mut stream = rustls::StreamOwned::new(session, stream);
         let mut request = [0; 4096];
-        // Whether the client likes it is the client's affair.
+        // The client may close the connection early.
         let _ = stream.read(&mut request);
         let _ = stream.write_all(answer.as_bytes());
         let _ = stream.flush();
@@ -217,7 +218,7 @@ fn nobody_is_led_from_tls_to_none() {
 
 #[test]
 fn credentials_are_not_sent_where_anybody_listens() {
-    // The registry speaks TLS; the place for tokens that it names does not.
+    // The registry uses TLS; the token server that it names does not.
     let answer = "HTTP/1.1 401 No\r\nContent-Length: 0\r\n\
                   WWW-Authenticate: Bearer realm=\"http://127.0.0.1:1/token\"\r\n\r\n";
     let (address, http) = with_tls(answer);

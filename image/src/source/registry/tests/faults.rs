@@ -1,4 +1,4 @@
-//! What goes wrong on the way.
+//! Tests of connection failures and invalid answers.
 
 use super::server::{Answer, Heard, ok, registry, status};
 use crate::digest::Digest;
@@ -103,7 +103,7 @@ fn wrong_contents_are_refused() {
 
 #[test]
 fn lengths_that_lie_are_found_out() {
-    // Longer than the manifest says.
+    // The answer is longer than the manifest permits.
     let fixture = registry(|request, content| match content.honest(request) {
         Answer::Say(status, headers, mut body) if body.len() > 100_000 => {
             body.extend(vec![0; 4 << 20]);
@@ -112,7 +112,7 @@ fn lengths_that_lie_are_found_out() {
         other => other,
     });
     fixture.fails(&["announces", "337587"]);
-    // A manifest without end.
+    // An endless manifest.
     let fixture = registry(
         |request, content| match request.path.contains("/manifests/") {
             true => ok(&vec![b' '; 9 << 20]),
@@ -133,7 +133,7 @@ fn lengths_that_lie_are_found_out() {
 fn connections_cut_anywhere_are_put_together() {
     let mut random = 1_u64;
     let mut next = move |below: usize| {
-        // Any sequence will do, as long as it is the same each time.
+        // The sequence is arbitrary, but reproducible.
         random = random
             .wrapping_mul(6_364_136_223_846_793_005)
             .wrapping_add(1);
@@ -162,9 +162,9 @@ fn connections_cut_anywhere_are_put_together() {
 #[test]
 fn parts_that_do_not_fit_are_not_put_together() {
     let wrong: [fn(usize, usize) -> String; 4] = [
-        // It leaves out a byte.
+        // The range omits a byte.
         |from, len| format!("bytes {}-{}/{len}", from + 1, len - 1),
-        // Another blob's.
+        // The range belongs to another blob.
         |from, len| format!("bytes {from}-{len}/{}", len + 1),
         |_, len| format!("bytes */{len}"),
         |_, _| "nonsense".to_owned(),
@@ -276,7 +276,7 @@ fn a_registry_that_asks_for_too_long_is_not_waited_for() {
             ),
             _ => content.honest(request),
         });
-        fixture.fails(&["429", "pull rate limit  reached", "left alone for"]);
+        fixture.fails(&["429", "pull rate limit  reached", "a pause of"]);
         let blobs = fixture.requests();
         assert_eq!(
             blobs.iter().filter(|r| r.path.contains("/blobs/")).count(),
@@ -299,7 +299,7 @@ fn giving_up_ends_reads_and_waits() {
     });
     for fixture in [silent, busy] {
         let heard = Heard::default();
-        // Configuration, then layer: it is read, or waited for.
+        // The second request is for the layer, after the configuration.
         let reached = || {
             let blobs = fixture.requests();
             blobs.iter().filter(|r| r.path.contains("/blobs/")).count() == 2
@@ -311,14 +311,15 @@ fn giving_up_ends_reads_and_waits() {
             }
             heard.cancel.cancel();
             let error = reading.join().unwrap().unwrap_err().to_string();
-            assert!(error.contains("given up"), "{error}");
+            assert!(error.contains("cancelled"), "{error}");
         });
     }
 }
 
 #[test]
 fn wrong_lengths_in_the_protocol_are_survived() {
-    // Shorter than what is sent: a cut, to the reader; and it stays so.
+    // Content-Length is too short, which the reader sees as a truncation on every
+    // attempt.
     let fixture = registry(|request, content| match content.honest(request) {
         Answer::Say(status, mut headers, body) if body.len() > 100_000 => {
             headers.push(("Content-Length", "1000".to_owned()));
@@ -327,7 +328,7 @@ fn wrong_lengths_in_the_protocol_are_survived() {
         other => other,
     });
     fixture.fails(&["announces 1000 bytes"]);
-    // Without any, the end of the connection is the end.
+    // Without Content-Length, the body ends with the connection.
     let fixture = registry(|request, content| match content.honest(request) {
         Answer::Say(status, mut headers, body) if body.len() > 100_000 => {
             headers.push(("Content-Length", String::new()));

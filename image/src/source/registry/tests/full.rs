@@ -1,4 +1,4 @@
-//! A disk that gets full while a layer is kept as it comes, besides what is made of it.
+//! Tests of a disk that becomes full while a layer is stored and converted.
 
 use std::fs::{self, File};
 use std::io::Write as _;
@@ -10,15 +10,15 @@ use crate::store::Store;
 
 const OWN: &str = "SM_TEST_OWN_DISK";
 
-/// Runs the test again, with a tmpfs for temporary directories. Says whether this is
-/// there.
+/// Runs the test again in a child process, with a small tmpfs for temporary directories.
+/// Returns true in the child.
 fn on_small_disk(name: &str, size: &str) -> bool {
     if std::env::var_os(OWN).is_some() {
         return true;
     }
     let at = tempfile::tempdir().unwrap();
     let mut command = Command::new("unshare");
-    // Users other than root may mount in a user namespace.
+    // Other users than root can mount in a user namespace.
     if !rustix::process::geteuid().is_root() {
         command.args(["--user", "--map-root-user"]);
     }
@@ -39,14 +39,14 @@ fn on_small_disk(name: &str, size: &str) -> bool {
     false
 }
 
-/// The sizes that a manifest claims are checked before any layer is asked for.
+/// The sizes in a manifest are checked before any layer is requested.
 #[test]
 fn a_layer_of_which_too_much_is_said_is_not_asked_for() {
     if !on_small_disk("a_layer_of_which_too_much_is_said_is_not_asked_for", "4m") {
         return;
     }
-    // More than there is room for, more than a layer may have, and all that a number
-    // can say.
+    // A size beyond the free space, one beyond the limit of layers, and the maximum of
+    // the number type.
     for (claimed, words) in [
         (100 << 20, "the image's layers have 104857600 bytes"),
         (1 << 50, "it has more than"),
@@ -88,7 +88,7 @@ fn wherever_the_disk_gets_full_a_pull_says_so() {
         let Err(error) = fixture.pull() else {
             break;
         };
-        // By what the manifest says, or by what came of trying.
+        // The error comes from the check of the manifest's sizes, or from a failed write.
         let cause = match error {
             crate::Error::Space { .. } => 0,
             _ => 1,

@@ -1,4 +1,4 @@
-//! Mirrors, which stand in for a registry and each other.
+//! Tests of mirrors, which replace a registry and each other.
 
 use super::server::{Answer, Heard, registry, status};
 
@@ -20,7 +20,7 @@ fn mirrors_that_are_of_no_use_are_passed_over() {
     let own = registry(|request, content| content.honest(request));
     let gone = {
         let mut gone = registry(|_, _| status(404));
-        // Nobody listens there.
+        // No server listens on this port.
         gone.address = "127.0.0.1:1".to_owned();
         gone
     };
@@ -48,7 +48,7 @@ fn the_registrys_own_answer_is_told() {
 
 #[test]
 fn a_layer_goes_on_elsewhere() {
-    // It has the image, and never more than a part of the layer.
+    // The mirror has the image, but never more than a part of the layer.
     let mirror = registry(|request, content| match content.honest(request) {
         Answer::Say(200, headers, body) if body.len() > 100_000 => {
             Answer::Cut(200, headers, body, 70_000)
@@ -67,5 +67,5 @@ fn a_layer_goes_on_elsewhere() {
         .filter_map(|r| r.headers.get("range"))
         .collect();
     assert_eq!(ranges, ["bytes=70000-"]);
-    assert!(heard.said()[0].contains("going on elsewhere"));
+    assert!(heard.said()[0].contains("continuing at another location"));
 }

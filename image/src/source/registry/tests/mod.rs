@@ -1,4 +1,4 @@
-//! Against registries in this process.
+//! Tests with registries in this process.
 
 mod access;
 mod faults;
@@ -26,7 +26,7 @@ fn an_image_is_pulled_once_and_then_at_hand() {
         named[0].reference.ends_with("/team/app:latest"),
         "{named:?}"
     );
-    // A pull asks, and finds that it has everything.
+    // A pull requests the manifest, and finds that the store is complete.
     let reference = Reference::parse(&fixture.reference).unwrap();
     store
         .pull(&reference, &crate::PullOptions::default())

@@ -1,4 +1,5 @@
-//! Whose answers count: those of the registry, and of nobody that it sends us to.
+//! Tests of demands in answers: those of the registry are met, those of hosts it
+//! redirects to are not.
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpListener;
@@ -10,7 +11,7 @@ use super::server::{Answer, Fixture, Heard, Request, ok, registry, status};
 use crate::DockerReference;
 use crate::digest::Digest;
 
-/// A registry that wants a token and sends whoever asks for blobs to `other`.
+/// Starts a registry that requires a token and redirects requests for blobs to `other`.
 fn redirecting(other: &Fixture) -> Fixture {
     let other = other.address.replace("127.0.0.1", "localhost");
     registry(move |request, content| {
@@ -43,7 +44,10 @@ fn a_challenge_at_the_end_of_a_redirect_is_not_taken_up() {
         });
         let own = redirecting(&thief);
         let error = own.pull().unwrap_err().to_string();
-        assert!(error.contains("localhost, where it sends us"), "{error}");
+        assert!(
+            error.contains("localhost, to which it redirects"),
+            "{error}"
+        );
         assert!(!error.contains("evil"), "{error}");
         assert!(!error.contains("login"), "{error}");
         let asked: Vec<Request> = thief.requests();
@@ -55,7 +59,7 @@ fn a_challenge_at_the_end_of_a_redirect_is_not_taken_up() {
 
 #[test]
 fn a_pause_is_the_registrys_to_ask_for() {
-    // It would be far too long to be waited for.
+    // The requested pause would exceed the maximum.
     let mut troubles = 1;
     let elsewhere = registry(move |request, content| {
         if troubles > 0 {
@@ -75,7 +79,10 @@ fn a_pause_is_the_registrys_to_ask_for() {
         Answer::Say(410, Vec::new(), body.to_vec())
     });
     let error = redirecting(&broken).pull().unwrap_err().to_string();
-    assert!(error.contains("localhost, where it sends us"), "{error}");
+    assert!(
+        error.contains("localhost, to which it redirects"),
+        "{error}"
+    );
     assert!(!error.contains("from elsewhere"), "{error}");
 }
 
@@ -91,7 +98,7 @@ fn tokens_come_from_the_server_that_the_registry_names() {
         let challenge = format!("Bearer realm=\"http://{}/token\"", content.address);
         Answer::Say(401, vec![("WWW-Authenticate", challenge)], Vec::new())
     });
-    own.fails(&["token server sends us to localhost"]);
+    own.fails(&["token server redirects to localhost"]);
     assert!(
         !own.requests()
             .iter()
@@ -99,7 +106,7 @@ fn tokens_come_from_the_server_that_the_registry_names() {
     );
 }
 
-/// Pushes a blob to a registry whose uploads go on at `other`.
+/// Pushes a blob to a registry whose uploads continue at `other`.
 fn push_through(other: &Fixture) -> (Fixture, String) {
     let place = other.address.replace("127.0.0.1", "localhost");
     let own = registry(move |request, content| {
@@ -140,13 +147,16 @@ fn an_upload_place_elsewhere_gets_no_credentials_whatever_it_answers() {
         Answer::Say(401, vec![("WWW-Authenticate", challenge)], Vec::new())
     });
     let (_, error) = push_through(&thief);
-    assert!(error.contains("localhost, where it sends us"), "{error}");
+    assert!(
+        error.contains("localhost, to which it redirects"),
+        "{error}"
+    );
     assert_eq!(thief.requests().len(), 1, "{:?}", thief.requests());
 }
 
 #[test]
 fn an_upload_place_elsewhere_sends_us_nowhere_else() {
-    // A request at the registry, with credentials, of somebody else's choice.
+    // The address is one of the registry, chosen by another host.
     let target = Arc::new(std::sync::Mutex::new(String::new()));
     let named = Arc::clone(&target);
     let clever = registry(move |_, _| {
@@ -155,12 +165,12 @@ fn an_upload_place_elsewhere_sends_us_nowhere_else() {
     });
     *target.lock().unwrap() = "127.0.0.1:9".to_owned();
     let (own, error) = push_through(&clever);
-    assert!(error.contains("goes on elsewhere"), "{error}");
+    assert!(error.contains("at another host"), "{error}");
     assert!(!own.requests().iter().any(|request| request.method == "PUT"));
 }
 
-/// A port at which each connection is met by `answer`; returns it, and how many
-/// connections there were.
+/// Starts a server that sends `answer` on each connection. Returns its address and the
+/// number of plain HTTP connections.
 fn port(answer: Option<&'static [u8]>) -> (String, Arc<AtomicUsize>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap().to_string();
@@ -171,7 +181,7 @@ fn port(answer: Option<&'static [u8]>) -> (String, Arc<AtomicUsize>) {
             let mut stream = stream.unwrap();
             let mut greeting = [0; 4096];
             let length = stream.read(&mut greeting).unwrap_or(0);
-            // HTTP without TLS begins with its method.
+            // HTTP without TLS starts with the method.
             if greeting.starts_with(b"GET ") {
                 counted.fetch_add(1, Ordering::Relaxed);
             }
@@ -179,7 +189,7 @@ fn port(answer: Option<&'static [u8]>) -> (String, Arc<AtomicUsize>) {
             if let Some(answer) = answer {
                 let _ = stream.write_all(answer);
             }
-            // Without an answer the connection just ends.
+            // Without an answer the connection is closed.
         }
     });
     (address, count)
@@ -202,12 +212,12 @@ fn ask(address: &str) -> String {
 
 #[test]
 fn only_who_does_not_speak_tls_is_talked_to_without() {
-    // What Go's server says to a TLS greeting.
+    // The answer of Go's server to a TLS greeting.
     let refused = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
     let (plain, count) = port(Some(refused));
     ask(&plain);
     assert!(count.load(Ordering::Relaxed) > 0);
-    // A TLS alert (handshake_failure), and a connection that just ends.
+    // A TLS alert (handshake_failure), and a closed connection.
     for answer in [Some(&b"\x15\x03\x03\x00\x02\x02\x28"[..]), None] {
         let (address, count) = port(answer);
         let said = ask(&address);

@@ -1,4 +1,4 @@
-//! Bringing images into a registry.
+//! Tests of pushing images to a registry.
 
 use std::collections::BTreeMap;
 use std::io::{self, Read};
@@ -9,7 +9,7 @@ use super::server::{Answer, Heard, Request, registry, status};
 use crate::digest::Digest;
 use crate::{DockerReference, Error};
 
-/// What a registry was brought.
+/// Contents of the fake registry after a push.
 #[derive(Default)]
 struct Brought {
     blobs: BTreeMap<String, Vec<u8>>,
@@ -18,7 +18,7 @@ struct Brought {
 }
 
 impl Brought {
-    /// What an honest registry does with a request to bring something.
+    /// Answers a push request like a correct registry.
     fn take(&mut self, request: &Request) -> Answer {
         let path = request.path.split('?').next().unwrap();
         let query = request.path.split_once('?').map_or("", |(_, query)| query);

@@ -1,4 +1,4 @@
-//! A registry in this process that does as each test likes.
+//! A registry in this process whose behaviour each test determines.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
@@ -25,13 +25,13 @@ pub(super) struct Request {
     pub(super) body: Vec<u8>,
 }
 
-/// What the registry does with a request.
+/// Answer of the registry to a request.
 pub(super) enum Answer {
     Say(u16, Vec<(&'static str, String)>, Vec<u8>),
-    /// Says that there are so many bytes, sends fewer, and hangs up.
+    /// Announces the full length, sends fewer bytes, and closes the connection.
     Cut(u16, Vec<(&'static str, String)>, Vec<u8>, usize),
     HangUp,
-    /// Says nothing until the client has gone.
+    /// Sends nothing until the client has disconnected.
     Silence,
 }
 
@@ -45,7 +45,7 @@ pub(super) fn status(status: u16) -> Answer {
 
 type Behaviour = Mutex<dyn FnMut(&Request, &Content) -> Answer + Send>;
 
-/// An image, by the names of its parts.
+/// The parts of an image, by their names.
 pub(super) struct Content {
     pub(super) manifest: Vec<u8>,
     pub(super) blobs: BTreeMap<String, Vec<u8>>,
@@ -53,7 +53,7 @@ pub(super) struct Content {
 }
 
 impl Content {
-    /// What an honest registry says.
+    /// Returns the answer of a correct registry.
     pub(super) fn honest(&self, request: &Request) -> Answer {
         let path = &request.path;
         let name = path.rsplit('/').next().unwrap_or_default();
@@ -97,7 +97,7 @@ pub(super) fn registry(
 ) -> Fixture {
     let directory = tempfile::tempdir().unwrap();
     let layout = directory.path().join("layout");
-    // What does not compress.
+    // Incompressible data.
     let noise: Vec<u8> = (0..10_000_u32)
         .flat_map(|n| *Digest::of(&n.to_le_bytes()).bytes())
         .collect();
@@ -142,8 +142,8 @@ pub(super) fn registry(
 fn serve(stream: &TcpStream, log: &Mutex<Vec<Request>>, behaviour: &Behaviour, content: &Content) {
     let mut reader = BufReader::new(stream);
     let mut line = String::new();
-    // TLS is not spoken here: a client hello is no line, and is answered as real
-    // servers do.
+    // The server does not support TLS. A client hello is not an HTTP request and is
+    // answered like real servers do.
     if reader.read_line(&mut line).is_err() || !line.starts_with(['G', 'H', 'P']) {
         let _ = (&mut &*stream).write_all(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n");
         let _ = stream.shutdown(Shutdown::Both);
@@ -164,7 +164,7 @@ fn serve(stream: &TcpStream, log: &Mutex<Vec<Request>>, behaviour: &Behaviour, c
     let length = headers.get("content-length");
     let length: u64 = length.map_or(0, |length| length.parse().unwrap());
     let mut body = Vec::new();
-    // A client that breaks off is one of the things to be tested.
+    // Some tests close the connection early.
     let _ = reader.take(length).read_to_end(&mut body);
     let request = Request {
         method,
@@ -200,14 +200,14 @@ fn serve(stream: &TcpStream, log: &Mutex<Vec<Request>>, behaviour: &Behaviour, c
         head.push_str(&format!("{name}: {value}\r\n"));
     }
     let mut stream = stream;
-    // A client that has heard enough is no matter.
+    // The client may have closed the connection.
     let _ = stream.write_all(format!("{head}\r\n").as_bytes());
     if request.method != "HEAD" {
         let _ = stream.write_all(&body[..sent]);
     }
 }
 
-/// What was said to whoever waits.
+/// Records the notices of a session.
 #[derive(Default)]
 pub(super) struct Heard {
     pub(super) cancel: Cancel,
@@ -236,7 +236,7 @@ impl Fixture {
         Ok(image.segments.iter().map(|segment| segment.len).sum())
     }
 
-    /// Where it is.
+    /// Returns the location of the repository.
     pub(super) fn place(&self) -> Place {
         Place {
             registry: self.address.clone(),
@@ -246,7 +246,7 @@ impl Fixture {
         }
     }
 
-    /// Reads all layers with this registry behind others.
+    /// Reads all layers through mirrors in front of this registry.
     pub(super) fn read_through(
         &self,
         mirrors: &[&Self],
@@ -273,7 +273,7 @@ impl Fixture {
         self.seen.lock().unwrap().clone()
     }
 
-    /// Nothing of a failed pull is listed or in the way.
+    /// Asserts that a pull fails with these words and leaves nothing behind.
     #[track_caller]
     pub(super) fn fails(&self, words: &[&str]) {
         let error = self.pull().unwrap_err();
