@@ -12,16 +12,21 @@
 //! | links and paths in documents lead to files and headings that are there | none |
 //! | `README.md` has at most 150 lines | none |
 //! | commands of cargo in documents exist | blocks marked `unchecked: REASON` |
+//! | at most 0.5 % of a crate's comment lines open with a question word | `xtask/tidy/openings.txt` has counts |
+//! | comments are without the words that CONTRIBUTING.md replaces | `xtask/tidy/words.txt` has counts |
+//! | titles of commits are `component: ...`, at most 72 characters | none |
 //!
 //! Lists of exceptions only shrink: an entry that is no longer needed is an error, too.
 
 mod commands;
+mod commits;
 mod crates;
 mod links;
 mod modules;
 mod packages;
 mod pointers;
 mod sources;
+mod words;
 
 use std::fs;
 use std::path::Path;
@@ -66,6 +71,12 @@ pub(crate) fn run() -> Result<()> {
         &list("long-files.txt")?,
     ));
     faults.extend(pointers::outside(&files));
+    faults.extend(words::check(
+        &files,
+        &list("openings.txt")?,
+        &list("words.txt")?,
+    )?);
+    faults.extend(commits::check(&root));
     faults.extend(in_documents(&files, &metadata)?);
     report(&faults)
 }
