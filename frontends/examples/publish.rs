@@ -1,9 +1,8 @@
-//! The frontends in a VMM that is not this project's: a vsock device, its driver, and
-//! listeners on top of it.
+//! The frontends in a VMM of another project: a vsock device, its driver, and listeners.
 //!
-//! The guest is a model of a driver in this process, so that this runs anywhere; a
-//! VMM puts the device on its own transport instead (`VirtioDevice` of
-//! `sm-virtio`). `cargo run -p sm-frontends --example publish`
+//! The guest is a model of a driver in this process, so that the example runs anywhere; a
+//! VMM puts the device on its own transport instead (`VirtioDevice` of `sm-virtio`).
+//! `cargo run -p sm-frontends --example publish`
 #![allow(
     clippy::unwrap_used,
     reason = "an example stops at what it cannot do; mind this in a program"
@@ -20,18 +19,18 @@ use sm_devices_vsock::testing::{Guest, REQUEST, RESPONSE, RST, RW, SHUTDOWN};
 use sm_event_loop::EventLoop;
 use sm_frontends::{HybridFrontend, Limit, Target, TcpFrontend};
 
-/// The guest's vsock port that answers.
+/// The vsock port of the guest's server.
 const PORT: u32 = 5000;
 
 fn main() {
-    // The device, and a handle to open connections to its guest with. A VMM of its
-    // own calls `Vsock::new` here.
+    // The device, and a handle that opens connections to its guest. A VMM calls
+    // `Vsock::new` here.
     let guest = Guest::new(VsockConfig::default());
     let muxer = guest.muxer.clone();
     std::thread::spawn(move || answer_in_capitals(guest));
 
-    // All frontends share an event loop, which may be the devices' own, and the
-    // descriptors that they may use.
+    // All frontends share an event loop, which may be that of the devices, and a limit of
+    // descriptors.
     let event_loop = EventLoop::spawn("frontends").unwrap();
     let limit = Limit::new(1000);
     let tcp = TcpFrontend::new((Ipv4Addr::LOCALHOST, 0).into(), Target::Vsock(PORT))
@@ -53,7 +52,7 @@ fn main() {
     client.read_to_string(&mut answer).unwrap();
     println!("{}: {answer}", tcp.local_address());
 
-    // And one that speaks Firecracker's protocol.
+    // A client of Firecracker's protocol.
     let mut client = UnixStream::connect(&path).unwrap();
     write!(client, "CONNECT {PORT}\nhello by vsock").unwrap();
     client.shutdown(Shutdown::Write).unwrap();
@@ -61,13 +60,13 @@ fn main() {
     client.read_to_string(&mut answer).unwrap();
     println!("{}: {answer:?}", hybrid.local_address());
 
-    // No more clients; those that are there have a second to finish.
+    // Stop accepting; open connections have a second to finish.
     println!("{:?}", tcp.stats());
     let cut = tcp.stop(Duration::from_secs(1)) + hybrid.stop(Duration::from_secs(1));
     println!("{cut} connections were cut");
 }
 
-/// What runs in the guest: sends back what it gets, in capitals.
+/// The server in the guest: sends back what it receives, in capitals.
 fn answer_in_capitals(mut guest: Guest) {
     let mut taken: HashMap<u32, u32> = HashMap::new();
     loop {

@@ -1,20 +1,20 @@
-//! Where a frontend listens.
+//! Addresses on which frontends listen.
 
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-/// Where a frontend listens.
+/// The address on which a frontend listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LocalAddress {
-    /// A TCP port, as the system has chosen it if it was asked to.
+    /// A TCP address; the port is the one that the system chose if 0 was asked for.
     Tcp(SocketAddr),
     /// The path of a unix socket.
     Unix(PathBuf),
 }
 
 impl LocalAddress {
-    /// The TCP address, if it is one.
+    /// Returns the TCP address, if it is one.
     #[must_use]
     pub fn tcp(&self) -> Option<SocketAddr> {
         match self {
@@ -23,7 +23,7 @@ impl LocalAddress {
         }
     }
 
-    /// The path, if it is a unix socket.
+    /// Returns the path, if it is a unix socket.
     #[must_use]
     pub fn path(&self) -> Option<&Path> {
         match self {

@@ -1,4 +1,4 @@
-//! Why a frontend does not listen.
+//! Errors of starting a frontend.
 
 use std::io;
 use std::net::SocketAddr;
@@ -6,31 +6,31 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
-/// Why a frontend cannot be started. Names frontend, endpoint and cause.
+/// An error of starting a frontend: names the frontend, the endpoint and the cause.
 #[derive(Debug, Error)]
 pub enum Error {
-    /// Another process listens there.
-    #[error("the {frontend} frontend cannot listen on \"{}\": another process does", path.display())]
+    /// Another process listens on the socket.
+    #[error("the {frontend} frontend cannot listen on \"{}\": another process listens there", path.display())]
     InUse {
         /// Kind of frontend.
         frontend: &'static str,
         /// The socket.
         path: PathBuf,
     },
-    /// Something else than a socket is there.
+    /// The path exists and is not a socket.
     #[error(
-        "the {frontend} frontend cannot listen on \"{}\": there is something that is not a socket",
+        "the {frontend} frontend cannot listen on \"{}\": it exists and is not a socket",
         path.display()
     )]
     NotASocket {
         /// Kind of frontend.
         frontend: &'static str,
-        /// What is there.
+        /// The path of the other file.
         path: PathBuf,
     },
-    /// A socket of another user is there.
+    /// The path is a socket of another user.
     #[error(
-        "the {frontend} frontend cannot listen on \"{}\": there is a socket of another user",
+        "the {frontend} frontend cannot listen on \"{}\": it is a socket of another user",
         path.display()
     )]
     OtherUsers {
@@ -39,16 +39,16 @@ pub enum Error {
         /// The socket.
         path: PathBuf,
     },
-    /// The system refused.
+    /// A system call on the socket failed.
     #[error("the {frontend} frontend cannot {operation} \"{}\"", path.display())]
     Io {
         /// Kind of frontend.
         frontend: &'static str,
-        /// What was tried.
+        /// The operation that failed.
         operation: &'static str,
         /// The socket.
         path: PathBuf,
-        /// The system's answer.
+        /// The error of the system call.
         #[source]
         source: io::Error,
     },
@@ -60,35 +60,35 @@ pub enum Error {
         /// The address asked for.
         address: SocketAddr,
     },
-    /// The system refused a TCP socket.
+    /// A system call on a TCP socket failed.
     #[error("the {frontend} frontend cannot {operation} {address}")]
     Tcp {
         /// Kind of frontend.
         frontend: &'static str,
-        /// What was tried.
+        /// The operation that failed.
         operation: &'static str,
         /// The address asked for.
         address: SocketAddr,
-        /// The system's answer.
+        /// The error of the system call.
         #[source]
         source: io::Error,
     },
-    /// What the TLS frontend was to show its clients is of no use.
+    /// The certificate or key of the TLS frontend cannot be used.
     #[cfg(feature = "tls")]
     #[error("the tls frontend cannot {operation} \"{}\": {reason}", path.display())]
     Identity {
-        /// What was tried.
+        /// The operation that failed.
         operation: &'static str,
         /// The file.
         path: PathBuf,
-        /// Why not.
+        /// The cause.
         reason: String,
     },
-    /// No certificate could be made.
+    /// No self-signed certificate could be created.
     #[cfg(feature = "tls")]
-    #[error("the tls frontend cannot sign a certificate of its own: {reason}")]
+    #[error("the tls frontend cannot create a self-signed certificate: {reason}")]
     SelfSigned {
-        /// Why not.
+        /// The cause.
         reason: String,
     },
 }

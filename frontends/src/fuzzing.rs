@@ -1,15 +1,15 @@
-//! What clients send, for fuzz targets: not part of the interface.
+//! Parsers of client input for fuzz targets; not part of the public interface.
 
 use std::os::fd::{AsFd, OwnedFd};
 
 use crate::handoff::parcel::Parcel;
 use crate::hybrid::line::{self, Line};
 
-/// Reads a request line of the hybrid protocol: the port, and how long the line is.
-/// `None` if more bytes may make it one.
+/// Reads a request line of the hybrid protocol: returns the port and the length of the
+/// line in bytes, or `None` if the line is incomplete.
 ///
 /// # Errors
-/// It is no request, whatever follows.
+/// The bytes are no prefix of a request.
 pub fn hybrid_line(bytes: &[u8]) -> Result<Option<(u32, usize)>, ()> {
     match line::read(bytes) {
         Line::Part => Ok(None),
@@ -18,7 +18,7 @@ pub fn hybrid_line(bytes: &[u8]) -> Result<Option<(u32, usize)>, ()> {
     }
 }
 
-/// A router's connection, read handoff by handoff.
+/// Reads one handoff after the other from a router's connection.
 #[derive(Debug, Default)]
 pub struct HandoffReader(Parcel);
 
@@ -26,8 +26,7 @@ impl HandoffReader {
     /// Reads from a router until a handoff is complete.
     ///
     /// # Errors
-    /// As for a connection of a router; `WouldBlock` is the only one after which it
-    /// goes on.
+    /// As for a router's connection; only after `WouldBlock` can it be called again.
     pub fn read_from(&mut self, router: impl AsFd) -> std::io::Result<(OwnedFd, Vec<u8>)> {
         while !self.0.read_from(&router)? {}
         std::mem::take(&mut self.0).open()

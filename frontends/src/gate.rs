@@ -1,8 +1,8 @@
-//! How connections come in: a listener on the event loop that takes no more than
-//! there is room for.
+//! A listener on the event loop that accepts no more connections than the descriptor
+//! limit allows.
 //!
-//! What there is no room for waits in the kernel's backlog and is taken as soon as
-//! something else ends; nobody is hung up on for it.
+//! Other connections wait in the kernel's backlog and are accepted when descriptors are
+//! released; none of them is closed for lack of descriptors.
 
 #[cfg(test)]
 mod tests;
@@ -29,30 +29,30 @@ const BATCH: usize = 64;
 /// Connections that may wait to be accepted, as far as the system allows.
 pub(crate) const BACKLOG: i32 = 4096;
 
-/// Rounds of [`Gate::accept`] before a listener is closed: as many connections as can
-/// have waited then. Others come as fast as they are taken, perhaps without end.
+/// Rounds of [`Gate::accept`] before a listener is closed: enough for a full backlog.
+/// Without a bound, clients that connect as fast as they are accepted would keep it open.
 pub(crate) const CLOSING_ROUNDS: usize = BACKLOG as usize / BATCH + 1;
 
-/// Time until a listener is looked at again that could not be accepted from. No event
-/// says when the system has descriptors or memory again.
+/// Delay before `accept` is retried after it failed. No event reports that the system has
+/// descriptors or memory again.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Told once per change: whatever is left is asked for again.
+/// Edge-triggered: each handler reads until `WouldBlock` or asks to be called again.
 const NEW_CONNECTIONS: Interest = Interest {
     readable: true,
     writable: false,
     edge: true,
 };
 
-/// A socket that listens and does not block.
+/// A non-blocking listening socket.
 pub(crate) trait Listener: AsFd + Send + 'static {
-    /// What it takes.
+    /// The type of an accepted connection.
     type Stream: Into<OwnedFd>;
 
-    /// Takes a connection.
+    /// Accepts a connection.
     fn accept(&self) -> io::Result<Self::Stream>;
 
-    /// Whether whoever connected may.
+    /// Returns true if the peer is allowed to connect.
     fn admits(&self, _stream: &Self::Stream) -> io::Result<bool> {
         Ok(true)
     }
@@ -78,39 +78,42 @@ impl Listener for TcpListener {
     fn accept(&self) -> io::Result<Self::Stream> {
         let (stream, _) = Self::accept(self)?;
         stream.set_nonblocking(true)?;
-        // What the guest sent together is sent at once. Not a reason to refuse.
+        // TCP_NODELAY: small writes of the guest are sent immediately. A failure is no
+        // reason to refuse the connection.
         let _ = stream.set_nodelay(true);
         Ok(stream)
     }
 }
 
-/// What came of looking for a connection.
+/// Result of one attempt to accept a connection.
 enum Found<T> {
     Connection(T, Permit),
-    /// One that is not wanted, or has gone again.
+    /// The connection was refused, or the peer has already closed it.
     Nobody,
-    /// None now; there will be an event when it is time to look again.
+    /// No connection is pending or can be accepted; a later event repeats the attempt.
     NothingNow,
 }
 
 /// A listener of a frontend.
 pub(crate) struct Gate<L> {
-    /// `None` once it is closed.
+    /// `None` after it was closed.
     open: Option<(L, Option<Registration>)>,
     limit: Limit,
     /// Descriptors that a connection needs.
     cost: usize,
     spare: Spare,
-    /// Calls under [`LISTENER`] when a pause is over; made when it begins to listen.
+    /// Calls the handler under [`LISTENER`] when a pause is over; created by
+    /// [`Self::begin`].
     timer: Option<(Deadlines, Registration)>,
-    /// The timer is set.
+    /// True while the timer is armed.
     paused: bool,
-    /// The last look did not come to the end of what waits.
+    /// True if the last call of [`Self::accept`] may have left connections in the
+    /// backlog.
     more: bool,
 }
 
 impl<L: Listener> Gate<L> {
-    /// Takes connections that need `cost` descriptors each.
+    /// Creates a gate whose connections need `cost` descriptors each.
     pub(crate) fn new(listener: L, cost: usize, limit: Limit) -> Self {
         Self {
             open: Some((listener, None)),
@@ -123,15 +126,16 @@ impl<L: Listener> Gate<L> {
         }
     }
 
-    /// Whether there may be more to accept right away.
+    /// Returns true if more connections may be waiting in the backlog.
     pub(crate) fn has_more(&self) -> bool {
         self.more
     }
 
-    /// Begins to listen, under [`LISTENER`].
+    /// Registers the listener and its timer with the event loop, under [`LISTENER`].
     pub(crate) fn begin(&mut self, registry: &mut Registry<'_>) -> io::Result<()> {
         if let Some((listener, registration)) = &mut self.open {
-            // Told once: a frontend that has no place for connections does not read it.
+            // Edge-triggered as well: a frontend at its limit of connections does not
+            // read it.
             let timer = Deadlines::new()?;
             let registered = registry.add(&timer, LISTENER, NEW_CONNECTIONS)?;
             self.timer = Some((timer, registered));
@@ -140,8 +144,8 @@ impl<L: Listener> Gate<L> {
         Ok(())
     }
 
-    /// Closes the listener. Connections in its backlog are reset: accept them
-    /// before.
+    /// Closes the listener. Connections in its backlog are reset unless they were
+    /// accepted before.
     pub(crate) fn close(&mut self, registry: &mut Registry<'_>) {
         if let Some((listener, Some(registration))) = self.open.take() {
             registry.remove(registration, &listener);
@@ -151,7 +155,8 @@ impl<L: Listener> Gate<L> {
         }
     }
 
-    /// The next connections, some at a time; the rest follow by another event.
+    /// Accepts at most `most` connections and at most one batch; another event follows
+    /// for the rest.
     pub(crate) fn accept(
         &mut self,
         most: usize,
@@ -176,7 +181,7 @@ impl<L: Listener> Gate<L> {
         connections
     }
 
-    /// Has the listener looked at again after a while.
+    /// Arms the timer that retries the listener after [`PAUSE`].
     fn pause(&mut self) {
         if let Some((timer, _)) = &mut self.timer
             && !self.paused
@@ -186,7 +191,7 @@ impl<L: Listener> Gate<L> {
         }
     }
 
-    /// Stops the timer calling, if a pause is over.
+    /// Consumes the timer's expiration, if the pause is over.
     fn end_pause(&mut self) {
         if let Some((timer, _)) = &mut self.timer
             && self.paused
@@ -214,7 +219,7 @@ impl<L: Listener> Gate<L> {
             Ok(Some(stream)) => match listener.admits(&stream) {
                 Ok(true) => Found::Connection(stream, permit),
                 Ok(false) => {
-                    service.counters.refuse("it is of another user");
+                    service.counters.refuse("the peer is another user");
                     Found::Nobody
                 }
                 Err(error) => {
@@ -229,7 +234,7 @@ impl<L: Listener> Gate<L> {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Found::NothingNow,
             Err(error) if is_of_one_connection(&error) => Found::Nobody,
             Err(error) => {
-                // The connection is still there, and so is the reason.
+                // The connection is still in the backlog, and the cause persists.
                 service
                     .counters
                     .say("connections wait in the backlog", error);
@@ -240,8 +245,8 @@ impl<L: Listener> Gate<L> {
     }
 }
 
-/// Whether only the connection that was to be accepted is concerned: accept(2)
-/// passes on what happened to it already.
+/// Returns true if the error concerns only the connection that was to be accepted:
+/// accept(2) also reports pending network errors of the new connection.
 fn is_of_one_connection(error: &io::Error) -> bool {
     matches!(
         Errno::from_io_error(error),
@@ -261,7 +266,7 @@ fn is_of_one_connection(error: &io::Error) -> bool {
     )
 }
 
-/// A descriptor to give up when there are no more.
+/// A reserve descriptor that is closed when the process has no others.
 #[derive(Debug)]
 struct Spare(Option<File>);
 
@@ -270,13 +275,13 @@ impl Spare {
         Self(File::open("/dev/null").ok())
     }
 
-    /// Accepts a connection. When the process has no more descriptors, against all
-    /// planning, it is taken with this one and hung up on, which `None` says: whoever
-    /// connected need not wait for what may take long.
+    /// Accepts a connection. If the process is out of descriptors despite the limit, the
+    /// reserve is closed, and the connection is accepted and closed at once, so that its
+    /// client does not wait for long; the result is then `None`.
     ///
     /// # Errors
-    /// Nothing was accepted. That this one was given up may have been of use to
-    /// others only; then there is none until a connection can be accepted again.
+    /// Nothing was accepted. Another thread may have taken the reserve's descriptor; the
+    /// reserve is then reopened after the next connection that can be accepted.
     fn accept<T>(&mut self, accept: impl Fn() -> io::Result<T>) -> io::Result<Option<T>> {
         let accepted = accept().map(Some);
         if accepted.is_ok() && self.0.is_none() {

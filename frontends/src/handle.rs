@@ -1,4 +1,4 @@
-//! A frontend that listens, seen by whoever started it.
+//! Handle of a running frontend.
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,19 +11,20 @@ use crate::place::Place;
 use crate::service::{Bell, Service};
 use crate::{FrontendStats, LocalAddress};
 
-/// What a handle asks of a frontend, on the event loop's thread.
+/// Operations that a handle runs on a frontend, on the event loop's thread.
 pub(crate) trait Frontend: EventHandler {
-    /// Begins to listen. Called once, when the handler is on the loop.
+    /// Registers its descriptors. Called once, after the handler was added to the loop.
     fn begin(&mut self, bell: Bell, registry: &mut Registry<'_>) -> io::Result<()>;
 
-    /// Takes what waits in the backlog, then listens no more. May be called again.
+    /// Accepts the connections in the backlog and closes the listener. May be called
+    /// again.
     fn close(&mut self, registry: &mut Registry<'_>);
 
-    /// Ends the connections that it has not given to the muxer.
+    /// Closes the connections that are not yet passed to the muxer.
     fn cut(&mut self, _registry: &mut Registry<'_>) {}
 
-    /// Called after [`Self::close`], when its handle is gone: whether it has
-    /// connections of its own for which it has to stay. It removes itself with the
+    /// Called after [`Self::close`], when the handle was dropped. Returns true if the
+    /// frontend still serves connections of its own; it then removes itself after the
     /// last of them.
     fn stays(&mut self) -> bool {
         false
@@ -33,15 +34,14 @@ pub(crate) trait Frontend: EventHandler {
 type Shared = Arc<Mutex<dyn Frontend>>;
 
 fn lock(frontend: &Mutex<dyn Frontend>) -> MutexGuard<'_, dyn Frontend + 'static> {
-    // A frontend that panicked has been reported.
+    // A panic of the frontend was reported where it occurred.
     frontend.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A frontend that listens.
 ///
-/// Dropping it closes the listener and unlinks its socket; connections that were
-/// accepted go on by themselves. [`Self::stop`] waits for them, and ends those
-/// that take too long.
+/// Dropping it closes the listener and unlinks its socket; accepted connections continue.
+/// [`Self::stop`] waits for them and cuts those that exceed its timeout.
 #[derive(Debug)]
 pub struct FrontendHandle {
     address: LocalAddress,
@@ -62,7 +62,7 @@ impl std::fmt::Debug for Opaque {
 }
 
 impl FrontendHandle {
-    /// Puts a frontend on the event loop.
+    /// Adds a frontend to the event loop and starts it.
     pub(crate) fn start(
         frontend: impl Frontend + 'static,
         address: LocalAddress,
@@ -102,20 +102,20 @@ impl FrontendHandle {
         })
     }
 
-    /// Where it listens, or did.
+    /// Returns the address on which it listens, or listened before it was closed.
     #[must_use]
     pub fn local_address(&self) -> &LocalAddress {
         &self.address
     }
 
-    /// The certificate that a TLS frontend has signed itself, in PEM, for clients to
+    /// Returns the self-signed certificate of a TLS frontend, in PEM, for clients to
     /// trust.
     #[must_use]
     pub fn self_signed_certificate(&self) -> Option<&str> {
         self.certificate.as_deref()
     }
 
-    /// What it did so far.
+    /// Returns its counters.
     #[must_use]
     pub fn stats(&self) -> FrontendStats {
         FrontendStats {
@@ -126,30 +126,30 @@ impl FrontendHandle {
         }
     }
 
-    /// All its connections, to be waited for.
+    /// Returns the group of its connections, which can be waited for.
     #[must_use]
     pub fn connections(&self) -> &Group {
         &self.service.group
     }
 
-    /// Listens no more: takes the connections that wait in the backlog, closes the
-    /// listener and unlinks its socket. Connections go on.
+    /// Stops listening: accepts the connections in the backlog, closes the listener and
+    /// unlinks its socket. Connections continue.
     pub fn close(&self) {
         let place = &mut *self.place.lock().unwrap_or_else(PoisonError::into_inner);
         drop(place.take());
-        // Fails when the loop has stopped: then nothing listens any more either.
+        // An error means that the loop has stopped, and with it the frontend.
         let _ = self.with(|frontend, registry| frontend.close(registry));
     }
 
-    /// Ends all its connections, without waiting for anything that is on its way.
+    /// Cuts all its connections without waiting for bytes in flight.
     pub fn cut(&self) {
         self.service.muxer.cut(&self.service.group);
-        // As above.
+        // As in `close`: an error means that the loop has stopped.
         let _ = self.with(|frontend, registry| frontend.cut(registry));
     }
 
-    /// Listens no more, waits for as long as `patience` for the connections to end,
-    /// and then ends those that are left. Returns how many these were.
+    /// Stops listening, waits at most `patience` for the connections to end, and cuts the
+    /// rest. Returns the number of connections that were cut.
     ///
     /// This blocks, and must not be called on the event loop's own thread.
     pub fn stop(self, patience: Duration) -> usize {
@@ -170,7 +170,7 @@ impl Drop for FrontendHandle {
         self.close();
         let bell = Bell::new(self.event_loop.clone(), self.id);
         let retire = move |frontend: &mut dyn Frontend, registry: &mut Registry<'_>| {
-            // Once more, for a handle that is dropped on the loop's own thread.
+            // Repeated here for a handle that is dropped on the loop's own thread.
             frontend.close(registry);
             if !frontend.stays() {
                 bell.remove();

@@ -8,15 +8,15 @@
 //! | [`HandoffFrontend`] | routers that have accepted connections | a port of the guest |
 //! | [`HybridFrontend`] | of Firecracker's vsock protocol | any vsock port, both ways |
 //!
-//! A frontend accepts connections on the machine's event loop and hands each one
-//! to the muxer, which moves its bytes; there is no thread of its own, and but for
-//! TLS, which has to decrypt, no buffer. Its [`FrontendHandle`] says where it
-//! listens and what it did; dropping it closes the listener and unlinks its socket,
-//! [`FrontendHandle::stop`] also waits for its connections.
+//! A frontend accepts connections on the machine's event loop and passes each of them to
+//! the muxer, which forwards its bytes. It has no thread, and no buffer except for TLS,
+//! which has to decrypt. Its [`FrontendHandle`] has its address and counters; dropping it
+//! closes the listener and unlinks its socket, [`FrontendHandle::stop`] also waits for
+//! its connections.
 //!
-//! Clients are not trusted: what each may send before it is let through is bounded
-//! in size and time. Frontends of a process share a [`Limit`] of descriptors; what
-//! exceeds it waits in the system's backlog.
+//! Clients are not trusted: the bytes and the time that each may use before its
+//! connection is forwarded are bounded. Frontends of a process share a [`Limit`] of
+//! descriptors; connections beyond it wait in the kernel's backlog.
 #![warn(missing_docs)]
 
 #[cfg(all(doctest, feature = "tls"))]

@@ -1,4 +1,4 @@
-//! The frontend whose connections all go to one place as they are.
+//! A frontend that forwards all connections unchanged to one target.
 
 use std::io;
 
@@ -10,7 +10,7 @@ use crate::gate::{CLOSING_ROUNDS, Gate, Listener};
 use crate::handle::Frontend;
 use crate::service::{Bell, Service};
 
-/// Descriptors of a connection.
+/// Descriptors per connection.
 pub(crate) const COST: usize = 1;
 
 pub(crate) struct Listening<L> {
@@ -30,7 +30,7 @@ impl<L: Listener> Listening<L> {
         }
     }
 
-    /// Accepts some connections; whether there may be more.
+    /// Accepts some connections. Returns true if there may be more.
     fn accept(&mut self, registry: &mut Registry<'_>) -> bool {
         let Some(bell) = &self.bell else {
             return false;
@@ -91,7 +91,7 @@ mod tests {
     use crate::gate::BACKLOG;
     use crate::{FrontendHandle, LocalAddress};
 
-    /// Clients come faster than they are taken.
+    /// A listener whose backlog is never empty.
     struct Flood(OwnedFd);
 
     impl AsFd for Flood {
@@ -113,7 +113,8 @@ mod tests {
         let guest = Guest::new(VsockConfig::default());
         let event_loop = EventLoop::spawn("test").unwrap();
         let service = Service::new("flood".to_owned(), guest.muxer.clone(), Limit::none());
-        // Nothing is accepted before it is closed: no event comes from this.
+        // No connection is accepted before the listener is closed: this descriptor has no
+        // events.
         let listener = Flood(new_eventfd().unwrap());
         let listening = Listening::new(listener, Target::Vsock(7), service);
         let address = LocalAddress::Unix("flood".into());

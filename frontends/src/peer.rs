@@ -1,15 +1,15 @@
-//! Who is at the other end of a unix socket.
+//! Credentials of the peer of a unix socket.
 
 use std::io;
 use std::os::fd::AsFd;
 
 use rustix::net::sockopt::socket_peercred;
 
-/// Whether the peer of a unix socket is of the same user as this process, or root:
-/// what a directory that was opened up by mistake does not ensure.
+/// Returns true if the peer of a unix socket has the same user ID as this process, or is
+/// root. This protects a socket whose directory has too wide permissions by mistake.
 ///
 /// # Errors
-/// It is not a connected unix socket.
+/// `socket` is not a connected unix socket.
 pub fn is_trusted_peer(socket: impl AsFd) -> io::Result<bool> {
     let peer = socket_peercred(socket)?.uid;
     let trusted = peer == rustix::process::geteuid() || peer.is_root();

@@ -1,4 +1,4 @@
-//! Where a unix socket is: taken without a race, and given back.
+//! Paths of unix sockets: bound without a race, and unlinked at the end.
 
 use std::fs;
 use std::io;
@@ -13,8 +13,8 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connec
 
 use crate::Error;
 
-/// A file, whatever its name is by now. It is held, so that no other file is given
-/// its inode number as long as names are compared with it.
+/// An open file, independent of its name. While the descriptor is open, no other file
+/// gets its inode number, so that a name can be compared with it.
 #[derive(Debug)]
 struct Held(OwnedFd);
 
@@ -32,8 +32,8 @@ impl Held {
     }
 }
 
-/// The path of a listening socket. Dropping it unlinks the socket, unless
-/// something else has its name by then.
+/// The path of a listening socket. Dropping it unlinks the socket, unless the path names
+/// another file by now.
 #[derive(Debug)]
 pub(crate) struct Place {
     path: PathBuf,
@@ -48,13 +48,13 @@ impl Drop for Place {
     }
 }
 
-/// Listens on `path`. The socket appears there with mode 0600 and listening: it is
-/// made inside a directory that only this user can enter and then moved, so there
-/// is no moment at which others could connect. A socket of this user that nobody
-/// listens on any more is replaced; whatever else is there stays.
+/// Listens on `path`. The socket appears there with mode 0600 and already listening: it
+/// is bound inside a directory that only this user can enter and then renamed, so that
+/// others cannot connect at any moment. A socket of this user without a listener is
+/// replaced; any other file is left alone.
 ///
 /// # Errors
-/// The place is taken, or the system refused.
+/// The path is in use, or a system call failed.
 pub(crate) fn listen(frontend: &'static str, path: &Path) -> Result<(UnixListener, Place), Error> {
     let taken = Taken { frontend, path };
     let stale = taken.look()?;
@@ -67,7 +67,7 @@ pub(crate) fn listen(frontend: &'static str, path: &Path) -> Result<(UnixListene
     Ok((made.listener, place))
 }
 
-/// A socket that listens where nobody finds it.
+/// A socket that listens in a private directory.
 struct Made {
     listener: UnixListener,
     socket: Held,
@@ -91,7 +91,7 @@ fn make(path: &Path) -> io::Result<Made> {
     })
 }
 
-/// A directory that only this user can enter, whatever the umask.
+/// Creates a directory that only this user can enter, independent of the umask.
 fn private_directory(parent: &Path) -> io::Result<tempfile::TempDir> {
     // Short names: a socket's path is limited to 107 bytes.
     tempfile::Builder::new()
@@ -114,7 +114,7 @@ pub(crate) fn failed(
     }
 }
 
-/// What may be at the place that a socket is to have.
+/// The path of a new socket, which another file may have.
 struct Taken<'a> {
     frontend: &'static str,
     path: &'a Path,
@@ -132,8 +132,8 @@ impl Taken<'_> {
         }
     }
 
-    /// The socket that may be replaced, if there is one; an error for anything
-    /// else that is there.
+    /// Returns the stale socket at the path, which may be replaced, if there is one. Any
+    /// other file there is an error.
     fn look(&self) -> Result<Option<Held>, Error> {
         let held = match Held::of(self.path) {
             Ok(held) => held,
@@ -150,45 +150,46 @@ impl Taken<'_> {
         }
         match self.call() {
             Err(Errno::CONNREFUSED) => Ok(Some(held)),
-            // It has gone meanwhile.
+            // The socket was removed in the meantime.
             Err(Errno::NOENT) => Ok(None),
-            // Somebody answers, or would if there were not so many others (AGAIN),
-            // or if we spoke another kind of socket (PROTOTYPE).
+            // A listener answers, or has a full backlog (EAGAIN), or is of another socket
+            // type (EPROTOTYPE).
             Ok(()) | Err(Errno::AGAIN | Errno::PROTOTYPE) => Err(self.in_use()),
-            Err(error) => Err(self.failed("see who listens on")(error.into())),
+            Err(error) => Err(self.failed("connect to")(error.into())),
         }
     }
 
-    /// Connects, without waiting for a server that is busy.
+    /// Connects without waiting for a server whose backlog is full.
     fn call(&self) -> Result<(), Errno> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
         connect(&socket, &SocketAddrUnix::new(self.path)?)
     }
 
-    /// Moves a socket to its place, where nothing is or what was judged stale.
+    /// Renames the new socket to the path, which must be free or name `stale`.
     fn put(&self, made: &Made, stale: Option<Held>) -> Result<(), Error> {
         let failed = |error: Errno| match error {
             Errno::EXIST => self.in_use(),
-            error => self.failed("put a socket at")(error.into()),
+            error => self.failed("move a socket to")(error.into()),
         };
         let Some(stale) = stale else {
             return move_to_free(&made.inside, self.path).map_err(failed);
         };
         match renameat_with(CWD, &made.inside, CWD, self.path, RenameFlags::EXCHANGE) {
             Ok(()) => {
-                // What was there is where ours was made.
+                // After the exchange, the old file has the temporary name of the new
+                // socket.
                 if stale.is_at(&made.inside) {
                     return Ok(());
                 }
-                // Somebody else came first: as it was.
+                // Another process has replaced the stale socket first: undo the exchange.
                 renameat_with(CWD, &made.inside, CWD, self.path, RenameFlags::EXCHANGE)
                     .map_err(failed)?;
                 Err(self.in_use())
             }
-            // The stale one is gone.
+            // The stale socket was removed in the meantime.
             Err(Errno::NOENT) => move_to_free(&made.inside, self.path).map_err(failed),
-            // A file system that cannot exchange.
+            // The file system does not support RENAME_EXCHANGE.
             Err(Errno::INVAL | Errno::NOSYS) => {
                 if self.look()?.is_some() && stale.is_at(self.path) {
                     fs::remove_file(self.path).map_err(self.failed("replace"))?;
@@ -200,11 +201,11 @@ impl Taken<'_> {
     }
 }
 
-/// Moves a file to a name that nothing has.
+/// Renames a file to a name that does not exist yet.
 fn move_to_free(from: &Path, to: &Path) -> Result<(), Errno> {
     match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
-        // A file system that does not know of it has links, which replace nothing;
-        // the other name goes with its directory.
+        // File systems without RENAME_NOREPLACE have link(2), which never replaces; the
+        // old name is removed with its directory.
         Err(Errno::INVAL | Errno::NOSYS) => rustix::fs::link(from, to),
         moved => moved,
     }
@@ -216,7 +217,7 @@ mod tests {
 
     use super::*;
 
-    /// A directory, and a place in it.
+    /// Creates a directory, and returns it with a path in it.
     fn place() -> (tempfile::TempDir, PathBuf) {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("s");
@@ -247,7 +248,7 @@ mod tests {
         assert!(matches!(error, Error::NotASocket { .. }), "{error}");
         assert!(error.to_string().contains("not a socket"), "{error}");
         assert_eq!(fs::read(&path).unwrap(), b"precious");
-        // Nor where a link leads.
+        // Links are not followed.
         let link = directory.path().join("l");
         std::os::unix::fs::symlink(&path, &link).unwrap();
         assert!(matches!(refused(&link), Error::NotASocket { .. }));
@@ -279,7 +280,7 @@ mod tests {
             frontend: "test",
             path: &path,
         };
-        // Calls that were given up fill the backlog as well.
+        // Cancelled connections fill the backlog as well.
         for _ in 0..100 {
             if taken.call() == Err(Errno::AGAIN) {
                 break;
@@ -290,13 +291,13 @@ mod tests {
     }
 
     #[test]
-    fn whoever_comes_first_keeps_the_place() {
+    fn of_two_servers_the_first_keeps_the_path() {
         let (_directory, path) = place();
         let taken = Taken {
             frontend: "test",
             path: &path,
         };
-        // Both look before either puts its own there.
+        // Both servers inspect the path before either of them binds it.
         drop(UnixListener::bind(&path).unwrap());
         for stale in [taken.look().unwrap(), None] {
             let late = make(&path).unwrap();
@@ -309,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_somebody_else_has_by_then_is_left_alone() {
+    fn a_path_that_names_another_socket_is_not_unlinked() {
         let (_directory, path) = place();
         let (_listener, place) = listen("test", &path).unwrap();
         fs::remove_file(&path).unwrap();
@@ -322,7 +323,7 @@ mod tests {
     fn a_umask_that_hides_nothing_hides_nothing_from_us() {
         const CHILD: &str = "SM_TEST_UMASK";
         if std::env::var_os(CHILD).is_none() {
-            // The umask is the whole process's.
+            // The umask is per process, so the test runs in a child.
             let name = "place::tests::a_umask_that_hides_nothing_hides_nothing_from_us";
             let child = std::process::Command::new(std::env::current_exe().unwrap())
                 .args(["--exact", name])

@@ -1,4 +1,4 @@
-//! What all frontends are made of, besides their protocols.
+//! State that all frontends share, independent of their protocols.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -8,13 +8,13 @@ use sm_event_loop::{EventLoopHandle, HandlerId};
 
 use crate::stats::Counters;
 
-/// Where a frontend's connections go, how many there may be, and what is counted.
+/// The muxer, limit and counters of one frontend.
 #[derive(Clone, Debug)]
 pub(crate) struct Service {
     pub(crate) muxer: MuxerHandle,
     /// All connections of this frontend.
     pub(crate) group: Group,
-    /// Descriptors for them.
+    /// Limit of descriptors for them.
     pub(crate) limit: Limit,
     pub(crate) counters: Arc<Counters>,
 }
@@ -29,7 +29,7 @@ impl Service {
         }
     }
 
-    /// Leads a stream to the guest.
+    /// Connects a stream to the guest.
     pub(crate) fn connect(
         &self,
         (port, options): (u32, ConnectOptions),
@@ -59,7 +59,7 @@ impl Service {
     }
 }
 
-/// Has a handler called from any thread.
+/// Calls a handler on its event loop, from any thread.
 #[derive(Clone, Debug)]
 pub(crate) struct Bell {
     event_loop: EventLoopHandle,
@@ -71,15 +71,15 @@ impl Bell {
         Self { event_loop, id }
     }
 
-    /// Has the handler called with `token`, soon.
+    /// Calls the handler with `token` on the loop's thread, asynchronously.
     pub(crate) fn ring(&self, token: u64) {
         self.event_loop
             .post(self.id, move |registry| registry.again(token));
     }
 
-    /// Has the handler removed, soon when on the loop's own thread.
+    /// Removes the handler; asynchronously if called on the loop's own thread.
     pub(crate) fn remove(&self) {
-        // Fails when the loop has stopped: then it is gone.
+        // An error means that the loop has stopped and dropped the handler.
         let _ = self.event_loop.remove_handler(self.id);
     }
 }

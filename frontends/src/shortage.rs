@@ -1,8 +1,8 @@
-//! A lack of memory that passes.
+//! Retries after transient memory shortages.
 //!
-//! Linux refuses a call on a socket when it has no memory for it at the moment, which
-//! is no fault of the peer's and no end of the connection. Nothing tells when there is
-//! memory again, so the call is repeated after a while.
+//! Linux fails a call on a socket with ENOBUFS or ENOMEM when it has no memory for it at
+//! the moment. The connection is still usable, and no event reports that memory is
+//! available again, so the call is repeated after a delay.
 
 use std::collections::HashSet;
 use std::io;
@@ -13,10 +13,10 @@ use rustix::io::Errno;
 
 use crate::deadlines::Deadlines;
 
-/// Time until a call is repeated.
+/// Delay before a call is repeated.
 const RETRY: Duration = Duration::from_millis(10);
 
-/// Returns true if a call failed for want of memory.
+/// Returns true if a call failed because the system lacked memory.
 pub(crate) fn is_shortage(error: &io::Error) -> bool {
     matches!(
         Errno::from_io_error(error),
@@ -24,10 +24,10 @@ pub(crate) fn is_shortage(error: &io::Error) -> bool {
     )
 }
 
-/// Tokens whose calls are repeated. Readable when some are due.
+/// Tokens whose calls are repeated. The descriptor is readable when some are due.
 pub(crate) struct Retries {
     deadlines: Deadlines,
-    /// Each has one deadline, however many events it gets meanwhile.
+    /// Tokens with a pending deadline: each has at most one, independent of its events.
     waiting: HashSet<u64>,
 }
 
@@ -45,7 +45,7 @@ impl Retries {
         }
     }
 
-    /// The next token that is due; call it until there is none.
+    /// Returns the next token that is due, or `None`.
     pub(crate) fn next_due(&mut self) -> Option<u64> {
         let token = self.deadlines.next_due()?;
         self.waiting.remove(&token);

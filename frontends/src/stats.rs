@@ -1,36 +1,36 @@
-//! What a frontend did.
+//! Counters of frontends.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Things that go wrong are logged at most once in so long.
+/// Shortest interval between two warnings of a frontend.
 const QUIET: Duration = Duration::from_secs(1);
 
-/// What a frontend did so far, the same for all of them.
+/// Counters of a frontend, the same for all kinds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FrontendStats {
-    /// Connections led to the guest (or handed over, or accepted from it).
+    /// Connections forwarded to the guest, handed over by routers, or accepted from the
+    /// guest.
     pub accepted: u64,
-    /// Connections that live now, those that are not that far yet included.
+    /// Open connections, including those whose target is not known yet.
     pub active: usize,
-    /// Connections turned away: of other users, not speaking the protocol, or
-    /// more than there is room for.
+    /// Connections refused: from other users, with a protocol error, or beyond a limit.
     pub refused: u64,
-    /// Connections hung up on because they took too long to say what they want.
+    /// Connections closed because a client exceeded its time limit.
     pub evicted: u64,
-    /// Connections that nothing in the guest took.
+    /// Connections that no listener in the guest accepted.
     pub unanswered: u64,
     /// Bytes sent to the guest.
     pub to_guest: u64,
-    /// Bytes that came from the guest.
+    /// Bytes received from the guest.
     pub from_guest: u64,
 }
 
-/// Counts for [`FrontendStats`], and says what goes wrong, but not each time.
+/// Counts events for [`FrontendStats`], and logs failures at a limited rate.
 pub(crate) struct Counters {
-    /// Kind and place of the frontend, for the log.
+    /// Kind and address of the frontend, for the log.
     name: String,
     accepted: AtomicU64,
     refused: AtomicU64,
@@ -42,7 +42,7 @@ pub(crate) struct Counters {
 #[derive(Default)]
 struct Said {
     last: Option<Instant>,
-    /// Times that nothing was said since.
+    /// Warnings suppressed since the last one.
     unsaid: u64,
 }
 
@@ -77,16 +77,16 @@ impl Counters {
 
     pub(crate) fn evict(&self, why: impl fmt::Display) {
         self.evicted.fetch_add(1, Ordering::Relaxed);
-        self.say("a connection was hung up on", why);
+        self.say("a connection was closed", why);
     }
 
     pub(crate) fn leave_unanswered(&self, why: impl fmt::Display) {
         self.unanswered.fetch_add(1, Ordering::Relaxed);
-        // A port that nobody listens on is no reason for a warning.
-        tracing::debug!(frontend = self.name, %why, "nothing in the guest answers");
+        // A port without a listener in the guest is an ordinary case.
+        tracing::debug!(frontend = self.name, %why, "the guest did not accept a connection");
     }
 
-    /// Logs what happened, unless there was something to log a moment ago.
+    /// Logs a warning, unless the last one was less than [`QUIET`] ago.
     pub(crate) fn say(&self, what: &'static str, why: impl fmt::Display) {
         let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
         if said.last.is_some_and(|last| last.elapsed() < QUIET) {
@@ -99,7 +99,7 @@ impl Counters {
         tracing::warn!(frontend = self.name, %why, before, "{what}");
     }
 
-    /// All but what the connections themselves know.
+    /// Returns the counters, except those that the connections have.
     pub(crate) fn stats(&self) -> FrontendStats {
         FrontendStats {
             accepted: self.accepted.load(Ordering::Relaxed),

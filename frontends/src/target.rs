@@ -1,15 +1,15 @@
-//! Where in the guest connections go.
+//! Targets of connections in the guest.
 
 use sm_devices_vsock::ConnectOptions;
 use sm_guest_proto::forward::ForwardHeader;
 use sm_guest_proto::port;
 
-/// Where a connection goes.
+/// The target of a frontend's connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Target {
     /// The agent's exec server: the client speaks the exec protocol itself.
     Exec,
-    /// A TCP port in the guest, by the agent's forwarder.
+    /// A TCP port in the guest, through the agent's forwarder.
     Tcp(ForwardHeader),
     /// A vsock port in the guest.
     Vsock(u32),
@@ -23,7 +23,7 @@ impl Target {
         }
     }
 
-    /// Vsock port and what is sent first.
+    /// Returns the vsock port and the options, including the bytes to send first.
     pub(crate) fn open(self) -> (u32, ConnectOptions) {
         match self {
             Self::Exec => (port::EXEC, ConnectOptions::default()),

@@ -1,4 +1,4 @@
-//! A TCP port of the host whose connections go to one place in the guest.
+//! A TCP port of the host whose connections go to one target in the guest.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -13,7 +13,7 @@ use crate::{Error, FrontendHandle, LocalAddress, Target};
 
 const FRONTEND: &str = "tcp";
 
-/// A frontend to be started.
+/// Builder of a TCP frontend.
 #[derive(Clone, Debug)]
 pub struct TcpFrontend {
     address: SocketAddr,
@@ -22,9 +22,9 @@ pub struct TcpFrontend {
 }
 
 impl TcpFrontend {
-    /// A frontend that will listen on `address`; with port 0, on a port of the
-    /// system's choice. Whoever reaches the address reaches the guest: use a
-    /// loopback address unless that is wanted.
+    /// Creates a frontend that will listen on `address`; with port 0, the system chooses
+    /// a port. Everyone who reaches the address reaches the guest: use a loopback address
+    /// unless that is intended.
     #[must_use]
     pub fn new(address: SocketAddr, target: Target) -> Self {
         Self {
@@ -34,8 +34,8 @@ impl TcpFrontend {
         }
     }
 
-    /// Takes descriptors, one for each connection, from this limit. When there are
-    /// none left, connections wait in the system's backlog.
+    /// Sets the limit from which each connection takes one descriptor. Connections beyond
+    /// it wait in the kernel's backlog.
     #[must_use]
     pub fn limit(mut self, limit: &Limit) -> Self {
         self.limit = limit.clone();
@@ -45,7 +45,7 @@ impl TcpFrontend {
     /// Starts listening.
     ///
     /// # Errors
-    /// The port is taken, the address is not this host's, or the system refused.
+    /// The port is in use, the address is not one of this host, or a system call failed.
     pub fn start(
         self,
         muxer: MuxerHandle,
@@ -65,21 +65,21 @@ impl TcpFrontend {
     }
 }
 
-/// A listener that does not block, and its address.
+/// Creates a non-blocking listener, and returns it with its address.
 pub(crate) fn bind(
     frontend: &'static str,
     address: SocketAddr,
 ) -> Result<(TcpListener, SocketAddr), Error> {
     let listener = TcpListener::bind(address).map_err(failed(frontend, "listen on", address))?;
     let prepared = listener.set_nonblocking(true).and_then(|()| {
-        // The standard library's backlog of 128 drops what a burst brings.
+        // The standard library's backlog of 128 is too short for bursts.
         rustix::net::listen(&listener, BACKLOG)?;
         Ok(())
     });
     prepared.map_err(failed(frontend, "listen on", address))?;
     let bound = listener
         .local_addr()
-        .map_err(failed(frontend, "tell the address of", address))?;
+        .map_err(failed(frontend, "read the address of", address))?;
     Ok((listener, bound))
 }
 

@@ -1,4 +1,4 @@
-//! A unix socket whose connections go to one place in the guest.
+//! A unix socket whose connections go to one target in the guest.
 
 use std::path::{Path, PathBuf};
 
@@ -10,7 +10,7 @@ use crate::place;
 use crate::service::Service;
 use crate::{Error, FrontendHandle, LocalAddress, Target};
 
-/// A frontend to be started.
+/// Builder of a unix socket frontend.
 #[derive(Clone, Debug)]
 pub struct UnixFrontend {
     path: PathBuf,
@@ -19,7 +19,7 @@ pub struct UnixFrontend {
 }
 
 impl UnixFrontend {
-    /// A frontend that will listen on `path`.
+    /// Creates a frontend that will listen on `path`.
     #[must_use]
     pub fn new(path: &Path, target: Target) -> Self {
         Self {
@@ -29,8 +29,8 @@ impl UnixFrontend {
         }
     }
 
-    /// Takes descriptors, one for each connection, from this limit. When there are
-    /// none left, connections wait in the system's backlog.
+    /// Sets the limit from which each connection takes one descriptor. Connections beyond
+    /// it wait in the kernel's backlog.
     #[must_use]
     pub fn limit(mut self, limit: &Limit) -> Self {
         self.limit = limit.clone();
@@ -39,14 +39,14 @@ impl UnixFrontend {
 
     /// Starts listening.
     ///
-    /// The socket appears with mode 0600: it is bound inside a directory that
-    /// only this user can enter and then moved into place, so there is no moment
-    /// at which others could connect. A socket of this user that nobody listens on
-    /// any more is replaced; a live one is not, and nothing else is. Peers of other
-    /// users than this one and root are hung up on.
+    /// The socket appears with mode 0600: it is bound inside a directory that only this
+    /// user can enter and then renamed, so that others cannot connect at any moment. A
+    /// socket of this user without a listener is replaced; a live one and any other file
+    /// are left alone. Connections of peers that are neither this user nor root are
+    /// closed.
     ///
     /// # Errors
-    /// The place is taken, or the system refused.
+    /// The path is in use, or a system call failed.
     pub fn start(
         self,
         muxer: MuxerHandle,

@@ -1,4 +1,4 @@
-//! Clients that break the rules lose their own connection and nobody else's.
+//! A client that violates a protocol loses its own connection only.
 #![allow(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
 mod common;
@@ -16,9 +16,9 @@ use sm_frontends::{HandoffSender, Limit, MAX_PAYLOAD};
 const LONG: Duration = Duration::from_secs(60);
 
 #[test]
-fn whoever_takes_too_long_is_hung_up_on_and_counted() {
+fn slow_clients_are_disconnected_and_counted() {
     let rig = Rig::new();
-    // So much of what has to be said, and then nothing.
+    // Each client sends a part of its first message, and then nothing.
     for (kind, beginning) in [
         (Kind::Tls, &b""[..]),
         (Kind::Tls, &[22, 3, 1, 2, 0, 1]),
@@ -32,7 +32,8 @@ fn whoever_takes_too_long_is_hung_up_on_and_counted() {
         let mut slow = server.door.knock().unwrap();
         slow.write_all(beginning).unwrap();
         let begun = Instant::now();
-        // The end, or a reset because not all was read.
+        // The client reads the end of the stream, or a reset because unread bytes were
+        // dropped.
         assert!(matches!(slow.read(&mut [0; 1]), Ok(0) | Err(_)), "{kind:?}");
         assert!(begun.elapsed() >= patience / 2, "{kind:?}");
         assert_eq!(server.handle.stats().evicted, 1, "{kind:?} {beginning:?}");
@@ -42,7 +43,7 @@ fn whoever_takes_too_long_is_hung_up_on_and_counted() {
 }
 
 #[test]
-fn whoever_says_little_at_a_time_gets_no_more_time() {
+fn slowly_sent_bytes_do_not_extend_the_time_limit() {
     let rig = Rig::new();
     for (kind, dribble) in [
         (Kind::Tls, &[22, 3, 1, 2, 0, 1, 0, 1, 0xfc, 3, 3][..]),
@@ -69,7 +70,7 @@ fn a_storm_of_resets_passes() {
         let mut neighbour = server.door.enter().unwrap();
         for round in 0..300 {
             let mut client = server.door.knock().unwrap();
-            // With and without a word.
+            // Every second client sends some bytes first.
             if round % 2 == 0 {
                 let _ = client.write_all(b"CONNECT 7\nand something that is never read");
             }
@@ -102,12 +103,12 @@ fn garbage_is_refused_and_neighbours_go_on() {
             let mut client = server.door.knock().unwrap();
             client.write_all(garbage).unwrap();
             let mut said = Vec::new();
-            // The end, or a reset, perhaps after an alert.
+            // The stream ends or is reset, perhaps after an alert.
             let _ = client.read_to_end(&mut said);
             assert!(said.len() < 20, "{kind:?} {said:?}");
         }
         neighbour.echo(b"still there").unwrap();
-        // A client may see its end just before it is counted.
+        // The client may read the end just before the frontend counts it.
         let counted = || {
             let stats = server.handle.stats();
             (stats.refused, stats.accepted)
@@ -120,8 +121,7 @@ fn garbage_is_refused_and_neighbours_go_on() {
     }
 }
 
-/// Runs `work` on a thread of another user; `None` where that takes more rights than
-/// this process has.
+/// Runs `work` on a thread of another user. Returns `None` if this process is not root.
 fn as_nobody<R: Send>(work: impl FnOnce() -> R + Send) -> Option<R> {
     let nobody = Uid::from_raw(65_534);
     if !geteuid().is_root() {
@@ -129,7 +129,7 @@ fn as_nobody<R: Send>(work: impl FnOnce() -> R + Send) -> Option<R> {
     }
     std::thread::scope(|scope| {
         let thread = scope.spawn(move || {
-            // Of this thread only.
+            // The call changes the credentials of this thread only.
             set_thread_res_uid(nobody, nobody, nobody).unwrap();
             work()
         });
@@ -146,7 +146,7 @@ fn other_users_are_refused_even_where_they_can_connect() {
         let door = &server.door;
         let kept_out = as_nobody(|| door.knock().is_err());
         assert!(kept_out.unwrap_or(true), "{kind:?}");
-        // Opened up by mistake.
+        // The permissions are too wide by mistake.
         for (path, mode) in [(path.parent().unwrap(), 0o777), (path, 0o666)] {
             std::fs::set_permissions(path, PermissionsExt::from_mode(mode)).unwrap();
         }

@@ -1,4 +1,4 @@
-//! How frontends begin, end, and what they say of themselves.
+//! Start, end and counters of frontends.
 #![allow(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
 mod common;
@@ -27,7 +27,7 @@ fn connections_are_counted_with_their_bytes() {
         let stats = server.handle.stats();
         assert_eq!((stats.accepted, stats.active), (1, 0), "{kind:?}");
         assert_eq!((stats.refused, stats.evicted), (0, 0), "{kind:?}");
-        // What a frontend says itself comes on top.
+        // Bytes of the frontend's own protocol are counted as well.
         assert!((1005..1100).contains(&stats.to_guest), "{kind:?} {stats:?}");
         assert!(
             (1005..1100).contains(&stats.from_guest),

@@ -1,4 +1,4 @@
-//! More clients than there is room for: they wait, and nobody is hung up on.
+//! More clients than the limits allow: they wait, and none is disconnected.
 #![allow(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
 mod common;
@@ -12,7 +12,7 @@ use sm_frontends::{HandoffSender, Limit};
 
 const LONG: Duration = Duration::from_secs(60);
 
-/// Descriptors that a connection of this kind holds.
+/// Descriptors per connection of this kind.
 fn cost(kind: Kind) -> usize {
     match kind {
         Kind::Tls => 3,
@@ -30,7 +30,7 @@ fn connections_beyond_the_limit_wait_until_others_end() {
         let second = server.door.enter().unwrap();
         let door = server.door.clone();
         let third = std::thread::spawn(move || door.enter().unwrap());
-        // It gets no further than the backlog, whenever that is looked at.
+        // The client stays in the backlog, whenever the frontend looks at it.
         let held = rig.hold();
         drop(held);
         assert!(server.handle.stats().active <= 2, "{kind:?}");
@@ -83,12 +83,12 @@ fn frontends_share_a_limit() {
 #[test]
 fn a_burst_of_clients_is_served_to_the_last() {
     let rig = Rig::new();
-    // As many as the system lets wait.
+    // The most connections that the system's backlog holds.
     let most = std::fs::read_to_string("/proc/sys/net/core/somaxconn").unwrap();
     let burst = most.trim().parse::<usize>().unwrap().min(600);
     for kind in [Kind::Unix, Kind::Tcp, Kind::Hybrid] {
         let server = rig.serve(kind);
-        // All of them have said what they want before anybody looks.
+        // All clients have sent their request before the event loop runs.
         let held = rig.hold();
         let clients: Vec<_> = (0..burst)
             .map(|_| {
@@ -144,7 +144,7 @@ fn many_who_say_nothing_keep_nobody_out_for_long() {
         let patience = Duration::from_millis(500);
         let server = rig.start(kind, &Limit::none(), patience);
         let silent: Vec<_> = (0..300).map(|_| server.door.knock().unwrap()).collect();
-        // One that is let in may itself be too slow for that little patience.
+        // An admitted client may itself exceed the short time limit.
         let begun = Instant::now();
         while server.door.enter().is_err() {
             assert!(begun.elapsed() < LONG, "{kind:?}");

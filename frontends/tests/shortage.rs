@@ -1,8 +1,7 @@
-//! A system that is short of memory for a moment (ENOBUFS, ENOMEM): whoever was to be
-//! heard then is heard later.
+//! Transient memory shortages (ENOBUFS, ENOMEM): the affected clients are served later.
 //!
-//! The system calls of the event loop are answered by a seccomp filter's listener
-//! (seccomp_unotify(2)), which refuses some of them.
+//! A seccomp filter's listener (seccomp_unotify(2)) answers the system calls of the event
+//! loop and fails some of them.
 #![allow(
     clippy::unwrap_used,
     clippy::cast_possible_truncation,
@@ -26,11 +25,11 @@ use sm_guest_proto::forward::{ForwardHeader, HEADER_LEN};
 /// `SECCOMP_IOCTL_NOTIF_RECV` and `SECCOMP_IOCTL_NOTIF_SEND` (linux/seccomp.h).
 const RECEIVE: libc::Ioctl = 0xc050_2100u32 as libc::Ioctl;
 const SEND: libc::Ioctl = 0xc018_2101u32 as libc::Ioctl;
-/// Calls that are refused.
+/// Number of calls that fail.
 const REFUSED: u32 = 5;
 
-/// Has `call` answered by what is returned, in this thread and in those that it
-/// starts.
+/// Installs a filter in this thread and the threads that it will start. The returned
+/// descriptor receives their calls of `call`.
 fn intercept(call: libc::c_long) -> OwnedFd {
     let step = |code: u32, yes, no, k: u32| libc::sock_filter {
         code: code as u16,
@@ -62,12 +61,12 @@ fn intercept(call: libc::c_long) -> OwnedFd {
         )
     };
     assert!(listener >= 0, "{}", std::io::Error::last_os_error());
-    // SAFETY: the descriptor is new, and nobody else's.
+    // SAFETY: the descriptor is new, and has no other owner.
     unsafe { OwnedFd::from_raw_fd(listener as i32) }
 }
 
-/// Refuses the first calls and lets the others pass, for as long as anybody may
-/// make them; counts both.
+/// Fails the first calls with `error` and continues the others; counts both. Ends with
+/// the filtered threads.
 fn answer_for_the_kernel(listener: OwnedFd, error: i32, calls: Arc<AtomicU32>) {
     std::thread::spawn(move || {
         loop {
@@ -94,8 +93,8 @@ fn answer_for_the_kernel(listener: OwnedFd, error: i32, calls: Arc<AtomicU32>) {
     });
 }
 
-/// Does `test` with a guest, an event loop, and a place for a socket, where `call`
-/// is refused for some time.
+/// Runs `test` with a guest, an event loop and a socket path, while the first calls of
+/// `call` fail.
 fn short_of_memory(
     call: libc::c_long,
     test: impl Fn(Guest, &EventLoop, PathBuf) + Clone + Send + 'static,

@@ -1,4 +1,4 @@
-//! A listener that cannot be accepted from, for a time.
+//! A listener whose `accept` fails for a while.
 
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
@@ -18,11 +18,11 @@ use crate::{FrontendHandle, LocalAddress, Target};
 struct Waiting {
     looks: u64,
     clients: VecDeque<File>,
-    /// Why they cannot be accepted now.
+    /// The error of `accept`, if it fails now.
     error: Option<Errno>,
 }
 
-/// A descriptor that stays readable while it is open, as a backlog does.
+/// A descriptor that is readable as long as it is open, like that of a backlog.
 struct Backlog {
     fd: OwnedFd,
     waiting: Arc<Mutex<Waiting>>,
@@ -79,16 +79,16 @@ fn a_listener_that_cannot_be_accepted_from_is_looked_at_after_a_while() {
         for _ in 0..TURNS {
             event_loop.handle().call(id, |_| ()).unwrap();
         }
-        // In each turn, if the loop was busy; else one in each of the pauses.
+        // A busy loop would call `accept` in every turn; a pause allows one call each.
         let looked = waiting.lock().unwrap().looks;
         assert!(looked < TURNS, "{error:?}: {looked}");
         let stats = handle.stats();
         assert_eq!((stats.accepted, stats.refused), (0, 0), "{error:?}");
-        // No event comes of this.
+        // Clearing the error causes no event.
         waiting.lock().unwrap().error = None;
         while handle.stats().accepted == 0 {
             looks.recv_timeout(Duration::from_secs(60)).unwrap();
-            // The loop has done with what it was at.
+            // The loop has finished its current turn.
             event_loop.handle().call(id, |_| ()).unwrap();
         }
     }
@@ -120,7 +120,7 @@ fn a_spare_descriptor_that_others_took_is_had_again_later() {
     assert!(spare.0.is_none());
     assert_eq!(spare.accept(|| Ok(())).unwrap(), Some(()));
     assert!(spare.0.is_some());
-    // With the spare one: hung up on.
+    // The connection is accepted with the reserve descriptor and closed.
     let first = std::cell::Cell::new(true);
     let once = || match first.replace(false) {
         true => out(),

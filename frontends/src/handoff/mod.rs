@@ -1,12 +1,12 @@
-//! Connections that a router has accepted, handed over with what it has read.
+//! Connections that a router has accepted and hands over with the bytes it has read.
 //!
-//! A router connects to the socket and sends, as often as it likes,
-//! `[u32 BE length][payload]` with a stream socket (SCM_RIGHTS) somewhere among
-//! these bytes. The length is 1 to 1 MiB. The guest gets the payload first and
-//! then what the socket still has to say. [`HandoffSender`] is the router's side.
+//! A router connects to the socket and sends any number of messages `[u32 BE
+//! length][payload]`, each with a stream socket (SCM_RIGHTS) attached to any of its
+//! bytes. The length is 1 to 1 MiB. The guest receives the payload first and then the
+//! bytes of the socket. [`HandoffSender`] is the router's side.
 //!
-//! Whoever breaks these rules is hung up on, and the descriptors that came are
-//! closed; streams that were handed over before go on.
+//! A router that violates the protocol is disconnected, and the descriptors of its
+//! incomplete message are closed; streams that were handed over before continue.
 
 pub(crate) mod parcel;
 mod sender;
@@ -36,32 +36,32 @@ use crate::{Error, FrontendHandle, LocalAddress};
 
 /// Longest payload of one handoff, in bytes.
 pub const MAX_PAYLOAD: usize = 1 << 20;
-/// Bytes of the length before it.
+/// Bytes of the length field.
 const HEADER: usize = 4;
 /// Routers served at once.
 const MAX_ROUTERS: usize = 64;
 /// Reads served before other handlers get their turn.
 const BATCH: usize = 64;
-/// Time for one handoff, and after which an idle router makes room for another.
+/// Time limit of one handoff, and idle time after which a router makes room for another.
 const PATIENCE: Duration = Duration::from_secs(10);
 const FRONTEND: &str = "handoff";
 
 const TIMER: u64 = 1;
-/// There may be room for more streams.
+/// A descriptor limit may allow more streams.
 const ROOM: u64 = 2;
-/// Routers that could not be heard for want of memory.
+/// Routers whose reads failed for lack of memory.
 const SHORTAGE: u64 = 3;
-/// Tokens of routers begin here.
+/// First token of routers.
 const FIRST: u64 = 4;
 
-/// Told once per change: routers that wait for room are not heard meanwhile.
+/// Edge-triggered: routers that wait for a descriptor are not read in the meantime.
 const NEW_BYTES: Interest = Interest {
     readable: true,
     writable: false,
     edge: true,
 };
 
-/// A frontend to be started.
+/// Builder of a handoff frontend.
 #[derive(Clone, Debug)]
 pub struct HandoffFrontend {
     path: PathBuf,
@@ -71,8 +71,8 @@ pub struct HandoffFrontend {
 }
 
 impl HandoffFrontend {
-    /// A frontend that will listen on `path`, and connect what it is handed to a
-    /// TCP port of the guest.
+    /// Creates a frontend that will listen on `path`, and connect the streams to a TCP
+    /// port of the guest.
     #[must_use]
     pub fn new(path: &Path, target: ForwardHeader) -> Self {
         Self {
@@ -83,26 +83,26 @@ impl HandoffFrontend {
         }
     }
 
-    /// Takes descriptors, one for each stream, from this limit. When there are none
-    /// left, routers wait. They themselves, at most 64, do not count.
+    /// Sets the limit from which each stream takes one descriptor. Routers wait while it
+    /// is reached. The routers themselves, at most 64, are not counted.
     #[must_use]
     pub fn limit(mut self, limit: &Limit) -> Self {
         self.limit = limit.clone();
         self
     }
 
-    /// How long a router may take for a handoff that it has begun; a router that was
-    /// idle for so long is hung up on when others wait. 10 s unless this is called.
+    /// Sets the time limit of a handoff that has begun, which is also the time after
+    /// which an idle router is disconnected if others wait. The default is 10 s.
     #[must_use]
     pub fn patience(mut self, patience: Duration) -> Self {
         self.patience = patience;
         self
     }
 
-    /// Starts listening; the socket is private as [`crate::UnixFrontend`]'s is.
+    /// Starts listening. The socket is as private as that of [`crate::UnixFrontend`].
     ///
     /// # Errors
-    /// The place is taken, or the system refused.
+    /// The path is in use, or a system call failed.
     pub fn start(
         self,
         muxer: MuxerHandle,
@@ -133,13 +133,13 @@ struct Router {
     stream: UnixStream,
     registration: Registration,
     parcel: Parcel,
-    /// For the stream that comes with it.
+    /// Permit for the stream of the current handoff.
     room: Option<Permit>,
-    /// It is not heard until there is room for another stream.
+    /// True while the router is not read because the descriptor limit is reached.
     waits: bool,
-    /// When it will have been idle, or at one handoff, for too long.
+    /// End of the time limit of the current handoff, or of being idle.
     deadline: Option<Instant>,
-    /// It was idle for too long by then.
+    /// Time at which the router exceeded its idle time.
     idle_since: Option<Instant>,
 }
 
@@ -152,14 +152,14 @@ struct Handoff {
     routers: HashMap<u64, Router>,
     next_token: u64,
     deadlines: Deadlines,
-    /// When routers are heard again, after there was no memory for it.
+    /// Routers that are read again after a memory shortage.
     retries: Retries,
-    /// There may be a router in the backlog for which there is no place.
+    /// True if a router may be in the backlog while [`MAX_ROUTERS`] are connected.
     somebody_waits: bool,
 }
 
 impl Handoff {
-    /// Accepts some routers; whether there may be more.
+    /// Accepts some routers. Returns true if there may be more.
     fn accept(&mut self, registry: &mut Registry<'_>) -> bool {
         let Some(bell) = self.bell.clone() else {
             return false;
@@ -192,12 +192,13 @@ impl Handoff {
             idle_since: None,
         };
         self.routers.insert(token, router);
-        // What it has sent already may be an event that came before.
+        // Bytes that arrived before the registration cause no event.
         registry.again(token);
         Ok(())
     }
 
-    /// Hangs up on the router that was idle for the longest, if that was too long.
+    /// Disconnects the router that has been idle for longest, if it exceeded its idle
+    /// time.
     fn give_up_idle(&mut self, registry: &mut Registry<'_>) -> bool {
         let idle = self
             .routers
@@ -206,7 +207,7 @@ impl Handoff {
         let Some((_, token)) = idle.min() else {
             return false;
         };
-        let why = "others wait, and it was idle for long";
+        let why = "the router was idle, and others wait";
         self.service.counters.evict(why);
         self.remove(token, registry);
         true
@@ -224,13 +225,13 @@ impl Handoff {
         }
     }
 
-    /// A router has been at something for too long, or idle.
+    /// Handles the expired deadline of a router, which is in a handoff or idle.
     fn is_due(&mut self, token: u64, registry: &mut Registry<'_>) {
         let Some(router) = self.routers.get_mut(&token) else {
             return;
         };
         if router.waits {
-            // For us: that is no fault of its own.
+            // The router waits for a descriptor, which is no fault of its own.
             router.deadline = Some(self.deadlines.add(token, self.patience));
             return;
         }
@@ -247,10 +248,11 @@ impl Handoff {
         }
     }
 
-    /// Takes what a router has sent. `true` when there may be more.
+    /// Reads handoffs of a router. Returns true if there may be more.
     ///
     /// # Errors
-    /// It is done, or done for.
+    /// `UnexpectedEof` when the router closed its connection; other kinds for protocol
+    /// violations.
     fn serve(&mut self, token: u64) -> io::Result<bool> {
         for _ in 0..BATCH {
             let Some(router) = self.routers.get_mut(&token) else {
@@ -273,7 +275,7 @@ impl Handoff {
             }
             let complete = router.parcel.read_from(&router.stream)?;
             if !had_begun || complete {
-                // For this handoff, or until the next.
+                // The deadline restarts for this handoff, or for the idle time after it.
                 if let Some(at) = router.deadline.take() {
                     self.deadlines.remove(at, token);
                 }
@@ -322,7 +324,7 @@ impl Handoff {
         match error.kind() {
             io::ErrorKind::WouldBlock => return,
             io::ErrorKind::Interrupted => return registry.again(token),
-            // It is done.
+            // The router closed its connection.
             io::ErrorKind::UnexpectedEof => {}
             _ => self.service.counters.refuse(error),
         }
@@ -373,7 +375,7 @@ impl Frontend for Handoff {
         let mut rounds = 0..CLOSING_ROUNDS;
         while rounds.next().is_some() && self.accept(registry) {}
         self.gate.close(registry);
-        // What routers have handed over counts; there will be no more.
+        // Handoffs that routers have already sent are served; there will be no more.
         let tokens: Vec<u64> = self.routers.keys().copied().collect();
         for token in tokens {
             let _ = self.serve(token);

@@ -1,4 +1,4 @@
-//! One handoff on its way: `[u32 BE length][payload]` and a descriptor.
+//! A partially received handoff: `[u32 BE length][payload]` and a descriptor.
 
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -11,47 +11,47 @@ use rustix::net::{
 
 use super::{HEADER, MAX_PAYLOAD};
 
-/// Bytes read at once.
+/// Most bytes per read.
 const CHUNK: usize = 64 << 10;
 
-/// One handoff on its way.
+/// A partially received handoff.
 #[derive(Debug, Default)]
 pub(crate) struct Parcel {
     header: [u8; HEADER],
-    /// Bytes of the header that are there.
+    /// Bytes of the header received so far.
     read: usize,
     length: usize,
     payload: Vec<u8>,
     fd: Option<OwnedFd>,
 }
 
-/// Why a router is hung up on.
+/// Returns the error of a protocol violation.
 pub(crate) fn broken(reason: &'static str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, reason)
 }
 
 impl Parcel {
-    /// Whether some of it is there.
+    /// Returns true if at least one byte was received.
     pub(crate) fn has_begun(&self) -> bool {
         self.read > 0
     }
 
-    /// The socket and the payload, once it is complete.
+    /// Returns the socket and the payload of a complete handoff.
     ///
     /// # Errors
-    /// No socket came.
+    /// No socket was attached.
     pub(crate) fn open(self) -> io::Result<(OwnedFd, Vec<u8>)> {
-        let fd = self.fd.ok_or_else(|| broken("no descriptor came"))?;
+        let fd = self.fd.ok_or_else(|| broken("no descriptor is attached"))?;
         Ok((fd, self.payload))
     }
 
-    /// Reads some of it from a router. `true` when it is complete.
+    /// Reads from a router. Returns true if the handoff is complete.
     ///
     /// # Errors
-    /// `WouldBlock` when there is nothing now, `UnexpectedEof` when the router has
-    /// hung up after its last one, `InvalidData` when it breaks the rules.
+    /// `WouldBlock` when no bytes are available, `UnexpectedEof` when the router closed
+    /// its connection after a complete handoff, `InvalidData` for protocol violations.
     pub(crate) fn read_from(&mut self, router: impl AsFd) -> io::Result<bool> {
-        // Exactly what belongs to this handoff: descriptors come with their bytes.
+        // Reads never cross the end of a handoff: descriptors arrive with their bytes.
         if self.read < HEADER {
             let mut header = self.header;
             let rest = header.get_mut(self.read..).unwrap_or_default();
@@ -77,7 +77,7 @@ impl Parcel {
     }
 
     fn receive(&mut self, router: impl AsFd, place: &mut [u8]) -> io::Result<usize> {
-        // Room for one more than is allowed, so that two are seen.
+        // Space for one descriptor more than is allowed, to detect a second one.
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let received = recvmsg(
@@ -86,7 +86,7 @@ impl Parcel {
             &mut control,
             RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT,
         )?;
-        // Whatever came is owned from here on, and closed if it is not wanted.
+        // From here on, the received descriptors are owned, and closed on errors.
         let mut fds = Vec::new();
         for message in control.drain() {
             if let RecvAncillaryMessage::ScmRights(received) = message {
@@ -94,11 +94,11 @@ impl Parcel {
             }
         }
         if received.flags.contains(ReturnFlags::CTRUNC) || fds.len() > 1 {
-            return Err(broken("more than one descriptor came at once"));
+            return Err(broken("more than one descriptor is attached at once"));
         }
         if let Some(fd) = fds.pop() {
             if self.fd.is_some() {
-                return Err(broken("two descriptors came with one payload"));
+                return Err(broken("two descriptors are attached to one payload"));
             }
             if socket_type(&fd).ok() != Some(SocketType::STREAM) {
                 return Err(broken("the descriptor is not a stream socket"));
@@ -107,7 +107,7 @@ impl Parcel {
         }
         match received.bytes {
             0 if self.read == 0 => Err(io::ErrorKind::UnexpectedEof.into()),
-            0 => Err(broken("it hung up in the middle of a handoff")),
+            0 => Err(broken("the router closed its connection within a handoff")),
             count => Ok(count),
         }
     }

@@ -1,4 +1,4 @@
-//! The router's side of handing connections over.
+//! The router's side of handoffs.
 
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
@@ -13,43 +13,42 @@ use super::MAX_PAYLOAD;
 
 /// A router's connection to a handoff socket.
 ///
-/// The VM hangs up on routers that have been silent for a while when others wait:
-/// [`Self::connect`] again when [`Self::send`] says so.
+/// The VM disconnects routers that have been idle for a while when others wait: call
+/// [`Self::connect`] again when [`Self::send`] fails.
 #[derive(Debug)]
 pub struct HandoffSender {
     stream: UnixStream,
-    /// A handoff broke off in the middle: what would follow is taken for the rest
-    /// of it.
+    /// True after a handoff was sent partially: the VM would take further bytes for the
+    /// rest of its payload.
     broken_off: bool,
 }
 
 impl HandoffSender {
     /// Connects to a VM's handoff socket.
     ///
-    /// # Errors
+    /// No VM listens on `path`.
     /// Nobody listens there.
     pub fn connect(path: &Path) -> io::Result<Self> {
         UnixStream::connect(path).map(Self::from)
     }
 
-    /// Whether nothing can be sent any more, because a handoff broke off in the
-    /// middle.
+    /// Returns true if no more handoffs can be sent, because one was sent partially.
     #[must_use]
     pub fn is_broken(&self) -> bool {
         self.broken_off
     }
 
-    /// Hands a stream socket over, with the 1 to [`MAX_PAYLOAD`] bytes that were
-    /// read from it already. Waits while the VM is busy, unless the connection was
-    /// made from a stream that does not block or has a timeout.
+    /// Hands over a stream socket, with the 1 to [`MAX_PAYLOAD`] bytes that were already
+    /// read from it. Blocks while the VM is busy, unless this sender was created from a
+    /// stream that is non-blocking or has a timeout.
     ///
-    /// The socket stays open here, too: drop it once this has returned. It does
-    /// not block any more, as that is a property of the connection.
+    /// The caller's descriptor stays open: drop it after this call. The socket becomes
+    /// non-blocking, which is a property of the open file description that both share.
     ///
     /// # Errors
-    /// The payload's length is not that, or the VM is gone. When some bytes had
-    /// been sent before ([`Self::is_broken`]), the VM gets neither this socket nor
-    /// anything more from this sender; make another.
+    /// The length of the payload is out of range, or the VM is gone. If some bytes had
+    /// been sent ([`Self::is_broken`]), the VM receives neither this socket nor anything
+    /// more from this sender; create another.
     pub fn send(&mut self, socket: impl AsFd, payload: &[u8]) -> io::Result<()> {
         if self.broken_off {
             return Err(io::Error::new(
@@ -70,7 +69,7 @@ impl HandoffSender {
         Ok(())
     }
 
-    /// Sends bytes, the first of them with a descriptor.
+    /// Sends bytes, with a descriptor attached to the first of them.
     fn send_all(&mut self, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
         let mut sent = 0;
         while sent < bytes.len() {
@@ -87,7 +86,7 @@ impl HandoffSender {
             match sendmsg(&self.stream, &[rest], &mut control, SendFlags::NOSIGNAL) {
                 Ok(count) => {
                     sent += count;
-                    // Until all of the handoff is sent.
+                    // Reset when the handoff was sent completely.
                     self.broken_off = true;
                 }
                 Err(Errno::INTR) => {}
@@ -99,7 +98,7 @@ impl HandoffSender {
 }
 
 impl From<UnixStream> for HandoffSender {
-    /// A connection that was made already.
+    /// Creates a sender from a connected stream.
     fn from(stream: UnixStream) -> Self {
         Self {
             stream,

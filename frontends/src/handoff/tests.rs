@@ -42,8 +42,8 @@ fn rig() -> Rig {
 }
 
 impl Rig {
-    /// Accepts a stream in the guest and returns its first `len` bytes after
-    /// the forward header.
+    /// Accepts a stream in the guest and returns its first `len` bytes after the forward
+    /// header.
     fn accepts(&mut self, len: usize) -> (Packet, Vec<u8>) {
         let request = self.guest.expect(REQUEST);
         assert_eq!(request.dst_port, port::FORWARD);
@@ -77,7 +77,7 @@ fn payload_and_socket_arrive_in_order_again_and_again() {
         let mut said = [0; 6];
         client.read_exact(&mut said).unwrap();
         assert_eq!(&said, b"answer");
-        // Its end would be a packet of its own.
+        // Closing it here would add a packet.
         clients.push(client);
     }
 }
@@ -104,7 +104,7 @@ fn raw(stream: &UnixStream, bytes: &[u8], fds: &[&dyn AsFd]) {
     sendmsg(stream, &[IoSlice::new(bytes)], &mut control, flags).unwrap();
 }
 
-/// Whether the other end of the pair was closed by everybody.
+/// Returns true if all descriptors of the other end of the pair are closed.
 fn is_closed(mut client: &UnixStream) -> bool {
     matches!(client.read(&mut [0; 1]), Ok(0))
 }
@@ -142,7 +142,7 @@ fn rules_that_are_broken_close_everything_that_came() {
         assert!(is_closed(&client), "{name}: the socket is closed");
         assert!(matches!(router.read(&mut [0; 1]), Ok(0) | Err(_)), "{name}");
     }
-    // Others are served as ever.
+    // Other routers are still served.
     let mut sender = HandoffSender::connect(&rig.path).unwrap();
     let (_client, socket) = UnixStream::pair().unwrap();
     sender.send(&socket, b"fine").unwrap();
@@ -152,7 +152,7 @@ fn rules_that_are_broken_close_everything_that_came() {
 #[test]
 fn nothing_follows_a_handoff_that_broke_off() {
     let (ours, mut theirs) = UnixStream::pair().unwrap();
-    // Nobody reads: the buffer takes some of it.
+    // The peer does not read: the socket buffer takes a part of the handoff.
     ours.set_nonblocking(true).unwrap();
     let mut sender = HandoffSender::from(ours);
     let (_client, socket) = UnixStream::pair().unwrap();
@@ -161,14 +161,14 @@ fn nothing_follows_a_handoff_that_broke_off() {
     assert!(sender.is_broken());
     let mut begun = vec![0; MAX_PAYLOAD];
     assert!(theirs.read(&mut begun).unwrap() > HEADER);
-    // There would be room now, but what is sent would be taken for the rest.
+    // The buffer has space now, but the peer would take new bytes for the rest.
     let error = sender.send(&socket, b"next").unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
     drop(sender);
     let mut rest = Vec::new();
     let _ = theirs.read_to_end(&mut rest);
     assert!(!rest.ends_with(b"next"));
-    // One that was not begun is no harm.
+    // A failure before the first byte leaves the sender usable.
     let (ours, theirs) = UnixStream::pair().unwrap();
     let mut sender = HandoffSender::from(ours);
     drop(theirs);

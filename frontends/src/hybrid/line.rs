@@ -1,28 +1,28 @@
-//! The request line, as Firecracker reads it: a word in any case, a port, and
-//! white space around them.
+//! The request line as Firecracker parses it: the word CONNECT in any case and a port,
+//! surrounded by white space.
 
-/// Longest request line, with its end.
+/// Longest request line in bytes, including its newline.
 pub(crate) const MAX_LINE: usize = 32;
 
 const WORD: &[u8] = b"CONNECT";
 
-/// What the first bytes of a client are.
+/// Classification of a client's first bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Line {
-    /// May become a request with more bytes.
+    /// Incomplete: more bytes may complete the request.
     Part,
-    /// Asks for `port`; `len` bytes are the request.
+    /// A request for `port`, in the first `len` bytes.
     Request {
         /// The vsock port.
         port: u32,
-        /// Bytes of the line, its end included.
+        /// Length of the line in bytes, including its newline.
         len: usize,
     },
-    /// No request, whatever may follow.
+    /// Not a prefix of any request.
     Nonsense,
 }
 
-/// Reads a request from the first bytes that a client has sent.
+/// Classifies the first bytes of a client.
 pub(crate) fn read(bytes: &[u8]) -> Line {
     let bytes = bytes.get(..MAX_LINE).unwrap_or(bytes);
     match bytes.iter().position(|&byte| byte == b'\n') {
@@ -35,7 +35,7 @@ pub(crate) fn read(bytes: &[u8]) -> Line {
     }
 }
 
-/// The port of a line without its end.
+/// Parses the port from a line without its newline.
 fn parse(line: &[u8]) -> Option<u32> {
     let mut words = words(line);
     let (word, digits) = (words.next()?, words.next()?);
@@ -46,7 +46,7 @@ fn parse(line: &[u8]) -> Option<u32> {
     std::str::from_utf8(digits).ok()?.parse().ok()
 }
 
-/// Whether a line may begin like this.
+/// Returns true if the bytes are a prefix of a request line.
 fn could_begin(bytes: &[u8]) -> bool {
     let mut words = words(bytes);
     let Some(word) = words.next() else {
@@ -90,7 +90,7 @@ mod tests {
                 Line::Request { port, len },
                 "{line:?}"
             );
-            // Nothing behind it counts, and it may come in any pieces.
+            // Bytes after the line are ignored, and the line may arrive in pieces.
             let more = format!("{line}more\n");
             assert_eq!(
                 read(more.as_bytes()),

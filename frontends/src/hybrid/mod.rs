@@ -1,9 +1,9 @@
 //! The hybrid vsock protocol of Firecracker and Cloud Hypervisor.
 //!
-//! A client connects to the socket and writes `CONNECT PORT\n`; once something in
-//! the guest has accepted on that vsock port, it reads `OK HOSTPORT\n`, and the
-//! bytes of the stream follow. What a guest opens to the host's port N is
-//! connected to the socket `PATH_N`, which whoever serves that port makes.
+//! A client connects to the socket and writes `CONNECT PORT\n`; when a listener in the
+//! guest has accepted on that vsock port, the client reads `OK HOSTPORT\n`, and the bytes
+//! of the stream follow. A connection from the guest to the host's port N is forwarded to
+//! the socket `PATH_N`, which the server of that port creates.
 
 pub(crate) mod line;
 #[cfg(test)]
@@ -33,26 +33,26 @@ use crate::service::{Bell, Service};
 use crate::shortage::{Retries, is_shortage};
 use crate::{Error, FrontendHandle, LocalAddress};
 
-/// Clients that have not said yet what they want; more wait in the backlog.
+/// Clients without a complete request line; others wait in the backlog.
 const MAX_UNDECIDED: usize = 256;
-/// Time for a client to say what it wants.
+/// Time limit for the request line.
 const PATIENCE: Duration = Duration::from_secs(10);
 const FRONTEND: &str = "hybrid";
 
 const TIMER: u64 = 1;
-/// Clients that could not be heard for want of memory.
+/// Clients whose reads failed for lack of memory.
 const SHORTAGE: u64 = 2;
-/// Tokens of clients begin here.
+/// First token of clients.
 const FIRST: u64 = 3;
 
-/// Told once per change: the beginning of a line stays in the socket.
+/// Edge-triggered: an incomplete line stays in the socket.
 const NEW_BYTES: Interest = Interest {
     readable: true,
     writable: false,
     edge: true,
 };
 
-/// A frontend to be started.
+/// Builder of a hybrid frontend.
 #[derive(Clone, Debug)]
 pub struct HybridFrontend {
     path: PathBuf,
@@ -61,8 +61,8 @@ pub struct HybridFrontend {
 }
 
 impl HybridFrontend {
-    /// A frontend that will listen on `path`, and connect what the guest opens to
-    /// sockets beside it.
+    /// Creates a frontend that will listen on `path`, and forward the guest's connections
+    /// to the sockets `path_N`.
     #[must_use]
     pub fn new(path: &Path) -> Self {
         Self {
@@ -72,25 +72,25 @@ impl HybridFrontend {
         }
     }
 
-    /// Takes descriptors, one for each connection, from this limit. When there are
-    /// none left, clients wait in the system's backlog and the guest is refused.
+    /// Sets the limit from which each connection takes one descriptor. Clients beyond it
+    /// wait in the kernel's backlog, connections of the guest are refused.
     #[must_use]
     pub fn limit(mut self, limit: &Limit) -> Self {
         self.limit = limit.clone();
         self
     }
 
-    /// How long a client may take to say what it wants: 10 s unless this is called.
+    /// Sets the time limit for a client's request line. The default is 10 s.
     #[must_use]
     pub fn patience(mut self, patience: Duration) -> Self {
         self.patience = patience;
         self
     }
 
-    /// Starts listening; the socket is private as [`crate::UnixFrontend`]'s is.
+    /// Starts listening. The socket is as private as that of [`crate::UnixFrontend`].
     ///
     /// # Errors
-    /// The place is taken, or the system refused.
+    /// The path is in use, or a system call failed.
     pub fn start(
         self,
         muxer: MuxerHandle,
@@ -119,9 +119,9 @@ impl HybridFrontend {
     }
 }
 
-/// Connects a stream of the guest's to the socket of its port. Never waits: a
-/// server whose backlog is full is as good as none. So is one of another user, who may
-/// have come first to a directory that all can write to: it gets no byte.
+/// Connects a stream of the guest to the socket of its port, without waiting: a server
+/// whose backlog is full counts as absent. A server of another user, which may have bound
+/// the path first in a directory with too wide permissions, receives nothing.
 fn connect_beside(path: &Path, request: GuestStream) -> Option<OwnedFd> {
     let kind = match request.kind {
         SocketKind::Stream => SocketType::STREAM,
@@ -136,7 +136,7 @@ fn connect_beside(path: &Path, request: GuestStream) -> Option<OwnedFd> {
     is_trusted_peer(&socket).ok()?.then_some(socket)
 }
 
-/// A client that has not said yet what it wants.
+/// A client whose request line is incomplete.
 struct Undecided {
     stream: UnixStream,
     registration: Registration,
@@ -150,20 +150,20 @@ struct Hybrid {
     service: Service,
     bell: Option<Bell>,
     path: PathBuf,
-    /// Answers what the guest opens.
+    /// Accepts connections of the guest.
     beside: Option<Listening>,
     undecided: HashMap<u64, Undecided>,
     next_token: u64,
     deadlines: Deadlines,
-    /// When clients are heard again, after there was no memory for it.
+    /// Clients that are read again after a memory shortage.
     retries: Retries,
-    /// There may be a client in the backlog for which there is no place.
+    /// True if a client may be in the backlog while [`MAX_UNDECIDED`] are undecided.
     somebody_waits: bool,
     closed: bool,
 }
 
 impl Hybrid {
-    /// Accepts some clients; whether there may be more.
+    /// Accepts some clients. Returns true if there may be more.
     fn accept(&mut self, registry: &mut Registry<'_>) -> bool {
         let Some(bell) = self.bell.clone() else {
             return false;
@@ -187,7 +187,7 @@ impl Hybrid {
         registry: &mut Registry<'_>,
     ) -> io::Result<()> {
         let member = self.service.group.join(Some(permit));
-        // Most have said what they want by now.
+        // Most clients have already sent their line.
         let token = self.next_token;
         match take_line(&stream) {
             Ok(Some(port)) => {
@@ -256,7 +256,7 @@ impl Hybrid {
     }
 
     fn turn_away(&self, error: &io::Error) {
-        // Unless it has thought better of it.
+        // A client that has disconnected is not counted as refused.
         if error.kind() != io::ErrorKind::UnexpectedEof {
             self.service.counters.refuse(error);
         }
@@ -265,7 +265,7 @@ impl Hybrid {
     fn connect(&self, port: u32, stream: UnixStream, member: Member) {
         let begun = self.service.muxer.profiler().begin();
         let answer = match stream.try_clone() {
-            // One more for a moment: not waited for.
+            // A temporary second descriptor, which is not worth waiting for.
             Ok(answer) => (answer, self.service.limit.take(1)),
             Err(error) => return self.service.counters.refuse(error),
         };
@@ -273,7 +273,8 @@ impl Hybrid {
             on_result: Some(Box::new(move |result| {
                 let (answer, _permit) = answer;
                 if let Ok(host_port) = result {
-                    // The first thing that is written, so there is room for it.
+                    // The answer is the first data on this socket, so the buffer has
+                    // space for it.
                     let line = format!("OK {host_port}\n");
                     let _ = rustix::io::write(&answer, line.as_bytes());
                 }
@@ -286,8 +287,8 @@ impl Hybrid {
     }
 }
 
-/// The port of a request line, which is taken off the stream, and nothing after
-/// it; `None` if not all of it is there yet.
+/// Reads the request line from the stream, and nothing after it, and returns its port;
+/// `None` if the line is incomplete.
 fn take_line(stream: &UnixStream) -> io::Result<Option<u32>> {
     let mut bytes = [0; MAX_LINE];
     let count = match rustix::net::recv(stream, &mut bytes[..], RecvFlags::PEEK) {
@@ -305,7 +306,7 @@ fn take_line(stream: &UnixStream) -> io::Result<Option<u32>> {
         }
         Line::Nonsense => Err(io::Error::new(
             io::ErrorKind::InvalidData,
-            "it does not say CONNECT PORT",
+            "the request is not CONNECT PORT",
         )),
     }
 }
@@ -322,7 +323,7 @@ impl EventHandler for Hybrid {
             }
             TIMER => {
                 while let Some(token) = self.deadlines.next_due() {
-                    let why = "it did not say in time what it wants";
+                    let why = "the request line was not complete in time";
                     self.service.counters.evict(why);
                     self.remove(token, registry);
                 }
@@ -358,7 +359,7 @@ impl Frontend for Hybrid {
         let mut rounds = 0..CLOSING_ROUNDS;
         while rounds.next().is_some() && self.accept(registry) {}
         self.gate.close(registry);
-        // What the guest opens is refused from now on.
+        // From now on, connections of the guest are refused.
         self.beside = None;
     }
 

@@ -32,10 +32,10 @@ fn rig() -> Rig {
 }
 
 #[test]
-fn a_client_names_a_port_and_is_told_when_it_has_it() {
+fn a_client_requests_a_port_and_receives_ok() {
     let mut rig = rig();
     let mut client = UnixStream::connect(&rig.path).unwrap();
-    // In pieces, and with more behind it.
+    // The line arrives in pieces, with data after it.
     for piece in ["CON", "NECT 52", "\nearly"] {
         client.write_all(piece.as_bytes()).unwrap();
     }
@@ -66,7 +66,7 @@ fn a_port_that_nobody_has_ends_the_connection() {
 }
 
 #[test]
-fn nonsense_is_hung_up_on_and_nobody_else_notices() {
+fn invalid_requests_end_their_connection_only() {
     let mut rig = rig();
     for nonsense in [
         "GET / HTTP/1.1\r\n",
@@ -79,7 +79,8 @@ fn nonsense_is_hung_up_on_and_nobody_else_notices() {
     ] {
         let mut client = UnixStream::connect(&rig.path).unwrap();
         client.write_all(nonsense.as_bytes()).unwrap();
-        // The end, or a reset because not all was read.
+        // The client reads the end of the stream, or a reset because unread bytes were
+        // dropped.
         assert!(
             matches!(client.read(&mut [0; 8]), Ok(0) | Err(_)),
             "{nonsense:?}"
@@ -108,7 +109,7 @@ fn the_guest_reaches_the_socket_of_its_port() {
     rig.guest.expect(RST);
     let stats = rig.frontend.stats();
     assert_eq!((stats.accepted, stats.active, stats.from_guest), (1, 1, 11));
-    // Not once it is closed.
+    // A closed frontend refuses connections of the guest.
     rig.frontend.close();
     rig.guest.send(&Packet::from_guest(57, 1234, REQUEST));
     rig.guest.expect(RST);
@@ -116,7 +117,7 @@ fn the_guest_reaches_the_socket_of_its_port() {
     assert_eq!(rig.guest.expect(RW).payload, b"goes on");
 }
 
-/// A server whose socket is of another user, as the guest's stream would be.
+/// A server whose socket is of another user.
 #[test]
 fn the_guest_does_not_reach_another_users_socket() {
     if !rustix::process::geteuid().is_root() {
@@ -130,7 +131,8 @@ fn the_guest_does_not_reach_another_users_socket() {
         let (family, kind) = (AddressFamily::UNIX, SocketType::STREAM);
         let socket = rustix::net::socket_with(family, kind, flags, None).unwrap();
         rustix::net::bind(&socket, &SocketAddrUnix::new(beside).unwrap()).unwrap();
-        // Of this thread alone. The peer is who listens.
+        // These credentials are of this thread only. The peer of a socket is the user
+        // that called listen(2).
         let nobody = rustix::fs::Uid::from_raw(65534);
         rustix::thread::set_thread_res_uid(nobody, nobody, nobody).unwrap();
         rustix::net::listen(&socket, 8).unwrap();

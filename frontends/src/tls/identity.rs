@@ -1,4 +1,4 @@
-//! Certificates and keys, and when to read them again.
+//! Certificates and keys, and their renewal.
 
 use std::fs::File;
 use std::io::{self, Read as _};
@@ -14,10 +14,10 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use super::TlsIdentity;
 use crate::Error;
 
-/// Longest file that is taken for certificates or a key, in bytes.
+/// Longest certificate or key file, in bytes.
 const MAX_FILE: u64 = 1 << 20;
 
-/// What tells one version of a file from another.
+/// Attributes that distinguish versions of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Version {
     device: u64,
@@ -40,7 +40,7 @@ fn version(path: &Path) -> io::Result<Version> {
 struct Files {
     certificates: PathBuf,
     key: PathBuf,
-    /// Of both, when they were read last.
+    /// Versions of both files at the last read.
     versions: Option<[Version; 2]>,
 }
 
@@ -95,7 +95,7 @@ fn config(
     Ok(Arc::new(config))
 }
 
-/// What a frontend shows its clients now.
+/// The current certificate and key of a frontend.
 #[derive(Debug)]
 pub(super) struct Identity {
     config: Arc<ServerConfig>,
@@ -142,8 +142,8 @@ impl Identity {
         self.self_signed.as_deref()
     }
 
-    /// What the next connection is shown: two calls of `stat`, unless the files
-    /// have changed.
+    /// Returns the configuration for the next connection. Costs two calls of `stat`
+    /// unless the files have changed.
     pub(super) fn current(&mut self) -> Arc<ServerConfig> {
         if let Some(files) = &mut self.files {
             let found = files.versions();
@@ -153,7 +153,7 @@ impl Identity {
                         tracing::info!(path = %files.certificates.display(), "new certificate");
                         self.config = config;
                     }
-                    // One of the two may not be there yet.
+                    // One of the two files may not have been replaced yet.
                     Err(error) => tracing::warn!(%error, "the old certificate stays"),
                 }
                 files.versions = found;

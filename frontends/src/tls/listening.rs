@@ -1,4 +1,4 @@
-//! The frontend's part on the event loop: its listener and its connections.
+//! The event handler of the TLS frontend: its listener and its connections.
 
 use std::collections::HashMap;
 use std::io;
@@ -18,17 +18,17 @@ use crate::gate::{CLOSING_ROUNDS, Gate, LISTENER};
 use crate::handle::Frontend;
 use crate::service::{Bell, Service};
 
-/// Descriptors of a connection: its socket, and a pair to the guest.
+/// Descriptors per connection: its socket, and a socket pair to the guest.
 const COST: usize = 3;
-/// Handshakes at once; more connections wait in the backlog.
+/// Concurrent handshakes; more connections wait in the backlog.
 const MAX_HANDSHAKES: usize = 256;
 
-/// Time until a connection is served again for which the system lacked memory.
+/// Delay before a connection is served again after a memory shortage.
 const RETRY: Duration = Duration::from_millis(10);
 
 const TIMER: u64 = 1;
-/// Tokens of connections begin here: an even one is a socket's, the next one
-/// its plain side's.
+/// First token of connections: an even token is that of the client's socket, the next odd
+/// one that of its plain side.
 const FIRST: u64 = 2;
 
 const BOTH_EDGES: Interest = Interest {
@@ -37,22 +37,22 @@ const BOTH_EDGES: Interest = Interest {
     edge: true,
 };
 
-/// A connection and what it has on the event loop.
+/// A connection and its registrations with the event loop.
 struct Place {
     session: Session,
     socket: Registration,
     guest: Option<Registration>,
-    /// When it is hung up on, if what it is at is not done by then.
+    /// End of the time limit of the handshake or of closing.
     deadline: Option<Instant>,
-    /// When it is served again without an event. The deadline of its plain side's
-    /// token.
+    /// Time of the next attempt after a memory shortage. It is the deadline of the plain
+    /// side's token.
     retry: Option<Instant>,
 }
 
-/// Where connections go.
+/// Targets of connections.
 pub(super) struct Targets {
     pub(super) any: Target,
-    /// By the server name that was asked for, in lower case.
+    /// Targets by requested server name, in lower case.
     pub(super) names: HashMap<String, Target>,
 }
 
@@ -74,9 +74,9 @@ pub(super) struct Listening {
     next: u64,
     handshakes: usize,
     deadlines: Deadlines,
-    /// There may be a client in the backlog for which there is no place.
+    /// True if a client may be in the backlog while the handshake limit is reached.
     somebody_waits: bool,
-    /// Nobody has its handle any more.
+    /// True after the handle was dropped.
     retired: bool,
 }
 
@@ -104,7 +104,7 @@ impl Listening {
         })
     }
 
-    /// Accepts some connections; whether there may be more.
+    /// Accepts some connections. Returns true if there may be more.
     fn accept(&mut self, registry: &mut Registry<'_>) -> bool {
         let Some(bell) = self.bell.clone() else {
             return false;
@@ -148,14 +148,15 @@ impl Listening {
         Ok(())
     }
 
-    /// Gives a connection so long and no longer.
+    /// Starts the time limit of a connection.
     fn limit(&mut self, token: u64) {
         if let Some(place) = self.sessions.get_mut(&token) {
             place.deadline = Some(self.deadlines.add(token, self.patience));
         }
     }
 
-    /// Hangs up on whoever took too long, and serves those again who lacked memory.
+    /// Closes connections that exceeded their time limit, and serves those again that
+    /// lacked memory.
     fn sweep(&mut self, registry: &mut Registry<'_>) {
         while let Some(token) = self.deadlines.next_due() {
             if token & 1 == 1 {
@@ -238,7 +239,7 @@ impl Listening {
         }
     }
 
-    /// Connects a client whose handshake is complete to the guest.
+    /// Connects a client with a complete handshake to the guest.
     fn establish(&mut self, token: u64, registry: &mut Registry<'_>) -> io::Result<()> {
         let Some(place) = self.sessions.get_mut(&token) else {
             return Ok(());
@@ -251,7 +252,8 @@ impl Listening {
         if let Some(at) = place.deadline.take() {
             self.deadlines.remove(at, token);
         }
-        // The session is the member: it ends when the client has all of it.
+        // The session, not the stream, is the member of the group: it ends when the
+        // client has received all bytes.
         self.service
             .connect(target.open(), OwnedFd::from(theirs), None);
         self.handshake_is_over(registry);

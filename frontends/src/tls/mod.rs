@@ -1,10 +1,10 @@
-//! A TCP port of the host that speaks TLS; the guest sees plain bytes.
+//! A TCP port of the host that speaks TLS; the guest receives plain bytes.
 //!
-//! A connection is decrypted on the event loop, between its socket and one end of
-//! a socket pair whose other end the muxer has: what the guest gets and sends
-//! takes the same way as a plain connection, and so does a slow reader's
-//! back-pressure. Where a connection goes can depend on the server name it asked
-//! for. Nothing of a client reaches the guest before its handshake is complete.
+//! The event loop decrypts a connection between its socket and one end of a socket pair
+//! whose other end the muxer has: the bytes of the guest take the same path as those of a
+//! plain connection, including the back-pressure of a slow reader. The target of a
+//! connection can depend on the requested server name (SNI). No byte of a client reaches
+//! the guest before its handshake is complete.
 
 mod identity;
 mod listening;
@@ -26,29 +26,29 @@ use crate::service::Service;
 use crate::tcp::{bind, failed};
 use crate::{Error, FrontendHandle, LocalAddress, Target};
 
-/// Time that a handshake, and hanging up at the end, may take.
+/// Time limit of the handshake, and of closing.
 const PATIENCE: Duration = Duration::from_secs(10);
 const FRONTEND: &str = "tls";
 
-/// What the frontend shows its clients.
+/// The identity that the frontend presents to its clients.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TlsIdentity {
-    /// A chain of certificates and its key, PEM files. They are read again when
-    /// they change; as long as they then make no sense, the old ones stay.
+    /// A chain of certificates and its key, PEM files. They are read again when they
+    /// change; if the new ones are invalid, the old ones stay in use.
     Files {
         /// The certificates, the server's own first.
         certificates: PathBuf,
         /// Its private key.
         key: PathBuf,
     },
-    /// A key made for this frontend, signed by itself.
+    /// A key created for this frontend, with a self-signed certificate.
     SelfSigned {
-        /// Host names and IP addresses it is for.
+        /// Host names and IP addresses of the certificate.
         names: Vec<String>,
     },
 }
 
-/// A frontend to be started.
+/// Builder of a TLS frontend.
 #[derive(Clone, Debug)]
 pub struct TlsFrontend {
     address: SocketAddr,
@@ -61,8 +61,8 @@ pub struct TlsFrontend {
 }
 
 impl TlsFrontend {
-    /// A frontend that will listen on `address` (with port 0, on a port of the
-    /// system's choice) and send connections to `target`.
+    /// Creates a frontend that will listen on `address` (with port 0, the system chooses
+    /// a port) and forward connections to `target`.
     #[must_use]
     pub fn new(address: SocketAddr, identity: TlsIdentity, target: Target) -> Self {
         Self {
@@ -76,31 +76,31 @@ impl TlsFrontend {
         }
     }
 
-    /// Takes descriptors, three for each connection, from this limit. When there
-    /// are none left, connections wait in the system's backlog.
+    /// Sets the limit from which each connection takes three descriptors. Connections
+    /// beyond it wait in the kernel's backlog.
     #[must_use]
     pub fn limit(mut self, limit: &Limit) -> Self {
         self.limit = limit.clone();
         self
     }
 
-    /// How long a client may take for its handshake, and for hanging up when the
-    /// guest has ended the connection: 10 s unless this is called.
+    /// Sets the time limit of a client's handshake, and of its closing after the guest
+    /// has ended the connection. The default is 10 s.
     #[must_use]
     pub fn patience(mut self, patience: Duration) -> Self {
         self.patience = patience;
         self
     }
 
-    /// Sends connections that ask for the server `name` (SNI) to another target.
+    /// Forwards connections that request the server `name` (SNI) to another target.
     #[must_use]
     pub fn server_name(mut self, name: &str, target: Target) -> Self {
         self.names.insert(name.to_ascii_lowercase(), target);
         self
     }
 
-    /// Offers an application protocol (ALPN), after those offered before. Offer
-    /// what the guest speaks, such as `h2`; without any, none is negotiated.
+    /// Offers an application protocol (ALPN), after those offered before. It should be
+    /// one that the guest speaks, such as `h2`; without any, none is negotiated.
     #[must_use]
     pub fn protocol(mut self, protocol: &str) -> Self {
         self.protocols.push(protocol.as_bytes().to_vec());
@@ -110,8 +110,8 @@ impl TlsFrontend {
     /// Starts listening.
     ///
     /// # Errors
-    /// The certificate or the key is of no use, the port is taken, the address is
-    /// not this host's, or the system refused.
+    /// The certificate or the key cannot be used, the port is in use, the address is not
+    /// one of this host, or a system call failed.
     pub fn start(
         self,
         muxer: MuxerHandle,

@@ -1,4 +1,4 @@
-//! One connection: TLS on one side, plain bytes on the other.
+//! One connection: TLS on the client's side, plain bytes on the guest's side.
 
 use std::io::{self, BufRead as _, ErrorKind, Read as _, Write as _};
 use std::net::{Shutdown, TcpStream};
@@ -11,27 +11,27 @@ use sm_devices_vsock::Member;
 
 use crate::shortage::is_shortage;
 
-/// Bytes taken from the guest's side at once; a TLS record holds as many.
+/// Most bytes per read from the guest's side: the maximum of a TLS record.
 const CHUNK: usize = 16 << 10;
-/// Rounds before other connections get their turn.
+/// Rounds before other connections are served.
 const ROUNDS: usize = 16;
 
-/// What [`Session::pump`] has come to.
+/// Result of [`Session::pump`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Pumped {
-    /// All that can be done now is done.
+    /// Neither direction can make progress now.
     Idle,
     /// There is more to do.
     More,
-    /// The client is known, and wants a stream to the guest.
+    /// The handshake is complete, and a stream to the guest is needed.
     Established,
-    /// Both directions have ended, what was sent included.
+    /// Both directions have ended, and all bytes are sent.
     Ended,
 }
 
-/// A client's side of a connection; does not block.
+/// The client's side of a connection; non-blocking.
 pub(super) trait Socket: io::Read + io::Write {
-    /// Says that nothing more is sent.
+    /// Shuts down the sending direction.
     fn end(&self) -> io::Result<()>;
 }
 
@@ -44,25 +44,25 @@ impl Socket for TcpStream {
 pub(super) struct Session<S = TcpStream> {
     tls: ServerConnection,
     pub(super) socket: S,
-    /// Plain bytes; the muxer has the other end.
+    /// The plain side; the muxer has the other end of the pair.
     pub(super) guest: Option<UnixStream>,
-    /// The client has sent all that it will, and the guest's side knows.
+    /// The client has ended its direction, and the guest's side is shut down for writing.
     client_ended: bool,
-    /// The guest has sent all that it will.
+    /// The guest has ended its direction.
     guest_ended: bool,
-    /// ... and the client has been told.
+    /// The client was sent close_notify after the guest's end.
     client_told: bool,
-    /// The guest takes no more bytes.
+    /// The guest accepts no more bytes.
     guest_deaf: bool,
-    /// The client's side of the TCP connection is closed.
+    /// The client has closed the TCP connection.
     hung_up: bool,
-    /// The system lacked memory for what is to be done.
+    /// The last pump was interrupted by a memory shortage.
     short_of_memory: bool,
     member: Member,
 }
 
 impl<S: Socket> Session<S> {
-    /// A session on a socket that does not block.
+    /// Creates a session on a non-blocking socket.
     pub(super) fn new(socket: S, config: Arc<ServerConfig>, member: Member) -> io::Result<Self> {
         let tls = ServerConnection::new(config).map_err(io::Error::other)?;
         Ok(Self {
@@ -79,34 +79,34 @@ impl<S: Socket> Session<S> {
         })
     }
 
-    /// The client is known, and its plain bytes go here.
+    /// Sets the guest's side, after the handshake.
     pub(super) fn begin(&mut self, guest: UnixStream) {
         self.member.begin();
         self.guest = Some(guest);
     }
 
-    /// The name of the server that the client asked for.
+    /// Returns the server name that the client requested.
     pub(super) fn server_name(&self) -> Option<&str> {
         self.tls.server_name()
     }
 
-    /// Whether only the client's hanging up is waited for: the guest has ended the
-    /// connection, in both directions.
+    /// Returns true if the session only waits for the client to close: the guest has
+    /// ended the connection in both directions.
     pub(super) fn is_closing(&self) -> bool {
         let gone = |guest: &UnixStream| send(guest, &[], SendFlags::NOSIGNAL).is_err();
         self.client_told && self.guest.as_ref().is_none_or(gone)
     }
 
-    /// The system lacked memory in the last [`Self::pump`]. No event says
-    /// when it has some again, so another is due after a while.
+    /// Returns true if the system lacked memory in the last [`Self::pump`]. No event
+    /// reports that memory is available again, so the call is repeated after a delay.
     pub(super) fn is_short_of_memory(&self) -> bool {
         self.short_of_memory
     }
 
-    /// Moves bytes both ways as far as it goes without waiting.
+    /// Moves bytes in both directions until neither makes progress without blocking.
     ///
     /// # Errors
-    /// The connection is over: broken off, or what the client sends is not TLS.
+    /// The connection broke off, or the client violated the TLS protocol.
     pub(super) fn pump(&mut self) -> io::Result<Pumped> {
         self.short_of_memory = false;
         for _ in 0..ROUNDS {
@@ -127,7 +127,7 @@ impl<S: Socket> Session<S> {
         Ok(Pumped::More)
     }
 
-    /// Records to the client.
+    /// Sends pending TLS records to the client.
     fn send(&mut self) -> io::Result<bool> {
         let mut moved = false;
         while self.tls.wants_write() {
@@ -146,7 +146,7 @@ impl<S: Socket> Session<S> {
         Ok(moved)
     }
 
-    /// What was decrypted, to the guest.
+    /// Sends decrypted bytes to the guest.
     fn feed_guest(&mut self) -> io::Result<bool> {
         let Some(guest) = &mut self.guest else {
             return Ok(false);
@@ -155,10 +155,10 @@ impl<S: Socket> Session<S> {
         let mut reader = self.tls.reader();
         loop {
             let bytes = match reader.fill_buf() {
-                // The client has said that this was all.
+                // The client has sent close_notify.
                 Ok([]) => break,
                 Ok(bytes) => bytes,
-                // Nothing now.
+                // No decrypted bytes are available.
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(moved),
                 Err(error) => return Err(error),
             };
@@ -182,15 +182,15 @@ impl<S: Socket> Session<S> {
         }
         if !self.client_ended {
             self.client_ended = true;
-            // Fails when the guest has gone already.
+            // An error means that the guest's side is closed already.
             let _ = guest.shutdown(Shutdown::Write);
             moved = true;
         }
         Ok(moved)
     }
 
-    /// Records from the client, one read at most; none while what came before
-    /// waits for the guest.
+    /// Receives TLS records from the client, by one read at most, and none while
+    /// decrypted bytes wait for the guest.
     fn receive(&mut self) -> io::Result<bool> {
         if self.hung_up {
             return Ok(false);
@@ -203,21 +203,22 @@ impl<S: Socket> Session<S> {
         }
         match self.tls.read_tls(&mut self.socket) {
             Ok(0) if self.client_told => self.hung_up = true,
-            // Without a word, so perhaps not by the client's will.
+            // The end of the stream without close_notify may be a truncation.
             Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
             Ok(_) => {}
             Err(error) if is_for_later(&error, &mut self.short_of_memory) => return Ok(false),
             Err(error) => return Err(error),
         }
         if let Err(error) = self.tls.process_new_packets() {
-            // Tells the client what was wrong, if it listens.
+            // Sends the alert to the client, which may be gone.
             let _ = self.tls.write_tls(&mut self.socket);
             return Err(io::Error::new(ErrorKind::InvalidData, error));
         }
         Ok(true)
     }
 
-    /// After the client's last record nothing counts but its hanging up.
+    /// Discards bytes after the client's close_notify and waits for the end of the TCP
+    /// stream.
     fn await_hang_up(&mut self) -> io::Result<bool> {
         let mut ignored = [0; 512];
         match self.socket.read(&mut ignored) {
@@ -231,7 +232,7 @@ impl<S: Socket> Session<S> {
         }
     }
 
-    /// What the guest sends, once what it sent before is on its way.
+    /// Reads from the guest, once all earlier bytes were sent.
     fn hear_guest(&mut self) -> io::Result<bool> {
         let Some(guest) = &mut self.guest else {
             return Ok(false);
@@ -257,8 +258,8 @@ impl<S: Socket> Session<S> {
     }
 }
 
-/// Returns true if the call can be repeated later: on an event or, if the system
-/// lacked memory, which is noted, after a while.
+/// Returns true if the call can be repeated later: on an event or, after a memory
+/// shortage, which is noted in `short_of_memory`, after a delay.
 fn is_for_later(error: &io::Error, short_of_memory: &mut bool) -> bool {
     let short = is_shortage(error);
     *short_of_memory |= short;
@@ -278,7 +279,8 @@ mod tests {
     use crate::TlsIdentity;
     use crate::tls::identity::Identity;
 
-    /// Reads a client's first bytes; does not write for lack of memory at first.
+    /// A client whose first bytes can be read, and whose writes fail for lack of memory
+    /// at first.
     struct Short {
         hello: io::Cursor<Vec<u8>>,
         sent: Vec<u8>,
@@ -342,7 +344,7 @@ mod tests {
             session.socket.error = None;
             assert_eq!(session.pump().unwrap(), Pumped::Idle);
             assert!(!session.is_short_of_memory());
-            // A record of the handshake.
+            // The first byte is the type of a handshake record.
             assert_eq!(session.socket.sent.first(), Some(&22));
         }
     }

@@ -76,7 +76,7 @@ fn client(socket: TcpStream, name: &'static str, trusted: &str, protocols: &[&st
     StreamOwned::new(connection, socket)
 }
 
-/// A guest that sends back what it gets, until that many connections have ended.
+/// A guest that echoes, until the given number of connections have ended.
 fn echo(mut guest: Guest, connections: usize) -> JoinHandle<Guest> {
     std::thread::spawn(move || {
         let mut ended = 0;
@@ -112,7 +112,7 @@ fn the_guest_gets_plain_bytes_and_an_end_is_an_end() {
     let side = std::thread::spawn(move || {
         client.write_all(b"ping").unwrap();
         let mut all = Vec::new();
-        // An error, if the end came without a word.
+        // The end of the stream without close_notify is an error.
         client.read_to_end(&mut all).unwrap();
         let protocol = client.conn.alpn_protocol().map(<[u8]>::to_vec);
         (all, protocol)
@@ -189,20 +189,20 @@ fn no_byte_of_a_stranger_reaches_the_guest() {
     let mut alert = Vec::new();
     let _ = stranger.read_to_end(&mut alert);
     assert_eq!(alert.first(), Some(&21), "an alert: {alert:?}");
-    // Half of a handshake.
+    // An incomplete handshake.
     let half = rig.tcp();
     (&half).write_all(&[22, 3, 1, 2, 0, 1]).unwrap();
     half.shutdown(Shutdown::Write).unwrap();
     assert!(matches!((&half).read(&mut [0; 8]), Ok(0) | Err(_)));
     assert_eq!(rig.frontend.stats().refused, 2);
-    // Nor of one that says nothing, who is hung up on in the end.
+    // A client that sends nothing is closed after the time limit.
     let rig = rig_with_patience(self_signed(), Duration::from_millis(50));
     assert_eq!(rig.tcp().read(&mut [0; 1]).unwrap(), 0);
     let stats = rig.frontend.stats();
     assert_eq!((stats.evicted, stats.accepted), (1, 0));
 }
 
-/// Writes a fresh certificate and its key; returns the certificate.
+/// Writes a new certificate and its key; returns the certificate.
 fn certify(directory: &Path) -> String {
     let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
     for (name, text) in [

@@ -31,7 +31,7 @@ use sm_guest_proto::port;
 
 /// The guest's port that echoes.
 pub const ECHO: u32 = 7;
-/// A connection to it ends the guest.
+/// A connection to this port ends the guest.
 const QUIT: u32 = 9;
 pub const KINDS: [Kind; 5] = [
     Kind::Unix,
@@ -50,22 +50,22 @@ pub enum Kind {
     Hybrid,
 }
 
-/// What a guest that echoes knows of a connection.
+/// State of one connection in a guest that echoes.
 #[derive(Default)]
 struct Echoed {
-    /// Bytes of a forward header that are still to come.
+    /// Bytes of a forward header that are still to be received.
     header: usize,
-    /// What came and was not sent back yet: the host has no room for it.
+    /// Received bytes that are not sent back yet, because the host has no credit left.
     pending: Vec<u8>,
-    /// Bytes taken, which the host is told, and sent.
+    /// Bytes received, which are the `fwd_cnt` for the host.
     taken: u32,
     sent: u32,
-    /// The host is done sending.
+    /// The host has shut down its sending direction.
     end: Option<Packet>,
 }
 
 impl Echoed {
-    /// Takes in the data of a packet.
+    /// Processes the payload of a data packet.
     fn take(&mut self, packet: &Packet) {
         let mut data = &packet.payload[..];
         if self.header > 0 {
@@ -74,7 +74,8 @@ impl Echoed {
             self.taken += u32::try_from(skipped).unwrap();
             self.header -= skipped;
             if self.header == 0 {
-                // It is answered with a status, which nobody sent.
+                // The header is answered with a status byte, which the client has not
+                // sent.
                 self.pending.push(0);
                 self.taken = self.taken.wrapping_sub(1);
             }
@@ -82,7 +83,7 @@ impl Echoed {
         self.pending.extend(data);
     }
 
-    /// Sends back as much as the host has room for, as `packet` of it says.
+    /// Sends back as many bytes as the host's credit in `packet` allows.
     fn answer(&mut self, guest: &mut Guest, packet: &Packet) {
         let way = self.sent.wrapping_sub(packet.fwd_cnt);
         let room = usize::try_from(packet.buf_alloc.saturating_sub(way)).unwrap();
@@ -105,7 +106,7 @@ impl Echoed {
     }
 }
 
-/// A guest that sends back what it gets, and every end as well.
+/// A guest that sends back all bytes, and ends its direction when the host does.
 fn echo(mut guest: Guest) {
     let mut streams: HashMap<u32, Echoed> = HashMap::new();
     loop {
@@ -134,7 +135,8 @@ fn echo(mut guest: Guest) {
                 };
                 match op {
                     RW => stream.take(&packet),
-                    // The host is done sending: so is the guest.
+                    // The host has shut down its sending direction: the guest does the
+                    // same.
                     SHUTDOWN => {
                         let op = if packet.flags == 3 { RST } else { SHUTDOWN };
                         let mut end = packet.reply(op);
@@ -173,13 +175,13 @@ impl Rig {
         }
     }
 
-    /// Starts a frontend with room for so many descriptors, whose clients have so
-    /// long.
+    /// Starts a frontend with the given descriptor limit and the given time limit for its
+    /// clients.
     pub fn start(&self, kind: Kind, limit: &Limit, patience: Duration) -> Server {
         self.try_start(kind, limit, patience).unwrap()
     }
 
-    /// The same, when it may fail.
+    /// Like [`Self::start`], and returns errors.
     pub fn try_start(
         &self,
         kind: Kind,
@@ -228,7 +230,7 @@ impl Rig {
         Ok(Server { door, handle })
     }
 
-    /// A handler on the frontends' event loop.
+    /// Adds a handler to the frontends' event loop, and returns its ID.
     pub fn id_of_a_handler(&self) -> HandlerId {
         let (holds, _held) = channel();
         let (_, released) = channel();
@@ -236,13 +238,12 @@ impl Rig {
         self.event_loop.handle().add_handler(block).unwrap()
     }
 
-    /// Starts one without limits.
+    /// Starts a frontend without limits.
     pub fn serve(&self, kind: Kind) -> Server {
         self.start(kind, &Limit::none(), Duration::from_secs(3600))
     }
 
-    /// Keeps the frontends' event loop from doing anything until what this returns is
-    /// dropped.
+    /// Blocks the frontends' event loop until the returned guard is dropped.
     pub fn hold(&self) -> Held {
         let (release, released) = channel();
         let (holds, held) = channel();
@@ -275,7 +276,7 @@ impl EventHandler for Block {
     fn ready(&mut self, _token: u64, _readiness: Readiness, _registry: &mut Registry<'_>) {}
 }
 
-/// See [`Rig::hold`].
+/// The guard of [`Rig::hold`].
 pub struct Held {
     release: Option<Sender<()>>,
     thread: Option<JoinHandle<()>>,
@@ -304,13 +305,13 @@ impl Drop for Rig {
     }
 }
 
-/// A frontend that runs.
+/// A running frontend.
 pub struct Server {
     pub door: Door,
     pub handle: FrontendHandle,
 }
 
-/// Where clients of a frontend go.
+/// The address of a frontend for its clients.
 #[derive(Clone, Debug)]
 pub struct Door {
     pub kind: Kind,
@@ -320,7 +321,7 @@ pub struct Door {
 }
 
 trait Stream: Read + Write + Send {
-    /// Says that nothing more is sent.
+    /// Shuts down the sending direction.
     fn end(&mut self) -> io::Result<()>;
 }
 
@@ -353,7 +354,7 @@ impl std::fmt::Debug for Client {
 }
 
 impl Client {
-    /// Sends, and gets it back.
+    /// Sends bytes and receives them back.
     pub fn echo(&mut self, sent: &[u8]) -> io::Result<()> {
         self.0.write_all(sent)?;
         self.0.flush()?;
@@ -363,20 +364,20 @@ impl Client {
         Ok(())
     }
 
-    /// Ends it, and waits for the guest's end.
+    /// Ends the connection, and waits for the guest's end.
     pub fn finish(mut self) {
         self.0.end().unwrap();
         assert_eq!(self.0.read(&mut [0; 1]).unwrap(), 0);
     }
 
-    /// Whether it ends without a byte, by a reset or without one.
+    /// Returns true if the connection ends without a byte, with or without a reset.
     pub fn ends(mut self) -> bool {
         matches!(self.0.read(&mut [0; 1]), Ok(0) | Err(_))
     }
 }
 
 impl Door {
-    /// A bare connection.
+    /// Connects without speaking the frontend's protocol.
     pub fn knock(&self) -> io::Result<Box<dyn Knocker>> {
         Ok(match self.tcp {
             Some(address) => Box::new(TcpStream::connect(address)?),
@@ -384,7 +385,7 @@ impl Door {
         })
     }
 
-    /// A connection that the guest has accepted.
+    /// Returns a connection that the guest has accepted.
     pub fn enter(&self) -> io::Result<Client> {
         let mut client: Box<dyn Stream> = match self.kind {
             Kind::Unix => Box::new(UnixStream::connect(&self.path)?),
@@ -446,7 +447,7 @@ impl Door {
 
 /// A bare connection to a frontend.
 pub trait Knocker: Read + Write + Send {
-    /// Closes it so that the peer sees a reset, where there is such a thing.
+    /// Closes the connection with a reset, where the socket type has one.
     fn reset(self: Box<Self>);
 }
 
