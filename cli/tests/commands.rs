@@ -2,7 +2,8 @@
 //! `sm completions`, and refusals.
 #![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
-use std::fs;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -163,6 +164,34 @@ fn kernels_are_listed_and_chosen() {
 fn a_kernel_is_built_in_the_source_tree_only() {
     let done = User::new().sm(&["kernel", "build"]).exits(1);
     done.says(&["source tree", "cargo xtask kernel", "sm kernel use /boot/"]);
+}
+
+/// Cargo obeys configuration, and rustup the choice of a toolchain, in the directories above
+/// the one that it is run in; in `/tmp` both may be another user's.
+#[test]
+fn nothing_above_the_source_tree_decides_how_a_kernel_is_built() {
+    let user = User::new();
+    let dir = tempfile::tempdir().unwrap();
+    let tree = dir.path().join("sm");
+    fs::create_dir_all(tree.join("xtask")).unwrap();
+    fs::create_dir(tree.join("vmm-core")).unwrap();
+    fs::write(tree.join("xtask/Cargo.toml"), b"").unwrap();
+    let bin = dir.path().join("bin");
+    fs::create_dir(&bin).unwrap();
+    let cargo = bin.join("cargo");
+    fs::write(&cargo, "#!/bin/sh\npwd\necho \"$@\"\nexit 3\n").unwrap();
+    fs::set_permissions(&cargo, Permissions::from_mode(0o755)).unwrap();
+    let path = format!("{}:{}", bin.display(), std::env::var("PATH").unwrap());
+
+    let mut build = user.command(&["kernel", "build"]);
+    let done = user.run(build.current_dir(tree.join("xtask")).env("PATH", path));
+    let manifest = tree.join("Cargo.toml");
+    let arguments = format!(
+        "run --quiet --manifest-path {} --package xtask -- kernel",
+        manifest.display()
+    );
+    assert_eq!(done.out, format!("/\n{arguments}\n"));
+    assert_eq!(done.code, Some(1));
 }
 
 #[test]
