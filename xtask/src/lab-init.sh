@@ -26,13 +26,13 @@ $b mount -t overlay -o lowerdir=/lower,upperdir=/upper/files,workdir=/upper/work
 for dir in proc sys dev tmp run; do
     $b mkdir -p /new/$dir
 done
-for dir in proc sys dev; do
-    $b mount --move /$dir /new/$dir
-done
-# What /tmp and /run have below the lab's own ones: see "visible" below.
-for dir in tmp run; do
+# The contents of the host's directories below the lab's own ones: see "visible" below.
+for dir in tmp run dev; do
     $b mkdir -p /covered/$dir
     $b mount --bind /new/$dir /covered/$dir
+done
+for dir in proc sys dev; do
+    $b mount --move /$dir /new/$dir
 done
 $b mkdir -p /new/dev/pts /new/dev/shm
 $b mount -t devpts -o mode=620,ptmxmode=666 devpts /new/dev/pts
@@ -49,8 +49,8 @@ for share in control results; do
     $b mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000,cache=none \
         $share /new/run/lab/$share || die "cannot mount the $share share"
 done
-# The workspace, its caches and the current directory, where these are below /tmp or
-# /run. Their writes stay in memory as all others do.
+# The workspace, its caches and the current directory, where these are below /tmp, /run
+# or /dev (as in /dev/shm). Their writes stay in memory as all others do.
 while IFS= read -r dir; do
     $b mkdir -p "/new$dir"
     $b mount --bind "/covered$dir" "/new$dir" || die "cannot show $dir"

@@ -353,7 +353,7 @@ fn token() -> Result<Vec<u8>> {
 }
 
 /// Directories of the host that lie where the lab has file systems of its own.
-const COVERED: [&str; 2] = ["/tmp", "/run"];
+const COVERED: [&str; 3] = ["/tmp", "/run", "/dev"];
 
 /// The directories that the lab shows although they are below one of [`COVERED`],
 /// a line each: the workspace, its build output, the cache and the current directory.
@@ -531,6 +531,7 @@ mod tests {
     fn directories_below_tmp_are_shown_once_and_tmp_itself_is_not() {
         let root = tempfile::tempdir_in("/tmp").unwrap();
         let root = root.path().canonicalize().unwrap();
+        let shared = tempfile::tempdir_in("/dev/shm").unwrap();
         let inner = root.join("a b/target");
         std::fs::create_dir_all(&inner).unwrap();
         let link = root.join("link");
@@ -542,9 +543,11 @@ mod tests {
             root.join("a b"),
             link,
             root.join("missing"),
+            shared.path().to_owned(),
         ];
         let shown = covered(given).unwrap();
-        assert_eq!(shown, [root.join("a b").to_str().unwrap()]);
+        let expected = [shared.path(), &root.join("a b")];
+        assert_eq!(shown, expected.map(|path| path.to_str().unwrap()));
     }
 
     #[test]
