@@ -100,6 +100,16 @@ fn what_the_host_has_sent_arrives_although_it_closes_while_the_guest_sends() {
     assert_eq!(guest.muxer.stats().connections, 0);
 }
 
+/// The next packet that is not about credit, which may come back at any time.
+fn past_credit(guest: &mut Guest) -> Packet {
+    loop {
+        let packet = guest.receive();
+        if packet.op != CREDIT_UPDATE {
+            return packet;
+        }
+    }
+}
+
 #[test]
 fn a_host_that_only_stops_reading_still_sends() {
     let mut guest = Guest::new(VsockConfig::default());
@@ -120,9 +130,9 @@ fn a_host_that_only_stops_reading_still_sends() {
     assert_eq!(told, 1, "the guest is told to send no more");
     assert!(guest.muxer.stats().discarded >= 99 * (16 << 10));
     host.write_all(b"still here").unwrap();
-    assert_eq!(guest.expect(RW).payload, b"still here");
+    assert_eq!(past_credit(&mut guest).payload, b"still here");
     host.shutdown(Shutdown::Write).unwrap();
-    assert_eq!(guest.expect(SHUTDOWN).flags, 3);
+    assert_eq!(past_credit(&mut guest).flags, 3);
 }
 
 #[test]
