@@ -1,8 +1,9 @@
-//! A tar reader for hostile input: ustar, pax and GNU long names.
+//! A tar reader for untrusted input: ustar, pax and GNU long names.
 //!
-//! Strict where leniency could be abused: a header's checksum must be right, a
-//! stream must not end inside an entry, extended headers are small. Where readers
-//! differ, this one reads as Go's `archive/tar`, which Docker and containerd use.
+//! The reader is strict where leniency could be exploited: a header's checksum must be
+//! right, a stream must not end inside an entry, and extended headers are limited. Where
+//! other readers differ, it behaves like Go's `archive/tar`, which Docker and containerd
+//! use.
 
 mod directory;
 mod number;
@@ -19,14 +20,14 @@ use sparse::{PaxSparse, SparseMap};
 pub(crate) use write::{END, encode, padding};
 
 const BLOCK: usize = 512;
-/// Largest extended header accepted, in bytes.
+/// Maximum size of an extended header in bytes.
 const MAX_EXTENDED: u64 = 1 << 20;
-/// Longest path or link target, in bytes (Linux `PATH_MAX` without the zero).
+/// Maximum length of a path or link target in bytes (Linux `PATH_MAX` without the zero).
 pub(crate) const MAX_PATH: usize = 4095;
-/// Extended headers in a row before an entry.
+/// Maximum number of consecutive extended headers.
 const MAX_HEADERS: u32 = 8;
 
-/// What an entry is.
+/// Type of an entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     File,
@@ -38,7 +39,7 @@ pub(crate) enum Kind {
     Fifo,
 }
 
-/// An entry's header.
+/// Header of an entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Header {
     pub(crate) path: Vec<u8>,
@@ -50,14 +51,14 @@ pub(crate) struct Header {
     /// Seconds since the epoch and nanoseconds.
     pub(crate) mtime: (i64, u32),
     pub(crate) size: u64,
-    /// For a file with holes: offset and length of each part that has data, in
-    /// order; the data of all of them follow one another.
+    /// For a sparse file: offset and length of each part with data, in order. The data of
+    /// all parts is contiguous in the archive.
     pub(crate) sparse: Option<Vec<(u64, u64)>>,
     /// Sorted by name, each name once.
     pub(crate) xattrs: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
-/// Why a stream is not a tar archive. `entry` is as far as its path is known.
+/// The reason why a stream is not a valid tar archive. `entry` is the path, if known.
 #[derive(Debug)]
 pub(crate) struct TarError {
     pub(crate) entry: Option<Vec<u8>>,
@@ -84,13 +85,13 @@ fn bad(reason: impl Into<String>) -> TarError {
     }
 }
 
-/// Reads entries from a stream.
+/// Reader of the entries of a stream.
 pub(crate) struct Reader<R> {
     inner: R,
-    /// Bytes of the current entry's data not read yet, and padding after them.
+    /// Number of unread bytes of the current entry's data, and of the padding after it.
     left: u64,
     padding: u64,
-    /// Bytes consumed so far.
+    /// Number of bytes consumed so far.
     position: u64,
 }
 
@@ -104,7 +105,7 @@ impl<R: Read> Reader<R> {
         }
     }
 
-    /// The stream that is read.
+    /// Returns the underlying stream.
     pub(crate) fn stream(&mut self) -> &mut R {
         &mut self.inner
     }
@@ -113,23 +114,23 @@ impl<R: Read> Reader<R> {
         self.inner
     }
 
-    /// Reads the stream to its end; returns its length.
+    /// Reads the stream to its end and returns its length.
     pub(crate) fn drain(&mut self) -> io::Result<u64> {
         self.position += io::copy(&mut self.inner, &mut io::sink())?;
         Ok(self.position)
     }
 
-    /// Offset in the stream of the next byte to be read.
+    /// Returns the offset of the next byte in the stream.
     pub(crate) fn position(&self) -> u64 {
         self.position
     }
 
-    /// The next entry; its data is then read from the reader itself. What was
-    /// not read of the previous entry's data is skipped.
+    /// Reads the next entry. Its data is then read from the reader itself; unread data of
+    /// the previous entry is skipped.
     pub(crate) fn next_entry(&mut self) -> Result<Option<Header>, TarError> {
         self.skip_rest()?;
         let mut extended = Extended::default();
-        // GNU's long names; they outrank those of pax headers.
+        // GNU long names take precedence over those of pax headers.
         let (mut long_path, mut long_link) = (None, None);
         // An extended header is part of an entry.
         let mut begun = false;
@@ -144,8 +145,9 @@ impl<R: Read> Reader<R> {
             let size = number(field(&block, 124, 12))?;
             match block[156] {
                 b'x' => extended = self.read_pax(size)?,
-                // An entry of its own for Go, Docker and containerd, which ignore it:
-                // its defaults apply to nothing, and headers before it are used up.
+                // Go, Docker and containerd treat a global header as a separate entry and
+                // ignore it: its defaults do not apply to later entries, and headers
+                // before it have no effect.
                 b'g' => {
                     self.read_records(size, |_, _| Ok(()))?;
                     extended = Extended::default();
@@ -164,14 +166,14 @@ impl<R: Read> Reader<R> {
         Err(bad("too many extended headers before an entry"))
     }
 
-    /// Passes over what was not read of the current entry's data without reading it;
-    /// the whole stream has `len` bytes.
+    /// Skips unread data of the current entry by seeking. The whole stream has `len`
+    /// bytes.
     pub(crate) fn seek_over_data(&mut self, len: u64) -> Result<(), TarError>
     where
         R: io::Seek,
     {
         let end = self.position.checked_add(self.left);
-        // Seeking beyond the end is no error of the system's.
+        // The system permits seeking beyond the end.
         if end.is_none_or(|end| end > len) {
             return Err(bad("it is truncated"));
         }
@@ -233,7 +235,7 @@ impl<R: Read> Reader<R> {
             xattrs: by_name(extended.xattrs),
             path,
         };
-        // Only files have data, whatever the size of others says.
+        // Only files have data, even if the size of another entry is not 0.
         let data = match header.kind {
             Kind::File => extended.size.unwrap_or(size),
             _ => 0,
@@ -256,7 +258,7 @@ impl<R: Read> Reader<R> {
         Ok(header)
     }
 
-    /// The map of a sparse file; its data is then what is expected.
+    /// Reads the map of a sparse file, after which its data follows.
     fn sparse_map(
         &mut self,
         block: &[u8; BLOCK],
@@ -272,7 +274,7 @@ impl<R: Read> Reader<R> {
             return map.check(data).map(Some);
         }
         self.expect_data(data)?;
-        // Reads through the entry's data, so that it cannot read past it.
+        // The map is read through the entry's data, so that it cannot exceed the data.
         match pax.map(self)? {
             Some((map, len)) => map.check(data.saturating_sub(len)).map(Some),
             None => Ok(None),
@@ -289,9 +291,9 @@ impl<R: Read> Reader<R> {
         Ok(())
     }
 
-    /// Skips what was not read of an entry, and what pads it. The stream may end where
-    /// the data does: some writers leave the last entry's padding out (`umoci insert`
-    /// 0.4), and all readers of layers allow it.
+    /// Skips unread data of an entry, and its padding. The stream may end after the data:
+    /// some writers omit the padding of the last entry (`umoci insert` 0.4), and all
+    /// readers of layers accept this.
     fn skip_rest(&mut self) -> Result<(), TarError> {
         let (data, padding) = (self.left, self.padding);
         (self.left, self.padding) = (0, 0);
@@ -309,8 +311,8 @@ impl<R: Read> Reader<R> {
         Ok(())
     }
 
-    /// `None` at the end: two zero blocks, or the end of the stream where a header
-    /// could begin (some writers leave zero blocks out).
+    /// Reads a header block; `None` at the end: two zero blocks, or the end of the stream
+    /// at the start of a header (some writers omit the zero blocks).
     fn header_block(&mut self) -> Result<Option<[u8; BLOCK]>, TarError> {
         let mut block = [0; BLOCK];
         match read_full(&mut self.inner, &mut block)? {
@@ -324,7 +326,7 @@ impl<R: Read> Reader<R> {
             self.position += second as u64;
             return match second == 0 || is_zero(&block) {
                 true => Ok(None),
-                // Entries behind it are seen by some readers and not by others.
+                // Some readers would see later entries and others would not.
                 false => Err(bad("it goes on after a zero block")),
             };
         }
@@ -388,7 +390,7 @@ impl<R: Read> Read for Reader<R> {
     }
 }
 
-/// Counts the bytes read.
+/// A reader that counts the bytes read.
 struct Counting<'a, R>(&'a mut R, u64);
 
 impl<R: Read> Read for Counting<'_, R> {
@@ -403,8 +405,8 @@ fn is_zero(block: &[u8]) -> bool {
     block.iter().all(|byte| *byte == 0)
 }
 
-/// The sums that a header may state, of bytes without and with a sign, as old writers
-/// have it. Its own field counts as spaces.
+/// Returns the valid checksums of a header: the sums of unsigned and of signed bytes,
+/// which old writers use. The checksum field itself counts as spaces.
 fn checksums(block: &[u8; BLOCK]) -> [u64; 2] {
     let (mut unsigned, mut signed) = (0u64, 0i64);
     for (at, byte) in block.iter().enumerate() {
@@ -416,7 +418,7 @@ fn checksums(block: &[u8; BLOCK]) -> [u64; 2] {
         unsigned += u64::from(byte);
         signed += i64::from(byte.cast_signed());
     }
-    // A negative sum cannot be stated.
+    // A negative sum cannot be represented.
     [unsigned, u64::try_from(signed).unwrap_or(unsigned)]
 }
 
@@ -424,8 +426,8 @@ fn check_device(major: u32, minor: u32) -> Result<(), TarError> {
     device_in_range(major, minor).map_err(bad)
 }
 
-/// Refuses device numbers that Linux does not have: 12 and 20 bits. Cut to these they
-/// would be those of another device.
+/// Checks that a device number fits Linux's 12 and 20 bits. Truncation would produce the
+/// number of another device.
 pub(crate) fn device_in_range(major: u32, minor: u32) -> Result<(), String> {
     match major < 1 << 12 && minor < 1 << 20 {
         true => Ok(()),
@@ -433,7 +435,7 @@ pub(crate) fn device_in_range(major: u32, minor: u32) -> Result<(), String> {
     }
 }
 
-/// Fills `to`, or as much of it as there is before the end.
+/// Fills `to` as far as possible and returns the number of bytes before the end.
 fn read_full(from: &mut impl Read, to: &mut [u8]) -> io::Result<usize> {
     let mut filled = 0;
     while let Some(rest) = to.get_mut(filled..).filter(|rest| !rest.is_empty()) {
@@ -469,7 +471,7 @@ fn read_kind(
         Ok((major, minor))
     };
     Ok(match kind {
-        // Before POSIX a directory was a file whose name ends in a slash.
+        // Before POSIX, a directory was a file whose name ends in a slash.
         0 if path.ends_with(b"/") => Kind::Directory,
         b'0' | 0 | b'7' | b'S' => Kind::File,
         b'1' => Kind::Hardlink(link()?),
@@ -497,7 +499,7 @@ fn until_nul(bytes: &[u8]) -> Vec<u8> {
         .to_vec()
 }
 
-/// The prefix belongs to the name in POSIX ustar only; GNU keeps times there.
+/// Returns the path with its prefix, which only POSIX ustar has; GNU stores times there.
 fn ustar_path(block: &[u8; BLOCK]) -> Vec<u8> {
     let name = until_nul(field(block, 0, 100));
     let prefix = until_nul(field(block, 345, 155));

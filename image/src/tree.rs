@@ -1,10 +1,9 @@
-//! The file system that a stack of layers makes: whiteouts, opaque directories,
-//! replacement and hard links resolved (OCI image-spec layer.md).
+//! The file system of a stack of layers, with whiteouts, opaque directories, replacements
+//! and hard links resolved (OCI image-spec layer.md).
 //!
-//! An image may have a million files, so nothing here is allocated for each:
-//! inodes and directory entries are rows of two tables, names and link targets lie
-//! one after another in an arena, and one hash table finds a directory's entry by
-//! its name.
+//! An image may have a million files, so nothing is allocated for each of them: inodes
+//! and directory entries are rows of two tables, names and link targets are stored in an
+//! arena, and one hash table finds the entry of a directory by its name.
 
 mod arena;
 mod walk;
@@ -22,20 +21,20 @@ use crate::layer::check_xattrs;
 use crate::limits::Limits;
 use crate::tar::device_in_range;
 
-/// Row of an inode.
+/// Index of an inode.
 pub(crate) type InodeId = u32;
-/// Row of a directory entry.
+/// Index of a directory entry.
 type DirentId = u32;
 /// The root's inode.
 pub(crate) const ROOT: InodeId = 0;
-/// No row.
+/// Value of an index that refers to no row.
 const NONE: u32 = u32::MAX;
-/// Capabilities of a program.
+/// Extended attribute with the capabilities of a program.
 const CAPABILITY: &[u8] = b"security.capability";
-/// Bytes whose copying counts as a step.
+/// Number of copied bytes that counts as a step.
 const BYTES_PER_STEP: usize = 256;
 
-/// What an inode is.
+/// Type of an inode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     Directory,
@@ -67,9 +66,9 @@ enum Tag {
 #[derive(Clone, Copy, Debug)]
 struct Inode {
     seconds: i64,
-    /// Offset of a file, first entry of a directory, text of a link, major number.
+    /// Offset of a file, first entry of a directory, target of a link, or major number.
     a: u64,
-    /// Size of a file, parent of a directory, minor number.
+    /// Size of a file, parent of a directory, or minor number.
     b: u64,
     nanoseconds: u32,
     uid: u32,
@@ -88,24 +87,24 @@ struct Dirent {
     inode: InodeId,
     /// The next entry of the same directory.
     next: DirentId,
-    /// The last layer that had an entry of its own for this name, by
-    /// [`unpacked_mark`], or [`IMPLIED`].
+    /// The last layer with its own entry for this name, in the form of [`unpacked_mark`],
+    /// or [`IMPLIED`].
     unpacked: u32,
 }
 
-/// Why an entry has no place; the entry's path and a clause.
+/// Refusal of an entry: its path and a clause with the reason.
 #[derive(Debug)]
 pub(crate) enum Refused {
-    /// The entry itself is at fault.
+    /// The entry itself is invalid.
     Entry { path: Vec<u8>, reason: String },
     /// The index cannot be read.
     Index(io::Error),
 }
 
-/// Why, as found where the path is not known.
+/// Reason of a refusal, returned where the path is not known.
 type Reason = String;
 
-/// A file system. What nothing refers to any more stays in the tables.
+/// A file system. Rows that are no longer referenced remain in the tables.
 pub(crate) struct Tree {
     inodes: Vec<Inode>,
     dirents: Vec<Dirent>,
@@ -114,15 +113,16 @@ pub(crate) struct Tree {
     arena: Arena,
     xattrs: XattrSets,
     limits: Limits,
-    /// Directories on the way to where a walk is; reused.
+    /// Directories on the path to the current position of a walk; reused for each walk.
     trail: Vec<InodeId>,
-    /// Steps that walks and opaque markers may still take, over all layers.
+    /// Number of steps that walks and opaque markers may still take, for all layers
+    /// together.
     steps: usize,
 }
 
-/// Steps allowed for each entry that an image may have. Paths of real images have some
-/// five components; a small image whose paths lead through long chains of links would
-/// otherwise take minutes.
+/// Number of steps permitted for each possible entry. Paths of real images have about
+/// five components; without the limit, a small image with paths through long chains of
+/// links could take minutes.
 const STEPS_PER_ENTRY: usize = 64;
 
 impl Tree {
@@ -142,12 +142,12 @@ impl Tree {
         tree
     }
 
-    /// Puts layer number `layer` on top.
+    /// Applies layer number `layer`.
     ///
-    /// Entries take effect in the order in which the layer has them, each in the state
-    /// that those before it have made, as in containerd's and umoci's appliers. A
-    /// whiteout therefore never reaches through a lower link that the layer has
-    /// replaced by a directory.
+    /// Entries are applied in the order of the layer, each in the state that the previous
+    /// ones have created, as in containerd's and umoci's appliers. A whiteout therefore
+    /// never reaches through a link of a lower layer that this layer has replaced by a
+    /// directory.
     pub(crate) fn apply(&mut self, layer: u16, index: &mut IndexReader) -> Result<(), Refused> {
         index.rewind().map_err(Refused::Index)?;
         while let Some(entry) = index.next().map_err(Refused::Index)? {
@@ -168,7 +168,7 @@ impl Tree {
         Ok(())
     }
 
-    /// Takes away what is in a directory and does not come from an entry of `layer`.
+    /// Removes the contents of a directory that do not come from an entry of `layer`.
     fn empty(&mut self, path: &[u8], layer: u16) -> Result<(), Reason> {
         let directory = self.parent_of_entry(path)?;
         let mut directories = vec![directory];
@@ -198,7 +198,7 @@ impl Tree {
         Ok(())
     }
 
-    /// The directory that an entry is in, created if it is missing.
+    /// Returns the parent directory of an entry, and creates it if it is missing.
     fn parent_of_entry(&mut self, path: &[u8]) -> Result<InodeId, Reason> {
         let found = self.walk(path, true)?;
         Ok(found.ok_or("its parent is not a directory")?)
@@ -212,7 +212,7 @@ impl Tree {
         let parent = self.parent_of_entry(parent)?;
         let kind = match entry.kind {
             EntryKind::Directory => {
-                // A directory over a directory keeps what is in it.
+                // A directory that replaces a directory keeps its contents.
                 if let Some(known) = self.find(parent, name)
                     && let Some(id) = self.child(parent, name)
                     && self.inodes[id as usize].tag == Tag::Directory
@@ -223,7 +223,8 @@ impl Tree {
                 Kind::Directory
             }
             EntryKind::Hardlink(target) => {
-                // The link replaces what has its name, so that cannot be its target.
+                // The link replaces an existing file of its name, which therefore cannot
+                // be its target.
                 self.unlink(parent, name);
                 let linked = self.link_target(target)?;
                 self.relabel(linked, entry)?;
@@ -250,7 +251,7 @@ impl Tree {
         self.place(parent, name, id, unpacked_mark(layer))
     }
 
-    /// Takes some of the steps that are left.
+    /// Consumes some of the remaining steps.
     fn step(&mut self, count: usize) -> Result<(), Reason> {
         let left = self.steps.checked_sub(count);
         self.steps = left.ok_or("the image's paths lead through too many links and directories")?;
@@ -271,7 +272,7 @@ impl Tree {
         let set = self.xattrs.number(xattrs, self.limits.names_bytes)?;
         let inode = &mut self.inodes[id as usize];
         inode.mode = match inode.tag {
-            // Linux has no other mode for them.
+            // Linux has no other mode for symbolic links.
             Tag::Symlink => 0o777,
             _ => meta.mode,
         };
@@ -282,16 +283,16 @@ impl Tree {
         Ok(())
     }
 
-    /// Gives the inode what a hard link's header says of it, as containerd and Docker do:
-    /// they link, and then apply the header. Extended attributes are added to those that
-    /// there are, except that a change of owner takes away the file's capabilities.
+    /// Applies the header of a hard link to its inode, as containerd and Docker do: they
+    /// create the link, then apply the header. Extended attributes are added to the
+    /// existing ones, except that a change of owner removes the file's capabilities.
     fn relabel(&mut self, id: InodeId, link: &Entry<'_>) -> Result<(), Reason> {
         let set = self.inodes[id as usize].xattrs;
         let old = self.xattrs.get(set);
         if old.bytes().is_empty() {
             return self.set_meta(id, &link.meta, link.xattrs);
         }
-        // Each of many links of one file may have thousands.
+        // Each of many links of a file may have thousands of attributes.
         let bytes = old.bytes().len() + link.xattrs.bytes().len();
         let count = old.iter().count() + link.xattrs.iter().count();
         self.step(count + bytes / BYTES_PER_STEP)?;
@@ -336,7 +337,7 @@ impl Tree {
             .filter(|inode| *inode != NONE)
     }
 
-    /// Gives an inode a name, which may have been another's.
+    /// Gives an inode a name, which may have belonged to another one.
     fn place(
         &mut self,
         parent: InodeId,
@@ -351,8 +352,8 @@ impl Tree {
         if let Some(known) = self.find(parent, name) {
             let dirent = &mut self.dirents[known as usize];
             dirent.inode = inode;
-            // A name that the layer has had an entry for keeps its mark, also when a
-            // marker has taken the entry away since: containerd goes by names, too.
+            // A name for which the layer had an entry keeps its mark, even after a marker
+            // removed the entry: containerd also decides by names.
             if unpacked != IMPLIED {
                 dirent.unpacked = unpacked;
             }
@@ -387,8 +388,8 @@ impl Tree {
         Ok(())
     }
 
-    /// Takes a name away, if it is there. The row stays, for when the name comes
-    /// back: a layer can take away as many as there are.
+    /// Removes a name, if it exists. The row remains for a later entry with the name, so
+    /// that a layer can remove any number of names.
     fn unlink(&mut self, parent: InodeId, name: &[u8]) {
         if let Some(id) = self.find(parent, name) {
             self.dirents[id as usize].inode = NONE;
@@ -408,9 +409,9 @@ impl Tree {
     }
 }
 
-/// What the disk is made from.
+/// Accessors for writing the disk.
 impl Tree {
-    /// Number of inodes, those included that nothing refers to.
+    /// Returns the number of inodes, including unreferenced ones.
     pub(crate) fn inode_count(&self) -> usize {
         self.inodes.len()
     }
@@ -429,17 +430,17 @@ impl Tree {
         }
     }
 
-    /// Number of the set of extended attributes of an inode.
+    /// Returns the number of an inode's set of extended attributes.
     pub(crate) fn xattr_set(&self, id: InodeId) -> u32 {
         self.inodes[id as usize].xattrs
     }
 
-    /// Extended attributes by the number of their set.
+    /// Returns the extended attributes in the set with this number.
     pub(crate) fn xattrs(&self, set: u32) -> Xattrs<'_> {
         self.xattrs.get(set)
     }
 
-    /// Number of sets.
+    /// Returns the number of sets.
     pub(crate) fn xattr_sets(&self) -> usize {
         self.xattrs.count()
     }
@@ -448,13 +449,12 @@ impl Tree {
         self.arena.get(text)
     }
 
-    /// The directory that a directory is in; the root is in itself.
+    /// Returns the parent of a directory. The root is its own parent.
     pub(crate) fn parent(&self, directory: InodeId) -> InodeId {
         u32::try_from(self.inodes[directory as usize].b).unwrap_or(ROOT)
     }
 
-    /// Names and inodes of a directory in the order of their bytes, appended to
-    /// `children`.
+    /// Appends the names and inodes of a directory to `children`, sorted by bytes.
     pub(crate) fn children(&self, directory: InodeId, children: &mut Vec<(Text, InodeId)>) {
         let begin = children.len();
         let mut at = self.first_entry(directory);
@@ -492,7 +492,7 @@ impl Inode {
             uid: 0,
             gid: 0,
             xattrs: 0,
-            // Of a directory that only paths of others speak of.
+            // The default for a directory that only the paths of other entries imply.
             mode: 0o755,
             layer,
             tag,
@@ -500,7 +500,7 @@ impl Inode {
     }
 
     fn kind(&self) -> Kind {
-        // Devices were made from such numbers.
+        // Devices were created from numbers of this size.
         let number = |value: u64| u32::try_from(value).unwrap_or(0);
         let device = (number(self.a), number(self.b));
         match self.tag {
@@ -523,10 +523,10 @@ impl Inode {
     }
 }
 
-/// The mark of names that only paths of others imply.
+/// The mark of names that only the paths of other entries imply.
 const IMPLIED: u32 = 0;
 
-/// The mark of names that `layer` has entries for.
+/// Returns the mark of names for which `layer` has entries.
 fn unpacked_mark(layer: u16) -> u32 {
     u32::from(layer) + 1
 }
@@ -538,7 +538,7 @@ fn refused(entry: &Entry<'_>, reason: Reason) -> Refused {
     }
 }
 
-/// Parent and name.
+/// Splits a path into parent and name.
 fn split(path: &[u8]) -> (&[u8], &[u8]) {
     match path.iter().rposition(|byte| *byte == b'/') {
         Some(at) => (&path[..at], &path[at + 1..]),

@@ -1,7 +1,7 @@
-//! Archives like those of published vulnerabilities in tar readers, image tools and
-//! container engines. Each is either refused with the reason, or means something
-//! inside the image only. (Names of CVEs say what kind of archive it is, not that
-//! `sm` shares code with what was vulnerable.)
+//! Tests with archives like those of published vulnerabilities in tar readers, image
+//! tools and container engines. Each is either refused with the reason, or affects only
+//! the image. (The CVE names describe the kind of archive; `sm` shares no code with the
+//! vulnerable programs.)
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
@@ -16,9 +16,9 @@ use sm_image::{Compression, Config, LayoutBuilder, Limits, PullOptions, Referenc
 use support::{Entry, dir, entry, file, hardlink, image, symlink, tar, whiteout};
 
 enum Outcome {
-    /// With these words.
+    /// The image is refused with these words.
     Refused(&'static [&'static str]),
-    /// It is an image, and a sound one.
+    /// The image is accepted, and its disk is valid.
     Inside,
 }
 use Outcome::{Inside, Refused};
@@ -45,7 +45,7 @@ fn raw(cve: &'static str, what: &'static str, layers: Vec<Vec<u8>>, outcome: Out
 
 const DOTS: Outcome = Refused(&["leaves the file system"]);
 
-/// Names that lead out of the place where an archive is unpacked.
+/// Names that lead out of the directory where an archive is unpacked.
 fn traversal() -> Vec<Case> {
     let x = |path: &str| [file(path, b"x")];
     vec![
@@ -112,7 +112,7 @@ fn traversal() -> Vec<Case> {
     ]
 }
 
-/// Links that are written through.
+/// Links that a later entry writes through.
 fn links() -> Vec<Case> {
     let out = || symlink("l", "/etc");
     let up = || symlink("l", "../../../../../../etc");
@@ -363,7 +363,7 @@ fn links() -> Vec<Case> {
     ]
 }
 
-/// A header block with its checksum.
+/// Creates a header block with its checksum.
 fn header(change: impl FnOnce(&mut [u8; 512])) -> Vec<u8> {
     let mut block: [u8; 512] = tar(&[file("f", b"")])[..512].try_into().unwrap();
     change(&mut block);
@@ -373,7 +373,7 @@ fn header(change: impl FnOnce(&mut [u8; 512])) -> Vec<u8> {
     block.to_vec()
 }
 
-/// Headers that are wrong, or ask for too much.
+/// Headers that are invalid, or request excessive resources.
 fn headers() -> Vec<Case> {
     let many = |count: usize| (0..count).map(|n| format!("{},1", 2 * n));
     let map: Vec<_> = many(300_000).collect();
@@ -381,7 +381,7 @@ fn headers() -> Vec<Case> {
         block[156] = b'S';
         block[482] = 1;
     });
-    // Every extension says that another one follows.
+    // Every extension header announces another one.
     let mut extensions = old_sparse;
     for _ in 0..15_000 {
         let mut extension = [b'0'; 512];
@@ -397,7 +397,7 @@ fn headers() -> Vec<Case> {
     };
     let smuggled = {
         let inner = tar(&[file("smuggled", b"x")]);
-        // The pax header says how long it is; the other one is for other readers.
+        // The pax header has the real length; the other one is for other readers.
         let len = inner.len().to_string();
         file("outer", inner).size(0).pax("size", len.as_bytes())
     };
@@ -518,7 +518,7 @@ fn layout(case: &Case, at: &Path) {
     image(at, &case.layers);
 }
 
-/// Whether the disk of `reference` is an image, after `fsck.erofs` has read all of it.
+/// Opens an image, writes its disk, and checks the disk with `fsck.erofs`.
 fn open(store: &Path, reference: &str, disk: &Path) -> Result<(), String> {
     let store = Store::open(store).unwrap();
     let reference = Reference::parse(reference).unwrap();
@@ -547,7 +547,7 @@ fn known_attacks_stay_inside_or_are_refused() {
     for case in cases {
         let name = format!("{} ({})", case.cve, case.what);
         let work = tempfile::tempdir().unwrap();
-        // What an archive that leaves would meet first.
+        // Files that an escaping archive would reach first.
         let around = work.path().join("a/b/c");
         fs::create_dir_all(&around).unwrap();
         fs::write(work.path().join("witness"), "untouched").unwrap();
@@ -577,8 +577,9 @@ fn known_attacks_stay_inside_or_are_refused() {
     }
 }
 
-/// CVE-2022-30631 (Go): gzip members without contents, without an end. CVE-2022-37434
-/// and CVE-2018-25032 (zlib): a header with an extra field, in small pieces.
+/// CVE-2022-30631 (Go): an endless sequence of gzip members without contents.
+/// CVE-2022-37434 and CVE-2018-25032 (zlib): a header with an extra field, in small
+/// pieces.
 #[test]
 fn gzip_streams_may_be_odd() {
     let layer = tar(&[file("f", vec![7; 10_000])]);
@@ -594,7 +595,7 @@ fn gzip_streams_may_be_odd() {
     let stored = encoder.finish().unwrap();
     let work = tempfile::tempdir().unwrap();
     let at = work.path().join("layout");
-    // Written down as a plain layer, read as what it is.
+    // The manifest declares a plain layer; the stream is detected as gzip.
     let mut builder = LayoutBuilder::new(&at, Compression::None).unwrap();
     builder.layer(stored.as_slice()).unwrap();
     builder.finish("latest", Config::default()).unwrap();
@@ -603,11 +604,11 @@ fn gzip_streams_may_be_odd() {
         &format!("oci:{}", at.display()),
         &work.path().join("disk"),
     );
-    // All of it was read: only the configuration has another idea of what is in it.
+    // All of the stream was read: only the diff_id in the configuration does not match.
     assert!(error.unwrap_err().contains("diff_id"));
 }
 
-/// What is small and becomes large.
+/// Small archives with large contents.
 #[test]
 fn bombs_end_at_limits() {
     let limits = |change: fn(&mut Limits)| {

@@ -1,7 +1,7 @@
-//! Damage in the store is found, and repaired.
+//! Tests of detection and repair of corruption in the store.
 //!
-//! A program of its own: a child that another test starts holds the locks of its
-//! parent for a moment, and what is in use is not repaired.
+//! This is a separate program, because a child process that another test starts briefly
+//! holds its parent's locks, and objects in use are not repaired.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use support::home::{Home, layers};
 
-/// Files of the store with what they are called when they are damaged.
+/// Returns files of the store with the words of the message about their corruption.
 fn damageable(home: &Home) -> Vec<(PathBuf, &'static str)> {
     let store = home.path("store");
     let mut found = Vec::new();
@@ -56,7 +56,7 @@ fn any_damage_is_found_and_can_be_repaired() {
     assert!(files.len() >= 10, "{files:?}");
     for (path, what) in files {
         let len = path.metadata().unwrap().len();
-        // Of a blob, the last block is mostly what no guest sees.
+        // Guests do not see most of the last block of a blob.
         let places = match path.ends_with("blob") {
             true => [0, len / 2, 4096],
             false => [0, len / 2, len - 1],

@@ -1,10 +1,8 @@
-//! What an image's disk holds is what other tools make of the same image: the
-//! host kernel mounts the disk, `umoci unpack` unpacks the layers, and the trees
-//! are compared.
+//! Tests that an image's disk has the same contents that other tools produce: the host
+//! kernel mounts the disk, `umoci unpack` unpacks the layers, and the trees are compared.
 //!
-//! Needs `erofs-utils`, `umoci`, and root for mounting (`cargo xtask test`
-//! installs the tools). Fails where one is missing, unless `SM_IMAGE_NO_MOUNT=1`
-//! says that this is known.
+//! The tests need `erofs-utils`, `umoci`, and root for mounting (`cargo xtask test`
+//! installs the tools). They fail if one is missing, unless `SM_IMAGE_NO_MOUNT=1` is set.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
@@ -54,7 +52,7 @@ fn disk(reference: &str, work: &Path) -> PathBuf {
     path
 }
 
-/// Everything about a path that a program in the guest could see.
+/// All properties of a path that a program in the guest can see.
 #[derive(Debug, PartialEq, Eq)]
 struct Seen {
     mode: u32,
@@ -94,7 +92,7 @@ fn tree(root: &Path) -> BTreeMap<PathBuf, Seen> {
                 mode: meta.mode(),
                 owner: (meta.uid(), meta.gid()),
                 mtime: (meta.mtime(), meta.mtime_nsec()),
-                // Every file system counts directories in its own way.
+                // Size and links of directories depend on the file system.
                 size: if is_dir { 0 } else { meta.len() },
                 links: if is_dir { 0 } else { meta.nlink() },
                 device: if is_special { meta.rdev() } else { 0 },
@@ -199,7 +197,7 @@ fn kinds_and_metadata() -> Vec<Entry> {
         symlink("absolute", "/etc/passwd"),
         symlink("up", "../../../outside"),
         symlink("long-link", "t/".repeat(1000)),
-        // As archivers write it: containerd has the last header count, umoci the first.
+        // Archivers repeat the header; containerd uses the last one, umoci the first.
         hardlink("same-as-one", "one").mode(0o4755),
         entry("fifo", b'6'),
         entry("null", b'3').device(1, 3).mode(0o666),
@@ -290,7 +288,7 @@ fn layers_are_merged_as_others_do() {
     compare(work.path(), "latest");
 }
 
-/// Sparse files, by every format that GNU tar writes. (umoci does not read all.)
+/// Sparse files in all formats that GNU tar writes. (umoci does not support all of them.)
 #[test]
 fn sparse_files_survive() {
     use std::os::unix::fs::FileExt as _;

@@ -1,7 +1,8 @@
-//! A disk that gets full, at every page and every inode that a pull takes: the error
-//! says so, the store stays whole, and works once there is room.
+//! Tests with a disk that becomes full at every page and every inode that a pull needs:
+//! the error says so, the store remains intact, and the pull succeeds once there is
+//! space.
 //!
-//! Each test is run again below `unshare`, with a small tmpfs of its own.
+//! Each test runs itself again under `unshare` with a small tmpfs.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
@@ -30,15 +31,15 @@ const UNUSED: PruneOptions = PruneOptions {
     max_bytes: None,
 };
 
-/// The directory of a file system with these limits, in a process of its own; `None`
-/// when the test has run there.
+/// Returns the directory of a file system with these limits in a child process; `None` in
+/// the parent after the child has run the test.
 fn small_disk(name: &str, options: &str) -> Option<PathBuf> {
     if let Some(path) = std::env::var_os(OWN) {
         return Some(path.into());
     }
     let at = tempfile::tempdir().unwrap();
     let mut command = Command::new("unshare");
-    // Users other than root may mount in a user namespace.
+    // Other users than root can mount in a user namespace.
     if !rustix::process::geteuid().is_root() {
         command.args(["--user", "--map-root-user"]);
     }
@@ -57,11 +58,11 @@ fn small_disk(name: &str, options: &str) -> Option<PathBuf> {
     None
 }
 
-/// A file that takes the room that is to be missing.
+/// A file or directory that occupies all space but a given amount.
 struct Ballast(PathBuf);
 
 impl Ballast {
-    /// Leaves `pages` pages.
+    /// Leaves `pages` pages free.
     fn but_pages(disk: &Path, pages: u64) -> Self {
         let path = disk.join("ballast");
         let mut file = File::create(&path).unwrap();
@@ -72,7 +73,7 @@ impl Ballast {
         Self(path)
     }
 
-    /// Leaves `inodes` inodes.
+    /// Leaves `inodes` inodes free.
     fn but_inodes(disk: &Path, inodes: u64) -> Self {
         let path = disk.join("ballast");
         fs::create_dir(&path).unwrap();
@@ -120,12 +121,12 @@ fn is_sound(store: &Store, reference: &Reference) {
     assert!(verified.problems.is_empty(), "{verified:?}");
 }
 
-/// Pulls with no room at all, then with one unit more each time, until it is enough.
+/// Pulls first without free space, then with one more unit each time until it succeeds.
 fn wherever_it_gets_full(disk: &Path, ballast: impl Fn(u64) -> Ballast) {
     let layouts = tempfile::tempdir().unwrap();
     let [small, large] = ["small", "large"].map(|name| layouts.path().join(name));
     image(&small, &[tar(&[file("s", b"s")])]);
-    // Compressed it has room for long before it is converted.
+    // Compressed, the layer fits long before its conversion does.
     let text = |seed: u8| {
         (0..30_000_u32)
             .map(|n| seed | n.to_le_bytes()[1] | 1)
@@ -162,24 +163,24 @@ fn wherever_it_gets_full(disk: &Path, ballast: impl Fn(u64) -> Ballast) {
             text.contains("No space left") || text.contains("has room for"),
             "with {room}: {text}"
         );
-        // The rest can be used and listed as it is.
+        // Other images can be used and listed.
         let store = Store::open(&root).unwrap();
         assert_eq!(store.list().unwrap().len(), 1, "with {room}");
         drop(full);
         is_sound(&store, &small);
         assert_eq!(fs::read_dir(root.join("tmp")).unwrap().count(), 0);
         if room % 8 == 4 {
-            // So can what the attempt has left, layers that are whole.
+            // Complete layers that a failed attempt left can be removed.
             layers_left += fs::read_dir(root.join("layers")).unwrap().count() - 1;
             let _full = ballast(0);
             store.prune(UNUSED, &nobody).unwrap();
             assert_eq!(fs::read_dir(root.join("layers")).unwrap().count(), 1);
         }
         if room % 8 == 0 {
-            // It works at once when there is room, whatever was made before.
+            // A pull succeeds immediately once there is space, after any earlier attempt.
             store.open_image(&large, &options).unwrap();
             is_sound(&store, &large);
-            // Room can be made where there is none.
+            // Removal frees space on a full disk.
             let _full = ballast(0);
             store.remove(&large.to_string(), &nobody).unwrap();
         }

@@ -1,6 +1,6 @@
-//! Images that are wrong, or mean harm: each is either refused with an error that
-//! names the layer and the entry, and leaves nothing, or has the one safe meaning
-//! that other runtimes give it.
+//! Tests of invalid and malicious images: each is either refused with an error that names
+//! the layer and the entry, and leaves no data, or has the one safe meaning that other
+//! runtimes give it.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use sm_image::{Digest, Error, Limits, PullOptions, Reference, Store};
 use support::{dir, entry, file, hardlink, image, symlink, tar, whiteout};
 
-/// Everything but the lock, by path.
+/// Returns the paths of all objects in the store.
 fn left_in(store: &Path) -> Vec<String> {
     let mut found = Vec::new();
     for part in ["tmp", "disks", "refs", "layers"] {
@@ -25,7 +25,7 @@ fn left_in(store: &Path) -> Vec<String> {
     found
 }
 
-/// Opens `layout` in a fresh store. The directory around both must not change.
+/// Opens `layout` in a new store. Its parent directory must not change.
 fn open_with(layout: &Path, limits: Limits) -> Result<(), Error> {
     let work = tempfile::tempdir().unwrap();
     let root = work.path().join("store");
@@ -40,7 +40,7 @@ fn open_with(layout: &Path, limits: Limits) -> Result<(), Error> {
             "an image is listed by half"
         );
         let left = left_in(&root);
-        // A layer that was whole may stay, for the next attempt.
+        // A complete layer may remain for the next attempt.
         assert!(
             left.iter().all(|name| name.starts_with("layers/")),
             "left behind: {left:?}"
@@ -89,7 +89,7 @@ fn hard_links_that_leave() {
     for target in ["../outside", "/../outside", "a/../../x"] {
         refused(&[tar(&[hardlink("inside", target)])], "inside", "\"..\"");
     }
-    // Without "..", a target is inside by construction: it is not there.
+    // A target without ".." is inside the image, where it does not exist.
     refused(
         &[tar(&[hardlink("h", "/etc/passwd")])],
         "h",
@@ -105,7 +105,7 @@ fn hard_links_that_leave() {
 
 #[test]
 fn links_cannot_lead_out() {
-    // Legal contents; what is written "through" them stays in the image.
+    // The contents are valid; files written through the links stay in the image.
     accepted(&[tar(&[
         symlink("abs", "/etc"),
         symlink("up", "../../../../../.."),
@@ -131,7 +131,7 @@ fn whiteouts_that_are_wrong() {
     refused(&[tar(&[whiteout(".wh.")])], ".wh.", "whiteout");
     refused(&[tar(&[whiteout("d/.wh...")])], "d/.wh...", "whiteout");
     refused(&[tar(&[whiteout("../.wh.x")])], "../.wh.x", "\"..\"");
-    // Of a parent, of nothing, of what the same layer adds: no harm.
+    // Whiteouts of a parent, of nothing, and of an entry of the same layer are harmless.
     accepted(&[
         tar(&[dir("d"), file("d/x", b"x")]),
         tar(&[
@@ -166,7 +166,7 @@ fn structures_that_are_impossible() {
         "f/under",
         "not a directory",
     );
-    // A slash makes no directory of a file of this type.
+    // A slash does not make a file of this type a directory.
     refused(&[tar(&[file("./", b"x")])], "\"./\"", "root");
     refused(&[tar(&[symlink(".", "x")])], "\".\"", "root");
     refused(&[tar(&[entry("odd", b'Z')])], "odd", "not known");
@@ -265,7 +265,7 @@ fn bombs_stop_at_limits() {
     assert!(text.contains("more than 100 entries"), "{text}");
 }
 
-/// A layout with one good layer, and its blobs' paths.
+/// A layout with a valid layer, and the paths of its blobs.
 struct Layout(tempfile::TempDir);
 
 impl Layout {
@@ -297,7 +297,7 @@ impl Layout {
         self.read(&self.blob(&self.index()["manifests"][0]["digest"]))
     }
 
-    /// Makes `manifest` the image's manifest.
+    /// Replaces the image's manifest.
     fn set_manifest(&self, manifest: &Value) {
         let bytes = serde_json::to_vec(manifest).unwrap();
         let digest = Digest::of(&bytes);
@@ -379,7 +379,7 @@ fn documents_that_are_wrong() {
     layout.set_manifest(&json!({"manifests": [], "schemaVersion": 2}));
     layout.refused("an index, but called");
 
-    // The configuration's diff_id is not that of the layer.
+    // The diff_id in the configuration is not that of the layer.
     let config = layout.blob(&good["config"]["digest"]);
     let mut changed = layout.read(&config);
     changed["rootfs"]["diff_ids"][0] = json!(Digest::of(b"else").to_string());
@@ -394,7 +394,7 @@ fn documents_that_are_wrong() {
 
     fs::write(layout.0.path().join("index.json"), "{").unwrap();
     layout.refused("index");
-    // Nobody writes into it: it would be waited for.
+    // Opening a pipe without a writer would block.
     let index = layout.0.path().join("index.json");
     fs::remove_file(&index).unwrap();
     let mode = rustix::fs::Mode::RUSR;

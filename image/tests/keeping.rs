@@ -1,4 +1,4 @@
-//! Keeping images in order: names, checks, removing, and taking them elsewhere.
+//! Tests of managing images: names, verification, removal, and export.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
@@ -40,7 +40,7 @@ fn names_are_understood_as_they_are_written() {
     assert!(matches!(store.find("ap"), Err(Error::Unknown { .. })));
     let details = store.inspect("app").unwrap();
     assert_eq!((details.names.len(), details.layers.len()), (3, 2));
-    // One name goes, the image stays; the last one takes it along.
+    // One name is removed and the image stays; the last name removes the image.
     store.remove("app", &|| Ok(Users::new())).unwrap();
     assert!(store.find("app").is_err());
     let removed = store.remove(&digest.hex()[..12], &|| Ok(Users::new()));
@@ -52,7 +52,8 @@ fn names_are_understood_as_they_are_written() {
 fn what_was_not_used_for_long_goes_first() {
     let home = Home::new();
     let big = |n: u8| [tar(&[file("x", vec![n; 3 << 20])])];
-    // Those of a registry can be had again; a layout's are not removed unasked.
+    // Images of a registry can be pulled again; images of a layout are not removed by
+    // size.
     let (first, _) = home.image("first", &big(1));
     let (second, digest) = home.image("second", &big(2));
     let usage = home.store.usage().unwrap();
@@ -66,7 +67,7 @@ fn what_was_not_used_for_long_goes_first() {
     assert!(home.prune(tight).images.is_empty());
     assert_eq!(home.count("disks"), 2);
 
-    // In use, or needed by the caller: it stays even when all shall go.
+    // An image that is in use, or that the caller needs, stays even with `all`.
     let parsed = Reference::parse(&first).unwrap();
     let in_use = home.store.open_image(&parsed, &PullOptions::default());
     let all = PruneOptions {
@@ -97,7 +98,7 @@ fn tool(program: &str, arguments: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// The manifest of an image as skopeo finds it.
+/// Returns the manifest of an image as skopeo reads it.
 fn manifest(reference: &str) -> Vec<u8> {
     tool("skopeo", &["inspect", "--raw", reference]).into_bytes()
 }
@@ -113,7 +114,7 @@ fn an_archive_has_the_image_byte_for_byte() {
     let path = path.display();
     let raw = manifest(&format!("oci-archive:{path}:v1"));
     assert_eq!(Digest::of(&raw), digest);
-    // And as Docker's archive: all tags, and the same layers.
+    // The archive is also a Docker archive with all tags and the same layers.
     let tags = tool("skopeo", &["list-tags", &format!("docker-archive:{path}")]);
     assert!(
         tags.contains("app:v1") && tags.contains("h.example/b"),
@@ -130,7 +131,7 @@ fn an_archive_has_the_image_byte_for_byte() {
         details.layers.iter().map(|layer| layer.diff_id).collect()
     };
     assert_eq!(diff_ids(&again, &target), diff_ids(&home, "app:v1"));
-    // And for ourselves.
+    // This crate can read the archive as well.
     let opened = again.open(&format!("oci-archive:{path}:v1"));
     assert_eq!(opened, digest);
 }
@@ -153,11 +154,11 @@ fn all_images_of_an_archive_are_loaded() {
     for (query, id) in [("app:v1", digest), ("h.example/b", digest)] {
         assert_eq!(again.store.find(query).unwrap().digest, id);
     }
-    // The archive is gone, and the image can be saved as it was.
+    // The archive is removed, and the image can still be saved byte for byte.
     let saved = again.save(&["app:v1"], "again.tar");
     let raw = manifest(&format!("oci-archive:{}:v1", saved.display()));
     assert_eq!(Digest::of(&raw), digest);
-    // One of Docker's, by skopeo.
+    // A Docker archive written by skopeo.
     let docker = home.path("docker.tar");
     let target = format!("docker-archive:{}:name/in-it:v9", docker.display());
     tool("skopeo", &["copy", "--quiet", &reference, &target]);
@@ -175,7 +176,7 @@ fn all_images_of_an_archive_are_loaded() {
 fn an_image_whose_source_is_gone_is_put_together_again() {
     let home = Home::new();
     let [lower, mut upper] = layers();
-    // As some tools write: nothing after the last file's contents.
+    // Some tools write nothing after the last file's contents.
     upper.truncate(512 + 5000);
     let (reference, digest) = home.image("layout", &[lower.clone(), upper.clone()]);
     let verified = home.store.verify(&reference, false).unwrap();
@@ -212,7 +213,7 @@ fn a_tar_stream_becomes_an_image() {
     };
     let image = import(&gzip, Some(&name("imported"))).unwrap();
     assert_eq!(image.config.config().as_ref(), Some(&config));
-    // The same again, from the plain stream and without a name.
+    // Importing the plain stream without a name produces the same image.
     let digest = image.digest;
     drop(image);
     assert_eq!(import(&stream, None).unwrap().digest, digest);

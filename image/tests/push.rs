@@ -1,5 +1,5 @@
-//! [`sm_image::Pusher`] against the distribution's registry, looked at by skopeo:
-//! what is pushed is there byte for byte.
+//! Tests of [`sm_image::Pusher`] with the distribution's registry, read by skopeo: images
+//! are pushed byte for byte.
 #![allow(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
 use std::fs::{self, File};
@@ -13,8 +13,8 @@ use sm_image::{
     Cancel, Compression, Config, Digest, DockerReference, LayoutBuilder, MemoryFile, Pushed, Pusher,
 };
 
-/// Whether the programs are there. `cargo xtask test` installs them, and then
-/// they have to be.
+/// Returns true if the programs are installed. `cargo xtask test` installs them and
+/// requires them.
 fn tools() -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let found = |program: &&str| {
@@ -42,7 +42,7 @@ impl Drop for Registry {
 
 impl Registry {
     fn start(directory: &Path) -> Self {
-        // Free a moment ago, and nobody asks for it by chance.
+        // The port was free a moment ago; a conflict is unlikely.
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap().to_string();
         drop(listener);
@@ -70,7 +70,7 @@ impl Registry {
         registry
     }
 
-    /// What skopeo finds there.
+    /// Returns an image's description by skopeo.
     fn inspect(&self, image: &str, raw: bool) -> Vec<u8> {
         let output = Command::new("skopeo")
             .args(["inspect", "--tls-verify=false"])
@@ -83,7 +83,7 @@ impl Registry {
     }
 }
 
-/// A manifest of a layout, the blobs that it names, and how they got there.
+/// Pushes a manifest of a layout and its blobs, and returns the results.
 fn push(layout: &Path, manifest: Digest, name: &str, others: &[&str]) -> Vec<Pushed> {
     let blob = |digest: &str| {
         let digits = digest.strip_prefix("sha256:").unwrap();
@@ -95,7 +95,7 @@ fn push(layout: &Path, manifest: Digest, name: &str, others: &[&str]) -> Vec<Pus
     let cancel = Cancel::new();
     let reference = DockerReference::parse(name).unwrap();
     let pusher = Pusher::open(&reference, others, &cancel, &|_| {}).unwrap();
-    // All at once, as they may be.
+    // All blobs are pushed concurrently.
     let pushed = std::thread::scope(|scope| {
         let sending: Vec<_> = layers
             .iter()
@@ -142,7 +142,7 @@ fn what_is_pushed_is_there_byte_for_byte() {
     let layout = directory.path().join("layout");
     let mut image = LayoutBuilder::new(&layout, Compression::Gzip(6)).unwrap();
     for name in ["one", "two", "three"] {
-        // One of them is of several reads.
+        // One layer needs several reads.
         let file = MemoryFile::File(name.repeat(1_000_000).into_bytes());
         image.memory_layer(&[(name, 0o644, file)]).unwrap();
     }
@@ -157,7 +157,7 @@ fn what_is_pushed_is_there_byte_for_byte() {
     assert_eq!(seen["Digest"], digest.to_string());
     assert_eq!(seen["Layers"].as_array().unwrap().len(), 3);
 
-    // Nothing is sent twice: not to the same repository, not to its neighbour.
+    // No blob is uploaded twice, neither to the same repository nor to another one.
     assert_eq!(push(&layout, digest, &name, &[]), [Pushed::Existed; 4]);
     let other = format!("{}/else/where:v2", registry.address);
     assert_eq!(
@@ -166,7 +166,7 @@ fn what_is_pushed_is_there_byte_for_byte() {
     );
     assert_eq!(Digest::of(&registry.inspect("else/where:v2", true)), digest);
 
-    // And it comes back as what it was, every blob of it.
+    // The image can be pulled again byte for byte, with all blobs.
     let copied = Command::new("skopeo")
         .args(["copy", "--quiet", "--src-tls-verify=false"])
         .arg(format!("docker://{other}"))

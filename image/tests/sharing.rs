@@ -1,5 +1,5 @@
-//! Removing beside work that goes on, and beside what cannot be understood: nothing
-//! that somebody may need goes, and nobody waits for a pull.
+//! Tests of removal during running operations and with unreadable data: no data that may
+//! be needed is removed, and removals do not wait for a pull.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
@@ -40,8 +40,7 @@ fn nobody_waits_for_a_pull_and_the_pull_loses_nothing() {
         tar(&[file("a", vec![1; 100_000])]),
         tar(&[file("b", vec![2; 100_000])]),
     ];
-    // The first layer is of an image that has no name any more: all that holds it is
-    // the pull.
+    // The first layer belongs to an image without a name; only the pull keeps it.
     let (first, _) = home.image("first", &parts[..1]);
     image(&home.path("both"), &parts);
     let (reached, wait) = sync_channel(0);
@@ -67,7 +66,7 @@ fn nobody_waits_for_a_pull_and_the_pull_loses_nothing() {
     thread::scope(|scope| {
         let pulling = scope.spawn(|| home.store.open_image(&parse(&both), &options));
         wait.recv().unwrap();
-        // The pull stands still now, and goes on when all of this is done.
+        // The pull is blocked, and continues after these operations.
         home.store.remove(&other, &nobody).unwrap();
         home.store.remove(&first, &nobody).unwrap();
         let pruned = home.store.try_prune(ALL, &nobody).unwrap();
@@ -93,7 +92,7 @@ fn nobody_waits_for_a_pull_and_the_pull_loses_nothing() {
 fn who_needs_what_is_asked_when_nobody_else_is_there() {
     let home = Home::new();
     let (reference, digest) = home.image("layout", &layers());
-    // Whoever is in the store while it is asked.
+    // A shared lock represents another user of the store.
     let root = home.path("store");
     let asked = RefCell::new(0);
     let users = || {
@@ -101,7 +100,7 @@ fn who_needs_what_is_asked_when_nobody_else_is_there() {
         let lock = fs::File::open(root.join("lock")).unwrap();
         let shared = rustix::fs::FlockOperation::NonBlockingLockShared;
         assert!(rustix::fs::flock(&lock, shared).is_err(), "it is locked");
-        // Nobody gets hold of a disk that may go.
+        // A disk that may be removed cannot be opened.
         let disk = root.join("disks").join(digest.hex()).join("meta.erofs");
         let disk = fs::File::open(disk).unwrap();
         assert!(rustix::fs::flock(&disk, shared).is_err(), "it is locked");
@@ -114,7 +113,7 @@ fn who_needs_what_is_asked_when_nobody_else_is_there() {
     assert!(error.to_string().contains("snap"), "{error}");
     assert_eq!(*asked.borrow(), 2);
     assert_eq!(home.count("disks"), 1);
-    // What cannot be said is not taken for nothing.
+    // An unknown set of users does not count as empty.
     let unclear = || Err("snapshot \"x\" cannot be read".to_owned());
     for error in [
         home.store.remove(&reference, &unclear).unwrap_err(),
@@ -139,7 +138,7 @@ fn what_another_version_has_made_is_kept_with_all_that_it_may_need() {
     let other_version = text.replacen("\"format\":", "\"format\":9", 1);
     assert_ne!(other_version, text);
     fs::write(&record, other_version).unwrap();
-    // A VM of that version has it open.
+    // A VM of that version has the disk open.
     let disk = fs::File::open(record.with_file_name("meta.erofs")).unwrap();
     rustix::fs::flock(&disk, rustix::fs::FlockOperation::LockShared).unwrap();
     home.store.remove(&old, &nobody).unwrap();
@@ -152,7 +151,7 @@ fn what_another_version_has_made_is_kept_with_all_that_it_may_need() {
     home.store.prune(ALL, &nobody).unwrap();
     assert_eq!((home.count("disks"), home.count("layers")), (0, 0));
 
-    // The same with a name that cannot be read: it may be of any image.
+    // A name that cannot be read could be the name of any image.
     let (name, _) = home.image("named", &layers());
     let reference = fs::read_dir(home.path("store/refs")).unwrap().next();
     let reference = reference.unwrap().unwrap().path();
@@ -185,7 +184,7 @@ fn a_pull_that_fails_does_not_cancel_its_caller() {
     home.store
         .pull(&parse(&home.path("good")), &options)
         .unwrap();
-    // The caller's own is heeded.
+    // The caller's own cancellation is respected.
     let cancel = Cancel::new();
     cancel.cancel();
     let options = PullOptions {
@@ -218,13 +217,13 @@ fn a_name_comes_before_an_id_and_short_ones_are_none() {
         assert!(home.store.remove(short, &nobody).is_err(), "{short:?}");
     }
     assert_eq!(home.store.find(&hex[..4]).unwrap().digest, digest);
-    // Another image has a name that looks like the beginning of this one's ID.
+    // Another image has a name that looks like a prefix of this one's ID.
     tag(&second, &hex[..8]);
     assert_eq!(home.store.find(&hex[..8]).unwrap().digest, other);
     let removed = home.store.remove(&hex[..8], &nobody).unwrap();
     assert_eq!(removed.images.len(), 1);
     assert!(home.store.find(&first).is_ok() && home.store.find(&second).is_ok());
-    // As does a name of the image itself: only that goes.
+    // The same applies to a name of the image itself: only the name is removed.
     tag(&first, &hex[..8]);
     let removed = home.store.remove(&hex[..8], &nobody).unwrap();
     assert_eq!(removed.images.len(), 1, "{removed:?}");

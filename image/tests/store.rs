@@ -1,4 +1,4 @@
-//! The content store: sharing, removing, several processes, and sudden ends.
+//! Tests of the content store: sharing, removal, several processes, and kills.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
@@ -18,7 +18,7 @@ fn reference(layout: &Path) -> Reference {
     Reference::parse(&format!("oci:{}", layout.display())).unwrap()
 }
 
-/// Options with somebody who is told of progress.
+/// Returns options with a progress callback.
 fn reporting<'a>(report: Report<'a>) -> PullOptions<'a> {
     PullOptions {
         report,
@@ -66,7 +66,7 @@ fn layers_are_stored_once_and_go_with_their_last_image() {
     assert_eq!(one.segments[1], two.segments[1]);
     assert_eq!(store.list().unwrap().len(), 2);
 
-    // Nothing is converted the second time.
+    // The second time, nothing is converted.
     store
         .open_image(
             &reference(&at("one")),
@@ -80,7 +80,8 @@ fn layers_are_stored_once_and_go_with_their_last_image() {
     assert_eq!((count(&root, "layers"), count(&root, "disks")), (2, 1));
     assert!(store.remove(&one_id, &|| Ok(Users::new())).is_err());
 
-    // In use: the name goes, the disk stays until it is not used any more.
+    // The image is in use: its name is removed, and the disk stays until it is no longer
+    // used.
     store.remove(&two_id, &|| Ok(Users::new())).unwrap();
     assert!(store.list().unwrap().is_empty());
     assert_eq!((count(&root, "layers"), count(&root, "disks")), (2, 1));
@@ -149,13 +150,13 @@ fn many_at_once_make_one() {
     assert_eq!(count(&root, "tmp"), 0);
 }
 
-/// Kills a process that converts, at many points; the next one finds a store in
-/// which nothing is by half, and finishes.
+/// Kills a converting process at many points. The next process finds no partial objects
+/// in the store, and completes the conversion.
 #[test]
 fn a_kill_leaves_nothing_half_made() {
     const VARIABLE: &str = "SM_IMAGE_TEST_KILL";
     if let Some(work) = std::env::var_os(VARIABLE) {
-        // The process that is killed: its own work kills it.
+        // The process to be killed kills itself from its progress callback.
         let work = Path::new(&work);
         let store = Store::open(&work.join("store")).unwrap();
         let steps = std::env::var("SM_IMAGE_TEST_STEPS").unwrap();

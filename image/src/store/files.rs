@@ -1,4 +1,4 @@
-//! Files of the store: where they are, and how they come to be.
+//! Files of the store: their paths, creation, publication and removal.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
@@ -17,10 +17,10 @@ use crate::Error;
 use crate::digest::Digest;
 use crate::index::{IndexReader, Totals};
 
-/// Bytes of a layer as it comes after which the system is to write out what was made
-/// of them.
+/// Number of bytes read of a stored layer after which the system is asked to write out
+/// the converted data.
 const WRITE_OUT: u64 = 8 << 20;
-/// In a directory below `tmp`, locked as long as the work there goes on.
+/// Lock file in a directory below `tmp`, held while the operation in the directory runs.
 pub(super) const WORK_LOCK: &str = "lock";
 
 impl Store {
@@ -41,12 +41,12 @@ impl Store {
         self.root.join("refs").join(format!("{hash}.json"))
     }
 
-    /// Takes part in the store, or has it alone.
+    /// Takes the lock of the store, shared or exclusive.
     pub(super) fn lock(&self, operation: FlockOperation) -> Result<File, Error> {
         let path = self.root.join("lock");
         let file = open_lock(&path)?;
-        // Nobody uses the store, so what is under `tmp` is of work that goes on, or
-        // was left by the dead.
+        // Without users of the store, the directories below `tmp` belong to running
+        // operations or are left from dead processes.
         if flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() {
             self.clear_tmp()?;
         }
@@ -55,7 +55,7 @@ impl Store {
         Ok(file)
     }
 
-    /// Has the store alone, if nobody else uses it now.
+    /// Takes the exclusive lock of the store, unless another process uses the store.
     pub(super) fn try_lock_alone(&self) -> Result<Option<File>, Error> {
         let path = self.root.join("lock");
         let file = open_lock(&path)?;
@@ -66,9 +66,9 @@ impl Store {
         }
     }
 
-    /// Waits for whoever else makes the same thing, and keeps others waiting. `notice`
-    /// is told of a wait. The caller does not hold the store's lock: whoever makes
-    /// something needs that now and then.
+    /// Takes the lock for the creation of an object, and waits while another process
+    /// creates the same one. `notice` is called before a wait. The caller must not hold
+    /// the store's lock, because the creator of an object needs it at times.
     pub(super) fn making(
         &self,
         what: &str,
@@ -90,14 +90,14 @@ impl Store {
                 }
                 locked => locked.map_err(failed)?,
             }
-            // It may have been cleared away before it was locked.
+            // The file may have been removed before it was locked.
             if is_at(&file, &path) {
                 return Ok(file);
             }
         }
     }
 
-    /// Removes locks that nobody holds.
+    /// Removes lock files that no process holds.
     pub(super) fn clear_locks(&self) -> Result<(), Error> {
         for path in entries(&self.root.join("locks"))? {
             let file = open_lock(&path)?;
@@ -113,7 +113,7 @@ impl Store {
         tempfile::TempDir::new_in(path).map_err(Error::file("create a directory in", path))
     }
 
-    /// Removes what the dead have left. The caller has the store alone.
+    /// Removes directories of dead processes. The caller holds the exclusive lock.
     pub(super) fn clear_tmp(&self) -> Result<(), Error> {
         for path in entries(&self.root.join("tmp"))? {
             if is_alive(&path)? {
@@ -124,7 +124,7 @@ impl Store {
                 false => fs::remove_file(&path),
             };
             match removed {
-                // Whoever works in there is about to end.
+                // The owner of the directory is exiting.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 removed => removed.map_err(Error::file("remove", &path))?,
             }
@@ -132,15 +132,15 @@ impl Store {
         Ok(())
     }
 
-    /// Removes something that has its final name, without it ever being there
-    /// by half. Nothing is created for that: the disk may be full.
+    /// Removes a published object atomically: it never exists partially under its final
+    /// name. No file is created, because the disk may be full.
     pub(super) fn discard(&self, path: &Path) -> Result<(), Error> {
         let renamed = tempfile::Builder::new()
             .prefix("removed-")
             .make_in(&self.tmp, |grave| fs::rename(path, grave))
             .and_then(|grave| Ok(grave.into_temp_path().keep()?));
         let grave = renamed.map_err(Error::file("remove", path))?;
-        // It is gone in any case; files that stay are cleared by whoever comes next.
+        // The object is removed already. Remaining files are cleared by a later process.
         let _ = match grave.is_dir() {
             true => fs::remove_dir_all(&grave),
             false => fs::remove_file(&grave),
@@ -148,21 +148,22 @@ impl Store {
         Ok(())
     }
 
-    /// Gives a directory that was made its final name, replacing what is not whole.
+    /// Publishes a complete directory under its final name, and replaces an incomplete
+    /// one.
     pub(super) fn publish(&self, made: tempfile::TempDir, path: &Path) -> Result<(), Error> {
         let publish = |from: &Path| -> io::Result<()> {
             File::open(from)?.sync_all()?;
             fs::rename(from, path)?;
             sync_parent(path)
         };
-        // Only what is not whole is made again. Renaming over a directory works
-        // only if that one is empty.
+        // Only incomplete objects are created again. A rename over a directory succeeds
+        // only if that directory is empty.
         if path.exists() {
             self.discard(path)?;
         }
         match publish(made.path()) {
             Ok(()) => {
-                // It is not there any more to be removed.
+                // The directory has been renamed, so there is nothing to clean up.
                 let _ = made.keep();
                 Ok(())
             }
@@ -170,7 +171,7 @@ impl Store {
         }
     }
 
-    /// Keeps a document by its digest.
+    /// Stores a document under its digest.
     pub(super) fn keep_document(&self, digest: Digest, bytes: &[u8]) -> Result<(), Error> {
         let path = self.blob_path(digest);
         if fs::read(&path).is_ok_and(|known| known == bytes) {
@@ -179,8 +180,8 @@ impl Store {
         self.write_file(&path, bytes)
     }
 
-    /// Gives a layer as it came its final name. The caller has checked its digest, and
-    /// that it is on the disk.
+    /// Publishes a compressed layer. The caller has checked its digest, and has synced
+    /// it.
     pub(super) fn keep_blob(&self, digest: Digest, made: &Path) -> Result<(), Error> {
         let path = self.blob_path(digest);
         fs::rename(made, &path)
@@ -203,7 +204,7 @@ impl Store {
             .map_err(Error::file("write", path))
     }
 
-    /// A document that is kept, if it is whole.
+    /// Returns a stored document, if it is intact.
     pub(super) fn document(&self, digest: Digest) -> Result<Option<Vec<u8>>, Error> {
         let path = self.blob_path(digest);
         match fs::read(&path) {
@@ -214,14 +215,14 @@ impl Store {
     }
 }
 
-/// Files of a layer.
+/// The files of a layer.
 pub(super) struct StoredLayer {
     pub(super) path: PathBuf,
     pub(super) index: IndexReader,
 }
 
 impl StoredLayer {
-    /// Opens a layer that is in the store and whole.
+    /// Opens a layer, if it is complete.
     pub(super) fn open(path: PathBuf) -> Option<Self> {
         let index = File::open(path.join("index")).ok()?;
         let index = IndexReader::open(index).ok()??;
@@ -273,7 +274,7 @@ fn open_lock(path: &Path) -> Result<File, Error> {
         .map_err(Error::file("open", path))
 }
 
-/// Whether the open file is the one at `path`.
+/// Returns true if the open file is the one at `path`.
 pub(super) fn is_at(file: &File, path: &Path) -> bool {
     let same = |a: fs::Metadata, b: fs::Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
     let both = file
@@ -282,14 +283,14 @@ pub(super) fn is_at(file: &File, path: &Path) -> bool {
     both.is_ok_and(|(file, named)| same(file, named))
 }
 
-/// Somebody has the disk open by [`super::DiskSegment::open`].
+/// Returns true if a process has the disk open through [`super::DiskSegment::open`].
 pub(super) fn in_use(disk: &Path) -> bool {
     File::open(disk.join("meta.erofs")).is_ok_and(|file| {
         flock(&file, FlockOperation::NonBlockingLockExclusive) == Err(Errno::WOULDBLOCK)
     })
 }
 
-/// Makes the name of `path` last.
+/// Syncs the parent directory of `path`.
 fn sync_parent(path: &Path) -> io::Result<()> {
     match path.parent() {
         Some(parent) => File::open(parent)?.sync_all(),
@@ -303,7 +304,7 @@ pub(super) fn entries(directory: &Path) -> Result<Vec<PathBuf>, Error> {
         .map_err(Error::file("list", directory))
 }
 
-/// The digest that a path of the store ends in.
+/// Parses the digest at the end of a path in the store.
 pub(super) fn digest_of(path: &Path) -> Option<Digest> {
     let name = path.file_name()?.to_str()?;
     Digest::parse(&format!("sha256:{name}"))
@@ -326,7 +327,7 @@ pub(super) fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), Error> {
         .map_err(Error::file("write", path))
 }
 
-/// `None` if there is no such file, or it is not what this version writes.
+/// Returns `None` if there is no such file, or it has another format.
 pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, Error> {
     match fs::read(path) {
         Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
@@ -335,12 +336,12 @@ pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, E
     }
 }
 
-/// Does `work`, which tells how many bytes of a layer it has read, and has the system
-/// write out `files` meanwhile, so that there is little to wait for in the end.
+/// Runs `work`, which reports the number of bytes read of a layer, and lets the system
+/// write out `files` meanwhile, so that the final sync is short.
 ///
 /// # Errors
-/// Writing failed. (The system says so once for each open file, so nobody else would
-/// know.)
+/// Writing failed. The system reports such an error only once for each open file, so it
+/// must be returned.
 pub(super) fn writing_out<T>(
     files: &[&File],
     progress: &mut dyn FnMut(u64),
@@ -357,13 +358,13 @@ pub(super) fn writing_out<T>(
         let done = work(&mut |read| {
             if read >= last + WRITE_OUT {
                 last = read;
-                // It may be busy: there is a next time.
+                // The writer may be busy; a later call follows.
                 let _ = due.try_send(());
             }
             progress(read);
         });
         drop(due);
-        // Without a thread all is written in the end.
+        // Without a thread, everything is written by the final sync.
         if let Ok(writer) = writer {
             writer.join().unwrap_or(Ok(()))?;
         }
@@ -380,7 +381,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_written_out_is_an_error_and_progress_is_told() {
-        // The system writes no sockets out.
+        // The system cannot sync sockets.
         let (socket, _other) = UnixStream::pair().unwrap();
         let file = File::from(OwnedFd::from(socket));
         let mut told = Vec::new();

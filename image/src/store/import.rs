@@ -1,4 +1,4 @@
-//! An image of one layer from a plain tar stream.
+//! Import of an image of one layer from a tar stream.
 
 use std::io::Read;
 
@@ -16,11 +16,11 @@ use crate::progress::{LayerStep, Progress};
 use crate::source::{SourceImage, SourceLayer};
 
 impl Store {
-    /// Makes an image of a root file system in a tar stream, which may be compressed
-    /// by gzip or Zstandard. Without a name it is known by its ID.
+    /// Creates an image of the root file system in a tar stream, which may be compressed
+    /// with gzip or Zstandard. An image without a name is identified by its ID.
     ///
     /// # Errors
-    /// The stream is no archive, or the store cannot be written.
+    /// The stream is not an archive, or the store cannot be written.
     pub fn import(
         &self,
         stream: impl Read + Send,
@@ -31,7 +31,7 @@ impl Store {
     ) -> Result<StoredImage, Error> {
         let work = self.begin()?;
         let store = &work.store;
-        // A name in progress reports and errors, until there is a digest.
+        // Placeholder in progress reports and errors until the digest is known.
         let unknown = Digest::of(b"");
         let expected = Expected {
             digest: unknown,

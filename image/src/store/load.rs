@@ -1,4 +1,4 @@
-//! Images from archives that come as a stream.
+//! Loading of images from archives that are read as a stream.
 
 use std::io::Read;
 use std::path::Path;
@@ -13,24 +13,23 @@ use crate::docker_reference::DockerReference;
 use crate::progress::Progress;
 use crate::source::{Bundle, Session};
 
-/// An image that was in an archive.
+/// An image that was loaded from an archive.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Loaded {
-    /// Its ID.
+    /// ID of the image.
     #[serde(rename = "id")]
     pub digest: Digest,
-    /// The names that it has in the store now; its ID, if the archive has none.
+    /// Names of the image in the store; its ID, if the archive has no name for it.
     pub names: Vec<String>,
 }
 
 impl Store {
-    /// Brings all images of an archive into the store: of what `docker save`, `podman
-    /// save`, skopeo or [`Self::save`] write, compressed or not. `place` is what
-    /// errors call it.
+    /// Loads all images of an archive written by `docker save`, `podman save`, skopeo or
+    /// [`Self::save`], which may be compressed. Errors refer to the archive as `place`.
     ///
     /// # Errors
-    /// The stream is no archive of images, or one of them is refused; those before
-    /// it are in the store then.
+    /// The stream contains no images, or one of them is refused. Images before it remain
+    /// in the store.
     pub fn load(
         &self,
         stream: impl Read,
@@ -40,10 +39,10 @@ impl Store {
         self.load_bundle(options, |session| Bundle::read(stream, place, session))
     }
 
-    /// Like [`Self::load`], from a file, which need not be copied to be read.
+    /// As [`Self::load`], from a file, which can be read in place.
     ///
     /// # Errors
-    /// Likewise.
+    /// As [`Self::load`].
     pub fn load_file(&self, path: &Path, options: &PullOptions<'_>) -> Result<Vec<Loaded>, Error> {
         self.load_bundle(options, |session| Bundle::open(path, session))
     }
@@ -70,7 +69,7 @@ impl Store {
             }
             let mut digest = image.digest;
             for name in &names {
-                // The archive is gone afterwards: what came is kept as it came.
+                // The archive may not be available later, so original layers are stored.
                 let stored = work.bring(&*source, &image, name, true, options)?;
                 digest = stored.digest;
             }
@@ -80,8 +79,8 @@ impl Store {
     }
 }
 
-/// A name as it is written in the store; `None` for what is only a tag, or nothing
-/// that could be pulled or pushed.
+/// Returns the form of a name in the store; `None` for a tag alone, or a name that cannot
+/// be pulled or pushed.
 fn known_as(name: &str) -> Option<String> {
     let reference = DockerReference::parse(name).ok()?;
     let is_name = name.contains([':', '/', '.']);

@@ -1,22 +1,22 @@
 //! The content store: converted layers and disks, shared by all images.
 //!
 //! ```text
-//! lock                    shared by whoever looks for something or notes what it
-//!                         needs, exclusive for whoever removes; never held for long
-//! locks/                  one for each thing that is being made
-//! tmp/                    what is being made, by work that goes on; see `work`
+//! lock                    shared for lookups and for recording needs, exclusive for
+//!                         removal; never held for long
+//! locks/                  one lock file for each object being created
+//! tmp/                    objects being created by running operations; see `work`
 //! layers/<diff_id>/       blob, small, index, skeleton
 //! disks/<image digest>/   meta.erofs, image.json
-//! blobs/<digest>          manifests, configurations; layers as a registry had them
+//! blobs/<digest>          manifests, configurations, and original layers of registries
 //! refs/<hash>.json        names of images
 //! ```
 //!
-//! Invariant: what has its final name is complete and on disk. It is made under
-//! `tmp`, synced, and renamed. Two processes never make the same thing: the
-//! second one waits and finds it made. (Layers in `blobs` are not synced: they are
-//! wanted for pushing and saving only, and checked by their digests then.)
+//! Invariant: an object with its final name is complete and synced. It is created below
+//! `tmp`, synced and renamed. Two processes never create the same object: the second one
+//! waits and finds it. (Original layers in `blobs` are not synced, because they are only
+//! needed for pushing and saving, which check their digests.)
 //!
-//! Disks in use are not removed: whoever uses one holds a shared `flock` on its
+//! Disks in use are not removed: every user of a disk holds a shared `flock` on its
 //! `meta.erofs` ([`DiskSegment::open`]).
 
 mod collect;
@@ -53,24 +53,23 @@ use crate::digest::Digest;
 use crate::limits::Limits;
 use crate::platform::Platform;
 
-/// Version of everything the store writes; other versions are made again.
+/// Version of all formats in the store. Objects of other versions are created again.
 const FORMAT: u32 = 4;
 
-/// A part of a disk: bytes of one file, in disk order.
+/// A segment of a disk: a range of bytes of one file. Segments are in disk order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskSegment {
-    /// The file.
+    /// Path of the file.
     pub path: PathBuf,
-    /// First byte.
+    /// Offset of the first byte in the file.
     pub offset: u64,
     /// Length in bytes; a multiple of 4096.
     pub len: u64,
 }
 
 impl DiskSegment {
-    /// Opens the file for reading. The store removes neither it nor any other
-    /// part of its disk while the first segment is open in this way, in any
-    /// process.
+    /// Opens the file for reading. While the first segment of a disk is open in any
+    /// process, the store does not remove any part of the disk.
     ///
     /// # Errors
     /// The file cannot be opened or locked.
@@ -78,7 +77,7 @@ impl DiskSegment {
         let file = File::open(&self.path).map_err(Error::file("open", &self.path))?;
         rustix::io::retry_on_intr(|| flock(&file, FlockOperation::LockShared))
             .map_err(|errno| Error::file("lock", &self.path)(errno.into()))?;
-        // It may have been removed while it was waited for.
+        // The file may have been removed before it was locked.
         if !files::is_at(&file, &self.path) {
             return Err(Error::file("open", &self.path)(
                 std::io::ErrorKind::NotFound.into(),
@@ -88,46 +87,46 @@ impl DiskSegment {
     }
 }
 
-/// An image in the store. It is not removed from there while this lives.
+/// An image in the store, which is not removed during the lifetime of this value.
 #[derive(Clone, Debug)]
 pub struct StoredImage {
-    /// Digest of its manifest (of its configuration, where there is no manifest).
+    /// Digest of its manifest, or of its configuration if there is no manifest.
     pub digest: Digest,
     /// Its configuration.
     pub config: ImageConfiguration,
-    /// Its root disk: an EROFS file system over these, one after another.
+    /// Its root disk: the concatenation of these segments contains an EROFS file system.
     pub segments: Vec<DiskSegment>,
-    /// Keeps the disk in the store.
+    /// Prevents removal of the disk.
     _in_use: Arc<File>,
 }
 
 impl StoredImage {
-    /// What its programs run on.
+    /// Returns the image's platform.
     #[must_use]
     pub fn platform(&self) -> Platform {
         Platform::of(&self.config)
     }
 
-    /// Returns true if it is for the platform that is wanted.
+    /// Returns true if the image can be used for the requested platform.
     fn serves(&self, platform: Option<&Platform>) -> bool {
         platform.is_none_or(|wanted| wanted.accepts(&self.platform()))
     }
 }
 
-/// The store of one user.
+/// The image store of a user.
 #[derive(Clone, Debug)]
 pub struct Store {
     root: PathBuf,
-    /// For what is being made.
+    /// Directory for objects being created.
     tmp: PathBuf,
     limits: Limits,
 }
 
 impl Store {
-    /// Opens the store at `root`, making it if there is none.
+    /// Opens the store at `root`, and creates it if it does not exist.
     ///
     /// # Errors
-    /// Its directories cannot be made.
+    /// Its directories cannot be created.
     pub fn open(root: &Path) -> Result<Self, Error> {
         for name in ["locks", "tmp", "layers", "disks", "blobs", "refs"] {
             let path = root.join(name);
@@ -144,7 +143,7 @@ impl Store {
         })
     }
 
-    /// The same store, with other limits for what it takes in.
+    /// Returns the same store with other limits for new images.
     #[must_use]
     pub fn with_limits(mut self, limits: Limits) -> Self {
         self.limits = limits;

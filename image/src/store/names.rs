@@ -14,14 +14,12 @@ use crate::docker_reference::DockerReference;
 use crate::platform::Platform;
 use crate::reference::Reference;
 
-/// Fewest digits that are taken for the beginning of an ID where a name could be
-/// meant as well.
+/// Minimum number of digits of an ID prefix where the text could also be a name.
 const SHORTEST_ID: usize = 6;
-/// Fewest digits that are taken for the beginning of an ID at all, as in Docker's
-/// containerd image store.
+/// Minimum number of digits of every ID prefix, as in Docker's containerd image store.
 const SHORTEST_PREFIX: usize = 4;
 
-/// A name in the store.
+/// A name in the store and its image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageSummary {
     /// The reference.
@@ -29,18 +27,18 @@ pub struct ImageSummary {
     /// Digest of the image.
     #[serde(rename = "id")]
     pub digest: Digest,
-    /// Digest of what the reference named where it came from: an index, or the
+    /// Digest of the document that the reference named at the source: an index, or the
     /// image itself.
     #[serde(rename = "digest")]
     pub named: Digest,
-    /// Bytes of its file contents and metadata, shared layers included.
+    /// Size of its file contents and metadata in bytes, including shared layers.
     pub size: u64,
-    /// When it was stored, in nanoseconds since the Unix epoch.
+    /// Time at which it was stored, in nanoseconds since the Unix epoch.
     pub stored_ns: u64,
 }
 
 impl Store {
-    /// All names, sorted.
+    /// Returns all names, sorted.
     ///
     /// # Errors
     /// The store cannot be read.
@@ -56,22 +54,22 @@ impl Store {
         Ok(found)
     }
 
-    /// What is noted of a name, written as it is in the store.
+    /// Returns the record of a name in its stored form.
     pub(super) fn named(&self, reference: &str) -> Result<Option<ImageSummary>, Error> {
         let found = read_json::<ImageSummary>(&self.ref_path(reference))?;
         Ok(found.filter(|found| found.reference == reference))
     }
 
-    /// The image of this name, however it is written, or of the ID that begins with
-    /// these four digits or more. A name comes first.
+    /// Finds the image with this name, in any notation, or with an ID that starts with
+    /// these four or more digits. Names take precedence.
     ///
     /// # Errors
-    /// None, or several.
+    /// No image or several match.
     pub fn find(&self, query: &str) -> Result<ImageSummary, Error> {
         Ok(self.lookup(query)?.0)
     }
 
-    /// Like [`Self::find`]; also says whether it was found by its name.
+    /// As [`Self::find`]; the second value is true if the image was found by its name.
     pub(super) fn lookup(&self, query: &str) -> Result<(ImageSummary, bool), Error> {
         if let Some(named) = self.named(query)? {
             return Ok((named, true));
@@ -103,7 +101,7 @@ impl Store {
         }
     }
 
-    /// Whether [`Self::open_image`] would find the image in the store.
+    /// Returns true if [`Self::open_image`] would find the image in the store.
     ///
     /// # Errors
     /// The store cannot be read.
@@ -119,8 +117,8 @@ impl Store {
         }
     }
 
-    /// What a name without a transport means in the store: that name, or the
-    /// beginning of an ID.
+    /// Finds a name without a transport in the store: as a name, or as the prefix of an
+    /// ID.
     pub(super) fn at_hand(&self, name: &DockerReference) -> Result<Option<StoredImage>, Error> {
         let text = name.to_string();
         let bare = text.strip_suffix(":latest").unwrap_or(&text);
@@ -135,10 +133,10 @@ impl Store {
         }
     }
 
-    /// Gives an image another name, which may have been another's.
+    /// Gives an image another name, which is taken from any other image that has it.
     ///
     /// # Errors
-    /// There is no such image, or several, or the store cannot be written.
+    /// No image or several match, or the store cannot be written.
     pub fn tag(&self, query: &str, name: &DockerReference) -> Result<(), Error> {
         let _in_use = self.lock(FlockOperation::LockShared)?;
         let found = self.find(query)?;
@@ -178,7 +176,8 @@ impl Store {
     }
 }
 
-/// The reference with an absolute path, so that it means the same everywhere.
+/// Returns the reference with an absolute path, so that it is independent of the current
+/// directory.
 pub(super) fn absolute(reference: &Reference) -> String {
     let mut reference = reference.clone();
     let path = match &mut reference {
@@ -189,7 +188,7 @@ pub(super) fn absolute(reference: &Reference) -> String {
         | Reference::ContainersStorage { .. }
         | Reference::Stored(_) => return reference.to_string(),
     };
-    // What was read from the standard input has no place.
+    // Data from the standard input has no path.
     if path.as_os_str() != "-"
         && let Ok(real) = path.canonicalize()
     {

@@ -1,4 +1,4 @@
-//! Bringing images into the store.
+//! Pulling of images into the store.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -29,24 +29,24 @@ use crate::reference::Reference;
 use crate::source::{self, Session, Source, SourceImage, SourceLayer};
 use crate::tree::{Refused, Tree};
 
-/// Layers that are read at once, if there are CPUs for them: as many as Docker
-/// downloads, and one more.
+/// Maximum number of layers that are read concurrently, if there are enough CPUs: one
+/// more than Docker downloads.
 const MOST_AT_ONCE: usize = 4;
 
-/// How an image is brought into the store.
+/// Options of importing an image into the store.
 #[derive(Clone)]
 pub struct PullOptions<'a> {
-    /// For which platform, where there is a choice. Without one: Linux on this
+    /// Platform to select if the image is for several. The default is Linux on this
     /// host's architecture.
     pub platform: Option<Platform>,
-    /// Gets reports of progress.
+    /// Callback for progress reports.
     pub report: Report<'a>,
-    /// Ends everything.
+    /// Cancels the operation.
     pub cancel: Cancel,
-    /// Layers that are read at once, at most.
+    /// Maximum number of layers that are read concurrently.
     pub at_once: NonZero<usize>,
-    /// Keep the layers of registries as they came, besides what is made of them:
-    /// pushing and saving give the same bytes then.
+    /// Store the original layers of registries in addition to the converted ones, so that
+    /// pushing and saving produce the same bytes.
     pub keep_compressed: bool,
 }
 
@@ -74,12 +74,12 @@ impl std::fmt::Debug for PullOptions<'_> {
 }
 
 impl Store {
-    /// Finds an image where its reference says, converting into the store what
-    /// is not there yet. A registry is asked for what the store does not have
-    /// under its name only.
+    /// Finds an image at the source that its reference names, and converts missing parts
+    /// into the store. A registry is only contacted if the store does not have the image
+    /// under its name.
     ///
     /// # Errors
-    /// See [`Error`]. The store is as it was, but for layers that are complete.
+    /// See [`Error`]. Complete layers remain in the store; it is otherwise unchanged.
     pub fn open_image(
         &self,
         reference: &Reference,
@@ -97,10 +97,10 @@ impl Store {
         self.pull(reference, options)
     }
 
-    /// Like [`Self::open_image`], and asks a registry even for what the store has.
+    /// As [`Self::open_image`], but a registry is always contacted.
     ///
     /// # Errors
-    /// Likewise.
+    /// As [`Self::open_image`].
     pub fn pull(
         &self,
         reference: &Reference,
@@ -134,8 +134,8 @@ impl Store {
         work.bring(&*source, &image, &name, keep, options)
     }
 
-    /// The image of this name, if it is still the one that the source has, and the
-    /// source can tell without giving it.
+    /// Returns the image with this name, if the source reports its identity without
+    /// transferring it, and still has the same one.
     fn known(
         &self,
         source: &dyn Source,
@@ -161,8 +161,8 @@ impl Store {
 }
 
 impl PullOptions<'_> {
-    /// The same, with something to cancel of its own: one layer that fails ends the
-    /// others, and not what else the caller does.
+    /// Returns a copy with its own cancellation: a failing layer cancels the other
+    /// layers, but not other operations of the caller.
     pub(super) fn child(&self) -> Self {
         Self {
             cancel: self.cancel.child(),
@@ -176,7 +176,7 @@ impl PullOptions<'_> {
 }
 
 impl Work {
-    /// Converts a layer of which nothing is known before.
+    /// Converts a layer whose digest is not known before.
     pub(super) fn convert_unknown(
         &self,
         stream: impl Read + Send,
@@ -192,7 +192,7 @@ impl Work {
         })
     }
 
-    /// Makes what is missing of an image, and names it.
+    /// Creates the missing parts of an image, and names it.
     pub(super) fn bring(
         &self,
         source: &dyn Source,
@@ -243,7 +243,7 @@ impl Store {
         self.finish(image, name, layers)
     }
 
-    /// Makes the disk of an image whose layers are in the store.
+    /// Creates the disk of an image whose layers are in the store.
     pub(super) fn finish(
         &self,
         image: &SourceImage,
@@ -281,7 +281,7 @@ impl Store {
         self.publish(made, &self.disk_path(image.digest))
     }
 
-    /// Writes the metadata image that belongs to these layers; returns its length.
+    /// Writes the metadata image of these layers and returns its length.
     pub(super) fn write_metadata(
         &self,
         image: Digest,
@@ -317,22 +317,22 @@ impl Store {
     }
 }
 
-/// The layers of one image on their way into the store.
+/// State of importing the layers of one image.
 struct Pull<'p> {
     store: &'p Store,
     source: &'p dyn Source,
-    /// Keep the layers as they come, too.
+    /// Also store the original layers.
     keep: bool,
     options: &'p PullOptions<'p>,
     decoders: Decoders,
 }
 
-/// What has become of a layer.
+/// Result slot of a layer.
 type Slot = Mutex<Option<StoredLayer>>;
 
 impl Pull<'_> {
-    /// Refuses what cannot become an image, by what its manifest says, before anything
-    /// is asked for.
+    /// Checks the sizes in the manifest against the limits and the free space, before any
+    /// layer is requested.
     fn check_sizes(&self, layers: &[SourceLayer]) -> Result<(), Error> {
         let missing = |layer: &&SourceLayer| {
             StoredLayer::open(self.store.layer_path(layer.diff_id)).is_none()
@@ -342,7 +342,7 @@ impl Pull<'_> {
         self.store.check_room(&sizes.collect())
     }
 
-    /// Brings all layers into the store, several at once.
+    /// Imports all layers, several concurrently.
     fn layers(&self, layers: &[SourceLayer]) -> Result<Vec<StoredLayer>, Error> {
         let next = AtomicUsize::new(0);
         let failure = Mutex::new(None);
@@ -359,7 +359,8 @@ impl Pull<'_> {
                 match self.layer(layer, number, layers.len()) {
                     Ok(stored) => *lock(slot) = Some(stored),
                     Err(error) => {
-                        // What the others find then follows from this one.
+                        // Later failures of the other layers are consequences of this
+                        // one.
                         lock(&failure).get_or_insert(error);
                         self.options.cancel.cancel();
                         return;
@@ -381,7 +382,7 @@ impl Pull<'_> {
         stored.collect::<Option<_>>().ok_or(Error::Cancelled)
     }
 
-    /// The layer in the store, converting it if it is not there.
+    /// Returns the layer in the store, and converts it if it is missing.
     fn layer(&self, layer: &SourceLayer, number: usize, of: usize) -> Result<StoredLayer, Error> {
         let tell = |step| {
             (self.options.report)(Progress::Layer {
@@ -420,7 +421,7 @@ impl Pull<'_> {
             diff_id: Some(layer.diff_id),
         };
         let stream = self.source.layer(layer)?;
-        // A plain tar stream can be put together again.
+        // A plain tar stream can be reconstructed, so it need not be stored.
         let keep = self.keep && layer.size.is_some() && layer.digest != layer.diff_id;
         let beside = self.store.temporary()?;
         let kept_path = beside.path().join("kept");
@@ -435,13 +436,13 @@ impl Pull<'_> {
         };
         let (store, decoders) = (self.store, &self.decoders);
         let converted = store.convert(stream, &expected, decoders, kept.as_ref(), progress);
-        // Whatever follows from it.
+        // This error takes precedence over errors that it caused.
         if let Some(error) = lock(&failed).take() {
             return Err(Error::file("write", &kept_path)(error));
         }
         converted?;
         if keep {
-            // Its digest has been checked.
+            // The digest has been checked.
             self.store.keep_blob(layer.digest, &kept_path)?;
         }
         Ok(())
@@ -449,9 +450,9 @@ impl Pull<'_> {
 }
 
 impl Store {
-    /// Converts a layer into the store, and sees to it that `beside`, which the stream
-    /// writes, is on the disk, too. The caller needs the layer, and holds its lock.
-    /// ([`Work::convert_unknown`] is for a layer that is not known before.)
+    /// Converts a layer into the store, and syncs `beside`, which the stream writes. The
+    /// caller needs the layer, and holds its lock. ([`Work::convert_unknown`] converts a
+    /// layer that is not known before.)
     fn convert(
         &self,
         stream: impl Read + Send,
@@ -464,7 +465,7 @@ impl Store {
         self.convert_as(stream, expected, decoders, beside, progress, known)
     }
 
-    /// Does `before_publishing` when it is known which layer it is.
+    /// As `convert`, with a callback that is run once the layer's diff_id is known.
     fn convert_as<T>(
         &self,
         stream: impl Read + Send,
@@ -509,8 +510,8 @@ impl Store {
         Ok(converted)
     }
 
-    /// Checks layers of these sizes against the limits, and all of them together
-    /// against what is free. (What is made of them takes at least as much.)
+    /// Checks layers of these sizes against the limits, and their sum against the free
+    /// space. (The converted data takes at least as much.)
     pub(super) fn check_room(&self, sizes: &BTreeMap<Digest, u64>) -> Result<(), Error> {
         let mut needed: u64 = 0;
         for (digest, size) in sizes {
@@ -531,11 +532,11 @@ impl Store {
     }
 }
 
-/// Writes down what is read.
+/// A reader that also writes the data to a file.
 struct Keeping<'f, R> {
     inner: R,
     kept: Option<BufWriter<File>>,
-    /// Why it could not be written down, which is no fault of the stream.
+    /// Error of writing the file, which is not an error of the stream.
     failed: &'f Mutex<Option<io::Error>>,
 }
 
@@ -558,6 +559,6 @@ impl<R: Read> Read for Keeping<'_, R> {
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    // Nothing panics while it holds one of these.
+    // No code panics while it holds one of these locks.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

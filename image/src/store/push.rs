@@ -1,4 +1,4 @@
-//! Bringing a stored image into a registry.
+//! Pushing of a stored image to a registry.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -16,12 +16,12 @@ use crate::progress::{LayerStep, Progress};
 use crate::source::{OpenBlob, Pushed, Pusher};
 
 impl Store {
-    /// Brings an image, by the name that it has in the store, into the registry that
-    /// the name says; returns the digest of its manifest there. What was pulled is
-    /// pushed byte for byte; see [`Self::save`] for what was not.
+    /// Pushes an image under its name in the store to the registry in the name. Returns
+    /// the digest of its manifest in the registry. A pulled image is pushed byte for
+    /// byte; see [`Self::save`] for other images.
     ///
     /// # Errors
-    /// The store has no image of that name, or the registry does not take it.
+    /// The store has no image with that name, or the registry refuses it.
     pub fn push(&self, name: &DockerReference, options: &PullOptions<'_>) -> Result<Digest, Error> {
         let options = &options.child();
         let work = self.begin()?;
@@ -36,7 +36,7 @@ impl Store {
             pusher: &pusher,
             options,
         };
-        // What the registry has need not be had here.
+        // Layers that the registry has need not be available here.
         let absent: OpenBlob<'_> = &|| Err(io::ErrorKind::NotFound.into());
         let has = |digest, size| pusher.blob(digest, size, absent, &mut |_| {}).is_ok();
         let exported = store.export(found.digest, &record, Form::Gzip, &has, options)?;
@@ -45,8 +45,8 @@ impl Store {
         pusher.manifest(&exported.manifest_type, &exported.manifest)
     }
 
-    /// Repositories of `registry` that images of the store came from: a registry
-    /// need not be sent what another of its repositories has.
+    /// Returns the repositories of `registry` from which images of the store were pulled.
+    /// Blobs can be mounted from them instead of being uploaded.
     fn repositories(&self, registry: &str) -> Result<Vec<String>, Error> {
         let records = self.records()?.into_values();
         let origins = records.filter_map(|record| record.origin);
@@ -56,7 +56,7 @@ impl Store {
     }
 }
 
-/// One image on its way to a registry.
+/// State of pushing one image.
 struct Push<'p> {
     store: &'p Store,
     pusher: &'p Pusher<'p>,
@@ -64,7 +64,7 @@ struct Push<'p> {
 }
 
 impl Push<'_> {
-    /// Sends layers, several at once.
+    /// Pushes layers, several concurrently.
     fn layers(&self, image: &Exported) -> Result<(), Error> {
         let next = AtomicUsize::new(0);
         let failure = Mutex::new(None);

@@ -1,4 +1,4 @@
-//! What the store notes of an image beside its disk.
+//! Records about an image, stored beside its disk.
 
 use std::fs;
 use std::sync::Arc;
@@ -12,20 +12,21 @@ use crate::Error;
 use crate::digest::Digest;
 use crate::source::{Origin, SourceImage, SourceLayer};
 
-/// `image.json` of a disk.
+/// Contents of a disk's `image.json`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct DiskRecord {
     pub(super) format: u32,
     pub(super) config: ImageConfiguration,
-    /// Digest of the configuration as it came.
+    /// Digest of the original configuration.
     pub(super) config_digest: Digest,
-    /// Media type of the manifest; the image's digest is that of the manifest then.
+    /// Media type of the manifest. If present, the image's digest is that of the
+    /// manifest.
     pub(super) manifest_type: Option<String>,
     pub(super) meta_len: u64,
     pub(super) layers: Vec<LayerRecord>,
-    /// The repository that it came from.
+    /// The repository that the image was pulled from.
     pub(super) origin: Option<Origin>,
-    /// The reference that it was found by.
+    /// The reference with which the image was requested.
     pub(super) reference: String,
 }
 
@@ -33,7 +34,7 @@ pub(super) struct DiskRecord {
 pub(super) struct LayerRecord {
     pub(super) diff_id: Digest,
     pub(super) blob_len: u64,
-    /// As the manifest has it.
+    /// Digest of the layer in the manifest.
     pub(super) digest: Digest,
     pub(super) size: Option<u64>,
     pub(super) media_type: Option<String>,
@@ -69,25 +70,25 @@ impl DiskRecord {
 pub struct LayerDetails {
     /// Digest of the tar stream.
     pub diff_id: Digest,
-    /// Digest of the stream as the manifest has it.
+    /// Digest of the stream in the manifest.
     pub digest: Digest,
-    /// Its size there, in bytes, if the manifest says it.
+    /// Size of that stream in bytes, if the manifest contains it.
     pub compressed_size: Option<u64>,
-    /// Its size in the store, in bytes.
+    /// Size of its file contents in the store in bytes.
     pub size: u64,
-    /// The stream as the manifest has it is in the store, too.
+    /// The original stream is also in the store.
     pub kept: bool,
 }
 
-/// What there is to know about an image in the store.
+/// Details of an image in the store.
 #[derive(Clone, Debug, Serialize)]
 pub struct ImageDetails {
-    /// Digest of its manifest (of its configuration, where there is no manifest).
+    /// Digest of its manifest, or of its configuration if there is no manifest.
     #[serde(rename = "id")]
     pub digest: Digest,
     /// Its names.
     pub names: Vec<String>,
-    /// Where it came from.
+    /// The source that it was imported from.
     pub source: String,
     /// Media type of its manifest.
     pub manifest_type: Option<String>,
@@ -102,14 +103,14 @@ pub struct ImageDetails {
 }
 
 impl Store {
-    /// What is noted of an image, if this version wrote it.
+    /// Returns the record of an image, if its format is that of this version.
     pub(super) fn record(&self, digest: Digest) -> Result<Option<DiskRecord>, Error> {
         let path = self.disk_path(digest).join("image.json");
         let record = read_json::<DiskRecord>(&path)?;
         Ok(record.filter(|record| record.format == FORMAT))
     }
 
-    /// The image of this digest, if its disk is there and whole.
+    /// Returns the image with this digest, if its disk is complete.
     pub(super) fn stored(&self, digest: Digest) -> Result<Option<StoredImage>, Error> {
         let Some(record) = self.record(digest)? else {
             return Ok(None);
@@ -142,10 +143,10 @@ impl Store {
         }))
     }
 
-    /// Everything about an image, by a reference or (the beginning of) its ID.
+    /// Returns the details of an image, by a reference or an ID prefix.
     ///
     /// # Errors
-    /// None or several match, or the store cannot be read.
+    /// No image or several match, or the store cannot be read.
     pub fn inspect(&self, query: &str) -> Result<ImageDetails, Error> {
         let found = self.find(query)?;
         let record = self.record_of(query, found.digest)?;
@@ -172,7 +173,7 @@ impl Store {
         })
     }
 
-    /// The record of an image that has been found as `query`.
+    /// Returns the record of an image that was found as `query`.
     pub(super) fn record_of(&self, query: &str, digest: Digest) -> Result<DiskRecord, Error> {
         self.record(digest)?.ok_or_else(|| Error::Unknown {
             reference: query.to_owned(),

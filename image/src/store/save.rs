@@ -1,6 +1,6 @@
-//! Images in one archive, for `docker load`, `podman load`, skopeo, and `sm load`:
-//! an OCI image layout, with the `manifest.json` of Docker's archives beside it, as
-//! Docker itself writes since version 25.
+//! Export of images to one archive for `docker load`, `podman load`, skopeo, and
+//! [`Store::load`]: an OCI image layout together with the `manifest.json` of Docker
+//! archives, as Docker writes since version 25.
 
 use std::collections::BTreeSet;
 use std::io::{self, Read, Write};
@@ -26,12 +26,12 @@ struct Item {
 }
 
 impl Store {
-    /// Writes images, each by a name or (the beginning of) an ID, to an archive.
-    /// What is kept as it was pulled is written byte for byte; layers that were
-    /// never compressed, or are not kept, are written as plain tar streams.
+    /// Writes images, each given by a name or an ID prefix, to an archive. Stored
+    /// original data is written byte for byte; layers whose original was uncompressed, or
+    /// is not stored, are written as plain tar streams.
     ///
     /// # Errors
-    /// An image is not there or damaged, or `out` cannot be written.
+    /// An image is missing or corrupt, or `out` cannot be written.
     pub fn save(
         &self,
         queries: &[String],
@@ -87,7 +87,7 @@ impl Store {
     }
 }
 
-/// One item for each image, with all its names.
+/// Merges items into one for each image, with all its names.
 fn merged(items: Vec<Item>) -> Vec<Item> {
     let mut merged: Vec<Item> = Vec::new();
     for item in items {
@@ -110,7 +110,7 @@ fn unwritable(error: io::Error) -> Error {
 /// An archive that is being written.
 struct Archive<'o> {
     out: &'o mut dyn Write,
-    /// Blobs that are in it.
+    /// Blobs that have been written.
     written: BTreeSet<Digest>,
 }
 

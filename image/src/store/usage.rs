@@ -1,4 +1,4 @@
-//! How much the store takes, and for what.
+//! Disk usage of the store.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -13,39 +13,39 @@ use super::files::in_use;
 use crate::Error;
 use crate::digest::Digest;
 
-/// What one image takes.
+/// Disk usage of an image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct ImageUsage {
     /// Digest of the image.
     #[serde(rename = "id")]
     pub digest: Digest,
-    /// Its names; none for one that is only in use.
+    /// Its names; empty for an image that is only in use.
     pub names: Vec<String>,
-    /// Bytes on disk of its layers and metadata.
+    /// Size of its layers and metadata on disk in bytes.
     pub size: u64,
-    /// Bytes of these that other images have, too.
+    /// The part of `size` that other images share.
     pub shared: u64,
-    /// Bytes on disk of its layers as they came.
+    /// Size of its original layers on disk in bytes.
     pub compressed: u64,
-    /// Somebody has it open.
+    /// A process has its disk open.
     pub in_use: bool,
-    /// When it was used last, in nanoseconds since the Unix epoch.
+    /// Time of its last use, in nanoseconds since the Unix epoch.
     pub used_ns: Option<u64>,
 }
 
-/// What the store takes.
+/// Disk usage of the store.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Usage {
-    /// Each image.
+    /// Usage of each image.
     pub images: Vec<ImageUsage>,
-    /// Bytes on disk of everything; what images share counts once.
+    /// Total size on disk in bytes. Shared data counts once.
     pub total: u64,
-    /// Bytes of layers as they came, which are kept for pushing and saving only.
+    /// Size of original layers in bytes, which are only kept for pushing and saving.
     pub compressed: u64,
 }
 
 impl Store {
-    /// How much the store takes on disk.
+    /// Returns the disk usage of the store.
     ///
     /// # Errors
     /// The store cannot be read.
@@ -103,7 +103,7 @@ impl Store {
         })
     }
 
-    /// Bytes on disk of everything that has its final name.
+    /// Returns the size on disk of all published objects in bytes.
     pub(super) fn size(&self) -> Result<u64, Error> {
         let parts = ["layers", "disks", "blobs", "refs"];
         Ok(parts
@@ -112,7 +112,7 @@ impl Store {
             .sum())
     }
 
-    /// Bytes of file contents of a layer.
+    /// Returns the size of a layer's file contents in bytes.
     pub(super) fn layer_size(&self, diff_id: Digest) -> u64 {
         let path = self.layer_path(diff_id);
         let len = |name: &str| fs::metadata(path.join(name)).map_or(0, |meta| meta.len());
@@ -120,8 +120,8 @@ impl Store {
     }
 }
 
-/// Bytes that a file, or a directory with all in it, takes; holes take none. What
-/// is not there takes none.
+/// Returns the size on disk of a file, or of a directory with its contents, in bytes.
+/// Holes and missing files count as 0.
 pub(super) fn size_on_disk(path: &Path) -> u64 {
     let Ok(meta) = fs::symlink_metadata(path) else {
         return 0;

@@ -1,9 +1,9 @@
-//! Checking that what is in the store is what it was made from.
+//! Verification of stored images against their digests.
 //!
-//! A layer's tar stream is put together again from its files and must have the
-//! digest that the image's configuration gives it; the index is made again from
-//! that stream, and the metadata image from the indexes, and must be the same. So
-//! whatever a guest can see of an image is checked against the image's digest.
+//! A layer's tar stream is reconstructed from its files, and its digest must be the one
+//! in the image's configuration. The index is recreated from that stream and the metadata
+//! image from the indexes, and both must be equal to the stored ones. All data of an
+//! image that a guest can see is thus checked against the image's digest.
 
 use std::fs::File;
 use std::io::{self, BufReader, Read as _};
@@ -19,24 +19,25 @@ use crate::Error;
 use crate::digest::{Digest, HashingReader};
 use crate::layer;
 
-/// What came of checking an image.
+/// Result of verifying an image.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Verified {
-    /// Bytes of tar streams that were put together and hashed.
+    /// Number of bytes of tar streams that were reconstructed and hashed.
     pub bytes: u64,
-    /// What is wrong, in sentences; nothing if all is well.
+    /// Problems that were found, as sentences; empty if the image is intact.
     pub problems: Vec<String>,
-    /// What was wrong has been removed.
+    /// Corrupt objects have been removed.
     pub repaired: bool,
 }
 
 impl Store {
-    /// Checks all of an image; see the module's documentation. With `repair`, what
-    /// is damaged and not in use is removed, so that it is made again when the image
-    /// is wanted again.
+    /// Verifies an image completely; see the module's documentation. With `repair`,
+    /// corrupt objects that are not in use are removed, and are created again when the
+    /// image is next requested.
     ///
     /// # Errors
-    /// None or several match, or the store cannot be read. Damage is no error.
+    /// No image or several match, or the store cannot be read. Corruption is not an
+    /// error.
     pub fn verify(&self, query: &str, repair: bool) -> Result<Verified, Error> {
         let work = self.begin()?;
         let (found, record) = work.needed_image(query)?;
@@ -66,7 +67,8 @@ impl Store {
             let disk = self.disk_path(digest);
             let in_use = super::files::in_use(&disk) || needed.contains(&disk);
             if !in_use && !damaged.iter().any(|(path, _)| needed.contains(path)) {
-                // What has been made again meanwhile is not what was checked.
+                // An object that was created again in the meantime is not the one that
+                // was checked.
                 for (path, _) in damaged.iter().filter(|(path, id)| id_of(path) == *id) {
                     if path.exists() {
                         self.discard(path)?;
@@ -82,7 +84,7 @@ impl Store {
 struct Check<'s> {
     store: &'s Store,
     verified: Verified,
-    /// What is to be removed, and which file or directory that is.
+    /// Objects to be removed, with their inode numbers.
     damaged: Vec<(PathBuf, Option<u64>)>,
 }
 
@@ -111,14 +113,14 @@ impl Check<'_> {
             {
                 let path = self.store.blob_path(digest);
                 self.problem(format!("the {what} {digest} is missing or damaged"), &path);
-                // It comes again with the image.
+                // The document is restored together with the image.
                 self.damage(&self.store.disk_path(image));
             }
         }
         Ok(())
     }
 
-    /// The layer, if it is there and whole.
+    /// Checks a layer and returns it, if it is intact.
     fn layer(&mut self, layer: &LayerRecord) -> Result<Option<StoredLayer>, Error> {
         let path = self.store.layer_path(layer.diff_id);
         let name = layer.diff_id;
@@ -152,7 +154,7 @@ impl Check<'_> {
         Ok(None)
     }
 
-    /// The layer as it came, if it is kept.
+    /// Checks the original layer, if it is stored.
     fn kept(&mut self, layer: &LayerRecord) -> Result<(), Error> {
         let path = self.store.blob_path(layer.digest);
         let Ok(file) = File::open(&path) else {
@@ -192,7 +194,7 @@ fn id_of(path: &Path) -> Option<u64> {
     path.metadata().ok().map(|meta| meta.ino())
 }
 
-/// Whether two files have the same contents.
+/// Returns true if two files have the same contents.
 fn same(a: &File, b: &File) -> io::Result<bool> {
     use std::io::Seek as _;
     if a.metadata()?.len() != b.metadata()?.len() {

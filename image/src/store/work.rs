@@ -1,10 +1,11 @@
-//! Work with the store that takes its time: a pull waits for a registry, and nobody
-//! who wants to remove something waits for that.
+//! Long-running operations on the store. A pull waits for a registry, and must not block
+//! removals meanwhile.
 //!
-//! It has a directory of its own below `tmp`, with a lock that lasts as long as the
-//! process works, and notes there what it needs. Whoever has the store alone leaves
-//! both alone: the directory, and what is noted. The store's lock is held for noting
-//! only, so that a note is either seen, or made after everything has been removed.
+//! Each operation has its own directory below `tmp`, with a lock that is held as long as
+//! the process works, and records the paths that it needs there. The holder of the
+//! store's exclusive lock leaves the directory and the recorded paths alone. An operation
+//! holds the store's lock only while it records paths, so that a record is either seen by
+//! a removal, or written after it.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
@@ -20,14 +21,14 @@ use super::record::DiskRecord;
 use crate::Error;
 use crate::digest::Digest;
 
-/// What it needs: a path below the store's root in each line.
+/// File with the needed paths, relative to the store's root, one per line.
 const NEEDS: &str = "needs";
 
-/// Something that is being done with the store.
+/// A running operation on the store.
 pub(super) struct Work {
-    /// The store, with the work's own directory for what is being made.
+    /// The store, with the operation's own directory for new objects.
     pub(super) store: Store,
-    /// Removed before its lock is let go.
+    /// Removed before its lock is released.
     directory: tempfile::TempDir,
     _lock: File,
 }
@@ -50,8 +51,8 @@ impl Store {
         })
     }
 
-    /// What work that goes on needs, but for that in `own`. The caller has the store
-    /// alone.
+    /// Returns the paths that running operations need, except that in `own`. The caller
+    /// holds the exclusive lock.
     pub(super) fn needed_by_work(&self, own: Option<&Work>) -> Result<BTreeSet<PathBuf>, Error> {
         let mut needed = BTreeSet::new();
         for path in entries(&self.root.join("tmp"))? {
@@ -62,7 +63,7 @@ impl Store {
             let needs = path.join(NEEDS);
             match fs::read_to_string(&needs) {
                 Ok(text) => needed.extend(text.lines().map(|line| self.root.join(line))),
-                // Nothing has been noted, or it has come to its end just now.
+                // The operation has recorded nothing yet, or has just ended.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => return Err(Error::file("read", &needs)(error)),
             }
@@ -70,7 +71,7 @@ impl Store {
         Ok(needed)
     }
 
-    /// What an image consists of, besides its names.
+    /// Returns the paths of all parts of an image, except its names.
     pub(super) fn parts(&self, digest: Digest, record: &DiskRecord) -> BTreeSet<PathBuf> {
         let layers = record.layers.iter();
         let layers = layers.map(|layer| (layer.diff_id, layer.digest));
@@ -93,7 +94,7 @@ impl Store {
 }
 
 impl Work {
-    /// Notes that these are needed, whether they are there already or will be.
+    /// Records that these paths are needed, whether they exist or not.
     pub(super) fn need(&self, paths: impl IntoIterator<Item = PathBuf>) -> Result<(), Error> {
         let mut text = String::new();
         for path in paths {
@@ -109,10 +110,10 @@ impl Work {
             .map_err(Error::file("write", &path))
     }
 
-    /// The image that is found as `query`, all of which is needed from now on.
+    /// Finds an image by `query` and records that all of it is needed.
     pub(super) fn needed_image(&self, query: &str) -> Result<(ImageSummary, DiskRecord), Error> {
         let store = &self.store;
-        // Nothing is removed between finding and noting.
+        // The lock prevents removals between lookup and recording.
         let _in_use = store.lock(FlockOperation::LockShared)?;
         let found = store.find(query)?;
         let record = store.record_of(query, found.digest)?;

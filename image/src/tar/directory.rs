@@ -1,5 +1,6 @@
-//! A directory of the host as a tar stream that is always the same for the same
-//! contents: entries sorted by name, no access times, no host inode numbers.
+//! Conversion of a host directory to a tar stream, which depends only on the contents:
+//! entries are sorted by name, and access times and inode numbers of the host are left
+//! out.
 
 use std::collections::HashMap;
 use std::fs::{self, File, Metadata, OpenOptions};
@@ -14,18 +15,18 @@ use rustix::io::Errno;
 use super::write::{END, encode, padding};
 use super::{Header, Kind};
 
-/// Largest list of names, and value, of extended attributes (Linux
+/// Maximum size of a list of names, and of a value, of extended attributes (Linux
 /// `XATTR_LIST_MAX`, `XATTR_SIZE_MAX`).
 const MAX_XATTR: usize = 64 << 10;
 
-/// Reads as a tar archive of a directory's contents, owners as they are.
+/// A reader that produces a tar archive of a directory's contents, with their owners.
 pub(crate) struct DirectoryTar {
     root: PathBuf,
-    /// Paths yet to be written, relative to `root`; the next one last.
+    /// Paths that remain to be written, relative to `root`. The next one is last.
     pending: Vec<PathBuf>,
-    /// First path of each inode that has several.
+    /// First path of each inode with several names.
     links: HashMap<(u64, u64), Vec<u8>>,
-    /// Header or padding, before more of the file's contents.
+    /// Header or padding that precedes further contents of the file.
     head: Cursor<Vec<u8>>,
     file: Option<Contents>,
     ended: bool,
@@ -49,7 +50,7 @@ impl DirectoryTar {
         }
     }
 
-    /// Goes on to the next entry; `false` at the end.
+    /// Advances to the next entry; `false` at the end.
     fn advance(&mut self) -> io::Result<bool> {
         while let Some(relative) = self.pending.pop() {
             let path = self.root.join(&relative);
@@ -98,15 +99,15 @@ impl DirectoryTar {
             mtime: (meta.mtime(), u32::try_from(meta.mtime_nsec()).unwrap_or(0)),
             size,
             sparse: None,
-            // Those of a hard link, too: who unpacks it changes the owner, by which the
-            // file loses its capabilities.
+            // A hard link also needs them, because unpacking it changes the owner, which
+            // removes the file's capabilities.
             xattrs: xattrs(path)?,
             kind,
         }));
         Ok(true)
     }
 
-    /// `None` for a socket, which means nothing without the process behind it.
+    /// Returns `None` for a socket, which is useless without its process.
     fn kind(&mut self, meta: &Metadata, path: &Path, name: &[u8]) -> io::Result<Option<Kind>> {
         let kind = meta.file_type();
         if kind.is_dir() {
@@ -175,7 +176,7 @@ impl Read for DirectoryTar {
     }
 }
 
-/// A link that takes the file's place meanwhile is not followed.
+/// Opens a file without following a link that may have replaced it.
 fn open(path: &Path) -> io::Result<File> {
     OpenOptions::new()
         .read(true)
@@ -199,7 +200,7 @@ fn xattrs(path: &Path) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
         let mut value = vec![0; MAX_XATTR];
         let len = match lgetxattr(path, name, &mut value) {
             Ok(len) => len,
-            // Gone meanwhile, or not for us to see.
+            // Removed concurrently, or not readable by this user.
             Err(Errno::NODATA | Errno::ACCESS | Errno::PERM) => continue,
             Err(error) => return Err(error.into()),
         };

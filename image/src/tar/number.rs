@@ -1,4 +1,4 @@
-//! Numbers in headers.
+//! Parsing of numbers in headers.
 
 use super::{BLOCK, TarError, bad, field, until_nul};
 
@@ -6,7 +6,7 @@ pub(super) fn small(bytes: &[u8]) -> Result<u32, TarError> {
     u32::try_from(number(bytes)?).map_err(|_| bad("a number is out of range"))
 }
 
-/// Like [`number`], and negative numbers in base 256 as two's complement.
+/// As [`number`], with negative numbers in base 256 as two's complement.
 pub(super) fn signed(bytes: &[u8]) -> Result<i64, TarError> {
     match bytes {
         // The second bit is the sign.
@@ -21,7 +21,7 @@ pub(super) fn signed(bytes: &[u8]) -> Result<i64, TarError> {
     }
 }
 
-/// Octal digits, or base 256 when the first bit is set (GNU). Negative numbers are
+/// Parses octal digits, or base 256 if the first bit is set (GNU). Negative numbers are
 /// refused.
 pub(super) fn number(bytes: &[u8]) -> Result<u64, TarError> {
     match bytes.first() {
@@ -37,7 +37,7 @@ pub(super) fn number(bytes: &[u8]) -> Result<u64, TarError> {
             let is_filler = |byte: &u8| matches!(byte, b' ' | 0);
             let begin = bytes.iter().position(|byte| !is_filler(byte));
             let digits = bytes.get(begin.unwrap_or(bytes.len())..);
-            // To the first zero, as a string in C.
+            // The text ends at the first zero byte, like a C string.
             let digits = until_nul(digits.unwrap_or_default());
             let digits = digits.trim_ascii_end();
             if !digits.iter().all(|byte| matches!(byte, b'0'..=b'7')) {
@@ -55,12 +55,12 @@ fn malformed() -> TarError {
     bad("a number in a header is malformed: it is not a tar archive")
 }
 
-/// Refuses a header with a number that is none, used or not, as Go's reader does: what
-/// has one was damaged, or is no header.
+/// Checks that all numbers in a header are valid, including unused ones, as Go's reader
+/// does. An invalid number indicates damage, or a block that is not a header.
 pub(super) fn check(block: &[u8; BLOCK]) -> Result<(), TarError> {
     // Mode, owner, group, size, time.
     let mut fields = vec![(100, 8), (108, 8), (116, 8), (124, 12), (136, 12)];
-    // Before POSIX there were no device numbers.
+    // Headers before POSIX have no device numbers.
     if matches!(
         field(block, 257, 8),
         [b'u', b's', b't', b'a', b'r', 0, ..] | b"ustar  \0"

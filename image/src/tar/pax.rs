@@ -3,7 +3,7 @@
 use super::sparse::PaxSparse;
 use super::{TarError, bad, check_device};
 
-/// Values of extended headers for the entry that follows.
+/// Values of extended headers for the following entry.
 #[derive(Clone, Default)]
 pub(super) struct Extended {
     pub(super) path: Option<Vec<u8>>,
@@ -28,11 +28,11 @@ impl Extended {
             u32::try_from(parse(text)?).map_err(|_| bad("a number in a pax header is out of range"))
         };
         match key {
-            // Without a value, the header's own counts again.
+            // An empty value restores the header's own value.
             b"path" => self.path = (!value.is_empty()).then(|| value.to_vec()),
             b"linkpath" => self.link = (!value.is_empty()).then(|| value.to_vec()),
-            // Written where the header has no room for the number, which Linux has for
-            // all that the header has.
+            // These records are written if the number does not fit the header. All
+            // numbers that Linux supports fit.
             b"SCHILY.devmajor" => check_device(id(text()?)?, 0)?,
             b"SCHILY.devminor" => check_device(0, id(text()?)?)?,
             b"size" | b"uid" | b"gid" | b"mtime" if value.is_empty() => {}
@@ -71,8 +71,8 @@ pub(super) fn pax_record(bytes: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
     ))
 }
 
-/// Reads `SECONDS[.FRACTION]`, possibly negative. A fraction always counts
-/// forward from the second before.
+/// Parses `SECONDS[.FRACTION]`, possibly negative, into whole seconds and non-negative
+/// nanoseconds.
 pub(super) fn pax_time(text: &str) -> Option<(i64, u32)> {
     let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
     let negative = whole.starts_with('-');
@@ -92,7 +92,7 @@ pub(super) fn pax_time(text: &str) -> Option<(i64, u32)> {
     })
 }
 
-/// Sorts by name; of several records for one name the last one counts.
+/// Sorts by name. The last of several records for one name is kept.
 pub(super) fn by_name(mut xattrs: Vec<(Vec<u8>, Vec<u8>)>) -> Vec<(Vec<u8>, Vec<u8>)> {
     xattrs.reverse();
     xattrs.sort_by(|a, b| a.0.cmp(&b.0));

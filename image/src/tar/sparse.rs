@@ -1,15 +1,15 @@
-//! Sparse files in tar archives: which parts of a file have data. The formats are
-//! those of GNU tar's manual, "Storing Sparse Files": old GNU headers and the
-//! versions 0.0, 0.1 and 1.0 in pax headers.
+//! Sparse files in tar archives: maps of the parts with data. The formats are described
+//! in GNU tar's manual, "Storing Sparse Files": old GNU headers and the versions 0.0, 0.1
+//! and 1.0 in pax headers.
 
 use std::io::Read;
 
 use super::{BLOCK, TarError, bad, field, number};
 
-/// Most parts of a sparse file.
+/// Maximum number of parts of a sparse file.
 const MAX_EXTENTS: usize = 1 << 18;
 
-/// A file with holes: its length, and offset and length of each part with data.
+/// A sparse file: its length, and offset and length of each part with data.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct SparseMap {
     pub(crate) size: u64,
@@ -17,8 +17,8 @@ pub(crate) struct SparseMap {
 }
 
 impl SparseMap {
-    /// Accepts a map whose parts are in order, inside the file, and as long as
-    /// the data together.
+    /// Checks that the parts are in order, inside the file, and together as long as the
+    /// data.
     pub(super) fn check(self, data: u64) -> Result<Self, TarError> {
         let mut end = 0;
         let mut sum = 0u64;
@@ -48,7 +48,7 @@ fn malformed() -> TarError {
     bad("its map of a sparse file is malformed")
 }
 
-/// What pax records say about a sparse file.
+/// Pax records about a sparse file.
 #[derive(Clone, Debug, Default)]
 pub(super) struct PaxSparse {
     pub(super) name: Option<Vec<u8>>,
@@ -59,7 +59,7 @@ pub(super) struct PaxSparse {
 }
 
 impl PaxSparse {
-    /// Takes the record `GNU.sparse.{key}`.
+    /// Applies the record `GNU.sparse.{key}`.
     pub(super) fn apply(&mut self, key: &[u8], value: &[u8]) -> Result<(), TarError> {
         match key {
             b"name" => self.name = Some(value.to_vec()),
@@ -70,7 +70,7 @@ impl PaxSparse {
                 let offset = self.offset.take().ok_or_else(malformed)?;
                 self.extents.push((offset, decimal(value)?));
             }
-            // No parts at all.
+            // The file has no parts.
             b"map" if value.is_empty() => self.extents.clear(),
             b"map" => {
                 let numbers = value
@@ -83,14 +83,14 @@ impl PaxSparse {
                 }
                 self.extents = pairs.iter().map(|[offset, len]| (*offset, *len)).collect();
             }
-            // The version's second number, and the count, which the map repeats.
+            // The minor version, and the count, which the map repeats.
             _ => {}
         }
         Ok(())
     }
 
-    /// The map, if there is one. In version 1.0 it precedes the data, from which
-    /// it is then read; the second value is its length there.
+    /// Returns the map, if there is one. In version 1.0 it is read from the start of the
+    /// data; the second value is its length there.
     pub(super) fn map(self, data: &mut impl Read) -> Result<Option<(SparseMap, u64)>, TarError> {
         let Some(size) = self.size else {
             return match self.extents.is_empty() && self.major.is_none() {
@@ -110,7 +110,7 @@ impl PaxSparse {
     }
 }
 
-/// Lines of decimal numbers: how many parts, then offset and length of each.
+/// Reads lines of decimal numbers: the number of parts, then offset and length of each.
 fn read_map(mut map: SparseMap, data: &mut impl Read) -> Result<(SparseMap, u64), TarError> {
     let mut lines = Lines {
         data,
@@ -157,7 +157,7 @@ impl<R: Read> Lines<'_, R> {
     }
 }
 
-/// The map in an old GNU header, and in the blocks that follow it.
+/// Reads the map in an old GNU header, and in the blocks after it.
 pub(super) fn old_gnu(header: &[u8; BLOCK], data: &mut impl Read) -> Result<SparseMap, TarError> {
     let mut map = SparseMap {
         size: number(field(header, 483, 12))?,

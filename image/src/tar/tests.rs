@@ -145,7 +145,7 @@ proptest! {
     }
 }
 
-/// A raw ustar header.
+/// Creates a raw ustar header.
 fn raw(path: &str, kind: u8, size: u64, change: impl FnOnce(&mut [u8])) -> Vec<u8> {
     let mut header = tar::Header::new_ustar();
     header.set_path(path).unwrap();
@@ -163,7 +163,7 @@ fn raw(path: &str, kind: u8, size: u64, change: impl FnOnce(&mut [u8])) -> Vec<u
     bytes
 }
 
-/// Paths and kinds of a stream's entries.
+/// Returns paths and types of a stream's entries.
 fn listed(bytes: &[u8]) -> Result<Vec<(String, Kind)>, String> {
     let mut reader = Reader::new(bytes);
     let mut entries = Vec::new();
@@ -196,7 +196,7 @@ fn only_files_have_data() {
 fn a_slash_makes_a_directory_of_the_oldest_type_only() {
     for (kind, expected) in [(0, Kind::Directory), (b'0', Kind::File)] {
         let mut bytes = raw("d/", kind, 512, |_| ());
-        // The data of a file; of a directory, the next header.
+        // The block is the data of a file, or the header after a directory.
         bytes.extend(raw("f", b'0', 0, |_| ()));
         let seen = listed(&bytes).unwrap();
         assert_eq!(seen[0].1, expected);
@@ -212,7 +212,7 @@ fn global_headers_apply_to_nothing() {
     bytes.extend(raw("f", b'0', 0, |_| ()));
     let header = Reader::new(bytes.as_slice()).next_entry().unwrap().unwrap();
     assert_eq!((header.path.as_slice(), header.uid), (&b"f"[..], 0));
-    // Nor are they refused for values.
+    // Invalid values are ignored as well.
     bytes[512..525].copy_from_slice(b"13 uid=-1000\n");
     assert_eq!(listed(&bytes).unwrap().len(), 1);
 }
@@ -254,7 +254,7 @@ fn numbers_that_are_not_used_are_numbers() {
         let error = listed(&bytes).unwrap_err();
         assert!(error.contains("malformed"), "{error}");
     }
-    // Before POSIX there were no device numbers.
+    // Headers before POSIX have no device numbers.
     let bytes = raw("f", 0, 0, |header| header[257..].fill(b'8'));
     assert_eq!(listed(&bytes).unwrap().len(), 1);
 }
@@ -313,6 +313,6 @@ fn an_extended_header_is_not_the_last() {
             assert_eq!(error, "it ends after an extended header");
         }
     }
-    // `git archive` writes nothing else for a tree of nothing.
+    // `git archive` writes only this header for an empty tree.
     assert_eq!(listed(&extended(b'g')).unwrap(), []);
 }

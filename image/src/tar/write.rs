@@ -1,22 +1,22 @@
-//! Writes tar headers: ustar, with pax records for all that does not fit.
+//! Writing of tar headers: ustar, with pax records for values that do not fit.
 
 use super::{BLOCK, Header, Kind};
 
-/// Largest number of an eleven-digit octal field (sizes and times).
+/// Maximum value of an eleven-digit octal field (sizes and times).
 const MAX_OCTAL_11: u64 = 0o77_777_777_777;
-/// And of a seven-digit one (owners, modes, device numbers).
+/// Maximum value of a seven-digit octal field (owners, modes, device numbers).
 const MAX_OCTAL_7: u64 = 0o7_777_777;
 
 /// The two zero blocks at the end of an archive.
 pub(crate) const END: [u8; 2 * BLOCK] = [0; 2 * BLOCK];
 
-/// Zeros that follow `size` bytes of data.
+/// Returns the number of padding bytes after `size` bytes of data.
 pub(crate) fn padding(size: u64) -> usize {
     let over = usize::try_from(size % BLOCK as u64).unwrap_or(0);
     (BLOCK - over) % BLOCK
 }
 
-/// The header of an entry that is not sparse, pax records before it.
+/// Encodes the header of an entry that is not sparse, preceded by pax records.
 pub(crate) fn encode(header: &Header) -> Vec<u8> {
     let mut records = Vec::new();
     let mut block = [0; BLOCK];
@@ -83,7 +83,7 @@ fn put(block: &mut [u8; BLOCK], at: usize, bytes: &[u8]) {
     block[at..at + bytes.len()].copy_from_slice(bytes);
 }
 
-/// Fields of `len` bytes end with a zero.
+/// Writes an octal number. Fields of `len` bytes end with a zero.
 fn put_octal(block: &mut [u8; BLOCK], at: usize, len: usize, value: u64) {
     let text = format!("{value:0width$o}", width = len - 1);
     put(block, at, text.as_bytes());
@@ -106,7 +106,7 @@ fn finish(block: &mut [u8; BLOCK], flag: u8) {
     block[154] = 0;
 }
 
-/// A record's length counts its own digits.
+/// Appends a record. Its length includes the digits of the length itself.
 fn record(records: &mut Vec<u8>, key: &[u8], value: &[u8]) {
     let rest = key.len() + value.len() + 3;
     let mut len = rest + 1;
@@ -120,8 +120,8 @@ fn record(records: &mut Vec<u8>, key: &[u8], value: &[u8]) {
     records.push(b'\n');
 }
 
-/// Decimal seconds; nanoseconds count forward, the text's fraction counts away
-/// from zero.
+/// Formats a time as decimal seconds. Nanoseconds count forward, but the fraction of a
+/// negative decimal number counts away from zero.
 fn time((seconds, nanos): (i64, u32)) -> String {
     match (seconds, nanos) {
         (seconds, 0) => seconds.to_string(),

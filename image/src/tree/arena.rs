@@ -1,4 +1,4 @@
-//! Bytes that the tables refer to: names, link targets, extended attributes.
+//! Storage for data of the tables: names, link targets, extended attributes.
 
 use std::hash::{BuildHasher as _, RandomState};
 
@@ -7,7 +7,7 @@ use hashbrown::HashTable;
 use super::Reason;
 use crate::index::Xattrs;
 
-/// Bytes in an [`Arena`].
+/// A reference to bytes in an [`Arena`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Text {
     at: u32,
@@ -15,7 +15,7 @@ pub(crate) struct Text {
 }
 
 impl Text {
-    /// As a number, and back.
+    /// Converts the reference to a number; [`Self::unpack`] is the inverse.
     pub(super) fn pack(self) -> u64 {
         u64::from(self.at) << 16 | u64::from(self.len)
     }
@@ -32,14 +32,14 @@ impl Text {
     }
 }
 
-/// Texts one after another.
+/// Concatenated texts.
 #[derive(Default)]
 pub(super) struct Arena {
     bytes: Vec<u8>,
 }
 
 impl Arena {
-    /// Keeps `text`, unless there are more than `most` bytes then.
+    /// Stores `text`, unless the total would exceed `most` bytes.
     pub(super) fn add(&mut self, text: &[u8], most: usize) -> Result<Text, Reason> {
         let too_many = || format!("the image has more than {most} bytes of names");
         let at = u32::try_from(self.bytes.len()).map_err(|_| too_many())?;
@@ -59,19 +59,19 @@ impl Arena {
     }
 }
 
-/// Sets of extended attributes, each kept once: most inodes have none, and those
-/// that have some often have the same.
+/// Sets of extended attributes, each stored once: most inodes have none, and those with
+/// attributes often share them.
 #[derive(Default)]
 pub(super) struct XattrSets {
     bytes: Vec<u8>,
-    /// Where each set is.
+    /// Location of each set.
     sets: Vec<(usize, usize)>,
     by_content: HashTable<u32>,
     hasher: RandomState,
 }
 
 impl XattrSets {
-    /// The number of a set; 0 is the empty one.
+    /// Returns the number of a set; 0 is the empty one.
     pub(super) fn number(&mut self, xattrs: Xattrs<'_>, most: usize) -> Result<u32, Reason> {
         let content = xattrs.bytes();
         if content.is_empty() {
@@ -101,12 +101,12 @@ impl XattrSets {
         Ok(number)
     }
 
-    /// The set of a number.
+    /// Returns the set with this number.
     pub(super) fn get(&self, number: u32) -> Xattrs<'_> {
         Xattrs::encoded(slice(&self.bytes, &self.sets, number))
     }
 
-    /// Sets there are, the empty one included.
+    /// Returns the number of sets, including the empty one.
     pub(super) fn count(&self) -> usize {
         self.sets.len() + 1
     }

@@ -1,4 +1,4 @@
-//! Trees for tests of what is made from them.
+//! Construction of trees for tests of other modules.
 
 use super::Tree;
 use crate::index::{Entry, EntryKind, Meta, Place, Xattrs, encode_xattrs};
@@ -9,7 +9,7 @@ const FILE: EntryKind<'static> = EntryKind::File {
     size: 1,
 };
 
-/// Files in the root, in this order.
+/// Creates files in the root, in this order.
 pub(crate) fn of_files<'a>(paths: impl IntoIterator<Item = &'a str>) -> Tree {
     let mut tree = Tree::new(Limits::default());
     for path in paths {
@@ -27,7 +27,7 @@ pub(crate) fn of_files<'a>(paths: impl IntoIterator<Item = &'a str>) -> Tree {
 /// Name and value.
 type Pair<'a> = (&'a str, &'a [u8]);
 
-/// Files in the root with extended attributes.
+/// Creates files with extended attributes in the root.
 pub(crate) fn with_xattrs(files: &[(&str, &[Pair<'_>])]) -> Tree {
     let mut tree = Tree::new(Limits::default());
     for (path, xattrs) in files {

@@ -6,7 +6,7 @@ use std::fs::File;
 use super::*;
 use crate::index::{IndexWriter, Totals};
 
-/// An entry with everything of its own.
+/// An entry that owns its data.
 struct Owned {
     path: String,
     kind: EntryKind<'static>,
@@ -81,7 +81,7 @@ fn refusal(layers: &[Vec<Owned>]) -> String {
     merge(layers).err().expect("it is refused")
 }
 
-/// Paths of everything but directories, with the layer of files.
+/// Returns the paths of all entries except directories, with the layer of files.
 fn paths(tree: &Tree) -> Vec<String> {
     fn visit(tree: &Tree, id: InodeId, path: &str, found: &mut Vec<String>) {
         let mut children = Vec::new();
@@ -159,7 +159,7 @@ fn an_opaque_marker_keeps_what_its_layer_has_unpacked() {
     ])
     .unwrap();
     assert_eq!(paths(&tree), ["/d/after@1", "/d/sub/new@1"]);
-    // Names that were kept can be replaced and taken away as others.
+    // Names that were kept can be replaced and removed like others.
     let tree = merge(&[
         vec![
             file("d/a"),
@@ -198,7 +198,7 @@ fn long_ways_are_bounded_over_the_whole_image() {
         entries: 100,
         ..Limits::default()
     };
-    // Forty links of a hundred components each on the way to every entry.
+    // The path of every entry has forty links of a hundred components each.
     let target: &'static str = Box::leak("./".repeat(2000).into_boxed_str());
     let mut entries = vec![link("l", target)];
     entries.extend((0..90).map(|n| file(&format!("l/{n}"))));

@@ -1,19 +1,20 @@
-//! Finding directories by their paths, through symbolic links.
+//! Lookup of directories by their paths, through symbolic links.
 
 use super::{BYTES_PER_STEP, IMPLIED, InodeId, Kind, ROOT, Reason, Tree};
 
-/// Symbolic links followed on the way to an entry's parent (as Linux does).
+/// Maximum number of symbolic links followed to an entry's parent (as in Linux).
 const MAX_LINKS: u32 = 40;
-/// Components looked at on the way, those of links included.
+/// Maximum number of path components visited, including those of links.
 const MAX_PARTS: u32 = 4096;
 /// The set-group-ID bit.
 const SETGID: u16 = 0o2000;
 
 impl Tree {
-    /// The directory at `path`, following symbolic links as if the tree were
-    /// the whole file system: `..` of the root is the root. With `create`,
-    /// missing directories are made; otherwise `None` if there is no directory. The way
-    /// `missing/..` makes none, as in containerd's and umoci's appliers.
+    /// Returns the directory at `path`. Symbolic links are followed as if the tree were
+    /// the whole file system: `..` of the root is the root. With `create`, missing
+    /// directories are created; otherwise the result is `None` if there is no directory.
+    /// The path `missing/..` creates no directory, as in containerd's and umoci's
+    /// appliers.
     pub(super) fn walk(&mut self, path: &[u8], create: bool) -> Result<Option<InodeId>, Reason> {
         let mut trail = std::mem::take(&mut self.trail);
         trail.clear();
@@ -29,12 +30,12 @@ impl Tree {
         create: bool,
         trail: &mut Vec<InodeId>,
     ) -> Result<Option<InodeId>, Reason> {
-        // What is left to walk, once a link has been met.
+        // Remaining path, once a link has been followed.
         let mut rewritten: Vec<u8>;
         let mut left = path;
         let (mut links, mut parts) = (0, 0);
-        // Names that lead on from the trail and are not there. Those that `..` leads back
-        // out of are never made.
+        // Missing components after the trail. Those that a later `..` leaves again are
+        // never created.
         let mut missing: Vec<Vec<u8>> = Vec::new();
         while !left.is_empty() {
             let (part, rest) = match left.iter().position(|byte| *byte == b'/') {
@@ -79,7 +80,7 @@ impl Tree {
                         trail.truncate(1);
                     }
                     rewritten = [target, b"/", left].concat();
-                    // Copying counts, too.
+                    // Copying counts as steps.
                     self.step(rewritten.len() / BYTES_PER_STEP)?;
                     left = &rewritten;
                 }
@@ -100,8 +101,8 @@ impl Tree {
         Ok(trail.last().copied())
     }
 
-    /// Gives a new directory the group of one with the set-group-ID bit, as Linux does
-    /// (inode(7)), but not the bit, which containerd takes away again.
+    /// Gives a new directory the group of a parent with the set-group-ID bit, as Linux
+    /// does (inode(7)), but not the bit itself, which containerd resets.
     fn inherit_group(&mut self, id: InodeId, parent: InodeId) {
         let parent = self.inodes[parent as usize];
         if parent.mode & SETGID != 0 {

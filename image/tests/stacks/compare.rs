@@ -1,4 +1,4 @@
-//! Stacks applied by all three, and what is made of their outcomes.
+//! Comparison of the results of all three appliers, and classification of differences.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -11,7 +11,7 @@ use crate::straight::straight;
 use crate::support;
 use crate::tree::{self, Tree};
 
-/// Layers, and the tar streams that they are.
+/// Layers, and their tar streams.
 #[derive(Clone, Debug)]
 pub(crate) struct Stack {
     pub(crate) layers: Vec<Layer>,
@@ -24,14 +24,14 @@ impl Stack {
         Self { layers, tars }
     }
 
-    /// The stack without one entry of a layer.
+    /// Returns the stack without one entry of a layer.
     fn without(&self, layer: usize, entry: usize) -> Self {
         let mut layers = self.layers.clone();
         layers[layer].remove(entry);
         Self::new(layers)
     }
 
-    /// The lowest `count` layers.
+    /// Returns the lowest `count` layers.
     fn lowest(&self, count: usize) -> Self {
         Self {
             layers: self.layers[..count].to_vec(),
@@ -40,46 +40,46 @@ impl Stack {
     }
 }
 
-/// The layer that is not applied, and why.
+/// The layer that was refused, and the reason.
 #[derive(Clone, Debug)]
 pub(crate) struct Refusal {
     pub(crate) layer: usize,
     pub(crate) text: String,
 }
 
-/// Outcome of a stack.
+/// Outcome of comparing a stack.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Outcome {
-    /// All three have the same tree.
+    /// All three results are equal.
     Same,
-    /// Containerd and we refuse the same layer.
+    /// Containerd and this crate refuse the same layer.
     Refused,
-    /// A difference of a class that is listed here.
+    /// A difference of a known class.
     Known(&'static str),
-    /// Containerd alone refuses a directory that is not there at the end of its layer:
-    /// numbers of layer and entry.
+    /// Only containerd refuses a directory that does not exist at the end of its layer.
+    /// The values are the numbers of layer and entry.
     Gone(usize, usize),
     Different(Verdict),
 }
 
-/// A difference that is not listed.
+/// A difference of no known class.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Verdict {
-    /// Names the kind of difference; all of one name are taken for the same.
+    /// Name of the kind of difference; differences with equal names are considered equal.
     pub(crate) class: &'static str,
     pub(crate) details: String,
 }
 
 const OTHER_TREE: &str = "another tree than containerd's";
 
-/// A stack without what makes a difference of a class, if it has that.
+/// Returns the stack without the cause of a class of differences, if it has that cause.
 type Variant = fn(&Appliers, &Stack, &Verdict) -> Option<Stack>;
 
 const VARIANTS: [(Variant, &str); 5] = [
     (
-        // It goes by the names that a layer has unpacked (archive/tar.go,
-        // `unpackedPaths`), we by the entries: one whose parent a marker has taken away is
-        // forgotten.
+        // Containerd decides by the names that a layer has unpacked (archive/tar.go,
+        // `unpackedPaths`), this crate by the entries: an entry whose parent a marker has
+        // removed is forgotten.
         |_, stack, verdict| {
             let implied = |line: &str| {
                 let line = line.trim_start();
@@ -92,13 +92,13 @@ const VARIANTS: [(Variant, &str); 5] = [
         "containerd keeps an implied directory with the name of an entry that a marker hid",
     ),
     (
-        // As the kernel does, by which Docker resolves all paths.
+        // As in the kernel, by which Docker resolves all paths.
         |_, stack, _| changed(stack, cleaned(&stack.layers)),
         "containerd takes `..` behind a link or file in a target by its text, we as the kernel",
     ),
     (
-        // It looks for `a/b` below the text of the link that `a` is, and takes what it finds
-        // for a link of that place (continuity fs/path.go, `walkLinks`).
+        // Containerd looks for `a/b` below the target of the link `a`, and treats the
+        // result as a link at that path (continuity fs/path.go, `walkLinks`).
         |appliers, stack, verdict| {
             let containerd = !verdict.class.starts_with("umoci");
             let ours = containerd.then(|| appliers.ours(stack)).flatten()?;
@@ -116,9 +116,9 @@ const VARIANTS: [(Variant, &str); 5] = [
             let split = umoci.then(|| split(&stack.layers))?;
             changed(stack, split)
         },
-        // By the specification (OCI image-spec layer.md, "Whiteouts"), markers hide what
-        // lower layers have; containerd takes away also what their own layer has put there
-        // before.
+        // By the specification (OCI image-spec layer.md, "Whiteouts"), markers hide
+        // contents of lower layers. Containerd also removes earlier entries of the
+        // marker's own layer.
         "umoci keeps what a layer has hidden of its own",
     ),
     (
@@ -136,7 +136,7 @@ fn changed(stack: &Stack, layers: Vec<Layer>) -> Option<Stack> {
     (changed.tars != stack.tars).then_some(changed)
 }
 
-/// The three, with a directory of their own.
+/// The three appliers, with a directory of their own.
 pub(crate) struct Appliers {
     directory: PathBuf,
     containerd: Containerd,
@@ -156,15 +156,15 @@ impl Appliers {
         }
     }
 
-    /// Begins with an empty store, which otherwise only grows.
+    /// Starts again with an empty store, which otherwise only grows.
     pub(crate) fn clear(&mut self) {
         let work = self.directory.join("bench");
         fs::remove_dir_all(&work).unwrap();
         self.bench = Bench::new(&work);
     }
 
-    /// Outcomes of these stacks. Where containerd refuses a directory for a reason of
-    /// its own, that is left out.
+    /// Returns the outcomes of these stacks. A directory that only containerd refuses is
+    /// left out of its stack.
     pub(crate) fn compare(&self, stacks: &[Stack]) -> Vec<Outcome> {
         let mut outcomes = self.compare_once(stacks);
         let mut stacks = stacks.to_vec();
@@ -188,7 +188,7 @@ impl Appliers {
 
     fn compare_once(&self, stacks: &[Stack]) -> Vec<Outcome> {
         let mut outcomes = self.compare_all(stacks);
-        // Some differences vanish with what the stack has that is taken differently.
+        // Some differences disappear together with their known cause.
         for (variant, class) in VARIANTS {
             let mut again = Vec::new();
             for (number, outcome) in outcomes.iter().enumerate() {
@@ -222,9 +222,10 @@ impl Appliers {
             .collect()
     }
 
-    /// A stack to compare: as it is, or without the entries that we refuse, which would be
-    /// the end of it. Links that lead to themselves by ever longer ways are left out of
-    /// both: containerd takes seconds to refuse them.
+    /// Prepares a stack for comparison: unchanged, or without the entries that this crate
+    /// refuses, which would end the comparison. Links that lead to themselves through
+    /// growing paths are removed in both cases, because containerd takes seconds to
+    /// refuse them.
     pub(crate) fn prepared(&self, layers: Vec<Layer>, as_it_is: bool) -> Stack {
         let mut stack = Stack::new(layers);
         loop {
@@ -303,15 +304,15 @@ impl Appliers {
         }
     }
 
-    /// The tree that we make, unless we refuse it.
+    /// Returns the tree that this crate produces, unless it refuses the stack.
     pub(crate) fn ours(&self, stack: &Stack) -> Option<Tree> {
         self.bench.write(stack);
         self.bench.ours(stack, &self.disk).ok()
     }
 
-    /// A directory of a layer that is not there at its end, which containerd refuses: it
-    /// sets the times of a layer's directories last, by their paths (containerd
-    /// archive/tar.go, `applyNaive`).
+    /// Returns a directory of a layer that does not exist at its end. Containerd refuses
+    /// it, because it sets the times of a layer's directories last, by their paths
+    /// (containerd archive/tar.go, `applyNaive`).
     fn gone(&self, stack: &Stack, layer: usize) -> Option<usize> {
         let tree = self.ours(&stack.lowest(layer + 1))?;
         stack.layers[layer].iter().position(|entry| {
@@ -321,7 +322,7 @@ impl Appliers {
     }
 }
 
-/// The stack without the entry that is refused.
+/// Returns the stack without the refused entry.
 fn without(stack: &Stack, refused: &OurRefusal) -> Stack {
     let entry = refused.entry.trim_end_matches('/');
     let markers = [random::hidden(entry), format!("{entry}/.wh..wh..opq")];
@@ -338,7 +339,8 @@ fn without(stack: &Stack, refused: &OurRefusal) -> Stack {
     stack.without(layer, at)
 }
 
-/// Returns true if umoci's tree is containerd's but for directories that no entry tells of.
+/// Returns true if umoci's tree is containerd's except for directories without their own
+/// entry.
 fn but_for_implied(containerd: &Tree, umoci: &Tree) -> bool {
     let left: Tree = containerd
         .iter()
@@ -352,7 +354,7 @@ fn but_for_implied(containerd: &Tree, umoci: &Tree) -> bool {
     tree::difference(umoci, &left).is_empty()
 }
 
-/// The stack with a layer of its own for what precedes a marker.
+/// Returns the stack with a separate layer for the entries before each marker.
 fn split(layers: &[Layer]) -> Vec<Layer> {
     let mut made: Vec<Layer> = Vec::new();
     for layer in layers {
@@ -368,8 +370,8 @@ fn split(layers: &[Layer]) -> Vec<Layer> {
     made
 }
 
-/// The stack with no `name/..` in targets of links where `name` is that of an entry which
-/// is no directory: a link, or a file, by which the kernel does not find a way.
+/// Removes every `name/..` from the targets of links where `name` is that of an entry
+/// other than a directory: the kernel cannot resolve `..` through a file.
 fn cleaned(layers: &[Layer]) -> Vec<Layer> {
     let others = |entry: &&support::Entry| entry.kind != b'5';
     let names: BTreeSet<String> = layers
@@ -408,7 +410,7 @@ fn clean(target: &str, names: &BTreeSet<String>) -> String {
     }
 }
 
-/// The stack with the same attributes for everything but directories.
+/// Returns the stack with equal attributes for all entries except directories.
 fn plain(layers: &[Layer]) -> Vec<Layer> {
     let mut layers = layers.to_vec();
     for entry in layers.iter_mut().flatten() {
@@ -423,7 +425,7 @@ fn plain(layers: &[Layer]) -> Vec<Layer> {
     layers
 }
 
-/// Leaves out of a stack what its verdict does not need.
+/// Removes everything from a stack that its verdict does not depend on.
 pub(crate) fn shrink(appliers: &Appliers, stack: &Stack, verdict: Verdict) -> (Stack, Verdict) {
     let mut least = (stack.clone(), verdict);
     loop {
@@ -453,7 +455,7 @@ pub(crate) fn shrink(appliers: &Appliers, stack: &Stack, verdict: Verdict) -> (S
     }
 }
 
-/// Count of each outcome.
+/// Counts of each outcome.
 #[derive(Default)]
 pub(crate) struct Tally(BTreeMap<&'static str, u64>);
 

@@ -1,10 +1,11 @@
-//! containerd's applier, on a containerd of the test's own.
+//! Containerd's applier, run in a containerd of the test's own.
 //!
-//! The layers of many stacks come in by one `ctr images import`. Each is then applied
-//! by a call of containerd's Diff service (api/services/diff/v1/diff.proto), to a plain
-//! directory that is given as a bind mount. A snapshotter would apply it to a copy of
-//! the layers below, which loses hard links of links and devices. `curl` makes the calls,
-//! since `ctr` has no command for it; one process makes all calls of a batch.
+//! The layers of many stacks are imported with one `ctr images import`. Each is then
+//! applied by a call of containerd's Diff service (api/services/diff/v1/diff.proto) to a
+//! plain directory, which is given as a bind mount. A snapshotter would apply it to a
+//! copy of the lower layers, which loses hard links of links and devices. `curl` makes
+//! the calls, because `ctr` has no command for them; one process makes all calls of a
+//! batch.
 
 use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader};
@@ -26,7 +27,7 @@ pub(crate) struct Containerd {
 }
 
 impl Containerd {
-    /// Starts one with all its files below `directory`.
+    /// Starts a containerd with all its files below `directory`.
     pub(crate) fn start(directory: &Path) -> Self {
         let at = directory.display();
         let config = format!(
@@ -38,7 +39,7 @@ impl Containerd {
         );
         let path = directory.join("config.toml");
         fs::write(&path, config).unwrap();
-        // It ends with this thread, also if that is killed.
+        // It is killed when this thread ends, even if the thread is killed.
         let mut process = start(
             Command::new("setpriv")
                 .args(["--pdeathsig", "KILL", "containerd", "--config"])
@@ -59,7 +60,7 @@ impl Containerd {
                 break;
             }
         }
-        // A full pipe would stop it.
+        // A full pipe would block it.
         thread::spawn(move || lines.for_each(drop));
         Self {
             directory: directory.to_owned(),
@@ -67,7 +68,7 @@ impl Containerd {
         }
     }
 
-    /// Its trees of these stacks.
+    /// Returns containerd's trees of these stacks.
     pub(crate) fn apply(&self, stacks: &[Stack], work: &Path) -> Vec<Result<Tree, Refusal>> {
         self.import(stacks, work);
         let roots: Vec<_> = (0..stacks.len())
@@ -104,8 +105,8 @@ impl Containerd {
         trees
     }
 
-    /// Puts the layers of all stacks into the content store, as those of one image. It
-    /// replaces that of the batch before, whose layers can be collected then.
+    /// Imports the layers of all stacks into the content store as one image. It replaces
+    /// the image of the previous batch, whose layers become garbage.
     fn import(&self, stacks: &[Stack], work: &Path) {
         let layout = work.join("all");
         let mut builder = LayoutBuilder::new(&layout, Compression::None).unwrap();
@@ -138,7 +139,7 @@ impl Drop for Containerd {
     }
 }
 
-/// Calls that one `curl` makes one after another.
+/// Calls that one `curl` makes sequentially.
 struct Requests<'a> {
     directory: &'a Path,
     socket: PathBuf,
@@ -148,14 +149,14 @@ struct Requests<'a> {
 
 impl Requests<'_> {
     fn push(&mut self, message: &[u8]) {
-        // gRPC's frame: not compressed, length.
+        // gRPC frame: uncompressed flag, length.
         let mut body = vec![0];
         body.extend(u32::try_from(message.len()).unwrap().to_be_bytes());
         body.extend_from_slice(message);
         let path = self.directory.join(format!("request-{}", self.count));
         fs::write(&path, body).unwrap();
-        // A host of its own makes curl open a connection for each call: curl 7.88 fails
-        // in the second HTTP/2 stream of one without TLS.
+        // A distinct host makes curl open a connection for each call: curl 7.88 fails in
+        // the second HTTP/2 stream of a connection without TLS.
         self.config.push_str(&format!(
             "{}url = \"http://call-{}/containerd.services.diff.v1.Diff/Apply\"\n\
              http2-prior-knowledge\nunix-socket = \"{}\"\n\
@@ -170,7 +171,7 @@ impl Requests<'_> {
         self.count += 1;
     }
 
-    /// containerd's answer to each.
+    /// Sends the calls and returns containerd's answers.
     fn send(self) -> Vec<Result<(), String>> {
         let path = self.directory.join("calls");
         fs::write(&path, &self.config).unwrap();
@@ -184,7 +185,7 @@ impl Requests<'_> {
     }
 }
 
-/// The outcome in the headers and trailers of a call.
+/// Parses the outcome in the headers and trailers of a call.
 fn answer(headers: &str) -> Result<(), String> {
     let header = |name: &str| {
         headers
@@ -194,13 +195,13 @@ fn answer(headers: &str) -> Result<(), String> {
     };
     match header("grpc-status:") {
         Some("0") => Ok(()),
-        // An applier's refusal is "unknown".
+        // An applier's refusal has the status "unknown".
         Some("2") => Err(header("grpc-message:").unwrap_or_default().to_owned()),
         _ => panic!("containerd answers {headers}"),
     }
 }
 
-/// An `ApplyRequest`: descriptor of the layer, and a bind mount of `root`.
+/// Encodes an `ApplyRequest`: descriptor of the layer, and a bind mount of `root`.
 fn apply_request(layer: &[u8], root: &Path) -> Vec<u8> {
     let digest = sm_image::Digest::of(layer).to_string();
     let mut descriptor = Vec::new();

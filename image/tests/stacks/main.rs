@@ -1,15 +1,14 @@
-//! Random stacks of layers become what containerd and umoci make of them.
+//! Tests that random stacks of layers become the same trees as in containerd and umoci.
 //!
-//! Every stack is converted and its disk mounted, applied by containerd's applier
-//! (on a containerd of the test's own) and unpacked by `umoci`; the three trees are
-//! compared entry by entry. Where the two references differ from each other,
-//! containerd is right, and the class of the difference must be one of those that
-//! `compare.rs` lists.
+//! Every stack is converted and its disk mounted, applied by containerd's applier (in a
+//! containerd of the test's own), and unpacked by `umoci`; the three trees are compared
+//! entry by entry. Where the two references differ, containerd is authoritative, and the
+//! class of the difference must be listed in `compare.rs`.
 //!
-//! Needs `containerd`, `curl`, `umoci` and root (`cargo xtask test` installs the tools);
-//! left out only where `SM_IMAGE_NO_MOUNT=1` says so. `SM_TEST_STACKS=N` sets the number
-//! of stacks, `SM_TEST_FULL` makes it 20,000, `SM_TEST_SEED=N` tries one seed only,
-//! `SM_TEST_FIRST=N` begins with that seed, and `SM_TEST_THREADS=N` sets the number of
+//! The test needs `containerd`, `curl`, `umoci` and root (`cargo xtask test` installs the
+//! tools); it is skipped only with `SM_IMAGE_NO_MOUNT=1`. `SM_TEST_STACKS=N` sets the
+//! number of stacks, `SM_TEST_FULL` sets it to 20,000, `SM_TEST_SEED=N` tests one seed
+//! only, `SM_TEST_FIRST=N` sets the first seed, and `SM_TEST_THREADS=N` the number of
 //! threads.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
@@ -35,13 +34,13 @@ use compare::{Appliers, Outcome, Tally, shrink};
 use programs::output;
 use rustix::mount::UnmountFlags;
 
-/// Stacks in an ordinary run.
+/// Number of stacks in an ordinary run.
 const STACKS: u64 = 300;
-/// Stacks where time does not matter.
+/// Number of stacks in a thorough run.
 const STACKS_FULL: u64 = 20_000;
-/// Stacks whose layers go to containerd together.
+/// Number of stacks whose layers are imported into containerd together.
 const BATCH: usize = 100;
-/// Seeds that have found something once. They are tried first.
+/// Seeds that found a problem before. They are tested first.
 const KEPT: &[u64] = &[
     2, 3, 9, 22, 23, 59, 74, 158, 189, 201, 205, 206, 241, 307, 349, 357, 369, 633, 698, 791, 827,
     879, 3605, 7949,
@@ -67,7 +66,7 @@ fn seeds() -> Vec<u64> {
     kept.chain(first..first + count).collect()
 }
 
-/// A file system in memory, since the time of this test would be that of syncing files.
+/// A tmpfs, because the test would otherwise spend its time syncing files.
 struct Memory(tempfile::TempDir);
 
 impl Memory {
@@ -97,7 +96,7 @@ fn compare(appliers: &mut Appliers, seeds: &[u64], found: &Mutex<Found>) {
     appliers.clear();
     let stacks: Vec<_> = seeds
         .iter()
-        // Some are compared with what is wrong with them.
+        // A quarter of them keep entries that are refused.
         .map(|seed| appliers.prepared(random::stack(*seed), seed % 4 == 0))
         .collect();
     let outcomes = appliers.compare(&stacks);

@@ -1,4 +1,4 @@
-//! Our disks, and umoci.
+//! Disks of this crate, and umoci.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
@@ -14,11 +14,11 @@ use crate::compare::{Refusal, Stack};
 use crate::programs::{output, while_none_starts};
 use crate::tree::{self, Tree};
 
-/// Room for a disk in bytes.
+/// Size of the block device in bytes.
 const DISK: u64 = 64 << 20;
 
-/// A block device on which one disk after another is mounted, since starting `mount`
-/// takes longer than all that is compared.
+/// A block device on which one disk after another is mounted. Starting `mount` would take
+/// longer than the comparison.
 pub(crate) struct Disk {
     device: PathBuf,
     mount: PathBuf,
@@ -38,17 +38,17 @@ impl Disk {
         }
     }
 
-    /// The tree of an image's disk.
+    /// Returns the tree of an image's disk.
     fn tree(&self, image: &StoredImage) -> Tree {
         let mut device = OpenOptions::new().write(true).open(&self.device).unwrap();
         for segment in &image.segments {
             io::copy(&mut segment.open().unwrap(), &mut device).unwrap();
         }
-        // A file system reads past the cache that this was written to.
+        // A file system reads past the page cache of the device.
         device.flush().unwrap();
         device.sync_all().unwrap();
         drop(device);
-        // Processes started meanwhile would have its files open for a moment.
+        // A process that is being started would briefly hold files on the mount open.
         while_none_starts(|| {
             rustix::mount::mount(&self.device, &self.mount, "erofs", MountFlags::RDONLY, None)
                 .unwrap();
@@ -65,7 +65,7 @@ impl Drop for Disk {
     }
 }
 
-/// Our refusal, with the entry.
+/// A refusal by this crate, with the entry.
 #[derive(Clone, Debug)]
 pub(crate) struct OurRefusal {
     pub(crate) refusal: Refusal,
@@ -73,7 +73,7 @@ pub(crate) struct OurRefusal {
 }
 
 impl OurRefusal {
-    /// True for links that lead to themselves.
+    /// Returns true for links that lead to themselves.
     pub(crate) fn by_links(&self) -> bool {
         self.refusal.text.contains("too many symbolic links")
     }
@@ -96,7 +96,7 @@ impl OurRefusal {
     }
 }
 
-/// A store, and the layout of the stack that is looked at.
+/// A store, and the layout of the current stack.
 pub(crate) struct Bench {
     pub(crate) work: PathBuf,
     layout: PathBuf,
@@ -112,7 +112,7 @@ impl Bench {
         }
     }
 
-    /// Makes this stack the one that is looked at.
+    /// Makes this stack the current one.
     pub(crate) fn write(&self, stack: &Stack) {
         let mut builder = LayoutBuilder::new(&self.layout, Compression::None).unwrap();
         for layer in &stack.tars {
@@ -129,12 +129,12 @@ impl Bench {
             .map_err(|error| OurRefusal::new(stack, error))
     }
 
-    /// True if there is a disk of it at all.
+    /// Checks that the stack can be converted to a disk.
     pub(crate) fn accepted(&self, stack: &Stack) -> Result<(), OurRefusal> {
         self.open(stack).map(drop)
     }
 
-    /// A guest's view of it.
+    /// Returns the tree that a guest sees.
     pub(crate) fn ours(&self, stack: &Stack, disk: &Disk) -> Result<Tree, OurRefusal> {
         self.open(stack).map(|image| disk.tree(&image))
     }
@@ -145,7 +145,7 @@ impl Bench {
         let unpack = ["raw", "unpack", "--image", &image];
         let unpacked = output(Command::new("umoci").args(unpack).arg(&root));
         let tree = unpacked.map(|_| tree::read(&root));
-        // It refuses some images before it makes anything.
+        // Umoci refuses some images before it creates anything.
         if root.exists() {
             fs::remove_dir_all(root).unwrap();
         }

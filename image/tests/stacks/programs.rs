@@ -1,15 +1,16 @@
-//! Programs that the test starts.
+//! Starting of external programs.
 
 use std::process::{Child, Command, Stdio};
 use std::sync::{PoisonError, RwLock};
 
-/// Read by those that start a program. Until it is executed, it has all files open that
-/// this process has.
+/// Read-locked while a program is started. Until exec, the new process has all files open
+/// that this process has.
 static STARTING: RwLock<()> = RwLock::new(());
 
-/// Starts a program that has to be there.
+/// Starts a program that must be installed.
 pub(crate) fn start(command: &mut Command) -> Child {
-    // Most are written in Go, and end before a collection of garbage would pay.
+    // Most programs are written in Go, and exit before a garbage collection is
+    // worthwhile.
     command.env("GOGC", "800");
     let _starting = STARTING.read().unwrap_or_else(PoisonError::into_inner);
     command
@@ -17,7 +18,7 @@ pub(crate) fn start(command: &mut Command) -> Child {
         .unwrap_or_else(|error| panic!("{command:?} is needed by this test: {error}"))
 }
 
-/// Runs a program; its output, or the last line of its errors.
+/// Runs a program and returns its output, or the last line of its errors.
 pub(crate) fn output(command: &mut Command) -> Result<String, String> {
     command.stdin(Stdio::null());
     command.stdout(Stdio::piped()).stderr(Stdio::piped());

@@ -1,15 +1,15 @@
-//! Random stacks of layers, the same everywhere by their seeds.
+//! Random stacks of layers, determined by their seeds.
 
 use std::fmt::Write as _;
 
 use crate::support::{Entry, dir, entry, file, hardlink, symlink, whiteout};
 
-/// Times of directories' entries begin here.
+/// First time of directories' entries.
 pub(crate) const DIRECTORY_TIMES: u64 = 1_000_000_000;
-/// Times of all others begin here.
+/// First time of all other entries.
 pub(crate) const FILE_TIMES: u64 = 1_100_000_000;
-/// Extended attributes: name and value. Before Linux 6.6, tmpfs has none of `user.`; those
-/// of `trusted.` are for containerd what an image has no say in.
+/// Extended attributes: name and value. Before Linux 6.6, tmpfs does not support `user.`;
+/// containerd ignores those of `trusted.` in images.
 const XATTRS: [(&str, &[u8]); 4] = [
     ("security.sm-a", b"one"),
     ("security.sm-a", b"two"),
@@ -21,7 +21,7 @@ const XATTRS: [(&str, &[u8]); 4] = [
     ),
 ];
 
-/// SplitMix64: the same stacks everywhere, by their seeds.
+/// The SplitMix64 generator, whose sequence depends only on the seed.
 struct Random(u64);
 
 impl Random {
@@ -49,12 +49,12 @@ impl Random {
 
 pub(crate) type Layer = Vec<Entry>;
 
-/// The stack that is being made, and the paths it has spoken of so far.
+/// The stack under construction, and the paths used so far.
 struct Maker {
     random: Random,
-    /// Paths and types of the entries so far, however deep they are hidden.
+    /// Paths and types of the entries so far, including hidden ones.
     known: Vec<(String, u8)>,
-    /// Makes also what the first seeds, of which some are kept, have not.
+    /// Also generate features that the first seeds, of which some are kept, do not have.
     wide: bool,
 }
 
@@ -77,8 +77,8 @@ impl Maker {
         Some(fitting[at].0.clone())
     }
 
-    /// A path whose parents may be directories, links or nothing, and rarely files,
-    /// below which there can be nothing.
+    /// Returns a path whose parents may be directories, links or missing, and rarely
+    /// files, which cannot have children.
     fn path(&mut self) -> String {
         match self.random.below(8) {
             0 | 1 => self.fresh(),
@@ -133,7 +133,7 @@ impl Maker {
         }
     }
 
-    /// One entry, or some that belong together.
+    /// Adds one entry, or several that belong together.
     fn entries(&mut self, count: u32, lowest: bool, layer: &mut Layer) {
         let at = self.path();
         let opaque = |at: &str| whiteout(&format!("{at}/.wh..wh..opq"));
@@ -184,7 +184,7 @@ impl Maker {
                 layer.push(dir(format!("{at}/")));
                 self.known.push((at, b'5'));
             }
-            // A link that becomes a directory, as overlayfs has it told.
+            // A link that becomes a directory, in the form that overlayfs produces.
             16..=18 => {
                 let Some(link) = self.known(|kind| kind == b'2') else {
                     return;
@@ -206,7 +206,7 @@ impl Maker {
     }
 }
 
-/// Returns true if an entry hides something.
+/// Returns true if an entry is a whiteout or an opaque marker.
 pub(crate) fn is_marker(entry: &Entry) -> bool {
     let path = String::from_utf8_lossy(&entry.path);
     path.rsplit('/')
@@ -214,7 +214,7 @@ pub(crate) fn is_marker(entry: &Entry) -> bool {
         .is_some_and(|name| name.starts_with(".wh."))
 }
 
-/// The whiteout of a path.
+/// Returns the path of the whiteout of a path.
 pub(crate) fn hidden(path: &str) -> String {
     match path.rsplit_once('/') {
         Some((parent, name)) => format!("{parent}/.wh.{name}"),
@@ -222,7 +222,7 @@ pub(crate) fn hidden(path: &str) -> String {
     }
 }
 
-/// Two to five layers of few entries.
+/// Generates two to five layers with a few entries each.
 pub(crate) fn stack(seed: u64) -> Vec<Layer> {
     let mut maker = Maker {
         random: Random(seed.wrapping_mul(0x2545_f491_4f6c_dd1d)),
@@ -241,12 +241,12 @@ pub(crate) fn stack(seed: u64) -> Vec<Layer> {
             layer
         })
         .collect();
-    // Numbers of its own leave the entries as they are.
+    // A separate generator leaves the entries themselves unchanged.
     attributes(Random(!seed), &mut layers);
     layers
 }
 
-/// Gives entries owners, times, rarer modes and extended attributes.
+/// Gives entries owners, times, unusual modes and extended attributes.
 fn attributes(mut random: Random, layers: &mut [Layer]) {
     for (entry, number) in layers.iter_mut().flatten().zip(0..) {
         let directory = entry.kind == b'5';
@@ -262,8 +262,8 @@ fn attributes(mut random: Random, layers: &mut [Layer]) {
         if random.one_in(4) {
             entry.mode = *random.choose(&[0o4755, 0o2711, 0o1777, 0, 0o600]);
         }
-        // Of a directory's, containerd keeps those of lower layers with the native
-        // snapshotter and not with overlayfs.
+        // For directories, containerd keeps the attributes of lower layers with the
+        // native snapshotter, and drops them with overlayfs.
         if matches!(entry.kind, b'0' | b'1') && random.one_in(4) {
             let (name, value) = random.choose(&XATTRS);
             *entry = entry.clone().pax(&format!("SCHILY.xattr.{name}"), value);
@@ -271,7 +271,7 @@ fn attributes(mut random: Random, layers: &mut [Layer]) {
     }
 }
 
-/// Description of a stack that fails.
+/// Describes a stack that fails.
 pub(crate) fn describe(stack: &[Layer]) -> String {
     let mut text = String::new();
     for (number, layer) in stack.iter().enumerate() {

@@ -1,4 +1,4 @@
-//! Stacks whose paths lead through no links.
+//! Conversion of stacks to paths without links.
 
 use std::path::{Path, PathBuf};
 
@@ -6,8 +6,8 @@ use crate::compare::{Appliers, Stack};
 use crate::random::Layer;
 use crate::tree::{self, Tree};
 
-/// The stack with every path, also of hard links' files, as it is without links, or `None`
-/// if we refuse it.
+/// Returns the stack with every path, including those of hard links' targets, resolved to
+/// one without links, or `None` if this crate refuses the stack.
 pub(crate) fn straight(appliers: &Appliers, stack: &Stack) -> Option<Stack> {
     let mut layers: Vec<Layer> = Vec::new();
     for layer in &stack.layers {
@@ -25,7 +25,7 @@ pub(crate) fn straight(appliers: &Appliers, stack: &Stack) -> Option<Stack> {
     Some(Stack::new(layers))
 }
 
-/// A path whose last name is taken as it is. What is not there is no link.
+/// Resolves a path except its last name. Missing components are kept unchanged.
 fn without_links(tree: &Tree, path: &[u8]) -> Vec<u8> {
     let path = PathBuf::from(String::from_utf8_lossy(path).into_owned());
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {

@@ -1,4 +1,4 @@
-//! Trees, read from directories.
+//! File trees, read from directories.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -14,7 +14,7 @@ use crate::random::{DIRECTORY_TIMES, FILE_TIMES};
 pub(crate) struct Seen {
     mode: u32,
     owner: (u32, u32),
-    /// Of an entry; not that of a change that came later.
+    /// Time from the entry; `None` if the file was changed later.
     time: Option<u64>,
     xattrs: Vec<(String, Vec<u8>)>,
     device: Option<u64>,
@@ -29,8 +29,8 @@ impl Seen {
         self.mode & 0o170_000 == 0o040_000
     }
 
-    /// Returns true if it is as a directory that only paths of others tell of, which may have
-    /// its group from the directory that it is in.
+    /// Returns true if the file looks like a directory that only the paths of other
+    /// entries imply, whose group may come from its parent.
     pub(crate) fn implied(&self) -> bool {
         self.mode & !0o2000 == 0o40755 && self.owner.0 == 0 && self.time.is_none()
     }
@@ -43,8 +43,9 @@ impl Seen {
         ours == *theirs && self.has_time_of(theirs)
     }
 
-    /// An applier changes the times of directories by what it does in them, and
-    /// containerd sets a directory's on what is at its path at the end of the layer.
+    /// Compares times. An applier changes the times of directories by its operations in
+    /// them, and containerd sets a directory's time on the file at its path at the end of
+    /// the layer.
     fn has_time_of(&self, theirs: &Self) -> bool {
         let set_later = |time: u64| times(DIRECTORY_TIMES).contains(&time);
         self.time == theirs.time || self.is_directory() || theirs.time.is_some_and(set_later)
@@ -53,7 +54,7 @@ impl Seen {
 
 pub(crate) type Tree = BTreeMap<PathBuf, Seen>;
 
-/// Times of entries, of which none is later.
+/// Range of the times of entries.
 fn times(first: u64) -> Range<u64> {
     first..first + 1_000_000
 }
@@ -110,7 +111,7 @@ fn xattrs(path: &Path) -> Vec<(String, Vec<u8>)> {
     xattrs
 }
 
-/// Resolves a path in a tree, through links, if there is something.
+/// Resolves a path in a tree through links, if it exists.
 pub(crate) fn resolve(tree: &Tree, path: &str) -> Option<PathBuf> {
     let mut at = PathBuf::new();
     let mut left: Vec<Component<'_>> = Path::new(path).components().rev().collect();
@@ -126,7 +127,7 @@ pub(crate) fn resolve(tree: &Tree, path: &str) -> Option<PathBuf> {
                     None => at = next,
                     Some(target) => {
                         links += 1;
-                        // As many as containerd follows (continuity fs/path.go).
+                        // The limit of containerd (continuity fs/path.go).
                         if links > 255 {
                             return None;
                         }
@@ -168,7 +169,8 @@ fn line(path: &Path, seen: &Seen) -> String {
     text
 }
 
-/// Lines with `-` of what only `theirs` has, with `+` of what only `ours` has.
+/// Returns lines with `-` for files of `theirs` only, and with `+` for files of `ours`
+/// only.
 pub(crate) fn difference(ours: &Tree, theirs: &Tree) -> String {
     let mut text = String::new();
     let same = |path: &PathBuf| match (ours.get(path), theirs.get(path)) {

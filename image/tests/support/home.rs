@@ -1,4 +1,4 @@
-//! A store of its own, and images in it.
+//! A store in a temporary directory, and images in it.
 
 use std::fs;
 use std::path::PathBuf;
@@ -24,7 +24,7 @@ impl Home {
         self.directory.path().join(name)
     }
 
-    /// Makes an image and brings it into the store; returns its reference and ID.
+    /// Creates an image, imports it into the store, and returns its reference and ID.
     pub(crate) fn image(&self, name: &str, layers: &[Vec<u8>]) -> (String, Digest) {
         let layout = self.path(name);
         let digest = image(&layout, layers);
@@ -57,7 +57,7 @@ impl Home {
     }
 }
 
-/// Two layers with a bit of everything.
+/// Returns two layers with all kinds of entries.
 pub(crate) fn layers() -> [Vec<u8>; 2] {
     [
         tar(&[

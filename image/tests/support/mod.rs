@@ -1,4 +1,4 @@
-//! Layers made by hand, and images of them.
+//! Hand-written layers, and images of them.
 #![allow(dead_code, reason = "each test program uses its part")]
 
 pub(crate) mod home;
@@ -7,7 +7,7 @@ use std::path::Path;
 
 use sm_image::{Compression, Config, Digest, LayoutBuilder};
 
-/// One tar entry, written field by field: nothing is checked or cleaned.
+/// A tar entry, written field by field without checks.
 #[derive(Clone, Debug)]
 pub(crate) struct Entry {
     pub(crate) path: Vec<u8>,
@@ -18,7 +18,7 @@ pub(crate) struct Entry {
     pub(crate) link: Vec<u8>,
     pub(crate) device: (u32, u32),
     pub(crate) data: Vec<u8>,
-    /// Written instead of the data's length.
+    /// Size in the header, instead of the data's length.
     pub(crate) size: Option<u64>,
     pub(crate) pax: Vec<(String, Vec<u8>)>,
 }
@@ -124,7 +124,7 @@ impl Entry {
     }
 }
 
-/// A header and data, padded.
+/// Writes a header and padded data.
 fn raw(tar: &mut Vec<u8>, entry: &Entry, data: &[u8]) {
     let mut header = tar::Header::new_ustar();
     {

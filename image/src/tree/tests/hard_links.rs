@@ -1,4 +1,4 @@
-//! Metadata in the headers of hard links.
+//! Tests of metadata in the headers of hard links.
 
 use super::*;
 use crate::index::encode_xattrs;
@@ -14,7 +14,7 @@ fn meta(mode: u16) -> Meta {
     }
 }
 
-/// Puts entries into a tree: path, kind, mode, extended attributes.
+/// Adds entries to a tree: path, kind, mode, extended attributes.
 fn tree(entries: &[(&str, EntryKind<'_>, u16, &[Pair<'_>])]) -> Result<Tree, String> {
     let mut tree = Tree::new(Limits::default());
     for (path, kind, mode, xattrs) in entries {
@@ -85,7 +85,7 @@ fn attributes_of_a_hard_link_are_added() {
             &[capability, ("user.a", "1"), ("user.b", "1")],
         ),
         ("b", link, 0o755, &[("user.0", "2"), ("user.b", "2")]),
-        // A header that repeats them changes nothing.
+        // A header with the same attributes changes nothing.
         ("c", FILE, 0o755, &[capability]),
         ("d", EntryKind::Hardlink(b"c"), 0o755, &[capability]),
     ])
@@ -115,7 +115,7 @@ fn attributes_of_many_hard_links_do_not_grow_without_end() {
     assert_eq!(error.as_deref(), Some(expected));
 }
 
-/// Each link of a file with many attributes takes as long as these.
+/// The work for each link of a file grows with the file's attributes.
 #[test]
 fn the_work_for_attributes_is_bounded_over_the_whole_image() {
     let attributes = |count: u16| -> Vec<(Vec<u8>, Vec<u8>)> {
@@ -144,7 +144,7 @@ fn the_work_for_attributes_is_bounded_over_the_whole_image() {
         size: 1,
     };
     add("f", file, &many).unwrap();
-    // 64 steps for each entry are allowed.
+    // 64 steps are permitted for each entry.
     let taken = (0..100)
         .take_while(|n| add(&format!("l{n}"), EntryKind::Hardlink(b"f"), &some).is_ok())
         .count();

@@ -1,4 +1,4 @@
-//! Directories that no entry tells of.
+//! Tests of directories without an entry of their own.
 
 use super::*;
 
@@ -64,7 +64,7 @@ fn one_that_takes_the_place_of_an_entry_is_kept_like_it() {
         entry("d/x/gone", EntryKind::Whiteout),
         entry("d/z/gone", EntryKind::Whiteout),
         entry("d", EntryKind::Opaque),
-        // The mark outlives an opaque marker, too.
+        // The mark also survives an opaque marker.
         entry("d/y/gone", EntryKind::Whiteout),
         entry("d", EntryKind::Opaque),
     ]])
