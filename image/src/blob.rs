@@ -183,7 +183,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn zeros_and_data_lie_where_they_should() {
+    fn zeros_and_data_have_the_expected_offsets() {
         let file = tempfile::tempfile().unwrap();
         let mut writer = BlobWriter::new(&file);
         let data = vec![7; 3 * BUFFER / 2];
@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn too_little_data_is_noticed() {
+    fn missing_data_is_an_error() {
         let file = tempfile::tempfile().unwrap();
         let error = BlobWriter::new(&file)
             .append(&mut &b"ab"[..], 3)

@@ -125,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn a_child_ends_with_its_parent_and_not_the_reverse() {
+    fn cancelling_a_parent_cancels_its_children_only() {
         let parent = Cancel::new();
         let (one, two) = (parent.child(), parent.child());
         let grandchild = two.child();

@@ -256,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_name_is_refused() {
+    fn invalid_names_are_refused() {
         let long = "a".repeat(256);
         for text in [
             "",
@@ -287,7 +287,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_text_is_read_or_refused_and_shown_text_is_read_back(
+        fn displayed_references_are_parsed_back(
             text in "[a-z0-9A-Z:/@._\\[\\]-]{0,40}"
         ) {
             if let Ok(parsed) = DockerReference::parse(&text) {

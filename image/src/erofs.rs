@@ -162,7 +162,7 @@ mod tests {
     use crate::tree::testing;
 
     #[test]
-    fn contents_in_blobs_lie_behind_those_of_the_layers_before() {
+    fn blobs_follow_those_of_lower_layers() {
         let tree = testing::of_files(["a"]);
         let stack = Stack {
             tree: &tree,

@@ -116,13 +116,13 @@ mod tests {
     }
 
     #[test]
-    fn what_registries_say() {
+    fn registry_headers() {
         replay("documents", documents);
         replay("headers", headers);
     }
 
     #[test]
-    fn names_and_where_to_look_for_them() {
+    fn references_and_registries() {
         replay("reference", reference);
         replay("registries", registries);
     }

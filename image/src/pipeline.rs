@@ -329,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn a_caller_that_stops_early_still_learns_the_stored_digest() {
+    fn the_stored_digest_is_known_after_an_early_stop() {
         let bytes = vec![3; CHUNK / 8];
         let outcome = run(
             bytes.as_slice(),
@@ -370,7 +370,7 @@ mod tests {
     }
 
     #[test]
-    fn no_more_is_read_of_a_stream_that_is_of_no_use() {
+    fn an_unusable_stream_is_not_read_further() {
         // A stream that cannot be decompressed.
         let damaged = taken(b"\x1f\x8bgarbage", |plain| {
             assert!(drain(plain).is_err());

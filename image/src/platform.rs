@@ -228,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn lower_variants_will_do() {
+    fn lower_variants_are_accepted() {
         let rank = |wanted: &str, offered: &str| platform(wanted).rank(&platform(offered));
         assert_eq!(rank("linux/arm/v7", "linux/arm/v7"), Some(0));
         assert_eq!(rank("linux/arm/v7", "linux/arm/v5"), Some(2));
@@ -243,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn this_host_is_one_of_its_own() {
+    fn the_platform_of_this_host_is_recognised() {
         assert!(Platform::host().is_host());
         assert!(!platform("windows/amd64").is_host());
         assert_eq!(Platform::host().rank(&Platform::host()), Some(0));
@@ -251,13 +251,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_shown_is_read_back(text in "[a-z0-9]{1,8}/[a-z0-9_]{1,8}(/[a-z0-9.]{1,4})?") {
+        fn displayed_platforms_are_parsed_back(text in "[a-z0-9]{1,8}/[a-z0-9_]{1,8}(/[a-z0-9.]{1,4})?") {
             let first = platform(&text);
             prop_assert_eq!(platform(&first.to_string()), first);
         }
 
         #[test]
-        fn anything_is_answered(text in "\\PC{0,40}") {
+        fn parsing_any_platform_does_not_panic(text in "\\PC{0,40}") {
             let _ = text.parse::<Platform>();
         }
     }

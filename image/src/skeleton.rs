@@ -244,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_is_put_together_again() {
+    fn a_stream_is_reconstructed() {
         let skeleton = tempfile::tempfile().unwrap();
         let (stream, blob, small) = written(&skeleton);
         assert!(skeleton.metadata().unwrap().len() < 1000);
@@ -257,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_that_are_gone_are_noticed() {
+    fn missing_bytes_are_an_error() {
         let skeleton = tempfile::tempfile().unwrap();
         let (_, blob, small) = written(&skeleton);
         small.set_len(3).unwrap();

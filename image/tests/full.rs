@@ -198,16 +198,16 @@ fn wherever_it_gets_full(disk: &Path, ballast: impl Fn(u64) -> Ballast) {
 }
 
 #[test]
-fn wherever_the_disk_gets_full_the_store_is_sound() {
-    let name = "wherever_the_disk_gets_full_the_store_is_sound";
+fn the_store_is_intact_when_the_disk_is_full() {
+    let name = "the_store_is_intact_when_the_disk_is_full";
     if let Some(disk) = small_disk(name, "size=2m") {
         wherever_it_gets_full(&disk, |pages| Ballast::but_pages(&disk, pages));
     }
 }
 
 #[test]
-fn wherever_inodes_run_out_the_store_is_sound() {
-    let name = "wherever_inodes_run_out_the_store_is_sound";
+fn the_store_is_intact_when_inodes_run_out() {
+    let name = "the_store_is_intact_when_inodes_run_out";
     if let Some(disk) = small_disk(name, "size=4m,nr_inodes=200") {
         wherever_it_gets_full(&disk, |inodes| Ballast::but_inodes(&disk, inodes));
     }

@@ -74,7 +74,7 @@ fn accepted(layers: &[Vec<u8>]) {
 }
 
 #[test]
-fn paths_that_leave() {
+fn paths_outside_the_root() {
     for path in ["../x", "a/../../x", "/../x", "a/..", "./../x"] {
         refused(&[tar(&[file(path, b"x")])], path, "\"..\"");
     }
@@ -85,7 +85,7 @@ fn paths_that_leave() {
 }
 
 #[test]
-fn hard_links_that_leave() {
+fn hard_links_outside_the_root() {
     for target in ["../outside", "/../outside", "a/../../x"] {
         refused(&[tar(&[hardlink("inside", target)])], "inside", "\"..\"");
     }
@@ -127,7 +127,7 @@ fn links_cannot_lead_out() {
 }
 
 #[test]
-fn whiteouts_that_are_wrong() {
+fn invalid_whiteouts() {
     refused(&[tar(&[whiteout(".wh.")])], ".wh.", "whiteout");
     refused(&[tar(&[whiteout("d/.wh...")])], "d/.wh...", "whiteout");
     refused(&[tar(&[whiteout("../.wh.x")])], "../.wh.x", "\"..\"");
@@ -160,7 +160,7 @@ fn names_that_do_not_fit() {
 }
 
 #[test]
-fn structures_that_are_impossible() {
+fn impossible_structures() {
     refused(
         &[tar(&[file("f", b"x"), file("f/under", b"x")])],
         "f/under",
@@ -195,7 +195,7 @@ fn devices_and_duplicates_are_only_metadata() {
 }
 
 #[test]
-fn sizes_that_lie() {
+fn wrong_sizes() {
     for size in [1 << 20, 0o77_777_777_777, 513] {
         let lie = file("liar", b"short").size(size);
         refused(&[tar(&[lie])[..1024].to_vec()], "liar", "");
@@ -213,7 +213,7 @@ fn sizes_that_lie() {
 }
 
 #[test]
-fn streams_that_are_no_archives() {
+fn streams_that_are_not_archives() {
     refused(
         &[b"this is not a tar archive, not at all".repeat(100)],
         "",
@@ -322,7 +322,7 @@ impl Layout {
 }
 
 #[test]
-fn blobs_that_are_damaged() {
+fn corrupt_blobs() {
     let layout = Layout::new();
     let layer = layout.blob(&layout.manifest()["layers"][0]["digest"]);
     let good = fs::read(&layer).unwrap();
@@ -346,7 +346,7 @@ fn blobs_that_are_damaged() {
 }
 
 #[test]
-fn documents_that_are_wrong() {
+fn invalid_documents() {
     let layout = Layout::new();
     let good = layout.manifest();
     let with = |edit: &dyn Fn(&mut Value)| {

@@ -18,7 +18,7 @@ fn name(text: &str) -> DockerReference {
 }
 
 #[test]
-fn names_are_understood_as_they_are_written() {
+fn names_are_found_in_every_notation() {
     let home = Home::new();
     let (reference, digest) = home.image("layout", &layers());
     let store = &home.store;
@@ -49,7 +49,7 @@ fn names_are_understood_as_they_are_written() {
 }
 
 #[test]
-fn what_was_not_used_for_long_goes_first() {
+fn the_least_recently_used_images_are_removed_first() {
     let home = Home::new();
     let big = |n: u8| [tar(&[file("x", vec![n; 3 << 20])])];
     // Images of a registry can be pulled again; images of a layout are not removed by
@@ -173,7 +173,7 @@ fn all_images_of_an_archive_are_loaded() {
 }
 
 #[test]
-fn an_image_whose_source_is_gone_is_put_together_again() {
+fn an_image_without_its_source_is_reconstructed() {
     let home = Home::new();
     let [lower, mut upper] = layers();
     // Some tools write nothing after the last file's contents.

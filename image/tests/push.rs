@@ -133,7 +133,7 @@ fn push(layout: &Path, manifest: Digest, name: &str, others: &[&str]) -> Vec<Pus
 }
 
 #[test]
-fn what_is_pushed_is_there_byte_for_byte() {
+fn images_are_pushed_byte_for_byte() {
     if !tools() {
         return;
     }

@@ -33,7 +33,7 @@ fn parse(layout: &Path) -> Reference {
 }
 
 #[test]
-fn nobody_waits_for_a_pull_and_the_pull_loses_nothing() {
+fn removals_do_not_wait_for_a_pull_or_affect_it() {
     let home = Home::new();
     let (other, _) = home.image("other", &[tar(&[file("o", b"o")])]);
     let parts = [
@@ -89,7 +89,7 @@ fn nobody_waits_for_a_pull_and_the_pull_loses_nothing() {
 }
 
 #[test]
-fn who_needs_what_is_asked_when_nobody_else_is_there() {
+fn users_are_determined_under_the_exclusive_lock() {
     let home = Home::new();
     let (reference, digest) = home.image("layout", &layers());
     // A shared lock represents another user of the store.
@@ -128,7 +128,7 @@ fn who_needs_what_is_asked_when_nobody_else_is_there() {
 }
 
 #[test]
-fn what_another_version_has_made_is_kept_with_all_that_it_may_need() {
+fn objects_of_another_version_and_their_needs_are_kept() {
     let home = Home::new();
     let (old, digest) = home.image("old", &layers());
     let (new, _) = home.image("new", &[tar(&[file("n", b"n")])]);
@@ -197,7 +197,7 @@ fn a_pull_that_fails_does_not_cancel_its_caller() {
 }
 
 #[test]
-fn a_name_comes_before_an_id_and_short_ones_are_none() {
+fn a_name_precedes_an_id_and_short_prefixes_are_refused() {
     let home = Home::new();
     let (first, digest) = home.image("first", &layers());
     let (second, other) = home.image("second", &[tar(&[file("n", b"n")])]);
@@ -231,7 +231,7 @@ fn a_name_comes_before_an_id_and_short_ones_are_none() {
 }
 
 #[test]
-fn removing_beside_pulling_leaves_whole_images() {
+fn concurrent_removal_and_pull_leave_complete_images() {
     let home = Home::new();
     let names = ["one", "two", "three"];
     for (number, name) in (1_u8..).zip(names) {

@@ -96,7 +96,7 @@ fn layers_are_stored_once_and_go_with_their_last_image() {
 }
 
 #[test]
-fn what_is_damaged_in_the_store_is_made_again() {
+fn corrupt_objects_are_created_again() {
     let work = tempfile::tempdir().unwrap();
     let layout = work.path().join("layout");
     image(&layout, &[tar(&[file("x", vec![1; 10_000])])]);
@@ -119,7 +119,7 @@ fn what_is_damaged_in_the_store_is_made_again() {
 }
 
 #[test]
-fn many_at_once_make_one() {
+fn concurrent_pulls_create_one_image() {
     let work = tempfile::tempdir().unwrap();
     let layout = work.path().join("layout");
     let layers: Vec<_> = (0..3u8)

@@ -224,7 +224,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn a_combined_digest_tells_apart_how_bytes_are_split() {
+    fn a_combined_digest_depends_on_the_split() {
         let digest = |parts: &[&str]| {
             let parts: Vec<_> = parts.iter().map(|part| part.as_bytes()).collect();
             combined_digest(&parts)

@@ -305,7 +305,7 @@ fn hundred_pages(store: &SnapshotStore) -> Chain {
 }
 
 #[test]
-fn of_memory_that_was_filled_only_what_differs_is_stored() {
+fn only_changed_pages_of_filled_memory_are_stored() {
     let (_dir, store) = store();
     let chain = hundred_pages(&store);
     // Like a pager, this copies all pages, which are then private to this process.

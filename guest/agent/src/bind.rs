@@ -284,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_or_dangling_parent_is_made() {
+    fn a_missing_or_dangling_parent_is_created() {
         let (directory, fd) = root(|path| symlink("/usr/etc", path.join("etc")).unwrap());
         assert_eq!(target(&fd).unwrap(), directory.path().join("usr/etc/x"));
         let (directory, fd) = root(|_| {});

@@ -114,7 +114,7 @@ fn same(left: &Path, right: &Path) {
 }
 
 #[test]
-fn a_directory_comes_back_from_its_image() {
+fn a_directory_is_restored_from_its_image() {
     let place = tempfile::tempdir().unwrap();
     let source = place.path().join("source");
     make(&source);
@@ -151,7 +151,7 @@ fn hard_links_are_one_inode() {
 
 #[cfg(feature = "tar")]
 #[test]
-fn a_tar_stream_gives_the_image_of_what_is_in_it() {
+fn an_image_of_a_tar_stream_has_its_contents() {
     let place = tempfile::tempdir().unwrap();
     let source = place.path().join("source");
     make(&source);
@@ -205,7 +205,7 @@ fn contents_may_lie_behind_the_image() {
 }
 
 #[test]
-fn uuid_owner_and_devices_are_where_linux_looks_for_them() {
+fn uuid_owner_and_devices_are_read_by_dump_erofs() {
     let place = tempfile::tempdir().unwrap();
     let path = place.path().join("image");
     let mut tree = Tree::new();
@@ -244,7 +244,7 @@ fn uuid_owner_and_devices_are_where_linux_looks_for_them() {
 }
 
 #[test]
-fn what_has_no_place_is_refused() {
+fn invalid_paths_are_refused() {
     let file = || Entry::new(EntryKind::Bytes(b"x".to_vec()));
     let mut tree = Tree::new();
     tree.add(b"file", file()).unwrap();
@@ -283,7 +283,7 @@ fn refusal(tree: &Tree) -> String {
 }
 
 #[test]
-fn what_no_image_can_have_is_refused() {
+fn values_beyond_the_format_are_refused() {
     let huge = |tree: &mut Tree, name: &[u8]| {
         let kind = EntryKind::Extent {
             file: tempfile::tempfile().unwrap().into(),
@@ -380,7 +380,7 @@ impl sm_erofs::FileTree for Liar {
 }
 
 #[test]
-fn a_tree_that_contradicts_itself_is_no_panic() {
+fn an_inconsistent_tree_does_not_panic() {
     for turn in 0..60 {
         let mut tree = Tree::new();
         for size in [10, 5000, 20_000] {

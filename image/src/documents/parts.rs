@@ -146,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn layers_are_told_from_what_is_none() {
+    fn layers_are_distinguished_from_other_blobs() {
         for ok in [
             "application/vnd.oci.image.layer.v1.tar",
             "application/vnd.oci.image.layer.v1.tar+gzip",
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn artifacts_and_towers_are_refused() {
+    fn artifacts_and_images_with_too_many_layers_are_refused() {
         let helm = manifest("application/vnd.cncf.helm.config.v1+json", "");
         refused(&helm, &["no container image", "helm"]);
         let layers = vec![layer_of(OCI_LAYER); MAX_LAYERS + 1].join(", ");

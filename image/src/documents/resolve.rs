@@ -412,7 +412,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_manifest_and_index_at_once_is_refused() {
+    fn ambiguous_documents_are_refused() {
         let mut all = Documents::default();
         let (digest, _) = all.manifest("one");
         let manifest = String::from_utf8(all.all[&digest].clone()).unwrap();
@@ -448,7 +448,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_read_is_checked() {
+    fn documents_are_checked() {
         let mut all = Documents::default();
         let amd = all.manifest("amd");
         let (index, _) = all.index(&[("linux/amd64", OCI_MANIFEST, amd)]);

@@ -79,7 +79,7 @@ fn read_all(file: &File) -> io::Result<Option<usize>> {
 }
 
 #[test]
-fn files_that_no_writer_would_place_so_are_damage() {
+fn invalid_file_locations_are_corruption() {
     for (place, size, sound) in [
         (Place::Small(1), SMALL, true),
         (Place::Small(1), SMALL + 1, false),
@@ -112,7 +112,7 @@ fn files_that_no_writer_would_place_so_are_damage() {
 
 proptest! {
     #[test]
-    fn what_is_written_is_read_back(
+    fn written_entries_are_read_back(
         entries in prop::collection::vec(parts(), 0..20),
         (mode, uid, gid) in (0u16..0o10000, any::<u32>(), any::<u32>()),
         mtime in (any::<i64>(), 0u32..1_000_000_000),

@@ -234,7 +234,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
-    fn a_layer_is_put_together_again(
+    fn a_layer_is_reconstructed(
         files in prop::collection::vec(
             ("[a-z]{1,9}(/[a-z]{1,120})?", prop::collection::vec(any::<u8>(), 0..6000)), 0..12),
         xattrs in 0..4usize,

@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_archive_of_images_is_told() {
+    fn archives_without_images_are_reported() {
         let fails = |tar: &[u8], word: &str| {
             let error = with_session(|session| {
                 let bundle = Bundle::read(tar, "this one", session)?;

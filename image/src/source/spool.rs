@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_kept_is_told() {
+    fn unsupported_streams_are_reported() {
         let cancel = Cancel::new();
         let error = spooled(b"\xfd7zXZ\0rest", &cancel).unwrap_err();
         assert!(error.to_string().contains("xz"), "{error}");
@@ -210,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn bombs_stop() {
+    fn decompression_bombs_are_stopped() {
         let cancel = Cancel::new();
         let bomb = zstd::encode_all(vec![0; 6 << 20].as_slice(), 1).unwrap();
         let error = spooled(&bomb, &cancel).unwrap_err();

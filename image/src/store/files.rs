@@ -380,7 +380,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_cannot_be_written_out_is_an_error_and_progress_is_told() {
+    fn write_out_errors_and_progress_are_reported() {
         // The system cannot sync sockets.
         let (socket, _other) = UnixStream::pair().unwrap();
         let file = File::from(OwnedFd::from(socket));

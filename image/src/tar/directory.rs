@@ -221,7 +221,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_directory_becomes_an_archive_of_it() {
+    fn a_directory_is_archived_completely() {
         let root = tempfile::tempdir().unwrap();
         let at = |name: &str| root.path().join(name);
         fs::create_dir(at("d")).unwrap();

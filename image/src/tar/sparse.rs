@@ -199,7 +199,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn maps_that_lie_are_refused() {
+    fn inconsistent_maps_are_refused() {
         let map = |extents: &[(u64, u64)]| SparseMap {
             size: 100,
             extents: extents.to_vec(),
@@ -230,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn a_map_of_nothing_is_all_hole() {
+    fn an_empty_map_describes_a_hole() {
         let mut pax = PaxSparse::default();
         pax.apply(b"size", b"700").unwrap();
         pax.apply(b"map", b"").unwrap();
@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn a_map_does_not_grow_by_its_own_word() {
+    fn a_map_is_not_allocated_by_its_announced_size() {
         let mut pax = PaxSparse::default();
         pax.apply(b"major", b"1").unwrap();
         pax.apply(b"realsize", b"5000").unwrap();

@@ -155,7 +155,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_written_is_read_back(
+        fn written_entries_are_read_back(
             kind in kind(),
             path in prop::collection::vec(prop_oneof![b'a'..=b'z', 128u8..], 1..300),
             (mode, uid, gid) in (0u16..0o10000, any::<u32>(), any::<u32>()),

@@ -104,7 +104,7 @@ fn paths(tree: &Tree) -> Vec<String> {
 }
 
 #[test]
-fn whiteouts_take_effect_where_they_stand() {
+fn whiteouts_are_applied_in_order() {
     let tree = merge(&[
         vec![file("a"), file("d/b"), file("d/c"), file("e")],
         vec![
@@ -145,7 +145,7 @@ fn markers_do_not_follow_a_link_that_their_layer_replaces() {
 }
 
 #[test]
-fn an_opaque_marker_keeps_what_its_layer_has_unpacked() {
+fn an_opaque_marker_keeps_entries_of_its_own_layer() {
     let tree = merge(&[
         vec![file("d/a"), file("d/sub/low"), file("d/low/x")],
         vec![
@@ -193,7 +193,7 @@ fn devices_that_linux_does_not_have_are_refused() {
 }
 
 #[test]
-fn long_ways_are_bounded_over_the_whole_image() {
+fn path_lookups_are_bounded_over_the_whole_image() {
     let limits = Limits {
         entries: 100,
         ..Limits::default()
@@ -211,7 +211,7 @@ fn long_ways_are_bounded_over_the_whole_image() {
 }
 
 #[test]
-fn what_was_taken_away_can_come_back() {
+fn removed_names_can_be_added_again() {
     let gone = || {
         vec![
             entry("d", EntryKind::Whiteout),
@@ -230,7 +230,7 @@ fn what_was_taken_away_can_come_back() {
 }
 
 #[test]
-fn opaque_directories_lose_what_is_below() {
+fn opaque_directories_hide_lower_contents() {
     let tree = merge(&[
         vec![file("d/a"), file("d/e/b")],
         vec![file("d/new"), file("d/a"), entry("d", EntryKind::Opaque)],

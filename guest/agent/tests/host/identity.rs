@@ -20,8 +20,8 @@ pub(crate) const TESTS: &[Test] = &[
         identity_survives_the_actions_of_systemd,
     ),
     (
-        "files_of_identity_that_are_links_to_each_other",
-        files_of_identity_that_are_links_to_each_other,
+        "identity_files_that_link_to_each_other",
+        identity_files_that_link_to_each_other,
     ),
     (
         "a_resolv_conf_exists_with_every_image",
@@ -144,7 +144,7 @@ fn a_resolv_conf_exists_with_every_image() {
     }
 }
 
-fn files_of_identity_that_are_links_to_each_other() {
+fn identity_files_that_link_to_each_other() {
     const NAMES: [&str; 4] = ["hosts", "hostname", "resolv.conf", "machine-id"];
     let targets = NAMES.iter().chain(&["../run/sm-epoch", "../run/x"]);
     for (name, target) in NAMES

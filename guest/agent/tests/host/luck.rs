@@ -24,8 +24,8 @@ pub(crate) const TESTS: &[Test] = &[
         files_that_do_not_respond_block_no_other_request,
     ),
     (
-        "a_command_is_started_where_pid_one_is",
-        a_command_is_started_where_pid_one_is,
+        "a_command_is_started_in_the_group_of_pid_one",
+        a_command_is_started_in_the_group_of_pid_one,
     ),
 ];
 
@@ -200,7 +200,7 @@ fn files_that_do_not_respond_block_no_other_request() {
 
 /// systemd and other init systems enable controllers for the groups below their own, in
 /// which no process can be started then.
-fn a_command_is_started_where_pid_one_is() {
+fn a_command_is_started_in_the_group_of_pid_one() {
     let agent = Agent::bare();
     let mount = cgroup_mount().unwrap();
     let controllers = fs::read_to_string(mount.join("cgroup.controllers")).unwrap();

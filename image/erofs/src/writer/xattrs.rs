@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn what_inodes_have_in_common_is_kept_once() {
+    fn shared_attributes_are_stored_once() {
         let label: &[u8] = b"system_u:object_r:bin_t:s0";
         let tree = with_xattrs(&[
             ("a", &[("security.selinux", label)]),

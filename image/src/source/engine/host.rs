@@ -190,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn the_engine_is_the_one_that_docker_uses() {
+    fn the_engine_is_selected_as_by_docker() {
         let directory = tempfile::tempdir().unwrap();
         let home = directory.path();
         let unix = |path: &str| Ok(Host::Unix(path.into()));

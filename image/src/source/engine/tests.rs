@@ -170,7 +170,7 @@ fn an_engine_can_be_on_another_host() {
 }
 
 #[test]
-fn what_is_wrong_is_told() {
+fn failures_are_reported() {
     let directory = tempfile::tempdir().unwrap();
     let fails = |host: Host, words: &[&str]| {
         let error = opened(host, directory.path(), |engine| engine.image(None));
@@ -220,7 +220,7 @@ fn what_is_wrong_is_told() {
 }
 
 #[test]
-fn giving_up_ends_what_is_received() {
+fn cancelling_ends_a_transfer() {
     let directory = tempfile::tempdir().unwrap();
     let path: PathBuf = directory.path().join("engine.sock");
     let listener = UnixListener::bind(&path).unwrap();

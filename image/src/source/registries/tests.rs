@@ -29,7 +29,7 @@ fn wrong(text: &str, word: &str) {
 }
 
 #[test]
-fn without_a_table_the_reference_is_where_it_says() {
+fn without_a_table_the_reference_names_the_location() {
     let all = parsed("unqualified-search-registries = ['quay.io']\nshort-name-mode = 'enforcing'");
     assert_eq!(
         places(&all, "nginx"),
@@ -159,7 +159,7 @@ fn blocked_registries_are_not_asked() {
 }
 
 #[test]
-fn aliases_are_added_and_taken_away() {
+fn aliases_are_added_and_removed() {
     let mut all = parsed("[aliases]\nubi8 = 'r.example/ubi8'\ncentos = 'quay.io/centos/centos'");
     all.add(
         "[aliases]\ncentos = ''\nfedora = 'f.example/fedora'",
@@ -172,7 +172,7 @@ fn aliases_are_added_and_taken_away() {
 }
 
 #[test]
-fn what_is_wrong_is_named() {
+fn invalid_configurations_are_reported() {
     wrong("[[registry", "");
     wrong(
         "[registries.search]\nregistries = ['docker.io']",
@@ -214,7 +214,7 @@ fn what_is_wrong_is_named() {
 }
 
 #[test]
-fn files_are_looked_for_where_podman_does() {
+fn files_are_searched_in_the_paths_of_podman() {
     let directory = tempfile::tempdir().unwrap();
     let root = directory.path();
     let (system, home) = (root.join("etc"), root.join("home"));
@@ -286,7 +286,7 @@ fn later_files_win_and_wrong_ones_are_named() {
 
 proptest! {
     #[test]
-    fn any_text_is_taken(text in "(\\[\\[registry(.mirror)?\\]\\]\n|location = '[a-z*./]{0,6}'\n|prefix = '[a-z*.]{0,6}'\n|\\PC{0,10}){0,8}") {
+    fn any_text_is_parsed_without_panic(text in "(\\[\\[registry(.mirror)?\\]\\]\n|location = '[a-z*./]{0,6}'\n|prefix = '[a-z*.]{0,6}'\n|\\PC{0,10}){0,8}") {
         let mut all = Registries::default();
         if all.add(&text, Path::new("x")).is_ok() {
             let _ = all.places(&DockerReference::parse("a.b/c:d").unwrap());
@@ -294,7 +294,7 @@ proptest! {
     }
 
     #[test]
-    fn what_matches_is_the_beginning(name in "[a-c./:]{1,12}", prefix in "(\\*\\.)?[a-c./]{1,6}") {
+    fn a_match_is_a_prefix(name in "[a-c./:]{1,12}", prefix in "(\\*\\.)?[a-c./]{1,6}") {
         if let Some(end) = match_prefix(&name, &prefix) {
             prop_assert!(name.is_char_boundary(end));
             prop_assert!(name[..end].ends_with(prefix.trim_start_matches('*')));

@@ -253,7 +253,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tokens_are_asked_for_what_is_to_be_done() {
+    fn tokens_are_requested_with_the_needed_scopes() {
         let scopes = |own: &[&str], asked| {
             let own = own.iter().map(|scope| (*scope).to_owned()).collect();
             let authorizer = Authorizer::new("r", "a", own);

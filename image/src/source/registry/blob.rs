@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn what_drags_is_noticed() {
+    fn slow_connections_are_detected() {
         let mut pace = Pace::default();
         let second = Duration::from_secs(1);
         assert!(!(0..60).any(|_| pace.drags(10, second)));
@@ -262,7 +262,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_range_is_taken(text in "(bytes )?[0-9*/ \u{e9}-]{0,40}") {
+        fn any_range_is_parsed_without_panic(text in "(bytes )?[0-9*/ \u{e9}-]{0,40}") {
             let _ = parse_range(&text);
         }
     }

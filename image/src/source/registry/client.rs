@@ -346,7 +346,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn this_host_is_told_from_others() {
+    fn loopback_hosts_are_recognised() {
         for host in [
             "localhost",
             "localhost:5000",

@@ -228,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn what_docker_login_leaves_is_found() {
+    fn credentials_of_docker_login_are_found() {
         // "me:se:cret"
         let json = r#"{"auths": {
             "https://index.docker.io/v1/": {"auth": "bWU6c2U6Y3JldA=="},
@@ -255,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn helpers_are_asked_where_they_are_named() {
+    fn configured_helpers_are_called() {
         let json = r#"{"credHelpers": {"r.example": "one"}, "credsStore": "two",
                        "auths": {"s.example": {}}}"#;
         let identity = |text: &str| Some(Credentials::Identity(text.to_owned()));

@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn registries_ask_in_seconds_or_by_date() {
+    fn retry_after_is_seconds_or_a_date() {
         let now = UNIX_EPOCH + Duration::from_secs(784_111_770);
         let after = |text: &str| retry_after(text, now).map(|pause| pause.as_secs());
         assert_eq!(after("120"), Some(120));
@@ -240,7 +240,7 @@ mod tests {
         }
 
         #[test]
-        fn any_header_is_taken(text in "\\PC{0,40}") {
+        fn any_header_is_parsed_without_panic(text in "\\PC{0,40}") {
             let _ = retry_after(&text, UNIX_EPOCH);
         }
 

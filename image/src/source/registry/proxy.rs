@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn exceptions_are_names_networks_and_this_host() {
+    fn proxy_exceptions_are_names_networks_and_this_host() {
         assert!(spared("", "http://localhost:5000/"));
         assert!(spared("", "https://127.9.9.9/"));
         assert!(spared("", "http://[::1]:5000/"));
@@ -248,7 +248,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_exception_is_taken(text in "[a-z0-9.:*/,\\[\\] \u{e9}]{0,60}") {
+        fn any_exception_is_parsed_without_panic(text in "[a-z0-9.:*/,\\[\\] \u{e9}]{0,60}") {
             spared(&text, "https://r.example:5000/");
             spared(&text, "http://10.0.0.1/");
         }

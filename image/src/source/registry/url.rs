@@ -164,7 +164,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_joined_is_http(location in "\\PC{0,40}") {
+        fn joined_locations_are_http(location in "\\PC{0,40}") {
             let base = "https://r.example/a/b".parse().unwrap();
             if let Some(uri) = join(&base, &location) {
                 prop_assert!(matches!(uri.scheme_str(), Some("http" | "https")));

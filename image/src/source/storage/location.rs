@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn configurations_are_those_of_podman() {
+    fn configurations_are_found_as_by_podman() {
         let directory = tempfile::tempdir().unwrap();
         let (home, etc) = (
             directory.path().join("home"),

@@ -441,7 +441,7 @@ mod tests {
     }
 
     #[test]
-    fn a_storage_that_is_wrong_is_refused() {
+    fn an_invalid_storage_is_refused() {
         let directory = tempfile::tempdir().unwrap();
         let root = directory.path();
         let fails = |driver: &str, words: &[&str]| {

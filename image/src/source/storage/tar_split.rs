@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn segments_and_files_are_put_together() {
+    fn segments_and_files_are_combined() {
         let directory = tempfile::tempdir().unwrap();
         let root = directory.path();
         std::fs::create_dir(root.join("usr")).unwrap();
@@ -263,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn damage_is_told() {
+    fn corruption_is_reported() {
         let directory = tempfile::tempdir().unwrap();
         std::fs::write(directory.path().join("a"), "short").unwrap();
         let fails = |lines: &str, word: &str| {
@@ -290,7 +290,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_lines_are_taken(lines in "(\\{\"type\": [0-3], \"name\": \"[./a]{0,4}\", \"size\": [0-9]{1,3}, \"payload\": \"[A=]{0,8}\", \"position\": [0-2]\\}\n|\\PC{0,20}\n){0,6}") {
+        fn any_lines_are_parsed_without_panic(lines in "(\\{\"type\": [0-3], \"name\": \"[./a]{0,4}\", \"size\": [0-9]{1,3}, \"payload\": \"[A=]{0,8}\", \"position\": [0-2]\\}\n|\\PC{0,20}\n){0,6}") {
             let directory = tempfile::tempdir().unwrap();
             let _ = read(directory.path(), &lines);
         }

@@ -50,7 +50,7 @@ const FILE: EntryKind<'static> = EntryKind::File {
 };
 
 #[test]
-fn the_header_of_a_hard_link_counts_for_the_file() {
+fn the_header_of_a_hard_link_applies_to_the_file() {
     let link = EntryKind::Hardlink(b"a");
     let tree = tree(&[("a", FILE, 0o4755, &[]), ("b", link, 0o600, &[])]).unwrap();
     let id = tree.child(ROOT, b"a").unwrap();

@@ -38,7 +38,7 @@ fn the_uppermost_has_the_group_of_a_set_group_id_directory() {
 }
 
 #[test]
-fn a_way_out_of_them_makes_none() {
+fn a_path_that_leaves_them_creates_none() {
     let tree = merge(&[vec![
         link("l", "x/y/../../z/./w/../v"),
         file("l/f"),
@@ -54,7 +54,7 @@ fn a_way_out_of_them_makes_none() {
 }
 
 #[test]
-fn one_that_takes_the_place_of_an_entry_is_kept_like_it() {
+fn an_implied_directory_keeps_the_mark_of_an_entry() {
     let mut tree = merge(&[vec![
         file("d/x/f"),
         entry("d/x", EntryKind::Directory),

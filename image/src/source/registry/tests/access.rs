@@ -6,7 +6,7 @@ use super::server::{Answer, Heard, ok, registry};
 use crate::cancel::Cancel;
 
 #[test]
-fn a_token_is_got_and_got_again() {
+fn a_token_is_requested_and_renewed() {
     let mut valid = 0;
     let fixture = registry(move |request, content| {
         if request.path.starts_with("/token?") {
@@ -39,7 +39,7 @@ fn a_token_is_got_and_got_again() {
 }
 
 #[test]
-fn an_image_that_is_not_ours_says_how_to_log_in() {
+fn the_error_for_a_private_image_names_the_login() {
     let fixture = registry(|_, _| {
         let challenge = "Basic realm=\"private\"".to_owned();
         Answer::Say(401, vec![("WWW-Authenticate", challenge)], Vec::new())
@@ -97,7 +97,7 @@ fn a_redirect_is_followed_without_the_token() {
 }
 
 #[test]
-fn a_token_that_expires_on_the_way_is_renewed() {
+fn a_token_that_expires_during_a_pull_is_renewed() {
     let mut valid = 1;
     let fixture = registry(move |request, content| {
         if request.path.starts_with("/token") {
@@ -151,7 +151,7 @@ fn one_of_many_readers_gets_the_token() {
 }
 
 #[test]
-fn a_registrys_own_words_are_told() {
+fn the_registrys_error_message_is_reported() {
     let fixture = registry(|_, _| {
         let body = br#"{"errors": [{"code": "DENIED", "message": "not for\nyou \u001b[31m"}]}"#;
         Answer::Say(403, Vec::new(), body.to_vec())
@@ -204,7 +204,7 @@ fn ask(address: &str) -> Ask<'static> {
 }
 
 #[test]
-fn nobody_is_led_from_tls_to_none() {
+fn redirects_from_tls_to_plain_http_are_refused() {
     let answer = "HTTP/1.1 307 Go\r\nLocation: http://127.0.0.1:1/x\r\nContent-Length: 0\r\n\r\n";
     let (address, http) = with_tls(answer);
     match http.ask(&ask(&address)) {
@@ -217,7 +217,7 @@ fn nobody_is_led_from_tls_to_none() {
 }
 
 #[test]
-fn credentials_are_not_sent_where_anybody_listens() {
+fn credentials_are_not_sent_without_tls() {
     // The registry uses TLS; the token server that it names does not.
     let answer = "HTTP/1.1 401 No\r\nContent-Length: 0\r\n\
                   WWW-Authenticate: Bearer realm=\"http://127.0.0.1:1/token\"\r\n\r\n";

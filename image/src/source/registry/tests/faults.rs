@@ -4,7 +4,7 @@ use super::server::{Answer, Heard, ok, registry, status};
 use crate::digest::Digest;
 
 #[test]
-fn a_broken_connection_is_taken_up_where_it_broke() {
+fn a_broken_connection_is_resumed() {
     let mut cuts = 0;
     let fixture = registry(move |request, content| {
         let honest = content.honest(request);
@@ -45,7 +45,7 @@ fn a_registry_without_ranges_is_read_again() {
 }
 
 #[test]
-fn a_connection_that_always_breaks_is_given_up() {
+fn a_connection_that_always_breaks_is_an_error() {
     let fixture = registry(|request, content| match content.honest(request) {
         Answer::Say(status, headers, body) if body.len() > 100_000 => {
             Answer::Cut(status, headers, body, 10)
@@ -57,7 +57,7 @@ fn a_connection_that_always_breaks_is_given_up() {
 }
 
 #[test]
-fn trouble_that_passes_is_waited_for() {
+fn temporary_failures_are_retried() {
     let mut troubles = vec![
         status(503),
         Answer::Say(429, vec![("Retry-After", "0".to_owned())], Vec::new()),
@@ -75,7 +75,7 @@ fn trouble_that_passes_is_waited_for() {
 }
 
 #[test]
-fn trouble_that_stays_is_told() {
+fn permanent_failures_are_reported() {
     let fixture = registry(|request, _| match request.path.as_str() {
         "/v2/" => status(200),
         _ => Answer::Say(500, vec![("Retry-After", "0".to_owned())], Vec::new()),
@@ -102,7 +102,7 @@ fn wrong_contents_are_refused() {
 }
 
 #[test]
-fn lengths_that_lie_are_found_out() {
+fn wrong_lengths_are_errors() {
     // The answer is longer than the manifest permits.
     let fixture = registry(|request, content| match content.honest(request) {
         Answer::Say(status, headers, mut body) if body.len() > 100_000 => {
@@ -130,7 +130,7 @@ fn lengths_that_lie_are_found_out() {
 }
 
 #[test]
-fn connections_cut_anywhere_are_put_together() {
+fn connections_cut_anywhere_are_resumed() {
     let mut random = 1_u64;
     let mut next = move |below: usize| {
         // The sequence is arbitrary, but reproducible.
@@ -160,7 +160,7 @@ fn connections_cut_anywhere_are_put_together() {
 }
 
 #[test]
-fn parts_that_do_not_fit_are_not_put_together() {
+fn mismatched_parts_are_not_combined() {
     let wrong: [fn(usize, usize) -> String; 4] = [
         // The range omits a byte.
         |from, len| format!("bytes {}-{}/{len}", from + 1, len - 1),
@@ -189,7 +189,7 @@ fn parts_that_do_not_fit_are_not_put_together() {
 }
 
 #[test]
-fn a_part_that_begins_earlier_is_read_over() {
+fn the_known_start_of_a_part_is_skipped() {
     let fixture = registry(move |request, content| {
         let mut earlier = request.clone();
         if let Some(range) = earlier.headers.get_mut("range") {
@@ -209,7 +209,7 @@ fn a_part_that_begins_earlier_is_read_over() {
 }
 
 #[test]
-fn a_registry_that_has_less_than_it_said_is_found_out() {
+fn a_blob_shorter_than_announced_is_an_error() {
     let fixture = registry(|request, content| match content.honest(request) {
         Answer::Say(200, headers, body) if body.len() > 100_000 => {
             Answer::Cut(200, headers, body, 70_000)
@@ -221,7 +221,7 @@ fn a_registry_that_has_less_than_it_said_is_found_out() {
 }
 
 #[test]
-fn manifests_that_break_off_are_asked_for_again() {
+fn truncated_manifests_are_requested_again() {
     let mut cuts = 2;
     let fixture = registry(move |request, content| match content.honest(request) {
         Answer::Say(status, headers, body) if request.path.contains("/manifests/") && cuts > 0 => {
@@ -241,7 +241,7 @@ fn manifests_that_break_off_are_asked_for_again() {
 }
 
 #[test]
-fn a_registry_is_left_alone_as_long_as_it_asks() {
+fn a_requested_pause_is_respected() {
     let mut troubles = vec![Answer::Say(
         429,
         vec![("Retry-After", "1".to_owned())],
@@ -264,7 +264,7 @@ fn a_registry_is_left_alone_as_long_as_it_asks() {
 }
 
 #[test]
-fn a_registry_that_asks_for_too_long_is_not_waited_for() {
+fn an_excessive_pause_is_an_error() {
     let far = "Fri, 31 Dec 2100 00:00:00 GMT";
     for pause in ["3600", far] {
         let fixture = registry(move |request, content| match request.path.as_str() {
@@ -286,7 +286,7 @@ fn a_registry_that_asks_for_too_long_is_not_waited_for() {
 }
 
 #[test]
-fn giving_up_ends_reads_and_waits() {
+fn cancelling_ends_reads_and_waits() {
     let silent = registry(|request, content| match content.honest(request) {
         Answer::Say(200, _, body) if body.len() > 100_000 => Answer::Silence,
         other => other,
@@ -317,7 +317,7 @@ fn giving_up_ends_reads_and_waits() {
 }
 
 #[test]
-fn wrong_lengths_in_the_protocol_are_survived() {
+fn wrong_content_lengths_are_handled() {
     // Content-Length is too short, which the reader sees as a truncation on every
     // attempt.
     let fixture = registry(|request, content| match content.honest(request) {

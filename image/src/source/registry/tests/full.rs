@@ -41,8 +41,8 @@ fn on_small_disk(name: &str, size: &str) -> bool {
 
 /// The sizes in a manifest are checked before any layer is requested.
 #[test]
-fn a_layer_of_which_too_much_is_said_is_not_asked_for() {
-    if !on_small_disk("a_layer_of_which_too_much_is_said_is_not_asked_for", "4m") {
+fn a_layer_with_an_excessive_size_is_not_requested() {
+    if !on_small_disk("a_layer_with_an_excessive_size_is_not_requested", "4m") {
         return;
     }
     // A size beyond the free space, one beyond the limit of layers, and the maximum of
@@ -72,8 +72,8 @@ fn a_layer_of_which_too_much_is_said_is_not_asked_for() {
 }
 
 #[test]
-fn wherever_the_disk_gets_full_a_pull_says_so() {
-    if !on_small_disk("wherever_the_disk_gets_full_a_pull_says_so", "4m") {
+fn a_pull_reports_a_full_disk() {
+    if !on_small_disk("a_pull_reports_a_full_disk", "4m") {
         return;
     }
     let fixture = registry(|request, content| content.honest(request));

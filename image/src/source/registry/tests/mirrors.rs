@@ -3,7 +3,7 @@
 use super::server::{Answer, Heard, registry, status};
 
 #[test]
-fn a_mirror_saves_asking_the_registry() {
+fn a_mirror_replaces_the_registry() {
     let mirror = registry(|request, content| content.honest(request));
     let own = registry(|_, _| status(500));
     let heard = Heard::default();
@@ -14,7 +14,7 @@ fn a_mirror_saves_asking_the_registry() {
 }
 
 #[test]
-fn mirrors_that_are_of_no_use_are_passed_over() {
+fn unusable_mirrors_are_skipped() {
     let missing = registry(|_, _| status(404));
     let refusing = registry(|_, _| status(403));
     let own = registry(|request, content| content.honest(request));
@@ -35,7 +35,7 @@ fn mirrors_that_are_of_no_use_are_passed_over() {
 }
 
 #[test]
-fn the_registrys_own_answer_is_told() {
+fn the_registrys_own_error_is_reported() {
     let mirror = registry(|_, _| status(500));
     let own = registry(|_, _| status(404));
     let heard = Heard::default();
@@ -47,7 +47,7 @@ fn the_registrys_own_answer_is_told() {
 }
 
 #[test]
-fn a_layer_goes_on_elsewhere() {
+fn a_layer_is_resumed_at_another_location() {
     // The mirror has the image, but never more than a part of the layer.
     let mirror = registry(|request, content| match content.honest(request) {
         Answer::Say(200, headers, body) if body.len() > 100_000 => {

@@ -14,7 +14,7 @@ use crate::reference::Reference;
 use crate::store::Store;
 
 #[test]
-fn an_image_is_pulled_once_and_then_at_hand() {
+fn an_image_is_pulled_once_and_then_found_in_the_store() {
     let fixture = registry(|request, content| content.honest(request));
     assert!(fixture.pull().unwrap() > 300_000);
     let asked = fixture.requests().len();
@@ -38,13 +38,13 @@ fn an_image_is_pulled_once_and_then_at_hand() {
 }
 
 #[test]
-fn what_is_not_there_is_unknown() {
+fn missing_images_are_unknown() {
     let fixture = registry(|_, _| status(404));
     fixture.fails(&["unknown image", "team/app:latest", "has none"]);
 }
 
 #[test]
-fn an_index_leads_to_the_manifest_of_this_platform() {
+fn an_index_is_resolved_to_the_manifest_of_this_platform() {
     let fixture = registry(|request, content| {
         let digest = Digest::of(&content.manifest);
         if request.path.ends_with("/manifests/latest") {

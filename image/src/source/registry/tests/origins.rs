@@ -31,7 +31,7 @@ fn redirecting(other: &Fixture) -> Fixture {
 }
 
 #[test]
-fn a_challenge_at_the_end_of_a_redirect_is_not_taken_up() {
+fn a_challenge_after_a_redirect_is_ignored() {
     for code in [401, 403] {
         let thief = registry(move |request, content| {
             if request.path.starts_with("/token") {
@@ -58,7 +58,7 @@ fn a_challenge_at_the_end_of_a_redirect_is_not_taken_up() {
 }
 
 #[test]
-fn a_pause_is_the_registrys_to_ask_for() {
+fn a_pause_is_accepted_only_from_the_registry() {
     // The requested pause would exceed the maximum.
     let mut troubles = 1;
     let elsewhere = registry(move |request, content| {
@@ -138,7 +138,7 @@ fn push_through(other: &Fixture) -> (Fixture, String) {
 }
 
 #[test]
-fn an_upload_place_elsewhere_gets_no_credentials_whatever_it_answers() {
+fn an_upload_at_another_host_gets_no_credentials() {
     let thief = registry(|request, content| {
         if request.path.starts_with("/token") {
             return ok(b"{\"token\": \"mine\"}");
@@ -155,7 +155,7 @@ fn an_upload_place_elsewhere_gets_no_credentials_whatever_it_answers() {
 }
 
 #[test]
-fn an_upload_place_elsewhere_sends_us_nowhere_else() {
+fn an_upload_at_another_host_cannot_redirect_to_the_registry() {
     // The address is one of the registry, chosen by another host.
     let target = Arc::new(std::sync::Mutex::new(String::new()));
     let named = Arc::clone(&target);
@@ -211,7 +211,7 @@ fn ask(address: &str) -> String {
 }
 
 #[test]
-fn only_who_does_not_speak_tls_is_talked_to_without() {
+fn plain_http_is_used_only_without_tls_support() {
     // The answer of Go's server to a TLS greeting.
     let refused = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
     let (plain, count) = port(Some(refused));

@@ -106,7 +106,7 @@ fn blobs_are_sent_once_and_then_named() {
 }
 
 #[test]
-fn what_a_neighbour_has_is_not_sent() {
+fn blobs_of_another_repository_are_mounted() {
     let brought = Arc::new(Mutex::new(Brought::default()));
     let fixture = registry(move |request, _| brought.lock().unwrap().take(request));
     let others = ["team/app", "other/image", "shared/base"];
@@ -123,7 +123,7 @@ fn what_a_neighbour_has_is_not_sent() {
 }
 
 #[test]
-fn a_broken_upload_begins_again() {
+fn a_broken_upload_restarts() {
     let brought = Arc::new(Mutex::new(Brought::default()));
     let mut broken = 0;
     let fixture = registry(move |request, _| {
@@ -141,7 +141,7 @@ fn a_broken_upload_begins_again() {
 }
 
 #[test]
-fn the_right_to_push_is_asked_for() {
+fn permission_to_push_is_requested() {
     let brought = Arc::new(Mutex::new(Brought::default()));
     let fixture = registry(move |request, content| {
         if request.path.starts_with("/token") {
@@ -163,7 +163,7 @@ fn the_right_to_push_is_asked_for() {
 }
 
 #[test]
-fn uploads_elsewhere_are_made_without_credentials() {
+fn uploads_to_other_hosts_carry_no_credentials() {
     let brought = Arc::new(Mutex::new(Brought::default()));
     let elsewhere = registry(move |request, _| {
         assert!(
@@ -192,7 +192,7 @@ fn uploads_elsewhere_are_made_without_credentials() {
 }
 
 #[test]
-fn refusals_and_lies_are_told() {
+fn refusals_and_wrong_digests_are_reported() {
     let refusing = registry(|request, _| match request.method.as_str() {
         "HEAD" => status(404),
         _ => Answer::Say(
