@@ -1,5 +1,4 @@
-//! Converts OCI and Docker images from any transport to EROFS disks in a crash-safe content
-//! store.
+//! Converts OCI and Docker images to EROFS disks in a crash-safe content store.
 //!
 //! A layer is converted once ([`Store`]) to a *blob* of file contents at 4 KiB boundaries
 //! and an *index* of everything else. An image is then an EROFS *metadata image* whose
