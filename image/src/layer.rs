@@ -113,7 +113,8 @@ pub(crate) fn convert(
     Ok(Converted { totals, diff_id })
 }
 
-/// Checks the length of a layer, which is a claim of its source or the maximum.
+/// Checks the length of a stored layer, as its source announces it or as it was read,
+/// against the limits.
 pub(crate) fn check_stated(layer: Digest, size: u64, limits: Limits) -> Result<(), Error> {
     limits.check_stored(size).map_err(|error| Error::Layer {
         layer: layer.to_string(),

@@ -58,7 +58,7 @@ pub(crate) fn pipes(stdin: bool, null: &Node) -> io::Result<(ChildEnds, AgentEnd
 }
 
 /// Creates a pseudo-terminal of the devpts instance mounted at `devpts`. Only the agent
-/// has access to that mount point, and users cannot create or remove files in devpts.
+/// mounts file systems there, and devpts lets no user create or remove files.
 pub(crate) fn terminal(devpts: &Path, cols: u16, rows: u16) -> io::Result<(ChildEnds, AgentEnds)> {
     let flags = libc::O_NOCTTY | libc::O_NONBLOCK;
     let master: OwnedFd = OpenOptions::new()
