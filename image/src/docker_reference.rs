@@ -37,7 +37,8 @@ impl DockerReference {
     pub fn parse(text: &str) -> Result<Self, &'static str> {
         let (rest, digest) = match text.split_once('@') {
             Some((rest, digest)) => {
-                let digest = Digest::parse(digest).ok_or("what follows @ is no sha256 digest")?;
+                let digest =
+                    Digest::parse(digest).ok_or("the text after @ is not a sha256 digest")?;
                 (rest, Some(digest))
             }
             None => (text, None),

@@ -29,8 +29,9 @@ pub(crate) struct Named {
 impl Named {
     pub(crate) fn from_descriptor(descriptor: &Descriptor, document: &str) -> Result<Self, Error> {
         let text = descriptor.digest().to_string();
-        let digest = Digest::parse(&text)
-            .ok_or_else(|| Error::document(document, format!("\"{text}\" is no sha256 digest")))?;
+        let digest = Digest::parse(&text).ok_or_else(|| {
+            Error::document(document, format!("\"{text}\" is not a sha256 digest"))
+        })?;
         Ok(Self {
             digest,
             size: descriptor.size(),

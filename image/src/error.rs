@@ -17,7 +17,7 @@ pub enum Error {
         reason: &'static str,
     },
     /// The platform cannot be parsed.
-    #[error("\"{0}\" is not a platform: OS/ARCHITECTURE[/VARIANT] is meant, such as linux/arm64")]
+    #[error("\"{0}\" is not a platform: expected OS/ARCHITECTURE[/VARIANT], such as linux/arm64")]
     Platform(String),
     /// No image exists for the requested platform.
     #[error("there is no image for {wanted}; there are images for {offered}")]

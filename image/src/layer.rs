@@ -254,7 +254,7 @@ impl<R: Read> LayerWriter<'_, R> {
             }
             Kind::Directory => EntryKind::Directory,
             Kind::Symlink(target) if target.is_empty() => {
-                return Err("it is a symbolic link to nothing".to_owned());
+                return Err("it is a symbolic link without a target".to_owned());
             }
             Kind::Symlink(target) => EntryKind::Symlink(target),
             Kind::Hardlink(linked) => {
@@ -389,7 +389,7 @@ fn whiteout(path: &[u8], name: &[u8]) -> Result<Option<(Vec<u8>, EntryKind<'stat
     }
     let hidden = name.strip_prefix(WHITEOUT).unwrap_or_default();
     if matches!(hidden, b"" | b"." | b"..") {
-        return Err("it is a whiteout of no valid name".to_owned());
+        return Err("it is a whiteout of an invalid name".to_owned());
     }
     let mut target = parent.to_vec();
     if !target.is_empty() {

@@ -164,7 +164,7 @@ impl<R: Read> Read for Wanted<'_, R> {
             .read(buffer.get_mut(..most).unwrap_or_default())?;
         match self.left.checked_sub(count as u64) {
             Some(left) => self.left = left,
-            None => return Err(io::Error::other("it goes on after its end")),
+            None => return Err(io::Error::other("it continues after its end")),
         }
         Ok(count)
     }

@@ -327,7 +327,7 @@ impl<R: Read> Reader<R> {
             return match second == 0 || is_zero(&block) {
                 true => Ok(None),
                 // Some readers would see later entries and others would not.
-                false => Err(bad("it goes on after a zero block")),
+                false => Err(bad("it continues after a zero block")),
             };
         }
         let stated = number(field(&block, 148, 8))?;

@@ -122,7 +122,7 @@ fn links_cannot_lead_out() {
     refused(
         &[tar(&[symlink("nothing", "")])],
         "nothing",
-        "link to nothing",
+        "link without a target",
     );
 }
 

@@ -68,7 +68,9 @@ impl Chain {
                 other => other?,
             };
             if member.lease.manifest().digest != parent.digest {
-                return Err(wrong("is another one than it was made over".to_owned()));
+                return Err(wrong(
+                    "is not the snapshot that it was created from".to_owned(),
+                ));
             }
             if member.index.regions != regions {
                 return Err(wrong("has another memory layout".to_owned()));

@@ -227,13 +227,13 @@ impl CpuFeatures {
     pub fn check(&self, host: &Self) -> Result<(), String> {
         if self.arch != host.arch {
             return Err(format!(
-                "it was made on {}, and this host is {}",
+                "it was created on {}, and this host is {}",
                 self.arch, host.arch
             ));
         }
         if self.vendor != host.vendor {
             return Err(format!(
-                "it was made on a processor by {}, and this one is by {}",
+                "it was created on a processor by {}, and this one is by {}",
                 self.vendor, host.vendor
             ));
         }
@@ -246,7 +246,7 @@ impl CpuFeatures {
             return Ok(());
         }
         Err(format!(
-            "this host does not offer {} to guests, which this one may be using",
+            "this host does not offer {} to guests, which the snapshot may use",
             missing.join(", ")
         ))
     }

@@ -173,7 +173,7 @@ impl Manifest {
         if canonical != bytes {
             return Err(Error::damaged(
                 &file,
-                "it was altered: its checksum does not match",
+                "it was modified: its checksum does not match",
             ));
         }
         Ok(manifest)

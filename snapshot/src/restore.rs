@@ -57,7 +57,7 @@ pub fn check(chain: &Chain, wanted: &Requirements) -> Result<(), Error> {
         if let Some(expected) = expected
             && expected != found
         {
-            return refuse(format!("it was made with another guest {what}"));
+            return refuse(format!("it was created with another guest {what}"));
         }
     }
     manifest.cpu.check(&wanted.cpu).or_else(refuse)

@@ -146,7 +146,7 @@ impl StateFile {
         };
         let mut reader = Reader(body);
         if reader.array::<8>() != Some(MAGIC) {
-            return Err(damaged("it does not start like a state file"));
+            return Err(damaged("it is not a state file"));
         }
         let format = reader.u32().ok_or_else(|| damaged("it is too short"))?;
         if format > FORMAT {
@@ -159,7 +159,7 @@ impl StateFile {
         let count = reader.u32().ok_or_else(|| damaged("it is too short"))?;
         let total = reader.u64().ok_or_else(|| damaged("it is too short"))?;
         if total != bytes.len() as u64 {
-            return Err(damaged("it was cut short or added to"));
+            return Err(damaged("it was truncated or extended"));
         }
         let computed = Sha256::digest(body);
         if computed.as_slice() != stored || hex(&computed) != digest {

@@ -95,7 +95,11 @@ fn what_stays_wrong_is_told_and_not_stored() {
         (Fault::Status(403, None), is_blob, "refuses access"),
         (Fault::Status(404, None), is_blob, "does not have blob"),
         (Fault::Status(429, Some("7200")), is_manifest, "7200 s"),
-        (Fault::Cut(60), is_manifest, "a manifest breaks off"),
+        (
+            Fault::Cut(60),
+            is_manifest,
+            "the transfer of a manifest was interrupted",
+        ),
         (Fault::Alter(3), is_manifest, "manifest"),
         (
             Fault::Elsewhere("127.0.0.1:1".to_owned()),

@@ -116,7 +116,7 @@ impl FromStr for Publication {
             "udp" | "sctp" => {
                 return Err(bad("only TCP ports can be published"));
             }
-            _ => return Err(bad("the protocol is tcp")),
+            _ => return Err(bad("the protocol must be tcp")),
         }
         let tcp = |address: IpAddr, port| HostEnd::Tcp(SocketAddr::new(address, port));
         let local = IpAddr::V4(Ipv4Addr::LOCALHOST);
@@ -127,14 +127,14 @@ impl FromStr for Publication {
         let (front, guest) = ports.rsplit_once(':').unwrap_or(("", ports));
         let guest = match guest.parse::<u16>() {
             Ok(port @ 1..) => port,
-            _ => return Err(bad("the guest's port is a number from 1 to 65535")),
+            _ => return Err(bad("the guest's port must be a number from 1 to 65535")),
         };
         let (address, port) = front.rsplit_once(':').unwrap_or(("", front));
         let port = match port {
             "" => 0,
             digits => digits
                 .parse()
-                .map_err(|_| bad("the host's port is a number up to 65535"))?,
+                .map_err(|_| bad("the host's port must be a number up to 65535"))?,
         };
         let bare = address
             .strip_prefix('[')
@@ -214,7 +214,7 @@ impl Publication {
                 host: HostEnd::Unix(path),
                 guest,
             }),
-            _ => Err(bad("the guest's port is a number from 1 to 65535")),
+            _ => Err(bad("the guest's port must be a number from 1 to 65535")),
         }
     }
 }

@@ -33,18 +33,19 @@ impl FromStr for Ports {
         if !guest.contains('-') && !host.contains('-') {
             return Ok(Self(vec![word.parse()?]));
         }
-        let guest = range(guest).ok_or_else(|| bad("a range of ports is FIRST-LAST"))?;
+        let guest =
+            range(guest).ok_or_else(|| bad("a range of ports must have the form FIRST-LAST"))?;
         let most = guest.len();
         if most > MOST {
-            return Err(bad("a range has 1000 ports at most"));
+            return Err(bad("a range may have at most 1000 ports"));
         }
         let hosts = match host {
             "" => vec![String::new(); most],
             range_of_host => {
-                let host =
-                    range(range_of_host).ok_or_else(|| bad("a range of ports is FIRST-LAST"))?;
+                let host = range(range_of_host)
+                    .ok_or_else(|| bad("a range of ports must have the form FIRST-LAST"))?;
                 if host.len() != most {
-                    return Err(bad("the ranges of host and guest are of different lengths"));
+                    return Err(bad("the ranges of host and guest have different lengths"));
                 }
                 host.map(|port| port.to_string()).collect()
             }

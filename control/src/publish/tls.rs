@@ -49,7 +49,7 @@ pub(super) fn parse(word: &str) -> Result<Publication, PublishError> {
         let (option, value) = part
             .split_once('=')
             .filter(|(_, value)| !value.is_empty())
-            .ok_or_else(|| bad("an option is written OPTION=VALUE"))?;
+            .ok_or_else(|| bad("an option must have the form OPTION=VALUE"))?;
         match option {
             "cert" => end.certificate = Some(place(word, value)?),
             "key" => end.key = Some(place(word, value)?),
@@ -77,7 +77,7 @@ pub(super) fn parse(word: &str) -> Result<Publication, PublishError> {
         ));
     }
     if end.key.is_some() && !end.names.is_empty() {
-        return Err(bad("the names are those of the certificate that is given"));
+        return Err(bad("names cannot be set for a given certificate"));
     }
     Ok(Publication {
         host: HostEnd::Tls(Box::new(end)),

@@ -28,8 +28,7 @@ const MODULES: &str = "/sm/modules.list";
 const CGROUPS: &str = "/sys/fs/cgroup";
 
 /// Message for users who run the agent by hand.
-const NOT_INIT: &[u8] =
-    b"sm-guest-agent: this is the init of a guest, and not of any use elsewhere\n";
+const NOT_INIT: &[u8] = b"sm-guest-agent: this is the init of a guest, and cannot run elsewhere\n";
 
 /// Runs the agent as PID 1, and exits if the process is not PID 1. It never returns and
 /// ends in power-off. A failure panics, and the kernel with it, so that the reason is on

@@ -23,7 +23,9 @@ impl Node {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = open(path, flags, Mode::empty())?;
         if FileType::from_raw_mode(fstat(&fd)?.st_mode) != FileType::CharacterDevice {
-            return Err(io::Error::other(format!("{path} is no character device")));
+            return Err(io::Error::other(format!(
+                "{path} is not a character device"
+            )));
         }
         Ok(Self(fd))
     }

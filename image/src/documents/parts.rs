@@ -32,7 +32,7 @@ impl Parts {
         let config = Named::from_descriptor(manifest.config(), "manifest")?;
         if !matches!(config.media_type.as_str(), OCI_CONFIG | DOCKER_CONFIG) {
             let text = format!(
-                "it is of no container image: its configuration is of type \"{}\"",
+                "it is not a container image: its configuration has type \"{}\"",
                 config.media_type
             );
             return Err(Error::document("manifest", text));
@@ -59,11 +59,11 @@ fn layer(descriptor: &Descriptor) -> Result<Named, Error> {
     let reason = match kind(&named.media_type) {
         Kind::Layer => return Ok(named),
         Kind::Foreign => {
-            "it is a foreign layer, which is not in registries; sm does not fetch what an image \
-             wants to have fetched from elsewhere"
+            "it is a foreign layer, which registries do not store; layers are not fetched from \
+             other addresses in an image"
         }
         Kind::Encrypted => "it is encrypted",
-        Kind::Unknown => "nothing is known about this type",
+        Kind::Unknown => "the type is not supported",
     };
     Err(Error::Layer {
         layer: named.digest.to_string(),
@@ -110,7 +110,10 @@ pub(crate) fn diff_ids(config: &ImageConfiguration, layers: usize) -> Result<Vec
     }
     let parse = |text: &String| {
         Digest::parse(text).ok_or_else(|| {
-            Error::document("configuration", format!("\"{text}\" is no sha256 digest"))
+            Error::document(
+                "configuration",
+                format!("\"{text}\" is not a sha256 digest"),
+            )
         })
     };
     diff_ids.iter().map(parse).collect()
@@ -190,7 +193,7 @@ mod tests {
     #[test]
     fn artifacts_and_images_with_too_many_layers_are_refused() {
         let helm = manifest("application/vnd.cncf.helm.config.v1+json", "");
-        refused(&helm, &["no container image", "helm"]);
+        refused(&helm, &["not a container image", "helm"]);
         let layers = vec![layer_of(OCI_LAYER); MAX_LAYERS + 1].join(", ");
         refused(&manifest(OCI_CONFIG, &layers), &["more than 127 layers"]);
     }

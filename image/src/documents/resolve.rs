@@ -57,7 +57,7 @@ fn parse_document(bytes: &[u8], media_type: Option<&str>) -> Result<Document, Er
     }
     // The parser would accept a list with the members in order.
     if bytes.trim_ascii_start().first() != Some(&b'{') {
-        return Err(Error::document("manifest", "it is no object"));
+        return Err(Error::document("manifest", "it is not an object"));
     }
     let shape: Shape = parse(bytes, "manifest")?;
     let said = [shape.media_type.as_deref(), media_type];
@@ -67,7 +67,7 @@ fn parse_document(bytes: &[u8], media_type: Option<&str>) -> Result<Document, Er
     {
         return Err(Error::document(
             "manifest",
-            "it is of Docker's schema 1, which does not say what is in its layers; \
+            "it has Docker's schema 1, which does not identify the contents of layers; \
              push the image again with any Docker or Podman since 2016",
         ));
     }
@@ -157,14 +157,14 @@ impl Search<'_> {
             }
         };
         if depth == MAX_DEPTH {
-            return Err(Error::document("index", "it leads to too many others"));
+            return Err(Error::document("index", "it refers to too many documents"));
         }
         for chosen in self.candidates(&index)? {
             let named = Named::from_descriptor(chosen, "index")?;
             self.left = self
                 .left
                 .checked_sub(1)
-                .ok_or_else(|| Error::document("index", "it leads to too many others"))?;
+                .ok_or_else(|| Error::document("index", "it refers to too many documents"))?;
             let bytes = (self.read)(&named)?;
             named.check(&bytes)?;
             let found = self.follow(bytes, Some(&named.media_type), depth + 1)?;
@@ -221,7 +221,7 @@ impl Search<'_> {
         Error::NoPlatform {
             wanted: self.platform.to_string(),
             offered: match offered.as_slice() {
-                [] => "no platform that is named".to_owned(),
+                [] => "no named platform".to_owned(),
                 offered => offered.join(", "),
             },
         }

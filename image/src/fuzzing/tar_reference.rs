@@ -25,7 +25,7 @@ const ARCHIVES_FULL: u64 = 20_000;
 
 /// Reasons for refusing an archive that others accept.
 const STRICT: &[&str] = &[
-    "it goes on after a zero block",
+    "it continues after a zero block",
     "it is truncated",
     "a number in a header is malformed",
     "a number in a header is negative",

@@ -168,7 +168,7 @@ impl Archive {
         }
         Err(Error::document(
             path,
-            "it is a link to a link, and so on, in its archive",
+            "it is a chain of too many links in its archive",
         ))
     }
 }

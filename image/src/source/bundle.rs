@@ -58,7 +58,7 @@ impl Bundle {
         let has = |name: &str| Ok::<_, Error>(archive.open_file(name)?.is_some());
         let is_layout = has("index.json")? && has("oci-layout")?;
         if !is_layout && !has("manifest.json")? && !has("repositories")? {
-            return Err(unknown("it is no archive of images".to_owned()));
+            return Err(unknown("it is not an archive of images".to_owned()));
         }
         Ok(Self {
             archive,
@@ -193,7 +193,7 @@ mod tests {
             let error = error.unwrap_err().to_string();
             assert!(error.contains(word), "{word:?} is not in {error:?}");
         };
-        fails(&tar_of(&[("x", b"")]), "no archive of images");
+        fails(&tar_of(&[("x", b"")]), "not an archive of images");
         fails(&tar_of(&[("repositories", b"{}")]), "before 1.10");
         fails(&tar_of(&[("manifest.json", b"[{")]), "manifest");
         fails(b"", "this one");

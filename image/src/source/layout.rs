@@ -133,7 +133,7 @@ impl Files for Directory {
         options.read(true).custom_flags(libc::O_NONBLOCK);
         let opened = options.open(&path).and_then(|file| {
             let is_file = file.metadata()?.is_file();
-            let no_file = || io::Error::other("it is no plain file");
+            let no_file = || io::Error::other("it is not a regular file");
             is_file.then_some(file).ok_or_else(no_file)
         });
         match opened {

@@ -240,7 +240,7 @@ impl Table {
         }
         let wildcard = self.prefix.strip_prefix("*.");
         if wildcard.unwrap_or(&self.prefix).contains('*') || wildcard == Some("") {
-            return Err(format!("prefix \"{}\" is not understood", self.prefix));
+            return Err(format!("prefix \"{}\" is not valid", self.prefix));
         }
         if self.location.is_empty() && wildcard.is_none() {
             return Err(format!("registry \"{}\" has no location", self.prefix));
@@ -264,7 +264,7 @@ impl Table {
 fn clean_location(location: &mut String) -> Result<(), String> {
     if location.contains("://") {
         return Err(format!(
-            "\"{location}\" is an address; only its host and path are meant"
+            "\"{location}\" is a URL, but only host and path are permitted"
         ));
     }
     location.truncate(location.trim_end_matches('/').len());

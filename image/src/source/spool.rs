@@ -49,7 +49,7 @@ pub(super) fn open(path: &Path, session: Session<'_>) -> io::Result<File> {
         false => File::open(path)?,
         true if io::stdin().is_terminal() => {
             return Err(io::Error::other(
-                "the standard input is a terminal: an archive is to come from there",
+                "the standard input is a terminal, but an archive is expected",
             ));
         }
         true => File::from(io::stdin().as_fd().try_clone_to_owned()?),

@@ -165,8 +165,8 @@ impl<'s> Alone<'s> {
                 None => {
                     unclear_names = true;
                     pruned.notes.push(format!(
-                        "{path:?} is no name that this version understands: it may be that of \
-                         any image, so all are kept"
+                        "{path:?} is not a name in the format of this version: it may be that of \
+                         any image, so all images are kept"
                     ));
                 }
             }
@@ -373,8 +373,8 @@ impl<'s> Alone<'s> {
         let unclear = self.unclear_disks();
         if let Some(disk) = unclear.first() {
             self.pruned.notes.push(format!(
-                "the image in {disk:?} is of another version of sm, or damaged: it may need any \
-                 layer, so all are kept"
+                "the image in {disk:?} has another format version or is damaged: it may need any \
+                 layer, so all layers are kept"
             ));
         } else {
             for part in ["layers", "blobs"] {

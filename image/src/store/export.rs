@@ -81,7 +81,7 @@ impl Exported {
             Contents::Plain(diff_id) => Ok(Box::new(store.assemble(*diff_id)?)),
             Contents::Elsewhere => Err(Error::Blob {
                 digest: layer.digest.to_string(),
-                reason: "it was there, and is not any more".to_owned(),
+                reason: "the recipient had it before, and has it no longer".to_owned(),
             }),
         }
     }
@@ -118,8 +118,8 @@ impl Store {
                 });
             }
             (options.report)(Progress::Notice(
-                "The layers as they were pulled are not kept, and cannot be had again: they \
-                 are written anew, and the image has another digest",
+                "The original layers are not stored, and cannot be pulled again: they \
+                 are created again, and the image has another digest",
             ));
         }
         self.made_anew(record, config, form, options)

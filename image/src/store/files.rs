@@ -83,7 +83,7 @@ impl Store {
             match flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 Err(Errno::WOULDBLOCK) => {
                     notice(&format!(
-                        "waiting for another process that makes {what} {digest}"
+                        "waiting for another process that creates {what} {digest}"
                     ));
                     rustix::io::retry_on_intr(|| flock(&file, FlockOperation::LockExclusive))
                         .map_err(failed)?;

@@ -91,7 +91,7 @@ impl Store {
             .filter(|image| image.digest.hex().starts_with(digits));
         let first = matching.next().ok_or_else(|| Error::Unknown {
             reference: query.to_owned(),
-            reason: "there is none of this name in the store; give its source, \
+            reason: "the store has no image of this name; give its source, \
                      such as oci:DIR[:TAG]"
                 .to_owned(),
         })?;

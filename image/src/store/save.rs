@@ -132,10 +132,7 @@ impl Archive<'_> {
             if found != layer.digest {
                 return Err(Error::Blob {
                     digest: layer.digest.to_string(),
-                    reason: format!(
-                        "its contents in the store have digest {found}: run \"sm image verify \
-                         --repair\""
-                    ),
+                    reason: format!("its contents in the store have digest {found}"),
                 });
             }
         }

@@ -125,7 +125,7 @@ impl Check<'_> {
         let path = self.store.layer_path(layer.diff_id);
         let name = layer.diff_id;
         let Some(stored) = StoredLayer::open(path.clone()) else {
-            self.problem(format!("layer {name} is missing or cut short"), &path);
+            self.problem(format!("layer {name} is missing or truncated"), &path);
             return Ok(None);
         };
         let again = tempfile::tempfile_in(&self.store.tmp);
@@ -164,7 +164,7 @@ impl Check<'_> {
         stream.drain().map_err(Error::file("read", &path))?;
         let (found, _) = stream.finish();
         if found != layer.digest {
-            let text = format!("layer {}, as it came, is damaged", layer.digest);
+            let text = format!("the original of layer {} is damaged", layer.digest);
             self.problem(text, &path);
         }
         Ok(())

@@ -281,7 +281,7 @@ fn entries_after_a_zero_block_are_not_hidden() {
     let two = [entry.clone(), zeros.clone(), zeros.clone(), entry.clone()].concat();
     assert_eq!(listed(&two).unwrap().len(), 1);
     let error = listed(&[entry.clone(), zeros, entry].concat()).unwrap_err();
-    assert_eq!(error, "it goes on after a zero block");
+    assert_eq!(error, "it continues after a zero block");
 }
 
 #[test]

@@ -46,7 +46,7 @@ impl Tree {
             parts += 1;
             self.step(1)?;
             if parts > MAX_PARTS {
-                return Err("the way to it is too long".to_owned());
+                return Err("its path has too many components".to_owned());
             }
             let here = trail.last().copied().unwrap_or(ROOT);
             match part {
@@ -72,7 +72,7 @@ impl Tree {
                 Kind::Symlink(target) => {
                     links += 1;
                     if links > MAX_LINKS {
-                        let text = "there are too many symbolic links on the way to it";
+                        let text = "there are too many symbolic links in its path";
                         return Err(text.to_owned());
                     }
                     let target = self.text(target);

@@ -205,7 +205,7 @@ fn failures_are_reported() {
             &["500", "disk  is full"],
         ),
         (b"not a tar", 200, &["docker-daemon:app:latest"]),
-        (&[0; 2048], 200, &["no archive of images"]),
+        (&[0; 2048], 200, &["not an archive of images"]),
     ];
     for (body, status, words) in answers {
         let directory = tempfile::tempdir().unwrap();

@@ -185,12 +185,12 @@ fn invalid_configurations_are_reported() {
     wrong("[[registry]]\nprefix = 'r.example'", "has no location");
     wrong(
         "[[registry]]\nprefix = 'a.*.example'\nlocation = 'b'",
-        "not understood",
+        "is not valid",
     );
     wrong("[[registry]]\nprefix = '*.'\n", "not understood");
     wrong(
         "[[registry]]\nlocation = 'https://r.example'",
-        "only its host",
+        "only host and path",
     );
     wrong(
         "[[registry]]\nlocation = 'a'\n[[registry.mirror]]\ninsecure = true",

@@ -135,7 +135,11 @@ impl Authorizer {
         service: Option<&str>,
         scope: Option<&str>,
     ) -> Result<String, Failure> {
-        let senseless = || Failure::Final(format!("it wants a token from {realm:?}"));
+        let senseless = || {
+            Failure::Final(format!(
+                "it requires a token from {realm:?}, which is not a valid address"
+            ))
+        };
         let place: Uri = realm.parse().map_err(|_| senseless())?;
         // The registry chooses the token server. Credentials must not be sent there
         // without TLS, unless the registry itself does without.
@@ -144,7 +148,7 @@ impl Authorizer {
             Some("http") if base.scheme_str() == Some("http") => {}
             Some("http") => {
                 return Err(Failure::Final(format!(
-                    "it wants credentials sent to {realm:?} without TLS"
+                    "it requires credentials to be sent to {realm:?} without TLS"
                 )));
             }
             _ => return Err(senseless()),

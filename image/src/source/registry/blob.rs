@@ -101,7 +101,7 @@ impl<'a> Blob<'a> {
         }
         // Some answers start earlier than requested; the known bytes are skipped.
         let Some(skip) = self.at.checked_sub(begins) else {
-            let text = format!("it leaves out a part of blob {}", self.digest);
+            let text = format!("it omits a part of blob {}", self.digest);
             return Err(Failure::Final(text));
         };
         let mut body = response.into_body().into_reader();
@@ -114,7 +114,7 @@ impl<'a> Blob<'a> {
     }
 
     fn read_once(&mut self, buffer: &mut [u8]) -> Result<usize, Failure> {
-        let nowhere = || Failure::Final("there is no registry to ask".to_owned());
+        let nowhere = || Failure::Final("no registry is left to ask".to_owned());
         let client = *self.places.first().ok_or_else(nowhere)?;
         let mut body = match self.body.take() {
             Some(body) => body,
@@ -188,7 +188,7 @@ fn begins_at(response: &Response<Body>, size: u64) -> Result<u64, Failure> {
     match range {
         Some((begins, total)) if total.is_none_or(|total| total == size) => Ok(begins),
         _ => {
-            let text = "it does not say which part of the blob it sends".to_owned();
+            let text = "its answer does not state which part of the blob it contains".to_owned();
             Err(Failure::Final(text))
         }
     }

@@ -178,7 +178,7 @@ impl<'s> Client<'s> {
         let base = &self.connection()?.base;
         let text = format!("{base}v2/{}/{path}", self.place.repository);
         text.parse()
-            .map_err(|_| Failure::Final(format!("{text:?} is no address")))
+            .map_err(|_| Failure::Final(format!("{text:?} is not a valid address")))
     }
 
     /// Makes a request, and repeats it with a new token if the registry demands one, as
@@ -266,7 +266,7 @@ impl Connection {
         let base = |scheme: &str| {
             let text = format!("{scheme}://{host}/");
             text.parse::<Uri>()
-                .map_err(|_| format!("{text:?} is no address"))
+                .map_err(|_| format!("{text:?} is not a valid address"))
         };
         let mut connection = Self {
             http,

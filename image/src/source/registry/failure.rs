@@ -33,7 +33,7 @@ impl From<Trouble> for Failure {
                 Self::Passing("cannot connect to it".to_owned(), None)
             }
             Trouble::Http(ureq::Error::HostNotFound) => {
-                Self::Final("no host has its name".to_owned())
+                Self::Final("its host name does not resolve".to_owned())
             }
             Trouble::Http(other) => Self::Final(other.to_string()),
         }

@@ -110,7 +110,10 @@ impl<'s> Registry<'s> {
             let body = response.body_mut().as_reader();
             let read = body.take(MAX_DOCUMENT + 1).read_to_end(&mut bytes);
             read.map_err(|error| {
-                Failure::Passing(format!("a manifest breaks off: {error}"), None)
+                Failure::Passing(
+                    format!("the transfer of a manifest was interrupted: {error}"),
+                    None,
+                )
             })?;
             Ok(Some((bytes, media_type)))
         })?;
@@ -143,7 +146,7 @@ impl<'s> Registry<'s> {
         if let Some(digest) = digest.filter(|digest| *digest != found) {
             return Err(Error::Blob {
                 digest: digest.to_string(),
-                reason: format!("the registry gives contents with digest {found}"),
+                reason: format!("the registry returned contents with digest {found}"),
             });
         }
         let read = |named: &Named| Ok(self.manifest(client, &named.digest.to_string())?.0);

@@ -77,7 +77,7 @@ impl<'s> Patience<'s> {
         }
         if asked.is_some_and(|asked| asked >= Duration::from_secs(1)) {
             let seconds = pause.as_secs();
-            (self.session.notice)(&format!("waiting {seconds} s as {who} asks"));
+            (self.session.notice)(&format!("waiting {seconds} s, as requested by {who}"));
         }
         if !self.session.cancel.wait(pause) {
             return Err(Over::Cancelled);
@@ -227,7 +227,10 @@ mod tests {
             cancel.cancel();
             assert_eq!(waiting.join().unwrap(), Err(Over::Cancelled));
         });
-        assert_eq!(said.lock().unwrap()[0], "waiting 120 s as r.example asks");
+        assert_eq!(
+            said.lock().unwrap()[0],
+            "waiting 120 s, as requested by r.example"
+        );
         assert_eq!(patience.again("r", now), Err(Over::Cancelled));
     }
 

@@ -95,7 +95,7 @@ fn parse(value: &str) -> Result<Proxy, &'static str> {
     let proxy = Proxy::new(value).map_err(|_| "cannot be understood")?;
     match proxy.protocol() {
         ureq::ProxyProtocol::Http | ureq::ProxyProtocol::Https => Ok(proxy),
-        _ => Err("is one for SOCKS, which sm does not speak"),
+        _ => Err("is a SOCKS proxy, which is not supported"),
     }
 }
 

@@ -140,7 +140,7 @@ impl<'s> Pusher<'s> {
                 .and_then(|value| value.to_str().ok())
             {
                 Some(other) if other != digest.to_string() => Err(Failure::Final(format!(
-                    "it has made {other:?} of manifest {digest}"
+                    "it reports digest {other:?} for manifest {digest}"
                 ))),
                 _ => Ok(()),
             }
@@ -203,9 +203,8 @@ impl<'s> Pusher<'s> {
             (header::CONTENT_LENGTH, &*length),
         ];
         let mut answer = self.client.send(&Method::PATCH, &place, &headers, || {
-            let blob = open().map_err(|error| {
-                Failure::Final(format!("blob {digest} cannot be read to be sent: {error}"))
-            })?;
+            let blob = open()
+                .map_err(|error| Failure::Final(format!("cannot read blob {digest}: {error}")))?;
             Ok(Box::new(Sending {
                 blob,
                 left: size,
@@ -220,7 +219,7 @@ impl<'s> Pusher<'s> {
         let text = with_query(&place, "digest", &digest.to_string());
         let place = text
             .parse()
-            .map_err(|_| Failure::Final(format!("{text:?} is no address")))?;
+            .map_err(|_| Failure::Final(format!("{text:?} is not a valid address")))?;
         let headers = [(header::CONTENT_LENGTH, "0")];
         let mut answer = self.client.send(&Method::PUT, &place, &headers, empty)?;
         match answer.status() {
@@ -233,8 +232,9 @@ impl<'s> Pusher<'s> {
     fn next_place(&self, answer: &Answer) -> Result<Uri, Failure> {
         let location = answer.response.headers().get(header::LOCATION);
         let place = location.and_then(|location| join(&answer.from, location.to_str().ok()?));
-        let place = place
-            .ok_or_else(|| Failure::Final("it does not say where an upload goes on".to_owned()))?;
+        let place = place.ok_or_else(|| {
+            Failure::Final("its answer does not state where an upload continues".to_owned())
+        })?;
         self.client.check_place(answer, &place)?;
         Ok(place)
     }

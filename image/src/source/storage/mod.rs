@@ -257,8 +257,8 @@ impl Root {
         let entries = File::open(&path).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => Error::Layer {
                 layer: id.to_owned(),
-                reason: "the storage does not say how its stream was (no tar-split); copy the \
-                         image to an oci: directory by skopeo"
+                reason: "the storage has no tar-split data to reconstruct its stream; copy the \
+                         image to an oci: directory with skopeo"
                     .to_owned(),
             },
             _ => Error::file("open", &path)(error),
@@ -277,7 +277,7 @@ fn check_id(id: &str) -> Result<(), Error> {
     let is_id = !id.is_empty() && id.len() <= 64 && id.bytes().all(|b| b.is_ascii_hexdigit());
     match is_id {
         true => Ok(()),
-        false => Err(Error::document("storage", format!("{id:?} is no ID"))),
+        false => Err(Error::document("storage", format!("{id:?} is not an ID"))),
     }
 }
 
@@ -307,7 +307,7 @@ fn roots(location: &Location) -> Result<Vec<Root>, String> {
         let driver = match location.driver.as_deref() {
             Some(driver) if !DRIVERS.contains(&driver) => {
                 return Err(format!(
-                    "sm reads storages of the drivers {}, not \"{driver}\"",
+                    "only storages of the drivers {} are supported, not \"{driver}\"",
                     DRIVERS.join(" and ")
                 ));
             }
@@ -465,7 +465,7 @@ mod tests {
         write("{");
         fails("", &["images"]);
         write(r#"[{"id": "../../etc", "names": ["localhost/app:latest"]}]"#);
-        fails("", &["is no ID"]);
+        fails("", &["is not an ID"]);
         write(r#"[{"id": "aa", "names": ["localhost/app:latest"], "layer": "bb"}]"#);
         fails("", &["cannot read"]);
         // Layers whose parents form a cycle.

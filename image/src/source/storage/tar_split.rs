@@ -127,9 +127,7 @@ fn open_below(root: &OwnedFd, name: &[u8]) -> io::Result<File> {
     let failed = |error: io::Error| {
         let name = String::from_utf8_lossy(name).into_owned();
         let hint = match error.kind() {
-            io::ErrorKind::PermissionDenied => {
-                "; it belongs to another user of the storage: try \"podman unshare sm ...\""
-            }
+            io::ErrorKind::PermissionDenied => "; it belongs to another user of the storage",
             _ => "",
         };
         io::Error::other(format!("its file {name:?} cannot be read: {error}{hint}"))
@@ -141,7 +139,7 @@ fn open_below(root: &OwnedFd, name: &[u8]) -> io::Result<File> {
         let kind = FileType::from_raw_mode(fstat(&file)?.st_mode);
         match kind {
             FileType::RegularFile => Ok(file),
-            _ => Err(io::Error::other("it is no plain file")),
+            _ => Err(io::Error::other("it is not a regular file")),
         }
     };
     // The type is checked first, because opening a device can have side effects.

@@ -237,7 +237,7 @@ fn truncated_manifests_are_requested_again() {
         }
         other => other,
     });
-    fixture.fails(&["a manifest breaks off", "5 times"]);
+    fixture.fails(&["the transfer of a manifest was interrupted", "5 times"]);
 }
 
 #[test]
@@ -259,7 +259,7 @@ fn a_requested_pause_is_respected() {
     heard
         .with(|session| fixture.read_through(&[], session))
         .unwrap();
-    let expected = format!("waiting 1 s as {} asks", fixture.address);
+    let expected = format!("waiting 1 s, as requested by {}", fixture.address);
     assert_eq!(heard.said(), [expected]);
 }
 

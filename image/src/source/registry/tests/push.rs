@@ -209,7 +209,7 @@ fn refusals_and_wrong_digests_are_reported() {
         Answer::Say(201, vec![("Docker-Content-Digest", other)], Vec::new())
     });
     let error = pusher(&lying.address, &[], |pusher| pusher.manifest("x/y", b"{}")).unwrap_err();
-    assert!(error.to_string().contains("it has made"), "{error}");
+    assert!(error.to_string().contains("it reports digest"), "{error}");
 
     let mute = registry(|request, _| match request.method.as_str() {
         "HEAD" => status(404),
@@ -217,7 +217,7 @@ fn refusals_and_wrong_digests_are_reported() {
     });
     let error = pusher(&mute.address, &[], |pusher| push(pusher, b"x")).unwrap_err();
     assert!(
-        error.to_string().contains("where an upload goes on"),
+        error.to_string().contains("where an upload continues"),
         "{error}"
     );
 
