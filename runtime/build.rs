@@ -1,5 +1,5 @@
 //! Embeds the guest agent named by `SM_AGENT_BIN`, so that `sm` is one file, with its
-//! digest, so that nobody has to compute it at every start.
+//! digest, which is then not computed at every start.
 
 use std::path::{Path, PathBuf};
 use std::{env, fs, io};
@@ -30,7 +30,8 @@ fn embed(path: &Path) -> io::Result<()> {
         .iter()
         .map(|byte| format!("{byte:02x}"))
         .collect();
-    // A copy: the digest is that of what is embedded, whatever happens to the file.
+    // A copy, so that a concurrent change of the file cannot make contents and digest
+    // differ.
     let copy = output.join("agent");
     fs::write(&copy, agent)?;
     println!("cargo::rustc-cfg=sm_embedded_agent");

@@ -1,5 +1,5 @@
-//! Writes what is generated from the definition of the command line; `cargo xtask docs`
-//! runs it.
+//! Writes the files that are generated from the definition of the command line. Run by
+//! `cargo xtask docs`.
 //!
 //! ```text
 //! reference pages DIRECTORY    # Markdown
@@ -29,7 +29,7 @@ fn main() -> Result<()> {
     }
 }
 
-/// Has the directory contain these pages and no other file.
+/// Writes these pages to the directory, and removes all other files.
 fn replace(directory: &Path, pages: &[Page]) -> Result<()> {
     for entry in fs::read_dir(directory)? {
         let entry = entry?;

@@ -26,10 +26,11 @@ const PLATFORM_HELP: &str = "Which of an image's platforms to take (default: thi
 #[derive(Debug, Parser)]
 #[command(name = "sm", version, max_term_width = 100, propagate_version = true)]
 pub(crate) struct Cli {
-    /// Say more about what happens (repeat for even more); -v before the subcommand
+    /// Log more (repeat for even more); -v before the subcommand
     #[arg(long, action = clap::ArgAction::Count, global = true)]
     verbose: u8,
-    /// The same; after some subcommands, -v is something else.
+    /// The short form is valid before the subcommand only; some subcommands have another
+    /// -v.
     #[arg(short = 'v', action = clap::ArgAction::Count, hide = true)]
     short_verbose: u8,
     #[command(subcommand)]
@@ -37,7 +38,7 @@ pub(crate) struct Cli {
 }
 
 impl Cli {
-    /// How much to say.
+    /// Returns the number of times that --verbose was given.
     pub(crate) fn verbose(&self) -> u8 {
         self.verbose.saturating_add(self.short_verbose)
     }
@@ -55,56 +56,56 @@ pub(crate) enum Command {
     Ps(PsArgs),
     /// List the published ports of a VM
     Port(PortArgs),
-    /// Show what a VM's workload wrote
+    /// Show the output of a VM's workload
     Logs(LogsArgs),
-    /// Stop VMs: ask their workloads to end, then end them
+    /// Stop VMs: send the stop signal to their workloads, then SIGKILL
     Stop(StopArgs),
-    /// Signal the workloads of VMs
+    /// Send a signal to the workloads of VMs
     Kill(KillArgs),
-    /// Hold all vCPUs of VMs
+    /// Pause all vCPUs of VMs
     Pause(VmArgs),
-    /// Let the vCPUs of paused VMs run again
+    /// Resume the vCPUs of paused VMs
     Unpause(VmArgs),
     /// Wait until VMs have ended, and print their exit statuses
     Wait(VmArgs),
     /// Remove VMs that have ended
     Rm(RmArgs),
-    /// Show everything about VMs, as JSON
+    /// Show configuration and state of VMs, as JSON
     Inspect(VmArgs),
-    /// Show usage figures of a running VM
+    /// Show the resource usage of a running VM
     Stats(StatsArgs),
     /// Manage images in the local store
     #[command(subcommand)]
     Image(ImageCommand),
     /// List images in the local store
     Images(ImagesArgs),
-    /// Bring an image into the local store
+    /// Pull an image into the local store
     Pull(PullArgs),
     /// Remove images from the local store
     Rmi(RmiArgs),
-    /// Bring an image into the registry that its name says
+    /// Push an image to the registry in its name
     Push(PushArgs),
     /// Give an image another name
     Tag(TagArgs),
-    /// Show how an image was made
+    /// Show the history of an image
     History(HistoryArgs),
     /// Write images to an archive, for "docker load", "podman load" or "sm load"
     Save(SaveArgs),
-    /// Bring the images of an archive into the local store
+    /// Load the images of an archive into the local store
     Load(LoadArgs),
-    /// Make an image of a root file system in a tar archive
+    /// Create an image from a root file system in a tar archive
     Import(ImportArgs),
-    /// Clone a running VM, which goes on
+    /// Clone a running VM, which continues
     Fork(ForkArgs),
-    /// Put clones back to the snapshot that they were started from
+    /// Reset clones to the snapshot from which they were started
     Reset(VmArgs),
-    /// Make, list, check, compare and remove snapshots
+    /// Create, list, verify, compare and remove snapshots
     #[command(subcommand)]
     Snapshot(SnapshotCommand),
     /// Manage guest kernels
     #[command(subcommand)]
     Kernel(KernelCommand),
-    /// Check whether this host can run VMs, and say what to do if not
+    /// Check whether this host can run VMs, and suggest remedies
     Doctor(DoctorArgs),
     /// Print a completion script
     Completions {
@@ -117,7 +118,7 @@ pub(crate) enum Command {
 
 #[derive(Debug, Args)]
 pub(crate) struct AttachArgs {
-    /// Do not pass standard input on
+    /// Do not forward standard input
     #[arg(long)]
     pub(crate) no_stdin: bool,
     /// Name or ID
@@ -143,7 +144,7 @@ pub(crate) struct PsArgs {
 pub(crate) struct PortArgs {
     /// Name or ID
     pub(crate) vm: String,
-    /// Show where this port of the guest is published only
+    /// Show only the host end of this port of the guest
     #[arg(value_name = "GUEST[/tcp]")]
     pub(crate) port: Option<String>,
     #[command(flatten)]
@@ -174,7 +175,7 @@ impl FormatArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct LogsArgs {
-    /// Go on until the VM ends
+    /// Follow the output until the VM ends
     #[arg(short, long)]
     pub(crate) follow: bool,
     /// Show the guest's console instead
@@ -183,14 +184,14 @@ pub(crate) struct LogsArgs {
     /// Show the last N lines only
     #[arg(short = 'n', long, value_name = "N")]
     pub(crate) tail: Option<usize>,
-    /// Show what was written from then on: so long ago, such as 90s or 1h30m, or a
-    /// moment, such as 2026-01-31T12:00:00Z
+    /// Show output since this time: an age, such as 90s or 1h30m, or a time, such as
+    /// 2026-01-31T12:00:00Z
     #[arg(long, value_name = "TIME", value_parser = crate::moment::parse)]
     pub(crate) since: Option<u64>,
-    /// Show what was written until then
+    /// Show output until this time
     #[arg(long, value_name = "TIME", value_parser = crate::moment::parse)]
     pub(crate) until: Option<u64>,
-    /// Begin each line with the time it was written
+    /// Prefix each line with its time
     #[arg(short = 't', long)]
     pub(crate) timestamps: bool,
     /// Name or ID
@@ -226,7 +227,7 @@ pub(crate) struct VmArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct RmArgs {
-    /// End running VMs first, without asking their workloads
+    /// Kill running VMs first, without notifying their workloads
     #[arg(short, long)]
     pub(crate) force: bool,
     /// Names or IDs
@@ -238,11 +239,10 @@ pub(crate) struct RmArgs {
 pub(crate) struct StatsArgs {
     #[command(flatten)]
     pub(crate) format: FormatArgs,
-    /// Measure where the time of its connections goes, stage by stage, and print
-    /// that instead
+    /// Measure the stages of its connections and print their times instead
     #[arg(long)]
     pub(crate) profile: bool,
-    /// How long to measure, in seconds
+    /// Duration of the measurement, in seconds
     #[arg(long, value_name = "SECONDS", default_value = "5", requires = "profile", value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub(crate) interval: u64,
     /// Name or ID
@@ -260,7 +260,7 @@ pub(crate) struct ListArgs {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum KernelCommand {
-    /// Build a tuned guest kernel; to be run in the source tree of sm
+    /// Build a tuned guest kernel; only in the source tree of sm
     Build,
     /// List kernels found on this host
     List(ListArgs),

@@ -1,14 +1,14 @@
-//! A failure and the exit status it ends `sm` with.
+//! Failures and the exit statuses of `sm`.
 
 use std::fmt;
 
-/// Docker's status for a failure of `run` that is not the command's, and for options
-/// that cannot be understood.
+/// Docker's status for a failure of `run` itself, not of its command, and for invalid
+/// options.
 pub(crate) const OUR_FAILURE: u32 = 125;
 /// Docker's status for a failure of any other command.
 pub(crate) const FAILED: u32 = 1;
 
-/// Why a command of `sm` did not do its work.
+/// The failure of a command of `sm`.
 #[derive(Debug)]
 pub(crate) struct Failure {
     pub(crate) error: anyhow::Error,
@@ -19,7 +19,7 @@ impl Failure {
         Self { error }
     }
 
-    /// The status that `sm run` ends with: 126 or 127 if its command was at fault.
+    /// Returns the exit status of `sm run`: 126 or 127 if its command could not be run.
     pub(crate) fn status_of_run(&self) -> u32 {
         self.error
             .downcast_ref::<sm_runtime::Error>()
@@ -33,8 +33,8 @@ impl<E: Into<anyhow::Error>> From<E> for Failure {
     }
 }
 
-/// The error, then its causes on one line each, leaving out repetitions that
-/// transparent errors bring along.
+/// Writes the error, then its causes on one line each, without the repetitions of
+/// transparent errors.
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut last = self.error.to_string();

@@ -1,8 +1,8 @@
 //! `sm`: OCI images as microVMs.
 //!
-//! This crate parses arguments and prints; everything else is `sm-runtime`. It is a
-//! library so that the reference manual and the tests of documents use the parser that
-//! `sm` has.
+//! This crate parses arguments and prints; everything else is in `sm-runtime`. It is a
+//! library so that the reference manual and the tests of documents use the parser of
+//! `sm`.
 
 mod args;
 mod commands;
@@ -32,7 +32,7 @@ use crate::args::Cli;
 use crate::failure::{FAILED, Failure, OUR_FAILURE};
 use crate::printer::Printer;
 
-/// Runs the command line of this process and returns the status of `sm`.
+/// Runs the command line of this process and returns the exit status of `sm`.
 pub fn main() -> ExitCode {
     let begin = Phase::now("command started");
     sm_runtime::run_vmm_if_asked();
@@ -51,10 +51,10 @@ pub fn command() -> clap::Command {
     Cli::command()
 }
 
-/// Parses a command line, `sm` included, as [`main`] does, and runs nothing.
+/// Parses a command line, `sm` included, like [`main`], without running it.
 ///
 /// # Errors
-/// The message of `sm` for a line that it does not accept, or the help asked for.
+/// The message of `sm` for an invalid line, or the requested help.
 pub fn check<I>(arguments: I) -> Result<(), clap::Error>
 where
     I: IntoIterator,
@@ -71,7 +71,7 @@ fn run(
     let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
         Err(error) => {
-            // Help and version are asked for, and go to standard output.
+            // Requested help and version go to standard output.
             let status = usage_status(&error);
             let printed = error.print();
             printed.map_err(|error| (Failure::new(error.into()), status))?;
@@ -89,8 +89,8 @@ fn run(
     })
 }
 
-/// Docker's status for a command line that is not understood: 125 for an option, 1
-/// for a command that does not exist or arguments that are missing.
+/// Returns Docker's status for an invalid command line: 125 for an option, 1 for an
+/// unknown command or missing arguments.
 fn usage_status(error: &clap::Error) -> u32 {
     match error.kind() {
         _ if !error.use_stderr() => 0,
@@ -109,7 +109,8 @@ fn log_to_stderr(verbose: u8) {
         2 => LevelFilter::DEBUG,
         _ => LevelFilter::TRACE,
     };
-    // Of the VMM process, too (see `vmm.log` in the VM's directory).
+    // The variable applies to the VMM process as well (see `vmm.log` in the VM's
+    // directory).
     let wanted = std::env::var("SM_LOG").ok();
     let wanted = wanted.and_then(|wanted| wanted.parse::<Targets>().ok());
     let lines = tracing_subscriber::fmt::layer()
@@ -121,12 +122,12 @@ fn log_to_stderr(verbose: u8) {
         .init();
 }
 
-/// Docker's statuses fit in a byte; a guest could report any number.
+/// Docker's statuses fit in a byte; a guest can report any number.
 fn exit_code(status: u32) -> ExitCode {
     ExitCode::from(u8::try_from(status).unwrap_or(u8::MAX))
 }
 
-/// The programs on the page about embedding compile.
+/// Compiles the programs on the page about embedding.
 #[cfg(doctest)]
 #[doc = include_str!("../../docs/src/embedding.md")]
 struct Embedding;

@@ -1,13 +1,13 @@
-//! Moments as logs write them and people name them.
+//! Points in time, as logs contain them and people write them.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
 const SECOND: u64 = 1_000_000_000;
 const DAY: u64 = 86_400;
-/// Days from the first of March of year 0 to the Unix epoch.
+/// Days from 1 March of year 0 to the Unix epoch.
 const EPOCH: u64 = 719_468;
 
-/// `2026-01-31T12:00:00.123456789Z` (RFC 3339, UTC).
+/// Formats as `2026-01-31T12:00:00.123456789Z` (RFC 3339, UTC).
 pub(crate) fn timestamp(nanoseconds: u64) -> String {
     let (seconds, fraction) = (nanoseconds / SECOND, nanoseconds % SECOND);
     let (days, second) = (seconds / DAY, seconds % DAY);
@@ -20,8 +20,8 @@ pub(crate) fn timestamp(nanoseconds: u64) -> String {
     )
 }
 
-/// Days since the Unix epoch as a date of the proleptic Gregorian calendar. Years are
-/// counted from March, so that the leap day is the last.
+/// Converts days since the Unix epoch to a date of the proleptic Gregorian calendar.
+/// Years are counted from March, so that the leap day is the last.
 fn date(days: u64) -> [u64; 3] {
     let shifted = days + EPOCH;
     let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
@@ -39,7 +39,7 @@ fn date(days: u64) -> [u64; 3] {
     [year, month, day]
 }
 
-/// The inverse of [`date`]; `None` before the epoch, and for dates that are none.
+/// The inverse of [`date`]; `None` before the epoch, and for invalid dates.
 fn days(year: u64, month: u64, day: u64) -> Option<u64> {
     let shifted_year = year.checked_sub(u64::from(month <= 2))?;
     let (era, year_of_era) = (shifted_year / 400, shifted_year % 400);
@@ -50,8 +50,8 @@ fn days(year: u64, month: u64, day: u64) -> Option<u64> {
     (date(days) == [year, month, day]).then_some(days)
 }
 
-/// Reads a moment: so long ago (`90s`, `10m`, `1h30m`), seconds since the Unix epoch,
-/// or RFC 3339 in UTC. In nanoseconds since the Unix epoch.
+/// Parses an age (`90s`, `10m`, `1h30m`), seconds since the Unix epoch, or RFC 3339 in
+/// UTC. Returns nanoseconds since the Unix epoch.
 pub(crate) fn parse(text: &str) -> Result<u64, String> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).ok();
     let now = now.and_then(|now| u64::try_from(now.as_nanos()).ok());
@@ -88,7 +88,7 @@ fn parse_at(text: &str, now: u64) -> Option<u64> {
     (!text.is_empty()).then(|| now.saturating_sub(ago))
 }
 
-/// `1136073845.5` in nanoseconds.
+/// Parses `1136073845.5` into nanoseconds.
 fn fixed_point(text: &str) -> Option<u64> {
     let (whole, fraction) = text.split_once('.').unwrap_or((text, "0"));
     let is_number = |digits: &str| digits.bytes().all(|byte| byte.is_ascii_digit());
@@ -170,7 +170,7 @@ mod tests {
             "99999999999999999999",
         ] {
             let parsed = parse(text);
-            // Seconds since the epoch, as Docker takes them, too.
+            // Seconds since the epoch are valid, as for Docker.
             assert_eq!(parsed.is_err(), text != "10", "{text}: {parsed:?}");
         }
     }

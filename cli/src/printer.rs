@@ -1,5 +1,5 @@
-//! The one place that writes to standard output and standard error, but for the
-//! bytes of guests' commands. What is text is escaped here and nowhere else.
+//! The only place that writes to standard output and standard error, except for the
+//! output of guests' commands. Text is escaped here and nowhere else.
 
 use std::fmt::Display;
 use std::io::{self, IsTerminal as _, Write as _};
@@ -22,36 +22,35 @@ impl Printer {
         }
     }
 
-    /// Whether progress may redraw lines.
+    /// Returns true if progress may redraw lines.
     pub(crate) fn interactive(&self) -> bool {
         self.stderr_is_terminal
     }
 
-    /// A result.
+    /// Prints a result.
     pub(crate) fn line(&self, text: impl Display) {
-        // A reader that has gone away wants no more.
+        // An error means that the reader is gone.
         let _ = writeln!(io::stdout(), "{}", Shown(text));
     }
 
-    /// A result as JSON.
+    /// Prints a result as JSON.
     pub(crate) fn json(&self, value: &impl Serialize) -> Result<(), Failure> {
         self.line(shown::json(&serde_json::to_string_pretty(value)?));
         Ok(())
     }
 
-    /// JSON on one line, for whoever reads standard error.
+    /// Prints JSON on one line to standard error.
     pub(crate) fn note_json(&self, value: &impl Serialize) -> Result<(), Failure> {
         self.note(shown::json(&serde_json::to_string(value)?));
         Ok(())
     }
 
-    /// Something a person may want to know.
+    /// Prints a message for people to standard error.
     pub(crate) fn note(&self, text: impl Display) {
         let _ = writeln!(io::stderr(), "{}", Shown(text));
     }
 
-    /// Asks a yes-or-no question at the terminal; `None` when there is nobody to
-    /// answer.
+    /// Asks a yes-or-no question at the terminal; `None` without a terminal.
     pub(crate) fn confirm(&self, question: &str) -> Option<bool> {
         if !io::stdin().is_terminal() || !self.stderr_is_terminal {
             return None;

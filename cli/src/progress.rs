@@ -1,5 +1,5 @@
-//! Progress of images: a bar for each layer on a terminal, a line for each step
-//! elsewhere.
+//! Progress of images: a bar for each layer on a terminal, otherwise a line for each
+//! step.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
@@ -10,22 +10,22 @@ use sm_runtime::image::{LayerStep, Progress};
 use crate::printer::Printer;
 use crate::shown::Shown;
 
-/// What is shown of a layer whose length is known.
+/// Template of a layer with a known length.
 const TEMPLATE: &str = "{prefix}: {msg:14} {wide_bar} {bytes:>10}/{total_bytes}";
-/// And of one whose length is not.
+/// Template of a layer with an unknown length.
 const SPINNER: &str = "{prefix}: {msg:14} {spinner} {bytes}";
-/// And of one that is complete.
+/// Template of a complete layer.
 const DONE: &str = "{prefix}: {msg}";
-/// Digits of a layer's digest that are shown, as by Docker.
+/// Digits of a layer's digest to show, as for Docker.
 const DIGITS: usize = 12;
 
-/// Shows the progress of one image. Told from any thread.
+/// Shows the progress of one image. Steps may come from any thread.
 #[derive(Debug)]
 pub(crate) struct Bars<'a> {
     printer: &'a Printer,
-    /// Print a line for each step where bars cannot be drawn.
+    /// True to print a line for each step where bars cannot be drawn.
     lines: bool,
-    /// What is done to layers.
+    /// The operation on layers.
     moving: &'static str,
     screen: MultiProgress,
     layers: Mutex<BTreeMap<usize, Layer>>,
@@ -67,7 +67,7 @@ impl<'a> Bars<'a> {
 
     fn notice(&self, text: &str) {
         if self.printer.interactive() {
-            // Above the bars.
+            // The line appears above the bars.
             let _ = self.screen.println(Shown(text).to_string());
         } else if self.lines {
             self.printer.note(text);
@@ -75,7 +75,7 @@ impl<'a> Bars<'a> {
     }
 
     fn layer(&self, number: usize, name: &str, step: LayerStep) {
-        // Nothing panics while it holds this.
+        // No code panics while it holds this lock.
         let mut layers = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
         let layer = layers.entry(number).or_insert_with(|| Layer {
             bar: self.bar(name),
@@ -125,14 +125,14 @@ impl<'a> Bars<'a> {
         bar
     }
 
-    /// Takes the bars off the screen.
+    /// Removes the bars from the screen.
     pub(crate) fn clear(&self) {
         let _ = self.screen.clear();
     }
 }
 
 fn style(bar: &ProgressBar, template: &str) {
-    // The templates are constants, and sound.
+    // The templates are valid constants.
     if let Ok(style) = ProgressStyle::with_template(template) {
         bar.set_style(style);
     }

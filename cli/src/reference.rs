@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 
 use clap::{Arg, Command};
 
-/// Width of the texts of `--help`, which is the most that they have in a terminal.
+/// Width of the texts of `--help`, which is their maximum width in a terminal.
 const WIDTH: usize = 100;
 
 /// A generated file.
@@ -17,8 +17,8 @@ pub struct Page {
     pub text: String,
 }
 
-/// Returns the manual in Markdown: `sm.md` with all commands, and a page for each of them,
-/// which has the commands below it, too.
+/// Returns the manual in Markdown: `sm.md` with all commands, and a page for each of
+/// them, including its subcommands.
 pub fn markdown() -> Vec<Page> {
     let root = built();
     let mut pages = vec![Page {
@@ -45,7 +45,7 @@ fn built() -> Command {
     root
 }
 
-/// The commands below one, as far as they are shown.
+/// Returns the visible subcommands.
 fn children(command: &Command) -> impl Iterator<Item = &Command> {
     let shown = |child: &&Command| !child.is_hide_set() && child.get_name() != "help";
     command.get_subcommands().filter(shown)
@@ -104,7 +104,7 @@ fn section(text: &mut String, command: &Command, level: usize) {
     }
 }
 
-/// Options that every command has.
+/// Returns true for options that every command has.
 fn is_everywhere(argument: &Arg) -> bool {
     ["help", "version"].contains(&argument.get_id().as_str())
 }
@@ -149,7 +149,7 @@ fn options(text: &mut String, command: &Command, level: usize, wanted: impl Fn(&
     }
 }
 
-/// Options without a value.
+/// Returns the options without a value.
 fn flags(command: &Command) -> impl Iterator<Item = &Arg> {
     let arguments = command.get_arguments();
     arguments.filter(|argument| !argument.is_positional() && !argument.get_action().takes_values())
@@ -157,13 +157,13 @@ fn flags(command: &Command) -> impl Iterator<Item = &Arg> {
 
 #[expect(
     clippy::trivially_copy_pass_by_ref,
-    reason = "it is given to an iterator's filter"
+    reason = "the signature is that of an iterator's filter"
 )]
 fn is_shown(argument: &&Arg) -> bool {
     !argument.is_hide_set()
 }
 
-/// `-m`, `--memory <SIZE>`
+/// Returns `-m`, `--memory <SIZE>`.
 fn spelled(argument: &Arg) -> String {
     let value = match argument.get_value_names() {
         Some([name]) if argument.get_action().takes_values() => format!(" <{name}>"),
@@ -177,7 +177,7 @@ fn spelled(argument: &Arg) -> String {
     }
 }
 
-/// The help of an argument, its values and its default.
+/// Returns the help of an argument with its values and its default.
 fn described(argument: &Arg) -> String {
     let help = argument.get_help().map(ToString::to_string);
     let mut text = escaped(&help.unwrap_or_default());
@@ -208,7 +208,7 @@ fn about(command: &Command) -> String {
     escaped(about.unwrap_or_default().trim_end_matches('.'))
 }
 
-/// Text without characters that mean something in Markdown.
+/// Escapes the special characters of Markdown.
 fn escaped(text: &str) -> String {
     let mut escaped = String::new();
     for character in text.chars() {

@@ -1,11 +1,11 @@
-//! Text of others on a terminal: images, guests and registries choose some of what
-//! `sm` prints, and must not control the terminal by it.
+//! Escapes foreign text for a terminal: images, guests and registries choose parts of the
+//! output of `sm`, and must not control the terminal.
 
 use std::fmt::{self, Display, Write};
 use std::io;
 
-/// Whether a terminal, or whoever reads it, could take the character for something
-/// else than text: C0 and C1 controls, DEL, and controls of the direction of writing.
+/// Returns true if a terminal or a reader could interpret the character as something
+/// other than text: C0 and C1 controls, DEL, and controls of the writing direction.
 fn is_control(character: char) -> bool {
     character.is_control()
         || matches!(
@@ -14,7 +14,7 @@ fn is_control(character: char) -> bool {
         )
 }
 
-/// Displays text with control characters escaped, but for the ends of lines and tabs.
+/// Displays text with control characters escaped, except line feeds and tabs.
 pub(crate) struct Shown<T>(pub(crate) T);
 
 impl<T: Display> Display for Shown<T> {
@@ -30,8 +30,8 @@ impl<T: Display> Display for Shown<T> {
     }
 }
 
-/// Displays text with all control characters escaped, so that it stays on its line
-/// and in its column.
+/// Displays text with all control characters escaped, so that it stays in its line and
+/// column.
 pub(crate) struct ShownInline<T>(pub(crate) T);
 
 impl<T: Display> Display for ShownInline<T> {
@@ -58,14 +58,14 @@ impl fmt::Write for Escaping<'_, '_> {
     }
 }
 
-/// JSON with the control characters that it may contain as they are (U+007F and
-/// above) escaped by its own rules.
+/// Escapes control characters that JSON allows in strings (U+007F and above), by the
+/// rules of JSON.
 pub(crate) fn json(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     for character in text.chars() {
-        // Those below U+007F are escaped already, or are JSON's own white space.
+        // Those below U+007F are already escaped, or are white space of JSON.
         if character >= '\u{7f}' && is_control(character) {
-            // All of them are in the basic plane.
+            // All of them are in the basic multilingual plane.
             shown.push_str(&format!("\\u{:04x}", u32::from(character)));
         } else {
             shown.push(character);
@@ -74,7 +74,7 @@ pub(crate) fn json(text: &str) -> String {
     shown
 }
 
-/// Standard error for log lines, which can quote anybody. Each write is one line.
+/// Standard error for log lines, which can quote foreign text. Each write is one line.
 #[derive(Debug, Default)]
 pub(crate) struct LogLines;
 
@@ -102,7 +102,7 @@ mod tests {
         assert_eq!(Shown(HOSTILE).to_string(), format!("{escaped}\n\tb\\n"));
         let inline = ShownInline(HOSTILE).to_string();
         assert_eq!(inline, format!("{escaped}\\n\\tb\\n"));
-        // Once is enough: what has been escaped before is text.
+        // Escaping is idempotent: escaped text is text.
         assert_eq!(
             Shown(Shown(HOSTILE)).to_string(),
             Shown(HOSTILE).to_string()

@@ -16,57 +16,56 @@ use sm_runtime::timings::Phase;
 use crate::shown::Shown;
 use crate::terminal::{self, RawMode};
 
-/// Ctrl-P Ctrl-Q detaches.
+/// The detach keys, Ctrl-P Ctrl-Q.
 const DETACH: [u8; 2] = [0x10, 0x11];
-/// So many interrupts end `sm` whatever the command does with them.
+/// Number of interrupts that end `sm`, whatever the command does with them.
 const FORCE_QUIT: u32 = 3;
 const SIGPIPE: u8 = 13;
 
-/// What of the caller's streams is connected.
+/// The connected streams of the caller.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Wiring {
     pub(crate) stdin: bool,
     pub(crate) tty: bool,
 }
 
-/// How a session ended for the caller.
+/// The end of a session, for the caller.
 #[derive(Debug)]
 pub(crate) enum End {
     /// The command ended.
     Exited {
         status: u32,
-        /// How the VM ended, for a workload's session.
+        /// The exit record of the VM, for a workload's session.
         vm: Option<ExitRecord>,
     },
-    /// The caller detached; the command goes on.
+    /// The caller detached; the command continues.
     Detached,
-    /// The VM went away under the command.
+    /// The VM ended while the command ran.
     Lost,
 }
 
-/// The command, apart from its streams.
+/// Control of the command, independent of its streams.
 pub(crate) trait Remote: Clone + Send + 'static {
-    /// Passes a signal on.
+    /// Forwards a signal.
     fn signal(&self, signal: u8);
-    /// Ends it: what it writes is of no use to anybody any more.
+    /// Ends the command, because its output has no reader.
     fn abandon(&self);
 }
 
-/// Runs a session with `remote` to its end. Phases that arrive are added to
-/// `phases`.
+/// Runs a session with `remote` to its end. Appends received phases to `phases`.
 ///
-/// Nothing that ends the session waits behind data: the main thread waits for
-/// whichever comes first, the end of the output or the detach keys, while threads
-/// of their own move bytes, pass signals on and count them.
+/// Nothing that ends the session waits behind data: the main thread waits for the end of
+/// the output or the detach keys, while other threads move bytes, and forward and count
+/// signals.
 pub(crate) fn run(
     session: Session,
     wiring: Wiring,
     remote: &impl Remote,
     phases: &mut Vec<Phase>,
 ) -> anyhow::Result<End> {
-    // Caught before the terminal is raw: a signal must not end this process and
-    // leave it so.
-    // Those that are ignored, as nohup and some shells have it, stay so.
+    // Signals are caught before the terminal becomes raw: otherwise one could end this
+    // process and leave the terminal raw.
+    // Ignored signals, as with nohup and some shells, stay ignored.
     let ignored = ignored_signals();
     let all = [SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH];
     let heeded = all.into_iter().filter(|signal| !ignored.contains(signal));
@@ -114,7 +113,7 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> anyhow::Result<()>
         .context("cannot start a thread")
 }
 
-/// Output to our standard streams until the command ends.
+/// Writes output to the standard streams until the command ends.
 fn receive(
     session: &mut Session,
     remote: &impl Remote,
@@ -153,7 +152,7 @@ fn receive(
     })
 }
 
-/// An output stream whose reader may go away before the command does.
+/// An output stream whose reader may be gone before the command ends.
 struct Sink {
     file: File,
     broken: bool,
@@ -167,9 +166,9 @@ impl Sink {
         }
     }
 
-    /// Unbuffered: what the command wrote is seen at once. When its reader has
-    /// gone away, the command gets the signal that the kernel would send; since
-    /// the first process of a PID namespace ignores it, it is ended besides.
+    /// Writes without a buffer, so that output appears at once. If the reader is gone,
+    /// the command receives SIGPIPE as from the kernel; since the first process of a PID
+    /// namespace ignores it, the command is ended as well.
     fn write(&mut self, bytes: &[u8], remote: &impl Remote) {
         if self.broken {
             return;
@@ -185,8 +184,8 @@ impl Sink {
     }
 }
 
-/// Writes all of `bytes`, also to what does not block because whoever shares it wants
-/// that.
+/// Writes all of `bytes`, also to a non-blocking file (the flag belongs to the open file
+/// description, which other processes share).
 fn write_all(file: &mut File, mut bytes: &[u8]) -> io::Result<()> {
     while !bytes.is_empty() {
         match file.write(bytes) {
@@ -207,7 +206,7 @@ fn wait_for(file: impl AsFd, flags: PollFlags) -> io::Result<()> {
     Ok(())
 }
 
-/// The signals that this process ignores (proc_pid_status(5), `SigIgn`).
+/// Returns the signals that this process ignores (proc_pid_status(5), `SigIgn`).
 fn ignored_signals() -> Vec<i32> {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status
@@ -220,7 +219,7 @@ fn ignored_signals() -> Vec<i32> {
         .collect()
 }
 
-/// Sends standard input until it ends; `true` if the detach keys were pressed.
+/// Sends standard input until it ends; returns true if the detach keys were pressed.
 fn send_stdin(writer: &SessionWriter, detaches: bool) -> bool {
     let mut keys = DetachKeys::default();
     let mut buffer = vec![0; 64 * 1024];
@@ -249,7 +248,7 @@ fn send_stdin(writer: &SessionWriter, detaches: bool) -> bool {
             writer.write_stdin(bytes)
         };
         if sent.is_err() {
-            // The command is gone; its end arrives on the other side.
+            // The command has ended; its exit status arrives in the other direction.
             return false;
         }
     }
@@ -257,14 +256,14 @@ fn send_stdin(writer: &SessionWriter, detaches: bool) -> bool {
     false
 }
 
-/// Recognises the detach keys, also across reads.
+/// Recognises the detach keys, also when they are split between reads.
 #[derive(Debug, Default)]
 struct DetachKeys {
     first_seen: bool,
 }
 
 impl DetachKeys {
-    /// The bytes to pass on, and whether to detach.
+    /// Returns the bytes to forward, and true to detach.
     fn filter(&mut self, bytes: &[u8]) -> (Vec<u8>, bool) {
         let mut passed = Vec::with_capacity(bytes.len() + 1);
         for &byte in bytes {
@@ -284,12 +283,12 @@ impl DetachKeys {
     }
 }
 
-/// Tells the command's terminal our size now, and again at each message. A thread
-/// of its own, because a size waits behind input that the command does not read.
+/// Sends the terminal's size to the command now, and again at each message. It runs in
+/// its own thread, because a size waits behind input that the command has not read.
 fn resizer(writer: SessionWriter) -> anyhow::Result<mpsc::Sender<()>> {
     let (changed, changes) = mpsc::channel();
     spawn("sizes", move || {
-        // It may have changed since the start was asked for.
+        // The size may have changed since the start was requested.
         let mut waiting = true;
         while waiting {
             if let Some((columns, rows)) = terminal::size() {
@@ -303,7 +302,7 @@ fn resizer(writer: SessionWriter) -> anyhow::Result<mpsc::Sender<()>> {
     Ok(changed)
 }
 
-/// Counts signals on a thread of its own, and has another pass them on.
+/// Counts signals on one thread, and forwards them on another.
 fn watch_signals(
     mut signals: Signals,
     raw: Option<RawMode>,
@@ -327,8 +326,8 @@ fn watch_signals(
             }
             let number = u8::try_from(signal).unwrap_or_default();
             interrupts += u32::from(matches!(signal, SIGINT | SIGTERM));
-            // On a raw terminal keys reach the command as bytes; a signal
-            // is meant for this process, which then merely detaches.
+            // On a raw terminal, keys reach the command as bytes; a signal is then for
+            // this process, which detaches.
             if raw.is_some() || interrupts >= FORCE_QUIT {
                 if let Some(raw) = &raw {
                     raw.restore();
@@ -344,7 +343,7 @@ fn watch_signals(
 mod tests {
     use super::*;
 
-    /// As a pipe is that a program with an event loop has made.
+    /// A pipe as made by a program with an event loop, which is non-blocking.
     #[test]
     fn all_is_written_to_what_does_not_block() {
         let (mut reader, writer) = io::pipe().unwrap();

@@ -2,9 +2,9 @@
 
 use crate::shown::ShownInline;
 
-/// Lines of `rows` under `header`, columns padded to their widest cell.
+/// Formats `rows` under `header`, with columns padded to their widest cell.
 ///
-/// Control characters in cells are escaped: no cell breaks the table.
+/// Control characters in cells are escaped, so that no cell breaks the table.
 pub(crate) fn render<const N: usize>(header: [&str; N], rows: &[[String; N]]) -> String {
     let shown = |cell: &String| ShownInline(cell).to_string();
     let rows: Vec<[String; N]> = rows.iter().map(|row| row.each_ref().map(shown)).collect();

@@ -1,4 +1,4 @@
-//! The caller's terminal: raw mode with sure restoration, size.
+//! The caller's terminal: its size, and raw mode with reliable restoration.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 
-/// Terminal size in columns and rows; `None` if standard input is no terminal.
+/// Returns the terminal's size in columns and rows; `None` if standard input is no
+/// terminal.
 pub(crate) fn size() -> Option<(u16, u16)> {
     let size = tcgetwinsize(rustix::stdio::stdin())
         .or_else(|_| tcgetwinsize(rustix::stdio::stdout()))
@@ -14,14 +15,14 @@ pub(crate) fn size() -> Option<(u16, u16)> {
     (size.ws_col > 0 && size.ws_row > 0).then_some((size.ws_col, size.ws_row))
 }
 
-/// Standard input in raw mode until [`Self::restore`] or drop, and on a panic.
+/// Raw mode of standard input until [`Self::restore`], drop or a panic.
 #[derive(Clone, Debug)]
 pub(crate) struct RawMode {
     saved: Arc<Mutex<Option<(OwnedFd, Termios)>>>,
 }
 
 impl RawMode {
-    /// Puts the terminal at standard input into raw mode.
+    /// Sets the terminal at standard input to raw mode.
     pub(crate) fn enter() -> io::Result<Self> {
         let fd = rustix::stdio::stdin().try_clone_to_owned()?;
         let saved = tcgetattr(&fd)?;
@@ -40,11 +41,11 @@ impl RawMode {
         Ok(mode)
     }
 
-    /// Puts the terminal back. Later calls do nothing.
+    /// Restores the terminal. Later calls do nothing.
     pub(crate) fn restore(&self) {
         let mut saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((fd, saved)) = saved.take() {
-            // There is nothing left to do when this fails.
+            // A failure cannot be handled.
             let _ = tcsetattr(&fd, OptionalActions::Now, &saved);
         }
     }

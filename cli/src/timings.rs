@@ -5,17 +5,17 @@ use sm_runtime::timings::Phase;
 
 use crate::table;
 
-/// A phase relative to the first.
+/// A phase with its time relative to the first.
 #[derive(Debug, PartialEq, Serialize)]
 pub(crate) struct Step {
     name: String,
     /// Milliseconds since the first phase.
     at_ms: f64,
-    /// Milliseconds since the phase before.
+    /// Milliseconds since the previous phase.
     took_ms: f64,
 }
 
-/// Steps in the order of time.
+/// Returns the steps, sorted by time.
 pub(crate) fn steps(phases: &[Phase]) -> Vec<Step> {
     let mut phases: Vec<&Phase> = phases.iter().collect();
     phases.sort_by_key(|phase| phase.at_ns);
@@ -33,7 +33,7 @@ pub(crate) fn steps(phases: &[Phase]) -> Vec<Step> {
         .collect()
 }
 
-/// Whole microseconds are exact in a float for three centuries.
+/// A float represents whole microseconds exactly for three centuries.
 #[expect(clippy::cast_precision_loss, reason = "microseconds of one run")]
 fn milliseconds(nanoseconds: u64) -> f64 {
     (nanoseconds / 1000) as f64 / 1000.0

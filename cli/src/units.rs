@@ -1,4 +1,4 @@
-//! Sizes, times and environment files as people write them.
+//! Sizes, durations and environment files, as people write them.
 
 use std::path::Path;
 use std::time::Duration;
@@ -24,7 +24,7 @@ pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
         .ok_or_else(|| format!("\"{text}\" is too large"))
 }
 
-/// Reads a time: `500ms`, `30s`, `2m`; a number alone is of seconds.
+/// Reads a duration: `500ms`, `30s`, `2m`; a number without a unit is in seconds.
 fn parse_duration(text: &str) -> Result<Duration, String> {
     let bad = || format!("\"{text}\" is not a time: write a number and ms, s or m, such as 30s");
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
@@ -40,10 +40,10 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
         .ok_or_else(|| format!("\"{text}\" is too long"))
 }
 
-/// Longest time that a connection can wait for somebody in the guest to listen.
+/// Longest time that a connection can wait for a listener in the guest.
 const LONGEST_WAIT: Duration = Duration::from_secs(600);
 
-/// Reads how long a connection waits for somebody in the guest to listen.
+/// Reads the time that a connection waits for a listener in the guest.
 pub(crate) fn parse_publish_wait(text: &str) -> Result<Duration, String> {
     match parse_duration(text)? {
         wait if wait <= LONGEST_WAIT => Ok(wait),
@@ -51,7 +51,7 @@ pub(crate) fn parse_publish_wait(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// `12.3MB`-like text for a listing, in powers of 1024.
+/// Formats a size for a listing, such as `12.3MiB`, in powers of 1024.
 pub(crate) fn format_size(bytes: u64) -> String {
     const UNITS: [&str; 4] = ["KiB", "MiB", "GiB", "TiB"];
     if bytes < 1024 {
@@ -71,7 +71,7 @@ pub(crate) fn format_size(bytes: u64) -> String {
     }
 }
 
-/// `3 minutes`-like text for a listing.
+/// Formats an age for a listing, such as `3 minutes`.
 pub(crate) fn format_age(age: Duration) -> String {
     let seconds = age.as_secs();
     let (count, unit) = match seconds {
@@ -84,8 +84,8 @@ pub(crate) fn format_age(age: Duration) -> String {
     format!("{count} {unit}{plural}")
 }
 
-/// Resolves `-e` entries: `NAME=value` as it is, `NAME` from this process's
-/// environment (left out when it is not set, as Docker does).
+/// Resolves a `-e` entry: `NAME=value` is unchanged, `NAME` gets its value from this
+/// process's environment (no entry if it is not set, like Docker).
 pub(crate) fn env_entry(entry: &str) -> anyhow::Result<Option<String>> {
     if entry.contains('=') {
         return Ok(Some(entry.to_owned()));
@@ -100,8 +100,8 @@ pub(crate) fn env_entry(entry: &str) -> anyhow::Result<Option<String>> {
     }
 }
 
-/// Reads an environment file: a `NAME=value` or `NAME` on each line, `#` begins
-/// a comment, nothing is quoted.
+/// Reads an environment file: `NAME=value` or `NAME` in each line, `#` starts a comment
+/// line, quotes have no meaning.
 pub(crate) fn read_env_file(path: &Path) -> anyhow::Result<Vec<String>> {
     let text = std::fs::read_to_string(path)
         .with_context(|| format!("cannot read environment file {path:?}"))?;

@@ -226,7 +226,7 @@ fn doctor_finds_what_is_missing() {
     let last = table.out.lines().last().unwrap();
     assert_eq!(
         last,
-        "This host cannot run VMs until what failed is put right"
+        "This host cannot run VMs until the failed checks pass"
     );
 
     let kernel = user.kernel("vmlinux");

@@ -1,9 +1,9 @@
 //! SHA-256 of files that are large and seldom change, such as kernels.
 //!
-//! A digest that was computed once is kept in the user's cache, under what tells a
-//! file from every other state of it: device, inode, length, and the times of its
-//! last changes. A file that has changed so lately that it could change again
-//! without its times doing so is not remembered.
+//! Computed digests are cached in the user's cache directory. The key identifies the
+//! state of a file: device, inode, length, and the times of its last changes. The digest
+//! of a file that has just changed is not cached, because file timestamps are coarse:
+//! another change could leave them equal.
 
 use std::fs::{self, File};
 use std::io::{self, Read as _};
@@ -14,15 +14,16 @@ use std::time::{Duration, SystemTime};
 use sha2::{Digest as _, Sha256};
 use sm_snapshot::state_file::hex_digest;
 
-/// File systems keep time in steps of up to two seconds.
+/// Age from which timestamps identify a state: file systems store them in steps of up to
+/// two seconds.
 const SETTLED: Duration = Duration::from_secs(3);
 const LEN: usize = 64;
 
-/// The digest of the file at `path`, in hexadecimal, from the cache below `cache` if
-/// it is there.
+/// Returns the digest of the file at `path`, in hexadecimal, from the cache below `cache`
+/// if possible.
 ///
 /// # Errors
-/// The file cannot be read. That the cache cannot is no error.
+/// The file cannot be read. An unusable cache is no error.
 pub(crate) fn file_digest(path: &Path, cache: &Path) -> io::Result<String> {
     let file = File::open(path)?;
     let meta = file.metadata()?;
@@ -78,7 +79,7 @@ fn read(entry: &Path) -> Option<String> {
     whole.then_some(text)
 }
 
-/// In one step: a reader sees all of it or nothing.
+/// Writes an entry by renaming it: readers see all of it or nothing.
 fn write(directory: &Path, entry: &Path, digest: &str) -> io::Result<()> {
     fs::create_dir_all(directory)?;
     let random = sm_control::id::hex(&sm_control::id::random::<8>());
@@ -96,8 +97,8 @@ mod tests {
     const ABC: &str = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
 
     fn old(path: &Path) {
-        // The time of the last change of the inode cannot be set, so that a test
-        // would have to wait: such a file is computed anew each time.
+        // The change time of the inode cannot be set, so the digest of a new file is
+        // computed each time.
         let hour = SystemTime::now() - Duration::from_secs(3600);
         File::open(path).unwrap().set_modified(hour).unwrap();
     }
@@ -109,8 +110,8 @@ mod tests {
         fs::write(&path, "abc").unwrap();
         old(&path);
         assert_eq!(file_digest(&path, &cache).unwrap(), ABC);
-        // Changed to something of the same length, with the same time: found all the
-        // same, because a file that has just changed is not remembered.
+        // The file changes to the same length and modification time: the change is
+        // detected, because the digest of a new file is not cached.
         fs::write(&path, "abd").unwrap();
         old(&path);
         assert_ne!(file_digest(&path, &cache).unwrap(), ABC);
@@ -121,8 +122,7 @@ mod tests {
     fn a_known_digest_is_not_computed_again_and_a_broken_one_is() {
         let directory = tempfile::tempdir().unwrap();
         let cache = directory.path().join("cache");
-        // This very program has not changed for a while; where it has, there is
-        // nothing to see.
+        // The test program has been unchanged for a while; if not, nothing was cached.
         let path = Path::new("/proc/self/exe");
         let first = file_digest(path, &cache).unwrap();
         let Some(entry) = fs::read_dir(cache.join("digests"))

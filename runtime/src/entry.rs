@@ -1,4 +1,5 @@
-//! The program around a VMM: its record in the state directory, and what machines boot.
+//! The environment of the VMM process: its record in the state directory, and the boot
+//! files.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -19,15 +20,15 @@ use crate::record::{CONSOLE, Record, Records};
 use crate::vmm::environment::{BootAssets, Environment, OutputLog, VmRecord};
 use crate::vmm::identity::Identity;
 
-/// Becomes a VMM, and does not return, if this process was started as one.
+/// Runs the VMM, and does not return, if this process was started as one.
 ///
-/// A program that starts VMs through this library calls it first thing in
-/// `main`, before any thread is started; it costs nothing otherwise.
+/// A program that starts VMs through this library calls this first in `main`, before it
+/// starts threads; in all other processes it returns at once.
 pub fn run_vmm_if_asked() {
     crate::vmm::run_if_asked(&Installed);
 }
 
-/// The user's directories and what is installed on the host.
+/// The user's directories and the files installed on the host.
 struct Installed;
 
 impl Environment for Installed {

@@ -1,4 +1,4 @@
-//! What can go wrong between a caller and a VM.
+//! Errors of operations on VMs.
 
 use std::io;
 use std::path::PathBuf;
@@ -10,19 +10,19 @@ use thiserror::Error;
 use crate::home::HomeError;
 use crate::record::{Record, RecordError};
 
-/// Why an operation of this crate failed.
+/// An error of this crate.
 #[derive(Debug, Error)]
 pub enum Error {
     /// The directories cannot be used.
     #[error(transparent)]
     Home(#[from] HomeError),
-    /// A record cannot be made, found or removed.
+    /// A record cannot be created, found or removed.
     #[error(transparent)]
     Record(#[from] RecordError),
-    /// Image and options do not make a command.
+    /// Image and options result in no command.
     #[error(transparent)]
     Workload(#[from] WorkloadError),
-    /// There is no kernel to boot.
+    /// No kernel can be booted.
     #[error(transparent)]
     Kernel(#[from] crate::kernel::KernelError),
     /// The image cannot be used.
@@ -34,19 +34,19 @@ pub enum Error {
     /// An option is out of range; a sentence.
     #[error("{0}")]
     Option(String),
-    /// The VMM process cannot be started or talked to.
+    /// The VMM process cannot be started, or the connection to it failed.
     #[error("cannot {operation}")]
     Vmm {
-        /// What was tried.
+        /// The operation that failed.
         operation: &'static str,
         /// The cause.
         #[source]
         source: io::Error,
     },
-    /// A file that starting a VM needs cannot be used.
+    /// A file that is needed to start a VM cannot be used.
     #[error("cannot {operation} {path:?}")]
     File {
-        /// What was tried.
+        /// The operation that failed.
         operation: &'static str,
         /// The file.
         path: PathBuf,
@@ -54,8 +54,8 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
-    /// The VM did not come to run its workload; a sentence, with the last
-    /// lines of the guest's console where there are any.
+    /// The VM did not start its workload; a sentence, followed by the last lines of the
+    /// guest's console if there are any.
     #[error("{message}")]
     Start {
         /// The sentence.
@@ -66,13 +66,13 @@ pub enum Error {
     /// The VM is not running.
     #[error("VM \"{0}\" is not running")]
     NotRunning(String),
-    /// The VM, or its guest, refused; a sentence.
+    /// The VM, or its guest, refused an operation; a sentence.
     #[error("{0}")]
     Refused(String),
 }
 
 impl Error {
-    /// The exit status that Docker's command line gives such a failure.
+    /// Returns the exit status of Docker's command line for this failure.
     #[must_use]
     pub fn exit_status(&self) -> u32 {
         match self {
@@ -81,7 +81,7 @@ impl Error {
         }
     }
 
-    /// The error for a VM that is not there to be asked.
+    /// Returns the error for a VM whose process does not exist.
     pub(crate) fn not_running(record: &Record) -> Self {
         match record.state() {
             Err(RecordError::NotFound(name)) => RecordError::NotFound(name).into(),
@@ -96,7 +96,7 @@ impl From<ControlError> for Error {
             ControlError::NotRunning(name) => Self::NotRunning(name),
             ControlError::Refused(text) => Self::Refused(text),
             ControlError::Io { operation, source } => Self::Vmm { operation, source },
-            // A kind of failure that this version does not know apart.
+            // A kind of error that was added to the enum later.
             other => Self::Vmm {
                 operation: "talk to the VM's process",
                 source: io::Error::other(other),

@@ -1,4 +1,4 @@
-//! Commands run next to a VM's workload.
+//! Commands that run beside a VM's workload.
 
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -16,17 +16,17 @@ use sm_guest_proto::frame::FrameType;
 use crate::Error;
 use crate::record::Record;
 
-/// The time that a VMM may take until it has room for another exec.
+/// Time limit until a VMM accepts another exec connection.
 const EXEC_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A command to be run; the workload's environment, directory and user apply
-/// unless changed.
+/// Builder of a command. It runs with the workload's environment, directory and user
+/// unless they are set.
 #[derive(Clone, Debug)]
 pub struct ExecBuilder {
     record: Record,
     request: ExecRequest,
     env: Vec<String>,
-    /// Limit on the time in which the guest takes nothing of the request.
+    /// Time limit for sending the request, while the guest accepts no bytes.
     pub(crate) send_timeout: Duration,
 }
 
@@ -71,7 +71,7 @@ impl ExecBuilder {
     #[must_use]
     pub fn user(mut self, user: impl Into<String>) -> Self {
         self.request.user = user.into();
-        // The workload's groups are the workload user's.
+        // The supplementary groups are those of the workload's user.
         self.request.groups.clear();
         self
     }
@@ -85,7 +85,7 @@ impl ExecBuilder {
         self
     }
 
-    /// Keeps its standard input open for [`crate::session::SessionWriter`].
+    /// Keeps its standard input open, for [`crate::session::SessionWriter`].
     #[must_use]
     pub fn stdin(mut self, open: bool) -> Self {
         self.request.stdin = open;
@@ -103,7 +103,7 @@ impl ExecBuilder {
         self
     }
 
-    /// Ends it after this time, with status 124.
+    /// Kills the command after this time, with status 124.
     #[must_use]
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.request.timeout_ms = u64::try_from(timeout.as_millis())
@@ -112,7 +112,7 @@ impl ExecBuilder {
         self
     }
 
-    /// Sends it to the guest. Events of the session tell whether it started.
+    /// Sends the command to the guest. Events of the session report whether it started.
     ///
     /// # Errors
     /// The VM is not running, or an environment entry is malformed.
@@ -127,7 +127,8 @@ impl ExecBuilder {
         let stream = connect_exec(&self.record)?;
         let timeout = self.send_timeout;
         let open = || {
-            // A guest that hangs takes no more than there is room for on the way.
+            // A guest that hangs accepts only as many bytes as the buffers on the path
+            // hold.
             let socket = stream.try_clone()?;
             socket.set_write_timeout(Some(timeout))?;
             let session = Session::new(stream, Some(Aside::exec(self.record.exec_endpoint())))?;
@@ -146,10 +147,10 @@ impl ExecBuilder {
         })
     }
 
-    /// Runs it to its end and collects its output.
+    /// Runs the command to its end and returns its output.
     ///
     /// # Errors
-    /// The VM is not running, or ends first.
+    /// The VM is not running, or exits before the command.
     pub fn output(self) -> Result<Output, Error> {
         self.start()?.output().map_err(|source| Error::Vmm {
             operation: "run the command in the VM",
@@ -158,8 +159,8 @@ impl ExecBuilder {
     }
 }
 
-/// A command in a paused VM would wait without a word, and one in a VM that is on
-/// its way would find another root than its workload.
+/// Refuses a command that would hang in a paused VM, or find another root directory than
+/// the workload in a VM that is still starting.
 fn refuse_unless_running(record: &Record) -> Result<(), Error> {
     let name = &record.config().name;
     match Control::connect(&record.control_endpoint())?.call(&ControlCall::Status)? {

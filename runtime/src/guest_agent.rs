@@ -1,4 +1,4 @@
-//! Where the guest agent's binary comes from.
+//! The binary of the guest agent.
 
 use std::borrow::Cow;
 use std::path::PathBuf;
@@ -7,7 +7,7 @@ use sm_snapshot::state_file::hex_digest;
 
 use crate::Error;
 
-/// The agent that was embedded at build time (see `build.rs`), and its SHA-256.
+/// The agent embedded at build time (see `build.rs`), and its SHA-256.
 #[cfg(sm_embedded_agent)]
 const EMBEDDED: Option<(&[u8], &str)> = Some((
     include_bytes!(env!("SM_EMBEDDED_AGENT")),
@@ -22,7 +22,7 @@ const NAME: &str = "sm-guest-agent";
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Agent {
     bytes: Cow<'static, [u8]>,
-    /// SHA-256 in hexadecimal, where it was known before.
+    /// SHA-256 in hexadecimal, if it is known without hashing.
     digest: Option<&'static str>,
 }
 
@@ -31,7 +31,7 @@ impl Agent {
         &self.bytes
     }
 
-    /// SHA-256 in hexadecimal.
+    /// Returns the SHA-256 in hexadecimal.
     pub(crate) fn digest(&self) -> String {
         self.digest
             .map_or_else(|| hex_digest(&self.bytes), str::to_owned)
@@ -47,7 +47,7 @@ impl From<Vec<u8>> for Agent {
     }
 }
 
-/// The agent: `$SM_AGENT`, else the one built into this program, else
+/// Reads the agent: `$SM_AGENT`, else the one embedded in this program, else
 /// `sm-guest-agent` next to it or in `../libexec/sm/`.
 pub(crate) fn read() -> Result<Agent, Error> {
     let explicit = std::env::var_os("SM_AGENT")
@@ -83,7 +83,7 @@ pub(crate) fn read() -> Result<Agent, Error> {
     Ok(bytes.into())
 }
 
-/// Whether there is an agent, for `sm doctor`; how it is found, in words.
+/// Describes the agent for `sm doctor`: its origin and size.
 pub(crate) fn describe() -> Result<String, Error> {
     let agent = read()?;
     let origin = match agent.digest {

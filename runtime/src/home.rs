@@ -1,4 +1,4 @@
-//! Where things live on the host: persistent data, sockets, caches.
+//! Directories of persistent data, sockets and caches on the host.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -7,15 +7,15 @@ use rustix::fs::{Mode, mkdir};
 use rustix::process::geteuid;
 use thiserror::Error;
 
-/// Why the directories cannot be used.
+/// An error of using the directories.
 #[derive(Debug, Error)]
 pub enum HomeError {
-    /// No variable says where to put something.
+    /// No environment variable determines a directory.
     #[error("cannot tell where to keep {what}: set {variable}")]
     Unknown {
-        /// What was to be kept.
+        /// The data of that directory.
         what: &'static str,
-        /// The variable that would say it.
+        /// The missing variable.
         variable: &'static str,
     },
     /// A directory that must be private is not.
@@ -23,22 +23,22 @@ pub enum HomeError {
     NotPrivate {
         /// The directory.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The cause.
         reason: &'static str,
     },
-    /// A directory cannot be made or examined.
+    /// A directory cannot be created or examined.
     #[error("cannot prepare directory {path:?}")]
     Io {
         /// The directory.
         path: PathBuf,
-        /// The system's answer.
+        /// The error of the system call.
         #[source]
         source: io::Error,
     },
 }
 
-/// The three places of one user: data that outlives a reboot, sockets that do
-/// not, and caches that may be deleted at any time.
+/// The three directories of a user: data that survives a reboot, sockets that do not, and
+/// caches that may be deleted at any time.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Home {
     data: PathBuf,
@@ -47,14 +47,14 @@ pub struct Home {
 }
 
 impl Home {
-    /// The places given by the XDG variables and their defaults:
+    /// Returns the directories of the XDG variables and their defaults:
     /// `$XDG_DATA_HOME/sm`, `$XDG_RUNTIME_DIR/sm`, `$XDG_CACHE_HOME/sm`.
     ///
-    /// Without `XDG_RUNTIME_DIR` it is `/run/sm` for root and
-    /// `/run/user/UID/sm` for others, where that directory exists.
+    /// Without `XDG_RUNTIME_DIR`, it is `/run/sm` for root and `/run/user/UID/sm` for
+    /// others, if that directory exists.
     ///
     /// # Errors
-    /// A place that no variable names.
+    /// No variable determines one of the directories.
     pub fn from_env() -> Result<Self, HomeError> {
         let var = |name| {
             std::env::var_os(name)
@@ -85,7 +85,7 @@ impl Home {
         ))
     }
 
-    /// Explicit places, for tests and for applications with their own layout.
+    /// Sets explicit directories, for tests and for applications with their own layout.
     #[must_use]
     pub fn new(data: &Path, run: &Path, cache: &Path) -> Self {
         Self {
@@ -95,43 +95,43 @@ impl Home {
         }
     }
 
-    /// Persistent data: images, kernels, records of virtual machines.
+    /// Returns the directory of persistent data: images, kernels, records of VMs.
     #[must_use]
     pub fn data(&self) -> &Path {
         &self.data
     }
 
-    /// Sockets; gone after a reboot.
+    /// Returns the directory of sockets, which does not survive a reboot.
     #[must_use]
     pub fn run(&self) -> &Path {
         &self.run
     }
 
-    /// What can be made again.
+    /// Returns the directory of data that can be created again.
     #[must_use]
     pub fn cache(&self) -> &Path {
         &self.cache
     }
 
-    /// Records of virtual machines.
+    /// Returns the directory of VM records.
     #[must_use]
     pub fn vms(&self) -> PathBuf {
         self.data.join("vms")
     }
 
-    /// Kernels managed by `sm kernel`.
+    /// Returns the directory of kernels managed by `sm kernel`.
     #[must_use]
     pub fn kernels(&self) -> PathBuf {
         self.data.join("kernels")
     }
 
-    /// The image store.
+    /// Returns the directory of the image store.
     #[must_use]
     pub fn images(&self) -> PathBuf {
         self.data.join("images")
     }
 
-    /// Snapshots.
+    /// Returns the directory of snapshots.
     #[must_use]
     pub fn snapshots(&self) -> PathBuf {
         self.data.join("snapshots")
@@ -147,8 +147,8 @@ fn default_runtime_dir() -> Option<PathBuf> {
     path.is_dir().then_some(path)
 }
 
-/// Makes `path` (and its parents) a directory that only this user can enter,
-/// or checks that it is one.
+/// Creates `path` (and its parents) as a directory that only this user can enter, or
+/// checks an existing one.
 pub(crate) fn ensure_private_dir(path: &Path) -> Result<(), HomeError> {
     let io_error = |source| HomeError::Io {
         path: path.to_owned(),

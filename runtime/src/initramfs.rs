@@ -1,9 +1,9 @@
 //! The initial RAM file system: the agent as `/init`, and the modules that a
-//! distribution kernel needs.
+//! distribution's kernel needs.
 //!
-//! A cpio archive in the `newc` format (Linux
-//! `Documentation/driver-api/early-userspace/buffer-format.rst`), written in
-//! memory: it is small, and writing it costs less than reading a cached copy.
+//! It is a cpio archive in the `newc` format (Linux
+//! `Documentation/driver-api/early-userspace/buffer-format.rst`), written to memory: it
+//! is small, and writing it costs less than reading a cached copy.
 
 use std::io;
 
@@ -11,18 +11,19 @@ use sm_snapshot::state_file::{combined_digest, hex_digest};
 
 use crate::guest_agent::Agent;
 
-/// Of the archive that is made of the same contents. Raise it when [`Initramfs::build`]
-/// makes another one: snapshots of the old one are not used any more.
+/// Version of the layout. It must be raised when [`Initramfs::build`] writes another
+/// archive from the same contents, because snapshots of the old one must not be used any
+/// more.
 const LAYOUT: u32 = 1;
 
-/// Where the agent looks for modules: one path per line, in loading order.
+/// The agent's list of modules in the archive: one path per line, in load order.
 const MODULE_LIST: &str = "sm/modules.list";
 
 const S_IFDIR: u32 = 0o040_000;
 const S_IFREG: u32 = 0o100_000;
 const S_IFCHR: u32 = 0o020_000;
 
-/// A kernel module to be loaded by the agent.
+/// A kernel module that the agent loads.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Module {
     /// File name, such as `virtio_blk.ko.xz`.
@@ -31,17 +32,17 @@ pub(crate) struct Module {
     pub(crate) bytes: Vec<u8>,
 }
 
-/// What an initial RAM file system is made of.
+/// Contents of an initial RAM file system.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Initramfs {
     pub(crate) agent: Agent,
-    /// In loading order.
+    /// Modules in load order.
     pub(crate) modules: Vec<Module>,
 }
 
 impl Initramfs {
-    /// What tells the file system from every other one, in hexadecimal; it need not be
-    /// built for that.
+    /// Returns a hexadecimal digest that identifies the archive; computed without
+    /// building it.
     pub(crate) fn digest(&self) -> String {
         let mut parts = vec![LAYOUT.to_string(), self.agent.digest()];
         for module in &self.modules {
@@ -144,7 +145,7 @@ mod tests {
 
     use super::*;
 
-    /// Reads an archive back, by the format's own rules.
+    /// Parses an archive by the rules of the format.
     fn entries(mut bytes: &[u8]) -> Vec<(String, u32, Vec<u8>)> {
         let mut found = Vec::new();
         loop {
@@ -221,7 +222,7 @@ mod tests {
             find("sm/modules.list").2,
             b"/sm/modules/b.ko\n/sm/modules/a.ko\n"
         );
-        // A parent comes before what is in it.
+        // A directory precedes its entries.
         let position = |name: &str| entries.iter().position(|(n, ..)| n == name).unwrap();
         assert!(position("dev") < position("dev/console"));
     }

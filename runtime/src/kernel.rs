@@ -1,5 +1,4 @@
-//! Which kernel a guest boots, and the modules it needs if it is a
-//! distribution's.
+//! Selection of the guest kernel, and the modules that a distribution's kernel needs.
 
 use std::cmp::Ordering;
 use std::collections::{HashMap, HashSet};
@@ -11,10 +10,10 @@ use thiserror::Error;
 use crate::home::Home;
 use crate::initramfs::Module;
 
-/// Modules that a guest may need, by the names that `modules.dep` uses; what a
-/// kernel has built in, or does not have, is left out.
+/// Modules that a guest may need, by their names in `modules.dep`; those that a kernel
+/// has built in, or does not have, are skipped.
 const WANTED: [&str; 11] = [
-    // What libcrc32c, which erofs needs, asks the crypto layer for by name.
+    // erofs needs libcrc32c, which requests this from the crypto API by name.
     "crc32c_generic",
     "virtio_mmio",
     "virtio_blk",
@@ -31,21 +30,21 @@ const WANTED: [&str; 11] = [
 /// Largest module read, in bytes.
 const MAX_MODULE: u64 = 16 << 20;
 
-/// Why there is no kernel to boot.
+/// An error of selecting a kernel.
 #[derive(Debug, Error)]
 pub enum KernelError {
-    /// None was found anywhere.
+    /// No kernel was found.
     #[error(
         "no guest kernel found: build one with \"sm kernel build\" in the source tree of sm, \
          choose one with \"sm kernel use PATH\", or name one with --kernel PATH"
     )]
     None,
-    /// The one asked for cannot be used.
+    /// The requested kernel cannot be used.
     #[error("cannot use kernel {path:?}: {reason}")]
     Unusable {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The cause.
         reason: String,
     },
     /// A kernel's modules cannot be read.
@@ -57,7 +56,7 @@ pub enum KernelError {
         #[source]
         source: io::Error,
     },
-    /// The list of kernels cannot be changed.
+    /// The selection cannot be stored.
     #[error("cannot make {path:?} the kernel to use")]
     Use {
         /// The kernel.
@@ -68,7 +67,7 @@ pub enum KernelError {
     },
 }
 
-/// A kernel and where its modules are, if it comes with any.
+/// A kernel and the directory of its modules, if it has any.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Kernel {
     /// The image: ELF, bzImage.
@@ -77,23 +76,23 @@ pub struct Kernel {
     pub modules: Option<PathBuf>,
 }
 
-/// A kernel that could be used.
+/// A usable kernel of this host.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Listed {
-    /// How `sm kernel use` can name it.
+    /// Its name for `sm kernel use`.
     pub name: String,
     /// The image.
     pub path: PathBuf,
-    /// It is what is booted when nothing else is asked for.
+    /// True for the kernel that is booted by default.
     pub current: bool,
 }
 
-/// Finds the kernel to boot: `explicit`, else `$SM_KERNEL`, else the one chosen
-/// with [`choose`], else the newest one built, else the newest one in `/boot`. Of those
-/// that nobody asked for, unusable ones are skipped.
+/// Finds the kernel to boot: `explicit`, else `$SM_KERNEL`, else the one selected with
+/// [`choose`], else the newest one built, else the newest one in `/boot`. Unusable
+/// kernels are skipped unless they were requested.
 ///
 /// # Errors
-/// The one asked for is unusable, or there is none that is not.
+/// The requested kernel is unusable, or no kernel is usable.
 pub fn find(home: &Home, explicit: Option<&Path>) -> Result<Kernel, KernelError> {
     let environment = std::env::var_os("SM_KERNEL")
         .filter(|value| !value.is_empty())
@@ -110,7 +109,7 @@ pub fn find(home: &Home, explicit: Option<&Path>) -> Result<Kernel, KernelError>
     first_usable(found.iter().map(|(_, path)| path.as_path()))
 }
 
-/// The first kernel that can be used, or why the first one cannot.
+/// Returns the first usable kernel, or the error of the first one.
 fn first_usable<'a>(paths: impl Iterator<Item = &'a Path>) -> Result<Kernel, KernelError> {
     let mut first_error = None;
     for path in paths {
@@ -125,8 +124,7 @@ fn first_usable<'a>(paths: impl Iterator<Item = &'a Path>) -> Result<Kernel, Ker
     Err(first_error.unwrap_or(KernelError::None))
 }
 
-/// All kernels known on this host, among them the one that is booted when nothing else
-/// is asked for.
+/// Lists all kernels known on this host, including the one that is booted by default.
 #[must_use]
 pub fn list(home: &Home) -> Vec<Listed> {
     let current = find(home, None).ok().map(|kernel| kernel.path);
@@ -142,7 +140,7 @@ pub fn list(home: &Home) -> Vec<Listed> {
             path,
         })
         .collect();
-    // One from elsewhere is named by its path.
+    // A kernel from another directory is named by its path.
     if let Some(path) = current
         && !listed.iter().any(|kernel| kernel.current)
     {
@@ -156,11 +154,10 @@ pub fn list(home: &Home) -> Vec<Listed> {
     listed
 }
 
-/// Makes a kernel (a path, or a name from [`list`]) the one that is booted when
-/// nothing else is asked for.
+/// Selects the kernel (a path, or a name from [`list`]) that is booted by default.
 ///
 /// # Errors
-/// It is unusable, or the choice cannot be recorded.
+/// The kernel is unusable, or the selection cannot be stored.
 pub fn choose(home: &Home, kernel: &str) -> Result<Kernel, KernelError> {
     let listed = candidates(home)
         .into_iter()
@@ -182,8 +179,8 @@ pub fn choose(home: &Home, kernel: &str) -> Result<Kernel, KernelError> {
     Ok(found)
 }
 
-/// Names and images, the preferred first: managed ones, built ones by age (the
-/// newest first), the distribution's.
+/// Returns names and images in order of preference: managed ones, built ones (the newest
+/// first), the distribution's.
 fn candidates(home: &Home) -> Vec<(String, PathBuf)> {
     let mut found = Vec::new();
     for directory in [home.kernels(), home.cache().join("kernels")] {
@@ -205,7 +202,7 @@ fn candidates(home: &Home) -> Vec<(String, PathBuf)> {
     found
 }
 
-/// The distribution's kernels, the newest first.
+/// Returns the distribution's kernels, the newest first.
 fn stock(boot: &Path) -> Vec<(String, PathBuf)> {
     let mut found: Vec<_> = entries(boot)
         .into_iter()
@@ -215,8 +212,8 @@ fn stock(boot: &Path) -> Vec<(String, PathBuf)> {
     found
 }
 
-/// The order of versions as dpkg has it: numbers by their value, and a tilde before
-/// the end (deb-version(7)).
+/// Compares versions like dpkg: numbers by their value, and a tilde before the end
+/// (deb-version(7)).
 fn by_version(a: &str, b: &str) -> Ordering {
     let (mut a, mut b) = (a.as_bytes(), b.as_bytes());
     let rank = |byte: Option<&u8>| match byte {
@@ -249,7 +246,7 @@ fn by_version(a: &str, b: &str) -> Ordering {
     Ordering::Equal
 }
 
-/// Takes the leading digits, or what precedes the next digit.
+/// Takes the leading digits, or the bytes before the next digit.
 fn part<'a>(bytes: &mut &'a [u8], digits: bool) -> &'a [u8] {
     let is_part = |byte: &&u8| byte.is_ascii_digit() == digits;
     let len = bytes.iter().take_while(is_part).count();
@@ -295,8 +292,8 @@ fn usable(path: &Path) -> Result<Kernel, KernelError> {
     })
 }
 
-/// `modules/` next to the kernel, or `/lib/modules/VERSION` for `vmlinuz-VERSION`
-/// (also relative to the tree that the kernel's `boot/` is in).
+/// Returns `modules/` next to the kernel, or `/lib/modules/VERSION` for `vmlinuz-VERSION`
+/// (also relative to the tree of the kernel's `boot/`).
 fn modules_directory(kernel: &Path) -> Option<PathBuf> {
     let directory = kernel.parent()?;
     let mut places = vec![directory.join("modules")];
@@ -348,8 +345,8 @@ fn read_module(path: &Path) -> io::Result<Module> {
     })
 }
 
-/// Paths of the wanted modules and everything they depend on, in an order in
-/// which they can be loaded. `modules.dep` lists for each module what it needs.
+/// Returns the paths of the wanted modules and all their dependencies, in load order.
+/// `modules.dep` lists the dependencies of each module.
 fn load_order<'a>(modules_dep: &'a str, wanted: &[&str]) -> Vec<&'a str> {
     let needs: HashMap<&str, Vec<&str>> = modules_dep
         .lines()
@@ -382,7 +379,7 @@ fn visit<'a>(
     order.push(module);
 }
 
-/// `virtio_blk` for `kernel/drivers/block/virtio_blk.ko.xz`.
+/// Returns `virtio_blk` for `kernel/drivers/block/virtio_blk.ko.xz`.
 fn module_name(path: &str) -> &str {
     let file = path.rsplit('/').next().unwrap_or(path);
     file.split(".ko").next().unwrap_or(file)
@@ -473,7 +470,8 @@ mod tests {
         assert_eq!(by_version("6.1", "6.1-rt"), Ordering::Less);
     }
 
-    /// Ubuntu's kernels are for root alone; others are cut short or links to nothing.
+    /// Ubuntu's kernels are readable by root only; others are truncated or dangling
+    /// links.
     #[test]
     fn kernels_that_nobody_asked_for_are_skipped_when_unusable() {
         let dir = tempfile::tempdir().unwrap();
@@ -483,7 +481,7 @@ mod tests {
         let all = [&absent, &short, &good];
         let found = first_usable(all.iter().map(|path| path.as_path())).unwrap();
         assert_eq!(found.path, good);
-        // None is: the one that would have been taken says why.
+        // No kernel is usable: the error is that of the preferred one.
         let error = first_usable(all[..2].iter().map(|path| path.as_path())).unwrap_err();
         assert!(error.to_string().contains("absent"), "{error}");
         let error = first_usable(std::iter::empty()).unwrap_err();

@@ -1,8 +1,8 @@
 //! The library API of sm: images, VMs, exec and snapshots, and the process
 //! model behind them.
 //!
-//! Each VM runs in a process of its own (the VMM: this very executable, started
-//! again), which outlives its starter unless told otherwise; there is no daemon.
+//! Each VM runs in a process of its own (the VMM, which is this executable, started again).
+//! The process outlives its parent by default; there is no daemon.
 //!
 //! ```no_run
 //! use sm_runtime::{Image, RunOptions};
@@ -60,8 +60,8 @@ pub mod session {
     pub use sm_control::session::{Event, Output, Session, SessionWriter, Stdin};
 }
 
-/// What a virtual machine runs: an image's defaults merged with what the
-/// caller asks for, by Docker's rules.
+/// The workload of a virtual machine: an image's defaults merged with the caller's
+/// overrides, by Docker's rules.
 pub mod workload {
     pub use sm_control::workload::{ImageDefaults, Overrides, Rlimit, Workload, WorkloadError};
 }

@@ -1,4 +1,4 @@
-//! Reading a workload's output, also while it is being written.
+//! Reading a workload's output, including output that is still being written.
 
 use std::io::{self, Read as _};
 use std::mem::MaybeUninit;
@@ -15,7 +15,7 @@ use crate::output_log::LogReader;
 pub use crate::output_log::{LogRecord, Stream};
 use crate::record::{Record, VmState};
 
-/// A workload's output from the oldest record kept on.
+/// A reader of a workload's output, from the oldest stored record.
 #[derive(Debug)]
 pub struct Logs {
     record: Record,
@@ -23,12 +23,12 @@ pub struct Logs {
     watch: Option<Watch>,
 }
 
-/// By what a change is heard of.
+/// A source of change notifications.
 #[derive(Debug)]
 enum Watch {
-    /// The record's directory, by inotify.
+    /// The record's directory, through inotify.
     Directory(OwnedFd),
-    /// The VM's process, by [`sm_control::launch::ControlCall::Follow`].
+    /// The VM's process, through [`sm_control::launch::ControlCall::Follow`].
     Process(UnixStream),
     /// The VM has ended.
     Nothing,
@@ -53,7 +53,7 @@ impl Logs {
         })
     }
 
-    /// The next record; `None` at the present end.
+    /// Returns the next record; `None` at the current end.
     ///
     /// # Errors
     /// The log cannot be read.
@@ -61,18 +61,19 @@ impl Logs {
         self.reader.next_record().map_err(log_error(&self.record))
     }
 
-    /// The next record, waiting for it; `None` when the VM has ended and
-    /// everything has been read.
+    /// Waits for the next record; `None` when the VM has ended and everything has been
+    /// read.
     ///
     /// # Errors
     /// The log cannot be read or watched.
     pub fn wait_record(&mut self) -> Result<Option<LogRecord>, Error> {
         loop {
-            // Watch first, look afterwards, so that nothing falls in between.
+            // The watch starts before the state is read, so that no change is missed in
+            // between.
             self.start_watching().map_err(log_error(&self.record))?;
             let ended = match self.record.state() {
                 Ok(VmState::Running) => false,
-                // Removed meanwhile: what is open can still be read.
+                // The record was removed in the meantime; open files can still be read.
                 Ok(VmState::Exited(_)) | Err(_) => true,
             };
             if let Some(record) = self.next_record()? {
@@ -91,16 +92,20 @@ impl Logs {
         }
         let watch = match watch_directory(&self.record) {
             Ok(watch) => Watch::Directory(watch),
-            // A user may have 128 of these by default, all of whose programs take some.
+            // The default limit of inotify instances is 128 per user, shared with other
+            // programs.
             Err(errno @ (Errno::MFILE | Errno::NOSPC)) => match self.follow() {
                 Ok(watch) => watch,
                 Err(error) => {
                     let causes = with_causes(&error);
-                    tracing::info!(error = causes, "the VM's process tells of no output");
+                    tracing::info!(
+                        error = causes,
+                        "cannot follow the output through the VM's process"
+                    );
                     return Err(errno.into());
                 }
             },
-            // Removed meanwhile: what is open can still be read.
+            // The record was removed in the meantime; open files can still be read.
             Err(Errno::NOENT) => Watch::Nothing,
             Err(errno) => return Err(errno.into()),
         };
@@ -108,7 +113,7 @@ impl Logs {
         Ok(())
     }
 
-    /// Has the VM's process tell of output.
+    /// Asks the VM's process for notifications of output.
     fn follow(&self) -> Result<Watch, Error> {
         match Control::connect(&self.record.control_endpoint()).and_then(Control::follow) {
             Ok(stream) => Ok(Watch::Process(stream)),
@@ -129,7 +134,7 @@ impl Logs {
                 match stream.read(&mut buffer) {
                     Ok(count) => count == 0,
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => false,
-                    // It was killed.
+                    // The process was killed.
                     Err(error) if error.kind() == io::ErrorKind::ConnectionReset => true,
                     Err(error) => return Err(error),
                 }
@@ -137,7 +142,7 @@ impl Logs {
             Some(Watch::Nothing) | None => false,
         };
         if dead {
-            // Heard of a moment before the lock is released.
+            // The event arrives shortly before the lock is released.
             self.record.wait_until_dead().map_err(io::Error::other)?;
         }
         Ok(())
@@ -148,8 +153,8 @@ impl Logs {
 fn watch_directory(record: &Record) -> Result<OwnedFd, Errno> {
     let flags = inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK;
     let watch = inotify::init(flags)?;
-    // Output is written, a file rotated, the exit status moved in place,
-    // the lock closed by a VMM that was killed, all of it removed.
+    // The events: output was written, a file was rotated, the exit record was renamed
+    // into place, a killed VMM closed the lock, or the record was removed.
     let events = inotify::WatchFlags::MODIFY
         | inotify::WatchFlags::MOVE
         | inotify::WatchFlags::CREATE
@@ -160,7 +165,7 @@ fn watch_directory(record: &Record) -> Result<OwnedFd, Errno> {
     Ok(watch)
 }
 
-/// Waits for a change in a directory; says whether the lock in it was closed.
+/// Waits for a change in a directory; returns true if the lock in it was closed.
 fn wait_for_events(watch: &OwnedFd) -> io::Result<bool> {
     let mut fds = [PollFd::new(watch, PollFlags::IN)];
     rustix::io::retry_on_intr(|| poll(&mut fds, None))?;
@@ -170,8 +175,7 @@ fn wait_for_events(watch: &OwnedFd) -> io::Result<bool> {
     loop {
         match events.next() {
             Ok(event) => {
-                // Otherwise it does not matter what changed, only that
-                // something did.
+                // All other events only matter as a wake-up.
                 lock_closed |= event.events().contains(inotify::ReadFlags::CLOSE_WRITE)
                     && event.file_name().is_some_and(|name| name == c"lock");
             }

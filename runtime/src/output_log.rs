@@ -1,14 +1,13 @@
-//! The workload's output on disk: what `sm logs` shows.
+//! The workload's output on disk, which `sm logs` prints.
 //!
-//! A log is a sequence of records, each a 16-byte header and the bytes as they
-//! came: `[u8 kind][3 zero bytes][u32 BE length][u64 BE nanoseconds since the
-//! Unix epoch]`. When `output.log` is full it becomes `output.log.1`, so that a
-//! workload that writes without end keeps between one and two files' worth of
-//! its latest output.
+//! A log is a sequence of records: a 16-byte header and the bytes of output. The header
+//! is `[u8 kind][3 zero bytes][u32 BE length][u64 BE nanoseconds since the Unix epoch]`.
+//! A full `output.log` is renamed to `output.log.1`, so that the latest output of a
+//! workload takes the size of one to two files.
 //!
-//! Each file begins with a record that counts the output in all files before it,
-//! so that a reader that was overtaken by rotation knows how much it missed. Output
-//! that could not be written (the disk was full) is counted in a record, too.
+//! Each file begins with a record of the amount of output in all earlier files, from
+//! which a reader that was overtaken by rotation computes its loss. Output that could not
+//! be written (because the disk was full) is counted in a record, too.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufReader, Read as _, Seek as _, SeekFrom, Write as _};
@@ -27,31 +26,31 @@ const FRESH: &str = ".output.log.new";
 pub(crate) const ROTATE_AT: u64 = 16 << 20;
 
 const HEADER_LEN: usize = 16;
-/// Largest record a reader accepts; a writer's are far smaller.
+/// Largest record that a reader accepts; records of writers are far smaller.
 const MAX_RECORD: u32 = 16 << 20;
 
-/// Kind of a record that holds, as a `u64` BE, the bytes of output in earlier files.
+/// Kind of a record that contains the bytes of output in earlier files, as a `u64` BE.
 const POSITION: u8 = 3;
-/// Kind of a record that holds, as a `u64` BE, the bytes of output that could not be
-/// written between the records around it.
+/// Kind of a record that contains the bytes of output that could not be written between
+/// its neighbours, as a `u64` BE.
 const DROPPED: u8 = 4;
 
-/// Which stream bytes were written to.
+/// An output stream of the workload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Stream {
     /// Standard output, or the terminal.
     Stdout = 1,
-    /// Standard error, and notes of `sm` about output that is missing.
+    /// Standard error, and notes of `sm` about missing output.
     Stderr = 2,
 }
 
 /// A piece of output.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LogRecord {
-    /// Where it was written.
+    /// The stream it was written to.
     pub stream: Stream,
-    /// When it arrived, in nanoseconds since the Unix epoch.
+    /// Time of arrival, in nanoseconds since the Unix epoch.
     pub time_ns: u64,
     /// The bytes.
     pub bytes: Vec<u8>,
@@ -65,11 +64,11 @@ pub(crate) struct LogWriter {
     file: Option<File>,
     /// Bytes of whole records in the file.
     written: u64,
-    /// The file may end in a part of a record.
+    /// True if the file may end in a partial record.
     torn: bool,
-    /// Bytes of output in all files; `None` for a log that another writer began.
+    /// Bytes of output in all files; `None` if an earlier writer created the log.
     logged: Option<u64>,
-    /// Bytes of output that are in no file, since the last record.
+    /// Bytes of output since the last record that are in no file.
     dropped: u64,
     rotate_at: u64,
 }
@@ -98,12 +97,11 @@ impl LogWriter {
         Ok(writer)
     }
 
-    /// Appends one record, in a single write. After a failure the log is as if it had
-    /// not been tried, and the next record that can be written is preceded by a note
-    /// of how much is missing.
+    /// Appends a record, in a single write. A failed record leaves the log unchanged, and
+    /// the next successful record is preceded by a count of the missing bytes.
     ///
     /// # Errors
-    /// The file system refused, for instance because it is full.
+    /// The write failed, for instance because the disk is full.
     pub(crate) fn append(&mut self, stream: Stream, bytes: &[u8]) -> io::Result<()> {
         let appended = self.try_append(stream, bytes);
         if appended.is_err() {
@@ -120,10 +118,10 @@ impl LogWriter {
         Ok(())
     }
 
-    /// Notes what is missing, if anything is.
+    /// Writes a count of the missing bytes, if there are any.
     ///
     /// # Errors
-    /// The file system refused; it can be tried again.
+    /// The write failed; it can be repeated.
     pub(crate) fn note_dropped(&mut self) -> io::Result<()> {
         match self.dropped {
             0 => Ok(()),
@@ -131,7 +129,8 @@ impl LogWriter {
         }
     }
 
-    /// Creates the next file, which has its first record when it gets its name.
+    /// Creates the next file, which is renamed to its name after its first record was
+    /// written.
     fn begin_file(&mut self) -> io::Result<()> {
         let fresh = self.directory.join(FRESH);
         let mut file = OpenOptions::new()
@@ -139,7 +138,7 @@ impl LogWriter {
             .append(true)
             .mode(0o600)
             .open(&fresh)?;
-        // An earlier attempt may have left something.
+        // A failed attempt may have left bytes.
         file.set_len(0)?;
         let mut written = 0;
         if let Some(logged) = self.logged {
@@ -154,7 +153,7 @@ impl LogWriter {
         Ok(())
     }
 
-    /// Cuts off what a failed write left.
+    /// Truncates the partial record of a failed write.
     fn repair(&mut self) -> io::Result<()> {
         if self.torn
             && let Some(file) = &self.file
@@ -165,11 +164,11 @@ impl LogWriter {
         Ok(())
     }
 
-    /// Writes a record, after a note of what is missing before it.
+    /// Writes a record, preceded by a count of missing bytes.
     fn write(&mut self, record: &[u8]) -> io::Result<()> {
         self.repair()?;
         if self.written >= self.rotate_at {
-            // The older file goes first: on a full disk its room is needed.
+            // The older file is removed first: on a full disk, its space is needed.
             std::fs::rename(self.directory.join(FILE), self.directory.join(ROTATED))?;
             self.file = None;
             self.written = 0;
@@ -187,7 +186,8 @@ impl LogWriter {
         };
         if let Err(error) = file.write_all(&bytes) {
             self.torn = true;
-            // At once if it can be, so that no reader waits for the rest.
+            // Immediate repair spares readers the wait; a failure is repeated by the next
+            // write.
             let _ = self.repair();
             return Err(error);
         }
@@ -209,17 +209,17 @@ fn encode(kind: u8, bytes: &[u8]) -> io::Result<Vec<u8>> {
     Ok(record)
 }
 
-/// Reads a log from its oldest record on, across rotations. Output that is in no file
-/// any more, or never was, is replaced by a note in [`Stream::Stderr`].
+/// Reads a log from its oldest record, across rotations. A note in [`Stream::Stderr`]
+/// takes the place of output that was rotated away or never written.
 ///
-/// [`Self::next_record`] returns `None` at the present end; asking again later
-/// continues there.
+/// [`Self::next_record`] returns `None` at the current end; a later call continues there.
 #[derive(Debug)]
 pub(crate) struct LogReader {
     directory: PathBuf,
-    /// Kept open until its successor is, so that its identity is nobody else's.
+    /// The file stays open until its successor is, so that its inode number is not
+    /// reused.
     current: Option<Reading>,
-    /// Bytes of output before the next record; `None` while it is not known.
+    /// Bytes of output before the next record; `None` while unknown.
     position: Option<u64>,
 }
 
@@ -228,8 +228,8 @@ impl LogReader {
         let current = oldest(directory)?;
         Ok(Self {
             directory: directory.to_owned(),
-            // A reader that is there first misses nothing unnoticed; to a later one
-            // the log begins where its oldest file does.
+            // A reader of a log without files starts at position 0 and detects any loss;
+            // for others, the log begins with its oldest file.
             position: current.is_none().then_some(0),
             current,
         })
@@ -248,7 +248,7 @@ impl LogReader {
                 let Some(next) = reading.successor(&self.directory)? else {
                     return Ok(None);
                 };
-                // No record was added since it had a successor, but maybe before.
+                // Records may have been added between the last read and the rotation.
                 raw = reading.next()?;
                 if raw.is_none() {
                     self.current = Some(next);
@@ -261,7 +261,8 @@ impl LogReader {
         }
     }
 
-    /// What a record is to whoever reads the log, if anything.
+    /// Converts a record of the file to one for the reader, if it contains output or a
+    /// loss.
     fn understand(&mut self, raw: Raw) -> io::Result<Option<LogRecord>> {
         let Raw {
             kind,
@@ -314,25 +315,25 @@ fn damaged(what: &str) -> io::Error {
     )
 }
 
-/// The oldest file there is. Opened in this order, so that a rotation in between hides
-/// none.
+/// Opens the oldest file. The order of the two calls matters: a rotation in between hides
+/// no file.
 fn oldest(directory: &Path) -> io::Result<Option<Reading>> {
     let current = Reading::open(&directory.join(FILE))?;
     Ok(Reading::open(&directory.join(ROTATED))?.or(current))
 }
 
-/// A record as it is in a file.
+/// A record as stored in a file.
 struct Raw {
     kind: u8,
     time_ns: u64,
     bytes: Vec<u8>,
 }
 
-/// A file of a log.
+/// An open file of a log.
 #[derive(Debug)]
 struct Reading {
     file: BufReader<File>,
-    /// The next record's.
+    /// Offset of the next record.
     offset: u64,
 }
 
@@ -356,11 +357,11 @@ impl Reading {
         Ok(own.ino() == other.ino() && own.dev() == other.dev())
     }
 
-    /// The file that follows: `None` while this is the last. Files in between that
-    /// were rotated away are skipped.
+    /// Opens the next file: `None` if this is the last. Files that were rotated away in
+    /// between are skipped.
     ///
-    /// The order of the two looks matters: what was the current file at the first is
-    /// the successor of what is the rotated one at the second.
+    /// The order of the two calls matters: the current file of the first call is the
+    /// successor of the rotated file of the second.
     fn successor(&self, directory: &Path) -> io::Result<Option<Self>> {
         let current = Self::open(&directory.join(FILE))?;
         if let Some(current) = &current
@@ -375,11 +376,11 @@ impl Reading {
         }
     }
 
-    /// The next record; `None` while it is not there as a whole.
+    /// Reads the next record; `None` while it is incomplete.
     ///
-    /// A record of which only a part could be written is cut off again, and another
-    /// one takes its place. That one's kind is [`DROPPED`], so a header that is still
-    /// the same after the bytes were read belongs to them.
+    /// A partially written record is truncated, and a record of another kind,
+    /// [`DROPPED`], takes its place. If the header is unchanged after the bytes were
+    /// read, they therefore belong to it.
     fn next(&mut self) -> io::Result<Option<Raw>> {
         loop {
             let mut header = [0; HEADER_LEN];
@@ -415,13 +416,13 @@ impl Reading {
         Ok(None)
     }
 
-    /// Back to the start of the record, and to what is in the file now.
+    /// Seeks to the start of the record and discards the buffer.
     fn rewind(&mut self) -> io::Result<()> {
         self.file.seek(SeekFrom::Start(self.offset)).map(drop)
     }
 }
 
-/// `Ok(false)` at the end of the file.
+/// Fills the buffer. Returns false at the end of the file.
 fn fill(file: &mut BufReader<File>, buffer: &mut [u8]) -> io::Result<bool> {
     match file.read_exact(buffer) {
         Ok(()) => Ok(true),

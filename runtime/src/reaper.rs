@@ -1,8 +1,7 @@
-//! Child processes that outlive whoever has started them.
+//! Child processes that outlive their handles.
 //!
-//! A VM outlives its handle, and its process must still be waited for when it ends,
-//! or a long-lived caller would collect zombies. One thread waits for all of them,
-//! and ends when there are none left.
+//! A VM outlives its handle, and its process must still be reaped, or a long-lived caller
+//! would collect zombies. One thread waits for all of them, and exits when none is left.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -13,7 +12,7 @@ use std::time::Instant;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-/// A process that was started, and is waited for whatever happens to this value.
+/// A child process, which is reaped even after this value was dropped.
 #[derive(Debug)]
 pub(crate) struct Process(Option<Child>);
 
@@ -22,16 +21,16 @@ impl Process {
         Self(Some(child))
     }
 
-    /// Waits for its end.
+    /// Waits for its exit.
     pub(crate) fn wait(&mut self) -> io::Result<ExitStatus> {
         match &mut self.0 {
             Some(child) => child.wait(),
-            // Only dropping takes it out.
+            // Only `drop` takes the child.
             None => Err(io::ErrorKind::NotFound.into()),
         }
     }
 
-    /// Waits for its end until `deadline`, and ends it then.
+    /// Waits for its exit until `deadline`, and kills it then.
     pub(crate) fn wait_until(&mut self, deadline: Instant) -> Option<ExitStatus> {
         let child = self.0.as_ref()?;
         let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
@@ -49,10 +48,10 @@ impl Process {
         self.wait().ok()
     }
 
-    /// Ends it, and waits for its end.
+    /// Kills it, and waits for its exit.
     pub(crate) fn kill(&mut self) {
         if let Some(child) = &mut self.0 {
-            // It fails for one that has ended.
+            // An error means that the process has already exited.
             let _ = child.kill();
             let _ = child.wait();
         }
@@ -69,10 +68,10 @@ impl Drop for Process {
     }
 }
 
-/// What is shared with the thread.
+/// State shared with the reaping thread.
 struct Reaper {
     incoming: Vec<Child>,
-    /// Wakes the thread; `None` while there is none.
+    /// Wakes the thread; `None` while it does not run.
     wake: Option<Arc<OwnedFd>>,
 }
 
@@ -82,11 +81,11 @@ static REAPER: Mutex<Reaper> = Mutex::new(Reaper {
 });
 
 fn reaper() -> MutexGuard<'static, Reaper> {
-    // Nothing panics while it holds this.
+    // No code panics while it holds this lock.
     REAPER.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Waits for `child` in the background.
+/// Passes `child` to the reaping thread.
 fn reap(child: Child) {
     let mut reaper = reaper();
     reaper.incoming.push(child);
@@ -97,8 +96,8 @@ fn reap(child: Child) {
         None => start().map(|wake| reaper.wake = Some(wake)),
     };
     if let Err(error) = woken {
-        // The next one tries again, for this one, too.
-        tracing::warn!(%error, "a VMM process is not waited for");
+        // The next call starts a thread for both children.
+        tracing::warn!(%error, "cannot start the thread that reaps VMM processes");
     }
 }
 
@@ -119,7 +118,7 @@ fn wait_for_all(woken: &OwnedFd) {
         let mut reaper = reaper();
         waiting.extend(reaper.incoming.drain(..).map(|child| {
             let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
-            // Without one (EMFILE) it is looked at whenever another ends.
+            // Without a pidfd (EMFILE), the child is checked whenever another one exits.
             let ends = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
             (child, ends)
         }));
@@ -169,7 +168,7 @@ mod tests {
         }
         assert!(pids.iter().all(|pid| is_there(*pid)));
         assert!(reapers() <= 1, "{} threads", reapers());
-        // They end, and none stays a zombie.
+        // The processes exit, and none stays a zombie.
         drop(inputs);
         while pids.iter().any(|pid| is_there(*pid)) {
             std::thread::yield_now();

@@ -1,18 +1,18 @@
-//! Records of virtual machines on disk, and the proof that one is alive.
+//! Records of virtual machines on disk, and the lock that shows whether a VM is alive.
 //!
-//! `<data>/vms/<id>/` holds `config.json`, `lock`, `console.log`, `vmm.log`,
-//! the output log and, once it has ended, `exit.json`. `<run>/vms/<short id>/`
-//! holds its sockets and nothing else.
+//! `<data>/vms/<id>/` contains `config.json`, `lock`, `console.log`, `vmm.log`, the
+//! output log and, after the exit, `exit.json`. `<run>/vms/<short id>/` contains only the
+//! sockets.
 //!
-//! Invariant: a VM's process is alive exactly while its `lock` is flocked
-//! exclusively. That lock is taken before the record gets its name, is handed to
-//! the VMM as an open file description, and is released by the kernel whatever way
-//! the VMM ends. Nobody else ever takes it exclusively: whoever can take it shared
-//! knows that the VMM is dead, now and for ever, and who looks at the same time is
-//! told the same. Cleaning up after the dead is done under the registry's lock.
+//! Invariant: a VM's process is alive exactly while its `lock` is flocked exclusively.
+//! The lock is taken before the record gets its name and is passed to the VMM as an open
+//! file description; the kernel releases it whenever and however the VMM ends. No other
+//! process ever locks it exclusively: a process that gets a shared lock knows that the
+//! VMM is dead and stays dead, and concurrent observers get the same answer. Clean-up
+//! after dead VMs happens under the registry's lock.
 //!
-//! A VM has *ended* once `exit.json` exists; its VMM may still be releasing
-//! resources for some milliseconds, which only removal has to wait for.
+//! A VM has *ended* when `exit.json` exists; its VMM may still release resources for some
+//! milliseconds, and only removal has to wait for that.
 
 mod files;
 mod records;
@@ -37,12 +37,12 @@ use crate::home::HomeError;
 const CONFIG: &str = "config.json";
 const LOCK: &str = "lock";
 const EXIT: &str = "exit.json";
-/// The guest's serial console.
+/// The log of the guest's serial console.
 pub(crate) const CONSOLE: &str = "console.log";
-/// What the VMM process itself has to say.
+/// The log of the VMM process.
 pub(crate) const VMM_LOG: &str = "vmm.log";
 
-/// Why a record cannot be used.
+/// An error of using a record.
 #[derive(Debug, Error)]
 pub enum RecordError {
     /// The directories cannot be used.
@@ -61,7 +61,7 @@ pub enum RecordError {
     NameTaken {
         /// The name.
         name: String,
-        /// Who has it, in short form.
+        /// Short identifier of the VM with that name.
         id: String,
     },
     /// A name outside the permitted characters.
@@ -69,21 +69,21 @@ pub enum RecordError {
         "\"{0}\" is not a valid name: start with a letter or digit, then letters, digits, '_', '.' or '-', 64 at most"
     )]
     BadName(String),
-    /// Its record cannot be understood.
+    /// The record cannot be parsed.
     #[error("the record of VM {id} is damaged: {reason}")]
     Damaged {
-        /// Its identifier.
+        /// Identifier of the VM.
         id: VmId,
-        /// What is wrong.
+        /// The cause.
         reason: String,
     },
-    /// It is alive and must not be for this operation.
+    /// The VM is alive, and the operation requires an exited one.
     #[error("VM \"{0}\" is running: stop it first, or use --force")]
     Running(String),
-    /// A file of a record cannot be read, written or understood.
+    /// A file of a record cannot be read, written or parsed.
     #[error("cannot {operation} {path:?}")]
     Io {
-        /// What was tried.
+        /// The operation that failed.
         operation: &'static str,
         /// The file.
         path: PathBuf,
@@ -102,7 +102,7 @@ fn io_error(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> R
     }
 }
 
-/// Whether a VM is alive, and how it ended if not.
+/// The state of a VM.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum VmState {
     /// A process holds its lock.
@@ -120,19 +120,19 @@ pub struct Record {
 }
 
 impl Record {
-    /// What it was started with.
+    /// Returns the VM's configuration.
     #[must_use]
     pub fn config(&self) -> &VmConfig {
         &self.config
     }
 
-    /// Its directory.
+    /// Returns its directory.
     #[must_use]
     pub fn directory(&self) -> &Path {
         &self.directory
     }
 
-    /// The directory of its sockets.
+    /// Returns the directory of its sockets.
     #[must_use]
     pub fn sockets(&self) -> &Path {
         &self.sockets
@@ -146,17 +146,17 @@ impl Record {
         self.sockets.join("exec.sock")
     }
 
-    /// The socket on which its VMM takes calls.
+    /// Returns the control socket of its VMM.
     pub(crate) fn control_endpoint(&self) -> Endpoint {
         Endpoint::new(self.control_socket(), &self.config.name)
     }
 
-    /// The socket that leads to the exec server in its guest.
+    /// Returns the socket of the exec server in its guest.
     pub(crate) fn exec_endpoint(&self) -> Endpoint {
         Endpoint::new(self.exec_socket(), &self.config.name)
     }
 
-    /// Whether it runs, and how it ended if not.
+    /// Returns the state of the VM.
     ///
     /// # Errors
     /// Its files cannot be read.
@@ -175,7 +175,7 @@ impl Record {
         ))
     }
 
-    /// How it ended, if it left word.
+    /// Reads the exit record, if there is one.
     pub(crate) fn exit(&self) -> Result<Option<ExitRecord>, RecordError> {
         read_json(&self.directory.join(EXIT))
     }
@@ -188,32 +188,32 @@ impl Record {
         }
     }
 
-    /// Whether it left word of how it ended, be that readable or not.
+    /// Returns true if an exit record exists, readable or not.
     fn has_ended(&self) -> bool {
         self.directory.join(EXIT).exists()
     }
 
-    /// Whether it has ended and is about to be removed by its VMM.
+    /// Returns true if the VM has ended and its VMM will remove the record.
     fn is_vanishing(&self) -> bool {
         self.config.auto_remove && self.has_ended()
     }
 
-    /// Durably leaves word of how it ended. Called by the VMM.
+    /// Writes the exit record durably. Called by the VMM.
     pub(crate) fn write_exit(&self, exit: &ExitRecord) -> Result<(), RecordError> {
         write_json(&self.directory, EXIT, exit)
     }
 
-    /// Takes the lock, `None` if the VMM holds it.
+    /// Takes the lock; `None` if the VMM holds it.
     fn try_lock(&self, operation: FlockOperation) -> Result<Option<File>, RecordError> {
         try_lock(&self.directory, &self.config.name, operation)
     }
 
-    /// Removes a record that is not alive.
+    /// Removes the record of a VM that is not alive.
     ///
     /// # Errors
-    /// It is alive, or its files cannot be removed.
+    /// The VM is alive, or its files cannot be removed.
     pub fn remove(&self) -> Result<(), RecordError> {
-        // A VM that has ended is about to give up its lock.
+        // The VMM of a VM that has ended is about to release the lock.
         let operation = match self.has_ended() {
             true => FlockOperation::LockShared,
             false => FlockOperation::NonBlockingLockShared,
@@ -225,8 +225,8 @@ impl Record {
         self.erase()
     }
 
-    /// Removes the record. The caller is the VMM, or holds the registry's lock and
-    /// knows that the VMM is dead.
+    /// Removes the record. The caller is the VMM, or holds the registry's lock and has
+    /// verified that the VMM is dead.
     pub(crate) fn erase(&self) -> Result<(), RecordError> {
         self.remove_sockets()?;
         bury(&self.directory, &self.config.id)
@@ -237,7 +237,7 @@ impl Record {
     }
 }
 
-/// Takes the lock of the record in `directory`, `None` if the VMM holds it.
+/// Takes the lock of the record in `directory`; `None` if the VMM holds it.
 fn try_lock(
     directory: &Path,
     name: &str,
@@ -260,7 +260,7 @@ fn try_lock(
 
 /// Removes the directory of a record.
 fn bury(directory: &Path, id: &VmId) -> Result<(), RecordError> {
-    // Rename first: a listing never sees half a record.
+    // The rename comes first, so that a listing never sees an incomplete record.
     let parent = directory.parent().unwrap_or(Path::new("/"));
     let grave = parent.join(format!("{}{id}", records::REMOVED_PREFIX));
     match std::fs::rename(directory, &grave) {

@@ -1,4 +1,4 @@
-//! Starting a virtual machine: options in, a running VM out.
+//! The start of a virtual machine from options.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _};
@@ -37,8 +37,8 @@ impl Image {
     /// Starts a VM from this image and returns once its workload runs.
     ///
     /// # Errors
-    /// See [`Error`]; nothing is left behind, except the record of a VM
-    /// whose command could not be run.
+    /// See [`Error`]; nothing is left behind, except the record of a VM whose command
+    /// could not be run.
     pub fn run(&self, options: RunOptions) -> Result<Vm, Error> {
         start(self.home(), self, options)
     }
@@ -48,7 +48,7 @@ impl Image {
 pub(crate) fn start(home: &Home, image: &Image, options: RunOptions) -> Result<Vm, Error> {
     options.check()?;
     let memory = options.memory_given().unwrap_or(DEFAULT_MEMORY);
-    // Look at everything that can be wrong before there is anything to undo.
+    // All checks that can fail come before anything that would have to be undone.
     image.check_platform()?;
     let kernel = kernel::find(home, options.kernel.as_deref())?;
     crate::guest_agent::describe()?;
@@ -89,14 +89,14 @@ pub(crate) fn start(home: &Home, image: &Image, options: RunOptions) -> Result<V
     launched.until_started(options.attach)
 }
 
-/// What a machine is made from.
+/// The source of a machine's state.
 pub(crate) struct Source {
     pub(crate) origin: Origin,
     pub(crate) root: Vec<DiskSegment>,
     pub(crate) modules: Option<PathBuf>,
 }
 
-/// A VMM that was started and has not said much yet.
+/// A VMM process that has said hello.
 pub(crate) struct Launched {
     record: Record,
     child: Process,
@@ -105,15 +105,15 @@ pub(crate) struct Launched {
     warnings: Vec<String>,
 }
 
-/// The program that becomes a VMM.
+/// The program of the VMM process.
 struct Program {
     path: PathBuf,
-    /// How long it may take to say that it is one.
+    /// Time until it must say hello.
     timeout: Duration,
 }
 
-/// Makes a record and starts a VMM for it. `config` completes what the options
-/// leave open, given an identifier and a name.
+/// Creates a record and starts a VMM for it. `config` completes the configuration with an
+/// identifier and a name.
 pub(crate) fn launch(
     home: &Home,
     options: &RunOptions,
@@ -125,7 +125,7 @@ pub(crate) fn launch(
     launch_in(home, &records, options, config, source)
 }
 
-/// Does the same for one of many VMs, whose caller has swept the records.
+/// Like [`launch`], for a caller that has already swept the records.
 pub(crate) fn launch_in(
     home: &Home,
     records: &Records,
@@ -187,17 +187,17 @@ fn launch_program(
             warnings: Vec::new(),
         }),
         Err(error) => {
-            // There is no process, or none any more, so nothing else cleans up.
+            // Without a process, no one else removes the record.
             let _ = record.erase();
             Err(error)
         }
     }
 }
 
-/// How long a program may take to say that it is a VMM. A busy host needs some of it.
+/// Time until a program must say hello; a busy host needs a part of it.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// What a program has to do.
+/// Advice for a program that does not become a VMM.
 const FORGOTTEN: &str =
     "its program has to call sm_runtime::run_vmm_if_asked() first thing in main";
 
@@ -212,8 +212,8 @@ pub(crate) fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// Starts the VMM process, hands it the request and the record's lock, and waits
-/// until it says that it is a VMM. There is no process after an error.
+/// Starts the VMM process, passes it the request and the record's lock, and waits for its
+/// hello. There is no process after an error.
 fn spawn(
     record: &Record,
     request: &LaunchRequest,
@@ -263,7 +263,7 @@ fn spawn(
         .and_then(|()| ours.set_read_timeout(None));
     match greeted {
         Ok(()) => Ok((child, session)),
-        // It has ended, or closed its end.
+        // The process has exited, or closed its end.
         Err(error)
             if matches!(
                 error.kind(),
@@ -292,7 +292,7 @@ fn spawn(
     }
 }
 
-/// Reads the VMM's first message, and no byte more.
+/// Reads the VMM's first message, and no further bytes.
 fn receive_hello(stream: &UnixStream, deadline: Instant) -> io::Result<()> {
     let mut until = Until {
         stream,
@@ -309,7 +309,7 @@ fn receive_hello(stream: &UnixStream, deadline: Instant) -> io::Result<()> {
     }
 }
 
-/// A program that has hung up before it said that it is a VMM.
+/// Returns the error for a process that closed the connection before its hello.
 fn not_a_vmm(record: &Record, child: &mut Process, deadline: Instant) -> Error {
     let how = child.wait_until(deadline);
     let how = how.map_or_else(|| "it went on".to_owned(), |status| status.to_string());
@@ -322,9 +322,9 @@ fn not_a_vmm(record: &Record, child: &mut Process, deadline: Instant) -> Error {
     }
 }
 
-/// The last lines of the VMM's log, indented.
+/// Returns the last lines of the VMM's log, indented.
 fn log_tail(record: &Record) -> String {
-    // Any bytes may be in it.
+    // The log may contain invalid UTF-8.
     let log = std::fs::read(record.directory().join(VMM_LOG)).unwrap_or_default();
     let log = String::from_utf8_lossy(&log);
     let lines: Vec<&str> = log.lines().rev().take(5).collect();
@@ -332,8 +332,8 @@ fn log_tail(record: &Record) -> String {
     lines.map(|line| format!("\n  {line}")).collect()
 }
 
-/// The program to run as the VMM: `$SM_VMM`, else this one, which must call
-/// [`crate::run_vmm_if_asked`] first thing.
+/// Returns the program to run as the VMM: `$SM_VMM`, else this one, which must call
+/// [`crate::run_vmm_if_asked`] first in main.
 fn executable() -> PathBuf {
     std::env::var_os("SM_VMM")
         .filter(|value| !value.is_empty())
@@ -341,7 +341,7 @@ fn executable() -> PathBuf {
 }
 
 impl Launched {
-    /// Follows the VMM's reports until the workload runs.
+    /// Processes events of the VMM until the workload runs.
     pub(crate) fn until_started(mut self, attach: bool) -> Result<Vm, Error> {
         loop {
             match self.session.next_event().map_err(talking)? {
@@ -349,7 +349,7 @@ impl Launched {
                 Some(Event::Phase(phase)) => self.phases.push(phase),
                 Some(Event::Warning(text)) => self.warnings.push(text),
                 Some(Event::Ended(exit)) => return Err(not_started(exit)),
-                // Output comes after the start, and the record tells of the end.
+                // Output follows the start, and the record has the exit status.
                 Some(
                     Event::Stdout(_)
                     | Event::Stderr(_)
@@ -369,7 +369,7 @@ impl Launched {
 
 fn not_started(exit: ExitRecord) -> Error {
     Error::Start {
-        // Whether the command was at fault is what Docker's statuses tell.
+        // Docker's exit statuses 126 and 127 say that the command could not be run.
         status: match exit.status {
             status @ (126 | 127) => status,
             _ => 125,
@@ -383,7 +383,7 @@ fn not_started(exit: ExitRecord) -> Error {
     }
 }
 
-/// The VMM is gone without a word: say what can be known, and clean up.
+/// The VMM died without a report: returns the error with the known facts, and cleans up.
 fn vmm_died(record: &Record, child: &mut Process) -> Error {
     let how = match child.wait() {
         Ok(status) => status.to_string(),
@@ -395,7 +395,7 @@ fn vmm_died(record: &Record, child: &mut Process) -> Error {
         message.push(':');
         message.push_str(&tail);
     }
-    // Nobody else knows of it.
+    // No one else has a handle of the record.
     let _ = record.remove();
     Error::Start {
         message,

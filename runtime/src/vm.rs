@@ -1,4 +1,4 @@
-//! A virtual machine, seen by its owner.
+//! Handles of virtual machines.
 
 use std::io;
 use std::time::Duration;
@@ -20,55 +20,54 @@ use crate::record::{Damaged, ExitRecord, Record, RecordError, Records, VmConfig,
 
 mod survey;
 
-/// How long a VMM may take to end a VM once told to, before it is killed.
+/// Time that a VMM has to destroy its VM on request, before it is killed.
 const DESTROY_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A handle to a virtual machine, running or ended. Dropping it leaves the VM
-/// alone.
+/// A handle of a virtual machine, running or exited. Dropping it does not affect the VM.
 #[derive(Debug)]
 pub struct Vm {
     record: Record,
-    /// The VMM process, when this process has started it.
+    /// The VMM process, if this process has started it.
     _child: Option<Process>,
     session: Option<Session>,
     phases: Vec<Phase>,
     pub(crate) warnings: Vec<String>,
 }
 
-/// What [`Vm::inspect`] tells.
+/// The result of [`Vm::inspect`].
 #[derive(Clone, Debug, Serialize)]
 pub struct Inspection {
-    /// What the VM was started with.
+    /// The configuration of the VM.
     #[serde(flatten)]
     pub config: VmConfig,
-    /// What it is doing.
+    /// The current state.
     pub state: StateView,
 }
 
-/// What a VM is doing, for people and programs to read.
+/// The state of a VM, for people and programs to read.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct StateView {
     /// `starting`, `running`, `paused`, `ending` or `exited`; `unresponsive` when its
     /// process does not answer, `damaged` when its record cannot be read.
     pub status: &'static str,
-    /// Why it is unresponsive or damaged.
+    /// The cause of `unresponsive` or `damaged`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
-    /// Process identifier of the VMM, while there is one.
+    /// Process ID of the VMM, while it runs.
     pub pid: Option<u32>,
-    /// When the workload was started, in nanoseconds since the Unix epoch; 0 if
-    /// it was not.
+    /// Start time of the workload in nanoseconds since the Unix epoch; 0 before the
+    /// start.
     pub started_ns: u64,
-    /// Identifies the guest since its last start or reset; it finds it in
+    /// Identifies the guest since its last start or reset; the guest reads it from
     /// `/run/sm-epoch`.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub epoch: String,
-    /// Ports of the guest that the host listens for now.
+    /// Published ports on which the host listens now.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub published: Vec<PublishedPort>,
-    /// Exit status, once it has ended.
+    /// Exit status, once the VM has exited.
     pub exit_code: Option<u32>,
-    /// Everything else about its end.
+    /// The complete record of the exit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exit: Option<ExitRecord>,
 }
@@ -89,16 +88,16 @@ impl Vm {
         }
     }
 
-    /// The VM with this name, identifier, or unambiguous prefix of one.
+    /// Finds the VM with this name, identifier, or unambiguous prefix of an identifier.
     ///
     /// # Errors
-    /// There is none, or several.
+    /// No VM matches, or several do.
     pub fn find(home: &Home, query: &str) -> Result<Self, Error> {
         Ok(Self::from_record(Records::open(home)?.find(query)?))
     }
 
-    /// All VMs whose records can be read, newest first, after cleaning up after
-    /// those that died.
+    /// Returns all VMs whose records can be read, newest first, after cleaning up after
+    /// VMs that died.
     ///
     /// # Errors
     /// The records cannot be listed.
@@ -106,9 +105,9 @@ impl Vm {
         Ok(Self::swept(home)?.0)
     }
 
-    /// Everything about all VMs, newest first, after cleaning up after those that
-    /// died, and the records that cannot be read. All VMs are asked at the same
-    /// time; those that do not answer within `timeout` are `unresponsive`.
+    /// Inspects all VMs, newest first, after cleaning up after those that died, and
+    /// returns the damaged records as well. All VMs are queried concurrently; those that
+    /// do not answer within `timeout` are `unresponsive`.
     ///
     /// # Errors
     /// The records cannot be listed.
@@ -133,11 +132,10 @@ impl Vm {
         ))
     }
 
-    /// Removes the record that cannot be read of the VM whose identifier begins with
-    /// `query`.
+    /// Removes the damaged record of the VM whose identifier begins with `query`.
     ///
     /// # Errors
-    /// There is none, or several; its VM is alive; its files cannot be removed.
+    /// No record matches, or several do; its VM is alive; its files cannot be removed.
     pub fn remove_damaged(home: &Home, query: &str) -> Result<(), Error> {
         Ok(Records::open(home)?.remove_damaged(query)?)
     }
@@ -152,47 +150,48 @@ impl Vm {
         }
     }
 
-    /// Its identifier.
+    /// Returns its identifier.
     #[must_use]
     pub fn id(&self) -> &crate::id::VmId {
         &self.record.config().id
     }
 
-    /// Its name.
+    /// Returns its name.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.record.config().name
     }
 
-    /// What it was started with.
+    /// Returns its configuration.
     #[must_use]
     pub fn config(&self) -> &VmConfig {
         self.record.config()
     }
 
-    /// When each phase of its start was complete, as far as this handle saw.
+    /// Returns the end times of the phases of its start, as far as this handle observed
+    /// them.
     #[must_use]
     pub fn phases(&self) -> &[Phase] {
         &self.phases
     }
 
-    /// What did not go as it should on the way, and stopped nothing; sentences.
+    /// Returns the warnings of its start: sentences about problems that did not prevent
+    /// it.
     #[must_use]
     pub fn warnings(&self) -> &[String] {
         &self.warnings
     }
 
-    /// The session with the workload, for a VM that was started attached. Only
-    /// the first call returns it; dropping it detaches.
+    /// Returns the session with the workload of a VM that was started attached, on the
+    /// first call only. Dropping the session detaches.
     pub fn take_session(&mut self) -> Option<Session> {
         self.session.take()
     }
 
-    /// Becomes a client of the workload: its output from now on and, with
-    /// `stdin`, its input.
+    /// Attaches to the workload: its output from now on and, with `stdin`, its input.
     ///
     /// # Errors
-    /// It is not running.
+    /// The VM is not running.
     pub fn attach(&self, stdin: bool) -> Result<Session, Error> {
         let control = self.control()?;
         let endpoint = self.record.control_endpoint();
@@ -207,7 +206,7 @@ impl Vm {
         Ok(self.control()?.call(call)?)
     }
 
-    /// Whether it runs, and how it ended if not.
+    /// Returns whether it runs, or its exit record.
     ///
     /// # Errors
     /// Its record cannot be read.
@@ -215,10 +214,10 @@ impl Vm {
         Ok(self.record.state()?)
     }
 
-    /// What a running VM is doing.
+    /// Returns the status of a running VM.
     ///
     /// # Errors
-    /// It is not running, or does not answer.
+    /// The VM is not running, or does not answer.
     pub fn status(&self) -> Result<Status, Error> {
         match self.call(&ControlCall::Status)? {
             ControlAnswer::Status(status) => Ok(status),
@@ -226,10 +225,10 @@ impl Vm {
         }
     }
 
-    /// Everything about it. A record that cannot be read is one of the states.
+    /// Returns its configuration and state. A damaged record is one of the states.
     ///
     /// # Errors
-    /// It is not there any more.
+    /// The record does not exist any more.
     pub fn inspect(&self) -> Result<Inspection, Error> {
         let state = match self.record.state() {
             Ok(VmState::Running) => match self.status() {
@@ -244,14 +243,12 @@ impl Vm {
         })
     }
 
-    /// Waits for its end. Output that nobody has taken with [`Self::take_session`]
-    /// is dropped: the attached session ends, so that the workload is not held up
-    /// by output that nobody reads.
+    /// Waits for its exit. A session that was not taken with [`Self::take_session`] is
+    /// closed, so that unread output does not block the workload.
     ///
     /// # Errors
-    /// It removed itself at its end before anybody could be told.
+    /// The VM was removed at its exit before the exit status was read.
     pub fn wait(&mut self) -> Result<ExitRecord, Error> {
-        // Nobody reads the session any more, so it must not hold up the workload.
         self.session = None;
         if let Ok(mut control) = self.control()
             && let Ok(ControlAnswer::Ended(exit)) = control.call_and_wait(&ControlCall::Wait)
@@ -268,11 +265,11 @@ impl Vm {
         }
     }
 
-    /// Asks the workload to end, and waits until the VM has: its stop signal,
-    /// then SIGKILL after `grace` (the VM's own setting when `None`).
+    /// Sends the workload its stop signal, then SIGKILL after `grace` (the VM's own
+    /// setting if `None`), and waits until the VM has exited.
     ///
     /// # Errors
-    /// It does not answer. A VM that has ended already is no error.
+    /// The VM does not answer. A VM that has already exited is no error.
     pub fn stop(&mut self, grace: Option<Duration>) -> Result<(), Error> {
         let grace_ms = grace.map(|grace| u64::try_from(grace.as_millis()).unwrap_or(u64::MAX));
         let mut control = match self.control() {
@@ -281,7 +278,7 @@ impl Vm {
             Err(error) => return Err(error),
         };
         control.call(&ControlCall::Stop { grace_ms })?;
-        // The answer, or the end of the connection: both mean it has ended.
+        // Both the answer and the end of the connection mean that the VM has exited.
         let _ = control.call_and_wait(&ControlCall::Wait);
         Ok(())
     }
@@ -293,15 +290,15 @@ impl Vm {
         }
     }
 
-    /// Signals the workload's main process.
+    /// Sends a signal to the workload's main process.
     ///
     /// # Errors
-    /// It is not running.
+    /// The VM is not running.
     pub fn kill(&self, signal: u8) -> Result<(), Error> {
         self.call(&ControlCall::Signal { signal }).map(drop)
     }
 
-    /// A way to signal the workload from other threads.
+    /// Returns a sender of signals for use by other threads.
     #[must_use]
     pub fn signals(&self) -> SignalSender {
         SignalSender {
@@ -309,38 +306,38 @@ impl Vm {
         }
     }
 
-    /// Holds all vCPUs.
+    /// Pauses all vCPUs.
     ///
     /// # Errors
-    /// It is not running.
+    /// The VM is not running.
     pub fn pause(&self) -> Result<(), Error> {
         self.call(&ControlCall::Pause).map(drop)
     }
 
-    /// Lets the vCPUs run again.
+    /// Resumes the vCPUs.
     ///
     /// # Errors
-    /// It is not running.
+    /// The VM is not running.
     pub fn resume(&self) -> Result<(), Error> {
         self.call(&ControlCall::Resume).map(drop)
     }
 
-    /// Puts a VM that was started from a snapshot of a workload back to where it
-    /// was then, with another identity. Only what it changed is undone, so this
-    /// is faster than starting another. Commands that run beside its workload,
-    /// and every connection, end; clients of the workload stay.
+    /// Resets a VM that was started from a workload snapshot to the state of the
+    /// snapshot, with a new identity. Only memory that has changed is restored, so this
+    /// is faster than starting another VM. Commands that run beside its workload, and all
+    /// connections, end; clients of the workload stay attached.
     ///
     /// # Errors
-    /// It does not run, or was started in another way.
+    /// The VM is not running, or was not started from a workload snapshot.
     pub fn reset(&self) -> Result<(), Error> {
         self.control()?.call_and_wait(&ControlCall::Reset)?;
         Ok(())
     }
 
-    /// Usage figures of the guest.
+    /// Returns resource usage of the guest.
     ///
     /// # Errors
-    /// It is not running, or its agent does not answer.
+    /// The VM is not running, or its agent does not answer.
     pub fn stats(&self) -> Result<sm_guest_proto::control::GuestStats, Error> {
         match self.call(&ControlCall::Stats)? {
             ControlAnswer::Stats(stats) => Ok(stats),
@@ -348,10 +345,10 @@ impl Vm {
         }
     }
 
-    /// Begins to measure where the time of the VM's connections goes.
+    /// Starts to measure the stages of the VM's connections.
     ///
     /// # Errors
-    /// It is not running.
+    /// The VM is not running.
     pub fn begin_profile(&self) -> Result<(), Error> {
         match self.call(&ControlCall::Profile { on: true })? {
             ControlAnswer::Profile(_) => Ok(()),
@@ -359,10 +356,10 @@ impl Vm {
         }
     }
 
-    /// What was measured since [`Self::begin_profile`]; measures no more.
+    /// Returns the measurements since [`Self::begin_profile`], and stops measuring.
     ///
     /// # Errors
-    /// It is not running.
+    /// The VM is not running.
     pub fn end_profile(&self) -> Result<Vec<StageTimes>, Error> {
         match self.call(&ControlCall::Profile { on: false })? {
             ControlAnswer::Profile(times) => Ok(times),
@@ -391,18 +388,18 @@ impl Vm {
         }
     }
 
-    /// Removes it: its record, its logs. With `force` a running VM is ended
-    /// first, without asking its workload.
+    /// Removes its record and logs. With `force`, a running VM is destroyed first,
+    /// without notifying its workload.
     ///
     /// # Errors
-    /// It is running and `force` is not set, or files cannot be removed.
+    /// The VM is running and `force` is not set, or files cannot be removed.
     pub fn remove(&mut self, force: bool) -> Result<(), Error> {
-        // A record that cannot be read is no process that runs.
+        // A damaged record does not count as a running VM.
         if force && matches!(self.record.state(), Ok(VmState::Running)) {
             self.destroy()?;
         }
         match self.record.remove() {
-            // It removed itself at its end.
+            // An ephemeral VM removed itself when it exited.
             Err(RecordError::NotFound(_)) if force => Ok(()),
             other => Ok(other?),
         }
@@ -411,14 +408,15 @@ impl Vm {
     fn destroy(&mut self) -> Result<(), Error> {
         let mut control = match self.control() {
             Ok(control) => control,
-            // It is starting or ending; its lock will tell.
+            // The VM is starting or exiting; the lock of its record is released at its
+            // end.
             Err(Error::NotRunning(_)) => return Ok(self.record.wait_until_dead()?),
             Err(error) => return Err(error),
         };
         let operation = "end the VM's process";
         let vmm = |source: io::Error| Error::Vmm { operation, source };
         let pid = control.peer_pid().map_err(vmm)?;
-        // While the connection stands, the number is that process's.
+        // The PID is not reused while the connection to the process is open.
         let process = pidfd_open(pid, PidfdFlags::empty()).map_err(|e| vmm(e.into()))?;
         let asked = control.call(&ControlCall::Destroy);
         let timeout = rustix::event::Timespec {
@@ -439,7 +437,7 @@ impl Vm {
         Ok(self.record.wait_until_dead()?)
     }
 
-    /// A command to run next to the workload.
+    /// Creates a command to run beside the workload.
     pub fn exec<I, S>(&self, command: I) -> ExecBuilder
     where
         I: IntoIterator<Item = S>,
@@ -449,7 +447,7 @@ impl Vm {
         ExecBuilder::new(self.record.clone(), command)
     }
 
-    /// What the workload wrote.
+    /// Opens the log of the workload's output.
     ///
     /// # Errors
     /// The log cannot be read.
@@ -457,30 +455,29 @@ impl Vm {
         Logs::open(self.record.clone())
     }
 
-    /// Path of the guest's console log.
+    /// Returns the path of the guest's console log.
     #[must_use]
     pub fn console_log(&self) -> std::path::PathBuf {
         self.record.directory().join(crate::record::CONSOLE)
     }
 }
 
-/// A snapshot that was just made, which the VM's process keeps from being removed
-/// while this connection to it stands.
+/// A new snapshot. The VM's process prevents its removal while this connection is open.
 #[derive(Debug)]
 pub(crate) struct Held {
     pub(crate) report: SnapshotReport,
     _control: Control,
 }
 
-/// Signals a VM's workload; see [`Vm::signals`].
+/// Sends signals to a VM's workload; see [`Vm::signals`].
 #[derive(Clone, Debug)]
 pub struct SignalSender {
     record: Record,
 }
 
 impl SignalSender {
-    /// Sends a signal, by a connection of its own, so that it does not wait
-    /// behind input that the workload does not read.
+    /// Sends a signal, on a connection of its own, so that it does not wait behind input
+    /// that the workload has not read.
     ///
     /// # Errors
     /// The workload is not running.
@@ -490,8 +487,8 @@ impl SignalSender {
         Ok(())
     }
 
-    /// Asks the workload to end: its stop signal, then SIGKILL after `grace`.
-    /// Does not wait.
+    /// Sends the workload its stop signal, then SIGKILL after `grace`. Does not wait for
+    /// its exit.
     ///
     /// # Errors
     /// The VM is not running.

@@ -1,5 +1,5 @@
-//! A program that starts a VM and never calls `run_vmm_if_asked`. It is started again
-//! as the VMM, where it starts a VM, and so on: it must end with an error instead.
+//! A program that starts a VM and never calls `run_vmm_if_asked`. It is started again as
+//! the VMM, where it starts a VM, and so on: it must end with an error instead.
 #![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
 use std::fs;
@@ -11,7 +11,7 @@ use sm_runtime::home::Home;
 use sm_runtime::image::Fetch;
 use sm_runtime::{Image, RunOptions};
 
-/// Names the directory of the program, which counts how often it was started there.
+/// Variable with the directory of the program, which counts its starts there.
 const DIRECTORY: &str = "SM_TEST_FORGETFUL";
 
 fn main() -> ExitCode {
@@ -42,7 +42,7 @@ fn test() -> ExitCode {
     let text = String::from_utf8_lossy(&done.stderr);
     assert!(text.contains("run_vmm_if_asked"), "{text}");
     assert_eq!(done.status.code(), Some(1), "{text}");
-    // Itself, and the one that was to be the VMM.
+    // One start of the program itself, and one as the VMM.
     assert_eq!(fs::read(at("count")).unwrap().len(), 2, "{text}");
     // Nothing is left of the VM.
     let left = fs::read_dir(at("data/vms")).unwrap();
@@ -51,13 +51,13 @@ fn test() -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// What an application's `main` does.
+/// The `main` of an application.
 fn forgetful(directory: &Path) -> ExitCode {
     let at = |name: &str| directory.join(name);
     let mut count = fs::read(at("count")).unwrap_or_default();
     count.push(b'x');
     fs::write(at("count"), &count).unwrap();
-    // Should it be started without end, after all.
+    // Limit for the case that the program is started recursively after all.
     if count.len() > 5 {
         return ExitCode::from(9);
     }

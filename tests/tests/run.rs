@@ -490,7 +490,7 @@ fn the_doctor_finds_nothing_wrong() {
     let found = sm(&["doctor", "--json"]).exits(0).json();
     assert_eq!(found["works"], true, "{found}");
     let checks = found["checks"].as_array().unwrap();
-    let making = checks.iter().find(|check| check["name"] == "making a VM");
+    let making = checks.iter().find(|check| check["name"] == "creating a VM");
     let detail = making.unwrap()["detail"].as_str().unwrap();
     assert!(detail.starts_with("takes "), "{detail}");
 }

@@ -1,4 +1,4 @@
-//! The command line of `sm image` and of its shorter forms.
+//! Arguments of `sm image` and of its short forms.
 
 use std::path::PathBuf;
 
@@ -12,29 +12,29 @@ use crate::units::parse_size;
 pub(crate) enum ImageCommand {
     /// List images in the local store
     Ls(ImagesArgs),
-    /// Bring an image into the local store
+    /// Pull an image into the local store
     Pull(PullArgs),
-    /// Bring an image into the registry that its name says
+    /// Push an image to the registry in its name
     Push(PushArgs),
     /// Give an image another name
     Tag(TagArgs),
     /// Remove images from the local store
     Rm(RmiArgs),
-    /// Show everything about images, as JSON
+    /// Show the details of images, as JSON
     Inspect(ImageNames),
-    /// Show how an image was made
+    /// Show the history of an image
     History(HistoryArgs),
-    /// Check images against their digests (status 1 if anything is damaged)
+    /// Verify images against their digests (status 1 if anything is damaged)
     Verify(VerifyArgs),
     /// Write images to an archive, for "docker load", "podman load" or "sm load"
     Save(SaveArgs),
-    /// Bring the images of an archive into the local store
+    /// Load the images of an archive into the local store
     Load(LoadArgs),
-    /// Make an image of a root file system in a tar archive
+    /// Create an image from a root file system in a tar archive
     Import(ImportArgs),
-    /// Remove what no image needs, and more if asked
+    /// Remove data that no image needs, and optionally more
     Prune(PruneArgs),
-    /// Show how much the images take on disk
+    /// Show the disk usage of images
     Du(FormatArgs),
 }
 
@@ -43,7 +43,7 @@ pub(crate) struct ImagesArgs {
     /// Print IDs only
     #[arg(short, long)]
     pub(crate) quiet: bool,
-    /// Show digests of what the names name
+    /// Show manifest digests of the names
     #[arg(long)]
     pub(crate) digests: bool,
     /// Show whole IDs
@@ -60,8 +60,8 @@ pub(crate) struct PullArgs {
     pub(crate) quiet: bool,
     #[arg(long, value_name = PLATFORM, help = PLATFORM_HELP)]
     pub(crate) platform: Option<Platform>,
-    /// Do not keep the layers as the registry has them: the image cannot be pushed
-    /// elsewhere then without the registry
+    /// Do not store the compressed layers of the registry; without them, the image can
+    /// only be pushed elsewhere while the registry is reachable
     #[arg(long)]
     pub(crate) discard_compressed: bool,
     #[arg(help = IMAGE_HELP)]
@@ -112,7 +112,7 @@ pub(crate) struct HistoryArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct VerifyArgs {
-    /// Remove what is damaged, so that it is made again
+    /// Remove damaged data, so that it is pulled or converted again
     #[arg(long)]
     pub(crate) repair: bool,
     #[command(flatten)]
@@ -126,14 +126,14 @@ pub(crate) struct PruneArgs {
     /// Remove all images that no VM and no snapshot uses
     #[arg(short, long)]
     pub(crate) all: bool,
-    /// Remove the layers as registries have them, which are kept for pushing and
+    /// Remove the compressed layers of registries, which are stored for pushing and
     /// saving
     #[arg(long)]
     pub(crate) compressed: bool,
-    /// Remove the longest unused until the store takes no more than this
+    /// Remove the least recently used images until the store has at most this size
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(crate) max_size: Option<u64>,
-    /// Do not ask
+    /// Do not ask for confirmation
     #[arg(short, long)]
     pub(crate) force: bool,
     #[command(flatten)]
@@ -167,14 +167,14 @@ pub(crate) struct LoadArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct ImportArgs {
-    /// Set something of the image's configuration: CMD, ENTRYPOINT, ENV, EXPOSE,
-    /// LABEL, STOPSIGNAL, USER, VOLUME or WORKDIR, as in a Containerfile
+    /// Set a field of the image's configuration: CMD, ENTRYPOINT, ENV, EXPOSE, LABEL,
+    /// STOPSIGNAL, USER, VOLUME or WORKDIR, as in a Containerfile
     #[arg(short, long, value_name = "INSTRUCTION")]
     pub(crate) change: Vec<String>,
     /// Comment in the image's history
     #[arg(short, long, default_value = "imported by sm")]
     pub(crate) message: String,
-    #[arg(long, value_name = PLATFORM, help = "What the programs in it run on [default: this host's]")]
+    #[arg(long, value_name = PLATFORM, help = "Platform of its programs [default: this host's]")]
     pub(crate) platform: Option<Platform>,
     /// The archive, plain or compressed by gzip or Zstandard; - is standard input
     pub(crate) file: PathBuf,

@@ -1,4 +1,4 @@
-//! The command line of `sm run` and `sm exec`.
+//! Arguments of `sm run` and `sm exec`.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use sm_runtime::publish::Ports;
 use super::{IMAGE_HELP, PLATFORM, PLATFORM_HELP};
 use crate::units::{self, parse_publish_wait, parse_size};
 
-/// How a command runs in a guest, whether it is the VM's own or another.
+/// Options of a command in a guest, either the workload or an exec.
 #[derive(Debug, Args)]
 pub(crate) struct ProcessArgs {
     /// Keep standard input open
@@ -20,7 +20,7 @@ pub(crate) struct ProcessArgs {
     /// Give the command a terminal
     #[arg(short, long)]
     pub(crate) tty: bool,
-    /// Set an environment variable (NAME=VALUE, or NAME to pass on this one's)
+    /// Set an environment variable (NAME=VALUE, or NAME for the value in this environment)
     #[arg(short, long, value_name = "NAME[=VALUE]")]
     pub(crate) env: Vec<String>,
     /// Read environment variables from a file
@@ -35,10 +35,10 @@ pub(crate) struct ProcessArgs {
 }
 
 impl ProcessArgs {
-    /// What the environment files and options say.
+    /// Returns the entries of environment files and options.
     ///
     /// # Errors
-    /// A file that cannot be read, a line that is none.
+    /// A file that cannot be read, or an invalid line.
     pub(crate) fn environment(&self) -> anyhow::Result<Vec<String>> {
         let mut environment = Vec::new();
         for path in &self.env_file {
@@ -58,10 +58,10 @@ pub(crate) struct RunArgs {
     pub(crate) detach: bool,
     #[command(flatten)]
     pub(crate) process: ProcessArgs,
-    /// Remove the VM when it ends
+    /// Remove the VM when it exits
     #[arg(long)]
     pub(crate) rm: bool,
-    /// When to ask a registry for the image
+    /// Condition for asking a registry for the image
     #[arg(long, value_name = "WHEN", value_enum, default_value = "missing")]
     pub(crate) pull: Pull,
     #[arg(long, value_name = PLATFORM, help = PLATFORM_HELP)]
@@ -84,33 +84,32 @@ pub(crate) struct RunArgs {
     /// Name server of the guest
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) dns: Vec<String>,
-    /// Publish a port of the guest on the host, on 127.0.0.1 unless an address is
-    /// given, on a port of the system's choice unless one is; auto publishes the
-    /// first port on which the guest listens. Ranges: 8000-8010:9000-9010
+    /// Publish a port of the guest on the host: on 127.0.0.1 unless an address is given,
+    /// on a port that the system chooses unless one is given; auto publishes the first
+    /// port on which the guest listens. Ranges: 8000-8010:9000-9010
     #[arg(short, long, value_name = "[[IP:]HOST:]GUEST[/tcp]")]
     pub(crate) publish: Vec<Ports>,
-    /// How long a connection waits for somebody in the guest to listen, such as 500ms,
-    /// 30s or 2m
+    /// Time that a connection waits for a listener in the guest, such as 500ms, 30s or 2m
     #[arg(long, value_name = "DURATION", value_parser = parse_publish_wait, default_value = "1s")]
     pub(crate) publish_wait: Duration,
-    /// Publish a port of the guest to TLS clients; the guest gets plain bytes.
-    /// Options: cert=FILE and key=FILE (PEM; without them the VM signs its own
-    /// certificate, see "sm port"), name=NAME (for such a certificate),
-    /// alpn=PROTOCOL, sni=NAME:GUEST (another port for that server name)
+    /// Publish a port of the guest to TLS clients; the guest receives plain bytes.
+    /// Options: cert=FILE and key=FILE (PEM; without them the VM creates a self-signed
+    /// certificate, see "sm port"), name=NAME (of that certificate), alpn=PROTOCOL,
+    /// sni=NAME:GUEST (another port for that server name)
     #[arg(long, value_name = "[[IP:]HOST:]GUEST[,OPTION=VALUE]...", value_parser = Publication::tls)]
     pub(crate) publish_tls: Vec<Publication>,
     /// Publish a port of the guest as a unix socket
     #[arg(long, value_name = "PATH:GUEST", value_parser = Publication::unix)]
     pub(crate) publish_unix: Vec<Publication>,
-    /// Take connections that a router hands over on a unix socket, for a port of the
+    /// Accept connections that a router hands over on a unix socket, for a port of the
     /// guest or the first on which it listens
     #[arg(long, value_name = "PATH[:GUEST]", value_parser = Publication::handoff)]
     pub(crate) handoff: Vec<Publication>,
-    /// Make the guest's vsock ports reachable on a unix socket, by the protocol of
+    /// Make the guest's vsock ports reachable through a unix socket, with the protocol of
     /// Firecracker and Cloud Hypervisor
     #[arg(long, value_name = "PATH", value_parser = Publication::hybrid)]
     pub(crate) hybrid_vsock: Option<Publication>,
-    // Known in order to be refused with a sentence.
+    // These options are accepted only to refuse them with a helpful message.
     #[arg(short, long, value_name = "SOURCE:TARGET", hide = true)]
     pub(crate) volume: Vec<String>,
     #[arg(long, value_name = "MOUNT", hide = true)]
@@ -124,7 +123,7 @@ pub(crate) struct RunArgs {
     /// Guest kernel to boot
     #[arg(long, value_name = "PATH")]
     pub(crate) kernel: Option<PathBuf>,
-    /// Words added to the guest kernel's command line
+    /// Words to append to the guest kernel's command line
     #[arg(
         long,
         value_name = "WORDS",
@@ -132,14 +131,14 @@ pub(crate) struct RunArgs {
         hide_default_value = true
     )]
     pub(crate) kernel_args: String,
-    /// Boot, even where a snapshot could be restored
+    /// Boot the kernel, even if a snapshot could be restored
     #[arg(long)]
     pub(crate) cold: bool,
-    /// How memory is restored from a snapshot: mapped, mapped and read at once, or
-    /// copied when touched (needs root)
+    /// Way of restoring memory from a snapshot: mapped, mapped and read at once, or
+    /// copied on access (needs root)
     #[arg(long, value_name = "HOW", value_enum, default_value = "map")]
     pub(crate) paging: Paging,
-    /// No writable layer over the image
+    /// Mount the image read-only, without a writable layer
     #[arg(long)]
     pub(crate) read_only: bool,
     /// Size of /dev/shm [default: 64m]
@@ -151,23 +150,23 @@ pub(crate) struct RunArgs {
     /// Resource limit of the command
     #[arg(long, value_name = "NAME=SOFT[:HARD]")]
     pub(crate) ulimit: Vec<String>,
-    /// Signal that asks the command to end [default: the image's, else SIGTERM]
+    /// Signal that asks the command to exit [default: the image's, else SIGTERM]
     #[arg(long, value_name = "SIGNAL")]
     pub(crate) stop_signal: Option<String>,
     /// Seconds between the stop signal and SIGKILL [default: 10, or the snapshot's]
     #[arg(long, value_name = "SECONDS")]
     pub(crate) stop_timeout: Option<u64>,
-    /// Seconds that the guest may take to get ready
+    /// Time limit for the start of the guest, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 120)]
     pub(crate) start_timeout: u64,
-    /// Print how long each phase took
+    /// Print the duration of each phase
     #[arg(long)]
     pub(crate) timings: bool,
-    /// Print a JSON object about the VM: when detached its identity to standard
-    /// output, else identity, exit status and timings to standard error at the end
+    /// Print a JSON object about the VM: with --detach its identity to standard output,
+    /// else identity, exit status and timings to standard error at the exit
     #[arg(long)]
     pub(crate) json: bool,
-    /// Go on with the workload of a snapshot instead of starting an image
+    /// Continue the workload of a snapshot instead of starting an image
     #[arg(long, value_name = "SNAPSHOT", conflicts_with_all = ["image", "interactive", "tty", "cold", "kernel", "pull", "platform"])]
     pub(crate) from: Option<String>,
     #[arg(help = IMAGE_HELP, required_unless_present = "from", default_value = "", hide_default_value = true)]
@@ -177,12 +176,12 @@ pub(crate) struct RunArgs {
     pub(crate) command: Vec<String>,
 }
 
-/// When a registry is asked for an image.
+/// Condition for asking a registry for an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Pull {
     /// At each start
     Always,
-    /// When the store does not have it
+    /// If the store does not have it
     Missing,
     /// Never
     Never,
@@ -210,7 +209,7 @@ impl From<Paging> for sm_runtime::Paging {
 pub(crate) struct ExecArgs {
     #[command(flatten)]
     pub(crate) process: ProcessArgs,
-    /// End the command after so many seconds
+    /// Kill the command after this time, in seconds
     #[arg(long, value_name = "SECONDS")]
     pub(crate) timeout: Option<u64>,
     /// Name or ID

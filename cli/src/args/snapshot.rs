@@ -1,4 +1,4 @@
-//! The command line of `sm snapshot` and `sm fork`.
+//! Arguments of `sm snapshot` and `sm fork`.
 
 use clap::{Args, Subcommand};
 
@@ -9,10 +9,10 @@ pub(crate) struct ForkArgs {
     /// Number of clones
     #[arg(short = 'n', long, default_value_t = 1, value_name = "N")]
     pub(crate) count: usize,
-    /// Name of the clones, completed by a number
+    /// Name of the clones, to which a number is appended
     #[arg(long)]
     pub(crate) name: Option<String>,
-    /// Remove the clones when they end
+    /// Remove the clones when they exit
     #[arg(long)]
     pub(crate) rm: bool,
     /// Print JSON
@@ -24,9 +24,9 @@ pub(crate) struct ForkArgs {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum SnapshotCommand {
-    /// Make a snapshot of a running VM, with its workload as it runs
+    /// Create a snapshot of a running VM and its workload
     Create {
-        /// End the VM afterwards
+        /// Kill the VM afterwards
         #[arg(long)]
         stop: bool,
         /// Print JSON
@@ -44,7 +44,7 @@ pub(crate) enum SnapshotCommand {
         /// Name of the snapshot
         name: String,
     },
-    /// Check every byte of snapshots, and of those they build on
+    /// Verify every byte of snapshots and of their parents
     Verify {
         /// Names of snapshots
         #[arg(required = true)]
@@ -54,27 +54,26 @@ pub(crate) enum SnapshotCommand {
     Diff {
         /// Name of a snapshot
         a: String,
-        /// Name of another
+        /// Name of another snapshot
         b: String,
         /// Print JSON
         #[arg(long)]
         json: bool,
     },
-    /// Store everything that a snapshot builds on in itself, so that it builds on
-    /// nothing
+    /// Store all data of its parents in a snapshot, so that it no longer needs them
     Flatten {
         /// Name of the snapshot
         name: String,
-        /// Make a copy of that name, and leave the snapshot as it is
+        /// Create a flat copy with this name instead
         copy: Option<String>,
     },
-    /// Start clones of a snapshot and show that they share no identity (status 1
-    /// if any do)
+    /// Start clones of a snapshot and prove that they share no identity (status 1 if any
+    /// do)
     ProveDistinct {
         /// Number of clones
         #[arg(short = 'n', long, default_value_t = 100, value_name = "N")]
         count: usize,
-        /// Print what each clone told, as JSON
+        /// Print the identity report of each clone, as JSON
         #[arg(long)]
         json: bool,
         /// Name of the snapshot

@@ -22,7 +22,7 @@ pub(crate) fn save(home: &Home, args: &SaveArgs, printer: &Printer) -> Result<u3
         report: &|progress| bars.show(progress),
         ..PullOptions::default()
     };
-    // Names are looked up first: a wrong one costs nobody a file.
+    // Names are looked up first: a wrong one must not create or replace a file.
     for query in &args.images {
         image::inspect(home, query)?;
     }
@@ -50,12 +50,12 @@ pub(crate) fn save(home: &Home, args: &SaveArgs, printer: &Printer) -> Result<u3
             out.flush().with_context(cannot)?;
         }
         Destination::File(path) => {
-            // What had the name stays until the archive is complete.
+            // An existing file is replaced only by a complete archive.
             let directory = match path.parent() {
                 Some(parent) if !parent.as_os_str().is_empty() => parent,
                 _ => ".".as_ref(),
             };
-            // As any other file that a user asks for, not private as temporary ones.
+            // The usual mode of a new file, not the private mode of temporary files.
             let permissions = std::fs::Permissions::from_mode(0o666);
             let file = tempfile::Builder::new()
                 .permissions(permissions)
@@ -71,16 +71,16 @@ pub(crate) fn save(home: &Home, args: &SaveArgs, printer: &Printer) -> Result<u3
     Ok(0)
 }
 
-/// What a path that a user gives for output leads to.
+/// The destination of a path for output.
 #[derive(Debug, PartialEq)]
 enum Destination {
-    /// A regular file at this path, which no symbolic link changes, or none yet.
+    /// A regular file or a free name, after following symbolic links.
     File(PathBuf),
-    /// A pipe, which is written into.
+    /// A pipe.
     Stream,
 }
 
-/// Looks where `path` leads. A device is never replaced nor written, as by Docker.
+/// Resolves the destination `path`. Devices are refused, as by Docker.
 fn destination(path: &Path) -> io::Result<Destination> {
     let refuse = |what: &str| {
         let text = format!("it is {what}: name a file, or redirect standard output");
@@ -99,10 +99,10 @@ fn destination(path: &Path) -> io::Result<Destination> {
     }
 }
 
-/// The file, which does not exist, that the symbolic link `path` leads to.
+/// Returns the path of the missing file to which the symbolic link `path` leads.
 fn end_of_links(path: &Path) -> io::Result<PathBuf> {
     let mut path = path.to_owned();
-    // Linux follows 40 (path_resolution(7)).
+    // The limit of Linux (path_resolution(7)).
     for _ in 0..40 {
         match std::fs::read_link(&path) {
             Ok(link) => path = path.parent().unwrap_or(Path::new("")).join(link),
@@ -124,7 +124,7 @@ pub(crate) fn load(home: &Home, args: &LoadArgs, printer: &Printer) -> Result<u3
         Some(path) => image::load_file(home, path, &options),
         None if io::stdin().is_terminal() => {
             return Err(anyhow!(
-                "an archive is not typed in: name a file with --input, or redirect standard input"
+                "standard input is a terminal: name a file with --input, or redirect standard input"
             )
             .into());
         }
@@ -139,7 +139,7 @@ pub(crate) fn load(home: &Home, args: &LoadArgs, printer: &Printer) -> Result<u3
     for image in loaded {
         match args.quiet {
             true => printer.line(image.digest),
-            // As Docker says it.
+            // The format of Docker.
             false => image
                 .names
                 .iter()

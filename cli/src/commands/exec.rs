@@ -15,18 +15,18 @@ use crate::printer::Printer;
 use crate::stream::{self, End, Remote, Wiring};
 use crate::terminal;
 
-/// A command next to the workload, reached by its own stream.
+/// A command beside the workload, with its own connection.
 #[derive(Clone)]
 struct Command(SessionWriter);
 
 impl Remote for Command {
     fn signal(&self, signal: u8) {
-        // A command that has just ended needs no signal.
+        // An error means that the command has just ended.
         let _ = self.0.signal(signal);
     }
 
     fn abandon(&self) {
-        // The agent ends commands whose client has gone.
+        // The agent kills commands whose client has disconnected.
         self.0.hang_up();
     }
 }
@@ -67,7 +67,7 @@ pub(crate) fn exec(home: &Home, args: ExecArgs) -> Result<u32, Failure> {
         match stream::run(session, wiring, &command, &mut Vec::new())? {
             End::Exited { status, .. } => status,
             End::Detached => 0,
-            // The VM ended, and the command with it.
+            // The VM has ended, and the command with it.
             End::Lost => LOST,
         },
     )

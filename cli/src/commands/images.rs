@@ -1,4 +1,4 @@
-//! `sm image` with its shorter forms, and opening an image for a run.
+//! `sm image` with its short forms, and opening an image for a run.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,14 +21,14 @@ use crate::progress::Bars;
 use crate::table;
 use crate::units::{format_age, format_size, parse_size};
 
-/// Digits of an image's ID that a table shows.
+/// Digits of an image's ID in a table.
 const SHORT_ID: usize = 12;
-/// Characters of a command that the history shows.
+/// Characters of a command in the history.
 const SHORT_COMMAND: usize = 45;
-/// What a file that is damaged ends the command with.
+/// Exit status for damaged data.
 const DAMAGED: u32 = 1;
-/// The largest size of the store, kept by removing what was not used for the
-/// longest time.
+/// Variable with the maximum size of the store, which is enforced by removing the least
+/// recently used images.
 const QUOTA: &str = "SM_IMAGE_QUOTA";
 
 pub(crate) fn run(home: &Home, command: ImageCommand, printer: &Printer) -> Result<u32, Failure> {
@@ -49,9 +49,9 @@ pub(crate) fn run(home: &Home, command: ImageCommand, printer: &Printer) -> Resu
     }
 }
 
-/// Opens an image for a run, converting it first if it is not in the store yet.
-/// Only a terminal sees progress: what is not the command's output would be in
-/// the way elsewhere.
+/// Opens an image for a run. Pulls and converts it first if the store does not have it.
+/// Progress is shown on a terminal only: elsewhere, it would mix with the command's
+/// output.
 pub(super) fn open(
     home: &Home,
     reference: &str,
@@ -110,8 +110,8 @@ fn fetch(
     Ok(image)
 }
 
-/// What the store is kept within after it has grown, if that is wished: the image that
-/// was just opened is in use then.
+/// Returns the maximum size of the store, if the variable is set. It is enforced after
+/// the store has grown, when the image that was just opened is in use.
 fn quota() -> Result<Option<u64>, Failure> {
     let Some(quota) = std::env::var_os(QUOTA).filter(|text| !text.is_empty()) else {
         return Ok(None);
@@ -120,8 +120,8 @@ fn quota() -> Result<Option<u64>, Failure> {
     Ok(Some(quota.map_err(|error| anyhow!("{QUOTA}: {error}"))?))
 }
 
-/// Keeps the store within its size. The image is there: that others could not be
-/// removed is no reason not to use it.
+/// Enforces the maximum size of the store. A failure becomes a warning: the requested
+/// image can be used nevertheless.
 fn kept_beyond(home: &Home, quota: u64) -> Option<String> {
     match image::keep_within(home, quota) {
         Ok(pruned) => pruned?.notes.into_iter().next(),
@@ -233,10 +233,10 @@ fn inspect(home: &Home, args: &ImageNames, printer: &Printer) -> Result<u32, Fai
     Ok(0)
 }
 
-/// A step of an image's history, newest first.
+/// A step of an image's history.
 #[derive(serde::Serialize)]
 struct Step {
-    /// The layer that it made, if it made one.
+    /// The layer that it created, if any.
     layer: Option<String>,
     created: Option<String>,
     created_by: String,
@@ -262,7 +262,7 @@ pub(crate) fn history(home: &Home, args: &HistoryArgs, printer: &Printer) -> Res
             }
         })
         .collect();
-    // Not every tool writes a history.
+    // Some tools write no history.
     steps.extend(layers.map(|layer| Step {
         layer: Some(layer.diff_id.to_string()),
         created: None,
@@ -337,10 +337,10 @@ fn verify(home: &Home, args: &VerifyArgs, printer: &Printer) -> Result<u32, Fail
                         printer.line(format_args!("{query}: {problem}"));
                     }
                     printer.note(match verified.repaired {
-                        true => "What is damaged was removed: run or pull the image again.",
+                        true => "The damaged data was removed: run or pull the image again.",
                         false => {
-                            "\"sm image verify --repair\" removes what is damaged (and no VM \
-                             uses), so that it is made again."
+                            "\"sm image verify --repair\" removes the damaged data (unless a VM \
+                             uses it), so that it is pulled or converted again."
                         }
                     });
                 }
@@ -356,7 +356,7 @@ fn verify(home: &Home, args: &VerifyArgs, printer: &Printer) -> Result<u32, Fail
 
 fn prune(home: &Home, args: &PruneArgs, printer: &Printer) -> Result<u32, Failure> {
     if args.all && !args.force {
-        let question = "This removes all images that no VM and no snapshot uses. Go on?";
+        let question = "This removes all images that no VM and no snapshot uses. Continue?";
         match printer.confirm(question) {
             Some(true) => {}
             Some(false) => return Ok(0),

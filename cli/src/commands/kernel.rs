@@ -26,8 +26,8 @@ pub(crate) fn run(home: &Home, command: KernelCommand, printer: &Printer) -> Res
     }
 }
 
-/// Building is the work of the source tree's `xtask`, which knows the
-/// configuration and the distribution's packages.
+/// Runs the `xtask` of the source tree, which has the configuration and the
+/// distribution's packages.
 fn build() -> Result<u32, Failure> {
     let directory = std::env::current_dir().context("cannot tell the current directory")?;
     let Some(checkout) = checkout(&directory) else {
@@ -52,7 +52,7 @@ fn build() -> Result<u32, Failure> {
     Ok(if status.success() { 0 } else { FAILED })
 }
 
-/// The source tree that `directory` is in.
+/// Returns the source tree that contains `directory`.
 fn checkout(directory: &Path) -> Option<PathBuf> {
     directory
         .ancestors()
@@ -60,8 +60,8 @@ fn checkout(directory: &Path) -> Option<PathBuf> {
         .map(Path::to_owned)
 }
 
-/// Refuses a source tree that another user could have made or changed: building it
-/// runs its programs. (Git's `safe.directory` is against the same.)
+/// Refuses a source tree that another user could have created or changed, because
+/// building it runs its programs (compare Git's `safe.directory`).
 fn refuse_of_others(checkout: &Path) -> anyhow::Result<()> {
     for path in ["", "Cargo.toml", "xtask", "xtask/Cargo.toml"].map(|p| checkout.join(p)) {
         let found = match std::fs::metadata(&path) {
@@ -71,7 +71,7 @@ fn refuse_of_others(checkout: &Path) -> anyhow::Result<()> {
         };
         let (user, group) = (geteuid().as_raw(), getegid().as_raw());
         let owned = [0, user].contains(&found.uid());
-        // A group of its own for each user is usual, and nobody else is in it.
+        // Many systems have a private group for each user, without other members.
         let group_may = found.mode() & 0o020 != 0 && found.gid() != group;
         if !owned || group_may || found.mode() & 0o002 != 0 {
             return Err(anyhow!(
@@ -121,7 +121,7 @@ pub(crate) fn doctor(home: &Home, args: &DoctorArgs, printer: &Printer) -> Resul
         printer.line(if works {
             "This host can run VMs"
         } else {
-            "This host cannot run VMs until what failed is put right"
+            "This host cannot run VMs until the failed checks pass"
         });
     }
     Ok(if works { 0 } else { FAILED })

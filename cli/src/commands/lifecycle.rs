@@ -11,8 +11,8 @@ use crate::args::{KillArgs, RmArgs, StopArgs, VmArgs};
 use crate::failure::{FAILED, Failure};
 use crate::printer::Printer;
 
-/// Does something to each VM, printing its name as given when it worked. All
-/// are tried; the first failure decides the status.
+/// Applies an operation to each VM, printing the name as given on success. All are tried;
+/// the exit status is that of the first failure.
 fn each(
     home: &Home,
     vms: &[String],

@@ -15,13 +15,13 @@ use crate::printer::Printer;
 use crate::table;
 use crate::units::{format_age, format_size};
 
-/// Longest command shown in a table.
+/// Longest command in a table.
 const COMMAND_WIDTH: usize = 30;
 
-/// How long VMs may take to say what they do.
+/// Time limit for the answers of VMs.
 const PS_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A VM in `sm ps --json`.
+/// A VM in the output of `sm ps --json`.
 #[derive(Serialize)]
 struct Row<'a> {
     id: &'a str,
@@ -143,7 +143,7 @@ fn ports(published: &[PublishedPort]) -> String {
     ports.join(", ")
 }
 
-/// `sm port`: one line for each published port.
+/// Prints one line for each published port (`sm port`).
 pub(crate) fn port(home: &Home, args: &PortArgs, printer: &Printer) -> Result<u32, Failure> {
     let vm = Vm::find(home, &args.vm)?;
     let mut published = vm.inspect()?.state.published;
@@ -183,13 +183,13 @@ pub(crate) fn port(home: &Home, args: &PortArgs, printer: &Printer) -> Result<u3
     Ok(0)
 }
 
-/// Where the certificate is that the VM has signed itself, for clients to trust.
+/// Describes the path of the VM's self-signed certificate, for clients to trust.
 fn own_certificate(host: &HostEnd) -> String {
     match host {
         HostEnd::Tls(end) if end.key.is_none() => end.certificate.as_ref(),
         _ => None,
     }
-    .map(|path| format!(" (its own certificate: {})", path.display()))
+    .map(|path| format!(" (self-signed certificate: {})", path.display()))
     .unwrap_or_default()
 }
 
@@ -270,7 +270,7 @@ pub(crate) fn stats(home: &Home, args: &StatsArgs, printer: &Printer) -> Result<
     Ok(0)
 }
 
-/// `sm stats --profile`: where the time of a VM's connections goes.
+/// Measures the stages of a VM's connections (`sm stats --profile`).
 fn profile(home: &Home, args: &StatsArgs, printer: &Printer) -> Result<u32, Failure> {
     let vm = Vm::find(home, &args.vm)?;
     vm.begin_profile()?;

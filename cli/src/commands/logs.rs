@@ -54,31 +54,32 @@ fn console(vm: &Vm, tail: Option<usize>) -> Result<u32, Failure> {
     let mut out = io::stdout().lock();
     match tail {
         None => {
-            // A reader that has gone away wants no more.
+            // An error means that the reader is gone.
             let _ = io::copy(&mut file, &mut out);
         }
         Some(count) => {
             let mut bytes = Vec::new();
             file.read_to_end(&mut bytes)
                 .with_context(|| format!("cannot read the console log {path:?}"))?;
-            // Bytes of the guest, which need not be text.
+            // The console's bytes need not be text.
             let _ = out.write_all(last_lines(&bytes, count));
         }
     }
     Ok(0)
 }
 
-/// The last `count` lines of `bytes`; what follows the last end of line is one, too.
+/// Returns the last `count` lines of `bytes`; bytes after the last line feed count as a
+/// line.
 fn last_lines(bytes: &[u8], count: usize) -> &[u8] {
     let lines = bytes.split_inclusive(|byte| *byte == b'\n');
     let len: usize = lines.rev().take(count).map(<[u8]>::len).sum();
     bytes.get(bytes.len() - len..).unwrap_or_default()
 }
 
-/// Writes records to the stream they came from.
+/// Writes records to the stream of their origin.
 struct Sink {
     timestamps: bool,
-    /// The last bytes written to a stream did not end a line.
+    /// True if the last bytes of a stream did not end a line.
     mid_line: [bool; 2],
 }
 
@@ -90,7 +91,7 @@ impl Sink {
         }
     }
 
-    /// `false` when nobody reads any more.
+    /// Writes a record; returns false if the reader is gone.
     fn write(&mut self, record: &LogRecord) -> bool {
         let (out, index): (&mut dyn Write, usize) = match record.stream {
             Stream::Stdout => (&mut io::stdout().lock(), 0),
@@ -114,7 +115,7 @@ impl Sink {
     }
 }
 
-/// Holds back all but the last lines.
+/// Buffers the last lines.
 struct Tail {
     limit: Option<usize>,
     lines: usize,
@@ -130,12 +131,12 @@ impl Tail {
         }
     }
 
-    /// Takes a record; gives it back at once if nothing is to be held.
+    /// Adds a record; returns it at once if there is no limit.
     fn push(&mut self, record: LogRecord) -> Option<LogRecord> {
         let Some(limit) = self.limit else {
             return Some(record);
         };
-        // Cut into lines, so that whole records need not be kept.
+        // Records are split into lines, so that dropped lines need no memory.
         for line in record.bytes.split_inclusive(|byte| *byte == b'\n') {
             self.lines += usize::from(line.ends_with(b"\n"));
             self.held.push_back(LogRecord {
@@ -143,7 +144,7 @@ impl Tail {
                 ..record
             });
         }
-        // What comes last is a line, too, whether it has ended yet or not.
+        // An incomplete last line counts as a line.
         let open = self.held.back().is_some_and(|r| !r.bytes.ends_with(b"\n"));
         while self.lines + usize::from(open) > limit {
             let Some(dropped) = self.held.pop_front() else {

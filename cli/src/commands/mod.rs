@@ -1,4 +1,4 @@
-//! One module for each group of subcommands.
+//! The subcommands, one module for each group.
 
 mod archive;
 mod exec;
@@ -18,7 +18,7 @@ use crate::args::{Cli, Command};
 use crate::failure::Failure;
 use crate::printer::Printer;
 
-/// Runs one subcommand; the result is the exit status.
+/// Runs a subcommand and returns the exit status.
 pub(crate) fn run(begin: Phase, cli: Cli, printer: &Printer) -> Result<u32, Failure> {
     let home = || Home::from_env().map_err(Failure::from);
     match cli.command {
@@ -52,7 +52,7 @@ pub(crate) fn run(begin: Phase, cli: Cli, printer: &Printer) -> Result<u32, Fail
         Command::Kernel(command) => kernel::run(&home()?, command, printer),
         Command::Doctor(args) => kernel::doctor(&home()?, &args, printer),
         Command::Completions { shell } => {
-            // Into memory first: the generator panics when a reader goes away.
+            // The script is buffered, because the generator panics on write errors.
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "sm", &mut script);
             printer.line(String::from_utf8_lossy(&script));

@@ -19,10 +19,10 @@ use crate::printer::Printer;
 use crate::stream::{self, End, Remote, Wiring};
 use crate::{terminal, timings};
 
-/// Time for a workload to end by itself when nobody reads its output any more.
+/// Time for a workload to end after the reader of its output is gone.
 const ABANDON_GRACE: Duration = Duration::from_secs(1);
 
-/// What `--json` prints about a VM.
+/// The output of `--json` about a VM.
 #[derive(Serialize)]
 struct Report<'a> {
     id: &'a str,
@@ -98,7 +98,7 @@ fn foreground(vm: &mut Vm, args: &RunArgs, printer: &Printer) -> Result<u32, Fai
         .take_session()
         .context("the VM was not started attached")?;
     let mut phases = vm.phases().to_vec();
-    // As it was asked for, or as it was in the snapshot.
+    // The streams are those of the request, or of the snapshot.
     let wiring = Wiring {
         stdin: vm.config().workload.stdin,
         tty: vm.config().workload.tty,
@@ -108,12 +108,12 @@ fn foreground(vm: &mut Vm, args: &RunArgs, printer: &Printer) -> Result<u32, Fai
         End::Exited { status, vm } => (status, vm),
         End::Detached => {
             printer.note(format_args!(
-                "Detached; the VM goes on as \"{}\"",
+                "Detached; the VM continues as \"{}\"",
                 vm.name()
             ));
             return Ok(0);
         }
-        // The process of the VM was killed.
+        // The VM's process was killed.
         End::Lost => {
             let exit = vm.wait().ok();
             if exit.is_none() {
@@ -141,7 +141,7 @@ fn foreground(vm: &mut Vm, args: &RunArgs, printer: &Printer) -> Result<u32, Fai
     Ok(status)
 }
 
-/// The phases of the exit record, which has all of them, if there are any.
+/// Returns all phases: those of the exit record, if it has any.
 fn with_all(seen: &[Phase], exit: &ExitRecord) -> Vec<Phase> {
     let mut phases = if exit.phases.is_empty() {
         seen.to_vec()
@@ -152,7 +152,7 @@ fn with_all(seen: &[Phase], exit: &ExitRecord) -> Vec<Phase> {
     phases
 }
 
-/// Says why it ended, unless that is the workload's own business.
+/// Explains the end of the VM, unless the workload exited by itself.
 fn explain(exit: &ExitRecord, printer: &Printer) {
     if exit.reason == ExitReason::Workload && !exit.oom_killed {
         return;
@@ -162,7 +162,8 @@ fn explain(exit: &ExitRecord, printer: &Printer) {
     }
 }
 
-/// A workload, reached by the control socket, where nothing waits behind input.
+/// A workload, controlled through the control socket, on which signals do not wait behind
+/// input.
 #[derive(Clone)]
 pub(super) struct Workload(SignalSender);
 
@@ -174,7 +175,7 @@ impl Workload {
 
 impl Remote for Workload {
     fn signal(&self, signal: u8) {
-        // A workload that has just ended needs no signal.
+        // An error means that the workload has just ended.
         let _ = self.0.send(signal);
     }
 
@@ -215,7 +216,7 @@ fn options(begin: Phase, args: &RunArgs) -> anyhow::Result<RunOptions> {
         .start_timeout(Duration::from_secs(args.start_timeout))
         .publish_wait(args.publish_wait)
         .phases(vec![begin]);
-    // One that is left out is not one that asks for the default.
+    // Omitted options must not count as requests for the default.
     if let Some(memory) = args.memory {
         options = options.memory(memory);
     }
@@ -255,7 +256,7 @@ fn options(begin: Phase, args: &RunArgs) -> anyhow::Result<RunOptions> {
     Ok(options)
 }
 
-/// Reads `nofile=1024:2048`; `unlimited` or -1 is no limit.
+/// Parses `nofile=1024:2048`; `unlimited` or -1 means no limit.
 fn parse_ulimit(text: &str) -> anyhow::Result<Rlimit> {
     let bad = || anyhow!("\"{text}\" is not a limit: write NAME=SOFT or NAME=SOFT:HARD");
     let (name, limits) = text.split_once('=').ok_or_else(bad)?;
@@ -271,7 +272,7 @@ fn parse_ulimit(text: &str) -> anyhow::Result<Rlimit> {
     })
 }
 
-/// The status of a command whose VM went away.
+/// Exit status of a command whose VM has ended.
 pub(super) const LOST: u32 = 128 + 9;
 
 #[cfg(test)]

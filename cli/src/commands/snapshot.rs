@@ -15,7 +15,7 @@ use crate::printer::Printer;
 use crate::table;
 use crate::units::{format_age, format_size};
 
-/// Bytes in a page of guest memory.
+/// Size of a page of guest memory in bytes.
 const PAGE: u64 = 4096;
 
 pub(crate) fn run(
@@ -90,7 +90,7 @@ pub(crate) fn run(
             let manifest = snapshots::flatten(home, &name, copy.as_deref())?;
             printer.line(copy.as_ref().unwrap_or(&name));
             printer.note(format_args!(
-                "It holds {} of memory and builds on nothing.",
+                "It contains {} of memory and needs no parent.",
                 format_size(manifest.memory.data_pages * PAGE)
             ));
             Ok(0)
@@ -103,7 +103,7 @@ pub(crate) fn run(
     }
 }
 
-/// What making a snapshot has cost the VM.
+/// Describes the cost of a snapshot for the VM.
 fn cost(report: &SnapshotReport) -> String {
     let ms = |micros: u64| micros.div_ceil(1000);
     let parent = match &report.parent {
@@ -119,7 +119,7 @@ fn cost(report: &SnapshotReport) -> String {
     )
 }
 
-/// `sm fork`.
+/// Clones a running VM (`sm fork`).
 pub(crate) fn fork(home: &Home, args: &ForkArgs, printer: &Printer) -> Result<u32, Failure> {
     let mut options = RunOptions::new().auto_remove(args.rm);
     if let Some(name) = &args.name {
@@ -139,7 +139,7 @@ pub(crate) fn fork(home: &Home, args: &ForkArgs, printer: &Printer) -> Result<u3
             printer.line(clone.id());
         }
     }
-    // Those that run were named: they are the user's.
+    // Running clones were printed: they belong to the user.
     forked.error.map_or(Ok(0), |error| Err(error.into()))
 }
 
@@ -182,7 +182,7 @@ fn prove_distinct(
     Ok(u32::from(!proof.holds()))
 }
 
-/// Does all it can; the status says whether everything worked.
+/// Applies an operation to each snapshot; the status is that of the first failure.
 fn each(
     names: &[String],
     printer: &Printer,

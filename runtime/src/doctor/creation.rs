@@ -1,4 +1,5 @@
-//! How long this host takes to make a VM, and what would spare it some of that.
+//! Measures how long this host takes to create a VM, and suggests a remedy if that is
+//! slow.
 
 use std::time::{Duration, Instant};
 
@@ -7,16 +8,16 @@ use sm_hypervisor::{Hypervisor as _, VmConfig};
 
 use super::with_causes;
 
-/// What waits for the kernel does not wait again for a while.
+/// After a wait in the kernel, another VM is created without a wait for some time.
 const WHILE: Duration = Duration::from_millis(100);
-/// Hosts that did not wait took 0.4 to 4 ms, in the lab as well.
+/// Hosts without the wait took 0.4 to 4 ms, in the lab as well.
 const SLOW: Duration = Duration::from_millis(5);
 
 pub(super) fn describe() -> Result<String, String> {
     let kvm = Kvm::open().map_err(|error| with_causes(&error))?;
-    // The hypervisor may just have been tried out, and a VM made soon after another
-    // takes no longer on hosts that wait (1.4 ms where it was 10.7). There is no event
-    // that says when this is over.
+    // Another check may just have created a VM, and a VM created soon after another is
+    // fast on affected hosts as well (1.4 ms instead of 10.7). No event marks the end of
+    // that time.
     std::thread::sleep(WHILE);
     let begun = Instant::now();
     let vm = kvm.create_vm(&VmConfig { vcpus: 1 });
@@ -31,9 +32,10 @@ pub(super) fn describe() -> Result<String, String> {
 }
 
 /// In Linux 6.1, KVM starts a thread for each VM and moves it to the cgroup of the
-/// process, for which the kernel takes a lock that favours its readers, and waits. Who
-/// mounts the cgroups can choose that it favours writers (Firecracker's guide to hosts in
-/// production has the same advice). Later kernels may not wait: the time says.
+/// process, which takes a semaphore optimised for readers and waits for an RCU grace
+/// period. The mount option `favordynmods` optimises it for writers (Firecracker's guide
+/// to hosts in production has the same advice). Later kernels may not wait: the measured
+/// time decides.
 fn remedy() -> Option<String> {
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").ok()?;
     let release = rustix::system::uname();
@@ -44,13 +46,13 @@ fn remedy() -> Option<String> {
     ))
 }
 
-/// Whether a Linux of this release knows `favordynmods`: 6.1 does, and what came later.
+/// Returns true if a Linux of this release supports `favordynmods`, which is since 6.1.
 fn has_the_choice(release: &str) -> bool {
     let mut numbers = release.split('.').map(|number| number.parse().unwrap_or(0));
     (numbers.next(), numbers.next()) >= (Some(6), Some(1))
 }
 
-/// Where cgroups of version 2 are mounted without `favordynmods` (see `proc(5)`,
+/// Returns the mount point of cgroups of version 2 without `favordynmods` (see `proc(5)`,
 /// `/proc/pid/mountinfo`).
 fn waiting_cgroups(mountinfo: &str) -> Option<&str> {
     mountinfo.lines().find_map(|line| {

@@ -1,4 +1,4 @@
-//! Whether this host can run VMs, and what to do if not.
+//! Checks of this host's ability to run VMs, with remedies.
 
 mod creation;
 
@@ -16,15 +16,15 @@ use crate::{guest_agent, kernel};
 /// The result of one check.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Check {
-    /// What was looked at.
+    /// The subject of the check.
     pub name: &'static str,
-    /// It will do.
+    /// True if the check passed.
     pub ok: bool,
-    /// What was found, and what to do about it if it will not do.
+    /// The finding, and a remedy if the check failed.
     pub detail: String,
 }
 
-/// Looks at everything that a run needs.
+/// Checks everything that is needed to run a VM.
 #[must_use]
 pub fn examine(home: &Home) -> Vec<Check> {
     let check = |name, result: Result<String, String>| match result {
@@ -41,7 +41,7 @@ pub fn examine(home: &Home) -> Vec<Check> {
     };
     let mut checks = vec![check("hypervisor", hypervisor())];
     if checks.iter().all(|check| check.ok) {
-        checks.push(check("making a VM", creation::describe()));
+        checks.push(check("creating a VM", creation::describe()));
     }
     checks.extend([
         check(
@@ -85,7 +85,7 @@ fn memory() -> Result<String, String> {
         .find_map(|line| line.strip_prefix("MemAvailable:"))
         .and_then(|rest| rest.trim().strip_suffix("kB"))
         .and_then(|kib| kib.trim().parse::<u64>().ok())
-        .ok_or("cannot tell how much memory is available")?;
+        .ok_or("/proc/meminfo does not contain the available memory")?;
     let mebibytes = available / 1024;
     if available.saturating_mul(1024) < MIN_MEMORY {
         return Err(format!(

@@ -1,4 +1,4 @@
-//! Images, as this library's callers see them.
+//! Images in the public API.
 
 mod store;
 mod users;
@@ -20,12 +20,12 @@ pub use self::store::{
 use crate::Error as RuntimeError;
 use crate::home::Home;
 
-/// How an image is got.
+/// Options for getting an image.
 #[derive(Clone, Debug, Default)]
 pub struct Fetch<'a> {
-    /// A registry is asked even for what the store has.
+    /// Asks the registry even if the store has the image.
     pub anew: bool,
-    /// For which platform, who is told of progress, and so on.
+    /// Platform, progress callback and other options of the pull.
     pub options: PullOptions<'a>,
 }
 
@@ -43,7 +43,7 @@ pub struct Image {
 }
 
 impl Image {
-    /// Opens an image, converting it into the store first if it is not there.
+    /// Opens an image. Pulls it into the store first if it is not there.
     ///
     /// # Errors
     /// See [`RuntimeError`].
@@ -51,7 +51,7 @@ impl Image {
         Self::open_in(&Home::from_env()?, reference, &Fetch::default())
     }
 
-    /// Like [`Self::open`], in explicit places and ways.
+    /// Like [`Self::open`], in the given home and with options.
     ///
     /// # Errors
     /// See [`RuntimeError`].
@@ -86,30 +86,30 @@ impl Image {
         }
     }
 
-    /// The reference it was opened by.
+    /// Returns the reference by which it was opened.
     #[must_use]
     pub fn reference(&self) -> &str {
         &self.reference
     }
 
-    /// Digest of its manifest.
+    /// Returns the digest of its manifest.
     #[must_use]
     pub fn digest(&self) -> &str {
         &self.digest
     }
 
-    /// What its programs run on.
+    /// Returns the platform of its programs.
     #[must_use]
     pub fn platform(&self) -> &Platform {
         &self.platform
     }
 
-    /// The home whose store it is in.
+    /// Returns the home whose store contains it.
     pub(crate) fn home(&self) -> &Home {
         &self.home
     }
 
-    /// Whether VMs of this host can run it.
+    /// Returns an error if VMs of this host cannot run it.
     pub(crate) fn check_platform(&self) -> Result<(), RuntimeError> {
         match self.platform.is_host() {
             true => Ok(()),
@@ -122,7 +122,7 @@ impl Image {
         }
     }
 
-    /// What its configuration says about running it.
+    /// Returns its configuration of the process.
     #[must_use]
     pub fn defaults(&self) -> &ImageDefaults {
         &self.defaults
@@ -133,7 +133,7 @@ impl Image {
     }
 }
 
-/// What of an image's configuration decides how it is run.
+/// Extracts the defaults of the process from an image's configuration.
 fn defaults(config: &ImageConfiguration) -> ImageDefaults {
     let Some(config) = config.config() else {
         return ImageDefaults::default();

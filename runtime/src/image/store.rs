@@ -1,4 +1,4 @@
-//! The images of a home: what there is, and keeping it in order.
+//! Operations on the image store of a home.
 
 use std::io::{Read, Write};
 use std::path::Path;
@@ -16,16 +16,17 @@ fn store(home: &Home) -> Result<Store, Error> {
     Ok(Store::open(&home.images())?)
 }
 
-/// Whether [`super::Image::open_in`] would find what `reference` means in the store.
+/// Returns true if [`super::Image::open_in`] would find the image of `reference` in the
+/// store.
 ///
 /// # Errors
-/// The reference cannot be understood, or the store not be read.
+/// The reference is invalid, or the store cannot be read.
 pub fn is_stored(home: &Home, reference: &str, platform: Option<&Platform>) -> Result<bool, Error> {
     let parsed = Reference::parse_with_aliases(reference)?;
     Ok(store(home)?.has(&parsed, platform)?)
 }
 
-/// All images in the store.
+/// Returns all images in the store.
 ///
 /// # Errors
 /// The store cannot be read.
@@ -33,15 +34,15 @@ pub fn list(home: &Home) -> Result<Vec<ImageSummary>, Error> {
     Ok(store(home)?.list()?)
 }
 
-/// Everything about an image.
+/// Returns the details of an image.
 ///
 /// # Errors
-/// There is none of that name or ID, or the store cannot be read.
+/// No image has that name or ID, or the store cannot be read.
 pub fn inspect(home: &Home, query: &str) -> Result<ImageDetails, Error> {
     Ok(store(home)?.inspect(query)?)
 }
 
-/// How much the images take.
+/// Returns the disk usage of the images.
 ///
 /// # Errors
 /// The store cannot be read.
@@ -49,18 +50,18 @@ pub fn usage(home: &Home) -> Result<Usage, Error> {
     Ok(store(home)?.usage()?)
 }
 
-/// Checks an image against its digests; with `repair`, removes what is damaged.
+/// Verifies an image against its digests; with `repair`, removes damaged blobs.
 ///
 /// # Errors
-/// There is none of that name or ID, or the store cannot be read.
+/// No image has that name or ID, or the store cannot be read.
 pub fn verify(home: &Home, query: &str, repair: bool) -> Result<Verified, Error> {
     Ok(store(home)?.verify(query, repair)?)
 }
 
-/// Gives an image another name, such as one of a registry that it is pushed to.
+/// Adds a name to an image, for instance one in a registry to push to.
 ///
 /// # Errors
-/// There is no such image, or the name is none.
+/// There is no such image, or the name is invalid.
 pub fn tag(home: &Home, query: &str, name: &str) -> Result<(), Error> {
     let name = DockerReference::parse(name).map_err(|reason| {
         Error::Refused(format!("\"{name}\" is no name for an image: {reason}"))
@@ -68,11 +69,10 @@ pub fn tag(home: &Home, query: &str, name: &str) -> Result<(), Error> {
     Ok(store(home)?.tag(query, &name)?)
 }
 
-/// Writes images to one archive, for `docker load`, `podman load`, skopeo and
-/// [`load`].
+/// Writes images to one archive, for `docker load`, `podman load`, skopeo and [`load`].
 ///
 /// # Errors
-/// One of them is not there or damaged, or `out` cannot be written.
+/// One of them does not exist or is damaged, or `out` cannot be written.
 pub fn save(
     home: &Home,
     queries: &[String],
@@ -82,7 +82,7 @@ pub fn save(
     Ok(store(home)?.save(queries, out, options)?)
 }
 
-/// Brings all images of an archive into the store; `place` is what errors call it.
+/// Adds all images of an archive to the store; errors name the archive `place`.
 ///
 /// # Errors
 /// The stream is no archive of images, or one of them is refused.
@@ -95,10 +95,10 @@ pub fn load(
     Ok(store(home)?.load(stream, place, options)?)
 }
 
-/// Like [`load`], from a file, which need not be copied to be read.
+/// Like [`load`], from a file, which is read without a copy.
 ///
 /// # Errors
-/// Likewise.
+/// As for [`load`].
 pub fn load_file(
     home: &Home,
     path: &Path,
@@ -107,20 +107,20 @@ pub fn load_file(
     Ok(store(home)?.load_file(path, options)?)
 }
 
-/// Brings an image, by the name that it has in the store, into the registry that
-/// the name says; returns the digest of its manifest there.
+/// Pushes an image, by its name in the store, to the registry of that name; returns the
+/// digest of its manifest there.
 ///
 /// # Errors
-/// There is no image of that name, or the registry does not take it.
+/// No image has that name, or the registry refuses it.
 pub fn push(home: &Home, name: &str, options: &PullOptions<'_>) -> Result<Digest, Error> {
     Ok(store(home)?.push(&docker_name(name)?, options)?)
 }
 
-/// Makes an image of a root file system in a tar stream, which may be compressed;
+/// Creates an image from a root file system in a tar stream, which may be compressed;
 /// returns its ID.
 ///
 /// # Errors
-/// The stream is no archive, the name is none, or the store cannot be written.
+/// The stream is no archive, the name is invalid, or the store cannot be written.
 pub fn import(
     home: &Home,
     stream: impl Read + Send,
@@ -139,16 +139,15 @@ fn docker_name(name: &str) -> Result<DockerReference, Error> {
         .map_err(|reason| Error::Refused(format!("\"{name}\" is no name for an image: {reason}")))
 }
 
-/// Removes an image by reference, or by (the beginning of) its ID.
+/// Removes an image by reference, or by (a prefix of) its ID.
 ///
 /// # Errors
-/// There is none, a snapshot needs it, or the store cannot be changed.
+/// There is no such image, a snapshot needs it, or the store cannot be changed.
 pub fn remove(home: &Home, query: &str) -> Result<Pruned, Error> {
     Ok(store(home)?.remove(query, &|| image_users(home))?)
 }
 
-/// Removes what is not needed; see [`PruneOptions`]. What VMs and snapshots use
-/// stays.
+/// Removes unneeded data; see [`PruneOptions`]. Images in use by VMs and snapshots stay.
 ///
 /// # Errors
 /// Files cannot be read or removed.
@@ -156,11 +155,11 @@ pub fn prune(home: &Home, options: PruneOptions) -> Result<Pruned, Error> {
     Ok(store(home)?.prune(options, &|| image_users(home))?)
 }
 
-/// Removes the longest unused until the images take no more than `max_bytes`, unless
-/// somebody else uses the store right now.
+/// Removes the least recently used images until the rest takes at most `max_bytes`,
+/// unless another process uses the store at the moment.
 ///
 /// # Errors
-/// Files cannot be read or removed, or it is not known what snapshots need.
+/// Files cannot be read or removed, or the needs of snapshots cannot be determined.
 pub fn keep_within(home: &Home, max_bytes: u64) -> Result<Option<Pruned>, Error> {
     let options = PruneOptions {
         max_bytes: Some(max_bytes),

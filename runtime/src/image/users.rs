@@ -1,4 +1,4 @@
-//! The snapshots that need the images of a home.
+//! Snapshots that need images of a home.
 
 use sm_control::with_causes;
 use sm_image::{Digest, Users};
@@ -9,11 +9,11 @@ use sm_snapshot::store::{Entry, SnapshotStore};
 use crate::home::Home;
 use crate::vmm::saved;
 
-/// The images that workload snapshots need, with the names of these. A snapshot that
-/// cannot be read may need any image.
+/// Returns the images that workload snapshots need, with the names of the snapshots. A
+/// snapshot that cannot be read may need any image.
 ///
 /// # Errors
-/// A sentence about what cannot be read.
+/// A sentence about the snapshot that cannot be read.
 pub(super) fn image_users(home: &Home) -> Result<Users, String> {
     let store = SnapshotStore::read_only(&home.snapshots());
     let mut users = Users::new();
@@ -21,7 +21,7 @@ pub(super) fn image_users(home: &Home) -> Result<Users, String> {
     for entry in entries {
         let digest = match image_of(&store, &entry) {
             Ok(digest) => digest,
-            // Removed meanwhile, as can be done at any time.
+            // Snapshots can be removed at any time.
             Err(_) if !home.snapshots().join(&entry.name).exists() => continue,
             Err(reason) => {
                 return Err(format!(
@@ -38,7 +38,7 @@ pub(super) fn image_users(home: &Home) -> Result<Users, String> {
     Ok(users)
 }
 
-/// The image that a snapshot's workload runs from.
+/// Returns the image from which a snapshot's workload runs.
 fn image_of(store: &SnapshotStore, entry: &Entry) -> Result<Option<Digest>, String> {
     let manifest = entry
         .manifest

@@ -122,8 +122,8 @@ fn a_reader_that_two_rotations_overtook_is_told_how_much_it_missed() {
     }
 }
 
-/// The file of a log that takes `room` more bytes for as long as the limit stands.
-/// A limit of file sizes is of the process, so it is set in one of its own.
+/// Runs the test `name` in a process of its own, because a file size limit applies to the
+/// whole process. Returns true in that process.
 fn in_a_process_of_its_own(name: &str) -> bool {
     const OWN: &str = "SM_TEST_OWN_PROCESS";
     if std::env::var_os(OWN).is_some() {
@@ -149,7 +149,7 @@ fn a_log_goes_on_when_there_is_room_again_and_says_what_is_missing() {
     if !in_a_process_of_its_own(name) {
         return;
     }
-    // EFBIG instead of a signal.
+    // With SIGXFSZ caught, writes beyond the limit fail with EFBIG.
     let ignored = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
     signal_hook::flag::register(signal_hook::consts::SIGXFSZ, ignored).unwrap();
     let dir = tempfile::tempdir().unwrap();
@@ -163,7 +163,7 @@ fn a_log_goes_on_when_there_is_room_again_and_says_what_is_missing() {
         ..before
     };
     setrlimit(Resource::Fsize, tight).unwrap();
-    // A part of it fits.
+    // A part of the record fits below the limit.
     assert!(writer.append(Stream::Stdout, &[b'x'; 100]).is_err());
     assert!(writer.append(Stream::Stderr, &[b'x'; 20]).is_err());
     assert_eq!(
@@ -208,7 +208,7 @@ fn a_file_that_cannot_be_begun_is_begun_later() {
     let mut writer = LogWriter::create(dir.path(), 50).unwrap();
     let mut reader = LogReader::open(dir.path()).unwrap();
     writer.append(Stream::Stdout, &[1; 30]).unwrap();
-    // Something is in the way.
+    // A directory with the draft's name prevents its creation.
     std::fs::create_dir(dir.path().join(FRESH)).unwrap();
     for _ in 0..3 {
         assert!(writer.append(Stream::Stdout, &[2; 30]).is_err());

@@ -1,4 +1,4 @@
-//! The files of records: JSON that appears whole, directories that go.
+//! Files of records: atomic writes of JSON, and removal of directories.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write as _};
@@ -33,8 +33,8 @@ pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, R
         .map_err(|error| io_error("understand", path)(error.into()))
 }
 
-/// Writes `directory/name` so that it appears complete or not at all, and
-/// survives a crash of the host once this returns.
+/// Writes `directory/name` atomically; the file survives a crash of the host once this
+/// returns.
 pub(super) fn write_json(
     directory: &Path,
     name: &str,

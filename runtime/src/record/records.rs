@@ -1,4 +1,4 @@
-//! All records of one user: naming, finding, and cleaning up after the dead.
+//! All records of a user: names, look-up, and clean-up after dead VMs.
 
 use std::collections::HashMap;
 use std::fs::{DirBuilder, File, OpenOptions};
@@ -17,10 +17,10 @@ use super::{
 };
 use crate::home::{Home, ensure_private_dir};
 
-/// Records being made and records being removed, which have no lock to test.
+/// Prefix of records under creation. Like removed records, they have no lock to test.
 const NEW_PREFIX: &str = ".new-";
 pub(super) const REMOVED_PREFIX: &str = ".removed-";
-/// Serialises naming and sweeping.
+/// Lock file that serialises naming and sweeping.
 const REGISTRY_LOCK: &str = ".lock";
 
 /// All records of one user.
@@ -28,16 +28,16 @@ const REGISTRY_LOCK: &str = ".lock";
 pub struct Records {
     pub(super) directory: PathBuf,
     pub(super) sockets: PathBuf,
-    /// Names of records that were read, and whether these vanish at their end.
+    /// Names of records that were read, and whether they are removed at the exit.
     known: Arc<Mutex<HashMap<VmId, (String, bool)>>>,
 }
 
-/// A record that cannot be understood.
+/// A record that cannot be parsed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Damaged {
     /// Identifier of its VM.
     pub id: VmId,
-    /// What is wrong with it.
+    /// The cause.
     pub reason: String,
 }
 
@@ -45,7 +45,7 @@ impl Records {
     /// Opens the records below `home`, creating the directories.
     ///
     /// # Errors
-    /// A directory cannot be made, or is open to others.
+    /// A directory cannot be created, or other users have access to it.
     pub fn open(home: &Home) -> Result<Self, RecordError> {
         let sockets = home.run().join("vms");
         let directory = home.vms();
@@ -59,8 +59,8 @@ impl Records {
         })
     }
 
-    /// Makes a record under a free name (`name`, or a generated one) and gives
-    /// out its lock, held. `config` gets the identifier and the name.
+    /// Creates a record under a free name (`name`, or a generated one) and returns its
+    /// lock, which is held. `config` receives the identifier and the name.
     pub(crate) fn create(
         &self,
         name: Option<&str>,
@@ -97,7 +97,7 @@ impl Records {
             .map_err(io_error("create", &fresh))?;
         let result = self.furnish(&fresh, config);
         if result.is_err() {
-            // The first error is the one to report.
+            // A failure of the clean-up must not replace the first error.
             let _ = remove_tree(&fresh);
         }
         Ok(result?)
@@ -123,8 +123,8 @@ impl Records {
         Ok((record, lock))
     }
 
-    /// An identifier whose short form is free, because it names the directory
-    /// of sockets (whose paths must stay under 108 bytes).
+    /// Returns an identifier whose short form is free, because that names the directory
+    /// of the sockets (whose paths must stay under 108 bytes).
     fn free_id(&self) -> Result<VmId, RecordError> {
         loop {
             let id = VmId::generate();
@@ -145,16 +145,16 @@ impl Records {
         }
     }
 
-    /// All records, newest first.
+    /// Returns all records, newest first.
     ///
     /// # Errors
-    /// The directory cannot be read. A record that disappears meanwhile is left
-    /// out, as is one that cannot be understood; see [`Self::damaged`].
+    /// The directory cannot be read. Records that disappear in the meantime are skipped,
+    /// as are damaged ones; see [`Self::damaged`].
     pub fn list(&self) -> Result<Vec<Record>, RecordError> {
         Ok(self.read_all(false)?.0)
     }
 
-    /// The records that cannot be understood.
+    /// Returns the records that cannot be parsed.
     ///
     /// # Errors
     /// The directory cannot be read.
@@ -180,7 +180,7 @@ impl Records {
                     }
                     continue;
                 }
-                // It disappears.
+                // The record has disappeared in the meantime.
                 Ok(None) => continue,
                 Ok(Some(config)) => format!("{path:?} is of VM {}", config.id),
                 Err(error) => with_causes(&error),
@@ -191,10 +191,10 @@ impl Records {
         Ok((records, damaged))
     }
 
-    /// The names in use. Reads each record once only, as its name never changes:
-    /// many VMs are started through one value without reading all of them each time.
+    /// Returns the names in use. Each record is read only once, as its name never
+    /// changes; starting many VMs through one value does not read all records each time.
     fn names(&self) -> Result<Vec<(VmId, String)>, RecordError> {
-        // Nothing panics while it holds this.
+        // No code panics while it holds this lock.
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let mut names = Vec::new();
         for name in dir_names(&self.directory)? {
@@ -216,11 +216,10 @@ impl Records {
         Ok(names)
     }
 
-    /// Removes the record that cannot be understood whose identifier begins with
-    /// `query`.
+    /// Removes the damaged record whose identifier begins with `query`.
     ///
     /// # Errors
-    /// There is none, or several; its VM is alive; its files cannot be removed.
+    /// No record matches, or several do; its VM is alive; its files cannot be removed.
     pub fn remove_damaged(&self, query: &str) -> Result<(), RecordError> {
         let _registry = registry_lock(&self.directory)?;
         let damaged = self.one_damaged(query)?;
@@ -230,7 +229,7 @@ impl Records {
         let directory = self.directory.join(id.as_str());
         match try_lock(&directory, query, FlockOperation::NonBlockingLockShared) {
             Ok(None) => return Err(RecordError::Running(id.short().to_owned())),
-            // Without a lock there never was a process.
+            // A record without a lock file never had a process.
             Ok(Some(_)) | Err(RecordError::NotFound(_)) => {}
             Err(error) => return Err(error),
         }
@@ -247,10 +246,11 @@ impl Records {
         Ok(damaged.pop())
     }
 
-    /// The record with this name, identifier, or unambiguous prefix of one.
+    /// Finds the record with this name, identifier, or unambiguous prefix of an
+    /// identifier.
     ///
     /// # Errors
-    /// None, or several.
+    /// No record matches, or several do.
     pub fn find(&self, query: &str) -> Result<Record, RecordError> {
         let mut records = self.list()?;
         if let Some(exact) = records
@@ -273,12 +273,11 @@ impl Records {
         }
     }
 
-    /// Cleans up after VMs that died without doing so: sockets of dead VMs,
-    /// records that were to be removed at their end, interrupted creations and
-    /// removals.
+    /// Cleans up after VMs that died: sockets of dead VMs, records that were to be
+    /// removed at the exit, interrupted creations and removals.
     ///
-    /// What cannot be cleaned up is logged and left for the next time: one VM does
-    /// not stand in the way of others.
+    /// Failures are logged, and the clean-up is repeated by the next sweep: one VM does
+    /// not affect others.
     ///
     /// # Errors
     /// The directories cannot be read.
@@ -286,9 +285,9 @@ impl Records {
         let _registry = registry_lock(&self.directory)?;
         let names = dir_names(&self.directory)?;
         for name in &names {
-            // Both kinds are made and renamed under the registry's lock, but for
-            // the removals of VMMs, which get their name by a rename and may be
-            // going on: removing twice is fine.
+            // Both kinds are created and renamed under the registry's lock, except for
+            // removals by VMMs, which rename first and may still be in progress:
+            // concurrent removal is harmless.
             if name.starts_with(NEW_PREFIX) || name.starts_with(REMOVED_PREFIX) {
                 note(remove_tree(&self.directory.join(name)));
             }
@@ -299,7 +298,7 @@ impl Records {
                 note(clean_up(record));
             }
         }
-        // Sockets of a VM whose record is damaged are still its own.
+        // Sockets of a VM with a damaged record stay.
         let ids: Vec<VmId> = names.iter().filter_map(|name| VmId::parse(name)).collect();
         for name in dir_names(&self.sockets)? {
             if !ids.iter().any(|id| id.short() == name) {
@@ -310,9 +309,9 @@ impl Records {
     }
 }
 
-/// Cleans up after one VM that is dead.
+/// Cleans up after a VM that is dead.
 fn clean_up(record: &Record) -> Result<(), RecordError> {
-    // One that has no console never came to be a machine.
+    // A record without a console log belongs to a VM whose start was aborted.
     let stillborn = !record.directory.join(CONSOLE).exists();
     if record.config.auto_remove || stillborn {
         return record.erase();
@@ -332,7 +331,7 @@ fn note(cleaned: Result<(), RecordError>) {
     }
 }
 
-/// Takes the lock under which records are named and cleaned up after.
+/// Takes the lock under which records are named and swept.
 pub(super) fn registry_lock(directory: &Path) -> Result<File, RecordError> {
     let path = directory.join(REGISTRY_LOCK);
     let file = OpenOptions::new()

@@ -55,7 +55,7 @@ fn a_record_is_alive_while_its_lock_is_held() {
     let (record, lock) = f.create(None).unwrap();
     assert_eq!(record.state().unwrap(), VmState::Running);
     assert!(matches!(record.remove(), Err(RecordError::Running(_))));
-    // A copy of the description, as the VMM gets one, keeps it alive.
+    // A duplicate of the file description, as the VMM gets one, keeps it alive.
     let copy = lock.try_clone().unwrap();
     drop(lock);
     assert_eq!(record.state().unwrap(), VmState::Running);
@@ -89,7 +89,7 @@ fn lookup_takes_names_and_unambiguous_prefixes() {
     let (_b, _lock_b) = f.create(Some("b")).unwrap();
     let id = &a.config().id;
     for query in ["a", id.as_str(), id.short()] {
-        // "a" may also be a prefix of an identifier: the name wins.
+        // "a" may also be a prefix of an identifier: names take precedence.
         assert_eq!(f.records.find(query).unwrap().config().id, *id);
     }
     assert!(matches!(f.records.find(""), Err(RecordError::NotFound(_))));
@@ -179,7 +179,7 @@ fn one_damaged_record_affects_no_other() {
     }
     std::fs::write(damaged.directory().join(CONFIG), b"{}").unwrap();
     std::fs::write(unreadable.directory().join(EXIT), b"{").unwrap();
-    // One whose end cannot be written: the name of the draft is taken.
+    // The exit record of this one cannot be written: a directory has the draft's name.
     let (full, full_lock) = f.create(Some("full")).unwrap();
     std::fs::write(full.directory().join(CONSOLE), b"").unwrap();
     std::fs::create_dir(full.directory().join(".exit.json.new")).unwrap();
@@ -190,14 +190,14 @@ fn one_damaged_record_affects_no_other() {
     assert_eq!(killed.exit().unwrap().unwrap().reason, ExitReason::Lost);
     assert!(matches!(full.state().unwrap(), VmState::Exited(_)));
     assert!(unreadable.state().is_err());
-    // It is alive, so its sockets stay, and it cannot be removed.
+    // The VM is alive, so its sockets stay, and it cannot be removed.
     assert!(damaged.sockets().exists());
     let id = damaged.config().id.clone();
     let found = f.records.find(id.short()).unwrap_err();
     assert!(matches!(found, RecordError::Damaged { .. }), "{found}");
     let refused = f.records.remove_damaged(id.short()).unwrap_err();
     assert!(matches!(refused, RecordError::Running(_)), "{refused}");
-    // Others are made beside them, and both kinds can be removed.
+    // New records can be created beside them, and both kinds can be removed.
     let _other = f.create(Some("other")).unwrap();
     let_go(lock);
     f.records.remove_damaged(id.short()).unwrap();
@@ -221,7 +221,7 @@ fn records_are_read_once_by_one_who_makes_many() {
     let f = fixture();
     let (first, _lock) = f.create(Some("first")).unwrap();
     let _second = f.create(Some("second")).unwrap();
-    // What was read once is not read again.
+    // The record is not read a second time.
     std::fs::write(first.directory().join(CONFIG), b"{").unwrap();
     let error = f.create(Some("first")).unwrap_err();
     assert!(error.to_string().contains("taken"), "{error}");
@@ -244,13 +244,13 @@ fn an_ended_vm_that_removes_itself_frees_its_name_at_once() {
     make().unwrap();
 }
 
-/// Gives back a lock for good: a process that another test is about to start has a copy
-/// of the descriptor until it runs its program.
+/// Releases a lock independent of copies of the descriptor, which a process that another
+/// test forks has until its exec.
 fn let_go(lock: File) {
     flock(&lock, FlockOperation::Unlock).unwrap();
 }
 
-/// Whoever looks at a dead VM is told so, whoever else is about it.
+/// All observers of a dead VM get the same answer, whatever the others do.
 #[test]
 fn the_dead_are_dead_while_they_are_cleaned_up_after() {
     let f = fixture();
@@ -270,7 +270,8 @@ fn the_dead_are_dead_while_they_are_cleaned_up_after() {
             }
         });
         std::thread::scope(|scope| {
-            // One removes it, and the other finds that done, or nothing to do.
+            // One thread removes the record; the other one finds it removed, or nothing
+            // to do.
             for _ in 0..2 {
                 scope.spawn(|| match record.remove() {
                     Ok(()) | Err(RecordError::NotFound(_)) => {}

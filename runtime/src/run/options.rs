@@ -1,4 +1,4 @@
-//! The options of a start.
+//! Options of a start.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -11,17 +11,17 @@ use sm_guest_proto::forward::MAX_WAIT_MS;
 use crate::Error;
 use crate::workload::Overrides;
 
-/// Least guest memory in bytes.
+/// Minimum of guest memory in bytes.
 pub const MIN_MEMORY: u64 = 64 << 20;
-/// Guest memory when nothing else is asked for, in bytes.
+/// Default guest memory in bytes.
 pub const DEFAULT_MEMORY: u64 = 512 << 20;
-/// Number of vCPUs when nothing else is asked for.
+/// Default number of vCPUs.
 pub const DEFAULT_CPUS: u32 = 1;
-/// Time between stop signal and SIGKILL when nothing else is asked for.
+/// Default time between stop signal and SIGKILL.
 pub(crate) const DEFAULT_STOP_TIMEOUT: Duration = Duration::from_secs(10);
 const MEBIBYTE: u64 = 1 << 20;
 
-/// How a VM is started.
+/// Options for starting a VM.
 #[derive(Clone, Debug)]
 pub struct RunOptions {
     pub(crate) overrides: Overrides,
@@ -76,20 +76,20 @@ impl Default for RunOptions {
 }
 
 impl RunOptions {
-    /// The image's own choices, 512 MiB and one vCPU.
+    /// Returns the defaults: the image's configuration, 512 MiB and one vCPU.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// What to change of the image's configuration.
+    /// Sets overrides of the image's configuration.
     #[must_use]
     pub fn overrides(mut self, overrides: Overrides) -> Self {
         self.overrides = overrides;
         self
     }
 
-    /// Arguments in place of the image's `Cmd`.
+    /// Sets the arguments that replace the image's `Cmd`.
     #[must_use]
     pub fn command<I, S>(mut self, command: I) -> Self
     where
@@ -107,43 +107,42 @@ impl RunOptions {
         self
     }
 
-    /// Names the VM; a name is generated otherwise.
+    /// Names the VM; the default is a generated name.
     #[must_use]
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
         self
     }
 
-    /// Guest memory in bytes, at least [`MIN_MEMORY`]; rounded up to a MiB.
+    /// Sets the guest memory in bytes, at least [`MIN_MEMORY`]; rounded up to a MiB.
     #[must_use]
     pub fn memory(mut self, bytes: u64) -> Self {
         self.memory = Some(bytes);
         self
     }
 
-    /// Number of vCPUs, at least 1.
+    /// Sets the number of vCPUs, at least 1.
     #[must_use]
     pub fn cpus(mut self, cpus: u32) -> Self {
         self.cpus = Some(cpus);
         self
     }
 
-    /// The kernel to boot; see [`crate::kernel::find`] for what is used otherwise.
+    /// Sets the kernel to boot; see [`crate::kernel::find`] for the default.
     #[must_use]
     pub fn kernel(mut self, path: impl Into<PathBuf>) -> Self {
         self.kernel = Some(path.into());
         self
     }
 
-    /// Words added to the guest kernel's command line.
+    /// Sets words to append to the guest kernel's command line.
     #[must_use]
     pub fn cmdline(mut self, words: impl Into<String>) -> Self {
         self.cmdline = words.into();
         self
     }
 
-    /// Boots a kernel even where a snapshot could be restored, and leaves none
-    /// behind.
+    /// Boots a kernel even where a snapshot could be restored, and takes no snapshot.
     #[must_use]
     pub fn cold(mut self, cold: bool) -> Self {
         self.cold = cold;
@@ -157,36 +156,36 @@ impl RunOptions {
         self
     }
 
-    /// No writable layer over the image.
+    /// Mounts the image read-only, without a writable layer.
     #[must_use]
     pub fn read_only(mut self, yes: bool) -> Self {
         self.read_only = yes;
         self
     }
 
-    /// Stays attached: [`crate::Vm::take_session`] then has the workload's session,
-    /// from its first byte on.
+    /// Stays attached: [`crate::Vm::take_session`] then returns the workload's session,
+    /// with all output.
     #[must_use]
     pub fn attach(mut self, yes: bool) -> Self {
         self.attach = yes;
         self
     }
 
-    /// Columns and rows, for a workload on a terminal.
+    /// Sets columns and rows, for a workload on a terminal.
     #[must_use]
     pub fn terminal_size(mut self, columns: u16, rows: u16) -> Self {
         self.terminal_size = (columns, rows);
         self
     }
 
-    /// Size limit of the writable layer in bytes; half of guest memory when 0.
+    /// Sets the size limit of the writable layer in bytes; 0 means half of guest memory.
     #[must_use]
     pub fn upper_size(mut self, bytes: u64) -> Self {
         self.upper_size = Some(bytes);
         self
     }
 
-    /// Size of `/dev/shm` in bytes; 64 MiB when 0.
+    /// Sets the size of `/dev/shm` in bytes; 0 means 64 MiB.
     #[must_use]
     pub fn shm_size(mut self, bytes: u64) -> Self {
         self.shm_size = Some(bytes);
@@ -207,28 +206,28 @@ impl RunOptions {
         self
     }
 
-    /// Time between stop signal and SIGKILL.
+    /// Sets the time between stop signal and SIGKILL.
     #[must_use]
     pub fn stop_timeout(mut self, timeout: Duration) -> Self {
         self.stop_timeout = Some(timeout);
         self
     }
 
-    /// How long guest and agent may take until the workload runs.
+    /// Sets the time limit for guest and agent until the workload runs.
     #[must_use]
     pub fn start_timeout(mut self, timeout: Duration) -> Self {
         self.start_timeout = timeout;
         self
     }
 
-    /// Phases that were complete before, for one list of all.
+    /// Sets phases that are already complete, for a common list of all phases.
     #[must_use]
     pub fn phases(mut self, phases: Vec<Phase>) -> Self {
         self.phases = phases;
         self
     }
 
-    /// How memory is restored, where the VM is started from a snapshot.
+    /// Sets the way in which memory is restored from a snapshot.
     #[must_use]
     pub fn paging(mut self, paging: Paging) -> Self {
         self.paging = paging;
@@ -242,10 +241,10 @@ impl RunOptions {
         self
     }
 
-    /// How long a connection to a published port waits for somebody in the guest to
-    /// listen, 10 minutes at most: 1 s unless this is called. Longer lets clients
-    /// come before a server that takes its time to start; with none at all a client
-    /// learns at once that nobody listens.
+    /// Sets how long a connection to a published port waits for a listener in the guest,
+    /// at most 10 minutes; the default is 1 s. With a longer time, clients can connect
+    /// before a slow server listens; with 0, a client without a server is disconnected at
+    /// once.
     #[must_use]
     pub fn publish_wait(mut self, wait: Duration) -> Self {
         self.publish_wait = wait;
@@ -257,7 +256,7 @@ impl RunOptions {
         wait.unwrap_or(MAX_WAIT_MS).min(MAX_WAIT_MS)
     }
 
-    /// Guest memory in bytes, in whole MiB; `None` when it is not asked for.
+    /// Returns the requested guest memory in bytes, in whole MiB; `None` if not set.
     pub(crate) fn memory_given(&self) -> Option<u64> {
         let mebibytes = self.memory.map(|bytes| bytes.div_ceil(MEBIBYTE));
         mebibytes.map(|count| count.saturating_mul(MEBIBYTE))

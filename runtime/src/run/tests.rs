@@ -1,7 +1,7 @@
 use super::*;
 
-/// Starts a "VMM" that is another program; returns the error, and whether
-/// anything is left of it.
+/// Starts another program in place of a VMM; returns the error, and true if a record or a
+/// process is left.
 fn started_as(program: &str, timeout: Duration) -> (String, bool) {
     let dir = tempfile::tempdir().unwrap();
     let at = |name| dir.path().join(name);
@@ -49,7 +49,7 @@ fn started_as(program: &str, timeout: Duration) -> (String, bool) {
     (sm_control::with_causes(&error), left)
 }
 
-/// Whether this process has a child that runs `program`, or did (a zombie).
+/// Returns true if this process has a child (or a zombie) that runs `program`.
 fn has_child(program: &Path) -> bool {
     let name = program.file_name().unwrap().to_str().unwrap();
     let wanted = (format!("({name})"), std::process::id().to_string());
@@ -64,11 +64,11 @@ fn has_child(program: &Path) -> bool {
 
 #[test]
 fn a_program_that_is_no_vmm_is_told_from_one() {
-    // It ends at once, reading nothing.
+    // The program exits at once without reading.
     let (error, left) = started_as("/usr/bin/false", Duration::from_secs(60));
     assert!(error.contains("run_vmm_if_asked"), "{error}");
     assert!(!left, "{error}");
-    // It goes on, reading nothing.
+    // The program keeps running without reading.
     let (error, left) = started_as("/usr/bin/yes", Duration::from_millis(200));
     assert!(error.contains("run_vmm_if_asked"), "{error}");
     assert!(!left, "{error}");

@@ -1,4 +1,4 @@
-//! Machines that are started to tell what makes them distinct.
+//! Machines that are started for their identity report.
 
 use sm_control::launch::Testimony;
 use sm_control::session::{Event, Session};
@@ -8,8 +8,8 @@ use crate::Error;
 use crate::reaper::Process;
 
 impl Launched {
-    /// Follows the VMM's reports until it has told what makes the machine distinct.
-    /// The machine lives as long as the witness.
+    /// Processes events of the VMM until it has sent the identity report. The machine
+    /// lives as long as the returned value.
     pub(crate) fn until_evidence(mut self) -> Result<(Testimony, Witness), Error> {
         loop {
             match self.session.next_event().map_err(talking)? {
@@ -21,7 +21,7 @@ impl Launched {
                     return Ok((told, witness));
                 }
                 Some(Event::Ended(exit)) => {
-                    // The process has nothing left to do; a zombie of it would stay.
+                    // Reaps the process, which is about to exit.
                     let _ = self.child.wait();
                     return Err(not_started(exit));
                 }
@@ -32,7 +32,7 @@ impl Launched {
     }
 }
 
-/// A machine that was started for evidence, which ends with this value.
+/// A machine that was started for its identity report, and exits when this is dropped.
 pub(crate) struct Witness {
     session: Option<Session>,
     child: Process,
@@ -40,7 +40,7 @@ pub(crate) struct Witness {
 
 impl Drop for Witness {
     fn drop(&mut self) {
-        // Without its launcher it ends, and removes what it has.
+        // The VMM exits and cleans up when its launcher closes the connection.
         self.session = None;
         let _ = self.child.wait();
     }

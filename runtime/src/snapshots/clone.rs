@@ -1,4 +1,4 @@
-//! From a running VM to a snapshot, and from there to clones.
+//! Snapshots of running VMs, and clones of them.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -20,8 +20,7 @@ use crate::run::{self, RunOptions, Source};
 use crate::vm::Vm;
 use crate::vmm::saved::{self, Content};
 
-/// A snapshot of a running workload. While this value lives, the snapshot
-/// cannot be removed.
+/// A workload snapshot. While this value lives, the snapshot cannot be removed.
 #[derive(Debug)]
 pub struct Snapshot {
     home: Home,
@@ -34,7 +33,7 @@ impl Snapshot {
     /// Opens the snapshot `name`.
     ///
     /// # Errors
-    /// It does not exist, is damaged, or holds no workload.
+    /// The snapshot does not exist, is damaged, or is no workload snapshot.
     pub fn open(home: &Home, name: &str) -> Result<Self, Error> {
         let chain = Chain::open(&SnapshotStore::read_only(&home.snapshots()), name)?;
         let holds = match chain.tip().lease.manifest().layer {
@@ -57,31 +56,31 @@ impl Snapshot {
         })
     }
 
-    /// Its name.
+    /// Returns its name.
     #[must_use]
     pub fn name(&self) -> &str {
         self.chain.tip().lease.name()
     }
 
-    /// The VM that it was made of.
+    /// Returns the configuration of the VM of which it was taken.
     #[must_use]
     pub fn config(&self) -> &VmConfig {
         &self.config
     }
 
-    /// Starts a VM in which the workload goes on where it was, and returns
-    /// once it does. Of the options, name, host name, published ports, attachment,
-    /// timeouts, paging and removal count; the rest is as it was.
+    /// Starts a VM that continues the workload, and returns once it runs. Of the options,
+    /// name, host name, published ports, attachment, timeouts, paging and removal apply;
+    /// the rest is as in the snapshot.
     ///
     /// # Errors
-    /// See [`Error`]; among them an option that cannot be changed any more.
+    /// See [`Error`]; among them an option that cannot be changed in a snapshot.
     pub fn run(&self, options: &RunOptions) -> Result<Vm, Error> {
         let records = Records::open(&self.home)?;
         records.sweep()?;
         self.run_in(&records, options)
     }
 
-    /// Does the same for one of many, whose caller has swept the records.
+    /// Like [`Self::run`], for a caller that has already swept the records.
     fn run_in(&self, records: &Records, options: &RunOptions) -> Result<Vm, Error> {
         check(&self.config, options)?;
         let source = Source {
@@ -109,15 +108,15 @@ impl Snapshot {
     }
 }
 
-/// The time between stop signal and SIGKILL of a VM that goes on from a snapshot: as
-/// asked for, else as it was.
+/// Returns the time between stop signal and SIGKILL of a clone: the option, or that of
+/// the snapshot.
 fn stop_timeout_ms(made_of: &VmConfig, options: &RunOptions) -> u64 {
     let given = options.stop_timeout.map(run::millis);
     given.unwrap_or(made_of.stop_timeout_ms)
 }
 
-/// Refuses what a machine that runs already cannot be given. An option that asks for
-/// what is so is none of that; one that is a VM's default may be.
+/// Refuses options that cannot be changed in a running machine. Options with the current
+/// value are accepted; an option with the default value counts as set.
 fn check(made_of: &VmConfig, options: &RunOptions) -> Result<(), Error> {
     let fixed = |what: &str| {
         Err(Error::Option(format!(
@@ -145,7 +144,7 @@ fn check(made_of: &VmConfig, options: &RunOptions) -> Result<(), Error> {
     if options.read_only || options.upper_size.is_some() {
         return fixed("the root file system");
     }
-    // A snapshot does not say what it has.
+    // The snapshot does not contain the current value.
     if options.shm_size.is_some() {
         return fixed("the size of /dev/shm");
     }
@@ -159,13 +158,12 @@ fn check(made_of: &VmConfig, options: &RunOptions) -> Result<(), Error> {
 }
 
 impl Vm {
-    /// Makes a snapshot of the VM with its workload as it runs, under a name that
-    /// no other has, and ends the VM if `stop` is set. Returns when the snapshot
-    /// is on disk.
+    /// Takes a workload snapshot of the running VM, under a new name, and ends the VM if
+    /// `stop` is set. Returns when the snapshot is on disk.
     ///
     /// # Errors
-    /// The name cannot be used, the workload does not run, or the disk is full;
-    /// the VM goes on then.
+    /// The name is invalid or in use, the workload does not run, or the disk is full; the
+    /// VM continues in these cases.
     pub fn snapshot(&self, name: &str, stop: bool) -> Result<SnapshotReport, Error> {
         check_user_name(name)?;
         Ok(self.make_snapshot(name, stop, false)?.report)
@@ -175,21 +173,21 @@ impl Vm {
 /// The clones that [`fork`] has started.
 #[derive(Debug)]
 pub struct Forked {
-    /// Those whose workloads run.
+    /// Clones with a running workload.
     pub vms: Vec<Vm>,
-    /// Why there are fewer than were asked for.
+    /// The cause, if there are fewer than requested.
     pub error: Option<Error>,
 }
 
-/// Clones that are started at the same time.
+/// Number of clones that are started concurrently.
 const AT_ONCE: usize = 4;
 
-/// Starts `count` clones of a running VM, which goes on, and returns them once
-/// their workloads do. They share memory until they change it. `options` are as
-/// for [`Snapshot::run`], with a name completed by a number for each clone.
+/// Starts `count` clones of a running VM, which continues, and returns them when their
+/// workloads run. They share memory until they modify it. `options` are as for
+/// [`Snapshot::run`]; a number is appended to the name of each clone.
 ///
-/// When a clone cannot be started no further ones are, and those that run are
-/// returned beside the error.
+/// When a clone cannot be started, no further ones are; running clones are returned
+/// together with the error.
 ///
 /// # Errors
 /// The VM cannot be captured: no clone was started.
@@ -197,7 +195,7 @@ pub fn fork(home: &Home, vm: &Vm, count: usize, options: &RunOptions) -> Result<
     let name = format!("fork-{}-{}", vm.id().short(), hex(&random::<4>()));
     let records = Records::open(home)?;
     records.sweep()?;
-    // Nobody else sweeps it before it is opened here.
+    // `held` prevents the removal of the snapshot until it is opened here.
     let held = vm.make_snapshot(&name, false, true)?;
     let snapshot = Snapshot::open(home, &name)?;
     drop(held);
@@ -209,8 +207,8 @@ pub fn fork(home: &Home, vm: &Vm, count: usize, options: &RunOptions) -> Result<
         snapshot.run_in(&records, &options)
     });
     drop(snapshot);
-    // The last clone to end removes it; refused while one lives. One that stays is
-    // removed when another snapshot is made.
+    // The last clone to exit removes the snapshot; removal is refused before. A snapshot
+    // that is left over is removed when another one is taken.
     let removed = SnapshotStore::open(&home.snapshots()).and_then(|store| store.remove(&name));
     if let Err(error) = removed {
         tracing::debug!(%error, name, "the snapshot of a fork stays");
@@ -218,15 +216,15 @@ pub fn fork(home: &Home, vm: &Vm, count: usize, options: &RunOptions) -> Result<
     Ok(Forked { vms, error })
 }
 
-/// Starts numbers 1 to `count`, some at the same time, until one fails. Returns those
-/// that were started, in this order, and the first error.
+/// Starts numbers 1 to `count`, some concurrently, until one fails. Returns the started
+/// ones, in this order, and the first error.
 fn start_all<T: Send>(
     count: usize,
     start: impl Fn(usize) -> Result<T, Error> + Sync,
 ) -> (Vec<T>, Option<Error>) {
     let next = AtomicUsize::new(1);
     let results = Mutex::new((Vec::new(), None));
-    // Nothing panics while it holds this.
+    // No code panics while it holds this lock.
     let lock = || results.lock().unwrap_or_else(PoisonError::into_inner);
     std::thread::scope(|scope| {
         for _ in 0..count.min(AT_ONCE) {
@@ -252,9 +250,8 @@ fn start_all<T: Send>(
 }
 
 impl Image {
-    /// Runs the image, has `prepare` bring its workload to where clones shall
-    /// begin, and makes the snapshot `name` of it; see
-    /// [`warm_up`].
+    /// Runs the image, calls `prepare` to bring its workload to the state for clones, and
+    /// takes the snapshot `name`; see [`warm_up`].
     ///
     /// # Errors
     /// The VM cannot be started or captured, or `prepare` failed.
@@ -268,9 +265,9 @@ impl Image {
     }
 }
 
-/// Runs an image, has `prepare` bring its workload to where clones shall begin
-/// (by exec, through a frontend, by waiting for its output), and makes the
-/// snapshot `name` of it. The VM is gone afterwards, whatever happens.
+/// Runs an image, calls `prepare` to bring its workload to the state for clones (by exec,
+/// through a frontend, by waiting for its output), and takes the snapshot `name`. The VM
+/// is removed afterwards, on errors as well.
 ///
 /// # Errors
 /// The VM cannot be started or captured, or `prepare` failed.

@@ -1,9 +1,9 @@
-//! The snapshots of a user: making, continuing, listing, checking, removing.
+//! The snapshots of a user: take, run, list, verify, remove.
 //!
-//! `sm run` makes *base* and *image* snapshots for itself, so that it boots no
-//! kernel twice. A *workload* snapshot is made by [`crate::Vm::snapshot`] and
-//! goes on by [`Snapshot::run`], as many times as wished: each clone has an
-//! identity of its own before its workload runs on.
+//! `sm run` takes *base* and *image* snapshots for itself, so that it boots no kernel
+//! twice. A *workload* snapshot is taken by [`crate::Vm::snapshot`] and continued by
+//! [`Snapshot::run`], any number of times: each clone gets a new identity before its
+//! workload continues.
 
 mod clone;
 mod proof;
@@ -24,10 +24,10 @@ use crate::Error as RuntimeError;
 use crate::home::Home;
 use crate::vmm::names::IMAGE_LABEL;
 
-/// How the names of the snapshots begin that are not made by users.
+/// Prefixes of the names of internal snapshots.
 const RESERVED: [&str; 3] = ["base-", "image-", "fork-"];
 
-/// Checks a name that a user wants to give to a snapshot.
+/// Checks a name that a user chose for a snapshot.
 pub(crate) fn check_user_name(name: &str) -> Result<(), RuntimeError> {
     sm_snapshot::store::check_name(name)?;
     if let Some(prefix) = RESERVED.iter().find(|prefix| name.starts_with(**prefix)) {
@@ -38,24 +38,24 @@ pub(crate) fn check_user_name(name: &str) -> Result<(), RuntimeError> {
     Ok(())
 }
 
-/// One snapshot in a listing.
+/// A snapshot in a listing.
 #[derive(Debug, Serialize)]
 pub struct Listed {
-    /// Its name.
+    /// The image in it, by its name at the time of the snapshot.
     pub name: String,
-    /// The image in it, as it was named when the snapshot was made.
+    /// Its layer; `None` if the snapshot cannot be used.
     pub image: Option<String>,
     /// What it holds; absent when it cannot be used.
     pub layer: Option<Layer>,
     /// Guest memory in bytes.
     pub memory_bytes: u64,
-    /// Number of vCPUs.
+    /// Creation time, in milliseconds since the Unix epoch.
     pub vcpus: u32,
-    /// When it was made, in milliseconds since the Unix epoch.
+    /// Bytes on disk.
     pub created_ms: u64,
-    /// Bytes it occupies on disk.
+    /// The snapshot on which it builds.
     pub disk_bytes: u64,
-    /// The snapshot it builds on.
+    /// The cause, if it cannot be used.
     pub parent: Option<String>,
     /// Why it cannot be used.
     pub problem: Option<String>,
@@ -65,7 +65,7 @@ fn store(home: &Home) -> SnapshotStore {
     SnapshotStore::read_only(&home.snapshots())
 }
 
-/// All snapshots, usable or not, by name.
+/// Returns all snapshots, usable or not, by name.
 ///
 /// # Errors
 /// The store cannot be read.
@@ -101,18 +101,18 @@ pub fn list(home: &Home) -> Result<Vec<Listed>, Error> {
         .collect())
 }
 
-/// The manifest of a snapshot.
+/// Returns the manifest of a snapshot.
 ///
 /// # Errors
-/// It does not exist, or is damaged.
+/// The snapshot does not exist, or is damaged.
 pub fn inspect(home: &Home, name: &str) -> Result<Manifest, Error> {
     Ok(store(home).lease(name)?.manifest().clone())
 }
 
-/// Checks every byte of a snapshot and of those it builds on.
+/// Verifies every byte of a snapshot and of those on which it builds.
 ///
 /// # Errors
-/// The first thing that differs from what was written.
+/// The first difference.
 pub fn verify(home: &Home, name: &str) -> Result<Verified, Error> {
     sm_snapshot::verify::verify(&Chain::open(&store(home), name)?)
 }
@@ -126,11 +126,12 @@ pub fn diff(home: &Home, a: &str, b: &str) -> Result<Difference, Error> {
     contents::compare(&Chain::open(&store, a)?, &Chain::open(&store, b)?)
 }
 
-/// Makes a snapshot build on nothing: as the new snapshot `copy`, or in place. The
-/// machine in it is the same, and the snapshots that it was built on can go.
+/// Makes a snapshot independent of its parents: as the new snapshot `copy`, or in place.
+/// The machine in it is the same, and the parents can be removed.
 ///
 /// # Errors
-/// It does not exist, `copy` does, or in place something uses it; or the disk is full.
+/// The snapshot does not exist, `copy` exists, the snapshot is in use (in place), or the
+/// disk is full.
 pub fn flatten(home: &Home, name: &str, copy: Option<&str>) -> Result<Manifest, RuntimeError> {
     let store = SnapshotStore::open(&home.snapshots())?;
     let Some(copy) = copy else {
@@ -143,7 +144,7 @@ pub fn flatten(home: &Home, name: &str, copy: Option<&str>) -> Result<Manifest, 
 /// Removes a snapshot.
 ///
 /// # Errors
-/// It does not exist, or something uses it.
+/// The snapshot does not exist, or is in use.
 pub fn remove(home: &Home, name: &str) -> Result<(), Error> {
     store(home).remove(name)
 }

@@ -16,37 +16,37 @@ use crate::record::VmConfig;
 use crate::run::{self, RunOptions, Source, Witness};
 use crate::vmm::saved;
 
-/// How far a clone's clock may be from the host's, in nanoseconds.
+/// Tolerated difference between the clocks of a clone and of the host, in nanoseconds.
 const CLOCK_TOLERANCE_NS: u64 = 100_000_000;
 
-/// Clones, by number, that have something in common.
+/// Clones, by number, that have a value in common.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Twins {
-    /// What they have in common.
+    /// The kind of the value.
     pub what: &'static str,
-    /// Its value.
+    /// The value.
     pub value: String,
-    /// Their numbers, from 0.
+    /// Numbers of the clones, from 0.
     pub clones: Vec<usize>,
 }
 
-/// What asking the clones came to.
+/// Result of [`prove_distinct`].
 #[derive(Clone, Debug, Serialize)]
 pub struct Proof {
     /// The snapshot.
     pub snapshot: String,
-    /// How many clones were there at the same time.
+    /// Number of clones that existed concurrently.
     pub at_once: usize,
-    /// What each clone told.
+    /// The identity report of each clone.
     pub clones: Vec<Testimony>,
-    /// What should differ, and does not.
+    /// Values that should differ, and do not.
     pub twins: Vec<Twins>,
-    /// Clones whose clock is more than 100 ms off.
+    /// Clones whose clock is off by more than 100 ms.
     pub wrong_clocks: Vec<usize>,
 }
 
 impl Proof {
-    /// Whether all clones are distinct, with a clock that is right.
+    /// Returns true if all clones are distinct and their clocks are right.
     #[must_use]
     pub fn holds(&self) -> bool {
         self.twins.is_empty() && self.wrong_clocks.is_empty()
@@ -96,17 +96,17 @@ impl Proof {
     }
 }
 
-/// Memory that a clone may need while it is asked, in bytes: its VMM, and what its
+/// Estimated memory of a clone that is queried, in bytes: its VMM, and pages that its
 /// guest writes.
 const EACH: u64 = 64 << 20;
 
-/// Starts `count` clones of the snapshot `name`, and has each tell what makes it
-/// distinct, before any workload code runs in it. As many as half of the host's free
-/// memory carries are there at the same time: beyond that, the oldest ends when the
-/// next one is started. Calls `progress` with the number of each.
+/// Starts `count` clones of the snapshot `name`, and gets an identity report from each
+/// before any workload code runs in it. Half of the host's free memory limits the number
+/// of concurrent clones: beyond it, the oldest exits when the next one is started. Calls
+/// `progress` with the number of each clone.
 ///
 /// # Errors
-/// The snapshot cannot be used, or a clone not be started.
+/// The snapshot cannot be used, or a clone cannot be started.
 pub fn prove_distinct(
     home: &Home,
     name: &str,
@@ -130,7 +130,7 @@ pub fn prove_distinct(
     Ok(Proof::of(name, at_once, clones))
 }
 
-/// Bytes of memory that the host can give without swapping; 0 if it does not say.
+/// Returns the memory in bytes that the host can provide without swapping; 0 if unknown.
 fn free_memory() -> u64 {
     let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let line = text

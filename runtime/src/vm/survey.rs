@@ -1,4 +1,4 @@
-//! Asking many VMs at the same time.
+//! Concurrent queries of many VMs.
 
 use std::collections::VecDeque;
 use std::io::{self, Read as _, Write as _};
@@ -16,14 +16,15 @@ use super::{Inspection, StateView};
 use crate::Error;
 use crate::record::{Record, RecordError, VmState};
 
-/// Connections open at the same time, of the 1024 descriptors that a process may have.
+/// Connections open at the same time, out of the usual limit of 1024 descriptors per
+/// process.
 const AT_ONCE: usize = 256;
-/// VMs with a full backlog that are waited for, each by a thread: nothing tells when
-/// there is room.
+/// Most VMs with a full backlog that are waited for, each by a thread, because no event
+/// reports free space in a backlog.
 const MOST_FULL: usize = 64;
 
 impl StateView {
-    /// The view of a VM that answers.
+    /// Returns the view of a VM that answers.
     pub(super) fn alive(status: Status) -> Self {
         Self {
             status: match status.stage {
@@ -40,10 +41,10 @@ impl StateView {
         }
     }
 
-    /// The view of a VM that has ended, or whose record cannot be read.
+    /// Returns the view of a VM that has ended, or whose record is damaged.
     ///
     /// # Errors
-    /// It is not there any more.
+    /// The record does not exist any more.
     pub(super) fn dead(state: Result<VmState, RecordError>) -> Result<Self, Error> {
         match state {
             Ok(VmState::Exited(exit)) => Ok(Self {
@@ -53,7 +54,7 @@ impl StateView {
                 exit: Some(exit),
                 ..Self::default()
             }),
-            // Its process lives and has no socket yet, or none any more.
+            // The process is alive, and its socket does not exist yet, or not any more.
             Ok(VmState::Running) => Ok(Self {
                 status: "starting",
                 ..Self::default()
@@ -67,10 +68,10 @@ impl StateView {
         }
     }
 
-    /// The view of a VM that lives and has not answered.
+    /// Returns the view of a VM that is alive and has not answered.
     ///
     /// # Errors
-    /// It is not there any more.
+    /// The record does not exist any more.
     pub(super) fn silent(record: &Record, error: &Error) -> Result<Self, Error> {
         match (error, record.state()) {
             (Error::NotRunning(_), state) => Self::dead(state),
@@ -79,20 +80,20 @@ impl StateView {
                 problem: Some(with_causes(error)),
                 ..Self::default()
             }),
-            // It has ended meanwhile.
+            // The VM has ended in the meantime.
             (_, state) => Self::dead(state),
         }
     }
 }
 
-/// A VM that was asked.
+/// A VM with a pending query.
 struct Asked {
     index: usize,
     stream: UnixStream,
     decoder: FrameDecoder,
 }
 
-/// Inspects the VMs of `records`, in this order. One that is gone is left out.
+/// Inspects the VMs of `records`, in this order. VMs that were removed are skipped.
 pub(super) fn inspect_all(records: Vec<Record>, timeout: Duration) -> Vec<Inspection> {
     let views = thread::scope(|scope| ask_all(scope, &records, timeout));
     let inspected = records.into_iter().zip(views);
@@ -174,7 +175,7 @@ fn ask_all<'scope, 'r: 'scope>(
         });
     }
     for (index, answer) in full {
-        // It does not panic.
+        // The thread does not panic.
         let answer = answer.join();
         note(
             index,
@@ -184,12 +185,12 @@ fn ask_all<'scope, 'r: 'scope>(
     views
 }
 
-/// Asks a VM, if it takes a connection at once.
+/// Sends a query to a VM, if its backlog has space.
 fn ask(index: usize, record: &Record) -> io::Result<Asked> {
     send(index, connect_now(&record.control_socket())?)
 }
 
-/// Asks a VM in whose backlog others wait, and waits for its answer.
+/// Waits for space in the backlog of a VM, and for its answer.
 fn ask_until(record: &Record, deadline: Instant) -> io::Result<Status> {
     let stream = connect_until(&record.control_socket(), deadline)?;
     stream.set_nonblocking(true)?;
@@ -208,7 +209,7 @@ fn send(index: usize, mut stream: UnixStream) -> io::Result<Asked> {
     let mut bytes = Vec::new();
     let call = serde_json::to_vec(&ControlCall::Status)?;
     frame::encode(FrameType::Request, &call, &mut bytes).map_err(io::Error::other)?;
-    // A fresh connection has room for it.
+    // The socket buffer of a new connection has space for it.
     stream.write_all(&bytes)?;
     Ok(Asked {
         index,
@@ -217,7 +218,7 @@ fn send(index: usize, mut stream: UnixStream) -> io::Result<Asked> {
     })
 }
 
-/// Waits until one of them has something to say; `false` at the deadline.
+/// Waits until a connection is readable; returns false at the deadline.
 fn wait(asked: &[Asked], deadline: Instant) -> bool {
     if asked.is_empty() {
         return true;
@@ -232,13 +233,14 @@ fn wait(asked: &[Asked], deadline: Instant) -> bool {
     let mut fds: Vec<_> = fds.collect();
     match poll(&mut fds, Some(&left)) {
         Ok(ready) => ready > 0,
-        // Interrupted: nothing is ready, and the deadline is looked at again.
+        // After an interruption nothing is ready, and the caller checks the deadline
+        // again.
         Err(_) => true,
     }
 }
 
 impl Asked {
-    /// Reads what has arrived; `None` while the answer is not complete.
+    /// Reads available bytes; `None` while the answer is incomplete.
     fn answer(&mut self) -> io::Result<Option<Status>> {
         let mut buffer = [0; 4096];
         match self.stream.read(&mut buffer) {

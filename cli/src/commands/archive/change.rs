@@ -1,11 +1,11 @@
-//! Instructions that set an image's configuration, as in a Containerfile.
+//! Instructions that set fields of an image's configuration, as in a Containerfile.
 
 use std::collections::HashMap;
 
 use anyhow::{Result, bail};
 use sm_runtime::image::Config;
 
-/// The configuration that `instructions` make.
+/// Returns the configuration that results from `instructions`.
 pub(super) fn apply(instructions: &[String]) -> Result<Config> {
     let mut config = Config::default();
     for text in instructions {
@@ -63,7 +63,7 @@ pub(super) fn apply(instructions: &[String]) -> Result<Config> {
     Ok(config)
 }
 
-/// A JSON array of words, or a line for the shell.
+/// Parses a JSON array of words, or wraps a line in a shell command.
 fn command(value: &str) -> Result<Vec<String>> {
     match value.starts_with('[') {
         true => Ok(serde_json::from_str(value)?),
@@ -78,7 +78,7 @@ fn command_or_words(value: &str) -> Result<Vec<String>> {
     }
 }
 
-/// `NAME=VALUE`, or `NAME VALUE` as it used to be.
+/// Parses `NAME=VALUE`, or the old form `NAME VALUE`.
 fn pair(text: &str, value: &str) -> Result<String> {
     if value.contains('=') {
         return Ok(value.to_owned());
