@@ -1,5 +1,5 @@
-//! Packages of the distribution: what is missing is installed (as root) or asked
-//! for in one line.
+//! Packages of the distribution: missing ones are installed (as root), or an error has
+//! the command line that installs them.
 
 mod sources;
 
@@ -16,41 +16,43 @@ use self::sources::backports_entry;
 pub(crate) use self::sources::release_source;
 use crate::cmd;
 
-/// QEMU that emulates SVM well enough for nested guests (see ARCHITECTURE.md).
+/// Minimum version of QEMU, whose SVM emulation can run nested guests (see
+/// ARCHITECTURE.md).
 const QEMU_MAJOR: u32 = 10;
 const QEMU: &str = "qemu-system-x86";
 const BACKPORTS: &str = "/etc/apt/sources.list.d/sm-backports.sources";
 const INSTALL: [&str; 3] = ["install", "-y", "--no-install-recommends"];
 
-/// What this process knows of apt.
+/// Cached state of apt.
 #[derive(Default)]
 pub(crate) struct Apt {
     updated: Cell<bool>,
 }
 
-/// What a command needs.
+/// The packages that a command needs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Needs {
     /// Packages that must be installed.
     pub(crate) packages: BTreeSet<&'static str>,
-    /// A package that apt must know where it can, for it to be downloaded.
+    /// A package that apt must know if possible, because it will be downloaded.
     pub(crate) known: Option<&'static str>,
-    /// A QEMU that is new enough for the lab.
+    /// True for a QEMU that is new enough for the lab.
     pub(crate) qemu: bool,
 }
 
-/// What there is to do for that.
+/// The steps of an installation.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Plan {
-    /// The sources entry of the backports suite, which apt does not have.
+    /// The sources entry of the backports suite, if apt lacks it.
     backports: Option<String>,
     packages: Vec<&'static str>,
-    /// Install QEMU, from the named suite unless the release's own will do.
+    /// Installs QEMU, from the named suite unless the release itself has a new enough
+    /// version.
     qemu: Option<Option<String>>,
 }
 
 impl Plan {
-    /// The line that a person is asked to run as root.
+    /// Returns the command line for a person to run as root.
     fn line(&self) -> String {
         let mut steps = Vec::new();
         if let Some(entry) = &self.backports {
@@ -75,7 +77,7 @@ impl Plan {
 }
 
 impl Apt {
-    /// Sees to it that `packages` are installed.
+    /// Ensures that `packages` are installed.
     pub(crate) fn ensure(&self, packages: &[&'static str]) -> Result<()> {
         self.ensure_all(&Needs {
             packages: packages.iter().copied().collect(),
@@ -83,8 +85,8 @@ impl Apt {
         })
     }
 
-    /// Sees to it that QEMU is new enough, from the backports suite where the
-    /// distribution's own is older.
+    /// Ensures that QEMU is new enough; it comes from the backports suite if the version
+    /// of the distribution is older.
     pub(crate) fn ensure_qemu(&self) -> Result<()> {
         self.ensure_all(&Needs {
             qemu: true,
@@ -92,8 +94,8 @@ impl Apt {
         })
     }
 
-    /// Sees to everything at once: as root by doing it, else by an error that says in
-    /// one line how to.
+    /// Ensures everything at once: installs it as root, otherwise fails with a command
+    /// line that does.
     pub(crate) fn ensure_all(&self, needs: &Needs) -> Result<()> {
         let packages = missing(&needs.packages);
         let qemu = needs.qemu && qemu_major().is_none_or(|major| major < QEMU_MAJOR);
@@ -117,7 +119,7 @@ impl Apt {
         match &plan.qemu {
             None => return Ok(()),
             Some(None) => self.install(&[QEMU])?,
-            // For the packages it depends on as well.
+            // Its dependencies come from the suite as well.
             Some(Some(suite)) => self.install(&["-t", suite, QEMU])?,
         }
         match qemu_major() {
@@ -150,8 +152,8 @@ impl Apt {
         })
     }
 
-    /// Adds the backports suite if it can be told and is not there yet. Returns
-    /// whether apt may know more than before.
+    /// Adds the backports suite if it can be determined and is missing. Returns true if
+    /// apt may know more packages than before.
     pub(crate) fn add_backports(&self) -> Result<bool> {
         if !is_root() || Path::new(BACKPORTS).exists() {
             return Ok(false);
@@ -166,7 +168,7 @@ impl Apt {
         Ok(true)
     }
 
-    /// The version that apt would install, if it knows the package.
+    /// Returns the version that apt would install, if it knows the package.
     pub(crate) fn candidate(&self, package: &str) -> Result<Option<String>> {
         let look = || -> Result<Option<String>> {
             let policy = cmd::text(&mut cmd::command("apt-cache", ["policy", package]))?;
@@ -185,8 +187,8 @@ impl Apt {
         }
     }
 
-    /// The package that a meta package stands for: the first of its
-    /// dependencies that begins with `prefix`.
+    /// Returns the package that a meta package stands for: the first of its dependencies
+    /// with this `prefix`.
     pub(crate) fn depends_on(&self, package: &str, prefix: &str) -> Result<String> {
         if self.candidate(package)?.is_none() {
             bail!("apt does not know the package {package}; try \"apt-get update\"");
@@ -199,7 +201,7 @@ impl Apt {
             .with_context(|| format!("the package {package} depends on no {prefix}*"))
     }
 
-    /// All versions that apt knows.
+    /// Returns all versions that apt knows.
     fn versions(&self, package: &str) -> Result<Vec<String>> {
         let text = cmd::text(&mut cmd::command("apt-cache", ["madison", package]))?;
         Ok(text
@@ -214,10 +216,10 @@ impl Apt {
             return;
         }
         cmd::step("updating the package lists");
-        // A source that does not answer is not ours to judge: what is missing
-        // in the end is reported by the step that needs it.
+        // A failing source may not matter: the step that needs a missing package reports
+        // it.
         if let Err(error) = cmd::check(quiet(&mut cmd::command("apt-get", ["update", "-qq"]))) {
-            cmd::note(format_args!("{error:#}; going on"));
+            cmd::note(format_args!("{error:#}; continuing"));
         }
     }
 
@@ -228,7 +230,7 @@ impl Apt {
     }
 }
 
-/// Non-interactive, and with its chatter on standard error.
+/// Makes apt non-interactive, with its messages on standard error.
 fn quiet(command: &mut Command) -> &mut Command {
     command
         .env("DEBIAN_FRONTEND", "noninteractive")
@@ -240,7 +242,7 @@ pub(crate) fn is_root() -> bool {
     fs::metadata("/proc/self").is_ok_and(|meta| meta.uid() == 0)
 }
 
-/// Those of `packages` that are not installed.
+/// Returns those of `packages` that are not installed.
 fn missing(packages: &BTreeSet<&'static str>) -> Vec<&'static str> {
     let installed = Command::new("dpkg-query")
         .args(["-W", "-f=${Package} ${db:Status-Abbrev}\n"])
@@ -275,7 +277,7 @@ fn qemu_major() -> Option<u32> {
     Some(major(version))
 }
 
-/// The upstream major version of a package version.
+/// Returns the upstream major version of a package version.
 fn major(version: &str) -> u32 {
     let upstream = version.split_once(':').map_or(version, |(_, rest)| rest);
     let digits = upstream.split(|c: char| !c.is_ascii_digit()).next();

@@ -1,19 +1,18 @@
-//! The kernel is built beside everything else: it takes the longest, and nothing but
-//! guests waits for it.
+//! Builds the kernel in the background: it takes longest, and only guests need it.
 
 use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Stdio};
 
 use crate::cmd;
 
-/// A build of the guest kernel that uses what processor time others leave.
+/// A build of the guest kernel at low priority.
 ///
-/// It ends with this value, unless it has ended before; whoever needs the kernel then
-/// goes on with the build where it was, and shows how.
+/// Dropping this value stops it, if it still runs; the command that needs the kernel then
+/// continues the build in the foreground, with progress.
 pub(crate) struct KernelBuild(Option<Child>);
 
 impl KernelBuild {
-    /// Starts it. That it cannot be started shows when the kernel is needed.
+    /// Starts the build. A failure shows when the kernel is needed.
     pub(crate) fn start() -> Self {
         let own = std::env::current_exe();
         let child = own.and_then(|own| {
@@ -24,7 +23,7 @@ impl KernelBuild {
                 .stdin(Stdio::null())
                 .stdout(Stdio::null())
                 .stderr(Stdio::null());
-            // To be ended with all of its children.
+            // The group allows to kill the build with all its children.
             build.process_group(0).spawn()
         });
         Self(child.ok())
@@ -38,7 +37,7 @@ impl Drop for KernelBuild {
         };
         if matches!(child.try_wait(), Ok(None)) {
             let group = format!("-{}", child.id());
-            // One that has just ended needs no signal.
+            // An error means that the build has just ended.
             let _ = cmd::command("kill", ["-TERM", "--", &group])
                 .stderr(Stdio::null())
                 .status();

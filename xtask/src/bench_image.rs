@@ -10,7 +10,7 @@ use crate::apt::{self, Apt};
 use crate::build::{Profile, cargo};
 use crate::{cmd, paths};
 
-/// What is measured against, and what makes the image.
+/// The tools to compare with, and those that create the image.
 const PACKAGES: [&str; 7] = [
     "docker-registry",
     "erofs-utils",
@@ -20,9 +20,9 @@ const PACKAGES: [&str; 7] = [
     "time",
     "umoci",
 ];
-/// Raise it when the image changes.
+/// Version of the image; it must be raised when the image changes.
 const RECIPE: &str = "1";
-/// Some 200 MB with these.
+/// Packages that add up to an image of about 200 MB.
 const DEBIAN: &str = "ca-certificates,curl,openssl,perl,python3";
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -68,7 +68,7 @@ pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
     cmd::check(&mut bench)
 }
 
-/// A layout of one gzip layer: a Debian system, put there by umoci.
+/// Creates a layout of one gzip layer, which contains a Debian system, with umoci.
 fn debian(apt: &Apt) -> Result<PathBuf> {
     let cache = paths::cache("bench-image")?;
     let done = cache.join(format!("debian-v{RECIPE}"));

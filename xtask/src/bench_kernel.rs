@@ -1,9 +1,9 @@
 //! `cargo xtask bench-kernel`: the size of guest kernels, and the instructions that each
 //! executes until it starts its first program.
 //!
-//! QEMU counts the instructions (`-icount`), and the kernel's clock runs by that count, so
-//! a figure is the same in every run and on every machine. It is no time: an instruction
-//! of a device or of a page fault can take any.
+//! QEMU counts the instructions (`-icount`), and derives the kernel's clock from that
+//! count, so a figure is the same in every run and on every machine. It does not predict
+//! time: the duration of an instruction that accesses a device or faults varies.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -13,9 +13,9 @@ use anyhow::{Context as _, Result, bail};
 use crate::apt::Apt;
 use crate::{cmd, cpio, kernel, paths};
 
-/// Nanoseconds of the guest's clock an instruction, as a power of two.
+/// Nanoseconds of the guest's clock per instruction, as a power of two.
 const SHIFT: u32 = 3;
-/// Calibrating clocks against each other fails when instructions are counted.
+/// Calibration of clocks against each other fails when instructions are counted.
 const COMMAND_LINE: &str = "console=ttyS0 loglevel=4 panic=-1 tsc_early_khz=1000000 lpj=1000000";
 /// The last message of a kernel that has tried all first programs.
 const LAST: &str = "Kernel panic - not syncing: No working init found";
@@ -49,13 +49,13 @@ pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
     Ok(())
 }
 
-/// `a / b` with three decimals.
+/// Formats `a / b` with three decimals.
 fn thousandths(a: u64, b: u64) -> String {
     let ratio = u128::from(a) * 1000 / u128::from(b.max(1));
     format!("{}.{:03}", ratio / 1000, ratio % 1000)
 }
 
-/// The size of `kernel` in bytes, and its instructions until the first program.
+/// Returns the size of `kernel` in bytes, and its instructions until the first program.
 fn measure(kernel: &Path, initramfs: &Path) -> Result<(u64, u64)> {
     let size = std::fs::metadata(kernel)
         .with_context(|| format!("cannot read {:?}", kernel.display()))?
@@ -88,7 +88,8 @@ fn measure(kernel: &Path, initramfs: &Path) -> Result<(u64, u64)> {
     Ok((size, at >> SHIFT))
 }
 
-/// Nanoseconds of the guest's clock at which the kernel had no first program left.
+/// Parses the guest's time in nanoseconds at which the kernel had tried all first
+/// programs.
 fn reached(line: &str) -> Option<u64> {
     let (time, text) = line.trim().strip_prefix('[')?.split_once("] ")?;
     if !text.starts_with(LAST) {

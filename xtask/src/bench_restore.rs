@@ -1,5 +1,5 @@
-//! `cargo xtask bench-restore`: builds and runs `bench-restore` of `sm-benches`,
-//! here and, where KVM cannot run Linux, in the lab.
+//! `cargo xtask bench-restore`: builds and runs `bench-restore` of `sm-benches`, on this
+//! host and, if its KVM cannot run Linux, in the lab.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -13,27 +13,27 @@ use crate::cpio::Archive;
 use crate::lab::{self, Job, Output};
 use crate::{cmd, fixtures, host, kernel, paths};
 
-/// What the contest's guest does: it speaks every few milliseconds, and starts no
-/// process in between, which would take longer than all that is measured.
+/// The init of the benchmark's guest: it prints a line every few milliseconds without
+/// starting a process, which would take longer than everything that is measured.
 const INIT: &str = "#!/bin/busybox sh\nwhile :; do echo tick; read -t 0.005 nothing; done\n";
-/// A file system for data, with a page cache that can be dropped: everything else in
-/// the lab is memory. Snapshots are sparse files.
+/// Creates a file system for data with a page cache that can be dropped; all others in
+/// the lab are memory. Snapshots are sparse files.
 const LAB_DISK: &str = "truncate -s 16G /tmp/disk && mkfs.ext4 -q -F /tmp/disk && \
      mkdir /tmp/state && mount -o loop /tmp/disk /tmp/state && \
      export XDG_DATA_HOME=/tmp/state TMPDIR=/tmp/state";
-/// Room for the guest, its snapshots and a rival's.
+/// Memory for the guest, its snapshots and those of a rival.
 const LAB_MEMORY_MIB: u32 = 8192;
 
-/// What to measure, and where reports go.
+/// Measurements to take, and paths of reports.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Wanted {
     pub(crate) iterations: Option<u32>,
     pub(crate) memory_mib: Vec<u32>,
     pub(crate) vcpus: Vec<u32>,
     pub(crate) rivals: Vec<String>,
-    /// Leave out whole commands and rivals.
+    /// Skips whole commands and rivals.
     pub(crate) vmm_only: bool,
-    /// Leave out the VMM alone.
+    /// Skips the VMM alone.
     pub(crate) path_only: bool,
     pub(crate) json: Option<PathBuf>,
     pub(crate) html: Option<PathBuf>,
@@ -49,7 +49,8 @@ pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
         cmd::step("restoring a tiny guest on this host's KVM, against the floor");
         let mut command = cmd::measured(&bench);
         command.arg("vmm").args(sizes(wanted));
-        // Snapshots on the disk that the build is on: a cold cache is one there.
+        // Snapshots are on the disk of the build, so that a cold cache is one of that
+        // disk.
         command.current_dir(&work).stdout(File::create(&report)?);
         match cmd::check(&mut command) {
             Ok(()) => reports.push(report),
@@ -76,7 +77,7 @@ pub(crate) fn build(profile: Profile) -> Result<PathBuf> {
     let mut build = cargo(["build", "--locked", "-p", "sm-benches", "--bin", name]);
     let directory = match profile {
         Profile::Debug => "debug".to_owned(),
-        // A contender starts as `sm` does.
+        // Contenders are static programs, as `sm` is.
         Profile::Release => {
             let target = crate::build::static_target()?;
             build.args(["--release", "--target", &target]);
@@ -101,7 +102,7 @@ fn sizes(wanted: &Wanted) -> Vec<String> {
     arguments
 }
 
-/// Measures where Linux guests run; returns the report's path.
+/// Measures whole commands on a host that runs Linux guests; returns the report's path.
 fn whole_commands(apt: &Apt, wanted: &Wanted, bench: &Path, work: &Path) -> Result<PathBuf> {
     if wanted.rivals.iter().any(|rival| rival == "qemu") {
         apt.ensure_qemu()?;
@@ -136,7 +137,7 @@ fn whole_commands(apt: &Apt, wanted: &Wanted, bench: &Path, work: &Path) -> Resu
     match host::why_not_here(&sm)? {
         None => {
             cmd::step("whole commands on this host's KVM");
-            // On the disk that the build is on, which has a page cache to drop.
+            // The state is on the disk of the build, which has a page cache to drop.
             let state = tempfile::tempdir_in(work)?;
             let mut here = cmd::measured(bench);
             here.args(command.iter().skip(1))
@@ -173,7 +174,7 @@ fn whole_commands(apt: &Apt, wanted: &Wanted, bench: &Path, work: &Path) -> Resu
     Ok(report)
 }
 
-/// Makes the initramfs of the guest that contenders restore.
+/// Creates the initramfs of the guest that contenders restore.
 pub(crate) fn initramfs() -> Result<PathBuf> {
     let path = paths::target().join("bench-restore.initramfs");
     let mut archive = Archive::default();

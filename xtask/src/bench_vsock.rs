@@ -1,5 +1,5 @@
-//! `cargo xtask bench-vsock`: the vsock device with a model of a guest, here, and
-//! published ports of a real one, here or in the lab.
+//! `cargo xtask bench-vsock`: the vsock device with a model of a guest on this host, and
+//! published ports of a real guest, on this host or in the lab.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,13 +11,13 @@ use crate::build::{Profile, cargo};
 use crate::lab::{self, Job, Output};
 use crate::{cmd, fixtures, host, kernel, paths};
 
-/// What to measure, and where the report goes.
+/// Measurements to take, and the path of the report.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Wanted {
     pub(crate) rounds: Option<u32>,
-    /// Leave out real guests.
+    /// Skips real guests.
     pub(crate) harness_only: bool,
-    /// Leave out the model.
+    /// Skips the model.
     pub(crate) guest_only: bool,
     pub(crate) json: Option<PathBuf>,
 }
@@ -61,7 +61,7 @@ fn rounds(wanted: &Wanted) -> Vec<String> {
         .collect()
 }
 
-/// Measures where Linux guests run; returns the report's path.
+/// Measures a real guest on a host that runs Linux guests; returns the report's path.
 fn real_guest(apt: &Apt, wanted: &Wanted, bench: &Path, work: &Path) -> Result<PathBuf> {
     let sm = crate::build::sm(apt, Profile::Release)?;
     let kernel = kernel::tuned(apt)?;
@@ -78,7 +78,7 @@ fn real_guest(apt: &Apt, wanted: &Wanted, bench: &Path, work: &Path) -> Result<P
         "--image".to_owned(),
         format!("oci:{}", text(&image)?),
         "--mib".to_owned(),
-        // Emulation is some 20 times slower.
+        // Emulation is about 20 times slower.
         if why_not.is_none() { "512" } else { "16" }.to_owned(),
         "--json".to_owned(),
     ];

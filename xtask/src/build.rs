@@ -1,4 +1,4 @@
-//! Building `sm` with its guest agent inside.
+//! Builds `sm` with its guest agent embedded.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, bail};
 use crate::apt::Apt;
 use crate::{cmd, paths};
 
-/// How `sm` is built; the agent always has its own profile.
+/// The profile of `sm`; the agent always has its own.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Profile {
     Debug,
@@ -17,11 +17,11 @@ pub(crate) enum Profile {
     Release,
 }
 
-/// A C compiler, and one for the C of dependencies of static programs.
+/// A C compiler, and one for C code in dependencies of static programs.
 pub(crate) const PACKAGES: [&str; 3] = ["gcc", "libc6-dev", "musl-tools"];
 
-/// Builds the agent, then `sm` with it inside: one static program, which starts in half
-/// the time and needs no C library. Returns where it is.
+/// Builds the agent, then `sm` with the agent embedded: one static program, which starts
+/// in half the time of a dynamic one and needs no C library. Returns its path.
 pub(crate) fn sm(apt: &Apt, profile: Profile) -> Result<PathBuf> {
     let agent = agent(apt)?;
     cmd::step("building sm");
@@ -39,7 +39,7 @@ pub(crate) fn sm(apt: &Apt, profile: Profile) -> Result<PathBuf> {
     if profile == Profile::Debug {
         return Ok(built);
     }
-    // Where a release is to be found, whatever this machine's architecture.
+    // The path of a release is the same for all architectures.
     let released = paths::target().join("sm");
     let new = paths::target().join(".sm.new");
     fs::copy(&built, &new).with_context(|| format!("cannot write {new:?}"))?;
@@ -47,7 +47,7 @@ pub(crate) fn sm(apt: &Apt, profile: Profile) -> Result<PathBuf> {
     Ok(released)
 }
 
-/// What static programs for this machine are built for.
+/// Returns the target of static programs for this machine.
 pub(crate) fn static_target() -> Result<String> {
     let target = format!("{}-unknown-linux-musl", std::env::consts::ARCH);
     ensure_target(&target)?;
@@ -71,7 +71,7 @@ pub(crate) fn agent(apt: &Apt) -> Result<PathBuf> {
     Ok(paths::target().join(target).join("agent/sm-guest-agent"))
 }
 
-/// Builds `sm-tree`, which runs in guests of any image.
+/// Builds `sm-tree`, which can run in guests of any image.
 pub(crate) fn tree(apt: &Apt) -> Result<PathBuf> {
     apt.ensure(&PACKAGES)?;
     let target = static_target()?;
@@ -128,7 +128,7 @@ fn ensure_target(target: &str) -> Result<()> {
         .context("cannot add the Rust target")
 }
 
-/// Cargo, in this workspace.
+/// Returns a cargo command in this workspace.
 pub(crate) fn cargo<const N: usize>(arguments: [&str; N]) -> Command {
     let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut cargo = Command::new(program);

@@ -1,4 +1,4 @@
-//! `cargo xtask ci`: everything a change has to pass.
+//! `cargo xtask ci`: all checks of a change.
 
 use anyhow::Result;
 
@@ -28,8 +28,8 @@ pub(crate) fn run(apt: &Apt) -> Result<()> {
     cmd::check(
         cargo(["doc", "--workspace", "--no-deps", "--locked"]).env("RUSTDOCFLAGS", "-D warnings"),
     )?;
-    // Type-checked above with everything else; that they link is another matter. Not
-    // optimised, they share their dependencies with the unit tests.
+    // Clippy has type-checked the benches; this links them. Unoptimised, they share their
+    // dependencies with the unit tests.
     cmd::step("building the benches");
     cmd::check(&mut cargo([
         "build",
@@ -50,7 +50,7 @@ pub(crate) fn run(apt: &Apt) -> Result<()> {
         ])
         .arg(paths::target())
         .args(["--", "-D", "warnings"])
-        // The library is not linked, so it need not be compiled, nor be there.
+        // The library is not linked, so it need not exist.
         .env("CUSTOM_LIBFUZZER_PATH", "/nowhere/libFuzzer.a"),
     )?;
     test::run(apt, &Wanted::default(), Some(kernel))

@@ -1,4 +1,4 @@
-//! Running other programs, and saying what is being done.
+//! Runs other programs, and prints progress.
 
 use std::ffi::OsStr;
 use std::fmt::Display;
@@ -6,29 +6,30 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, bail};
 
-/// Where `cargo run` has programs look for libraries first: some sixty places, in which
-/// there are none of what ours need. It takes longer than many of them do.
+/// The variable with which `cargo run` makes programs search about sixty directories for
+/// libraries first. None of them has a library that ours need, and the search takes
+/// longer than many of our programs run.
 pub(crate) const LIBRARY_PATH: &str = "LD_LIBRARY_PATH";
 
-/// A program whose time is measured.
+/// Returns a command whose time is measured.
 pub(crate) fn measured(program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new(program);
     command.env_remove(LIBRARY_PATH);
     command
 }
 
-/// Says which step begins. Steps go to standard error: standard output is for
+/// Prints the start of a step. Steps go to standard error: standard output is for
 /// results.
 pub(crate) fn step(text: impl Display) {
     eprintln!("==> {text}");
 }
 
-/// Says something worth knowing within a step.
+/// Prints a note within a step.
 pub(crate) fn note(text: impl Display) {
     eprintln!("    {text}");
 }
 
-/// A command with arguments.
+/// Returns a command with arguments.
 pub(crate) fn command<S: AsRef<OsStr>>(
     program: &str,
     arguments: impl IntoIterator<Item = S>,
@@ -38,7 +39,7 @@ pub(crate) fn command<S: AsRef<OsStr>>(
     command
 }
 
-/// Runs a command to its end; any status but 0 is an error.
+/// Runs a command to its end; a status other than 0 is an error.
 pub(crate) fn check(command: &mut Command) -> Result<()> {
     let status = command
         .status()
@@ -49,7 +50,7 @@ pub(crate) fn check(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Runs a command and returns what it prints.
+/// Runs a command and returns its output.
 pub(crate) fn text(command: &mut Command) -> Result<String> {
     let output = command
         .stderr(Stdio::inherit())
@@ -62,7 +63,7 @@ pub(crate) fn text(command: &mut Command) -> Result<String> {
         .with_context(|| format!("{} does not print text", name(command)))
 }
 
-/// Whether `program` is found in the search path.
+/// Returns true if `program` is in the search path.
 pub(crate) fn found(program: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path)
@@ -74,7 +75,7 @@ fn name(command: &Command) -> String {
     command.get_program().to_string_lossy().into_owned()
 }
 
-/// The command line, cut to what helps.
+/// Returns the command line, truncated.
 fn shown(command: &Command) -> String {
     let mut line = name(command);
     for argument in command.get_args().take(8) {

@@ -1,4 +1,4 @@
-//! Packages fetched and unpacked without being installed.
+//! Packages that are downloaded and unpacked without being installed.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -8,22 +8,21 @@ use tempfile::TempDir;
 
 use crate::{apt, cmd, paths};
 
-/// A package file; it is deleted with this value.
+/// A package file, which is deleted when this value is dropped.
 pub(crate) struct Deb {
     _directory: TempDir,
     path: PathBuf,
 }
 
 impl Deb {
-    /// Downloads a package by apt's own means, so with its mirrors and its
-    /// checks of signatures.
+    /// Downloads a package with apt, and so with its mirrors and signature checks.
     pub(crate) fn fetch(package: &str) -> Result<Self> {
         cmd::step(format_args!("downloading {package}"));
         let directory = tempfile::tempdir_in(paths::cache("tmp")?)
             .context("cannot make a temporary directory")?;
         let mut get = cmd::command("apt-get", ["download", "-qq"]);
         if apt::is_root() {
-            // The unprivileged user of apt cannot write into root's cache.
+            // The unprivileged user of apt cannot write to root's cache.
             get.args(["-o", "APT::Sandbox::User=root"]);
         }
         cmd::check(
@@ -54,9 +53,9 @@ impl Deb {
 
     /// Streams one member of the package into a command's standard input.
     ///
-    /// The command is taken by value: a `Command` holds the ends of pipes that its
-    /// child was given until it is dropped. While this process holds the read end, a
-    /// reader that ends early is no SIGPIPE to the writer, which then waits forever.
+    /// The command is taken by value: a `Command` holds the pipe ends of its child until
+    /// it is dropped. While this process holds the read end, the writer gets no SIGPIPE
+    /// if the reader exits early, and blocks forever.
     pub(crate) fn member_into(&self, member: &str, mut sink: Command) -> Result<()> {
         let mut tar = Command::new("dpkg-deb")
             .arg("--fsys-tarfile")
@@ -74,7 +73,7 @@ impl Deb {
         let consumed = cmd::check(&mut sink);
         drop(sink);
         let picked = pick.wait()?;
-        // tar may stop reading once it has the member: only its verdict counts.
+        // tar may stop reading after the member: only its exit status counts.
         tar.wait()?;
         consumed?;
         if !picked.success() {
@@ -95,7 +94,7 @@ mod tests {
 
     const MEMBER: &str = "./large";
 
-    /// A package with one file that is larger than any pipe.
+    /// Creates a package with one file that is larger than any pipe.
     fn package() -> Deb {
         let directory = tempfile::tempdir().unwrap();
         let tree = directory.path().join("tree");

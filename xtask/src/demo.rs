@@ -1,4 +1,4 @@
-//! `cargo xtask demo`: a container image as a microVM, with nothing prepared.
+//! `cargo xtask demo`: a container image as a microVM, without preparation.
 
 use std::process::Command;
 
@@ -15,12 +15,12 @@ const SCRIPT: &str = "echo \"hello from $(uname -sr) on $(nproc) vCPU\"; \
                       awk '/MemTotal/ {print $2 / 1024 \" MiB of memory\"}' /proc/meminfo; \
                       echo 'this line went to standard error' >&2; exit 7";
 
-/// Returns 0 when the guest ended as it should.
+/// Returns 0 when the guest exited with the expected status.
 pub(crate) fn run(apt: &Apt) -> Result<u8> {
     needs::demo(apt)?;
     let building = KernelBuild::start();
     let sm = build::sm(apt, Profile::Release)?;
-    // With what has been done of it.
+    // The build continues below from its current state.
     drop(building);
     let kernel = kernel::tuned(apt)?;
     let image = fixtures::demo_image(apt)?;

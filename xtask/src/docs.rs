@@ -48,7 +48,7 @@ pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
     }
 }
 
-/// Has a program of `sm-cli`, which knows the parser, write files into a directory.
+/// Runs a program of `sm-cli`, which has the parser, to write files into a directory.
 fn generate(kind: &str, directory: &Path) -> Result<()> {
     cmd::step(format_args!("writing {}", directory.display()));
     let directory = std::path::absolute(directory)?;
@@ -57,7 +57,7 @@ fn generate(kind: &str, directory: &Path) -> Result<()> {
     cmd::check(run.arg(directory))
 }
 
-/// Returns mdBook in the cache; building it takes some minutes, once.
+/// Returns mdBook from the cache; building it takes some minutes, once.
 fn mdbook() -> Result<PathBuf> {
     let cache = paths::cache("mdbook")?;
     let home = cache.join(MDBOOK);
@@ -65,7 +65,7 @@ fn mdbook() -> Result<PathBuf> {
     if let Some(_lock) = paths::lock_unless(&program, &cache)? {
         cmd::step(format_args!("building mdBook {MDBOOK}, once"));
         let mut install = cargo(["install", "mdbook", "--version", MDBOOK, "--locked"]);
-        // Without its server.
+        // The server is not needed.
         install.args(["--no-default-features", "--features", "search", "--root"]);
         cmd::check(install.arg(&home))?;
     }

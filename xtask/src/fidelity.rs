@@ -1,8 +1,7 @@
-//! Images by many tools, each with what `umoci unpack` makes of it: what a guest sees
-//! of them is compared with that.
+//! Images by many tools, each with a listing of the result of `umoci unpack`, with which
+//! tests compare the guest's view.
 //!
-//! Every image has `sm-tree` in it, which lists all files; beside each is its list of
-//! the unpacked image.
+//! Every image contains `sm-tree`, which lists all files.
 
 mod odd;
 
@@ -25,13 +24,13 @@ pub(crate) const PACKAGES: [&str; 6] = [
     "skopeo",
     "umoci",
 ];
-/// Part of the cache's name: raise it when the images change.
+/// Part of the cache's name; it must be raised when the images change.
 const RECIPE: &str = "2";
 const TOOL: &str = "sm-tree";
 
-/// Directory of the images, with a file `list`: a name and a reference relative to the
-/// directory on each line. `NAME.tree` is what `umoci unpack` makes of it. `None`
-/// without root: devices and such cannot be made then.
+/// Returns the directory of the images, with a file `list`: a name and a reference
+/// relative to the directory per line. `NAME.tree` lists the result of `umoci unpack`.
+/// `None` without root, which is needed to create devices and other special files.
 pub(crate) fn make(apt: &Apt) -> Result<Option<PathBuf>> {
     let cache = paths::cache("fidelity")?;
     let tool = build::tree(apt)?;
@@ -47,7 +46,7 @@ pub(crate) fn make(apt: &Apt) -> Result<Option<PathBuf>> {
     };
     apt.ensure(&PACKAGES)?;
     let base = fixtures::make(apt)?;
-    // What earlier recipes left is of no use to this one.
+    // Images of earlier recipes are not used any more.
     for old in fs::read_dir(&cache)?
         .flatten()
         .filter(|old| old.path().is_dir())
@@ -105,7 +104,7 @@ impl Workshop {
         self.odd_files()
     }
 
-    /// Notes an image and what umoci makes of it. `layout` is that of the same image.
+    /// Records an image and the listing of umoci. `layout` is that of the same image.
     fn note(&self, name: &str, reference: &str, layout: &str) -> Result<()> {
         let bundle = self.directory.path().join("bundle");
         paths::remove(&bundle)?;
@@ -118,13 +117,13 @@ impl Workshop {
         paths::remove(&bundle)
     }
 
-    /// An image of the other tests, with the tool in a layer of its own.
+    /// Copies an image of the other tests, with the tool in a layer of its own.
     fn copied(&self, base: &Path, name: &str) -> Result<()> {
         self.run("cp", &["-a"], &[&base.join(name), &self.images])?;
         self.finish(name)
     }
 
-    /// Adds the tool to an image of one of our layouts.
+    /// Adds the tool to the image of a layout.
     fn finish(&self, name: &str) -> Result<()> {
         let image = format!("{name}:latest");
         self.umoci(
@@ -135,7 +134,7 @@ impl Workshop {
         self.note(name, &format!("oci:{name}:latest"), name)
     }
 
-    /// A layout with an image of no layers.
+    /// Creates a layout with an image without layers.
     fn empty(&self, name: &str) -> Result<()> {
         self.umoci(&["init", "--layout", name], &[])?;
         self.umoci(&["new", "--image", &format!("{name}:latest")], &[])
@@ -146,7 +145,7 @@ impl Workshop {
         self.umoci(&["raw", "add-layer", "--image", &image], &[tar])
     }
 
-    /// Makes a directory a layer, by GNU tar.
+    /// Adds a directory as a layer, with GNU tar.
     fn add_directory(&self, name: &str, root: &Path) -> Result<()> {
         let tar = self.directory.path().join("layer.tar");
         let mut command = cmd::command("tar", ["--format=pax", "--sort=name"]);
@@ -161,7 +160,7 @@ impl Workshop {
         fs::remove_file(&tar).context("cannot remove a tar file")
     }
 
-    /// Two layers by buildah: files added, changed and removed.
+    /// Creates two layers with buildah: files added, changed and removed.
     fn buildah(&self) -> Result<()> {
         let storage = self.directory.path().join("containers");
         let (root, run) = (storage.join("root"), storage.join("run"));
@@ -192,7 +191,7 @@ impl Workshop {
         self.finish("buildah")
     }
 
-    /// All of Debian in one layer, as kaniko with `--single-snapshot` writes it.
+    /// Creates an image of Debian in one layer, as kaniko with `--single-snapshot` does.
     fn single_layer(&self) -> Result<()> {
         let bundle = self.directory.path().join("whole");
         self.umoci(&["unpack", "--image", "debian:latest"], &[&bundle])?;
@@ -235,7 +234,7 @@ impl Workshop {
         self.finish("distroless")
     }
 
-    /// By the writer of `sm-image`.
+    /// Creates an image with the writer of `sm-image`.
     fn own_writer(&self) -> Result<()> {
         let root = self.directory.path().join("own");
         fixtures::busybox_tree(&root)?;
@@ -249,8 +248,8 @@ impl Workshop {
         self.finish("own")
     }
 
-    /// The same images as skopeo writes them: Docker's archive, an archive of a
-    /// layout, and layers compressed by Zstandard.
+    /// Copies the images with skopeo into other formats: Docker's archive, an archive of
+    /// a layout, and layers compressed by Zstandard.
     fn skopeo(&self) -> Result<()> {
         let copy = |arguments: &[&str]| {
             self.run("skopeo", &[&["copy", "--quiet"], arguments].concat(), &[])

@@ -1,6 +1,5 @@
-//! Images made from packages of the distribution: for the demo by our own
-//! writer, for the end-to-end tests by tools that are not ours, so that they
-//! check us.
+//! Images from packages of the distribution. The demo's is created by our own writer;
+//! those of the end-to-end tests by other tools, so that they verify ours.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,7 +12,7 @@ use crate::apt::{self, Apt};
 use crate::build::cargo;
 use crate::{cmd, paths};
 
-/// What makes the images.
+/// Tools that create the images.
 pub(crate) const PACKAGES: [&str; 6] = [
     "busybox-static",
     "erofs-utils",
@@ -23,26 +22,26 @@ pub(crate) const PACKAGES: [&str; 6] = [
     "umoci",
 ];
 
-/// The clients that the tests talk to them with.
+/// Clients with which the tests access servers.
 pub(crate) const CLIENTS: [&str; 3] = ["curl", "netcat-openbsd", "wrk"];
 
-/// To be root of a user namespace.
+/// Tools for becoming root of a user namespace.
 pub(crate) const ROOTLESS_PACKAGES: [&str; 2] = ["uidmap", "util-linux"];
 
-/// Part of the cache's name: raise it when the images change.
+/// Part of the cache's name; it must be raised when the images change.
 const RECIPE: &str = "2";
 const DEMO_RECIPE: &str = "2";
 const DOCKER_RECIPE: &str = "1";
-/// An engine that runs in a guest, and the tools for what it needs of the kernel.
+/// An engine that runs in a guest, and tools for the kernel features that it needs.
 const DOCKER: &str = "docker.io,iptables,nftables,ipvsadm,wireguard-tools,iproute2,procps";
 const SYSTEMD_RECIPE: &str = "1";
-/// An init system that is told what to do over D-Bus, as Debian's machines have it.
+/// An init system that is controlled over D-Bus, as on Debian.
 const SYSTEMD: &str = "systemd-sysv,dbus,procps";
-/// Megabytes that no test runs or looks at.
+/// Large files that no test uses.
 const UNUSED: [&str; 3] = ["usr/bin/ctr", "usr/share/doc", "var/lib/apt/lists"];
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// Configuration of the image `nginx`, as that of Docker's official one.
+/// Configuration of the image `nginx`, as in Docker's official image.
 const NGINX: [&str; 10] = [
     "--config.cmd",
     "nginx",
@@ -56,8 +55,8 @@ const NGINX: [&str; 10] = [
     "SIGQUIT",
 ];
 
-/// Directory of the OCI layouts `busybox`, `debian`, `python` and `nginx`, and of
-/// `busybox.oci.tar` and `busybox.docker.tar`, the same as archives.
+/// Returns the directory of the OCI layouts `busybox`, `debian`, `python` and `nginx`,
+/// and of the archives `busybox.oci.tar` and `busybox.docker.tar`.
 pub(crate) fn make(apt: &Apt) -> Result<PathBuf> {
     let fixtures = paths::cache("fixtures")?;
     let done = fixtures.join(format!("v{RECIPE}"));
@@ -85,17 +84,17 @@ pub(crate) fn make(apt: &Apt) -> Result<PathBuf> {
     Ok(done)
 }
 
-/// Directory of the OCI layout `docker`, for the tests that take too long for CI.
+/// Returns the directory of the OCI layout `docker`, for tests that are too slow for CI.
 pub(crate) fn docker(apt: &Apt) -> Result<PathBuf> {
     of_packages(apt, "docker", DOCKER_RECIPE, DOCKER)
 }
 
-/// Directory of the OCI layout `systemd`, for the tests that take too long for CI.
+/// Returns the directory of the OCI layout `systemd`, for tests that are too slow for CI.
 pub(crate) fn systemd(apt: &Apt) -> Result<PathBuf> {
     of_packages(apt, "systemd", SYSTEMD_RECIPE, SYSTEMD)
 }
 
-/// Directory of the OCI layout `name`: Debian with `packages`, in one layer.
+/// Returns the directory of the OCI layout `name`: Debian with `packages`, in one layer.
 fn of_packages(apt: &Apt, name: &str, recipe: &str, packages: &str) -> Result<PathBuf> {
     let fixtures = paths::cache("fixtures")?;
     let done = fixtures.join(format!("{name}-v{recipe}"));
@@ -115,8 +114,8 @@ fn of_packages(apt: &Apt, name: &str, recipe: &str, packages: &str) -> Result<Pa
     Ok(done)
 }
 
-/// The images hold files of many owners, so whoever makes them is to be root: of a
-/// user namespace will do.
+/// Creates the images as root of a user namespace, because they contain files of many
+/// owners.
 fn as_root_of_a_namespace(done: PathBuf) -> Result<PathBuf> {
     cmd::note("not root: making the images in a user namespace");
     let own = std::env::current_exe().context("cannot tell which program this is")?;
@@ -129,7 +128,7 @@ fn as_root_of_a_namespace(done: PathBuf) -> Result<PathBuf> {
     Ok(done)
 }
 
-/// An OCI layout with busybox alone, written by our own `sm-image`.
+/// Creates an OCI layout with busybox only, with our own `sm-image`.
 pub(crate) fn demo_image(apt: &Apt) -> Result<PathBuf> {
     let demo = paths::cache("demo")?;
     let done = demo.join(format!("v{DEMO_RECIPE}"));
@@ -153,7 +152,7 @@ pub(crate) fn demo_image(apt: &Apt) -> Result<PathBuf> {
     Ok(image)
 }
 
-/// A root file system of one static binary and its links.
+/// Creates a root file system of one static binary and its links.
 pub(crate) fn busybox_tree(root: &Path) -> Result<()> {
     for name in ["bin", "etc", "root", "tmp"] {
         fs::create_dir_all(root.join(name))?;
@@ -169,7 +168,7 @@ pub(crate) fn busybox_tree(root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Where images are made before they are published.
+/// A temporary directory in which images are created before they are published.
 struct Workshop {
     directory: TempDir,
     images: PathBuf,
@@ -189,7 +188,7 @@ impl Workshop {
             .with_context(|| format!("cannot publish {:?}", done.display()))
     }
 
-    /// One layer, made of one static binary and its links.
+    /// Creates an image with one layer, of one static binary and its links.
     fn busybox(&self) -> Result<()> {
         let bundle = self.new_image("busybox")?;
         busybox_tree(&bundle.join("rootfs"))?;
@@ -197,7 +196,7 @@ impl Workshop {
         self.configure("busybox", &["--config.cmd", "sh"])
     }
 
-    /// The busybox image in the two archive formats.
+    /// Writes the busybox image in the two archive formats.
     fn archives(&self) -> Result<()> {
         for (transport, tag) in [("oci", ""), ("docker", ":busybox:latest")] {
             self.quiet(
@@ -208,15 +207,14 @@ impl Workshop {
         Ok(())
     }
 
-    /// Debian in layers: the system; changes and whiteouts of a directory, a
-    /// file and a link; things put back where whiteouts were; an opaque
-    /// directory.
+    /// Creates Debian in layers: the system; changes and whiteouts of a directory, a file
+    /// and a link; new files in place of whiteouts; an opaque directory.
     fn debian(&self) -> Result<()> {
         let bundle = self.new_image("debian")?;
         let root = bundle.join("rootfs");
         self.bootstrap(&bundle, "procps")?;
         self.repack("debian", &bundle)?;
-        // Other images grow from the same first layer.
+        // Other images start from the same first layer.
         for other in ["python", "nginx"] {
             cmd::check(
                 Command::new("cp")
@@ -254,8 +252,8 @@ impl Workshop {
         self.configure("debian", &["--config.cmd", "bash"])
     }
 
-    /// The first layer of the Debian image, which was copied for it, and packages
-    /// as a second one.
+    /// Creates an image from the first layer of the Debian image, a copy of which exists,
+    /// and packages as a second layer.
     fn derived(&self, name: &str, packages: &str, settings: &[&str]) -> Result<()> {
         let bundle = self.directory.path().join(format!("bundle-{name}"));
         let image = format!("{name}:latest");
@@ -272,7 +270,7 @@ impl Workshop {
         self.configure(name, settings)
     }
 
-    /// Debian with packages, in one layer.
+    /// Creates an image of Debian with packages, in one layer.
     fn of_packages(&self, name: &str, packages: &str) -> Result<()> {
         let bundle = self.new_image(name)?;
         self.bootstrap(&bundle, packages)?;
@@ -289,7 +287,7 @@ impl Workshop {
         self.configure(name, &["--config.cmd", "bash"])
     }
 
-    /// A Debian system of this host's release in `directory/rootfs`.
+    /// Installs a Debian system of this host's release in `directory/rootfs`.
     fn bootstrap(&self, directory: &Path, packages: &str) -> Result<()> {
         let (codename, source) = apt::release_source()?;
         let root = directory.join("rootfs");
@@ -297,7 +295,8 @@ impl Workshop {
         let log = self.directory.path().join("mmdebstrap.log");
         let status = cmd::command("mmdebstrap", ["--mode=root", "--variant=minbase"])
             .args(["--format=directory", "--aptopt=Acquire::Languages \"none\""])
-            // Megabytes that no test looks at, and that emulation feels.
+            // Large files that no test uses, and that are slow to process under
+            // emulation.
             .args(["--dpkgopt=path-exclude=/usr/share/man/*"])
             .args(["--dpkgopt=path-exclude=/usr/share/locale/*"])
             .arg(format!("--include={packages}"))
@@ -314,7 +313,7 @@ impl Workshop {
         Ok(())
     }
 
-    /// A layout with one empty image, unpacked in the directory returned.
+    /// Creates a layout with one empty image, and unpacks it to the returned directory.
     fn new_image(&self, name: &str) -> Result<PathBuf> {
         let image = format!("{name}:latest");
         let bundle = self.directory.path().join(format!("bundle-{name}"));
@@ -324,7 +323,7 @@ impl Workshop {
         Ok(bundle)
     }
 
-    /// Makes what changed in the bundle a layer.
+    /// Adds the changes in the bundle as a layer.
     fn repack(&self, name: &str, bundle: &Path) -> Result<()> {
         let image = format!("{name}:latest");
         self.umoci(

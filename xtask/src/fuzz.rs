@@ -1,8 +1,7 @@
-//! `cargo xtask fuzz`: the fuzz targets, for as much time of a CPU as is wanted.
+//! `cargo xtask fuzz`: runs the fuzz targets for a given CPU time.
 //!
-//! Corpora, what was found and how long each target has run stay in the cache, so that
-//! an hour may be spent in many parts. What is worth keeping of a corpus is in the
-//! repository, an archive for each target.
+//! Corpora, findings and the time of each target are in the cache, so that an hour can be
+//! spent in parts. The repository has a minimised corpus of each target, as an archive.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,22 +14,22 @@ use anyhow::{Context as _, Result, bail};
 use crate::apt::Apt;
 use crate::{cmd, paths};
 
-/// `g++` compiles libFuzzer, `fsck.erofs` judges disks, and `time` tells CPU time.
+/// `g++` compiles libFuzzer, `fsck.erofs` checks disks, and `time` measures CPU time.
 const PACKAGES: [&str; 3] = ["erofs-utils", "g++", "time"];
-/// Seconds that a target runs until another one has its turn.
+/// Seconds that a target runs before another one gets a turn.
 const TURN: u32 = 120;
 
-/// Which targets, all unless some are named, and how long each.
+/// Targets to run (all by default), and their time.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Wanted {
     pub(crate) names: Vec<String>,
-    /// Minutes of CPU time that each has had in the end, with what it had before.
+    /// Total minutes of CPU time per target, including earlier runs.
     pub(crate) minutes: Option<u32>,
-    /// Put what is worth keeping of their corpora into the repository afterwards.
+    /// True to write minimised corpora to the repository afterwards.
     pub(crate) save: bool,
 }
 
-/// A target, and where its things are.
+/// A target with its program and directory.
 struct Target {
     name: String,
     program: PathBuf,
@@ -50,7 +49,7 @@ pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
     let workers = thread::available_parallelism().map_or(1, usize::from);
     let work = || -> Result<()> {
         loop {
-            // The one that had least goes first; it is nobody else's meanwhile.
+            // The target with the least time is next; no other thread takes it.
             let target = {
                 let mut waiting = waiting.lock().unwrap_or_else(|e| e.into_inner());
                 waiting.sort_by(|a, b| b.spent().total_cmp(&a.spent()));
@@ -97,7 +96,7 @@ pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
         .try_for_each(Target::save)
 }
 
-/// Builds the targets with a fuzzer's instrumentation, which takes a nightly compiler.
+/// Builds the targets with the fuzzer's instrumentation, which needs a nightly compiler.
 fn build(wanted: &Wanted) -> Result<Vec<Target>> {
     let fuzz = paths::root().join("fuzz");
     let mut names = Vec::new();
@@ -140,7 +139,7 @@ fn build(wanted: &Wanted) -> Result<Vec<Target>> {
         .args(["+nightly", "fuzz", "build", "-O", "--target-dir"])
         .arg(&output)
         .current_dir(paths::root());
-    // One by name, or all.
+    // Cargo fuzz builds one target by name, or all.
     if let [name] = names.as_slice() {
         cargo.arg(name);
     }
@@ -170,13 +169,13 @@ impl Target {
         self.home.join("log")
     }
 
-    /// What the repository has of its corpus.
+    /// Returns the archive of its corpus in the repository.
     fn archive(&self) -> PathBuf {
         let name = format!("{}.tar.gz", self.name);
         paths::root().join("fuzz/corpus").join(name)
     }
 
-    /// Where that is unpacked.
+    /// Returns the directory of the unpacked archive.
     fn kept(&self) -> PathBuf {
         self.home.join("kept")
     }
@@ -191,7 +190,7 @@ impl Target {
         Ok(())
     }
 
-    /// Where inputs to begin with are.
+    /// Returns the directories of initial inputs.
     fn inputs(&self) -> impl Iterator<Item = PathBuf> {
         let seeds = paths::root().join("fuzz/seeds").join(&self.name);
         [self.home.join("corpus"), self.kept(), seeds]
@@ -199,7 +198,7 @@ impl Target {
             .filter(|directory| directory.is_dir())
     }
 
-    /// Archives inputs that together reach what all inputs reach.
+    /// Archives a minimised corpus that reaches the code that all inputs reach.
     fn save(&self) -> Result<()> {
         cmd::step(format_args!("keeping the corpus of {}", self.name));
         let merged = empty(self.home.join("merged"))?;
@@ -215,7 +214,7 @@ impl Target {
         cmd::check(&mut fuzzer)?;
         let archive = self.archive();
         fs::create_dir_all(archive.parent().context("a path without a directory")?)?;
-        // The same files give the same archive.
+        // The same files result in the same archive.
         let mut tar = Command::new("tar");
         tar.args(["--sort=name", "--mtime=@0", "--owner=0", "--group=0"])
             .args(["--numeric-owner", "--mode=u=rwX,go=rX"])
@@ -226,14 +225,13 @@ impl Target {
         cmd::check(&mut tar)
     }
 
-    /// Seconds of CPU time so far.
+    /// Returns its seconds of CPU time so far.
     fn spent(&self) -> f64 {
         let text = fs::read_to_string(self.home.join("cpu")).unwrap_or_default();
         text.trim().parse().unwrap_or(0.0)
     }
 
-    /// Runs for a while, after everything else that wants a CPU; `false` if something
-    /// was found.
+    /// Runs for one turn at low priority; returns false on a finding.
     fn turn(&self) -> Result<bool> {
         let log = fs::File::options()
             .create(true)
@@ -267,7 +265,7 @@ impl Target {
     }
 }
 
-/// Makes an empty directory of it.
+/// Creates the directory, or empties it.
 fn empty(directory: PathBuf) -> Result<PathBuf> {
     match fs::remove_dir_all(&directory) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
@@ -277,8 +275,8 @@ fn empty(directory: PathBuf) -> Result<PathBuf> {
     Ok(directory)
 }
 
-/// The sum of the numbers in the last line of a file; what comes before them is how
-/// the command ended.
+/// Returns the sum of the numbers in the last line of a file; earlier lines are about the
+/// exit of the command.
 fn seconds(path: &Path) -> Result<f64> {
     let text = fs::read_to_string(path).with_context(|| format!("cannot read {path:?}"))?;
     let numbers = text.lines().last().unwrap_or_default().split_whitespace();

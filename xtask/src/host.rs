@@ -1,4 +1,4 @@
-//! What this host can do.
+//! Capabilities of this host.
 
 use std::fs::{self, OpenOptions};
 use std::path::Path;
@@ -7,7 +7,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result};
 use serde_json::Value;
 
-/// Whether there is a `/dev/kvm` to be used at all.
+/// Returns an error unless `/dev/kvm` can be opened.
 pub(crate) fn open_kvm() -> Result<()> {
     let mut options = OpenOptions::new();
     options.read(true).write(true);
@@ -15,9 +15,10 @@ pub(crate) fn open_kvm() -> Result<()> {
     Ok(())
 }
 
-/// Why guests cannot run here, in a sentence; `None` where they can.
+/// Returns the reason why guests cannot run on this host, as a sentence; `None` if they
+/// can.
 ///
-/// `sm doctor` decides, so that there is one opinion on it.
+/// `sm doctor` decides, so that there is one implementation of the check.
 pub(crate) fn why_not_here(sm: &Path) -> Result<Option<String>> {
     let output = Command::new(sm).args(["doctor", "--json"]).output()?;
     let report: Value = serde_json::from_slice(&output.stdout)?;
@@ -33,7 +34,7 @@ pub(crate) fn why_not_here(sm: &Path) -> Result<Option<String>> {
     })
 }
 
-/// A guess at that before there is an `sm` to ask.
+/// Estimates the same before an `sm` exists.
 pub(crate) fn looks_able() -> bool {
     let flags = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let hardware = flags.split_whitespace().any(|f| f == "vmx" || f == "svm");

@@ -1,4 +1,4 @@
-//! Kernel configurations: what a fragment asked for and what became of it.
+//! Kernel configurations: comparison of a fragment with the result.
 
 use std::collections::HashMap;
 
@@ -6,12 +6,12 @@ mod defaults;
 
 pub(crate) use defaults::{came_on, prompts, unreviewed};
 
-/// What `sm` asks of its kernel.
+/// The fragment with the options that `sm` needs.
 pub(crate) const FRAGMENT: &str = include_str!("../../guest/kernel/guest.config");
-/// Symbols that may come on by default.
+/// Symbols that may be enabled by default.
 pub(crate) const REVIEWED: &str = include_str!("../../guest/kernel/defaults.reviewed");
-/// Symbols without which `sm` cannot run the guest. Others of the fragment may
-/// be absent from a kernel version, and are only reported.
+/// Symbols without which `sm` cannot run the guest. Other symbols of the fragment may be
+/// missing in a kernel version, and are only reported.
 const ESSENTIAL: [&str; 14] = [
     "CONFIG_SMP",
     "CONFIG_PVH",
@@ -29,12 +29,12 @@ const ESSENTIAL: [&str; 14] = [
     "CONFIG_VMGENID",
 ];
 
-/// What differs between a fragment and the configuration made from it.
+/// Differences between a fragment and the resulting configuration.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Lost {
-    /// `sm` cannot do without these.
+    /// Missing essential symbols.
     pub(crate) essential: Vec<String>,
-    /// Lines of the fragment that did not survive.
+    /// Lines of the fragment that are not in the result.
     pub(crate) other: Vec<String>,
 }
 

@@ -1,7 +1,7 @@
 //! The tuned guest kernel: the distribution's `linux-source` with our fragment.
 //!
-//! Cached by what it is made from. The build happens beside the cache entry and
-//! is renamed when it is complete; an interrupted build goes on where it was.
+//! The cache key is a digest of the inputs. The build is beside the cache entry and
+//! renamed when it is complete; an interrupted build is continued.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, IsTerminal as _, Write as _};
@@ -16,13 +16,14 @@ use crate::apt::Apt;
 use crate::deb::Deb;
 use crate::{apt, cmd, kconfig, paths};
 
-/// The source of the series that the fragment was made for and tested with.
+/// The source of the series for which the fragment was written and tested.
 pub(crate) const SOURCE: &str = "linux-source-6.12";
-/// Part of the cache key: raise it when the recipe below changes its result.
+/// Part of the cache key; it must be raised when a change of the recipe changes its
+/// result.
 const RECIPE: &str = "2";
-/// Names the symbols that came on by default, in a build and in a cache entry.
+/// File with the symbols that are enabled by default, in a build and in a cache entry.
 const DEFAULTS: &str = "defaults";
-/// About how many lines make prints, for the progress shown.
+/// Approximate number of lines that make prints, for the progress.
 const MAKE_LINES: usize = 2500;
 pub(crate) const PACKAGES: [&str; 8] = [
     "gcc",
@@ -35,7 +36,7 @@ pub(crate) const PACKAGES: [&str; 8] = [
     "xz-utils",
 ];
 
-/// What a kernel is made from.
+/// The inputs of a kernel build.
 struct Recipe {
     package: String,
     version: String,
@@ -43,7 +44,7 @@ struct Recipe {
     compiler: String,
 }
 
-/// The tuned kernel, built unless the cache has it.
+/// Returns the tuned kernel, built unless the cache has it.
 pub(crate) fn tuned(apt: &Apt) -> Result<PathBuf> {
     let recipe = Recipe::of_this_host(apt)?;
     let kernels = paths::cache("kernels")?;
@@ -51,7 +52,7 @@ pub(crate) fn tuned(apt: &Apt) -> Result<PathBuf> {
     let done = kernels.join(&key);
     let image = done.join("vmlinux");
     let Some(_lock) = paths::lock_unless(&image, &kernels)? else {
-        // The list may have changed since.
+        // The list may have changed since the build.
         recipe.review(&done)?;
         return Ok(image);
     };
@@ -69,7 +70,7 @@ pub(crate) fn tuned(apt: &Apt) -> Result<PathBuf> {
     Ok(image)
 }
 
-/// What an interrupted build of another recipe left is of no use to this one.
+/// Removes interrupted builds of other recipes, which are not used any more.
 fn remove_other_builds(kernels: &Path, ours: &Path) -> Result<()> {
     for entry in fs::read_dir(kernels)?.flatten() {
         let is_build = entry.file_name().to_string_lossy().starts_with(".build-");
@@ -106,8 +107,8 @@ impl Recipe {
         })
     }
 
-    /// The name in the cache: the upstream version, for people, and all that
-    /// the result depends on.
+    /// Returns the name in the cache: the upstream version, for people, and a digest of
+    /// all inputs.
     fn key(&self) -> Result<String> {
         let fragment = fs::read(&self.fragment)
             .with_context(|| format!("cannot read {:?}", self.fragment.display()))?;
@@ -128,7 +129,7 @@ impl Recipe {
     fn source(&self, work: &Path) -> Result<()> {
         let tree = work.join("linux");
         if tree.exists() {
-            cmd::step("going on with an interrupted kernel build");
+            cmd::step("continuing an interrupted kernel build");
             return Ok(());
         }
         let partial = work.join("linux.partial");
@@ -151,7 +152,8 @@ impl Recipe {
         Ok(())
     }
 
-    /// All off, then the fragment, then the defaults of what that made visible.
+    /// Configures: all symbols off, then the fragment, then defaults of the visible
+    /// symbols.
     fn configure(&self, work: &Path) -> Result<()> {
         let tree = work.join("linux");
         if tree.join(".config").exists() {
@@ -161,7 +163,7 @@ impl Recipe {
         let quiet =
             |command: &mut Command| cmd::check(command.current_dir(&tree).stdout(Stdio::null()));
         quiet(clean_make(&["allnoconfig"]).env("KCONFIG_CONFIG", ".config.none"))?;
-        // The script takes a blank in a path for the end of it.
+        // The script does not support blanks in paths.
         fs::copy(&self.fragment, tree.join(".config.asked"))?;
         let merge = ["-m", ".config.none", ".config.asked"];
         quiet(
@@ -188,8 +190,8 @@ impl Recipe {
         Ok(())
     }
 
-    /// Checks what came on by default in the kernel of `directory`, built or not yet,
-    /// against the list of what may.
+    /// Checks the symbols enabled by default in `directory`, a build or a cache entry,
+    /// against the reviewed list.
     fn review(&self, directory: &Path) -> Result<()> {
         let path = directory.join(DEFAULTS);
         let came_on = fs::read_to_string(&path)
@@ -207,8 +209,9 @@ impl Recipe {
         ))
     }
 
-    /// Fails for the source that the fragment and the lists were made for. Another one,
-    /// which is built where there is no such source, has other symbols: says so.
+    /// Fails for the source for which the fragment and the lists were written. Other
+    /// sources, which are built if that one is not available, have other symbols: prints
+    /// a note.
     fn refuse(&self, why: &str) -> Result<()> {
         if self.package == SOURCE {
             bail!("{why}");
@@ -217,7 +220,7 @@ impl Recipe {
         Ok(())
     }
 
-    /// Gathers the cache entry in a directory beside its final place.
+    /// Collects the cache entry in a directory beside its final path.
     fn collect(&self, work: &Path) -> Result<PathBuf> {
         let tree = work.join("linux");
         let out = work.join("out");
@@ -249,7 +252,7 @@ impl Recipe {
     }
 }
 
-/// `make` in an environment that neither an outer make nor the clock changes.
+/// Returns `make` with an environment independent of an outer make and of the clock.
 fn clean_make(arguments: &[&str]) -> Command {
     let mut make = cmd::command("make", ["ARCH=x86_64"]);
     make.args(arguments)
@@ -299,7 +302,7 @@ fn make(work: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Rewrites one line on a terminal; elsewhere prints one now and then.
+/// Progress: rewrites one line on a terminal; otherwise prints a line now and then.
 struct Progress {
     started: Instant,
     lines: usize,
@@ -369,7 +372,7 @@ mod tests {
             error.contains("CONFIG_VSOCKETS_LOOPBACK, CONFIG_VSOCKETS_DIAG;"),
             "{error}"
         );
-        // The lists are those of one series.
+        // The lists are for one series.
         recipe("linux-source-6.1").review(work.path()).unwrap();
     }
 

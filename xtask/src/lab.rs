@@ -1,8 +1,7 @@
-//! `cargo xtask lab`: a command in a machine with a real, emulated `/dev/kvm`.
+//! `cargo xtask lab`: runs a command in an emulated machine with a real `/dev/kvm`.
 //!
-//! The machine sees the host's tree at the same paths, writes stay in its
-//! memory, and the command has its streams, status, directory and environment as
-//! if it had been run here.
+//! The machine mounts the host's tree at the same paths; writes stay in its memory. The
+//! command has the streams, status, directory and environment of a local process.
 
 use std::fs;
 use std::io::{self, Read as _, Write};
@@ -27,8 +26,8 @@ use crate::qemu::{Machine, Share};
 use crate::stream::copy_until;
 use crate::{cmd, modules, paths};
 
-/// Modules of the lab's kernel, with their parameters. Nested virtualisation
-/// inside the lab is of no use.
+/// Modules of the lab's kernel, with their parameters. Nested virtualisation in the lab's
+/// guests is not needed.
 const MODULES: [(&str, &str); 14] = [
     ("virtio_pci", ""),
     ("virtio_console", ""),
@@ -48,35 +47,37 @@ const MODULES: [(&str, &str); 14] = [
 
 pub(crate) const PACKAGES: [&str; 5] = ["busybox-static", "kmod", "xz-utils", "zstd", "util-linux"];
 
-/// Raise it when the initramfs changes in a way the sources below do not show.
+/// Version of the initramfs; it must be raised for changes that the sources below do not
+/// show.
 const RECIPE: &str = "1";
 const INIT: &str = include_str!("lab-init.sh");
 const SESSION: &str = include_str!("lab-session.sh");
 
-/// Status of a command that ran out of time, as coreutils' `timeout` has it.
+/// Status of a command that exceeded its time limit, as of coreutils' `timeout`.
 const TIMED_OUT: u8 = 124;
 const INTERRUPTED: u8 = 130;
-/// Machines that may crash under one job.
+/// Most machines that may crash while running one job.
 const ATTEMPTS: u32 = 4;
 const MOST_AT_ONCE: usize = 4;
 
-/// Labs that run well on this machine at once: each emulates one CPU.
+/// Returns the number of labs that can run concurrently on this machine: each emulates
+/// one CPU.
 ///
-/// One, because QEMU's emulation of SVM is unsound with more: an interrupt that
-/// KVM injects into a guest stays noted in the emulated CPU, and when another CPU's
-/// thread interrupts the emulation at the wrong moment it is delivered once more,
-/// in whatever runs then. Four busy vCPUs on two emulated CPUs crash the lab's
+/// The lab has one CPU because QEMU's emulation of SVM is unsound with more: an interrupt
+/// that KVM injects into a guest stays pending in the emulated CPU, and when another
+/// CPU's thread interrupts the emulation at the wrong moment, it is delivered again, in
+/// whatever context runs then. Four busy vCPUs on two emulated CPUs crash the lab's
 /// kernel, or a guest, within two minutes (QEMU 10.0.2); on one CPU they never did.
 pub(crate) fn at_once() -> usize {
     thread::available_parallelism().map_or(1, |cpus| cpus.get().min(MOST_AT_ONCE))
 }
 
-/// Where a job's output, and what is to be said about the lab, goes.
+/// Destination of a job's output, and of messages about the lab.
 #[derive(Clone)]
 pub(crate) enum Output {
-    /// This process's standard streams, as it comes.
+    /// This process's standard streams, unbuffered.
     Inherit,
-    /// Both streams, to be shown later.
+    /// A buffer of both streams, to be printed later.
     Keep(Arc<Mutex<Vec<u8>>>),
 }
 
@@ -114,11 +115,11 @@ impl Write for Kept {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Job {
     pub(crate) command: Vec<String>,
-    /// Set on top of this process's environment.
+    /// Variables in addition to this process's environment.
     pub(crate) environment: Vec<(String, String)>,
-    /// A directory that the command may write to, as `$SM_LAB_RESULTS`.
+    /// A directory to which the command may write, as `$SM_LAB_RESULTS`.
     pub(crate) results: Option<PathBuf>,
-    /// Pass on this process's standard input, unless it is a terminal.
+    /// True to forward this process's standard input, unless it is a terminal.
     pub(crate) input: bool,
     pub(crate) memory_mib: u32,
     /// More than one is faster and crashes: see [`at_once`].
@@ -140,12 +141,12 @@ impl Default for Job {
     }
 }
 
-/// The machine ended before its command did: its kernel crashed, or QEMU did.
+/// The machine ended before its command did: its kernel or QEMU crashed.
 #[derive(Debug, thiserror::Error)]
 #[error("the lab died before the command ended; above is the end of its console")]
 pub(crate) struct Died;
 
-/// What the lab boots.
+/// The boot files of the lab.
 pub(crate) struct Lab {
     kernel: PathBuf,
     initramfs: PathBuf,
@@ -153,7 +154,7 @@ pub(crate) struct Lab {
 
 /// Runs a job and returns its exit status.
 ///
-/// An error that is [`Died`] says nothing about the command.
+/// An error that is [`Died`] does not concern the command.
 pub(crate) fn run(lab: &Lab, job: &Job, output: &Output) -> Result<u8> {
     let control = tempfile::tempdir().context("cannot make a temporary directory")?;
     let results = match &job.results {
@@ -214,9 +215,9 @@ pub(crate) fn run(lab: &Lab, job: &Job, output: &Output) -> Result<u8> {
     }
 }
 
-/// Runs a job of the lab again when the lab itself crashed under it, which QEMU's
-/// emulation of SVM makes its kernel do now and then. What the command says is
-/// final: a failed test is never repeated.
+/// Repeats a job of the lab if the lab crashed under it, which happens now and then
+/// because of QEMU's emulation of SVM. The result of the command is final: a failed test
+/// is never repeated.
 pub(crate) fn outlive_crashes(mut job: impl FnMut() -> Result<u8>) -> Result<u8> {
     for attempt in 1.. {
         match job() {
@@ -234,9 +235,9 @@ pub(crate) fn outlive_crashes(mut job: impl FnMut() -> Result<u8>) -> Result<u8>
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Ended {
-    /// All output has been passed on.
+    /// All output was received.
     Complete,
-    /// The machine is gone.
+    /// The machine has exited.
     Died,
     TimedOut,
     Interrupted,
@@ -250,7 +251,7 @@ fn attend(
     job: &Job,
     to: &Output,
 ) -> Result<Ended> {
-    // Ctrl-C reaches QEMU as well, which ends; this process then cleans up.
+    // Ctrl-C reaches QEMU as well, which exits; this process then cleans up.
     let interrupted = Arc::new(AtomicBool::new(false));
     signal_hook::flag::register(signal_hook::consts::SIGINT, interrupted.clone())
         .context("cannot handle SIGINT")?;
@@ -265,7 +266,7 @@ fn attend(
             .stdin(Stdio::from(OwnedFd::from(input_port)))
             .stdout(Stdio::from(OwnedFd::from(output_port)))
             .stderr(Stdio::from(OwnedFd::from(errors_port)));
-        // The command holds our copies of the ports until it is dropped.
+        // The command holds copies of the ports until it is dropped.
         command.spawn().context("cannot run qemu-system-x86_64")?
     };
     if job.input {
@@ -297,7 +298,7 @@ fn attend(
         match seen {
             Ok(Ok(true)) => {}
             Ok(Ok(false)) | Err(RecvTimeoutError::Disconnected) => ended = Ended::Died,
-            // Our own output is closed: nobody wants the rest.
+            // Our own output is closed, so the rest has no reader.
             Ok(Err(_)) => {
                 ended = Ended::Interrupted;
                 break;
@@ -317,16 +318,16 @@ fn attend(
     Ok(ended)
 }
 
-/// Passes on standard input unless it is a terminal, which stays the user's.
-/// The thread may be left reading; it ends with the process.
+/// Forwards standard input unless it is a terminal. The thread may stay blocked in a
+/// read; it ends with the process.
 fn forward_input(mut port: UnixStream) {
     if io::IsTerminal::is_terminal(&io::stdin()) {
         return;
     }
     thread::spawn(move || {
         let _ = io::copy(&mut io::stdin().lock(), &mut port);
-        // Only this direction: were the socket closed, QEMU would drop what it
-        // has not read yet. The caller holds it open.
+        // Only this direction is shut down: if the socket were closed, QEMU would drop
+        // unread bytes. The caller keeps it open.
         let _ = port.shutdown(Shutdown::Write);
     });
 }
@@ -340,7 +341,7 @@ fn show_tail(console: &Path, to: &mut dyn Write) {
     }
 }
 
-/// A mark that no output contains by chance or by intent.
+/// Returns a random mark that no output contains.
 fn token() -> Result<Vec<u8>> {
     let mut random = [0; 24];
     fs::File::open("/dev/urandom")?.read_exact(&mut random)?;
@@ -352,11 +353,11 @@ fn token() -> Result<Vec<u8>> {
     Ok(token)
 }
 
-/// Directories of the host that lie where the lab has file systems of its own.
+/// Directories of the host at whose paths the lab has file systems of its own.
 const COVERED: [&str; 3] = ["/tmp", "/run", "/dev"];
 
-/// The directories that the lab shows although they are below one of [`COVERED`],
-/// a line each: the workspace, its build output, the cache and the current directory.
+/// Returns the directories below [`COVERED`] that the lab mounts nevertheless, one per
+/// line: the workspace, its build output, the cache and the current directory.
 fn visible() -> Result<String> {
     let current = std::env::current_dir().context("cannot tell the current directory")?;
     let directories = [paths::root(), paths::target(), paths::cache("")?, current];
@@ -368,12 +369,12 @@ fn visible() -> Result<String> {
     Ok(list)
 }
 
-/// Those of `directories` that the lab's own file systems hide, by their real paths,
-/// parents before children and none inside another.
+/// Returns those of `directories` that the lab's own file systems hide, by their real
+/// paths, parents before children and none inside another.
 fn covered(directories: impl IntoIterator<Item = PathBuf>) -> Result<Vec<String>> {
     let mut hidden = Vec::new();
     for directory in directories {
-        // Build output that does not exist yet is not needed either.
+        // Build output that does not exist yet is not needed.
         let Ok(real) = directory.canonicalize() else {
             continue;
         };
@@ -394,7 +395,7 @@ fn covered(directories: impl IntoIterator<Item = PathBuf>) -> Result<Vec<String>
     Ok(hidden)
 }
 
-/// The shell script that becomes the command.
+/// Returns the shell script that executes the command.
 fn script(job: &Job) -> Result<String> {
     let mut text = String::new();
     let inherited = std::env::vars_os()
@@ -429,13 +430,13 @@ fn is_identifier(name: &str) -> bool {
         && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
 }
 
-/// One word of a POSIX shell.
+/// Quotes a word for a POSIX shell.
 pub(crate) fn quoted(word: &str) -> String {
     format!("'{}'", word.replace('\'', "'\\''"))
 }
 
-/// Makes kernel and initramfs of the lab from the distribution's generic kernel
-/// unless the cache has them.
+/// Creates kernel and initramfs of the lab from the distribution's generic kernel unless
+/// the cache has them.
 pub(crate) fn prepare(apt: &Apt) -> Result<Lab> {
     apt.ensure_qemu()?;
     let package = apt.depends_on("linux-image-amd64", "linux-image-")?;
@@ -463,7 +464,7 @@ pub(crate) fn prepare(apt: &Apt) -> Result<Lab> {
     Ok(built())
 }
 
-/// Makes the cache entry from the unpacked kernel package.
+/// Creates the cache entry from the unpacked kernel package.
 fn assemble(work: &TempDir) -> Result<PathBuf> {
     let release = modules::release(work.path())?;
     modules::index(work.path(), &release)?;
@@ -565,7 +566,7 @@ mod tests {
         assert!(!is_identifier("BASH_FUNC_x%%"));
     }
 
-    /// What becomes of a job that gives these answers, and how often it ran.
+    /// Returns the result of a job with these answers, and the number of its runs.
     fn outlive(answers: &[fn() -> Result<u8>]) -> (Result<u8>, usize) {
         let mut ran = 0;
         let ended = outlive_crashes(|| {
@@ -582,7 +583,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lab_that_always_crashes_is_given_up() {
+    fn the_number_of_crashes_is_limited() {
         let (ended, ran) = outlive(&[|| Err(Died.into())]);
         assert!(ended.unwrap_err().is::<Died>());
         assert_eq!(ran, ATTEMPTS as usize);

@@ -1,8 +1,8 @@
 //! Developer commands of this workspace, run as `cargo xtask COMMAND`.
 //!
-//! Every command checks before it does, caches what is slow to make, and can be
-//! interrupted and repeated. Caches are in `$XDG_CACHE_HOME/sm` (or
-//! `~/.cache/sm`) and may be deleted at any time.
+//! Every command checks its needs first, caches slow results, and can be interrupted and
+//! repeated. Caches are in `$XDG_CACHE_HOME/sm` (or `~/.cache/sm`) and may be deleted at
+//! any time.
 
 mod apt;
 mod background;

@@ -1,4 +1,4 @@
-//! Kernel modules: which files a set of modules needs, in loading order.
+//! Kernel modules: the files of a set of modules, in load order.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -9,8 +9,8 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::cmd;
 
-/// Makes `modules.dep` for the modules of `version` below `root`, if the package
-/// came without.
+/// Creates `modules.dep` for the modules of `version` below `root`, if the package lacks
+/// it.
 pub(crate) fn index(root: &Path, version: &str) -> Result<()> {
     if root
         .join("lib/modules")
@@ -28,7 +28,7 @@ pub(crate) fn index(root: &Path, version: &str) -> Result<()> {
     )
 }
 
-/// The only entry of `root/lib/modules`: the kernel's release.
+/// Returns the kernel's release: the only entry of `root/lib/modules`.
 pub(crate) fn release(root: &Path) -> Result<String> {
     let directory = root.join("lib/modules");
     fs::read_dir(&directory)
@@ -38,8 +38,8 @@ pub(crate) fn release(root: &Path) -> Result<String> {
         .with_context(|| format!("no modules in {:?}", directory.display()))
 }
 
-/// Files of the wanted modules and all they depend on, dependencies first. A
-/// name without a file is built in or does not exist, and is left out.
+/// Returns the files of the wanted modules and their dependencies, dependencies first. A
+/// name without a file is built in or does not exist, and is skipped.
 pub(crate) fn load_order(modules_dep: &str, wanted: &[&str]) -> Vec<String> {
     let mut files = HashMap::new();
     for line in modules_dep.lines() {
@@ -53,7 +53,8 @@ pub(crate) fn load_order(modules_dep: &str, wanted: &[&str]) -> Vec<String> {
         let Some((file, needs)) = files.get(&name(wanted)) else {
             continue;
         };
-        // modules.dep lists the whole closure, the deepest dependency last.
+        // Entries of modules.dep list the transitive closure, the deepest dependency
+        // last.
         for file in needs.split_whitespace().rev().chain([*file]) {
             if seen.insert(file) {
                 order.push(file.to_owned());
@@ -63,7 +64,7 @@ pub(crate) fn load_order(modules_dep: &str, wanted: &[&str]) -> Vec<String> {
     order
 }
 
-/// A module's contents, decompressed.
+/// Reads a module, decompressed.
 pub(crate) fn read(path: &Path) -> Result<Vec<u8>> {
     let tool = match path.extension().and_then(|name| name.to_str()) {
         Some("xz") => "xz",
@@ -80,14 +81,14 @@ pub(crate) fn read(path: &Path) -> Result<Vec<u8>> {
     Ok(output.stdout)
 }
 
-/// The file name that `read` contents belong under.
+/// Returns the file name for the decompressed module.
 pub(crate) fn plain_name(file: &str) -> String {
     let base = file.rsplit('/').next().unwrap_or(file);
     let stem = base.split(".ko").next().unwrap_or(base);
     format!("{stem}.ko")
 }
 
-/// A module's name: its file name without endings, with `_` for `-`.
+/// Returns a module's name: its file name without extensions, with `_` for `-`.
 fn name(file: &str) -> String {
     plain_name(file).trim_end_matches(".ko").replace('-', "_")
 }

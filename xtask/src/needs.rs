@@ -1,5 +1,5 @@
-//! What commands need of the distribution: all of it is seen to before they begin, so
-//! that who is not root is asked once.
+//! The packages that commands need: all are checked before a command starts, so that a
+//! user without root is asked once.
 
 use anyhow::Result;
 
@@ -7,7 +7,7 @@ use crate::apt::{self, Apt, Needs};
 use crate::test::{self, Wanted};
 use crate::{build, fidelity, fixtures, host, kernel, lab, stock};
 
-/// For `xtask demo`.
+/// Ensures the packages of `xtask demo`.
 pub(crate) fn demo(apt: &Apt) -> Result<()> {
     let mut needs = building();
     needs.packages.extend(["busybox-static"]);
@@ -18,7 +18,7 @@ pub(crate) fn demo(apt: &Apt) -> Result<()> {
     apt.ensure_all(&needs)
 }
 
-/// For `xtask test`.
+/// Ensures the packages of `xtask test`.
 pub(crate) fn tests(apt: &Apt, wanted: &Wanted) -> Result<()> {
     if wanted.e2e {
         return everything(apt);
@@ -29,7 +29,7 @@ pub(crate) fn tests(apt: &Apt, wanted: &Wanted) -> Result<()> {
     })
 }
 
-/// For all tests, and anything else.
+/// Ensures the packages of all tests and everything else.
 pub(crate) fn everything(apt: &Apt) -> Result<()> {
     let mut needs = building();
     needs.packages.extend(test::UNIT_PACKAGES);
@@ -45,7 +45,7 @@ pub(crate) fn everything(apt: &Apt) -> Result<()> {
     apt.ensure_all(&needs)
 }
 
-/// For building `sm` and its kernel.
+/// Returns the packages for building `sm` and its kernel.
 fn building() -> Needs {
     Needs {
         packages: kernel::PACKAGES

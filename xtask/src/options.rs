@@ -57,7 +57,7 @@ is empty there, and so are /tmp and /run but for the workspace, its build output
 cache and the current directory.
 ";
 
-/// What to do.
+/// A parsed command line.
 pub(crate) enum Invocation {
     Help,
     Build(Profile),
@@ -77,7 +77,7 @@ pub(crate) enum Invocation {
     Ci,
 }
 
-/// Reads the command line of this process.
+/// Parses the command line of this process.
 pub(crate) fn parse() -> Result<Invocation> {
     read(lexopt::Parser::from_env())
 }
@@ -89,7 +89,7 @@ pub(crate) fn read(parser: lexopt::Parser) -> Result<Invocation> {
     }
 }
 
-/// Whether the option that a command does not have is the one for help.
+/// Returns true if the unknown option is a request for help.
 fn asks_for_help(error: &anyhow::Error) -> bool {
     matches!(
         error.downcast_ref(),

@@ -1,13 +1,14 @@
-//! Where things are: the workspace, its build output, the cache.
+//! Paths of the workspace, its build output and the cache.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 
-/// The root of the workspace.
+/// Returns the root of the workspace.
 pub(crate) fn root() -> PathBuf {
-    // Cargo sets it when it runs xtask; the built-in value serves a bare binary.
+    // Cargo sets the variable when it runs xtask; the built-in value is for a direct
+    // start.
     let crate_directory = std::env::var_os("CARGO_MANIFEST_DIR")
         .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
     crate_directory
@@ -15,12 +16,12 @@ pub(crate) fn root() -> PathBuf {
         .map_or_else(|| crate_directory.clone(), Path::to_owned)
 }
 
-/// Cargo's build output.
+/// Returns cargo's build output.
 pub(crate) fn target() -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from)
 }
 
-/// A directory of the cache, made if it is not there.
+/// Returns a directory of the cache, created if it is missing.
 pub(crate) fn cache(name: &str) -> Result<PathBuf> {
     let base = match std::env::var_os("XDG_CACHE_HOME").filter(|value| !value.is_empty()) {
         Some(base) => PathBuf::from(base),
@@ -32,18 +33,18 @@ pub(crate) fn cache(name: &str) -> Result<PathBuf> {
     Ok(directory)
 }
 
-/// Takes the lock of a cache directory for making `done` in it, unless that is there.
+/// Takes the lock of a cache directory for creating `done` in it, unless that exists.
 pub(crate) fn lock_unless(done: &Path, directory: &Path) -> Result<Option<File>> {
     if done.exists() {
         return Ok(None);
     }
     let lock = lock(directory)?;
-    // Somebody else may have made it meanwhile.
+    // Another process may have created it in the meantime.
     Ok((!done.exists()).then_some(lock))
 }
 
-/// Takes the lock of a cache directory: one process at a time makes things in
-/// it. Held until the value is dropped, and released by any kind of death.
+/// Takes the lock of a cache directory, so that one process at a time creates things in
+/// it. The kernel releases it when the value is dropped or the process ends.
 fn lock(directory: &Path) -> Result<File> {
     let path = directory.join(".lock");
     let file = File::create(&path).with_context(|| format!("cannot open {:?}", path.display()))?;
@@ -58,7 +59,7 @@ fn lock(directory: &Path) -> Result<File> {
     Ok(file)
 }
 
-/// Deletes a directory tree if it is there.
+/// Removes a directory tree if it exists.
 pub(crate) fn remove(directory: &Path) -> Result<()> {
     match fs::remove_dir_all(directory) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -68,8 +69,8 @@ pub(crate) fn remove(directory: &Path) -> Result<()> {
     }
 }
 
-/// A short name for contents: FNV-1a over the parts with their lengths. It names
-/// cache entries of this user; it is no defence against anybody.
+/// Returns a short name for contents: FNV-1a over the parts with their lengths. It names
+/// cache entries of this user and is not cryptographic.
 pub(crate) fn fingerprint(parts: &[&[u8]]) -> String {
     let mut hash: u64 = 0xcbf2_9ce4_8422_2325;
     let mut mix = |bytes: &[u8]| {

@@ -1,5 +1,5 @@
-//! The lab's machine: QEMU that emulates a processor with SVM, so that a
-//! distribution kernel in it has a real `/dev/kvm`.
+//! The lab's machine: QEMU emulates a processor with SVM, so that a distribution's kernel
+//! in it has a real `/dev/kvm`.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -8,13 +8,13 @@ use std::process::Command;
 pub(crate) struct Machine {
     pub(crate) kernel: PathBuf,
     pub(crate) initramfs: PathBuf,
-    /// Gets what the kernel prints.
+    /// File for the kernel's messages.
     pub(crate) console: PathBuf,
     pub(crate) memory_mib: u32,
     pub(crate) cpus: u32,
 }
 
-/// A directory of the host that the machine sees.
+/// A directory of the host that is shared with the machine.
 pub(crate) struct Share<'a> {
     pub(crate) tag: &'a str,
     pub(crate) path: &'a Path,
@@ -22,18 +22,18 @@ pub(crate) struct Share<'a> {
 }
 
 impl Machine {
-    /// The command line. The standard streams of the process are the machine's
+    /// Returns the QEMU command. The standard streams of the process are the machine's
     /// three ports (1: input, 2: output, 3: errors) and have to be sockets.
     pub(crate) fn command(&self, shares: &[Share<'_>]) -> Command {
-        // setpriv: the machine ends with xtask, however that ends.
+        // setpriv makes the machine end with xtask, even if xtask is killed.
         let mut qemu = Command::new("setpriv");
         qemu.args(["--pdeathsig", "KILL", "qemu-system-x86_64"])
             .args(["-nodefaults", "-no-user-config", "-no-reboot"])
             .args(["-display", "none", "-rtc", "base=utc"])
             .args(["-M", "q35", "-accel", "tcg,thread=multi"])
-            // Five-level page tables have no use here. Without fast string
-            // instructions, which are slow when emulated byte by byte, Linux
-            // clears and copies memory three times as fast.
+            // Five-level page tables are not needed. Without fast string instructions,
+            // which are slow because they are emulated byte by byte, Linux clears and
+            // copies memory three times as fast.
             .args(["-cpu", "max,+svm,+npt,la57=off,-erms,-fsrm"])
             .args(["-smp", &self.cpus.to_string()])
             .args(["-m", &self.memory_mib.to_string()])
@@ -76,7 +76,7 @@ impl Machine {
     }
 }
 
-/// A path within a QEMU option, where a comma is doubled.
+/// Escapes a path for a QEMU option, in which a comma is doubled.
 fn escaped(path: &Path) -> String {
     path.to_string_lossy().replace(',', ",,")
 }

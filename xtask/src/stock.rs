@@ -1,5 +1,5 @@
-//! The stock-kernel path: the distribution's cloud kernel and its modules,
-//! unpacked into the cache and not installed.
+//! The distribution's cloud kernel and its modules, unpacked into the cache without being
+//! installed.
 
 use std::fs;
 use std::path::PathBuf;
@@ -10,8 +10,8 @@ use crate::apt::Apt;
 use crate::deb::Deb;
 use crate::{cmd, modules, paths};
 
-/// What `sm` may put into the initramfs (it picks from the closure of these by
-/// `modules.dep`), so that the cache does not hold every driver.
+/// Modules that `sm` may add to the initramfs (with their dependencies by `modules.dep`),
+/// so that the cache does not contain every driver.
 const WANTED: [&str; 15] = [
     "virtio_mmio",
     "virtio_blk",
@@ -32,8 +32,8 @@ const WANTED: [&str; 15] = [
 
 pub(crate) const PACKAGES: [&str; 3] = ["kmod", "xz-utils", "zstd"];
 
-/// The distribution's cloud kernel: `vmlinuz` with `modules/` (a module tree
-/// with its `modules.dep`) beside it.
+/// Returns the distribution's cloud kernel: `vmlinuz` with `modules/` (a module tree with
+/// its `modules.dep`) beside it.
 pub(crate) fn kernel(apt: &Apt) -> Result<PathBuf> {
     let package = apt.depends_on("linux-image-cloud-amd64", "linux-image-")?;
     let version = apt
@@ -68,8 +68,8 @@ pub(crate) fn kernel(apt: &Apt) -> Result<PathBuf> {
     }
     fs::write(fresh.join("modules/modules.dep"), kept)?;
     let from = work.path().join(format!("boot/vmlinuz-{release}"));
-    // Renamed, not copied: with its old time stamp it never counts as newer than
-    // the tuned kernel.
+    // A rename, unlike a copy, preserves the old time stamp, so that it never counts as
+    // newer than the tuned kernel.
     fs::rename(from, fresh.join("vmlinuz"))?;
     fs::rename(&fresh, &done).with_context(|| format!("cannot publish {:?}", done.display()))?;
     Ok(image)

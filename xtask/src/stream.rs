@@ -2,8 +2,8 @@
 
 use std::io::{self, Read, Write};
 
-/// Copies `from` to `to` up to the `mark`, which is not copied, as soon as the
-/// bytes come. Returns whether the mark was seen before the end.
+/// Copies `from` to `to` without delay up to the `mark`, which is not copied. Returns
+/// true if the mark was found.
 pub(crate) fn copy_until(
     from: &mut impl Read,
     to: &mut impl Write,
@@ -15,7 +15,7 @@ pub(crate) fn copy_until(
         let count = match from.read(&mut chunk) {
             Ok(count) => count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            // A machine that dies resets its sockets.
+            // The sockets of a machine that crashes are reset.
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => 0,
             Err(error) => return Err(error),
         };
@@ -38,7 +38,7 @@ pub(crate) fn copy_until(
     }
 }
 
-/// Length of the longest proper prefix of `mark` that `bytes` end with.
+/// Returns the length of the longest proper prefix of `mark` with which `bytes` end.
 fn longest_prefix_at_end(bytes: &[u8], mark: &[u8]) -> usize {
     (1..mark.len())
         .rev()
@@ -52,7 +52,7 @@ mod tests {
 
     use super::copy_until;
 
-    /// Gives its bytes in pieces of one size.
+    /// A reader that returns its bytes in pieces of one size.
     struct Pieces<'a>(&'a [u8], usize);
 
     impl Read for Pieces<'_> {

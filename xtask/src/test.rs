@@ -1,4 +1,5 @@
-//! `cargo xtask test`: unit tests here, end-to-end tests where guests can run.
+//! `cargo xtask test`: unit tests on this host, end-to-end tests on this host or in the
+//! lab.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -19,7 +20,7 @@ use crate::build::{self, Profile, cargo};
 use crate::lab::{self, Job, Lab, Output};
 use crate::{bench_restore, cmd, fidelity, fixtures, host, kernel, stock};
 
-/// What unit and property tests compare us with, and a compiler.
+/// Programs with which unit and property tests compare results, and a compiler.
 pub(crate) const UNIT_PACKAGES: [&str; 12] = [
     "acpica-tools",
     "containerd",
@@ -34,29 +35,29 @@ pub(crate) const UNIT_PACKAGES: [&str; 12] = [
     "skopeo",
     "umoci",
 ];
-/// Time for a test program after which it is taken to hang. The lab is some 20 times
-/// slower than hardware, and a busy machine several times slower than an idle one.
+/// Time limit of a test program, for one that hangs. The lab is about 20 times slower
+/// than hardware, and a busy machine several times slower than an idle one.
 const LAB_TIMEOUT: Duration = Duration::from_secs(40 * 60);
-/// Room for a 6 GiB guest that touches little of it.
+/// Memory for a 6 GiB guest that uses little of it.
 const LAB_MEMORY_MIB: u32 = 8192;
 
-/// The prefix of end-to-end tests that run with `--full` only.
+/// Prefix of end-to-end tests that run with `--full` only.
 const FULL: &str = "full_";
-/// Tells tests that they may take as long as they need.
+/// Variable that enables slow tests.
 const FULL_VARIABLE: &str = "SM_TEST_FULL";
 
-/// Which tests.
+/// The tests to run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Wanted {
     pub(crate) unit: bool,
     pub(crate) e2e: bool,
-    /// Use the lab even where KVM works.
+    /// True to use the lab even if KVM works.
     pub(crate) force_lab: bool,
     pub(crate) profile: Profile,
-    /// Also the tests that take too long for CI: end-to-end tests by their prefix
+    /// True to run tests that are too slow for CI: end-to-end tests by their prefix
     /// [`FULL`], others by `SM_TEST_FULL` in their environment.
     pub(crate) full: bool,
-    /// End-to-end tests whose names contain one of these; all if empty.
+    /// Parts of names of end-to-end tests; empty for all.
     pub(crate) names: Vec<String>,
 }
 
@@ -74,30 +75,30 @@ impl Default for Wanted {
 }
 
 impl Wanted {
-    /// The arguments that select the tests in a test program.
+    /// Returns the arguments that select the tests in a test program.
     fn selection(&self) -> Vec<String> {
         let mut arguments = self.names.clone();
         if !self.has_full() {
-            // In one word: of two, libtest-mimic takes none.
+            // libtest-mimic does not accept the value as a word of its own.
             arguments.push(format!("--skip={FULL}"));
         }
         arguments
     }
 
-    /// Whether tests with the prefix [`FULL`] may be among them: naming one asks for it.
+    /// Returns true if tests with the prefix [`FULL`] are selected, by option or by name.
     fn has_full(&self) -> bool {
         self.full || self.names.iter().any(|name| name.starts_with(FULL))
     }
 }
 
-/// Runs them. What they need must be there already; `kernel` is being built meanwhile.
+/// Runs the tests. Their packages must be installed; `kernel` is built in the meantime.
 pub(crate) fn run(apt: &Apt, wanted: &Wanted, kernel: Option<KernelBuild>) -> Result<()> {
     let mut results = Vec::new();
     if wanted.unit {
         cmd::step("unit and property tests");
         let started = Instant::now();
         let mut tests = cargo(["test", "--workspace", "--locked", "--no-fail-fast"]);
-        // What these tools test is not left out where they are missing.
+        // With this variable, tests fail instead of being skipped when tools are missing.
         tests.env("SM_TEST_REGISTRY", "1");
         if wanted.full {
             tests.env(FULL_VARIABLE, "1");
@@ -178,7 +179,7 @@ fn end_to_end(apt: &Apt, wanted: &Wanted, kernel: Option<KernelBuild>) -> Result
             let reason = reason.unwrap_or_else(|| "asked for by --lab".to_owned());
             cmd::step("end-to-end tests in the lab");
             cmd::note(reason);
-            // Of which this host's KVM, if any, has only seen tiny guests.
+            // This host's KVM, if any, has run only tiny guests of these.
             tests.extend(backend_programs()?);
             let tests = matching(tests, wanted)?;
             in_the_lab(apt, wanted, &tests, &environment)
@@ -186,9 +187,9 @@ fn end_to_end(apt: &Apt, wanted: &Wanted, kernel: Option<KernelBuild>) -> Result
     }
 }
 
-/// Boots the lab once for each test program, as many at once as run well: a boot
-/// costs seconds, and should the emulated machine crash, no more than one program
-/// has to run again.
+/// Boots the lab once for each test program, with as many concurrently as is sound: a
+/// boot costs seconds, and when the emulated machine crashes, only one program has to be
+/// repeated.
 fn in_the_lab(
     apt: &Apt,
     wanted: &Wanted,
@@ -219,15 +220,15 @@ fn in_the_lab(
     }
 }
 
-/// Runs one test program; its output is shown when it has ended.
+/// Runs one test program; its output is printed when it has ended.
 fn one_in_the_lab(
     lab: &Lab,
     wanted: &Wanted,
     test: &Path,
     environment: &[(String, String)],
 ) -> Result<bool> {
-    // Two guests at a time are all that an emulated machine carries; those that clone
-    // busy ones by the dozen leave nothing to others.
+    // An emulated machine can run two guests at a time; tests that start dozens of clones
+    // run alone.
     let threads = match program_name(test) {
         "clones" => 1,
         _ => 2,
@@ -257,13 +258,13 @@ fn one_in_the_lab(
     Ok(ended? == 0)
 }
 
-/// The name of a test program, without the hash that Cargo adds.
+/// Returns the name of a test program, without the hash that Cargo appends.
 fn program_name(test: &Path) -> &str {
     let name = test.file_name().and_then(OsStr::to_str).unwrap_or_default();
     name.rsplit_once('-').map_or(name, |(name, _)| name)
 }
 
-/// What `tests/src/lib.rs` says the tests are configured by.
+/// Returns the environment of the tests, as described in `tests/src/lib.rs`.
 fn environment(apt: &Apt, sm: &Path, kernel: Option<KernelBuild>) -> Result<Vec<(String, String)>> {
     let mut environment = Vec::new();
     let mut set = |name: &str, path: PathBuf| -> Result<()> {
@@ -274,19 +275,19 @@ fn environment(apt: &Apt, sm: &Path, kernel: Option<KernelBuild>) -> Result<Vec<
     };
     set("SM_BIN", sm.to_owned())?;
     set("SM_FIXTURES", fixtures::make(apt)?)?;
-    // Empty where they cannot be made, which has been said.
+    // The value is empty if they cannot be created, which was reported.
     set("SM_FIDELITY", fidelity::make(apt)?.unwrap_or_default())?;
     set("SM_BENCH_RESTORE", bench_restore::build(Profile::Debug)?)?;
     set("SM_LANES", build::guest_program(apt)?)?;
     set("SM_BENCH_INITRAMFS", bench_restore::initramfs()?)?;
-    // With what has been done of it.
+    // The build continues below from its current state.
     drop(kernel);
     set("SM_KERNEL", kernel::tuned(apt)?)?;
     set("SM_STOCK_KERNEL", stock::kernel(apt)?)?;
     Ok(environment)
 }
 
-/// The programs that have one of the wanted tests.
+/// Returns the programs that contain one of the wanted tests.
 fn matching(programs: Vec<PathBuf>, wanted: &Wanted) -> Result<Vec<PathBuf>> {
     let mut matching = Vec::new();
     for program in programs {
@@ -305,8 +306,8 @@ fn matching(programs: Vec<PathBuf>, wanted: &Wanted) -> Result<Vec<PathBuf>> {
     Ok(matching)
 }
 
-/// Tests of single crates that take a hypervisor, to be run on the lab's as well, and
-/// those that take root, unless they have been run by it here.
+/// Returns tests of single crates that need a hypervisor, to run on the lab's as well,
+/// and those that need root, unless they have run as root on this host.
 fn backend_programs() -> Result<Vec<PathBuf>> {
     let mut build = cargo(["test", "--no-run", "--locked", "--message-format=json"]);
     build.args(["-p", "sm-hypervisor", "--test", "conformance"]);
@@ -346,7 +347,7 @@ fn end_to_end_names() -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// Has cargo build test programs, `count` of them, and returns their paths.
+/// Builds `count` test programs with cargo, and returns their paths.
 fn built(build: &mut Command, count: usize) -> Result<Vec<PathBuf>> {
     let output = build
         .stderr(Stdio::inherit())
@@ -371,7 +372,7 @@ fn built(build: &mut Command, count: usize) -> Result<Vec<PathBuf>> {
 mod tests {
     use super::{Wanted, end_to_end_names};
 
-    /// Cargo finds programs that the manifest does not name, and runs them as unit tests.
+    /// Cargo finds programs that are not in the manifest, and runs them as unit tests.
     #[test]
     fn end_to_end_programs_are_no_unit_tests() {
         let manifest = crate::paths::root().join("tests/Cargo.toml");

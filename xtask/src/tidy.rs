@@ -40,7 +40,7 @@ use crate::{cmd, paths};
 /// Data of tests, which may contain anything.
 const DATA: [&str; 2] = ["fuzz/corpus/", "fuzz/seeds/"];
 
-/// A file that the repository contains.
+/// A file of the repository.
 struct Text {
     /// Relative to the root of the repository.
     path: String,
@@ -107,8 +107,9 @@ fn report(faults: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// Paths of all files of the repository, relative to its root: those under version
-/// control or, in a copy without it, all but build output and hidden directories.
+/// Returns the paths of all files of the repository, relative to its root: those under
+/// version control or, in a copy without it, all except build output and hidden
+/// directories.
 fn names(root: &Path) -> Result<Vec<String>> {
     let mut git = cmd::command("git", ["ls-files", "-z", "--cached"]);
     let listed = git.current_dir(root).stderr(Stdio::null()).output();
@@ -137,7 +138,7 @@ fn names(root: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// All files of the repository that are text.
+/// Returns all text files of the repository.
 fn texts(root: &Path) -> Result<Vec<Text>> {
     let mut texts = Vec::new();
     for path in &names(root)? {
@@ -145,7 +146,7 @@ fn texts(root: &Path) -> Result<Vec<Text>> {
             continue;
         }
         let absolute = root.join(path);
-        // Deleted and not yet committed, or a link.
+        // The file was removed without a commit, or is a link.
         if !absolute.is_file() {
             continue;
         }
@@ -161,7 +162,7 @@ fn texts(root: &Path) -> Result<Vec<Text>> {
     Ok(texts)
 }
 
-/// A file that breaks a rule, and how.
+/// A file that violates a rule, with the violation.
 struct Broken {
     path: String,
     how: String,
@@ -174,7 +175,7 @@ fn lines(list: &str) -> impl Iterator<Item = &str> {
         .filter(|line| !line.is_empty() && !line.starts_with('#'))
 }
 
-/// Returns what is broken, without the exceptions in `list`, and unneeded exceptions.
+/// Returns the violations that are not in `list`, and the unneeded entries of `list`.
 fn except(broken: Vec<Broken>, name: &str, list: &str) -> Vec<String> {
     let exceptions: Vec<&str> = lines(list).collect();
     let mut faults: Vec<String> = exceptions

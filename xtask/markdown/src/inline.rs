@@ -42,8 +42,8 @@ pub fn includes(document: &str) -> Vec<Link<'_>> {
     includes
 }
 
-/// Returns the spans of code outside fenced blocks, with the numbers of their lines. A
-/// span that continues on another line is not among them.
+/// Returns the spans of code outside fenced blocks, with the numbers of their lines.
+/// Spans that continue on another line are skipped.
 pub fn code_spans(document: &str) -> Vec<(usize, &str)> {
     let mut spans = Vec::new();
     for (line, text) in lines::prose(document) {
@@ -68,8 +68,8 @@ fn outside_code(line: &str) -> impl Iterator<Item = &str> {
     })
 }
 
-/// A line in alternating text and code. `[`x`](y)` has its target in the text after the
-/// code.
+/// Splits a line into alternating text and code. The target of `[`x`](y)` is in the text
+/// after the code.
 fn split(line: &str) -> impl Iterator<Item = Part<'_>> {
     let mut rest = line;
     let mut parts = Vec::new();
@@ -88,7 +88,7 @@ fn split(line: &str) -> impl Iterator<Item = Part<'_>> {
     parts.into_iter()
 }
 
-/// The start of a run of exactly `count` backticks.
+/// Returns the start of a run of exactly `count` backticks.
 fn closing(text: &str, count: usize) -> Option<usize> {
     let mut at = 0;
     while let Some(found) = text[at..].find('`') {

@@ -14,11 +14,11 @@ pub use inline::{Link, code_spans, includes, links};
 pub use lines::{Block, anchors, blocks};
 pub use shell::{Command, Unbalanced, commands};
 
-/// Returns the commands of a fenced block: those after a `$` in a block of `console`,
-/// all of a block of `sh`, none of any other.
+/// Returns the commands of a fenced block: those after a `$` in a block of `console`, all
+/// of a block of `sh`, and none of others.
 ///
 /// # Errors
-/// A quote or a parenthesis that is not closed.
+/// An unclosed quote or parenthesis.
 pub fn block_commands(block: &Block) -> Result<Vec<Command>, Unbalanced> {
     match block.language() {
         "sh" => commands(&block.text),
@@ -36,9 +36,9 @@ pub fn block_commands(block: &Block) -> Result<Vec<Command>, Unbalanced> {
 /// A prompt of a console.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Prompt {
-    /// The script that is typed. A line that ends with a backslash continues in the next.
+    /// The typed script. A line that ends with a backslash continues in the next.
     pub typed: String,
-    /// The lines that are printed.
+    /// The printed lines.
     pub output: Vec<String>,
 }
 

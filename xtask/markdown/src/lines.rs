@@ -33,7 +33,7 @@ pub fn blocks(document: &str) -> Vec<Block> {
     parse(document).0
 }
 
-/// Returns the anchors of a document's headings, as GitHub and mdBook make them, and
+/// Returns the anchors of a document's headings, by the rules of GitHub and mdBook, and
 /// those of `id="..."` attributes.
 pub fn anchors(document: &str) -> BTreeSet<String> {
     let mut anchors = BTreeSet::new();
@@ -52,7 +52,7 @@ pub fn anchors(document: &str) -> BTreeSet<String> {
     anchors
 }
 
-/// The lines of a document outside fenced blocks, with their numbers from 1.
+/// Returns the lines of a document outside fenced blocks, with their numbers from 1.
 pub(crate) fn prose(document: &str) -> Vec<(usize, &str)> {
     parse(document).1
 }
@@ -90,7 +90,7 @@ fn parse(document: &str) -> (Vec<Block>, Vec<(usize, &str)>) {
     (blocks, prose)
 }
 
-/// The text of a heading.
+/// Returns the text of a heading.
 fn heading(line: &str) -> Option<&str> {
     let rest = line.trim_start_matches('#');
     let level = line.len() - rest.len();

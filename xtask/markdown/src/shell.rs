@@ -1,7 +1,7 @@
-//! Simple commands of shell scripts, as examples in documents have them.
+//! Simple commands of shell scripts, as in examples of documents.
 //!
-//! This splits at operators and resolves quotes. It expands nothing: `$NAME` stays as it
-//! is, and a substitution is a word of its own script's text.
+//! The reader splits at operators and resolves quotes. It expands nothing: `$NAME` is
+//! unchanged, and a substitution is a word with the text of its own script.
 
 use std::fmt;
 
@@ -12,7 +12,7 @@ pub struct Command {
     pub words: Vec<String>,
 }
 
-/// A quote or a parenthesis that is not closed.
+/// An unclosed quote or parenthesis.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Unbalanced(char);
 
@@ -29,10 +29,10 @@ const PREFIXES: [&str; 11] = [
     "!", "do", "else", "elif", "exec", "if", "sudo", "then", "time", "until", "while",
 ];
 
-/// Returns the simple commands of a script, those in substitutions included.
+/// Returns the simple commands of a script, including those in substitutions.
 ///
 /// # Errors
-/// A quote or a parenthesis that is not closed.
+/// An unclosed quote or parenthesis.
 pub fn commands(script: &str) -> Result<Vec<Command>, Unbalanced> {
     let mut reader = Reader {
         rest: script,
@@ -83,7 +83,7 @@ impl Reader<'_> {
         Ok(())
     }
 
-    /// The target of a redirection is not a word of the command.
+    /// Skips the target of a redirection, which is no word of the command.
     fn redirection(&mut self) -> Result<(), Unbalanced> {
         self.rest = self.rest.trim_start_matches(['<', '>', '&', ' ']);
         self.word().map(drop)
@@ -150,7 +150,7 @@ impl Reader<'_> {
         }
     }
 
-    /// A variable, or the commands of a substitution.
+    /// Reads a variable, or the commands of a substitution.
     fn dollar(&mut self, word: &mut String) -> Result<(), Unbalanced> {
         self.next();
         word.push('$');
@@ -187,7 +187,7 @@ impl Reader<'_> {
     }
 }
 
-/// `NAME=value` before a command sets a variable for it.
+/// Returns true for `NAME=value` before a command, which sets a variable for it.
 fn is_assignment(word: &str) -> bool {
     word.split_once('=').is_some_and(|(name, _)| {
         !name.is_empty()

@@ -1,12 +1,12 @@
-//! Where this release's packages come from, and its backports therefore.
+//! The package source of this release, and of its backports.
 
 use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, bail};
 
-/// The backports suite of this release and a sources entry for it, made from the
-/// configured entry of the release itself: same mirror, same key.
+/// Returns the backports suite of this release and a sources entry for it, derived from
+/// the configured entry of the release: same mirror, same key.
 pub(super) fn backports_entry() -> Result<(String, String)> {
     let (codename, origin) =
         release_origin().context("cannot tell where this release's backports are")?;
@@ -15,7 +15,7 @@ pub(super) fn backports_entry() -> Result<(String, String)> {
     Ok((suite, entry))
 }
 
-/// This release's code name, and its configured archive as a one-line entry.
+/// Returns this release's code name, and its configured archive as a one-line entry.
 pub(crate) fn release_source() -> Result<(String, String)> {
     let (codename, origin) = release_origin()?;
     let line = origin.line(&codename);
@@ -50,7 +50,7 @@ fn release_origin() -> Result<(String, Origin)> {
     bail!("no apt source for {codename}/main is configured")
 }
 
-/// Where a suite comes from.
+/// The origin of a suite.
 #[derive(Debug, PartialEq, Eq)]
 struct Origin {
     uris: String,
@@ -78,7 +78,7 @@ impl Origin {
     }
 }
 
-/// deb822 stanzas (sources.list(5)).
+/// Parses deb822 stanzas (sources.list(5)).
 fn origin_of_stanzas(text: &str, codename: &str) -> Option<Origin> {
     let text: Vec<_> = text.lines().filter(|line| !line.starts_with('#')).collect();
     text.split(|line| line.trim().is_empty())
@@ -97,8 +97,8 @@ fn origin_of_stanzas(text: &str, codename: &str) -> Option<Origin> {
                 && !has("Enabled", "no");
             Some(Origin {
                 uris: field("URIs").filter(|_| usable)?.to_owned(),
-                // A key block that continues on other lines cannot be copied as one
-                // word; without it apt falls back on its own keyring.
+                // A key block of several lines cannot be copied as one word; without it,
+                // apt uses its default keyring.
                 signed_by: field("Signed-By")
                     .filter(|key| key.starts_with('/'))
                     .map(str::to_owned),
@@ -106,7 +106,7 @@ fn origin_of_stanzas(text: &str, codename: &str) -> Option<Origin> {
         })
 }
 
-/// One-line entries (sources.list(5)).
+/// Parses one-line entries (sources.list(5)).
 fn origin_of_lines(text: &str, codename: &str) -> Option<Origin> {
     text.lines().find_map(|line| {
         let rest = line.trim().strip_prefix("deb ")?.trim_start();

@@ -1,4 +1,4 @@
-//! Images of many files, and of files as few images have them.
+//! Images with many files, and with unusual files.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -13,11 +13,11 @@ use crate::paths;
 
 const LAYERS: usize = 100;
 const SMALL_FILES: usize = 60_000;
-/// More than fits in 31 bits.
+/// A size that exceeds 31 bits.
 const LARGE: u64 = (2 << 30) + 12_345;
 
 impl Workshop {
-    /// A hundred layers that add to, change and take away what others have.
+    /// Creates a hundred layers that add, change and remove files of earlier ones.
     pub(super) fn many_layers(&self) -> Result<()> {
         self.empty("layers")?;
         let root = self.directory.path().join("one");
@@ -45,7 +45,7 @@ impl Workshop {
         self.finish("layers")
     }
 
-    /// As many small files as a large `node_modules`.
+    /// Creates as many small files as a large `node_modules`.
     pub(super) fn small_files(&self) -> Result<()> {
         let root = self.directory.path().join("small");
         for number in 0..SMALL_FILES {
@@ -62,7 +62,7 @@ impl Workshop {
         self.finish("small")
     }
 
-    /// One file of more than 2 GiB, with contents here and there.
+    /// Creates a sparse file of more than 2 GiB.
     pub(super) fn large_file(&self) -> Result<()> {
         let root = self.directory.path().join("large");
         fs::create_dir(&root)?;
@@ -78,7 +78,7 @@ impl Workshop {
         self.finish("large")
     }
 
-    /// Names, kinds, times and attributes of all sorts.
+    /// Creates files with unusual names, types, times and attributes.
     pub(super) fn odd_files(&self) -> Result<()> {
         let root = self.directory.path().join("odd");
         fs::create_dir_all(root.join("names"))?;
@@ -104,7 +104,7 @@ impl Workshop {
         fs::create_dir_all(&deep)?;
         fs::write(deep.join("bottom"), "deep")?;
 
-        // Every length around what is stored in one way or another.
+        // The sizes around the limits between storage formats.
         fs::create_dir(root.join("sizes"))?;
         for size in [
             0, 1, 2047, 2048, 2049, 3000, 4031, 4032, 4095, 4096, 4097, 65_537,

@@ -1,9 +1,9 @@
-//! Symbols that came on by default, and the list of those that a person has reviewed.
+//! Symbols that are enabled by default, and the list of reviewed ones.
 //!
 //! `olddefconfig` gives each symbol that a fragment makes visible its default, which is
-//! often "on": that is how the vsock loopback was in a kernel nobody had asked for it in.
-//! Only symbols with a prompt count. The others (`HAVE_...`, `CC_HAS_...`) are facts about
-//! the architecture and the compiler, or follow from what has been chosen.
+//! often "on": the vsock loopback got into a kernel this way. Only symbols with a prompt
+//! count. The others (`HAVE_...`, `CC_HAS_...`) are facts about the architecture and the
+//! compiler, or follow from selected symbols.
 
 use std::collections::HashSet;
 use std::fs;
@@ -13,10 +13,10 @@ use anyhow::{Context as _, Result};
 
 use super::symbols;
 
-/// Directories without options of a kernel for x86.
+/// Directories without options of an x86 kernel.
 const ELSEWHERE: [&str; 3] = ["Documentation", "tools", "samples"];
 
-/// Names of the symbols in a kernel tree that a person can choose.
+/// Returns the symbols in a kernel tree that a person can select.
 pub(crate) fn prompts(tree: &Path) -> Result<HashSet<String>> {
     let mut found = HashSet::new();
     let mut directories = vec![tree.to_owned()];
@@ -56,7 +56,7 @@ fn prompts_of(text: &str, found: &mut HashSet<String>) {
                     found.insert(format!("CONFIG_{name}"));
                 }
             }
-            // A help text has sentences that look like attributes.
+            // Help texts have sentences that look like attributes.
             (
                 Some(
                     "help" | "choice" | "endchoice" | "menu" | "endmenu" | "if" | "endif"
@@ -69,8 +69,8 @@ fn prompts_of(text: &str, found: &mut HashSet<String>) {
     }
 }
 
-/// Symbols with a prompt that are on in `config`, although the fragment does not ask for
-/// them; sorted.
+/// Returns the symbols with a prompt that are enabled in `config` and not set by the
+/// fragment; sorted.
 pub(crate) fn came_on(prompts: &HashSet<String>, fragment: &str, config: &str) -> Vec<String> {
     let asked = symbols(fragment);
     let mut on: Vec<_> = symbols(config)
@@ -84,10 +84,10 @@ pub(crate) fn came_on(prompts: &HashSet<String>, fragment: &str, config: &str) -
     on
 }
 
-/// Those of `came_on` that are not in the `reviewed` list.
+/// Returns those of `came_on` that are not in the `reviewed` list.
 ///
-/// The list has a symbol in each line; one that ends with `*` stands for all that begin so.
-/// `#` begins a remark.
+/// The list has one symbol per line; one that ends with `*` is a prefix. `#` starts a
+/// remark.
 pub(crate) fn unreviewed<'a>(came_on: &[&'a str], reviewed: &str) -> Vec<&'a str> {
     let entries: Vec<_> = entries(reviewed).collect();
     let is_reviewed = |symbol: &str| {
@@ -103,7 +103,7 @@ pub(crate) fn unreviewed<'a>(came_on: &[&'a str], reviewed: &str) -> Vec<&'a str
         .collect()
 }
 
-/// The symbols of a list with one in each line.
+/// Returns the symbols of a list with one per line.
 pub(crate) fn entries(list: &str) -> impl Iterator<Item = &str> {
     list.lines()
         .map(|line| line.split('#').next().unwrap_or_default().trim())

@@ -1,5 +1,5 @@
-//! Commands in documents: those of `cargo xtask` are ones that it accepts, and other
-//! commands of cargo name packages and programs that there are.
+//! Commands in documents: those of `cargo xtask` must parse, and other commands of cargo
+//! must name existing packages and programs.
 
 use std::collections::BTreeSet;
 
@@ -10,14 +10,14 @@ use sm_markdown::{block_commands, blocks, code_spans};
 use super::Text;
 use crate::options;
 
-/// Names in the workspace.
+/// Names of packages and targets in the workspace.
 pub(super) struct Names {
     packages: BTreeSet<String>,
     targets: BTreeSet<String>,
 }
 
 impl Names {
-    /// Reads what `cargo metadata` prints.
+    /// Reads the output of `cargo metadata`.
     pub(super) fn new(metadata: &Value) -> Result<Self> {
         let mut names = Self {
             packages: BTreeSet::new(),
@@ -36,7 +36,8 @@ impl Names {
         Ok(names)
     }
 
-    /// Returns why a command of cargo, without its first word, does not exist.
+    /// Returns the reason why a command of cargo, given without its first word, is
+    /// invalid.
     fn refused(&self, arguments: &[String]) -> Option<String> {
         if let Some((command, rest)) = arguments.split_first()
             && command == "xtask"
@@ -58,8 +59,8 @@ impl Names {
     }
 }
 
-/// Returns the commands of cargo that do not exist: in blocks of shell, and those of
-/// xtask in sentences, without their arguments.
+/// Returns the invalid commands of cargo: in blocks of shell, and those of xtask in
+/// sentences, without their arguments.
 pub(super) fn unknown(files: &[Text], names: &Names) -> Vec<String> {
     let mut faults = Vec::new();
     for file in files.iter().filter(|file| file.path.ends_with(".md")) {
@@ -67,7 +68,7 @@ pub(super) fn unknown(files: &[Text], names: &Names) -> Vec<String> {
             let mut words = span.split_whitespace();
             let is_xtask = words.next() == Some("cargo") && words.next() == Some("xtask");
             let name = words.next().filter(|_| is_xtask);
-            // Commands are named in lower case; others stand for one.
+            // Names of commands are lower case; other words are placeholders.
             let name = name.filter(|name| name.bytes().all(is_of_name));
             if let Some(name) = name
                 && let Err(error) = options::read(lexopt::Parser::from_args([name, "--help"]))
@@ -79,7 +80,7 @@ pub(super) fn unknown(files: &[Text], names: &Names) -> Vec<String> {
             if block.unchecked().is_some() {
                 continue;
             }
-            // Open quotes are found by the tests of sm-cli.
+            // The tests of sm-cli find open quotes.
             for command in block_commands(&block).unwrap_or_default() {
                 let Some((program, arguments)) = command.words.split_first() else {
                     continue;

@@ -10,8 +10,8 @@ const SINCE: &str = "fd31d7fb95724ca5ef58170a916523d22ed52b08";
 /// Most characters of a title.
 const MAX_CHARACTERS: usize = 72;
 
-/// Titles in the history of `root` that break the rule. A copy without the history since
-/// the rule, such as an archive or a shallow clone, is not checked.
+/// Returns the titles in the history of `root` that violate the rule. A copy without the
+/// history since the rule, such as an archive or a shallow clone, is not checked.
 pub(super) fn check(root: &Path) -> Vec<String> {
     let range = format!("{SINCE}..HEAD");
     let mut git = cmd::command("git", ["log", "--no-merges", "--format=%h %s", &range]);
@@ -25,7 +25,7 @@ pub(super) fn check(root: &Path) -> Vec<String> {
     }
 }
 
-/// Faults in lines of an abbreviated hash and a title.
+/// Returns the violations in lines of an abbreviated hash and a title.
 fn faults(log: &str) -> Vec<String> {
     log.lines()
         .filter_map(|line| line.split_once(' '))

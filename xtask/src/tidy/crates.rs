@@ -1,4 +1,4 @@
-//! Which crate depends on which.
+//! Dependencies between the crates of the workspace.
 
 use std::collections::BTreeSet;
 
@@ -13,19 +13,19 @@ use crate::cmd;
 struct Arrow {
     from: String,
     to: String,
-    /// For tests only.
+    /// True for a dev-dependency.
     dev: bool,
 }
 
-/// Cargo's view of the workspace.
+/// Returns the metadata of the workspace.
 pub(super) fn metadata() -> Result<Value> {
     let arguments = ["metadata", "--format-version=1", "--no-deps", "--locked"];
     let text = cmd::text(&mut crate::build::cargo(arguments))?;
     serde_json::from_str(&text).context("cargo's metadata is not valid")
 }
 
-/// Compares the workspace with a table, whose lines are a crate, a colon, and the
-/// crates that it depends on, all of which have lines above.
+/// Compares the workspace with a table, whose lines are a crate, a colon, and its
+/// dependencies, all of which have lines above.
 pub(super) fn check(metadata: &Value, table: &str) -> Result<Vec<String>> {
     let members = members(metadata)?;
     let arrows = arrows(metadata, &members)?;
@@ -96,7 +96,7 @@ fn arrows(metadata: &Value, members: &BTreeSet<String>) -> Result<BTreeSet<Arrow
         let dependencies = package["dependencies"].as_array();
         for dependency in dependencies.context("a package has no dependencies")? {
             let to = name(dependency)?;
-            // A crate's tests may depend on it with other features.
+            // A crate's tests may depend on the crate itself with other features.
             if members.contains(to) && to != from {
                 arrows.insert(Arrow {
                     from: from.to_owned(),
@@ -124,7 +124,8 @@ mod tests {
 
     use super::*;
 
-    /// `b` depends on `a` and, in tests, on `c`; `c` depends on both.
+    /// A workspace in which `b` depends on `a` and, in tests, on `c`; `c` depends on
+    /// both.
     fn workspace() -> Value {
         json!({ "packages": [
             { "name": "a", "dependencies": [{ "name": "serde", "kind": null }] },

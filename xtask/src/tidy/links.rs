@@ -1,9 +1,9 @@
-//! Links of Markdown files: each leads to a file of the repository and, if it names a
-//! heading, to one that is there. Paths in code lead to files, too, but for those in the
-//! changelog, which tells of the past.
+//! Links of Markdown files: each leads to a file of the repository and, if it has an
+//! anchor, to a heading in it. Paths in code must exist as well, except in the changelog,
+//! which describes the past.
 //!
-//! Pages below `docs/src` become a site of their own: they link to each other only, all
-//! are in its table of contents, and files that they include have no links to others.
+//! Pages below `docs/src` are a site: they link only to each other, all are in its table
+//! of contents, and files that they include have no links to others.
 
 use std::collections::BTreeSet;
 
@@ -15,10 +15,10 @@ use super::Text;
 const SITE: &str = "docs/src/";
 const CONTENTS: &str = "docs/src/SUMMARY.md";
 const CHANGELOG: &str = "CHANGELOG.md";
-/// The first page that a reader sees, and the most lines that it has.
+/// The first page that a reader sees, and its maximum number of lines.
 const FIRST_PAGE: (&str, usize) = ("README.md", 150);
 
-/// Returns links that lead nowhere, and pages that nothing leads to.
+/// Returns broken links, and pages that are not in the table of contents.
 pub(super) fn broken(files: &[Text], exists: impl Fn(&str) -> bool) -> Vec<String> {
     let find = |path: &str| files.iter().find(|file| file.path == path);
     let mut faults = Vec::new();
@@ -61,7 +61,7 @@ pub(super) fn broken(files: &[Text], exists: impl Fn(&str) -> bool) -> Vec<Strin
         }
         let spans = code_spans(&file.text);
         for (line, span) in spans.into_iter().filter(|_| file.path != CHANGELOG) {
-            // From the root, or from where the document is.
+            // Paths are relative to the root or to the document.
             let from = [Some(span.to_owned()), resolve(&file.path, span)];
             if is_path(span, files) && !from.iter().flatten().any(|path| exists(path)) {
                 fault(line, format!("\"{span}\" is not in the repository"));
@@ -102,7 +102,8 @@ pub(super) fn broken(files: &[Text], exists: impl Fn(&str) -> bool) -> Vec<Strin
     faults
 }
 
-/// Returns true for a path below a folder of the repository; `NAME` in it stands for any.
+/// Returns true for a path below a folder of the repository; parts in capitals are
+/// placeholders.
 fn is_path(span: &str, files: &[Text]) -> bool {
     let is_part = |part: &str| {
         let mut bytes = part.bytes();
@@ -121,7 +122,7 @@ fn is_markdown(path: &str) -> bool {
     path.ends_with(".md")
 }
 
-/// The anchors of a document and of those that it includes.
+/// Returns the anchors of a document and of those that it includes.
 fn all_anchors<'a>(
     document: &'a Text,
     find: impl Fn(&str) -> Option<&'a Text>,
@@ -136,7 +137,7 @@ fn all_anchors<'a>(
     all
 }
 
-/// A link's target relative to the root; `None` if it is outside.
+/// Returns a link's target relative to the root; `None` if it is outside.
 fn resolve(file: &str, target: &str) -> Option<String> {
     let mut parts: Vec<&str> = match target.starts_with('/') {
         true => Vec::new(),
@@ -168,7 +169,7 @@ mod tests {
         }
     }
 
-    /// The faults of a repository with these files and a few others.
+    /// Returns the faults of a repository with these files and a few others.
     fn faults(files: &[(&str, &str)]) -> Vec<String> {
         let mut all: Vec<Text> = files.iter().map(|(path, body)| text(path, body)).collect();
         all.push(text("guide/a.md", "# One\n## Two words\n"));

@@ -1,8 +1,8 @@
-//! Circles of modules: siblings that use each other, by whatever way. And modules that
-//! use nothing outside of themselves, because they are to be crates.
+//! Circles of modules, which are siblings that use each other directly or indirectly, and
+//! modules that must use nothing outside of themselves, because they will become crates.
 //!
-//! A module and what is below it count as one; a child may use its parent. What only
-//! tests use does not count.
+//! A module and its descendants count as one; a child may use its parent. Uses by tests
+//! do not count.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -13,8 +13,8 @@ type Module = Vec<String>;
 /// Uses between the children of a module, by name.
 type Uses = BTreeMap<String, BTreeSet<String>>;
 
-/// Circles that `list` does not have, and lines of it that are no circles any more.
-/// A line is a crate's folder, a colon, and the modules of a circle.
+/// Returns the circles that are not in `list`, and lines of it that are no circles any
+/// more. A line is a crate's folder, a colon, and the modules of a circle.
 pub(super) fn check(files: &[Text], list: &str) -> Vec<String> {
     let found = circles(files);
     let known: BTreeSet<&str> = lines(list).collect();
@@ -32,7 +32,8 @@ pub(super) fn check(files: &[Text], list: &str) -> Vec<String> {
     faults
 }
 
-/// Uses that leave a module of `list`. A line is a crate's folder, a colon, and a module.
+/// Returns uses that leave a module of `list`. A line is a crate's folder, a colon, and a
+/// module.
 pub(super) fn check_sealed(files: &[Text], list: &str) -> Vec<String> {
     let mut faults = Vec::new();
     for line in lines(list) {
@@ -55,7 +56,7 @@ pub(super) fn check_sealed(files: &[Text], list: &str) -> Vec<String> {
     faults
 }
 
-/// The modules of the crate in `folder`, and their texts.
+/// Returns the modules of the crate in `folder`, with their texts.
 fn sources<'t>(files: &'t [Text], folder: &str) -> BTreeMap<Module, &'t str> {
     files
         .iter()
@@ -86,13 +87,13 @@ fn circles(files: &[Text]) -> BTreeSet<String> {
     circles
 }
 
-/// The module that a file of the crate in `folder` is; `None` for files of others, and
+/// Returns the module of a file of the crate in `folder`; `None` for files of others, and
 /// for tests.
 fn module(path: &str, folder: &str) -> Option<Module> {
     let path = path.strip_prefix(folder)?.strip_prefix("/src/")?;
     let path = path.strip_suffix(".rs")?;
     let mut module: Module = path.split('/').map(str::to_owned).collect();
-    // Programs have roots of their own, but share no module with the library.
+    // Programs have roots of their own and share no module with the library.
     if module
         .last()
         .is_some_and(|name| matches!(name.as_str(), "mod" | "lib" | "main"))
@@ -102,7 +103,7 @@ fn module(path: &str, folder: &str) -> Option<Module> {
     (!module.iter().any(|name| name == "tests")).then_some(module)
 }
 
-/// By module, which of its children use which.
+/// Returns, for each module, the uses between its children.
 fn uses(sources: &BTreeMap<Module, &str>) -> BTreeMap<Module, Uses> {
     let mut all: BTreeMap<Module, Uses> = BTreeMap::new();
     for (module, text) in sources {
@@ -112,7 +113,7 @@ fn uses(sources: &BTreeMap<Module, &str>) -> BTreeMap<Module, Uses> {
                 .zip(&target)
                 .take_while(|(a, b)| a == b)
                 .count();
-            // Otherwise one is above the other.
+            // Otherwise one of the modules is an ancestor of the other.
             if let (Some(from), Some(to)) = (module.get(shared), target.get(shared)) {
                 let parent = module[..shared].to_vec();
                 let uses = all.entry(parent).or_default();
@@ -123,7 +124,7 @@ fn uses(sources: &BTreeMap<Module, &str>) -> BTreeMap<Module, Uses> {
     all
 }
 
-/// The modules that the text of `module` names by `crate::` and `super::`.
+/// Returns the modules that the text of `module` names by `crate::` and `super::`.
 fn targets(text: &str, module: &Module, sources: &BTreeMap<Module, &str>) -> BTreeSet<Module> {
     let text = text.split("#[cfg(test)]\nmod ").next().unwrap_or_default();
     let code: String = text
@@ -134,7 +135,7 @@ fn targets(text: &str, module: &Module, sources: &BTreeMap<Module, &str>) -> BTr
     let mut targets = BTreeSet::new();
     for start in ["crate::", "super::"] {
         for (at, _) in code.match_indices(start) {
-            // The first `super` of several speaks for the others.
+            // Of several `super`, the first one is followed.
             if code[..at].ends_with("super::") || ends_with_word(&code[..at]) {
                 continue;
             }
@@ -148,8 +149,8 @@ fn targets(text: &str, module: &Module, sources: &BTreeMap<Module, &str>) -> BTr
     targets
 }
 
-/// Returns true if what follows would be the end of a longer word. (Blanks are gone, so the
-/// words that may come before a path do not count.)
+/// Returns true if a path after `text` would be the end of a longer word. (Blanks were
+/// removed, so words that may precede a path do not count.)
 fn ends_with_word(text: &str) -> bool {
     let word = |c: char| c.is_alphanumeric() || c == '_';
     let before = text.trim_end_matches(word).len();
@@ -161,7 +162,7 @@ fn ends_with_word(text: &str) -> bool {
                 .any(|keyword| last.ends_with(keyword)))
 }
 
-/// Reads a path, and all paths of a `use` tree; returns what follows.
+/// Reads a path, and all paths of a `use` tree; returns the rest of the text.
 fn tree<'t>(text: &'t str, before: &mut Vec<&'t str>, paths: &mut Vec<Vec<&'t str>>) -> &'t str {
     let len = before.len();
     let mut rest = text;
@@ -190,7 +191,7 @@ fn tree<'t>(text: &'t str, before: &mut Vec<&'t str>, paths: &mut Vec<Vec<&'t st
     rest
 }
 
-/// The module that a path leads into.
+/// Returns the module to which a path leads.
 fn resolve(path: &[&str], module: &Module, sources: &BTreeMap<Module, &str>) -> Option<Module> {
     let mut at: Module = module.clone();
     for name in path {
@@ -211,7 +212,7 @@ fn resolve(path: &[&str], module: &Module, sources: &BTreeMap<Module, &str>) -> 
     Some(at)
 }
 
-/// Sets of more than one name that can all be reached from each other.
+/// Returns the sets of two or more names that can all be reached from each other.
 fn strongly_connected(uses: &Uses) -> BTreeSet<BTreeSet<String>> {
     let reached: BTreeMap<&String, BTreeSet<&String>> =
         uses.keys().map(|from| (from, reach(from, uses))).collect();

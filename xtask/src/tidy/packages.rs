@@ -1,4 +1,4 @@
-//! Packages that come with crates that are meant to be used alone.
+//! Dependencies of crates that are meant to be used alone.
 
 use std::collections::BTreeSet;
 
@@ -8,8 +8,8 @@ use super::lines;
 use crate::build::cargo;
 use crate::cmd;
 
-/// Compares what cargo says with a list, whose lines are a crate and the most packages
-/// that it may come to, itself included. `tree` prints the packages of a crate, one a
+/// Compares the output of cargo with a list, whose lines are a crate and its maximum
+/// number of packages, including itself. `tree` returns the packages of a crate, one per
 /// line, by the given kinds of edges.
 pub(super) fn check(
     list: &str,
@@ -52,7 +52,7 @@ pub(super) fn tree(name: &str, edges: &str) -> Result<String> {
     cmd::text(&mut cargo(arguments))
 }
 
-/// Packages with their versions, each once.
+/// Returns each package and version once.
 fn packages(tree: &str) -> BTreeSet<&str> {
     tree.lines()
         .map(|line| line.trim_end_matches(" (*)"))

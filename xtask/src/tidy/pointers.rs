@@ -1,11 +1,11 @@
-//! Pointers to files that a reader of the repository does not have.
+//! Paths to files that are not in the repository.
 
 use super::Text;
 
-/// Folders of the machines on which this is developed, outside the repository.
+/// Folders of development machines, outside the repository.
 const OUTSIDE: [&str; 2] = [concat!("..", "/shared"), concat!("/wo", "rk/")];
 
-/// Lines with names of such folders.
+/// Returns the lines that name such folders.
 pub(super) fn outside(files: &[Text]) -> Vec<String> {
     let mut faults = Vec::new();
     for file in files {
@@ -23,7 +23,7 @@ pub(super) fn outside(files: &[Text]) -> Vec<String> {
     faults
 }
 
-/// Returns true if `line` has `folder`, not as the end of a longer path.
+/// Returns true if `line` contains `folder`, not as the end of a longer path.
 fn names(line: &str, folder: &str) -> bool {
     line.match_indices(folder).any(|(at, _)| {
         let before = line[..at].chars().next_back();

@@ -2,16 +2,16 @@
 
 use super::{Broken, Text};
 
-/// Most lines of a file.
+/// Maximum number of lines of a file.
 const MAX_LINES: usize = 600;
-/// Predicates of conditional compilation that ask for an operating system.
+/// Predicates of conditional compilation about the operating system.
 const SYSTEMS: [&str; 4] = ["target_os", "target_family", "unix", "windows"];
 
 fn rust(files: &[Text]) -> impl Iterator<Item = &Text> {
     files.iter().filter(|file| file.path.ends_with(".rs"))
 }
 
-/// Files with more lines than one idea takes.
+/// Returns the files with too many lines.
 pub(super) fn long(files: &[Text]) -> Vec<Broken> {
     rust(files)
         .filter_map(|file| {
@@ -24,8 +24,8 @@ pub(super) fn long(files: &[Text]) -> Vec<Broken> {
         .collect()
 }
 
-/// Files outside folders named `sys` that are compiled differently for different
-/// operating systems.
+/// Returns files outside folders named `sys` that are compiled conditionally by operating
+/// system.
 pub(super) fn depends_on_system(files: &[Text]) -> Vec<Broken> {
     rust(files)
         .filter(|file| !is_sys(&file.path))
@@ -44,8 +44,8 @@ fn is_sys(path: &str) -> bool {
         .any(|part| part == "sys" || part == "sys.rs")
 }
 
-/// The first predicate in a condition of conditional compilation that names an
-/// operating system.
+/// Returns the first predicate about the operating system in a condition of conditional
+/// compilation.
 fn system_asked_for(text: &str) -> Option<&'static str> {
     let code: String = text
         .lines()
@@ -72,7 +72,7 @@ fn system_asked_for(text: &str) -> Option<&'static str> {
     None
 }
 
-/// Text up to the parenthesis that closes it.
+/// Returns the text up to the closing parenthesis.
 fn inside(text: &str) -> &str {
     let mut depth = 1;
     let end = text.find(|character| {
@@ -86,7 +86,7 @@ fn inside(text: &str) -> &str {
     end.map_or(text, |end| &text[..end])
 }
 
-/// The words of a condition that are not in quotes.
+/// Returns the words of a condition that are not in quotes.
 fn words(condition: &str) -> impl Iterator<Item = &str> {
     condition
         .split('"')
@@ -109,7 +109,7 @@ mod tests {
         }
     }
 
-    /// Made of parts, as this file is checked as well.
+    /// Built from parts, because this file is checked as well.
     fn attribute(condition: &str) -> String {
         format!("#[{}({condition})]\nfn f() {{}}\n", concat!("c", "fg"))
     }
