@@ -15,6 +15,8 @@
 //! milliseconds, and only removal has to wait for that.
 
 mod files;
+#[cfg(test)]
+mod full;
 mod records;
 #[cfg(test)]
 mod tests;

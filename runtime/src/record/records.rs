@@ -119,7 +119,12 @@ impl Records {
             .mode(0o700)
             .create(&record.sockets)
             .map_err(io_error("create", &record.sockets))?;
-        std::fs::rename(fresh, &record.directory).map_err(io_error("create", &record.directory))?;
+        std::fs::rename(fresh, &record.directory)
+            .map_err(io_error("create", &record.directory))
+            .inspect_err(|_| {
+                // The caller removes the rest.
+                let _ = std::fs::remove_dir(&record.sockets);
+            })?;
         Ok((record, lock))
     }
 

@@ -10,13 +10,16 @@ struct Fixture {
 
 fn fixture() -> Fixture {
     let dir = tempfile::tempdir().unwrap();
-    let at = |name| dir.path().join(name);
-    let home = Home::new(&at("data"), &at("run"), &at("cache"));
-    let records = Records::open(&home).unwrap();
+    let records = fixture_in(dir.path());
     Fixture { _dir: dir, records }
 }
 
-fn config(id: VmId, name: String) -> VmConfig {
+pub(super) fn fixture_in(directory: &std::path::Path) -> Records {
+    let at = |name| directory.join(name);
+    Records::open(&Home::new(&at("data"), &at("run"), &at("cache"))).unwrap()
+}
+
+pub(super) fn config(id: VmId, name: String) -> VmConfig {
     VmConfig {
         id,
         name,
