@@ -188,7 +188,10 @@ impl Appliers {
 
     fn compare_once(&self, stacks: &[Stack]) -> Vec<Outcome> {
         let mut outcomes = self.compare_all(stacks);
-        // Some differences disappear together with their known cause.
+        let mut stacks = stacks.to_vec();
+        // Some differences disappear together with their known cause. Where another one
+        // appears instead, the stack has two causes, and the next is looked for in what is
+        // left of it.
         for (variant, class) in VARIANTS {
             let mut again = Vec::new();
             for (number, outcome) in outcomes.iter().enumerate() {
@@ -201,9 +204,15 @@ impl Appliers {
                 continue;
             }
             let (numbers, again): (Vec<_>, Vec<_>) = again.into_iter().unzip();
-            for (number, outcome) in numbers.into_iter().zip(self.compare_all(&again)) {
-                if !matches!(outcome, Outcome::Different(_)) {
-                    outcomes[number] = Outcome::Known(class);
+            let compared = self.compare_all(&again);
+            for ((number, stack), outcome) in numbers.into_iter().zip(again).zip(compared) {
+                match (&outcome, &outcomes[number]) {
+                    (Outcome::Different(new), Outcome::Different(old)) => {
+                        if new.class != old.class {
+                            (stacks[number], outcomes[number]) = (stack, outcome);
+                        }
+                    }
+                    _ => outcomes[number] = Outcome::Known(class),
                 }
             }
         }
