@@ -1,5 +1,7 @@
 //! Selection of the guest kernel, and the modules that a distribution's kernel needs.
 
+mod embedded;
+
 use std::cmp::Ordering;
 use std::collections::{HashMap, HashSet};
 use std::io;
@@ -7,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
+use self::embedded::Packed;
 use crate::home::Home;
 use crate::initramfs::Module;
 
@@ -46,6 +49,15 @@ pub enum KernelError {
         path: PathBuf,
         /// The cause.
         reason: String,
+    },
+    /// The kernel embedded in this program cannot be unpacked.
+    #[error("cannot unpack the embedded kernel below {path:?}")]
+    Unpack {
+        /// The cache directory.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
     },
     /// A kernel's modules cannot be read.
     #[error("cannot read kernel module {path:?}")]
@@ -88,12 +100,21 @@ pub struct Listed {
 }
 
 /// Finds the kernel to boot: `explicit`, else `$SM_KERNEL`, else the one selected with
-/// [`choose`], else the newest one built, else the newest one in `/boot`. Unusable
-/// kernels are skipped unless they were requested.
+/// [`choose`], else the one embedded in this program, else the newest one built, else the
+/// newest one in `/boot`. Unusable kernels are skipped unless they were requested.
 ///
 /// # Errors
-/// The requested kernel is unusable, or no kernel is usable.
+/// The requested kernel is unusable, the embedded one cannot be unpacked, or no kernel is
+/// usable.
 pub fn find(home: &Home, explicit: Option<&Path>) -> Result<Kernel, KernelError> {
+    find_with(home, explicit, embedded::EMBEDDED)
+}
+
+fn find_with(
+    home: &Home,
+    explicit: Option<&Path>,
+    packed: Option<Packed<'_>>,
+) -> Result<Kernel, KernelError> {
     let environment = std::env::var_os("SM_KERNEL")
         .filter(|value| !value.is_empty())
         .map(PathBuf::from);
@@ -105,8 +126,18 @@ pub fn find(home: &Home, explicit: Option<&Path>) -> Result<Kernel, KernelError>
     if current.symlink_metadata().is_ok() {
         return usable(&current);
     }
+    if let Some(packed) = packed {
+        return usable(&unpacked(home, packed)?);
+    }
     let found = candidates(home);
     first_usable(found.iter().map(|(_, path)| path.as_path()))
+}
+
+fn unpacked(home: &Home, packed: Packed<'_>) -> Result<PathBuf, KernelError> {
+    embedded::unpacked(packed, home.cache()).map_err(|source| KernelError::Unpack {
+        path: home.cache().to_owned(),
+        source,
+    })
 }
 
 /// Returns the first usable kernel, or the error of the first one.
@@ -127,13 +158,22 @@ fn first_usable<'a>(paths: impl Iterator<Item = &'a Path>) -> Result<Kernel, Ker
 /// Lists all kernels known on this host, including the one that is booted by default.
 #[must_use]
 pub fn list(home: &Home) -> Vec<Listed> {
-    let current = find(home, None).ok().map(|kernel| kernel.path);
+    list_with(home, embedded::EMBEDDED)
+}
+
+fn list_with(home: &Home, packed: Option<Packed<'_>>) -> Vec<Listed> {
+    let current = find_with(home, None, packed).ok().map(|kernel| kernel.path);
     let is_current = |path: &Path| {
         let path = path.canonicalize();
         path.is_ok_and(|path| current.as_ref() == Some(&path))
     };
-    let mut listed: Vec<_> = candidates(home)
+    let embedded = packed.map(|packed| {
+        let path = embedded::path(packed, home.cache());
+        (embedded::NAME.to_owned(), path)
+    });
+    let mut listed: Vec<_> = embedded
         .into_iter()
+        .chain(candidates(home))
         .map(|(name, path)| Listed {
             current: is_current(&path),
             name,
@@ -159,10 +199,22 @@ pub fn list(home: &Home) -> Vec<Listed> {
 /// # Errors
 /// The kernel is unusable, or the selection cannot be stored.
 pub fn choose(home: &Home, kernel: &str) -> Result<Kernel, KernelError> {
+    choose_with(home, kernel, embedded::EMBEDDED)
+}
+
+fn choose_with(
+    home: &Home,
+    kernel: &str,
+    packed: Option<Packed<'_>>,
+) -> Result<Kernel, KernelError> {
     let listed = candidates(home)
         .into_iter()
         .find(|(name, _)| name == kernel);
-    let path = listed.map_or_else(|| PathBuf::from(kernel), |(_, path)| path);
+    let path = match (packed, listed) {
+        (Some(packed), _) if kernel == embedded::NAME => unpacked(home, packed)?,
+        (_, Some((_, path))) => path,
+        (_, None) => PathBuf::from(kernel),
+    };
     let found = usable(&path)?;
     let record = || {
         let directory = home.kernels();
@@ -425,6 +477,38 @@ mod tests {
         std::fs::write(&text, vec![b'x'; 4096]).unwrap();
         let error = find(&home, Some(&text)).unwrap_err();
         assert!(error.to_string().contains("neither"), "{error}");
+    }
+
+    #[test]
+    fn the_embedded_kernel_comes_before_built_ones_and_behind_a_choice() {
+        let dir = tempfile::tempdir().unwrap();
+        let home = home(dir.path());
+        kernel_file(&home.cache().join("kernels/6.12-abc/vmlinux"));
+        let (zstd, digest) = embedded::tests::packed();
+        let packed = Some(Packed {
+            zstd: &zstd,
+            digest: &digest,
+        });
+        let found = find_with(&home, None, packed).unwrap();
+        assert!(found.path.starts_with(home.cache().join("embedded")));
+        let current = |listed: Vec<Listed>| {
+            let current = listed.into_iter().find(|kernel| kernel.current);
+            current.unwrap().name
+        };
+        assert_eq!(current(list_with(&home, packed)), "embedded");
+
+        choose_with(&home, "6.12-abc", packed).unwrap();
+        assert_eq!(current(list_with(&home, packed)), "6.12-abc");
+        std::fs::remove_dir_all(home.cache().join("embedded")).unwrap();
+        assert_eq!(choose_with(&home, "embedded", packed).unwrap(), found);
+        assert_eq!(current(list_with(&home, packed)), "embedded");
+
+        // A cache that cannot be written is an error, not a reason for another kernel.
+        std::fs::remove_file(home.kernels().join("current")).unwrap();
+        std::fs::remove_dir_all(home.cache().join("embedded")).unwrap();
+        std::fs::write(home.cache().join("embedded"), b"").unwrap();
+        let error = find_with(&home, None, packed).unwrap_err();
+        assert!(matches!(error, KernelError::Unpack { .. }), "{error}");
     }
 
     #[test]

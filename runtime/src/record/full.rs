@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::tests::{config, fixture_in};
-use super::*;
 
 const OWN: &str = "SM_TEST_SMALL_DISK";
 
