@@ -505,3 +505,6 @@ impl SignalSender {
 fn unexpected(answer: &ControlAnswer) -> Error {
     Error::Refused(format!("the VM's process answered {answer:?}"))
 }
+
+#[cfg(test)]
+mod tests;

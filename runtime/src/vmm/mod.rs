@@ -24,6 +24,9 @@ pub(crate) mod saved;
 mod serving;
 mod supervisor;
 
+#[cfg(test)]
+pub(crate) use supervisor::testing;
+
 use environment::Environment;
 
 /// Set in the environment of VMMs, so that a program that was started as one and

@@ -17,6 +17,8 @@ mod guest_side;
 mod output;
 mod snapshots;
 #[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
 mod tests;
 
 use std::collections::BTreeMap;

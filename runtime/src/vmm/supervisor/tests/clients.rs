@@ -118,8 +118,8 @@ fn take_all_descriptors() -> Vec<std::fs::File> {
 /// The listener stays readable, so it is not looked at until a deadline.
 #[test]
 fn a_connection_that_cannot_be_accepted_makes_no_loop_spin() {
-    let name = "clients::a_connection_that_cannot_be_accepted_makes_no_loop_spin";
-    if !in_own_process(name, &mut this_program()) {
+    let name = "a_connection_that_cannot_be_accepted_makes_no_loop_spin";
+    if !in_own_process(module_path!(), name, &mut this_program()) {
         return;
     }
     let (f, mut supervisor) = not_running(Setup::default());
@@ -153,8 +153,8 @@ fn a_connection_that_cannot_be_accepted_makes_no_loop_spin() {
 /// The limit is of the process, so it is set in one of its own.
 #[test]
 fn a_process_without_descriptors_serves_clients_one_by_one() {
-    let name = "clients::a_process_without_descriptors_serves_clients_one_by_one";
-    if !in_own_process(name, &mut this_program()) {
+    let name = "a_process_without_descriptors_serves_clients_one_by_one";
+    if !in_own_process(module_path!(), name, &mut this_program()) {
         return;
     }
     let mut f = fixture(Setup {
@@ -218,20 +218,4 @@ fn a_client_that_sends_no_more_gets_its_answer() {
     assert!(client.receive().is_none());
     main.exit(0);
     f.finish();
-}
-
-#[test]
-fn the_log_of_a_vm_that_has_gone_is_read_to_its_end() {
-    let mut f = fixture(Setup {
-        auto_remove: true,
-        ..Setup::default()
-    });
-    let (_agent, mut main) = f.start();
-    let mut logs = crate::logs::Logs::open(f.record.clone()).unwrap();
-    main.send(FrameType::Stdout, b"last");
-    main.exit(0);
-    f.finish();
-    assert!(!f.record.directory().exists());
-    assert_eq!(logs.wait_record().unwrap().unwrap().bytes, b"last");
-    assert!(logs.wait_record().unwrap().is_none());
 }

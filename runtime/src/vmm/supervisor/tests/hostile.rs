@@ -179,7 +179,7 @@ fn other_users_cannot_control_it_even_where_they_can_connect() {
     let socket = f.record.control_socket();
     let opened = socket
         .ancestors()
-        .take_while(|path| path.starts_with(f._dir.as_ref().unwrap().path()));
+        .take_while(|path| path.starts_with(f.record.home()));
     for path in opened {
         let mode = std::fs::Permissions::from_mode(0o777);
         std::fs::set_permissions(path, mode).unwrap();

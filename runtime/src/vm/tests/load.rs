@@ -2,9 +2,9 @@
 
 use std::thread;
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
 use super::*;
-use crate::Vm;
-use crate::logs::Logs;
 
 /// Of each kind.
 const CLIENTS: usize = 120;
@@ -35,25 +35,31 @@ fn serve_exec(listener: &UnixListener, commands: usize) {
 /// by default a user has 128, whoever takes them.
 #[test]
 fn hundreds_that_wait_are_attached_or_follow_keep_nobody_from_using_the_vm() {
-    let mut command = std::process::Command::new("unshare");
+    let mut command = Command::new("unshare");
     command
         .args(["--user", "--map-root-user", "sh", "-c"])
         .arg("echo 50 >/proc/sys/user/max_inotify_instances && exec \"$0\" \"$@\"")
         .arg(std::env::current_exe().unwrap());
-    let name = "load::hundreds_that_wait_are_attached_or_follow_keep_nobody_from_using_the_vm";
-    if !in_own_process(name, &mut command) {
+    let name = "hundreds_that_wait_are_attached_or_follow_keep_nobody_from_using_the_vm";
+    if !in_own_process(module_path!(), name, &mut command) {
         return;
     }
-    crate::vmm::descriptors::raise();
+    // As a VM's process does.
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    let most = Rlimit {
+        current: maximum,
+        maximum,
+    };
+    setrlimit(Resource::Nofile, most).unwrap();
     let mut f = fixture(Setup {
         detached: true,
         ..Setup::default()
     });
-    let (mut agent, mut main) = f.start();
-    let exec = UnixListener::bind(f.record.exec_socket()).unwrap();
+    let (mut agent, mut main) = f.vm.start();
+    let exec = UnixListener::bind(f.vm.record.exec_socket()).unwrap();
     let exec = thread::spawn(move || serve_exec(&exec, 10));
     let client = |call: &ControlCall| {
-        let mut peer = Peer(UnixStream::connect(f.record.control_socket()).unwrap());
+        let mut peer = Peer(UnixStream::connect(f.vm.record.control_socket()).unwrap());
         peer.send(FrameType::Request, &serde_json::to_vec(call).unwrap());
         peer
     };
@@ -66,11 +72,11 @@ fn hundreds_that_wait_are_attached_or_follow_keep_nobody_from_using_the_vm() {
     }
     let following: Vec<_> = (0..CLIENTS)
         .map(|_| {
-            let record = f.record.clone();
+            let record = f.vm.record.clone();
             thread::spawn(move || followed(&record))
         })
         .collect();
-    let vm = Vm::find(&home_in(f._dir.as_ref().unwrap().path()), "vm").unwrap();
+    let vm = f.find();
     let mut expected = String::new();
     for round in 0..10 {
         let line = format!("line {round}\n");
@@ -86,7 +92,7 @@ fn hundreds_that_wait_are_attached_or_follow_keep_nobody_from_using_the_vm() {
         assert_eq!(text(&ran.stdout), format!("command {round}"));
         assert_eq!(vm.inspect().unwrap().state.status, "running");
     }
-    f.control()
+    f.vm.control()
         .call(&ControlCall::Stop { grace_ms: None })
         .unwrap();
     let request: ControlRequest = agent.receive_json(FrameType::Control);
@@ -112,7 +118,7 @@ fn hundreds_that_wait_are_attached_or_follow_keep_nobody_from_using_the_vm() {
     }
     exec.join().unwrap();
     drop((waiting, attached));
-    f.finish();
+    f.vm.finish();
 }
 
 /// It hears once that there is more, however much more there is.
@@ -122,8 +128,8 @@ fn a_follower_that_does_not_read_holds_nobody_up() {
         detached: true,
         ..Setup::default()
     });
-    let (_agent, mut main) = f.start();
-    let mut follower = f.control().follow().unwrap();
+    let (_agent, mut main) = f.vm.start();
+    let mut follower = f.vm.control().follow().unwrap();
     // More words than a socket has room for.
     for _ in 0..5000 {
         main.send(FrameType::Stdout, b"x");
@@ -132,7 +138,7 @@ fn a_follower_that_does_not_read_holds_nobody_up() {
     let mut words = Vec::new();
     follower.read_to_end(&mut words).unwrap();
     assert!(!words.is_empty());
-    f.finish();
+    f.vm.finish();
     // One that comes when all is over is told so by the end of its connection.
-    assert_eq!(followed(&f.record).len(), 5000);
+    assert_eq!(followed(&f.vm.record).len(), 5000);
 }

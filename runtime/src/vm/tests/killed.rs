@@ -3,27 +3,24 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use super::*;
-use crate::Vm;
 
 const KILLS: usize = 60;
-const NAME: &str = "vmm::supervisor::tests::killed::a_listing_after_a_kill_is_true";
+const NAME: &str = "vm::tests::killed::a_listing_after_a_kill_is_true";
 /// Directory of VMs of the process that is killed.
 const VICTIM: &str = "SM_TEST_VICTIM";
 
 /// Starts, stops and removes VMs until it is killed.
 fn work(directory: &Path) {
+    let home = home_in(directory);
     for round in 0.. {
         let setup = Setup {
             auto_remove: round % 3 == 0,
             ..Setup::default()
         };
-        let (mut f, supervisor) = not_running_in(directory, None, setup);
-        // As a machine does when it is made.
-        fs::write(f.record.directory().join("console.log"), b"").unwrap();
-        f.thread = Some(std::thread::spawn(move || supervisor.run()));
+        let mut f = supervised(&home, None, setup);
         let (mut agent, mut main) = f.start();
         main.send(FrameType::Stdout, b"hello");
         f.control()
@@ -33,7 +30,7 @@ fn work(directory: &Path) {
         main.exit(143);
         assert!(f.events().ends_with(&["ended 143".to_owned()]));
         f.finish();
-        for mut vm in Vm::list(&home_in(directory)).unwrap() {
+        for mut vm in Vm::list(&home).unwrap() {
             if round % 2 == 0 {
                 vm.remove(false).unwrap();
             }

@@ -1,7 +1,6 @@
 //! Commands beside the workload, as far as the VM's process has to do with them.
 
 use super::*;
-use crate::{Error, Vm};
 
 #[test]
 fn a_guest_that_takes_no_request_is_not_waited_for_for_ever() {
@@ -9,10 +8,10 @@ fn a_guest_that_takes_no_request_is_not_waited_for_for_ever() {
         detached: true,
         ..Setup::default()
     });
-    let (_agent, mut main) = f.start();
+    let (_agent, mut main) = f.vm.start();
     // Nobody reads what arrives there.
-    let _exec = UnixListener::bind(f.record.exec_socket()).unwrap();
-    let vm = Vm::find(&home_in(f._dir.as_ref().unwrap().path()), "vm").unwrap();
+    let _exec = UnixListener::bind(f.vm.record.exec_socket()).unwrap();
+    let vm = f.find();
     let mut command = vm.exec(["cat", "/tmp/f"]);
     command.send_timeout = Duration::from_millis(50);
     let error = command
@@ -25,7 +24,7 @@ fn a_guest_that_takes_no_request_is_not_waited_for_for_ever() {
     assert_eq!(*operation, "send the command to the VM");
     assert_eq!(source.kind(), io::ErrorKind::TimedOut);
     main.exit(0);
-    f.finish();
+    f.vm.finish();
 }
 
 #[test]
@@ -34,8 +33,8 @@ fn a_command_in_a_paused_vm_is_refused_at_once() {
         detached: true,
         ..Setup::default()
     });
-    let (_agent, mut main) = f.start();
-    let vm = Vm::find(&home_in(f._dir.as_ref().unwrap().path()), "vm").unwrap();
+    let (_agent, mut main) = f.vm.start();
+    let vm = f.find();
     vm.pause().unwrap();
     let error = vm.exec(["true"]).start().unwrap_err().to_string();
     assert!(error.contains("VM \"vm\" is paused"), "{error}");
@@ -43,5 +42,5 @@ fn a_command_in_a_paused_vm_is_refused_at_once() {
     let error = vm.exec(["true"]).start().unwrap_err();
     assert!(matches!(error, Error::NotRunning(_)), "no agent: {error}");
     main.exit(0);
-    f.finish();
+    f.vm.finish();
 }

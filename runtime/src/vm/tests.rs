@@ -1,0 +1,67 @@
+//! VMs, their logs and listings over real supervisors of fake machines, whose agents are
+//! played by the tests.
+
+mod exec;
+mod killed;
+mod load;
+mod logs;
+
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use sm_control::launch::{ControlAnswer, ControlCall};
+use sm_control::session::Event;
+use sm_guest_proto::control::ControlRequest;
+use sm_guest_proto::exec::{ExecControl, ExecReply, ExecRequest};
+use sm_guest_proto::frame::FrameType;
+use tempfile::TempDir;
+
+use super::*;
+use crate::logs::Logs;
+use crate::record::ExitReason;
+use crate::vmm::testing::{self, Peer, Setup, in_own_process, text};
+
+type Supervised = testing::Fixture<Record>;
+
+/// A VM in a home of its own.
+struct Fixture {
+    home: Home,
+    vm: Supervised,
+    _directory: TempDir,
+}
+
+fn fixture(setup: Setup) -> Fixture {
+    let directory = tempfile::tempdir().unwrap();
+    let home = home_in(directory.path());
+    let vm = supervised(&home, Some("vm"), setup);
+    Fixture {
+        home,
+        vm,
+        _directory: directory,
+    }
+}
+
+fn home_in(directory: &Path) -> Home {
+    let at = |name| directory.join(name);
+    Home::new(&at("data"), &at("run"), &at("cache"))
+}
+
+fn supervised(home: &Home, name: Option<&str>, setup: Setup) -> Supervised {
+    let records = Records::open(home).unwrap();
+    let (record, lock) = records
+        .create(name, |id, name| Ok(setup.config(id, name)))
+        .unwrap();
+    // As a machine does when it is created.
+    std::fs::write(record.directory().join("console.log"), b"").unwrap();
+    let config = record.config().clone();
+    testing::fixture(record, config, lock, setup)
+}
+
+impl Fixture {
+    fn find(&self) -> Vm {
+        Vm::find(&self.home, "vm").unwrap()
+    }
+}

@@ -1,0 +1,529 @@
+//! A fake machine under a real supervisor, whose agent is played by the test.
+//!
+//! A test gives the record ([`fixture`]), so that it is free to use a fake one or one on
+//! disk.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test that cannot go on is a failed test"
+)]
+
+use std::fs::File;
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use rustix::event::{EventfdFlags, eventfd};
+use sm_control::config::VmConfig;
+use sm_control::id::VmId;
+use sm_control::launch::{LaunchRequest, Origin, Paging, SnapshotReport};
+use sm_control::session::{Event, Session};
+use sm_control::workload::Workload;
+use sm_control::{Control, Endpoint};
+use sm_guest_proto::control::{AgentHello, ControlReply, ControlRequest, Refreshed};
+use sm_guest_proto::exec::{ExecControl, ExecReply, ExecRequest, Hello, Role};
+use sm_guest_proto::frame::{self, ExitStatus, FrameHeader, FrameType, HEADER_LEN};
+use sm_guest_proto::{PROTOCOL_VERSION, port};
+
+use super::{Parts, Supervisor};
+use crate::vmm::environment::VmRecord;
+use crate::vmm::guest::{
+    AfterCapture, Guest, GuestEnd, Notice, NoticeSender, SnapshotMade, SnapshotPlan, Start, notices,
+};
+
+/// A machine without a guest: streams to it go to the test.
+pub(crate) struct FakeGuest {
+    connections: Sender<(u32, UnixStream)>,
+    state: Arc<FakeState>,
+    start: Start,
+    notices: NoticeSender,
+    wants_root: bool,
+    slow_copies: bool,
+}
+
+#[derive(Debug)]
+pub(crate) struct FakeState {
+    ended: OwnedFd,
+    pub(crate) end: Mutex<Option<GuestEnd>>,
+    pub(crate) paused: Mutex<bool>,
+    pub(crate) console: Mutex<String>,
+    /// The last snapshot that was asked for.
+    pub(crate) snapshot: Mutex<Option<SnapshotPlan>>,
+    /// The state in which the machine was put after its memory was copied.
+    pub(crate) captured: Mutex<Option<AfterCapture>>,
+    pub(crate) capture_given_up: Mutex<bool>,
+    /// Its published ports are closed.
+    pub(crate) closed: Mutex<bool>,
+    /// It has sent something that has not left yet.
+    pub(crate) delivers: Mutex<bool>,
+    /// Image snapshots made.
+    pub(crate) roots: Mutex<u32>,
+    pub(crate) given_up: Mutex<bool>,
+}
+
+impl FakeState {
+    pub(crate) fn end(&self, end: GuestEnd) {
+        self.end.lock().unwrap().get_or_insert(end);
+        rustix::io::write(&self.ended, &1u64.to_ne_bytes()).unwrap();
+    }
+}
+
+impl Guest for FakeGuest {
+    fn connect(&mut self, port: u32) -> io::Result<UnixStream> {
+        let (ours, theirs) = UnixStream::pair()?;
+        self.connections.send((port, theirs)).unwrap();
+        Ok(ours)
+    }
+    fn start(&self) -> Start {
+        self.start
+    }
+    fn wants_root(&self) -> bool {
+        self.wants_root
+    }
+    fn root_attached(&mut self) -> Result<bool, String> {
+        *self.state.roots.lock().unwrap() += 1;
+        if !self.slow_copies {
+            self.notices.send(Notice::Captured(Ok(())));
+        }
+        Ok(true)
+    }
+    fn cached_source(&self) -> Option<String> {
+        matches!(self.start, Start::Restored(_)).then(|| "image-x".to_owned())
+    }
+    fn give_up_source(&mut self) -> Option<String> {
+        *self.state.given_up.lock().unwrap() = true;
+        matches!(self.start, Start::Restored(_)).then(|| "image-x".to_owned())
+    }
+    fn check_snapshot(&self, name: &str) -> Result<(), String> {
+        match name {
+            "taken" => Err("a snapshot named \"taken\" exists already".to_owned()),
+            _ => Ok(()),
+        }
+    }
+    fn snapshot(&mut self, plan: SnapshotPlan) -> Result<(), String> {
+        // Of some the test says when their memory is copied.
+        if plan.name != "large" {
+            self.notices.send(Notice::Captured(Ok(())));
+        }
+        *self.state.snapshot.lock().unwrap() = Some(plan);
+        Ok(())
+    }
+    fn captured(&mut self, then: AfterCapture) -> Result<(), String> {
+        *self.state.captured.lock().unwrap() = Some(then);
+        let plan = self.state.snapshot.lock().unwrap();
+        let made = match plan.as_ref().map(|plan| plan.name.as_str()) {
+            _ if then == AfterCapture::Forget => return Ok(()),
+            Some("raced") => Err("a snapshot named \"raced\" exists already".to_owned()),
+            // The test says when it is on disk.
+            None | Some("slow" | "large") => return Ok(()),
+            Some(_) => Ok(SnapshotReport {
+                pages: 7,
+                ..SnapshotReport::default()
+            }),
+        };
+        let made = made.map(|report| SnapshotMade { report, kept: None });
+        self.notices.send(Notice::Snapshot(made));
+        Ok(())
+    }
+    fn give_up_capture(&self) {
+        *self.state.capture_given_up.lock().unwrap() = true;
+    }
+    fn reset(&mut self) -> Result<(), String> {
+        Ok(())
+    }
+    fn console_tail(&self, _lines: usize) -> String {
+        self.state.console.lock().unwrap().clone()
+    }
+    fn published(&self) -> Vec<sm_control::publish::PublishedPort> {
+        Vec::new()
+    }
+    fn close_published(&mut self) {
+        *self.state.closed.lock().unwrap() = true;
+    }
+    fn is_delivering(&mut self) -> bool {
+        *self.state.delivers.lock().unwrap()
+    }
+    fn pause(&mut self) -> Result<(), String> {
+        *self.state.paused.lock().unwrap() = true;
+        Ok(())
+    }
+    fn resume(&mut self) -> Result<(), String> {
+        *self.state.paused.lock().unwrap() = false;
+        Ok(())
+    }
+    fn stop(&mut self) {
+        self.state.end(GuestEnd::Stopped);
+    }
+    fn end_event(&self) -> BorrowedFd<'_> {
+        self.state.ended.as_fd()
+    }
+    fn end(&self) -> Option<GuestEnd> {
+        self.state.end.lock().unwrap().clone()
+    }
+}
+
+/// A blocking peer that speaks frames.
+#[derive(Debug)]
+pub struct Peer(pub UnixStream);
+
+impl Peer {
+    pub fn receive(&mut self) -> Option<(FrameType, Vec<u8>)> {
+        let mut header = [0; HEADER_LEN];
+        self.0.read_exact(&mut header).ok()?;
+        let header = FrameHeader::decode(header).unwrap();
+        let mut payload = vec![0; header.len];
+        self.0.read_exact(&mut payload).unwrap();
+        Some((header.kind, payload))
+    }
+
+    pub fn send(&mut self, kind: FrameType, payload: &[u8]) {
+        let mut bytes = Vec::new();
+        frame::encode(kind, payload, &mut bytes).unwrap();
+        self.0.write_all(&bytes).unwrap();
+    }
+
+    pub fn send_json(&mut self, message: &impl serde::Serialize) {
+        self.send(FrameType::Control, &serde_json::to_vec(message).unwrap());
+    }
+
+    pub fn receive_json<T: serde::de::DeserializeOwned>(&mut self, expected: FrameType) -> T {
+        let (kind, payload) = self.receive().expect("a frame");
+        assert_eq!(kind, expected);
+        serde_json::from_slice(&payload).unwrap()
+    }
+
+    pub fn exit(&mut self, status: u32) {
+        let exit = ExitStatus {
+            status,
+            peak_rss_kib: Some(7),
+        };
+        self.send(FrameType::Exit, &exit.to_payload());
+    }
+}
+
+/// A supervisor on a thread, or about to be there, and everything around it.
+#[derive(Debug)]
+pub struct Fixture<R> {
+    /// Its record.
+    pub record: R,
+    /// The launcher's end of the launch stream.
+    pub launcher: Option<Session>,
+    control: Endpoint,
+    pub(crate) dial: NoticeSender,
+    pub(crate) connections: Receiver<(u32, UnixStream)>,
+    pub(crate) guest: Arc<FakeState>,
+    pub(crate) terminate: UnixStream,
+    thread: Option<std::thread::JoinHandle<io::Result<()>>>,
+}
+
+/// What is not the default of a test.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Setup {
+    /// The launcher does not attach.
+    pub detached: bool,
+    /// The workload has standard input.
+    pub stdin: bool,
+    /// The record goes with the VM.
+    pub auto_remove: bool,
+    pub(crate) start: Option<Start>,
+    /// The launch stream takes more than a connection holds back.
+    pub(crate) large_buffers: bool,
+    pub(crate) wants_root: bool,
+    /// The test says when memory was copied for an image snapshot.
+    pub(crate) slow_copies: bool,
+    /// It is started to tell what makes it distinct.
+    pub(crate) evidence: bool,
+    pub(crate) prepare_timeout: Option<Duration>,
+    /// How long a guest may take to power itself off; hardly any time, as most agents
+    /// that a test plays do not.
+    pub(crate) power_off_timeout: Option<Duration>,
+    pub(crate) start_timeout_ms: Option<u64>,
+    pub(crate) idle_timeout: Option<Duration>,
+}
+
+impl Setup {
+    /// What a VM with this setup was started with.
+    #[must_use]
+    pub fn config(self, id: VmId, name: String) -> VmConfig {
+        VmConfig {
+            id,
+            name,
+            image: "oci:x".into(),
+            image_digest: "sha256:0".into(),
+            created_ns: 1,
+            workload: Workload {
+                argv: vec!["prog".into()],
+                stdin: self.stdin,
+                hostname: "box".into(),
+                stop_signal: 15,
+                ..Workload::default()
+            },
+            memory: 64 << 20,
+            cpus: 1,
+            kernel: "/k".into(),
+            auto_remove: self.auto_remove,
+            read_only: false,
+            stop_timeout_ms: 600_000,
+            publish: Vec::new(),
+            publish_wait_ms: 0,
+        }
+    }
+}
+
+/// Starts a supervisor over a fake machine, for a VM with this record.
+///
+/// # Panics
+/// The record cannot be used.
+pub fn fixture<R: VmRecord + Clone + 'static>(
+    record: R,
+    config: VmConfig,
+    lock: File,
+    setup: Setup,
+) -> Fixture<R> {
+    let (fixture, supervisor) = not_running(record, config, lock, setup);
+    Fixture {
+        thread: Some(std::thread::spawn(move || supervisor.run())),
+        ..fixture
+    }
+}
+
+/// Runs a test that must have a process of its own there: true in that process. `name`
+/// is the test's, below [`module_path`].
+///
+/// # Panics
+/// The test fails.
+pub fn in_own_process(module: &str, name: &str, command: &mut std::process::Command) -> bool {
+    const OWN: &str = "SM_TEST_OWN_PROCESS";
+    if std::env::var_os(OWN).is_some() {
+        return true;
+    }
+    let (_crate, module) = module.split_once("::").expect("tests are in modules");
+    let test = command
+        .args(["--exact", "--nocapture", &format!("{module}::{name}")])
+        .env(OWN, "1")
+        .output()
+        .unwrap();
+    assert!(test.status.success(), "{test:?}");
+    assert!(String::from_utf8_lossy(&test.stdout).contains("1 passed"));
+    false
+}
+
+pub(crate) fn not_running<R: VmRecord + Clone + 'static>(
+    record: R,
+    config: VmConfig,
+    lock: File,
+    setup: Setup,
+) -> (Fixture<R>, Supervisor<FakeGuest>) {
+    let control = Endpoint::new(record.control_socket(), &config.name);
+    let request = LaunchRequest {
+        version: String::new(),
+        data: PathBuf::new(),
+        run: PathBuf::new(),
+        cache: PathBuf::new(),
+        config,
+        modules: None,
+        cmdline: String::new(),
+        origin: match setup.evidence {
+            true => Origin::Evidence("warm".to_owned()),
+            false => Origin::Image,
+        },
+        paging: Paging::Map,
+        root: Vec::new(),
+        upper_size: 5,
+        shm_size: 6,
+        extra_hosts: Vec::new(),
+        nameservers: Vec::new(),
+        attach: !setup.detached,
+        columns: 80,
+        rows: 24,
+        start_timeout_ms: setup.start_timeout_ms.unwrap_or(600_000),
+        phases: Vec::new(),
+    };
+    let (launcher, theirs) = UnixStream::pair().unwrap();
+    if setup.large_buffers {
+        rustix::net::sockopt::set_socket_send_buffer_size(&theirs, 1 << 20).unwrap();
+    }
+    let (terminate, terminated) = UnixStream::pair().unwrap();
+    let (dial, notices) = notices().unwrap();
+    let (sender, connections) = channel();
+    let guest = Arc::new(FakeState {
+        ended: eventfd(0, EventfdFlags::CLOEXEC).unwrap(),
+        end: Mutex::new(None),
+        paused: Mutex::new(false),
+        console: Mutex::new(String::new()),
+        snapshot: Mutex::new(None),
+        captured: Mutex::new(None),
+        capture_given_up: Mutex::new(false),
+        closed: Mutex::new(false),
+        delivers: Mutex::new(false),
+        roots: Mutex::new(0),
+        given_up: Mutex::new(false),
+    });
+    let parts = Parts {
+        guest: FakeGuest {
+            connections: sender,
+            state: guest.clone(),
+            start: setup.start.unwrap_or(Start::Boot),
+            notices: dial.clone(),
+            wants_root: setup.wants_root,
+            slow_copies: setup.slow_copies,
+        },
+        warnings: vec!["it rains".to_owned()],
+        notices,
+        request,
+        lock,
+        launcher: theirs,
+        listener: UnixListener::bind(record.control_socket()).unwrap(),
+        terminate: terminated,
+        log: record.output_log().unwrap(),
+        record: Arc::new(record.clone()),
+    };
+    let mut supervisor = Supervisor::new(parts).unwrap();
+    supervisor.power_off_timeout = setup.power_off_timeout.unwrap_or(Duration::from_millis(20));
+    supervisor.record_retry = Duration::from_millis(20);
+    if let Some(timeout) = setup.idle_timeout {
+        supervisor.idle_timeout = timeout;
+    }
+    if let Some(timeout) = setup.prepare_timeout {
+        supervisor.prepare_timeout = timeout;
+    }
+    let fixture = Fixture {
+        record,
+        control,
+        launcher: Some(Session::new(launcher, None).unwrap()),
+        dial,
+        connections,
+        guest,
+        terminate,
+        thread: None,
+    };
+    (fixture, supervisor)
+}
+
+impl<R> Fixture<R> {
+    /// Dials as an agent does.
+    pub(crate) fn dial(&self) -> Peer {
+        let (theirs, ours) = UnixStream::pair().unwrap();
+        self.dial.send(Notice::Agent(theirs));
+        Peer(ours)
+    }
+
+    /// Plays the agent up to the request for the workload.
+    pub(crate) fn boot(&mut self) -> (Peer, Peer, ExecRequest) {
+        let (agent, mut main) = self.boot_to_root();
+        let request: ExecRequest = main.receive_json(FrameType::Request);
+        (agent, main, request)
+    }
+
+    /// Plays the agent until its root is attached.
+    pub(crate) fn boot_to_root(&mut self) -> (Peer, Peer) {
+        let mut agent = self.dial();
+        let request = agent.receive_json(FrameType::Control);
+        assert!(matches!(request, ControlRequest::Hello(_)));
+        agent.send_json(&ControlReply::Hello(AgentHello {
+            protocol: PROTOCOL_VERSION,
+            init_us: 1000,
+            ready_us: 3000,
+            ..AgentHello::default()
+        }));
+        let ControlRequest::Refresh(refresh) = agent.receive_json(FrameType::Control) else {
+            panic!("identity comes before anything else");
+        };
+        assert!(refresh.entropy.len() >= 32 && refresh.hostname == "box");
+        agent.send_json(&ControlReply::Refreshed(Refreshed::default()));
+        let request = agent.receive_json(FrameType::Control);
+        assert!(matches!(request, ControlRequest::AttachRoot(_)));
+        let (to, stream) = self.connections.recv().unwrap();
+        assert_eq!(to, port::EXEC);
+        let mut main = Peer(stream);
+        let hello: ExecControl = main.receive_json(FrameType::Control);
+        assert!(matches!(hello, ExecControl::Hello(_)));
+        main.send_json(&ExecReply::Hello(Hello {
+            protocol: PROTOCOL_VERSION,
+        }));
+        agent.send_json(&ControlReply::Done);
+        (agent, main)
+    }
+
+    /// Plays the agent until the workload runs: its control connection, and that of the
+    /// workload.
+    ///
+    /// # Panics
+    /// The supervisor does something else.
+    pub fn start(&mut self) -> (Peer, Peer) {
+        let (agent, mut main, request) = self.boot();
+        assert_eq!(
+            (request.role, request.argv),
+            (Role::Main, vec!["prog".into()])
+        );
+        main.send_json(&ExecReply::Started { pid: 42 });
+        let session = self.launcher.as_mut().unwrap();
+        let mut warned = false;
+        loop {
+            match session.next_event().unwrap().unwrap() {
+                Event::Phase(_) => {}
+                Event::Warning(_) => warned = true,
+                Event::Started { pid } => {
+                    assert!(warned, "before it runs");
+                    assert_eq!(pid, 42);
+                    return (agent, main);
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    /// Events of the launcher as text, without phases.
+    ///
+    /// # Panics
+    /// The launch stream breaks.
+    pub fn events(&mut self) -> Vec<String> {
+        let mut session = self.launcher.take().unwrap();
+        let mut events = Vec::new();
+        while let Some(event) = session.next_event().unwrap() {
+            match event {
+                Event::Phase(_) | Event::Evidence(_) => {}
+                Event::Stdout(bytes) => events.push(format!("out {}", text(bytes))),
+                Event::Stderr(bytes) => events.push(format!("err {}", text(bytes))),
+                Event::Started { pid } => events.push(format!("started {pid}")),
+                Event::Exit(status) => events.push(format!("exit {status}")),
+                Event::Ended(exit) => events.push(format!("ended {}", exit.status)),
+                Event::Warning(text) => assert_eq!(text, "it rains"),
+                Event::Error(text) => events.push(text),
+            }
+        }
+        events
+    }
+
+    /// The VM's control socket.
+    pub(crate) fn endpoint(&self) -> &Endpoint {
+        &self.control
+    }
+
+    /// Connects to the VM's control socket.
+    ///
+    /// # Panics
+    /// It takes no connection.
+    #[must_use]
+    pub fn control(&self) -> Control {
+        Control::connect(&self.control).unwrap()
+    }
+
+    /// Waits for the end of the supervisor.
+    ///
+    /// # Panics
+    /// It failed.
+    pub fn finish(&mut self) {
+        self.thread.take().unwrap().join().unwrap().unwrap();
+    }
+}
+
+/// Bytes as text.
+#[must_use]
+pub fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}

@@ -1,0 +1,117 @@
+//! A record in a directory of its own, without others beside it.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use rustix::fs::{FlockOperation, flock};
+use sm_control::exit::ExitRecord;
+
+use super::*;
+use crate::vmm::environment::{OutputLog, VmRecord};
+
+#[derive(Clone, Debug)]
+pub(super) struct FakeRecord {
+    home: Arc<tempfile::TempDir>,
+    directory: PathBuf,
+    output: Output,
+}
+
+/// What was logged.
+type Output = Arc<Mutex<Vec<(FrameType, Vec<u8>)>>>;
+
+impl FakeRecord {
+    /// A record and its lock, held.
+    pub(super) fn create() -> (Self, File) {
+        let home = Arc::new(tempfile::tempdir().unwrap());
+        let record = Self {
+            directory: home.path().join("record"),
+            home,
+            output: Arc::default(),
+        };
+        fs::create_dir(&record.directory).unwrap();
+        fs::create_dir(record.sockets()).unwrap();
+        let lock = File::create(record.directory.join("lock")).unwrap();
+        flock(&lock, FlockOperation::NonBlockingLockExclusive).unwrap();
+        (record, lock)
+    }
+
+    /// The directory that everything of the VM is in.
+    pub(super) fn home(&self) -> &Path {
+        self.home.path()
+    }
+
+    pub(super) fn sockets(&self) -> PathBuf {
+        self.home().join("sockets")
+    }
+
+    /// Whether the VM's process holds the lock.
+    pub(super) fn is_locked(&self) -> bool {
+        let lock = File::open(self.directory.join("lock")).unwrap();
+        flock(&lock, FlockOperation::NonBlockingLockShared).is_err()
+    }
+
+    /// How it ended, if it has.
+    pub(super) fn exit(&self) -> Option<ExitRecord> {
+        match fs::read(self.directory.join("exit.json")) {
+            Ok(exit) => Some(serde_json::from_slice(&exit).unwrap()),
+            Err(_) => (!self.is_locked()).then(ExitRecord::lost),
+        }
+    }
+
+    /// What was logged of the workload's output.
+    pub(super) fn output(&self) -> Vec<u8> {
+        let output = self.output.lock().unwrap();
+        output.iter().flat_map(|(_, bytes)| bytes.clone()).collect()
+    }
+}
+
+impl VmRecord for FakeRecord {
+    fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    fn console(&self) -> PathBuf {
+        self.directory.join("console.log")
+    }
+
+    fn control_socket(&self) -> PathBuf {
+        self.sockets().join("control.sock")
+    }
+
+    fn exec_socket(&self) -> PathBuf {
+        self.sockets().join("exec.sock")
+    }
+
+    fn output_log(&self) -> io::Result<Box<dyn OutputLog>> {
+        Ok(Box::new(FakeLog(Arc::clone(&self.output))))
+    }
+
+    fn write_exit(&self, exit: &ExitRecord) -> io::Result<()> {
+        let fresh = self.directory.join(".exit.json.new");
+        fs::write(&fresh, serde_json::to_vec(exit)?)?;
+        fs::rename(fresh, self.directory.join("exit.json"))
+    }
+
+    fn remove_sockets(&self) -> io::Result<()> {
+        fs::remove_dir_all(self.sockets())
+    }
+
+    fn erase(&self) -> io::Result<()> {
+        self.remove_sockets()?;
+        fs::remove_dir_all(&self.directory)
+    }
+}
+
+struct FakeLog(Output);
+
+impl OutputLog for FakeLog {
+    fn append(&mut self, kind: FrameType, bytes: &[u8]) -> io::Result<()> {
+        self.0.lock().unwrap().push((kind, bytes.to_owned()));
+        Ok(())
+    }
+
+    fn note_dropped(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
