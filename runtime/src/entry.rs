@@ -9,6 +9,8 @@ use sm_control::exit::ExitRecord;
 use sm_control::launch::LaunchRequest;
 use sm_control::with_causes;
 use sm_guest_proto::frame::FrameType;
+use sm_vmm::environment::{BootAssets, Environment, OutputLog, VmRecord};
+use sm_vmm::identity::Identity;
 
 use crate::digests::file_digest;
 use crate::guest_agent;
@@ -17,15 +19,13 @@ use crate::initramfs::Initramfs;
 use crate::kernel::Kernel;
 use crate::output_log::{LogWriter, ROTATE_AT, Stream};
 use crate::record::{CONSOLE, Record, Records};
-use crate::vmm::environment::{BootAssets, Environment, OutputLog, VmRecord};
-use crate::vmm::identity::Identity;
 
 /// Runs the VMM, and does not return, if this process was started as one.
 ///
 /// A program that starts VMs through this library calls this first in `main`, before it
 /// starts threads; in all other processes it returns at once.
 pub fn run_vmm_if_asked() {
-    crate::vmm::run_if_asked(&Installed);
+    sm_vmm::run_if_asked(&Installed);
 }
 
 /// The user's directories and the files installed on the host.

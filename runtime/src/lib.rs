@@ -38,7 +38,6 @@ pub mod record;
 pub mod run;
 pub mod snapshots;
 mod vm;
-mod vmm;
 
 pub use entry::run_vmm_if_asked;
 pub use error::Error;

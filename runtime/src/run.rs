@@ -24,7 +24,7 @@ use crate::image::Image;
 use crate::reaper::Process;
 use crate::record::{ExitRecord, Record, Records, VMM_LOG, VmConfig};
 use crate::vm::Vm;
-use crate::{Error, kernel, vmm};
+use crate::{Error, kernel};
 
 mod options;
 mod witness;
@@ -148,7 +148,7 @@ fn launch_program(
     source: Source,
     program: &Program,
 ) -> Result<Launched, Error> {
-    if std::env::var_os(vmm::VMM_VARIABLE).is_some() {
+    if std::env::var_os(sm_vmm::VMM_VARIABLE).is_some() {
         return Err(Error::Refused(format!(
             "this process was started to be the process of a VM, and starts a VM instead: \
              {FORGOTTEN}"
@@ -246,8 +246,8 @@ fn spawn(
         .map_err(vmm_error)?;
     let child = Command::new(&program.path)
         .arg0("sm-vmm")
-        .args([vmm::SUBCOMMAND, record.config().id.short()])
-        .env(vmm::VMM_VARIABLE, "1")
+        .args([sm_vmm::SUBCOMMAND, record.config().id.short()])
+        .env(sm_vmm::VMM_VARIABLE, "1")
         .stdin(Stdio::from(OwnedFd::from(theirs)))
         .stdout(Stdio::null())
         .stderr(log)

@@ -6,11 +6,11 @@ use serde::Serialize;
 use sm_control::with_causes;
 use sm_hypervisor::kvm::Kvm;
 use sm_hypervisor::{Hypervisor as _, LinuxSupport};
+use sm_vmm::unusable;
 
 use crate::home::Home;
 use crate::record::Records;
 use crate::run::{DEFAULT_MEMORY, MIN_MEMORY};
-use crate::vmm::unusable;
 use crate::{guest_agent, kernel};
 
 /// The result of one check.

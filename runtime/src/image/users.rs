@@ -5,9 +5,9 @@ use sm_image::{Digest, Users};
 use sm_snapshot::chain::Chain;
 use sm_snapshot::manifest::Layer;
 use sm_snapshot::store::{Entry, SnapshotStore};
+use sm_vmm::saved;
 
 use crate::home::Home;
-use crate::vmm::saved;
 
 /// Returns the images that workload snapshots need, with the names of the snapshots. A
 /// snapshot that cannot be read may need any image.

@@ -10,6 +10,7 @@ use sm_control::workload::Overrides;
 use sm_snapshot::chain::Chain;
 use sm_snapshot::manifest::Layer;
 use sm_snapshot::store::SnapshotStore;
+use sm_vmm::saved::{self, Content};
 
 use super::check_user_name;
 use crate::Error;
@@ -18,7 +19,6 @@ use crate::image::Image;
 use crate::record::{Records, VmConfig};
 use crate::run::{self, RunOptions, Source};
 use crate::vm::Vm;
-use crate::vmm::saved::{self, Content};
 
 /// A workload snapshot. While this value lives, the snapshot cannot be removed.
 #[derive(Debug)]

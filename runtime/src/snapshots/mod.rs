@@ -19,10 +19,10 @@ use sm_snapshot::flat;
 pub use sm_snapshot::manifest::{Layer, Manifest};
 use sm_snapshot::store::SnapshotStore;
 pub use sm_snapshot::verify::Verified;
+use sm_vmm::names::IMAGE_LABEL;
 
 use crate::Error as RuntimeError;
 use crate::home::Home;
-use crate::vmm::names::IMAGE_LABEL;
 
 /// Prefixes of the names of internal snapshots.
 const RESERVED: [&str; 3] = ["base-", "image-", "fork-"];

@@ -9,12 +9,12 @@ use sm_control::timings::unix_nanos;
 use sm_control::workload::Workload;
 use sm_snapshot::chain::Chain;
 use sm_snapshot::store::SnapshotStore;
+use sm_vmm::saved;
 
 use crate::Error;
 use crate::home::Home;
 use crate::record::VmConfig;
 use crate::run::{self, RunOptions, Source, Witness};
-use crate::vmm::saved;
 
 /// Tolerated difference between the clocks of a clone and of the host, in nanoseconds.
 const CLOCK_TOLERANCE_NS: u64 = 100_000_000;

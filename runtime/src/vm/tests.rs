@@ -17,12 +17,12 @@ use sm_control::session::Event;
 use sm_guest_proto::control::ControlRequest;
 use sm_guest_proto::exec::{ExecControl, ExecReply, ExecRequest};
 use sm_guest_proto::frame::FrameType;
+use sm_vmm::testing::{self, Peer, Setup, in_own_process, text};
 use tempfile::TempDir;
 
 use super::*;
 use crate::logs::Logs;
 use crate::record::ExitReason;
-use crate::vmm::testing::{self, Peer, Setup, in_own_process, text};
 
 type Supervised = testing::Fixture<Record>;
 

@@ -4,10 +4,7 @@ use super::*;
 
 #[test]
 fn a_guest_that_takes_no_request_is_not_waited_for_for_ever() {
-    let mut f = fixture(Setup {
-        detached: true,
-        ..Setup::default()
-    });
+    let mut f = fixture(Setup::default().detached());
     let (_agent, mut main) = f.vm.start();
     // Nobody reads what arrives there.
     let _exec = UnixListener::bind(f.vm.record.exec_socket()).unwrap();
@@ -29,10 +26,7 @@ fn a_guest_that_takes_no_request_is_not_waited_for_for_ever() {
 
 #[test]
 fn a_command_in_a_paused_vm_is_refused_at_once() {
-    let mut f = fixture(Setup {
-        detached: true,
-        ..Setup::default()
-    });
+    let mut f = fixture(Setup::default().detached());
     let (_agent, mut main) = f.vm.start();
     let vm = f.find();
     vm.pause().unwrap();

@@ -51,10 +51,7 @@ fn hundreds_that_wait_are_attached_or_follow_keep_nobody_from_using_the_vm() {
         maximum,
     };
     setrlimit(Resource::Nofile, most).unwrap();
-    let mut f = fixture(Setup {
-        detached: true,
-        ..Setup::default()
-    });
+    let mut f = fixture(Setup::default().detached());
     let (mut agent, mut main) = f.vm.start();
     let exec = UnixListener::bind(f.vm.record.exec_socket()).unwrap();
     let exec = thread::spawn(move || serve_exec(&exec, 10));
@@ -124,10 +121,7 @@ fn hundreds_that_wait_are_attached_or_follow_keep_nobody_from_using_the_vm() {
 /// It hears once that there is more, however much more there is.
 #[test]
 fn a_follower_that_does_not_read_holds_nobody_up() {
-    let mut f = fixture(Setup {
-        detached: true,
-        ..Setup::default()
-    });
+    let mut f = fixture(Setup::default().detached());
     let (_agent, mut main) = f.vm.start();
     let mut follower = f.vm.control().follow().unwrap();
     // More words than a socket has room for.

@@ -5,10 +5,7 @@ use crate::output_log::LogReader;
 
 #[test]
 fn the_log_of_a_vm_that_has_gone_is_read_to_its_end() {
-    let mut f = fixture(Setup {
-        auto_remove: true,
-        ..Setup::default()
-    });
+    let mut f = fixture(Setup::default().auto_remove(true));
     let (_agent, mut main) = f.vm.start();
     let mut logs = Logs::open(f.vm.record.clone()).unwrap();
     main.send(FrameType::Stdout, b"last");

@@ -18,8 +18,8 @@ use sm_guest_proto::port;
 use sm_snapshot::manifest::Layer;
 
 use super::{Supervisor, Timer, printable};
-use crate::vmm::agent::Purpose;
-use crate::vmm::guest::{AfterCapture, Guest, SnapshotMade, SnapshotPlan, Start};
+use crate::agent::Purpose;
+use crate::guest::{AfterCapture, Guest, SnapshotMade, SnapshotPlan, Start};
 
 /// How long the guest may take to stop its workload and write back its data before
 /// the attempt is given up. (The agent gives up earlier, if it still runs.)

@@ -186,7 +186,7 @@ fn what_waits_for_room_goes_on_when_there_is_room() {
     let (_agent, main) = f.start();
     let mut bytes = Vec::new();
     let large = vec![b'x'; frame::BULK_PAYLOAD];
-    for _ in 0..=crate::vmm::conn::HIGH_WATER / large.len() {
+    for _ in 0..=crate::conn::HIGH_WATER / large.len() {
         frame::encode(FrameType::Stdout, &large, &mut bytes).unwrap();
     }
     let exit = ExitStatus {

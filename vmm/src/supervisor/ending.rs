@@ -12,8 +12,8 @@ use sm_guest_proto::frame::{ExitStatus, FrameType};
 
 use super::guest_side::IDENTITY_REFRESHED;
 use super::{Supervisor, Timer, printable};
-use crate::vmm::agent::Purpose;
-use crate::vmm::guest::{Guest, GuestEnd};
+use crate::agent::Purpose;
+use crate::guest::{Guest, GuestEnd};
 
 /// How long a machine may take to end once asked before the process just exits.
 const END_TIMEOUT: Duration = Duration::from_secs(5);

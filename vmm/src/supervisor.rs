@@ -16,8 +16,8 @@ mod ending;
 mod guest_side;
 mod output;
 mod snapshots;
-#[cfg(test)]
-pub(crate) mod testing;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 #[cfg(test)]
 mod tests;
 

@@ -15,13 +15,13 @@ use sm_snapshot::manifest::Layer;
 use sm_vmm_core::exit::ExitReason;
 
 use super::{RunningMachine, failed};
-use crate::vmm::capturing::{Capturing, Made, Origin, Told};
-use crate::vmm::guest::{
+use crate::capturing::{Capturing, Made, Origin, Told};
+use crate::guest::{
     AfterCapture, Guest, GuestEnd, Kept, Notice, SnapshotMade, SnapshotPlan, Start,
 };
-use crate::vmm::names::{EPHEMERAL_LABEL, IMAGE_LABEL};
-use crate::vmm::prefetch::Prefetch;
-use crate::vmm::saved::{Content, Plan, machine_state};
+use crate::names::{EPHEMERAL_LABEL, IMAGE_LABEL};
+use crate::prefetch::Prefetch;
+use crate::saved::{Content, Plan, machine_state};
 
 impl RunningMachine {
     /// Makes a snapshot that `sm run` wants for itself.

@@ -21,7 +21,7 @@ use sm_vmm_core::memory::{MIN_MEMORY, MemoryConfig};
 use sm_vmm_core::virtio::rng::Rng;
 
 use super::*;
-use crate::vmm::capturing::{Capturing, Made, Origin, Told};
+use crate::capturing::{Capturing, Made, Origin, Told};
 
 const ENTRY: u32 = 0x10_0000;
 

@@ -33,7 +33,7 @@ const MACHINE_SECTION: (&str, u32) = ("machine", 1);
 const VM_SECTION: (&str, u32) = ("vm", 1);
 
 /// Everything that decides which snapshots this program reads.
-pub(crate) fn versions() -> [u32; 5] {
+pub fn versions() -> [u32; 5] {
     [
         FORMAT,
         MACHINE_VERSION,
@@ -46,20 +46,20 @@ pub(crate) fn versions() -> [u32; 5] {
 /// What a VMM has to know of a machine besides its state.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
-pub(crate) struct Content {
+pub struct Content {
     /// The kernel that runs in it.
-    pub(crate) kernel: PathBuf,
+    pub kernel: PathBuf,
     /// The root disk; none in a base snapshot.
-    pub(crate) root: Vec<DiskSegment>,
+    pub root: Vec<DiskSegment>,
     /// The VM whose workload runs in it; application snapshots only.
-    pub(crate) config: Option<VmConfig>,
+    pub config: Option<VmConfig>,
 }
 
 /// A machine in a snapshot, opened for use.
-pub(crate) struct Saved {
-    pub(crate) chain: Chain,
-    pub(crate) state: MachineState,
-    pub(crate) content: Content,
+pub struct Saved {
+    pub chain: Chain,
+    pub state: MachineState,
+    pub content: Content,
 }
 
 impl Saved {
@@ -69,7 +69,7 @@ impl Saved {
     ///
     /// # Errors
     /// It is absent, damaged, or needs something else.
-    pub(crate) fn open(
+    pub fn open(
         store: &SnapshotStore,
         name: &str,
         cpu: &CpuFeatures,
@@ -100,7 +100,7 @@ impl Saved {
 ///
 /// # Errors
 /// The section is absent or damaged.
-pub(crate) fn machine_state(chain: &Chain) -> Result<MachineState, Error> {
+pub fn machine_state(chain: &Chain) -> Result<MachineState, Error> {
     let tip = chain.tip();
     let path = tip.lease.dir().join("state.bin");
     let (name, version) = MACHINE_SECTION;
@@ -115,7 +115,7 @@ pub(crate) fn machine_state(chain: &Chain) -> Result<MachineState, Error> {
 ///
 /// # Errors
 /// The section is absent or damaged.
-pub(crate) fn content(chain: &Chain) -> Result<Content, Error> {
+pub fn content(chain: &Chain) -> Result<Content, Error> {
     let tip = chain.tip();
     let path = tip.lease.dir().join("state.bin");
     let (name, version) = VM_SECTION;
@@ -128,13 +128,13 @@ pub(crate) fn content(chain: &Chain) -> Result<Content, Error> {
 
 /// A snapshot to be made.
 #[derive(Clone, Debug)]
-pub(crate) struct Plan {
-    pub(crate) store: SnapshotStore,
-    pub(crate) name: String,
-    pub(crate) layer: Layer,
-    pub(crate) identity: Identity,
-    pub(crate) labels: BTreeMap<String, String>,
-    pub(crate) content: Content,
+pub struct Plan {
+    pub store: SnapshotStore,
+    pub name: String,
+    pub layer: Layer,
+    pub identity: Identity,
+    pub labels: BTreeMap<String, String>,
+    pub content: Content,
 }
 
 impl Plan {
@@ -142,7 +142,7 @@ impl Plan {
     ///
     /// # Errors
     /// The file system refused, or the name is taken; a clause.
-    pub(super) fn finish(
+    pub(crate) fn finish(
         self,
         capture: Capture,
         state: &MachineState,

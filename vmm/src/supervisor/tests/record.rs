@@ -8,7 +8,7 @@ use rustix::fs::{FlockOperation, flock};
 use sm_control::exit::ExitRecord;
 
 use super::*;
-use crate::vmm::environment::{OutputLog, VmRecord};
+use crate::environment::{OutputLog, VmRecord};
 
 #[derive(Clone, Debug)]
 pub(super) struct FakeRecord {

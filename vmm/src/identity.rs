@@ -2,9 +2,9 @@
 
 /// Digests that tell one guest software from another.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Identity {
+pub struct Identity {
     /// SHA-256 of the kernel.
-    pub(crate) kernel: String,
+    pub kernel: String,
     /// Digest of the initial RAM file system's contents, which are agent and modules.
-    pub(crate) agent: String,
+    pub agent: String,
 }

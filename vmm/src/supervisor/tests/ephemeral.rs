@@ -9,7 +9,7 @@ use sm_snapshot::store::SnapshotStore;
 use sm_vmm_core::memory::{MIN_MEMORY, MachineMemory, MemoryConfig};
 
 use super::*;
-use crate::vmm::guest::Kept;
+use crate::guest::Kept;
 
 /// Publishes a snapshot, as a machine's thread does.
 fn publish(store: &SnapshotStore, name: &str) -> SnapshotMade {

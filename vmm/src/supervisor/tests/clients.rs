@@ -19,7 +19,7 @@ fn hundreds_of_waiting_clients_keep_nobody_from_stopping_the_vm() {
     });
     let (mut agent, mut main) = f.start();
     // The test's own end of each of them.
-    crate::vmm::descriptors::raise();
+    crate::descriptors::raise();
     let mut waiting: Vec<Peer> = (0..300)
         .map(|number| {
             let mut client = connect(&f);

@@ -14,9 +14,9 @@ use sm_snapshot::manifest::Layer;
 
 use super::snapshots::Held;
 use super::{Supervisor, Timer, printable};
-use crate::vmm::agent::{AgentLink, Purpose};
-use crate::vmm::conn::Conn;
-use crate::vmm::guest::{Guest, Start};
+use crate::agent::{AgentLink, Purpose};
+use crate::conn::Conn;
+use crate::guest::{Guest, Start};
 
 /// The root disk in the guest.
 const ROOT_DEVICE: &str = "/dev/vda";

@@ -9,7 +9,7 @@ use sm_frontends::is_trusted_peer;
 
 use super::clients::{Client, Role};
 use super::{Supervisor, Timer};
-use crate::vmm::guest::Guest;
+use crate::guest::Guest;
 
 /// Connections served at once that may make control calls; more wait in the socket's
 /// backlog. Places of their own, as calls such as a stop must be heard however many

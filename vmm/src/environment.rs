@@ -13,7 +13,7 @@ use sm_guest_proto::frame::FrameType;
 use super::identity::Identity;
 
 /// The program around a VMM.
-pub(crate) trait Environment {
+pub trait Environment {
     /// Opens the record of the VM that is asked for.
     ///
     /// # Errors
@@ -28,16 +28,16 @@ pub(crate) trait Environment {
 }
 
 /// The files that a machine boots besides the kernel.
-pub(crate) struct BootAssets {
-    pub(crate) identity: Identity,
-    pub(crate) initramfs: InitramfsBuilder,
+pub struct BootAssets {
+    pub identity: Identity,
+    pub initramfs: InitramfsBuilder,
 }
 
 /// Builds the initial RAM file system.
-pub(crate) type InitramfsBuilder = Box<dyn FnOnce() -> io::Result<Vec<u8>>>;
+pub type InitramfsBuilder = Box<dyn FnOnce() -> io::Result<Vec<u8>>>;
 
 /// The record of a VM, as its VMM sees it.
-pub(crate) trait VmRecord: Send + Sync {
+pub trait VmRecord: Send + Sync {
     /// The VM's directory.
     fn directory(&self) -> &Path;
 
@@ -76,7 +76,7 @@ pub(crate) trait VmRecord: Send + Sync {
 }
 
 /// The log of a workload's output.
-pub(crate) trait OutputLog: Send {
+pub trait OutputLog: Send {
     /// Appends bytes of standard output (`FrameType::Stdout`) or error. After a failure
     /// the log is as if it had not been tried.
     ///

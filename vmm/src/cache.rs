@@ -18,7 +18,7 @@ use sm_snapshot::store::SnapshotStore;
 
 use super::identity::Identity;
 use super::saved::{Content, Plan, Saved, versions};
-use crate::vmm::names::{EPHEMERAL_LABEL, IMAGE_LABEL, is_automatic, is_of_fork};
+use crate::names::{EPHEMERAL_LABEL, IMAGE_LABEL, is_automatic, is_of_fork};
 
 /// Automatic snapshots kept; beyond that, those unused for longest go.
 const KEPT: usize = 64;

@@ -48,7 +48,7 @@ use super::prefetch::Prefetch;
 use super::saved::{Content, Plan, Saved};
 use super::serving::{Published, Wiring};
 use super::unusable;
-use crate::vmm::names::EPHEMERAL_LABEL;
+use crate::names::EPHEMERAL_LABEL;
 
 /// A machine that runs, with what it needs to be reached.
 pub(crate) struct RunningMachine {

@@ -30,8 +30,8 @@ use sm_guest_proto::frame::{self, ExitStatus, FrameHeader, FrameType, HEADER_LEN
 use sm_guest_proto::{PROTOCOL_VERSION, port};
 
 use super::{Parts, Supervisor};
-use crate::vmm::environment::VmRecord;
-use crate::vmm::guest::{
+use crate::environment::VmRecord;
+use crate::guest::{
     AfterCapture, Guest, GuestEnd, Notice, NoticeSender, SnapshotMade, SnapshotPlan, Start, notices,
 };
 
@@ -215,7 +215,9 @@ pub struct Fixture<R> {
     control: Endpoint,
     pub(crate) dial: NoticeSender,
     pub(crate) connections: Receiver<(u32, UnixStream)>,
+    #[cfg_attr(not(test), expect(dead_code, reason = "only this crate's tests look"))]
     pub(crate) guest: Arc<FakeState>,
+    #[cfg_attr(not(test), expect(dead_code, reason = "only this crate's tests look"))]
     pub(crate) terminate: UnixStream,
     thread: Option<std::thread::JoinHandle<io::Result<()>>>,
 }
@@ -224,11 +226,11 @@ pub struct Fixture<R> {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Setup {
     /// The launcher does not attach.
-    pub detached: bool,
+    pub(crate) detached: bool,
     /// The workload has standard input.
-    pub stdin: bool,
+    pub(crate) stdin: bool,
     /// The record goes with the VM.
-    pub auto_remove: bool,
+    pub(crate) auto_remove: bool,
     pub(crate) start: Option<Start>,
     /// The launch stream takes more than a connection holds back.
     pub(crate) large_buffers: bool,
@@ -246,6 +248,24 @@ pub struct Setup {
 }
 
 impl Setup {
+    /// The launcher does not attach.
+    #[must_use]
+    pub fn detached(self) -> Self {
+        Self {
+            detached: true,
+            ..self
+        }
+    }
+
+    /// Whether the record goes with the VM.
+    #[must_use]
+    pub fn auto_remove(self, auto_remove: bool) -> Self {
+        Self {
+            auto_remove,
+            ..self
+        }
+    }
+
     /// What a VM with this setup was started with.
     #[must_use]
     pub fn config(self, id: VmId, name: String) -> VmConfig {
@@ -500,6 +520,7 @@ impl<R> Fixture<R> {
     }
 
     /// The VM's control socket.
+    #[cfg(test)]
     pub(crate) fn endpoint(&self) -> &Endpoint {
         &self.control
     }

@@ -5,7 +5,7 @@ use sm_guest_proto::frame::FrameType;
 
 use super::Supervisor;
 use super::clients::Role;
-use crate::vmm::guest::Guest;
+use crate::guest::Guest;
 
 impl<G: Guest> Supervisor<G> {
     /// Whether the workload's output can be passed on. Every attached client takes more,

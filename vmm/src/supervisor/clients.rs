@@ -10,9 +10,9 @@ use sm_guest_proto::frame::FrameType;
 
 use super::snapshots::SnapshotJob;
 use super::{Supervisor, Timer, interest};
-use crate::vmm::agent::Purpose;
-use crate::vmm::conn::Conn;
-use crate::vmm::guest::{Guest, Kept, SnapshotPlan};
+use crate::agent::Purpose;
+use crate::conn::Conn;
+use crate::guest::{Guest, Kept, SnapshotPlan};
 
 /// What a connection is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -10,34 +10,34 @@ mod cache;
 mod capturing;
 mod conn;
 mod descriptors;
-pub(crate) mod environment;
+pub mod environment;
 mod failure;
 mod guest;
-pub(crate) mod identity;
+pub mod identity;
 mod log;
 mod machine;
-pub(crate) mod names;
+pub mod names;
 mod paging;
 mod prefetch;
 mod process;
-pub(crate) mod saved;
+pub mod saved;
 mod serving;
 mod supervisor;
 
-#[cfg(test)]
-pub(crate) use supervisor::testing;
+#[cfg(any(test, feature = "testing"))]
+pub use supervisor::testing;
 
 use environment::Environment;
 
 /// Set in the environment of VMMs, so that a program that was started as one and
 /// starts VMs instead is found out.
-pub(crate) const VMM_VARIABLE: &str = "SM_VMM_PROCESS";
+pub const VMM_VARIABLE: &str = "SM_VMM_PROCESS";
 
 /// The hidden subcommand that makes a program the VMM.
-pub(crate) const SUBCOMMAND: &str = "__vmm";
+pub const SUBCOMMAND: &str = "__vmm";
 
 /// The sentence for a host whose hypervisor cannot run Linux.
-pub(crate) fn unusable(reason: &str) -> String {
+pub fn unusable(reason: &str) -> String {
     format!(
         "this host's /dev/kvm cannot run Linux guests: {reason}. Use a host with hardware \
          virtualisation (vmx or svm in /proc/cpuinfo)"
@@ -46,7 +46,7 @@ pub(crate) fn unusable(reason: &str) -> String {
 
 /// Becomes a VMM in `environment`, and does not return, if this process was started as
 /// one.
-pub(crate) fn run_if_asked(environment: &dyn Environment) {
+pub fn run_if_asked(environment: &dyn Environment) {
     let asked = std::env::args_os()
         .nth(1)
         .is_some_and(|argument| argument == SUBCOMMAND);

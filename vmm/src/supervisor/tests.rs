@@ -24,7 +24,7 @@ use sm_snapshot::manifest::Layer;
 use self::record::FakeRecord;
 use super::testing::{self, FakeGuest, FakeState, Peer, Setup, in_own_process};
 use super::*;
-use crate::vmm::guest::{AfterCapture, GuestEnd, SnapshotMade, Start};
+use crate::guest::{AfterCapture, GuestEnd, SnapshotMade, Start};
 
 type Fixture = testing::Fixture<FakeRecord>;
 

@@ -236,7 +236,7 @@ mod tests {
     fn the_launch_stream_is_moved_away_from_standard_input() {
         if std::env::var_os(LAUNCHED).is_none() {
             let (_ours, theirs) = UnixStream::pair().unwrap();
-            let name = "vmm::process::tests::the_launch_stream_is_moved_away_from_standard_input";
+            let name = "process::tests::the_launch_stream_is_moved_away_from_standard_input";
             let test = Command::new(std::env::current_exe().unwrap())
                 .args(["--exact", name])
                 .env(LAUNCHED, "1")
