@@ -1,16 +1,16 @@
 //! The environment of the VMM process: its record in the state directory, and the boot
 //! files.
 
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use sm_control::exit::ExitRecord;
-use sm_control::launch::LaunchRequest;
+use sm_control::launch::{DiskSegment, LaunchRequest};
 use sm_control::with_causes;
 use sm_guest_proto::frame::FrameType;
-use sm_vmm::environment::{BootAssets, Environment, OutputLog, VmRecord};
-use sm_vmm::identity::Identity;
+use sm_vmm::environment::{BootAssets, Environment, Identity, OutputLog, VmRecord};
 
 use crate::digests::file_digest;
 use crate::guest_agent;
@@ -54,6 +54,16 @@ impl Environment for Installed {
             },
             initramfs: Box::new(move || initramfs.build()),
         })
+    }
+
+    fn open_segment(&self, segment: &DiskSegment) -> io::Result<File> {
+        let segment = sm_image::DiskSegment {
+            path: segment.path.clone(),
+            offset: segment.offset,
+            len: segment.len,
+        };
+        // The store removes no part of a disk that is open.
+        segment.open().map_err(io::Error::other)
     }
 }
 

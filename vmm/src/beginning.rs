@@ -6,9 +6,8 @@ use sm_snapshot::cpu::CpuFeatures;
 use sm_snapshot::store::SnapshotStore;
 
 use super::cache::Cache;
-use super::environment::{BootAssets, Environment, InitramfsBuilder};
+use super::environment::{BootAssets, Environment, Identity, InitramfsBuilder};
 use super::guest::Start;
-use super::identity::Identity;
 use super::saved::{Content, Plan, Saved};
 
 /// See the module's documentation.

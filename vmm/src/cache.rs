@@ -16,7 +16,7 @@ use sm_snapshot::manifest::Layer;
 use sm_snapshot::state_file::combined_digest;
 use sm_snapshot::store::SnapshotStore;
 
-use super::identity::Identity;
+use super::environment::Identity;
 use super::saved::{Content, Plan, Saved, versions};
 use crate::names::{EPHEMERAL_LABEL, IMAGE_LABEL, is_automatic, is_of_fork};
 

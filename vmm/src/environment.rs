@@ -1,16 +1,15 @@
 //! The seam between a VMM and the program that it is part of, which provides the record of
-//! the VM and the files that the machine boots. The VMM knows neither the layout of the state directory nor where
-//! kernels and agents come from.
+//! the VM and the files that the machine boots and reads. The VMM knows neither the layout
+//! of the state directory, nor a store of images, nor where kernels and agents come from.
 
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use sm_control::exit::ExitRecord;
-use sm_control::launch::LaunchRequest;
+use sm_control::launch::{DiskSegment, LaunchRequest};
 use sm_guest_proto::frame::FrameType;
-
-use super::identity::Identity;
 
 /// The program around a VMM.
 pub trait Environment {
@@ -25,11 +24,29 @@ pub trait Environment {
     /// # Errors
     /// Kernel, modules or agent cannot be read; a sentence.
     fn boot_assets(&self, request: &LaunchRequest) -> Result<BootAssets, String>;
+
+    /// Opens the file of a part of the root disk for reading. It is not removed from where
+    /// it is while it is open.
+    ///
+    /// # Errors
+    /// The file cannot be opened, or has been removed.
+    fn open_segment(&self, segment: &DiskSegment) -> io::Result<File>;
+}
+
+/// Digests that tell one guest software from another.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// SHA-256 of the kernel.
+    pub kernel: String,
+    /// Digest of the initial RAM file system's contents, which are agent and modules.
+    pub agent: String,
 }
 
 /// The files that a machine boots besides the kernel.
 pub struct BootAssets {
+    /// Digests of the kernel and of the other files.
     pub identity: Identity,
+    /// Is called if the machine boots, and not if it is restored from a snapshot.
     pub initramfs: InitramfsBuilder,
 }
 

@@ -1,8 +1,108 @@
-//! The VMM process: one machine and its supervisor.
+//! The process of a virtual machine: one machine and its supervisor.
 //!
-//! Started by the launcher as `PROGRAM __vmm SHORT_ID`, with the launch stream
-//! as standard input. The first message on it is the whole request; everything
-//! after that is reports and, for an attached launcher, the workload's session.
+//! The program that starts a VM starts this process as `PROGRAM __vmm SHORT_ID`
+//! ([`SUBCOMMAND`]), with the launch stream as its standard input. The first message on
+//! that stream is the whole request ([`LaunchRequest`](sm_control::launch::LaunchRequest));
+//! everything after it is reports and, for an attached launcher, the workload's session.
+//! The process ends with its VM.
+//!
+//! | module | idea |
+//! |---|---|
+//! | [`run_if_asked`] | from a program's `main` to the process of a VM |
+//! | [`environment`] | what the process asks of the program around it |
+//! | [`saved`] | what a snapshot says of the VM that it is of |
+//!
+//! The rest is private: assembling a machine from a kernel or from the snapshot that saves
+//! most work, the supervisor (one `poll` loop over the agent, the workload, clients and
+//! deadlines), captures, and the cache of snapshots.
+//!
+//! A program gives its records and what its machines boot, and calls [`run_if_asked`]
+//! before anything else. This one has one directory for each VM.
+//!
+//! ```
+//! use std::fs::{self, File, OpenOptions};
+//! use std::io::{self, Write as _};
+//! use std::path::{Path, PathBuf};
+//! use std::sync::Arc;
+//!
+//! use sm_control::exit::ExitRecord;
+//! use sm_control::launch::{DiskSegment, LaunchRequest};
+//! use sm_guest_proto::frame::FrameType;
+//! use sm_vmm::environment::{BootAssets, Environment, Identity, OutputLog, VmRecord};
+//!
+//! struct Program;
+//!
+//! impl Environment for Program {
+//!     fn open_record(&self, request: &LaunchRequest) -> io::Result<Arc<dyn VmRecord>> {
+//!         Ok(Arc::new(Directory(request.data.join(request.config.id.as_str()))))
+//!     }
+//!
+//!     fn boot_assets(&self, _: &LaunchRequest) -> Result<BootAssets, String> {
+//!         Ok(BootAssets {
+//!             identity: Identity {
+//!                 kernel: "SHA-256 of the kernel".to_owned(),
+//!                 agent: "SHA-256 of the initramfs".to_owned(),
+//!             },
+//!             initramfs: Box::new(|| fs::read("/usr/lib/sm/initramfs")),
+//!         })
+//!     }
+//!
+//!     fn open_segment(&self, segment: &DiskSegment) -> io::Result<File> {
+//!         File::open(&segment.path)
+//!     }
+//! }
+//!
+//! struct Directory(PathBuf);
+//!
+//! impl VmRecord for Directory {
+//!     fn directory(&self) -> &Path {
+//!         &self.0
+//!     }
+//!     fn console(&self) -> PathBuf {
+//!         self.0.join("console.log")
+//!     }
+//!     fn control_socket(&self) -> PathBuf {
+//!         self.0.join("control.sock")
+//!     }
+//!     fn exec_socket(&self) -> PathBuf {
+//!         self.0.join("exec.sock")
+//!     }
+//!     fn output_log(&self) -> io::Result<Box<dyn OutputLog>> {
+//!         let path = self.0.join("output");
+//!         let file = OpenOptions::new().create(true).append(true).open(path)?;
+//!         Ok(Box::new(Output(file)))
+//!     }
+//!     fn write_exit(&self, exit: &ExitRecord) -> io::Result<()> {
+//!         fs::write(self.0.join("exit.json"), serde_json::to_vec(exit)?)
+//!     }
+//!     fn remove_sockets(&self) -> io::Result<()> {
+//!         fs::remove_file(self.control_socket())?;
+//!         fs::remove_file(self.exec_socket())
+//!     }
+//!     fn erase(&self) -> io::Result<()> {
+//!         fs::remove_dir_all(&self.0)
+//!     }
+//! }
+//!
+//! struct Output(File);
+//!
+//! impl OutputLog for Output {
+//!     fn append(&mut self, _: FrameType, bytes: &[u8]) -> io::Result<()> {
+//!         self.0.write_all(bytes)
+//!     }
+//!     fn note_dropped(&mut self) -> io::Result<()> {
+//!         Ok(())
+//!     }
+//! }
+//!
+//! // Does not return in a process that was started for a VM.
+//! sm_vmm::run_if_asked(&Program);
+//! ```
+//!
+//! Architecture invariants: the crate depends neither on the library that starts VMs nor
+//! on a store of images; the supervisor waits for descriptors and deadlines only, and what
+//! a guest says makes it keep a bounded amount. Platform: Linux with KVM.
+#![warn(missing_docs)]
 
 mod agent;
 mod beginning;
@@ -13,10 +113,9 @@ mod descriptors;
 pub mod environment;
 mod failure;
 mod guest;
-pub mod identity;
 mod log;
 mod machine;
-pub mod names;
+mod names;
 mod paging;
 mod prefetch;
 mod process;
@@ -24,19 +123,20 @@ pub mod saved;
 mod serving;
 mod supervisor;
 
+use environment::Environment;
+pub use names::IMAGE_LABEL;
 #[cfg(any(test, feature = "testing"))]
 pub use supervisor::testing;
 
-use environment::Environment;
-
-/// Set in the environment of VMMs, so that a program that was started as one and
+/// Set in the environment of this process, so that a program that was started as one and
 /// starts VMs instead is found out.
 pub const VMM_VARIABLE: &str = "SM_VMM_PROCESS";
 
-/// The hidden subcommand that makes a program the VMM.
+/// The hidden subcommand that makes a program the process of a VM.
 pub const SUBCOMMAND: &str = "__vmm";
 
-/// The sentence for a host whose hypervisor cannot run Linux.
+/// Returns the sentence for a host whose hypervisor cannot run Linux.
+#[must_use]
 pub fn unusable(reason: &str) -> String {
     format!(
         "this host's /dev/kvm cannot run Linux guests: {reason}. Use a host with hardware \
@@ -44,8 +144,11 @@ pub fn unusable(reason: &str) -> String {
     )
 }
 
-/// Becomes a VMM in `environment`, and does not return, if this process was started as
-/// one.
+/// Becomes the process of a VM in `environment`, and does not return, if this process was
+/// started as one: its first argument is [`SUBCOMMAND`].
+///
+/// To be called before any thread is started. The exit status is 0 when the VM was
+/// supervised to its end, however that was, and 1 otherwise.
 pub fn run_if_asked(environment: &dyn Environment) {
     let asked = std::env::args_os()
         .nth(1)

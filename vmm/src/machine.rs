@@ -39,10 +39,9 @@ use super::beginning::{Beginning, Source};
 use super::cache;
 use super::capturing::Capturing;
 use super::descriptors::Descriptors;
-use super::environment::{Environment, InitramfsBuilder, VmRecord};
+use super::environment::{Environment, Identity, InitramfsBuilder, VmRecord};
 use super::failure::Failure;
 use super::guest::{Guest, Notice, NoticeSender, Start};
-use super::identity::Identity;
 use super::paging::{self, Paged};
 use super::prefetch::Prefetch;
 use super::saved::{Content, Plan, Saved};
@@ -187,7 +186,7 @@ pub(crate) fn start(
             prefetch: None,
             pager: None,
         };
-        match begin(&request, record, notices, beginning, parts) {
+        match begin(environment, &request, record, notices, beginning, parts) {
             Ok((machine, phases)) => {
                 return Ok(Started {
                     machine,
@@ -220,6 +219,7 @@ pub(crate) fn start(
 }
 
 fn begin(
+    environment: &dyn Environment,
     request: &LaunchRequest,
     record: &dyn VmRecord,
     notices: &NoticeSender,
@@ -252,11 +252,12 @@ fn begin(
             limit: &descriptors.published,
         },
     )?;
+    let root = root_disk(environment, &beginning.content.root)?;
     // A disk that the guest knows already is there from the start; otherwise
     // the machine gets it when it was captured.
     let (disk, image) = match start {
-        Start::Restored(Layer::Image | Layer::App) => (root_disk(&beginning.content.root)?, None),
-        _ => (Disk::empty(), Some(root_disk(&beginning.content.root)?)),
+        Start::Restored(Layer::Image | Layer::App) => (root, None),
+        _ => (Disk::empty(), Some(root)),
     };
     let root = Arc::new(Mutex::new(Block::new(disk, Access::ReadOnly, "root")));
     parts.devices = vec![
@@ -452,16 +453,12 @@ fn device(slot: u32, device: impl sm_virtio::VirtioDevice + 'static) -> DeviceCo
     }
 }
 
-fn root_disk(segments: &[DiskSegment]) -> Result<Disk, String> {
+fn root_disk(environment: &dyn Environment, segments: &[DiskSegment]) -> Result<Disk, String> {
     let mut opened = Vec::with_capacity(segments.len());
     for segment in segments {
-        let part = sm_image::DiskSegment {
-            path: segment.path.clone(),
-            offset: segment.offset,
-            len: segment.len,
-        };
-        // Open, it stays in the store.
-        let file = part.open().map_err(failed("open a part of the image"))?;
+        let file = environment
+            .open_segment(segment)
+            .map_err(failed("open a part of the image"))?;
         opened.push(Segment {
             file,
             offset: segment.offset,

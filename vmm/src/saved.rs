@@ -22,7 +22,7 @@ use sm_snapshot::store::SnapshotStore;
 use sm_vmm_core::layout::{MACHINE_VERSION, SLOT_RNG, SLOT_ROOT_DISK, SLOT_VSOCK};
 use sm_vmm_core::state::MachineState;
 
-use super::identity::Identity;
+use super::environment::Identity;
 
 /// Name and layout version of the section with the machine's state. The layout is
 /// that of [`MachineState`]: whoever changes that, or anything in it, also raises
@@ -33,7 +33,7 @@ const MACHINE_SECTION: (&str, u32) = ("machine", 1);
 const VM_SECTION: (&str, u32) = ("vm", 1);
 
 /// Everything that decides which snapshots this program reads.
-pub fn versions() -> [u32; 5] {
+pub(crate) fn versions() -> [u32; 5] {
     [
         FORMAT,
         MACHINE_VERSION,
@@ -56,10 +56,10 @@ pub struct Content {
 }
 
 /// A machine in a snapshot, opened for use.
-pub struct Saved {
-    pub chain: Chain,
-    pub state: MachineState,
-    pub content: Content,
+pub(crate) struct Saved {
+    pub(crate) chain: Chain,
+    pub(crate) state: MachineState,
+    pub(crate) content: Content,
 }
 
 impl Saved {
@@ -69,7 +69,7 @@ impl Saved {
     ///
     /// # Errors
     /// It is absent, damaged, or needs something else.
-    pub fn open(
+    pub(crate) fn open(
         store: &SnapshotStore,
         name: &str,
         cpu: &CpuFeatures,
@@ -100,7 +100,7 @@ impl Saved {
 ///
 /// # Errors
 /// The section is absent or damaged.
-pub fn machine_state(chain: &Chain) -> Result<MachineState, Error> {
+pub(crate) fn machine_state(chain: &Chain) -> Result<MachineState, Error> {
     let tip = chain.tip();
     let path = tip.lease.dir().join("state.bin");
     let (name, version) = MACHINE_SECTION;
@@ -111,7 +111,7 @@ pub fn machine_state(chain: &Chain) -> Result<MachineState, Error> {
     })
 }
 
-/// What the tip of a chain says of the VM.
+/// Reads what the tip of a chain says of its VM.
 ///
 /// # Errors
 /// The section is absent or damaged.
@@ -128,13 +128,13 @@ pub fn content(chain: &Chain) -> Result<Content, Error> {
 
 /// A snapshot to be made.
 #[derive(Clone, Debug)]
-pub struct Plan {
-    pub store: SnapshotStore,
-    pub name: String,
-    pub layer: Layer,
-    pub identity: Identity,
-    pub labels: BTreeMap<String, String>,
-    pub content: Content,
+pub(crate) struct Plan {
+    pub(crate) store: SnapshotStore,
+    pub(crate) name: String,
+    pub(crate) layer: Layer,
+    pub(crate) identity: Identity,
+    pub(crate) labels: BTreeMap<String, String>,
+    pub(crate) content: Content,
 }
 
 impl Plan {

@@ -19,7 +19,7 @@ use sm_snapshot::flat;
 pub use sm_snapshot::manifest::{Layer, Manifest};
 use sm_snapshot::store::SnapshotStore;
 pub use sm_snapshot::verify::Verified;
-use sm_vmm::names::IMAGE_LABEL;
+use sm_vmm::IMAGE_LABEL;
 
 use crate::Error as RuntimeError;
 use crate::home::Home;

@@ -171,6 +171,10 @@ impl Guest for FakeGuest {
 pub struct Peer(pub UnixStream);
 
 impl Peer {
+    /// The next frame; `None` at the end of the stream.
+    ///
+    /// # Panics
+    /// It is no frame.
     pub fn receive(&mut self) -> Option<(FrameType, Vec<u8>)> {
         let mut header = [0; HEADER_LEN];
         self.0.read_exact(&mut header).ok()?;
@@ -180,22 +184,38 @@ impl Peer {
         Some((header.kind, payload))
     }
 
+    /// Sends a frame.
+    ///
+    /// # Panics
+    /// It is too long, or the other end is gone.
     pub fn send(&mut self, kind: FrameType, payload: &[u8]) {
         let mut bytes = Vec::new();
         frame::encode(kind, payload, &mut bytes).unwrap();
         self.0.write_all(&bytes).unwrap();
     }
 
+    /// Sends a message in a frame for messages.
+    ///
+    /// # Panics
+    /// See [`Self::send`].
     pub fn send_json(&mut self, message: &impl serde::Serialize) {
         self.send(FrameType::Control, &serde_json::to_vec(message).unwrap());
     }
 
+    /// The next frame's message, in a frame of the `expected` type.
+    ///
+    /// # Panics
+    /// Something else comes.
     pub fn receive_json<T: serde::de::DeserializeOwned>(&mut self, expected: FrameType) -> T {
         let (kind, payload) = self.receive().expect("a frame");
         assert_eq!(kind, expected);
         serde_json::from_slice(&payload).unwrap()
     }
 
+    /// Sends the end of the workload.
+    ///
+    /// # Panics
+    /// See [`Self::send`].
     pub fn exit(&mut self, status: u32) {
         let exit = ExitStatus {
             status,
