@@ -187,7 +187,7 @@ fn invalid_configurations_are_reported() {
         "[[registry]]\nprefix = 'a.*.example'\nlocation = 'b'",
         "is not valid",
     );
-    wrong("[[registry]]\nprefix = '*.'\n", "not understood");
+    wrong("[[registry]]\nprefix = '*.'\n", "is not valid");
     wrong(
         "[[registry]]\nlocation = 'https://r.example'",
         "only host and path",
