@@ -46,7 +46,7 @@ pub struct DiskSegment {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Origin {
-    /// A boot of the kernel, or the best matching snapshot.
+    /// The best matching snapshot, or a boot of the kernel if there is none.
     Image,
     /// A boot of the kernel. No snapshot is used or created.
     Cold,

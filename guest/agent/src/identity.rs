@@ -4,8 +4,8 @@
 //! the kernel's `boot_id` are files of the agent that [`crate::root`] mounts over the
 //! image's; `/etc/machine-id` is a file in the root. A refresh rewrites these files and
 //! never accesses a path that the workload controls. It writes through descriptors that
-//! were opened before the workload ran, because the workload's root could otherwise block
-//! the open with a lease.
+//! were opened before the workload ran, because root in the workload could otherwise
+//! block the open with a file lease.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;

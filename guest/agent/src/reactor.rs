@@ -111,9 +111,9 @@ pub(crate) enum Event {
 pub(crate) struct Watched {
     fd: OwnedFd,
     current: Ready,
-    /// The kernel had no memory for the last thing sent.
+    /// The kernel had no memory for the last send.
     starved: bool,
-    /// Time of the last attempt asked for because of that.
+    /// Time of the latest retry that was requested for this reason.
     resumes: Option<Instant>,
 }
 
@@ -128,8 +128,9 @@ impl Watched {
         }
     }
 
-    /// Notes whether the kernel lacks memory for sending. Such a socket is writable, so
-    /// [`Watched::set`] does not watch for that but reports it after [`SHORTAGE`].
+    /// Records whether the kernel lacks memory for sending. Such a socket remains
+    /// writable, so [`Watched::set`] does not watch it, but reports it as writable after
+    /// [`SHORTAGE`].
     pub(crate) fn set_starved(&mut self, starved: bool) {
         self.starved = starved;
     }
@@ -191,15 +192,15 @@ impl AsFd for Watched {
 /// Number of events read per system call.
 const BATCH: usize = 64;
 
-/// Time until a socket for which the kernel had no memory is written to again: long
-/// enough for the kernel to reclaim some, short for the reader.
+/// Delay before a socket for which the kernel had no memory is written to again: long
+/// enough for the kernel to reclaim memory, short for the reader.
 const SHORTAGE: Duration = Duration::from_millis(10);
 
 /// An event loop; see the module documentation.
 pub(crate) struct Reactor {
     epoll: OwnedFd,
     timers: BinaryHeap<Reverse<(Instant, u64)>>,
-    /// Sockets that are reported as writable at a time: at most one time for each.
+    /// Sockets to be reported as writable, by time; at most one entry for each.
     resuming: RefCell<BinaryHeap<Reverse<(Instant, u64)>>>,
     batch: Vec<epoll::Event>,
 }
@@ -265,7 +266,7 @@ impl Reactor {
     }
 }
 
-/// Takes the first entry of `times` if its time has passed.
+/// Removes and returns the first entry of `times` if its time has passed.
 fn due(times: &mut BinaryHeap<Reverse<(Instant, u64)>>, now: Instant) -> Option<u64> {
     let Reverse((at, token)) = times.peek().copied()?;
     (at <= now).then(|| {
@@ -336,7 +337,7 @@ mod tests {
             watched.set(&reactor, token, want).unwrap();
         }
 
-        // It is writable, and only what arrives wakes the loop before its time.
+        // The socket is writable, and only arriving data wakes the loop before its time.
         theirs.write_all(b"x").unwrap();
         let mut events = Vec::new();
         reactor.wait(&mut events).unwrap();

@@ -1,32 +1,33 @@
-//! Sending on non-blocking sockets, with or without memory to spare.
+//! Sending on non-blocking sockets, including while the guest is short of memory.
 //!
-//! Linux copies each packet of a vsock stream, of up to 64 KiB, into memory that is
-//! contiguous. A guest that is short of memory refuses a large one with ENOMEM while a
-//! page is still to be had, and a page a moment later: no reason to drop bytes or to end
-//! a stream. The socket counts as writable all the while, so readiness cannot say when to
-//! try again, and [`crate::reactor::Watched`] waits instead.
+//! Linux copies each packet of a vsock stream, of up to 64 KiB, into contiguous memory. A
+//! guest that is short of memory refuses a large packet with ENOMEM, although it may
+//! accept one of a page now or soon, so the error is no reason to drop bytes or to close
+//! the stream. The socket remains writable meanwhile, so readiness does not tell when to
+//! retry, and [`crate::reactor::Watched`] uses a timer instead.
 
 use std::os::fd::BorrowedFd;
 
 use rustix::io::Errno;
 use rustix::net::{SendFlags, send};
 
-/// Size of the packets that are tried where a larger one was refused, in bytes: with
-/// its header, a packet of this size fits into two pages.
+/// Size of the packets to which sending falls back after a refusal, in bytes. With its
+/// header, a packet of this size fits into two pages.
 const SMALL: usize = 4096;
 
-/// Reason for which a socket took less than it was given.
+/// The reason why a socket accepted only a part of the bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Refusal {
-    /// The peer has to read first; the socket becomes writable then.
+    /// The socket's buffer is full; the socket becomes writable once the peer reads.
     Full,
-    /// The kernel lacks memory for the moment.
+    /// The kernel is temporarily out of memory.
     Starved,
-    /// The connection takes no more, ever.
+    /// The connection has failed permanently.
     Broken,
 }
 
-/// Sends `bytes`: the number that the socket took, and the reason if it is not all.
+/// Sends `bytes` and returns the number of bytes accepted, and the reason if it is not
+/// all of them.
 pub(crate) fn send_bytes(socket: BorrowedFd<'_>, bytes: &[u8]) -> (usize, Option<Refusal>) {
     send_with(bytes, |rest| {
         #[cfg(test)]
@@ -57,7 +58,7 @@ fn send_with(
     (count, None)
 }
 
-/// Lets sends of the current thread fail for want of memory.
+/// Injection of ENOMEM into sends of the current thread.
 #[cfg(test)]
 pub(crate) mod shortage {
     use std::cell::Cell;
@@ -89,7 +90,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_large_packet_that_is_refused_goes_in_small_ones() {
+    fn a_refused_large_packet_is_sent_in_small_ones() {
         let mut sizes = Vec::new();
         let outcome = send_with(&[7; 10_000], |piece| {
             sizes.push(piece.len());
@@ -104,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn a_shortage_is_no_end() {
+    fn a_shortage_does_not_end_the_stream() {
         let mut calls = 0;
         let outcome = send_with(&[7; 10_000], |piece| {
             calls += 1;
@@ -120,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn other_refusals_are_told_apart() {
+    fn other_refusals_are_distinguished() {
         let refused = |errno| send_with(b"bytes", |_| Err(errno)).1;
         assert_eq!(refused(Errno::AGAIN), Some(Refusal::Full));
         assert_eq!(refused(Errno::PIPE), Some(Refusal::Broken));

@@ -80,10 +80,10 @@ fn abandoned_drafts_are_swept_and_live_ones_are_not() {
     assert!(live.path().exists());
 }
 
-/// A machine is paused meanwhile, and another writer holds the lock while it waits for the
-/// disk.
+/// A machine is paused while its draft is created, so creation must not wait for another
+/// writer, which holds its lock while it waits for the disk.
 #[test]
-fn a_draft_begins_whatever_another_writer_waits_for() {
+fn a_draft_is_created_while_another_writer_waits() {
     let (_dir, store) = store();
     let _guard = store.exclusive().unwrap();
     let root = store.root.clone();

@@ -287,8 +287,8 @@ impl Connection {
                 if next > self.deadline {
                     return self.finish(ForwardStatus::NoListener);
                 }
-                // This is the only place where the agent polls: Linux has no event for
-                // new listeners.
+                // This is the only place where the agent polls for a state: Linux has no
+                // event for new listeners.
                 self.backoff = (self.backoff * 2).min(LONGEST_BACKOFF);
                 reactor.timer(next, Token::new(Class::Forward, part::RETRY, key));
             }

@@ -101,7 +101,7 @@ mod tests {
         let header = ForwardHeader { port, wait_ms: 0 }.encode();
         host.write_all(&header).unwrap();
 
-        // Both ways: what the peer of one side sends arrives at the other.
+        // Data is sent in both directions.
         let sent: Vec<u8> = (0..500_000_u32).map(|n| n.to_le_bytes()[1]).collect();
         let outcome = std::thread::scope(|scope| {
             let server = scope.spawn(|| {
