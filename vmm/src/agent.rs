@@ -1,4 +1,4 @@
-//! The control connection to the agent: requests in order, replies in order.
+//! The control connection to the agent: replies arrive in the order of requests.
 
 use std::collections::VecDeque;
 use std::io;
@@ -11,49 +11,49 @@ use sm_guest_proto::frame::FrameType;
 
 use super::conn::Conn;
 
-/// What an outstanding request was for.
+/// The purpose of an outstanding request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Purpose {
-    /// Agree on a version.
+    /// Agree on a protocol version.
     Hello,
-    /// Give the guest an identity.
+    /// Give the guest a new identity.
     Refresh,
-    /// Mount the root.
+    /// Mount the root file system.
     AttachRoot,
-    /// Tell what makes the guest distinct.
+    /// Collect the guest's identity report.
     Evidence {
-        /// When it was asked, in nanoseconds since the Unix epoch.
+        /// Time of the request, in nanoseconds since the Unix epoch.
         asked_ns: u64,
     },
-    /// Stop what there is of a workload for an image snapshot.
+    /// Freeze all processes beside the agent, for an image snapshot.
     FreezeRoot,
-    /// Stop the workload for a snapshot.
+    /// Freeze the workload, for a snapshot.
     Freeze {
-        /// Which one.
+        /// Number of the snapshot job.
         job: u64,
     },
-    /// Write back what need not be in a snapshot.
+    /// Write back data that need not be in a snapshot.
     Prepare {
-        /// Which one.
+        /// Number of the snapshot job.
         job: u64,
     },
-    /// Let the workload go on.
+    /// Thaw the workload.
     Thaw,
-    /// Find out whether memory ran out.
+    /// Ask for the number of OOM kills.
     OomCheck,
-    /// Switch the guest off.
+    /// Power the guest off.
     PowerOff,
-    /// Signal the workload. (Not on the workload's own stream, where a signal
-    /// would wait behind input that the workload does not read.)
+    /// Send a signal to the workload. (On the workload's own stream, a signal would wait
+    /// behind unread input.)
     Signal,
-    /// Answer a client's request for figures.
+    /// Collect resource usage for a client.
     Stats {
         /// The client.
         client: u64,
     },
 }
 
-/// Requests that may wait for a reply. A guest that is held answers none.
+/// Limit of requests without a reply. A paused guest answers none.
 const MAX_PENDING: usize = 256;
 
 /// The agent's control connection.
@@ -64,7 +64,7 @@ pub(crate) struct AgentLink {
 }
 
 impl AgentLink {
-    /// Takes over a stream and says hello.
+    /// Takes over a stream and sends the hello.
     pub(crate) fn new(stream: UnixStream) -> io::Result<Self> {
         let mut link = Self {
             conn: Conn::new(stream)?,
@@ -77,7 +77,7 @@ impl AgentLink {
         Ok(link)
     }
 
-    /// Whether the guest has so much to answer that it should not be asked more.
+    /// Returns true if too many requests are unanswered to send more.
     pub(crate) fn is_behind(&self) -> bool {
         self.pending.len() >= MAX_PENDING
     }
@@ -88,17 +88,16 @@ impl AgentLink {
         self.conn.queue_json(FrameType::Control, request);
     }
 
-    /// Queues a signal for the workload's main process; with `stop`, the signal is the
-    /// one that ends it.
+    /// Queues a signal for the workload's main process; `stop` marks the stop signal.
     pub(crate) fn signal_main(&mut self, signal: u8, stop: bool) {
         let request = ControlRequest::SignalMain { signal, stop };
         self.ask(Purpose::Signal, &request);
     }
 
-    /// The next reply that has arrived, with what it answers.
+    /// Returns the next reply, with the purpose of its request.
     ///
     /// # Errors
-    /// The agent does not keep to the protocol; a clause.
+    /// The agent violated the protocol; a clause.
     pub(crate) fn next_reply(&mut self) -> Result<Option<(Purpose, ControlReply)>, String> {
         let frame = match self.conn.decoder.next_frame() {
             Ok(Some(frame)) => frame,

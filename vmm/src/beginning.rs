@@ -1,4 +1,4 @@
-//! What a machine starts from: a kernel, or the snapshot that saves most work.
+//! The start source of a machine: a kernel, or the best usable snapshot.
 
 use sm_control::launch::{LaunchRequest, Origin};
 use sm_control::with_causes;
@@ -10,14 +10,14 @@ use super::environment::{BootAssets, Environment, Identity, InitramfsBuilder};
 use super::guest::Start;
 use super::saved::{Content, Plan, Saved};
 
-/// See the module's documentation.
+/// The start source, the identity of the guest software, and the snapshots to create.
 pub(crate) struct Beginning {
     pub(crate) source: Source,
     pub(crate) content: Content,
     pub(crate) identity: Identity,
-    /// Where snapshots are; they may be all that can be had of it.
+    /// The store of snapshots, which may be read-only.
     pub(crate) store: SnapshotStore,
-    /// Snapshots to leave behind on the way to the workload.
+    /// Snapshots to create before the workload starts.
     pub(crate) base_plan: Option<Plan>,
     pub(crate) image_plan: Option<Plan>,
 }
@@ -33,11 +33,11 @@ pub(crate) enum Source {
 }
 
 impl Beginning {
-    /// Decides what `request` starts from, on a host that offers `cpu` to guests.
+    /// Selects the start source for `request`, on a host that offers `cpu` to guests.
     ///
     /// # Errors
-    /// A snapshot that was asked for cannot be used, or kernel and agent not be
-    /// read; a sentence.
+    /// The requested snapshot cannot be used, or kernel and agent cannot be read; a
+    /// sentence.
     pub(crate) fn of(
         request: &LaunchRequest,
         cpu: &CpuFeatures,
@@ -45,7 +45,7 @@ impl Beginning {
     ) -> Result<Self, String> {
         let root = request.data.join("snapshots");
         let store = SnapshotStore::open(&root).unwrap_or_else(|error| {
-            // What it has can be used all the same; making one says why not.
+            // Existing snapshots are still usable; creating one reports its own error.
             tracing::warn!(error = with_causes(&error), "no snapshots can be made");
             SnapshotStore::read_only(&root)
         });
@@ -74,7 +74,7 @@ impl Beginning {
         Ok(beginning)
     }
 
-    /// A snapshot that the user named.
+    /// Opens the snapshot that the user named.
     fn named(store: SnapshotStore, name: &str, cpu: &CpuFeatures) -> Result<Self, String> {
         let mut saved =
             Saved::open(&store, name, cpu, None).map_err(|error| with_causes(&error))?;
@@ -97,7 +97,7 @@ impl Beginning {
         })
     }
 
-    /// Takes the best that there is, and plans what is missing.
+    /// Selects the best cached snapshot, and plans the missing ones.
     fn use_cache(
         &mut self,
         store: SnapshotStore,
@@ -117,7 +117,7 @@ impl Beginning {
         Ok(())
     }
 
-    /// The snapshot of the cache that is restored, if one is.
+    /// Returns the cached snapshot that is restored, if the source is one.
     pub(crate) fn cached(&self, request: &LaunchRequest) -> Option<(SnapshotStore, String)> {
         match &self.source {
             Source::Snapshot { store, saved } if request.origin == Origin::Image => {

@@ -1,10 +1,10 @@
-//! The snapshots that `sm run` makes for itself, so that it boots no kernel twice.
+//! The snapshots that `sm run` creates for itself, so that it boots no kernel twice.
 //!
-//! A *base* snapshot holds kernel and agent, and serves every image; an *image*
-//! snapshot is that with an image's root file system mounted. The first VM of
-//! its kind leaves them behind; later VMs start from the best there is. All that
-//! makes a kind is in the snapshot's name, so another kernel, agent or image
-//! is another snapshot, never a wrong one.
+//! A *base* snapshot contains kernel and agent, and serves every image; an *image*
+//! snapshot also has an image's root file system mounted. The first VM of a kind creates
+//! them; later VMs start from the best one. The name of a snapshot contains a digest of
+//! everything that determines its kind, so another kernel, agent or image results in
+//! another snapshot.
 
 use std::collections::BTreeMap;
 
@@ -20,10 +20,10 @@ use super::environment::Identity;
 use super::saved::{Content, Plan, Saved, versions};
 use crate::names::{EPHEMERAL_LABEL, IMAGE_LABEL, is_automatic, is_of_fork};
 
-/// Automatic snapshots kept; beyond that, those unused for longest go.
+/// Most automatic snapshots; beyond it, the least recently used are removed.
 const KEPT: usize = 64;
 
-/// The snapshots that a request can use.
+/// The cached snapshots that a request can use.
 #[derive(Clone, Debug)]
 pub(crate) struct Cache {
     store: SnapshotStore,
@@ -33,27 +33,27 @@ pub(crate) struct Cache {
     image: String,
 }
 
-/// What a cache has for a machine.
+/// The state of the cache for a machine.
 pub(crate) struct Found {
     pub(crate) best: Option<(Layer, Saved)>,
-    /// Nothing stands in the way of making it.
+    /// True if the base snapshot is missing and its name is free.
     pub(crate) base_missing: bool,
-    /// Likewise.
+    /// True if the image snapshot is missing and its name is free.
     pub(crate) image_missing: bool,
 }
 
 impl Cache {
-    /// The snapshots for `request` on a host that offers `cpu` to guests.
+    /// Returns the cache for `request` on a host that offers `cpu` to guests.
     ///
     /// # Errors
-    /// The request cannot be described; a clause.
+    /// The request cannot be encoded; a clause.
     pub(crate) fn of(
         store: SnapshotStore,
         request: &LaunchRequest,
         identity: Identity,
         cpu: &CpuFeatures,
     ) -> Result<Self, String> {
-        // What another program or host could not use has another name there.
+        // Snapshots that only another program version or host can use have other names.
         let reader = serde_json::to_vec(&(versions(), cpu))
             .map_err(|error| format!("cannot describe the host: {error}"))?;
         let kind = combined_digest(&[
@@ -67,8 +67,8 @@ impl Cache {
             let short = digest.get(..16).unwrap_or(digest);
             format!("{layer}-{mib}m-{vcpus}c-{short}")
         };
-        // Everything that attaching a root is given, except what every start
-        // gives anew (the host name).
+        // All parameters of attaching the root, except those that every start sends again
+        // (the host name).
         let root = serde_json::to_vec(&(
             &request.config.image_digest,
             &request.root,
@@ -88,7 +88,7 @@ impl Cache {
         })
     }
 
-    /// The best snapshot to start from, and which ones are to be made.
+    /// Opens the best snapshot, and returns which ones are missing.
     pub(crate) fn open(&self) -> Found {
         let (image, image_missing) = self.open_one(&self.image);
         if let Some(saved) = image {
@@ -106,7 +106,7 @@ impl Cache {
         }
     }
 
-    /// One snapshot, if it can be used, and whether its name is free.
+    /// Opens one snapshot. Returns it if it can be used, and true if its name is free.
     fn open_one(&self, name: &str) -> (Option<Saved>, bool) {
         let error = match Saved::open(&self.store, name, &self.cpu, Some(&self.identity)) {
             Ok(saved) => {
@@ -117,7 +117,7 @@ impl Cache {
             Err(error) => error,
         };
         tracing::warn!(name, error = with_causes(&error), "cannot use a snapshot");
-        // Anything else, such as too few descriptors, may be over next time.
+        // Other errors, such as a lack of descriptors, may be transient.
         let spoilt = matches!(
             error,
             Error::Damaged { .. } | Error::Older { .. } | Error::Parent { .. }
@@ -125,12 +125,12 @@ impl Cache {
         (None, spoilt && discard(&self.store, name))
     }
 
-    /// A plan for the snapshot of a machine that is ready for any image.
+    /// Plans the snapshot of a machine that is ready for any image.
     pub(crate) fn base_plan(&self, request: &LaunchRequest) -> Plan {
         self.plan(request, Layer::Base, &self.base)
     }
 
-    /// A plan for the snapshot of a machine with the request's image mounted.
+    /// Plans the snapshot of a machine with the request's image mounted.
     pub(crate) fn image_plan(&self, request: &LaunchRequest) -> Plan {
         self.plan(request, Layer::Image, &self.image)
     }
@@ -157,9 +157,9 @@ impl Cache {
     }
 }
 
-/// Removes a snapshot that cannot be used, and says whether it is gone. Image
-/// snapshots that build on it are of no more use; one that a user has made keeps it
-/// where it is.
+/// Removes an unusable snapshot; returns true if it is gone. Automatic image snapshots
+/// that build on it are unusable, too, and are removed; a snapshot of a user that builds
+/// on it prevents the removal.
 pub(crate) fn discard(store: &SnapshotStore, name: &str) -> bool {
     for child in store.children(name).unwrap_or_default() {
         if is_automatic(&child) {
@@ -175,10 +175,9 @@ pub(crate) fn discard(store: &SnapshotStore, name: &str) -> bool {
     }
 }
 
-/// Removes the automatic snapshots that were not used for longest, beyond those
-/// that are worth keeping. What a machine or another snapshot uses stays.
-/// Likewise what was made for the clones of `sm fork`, once none of them is left to
-/// remove it.
+/// Removes the least recently used automatic snapshots beyond the limit, except those in
+/// use by machines or other snapshots. Also removes snapshots of `sm fork` of which no
+/// clone is left.
 pub(crate) fn trim(store: &SnapshotStore) {
     let forked = store.remove_unused(is_of_fork, |manifest| {
         manifest.labels.contains_key(EPHEMERAL_LABEL)

@@ -1,8 +1,8 @@
-//! Capturing a machine beside the thread that supervises it.
+//! Captures a machine on a thread beside the supervisor.
 //!
-//! The machine is held, its state taken, and a thread copies its memory; the supervisor
-//! goes on serving its clients meanwhile. When the copy is complete, or has failed, the
-//! supervisor is told and lets the machine run; the thread publishes the snapshot.
+//! The machine is paused, its state is saved, and a thread copies its memory, while the
+//! supervisor continues to serve its clients. When the copy is complete, or has failed,
+//! the supervisor is notified and resumes the machine; the thread publishes the snapshot.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,9 +24,9 @@ use super::saved::Plan;
 pub(crate) struct Origin {
     /// The snapshot that it was restored from.
     pub(crate) chain: Option<Arc<Chain>>,
-    /// Memory is filled as it is touched, not mapped.
+    /// True if memory is filled by a pager on access instead of mapped.
     pub(crate) filled: bool,
-    /// Pages that were copied ahead of use.
+    /// Pages that were copied before their first access.
     pub(crate) copied: Vec<Run>,
 }
 
@@ -46,32 +46,33 @@ pub(crate) struct Made {
     pub(crate) pause: Duration,
 }
 
-/// Callbacks of the thread that makes a snapshot; errors are clauses.
+/// Callbacks of the thread that creates a snapshot; errors are clauses.
 pub(crate) struct Told {
-    /// Memory was copied, or could not be. Only after [`Capturing::end`] is there more.
+    /// Memory was copied, or the copy failed. The thread continues after
+    /// [`Capturing::end`].
     pub(crate) copied: Box<dyn FnOnce(Result<(), String>) + Send>,
-    /// The snapshot was published, or could not be.
+    /// The snapshot was published, or publishing failed.
     pub(crate) made: Box<dyn FnOnce(Result<Made, String>) + Send>,
 }
 
-/// A machine that is held while its memory is copied. Dropped, it gives that up, and
-/// nothing is published even if the copy is complete.
+/// A capture of a paused machine. Dropping it cancels the capture: nothing is published,
+/// even if the copy is complete.
 #[derive(Debug)]
 pub(crate) struct Capturing {
     begun: Instant,
     given_up: Arc<AtomicBool>,
-    /// To say how long the machine was held.
+    /// Receives the duration of the pause.
     held: Sender<Duration>,
 }
 
 impl Capturing {
-    /// Takes the state of a machine and begins to copy its memory. It is held until the
-    /// caller lets it run, which is to be after `told.copied`. The thread ends when the
-    /// snapshot was published.
+    /// Saves the state of a machine and starts to copy its memory. The machine stays
+    /// paused until the caller resumes it, which has to be after `told.copied`. The
+    /// thread ends after it has published the snapshot.
     ///
     /// # Errors
-    /// The machine cannot be paused or saved, or there is no thread; a clause. Nothing is
-    /// told then, and the machine runs on if it can at all.
+    /// The machine cannot be paused or saved, or the thread cannot be created; a clause.
+    /// No callback is called then, and the machine is resumed if possible.
     pub(crate) fn begin<H: Hypervisor>(
         plan: Plan,
         machine: &mut Machine<H>,
@@ -83,11 +84,11 @@ impl Capturing {
         let (held, was_held) = channel();
         let (memory, vcpus) = (machine.memory().guest.clone(), machine.vcpus());
         let unless = Arc::clone(&given_up);
-        // Created before the machine is held, since creating a thread can fail.
+        // The thread is created before the pause, since its creation can fail.
         let thread = std::thread::Builder::new()
             .name("sm-snapshot".to_owned())
             .spawn(move || {
-                // Nothing comes when the machine could not be held.
+                // The sender is dropped without a state if the pause failed.
                 let Ok(state) = taken.recv() else { return };
                 let (store, ancestry) = (&plan.store, origin.ancestry());
                 let capture = match Capture::begin_unless(store, &memory, ancestry, &unless) {
@@ -96,7 +97,7 @@ impl Capturing {
                 };
                 drop((memory, origin));
                 (told.copied)(Ok(()));
-                // The capture was given up, and its client was told that it failed.
+                // The capture was cancelled, and its client was notified of the failure.
                 let Ok(pause) = was_held.recv() else { return };
                 let made = plan.finish(capture, &state, vcpus);
                 (told.made)(made.map(|captured| Made { captured, pause }));
@@ -108,10 +109,10 @@ impl Capturing {
             .and_then(|()| machine.save_state())
             .map_err(|error| with_causes(&error));
         match state {
-            // The thread waits for it.
+            // The thread waits for the state.
             Ok(state) => drop(hand_over.send(state)),
             Err(error) => {
-                // A machine that cannot be resumed reports its end itself.
+                // The machine reports a failure to resume as its end.
                 let _ = machine.resume();
                 return Err(error);
             }
@@ -124,12 +125,12 @@ impl Capturing {
         Ok((capturing, thread))
     }
 
-    /// Memory has been copied, and the machine runs again, or stays as it is for good.
+    /// Memory was copied, and the machine runs again or stays paused permanently.
     pub(crate) fn end(self) {
         let _ = self.held.send(self.begun.elapsed());
     }
 
-    /// Has copying end soon, with a failure, if it has not ended.
+    /// Cancels copying, if it is in progress; the failure is reported soon.
     pub(crate) fn give_up(&self) {
         self.given_up.store(true, Ordering::Relaxed);
     }

@@ -1,4 +1,4 @@
-//! A framed connection in a poll loop: bytes in, frames out, and the reverse.
+//! A connection with framing for a poll loop.
 
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -7,14 +7,14 @@ use std::os::unix::net::UnixStream;
 use serde::Serialize;
 use sm_guest_proto::frame::{self, BULK_PAYLOAD, FrameDecoder, FrameType};
 
-/// Above this many unsent bytes a connection takes no more bulk data; what
-/// feeds it waits.
+/// Limit of unsent bytes above which a connection accepts no more bulk data and its
+/// source has to wait.
 pub(crate) const HIGH_WATER: usize = 256 * 1024;
 
 const READ_SIZE: usize = 64 * 1024;
 
-/// Longest payload of each type of frame that a guest or a client sends, in bytes. A
-/// frame is buffered whole, and what a workload writes for each attached client.
+/// Returns the longest payload of each type of frame from a guest or a client, in bytes.
+/// Frames are buffered completely, and output of a workload once per attached client.
 fn longest(kind: FrameType) -> usize {
     match kind {
         FrameType::Stdin | FrameType::Stdout | FrameType::Stderr => BULK_PAYLOAD,
@@ -23,10 +23,10 @@ fn longest(kind: FrameType) -> usize {
     }
 }
 
-/// Longest message that is understood, in bytes: far more than any takes.
+/// Longest message in bytes, far more than any message needs.
 const MAX_MESSAGE: usize = 64 << 10;
 
-/// A non-blocking stream that carries frames.
+/// A non-blocking stream with framing.
 #[derive(Debug)]
 pub(crate) struct Conn {
     stream: UnixStream,
@@ -52,20 +52,20 @@ impl Conn {
         self.stream.as_fd()
     }
 
-    /// Whether the peer will send nothing more.
+    /// Returns true if the peer has closed its sending direction.
     pub(crate) fn ended(&self) -> bool {
         self.ended
     }
 
-    /// Reads until there is nothing more, for a peer that will send no more.
+    /// Reads all available bytes, for a peer that will send no more.
     pub(crate) fn read_available(&mut self) {
         while self.read_some() > 0 {}
     }
 
-    /// Reads once; frames are then in [`Self::decoder`].
+    /// Reads once; complete frames are then in [`Self::decoder`].
     ///
-    /// One read per wake-up keeps memory bounded and connections fair: the
-    /// caller stops asking while whoever takes the frames is behind.
+    /// One read per wake-up bounds memory and is fair between connections: the caller
+    /// does not poll for input while the consumer of the frames is behind.
     pub(crate) fn read(&mut self) {
         self.read_some();
     }
@@ -89,8 +89,8 @@ impl Conn {
         0
     }
 
-    /// Queues a frame. Payloads come from a decoder or are small, so they never
-    /// exceed what a frame can carry.
+    /// Queues a frame. Payloads come from a decoder or are small, so they never exceed
+    /// the maximum of a frame.
     pub(crate) fn queue(&mut self, kind: FrameType, payload: &[u8]) {
         if let Err(error) = frame::encode(kind, payload, &mut self.out) {
             tracing::error!(%error, "dropped a frame");
@@ -113,10 +113,10 @@ impl Conn {
         self.unsent() >= HIGH_WATER
     }
 
-    /// Sends what the peer takes now.
+    /// Writes as many bytes as the peer accepts.
     ///
     /// # Errors
-    /// The peer is gone.
+    /// The peer has disconnected.
     pub(crate) fn flush(&mut self) -> io::Result<()> {
         while let Some(rest) = self.out.get(self.sent..).filter(|rest| !rest.is_empty()) {
             match self.stream.write(rest) {
@@ -124,7 +124,7 @@ impl Conn {
                 Ok(count) => self.sent += count,
                 Err(error) => match error.kind() {
                     io::ErrorKind::WouldBlock => {
-                        // Bound what is kept besides the unsent bytes.
+                        // Bounds the memory of bytes that were already sent.
                         if self.sent >= HIGH_WATER {
                             self.out.drain(..self.sent);
                             self.sent = 0;

@@ -1,31 +1,32 @@
-//! How many files the process of a VM may have open, and what for.
+//! Budget of file descriptors of a VM's process.
 //!
-//! Every connection costs descriptors. What others need is set aside, so that a VM
-//! whose ports are flooded can still be entered, snapshotted and stopped.
+//! Every connection costs descriptors. A part is reserved, so that exec, snapshots and
+//! stop work while connections flood the ports of a VM.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use sm_frontends::Limit;
 
-/// Set aside for what is not a connection of a frontend: the machine and its disks,
-/// snapshots, the agent, clients of the control socket, routers of handoff sockets.
+/// Descriptors reserved for everything except connections of frontends: the machine and
+/// its disks, snapshots, the agent, clients of the control socket, routers of handoff
+/// sockets.
 const RESERVE: usize = 512;
-/// Most sessions of `sm exec` and the like.
+/// Most exec sessions.
 const MOST_EXEC: usize = 1024;
 /// Most connections of the muxer.
 const MOST_CONNECTIONS: usize = 16_384;
-/// Connections of neither: to the agent.
+/// Connections of the muxer for other purposes: to the agent.
 const OTHERS: usize = 16;
-/// Descriptors of a listener of a published port: its socket, a spare one, a timer.
+/// Descriptors per listener of a published port: its socket, a spare one, a timer.
 const PER_LISTENER: usize = 3;
-/// Most clients of the control socket that are attached or wait for the end. Of
-/// [`RESERVE`], that many at least are theirs.
+/// Most clients of the control socket that are attached or wait for the end. At least
+/// [`LEAST_STAYING`] of [`RESERVE`] are theirs.
 const MOST_STAYING: usize = 1024;
 const LEAST_STAYING: usize = 128;
-/// What each gets where there are far too few for everything.
+/// Minimum of each share where descriptors are too few.
 const LEAST: usize = 16;
 
-/// Raises the limit of open files as far as the system allows. The default suits
-/// programs that use `select`, which none here does.
+/// Raises the soft limit of open files to the hard limit. The low default is for programs
+/// that use `select`, which this process does not.
 pub(super) fn raise() {
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
     if current == maximum {
@@ -36,24 +37,24 @@ pub(super) fn raise() {
         maximum,
     };
     if let Err(error) = setrlimit(Resource::Nofile, most) {
-        tracing::warn!(%error, "the limit of open files stays as low as it is");
+        tracing::warn!(%error, "cannot raise the limit of open files");
     }
 }
 
-/// Shares of the descriptors that this process may have.
+/// Shares of this process's descriptors.
 #[derive(Debug)]
 pub(super) struct Descriptors {
-    /// For connections to exec.
+    /// Limit for exec connections.
     pub(super) exec: Limit,
-    /// For connections to published ports, all together.
+    /// Limit for connections to all published ports together.
     pub(super) published: Limit,
-    /// Connections that the muxer may have: as many, so that none of these is ever
-    /// refused there.
+    /// Maximum of the muxer's connections: the sum of the limits, so that the muxer never
+    /// refuses one of these.
     pub(super) connections: usize,
 }
 
 impl Descriptors {
-    /// Shares out what this process may have, which listens for so many ports.
+    /// Divides this process's descriptors, for the given number of listeners.
     pub(super) fn of_this_process(listeners: usize) -> Self {
         let (exec, published) = shares(most(), listeners);
         Self {
@@ -64,7 +65,7 @@ impl Descriptors {
     }
 }
 
-/// Descriptors that this process may have.
+/// Returns the limit of open files of this process.
 fn most() -> usize {
     let most = getrlimit(Resource::Nofile).current;
     most.map_or(usize::MAX, |most| {
@@ -72,7 +73,7 @@ fn most() -> usize {
     })
 }
 
-/// Clients of the control socket that may be attached or wait for the end.
+/// Returns the maximum of control clients that are attached or wait for the end.
 pub(super) fn staying_clients() -> usize {
     staying(most())
 }
@@ -81,7 +82,7 @@ fn staying(most: usize) -> usize {
     (most / 8).clamp(LEAST_STAYING, MOST_STAYING)
 }
 
-/// Descriptors for exec and for published ports, of so many.
+/// Returns the descriptors for exec and for published ports, out of `most`.
 fn shares(most: usize, listeners: usize) -> (usize, usize) {
     let reserve = RESERVE + staying(most) - LEAST_STAYING;
     let reserve = reserve.saturating_add(listeners.saturating_mul(PER_LISTENER));
@@ -106,7 +107,7 @@ mod tests {
         assert_eq!(shares(1024, 0), (64, 448));
         assert_eq!(shares(1024, 128), (16, 112));
         assert_eq!(shares(1 << 20, 10), (1024, 15_344));
-        // Far too few: a few of each, and what fails then is said.
+        // Far too few descriptors: each share has the minimum, and system calls may fail.
         assert_eq!(shares(64, 1), (LEAST, LEAST));
     }
 

@@ -1,6 +1,6 @@
-//! The seam between a VMM and the program that it is part of, which provides the record of
-//! the VM and the files that the machine boots and reads. The VMM knows neither the layout
-//! of the state directory, nor a store of images, nor where kernels and agents come from.
+//! Interface between the VMM and its program, which provides the record of the VM and the
+//! files that the machine boots and reads. The VMM knows neither the layout of the state
+//! directory, nor a store of images, nor the origin of kernels and agents.
 
 use std::fs::File;
 use std::io;
@@ -11,15 +11,15 @@ use sm_control::exit::ExitRecord;
 use sm_control::launch::{DiskSegment, LaunchRequest};
 use sm_guest_proto::frame::FrameType;
 
-/// The program around a VMM.
+/// The program that contains the VMM.
 pub trait Environment {
-    /// Opens the record of the VM that is asked for.
+    /// Opens the record of the requested VM.
     ///
     /// # Errors
     /// The state directory cannot be used.
     fn open_record(&self, request: &LaunchRequest) -> io::Result<Arc<dyn VmRecord>>;
 
-    /// Reads what a machine boots, as far as it tells one from another.
+    /// Reads the boot files and computes the identity of the guest software.
     ///
     /// # Errors
     /// Kernel, modules or agent cannot be read; a sentence.
@@ -53,57 +53,57 @@ pub struct BootAssets {
 /// Builds the initial RAM file system.
 pub type InitramfsBuilder = Box<dyn FnOnce() -> io::Result<Vec<u8>>>;
 
-/// The record of a VM, as its VMM sees it.
+/// The record of a VM, as far as its VMM uses it.
 pub trait VmRecord: Send + Sync {
-    /// The VM's directory.
+    /// Returns the VM's directory.
     fn directory(&self) -> &Path;
 
-    /// Path of the file for the guest's serial console.
+    /// Returns the path of the file for the guest's serial console.
     fn console(&self) -> PathBuf;
 
-    /// Path of the control socket.
+    /// Returns the path of the control socket.
     fn control_socket(&self) -> PathBuf;
 
-    /// Path of the socket that leads to the guest's exec server.
+    /// Returns the path of the socket of the guest's exec server.
     fn exec_socket(&self) -> PathBuf;
 
     /// Creates the log of the workload's output, or opens it at its end.
     ///
     /// # Errors
-    /// The file system refuses.
+    /// The file cannot be created or opened.
     fn output_log(&self) -> io::Result<Box<dyn OutputLog>>;
 
-    /// Durably leaves word of how the VM ended.
+    /// Writes the exit record durably.
     ///
     /// # Errors
-    /// The file system refuses.
+    /// The file cannot be written.
     fn write_exit(&self, exit: &ExitRecord) -> io::Result<()>;
 
     /// Removes the sockets.
     ///
     /// # Errors
-    /// The file system refuses.
+    /// A file cannot be removed.
     fn remove_sockets(&self) -> io::Result<()>;
 
     /// Removes the sockets and the record itself.
     ///
     /// # Errors
-    /// The file system refuses.
+    /// A file cannot be removed.
     fn erase(&self) -> io::Result<()>;
 }
 
 /// The log of a workload's output.
 pub trait OutputLog: Send {
-    /// Appends bytes of standard output (`FrameType::Stdout`) or error. After a failure
-    /// the log is as if it had not been tried.
+    /// Appends bytes of standard output (`FrameType::Stdout`) or standard error. A failed
+    /// call leaves the log unchanged.
     ///
     /// # Errors
-    /// The file system refuses.
+    /// The file cannot be written.
     fn append(&mut self, kind: FrameType, bytes: &[u8]) -> io::Result<()>;
 
-    /// Notes what could not be appended, if anything is missing.
+    /// Writes a count of the bytes that could not be appended, if there are any.
     ///
     /// # Errors
-    /// The file system refuses; it can be tried again.
+    /// The file cannot be written; the call can be repeated.
     fn note_dropped(&mut self) -> io::Result<()>;
 }

@@ -1,9 +1,10 @@
-//! Why there is no machine.
+//! Failures of starting a machine.
 
-/// Why there is no machine; a sentence.
+/// The cause of a failed start; a sentence.
 pub(crate) struct Failure {
     pub(crate) message: String,
-    /// It may be the snapshot's fault, not the host's or the request's.
+    /// True if the snapshot may be corrupt; false if the cause is the host or the
+    /// request.
     pub(crate) spoilt: bool,
 }
 

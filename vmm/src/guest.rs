@@ -1,4 +1,4 @@
-//! What the supervisor needs of a machine, and what a machine tells it.
+//! The interface between the supervisor and a machine: operations and events.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -14,7 +14,7 @@ use sm_snapshot::capture::Hold;
 use sm_snapshot::manifest::Layer;
 use sm_snapshot::store::SnapshotStore;
 
-/// What a machine was started from.
+/// The kind of start source of a machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Start {
     /// A kernel was booted.
@@ -23,158 +23,159 @@ pub(crate) enum Start {
     Restored(Layer),
 }
 
-/// A running machine, seen from its supervisor.
+/// The operations of a running machine that its supervisor uses.
 pub(crate) trait Guest {
-    /// Opens a stream to a vsock port of the guest. A refusal shows as the end
-    /// of the stream.
+    /// Opens a stream to a vsock port of the guest. If the guest refuses the connection,
+    /// the stream ends.
     fn connect(&mut self, port: u32) -> io::Result<UnixStream>;
-    /// What it was started from.
+    /// Returns the kind of its start source.
     fn start(&self) -> Start {
         Start::Boot
     }
-    /// The agent is there and has nothing to do yet: the moment to make a base
-    /// snapshot of, before the machine is given its image and identity. True if it is
-    /// held for that: [`Notice::Captured`] follows.
+    /// Called when the agent is ready and idle, before the machine gets its image and
+    /// identity: the state of a base snapshot. Returns true if the machine is paused for
+    /// one: [`Notice::Captured`] follows.
     fn agent_ready(&mut self) -> Result<bool, String> {
         Ok(false)
     }
-    /// Puts the image into its drive.
+    /// Inserts the image into its drive.
     fn insert_image(&mut self) {}
-    /// Whether an image snapshot is to be made, of a guest that is frozen first.
+    /// Returns true if an image snapshot is wanted, for which the guest has to be frozen
+    /// first.
     fn wants_root(&self) -> bool {
         false
     }
-    /// The root file system is mounted and nothing of it has run: the moment to
-    /// make an image snapshot of. True if it is held for that: [`Notice::Captured`]
-    /// follows.
+    /// Called when the root file system is mounted and no program of it runs: the state
+    /// of an image snapshot. Returns true if the machine is paused for one:
+    /// [`Notice::Captured`] follows.
     fn root_attached(&mut self) -> Result<bool, String> {
         Ok(false)
     }
-    /// The workload runs.
+    /// Called when the workload runs.
     fn workload_started(&mut self) {}
-    /// The snapshot it was restored from, if that was made on the way to others.
+    /// Returns the name of the automatic snapshot from which it was restored, if any.
     fn cached_source(&self) -> Option<String> {
         None
     }
-    /// The guest did not come up as it should have. If it was restored from a snapshot
-    /// that was made on the way to others, that is removed when the machine has ended;
-    /// returns its name.
+    /// Called when the guest did not start properly. If it was restored from an automatic
+    /// snapshot, that is removed when the machine has ended; returns its name.
     fn give_up_source(&mut self) -> Option<String> {
         None
     }
-    /// Whether a snapshot of this name could be published; a clause if not. Asked
-    /// before anything is done for it. Another process may still be first.
+    /// Checks that a snapshot of this name can be published; the error is a clause.
+    /// Called before any work is done for it; another process may still take the name
+    /// first.
     fn check_snapshot(&self, name: &str) -> Result<(), String> {
         let _ = name;
         Ok(())
     }
-    /// Captures the machine with its workload, which must be frozen, as the
-    /// snapshot `name`. Returns at once, with the machine held; [`Notice::Captured`]
-    /// follows and, after [`Self::captured`], [`Notice::Snapshot`].
+    /// Captures the machine with its frozen workload as the snapshot `name`. Returns at
+    /// once, with the machine paused; [`Notice::Captured`] follows and, after
+    /// [`Self::captured`], [`Notice::Snapshot`].
     fn snapshot(&mut self, plan: SnapshotPlan) -> Result<(), String> {
         let _ = plan;
         Err("this machine cannot be captured".to_owned())
     }
-    /// To be called when the machine was captured, or could not be.
+    /// Must be called after the machine was captured, or the capture failed.
     fn captured(&mut self, then: AfterCapture) -> Result<(), String> {
         let _ = then;
         Ok(())
     }
-    /// Has the machine held no longer than it must be: [`Notice::Captured`], with a
+    /// Cancels the copy of memory to shorten the pause: [`Notice::Captured`], with a
     /// failure, follows soon.
     fn give_up_capture(&self) {}
-    /// Puts the machine back to the snapshot that it was started from, with another
-    /// identity to be. Every stream to it ends.
+    /// Resets the machine to the snapshot from which it was started; it gets a new
+    /// identity later. Every stream to it ends.
     fn reset(&mut self) -> Result<(), String> {
         Err("this machine cannot be put back".to_owned())
     }
-    /// Holds all vCPUs.
+    /// Pauses all vCPUs.
     fn pause(&mut self) -> Result<(), String>;
-    /// Lets them run again.
+    /// Resumes the vCPUs.
     fn resume(&mut self) -> Result<(), String>;
-    /// Begins to measure where the time of its connections goes, or ends it.
+    /// Starts or stops the measurement of connection stages. Returns the results when
+    /// stopped.
     fn profile(&self, on: bool) -> Vec<StageTimes> {
         let _ = on;
         Vec::new()
     }
-    /// The last `lines` lines that the guest wrote to its console.
+    /// Returns the last `lines` lines of the guest's console.
     fn console_tail(&self, lines: usize) -> String;
-    /// Its ports that are published.
+    /// Returns its published ports.
     fn published(&self) -> Vec<PublishedPort>;
-    /// Listens no more for connections to these; those there are go on.
+    /// Closes the listeners of published ports; connections continue.
     fn close_published(&mut self) {}
-    /// Whether something that the guest has sent to published ports is still on its
-    /// way; [`Notice::Delivered`] follows then.
+    /// Returns true if bytes that the guest has sent to published ports are still in
+    /// flight; [`Notice::Delivered`] follows then.
     fn is_delivering(&mut self) -> bool {
         false
     }
-    /// Ends the machine; [`Self::end`] follows.
+    /// Stops the machine; [`Self::end`] becomes available.
     fn stop(&mut self);
-    /// Becomes, and stays, readable when the machine has ended.
+    /// Returns a descriptor that becomes, and stays, readable when the machine has ended.
     fn end_event(&self) -> BorrowedFd<'_>;
-    /// How it ended, once it has.
+    /// Returns the cause of its end, once it has ended.
     fn end(&self) -> Option<GuestEnd>;
 }
 
-/// The next state of a machine that was held to be captured.
+/// The state of a machine after its capture.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum AfterCapture {
-    /// It runs on, and its snapshot is published.
+    /// The machine runs, and its snapshot is published.
     Run,
-    /// It stays held, and its snapshot is published.
+    /// The machine stays paused, and its snapshot is published.
     Stay,
-    /// It runs on, and nothing is published.
+    /// The machine runs, and the snapshot is discarded.
     Forget,
 }
 
-/// Why a machine ended.
+/// The cause of a machine's end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum GuestEnd {
-    /// It was stopped by its supervisor.
+    /// The supervisor stopped it.
     Stopped,
-    /// The guest did it: a clause such as "the guest powered off".
+    /// The guest caused it: a clause such as "the guest powered off".
     Guest(String),
-    /// Something on the host failed; a clause.
+    /// A failure on the host; a clause.
     Host(String),
 }
 
-/// A snapshot to be made of a running workload.
+/// Parameters of a snapshot of a running workload.
 #[derive(Clone, Debug)]
 pub(crate) struct SnapshotPlan {
     /// Its name.
     pub(crate) name: String,
-    /// Whether the last VM that uses it removes it.
+    /// True if the last VM that uses it removes it.
     pub(crate) ephemeral: bool,
-    /// Hold the machine afterwards.
+    /// True to leave the machine paused afterwards.
     pub(crate) stay: bool,
 }
 
-/// What the supervisor is told from other threads.
+/// An event from other threads to the supervisor.
 #[derive(Debug)]
 pub(crate) enum Notice {
-    /// The agent has dialled.
+    /// The agent has connected.
     Agent(UnixStream),
-    /// The memory of a machine that is held was copied, or could not be; a clause.
+    /// The memory of a paused machine was copied, or the copy failed with a clause.
     Captured(Result<(), String>),
-    /// A snapshot that the supervisor asked for was made, or could not be; a
-    /// clause.
+    /// A snapshot that the supervisor requested was published, or failed with a clause.
     Snapshot(Result<SnapshotMade, String>),
-    /// The guest cannot be reached any more, as its driver broke the device; why.
+    /// The guest became unreachable because its driver broke the vsock device; the cause.
     Unreachable(String),
-    /// All that the guest has sent to published ports has left.
+    /// All bytes that the guest has sent to published ports were delivered.
     Delivered,
 }
 
-/// A snapshot that is on disk.
+/// A published snapshot.
 #[derive(Debug)]
 pub(crate) struct SnapshotMade {
     pub(crate) report: SnapshotReport,
-    /// Keeps it there.
+    /// Prevents its removal.
     pub(crate) kept: Option<Kept>,
 }
 
-/// Keeps a snapshot from being removed while whoever asked for it has not opened it.
-/// One that was made for clones only goes then, unless it was opened.
+/// Prevents the removal of a snapshot until the client that requested it has opened it.
+/// An ephemeral snapshot that was not opened is removed when this is dropped.
 #[derive(Debug)]
 pub(crate) struct Kept {
     hold: Option<Hold>,
@@ -194,7 +195,7 @@ impl Drop for Kept {
     fn drop(&mut self) {
         self.hold = None;
         if let Some((store, name)) = self.ephemeral.take() {
-            // Refused while a clone lives: the last one removes it.
+            // The store refuses while a clone lives: the last clone removes it.
             match store.remove(&name) {
                 Ok(()) => tracing::info!(name, "removed a snapshot that nobody used"),
                 Err(Error::NotFound { .. } | Error::InUse { .. }) => {}
@@ -204,7 +205,7 @@ impl Drop for Kept {
     }
 }
 
-/// Hands notices to the supervisor, from any thread.
+/// Sends events to the supervisor, from any thread.
 #[derive(Clone, Debug)]
 pub(crate) struct NoticeSender {
     sender: Sender<Notice>,
@@ -213,13 +214,14 @@ pub(crate) struct NoticeSender {
 
 impl NoticeSender {
     pub(crate) fn send(&self, notice: Notice) {
-        // A supervisor that is gone needs no notice; a full counter is awake.
+        // A send fails only after the supervisor has ended; a full eventfd counter is
+        // readable.
         let _ = self.sender.send(notice);
         let _ = rustix::io::write(&*self.wake, &1u64.to_ne_bytes());
     }
 }
 
-/// The supervisor's end.
+/// The supervisor's end of the event queue.
 #[derive(Debug)]
 pub(crate) struct NoticeReceiver {
     receiver: Receiver<Notice>,
@@ -235,7 +237,8 @@ impl NoticeReceiver {
         self.receiver.try_recv().ok()
     }
 
-    /// Resets readiness. Call before [`Self::next`], so that nothing is missed.
+    /// Resets readiness. It must be called before [`Self::next`], so that no event is
+    /// missed.
     pub(crate) fn clear(&mut self) {
         let _ = rustix::io::read(&*self.wake, &mut [0; 8]);
     }

@@ -1,7 +1,7 @@
-//! What the VMM process has to say about itself, on its standard error: `vmm.log`.
+//! The log of the VMM process on its standard error: `vmm.log`.
 //!
-//! A guest can bring about a line as often as it likes, for instance by resetting
-//! and breaking a device in turn. What is kept is the beginning, up to a limit.
+//! A guest can cause any number of lines, for instance by repeatedly resetting and
+//! breaking a device, so the log is truncated at a limit.
 
 use std::io::{self, Write};
 use std::sync::Arc;
@@ -11,11 +11,11 @@ use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 
-/// Bytes that are kept.
+/// Maximum size of the log in bytes.
 const LIMIT: u64 = 4 << 20;
 const NOTICE: &[u8] = b"[what the VMM says beyond 4 MiB is not kept]\n";
 
-/// Says what is logged, such as `sm_vmm_core=debug`.
+/// Variable with the log filter, such as `sm_vmm_core=debug`.
 const VARIABLE: &str = "SM_LOG";
 
 /// Sends this process's log to its standard error.
@@ -27,14 +27,14 @@ pub(super) fn to_stderr() {
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(move || limit.writer(io::stderr()))
         .with_ansi(false);
-    // A program that has set one already keeps it.
+    // An error means that the program has already set a subscriber.
     let _ = tracing_subscriber::registry()
         .with(lines)
         .with(wanted)
         .try_init();
 }
 
-/// Counts what was written.
+/// Counts the written bytes.
 #[derive(Clone, Debug, Default)]
 struct Limit(Arc<AtomicU64>);
 
@@ -47,7 +47,7 @@ impl Limit {
     }
 }
 
-/// Takes everything, and passes it on up to the limit.
+/// A writer that forwards bytes up to the limit and discards the rest.
 struct Limited<W> {
     to: W,
     written: Arc<AtomicU64>,
@@ -56,7 +56,7 @@ struct Limited<W> {
 impl<W: Write> Write for Limited<W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let len = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
-        // Wraps after 16 EiB.
+        // The counter wraps after 16 EiB.
         let before = self.written.fetch_add(len, Ordering::Relaxed);
         let after = before.saturating_add(len);
         if after <= LIMIT {

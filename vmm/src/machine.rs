@@ -1,4 +1,4 @@
-//! The machine that a launch request describes, on this host's hypervisor.
+//! Starts the machine of a launch request on this host's hypervisor.
 
 mod guest;
 
@@ -49,38 +49,38 @@ use super::serving::{Published, Wiring};
 use super::unusable;
 use crate::names::EPHEMERAL_LABEL;
 
-/// A machine that runs, with what it needs to be reached.
+/// A running machine with its devices and frontends.
 pub(crate) struct RunningMachine {
-    // Dropped in this order: no vCPU runs any more when its devices go.
+    // Fields are dropped in this order: the vCPUs stop before their devices are dropped.
     machine: Machine<Kvm>,
     exit: Arc<ExitLatch>,
     muxer: MuxerHandle,
-    /// The root disk, and what it is to hold once the machine was captured.
+    /// The root disk, and the image to insert after the base snapshot was captured.
     root: Arc<Mutex<Block>>,
     image: Option<Disk>,
     start: Start,
     start_timeout: Duration,
-    /// What the machine was asked to be.
+    /// The configuration of the request.
     config: VmConfig,
-    /// What a snapshot of it says besides memory and state.
+    /// The description for snapshots, besides memory and state.
     content: Content,
     identity: Identity,
     store: SnapshotStore,
-    /// Snapshots to leave behind on the way to the workload.
+    /// Snapshots to create before the workload starts.
     base_plan: Option<Plan>,
     image_plan: Option<Plan>,
     prefetch: Option<Prefetch>,
-    /// Fills memory while the machine and whoever reads it lives.
+    /// Fills memory on access, as long as the machine and its readers live.
     pager: Option<Pager>,
     notices: NoticeSender,
-    /// The snapshot for which the machine is held.
+    /// The capture for which the machine is paused.
     capturing: Option<Capturing>,
     /// Threads that publish snapshots.
     publishing: Vec<JoinHandle<()>>,
     _exec: FrontendHandle,
     published: Published,
     _event_loop: EventLoop,
-    /// The snapshot whose pages are mapped.
+    /// The snapshot with the mapped pages.
     source: Option<SourceSnapshot>,
 }
 
@@ -88,22 +88,21 @@ impl Drop for RunningMachine {
     fn drop(&mut self) {
         self.capturing = None;
         for publishing in self.publishing.drain(..) {
-            // Its outcome was logged.
+            // The thread has logged its result.
             let _ = publishing.join();
         }
         cache::trim(&self.store);
     }
 }
 
-/// Keeps the snapshot that a machine was restored from from being removed, and
-/// removes it in the end if it was made for clones only and nothing else needs it, or
-/// if it is no good.
+/// Prevents the removal of the snapshot from which a machine was restored, and finally
+/// removes it if it is ephemeral and not in use any more, or if it is corrupt.
 struct SourceSnapshot {
     store: SnapshotStore,
     chain: Option<Arc<Chain>>,
-    /// It is one that `sm run` has made for itself.
+    /// True for an automatic snapshot.
     cached: bool,
-    /// What was restored from it did not come up.
+    /// True if a machine restored from it did not start.
     spoilt: bool,
 }
 
@@ -133,28 +132,28 @@ impl Drop for SourceSnapshot {
         if self.spoilt {
             cache::discard(&self.store, &name);
         } else if ephemeral {
-            // Refused while another clone lives: the last one succeeds.
+            // The store refuses while another clone lives: the last clone removes it.
             let _ = self.store.remove(&name);
         }
     }
 }
 
-/// A failed step, in words.
+/// Returns a conversion of the error of a step to a sentence.
 fn failed<E: std::error::Error>(what: &'static str) -> impl FnOnce(E) -> String {
     move |error| format!("cannot {what}: {}", with_causes(&error))
 }
 
-/// A machine on its way.
+/// A machine that was started.
 pub(crate) struct Started {
     pub(crate) machine: RunningMachine,
-    /// What was reached on the way.
+    /// Phases that are complete.
     pub(crate) phases: Vec<Phase>,
-    /// Sentences that the person who started the VM should see.
+    /// Warnings for the person who started the VM; sentences.
     pub(crate) warnings: Vec<String>,
 }
 
-/// Boots or restores the machine. A snapshot of the cache that cannot be restored is
-/// removed, and the next best thing is started from.
+/// Boots or restores the machine. A cached snapshot that cannot be restored is removed,
+/// and the next best source is used.
 ///
 /// # Errors
 /// A sentence for the person who started the VM.
@@ -253,8 +252,8 @@ fn begin(
         },
     )?;
     let root = root_disk(environment, &beginning.content.root)?;
-    // A disk that the guest knows already is there from the start; otherwise
-    // the machine gets it when it was captured.
+    // A disk that the guest already knows is present from the start; otherwise it is
+    // inserted after the base snapshot was captured.
     let (disk, image) = match start {
         Start::Restored(Layer::Image | Layer::App) => (root, None),
         _ => (Disk::empty(), Some(root)),
@@ -307,7 +306,8 @@ fn begin(
         source,
     };
     if start != Start::Boot {
-        // The agent dialled before the snapshot was made: now it is called.
+        // The agent of a snapshot has already made its connection and listens now, so the
+        // host connects.
         let stream = running
             .connect(port::CONTROL)
             .map_err(failed("call the guest agent"))?;
@@ -316,7 +316,7 @@ fn begin(
     Ok((running, parts.phases))
 }
 
-/// What both ways to a machine need.
+/// Common parameters of booting and restoring.
 struct Parts {
     kvm: Kvm,
     devices: Vec<DeviceConfig>,
@@ -340,7 +340,7 @@ impl Parts {
         initramfs: InitramfsBuilder,
         event_loop: &EventLoop,
     ) -> Result<Machine<Kvm>, String> {
-        // Not asked of a host on which a guest of the same kind has run.
+        // The check is skipped on a host on which a guest of the same kind has run.
         if let LinuxSupport::Unusable { reason } = self.kvm.capabilities().linux {
             return Err(unusable(&reason));
         }
@@ -402,8 +402,8 @@ impl Parts {
             message: format!("it cannot be restored: {}", with_causes(&error)),
             spoilt: true,
         })?;
-        // Before the guest runs on: the first thing it learns is that it is
-        // another machine now.
+        // The new generation ID is set before the vCPUs run, so that the guest's kernel
+        // sees it first.
         machine
             .set_generation_id(random::<16>())
             .map_err(failed("give the machine an identity"))?;
@@ -425,7 +425,7 @@ impl Parts {
     }
 }
 
-/// Hands the stream that the agent opens when it is ready to the supervisor.
+/// Sends the stream that the agent opens when it is ready to the supervisor.
 fn listen_for_agent(muxer: &MuxerHandle, notices: NoticeSender) {
     let acceptor = move |_| match UnixStream::pair() {
         Ok((ours, theirs)) => {
@@ -440,7 +440,7 @@ fn listen_for_agent(muxer: &MuxerHandle, notices: NoticeSender) {
     muxer.listen(port::CONTROL, Box::new(acceptor)).forever();
 }
 
-/// Has the supervisor learn why, before the streams of the guest end.
+/// Reports a device failure to the supervisor, before the streams of the guest end.
 fn report_failure(muxer: &MuxerHandle, notices: NoticeSender) {
     let tell = move |reason: &str| notices.send(Notice::Unreachable(reason.to_owned()));
     muxer.on_failure(Box::new(tell));

@@ -1,15 +1,15 @@
-//! Names and labels by which snapshots of the cache, and those of forks, are known.
+//! Names and labels of cached snapshots and those of forks.
 
-/// Label of a snapshot, with the image that its root file system is of.
+/// Label with the image of a snapshot's root file system.
 pub const IMAGE_LABEL: &str = "image";
-/// Label of a snapshot that the last VM that uses it removes.
+/// Label of an ephemeral snapshot, which the last VM that uses it removes.
 pub(crate) const EPHEMERAL_LABEL: &str = "ephemeral";
-/// Whether `sm run` has made a snapshot of that name for itself.
+/// Returns true for the name of an automatic snapshot of `sm run`.
 pub(crate) fn is_automatic(name: &str) -> bool {
     name.starts_with("base-") || name.starts_with("image-")
 }
 
-/// Whether `sm fork` has made a snapshot of that name.
+/// Returns true for the name of a snapshot of `sm fork`.
 pub(crate) fn is_of_fork(name: &str) -> bool {
     name.starts_with("fork-")
 }

@@ -1,4 +1,4 @@
-//! How the memory of a snapshot gets into a machine.
+//! Restores the memory of a snapshot.
 
 use sm_control::launch::Paging;
 use sm_control::with_causes;
@@ -12,17 +12,17 @@ use sm_vmm_core::memory::MachineMemory;
 use super::failure::Failure;
 use super::prefetch::Prefetch;
 
-/// Does without transparent huge pages from now on, as a process that restores must:
-/// what is written once, in memory of the guest that no file has or in a stack of ours
-/// that happens to be aligned, would take 2 MiB from each clone. (One that boots has
-/// ordinary memory, and gets what the host is set up to give.)
+/// Disables transparent huge pages for this process, which restores a snapshot: a single
+/// write to anonymous guest memory, or to an aligned stack of a thread, would otherwise
+/// cost each clone 2 MiB. (A process that boots has ordinary memory and the host's
+/// setting.)
 pub(crate) fn forgo_huge_pages() {
     if let Err(error) = rustix::thread::disable_transparent_huge_pages(true) {
-        tracing::debug!(%error, "huge pages are as the host is set up");
+        tracing::debug!(%error, "cannot disable transparent huge pages");
     }
 }
 
-/// Memory of a machine, and what works on it beside the machine.
+/// Memory of a machine, with its prefetcher and pager.
 pub(crate) struct Paged {
     pub(crate) memory: MachineMemory,
     pub(crate) prefetch: Option<Prefetch>,
@@ -30,10 +30,10 @@ pub(crate) struct Paged {
 }
 
 impl Paged {
-    /// The memory of `chain`.
+    /// Maps the memory of `chain`.
     ///
     /// # Errors
-    /// It cannot be mapped, or this process not handle its faults; a sentence.
+    /// It cannot be mapped, or this process cannot handle its faults; a sentence.
     pub(crate) fn new(chain: &Chain, paging: Paging) -> Result<Self, Failure> {
         let failed = |error| Failure {
             message: format!(
@@ -47,7 +47,7 @@ impl Paged {
         }
         let memory = map_memory(chain).map_err(failed)?;
         if paging == Paging::Prefault {
-            // Advice that the system does not take costs time later, no more.
+            // A failure of this advice costs only time.
             let _ = WorkingSet::all(chain).prefetch(&memory);
         }
         Ok(Self {
@@ -68,7 +68,7 @@ impl Paged {
         let source = ChainPages::new(chain).map_err(failed)?;
         let bytes = chain.tip().lease.manifest().memory_bytes;
         let on_failure = |error: std::io::Error| {
-            // vCPUs that wait for a page can be neither stopped nor woken.
+            // vCPUs that wait for a page can neither be stopped nor woken.
             tracing::error!(%error, "the memory of the snapshot cannot be read any more");
             std::process::exit(1);
         };

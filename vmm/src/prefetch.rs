@@ -1,5 +1,5 @@
-//! The working set of a snapshot: recorded by the first machine that starts
-//! from it, mapped ahead of use by later ones.
+//! The working set of a snapshot: the first machine that starts from it records it, later
+//! ones map it before the first access.
 
 use std::thread::JoinHandle;
 
@@ -10,17 +10,16 @@ use sm_snapshot::store::SnapshotStore;
 use sm_snapshot::working_set::WorkingSet;
 use sm_vmm_core::memory::MachineMemory;
 
-/// What is known of a snapshot's working set.
+/// The state of a snapshot's working set.
 pub(crate) struct Prefetch {
-    /// The snapshot that has no record yet.
+    /// The snapshot, if it has no record yet.
     missing: Option<String>,
-    /// The pages that were copied because earlier machines wrote to them.
+    /// Pages that were copied because earlier machines wrote to them.
     copied: Vec<Run>,
 }
 
 impl Prefetch {
-    /// Begins to map the pages that earlier machines used. It goes on beside
-    /// whatever the caller does next.
+    /// Starts to map the pages that earlier machines used, concurrently with the caller.
     pub(crate) fn begin(chain: &Chain, memory: &MachineMemory) -> Self {
         let lease = &chain.tip().lease;
         let Some(set) = WorkingSet::load(lease.dir()) else {
@@ -43,14 +42,14 @@ impl Prefetch {
         }
     }
 
-    /// Pages that are this process's own although the machine need not have written to
-    /// them.
+    /// Returns the pages that are private to this process although the machine may not
+    /// have written to them.
     pub(crate) fn copied(&self) -> &[Run] {
         &self.copied
     }
 
-    /// Records what has been used by now, unless a record exists. Returns the
-    /// thread that does it. (The snapshot cannot be another: the machine uses it.)
+    /// Records the pages accessed so far, unless a record exists. Returns the recording
+    /// thread. (The machine uses the snapshot, so its name cannot refer to another one.)
     pub(crate) fn record(
         &mut self,
         memory: &MachineMemory,

@@ -1,4 +1,4 @@
-//! From the launch request to a supervised machine.
+//! Runs the VMM process from the launch request to the supervised machine.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write as _};
@@ -29,15 +29,14 @@ pub(super) fn main(environment: &dyn Environment) -> io::Result<()> {
     let launcher = take_launch_stream()?;
     log::to_stderr();
     greet(&launcher);
-    // Away from the launcher's terminal and directory; nothing that follows
-    // makes files for others.
+    // Detach from the launcher's terminal and directory; files created below are private.
     let _ = rustix::process::setsid();
     let _ = rustix::process::chdir("/");
     rustix::process::umask(Mode::from_raw_mode(0o077));
     descriptors::raise();
     let terminate = terminate_stream()?;
     let started = Phase::now("process started");
-    // Whatever is asked for, it will be a VM: it is made while we read what kind.
+    // Every request needs a VM, so it is created while the request is received.
     let kvm = Kvm::open().inspect(Kvm::prepare_vm);
     let opened = Phase::now("hypervisor opened");
 
@@ -61,20 +60,20 @@ pub(super) fn main(environment: &dyn Environment) -> io::Result<()> {
     });
     match supervisor {
         Ok(supervisor) => {
-            // The supervisor's is the last: the stream ends when that is closed.
+            // The supervisor has the last copy: the stream ends when that is closed.
             drop(launcher);
             supervisor.run()
         }
         Err(message) => {
             tracing::error!(message, "the VM cannot be started");
             refuse(launcher, message);
-            // The launcher has the reason; an empty record helps nobody.
+            // The launcher has the cause; an empty record is of no use.
             record.erase()
         }
     }
 }
 
-/// Takes the launch stream from standard input, which reads as empty afterwards: a
+/// Takes the launch stream from standard input, which is replaced by /dev/null: a
 /// descriptor that stayed there would keep the stream open as long as the VM lives.
 fn take_launch_stream() -> io::Result<UnixStream> {
     let launcher = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
@@ -83,7 +82,7 @@ fn take_launch_stream() -> io::Result<UnixStream> {
     Ok(launcher)
 }
 
-/// Tells the launcher that the program it has started is a VMM.
+/// Sends the launcher the hello of a VMM.
 fn greet(mut launcher: &UnixStream) {
     let mut bytes = Vec::new();
     let greeted = serde_json::to_vec(&Report::Hello)
@@ -93,16 +92,16 @@ fn greet(mut launcher: &UnixStream) {
         })
         .and_then(|()| launcher.write_all(&bytes));
     if let Err(error) = greeted {
-        tracing::warn!(%error, "the launcher was not greeted");
+        tracing::warn!(%error, "cannot send the hello to the launcher");
     }
 }
 
-/// Becomes readable when this process is asked to terminate.
+/// Returns a stream that becomes readable when this process receives SIGTERM or SIGINT.
 fn terminate_stream() -> io::Result<UnixStream> {
     let (reader, writer) = UnixStream::pair()?;
     signal_hook::low_level::pipe::register(SIGTERM, writer.try_clone()?)?;
     signal_hook::low_level::pipe::register(SIGINT, writer)?;
-    // The end of the launcher's terminal is no reason to end.
+    // SIGHUP is ignored: the VM survives the launcher's terminal.
     signal_hook::flag::register(SIGHUP, Arc::new(AtomicBool::new(false)))?;
     Ok(reader)
 }
@@ -134,10 +133,10 @@ fn receive_request(launcher: &UnixStream) -> io::Result<(LaunchRequest, File)> {
     }
 }
 
-/// Makes everything a supervisor needs.
+/// Starts the machine and creates its supervisor.
 ///
 /// # Errors
-/// A sentence, with its causes, for the person who started the VM.
+/// A sentence with its causes, for the person who started the VM.
 fn assemble(
     kvm: &Kvm,
     environment: &dyn Environment,
@@ -157,7 +156,7 @@ fn assemble(
     let log = record
         .output_log()
         .map_err(io_error("create the output log"))?;
-    // The directory is private, so nobody can connect before or besides us.
+    // The directory is private, so no other user can bind or connect.
     let listener = UnixListener::bind(record.control_socket())
         .map_err(io_error("create the control socket"))?;
     let (sender, notices) = notices().map_err(io_error("create an event descriptor"))?;
@@ -182,7 +181,7 @@ fn assemble(
     .map_err(io_error("supervise the VM"))
 }
 
-/// Tells the launcher why there will be no VM.
+/// Sends the launcher the cause of a failed start.
 fn refuse(mut launcher: UnixStream, message: String) {
     let exit = ExitRecord {
         status: 125,
@@ -208,7 +207,7 @@ fn refuse(mut launcher: UnixStream, message: String) {
         });
     let sent = encoded.and_then(|()| launcher.write_all(&bytes));
     if let Err(error) = sent {
-        tracing::warn!(%error, "the launcher was not told");
+        tracing::warn!(%error, "cannot send the failure to the launcher");
     }
 }
 
@@ -218,10 +217,10 @@ mod tests {
 
     use super::*;
 
-    /// Says that this is the process whose standard input is a launch stream.
+    /// Variable that marks the process with a launch stream as standard input.
     const LAUNCHED: &str = "SM_TEST_LAUNCHED";
 
-    /// Descriptors of this process that are what `launcher` is.
+    /// Returns the descriptors of this process that refer to `launcher`.
     fn copies(launcher: &str) -> Vec<String> {
         let descriptors = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
         let same = descriptors.filter(|entry| {
@@ -231,7 +230,7 @@ mod tests {
             .collect()
     }
 
-    /// One that stayed at descriptor 0 would keep the stream open for the VM's life.
+    /// A copy at descriptor 0 would keep the stream open for the VM's life.
     #[test]
     fn the_launch_stream_is_moved_away_from_standard_input() {
         if std::env::var_os(LAUNCHED).is_none() {

@@ -1,7 +1,7 @@
-//! Machines in snapshots: what is written besides memory, and opening it again.
+//! Machines in snapshots: the sections besides memory, and opening them again.
 //!
-//! `state.bin` has two sections of ours: `machine`, the state of CPUs and
-//! devices, and `vm`, what the VMM around them has to know.
+//! `state.bin` has two sections of this crate: `machine`, the state of CPUs and devices,
+//! and `vm`, the VMM's description of the VM.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -24,15 +24,15 @@ use sm_vmm_core::state::MachineState;
 
 use super::environment::Identity;
 
-/// Name and layout version of the section with the machine's state. The layout is
-/// that of [`MachineState`]: whoever changes that, or anything in it, also raises
-/// this number (a test that reads a snapshot of this one says so).
+/// Name and layout version of the section with the machine's state. The layout is that of
+/// [`MachineState`]: a change of that type, or of anything in it, must raise this number
+/// (a test that reads a snapshot with this number fails otherwise).
 const MACHINE_SECTION: (&str, u32) = ("machine", 1);
-/// Name and layout version of the section with [`Content`], which is JSON: members
-/// may be added, with defaults, under the same number.
+/// Name and layout version of the section with [`Content`], which is JSON: members may be
+/// added, with defaults, under the same number.
 const VM_SECTION: (&str, u32) = ("vm", 1);
 
-/// Everything that decides which snapshots this program reads.
+/// Returns the version numbers that decide which snapshots this program reads.
 pub(crate) fn versions() -> [u32; 5] {
     [
         FORMAT,
@@ -43,15 +43,15 @@ pub(crate) fn versions() -> [u32; 5] {
     ]
 }
 
-/// What a VMM has to know of a machine besides its state.
+/// The VMM's description of a machine, besides its state.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Content {
-    /// The kernel that runs in it.
+    /// The path of its kernel.
     pub kernel: PathBuf,
-    /// The root disk; none in a base snapshot.
+    /// The root disk; empty in a base snapshot.
     pub root: Vec<DiskSegment>,
-    /// The VM whose workload runs in it; application snapshots only.
+    /// The configuration of the VM with the workload; only in workload snapshots.
     pub config: Option<VmConfig>,
 }
 
@@ -63,12 +63,12 @@ pub(crate) struct Saved {
 }
 
 impl Saved {
-    /// Opens a snapshot and checks that this host and program can go on with it.
-    /// `cpu` is what the host offers to guests, `identity` the guest software the
-    /// snapshot must have been made with, where not any will do.
+    /// Opens a snapshot and checks that this host and program can run it. `cpu` is the
+    /// CPU that the host offers to guests, `identity` the required guest software, if
+    /// any.
     ///
     /// # Errors
-    /// It is absent, damaged, or needs something else.
+    /// The snapshot does not exist, is damaged, or is incompatible.
     pub(crate) fn open(
         store: &SnapshotStore,
         name: &str,
@@ -96,10 +96,10 @@ impl Saved {
     }
 }
 
-/// The state of CPUs and devices at the tip of a chain.
+/// Reads the state of CPUs and devices at the tip of a chain.
 ///
 /// # Errors
-/// The section is absent or damaged.
+/// The section is missing or damaged.
 pub(crate) fn machine_state(chain: &Chain) -> Result<MachineState, Error> {
     let tip = chain.tip();
     let path = tip.lease.dir().join("state.bin");
@@ -111,10 +111,10 @@ pub(crate) fn machine_state(chain: &Chain) -> Result<MachineState, Error> {
     })
 }
 
-/// Reads what the tip of a chain says of its VM.
+/// Reads the description of the VM at the tip of a chain.
 ///
 /// # Errors
-/// The section is absent or damaged.
+/// The section is missing or damaged.
 pub fn content(chain: &Chain) -> Result<Content, Error> {
     let tip = chain.tip();
     let path = tip.lease.dir().join("state.bin");
@@ -126,7 +126,7 @@ pub fn content(chain: &Chain) -> Result<Content, Error> {
     })
 }
 
-/// A snapshot to be made.
+/// A snapshot to be created.
 #[derive(Clone, Debug)]
 pub(crate) struct Plan {
     pub(crate) store: SnapshotStore,
@@ -138,10 +138,10 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    /// Writes and publishes what was captured.
+    /// Writes and publishes a capture.
     ///
     /// # Errors
-    /// The file system refused, or the name is taken; a clause.
+    /// A file cannot be written, or the name is taken; a clause.
     pub(crate) fn finish(
         self,
         capture: Capture,
@@ -159,7 +159,7 @@ impl Plan {
             vcpus: u32::try_from(vcpus).unwrap_or(u32::MAX),
             kernel: self.identity.kernel,
             agent: self.identity.agent,
-            // All of them are told the same.
+            // All vCPUs have the same CPUID.
             cpu: CpuFeatures::of(state.vcpus.first().map_or(&[], |vcpu| &vcpu.cpuid)),
             protocol: PROTOCOL_VERSION,
             devices: vec![

@@ -17,27 +17,27 @@ use sm_frontends::{
 };
 use sm_guest_proto::forward::ForwardHeader;
 
-/// What listeners of a machine are made with.
+/// Dependencies of the listeners.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Wiring<'a> {
     pub(crate) muxer: &'a MuxerHandle,
     pub(crate) event_loop: &'a EventLoopHandle,
-    /// Descriptors for connections.
+    /// Limit of descriptors for connections.
     pub(crate) limit: &'a Limit,
 }
 
-/// All that a machine has published; it is given back when this is dropped.
+/// The published ports of a machine; dropping it closes them.
 #[derive(Debug, Default)]
 pub(crate) struct Published {
     ports: Vec<(FrontendHandle, Publication)>,
 }
 
 impl Published {
-    /// Listens for every publication of a VM. Certificates that are made for it are
-    /// put into `directory`.
+    /// Starts a listener for every publication of a VM. Writes self-signed certificates
+    /// to `directory`.
     ///
     /// # Errors
-    /// One of them is taken or impossible; a sentence.
+    /// An address is in use or unusable; a sentence.
     pub(crate) fn start(
         config: &VmConfig,
         directory: &Path,
@@ -57,7 +57,7 @@ impl Published {
         Ok(Self { ports })
     }
 
-    /// What is published, with the ports that the system has chosen.
+    /// Returns the published ports, with the port numbers that the system has chosen.
     pub(crate) fn list(&self) -> Vec<PublishedPort> {
         let ports = self
             .ports
@@ -69,15 +69,15 @@ impl Published {
         ports.collect()
     }
 
-    /// Listens no more; connections go on.
+    /// Closes the listeners; connections continue.
     pub(crate) fn close(&self) {
         for (handle, _) in &self.ports {
             handle.close();
         }
     }
 
-    /// Whether something of the guest's is still on its way; `tell` is called when
-    /// that is over.
+    /// Returns true if bytes of the guest are in flight; `tell` is called when they were
+    /// delivered.
     pub(crate) fn when_delivered(&self, tell: impl Fn() + Send + Sync + 'static) -> bool {
         let groups = self.ports.iter().map(|(handle, _)| handle.connections());
         let busy: Vec<_> = groups.filter(|group| group.undelivered() > 0).collect();
@@ -95,7 +95,7 @@ impl Published {
     }
 }
 
-/// The counts of a frontend, for clients.
+/// Converts the counters of a frontend for clients.
 fn port_stats(stats: FrontendStats) -> PortStats {
     PortStats {
         accepted: stats.accepted,
@@ -108,7 +108,7 @@ fn port_stats(stats: FrontendStats) -> PortStats {
     }
 }
 
-/// Why there is nothing published, and what to do about it.
+/// Describes the cause of a failure to publish, with a remedy.
 fn failure(publication: &Publication, error: &sm_frontends::Error) -> String {
     let hint = match error {
         sm_frontends::Error::PortInUse { .. } => {
@@ -173,7 +173,7 @@ fn identity(end: &TlsEnd) -> TlsIdentity {
     }
 }
 
-/// Where a frontend listens, as what was asked for.
+/// Returns the address of a listener, in the form of the request.
 fn bound(handle: &FrontendHandle, asked: &HostEnd, directory: &Path) -> Result<HostEnd, String> {
     Ok(match (asked, handle.local_address().tcp()) {
         (HostEnd::Tcp(_), Some(address)) => HostEnd::Tcp(address),
@@ -188,7 +188,7 @@ fn bound(handle: &FrontendHandle, asked: &HostEnd, directory: &Path) -> Result<H
     })
 }
 
-/// Keeps the certificate that the frontend may have made.
+/// Writes the self-signed certificate of a frontend, if it has one.
 fn keep_certificate(
     handle: &FrontendHandle,
     mut end: TlsEnd,

@@ -1,14 +1,13 @@
-//! The supervisor: one thread that sees a VM through its life.
+//! The supervisor: one thread that manages a VM through its life.
 //!
-//! It brings the guest from "the agent has dialled" to a running workload, moves
-//! the workload's input and output between guest, log and attached clients,
-//! serves the control socket, and writes down how it ended. Everything it
-//! waits for is a file descriptor or a deadline of one `poll` loop.
+//! It brings the guest from the agent's connection to a running workload, moves input and
+//! output between guest, log and attached clients, serves the control socket, and writes
+//! the exit record. It waits only for file descriptors and deadlines, in one `poll` loop.
 //!
-//! Flow control: output is read from the guest only while every attached
-//! client has room, and input from a client only while the guest has; so a
-//! slow client stalls the workload, as a slow terminal does, and memory stays
-//! bounded. With no client attached, output goes to the log alone.
+//! Flow control: output is read from the guest only while every attached client has space
+//! for it, and input from a client only while the guest has. So a slow client stalls the
+//! workload, as a slow terminal does, and memory is bounded. Without attached clients,
+//! output goes only to the log.
 
 mod admission;
 mod clients;
@@ -41,52 +40,52 @@ use super::descriptors;
 use super::environment::{OutputLog, VmRecord};
 use super::guest::{Guest, Notice, NoticeReceiver};
 
-/// Everything a supervisor is given.
+/// The parameters of a supervisor.
 pub(crate) struct Parts<G> {
     pub(crate) guest: G,
-    /// Sentences for whoever started the VM.
+    /// Warnings for the person who started the VM; sentences.
     pub(crate) warnings: Vec<String>,
-    /// What other threads have to say.
+    /// Events from other threads.
     pub(crate) notices: NoticeReceiver,
     pub(crate) request: LaunchRequest,
     pub(crate) record: Arc<dyn VmRecord>,
-    /// The record's lock: released when the machine has ended.
+    /// The record's lock, which is released when the machine has ended.
     pub(crate) lock: File,
     /// The launch stream.
     pub(crate) launcher: UnixStream,
     /// The control socket.
     pub(crate) listener: UnixListener,
-    /// Becomes readable when this process is asked to terminate.
+    /// Becomes readable when this process receives SIGTERM or SIGINT.
     pub(crate) terminate: UnixStream,
     pub(crate) log: Box<dyn OutputLog>,
 }
 
-/// What a deadline is for.
+/// The purpose of a deadline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Timer {
-    /// The workload must run by then.
+    /// The workload must run.
     Start,
-    /// The workload had its stop signal; SIGKILL is next.
+    /// The stop grace of the workload ends; SIGKILL follows.
     StopGrace,
-    /// The workload had SIGKILL; the end of the machine is next.
+    /// The workload did not exit after SIGKILL; the machine is stopped.
     Kill,
-    /// The agent should have said whether memory ran out.
+    /// The agent did not answer the question for OOM kills.
     OomCheck,
-    /// The guest must be ready for a snapshot by then.
+    /// The guest must be ready for a snapshot.
     Prepare,
-    /// The guest hung up; its end should be known by now.
+    /// A stream of the guest ended, and the cause should be known.
     HangUp,
-    /// What the guest had sent to published ports should have left.
+    /// Bytes sent to published ports should have been delivered.
     Delivery,
     /// The guest should have powered itself off.
     PowerOff,
     /// The machine should have ended.
     End,
-    /// Connections that could not be accepted are tried again.
+    /// Accepting connections is retried.
     Accept,
-    /// Clients that make no calls have had their places for long enough.
+    /// Clients without calls exceeded their idle time.
     Idle,
-    /// How it ended, which could not be written down, is tried again.
+    /// Writing the exit record is retried.
     Record,
 }
 
@@ -96,7 +95,7 @@ impl Timer {
     }
 }
 
-/// See the module's documentation.
+/// A VM with its clients; see the module's documentation.
 pub(crate) struct Supervisor<G> {
     guest: Option<G>,
     notices: NoticeReceiver,
@@ -104,64 +103,64 @@ pub(crate) struct Supervisor<G> {
     record: Arc<dyn VmRecord>,
     lock: Option<File>,
     listener: Option<UnixListener>,
-    /// A descriptor to accept a client with when there are no more.
+    /// A spare descriptor, for accepting a client when no others are free.
     spare: Option<File>,
-    /// The last connection could not be accepted.
+    /// True if the last connection could not be accepted.
     accept_fails: bool,
     idle_timeout: Duration,
-    /// Clients that may be attached or wait for the end at a time.
+    /// Most clients that are attached or wait for the end.
     most_staying: usize,
     terminate: UnixStream,
     log: Option<Box<dyn OutputLog>>,
-    /// The last output could not be logged.
+    /// True if the last output could not be logged.
     log_fails: bool,
-    /// Clients that take no output are not waited for any more.
+    /// True if output does not wait for slow clients any more.
     leaves_behind: bool,
     clients: BTreeMap<u64, Client>,
     next_client: u64,
     agent: Option<AgentLink>,
-    /// The agent of this start, or of this way back to the snapshot, is yet to come.
+    /// True until the agent connects, after a start or a reset.
     agent_awaited: bool,
     main: Option<Conn>,
-    /// The request for the workload has been sent; input may follow.
+    /// True after the request for the workload was sent; input may follow.
     main_requested: bool,
     stage: Stage,
     paused: bool,
-    /// Of the start, or of the last way back to the snapshot.
+    /// Phases of the start, or of the last reset.
     phases: Vec<Phase>,
     started_ns: u64,
     had_output: bool,
     /// Identifies the guest since its last start or reset.
     epoch: String,
-    /// The machine does not run any more, and is to be released.
+    /// True when the machine has ended and is to be released.
     machine_ended: bool,
-    /// The purpose for which the machine is held, until its memory was copied.
+    /// The purpose for which the machine is paused, until its memory was copied.
     held: Option<Held>,
-    /// The time to start that was left when the machine was held.
+    /// The remaining time to start at the pause.
     start_left: Option<Duration>,
-    /// The workload is asked to stop, and may take this long once it can.
+    /// The stop grace of a workload that is to stop, and starts when it runs again.
     stop_grace: Option<Duration>,
-    /// The snapshot that is being made.
+    /// The snapshot in progress.
     snapshot: Option<SnapshotJob>,
-    /// How many were begun.
+    /// Number of snapshots begun.
     snapshots: u64,
     prepare_timeout: Duration,
     power_off_timeout: Duration,
     record_retry: Duration,
-    /// Who asked for the machine to be put back, while it is on its way.
+    /// The client that requested the reset, while it is in progress.
     resetting: Option<u64>,
-    /// A sentence from the agent about why the workload did not start.
+    /// The agent's error about the start of the workload; a sentence.
     start_error: Option<String>,
-    /// The workload's end, while it is being looked into.
+    /// The exit record of the workload, while OOM kills are queried.
     provisional: Option<ExitRecord>,
-    /// The VM's end.
+    /// The exit record of the VM.
     ended: Option<ExitRecord>,
-    /// The same, while it could not be written down.
+    /// The exit record, while it could not be written.
     unwritten: Option<ExitRecord>,
     timers: Vec<(Timer, Instant)>,
 }
 
-/// What a descriptor in the poll set stands for.
+/// The meaning of a descriptor in the poll set.
 #[derive(Clone, Copy, Debug)]
 enum Source {
     Notices,
@@ -230,18 +229,19 @@ impl<G: Guest> Supervisor<G> {
         Ok(supervisor)
     }
 
-    /// Runs until the VM has ended and every client has been told.
+    /// Runs until the VM has ended and every client was notified.
     ///
     /// # Errors
-    /// Waiting itself failed; the record then says that the VM was lost.
+    /// `poll` failed; the record then says that the VM was lost.
     pub(crate) fn run(mut self) -> io::Result<()> {
         while !self.is_finished() {
             for (source, flags) in self.wait()? {
                 self.handle(source, flags);
             }
             self.fire_timers();
-            // What waits for room in a connection is in a buffer here, not in a
-            // descriptor: it goes on when there is room, as nothing would wake it.
+            // Frames that wait for space in a connection are in buffers without a
+            // descriptor that would wake the loop, so they are processed until nothing
+            // changes.
             loop {
                 self.pump_agent();
                 self.pump_main();
@@ -258,8 +258,8 @@ impl<G: Guest> Supervisor<G> {
         self.guest.is_none() && self.clients.is_empty() && self.unwritten.is_none()
     }
 
-    /// Waits for descriptors or the next deadline. Descriptors of which nothing
-    /// is wanted are left out, so that a peer's hang-up cannot spin the loop.
+    /// Waits for descriptors or the next deadline. Descriptors without interest are not
+    /// polled, so that a hang-up of the peer does not make the loop spin.
     fn wait(&self) -> io::Result<Vec<(Source, PollFlags)>> {
         let mut sources = Vec::new();
         let mut fds = Vec::new();
@@ -341,7 +341,7 @@ impl<G: Guest> Supervisor<G> {
                 }
             }
             Source::Terminate => {
-                // Drained, or it would stay readable.
+                // Unread bytes would keep the stream readable.
                 let _ = self.terminate.read(&mut [0; 16]);
                 match self.unwritten {
                     Some(_) => self.forgo_record(),
@@ -360,13 +360,13 @@ impl<G: Guest> Supervisor<G> {
                 }
             }
             Source::Client(id) if flags.intersects(input) => self.client_ready(id, flags),
-            // Ready for writing only: flushing follows.
+            // The stream is only writable: the flush follows.
             Source::Agent | Source::Main | Source::Client(_) => {}
         }
     }
 
-    /// Writes out what can be written; whoever refuses is dropped. Says whether a
-    /// connection that was full has room again.
+    /// Writes pending bytes; clients with errors are dropped. Returns true if a
+    /// connection that was full has space again.
     fn flush(&mut self) -> bool {
         let mut room = false;
         let mut flush = |conn: &mut Conn| {
@@ -376,7 +376,7 @@ impl<G: Guest> Supervisor<G> {
             flushed
         };
         if let Some(agent) = &mut self.agent {
-            // Its end shows when it is read from.
+            // The end of the agent's stream is handled on a read.
             let _ = flush(&mut agent.conn);
         }
         if let Some(main) = &mut self.main {
@@ -390,7 +390,7 @@ impl<G: Guest> Supervisor<G> {
                 (!alive || client.is_done()).then_some(id)
             })
             .collect();
-        // One that kept the others waiting does so no longer.
+        // A full client that is gone does not block the others any more.
         room |= !gone.is_empty();
         for id in gone {
             self.drop_client(id);
@@ -400,13 +400,13 @@ impl<G: Guest> Supervisor<G> {
 
     fn set_timer(&mut self, timer: Timer, after: Duration) {
         self.clear_timer(timer);
-        // A time beyond what the clock can express is no deadline at all.
+        // A time beyond the range of the clock is no deadline.
         if let Some(at) = Instant::now().checked_add(after) {
             self.timers.push((timer, at));
         }
     }
 
-    /// Stops a timer; returns how long it would have run.
+    /// Stops a timer; returns its remaining time.
     fn take_timer(&mut self, timer: Timer) -> Option<Duration> {
         let at = self.timers.iter().find(|(other, _)| *other == timer)?.1;
         self.clear_timer(timer);
@@ -421,12 +421,12 @@ impl<G: Guest> Supervisor<G> {
         self.timers.retain(|(other, _)| *other != timer);
     }
 
-    /// All but those that have nothing to do with the guest.
+    /// Stops all timers that concern the guest.
     fn clear_guest_timers(&mut self) {
         self.timers.retain(|(timer, _)| !timer.is_of_guest());
     }
 
-    /// Whether the workload's end is on its way, or being looked into.
+    /// Returns true if a timer shows that the workload is about to end.
     fn is_about_to_end(&self) -> bool {
         self.timers.iter().any(|(timer, _)| timer.is_of_guest())
     }
@@ -447,7 +447,7 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// Notes that a phase is complete, and tells the clients.
+    /// Records the end of a phase, and notifies clients.
     fn reach(&mut self, name: &str) {
         let phase = Phase::now(name);
         self.phases.push(phase.clone());
@@ -465,7 +465,7 @@ fn interest(read: bool, write: bool) -> PollFlags {
 /// Longest quotation of a guest, in characters.
 const QUOTE_LEN: usize = 2000;
 
-/// What a guest says in words, made fit to be kept and to be shown on a terminal.
+/// Truncates text of a guest and replaces control characters, for records and terminals.
 fn printable(text: &str) -> String {
     let clean = |c: char| if c.is_control() { ' ' } else { c };
     let mut clean: String = text.trim().chars().take(QUOTE_LEN).map(clean).collect();

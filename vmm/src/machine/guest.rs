@@ -1,4 +1,4 @@
-//! What the supervisor asks of a running machine.
+//! The supervisor's operations on a running machine.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -24,7 +24,7 @@ use crate::prefetch::Prefetch;
 use crate::saved::{Content, Plan, machine_state};
 
 impl RunningMachine {
-    /// Makes a snapshot that `sm run` wants for itself.
+    /// Creates an automatic snapshot.
     fn leave_behind(&mut self, plan: Plan) -> Result<(), String> {
         let name = plan.name.clone();
         let made = move |made: Result<Made, String>| match made {
@@ -34,7 +34,7 @@ impl RunningMachine {
                 pause_us = made.pause.as_micros(),
                 "a snapshot was made"
             ),
-            // Another VM may have made the same one meanwhile: as good.
+            // Another VM may have created the same snapshot in the meantime.
             Err(error) => tracing::warn!(name, error, "a snapshot was not made"),
         };
         self.capture(plan, Box::new(made))
@@ -63,8 +63,8 @@ impl RunningMachine {
         Ok(())
     }
 
-    /// Begins to make a snapshot that is wanted, and says whether it does. That it cannot
-    /// be made is no reason to stop.
+    /// Starts an automatic snapshot, if one is planned; returns true if it was started. A
+    /// failure does not stop the VM.
     fn try_leave_behind(&mut self, plan: Option<Plan>) -> Result<bool, String> {
         match plan.map(|plan| self.leave_behind(plan)) {
             None => Ok(false),
@@ -191,7 +191,7 @@ impl Guest for RunningMachine {
             .ok_or("it was not started from a snapshot")?;
         let state = machine_state(chain).map_err(|error| with_causes(&error))?;
         self.machine.pause().map_err(failed("pause the vCPUs"))?;
-        // Pages that were only read are as in the snapshot, and stay mapped.
+        // Pages that were only read are unchanged and stay mapped.
         let written = sm_snapshot::pagemap::private(&self.machine.memory().guest)
             .map_err(failed("find what the machine wrote"))?;
         self.machine

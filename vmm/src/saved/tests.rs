@@ -1,5 +1,5 @@
-//! Real machines, of a guest of a few bytes, captured and opened again. Where there
-//! is no KVM at all, only what was captured elsewhere is read.
+//! Snapshots of real machines with a guest of a few bytes. Without KVM, only snapshots in
+//! the source tree are read.
 
 use std::fs::{self, File};
 use std::io::Write as _;
@@ -25,8 +25,8 @@ use crate::capturing::{Capturing, Made, Origin, Told};
 
 const ENTRY: u32 = 0x10_0000;
 
-/// An ELF file with a PVH note (Linux `Documentation/arch/x86/boot.rst`), whose code
-/// is `cli; hlt; jmp back`.
+/// Returns an ELF file with a PVH note (Linux `Documentation/arch/x86/boot.rst`), whose
+/// code is `cli; hlt; jmp back`.
 fn kernel() -> File {
     let mut elf = vec![0u8; 0x1000];
     let mut put = |at: usize, bytes: &[u8]| elf[at..at + bytes.len()].copy_from_slice(bytes);
@@ -62,7 +62,7 @@ struct Fixture {
     _event_loop: EventLoop,
 }
 
-/// `None`, with a word, where there is no KVM.
+/// Returns `None`, with a message, if there is no KVM.
 fn fixture() -> Option<Fixture> {
     let kvm = Kvm::open()
         .map_err(|error| eprintln!("skipped: {error}"))
@@ -153,7 +153,7 @@ fn capture(f: &mut Fixture, name: &str, origin: Origin) -> Result<Made, String> 
     made
 }
 
-/// Changes the manifest in a way that leaves it whole.
+/// Changes the manifest and encodes it with a valid digest.
 fn rewrite(dir: &Path, change: impl FnOnce(&mut Manifest)) {
     let mut manifest = read_manifest(dir).unwrap();
     change(&mut manifest);
@@ -187,7 +187,7 @@ fn what_this_program_or_host_cannot_go_on_with_is_refused_by_name() {
     refused(&f.cpu, Some(&other("1", "3")), "another guest agent");
     open(&f.cpu, None).unwrap();
 
-    // SSE2, without which no x86-64 guest is.
+    // Every x86-64 CPU has SSE2.
     let mut poorer = f.cpu.clone();
     *poorer.words.get_mut("00000001.0.edx").unwrap() &= !(1 << 26);
     refused(&poorer, None, "CPUID 00000001.0.edx bit 26");
@@ -213,7 +213,7 @@ fn what_this_program_or_host_cannot_go_on_with_is_refused_by_name() {
     assert!(matches!(error, Error::Newer { .. }), "{error}");
 }
 
-/// A guest has what this host gives to guests, and not what the host has besides.
+/// The snapshot has the CPUID that this host offers to guests, not that of the host.
 #[test]
 fn the_processor_is_the_guests_not_the_hosts() {
     let Some(mut f) = fixture() else { return };
@@ -224,7 +224,7 @@ fn the_processor_is_the_guests_not_the_hosts() {
         let offered = f.cpu.words.get(register).copied().unwrap_or(0);
         assert_eq!(word & !offered, 0, "{register}");
     }
-    // VMX and SVM never are a guest's.
+    // VMX and SVM are never offered to guests.
     assert_eq!(cpu.words["00000001.0.ecx"] & 1 << 5, 0);
     let amd = cpu.words.get("80000001.0.ecx").copied();
     assert_eq!(amd.unwrap_or(0) & 1 << 2, 0);
@@ -233,7 +233,7 @@ fn the_processor_is_the_guests_not_the_hosts() {
 #[test]
 fn a_machine_whose_memory_cannot_be_stored_runs_on() {
     let Some(mut f) = fixture() else { return };
-    // A store whose directory has gone.
+    // The directory of the store does not exist any more.
     let root = f.dir.path().join("snapshots");
     fs::rename(&root, f.dir.path().join("elsewhere")).unwrap();
     let error = capture(&mut f, "base", Origin::default()).unwrap_err();
@@ -244,7 +244,7 @@ fn a_machine_whose_memory_cannot_be_stored_runs_on() {
     assert!(f.machine.is_running());
 }
 
-/// Nothing is published that nobody waits for any more, complete or not.
+/// A cancelled capture is not published, complete or not.
 #[test]
 fn a_capture_that_is_given_up_leaves_nothing() {
     let Some(mut f) = fixture() else { return };
@@ -268,18 +268,18 @@ fn a_capture_that_is_given_up_leaves_nothing() {
     capture(&mut f, "base", Origin::default()).unwrap();
 }
 
-/// Where snapshots of each format are that were made by the first version to write
-/// it: a root and a diff over it. Of `memory.bin` there are the pages that it stores,
-/// one after the other.
+/// Returns the directory of snapshots in a format, created by the first version that
+/// writes it: a root and a diff over it. `memory.bin` has only the stored pages, one
+/// after the other.
 fn golden(format: u32) -> PathBuf {
     let all = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
     all.join(format!("format-{format}"))
 }
 
-/// The compatibility promise (ARCHITECTURE.md, "What an upgrade does to snapshots").
-/// Should this fail because a structure was changed, then give its section (or the
-/// machine, or the format) a new number, and refuse the old one by name or read it;
-/// the files stay as they are.
+/// The compatibility promise (ARCHITECTURE.md, "What an upgrade does to snapshots"). If
+/// this fails because a structure was changed, its section (or the machine, or the
+/// format) needs a new number, and the old one must be refused by name or read; the files
+/// stay unchanged.
 #[test]
 fn snapshots_of_all_formats_are_read() {
     for format in OLDEST_FORMAT..=FORMAT {
@@ -325,7 +325,7 @@ fn snapshots_are_read(format: u32) {
         assert_eq!(vcpus, [0, 1]);
         let mut cpu = CpuFeatures::of(&saved.state.vcpus[0].cpuid);
         if format == 1 {
-            // It has some of the words, and zeros.
+            // Format 1 has some of the words, and zeros for others.
             let words = manifest.cpu.words.iter();
             let known: BTreeMap<_, _> = words
                 .map(|(key, _)| (key.clone(), cpu.words.get(key).copied().unwrap_or(0)))
@@ -338,7 +338,7 @@ fn snapshots_are_read(format: u32) {
     }
 }
 
-/// Writes the files of [`golden`]: once for a format.
+/// Writes the files of [`golden`], once per format.
 #[test]
 #[ignore = "writes files of the source tree"]
 fn write_golden() {

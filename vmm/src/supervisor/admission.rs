@@ -1,4 +1,4 @@
-//! Which clients are taken, and how long one that makes no calls keeps its place.
+//! Admission of clients, and eviction of idle ones.
 
 use std::fs::File;
 use std::io;
@@ -11,22 +11,22 @@ use super::clients::{Client, Role};
 use super::{Supervisor, Timer};
 use crate::guest::Guest;
 
-/// Connections served at once that may make control calls; more wait in the socket's
-/// backlog. Places of their own, as calls such as a stop must be heard however many
-/// clients wait for the VM's end or are attached.
+/// Most concurrent connections that may make control calls; more wait in the socket's
+/// backlog. They have a limit of their own, so that a stop is served however many clients
+/// are attached or wait for the VM's end.
 const CONTROL_CLIENTS: usize = 64;
-/// The time for which one that makes no call keeps its place when others wait for one.
+/// Idle time after which a client without a call makes room for others that wait.
 pub(super) const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
-/// The pause after a connection that could not be accepted.
+/// Delay after a connection could not be accepted.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(200);
 
 impl<G: Guest> Supervisor<G> {
-    /// Whether connections are taken from the backlog now.
+    /// Returns true if connections are accepted now.
     pub(super) fn accepts(&self) -> bool {
         !self.is_set(Timer::Accept) && !self.places_are_taken()
     }
 
-    /// Whether a client has one of the places for those that make calls.
+    /// Returns true if a client counts as one that makes calls.
     pub(super) fn is_calling(&self, id: u64, client: &Client) -> bool {
         client.role == Role::Control
             && !client.closing
@@ -35,7 +35,7 @@ impl<G: Guest> Supervisor<G> {
             && self.resetting != Some(id)
     }
 
-    /// Whether there are as many clients that make calls as there may be.
+    /// Returns true if the maximum of clients that make calls is reached.
     pub(super) fn places_are_taken(&self) -> bool {
         self.calling_clients() >= CONTROL_CLIENTS
     }
@@ -45,7 +45,7 @@ impl<G: Guest> Supervisor<G> {
         clients.filter(|(id, c)| self.is_calling(**id, c)).count()
     }
 
-    /// Takes one connection; the poll loop comes back for the next.
+    /// Accepts one connection; the poll loop calls again for the next.
     pub(super) fn accept(&mut self) {
         let Some(listener) = &self.listener else {
             return;
@@ -57,7 +57,7 @@ impl<G: Guest> Supervisor<G> {
             on_spare = accepted.is_ok();
         }
         match accepted {
-            // The directory is private; should it have been opened up, this holds.
+            // The check protects a directory whose permissions were widened.
             Ok((stream, _)) if !is_trusted_peer(&stream).unwrap_or(false) => {
                 tracing::warn!("refused a client of another user");
             }
@@ -66,7 +66,7 @@ impl<G: Guest> Supervisor<G> {
                 Err(error) => tracing::warn!(%error, "cannot serve a client"),
             },
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            // It stays in the backlog, and the socket readable.
+            // The connection stays in the backlog, and the socket readable.
             Err(error) => {
                 if !std::mem::replace(&mut self.accept_fails, true) {
                     tracing::warn!(%error, "cannot accept clients");
@@ -77,7 +77,7 @@ impl<G: Guest> Supervisor<G> {
         self.keep_spare();
     }
 
-    /// Opens the spare descriptor again once there is one to be had.
+    /// Reopens the spare descriptor as soon as one is free.
     pub(super) fn keep_spare(&mut self) {
         if self.spare.is_none() {
             self.spare = File::open("/dev/null").ok();
@@ -87,7 +87,7 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// All places for calls are taken: those that make none are given to others.
+    /// Drops idle clients if the maximum of clients that make calls is reached.
     pub(super) fn drop_idle_clients(&mut self) {
         if !self.places_are_taken() {
             return;
@@ -110,7 +110,7 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// Whether one more client may stay for long.
+    /// Returns an error if no further client may attach or wait.
     pub(super) fn may_stay(&self, id: u64) -> Result<(), String> {
         if self.clients.get(&id).is_some_and(|client| client.on_spare) {
             return Err("the VM's process has no descriptors left".to_owned());

@@ -14,21 +14,22 @@ use crate::agent::Purpose;
 use crate::conn::Conn;
 use crate::guest::{Guest, Kept, SnapshotPlan};
 
-/// What a connection is for.
+/// The role of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Role {
     /// It may make control calls.
     Control,
-    /// It wants to hear how the VM ends.
+    /// It waits for the VM's end.
     Waiting,
-    /// It reads the output log, and wants to hear when there is more.
+    /// It reads the output log, and is notified of new output.
     Following,
-    /// The launcher of a detached VM: hears reports until the workload runs.
+    /// The launcher of a detached VM: receives reports until the workload runs.
     Launcher,
-    /// It gets the workload's output, and gives input if `stdin`.
+    /// It receives the workload's output, and sends input if `stdin`.
     Attached {
         stdin: bool,
-        /// It is the launcher; losing it before the start cancels the start.
+        /// True for the launcher; if it disconnects before the start, the start is
+        /// cancelled.
         launcher: bool,
     },
 }
@@ -38,17 +39,18 @@ pub(super) enum Role {
 pub(super) struct Client {
     pub(super) conn: Conn,
     pub(super) role: Role,
-    /// Nothing more is to be sent; it goes once everything is.
+    /// True if the client is dropped after all queued bytes were sent.
     pub(super) closing: bool,
-    /// When it came, or made its last call.
+    /// Time of the connection, or of its last call.
     pub(super) active: Instant,
-    /// It has the descriptor that is kept for when there are no more.
+    /// True if it uses the spare descriptor.
     pub(super) on_spare: bool,
-    /// It has sent end of file on its STDIN.
+    /// True after it has sent end of file on STDIN.
     pub(super) stdin_ended: bool,
-    /// It has missed output, and was told.
+    /// True after it has missed output, and was notified.
     pub(super) left_behind: bool,
-    /// The snapshot that it asked for, kept until it goes.
+    /// The snapshot that it requested, which is not removed while the client is
+    /// connected.
     pub(super) kept: Option<Kept>,
 }
 
@@ -101,31 +103,31 @@ impl<G: Guest> Supervisor<G> {
         self.clients.insert(id, client);
     }
 
-    /// What to wait for on a client; `None` leaves it out.
+    /// Returns the poll flags for a client; `None` to skip it.
     pub(super) fn client_interest(&self, client: &Client) -> Option<PollFlags> {
         let write = client.conn.unsent() > 0;
         let read = !client.conn.ended()
             && match client.role {
-                // Answers that are not read are no reason to make more.
+                // A client that does not read its answers gets no further ones.
                 Role::Control | Role::Waiting | Role::Following | Role::Launcher => {
                     !client.conn.is_full()
                 }
                 Role::Attached { .. } => self.takes_input(),
             };
         let flags = interest(read, write);
-        // Before the workload takes input a vanished launcher still matters:
-        // hang-ups are reported without being asked for.
+        // Before the workload accepts input, a disconnected launcher still matters:
+        // hang-ups are reported without interest flags.
         let watch_hang_up = client.is_launcher() && self.stage == Stage::Starting;
         (!flags.is_empty() || watch_hang_up).then_some(flags)
     }
 
-    /// Whether frames from clients can go to the guest now.
+    /// Returns true if frames of clients can be forwarded to the guest now.
     fn takes_input(&self) -> bool {
         match (&self.main, self.stage) {
             (Some(main), Stage::Starting | Stage::Running) => {
                 self.main_requested && !main.is_full()
             }
-            // Read and ignored, so that its end is seen.
+            // Input is read and discarded, to detect its end.
             (_, Stage::Ending) => true,
             (None, _) => false,
         }
@@ -144,7 +146,7 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// Handles the frames that have arrived from clients.
+    /// Processes the frames that have arrived from clients.
     pub(super) fn pump_clients(&mut self) {
         let ids: Vec<u64> = self.clients.keys().copied().collect();
         for id in ids {
@@ -211,7 +213,8 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// The client will send nothing more. One that made a call still gets its answer.
+    /// Handles the end of a client's stream. A client that made a call still gets its
+    /// answer.
     fn client_ended(&mut self, id: u64) {
         let Some(client) = self.clients.get_mut(&id) else {
             return;
@@ -223,7 +226,7 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// Forgets a client, with what that means for the VM.
+    /// Drops a client, with the consequences for the VM.
     pub(super) fn drop_client(&mut self, id: u64) {
         let Some(client) = self.clients.remove(&id) else {
             return;
@@ -237,16 +240,16 @@ impl<G: Guest> Supervisor<G> {
         } = client;
         drop(conn);
         self.keep_spare();
-        // There is a place, and a descriptor.
+        // A descriptor is free again.
         self.clear_timer(Timer::Accept);
         if is_launcher && self.stage == Stage::Starting {
-            // Nobody has learnt of this VM yet, and nobody will.
+            // No client knows of this VM, and none will.
             self.request.config.auto_remove = true;
             self.cancel();
             return;
         }
-        // A client that leaves without ending its input ends it by leaving;
-        // on a terminal it merely detaches.
+        // A client that disconnects without ending its input ends it by that, or detaches
+        // if the workload has a terminal.
         let Role::Attached { stdin: true, .. } = role else {
             return;
         };
@@ -268,7 +271,7 @@ impl<G: Guest> Supervisor<G> {
             ControlCall::Status => ControlAnswer::Status(self.status()),
             ControlCall::Attach { stdin } => return self.attach(id, stdin),
             ControlCall::Signal { signal } => self.signal(signal),
-            // Answered first: the end may be at once.
+            // The answer comes first, because the end may be immediate.
             ControlCall::Stop { grace_ms } => {
                 self.answer(id, &ControlAnswer::Done);
                 return self.stop(grace_ms);
@@ -276,7 +279,7 @@ impl<G: Guest> Supervisor<G> {
             ControlCall::Destroy => {
                 self.answer(id, &ControlAnswer::Done);
                 self.destroy("it was removed while it was running");
-                // Its record goes, too.
+                // The record is removed, too.
                 return self.forgo_record();
             }
             ControlCall::Pause => self.pause(true),
@@ -320,7 +323,7 @@ impl<G: Guest> Supervisor<G> {
                 self.answer(id, &ControlAnswer::Done);
                 if let Some(client) = self.clients.get_mut(&id) {
                     client.role = Role::Following;
-                    // There will be no more.
+                    // No more output will follow.
                     client.closing = self.ended.is_some();
                 }
                 return;
@@ -369,8 +372,8 @@ impl<G: Guest> Supervisor<G> {
     }
 
     fn signal(&mut self, signal: u8) -> ControlAnswer {
-        // Nothing but this ends a workload that is held; other signals wait for it to
-        // go on, as they do for a frozen process.
+        // SIGKILL is the only signal that ends a paused workload; others are delivered
+        // when it is resumed, as to a frozen process.
         if signal == sm_control::signal::KILL {
             self.give_up_capture();
             if let Err(error) = self.let_run() {
@@ -402,7 +405,7 @@ impl<G: Guest> Supervisor<G> {
             return ControlAnswer::Error(format!("{what}: try again when that is done"));
         }
         let refusal = match self.stage {
-            // It has to be there in time, and would not.
+            // The workload must start in time, and could not.
             Stage::Starting => Some("the workload has not started yet"),
             Stage::Ending => Some("the workload has ended"),
             Stage::Running if pause && self.is_about_to_end() => Some("the VM is about to end"),
@@ -441,7 +444,7 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// Tells launcher and attached clients.
+    /// Sends a report to launcher and attached clients.
     pub(super) fn report(&mut self, report: &Report) {
         for client in self.clients.values_mut() {
             if client.is_launcher() || client.is_attached() {
@@ -450,7 +453,7 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// The workload runs: a launcher that does not stay attached goes.
+    /// Releases a launcher that does not stay attached, when the workload runs.
     pub(super) fn release_launcher(&mut self) {
         self.clear_timer(Timer::Start);
         for client in self.clients.values_mut() {
@@ -458,7 +461,7 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// The last messages have been queued.
+    /// Closes the clients after the last messages were queued.
     pub(super) fn close_clients(&mut self) {
         let ended = self.ended.clone();
         let awaits_snapshot = self.awaits_snapshot();
@@ -468,20 +471,20 @@ impl<G: Guest> Supervisor<G> {
                 let answer = ControlAnswer::Ended(exit.clone());
                 client.conn.queue_json(FrameType::Control, &answer);
             }
-            // Others may still be asked how it ended.
+            // Other clients may still ask for the exit status.
             let calls_on = stays && client.role == Role::Control;
             client.closing = awaits_snapshot != Some(id) && !calls_on;
         }
     }
 
-    /// The last message to this one has been queued.
+    /// Closes a client after its last message was queued.
     pub(super) fn close_client(&mut self, id: u64) {
         if let Some(client) = self.clients.get_mut(&id) {
             client.closing = true;
         }
     }
 
-    /// Lets the vCPUs run again if they were held on request.
+    /// Resumes the vCPUs if they were paused on request.
     pub(super) fn let_run(&mut self) -> Result<(), String> {
         if std::mem::take(&mut self.paused)
             && let Some(guest) = &mut self.guest

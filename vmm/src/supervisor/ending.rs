@@ -1,4 +1,4 @@
-//! How a VM ends: stopping, failures, the exit record, the last messages.
+//! The end of a VM: stop, failures, the exit record, the last messages.
 
 use std::time::Duration;
 
@@ -15,29 +15,29 @@ use super::{Supervisor, Timer, printable};
 use crate::agent::Purpose;
 use crate::guest::{Guest, GuestEnd};
 
-/// How long a machine may take to end once asked before the process just exits.
+/// Time limit for a machine to stop before the process exits.
 const END_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long after a failed attempt to write down how it ended the next one is.
+/// Delay before the exit record is written again after a failure.
 pub(super) const RECORD_RETRY: Duration = Duration::from_secs(1);
-/// How long after SIGKILL the workload may take to report its end.
+/// Time limit for the workload's exit report after SIGKILL.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long the guest may take to power itself off.
+/// Time limit for the guest to power itself off.
 pub(super) const POWER_OFF_TIMEOUT: Duration = Duration::from_secs(2);
-/// How long the agent may take to say whether memory ran out.
+/// Time limit for the agent's answer about OOM kills.
 const OOM_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How long what a workload had sent to published ports when it ended may take to
-/// reach its clients.
+/// Time limit for delivering the bytes that an exited workload had sent to published
+/// ports.
 const DELIVERY_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Exit status of a command that SIGKILL ended.
+/// Exit status of a command that SIGKILL killed.
 const KILLED: u32 = 128 + signal::KILL as u32;
-/// Docker's status for a failure that is not the command's.
+/// Docker's status for failures other than those of the command.
 const OUR_FAILURE: u32 = 125;
 
-/// Lines of the guest's console shown with a failure.
+/// Lines of the guest's console in a failure message.
 const TAIL_LINES: usize = 12;
-/// Characters of each that are shown.
+/// Most characters of such a line.
 const MAX_LINE: usize = 400;
 
 impl<G: Guest> Supervisor<G> {
@@ -57,7 +57,7 @@ impl<G: Guest> Supervisor<G> {
             Timer::Prepare => self.preparing_took_too_long(),
             Timer::Kill => self.destroy("the workload did not end when it was killed"),
             Timer::OomCheck => self.oom_checked(false),
-            // A stream that could not be opened in time ends, too.
+            // A stream that could not be opened in time ends as well.
             Timer::HangUp => self.host_failed("the guest agent hung up"),
             Timer::Delivery => {
                 tracing::info!("clients did not take in time what the guest had sent");
@@ -75,7 +75,7 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// Asks the workload to end: its stop signal now, SIGKILL after the grace.
+    /// Sends the workload its stop signal, and SIGKILL after the grace.
     pub(super) fn stop(&mut self, grace_ms: Option<u64>) {
         match self.stage {
             Stage::Starting => self.destroy("it was stopped before its workload ran"),
@@ -83,11 +83,12 @@ impl<G: Guest> Supervisor<G> {
                 self.destroy("it was stopped before its workload ran again");
             }
             Stage::Running => {
-                // A workload that is held could not answer its signal.
+                // A paused workload could not handle its signal.
                 if let Err(error) = self.let_run() {
                     return self.destroy(&format!("it was stopped while paused, and {error}"));
                 }
-                // Nobody new comes in; who is there may stay until the workload ends.
+                // No new connections are accepted; existing ones continue until the
+                // workload ends.
                 if let Some(guest) = &mut self.guest {
                     guest.close_published();
                 }
@@ -103,7 +104,7 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// Gives the workload its time to stop, from now on, if it was asked to stop.
+    /// Starts the stop grace, if the workload is to stop.
     pub(super) fn begin_grace(&mut self) {
         if let Some(grace) = self.stop_grace {
             self.clear_timer(Timer::Kill);
@@ -111,7 +112,7 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// The workload has had its time to stop, unless it could not run.
+    /// Handles the end of the stop grace, unless the workload could not run.
     fn grace_is_over(&mut self) {
         let job = self.snapshot.as_ref();
         let stays = job
@@ -123,7 +124,7 @@ impl<G: Guest> Supervisor<G> {
             ));
         }
         if self.held.is_some() {
-            // Its time begins when it runs again.
+            // Its stop grace starts when it runs again.
             self.give_up_capture();
             return self.set_timer(Timer::Kill, KILL_TIMEOUT);
         }
@@ -131,7 +132,7 @@ impl<G: Guest> Supervisor<G> {
             self.thaw();
             return self.snapshot_failed("the VM is to stop");
         }
-        // Word of its end may be behind output that a client does not take.
+        // The exit report may be behind output that a client does not read.
         self.leave_slow_clients_behind();
         if let Some(agent) = &mut self.agent {
             agent.signal_main(signal::KILL, false);
@@ -144,7 +145,7 @@ impl<G: Guest> Supervisor<G> {
         self.conclude(KILLED, ExitReason::Destroyed, Some(why.to_owned()));
     }
 
-    /// The launcher went away before the workload ran.
+    /// Cancels the start, because the launcher disconnected before the workload ran.
     pub(super) fn cancel(&mut self) {
         self.conclude(
             OUR_FAILURE,
@@ -153,8 +154,8 @@ impl<G: Guest> Supervisor<G> {
         );
     }
 
-    /// The start failed for a reason that need not lie in what it started from: time,
-    /// or something on the host. A snapshot of the cache stays.
+    /// Handles a failure of the start that may not be caused by the start source, such as
+    /// a timeout or an error on the host. A cached snapshot is not removed.
     pub(super) fn start_failed(&mut self, message: &str) {
         let source = self.guest.as_ref().filter(|_| self.is_blank());
         let kept = match source.and_then(Guest::cached_source) {
@@ -167,10 +168,9 @@ impl<G: Guest> Supervisor<G> {
         self.conclude_start(&format!("{message}{kept}"));
     }
 
-    /// The guest itself did something that a sound one does not do before its workload
-    /// runs.
+    /// Handles a misbehaviour of the guest itself before its workload runs.
     pub(super) fn start_failed_in_guest(&mut self, message: &str) {
-        // What is wrong with it came with the snapshot.
+        // Before the guest has an identity, the defect must come from the snapshot.
         let blank = self.is_blank();
         let source = self.guest.as_mut().filter(|_| blank);
         let discarded = match source.and_then(Guest::give_up_source) {
@@ -183,7 +183,7 @@ impl<G: Guest> Supervisor<G> {
         self.conclude_start(&format!("{message}{discarded}"));
     }
 
-    /// Whether the guest has no identity yet, and so has done nothing of its own.
+    /// Returns true if the guest has no identity yet, and so has run nothing of its own.
     fn is_blank(&self) -> bool {
         !self.phases.iter().any(|p| p.name == IDENTITY_REFRESHED)
     }
@@ -193,7 +193,7 @@ impl<G: Guest> Supervisor<G> {
         self.conclude(OUR_FAILURE, ExitReason::StartFailed, Some(message));
     }
 
-    /// The guest does not keep to the protocol, or is gone.
+    /// Handles a guest that violated the protocol or disappeared.
     pub(super) fn guest_broke(&mut self, what: &str) {
         if self.stage == Stage::Starting {
             return self.start_failed_in_guest(what);
@@ -202,7 +202,7 @@ impl<G: Guest> Supervisor<G> {
         self.conclude(OUR_FAILURE, ExitReason::GuestFailed, Some(message));
     }
 
-    /// The workload has ended by itself.
+    /// Handles the exit of the workload.
     pub(super) fn workload_exited(&mut self, exit: ExitStatus) {
         self.reach("exit");
         let reason = match self.stage {
@@ -213,10 +213,10 @@ impl<G: Guest> Supervisor<G> {
             peak_rss_kib: exit.peak_rss_kib,
             ..self.exit_record(exit.status, reason, self.start_error.clone())
         };
-        // SIGKILL that nobody here sent may have been the guest's kernel.
+        // SIGKILL that the host did not send may be from the guest's OOM killer.
         let unexplained =
             exit.status == KILLED && !self.is_set(Timer::StopGrace) && !self.is_set(Timer::Kill);
-        // Nobody wants the machine held any more, and it is asked something.
+        // No pause is needed any more, and the machine has to answer a question.
         self.give_up_capture();
         if let Err(error) = self.let_run() {
             tracing::warn!(error, "the VM stays paused");
@@ -247,14 +247,14 @@ impl<G: Guest> Supervisor<G> {
         self.finish(record);
     }
 
-    /// The machine has ended, asked or not.
+    /// Handles the end of the machine, expected or not.
     pub(super) fn guest_ended(&mut self) {
         let end = self.guest.as_ref().and_then(Guest::end);
         self.machine_ended = true;
         self.leave_slow_clients_behind();
         if self.ended.is_none() {
-            // What the guest sent before it ended still counts; a socket
-            // buffer is all there can be.
+            // Bytes that the guest sent before its end still count; at most a socket
+            // buffer is left.
             if let Some(main) = &mut self.main {
                 main.read_available();
             }
@@ -274,7 +274,7 @@ impl<G: Guest> Supervisor<G> {
         self.release_when_published();
     }
 
-    /// The machine cannot go on for a reason that is not the guest's.
+    /// Handles a failure of the machine that the guest did not cause.
     pub(super) fn host_failed(&mut self, what: &str) {
         if self.stage == Stage::Starting {
             return self.start_failed(what);
@@ -283,8 +283,8 @@ impl<G: Guest> Supervisor<G> {
         self.conclude(OUR_FAILURE, ExitReason::GuestFailed, Some(message));
     }
 
-    /// What is left of the machine goes, unless a snapshot of it is still on its way to
-    /// the disk: whoever asked for that is to hear what came of it.
+    /// Releases the machine after its end, unless a snapshot of it is being published:
+    /// the client is notified of the result first.
     pub(super) fn release_when_published(&mut self) {
         if self.machine_ended && self.snapshot.is_none() {
             self.release();
@@ -309,11 +309,11 @@ impl<G: Guest> Supervisor<G> {
         self.finish(record);
     }
 
-    /// Writes down how it ended, tells everybody, and has the machine end.
+    /// Writes the exit record, notifies all clients, and stops the machine.
     ///
-    /// Invariant: nobody hears of the end before it is on disk, if the disk takes it.
-    /// If not, clients are told all the same, and this process stays, to tell others
-    /// and to try again, until it does or somebody ends it.
+    /// Invariant: no client is notified of the end before the exit record is on disk. If
+    /// it cannot be written, clients are notified nevertheless, and this process stays,
+    /// to answer others and to retry, until it succeeds or is terminated.
     fn finish(&mut self, exit: ExitRecord) {
         if self.ended.is_some() {
             return;
@@ -338,9 +338,9 @@ impl<G: Guest> Supervisor<G> {
         if written {
             self.listener = None;
         }
-        // The clients should not wait for the machine to be taken apart.
+        // Clients do not wait for the release of the machine.
         self.flush();
-        // What a workload said last is not lost by its end.
+        // The last bytes of a workload are delivered before the machine stops.
         let delivers = self.ended_by_itself()
             && self.guest.as_mut().is_some_and(|guest| {
                 guest.close_published();
@@ -352,7 +352,7 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// Leaves word of how it ended. Says whether no other attempt is needed.
+    /// Writes the exit record. Returns true if no retry is needed.
     fn write_exit(&mut self, exit: &ExitRecord) -> bool {
         let first = self.unwritten.take().is_none();
         match self.record.write_exit(exit) {
@@ -361,7 +361,7 @@ impl<G: Guest> Supervisor<G> {
                 tracing::info!("how the VM ended is on record now");
                 true
             }
-            // It is about to be removed, or somebody has removed it.
+            // The record is about to be removed, or was removed.
             Err(_) if self.request.config.auto_remove || !self.record.directory().exists() => true,
             Err(error) => {
                 if first {
@@ -376,7 +376,7 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// Tries again to leave word of how it ended.
+    /// Retries to write the exit record.
     fn write_exit_again(&mut self) {
         let Some(exit) = self.unwritten.clone() else {
             return;
@@ -387,7 +387,7 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// This process is to go, whether it could leave word of the end or not.
+    /// Gives up the exit record, because this process has to exit.
     pub(super) fn forgo_record(&mut self) {
         if self.unwritten.take().is_some() {
             tracing::error!("the exit status is lost");
@@ -395,7 +395,7 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// Nobody needs this process to hear of the end any more.
+    /// Closes the control socket, because the exit record is available.
     fn close_record(&mut self) {
         self.clear_timer(Timer::Record);
         self.listener = None;
@@ -410,7 +410,7 @@ impl<G: Guest> Supervisor<G> {
         ended.is_some_and(|exit| exit.reason == ExitReason::Workload)
     }
 
-    /// All that the guest had sent to published ports has left.
+    /// Handles the event that all bytes to published ports were delivered.
     pub(super) fn delivered(&mut self) {
         if self.is_set(Timer::Delivery) {
             self.clear_timer(Timer::Delivery);
@@ -418,12 +418,12 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// Has the guest end itself if its workload has; [`Self::guest_ended`] follows.
+    /// Powers the guest off if its workload exited; [`Self::guest_ended`] follows.
     fn power_off(&mut self) {
         let by_itself = self.ended_by_itself();
         match &mut self.agent {
-            // Commands beside the workload have ended with it: their clients are to
-            // have their last output and their status, too.
+            // Commands beside the workload are killed by the power-off; their clients
+            // still get the last output and the status.
             Some(agent) if by_itself => {
                 let request = ControlRequest::PowerOff { grace_ms: 0 };
                 agent.ask(Purpose::PowerOff, &request);
@@ -433,7 +433,7 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// Ends the machine, whatever the guest does.
+    /// Stops the machine, without the guest's cooperation.
     pub(super) fn stop_machine(&mut self) {
         self.agent = None;
         self.clear_timer(Timer::Delivery);
@@ -444,8 +444,8 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// Gives back everything the machine had and, once its end is on record, the
-    /// record's lock. Clients that have not read everything yet may take their time.
+    /// Releases all resources of the machine and, once the exit record is written, the
+    /// record's lock. Clients may still read queued bytes.
     fn release(&mut self) {
         self.guest = None;
         self.clear_guest_timers();
@@ -469,10 +469,11 @@ impl<G: Guest> Supervisor<G> {
         self.lock = None;
     }
 
-    /// `message`, which may quote the guest, with what is on its console.
+    /// Appends the last lines of the guest's console to `message`, which may quote the
+    /// guest.
     fn with_console(&self, message: &str) -> String {
         let message = printable(message);
-        // Some are empty.
+        // Some lines are empty and skipped.
         let console = self.guest.as_ref().map(|g| g.console_tail(4 * TAIL_LINES));
         let tail = indented(&console.unwrap_or_default());
         if tail.is_empty() {
@@ -483,7 +484,7 @@ impl<G: Guest> Supervisor<G> {
     }
 }
 
-/// The last lines of a console, indented, without control characters.
+/// Returns the last lines of a console, indented, without control characters.
 fn indented(console: &str) -> String {
     let clean = |line: &str| -> String {
         line.trim_end()

@@ -1,4 +1,4 @@
-//! The guest's side: from the agent's first word to the workload's last.
+//! The guest's side: from the agent's connection to the workload's exit.
 
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -20,18 +20,18 @@ use crate::guest::{Guest, Start};
 
 /// The root disk in the guest.
 const ROOT_DEVICE: &str = "/dev/vda";
-/// The phase after which the guest is nobody else.
+/// The phase after which the guest has its own identity.
 pub(super) const IDENTITY_REFRESHED: &str = "identity refreshed";
-/// How long a restored guest's kernel may take to see its new generation ID.
+/// Time limit for a restored guest's kernel to see its new generation ID.
 const VMGENID_WAIT_MS: u32 = 5000;
-/// How long the end of the machine may lag behind a hung-up stream.
+/// Time limit for the end of the machine after a stream of it ended.
 const HANG_UP_TIMEOUT: Duration = Duration::from_secs(2);
 
 impl<G: Guest> Supervisor<G> {
-    /// The agent is ready, or has been called.
+    /// Handles the connection of the agent, or the one to it.
     pub(super) fn agent_dialed(&mut self, stream: UnixStream) {
         if !std::mem::take(&mut self.agent_awaited) || !self.is_starting() {
-            // One conversation for each start; closing the stream is the refusal.
+            // Each start has one agent connection; others are closed.
             return;
         }
         let start = self.start();
@@ -45,7 +45,7 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// The machine is whatever it has to be before it is told anything.
+    /// Inserts the image and starts the conversation with the agent.
     pub(super) fn meet_agent(&mut self, stream: UnixStream) {
         if let Some(guest) = &mut self.guest {
             guest.insert_image();
@@ -78,9 +78,8 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// The agent listens, so a time sent to it now is still right when it
-    /// arrives. What follows needs no answer in between: the guest never waits
-    /// for the host.
+    /// The agent is listening, so the time in the request is still right when it arrives.
+    /// The following requests are pipelined: the guest never waits for the host.
     fn prepare_guest(&mut self) {
         let (refresh, root) = (self.fresh_identity(), self.attach_root());
         self.epoch.clone_from(&refresh.epoch);
@@ -95,7 +94,7 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// What the machine was started from.
+    /// Returns the kind of start source of the machine.
     pub(super) fn start(&self) -> Start {
         self.guest.as_ref().map_or(Start::Boot, Guest::start)
     }
@@ -131,7 +130,7 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// Handles the agent's replies.
+    /// Processes the agent's replies.
     pub(super) fn pump_agent(&mut self) {
         loop {
             let Some(agent) = &mut self.agent else {
@@ -179,7 +178,7 @@ impl<G: Guest> Supervisor<G> {
                 self.prepare_guest();
             }
             (Purpose::Refresh, ControlReply::Refreshed(refreshed)) => {
-                // Fail closed: without it the clone could repeat another's
+                // The start fails without it, because the clone could repeat another VM's
                 // random numbers.
                 if self.start() != Start::Boot && !refreshed.vmgenid_seen {
                     return self.start_failed_in_guest(
@@ -195,7 +194,7 @@ impl<G: Guest> Supervisor<G> {
                 match self.start() {
                     Start::Boot | Start::Restored(Layer::Base) => {}
                     Start::Restored(Layer::Image) => {
-                        // Whatever has been started in it by now runs from here on.
+                        // Processes that were started in the guest run only from here on.
                         self.thaw();
                         self.request_workload();
                     }
@@ -214,20 +213,20 @@ impl<G: Guest> Supervisor<G> {
                     evidence,
                     clock_error_ns: early.max(told.saturating_sub(now)),
                 }));
-                // It lives until whoever asked hangs up.
+                // The VM lives until its launcher disconnects.
                 self.clear_timer(Timer::Start);
             }
             (Purpose::Freeze { job }, reply) => self.frozen(job, reply),
             (Purpose::Prepare { job }, reply) => self.prepared(job, reply),
             (Purpose::Thaw, ControlReply::Done) => {}
-            // It follows, once the guest knows that this has arrived: it waits for the
-            // end of the stream.
+            // The guest waits for the end of the stream before it powers off, so that it
+            // knows that its reply has arrived.
             (Purpose::PowerOff, ControlReply::Done) => self.agent = None,
             (Purpose::OomCheck, ControlReply::Stats(stats)) => {
                 self.oom_checked(stats.main_oom_kills > 0);
             }
             (Purpose::Signal, ControlReply::Error { message }) => {
-                // Most likely it has just ended.
+                // The workload has probably just exited.
                 let message = printable(&message);
                 tracing::info!(message, "the workload was not signalled");
             }
@@ -262,8 +261,8 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// Guest uptimes are placed on the host's time line by counting back from
-    /// the moment the agent was heard of.
+    /// Converts uptimes of the guest to the host's clock, counting back from the moment
+    /// at which the agent connected.
     fn guest_times(&mut self, init_us: u64, ready_us: u64) {
         let Some(ready) = self.phases.iter().rposition(|p| p.name == "agent ready") else {
             return;
@@ -280,9 +279,8 @@ impl<G: Guest> Supervisor<G> {
         self.report(&Report::Phase(phase));
     }
 
-    /// An image snapshot is of a frozen workload like any other, though there is none
-    /// yet: what somebody starts in a clone of it, by whatever way there is, waits
-    /// until the clone has its identity.
+    /// The guest is frozen for an image snapshot like a workload, although none runs yet:
+    /// any process that is started in a clone waits until the clone has its identity.
     fn root_attached(&mut self) {
         let wanted = self.guest.as_ref().is_some_and(Guest::wants_root);
         match &mut self.agent {
@@ -306,7 +304,7 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// The guest's root has been frozen for as long as it had to be.
+    /// Thaws the guest and continues the start after an image snapshot.
     pub(super) fn go_on_with_root(&mut self) {
         self.thaw();
         self.request_workload();
@@ -334,7 +332,7 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// The workload of the snapshot goes on, and its streams are ours.
+    /// Thaws the workload of the snapshot and takes over its streams.
     fn continue_workload(&mut self) {
         if let Some(agent) = &mut self.agent {
             agent.ask(Purpose::Thaw, &ControlRequest::Thaw);
@@ -347,14 +345,14 @@ impl<G: Guest> Supervisor<G> {
             let size = frame::resize_payload(self.request.columns, self.request.rows);
             main.queue(FrameType::Resize, &size);
         }
-        // The workload of the snapshot may not have been told.
+        // The workload of the snapshot may not have received the end of file.
         if self.clients.values().any(|client| client.stdin_ended) {
             main.queue(FrameType::Stdin, &[]);
         }
         self.main_requested = true;
     }
 
-    /// Moves what the workload sent to log and clients, while they have room.
+    /// Moves output of the workload to log and clients, while they have space.
     pub(super) fn pump_main(&mut self) {
         let Some(mut main) = self.main.take() else {
             return;
@@ -364,7 +362,7 @@ impl<G: Guest> Supervisor<G> {
             match main.decoder.next_frame() {
                 Ok(Some(frame)) => {
                     if self.main_frame(frame.kind, frame.payload).is_break() {
-                        // The workload has ended; its stream is done with.
+                        // The workload has exited; its stream is not needed any more.
                         return;
                     }
                 }
@@ -426,7 +424,7 @@ impl<G: Guest> Supervisor<G> {
         Continue(())
     }
 
-    /// Whether the workload is to start yet, or to go on from its snapshot.
+    /// Returns true if the workload is to start, or to continue from its snapshot.
     fn is_starting(&self) -> bool {
         self.stage == Stage::Starting || self.resetting.is_some()
     }
@@ -445,10 +443,11 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// A stream of the guest ended. Why shows when the machine's end is known.
+    /// Handles the end of a stream of the guest. The cause shows when the machine's end
+    /// is known.
     pub(super) fn guest_hung_up(&mut self) {
         if self.is_set(Timer::PowerOff) {
-            // It was asked to power off, and will not.
+            // The guest was asked to power off, and its agent is gone.
             self.stop_machine();
         } else if self.ended.is_none() && !self.is_set(Timer::HangUp) {
             self.set_timer(Timer::HangUp, HANG_UP_TIMEOUT);

@@ -1,4 +1,4 @@
-//! The workload's output: to the log, and to the clients that are attached.
+//! Output of the workload: to the log, and to attached clients.
 
 use sm_control::launch::{ControlAnswer, Report};
 use sm_guest_proto::frame::FrameType;
@@ -8,8 +8,8 @@ use super::clients::Role;
 use crate::guest::Guest;
 
 impl<G: Guest> Supervisor<G> {
-    /// Whether the workload's output can be passed on. Every attached client takes more,
-    /// or is not waited for any more.
+    /// Returns true if output can be forwarded: every attached client has space, or is
+    /// not waited for.
     pub(super) fn has_room_for_output(&self) -> bool {
         self.leaves_behind
             || self
@@ -18,8 +18,8 @@ impl<G: Guest> Supervisor<G> {
                 .all(|client| !client.is_attached() || !client.conn.is_full())
     }
 
-    /// Waits no longer for clients that take no output: the workload's end is near, and
-    /// word of it may be behind that. What they miss is in the log.
+    /// Stops waiting for clients that do not read: the workload is about to exit, and its
+    /// exit report may be behind their output. The log has the output that they miss.
     pub(super) fn leave_slow_clients_behind(&mut self) {
         self.leaves_behind = true;
     }
@@ -38,15 +38,15 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// Sends one of the workload's frames to all attached clients, full or not.
+    /// Sends a frame of the workload to all attached clients, full or not.
     pub(super) fn broadcast(&mut self, kind: FrameType, payload: &[u8]) {
         for client in self.clients.values_mut().filter(|c| c.is_attached()) {
             client.conn.queue(kind, payload);
         }
     }
 
-    /// Something was logged. Whoever has not taken the last word of that needs no
-    /// other: it looks at the log when it has, so a slow reader holds up nobody.
+    /// Notifies followers of new log output. One that has not read the last notification
+    /// needs no other, as it reads the log afterwards; so a slow reader blocks nobody.
     fn tell_followers(&mut self) {
         for client in self.clients.values_mut() {
             if client.role == Role::Following && client.conn.unsent() == 0 {
@@ -60,8 +60,8 @@ impl<G: Guest> Supervisor<G> {
         let Some(log) = &mut self.log else {
             return;
         };
-        // The workload goes on, and its clients still see everything. What is missing
-        // is noted in the log as soon as something can be written again.
+        // The workload continues, and its clients still receive everything. The log gets
+        // a count of the missing bytes as soon as it can be written.
         match log.append(kind, payload) {
             Ok(()) if std::mem::take(&mut self.log_fails) => {
                 tracing::info!("output is logged again");

@@ -1,12 +1,11 @@
-//! Making a snapshot of the workload as it runs.
+//! Snapshots of the running workload.
 //!
-//! Freeze the workload, have dirty data written back, hold the machine while its memory
-//! is copied, let the workload go on; publishing the snapshot goes on beside it. Clients
-//! are served all the time. What is captured
-//! is thus a workload that does nothing, in a guest whose agent is idle: a clone
-//! gives itself an identity before it thaws the workload.
+//! The sequence: freeze the workload, write back dirty data, pause the machine while its
+//! memory is copied, thaw the workload; the snapshot is published concurrently. Clients
+//! are served all the time. The captured workload is frozen, in a guest whose agent is
+//! idle: a clone gets a new identity before it thaws the workload.
 //!
-//! Also: putting a clone back to its snapshot, which is a start without making a
+//! A reset, which restores a clone to its snapshot, is a start without creating a
 //! machine.
 
 use std::os::unix::net::UnixStream;
@@ -21,27 +20,27 @@ use super::{Supervisor, Timer, printable};
 use crate::agent::Purpose;
 use crate::guest::{AfterCapture, Guest, SnapshotMade, SnapshotPlan, Start};
 
-/// How long the guest may take to stop its workload and write back its data before
-/// the attempt is given up. (The agent gives up earlier, if it still runs.)
+/// Time limit for the guest to freeze its workload and write back its data. (The agent
+/// has a shorter limit, if it still runs.)
 pub(super) const PREPARE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Whom the machine that is held lets wait.
+/// The purpose of a pause.
 #[derive(Debug)]
 pub(super) enum Held {
-    /// The agent, which has dialled: a base snapshot is made.
+    /// A base snapshot: the agent has connected.
     Agent(UnixStream),
-    /// The workload, which has not started: an image snapshot is made.
+    /// An image snapshot: the workload has not started.
     Root,
-    /// The workload, which is frozen: somebody asked for a snapshot.
+    /// A workload snapshot that a client requested: the workload is frozen.
     Workload,
 }
 
-/// A snapshot on its way.
+/// A snapshot in progress.
 #[derive(Debug)]
 pub(super) struct SnapshotJob {
-    /// Tells answers to it from answers to an earlier one.
+    /// Distinguishes answers for this job from those for earlier ones.
     id: u64,
-    /// Who asked for it.
+    /// The client that requested it.
     client: u64,
     plan: SnapshotPlan,
     asked: Instant,
@@ -55,12 +54,12 @@ impl SnapshotJob {
         &self.plan.name
     }
 
-    /// Whether the machine is held for good.
+    /// Returns true if the machine stays paused permanently.
     pub(super) fn stays(&self) -> bool {
         self.captured && self.plan.stay
     }
 
-    /// Whether nothing else may hold or resume the machine.
+    /// Returns true if nothing else may pause or resume the machine.
     pub(super) fn needs_machine(&self) -> bool {
         !self.captured || self.plan.stay
     }
@@ -105,22 +104,22 @@ impl<G: Guest> Supervisor<G> {
         self.answer(client, &ControlAnswer::Error(refusal.to_owned()));
     }
 
-    /// Whether `job` is the one on its way: it may have been given up.
+    /// Returns true if `job` is in progress: it may have been cancelled.
     fn is_current(&self, job: u64) -> bool {
         self.snapshot.as_ref().is_some_and(|now| now.id == job)
     }
 
-    /// The guest has not got ready in time.
+    /// Cancels a snapshot for which the guest was not ready in time.
     pub(super) fn preparing_took_too_long(&mut self) {
         let seconds = self.prepare_timeout.as_secs();
-        // Late answers are ignored; this request waits behind what is late.
+        // Late answers are ignored; this request is queued behind them.
         self.thaw();
         self.snapshot_failed(&format!(
             "the guest did not get ready for a snapshot within {seconds} s"
         ));
     }
 
-    /// The agent has answered the request to freeze.
+    /// Handles the agent's answer to the request to freeze.
     pub(super) fn frozen(&mut self, job: u64, reply: ControlReply) {
         if !self.is_current(job) {
             return;
@@ -136,7 +135,7 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// The agent has answered the request to prepare.
+    /// Handles the agent's answer to the request to prepare.
     pub(super) fn prepared(&mut self, job: u64, reply: ControlReply) {
         if !self.is_current(job) {
             return;
@@ -158,14 +157,14 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// The machine is held. That takes as long as its memory takes to be copied, which is
-    /// no fault of the guest's.
+    /// Records that the machine is paused. The copy of memory is no delay of the guest,
+    /// so its time to start is suspended.
     pub(super) fn hold(&mut self, held: Held) {
         self.held = Some(held);
         self.start_left = self.take_timer(Timer::Start);
     }
 
-    /// The memory of the machine, which is held for that, was copied, or could not be.
+    /// Handles the end of the memory copy of a paused machine.
     pub(super) fn captured(&mut self, copied: Result<(), String>) {
         let Some(held) = self.held.take() else {
             return;
@@ -175,7 +174,7 @@ impl<G: Guest> Supervisor<G> {
         }
         let job = self.snapshot.as_ref();
         let then = match &held {
-            // Its client was told that there is no snapshot.
+            // The client was already notified of the failure.
             Held::Workload if job.is_none() => AfterCapture::Forget,
             Held::Workload if job.is_some_and(|job| job.plan.stay) && copied.is_ok() => {
                 AfterCapture::Stay
@@ -198,7 +197,8 @@ impl<G: Guest> Supervisor<G> {
 
     fn workload_captured(&mut self, copied: Result<(), String>, then: AfterCapture) {
         match then {
-            // It ends when its snapshot is published, or when its time is over.
+            // The machine ends when its snapshot is published, or when the stop grace is
+            // over.
             AfterCapture::Stay => self.begin_grace(),
             AfterCapture::Run | AfterCapture::Forget => self.thaw(),
         }
@@ -212,20 +212,20 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// Whether the workload is frozen, or about to be, and the machine still runs.
+    /// Returns true if the workload is frozen, or about to be, and the machine still
+    /// runs.
     pub(super) fn is_getting_ready_for_snapshot(&self) -> bool {
         self.held.is_none() && self.snapshot.as_ref().is_some_and(|job| !job.captured)
     }
 
-    /// Has the machine held no longer for a snapshot than it must be: something is
-    /// wanted of it that it could not do.
+    /// Cancels the copy of a paused machine, which is needed for something else.
     pub(super) fn give_up_capture(&self) {
         if let Some(guest) = &self.guest {
             guest.give_up_capture();
         }
     }
 
-    /// The snapshot was published, or could not be.
+    /// Handles the end of publishing.
     pub(super) fn snapshot_made(&mut self, made: Result<SnapshotMade, String>) {
         let Some(job) = self.snapshot.take() else {
             return;
@@ -240,7 +240,7 @@ impl<G: Guest> Supervisor<G> {
                     ..report
                 };
                 self.answer(job.client, &ControlAnswer::Snapshot(report));
-                // Until the client has opened it, or is gone.
+                // The snapshot is kept until the client has opened it, or disconnects.
                 if let Some(client) = self.clients.get_mut(&job.client) {
                     client.kept = kept;
                 }
@@ -264,12 +264,12 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// The client that hears later what came of its snapshot.
+    /// Returns the client that waits for the result of its snapshot.
     pub(super) fn awaits_snapshot(&self) -> Option<u64> {
         self.snapshot.as_ref().map(|job| job.client)
     }
 
-    /// Puts the machine back, and brings it up as after its start.
+    /// Resets the machine to its snapshot, and starts it as after a restore.
     pub(super) fn reset(&mut self, client: u64) {
         let refusal = if self.stage != Stage::Running {
             "the workload does not run"
@@ -320,8 +320,8 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// The VM ends before it was captured, or put back. One that was captured is
-    /// published all the same: what comes of it is not known yet.
+    /// Cancels a snapshot or a reset when the VM ends. A snapshot that was captured is
+    /// published nevertheless, and its result reported later.
     pub(super) fn cancel_snapshot(&mut self) {
         if let Some(client) = self.resetting.take() {
             let text = "the VM ended before it was put back".to_owned();
@@ -340,7 +340,7 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// Lets the workload run. If it is asked to stop, its time begins now.
+    /// Thaws the workload. If it is to stop, its stop grace starts now.
     pub(super) fn thaw(&mut self) {
         self.begin_grace();
         if let Some(agent) = &mut self.agent {

@@ -51,16 +51,16 @@ pub(crate) struct FakeState {
     pub(crate) end: Mutex<Option<GuestEnd>>,
     pub(crate) paused: Mutex<bool>,
     pub(crate) console: Mutex<String>,
-    /// The last snapshot that was asked for.
+    /// The last snapshot request.
     pub(crate) snapshot: Mutex<Option<SnapshotPlan>>,
-    /// The state in which the machine was put after its memory was copied.
+    /// The state of the machine after its memory was copied.
     pub(crate) captured: Mutex<Option<AfterCapture>>,
     pub(crate) capture_given_up: Mutex<bool>,
-    /// Its published ports are closed.
+    /// True if its published ports are closed.
     pub(crate) closed: Mutex<bool>,
-    /// It has sent something that has not left yet.
+    /// True if bytes that it has sent are still in flight.
     pub(crate) delivers: Mutex<bool>,
-    /// Image snapshots made.
+    /// Number of image snapshots.
     pub(crate) roots: Mutex<u32>,
     pub(crate) given_up: Mutex<bool>,
 }
@@ -105,7 +105,7 @@ impl Guest for FakeGuest {
         }
     }
     fn snapshot(&mut self, plan: SnapshotPlan) -> Result<(), String> {
-        // Of some the test says when their memory is copied.
+        // For "large", the test sends the event that memory is copied.
         if plan.name != "large" {
             self.notices.send(Notice::Captured(Ok(())));
         }
@@ -118,7 +118,7 @@ impl Guest for FakeGuest {
         let made = match plan.as_ref().map(|plan| plan.name.as_str()) {
             _ if then == AfterCapture::Forget => return Ok(()),
             Some("raced") => Err("a snapshot named \"raced\" exists already".to_owned()),
-            // The test says when it is on disk.
+            // For these, the test sends the event that the snapshot is published.
             None | Some("slow" | "large") => return Ok(()),
             Some(_) => Ok(SnapshotReport {
                 pages: 7,
@@ -166,7 +166,7 @@ impl Guest for FakeGuest {
     }
 }
 
-/// A blocking peer that speaks frames.
+/// A blocking peer with framing.
 #[derive(Debug)]
 pub struct Peer(pub UnixStream);
 
@@ -242,7 +242,7 @@ pub struct Fixture<R> {
     thread: Option<std::thread::JoinHandle<io::Result<()>>>,
 }
 
-/// What is not the default of a test.
+/// Deviations from the defaults of a test.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Setup {
     /// The launcher does not attach.
@@ -252,12 +252,12 @@ pub struct Setup {
     /// The record goes with the VM.
     pub(crate) auto_remove: bool,
     pub(crate) start: Option<Start>,
-    /// The launch stream takes more than a connection holds back.
+    /// True for a launch stream whose buffers exceed the limit of unsent bytes.
     pub(crate) large_buffers: bool,
     pub(crate) wants_root: bool,
-    /// The test says when memory was copied for an image snapshot.
+    /// True if the test sends the event that memory is copied for an image snapshot.
     pub(crate) slow_copies: bool,
-    /// It is started to tell what makes it distinct.
+    /// True for a machine that is started for its identity report.
     pub(crate) evidence: bool,
     pub(crate) prepare_timeout: Option<Duration>,
     /// How long a guest may take to power itself off; hardly any time, as most agents
@@ -445,7 +445,7 @@ pub(crate) fn not_running<R: VmRecord + Clone + 'static>(
 }
 
 impl<R> Fixture<R> {
-    /// Dials as an agent does.
+    /// Connects as an agent does.
     pub(crate) fn dial(&self) -> Peer {
         let (theirs, ours) = UnixStream::pair().unwrap();
         self.dial.send(Notice::Agent(theirs));
@@ -517,7 +517,7 @@ impl<R> Fixture<R> {
         }
     }
 
-    /// Events of the launcher as text, without phases.
+    /// Returns events of the launcher as text, without phases.
     ///
     /// # Panics
     /// The launch stream breaks.

@@ -1,4 +1,4 @@
-//! Commands beside the workload, as far as the VM's process has to do with them.
+//! Commands beside the workload, as far as they involve the VM's process.
 
 use super::*;
 
@@ -6,7 +6,7 @@ use super::*;
 fn a_guest_that_takes_no_request_is_not_waited_for_for_ever() {
     let mut f = fixture(Setup::default().detached());
     let (_agent, mut main) = f.vm.start();
-    // Nobody reads what arrives there.
+    // No process reads the connection.
     let _exec = UnixListener::bind(f.vm.record.exec_socket()).unwrap();
     let vm = f.find();
     let mut command = vm.exec(["cat", "/tmp/f"]);

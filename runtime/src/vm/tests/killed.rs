@@ -1,5 +1,5 @@
-//! A VM's process is killed at any moment of a VM's life: who lists VMs afterwards is
-//! told the truth, and nothing of the dead is left over.
+//! The process of a VM is killed at random moments: a listing afterwards is correct, and
+//! nothing of the dead VM is left over.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -35,7 +35,7 @@ fn work(directory: &Path) {
     }
 }
 
-/// Numbers that differ from run to run.
+/// Pseudo-random numbers with a different seed in each run.
 fn random(state: &mut u64) -> u64 {
     *state ^= *state << 13;
     *state ^= *state >> 7;
@@ -59,7 +59,7 @@ fn a_listing_after_a_kill_is_true() {
     let said = directory.path().join("said");
     let seed = rustix::time::clock_gettime(rustix::time::ClockId::Realtime).tv_nsec;
     let mut state = u64::try_from(seed).unwrap() | 1;
-    // At different moments, of which a busy machine may need more to choose from.
+    // The kills hit different moments; a busy machine may need more attempts for that.
     let mut seen = BTreeMap::new();
     let mut kills = 0..20 * KILLS;
     while kills.start < KILLS || seen.len() < 3 {
@@ -98,14 +98,14 @@ fn a_listing_after_a_kill_is_true() {
             while let Some(record) = logs.wait_record().unwrap() {
                 output.extend(record.bytes);
             }
-            // All of it if it ended in order.
+            // All output is there if it ended in order.
             let whole = output == b"hello";
             assert!(whole || (output.is_empty() && reason == ExitReason::Lost));
         }
         if vms.is_empty() {
             *seen.entry("none".to_owned()).or_insert(0) += 1;
         }
-        // Sockets of nobody, no records that were being made or removed.
+        // No sockets without a VM, and no records in creation or removal.
         assert_eq!(names(&home.run().join("vms")), [""; 0], "{context}");
         let records = names(&home.vms());
         assert_eq!(records.len(), vms.len(), "{context}: {records:?}");

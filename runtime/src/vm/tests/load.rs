@@ -1,4 +1,4 @@
-//! Hundreds of clients of all kinds at the same time.
+//! Hundreds of concurrent clients of all kinds.
 
 use std::thread;
 
@@ -6,10 +6,10 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::*;
 
-/// Of each kind.
+/// Number of clients of each kind.
 const CLIENTS: usize = 120;
 
-/// Output of `sm logs -f`.
+/// Returns the output of `sm logs -f`.
 fn followed(record: &Record) -> String {
     let mut logs = Logs::open(record.clone()).unwrap();
     let mut all = Vec::new();
@@ -19,7 +19,7 @@ fn followed(record: &Record) -> String {
     text(&all)
 }
 
-/// Plays an agent that says what it was asked to run.
+/// Plays an agent that answers each exec request with its command.
 fn serve_exec(listener: &UnixListener, commands: usize) {
     for stream in listener.incoming().take(commands) {
         let mut peer = Peer(stream.unwrap());
@@ -31,8 +31,8 @@ fn serve_exec(listener: &UnixListener, commands: usize) {
     }
 }
 
-/// In a user namespace with fewer inotify instances than there are readers of the log:
-/// by default a user has 128, whoever takes them.
+/// The test runs in a user namespace with fewer inotify instances than readers of the
+/// log: by default, a user has 128 for all programs.
 #[test]
 fn hundreds_that_wait_are_attached_or_follow_keep_nobody_from_using_the_vm() {
     let mut command = Command::new("unshare");
@@ -79,7 +79,7 @@ fn hundreds_that_wait_are_attached_or_follow_keep_nobody_from_using_the_vm() {
         let line = format!("line {round}\n");
         main.send(FrameType::Stdout, line.as_bytes());
         for client in &mut attached {
-            // After the report of a phase.
+            // The output follows the report of a phase.
             let mut frames = std::iter::from_fn(|| client.receive());
             let output = frames.find(|(kind, _)| *kind == FrameType::Stdout);
             assert_eq!(text(&output.unwrap().1), line);
@@ -118,13 +118,13 @@ fn hundreds_that_wait_are_attached_or_follow_keep_nobody_from_using_the_vm() {
     f.vm.finish();
 }
 
-/// It hears once that there is more, however much more there is.
+/// A follower has at most one pending notification, however much output there is.
 #[test]
 fn a_follower_that_does_not_read_holds_nobody_up() {
     let mut f = fixture(Setup::default().detached());
     let (_agent, mut main) = f.vm.start();
     let mut follower = f.vm.control().follow().unwrap();
-    // More words than a socket has room for.
+    // These are more notifications than a socket buffer holds.
     for _ in 0..5000 {
         main.send(FrameType::Stdout, b"x");
     }
@@ -133,6 +133,6 @@ fn a_follower_that_does_not_read_holds_nobody_up() {
     follower.read_to_end(&mut words).unwrap();
     assert!(!words.is_empty());
     f.vm.finish();
-    // One that comes when all is over is told so by the end of its connection.
+    // A follower that connects after the end is notified by the end of its connection.
     assert_eq!(followed(&f.vm.record).len(), 5000);
 }

@@ -1,4 +1,4 @@
-//! Many clients, and too few descriptors for them.
+//! Many clients, and too few descriptors.
 
 use super::*;
 
@@ -10,7 +10,7 @@ fn call(client: &mut Peer, call: &ControlCall) {
     client.send(FrameType::Request, &serde_json::to_vec(call).unwrap());
 }
 
-/// Those who wait and those who are attached leave room for those who control.
+/// Clients that wait and those that are attached do not use up places of control clients.
 #[test]
 fn hundreds_of_waiting_clients_keep_nobody_from_stopping_the_vm() {
     let mut f = fixture(Setup {
@@ -18,7 +18,7 @@ fn hundreds_of_waiting_clients_keep_nobody_from_stopping_the_vm() {
         ..Setup::default()
     });
     let (mut agent, mut main) = f.start();
-    // The test's own end of each of them.
+    // The test has the other end of each connection.
     crate::descriptors::raise();
     let mut waiting: Vec<Peer> = (0..300)
         .map(|number| {
@@ -52,7 +52,7 @@ fn hundreds_of_waiting_clients_keep_nobody_from_stopping_the_vm() {
     main.exit(7);
     for (number, client) in waiting.iter_mut().enumerate() {
         match number % 3 {
-            // After reports of phases.
+            // Reports of phases precede the exit.
             0 => while client.receive().unwrap().0 != FrameType::Exit {},
             _ => {
                 let answer = client.receive_json(FrameType::Control);
@@ -64,7 +64,7 @@ fn hundreds_of_waiting_clients_keep_nobody_from_stopping_the_vm() {
     f.finish();
 }
 
-/// More than there are places for wait in the backlog, and are not hung up on.
+/// Clients beyond the maximum wait in the backlog, and are not disconnected.
 #[test]
 fn connections_that_call_nothing_give_way() {
     let mut f = fixture(Setup {
@@ -86,7 +86,7 @@ fn connections_that_call_nothing_give_way() {
 fn a_place_is_given_on_when_its_client_leaves() {
     let mut f = fixture(Setup {
         detached: true,
-        // Never.
+        // The idle timeout never expires.
         idle_timeout: Some(Duration::from_secs(3600)),
         ..Setup::default()
     });
@@ -101,7 +101,7 @@ fn a_place_is_given_on_when_its_client_leaves() {
     f.finish();
 }
 
-/// All descriptors there are, up to a limit, which is of the process.
+/// Opens all available descriptors, up to a limit, which is per process.
 fn take_all_descriptors() -> Vec<std::fs::File> {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let few = Rlimit {
@@ -115,7 +115,7 @@ fn take_all_descriptors() -> Vec<std::fs::File> {
     taken
 }
 
-/// The listener stays readable, so it is not looked at until a deadline.
+/// The listener stays readable, so it is not polled until a deadline.
 #[test]
 fn a_connection_that_cannot_be_accepted_makes_no_loop_spin() {
     let name = "a_connection_that_cannot_be_accepted_makes_no_loop_spin";
@@ -141,7 +141,7 @@ fn a_connection_that_cannot_be_accepted_makes_no_loop_spin() {
     assert_eq!(supervisor.clients.len(), before + 1);
     assert!(!listens(&supervisor) && supervisor.is_set(Timer::Accept));
     drop(taken);
-    // The deadline, or the end of a client.
+    // Either the deadline or the end of a client re-enables the listener.
     let last = *supervisor.clients.keys().last().unwrap();
     supervisor.drop_client(last);
     assert!(listens(&supervisor));
@@ -150,7 +150,7 @@ fn a_connection_that_cannot_be_accepted_makes_no_loop_spin() {
     assert!(supervisor.spare.is_some());
 }
 
-/// The limit is of the process, so it is set in one of its own.
+/// The limit is per process, so the test runs in a process of its own.
 #[test]
 fn a_process_without_descriptors_serves_clients_one_by_one() {
     let name = "a_process_without_descriptors_serves_clients_one_by_one";
@@ -169,14 +169,14 @@ fn a_process_without_descriptors_serves_clients_one_by_one() {
     for client in &more {
         rustix::net::connect(&client.0, &address).unwrap();
     }
-    // The first is served with the descriptor that was kept for it.
+    // The first client is served with the spare descriptor.
     call(&mut more[0], &ControlCall::Status);
     let status: ControlAnswer = more[0].receive_json(FrameType::Control);
     assert!(matches!(status, ControlAnswer::Status(_)));
     call(&mut more[0], &ControlCall::Wait);
     let refused: ControlAnswer = more[0].receive_json(FrameType::Control);
     assert!(matches!(refused, ControlAnswer::Error(text) if text.contains("no descriptors")));
-    // The others wait, without being hung up on.
+    // The others wait, without being disconnected.
     call(&mut more[1], &ControlCall::Status);
     call(&mut more[0], &ControlCall::Status);
     let status: ControlAnswer = more[0].receive_json(FrameType::Control);

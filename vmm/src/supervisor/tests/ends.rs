@@ -1,4 +1,4 @@
-//! How a VM ends.
+//! The end of a VM.
 
 use super::*;
 
@@ -9,7 +9,7 @@ fn whoever_waits_is_told_the_end() {
     let mut waiter = Peer(UnixStream::connect(f.record.control_socket()).unwrap());
     let call = serde_json::to_vec(&ControlCall::Wait).unwrap();
     waiter.send(FrameType::Request, &call);
-    // A later connection is not served before an earlier one.
+    // A later connection is served after an earlier one.
     f.control().call(&ControlCall::Status).unwrap();
     main.exit(9);
     let answer = waiter.receive_json(FrameType::Control);
@@ -139,7 +139,7 @@ fn an_unexplained_kill_is_checked_for_lack_of_memory() {
     assert!(exit.oom_killed && exit.message.unwrap().contains("--memory"));
 }
 
-/// Another process of the guest may have run out of memory, at any time.
+/// Another process of the guest may have been killed by the OOM killer at any time.
 #[test]
 fn a_kill_is_not_for_lack_of_memory_because_something_else_ran_out_of_it() {
     let mut f = fixture(Setup::default());
@@ -164,7 +164,7 @@ fn what_the_workload_said_last_is_delivered_before_the_machine_ends() {
     let (_agent, mut main) = f.start();
     *f.guest.delivers.lock().unwrap() = true;
     main.exit(0);
-    // Whoever waits for the workload does not wait for that.
+    // Clients that wait for the workload do not wait for the delivery.
     assert_eq!(f.events(), ["exit 0", "ended 0"]);
     assert_eq!(f.guest.end.lock().unwrap().clone(), None);
     f.dial.send(Notice::Delivered);
@@ -232,7 +232,7 @@ fn a_paused_vm_that_is_stopped_runs_first() {
         }
     );
     assert!(!*f.guest.paused.lock().unwrap());
-    // It is not held again on its way to the end.
+    // It cannot be paused again before its end.
     let error = f.control().call(&ControlCall::Pause).unwrap_err();
     assert!(error.to_string().contains("about to end"), "{error}");
     main.exit(143);
@@ -294,7 +294,7 @@ fn a_guest_that_powers_itself_off_is_not_stopped() {
 fn an_end_that_cannot_be_written_down_is_told_and_written_later() {
     let mut f = fixture(Setup::default());
     let (_agent, mut main) = f.start();
-    // Nothing can be written there.
+    // The exit record cannot be written.
     let obstacle = f.record.directory().join(".exit.json.new");
     std::fs::create_dir(&obstacle).unwrap();
     let mut waiter = Peer(UnixStream::connect(f.record.control_socket()).unwrap());
@@ -302,7 +302,7 @@ fn an_end_that_cannot_be_written_down_is_told_and_written_later() {
     waiter.send(FrameType::Request, &call);
     f.control().call(&ControlCall::Status).unwrap();
     main.exit(9);
-    // Clients that are there are told, and so are those that come now.
+    // Both attached clients and new ones are notified.
     assert_eq!(f.events(), ["exit 9", "ended 9"]);
     let told: ControlAnswer = waiter.receive_json(FrameType::Control);
     assert!(matches!(told, ControlAnswer::Ended(exit) if exit.status == 9));

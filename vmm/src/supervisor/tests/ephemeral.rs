@@ -1,4 +1,4 @@
-//! A snapshot that is made for clones only goes when nobody will open it.
+//! Ephemeral snapshots are removed when no client will open them.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use sm_vmm_core::memory::{MIN_MEMORY, MachineMemory, MemoryConfig};
 use super::*;
 use crate::guest::Kept;
 
-/// Publishes a snapshot, as a machine's thread does.
+/// Publishes a snapshot, like the thread of a machine.
 fn publish(store: &SnapshotStore, name: &str) -> SnapshotMade {
     let memory = MachineMemory::anonymous(&MemoryConfig::new(MIN_MEMORY)).unwrap();
     let description = Description {
@@ -49,8 +49,8 @@ fn names(store: &SnapshotStore) -> Vec<String> {
     entries.map(|entry| entry.name).collect()
 }
 
-/// A VM that was asked for a snapshot, has been captured, and whose workload has ended
-/// since; and who asked.
+/// Returns a VM whose workload exited after the capture for a snapshot, and the client
+/// that requested it.
 fn ended_while_publishing() -> (Fixture, Peer) {
     let mut f = fixture(Setup::default());
     let (mut agent, mut main) = f.start();
@@ -72,7 +72,7 @@ fn ended_while_publishing() -> (Fixture, Peer) {
     }
     main.exit(6);
     assert_eq!(f.events(), ["exit 6", "ended 6"]);
-    // The machine is gone, too.
+    // The machine is released, too.
     while agent.receive().is_some() {}
     (f, client)
 }

@@ -1,9 +1,9 @@
-//! A machine that is held while its memory is copied, and what is wanted of it then.
+//! A machine that is paused while its memory is copied, and requests during that time.
 
 use super::snapshots::{ask_for_snapshot, expect_thaw, freeze, made};
 use super::*;
 
-/// Its memory may be large and its disk slow: nobody else waits for that.
+/// Memory may be large and the disk slow: no other client waits for that.
 #[test]
 fn a_vm_serves_its_clients_while_its_memory_is_copied() {
     let mut f = fixture(Setup::default());
@@ -31,7 +31,7 @@ fn a_vm_serves_its_clients_while_its_memory_is_copied() {
     f.finish();
 }
 
-/// Waits until a fixture's guest is as it should be.
+/// Waits until the state of a fixture's guest satisfies a condition.
 pub(super) fn until(f: &Fixture, is_so: impl Fn(&FakeState) -> bool) {
     while !is_so(&f.guest) {
         f.control().call(&ControlCall::Status).unwrap();
@@ -51,8 +51,8 @@ fn expect_signal(agent: &mut Peer, expected: u8) {
     agent.send_json(&ControlReply::Done);
 }
 
-/// Copying may take as long as the workload may take to stop. The workload's time begins
-/// when it runs.
+/// The copy may take longer than the stop grace. The stop grace starts when the workload
+/// runs.
 #[test]
 fn a_vm_that_is_stopped_while_its_memory_is_copied_has_its_time_to_stop() {
     let mut f = fixture(Setup::default());
@@ -84,7 +84,7 @@ fn a_vm_that_is_stopped_while_it_freezes_has_its_time_to_stop() {
     f.control()
         .call(&ControlCall::Stop { grace_ms: Some(1) })
         .unwrap();
-    // It answers nothing, as it has not frozen the workload yet.
+    // The agent does not answer, as it has not frozen the workload yet.
     hear_signal(&mut agent, 15);
     let request: ControlRequest = agent.receive_json(FrameType::Control);
     assert_eq!(request, ControlRequest::Thaw);
@@ -97,7 +97,7 @@ fn a_vm_that_is_stopped_while_it_freezes_has_its_time_to_stop() {
     assert!(f.guest.snapshot.lock().unwrap().is_none());
 }
 
-/// It would be frozen in the middle of what it does to stop.
+/// The workload would be frozen while it shuts down.
 #[test]
 fn a_vm_that_is_about_to_stop_makes_no_snapshot() {
     let mut f = fixture(Setup::default());
@@ -113,7 +113,7 @@ fn a_vm_that_is_about_to_stop_makes_no_snapshot() {
     f.finish();
 }
 
-/// That the disk is slow is no fault of the guest's.
+/// A slow disk does not count as a slow guest.
 #[test]
 fn the_time_to_start_does_not_pass_while_memory_is_copied() {
     let timeout = Duration::from_secs(3);
@@ -128,7 +128,7 @@ fn the_time_to_start_does_not_pass_while_memory_is_copied() {
     assert_eq!(request, ControlRequest::Freeze);
     agent.send_json(&ControlReply::Done);
     until(&f, |guest| *guest.roots.lock().unwrap() == 1);
-    // Longer than the start may take: the timer must not run.
+    // The sleep exceeds the time limit of the start: the timer must be suspended.
     std::thread::sleep(timeout);
     f.control().call(&ControlCall::Status).unwrap();
     f.dial.send(Notice::Captured(Ok(())));
@@ -140,7 +140,7 @@ fn the_time_to_start_does_not_pass_while_memory_is_copied() {
     assert_eq!(f.exit().status, 0);
 }
 
-/// It does not run again, so it is no fault of its workload's that it did not stop.
+/// The workload does not run again, so it cannot be blamed for not stopping.
 #[test]
 fn a_vm_that_stays_held_is_not_said_to_resist() {
     let mut f = fixture(Setup::default());
@@ -152,7 +152,7 @@ fn a_vm_that_stays_held_is_not_said_to_resist() {
         .unwrap();
     expect_signal(&mut agent, 15);
     until(&f, |guest| *guest.capture_given_up.lock().unwrap());
-    // It was complete before that was seen.
+    // The copy was complete before the cancellation.
     f.dial.send(Notice::Captured(Ok(())));
     while agent.receive().is_some() {}
     f.dial.send(Notice::Snapshot(made(3)));
@@ -165,7 +165,7 @@ fn a_vm_that_stays_held_is_not_said_to_resist() {
     );
 }
 
-/// Its client was told that there is no snapshot, and there must be none.
+/// The client was notified of a failure, so no snapshot may exist.
 #[test]
 fn a_vm_that_is_removed_while_its_memory_is_copied_leaves_no_snapshot() {
     let mut f = fixture(Setup::default());
@@ -176,7 +176,7 @@ fn a_vm_that_is_removed_while_its_memory_is_copied_leaves_no_snapshot() {
     let error = asked.join().unwrap().unwrap_err().to_string();
     assert!(error.contains("ended before its snapshot"), "{error}");
     assert!(*f.guest.capture_given_up.lock().unwrap());
-    // It was complete before that was seen.
+    // The copy was complete before the cancellation.
     f.dial.send(Notice::Captured(Ok(())));
     f.finish();
     let captured = *f.guest.captured.lock().unwrap();

@@ -1,4 +1,4 @@
-//! A guest that does not keep to the protocol.
+//! Guests that violate the protocol.
 
 use super::*;
 
@@ -58,7 +58,7 @@ fn an_agent_that_hangs_up_is_not_heard_again() {
     let mut f = fixture(Setup::default());
     for first in [true, false, false] {
         assert_eq!(f.dial().receive().is_some(), first);
-        // A call is answered after what came before it was seen.
+        // A call is answered after earlier events were handled.
         let status = f.control().call(&ControlCall::Status);
         assert!(matches!(status, Ok(ControlAnswer::Status(_))));
     }
@@ -91,7 +91,7 @@ fn an_answer_is_short() {
     let asked = std::thread::spawn(move || control.call(&ControlCall::Stats));
     let request: ControlRequest = agent.receive_json(FrameType::Control);
     assert_eq!(request, ControlRequest::Stats);
-    // Its header is enough.
+    // The header alone suffices.
     let header = FrameHeader {
         kind: FrameType::Control,
         len: 1 << 20,
@@ -106,7 +106,7 @@ fn an_answer_is_short() {
     );
 }
 
-/// One would be buffered whole, and once more for each attached client.
+/// A large frame would be buffered completely, and once more for each attached client.
 #[test]
 fn a_guest_cannot_have_large_frames_buffered() {
     for (kind, len) in [
@@ -116,7 +116,7 @@ fn a_guest_cannot_have_large_frames_buffered() {
     ] {
         let mut f = fixture(Setup::default());
         let (_agent, mut main) = f.start();
-        // Nothing but the header is needed to see it.
+        // The header alone suffices.
         let header = FrameHeader { kind, len }.encode().unwrap();
         main.0.write_all(&header).unwrap();
         f.finish();
@@ -175,7 +175,7 @@ fn other_users_cannot_control_it_even_where_they_can_connect() {
     }
     let mut f = fixture(Setup::default());
     let (_agent, mut main) = f.start();
-    // Opened up by mistake, all the way.
+    // The permissions of the directories are too wide by mistake.
     let socket = f.record.control_socket();
     let opened = socket
         .ancestors()
@@ -187,11 +187,11 @@ fn other_users_cannot_control_it_even_where_they_can_connect() {
     let nobody = rustix::process::Uid::from_raw(65_534);
     let said = std::thread::scope(|scope| {
         let stranger = scope.spawn(|| {
-            // Of this thread only.
+            // The call changes the credentials of this thread only.
             rustix::thread::set_thread_res_uid(nobody, nobody, nobody).unwrap();
             let mut stranger = UnixStream::connect(&socket).unwrap();
             let mut said = Vec::new();
-            // The end, or a reset.
+            // The stream ends or is reset.
             let _ = stranger.read_to_end(&mut said);
             said
         });

@@ -1,4 +1,4 @@
-//! A workload that runs: its input and output, its clients.
+//! Input, output and clients of a running workload.
 
 use super::*;
 
@@ -98,7 +98,7 @@ fn a_client_that_does_not_read_stalls_the_workload_and_loses_nothing() {
         }
         main.exit(0);
     });
-    // Status is still served, and memory stays bounded, however long this takes.
+    // Status is still served, and memory is bounded, however long this takes.
     let status = f.control().call(&ControlCall::Status).unwrap();
     assert!(matches!(status, ControlAnswer::Status(_)));
     let events = f.events();
@@ -175,8 +175,8 @@ fn calls_are_answered() {
     assert!(!f.record.directory().exists(), "it was to be removed");
 }
 
-/// The last frames may have to wait for room behind one that fills a connection, and
-/// nothing but that room is left to go on with.
+/// The last frames may wait for space behind a frame that fills a connection, and only
+/// that space wakes the loop.
 #[test]
 fn what_waits_for_room_goes_on_when_there_is_room() {
     let mut f = fixture(Setup {
@@ -243,7 +243,8 @@ fn tens_of_megabytes_come_back_as_they_went() {
     f.finish();
 }
 
-/// It is stopped from elsewhere, and word of its end is behind output that nobody takes.
+/// The workload is stopped by another client, and its exit report is behind unread
+/// output.
 #[test]
 fn a_client_that_takes_no_output_does_not_hide_the_end() {
     let mut f = fixture(Setup::default());
@@ -270,7 +271,7 @@ fn a_client_that_takes_no_output_does_not_hide_the_end() {
         agent.send_json(&ControlReply::Done);
     }
     sent.join().unwrap();
-    // It hears of it when it takes output again.
+    // The client receives the status when it reads again.
     let mut session = f.launcher.take().unwrap();
     let (mut told, mut status) = (false, None);
     while let Some(event) = session.next_event().unwrap() {

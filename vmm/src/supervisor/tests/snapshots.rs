@@ -1,11 +1,11 @@
-//! Snapshots, clones and machines that are put back.
+//! Snapshots, clones and resets.
 
 use sm_guest_proto::control::Evidence;
 
 use super::held::until;
 use super::*;
 
-/// Asks for a snapshot on a thread; the answer comes when it was made.
+/// Requests a snapshot on a thread; the answer arrives when it is published.
 pub(super) fn ask_for_snapshot(
     f: &Fixture,
     name: &str,
@@ -69,7 +69,7 @@ fn a_snapshot_that_fails_leaves_the_workload_running() {
         error.contains("freeze the workload: it took too long"),
         "{error}"
     );
-    // Another one is not kept from trying; a name that is taken is no harm either.
+    // A failure does not prevent the next attempt; nor does a name that is taken.
     let asked = ask_for_snapshot(&f, "raced", true);
     freeze(&mut agent);
     expect_thaw(&mut agent);
@@ -88,7 +88,7 @@ fn a_name_that_is_taken_is_refused_before_anything_is_frozen() {
     let error = refused.unwrap_err().to_string();
     assert!(error.contains("exists already"), "{error}");
     assert!(f.guest.snapshot.lock().unwrap().is_none());
-    // The next thing that the agent hears of is the end.
+    // The agent's next request is about the end.
     main.exit(0);
     let request: ControlRequest = agent.receive_json(FrameType::Control);
     assert_eq!(request, ControlRequest::PowerOff { grace_ms: 0 });
@@ -103,7 +103,7 @@ pub(super) fn made(pages: u64) -> Result<SnapshotMade, String> {
     Ok(SnapshotMade { report, kept: None })
 }
 
-/// Once it was captured it is published, whatever happens to the VM.
+/// A captured snapshot is published, whatever happens to the VM.
 #[test]
 fn a_vm_that_ends_while_its_snapshot_is_published_says_what_came_of_it() {
     for stays in [false, true] {
@@ -118,7 +118,7 @@ fn a_vm_that_ends_while_its_snapshot_is_published_says_what_came_of_it() {
             }
             until(&f, |guest| guest.captured.lock().unwrap().is_some());
             main.exit(6);
-            // All others hear of the end at once.
+            // All other clients are notified of the end at once.
             assert_eq!(f.events(), ["exit 6", "ended 6"]);
             while agent.receive().is_some() {}
             f.dial.send(Notice::Snapshot(outcome));
@@ -168,7 +168,7 @@ fn a_vm_on_its_way_is_not_paused() {
     f.finish();
 }
 
-/// That it took long says nothing of the snapshot it was restored from.
+/// A timeout does not indicate a corrupt snapshot.
 #[test]
 fn a_start_that_takes_too_long_discards_no_snapshot() {
     let mut f = fixture(Setup {
@@ -288,7 +288,7 @@ fn an_image_snapshot_needs_no_root_attached() {
     f.finish();
 }
 
-/// What somebody starts in a clone of it must wait for the clone's identity, too.
+/// Processes that are started in a clone must wait for the clone's identity, too.
 #[test]
 fn an_image_snapshot_is_of_a_frozen_guest() {
     let mut f = fixture(Setup {
@@ -339,7 +339,7 @@ fn a_guest_that_never_gets_ready_does_not_keep_a_snapshot_waiting() {
     assert_eq!(request, ControlRequest::Freeze);
     let error = asked.join().unwrap().unwrap_err().to_string();
     assert!(error.contains("did not get ready"), "{error}");
-    // The workload must not stay frozen, and what it says late means nothing.
+    // The workload must not stay frozen, and late answers are ignored.
     let request: ControlRequest = agent.receive_json(FrameType::Control);
     assert_eq!(request, ControlRequest::Thaw);
     agent.send_json(&ControlReply::Done);
