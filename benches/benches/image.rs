@@ -1,6 +1,6 @@
-//! Images: converting a layer, and writing the metadata image of many files.
+//! Images: conversion of a layer, and writing the metadata image of many files.
 //!
-//! Both go through the store as `sm` does, writing and syncing included.
+//! Both go through the store as in `sm`, including writes and syncs.
 
 #![allow(clippy::unwrap_used, reason = "benches")]
 
@@ -12,12 +12,12 @@ use sm_image::{
     Compression, Config, LayoutBuilder, MemoryFile, PullOptions, Reference, Store, Users,
 };
 
-/// Bytes of the layer that is converted: large enough to reach a steady state.
+/// Bytes of the converted layer: large enough for a steady state.
 const LAYER: usize = 64 << 20;
-/// Files whose metadata is written.
+/// Number of files in the metadata image.
 const FILES: usize = 50_000;
 
-/// Bytes that compress about as well as programs do.
+/// Returns bytes with the compression ratio of programs.
 fn contents(len: usize) -> Vec<u8> {
     let mut state = 1u64;
     let mut bytes = Vec::with_capacity(len + 64);
@@ -71,7 +71,7 @@ fn layer(criterion: &mut Criterion) {
     group.finish();
 }
 
-/// Two images share a layer; the second one's disk is made again and again.
+/// Two images share a layer; the disk of the second one is created repeatedly.
 fn metadata(criterion: &mut Criterion) {
     let work = tempfile::tempdir().unwrap();
     let layout = work.path().join("layout");

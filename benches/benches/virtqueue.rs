@@ -1,6 +1,6 @@
-//! Taking chains from a virtqueue and handing them back, beside the same work
-//! done with the `virtio-queue` crate. One iteration is a batch: the driver
-//! offers, the device takes all and hands them back, and publishes once.
+//! Popping chains from a virtqueue and returning them, beside the same work with the
+//! `virtio-queue` crate. One iteration is a batch: the driver offers chains, the device
+//! pops and returns all, and publishes once.
 #![expect(clippy::unwrap_used, reason = "a bench on data of its own making")]
 
 use std::hint::black_box;
@@ -17,15 +17,15 @@ const BASE: u64 = 0x1_0000;
 const TABLES: u64 = 0x10_0000;
 const BATCH: u16 = 32;
 
-/// How the driver lays out a chain: header, data, status, as for a block read.
+/// The driver's layout of a chain: header, data, status, as for a block read.
 #[derive(Clone, Copy)]
 enum Layout {
     Direct,
     Indirect,
 }
 
-/// A ring with a batch of chains offered, again and again without the driver's
-/// work: only the available index moves.
+/// A ring with a batch of chains that are offered repeatedly without the driver's work:
+/// only the available index moves.
 struct Ring {
     memory: GuestMemory,
     driver: DriverQueue,
@@ -34,7 +34,7 @@ struct Ring {
 
 impl Ring {
     fn new(layout: Layout) -> Self {
-        // Two regions, as machines of more than 3 GiB have.
+        // Two regions, as in machines of more than 3 GiB.
         let ranges = [
             (GuestAddress(0), 64 << 20),
             (GuestAddress(1 << 32), 64 << 20),
@@ -51,7 +51,7 @@ impl Ring {
             span(1 << 32, 4096),
             span(0x20_1000, 1),
         ];
-        // Every entry of the ring names a chain, for batches anywhere in it.
+        // Every entry of the ring names a chain, so that a batch can start anywhere.
         let mut heads = Vec::new();
         for slot in 0..SIZE {
             if driver.free() < 4 {

@@ -1,4 +1,4 @@
-//! The vsock device with a model of the guest's driver, against pumps between two
+//! The vsock device with a model of the guest's driver, compared with pumps between two
 //! sockets.
 #![allow(
     missing_docs,
@@ -30,13 +30,13 @@ fn timed(work: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<Duration> 
     Ok(begun.elapsed())
 }
 
-/// Adds up what each of some iterations takes.
+/// Returns the sum of the durations of the iterations.
 fn all(iterations: u64, one: impl Fn() -> anyhow::Result<Duration>) -> Duration {
     (0..iterations).map(|_| one().unwrap()).sum()
 }
 
-/// One stream, against a pump between two sockets with a buffer of the same size.
-/// `cargo xtask bench-vsock` takes turns between them, and has ratios.
+/// One stream, compared with a pump between two sockets with a buffer of the same size.
+/// `cargo xtask bench-vsock` alternates between them, and computes ratios.
 fn throughput(c: &mut Criterion) {
     let mut group = c.benchmark_group("vsock");
     group.throughput(Throughput::Bytes(AMOUNT as u64));

@@ -1,4 +1,4 @@
-//! What the benches of this workspace share: samples and reports.
+//! Common code of the benches: samples and reports.
 #![warn(missing_docs)]
 
 pub mod report;

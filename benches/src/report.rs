@@ -1,4 +1,4 @@
-//! Reports for a person: a text table, and one HTML file with plots.
+//! Reports: a text table, and an HTML file with plots.
 
 use std::fmt::Write as _;
 
@@ -11,7 +11,7 @@ const COLOURS: [&str; 8] = [
     "#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#a463f2", "#97bbf5", "#9c6b4e",
 ];
 
-/// Tables of all comparisons.
+/// Formats tables of all comparisons.
 #[must_use]
 pub fn text(report: &Report) -> String {
     let mut out = String::new();
@@ -58,7 +58,7 @@ fn line(out: &mut String, text: &str) {
     out.push('\n');
 }
 
-/// The phases and, where there are several, their total.
+/// Returns the phases and, if there are several, their total.
 fn rows(series: &Series) -> impl Iterator<Item = &Phase> {
     let total = (series.phases.len() != 1).then_some(&series.total);
     series.phases.iter().chain(total)
@@ -84,7 +84,7 @@ fn ratios(comparison: &Comparison) -> Vec<String> {
         .collect()
 }
 
-/// One HTML file without scripts: stacked bars of medians, then the tables.
+/// Formats one HTML file without scripts: stacked bars of medians, then the tables.
 #[must_use]
 pub fn html(title: &str, report: &Report) -> String {
     let title = escaped(title);
@@ -110,7 +110,7 @@ pub fn html(title: &str, report: &Report) -> String {
     )
 }
 
-/// Medians of the phases, stacked: a bar for each subject, on one scale.
+/// Draws stacked bars of phase medians, one for each subject, on a common scale.
 fn bars(comparison: &Comparison) -> String {
     let medians = |series: &Series| -> Vec<(String, f64)> {
         series

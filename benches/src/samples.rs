@@ -7,13 +7,13 @@ use serde::{Deserialize, Serialize};
 /// Durations of one phase, in microseconds, in the order they were measured.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Phase {
-    /// What was done, such as `map memory`.
+    /// The measured step, such as `map memory`.
     pub name: String,
     /// One for each iteration.
     pub micros: Vec<f64>,
 }
 
-/// What a table shows of a phase, in microseconds.
+/// Statistics of a phase, in microseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Summary {
     /// Median.
@@ -27,7 +27,7 @@ pub struct Summary {
 }
 
 impl Phase {
-    /// Percentiles by nearest rank; `None` without a sample.
+    /// Returns percentiles by nearest rank; `None` without a sample.
     #[must_use]
     pub fn summary(&self) -> Option<Summary> {
         let mut sorted = self.micros.clone();
@@ -48,16 +48,16 @@ impl Phase {
 /// One subject in one configuration.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Series {
-    /// Who: `sm`, `floor`, or a rival.
+    /// The name: `sm`, `floor`, or a rival.
     pub subject: String,
-    /// Phases in the order they happen.
+    /// Phases in order of time.
     pub phases: Vec<Phase>,
-    /// All of it, from the first to the last phase.
+    /// The time from the first to the last phase.
     pub total: Phase,
 }
 
 impl Series {
-    /// An empty series.
+    /// Creates an empty series.
     #[must_use]
     pub fn new(subject: &str) -> Self {
         Self {
@@ -86,7 +86,7 @@ impl Series {
         self.total.micros.push(total);
     }
 
-    /// The phases from the one called `name` to the last, taken together.
+    /// Returns the sum of the phases from the one called `name` to the last.
     #[must_use]
     pub fn since(&self, name: &str) -> Option<Phase> {
         let first = self.phases.iter().position(|phase| phase.name == name)?;
@@ -110,19 +110,19 @@ pub struct Comparison {
     pub title: String,
     /// The subjects; the first is compared with the others.
     pub series: Vec<Series>,
-    /// A phase from which on the subjects are also compared.
+    /// A phase; the comparison is repeated for the time from it.
     #[serde(default)]
     pub since: Option<String>,
 }
 
 impl Comparison {
-    /// Median total of the first subject over that of `other`.
+    /// Returns the median total of the first subject divided by that of `other`.
     #[must_use]
     pub fn ratio(&self, other: &str) -> Option<f64> {
         self.ratio_of(other, |series| Some(series.total.clone()))
     }
 
-    /// Likewise, for what happens from phase [`Self::since`] on.
+    /// Returns the same ratio for the time from phase [`Self::since`].
     #[must_use]
     pub fn ratio_since(&self, other: &str) -> Option<f64> {
         let since = self.since.as_deref()?;
@@ -137,12 +137,12 @@ impl Comparison {
     }
 }
 
-/// Everything one run has measured.
+/// All measurements of one run.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Report {
-    /// Where it was measured and with what, a line each.
+    /// The host and the measured programs, a line each.
     pub notes: Vec<String>,
-    /// What was measured.
+    /// The measurements.
     pub comparisons: Vec<Comparison>,
 }
 

@@ -13,7 +13,7 @@ pub(crate) use image::{
 pub(crate) use run::{ExecArgs, Pull, RunArgs};
 pub(crate) use snapshot::{ForkArgs, SnapshotCommand};
 
-/// What an image argument can be.
+/// Help of an image argument.
 const IMAGE_HELP: &str = "The image: NAME[:TAG][@DIGEST] in a registry, oci:DIR[:TAG], \
                           oci-archive:FILE[:TAG], docker-archive:FILE[:NAME], \
                           docker-daemon:NAME, containers-storage:NAME, rootfs:DIR, \

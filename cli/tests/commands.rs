@@ -1,5 +1,5 @@
-//! Commands that need no guest, and what they say: `sm kernel`, `sm doctor`,
-//! `sm completions`, and refusals.
+//! Commands that need no guest, with their output: `sm kernel`, `sm doctor`, `sm
+//! completions`, and errors.
 #![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
 use std::fs::{self, Permissions};
@@ -10,7 +10,7 @@ use std::process::Command;
 use serde_json::Value;
 use sm_image::{Compression, Config, LayoutBuilder, MemoryFile};
 
-/// Somebody's home, with nothing in it.
+/// A user with an empty home.
 struct User {
     directory: tempfile::TempDir,
 }
@@ -81,7 +81,7 @@ impl User {
         self.run(&mut self.command(arguments))
     }
 
-    /// A file that begins as a kernel does, and its path.
+    /// Creates a file with the header of a kernel, and returns its path.
     fn kernel(&self, name: &str) -> String {
         let path = self.path(name);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -91,7 +91,7 @@ impl User {
         path.to_str().unwrap().to_owned()
     }
 
-    /// An image, by its reference.
+    /// Creates an image, and returns its reference.
     fn image(&self) -> String {
         let layout = self.path("layout");
         let mut image = LayoutBuilder::new(&layout, Compression::None).unwrap();
@@ -106,7 +106,7 @@ impl User {
 fn kernels_are_listed_and_chosen() {
     let user = User::new();
     let built = user.kernel("cache/sm/kernels/6.12.1-abc/vmlinux");
-    // Those of this host come last.
+    // The host's own kernels are listed last.
     let listed = |words: &[&str]| {
         let done = user.sm(&[&["kernel", "list"], words].concat()).exits(0);
         let ours = |line: &&str| !line.contains("/boot/vmlinuz-") && !line.starts_with("vmlinuz-");
@@ -122,7 +122,7 @@ fn kernels_are_listed_and_chosen() {
     assert_eq!(table(&[]), ["NAME PATH", &squeezed(row)]);
     assert_eq!(listed(&["-q"]), ["6.12.1-abc"]);
 
-    // One from elsewhere is listed while it is the chosen one.
+    // A kernel from another directory is listed while it is selected.
     let other = user.kernel("elsewhere/vmlinux");
     let done = user.sm(&["kernel", "use", &other]).exits(0);
     assert_eq!(done.out, "~/elsewhere/vmlinux\n");
@@ -136,7 +136,7 @@ fn kernels_are_listed_and_chosen() {
 
     user.sm(&["kernel", "use", "6.12.1-abc"]).exits(0);
     assert_eq!(table(&[]), ["NAME PATH", &squeezed(row)]);
-    // The environment is asked first.
+    // The environment variable takes precedence.
     let mut asked = user.command(&["kernel", "list", "-q"]);
     let done = user.run(asked.env("SM_KERNEL", &other));
     assert!(
@@ -245,8 +245,8 @@ fn doctor_finds_what_is_missing() {
     assert_eq!(table.code, Some(i32::from(!works)));
 }
 
-/// On a host whose hypervisor will not do, `sm run` says what `sm doctor` says of it.
-/// On any other the guest, whose kernel is none, does not start for its own reason.
+/// On a host with an unusable hypervisor, `sm run` and `sm doctor` report the same. On
+/// any other host, the start fails because the kernel file is not a kernel.
 #[test]
 fn an_unusable_hypervisor_is_said_to_be_one() {
     let user = User::new();
@@ -331,7 +331,7 @@ fn what_is_not_there_yet_is_refused_with_a_way_round() {
 #[test]
 fn wrong_words_are_named() {
     let user = User::new();
-    // Docker's statuses: tests/vms/statuses.rs has the table.
+    // The statuses are those of Docker: tests/vms/statuses.rs has the table.
     for (line, words) in [
         (
             &["run", "--frobnicate", "x"][..],

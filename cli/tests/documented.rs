@@ -1,4 +1,4 @@
-//! Commands of `sm` in documents are commands that `sm` accepts.
+//! The commands of `sm` in documents must parse.
 #![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
 use std::fs;
@@ -13,7 +13,7 @@ struct Document {
     text: String,
 }
 
-/// The documents of the repository, but for the generated ones.
+/// Returns the documents of the repository, except generated ones.
 fn documents() -> Vec<Document> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
     let mut paths: Vec<PathBuf> = vec![root.to_owned()];
@@ -39,7 +39,8 @@ fn documents() -> Vec<Document> {
     documents
 }
 
-/// Returns why `sm` does not accept a line. Asking for help or the version is accepted.
+/// Returns the reason why `sm` does not accept a line. Requests for help or the version
+/// are accepted.
 fn refused(words: &[String]) -> Option<String> {
     let error = sm_cli::check(words).err()?;
     let asked = matches!(
@@ -84,12 +85,12 @@ fn commands_in_blocks_of_shell_are_accepted() {
     assert!(count > 100, "only {count} commands were found");
 }
 
-/// In a sentence, arguments may be left out; commands and options exist.
+/// In a sentence, arguments may be missing; commands and options must exist.
 #[test]
 fn commands_in_sentences_exist() {
     let (mut faults, mut count) = (Vec::new(), 0);
     for document in documents() {
-        // It tells of the past.
+        // The changelog describes the past.
         if document.name == "CHANGELOG.md" {
             continue;
         }
@@ -108,7 +109,7 @@ fn commands_in_sentences_exist() {
     assert!(count > 50, "only {count} commands were found");
 }
 
-/// Returns the first command or option that there is not. `ls|rm` is either command.
+/// Returns the first unknown command or option. `ls|rm` stands for either command.
 fn unknown(root: &Command, words: &[String]) -> Option<String> {
     let mut root = root.clone();
     root.build();
@@ -127,7 +128,7 @@ fn unknown(root: &Command, words: &[String]) -> Option<String> {
             }
         }
         let is_argument = !word.starts_with('-') && commands.iter().all(|c| !c.has_subcommands());
-        // Words after the image or the VM are those of another command.
+        // Words after the image or the VM belong to another command.
         let of_another = |command: &&Command| ["run", "exec"].contains(&command.get_name());
         if is_argument && commands.iter().any(of_another) {
             return None;
@@ -163,7 +164,7 @@ fn has_option(command: &Command, option: &str) -> bool {
     }
 }
 
-/// The page for users of Docker says of each option whether it is there.
+/// The page for users of Docker is right about the options that exist.
 #[test]
 fn options_are_those_of_docker_where_the_page_says_so() {
     let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/src/docker.md");

@@ -1,5 +1,5 @@
-//! `sm` is killed at any moment while it pulls, converts and removes: the next one
-//! finds a store in which nothing is by half, and finishes; nothing is left over.
+//! `sm` is killed at random moments while it pulls, converts and removes: the next run
+//! finds a consistent store, and finishes; nothing is left over.
 #![allow(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
 use std::collections::BTreeSet;
@@ -37,7 +37,7 @@ impl Somebody {
         output
     }
 
-    /// An image of four layers that share nothing.
+    /// Creates an image of four layers without common files.
     fn image(&self, name: &str, seed: u8) -> String {
         let layout = self.path(name);
         let mut image = LayoutBuilder::new(&layout, Compression::Gzip(1)).unwrap();
@@ -55,7 +55,7 @@ impl Somebody {
         format!("oci:{}", layout.display())
     }
 
-    /// Files of the store below `part`, with their sizes on disk.
+    /// Returns the files of the store below `part`, with their sizes on disk.
     fn files(&self, part: &str) -> BTreeSet<(PathBuf, u64)> {
         fn visit(path: &Path, found: &mut BTreeSet<(PathBuf, u64)>) {
             for entry in fs::read_dir(path).into_iter().flatten().flatten() {
@@ -72,7 +72,7 @@ impl Somebody {
     }
 }
 
-/// Numbers that differ from run to run, printed when something fails.
+/// Pseudo-random numbers with a different seed in each run, which is printed on failures.
 fn random(state: &mut u64) -> u64 {
     *state ^= *state << 13;
     *state ^= *state >> 7;
@@ -85,7 +85,7 @@ fn nothing_is_by_half_after_a_hundred_kills() {
     let somebody = Somebody(tempfile::tempdir().unwrap());
     let images = [somebody.image("one", 1), somebody.image("two", 2)];
     let [one, two] = [0, 1].map(|n: usize| images[n].as_str());
-    // How long the longest takes here and now, to kill at moments all over it.
+    // The duration of the longest command determines the range of kill times.
     let begun = Instant::now();
     somebody.sm(&["pull", one]);
     let whole = begun.elapsed();
@@ -100,7 +100,7 @@ fn nothing_is_by_half_after_a_hundred_kills() {
         &["rmi", one],
         &["image", "prune", "--all", "--force"],
     ];
-    // Moments of each are within this; less when it turns out to be done by then.
+    // Ranges of kill times per command; reduced when a command turns out to be shorter.
     let mut within = commands.map(|_| u64::try_from(whole.as_micros()).unwrap());
     let (mut killed, mut round) = (0, 0);
     while killed < KILLS {
@@ -122,7 +122,7 @@ fn nothing_is_by_half_after_a_hundred_kills() {
             Some(_) => within[which] = (within[which] * 4 / 5).max(1000),
         }
 
-        // What is listed is whole.
+        // Every listed image is complete.
         let context = format!("round {round}, {doing:?} killed after {moment} us");
         let verified = somebody.command(&["image", "verify"]).output().unwrap();
         assert!(verified.status.success(), "{context}: {verified:?}");
@@ -130,11 +130,11 @@ fn nothing_is_by_half_after_a_hundred_kills() {
             somebody.sm(&["pull", one]);
             somebody.sm(&["pull", two]);
             somebody.sm(&["image", "verify", one, two]);
-            // Who came next has thrown away what was being made.
+            // The next command has removed the temporary files.
             assert!(somebody.files("tmp").is_empty(), "{context}");
         }
     }
-    // Nothing is left of all that but what the images need.
+    // Only data that the images need is left.
     somebody.sm(&["pull", one]);
     somebody.sm(&["pull", two]);
     let names = |files: BTreeSet<(PathBuf, u64)>| files.into_iter().map(|(path, _)| path);
@@ -145,7 +145,7 @@ fn nothing_is_by_half_after_a_hundred_kills() {
         .difference(&pruned)
         .filter(|path| !path.starts_with(somebody.path("data/sm/images/locks")))
         .collect();
-    // A layer whose image was not finished may wait for the next attempt.
+    // A layer whose image was not finished may stay for the next attempt.
     let blobs = left.iter().filter(|path| path.ends_with("blob")).count();
     assert!(blobs <= 1, "{left:?}");
     somebody.sm(&["image", "prune", "--all", "--force"]);

@@ -1,4 +1,4 @@
-//! `--platform`: which image of several is taken, and what cannot run here.
+//! `--platform`: selection among several images, and images that cannot run on this host.
 #![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
 use std::fs;
@@ -9,7 +9,7 @@ use sm_image::{Compression, Config, Digest, LayoutBuilder, MemoryFile, Platform}
 
 struct Somebody {
     directory: tempfile::TempDir,
-    /// Digests of the images for this host and for another.
+    /// Digests of the images for this host and for another one.
     ours: Digest,
     theirs: Digest,
 }
@@ -18,7 +18,7 @@ struct Somebody {
 const FOREIGN: &str = "linux/s390x";
 
 impl Somebody {
-    /// With a layout of one image for two platforms, and one for a foreign one.
+    /// Creates a layout of one image for two platforms, and one for a foreign platform.
     fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let layout = directory.path().join("layout");
@@ -125,7 +125,8 @@ fn the_hosts_platform_is_taken_unless_another_is_asked_for() {
         &["pull", "--platform", "linux", &both],
         &["is not a platform"],
     );
-    // One that is alone is what it is, unless that is known to be wrong.
+    // A single image is taken, unless it is known to be for another platform than
+    // requested.
     let foreign = somebody.reference("foreign");
     assert_eq!(somebody.pulled(&[&foreign]), somebody.theirs.to_string());
     somebody.refused(
@@ -151,7 +152,7 @@ fn one_name_may_be_of_an_image_for_each_platform() {
     assert_eq!(somebody.pulled(&[&app]), somebody.ours.to_string());
     let theirs = somebody.pulled(&["--platform", FOREIGN, &app]);
     assert_eq!(theirs, somebody.theirs.to_string());
-    // Of two names, none is meant.
+    // With two names, the choice is ambiguous.
     write(&entries.join(", ").replacen("\"app\"", "\"other\"", 1));
     let both = format!("oci:{}", layout.display());
     somebody.refused(&["pull", &both], &["2 images", "other, app"]);

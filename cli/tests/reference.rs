@@ -1,4 +1,4 @@
-//! The committed reference pages and texts of `--help` are those of the parser.
+//! The committed reference pages and help texts are those of the parser.
 #![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
 use std::collections::BTreeMap;

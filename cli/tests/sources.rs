@@ -1,4 +1,4 @@
-//! `sm pull` of what other tools keep and write: Podman's storage and service,
+//! `sm pull` from storage and output of other tools: Podman's storage and service,
 //! archives by skopeo and Podman.
 #![allow(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use sm_image::{Compression, Config, Digest, LayoutBuilder, MemoryFile};
 
-/// Whether the programs are there. `cargo xtask test` installs them, and then
-/// they have to be.
+/// Returns true if the programs are installed. `cargo xtask test` installs them, and
+/// requires them.
 fn tools() -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let found = |program: &&str| {
@@ -29,7 +29,7 @@ fn tools() -> bool {
     there
 }
 
-/// Somebody with an image in a layout.
+/// A user with an image in a layout.
 struct Somebody {
     directory: tempfile::TempDir,
     /// Digests of the manifest and of the configuration.
@@ -39,7 +39,8 @@ struct Somebody {
 
 impl Drop for Somebody {
     fn drop(&mut self) {
-        // The storage's driver mounts its directory onto itself, and leaves it so.
+        // The storage driver bind-mounts its directory onto itself, and does not unmount
+        // it.
         let mounted = self.path("storage/overlay");
         let _ = rustix::mount::unmount(&mounted, rustix::mount::UnmountFlags::DETACH);
     }
@@ -57,7 +58,7 @@ impl Somebody {
         let layout = directory.path().join("layout");
         let mut image = LayoutBuilder::new(&layout, compression).unwrap();
         image.directory_layer(&tree).unwrap();
-        // One that hides something, and puts something behind a link.
+        // A layer with a whiteout, and with a file behind a link.
         let file = |text: &str| MemoryFile::File(text.into());
         image
             .memory_layer(&[
@@ -97,7 +98,7 @@ impl Somebody {
         self.command(env!("CARGO_BIN_EXE_sm"), arguments)
     }
 
-    /// Copies the image by skopeo; whether that worked.
+    /// Copies the image with skopeo; returns true on success.
     fn copy(&self, destination: &str) -> bool {
         let layout = format!("oci:{}:v1", self.path("layout").display());
         let copied = self.command("skopeo", &["copy", "--quiet", &layout, destination]);
@@ -108,7 +109,7 @@ impl Somebody {
         copied.status.success()
     }
 
-    /// Pulls an image, and sees that the store has it whole.
+    /// Pulls an image, and verifies it in the store.
     #[track_caller]
     fn pulled(&self, mut pull: Command) -> String {
         let id = id_of(&pull.output().unwrap());
@@ -117,7 +118,7 @@ impl Somebody {
         id
     }
 
-    /// The same image by another way has the same layers: nothing is converted
+    /// The same image from another source has the same layers: nothing is converted
     /// again, and its disk has the same contents.
     fn same_layers(&self, id: &str) {
         let inspect = |query: &str| {
@@ -166,11 +167,11 @@ fn images_of_podman_are_read_from_its_storage() {
         let brackets = format!("[{driver}@{}+{}]", root.display(), run.display());
         let image = format!("containers-storage:{brackets}localhost/app:v1");
         if !somebody.copy(&image) {
-            // Not every host lets everybody mount such file systems.
+            // Not every host allows all users to mount such file systems.
             assert_eq!(driver, "overlay");
             continue;
         }
-        // What is not compressed is in the storage as its manifest has it.
+        // Uncompressed layers in the storage are those of the manifest.
         let id = match compression {
             Compression::None => somebody.manifest,
             _ => somebody.config,
@@ -196,7 +197,7 @@ fn images_of_podman_are_read_from_its_storage() {
     }
 }
 
-/// A file of a layer is changed: the layer is not what it was, and is refused.
+/// Changes a file of a layer, which is then refused.
 fn damage(somebody: &Somebody, files: &Path, image: &str) {
     let mut found = false;
     let mut directories = vec![files.to_owned()];
@@ -214,7 +215,7 @@ fn damage(somebody: &Somebody, files: &Path, image: &str) {
     assert!(found, "a file to be changed");
     let mut pull = somebody.sm(&["pull", image]);
     pull.env("XDG_DATA_HOME", somebody.path("other-data"));
-    // By its digest or its diff_id.
+    // The error has its digest or its diff_id.
     refused(pull, &["contents have di"]);
 }
 
@@ -303,10 +304,10 @@ fn images_of_an_engine_are_received_from_it() {
     let missing = pull("docker-daemon:no/such", &service.host());
     refused(missing, &["docker-daemon:no/such:latest", "has none"]);
 
-    // What is here already is not sent again: this engine could not.
+    // An image in the store is not transferred again, which this engine could not do.
     let (host, asked) = poor_engine(&somebody, somebody.config);
     assert_eq!(somebody.pulled(pull(image, &host)), id);
-    // It has a newer one.
+    // This engine has a newer image.
     let (other, _) = poor_engine(&somebody, Digest::of(b"newer"));
     refused(pull(image, &other), &["500", "poor"]);
     assert_eq!(
@@ -322,8 +323,8 @@ fn images_of_an_engine_are_received_from_it() {
     refused(pull(image, "ssh://host"), &["unix://", "to an archive"]);
 }
 
-/// An engine that knows what its images are, and has none. It serves two requests,
-/// and tells which.
+/// An engine that knows image IDs, and has no data. It serves two requests, and returns
+/// them.
 fn poor_engine(somebody: &Somebody, id: Digest) -> (String, std::thread::JoinHandle<Vec<String>>) {
     let path = somebody.path(&format!("{}.sock", &id.hex()[..8]));
     let listener = UnixListener::bind(&path).unwrap();
@@ -387,7 +388,7 @@ fn archives_are_read_compressed_from_a_pipe_and_with_several_images() {
         &["no image \"v2\"", "r.example/app:v1"],
     );
 
-    // As "docker save | gzip" has it, in a file and through a pipe.
+    // An archive as written by "docker save | gzip", in a file and through a pipe.
     let bytes = fs::read(&docker).unwrap();
     let gzip = somebody.path("docker.tar.gz");
     let mut packing = Command::new("gzip")
@@ -426,13 +427,13 @@ fn archives_are_read_compressed_from_a_pipe_and_with_several_images() {
             .unwrap();
         assert!(pulling.wait().unwrap().success());
         assert_eq!(printed.trim(), id);
-        // A file in its place needs no copy.
+        // A file as standard input needs no copy.
         let mut pull = somebody.sm(&["pull", &format!("{transport}-archive:-")]);
         pull.stdin(File::open(file).unwrap());
         assert_eq!(&somebody.pulled(pull), id);
     }
 
-    // Several images, by Podman.
+    // Several images in one archive, by Podman.
     let service = Service::start(&somebody);
     let mut ids = Vec::new();
     for (name, text) in [("one", "1"), ("two", "2")] {

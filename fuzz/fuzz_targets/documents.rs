@@ -1,4 +1,4 @@
-//! Any bytes as a manifest or index and a configuration.
+//! Arbitrary bytes as a manifest or index and a configuration.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

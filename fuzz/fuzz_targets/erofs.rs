@@ -1,4 +1,4 @@
-//! Disks of any layers: what we write is what `fsck.erofs` accepts.
+//! Disks of arbitrary layers: `fsck.erofs` accepts our output.
 #![no_main]
 
 use std::os::fd::AsRawFd as _;
@@ -11,7 +11,7 @@ fuzz_target!(|data: &[u8]| {
         return;
     };
     let path = format!("/proc/{}/fd/{}", std::process::id(), disk.as_raw_fd());
-    // Reads all contents, writes none.
+    // With this option, fsck.erofs reads all contents and writes none.
     let checked = Command::new("fsck.erofs")
         .args(["--extract", &path])
         .output()

@@ -1,5 +1,5 @@
-//! Any chunks and ends between a client of the exec socket and the guest, in any
-//! order: each side gets what the other sent, and every end.
+//! Arbitrary chunks and ends between a client of the exec socket and the guest, in any
+//! order: each side receives the other's bytes and end.
 #![no_main]
 
 use std::cell::RefCell;
@@ -15,7 +15,7 @@ use sm_event_loop::EventLoop;
 use sm_frontends::{FrontendHandle, Target, UnixFrontend};
 use sm_guest_proto::port;
 
-/// Made once: a connection is what is tried.
+/// The rig is created once and reused for all connections.
 struct Rig {
     guest: Guest,
     path: PathBuf,
@@ -45,12 +45,12 @@ fn rig() -> Rig {
     }
 }
 
-/// A connection, seen from both sides.
+/// A connection with both its ends.
 struct Bridge<'a> {
     guest: &'a mut Guest,
     client: UnixStream,
     request: Packet,
-    /// Bytes that the guest has taken.
+    /// Bytes that the guest has received.
     taken: u32,
     client_ended: bool,
     guest_ended: bool,
@@ -89,7 +89,7 @@ impl Bridge<'_> {
     fn client_ends(&mut self) {
         if !std::mem::replace(&mut self.client_ended, true) {
             self.client.shutdown(Shutdown::Write).expect("a socket");
-            // When both have ended the connection may be over at once.
+            // When both directions have ended, the connection may be closed at once.
             while ![SHUTDOWN, RST].contains(&self.guest.receive().op) {}
         }
     }
@@ -103,7 +103,7 @@ impl Bridge<'_> {
         }
     }
 
-    /// Ends what has not ended, so that nothing is left for the next.
+    /// Ends both directions, so that nothing is left for the next connection.
     fn finish(mut self) {
         self.client_ends();
         self.guest_ends();
@@ -117,7 +117,7 @@ fuzz_target!(|data: &[u8]| {
         let client = UnixStream::connect(&rig.path).expect("a listener");
         let request = loop {
             let packet = rig.guest.receive();
-            // What was left of the connection before may still come.
+            // Packets of the previous connection may still arrive.
             if packet.op == REQUEST {
                 break packet;
             }
@@ -133,7 +133,7 @@ fuzz_target!(|data: &[u8]| {
             guest_ended: false,
         };
         let mut rest = data;
-        // What happens, and a length of bytes.
+        // Each step is an operation, a length and bytes.
         while let [what, len, after @ ..] = rest {
             let (bytes, later) = after.split_at(after.len().min(usize::from(*len)));
             rest = later;

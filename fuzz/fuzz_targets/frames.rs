@@ -1,5 +1,5 @@
-//! Any bytes as frames of the exec and control protocols, in any pieces: frames
-//! or an error, and never more kept than a frame may have.
+//! Arbitrary bytes as frames of the exec and control protocols, in any pieces: frames or
+//! an error, and never more buffered than the maximum of a frame.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

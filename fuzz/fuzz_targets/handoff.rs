@@ -1,5 +1,5 @@
-//! Any bytes and descriptors from a router, in any pieces: handoffs as a simple
-//! model reads them, or an error; and every descriptor is closed.
+//! Arbitrary bytes and descriptors from a router, in any pieces: the same handoffs as in
+//! a simple model, or an error; and every descriptor is closed.
 #![no_main]
 
 use std::fs::File;
@@ -13,14 +13,14 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg}
 use sm_frontends::MAX_PAYLOAD;
 use sm_frontends::fuzzing::HandoffReader;
 
-/// Bytes that fit the socket whatever the pieces are.
+/// Bytes that fit in the socket buffer in any pieces.
 const MOST: usize = 4096;
 
 fn open_files() -> usize {
     std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count)
 }
 
-/// Sends bytes with some descriptors: a socket, or for every fourth number a file.
+/// Sends bytes with some descriptors: sockets or, for every fourth number, a file.
 fn send(router: &UnixStream, bytes: &[u8], what: u8, socket: &UnixStream, file: &File) {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
     let mut control = SendAncillaryBuffer::new(&mut space);
@@ -46,7 +46,7 @@ fuzz_target!(|data: &[u8]| {
         let mut reader = HandoffReader::default();
         let (mut stream, mut read, mut alive) = (Vec::new(), 0, true);
         let mut rest = data;
-        // Length of a piece, what comes with it, and the piece.
+        // Each piece has a length, the kind of its descriptors, and bytes.
         while let [len, what, after @ ..] = rest {
             let (piece, later) = after.split_at(after.len().min(usize::from(*len)));
             rest = later;
@@ -58,7 +58,7 @@ fuzz_target!(|data: &[u8]| {
             while alive {
                 match reader.read_from(&reader_side) {
                     Ok((_socket, payload)) => {
-                        // As in the stream, right behind the one before.
+                        // The payload is the next one in the stream.
                         let header: [u8; 4] = stream[read..read + 4].try_into().expect("four");
                         let len = u32::from_be_bytes(header) as usize;
                         assert_eq!(payload.len(), len);

@@ -1,4 +1,4 @@
-//! Any bytes as the headers that registries answer with: challenges, pauses, ranges,
+//! Arbitrary bytes as headers in answers of registries: challenges, retry delays, ranges,
 //! locations.
 #![no_main]
 

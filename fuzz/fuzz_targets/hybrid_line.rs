@@ -1,5 +1,5 @@
-//! Any bytes as a request of the hybrid vsock protocol: known to be one at its last
-//! byte, whatever follows, or nonsense for good.
+//! Arbitrary bytes as a request of the hybrid vsock protocol: accepted at its last byte,
+//! or refused, independent of the bytes that follow.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -10,7 +10,7 @@ fuzz_target!(|data: &[u8]| {
     for end in 0..=data.len().min(64) {
         let now = hybrid_line(&data[..end]);
         match before {
-            // Decided already: more bytes change nothing.
+            // A decision does not change with more bytes.
             Ok(Some(_)) | Err(()) => assert_eq!(now, before),
             Ok(None) => {
                 if let Ok(Some((port, len))) = now {
@@ -25,6 +25,6 @@ fuzz_target!(|data: &[u8]| {
         }
         before = now;
     }
-    // Undecided for as long as a line may be and no longer.
+    // Lines up to the maximum length may be undecided, and no longer ones.
     assert!(data.len() < 32 || before != Ok(None));
 });

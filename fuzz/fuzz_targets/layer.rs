@@ -1,4 +1,4 @@
-//! Any bytes as a layer: an index and a disk, or an error.
+//! Arbitrary bytes as a layer: an index and a disk, or an error.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,4 +1,4 @@
-//! Indexes of layers as the store has them.
+//! Arbitrary bytes as the index of a layer in the store.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,5 +1,5 @@
-//! Any bytes as the header of a connection to a published port, in any pieces: one
-//! status byte for a header, whatever it is, and none for less.
+//! Arbitrary bytes as the header of a connection to a published port, in any pieces: one
+//! status byte for any complete header, and none for less.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -16,7 +16,7 @@ fuzz_target!(|data: &[u8]| {
     {
         let again = ForwardHeader::decode(decoded.encode());
         assert_eq!(again, Ok(decoded));
-        // Nobody listens there on this machine, and it is not waited for.
+        // No process listens on this port, and the forwarder does not wait for one.
         *header = ForwardHeader { port: 1, wait_ms: 0 }.encode();
     }
     let header = bytes.first_chunk::<HEADER_LEN>();

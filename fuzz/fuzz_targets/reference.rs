@@ -1,4 +1,4 @@
-//! Any bytes as the name of an image.
+//! Arbitrary bytes as the name of an image.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,4 +1,4 @@
-//! Any bytes as a registries.conf; its first line names what is looked up in it.
+//! Arbitrary bytes as a registries.conf; the first line is the name to look up.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,5 +1,5 @@
-//! Any bytes as the files of a snapshot: understood or refused, and never
-//! understood when they were changed.
+//! Arbitrary bytes as the files of a snapshot: accepted or refused, and never accepted if
+//! a checksum is wrong.
 #![no_main]
 
 use std::path::Path;

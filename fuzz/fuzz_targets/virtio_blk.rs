@@ -1,4 +1,4 @@
-//! Any requests to a block device, in any rings: it answers or needs a reset.
+//! Arbitrary requests to a block device, in any ring: it answers or needs a reset.
 #![no_main]
 
 use std::fs::File;
@@ -57,7 +57,7 @@ fuzz_target!(|data: &[u8]| {
         .write_slice(contents, GuestAddress(RING))
         .expect("it fits");
     driver.notify(0);
-    // Serves what was asked for, and waits for it.
+    // Serves the queued requests, and waits for them.
     driver.transport.quiesce().expect("the loop runs");
     driver.transport.unquiesce();
     driver.reset();

@@ -1,5 +1,5 @@
-//! Any accesses to a device's window, and any rings: the device can be reset and
-//! works again.
+//! Arbitrary accesses to a device's MMIO window, and arbitrary rings: after a reset, the
+//! device works.
 #![no_main]
 
 use std::sync::{Arc, LazyLock, Mutex};

@@ -1,4 +1,4 @@
-//! Any contents of a ring: chains are within guest memory and end.
+//! Arbitrary contents of a ring: chains are within guest memory and finite.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -23,7 +23,7 @@ fuzz_target!(|data: &[u8]| {
     let mut queue = DriverQueue::new(memory.clone(), 0, size).device_side(event_idx % 2 == 1);
     assert!(queue.is_valid(&memory));
     let mut chain = Chain::new();
-    // The contents may offer as many chains as they like.
+    // The contents may offer any number of chains.
     for _ in 0..1024 {
         let Ok(true) = queue.pop(&memory, &mut chain) else {
             break;

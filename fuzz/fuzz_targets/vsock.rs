@@ -1,8 +1,7 @@
-//! A guest and host processes that do anything: packets that make sense and others,
-//! cut into any descriptors; receive buffers of any size, given back late; sockets
-//! of the host that write, read, end and close; resets and pauses in between. The
-//! device answers, resets connections or asks for a reset, and stays within its
-//! limits.
+//! A guest and host processes with arbitrary behaviour: valid and invalid packets, split
+//! into any descriptors; receive buffers of any size, returned late; sockets of the host
+//! that write, read, shut down and close; resets and pauses in between. The device
+//! answers, resets connections or needs a reset, and respects its limits.
 #![no_main]
 
 use std::io::{Read as _, Write as _};
@@ -24,7 +23,7 @@ const HEADER: usize = 44;
 
 type Ends = Arc<Mutex<Vec<UnixStream>>>;
 
-/// Takes bytes off the input; zeroes when there are none.
+/// Reads bytes from the input; zeroes after its end.
 struct Input<'a>(&'a [u8]);
 
 impl<'a> Input<'a> {
@@ -41,7 +40,7 @@ impl<'a> Input<'a> {
     }
 }
 
-/// One end stays here, the other goes to the device.
+/// Creates a socket pair: one end stays here, the other goes to the device.
 fn pair(kind: SocketKind, ends: &Ends) -> Option<OwnedFd> {
     let kind = match kind {
         SocketKind::Stream => SocketType::STREAM,
@@ -54,8 +53,7 @@ fn pair(kind: SocketKind, ends: &Ends) -> Option<OwnedFd> {
     Some(far)
 }
 
-/// A packet, with addresses and type that get past the first look more often than
-/// not.
+/// Builds a packet, whose addresses and type are valid in most cases.
 fn packet(input: &mut Input<'_>, seen: &[(u32, u32)]) -> Vec<u8> {
     let truth = input.byte();
     let len = usize::from(input.byte()) * if truth & 0x80 != 0 { 64 } else { 1 };
@@ -68,7 +66,7 @@ fn packet(input: &mut Input<'_>, seen: &[(u32, u32)]) -> Vec<u8> {
         packet[24..28].copy_from_slice(&u32::try_from(len).unwrap_or(0).to_le_bytes());
         packet[28..30].copy_from_slice(&(1 + u16::from(truth % 8 == 1)).to_le_bytes());
         packet[30..32].copy_from_slice(&u16::from(truth / 8 % 9).to_le_bytes());
-        // A connection that exists, or one that may come about.
+        // An existing connection, or a possible one.
         let (guest_port, host_port) = match seen.get(usize::from(packet[16]) % (seen.len() + 1)) {
             Some(&ports) => ports,
             None => (u32::from(packet[17] % 8), PORTS[usize::from(packet[20] % 2)]),
@@ -77,7 +75,7 @@ fn packet(input: &mut Input<'_>, seen: &[(u32, u32)]) -> Vec<u8> {
         packet[20..24].copy_from_slice(&host_port.to_le_bytes());
     }
     if truth % 4 == 3 {
-        // Credit for real.
+        // Realistic credit.
         packet[36..40].copy_from_slice(&0x1_0000_u32.to_le_bytes());
     }
     packet.resize(HEADER + len, truth);
@@ -135,7 +133,7 @@ fuzz_target!(|data: &[u8]| {
                 guest.offer_cut(&packet, &cuts);
             }
             6 | 7 => {
-                // Give receive buffers back, in any size.
+                // Returns receive buffers, of any size.
                 let size = u32::from(input.byte()) * 16 + 40 + u32::from(input.byte() % 8 != 0) * 8;
                 guest.take_all(size.min(4096), |ports| {
                     if seen.len() < 64 && !seen.contains(&ports) {
@@ -179,6 +177,6 @@ fuzz_target!(|data: &[u8]| {
     }
     guest.settle();
     let stats = guest.muxer.stats();
-    // The guest's own and those that only pass on their tails.
+    // Counts connections of the guest and those that only drain.
     assert!(stats.connections <= LIMIT as u64);
 });

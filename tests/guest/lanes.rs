@@ -1,14 +1,13 @@
-//! A static program for guests: what a snapshot in the middle of a computation, or
-//! with timers set, must not lose. Built by `cargo xtask test` with rustc alone.
+//! A static program for guests: it detects whether a snapshot during a computation, or
+//! with armed timers, loses state. `cargo xtask test` builds it with rustc alone.
 //!
-//! `lanes ROUNDS` computes in four threads. Each keeps sixteen 256-bit registers full
-//! across a loop of vector instructions, does the same in ordinary arithmetic, and
-//! compares; what it computed, and a checksum of memory, goes into its line of output.
-//! `timers SECONDS` sets timers and tells when each of them fires.
-//! `echo PORT` answers all connections at once by what they send, and has a backlog for
-//! those that come at the same time, which busybox's `nc` has not. `knock CIDS PORTS`
-//! connects by vsock and says what came of each attempt; `cid` says what this guest's own CID is.
-//! `true` ends.
+//! `lanes ROUNDS` computes in four threads. Each fills sixteen 256-bit registers in a
+//! loop of vector instructions, does the same in ordinary arithmetic, and compares; its
+//! line of output has the result and a checksum of memory. `timers SECONDS` arms timers
+//! and prints the time at which each fires. `echo PORT` echoes on all connections
+//! concurrently, with a longer backlog than busybox's `nc`. `knock CIDS PORTS` connects
+//! by vsock and prints the result of each attempt; `cid` prints this guest's CID. `true`
+//! exits.
 #![allow(unsafe_code, clippy::unwrap_used, clippy::expect_used)]
 
 use std::arch::asm;
@@ -21,7 +20,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 const THREADS: u64 = 4;
 /// Sixteen registers of four numbers.
 const NUMBERS: usize = 64;
-/// Turns of the loop in which the numbers are nowhere but in registers.
+/// Turns of the loop in which the numbers are only in registers.
 const TURNS: u64 = 20_000;
 
 #[repr(align(32))]
@@ -76,7 +75,7 @@ fn compute(thread: u64, rounds: u64) -> (u64, u64) {
     let mut checksum = thread;
     for round in 0..rounds {
         let mut vectors = numbers;
-        // SAFETY: AVX2 is there, as `lanes` has seen.
+        // SAFETY: AVX2 is supported, which `lanes` has checked.
         unsafe { turn_vectors(&mut vectors) };
         turn_numbers(&mut numbers);
         assert!(
@@ -99,7 +98,7 @@ fn compute(thread: u64, rounds: u64) -> (u64, u64) {
     (all, checksum)
 }
 
-/// Adds each register to the next one, over and over, with nothing in memory.
+/// Adds each register to the next one repeatedly, without memory accesses.
 #[target_feature(enable = "avx2")]
 unsafe fn turn_vectors(numbers: &mut Numbers) {
     // SAFETY: reads and writes the sixteen aligned vectors behind the pointer, and
@@ -181,7 +180,7 @@ fn now(clock: i32) -> i64 {
     time.seconds
 }
 
-/// One timer `seconds` away on each clock, absolute, and one that only counts.
+/// Arms an absolute timer `seconds` away on each clock, and a relative one.
 fn timers(seconds: u64) {
     let clocks = [("realtime", REALTIME), ("monotonic", MONOTONIC)];
     let mut threads: Vec<_> = clocks
@@ -191,7 +190,7 @@ fn timers(seconds: u64) {
                 nanos: 0,
             };
             std::thread::spawn(move || {
-                // SAFETY: reads the structure; nothing is left over of an absolute time.
+                // SAFETY: reads the structure; an absolute sleep has no remainder.
                 let slept = unsafe {
                     clock_nanosleep(clock, ABSOLUTE, &raw const wanted, std::ptr::null_mut())
                 };
@@ -212,7 +211,7 @@ fn timers(seconds: u64) {
     }
 }
 
-/// The name of a timer, how late it fired by its own clock, and when.
+/// Prints the name of a timer, its delay by its own clock, and the wall clock time.
 fn tell(name: &str, late: i64) {
     let wall = SystemTime::now()
         .duration_since(UNIX_EPOCH)
@@ -245,7 +244,7 @@ fn numbers(list: &str) -> impl Iterator<Item = u32> {
         .map(|number| number.parse().expect("a number"))
 }
 
-/// All attempts at once: some take as long as Linux waits for an answer.
+/// Makes all attempts concurrently: some last until Linux gives up the connection.
 fn knock(cids: &str, ports: &str) {
     let attempts = KINDS
         .iter()
@@ -276,7 +275,7 @@ fn connect_by(kind: i32, cid: u32, port: u32) -> std::io::Result<String> {
     // SAFETY: takes numbers only.
     let fd = unsafe { socket(i32::from(VSOCK), kind, 0) };
     assert!(fd >= 0, "{}", std::io::Error::last_os_error());
-    // SAFETY: the descriptor is new, and nobody else's.
+    // SAFETY: the descriptor is new, and has no other owner.
     let mut socket = unsafe { File::from_raw_fd(fd) };
     // SAFETY: reads the address, which has this length.
     if unsafe { connect(fd, &raw const address, 16) } != 0 {

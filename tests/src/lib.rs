@@ -1,4 +1,4 @@
-//! What the end-to-end tests share: the built `sm`, its state, and fixtures.
+//! Common code of the end-to-end tests: the built `sm`, its state, and fixtures.
 //!
 //! Configured by the environment, as `cargo xtask test` sets it:
 //!
@@ -37,10 +37,10 @@ pub use mount::Mount;
 pub use patience::{PATIENCE, until};
 pub use terminal::Terminal;
 
-/// What a command left behind.
+/// The result of a command.
 #[derive(Debug)]
 pub struct Done {
-    /// Exit status; `None` when a signal ended it.
+    /// Exit status; `None` if a signal killed it.
     pub code: Option<i32>,
     /// Standard output.
     pub stdout: Vec<u8>,
@@ -61,10 +61,10 @@ impl Done {
         String::from_utf8_lossy(&self.stderr).into_owned()
     }
 
-    /// Asserts the exit status, showing everything when it is another.
+    /// Asserts the exit status; shows all output if it differs.
     ///
     /// # Panics
-    /// When the status differs.
+    /// The status differs.
     #[track_caller]
     pub fn exits(self, code: i32) -> Self {
         assert_eq!(
@@ -77,10 +77,10 @@ impl Done {
         self
     }
 
-    /// Standard output as JSON.
+    /// Parses standard output as JSON.
     ///
     /// # Panics
-    /// When it is not JSON.
+    /// It is not JSON.
     #[track_caller]
     #[must_use]
     pub fn json(&self) -> Value {
@@ -112,10 +112,10 @@ impl Default for Home {
 }
 
 impl Home {
-    /// Fresh, empty directories.
+    /// Creates empty directories.
     ///
     /// # Panics
-    /// When there is no room for them.
+    /// They cannot be created.
     #[must_use]
     pub fn new() -> Self {
         let dir = tempfile::tempdir().expect("a temporary directory");
@@ -125,31 +125,31 @@ impl Home {
         Self { dir }
     }
 
-    /// The one that most tests share, so that an image is converted once.
+    /// Returns the home that most tests share, so that an image is converted once.
     pub fn shared() -> &'static Self {
         static SHARED: OnceLock<Home> = OnceLock::new();
         SHARED.get_or_init(Self::new)
     }
 
-    /// Where `sm` keeps its data.
+    /// Returns the data directory of `sm`.
     #[must_use]
     pub fn data(&self) -> PathBuf {
         self.dir.path().join("data")
     }
 
-    /// Where `sm` keeps sockets and the like.
+    /// Returns the runtime directory of `sm`, with its sockets.
     #[must_use]
     pub fn run_dir(&self) -> PathBuf {
         self.dir.path().join("run")
     }
 
-    /// A command line of `sm`, not started yet; standard input is empty.
+    /// Returns a command of `sm`, not started yet; standard input is empty.
     pub fn command<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Command {
         self.at_home(Command::new(binary()), arguments)
     }
 
-    /// Like [`Self::command`], as a shell starts it in the foreground: no signal is
-    /// ignored, though this test may have been started so.
+    /// Like [`Self::command`], with the signal dispositions of a foreground command in a
+    /// shell: no signal is ignored, even if this test ignores some.
     #[must_use]
     pub fn foreground<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Command {
         let mut command = Command::new("env");
@@ -171,7 +171,7 @@ impl Home {
     /// Runs `sm` to its end.
     ///
     /// # Panics
-    /// When it cannot be started.
+    /// It cannot be started.
     #[track_caller]
     pub fn sm<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Done {
         self.command(arguments)
@@ -183,7 +183,7 @@ impl Home {
     /// Runs `sm` with `input` on its standard input.
     ///
     /// # Panics
-    /// When it cannot be started.
+    /// It cannot be started.
     #[track_caller]
     pub fn sm_with_input<S: AsRef<OsStr>>(&self, arguments: &[S], input: &[u8]) -> Done {
         let mut child = self
@@ -193,7 +193,7 @@ impl Home {
             .expect("sm can be started");
         let mut stdin = child.stdin.take().expect("stdin is piped");
         std::thread::scope(|scope| {
-            // The command may end without reading everything.
+            // An error means that the command exited without reading everything.
             scope.spawn(move || stdin.write_all(input));
             child.wait_with_output().expect("sm can be waited for")
         })
@@ -243,7 +243,7 @@ impl Vm<'_> {
     /// Waits until its workload has written `words`.
     ///
     /// # Panics
-    /// When it ends without.
+    /// The workload ends before.
     #[track_caller]
     pub fn until_it_says(&self, words: &str) {
         let mut logs = self.home.command(&["logs", "-f", &self.name]);
@@ -258,7 +258,7 @@ impl Vm<'_> {
         }
     }
 
-    /// Waits for its end by following its log, and returns what `inspect` says.
+    /// Waits for its end by following its log, and returns the output of `sm inspect`.
     #[track_caller]
     #[must_use]
     pub fn wait(&self) -> Value {
@@ -266,10 +266,10 @@ impl Vm<'_> {
         self.inspect()
     }
 
-    /// What `sm inspect` says of it.
+    /// Returns the output of `sm inspect` about it.
     ///
     /// # Panics
-    /// When that is not a JSON array of one object.
+    /// The output is not a JSON array of one object.
     #[track_caller]
     #[must_use]
     pub fn inspect(&self) -> Value {
@@ -295,7 +295,7 @@ impl Drop for Reaped {
     }
 }
 
-/// A name no other test of this process uses.
+/// Returns a name that no other test of this process uses.
 #[must_use]
 pub fn unique(prefix: &str) -> String {
     static NEXT: AtomicU32 = AtomicU32::new(0);
@@ -303,10 +303,10 @@ pub fn unique(prefix: &str) -> String {
     format!("{prefix}-{}-{n}", std::process::id())
 }
 
-/// The `sm` under test.
+/// Returns the path of the `sm` under test.
 ///
 /// # Panics
-/// When `SM_BIN` is not set: run these tests by `cargo xtask test`.
+/// `SM_BIN` is not set: run these tests with `cargo xtask test`.
 #[must_use]
 pub fn binary() -> PathBuf {
     std::env::var_os("SM_BIN")
@@ -314,7 +314,7 @@ pub fn binary() -> PathBuf {
         .into()
 }
 
-/// Whether this is the lab, where a test may change the system.
+/// Returns true in the lab, where a test may change the system.
 #[must_use]
 pub fn lab() -> bool {
     let lab = std::env::var_os("SM_LAB").is_some();
@@ -324,17 +324,17 @@ pub fn lab() -> bool {
     lab
 }
 
-/// True if a test may take as long as it needs: `cargo xtask test --full`.
+/// Returns true if a test may be slow: `cargo xtask test --full`.
 #[must_use]
 pub fn full() -> bool {
     std::env::var_os("SM_TEST_FULL").is_some()
 }
 
-/// An image with nothing but the program for guests, `/lanes`. It is there as long as
-/// the value.
+/// Creates an image that contains only the program for guests, `/lanes`. It is removed
+/// when the value is dropped.
 ///
 /// # Panics
-/// When `SM_LANES` is not set, or there is no room for it.
+/// `SM_LANES` is not set, or the image cannot be created.
 #[must_use]
 pub fn lanes() -> TempDir {
     let program = std::env::var_os("SM_LANES").expect("SM_LANES is set");
@@ -343,10 +343,10 @@ pub fn lanes() -> TempDir {
     root
 }
 
-/// Reference of a fixture image.
+/// Returns the reference of a fixture image.
 ///
 /// # Panics
-/// When `SM_FIXTURES` is not set or does not have it.
+/// `SM_FIXTURES` is not set or does not contain it.
 #[must_use]
 pub fn image(name: &str) -> String {
     let dir = PathBuf::from(std::env::var_os("SM_FIXTURES").expect("SM_FIXTURES is set"));

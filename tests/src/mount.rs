@@ -3,15 +3,15 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// A mount that is undone when dropped.
+/// A mount that is unmounted when dropped.
 #[derive(Debug)]
 pub struct Mount(PathBuf);
 
 impl Mount {
-    /// `mount ARGUMENTS AT`; the directory is made.
+    /// Runs `mount ARGUMENTS AT` after creating the directory.
     ///
     /// # Panics
-    /// When it does not work.
+    /// The mount fails.
     #[must_use]
     pub fn new(arguments: &[&str], at: &Path) -> Self {
         std::fs::create_dir_all(at).expect("a directory to mount on");
@@ -21,11 +21,11 @@ impl Mount {
         Self(at.to_owned())
     }
 
-    /// A new ext4 file system of `gib` GiB in a sparse file beside `at`: one with a
-    /// journal, delayed allocation and a page cache, as disks have.
+    /// Creates an ext4 file system of `gib` GiB in a sparse file beside `at`, with a
+    /// journal, delayed allocation and a page cache, like those of disks.
     ///
     /// # Panics
-    /// When it does not work.
+    /// The file system cannot be created or mounted.
     #[must_use]
     pub fn ext4(gib: u64, at: &Path) -> Self {
         let disk = at.with_extension("ext4");
@@ -40,7 +40,7 @@ impl Mount {
 
 impl Drop for Mount {
     fn drop(&mut self) {
-        // Gone already when it changed another mount that is gone.
+        // An error means that it was unmounted with another mount.
         let mut umount = Command::new("umount");
         let _ = umount.arg("-l").arg(&self.0).stderr(Stdio::null()).status();
     }

@@ -1,17 +1,17 @@
-//! Waiting for what happens in guests, which in an emulated machine that has others
-//! beside it can be hundreds of times slower than on hardware.
+//! Waits for events in guests, which can be hundreds of times slower in a busy emulated
+//! machine than on hardware.
 
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-/// Time after which something is taken to hang. Of no meaning for speed.
+/// Timeout for events that never happen. It says nothing about speed.
 pub const PATIENCE: Duration = Duration::from_secs(600);
 
-/// Waits until something is so. Asks more and more rarely, as asking takes the time of
-/// the guest that is waited for.
+/// Waits until a condition holds. It is checked at increasing intervals, as each check
+/// takes time from the guest.
 ///
 /// # Panics
-/// When it is not so after [`PATIENCE`].
+/// The condition does not hold after [`PATIENCE`].
 #[track_caller]
 pub fn until(what: &str, mut is_so: impl FnMut() -> bool) {
     let begun = Instant::now();

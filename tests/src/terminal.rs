@@ -1,4 +1,4 @@
-//! A person at a terminal: `sm` on a pseudo-terminal of its own.
+//! `sm` on a pseudo-terminal of its own, with simulated input.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -27,7 +27,7 @@ impl Home {
     /// Starts `sm` on a terminal of 80 columns and 24 rows.
     ///
     /// # Panics
-    /// When there are no pseudo-terminals, or no `setsid`.
+    /// There are no pseudo-terminals, or no `setsid`.
     #[track_caller]
     pub fn terminal<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Terminal {
         let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC);
@@ -42,8 +42,8 @@ impl Home {
             .expect("its other side");
         let side = || Stdio::from(slave.try_clone().expect("a descriptor"));
         let sm = self.command(arguments);
-        // A session of its own, with the terminal in control, so that a new
-        // window size is signalled.
+        // A new session with the terminal as its controlling terminal, so that size
+        // changes are signalled.
         let mut command = Command::new("setsid");
         command
             .args(["--ctty", "--wait"])
@@ -85,10 +85,10 @@ impl Home {
 }
 
 impl Terminal {
-    /// Presses keys.
+    /// Types keys.
     ///
     /// # Panics
-    /// When the terminal is gone.
+    /// The terminal is closed.
     #[track_caller]
     pub fn types(&mut self, keys: &str) {
         self.master
@@ -96,11 +96,11 @@ impl Terminal {
             .expect("the terminal takes keys");
     }
 
-    /// Waits until `text` is shown, and returns what was shown since the last
-    /// time, up to and with it.
+    /// Waits until `text` is shown, and returns the output since the last call, up to and
+    /// including `text`.
     ///
     /// # Panics
-    /// When it does not come.
+    /// The text does not appear.
     #[track_caller]
     pub fn shows(&mut self, text: &str) -> String {
         let deadline = Instant::now() + PATIENCE;
@@ -119,10 +119,10 @@ impl Terminal {
         }
     }
 
-    /// Gives the window another size.
+    /// Changes the size of the window.
     ///
     /// # Panics
-    /// When the terminal is gone.
+    /// The terminal is closed.
     #[track_caller]
     pub fn resize(&self, columns: u16, rows: u16) {
         let size = Winsize {
@@ -134,10 +134,10 @@ impl Terminal {
         tcsetwinsize(&self.master, size).expect("the terminal has a size");
     }
 
-    /// Whether keys are passed on as they are, without echo.
+    /// Returns true if the terminal is in raw mode.
     ///
     /// # Panics
-    /// When the terminal is gone.
+    /// The terminal is closed.
     #[must_use]
     pub fn is_raw(&self) -> bool {
         let modes = tcgetattr(&self.slave).expect("the terminal has modes");
@@ -146,10 +146,10 @@ impl Terminal {
             .intersects(LocalModes::ICANON | LocalModes::ECHO)
     }
 
-    /// Waits until `sm` ends, and returns its status.
+    /// Waits until `sm` exits, and returns its status.
     ///
     /// # Panics
-    /// When it does not end.
+    /// It does not exit.
     #[track_caller]
     pub fn ends(&mut self) -> i32 {
         let deadline = Instant::now() + PATIENCE;
@@ -158,7 +158,7 @@ impl Terminal {
             if let Some(status) = ended {
                 return status.code().expect("sm was not killed");
             }
-            // Its output is read meanwhile, lest it wait for a reader.
+            // Output is read in the meantime, so that it does not block.
             let more = self.output.recv_timeout(Duration::from_millis(20));
             if let Ok(bytes) = more {
                 self.unread.push_str(&String::from_utf8_lossy(&bytes));

@@ -1,15 +1,15 @@
-//! Guests made by hand, small enough to know every instruction of.
+//! Hand-written guests of a few instructions.
 
 use std::path::{Path, PathBuf};
 
-/// Where the kernel is loaded and entered, in 32-bit mode.
+/// Load address and entry point of the kernel, in 32-bit mode.
 const ENTRY: u32 = 0x10_0000;
 
-/// Writes a kernel to `directory` that prints `words` on its console and then
-/// triple faults, and returns its path.
+/// Writes a kernel to `directory` that prints `words` on its console and then triple
+/// faults, and returns its path.
 ///
 /// # Panics
-/// When it cannot be written.
+/// The file cannot be written.
 #[must_use]
 pub fn triple_faulting_kernel(directory: &Path, words: &str) -> PathBuf {
     let mut code = Vec::new();
@@ -17,15 +17,15 @@ pub fn triple_faulting_kernel(directory: &Path, words: &str) -> PathBuf {
         // mov dx, 0x3f8; mov al, BYTE; out dx, al
         code.extend([0x66, 0xba, 0xf8, 0x03, 0xb0, byte, 0xee]);
     }
-    // lidt [0x200000], where there are only zeroes: an empty table; ud2.
+    // lidt [0x200000], which contains zeroes: an empty table; ud2.
     code.extend([0x0f, 0x01, 0x1d, 0x00, 0x00, 0x20, 0x00, 0x0f, 0x0b]);
     let path = directory.join("triple-faults");
     std::fs::write(&path, pvh_kernel(&code)).expect("a kernel can be written");
     path
 }
 
-/// An ELF file with a PVH note (Xen's `XEN_ELFNOTE_PHYS32_ENTRY`) whose only segment
-/// is `code`.
+/// Returns an ELF file with a PVH note (Xen's `XEN_ELFNOTE_PHYS32_ENTRY`) whose only
+/// segment is `code`.
 fn pvh_kernel(code: &[u8]) -> Vec<u8> {
     const CODE_AT: usize = 0x1000;
     const NOTE_AT: usize = 0x300;
@@ -38,7 +38,7 @@ fn pvh_kernel(code: &[u8]) -> Vec<u8> {
     put(32, &64u64.to_le_bytes()); // program headers follow the header
     put(52, &64u16.to_le_bytes()); // size of the header
     put(54, &56u16.to_le_bytes()); // size of a program header
-    put(56, &2u16.to_le_bytes()); // how many there are
+    put(56, &2u16.to_le_bytes()); // their number
     let (code_at, note_at) = (CODE_AT as u64, NOTE_AT as u64);
     let len = code.len() as u64;
     // Type; offset, virtual and physical address, size in file and memory, alignment.

@@ -1,6 +1,6 @@
-//! The library, used as a program of one's own would use it.
+//! The library, as used by another program.
 //!
-//! This program is its own VMM (`run_vmm_if_asked`), so it has a `main` of its own.
+//! This program is its own VMM (`run_vmm_if_asked`), so it has its own `main`.
 #![expect(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -25,7 +25,7 @@ fn main() -> ExitCode {
     sm_runtime::run_vmm_if_asked();
     let trial = |name: &str, test: fn()| {
         Trial::test(name, move || {
-            // Prints the panic's place and fails this test alone.
+            // The panic message is printed, and only this test fails.
             std::panic::catch_unwind(test).map_err(|_| Failed::from("it panicked, see above"))
         })
     };
@@ -37,7 +37,7 @@ fn main() -> ExitCode {
         trial("forks_are_distinct_and_can_be_reset", fork_and_reset),
         trial("mistakes_are_errors_that_tell", mistakes),
     ];
-    // Any number of names, as other test programs take.
+    // Several names are accepted, as by other test programs.
     let (options, names): (Vec<_>, Vec<_>) =
         std::env::args().partition(|word| word.starts_with('-'));
     let names = names.get(1..).unwrap_or_default();
@@ -134,7 +134,7 @@ fn streams() {
     let vm = sleeping();
     let session = vm.0.exec(["cat"]).stdin(true).start().unwrap();
     let mut stdin = Stdin::new(session.writer());
-    // More than all buffers between here and there hold.
+    // This exceeds the sum of all buffers on the path.
     let sent: Vec<u8> = (0..20_000_000_u32).map(|n| (n % 251) as u8).collect();
     let output = std::thread::scope(|scope| {
         scope.spawn(|| {

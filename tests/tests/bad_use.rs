@@ -1,4 +1,4 @@
-//! Wrong use: a sentence that says what to do, and Docker's exit status.
+//! Wrong use: messages with a remedy, and Docker's exit statuses.
 #![expect(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -126,7 +126,7 @@ fn what_a_machine_does_not_do_now_is_said() {
     ] {
         says(home.sm(arguments), 1, &[name, "is not running"]);
     }
-    // As Docker has it.
+    // These commands behave as in Docker.
     home.sm(&["stop", name]).exits(0);
     assert_eq!(home.sm(&["wait", name]).exits(0).out(), "137\n");
     home.sm(&["logs", name]).exits(0);
@@ -137,7 +137,7 @@ fn an_interrupted_start_leaves_nothing() {
     let home = Home::new();
     let image = image("busybox");
     home.sm(&["pull", &image]).exits(0);
-    // Should the interrupt come too late, the command ends by itself.
+    // If the interrupt is too late, the command exits by itself.
     let run = [
         "run", "--rm", "--cold", "--name", "early", &image, "sleep", "20",
     ];
@@ -171,7 +171,7 @@ fn an_unknown_machine_is_named() {
     }
 }
 
-/// Other devices that a process cannot do without.
+/// Other devices that a process needs.
 const EMPTY_DEV: &str = "mount -t tmpfs none /dev && mknod /dev/null c 1 3 && chmod 666 /dev/null";
 
 #[test]
@@ -190,8 +190,8 @@ fn without_a_device_the_sentence_says_what_to_do() {
 
 #[test]
 fn without_permission_the_sentence_names_the_group() {
-    // Of user and group 1, which are "daemon" on every Debian; and root is bound by
-    // permissions without these capabilities.
+    // The device belongs to user and group 1, "daemon" on every Debian; without these
+    // capabilities, permissions apply to root.
     let device = "mknod -m 660 /dev/kvm c 10 232 && chown 1:1 /dev/kvm";
     let sm = Home::shared().command(&["run", "--rm", &image("busybox"), "true"]);
     let mut bound = Command::new("setpriv");

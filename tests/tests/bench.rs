@@ -1,4 +1,4 @@
-//! `bench-restore` measures: whole commands, and QEMU with the same guest.
+//! `bench-restore` works: whole commands, and QEMU with the same guest.
 #![expect(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -85,8 +85,8 @@ fn restoring_is_measured_phase_by_phase_and_against_qemu() {
     assert!(std::fs::read_to_string(page).unwrap().contains("<svg "));
 }
 
-/// Bit for bit: a chain of five diffs, the same paused machine captured whole, and the
-/// machine itself.
+/// A chain of five diffs, a full capture of the same paused machine, and the machine
+/// itself are equal, bit for bit.
 #[test]
 fn five_diffs_are_what_the_machine_was() {
     let mut bench = Command::new(path("SM_BENCH_RESTORE"));

@@ -1,4 +1,4 @@
-//! Snapshots of running workloads, and the clones that go on from them.
+//! Snapshots of running workloads, and clones that continue them.
 #![expect(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use sm_e2e::{Done, Home, PATIENCE, Vm, full, image, lanes, unique, until};
 
-/// Counts in a file and on standard output until told to end.
+/// Counts in a file and on standard output until `/tmp/end` exists.
 const COUNT: &str = "i=0; while [ ! -e /tmp/end ]; do i=$((i+1)); echo $i; echo $i >/tmp/i; \
                      sleep 0.1; done; exit 9";
 
@@ -27,7 +27,7 @@ fn count(home: &Home, vm: &str) -> u32 {
     read.out().trim().parse().unwrap_or(0)
 }
 
-/// Waits for the end of a VM, which must be `status`.
+/// Waits for the end of a VM, whose status must be `status`.
 #[track_caller]
 fn ends(home: &Home, vm: &str, status: &str) {
     let ended = home.sm(&["wait", vm]).exits(0).out();
@@ -111,14 +111,14 @@ fn clones_go_on_where_the_workload_was_with_an_identity_of_their_own() {
         for line in identity.lines() {
             assert!(identities.insert(line.to_owned()), "{clone}: {line}");
         }
-        // It did not begin again: its first words are not 1.
+        // The clone continues the count: its first number is not 1.
         if *clone != vm.name {
             let first = home.sm(&["logs", clone]).exits(0).out();
             let first: u32 = first.lines().next().unwrap().parse().unwrap();
             assert!(first > 3, "{clone} began with {first}");
         }
-        // It ends by itself, with its own status, and may do so before `touch`
-        // has ended: then that ends with it, by SIGKILL.
+        // The workload exits with its own status, possibly before `touch` has: then
+        // `touch` is killed with SIGKILL.
         let told = home.sm(&["exec", clone, "touch", "/tmp/end"]);
         assert!(matches!(told.code, Some(0 | 137)), "{told:?}");
         ends(home, clone, "9");
@@ -154,8 +154,8 @@ fn forked_clones_share_a_snapshot_that_goes_with_the_last() {
     assert!(count(home, &vm.name) > 3, "the original goes on");
 }
 
-/// Sixteen vector registers of each of four threads are full when the snapshot is
-/// made; what each clone computes is what this machine does without a guest.
+/// Sixteen vector registers of each of four threads are in use at the snapshot; each
+/// clone computes the same results as this machine does without a guest.
 #[test]
 fn a_computation_in_four_threads_ends_right_in_all_clones() {
     const ROUNDS: &str = "100";
@@ -199,8 +199,8 @@ fn a_computation_in_four_threads_ends_right_in_all_clones() {
     });
 }
 
-/// Bytes of a process's memory that are its own, in and outside of its guest's memory,
-/// and bytes of guest memory that others have, too.
+/// Returns the private bytes of a process outside and inside of its guest's memory, and
+/// the shared bytes of guest memory.
 fn memory_of(pid: u64) -> (u64, u64, u64) {
     let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
     let (mut guest, mut own, mut shared) = (0, 0, 0);
@@ -220,8 +220,8 @@ fn memory_of(pid: u64) -> (u64, u64, u64) {
     (guest, own, shared)
 }
 
-/// Clones that run at the same time have, besides the pages that their guests wrote,
-/// at most 3 MiB of their own each; the rest of the snapshot is there once.
+/// Concurrent clones have, besides the pages that their guests wrote, at most 3 MiB of
+/// private memory each; all other memory is shared.
 #[test]
 fn twenty_clones_share_their_memory() {
     let home = Home::shared();
@@ -234,7 +234,7 @@ fn twenty_clones_share_their_memory() {
         let Some(pid) = told[0]["state"]["pid"].as_u64() else {
             panic!("{clone} runs: {told}");
         };
-        // Whether a stack is where a huge page would fit is up to chance: there are none.
+        // Alignment of stacks for huge pages is random, so they must be disabled.
         let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
         assert!(status.contains("THP_enabled:\t0"), "{clone}: {status}");
         let (guest, own, shared) = memory_of(pid);
@@ -251,7 +251,7 @@ fn twenty_clones_share_their_memory() {
     });
 }
 
-/// What a capture of a booted machine writes is what its guest holds, no more.
+/// A capture of a booted machine writes only resident pages that are not zero.
 #[test]
 fn a_capture_writes_what_is_resident_and_not_zero() {
     let home = Home::new();
@@ -268,7 +268,7 @@ fn a_capture_writes_what_is_resident_and_not_zero() {
     println!("{pages} pages stored, {disk} bytes on disk, {rss} KiB resident in the VMM");
     assert!(disk <= pages * 4096 + (1 << 20), "{disk} for {pages} pages");
     assert!(pages * 4 <= rss, "{pages} pages of {rss} KiB");
-    // Each of them has something in it.
+    // Each written page contains data.
     let dir = home.data().join("sm/snapshots/all");
     let memory = std::fs::read(dir.join("memory.bin")).unwrap();
     let filled = memory
@@ -348,7 +348,7 @@ fn a_clone_is_put_back_to_its_snapshot() {
     let mut identities = BTreeSet::new();
     for round in 0..5 {
         goes_on(home, clone, 0);
-        // What it did, and made, since the last time is undone.
+        // The clone's changes, and files, since the last reset are undone.
         let script = "cat /etc/machine-id; test ! -e /tmp/mess; head -c 3000000 /dev/urandom \
                       >/tmp/mess; echo 100000 >/tmp/i; cat /tmp/mess | wc -c";
         let out = home
@@ -415,7 +415,7 @@ fn snapshots_of_clones_of_snapshots() {
     let mut vm = first.name.clone();
     let mut made = Vec::new();
     let mut all = Clones(home, Vec::new());
-    // Deeper than a chain may get: one in between holds everything.
+    // The depth exceeds the limit of a chain: a snapshot in between is complete.
     for depth in 0..9 {
         let name = unique("deep");
         let report = home.sm(&["snapshot", "create", "--stop", "--json", &vm, &name]);
@@ -438,7 +438,7 @@ fn snapshots_of_clones_of_snapshots() {
     goes_on(home, &vm, then);
     home.sm(&["snapshot", "verify", made.last().unwrap()])
         .exits(0);
-    // A copy that builds on nothing is the same machine.
+    // A flattened copy is the same machine.
     let flat = unique("flat");
     home.sm(&["snapshot", "flatten", made.last().unwrap(), &flat])
         .exits(0);
@@ -482,7 +482,7 @@ fn what_runs_beside_the_workload_stays_with_the_original() {
     let clones = clones(home, &name, 1);
     let done: Done = beside.wait_with_output().unwrap().into();
     assert_eq!(done.exits(0).out(), "up\nstill here\n");
-    // Nobody listens to it in the clone, so it was hung up on there.
+    // The stream of the command has no peer in the clone, so the agent ended it.
     until("it is gone", || {
         let ps = home.sm(&["exec", &clones.1[0], "ps"]).exits(0);
         !ps.out().contains("still here")

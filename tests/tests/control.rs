@@ -1,4 +1,4 @@
-//! Controlling machines under load, and machines that are held.
+//! Control of VMs under load, and of paused VMs.
 #![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
 use std::io::Write as _;
@@ -10,7 +10,7 @@ fn sleeper(home: &Home) -> Vm<'_> {
     home.detached(&["-m", "128m", &image("busybox"), "sleep", "1000"])
 }
 
-/// A client of the control socket that waits for the end of the VM.
+/// Connects a client to the control socket that waits for the VM's end.
 fn waiting(vm: &Vm<'_>, home: &Home) -> UnixStream {
     let id = vm.inspect()["id"].as_str().unwrap().to_owned();
     let sockets = home.run_dir().join("sm/vms");
@@ -31,7 +31,7 @@ fn waiting(vm: &Vm<'_>, home: &Home) -> UnixStream {
 #[test]
 fn a_paused_machine_is_stopped_by_its_signal() {
     let home = Home::shared();
-    // Its own status, and not that of SIGKILL.
+    // The status is that of the workload, not of SIGKILL.
     let workload = "trap 'exit 7' TERM; echo ready; while :; do sleep 1; done";
     let vm = home.detached(&["-m", "128m", &image("busybox"), "sh", "-c", workload]);
     vm.until_it_says("ready");

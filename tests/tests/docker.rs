@@ -1,4 +1,4 @@
-//! Containers in the guest: what the kernel has for them, and Docker itself.
+//! Containers in the guest: the kernel's options for them, and Docker itself.
 #![expect(clippy::expect_used, reason = "a failed expectation is a failed test")]
 
 use std::collections::HashSet;
@@ -9,10 +9,10 @@ use std::process::Stdio;
 
 use sm_e2e::{Home, Reaped, image, unique};
 
-/// Also what the kernel's build is checked against.
+/// The kernel's build is checked against the same list.
 const REQUIRED: &str = include_str!("../../guest/kernel/containers.required");
 
-/// The controllers that Docker and Kubernetes set limits with.
+/// The controllers with which Docker and Kubernetes set limits.
 const CONTROLLERS: [&str; 5] = ["cpu", "cpuset", "io", "memory", "pids"];
 
 #[test]
@@ -44,14 +44,14 @@ fn full_the_running_kernel_has_all_that_containers_need() {
         .filter(|line| line.starts_with("CONFIG_") && !on.contains(line))
         .collect();
     assert!(missing.is_empty(), "{missing:?}");
-    // By the loopback any process of the guest would reach the agent's ports.
+    // Through the loopback, any process of the guest would reach the agent's ports.
     assert!(on.contains("CONFIG_VIRTIO_VSOCKETS"));
     for absent in ["CONFIG_VSOCKETS_LOOPBACK", "CONFIG_VSOCKETS_DIAG"] {
         assert!(!on.contains(absent), "{absent}");
     }
 }
 
-/// Runs an engine and says what it comes to; an archive of an image is its input.
+/// Runs an engine and prints results; an image archive is its input.
 const SCRIPT: &str = r#"
 set -eu
 said() { echo "== $*"; }
@@ -184,13 +184,13 @@ fn full_docker_runs_containers_that_reach_each_other() {
     for link in ["vxlan", "macvlan", "ipvlan", "network macvlan", "ipvs 2"] {
         has(&format!("== {link}"));
     }
-    // Docker's rules, as its iptables makes them and as nft shows them.
+    // Docker's rules, as its iptables creates them and as nft lists them.
     for rules in ["== iptables ", "== nft "] {
         let line = said.iter().find_map(|line| line.strip_prefix(rules));
         assert_ne!(line.expect(rules), "0", "{rules}");
     }
 
-    // The port that a container publishes is one that the VM can.
+    // The VM publishes the port that a container publishes.
     let line = home.sm(&["port", &name, "8080"]).exits(0).out();
     let mut stream = TcpStream::connect(line.trim()).unwrap();
     stream.write_all(b"GET / HTTP/1.0\r\n\r\n").unwrap();

@@ -1,4 +1,4 @@
-//! Pages whose commands are run as they are there, one after the other.
+//! Pages whose commands are run in order.
 #![expect(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -12,21 +12,21 @@ use std::process::Command;
 use sm_e2e::{Done, Home, binary};
 use sm_markdown::{Prompt, blocks, prompts};
 
-/// Commands that are not run, and the reason.
+/// Commands that are not run, with the reason.
 const LEFT_OUT: [(&str, &str); 4] = [
     ("cargo ", "the source tree is built already"),
     ("docker ", "there is no Docker here"),
     ("logs -f", "it runs until it is interrupted"),
     ("registry.example", "there is no such registry"),
 ];
-/// Commands that end with another status than 0.
+/// Commands with an exit status other than 0.
 const STATUSES: [(&str, i32); 1] = [("sm snapshot diff", 1)];
 
 /// A user with `sm` in the search path, in a directory with the images that pages name.
 struct User {
     home: Home,
     directory: tempfile::TempDir,
-    /// The images' directory, which pages call `/images`.
+    /// The directory of images, which is `/images` on pages.
     images: String,
 }
 
@@ -48,7 +48,7 @@ impl User {
         }
     }
 
-    /// Runs a script, with its errors among its output.
+    /// Runs a script with standard error merged into its output.
     fn run(&self, script: &str) -> Done {
         let path = std::env::var("PATH").unwrap_or_default();
         let path = format!("{}/bin:{path}", self.directory.path().display());
@@ -76,7 +76,7 @@ impl User {
             .exits(status.map_or(0, |(_, status)| *status));
         let printed = done.out().replace(&self.images, "/images");
         eprintln!("$ {typed}\n{printed}");
-        // Among notes of the moment, and in any order: tables are sorted by time.
+        // Lines may be in any order, among others: tables are sorted by time.
         let lines: Vec<_> = printed.lines().map(general).collect();
         for expected in output.iter().map(|line| general(line)) {
             let found = lines.contains(&expected);
@@ -87,7 +87,7 @@ impl User {
         }
     }
 
-    /// Runs all of a page's blocks of shell.
+    /// Runs all blocks of shell on a page.
     #[track_caller]
     fn read(&self, page: &str) {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(page);
@@ -117,7 +117,8 @@ impl Drop for User {
     }
 }
 
-/// A line without what differs between runs: numbers, identifiers, units, white space.
+/// Removes the differences between runs from a line: numbers, identifiers, units, white
+/// space.
 fn general(line: &str) -> String {
     let is_number = |character: char| character.is_ascii_hexdigit() || "-.".contains(character);
     let words = line.split_whitespace().map(|word| {
@@ -161,7 +162,7 @@ fn the_quick_start_is_as_it_says() {
     User::new().read("docs/src/quick-start.md");
 }
 
-/// Its image is made of busybox, in a guest.
+/// The image on the page is replaced by busybox, in a guest.
 #[test]
 fn snapshots_are_made_as_their_page_says() {
     let user = User::new();

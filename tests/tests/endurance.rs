@@ -1,5 +1,4 @@
-//! What must hold every time: many restores, sudden death at any moment, several
-//! at once.
+//! Repeated restores, kills at random moments, and concurrent starts.
 #![expect(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -34,7 +33,7 @@ fn restores_in_a_row_are_all_ready() {
     let home = Home::new();
     let part = if full() { 1 } else { 4 };
     for (name, count) in [("busybox", 120), ("debian", 40), ("python", 40)] {
-        // Leaves its image snapshot behind.
+        // The run creates an image snapshot.
         let of_images = || {
             let all = snapshots(&home);
             all.iter().filter(|name| name.starts_with("image-")).count()
@@ -60,7 +59,7 @@ fn restores_in_a_row_are_all_ready() {
             let started = home.sm(&run).exits(0).json();
             let phases = started["timings"].as_array().unwrap();
             let reached = |wanted: &str| phases.iter().any(|phase| phase["name"] == wanted);
-            // What one that booted does not say, and one of the base snapshot does not.
+            // A booted VM lacks the first phase, one of the base snapshot has the second.
             assert!(reached("agent answered"), "{name} {n}: {started}");
             assert!(!reached("root attached"), "{name} {n}: {started}");
             let script = ["exec", &vm, "sh", "-c", "echo $((6 * 7))"];
@@ -90,7 +89,7 @@ fn processes_that_make_the_same_snapshots_at_once_leave_one_good_copy() {
     assert_eq!(snapshots(&home).len(), 2);
 }
 
-/// The VMM processes that work for `home`.
+/// Returns the VMM processes of `home`.
 fn machines(home: &Home) -> Vec<Pid> {
     let data = home.data();
     let ours = |pid: &str| {
@@ -109,7 +108,7 @@ fn machines(home: &Home) -> Vec<Pid> {
 }
 
 fn kill_all(home: &Home, child: &mut Child) {
-    // It may have ended by itself.
+    // An error means that it has already exited.
     let _ = child.kill();
     for machine in machines(home) {
         let _ = kill_process(machine, Signal::KILL);
@@ -118,14 +117,14 @@ fn kill_all(home: &Home, child: &mut Child) {
     until("they are gone", || machines(home).is_empty());
 }
 
-/// A moment nobody has chosen.
+/// Waits for a random time.
 fn wait_up_to(milliseconds: u64) -> u64 {
     let chosen = RandomState::new().build_hasher().finish() % milliseconds;
     sleep(Duration::from_millis(chosen));
     chosen
 }
 
-/// Nothing that is listed is broken, and nothing stands in the way.
+/// Checks that listed snapshots are valid, and a start works.
 fn is_sound(home: &Home, when: &str) {
     for name in snapshots(home) {
         let verified = home.sm(&["snapshot", "verify", &name]);
@@ -143,7 +142,7 @@ fn death_during_a_first_start_leaves_everything_sound() {
         let home = Home::new();
         let run = ["run", "--rm", SMALL[0], SMALL[1], &image("busybox"), "true"];
         let mut child = home.command(&run).spawn().unwrap();
-        // Boot, workload, and the snapshots that are made behind it.
+        // The time covers the boot, the workload, and the snapshots that follow.
         let after = wait_up_to(3000);
         kill_all(&home, &mut child);
         is_sound(&home, &format!("a first start after {after} ms"));
@@ -153,11 +152,11 @@ fn death_during_a_first_start_leaves_everything_sound() {
 #[test]
 fn death_during_captures_and_restores_leaves_everything_sound() {
     let home = Home::new();
-    // On a disk, or as near to one as the lab comes.
+    // The data are on a disk, or the closest equivalent in the lab.
     let _disk = lab().then(|| Mount::ext4(8, &home.data()));
     says(&home, &image("busybox"), "warm");
     until("both are published", || snapshots(&home).len() == 2);
-    // What resets and forks are tried with.
+    // The snapshot for resets and forks.
     let first = home.detached(&[SMALL[0], SMALL[1], &image("busybox"), "sleep", "1000"]);
     home.sm(&["snapshot", "create", "--stop", &first.name, "mine"])
         .exits(0);
@@ -195,7 +194,7 @@ fn death_during_captures_and_restores_leaves_everything_sound() {
         let after = wait_up_to(600);
         kill_all(&home, &mut child);
         is_sound(&home, &format!("{what} after {after} ms"));
-        // What was complete by then is used, and removed like any other.
+        // A snapshot that was complete at the kill can be used and removed.
         if snapshots(&home).contains(&snapshot) {
             let clone = unique("clone");
             home.sm(&["run", "-d", "--name", &clone, "--from", &snapshot])
@@ -208,7 +207,7 @@ fn death_during_captures_and_restores_leaves_everything_sound() {
         }
         home.sm(&["rm", "-f", &name]);
     }
-    // Nothing half made is left behind for good: the next machine sweeps.
+    // Incomplete files are removed by the sweep of the next start.
     let vm = home.detached(&[SMALL[0], SMALL[1], &image("busybox"), "sleep", "1000"]);
     home.sm(&["snapshot", "create", "--stop", &vm.name, "last"])
         .exits(0);

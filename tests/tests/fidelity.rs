@@ -1,6 +1,6 @@
-//! What a guest sees of an image is what `umoci unpack` makes of it, entry by entry:
-//! images by umoci, buildah, skopeo, GNU tar and our own writer, of one layer and of a
-//! hundred, of odd files, of many, and of a large one.
+//! The guest's view of an image is equal to the result of `umoci unpack`, entry by entry:
+//! images by umoci, buildah, skopeo, GNU tar and our own writer, with one layer and with
+//! a hundred, with unusual files, with many, and with a large one.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -14,14 +14,15 @@ use std::time::Instant;
 
 use sm_e2e::{Home, full};
 
-/// `None` where xtask could not make them, for want of root, and has said so.
+/// Returns `None` if xtask could not create the images without root, which it has
+/// reported.
 fn images() -> Option<PathBuf> {
     let images = std::env::var_os("SM_FIDELITY").expect("cargo xtask test sets SM_FIDELITY");
     Some(PathBuf::from(images)).filter(|path| !path.as_os_str().is_empty())
 }
 
-/// Images of thousands of files, one of each kind of which is enough where time matters:
-/// reading them all takes a minute each in an emulated machine.
+/// Images of thousands of files, of which one per kind suffices outside full runs:
+/// listing each takes a minute in an emulated machine.
 const LONG: [&str; 8] = [
     "debian",
     "python",
@@ -33,7 +34,7 @@ const LONG: [&str; 8] = [
     "large",
 ];
 
-/// Lines by their paths.
+/// Returns the lines by path.
 fn by_path(list: &str) -> BTreeMap<&str, &str> {
     list.lines()
         .map(|line| line.split_once(' ').expect("a path and what is there"))
@@ -44,19 +45,19 @@ fn parent(path: &str) -> &str {
     path.rsplit_once('/').map_or("", |(parent, _)| parent)
 }
 
-/// A line without the time.
+/// Removes the time from a line.
 fn timeless(line: &str) -> String {
     let parts = line.split(' ').filter(|part| !part.starts_with("mtime="));
     parts.collect::<Vec<_>>().join(" ")
 }
 
-/// A file of the guest's own, whatever the image has there.
+/// A file that the guest creates, independent of the image.
 const MACHINE_ID: &str = "/etc/machine-id";
-/// Made where the image has none.
+/// A file that the guest creates if the image has none.
 const RESOLV_CONF: &str = "/etc/resolv.conf";
 
-/// Compares what the guest lists with what is expected. Where the guest has mounted
-/// or made something, it is not the image's any more.
+/// Compares the guest's list with the expected one, except for mount points and files
+/// that the guest has created.
 fn compare(name: &str, seen: &str, expected: &str) {
     let (mut seen, mut expected) = (by_path(seen), by_path(expected));
     let is_file = |what: &&str| what.starts_with("mode=100");
@@ -91,7 +92,7 @@ fn compare(name: &str, seen: &str, expected: &str) {
         let same = match (wanted, parents.contains(path)) {
             (Some(wanted), false) => wanted == *what,
             (Some(wanted), true) => timeless(wanted) == timeless(what),
-            // Made for what is mounted in it.
+            // The directory was created for a mount in it.
             (None, made) => made,
         };
         assert!(same, "{name} {path}:\n  guest {what}\n  umoci {wanted:?}");

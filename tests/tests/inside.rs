@@ -1,11 +1,11 @@
-//! The workload against the agent: what a process of the guest reaches by vsock.
+//! The workload against the agent: vsock ports that a process of the guest can reach.
 
 use std::io::Write as _;
 use std::os::unix::net::UnixListener;
 
 use sm_e2e::{Home, lanes};
 
-/// Commands, forwarded connections, control.
+/// The agent's ports for commands, forwarded connections and control.
 const PORTS: &str = "1028,1029,1030";
 /// A port on which the host listens.
 const OPEN: &str = "4000";
@@ -39,7 +39,7 @@ fn nobody_inside_reaches_the_agents_ports() {
     assert!(own > 2, "{own}");
     let here = format!("{LOOPBACK},{own}");
     for user in ["1000:1000", "0:0"] {
-        // This is how a connection looks.
+        // The line of a successful connection.
         let greeting = knock(user, HOST, OPEN);
         let connected = format!("stream {HOST} {OPEN}: connected, Ok([33])");
         assert!(greeting.lines().any(|line| line == connected), "{greeting}");
@@ -47,7 +47,7 @@ fn nobody_inside_reaches_the_agents_ports() {
         let said = knock(user, &here, PORTS);
         assert_eq!(said.lines().count(), 2 * 2 * 3, "{said}");
         assert!(!said.contains("connected"), "{said}");
-        // On the ports of the agent's own connections the host says nothing.
+        // The host sends nothing on the ports of the agent's own connections.
         let said = knock(user, HOST, PORTS);
         assert_eq!(said.lines().count(), 2 * 3, "{said}");
         let greeted = |line: &str| line.contains("connected") && !line.ends_with("Ok([])");

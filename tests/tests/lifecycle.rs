@@ -1,4 +1,4 @@
-//! Detached machines: exec, logs, stop, kill, removal, and sudden death.
+//! Detached VMs: exec, logs, stop, kill, removal, and killed VMMs.
 #![expect(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -60,7 +60,7 @@ fn a_command_in_a_machine_that_is_on_its_way_is_refused() {
     let starting = home.command(&run).spawn().unwrap();
     let refused = loop {
         let done = home.sm(&["exec", &name, "echo", "too early"]);
-        // Not there at all yet, or still without ears.
+        // The VM does not exist yet, or does not accept connections yet.
         if !done.err().contains("no such VM") && !done.err().contains("not running") {
             break done;
         }
@@ -78,7 +78,7 @@ fn a_command_in_a_machine_that_is_on_its_way_is_refused() {
 #[test]
 fn logs_are_kept_and_followed_to_the_end() {
     let home = Home::shared();
-    // Booted: a restored guest has nothing to say on its console.
+    // The VM is booted, because a restored guest writes nothing to its console.
     let vm = home.detached(&[
         "--cold",
         &image("busybox"),
@@ -95,7 +95,7 @@ fn logs_are_kept_and_followed_to_the_end() {
     assert_eq!(again.out(), "one\nthree\n");
     let console = home.sm(&["logs", "--console", &vm.name]).exits(0);
     assert!(!console.out().is_empty(), "the guest's console is kept");
-    // Its process ends when the guest has powered itself off.
+    // The VM's process exits after the guest has powered itself off.
     let id = vm.inspect()["id"].as_str().unwrap().to_owned();
     let lock = std::fs::File::open(home.data().join("sm/vms").join(id).join("lock")).unwrap();
     rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockShared).unwrap();
@@ -167,7 +167,7 @@ fn a_vmm_that_is_killed_leaves_nothing_behind() {
 fn a_guest_panic_is_reported_with_its_last_words() {
     let home = Home::shared();
     let vm = home.detached(&["-m", "128m", &image("busybox"), "sleep", "1000"]);
-    // The tuned kernel has no sysrq; this is a panic any kernel can be asked for.
+    // The tuned kernel has no sysrq; this panic is possible in any kernel.
     vm.exec(&[
         "sh",
         "-c",
@@ -230,7 +230,7 @@ fn an_image_that_runs_is_not_taken_apart() {
     };
     home.sm(&["rmi", &image]).exits(0);
     assert_eq!(disks(), 1, "the disk of a running VM was removed");
-    // Content that no cache of the guest has yet.
+    // The contents are not in the guest's page cache yet.
     let done = vm.exec(&["sh", "-c", "cat /bin/busybox | wc -c"]).exits(0);
     assert!(done.out().trim().parse::<u64>().unwrap() > 100_000);
     drop(vm);

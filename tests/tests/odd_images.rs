@@ -1,5 +1,5 @@
-//! Images that showed faults, run: what their layers say, and what they have where this
-//! guest's own files go.
+//! Runs images that exposed bugs: changes in layers, and files at the paths of files that
+//! the guest creates.
 #![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
 use std::fs;
@@ -16,7 +16,7 @@ use support::{Entry, dir, file, symlink, tar, whiteout};
 const PROGRAMS: [&str; 7] = ["sh", "cat", "find", "stat", "sort", "wc", "echo"];
 const STUB: &str = "/run/systemd/resolve/stub-resolv.conf";
 
-/// A root file system of one static program and its links.
+/// Returns a root file system of one static program and its links.
 fn base() -> Vec<Entry> {
     let mut entries: Vec<_> = ["bin", "etc", "usr", "usr/lib64"].map(dir).into();
     let busybox = fs::read("/bin/busybox").unwrap();
@@ -39,14 +39,14 @@ fn run(layers: &[Vec<Entry>], options: &[&str], script: &str) -> Done {
 
 #[test]
 fn a_layer_changes_what_it_says_and_nothing_else() {
-    // Directories that replace links: what the links led to stays.
+    // Directories replace links; the targets of the links stay.
     let mut lower = base();
     lower.extend([
         file("usr/lib64/ld.so", "ld"),
         symlink("opaque", "usr/lib64"),
         symlink("root", "/"),
         symlink("plain", "usr/lib64"),
-        // A directory has no data, whatever its header says.
+        // A directory has no data, even if its header has a size.
         dir("sized").size(1024),
         file("sized/file", "abc"),
     ]);
@@ -67,7 +67,7 @@ fn a_layer_changes_what_it_says_and_nothing_else() {
     assert_eq!(done.out(), expected);
 }
 
-/// Shows `/etc`, and a device.
+/// Prints `/etc`, and a device.
 const IDENTITY: &str = "stat -c %F /dev/null; cat /etc/machine-id | wc -c; cat /etc/resolv.conf; \
     echo; echo changed >/etc/resolv.conf && cat /etc/resolv.conf";
 
@@ -83,7 +83,7 @@ fn this_guests_files_are_there_whatever_the_image_has() {
         symlink("etc/resolv.conf", STUB),
     ]);
     let device = "character special file\n33\n";
-    // Without name servers there is none to tell of.
+    // Without name servers, the file is empty.
     let done = run(&links, &[], IDENTITY).exits(0);
     assert_eq!(done.out(), format!("{device}\nchanged\n"));
     let done = run(&links, &["--dns", "192.0.2.53"], IDENTITY).exits(0);

@@ -1,4 +1,4 @@
-//! Ports of the guest, reached from the host.
+//! Ports of the guest, accessed from the host.
 #![expect(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -14,21 +14,21 @@ use sha2::{Digest as _, Sha256};
 use sm_e2e::{Home, PATIENCE, Vm, image, unique};
 use sm_frontends::HandoffSender;
 
-/// Answers every connection to port 80 by what it sent, once that has ended.
+/// Answers every connection to port 80 with its bytes, after their end.
 const ECHO: &str = "nc -ll -p 80 -e cat";
 
-/// Where a published port is.
+/// Returns the host address of a published port.
 fn address(home: &Home, vm: &str, port: &str) -> SocketAddr {
     let line = home.sm(&["port", vm, port]).exits(0).out();
     line.trim().parse().unwrap()
 }
 
-/// Sends, says that nothing follows, and reads to the end.
+/// Sends bytes and the end, and reads to the end.
 fn exchange(mut stream: TcpStream, sent: &[u8]) -> Vec<u8> {
     let mut sender = stream.try_clone().unwrap();
     std::thread::scope(|scope| {
         scope.spawn(move || {
-            // A peer that hangs up is seen by the reader.
+            // The reader detects a closed connection.
             let _ = sender.write_all(sent);
             let _ = sender.shutdown(Shutdown::Write);
         });
@@ -67,7 +67,7 @@ fn bytes_go_both_ways_and_half_close_is_kept() {
     let large: Vec<u8> = (0..5_000_000_u32).map(|n| (n % 253) as u8).collect();
     let received = exchange(TcpStream::connect(address).unwrap(), &large);
     assert_eq!(Sha256::digest(received), Sha256::digest(&large));
-    // Several at once keep apart.
+    // Concurrent connections are independent.
     std::thread::scope(|scope| {
         for n in 0..20_u8 {
             scope.spawn(move || {
@@ -97,7 +97,7 @@ fn a_late_listener_is_waited_for_and_none_is_hung_up_on() {
     let home = Home::shared();
     let script = format!("sleep 0.5; {ECHO}");
     let vm = serving(home, &["-p", "80", "-p", "81"], &script);
-    // Connected before anybody in the guest listens.
+    // The client connects before a server in the guest listens.
     assert_eq!(echo(address(home, &vm.name, "80"), b"early"), b"early");
     let nobody = TcpStream::connect(address(home, &vm.name, "81")).unwrap();
     assert_eq!(exchange(nobody, b"anybody?"), b"");
@@ -125,7 +125,7 @@ fn a_unix_socket_is_private_and_removed_with_its_machine() {
     let mut received = Vec::new();
     while received.is_empty() && begun.elapsed() < PATIENCE {
         let mut stream = UnixStream::connect(&path).unwrap();
-        // A peer that hangs up is seen by the reader.
+        // The reader detects a closed connection.
         let _ = stream.write_all(b"by path");
         let _ = stream.shutdown(Shutdown::Write);
         let _ = stream.read_to_end(&mut received);
@@ -161,7 +161,7 @@ fn a_connection_is_handed_over_with_what_was_read_of_it() {
     }
 }
 
-/// Listens on vsock port 5000 and echoes, and dials the host's port 6000.
+/// Listens on vsock port 5000 and echoes, and connects to the host's port 6000.
 const VSOCK: &str = "sub at { pack 'SSLLL', 40, 0, $_[0], $_[1], 0 } \
                      socket(S, 40, 1, 0) && bind(S, at(5000, 0xffffffff)) && listen(S, 5) or die $!; \
                      while (accept(C, S)) { socket(D, 40, 1, 0); connect(D, at(6000, 2)) or die $!; \
@@ -191,14 +191,14 @@ fn vsock_ports_are_reached_both_ways_as_firecracker_has_it() {
         let mut client = UnixStream::connect(&path).unwrap();
         client.write_all(b"CONNECT 5000\n").unwrap();
         let mut answer = [0; 3];
-        // Hung up on until somebody listens.
+        // The connection is closed while no server listens.
         if client.read_exact(&mut answer).is_ok() {
             assert_eq!(&answer, b"OK ");
             break client;
         }
         assert!(begun.elapsed() < PATIENCE, "{:?}", vm.inspect());
     };
-    // The rest of the line.
+    // Reads the rest of the line.
     let mut byte = [0; 1];
     while byte != *b"\n" {
         client.read_exact(&mut byte).unwrap();
@@ -219,7 +219,7 @@ fn a_clone_publishes_ports_of_its_own() {
     let vm = serving(home, &["-p", "80"], ECHO);
     let original = address(home, &vm.name, "80");
     assert_eq!(echo(original, b"original"), b"original");
-    // Open when the snapshot is made: it ends in the clone, and only there.
+    // A connection that is open at the snapshot ends in the clone only.
     let mut open = TcpStream::connect(original).unwrap();
     open.write_all(b"before ").unwrap();
     let name = unique("served");

@@ -1,4 +1,4 @@
-//! `sm run` on real images: output, status, configuration, streams, SMP, memory.
+//! `sm run` with real images: output, status, configuration, streams, SMP, memory.
 #![expect(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -140,7 +140,7 @@ fn a_missing_command_is_127_and_a_directory_is_126() {
     let done = sm(&["run", "--rm", &image("busybox"), "no-such-command"]).exits(127);
     assert!(done.err().contains("no-such-command"), "{}", done.err());
     sm(&["run", "--rm", &image("busybox"), "/etc"]).exits(126);
-    // Nobody waits for a detached one, but its start can fail all the same.
+    // The start of a detached VM can fail as well.
     let done = sm(&["run", "-d", "--rm", &image("busybox"), "no-such-command"]).exits(127);
     assert!(done.err().contains("no-such-command"), "{}", done.err());
 }
@@ -158,11 +158,11 @@ fn a_command_killed_by_a_signal_is_128_plus_n() {
     .exits(143);
     // PID 1 of a namespace is not ended by a signal that it sends itself, but by the
     // one for its own fault.
-    // So does abort(3) end when its signal has done nothing.
+    // abort(3) relies on the same when its signal has no effect.
     let script = "import os; os.abort()";
     let image = image("python");
     sm(&["run", "--rm", &image, "python3", "-c", script]).exits(139);
-    // Other commands are, and the VM's own one by SIGKILL from outside.
+    // Other commands are killed by signals, and the VM's own one by SIGKILL from outside.
     let vm = Home::shared().detached(&[&image, "sleep", "1000"]);
     for (signal, status) in [("TERM", 143), ("KILL", 137), ("USR1", 138)] {
         vm.exec(&["sh", "-c", &format!("kill -{signal} $$")])
@@ -251,7 +251,7 @@ fn memory_is_as_large_as_asked() {
 
 #[test]
 fn layers_are_stacked_with_their_whiteouts() {
-    // How the layers come to this is in xtask/src/fixtures.rs.
+    // The layers are created in xtask/src/fixtures.rs.
     let script = "cat /etc/os-release; ls -A /opaque; cat /opaque/new; ls -A /usr/share/doc; \
                   cat /usr/share/doc/again/README; ls -d /second-layer /opaque/old; test -x /bin/bash";
     let done = sm(&["run", "--rm", &image("debian"), "sh", "-c", script]).exits(0);
@@ -331,7 +331,7 @@ fn an_interrupt_reaches_the_workload() {
 
 #[test]
 fn a_workload_that_exhausts_memory_is_killed_and_said_so() {
-    // Written to, and in pieces: memory that is only asked for can be refused.
+    // The memory is written in small pieces: a large allocation could be refused.
     let script = "x = []\nwhile True: x.append(b'x' * (1 << 20))";
     let (home, name) = (Home::shared(), sm_e2e::unique("oom"));
     let image = image("python");
@@ -347,7 +347,8 @@ fn a_workload_that_exhausts_memory_is_killed_and_said_so() {
     home.sm(&["rm", &name]).exits(0);
 }
 
-/// The command beside it is killed with the namespace of the main one, and ends first.
+/// The command beside the workload is killed with the PID namespace of the workload, and
+/// exits first.
 #[test]
 fn a_workload_that_exhausts_memory_beside_a_command_is_said_to() {
     let script = "import signal\n\
@@ -473,8 +474,7 @@ fn timings_name_every_phase() {
     }
 }
 
-/// A distribution of another kind, or of another age, is a system without this one's
-/// C library.
+/// A system without this one's C library stands for other and older distributions.
 #[test]
 fn sm_itself_runs_where_there_is_nothing_but_a_kernel() {
     let program = std::fs::read(binary()).unwrap();

@@ -1,5 +1,4 @@
-//! Base snapshots: the second machine does not boot, and clones share nothing
-//! that must be distinct.
+//! Base snapshots: the second VM does not boot, and clones share no identity.
 #![expect(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -13,7 +12,7 @@ use sm_e2e::{Home, image, until};
 use sm_snapshot::state_file::StateFile;
 use sm_snapshot::store::read_manifest;
 
-/// A home whose base snapshot for small machines exists.
+/// Returns a home that has a base snapshot for small machines.
 fn warm() -> Home {
     let home = Home::new();
     run(&home, "true");
@@ -21,8 +20,8 @@ fn warm() -> Home {
     home
 }
 
-/// Waits until the first machine's process, which goes on after `sm run` has
-/// returned, has published both of its snapshots.
+/// Waits until the first VM's process, which continues after `sm run` has returned, has
+/// published both snapshots.
 fn await_base(home: &Home) {
     until("both snapshots are published", || {
         let listed = home.sm(&["snapshot", "ls", "-q"]).exits(0).out();
@@ -30,7 +29,7 @@ fn await_base(home: &Home) {
     });
 }
 
-/// The names of the base snapshot and the image snapshot.
+/// Returns the names of the base snapshot and the image snapshot.
 fn automatic(home: &Home) -> [String; 2] {
     let listed = home.sm(&["snapshot", "ls", "--json"]).exits(0).json();
     ["base", "image"].map(|layer| {
@@ -46,7 +45,7 @@ fn run(home: &Home, script: &str) -> String {
     home.sm(&arguments).exits(0).out()
 }
 
-/// Names of the phases of one run.
+/// Returns the names of the phases of a run.
 fn phases(home: &Home, more: &[&str]) -> String {
     let image = image("busybox");
     let mut arguments = vec!["run", "--rm", "--timings", "-m", "128m"];
@@ -63,7 +62,7 @@ fn the_second_machine_is_restored_and_a_cold_one_is_not() {
     assert!(!restored.contains("kernel reached init"), "{restored}");
     let cold = phases(&home, &["--cold"]);
     assert!(cold.contains("kernel reached init"), "{cold}");
-    // Another kind of machine has a snapshot of its own.
+    // Another kind of machine has its own snapshot.
     let other = phases(&home, &["--cpus", "2"]);
     assert!(other.contains("kernel reached init"), "{other}");
 }
@@ -108,12 +107,12 @@ fn snapshots_are_listed_verified_compared_and_removed() {
     home.sm(&["snapshot", "diff", &name, &name]).exits(0);
     let manifest = home.sm(&["snapshot", "inspect", &name]).exits(0).json();
     assert_eq!(manifest["memory_bytes"], 128 << 20);
-    // In use: it stays.
+    // A snapshot in use is not removed.
     let vm = home.detached(&["-m", "128m", &image("busybox"), "sleep", "1000"]);
     let refused = home.sm(&["snapshot", "rm", &name]).exits(1);
     assert!(refused.err().contains("in use"), "{}", refused.err());
     drop(vm);
-    // The machine's process may outlive its removal by a moment.
+    // The VM's process may exit shortly after the VM's removal.
     for _ in 0..100 {
         if home.sm(&["snapshot", "rm", &name]).code == Some(0) {
             break;
@@ -147,8 +146,8 @@ fn a_damaged_snapshot_is_replaced_not_used() {
     assert!(restored.contains("state restored"), "{restored}");
 }
 
-/// Changes the machine's state in a way that no checksum shows: it is another version
-/// than this sm makes.
+/// Changes the machine's state to a version that this sm does not write, with valid
+/// checksums.
 fn spoil(home: &Home, name: &str) {
     let dir = home.data().join("sm/snapshots").join(name);
     let mut manifest = read_manifest(&dir).unwrap();

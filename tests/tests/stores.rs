@@ -1,6 +1,5 @@
-//! Stores that do not work: a full disk, a read-only one. And a restore much
-//! later than the capture. These change mounts and the clock, so they run in the
-//! lab only.
+//! Unusable stores, which are full or read-only, and a restore long after the capture.
+//! The tests change mounts and the clock, so they run in the lab only.
 #![expect(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -36,7 +35,7 @@ fn a_full_disk_is_named_and_hurts_nobody_else() {
     let error = pulled.exits(1).err();
     assert!(error.contains("No space left"), "{error}");
     assert_eq!(home.sm(&["images", "-q"]).exits(0).out().lines().count(), 1);
-    // What was tried in vain takes no room.
+    // The failed snapshot occupies no space.
     fs::write(home.data().join("room"), vec![1; 4 << 20]).unwrap();
 }
 
@@ -94,14 +93,14 @@ fn number(vm: &Vm<'_>, command: &[&str]) -> u64 {
     digits.parse().unwrap()
 }
 
-/// There is one clock: held by whoever sets it, for as long as it matters.
+/// A lock for the clock: held while a test depends on a changed clock.
 static CLOCK: Mutex<()> = Mutex::new(());
 
 fn clock() -> MutexGuard<'static, ()> {
     CLOCK.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Sets the clock forward by an hour; what it says then.
+/// Sets the clock forward by an hour; returns the new time.
 fn an_hour_later() -> u64 {
     let later = now() + 3600;
     let set = Command::new("date")
@@ -130,7 +129,7 @@ fn an_hour_later_clocks_are_right_and_timers_have_not_leapt() {
     assert!(host >= later && guest.abs_diff(host) <= 2, "{guest} {host}");
     let monotonic = number(&clone, &["cat", "/proc/uptime"]);
     assert!(monotonic <= uptime + 60, "{uptime} became {monotonic}");
-    // The sleep goes on where it was: it has not ended at once.
+    // The sleep continues: it has not ended at once.
     clone.exec(&["test", "-e", "/tmp/woke"]).exits(1);
     until("it wakes up", || {
         clone.exec(&["test", "-e", "/tmp/woke"]).code == Some(0)
@@ -143,8 +142,8 @@ fn an_hour_later_clocks_are_right_and_timers_have_not_leapt() {
     });
 }
 
-/// Absolute timers of the wall clock that became due while the guest was a file fire at
-/// once; the monotonic clock stood still, so its timers have their time still to go.
+/// Absolute timers of the wall clock that expired while the guest was suspended fire at
+/// once; the monotonic clock did not advance, so its timers still have their full time.
 #[test]
 fn timers_of_each_clock_fire_by_that_clock_an_hour_later() {
     if !lab() {

@@ -1,5 +1,5 @@
-//! Streams between host and guest, by the thousand and by the gigabyte: nothing is
-//! lost, whoever ends and however.
+//! Thousands of streams, and streams of gigabytes, between host and guest: no byte is
+//! lost, whichever side ends first.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use sha2::{Digest as _, Sha256};
 use sm_e2e::{Home, PATIENCE, Reaped, Vm, binary, image, lanes, unique, until};
 
-/// Answers every connection to port 80 by what it sent, once that has ended.
+/// Answers every connection to port 80 with its bytes, after their end.
 const ECHO: &str = "nc -ll -p 80 -e cat";
 
 fn serving<'a>(home: &'a Home, options: &[&str], script: &str) -> Vm<'a> {
@@ -25,18 +25,18 @@ fn serving<'a>(home: &'a Home, options: &[&str], script: &str) -> Vm<'a> {
     home.detached(&arguments)
 }
 
-/// Where a published port is.
+/// Returns the host address of a published port.
 fn address(home: &Home, vm: &str, port: &str) -> SocketAddr {
     let line = home.sm(&["port", vm, port]).exits(0).out();
     line.trim().parse().unwrap()
 }
 
-/// What became of the connections to a port.
+/// Returns the counters of a port's connections.
 fn connections(vm: &Vm<'_>) -> serde_json::Value {
     vm.inspect()["state"]["published"][0]["connections"].clone()
 }
 
-/// A connection that the echo answers.
+/// A connection to the echo server.
 struct Echo(TcpStream);
 
 impl Echo {
@@ -46,7 +46,7 @@ impl Echo {
         Self(stream)
     }
 
-    /// Sends, and gets it back.
+    /// Sends bytes and receives them back.
     fn says(&mut self, sent: &[u8]) -> std::io::Result<()> {
         self.0.write_all(sent)?;
         let mut received = vec![0; sent.len()];
@@ -56,7 +56,7 @@ impl Echo {
     }
 }
 
-/// MiB sent each way by [`a_large_stream_arrives_whole_each_way`].
+/// Returns the MiB sent each way by [`a_large_stream_arrives_whole_each_way`].
 fn large() -> u64 {
     let asked = std::env::var("SM_TEST_STREAM_MIB");
     asked.map_or(96, |text| text.parse().expect("a number of MiB"))
@@ -79,7 +79,7 @@ fn a_large_stream_arrives_whole_each_way() {
         &["-p", "80", "-p", "81", "--publish-wait", "60s"],
         &script,
     );
-    // To the guest.
+    // Direction to the guest.
     let begun = Instant::now();
     let mut to_guest = TcpStream::connect(address(home, &vm.name, "80")).unwrap();
     let block: Vec<u8> = (0..251_u8).cycle().take(1 << 20).collect();
@@ -95,7 +95,7 @@ fn a_large_stream_arrives_whole_each_way() {
     let received = vm.exec(&["cat", "/received"]).exits(0).out();
     assert!(received.starts_with(&hex(sum)), "{received}");
     println!("{} MiB to the guest in {:?}", large(), begun.elapsed());
-    // From the guest.
+    // Direction from the guest.
     let summed = format!("({blocks}) | sha256sum");
     let sent = vm.exec(&["sh", "-c", &summed]).exits(0).out();
     let begun = Instant::now();
@@ -128,7 +128,7 @@ fn a_listener_is_waited_for_as_long_as_was_asked() {
     let vm = serving(home, &["-p", "80", "--publish-wait", "10m"], &script);
     let mut early = Echo::open(address(home, &vm.name, "80"));
     early.0.write_all(b"early").unwrap();
-    // More than the second that it would be without being asked.
+    // The wait exceeds the default of one second.
     early
         .0
         .set_read_timeout(Some(Duration::from_secs(3)))
@@ -146,7 +146,7 @@ fn a_listener_is_waited_for_as_long_as_was_asked() {
 #[test]
 fn a_port_that_nobody_has_or_has_no_more_ends_the_connection() {
     let home = Home::shared();
-    // One connection, then never again.
+    // The server accepts one connection only.
     let script = "nc -l -p 80 -e cat; touch /over; sleep 1000";
     let options = ["-p", "80", "-p", "81", "--publish-wait", "0"];
     let vm = serving(home, &options, script);
@@ -184,7 +184,7 @@ fn a_hundred_sessions_at_once_keep_apart() {
             Reaped(session.unwrap())
         })
         .collect();
-    // All of them are there before any goes on.
+    // All sessions are started before any of them continues.
     for Reaped(session) in &mut sessions {
         let mut ready = [0; 6];
         session
@@ -225,7 +225,7 @@ fn a_hundred_connections_end_in_a_clone_and_go_on_in_the_original() {
     let clone = unique("clone");
     home.sm(&["run", "-d", "--name", &clone, "--from", &name, "-p", "80"])
         .exits(0);
-    // Its servers learn that their clients are gone, and end.
+    // The servers in the clone detect that their clients are gone, and exit.
     let serving = ["exec", &clone, "sh", "-c", "pidof cat | wc -w"];
     until("the clone's connections end", || {
         home.sm(&serving).out().trim() == "0"
@@ -242,7 +242,7 @@ fn a_hundred_connections_end_in_a_clone_and_go_on_in_the_original() {
 #[test]
 fn what_a_workload_says_last_arrives() {
     let home = Home::shared();
-    // It ends with its only connection.
+    // The workload exits with its only connection.
     let script = "nc -l -p 80 -e head -c 200000 /dev/zero";
     for _ in 0..3 {
         let vm = serving(home, &["-p", "80", "--publish-wait", "60s"], script);
@@ -290,7 +290,7 @@ fn a_vm_with_few_descriptors_can_still_be_entered() {
     let program = lanes();
     let image = format!("rootfs:{}", program.path().display());
     let name = unique("few");
-    // Both limits: the soft one alone would be raised.
+    // Both limits are set: the soft limit alone would be raised.
     let run = "ulimit -n 700; exec \"$@\"";
     let mut command = Command::new("sh");
     command.args(["-c", run, "sh"]).arg(binary());
@@ -305,7 +305,8 @@ fn a_vm_with_few_descriptors_can_still_be_entered() {
     let address = address(home, &name, "80");
     let mut clients: Vec<_> = (0..300).map(|_| Echo::open(address)).collect();
     clients[0].says(b"among the first").unwrap();
-    // More clients than descriptors: the rest waits, and nothing else does.
+    // There are more clients than descriptors: the others wait, and everything else
+    // works.
     let port = || home.sm(&["inspect", &name]).exits(0).json()[0]["state"]["published"][0].clone();
     until("there is no more room", || {
         let active = port()["connections"]["active"].as_u64();
@@ -315,7 +316,7 @@ fn a_vm_with_few_descriptors_can_still_be_entered() {
     let snapshot = unique("few");
     home.sm(&["snapshot", "create", &name, &snapshot]).exits(0);
     assert_eq!(port()["connections"]["refused"], 0);
-    // Each in its turn.
+    // Each client is served in turn.
     for mut client in clients.drain(..) {
         client.says(b"in turn").unwrap();
     }

@@ -19,21 +19,21 @@ fn layout() -> String {
     format!("oci:{}", images.join("systemd").display())
 }
 
-/// systemd's programs wait 25 s for an answer by the bus otherwise, of which an emulated
-/// processor needs more.
+/// systemd's programs wait 25 s for an answer on the bus by default, which is too short
+/// for an emulated processor.
 const PATIENT: &str = "SYSTEMD_BUS_TIMEOUT=600s";
 
-/// Prints the state of the system, once booted: there is no bus to wait at before systemd
-/// has made one.
+/// Prints the state of the system after the boot. The bus socket does not exist before
+/// systemd has created it.
 const BOOTED: &str = "until [ -S /run/dbus/system_bus_socket ]; do sleep 1; done; \
     systemctl is-system-running --wait; systemctl --failed --no-pager";
 
-/// Runs a command of systemd's.
+/// Runs a command of systemd with a long bus timeout.
 fn patiently(vm: &Vm<'_>, command: &[&str]) -> Done {
     vm.exec(&[&["env", PATIENT], command].concat())
 }
 
-/// Machine ID, epoch, host name as a process has them, and as services have.
+/// Returns machine ID, epoch and host name of a process, and the machine ID of services.
 fn identity(vm: &Vm<'_>) -> Vec<String> {
     let script = "cat /etc/machine-id /run/sm-epoch; hostname; systemd-run -q --pipe --wait \
         cat /etc/machine-id";
@@ -51,7 +51,7 @@ fn full_systemd_boots_takes_commands_and_ends_cleanly() {
     let layout = layout();
     let vm = home.detached(&["-m", "512m", &layout, "/sbin/init"]);
 
-    // As soon as it runs, also for as long as it runs.
+    // A command starts as soon as PID 1 runs, and lives as long as the VM.
     let mut early = home.command(&["exec", &vm.name, "sh", "-c", "echo here; sleep 100000"]);
     let mut early = Reaped(early.spawn().unwrap());
     let mut here = BufReader::new(early.0.stdout.take().unwrap()).lines();
@@ -64,7 +64,7 @@ fn full_systemd_boots_takes_commands_and_ends_cleanly() {
     let state = booted.lines().next().unwrap();
     assert!(["running", "degraded"].contains(&state), "{booted}");
 
-    // Services have limits, which takes a topmost group without processes.
+    // Services have limits, which needs a root cgroup without processes.
     let script = "cat /proc/self/cgroup /sys/fs/cgroup/cgroup.procs \
         /sys/fs/cgroup/cgroup.subtree_control; systemd-run -q --pipe --wait \
         -p MemoryMax=64M -p TasksMax=50 sh -c '
@@ -81,7 +81,7 @@ fn full_systemd_boots_takes_commands_and_ends_cleanly() {
     );
     let journal = vm.exec(&["journalctl", "-b", "--no-pager", "-o", "cat"]);
     assert!(journal.exits(0).out().contains("Reached target"));
-    // It has no ID of this guest's to keep.
+    // systemd must not store the machine ID of this guest in the image.
     let kept = ["show", "-P", "ConditionResult", "systemd-machine-id-commit"];
     let kept = patiently(&vm, &[&["systemctl"], &kept[..]].concat());
     assert_eq!(kept.exits(0).out(), "no\n");
@@ -99,20 +99,20 @@ fn full_systemd_boots_takes_commands_and_ends_cleanly() {
         }
     }
 
-    // Ended from outside, and from inside.
+    // One VM is stopped from the host, the other from inside.
     let [stopped, other] = &clones;
     for vm in [&vm, stopped] {
         home.sm(&["stop", "-t", GRACE, &vm.name]).exits(0);
     }
     patiently(other, &["systemctl", "poweroff"]);
     for (vm, word) in [
-        // The last words of systemd-shutdown, whose unit never becomes active: the
-        // targets behind it need not be reached.
+        // The last message of systemd-shutdown, whose unit never becomes active: the
+        // targets after it may not be reached.
         (&vm, "Halting system."),
         (stopped, "Halting system."),
         (other, "Powering off."),
     ] {
-        // Linux ends PID 1 of a PID namespace that halts by SIGINT (reboot(2)).
+        // Linux kills PID 1 of a PID namespace that halts with SIGINT (reboot(2)).
         let end = vm.wait()["state"]["exit"].clone();
         let console = home.sm(&["logs", "--console", &vm.name]).exits(0).out();
         assert_eq!(end["status"], 130, "{end}: {console}");

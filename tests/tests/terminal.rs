@@ -7,15 +7,15 @@
 
 use sm_e2e::{Home, Terminal, image, unique};
 
-/// Types a line to a shell and returns what that printed before `mark`, which
-/// the shell computes, so that the echo of the line does not contain it.
+/// Types a line to a shell and returns its output before `mark`, which the shell
+/// computes, so that the echo of the line does not contain it.
 #[track_caller]
 fn shell(terminal: &mut Terminal, line: &str) -> String {
     terminal.types(&format!("{line}; echo done-$((6*7))\r"));
     terminal.shows("done-42")
 }
 
-/// The size that the guest's terminal gets, once it is as wanted.
+/// Waits until the guest's terminal has the given size.
 #[track_caller]
 fn has_size(terminal: &mut Terminal, size: &str) {
     for _ in 0..100 {
@@ -34,7 +34,7 @@ fn a_shell_at_a_terminal_behaves_as_at_home() {
     has_size(&mut at, "24 80");
     at.resize(132, 50);
     has_size(&mut at, "50 132");
-    // Control-C is for what runs in the shell, not for sm and not for the shell.
+    // Control-C reaches the command in the shell, not sm and not the shell.
     at.types("echo before; sleep 1000; echo after\r");
     at.shows("before\r\n");
     at.types("\x03");
@@ -53,9 +53,9 @@ fn an_exec_has_a_terminal_of_its_own() {
     has_size(&mut at, "24 80");
     at.resize(100, 30);
     has_size(&mut at, "30 100");
-    // What is typed and what is shown may be any bytes.
+    // Input and output may be any bytes.
     assert!(shell(&mut at, "printf 'gr\\303\\274n'").contains("grün"));
-    // Before the prompt the key would be the terminal's, not the shell's.
+    // Before the prompt, the terminal would handle the key instead of the shell.
     at.shows("# ");
     at.types("\x04");
     assert_eq!(at.ends(), 0);

@@ -1,4 +1,4 @@
-//! A real web server in a guest, reached by real clients through every frontend.
+//! A real web server in a guest, accessed by real clients through every frontend.
 #![expect(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -19,7 +19,7 @@ use sm_e2e::{Done, Home, PATIENCE, Reaped, Vm, image, unique};
 use sm_frontends::HandoffSender;
 
 const PAGE: &str = "Welcome to nginx!";
-/// A file of this size is made for `/large`.
+/// Size of the file `/large`.
 const LARGE: usize = 32 << 20;
 
 struct Web<'a> {
@@ -61,7 +61,8 @@ impl<'a> Web<'a> {
         web
     }
 
-    /// What is published: the plain port, and the TLS port with its certificate.
+    /// Returns the published addresses: the plain port, and the TLS port with its
+    /// certificate.
     fn published(&self) -> (SocketAddr, SocketAddr, PathBuf) {
         let list = self
             .home
@@ -87,7 +88,7 @@ impl<'a> Web<'a> {
         self.published().0
     }
 
-    /// Whether `curl` got what it was asked for, and that.
+    /// Runs `curl`; returns true on success, and the output.
     fn curl(&self, arguments: &[&str]) -> (bool, Vec<u8>) {
         let done = Command::new("curl")
             .args(["--silent", "--show-error", "--fail", "--max-time", "120"])
@@ -125,7 +126,7 @@ fn nginx_is_reached_through_every_frontend() {
     let resolved = format!("web.test:{}:127.0.0.1", tls.port());
     let named = format!("https://web.test:{}/", tls.port());
     web.page(&[&trusted[..], &["--resolve", &resolved, &named]].concat());
-    // Not for that name, or not trusted: the client says so.
+    // The client refuses a certificate for another name, or an untrusted one.
     let resolved = format!("else.test:{}:127.0.0.1", tls.port());
     let named = format!("https://else.test:{}/", tls.port());
     assert!(
@@ -134,7 +135,7 @@ fn nginx_is_reached_through_every_frontend() {
     );
     assert!(!web.curl(&[&format!("https://localhost:{}/", tls.port())]).0);
 
-    // By a router that has read the request and hands the connection over.
+    // A router reads the request and hands the connection over.
     let router = Router::start(&web.handoff);
     web.page(&[&format!("http://{}/", router.address)]);
 }
@@ -160,7 +161,7 @@ fn connections_are_kept_alive_and_half_closed_ones_answered() {
         &["--cacert", text(&certificate), &tls_url, &tls_url],
         &[&routed, &routed],
     ] {
-        // Connections made for the first page, and for the second.
+        // Number of new connections for the first page, and for the second.
         let counted = ["--write-out", "<%{num_connects}>"];
         let (fetched, said) = web.curl(&[&counted[..], arguments].concat());
         let said = String::from_utf8_lossy(&said);
@@ -169,7 +170,7 @@ fn connections_are_kept_alive_and_half_closed_ones_answered() {
             "{said}"
         );
     }
-    // The request, and then the end of what the client has to say.
+    // The client sends the request, and then the end.
     let request = "GET / HTTP/1.0\r\n\r\n";
     let (host, port) = (plain.ip().to_string(), plain.port().to_string());
     for arguments in [&[host.as_str(), &port][..], &["-U", text(&web.unix)]] {
@@ -190,7 +191,7 @@ fn connections_are_kept_alive_and_half_closed_ones_answered() {
     }
 }
 
-/// Accepts connections, reads what they say first, and hands them over.
+/// Accepts connections, reads their first bytes, and hands them over.
 struct Router {
     address: SocketAddr,
     stop: Arc<AtomicBool>,
@@ -323,7 +324,7 @@ fn a_guest_that_is_killed_ends_every_transfer() {
     ]
     .into_iter()
     .map(|arguments| {
-        // Too slow to be over before.
+        // The transfer is too slow to be complete before the kill.
         let transfer = Command::new("curl")
             .args(["--silent", "--show-error", "--limit-rate", "20k"])
             .args(arguments)
@@ -341,7 +342,7 @@ fn a_guest_that_is_killed_ends_every_transfer() {
         let mut rest = Vec::new();
         let stdout = transfer.stdout.as_mut().unwrap();
         stdout.read_to_end(&mut rest).unwrap();
-        // An end, not a hang; and it is known for an early one.
+        // The transfer ends early instead of hanging, and with an error.
         let status = transfer.wait().unwrap();
         assert!(!status.success() && rest.len() < LARGE, "{status}");
     }

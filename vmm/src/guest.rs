@@ -63,7 +63,7 @@ pub(crate) trait Guest {
         None
     }
     /// Checks that a snapshot of this name can be published; the error is a clause.
-    /// Called before any work is done for it; another process may still take the name
+    /// Called before any other work for it; another process may still take the name
     /// first.
     fn check_snapshot(&self, name: &str) -> Result<(), String> {
         let _ = name;

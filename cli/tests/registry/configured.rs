@@ -1,4 +1,4 @@
-//! What `registries.conf` says about registries.
+//! Effects of `registries.conf` on registries.
 
 use std::fs;
 
@@ -22,7 +22,7 @@ fn registries_are_moved_mirrored_and_blocked() {
     ));
     assert_eq!(registry.pulled("r.test/old/app:v1"), id);
 
-    // The first mirror does not exist, the second does not have it.
+    // The first mirror does not exist, the second does not have the image.
     registry.configure(&format!(
         "[[registry]]\nlocation = 'r.test'\n\
          mirror = [{{location = '127.0.0.1:1'}}, {{location = '{address}/other'}}, {{location = '{address}'}}]\n"
@@ -35,7 +35,7 @@ fn registries_are_moved_mirrored_and_blocked() {
         "named as asked for: {names}"
     );
 
-    // A mirror for digests only; the registry itself is not there.
+    // A mirror for digests only; the registry itself does not exist.
     registry.configure(&format!(
         "[[registry]]\nlocation = '127.0.0.1:1'\nprefix = 'r.test'\nmirror-by-digest-only = true\n\
          mirror = [{{location = '{address}'}}]\n"
@@ -67,11 +67,11 @@ fn short_names_are_dockers_unless_they_are_aliases() {
     let names = registry.sm(&["images", "--json"]);
     let names = String::from_utf8_lossy(&names.stdout).into_owned();
     assert!(names.contains(&registry.image()), "{names}");
-    // At hand under the short name as well.
+    // The store has the image under the short name as well.
     let output = registry.sm(&["run", "--pull", "never", "app:v1", "true"]);
     let error = String::from_utf8_lossy(&output.stderr);
     assert!(!error.contains("not in the store"), "{error}");
-    // What names Docker's registry is no short name.
+    // A name with Docker's registry is no short name.
     let docker =
         "[[registry]]\nlocation = 'docker.io'\nblocked = true\n[aliases]\n'app' = 'x.test/y'\n";
     registry.configure(docker);
@@ -101,7 +101,7 @@ fn of_several_platforms_one_is_pulled() {
             image.finish(platform, Config::default()).unwrap(),
         ));
     }
-    // One index of them all, which skopeo copies whole.
+    // One index of all images, which skopeo copies completely.
     let entries: Vec<String> = digests
         .iter()
         .map(|(platform, digest)| {
@@ -149,7 +149,7 @@ fn of_several_platforms_one_is_pulled() {
         &pull("linux/riscv64"),
         &["linux/riscv64", "linux/s390x", "linux/arm/v5"],
     );
-    // By the digest of the index as well.
+    // The digest of the index selects the same image.
     let by_digest = format!("{}/team/all@{digest}", registry.address);
     assert_eq!(registry.pulled(&by_digest), id(1));
 }

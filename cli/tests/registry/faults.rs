@@ -1,12 +1,12 @@
-//! `sm pull` through a proxy that does everything wrong: it comes through, or says
-//! why not, and nothing wrong is ever stored.
+//! `sm pull` through a faulty proxy: it succeeds, or reports the cause, and never stores
+//! wrong data.
 
 use std::process::Output;
 
 use crate::faulty::{Fault, Faulty};
 use crate::support::{Registry, id_of, refused, tools};
 
-/// Numbers that look random and are the same each time.
+/// Pseudo-random numbers with a fixed seed.
 struct Numbers(u64);
 
 impl Numbers {
@@ -20,14 +20,14 @@ impl Numbers {
 }
 
 impl Registry {
-    /// Pulls through a proxy into a store of its own.
+    /// Pulls through a proxy into an empty store.
     fn pull_through(&self, proxy: &Faulty, store: &str) -> Output {
         let home = self.path(store).display().to_string();
         let image = format!("{}/team/app:v1", proxy.address);
         self.sm_with(&["pull", &image], &[("XDG_DATA_HOME", &home)])
     }
 
-    /// What is there is whole.
+    /// Verifies the stored image.
     fn verify(&self, store: &str, id: &str) {
         let home = self.path(store).display().to_string();
         let output = self.sm_with(&["image", "verify", id], &[("XDG_DATA_HOME", &home)]);
@@ -48,7 +48,7 @@ fn what_passes_is_got_over() {
     let id = registry.id();
     let mut numbers = Numbers(7);
     for round in 0..12 {
-        // Of each request's first answers, up to two are spoilt.
+        // Up to two of the first answers to each request are faulty.
         let mut spoilt = std::collections::BTreeMap::new();
         let (place, kind) = (numbers.below(170_000), numbers.below(7));
         let proxy = Faulty::start(&registry.address, move |line| {
@@ -128,7 +128,7 @@ fn another_host_gets_the_requests_and_no_credentials() {
     if !tools() {
         return;
     }
-    // What has no password is what the blobs are redirected to.
+    // The registry without a password is the target of redirected blobs.
     let elsewhere = Registry::open();
     let there = Faulty::start(&elsewhere.address, |_| Fault::None);
     let registry = Registry::start(|directory, _| {

@@ -1,34 +1,34 @@
-//! A proxy in front of a registry that does everything wrong.
+//! A faulty proxy in front of a registry.
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-/// What is done to an answer.
+/// A fault of an answer.
 #[derive(Clone, Debug)]
 pub(crate) enum Fault {
-    /// Nothing.
+    /// No fault.
     None,
-    /// There is none.
+    /// The connection is closed without an answer.
     HangUp,
-    /// It ends after so many bytes of its body.
+    /// The answer ends after this number of bytes of its body.
     Cut(usize),
-    /// One byte of its body, at this place or the last, is another.
+    /// One byte of its body, at this position or the last one, is changed.
     Alter(usize),
-    /// It is this one, with a `Retry-After` if there is one.
+    /// The answer is this status, with a `Retry-After` if given.
     Status(u16, Option<&'static str>),
-    /// It comes in small pieces.
+    /// The answer arrives in small pieces.
     Slow,
-    /// It is somewhere else: at this host and port.
+    /// The answer redirects to this host and port.
     Elsewhere(String),
-    /// It says that it has so many bytes more.
+    /// The `Content-Length` is this number of bytes too large.
     Longer(usize),
-    /// It says that it has so many bytes fewer.
+    /// The `Content-Length` is this number of bytes too small.
     Shorter(usize),
 }
 
-/// A request that has been made: its line and its headers.
+/// A received request: its line and its headers.
 pub(crate) type Request = Vec<String>;
 
 pub(crate) struct Faulty {
@@ -39,7 +39,8 @@ pub(crate) struct Faulty {
 type Choose = Mutex<dyn FnMut(&str) -> Fault + Send>;
 
 impl Faulty {
-    /// In front of `upstream`; `choose` is asked for each request's line.
+    /// Starts a proxy in front of `upstream`; `choose` selects the fault for each request
+    /// line.
     pub(crate) fn start(
         upstream: &str,
         choose: impl FnMut(&str) -> Fault + Send + 'static,
@@ -54,7 +55,7 @@ impl Faulty {
                 let (log, upstream) = (Arc::clone(&log), upstream.clone());
                 let choose = Arc::clone(&choose);
                 std::thread::spawn(move || {
-                    // Either side may break off: that is what it is for.
+                    // Errors on either side are expected.
                     let _ = carry(&stream.unwrap(), &upstream, &choose, &log);
                 });
             }
@@ -75,7 +76,8 @@ fn carry(
 ) -> std::io::Result<()> {
     let mut reader = BufReader::new(stream);
     let mut lines: Request = Vec::new();
-    // A TLS record of a handshake. Servers without TLS answer it as what it is to them.
+    // The first byte is that of a TLS handshake. Servers without TLS answer it with an
+    // error.
     if reader.fill_buf()?.first() == Some(&0x16) {
         let head = "HTTP/1.1 400 X\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
         return stream.write_all(head.as_bytes());
@@ -135,7 +137,7 @@ fn carry(
     Ok(())
 }
 
-/// What the registry says: its head, without what is about the connection, and its
+/// Returns the registry's answer: its head without headers of the connection, and its
 /// body.
 fn ask(upstream: &str, lines: &[String]) -> std::io::Result<(String, Vec<u8>)> {
     let mut there = TcpStream::connect(upstream)?;

@@ -1,6 +1,5 @@
-//! `sm pull` against the distribution's own registry, filled by skopeo: open,
-//! behind a password, behind tokens, behind TLS, behind proxies, behind mirrors, and
-//! behind a proxy that does everything wrong.
+//! `sm pull` from the distribution's registry, filled by skopeo: open, with a password,
+//! with tokens, with TLS, through proxies, through mirrors, and through a faulty proxy.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -40,7 +39,7 @@ fn an_image_is_the_same_as_in_its_layout() {
         .map(|i| i["reference"].as_str().unwrap())
         .collect();
     assert!(names.contains(&&*registry.image()), "{names:?}");
-    // Docker's other manifest format, and a tag that moves.
+    // Docker's other manifest format, and a tag that is moved.
     let old = Command::new("skopeo")
         .args(["copy", "--quiet", "--format", "v2s2"])
         .args(&registry.skopeo)

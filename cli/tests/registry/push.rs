@@ -1,11 +1,11 @@
-//! `sm push`: what was pulled, and what never was in a registry.
+//! `sm push` of images that were pulled, and of images from other sources.
 
 use std::fs;
 use std::process::Command;
 
 use crate::support::{Registry, tools};
 
-/// The digest of what `name` is in the registry, as skopeo sees it.
+/// Returns the digest of `name` in the registry, computed by skopeo.
 fn digest(registry: &Registry, name: &str) -> String {
     let inspected = Command::new("skopeo")
         .args(["inspect", "--raw"])
@@ -37,7 +37,7 @@ fn what_was_pulled_is_pushed_byte_for_byte() {
     let original = digest(&registry, "team/app:v1");
     assert_eq!(ok(&["pull", "--quiet", &image]), original);
 
-    // Into another repository, which mounts what there is.
+    // A push to another repository, which mounts existing blobs.
     let second = format!("{}/other/copy:v2", registry.address);
     ok(&["tag", &image, &second]);
     let output = registry.sm(&["push", &second]);
@@ -46,7 +46,7 @@ fn what_was_pulled_is_pushed_byte_for_byte() {
     assert_eq!(told.matches("Already exists").count(), 2, "{told}");
     assert_eq!(digest(&registry, "other/copy:v2"), original);
 
-    // Into another registry, with the layers as they were pulled, and without.
+    // A push to another registry, with the compressed layers, and without.
     let other = Registry::open();
     let third = format!("{}/third:v3", other.address);
     ok(&["tag", &image, &third]);
@@ -57,7 +57,7 @@ fn what_was_pulled_is_pushed_byte_for_byte() {
     ok(&["tag", &image, &fourth]);
     assert_eq!(ok(&["push", "--quiet", &fourth]), original);
 
-    // Nothing is had again where nobody wants it: the registry has it all.
+    // Blobs are not downloaded again if the registry has them.
     ok(&["image", "prune", "--compressed"]);
     let used = || ok(&["image", "du", "--json"]);
     ok(&["push", &second]);
@@ -97,7 +97,7 @@ fn what_never_had_a_manifest_is_pushed_with_one() {
     ]);
     let pushed = ok(&["push", "--quiet", &name]);
     assert_eq!(digest(&registry, "imported:latest"), pushed);
-    // Others can read it, and so can we, with the same contents.
+    // Other tools can read it, and so can sm, with the same contents.
     let copied = registry.path("copied");
     let output = Command::new("skopeo")
         .args(["copy", "--quiet", "--src-tls-verify=false"])

@@ -8,14 +8,14 @@ use std::time::{Duration, Instant};
 
 use sm_image::{Compression, Config, Digest, LayoutBuilder, MemoryFile};
 
-/// `tester` with the password `secret`, as `htpasswd -B` writes it.
+/// The entry of `tester` with the password `secret`, as written by `htpasswd -B`.
 pub(crate) const HTPASSWD: &str =
     "tester:$2y$05$AnN9e0cFMXxC0RCdnfhP8OcEnAVraePaic14eNp94RuIlvvKqEXL6\n";
-/// The same for Docker's configuration.
+/// The same credentials for Docker's configuration.
 pub(crate) const AUTH: &str = "dGVzdGVyOnNlY3JldA==";
 
-/// Whether the programs are there. `cargo xtask test` installs them, and then
-/// they have to be.
+/// Returns true if the programs are installed. `cargo xtask test` installs them, and
+/// requires them.
 pub(crate) fn tools() -> bool {
     let found = |program: &str| {
         let path = std::env::var_os("PATH").unwrap_or_default();
@@ -35,12 +35,12 @@ pub(crate) fn tools() -> bool {
     missing.is_empty()
 }
 
-/// A registry, and the home of somebody who uses it.
+/// A registry, and the home of a user of it.
 pub(crate) struct Registry {
     pub(crate) directory: tempfile::TempDir,
     pub(crate) address: String,
     pub(crate) process: Child,
-    /// How skopeo talks to it.
+    /// Options of skopeo for this registry.
     pub(crate) skopeo: Vec<String>,
 }
 
@@ -56,7 +56,7 @@ impl Registry {
         settings: impl FnOnce(&Path, &str) -> (Vec<(&'static str, String)>, Vec<String>),
     ) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        // Free a moment ago, and nobody asks for it by chance.
+        // The port was just free, and no other program is expected to take it.
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap().to_string();
         drop(listener);
@@ -94,7 +94,7 @@ impl Registry {
         registry
     }
 
-    /// One that anybody may use, without TLS.
+    /// Starts a registry without authentication and TLS.
     pub(crate) fn open() -> Self {
         Self::start(|_, _| (Vec::new(), vec!["--dest-tls-verify=false".to_owned()]))
     }
@@ -103,12 +103,12 @@ impl Registry {
         self.directory.path().join(name)
     }
 
-    /// Puts an image of two layers there, by skopeo.
+    /// Copies an image of two layers to the registry, with skopeo.
     fn fill(&self) {
         let layout = self.path("layout");
         let mut image = LayoutBuilder::new(&layout, Compression::Gzip(6)).unwrap();
         for (number, name) in (0_u32..).zip(["one", "two"]) {
-            // What does not compress.
+            // Random data, which does not compress.
             let bytes: Vec<u8> = (0..5_000_u32)
                 .flat_map(|n| {
                     *Digest::of(&[number.to_le_bytes(), n.to_le_bytes()].concat()).bytes()
@@ -133,16 +133,16 @@ impl Registry {
         format!("{}/team/app:v1", self.address)
     }
 
-    /// Runs `sm` as somebody whose home is in the registry's directory.
+    /// Runs `sm` as a user whose home is in the registry's directory.
     pub(crate) fn sm(&self, arguments: &[&str]) -> Output {
         self.sm_with(arguments, &[])
     }
 
-    /// [`Self::sm`] with variables of the environment.
+    /// Like [`Self::sm`], with environment variables.
     pub(crate) fn sm_with(&self, arguments: &[&str], variables: &[(&str, &str)]) -> Output {
         Command::new(env!("CARGO_BIN_EXE_sm"))
             .args(arguments)
-            // What this host has been told about registries is none of the test's.
+            // The test must not use this host's configuration of registries.
             .env("CONTAINERS_REGISTRIES_CONF", self.path("registries.conf"))
             .env_remove("XDG_CONFIG_HOME")
             .env("HOME", self.path("home"))
@@ -163,12 +163,12 @@ impl Registry {
         String::from_utf8(output.stdout).unwrap().trim().to_owned()
     }
 
-    /// The ID of the image in its layout.
+    /// Returns the ID of the image in its layout.
     pub(crate) fn id(&self) -> String {
         self.pulled(&format!("oci:{}:v1", self.path("layout").display()))
     }
 
-    /// What `sm pull` says about an image that it cannot have.
+    /// Checks the error of `sm pull` for an unavailable image.
     #[track_caller]
     pub(crate) fn refused(&self, words: &[&str]) {
         refused(&self.sm(&["pull", &self.image()]), words);

@@ -1,4 +1,4 @@
-//! Certificates, and proxies that see none of what they carry.
+//! Certificates, and proxies that forward encrypted connections.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -9,7 +9,8 @@ use std::sync::{Arc, Mutex};
 
 use crate::support::{Registry, id_of, refused, tools};
 
-/// Makes an authority, a certificate by it for the registry, and one for a client.
+/// Creates a certificate authority, a certificate of it for the registry, and one for a
+/// client.
 fn certify(directory: &Path) {
     let names = "subjectAltName=IP:127.0.0.1,DNS:registry.test\n";
     fs::write(directory.join("names"), names).unwrap();
@@ -31,7 +32,7 @@ fn certify(directory: &Path) {
     }
 }
 
-/// A registry with TLS; one that lets only known clients in, if `strict`.
+/// Starts a registry with TLS, which requires client certificates if `strict`.
 fn secure(strict: bool) -> Registry {
     Registry::start(|directory, _| {
         certify(directory);
@@ -58,7 +59,7 @@ fn secure(strict: bool) -> Registry {
 }
 
 impl Registry {
-    /// Puts files into this user's certificates for a registry.
+    /// Adds files to this user's certificates for a registry.
     fn trust(&self, directory: &str, host: &str, files: &[&str]) {
         let trusted = self.path("home").join(directory).join(host);
         fs::create_dir_all(&trusted).unwrap();
@@ -82,7 +83,7 @@ fn tls_is_used_and_a_strangers_certificate_is_not_believed() {
     registry.refused(&["certificate"]);
     registry.trust(".config/docker/certs.d", &registry.address, &["ca.crt"]);
     assert_eq!(registry.pulled(&registry.image()), id);
-    // Of an insecure one, any is believed.
+    // The certificate of an insecure registry is not verified.
     let other = secure(false);
     let configuration = format!(
         "[[registry]]\nlocation = '{}'\ninsecure = true\n",
@@ -110,7 +111,7 @@ fn a_registry_that_wants_to_know_who_comes_is_told() {
     assert_eq!(registry.pulled(&registry.image()), registry.id());
 }
 
-/// A proxy that makes connections, and what was asked of it.
+/// Starts a proxy for CONNECT; returns its address and the received requests.
 fn proxy(upstream: String) -> (String, Arc<Mutex<Vec<String>>>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap().to_string();
@@ -127,7 +128,7 @@ fn proxy(upstream: String) -> (String, Arc<Mutex<Vec<String>>>) {
                 line.clear();
             }
             log.lock().unwrap().push(first);
-            // Nothing was said yet after the empty line: the reader is empty.
+            // The client sends nothing before the answer, so the buffer is empty.
             let mut there = TcpStream::connect(&upstream).unwrap();
             stream.write_all(b"HTTP/1.1 200 Connected\r\n\r\n").unwrap();
             let (mut back, mut up) = (there.try_clone().unwrap(), stream.try_clone().unwrap());
@@ -163,7 +164,7 @@ fn proxies_are_used_where_the_environment_says() {
             .all(|line| line.starts_with("CONNECT registry.test:443 ")),
         "{lines:?}"
     );
-    // Nobody has that name, and it is to be asked directly.
+    // The name does not resolve, and NO_PROXY requires a direct connection.
     let variables = [
         ("HTTPS_PROXY", &*address),
         ("NO_PROXY", ".other.test,registry.test"),
@@ -173,7 +174,7 @@ fn proxies_are_used_where_the_environment_says() {
     assert_eq!(asked.lock().unwrap().len(), lines.len());
     let output = registry.sm_with(&pull, &[("HTTPS_PROXY", "socks5://127.0.0.1:1")]);
     refused(&output, &["SOCKS"]);
-    // It is of no matter where it is not used.
+    // An unsupported proxy does not matter where it is not used.
     registry.trust(".config/containers/certs.d", &registry.address, &["ca.crt"]);
     let pull = ["pull", &registry.image()];
     id_of(&registry.sm_with(&pull, &[("ALL_PROXY", "socks5://127.0.0.1:1")]));

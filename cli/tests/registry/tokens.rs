@@ -1,4 +1,4 @@
-//! A registry that believes the tokens of another server only.
+//! A registry that trusts the tokens of another server only.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -13,14 +13,14 @@ use crate::support::{AUTH, Registry, refused, tools};
 const ISSUER: &str = "token server";
 const SERVICE: &str = "test registry";
 
-/// Gives tokens for whatever is asked for, to `tester` only.
+/// A server that grants all requested scopes, to `tester` only.
 struct Tokens {
     asked: Arc<Mutex<Vec<String>>>,
     realm: String,
 }
 
 impl Tokens {
-    /// With a key in `directory`.
+    /// Starts the server with a new key in `directory`.
     fn start(directory: &Path) -> Self {
         let line = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=tokens \
                     -keyout tokens.key -out tokens.crt";
@@ -80,7 +80,8 @@ fn base64(bytes: &[u8]) -> String {
     text
 }
 
-/// A token (RFC 7519) for what a request asks for, as the registry believes it.
+/// Returns a token (RFC 7519) for the scopes of a request, in the form that the registry
+/// accepts.
 fn token(directory: &Path, request: &str) -> String {
     let query = request.split(['?', ' ']).nth(2).unwrap_or_default();
     let access: Vec<String> = query

@@ -1,4 +1,4 @@
-//! A user with VMs that are records, a held lock, and sockets.
+//! A user whose VMs are records, a held lock, and sockets.
 
 use std::fs::{self, File};
 use std::io::{Read as _, Write as _};
@@ -50,8 +50,8 @@ impl User {
         command
     }
 
-    /// As a shell starts it in the foreground: no signal is ignored, though this test may
-    /// have been started so.
+    /// Runs a command with the signal dispositions of a foreground command in a shell: no
+    /// signal is ignored, even if this test ignores some.
     pub(crate) fn foreground(&self, arguments: &[&str]) -> Command {
         let sm = self.command(arguments);
         let mut command = Command::new("env");
@@ -71,7 +71,7 @@ impl User {
         self.command(arguments).output().unwrap()
     }
 
-    /// A VM whose process is this one.
+    /// Creates a VM whose process is this one.
     pub(crate) fn vm(&self, number: u8, name: &str) -> Vm {
         let short = format!("{number:02x}").repeat(6);
         let id = format!("{short}{}", "0".repeat(52));
@@ -109,7 +109,7 @@ pub(crate) struct Vm {
 }
 
 impl Vm {
-    /// Its process ends.
+    /// Ends the VM's process.
     pub(crate) fn dies(&mut self) {
         self.lock = None;
     }
@@ -118,7 +118,7 @@ impl Vm {
         UnixListener::bind(self.sockets.join(name)).unwrap()
     }
 
-    /// Answers every call on the control socket that it is running.
+    /// Answers every call on the control socket with the status running.
     pub(crate) fn answers(&self) {
         let listener = self.listens("control.sock");
         std::thread::spawn(move || {
@@ -139,7 +139,7 @@ impl Vm {
 pub(crate) fn send(stream: &mut UnixStream, kind: FrameType, payload: &[u8]) {
     let mut bytes = Vec::new();
     encode(kind, payload, &mut bytes).unwrap();
-    // A client may be gone.
+    // The client may have disconnected.
     let _ = stream.write_all(&bytes);
 }
 
@@ -147,7 +147,7 @@ pub(crate) fn send_json(stream: &mut UnixStream, message: &Value) {
     send(stream, FrameType::Control, message.to_string().as_bytes());
 }
 
-/// The next frame, `None` at the end.
+/// Returns the next frame, `None` at the end.
 pub(crate) fn receive(stream: &mut UnixStream) -> Option<(FrameType, Vec<u8>)> {
     let mut header = [0; HEADER_LEN];
     stream.read_exact(&mut header).ok()?;

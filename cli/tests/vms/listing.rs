@@ -1,4 +1,4 @@
-//! `sm ps` beside VMs that are hung or damaged, and what the console holds.
+//! `sm ps` with hung or damaged VMs, and the console log.
 
 use std::fs;
 
@@ -19,7 +19,7 @@ fn rows(user: &User, arguments: &[&str]) -> Vec<(String, String, String)> {
 #[test]
 fn all_are_listed_whatever_one_of_them_does() {
     let user = User::new();
-    // As many hung ones as would take minutes if each were waited for.
+    // The number of hung VMs would take minutes if they were queried one by one.
     let hung: Vec<_> = (1..=40).map(|n| user.vm(n, &format!("hung{n}"))).collect();
     let listeners: Vec<_> = hung.iter().map(|vm| vm.listens("control.sock")).collect();
     let well = user.vm(50, "well");
@@ -48,7 +48,7 @@ fn all_are_listed_whatever_one_of_them_does() {
     for n in 1..=40 {
         assert_eq!(of(&format!("hung{n}")).1, "unresponsive");
     }
-    // Nothing of those that live was cleaned away.
+    // Files of VMs that are alive were not removed.
     assert!(damaged.sockets.exists() && young.sockets.exists());
     drop(listeners);
 }

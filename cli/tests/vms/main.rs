@@ -1,4 +1,4 @@
-//! Commands on VMs, against records that the test makes and VMMs that it plays.
+//! Commands on VMs, with records that the test creates and VMMs that it plays.
 #![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
 mod fake;

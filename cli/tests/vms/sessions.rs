@@ -13,13 +13,13 @@ use crate::fake::{User, receive, send, send_json};
 
 const PID: u32 = 77;
 
-/// `yes | sm exec -i vm x`, whose command has started and reads nothing.
+/// `yes | sm exec -i vm x`, with a command that reads nothing.
 struct Stuck {
     _user: User,
     yes: Child,
     sm: Child,
     session: UnixStream,
-    /// Signals that the agent gets besides.
+    /// Signals that the agent receives on other connections.
     signals: Receiver<u64>,
 }
 
@@ -47,14 +47,14 @@ impl Stuck {
         out.read_line(&mut line).unwrap();
         assert_eq!(line, "ready\n");
         sm.stdout = Some(out.into_inner());
-        // Its input is on the way; wait until it is stuck there: `yes` has filled the
-        // pipe, and `sm` sleeps in a write.
+        // Waits until its input is blocked: `yes` has filled the pipe, and `sm` sleeps in
+        // a write.
         let stdin = format!("/proc/{}/task", sm.id());
         let blocked = || {
             std::fs::read_dir(&stdin).unwrap().flatten().any(|task| {
                 let comm = std::fs::read_to_string(task.path().join("comm"));
                 let call = std::fs::read_to_string(task.path().join("syscall"));
-                // write(2) or sendto(2), of x86-64.
+                // The system calls write(2) or sendto(2) of x86-64.
                 comm.is_ok_and(|comm| comm == "stdin\n")
                     && call.is_ok_and(|call| call.starts_with("1 ") || call.starts_with("44 "))
             })
@@ -64,7 +64,7 @@ impl Stuck {
         }
         let (sender, signals) = channel();
         std::thread::spawn(move || {
-            // The agent, as far as signals go. The VM goes with the thread.
+            // Plays the agent's handling of signals. The VM ends with the thread.
             let _vm = vm;
             for stream in exec.incoming() {
                 let mut stream = stream.unwrap();
@@ -109,7 +109,7 @@ fn a_signal_reaches_a_command_that_does_not_read() {
     let mut stuck = Stuck::new();
     stuck.kill(Signal::TERM);
     assert_eq!(stuck.signals.recv().unwrap(), 15);
-    // The command ends by it.
+    // The command exits by the signal.
     let exit = ExitStatus {
         status: 143,
         peak_rss_kib: None,
@@ -136,7 +136,7 @@ fn it_ends_when_nobody_reads_its_output() {
     drop(stuck.sm.stdout.take());
     send(&mut stuck.session, FrameType::Stdout, b"more\n");
     assert_eq!(stuck.signals.recv().unwrap(), 13);
-    // It hangs up: what was sent before is all there is.
+    // `sm` disconnects: earlier bytes are all there is.
     let mut rest = Vec::new();
     stuck.session.read_to_end(&mut rest).unwrap();
     assert_eq!(stuck.sm.wait().unwrap().code(), Some(137));

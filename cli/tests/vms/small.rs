@@ -1,4 +1,4 @@
-//! Small things that a user runs into.
+//! Various situations of users.
 
 use std::fs::{self, File};
 use std::process::{Command, Stdio};
@@ -63,12 +63,12 @@ fn a_command_in_a_paused_vm_is_refused_with_dockers_status() {
     assert!(error.contains("\"vm\" is paused"), "{error}");
 }
 
-/// Others wait for a place, which is no sign of a VM that hangs.
+/// A full backlog is no sign of a VM that hangs.
 #[test]
 fn a_vm_whose_backlog_is_full_is_listed_when_it_has_room() {
     let user = User::new();
-    // The first to be asked is the youngest: by the time that the older one is, the
-    // young one's backlog was full.
+    // The youngest VM is queried first: when the older one is queried, the backlog of the
+    // young one was full.
     let older = user.vm(1, "older");
     let young = user.vm(2, "young");
     let (asked, has_been_asked) = sync_channel::<()>(0);
@@ -112,7 +112,7 @@ fn a_vm_whose_backlog_is_full_is_listed_when_it_has_room() {
     assert_eq!(rows, [("young", "running"), ("older", "running")]);
 }
 
-/// The state of a process, and the signals that it catches.
+/// Returns the state of a process, and the signals that it catches.
 fn state(pid: u32) -> (char, u64) {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let field = |name: &str| {
@@ -123,14 +123,14 @@ fn state(pid: u32) -> (char, u64) {
     (field("State:").chars().next().unwrap(), caught)
 }
 
-/// A process that is not in the foreground of its terminal is stopped when it changes
-/// the terminal's settings: here that is the moment before it is raw.
+/// A process in the background of its terminal is stopped when it changes the terminal's
+/// settings, which is here the moment before raw mode.
 #[test]
 fn signals_are_caught_before_the_terminal_is_raw() {
     signals_are_caught_but_for("");
 }
 
-/// As `nohup` has it, so that the command goes on when the terminal is closed.
+/// The disposition that `nohup` sets, so that the command survives the terminal.
 #[test]
 fn a_signal_that_is_ignored_stays_so() {
     signals_are_caught_but_for("HUP");
@@ -154,7 +154,7 @@ fn signals_are_caught_but_for(ignored: &str) {
     let sm = user.command(&["exec", "-it", "vm", "x"]);
     let mut shell = Command::new("setsid");
     shell
-        // The test may itself have been started with ignored signals.
+        // The test itself may have been started with ignored signals.
         .args(["--ctty", "env", "--default-signal", "bash", "-c"])
         .arg(
             match ignored {

@@ -2,9 +2,9 @@
 
 use crate::fake::{User, text};
 
-/// Command lines, and what they end with where nothing of that name exists.
+/// Command lines, and their statuses if no object of that name exists.
 const TABLE: &[(&str, i32)] = &[
-    // Docker: 125 for `run` and for options that are not understood.
+    // Docker: 125 for `run` and for invalid options.
     ("run oci:nowhere", 125),
     ("run --from nothing", 125),
     ("run --frobnicate x", 125),
@@ -50,7 +50,7 @@ const TABLE: &[(&str, i32)] = &[
     ("snapshot inspect nothing", 1),
     ("snapshot verify nothing", 1),
     ("kernel use nowhere", 1),
-    // And 0 for what there is nothing wrong with.
+    // 0 for commands without an error.
     ("ps", 0),
     ("images", 0),
     ("snapshot ls", 0),

@@ -43,21 +43,21 @@ pub(crate) fn check_user_name(name: &str) -> Result<(), RuntimeError> {
 pub struct Listed {
     /// The image in it, by its name at the time of the snapshot.
     pub name: String,
-    /// Its layer; `None` if the snapshot cannot be used.
+    /// The image in it, by its name at the time of the snapshot.
     pub image: Option<String>,
-    /// What it holds; absent when it cannot be used.
+    /// Its layer; `None` if the snapshot cannot be used.
     pub layer: Option<Layer>,
     /// Guest memory in bytes.
     pub memory_bytes: u64,
     /// Creation time, in milliseconds since the Unix epoch.
     pub vcpus: u32,
-    /// Bytes on disk.
+    /// Creation time, in milliseconds since the Unix epoch.
     pub created_ms: u64,
-    /// The snapshot on which it builds.
+    /// Bytes on disk.
     pub disk_bytes: u64,
-    /// The cause, if it cannot be used.
+    /// The snapshot on which it builds.
     pub parent: Option<String>,
-    /// Why it cannot be used.
+    /// The cause, if it cannot be used.
     pub problem: Option<String>,
 }
 

@@ -1,10 +1,10 @@
-//! `sm-tree DIRECTORY`: a line for each file below a directory, with everything
-//! about it that a program can see, in the order of the names.
+//! `sm-tree DIRECTORY`: prints a line for each file below a directory, with all
+//! attributes that a program can read, sorted by name.
 //!
-//! End-to-end tests run it inside guests and, on the host, on what other tools make
-//! of the same images, and compare the lines. Of what is mounted inside the directory
-//! there is no more than that it is, and no time of a directory in which something is
-//! mounted: the mount point may have been made for it.
+//! End-to-end tests run it inside guests and, on the host, on the output of other tools
+//! for the same images, and compare the lines. Mount points inside the directory are
+//! listed without their contents, and directories that contain mount points without
+//! times: a mount point may have been created for the mount.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result};
 use sha2::{Digest as _, Sha256};
 
-/// Largest value of an extended attribute, and list of names.
+/// Maximum size of the value of an extended attribute, and of the list of names.
 const XATTR_MAX: usize = 64 << 10;
 
 fn main() -> Result<()> {
@@ -37,7 +37,7 @@ fn main() -> Result<()> {
 
 struct Walk<W> {
     mounts: BTreeSet<PathBuf>,
-    /// First name of each inode that has several.
+    /// First name of each inode with several links.
     links: BTreeMap<u64, String>,
     out: W,
 }
@@ -83,7 +83,7 @@ impl<W: Write> Walk<W> {
         if !timeless {
             parts.push(format!("mtime={}.{:09}", meta.mtime(), meta.mtime_nsec()));
         }
-        // File systems count the size and links of directories in their own ways.
+        // File systems count the size and links of directories differently.
         if !kind.is_dir() {
             parts.push(format!("size={} links={}", meta.size(), meta.nlink()));
         }
@@ -112,7 +112,7 @@ impl<W: Write> Walk<W> {
     }
 }
 
-/// Where something is mounted (proc(5), mountinfo).
+/// Returns the mount points (proc(5), mountinfo).
 fn mounts() -> Result<BTreeSet<PathBuf>> {
     let text = fs::read_to_string("/proc/self/mountinfo").context("cannot read mountinfo")?;
     let points = text.lines().filter_map(|line| line.split(' ').nth(4));
@@ -151,7 +151,7 @@ fn xattrs(path: &Path) -> Result<BTreeMap<Vec<u8>, Vec<u8>>> {
         let len = rustix::fs::lgetxattr(path, name, &mut value)
             .with_context(|| format!("cannot read attributes of {path:?}"))?;
         value.truncate(len);
-        // What the overlay file system notes for itself is no part of the image.
+        // Attributes of overlayfs itself are no part of the image.
         if !name.starts_with(b"trusted.overlay.") {
             found.insert(name.to_vec(), value);
         }
@@ -159,7 +159,7 @@ fn xattrs(path: &Path) -> Result<BTreeMap<Vec<u8>, Vec<u8>>> {
     Ok(found)
 }
 
-/// Printable, in one word.
+/// Escapes bytes to one printable word.
 fn escaped(bytes: &[u8]) -> String {
     bytes
         .iter()

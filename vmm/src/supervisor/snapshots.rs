@@ -45,7 +45,7 @@ pub(super) struct SnapshotJob {
     plan: SnapshotPlan,
     asked: Instant,
     frozen_us: u64,
-    /// Its memory has been copied: what is left happens beside the machine.
+    /// True after its memory was copied: the rest does not involve the machine.
     captured: bool,
 }
 

@@ -1,4 +1,4 @@
-//! Commands that do the same work, run in turn.
+//! Alternating runs of commands that do the same work.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use sm_benches::samples::{Comparison, Series};
 
-/// A command for the shell, and what it is called.
+/// A shell command with its name.
 pub(crate) struct Subject {
     name: &'static str,
     command: String,
@@ -20,7 +20,7 @@ impl Subject {
     }
 }
 
-/// A path as a word of the shell.
+/// Quotes a path for the shell.
 pub(crate) fn shell(path: &Path) -> Result<String> {
     let text = path.to_str().context("a path is not UTF-8")?;
     Ok(format!("'{}'", text.replace('\'', "'\\''")))
@@ -39,8 +39,8 @@ impl Contest {
         }
     }
 
-    /// Runs all subjects, each in a directory that is empty at first; also what
-    /// memory they took, in sentences.
+    /// Runs all subjects, each in an empty directory; also returns their peak memory, as
+    /// sentences.
     pub(crate) fn run(
         &self,
         title: &str,
@@ -74,8 +74,7 @@ impl Contest {
         Ok((comparison, notes))
     }
 
-    /// Runs a subject again where it has run before; what it says must show that
-    /// there was nothing to do.
+    /// Repeats a subject in its directory; its output must show that no work was left.
     pub(crate) fn again(
         &self,
         title: &str,
@@ -108,11 +107,11 @@ struct Ran {
     told: String,
 }
 
-/// Runs a command in `directory`, where also the home of `sm` is.
+/// Runs a command in `directory`, which is also the home of `sm`.
 fn run(directory: &Path, command: &str) -> Result<Ran> {
     let time = directory.join("time");
     let begun = Instant::now();
-    // GNU time knows the largest of all processes of the command.
+    // GNU time reports the peak memory of the largest process of the command.
     let output = Command::new("time")
         .args(["--format", "%M", "--output"])
         .arg(&time)

@@ -1,8 +1,8 @@
-//! Measures how long images take to become disks, against the usual tools.
+//! Measures the conversion of images to disks, compared with the usual tools.
 //!
-//! Every subject is a command, run in a fresh directory, in turn with the others;
-//! its wall time and the largest memory of it and its children count. `cargo xtask
-//! bench-image` makes the images and calls this.
+//! Each subject is a command that runs in a fresh directory, alternating with the others;
+//! measured are its wall time and the peak memory of it and its children. `cargo xtask
+//! bench-image` creates the images and calls this program.
 
 mod contest;
 mod registry;
@@ -25,7 +25,7 @@ bench-image measure --sm FILE --layer LAYOUT [--iterations N] [--json FILE] [--h
 bench-image inflate FILE
 ";
 const ITERATIONS: usize = 7;
-/// Files of the second image, as many as the issue of small files begins with.
+/// Number of files in the second image, a typical one of small files.
 const SMALL_FILES: usize = 60_000;
 
 fn main() -> Result<()> {
@@ -65,7 +65,7 @@ fn main() -> Result<()> {
     }
 }
 
-/// The floor: one pass of the decompressor that `sm` uses, and nothing else.
+/// The floor: one pass of the decompressor of `sm`.
 fn inflate(path: &Path) -> Result<()> {
     let file = io::BufReader::with_capacity(256 << 10, File::open(path)?);
     let mut plain = flate2::bufread::MultiGzDecoder::new(file);
@@ -111,7 +111,7 @@ fn megabytes(bytes: u64) -> f64 {
     bytes as f64 / 1e6
 }
 
-/// From a layer in a layout to a disk, or to what comes closest.
+/// Commands from a layer in a layout to a disk, or to the closest equivalent.
 fn conversions(sm: &Path, layout: &Path, blob: &Path) -> Result<Vec<Subject>> {
     let (sm, layout, blob) = (shell(sm)?, shell(layout)?, shell(blob)?);
     let own = shell(&std::env::current_exe()?)?;
@@ -141,7 +141,7 @@ fn pulls(sm: &Path, registry: &Registry) -> Vec<Subject> {
     ]
 }
 
-/// The same image again: nothing is converted.
+/// Pulls the same image again, which needs no conversion.
 fn second(sm: &Path, layout: &Path, work: &Path, iterations: usize) -> Result<Comparison> {
     let (sm, layout) = (shell(sm)?, shell(layout)?);
     let command = format!("{sm} pull oci:{layout}:latest");
@@ -150,13 +150,13 @@ fn second(sm: &Path, layout: &Path, work: &Path, iterations: usize) -> Result<Co
         "the same image again",
         &Subject::new("sm", command),
         |told| {
-            // It says so of its only layer.
+            // The output mentions its only layer.
             told.contains("Stored") && !told.contains("Reading")
         },
     )
 }
 
-/// The only layer of an image in a layout.
+/// Returns the only layer of an image in a layout.
 fn layer_of(layout: &Path) -> Result<PathBuf> {
     let blobs = fs::read_dir(layout.join("blobs/sha256"))?;
     blobs
@@ -171,7 +171,7 @@ fn tar_size(blob: &Path) -> Result<u64> {
     Ok(io::copy(&mut plain, &mut io::sink())?)
 }
 
-/// An image of many small files, of sizes and words as in a `node_modules`.
+/// Creates an image of many small files, with sizes and words as in a `node_modules`.
 fn small_files(layout: &Path) -> Result<()> {
     let mut state = 7u64;
     let mut random = move || {
@@ -193,7 +193,7 @@ fn small_files(layout: &Path) -> Result<()> {
         })
         .collect();
     let mut file = |_: &String| {
-        // Most have a few hundred words, some a few thousand.
+        // Most files have a few hundred words, some a few thousand.
         let scale = 1 << (random() % 6);
         let count = 20 + random() % (40 * scale);
         let text: Vec<&str> = (0..count)

@@ -1,4 +1,4 @@
-//! The distribution's registry, on this host, with the image in it.
+//! The distribution's registry, on this host, with the image.
 
 use std::fs;
 use std::net::{TcpListener, TcpStream};

@@ -1,6 +1,6 @@
-//! Whether a chain of diffs is what the machine was: a guest that runs Linux is
-//! captured, restored and captured again, and in the end the same paused machine is
-//! captured in full as well.
+//! Checks that a chain of diffs is equal to the machine: a guest that runs Linux is
+//! captured, restored and captured again, and finally the same paused machine is captured
+//! in full as well.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -23,11 +23,11 @@ use crate::rivals::{Guest, await_output};
 use crate::ticking;
 
 const DEPTH: usize = 5;
-/// Signs of life between two captures.
+/// Ticks of the guest between two captures.
 const SIGNS: usize = 5;
 const PAGE: u64 = 4096;
 
-/// Prints what was compared; fails if anything differs.
+/// Prints the comparison; fails on any difference.
 pub(crate) fn check(guest: &Guest) -> Result<()> {
     let directory = tempfile::tempdir()?;
     ticking::make(directory.path(), guest)?;
@@ -78,7 +78,8 @@ pub(crate) fn check(guest: &Guest) -> Result<()> {
             let mut unlike = 0;
             contents::for_each_batch(&diff, |first, bytes| {
                 let mut actual = vec![0; bytes.len()];
-                // Less memory than reaches to the hole: pages are where they say.
+                // Memory ends below the hole for devices, so file offsets are guest
+                // addresses.
                 memory
                     .read_slice(&mut actual, GuestAddress(first * PAGE))
                     .map_err(|error| sm_snapshot::Error::Machine {

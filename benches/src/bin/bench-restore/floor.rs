@@ -1,7 +1,7 @@
-//! The floor: what KVM itself takes to restore the same kind of machine.
+//! The floor: the time of the KVM calls that restore the same kind of machine.
 //!
-//! The calls that such a VMM makes, in the cheapest order, on one thread: no devices,
-//! no checks, state as KVM's own structures in memory.
+//! One thread makes the calls of such a VMM in the cheapest order: no devices, no checks,
+//! and state as KVM's own structures in memory.
 
 #![expect(
     unsafe_code,
@@ -28,11 +28,11 @@ use crate::vmm::{MAP_MEMORY, Watch, evict};
 /// `mov dx, 0x600; mov al, 0x34; out dx, al; hlt` in real mode.
 const CODE: [u8; 7] = [0xba, 0x00, 0x06, 0xb0, 0x34, 0xee, 0xf4];
 const CODE_AT: u64 = 0x1000;
-/// Where a machine of ours has the hole for devices.
+/// Start of the hole for devices in our machines.
 const HOLE: u64 = 3 << 30;
 const ABOVE: u64 = 4 << 30;
 const TSS: usize = 0xfffb_d000;
-/// What a VMM cannot do without.
+/// Capabilities that a VMM needs.
 const NEEDED: [Cap; 10] = [
     Cap::Irqchip,
     Cap::Irqfd,
@@ -45,12 +45,12 @@ const NEEDED: [Cap; 10] = [
     Cap::VcpuEvents,
     Cap::AdjustClock,
 ];
-/// Interrupt inputs of a serial port, of power management and of one device, and the
+/// Interrupt lines of a serial port, of power management and of one device, and the
 /// device's doorbell.
 const LINES: [u32; 3] = [4, 5, 6];
 const DOORBELL: u64 = 0xd000_0050;
 
-/// All that KVM keeps of one vCPU.
+/// The complete state of one vCPU in KVM.
 struct VcpuState {
     cpuid: CpuId,
     sregs: kvm_sregs,
@@ -78,7 +78,7 @@ struct Mapping(*mut std::ffi::c_void, usize);
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: mapped by `map`; whoever used it (a VM) is gone by then.
+        // SAFETY: mapped by `map`, and the VM that used it was dropped before.
         let _ = unsafe { munmap(self.0, self.1) };
     }
 }
@@ -128,7 +128,7 @@ fn give_memory(vm: &VmFd, mapping: &Mapping, len: u64) -> Result<()> {
 fn save(kvm: &Kvm, fd: &VcpuFd) -> Result<VcpuState> {
     let list = kvm.get_msr_index_list()?;
     let mut entries = Vec::new();
-    // What cannot be read is not emulated here.
+    // MSRs that cannot be read are not emulated on this host.
     for &index in list.as_slice() {
         let mut one = Msrs::from_entries(&[kvm_msr_entry {
             index,
@@ -136,7 +136,7 @@ fn save(kvm: &Kvm, fd: &VcpuFd) -> Result<VcpuState> {
         }])?;
         if fd.get_msrs(&mut one)? == 1 {
             let entry = one.as_slice().first().copied().unwrap_or_default();
-            // Nor restored what cannot be written.
+            // MSRs that cannot be written are not restored.
             if fd.set_msrs(&one)? == 1 {
                 entries.push(entry);
             }
@@ -223,7 +223,7 @@ impl Floor {
             bail!("this KVM cannot do what a VMM needs");
         }
         let opened = watch.lap();
-        // What the guest was given must be there.
+        // The guest's CPUID must be supported.
         let offered = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
         black_box(&offered);
         let checked = watch.lap();
@@ -231,7 +231,7 @@ impl Floor {
         let mapped = watch.lap();
         let vm = create(&kvm)?;
         let created = watch.lap();
-        // Before the interrupt controllers: after them it takes milliseconds.
+        // The call precedes the interrupt controllers: after them, it takes milliseconds.
         give_memory(&vm, &mapping, self.len)?;
         let given = watch.lap();
         vm.create_irq_chip()?;
@@ -252,7 +252,7 @@ impl Floor {
             fd.set_sregs(&state.sregs)?;
             fd.set_regs(&state.regs)?;
             fd.set_xcrs(&state.xcrs)?;
-            // SAFETY: KVM gave it for a vCPU with the same features, of which
+            // SAFETY: KVM filled it for a vCPU with the same features, of which
             // none needs more than this structure.
             unsafe { fd.set_xsave(&state.xsave) }?;
             fd.set_debug_regs(&state.debug)?;

@@ -1,12 +1,11 @@
-//! Measures how long restoring a machine takes, phase by phase.
+//! Measures the phases of restoring a machine.
 //!
-//! `bench-restore vmm` restores a tiny hand-made guest in this process and
-//! compares that with a *floor*: the same KVM calls with no VMM around them. It
-//! runs on any `/dev/kvm`. `bench-restore path` runs whole `sm` commands, and
-//! rivals if asked to; it needs a KVM that can run Linux. `bench-restore render`
-//! makes a report of what they have printed. `cargo xtask bench-restore` calls them.
-//! `bench-restore depth` measures nothing: it compares a chain of diffs with the
-//! machine it was made of.
+//! `bench-restore vmm` restores a tiny hand-written guest in this process and compares
+//! that with a *floor*: the same KVM calls without a VMM. It runs on any `/dev/kvm`.
+//! `bench-restore path` runs whole `sm` commands, and optionally rivals; it needs a KVM
+//! that can run Linux. `bench-restore render` creates a report from their output. `cargo
+//! xtask bench-restore` calls them. `bench-restore depth` measures nothing: it compares a
+//! chain of diffs with the machine that was captured.
 
 mod depth;
 mod floor;
@@ -25,7 +24,7 @@ use lexopt::prelude::*;
 use sm_benches::report;
 use sm_benches::samples::Report;
 
-/// As `sm` has it.
+/// The allocator of `sm`.
 #[cfg(target_env = "musl")]
 #[global_allocator]
 static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
@@ -39,14 +38,14 @@ bench-restore depth --kernel FILE --initramfs FILE
 bench-restore render [--json FILE] [--html FILE] REPORT...
 ";
 
-/// What the command line asks for.
+/// Parsed command line.
 #[derive(Debug, Default)]
 struct Options {
     iterations: Option<usize>,
     memory_mib: Vec<u64>,
     vcpus: Vec<u32>,
-    /// Whole commands also with files dropped from the page cache: they must be on a
-    /// file system that has one of its own.
+    /// Also measure whole commands with a cold page cache: the files must be on a file
+    /// system with its own page cache.
     cold_cache: bool,
     sm: Option<PathBuf>,
     image: Option<String>,
@@ -63,7 +62,7 @@ impl Options {
         self.iterations.unwrap_or(100)
     }
 
-    /// Sizes of memory in MiB.
+    /// Returns the sizes of memory in MiB.
     fn sizes(&self) -> Vec<u64> {
         match &*self.memory_mib {
             [] => vec![128, 512, 2048, 8192],
@@ -80,7 +79,7 @@ impl Options {
 }
 
 fn main() -> Result<()> {
-    // For whoever measures how long it takes to get here.
+    // The process start benchmark reads this time.
     let started = vmm::monotonic();
     let mut parser = lexopt::Parser::from_env();
     let Some(Value(command)) = parser.next()? else {
@@ -116,7 +115,7 @@ fn main() -> Result<()> {
             Ok(())
         }
         "depth" => depth::check(&path::guest(&options, 128)?),
-        // One clone, for the contest.
+        // The mode of one clone, for the contest.
         "serve" => ticking::serve(options.reports.first().context("no store")?),
         "render" => render(&options),
         other => bail!("there is no {other:?}:\n{HELP}"),

@@ -1,4 +1,4 @@
-//! Whole commands: `sm run`, restored and cold; and contenders with one guest.
+//! Whole commands, `sm run` restored and cold, and contenders with the same guest.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -13,25 +13,25 @@ use crate::rivals::{self, Contender, Guest};
 use crate::ticking::Ours;
 use crate::vmm::{cache, evict};
 
-/// Restored runs for each cold one, which takes so much longer.
+/// Restored runs per cold one, which takes much longer.
 const COLD_EVERY: usize = 4;
-/// Runs that leave snapshots and a working set behind.
+/// Runs that create snapshots and a working set.
 const WARM_UP: usize = 4;
-/// The image's name, once it is in the store of images: looking a name up there takes
-/// less than reading a layout on whatever file system that is.
+/// The image's name in the store: a look-up there is faster than reading a layout from an
+/// unknown file system.
 const IMAGE: &str = "bench:latest";
-/// What the contenders' guest says: a whole line's end and the next word. A word alone
-/// can have been on its way to the console when the snapshot was made, and then comes
-/// without its program having run.
+/// The sign of the contenders' guest: a line end and the next word. A word alone may have
+/// been on its way to the console at the snapshot, and would appear without its program
+/// having run.
 const SIGN: &[u8] = b"\ntick";
 
-/// What each of these runs measures.
+/// Description of the measured runs.
 const NOTE: &str = "Whole commands: sm run IMAGE echo. \"sm\" is restored from its image snapshot; \
      \"sm, new image\" from the base snapshot, with an image attached that has no snapshot yet, and \
      leaves one behind; \"sm --cold\" boots a kernel. They alternate.";
 
 pub(crate) fn measure(options: &Options) -> Result<Report> {
-    // Before anything takes time: somebody may be missing.
+    // The check comes first, because a rival may be missing.
     let rivals: Vec<_> = options
         .rivals
         .iter()
@@ -65,7 +65,7 @@ pub(crate) fn measure(options: &Options) -> Result<Report> {
     Ok(report)
 }
 
-/// Has `sm` store the image that is run.
+/// Stores the image with `sm`.
 fn store_image(options: &Options) -> Result<()> {
     let sm = options.sm.as_deref().context("--sm is missing")?;
     let image = options.image.as_deref().context("--image is missing")?;
@@ -80,7 +80,7 @@ fn store_image(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// One kind of machine, with a warm page cache and, if asked for, a cold one.
+/// Measures one kind of machine, with a warm page cache and optionally a cold one.
 fn commands(options: &Options, vcpus: u32, mib: u64, iterations: usize) -> Result<Vec<Comparison>> {
     let sm = options.sm.as_deref().context("--sm is missing")?;
     let (memory, vcpus_text) = (format!("{mib}m"), vcpus.to_string());
@@ -131,7 +131,7 @@ fn has(phases: &[(String, Duration)], name: &str) -> bool {
     phases.iter().any(|(phase, _)| phase == name)
 }
 
-/// Options with which an image is another one to the cache of snapshots.
+/// Options that make an image another one for the cache of snapshots.
 #[derive(Default)]
 struct NewImages(u64);
 
@@ -142,7 +142,7 @@ impl NewImages {
     }
 }
 
-/// Drops what `sm` keeps from the page cache.
+/// Drops the files of `sm` from the page cache.
 fn evict_all() -> Result<()> {
     let data = std::env::var_os("XDG_DATA_HOME").context("XDG_DATA_HOME is not set")?;
     let mut directories = vec![PathBuf::from(data)];
@@ -153,7 +153,7 @@ fn evict_all() -> Result<()> {
             if kind.is_dir() {
                 directories.push(entry.path());
             } else if kind.is_file() {
-                // One that has just been removed is not in the way.
+                // A file may have been removed in the meantime.
                 let _ = evict(&entry.path());
             }
         }
@@ -169,7 +169,7 @@ fn add(series: &mut Series, phases: &[(String, Duration)]) {
     series.add(&phases);
 }
 
-/// Runs `sm run` and returns how long each phase took.
+/// Runs `sm run` and returns the duration of each phase.
 fn timed(sm: &Path, arguments: &[&str]) -> Result<Vec<(String, Duration)>> {
     let output = Command::new(sm)
         .args(["run", "--rm", "--timings", "--json"])
@@ -184,7 +184,7 @@ fn timed(sm: &Path, arguments: &[&str]) -> Result<Vec<(String, Duration)>> {
             String::from_utf8_lossy(&output.stderr)
         );
     }
-    // The report is a line after what the command has written.
+    // The report is a line after the command's output.
     let all = [output.stdout, output.stderr].concat();
     let report = all
         .split(|&byte| byte == b'\n')
@@ -197,12 +197,12 @@ fn timed(sm: &Path, arguments: &[&str]) -> Result<Vec<(String, Duration)>> {
     steps(&report)
 }
 
-/// The phases of a report of `sm run --timings --json`.
+/// Parses the phases in a report of `sm run --timings --json`.
 fn steps(report: &Value) -> Result<Vec<(String, Duration)>> {
     let steps = report["timings"].as_array().context("no timings")?;
     steps
         .iter()
-        // The first is where the clock starts.
+        // The first phase is the start of the clock.
         .skip(1)
         .map(|step| {
             let name = step["name"].as_str().context("a phase without a name")?;
@@ -215,11 +215,11 @@ fn steps(report: &Value) -> Result<Vec<(String, Duration)>> {
         .collect()
 }
 
-/// Snapshots of each contender that are restored in turn: in how much of its work a
-/// guest was interrupted makes 20 % of a difference.
+/// Snapshots of each contender that are restored in turn: the point at which a guest was
+/// interrupted makes a difference of 20 %.
 const SNAPSHOTS: usize = 4;
 
-/// The guest of the contest.
+/// Returns the guest of the contest.
 pub(crate) fn guest(options: &Options, mib: u64) -> Result<Guest> {
     Ok(Guest {
         kernel: options.kernel.clone().context("--kernel is missing")?,
@@ -257,7 +257,7 @@ fn contenders(options: &Options, mib: u64, iterations: usize) -> Result<Comparis
                 let took = contender
                     .restore(&guest)
                     .with_context(|| format!("{} does not restore", contender.name()))?;
-                // The first brings programs and snapshots into the page cache.
+                // The first iteration loads programs and snapshots into the page cache.
                 if iteration > 0 {
                     series.add(&[("process start to first word", took)]);
                 }

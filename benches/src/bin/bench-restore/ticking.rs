@@ -1,5 +1,5 @@
-//! A machine of ours with the rivals' guest: a kernel and an initramfs that
-//! writes to its console for ever.
+//! A machine of this project with the rivals' guest: a kernel and an initramfs that
+//! writes to its console repeatedly.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -36,8 +36,7 @@ use crate::vmm::check_host;
 pub(crate) const NAME: &str = "snapshot";
 const SECTION: &str = "machine";
 
-/// Makes the snapshot of a machine whose console has said something from user
-/// space.
+/// Creates the snapshot of a machine whose user space has written to its console.
 pub(crate) fn make(store: &Path, guest: &Guest) -> Result<()> {
     let store = SnapshotStore::open(store)?;
     let event_loop = EventLoop::spawn("devices")?;
@@ -59,7 +58,7 @@ pub(crate) fn make(store: &Path, guest: &Guest) -> Result<()> {
     )?;
     machine.resume()?;
     await_output(&mut said, guest.sign)?;
-    // Whatever it says until it is paused is read, lest the console block.
+    // Output until the pause is read, so that the console does not block.
     let reader = std::thread::spawn(move || std::io::copy(&mut said, &mut std::io::sink()));
     machine.pause()?;
     let section = section(&machine.save_state()?)?;
@@ -71,7 +70,7 @@ pub(crate) fn make(store: &Path, guest: &Guest) -> Result<()> {
     Ok(())
 }
 
-/// What snapshots of this guest say of themselves.
+/// Returns the description in snapshots of this guest.
 pub(crate) fn description(host: &Kvm) -> Result<Description> {
     Ok(Description {
         layer: Layer::Base,
@@ -101,7 +100,7 @@ pub(crate) fn state(chain: &Chain) -> Result<MachineState> {
     Ok(postcard::from_bytes(payload)?)
 }
 
-/// Restores it once until it says something, and records which memory it used.
+/// Restores it once until it writes, and records its working set.
 pub(crate) fn learn(store: &Path, guest: &Guest) -> Result<()> {
     let store = SnapshotStore::open(store)?;
     let (mut said, console) = std::io::pipe()?;
@@ -112,8 +111,7 @@ pub(crate) fn learn(store: &Path, guest: &Guest) -> Result<()> {
     Ok(())
 }
 
-/// Restores it in this process, with its console at standard output, until
-/// killed.
+/// Restores it in this process, with its console at standard output, until killed.
 pub(crate) fn serve(store: &Path) -> Result<()> {
     let console = std::io::stdout().as_fd().try_clone_to_owned()?;
     let restored = Restored::new(&SnapshotStore::read_only(store), console.into())?;
@@ -121,7 +119,7 @@ pub(crate) fn serve(store: &Path) -> Result<()> {
     bail!("the guest ended: {exit:?}")
 }
 
-/// A clone that runs.
+/// A running clone.
 struct Restored {
     machine: Machine<Kvm>,
     chain: Chain,

@@ -1,4 +1,5 @@
-//! The tiny guest: it waits for a flag in its memory, looks at a device, then powers off.
+//! The tiny guest: it waits for a flag in its memory, reads from a device, then powers
+//! off.
 
 use std::fs::File;
 use std::io::Write as _;
@@ -8,12 +9,12 @@ use sm_vmm_core::layout::SLOT_RNG;
 use vm_memory::GuestAddress;
 
 const ENTRY: u32 = 0x10_0000;
-/// What makes it power off when it is not zero.
+/// The guest powers off when this is not zero.
 pub(crate) const STOP: GuestAddress = GuestAddress(0x20_0000);
-/// Where the device is that it looks at.
+/// The slot of the device that it reads.
 pub(crate) const DEVICE_SLOT: u32 = SLOT_RNG;
 
-/// 32-bit code, as PVH starts it.
+/// 32-bit code, with the entry state of PVH.
 const CODE: [u8; 27] = [
     0x83, 0x3d, 0x00, 0x00, 0x20, 0x00, 0x00, // cmp dword [STOP], 0
     0x74, 0xf7, // je back
@@ -25,7 +26,7 @@ const CODE: [u8; 27] = [
     0x90, 0x90,
 ];
 
-/// The guest as an ELF file with a PVH note.
+/// Returns the guest as an ELF file with a PVH note.
 pub(crate) fn kernel() -> Result<File> {
     let mut elf = vec![0u8; 0x1000];
     let mut put = |at: usize, bytes: &[u8]| {

@@ -1,4 +1,4 @@
-//! Our restore of the tiny guest, in this process, against the floor.
+//! Restoring the tiny guest in this process, compared with the floor.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -31,12 +31,13 @@ use crate::{Options, tiny};
 
 const NAME: &str = "tiny";
 const SECTION: &str = "machine";
-/// How long the guest may take to power off.
+/// Time limit for the guest to power off.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// The first phase of making the machine: before, files are read, and the host is asked
-/// what it can do.
+/// The first phase of creating the machine: before it, files are read, and capabilities
+/// of the host are checked.
 pub(crate) const MAP_MEMORY: &str = "map memory";
-/// When the kernel is done with a VM that is gone; before, the next one may wait for it.
+/// Delay after which the kernel has released a dropped VM; before, the next one may wait
+/// for it.
 const SETTLED: Duration = Duration::from_millis(20);
 /// Iterations that are not counted.
 const WARM_UP: usize = 3;
@@ -89,7 +90,7 @@ fn restores(options: &Options) -> Result<Vec<Comparison>> {
     Ok(comparisons)
 }
 
-/// The state of the page cache, for a title.
+/// Returns the state of the page cache, for a title.
 pub(crate) fn cache(cold: bool) -> &'static str {
     if cold {
         "cold page cache"
@@ -98,7 +99,7 @@ pub(crate) fn cache(cold: bool) -> &'static str {
     }
 }
 
-/// What starting this program takes, up to its `main`.
+/// Measures the start of this program, up to its `main`.
 fn process_starts(iterations: usize) -> Result<Comparison> {
     let mut series = Series::new("sm");
     for iteration in 0..WARM_UP + iterations {
@@ -121,7 +122,7 @@ fn process_starts(iterations: usize) -> Result<Comparison> {
     })
 }
 
-/// Time on the clock that all processes of a host share.
+/// Returns the time of the monotonic clock, which is common to all processes of a host.
 pub(crate) fn monotonic() -> Duration {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     Duration::try_from(time).unwrap_or_default()
@@ -134,7 +135,7 @@ struct Setup {
     console: File,
 }
 
-/// Durations from one moment to the next.
+/// A stopwatch with laps.
 pub(crate) struct Watch(Instant);
 
 impl Watch {
@@ -146,13 +147,13 @@ impl Watch {
         self.lap_at(Instant::now())
     }
 
-    /// A lap that ended at `now`.
+    /// Returns the lap that ended at `now`.
     fn lap_at(&mut self, now: Instant) -> Duration {
         now.duration_since(std::mem::replace(&mut self.0, now))
     }
 }
 
-/// The machine's one device, and when the guest looked at it.
+/// Returns the machine's only device, and the time at which the guest reads from it.
 fn devices() -> (Vec<DeviceConfig>, Arc<OnceLock<Instant>>) {
     let witness = Witness::default();
     let seen = witness.seen();
@@ -163,7 +164,7 @@ fn devices() -> (Vec<DeviceConfig>, Arc<OnceLock<Instant>>) {
     (vec![device], seen)
 }
 
-/// Checks that a snapshot of ours can go on here, as every restore does.
+/// Checks that this host can restore the snapshot, as every restore does.
 pub(crate) fn check_host(host: &Kvm, chain: &Chain) -> Result<()> {
     let requirements = Requirements {
         machine_version: MACHINE_VERSION,
@@ -198,7 +199,7 @@ impl Setup {
         )?;
         machine.resume()?;
         machine.pause()?;
-        // In the snapshot the guest finds that it may end.
+        // The snapshot contains the flag that lets the guest end.
         machine.memory().guest.write_obj(1u32, tiny::STOP)?;
         let state = postcard::to_stdvec(&machine.save_state()?)?;
         let capture = Capture::begin(&store, &machine.memory().guest, Ancestry::Booted)?;
@@ -235,7 +236,7 @@ impl Setup {
         Ok(())
     }
 
-    /// What a VMM process does from its start to the guest's first access.
+    /// Executes the steps of a VMM process from its start to the guest's first access.
     fn restore(&self) -> Result<Vec<(&'static str, Duration)>> {
         let mut watch = Watch::start();
         let host = Kvm::open()?;
@@ -274,7 +275,7 @@ impl Setup {
             (MAP_MEMORY, map),
             ("KVM objects", inner.hypervisor_objects),
             ("devices", inner.devices),
-            // Whatever is not one of the others: vCPUs, their threads, all state.
+            // The remainder: vCPUs, their threads, all state.
             (
                 "load state",
                 made.saturating_sub(inner.memory_map + inner.hypervisor_objects + inner.devices),
@@ -284,10 +285,10 @@ impl Setup {
     }
 }
 
-/// Drops a file's pages from the page cache, as far as nobody maps them.
+/// Drops a file's pages from the page cache, except mapped ones.
 pub(crate) fn evict(path: &Path) -> Result<()> {
     let file = File::open(path)?;
-    // Dirty pages stay.
+    // Dirty pages would stay.
     file.sync_all()?;
     rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
     Ok(())
@@ -308,7 +309,7 @@ mod tests {
             vcpus: vec![2],
             ..Options::default()
         };
-        // This program is not the benchmark, so it cannot say when it has started.
+        // This program is not the benchmark, so the process start cannot be measured.
         let report = Report {
             comparisons: restores(&options).unwrap(),
             notes: Vec::new(),

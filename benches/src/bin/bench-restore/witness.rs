@@ -1,4 +1,4 @@
-//! A device that notes when the guest first looks at it, on the vCPU's own thread.
+//! A device that records the guest's first access, on the vCPU's thread.
 
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
@@ -8,18 +8,18 @@ use sm_virtio::queue::Queue;
 use sm_virtio::{ActivateError, Activation, DevicePayload, VirtioDevice};
 
 const KIND: &str = "witness";
-/// Of no device that there is.
+/// An unused device type.
 const TYPE: u32 = 63;
 const QUEUE_SIZES: [u16; 1] = [1];
 
-/// Has no driver, and does nothing else.
+/// A device without a driver.
 #[derive(Debug, Default)]
 pub(crate) struct Witness {
     seen: Arc<OnceLock<Instant>>,
 }
 
 impl Witness {
-    /// When the guest first read the configuration of the device.
+    /// Returns the time at which the guest first read the device's configuration.
     pub(crate) fn seen(&self) -> Arc<OnceLock<Instant>> {
         self.seen.clone()
     }

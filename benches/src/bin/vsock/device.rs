@@ -1,4 +1,4 @@
-//! The device, driven by a model of a Linux guest.
+//! The device with a model of a Linux guest.
 
 use std::collections::VecDeque;
 use std::os::unix::net::UnixStream;
@@ -27,7 +27,7 @@ fn connect(guest: &mut LinuxGuest) -> Result<(UnixStream, SocketId)> {
     Ok((ours, accepted(guest, theirs)?))
 }
 
-/// The guest's socket that is connected with `theirs`.
+/// Returns the guest's socket that is connected with `theirs`.
 fn accepted(guest: &mut LinuxGuest, theirs: UnixStream) -> Result<SocketId> {
     guest
         .muxer
@@ -42,7 +42,7 @@ fn accepted(guest: &mut LinuxGuest, theirs: UnixStream) -> Result<SocketId> {
     }
 }
 
-/// `amount` bytes from a process on the host into an application's buffer in the
+/// Sends `amount` bytes from a process on the host to an application's buffer in the
 /// guest.
 pub(crate) fn to_guest(payload: u32, amount: usize, profiled: bool) -> Result<Duration> {
     let mut guest = LinuxGuest::new(VsockConfig::default(), profile(payload));
@@ -67,7 +67,7 @@ pub(crate) fn to_guest(payload: u32, amount: usize, profiled: bool) -> Result<Du
     })
 }
 
-/// `amount` bytes from an application in the guest, in packets of `payload`, to a
+/// Sends `amount` bytes from an application in the guest, in packets of `payload`, to a
 /// process on the host.
 pub(crate) fn to_host(payload: u32, amount: usize) -> Result<Duration> {
     let mut guest = LinuxGuest::new(VsockConfig::default(), Profile::LINUX);
@@ -106,7 +106,7 @@ pub(crate) struct Echo {
     host: Host,
     guest: Option<JoinHandle<()>>,
     stop: Sender<()>,
-    /// Wakes the guest up for that.
+    /// Wakes the guest to stop.
     muxer: sm_devices_vsock::MuxerHandle,
 }
 
@@ -120,8 +120,8 @@ impl Echo {
         Self::of(guest, ends)
     }
 
-    /// Between the host's processes and the device there are two threads for each
-    /// connection.
+    /// Creates connections with two threads each between the host's processes and the
+    /// device.
     pub(crate) fn behind_threads(count: usize) -> Result<Self> {
         let mut guest = LinuxGuest::new(VsockConfig::default(), Profile::LINUX);
         let mut ends = Vec::with_capacity(count);
@@ -153,9 +153,9 @@ impl Echo {
     }
 }
 
-/// Round trips of 64 bytes with `neighbours` that are busy, so many of them. One thread
-/// plays the host's processes and the guest, lest the scheduler be what is measured:
-/// with the device's, that is as many as there are processors anywhere.
+/// Measures `count` round trips of 64 bytes with busy `neighbours`. One thread plays the
+/// host's processes and the guest, so that the scheduler is not measured: with the
+/// device's thread there are two, which any machine has processors for.
 pub(crate) fn latency(neighbours: usize, count: usize) -> Result<Vec<Trip>> {
     let mut guest = LinuxGuest::new(VsockConfig::default(), Profile::LINUX);
     let mut ends = Vec::with_capacity(neighbours + 1);
@@ -165,7 +165,7 @@ pub(crate) fn latency(neighbours: usize, count: usize) -> Result<Vec<Trip>> {
     let line = guest.driver.line.clone();
     let mut echo = Echoing::default();
     let mut serve = || {
-        // There may have been no interrupt: the first time, the driver asks for one.
+        // There may have been no interrupt yet: the driver enables it in this call.
         let _ = rustix::io::read(line.event(), &mut [0; 8]);
         guest.serve();
         echo.serve(&mut guest);
@@ -188,7 +188,7 @@ impl Drop for Echo {
     }
 }
 
-/// Sends back what comes, until told to stop.
+/// Echoes until stopped.
 fn echo(guest: &mut LinuxGuest, stopped: &Receiver<()>) {
     let mut echo = Echoing::default();
     while stopped.try_recv().is_err() {
@@ -197,16 +197,16 @@ fn echo(guest: &mut LinuxGuest, stopped: &Receiver<()>) {
     }
 }
 
-/// An application that sends back what it gets.
+/// An application that echoes.
 #[derive(Default)]
 struct Echoing {
     room: Vec<u8>,
-    /// What credit did not allow yet, by socket.
+    /// Bytes that wait for credit, by socket.
     pending: Vec<VecDeque<u8>>,
 }
 
 impl Echoing {
-    /// Serves the sockets that something happened to.
+    /// Serves the sockets with events.
     fn serve(&mut self, guest: &mut LinuxGuest) {
         self.room.resize(CHUNK, 0);
         while let Some(id) = guest.next_event() {

@@ -1,4 +1,4 @@
-//! Real guests: bytes through published ports, by taking turns.
+//! Real guests: throughput of published ports, with alternating measurements.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -13,11 +13,11 @@ use serde::Serialize;
 use super::pump::{self, CHUNK};
 use super::{median, rate, timed};
 
-/// Ports of the guest: one reads everything, the other writes.
+/// Ports of the guest: one reads and discards, the other writes.
 const SINK: u16 = 9001;
 const SOURCE: u16 = 9002;
 
-/// What to run.
+/// Parameters of the measurement.
 pub(crate) struct Wanted {
     pub(crate) sm: PathBuf,
     pub(crate) image: String,
@@ -25,13 +25,13 @@ pub(crate) struct Wanted {
     pub(crate) rounds: usize,
 }
 
-/// One way into a guest, one direction.
+/// One path into a guest, in one direction.
 #[derive(Debug, Serialize)]
 pub(crate) struct Guest {
     by: &'static str,
     direction: &'static str,
     mb_s: f64,
-    /// A pump between two sockets with 64 KiB, in the same place.
+    /// A pump between two sockets with 64 KiB, on the same machine.
     pump_mb_s: f64,
     ratio: f64,
 }
@@ -52,7 +52,7 @@ impl End for TcpStream {
     }
 }
 
-/// A guest that runs until this is dropped.
+/// A guest that is stopped when this is dropped.
 struct Running<'a> {
     sm: &'a Path,
     directory: tempfile::TempDir,
@@ -121,7 +121,7 @@ fn output(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8(output.stdout)?)
 }
 
-/// Writes all of it, and waits until the guest says that it has read it.
+/// Writes all bytes, and waits for the guest's confirmation.
 fn to_guest(mut end: impl End, amount: usize) -> Result<Duration> {
     timed(|| {
         let chunk = vec![7; CHUNK];
@@ -159,7 +159,7 @@ pub(crate) fn measure(wanted: &Wanted) -> Result<Vec<Guest>> {
     let amount = wanted.mib << 20;
     let running = Running::new(wanted)?;
     let mut rates: [Vec<f64>; 5] = Default::default();
-    // The first of each is not counted.
+    // The first round is not counted.
     for round in 0..=wanted.rounds {
         let took = [
             to_guest(running.unix(SINK)?, amount)?,

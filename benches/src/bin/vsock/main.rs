@@ -1,5 +1,5 @@
-//! The vsock device with a model of a Linux guest's driver, against pumps between
-//! two sockets: in one run, taking turns, medians and ratios.
+//! The vsock device with a model of a Linux guest's driver, compared with pumps between
+//! two sockets: alternating in one run, with medians and ratios.
 
 mod device;
 mod guest;
@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use serde::Serialize;
 
-/// Bytes moved in one measurement of throughput.
+/// Bytes per measurement of throughput.
 const AMOUNT: usize = 64 << 20;
-/// Connections of the comparison with a thread for each.
+/// Connections in the comparison with threads per connection.
 const MANY: usize = 1000;
 /// Busy neighbours of the connection whose latency is measured.
 const NEIGHBOURS: usize = 100;
@@ -31,13 +31,13 @@ struct Report {
 #[derive(Debug, Serialize)]
 struct Throughput {
     direction: &'static str,
-    /// What the device moves at once: data in a receive buffer, or in a packet.
+    /// Bytes that the device moves at once: in a receive buffer, or in a packet.
     device_bytes: u32,
     device_gb_s: f64,
     pump_bytes: usize,
     pump_gb_s: f64,
     ratio: f64,
-    /// The pump's buffer is as large as the device's, so the ratio is fair.
+    /// True if the pump's buffer is as large as the device's, which makes the ratio fair.
     same_size: bool,
 }
 
@@ -47,11 +47,11 @@ struct Many {
     connections: usize,
     message: usize,
     device_mb_s: f64,
-    /// Two threads for each between sockets, without a device.
+    /// Two threads per connection between sockets, without a device.
     threads_mb_s: f64,
     ratio: f64,
-    /// The same between the host's sockets and the device, which is how a VMM is built
-    /// whose frontends have a thread for each connection.
+    /// Two threads per connection between the host's sockets and the device, the design
+    /// of a VMM with frontends of a thread per connection.
     before_device_mb_s: f64,
     ratio_before_device: f64,
 }
@@ -84,7 +84,7 @@ fn rate(bytes: usize, took: Duration) -> f64 {
     bytes as f64 / took.as_secs_f64()
 }
 
-/// How long `work` takes.
+/// Returns the duration of `work`.
 fn timed(work: impl FnOnce() -> Result<()>) -> Result<Duration> {
     let begun = Instant::now();
     work()?;
@@ -116,7 +116,7 @@ fn wanted() -> Result<Wanted> {
             Long("json") => wanted.json = Some(parser.value()?.into()),
             Long("rounds") => wanted.rounds = parser.value()?.parse()?,
             Long("only") => wanted.only = Some(parser.value()?.string()?),
-            // `sm`, with which a real guest is measured, and nothing else.
+            // The path of `sm`, to measure a real guest only.
             Long("guest") => wanted.guest = Some(parser.value()?.into()),
             Long("image") => wanted.image = parser.value()?.string()?,
             Long("mib") => wanted.mib = parser.value()?.parse()?,
@@ -147,7 +147,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// The device with a model of a guest.
+/// Measures the device with a model of a guest.
 fn harness(report: &mut Report, wanted: &Wanted) -> Result<()> {
     let is = |part: &str| wanted.only.as_deref().is_none_or(|only| only == part);
     raise_descriptor_limit();
@@ -173,7 +173,7 @@ fn raise_descriptor_limit() {
         current: now.maximum,
         maximum: now.maximum,
     };
-    // As it is, it may do.
+    // On failure, the current limit may suffice.
     let _ = setrlimit(Resource::Nofile, raised);
 }
 
@@ -239,7 +239,7 @@ fn many(report: &mut Report, rounds: usize) -> Result<()> {
     );
     println!("             device   two threads each   ratio   these, and the device   ratio");
     for message in [64, 1 << 10, 4 << 10, 16 << 10] {
-        // Much the same amount of work for each size.
+        // The amount of work is similar for all sizes.
         let turns = ((128 << 20) / (message + 2048) / MANY).max(2);
         let bytes = 2 * message * MANY * turns;
         let mut device = device::Echo::new(MANY)?;
@@ -341,7 +341,7 @@ fn profiling(report: &mut Report, rounds: usize) -> Result<()> {
 mod tests {
     use super::*;
 
-    /// However long that takes on this machine.
+    /// The count is independent of the machine's speed.
     #[test]
     fn a_message_waits_for_each_busy_neighbour_once() {
         let mut trips = device::latency(NEIGHBOURS, 400).unwrap();

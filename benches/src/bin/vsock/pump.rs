@@ -1,4 +1,4 @@
-//! What the device is compared with: threads that copy between two sockets.
+//! The comparison: threads that copy between two sockets.
 
 use std::io::{Read as _, Write as _};
 use std::net::Shutdown;
@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, anyhow};
 use rustix::event::epoll;
 
-/// What the ends of a stream read and write at once.
+/// Bytes per read or write at the ends of a stream.
 pub(crate) const CHUNK: usize = 64 << 10;
-/// The buffer of a pump in the usual shape.
+/// The buffer of a typical pump.
 const USUAL: usize = 16 << 10;
 
 pub(crate) fn join<T>(thread: JoinHandle<T>) -> Result<T> {
@@ -33,7 +33,7 @@ pub(crate) fn give(mut to: UnixStream, amount: usize) -> JoinHandle<std::io::Res
     })
 }
 
-/// Reads until the end; how much that was.
+/// Reads until the end, which must come after `amount` bytes.
 pub(crate) fn drain(from: &mut UnixStream, amount: usize) -> Result<()> {
     let mut chunk = vec![0; CHUNK];
     let mut left = amount;
@@ -47,7 +47,7 @@ pub(crate) fn drain(from: &mut UnixStream, amount: usize) -> Result<()> {
     Ok(())
 }
 
-/// A thread that copies from one socket to another, and passes the end on.
+/// Starts a thread that copies from one socket to another, and forwards the end.
 fn pump(mut from: UnixStream, mut to: UnixStream, buffer: usize) -> Result<JoinHandle<()>> {
     let work = move || {
         let mut chunk = vec![0; buffer];
@@ -66,7 +66,7 @@ fn pump(mut from: UnixStream, mut to: UnixStream, buffer: usize) -> Result<JoinH
         .spawn(work)?)
 }
 
-/// A connection by way of two threads: the ends.
+/// Returns the ends of a connection through two threads.
 pub(crate) fn connection() -> Result<(UnixStream, UnixStream, [JoinHandle<()>; 2])> {
     let (near, from) = UnixStream::pair()?;
     let (to, far) = UnixStream::pair()?;
@@ -75,7 +75,7 @@ pub(crate) fn connection() -> Result<(UnixStream, UnixStream, [JoinHandle<()>; 2
     Ok((near, far, [there, back]))
 }
 
-/// `amount` bytes from one process's end to the other by way of a pump.
+/// Sends `amount` bytes from one process's end to the other through a pump.
 pub(crate) fn stream(buffer: usize, amount: usize) -> Result<Duration> {
     let (near, from) = UnixStream::pair()?;
     let (to, mut far) = UnixStream::pair()?;
@@ -95,8 +95,8 @@ pub(crate) struct Host {
 }
 
 impl Host {
-    /// Writes a message on each connection, then reads each echo as they come; so
-    /// many turns.
+    /// Writes a message on each connection, then reads the echoes as they arrive; repeats
+    /// for `turns`.
     pub(crate) fn turns(&mut self, message: usize, turns: usize) -> Result<()> {
         let epoll = waiting(&self.ends)?;
         let out = vec![7; message];
@@ -120,8 +120,8 @@ impl Host {
         Ok(())
     }
 
-    /// Round trips of 64 bytes while the others are busy, so many of them. When `other`
-    /// is readable, this thread does that part, too.
+    /// Measures `count` round trips of 64 bytes while the others are busy. When `other`
+    /// is readable, this thread calls its function, too.
     pub(crate) fn latency(
         &mut self,
         count: usize,
@@ -145,7 +145,7 @@ impl Host {
     }
 }
 
-/// Waits for any of the ends to be readable, by their numbers.
+/// Returns an epoll instance for the ends, by index.
 fn waiting(ends: &[UnixStream]) -> Result<OwnedFd> {
     let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
     for (index, end) in (0..).zip(ends) {
@@ -159,13 +159,13 @@ fn waiting(ends: &[UnixStream]) -> Result<OwnedFd> {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Trip {
     pub(crate) time: Duration,
-    /// Round trips of neighbours that ended meanwhile: what it waited for, without what
-    /// the machine did besides.
+    /// Round trips of neighbours that ended in the meantime: a measure of its wait that
+    /// is independent of other load.
     pub(crate) others: usize,
 }
 
-/// Round trips of 64 bytes on the first connection, while each of the others has
-/// 4 KiB on the way at all times.
+/// Round trips of 64 bytes on the first connection, while each of the others has 4 KiB in
+/// flight.
 struct RoundTrips {
     epoll: OwnedFd,
     got: Vec<usize>,
@@ -175,7 +175,7 @@ struct RoundTrips {
 }
 
 const BUSY: usize = 4096;
-/// What the event loop says of what is none of the ends.
+/// Epoll data of `other`.
 const OTHER: u64 = u64::MAX;
 
 fn size(index: usize) -> usize {
@@ -197,7 +197,7 @@ impl RoundTrips {
         })
     }
 
-    /// Waits for something to come, and answers it.
+    /// Waits for input, and answers it.
     fn step(
         &mut self,
         ends: &mut [UnixStream],
@@ -237,8 +237,8 @@ impl RoundTrips {
     }
 }
 
-/// Connections with two threads each, and one that echoes at the other end, as
-/// the guest's process would.
+/// Connections with two threads each, and a thread that echoes at the other ends, as the
+/// guest's process would.
 pub(crate) struct Echo {
     host: Host,
     pumps: Vec<JoinHandle<()>>,

@@ -1,4 +1,4 @@
-//! Cloud Hypervisor: its interface on a unix socket, snapshots in a directory.
+//! Cloud Hypervisor: its API on a unix socket, snapshots in a directory.
 
 use std::path::PathBuf;
 use std::process::{Command, Stdio};

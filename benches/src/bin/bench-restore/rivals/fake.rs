@@ -1,5 +1,5 @@
-//! Monitors played by a shell script that says the sign for ever, and by a server on
-//! the socket that the script was told of.
+//! Fake monitors: a shell script that prints the sign repeatedly, and a server on the
+//! socket in the script's arguments.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
@@ -26,7 +26,7 @@ struct Monitor {
 }
 
 impl Monitor {
-    /// Refuses requests to `refused`.
+    /// Creates a monitor that refuses requests to `refused`.
     fn new(refused: &'static str) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let script = format!(
@@ -86,7 +86,7 @@ impl Drop for Monitor {
 fn serve(at: &Path, refused: &str, requests: &Mutex<Vec<(String, Value)>>, stop: &AtomicBool) {
     let mut listener: Option<UnixListener> = None;
     while !stop.load(Ordering::Relaxed) {
-        // The script has been started (again): the socket of its interface is there.
+        // The script was started (again), so its API socket is created.
         if let Ok(socket) = fs::read_to_string(at) {
             fs::remove_file(at).unwrap();
             let bound = UnixListener::bind(socket.trim()).unwrap();

@@ -1,4 +1,4 @@
-//! Firecracker: its interface on a unix socket, full snapshots.
+//! Firecracker: its API on a unix socket, full snapshots.
 
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -28,7 +28,7 @@ impl Firecracker {
         Ok(directory.path().join(name))
     }
 
-    /// Starts it with its interface at a socket that does not exist yet.
+    /// Starts it with its API at a socket that does not exist yet.
     fn spawn(&self, socket: &PathBuf) -> Result<Killed> {
         let _ = std::fs::remove_file(socket);
         let child = Command::new(&self.program)

@@ -1,5 +1,5 @@
-//! As much of HTTP/1.1 as the interfaces of two monitors need: one request, an
-//! answer without a body that matters.
+//! The subset of HTTP/1.1 that the APIs of two monitors need: one request, and an answer
+//! whose body does not matter.
 
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
@@ -11,8 +11,8 @@ use serde_json::Value;
 
 use super::PATIENCE;
 
-/// Connects to a socket that a process that was just started is about to make. Reading
-/// from it fails when nothing has come for [`PATIENCE`].
+/// Connects to a socket that a new process is about to create. Reads from it fail after
+/// [`PATIENCE`] without data.
 pub(super) fn connect(socket: &Path) -> Result<UnixStream> {
     let deadline = Instant::now() + PATIENCE;
     loop {
@@ -27,8 +27,8 @@ pub(super) fn connect(socket: &Path) -> Result<UnixStream> {
                     ErrorKind::NotFound | ErrorKind::ConnectionRefused
                 ) && Instant::now() < deadline =>
             {
-                // A benchmark may look again and again: here, waiting to be
-                // told would cost the rival more than it costs us.
+                // A benchmark may poll: a blocking wait would cost the rival more time
+                // than the polling.
                 std::thread::yield_now();
             }
             Err(error) => return Err(error).context(format!("cannot connect to {socket:?}")),
@@ -43,7 +43,7 @@ pub(super) fn call(socket: &Path, method: &str, path: &str, body: &Value) -> Res
         Value::Null => String::new(),
         body => body.to_string(),
     };
-    // In one piece: a server may take what comes first for all.
+    // The request is sent at once: a server may take the first part for all of it.
     let request = format!(
         "{method} {path} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n\
          Content-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",

@@ -1,6 +1,6 @@
-//! Other virtual machine monitors, each restoring its own snapshot of the same
-//! guest: the same kernel, initramfs and memory. What is measured is the time
-//! from starting its process to the first word of the guest.
+//! Other virtual machine monitors, each restoring its own snapshot of the same guest: the
+//! same kernel, initramfs and memory. Measured is the time from the start of the process
+//! to the guest's sign.
 
 mod cloud_hypervisor;
 mod firecracker;
@@ -16,15 +16,16 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-/// Longer than anybody takes, but for one who never will.
+/// Timeout for a contender that hangs.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// What every contender restores.
+/// The guest that every contender restores.
 #[derive(Clone, Debug)]
 pub(crate) struct Guest {
     /// An uncompressed kernel with a PVH note.
     pub(crate) kernel: PathBuf,
-    /// Its init says `sign` on the first serial port every few milliseconds.
+    /// An initramfs whose init prints `sign` on the first serial port every few
+    /// milliseconds.
     pub(crate) initramfs: PathBuf,
     pub(crate) cmdline: String,
     /// Bytes of memory.
@@ -38,19 +39,19 @@ impl Guest {
     }
 }
 
-/// Somebody who can restore the guest.
+/// A monitor that can restore the guest.
 pub(crate) trait Contender: Debug {
-    /// As it is called in reports.
+    /// Returns its name in reports.
     fn name(&self) -> &'static str;
 
-    /// Boots the guest and makes a snapshot of it once it speaks.
+    /// Boots the guest and takes a snapshot of it after its first sign.
     fn prepare(&mut self, guest: &Guest) -> Result<()>;
 
-    /// Restores it, and returns the time until it spoke.
+    /// Restores the guest, and returns the time until its sign.
     fn restore(&self, guest: &Guest) -> Result<Duration>;
 }
 
-/// The rival of that name, if its program is there.
+/// Returns the rival of that name, if its program exists.
 pub(crate) fn find(name: &str) -> Result<Box<dyn Contender>> {
     let program = match name {
         "qemu" => "qemu-system-x86_64",
@@ -72,7 +73,7 @@ pub(crate) fn find(name: &str) -> Result<Box<dyn Contender>> {
     })
 }
 
-/// Reads until `sign` was seen.
+/// Reads until `sign` was received.
 pub(crate) fn await_output(from: &mut (impl Read + AsFd), sign: &[u8]) -> Result<()> {
     await_output_for(from, sign, PATIENCE)
 }
@@ -115,7 +116,7 @@ impl Drop for Killed {
     }
 }
 
-/// Reads and forgets what a guest goes on saying, so that it never blocks.
+/// Reads and discards further output of a guest, so that it never blocks.
 fn forget(mut output: impl Read + Send + 'static) {
     std::thread::spawn(move || std::io::copy(&mut output, &mut std::io::sink()));
 }

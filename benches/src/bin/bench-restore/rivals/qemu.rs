@@ -1,4 +1,4 @@
-//! QEMU: its microvm machine, its migration to and from a file.
+//! QEMU: its microvm machine, with migration to and from a file.
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::net::UnixStream;
@@ -49,11 +49,11 @@ impl Qemu {
     }
 }
 
-/// The machine protocol, as far as it is needed.
+/// The machine protocol (QMP), as far as needed.
 struct Qmp(BufReader<UnixStream>);
 
 impl Qmp {
-    /// Waits for a message that `wanted` recognises.
+    /// Waits for a message that `wanted` accepts.
     fn until(&mut self, wanted: impl Fn(&Value) -> bool) -> Result<()> {
         let mut line = String::new();
         loop {
