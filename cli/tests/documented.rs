@@ -179,7 +179,7 @@ fn options_are_those_of_docker_where_the_page_says_so() {
         let (options, meaning) = (cells.next().unwrap(), cells.next().unwrap());
         let there = match meaning {
             "the same" => true,
-            "not there" => false,
+            "not supported" => false,
             _ => continue,
         };
         for (_, option) in code_spans(options) {

@@ -201,7 +201,7 @@ impl Workshop {
         self.finish("single")
     }
 
-    /// No shell, no package manager: what a static program needs, and no more.
+    /// Creates an image without shell and package manager: only the needs of a static program.
     fn distroless(&self) -> Result<()> {
         let root = self.directory.path().join("distroless");
         for name in [

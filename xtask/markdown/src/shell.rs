@@ -174,7 +174,7 @@ impl Reader<'_> {
         Ok(())
     }
 
-    /// The words so far are a command, without what stands before it.
+    /// Ends a command: its words so far, without prefixes.
     fn end(&mut self) {
         let words = std::mem::take(&mut self.words);
         let words: Vec<String> = words

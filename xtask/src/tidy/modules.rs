@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Text, lines};
 
-/// Path of a module in its crate; the root's is empty.
+/// Path of a module in its crate; that of the root is empty.
 type Module = Vec<String>;
 /// Uses between the children of a module, by name.
 type Uses = BTreeMap<String, BTreeSet<String>>;
