@@ -2,6 +2,10 @@
 
 use std::fmt;
 
+use sm_runtime::Error;
+use sm_runtime::kernel::KernelError;
+use sm_runtime::record::RecordError;
+
 /// Docker's status for a failure of `run` itself, not of its command, and for invalid
 /// options.
 pub(crate) const OUR_FAILURE: u32 = 125;
@@ -22,8 +26,23 @@ impl Failure {
     /// Returns the exit status of `sm run`: 126 or 127 if its command could not be run.
     pub(crate) fn status_of_run(&self) -> u32 {
         self.error
-            .downcast_ref::<sm_runtime::Error>()
-            .map_or(OUR_FAILURE, sm_runtime::Error::exit_status)
+            .downcast_ref::<Error>()
+            .map_or(OUR_FAILURE, Error::exit_status)
+    }
+
+    /// Returns what the user can do about the failure, where the library, which knows no
+    /// commands, does not say it.
+    fn hint(&self) -> Option<String> {
+        self.error.chain().find_map(|cause| {
+            // Transparent errors are not causes of the errors around them.
+            match cause.downcast_ref::<Error>() {
+                Some(Error::Record(error)) => return hint_of_record(error),
+                Some(Error::Kernel(error)) => return hint_of_kernel(error),
+                _ => {}
+            }
+            let record = cause.downcast_ref().and_then(hint_of_record);
+            record.or_else(|| cause.downcast_ref().and_then(hint_of_kernel))
+        })
     }
 }
 
@@ -46,13 +65,54 @@ impl fmt::Display for Failure {
             }
             last = text;
         }
-        Ok(())
+        match self.hint() {
+            Some(hint) => write!(f, "\n  hint: {hint}"),
+            None => Ok(()),
+        }
+    }
+}
+
+fn hint_of_record(error: &RecordError) -> Option<String> {
+    match error {
+        RecordError::NameTaken { name, .. } => Some(format!(
+            "remove that VM with \"sm rm {name}\", or choose another name"
+        )),
+        RecordError::Running(name) => {
+            Some(format!("stop it with \"sm stop {name}\", or use --force"))
+        }
+        _ => None,
+    }
+}
+
+/// Returns what the user can do about an error of selecting a kernel.
+pub(crate) fn hint_of_kernel(error: &KernelError) -> Option<String> {
+    match error {
+        KernelError::None => Some(
+            "build one with \"sm kernel build\" in the source tree of sm, choose one with \
+             \"sm kernel use PATH\", or name one with --kernel PATH"
+                .to_owned(),
+        ),
+        _ => None,
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn hints_follow_the_causes() {
+        let running = || RecordError::Running("web".to_owned());
+        let text = "VM \"web\" is running\n  hint: stop it with \"sm stop web\", or use --force";
+        assert_eq!(Failure::from(running()).to_string(), text);
+        assert_eq!(Failure::from(Error::from(running())).to_string(), text);
+        let outer = anyhow::Error::from(Error::from(KernelError::None)).context("cannot start");
+        let text = Failure::new(outer).to_string();
+        assert!(
+            text.starts_with("cannot start\n  because: no guest kernel found\n  hint: build one"),
+            "{text}"
+        );
+    }
 
     #[test]
     fn causes_follow_the_error() {

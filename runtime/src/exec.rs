@@ -165,7 +165,7 @@ fn refuse_unless_running(record: &Record) -> Result<(), Error> {
     let name = &record.config().name;
     match Control::connect(&record.control_endpoint())?.call(&ControlCall::Status)? {
         ControlAnswer::Status(status) if status.paused => Err(Error::Refused(format!(
-            "VM \"{name}\" is paused: let it go on first (sm unpause)"
+            "VM \"{name}\" is paused: resume it first"
         ))),
         ControlAnswer::Status(status) if status.stage == Stage::Starting => Err(Error::Refused(
             format!("VM \"{name}\" is still starting: try again when its workload runs"),

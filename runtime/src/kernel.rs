@@ -37,10 +37,7 @@ const MAX_MODULE: u64 = 16 << 20;
 #[derive(Debug, Error)]
 pub enum KernelError {
     /// No kernel was found.
-    #[error(
-        "no guest kernel found: build one with \"sm kernel build\" in the source tree of sm, \
-         choose one with \"sm kernel use PATH\", or name one with --kernel PATH"
-    )]
+    #[error("no guest kernel found")]
     None,
     /// The requested kernel cannot be used.
     #[error("cannot use kernel {path:?}: {reason}")]

@@ -57,9 +57,7 @@ pub enum RecordError {
     #[error("\"{0}\" matches several VMs: give more characters of the ID")]
     Ambiguous(String),
     /// Another record has the name.
-    #[error(
-        "the name \"{name}\" is already taken by VM {id}: remove that VM (sm rm {name}) or choose another name"
-    )]
+    #[error("the name \"{name}\" is already taken by VM {id}")]
     NameTaken {
         /// The name.
         name: String,
@@ -80,7 +78,7 @@ pub enum RecordError {
         reason: String,
     },
     /// The VM is alive, and the operation requires an exited one.
-    #[error("VM \"{0}\" is running: stop it first, or use --force")]
+    #[error("VM \"{0}\" is running")]
     Running(String),
     /// A file of a record cannot be read, written or parsed.
     #[error("cannot {operation} {path:?}")]

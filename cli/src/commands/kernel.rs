@@ -7,10 +7,11 @@ use std::process::Command;
 use anyhow::{Context as _, anyhow};
 use rustix::process::{getegid, geteuid};
 use sm_runtime::home::Home;
+use sm_runtime::kernel::KernelError;
 use sm_runtime::{doctor as checks, kernel};
 
 use crate::args::{DoctorArgs, KernelCommand, ListArgs};
-use crate::failure::{FAILED, Failure};
+use crate::failure::{FAILED, Failure, hint_of_kernel};
 use crate::printer::Printer;
 use crate::table;
 
@@ -109,7 +110,16 @@ fn list(home: &Home, args: &ListArgs, printer: &Printer) -> Result<u32, Failure>
 }
 
 pub(crate) fn doctor(home: &Home, args: &DoctorArgs, printer: &Printer) -> Result<u32, Failure> {
-    let checks = checks::examine(home);
+    let mut checks = checks::examine(home);
+    for check in &mut checks {
+        // The library, whose text this is, knows no commands.
+        if !check.ok
+            && check.detail == KernelError::None.to_string()
+            && let Some(hint) = hint_of_kernel(&KernelError::None)
+        {
+            check.detail = format!("{}: {hint}", check.detail);
+        }
+    }
     let works = checks.iter().all(|check| check.ok);
     if args.format.json() {
         printer.json(&serde_json::json!({ "works": works, "checks": checks }))?;
