@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn what_comes_first_can_be_left_out_of_a_comparison() {
+    fn first_phases_can_be_excluded_from_a_comparison() {
         let ms = Duration::from_millis;
         let mut ours = Series::new("sm");
         let mut floor = Series::new("floor");

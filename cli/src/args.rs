@@ -300,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_console_cannot_do_is_refused() {
+    fn options_that_conflict_with_console_are_refused() {
         let parse = |option: &[&str]| {
             let line = ["sm", "logs", "--console", "vm"].iter().chain(option);
             Cli::try_parse_from(line).map(|cli| cli.command)

@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn moments_may_be_so_long_ago() {
+    fn times_may_be_ages() {
         let now = 1_000_000 * SECOND;
         for (text, ago) in [("0s", 0), ("90s", 90), ("10m", 600), ("1h30m", 5400)] {
             assert_eq!(parse_at(text, now), Some(now - ago * SECOND), "{text}");

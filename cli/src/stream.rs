@@ -345,7 +345,7 @@ mod tests {
 
     /// A pipe as made by a program with an event loop, which is non-blocking.
     #[test]
-    fn all_is_written_to_what_does_not_block() {
+    fn all_bytes_are_written_to_a_nonblocking_file() {
         let (mut reader, writer) = io::pipe().unwrap();
         rustix::io::ioctl_fionbio(&writer, true).unwrap();
         let mut file = File::from(std::os::fd::OwnedFd::from(writer));

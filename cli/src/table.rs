@@ -42,7 +42,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cell_cannot_leave_its_place() {
+    fn control_characters_in_cells_are_escaped() {
         let rows = [["a\n\u{1b}[1A".to_owned(), "b".to_owned()]];
         let table = render(["NAME", "X"], &rows);
         assert_eq!(table, "NAME           X\na\\n\\u{1b}[1A   b");

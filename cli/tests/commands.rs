@@ -248,7 +248,7 @@ fn doctor_finds_what_is_missing() {
 /// On a host with an unusable hypervisor, `sm run` and `sm doctor` report the same. On
 /// any other host, the start fails because the kernel file is not a kernel.
 #[test]
-fn an_unusable_hypervisor_is_said_to_be_one() {
+fn an_unusable_hypervisor_is_reported() {
     let user = User::new();
     let (kernel, image) = (user.kernel("vmlinux"), user.image());
     let json = user.sm(&["doctor", "--json"]).out;
@@ -314,7 +314,7 @@ fn listings_of_nothing_have_a_header() {
 }
 
 #[test]
-fn what_is_not_there_yet_is_refused_with_a_way_round() {
+fn unsupported_options_are_refused_with_an_alternative() {
     let user = User::new();
     for flag in [
         ["-v", "/host:/guest"],

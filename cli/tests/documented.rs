@@ -166,7 +166,7 @@ fn has_option(command: &Command, option: &str) -> bool {
 
 /// The page for users of Docker is right about the options that exist.
 #[test]
-fn options_are_those_of_docker_where_the_page_says_so() {
+fn options_of_docker_exist_as_documented() {
     let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/src/docker.md");
     let page = fs::read_to_string(page).unwrap();
     let (_, table) = page.split_once("## Options of `docker run`").unwrap();

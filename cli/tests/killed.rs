@@ -81,7 +81,7 @@ fn random(state: &mut u64) -> u64 {
 }
 
 #[test]
-fn nothing_is_by_half_after_a_hundred_kills() {
+fn the_store_is_consistent_after_a_hundred_kills() {
     let somebody = Somebody(tempfile::tempdir().unwrap());
     let images = [somebody.image("one", 1), somebody.image("two", 2)];
     let [one, two] = [0, 1].map(|n: usize| images[n].as_str());

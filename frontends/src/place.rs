@@ -241,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_a_socket_is_left_alone() {
+    fn other_files_than_sockets_are_not_replaced() {
         let (directory, path) = place();
         fs::write(&path, "precious").unwrap();
         let error = refused(&path);
@@ -320,11 +320,11 @@ mod tests {
     }
 
     #[test]
-    fn a_umask_that_hides_nothing_hides_nothing_from_us() {
+    fn sockets_are_private_with_an_empty_umask() {
         const CHILD: &str = "SM_TEST_UMASK";
         if std::env::var_os(CHILD).is_none() {
             // The umask is per process, so the test runs in a child.
-            let name = "place::tests::a_umask_that_hides_nothing_hides_nothing_from_us";
+            let name = "place::tests::sockets_are_private_with_an_empty_umask";
             let child = std::process::Command::new(std::env::current_exe().unwrap())
                 .args(["--exact", name])
                 .env(CHILD, "1")

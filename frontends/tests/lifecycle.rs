@@ -89,7 +89,7 @@ fn connections_go_on_without_their_frontend() {
 }
 
 #[test]
-fn what_waits_in_the_backlog_is_served_before_it_is_closed() {
+fn the_backlog_is_served_before_the_listener_closes() {
     let rig = Rig::new();
     for kind in [Kind::Unix, Kind::Tcp, Kind::Hybrid] {
         let server = rig.serve(kind);
@@ -116,7 +116,7 @@ fn what_waits_in_the_backlog_is_served_before_it_is_closed() {
 }
 
 #[test]
-fn a_port_is_chosen_used_once_and_given_back() {
+fn a_port_is_chosen_used_once_and_released() {
     let rig = Rig::new();
     let server = rig.serve(Kind::Tcp);
     let address = server.door.tcp.unwrap();
@@ -133,7 +133,7 @@ fn a_port_is_chosen_used_once_and_given_back() {
 }
 
 #[test]
-fn a_place_that_is_taken_is_named() {
+fn an_address_in_use_is_named() {
     let rig = Rig::new();
     for kind in [Kind::Unix, Kind::Handoff, Kind::Hybrid] {
         let server = rig.serve(kind);

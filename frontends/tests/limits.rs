@@ -138,7 +138,7 @@ fn a_burst_of_handshakes_is_served_to_the_last() {
 }
 
 #[test]
-fn many_who_say_nothing_keep_nobody_out_for_long() {
+fn silent_clients_do_not_block_others_for_long() {
     for kind in [Kind::Hybrid, Kind::Tls, Kind::Handoff] {
         let rig = Rig::new();
         let patience = Duration::from_millis(500);

@@ -117,7 +117,7 @@ fn short_of_memory(
 }
 
 #[test]
-fn a_router_is_heard_when_there_is_memory_again() {
+fn a_router_is_served_after_a_memory_shortage() {
     short_of_memory(libc::SYS_recvmsg, |mut guest, event_loop, path| {
         let target = ForwardHeader {
             port: 80,
@@ -141,7 +141,7 @@ fn a_router_is_heard_when_there_is_memory_again() {
 }
 
 #[test]
-fn a_client_is_heard_when_there_is_memory_again() {
+fn a_client_is_served_after_a_memory_shortage() {
     short_of_memory(libc::SYS_recvfrom, |mut guest, event_loop, path| {
         let _frontend = HybridFrontend::new(&path)
             .start(guest.muxer.clone(), &event_loop.handle())

@@ -554,7 +554,7 @@ mod tests {
     /// Ubuntu's kernels are readable by root only; others are truncated or dangling
     /// links.
     #[test]
-    fn kernels_that_nobody_asked_for_are_skipped_when_unusable() {
+    fn unusable_kernels_are_skipped_unless_requested() {
         let dir = tempfile::tempdir().unwrap();
         let [absent, short, good] = ["absent", "short", "good"].map(|name| dir.path().join(name));
         std::fs::write(&short, "x").unwrap();

@@ -46,7 +46,7 @@ fn too_little_memory_is_refused_with_the_minimum() {
 }
 
 #[test]
-fn nonsense_in_a_flag_is_refused() {
+fn an_invalid_option_value_is_refused() {
     says(
         Home::shared().sm(&["run", "-m", "lots", &image("busybox")]),
         125,
@@ -60,7 +60,7 @@ fn nonsense_in_a_flag_is_refused() {
 }
 
 #[test]
-fn a_taken_name_is_said_to_be_taken() {
+fn a_taken_name_is_reported() {
     let home = Home::shared();
     let vm = home.detached(&[&image("busybox"), "sleep", "1000"]);
     let done = home.sm(&["run", "--name", &vm.name, &image("busybox"), "true"]);
@@ -80,7 +80,7 @@ fn a_kernel_that_is_not_there_is_named() {
 }
 
 #[test]
-fn without_any_kernel_the_sentence_says_how_to_get_one() {
+fn the_error_without_a_kernel_has_a_remedy() {
     let (home, empty) = (Home::new(), tempfile::tempdir().unwrap());
     let mut sm = home.command(&["run", "--rm", &image("busybox"), "true"]);
     sm.env_remove("SM_KERNEL")
@@ -105,7 +105,7 @@ fn a_file_that_is_no_kernel_is_refused() {
 }
 
 #[test]
-fn what_a_machine_does_not_do_now_is_said() {
+fn commands_that_a_vm_cannot_execute_now_are_refused() {
     let home = Home::shared();
     let vm = home.detached(&[&image("busybox"), "sleep", "1000"]);
     let name = vm.name.as_str();
@@ -175,7 +175,7 @@ fn an_unknown_machine_is_named() {
 const EMPTY_DEV: &str = "mount -t tmpfs none /dev && mknod /dev/null c 1 3 && chmod 666 /dev/null";
 
 #[test]
-fn without_a_device_the_sentence_says_what_to_do() {
+fn the_error_without_a_device_has_a_remedy() {
     let sm = Home::shared().command(&["run", "--rm", &image("busybox"), "true"]);
     let done = elsewhere(EMPTY_DEV, &sm);
     says(
@@ -189,7 +189,7 @@ fn without_a_device_the_sentence_says_what_to_do() {
 }
 
 #[test]
-fn without_permission_the_sentence_names_the_group() {
+fn the_error_without_permission_names_the_group() {
     // The device belongs to user and group 1, "daemon" on every Debian; without these
     // capabilities, permissions apply to root.
     let device = "mknod -m 660 /dev/kvm c 10 232 && chown 1:1 /dev/kvm";
@@ -208,7 +208,7 @@ fn without_permission_the_sentence_names_the_group() {
 }
 
 #[test]
-fn a_device_that_is_no_hypervisor_is_told_from_none() {
+fn an_invalid_kvm_device_and_a_missing_one_differ() {
     let sm = Home::shared().command(&["run", "--rm", &image("busybox"), "true"]);
     let done = elsewhere("mount --bind /dev/null /dev/kvm", &sm);
     says(done, 125, &["/dev/kvm cannot be used"]);

@@ -88,7 +88,7 @@ fn restoring_is_measured_phase_by_phase_and_against_qemu() {
 /// A chain of five diffs, a full capture of the same paused machine, and the machine
 /// itself are equal, bit for bit.
 #[test]
-fn five_diffs_are_what_the_machine_was() {
+fn five_diffs_are_equal_to_the_machine() {
     let mut bench = Command::new(path("SM_BENCH_RESTORE"));
     bench
         .arg("depth")

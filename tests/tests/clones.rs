@@ -253,7 +253,7 @@ fn twenty_clones_share_their_memory() {
 
 /// A capture of a booted machine writes only resident pages that are not zero.
 #[test]
-fn a_capture_writes_what_is_resident_and_not_zero() {
+fn a_capture_writes_resident_pages_that_are_not_zero() {
     let home = Home::new();
     let image = image("busybox");
     let vm = home.detached(&["--cold", "-m", "256m", &image, "sleep", "1000"]);
@@ -337,7 +337,7 @@ fn large_files_in_memory_are_in_the_clone() {
 }
 
 #[test]
-fn a_clone_is_put_back_to_its_snapshot() {
+fn a_clone_is_reset_to_its_snapshot() {
     let home = Home::shared();
     let vm = counting(home);
     let name = unique("pool");
@@ -372,7 +372,7 @@ fn a_clone_is_put_back_to_its_snapshot() {
 }
 
 #[test]
-fn memory_comes_in_every_way_and_the_clone_is_the_same() {
+fn all_ways_of_paging_restore_the_same_clone() {
     let home = Home::shared();
     let script = "head -c 30000000 /dev/urandom >/tmp/f; sha256sum /tmp/f >/tmp/sum; sleep 1000";
     let vm = home.detached(&["-m", "128m", &image("busybox"), "sh", "-c", script]);
@@ -460,7 +460,7 @@ fn snapshots_of_clones_of_snapshots() {
 }
 
 #[test]
-fn what_runs_beside_the_workload_stays_with_the_original() {
+fn commands_beside_the_workload_stay_with_the_original() {
     let home = Home::shared();
     let vm = counting(home);
     let beside = home
@@ -514,7 +514,7 @@ fn clones_are_proved_distinct_in_every_layer() {
 }
 
 #[test]
-fn bad_names_and_bad_wishes_are_refused_and_nothing_stops() {
+fn invalid_names_and_options_are_refused_and_the_vm_runs_on() {
     let home = Home::shared();
     let vm = counting(home);
     let create = |name: &str| home.sm(&["snapshot", "create", &vm.name, name]);

@@ -53,7 +53,7 @@ fn a_paused_machine_is_killed_and_removed() {
 }
 
 #[test]
-fn clients_that_wait_keep_nobody_from_controlling_a_machine() {
+fn waiting_clients_do_not_prevent_control() {
     let home = Home::shared();
     let vm = sleeper(home);
     let clients: Vec<UnixStream> = (0..70).map(|_| waiting(&vm, home)).collect();

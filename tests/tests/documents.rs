@@ -153,18 +153,18 @@ fn numbers_and_identifiers_are_generalised() {
 }
 
 #[test]
-fn the_tour_of_readme_is_as_it_says() {
+fn the_commands_of_readme_work() {
     User::new().read("README.md");
 }
 
 #[test]
-fn the_quick_start_is_as_it_says() {
+fn the_commands_of_the_quick_start_work() {
     User::new().read("docs/src/quick-start.md");
 }
 
 /// The image on the page is replaced by busybox, in a guest.
 #[test]
-fn snapshots_are_made_as_their_page_says() {
+fn the_commands_of_the_snapshots_page_work() {
     let user = User::new();
     let make = "cd /bin; for name in app-ready app-job; do echo \"#!/bin/sh\" >$name; chmod +x $name; \
                 done; tar -c -C / bin";

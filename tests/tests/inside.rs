@@ -14,7 +14,7 @@ const LOOPBACK: &str = "1";
 const HOST: &str = "2";
 
 #[test]
-fn nobody_inside_reaches_the_agents_ports() {
+fn processes_in_the_guest_cannot_reach_the_agents_ports() {
     let home = Home::shared();
     let program = lanes();
     let image = format!("rootfs:{}", program.path().display());

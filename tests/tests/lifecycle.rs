@@ -50,7 +50,7 @@ fn commands_run_next_to_the_workload() {
 }
 
 #[test]
-fn a_command_in_a_machine_that_is_on_its_way_is_refused() {
+fn a_command_in_a_starting_vm_is_refused() {
     let home = Home::shared();
     let name = sm_e2e::unique("slow");
     let image = image("busybox");
@@ -164,7 +164,7 @@ fn a_vmm_that_is_killed_leaves_nothing_behind() {
 }
 
 #[test]
-fn a_guest_panic_is_reported_with_its_last_words() {
+fn a_guest_panic_is_reported_with_its_console() {
     let home = Home::shared();
     let vm = home.detached(&["-m", "128m", &image("busybox"), "sleep", "1000"]);
     // The tuned kernel has no sysrq; this panic is possible in any kernel.
@@ -191,7 +191,7 @@ fn a_guest_panic_is_reported_with_its_last_words() {
 }
 
 #[test]
-fn a_triple_fault_is_reported_with_the_guests_last_words() {
+fn a_triple_fault_is_reported_with_the_console() {
     let dir = tempfile::tempdir().unwrap();
     let kernel = sm_e2e::tiny::triple_faulting_kernel(dir.path(), "first words\nlast words\n");
     let kernel = kernel.to_str().unwrap();
@@ -219,7 +219,7 @@ fn images_are_pulled_listed_and_removed() {
 }
 
 #[test]
-fn an_image_that_runs_is_not_taken_apart() {
+fn an_image_in_use_is_not_removed() {
     let home = Home::new();
     let image = image("busybox");
     let vm = home.detached(&["--cold", &image, "sleep", "1000"]);

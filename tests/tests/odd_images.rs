@@ -38,7 +38,7 @@ fn run(layers: &[Vec<Entry>], options: &[&str], script: &str) -> Done {
 }
 
 #[test]
-fn a_layer_changes_what_it_says_and_nothing_else() {
+fn a_layer_changes_only_its_entries() {
     // Directories replace links; the targets of the links stay.
     let mut lower = base();
     lower.extend([
@@ -72,7 +72,7 @@ const IDENTITY: &str = "stat -c %F /dev/null; cat /etc/machine-id | wc -c; cat /
     echo; echo changed >/etc/resolv.conf && cat /etc/resolv.conf";
 
 #[test]
-fn this_guests_files_are_there_whatever_the_image_has() {
+fn files_of_the_guest_replace_those_of_the_image() {
     let with = |mut entries: Vec<Entry>| {
         let mut layer = base();
         layer.append(&mut entries);

@@ -93,7 +93,7 @@ fn bytes_go_both_ways_and_half_close_is_kept() {
 }
 
 #[test]
-fn a_late_listener_is_waited_for_and_none_is_hung_up_on() {
+fn connections_wait_for_a_late_listener_and_close_without_one() {
     let home = Home::shared();
     let script = format!("sleep 0.5; {ECHO}");
     let vm = serving(home, &["-p", "80", "-p", "81"], &script);
@@ -136,7 +136,7 @@ fn a_unix_socket_is_private_and_removed_with_its_machine() {
 }
 
 #[test]
-fn a_connection_is_handed_over_with_what_was_read_of_it() {
+fn a_connection_is_handed_over_with_the_bytes_read_from_it() {
     let home = Home::shared();
     let path = home.run_dir().join(unique("handoff"));
     let handoff = format!("{}:80", path.display());
@@ -238,7 +238,7 @@ fn a_clone_publishes_ports_of_its_own() {
 }
 
 #[test]
-fn a_file_at_the_place_of_a_socket_is_left_alone() {
+fn a_file_at_the_path_of_a_socket_is_not_replaced() {
     let home = Home::shared();
     let path = home.run_dir().join(unique("data"));
     std::fs::write(&path, "precious").unwrap();
@@ -291,7 +291,7 @@ fn ranges_are_published_and_shown_as_docker_does() {
 }
 
 #[test]
-fn a_port_that_is_taken_is_said_to_be() {
+fn a_port_in_use_is_reported() {
     let home = Home::shared();
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap();

@@ -330,7 +330,7 @@ fn an_interrupt_reaches_the_workload() {
 }
 
 #[test]
-fn a_workload_that_exhausts_memory_is_killed_and_said_so() {
+fn oom_of_a_workload_is_reported() {
     // The memory is written in small pieces: a large allocation could be refused.
     let script = "x = []\nwhile True: x.append(b'x' * (1 << 20))";
     let (home, name) = (Home::shared(), sm_e2e::unique("oom"));
@@ -350,7 +350,7 @@ fn a_workload_that_exhausts_memory_is_killed_and_said_so() {
 /// The command beside the workload is killed with the PID namespace of the workload, and
 /// exits first.
 #[test]
-fn a_workload_that_exhausts_memory_beside_a_command_is_said_to() {
+fn oom_of_a_workload_beside_a_command_is_reported() {
     let script = "import signal\n\
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])\n\
         print('ready', flush=True)\n\
@@ -476,7 +476,7 @@ fn timings_name_every_phase() {
 
 /// A system without this one's C library stands for other and older distributions.
 #[test]
-fn sm_itself_runs_where_there_is_nothing_but_a_kernel() {
+fn sm_runs_without_a_c_library() {
     let program = std::fs::read(binary()).unwrap();
     let script = "cat >/tmp/sm && chmod +x /tmp/sm && exec /tmp/sm --version";
     let image = image("busybox");

@@ -163,7 +163,7 @@ fn spoil(home: &Home, name: &str) {
 }
 
 #[test]
-fn a_snapshot_of_the_cache_that_cannot_be_restored_is_replaced_with_a_word() {
+fn an_unusable_cached_snapshot_is_replaced_with_a_warning() {
     let home = warm();
     let names = automatic(&home);
     for name in &names {
@@ -183,7 +183,7 @@ fn a_snapshot_of_the_cache_that_cannot_be_restored_is_replaced_with_a_word() {
 }
 
 #[test]
-fn a_snapshot_of_ones_own_that_cannot_be_restored_is_named_and_kept() {
+fn an_unusable_workload_snapshot_is_named_and_kept() {
     let home = warm();
     let vm = home.detached(&["-m", "128m", &image("busybox"), "sleep", "1000"]);
     home.sm(&["snapshot", "create", "--stop", &vm.name, "mine"])

@@ -18,7 +18,7 @@ fn sleeping(home: &Home) -> Vm<'_> {
 }
 
 #[test]
-fn a_full_disk_is_named_and_hurts_nobody_else() {
+fn a_full_disk_is_reported_and_affects_no_other_vm() {
     if !lab() {
         return;
     }

@@ -144,7 +144,7 @@ fn a_listener_is_waited_for_as_long_as_was_asked() {
 }
 
 #[test]
-fn a_port_that_nobody_has_or_has_no_more_ends_the_connection() {
+fn a_port_without_a_listener_or_with_a_closed_one_ends_the_connection() {
     let home = Home::shared();
     // The server accepts one connection only.
     let script = "nc -l -p 80 -e cat; touch /over; sleep 1000";
@@ -240,7 +240,7 @@ fn a_hundred_connections_end_in_a_clone_and_go_on_in_the_original() {
 }
 
 #[test]
-fn what_a_workload_says_last_arrives() {
+fn the_last_bytes_of_a_workload_arrive() {
     let home = Home::shared();
     // The workload exits with its only connection.
     let script = "nc -l -p 80 -e head -c 200000 /dev/zero";

@@ -67,7 +67,7 @@ fn an_exec_has_a_terminal_of_its_own() {
 }
 
 #[test]
-fn a_terminal_is_left_and_come_back_to_also_in_a_clone() {
+fn a_terminal_can_be_detached_and_attached_also_in_a_clone() {
     let home = Home::shared();
     let name = unique("term");
     let mut at = home.terminal(&[

@@ -98,7 +98,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_others_need_is_set_aside() {
+    fn descriptors_of_other_uses_are_reserved() {
         for most in [1024, 4096, 65_536, 1 << 20, usize::MAX] {
             let (exec, published) = shares(most, 1);
             assert!(exec >= LEAST && published >= exec, "{most}");

@@ -77,7 +77,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_log_is_kept_up_to_its_limit() {
+    fn a_log_is_truncated_at_its_limit() {
         let (limit, mut kept) = (Limit::default(), Vec::new());
         let line = [b'x'; 999];
         for _ in 0..10_000 {

@@ -96,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fragment_that_forgets_something_essential_is_caught() {
+    fn a_fragment_without_an_essential_symbol_is_rejected() {
         let config = essential().replace("CONFIG_PVH=y\n", "");
         assert_eq!(lost("", &config).essential, ["CONFIG_PVH is not set"]);
     }

@@ -361,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn a_default_that_nobody_reviewed_fails_the_build_by_its_name() {
+    fn an_unreviewed_default_fails_the_build() {
         let work = tempfile::tempdir().unwrap();
         let write = |names: &str| fs::write(work.path().join(DEFAULTS), names).unwrap();
         write("CONFIG_COMPACTION\nCONFIG_MITIGATION_YET_UNKNOWN");

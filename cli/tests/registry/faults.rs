@@ -40,7 +40,7 @@ fn is_blob(line: &str) -> bool {
 }
 
 #[test]
-fn what_passes_is_got_over() {
+fn transient_faults_are_survived() {
     if !tools() {
         return;
     }
@@ -75,7 +75,7 @@ fn what_passes_is_got_over() {
 }
 
 #[test]
-fn what_stays_wrong_is_told_and_not_stored() {
+fn permanent_faults_are_reported_and_nothing_is_stored() {
     if !tools() {
         return;
     }

@@ -23,7 +23,7 @@ fn digest(registry: &Registry, name: &str) -> String {
 }
 
 #[test]
-fn what_was_pulled_is_pushed_byte_for_byte() {
+fn pulled_images_are_pushed_byte_for_byte() {
     if !tools() {
         return;
     }
@@ -65,7 +65,7 @@ fn what_was_pulled_is_pushed_byte_for_byte() {
 }
 
 #[test]
-fn what_never_had_a_manifest_is_pushed_with_one() {
+fn an_image_without_a_manifest_is_pushed_with_a_new_one() {
     if !tools() {
         return;
     }

@@ -70,7 +70,7 @@ impl Registry {
 }
 
 #[test]
-fn tls_is_used_and_a_strangers_certificate_is_not_believed() {
+fn tls_is_used_and_unknown_certificates_are_refused() {
     if !tools() {
         return;
     }
@@ -94,7 +94,7 @@ fn tls_is_used_and_a_strangers_certificate_is_not_believed() {
 }
 
 #[test]
-fn a_registry_that_wants_to_know_who_comes_is_told() {
+fn client_certificates_are_sent_on_request() {
     if !tools() {
         return;
     }

@@ -141,7 +141,7 @@ fn token(directory: &Path, request: &str) -> String {
 }
 
 #[test]
-fn tokens_are_got_for_those_who_are_known() {
+fn tokens_are_requested_with_credentials() {
     if !tools() {
         return;
     }

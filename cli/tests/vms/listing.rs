@@ -17,7 +17,7 @@ fn rows(user: &User, arguments: &[&str]) -> Vec<(String, String, String)> {
 }
 
 #[test]
-fn all_are_listed_whatever_one_of_them_does() {
+fn hung_and_damaged_vms_do_not_affect_the_listing() {
     let user = User::new();
     // The number of hung VMs would take minutes if they were queried one by one.
     let hung: Vec<_> = (1..=40).map(|n| user.vm(n, &format!("hung{n}"))).collect();
@@ -54,7 +54,7 @@ fn all_are_listed_whatever_one_of_them_does() {
 }
 
 #[test]
-fn a_damaged_record_can_be_looked_at_and_removed() {
+fn a_damaged_record_can_be_inspected_and_removed() {
     let user = User::new();
     let mut damaged = user.vm(1, "damaged");
     fs::write(damaged.directory.join("config.json"), b"\x1b[2J").unwrap();
@@ -80,7 +80,7 @@ fn a_damaged_record_can_be_looked_at_and_removed() {
 }
 
 #[test]
-fn the_console_is_shown_as_the_bytes_that_it_is() {
+fn the_console_is_printed_unchanged() {
     let user = User::new();
     let _vm = user.vm(1, "vm");
     for (count, shown) in [

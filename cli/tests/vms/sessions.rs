@@ -131,7 +131,7 @@ fn three_interrupts_end_it_whatever_the_command_does() {
 }
 
 #[test]
-fn it_ends_when_nobody_reads_its_output() {
+fn a_command_without_a_reader_of_its_output_is_ended() {
     let mut stuck = Stuck::new();
     drop(stuck.sm.stdout.take());
     send(&mut stuck.session, FrameType::Stdout, b"more\n");

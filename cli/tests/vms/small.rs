@@ -13,7 +13,7 @@ use sm_image::{Compression, Config, LayoutBuilder, MemoryFile};
 use crate::fake::{User, receive, send_json, text};
 
 #[test]
-fn a_quota_that_is_none_is_refused_before_anything_is_pulled() {
+fn an_invalid_quota_is_refused_before_a_pull() {
     let user = User::new();
     let layout = user.path("layout");
     let mut image = LayoutBuilder::new(&layout, Compression::Gzip(1)).unwrap();

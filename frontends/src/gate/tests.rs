@@ -51,7 +51,7 @@ impl Listener for Backlog {
 }
 
 #[test]
-fn a_listener_that_cannot_be_accepted_from_is_looked_at_after_a_while() {
+fn a_failing_accept_is_retried_after_a_pause() {
     const TURNS: u64 = 500;
     for error in [Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::NOBUFS] {
         let guest = Guest::new(VsockConfig::default());
@@ -111,7 +111,7 @@ impl sm_event_loop::EventHandler for Idle {
 }
 
 #[test]
-fn a_spare_descriptor_that_others_took_is_had_again_later() {
+fn a_spare_descriptor_that_was_taken_is_reopened_later() {
     let mut spare = Spare::new();
     let out = || -> io::Result<()> { Err(Errno::MFILE.into()) };
     assert!(out_of_descriptors(&spare.accept(out).unwrap_err()));

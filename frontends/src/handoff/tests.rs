@@ -110,7 +110,7 @@ fn is_closed(mut client: &UnixStream) -> bool {
 }
 
 #[test]
-fn rules_that_are_broken_close_everything_that_came() {
+fn violations_close_all_received_descriptors() {
     let mut rig = rig();
     let file = tempfile::tempfile().unwrap();
     type Breach = fn(&UnixStream, &UnixStream, &std::fs::File);
@@ -150,7 +150,7 @@ fn rules_that_are_broken_close_everything_that_came() {
 }
 
 #[test]
-fn nothing_follows_a_handoff_that_broke_off() {
+fn nothing_can_be_sent_after_a_partial_handoff() {
     let (ours, mut theirs) = UnixStream::pair().unwrap();
     // The peer does not read: the socket buffer takes a part of the handoff.
     ours.set_nonblocking(true).unwrap();

@@ -73,7 +73,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_firecracker_takes_is_taken() {
+    fn requests_that_firecracker_accepts_are_accepted() {
         for (line, port) in [
             ("CONNECT 52\n", 52),
             ("connect 52\n", 52),
@@ -104,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn nonsense_is_known_as_early_as_it_can_be() {
+    fn invalid_requests_are_detected_early() {
         for nonsense in [
             "\n",
             "G",

@@ -56,7 +56,7 @@ fn a_client_requests_a_port_and_receives_ok() {
 }
 
 #[test]
-fn a_port_that_nobody_has_ends_the_connection() {
+fn a_port_without_a_listener_ends_the_connection() {
     let mut rig = rig();
     let mut client = UnixStream::connect(&rig.path).unwrap();
     client.write_all(b"CONNECT 7\n").unwrap();

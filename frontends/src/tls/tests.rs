@@ -134,7 +134,7 @@ fn the_guest_gets_plain_bytes_and_an_end_is_an_end() {
 }
 
 #[test]
-fn much_goes_both_ways_at_once() {
+fn large_streams_go_both_ways_concurrently() {
     let rig = rig(self_signed());
     let mut clients: Vec<_> = (0..4).map(|_| rig.client("localhost")).collect();
     let guest = echo(rig.guest, clients.len());
@@ -157,7 +157,7 @@ fn much_goes_both_ways_at_once() {
 }
 
 #[test]
-fn the_name_asked_for_decides_where_it_goes() {
+fn the_server_name_selects_the_target() {
     let mut rig = rig(self_signed());
     let mut client = rig.client("other.test");
     let side = std::thread::spawn(move || client.write_all(b"x").map(|()| client).unwrap());
@@ -166,7 +166,7 @@ fn the_name_asked_for_decides_where_it_goes() {
 }
 
 #[test]
-fn an_end_without_a_word_is_passed_on_as_one() {
+fn an_end_without_close_notify_resets_the_guests_stream() {
     let mut rig = rig(self_signed());
     let mut client = rig.client("localhost");
     let side = std::thread::spawn(move || client.write_all(b"x").map(|()| client).unwrap());
@@ -182,7 +182,7 @@ fn an_end_without_a_word_is_passed_on_as_one() {
 }
 
 #[test]
-fn no_byte_of_a_stranger_reaches_the_guest() {
+fn no_byte_before_the_handshake_reaches_the_guest() {
     let rig = rig(self_signed());
     let mut stranger = rig.tcp();
     stranger.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
@@ -216,7 +216,7 @@ fn certify(directory: &Path) -> String {
 }
 
 #[test]
-fn new_certificates_are_shown_once_they_make_sense() {
+fn new_certificates_are_used_when_valid() {
     let directory = tempfile::tempdir().unwrap();
     let identity = TlsIdentity::Files {
         certificates: directory.path().join("c"),
@@ -237,7 +237,7 @@ fn new_certificates_are_shown_once_they_make_sense() {
 }
 
 #[test]
-fn what_cannot_be_shown_is_named() {
+fn unusable_certificates_are_named() {
     let directory = tempfile::tempdir().unwrap();
     let event_loop = EventLoop::spawn("test").unwrap();
     let guest = Guest::new(VsockConfig::default());

@@ -87,7 +87,7 @@ fn a_reader_in_the_older_file_misses_nothing_by_one_rotation() {
 }
 
 #[test]
-fn a_reader_that_two_rotations_overtook_is_told_how_much_it_missed() {
+fn a_reader_overtaken_by_two_rotations_learns_its_loss() {
     for open_first in [false, true] {
         let dir = tempfile::tempdir().unwrap();
         let early = LogReader::open(dir.path()).unwrap();
@@ -143,9 +143,9 @@ fn in_a_process_of_its_own(name: &str) -> bool {
 }
 
 #[test]
-fn a_log_goes_on_when_there_is_room_again_and_says_what_is_missing() {
+fn a_log_continues_after_a_full_disk_and_counts_missing_bytes() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let name = "output_log::tests::a_log_goes_on_when_there_is_room_again_and_says_what_is_missing";
+    let name = "output_log::tests::a_log_continues_after_a_full_disk_and_counts_missing_bytes";
     if !in_a_process_of_its_own(name) {
         return;
     }
@@ -182,7 +182,7 @@ fn a_log_goes_on_when_there_is_room_again_and_says_what_is_missing() {
 }
 
 #[test]
-fn a_record_that_takes_the_place_of_half_a_one_is_read_as_itself() {
+fn a_record_in_place_of_a_partial_one_is_read() {
     let dir = tempfile::tempdir().unwrap();
     let mut writer = LogWriter::create(dir.path(), 1 << 20).unwrap();
     writer.append(Stream::Stdout, b"first").unwrap();
@@ -203,7 +203,7 @@ fn a_record_that_takes_the_place_of_half_a_one_is_read_as_itself() {
 }
 
 #[test]
-fn a_file_that_cannot_be_begun_is_begun_later() {
+fn a_failed_rotation_is_retried() {
     let dir = tempfile::tempdir().unwrap();
     let mut writer = LogWriter::create(dir.path(), 50).unwrap();
     let mut reader = LogReader::open(dir.path()).unwrap();

@@ -103,7 +103,7 @@ fn lookup_takes_names_and_unambiguous_prefixes() {
 }
 
 #[test]
-fn sweeping_cleans_up_after_the_dead_and_spares_the_living() {
+fn sweeping_cleans_up_after_dead_vms_only() {
     let f = fixture();
     let (alive, _lock) = f.create(Some("alive")).unwrap();
     let (killed, lock) = f.create(Some("killed")).unwrap();
@@ -255,7 +255,7 @@ fn let_go(lock: File) {
 
 /// All observers of a dead VM get the same answer, whatever the others do.
 #[test]
-fn the_dead_are_dead_while_they_are_cleaned_up_after() {
+fn a_dead_vm_is_dead_during_its_clean_up() {
     let f = fixture();
     for round in 0..50 {
         let (record, lock) = f.create(Some("killed")).unwrap();

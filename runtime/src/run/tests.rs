@@ -63,7 +63,7 @@ fn has_child(program: &Path) -> bool {
 }
 
 #[test]
-fn a_program_that_is_no_vmm_is_told_from_one() {
+fn a_program_that_is_no_vmm_is_detected() {
     // The program exits at once without reading.
     let (error, left) = started_as("/usr/bin/false", Duration::from_secs(60));
     assert!(error.contains("run_vmm_if_asked"), "{error}");

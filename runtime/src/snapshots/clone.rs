@@ -334,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_started_before_an_error_is_returned_with_it() {
+    fn clones_started_before_an_error_are_returned_with_it() {
         let (started, error) = start_all(10, Ok);
         assert_eq!(started, (1..=10).collect::<Vec<_>>());
         assert!(error.is_none());

@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn a_clock_that_is_off_is_found() {
+    fn a_wrong_clock_is_detected() {
         let mut late = clone(2);
         late.clock_error_ns = CLOCK_TOLERANCE_NS + 1;
         let proof = Proof::of("s", 2, vec![clone(1), late]);

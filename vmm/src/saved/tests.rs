@@ -161,7 +161,7 @@ fn rewrite(dir: &Path, change: impl FnOnce(&mut Manifest)) {
 }
 
 #[test]
-fn what_this_program_or_host_cannot_go_on_with_is_refused_by_name() {
+fn incompatible_snapshots_are_refused_by_name() {
     let Some(mut f) = fixture() else { return };
     capture(&mut f, "base", Origin::default()).unwrap();
     let open = |cpu: &CpuFeatures, identity: Option<&Identity>| {
@@ -215,7 +215,7 @@ fn what_this_program_or_host_cannot_go_on_with_is_refused_by_name() {
 
 /// The snapshot has the CPUID that this host offers to guests, not that of the host.
 #[test]
-fn the_processor_is_the_guests_not_the_hosts() {
+fn cpu_features_are_those_of_the_guest() {
     let Some(mut f) = fixture() else { return };
     let made = capture(&mut f, "base", Origin::default()).unwrap();
     let cpu = &made.captured.manifest.cpu;
@@ -246,7 +246,7 @@ fn a_machine_whose_memory_cannot_be_stored_runs_on() {
 
 /// A cancelled capture is not published, complete or not.
 #[test]
-fn a_capture_that_is_given_up_leaves_nothing() {
+fn a_cancelled_capture_publishes_nothing() {
     let Some(mut f) = fixture() else { return };
     for after_copying in [false, true] {
         let (told, heard) = told();

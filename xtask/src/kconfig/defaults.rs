@@ -172,7 +172,7 @@ config SECOND
     }
 
     #[test]
-    fn a_default_that_nobody_asked_for_is_found_by_name() {
+    fn an_unrequested_default_is_found_by_name() {
         let found = prompts(tree().path()).unwrap();
         let fragment = "CONFIG_VSOCKETS=y\n";
         let config = "CONFIG_VSOCKETS=y\nCONFIG_VSOCKETS_LOOPBACK=y\nCONFIG_HAVE_THING=y\n\
@@ -187,7 +187,7 @@ config SECOND
     }
 
     #[test]
-    fn what_the_fragment_says_is_no_default() {
+    fn symbols_of_the_fragment_are_no_defaults() {
         let found = HashSet::from(["CONFIG_A".to_owned(), "CONFIG_B".to_owned()]);
         let config = "CONFIG_A=y\nCONFIG_B=n\n";
         assert!(came_on(&found, "CONFIG_A=n\n", config).is_empty());

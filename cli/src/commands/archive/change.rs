@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_instruction_is_refused() {
+    fn invalid_instructions_are_refused() {
         for text in ["CMD", "ENV A", "FROM x", r#"CMD ["x""#, "  "] {
             assert!(of(&[text]).is_err(), "{text:?}");
         }

@@ -3,7 +3,7 @@
 use super::*;
 
 #[test]
-fn a_guest_that_takes_no_request_is_not_waited_for_for_ever() {
+fn sending_a_request_times_out() {
     let mut f = fixture(Setup::default().detached());
     let (_agent, mut main) = f.vm.start();
     // No process reads the connection.

@@ -34,13 +34,13 @@ fn serve_exec(listener: &UnixListener, commands: usize) {
 /// The test runs in a user namespace with fewer inotify instances than readers of the
 /// log: by default, a user has 128 for all programs.
 #[test]
-fn hundreds_that_wait_are_attached_or_follow_keep_nobody_from_using_the_vm() {
+fn hundreds_of_clients_of_all_kinds_do_not_prevent_control() {
     let mut command = Command::new("unshare");
     command
         .args(["--user", "--map-root-user", "sh", "-c"])
         .arg("echo 50 >/proc/sys/user/max_inotify_instances && exec \"$0\" \"$@\"")
         .arg(std::env::current_exe().unwrap());
-    let name = "hundreds_that_wait_are_attached_or_follow_keep_nobody_from_using_the_vm";
+    let name = "hundreds_of_clients_of_all_kinds_do_not_prevent_control";
     if !in_own_process(module_path!(), name, &mut command) {
         return;
     }
@@ -120,7 +120,7 @@ fn hundreds_that_wait_are_attached_or_follow_keep_nobody_from_using_the_vm() {
 
 /// A follower has at most one pending notification, however much output there is.
 #[test]
-fn a_follower_that_does_not_read_holds_nobody_up() {
+fn a_follower_that_does_not_read_blocks_no_one() {
     let mut f = fixture(Setup::default().detached());
     let (_agent, mut main) = f.vm.start();
     let mut follower = f.vm.control().follow().unwrap();

@@ -12,7 +12,7 @@ fn call(client: &mut Peer, call: &ControlCall) {
 
 /// Clients that wait and those that are attached do not use up places of control clients.
 #[test]
-fn hundreds_of_waiting_clients_keep_nobody_from_stopping_the_vm() {
+fn hundreds_of_waiting_clients_do_not_prevent_a_stop() {
     let mut f = fixture(Setup {
         detached: true,
         ..Setup::default()
@@ -66,7 +66,7 @@ fn hundreds_of_waiting_clients_keep_nobody_from_stopping_the_vm() {
 
 /// Clients beyond the maximum wait in the backlog, and are not disconnected.
 #[test]
-fn connections_that_call_nothing_give_way() {
+fn idle_connections_are_evicted() {
     let mut f = fixture(Setup {
         detached: true,
         idle_timeout: Some(Duration::from_millis(50)),
@@ -83,7 +83,7 @@ fn connections_that_call_nothing_give_way() {
 }
 
 #[test]
-fn a_place_is_given_on_when_its_client_leaves() {
+fn the_next_client_is_served_when_one_disconnects() {
     let mut f = fixture(Setup {
         detached: true,
         // The idle timeout never expires.

@@ -3,7 +3,7 @@
 use super::*;
 
 #[test]
-fn whoever_waits_is_told_the_end() {
+fn waiting_clients_are_notified_of_the_end() {
     let mut f = fixture(Setup::default());
     let (_agent, mut main) = f.start();
     let mut waiter = Peer(UnixStream::connect(f.record.control_socket()).unwrap());
@@ -159,7 +159,7 @@ fn a_kill_is_not_for_lack_of_memory_because_something_else_ran_out_of_it() {
 }
 
 #[test]
-fn what_the_workload_said_last_is_delivered_before_the_machine_ends() {
+fn the_last_bytes_of_the_workload_are_delivered_before_the_stop() {
     let mut f = fixture(Setup::default());
     let (_agent, mut main) = f.start();
     *f.guest.delivers.lock().unwrap() = true;
@@ -174,7 +174,7 @@ fn what_the_workload_said_last_is_delivered_before_the_machine_ends() {
 }
 
 #[test]
-fn a_client_that_takes_nothing_does_not_keep_the_machine() {
+fn a_client_that_does_not_read_does_not_delay_the_release() {
     let mut f = fixture(Setup::default());
     let (_agent, mut main) = f.start();
     *f.guest.delivers.lock().unwrap() = true;
@@ -291,7 +291,7 @@ fn a_guest_that_powers_itself_off_is_not_stopped() {
 }
 
 #[test]
-fn an_end_that_cannot_be_written_down_is_told_and_written_later() {
+fn an_exit_record_that_cannot_be_written_is_reported_and_retried() {
     let mut f = fixture(Setup::default());
     let (_agent, mut main) = f.start();
     // The exit record cannot be written.
@@ -318,7 +318,7 @@ fn an_end_that_cannot_be_written_down_is_told_and_written_later() {
 }
 
 #[test]
-fn a_vm_whose_end_cannot_be_written_down_can_be_ended() {
+fn a_vm_whose_exit_record_cannot_be_written_can_be_terminated() {
     for destroy in [false, true] {
         let mut f = fixture(Setup::default());
         let (_agent, mut main) = f.start();

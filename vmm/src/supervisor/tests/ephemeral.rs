@@ -78,7 +78,7 @@ fn ended_while_publishing() -> (Fixture, Peer) {
 }
 
 #[test]
-fn a_snapshot_for_clones_of_a_vm_that_has_ended_goes_with_whoever_asked() {
+fn an_ephemeral_snapshot_of_an_exited_vm_is_removed_with_its_client() {
     for leaves_early in [false, true] {
         let (mut f, client) = ended_while_publishing();
         let mut client = Some(client);
@@ -102,7 +102,7 @@ fn a_snapshot_for_clones_of_a_vm_that_has_ended_goes_with_whoever_asked() {
 }
 
 #[test]
-fn a_snapshot_for_clones_that_somebody_has_opened_stays() {
+fn an_ephemeral_snapshot_that_is_open_stays() {
     let (mut f, mut client) = ended_while_publishing();
     let directory = tempfile::tempdir().unwrap();
     let store = SnapshotStore::open(directory.path()).unwrap();

@@ -142,7 +142,7 @@ fn the_time_to_start_does_not_pass_while_memory_is_copied() {
 
 /// The workload does not run again, so it cannot be blamed for not stopping.
 #[test]
-fn a_vm_that_stays_held_is_not_said_to_resist() {
+fn a_vm_that_stays_paused_is_not_reported_as_unresponsive() {
     let mut f = fixture(Setup::default());
     let (mut agent, _main) = f.start();
     let asked = ask_for_snapshot(&f, "large", true);

@@ -42,7 +42,7 @@ fn a_workload_starts_once() {
 }
 
 #[test]
-fn a_workload_does_not_start_before_it_is_asked_for() {
+fn a_workload_does_not_start_before_its_request() {
     let mut f = fixture(Setup::default());
     let mut agent = f.dial();
     let _: ControlRequest = agent.receive_json(FrameType::Control);
@@ -54,7 +54,7 @@ fn a_workload_does_not_start_before_it_is_asked_for() {
 }
 
 #[test]
-fn an_agent_that_hangs_up_is_not_heard_again() {
+fn an_agent_that_disconnects_cannot_reconnect() {
     let mut f = fixture(Setup::default());
     for first in [true, false, false] {
         assert_eq!(f.dial().receive().is_some(), first);
@@ -71,7 +71,7 @@ fn an_agent_that_hangs_up_is_not_heard_again() {
 }
 
 #[test]
-fn what_a_guest_says_is_short_and_has_no_control_characters() {
+fn text_of_a_guest_is_short_and_has_no_control_characters() {
     let mut f = fixture(Setup::default());
     let (_agent, mut main, _) = f.boot();
     let long = format!("no\x1b[2J such\nprogram {}", "x".repeat(1 << 15));
@@ -154,7 +154,7 @@ fn frames_that_only_a_host_sends_end_the_vm() {
 }
 
 #[test]
-fn a_guest_that_does_not_answer_is_not_asked_without_end() {
+fn requests_to_a_guest_without_answers_are_limited() {
     let mut f = fixture(Setup::default());
     let (_agent, mut main) = f.start();
     let mut control = f.control();

@@ -178,7 +178,7 @@ fn calls_are_answered() {
 /// The last frames may wait for space behind a frame that fills a connection, and only
 /// that space wakes the loop.
 #[test]
-fn what_waits_for_room_goes_on_when_there_is_room() {
+fn waiting_frames_continue_when_space_is_free() {
     let mut f = fixture(Setup {
         large_buffers: true,
         ..Setup::default()
@@ -246,7 +246,7 @@ fn tens_of_megabytes_come_back_as_they_went() {
 /// The workload is stopped by another client, and its exit report is behind unread
 /// output.
 #[test]
-fn a_client_that_takes_no_output_does_not_hide_the_end() {
+fn a_client_that_does_not_read_does_not_hide_the_end() {
     let mut f = fixture(Setup::default());
     let (mut agent, mut main) = f.start();
     let chunk = vec![b'x'; 64 * 1024];

@@ -105,7 +105,7 @@ pub(super) fn made(pages: u64) -> Result<SnapshotMade, String> {
 
 /// A captured snapshot is published, whatever happens to the VM.
 #[test]
-fn a_vm_that_ends_while_its_snapshot_is_published_says_what_came_of_it() {
+fn a_vm_that_ends_while_its_snapshot_is_published_reports_the_result() {
     for stays in [false, true] {
         for outcome in [made(5), Err("the disk is full".to_owned())] {
             let succeeds = outcome.is_ok();
@@ -157,7 +157,7 @@ fn a_vm_that_ends_before_it_is_captured_makes_no_snapshot() {
 }
 
 #[test]
-fn a_vm_on_its_way_is_not_paused() {
+fn a_starting_vm_is_not_paused() {
     let mut f = fixture(Setup::default());
     let (_agent, mut main, _) = f.boot();
     let error = f.control().call(&ControlCall::Pause).unwrap_err();
@@ -260,7 +260,7 @@ fn a_clone_gets_its_identity_before_its_workload_goes_on() {
 }
 
 #[test]
-fn a_clone_whose_kernel_noticed_nothing_never_thaws() {
+fn a_clone_without_a_new_generation_id_never_thaws() {
     let mut f = fixture(Setup {
         start: Some(Start::Restored(Layer::App)),
         ..Setup::default()
@@ -309,7 +309,7 @@ fn an_image_snapshot_is_of_a_frozen_guest() {
 }
 
 #[test]
-fn a_guest_that_does_not_freeze_goes_on_without_an_image_snapshot() {
+fn a_guest_that_does_not_freeze_starts_without_an_image_snapshot() {
     let mut f = fixture(Setup {
         wants_root: true,
         ..Setup::default()
@@ -328,7 +328,7 @@ fn a_guest_that_does_not_freeze_goes_on_without_an_image_snapshot() {
 }
 
 #[test]
-fn a_guest_that_never_gets_ready_does_not_keep_a_snapshot_waiting() {
+fn a_guest_that_is_never_ready_fails_the_snapshot() {
     let mut f = fixture(Setup {
         prepare_timeout: Some(Duration::from_millis(20)),
         ..Setup::default()
@@ -390,7 +390,7 @@ fn every_start_has_an_epoch_that_its_owner_can_ask_for() {
 }
 
 #[test]
-fn a_snapshot_whose_guest_does_not_come_up_is_given_up_and_named() {
+fn a_snapshot_whose_guest_does_not_start_is_discarded_and_named() {
     let mut f = fixture(Setup {
         start: Some(Start::Restored(Layer::Image)),
         ..Setup::default()
@@ -406,7 +406,7 @@ fn a_snapshot_whose_guest_does_not_come_up_is_given_up_and_named() {
 }
 
 #[test]
-fn a_machine_that_is_put_back_comes_up_as_another() {
+fn a_reset_machine_has_a_new_identity() {
     let mut f = fixture(Setup {
         start: Some(Start::Restored(Layer::App)),
         ..Setup::default()
@@ -440,7 +440,7 @@ fn a_machine_that_is_put_back_comes_up_as_another() {
 }
 
 #[test]
-fn a_machine_of_an_image_has_nothing_to_be_put_back_to() {
+fn a_machine_of_an_image_cannot_be_reset() {
     let mut f = fixture(Setup::default());
     let (_agent, mut main) = f.start();
     let refused = f.control().call(&ControlCall::Reset).unwrap_err();
@@ -450,7 +450,7 @@ fn a_machine_of_an_image_has_nothing_to_be_put_back_to() {
 }
 
 #[test]
-fn a_machine_that_has_told_what_it_is_lives_until_its_launcher_goes() {
+fn a_machine_started_for_its_identity_report_lives_as_long_as_its_launcher() {
     let mut f = fixture(Setup {
         detached: true,
         evidence: true,

@@ -141,7 +141,7 @@ fn guest() -> Guest {
 }
 
 #[test]
-fn firecracker_is_asked_for_a_snapshot_and_to_load_it() {
+fn firecracker_takes_a_snapshot_and_loads_it() {
     let monitor = Monitor::new("nothing");
     let mut rival = Firecracker::new(monitor.program());
     rival.prepare(&guest()).unwrap();
@@ -173,7 +173,7 @@ fn firecracker_is_asked_for_a_snapshot_and_to_load_it() {
 }
 
 #[test]
-fn cloud_hypervisor_is_asked_for_a_snapshot_and_started_from_it() {
+fn cloud_hypervisor_takes_a_snapshot_and_starts_from_it() {
     let monitor = Monitor::new("nothing");
     let mut rival = CloudHypervisor::new(monitor.program());
     rival.prepare(&guest()).unwrap();

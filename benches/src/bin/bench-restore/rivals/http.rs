@@ -88,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn a_request_is_sent_and_its_status_told() {
+    fn a_request_is_sent_and_its_status_returned() {
         let (result, request) = answered("HTTP/1.1 204 No Content\r\n\r\n");
         result.unwrap();
         assert!(request.starts_with("PUT /x HTTP/1.1\r\n") && request.ends_with("{\"a\":1}"));

@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_that_never_gives_its_sign_is_not_awaited_for_ever() {
+    fn waiting_for_a_sign_times_out() {
         let (mut from, mut to) = std::io::pipe().unwrap();
         to.write_all(b"boot").unwrap();
         let error = await_output_for(&mut from, b"tick", Duration::from_millis(20));
