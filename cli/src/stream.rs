@@ -18,7 +18,7 @@ use crate::terminal::{self, RawMode};
 
 /// The detach keys, Ctrl-P Ctrl-Q.
 const DETACH: [u8; 2] = [0x10, 0x11];
-/// Number of interrupts that end `sm`, whatever the command does with them.
+/// Number of interrupts that end `sm`, even if the command ignores them.
 const FORCE_QUIT: u32 = 3;
 const SIGPIPE: u8 = 13;
 
@@ -343,7 +343,7 @@ fn watch_signals(
 mod tests {
     use super::*;
 
-    /// A pipe as made by a program with an event loop, which is non-blocking.
+    /// Programs with an event loop pass non-blocking pipes.
     #[test]
     fn all_bytes_are_written_to_a_nonblocking_file() {
         let (mut reader, writer) = io::pipe().unwrap();

@@ -1,12 +1,12 @@
 //! Host-side listeners on top of the vsock muxer.
 //!
-//! | frontend | its clients | what they reach |
+//! | frontend | clients | target |
 //! |---|---|---|
 //! | [`UnixFrontend`] | of this user, on a private unix socket | a port of the guest, or its exec server |
 //! | [`TcpFrontend`] | on a TCP port | a port of the guest |
-//! | [`TlsFrontend`] | on a TCP port, speaking TLS | the same, in the clear |
+//! | [`TlsFrontend`] | on a TCP port, with TLS | the same, decrypted |
 //! | [`HandoffFrontend`] | routers that have accepted connections | a port of the guest |
-//! | [`HybridFrontend`] | of Firecracker's vsock protocol | any vsock port, both ways |
+//! | [`HybridFrontend`] | of Firecracker's vsock protocol | any vsock port, in both directions |
 //!
 //! A frontend accepts connections on the machine's event loop and passes each of them to
 //! the muxer, which forwards its bytes. It has no thread, and no buffer except for TLS,

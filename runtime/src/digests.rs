@@ -46,7 +46,7 @@ pub(crate) fn file_digest(path: &Path, cache: &Path) -> io::Result<String> {
     if is_settled(&meta)
         && let Err(error) = write(&directory, &entry, &digest)
     {
-        tracing::debug!(%error, "a digest is not kept");
+        tracing::debug!(%error, "a digest is not cached");
     }
     Ok(digest)
 }

@@ -11,7 +11,7 @@ use thiserror::Error;
 #[derive(Debug, Error)]
 pub enum HomeError {
     /// No environment variable determines a directory.
-    #[error("cannot tell where to keep {what}: set {variable}")]
+    #[error("cannot determine the directory for {what}: set {variable}")]
     Unknown {
         /// The data of that directory.
         what: &'static str,

@@ -259,7 +259,7 @@ impl Vm {
         match self.record.state()? {
             VmState::Exited(exit) => Ok(exit),
             VmState::Running => Err(Error::Refused(format!(
-                "VM \"{}\" does not tell its exit status",
+                "VM \"{}\" reports no exit status",
                 self.name()
             ))),
         }

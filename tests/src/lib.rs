@@ -1,13 +1,13 @@
 //! Common code of the end-to-end tests: the built `sm`, its state, and fixtures.
 //!
-//! Configured by the environment, as `cargo xtask test` sets it:
+//! `cargo xtask test` sets the environment variables:
 //!
 //! | variable | meaning |
 //! |---|---|
 //! | `SM_BIN` | path of the `sm` to test |
 //! | `SM_FIXTURES` | directory of OCI layouts: `busybox`, `debian`, `python` |
 //! | `SM_DOCKER`, `SM_SYSTEMD` | directories of the OCI layouts `docker` and `systemd`, for tests named `full_...` |
-//! | `SM_KERNEL`, `SM_AGENT` | passed on to `sm` |
+//! | `SM_KERNEL`, `SM_AGENT` | forwarded to `sm` |
 //! | `SM_BENCH_RESTORE`, `SM_BENCH_INITRAMFS` | the benchmark, and its guest |
 //! | `SM_LANES` | the static program `tests/guest/lanes.rs` |
 //! | `SM_STOCK_KERNEL` | a distribution kernel for the stock-kernel cases |

@@ -519,7 +519,7 @@ fn invalid_names_and_options_are_refused_and_the_vm_runs_on() {
     let vm = counting(home);
     let create = |name: &str| home.sm(&["snapshot", "create", &vm.name, name]);
     for (name, why) in [
-        ("base-mine", "for itself"),
+        ("base-mine", "are reserved"),
         ("a/b", "not a snapshot name"),
         ("", "not a snapshot name"),
     ] {

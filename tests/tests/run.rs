@@ -156,8 +156,8 @@ fn a_command_killed_by_a_signal_is_128_plus_n() {
         "sh -c 'kill -TERM $$'; exit $?",
     ])
     .exits(143);
-    // PID 1 of a namespace is not ended by a signal that it sends itself, but by the
-    // one for its own fault.
+    // PID 1 of a namespace ignores signals that it sends to itself, but not those for its
+    // own faults.
     // abort(3) relies on the same when its signal has no effect.
     let script = "import os; os.abort()";
     let image = image("python");

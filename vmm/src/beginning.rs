@@ -46,7 +46,7 @@ impl Beginning {
         let root = request.data.join("snapshots");
         let store = SnapshotStore::open(&root).unwrap_or_else(|error| {
             // Existing snapshots are still usable; creating one reports its own error.
-            tracing::warn!(error = with_causes(&error), "no snapshots can be made");
+            tracing::warn!(error = with_causes(&error), "no snapshots can be taken");
             SnapshotStore::read_only(&root)
         });
         if let Origin::Snapshot(name) | Origin::Evidence(name) = &request.origin {

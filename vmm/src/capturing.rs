@@ -42,7 +42,7 @@ impl Origin {
 #[derive(Debug)]
 pub(crate) struct Made {
     pub(crate) captured: Captured,
-    /// The time for which the vCPUs were held.
+    /// The time for which the vCPUs were paused.
     pub(crate) pause: Duration,
 }
 

@@ -87,7 +87,7 @@ pub(crate) trait Guest {
     /// Resets the machine to the snapshot from which it was started; it gets a new
     /// identity later. Every stream to it ends.
     fn reset(&mut self) -> Result<(), String> {
-        Err("this machine cannot be put back".to_owned())
+        Err("this machine cannot be reset".to_owned())
     }
     /// Pauses all vCPUs.
     fn pause(&mut self) -> Result<(), String>;
@@ -197,7 +197,7 @@ impl Drop for Kept {
         if let Some((store, name)) = self.ephemeral.take() {
             // The store refuses while a clone lives: the last clone removes it.
             match store.remove(&name) {
-                Ok(()) => tracing::info!(name, "removed a snapshot that nobody used"),
+                Ok(()) => tracing::info!(name, "removed an unused snapshot"),
                 Err(Error::NotFound { .. } | Error::InUse { .. }) => {}
                 Err(error) => tracing::warn!(name, %error, "a snapshot is not removed"),
             }

@@ -13,7 +13,7 @@ use tracing_subscriber::util::SubscriberInitExt as _;
 
 /// Maximum size of the log in bytes.
 const LIMIT: u64 = 4 << 20;
-const NOTICE: &[u8] = b"[what the VMM says beyond 4 MiB is not kept]\n";
+const NOTICE: &[u8] = b"[the log beyond 4 MiB is not stored]\n";
 
 /// Variable with the log filter, such as `sm_vmm_core=debug`.
 const VARIABLE: &str = "SM_LOG";

@@ -195,9 +195,13 @@ pub(crate) fn start(
             }
             Err(failure) => match cached {
                 Some((store, name)) if failure.spoilt => {
-                    tracing::warn!(name, error = failure.message, "a snapshot is no good");
+                    tracing::warn!(
+                        name,
+                        error = failure.message,
+                        "a snapshot cannot be restored"
+                    );
                     warnings.push(format!(
-                        "snapshot \"{name}\" was made by sm for itself, and {}: going on without it",
+                        "snapshot \"{name}\" was created by sm, and {}: continuing without it",
                         failure.message
                     ));
                     if !cache::discard(&store, &name) {
@@ -207,7 +211,10 @@ pub(crate) fn start(
                 _ => {
                     return Err(match &request.origin {
                         Origin::Snapshot(name) | Origin::Evidence(name) if failure.spoilt => {
-                            format!("snapshot \"{name}\" is of no use here: {}", failure.message)
+                            format!(
+                                "snapshot \"{name}\" cannot be used here: {}",
+                                failure.message
+                            )
                         }
                         _ => failure.message,
                     });

@@ -114,7 +114,7 @@ fn receive_request(launcher: &UnixStream) -> io::Result<(LaunchRequest, File)> {
     loop {
         let count = fdpass::receive(launcher, &mut buffer, &mut fds)?;
         if count == 0 {
-            return Err(bad("the launcher went away"));
+            return Err(bad("the launcher disconnected"));
         }
         decoder.push(buffer.get(..count).unwrap_or_default());
         let frame = decoder.next_frame().map_err(io::Error::other)?;

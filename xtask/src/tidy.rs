@@ -2,21 +2,21 @@
 //!
 //! | rule | exceptions |
 //! |---|---|
-//! | crates depend on each other as `xtask/tidy/crates.txt` has it | none |
-//! | crates that are used alone come with few packages, and without a C compiler | `xtask/tidy/packages.txt` has the numbers |
+//! | dependencies between crates are those in `xtask/tidy/crates.txt` | none |
+//! | crates that are used alone have few dependencies, and need no C compiler | `xtask/tidy/packages.txt` has the numbers |
 //! | modules with one parent do not use each other in a circle | `xtask/tidy/circles.txt` |
-//! | modules that are to be crates use nothing outside of themselves | `xtask/tidy/sealed.txt` has them |
-//! | what differs between operating systems is in folders named `sys` | `xtask/tidy/target-os.txt` |
+//! | modules that will become crates use nothing outside of themselves | `xtask/tidy/sealed.txt` has them |
+//! | code for specific operating systems is in folders named `sys` | `xtask/tidy/target-os.txt` |
 //! | a Rust file has at most 600 lines | `xtask/tidy/long-files.txt` |
-//! | nothing points to files outside the repository | none |
-//! | links and paths in documents lead to files and headings that are there | none |
+//! | no path leads to a file outside the repository | none |
+//! | links and paths in documents lead to existing files and headings | none |
 //! | `README.md` has at most 150 lines | none |
 //! | commands of cargo in documents exist | blocks marked `unchecked: REASON` |
 //! | at most 0.5 % of a crate's comment lines open with a question word | `xtask/tidy/openings.txt` has counts |
 //! | comments are without the words that CONTRIBUTING.md replaces | `xtask/tidy/words.txt` has counts |
 //! | titles of commits are `component: ...`, at most 72 characters | none |
 //!
-//! Lists of exceptions only shrink: an entry that is no longer needed is an error, too.
+//! Lists of exceptions only shrink: an unneeded entry is an error, too.
 
 mod commands;
 mod commits;
@@ -37,7 +37,7 @@ use serde_json::Value;
 
 use crate::{cmd, paths};
 
-/// Data of tests, which may contain anything.
+/// Test data with arbitrary contents.
 const DATA: [&str; 2] = ["fuzz/corpus/", "fuzz/seeds/"];
 
 /// A file of the repository.

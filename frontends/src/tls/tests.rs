@@ -166,7 +166,7 @@ fn the_server_name_selects_the_target() {
 }
 
 #[test]
-fn an_end_without_close_notify_resets_the_guests_stream() {
+fn an_end_without_close_notify_ends_the_stream_at_once() {
     let mut rig = rig(self_signed());
     let mut client = rig.client("localhost");
     let side = std::thread::spawn(move || client.write_all(b"x").map(|()| client).unwrap());

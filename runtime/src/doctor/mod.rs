@@ -94,7 +94,7 @@ fn memory() -> Result<String, String> {
         ));
     }
     Ok(format!(
-        "{mebibytes} MiB available; a guest gets {} MiB unless told otherwise",
+        "{mebibytes} MiB available; a guest gets {} MiB by default",
         DEFAULT_MEMORY >> 20
     ))
 }

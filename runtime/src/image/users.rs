@@ -25,7 +25,7 @@ pub(super) fn image_users(home: &Home) -> Result<Users, String> {
             Err(_) if !home.snapshots().join(&entry.name).exists() => continue,
             Err(reason) => {
                 return Err(format!(
-                    "snapshot \"{name}\" cannot be read: {reason}; if it is of no use any more, \
+                    "snapshot \"{name}\" cannot be read: {reason}; if it is not needed any more, \
                      remove it (sm snapshot rm {name})",
                     name = entry.name
                 ));

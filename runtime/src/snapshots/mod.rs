@@ -32,7 +32,7 @@ pub(crate) fn check_user_name(name: &str) -> Result<(), RuntimeError> {
     sm_snapshot::store::check_name(name)?;
     if let Some(prefix) = RESERVED.iter().find(|prefix| name.starts_with(**prefix)) {
         return Err(RuntimeError::Option(format!(
-            "\"{name}\" cannot be the name of a snapshot: sm keeps names that begin with \"{prefix}\" for itself"
+            "\"{name}\" cannot be the name of a snapshot: names that begin with \"{prefix}\" are reserved"
         )));
     }
     Ok(())

@@ -32,10 +32,10 @@ impl RunningMachine {
                 name,
                 pages = made.captured.manifest.memory.data_pages,
                 pause_us = made.pause.as_micros(),
-                "a snapshot was made"
+                "a snapshot was taken"
             ),
             // Another VM may have created the same snapshot in the meantime.
-            Err(error) => tracing::warn!(name, error, "a snapshot was not made"),
+            Err(error) => tracing::warn!(name, error, "a snapshot was not taken"),
         };
         self.capture(plan, Box::new(made))
     }
@@ -70,7 +70,7 @@ impl RunningMachine {
             None => Ok(false),
             Some(Ok(())) => Ok(true),
             Some(Err(error)) if self.machine.is_running() => {
-                tracing::warn!(error, "a snapshot was not made");
+                tracing::warn!(error, "a snapshot was not taken");
                 Ok(false)
             }
             Some(Err(error)) => Err(error),
@@ -196,7 +196,7 @@ impl Guest for RunningMachine {
             .map_err(failed("find what the machine wrote"))?;
         self.machine
             .reset_to(&state, Some(&written))
-            .map_err(failed("put the machine back"))?;
+            .map_err(failed("reset the machine"))?;
         self.machine
             .set_generation_id(random::<16>())
             .map_err(failed("give the machine an identity"))?;
@@ -279,7 +279,7 @@ impl Guest for RunningMachine {
             ExitReason::TripleFault { vcpu } => {
                 format!("vCPU {vcpu} of the guest met a triple fault")
             }
-            ExitReason::Halted { vcpu } => format!("vCPU {vcpu} of the guest halted for good"),
+            ExitReason::Halted { vcpu } => format!("vCPU {vcpu} of the guest halted permanently"),
             ExitReason::Fault { vcpu, info } => format!(
                 "the hypervisor cannot run vCPU {vcpu} on: {} (at {:#x})",
                 info.reason, info.program_counter

@@ -398,9 +398,9 @@ impl<G: Guest> Supervisor<G> {
         let busy = self.held.is_some() || job.is_some_and(SnapshotJob::needs_machine);
         if busy || self.resetting.is_some() {
             let what = if busy {
-                "a snapshot of this VM is being made"
+                "a snapshot of this VM is being taken"
             } else {
-                "this VM is being put back to its snapshot"
+                "this VM is being reset to its snapshot"
             };
             return ControlAnswer::Error(format!("{what}: try again when that is done"));
         }

@@ -58,9 +58,9 @@ impl<G: Guest> Supervisor<G> {
             Timer::Kill => self.destroy("the workload did not end when it was killed"),
             Timer::OomCheck => self.oom_checked(false),
             // A stream that could not be opened in time ends as well.
-            Timer::HangUp => self.host_failed("the guest agent hung up"),
+            Timer::HangUp => self.host_failed("the guest agent disconnected"),
             Timer::Delivery => {
-                tracing::info!("clients did not take in time what the guest had sent");
+                tracing::info!("clients did not read the guest's last bytes in time");
                 self.power_off();
             }
             Timer::PowerOff => {
@@ -160,7 +160,7 @@ impl<G: Guest> Supervisor<G> {
         let source = self.guest.as_ref().filter(|_| self.is_blank());
         let kept = match source.and_then(Guest::cached_source) {
             Some(name) => format!(
-                "; it was restored from snapshot \"{name}\", which is kept: should that be the \
+                "; it was restored from snapshot \"{name}\", which is kept: if it is the \
                  reason, start without it (--cold)"
             ),
             None => String::new(),

@@ -293,7 +293,7 @@ impl<G: Guest> Supervisor<G> {
         if reply != ControlReply::Done {
             tracing::warn!(
                 ?reply,
-                "no image snapshot is made: the guest does not freeze"
+                "no image snapshot is taken: the guest does not freeze"
             );
             return self.go_on_with_root();
         }

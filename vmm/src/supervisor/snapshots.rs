@@ -80,11 +80,11 @@ impl<G: Guest> Supervisor<G> {
         } else if self.paused {
             "the VM is paused: unpause it first"
         } else if self.snapshot.is_some() || self.held.is_some() {
-            "a snapshot of this VM is being made already"
+            "a snapshot of this VM is being taken already"
         } else if self.is_about_to_end() {
             "the VM is about to end"
         } else if self.resetting.is_some() {
-            "this VM is being put back to its snapshot"
+            "this VM is being reset to its snapshot"
         } else if let Some(agent) = &mut self.agent {
             self.snapshots += 1;
             let job = self.snapshots;
@@ -185,7 +185,7 @@ impl<G: Guest> Supervisor<G> {
             return self.host_failed(&error);
         }
         if let Err(error) = &copied {
-            tracing::warn!(error, "a snapshot was not made");
+            tracing::warn!(error, "a snapshot was not taken");
         }
         match held {
             Held::Agent(_) | Held::Root if self.ended.is_some() => {}
@@ -233,7 +233,7 @@ impl<G: Guest> Supervisor<G> {
         match made {
             Ok(SnapshotMade { report, kept }) => {
                 let name = job.plan.name;
-                let why = format!("it was stopped when snapshot \"{name}\" of it was made");
+                let why = format!("it was stopped when snapshot \"{name}\" of it was taken");
                 let report = SnapshotReport {
                     name,
                     frozen_us: job.frozen_us,
@@ -276,13 +276,13 @@ impl<G: Guest> Supervisor<G> {
         } else if self.paused {
             "the VM is paused: unpause it first"
         } else if self.snapshot.is_some() || self.held.is_some() {
-            "a snapshot of this VM is being made"
+            "a snapshot of this VM is being taken"
         } else if self.is_about_to_end() {
             "the VM is about to end"
         } else if self.resetting.is_some() {
-            "this VM is being put back already"
+            "this VM is being reset already"
         } else if self.start() != Start::Restored(Layer::App) {
-            "it was not started from a snapshot of a workload, so there is nothing to put it back to"
+            "it was not started from a workload snapshot, so it cannot be reset"
         } else {
             return self.put_back(client);
         };
@@ -324,12 +324,12 @@ impl<G: Guest> Supervisor<G> {
     /// published nevertheless, and its result reported later.
     pub(super) fn cancel_snapshot(&mut self) {
         if let Some(client) = self.resetting.take() {
-            let text = "the VM ended before it was put back".to_owned();
+            let text = "the VM exited before the reset completed".to_owned();
             self.answer(client, &ControlAnswer::Error(text));
         }
         if !self.snapshot.as_ref().is_some_and(|job| job.captured) {
             self.give_up_capture();
-            self.snapshot_failed("the VM ended before its snapshot was made");
+            self.snapshot_failed("the VM exited before its snapshot was taken");
         }
     }
 

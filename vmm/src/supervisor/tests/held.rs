@@ -14,7 +14,7 @@ fn a_vm_serves_its_clients_while_its_memory_is_copied() {
     for call in [ControlCall::Pause, ControlCall::Reset] {
         let error = f.control().call_and_wait(&call).unwrap_err().to_string();
         assert!(
-            error.contains("snapshot of this VM is being made"),
+            error.contains("snapshot of this VM is being taken"),
             "{error}"
         );
     }

@@ -65,7 +65,7 @@ fn an_agent_that_disconnects_cannot_reconnect() {
     assert_eq!(f.events(), ["exit 125", "ended 125"]);
     f.finish();
     let exit = f.exit();
-    assert!(exit.message.unwrap().contains("hung up"));
+    assert!(exit.message.unwrap().contains("disconnected"));
     let ready = |phase: &&Phase| phase.name == "agent ready";
     assert_eq!(exit.phases.iter().filter(ready).count(), 1);
 }

@@ -149,7 +149,7 @@ fn a_vm_that_ends_before_it_is_captured_makes_no_snapshot() {
     main.exit(0);
     let error = asked.join().unwrap().unwrap_err().to_string();
     assert!(
-        error.contains("ended before its snapshot was made"),
+        error.contains("exited before its snapshot was taken"),
         "{error}"
     );
     f.finish();
