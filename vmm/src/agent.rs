@@ -25,7 +25,7 @@ pub(crate) enum Purpose {
         /// Time of the request, in nanoseconds since the Unix epoch.
         asked_ns: u64,
     },
-    /// Freeze all processes beside the agent, for an image snapshot.
+    /// Freeze the workload, which has not started yet, for an image snapshot.
     FreezeRoot,
     /// Freeze the workload, for a snapshot.
     Freeze {

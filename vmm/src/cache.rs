@@ -106,7 +106,8 @@ impl Cache {
         }
     }
 
-    /// Opens one snapshot. Returns it if it can be used, and true if its name is free.
+    /// Opens one snapshot. Returns it if it can be used, and true if its name is free,
+    /// perhaps after a corrupt one was removed.
     fn open_one(&self, name: &str) -> (Option<Saved>, bool) {
         let error = match Saved::open(&self.store, name, &self.cpu, Some(&self.identity)) {
             Ok(saved) => {

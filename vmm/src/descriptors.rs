@@ -48,8 +48,8 @@ pub(super) struct Descriptors {
     pub(super) exec: Limit,
     /// Limit for connections to all published ports together.
     pub(super) published: Limit,
-    /// Maximum of the muxer's connections: the sum of the limits, so that the muxer never
-    /// refuses one of these.
+    /// Maximum of the muxer's connections: the sum of the limits and [`OTHERS`], so that
+    /// the muxer never refuses one of these.
     pub(super) connections: usize,
 }
 
