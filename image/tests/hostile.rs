@@ -375,7 +375,7 @@ fn invalid_documents() {
     with(&|m| m["config"] = m["layers"][0].clone());
     layout.refused("configuration");
     layout.set_manifest(&json!([1, 2, 3]));
-    layout.refused("no object");
+    layout.refused("not an object");
     layout.set_manifest(&json!({"manifests": [], "schemaVersion": 2}));
     layout.refused("an index, but called");
 

@@ -478,7 +478,7 @@ fn a_replaced_parent_is_refused() {
     write(&memory, 2, 2);
     capture(&store, "base", &memory, Ancestry::Booted);
     let error = Chain::open(&store, "child").unwrap_err().to_string();
-    assert!(error.contains("another one"), "{error}");
+    assert!(error.contains("is not the snapshot"), "{error}");
 }
 
 proptest! {

@@ -373,7 +373,7 @@ impl<'s> Alone<'s> {
         let unclear = self.unclear_disks();
         if let Some(disk) = unclear.first() {
             self.pruned.notes.push(format!(
-                "the image in {disk:?} has another format version or is damaged: it may need any \
+                "the image in {disk:?} is of another version of sm or damaged: it may need any \
                  layer, so all layers are kept"
             ));
         } else {
