@@ -1,6 +1,7 @@
 //! Embeds the guest agent named by `SM_AGENT_BIN`, with its digest, which is then not
-//! computed at every start; and the kernel named by `SM_KERNEL_BIN`, as compressed with
-//! zstd in `SM_KERNEL_ZST`. A program with both is all that a host with KVM needs.
+//! computed at every start, and the kernel named by `SM_KERNEL_BIN`, which is compressed
+//! with zstd in `SM_KERNEL_ZST`. A program with both needs no other files on a host with
+//! KVM.
 
 use std::path::{Path, PathBuf};
 use std::{env, fs};
@@ -36,8 +37,8 @@ fn named(variable: &str) -> Option<PathBuf> {
     Some(path)
 }
 
-/// Embeds `file`, which holds `contents` itself or a compressed form, and the digest of
-/// the contents.
+/// Embeds `file`, which has `contents` or their compressed form, and the digest of the
+/// contents.
 fn embed(part: &str, contents: &Path, file: &Path) -> Result<()> {
     let read = |path: &Path| {
         fs::read(path).map_err(|error| format!("cannot read {}: {error}", path.display()))

@@ -62,7 +62,7 @@ impl Environment for Installed {
             offset: segment.offset,
             len: segment.len,
         };
-        // The store removes no part of a disk that is open.
+        // The store does not remove parts of a disk that are open.
         segment.open().map_err(io::Error::other)
     }
 }

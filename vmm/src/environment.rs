@@ -25,15 +25,15 @@ pub trait Environment {
     /// Kernel, modules or agent cannot be read; a sentence.
     fn boot_assets(&self, request: &LaunchRequest) -> Result<BootAssets, String>;
 
-    /// Opens the file of a part of the root disk for reading. It is not removed from where
-    /// it is while it is open.
+    /// Opens the file of a part of the root disk for reading. The program must not remove
+    /// the file while it is open.
     ///
     /// # Errors
     /// The file cannot be opened, or has been removed.
     fn open_segment(&self, segment: &DiskSegment) -> io::Result<File>;
 }
 
-/// Digests that tell one guest software from another.
+/// Digests that identify guest software.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identity {
     /// SHA-256 of the kernel.
@@ -44,9 +44,9 @@ pub struct Identity {
 
 /// The files that a machine boots besides the kernel.
 pub struct BootAssets {
-    /// Digests of the kernel and of the other files.
+    /// Identity of the kernel and of the other files.
     pub identity: Identity,
-    /// Is called if the machine boots, and not if it is restored from a snapshot.
+    /// Called if the machine boots, and not if it is restored from a snapshot.
     pub initramfs: InitramfsBuilder,
 }
 

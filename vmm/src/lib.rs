@@ -2,22 +2,23 @@
 //!
 //! The program that starts a VM starts this process as `PROGRAM __vmm SHORT_ID`
 //! ([`SUBCOMMAND`]), with the launch stream as its standard input. The first message on
-//! that stream is the whole request ([`LaunchRequest`](sm_control::launch::LaunchRequest));
-//! everything after it is reports and, for an attached launcher, the workload's session.
+//! that stream is the complete request
+//! ([`LaunchRequest`](sm_control::launch::LaunchRequest)); then follow reports and, for an
+//! attached launcher, the workload's session.
 //! The process ends with its VM.
 //!
-//! | module | idea |
+//! | item | content |
 //! |---|---|
-//! | [`run_if_asked`] | from a program's `main` to the process of a VM |
-//! | [`environment`] | what the process asks of the program around it |
-//! | [`saved`] | what a snapshot says of the VM that it is of |
+//! | [`run_if_asked`] | the entry point for a program's `main` |
+//! | [`environment`] | the interface that the program implements |
+//! | [`saved`] | the description of the VM in a snapshot |
 //!
-//! The rest is private: assembling a machine from a kernel or from the snapshot that saves
-//! most work, the supervisor (one `poll` loop over the agent, the workload, clients and
+//! The rest is private: assembling a machine from a kernel or from the best snapshot, the
+//! supervisor (one `poll` loop over the agent, the workload, clients and
 //! deadlines), captures, and the cache of snapshots.
 //!
-//! A program gives its records and what its machines boot, and calls [`run_if_asked`]
-//! before anything else. This one has one directory for each VM.
+//! A program provides records and boot files, and calls [`run_if_asked`] first in `main`.
+//! This one has a directory for each VM.
 //!
 //! ```
 //! use std::fs::{self, File, OpenOptions};
@@ -100,8 +101,8 @@
 //! ```
 //!
 //! Architecture invariants: the crate depends neither on the library that starts VMs nor
-//! on a store of images; the supervisor waits for descriptors and deadlines only, and what
-//! a guest says makes it keep a bounded amount. Platform: Linux with KVM.
+//! on a store of images; the supervisor waits for descriptors and deadlines only, and the
+//! memory that input of a guest occupies is bounded. Platform: Linux with KVM.
 #![warn(missing_docs)]
 
 mod agent;
@@ -128,11 +129,11 @@ pub use names::IMAGE_LABEL;
 #[cfg(any(test, feature = "testing"))]
 pub use supervisor::testing;
 
-/// Set in the environment of this process, so that a program that was started as one and
-/// starts VMs instead is found out.
+/// Variable in the environment of this process, which detects a program that was started
+/// as a VMM and starts VMs instead.
 pub const VMM_VARIABLE: &str = "SM_VMM_PROCESS";
 
-/// The hidden subcommand that makes a program the process of a VM.
+/// The hidden subcommand with which a program is started as the process of a VM.
 pub const SUBCOMMAND: &str = "__vmm";
 
 /// Returns the sentence for a host whose hypervisor cannot run Linux.
@@ -144,17 +145,17 @@ pub fn unusable(reason: &str) -> String {
     )
 }
 
-/// Becomes the process of a VM in `environment`, and does not return, if this process was
+/// Runs the process of a VM in `environment`, and does not return, if this process was
 /// started as one: its first argument is [`SUBCOMMAND`].
 ///
-/// To be called before any thread is started. The exit status is 0 when the VM was
-/// supervised to its end, however that was, and 1 otherwise.
+/// It must be called before any thread is started. The exit status is 0 if the VM was
+/// supervised to its end, whatever that was, and 1 otherwise.
 pub fn run_if_asked(environment: &dyn Environment) {
     let asked = std::env::args_os()
         .nth(1)
         .is_some_and(|argument| argument == SUBCOMMAND);
     if asked {
-        // Whatever still holds on to the machine goes with the process.
+        // The process exit releases everything that still refers to the machine.
         std::process::exit(match process::main(environment) {
             Ok(()) => 0,
             Err(error) => {

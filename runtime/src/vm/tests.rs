@@ -1,5 +1,5 @@
-//! VMs, their logs and listings over real supervisors of fake machines, whose agents are
-//! played by the tests.
+//! VMs, their logs and listings with real supervisors of fake machines; the tests play
+//! the agents.
 
 mod exec;
 mod killed;
@@ -54,7 +54,7 @@ fn supervised(home: &Home, name: Option<&str>, setup: Setup) -> Supervised {
     let (record, lock) = records
         .create(name, |id, name| Ok(setup.config(id, name)))
         .unwrap();
-    // As a machine does when it is created.
+    // The machine creates the console log when it starts.
     std::fs::write(record.directory().join("console.log"), b"").unwrap();
     let config = record.config().clone();
     testing::fixture(record, config, lock, setup)

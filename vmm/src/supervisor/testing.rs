@@ -1,6 +1,6 @@
-//! A fake machine under a real supervisor, whose agent is played by the test.
+//! A fake machine under a real supervisor; the test plays the agent.
 //!
-//! A test gives the record ([`fixture`]), so that it is free to use a fake one or one on
+//! A test provides the record ([`fixture`]), which can be a fake one or one on disk.
 //! disk.
 #![allow(
     clippy::unwrap_used,
@@ -171,10 +171,10 @@ impl Guest for FakeGuest {
 pub struct Peer(pub UnixStream);
 
 impl Peer {
-    /// The next frame; `None` at the end of the stream.
+    /// Returns the next frame; `None` at the end of the stream.
     ///
     /// # Panics
-    /// It is no frame.
+    /// The bytes are no frame.
     pub fn receive(&mut self) -> Option<(FrameType, Vec<u8>)> {
         let mut header = [0; HEADER_LEN];
         self.0.read_exact(&mut header).ok()?;
@@ -187,7 +187,7 @@ impl Peer {
     /// Sends a frame.
     ///
     /// # Panics
-    /// It is too long, or the other end is gone.
+    /// The frame is too long, or the peer has disconnected.
     pub fn send(&mut self, kind: FrameType, payload: &[u8]) {
         let mut bytes = Vec::new();
         frame::encode(kind, payload, &mut bytes).unwrap();
@@ -202,17 +202,17 @@ impl Peer {
         self.send(FrameType::Control, &serde_json::to_vec(message).unwrap());
     }
 
-    /// The next frame's message, in a frame of the `expected` type.
+    /// Returns the message of the next frame, which must be of the `expected` type.
     ///
     /// # Panics
-    /// Something else comes.
+    /// The next frame has another type.
     pub fn receive_json<T: serde::de::DeserializeOwned>(&mut self, expected: FrameType) -> T {
         let (kind, payload) = self.receive().expect("a frame");
         assert_eq!(kind, expected);
         serde_json::from_slice(&payload).unwrap()
     }
 
-    /// Sends the end of the workload.
+    /// Sends the exit of the workload.
     ///
     /// # Panics
     /// See [`Self::send`].
@@ -225,7 +225,7 @@ impl Peer {
     }
 }
 
-/// A supervisor on a thread, or about to be there, and everything around it.
+/// A supervisor on a thread, or before its start, with its environment.
 #[derive(Debug)]
 pub struct Fixture<R> {
     /// Its record.
@@ -245,11 +245,11 @@ pub struct Fixture<R> {
 /// Deviations from the defaults of a test.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Setup {
-    /// The launcher does not attach.
+    /// True if the launcher does not attach.
     pub(crate) detached: bool,
-    /// The workload has standard input.
+    /// True if the workload has standard input.
     pub(crate) stdin: bool,
-    /// The record goes with the VM.
+    /// True if the record is removed with the VM.
     pub(crate) auto_remove: bool,
     pub(crate) start: Option<Start>,
     /// True for a launch stream whose buffers exceed the limit of unsent bytes.
@@ -260,15 +260,15 @@ pub struct Setup {
     /// True for a machine that is started for its identity report.
     pub(crate) evidence: bool,
     pub(crate) prepare_timeout: Option<Duration>,
-    /// How long a guest may take to power itself off; hardly any time, as most agents
-    /// that a test plays do not.
+    /// Time limit for the guest to power itself off; the default is short, as most agents
+    /// of tests do not.
     pub(crate) power_off_timeout: Option<Duration>,
     pub(crate) start_timeout_ms: Option<u64>,
     pub(crate) idle_timeout: Option<Duration>,
 }
 
 impl Setup {
-    /// The launcher does not attach.
+    /// Makes the launcher not attach.
     #[must_use]
     pub fn detached(self) -> Self {
         Self {
@@ -277,7 +277,7 @@ impl Setup {
         }
     }
 
-    /// Whether the record goes with the VM.
+    /// Sets whether the record is removed with the VM.
     #[must_use]
     pub fn auto_remove(self, auto_remove: bool) -> Self {
         Self {
@@ -286,7 +286,7 @@ impl Setup {
         }
     }
 
-    /// What a VM with this setup was started with.
+    /// Returns the configuration of a VM with this setup.
     #[must_use]
     pub fn config(self, id: VmId, name: String) -> VmConfig {
         VmConfig {
@@ -314,7 +314,7 @@ impl Setup {
     }
 }
 
-/// Starts a supervisor over a fake machine, for a VM with this record.
+/// Starts a supervisor with a fake machine, for a VM with this record.
 ///
 /// # Panics
 /// The record cannot be used.
@@ -331,8 +331,8 @@ pub fn fixture<R: VmRecord + Clone + 'static>(
     }
 }
 
-/// Runs a test that must have a process of its own there: true in that process. `name`
-/// is the test's, below [`module_path`].
+/// Runs the test `name`, which is relative to [`module_path`], in a process of its own.
+/// Returns true in that process.
 ///
 /// # Panics
 /// The test fails.
@@ -489,11 +489,11 @@ impl<R> Fixture<R> {
         (agent, main)
     }
 
-    /// Plays the agent until the workload runs: its control connection, and that of the
-    /// workload.
+    /// Plays the agent until the workload runs. Returns the agent's control connection,
+    /// and that of the workload.
     ///
     /// # Panics
-    /// The supervisor does something else.
+    /// The supervisor sends something else.
     pub fn start(&mut self) -> (Peer, Peer) {
         let (agent, mut main, request) = self.boot();
         assert_eq!(
@@ -539,7 +539,7 @@ impl<R> Fixture<R> {
         events
     }
 
-    /// The VM's control socket.
+    /// Returns the VM's control socket.
     #[cfg(test)]
     pub(crate) fn endpoint(&self) -> &Endpoint {
         &self.control
@@ -548,7 +548,7 @@ impl<R> Fixture<R> {
     /// Connects to the VM's control socket.
     ///
     /// # Panics
-    /// It takes no connection.
+    /// The connection is refused.
     #[must_use]
     pub fn control(&self) -> Control {
         Control::connect(&self.control).unwrap()
@@ -557,13 +557,13 @@ impl<R> Fixture<R> {
     /// Waits for the end of the supervisor.
     ///
     /// # Panics
-    /// It failed.
+    /// The supervisor failed.
     pub fn finish(&mut self) {
         self.thread.take().unwrap().join().unwrap().unwrap();
     }
 }
 
-/// Bytes as text.
+/// Returns bytes as text.
 #[must_use]
 pub fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()

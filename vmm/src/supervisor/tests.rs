@@ -1,4 +1,4 @@
-//! The supervisor against a fake machine whose agent is played by the test.
+//! The supervisor against a fake machine; the test plays the agent.
 
 mod clients;
 mod ends;

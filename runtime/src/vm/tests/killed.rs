@@ -9,7 +9,7 @@ use super::*;
 
 const KILLS: usize = 60;
 const NAME: &str = "vm::tests::killed::a_listing_after_a_kill_is_true";
-/// Directory of VMs of the process that is killed.
+/// Variable with the directory of VMs of the process to kill.
 const VICTIM: &str = "SM_TEST_VICTIM";
 
 /// Starts, stops and removes VMs until it is killed.

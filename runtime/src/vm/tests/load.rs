@@ -44,7 +44,7 @@ fn hundreds_of_clients_of_all_kinds_do_not_prevent_control() {
     if !in_own_process(module_path!(), name, &mut command) {
         return;
     }
-    // As a VM's process does.
+    // The VM's process raises its limit in the same way.
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
     let most = Rlimit {
         current: maximum,

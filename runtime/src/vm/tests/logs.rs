@@ -1,4 +1,4 @@
-//! The workload's output, as its VM's process logs it.
+//! The workload's output, as logged by its VM's process.
 
 use super::*;
 use crate::output_log::LogReader;
@@ -16,7 +16,7 @@ fn the_log_of_a_vm_that_has_gone_is_read_to_its_end() {
     assert!(logs.wait_record().unwrap().is_none());
 }
 
-/// On a file system of a megabyte, in a mount namespace of its own.
+/// The test runs on a file system of a megabyte, in a mount namespace of its own.
 #[test]
 fn a_full_disk_loses_only_what_is_written_while_it_is_full() {
     let at = tempfile::tempdir().unwrap();
@@ -39,7 +39,7 @@ fn a_full_disk_loses_only_what_is_written_while_it_is_full() {
     let mut output = |f: &mut Fixture, bytes: &[u8]| {
         main.send(FrameType::Stdout, bytes);
         let session = f.vm.launcher.as_mut().unwrap();
-        // Clients see it after it was logged, or could not be.
+        // Clients receive output after the attempt to log it.
         while !matches!(session.next_event().unwrap().unwrap(), Event::Stdout(seen) if seen == bytes)
         {
         }

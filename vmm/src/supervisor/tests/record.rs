@@ -1,4 +1,4 @@
-//! A record in a directory of its own, without others beside it.
+//! A fake record in a directory of its own.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -17,11 +17,11 @@ pub(super) struct FakeRecord {
     output: Output,
 }
 
-/// What was logged.
+/// The logged output.
 type Output = Arc<Mutex<Vec<(FrameType, Vec<u8>)>>>;
 
 impl FakeRecord {
-    /// A record and its lock, held.
+    /// Returns a record and its lock, which is held.
     pub(super) fn create() -> (Self, File) {
         let home = Arc::new(tempfile::tempdir().unwrap());
         let record = Self {
@@ -36,7 +36,7 @@ impl FakeRecord {
         (record, lock)
     }
 
-    /// The directory that everything of the VM is in.
+    /// Returns the directory with all files of the VM.
     pub(super) fn home(&self) -> &Path {
         self.home.path()
     }
@@ -45,13 +45,13 @@ impl FakeRecord {
         self.home().join("sockets")
     }
 
-    /// Whether the VM's process holds the lock.
+    /// Returns true if the VM's process holds the lock.
     pub(super) fn is_locked(&self) -> bool {
         let lock = File::open(self.directory.join("lock")).unwrap();
         flock(&lock, FlockOperation::NonBlockingLockShared).is_err()
     }
 
-    /// How it ended, if it has.
+    /// Returns the exit record, if there is one.
     pub(super) fn exit(&self) -> Option<ExitRecord> {
         match fs::read(self.directory.join("exit.json")) {
             Ok(exit) => Some(serde_json::from_slice(&exit).unwrap()),
@@ -59,7 +59,7 @@ impl FakeRecord {
         }
     }
 
-    /// What was logged of the workload's output.
+    /// Returns the logged output of the workload.
     pub(super) fn output(&self) -> Vec<u8> {
         let output = self.output.lock().unwrap();
         output.iter().flat_map(|(_, bytes)| bytes.clone()).collect()
