@@ -192,7 +192,7 @@ impl Handoff {
             idle_since: None,
         };
         self.routers.insert(token, router);
-        // Bytes that arrived before the registration cause no event.
+        // The event of bytes that have already arrived may have been missed.
         registry.again(token);
         Ok(())
     }

@@ -31,7 +31,7 @@ impl<G: Guest> Supervisor<G> {
             if !client.conn.is_full() {
                 client.conn.queue(kind, payload);
             } else if !std::mem::replace(&mut client.left_behind, true) {
-                let text = "output is missing here, as it was not taken in time: see the log";
+                let text = "output is missing here, because it was not read in time: see the log";
                 let report = Report::Warning(text.to_owned());
                 client.conn.queue_json(FrameType::Control, &report);
             }
