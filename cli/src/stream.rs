@@ -327,7 +327,7 @@ fn watch_signals(
             let number = u8::try_from(signal).unwrap_or_default();
             interrupts += u32::from(matches!(signal, SIGINT | SIGTERM));
             // On a raw terminal, keys reach the command as bytes; a signal is then for
-            // this process, which detaches.
+            // this process, which exits and leaves the command running.
             if raw.is_some() || interrupts >= FORCE_QUIT {
                 if let Some(raw) = &raw {
                     raw.restore();

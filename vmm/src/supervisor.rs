@@ -240,8 +240,8 @@ impl<G: Guest> Supervisor<G> {
             }
             self.fire_timers();
             // Frames that wait for space in a connection are in buffers without a
-            // descriptor that would wake the loop, so they are processed until nothing
-            // changes.
+            // descriptor that would wake the loop, so they are processed as long as a flush
+            // makes space.
             loop {
                 self.pump_agent();
                 self.pump_main();
