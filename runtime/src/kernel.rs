@@ -97,8 +97,9 @@ pub struct Listed {
 }
 
 /// Finds the kernel to boot: `explicit`, else `$SM_KERNEL`, else the one selected with
-/// [`choose`], else the one embedded in this program, else the newest one built, else the
-/// newest one in `/boot`. Unusable kernels are skipped unless they were requested.
+/// [`choose`], else the newest one in the data directory, else the one embedded in this
+/// program, else the newest one built, else the newest one in `/boot`. Unusable kernels are
+/// skipped unless they were requested.
 ///
 /// # Errors
 /// The requested kernel is unusable, the embedded one cannot be unpacked, or no kernel is
@@ -124,7 +125,9 @@ fn find_with(
         return usable(&current);
     }
     if let Some(packed) = packed {
-        return usable(&unpacked(home, packed)?);
+        let managed = images(&home.kernels());
+        return first_usable(managed.iter().map(|(_, path)| path.as_path()))
+            .or_else(|_| usable(&unpacked(home, packed)?));
     }
     let found = candidates(home);
     first_usable(found.iter().map(|(_, path)| path.as_path()))
@@ -231,24 +234,28 @@ fn choose_with(
 /// Returns names and images in order of preference: managed ones, built ones (the newest
 /// first), the distribution's.
 fn candidates(home: &Home) -> Vec<(String, PathBuf)> {
-    let mut found = Vec::new();
-    for directory in [home.kernels(), home.cache().join("kernels")] {
-        let mut built: Vec<_> = entries(&directory)
-            .into_iter()
-            .filter_map(|(name, path)| {
-                let image = ["vmlinux", "vmlinuz", "bzImage"]
-                    .iter()
-                    .map(|file| path.join(file))
-                    .find(|image| image.is_file())?;
-                let age = image.metadata().and_then(|meta| meta.modified()).ok();
-                Some((age, name, image))
-            })
-            .collect();
-        built.sort_by_key(|(age, ..)| std::cmp::Reverse(*age));
-        found.extend(built.into_iter().map(|(_, name, image)| (name, image)));
-    }
+    let mut found = images(&home.kernels());
+    found.extend(images(&home.cache().join("kernels")));
     found.extend(stock(Path::new("/boot")));
     found
+}
+
+/// Returns the kernels in the directories of `directory`, the newest first.
+fn images(directory: &Path) -> Vec<(String, PathBuf)> {
+    let mut built: Vec<_> = entries(directory)
+        .into_iter()
+        .filter_map(|(name, path)| {
+            let image = ["vmlinux", "vmlinuz", "bzImage"]
+                .iter()
+                .map(|file| path.join(file))
+                .find(|image| image.is_file())?;
+            let age = image.metadata().and_then(|meta| meta.modified()).ok();
+            Some((age, name, image))
+        })
+        .collect();
+    built.sort_by_key(|(age, ..)| std::cmp::Reverse(*age));
+    let named = built.into_iter().map(|(_, name, image)| (name, image));
+    named.collect()
 }
 
 /// Returns the distribution's kernels, the newest first.
@@ -488,6 +495,10 @@ mod tests {
         });
         let found = find_with(&home, None, packed).unwrap();
         assert!(found.path.starts_with(home.cache().join("embedded")));
+        let managed = home.kernels().join("managed/vmlinux");
+        kernel_file(&managed);
+        assert_eq!(find_with(&home, None, packed).unwrap().path, managed);
+        std::fs::remove_file(managed).unwrap();
         let current = |listed: Vec<Listed>| {
             let current = listed.into_iter().find(|kernel| kernel.current);
             current.unwrap().name

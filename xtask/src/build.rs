@@ -1,5 +1,6 @@
 //! Builds `sm` with its guest agent embedded.
 
+use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -20,22 +21,79 @@ pub(crate) enum Profile {
 /// A C compiler, and one for C code in dependencies of static programs.
 pub(crate) const PACKAGES: [&str; 3] = ["gcc", "libc6-dev", "musl-tools"];
 
+/// A directory for build output, and the environment of builds there.
+#[derive(Clone, Debug)]
+pub(crate) struct Place {
+    target: PathBuf,
+    environment: Vec<(&'static str, OsString)>,
+}
+
+impl Place {
+    /// The build output of this workspace.
+    fn usual() -> Self {
+        Self {
+            target: paths::target(),
+            environment: Vec::new(),
+        }
+    }
+
+    /// Builds with a kernel, whose output does not depend on the directories of the
+    /// workspace, of the packages and of the toolchain.
+    pub(crate) fn of_release(target: PathBuf, kernel: &Path, packed: &Path) -> Result<Self> {
+        let sysroot = cmd::text(&mut cmd::command("rustc", ["--print", "sysroot"]))?;
+        let home = std::env::var_os("CARGO_HOME").map_or_else(
+            || {
+                let home = std::env::var_os("HOME").context("HOME is not set")?;
+                Ok::<_, anyhow::Error>(PathBuf::from(home).join(".cargo"))
+            },
+            |home| Ok(home.into()),
+        )?;
+        let maps = [
+            (paths::root(), "/sm"),
+            (home, "/cargo"),
+            (PathBuf::from(sysroot.trim()), "/rust"),
+            (target.clone(), "/target"),
+        ];
+        let mut rust = OsString::new();
+        let mut c = OsString::from("-O2");
+        for (from, to) in &maps {
+            if !rust.is_empty() {
+                // The separator of this variable, as paths may contain blanks.
+                rust.push("\x1f");
+            }
+            rust.push("--remap-path-prefix=");
+            rust.push(from);
+            rust.push(format!("={to}"));
+            // Blanks separate the flags of C compilers; such a path stays as it is.
+            if !from.to_string_lossy().contains(' ') {
+                c.push(" -ffile-prefix-map=");
+                c.push(from);
+                c.push(format!("={to}"));
+            }
+        }
+        Ok(Self {
+            target,
+            environment: vec![
+                ("CARGO_ENCODED_RUSTFLAGS", rust),
+                ("CFLAGS", c),
+                ("SM_KERNEL_BIN", kernel.into()),
+                ("SM_KERNEL_ZST", packed.into()),
+            ],
+        })
+    }
+
+    fn cargo<const N: usize>(&self, arguments: [&str; N]) -> Command {
+        let mut cargo = cargo(arguments);
+        cargo.envs(self.environment.iter().map(|(name, value)| (name, value)));
+        cargo.arg("--target-dir").arg(&self.target);
+        cargo
+    }
+}
+
 /// Builds the agent, then `sm` with the agent embedded: one static program, which starts
 /// in half the time of a dynamic one and needs no C library. Returns its path.
 pub(crate) fn sm(apt: &Apt, profile: Profile) -> Result<PathBuf> {
-    let agent = agent(apt)?;
-    cmd::step("building sm");
-    let target = static_target()?;
-    let mut build = cargo(["build", "-p", "sm-cli", "--target", &target]);
-    let directory = match profile {
-        Profile::Debug => "debug",
-        Profile::Release => {
-            build.arg("--release");
-            "release"
-        }
-    };
-    cmd::check(build.env("SM_AGENT_BIN", &agent))?;
-    let built = paths::target().join(target).join(directory).join("sm");
+    let built = sm_of(apt, &Place::usual(), profile)?;
     if profile == Profile::Debug {
         return Ok(built);
     }
@@ -47,6 +105,27 @@ pub(crate) fn sm(apt: &Apt, profile: Profile) -> Result<PathBuf> {
     Ok(released)
 }
 
+/// Builds the agent and `sm` at a place of their own.
+pub(crate) fn sm_in(apt: &Apt, place: &Place) -> Result<PathBuf> {
+    sm_of(apt, place, Profile::Release)
+}
+
+fn sm_of(apt: &Apt, place: &Place, profile: Profile) -> Result<PathBuf> {
+    let agent = agent_in(apt, place)?;
+    cmd::step("building sm");
+    let target = static_target()?;
+    let mut build = place.cargo(["build", "-p", "sm-cli", "--locked", "--target", &target]);
+    let directory = match profile {
+        Profile::Debug => "debug",
+        Profile::Release => {
+            build.arg("--release");
+            "release"
+        }
+    };
+    cmd::check(build.env("SM_AGENT_BIN", &agent))?;
+    Ok(place.target.join(target).join(directory).join("sm"))
+}
+
 /// Returns the target of static programs for this machine.
 pub(crate) fn static_target() -> Result<String> {
     let target = format!("{}-unknown-linux-musl", std::env::consts::ARCH);
@@ -56,10 +135,14 @@ pub(crate) fn static_target() -> Result<String> {
 
 /// Builds the guest agent.
 pub(crate) fn agent(apt: &Apt) -> Result<PathBuf> {
+    agent_in(apt, &Place::usual())
+}
+
+fn agent_in(apt: &Apt, place: &Place) -> Result<PathBuf> {
     apt.ensure(&PACKAGES)?;
     let target = static_target()?;
     cmd::step("building the guest agent");
-    cmd::check(&mut cargo([
+    cmd::check(&mut place.cargo([
         "build",
         "-p",
         "sm-guest-agent",
@@ -68,7 +151,7 @@ pub(crate) fn agent(apt: &Apt) -> Result<PathBuf> {
         "--target",
         &target,
     ]))?;
-    Ok(paths::target().join(target).join("agent/sm-guest-agent"))
+    Ok(place.target.join(target).join("agent/sm-guest-agent"))
 }
 
 /// Builds `sm-tree`, which can run in guests of any image.

@@ -5,10 +5,9 @@ use std::process::Command;
 use anyhow::{Context as _, Result};
 
 use crate::apt::Apt;
-use crate::background::KernelBuild;
 use crate::build::{self, Profile};
 use crate::lab::{self, Job, Output};
-use crate::{cmd, fixtures, host, kernel, needs};
+use crate::{cmd, fixtures, host, kernel, needs, stock};
 
 const SCRIPT: &str = "echo \"hello from $(uname -sr) on $(nproc) vCPU\"; \
                       head -n 1 /etc/os-release 2>/dev/null; \
@@ -18,11 +17,18 @@ const SCRIPT: &str = "echo \"hello from $(uname -sr) on $(nproc) vCPU\"; \
 /// Returns 0 when the guest exited with the expected status.
 pub(crate) fn run(apt: &Apt) -> Result<u8> {
     needs::demo(apt)?;
-    let building = KernelBuild::start();
     let sm = build::sm(apt, Profile::Release)?;
-    // The build continues below from its current state.
-    drop(building);
-    let kernel = kernel::tuned(apt)?;
+    // Building the tuned kernel takes longer than everything else.
+    let kernel = match kernel::built(apt)? {
+        Some(tuned) => tuned,
+        None => {
+            cmd::note(
+                "the distribution's kernel is used; \"cargo xtask kernel\" builds the tuned one, \
+                 which starts faster",
+            );
+            stock::kernel(apt)?
+        }
+    };
     let image = fixtures::demo_image(apt)?;
     let text = |path: &std::path::Path| {
         path.to_str()

@@ -70,6 +70,13 @@ pub(crate) fn tuned(apt: &Apt) -> Result<PathBuf> {
     Ok(image)
 }
 
+/// Returns the tuned kernel if the cache has it.
+pub(crate) fn built(apt: &Apt) -> Result<Option<PathBuf>> {
+    let key = Recipe::of_this_host(apt)?.key()?;
+    let image = paths::cache("kernels")?.join(key).join("vmlinux");
+    Ok(image.exists().then_some(image))
+}
+
 /// Removes interrupted builds of other recipes, which are not used any more.
 fn remove_other_builds(kernels: &Path, ours: &Path) -> Result<()> {
     for entry in fs::read_dir(kernels)?.flatten() {

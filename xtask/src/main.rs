@@ -16,6 +16,7 @@ mod cmd;
 mod cpio;
 mod deb;
 mod demo;
+mod dist;
 mod docs;
 mod fidelity;
 mod fixtures;
@@ -82,6 +83,7 @@ fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
             let kernel = wanted.e2e.then(background::KernelBuild::start);
             test::run(&apt, &wanted, kernel)?;
         }
+        Invocation::Dist(wanted) => println!("{}", dist::run(&apt, wanted)?.display()),
         Invocation::Docs(wanted) => {
             docs::run(&apt, &wanted)?;
             tidy::documents()?;

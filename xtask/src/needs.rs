@@ -9,7 +9,10 @@ use crate::{build, fidelity, fixtures, host, kernel, lab, stock};
 
 /// Ensures the packages of `xtask demo`.
 pub(crate) fn demo(apt: &Apt) -> Result<()> {
-    let mut needs = building();
+    let mut needs = Needs {
+        packages: build::PACKAGES.into_iter().chain(stock::PACKAGES).collect(),
+        ..Needs::default()
+    };
     needs.packages.extend(["busybox-static"]);
     if !host::looks_able() {
         needs.packages.extend(lab::PACKAGES);

@@ -10,6 +10,7 @@ use crate::bench_kernel;
 use crate::bench_restore;
 use crate::bench_vsock;
 use crate::build::Profile;
+use crate::dist;
 use crate::docs;
 use crate::fuzz;
 use crate::lab::Job;
@@ -30,6 +31,8 @@ Developer commands of sm: cargo xtask COMMAND
               [--write: the pages that are generated from the parser of sm instead]
               [--man DIRECTORY: manual pages only]
   build       sm with its guest agent (release) [--debug]
+  dist        a release: one static sm with agent and kernel inside, man pages, completions,
+              licences, a bill of materials, checksums [--check: and run it alone in the lab]
   kernel      the tuned guest kernel, built once [--stock: the distribution's]
   fixtures    images for the end-to-end tests
   bench-kernel
@@ -72,6 +75,7 @@ pub(crate) enum Invocation {
     BenchVsock(bench_vsock::Wanted),
     Fuzz(fuzz::Wanted),
     Test(Wanted),
+    Dist(dist::Wanted),
     Docs(docs::Wanted),
     Tidy,
     Ci,
@@ -121,6 +125,9 @@ fn command(mut parser: lexopt::Parser) -> Result<Invocation> {
         "bench-kernel" => Invocation::BenchKernel(bench_kernel(parser)?),
         "bench-restore" => Invocation::BenchRestore(bench_restore(parser)?),
         "bench-vsock" => Invocation::BenchVsock(bench_vsock(parser)?),
+        "dist" => Invocation::Dist(dist::Wanted {
+            check: flag(&mut parser, "check")?,
+        }),
         "docs" => Invocation::Docs(docs(parser)?),
         "fuzz" => Invocation::Fuzz(fuzz(parser)?),
         "lab" => Invocation::Lab(lab(parser)?),
