@@ -259,7 +259,7 @@ fn a_cancelled_capture_publishes_nothing() {
         drop(capturing);
         thread.join().unwrap();
         if let Ok(Err(error)) = heard.copied.try_recv() {
-            assert!(error.contains("given up"), "{error}");
+            assert!(error.contains("cancelled"), "{error}");
         }
         assert!(heard.made.recv().is_err());
         f.machine.resume().unwrap();

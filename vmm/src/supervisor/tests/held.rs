@@ -174,7 +174,7 @@ fn a_vm_that_is_removed_while_its_memory_is_copied_leaves_no_snapshot() {
     freeze(&mut agent);
     f.control().call(&ControlCall::Destroy).unwrap();
     let error = asked.join().unwrap().unwrap_err().to_string();
-    assert!(error.contains("ended before its snapshot"), "{error}");
+    assert!(error.contains("exited before its snapshot"), "{error}");
     assert!(*f.guest.capture_given_up.lock().unwrap());
     // The copy was complete before the cancellation.
     f.dial.send(Notice::Captured(Ok(())));

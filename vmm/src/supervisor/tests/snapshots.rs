@@ -444,7 +444,11 @@ fn a_machine_of_an_image_cannot_be_reset() {
     let mut f = fixture(Setup::default());
     let (_agent, mut main) = f.start();
     let refused = f.control().call(&ControlCall::Reset).unwrap_err();
-    assert!(refused.to_string().contains("not started from a snapshot"));
+    assert!(
+        refused
+            .to_string()
+            .contains("not started from a workload snapshot")
+    );
     main.exit(0);
     f.finish();
 }
