@@ -3,8 +3,10 @@
 use std::fmt;
 
 use sm_runtime::Error;
+use sm_runtime::image::ImageError;
 use sm_runtime::kernel::KernelError;
 use sm_runtime::record::RecordError;
+use sm_runtime::workload::WorkloadError;
 
 /// Docker's status for a failure of `run` itself, not of its command, and for invalid
 /// options.
@@ -38,10 +40,16 @@ impl Failure {
             match cause.downcast_ref::<Error>() {
                 Some(Error::Record(error)) => return hint_of_record(error),
                 Some(Error::Kernel(error)) => return hint_of_kernel(error),
+                Some(Error::Image(error)) => return hint_of_image(error),
+                Some(Error::Workload(WorkloadError::NoCommand)) => {
+                    return Some("give a command after the image".to_owned());
+                }
                 _ => {}
             }
             let record = cause.downcast_ref().and_then(hint_of_record);
-            record.or_else(|| cause.downcast_ref().and_then(hint_of_kernel))
+            record
+                .or_else(|| cause.downcast_ref().and_then(hint_of_kernel))
+                .or_else(|| cause.downcast_ref().and_then(hint_of_image))
         })
     }
 }
@@ -84,6 +92,18 @@ fn hint_of_record(error: &RecordError) -> Option<String> {
     }
 }
 
+fn hint_of_image(error: &ImageError) -> Option<String> {
+    match error {
+        ImageError::Space { .. } => {
+            Some("free some, for instance with \"sm image prune\"".to_owned())
+        }
+        ImageError::Used { user, .. } => Some(format!(
+            "remove the snapshot with \"sm snapshot rm {user}\""
+        )),
+        _ => None,
+    }
+}
+
 /// Returns what the user can do about an error of selecting a kernel.
 pub(crate) fn hint_of_kernel(error: &KernelError) -> Option<String> {
     match error {
@@ -106,6 +126,18 @@ mod tests {
         let text = "VM \"web\" is running\n  hint: stop it with \"sm stop web\", or use --force";
         assert_eq!(Failure::from(running()).to_string(), text);
         assert_eq!(Failure::from(Error::from(running())).to_string(), text);
+        let used = ImageError::Used {
+            reference: "web".to_owned(),
+            user: "warm".to_owned(),
+        };
+        let text = Failure::from(Error::from(used)).to_string();
+        assert!(text.ends_with("hint: remove the snapshot with \"sm snapshot rm warm\""));
+        let none = Error::from(WorkloadError::NoCommand);
+        let text = Failure::from(none).to_string();
+        assert!(
+            text.ends_with("hint: give a command after the image"),
+            "{text}"
+        );
         let outer = anyhow::Error::from(Error::from(KernelError::None)).context("cannot start");
         let text = Failure::new(outer).to_string();
         assert!(
