@@ -337,4 +337,76 @@ mod tests {
             let _ = postcard::from_bytes::<VcpuState>(&bytes);
         }
     }
+
+    /// Every field with a value of its own.
+    fn sample() -> VcpuState {
+        let segment = |n: u16| Segment {
+            base: 0x1000 * u64::from(n) + 1,
+            limit: 0x10_0000 + u32::from(n),
+            selector: n * 8,
+            attributes: 0xa09b + n,
+            unusable: n % 2 == 1,
+        };
+        let table = |n: u16| Table {
+            base: 0xffff_8000_0000_0000 + u64::from(n),
+            limit: 0x7f + n,
+        };
+        VcpuState {
+            index: 3,
+            cpuid: vec![CpuidEntry {
+                function: 0xd,
+                index: 1,
+                flags: 1,
+                eax: 0xf,
+                ebx: 0x340,
+                ecx: 0x100,
+                edx: 0x8000_0000,
+            }],
+            tsc_khz: 2_995_200,
+            general: GeneralRegisters {
+                gpr: std::array::from_fn(|n| 0x0101_0101_0101_0101 * n as u64),
+                rip: 0xffff_ffff_8100_0000,
+                rflags: 0x246,
+            },
+            system: SystemRegisters {
+                segments: [1, 2, 3, 4, 5, 6].map(segment),
+                tr: segment(7),
+                ldt: segment(8),
+                gdt: table(1),
+                idt: table(2),
+                cr0: 0x8005_0033,
+                cr2: 0x7fff_0000_1230,
+                cr3: 0x10_a000,
+                cr4: 0x37_06b0,
+                cr8: 2,
+                efer: 0xd01,
+                apic_base: 0xfee0_0d00,
+                interrupt_bitmap: [1, 2, 4, 8],
+            },
+            debug: DebugRegisters {
+                address: [0x11, 0x22, 0x33, 0x44],
+                dr6: 0xffff_0ff0,
+                dr7: 0x400,
+            },
+            xcrs: vec![(0, 7)],
+            xsave: (0..16).collect(),
+            msrs: vec![(0x10, 0x1234_5678_9abc), (0xc000_0080, 0xd01)],
+            lapic: vec![0xa5; 8],
+            mp_state: MpState::Halted,
+            events: Blob {
+                backend: "kvm".to_owned(),
+                version: 1,
+                bytes: vec![9, 8, 7],
+            },
+        }
+    }
+
+    /// Snapshots on disk hold these bytes.
+    #[test]
+    fn the_encoding_of_a_vcpu_is_fixed() {
+        let golden = include_bytes!("../tests/golden/vcpu-x86_64.bin");
+        let encoded = postcard::to_stdvec(&sample()).unwrap();
+        assert_eq!(encoded, golden);
+        assert_eq!(postcard::from_bytes::<VcpuState>(golden).unwrap(), sample());
+    }
 }
