@@ -10,15 +10,13 @@ mod tests;
 mod vcpu;
 mod vm;
 
-use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use self::vcpu::{FakeSeed, FakeVcpu};
 pub use self::vm::FakeVm;
 use crate::state::{BootRegisters, CpuidEntry};
 use crate::{
-    Capabilities, DirtyModel, Doorbell, Error, Exit, Gsi, Hypervisor, IrqModel, LinuxSupport,
-    OpenError, SlotId, VmConfig,
+    Capabilities, Doorbell, Error, Exit, Gsi, Hypervisor, LinuxSupport, OpenError, VmConfig,
 };
 
 const BACKEND: &str = "fake";
@@ -48,15 +46,11 @@ pub enum Step {
 pub enum Event {
     /// Memory was mapped.
     Mapped {
-        /// The slot it got.
-        slot: SlotId,
         /// Where.
         guest_address: u64,
         /// How much, in bytes.
         len: u64,
     },
-    /// A slot was unmapped.
-    Unmapped(SlotId),
     /// A vCPU was bound; the boot processor with registers.
     Bound(u32, Option<BootRegisters>),
     /// A vCPU got saved state.
@@ -82,7 +76,6 @@ struct Inner {
     scripts: Vec<Vec<Step>>,
     linux: LinuxSupport,
     events: Mutex<Vec<Event>>,
-    dirty: Mutex<BTreeMap<SlotId, Vec<u64>>>,
 }
 
 /// Tests that panic with a lock held fail anyway.
@@ -106,7 +99,6 @@ impl FakeHypervisor {
                 scripts,
                 linux,
                 events: Mutex::default(),
-                dirty: Mutex::default(),
             }),
         }
     }
@@ -115,15 +107,6 @@ impl FakeHypervisor {
     #[must_use]
     pub fn take_events(&self) -> Vec<Event> {
         std::mem::take(&mut lock(&self.inner.events))
-    }
-
-    /// Marks a page (by number in its slot) as written by the guest.
-    pub fn mark_dirty(&self, slot: SlotId, page: usize) {
-        if let Some(words) = lock(&self.inner.dirty).get_mut(&slot)
-            && let Some(word) = words.get_mut(page / 64)
-        {
-            *word |= 1 << (page % 64);
-        }
     }
 }
 
@@ -143,11 +126,6 @@ impl Hypervisor for FakeHypervisor {
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             backend: BACKEND,
-            irq_model: IrqModel::InHypervisor,
-            dirty_model: DirtyModel::Bitmap,
-            page_granule: PAGE,
-            one_vm_per_process: false,
-            thread_affine_vcpus: false,
             max_vcpus: 64,
             linux: self.inner.linux.clone(),
         }

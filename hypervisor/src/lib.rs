@@ -42,10 +42,10 @@ pub mod testing;
 mod traits;
 
 pub use bus::Bus;
-pub use caps::{Capabilities, DirtyModel, IrqModel, LinuxSupport};
+pub use caps::{Capabilities, LinuxSupport};
 pub use error::{Error, OpenError};
 pub use state::{VcpuState, VmState};
 pub use traits::{
-    DirtyBitmap, Doorbell, Exit, FaultInfo, Gsi, Hypervisor, IrqLine, IrqTrigger, Kicker,
-    MemoryRegion, RestoredVcpu, SlotId, Vcpu, VcpuSeed, Vm, VmConfig,
+    Doorbell, Exit, FaultInfo, Gsi, Hypervisor, IrqLine, IrqTrigger, Kicker, MemoryRegion,
+    RestoredVcpu, Vcpu, VcpuSeed, Vm, VmConfig,
 };

@@ -172,8 +172,6 @@ fn try_guest<H: Hypervisor>(hypervisor: &H) -> Result<(Outcome, u32), Error> {
         guest_address: 0,
         host_address: memory.0,
         len: MEMORY_LEN as u64,
-        read_only: false,
-        track_dirty: false,
     };
     // SAFETY: `memory` was declared before the VM and its vCPU, so it is dropped
     // after both, and it is only accessed through its pointer.

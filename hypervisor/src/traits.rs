@@ -12,10 +12,6 @@ use crate::{Bus, Capabilities, Error, OpenError};
 /// A global system interrupt: an input of the IOAPIC (x86) or an SPI (arm64).
 pub type Gsi = u32;
 
-/// Identifies a mapped memory region of a VM.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct SlotId(pub u32);
-
 /// What a VM is created with.
 #[derive(Clone, Debug, Default)]
 pub struct VmConfig {
@@ -26,23 +22,12 @@ pub struct VmConfig {
 /// Host memory to appear in the guest.
 #[derive(Clone, Copy, Debug)]
 pub struct MemoryRegion {
-    /// First guest physical address; a multiple of the page granule.
+    /// First guest physical address; a multiple of the host's page size.
     pub guest_address: u64,
-    /// First byte of host memory; aligned to the page granule.
+    /// First byte of host memory; aligned to a page.
     pub host_address: NonNull<u8>,
-    /// Length in bytes; a multiple of the page granule.
+    /// Length in bytes; a multiple of the host's page size.
     pub len: u64,
-    /// Guest writes are MMIO exits instead.
-    pub read_only: bool,
-    /// Record guest writes for [`Vm::take_dirty`].
-    pub track_dirty: bool,
-}
-
-/// One bit per page of a slot, least significant bit first, set when written.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct DirtyBitmap {
-    /// The bits, 64 pages a word.
-    pub words: Vec<u64>,
 }
 
 /// How an interrupt line signals.
@@ -125,8 +110,8 @@ pub trait Vm: Send + Sync + 'static {
     ///
     /// # Safety
     /// `region.host_address .. + region.len` must stay mapped, and must not be
-    /// used as Rust references that assume exclusive access, until the region
-    /// is unmapped or the VM *and all its vCPUs* are dropped.
+    /// used as Rust references that assume exclusive access, until the VM *and all
+    /// its vCPUs* are dropped.
     ///
     /// # Errors
     /// Misaligned or overlapping regions, or too many of them.
@@ -134,25 +119,7 @@ pub trait Vm: Send + Sync + 'static {
         unsafe_code,
         reason = "the caller vouches for memory that the guest will write"
     )]
-    unsafe fn map_memory(&self, region: MemoryRegion) -> Result<SlotId, Error>;
-
-    /// Removes a region.
-    ///
-    /// # Errors
-    /// An unknown slot.
-    fn unmap_memory(&self, slot: SlotId) -> Result<(), Error>;
-
-    /// Switches dirty tracking of a slot on or off.
-    ///
-    /// # Errors
-    /// An unknown slot, or [`crate::DirtyModel::None`].
-    fn set_dirty_tracking(&self, slot: SlotId, on: bool) -> Result<(), Error>;
-
-    /// Takes the pages written since the last call, and starts over.
-    ///
-    /// # Errors
-    /// An unknown slot, or one that is not tracked.
-    fn take_dirty(&self, slot: SlotId) -> Result<DirtyBitmap, Error>;
+    unsafe fn map_memory(&self, region: MemoryRegion) -> Result<(), Error>;
 
     /// Creates vCPU number `index` (0 is the boot processor).
     ///

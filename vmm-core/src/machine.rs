@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use sm_hypervisor::state::BootRegisters;
-use sm_hypervisor::{DirtyBitmap, Hypervisor, SlotId, Vm as _};
+use sm_hypervisor::{Hypervisor, Vm as _};
 
 use self::chassis::{Chassis, Stopwatch};
 pub use self::error::MachineError;
@@ -19,7 +19,7 @@ use crate::devices::{DeviceConfig, Devices};
 use crate::exit::{ExitLatch, ExitReason};
 use crate::layout::MACHINE_VERSION;
 use crate::loader::{self, BootSource, InitramfsPart};
-use crate::memory::{MachineMemory, MemoryConfig, RamRegion};
+use crate::memory::{MachineMemory, MemoryConfig};
 use crate::serial::{Console, Uart};
 use crate::state::MachineState;
 use crate::vcpu_thread::{Start, VcpuThread};
@@ -74,7 +74,6 @@ pub struct Machine<H: Hypervisor> {
     exit: Arc<ExitLatch>,
     generation: GenerationId,
     vm: H::Vm,
-    slots: Vec<(RamRegion, SlotId)>,
     memory: MachineMemory,
     running: bool,
     phases: Phases,
@@ -356,37 +355,6 @@ impl<H: Hypervisor> Machine<H> {
     /// Guest memory cannot be written, or the guest cannot be told.
     pub fn set_generation_id(&self, id: [u8; 16]) -> Result<(), MachineError> {
         Ok(self.generation.change(id)?)
-    }
-
-    /// Switches recording of guest writes on or off.
-    ///
-    /// # Errors
-    /// The hypervisor refused.
-    pub fn set_dirty_tracking(&self, on: bool) -> Result<(), MachineError> {
-        for (_, slot) in &self.slots {
-            self.vm
-                .set_dirty_tracking(*slot, on)
-                .map_err(hypervisor("switch dirty tracking"))?;
-        }
-        Ok(())
-    }
-
-    /// Takes the pages written by the guest (not by devices) since the last
-    /// call, for each region.
-    ///
-    /// # Errors
-    /// Dirty tracking is off.
-    pub fn take_dirty(&self) -> Result<Vec<(RamRegion, DirtyBitmap)>, MachineError> {
-        self.slots
-            .iter()
-            .map(|(region, slot)| {
-                let dirty = self
-                    .vm
-                    .take_dirty(*slot)
-                    .map_err(hypervisor("take dirty pages"))?;
-                Ok((*region, dirty))
-            })
-            .collect()
     }
 
     fn must_be_paused(&self, operation: &'static str) -> Result<(), MachineError> {

@@ -351,34 +351,6 @@ fn state_that_does_not_fit_is_refused() {
 }
 
 #[test]
-fn dirty_pages_come_by_region() {
-    let rig = Rig::new(Vec::new());
-    let machine = rig.boot(1);
-    assert!(machine.take_dirty().is_err(), "it is off");
-    machine.set_dirty_tracking(true).unwrap();
-    let slot = rig
-        .host
-        .take_events()
-        .into_iter()
-        .find_map(|event| match event {
-            Event::Mapped { slot, .. } => Some(slot),
-            _ => None,
-        });
-    rig.host.mark_dirty(slot.unwrap(), 65);
-    let dirty = machine.take_dirty().unwrap();
-    assert_eq!((dirty[0].0.guest_address, dirty[0].1.words[1]), (0, 2));
-    assert!(
-        machine.take_dirty().unwrap()[0]
-            .1
-            .words
-            .iter()
-            .all(|word| *word == 0)
-    );
-    machine.set_dirty_tracking(false).unwrap();
-    assert!(machine.take_dirty().is_err());
-}
-
-#[test]
 fn impossible_numbers_of_vcpus_are_refused() {
     let rig = Rig::new(Vec::new());
     for vcpus in [0, 255, 100_000] {

@@ -288,24 +288,6 @@ fn state_that_does_not_fit_is_refused_with_the_reason() {
 }
 
 #[test]
-fn dirty_pages_are_the_ones_the_guest_wrote() {
-    let Some(rig) = Rig::new() else { return };
-    let mut machine = rig.boot(&counting(), 1).unwrap();
-    machine.set_dirty_tracking(true).unwrap();
-    machine.resume().unwrap();
-    machine.pause().unwrap();
-    if counter(&machine) == 0 {
-        // The pause came before the first instruction.
-        return;
-    }
-    let dirty = machine.take_dirty().unwrap();
-    let page = (COUNTER.0 / 4096) as usize;
-    assert_eq!(dirty[0].1.words[page / 64] >> (page % 64) & 1, 1);
-    let count: u32 = dirty[0].1.words.iter().map(|word| word.count_ones()).sum();
-    assert!(count < 16, "{count} pages for one that is written");
-}
-
-#[test]
 fn impossible_machines_are_refused() {
     let Some(rig) = Rig::new() else { return };
     for vcpus in [0, 255, 100_000] {

@@ -110,26 +110,18 @@ fn doorbells_take_the_writes_they_match() {
 }
 
 #[test]
-fn slots_are_kept_apart() {
+fn regions_are_whole_pages_and_apart() {
     let fake = FakeHypervisor::open().unwrap();
     let vm = fake.create_vm(&VmConfig { vcpus: 1 }).unwrap();
     let region = |guest_address, len| MemoryRegion {
         guest_address,
         host_address: std::ptr::NonNull::dangling(),
         len,
-        read_only: false,
-        track_dirty: true,
     };
     #[expect(unsafe_code, reason = "the fake never touches the memory")]
     // SAFETY: nothing is dereferenced.
     let map = |guest_address, len| unsafe { vm.map_memory(region(guest_address, len)) };
-    let slot = map(0, 0x10_0000).unwrap();
+    map(0, 0x10_0000).unwrap();
     assert!(map(0xf_f000, 0x1000).is_err(), "overlaps");
     assert!(map(0x20_0000, 0x800).is_err(), "half a page");
-    fake.mark_dirty(slot, 65);
-    fake.mark_dirty(slot, 10_000);
-    assert_eq!(vm.take_dirty(slot).unwrap().words, [0, 2, 0, 0]);
-    assert_eq!(vm.take_dirty(slot).unwrap().words, [0; 4]);
-    vm.unmap_memory(slot).unwrap();
-    assert!(vm.take_dirty(slot).is_err());
 }

@@ -5,23 +5,16 @@ use std::sync::{Arc, Condvar, Mutex};
 
 use super::{BACKEND, Event, FakeSeed, Inner, PAGE, lock};
 use crate::state::{Blob, VmState};
-use crate::{
-    DirtyBitmap, Doorbell, Error, Gsi, IrqLine, IrqTrigger, MemoryRegion, RestoredVcpu, SlotId, Vm,
-};
+use crate::{Doorbell, Error, Gsi, IrqLine, IrqTrigger, MemoryRegion, RestoredVcpu, Vm};
 
 /// A VM of the fake backend.
 #[derive(Debug)]
 pub struct FakeVm {
     inner: Arc<Inner>,
     vcpus: u32,
-    slots: Mutex<Slots>,
+    /// First address and length of each mapped region.
+    regions: Mutex<Vec<(u64, u64)>>,
     shared: Arc<Shared>,
-}
-
-#[derive(Debug, Default)]
-struct Slots {
-    next: u32,
-    mapped: BTreeMap<SlotId, (u64, u64)>,
 }
 
 /// What wakes vCPUs.
@@ -68,25 +61,14 @@ impl Shared {
     }
 }
 
-fn unknown(slot: SlotId) -> Error {
-    Error::Unsupported {
-        what: format!("memory slot {}, which is not mapped", slot.0),
-    }
-}
-
 impl FakeVm {
     pub(super) fn new(inner: Arc<Inner>, vcpus: u32) -> Self {
         Self {
             inner,
             vcpus,
-            slots: Mutex::default(),
+            regions: Mutex::default(),
             shared: Arc::default(),
         }
-    }
-
-    fn known(&self, slot: SlotId) -> Result<(u64, u64), Error> {
-        let slots = lock(&self.slots);
-        slots.mapped.get(&slot).copied().ok_or(unknown(slot))
     }
 }
 
@@ -94,61 +76,24 @@ impl Vm for FakeVm {
     type Seed = FakeSeed;
 
     #[expect(unsafe_code, reason = "implements an unsafe method; touches no memory")]
-    unsafe fn map_memory(&self, region: MemoryRegion) -> Result<SlotId, Error> {
+    unsafe fn map_memory(&self, region: MemoryRegion) -> Result<(), Error> {
         let (start, len) = (region.guest_address, region.len);
-        let mut slots = lock(&self.slots);
+        let mut regions = lock(&self.regions);
         let overlaps = |&(other, other_len): &(u64, u64)| {
             start < other.saturating_add(other_len) && other < start.saturating_add(len)
         };
-        if len == 0 || !(start | len).is_multiple_of(PAGE) || slots.mapped.values().any(overlaps) {
+        if len == 0 || !(start | len).is_multiple_of(PAGE) || regions.iter().any(overlaps) {
             return Err(Error::Unsupported {
                 what: format!("a memory region of {len:#x} bytes at {start:#x}"),
             });
         }
-        let slot = SlotId(slots.next);
-        slots.next += 1;
-        slots.mapped.insert(slot, (start, len));
-        drop(slots);
+        regions.push((start, len));
+        drop(regions);
         self.inner.note(Event::Mapped {
-            slot,
             guest_address: start,
             len,
         });
-        if region.track_dirty {
-            self.set_dirty_tracking(slot, true)?;
-        }
-        Ok(slot)
-    }
-
-    fn unmap_memory(&self, slot: SlotId) -> Result<(), Error> {
-        let removed = lock(&self.slots).mapped.remove(&slot);
-        removed.ok_or(unknown(slot))?;
-        lock(&self.inner.dirty).remove(&slot);
-        self.inner.note(Event::Unmapped(slot));
         Ok(())
-    }
-
-    fn set_dirty_tracking(&self, slot: SlotId, on: bool) -> Result<(), Error> {
-        let (_, len) = self.known(slot)?;
-        let words = usize::try_from(len.div_ceil(PAGE * 64)).unwrap_or(usize::MAX);
-        let mut dirty = lock(&self.inner.dirty);
-        if on {
-            dirty.entry(slot).or_insert_with(|| vec![0; words]);
-        } else {
-            dirty.remove(&slot);
-        }
-        Ok(())
-    }
-
-    fn take_dirty(&self, slot: SlotId) -> Result<DirtyBitmap, Error> {
-        self.known(slot)?;
-        let mut dirty = lock(&self.inner.dirty);
-        let words = dirty.get_mut(&slot).ok_or(Error::Unsupported {
-            what: format!("the dirty log of memory slot {}, which is not kept", slot.0),
-        })?;
-        let taken = words.clone();
-        words.fill(0);
-        Ok(DirtyBitmap { words: taken })
     }
 
     fn create_vcpu(&self, index: u32) -> Result<FakeSeed, Error> {

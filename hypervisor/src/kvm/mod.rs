@@ -63,9 +63,7 @@ pub use vcpu::{KvmSeed, KvmVcpu};
 pub use vm::KvmVm;
 
 use crate::state::CpuidEntry;
-use crate::{
-    Capabilities, DirtyModel, Error, Hypervisor, IrqModel, LinuxSupport, OpenError, VmConfig,
-};
+use crate::{Capabilities, Error, Hypervisor, LinuxSupport, OpenError, VmConfig};
 
 /// Largest number of CPUID entries asked for.
 const MAX_CPUID_ENTRIES: usize = kvm_bindings::KVM_MAX_CPUID_ENTRIES;
@@ -173,11 +171,6 @@ impl Hypervisor for Kvm {
             .clone();
         Capabilities {
             backend: "kvm",
-            irq_model: IrqModel::InHypervisor,
-            dirty_model: DirtyModel::Bitmap,
-            page_granule: 4096,
-            one_vm_per_process: false,
-            thread_affine_vcpus: false,
             max_vcpus: u32::try_from(self.shared.kvm.get_max_vcpus()).unwrap_or(u32::MAX),
             linux,
         }

@@ -1,9 +1,6 @@
 //! The table of memory slots: what the guest sees where.
 
-use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-
-use crate::{Error, SlotId};
 
 /// A mapped region, without its pointer type.
 #[derive(Clone, Copy, Debug)]
@@ -11,15 +8,12 @@ pub(super) struct Slot {
     pub(super) guest_address: u64,
     pub(super) host_address: u64,
     pub(super) len: u64,
-    pub(super) read_only: bool,
-    pub(super) track_dirty: bool,
 }
 
 /// All regions of a VM by slot number.
 #[derive(Debug, Default)]
 pub(super) struct Slots {
-    next: u32,
-    regions: BTreeMap<u32, Slot>,
+    regions: Vec<Slot>,
 }
 
 /// Shared by the VM and its vCPUs, which read guest memory to explain a fault.
@@ -35,34 +29,14 @@ impl SlotTable {
 }
 
 impl Slots {
-    /// The number that the next region gets.
-    pub(super) fn next(&self) -> u32 {
-        self.next
+    /// The number that the next region gets; `None` when there are no more.
+    pub(super) fn next(&self) -> Option<u32> {
+        u32::try_from(self.regions.len()).ok()
     }
 
     /// Adds a region under the next number.
-    pub(super) fn push(&mut self, slot: Slot) -> SlotId {
-        let id = self.next;
-        self.next += 1;
-        self.regions.insert(id, slot);
-        SlotId(id)
-    }
-
-    pub(super) fn get(&self, id: SlotId) -> Result<Slot, Error> {
-        self.regions
-            .get(&id.0)
-            .copied()
-            .ok_or_else(|| Error::Unsupported {
-                what: format!("memory slot {}, which is not mapped", id.0),
-            })
-    }
-
-    pub(super) fn replace(&mut self, id: SlotId, slot: Slot) {
-        self.regions.insert(id.0, slot);
-    }
-
-    pub(super) fn remove(&mut self, id: SlotId) {
-        self.regions.remove(&id.0);
+    pub(super) fn push(&mut self, slot: Slot) {
+        self.regions.push(slot);
     }
 
     /// Copies guest memory from guest physical `address` on, up to the end of
@@ -73,7 +47,7 @@ impl Slots {
                 .checked_sub(slot.guest_address)
                 .is_some_and(|offset| offset < slot.len)
         };
-        let Some(slot) = self.regions.values().find(holds) else {
+        let Some(slot) = self.regions.iter().find(holds) else {
             return 0;
         };
         let offset = address - slot.guest_address;
@@ -82,9 +56,9 @@ impl Slots {
             .min(to.len());
         for (from, byte) in (slot.host_address + offset..).zip(&mut to[..len]) {
             #[expect(unsafe_code, reason = "reads memory that belongs to the guest")]
-            // SAFETY: whoever called `map_memory` keeps the region mapped until it
-            // is unmapped, which takes the lock that `self` was reached through;
-            // volatile, since the guest may be writing.
+            // SAFETY: whoever called `map_memory` keeps the region mapped until the
+            // VM and its vCPUs are dropped, which share the table; volatile, since the
+            // guest may be writing.
             let value = unsafe { std::ptr::read_volatile(from as *const u8) };
             *byte = value;
         }
@@ -100,21 +74,16 @@ mod tests {
     fn reading_stops_at_the_end_of_a_region() {
         let memory = [7_u8; 16];
         let mut slots = Slots::default();
-        let id = slots.push(Slot {
+        slots.push(Slot {
             guest_address: 0x1000,
             host_address: memory.as_ptr() as u64,
             len: 16,
-            read_only: false,
-            track_dirty: false,
         });
         let mut bytes = [0; 8];
         assert_eq!(slots.read(0x1008, &mut bytes), 8);
         assert_eq!(slots.read(0x100e, &mut bytes), 2);
         assert_eq!(slots.read(0x1010, &mut bytes), 0);
         assert_eq!(slots.read(0xfff, &mut bytes), 0);
-        slots.remove(id);
-        assert_eq!(slots.read(0x1008, &mut bytes), 0);
-        assert!(slots.get(id).is_err());
-        assert_eq!(slots.next(), 1, "numbers are not used again");
+        assert_eq!(slots.next(), Some(1), "numbers are not used again");
     }
 }

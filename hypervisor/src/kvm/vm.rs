@@ -4,8 +4,8 @@ use std::os::fd::{AsFd as _, BorrowedFd, FromRawFd as _, IntoRawFd as _};
 use std::sync::Arc;
 
 use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MEM_LOG_DIRTY_PAGES,
-    KVM_MEM_READONLY, kvm_clock_data, kvm_irqchip, kvm_userspace_memory_region,
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use serde::{Deserialize, Serialize};
@@ -16,10 +16,7 @@ use super::vcpu::KvmSeed;
 use super::vm_shared::VmShared;
 use super::{Kvm, os};
 use crate::state::{Blob, VmState};
-use crate::{
-    DirtyBitmap, Doorbell, Error, Gsi, IrqLine, IrqTrigger, MemoryRegion, RestoredVcpu, SlotId, Vm,
-    VmConfig,
-};
+use crate::{Doorbell, Error, Gsi, IrqLine, IrqTrigger, MemoryRegion, RestoredVcpu, Vm, VmConfig};
 
 const PAGE: u64 = 4096;
 /// Layout version of [`KvmVmState`].
@@ -53,23 +50,15 @@ impl KvmVm {
     }
 
     fn set_region(&self, slot: u32, region: Slot) -> Result<(), Error> {
-        let mut flags = 0;
-        if region.read_only {
-            flags |= KVM_MEM_READONLY;
-        }
-        if region.track_dirty {
-            flags |= KVM_MEM_LOG_DIRTY_PAGES;
-        }
         let region = kvm_userspace_memory_region {
             slot,
-            flags,
+            flags: 0,
             guest_phys_addr: region.guest_address,
             memory_size: region.len,
             userspace_addr: region.host_address,
         };
         #[expect(unsafe_code, reason = "hands host memory to the guest")]
-        // SAFETY: whoever called `map_memory` vouched for the memory; here it is
-        // mapped, re-flagged or unmapped.
+        // SAFETY: the caller of `map_memory` vouched for the memory.
         unsafe { self.fd().set_user_memory_region(region) }.map_err(os("set a memory region"))
     }
 
@@ -136,7 +125,7 @@ impl Vm for KvmVm {
     type Seed = KvmSeed;
 
     #[expect(unsafe_code, reason = "implements an unsafe method")]
-    unsafe fn map_memory(&self, region: MemoryRegion) -> Result<SlotId, Error> {
+    unsafe fn map_memory(&self, region: MemoryRegion) -> Result<(), Error> {
         if region.len == 0 || !(region.guest_address | region.len).is_multiple_of(PAGE) {
             return Err(Error::Unsupported {
                 what: "a memory region that is not made of whole pages".to_owned(),
@@ -146,48 +135,14 @@ impl Vm for KvmVm {
             guest_address: region.guest_address,
             host_address: region.host_address.as_ptr() as u64,
             len: region.len,
-            read_only: region.read_only,
-            track_dirty: region.track_dirty,
         };
         let mut slots = self.shared.slots.lock();
-        self.set_region(slots.next(), region)?;
-        Ok(slots.push(region))
-    }
-
-    fn unmap_memory(&self, slot: SlotId) -> Result<(), Error> {
-        let mut slots = self.shared.slots.lock();
-        let region = slots.get(slot)?;
-        self.set_region(slot.0, Slot { len: 0, ..region })?;
-        slots.remove(slot);
-        Ok(())
-    }
-
-    fn set_dirty_tracking(&self, slot: SlotId, on: bool) -> Result<(), Error> {
-        let mut slots = self.shared.slots.lock();
-        let region = Slot {
-            track_dirty: on,
-            ..slots.get(slot)?
-        };
-        self.set_region(slot.0, region)?;
-        slots.replace(slot, region);
-        Ok(())
-    }
-
-    fn take_dirty(&self, slot: SlotId) -> Result<DirtyBitmap, Error> {
-        let region = self.shared.slots.lock().get(slot)?;
-        if !region.track_dirty {
-            return Err(Error::Unsupported {
-                what: format!("the dirty log of memory slot {}, which is not kept", slot.0),
-            });
-        }
-        let len = usize::try_from(region.len).map_err(|_| Error::Unsupported {
-            what: "a memory slot larger than the address space".to_owned(),
+        let number = slots.next().ok_or_else(|| Error::Unsupported {
+            what: "more memory regions".to_owned(),
         })?;
-        let words = self
-            .fd()
-            .get_dirty_log(slot.0, len)
-            .map_err(os("read the dirty log"))?;
-        Ok(DirtyBitmap { words })
+        self.set_region(number, region)?;
+        slots.push(region);
+        Ok(())
     }
 
     fn create_vcpu(&self, index: u32) -> Result<KvmSeed, Error> {

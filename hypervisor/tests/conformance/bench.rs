@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use sm_hypervisor::state::{BootRegisters, Segment, Table};
 use sm_hypervisor::{
-    Bus, Exit, Hypervisor, Kicker, MemoryRegion, SlotId, Vcpu, VcpuSeed as _, Vm as _, VmConfig,
+    Bus, Exit, Hypervisor, Kicker, MemoryRegion, Vcpu, VcpuSeed as _, Vm as _, VmConfig,
 };
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap};
 
@@ -197,19 +197,17 @@ impl<H: Hypervisor> Bench<H> {
             vm: hypervisor.create_vm(&VmConfig { vcpus }).unwrap(),
             memory: GuestMemoryMmap::from_ranges(&ranges).unwrap(),
         };
-        bench.map(ranges[0].0.0, ranges[0].1, false);
+        bench.map(ranges[0].0.0, ranges[0].1);
         bench
     }
 
     /// Maps RAM that exists.
-    pub(crate) fn map(&self, address: u64, len: usize, track_dirty: bool) -> SlotId {
+    pub(crate) fn map(&self, address: u64, len: usize) {
         let host = self.memory.get_host_address(GuestAddress(address)).unwrap();
         let region = MemoryRegion {
             guest_address: address,
             host_address: NonNull::new(host).unwrap(),
             len: len as u64,
-            read_only: false,
-            track_dirty,
         };
         #[expect(unsafe_code, reason = "the guest writes the memory")]
         // SAFETY: `self.memory` outlives `self.vm`, and vCPUs are locals of tests

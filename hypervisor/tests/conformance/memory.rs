@@ -1,6 +1,6 @@
-//! Memory slots and the dirty log.
+//! Memory regions.
 
-use sm_hypervisor::{Hypervisor, SlotId, Vm as _};
+use sm_hypervisor::Hypervisor;
 
 use crate::bench::{Access, Bench, CODE, MEMORY_LEN, Recorder, run_to_stop};
 use crate::guests;
@@ -16,40 +16,30 @@ fn bench<H: Hypervisor>(hypervisor: &H) -> Bench<H> {
     bench
 }
 
-fn pages<H: Hypervisor>(bench: &Bench<H>, slot: SlotId) -> Vec<u32> {
-    let words = bench.vm.take_dirty(slot).unwrap().words;
-    assert_eq!(words.len(), 1, "16 pages");
-    (0..64).filter(|page| words[0] >> page & 1 != 0).collect()
-}
-
-pub(crate) fn written_pages_are_told_once<H: Hypervisor>(hypervisor: &H) {
+pub(crate) fn memory_is_where_it_was_mapped<H: Hypervisor>(hypervisor: &H) {
     let bench = bench(hypervisor);
-    let slot = bench.map(REGION, REGION_LEN, true);
+    bench.map(REGION, REGION_LEN);
     let bus = Recorder::default();
     let mut vcpu = bench.boot(&bus);
-    run_to_stop(&mut vcpu, &bus);
-    assert_eq!(pages(&bench, slot), [3, 5]);
-    assert!(pages(&bench, slot).is_empty());
-    run_to_stop(&mut vcpu, &bus);
-    assert_eq!(pages(&bench, slot), [7]);
-    bench.vm.set_dirty_tracking(slot, false).unwrap();
-    assert!(bench.vm.take_dirty(slot).is_err());
-    bench.vm.set_dirty_tracking(slot, true).unwrap();
-    assert!(pages(&bench, slot).is_empty());
-    run_to_stop(&mut vcpu, &bus);
-    assert_eq!(pages(&bench, slot), [8]);
+    for _ in 0..3 {
+        run_to_stop(&mut vcpu, &bus);
+    }
+    let written = [0x3000, 0x5fff, 0x7123, 0x8000];
+    for (address, byte) in (0..).zip(bench.get(REGION, REGION_LEN)) {
+        assert_eq!(byte, u8::from(written.contains(&address)), "{address:#x}");
+    }
+    let stops = |access: &Access| matches!(access, Access::Out(0x80, _));
+    assert!(bus.take().iter().all(stops));
 }
 
 pub(crate) fn an_unmapped_region_is_the_bus<H: Hypervisor>(hypervisor: &H) {
     let bench = bench(hypervisor);
-    let slot = bench.map(REGION, REGION_LEN, false);
     let bus = Recorder::default();
     let mut vcpu = bench.boot(&bus);
     for _ in 0..2 {
         run_to_stop(&mut vcpu, &bus);
     }
     bus.take();
-    bench.vm.unmap_memory(slot).unwrap();
     run_to_stop(&mut vcpu, &bus);
     let expected = [
         Access::Write(REGION + 0x8000, vec![1]),
@@ -57,12 +47,4 @@ pub(crate) fn an_unmapped_region_is_the_bus<H: Hypervisor>(hypervisor: &H) {
         Access::Out(0x80, vec![0xa0]),
     ];
     assert_eq!(bus.take(), expected);
-}
-
-pub(crate) fn unknown_slots_are_errors<H: Hypervisor>(hypervisor: &H) {
-    let bench = bench(hypervisor);
-    let unknown = SlotId(77);
-    assert!(bench.vm.unmap_memory(unknown).is_err());
-    assert!(bench.vm.take_dirty(unknown).is_err());
-    assert!(bench.vm.set_dirty_tracking(unknown, true).is_err());
 }

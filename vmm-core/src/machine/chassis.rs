@@ -4,7 +4,7 @@ use std::fs::File;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use sm_hypervisor::{Hypervisor, IrqTrigger, MemoryRegion, RestoredVcpu, SlotId, Vm, VmConfig};
+use sm_hypervisor::{Hypervisor, IrqTrigger, MemoryRegion, RestoredVcpu, Vm, VmConfig};
 
 use super::error::hypervisor;
 use super::{Machine, MachineError, Phases};
@@ -12,7 +12,7 @@ use crate::bus::{BusBuilder, MachineBus};
 use crate::devices::{DeviceConfig, Devices};
 use crate::exit::ExitLatch;
 use crate::layout::{COM1_GSI, COM1_PORT, GED_GSI};
-use crate::memory::{MachineMemory, RamRegion};
+use crate::memory::MachineMemory;
 use crate::power;
 use crate::serial::{Console, Uart};
 use crate::vcpu_thread::{Start, VcpuThread};
@@ -37,7 +37,6 @@ impl Stopwatch {
 pub(super) struct Chassis<H: Hypervisor> {
     pub(super) vm: H::Vm,
     pub(super) memory: MachineMemory,
-    pub(super) slots: Vec<(RamRegion, SlotId)>,
     pub(super) bus: Arc<MachineBus>,
     pub(super) devices: Devices,
     pub(super) uart: Arc<Uart>,
@@ -61,7 +60,7 @@ impl<H: Hypervisor> Chassis<H> {
             .create_vm(&VmConfig { vcpus })
             .map_err(hypervisor("create the virtual machine"))?;
         let hypervisor_objects = watch.lap();
-        let slots = map_memory(&vm, &memory)?;
+        map_memory(&vm, &memory)?;
         let memory_map = watch.lap();
 
         let line = |gsi| {
@@ -84,7 +83,6 @@ impl<H: Hypervisor> Chassis<H> {
         Ok(Self {
             vm,
             memory,
-            slots,
             bus,
             devices,
             uart,
@@ -135,7 +133,6 @@ impl<H: Hypervisor> Chassis<H> {
             exit: self.exit,
             generation: self.generation,
             vm: self.vm,
-            slots: self.slots,
             memory: self.memory,
             running: false,
             phases: self.phases,
@@ -147,11 +144,7 @@ impl<H: Hypervisor> Chassis<H> {
     unsafe_code,
     reason = "hands guest memory to the hypervisor, which needs it to stay mapped"
 )]
-fn map_memory<V: Vm>(
-    vm: &V,
-    memory: &MachineMemory,
-) -> Result<Vec<(RamRegion, SlotId)>, MachineError> {
-    let mut slots = Vec::with_capacity(memory.regions.len());
+fn map_memory<V: Vm>(vm: &V, memory: &MachineMemory) -> Result<(), MachineError> {
     for region in &memory.regions {
         let host_address = memory.host_address(region).ok_or(MachineError::State {
             reason: "a memory region is not mapped".into(),
@@ -159,17 +152,14 @@ fn map_memory<V: Vm>(
         // SAFETY: the machine keeps `memory` until after the VM and all vCPUs
         // are gone (see the order of its fields), and everything else accesses
         // it through volatile accessors.
-        let slot = unsafe {
+        unsafe {
             vm.map_memory(MemoryRegion {
                 guest_address: region.guest_address,
                 host_address,
                 len: region.len,
-                read_only: false,
-                track_dirty: false,
             })
         }
         .map_err(hypervisor("map guest memory into the virtual machine"))?;
-        slots.push((*region, slot));
     }
-    Ok(slots)
+    Ok(())
 }
