@@ -30,8 +30,6 @@ mod error;
 pub mod fake;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 pub mod kvm;
-#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-mod probe;
 pub mod state;
 #[cfg(all(
     any(feature = "testing", test),

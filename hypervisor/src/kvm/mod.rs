@@ -44,6 +44,7 @@ mod cpuid;
 mod fault;
 mod kick;
 mod msrs;
+mod probe;
 mod slots;
 mod state;
 mod tsc;
@@ -167,7 +168,7 @@ impl Hypervisor for Kvm {
         let linux = self
             .shared
             .linux
-            .get_or_init(|| crate::probe::linux_support(self))
+            .get_or_init(|| probe::linux_support(self))
             .clone();
         Capabilities {
             backend: "kvm",

@@ -1,27 +1,8 @@
-//! Plain-data state of a machine, the same on every host.
-//!
-//! Architectural elements are typed; what only one backend understands is an
-//! opaque versioned [`Blob`].
+//! Plain-data state of an x86_64 vCPU.
 
 use serde::{Deserialize, Serialize};
 
-/// Backend-specific state that no other backend can read.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Blob {
-    /// Name of the backend that wrote it.
-    pub backend: String,
-    /// Version of the layout of `bytes`.
-    pub version: u32,
-    /// The payload.
-    pub bytes: Vec<u8>,
-}
-
-/// State of interrupt controllers and clocks.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct VmState {
-    /// The backend's elements (KVM: PIC, IOAPIC, PIT if any, kvmclock).
-    pub blob: Blob,
-}
+use super::Blob;
 
 /// An x86 segment register.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -404,7 +385,7 @@ mod tests {
     /// Snapshots on disk hold these bytes.
     #[test]
     fn the_encoding_of_a_vcpu_is_fixed() {
-        let golden = include_bytes!("../tests/golden/vcpu-x86_64.bin");
+        let golden = include_bytes!("../../tests/golden/vcpu-x86_64.bin");
         let encoded = postcard::to_stdvec(&sample()).unwrap();
         assert_eq!(encoded, golden);
         assert_eq!(postcard::from_bytes::<VcpuState>(golden).unwrap(), sample());
