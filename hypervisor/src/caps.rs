@@ -1,15 +1,28 @@
 //! What a backend can do, as data.
 
-/// Whether an unmodified Linux guest can run, and how fast.
+/// Whether an unmodified Linux guest can run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LinuxSupport {
     /// Guest code runs natively.
     Native,
-    /// It cannot: the sentence says what was found.
+    /// It cannot.
     Unusable {
-        /// What the probe saw, for a person to read.
+        /// What the backend found, as a sentence without a full stop.
         reason: String,
+        /// What a person at this host can do, as a sentence without a full stop.
+        remedy: String,
     },
+}
+
+impl LinuxSupport {
+    /// The sentences for a person whose guest cannot run here; `None` where it can.
+    #[must_use]
+    pub fn refusal(&self) -> Option<String> {
+        match self {
+            Self::Native => None,
+            Self::Unusable { reason, remedy } => Some(format!("{reason}. {remedy}")),
+        }
+    }
 }
 
 /// Properties of an opened backend.
@@ -19,6 +32,6 @@ pub struct Capabilities {
     pub backend: &'static str,
     /// Largest number of vCPUs in a VM.
     pub max_vcpus: u32,
-    /// Whether and how Linux guests run.
+    /// Whether Linux guests run.
     pub linux: LinuxSupport,
 }

@@ -1,39 +1,107 @@
 //! Errors of the seam.
 
+use std::error;
+use std::fmt;
 use std::io;
 
 use thiserror::Error;
 
-/// Why a backend cannot be opened. Each text is a sentence a person can act on.
-#[derive(Debug, Error)]
-pub enum OpenError {
-    /// The device node does not exist.
-    #[error(
-        "there is no /dev/kvm on this host: load the kvm_intel or kvm_amd module, \
-         or enable (nested) virtualisation"
-    )]
+/// What keeps a backend from being opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum OpenErrorKind {
+    /// The host has no such hypervisor, or it is switched off.
     Missing,
-    /// The device node exists but may not be opened.
-    #[error("no permission to open /dev/kvm: add this user to the group that owns it ({group})")]
-    Permission {
-        /// Name or number of the owning group.
-        group: String,
-    },
-    /// The host's KVM speaks another API, or lacks something required.
-    #[error("/dev/kvm cannot be used: {reason}")]
-    Unsupported {
-        /// What is missing.
-        reason: String,
-    },
-    /// Opening or asking failed otherwise.
-    #[error("cannot {operation} on /dev/kvm")]
-    Io {
-        /// What was tried.
-        operation: &'static str,
-        /// The system's answer.
-        #[source]
-        source: io::Error,
-    },
+    /// This user or this program may not use it.
+    Permission,
+    /// It lacks something that guests need.
+    Unsupported,
+    /// The system failed otherwise.
+    Io,
+}
+
+/// Failure to open a backend. The texts are the backend's own.
+///
+/// It is displayed as "problem: remedy", or as the problem where no remedy is known.
+#[derive(Debug)]
+pub struct OpenError {
+    backend: &'static str,
+    kind: OpenErrorKind,
+    problem: String,
+    remedy: Option<String>,
+    source: Option<io::Error>,
+}
+
+impl OpenError {
+    /// Creates an error of the backend with this short name (see
+    /// [`Capabilities::backend`]). `problem` says what was found, without a full stop.
+    ///
+    /// [`Capabilities::backend`]: crate::Capabilities::backend
+    #[must_use]
+    pub fn new(backend: &'static str, kind: OpenErrorKind, problem: impl Into<String>) -> Self {
+        Self {
+            backend,
+            kind,
+            problem: problem.into(),
+            remedy: None,
+            source: None,
+        }
+    }
+
+    /// Adds what a person at this host can do.
+    #[must_use]
+    pub fn with_remedy(mut self, remedy: impl Into<String>) -> Self {
+        self.remedy = Some(remedy.into());
+        self
+    }
+
+    /// Adds the system's answer.
+    #[must_use]
+    pub fn with_source(mut self, source: io::Error) -> Self {
+        self.source = Some(source);
+        self
+    }
+
+    /// Short name of the backend.
+    #[must_use]
+    pub fn backend(&self) -> &'static str {
+        self.backend
+    }
+
+    /// What kind of problem it is.
+    #[must_use]
+    pub fn kind(&self) -> OpenErrorKind {
+        self.kind
+    }
+
+    /// What was found.
+    #[must_use]
+    pub fn problem(&self) -> &str {
+        &self.problem
+    }
+
+    /// What a person at this host can do, where the backend knows.
+    #[must_use]
+    pub fn remedy(&self) -> Option<&str> {
+        self.remedy.as_deref()
+    }
+}
+
+impl fmt::Display for OpenError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.problem)?;
+        match &self.remedy {
+            Some(remedy) => write!(f, ": {remedy}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl error::Error for OpenError {
+    fn source(&self) -> Option<&(dyn error::Error + 'static)> {
+        let source = self.source.as_ref()?;
+        Some(source)
+    }
 }
 
 /// Why an operation on an open backend failed.
@@ -60,4 +128,27 @@ pub enum Error {
         /// What was asked for.
         what: String,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use std::error::Error as _;
+
+    use super::*;
+
+    #[test]
+    fn an_error_shows_problem_and_remedy() {
+        let error = OpenError::new("whp", OpenErrorKind::Missing, "there is no hypervisor");
+        assert_eq!(error.to_string(), "there is no hypervisor");
+        assert!(error.source().is_none() && error.remedy().is_none());
+        let error = error
+            .with_remedy("switch it on")
+            .with_source(io::ErrorKind::NotFound.into());
+        assert_eq!(error.to_string(), "there is no hypervisor: switch it on");
+        assert!(error.source().is_some());
+        assert_eq!(
+            (error.backend(), error.kind()),
+            ("whp", OpenErrorKind::Missing)
+        );
+    }
 }

@@ -1,10 +1,12 @@
-//! A scripted backend for tests: its vCPUs play a list of accesses and exits.
+//! A scripted backend for tests: its vCPUs play a list of accesses and exits, on any
+//! architecture.
 //!
 //! It keeps the promises of the seam that callers rely on: kicks are sticky, a
 //! kicked vCPU goes on with its next step, doorbells swallow the writes they
 //! match, interrupts wake a vCPU that waits, and saved state goes on in another
 //! VM at the step it was saved at.
 
+mod arch;
 #[cfg(test)]
 mod tests;
 mod vcpu;
@@ -12,11 +14,11 @@ mod vm;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+pub use self::arch::FakeArch;
 pub use self::vcpu::{FakeSeed, FakeVcpu};
 pub use self::vm::FakeVm;
-use crate::state::{BootRegisters, CpuidEntry};
 use crate::{
-    Capabilities, Doorbell, Error, Exit, Gsi, Hypervisor, LinuxSupport, OpenError, VmConfig,
+    Capabilities, Doorbell, Error, Exit, Gsi, Hypervisor, LinuxSupport, OpenError, VmConfig, X86_64,
 };
 
 const BACKEND: &str = "fake";
@@ -43,7 +45,7 @@ pub enum Step {
 
 /// What happened to a fake machine, in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Event {
+pub enum Event<A: FakeArch = X86_64> {
     /// Memory was mapped.
     Mapped {
         /// Where.
@@ -52,7 +54,7 @@ pub enum Event {
         len: u64,
     },
     /// A vCPU was bound; the boot processor with registers.
-    Bound(u32, Option<BootRegisters>),
+    Bound(u32, Option<A::Boot>),
     /// A vCPU got saved state.
     Restored(u32),
     /// A vCPU was told that it was paused.
@@ -67,15 +69,15 @@ pub enum Event {
 
 /// The backend; clones share everything.
 #[derive(Clone, Debug)]
-pub struct FakeHypervisor {
-    inner: Arc<Inner>,
+pub struct FakeHypervisor<A: FakeArch = X86_64> {
+    inner: Arc<Inner<A>>,
 }
 
 #[derive(Debug)]
-struct Inner {
+struct Inner<A: FakeArch> {
     scripts: Vec<Vec<Step>>,
     linux: LinuxSupport,
-    events: Mutex<Vec<Event>>,
+    events: Mutex<Vec<Event<A>>>,
 }
 
 /// Tests that panic with a lock held fail anyway.
@@ -84,14 +86,22 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl FakeHypervisor {
+    /// A backend of x86_64, as [`FakeHypervisor::of_arch`].
+    #[must_use]
+    pub fn new(scripts: Vec<Vec<Step>>) -> Self {
+        Self::of_arch(scripts)
+    }
+}
+
+impl<A: FakeArch> FakeHypervisor<A> {
     /// A backend whose vCPU n plays script n. One that has played its script, or
     /// has none, stays in the guest until kicked.
     #[must_use]
-    pub fn new(scripts: Vec<Vec<Step>>) -> Self {
+    pub fn of_arch(scripts: Vec<Vec<Step>>) -> Self {
         Self::with_linux(scripts, LinuxSupport::Native)
     }
 
-    /// As [`FakeHypervisor::new`], with this answer of the capability probe.
+    /// As [`FakeHypervisor::of_arch`], with this answer of the capability probe.
     #[must_use]
     pub fn with_linux(scripts: Vec<Vec<Step>>, linux: LinuxSupport) -> Self {
         Self {
@@ -105,22 +115,23 @@ impl FakeHypervisor {
 
     /// Everything that happened since the last call.
     #[must_use]
-    pub fn take_events(&self) -> Vec<Event> {
+    pub fn take_events(&self) -> Vec<Event<A>> {
         std::mem::take(&mut lock(&self.inner.events))
     }
 }
 
-impl Inner {
-    fn note(&self, event: Event) {
+impl<A: FakeArch> Inner<A> {
+    fn note(&self, event: Event<A>) {
         lock(&self.events).push(event);
     }
 }
 
-impl Hypervisor for FakeHypervisor {
-    type Vm = FakeVm;
+impl<A: FakeArch> Hypervisor for FakeHypervisor<A> {
+    type Arch = A;
+    type Vm = FakeVm<A>;
 
     fn open() -> Result<Self, OpenError> {
-        Ok(Self::new(Vec::new()))
+        Ok(Self::of_arch(Vec::new()))
     }
 
     fn capabilities(&self) -> Capabilities {
@@ -131,11 +142,11 @@ impl Hypervisor for FakeHypervisor {
         }
     }
 
-    fn guest_cpuid(&self) -> Result<Vec<CpuidEntry>, Error> {
-        Ok(Vec::new())
+    fn guest_features(&self) -> Result<A::Features, Error> {
+        Ok(A::Features::default())
     }
 
-    fn create_vm(&self, config: &VmConfig) -> Result<FakeVm, Error> {
+    fn create_vm(&self, config: &VmConfig) -> Result<FakeVm<A>, Error> {
         Ok(FakeVm::new(self.inner.clone(), config.vcpus.max(1)))
     }
 }

@@ -23,26 +23,27 @@
 //! adds `fake::FakeHypervisor`, which plays a script, for tests of what stands above.
 #![warn(missing_docs)]
 
+mod arch;
 mod bus;
 mod caps;
 mod error;
 #[cfg(any(feature = "testing", test))]
 pub mod fake;
-#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 pub mod kvm;
+mod no_backend;
 pub mod state;
-#[cfg(all(
-    any(feature = "testing", test),
-    target_os = "linux",
-    target_arch = "x86_64"
-))]
+mod sys;
+#[cfg(any(feature = "testing", test))]
 pub mod testing;
 mod traits;
 
+pub use arch::{Aarch64, Arch, PlainData, X86_64};
 pub use bus::Bus;
 pub use caps::{Capabilities, LinuxSupport};
-pub use error::{Error, OpenError};
-pub use state::{VcpuState, VmState};
+pub use error::{Error, OpenError, OpenErrorKind};
+pub use no_backend::NoBackend;
+pub use state::VmState;
+pub use sys::{Native, Wake};
 pub use traits::{
     Doorbell, Exit, FaultInfo, Gsi, Hypervisor, IrqLine, IrqTrigger, Kicker, MemoryRegion,
     RestoredVcpu, Vcpu, VcpuSeed, Vm, VmConfig,

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::state::{BootRegisters, CpuidEntry, VcpuState, VmState};
-use crate::{Bus, Capabilities, Error, OpenError};
+use crate::state::VmState;
+use crate::{Arch, Bus, Capabilities, Error, OpenError, Wake};
 
 /// A global system interrupt: an input of the IOAPIC (x86) or an SPI (arm64).
 pub type Gsi = u32;
@@ -48,7 +48,7 @@ pub trait IrqLine: Send + Sync + Debug {
     fn pulse(&self) -> Result<(), Error>;
 }
 
-/// A guest write that signals a file descriptor without a VMM exit.
+/// A guest write that signals a [`Wake`] without a VMM exit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Doorbell {
     /// Guest physical address written.
@@ -61,8 +61,10 @@ pub struct Doorbell {
 
 /// A hypervisor backend, opened.
 pub trait Hypervisor: Send + Sync + Sized + 'static {
+    /// Architecture of its guests.
+    type Arch: Arch;
     /// Its virtual machines.
-    type Vm: Vm;
+    type Vm: Vm<Arch = Self::Arch>;
 
     /// Opens the host's hypervisor.
     ///
@@ -77,12 +79,17 @@ pub trait Hypervisor: Send + Sync + Sized + 'static {
     fn capabilities(&self) -> Capabilities;
 
     /// What a guest can be told of its processor here, feature by feature: everything
-    /// that a fresh guest gets, and what it could be given besides. (On a backend of
-    /// another architecture there is no CPUID, and the list is empty.)
+    /// that a fresh guest gets, and what it could be given besides.
     ///
     /// # Errors
     /// The hypervisor refused.
-    fn guest_cpuid(&self) -> Result<Vec<CpuidEntry>, Error>;
+    fn guest_features(&self) -> Result<<Self::Arch as Arch>::Features, Error>;
+
+    /// A change to this host that makes [`Hypervisor::create_vm`] faster, in words for a
+    /// person, where the backend knows of one.
+    fn creation_advice(&self) -> Option<String> {
+        None
+    }
 
     /// Says that a VM will be created soon: a backend that waits for something then
     /// can begin to wait now, on another thread. A caller that has other work in the
@@ -100,8 +107,10 @@ pub trait Hypervisor: Send + Sync + Sized + 'static {
 
 /// A virtual machine: address space, interrupt controllers and clock.
 pub trait Vm: Send + Sync + 'static {
+    /// Architecture of its guest.
+    type Arch: Arch;
     /// Its vCPUs before they are bound to a thread.
-    type Seed: VcpuSeed;
+    type Seed: VcpuSeed<Arch = Self::Arch>;
 
     /// Makes host memory appear in the guest.
     ///
@@ -133,17 +142,12 @@ pub trait Vm: Send + Sync + 'static {
     /// An input that does not exist, or a trigger mode that is not offered.
     fn irq_line(&self, gsi: Gsi, trigger: IrqTrigger) -> Result<Arc<dyn IrqLine>, Error>;
 
-    /// Asks that `doorbell` signal `fd` (an eventfd). `Ok(false)` means the
-    /// backend has no such facility: the write then arrives on the bus.
+    /// Asks that `doorbell` signal `wake`. `Ok(false)` means the backend has no such
+    /// facility: the write then arrives on the bus.
     ///
     /// # Errors
     /// The hypervisor refused.
-    #[cfg(unix)]
-    fn add_doorbell(
-        &self,
-        doorbell: Doorbell,
-        fd: std::os::fd::BorrowedFd<'_>,
-    ) -> Result<bool, Error>;
+    fn add_doorbell(&self, doorbell: Doorbell, wake: Wake<'_>) -> Result<bool, Error>;
 
     /// Saves interrupt controllers and clocks. All vCPUs must be out of
     /// [`Vcpu::run`] and saved before.
@@ -177,8 +181,10 @@ impl RestoredVcpu {
 
 /// A vCPU that no thread runs yet.
 pub trait VcpuSeed: Send + 'static {
+    /// Architecture of the vCPU.
+    type Arch: Arch;
     /// What it becomes.
-    type Vcpu: Vcpu;
+    type Vcpu: Vcpu<Arch = Self::Arch>;
 
     /// The vCPU's index.
     fn index(&self) -> u32;
@@ -192,13 +198,16 @@ pub trait VcpuSeed: Send + 'static {
     ///
     /// # Errors
     /// The hypervisor refused.
-    fn bind(self, boot: Option<&BootRegisters>) -> Result<Self::Vcpu, Error>;
+    fn bind(self, boot: Option<&<Self::Arch as Arch>::Boot>) -> Result<Self::Vcpu, Error>;
 
     /// Binds to the calling thread with saved state.
     ///
     /// # Errors
     /// State that does not fit this host; the reason names the first element.
-    fn bind_restored(self, state: &VcpuState) -> Result<(Self::Vcpu, RestoredVcpu), Error>;
+    fn bind_restored(
+        self,
+        state: &<Self::Arch as Arch>::Vcpu,
+    ) -> Result<(Self::Vcpu, RestoredVcpu), Error>;
 }
 
 /// Makes a vCPU leave [`Vcpu::run`], from any thread.
@@ -208,8 +217,12 @@ pub trait Kicker: Send + Sync + Debug {
     fn kick(&self);
 }
 
-/// A vCPU on the thread that runs it. Not `Send`.
+/// A vCPU on the thread that runs it. Generic code cannot send it elsewhere, as the trait
+/// does not imply `Send`.
 pub trait Vcpu {
+    /// Its architecture.
+    type Arch: Arch;
+
     /// Runs guest code. Device accesses are completed inside, through `bus`;
     /// only control exits return.
     ///
@@ -222,13 +235,13 @@ pub trait Vcpu {
     ///
     /// # Errors
     /// The hypervisor refused.
-    fn save(&mut self) -> Result<VcpuState, Error>;
+    fn save(&mut self) -> Result<<Self::Arch as Arch>::Vcpu, Error>;
 
     /// Puts an earlier saved state back (in-place reset of a running machine).
     ///
     /// # Errors
     /// State that does not fit this host.
-    fn reload(&mut self, state: &VcpuState) -> Result<RestoredVcpu, Error>;
+    fn reload(&mut self, state: &<Self::Arch as Arch>::Vcpu) -> Result<RestoredVcpu, Error>;
 
     /// Notes that the guest was paused, so that its watchdogs do not fire.
     fn notify_paused(&mut self);

@@ -14,7 +14,7 @@
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::sync::{Arc, Mutex};
 
-use sm_hypervisor::testing::kvm;
+use sm_hypervisor::testing::native;
 use sm_hypervisor::{Hypervisor as _, Vcpu as _, VcpuSeed as _, Vm as _, VmConfig};
 
 /// `SECCOMP_IOCTL_NOTIF_RECV` and `SECCOMP_IOCTL_NOTIF_SEND` (linux/seccomp.h).
@@ -96,7 +96,7 @@ fn note(listener: &OwnedFd, requests: &Mutex<Vec<u8>>) {
 /// must be read afterwards. `GET_MP_STATE` settles INIT and start-up signals.
 #[test]
 fn events_are_read_before_what_they_change() {
-    let Some(kvm) = kvm() else { return };
+    let Some(kvm) = native() else { return };
     let requests = Arc::new(Mutex::new(Vec::new()));
     let noted = Arc::clone(&requests);
     // A filter lasts as long as its thread.

@@ -12,7 +12,8 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
-use sm_hypervisor::state::CpuidEntry;
+use sm_hypervisor::state::x86_64::CpuidEntry;
+use sm_hypervisor::{Arch as _, X86_64};
 
 /// Vendor and feature words of a processor.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -213,7 +214,7 @@ impl CpuFeatures {
             }
         }
         Self {
-            arch: std::env::consts::ARCH.to_owned(),
+            arch: X86_64::NAME.to_owned(),
             vendor: String::from_utf8_lossy(&vendor).into_owned(),
             words,
         }

@@ -63,7 +63,7 @@ fn restoring_is_measured_phase_by_phase_and_against_qemu() {
         phases(2)
     );
     for phase in [
-        "KVM objects",
+        "hypervisor objects",
         "devices made",
         "agent answered",
         "first output",

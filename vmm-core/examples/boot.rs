@@ -9,8 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use sm_event_loop::EventLoop;
-use sm_hypervisor::Hypervisor;
-use sm_hypervisor::kvm::Kvm;
+use sm_hypervisor::{Hypervisor, Native};
 use sm_vmm_core::devices::DeviceConfig;
 use sm_vmm_core::layout::{SLOT_DATA_DISK, SLOT_RNG, SLOT_ROOT_DISK};
 use sm_vmm_core::loader::InitramfsPart;
@@ -54,7 +53,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             println!("{line}");
         }
     });
-    let host = Kvm::open()?;
+    let host = Native::open()?;
     let event_loop = EventLoop::spawn("devices")?;
     let mut machine = Machine::boot(
         &host,

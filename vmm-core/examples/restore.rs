@@ -9,8 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use sm_event_loop::{EventLoop, EventLoopHandle};
-use sm_hypervisor::Hypervisor;
-use sm_hypervisor::kvm::Kvm;
+use sm_hypervisor::{Hypervisor, Native};
 use sm_vmm_core::devices::DeviceConfig;
 use sm_vmm_core::layout::{SLOT_RNG, SLOT_ROOT_DISK};
 use sm_vmm_core::loader::InitramfsPart;
@@ -30,7 +29,7 @@ fn main() -> Result<()> {
         return Err("usage: restore KERNEL INITRAMFS CMDLINE MIB VCPUS MARKER CLONES".into());
     };
     let memory = MemoryConfig::new(mib.parse::<u64>()? << 20);
-    let host = Kvm::open()?;
+    let host = Native::open()?;
     let event_loop = EventLoop::spawn("devices")?;
     let (mut lines, console) = console()?;
     let mut machine = Machine::boot(
@@ -91,7 +90,7 @@ fn main() -> Result<()> {
 }
 
 fn go_on(
-    host: &Kvm,
+    host: &Native,
     event_loop: &EventLoopHandle,
     state: MachineState,
     config: &MemoryConfig,

@@ -8,8 +8,8 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use sm_hypervisor::state::BootRegisters;
-use sm_hypervisor::{Hypervisor, Vm as _};
+use sm_hypervisor::state::x86_64::BootRegisters;
+use sm_hypervisor::{Hypervisor, Vm as _, X86_64};
 
 use self::chassis::{Chassis, Stopwatch};
 pub use self::error::MachineError;
@@ -67,7 +67,7 @@ pub struct Phases {
 pub struct Machine<H: Hypervisor> {
     // Fields are dropped in this order: threads (with their vCPUs) before the
     // VM, the VM before the memory it maps.
-    threads: Vec<VcpuThread>,
+    threads: Vec<VcpuThread<H::Arch>>,
     devices: Devices,
     uart: Arc<Uart>,
     console: Console,
@@ -79,7 +79,7 @@ pub struct Machine<H: Hypervisor> {
     phases: Phases,
 }
 
-impl<H: Hypervisor> Machine<H> {
+impl<H: Hypervisor<Arch = X86_64>> Machine<H> {
     /// A machine that is about to boot, paused before its first instruction. Its
     /// devices run on `event_loop`; not to be called (or the machine dropped) on
     /// that loop's own thread.
@@ -365,7 +365,7 @@ impl<H: Hypervisor> Machine<H> {
     }
 }
 
-fn boot_starts(registers: BootRegisters, vcpus: u32) -> impl Iterator<Item = Start> {
+fn boot_starts(registers: BootRegisters, vcpus: u32) -> impl Iterator<Item = Start<X86_64>> {
     let boot = std::iter::once(Start::Boot(Some(Box::new(registers))));
     boot.chain((1..vcpus).map(|_| Start::Boot(None)))
 }

@@ -7,7 +7,8 @@
 //! [`MACHINE_VERSION`]: crate::layout::MACHINE_VERSION
 
 use serde::{Deserialize, Serialize};
-use sm_hypervisor::{VcpuState, VmState};
+use sm_hypervisor::VmState;
+use sm_hypervisor::state::x86_64::VcpuState;
 
 use crate::devices::SlotState;
 use crate::serial::UartState;

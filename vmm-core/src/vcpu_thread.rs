@@ -9,8 +9,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvError, Sender, TryRecvError, channel};
 use std::thread::JoinHandle;
 
-use sm_hypervisor::state::BootRegisters;
-use sm_hypervisor::{Bus, Error, Exit, Kicker, RestoredVcpu, Vcpu, VcpuSeed, VcpuState};
+use sm_hypervisor::{Arch, Bus, Error, Exit, Kicker, RestoredVcpu, Vcpu, VcpuSeed};
 use thiserror::Error as ThisError;
 
 use crate::exit::{ExitLatch, ExitReason};
@@ -45,26 +44,26 @@ pub enum VcpuError {
 }
 
 /// What a vCPU starts with.
-pub(crate) enum Start {
+pub(crate) enum Start<A: Arch> {
     /// Reset state, the boot processor with registers.
-    Boot(Option<Box<BootRegisters>>),
+    Boot(Option<Box<A::Boot>>),
     /// Saved state.
-    Restore(Arc<VcpuState>),
+    Restore(Arc<A::Vcpu>),
 }
 
-enum Command {
+enum Command<A: Arch> {
     Run,
     Park(Sender<()>),
-    Save(Sender<Result<VcpuState, Error>>),
-    Reload(Arc<VcpuState>, Sender<Result<RestoredVcpu, Error>>),
+    Save(Sender<Result<A::Vcpu, Error>>),
+    Reload(Arc<A::Vcpu>, Sender<Result<RestoredVcpu, Error>>),
 }
 
 /// A vCPU thread as seen from outside. Dropping it ends the thread.
-pub(crate) struct VcpuThread {
+pub(crate) struct VcpuThread<A: Arch> {
     index: u32,
     kicker: Arc<dyn Kicker>,
     /// `None` once the thread is to end.
-    commands: Option<Sender<Command>>,
+    commands: Option<Sender<Command<A>>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -94,12 +93,12 @@ impl<T> Pending<Result<T, Error>> {
     }
 }
 
-impl VcpuThread {
+impl<A: Arch> VcpuThread<A> {
     /// Starts a thread that binds `seed` and parks. The answer says whether
     /// binding worked, with proof of restoration for [`Start::Restore`].
-    pub(crate) fn spawn<S: VcpuSeed>(
+    pub(crate) fn spawn<S: VcpuSeed<Arch = A>>(
         seed: S,
-        start: Start,
+        start: Start<A>,
         bus: Arc<dyn Bus + Send + Sync>,
         exit: Arc<ExitLatch>,
     ) -> Result<(Self, Bound), VcpuError> {
@@ -151,7 +150,7 @@ impl VcpuThread {
         self.kicker.clone()
     }
 
-    fn send(&self, command: Command) -> Result<(), VcpuError> {
+    fn send(&self, command: Command<A>) -> Result<(), VcpuError> {
         let gone = VcpuError::Gone { vcpu: self.index };
         let Some(commands) = &self.commands else {
             return Err(gone);
@@ -159,7 +158,10 @@ impl VcpuThread {
         commands.send(command).map_err(|_| gone)
     }
 
-    fn ask<T>(&self, command: impl FnOnce(Sender<T>) -> Command) -> Result<Pending<T>, VcpuError> {
+    fn ask<T>(
+        &self,
+        command: impl FnOnce(Sender<T>) -> Command<A>,
+    ) -> Result<Pending<T>, VcpuError> {
         let (reply, answer) = channel();
         self.send(command(reply))?;
         Ok(Pending {
@@ -181,20 +183,20 @@ impl VcpuThread {
     }
 
     /// Saves the state of a parked vCPU.
-    pub(crate) fn save(&self) -> Result<Pending<Result<VcpuState, Error>>, VcpuError> {
+    pub(crate) fn save(&self) -> Result<Pending<Result<A::Vcpu, Error>>, VcpuError> {
         self.ask(Command::Save)
     }
 
     /// Puts saved state into a parked vCPU.
     pub(crate) fn reload(
         &self,
-        state: Arc<VcpuState>,
+        state: Arc<A::Vcpu>,
     ) -> Result<Pending<Result<RestoredVcpu, Error>>, VcpuError> {
         self.ask(|reply| Command::Reload(state, reply))
     }
 }
 
-impl Drop for VcpuThread {
+impl<A: Arch> Drop for VcpuThread<A> {
     fn drop(&mut self) {
         self.commands = None;
         self.kicker.kick();
@@ -213,12 +215,12 @@ enum Next {
 }
 
 /// The inside of a vCPU thread.
-struct Runner<V> {
+struct Runner<V: Vcpu> {
     vcpu: V,
     index: u32,
     bus: Arc<dyn Bus + Send + Sync>,
     exit: Arc<ExitLatch>,
-    inbox: Receiver<Command>,
+    inbox: Receiver<Command<V::Arch>>,
 }
 
 impl<V: Vcpu> Runner<V> {
@@ -235,7 +237,7 @@ impl<V: Vcpu> Runner<V> {
         }
     }
 
-    fn obey(&mut self, command: Command) -> Next {
+    fn obey(&mut self, command: Command<V::Arch>) -> Next {
         // An answer nobody waits for is no loss.
         match command {
             Command::Run => return Next::Run,
@@ -306,7 +308,8 @@ mod tests {
     use std::sync::Mutex;
     use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-    use sm_hypervisor::FaultInfo;
+    use sm_hypervisor::state::x86_64::{BootRegisters, VcpuState};
+    use sm_hypervisor::{FaultInfo, X86_64};
 
     use super::*;
 
@@ -332,6 +335,7 @@ mod tests {
     struct Cpu(Arc<Script>);
 
     impl VcpuSeed for Seed {
+        type Arch = X86_64;
         type Vcpu = Cpu;
 
         fn index(&self) -> u32 {
@@ -359,6 +363,8 @@ mod tests {
     }
 
     impl Vcpu for Cpu {
+        type Arch = X86_64;
+
         fn run(&mut self, _bus: &dyn Bus) -> Result<Exit, Error> {
             if let Some(exit) = self.0.exits.lock().unwrap().pop() {
                 return Ok(exit);
@@ -398,7 +404,7 @@ mod tests {
         fn pio_write(&self, _port: u16, _data: &[u8]) {}
     }
 
-    fn spawn(script: Script) -> (VcpuThread, Arc<Script>, Arc<ExitLatch>) {
+    fn spawn(script: Script) -> (VcpuThread<X86_64>, Arc<Script>, Arc<ExitLatch>) {
         let script = Arc::new(script);
         let exit = Arc::new(ExitLatch::new().unwrap());
         let (thread, bound) = VcpuThread::spawn(

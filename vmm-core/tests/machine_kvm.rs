@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use sm_event_loop::EventLoop;
-use sm_hypervisor::kvm::Kvm;
+use sm_hypervisor::Native;
 use sm_vmm_core::devices::DeviceConfig;
 use sm_vmm_core::exit::ExitReason;
 use sm_vmm_core::layout::SLOT_RNG;
@@ -55,7 +55,7 @@ fn counting() -> Vec<u8> {
 }
 
 struct Rig {
-    host: Kvm,
+    host: Native,
     event_loop: EventLoop,
     console: File,
 }
@@ -63,7 +63,7 @@ struct Rig {
 impl Rig {
     fn new() -> Option<Self> {
         Some(Self {
-            host: sm_hypervisor::testing::kvm()?,
+            host: sm_hypervisor::testing::native()?,
             event_loop: EventLoop::spawn("devices").unwrap(),
             console: tempfile::tempfile().unwrap(),
         })
@@ -76,7 +76,7 @@ impl Rig {
         }]
     }
 
-    fn boot(&self, code: &[u8], vcpus: u32) -> Result<Machine<Kvm>, MachineError> {
+    fn boot(&self, code: &[u8], vcpus: u32) -> Result<Machine<Native>, MachineError> {
         Machine::boot(
             &self.host,
             MachineConfig {
@@ -97,7 +97,7 @@ impl Rig {
         &self,
         state: MachineState,
         memory: MachineMemory,
-    ) -> Result<Machine<Kvm>, MachineError> {
+    ) -> Result<Machine<Native>, MachineError> {
         Machine::restore(
             &self.host,
             state,
@@ -116,19 +116,19 @@ impl Rig {
     }
 }
 
-fn end(machine: &Machine<Kvm>) -> ExitReason {
+fn end(machine: &Machine<Native>) -> ExitReason {
     machine
         .exit_latch()
         .wait_timeout(Duration::from_secs(60))
         .expect("the guest did not end")
 }
 
-fn counter(machine: &Machine<Kvm>) -> u32 {
+fn counter(machine: &Machine<Native>) -> u32 {
     machine.memory().guest.read_obj(COUNTER).unwrap()
 }
 
 /// All of a paused machine's memory, as a file to restore from.
-fn memory_file(machine: &Machine<Kvm>) -> Arc<File> {
+fn memory_file(machine: &Machine<Native>) -> Arc<File> {
     let mut file = tempfile::tempfile().unwrap();
     let mut page = vec![0; 4096];
     for at in (0..MEMORY).step_by(4096) {

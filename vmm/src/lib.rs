@@ -136,15 +136,6 @@ pub const VMM_VARIABLE: &str = "SM_VMM_PROCESS";
 /// The hidden subcommand with which a program is started as the process of a VM.
 pub const SUBCOMMAND: &str = "__vmm";
 
-/// Returns the sentence for a host whose hypervisor cannot run Linux.
-#[must_use]
-pub fn unusable(reason: &str) -> String {
-    format!(
-        "this host's /dev/kvm cannot run Linux guests: {reason}. Use a host with hardware \
-         virtualisation (vmx or svm in /proc/cpuinfo)"
-    )
-}
-
 /// Runs the process of a VM in `environment`, and does not return, if this process was
 /// started as one: its first argument is [`SUBCOMMAND`].
 ///

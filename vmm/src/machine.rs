@@ -18,8 +18,7 @@ use sm_devices_vsock::{MuxerHandle, Vsock, VsockConfig};
 use sm_event_loop::EventLoop;
 use sm_frontends::{FrontendHandle, Target, UnixFrontend};
 use sm_guest_proto::port;
-use sm_hypervisor::kvm::Kvm;
-use sm_hypervisor::{Hypervisor as _, LinuxSupport};
+use sm_hypervisor::{Hypervisor as _, Native};
 use sm_snapshot::chain::Chain;
 use sm_snapshot::cpu::CpuFeatures;
 use sm_snapshot::manifest::Layer;
@@ -46,13 +45,12 @@ use super::paging::{self, Paged};
 use super::prefetch::Prefetch;
 use super::saved::{Content, Plan, Saved};
 use super::serving::{Published, Wiring};
-use super::unusable;
 use crate::names::EPHEMERAL_LABEL;
 
 /// A running machine with its devices and frontends.
 pub(crate) struct RunningMachine {
     // Fields are dropped in this order: the vCPUs stop before their devices are dropped.
-    machine: Machine<Kvm>,
+    machine: Machine<Native>,
     exit: Arc<ExitLatch>,
     muxer: MuxerHandle,
     /// The root disk, and the image to insert after the base snapshot was captured.
@@ -158,24 +156,24 @@ pub(crate) struct Started {
 /// # Errors
 /// A sentence for the person who started the VM.
 pub(crate) fn start(
-    kvm: &Kvm,
+    host: &Native,
     environment: &dyn Environment,
     request: &LaunchRequest,
     record: &dyn VmRecord,
     console: &File,
     notices: &NoticeSender,
 ) -> Result<Started, String> {
-    let cpuid = kvm
-        .guest_cpuid()
+    let features = host
+        .guest_features()
         .map_err(failed("ask what processor guests get"))?;
-    let cpu = CpuFeatures::of(&cpuid);
+    let cpu = CpuFeatures::of(&features.cpuid);
     let mut warnings = Vec::new();
     let mut request = request.clone();
     loop {
         let beginning = Beginning::of(&request, &cpu, environment)?;
         let cached = beginning.cached(&request);
         let parts = Parts {
-            kvm: kvm.clone(),
+            host: host.clone(),
             devices: Vec::new(),
             console: console
                 .try_clone()
@@ -325,7 +323,7 @@ fn begin(
 
 /// Common parameters of booting and restoring.
 struct Parts {
-    kvm: Kvm,
+    host: Native,
     devices: Vec<DeviceConfig>,
     console: File,
     phases: Vec<Phase>,
@@ -346,10 +344,10 @@ impl Parts {
         request: &LaunchRequest,
         initramfs: InitramfsBuilder,
         event_loop: &EventLoop,
-    ) -> Result<Machine<Kvm>, String> {
+    ) -> Result<Machine<Native>, String> {
         // The check is skipped on a host on which a guest of the same kind has run.
-        if let LinuxSupport::Unusable { reason } = self.kvm.capabilities().linux {
-            return Err(unusable(&reason));
+        if let Some(refusal) = self.host.capabilities().linux.refusal() {
+            return Err(refusal);
         }
         self.phases.push(Phase::now("hypervisor probed"));
         let path = &request.config.kernel;
@@ -372,7 +370,7 @@ impl Parts {
             console: self.console()?,
             devices: std::mem::take(&mut self.devices),
         };
-        let machine = Machine::boot(&self.kvm, config, &event_loop.handle())
+        let machine = Machine::boot(&self.host, config, &event_loop.handle())
             .map_err(failed("make the virtual machine"))?;
         tracing::debug!(phases = ?machine.phases(), "machine made");
         self.phases.push(Phase::now("machine made"));
@@ -383,7 +381,7 @@ impl Parts {
         &mut self,
         saved: Saved,
         event_loop: &EventLoop,
-    ) -> Result<(Machine<Kvm>, Chain), Failure> {
+    ) -> Result<(Machine<Native>, Chain), Failure> {
         let Saved { chain, state, .. } = saved;
         self.phases.push(Phase::now("snapshot opened"));
         let Paged {
@@ -398,7 +396,7 @@ impl Parts {
         let devices = std::mem::take(&mut self.devices);
         let begun = monotonic_ns();
         let machine = Machine::restore(
-            &self.kvm,
+            &self.host,
             state,
             memory,
             devices,
@@ -417,8 +415,8 @@ impl Parts {
         let inner = machine.phases();
         let mut at_ns = begun;
         for (name, took) in [
-            ("KVM objects", inner.hypervisor_objects),
-            ("memory given to KVM", inner.memory_map),
+            ("hypervisor objects", inner.hypervisor_objects),
+            ("memory given to the hypervisor", inner.memory_map),
             ("devices made", inner.devices),
         ] {
             at_ns += u64::try_from(took.as_nanos()).unwrap_or(0);

@@ -16,8 +16,7 @@ use sm_control::launch::{LaunchRequest, Report};
 use sm_control::timings::{Phase, unix_nanos};
 use sm_control::with_causes;
 use sm_guest_proto::frame::{self, ExitStatus, FrameDecoder, FrameType};
-use sm_hypervisor::Hypervisor as _;
-use sm_hypervisor::kvm::Kvm;
+use sm_hypervisor::{Hypervisor as _, Native};
 
 use super::environment::{Environment, VmRecord};
 use super::guest::notices;
@@ -37,7 +36,7 @@ pub(super) fn main(environment: &dyn Environment) -> io::Result<()> {
     let terminate = terminate_stream()?;
     let started = Phase::now("process started");
     // Every request needs a VM, so it is created while the request is received.
-    let kvm = Kvm::open().inspect(Kvm::prepare_vm);
+    let host = Native::open().inspect(Native::prepare_vm);
     let opened = Phase::now("hypervisor opened");
 
     let (request, lock) = receive_request(&launcher)?;
@@ -46,10 +45,10 @@ pub(super) fn main(environment: &dyn Environment) -> io::Result<()> {
     phases.extend([started, opened]);
     let request = LaunchRequest { phases, ..request };
 
-    let supervisor = kvm.map_err(|error| with_causes(&error)).and_then(|kvm| {
+    let supervisor = host.map_err(|error| with_causes(&error)).and_then(|host| {
         let record = Arc::clone(&record);
         assemble(
-            &kvm,
+            &host,
             environment,
             request,
             record,
@@ -138,7 +137,7 @@ fn receive_request(launcher: &UnixStream) -> io::Result<(LaunchRequest, File)> {
 /// # Errors
 /// A sentence with its causes, for the person who started the VM.
 fn assemble(
-    kvm: &Kvm,
+    host: &Native,
     environment: &dyn Environment,
     request: LaunchRequest,
     record: Arc<dyn VmRecord>,
@@ -160,7 +159,7 @@ fn assemble(
     let listener = UnixListener::bind(record.control_socket())
         .map_err(io_error("create the control socket"))?;
     let (sender, notices) = notices().map_err(io_error("create an event descriptor"))?;
-    let started = super::machine::start(kvm, environment, &request, &*record, &console, &sender)?;
+    let started = super::machine::start(host, environment, &request, &*record, &console, &sender)?;
     let mut request = request;
     request.phases.extend(started.phases);
     let launcher = launcher

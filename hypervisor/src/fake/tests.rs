@@ -111,7 +111,7 @@ fn doorbells_take_the_writes_they_match() {
 
 #[test]
 fn regions_are_whole_pages_and_apart() {
-    let fake = FakeHypervisor::open().unwrap();
+    let fake = FakeHypervisor::new(Vec::new());
     let vm = fake.create_vm(&VmConfig { vcpus: 1 }).unwrap();
     let region = |guest_address, len| MemoryRegion {
         guest_address,

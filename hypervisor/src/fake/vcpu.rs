@@ -6,8 +6,7 @@ use std::marker::PhantomData;
 use std::sync::{Arc, PoisonError};
 
 use super::vm::Shared;
-use super::{BACKEND, Event, Inner, Step, lock};
-use crate::state::{BootRegisters, VcpuState};
+use super::{BACKEND, Event, FakeArch, Inner, Step, lock};
 use crate::{Bus, Error, Exit, Gsi, Kicker, RestoredVcpu, Vcpu, VcpuSeed};
 
 struct FakeKicker {
@@ -30,14 +29,14 @@ impl Kicker for FakeKicker {
 
 /// A vCPU of the fake backend before it is bound.
 #[derive(Debug)]
-pub struct FakeSeed {
-    inner: Arc<Inner>,
+pub struct FakeSeed<A: FakeArch> {
+    inner: Arc<Inner<A>>,
     shared: Arc<Shared>,
     index: u32,
 }
 
-impl FakeSeed {
-    pub(super) fn new(inner: Arc<Inner>, shared: Arc<Shared>, index: u32) -> Self {
+impl<A: FakeArch> FakeSeed<A> {
+    pub(super) fn new(inner: Arc<Inner<A>>, shared: Arc<Shared>, index: u32) -> Self {
         Self {
             inner,
             shared,
@@ -45,7 +44,7 @@ impl FakeSeed {
         }
     }
 
-    fn into_vcpu(self) -> FakeVcpu {
+    fn into_vcpu(self) -> FakeVcpu<A> {
         let index = usize::try_from(self.index).unwrap_or(usize::MAX);
         FakeVcpu {
             script: self.inner.scripts.get(index).cloned().unwrap_or_default(),
@@ -58,8 +57,9 @@ impl FakeSeed {
     }
 }
 
-impl VcpuSeed for FakeSeed {
-    type Vcpu = FakeVcpu;
+impl<A: FakeArch> VcpuSeed for FakeSeed<A> {
+    type Arch = A;
+    type Vcpu = FakeVcpu<A>;
 
     fn index(&self) -> u32 {
         self.index
@@ -72,13 +72,13 @@ impl VcpuSeed for FakeSeed {
         })
     }
 
-    fn bind(self, boot: Option<&BootRegisters>) -> Result<FakeVcpu, Error> {
+    fn bind(self, boot: Option<&A::Boot>) -> Result<FakeVcpu<A>, Error> {
         let vcpu = self.into_vcpu();
         vcpu.inner.note(Event::Bound(vcpu.index, boot.cloned()));
         Ok(vcpu)
     }
 
-    fn bind_restored(self, state: &VcpuState) -> Result<(FakeVcpu, RestoredVcpu), Error> {
+    fn bind_restored(self, state: &A::Vcpu) -> Result<(FakeVcpu<A>, RestoredVcpu), Error> {
         let mut vcpu = self.into_vcpu();
         let proof = vcpu.reload(state)?;
         Ok((vcpu, proof))
@@ -87,8 +87,8 @@ impl VcpuSeed for FakeSeed {
 
 /// A vCPU of the fake backend.
 #[derive(Debug)]
-pub struct FakeVcpu {
-    inner: Arc<Inner>,
+pub struct FakeVcpu<A: FakeArch> {
+    inner: Arc<Inner<A>>,
     shared: Arc<Shared>,
     index: u32,
     script: Vec<Step>,
@@ -97,7 +97,7 @@ pub struct FakeVcpu {
     stays: PhantomData<*const ()>,
 }
 
-impl FakeVcpu {
+impl<A: FakeArch> FakeVcpu<A> {
     /// Waits for an interrupt, or for a kick only. True when kicked.
     fn wait(&self, gsi: Option<Gsi>) -> bool {
         let mut signals = lock(&self.shared.signals);
@@ -123,7 +123,9 @@ impl FakeVcpu {
     }
 }
 
-impl Vcpu for FakeVcpu {
+impl<A: FakeArch> Vcpu for FakeVcpu<A> {
+    type Arch = A;
+
     fn run(&mut self, bus: &dyn Bus) -> Result<Exit, Error> {
         loop {
             if lock(&self.shared.signals).kicked.remove(&self.index) {
@@ -164,26 +166,18 @@ impl Vcpu for FakeVcpu {
         }
     }
 
-    fn save(&mut self) -> Result<VcpuState, Error> {
-        let mut state = VcpuState {
-            index: self.index,
-            ..VcpuState::default()
-        };
-        state.general.rip = self.position as u64;
-        state.events.backend = BACKEND.to_owned();
-        Ok(state)
+    fn save(&mut self) -> Result<A::Vcpu, Error> {
+        Ok(A::state(self.index, self.position as u64))
     }
 
-    fn reload(&mut self, state: &VcpuState) -> Result<RestoredVcpu, Error> {
-        if state.index != self.index || state.events.backend != BACKEND {
+    fn reload(&mut self, state: &A::Vcpu) -> Result<RestoredVcpu, Error> {
+        let (backend, index, position) = A::read(state);
+        if index != self.index || backend != BACKEND {
             return Err(Error::State {
-                reason: format!(
-                    "it is of vCPU {} of backend {:?}",
-                    state.index, state.events.backend
-                ),
+                reason: format!("it is of vCPU {index} of backend {backend:?}"),
             });
         }
-        self.position = usize::try_from(state.general.rip).unwrap_or(usize::MAX);
+        self.position = usize::try_from(position).unwrap_or(usize::MAX);
         self.inner.note(Event::Restored(self.index));
         Ok(RestoredVcpu { index: self.index })
     }

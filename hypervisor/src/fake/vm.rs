@@ -3,14 +3,15 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Condvar, Mutex};
 
-use super::{BACKEND, Event, FakeSeed, Inner, PAGE, lock};
+use super::{BACKEND, Event, FakeArch, FakeSeed, Inner, PAGE, lock};
 use crate::state::{Blob, VmState};
-use crate::{Doorbell, Error, Gsi, IrqLine, IrqTrigger, MemoryRegion, RestoredVcpu, Vm};
+use crate::sys::Waker;
+use crate::{Doorbell, Error, Gsi, IrqLine, IrqTrigger, MemoryRegion, RestoredVcpu, Vm, Wake};
 
 /// A VM of the fake backend.
 #[derive(Debug)]
-pub struct FakeVm {
-    inner: Arc<Inner>,
+pub struct FakeVm<A: FakeArch> {
+    inner: Arc<Inner<A>>,
     vcpus: u32,
     /// First address and length of each mapped region.
     regions: Mutex<Vec<(u64, u64)>>,
@@ -22,7 +23,7 @@ pub struct FakeVm {
 pub(super) struct Shared {
     pub(super) signals: Mutex<Signals>,
     pub(super) changed: Condvar,
-    doorbells: Mutex<Vec<(Doorbell, Bell)>>,
+    doorbells: Mutex<Vec<(Doorbell, Waker)>>,
 }
 
 #[derive(Debug, Default)]
@@ -32,12 +33,6 @@ pub(super) struct Signals {
     pub(super) pending: BTreeMap<Gsi, u32>,
 }
 
-/// What a doorbell signals.
-#[cfg(unix)]
-type Bell = std::os::fd::OwnedFd;
-#[cfg(not(unix))]
-type Bell = ();
-
 impl Shared {
     /// Signals the doorbell that a write matches.
     pub(super) fn ring(&self, address: u64, data: &[u8]) -> Option<Doorbell> {
@@ -45,24 +40,20 @@ impl Shared {
         bytes.get_mut(..data.len())?.copy_from_slice(data);
         let value = u64::from_le_bytes(bytes);
         let doorbells = lock(&self.doorbells);
-        let (doorbell, bell) = doorbells.iter().find(|(doorbell, _)| {
+        let (doorbell, waker) = doorbells.iter().find(|(doorbell, _)| {
             doorbell.address == address
                 && doorbell
                     .width
                     .is_none_or(|width| usize::from(width) == data.len())
                 && doorbell.value.is_none_or(|wanted| wanted == value)
         })?;
-        #[cfg(unix)]
-        // A full eventfd counter is still a signal.
-        let _ = rustix::io::write(bell, &1_u64.to_ne_bytes());
-        #[cfg(not(unix))]
-        let () = *bell;
+        waker.signal();
         Some(*doorbell)
     }
 }
 
-impl FakeVm {
-    pub(super) fn new(inner: Arc<Inner>, vcpus: u32) -> Self {
+impl<A: FakeArch> FakeVm<A> {
+    pub(super) fn new(inner: Arc<Inner<A>>, vcpus: u32) -> Self {
         Self {
             inner,
             vcpus,
@@ -72,8 +63,9 @@ impl FakeVm {
     }
 }
 
-impl Vm for FakeVm {
-    type Seed = FakeSeed;
+impl<A: FakeArch> Vm for FakeVm<A> {
+    type Arch = A;
+    type Seed = FakeSeed<A>;
 
     #[expect(unsafe_code, reason = "implements an unsafe method; touches no memory")]
     unsafe fn map_memory(&self, region: MemoryRegion) -> Result<(), Error> {
@@ -96,7 +88,7 @@ impl Vm for FakeVm {
         Ok(())
     }
 
-    fn create_vcpu(&self, index: u32) -> Result<FakeSeed, Error> {
+    fn create_vcpu(&self, index: u32) -> Result<FakeSeed<A>, Error> {
         if index >= self.vcpus {
             return Err(Error::Unsupported {
                 what: format!("vCPU {index} of a VM with {}", self.vcpus),
@@ -122,17 +114,15 @@ impl Vm for FakeVm {
         }))
     }
 
-    #[cfg(unix)]
-    fn add_doorbell(
-        &self,
-        doorbell: Doorbell,
-        fd: std::os::fd::BorrowedFd<'_>,
-    ) -> Result<bool, Error> {
-        let bell = fd.try_clone_to_owned().map_err(|source| Error::Os {
-            operation: "duplicate an eventfd",
+    fn add_doorbell(&self, doorbell: Doorbell, wake: Wake<'_>) -> Result<bool, Error> {
+        let waker = Waker::of(wake).map_err(|source| Error::Os {
+            operation: "duplicate what a doorbell signals",
             source,
         })?;
-        lock(&self.shared.doorbells).push((doorbell, bell));
+        let Some(waker) = waker else {
+            return Ok(false);
+        };
+        lock(&self.shared.doorbells).push((doorbell, waker));
         Ok(true)
     }
 
@@ -171,13 +161,13 @@ impl Vm for FakeVm {
 }
 
 #[derive(Debug)]
-struct FakeLine {
-    inner: Arc<Inner>,
+struct FakeLine<A: FakeArch> {
+    inner: Arc<Inner<A>>,
     shared: Arc<Shared>,
     gsi: Gsi,
 }
 
-impl IrqLine for FakeLine {
+impl<A: FakeArch> IrqLine for FakeLine<A> {
     fn pulse(&self) -> Result<(), Error> {
         self.inner.note(Event::Irq(self.gsi));
         // Edges that nobody has taken become one.

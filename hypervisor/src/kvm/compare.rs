@@ -6,7 +6,7 @@
 //! bits of which follow CR4 and XCR0.
 
 use crate::Error;
-use crate::state::VcpuState;
+use crate::state::x86_64::VcpuState;
 
 /// Registers whose value moves or has an effect of its own: TSC, TSC_ADJUST is
 /// kept; TSC_DEADLINE; kvmclock's wall clock (written when set).

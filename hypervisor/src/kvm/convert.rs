@@ -6,7 +6,7 @@ use kvm_bindings::{
     kvm_dtable, kvm_mp_state, kvm_regs, kvm_segment, kvm_sregs,
 };
 
-use crate::state::{
+use crate::state::x86_64::{
     CpuidEntry, DebugRegisters, GeneralRegisters, MpState, Segment, SystemRegisters, Table,
 };
 

@@ -13,13 +13,15 @@
 //! | `convert.rs` | plain-data state to KVM's structures and back |
 //! | `state.rs` | saving and restoring a vCPU, in order |
 //! | `msrs.rs`, `tsc.rs` | model-specific registers; the time-stamp counter |
+//! | `probe.rs` | whether Linux guests run, by a tiny guest |
+//! | `creation.rs` | what makes creating VMs slow on a host |
 //! | `compare.rs` | reading back after a restore, in debug builds |
 //!
 //! # What is saved
 //!
 //! | element | where | note |
 //! |---|---|---|
-//! | general, segment, table, control registers | [`VcpuState`](crate::VcpuState) | also the interrupt being delivered |
+//! | general, segment, table, control registers | [`VcpuState`](crate::state::x86_64::VcpuState) | also the interrupt being delivered |
 //! | debug registers, XCR0 | `VcpuState` | |
 //! | XSAVE area | `VcpuState` | `KVM_GET_XSAVE2` where there is one: x87, SSE, AVX, AVX-512, PKRU |
 //! | MSRs | `VcpuState` | all that KVM lists and that read, but for the host's microcode revision, performance counters and Hyper-V |
@@ -36,11 +38,14 @@
 //! thread, and can miss the save: a device with an unacknowledged interrupt
 //! raises its line again after a restore.
 
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
+
 mod ahead;
 #[cfg(any(debug_assertions, test))]
 mod compare;
 mod convert;
 mod cpuid;
+mod creation;
 mod fault;
 mod kick;
 mod msrs;
@@ -63,9 +68,13 @@ use ahead::Ahead;
 pub use vcpu::{KvmSeed, KvmVcpu};
 pub use vm::KvmVm;
 
-use crate::state::CpuidEntry;
-use crate::{Capabilities, Error, Hypervisor, LinuxSupport, OpenError, VmConfig};
+use crate::state::x86_64::Features;
+use crate::{
+    Capabilities, Error, Hypervisor, LinuxSupport, OpenError, OpenErrorKind, VmConfig, X86_64,
+};
 
+/// Name of this backend in saved state.
+const BACKEND: &str = "kvm";
 /// Largest number of CPUID entries asked for.
 const MAX_CPUID_ENTRIES: usize = kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 
@@ -125,6 +134,7 @@ impl Kvm {
 }
 
 impl Hypervisor for Kvm {
+    type Arch = X86_64;
     type Vm = KvmVm;
 
     fn open() -> Result<Self, OpenError> {
@@ -132,9 +142,9 @@ impl Hypervisor for Kvm {
         let version = kvm.get_api_version();
         // The only version there has been since Linux 2.6.22.
         if version != 12 {
-            return Err(OpenError::Unsupported {
-                reason: format!("it speaks API version {version} instead of 12"),
-            });
+            return Err(unsupported(&format!(
+                "it speaks API version {version} instead of 12"
+            )));
         }
         let needed = [
             (Cap::Irqchip, "in-kernel interrupt controllers"),
@@ -149,9 +159,7 @@ impl Hypervisor for Kvm {
             (Cap::AdjustClock, "an adjustable clock"),
         ];
         if let Some((_, what)) = needed.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
-            return Err(OpenError::Unsupported {
-                reason: format!("it lacks {what}"),
-            });
+            return Err(unsupported(&format!("it lacks {what}")));
         }
         Ok(Self {
             shared: Arc::new(Shared {
@@ -171,16 +179,21 @@ impl Hypervisor for Kvm {
             .get_or_init(|| probe::linux_support(self))
             .clone();
         Capabilities {
-            backend: "kvm",
+            backend: BACKEND,
             max_vcpus: u32::try_from(self.shared.kvm.get_max_vcpus()).unwrap_or(u32::MAX),
             linux,
         }
     }
 
-    fn guest_cpuid(&self) -> Result<Vec<CpuidEntry>, Error> {
+    fn guest_features(&self) -> Result<Features, Error> {
         let deadline = self.shared.kvm.check_extension(Cap::TscDeadlineTimer);
         let offered = cpuid::offered(self.supported_cpuid()?, deadline)?;
-        Ok(offered.iter().map(convert::from_cpuid).collect())
+        let cpuid = offered.iter().map(convert::from_cpuid).collect();
+        Ok(Features { cpuid })
+    }
+
+    fn creation_advice(&self) -> Option<String> {
+        creation::advice()
     }
 
     fn prepare_vm(&self) {
@@ -195,16 +208,34 @@ impl Hypervisor for Kvm {
 /// Says what a person can do when `/dev/kvm` cannot be opened.
 fn open_error(errno: i32) -> OpenError {
     match errno {
-        libc::ENOENT | libc::ENODEV | libc::ENXIO => OpenError::Missing,
-        libc::EACCES | libc::EPERM => OpenError::Permission {
-            group: std::fs::metadata("/dev/kvm")
-                .map_or_else(|_| "kvm".to_owned(), |meta| group_name(meta.gid())),
-        },
-        errno => OpenError::Io {
-            operation: "open",
-            source: io::Error::from_raw_os_error(errno),
-        },
+        libc::ENOENT | libc::ENODEV | libc::ENXIO => OpenError::new(
+            BACKEND,
+            OpenErrorKind::Missing,
+            "there is no /dev/kvm on this host",
+        )
+        .with_remedy("load the kvm_intel or kvm_amd module, or enable (nested) virtualisation"),
+        libc::EACCES | libc::EPERM => {
+            let group = std::fs::metadata("/dev/kvm")
+                .map_or_else(|_| "kvm".to_owned(), |meta| group_name(meta.gid()));
+            OpenError::new(
+                BACKEND,
+                OpenErrorKind::Permission,
+                "no permission to open /dev/kvm",
+            )
+            .with_remedy(format!("add this user to the group that owns it ({group})"))
+        }
+        errno => OpenError::new(BACKEND, OpenErrorKind::Io, "cannot open /dev/kvm")
+            .with_source(io::Error::from_raw_os_error(errno)),
     }
+}
+
+/// A device that is no KVM, or one that lacks something.
+fn unsupported(reason: &str) -> OpenError {
+    OpenError::new(
+        BACKEND,
+        OpenErrorKind::Unsupported,
+        format!("/dev/kvm cannot be used: {reason}"),
+    )
 }
 
 /// The name of a group, its number where it has none.
@@ -216,4 +247,31 @@ fn group_name(gid: u32) -> String {
         .find(|fields| fields.get(2).is_some_and(|field| field.parse() == Ok(gid)))
         .and_then(|fields| fields.first().map(|name| (*name).to_owned()))
         .unwrap_or_else(|| gid.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_of_opening_say_what_to_do() {
+        let missing = open_error(libc::ENOENT);
+        assert_eq!(
+            missing.to_string(),
+            "there is no /dev/kvm on this host: load the kvm_intel or kvm_amd module, \
+             or enable (nested) virtualisation"
+        );
+        let denied = open_error(libc::EACCES);
+        assert_eq!(denied.kind(), OpenErrorKind::Permission);
+        let remedy = denied.remedy().unwrap();
+        assert!(remedy.contains("the group that owns it"), "{remedy}");
+        let failed = open_error(libc::EMFILE);
+        assert_eq!(
+            (failed.backend(), failed.kind()),
+            ("kvm", OpenErrorKind::Io)
+        );
+        assert!(std::error::Error::source(&failed).is_some());
+        let other = unsupported("it lacks a clock").to_string();
+        assert_eq!(other, "/dev/kvm cannot be used: it lacks a clock");
+    }
 }

@@ -17,10 +17,10 @@ use std::time::Duration;
 
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
-use crate::state::{BootRegisters, Segment, Table};
+use crate::state::x86_64::{BootRegisters, Segment, Table};
 use crate::{
     Bus, Error, Exit, FaultInfo, Hypervisor, Kicker, LinuxSupport, MemoryRegion, Vcpu as _,
-    VcpuSeed as _, Vm as _, VmConfig,
+    VcpuSeed as _, Vm as _, VmConfig, X86_64,
 };
 
 /// How long the guest may take. Natively it needs microseconds; under an
@@ -128,15 +128,13 @@ fn guest_code() -> &'static [u8] {
 }
 
 /// Runs the probe on an open hypervisor.
-pub(crate) fn linux_support<H: Hypervisor>(hypervisor: &H) -> LinuxSupport {
+pub(super) fn linux_support<H: Hypervisor<Arch = X86_64>>(hypervisor: &H) -> LinuxSupport {
     let (outcome, stage) = match try_guest(hypervisor) {
         Ok(seen) => seen,
         Err(error) => {
             let source = std::error::Error::source(&error)
                 .map_or_else(String::new, |source| format!(": {source}"));
-            return LinuxSupport::Unusable {
-                reason: format!("a test guest could not be made: {error}{source}"),
-            };
+            return unusable(format!("a test guest could not be made: {error}{source}"));
         }
     };
     let why = match outcome {
@@ -150,11 +148,16 @@ pub(crate) fn linux_support<H: Hypervisor>(hypervisor: &H) -> LinuxSupport {
         .ok()
         .and_then(|stage| STAGES.get(stage))
         .unwrap_or(&"run");
+    unusable(format!(
+        "a test guest could not {what} ({why}): this host offers KVM without the hardware \
+         virtualisation that Linux guests need"
+    ))
+}
+
+fn unusable(finding: String) -> LinuxSupport {
     LinuxSupport::Unusable {
-        reason: format!(
-            "a test guest could not {what} ({why}): this host offers KVM without the hardware \
-             virtualisation that Linux guests need"
-        ),
+        reason: format!("this host's /dev/kvm cannot run Linux guests: {finding}"),
+        remedy: "Use a host with hardware virtualisation (vmx or svm in /proc/cpuinfo)".to_owned(),
     }
 }
 
@@ -164,7 +167,7 @@ enum Outcome {
     Exit(Exit),
 }
 
-fn try_guest<H: Hypervisor>(hypervisor: &H) -> Result<(Outcome, u32), Error> {
+fn try_guest<H: Hypervisor<Arch = X86_64>>(hypervisor: &H) -> Result<(Outcome, u32), Error> {
     let memory = Memory::new()?;
     memory.fill(offers_xsave());
     let vm = hypervisor.create_vm(&VmConfig { vcpus: 1 })?;
@@ -363,7 +366,7 @@ mod tests {
     /// virtualisation visible means that guests run.
     #[test]
     fn the_verdict_agrees_with_the_processor() {
-        let Some(kvm) = crate::testing::kvm() else {
+        let Some(kvm) = crate::testing::native() else {
             return;
         };
         let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap();
@@ -372,7 +375,7 @@ mod tests {
             .any(|flag| flag == "vmx" || flag == "svm");
         match kvm.capabilities().linux {
             LinuxSupport::Native => assert!(hardware),
-            LinuxSupport::Unusable { reason } => {
+            LinuxSupport::Unusable { reason, .. } => {
                 eprintln!("{reason}");
                 assert!(!hardware, "{reason}");
             }

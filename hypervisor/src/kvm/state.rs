@@ -25,13 +25,13 @@ use kvm_ioctls::VcpuFd;
 use zerocopy::{FromBytes as _, IntoBytes as _};
 
 use super::vm_shared::VmShared;
-use super::{convert, msrs, os};
+use super::{BACKEND, convert, msrs, os};
 use crate::Error;
-use crate::state::{Blob, CpuidEntry, VcpuState};
+use crate::state::Blob;
+use crate::state::x86_64::{CpuidEntry, VcpuState};
 
 /// Layout version of the events blob: `kvm_vcpu_events` as the kernel has it.
 const EVENTS_VERSION: u32 = 1;
-const BACKEND: &str = "kvm";
 
 fn unfit(reason: impl Into<String>) -> Error {
     Error::State {

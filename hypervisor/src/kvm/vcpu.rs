@@ -15,8 +15,8 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use super::kick::KickState;
 use super::vm_shared::VmShared;
 use super::{convert, cpuid, fault, os, state};
-use crate::state::{BootRegisters, CpuidEntry, VcpuState};
-use crate::{Bus, Error, Exit, Kicker, RestoredVcpu, Vcpu, VcpuSeed};
+use crate::state::x86_64::{BootRegisters, CpuidEntry, VcpuState};
+use crate::{Bus, Error, Exit, Kicker, RestoredVcpu, Vcpu, VcpuSeed, X86_64};
 
 /// IA32_MTRR_DEF_TYPE: variable ranges on, everything write-back.
 const MTRR_DEF_TYPE: (u32, u64) = (0x2ff, 1 << 11 | 6);
@@ -60,6 +60,7 @@ impl KvmSeed {
 }
 
 impl VcpuSeed for KvmSeed {
+    type Arch = X86_64;
     type Vcpu = KvmVcpu;
 
     fn index(&self) -> u32 {
@@ -285,6 +286,8 @@ impl Drop for KvmVcpu {
 }
 
 impl Vcpu for KvmVcpu {
+    type Arch = X86_64;
+
     fn run(&mut self, bus: &dyn Bus) -> Result<Exit, Error> {
         let mut access = false;
         loop {

@@ -1,6 +1,6 @@
 //! The VM: memory slots, interrupt lines, doorbells, irqchip and clock.
 
-use std::os::fd::{AsFd as _, BorrowedFd, FromRawFd as _, IntoRawFd as _};
+use std::os::fd::{FromRawFd as _, IntoRawFd as _};
 use std::sync::Arc;
 
 use kvm_bindings::{
@@ -14,14 +14,16 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::slots::Slot;
 use super::vcpu::KvmSeed;
 use super::vm_shared::VmShared;
-use super::{Kvm, os};
+use super::{BACKEND, Kvm, os};
 use crate::state::{Blob, VmState};
-use crate::{Doorbell, Error, Gsi, IrqLine, IrqTrigger, MemoryRegion, RestoredVcpu, Vm, VmConfig};
+use crate::{
+    Doorbell, Error, Gsi, IrqLine, IrqTrigger, MemoryRegion, RestoredVcpu, Vm, VmConfig, Wake,
+    X86_64,
+};
 
 const PAGE: u64 = 4096;
 /// Layout version of [`KvmVmState`].
 const STATE_VERSION: u32 = 1;
-const BACKEND: &str = "kvm";
 
 /// A VM of KVM.
 #[derive(Debug)]
@@ -122,6 +124,7 @@ impl IrqLine for IrqfdLine {
 }
 
 impl Vm for KvmVm {
+    type Arch = X86_64;
     type Seed = KvmSeed;
 
     #[expect(unsafe_code, reason = "implements an unsafe method")]
@@ -176,14 +179,11 @@ impl Vm for KvmVm {
         Ok(Arc::new(IrqfdLine { fd }))
     }
 
-    fn add_doorbell(&self, doorbell: Doorbell, fd: BorrowedFd<'_>) -> Result<bool, Error> {
-        let duplicate = fd
-            .as_fd()
-            .try_clone_to_owned()
-            .map_err(|source| Error::Os {
-                operation: "duplicate an eventfd",
-                source,
-            })?;
+    fn add_doorbell(&self, doorbell: Doorbell, wake: Wake<'_>) -> Result<bool, Error> {
+        let duplicate = wake.try_clone_to_owned().map_err(|source| Error::Os {
+            operation: "duplicate an eventfd",
+            source,
+        })?;
         #[expect(unsafe_code, reason = "wraps a descriptor in another type")]
         // SAFETY: the descriptor was just made and is owned by nobody else.
         let fd = unsafe { EventFd::from_raw_fd(duplicate.into_raw_fd()) };

@@ -1,13 +1,12 @@
-//! Plain-data state of a machine, the same on every host.
+//! Plain-data state of a machine, the same on every host of one architecture.
 //!
-//! Architectural elements are typed; what only one backend understands is an
-//! opaque versioned [`Blob`].
+//! Architectural elements are typed, in a module for each architecture; state that only one
+//! backend understands is an opaque versioned [`Blob`].
 
-mod x86_64;
+pub mod aarch64;
+pub mod x86_64;
 
 use serde::{Deserialize, Serialize};
-
-pub use self::x86_64::*;
 
 /// Backend-specific state that no other backend can read.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,6 +22,32 @@ pub struct Blob {
 /// State of interrupt controllers and clocks.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmState {
-    /// The backend's elements (KVM: PIC, IOAPIC, PIT if any, kvmclock).
+    /// The backend's elements (KVM on x86_64: PIC, IOAPIC, kvmclock; on arm64: the GIC).
     pub blob: Blob,
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    pub(super) fn blob() -> impl Strategy<Value = Blob> {
+        let fields = ("[a-z]{0,8}", any::<u32>(), vec(any::<u8>(), 0..100));
+        fields.prop_map(|(backend, version, bytes)| Blob {
+            backend,
+            version,
+            bytes,
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn a_vm_survives_encoding(blob in blob()) {
+            let state = VmState { blob };
+            let bytes = postcard::to_stdvec(&state).unwrap();
+            prop_assert_eq!(postcard::from_bytes::<VmState>(&bytes).unwrap(), state);
+        }
+    }
 }

@@ -82,6 +82,13 @@ pub struct CpuidEntry {
     pub edx: u32,
 }
 
+/// What the guest sees of its processor.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Features {
+    /// CPUID, leaf by leaf.
+    pub cpuid: Vec<CpuidEntry>,
+}
+
 /// General registers, instruction pointer and flags.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GeneralRegisters {
@@ -187,6 +194,7 @@ mod tests {
     use proptest::collection::vec;
     use proptest::prelude::*;
 
+    use super::super::tests::blob;
     use super::*;
 
     fn segment() -> impl Strategy<Value = Segment> {
@@ -221,15 +229,6 @@ mod tests {
                 apic_base,
                 interrupt_bitmap: bitmap,
             }
-        })
-    }
-
-    fn blob() -> impl Strategy<Value = Blob> {
-        let fields = ("[a-z]{0,8}", any::<u32>(), vec(any::<u8>(), 0..100));
-        fields.prop_map(|(backend, version, bytes)| Blob {
-            backend,
-            version,
-            bytes,
         })
     }
 

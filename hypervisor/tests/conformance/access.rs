@@ -1,11 +1,11 @@
 //! Device accesses, and the end of a guest that faults.
 
-use sm_hypervisor::{Exit, Hypervisor};
+use sm_hypervisor::Exit;
 
-use crate::bench::{Access, Bench, Recorder, SHARED, STOP_PORT, run, run_to_stop};
+use crate::bench::{Access, Backend, Bench, Recorder, SHARED, STOP_PORT, run, run_to_stop};
 use crate::guests;
 
-fn played<H: Hypervisor>(hypervisor: &H, code: &[u8]) -> (Vec<Access>, Bench<H>) {
+fn played<H: Backend>(hypervisor: &H, code: &[u8]) -> (Vec<Access>, Bench<H>) {
     let bench = Bench::new(hypervisor, 1, code);
     let bus = Recorder::default();
     let mut vcpu = bench.boot(&bus);
@@ -20,7 +20,7 @@ fn echo(value: u32) -> Access {
     Access::Out(0x12, value.to_le_bytes().to_vec())
 }
 
-pub(crate) fn ports_of_each_width<H: Hypervisor>(hypervisor: &H) {
+pub(crate) fn ports_of_each_width<H: Backend>(hypervisor: &H) {
     let (log, _) = played(hypervisor, guests::ports());
     let expected = [
         Access::Out(0x10, vec![0x11]),
@@ -36,7 +36,7 @@ pub(crate) fn ports_of_each_width<H: Hypervisor>(hypervisor: &H) {
     assert_eq!(log, expected);
 }
 
-pub(crate) fn memory_mapped_access_of_each_width<H: Hypervisor>(hypervisor: &H) {
+pub(crate) fn memory_mapped_access_of_each_width<H: Backend>(hypervisor: &H) {
     let (log, _) = played(hypervisor, guests::device_memory());
     let base = 0x10_0000;
     let bytes = [0x11, 0x22, 0x33, 0x44, 0x55, 0x66, 0x77, 0x88];
@@ -57,7 +57,7 @@ pub(crate) fn memory_mapped_access_of_each_width<H: Hypervisor>(hypervisor: &H) 
     assert_eq!(log, expected);
 }
 
-pub(crate) fn string_operations_are_split<H: Hypervisor>(hypervisor: &H) {
+pub(crate) fn string_operations_are_split<H: Backend>(hypervisor: &H) {
     let (log, bench) = played(hypervisor, guests::strings());
     let mut expected: Vec<_> = b"hello"
         .iter()
@@ -72,14 +72,14 @@ pub(crate) fn string_operations_are_split<H: Hypervisor>(hypervisor: &H) {
     assert_eq!(bench.get(SHARED, 6), [0xa0, 0xa1, 0xa0, 0xa1, 0xa0, 0xa1]);
 }
 
-pub(crate) fn a_triple_fault_is_told<H: Hypervisor>(hypervisor: &H) {
+pub(crate) fn a_triple_fault_is_told<H: Backend>(hypervisor: &H) {
     let bench = Bench::new(hypervisor, 1, guests::triple_fault());
     let bus = Recorder::default();
     let mut vcpu = bench.boot(&bus);
     assert_eq!(run(&mut vcpu, &bus), Exit::TripleFault);
 }
 
-pub(crate) fn a_prepared_vm_is_like_any_other<H: Hypervisor>(hypervisor: &H) {
+pub(crate) fn a_prepared_vm_is_like_any_other<H: Backend>(hypervisor: &H) {
     let (expected, _) = played(hypervisor, guests::ports());
     hypervisor.prepare_vm();
     hypervisor.prepare_vm();

@@ -8,9 +8,9 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use sm_hypervisor::state::{BootRegisters, Segment, Table};
+use sm_hypervisor::state::x86_64::{BootRegisters, Segment, Table};
 use sm_hypervisor::{
-    Bus, Exit, Hypervisor, Kicker, MemoryRegion, Vcpu, VcpuSeed as _, Vm as _, VmConfig,
+    Bus, Exit, Hypervisor, Kicker, MemoryRegion, Vcpu, VcpuSeed as _, Vm as _, VmConfig, X86_64,
 };
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap};
 
@@ -47,6 +47,11 @@ pub(crate) const DUMP: u64 = 0x1_0000;
 pub(crate) const STOP_PORT: u16 = 0x80;
 /// How long a guest may take on the slowest host.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A backend whose guests are those of `guests.rs`.
+pub(crate) trait Backend: Hypervisor<Arch = X86_64> {}
+
+impl<H: Hypervisor<Arch = X86_64>> Backend for H {}
 
 /// A device access seen by the bus.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -136,7 +141,7 @@ impl Bus for Recorder {
 }
 
 /// Runs until an exit surfaces; a guest that hangs fails the test.
-pub(crate) fn run(vcpu: &mut impl Vcpu, bus: &Recorder) -> Exit {
+pub(crate) fn run(vcpu: &mut impl Vcpu<Arch = X86_64>, bus: &Recorder) -> Exit {
     let exit = std::thread::scope(|scope| {
         let (running, ended) = channel::<()>();
         scope.spawn(move || {
@@ -154,7 +159,7 @@ pub(crate) fn run(vcpu: &mut impl Vcpu, bus: &Recorder) -> Exit {
 }
 
 /// Runs until the guest says that it is through, or is kicked.
-pub(crate) fn run_to_stop(vcpu: &mut impl Vcpu, bus: &Recorder) {
+pub(crate) fn run_to_stop(vcpu: &mut impl Vcpu<Arch = X86_64>, bus: &Recorder) {
     let exit = run(vcpu, bus);
     if exit != Exit::Cancelled {
         let at = vcpu
@@ -165,12 +170,12 @@ pub(crate) fn run_to_stop(vcpu: &mut impl Vcpu, bus: &Recorder) {
 }
 
 /// A VM with the memory that guests expect. The VM goes before the memory does.
-pub(crate) struct Bench<H: Hypervisor> {
+pub(crate) struct Bench<H: Backend> {
     pub(crate) vm: H::Vm,
     memory: GuestMemoryMmap,
 }
 
-impl<H: Hypervisor> Bench<H> {
+impl<H: Backend> Bench<H> {
     /// A VM for `code`.
     pub(crate) fn new(hypervisor: &H, vcpus: u32, code: &[u8]) -> Self {
         let bench = Self::with_ranges(hypervisor, vcpus, &[(0, MEMORY_LEN)]);

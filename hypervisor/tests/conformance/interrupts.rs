@@ -2,12 +2,12 @@
 
 use std::os::fd::AsFd as _;
 
-use sm_hypervisor::{Doorbell, Hypervisor, IrqTrigger, Vm as _};
+use sm_hypervisor::{Doorbell, IrqTrigger, Vm as _};
 
-use crate::bench::{Access, Bench, IRQ_HANDLER, Recorder, SHARED, run_to_stop};
+use crate::bench::{Access, Backend, Bench, IRQ_HANDLER, Recorder, SHARED, run_to_stop};
 use crate::guests;
 
-pub(crate) fn a_line_wakes_a_halted_guest<H: Hypervisor>(hypervisor: &H) {
+pub(crate) fn a_line_wakes_a_halted_guest<H: Backend>(hypervisor: &H) {
     let bench = Bench::new(hypervisor, 1, guests::halts());
     bench.put(IRQ_HANDLER, guests::count_interrupt());
     let line = bench.vm.irq_line(5, IrqTrigger::Edge).unwrap();
@@ -20,7 +20,7 @@ pub(crate) fn a_line_wakes_a_halted_guest<H: Hypervisor>(hypervisor: &H) {
     assert_eq!(bus.written(0x12).len(), 3);
 }
 
-pub(crate) fn doorbells_match_their_value<H: Hypervisor>(hypervisor: &H) {
+pub(crate) fn doorbells_match_their_value<H: Backend>(hypervisor: &H) {
     let bench = Bench::new(hypervisor, 1, guests::rings());
     let fd = rustix::event::eventfd(0, rustix::event::EventfdFlags::NONBLOCK).unwrap();
     let doorbell = Doorbell {

@@ -3,12 +3,12 @@
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 
-use sm_hypervisor::{Hypervisor, Vcpu as _};
+use sm_hypervisor::Vcpu as _;
 
-use crate::bench::{Bench, Recorder, SHARED, run_to_stop};
+use crate::bench::{Backend, Bench, Recorder, SHARED, run_to_stop};
 use crate::guests;
 
-pub(crate) fn a_kick_before_running_is_kept<H: Hypervisor>(hypervisor: &H) {
+pub(crate) fn a_kick_before_running_is_kept<H: Backend>(hypervisor: &H) {
     let bench = Bench::new(hypervisor, 1, guests::ports());
     let bus = Recorder::default();
     let mut vcpu = bench.boot(&bus);
@@ -21,7 +21,7 @@ pub(crate) fn a_kick_before_running_is_kept<H: Hypervisor>(hypervisor: &H) {
     assert_eq!(bus.take().len(), 10);
 }
 
-pub(crate) fn a_kick_ends_a_spin<H: Hypervisor>(hypervisor: &H) {
+pub(crate) fn a_kick_ends_a_spin<H: Backend>(hypervisor: &H) {
     let bench = Bench::new(hypervisor, 1, guests::spin());
     let bus = Recorder::default();
     let mut vcpu = bench.boot(&bus);
@@ -55,7 +55,7 @@ pub(crate) fn a_kick_ends_a_spin<H: Hypervisor>(hypervisor: &H) {
 
 /// A kick while the bus answers a read: the value has arrived in the guest's
 /// register before `run` returns, and is not read again.
-pub(crate) fn a_kick_in_an_access_leaves_it_complete<H: Hypervisor>(hypervisor: &H) {
+pub(crate) fn a_kick_in_an_access_leaves_it_complete<H: Backend>(hypervisor: &H) {
     let bench = Bench::new(hypervisor, 1, guests::ports());
     let bus = Recorder::default();
     let mut vcpu = bench.boot(&bus);
@@ -78,7 +78,7 @@ pub(crate) fn a_kick_in_an_access_leaves_it_complete<H: Hypervisor>(hypervisor: 
     assert_eq!(bus.take().len(), 10, "no access was repeated");
 }
 
-pub(crate) fn a_kick_of_a_dead_vcpu_is_harmless<H: Hypervisor>(hypervisor: &H) {
+pub(crate) fn a_kick_of_a_dead_vcpu_is_harmless<H: Backend>(hypervisor: &H) {
     let bench = Bench::new(hypervisor, 1, guests::reads());
     let bus = Recorder::default();
     let vcpu = bench.boot(&bus);

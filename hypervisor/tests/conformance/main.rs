@@ -21,13 +21,13 @@ mod memory;
 mod smp;
 mod state;
 
-use sm_hypervisor::testing::kvm;
+use sm_hypervisor::testing::native;
 
 macro_rules! conformance {
     ($($check:path as $name:ident),* $(,)?) => {$(
         #[test]
         fn $name() {
-            if let Some(hypervisor) = kvm() {
+            if let Some(hypervisor) = native() {
                 $check(&hypervisor);
             }
         }

@@ -1,14 +1,12 @@
 //! Memory regions.
 
-use sm_hypervisor::Hypervisor;
-
-use crate::bench::{Access, Bench, CODE, MEMORY_LEN, Recorder, run_to_stop};
+use crate::bench::{Access, Backend, Bench, CODE, MEMORY_LEN, Recorder, run_to_stop};
 use crate::guests;
 
 const REGION: u64 = 0x20_0000;
 const REGION_LEN: usize = 0x1_0000;
 
-fn bench<H: Hypervisor>(hypervisor: &H) -> Bench<H> {
+fn bench<H: Backend>(hypervisor: &H) -> Bench<H> {
     let ranges = [(0, MEMORY_LEN), (REGION, REGION_LEN)];
     let bench = Bench::with_ranges(hypervisor, 1, &ranges);
     bench.write_tables();
@@ -16,7 +14,7 @@ fn bench<H: Hypervisor>(hypervisor: &H) -> Bench<H> {
     bench
 }
 
-pub(crate) fn memory_is_where_it_was_mapped<H: Hypervisor>(hypervisor: &H) {
+pub(crate) fn memory_is_where_it_was_mapped<H: Backend>(hypervisor: &H) {
     let bench = bench(hypervisor);
     bench.map(REGION, REGION_LEN);
     let bus = Recorder::default();
@@ -32,7 +30,7 @@ pub(crate) fn memory_is_where_it_was_mapped<H: Hypervisor>(hypervisor: &H) {
     assert!(bus.take().iter().all(stops));
 }
 
-pub(crate) fn an_unmapped_region_is_the_bus<H: Hypervisor>(hypervisor: &H) {
+pub(crate) fn an_unmapped_region_is_the_bus<H: Backend>(hypervisor: &H) {
     let bench = bench(hypervisor);
     let bus = Recorder::default();
     let mut vcpu = bench.boot(&bus);

@@ -1,11 +1,11 @@
 //! Several processors.
 
-use sm_hypervisor::{Hypervisor, VcpuSeed as _, Vm as _};
+use sm_hypervisor::{VcpuSeed as _, Vm as _};
 
-use crate::bench::{Bench, Recorder, SHARED, TRAMPOLINE, run_to_stop};
+use crate::bench::{Backend, Bench, Recorder, SHARED, TRAMPOLINE, run_to_stop};
 use crate::guests;
 
-pub(crate) fn secondary_processors_start<H: Hypervisor>(hypervisor: &H) {
+pub(crate) fn secondary_processors_start<H: Backend>(hypervisor: &H) {
     for count in [2, 4] {
         let bench = Bench::new(hypervisor, count, guests::starts_others());
         bench.put(TRAMPOLINE, guests::secondary());

@@ -1,11 +1,11 @@
 //! Saving a guest, and going on with it elsewhere.
 
-use sm_hypervisor::state::VcpuState;
-use sm_hypervisor::{Bus, Exit, Hypervisor, Vcpu, VcpuSeed as _, Vm as _, VmState};
+use sm_hypervisor::state::x86_64::VcpuState;
+use sm_hypervisor::{Bus, Exit, Vcpu, VcpuSeed as _, Vm as _, VmState, X86_64};
 
 use crate::bench::{
-    Bench, DUMP, IDT, INVALID_HANDLER, IRQ_HANDLER, MEMORY_LEN, MSR_LIST, Recorder, SHARED,
-    VECTORS, run_to_stop,
+    Backend, Bench, DUMP, IDT, INVALID_HANDLER, IRQ_HANDLER, MEMORY_LEN, MSR_LIST, Recorder,
+    SHARED, VECTORS, run_to_stop,
 };
 use crate::guests;
 
@@ -69,7 +69,10 @@ struct Saved {
 }
 
 /// Boots the guest, and stops it when all is set.
-fn started<H: Hypervisor>(hypervisor: &H, bus: &Recorder) -> (Bench<H>, impl Vcpu + use<H>, Saved) {
+fn started<H: Backend>(
+    hypervisor: &H,
+    bus: &Recorder,
+) -> (Bench<H>, impl Vcpu<Arch = X86_64> + use<H>, Saved) {
     let bench = Bench::new(hypervisor, 1, guests::sets_state());
     bench.put(INVALID_HANDLER, guests::dumps_state());
     bench.put(VECTORS, &vectors());
@@ -147,7 +150,7 @@ fn assert_same(reference: &[u8], found: &[u8]) {
     }
 }
 
-pub(crate) fn a_restored_guest_finds_everything<H: Hypervisor>(hypervisor: &H) {
+pub(crate) fn a_restored_guest_finds_everything<H: Backend>(hypervisor: &H) {
     let bus = Recorder::default();
     let (bench, mut vcpu, saved) = started(hypervisor, &bus);
     eprintln!(
@@ -171,7 +174,7 @@ pub(crate) fn a_restored_guest_finds_everything<H: Hypervisor>(hypervisor: &H) {
     }
 }
 
-pub(crate) fn a_guest_reset_in_place_finds_everything<H: Hypervisor>(hypervisor: &H) {
+pub(crate) fn a_guest_reset_in_place_finds_everything<H: Backend>(hypervisor: &H) {
     let bus = Recorder::default();
     let (bench, mut vcpu, saved) = started(hypervisor, &bus);
     run_to_stop(&mut vcpu, &bus);
@@ -187,7 +190,7 @@ pub(crate) fn a_guest_reset_in_place_finds_everything<H: Hypervisor>(hypervisor:
 
 /// Also for a machine saved in its first second, when KVM takes a written
 /// counter for an attempt to synchronise.
-pub(crate) fn time_does_not_go_backwards<H: Hypervisor>(hypervisor: &H) {
+pub(crate) fn time_does_not_go_backwards<H: Backend>(hypervisor: &H) {
     let bench = Bench::new(hypervisor, 1, guests::reads_time());
     let bus = Recorder::default();
     let mut vcpu = bench.boot(&bus);
@@ -228,7 +231,7 @@ impl Bus for StopsOnReads<'_> {
 
 /// A vCPU that is stopped between the fault and its delivery: CR2 gets its value on
 /// delivery only, which KVM makes up for while the state is read.
-pub(crate) fn a_pending_page_fault_keeps_its_address<H: Hypervisor>(hypervisor: &H) {
+pub(crate) fn a_pending_page_fault_keeps_its_address<H: Backend>(hypervisor: &H) {
     const ADDRESS: u64 = 0x4000_1230;
     let bench = Bench::new(hypervisor, 1, guests::faults_after_an_access());
     bench.put(IRQ_HANDLER, guests::notes_fault());
@@ -253,7 +256,7 @@ pub(crate) fn a_pending_page_fault_keeps_its_address<H: Hypervisor>(hypervisor: 
     assert_eq!(noted, ADDRESS, "CR2 was saved as {:#x}", saved.0.system.cr2);
 }
 
-pub(crate) fn damaged_state_is_refused<H: Hypervisor>(hypervisor: &H) {
+pub(crate) fn damaged_state_is_refused<H: Backend>(hypervisor: &H) {
     let bus = Recorder::default();
     let (_bench, _vcpu, saved) = started(hypervisor, &bus);
     let refused = |change: &dyn Fn(&mut VcpuState)| {
@@ -277,7 +280,7 @@ pub(crate) fn damaged_state_is_refused<H: Hypervisor>(hypervisor: &H) {
     assert!(refused(&|s| s.msrs.push((0xc000_0080, u64::MAX))).contains("0xc0000080"));
 }
 
-pub(crate) fn all_vcpus_must_be_restored<H: Hypervisor>(hypervisor: &H) {
+pub(crate) fn all_vcpus_must_be_restored<H: Backend>(hypervisor: &H) {
     let bench = Bench::new(hypervisor, 1, guests::ports());
     let state = bench.vm.save().unwrap();
     assert!(bench.vm.restore(&state, vec![]).is_err());

@@ -4,9 +4,7 @@ mod creation;
 
 use serde::Serialize;
 use sm_control::with_causes;
-use sm_hypervisor::kvm::Kvm;
-use sm_hypervisor::{Hypervisor as _, LinuxSupport};
-use sm_vmm::unusable;
+use sm_hypervisor::{Hypervisor as _, Native};
 
 use crate::home::Home;
 use crate::record::Records;
@@ -66,14 +64,14 @@ pub fn examine(home: &Home) -> Vec<Check> {
 }
 
 fn hypervisor() -> Result<String, String> {
-    let kvm = Kvm::open().map_err(|error| with_causes(&error))?;
-    let capabilities = kvm.capabilities();
-    match capabilities.linux {
-        LinuxSupport::Native => Ok(format!(
+    let host = Native::open().map_err(|error| with_causes(&error))?;
+    let capabilities = host.capabilities();
+    match capabilities.linux.refusal() {
+        None => Ok(format!(
             "{} runs Linux, up to {} vCPUs",
             capabilities.backend, capabilities.max_vcpus
         )),
-        LinuxSupport::Unusable { reason } => Err(unusable(&reason)),
+        Some(refusal) => Err(refusal),
     }
 }
 

@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 
-use sm_hypervisor::state::BootRegisters;
+use sm_hypervisor::state::x86_64::BootRegisters;
 
 use super::{
     BootSource, HIGH_MEMORY, LoadError, MapEntry, at, copy_from_file, initramfs, low_memory_end,

@@ -6,7 +6,7 @@ use std::fs::File;
 use object::elf::{FileHeader64, PT_LOAD, PT_NOTE, ProgramHeader64};
 use object::read::elf::{FileHeader, ProgramHeader};
 use object::{LittleEndian, ReadCache};
-use sm_hypervisor::state::BootRegisters;
+use sm_hypervisor::state::x86_64::BootRegisters;
 use zerocopy::{Immutable, IntoBytes};
 
 use super::{

@@ -15,7 +15,7 @@ mod vmlinux_extract;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 
-use sm_hypervisor::state::BootRegisters;
+use sm_hypervisor::state::x86_64::BootRegisters;
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 use zerocopy::{Immutable, IntoBytes};

@@ -1,6 +1,6 @@
 //! Register sets that x86 boot protocols ask for.
 
-use sm_hypervisor::state::{BootRegisters, Segment, Table};
+use sm_hypervisor::state::x86_64::{BootRegisters, Segment, Table};
 
 use super::{LoadError, at, write};
 use sm_virtio::GuestMemory;

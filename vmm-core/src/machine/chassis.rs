@@ -101,8 +101,8 @@ impl<H: Hypervisor> Chassis<H> {
     /// Starts all vCPU threads, parked, and waits until each is bound.
     pub(super) fn start(
         &self,
-        starts: impl Iterator<Item = Start>,
-    ) -> Result<(Vec<VcpuThread>, Vec<RestoredVcpu>), MachineError> {
+        starts: impl Iterator<Item = Start<H::Arch>>,
+    ) -> Result<(Vec<VcpuThread<H::Arch>>, Vec<RestoredVcpu>), MachineError> {
         let mut threads = Vec::new();
         let mut answers = Vec::new();
         for (index, start) in (0u32..).zip(starts) {
@@ -124,7 +124,7 @@ impl<H: Hypervisor> Chassis<H> {
         Ok((threads, proofs))
     }
 
-    pub(super) fn finish(self, threads: Vec<VcpuThread>) -> Machine<H> {
+    pub(super) fn finish(self, threads: Vec<VcpuThread<H::Arch>>) -> Machine<H> {
         Machine {
             threads,
             devices: self.devices,

@@ -9,8 +9,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 
 use sm_event_loop::EventLoop;
-use sm_hypervisor::Hypervisor as _;
-use sm_hypervisor::kvm::Kvm;
+use sm_hypervisor::{Hypervisor as _, Native};
 use sm_snapshot::extents::Content as Stored;
 use sm_snapshot::manifest::{Manifest, OLDEST_FORMAT};
 use sm_snapshot::store::read_manifest;
@@ -57,14 +56,14 @@ fn kernel() -> File {
 struct Fixture {
     dir: tempfile::TempDir,
     store: SnapshotStore,
-    machine: Machine<Kvm>,
+    machine: Machine<Native>,
     cpu: CpuFeatures,
     _event_loop: EventLoop,
 }
 
 /// Returns `None`, with a message, if there is no KVM.
 fn fixture() -> Option<Fixture> {
-    let kvm = Kvm::open()
+    let kvm = Native::open()
         .map_err(|error| eprintln!("skipped: {error}"))
         .ok()?;
     let dir = tempfile::tempdir().unwrap();
@@ -89,7 +88,7 @@ fn fixture() -> Option<Fixture> {
     )
     .unwrap();
     machine.resume().unwrap();
-    let cpu = CpuFeatures::of(&kvm.guest_cpuid().unwrap());
+    let cpu = CpuFeatures::of(&kvm.guest_features().unwrap().cpuid);
     Some(Fixture {
         dir,
         store,
@@ -353,7 +352,7 @@ fn write_golden() {
         device: Arc::new(Mutex::new(Rng::new())),
     }];
     let console = File::from(std::io::stderr().as_fd().try_clone_to_owned().unwrap());
-    let kvm = Kvm::open().unwrap();
+    let kvm = Native::open().unwrap();
     f.machine =
         Machine::restore(&kvm, state, memory, devices, console, &event_loop.handle()).unwrap();
     f.machine.set_generation_id([8; 16]).unwrap();

@@ -8,8 +8,7 @@ use std::os::fd::OwnedFd;
 use anyhow::{Context as _, Result, bail};
 use serde_json::json;
 use sm_event_loop::EventLoop;
-use sm_hypervisor::Hypervisor as _;
-use sm_hypervisor::kvm::Kvm;
+use sm_hypervisor::{Hypervisor as _, Native};
 use sm_snapshot::capture::{Ancestry, Capture};
 use sm_snapshot::chain::Chain;
 use sm_snapshot::contents;
@@ -32,7 +31,7 @@ pub(crate) fn check(guest: &Guest) -> Result<()> {
     let directory = tempfile::tempdir()?;
     ticking::make(directory.path(), guest)?;
     let store = SnapshotStore::open(directory.path())?;
-    let host = Kvm::open()?;
+    let host = Native::open()?;
     let mut tip = ticking::NAME.to_owned();
     let mut changed = Vec::new();
     for depth in 1..=DEPTH {

@@ -12,8 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use sm_event_loop::EventLoop;
-use sm_hypervisor::Hypervisor as _;
-use sm_hypervisor::kvm::Kvm;
+use sm_hypervisor::{Hypervisor as _, Native};
 use sm_snapshot::capture::{Ancestry, Capture, Description};
 use sm_snapshot::chain::Chain;
 use sm_snapshot::cpu::CpuFeatures;
@@ -41,7 +40,7 @@ pub(crate) fn make(store: &Path, guest: &Guest) -> Result<()> {
     let store = SnapshotStore::open(store)?;
     let event_loop = EventLoop::spawn("devices")?;
     let (mut said, console) = std::io::pipe()?;
-    let host = Kvm::open()?;
+    let host = Native::open()?;
     let mut machine = Machine::boot(
         &host,
         MachineConfig {
@@ -71,7 +70,7 @@ pub(crate) fn make(store: &Path, guest: &Guest) -> Result<()> {
 }
 
 /// Returns the description in snapshots of this guest.
-pub(crate) fn description(host: &Kvm) -> Result<Description> {
+pub(crate) fn description(host: &Native) -> Result<Description> {
     Ok(Description {
         layer: Layer::Base,
         sm_version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -79,7 +78,7 @@ pub(crate) fn description(host: &Kvm) -> Result<Description> {
         vcpus: 1,
         kernel: "bench".to_owned(),
         agent: "none".to_owned(),
-        cpu: CpuFeatures::of(&host.guest_cpuid()?),
+        cpu: CpuFeatures::of(&host.guest_features()?.cpuid),
         protocol: 1,
         devices: Vec::new(),
         labels: BTreeMap::new(),
@@ -121,14 +120,14 @@ pub(crate) fn serve(store: &Path) -> Result<()> {
 
 /// A running clone.
 struct Restored {
-    machine: Machine<Kvm>,
+    machine: Machine<Native>,
     chain: Chain,
     _event_loop: EventLoop,
 }
 
 impl Restored {
     fn new(store: &SnapshotStore, console: File) -> Result<Self> {
-        let host = Kvm::open()?;
+        let host = Native::open()?;
         host.prepare_vm();
         let event_loop = EventLoop::spawn("devices")?;
         let chain = Chain::open(store, NAME)?;

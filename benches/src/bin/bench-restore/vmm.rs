@@ -10,8 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use sm_benches::samples::{Comparison, Report, Series};
 use sm_event_loop::EventLoop;
-use sm_hypervisor::Hypervisor as _;
-use sm_hypervisor::kvm::Kvm;
+use sm_hypervisor::{Hypervisor as _, Native};
 use sm_snapshot::capture::{Ancestry, Capture, Description};
 use sm_snapshot::chain::Chain;
 use sm_snapshot::cpu::CpuFeatures;
@@ -165,13 +164,13 @@ fn devices() -> (Vec<DeviceConfig>, Arc<OnceLock<Instant>>) {
 }
 
 /// Checks that this host can restore the snapshot, as every restore does.
-pub(crate) fn check_host(host: &Kvm, chain: &Chain) -> Result<()> {
+pub(crate) fn check_host(host: &Native, chain: &Chain) -> Result<()> {
     let requirements = Requirements {
         machine_version: MACHINE_VERSION,
         protocol: 1,
         kernel: None,
         agent: None,
-        cpu: CpuFeatures::of(&host.guest_cpuid()?),
+        cpu: CpuFeatures::of(&host.guest_features()?.cpuid),
     };
     Ok(check(chain, &requirements)?)
 }
@@ -180,7 +179,7 @@ impl Setup {
     fn new(memory: u64, vcpus: u32) -> Result<Self> {
         let directory = tempfile::tempdir_in(".").context("cannot make a directory here")?;
         let store = SnapshotStore::open(&directory.path().join("store"))?;
-        let host = Kvm::open()?;
+        let host = Native::open()?;
         let event_loop = EventLoop::spawn("devices")?;
         let console = tempfile::tempfile()?;
         let mut machine = Machine::boot(
@@ -210,7 +209,7 @@ impl Setup {
             vcpus,
             kernel: "tiny".to_owned(),
             agent: "none".to_owned(),
-            cpu: CpuFeatures::of(&host.guest_cpuid()?),
+            cpu: CpuFeatures::of(&host.guest_features()?.cpuid),
             protocol: 1,
             devices: Vec::new(),
             labels: BTreeMap::new(),
@@ -239,7 +238,7 @@ impl Setup {
     /// Executes the steps of a VMM process from its start to the guest's first access.
     fn restore(&self) -> Result<Vec<(&'static str, Duration)>> {
         let mut watch = Watch::start();
-        let host = Kvm::open()?;
+        let host = Native::open()?;
         let event_loop = EventLoop::spawn("devices")?;
         let opened = watch.lap();
         let chain = Chain::open(&self.store, NAME)?;
@@ -300,7 +299,7 @@ mod tests {
 
     #[test]
     fn a_tiny_guest_is_restored_and_so_is_the_floor() {
-        if sm_hypervisor::testing::kvm().is_none() {
+        if sm_hypervisor::testing::native().is_none() {
             return;
         }
         let options = Options {

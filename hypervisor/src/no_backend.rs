@@ -1,0 +1,140 @@
+//! The backend of hosts without any.
+
+use std::convert::Infallible;
+use std::marker::PhantomData;
+use std::sync::Arc;
+
+use crate::{
+    Arch, Bus, Capabilities, Doorbell, Error, Exit, Gsi, Hypervisor, IrqLine, IrqTrigger, Kicker,
+    MemoryRegion, OpenError, OpenErrorKind, RestoredVcpu, Vcpu, VcpuSeed, Vm, VmConfig, VmState,
+    Wake,
+};
+
+/// A backend that cannot be opened. No value of the type exists, so its methods are never
+/// called; it lets code for [`Native`](crate::Native) compile on every host.
+#[derive(Clone, Debug)]
+pub struct NoBackend<A: Arch> {
+    never: Infallible,
+    arch: PhantomData<fn() -> A>,
+}
+
+impl<A: Arch> Hypervisor for NoBackend<A> {
+    type Arch = A;
+    type Vm = Self;
+
+    fn open() -> Result<Self, OpenError> {
+        Err(OpenError::new(
+            "none",
+            OpenErrorKind::Missing,
+            format!(
+                "there is no hypervisor backend for {} hosts that run {} guests",
+                std::env::consts::OS,
+                A::NAME
+            ),
+        ))
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        match self.never {}
+    }
+
+    fn guest_features(&self) -> Result<A::Features, Error> {
+        match self.never {}
+    }
+
+    fn create_vm(&self, _: &VmConfig) -> Result<Self, Error> {
+        match self.never {}
+    }
+}
+
+impl<A: Arch> Vm for NoBackend<A> {
+    type Arch = A;
+    type Seed = Self;
+
+    #[expect(
+        unsafe_code,
+        reason = "implements an unsafe method that is never called"
+    )]
+    unsafe fn map_memory(&self, _: MemoryRegion) -> Result<(), Error> {
+        match self.never {}
+    }
+
+    fn create_vcpu(&self, _: u32) -> Result<Self, Error> {
+        match self.never {}
+    }
+
+    fn irq_line(&self, _: Gsi, _: IrqTrigger) -> Result<Arc<dyn IrqLine>, Error> {
+        match self.never {}
+    }
+
+    fn add_doorbell(&self, _: Doorbell, _: Wake<'_>) -> Result<bool, Error> {
+        match self.never {}
+    }
+
+    fn save(&self) -> Result<VmState, Error> {
+        match self.never {}
+    }
+
+    fn restore(&self, _: &VmState, _: Vec<RestoredVcpu>) -> Result<(), Error> {
+        match self.never {}
+    }
+}
+
+impl<A: Arch> VcpuSeed for NoBackend<A> {
+    type Arch = A;
+    type Vcpu = Self;
+
+    fn index(&self) -> u32 {
+        match self.never {}
+    }
+
+    fn kicker(&self) -> Arc<dyn Kicker> {
+        match self.never {}
+    }
+
+    fn bind(self, _: Option<&A::Boot>) -> Result<Self, Error> {
+        match self.never {}
+    }
+
+    fn bind_restored(self, _: &A::Vcpu) -> Result<(Self, RestoredVcpu), Error> {
+        match self.never {}
+    }
+}
+
+impl<A: Arch> Vcpu for NoBackend<A> {
+    type Arch = A;
+
+    fn run(&mut self, _: &dyn Bus) -> Result<Exit, Error> {
+        match self.never {}
+    }
+
+    fn save(&mut self) -> Result<A::Vcpu, Error> {
+        match self.never {}
+    }
+
+    fn reload(&mut self, _: &A::Vcpu) -> Result<RestoredVcpu, Error> {
+        match self.never {}
+    }
+
+    fn notify_paused(&mut self) {
+        match self.never {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Aarch64, X86_64};
+
+    #[test]
+    fn a_host_without_a_backend_is_told_so() {
+        let errors = [
+            NoBackend::<X86_64>::open().unwrap_err(),
+            NoBackend::<Aarch64>::open().unwrap_err(),
+        ];
+        for (error, guest) in errors.iter().zip(["x86_64", "aarch64"]) {
+            assert_eq!(error.kind(), OpenErrorKind::Missing);
+            assert!(error.to_string().contains(guest), "{error}");
+        }
+    }
+}
