@@ -122,6 +122,12 @@ pub enum Error {
         /// What does not fit.
         reason: String,
     },
+    /// A token of a restore belongs to another VM.
+    #[error("the restore token of vCPU {vcpu} belongs to another virtual machine")]
+    ForeignToken {
+        /// Index of the vCPU, in that other VM.
+        vcpu: u32,
+    },
     /// A request outside what the backend offers.
     #[error("not supported by this backend: {what}")]
     Unsupported {

@@ -15,7 +15,7 @@ mod vm;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use self::arch::FakeArch;
-pub use self::vcpu::{FakeSeed, FakeVcpu};
+pub use self::vcpu::{FakeRestoring, FakeSeed, FakeVcpu};
 pub use self::vm::FakeVm;
 use crate::{
     Capabilities, Doorbell, Error, Exit, Gsi, Hypervisor, LinuxSupport, OpenError, VmConfig, X86_64,
@@ -57,6 +57,10 @@ pub enum Event<A: FakeArch = X86_64> {
     Bound(u32, Option<A::Boot>),
     /// A vCPU got saved state.
     Restored(u32),
+    /// The VM got saved state.
+    VmRestored,
+    /// A vCPU finished its restore.
+    Finished(u32),
     /// A vCPU was told that it was paused.
     Paused(u32),
     /// An interrupt line was pulsed.

@@ -5,9 +5,9 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 
 use crate::{
-    Arch, Bus, Capabilities, Doorbell, Error, Exit, Gsi, Hypervisor, IrqLine, IrqTrigger, Kicker,
-    MemoryRegion, OpenError, OpenErrorKind, RestoredVcpu, Vcpu, VcpuSeed, Vm, VmConfig, VmState,
-    Wake,
+    Arch, Bus, Capabilities, Doorbell, Error, Exit, Finish, Gsi, Hypervisor, IrqLine, IrqTrigger,
+    Kicker, MemoryRegion, OpenError, OpenErrorKind, RestoredVcpu, RestoringVcpu, Vcpu, VcpuSeed,
+    Vm, VmConfig, VmState, Wake,
 };
 
 /// A backend that cannot be opened. No value of the type exists, so its methods are never
@@ -75,7 +75,7 @@ impl<A: Arch> Vm for NoBackend<A> {
         match self.never {}
     }
 
-    fn restore(&self, _: &VmState, _: Vec<RestoredVcpu>) -> Result<(), Error> {
+    fn restore(&self, _: &VmState, _: Vec<RestoredVcpu>) -> Result<Vec<Finish>, Error> {
         match self.never {}
     }
 }
@@ -103,6 +103,7 @@ impl<A: Arch> VcpuSeed for NoBackend<A> {
 
 impl<A: Arch> Vcpu for NoBackend<A> {
     type Arch = A;
+    type Restoring = Self;
 
     fn run(&mut self, _: &dyn Bus) -> Result<Exit, Error> {
         match self.never {}
@@ -112,11 +113,19 @@ impl<A: Arch> Vcpu for NoBackend<A> {
         match self.never {}
     }
 
-    fn reload(&mut self, _: &A::Vcpu) -> Result<RestoredVcpu, Error> {
+    fn reload(self, _: &A::Vcpu) -> Result<(Self, RestoredVcpu), Error> {
         match self.never {}
     }
 
     fn notify_paused(&mut self) {
+        match self.never {}
+    }
+}
+
+impl<A: Arch> RestoringVcpu for NoBackend<A> {
+    type Vcpu = Self;
+
+    fn finish_restore(self, _: Finish) -> Result<Self, Error> {
         match self.never {}
     }
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::state::VmState;
-use crate::{Arch, Bus, Capabilities, Error, OpenError, Wake};
+use crate::{Arch, Bus, Capabilities, Error, Finish, OpenError, RestoredVcpu, Wake};
 
 /// A global system interrupt: an input of the IOAPIC (x86) or an SPI (arm64).
 pub type Gsi = u32;
@@ -157,26 +157,12 @@ pub trait Vm: Send + Sync + 'static {
     fn save(&self) -> Result<VmState, Error>;
 
     /// Restores interrupt controllers and clocks, once every vCPU of the VM has
-    /// been restored (`vcpus` proves it).
+    /// been restored (`vcpus` proves it). Returns the tokens with which the vCPUs finish,
+    /// by ascending index. Interrupt lines are silent until all of them have.
     ///
     /// # Errors
-    /// A missing vCPU, or state from another kind of backend.
-    fn restore(&self, state: &VmState, vcpus: Vec<RestoredVcpu>) -> Result<(), Error>;
-}
-
-/// Proof that a vCPU has been restored.
-#[derive(Debug)]
-pub struct RestoredVcpu {
-    /// The vCPU's index.
-    pub(crate) index: u32,
-}
-
-impl RestoredVcpu {
-    /// The index of the vCPU that was restored.
-    #[must_use]
-    pub fn index(&self) -> u32 {
-        self.index
-    }
+    /// A missing vCPU, one of another VM, or state from another kind of backend.
+    fn restore(&self, state: &VmState, vcpus: Vec<RestoredVcpu>) -> Result<Vec<Finish>, Error>;
 }
 
 /// A vCPU that no thread runs yet.
@@ -200,14 +186,14 @@ pub trait VcpuSeed: Send + 'static {
     /// The hypervisor refused.
     fn bind(self, boot: Option<&<Self::Arch as Arch>::Boot>) -> Result<Self::Vcpu, Error>;
 
-    /// Binds to the calling thread with saved state.
+    /// Binds to the calling thread with saved state, the first phase of a restore.
     ///
     /// # Errors
     /// State that does not fit this host; the reason names the first element.
     fn bind_restored(
         self,
         state: &<Self::Arch as Arch>::Vcpu,
-    ) -> Result<(Self::Vcpu, RestoredVcpu), Error>;
+    ) -> Result<(<Self::Vcpu as Vcpu>::Restoring, RestoredVcpu), Error>;
 }
 
 /// Makes a vCPU leave [`Vcpu::run`], from any thread.
@@ -219,9 +205,11 @@ pub trait Kicker: Send + Sync + Debug {
 
 /// A vCPU on the thread that runs it. Generic code cannot send it elsewhere, as the trait
 /// does not imply `Send`.
-pub trait Vcpu {
+pub trait Vcpu: Sized {
     /// Its architecture.
     type Arch: Arch;
+    /// The vCPU between the phases of a restore.
+    type Restoring: RestoringVcpu<Vcpu = Self>;
 
     /// Runs guest code. Device accesses are completed inside, through `bus`;
     /// only control exits return.
@@ -237,14 +225,30 @@ pub trait Vcpu {
     /// The hypervisor refused.
     fn save(&mut self) -> Result<<Self::Arch as Arch>::Vcpu, Error>;
 
-    /// Puts an earlier saved state back (in-place reset of a running machine).
+    /// Restores an earlier saved state in place, the first phase of a reset.
     ///
     /// # Errors
-    /// State that does not fit this host.
-    fn reload(&mut self, state: &<Self::Arch as Arch>::Vcpu) -> Result<RestoredVcpu, Error>;
+    /// State that does not fit this host. The vCPU is lost then.
+    fn reload(
+        self,
+        state: &<Self::Arch as Arch>::Vcpu,
+    ) -> Result<(Self::Restoring, RestoredVcpu), Error>;
 
     /// Notes that the guest was paused, so that its watchdogs do not fire.
     fn notify_paused(&mut self);
+}
+
+/// A vCPU that has its state, and waits on its thread for the VM to be restored.
+pub trait RestoringVcpu: Sized {
+    /// The vCPU that can run.
+    type Vcpu;
+
+    /// Restores what has to follow the interrupt controllers, the last phase of a restore.
+    ///
+    /// # Errors
+    /// A token of another VM or vCPU, or state that does not fit this host. The vCPU is
+    /// lost then.
+    fn finish_restore(self, finish: Finish) -> Result<Self::Vcpu, Error>;
 }
 
 /// Why a vCPU stopped running guest code.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use sm_hypervisor::state::x86_64::BootRegisters;
-use sm_hypervisor::{Hypervisor, Vm as _, X86_64};
+use sm_hypervisor::{Hypervisor, RestoredVcpu, Vm, VmState, X86_64};
 
 use self::chassis::{Chassis, Stopwatch};
 pub use self::error::MachineError;
@@ -148,10 +148,7 @@ impl<H: Hypervisor<Arch = X86_64>> Machine<H> {
         let mut watch = Stopwatch::start();
         let starts = state.vcpus.into_iter().map(|s| Start::Restore(Arc::new(s)));
         let (threads, proofs) = chassis.start(starts)?;
-        chassis
-            .vm
-            .restore(&state.vm, proofs)
-            .map_err(hypervisor("restore interrupt controllers and clocks"))?;
+        restore_vm(&chassis.vm, &state.vm, &threads, proofs)?;
         // After the interrupt controllers, whose state would overwrite theirs.
         chassis.uart.restore(&state.uart)?;
         chassis.devices.restore(&state.devices)?;
@@ -241,7 +238,8 @@ impl<H: Hypervisor<Arch = X86_64>> Machine<H> {
     /// that were written to, or else all of it.
     ///
     /// # Errors
-    /// The machine is not paused or has ended, or the state is another machine's.
+    /// The machine is not paused or has ended, or the state is another machine's. One
+    /// whose vCPUs have part of the state cannot run any more.
     pub fn reset_to(
         &mut self,
         state: &MachineState,
@@ -273,9 +271,7 @@ impl<H: Hypervisor<Arch = X86_64>> Machine<H> {
         for reloaded in pending? {
             proofs.push(reloaded.wait_ok()?);
         }
-        self.vm
-            .restore(&state.vm, proofs)
-            .map_err(hypervisor("restore interrupt controllers and clocks"))?;
+        restore_vm(&self.vm, &state.vm, &self.threads, proofs)?;
         self.uart.restore(&state.uart)?;
         self.devices.restore(&state.devices)?;
         Ok(())
@@ -368,6 +364,28 @@ impl<H: Hypervisor<Arch = X86_64>> Machine<H> {
 fn boot_starts(registers: BootRegisters, vcpus: u32) -> impl Iterator<Item = Start<X86_64>> {
     let boot = std::iter::once(Start::Boot(Some(Box::new(registers))));
     boot.chain((1..vcpus).map(|_| Start::Boot(None)))
+}
+
+/// Restores interrupt controllers and clocks of a VM whose vCPUs have their state, and
+/// lets these finish. Devices may raise their lines afterwards.
+fn restore_vm<V: Vm>(
+    vm: &V,
+    state: &VmState,
+    threads: &[VcpuThread<V::Arch>],
+    proofs: Vec<RestoredVcpu>,
+) -> Result<(), MachineError> {
+    let finishes = vm
+        .restore(state, proofs)
+        .map_err(hypervisor("restore interrupt controllers and clocks"))?;
+    let pending: Result<Vec<_>, _> = threads
+        .iter()
+        .zip(finishes)
+        .map(|(thread, finish)| thread.finish(finish))
+        .collect();
+    for finished in pending? {
+        finished.wait_ok()?;
+    }
+    Ok(())
 }
 
 /// What the tables can describe; the host's own limit is the hypervisor's to say.

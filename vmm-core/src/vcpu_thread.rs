@@ -5,14 +5,17 @@
 //! which is sticky, so that a running vCPU comes out and looks at its channel;
 //! nothing polls.
 
+mod runner;
+
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvError, Sender, TryRecvError, channel};
+use std::sync::mpsc::{Receiver, RecvError, Sender, channel};
 use std::thread::JoinHandle;
 
-use sm_hypervisor::{Arch, Bus, Error, Exit, Kicker, RestoredVcpu, Vcpu, VcpuSeed};
+use sm_hypervisor::{Arch, Bus, Error, Finish, Kicker, RestoredVcpu, VcpuSeed};
 use thiserror::Error as ThisError;
 
-use crate::exit::{ExitLatch, ExitReason};
+use self::runner::{Post, Runner};
+use crate::exit::ExitLatch;
 
 /// Why a vCPU thread did not do what it was asked to.
 #[derive(Debug, ThisError)]
@@ -56,6 +59,7 @@ enum Command<A: Arch> {
     Park(Sender<()>),
     Save(Sender<Result<A::Vcpu, Error>>),
     Reload(Arc<A::Vcpu>, Sender<Result<RestoredVcpu, Error>>),
+    Finish(Finish, Sender<Result<(), Error>>),
 }
 
 /// A vCPU thread as seen from outside. Dropping it ends the thread.
@@ -94,8 +98,9 @@ impl<T> Pending<Result<T, Error>> {
 }
 
 impl<A: Arch> VcpuThread<A> {
-    /// Starts a thread that binds `seed` and parks. The answer says whether
-    /// binding worked, with proof of restoration for [`Start::Restore`].
+    /// Starts a thread that binds `seed` and parks. The answer says whether binding
+    /// worked, with proof of restoration for [`Start::Restore`]; such a vCPU waits for
+    /// [`VcpuThread::finish`] before it obeys anything else.
     pub(crate) fn spawn<S: VcpuSeed<Arch = A>>(
         seed: S,
         start: Start<A>,
@@ -106,31 +111,32 @@ impl<A: Arch> VcpuThread<A> {
         let kicker = seed.kicker();
         let (commands, inbox) = channel();
         let (bound, answer) = channel();
+        let post = Post {
+            index,
+            bus,
+            exit,
+            inbox,
+        };
         let thread = std::thread::Builder::new()
             .name(format!("vcpu{index}"))
             .spawn(move || {
-                let result = match start {
-                    Start::Boot(registers) => {
-                        seed.bind(registers.as_deref()).map(|vcpu| (vcpu, None))
-                    }
-                    Start::Restore(state) => seed
-                        .bind_restored(&state)
-                        .map(|(vcpu, proof)| (vcpu, Some(proof))),
-                };
-                // Whoever asked may have given up: then the channel is closed too.
-                let vcpu = match result {
-                    Ok((vcpu, proof)) => bound.send(Ok(proof)).ok().map(|()| vcpu),
-                    Err(error) => bound.send(Err(error)).ok().and(None),
+                // An answer that cannot be sent: the machine was given up meanwhile.
+                let refuse = |error| bound.send(Err(error)).ok().and(None);
+                let vcpu = match start {
+                    Start::Boot(registers) => match seed.bind(registers.as_deref()) {
+                        Ok(vcpu) => bound.send(Ok(None)).ok().map(|()| vcpu),
+                        Err(error) => refuse(error),
+                    },
+                    Start::Restore(state) => match seed.bind_restored(&state) {
+                        Ok((restoring, proof)) => {
+                            let told = bound.send(Ok(Some(proof))).ok();
+                            told.and_then(|()| post.finish(restoring))
+                        }
+                        Err(error) => refuse(error),
+                    },
                 };
                 if let Some(vcpu) = vcpu {
-                    Runner {
-                        vcpu,
-                        index,
-                        bus,
-                        exit,
-                        inbox,
-                    }
-                    .parked();
+                    Runner { vcpu, post }.serve();
                 }
             })
             .map_err(|source| VcpuError::Spawn {
@@ -187,12 +193,18 @@ impl<A: Arch> VcpuThread<A> {
         self.ask(Command::Save)
     }
 
-    /// Puts saved state into a parked vCPU.
+    /// Puts saved state into a parked vCPU, which then waits for [`VcpuThread::finish`].
+    /// The thread ends if that fails.
     pub(crate) fn reload(
         &self,
         state: Arc<A::Vcpu>,
     ) -> Result<Pending<Result<RestoredVcpu, Error>>, VcpuError> {
         self.ask(|reply| Command::Reload(state, reply))
+    }
+
+    /// Finishes the restore of a vCPU that has its state.
+    pub(crate) fn finish(&self, finish: Finish) -> Result<Pending<Result<(), Error>>, VcpuError> {
+        self.ask(|reply| Command::Finish(finish, reply))
     }
 }
 
@@ -207,111 +219,16 @@ impl<A: Arch> Drop for VcpuThread<A> {
     }
 }
 
-/// What a vCPU thread does next.
-enum Next {
-    Run,
-    Park,
-    End,
-}
-
-/// The inside of a vCPU thread.
-struct Runner<V: Vcpu> {
-    vcpu: V,
-    index: u32,
-    bus: Arc<dyn Bus + Send + Sync>,
-    exit: Arc<ExitLatch>,
-    inbox: Receiver<Command<V::Arch>>,
-}
-
-impl<V: Vcpu> Runner<V> {
-    /// Parks until told otherwise; returns when the thread is to end.
-    fn parked(mut self) {
-        while let Ok(command) = self.inbox.recv() {
-            let mut next = self.obey(command);
-            while matches!(next, Next::Run) {
-                next = self.run();
-            }
-            if matches!(next, Next::End) {
-                return;
-            }
-        }
-    }
-
-    fn obey(&mut self, command: Command<V::Arch>) -> Next {
-        // An answer nobody waits for is no loss.
-        match command {
-            Command::Run => return Next::Run,
-            Command::Park(reply) => {
-                let _ = reply.send(());
-            }
-            Command::Save(reply) => {
-                let _ = reply.send(self.vcpu.save());
-            }
-            Command::Reload(state, reply) => {
-                let _ = reply.send(self.vcpu.reload(&state));
-            }
-        }
-        Next::Park
-    }
-
-    /// One stay in the guest.
-    fn run(&mut self) -> Next {
-        if self.exit.reason().is_some() {
-            return Next::Park;
-        }
-        let vcpu = self.index;
-        let reason = match self.vcpu.run(&*self.bus) {
-            Ok(Exit::Cancelled) => {
-                return match self.inbox.try_recv() {
-                    Ok(Command::Park(reply)) => {
-                        self.vcpu.notify_paused();
-                        let _ = reply.send(());
-                        Next::Park
-                    }
-                    Ok(command) => {
-                        self.obey(command);
-                        Next::Run
-                    }
-                    // An old kick, or one because of the exit latch.
-                    Err(TryRecvError::Empty) => Next::Run,
-                    Err(TryRecvError::Disconnected) => Next::End,
-                };
-            }
-            Ok(Exit::Reset) => ExitReason::Reset,
-            Ok(Exit::Shutdown) => ExitReason::PowerOff,
-            Ok(Exit::TripleFault) => ExitReason::TripleFault { vcpu },
-            Ok(Exit::Halt) => ExitReason::Halted { vcpu },
-            Ok(Exit::Fault(info)) => ExitReason::Fault { vcpu, info },
-            Err(error) => ExitReason::Failed {
-                reason: format!("vCPU {vcpu}: {}", chain(&error)),
-            },
-        };
-        self.exit.report(reason);
-        Next::Park
-    }
-}
-
-/// An error with its causes, in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        source = error.source();
-    }
-    text
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::Mutex;
     use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
     use sm_hypervisor::state::x86_64::{BootRegisters, VcpuState};
-    use sm_hypervisor::{FaultInfo, X86_64};
+    use sm_hypervisor::{Exit, FaultInfo, RestoringVcpu, Vcpu, VmIdentity, X86_64};
 
     use super::*;
+    use crate::exit::ExitReason;
 
     /// A vCPU that "runs" until kicked, or leaves with the scripted exits first.
     #[derive(Debug, Default)]
@@ -322,6 +239,7 @@ mod tests {
         in_guest: AtomicBool,
         pauses: AtomicU32,
         refuse: bool,
+        identity: VmIdentity,
     }
 
     impl Kicker for Script {
@@ -355,15 +273,26 @@ mod tests {
             Ok(Cpu(self.0))
         }
 
-        fn bind_restored(self, _state: &VcpuState) -> Result<(Cpu, RestoredVcpu), Error> {
-            Err(Error::State {
-                reason: "it is not for this vCPU".into(),
-            })
+        fn bind_restored(self, state: &VcpuState) -> Result<(Restoring, RestoredVcpu), Error> {
+            Cpu(self.0).reload(state)
+        }
+    }
+
+    /// The tokens are those of [`Script::identity`].
+    struct Restoring(Cpu);
+
+    impl RestoringVcpu for Restoring {
+        type Vcpu = Cpu;
+
+        fn finish_restore(self, finish: Finish) -> Result<Cpu, Error> {
+            self.0.0.identity.redeem(3, finish)?;
+            Ok(self.0)
         }
     }
 
     impl Vcpu for Cpu {
         type Arch = X86_64;
+        type Restoring = Restoring;
 
         fn run(&mut self, _bus: &dyn Bus) -> Result<Exit, Error> {
             if let Some(exit) = self.0.exits.lock().unwrap().pop() {
@@ -384,10 +313,14 @@ mod tests {
             Ok(VcpuState::default())
         }
 
-        fn reload(&mut self, _state: &VcpuState) -> Result<RestoredVcpu, Error> {
-            Err(Error::State {
-                reason: "it is not for this vCPU".into(),
-            })
+        fn reload(self, state: &VcpuState) -> Result<(Restoring, RestoredVcpu), Error> {
+            if state.index != 3 {
+                return Err(Error::State {
+                    reason: "it is not for this vCPU".into(),
+                });
+            }
+            let proof = RestoredVcpu::new(&self.0.identity, 3);
+            Ok((Restoring(self), proof))
         }
 
         fn notify_paused(&mut self) {
@@ -499,5 +432,55 @@ mod tests {
         let state = Arc::new(VcpuState::default());
         let error = thread.reload(state).unwrap().wait_ok().unwrap_err();
         assert!(matches!(error, VcpuError::Hypervisor { vcpu: 3, .. }));
+    }
+
+    fn saved() -> Arc<VcpuState> {
+        Arc::new(VcpuState {
+            index: 3,
+            ..VcpuState::default()
+        })
+    }
+
+    #[test]
+    fn a_restored_vcpu_runs_once_it_has_finished() {
+        let script = Arc::new(Script::default());
+        let exit = Arc::new(ExitLatch::new().unwrap());
+        let start = Start::Restore(saved());
+        let (thread, bound) =
+            VcpuThread::spawn(Seed(script.clone()), start, Arc::new(NoBus), exit.clone()).unwrap();
+        assert_eq!(bound.wait_ok().unwrap().unwrap().index(), 3);
+        let finish = || Finish::new(&script.identity, 3);
+        thread.finish(finish()).unwrap().wait_ok().unwrap();
+        for _ in 0..2 {
+            thread.run().unwrap();
+            thread.park().unwrap().wait().unwrap();
+            let _proof = thread.reload(saved()).unwrap().wait_ok().unwrap();
+            thread.finish(finish()).unwrap().wait_ok().unwrap();
+        }
+        assert_eq!(exit.reason(), None);
+        // There is nothing to finish any more.
+        let finished = thread.finish(finish()).unwrap().wait_ok();
+        assert!(matches!(finished, Err(VcpuError::Gone { vcpu: 3 })));
+        thread.save().unwrap().wait_ok().unwrap();
+    }
+
+    #[test]
+    fn a_vcpu_that_has_not_finished_does_not_run() {
+        let (thread, script, exit) = spawn(Script::default());
+        let _proof = thread.reload(saved()).unwrap().wait_ok().unwrap();
+        thread.run().unwrap();
+        let reason = exit.wait();
+        assert!(matches!(reason, ExitReason::Failed { .. }), "{reason:?}");
+        assert!(!script.in_guest.load(Ordering::SeqCst));
+        drop(thread);
+
+        let (thread, _script, _exit) = spawn(Script::default());
+        let _proof = thread.reload(saved()).unwrap().wait_ok().unwrap();
+        let foreign = Finish::new(&VmIdentity::new(), 3);
+        let refused = thread.finish(foreign).unwrap().wait_ok().unwrap_err();
+        let VcpuError::Hypervisor { vcpu: 3, source } = refused else {
+            panic!("{refused:?}");
+        };
+        assert!(matches!(source, Error::ForeignToken { vcpu: 3 }));
     }
 }

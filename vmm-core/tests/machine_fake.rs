@@ -302,6 +302,45 @@ fn a_restored_machine_goes_on_and_learns_of_its_identity_first() {
     assert_eq!(rig.console_text(), whole);
 }
 
+/// State of all vCPUs, then the VM's, then what vCPUs restore after that; devices and
+/// the first instruction come later.
+#[test]
+fn a_restore_has_three_phases() {
+    let rig = Rig::new(vec![vec![Step::WaitIrq(GED_GSI)]; 2]);
+    let state = rig.boot(2).save_state().unwrap();
+    let phases = |events: Vec<Event>| -> Vec<u8> {
+        let phase = |event| match event {
+            Event::Restored(_) => Some(1),
+            Event::VmRestored => Some(2),
+            Event::Finished(_) => Some(3),
+            _ => None,
+        };
+        events.into_iter().filter_map(phase).collect()
+    };
+    let _ = rig.host.take_events();
+    let mut clone = rig.restore(state.clone()).unwrap();
+    assert_eq!(phases(rig.host.take_events()), [1, 1, 2, 3, 3]);
+    clone.resume().unwrap();
+    clone.pause().unwrap();
+    let _ = rig.host.take_events();
+    clone.reset_to(&state, None).unwrap();
+    assert_eq!(phases(rig.host.take_events()), [1, 1, 2, 3, 3]);
+}
+
+/// What is left of it cannot run.
+#[test]
+fn a_machine_whose_reset_failed_has_ended() {
+    let rig = Rig::new(vec![vec![Step::WaitIrq(GED_GSI)]]);
+    let state = rig.boot(1).save_state().unwrap();
+    let mut foreign = state.clone();
+    foreign.vm.blob.backend = "another".into();
+    let mut clone = rig.restore(state).unwrap();
+    assert!(clone.reset_to(&foreign, None).is_err());
+    clone.resume().unwrap();
+    let reason = end(&clone);
+    assert!(matches!(reason, ExitReason::Failed { .. }), "{reason:?}");
+}
+
 #[test]
 fn a_machine_put_back_plays_on_from_there() {
     let rig = Rig::new(vec![vec![Step::WaitIrq(GED_GSI), Step::Exit(Exit::Halt)]]);

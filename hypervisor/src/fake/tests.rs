@@ -1,5 +1,7 @@
 use super::*;
-use crate::{Bus, IrqTrigger, MemoryRegion, Vcpu as _, VcpuSeed as _, Vm as _};
+use crate::{
+    Aarch64, Bus, IrqTrigger, MemoryRegion, RestoringVcpu as _, Vcpu as _, VcpuSeed as _, Vm as _,
+};
 
 /// Answers reads with the low byte of the address.
 struct Echo;
@@ -43,7 +45,12 @@ fn a_script_is_played_and_kicks_stick() {
 
 #[test]
 fn saved_state_goes_on_in_another_vm() {
-    let fake = FakeHypervisor::new(vec![vec![
+    goes_on_in_another_vm::<X86_64>();
+    goes_on_in_another_vm::<Aarch64>();
+}
+
+fn goes_on_in_another_vm<A: FakeArch>() {
+    let fake = FakeHypervisor::<A>::of_arch(vec![vec![
         Step::Exit(Exit::Reset),
         Step::WaitIrq(5),
         Step::Exit(Exit::Shutdown),
@@ -56,9 +63,13 @@ fn saved_state_goes_on_in_another_vm() {
 
     let other = fake.create_vm(&VmConfig { vcpus: 1 }).unwrap();
     let seed = other.create_vcpu(0).unwrap();
-    let (mut vcpu, proof) = seed.bind_restored(&vcpu_state).unwrap();
+    let (restoring, proof) = seed.bind_restored(&vcpu_state).unwrap();
     assert!(other.restore(&vm_state, Vec::new()).is_err());
-    other.restore(&vm_state, vec![proof]).unwrap();
+    let _ = fake.take_events();
+    let finish = other.restore(&vm_state, vec![proof]).unwrap().remove(0);
+    let mut vcpu = restoring.finish_restore(finish).unwrap();
+    let expected = [Event::VmRestored, Event::Finished(0)];
+    assert_eq!(fake.take_events(), expected);
     // The interrupt that was pending wakes it.
     assert_eq!(vcpu.run(&Echo).unwrap(), Exit::Shutdown);
 }
@@ -83,30 +94,6 @@ fn an_interrupt_or_a_kick_ends_waiting() {
         line.pulse().unwrap();
         assert_eq!(leaves.recv(), Ok(Exit::Halt));
     });
-}
-
-#[cfg(unix)]
-#[test]
-fn doorbells_take_the_writes_they_match() {
-    use std::os::fd::AsFd as _;
-    let write = |value: u32| Step::MmioWrite(0x50, value.to_le_bytes().to_vec());
-    let end = Step::Exit(Exit::Halt);
-    let fake = FakeHypervisor::new(vec![vec![write(1), write(2), end]]);
-    let vm = fake.create_vm(&VmConfig { vcpus: 1 }).unwrap();
-    let (reader, writer) = std::io::pipe().unwrap();
-    let doorbell = Doorbell {
-        address: 0x50,
-        width: Some(4),
-        value: Some(2),
-    };
-    assert!(vm.add_doorbell(doorbell, writer.as_fd()).unwrap());
-    let mut vcpu = vm.create_vcpu(0).unwrap().bind(None).unwrap();
-    vcpu.run(&Echo).unwrap();
-    let events = fake.take_events();
-    assert_eq!(events, [Event::Bound(0, None), Event::Rung(doorbell)]);
-    let mut count = [0; 8];
-    rustix::io::read(&reader, &mut count).unwrap();
-    assert_eq!(u64::from_ne_bytes(count), 1);
 }
 
 #[test]

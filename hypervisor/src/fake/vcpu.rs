@@ -7,7 +7,7 @@ use std::sync::{Arc, PoisonError};
 
 use super::vm::Shared;
 use super::{BACKEND, Event, FakeArch, Inner, Step, lock};
-use crate::{Bus, Error, Exit, Gsi, Kicker, RestoredVcpu, Vcpu, VcpuSeed};
+use crate::{Bus, Error, Exit, Finish, Gsi, Kicker, RestoredVcpu, RestoringVcpu, Vcpu, VcpuSeed};
 
 struct FakeKicker {
     shared: Arc<Shared>,
@@ -78,10 +78,8 @@ impl<A: FakeArch> VcpuSeed for FakeSeed<A> {
         Ok(vcpu)
     }
 
-    fn bind_restored(self, state: &A::Vcpu) -> Result<(FakeVcpu<A>, RestoredVcpu), Error> {
-        let mut vcpu = self.into_vcpu();
-        let proof = vcpu.reload(state)?;
-        Ok((vcpu, proof))
+    fn bind_restored(self, state: &A::Vcpu) -> Result<(FakeRestoring<A>, RestoredVcpu), Error> {
+        self.into_vcpu().reload(state)
     }
 }
 
@@ -123,8 +121,24 @@ impl<A: FakeArch> FakeVcpu<A> {
     }
 }
 
+/// A vCPU of the fake backend that has its state.
+#[derive(Debug)]
+pub struct FakeRestoring<A: FakeArch>(FakeVcpu<A>);
+
+impl<A: FakeArch> RestoringVcpu for FakeRestoring<A> {
+    type Vcpu = FakeVcpu<A>;
+
+    fn finish_restore(self, finish: Finish) -> Result<FakeVcpu<A>, Error> {
+        let Self(vcpu) = self;
+        vcpu.shared.identity.redeem(vcpu.index, finish)?;
+        vcpu.inner.note(Event::Finished(vcpu.index));
+        Ok(vcpu)
+    }
+}
+
 impl<A: FakeArch> Vcpu for FakeVcpu<A> {
     type Arch = A;
+    type Restoring = FakeRestoring<A>;
 
     fn run(&mut self, bus: &dyn Bus) -> Result<Exit, Error> {
         loop {
@@ -170,7 +184,7 @@ impl<A: FakeArch> Vcpu for FakeVcpu<A> {
         Ok(A::state(self.index, self.position as u64))
     }
 
-    fn reload(&mut self, state: &A::Vcpu) -> Result<RestoredVcpu, Error> {
+    fn reload(mut self, state: &A::Vcpu) -> Result<(FakeRestoring<A>, RestoredVcpu), Error> {
         let (backend, index, position) = A::read(state);
         if index != self.index || backend != BACKEND {
             return Err(Error::State {
@@ -179,7 +193,8 @@ impl<A: FakeArch> Vcpu for FakeVcpu<A> {
         }
         self.position = usize::try_from(position).unwrap_or(usize::MAX);
         self.inner.note(Event::Restored(self.index));
-        Ok(RestoredVcpu { index: self.index })
+        let proof = RestoredVcpu::new(&self.shared.identity, self.index);
+        Ok((FakeRestoring(self), proof))
     }
 
     fn notify_paused(&mut self) {

@@ -6,7 +6,10 @@ use std::sync::{Arc, Condvar, Mutex};
 use super::{BACKEND, Event, FakeArch, FakeSeed, Inner, PAGE, lock};
 use crate::state::{Blob, VmState};
 use crate::sys::Waker;
-use crate::{Doorbell, Error, Gsi, IrqLine, IrqTrigger, MemoryRegion, RestoredVcpu, Vm, Wake};
+use crate::{
+    Doorbell, Error, Finish, Gsi, IrqLine, IrqTrigger, MemoryRegion, RestoredVcpu, Vm, VmIdentity,
+    Wake,
+};
 
 /// A VM of the fake backend.
 #[derive(Debug)]
@@ -18,9 +21,11 @@ pub struct FakeVm<A: FakeArch> {
     shared: Arc<Shared>,
 }
 
-/// What wakes vCPUs.
+/// State that a VM shares with its vCPUs: what wakes them.
 #[derive(Debug, Default)]
 pub(super) struct Shared {
+    /// Carried by the tokens of a restore.
+    pub(super) identity: VmIdentity,
     pub(super) signals: Mutex<Signals>,
     pub(super) changed: Condvar,
     doorbells: Mutex<Vec<(Doorbell, Waker)>>,
@@ -140,15 +145,11 @@ impl<A: FakeArch> Vm for FakeVm<A> {
         })
     }
 
-    fn restore(&self, state: &VmState, vcpus: Vec<RestoredVcpu>) -> Result<(), Error> {
-        let mut restored: Vec<u32> = vcpus.iter().map(RestoredVcpu::index).collect();
-        restored.sort_unstable();
-        if !restored.iter().copied().eq(0..self.vcpus) || state.blob.backend != BACKEND {
+    fn restore(&self, state: &VmState, vcpus: Vec<RestoredVcpu>) -> Result<Vec<Finish>, Error> {
+        let finishes = self.shared.identity.accept(self.vcpus, vcpus)?;
+        if state.blob.backend != BACKEND {
             return Err(Error::State {
-                reason: format!(
-                    "saved by {}, vCPUs {restored:?} of {} restored",
-                    state.blob.backend, self.vcpus
-                ),
+                reason: format!("it was saved by {}", state.blob.backend),
             });
         }
         let pending = postcard::from_bytes(&state.blob.bytes).map_err(|e| Error::State {
@@ -156,7 +157,8 @@ impl<A: FakeArch> Vm for FakeVm<A> {
         })?;
         lock(&self.shared.signals).pending = pending;
         self.shared.changed.notify_all();
-        Ok(())
+        self.inner.note(Event::VmRestored);
+        Ok(finishes)
     }
 }
 

@@ -65,7 +65,7 @@ use kvm_bindings::CpuId;
 use kvm_ioctls::Cap;
 
 use ahead::Ahead;
-pub use vcpu::{KvmSeed, KvmVcpu};
+pub use vcpu::{KvmRestoring, KvmSeed, KvmVcpu};
 pub use vm::KvmVm;
 
 use crate::state::x86_64::Features;

@@ -16,7 +16,9 @@ use super::kick::KickState;
 use super::vm_shared::VmShared;
 use super::{convert, cpuid, fault, os, state};
 use crate::state::x86_64::{BootRegisters, CpuidEntry, VcpuState};
-use crate::{Bus, Error, Exit, Kicker, RestoredVcpu, Vcpu, VcpuSeed, X86_64};
+use crate::{
+    Bus, Error, Exit, Finish, Kicker, RestoredVcpu, RestoringVcpu, Vcpu, VcpuSeed, X86_64,
+};
 
 /// IA32_MTRR_DEF_TYPE: variable ranges on, everything write-back.
 const MTRR_DEF_TYPE: (u32, u64) = (0x2ff, 1 << 11 | 6);
@@ -85,15 +87,13 @@ impl VcpuSeed for KvmSeed {
         Ok(self.into_vcpu(told))
     }
 
-    fn bind_restored(self, state: &VcpuState) -> Result<(KvmVcpu, RestoredVcpu), Error> {
+    fn bind_restored(self, state: &VcpuState) -> Result<(KvmRestoring, RestoredVcpu), Error> {
         if state.index != self.index {
             return Err(Error::State {
                 reason: format!("it is of vCPU {}, not {}", state.index, self.index),
             });
         }
-        let mut vcpu = self.into_vcpu(state.cpuid.clone());
-        let proof = vcpu.put(state, true)?;
-        Ok((vcpu, proof))
+        self.into_vcpu(state.cpuid.clone()).put(state, true)
     }
 }
 
@@ -255,14 +255,15 @@ impl KvmVcpu {
         }
     }
 
-    fn put(&mut self, state: &VcpuState, fresh: bool) -> Result<RestoredVcpu, Error> {
+    fn put(self, state: &VcpuState, fresh: bool) -> Result<(KvmRestoring, RestoredVcpu), Error> {
         state::restore(&self.fd, state, fresh, &self.vm)?;
         // Tells a guest that uses kvmclock that it was paused; one that does not
         // makes KVM refuse, which is fine.
         let _ = self.fd.kvmclock_ctrl();
         #[cfg(debug_assertions)]
         self.compare(state)?;
-        Ok(RestoredVcpu { index: self.index })
+        let proof = RestoredVcpu::new(&self.vm.identity, self.index);
+        Ok((KvmRestoring(self), proof))
     }
 
     fn save_state(&self, msrs: &[u32]) -> Result<VcpuState, Error> {
@@ -285,8 +286,23 @@ impl Drop for KvmVcpu {
     }
 }
 
+/// A vCPU that has its state.
+#[derive(Debug)]
+pub struct KvmRestoring(KvmVcpu);
+
+impl RestoringVcpu for KvmRestoring {
+    type Vcpu = KvmVcpu;
+
+    fn finish_restore(self, finish: Finish) -> Result<KvmVcpu, Error> {
+        // No state of a vCPU has to follow KVM's interrupt controllers.
+        self.0.vm.identity.redeem(self.0.index, finish)?;
+        Ok(self.0)
+    }
+}
+
 impl Vcpu for KvmVcpu {
     type Arch = X86_64;
+    type Restoring = KvmRestoring;
 
     fn run(&mut self, bus: &dyn Bus) -> Result<Exit, Error> {
         let mut access = false;
@@ -323,7 +339,7 @@ impl Vcpu for KvmVcpu {
         Ok(state)
     }
 
-    fn reload(&mut self, state: &VcpuState) -> Result<RestoredVcpu, Error> {
+    fn reload(self, state: &VcpuState) -> Result<(KvmRestoring, RestoredVcpu), Error> {
         self.put(state, false)
     }
 

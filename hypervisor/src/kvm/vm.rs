@@ -17,8 +17,8 @@ use super::vm_shared::VmShared;
 use super::{BACKEND, Kvm, os};
 use crate::state::{Blob, VmState};
 use crate::{
-    Doorbell, Error, Gsi, IrqLine, IrqTrigger, MemoryRegion, RestoredVcpu, Vm, VmConfig, Wake,
-    X86_64,
+    Doorbell, Error, Finish, Gsi, IrqLine, IrqTrigger, MemoryRegion, RestoredVcpu, Vm, VmConfig,
+    Wake, X86_64,
 };
 
 const PAGE: u64 = 4096;
@@ -226,14 +226,8 @@ impl Vm for KvmVm {
         })
     }
 
-    fn restore(&self, state: &VmState, vcpus: Vec<RestoredVcpu>) -> Result<(), Error> {
-        let mut restored: Vec<u32> = vcpus.iter().map(RestoredVcpu::index).collect();
-        restored.sort_unstable();
-        if !restored.iter().copied().eq(0..self.shared.vcpus) {
-            return Err(Error::State {
-                reason: format!("vCPUs {restored:?} of {} were restored", self.shared.vcpus),
-            });
-        }
+    fn restore(&self, state: &VmState, vcpus: Vec<RestoredVcpu>) -> Result<Vec<Finish>, Error> {
+        let finishes = self.shared.identity.accept(self.shared.vcpus, vcpus)?;
         let blob = &state.blob;
         if blob.backend != BACKEND || blob.version != STATE_VERSION {
             return Err(Error::State {
@@ -255,6 +249,6 @@ impl Vm for KvmVm {
         };
         self.fd().set_clock(&clock).map_err(os("write the clock"))?;
         self.shared.tsc_offset.finish();
-        Ok(())
+        Ok(finishes)
     }
 }

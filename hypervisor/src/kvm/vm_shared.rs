@@ -12,7 +12,7 @@ use super::ahead::Ahead;
 use super::slots::SlotTable;
 use super::tsc::TscOffset;
 use super::{Kvm, os};
-use crate::{Error, VmConfig};
+use crate::{Error, VmConfig, VmIdentity};
 
 /// Three pages below 4 GiB for KVM's own use on processors without
 /// unrestricted guests; must not be RAM or a device.
@@ -23,6 +23,8 @@ const TSS_ADDRESS: usize = 0xfffb_d000;
 pub(super) struct VmShared {
     pub(super) kvm: Kvm,
     pub(super) fd: VmFd,
+    /// Carried by the tokens of a restore.
+    pub(super) identity: VmIdentity,
     /// Number of vCPUs.
     pub(super) vcpus: u32,
     /// Size of a vCPU's XSAVE area in bytes.
@@ -58,6 +60,7 @@ impl VmShared {
         Ok(Self {
             kvm,
             fd,
+            identity: VmIdentity::new(),
             vcpus: config.vcpus.max(1),
             xsave_len,
             tsc_deadline: OnceLock::new(),

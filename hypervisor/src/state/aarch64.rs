@@ -132,9 +132,9 @@ pub struct VcpuState {
     /// vCPUs, so a backend computes one offset from it for the whole VM.
     pub virtual_counter: u64,
     /// The interrupt controller's CPU interface (ICC_*_EL1, and ICH_*_EL2 where the
-    /// hypervisor shows its list registers), which the
-    /// vCPU's thread writes after the VM has been restored. Empty where the backend saves
-    /// it with the VM.
+    /// hypervisor shows its list registers), which is written in
+    /// [`finish_restore`](crate::RestoringVcpu::finish_restore). Empty where the backend
+    /// saves it with the VM.
     pub cpu_interface: SystemRegisters,
     /// Power state.
     pub power: PowerState,

@@ -15,8 +15,7 @@ pub(crate) struct Waker(OwnedFd);
 
 #[cfg(any(feature = "testing", test))]
 impl Waker {
-    /// Duplicates `wake`. `None` would mean that this host's cannot be signalled by the
-    /// fake.
+    /// Duplicates `wake`. `None` stands for a host on which the fake signals nothing.
     pub(crate) fn of(wake: Wake<'_>) -> io::Result<Option<Self>> {
         Ok(Some(Self(wake.try_clone_to_owned()?)))
     }
@@ -24,5 +23,47 @@ impl Waker {
     pub(crate) fn signal(&self) {
         // A full eventfd counter is still a signal.
         let _ = rustix::io::write(&self.0, &1_u64.to_ne_bytes());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd as _;
+
+    use crate::fake::{Event, FakeHypervisor, Step};
+    use crate::{
+        Bus, Doorbell, Exit, Hypervisor as _, Vcpu as _, VcpuSeed as _, Vm as _, VmConfig,
+    };
+
+    /// Nothing arrives here.
+    struct NoBus;
+
+    impl Bus for NoBus {
+        fn mmio_read(&self, _: u64, _: &mut [u8]) {}
+        fn mmio_write(&self, _: u64, _: &[u8]) {}
+        fn pio_read(&self, _: u16, _: &mut [u8]) {}
+        fn pio_write(&self, _: u16, _: &[u8]) {}
+    }
+
+    #[test]
+    fn doorbells_take_the_writes_they_match() {
+        let write = |value: u32| Step::MmioWrite(0x50, value.to_le_bytes().to_vec());
+        let end = Step::Exit(Exit::Halt);
+        let fake = FakeHypervisor::new(vec![vec![write(1), write(2), end]]);
+        let vm = fake.create_vm(&VmConfig { vcpus: 1 }).unwrap();
+        let (reader, writer) = std::io::pipe().unwrap();
+        let doorbell = Doorbell {
+            address: 0x50,
+            width: Some(4),
+            value: Some(2),
+        };
+        assert!(vm.add_doorbell(doorbell, writer.as_fd()).unwrap());
+        let mut vcpu = vm.create_vcpu(0).unwrap().bind(None).unwrap();
+        vcpu.run(&NoBus).unwrap();
+        let events = fake.take_events();
+        assert_eq!(events, [Event::Bound(0, None), Event::Rung(doorbell)]);
+        let mut count = [0; 8];
+        rustix::io::read(&reader, &mut count).unwrap();
+        assert_eq!(u64::from_ne_bytes(count), 1);
     }
 }

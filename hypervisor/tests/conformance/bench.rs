@@ -8,9 +8,10 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use sm_hypervisor::state::x86_64::{BootRegisters, Segment, Table};
+use sm_hypervisor::state::x86_64::{BootRegisters, Segment, Table, VcpuState};
 use sm_hypervisor::{
-    Bus, Exit, Hypervisor, Kicker, MemoryRegion, Vcpu, VcpuSeed as _, Vm as _, VmConfig, X86_64,
+    Bus, Exit, Hypervisor, Kicker, MemoryRegion, RestoredVcpu, RestoringVcpu, Vcpu, VcpuSeed, Vm,
+    VmConfig, VmState, X86_64,
 };
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap};
 
@@ -52,6 +53,11 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) trait Backend: Hypervisor<Arch = X86_64> {}
 
 impl<H: Hypervisor<Arch = X86_64>> Backend for H {}
+
+/// A vCPU of a backend.
+pub(crate) type VcpuOf<H> = <<<H as Hypervisor>::Vm as Vm>::Seed as VcpuSeed>::Vcpu;
+/// One between the phases of a restore.
+type RestoringOf<H> = <VcpuOf<H> as Vcpu>::Restoring;
 
 /// A device access seen by the bus.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -237,13 +243,30 @@ impl<H: Backend> Bench<H> {
     }
 
     /// vCPU 0 at the code, stopped by `bus`.
-    pub(crate) fn boot(
-        &self,
-        bus: &Recorder,
-    ) -> <<H::Vm as sm_hypervisor::Vm>::Seed as sm_hypervisor::VcpuSeed>::Vcpu {
+    pub(crate) fn boot(&self, bus: &Recorder) -> VcpuOf<H> {
         let seed = self.vm.create_vcpu(0).unwrap();
         bus.stops(seed.kicker());
         seed.bind(Some(&boot_registers())).unwrap()
+    }
+
+    /// vCPU 0 with saved state, of a VM with saved state, stopped by `bus`.
+    pub(crate) fn restore(&self, bus: &Recorder, vcpu: &VcpuState, vm: &VmState) -> VcpuOf<H> {
+        let seed = self.vm.create_vcpu(0).unwrap();
+        bus.stops(seed.kicker());
+        let (restoring, proof) = seed.bind_restored(vcpu).unwrap();
+        self.finish(restoring, proof, vm)
+    }
+
+    /// The only vCPU and its VM with earlier state.
+    pub(crate) fn reload(&self, vcpu: VcpuOf<H>, state: &VcpuState, vm: &VmState) -> VcpuOf<H> {
+        let (restoring, proof) = vcpu.reload(state).unwrap();
+        self.finish(restoring, proof, vm)
+    }
+
+    fn finish(&self, restoring: RestoringOf<H>, proof: RestoredVcpu, vm: &VmState) -> VcpuOf<H> {
+        let mut finishes = self.vm.restore(vm, vec![proof]).unwrap();
+        assert_eq!(finishes.len(), 1);
+        restoring.finish_restore(finishes.remove(0)).unwrap()
     }
 
     /// Page tables for the first 4 MiB and the interrupt controllers; segments;

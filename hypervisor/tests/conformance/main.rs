@@ -1,7 +1,7 @@
 //! What every backend must do, checked with tiny hand-made guests.
 //!
 //! The checks are generic over [`sm_hypervisor::Hypervisor`]; at the bottom each
-//! is run on the backend of this host. They work on any `/dev/kvm`, also one
+//! is run on the backend of this host, and on one that wraps it from outside the crate. They work on any `/dev/kvm`, also one
 //! that cannot run Linux; where there is none at all they fail, unless told to be
 //! left out ([`sm_hypervisor::testing::WITHOUT`]). `cargo xtask test` runs them in
 //! the lab, too.
@@ -18,20 +18,37 @@ mod guests;
 mod interrupts;
 mod kick;
 mod memory;
+mod outside;
 mod smp;
 mod state;
 
 use sm_hypervisor::testing::native;
 
+/// Each check on this host's backend, and on one that is made outside the crate.
 macro_rules! conformance {
-    ($($check:path as $name:ident),* $(,)?) => {$(
-        #[test]
-        fn $name() {
-            if let Some(hypervisor) = native() {
-                $check(&hypervisor);
+    ($($check:path as $name:ident),* $(,)?) => {
+        $(
+            #[test]
+            fn $name() {
+                if let Some(hypervisor) = native() {
+                    $check(&hypervisor);
+                }
             }
+        )*
+
+        mod outside_the_crate {
+            use super::*;
+
+            $(
+                #[test]
+                fn $name() {
+                    if let Some(hypervisor) = native() {
+                        $check(&outside::Outside(hypervisor));
+                    }
+                }
+            )*
         }
-    )*};
+    };
 }
 
 conformance! {
@@ -55,4 +72,5 @@ conformance! {
     state::a_pending_page_fault_keeps_its_address as a_pending_page_fault_keeps_its_address,
     state::damaged_state_is_refused as damaged_state_is_refused,
     state::all_vcpus_must_be_restored as all_vcpus_must_be_restored,
+    state::tokens_of_another_vm_are_refused as tokens_of_another_vm_are_refused,
 }

@@ -1,11 +1,13 @@
 //! Saving a guest, and going on with it elsewhere.
 
 use sm_hypervisor::state::x86_64::VcpuState;
-use sm_hypervisor::{Bus, Exit, Vcpu, VcpuSeed as _, Vm as _, VmState, X86_64};
+use sm_hypervisor::{
+    Bus, Error, Exit, RestoringVcpu as _, Vcpu as _, VcpuSeed as _, Vm as _, VmState,
+};
 
 use crate::bench::{
     Backend, Bench, DUMP, IDT, INVALID_HANDLER, IRQ_HANDLER, MEMORY_LEN, MSR_LIST, Recorder,
-    SHARED, VECTORS, run_to_stop,
+    SHARED, VECTORS, VcpuOf, run_to_stop,
 };
 use crate::guests;
 
@@ -69,10 +71,7 @@ struct Saved {
 }
 
 /// Boots the guest, and stops it when all is set.
-fn started<H: Backend>(
-    hypervisor: &H,
-    bus: &Recorder,
-) -> (Bench<H>, impl Vcpu<Arch = X86_64> + use<H>, Saved) {
+fn started<H: Backend>(hypervisor: &H, bus: &Recorder) -> (Bench<H>, VcpuOf<H>, Saved) {
     let bench = Bench::new(hypervisor, 1, guests::sets_state());
     bench.put(INVALID_HANDLER, guests::dumps_state());
     bench.put(VECTORS, &vectors());
@@ -85,7 +84,8 @@ fn started<H: Backend>(
     if features != 0 {
         state.system.cr4 |= 1 << 18;
         state.xcrs = vec![(0, xcr0(features))];
-        vcpu.reload(&state).unwrap();
+        let vm = bench.vm.save().unwrap();
+        vcpu = bench.reload(vcpu, &state, &vm);
     }
     bench.put(SHARED + 4, &features.to_le_bytes());
     // A KVM without hardware virtualisation may lack this one.
@@ -165,10 +165,7 @@ pub(crate) fn a_restored_guest_finds_everything<H: Backend>(hypervisor: &H) {
     for _ in 0..2 {
         let bench = Bench::with_memory(hypervisor, 1, &saved.memory);
         let bus = Recorder::default();
-        let seed = bench.vm.create_vcpu(0).unwrap();
-        bus.stops(seed.kicker());
-        let (mut vcpu, proof) = seed.bind_restored(&saved.vcpu).unwrap();
-        bench.vm.restore(&saved.vm, vec![proof]).unwrap();
+        let mut vcpu = bench.restore(&bus, &saved.vcpu, &saved.vm);
         run_to_stop(&mut vcpu, &bus);
         assert_same(&reference, &bench.get(DUMP, DUMP_LEN));
     }
@@ -181,8 +178,7 @@ pub(crate) fn a_guest_reset_in_place_finds_everything<H: Backend>(hypervisor: &H
     let reference = bench.get(DUMP, DUMP_LEN);
     for _ in 0..2 {
         bench.put(0, &saved.memory);
-        let proof = vcpu.reload(&saved.vcpu).unwrap();
-        bench.vm.restore(&saved.vm, vec![proof]).unwrap();
+        vcpu = bench.reload(vcpu, &saved.vcpu, &saved.vm);
         run_to_stop(&mut vcpu, &bus);
         assert_same(&reference, &bench.get(DUMP, DUMP_LEN));
     }
@@ -201,10 +197,7 @@ pub(crate) fn time_does_not_go_backwards<H: Backend>(hypervisor: &H) {
 
     let bench = Bench::with_memory(hypervisor, 1, &memory);
     let bus = Recorder::default();
-    let seed = bench.vm.create_vcpu(0).unwrap();
-    bus.stops(seed.kicker());
-    let (mut vcpu, proof) = seed.bind_restored(&saved.0).unwrap();
-    bench.vm.restore(&saved.1, vec![proof]).unwrap();
+    let mut vcpu = bench.restore(&bus, &saved.0, &saved.1);
     run_to_stop(&mut vcpu, &bus);
     let time = |offset| u64::from_le_bytes(bench.get(SHARED + offset, 8).try_into().unwrap());
     assert!(time(8) > time(0), "{} then {}", time(0), time(8));
@@ -247,10 +240,7 @@ pub(crate) fn a_pending_page_fault_keeps_its_address<H: Backend>(hypervisor: &H)
 
     let bench = Bench::with_memory(hypervisor, 1, &memory);
     let bus = Recorder::default();
-    let seed = bench.vm.create_vcpu(0).unwrap();
-    bus.stops(seed.kicker());
-    let (mut vcpu, proof) = seed.bind_restored(&saved.0).unwrap();
-    bench.vm.restore(&saved.1, vec![proof]).unwrap();
+    let mut vcpu = bench.restore(&bus, &saved.0, &saved.1);
     run_to_stop(&mut vcpu, &bus);
     let noted = u64::from_le_bytes(bench.get(SHARED, 8).try_into().unwrap());
     assert_eq!(noted, ADDRESS, "CR2 was saved as {:#x}", saved.0.system.cr2);
@@ -287,10 +277,30 @@ pub(crate) fn all_vcpus_must_be_restored<H: Backend>(hypervisor: &H) {
     let bus = Recorder::default();
     let mut vcpu = bench.boot(&bus);
     let vcpu_state = vcpu.save().unwrap();
+    let vcpu = bench.reload(vcpu, &vcpu_state, &state);
     let mut other = state.clone();
     other.blob.version += 1;
-    let proof = vcpu.reload(&vcpu_state).unwrap();
+    let (_restoring, proof) = vcpu.reload(&vcpu_state).unwrap();
     assert!(bench.vm.restore(&other, vec![proof]).is_err());
-    let proof = vcpu.reload(&vcpu_state).unwrap();
-    bench.vm.restore(&state, vec![proof]).unwrap();
+}
+
+/// Neither a proof nor a permission of one VM counts in another.
+pub(crate) fn tokens_of_another_vm_are_refused<H: Backend>(hypervisor: &H) {
+    let benches = [(); 2].map(|()| Bench::new(hypervisor, 1, guests::ports()));
+    let bus = Recorder::default();
+    let [one, two] = benches.each_ref().map(|bench| {
+        let mut vcpu = bench.boot(&bus);
+        let saved = vcpu.save().unwrap();
+        (bench.vm.save().unwrap(), vcpu.reload(&saved).unwrap())
+    });
+    let ((vm_one, (_, proof_one)), (vm_two, (restoring_two, proof_two))) = (one, two);
+    let refused = benches[0].vm.restore(&vm_one, vec![proof_two]);
+    assert!(
+        matches!(refused, Err(Error::ForeignToken { vcpu: 0 })),
+        "{refused:?}"
+    );
+    let finish = benches[0].vm.restore(&vm_one, vec![proof_one]).unwrap();
+    let refused = restoring_two.finish_restore(finish.into_iter().next().unwrap());
+    assert!(matches!(refused, Err(Error::ForeignToken { vcpu: 0 })));
+    assert!(benches[1].vm.restore(&vm_two, vec![]).is_err());
 }

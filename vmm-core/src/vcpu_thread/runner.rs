@@ -1,0 +1,168 @@
+//! The inside of a vCPU thread.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvError, Sender, TryRecvError};
+
+use sm_hypervisor::{Arch, Bus, Error, Exit, RestoredVcpu, RestoringVcpu, Vcpu};
+
+use super::Command;
+use crate::exit::{ExitLatch, ExitReason};
+
+/// What a vCPU thread does next.
+enum Next<A: Arch> {
+    Run,
+    Park,
+    Obey(Command<A>),
+    End,
+}
+
+/// A vCPU thread without its vCPU.
+pub(super) struct Post<A: Arch> {
+    pub(super) index: u32,
+    pub(super) bus: Arc<dyn Bus + Send + Sync>,
+    pub(super) exit: Arc<ExitLatch>,
+    pub(super) inbox: Receiver<Command<A>>,
+}
+
+impl<A: Arch> Post<A> {
+    /// Waits for the machine to be restored, and finishes. `None` when the vCPU is lost.
+    pub(super) fn finish<R: RestoringVcpu>(&self, restoring: R) -> Option<R::Vcpu> {
+        match self.inbox.recv() {
+            Ok(Command::Finish(finish, reply)) => {
+                let (answer, vcpu) = match restoring.finish_restore(finish) {
+                    Ok(vcpu) => (Ok(()), Some(vcpu)),
+                    Err(error) => (Err(error), None),
+                };
+                // An answer nobody waits for is no loss.
+                let _ = reply.send(answer);
+                vcpu
+            }
+            Ok(_) => {
+                // The restore of the machine failed half-way.
+                self.exit.report(ExitReason::Failed {
+                    reason: format!("vCPU {}: its restore was not finished", self.index),
+                });
+                None
+            }
+            Err(RecvError) => None,
+        }
+    }
+}
+
+/// A vCPU on its thread.
+pub(super) struct Runner<V: Vcpu> {
+    pub(super) vcpu: V,
+    pub(super) post: Post<V::Arch>,
+}
+
+impl<V: Vcpu> Runner<V> {
+    /// Parks until told otherwise; returns when the thread is to end.
+    pub(super) fn serve(mut self) {
+        let mut next = Next::Park;
+        let mut running = false;
+        loop {
+            next = match next {
+                Next::Run => {
+                    running = true;
+                    self.run()
+                }
+                Next::Park => {
+                    running = false;
+                    match self.post.inbox.recv() {
+                        Ok(command) => Next::Obey(command),
+                        Err(RecvError) => Next::End,
+                    }
+                }
+                Next::Obey(command) => match self.obey(command, running) {
+                    Some((runner, next)) => {
+                        self = runner;
+                        next
+                    }
+                    None => return,
+                },
+                Next::End => return,
+            };
+        }
+    }
+
+    /// `None` when the vCPU is lost.
+    fn obey(mut self, command: Command<V::Arch>, running: bool) -> Option<(Self, Next<V::Arch>)> {
+        // An answer nobody waits for is no loss.
+        match command {
+            Command::Run => return Some((self, Next::Run)),
+            Command::Park(reply) => {
+                if running {
+                    self.vcpu.notify_paused();
+                }
+                let _ = reply.send(());
+                return Some((self, Next::Park));
+            }
+            Command::Save(reply) => {
+                let _ = reply.send(self.vcpu.save());
+            }
+            Command::Reload(state, reply) => self = self.reload(&state, &reply)?,
+            // Nothing is unfinished: the answer is that there is none.
+            Command::Finish(..) => {}
+        }
+        Some((self, if running { Next::Run } else { Next::Park }))
+    }
+
+    fn reload(
+        self,
+        state: &<V::Arch as Arch>::Vcpu,
+        reply: &Sender<Result<RestoredVcpu, Error>>,
+    ) -> Option<Self> {
+        let Self { vcpu, post } = self;
+        match vcpu.reload(state) {
+            Ok((restoring, proof)) => {
+                let _ = reply.send(Ok(proof));
+                let vcpu = post.finish(restoring)?;
+                Some(Self { vcpu, post })
+            }
+            Err(error) => {
+                let _ = reply.send(Err(error));
+                None
+            }
+        }
+    }
+
+    /// One stay in the guest.
+    fn run(&mut self) -> Next<V::Arch> {
+        if self.post.exit.reason().is_some() {
+            return Next::Park;
+        }
+        let vcpu = self.post.index;
+        let reason = match self.vcpu.run(&*self.post.bus) {
+            Ok(Exit::Cancelled) => {
+                return match self.post.inbox.try_recv() {
+                    Ok(command) => Next::Obey(command),
+                    // An old kick, or one because of the exit latch.
+                    Err(TryRecvError::Empty) => Next::Run,
+                    Err(TryRecvError::Disconnected) => Next::End,
+                };
+            }
+            Ok(Exit::Reset) => ExitReason::Reset,
+            Ok(Exit::Shutdown) => ExitReason::PowerOff,
+            Ok(Exit::TripleFault) => ExitReason::TripleFault { vcpu },
+            Ok(Exit::Halt) => ExitReason::Halted { vcpu },
+            Ok(Exit::Fault(info)) => ExitReason::Fault { vcpu, info },
+            Err(error) => ExitReason::Failed {
+                reason: format!("vCPU {vcpu}: {}", chain(&error)),
+            },
+        };
+        self.post.exit.report(reason);
+        Next::Park
+    }
+}
+
+/// An error with its causes, in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        source = error.source();
+    }
+    text
+}
