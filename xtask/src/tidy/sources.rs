@@ -7,6 +7,11 @@ const MAX_LINES: usize = 600;
 /// Predicates of conditional compilation about the operating system.
 const SYSTEMS: [&str; 4] = ["target_os", "target_family", "unix", "windows"];
 
+/// Folders of the one backend there is, and of the choice between backends.
+const BACKENDS: [&str; 2] = ["hypervisor/src/kvm/", "hypervisor/src/sys/"];
+/// Crates that only a backend uses.
+const KVM_CRATES: [&str; 2] = ["kvm_bindings", "kvm_ioctls"];
+
 fn rust(files: &[Text]) -> impl Iterator<Item = &Text> {
     files.iter().filter(|file| file.path.ends_with(".rs"))
 }
@@ -37,6 +42,38 @@ pub(super) fn depends_on_system(files: &[Text]) -> Vec<Broken> {
             })
         })
         .collect()
+}
+
+/// Product code that names KVM (its types, crates or device) outside the backend: what
+/// stands above the hypervisor's seam works with every backend.
+pub(super) fn knows_kvm(files: &[Text]) -> Vec<Broken> {
+    rust(files)
+        .filter(|file| is_product(&file.path))
+        .filter(|file| !BACKENDS.iter().any(|folder| file.path.starts_with(folder)))
+        .filter_map(|file| {
+            let known = kvm_named(&file.text)?;
+            Some(Broken {
+                path: file.path.clone(),
+                how: format!("it names \"{known}\", which only hypervisor/src/kvm knows"),
+            })
+        })
+        .collect()
+}
+
+fn kvm_named(text: &str) -> Option<&str> {
+    let device = "/dev/kvm";
+    let mut words = text.split(|character| !is_word(character));
+    words
+        .find(|word| word.starts_with("Kvm") || KVM_CRATES.contains(word))
+        .or_else(|| text.contains(device).then_some(device))
+}
+
+/// Neither tests, benches and examples nor developer commands.
+fn is_product(path: &str) -> bool {
+    !path.starts_with("xtask/")
+        && path
+            .split('/')
+            .all(|part| !matches!(part, "benches" | "examples" | "fuzz" | "tests" | "tests.rs"))
 }
 
 fn is_sys(path: &str) -> bool {
@@ -143,6 +180,32 @@ mod tests {
         ]);
         let paths: Vec<_> = broken.iter().map(|broken| broken.path.as_str()).collect();
         assert_eq!(paths, ["a/src/lib.rs"]);
+    }
+
+    #[test]
+    fn only_the_backend_knows_kvm() {
+        for (text, named) in [
+            ("use sm_hypervisor::kvm::Kvm;", Some("Kvm")),
+            ("let vm: KvmVm = f();", Some("KvmVm")),
+            ("use kvm_ioctls::VmFd;", Some("kvm_ioctls")),
+            ("    /// Opens `/dev/kvm`.", Some("/dev/kvm")),
+            ("pub mod kvm; // KVM, kvmclock, kvm_vcpu_events", None),
+        ] {
+            assert_eq!(kvm_named(text), named, "{text}");
+        }
+        let text = || "host: Kvm".to_owned();
+        let broken = knows_kvm(&[
+            file("hypervisor/src/kvm/vm.rs", text()),
+            file("hypervisor/src/sys/mod.rs", text()),
+            file("hypervisor/src/traits.rs", text()),
+            file("vmm-core/tests/machine_kvm.rs", text()),
+            file("vmm/src/saved/tests.rs", text()),
+            file("benches/src/main.rs", text()),
+            file("vmm/src/machine.rs", text()),
+            file("README.md", text()),
+        ]);
+        let paths: Vec<_> = broken.iter().map(|broken| broken.path.as_str()).collect();
+        assert_eq!(paths, ["hypervisor/src/traits.rs", "vmm/src/machine.rs"]);
     }
 
     #[test]
