@@ -125,7 +125,7 @@ impl Vsock {
     }
 
     /// One turn of work.
-    fn turn(&mut self, registry: &mut Registry<'_>) {
+    fn turn(&mut self, registry: &mut dyn Registry) {
         self.take_commands(registry);
         let Some(active) = self.active.take() else {
             return;
@@ -142,7 +142,7 @@ impl Vsock {
     }
 
     /// Serves both directions; says whether there is more to do right away.
-    fn serve(&mut self, active: &Active, registry: &mut Registry<'_>) -> Result<bool, QueueError> {
+    fn serve(&mut self, active: &Active, registry: &mut dyn Registry) -> Result<bool, QueueError> {
         self.proceed_with_reset(active)?;
         // Credit comes with what the guest sent.
         let sent = self.transmit(active, registry)?;
@@ -169,7 +169,7 @@ impl Vsock {
     }
 
     /// The driver broke a queue: nothing goes on until it resets the device.
-    fn fail(&mut self, active: &Active, error: QueueError, registry: &mut Registry<'_>) {
+    fn fail(&mut self, active: &Active, error: QueueError, registry: &mut dyn Registry) {
         let reason = error.to_string();
         self.failed = true;
         active.interrupt.needs_reset(&reason);
@@ -180,7 +180,7 @@ impl Vsock {
         self.gathered.forget();
     }
 
-    fn take_commands(&mut self, registry: &mut Registry<'_>) {
+    fn take_commands(&mut self, registry: &mut dyn Registry) {
         let refusal = self.failed.then_some(ConnectError::Reset);
         let mut commands = std::mem::take(&mut self.commands);
         self.mailbox.commands.take(&mut commands);
@@ -190,7 +190,7 @@ impl Vsock {
         self.commands = commands;
     }
 
-    fn socket_ready(&mut self, slot: u32, readiness: Readiness, registry: &mut Registry<'_>) {
+    fn socket_ready(&mut self, slot: u32, readiness: Readiness, registry: &mut dyn Registry) {
         let Some(connection) = self.muxer.get(slot) else {
             return;
         };
@@ -215,7 +215,7 @@ impl Vsock {
         self.muxer.settle(slot, registry);
     }
 
-    fn attach(&mut self, registry: &mut Registry<'_>) {
+    fn attach(&mut self, registry: &mut dyn Registry) {
         if self.registrations.is_some() {
             return;
         }
@@ -259,7 +259,7 @@ impl VirtioDevice for Vsock {
 
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
-    fn attached(&mut self, registry: &mut Registry<'_>) {
+    fn attached(&mut self, registry: &mut dyn Registry) {
         self.attach(registry);
         self.take_commands(registry);
     }
@@ -280,7 +280,7 @@ impl VirtioDevice for Vsock {
         Ok(())
     }
 
-    fn started(&mut self, registry: &mut Registry<'_>) {
+    fn started(&mut self, registry: &mut dyn Registry) {
         self.attach(registry);
         if let Some(since) = self.quiesced_at.take() {
             self.muxer.postpone(since.elapsed());
@@ -300,7 +300,7 @@ impl VirtioDevice for Vsock {
         self.turn(registry);
     }
 
-    fn queue_notified(&mut self, _index: usize, registry: &mut Registry<'_>) {
+    fn queue_notified(&mut self, _index: usize, registry: &mut dyn Registry) {
         // All queues are looked at: room for resets may have come with receive
         // buffers.
         let begun = self.mailbox.profiler.begin();
@@ -310,7 +310,7 @@ impl VirtioDevice for Vsock {
         self.mailbox.profiler.end(Stage::GuestKick, begun);
     }
 
-    fn host_ready(&mut self, token: u64, readiness: Readiness, registry: &mut Registry<'_>) {
+    fn host_ready(&mut self, token: u64, readiness: Readiness, registry: &mut dyn Registry) {
         match token {
             MAILBOX => registry.again(TURN),
             TIMER => {
@@ -331,7 +331,7 @@ impl VirtioDevice for Vsock {
         }
     }
 
-    fn reset(&mut self, registry: Option<&mut Registry<'_>>) {
+    fn reset(&mut self, registry: Option<&mut dyn Registry>) {
         self.active = None;
         self.failed = false;
         self.queues.clear();
@@ -341,7 +341,7 @@ impl VirtioDevice for Vsock {
         self.muxer.clear(registry);
     }
 
-    fn quiesce(&mut self, _registry: &mut Registry<'_>) {
+    fn quiesce(&mut self, _registry: &mut dyn Registry) {
         // Buffers that were taken and are not used are the driver's again.
         if let Some(queue) = self.queues.get_mut(RX) {
             self.receiver.give_back(queue);

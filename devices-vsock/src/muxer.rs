@@ -121,7 +121,7 @@ impl Muxer {
         &mut self,
         command: Command,
         refusal: Option<ConnectError>,
-        registry: &mut Registry<'_>,
+        registry: &mut dyn Registry,
     ) {
         match command {
             Command::Connect(stream, mut request) => match refusal {
@@ -149,7 +149,7 @@ impl Muxer {
         &mut self,
         stream: OwnedFd,
         mut request: ConnectRequest,
-        registry: &mut Registry<'_>,
+        registry: &mut dyn Registry,
     ) {
         if !self.has_place() {
             request.report.tell(Err(ConnectError::Limit));
@@ -206,7 +206,7 @@ impl Muxer {
         }
     }
 
-    fn insert(&mut self, mut connection: Connection, registry: &mut Registry<'_>) -> Option<u32> {
+    fn insert(&mut self, mut connection: Connection, registry: &mut dyn Registry) -> Option<u32> {
         let slot = self.free.pop().unwrap_or_else(|| {
             self.connections.push(None);
             self.slots() - 1
@@ -247,7 +247,7 @@ impl Muxer {
     }
 
     /// Serves a REQUEST of the guest.
-    pub(crate) fn accept(&mut self, header: &Header, registry: &mut Registry<'_>) {
+    pub(crate) fn accept(&mut self, header: &Header, registry: &mut dyn Registry) {
         let key = (header.src_port, header.dst_port);
         let accepted = self.ask_acceptor(header, key);
         let accepted = accepted.and_then(|connection| self.insert(connection, registry));
@@ -338,7 +338,7 @@ impl Muxer {
 
     /// Forgets a connection; its socket is closed. Whoever waits for it is told
     /// `outcome`.
-    pub(crate) fn remove(&mut self, slot: u32, outcome: ConnectError, registry: &mut Registry<'_>) {
+    pub(crate) fn remove(&mut self, slot: u32, outcome: ConnectError, registry: &mut dyn Registry) {
         let place = self.connections.get_mut(slot as usize);
         let Some(mut connection) = place.and_then(Option::take) else {
             return;
@@ -365,7 +365,7 @@ impl Muxer {
     }
 
     /// Ends a connection: the guest is owed a reset if it knows of it.
-    pub(crate) fn abort(&mut self, slot: u32, outcome: ConnectError, registry: &mut Registry<'_>) {
+    pub(crate) fn abort(&mut self, slot: u32, outcome: ConnectError, registry: &mut dyn Registry) {
         let Some(connection) = self.get(slot) else {
             return;
         };
@@ -379,7 +379,7 @@ impl Muxer {
     }
 
     /// Ends all connections of a group.
-    pub(crate) fn cut(&mut self, group: &Group, registry: &mut Registry<'_>) {
+    pub(crate) fn cut(&mut self, group: &Group, registry: &mut dyn Registry) {
         for slot in 0..self.slots() {
             let member = self.get(slot).and_then(|one| one.member.as_ref());
             if member.is_some_and(|member| member.group() == group) {
@@ -390,7 +390,7 @@ impl Muxer {
 
     /// Ends everything; the guest knows, or is gone. What it had sent is still
     /// written, unless the event loop is gone too.
-    pub(crate) fn clear(&mut self, registry: Option<&mut Registry<'_>>) {
+    pub(crate) fn clear(&mut self, registry: Option<&mut dyn Registry>) {
         self.resets.clear();
         self.told_of_limit = false;
         let Some(registry) = registry else {
@@ -412,7 +412,7 @@ impl Muxer {
     }
 
     /// The socket did not take all: the event loop tells when it takes more.
-    pub(crate) fn watch_writing(&mut self, slot: u32, registry: &mut Registry<'_>) {
+    pub(crate) fn watch_writing(&mut self, slot: u32, registry: &mut dyn Registry) {
         if let Some(connection) = self.get(slot)
             && connection.has_backlog() != connection.watches_writing
             && let Some(registration) = connection.registration
@@ -427,7 +427,7 @@ impl Muxer {
     }
 
     /// After bytes were written to a socket, or an end was told: what follows.
-    pub(crate) fn settle(&mut self, slot: u32, registry: &mut Registry<'_>) {
+    pub(crate) fn settle(&mut self, slot: u32, registry: &mut dyn Registry) {
         let Some(connection) = self.get(slot) else {
             return;
         };
@@ -484,7 +484,7 @@ impl Muxer {
         }
     }
 
-    fn retry(&mut self, slot: u32, registry: &mut Registry<'_>) {
+    fn retry(&mut self, slot: u32, registry: &mut dyn Registry) {
         let Some(connection) = self.get(slot) else {
             return;
         };
@@ -497,7 +497,7 @@ impl Muxer {
 
     /// Writes what is kept for a socket, as far as that takes it; `false` when the
     /// connection ended by that.
-    pub(crate) fn flush(&mut self, slot: u32, registry: &mut Registry<'_>) -> bool {
+    pub(crate) fn flush(&mut self, slot: u32, registry: &mut dyn Registry) -> bool {
         let place = self.connections.get_mut(slot as usize);
         let Some(connection) = place.and_then(Option::as_deref_mut) else {
             return false;
@@ -517,7 +517,7 @@ impl Muxer {
     }
 
     /// Ends what has waited too long, and repeats what is to be tried again.
-    pub(crate) fn expire(&mut self, registry: &mut Registry<'_>) {
+    pub(crate) fn expire(&mut self, registry: &mut dyn Registry) {
         let now = Instant::now();
         while let Some(due) = self.deadlines.pop(now) {
             let slot = match due {
@@ -563,7 +563,7 @@ impl Muxer {
         &mut self,
         slot: u32,
         outcome: ConnectError,
-        registry: &mut Registry<'_>,
+        registry: &mut dyn Registry,
     ) {
         let place = self.connections.get_mut(slot as usize);
         let Some(connection) = place.and_then(Option::as_deref_mut) else {

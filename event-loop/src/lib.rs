@@ -23,12 +23,12 @@
 //! }
 //!
 //! impl EventHandler for Reader {
-//!     fn start(&mut self, registry: &mut Registry<'_>) -> io::Result<()> {
+//!     fn start(&mut self, registry: &mut dyn Registry) -> io::Result<()> {
 //!         registry.add(&self.socket, 0, Interest::READ)?;
 //!         Ok(())
 //!     }
 //!
-//!     fn ready(&mut self, _token: u64, _readiness: Readiness, _registry: &mut Registry<'_>) {
+//!     fn ready(&mut self, _token: u64, _readiness: Readiness, _registry: &mut dyn Registry) {
 //!         let mut bytes = vec![0; 64];
 //!         if let Ok(len) = self.socket.read(&mut bytes) {
 //!             bytes.truncate(len);
@@ -54,6 +54,9 @@
 #![warn(missing_docs)]
 
 mod registry;
+mod table;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 #[cfg(test)]
 mod tests;
 mod thread;
@@ -61,9 +64,11 @@ mod thread;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 
-use rustix::event::{EventfdFlags, epoll, eventfd};
+use rustix::event::epoll::EventFlags;
+use rustix::event::{EventfdFlags, eventfd};
 
-pub use self::registry::{HandlerId, Registration, Registry};
+pub use self::registry::{Registration, Registry};
+pub use self::table::HandlerId;
 pub use self::thread::{EventLoop, EventLoopHandle};
 
 /// What a file descriptor is ready for.
@@ -109,19 +114,30 @@ impl Interest {
         writable: false,
         edge: false,
     };
+}
 
-    fn flags(self) -> epoll::EventFlags {
-        let mut flags = epoll::EventFlags::empty();
-        if self.readable {
-            flags |= epoll::EventFlags::IN | epoll::EventFlags::RDHUP;
-        }
-        if self.writable {
-            flags |= epoll::EventFlags::OUT;
-        }
-        if self.edge {
-            flags |= epoll::EventFlags::ET;
-        }
-        flags
+/// Epoll's words for an interest.
+fn flags(interest: Interest) -> EventFlags {
+    let mut flags = EventFlags::empty();
+    if interest.readable {
+        flags |= EventFlags::IN | EventFlags::RDHUP;
+    }
+    if interest.writable {
+        flags |= EventFlags::OUT;
+    }
+    if interest.edge {
+        flags |= EventFlags::ET;
+    }
+    flags
+}
+
+/// Epoll's words for what is ready.
+fn readiness(flags: EventFlags) -> Readiness {
+    Readiness {
+        readable: flags.contains(EventFlags::IN),
+        writable: flags.contains(EventFlags::OUT),
+        hangup: flags.intersects(EventFlags::HUP | EventFlags::RDHUP),
+        error: flags.contains(EventFlags::ERR),
     }
 }
 
@@ -131,11 +147,11 @@ pub trait EventHandler: Send {
     ///
     /// # Errors
     /// The handler is then not added.
-    fn start(&mut self, registry: &mut Registry<'_>) -> io::Result<()>;
+    fn start(&mut self, registry: &mut dyn Registry) -> io::Result<()>;
 
     /// The descriptor registered under `token` is ready. Must not block.
     /// `readiness` is empty for a token given to [`Registry::again`].
-    fn ready(&mut self, token: u64, readiness: Readiness, registry: &mut Registry<'_>);
+    fn ready(&mut self, token: u64, readiness: Readiness, registry: &mut dyn Registry);
 }
 
 /// A non-blocking eventfd.

@@ -1,23 +1,9 @@
-//! Which descriptor is whose.
-
-#![expect(
-    unsafe_code,
-    reason = "descriptors of a handler that goes away are known by number only"
-)]
+//! A handler's view of the loop that calls it.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd};
 
-use rustix::event::epoll;
-
-use super::Interest;
-
-/// Names a handler of a loop; never reused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct HandlerId {
-    pub(super) index: u32,
-    pub(super) generation: u32,
-}
+use crate::Interest;
 
 /// Names a registered descriptor; never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -27,38 +13,65 @@ pub struct Registration {
 }
 
 impl Registration {
-    fn data(self) -> epoll::EventData {
-        epoll::EventData::new_u64(u64::from(self.generation) << 32 | u64::from(self.slot))
+    /// The registration that a loop keeps in `slot`. `generation` differs from those of
+    /// earlier occupants of the slot.
+    #[must_use]
+    pub const fn new(slot: u32, generation: u32) -> Self {
+        Self { slot, generation }
+    }
+
+    /// The slot's number.
+    #[must_use]
+    pub const fn slot(self) -> u32 {
+        self.slot
+    }
+
+    /// The generation of the slot.
+    #[must_use]
+    pub const fn generation(self) -> u32 {
+        self.generation
     }
 }
 
-#[derive(Clone, Copy, Debug)]
-struct Slot {
-    generation: u32,
-    /// `None` when the slot is free.
-    target: Option<(HandlerId, u64)>,
-    /// What was registered; open as long as `target` is set.
-    fd: RawFd,
+/// A loop, as one of its handlers sees it.
+///
+/// [`EventLoop`](crate::EventLoop) has an implementation. Another loop calls the same
+/// handlers when it has one too: it calls [`EventHandler::start`](crate::EventHandler::start) once and
+/// [`EventHandler::ready`](crate::EventHandler::ready) for events, always on the same thread.
+/// Handlers use the methods of `dyn Registry`.
+pub trait Registry {
+    /// Waits for `fd` until it is deregistered; the handler is called with `token`.
+    ///
+    /// # Errors
+    /// A descriptor that cannot be waited for, or no memory.
+    fn register(
+        &mut self,
+        fd: BorrowedFd<'_>,
+        token: u64,
+        interest: Interest,
+    ) -> io::Result<Registration>;
+
+    /// Replaces the interest in a registered descriptor, and reports a condition that
+    /// holds once more.
+    ///
+    /// # Errors
+    /// `fd` is not the registered descriptor.
+    fn reregister(
+        &mut self,
+        registration: Registration,
+        fd: BorrowedFd<'_>,
+        interest: Interest,
+    ) -> io::Result<()>;
+
+    /// Removes a registration. An event that was fetched before is not delivered.
+    fn deregister(&mut self, registration: Registration, fd: BorrowedFd<'_>);
+
+    /// Calls [`EventHandler::ready`](crate::EventHandler::ready) with `token` and an empty readiness
+    /// once the other handlers have had their turn: for work cut into slices.
+    fn again(&mut self, token: u64);
 }
 
-/// Descriptors of all handlers.
-#[derive(Debug)]
-pub(super) struct Table {
-    pub(super) epoll: OwnedFd,
-    slots: Vec<Slot>,
-    free: Vec<u32>,
-    /// Calls asked for with [`Registry::again`].
-    pub(super) again: Vec<(HandlerId, u64)>,
-}
-
-/// A handler's view of the loop's descriptors.
-#[derive(Debug)]
-pub struct Registry<'a> {
-    pub(super) table: &'a mut Table,
-    pub(super) handler: HandlerId,
-}
-
-impl Registry<'_> {
+impl dyn Registry + '_ {
     /// Registers a descriptor. It must stay open until it is removed (or its
     /// handler is): the loop would otherwise let go of whatever has its number by
     /// then.
@@ -71,37 +84,7 @@ impl Registry<'_> {
         token: u64,
         interest: Interest,
     ) -> io::Result<Registration> {
-        let slot = match self.table.free.pop() {
-            Some(slot) => slot,
-            None => {
-                let slot = u32::try_from(self.table.slots.len())
-                    .map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
-                self.table.slots.push(Slot {
-                    generation: 0,
-                    target: None,
-                    fd: -1,
-                });
-                slot
-            }
-        };
-        let entry = &mut self.table.slots[slot as usize];
-        let registration = Registration {
-            slot,
-            generation: entry.generation,
-        };
-        let fd = fd.as_fd();
-        let added = epoll::add(&self.table.epoll, fd, registration.data(), interest.flags());
-        match added {
-            Ok(()) => {
-                entry.target = Some((self.handler, token));
-                entry.fd = fd.as_raw_fd();
-                Ok(registration)
-            }
-            Err(error) => {
-                self.table.free.push(slot);
-                Err(error.into())
-            }
-        }
+        self.register(fd.as_fd(), token, interest)
     }
 
     /// Changes what is told of a registered descriptor. Also arms an
@@ -115,71 +98,11 @@ impl Registry<'_> {
         fd: impl AsFd,
         interest: Interest,
     ) -> io::Result<()> {
-        epoll::modify(&self.table.epoll, fd, registration.data(), interest.flags())?;
-        Ok(())
+        self.reregister(registration, fd.as_fd(), interest)
     }
 
     /// Removes a registration; events already fetched for it are dropped.
     pub fn remove(&mut self, registration: Registration, fd: impl AsFd) {
-        // Fails for a descriptor that is gone from the set already.
-        let _ = epoll::delete(&self.table.epoll, fd);
-        self.table.release(registration);
-    }
-
-    /// Has [`EventHandler::ready`](super::EventHandler::ready) called with `token` and an empty readiness
-    /// once the other handlers have had their turn: for work cut into slices.
-    pub fn again(&mut self, token: u64) {
-        let call = (self.handler, token);
-        if !self.table.again.contains(&call) {
-            self.table.again.push(call);
-        }
-    }
-}
-
-impl Table {
-    pub(super) fn new(epoll: OwnedFd) -> Self {
-        Self {
-            epoll,
-            slots: Vec::new(),
-            free: Vec::new(),
-            again: Vec::new(),
-        }
-    }
-
-    fn release(&mut self, registration: Registration) {
-        if let Some(slot) = self.slots.get_mut(registration.slot as usize)
-            && slot.generation == registration.generation
-            && slot.target.take().is_some()
-        {
-            slot.generation = slot.generation.wrapping_add(1) & (u32::MAX >> 1);
-            self.free.push(registration.slot);
-        }
-    }
-
-    /// Frees the slots of a handler that goes away. Its descriptors leave the set
-    /// too, as someone else may keep them open, and ready, for ever.
-    pub(super) fn release_all(&mut self, handler: HandlerId) {
-        let slots = u32::try_from(self.slots.len()).unwrap_or(u32::MAX);
-        for slot in 0..slots {
-            let entry = self.slots[slot as usize];
-            if entry.target.is_some_and(|(owner, _)| owner == handler) {
-                // SAFETY: the handler keeps what it registered open until it is
-                // removed. Should it not, then the call fails, or ends the events
-                // of another descriptor of this set: wrong, but not unsound.
-                let fd = unsafe { BorrowedFd::borrow_raw(entry.fd) };
-                let _ = epoll::delete(&self.epoll, fd);
-                self.release(Registration {
-                    slot,
-                    generation: entry.generation,
-                });
-            }
-        }
-    }
-
-    pub(super) fn target(&self, data: u64) -> Option<(HandlerId, u64)> {
-        let slot = self.slots.get(usize::try_from(data & 0xffff_ffff).ok()?)?;
-        (u64::from(slot.generation) == data >> 32)
-            .then_some(slot.target)
-            .flatten()
+        self.deregister(registration, fd.as_fd());
     }
 }

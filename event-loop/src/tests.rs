@@ -1,70 +1,173 @@
-//! Handlers, their descriptors, and how they go.
+//! Handlers, their descriptors, and how they go: the behaviour that every loop has.
+//! What concerns threads is in `thread/tests.rs`.
 
 use std::io::Write as _;
 use std::os::unix::net::UnixStream;
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 
 use super::*;
+use crate::testing::ManualLoop;
+
+/// A loop under test.
+trait Loop {
+    fn new() -> Self;
+    fn add(&mut self, handler: Arc<Mutex<dyn EventHandler>>) -> io::Result<HandlerId>;
+    fn remove(&mut self, id: HandlerId);
+    /// Runs `task` with a handler's registry; `None` when the handler is gone.
+    fn with<R: Send + 'static>(
+        &mut self,
+        id: HandlerId,
+        task: impl FnOnce(&mut dyn Registry) -> R + Send + 'static,
+    ) -> Option<R>;
+    /// What a handler sends next; `None` when nobody can send any more.
+    fn next<T>(&mut self, events: &Receiver<T>) -> Option<T>;
+}
+
+struct Threaded(EventLoop);
+
+impl Loop for Threaded {
+    fn new() -> Self {
+        Self(EventLoop::spawn("test").unwrap())
+    }
+
+    fn add(&mut self, handler: Arc<Mutex<dyn EventHandler>>) -> io::Result<HandlerId> {
+        self.0.handle().add_handler(handler)
+    }
+
+    fn remove(&mut self, id: HandlerId) {
+        self.0.handle().remove_handler(id).unwrap();
+    }
+
+    fn with<R: Send + 'static>(
+        &mut self,
+        id: HandlerId,
+        task: impl FnOnce(&mut dyn Registry) -> R + Send + 'static,
+    ) -> Option<R> {
+        match self.0.handle().call(id, task) {
+            Ok(result) => Some(result),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    fn next<T>(&mut self, events: &Receiver<T>) -> Option<T> {
+        events.recv().ok()
+    }
+}
+
+impl Loop for ManualLoop {
+    fn new() -> Self {
+        Self::new()
+    }
+
+    fn add(&mut self, handler: Arc<Mutex<dyn EventHandler>>) -> io::Result<HandlerId> {
+        self.add_handler(handler)
+    }
+
+    fn remove(&mut self, id: HandlerId) {
+        self.remove_handler(id);
+    }
+
+    fn with<R: Send + 'static>(
+        &mut self,
+        id: HandlerId,
+        task: impl FnOnce(&mut dyn Registry) -> R + Send + 'static,
+    ) -> Option<R> {
+        self.with(id, task)
+    }
+
+    fn next<T>(&mut self, events: &Receiver<T>) -> Option<T> {
+        loop {
+            match events.try_recv() {
+                Ok(event) => return Some(event),
+                Err(std::sync::mpsc::TryRecvError::Disconnected) => return None,
+                Err(std::sync::mpsc::TryRecvError::Empty) => {
+                    assert!(self.turn(), "nothing will happen any more");
+                }
+            }
+        }
+    }
+}
+
+/// Runs each test with every loop.
+macro_rules! with_every_loop {
+    ($($test:ident)*) => {
+        mod threaded {
+            $(#[test]
+            fn $test() {
+                super::$test::<super::Threaded>();
+            })*
+        }
+
+        mod manual {
+            $(#[test]
+            fn $test() {
+                super::$test::<super::ManualLoop>();
+            })*
+        }
+    };
+}
+
+with_every_loop! {
+    handlers_are_called_with_their_token
+    an_event_fetched_before_its_removal_is_not_delivered
+    a_handler_that_does_not_start_is_not_added
+    a_handler_that_is_gone_is_not_mistaken_for_its_successor
+    descriptors_of_a_removed_handler_leave_the_set
+    work_in_slices_lets_others_have_their_turn
+    a_changed_interest_reports_what_holds
+    hundreds_of_descriptors_come_and_go
+}
+
+const EDGE: Interest = Interest {
+    edge: true,
+    ..Interest::READ
+};
 
 /// Reports what it is told; drops its registration when told to.
 struct Probe {
     streams: Vec<UnixStream>,
     registrations: Vec<Registration>,
-    /// Removes registration `.1` when token `.0` is ready.
-    removes: Option<(u64, usize)>,
     seen: Sender<(u64, Readiness)>,
 }
 
 impl EventHandler for Probe {
-    fn start(&mut self, registry: &mut Registry<'_>) -> io::Result<()> {
+    fn start(&mut self, registry: &mut dyn Registry) -> io::Result<()> {
         for (token, stream) in (0..).zip(&self.streams) {
-            let interest = Interest {
-                edge: true,
-                ..Interest::READ
-            };
-            self.registrations
-                .push(registry.add(stream, token, interest)?);
+            self.registrations.push(registry.add(stream, token, EDGE)?);
         }
         Ok(())
     }
 
-    fn ready(&mut self, token: u64, readiness: Readiness, registry: &mut Registry<'_>) {
+    fn ready(&mut self, token: u64, readiness: Readiness, _: &mut dyn Registry) {
         self.seen.send((token, readiness)).unwrap();
-        if let Some((when, which)) = self.removes
-            && when == token
-        {
-            registry.remove(self.registrations[which], &self.streams[which]);
-        }
     }
 }
 
-#[test]
-fn handlers_are_called_with_their_token() {
-    let event_loop = EventLoop::spawn("test").unwrap();
+fn handlers_are_called_with_their_token<L: Loop>() {
+    let mut event_loop = L::new();
     let (ours, theirs) = UnixStream::pair().unwrap();
     let (seen, events) = channel();
     let probe = Probe {
         streams: vec![theirs],
         registrations: Vec::new(),
-        removes: None,
         seen,
     };
-    let handle = event_loop.handle();
-    let id = handle.add_handler(Arc::new(Mutex::new(probe))).unwrap();
+    let id = event_loop.add(Arc::new(Mutex::new(probe))).unwrap();
     (&ours).write_all(b"x").unwrap();
-    let (token, readiness) = events.recv().unwrap();
+    let (token, readiness) = event_loop.next(&events).unwrap();
     assert_eq!(token, 0);
     assert!(readiness.readable && !readiness.hangup);
     drop(ours);
-    assert!(events.recv().unwrap().1.hangup);
-    handle.remove_handler(id).unwrap();
-    assert!(events.recv().is_err(), "the handler was dropped");
+    assert!(event_loop.next(&events).unwrap().1.hangup);
+    event_loop.remove(id);
+    let after = event_loop.next(&events);
+    assert!(after.is_none(), "the handler was dropped");
 }
 
-#[test]
-fn an_event_fetched_before_its_removal_is_not_delivered() {
-    let event_loop = EventLoop::spawn("test").unwrap();
+fn an_event_fetched_before_its_removal_is_not_delivered<L: Loop>() {
+    let mut event_loop = L::new();
     let pairs: Vec<_> = (0..2).map(|_| UnixStream::pair().unwrap()).collect();
     let (seen, events) = channel();
     let (mut ours, theirs): (Vec<_>, Vec<_>) = pairs.into_iter().unzip();
@@ -75,24 +178,23 @@ fn an_event_fetched_before_its_removal_is_not_delivered() {
     }
     struct Exclusive(Probe);
     impl EventHandler for Exclusive {
-        fn start(&mut self, registry: &mut Registry<'_>) -> io::Result<()> {
+        fn start(&mut self, registry: &mut dyn Registry) -> io::Result<()> {
             self.0.start(registry)
         }
-        fn ready(&mut self, token: u64, r: Readiness, registry: &mut Registry<'_>) {
-            self.0.removes = Some((token, if token == 0 { 1 } else { 0 }));
+        fn ready(&mut self, token: u64, r: Readiness, registry: &mut dyn Registry) {
+            let other = if token == 0 { 1 } else { 0 };
+            registry.remove(self.0.registrations[other], &self.0.streams[other]);
             self.0.ready(token, r, registry);
         }
     }
     let probe = Exclusive(Probe {
         streams: theirs,
         registrations: Vec::new(),
-        removes: None,
         seen,
     });
-    let handle = event_loop.handle();
-    let id = handle.add_handler(Arc::new(Mutex::new(probe))).unwrap();
-    let first = events.recv().unwrap().0;
-    handle.remove_handler(id).unwrap();
+    let id = event_loop.add(Arc::new(Mutex::new(probe))).unwrap();
+    let first = event_loop.next(&events).unwrap().0;
+    event_loop.remove(id);
     let rest: Vec<_> = events.iter().map(|(token, _)| token).collect();
     assert!(rest.iter().all(|&token| token == first), "{rest:?}");
 }
@@ -101,76 +203,80 @@ fn an_event_fetched_before_its_removal_is_not_delivered() {
 struct Silent(Option<Arc<UnixStream>>);
 
 impl EventHandler for Silent {
-    fn start(&mut self, registry: &mut Registry<'_>) -> io::Result<()> {
+    fn start(&mut self, registry: &mut dyn Registry) -> io::Result<()> {
         if let Some(stream) = &self.0 {
             registry.add(&**stream, 0, Interest::READ)?;
         }
         Ok(())
     }
-    fn ready(&mut self, _: u64, _: Readiness, _: &mut Registry<'_>) {}
+    fn ready(&mut self, _: u64, _: Readiness, _: &mut dyn Registry) {}
 }
 
 fn silent(stream: Option<Arc<UnixStream>>) -> Arc<Mutex<Silent>> {
     Arc::new(Mutex::new(Silent(stream)))
 }
 
-#[test]
-fn calls_return_values_and_never_wait_for_themselves() {
-    let event_loop = EventLoop::spawn("test").unwrap();
-    let handle = event_loop.handle();
-    let id = handle.add_handler(silent(None)).unwrap();
-    assert_eq!(handle.call(id, |_| 42).unwrap(), 42);
-    let inner = handle.clone();
-    let nested = handle
-        .call(id, move |_| inner.call(id, |_| ()).unwrap_err().kind())
-        .unwrap();
-    assert_eq!(nested, io::ErrorKind::Deadlock);
-    drop(event_loop);
-    assert!(handle.call(id, |_| ()).is_err());
+fn a_handler_that_does_not_start_is_not_added<L: Loop>() {
+    let mut event_loop = L::new();
+    let (_ours, theirs) = UnixStream::pair().unwrap();
+    let theirs = Arc::new(theirs);
+    event_loop.add(silent(Some(theirs.clone()))).unwrap();
+    struct Failing(Arc<UnixStream>, Sender<()>);
+    impl EventHandler for Failing {
+        fn start(&mut self, registry: &mut dyn Registry) -> io::Result<()> {
+            registry.again(0);
+            registry.add(&*self.0, 0, Interest::READ)?;
+            Err(io::ErrorKind::Other.into())
+        }
+        fn ready(&mut self, _: u64, _: Readiness, _: &mut dyn Registry) {
+            self.1.send(()).unwrap();
+        }
+    }
+    let (called, calls) = channel();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    (&ours).write_all(b"x").unwrap();
+    let failing = Failing(Arc::new(theirs), called);
+    let error = event_loop.add(Arc::new(Mutex::new(failing))).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::Other);
+    assert!(event_loop.next(&calls).is_none());
 }
 
-#[test]
-fn a_handler_that_is_gone_is_not_mistaken_for_its_successor() {
-    let event_loop = EventLoop::spawn("test").unwrap();
-    let handle = event_loop.handle();
-    let first = handle.add_handler(silent(None)).unwrap();
-    handle.remove_handler(first).unwrap();
-    let second = handle.add_handler(silent(None)).unwrap();
+fn a_handler_that_is_gone_is_not_mistaken_for_its_successor<L: Loop>() {
+    let mut event_loop = L::new();
+    let first = event_loop.add(silent(None)).unwrap();
+    event_loop.remove(first);
+    let second = event_loop.add(silent(None)).unwrap();
     assert_ne!(first, second);
-    let error = handle.call(first, |_| ()).unwrap_err();
-    assert_eq!(error.kind(), io::ErrorKind::NotFound);
+    assert!(event_loop.with(first, |_| ()).is_none());
     // A late removal of the first leaves the second alone.
-    handle.remove_handler(first).unwrap();
-    handle.call(second, |_| ()).unwrap();
+    event_loop.remove(first);
+    event_loop.with(second, |_| ()).unwrap();
 }
 
-#[test]
-fn descriptors_of_a_removed_handler_leave_the_set() {
-    let event_loop = EventLoop::spawn("test").unwrap();
-    let handle = event_loop.handle();
+fn descriptors_of_a_removed_handler_leave_the_set<L: Loop>() {
+    let mut event_loop = L::new();
     let (ours, theirs) = UnixStream::pair().unwrap();
     let theirs = Arc::new(theirs);
-    let first = handle.add_handler(silent(Some(theirs.clone()))).unwrap();
-    handle.remove_handler(first).unwrap();
+    let first = event_loop.add(silent(Some(theirs.clone()))).unwrap();
+    event_loop.remove(first);
     // Still open here, and ready: it would keep the loop spinning, and could
     // not be registered a second time.
     (&ours).write_all(b"x").unwrap();
-    handle.add_handler(silent(Some(theirs))).unwrap();
+    event_loop.add(silent(Some(theirs))).unwrap();
 }
 
-#[test]
-fn work_in_slices_lets_others_have_their_turn() {
+fn work_in_slices_lets_others_have_their_turn<L: Loop>() {
     struct Slices {
         left: u32,
         done: Sender<u64>,
     }
     impl EventHandler for Slices {
-        fn start(&mut self, registry: &mut Registry<'_>) -> io::Result<()> {
+        fn start(&mut self, registry: &mut dyn Registry) -> io::Result<()> {
             registry.again(7);
             registry.again(7);
             Ok(())
         }
-        fn ready(&mut self, token: u64, readiness: Readiness, registry: &mut Registry<'_>) {
+        fn ready(&mut self, token: u64, readiness: Readiness, registry: &mut dyn Registry) {
             assert_eq!(readiness, Readiness::default());
             self.done.send(token).unwrap();
             if self.left > 0 {
@@ -179,39 +285,55 @@ fn work_in_slices_lets_others_have_their_turn() {
             }
         }
     }
-    let event_loop = EventLoop::spawn("test").unwrap();
-    let handle = event_loop.handle();
+    let mut event_loop = L::new();
     let (done, calls) = channel();
     let slices = Slices { left: 3, done };
-    let id = handle.add_handler(Arc::new(Mutex::new(slices))).unwrap();
+    let id = event_loop.add(Arc::new(Mutex::new(slices))).unwrap();
     for _ in 0..4 {
-        assert_eq!(calls.recv().unwrap(), 7);
+        assert_eq!(event_loop.next(&calls), Some(7));
     }
-    handle.remove_handler(id).unwrap();
-    assert!(calls.recv().is_err());
+    event_loop.remove(id);
+    assert_eq!(event_loop.next(&calls), None);
 }
 
-#[test]
-fn handlers_are_removed_from_the_loop_itself() {
-    let event_loop = EventLoop::spawn("test").unwrap();
-    let handle = event_loop.handle();
-    let id = handle.add_handler(silent(None)).unwrap();
-    let inner = handle.clone();
-    handle
-        .call(id, move |_| inner.remove_handler(id).unwrap())
-        .unwrap();
-    // Tasks run in the order they came in, and this one comes after.
-    assert!(handle.call(id, |_| ()).is_err());
+fn a_changed_interest_reports_what_holds<L: Loop>() {
+    let mut event_loop = L::new();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let (seen, events) = channel();
+    let theirs = Arc::new(theirs);
+    struct Shared(Arc<UnixStream>, Option<Registration>, Sender<Readiness>);
+    impl EventHandler for Shared {
+        fn start(&mut self, registry: &mut dyn Registry) -> io::Result<()> {
+            self.1 = Some(registry.add(&*self.0, 0, EDGE)?);
+            Ok(())
+        }
+        fn ready(&mut self, token: u64, readiness: Readiness, registry: &mut dyn Registry) {
+            self.2.send(readiness).unwrap();
+            if token == 0 && !readiness.writable {
+                let both = Interest {
+                    writable: true,
+                    ..EDGE
+                };
+                registry.modify(self.1.unwrap(), &*self.0, both).unwrap();
+            }
+        }
+    }
+    (&ours).write_all(b"x").unwrap();
+    let handler = Arc::new(Mutex::new(Shared(theirs, None, seen)));
+    event_loop.add(handler).unwrap();
+    let first = event_loop.next(&events).unwrap();
+    assert!(first.readable && !first.writable);
+    let second = event_loop.next(&events).unwrap();
+    assert!(second.readable && second.writable);
 }
 
-#[test]
-fn hundreds_of_descriptors_come_and_go() {
+fn hundreds_of_descriptors_come_and_go<L: Loop>() {
     struct Many {
         pairs: Vec<Option<(UnixStream, UnixStream, Registration)>>,
         seen: Sender<u64>,
     }
     impl EventHandler for Many {
-        fn start(&mut self, registry: &mut Registry<'_>) -> io::Result<()> {
+        fn start(&mut self, registry: &mut dyn Registry) -> io::Result<()> {
             for token in 0..200 {
                 let (ours, theirs) = UnixStream::pair()?;
                 (&ours).write_all(b"x")?;
@@ -220,20 +342,21 @@ fn hundreds_of_descriptors_come_and_go() {
             }
             Ok(())
         }
-        fn ready(&mut self, token: u64, _: Readiness, registry: &mut Registry<'_>) {
+        fn ready(&mut self, token: u64, _: Readiness, registry: &mut dyn Registry) {
             let own = self.pairs[usize::try_from(token).unwrap()].take();
             let (_, theirs, registration) = own.expect("told once");
             registry.remove(registration, &theirs);
             self.seen.send(token).unwrap();
         }
     }
-    let event_loop = EventLoop::spawn("test").unwrap();
-    let handle = event_loop.handle();
+    let mut event_loop = L::new();
     let (seen, tokens) = channel();
     let pairs = Vec::new();
     let many = Arc::new(Mutex::new(Many { pairs, seen }));
-    handle.add_handler(many).unwrap();
-    let mut all: Vec<u64> = (0..200).map(|_| tokens.recv().unwrap()).collect();
+    event_loop.add(many).unwrap();
+    let mut all: Vec<u64> = (0..200)
+        .map(|_| event_loop.next(&tokens).unwrap())
+        .collect();
     all.sort_unstable();
     assert!(all.into_iter().eq(0..200));
 }

@@ -1,5 +1,8 @@
 //! The loop's thread, and how other threads reach it.
 
+#[cfg(test)]
+mod tests;
+
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::mpsc::{SyncSender, sync_channel};
@@ -8,8 +11,9 @@ use std::thread::{JoinHandle, ThreadId};
 
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 
-use super::registry::{HandlerId, Registry, Table};
-use super::{EventHandler, Readiness, signal};
+use crate::registry::Registry;
+use crate::table::{HandlerId, Table, View};
+use crate::{EventHandler, Readiness, readiness, signal};
 
 /// Events taken from the kernel at once.
 const BATCH: usize = 256;
@@ -125,7 +129,7 @@ impl EventLoopHandle {
     pub fn call<R: Send + 'static>(
         &self,
         id: HandlerId,
-        task: impl FnOnce(&mut Registry<'_>) -> R + Send + 'static,
+        task: impl FnOnce(&mut dyn Registry) -> R + Send + 'static,
     ) -> io::Result<R> {
         self.run(move |inner| inner.with_registry(id, task))?
             .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "the handler is gone"))
@@ -133,7 +137,7 @@ impl EventLoopHandle {
 
     /// Runs `task` on the loop with the registry of handler `id`, some time soon,
     /// unless the handler is gone by then.
-    pub fn post(&self, id: HandlerId, task: impl FnOnce(&mut Registry<'_>) + Send + 'static) {
+    pub fn post(&self, id: HandlerId, task: impl FnOnce(&mut dyn Registry) + Send + 'static) {
         self.shared.push(Box::new(move |inner| {
             inner.with_registry(id, task);
         }));
@@ -263,20 +267,14 @@ impl Inner {
         let Some((id, token)) = self.table.target(data) else {
             return; // removed since the event was fetched
         };
-        let readiness = Readiness {
-            readable: flags.contains(epoll::EventFlags::IN),
-            writable: flags.contains(epoll::EventFlags::OUT),
-            hangup: flags.intersects(epoll::EventFlags::HUP | epoll::EventFlags::RDHUP),
-            error: flags.contains(epoll::EventFlags::ERR),
-        };
-        self.tell(id, token, readiness);
+        self.tell(id, token, readiness(flags));
     }
 
     fn tell(&mut self, id: HandlerId, token: u64, readiness: Readiness) {
         let Some(handler) = self.handler(id).cloned() else {
             return;
         };
-        let mut registry = Registry {
+        let mut registry = View {
             table: &mut self.table,
             handler: id,
         };
@@ -294,10 +292,10 @@ impl Inner {
     fn with_registry<R>(
         &mut self,
         id: HandlerId,
-        task: impl FnOnce(&mut Registry<'_>) -> R,
+        task: impl FnOnce(&mut dyn Registry) -> R,
     ) -> Option<R> {
         self.handler(id)?;
-        Some(task(&mut Registry {
+        Some(task(&mut View {
             table: &mut self.table,
             handler: id,
         }))
@@ -316,7 +314,7 @@ impl Inner {
             index: u32::try_from(index).map_err(io::Error::other)?,
             generation: self.handlers[index].generation,
         };
-        let mut registry = Registry {
+        let mut registry = View {
             table: &mut self.table,
             handler: id,
         };

@@ -132,7 +132,7 @@ impl<L: Listener> Gate<L> {
     }
 
     /// Registers the listener and its timer with the event loop, under [`LISTENER`].
-    pub(crate) fn begin(&mut self, registry: &mut Registry<'_>) -> io::Result<()> {
+    pub(crate) fn begin(&mut self, registry: &mut dyn Registry) -> io::Result<()> {
         if let Some((listener, registration)) = &mut self.open {
             // Edge-triggered as well: a frontend at its limit of connections does not
             // read it.
@@ -146,7 +146,7 @@ impl<L: Listener> Gate<L> {
 
     /// Closes the listener. Connections in its backlog are reset unless they were
     /// accepted before.
-    pub(crate) fn close(&mut self, registry: &mut Registry<'_>) {
+    pub(crate) fn close(&mut self, registry: &mut dyn Registry) {
         if let Some((listener, Some(registration))) = self.open.take() {
             registry.remove(registration, &listener);
         }
@@ -162,7 +162,7 @@ impl<L: Listener> Gate<L> {
         most: usize,
         bell: &Bell,
         service: &Service,
-        registry: &mut Registry<'_>,
+        registry: &mut dyn Registry,
     ) -> Vec<(L::Stream, Permit)> {
         let mut connections = Vec::new();
         self.more = false;

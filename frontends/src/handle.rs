@@ -14,14 +14,14 @@ use crate::{FrontendStats, LocalAddress};
 /// Operations that a handle runs on a frontend, on the event loop's thread.
 pub(crate) trait Frontend: EventHandler {
     /// Registers its descriptors. Called once, after the handler was added to the loop.
-    fn begin(&mut self, bell: Bell, registry: &mut Registry<'_>) -> io::Result<()>;
+    fn begin(&mut self, bell: Bell, registry: &mut dyn Registry) -> io::Result<()>;
 
     /// Accepts the connections in the backlog and closes the listener. May be called
     /// again.
-    fn close(&mut self, registry: &mut Registry<'_>);
+    fn close(&mut self, registry: &mut dyn Registry);
 
     /// Closes the connections that are not yet passed to the muxer.
-    fn cut(&mut self, _registry: &mut Registry<'_>) {}
+    fn cut(&mut self, _registry: &mut dyn Registry) {}
 
     /// Called after [`Self::close`], when the handle was dropped. Returns true if the
     /// frontend still serves connections of its own; it then removes itself after the
@@ -94,7 +94,7 @@ impl FrontendHandle {
     /// Runs `task` with the frontend, on the loop's thread.
     fn with<R: Send + 'static>(
         &self,
-        task: impl FnOnce(&mut dyn Frontend, &mut Registry<'_>) -> R + Send + 'static,
+        task: impl FnOnce(&mut dyn Frontend, &mut dyn Registry) -> R + Send + 'static,
     ) -> io::Result<R> {
         let frontend = Arc::clone(&self.frontend.0);
         self.event_loop.call(self.id, move |registry| {
@@ -169,7 +169,7 @@ impl Drop for FrontendHandle {
     fn drop(&mut self) {
         self.close();
         let bell = Bell::new(self.event_loop.clone(), self.id);
-        let retire = move |frontend: &mut dyn Frontend, registry: &mut Registry<'_>| {
+        let retire = move |frontend: &mut dyn Frontend, registry: &mut dyn Registry| {
             // Repeated here for a handle that is dropped on the loop's own thread.
             frontend.close(registry);
             if !frontend.stays() {

@@ -31,7 +31,7 @@ impl<L: Listener> Listening<L> {
     }
 
     /// Accepts some connections. Returns true if there may be more.
-    fn accept(&mut self, registry: &mut Registry<'_>) -> bool {
+    fn accept(&mut self, registry: &mut dyn Registry) -> bool {
         let Some(bell) = &self.bell else {
             return false;
         };
@@ -54,22 +54,22 @@ impl<L: Listener> Listening<L> {
 }
 
 impl<L: Listener> EventHandler for Listening<L> {
-    fn start(&mut self, _registry: &mut Registry<'_>) -> io::Result<()> {
+    fn start(&mut self, _registry: &mut dyn Registry) -> io::Result<()> {
         Ok(())
     }
 
-    fn ready(&mut self, _token: u64, _readiness: Readiness, registry: &mut Registry<'_>) {
+    fn ready(&mut self, _token: u64, _readiness: Readiness, registry: &mut dyn Registry) {
         self.accept(registry);
     }
 }
 
 impl<L: Listener> Frontend for Listening<L> {
-    fn begin(&mut self, bell: Bell, registry: &mut Registry<'_>) -> io::Result<()> {
+    fn begin(&mut self, bell: Bell, registry: &mut dyn Registry) -> io::Result<()> {
         self.bell = Some(bell);
         self.gate.begin(registry)
     }
 
-    fn close(&mut self, registry: &mut Registry<'_>) {
+    fn close(&mut self, registry: &mut dyn Registry) {
         let mut rounds = 0..CLOSING_ROUNDS;
         while rounds.next().is_some() && self.accept(registry) {}
         self.gate.close(registry);

@@ -116,7 +116,7 @@ pub trait VirtioDevice: Send {
 
     /// The device got its place on the event loop: registers descriptors that host
     /// code may use before there is a driver. Nothing for most devices.
-    fn attached(&mut self, _registry: &mut Registry<'_>) {}
+    fn attached(&mut self, _registry: &mut dyn Registry) {}
 
     /// The driver is ready. Called on a vCPU thread; work starts with
     /// [`Self::started`] on the event loop.
@@ -127,22 +127,22 @@ pub trait VirtioDevice: Send {
 
     /// Runs on the event loop after [`Self::activate`], and again after a pause:
     /// registers host file descriptors and looks at every queue and descriptor.
-    fn started(&mut self, registry: &mut Registry<'_>);
+    fn started(&mut self, registry: &mut dyn Registry);
 
     /// The driver notified queue `index`.
-    fn queue_notified(&mut self, index: usize, registry: &mut Registry<'_>);
+    fn queue_notified(&mut self, index: usize, registry: &mut dyn Registry);
 
     /// A registered host file descriptor is ready; `token` is the one given to
     /// [`Registry::add`] by this device.
-    fn host_ready(&mut self, token: u64, readiness: Readiness, registry: &mut Registry<'_>);
+    fn host_ready(&mut self, token: u64, readiness: Readiness, registry: &mut dyn Registry);
 
     /// Back to the state before activation; hands nothing back to the driver
     /// and completes or abandons all work in flight first.
-    fn reset(&mut self, registry: Option<&mut Registry<'_>>);
+    fn reset(&mut self, registry: Option<&mut dyn Registry>);
 
     /// Brings work in flight to an end, so that all state is in guest memory,
     /// the queues and [`Self::save`]. vCPUs are paused; called on the event loop.
-    fn quiesce(&mut self, registry: &mut Registry<'_>);
+    fn quiesce(&mut self, registry: &mut dyn Registry);
 
     /// The queues' current state (for saving; valid after [`Self::quiesce`]).
     /// Empty when not activated.

@@ -152,7 +152,7 @@ struct LoopSide {
 }
 
 impl EventHandler for LoopSide {
-    fn start(&mut self, registry: &mut Registry<'_>) -> io::Result<()> {
+    fn start(&mut self, registry: &mut dyn Registry) -> io::Result<()> {
         registry.add(&*self.activated, TOKEN_ACTIVATED, Interest::READ)?;
         // Edge-triggered: each signal is told once, and the counter, which no
         // driver can make overflow, need not be read.
@@ -167,7 +167,7 @@ impl EventHandler for LoopSide {
         Ok(())
     }
 
-    fn ready(&mut self, token: u64, readiness: Readiness, registry: &mut Registry<'_>) {
+    fn ready(&mut self, token: u64, readiness: Readiness, registry: &mut dyn Registry) {
         if token == TOKEN_ACTIVATED {
             let _ = drain(self.activated.as_fd());
         }

@@ -69,10 +69,10 @@ impl Bench {
     fn settle(&self) {
         struct Nothing;
         impl EventHandler for Nothing {
-            fn start(&mut self, _: &mut Registry<'_>) -> std::io::Result<()> {
+            fn start(&mut self, _: &mut dyn Registry) -> std::io::Result<()> {
                 Ok(())
             }
-            fn ready(&mut self, _: u64, _: Readiness, _: &mut Registry<'_>) {}
+            fn ready(&mut self, _: u64, _: Readiness, _: &mut dyn Registry) {}
         }
         let handle = self.event_loop.handle();
         let id = handle.add_handler(Arc::new(Mutex::new(Nothing))).unwrap();

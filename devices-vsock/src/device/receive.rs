@@ -136,7 +136,7 @@ impl Vsock {
     pub(super) fn receive(
         &mut self,
         active: &Active,
-        registry: &mut Registry<'_>,
+        registry: &mut dyn Registry,
     ) -> Result<Pause, QueueError> {
         let mut left = BUDGET;
         let mut unpublished = 0;
@@ -191,7 +191,7 @@ impl Vsock {
     fn produce(
         &mut self,
         memory: &GuestMemory,
-        registry: &mut Registry<'_>,
+        registry: &mut dyn Registry,
     ) -> Result<usize, QueueError> {
         if let Some(stray) = self.muxer.resets.pop_front() {
             let header = self.header(stray.key, stray.kind, Operation::Reset);
@@ -255,7 +255,7 @@ impl Vsock {
         &mut self,
         memory: &GuestMemory,
         slot: u32,
-        registry: &mut Registry<'_>,
+        registry: &mut dyn Registry,
     ) -> Result<usize, QueueError> {
         // Others that wait get their turn soon.
         let most = match self.muxer.ready.is_empty() {

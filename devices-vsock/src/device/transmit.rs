@@ -42,7 +42,7 @@ impl Vsock {
     pub(super) fn transmit(
         &mut self,
         active: &Active,
-        registry: &mut Registry<'_>,
+        registry: &mut dyn Registry,
     ) -> Result<Pause, QueueError> {
         // Of overlapping buffers, so that one packet can have 4 GiB.
         let mut bytes = 0u32;
@@ -87,7 +87,7 @@ impl Vsock {
         &mut self,
         active: &Active,
         chain: &mut Chain,
-        registry: &mut Registry<'_>,
+        registry: &mut dyn Registry,
     ) -> Result<bool, QueueError> {
         let Some(queue) = self.queues.get_mut(TX) else {
             return Ok(false);
@@ -115,7 +115,7 @@ impl Vsock {
         &mut self,
         memory: &GuestMemory,
         chain: &Chain,
-        registry: &mut Registry<'_>,
+        registry: &mut dyn Registry,
     ) -> Result<u32, QueueError> {
         let mut bytes = [0; HEADER_LEN as usize];
         let head = Window::new(&chain.readable, 0, HEADER_LEN);
@@ -145,7 +145,7 @@ impl Vsock {
         memory: &GuestMemory,
         chain: &Chain,
         header: &Header,
-        registry: &mut Registry<'_>,
+        registry: &mut dyn Registry,
     ) -> Result<bool, QueueError> {
         let data = Window::new(&chain.readable, HEADER_LEN, header.len);
         let plain = header.operation() == Some(Operation::Data)
@@ -191,7 +191,7 @@ impl Vsock {
     fn write_gathered(
         &mut self,
         memory: &GuestMemory,
-        registry: &mut Registry<'_>,
+        registry: &mut dyn Registry,
     ) -> Result<(), QueueError> {
         if self.gathered.heads.is_empty() {
             return Ok(());
@@ -222,7 +222,7 @@ impl Vsock {
         memory: &GuestMemory,
         chain: &Chain,
         header: &Header,
-        registry: &mut Registry<'_>,
+        registry: &mut dyn Registry,
     ) {
         let key = (header.src_port, header.dst_port);
         let available = chain.readable_len().saturating_sub(HEADER_LEN);
@@ -261,7 +261,7 @@ impl Vsock {
         counters.malformed.add(1);
     }
 
-    fn malformed(&mut self, slot: Option<u32>, header: &Header, registry: &mut Registry<'_>) {
+    fn malformed(&mut self, slot: Option<u32>, header: &Header, registry: &mut dyn Registry) {
         self.count_malformed();
         match slot {
             Some(slot) => self.muxer.abort(slot, ConnectError::Reset, registry),
@@ -280,7 +280,7 @@ impl Vsock {
         slot: u32,
         op: Operation,
         header: &Header,
-        registry: &mut Registry<'_>,
+        registry: &mut dyn Registry,
     ) {
         let Some(connection) = self.muxer.get(slot) else {
             return;
@@ -323,7 +323,7 @@ impl Vsock {
         chain: &Chain,
         slot: u32,
         header: &Header,
-        registry: &mut Registry<'_>,
+        registry: &mut dyn Registry,
     ) {
         let mut data = Window::new(&chain.readable, HEADER_LEN, header.len);
         let Some(connection) = self.muxer.get(slot) else {
@@ -356,7 +356,7 @@ impl Vsock {
         spans: &mut Vec<Span>,
         len: u32,
         flags: u32,
-        registry: &mut Registry<'_>,
+        registry: &mut dyn Registry,
     ) {
         let Some((connection, pool)) = self.muxer.parts(slot) else {
             return;

@@ -97,7 +97,7 @@ fn a_failing_accept_is_retried_after_a_pause() {
 struct Idle;
 
 impl sm_event_loop::EventHandler for Idle {
-    fn start(&mut self, _registry: &mut Registry<'_>) -> io::Result<()> {
+    fn start(&mut self, _registry: &mut dyn Registry) -> io::Result<()> {
         Ok(())
     }
 
@@ -105,7 +105,7 @@ impl sm_event_loop::EventHandler for Idle {
         &mut self,
         _token: u64,
         _readiness: sm_event_loop::Readiness,
-        _registry: &mut Registry<'_>,
+        _registry: &mut dyn Registry,
     ) {
     }
 }

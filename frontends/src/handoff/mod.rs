@@ -160,7 +160,7 @@ struct Handoff {
 
 impl Handoff {
     /// Accepts some routers. Returns true if there may be more.
-    fn accept(&mut self, registry: &mut Registry<'_>) -> bool {
+    fn accept(&mut self, registry: &mut dyn Registry) -> bool {
         let Some(bell) = self.bell.clone() else {
             return false;
         };
@@ -178,7 +178,7 @@ impl Handoff {
         self.gate.has_more()
     }
 
-    fn add(&mut self, stream: UnixStream, registry: &mut Registry<'_>) -> io::Result<()> {
+    fn add(&mut self, stream: UnixStream, registry: &mut dyn Registry) -> io::Result<()> {
         let token = self.next_token;
         let registration = registry.add(&stream, token, NEW_BYTES)?;
         self.next_token += 1;
@@ -199,7 +199,7 @@ impl Handoff {
 
     /// Disconnects the router that has been idle for longest, if it exceeded its idle
     /// time.
-    fn give_up_idle(&mut self, registry: &mut Registry<'_>) -> bool {
+    fn give_up_idle(&mut self, registry: &mut dyn Registry) -> bool {
         let idle = self
             .routers
             .iter()
@@ -213,7 +213,7 @@ impl Handoff {
         true
     }
 
-    fn remove(&mut self, token: u64, registry: &mut Registry<'_>) {
+    fn remove(&mut self, token: u64, registry: &mut dyn Registry) {
         if let Some(router) = self.routers.remove(&token) {
             registry.remove(router.registration, &router.stream);
             if let Some(at) = router.deadline {
@@ -226,7 +226,7 @@ impl Handoff {
     }
 
     /// Handles the expired deadline of a router, which is in a handoff or idle.
-    fn is_due(&mut self, token: u64, registry: &mut Registry<'_>) {
+    fn is_due(&mut self, token: u64, registry: &mut dyn Registry) {
         let Some(router) = self.routers.get_mut(&token) else {
             return;
         };
@@ -311,7 +311,7 @@ impl Handoff {
         Ok(())
     }
 
-    fn router_ready(&mut self, token: u64, registry: &mut Registry<'_>) {
+    fn router_ready(&mut self, token: u64, registry: &mut dyn Registry) {
         let error = match self.serve(token) {
             Ok(true) => return registry.again(token),
             Ok(false) => return,
@@ -333,11 +333,11 @@ impl Handoff {
 }
 
 impl EventHandler for Handoff {
-    fn start(&mut self, _registry: &mut Registry<'_>) -> io::Result<()> {
+    fn start(&mut self, _registry: &mut dyn Registry) -> io::Result<()> {
         Ok(())
     }
 
-    fn ready(&mut self, token: u64, _readiness: Readiness, registry: &mut Registry<'_>) {
+    fn ready(&mut self, token: u64, _readiness: Readiness, registry: &mut dyn Registry) {
         match token {
             LISTENER => {
                 self.accept(registry);
@@ -364,14 +364,14 @@ impl EventHandler for Handoff {
 }
 
 impl Frontend for Handoff {
-    fn begin(&mut self, bell: Bell, registry: &mut Registry<'_>) -> io::Result<()> {
+    fn begin(&mut self, bell: Bell, registry: &mut dyn Registry) -> io::Result<()> {
         self.bell = Some(bell);
         registry.add(&self.deadlines, TIMER, Interest::READ)?;
         registry.add(&self.retries, SHORTAGE, Interest::READ)?;
         self.gate.begin(registry)
     }
 
-    fn close(&mut self, registry: &mut Registry<'_>) {
+    fn close(&mut self, registry: &mut dyn Registry) {
         let mut rounds = 0..CLOSING_ROUNDS;
         while rounds.next().is_some() && self.accept(registry) {}
         self.gate.close(registry);

@@ -164,7 +164,7 @@ struct Hybrid {
 
 impl Hybrid {
     /// Accepts some clients. Returns true if there may be more.
-    fn accept(&mut self, registry: &mut Registry<'_>) -> bool {
+    fn accept(&mut self, registry: &mut dyn Registry) -> bool {
         let Some(bell) = self.bell.clone() else {
             return false;
         };
@@ -184,7 +184,7 @@ impl Hybrid {
         &mut self,
         stream: UnixStream,
         permit: Permit,
-        registry: &mut Registry<'_>,
+        registry: &mut dyn Registry,
     ) -> io::Result<()> {
         let member = self.service.group.join(Some(permit));
         // Most clients have already sent their line.
@@ -212,7 +212,7 @@ impl Hybrid {
         Ok(())
     }
 
-    fn remove(&mut self, token: u64, registry: &mut Registry<'_>) -> Option<(UnixStream, Member)> {
+    fn remove(&mut self, token: u64, registry: &mut dyn Registry) -> Option<(UnixStream, Member)> {
         let client = self.undecided.remove(&token)?;
         registry.remove(client.registration, &client.stream);
         self.deadlines.remove(client.deadline, token);
@@ -232,7 +232,7 @@ impl Hybrid {
         }
     }
 
-    fn client_ready(&mut self, token: u64, registry: &mut Registry<'_>) {
+    fn client_ready(&mut self, token: u64, registry: &mut dyn Registry) {
         let Some(client) = self.undecided.get(&token) else {
             return;
         };
@@ -312,11 +312,11 @@ fn take_line(stream: &UnixStream) -> io::Result<Option<u32>> {
 }
 
 impl EventHandler for Hybrid {
-    fn start(&mut self, _registry: &mut Registry<'_>) -> io::Result<()> {
+    fn start(&mut self, _registry: &mut dyn Registry) -> io::Result<()> {
         Ok(())
     }
 
-    fn ready(&mut self, token: u64, _readiness: Readiness, registry: &mut Registry<'_>) {
+    fn ready(&mut self, token: u64, _readiness: Readiness, registry: &mut dyn Registry) {
         match token {
             LISTENER => {
                 self.accept(registry);
@@ -339,7 +339,7 @@ impl EventHandler for Hybrid {
 }
 
 impl Frontend for Hybrid {
-    fn begin(&mut self, bell: Bell, registry: &mut Registry<'_>) -> io::Result<()> {
+    fn begin(&mut self, bell: Bell, registry: &mut dyn Registry) -> io::Result<()> {
         self.bell = Some(bell);
         let (path, service) = (self.path.clone(), self.service.clone());
         let acceptor = move |request| {
@@ -355,7 +355,7 @@ impl Frontend for Hybrid {
         self.gate.begin(registry)
     }
 
-    fn close(&mut self, registry: &mut Registry<'_>) {
+    fn close(&mut self, registry: &mut dyn Registry) {
         let mut rounds = 0..CLOSING_ROUNDS;
         while rounds.next().is_some() && self.accept(registry) {}
         self.gate.close(registry);
@@ -363,7 +363,7 @@ impl Frontend for Hybrid {
         self.beside = None;
     }
 
-    fn cut(&mut self, registry: &mut Registry<'_>) {
+    fn cut(&mut self, registry: &mut dyn Registry) {
         let tokens: Vec<u64> = self.undecided.keys().copied().collect();
         for token in tokens {
             self.remove(token, registry);

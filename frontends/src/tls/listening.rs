@@ -105,7 +105,7 @@ impl Listening {
     }
 
     /// Accepts some connections. Returns true if there may be more.
-    fn accept(&mut self, registry: &mut Registry<'_>) -> bool {
+    fn accept(&mut self, registry: &mut dyn Registry) -> bool {
         let Some(bell) = self.bell.clone() else {
             return false;
         };
@@ -128,7 +128,7 @@ impl Listening {
         &mut self,
         socket: TcpStream,
         permit: Permit,
-        registry: &mut Registry<'_>,
+        registry: &mut dyn Registry,
     ) -> io::Result<()> {
         let member = self.service.group.join(Some(permit));
         let session = Session::new(socket, self.identity.current(), member)?;
@@ -157,7 +157,7 @@ impl Listening {
 
     /// Closes connections that exceeded their time limit, and serves those again that
     /// lacked memory.
-    fn sweep(&mut self, registry: &mut Registry<'_>) {
+    fn sweep(&mut self, registry: &mut dyn Registry) {
         while let Some(token) = self.deadlines.next_due() {
             if token & 1 == 1 {
                 if let Some(place) = self.sessions.get_mut(&(token & !1)) {
@@ -176,7 +176,7 @@ impl Listening {
         }
     }
 
-    fn remove(&mut self, token: u64, registry: &mut Registry<'_>) {
+    fn remove(&mut self, token: u64, registry: &mut dyn Registry) {
         let Some(place) = self.sessions.remove(&token) else {
             return;
         };
@@ -199,14 +199,14 @@ impl Listening {
         }
     }
 
-    fn handshake_is_over(&mut self, registry: &mut Registry<'_>) {
+    fn handshake_is_over(&mut self, registry: &mut dyn Registry) {
         self.handshakes -= 1;
         if std::mem::take(&mut self.somebody_waits) {
             registry.again(LISTENER);
         }
     }
 
-    fn serve(&mut self, token: u64, registry: &mut Registry<'_>) {
+    fn serve(&mut self, token: u64, registry: &mut dyn Registry) {
         let Some(place) = self.sessions.get_mut(&token) else {
             return;
         };
@@ -240,7 +240,7 @@ impl Listening {
     }
 
     /// Connects a client with a complete handshake to the guest.
-    fn establish(&mut self, token: u64, registry: &mut Registry<'_>) -> io::Result<()> {
+    fn establish(&mut self, token: u64, registry: &mut dyn Registry) -> io::Result<()> {
         let Some(place) = self.sessions.get_mut(&token) else {
             return Ok(());
         };
@@ -262,11 +262,11 @@ impl Listening {
 }
 
 impl EventHandler for Listening {
-    fn start(&mut self, _registry: &mut Registry<'_>) -> io::Result<()> {
+    fn start(&mut self, _registry: &mut dyn Registry) -> io::Result<()> {
         Ok(())
     }
 
-    fn ready(&mut self, token: u64, _readiness: Readiness, registry: &mut Registry<'_>) {
+    fn ready(&mut self, token: u64, _readiness: Readiness, registry: &mut dyn Registry) {
         match token {
             LISTENER => {
                 self.accept(registry);
@@ -282,19 +282,19 @@ impl EventHandler for Listening {
 }
 
 impl Frontend for Listening {
-    fn begin(&mut self, bell: Bell, registry: &mut Registry<'_>) -> io::Result<()> {
+    fn begin(&mut self, bell: Bell, registry: &mut dyn Registry) -> io::Result<()> {
         self.bell = Some(bell);
         registry.add(&self.deadlines, TIMER, Interest::READ)?;
         self.gate.begin(registry)
     }
 
-    fn close(&mut self, registry: &mut Registry<'_>) {
+    fn close(&mut self, registry: &mut dyn Registry) {
         let mut rounds = 0..CLOSING_ROUNDS;
         while rounds.next().is_some() && self.accept(registry) {}
         self.gate.close(registry);
     }
 
-    fn cut(&mut self, registry: &mut Registry<'_>) {
+    fn cut(&mut self, registry: &mut dyn Registry) {
         let tokens: Vec<u64> = self.sessions.keys().copied().collect();
         for token in tokens {
             self.remove(token, registry);

@@ -266,14 +266,14 @@ struct Block {
 }
 
 impl EventHandler for Block {
-    fn start(&mut self, _registry: &mut Registry<'_>) -> io::Result<()> {
+    fn start(&mut self, _registry: &mut dyn Registry) -> io::Result<()> {
         self.holds.send(()).unwrap();
         // Ends when the other side is dropped.
         let _ = self.released.recv();
         Ok(())
     }
 
-    fn ready(&mut self, _token: u64, _readiness: Readiness, _registry: &mut Registry<'_>) {}
+    fn ready(&mut self, _token: u64, _readiness: Readiness, _registry: &mut dyn Registry) {}
 }
 
 /// The guard of [`Rig::hold`].

@@ -106,22 +106,22 @@ impl VirtioDevice for Filler {
         Ok(())
     }
 
-    fn started(&mut self, _registry: &mut Registry<'_>) {
+    fn started(&mut self, _registry: &mut dyn Registry) {
         self.process();
     }
 
-    fn queue_notified(&mut self, _index: usize, _registry: &mut Registry<'_>) {
+    fn queue_notified(&mut self, _index: usize, _registry: &mut dyn Registry) {
         self.process();
     }
 
-    fn host_ready(&mut self, _token: u64, _readiness: Readiness, _registry: &mut Registry<'_>) {}
+    fn host_ready(&mut self, _token: u64, _readiness: Readiness, _registry: &mut dyn Registry) {}
 
-    fn reset(&mut self, _registry: Option<&mut Registry<'_>>) {
+    fn reset(&mut self, _registry: Option<&mut dyn Registry>) {
         self.active = None;
         self.queues.clear();
     }
 
-    fn quiesce(&mut self, _registry: &mut Registry<'_>) {}
+    fn quiesce(&mut self, _registry: &mut dyn Registry) {}
 
     fn queues(&self) -> &[Queue] {
         &self.queues

@@ -175,7 +175,7 @@ struct Service<'a> {
 
 impl Service<'_> {
     /// Takes requests until there are none, or a slice is used up.
-    fn take_requests(&mut self, registry: &mut Registry<'_>) -> Result<(), QueueError> {
+    fn take_requests(&mut self, registry: &mut dyn Registry) -> Result<(), QueueError> {
         let mut chain = self.active.chains.pop().unwrap_or_default();
         let mut unpublished = 0u32;
         let mut slice = SLICE_BYTES;
@@ -213,7 +213,7 @@ impl Service<'_> {
         Ok(())
     }
 
-    fn hand_over(&mut self, job: Job, registry: &mut Registry<'_>) -> Result<(), QueueError> {
+    fn hand_over(&mut self, job: Job, registry: &mut dyn Registry) -> Result<(), QueueError> {
         if self.active.workers.is_none() {
             let workers = Workers::new(self.active.memory.clone());
             self.active.workers = workers
@@ -320,15 +320,15 @@ impl VirtioDevice for Block {
         Ok(())
     }
 
-    fn started(&mut self, registry: &mut Registry<'_>) {
+    fn started(&mut self, registry: &mut dyn Registry) {
         self.with_queue(|service| service.take_requests(registry));
     }
 
-    fn queue_notified(&mut self, _index: usize, registry: &mut Registry<'_>) {
+    fn queue_notified(&mut self, _index: usize, registry: &mut dyn Registry) {
         self.with_queue(|service| service.take_requests(registry));
     }
 
-    fn host_ready(&mut self, token: u64, _readiness: Readiness, registry: &mut Registry<'_>) {
+    fn host_ready(&mut self, token: u64, _readiness: Readiness, registry: &mut dyn Registry) {
         if token == TOKEN_DONE
             && let Some(Active {
                 workers: Some((workers, _)),
@@ -343,7 +343,7 @@ impl VirtioDevice for Block {
         }
     }
 
-    fn reset(&mut self, registry: Option<&mut Registry<'_>>) {
+    fn reset(&mut self, registry: Option<&mut dyn Registry>) {
         if let Some(active) = self.active.take()
             && let Some((workers, registration)) = active.workers
             && let Some(registry) = registry
@@ -354,7 +354,7 @@ impl VirtioDevice for Block {
         self.queues.clear();
     }
 
-    fn quiesce(&mut self, _registry: &mut Registry<'_>) {
+    fn quiesce(&mut self, _registry: &mut dyn Registry) {
         if let Some(active) = &self.active
             && let Some((workers, _)) = &active.workers
         {

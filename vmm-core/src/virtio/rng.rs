@@ -39,7 +39,7 @@ impl Rng {
         Self::default()
     }
 
-    fn process(&mut self, registry: &mut Registry<'_>) {
+    fn process(&mut self, registry: &mut dyn Registry) {
         let (Some(active), Some(queue)) = (&self.active, self.queues.first_mut()) else {
             return;
         };
@@ -114,24 +114,24 @@ impl VirtioDevice for Rng {
         Ok(())
     }
 
-    fn started(&mut self, registry: &mut Registry<'_>) {
+    fn started(&mut self, registry: &mut dyn Registry) {
         self.process(registry);
     }
 
-    fn queue_notified(&mut self, _index: usize, registry: &mut Registry<'_>) {
+    fn queue_notified(&mut self, _index: usize, registry: &mut dyn Registry) {
         self.process(registry);
     }
 
-    fn host_ready(&mut self, _token: u64, _readiness: Readiness, registry: &mut Registry<'_>) {
+    fn host_ready(&mut self, _token: u64, _readiness: Readiness, registry: &mut dyn Registry) {
         self.process(registry);
     }
 
-    fn reset(&mut self, _registry: Option<&mut Registry<'_>>) {
+    fn reset(&mut self, _registry: Option<&mut dyn Registry>) {
         self.active = None;
         self.queues.clear();
     }
 
-    fn quiesce(&mut self, _registry: &mut Registry<'_>) {}
+    fn quiesce(&mut self, _registry: &mut dyn Registry) {}
 
     fn queues(&self) -> &[Queue] {
         &self.queues

@@ -1,0 +1,217 @@
+//! A loop for tests that is driven by hand.
+//!
+//! It has no thread: [`ManualLoop::turn`] delivers the events that there are and
+//! returns, so a test decides when a handler runs, and in which order things happen. It
+//! shares no code with [`EventLoop`](crate::EventLoop) but the traits, and passes the
+//! same tests.
+#![allow(
+    clippy::expect_used,
+    clippy::missing_panics_doc,
+    reason = "a test that cannot go on is a failed test"
+)]
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rustix::event::{Timespec, epoll};
+
+use crate::{
+    EventHandler, HandlerId, Interest, Readiness, Registration, Registry, flags, readiness,
+};
+
+/// Events taken from the kernel at once.
+const BATCH: usize = 16;
+
+/// A descriptor that somebody waits for.
+struct Source {
+    handler: HandlerId,
+    token: u64,
+    /// A duplicate of what was registered, which epoll has. The handler may close its
+    /// own at any time.
+    fd: OwnedFd,
+}
+
+/// What handlers reach.
+struct State {
+    epoll: OwnedFd,
+    sources: HashMap<u32, Source>,
+    next_source: u32,
+    calls: VecDeque<(HandlerId, u64)>,
+}
+
+/// See the module's documentation.
+pub struct ManualLoop {
+    state: State,
+    handlers: HashMap<HandlerId, Arc<Mutex<dyn EventHandler>>>,
+    next_handler: u32,
+}
+
+impl std::fmt::Debug for ManualLoop {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ManualLoop").finish_non_exhaustive()
+    }
+}
+
+impl Default for ManualLoop {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl ManualLoop {
+    /// A loop without handlers.
+    #[must_use]
+    pub fn new() -> Self {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).expect("there are descriptors");
+        Self {
+            state: State {
+                epoll,
+                sources: HashMap::new(),
+                next_source: 0,
+                calls: VecDeque::new(),
+            },
+            handlers: HashMap::new(),
+            next_handler: 0,
+        }
+    }
+
+    /// Adds a handler and starts it.
+    ///
+    /// # Errors
+    /// What [`EventHandler::start`] returned.
+    pub fn add_handler(&mut self, handler: Arc<Mutex<dyn EventHandler>>) -> io::Result<HandlerId> {
+        let id = HandlerId {
+            index: self.next_handler,
+            generation: 0,
+        };
+        self.next_handler += 1;
+        self.handlers.insert(id, handler.clone());
+        let started = self.with(id, |registry| {
+            let mut handler = handler.lock().unwrap_or_else(PoisonError::into_inner);
+            handler.start(registry)
+        });
+        if let Some(Err(error)) = started {
+            self.remove_handler(id);
+            return Err(error);
+        }
+        Ok(id)
+    }
+
+    /// Removes a handler with all that it registered.
+    pub fn remove_handler(&mut self, id: HandlerId) {
+        let State { epoll, sources, .. } = &mut self.state;
+        for (_, source) in sources.extract_if(|_, source| source.handler == id) {
+            let _ = epoll::delete(&*epoll, &source.fd);
+        }
+        self.state.calls.retain(|&(handler, _)| handler != id);
+        self.handlers.remove(&id);
+    }
+
+    /// Runs `task` with the registry of a handler; `None` when that is gone.
+    pub fn with<R>(
+        &mut self,
+        id: HandlerId,
+        task: impl FnOnce(&mut dyn Registry) -> R,
+    ) -> Option<R> {
+        self.handlers.get(&id)?;
+        Some(task(&mut ManualRegistry {
+            state: &mut self.state,
+            handler: id,
+        }))
+    }
+
+    /// Delivers some of the events that there are now. Returns false when there were
+    /// none.
+    pub fn turn(&mut self) -> bool {
+        let mut events = Vec::with_capacity(BATCH);
+        let at_once = Timespec::default();
+        let room = rustix::buffer::spare_capacity(&mut events);
+        match epoll::wait(&self.state.epoll, room, Some(&at_once)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => panic!("waiting for events: {error}"),
+        }
+        let calls = std::mem::take(&mut self.state.calls);
+        let busy = !events.is_empty() || !calls.is_empty();
+        for event in events {
+            let source = u32::try_from(event.data.u64()).ok();
+            // Unless it was removed by a call before.
+            let source = source.and_then(|source| self.state.sources.get(&source));
+            if let Some(&Source { handler, token, .. }) = source {
+                self.tell(handler, token, readiness(event.flags));
+            }
+        }
+        for (handler, token) in calls {
+            self.tell(handler, token, Readiness::default());
+        }
+        busy
+    }
+
+    /// Delivers events until there are none.
+    pub fn settle(&mut self) {
+        while self.turn() {}
+    }
+
+    fn tell(&mut self, id: HandlerId, token: u64, readiness: Readiness) {
+        let Some(handler) = self.handlers.get(&id).cloned() else {
+            return;
+        };
+        let mut registry = ManualRegistry {
+            state: &mut self.state,
+            handler: id,
+        };
+        let mut handler = handler.lock().unwrap_or_else(PoisonError::into_inner);
+        handler.ready(token, readiness, &mut registry);
+    }
+}
+
+struct ManualRegistry<'a> {
+    state: &'a mut State,
+    handler: HandlerId,
+}
+
+impl Registry for ManualRegistry<'_> {
+    fn register(
+        &mut self,
+        fd: BorrowedFd<'_>,
+        token: u64,
+        interest: Interest,
+    ) -> io::Result<Registration> {
+        let fd = fd.try_clone_to_owned()?;
+        let number = self.state.next_source;
+        let data = epoll::EventData::new_u64(number.into());
+        epoll::add(&self.state.epoll, &fd, data, flags(interest))?;
+        self.state.next_source += 1;
+        let handler = self.handler;
+        let source = Source { handler, token, fd };
+        self.state.sources.insert(number, source);
+        Ok(Registration::new(number, 0))
+    }
+
+    fn reregister(
+        &mut self,
+        registration: Registration,
+        _fd: BorrowedFd<'_>,
+        interest: Interest,
+    ) -> io::Result<()> {
+        let source = self.state.sources.get(&registration.slot());
+        let source = source.ok_or(io::ErrorKind::NotFound)?;
+        let data = epoll::EventData::new_u64(registration.slot().into());
+        epoll::modify(&self.state.epoll, &source.fd, data, flags(interest))?;
+        Ok(())
+    }
+
+    fn deregister(&mut self, registration: Registration, _fd: BorrowedFd<'_>) {
+        if let Some(source) = self.state.sources.remove(&registration.slot()) {
+            let _ = epoll::delete(&self.state.epoll, &source.fd);
+        }
+    }
+
+    fn again(&mut self, token: u64) {
+        let call = (self.handler, token);
+        if !self.state.calls.contains(&call) {
+            self.state.calls.push_back(call);
+        }
+    }
+}
