@@ -19,7 +19,7 @@ use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant};
 
 use rustix::net::Shutdown;
-use sm_event_loop::Registration;
+use sm_event_loop::{Registration, Timer};
 
 pub(crate) use transfer::{Filled, MAX_MESSAGE};
 
@@ -112,7 +112,7 @@ pub(crate) struct Connection {
     /// The system lacked memory: what was not moved has to be tried again.
     pub(crate) short_of_memory: bool,
     /// When that will be.
-    pub(crate) retry_at: Option<Instant>,
+    pub(crate) retry: Option<Timer>,
     /// Bytes of the backlog were taken since this was looked at last.
     pub(crate) progressed: bool,
     /// The guest's next byte is a status.
@@ -126,7 +126,8 @@ pub(crate) struct Connection {
     /// When the guest gave what is in the backlog, if that is measured.
     pub(crate) kept_since: Option<Instant>,
     pub(crate) awaiting: Awaiting,
-    pub(crate) deadline: Option<Instant>,
+    /// The end of that.
+    pub(crate) deadline: Option<Timer>,
 }
 
 impl Connection {
@@ -153,7 +154,7 @@ impl Connection {
             backlog: Backlog::default(),
             messages: Messages::default(),
             short_of_memory: false,
-            retry_at: None,
+            retry: None,
             progressed: false,
             status_reply: false,
             status_wait: Duration::ZERO,

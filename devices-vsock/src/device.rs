@@ -25,17 +25,17 @@ use self::reset::TransportReset;
 use self::transmit::Gathered;
 use crate::config::{SetUpError, VsockConfig};
 use crate::handle::{Command, ConnectError, Mailbox, MuxerHandle};
-use crate::muxer::Muxer;
+use crate::muxer::{DEADLINE, Muxer, RETRIES};
 use crate::profile::Stage;
 
 const RX: usize = 0;
 const TX: usize = 1;
 const EVENT: usize = 2;
 const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
-/// Tokens on the event loop; connections use their slot numbers.
+/// Tokens on the event loop; connections use their slot numbers, alone and with
+/// [`DEADLINE`] or [`RETRIES`].
 const MAILBOX: u64 = 1 << 62;
-const TIMER: u64 = MAILBOX + 1;
-const TURN: u64 = MAILBOX + 2;
+const TURN: u64 = MAILBOX + 1;
 /// VIRTIO_VSOCK_F_STREAM and VIRTIO_VSOCK_F_SEQPACKET (virtio 1.3 section 5.10.3).
 const F_STREAM: u64 = 1 << 0;
 const F_SEQPACKET: u64 = 1 << 1;
@@ -66,7 +66,7 @@ pub struct Vsock {
     mailbox: Arc<Mailbox>,
     /// Room for what is taken out of the mailbox.
     commands: Vec<Command>,
-    registrations: Option<[Registration; 2]>,
+    mailbox_registration: Option<Registration>,
     active: Option<Active>,
     queues: Vec<Queue>,
     /// The guest knows sockets that keep messages apart.
@@ -102,13 +102,13 @@ impl Vsock {
         let failed = |operation| move |source| SetUpError::Io { operation, source };
         let wake = new_eventfd().map_err(failed("make an eventfd"))?;
         let mailbox = Arc::new(Mailbox::new(wake, config.max_connections));
-        let muxer = Muxer::new(config, Arc::clone(&mailbox)).map_err(failed("make a timer"))?;
+        let muxer = Muxer::new(config, Arc::clone(&mailbox));
         let device = Self {
             config,
             muxer,
             mailbox: Arc::clone(&mailbox),
             commands: Vec::new(),
-            registrations: None,
+            mailbox_registration: None,
             active: None,
             queues: Vec::new(),
             seqpacket: false,
@@ -216,7 +216,7 @@ impl Vsock {
     }
 
     fn attach(&mut self, registry: &mut dyn Registry) {
-        if self.registrations.is_some() {
+        if self.mailbox_registration.is_some() {
             return;
         }
         // Each signal is told once, and nothing need be read.
@@ -224,13 +224,9 @@ impl Vsock {
             edge: true,
             ..Interest::READ
         };
-        let mailbox = registry.add(&self.mailbox.wake, MAILBOX, edge);
-        let timer = registry.add(&self.muxer.deadlines.timer, TIMER, edge);
-        match (mailbox, timer) {
-            (Ok(mailbox), Ok(timer)) => self.registrations = Some([mailbox, timer]),
-            (Err(error), _) | (_, Err(error)) => {
-                tracing::error!(%error, "host code cannot reach the guest");
-            }
+        match registry.add(&self.mailbox.wake, MAILBOX, edge) {
+            Ok(mailbox) => self.mailbox_registration = Some(mailbox),
+            Err(error) => tracing::error!(%error, "host code cannot reach the guest"),
         }
     }
 }
@@ -283,7 +279,8 @@ impl VirtioDevice for Vsock {
     fn started(&mut self, registry: &mut dyn Registry) {
         self.attach(registry);
         if let Some(since) = self.quiesced_at.take() {
-            self.muxer.postpone(since.elapsed());
+            let paused = registry.now().saturating_duration_since(since);
+            self.muxer.resume_timers(paused, registry);
         }
         // Edges may have been missed while the machine was paused.
         for slot in 0..self.muxer.slots() {
@@ -296,7 +293,6 @@ impl VirtioDevice for Vsock {
             };
             self.socket_ready(slot, all, registry);
         }
-        self.muxer.expire(registry);
         self.turn(registry);
     }
 
@@ -313,20 +309,23 @@ impl VirtioDevice for Vsock {
     fn host_ready(&mut self, token: u64, readiness: Readiness, registry: &mut dyn Registry) {
         match token {
             MAILBOX => registry.again(TURN),
-            TIMER => {
-                self.muxer.expire(registry);
-                registry.again(TURN);
-            }
             TURN => {
                 let begun = self.mailbox.profiler.begin();
                 self.turn(registry);
                 self.mailbox.profiler.end(Stage::HostReady, begun);
             }
-            slot => {
-                if let Ok(slot) = u32::try_from(slot) {
+            token => {
+                let Ok(slot) = u32::try_from(token & !(DEADLINE | RETRIES)) else {
+                    return;
+                };
+                if token & DEADLINE != 0 {
+                    self.muxer.expire(slot, registry);
+                } else if token & RETRIES != 0 {
+                    self.muxer.retry(slot, registry);
+                } else {
                     self.socket_ready(slot, readiness, registry);
-                    registry.again(TURN);
                 }
+                registry.again(TURN);
             }
         }
     }
@@ -341,12 +340,12 @@ impl VirtioDevice for Vsock {
         self.muxer.clear(registry);
     }
 
-    fn quiesce(&mut self, _registry: &mut dyn Registry) {
+    fn quiesce(&mut self, registry: &mut dyn Registry) {
         // Buffers that were taken and are not used are the driver's again.
         if let Some(queue) = self.queues.get_mut(RX) {
             self.receiver.give_back(queue);
         }
-        self.quiesced_at = Some(Instant::now());
+        self.quiesced_at = Some(registry.now());
     }
 
     fn queues(&self) -> &[Queue] {

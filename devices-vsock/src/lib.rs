@@ -15,7 +15,6 @@ mod backlog;
 mod config;
 mod connection;
 mod credit;
-mod deadlines;
 mod device;
 mod group;
 mod handle;

@@ -1,10 +1,9 @@
 //! The table of connections, what they share, and what becomes of them.
 
 use std::collections::{HashMap, VecDeque};
-use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use sm_event_loop::{Interest, Registry};
 
@@ -12,7 +11,6 @@ use crate::allowance::Allowance;
 use crate::backlog::Pool;
 use crate::config::VsockConfig;
 use crate::connection::{Awaiting, Connection, Key, Phase};
-use crate::deadlines::{Deadlines, Due};
 use crate::group::Group;
 use crate::handle::{
     Acceptor, Command, ConnectError, ConnectRequest, GuestStream, Mailbox, SocketKind,
@@ -26,6 +24,9 @@ use crate::ready::Ready;
 const FIRST_EPHEMERAL: u32 = 1 << 30;
 /// Time until a call that failed for want of memory is repeated.
 const RETRY: Duration = Duration::from_millis(10);
+/// Tokens of a connection's timers, with its slot number.
+pub(crate) const DEADLINE: u64 = 1 << 60;
+pub(crate) const RETRIES: u64 = 1 << 61;
 /// Resets without a connection that may wait for a receive buffer. When there
 /// are more, the guest's transmit queue waits.
 const MAX_RESETS: usize = 256;
@@ -57,7 +58,6 @@ pub(crate) struct Muxer {
     listeners: HashMap<Option<u32>, Listener>,
     pub(crate) pool: Pool,
     allowance: Allowance,
-    pub(crate) deadlines: Deadlines,
     /// Where the search for a free ephemeral port begins.
     pub(crate) next_port: u32,
     pub(crate) mailbox: Arc<Mailbox>,
@@ -65,10 +65,8 @@ pub(crate) struct Muxer {
 }
 
 impl Muxer {
-    /// # Errors
-    /// No descriptors to be had.
-    pub(crate) fn new(config: VsockConfig, mailbox: Arc<Mailbox>) -> io::Result<Self> {
-        Ok(Self {
+    pub(crate) fn new(config: VsockConfig, mailbox: Arc<Mailbox>) -> Self {
+        Self {
             config,
             connections: Vec::new(),
             free: Vec::new(),
@@ -78,11 +76,10 @@ impl Muxer {
             listeners: HashMap::new(),
             pool: Pool::default(),
             allowance: Allowance::new(&config),
-            deadlines: Deadlines::new()?,
             next_port: 0,
             mailbox,
             told_of_limit: false,
-        })
+        }
     }
 
     pub(crate) fn get(&mut self, slot: u32) -> Option<&mut Connection> {
@@ -169,7 +166,7 @@ impl Muxer {
         let connection =
             Connection::new(key, socket, Phase::Requested, window).with_request(request);
         if let Some(slot) = self.insert(connection, registry) {
-            self.await_until(slot, Awaiting::Answer, most);
+            self.await_until(slot, Awaiting::Answer, most, registry);
             self.queue(slot);
         }
     }
@@ -348,9 +345,12 @@ impl Muxer {
         }
         self.forget_key(&connection, slot);
         self.ready.remove(slot);
-        let deadlines = &mut self.deadlines;
-        deadlines.set(Due::End(slot), connection.deadline, None);
-        deadlines.set(Due::Retry(slot), connection.retry_at, None);
+        for timer in [connection.deadline, connection.retry]
+            .into_iter()
+            .flatten()
+        {
+            registry.cancel_timer(timer);
+        }
         connection.release(&mut self.pool);
         self.allowance.give_back(connection.incoming.window());
         self.free.push(slot);
@@ -402,7 +402,6 @@ impl Muxer {
             self.ready = Ready::default();
             self.pool = Pool::default();
             self.allowance = Allowance::new(&self.config);
-            self.deadlines.clear();
             self.count();
             return;
         };
@@ -449,46 +448,49 @@ impl Muxer {
                 Awaiting::Tail => Some(self.config.linger),
             };
             if let Some(most) = most {
-                self.await_until(slot, awaits, most);
+                self.await_until(slot, awaits, most, registry);
             }
         }
-        self.retry_if_due(slot);
+        self.retry_if_due(slot, registry);
         self.queue(slot);
     }
 
-    fn await_until(&mut self, slot: u32, awaiting: Awaiting, most: Duration) {
-        let place = self.connections.get_mut(slot as usize);
-        let Some(connection) = place.and_then(Option::as_deref_mut) else {
-            return;
-        };
-        let deadline = match awaiting {
-            Awaiting::Nothing => None,
-            _ => Instant::now().checked_add(most),
-        };
-        let old = std::mem::replace(&mut connection.deadline, deadline);
-        connection.awaiting = awaiting;
-        connection.progressed = false;
-        self.deadlines.set(Due::End(slot), old, deadline);
-    }
-
-    /// Repeats what failed for want of memory, later.
-    fn retry_if_due(&mut self, slot: u32) {
-        let place = self.connections.get_mut(slot as usize);
-        let Some(connection) = place.and_then(Option::as_deref_mut) else {
-            return;
-        };
-        if std::mem::take(&mut connection.short_of_memory) && connection.retry_at.is_none() {
-            connection.retry_at = Instant::now().checked_add(RETRY);
-            let due = Due::Retry(slot);
-            self.deadlines.set(due, None, connection.retry_at);
-        }
-    }
-
-    fn retry(&mut self, slot: u32, registry: &mut dyn Registry) {
+    fn await_until(
+        &mut self,
+        slot: u32,
+        awaiting: Awaiting,
+        most: Duration,
+        registry: &mut dyn Registry,
+    ) {
         let Some(connection) = self.get(slot) else {
             return;
         };
-        connection.retry_at = None;
+        if let Some(timer) = connection.deadline.take() {
+            registry.cancel_timer(timer);
+        }
+        if awaiting != Awaiting::Nothing {
+            connection.deadline = registry.set_timer_after(most, DEADLINE | u64::from(slot));
+        }
+        connection.awaiting = awaiting;
+        connection.progressed = false;
+    }
+
+    /// Repeats what failed for want of memory, later.
+    fn retry_if_due(&mut self, slot: u32, registry: &mut dyn Registry) {
+        let Some(connection) = self.get(slot) else {
+            return;
+        };
+        if std::mem::take(&mut connection.short_of_memory) && connection.retry.is_none() {
+            connection.retry = registry.set_timer_after(RETRY, RETRIES | u64::from(slot));
+        }
+    }
+
+    /// Repeats what failed for want of memory.
+    pub(crate) fn retry(&mut self, slot: u32, registry: &mut dyn Registry) {
+        let Some(connection) = self.get(slot) else {
+            return;
+        };
+        connection.retry = None;
         connection.readable = true;
         if self.flush(slot, registry) {
             self.settle(slot, registry);
@@ -516,43 +518,39 @@ impl Muxer {
         sound
     }
 
-    /// Ends what has waited too long, and repeats what is to be tried again.
-    pub(crate) fn expire(&mut self, registry: &mut dyn Registry) {
-        let now = Instant::now();
-        while let Some(due) = self.deadlines.pop(now) {
-            let slot = match due {
-                Due::Retry(slot) => {
-                    self.retry(slot, registry);
-                    continue;
-                }
-                Due::End(slot) => slot,
-            };
-            let linger = self.config.linger;
+    /// Ends a connection whose deadline has passed, unless it makes progress.
+    pub(crate) fn expire(&mut self, slot: u32, registry: &mut dyn Registry) {
+        let linger = self.config.linger;
+        let Some(connection) = self.get(slot) else {
+            return;
+        };
+        connection.deadline = None;
+        let awaiting = connection.awaiting;
+        if awaiting == Awaiting::Tail && connection.progressed {
+            self.await_until(slot, awaiting, linger, registry);
+            return;
+        }
+        tracing::debug!(key = ?connection.key, ?awaiting, "a connection has waited too long");
+        self.mailbox.counters.timed_out.add(1);
+        self.abort(slot, ConnectError::TimedOut, registry);
+    }
+
+    /// Sets the timers of all connections anew, as their calls may have been lost while
+    /// the machine was paused. That time, `paused`, does not count.
+    pub(crate) fn resume_timers(&mut self, paused: Duration, registry: &mut dyn Registry) {
+        for slot in 0..self.slots() {
             let Some(connection) = self.get(slot) else {
                 continue;
             };
-            connection.deadline = None;
-            let awaiting = connection.awaiting;
-            if awaiting == Awaiting::Tail && connection.progressed {
-                self.await_until(slot, awaiting, linger);
-                continue;
-            }
-            tracing::debug!(key = ?connection.key, ?awaiting, "a connection has waited too long");
-            self.mailbox.counters.timed_out.add(1);
-            self.abort(slot, ConnectError::TimedOut, registry);
-        }
-    }
-
-    /// Time during which nothing could happen does not count.
-    pub(crate) fn postpone(&mut self, by: Duration) {
-        for slot in 0..self.slots() {
-            let place = self.connections.get_mut(slot as usize);
-            if let Some(connection) = place.and_then(Option::as_deref_mut)
-                && let Some(old) = connection.deadline
-            {
-                connection.deadline = old.checked_add(by);
-                let due = Due::End(slot);
-                self.deadlines.set(due, Some(old), connection.deadline);
+            let timers = [
+                (&mut connection.deadline, DEADLINE, paused),
+                (&mut connection.retry, RETRIES, Duration::ZERO),
+            ];
+            for (timer, token, by) in timers {
+                let Some(old) = timer.take() else { continue };
+                registry.cancel_timer(old);
+                let at = old.at().checked_add(by);
+                *timer = at.map(|at| registry.set_timer(at, token | u64::from(slot)));
             }
         }
     }

@@ -60,6 +60,7 @@ pub mod testing;
 #[cfg(test)]
 mod tests;
 mod thread;
+mod timers;
 
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -70,6 +71,7 @@ use rustix::event::{EventfdFlags, eventfd};
 pub use self::registry::{Registration, Registry};
 pub use self::table::HandlerId;
 pub use self::thread::{EventLoop, EventLoopHandle};
+pub use self::timers::{Deadlines, Timer};
 
 /// What a file descriptor is ready for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -150,7 +152,8 @@ pub trait EventHandler: Send {
     fn start(&mut self, registry: &mut dyn Registry) -> io::Result<()>;
 
     /// The descriptor registered under `token` is ready. Must not block.
-    /// `readiness` is empty for a token given to [`Registry::again`].
+    /// `readiness` is empty for a token given to [`Registry::again`] or
+    /// [`Registry::set_timer`].
     fn ready(&mut self, token: u64, readiness: Readiness, registry: &mut dyn Registry);
 }
 

@@ -2,8 +2,9 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
 
-use crate::Interest;
+use crate::{Interest, Timer};
 
 /// Names a registered descriptor; never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -69,6 +70,16 @@ pub trait Registry {
     /// Calls [`EventHandler::ready`](crate::EventHandler::ready) with `token` and an empty readiness
     /// once the other handlers have had their turn: for work cut into slices.
     fn again(&mut self, token: u64);
+
+    /// Calls [`EventHandler::ready`](crate::EventHandler::ready) with `token` and an empty readiness
+    /// once, as soon as `at` has passed.
+    fn set_timer(&mut self, at: Instant, token: u64) -> Timer;
+
+    /// Removes a timer. Nothing happens for one that was removed before, or has passed.
+    fn cancel_timer(&mut self, timer: Timer);
+
+    /// The time by the loop's clock, which is [`Instant::now`] outside tests.
+    fn now(&self) -> Instant;
 }
 
 impl dyn Registry + '_ {
@@ -99,6 +110,13 @@ impl dyn Registry + '_ {
         interest: Interest,
     ) -> io::Result<()> {
         self.reregister(registration, fd.as_fd(), interest)
+    }
+
+    /// Sets a timer that passes `after` from now; `None` when the clock cannot express
+    /// that time.
+    pub fn set_timer_after(&mut self, after: Duration, token: u64) -> Option<Timer> {
+        let at = self.now().checked_add(after)?;
+        Some(self.set_timer(at, token))
     }
 
     /// Removes a registration; events already fetched for it are dropped.

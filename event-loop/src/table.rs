@@ -7,11 +7,12 @@
 
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
+use std::time::Instant;
 
 use rustix::event::epoll;
 
 use crate::registry::{Registration, Registry};
-use crate::{Interest, flags};
+use crate::{Deadlines, Interest, Timer, flags};
 
 /// Names a handler of a loop; never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -42,6 +43,7 @@ pub(super) struct Table {
     free: Vec<u32>,
     /// Calls that [`Registry::again`] asked for.
     pub(super) again: Vec<(HandlerId, u64)>,
+    pub(super) timers: Deadlines<(HandlerId, u64)>,
 }
 
 /// A handler's view of the loop.
@@ -109,6 +111,18 @@ impl Registry for View<'_> {
             self.table.again.push(call);
         }
     }
+
+    fn set_timer(&mut self, at: Instant, token: u64) -> Timer {
+        self.table.timers.set(at, (self.handler, token))
+    }
+
+    fn cancel_timer(&mut self, timer: Timer) {
+        self.table.timers.cancel(timer);
+    }
+
+    fn now(&self) -> Instant {
+        Instant::now()
+    }
 }
 
 impl Table {
@@ -118,6 +132,7 @@ impl Table {
             slots: Vec::new(),
             free: Vec::new(),
             again: Vec::new(),
+            timers: Deadlines::new(),
         }
     }
 
@@ -134,6 +149,7 @@ impl Table {
     /// Frees the slots of a handler that goes away. Its descriptors leave the set
     /// too, as someone else may keep them open, and ready, for ever.
     pub(super) fn release_all(&mut self, handler: HandlerId) {
+        self.timers.retain(|&(owner, _)| owner != handler);
         let slots = u32::try_from(self.slots.len()).unwrap_or(u32::MAX);
         for slot in 0..slots {
             let entry = self.slots[slot as usize];

@@ -1,9 +1,9 @@
 //! A loop for tests that is driven by hand.
 //!
 //! It has no thread: [`ManualLoop::turn`] delivers the events that there are and
-//! returns, so a test decides when a handler runs, and in which order things happen. It
-//! shares no code with [`EventLoop`](crate::EventLoop) but the traits, and passes the
-//! same tests.
+//! returns, so a test decides when a handler runs, and in which order things happen. Its
+//! clock stands still until [`ManualLoop::advance`] is called. It passes the same tests
+//! as [`EventLoop`](crate::EventLoop), with another table of its own.
 #![allow(
     clippy::expect_used,
     clippy::missing_panics_doc,
@@ -14,11 +14,13 @@ use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use rustix::event::{Timespec, epoll};
 
 use crate::{
-    EventHandler, HandlerId, Interest, Readiness, Registration, Registry, flags, readiness,
+    Deadlines, EventHandler, HandlerId, Interest, Readiness, Registration, Registry, Timer, flags,
+    readiness,
 };
 
 /// Events taken from the kernel at once.
@@ -39,6 +41,8 @@ struct State {
     sources: HashMap<u32, Source>,
     next_source: u32,
     calls: VecDeque<(HandlerId, u64)>,
+    timers: Deadlines<(HandlerId, u64)>,
+    now: Instant,
 }
 
 /// See the module's documentation.
@@ -71,6 +75,8 @@ impl ManualLoop {
                 sources: HashMap::new(),
                 next_source: 0,
                 calls: VecDeque::new(),
+                timers: Deadlines::new(),
+                now: Instant::now(),
             },
             handlers: HashMap::new(),
             next_handler: 0,
@@ -106,6 +112,7 @@ impl ManualLoop {
             let _ = epoll::delete(&*epoll, &source.fd);
         }
         self.state.calls.retain(|&(handler, _)| handler != id);
+        self.state.timers.retain(|&(handler, _)| handler != id);
         self.handlers.remove(&id);
     }
 
@@ -122,6 +129,18 @@ impl ManualLoop {
         }))
     }
 
+    /// Sets the clock forward. The timers that pass by that are called in the next turn.
+    pub fn advance(&mut self, by: Duration) {
+        self.state.now += by;
+    }
+
+    /// The time until the next timer passes.
+    #[must_use]
+    pub fn until_timer(&self) -> Option<Duration> {
+        let next = self.state.timers.earliest()?;
+        Some(next.saturating_duration_since(self.state.now))
+    }
+
     /// Delivers some of the events that there are now. Returns false when there were
     /// none.
     pub fn turn(&mut self) -> bool {
@@ -133,7 +152,7 @@ impl ManualLoop {
             Err(error) => panic!("waiting for events: {error}"),
         }
         let calls = std::mem::take(&mut self.state.calls);
-        let busy = !events.is_empty() || !calls.is_empty();
+        let mut busy = !events.is_empty() || !calls.is_empty();
         for event in events {
             let source = u32::try_from(event.data.u64()).ok();
             // Unless it was removed by a call before.
@@ -144,6 +163,13 @@ impl ManualLoop {
         }
         for (handler, token) in calls {
             self.tell(handler, token, Readiness::default());
+        }
+        for _ in 0..self.state.timers.len() {
+            let Some((handler, token)) = self.state.timers.pop(self.state.now) else {
+                break;
+            };
+            self.tell(handler, token, Readiness::default());
+            busy = true;
         }
         busy
     }
@@ -213,5 +239,17 @@ impl Registry for ManualRegistry<'_> {
         if !self.state.calls.contains(&call) {
             self.state.calls.push_back(call);
         }
+    }
+
+    fn set_timer(&mut self, at: Instant, token: u64) -> Timer {
+        self.state.timers.set(at, (self.handler, token))
+    }
+
+    fn cancel_timer(&mut self, timer: Timer) {
+        self.state.timers.cancel(timer);
+    }
+
+    fn now(&self) -> Instant {
+        self.state.now
     }
 }

@@ -5,6 +5,7 @@ use std::io::Write as _;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use super::*;
 use crate::testing::ManualLoop;
@@ -83,7 +84,10 @@ impl Loop for ManualLoop {
                 Ok(event) => return Some(event),
                 Err(std::sync::mpsc::TryRecvError::Disconnected) => return None,
                 Err(std::sync::mpsc::TryRecvError::Empty) => {
-                    assert!(self.turn(), "nothing will happen any more");
+                    if !self.turn() {
+                        let idle = self.until_timer();
+                        self.advance(idle.expect("nothing will happen any more"));
+                    }
                 }
             }
         }
@@ -118,6 +122,9 @@ with_every_loop! {
     work_in_slices_lets_others_have_their_turn
     a_changed_interest_reports_what_holds
     hundreds_of_descriptors_come_and_go
+    timers_pass_in_their_order
+    a_timer_that_has_always_passed_lets_others_have_their_turn
+    timers_of_a_removed_handler_go_with_it
 }
 
 const EDGE: Interest = Interest {
@@ -359,4 +366,95 @@ fn hundreds_of_descriptors_come_and_go<L: Loop>() {
         .collect();
     all.sort_unstable();
     assert!(all.into_iter().eq(0..200));
+}
+
+/// Passes on what it is called with.
+struct Calls(Sender<u64>);
+
+impl EventHandler for Calls {
+    fn start(&mut self, _: &mut dyn Registry) -> io::Result<()> {
+        Ok(())
+    }
+    fn ready(&mut self, token: u64, readiness: Readiness, _: &mut dyn Registry) {
+        assert_eq!(readiness, Readiness::default());
+        self.0.send(token).unwrap();
+    }
+}
+
+fn timers_pass_in_their_order<L: Loop>() {
+    let mut event_loop = L::new();
+    let (called, calls) = channel();
+    let id = event_loop.add(Arc::new(Mutex::new(Calls(called)))).unwrap();
+    let cancelled = event_loop.with(id, |registry| {
+        let now = registry.now();
+        let after = |ms| now + Duration::from_millis(ms);
+        registry.set_timer(after(30), 5);
+        registry.set_timer(after(20), 4);
+        let cancelled = registry.set_timer(after(10), 3);
+        registry.set_timer(after(10), 2);
+        registry.set_timer(now, 1);
+        registry.cancel_timer(cancelled);
+        assert_eq!(registry.set_timer_after(Duration::MAX, 6), None);
+        assert_eq!(cancelled.at(), after(10));
+        cancelled
+    });
+    for token in [1, 2, 4, 5] {
+        assert_eq!(event_loop.next(&calls), Some(token));
+    }
+    event_loop.with(id, move |registry| {
+        // The number of a timer that is gone is nobody else's.
+        registry.set_timer(cancelled.unwrap().at(), 7);
+        registry.cancel_timer(cancelled.unwrap());
+    });
+    assert_eq!(event_loop.next(&calls), Some(7));
+}
+
+fn a_timer_that_has_always_passed_lets_others_have_their_turn<L: Loop>() {
+    /// Sets a timer for a time in the past whenever it is called.
+    struct Late;
+    impl EventHandler for Late {
+        fn start(&mut self, registry: &mut dyn Registry) -> io::Result<()> {
+            self.ready(0, Readiness::default(), registry);
+            Ok(())
+        }
+        fn ready(&mut self, _: u64, _: Readiness, registry: &mut dyn Registry) {
+            let now = registry.now();
+            registry.set_timer(now, 0);
+        }
+    }
+    let mut event_loop = L::new();
+    event_loop.add(Arc::new(Mutex::new(Late))).unwrap();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let (seen, events) = channel();
+    let probe = Probe {
+        streams: vec![theirs],
+        registrations: Vec::new(),
+        seen,
+    };
+    event_loop.add(Arc::new(Mutex::new(probe))).unwrap();
+    (&ours).write_all(b"x").unwrap();
+    assert!(event_loop.next(&events).unwrap().1.readable);
+}
+
+fn timers_of_a_removed_handler_go_with_it<L: Loop>() {
+    let mut event_loop = L::new();
+    let (called, calls) = channel();
+    let first = event_loop
+        .add(Arc::new(Mutex::new(Calls(called.clone()))))
+        .unwrap();
+    let second = event_loop.add(Arc::new(Mutex::new(Calls(called)))).unwrap();
+    event_loop.with(first, |registry| {
+        registry.set_timer_after(Duration::from_millis(10), 1);
+        registry.again(2);
+    });
+    event_loop.remove(first);
+    event_loop.with(second, |registry| {
+        registry.set_timer_after(Duration::from_millis(20), 3);
+    });
+    let mut seen = Vec::new();
+    while !seen.contains(&3) {
+        seen.extend(event_loop.next(&calls));
+    }
+    // The call that it asked for may have come before its end.
+    assert!(!seen.contains(&1), "{seen:?}");
 }

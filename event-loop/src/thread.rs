@@ -8,6 +8,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{JoinHandle, ThreadId};
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 
@@ -222,17 +223,19 @@ impl Inner {
     fn run(&mut self, shared: &Shared) {
         let mut events = Vec::with_capacity(BATCH);
         let mut again = Vec::new();
-        let at_once = Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
         while !self.stop {
             events.clear();
-            let timeout = (!self.table.again.is_empty()).then_some(&at_once);
+            let left = self.run_timers();
+            let left = match self.table.again.is_empty() {
+                true => left,
+                false => Some(Duration::ZERO),
+            };
+            // One that is too long to express is none.
+            let timeout = left.and_then(|left| Timespec::try_from(left).ok());
             match epoll::wait(
                 &self.table.epoll,
                 rustix::buffer::spare_capacity(&mut events),
-                timeout,
+                timeout.as_ref(),
             ) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(error) => {
@@ -253,6 +256,24 @@ impl Inner {
                 self.tell(id, token, Readiness::default());
             }
         }
+    }
+
+    /// Calls handlers whose timers have passed. Returns the time until the next one does.
+    fn run_timers(&mut self) -> Option<Duration> {
+        if self.table.timers.is_empty() {
+            return None;
+        }
+        let now = Instant::now();
+        // A handler may set another one that has passed already: descriptors, and other
+        // handlers, have their turn before that.
+        for _ in 0..self.table.timers.len() {
+            let Some((id, token)) = self.table.timers.pop(now) else {
+                break;
+            };
+            self.tell(id, token, Readiness::default());
+        }
+        let next = self.table.timers.earliest()?;
+        Some(next.saturating_duration_since(now))
     }
 
     fn run_tasks(&mut self, shared: &Shared) {

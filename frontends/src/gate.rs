@@ -16,9 +16,8 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 use sm_devices_vsock::{Limit, Permit};
-use sm_event_loop::{Interest, Registration, Registry};
+use sm_event_loop::{Interest, Registration, Registry, Timer};
 
-use crate::deadlines::Deadlines;
 use crate::peer::is_trusted_peer;
 use crate::service::{Bell, Service};
 
@@ -102,11 +101,8 @@ pub(crate) struct Gate<L> {
     /// Descriptors that a connection needs.
     cost: usize,
     spare: Spare,
-    /// Calls the handler under [`LISTENER`] when a pause is over; created by
-    /// [`Self::begin`].
-    timer: Option<(Deadlines, Registration)>,
-    /// True while the timer is armed.
-    paused: bool,
+    /// Calls the handler under [`LISTENER`] when a pause is over.
+    pause: Option<Timer>,
     /// True if the last call of [`Self::accept`] may have left connections in the
     /// backlog.
     more: bool,
@@ -120,8 +116,7 @@ impl<L: Listener> Gate<L> {
             limit,
             cost,
             spare: Spare::new(),
-            timer: None,
-            paused: false,
+            pause: None,
             more: false,
         }
     }
@@ -131,14 +126,9 @@ impl<L: Listener> Gate<L> {
         self.more
     }
 
-    /// Registers the listener and its timer with the event loop, under [`LISTENER`].
+    /// Registers the listener with the event loop, under [`LISTENER`].
     pub(crate) fn begin(&mut self, registry: &mut dyn Registry) -> io::Result<()> {
         if let Some((listener, registration)) = &mut self.open {
-            // Edge-triggered as well: a frontend at its limit of connections does not
-            // read it.
-            let timer = Deadlines::new()?;
-            let registered = registry.add(&timer, LISTENER, NEW_CONNECTIONS)?;
-            self.timer = Some((timer, registered));
             *registration = Some(registry.add(&*listener, LISTENER, NEW_CONNECTIONS)?);
         }
         Ok(())
@@ -150,8 +140,8 @@ impl<L: Listener> Gate<L> {
         if let Some((listener, Some(registration))) = self.open.take() {
             registry.remove(registration, &listener);
         }
-        if let Some((timer, registration)) = self.timer.take() {
-            registry.remove(registration, &timer);
+        if let Some(timer) = self.pause.take() {
+            registry.cancel_timer(timer);
         }
     }
 
@@ -166,9 +156,12 @@ impl<L: Listener> Gate<L> {
     ) -> Vec<(L::Stream, Permit)> {
         let mut connections = Vec::new();
         self.more = false;
-        self.end_pause();
+        // The timer calls under the listener's token, so its call may not have come here.
+        if self.pause.is_some_and(|timer| timer.at() <= registry.now()) {
+            self.pause = None;
+        }
         for _ in 0..BATCH.min(most) {
-            match self.next(bell, service) {
+            match self.next(bell, service, registry) {
                 Found::Connection(stream, permit) => connections.push((stream, permit)),
                 Found::Nobody => {}
                 Found::NothingNow => return connections,
@@ -181,28 +174,19 @@ impl<L: Listener> Gate<L> {
         connections
     }
 
-    /// Arms the timer that retries the listener after [`PAUSE`].
-    fn pause(&mut self) {
-        if let Some((timer, _)) = &mut self.timer
-            && !self.paused
-        {
-            timer.add(LISTENER, PAUSE);
-            self.paused = true;
+    /// Sets the timer that retries the listener after [`PAUSE`].
+    fn pause(&mut self, registry: &mut dyn Registry) {
+        if self.pause.is_none() && self.open.is_some() {
+            self.pause = registry.set_timer_after(PAUSE, LISTENER);
         }
     }
 
-    /// Consumes the timer's expiration, if the pause is over.
-    fn end_pause(&mut self) {
-        if let Some((timer, _)) = &mut self.timer
-            && self.paused
-        {
-            while timer.next_due().is_some() {
-                self.paused = false;
-            }
-        }
-    }
-
-    fn next(&mut self, bell: &Bell, service: &Service) -> Found<L::Stream> {
+    fn next(
+        &mut self,
+        bell: &Bell,
+        service: &Service,
+        registry: &mut dyn Registry,
+    ) -> Found<L::Stream> {
         let Some((listener, _)) = &self.open else {
             return Found::NothingNow;
         };
@@ -238,7 +222,7 @@ impl<L: Listener> Gate<L> {
                 service
                     .counters
                     .say("connections wait in the backlog", error);
-                self.pause();
+                self.pause(registry);
                 Found::NothingNow
             }
         }

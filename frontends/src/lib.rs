@@ -24,7 +24,6 @@
 struct Readme;
 
 mod address;
-mod deadlines;
 mod error;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
@@ -42,6 +41,7 @@ mod target;
 mod tcp;
 #[cfg(feature = "tls")]
 mod tls;
+mod token;
 mod unix;
 
 pub use address::LocalAddress;

@@ -20,19 +20,20 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use sm_devices_vsock::{ConnectOptions, Limit, MuxerHandle, Permit, Stage};
-use sm_event_loop::{EventHandler, EventLoopHandle, Interest, Readiness, Registration, Registry};
+use sm_event_loop::{
+    EventHandler, EventLoopHandle, Interest, Readiness, Registration, Registry, Timer,
+};
 use sm_guest_proto::forward::ForwardHeader;
 use sm_guest_proto::port;
 
 use self::parcel::Parcel;
 pub use self::sender::HandoffSender;
-use crate::deadlines::Deadlines;
 use crate::gate::{CLOSING_ROUNDS, Gate, LISTENER};
 use crate::handle::Frontend;
 use crate::place;
 use crate::service::{Bell, Service};
 use crate::shortage::{Retries, is_shortage};
-use crate::{Error, FrontendHandle, LocalAddress};
+use crate::{Error, FrontendHandle, LocalAddress, token};
 
 /// Longest payload of one handoff, in bytes.
 pub const MAX_PAYLOAD: usize = 1 << 20;
@@ -46,13 +47,10 @@ const BATCH: usize = 64;
 const PATIENCE: Duration = Duration::from_secs(10);
 const FRONTEND: &str = "handoff";
 
-const TIMER: u64 = 1;
 /// A descriptor limit may allow more streams.
-const ROOM: u64 = 2;
-/// Routers whose reads failed for lack of memory.
-const SHORTAGE: u64 = 3;
+const ROOM: u64 = 1;
 /// First token of routers.
-const FIRST: u64 = 4;
+const FIRST: u64 = 2;
 
 /// Edge-triggered: routers that wait for a descriptor are not read in the meantime.
 const NEW_BYTES: Interest = Interest {
@@ -120,8 +118,7 @@ impl HandoffFrontend {
             bell: None,
             routers: HashMap::new(),
             next_token: FIRST,
-            deadlines: Deadlines::new().map_err(failed())?,
-            retries: Retries::new().map_err(failed())?,
+            retries: Retries::default(),
             somebody_waits: false,
         };
         let address = LocalAddress::Unix(self.path.clone());
@@ -138,7 +135,7 @@ struct Router {
     /// True while the router is not read because the descriptor limit is reached.
     waits: bool,
     /// End of the time limit of the current handoff, or of being idle.
-    deadline: Option<Instant>,
+    deadline: Option<Timer>,
     /// Time at which the router exceeded its idle time.
     idle_since: Option<Instant>,
 }
@@ -151,7 +148,6 @@ struct Handoff {
     bell: Option<Bell>,
     routers: HashMap<u64, Router>,
     next_token: u64,
-    deadlines: Deadlines,
     /// Routers that are read again after a memory shortage.
     retries: Retries,
     /// True if a router may be in the backlog while [`MAX_ROUTERS`] are connected.
@@ -188,7 +184,7 @@ impl Handoff {
             parcel: Parcel::default(),
             room: None,
             waits: false,
-            deadline: Some(self.deadlines.add(token, self.patience)),
+            deadline: registry.set_timer_after(self.patience, token | token::DEADLINE),
             idle_since: None,
         };
         self.routers.insert(token, router);
@@ -216,9 +212,10 @@ impl Handoff {
     fn remove(&mut self, token: u64, registry: &mut dyn Registry) {
         if let Some(router) = self.routers.remove(&token) {
             registry.remove(router.registration, &router.stream);
-            if let Some(at) = router.deadline {
-                self.deadlines.remove(at, token);
+            if let Some(timer) = router.deadline {
+                registry.cancel_timer(timer);
             }
+            self.retries.remove(token, registry);
             if std::mem::take(&mut self.somebody_waits) {
                 registry.again(LISTENER);
             }
@@ -232,7 +229,7 @@ impl Handoff {
         };
         if router.waits {
             // The router waits for a descriptor, which is no fault of its own.
-            router.deadline = Some(self.deadlines.add(token, self.patience));
+            router.deadline = registry.set_timer_after(self.patience, token | token::DEADLINE);
             return;
         }
         router.deadline = None;
@@ -242,7 +239,7 @@ impl Handoff {
                 .evict("a handoff was not complete in time");
             return self.remove(token, registry);
         }
-        router.idle_since = Some(Instant::now());
+        router.idle_since = Some(registry.now());
         if self.somebody_waits {
             registry.again(LISTENER);
         }
@@ -253,7 +250,7 @@ impl Handoff {
     /// # Errors
     /// `UnexpectedEof` when the router closed its connection; other kinds for protocol
     /// violations.
-    fn serve(&mut self, token: u64) -> io::Result<bool> {
+    fn serve(&mut self, token: u64, registry: &mut dyn Registry) -> io::Result<bool> {
         for _ in 0..BATCH {
             let Some(router) = self.routers.get_mut(&token) else {
                 return Ok(false);
@@ -276,10 +273,10 @@ impl Handoff {
             let complete = router.parcel.read_from(&router.stream)?;
             if !had_begun || complete {
                 // The deadline restarts for this handoff, or for the idle time after it.
-                if let Some(at) = router.deadline.take() {
-                    self.deadlines.remove(at, token);
+                if let Some(timer) = router.deadline.take() {
+                    registry.cancel_timer(timer);
                 }
-                router.deadline = Some(self.deadlines.add(token, self.patience));
+                router.deadline = registry.set_timer_after(self.patience, token | token::DEADLINE);
                 router.idle_since = None;
             }
             if complete {
@@ -312,13 +309,13 @@ impl Handoff {
     }
 
     fn router_ready(&mut self, token: u64, registry: &mut dyn Registry) {
-        let error = match self.serve(token) {
+        let error = match self.serve(token, registry) {
             Ok(true) => return registry.again(token),
             Ok(false) => return,
             Err(error) => error,
         };
         if is_shortage(&error) {
-            self.retries.add(token);
+            self.retries.add(token, registry);
             return;
         }
         match error.kind() {
@@ -342,15 +339,13 @@ impl EventHandler for Handoff {
             LISTENER => {
                 self.accept(registry);
             }
-            TIMER => {
-                while let Some(token) = self.deadlines.next_due() {
-                    self.is_due(token, registry);
-                }
+            late if late & token::DEADLINE != 0 => {
+                self.is_due(late & !token::DEADLINE, registry);
             }
-            SHORTAGE => {
-                while let Some(token) = self.retries.next_due() {
-                    registry.again(token);
-                }
+            due if due & token::RETRY != 0 => {
+                let token = due & !token::RETRY;
+                self.retries.passed(token);
+                self.router_ready(token, registry);
             }
             ROOM => {
                 let waiting = self.routers.iter().filter(|(_, router)| router.waits);
@@ -366,8 +361,6 @@ impl EventHandler for Handoff {
 impl Frontend for Handoff {
     fn begin(&mut self, bell: Bell, registry: &mut dyn Registry) -> io::Result<()> {
         self.bell = Some(bell);
-        registry.add(&self.deadlines, TIMER, Interest::READ)?;
-        registry.add(&self.retries, SHORTAGE, Interest::READ)?;
         self.gate.begin(registry)
     }
 
@@ -378,7 +371,7 @@ impl Frontend for Handoff {
         // Handoffs that routers have already sent are served; there will be no more.
         let tokens: Vec<u64> = self.routers.keys().copied().collect();
         for token in tokens {
-            let _ = self.serve(token);
+            let _ = self.serve(token, registry);
             self.remove(token, registry);
         }
     }

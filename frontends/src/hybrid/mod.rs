@@ -14,24 +14,25 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::net::{AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType};
 use sm_devices_vsock::{
     Accepted, ConnectOptions, GuestStream, Limit, Listening, Member, MuxerHandle, Permit,
     SocketKind, Stage,
 };
-use sm_event_loop::{EventHandler, EventLoopHandle, Interest, Readiness, Registration, Registry};
+use sm_event_loop::{
+    EventHandler, EventLoopHandle, Interest, Readiness, Registration, Registry, Timer,
+};
 
 use self::line::{Line, MAX_LINE};
-use crate::deadlines::Deadlines;
 use crate::gate::{CLOSING_ROUNDS, Gate, LISTENER};
 use crate::handle::Frontend;
 use crate::peer::is_trusted_peer;
 use crate::place;
 use crate::service::{Bell, Service};
 use crate::shortage::{Retries, is_shortage};
-use crate::{Error, FrontendHandle, LocalAddress};
+use crate::{Error, FrontendHandle, LocalAddress, token};
 
 /// Clients without a complete request line; others wait in the backlog.
 const MAX_UNDECIDED: usize = 256;
@@ -39,11 +40,8 @@ const MAX_UNDECIDED: usize = 256;
 const PATIENCE: Duration = Duration::from_secs(10);
 const FRONTEND: &str = "hybrid";
 
-const TIMER: u64 = 1;
-/// Clients whose reads failed for lack of memory.
-const SHORTAGE: u64 = 2;
 /// First token of clients.
-const FIRST: u64 = 3;
+const FIRST: u64 = 1;
 
 /// Edge-triggered: an incomplete line stays in the socket.
 const NEW_BYTES: Interest = Interest {
@@ -109,8 +107,7 @@ impl HybridFrontend {
             beside: None,
             undecided: HashMap::new(),
             next_token: FIRST,
-            deadlines: Deadlines::new().map_err(failed())?,
-            retries: Retries::new().map_err(failed())?,
+            retries: Retries::default(),
             somebody_waits: false,
             closed: false,
         };
@@ -141,7 +138,8 @@ struct Undecided {
     stream: UnixStream,
     registration: Registration,
     member: Member,
-    deadline: Instant,
+    /// End of the time limit for the request line.
+    deadline: Option<Timer>,
 }
 
 struct Hybrid {
@@ -154,7 +152,6 @@ struct Hybrid {
     beside: Option<Listening>,
     undecided: HashMap<u64, Undecided>,
     next_token: u64,
-    deadlines: Deadlines,
     /// Clients that are read again after a memory shortage.
     retries: Retries,
     /// True if a client may be in the backlog while [`MAX_UNDECIDED`] are undecided.
@@ -196,7 +193,7 @@ impl Hybrid {
             }
             Ok(None) => {}
             Err(error) if is_shortage(&error) => {
-                self.retries.add(token);
+                self.retries.add(token, registry);
             }
             Err(error) => return Err(error),
         }
@@ -206,7 +203,7 @@ impl Hybrid {
             stream,
             registration,
             member,
-            deadline: self.deadlines.add(token, self.patience),
+            deadline: registry.set_timer_after(self.patience, token | token::DEADLINE),
         };
         self.undecided.insert(token, client);
         Ok(())
@@ -215,7 +212,10 @@ impl Hybrid {
     fn remove(&mut self, token: u64, registry: &mut dyn Registry) -> Option<(UnixStream, Member)> {
         let client = self.undecided.remove(&token)?;
         registry.remove(client.registration, &client.stream);
-        self.deadlines.remove(client.deadline, token);
+        if let Some(timer) = client.deadline {
+            registry.cancel_timer(timer);
+        }
+        self.retries.remove(token, registry);
         if std::mem::take(&mut self.somebody_waits) {
             registry.again(LISTENER);
         }
@@ -240,7 +240,7 @@ impl Hybrid {
         match &wanted {
             Ok(None) => return,
             Err(error) if is_shortage(error) => {
-                self.retries.add(token);
+                self.retries.add(token, registry);
                 return;
             }
             _ => {}
@@ -321,17 +321,15 @@ impl EventHandler for Hybrid {
             LISTENER => {
                 self.accept(registry);
             }
-            TIMER => {
-                while let Some(token) = self.deadlines.next_due() {
-                    let why = "the request line was not complete in time";
-                    self.service.counters.evict(why);
-                    self.remove(token, registry);
-                }
+            late if late & token::DEADLINE != 0 => {
+                let why = "the request line was not complete in time";
+                self.service.counters.evict(why);
+                self.remove(late & !token::DEADLINE, registry);
             }
-            SHORTAGE => {
-                while let Some(token) = self.retries.next_due() {
-                    registry.again(token);
-                }
+            due if due & token::RETRY != 0 => {
+                let token = due & !token::RETRY;
+                self.retries.passed(token);
+                self.client_ready(token, registry);
             }
             token => self.client_ready(token, registry),
         }
@@ -350,8 +348,6 @@ impl Frontend for Hybrid {
             Some(Accepted { socket, member })
         };
         self.beside = Some(self.service.muxer.listen_to_others(Box::new(acceptor)));
-        registry.add(&self.deadlines, TIMER, Interest::READ)?;
-        registry.add(&self.retries, SHORTAGE, Interest::READ)?;
         self.gate.begin(registry)
     }
 

@@ -5,28 +5,24 @@ use std::io;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use sm_devices_vsock::{Permit, Stage};
-use sm_event_loop::{EventHandler, Interest, Readiness, Registration, Registry};
+use sm_event_loop::{EventHandler, Interest, Readiness, Registration, Registry, Timer};
 
 use super::identity::Identity;
 use super::session::{Pumped, Session};
-use crate::Target;
-use crate::deadlines::Deadlines;
 use crate::gate::{CLOSING_ROUNDS, Gate, LISTENER};
 use crate::handle::Frontend;
 use crate::service::{Bell, Service};
+use crate::shortage::RETRY;
+use crate::{Target, token};
 
 /// Descriptors per connection: its socket, and a socket pair to the guest.
 const COST: usize = 3;
 /// Concurrent handshakes; more connections wait in the backlog.
 const MAX_HANDSHAKES: usize = 256;
 
-/// Delay before a connection is served again after a memory shortage.
-const RETRY: Duration = Duration::from_millis(10);
-
-const TIMER: u64 = 1;
 /// First token of connections: an even token is that of the client's socket, the next odd
 /// one that of its plain side.
 const FIRST: u64 = 2;
@@ -43,10 +39,9 @@ struct Place {
     socket: Registration,
     guest: Option<Registration>,
     /// End of the time limit of the handshake or of closing.
-    deadline: Option<Instant>,
-    /// Time of the next attempt after a memory shortage. It is the deadline of the plain
-    /// side's token.
-    retry: Option<Instant>,
+    deadline: Option<Timer>,
+    /// Time of the next attempt after a memory shortage.
+    retry: Option<Timer>,
 }
 
 /// Targets of connections.
@@ -73,7 +68,6 @@ pub(super) struct Listening {
     sessions: HashMap<u64, Place>,
     next: u64,
     handshakes: usize,
-    deadlines: Deadlines,
     /// True if a client may be in the backlog while the handshake limit is reached.
     somebody_waits: bool,
     /// True after the handle was dropped.
@@ -87,8 +81,8 @@ impl Listening {
         targets: Targets,
         patience: Duration,
         service: Service,
-    ) -> io::Result<Self> {
-        Ok(Self {
+    ) -> Self {
+        Self {
             gate: Gate::new(listener, COST, service.limit.clone()),
             identity,
             targets,
@@ -98,10 +92,9 @@ impl Listening {
             sessions: HashMap::new(),
             next: FIRST,
             handshakes: 0,
-            deadlines: Deadlines::new()?,
             somebody_waits: false,
             retired: false,
-        })
+        }
     }
 
     /// Accepts some connections. Returns true if there may be more.
@@ -144,47 +137,34 @@ impl Listening {
             retry: None,
         };
         self.sessions.insert(token, place);
-        self.limit(token);
+        self.limit(token, registry);
         Ok(())
     }
 
     /// Starts the time limit of a connection.
-    fn limit(&mut self, token: u64) {
+    fn limit(&mut self, token: u64, registry: &mut dyn Registry) {
         if let Some(place) = self.sessions.get_mut(&token) {
-            place.deadline = Some(self.deadlines.add(token, self.patience));
+            place.deadline = registry.set_timer_after(self.patience, token | token::DEADLINE);
         }
     }
 
-    /// Closes connections that exceeded their time limit, and serves those again that
-    /// lacked memory.
-    fn sweep(&mut self, registry: &mut dyn Registry) {
-        while let Some(token) = self.deadlines.next_due() {
-            if token & 1 == 1 {
-                if let Some(place) = self.sessions.get_mut(&(token & !1)) {
-                    place.retry = None;
-                    registry.again(token);
-                }
-                continue;
-            }
-            let place = self.sessions.get(&token);
-            let why = match place.is_some_and(|place| place.guest.is_none()) {
-                true => "its handshake was not complete in time",
-                false => "it did not close the connection in time",
-            };
-            self.service.counters.evict(why);
-            self.remove(token, registry);
-        }
+    /// Closes a connection that exceeded its time limit.
+    fn evict(&mut self, token: u64, registry: &mut dyn Registry) {
+        let place = self.sessions.get(&token);
+        let why = match place.is_some_and(|place| place.guest.is_none()) {
+            true => "its handshake was not complete in time",
+            false => "it did not close the connection in time",
+        };
+        self.service.counters.evict(why);
+        self.remove(token, registry);
     }
 
     fn remove(&mut self, token: u64, registry: &mut dyn Registry) {
         let Some(place) = self.sessions.remove(&token) else {
             return;
         };
-        if let Some(at) = place.deadline {
-            self.deadlines.remove(at, token);
-        }
-        if let Some(at) = place.retry {
-            self.deadlines.remove(at, token | 1);
+        for timer in [place.deadline, place.retry].into_iter().flatten() {
+            registry.cancel_timer(timer);
         }
         registry.remove(place.socket, &place.session.socket);
         match (place.guest, &place.session.guest) {
@@ -213,10 +193,10 @@ impl Listening {
         match place.session.pump() {
             Ok(Pumped::Idle) => {
                 if place.session.is_short_of_memory() && place.retry.is_none() {
-                    place.retry = Some(self.deadlines.add(token | 1, RETRY));
+                    place.retry = registry.set_timer_after(RETRY, token | token::RETRY);
                 }
                 if place.session.is_closing() && place.deadline.is_none() {
-                    self.limit(token);
+                    self.limit(token, registry);
                 }
             }
             Ok(Pumped::More) => registry.again(token),
@@ -249,8 +229,8 @@ impl Listening {
         place.guest = Some(registry.add(&ours, token + 1, BOTH_EDGES)?);
         let target = self.targets.of(place.session.server_name());
         place.session.begin(ours);
-        if let Some(at) = place.deadline.take() {
-            self.deadlines.remove(at, token);
+        if let Some(timer) = place.deadline.take() {
+            registry.cancel_timer(timer);
         }
         // The session, not the stream, is the member of the group: it ends when the
         // client has received all bytes.
@@ -271,10 +251,18 @@ impl EventHandler for Listening {
             LISTENER => {
                 self.accept(registry);
             }
-            TIMER => self.sweep(registry),
+            late if late & token::DEADLINE != 0 => {
+                self.evict(late & !token::DEADLINE, registry);
+            }
             token => {
                 let begun = self.service.muxer.profiler().begin();
-                self.serve(token & !1, registry);
+                let session = token & !(token::RETRY | 1);
+                if token & token::RETRY != 0
+                    && let Some(place) = self.sessions.get_mut(&session)
+                {
+                    place.retry = None;
+                }
+                self.serve(session, registry);
                 self.service.muxer.profiler().end(Stage::Tls, begun);
             }
         }
@@ -284,7 +272,6 @@ impl EventHandler for Listening {
 impl Frontend for Listening {
     fn begin(&mut self, bell: Bell, registry: &mut dyn Registry) -> io::Result<()> {
         self.bell = Some(bell);
-        registry.add(&self.deadlines, TIMER, Interest::READ)?;
         self.gate.begin(registry)
     }
 

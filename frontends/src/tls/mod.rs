@@ -126,8 +126,7 @@ impl TlsFrontend {
             names: self.names,
         };
         let failed = || failed(FRONTEND, "wait for connections on", address);
-        let listening = Listening::new(listener, identity, targets, self.patience, service.clone())
-            .map_err(failed())?;
+        let listening = Listening::new(listener, identity, targets, self.patience, service.clone());
         let address = LocalAddress::Tcp(address);
         let handle = FrontendHandle::start(listening, address, None, service, event_loop)
             .map_err(failed())?;
