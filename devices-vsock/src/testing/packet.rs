@@ -104,7 +104,12 @@ impl Packet {
         }
     }
 
-    pub(super) fn decode(bytes: &[u8]) -> Self {
+    /// The packet in a receive buffer.
+    ///
+    /// # Panics
+    /// When it is none.
+    #[must_use]
+    pub fn decode(bytes: &[u8]) -> Self {
         let (header, payload) = bytes.split_first_chunk().unwrap();
         let mut packet = Self::read(header);
         packet.payload = payload.to_vec();
