@@ -15,11 +15,10 @@
 mod transfer;
 
 use std::collections::VecDeque;
-use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant};
 
 use rustix::net::Shutdown;
-use sm_event_loop::{Registration, Timer};
+use sm_event_loop::{Registered, Timer};
 
 pub(crate) use transfer::{Filled, MAX_MESSAGE};
 
@@ -80,8 +79,7 @@ struct Messages {
 
 pub(crate) struct Connection {
     pub(crate) key: Key,
-    pub(crate) socket: HostSocket,
-    pub(crate) registration: Option<Registration>,
+    pub(crate) socket: Registered<HostSocket>,
     /// The event loop tells when the socket takes bytes again.
     pub(crate) watches_writing: bool,
     pub(crate) phase: Phase,
@@ -131,11 +129,10 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
-    pub(crate) fn new(key: Key, socket: HostSocket, phase: Phase, window: u32) -> Self {
+    pub(crate) fn new(key: Key, socket: Registered<HostSocket>, phase: Phase, window: u32) -> Self {
         Self {
             key,
             socket,
-            registration: None,
             watches_writing: false,
             phase,
             owed: Owed::default(),
@@ -343,9 +340,5 @@ impl Connection {
     /// Gives back what it holds of the pool.
     pub(crate) fn release(&mut self, pool: &mut Pool) {
         self.backlog.clear(pool);
-    }
-
-    pub(crate) fn descriptor(&self) -> std::os::fd::BorrowedFd<'_> {
-        self.socket.as_fd()
     }
 }

@@ -13,7 +13,7 @@ mod transmit;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use sm_event_loop::{Interest, Readiness, Registration, Registry, new_eventfd};
+use sm_event_loop::{Interest, Readiness, Registered, Registry, new_eventfd};
 use sm_virtio::GuestMemory;
 use sm_virtio::queue::{Chain, Queue, QueueError, Span};
 use sm_virtio::{ActivateError, Activation, DevicePayload, Interrupt, VirtioDevice};
@@ -66,7 +66,8 @@ pub struct Vsock {
     mailbox: Arc<Mailbox>,
     /// Room for what is taken out of the mailbox.
     commands: Vec<Command>,
-    mailbox_registration: Option<Registration>,
+    /// Wakes the device when there is something in the mailbox.
+    registered: Option<Registered<Arc<Mailbox>>>,
     active: Option<Active>,
     queues: Vec<Queue>,
     /// The guest knows sockets that keep messages apart.
@@ -108,7 +109,7 @@ impl Vsock {
             muxer,
             mailbox: Arc::clone(&mailbox),
             commands: Vec::new(),
-            mailbox_registration: None,
+            registered: None,
             active: None,
             queues: Vec::new(),
             seqpacket: false,
@@ -216,7 +217,7 @@ impl Vsock {
     }
 
     fn attach(&mut self, registry: &mut dyn Registry) {
-        if self.mailbox_registration.is_some() {
+        if self.registered.is_some() {
             return;
         }
         // Each signal is told once, and nothing need be read.
@@ -224,8 +225,8 @@ impl Vsock {
             edge: true,
             ..Interest::READ
         };
-        match registry.add(&self.mailbox.wake, MAILBOX, edge) {
-            Ok(mailbox) => self.mailbox_registration = Some(mailbox),
+        match registry.add(Arc::clone(&self.mailbox), MAILBOX, edge) {
+            Ok(mailbox) => self.registered = Some(mailbox),
             Err(error) => tracing::error!(%error, "host code cannot reach the guest"),
         }
     }

@@ -1,6 +1,6 @@
 //! How host code asks the muxer for streams, from any thread.
 
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -180,6 +180,12 @@ pub(crate) struct Mailbox {
     most: usize,
     next_listener: AtomicU64,
     on_failure: Mutex<Option<OnFailure>>,
+}
+
+impl AsFd for Mailbox {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.wake.as_fd()
+    }
 }
 
 impl Mailbox {

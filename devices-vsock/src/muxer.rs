@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use sm_event_loop::{Interest, Registry};
+use sm_event_loop::{Interest, Registered, Registry};
 
 use crate::allowance::Allowance;
 use crate::backlog::Pool;
@@ -160,15 +160,18 @@ impl Muxer {
                 return;
             }
         };
+        let Some((slot, socket)) = self.register(socket, registry) else {
+            request.report.tell(Err(ConnectError::Unusable));
+            return;
+        };
         let key = (request.guest_port, self.free_port(request.guest_port));
         let window = self.window_for(&socket);
         let most = self.config.answer_timeout.saturating_add(request.wait);
         let connection =
             Connection::new(key, socket, Phase::Requested, window).with_request(request);
-        if let Some(slot) = self.insert(connection, registry) {
-            self.await_until(slot, Awaiting::Answer, most, registry);
-            self.queue(slot);
-        }
+        self.insert(slot, connection);
+        self.await_until(slot, Awaiting::Answer, most, registry);
+        self.queue(slot);
     }
 
     /// Whether there may be one more connection.
@@ -203,28 +206,33 @@ impl Muxer {
         }
     }
 
-    fn insert(&mut self, mut connection: Connection, registry: &mut dyn Registry) -> Option<u32> {
+    /// Registers the socket of a connection to be, under its slot.
+    fn register(
+        &mut self,
+        socket: HostSocket,
+        registry: &mut dyn Registry,
+    ) -> Option<(u32, Registered<HostSocket>)> {
         let slot = self.free.pop().unwrap_or_else(|| {
             self.connections.push(None);
             self.slots() - 1
         });
-        match registry.add(connection.descriptor(), u64::from(slot), interest(false)) {
-            Ok(registration) => connection.registration = Some(registration),
+        match registry.add(socket, u64::from(slot), interest(false)) {
+            Ok(socket) => Some((slot, socket)),
             Err(error) => {
                 tracing::warn!(%error, "a socket cannot be waited for");
-                connection.report(Err(ConnectError::Unusable));
-                self.allowance.give_back(connection.incoming.window());
                 self.free.push(slot);
-                return None;
+                None
             }
         }
+    }
+
+    fn insert(&mut self, slot: u32, connection: Connection) {
         self.by_key.insert(connection.key, slot);
         if let Some(place) = self.connections.get_mut(slot as usize) {
             *place = Some(Box::new(connection));
         }
         self.mailbox.counters.opened.add(1);
         self.count();
-        Some(slot)
     }
 
     fn count(&self) {
@@ -246,15 +254,21 @@ impl Muxer {
     /// Serves a REQUEST of the guest.
     pub(crate) fn accept(&mut self, header: &Header, registry: &mut dyn Registry) {
         let key = (header.src_port, header.dst_port);
-        let accepted = self.ask_acceptor(header, key);
-        let accepted = accepted.and_then(|connection| self.insert(connection, registry));
-        match accepted {
-            Some(slot) => self.queue(slot),
+        match self.ask_acceptor(header, key, registry) {
+            Some((slot, connection)) => {
+                self.insert(slot, connection);
+                self.queue(slot);
+            }
             None => self.reset_stray(key, header.kind),
         }
     }
 
-    fn ask_acceptor(&mut self, header: &Header, key: Key) -> Option<Connection> {
+    fn ask_acceptor(
+        &mut self,
+        header: &Header,
+        key: Key,
+        registry: &mut dyn Registry,
+    ) -> Option<(u32, Connection)> {
         // Before the acceptor: it may dial.
         if !self.has_place() {
             return None;
@@ -279,6 +293,7 @@ impl Muxer {
             self.mailbox.counters.refused.add(1);
             return None;
         };
+        let (slot, socket) = self.register(socket, registry)?;
         let window = self.window_for(&socket);
         let mut connection = Connection::new(key, socket, Phase::Established, window);
         connection.outgoing.update(header.buf_alloc, header.fwd_cnt);
@@ -287,7 +302,7 @@ impl Muxer {
         if let Some(member) = &mut connection.member {
             member.begin();
         }
-        Some(connection)
+        Some((slot, connection))
     }
 
     fn usable(&self, fd: OwnedFd, kind: SocketKind) -> Option<HostSocket> {
@@ -340,9 +355,6 @@ impl Muxer {
         let Some(mut connection) = place.and_then(Option::take) else {
             return;
         };
-        if let Some(registration) = connection.registration.take() {
-            registry.remove(registration, connection.descriptor());
-        }
         self.forget_key(&connection, slot);
         self.ready.remove(slot);
         for timer in [connection.deadline, connection.retry]
@@ -356,6 +368,7 @@ impl Muxer {
         self.free.push(slot);
         self.count();
         connection.report(Err(outcome));
+        registry.remove(connection.socket);
     }
 
     fn forget_key(&mut self, connection: &Connection, slot: u32) {
@@ -414,11 +427,9 @@ impl Muxer {
     pub(crate) fn watch_writing(&mut self, slot: u32, registry: &mut dyn Registry) {
         if let Some(connection) = self.get(slot)
             && connection.has_backlog() != connection.watches_writing
-            && let Some(registration) = connection.registration
         {
             let wanted = connection.has_backlog();
-            let modified = registry.modify(registration, connection.descriptor(), interest(wanted));
-            match modified {
+            match registry.modify(&connection.socket, interest(wanted)) {
                 Ok(()) => connection.watches_writing = wanted,
                 Err(error) => tracing::error!(%error, "a socket cannot be waited for"),
             }

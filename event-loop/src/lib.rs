@@ -14,25 +14,35 @@
 //! use std::sync::mpsc::{Sender, channel};
 //! use std::sync::{Arc, Mutex};
 //!
-//! use sm_event_loop::{EventHandler, EventLoop, Interest, Readiness, Registry};
+//! use sm_event_loop::{EventHandler, EventLoop, Interest, Readiness, Registered, Registry};
 //!
 //! /// Passes on what arrives on a socket.
 //! struct Reader {
-//!     socket: UnixStream,
+//!     /// What it is started with.
+//!     new: Option<UnixStream>,
+//!     socket: Option<Registered<UnixStream>>,
 //!     received: Sender<Vec<u8>>,
 //! }
 //!
 //! impl EventHandler for Reader {
 //!     fn start(&mut self, registry: &mut dyn Registry) -> io::Result<()> {
-//!         registry.add(&self.socket, 0, Interest::READ)?;
+//!         if let Some(socket) = self.new.take() {
+//!             self.socket = Some(registry.add(socket, 0, Interest::READ)?);
+//!         }
 //!         Ok(())
 //!     }
 //!
-//!     fn ready(&mut self, _token: u64, _readiness: Readiness, _registry: &mut dyn Registry) {
+//!     fn ready(&mut self, _token: u64, _readiness: Readiness, registry: &mut dyn Registry) {
 //!         let mut bytes = vec![0; 64];
-//!         if let Ok(len) = self.socket.read(&mut bytes) {
-//!             bytes.truncate(len);
-//!             let _ = self.received.send(bytes);
+//!         match self.socket.as_mut().map(|socket| socket.read(&mut bytes)) {
+//!             Some(Ok(len)) if len > 0 => {
+//!                 bytes.truncate(len);
+//!                 let _ = self.received.send(bytes);
+//!             }
+//!             // The end.
+//!             _ => {
+//!                 self.socket.take().map(|socket| registry.remove(socket));
+//!             }
 //!         }
 //!     }
 //! }
@@ -41,7 +51,7 @@
 //! let event_loop = EventLoop::spawn("devices")?;
 //! let (mut ours, theirs) = UnixStream::pair()?;
 //! let (received, bytes) = channel();
-//! let reader = Reader { socket: theirs, received };
+//! let reader = Reader { new: Some(theirs), socket: None, received };
 //! event_loop.handle().add_handler(Arc::new(Mutex::new(reader)))?;
 //! ours.write_all(b"hello")?;
 //! assert_eq!(bytes.recv()?, b"hello");
@@ -53,6 +63,7 @@
 //! gone is never called, and never keeps the loop awake.
 #![warn(missing_docs)]
 
+mod registered;
 mod registry;
 mod table;
 #[cfg(any(test, feature = "testing"))]
@@ -68,6 +79,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use rustix::event::epoll::EventFlags;
 use rustix::event::{EventfdFlags, eventfd};
 
+pub use self::registered::{Descriptor, Reclaimed, Reclaimer, Registered, Source};
 pub use self::registry::{Registration, Registry};
 pub use self::table::HandlerId;
 pub use self::thread::{EventLoop, EventLoopHandle};

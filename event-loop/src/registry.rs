@@ -1,9 +1,10 @@
 //! A handler's view of the loop that calls it.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::registered::{Reclaimer, Source};
 use crate::{Interest, Timer};
 
 /// Names a registered descriptor; never reused.
@@ -39,7 +40,8 @@ impl Registration {
 /// [`EventLoop`](crate::EventLoop) has an implementation. Another loop calls the same
 /// handlers when it has one too: it calls [`EventHandler::start`](crate::EventHandler::start) once and
 /// [`EventHandler::ready`](crate::EventHandler::ready) for events, always on the same thread.
-/// Handlers use the methods of `dyn Registry`.
+/// Handlers register descriptors by the methods of `dyn Registry`, which make a
+/// [`Registered`](crate::Registered) of each.
 pub trait Registry {
     /// Waits for `fd` until it is deregistered; the handler is called with `token`.
     ///
@@ -47,7 +49,7 @@ pub trait Registry {
     /// A descriptor that cannot be waited for, or no memory.
     fn register(
         &mut self,
-        fd: BorrowedFd<'_>,
+        fd: Source<'_>,
         token: u64,
         interest: Interest,
     ) -> io::Result<Registration>;
@@ -60,12 +62,16 @@ pub trait Registry {
     fn reregister(
         &mut self,
         registration: Registration,
-        fd: BorrowedFd<'_>,
+        fd: Source<'_>,
         interest: Interest,
     ) -> io::Result<()>;
 
     /// Removes a registration. An event that was fetched before is not delivered.
-    fn deregister(&mut self, registration: Registration, fd: BorrowedFd<'_>);
+    fn deregister(&mut self, registration: Registration, fd: Source<'_>);
+
+    /// Takes the descriptors of this handler that are dropped while they are registered.
+    /// The loop removes their registrations soon after.
+    fn reclaimer(&self) -> Arc<Reclaimer>;
 
     /// Calls [`EventHandler::ready`](crate::EventHandler::ready) with `token` and an empty readiness
     /// once the other handlers have had their turn: for work cut into slices.
@@ -83,44 +89,10 @@ pub trait Registry {
 }
 
 impl dyn Registry + '_ {
-    /// Registers a descriptor. It must stay open until it is removed (or its
-    /// handler is): the loop would otherwise let go of whatever has its number by
-    /// then.
-    ///
-    /// # Errors
-    /// A descriptor that cannot be waited for, or no memory.
-    pub fn add(
-        &mut self,
-        fd: impl AsFd,
-        token: u64,
-        interest: Interest,
-    ) -> io::Result<Registration> {
-        self.register(fd.as_fd(), token, interest)
-    }
-
-    /// Changes what is told of a registered descriptor. Also arms an
-    /// edge-triggered one again: a condition that holds is told once more.
-    ///
-    /// # Errors
-    /// `fd` is not the registered descriptor.
-    pub fn modify(
-        &mut self,
-        registration: Registration,
-        fd: impl AsFd,
-        interest: Interest,
-    ) -> io::Result<()> {
-        self.reregister(registration, fd.as_fd(), interest)
-    }
-
     /// Sets a timer that passes `after` from now; `None` when the clock cannot express
     /// that time.
     pub fn set_timer_after(&mut self, after: Duration, token: u64) -> Option<Timer> {
         let at = self.now().checked_add(after)?;
         Some(self.set_timer(at, token))
-    }
-
-    /// Removes a registration; events already fetched for it are dropped.
-    pub fn remove(&mut self, registration: Registration, fd: impl AsFd) {
-        self.deregister(registration, fd.as_fd());
     }
 }

@@ -6,11 +6,13 @@
 )]
 
 use std::io;
-use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
+use std::sync::Arc;
 use std::time::Instant;
 
 use rustix::event::epoll;
 
+use crate::registered::{Reclaimer, Source};
 use crate::registry::{Registration, Registry};
 use crate::{Deadlines, Interest, Timer, flags};
 
@@ -51,12 +53,13 @@ pub(super) struct Table {
 pub(super) struct View<'a> {
     pub(super) table: &'a mut Table,
     pub(super) handler: HandlerId,
+    pub(super) reclaimer: &'a Arc<Reclaimer>,
 }
 
 impl Registry for View<'_> {
     fn register(
         &mut self,
-        fd: BorrowedFd<'_>,
+        fd: Source<'_>,
         token: u64,
         interest: Interest,
     ) -> io::Result<Registration> {
@@ -79,7 +82,7 @@ impl Registry for View<'_> {
         match added {
             Ok(()) => {
                 entry.target = Some((self.handler, token));
-                entry.fd = fd.as_raw_fd();
+                entry.fd = fd.as_fd().as_raw_fd();
                 Ok(registration)
             }
             Err(error) => {
@@ -92,17 +95,21 @@ impl Registry for View<'_> {
     fn reregister(
         &mut self,
         registration: Registration,
-        fd: BorrowedFd<'_>,
+        fd: Source<'_>,
         interest: Interest,
     ) -> io::Result<()> {
         epoll::modify(&self.table.epoll, fd, data(registration), flags(interest))?;
         Ok(())
     }
 
-    fn deregister(&mut self, registration: Registration, fd: BorrowedFd<'_>) {
+    fn deregister(&mut self, registration: Registration, fd: Source<'_>) {
         // Fails for a descriptor that is gone from the set already.
         let _ = epoll::delete(&self.table.epoll, fd);
         self.table.release(registration);
+    }
+
+    fn reclaimer(&self) -> Arc<Reclaimer> {
+        Arc::clone(self.reclaimer)
     }
 
     fn again(&mut self, token: u64) {

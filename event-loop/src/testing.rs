@@ -12,43 +12,48 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{Timespec, epoll};
 
 use crate::{
-    Deadlines, EventHandler, HandlerId, Interest, Readiness, Registration, Registry, Timer, flags,
-    readiness,
+    Deadlines, EventHandler, HandlerId, Interest, Readiness, Reclaimer, Registration, Registry,
+    Source, Timer, flags, readiness,
 };
 
 /// Events taken from the kernel at once.
 const BATCH: usize = 16;
 
 /// A descriptor that somebody waits for.
-struct Source {
+struct Awaited {
     handler: HandlerId,
     token: u64,
-    /// A duplicate of what was registered, which epoll has. The handler may close its
-    /// own at any time.
+    /// A duplicate of what was registered, which epoll has.
     fd: OwnedFd,
 }
 
 /// What handlers reach.
 struct State {
     epoll: OwnedFd,
-    sources: HashMap<u32, Source>,
+    sources: HashMap<u32, Awaited>,
     next_source: u32,
     calls: VecDeque<(HandlerId, u64)>,
     timers: Deadlines<(HandlerId, u64)>,
     now: Instant,
 }
 
+#[derive(Clone)]
+struct Handler {
+    itself: Arc<Mutex<dyn EventHandler>>,
+    reclaimer: Arc<Reclaimer>,
+}
+
 /// See the module's documentation.
 pub struct ManualLoop {
     state: State,
-    handlers: HashMap<HandlerId, Arc<Mutex<dyn EventHandler>>>,
+    handlers: HashMap<HandlerId, Handler>,
     next_handler: u32,
 }
 
@@ -93,7 +98,10 @@ impl ManualLoop {
             generation: 0,
         };
         self.next_handler += 1;
-        self.handlers.insert(id, handler.clone());
+        // Each turn takes what there is.
+        let reclaimer = Arc::new(Reclaimer::new(|| {}));
+        let itself = handler.clone();
+        self.handlers.insert(id, Handler { itself, reclaimer });
         let started = self.with(id, |registry| {
             let mut handler = handler.lock().unwrap_or_else(PoisonError::into_inner);
             handler.start(registry)
@@ -113,7 +121,9 @@ impl ManualLoop {
         }
         self.state.calls.retain(|&(handler, _)| handler != id);
         self.state.timers.retain(|&(handler, _)| handler != id);
-        self.handlers.remove(&id);
+        if let Some(handler) = self.handlers.remove(&id) {
+            handler.reclaimer.close();
+        }
     }
 
     /// Runs `task` with the registry of a handler; `None` when that is gone.
@@ -122,10 +132,11 @@ impl ManualLoop {
         id: HandlerId,
         task: impl FnOnce(&mut dyn Registry) -> R,
     ) -> Option<R> {
-        self.handlers.get(&id)?;
+        let handler = self.handlers.get(&id)?;
         Some(task(&mut ManualRegistry {
             state: &mut self.state,
             handler: id,
+            reclaimer: &handler.reclaimer,
         }))
     }
 
@@ -144,6 +155,18 @@ impl ManualLoop {
     /// Delivers some of the events that there are now. Returns false when there were
     /// none.
     pub fn turn(&mut self) -> bool {
+        let dropped: Vec<_> = self
+            .handlers
+            .iter()
+            .map(|(&id, it)| (id, it.reclaimer.take()))
+            .collect();
+        for (id, reclaimed) in dropped {
+            self.with(id, |registry| {
+                for one in reclaimed {
+                    one.remove_from(registry);
+                }
+            });
+        }
         let mut events = Vec::with_capacity(BATCH);
         let at_once = Timespec::default();
         let room = rustix::buffer::spare_capacity(&mut events);
@@ -157,7 +180,7 @@ impl ManualLoop {
             let source = u32::try_from(event.data.u64()).ok();
             // Unless it was removed by a call before.
             let source = source.and_then(|source| self.state.sources.get(&source));
-            if let Some(&Source { handler, token, .. }) = source {
+            if let Some(&Awaited { handler, token, .. }) = source {
                 self.tell(handler, token, readiness(event.flags));
             }
         }
@@ -186,8 +209,12 @@ impl ManualLoop {
         let mut registry = ManualRegistry {
             state: &mut self.state,
             handler: id,
+            reclaimer: &handler.reclaimer,
         };
-        let mut handler = handler.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut handler = handler
+            .itself
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         handler.ready(token, readiness, &mut registry);
     }
 }
@@ -195,22 +222,23 @@ impl ManualLoop {
 struct ManualRegistry<'a> {
     state: &'a mut State,
     handler: HandlerId,
+    reclaimer: &'a Arc<Reclaimer>,
 }
 
 impl Registry for ManualRegistry<'_> {
     fn register(
         &mut self,
-        fd: BorrowedFd<'_>,
+        fd: Source<'_>,
         token: u64,
         interest: Interest,
     ) -> io::Result<Registration> {
-        let fd = fd.try_clone_to_owned()?;
+        let fd = fd.as_fd().try_clone_to_owned()?;
         let number = self.state.next_source;
         let data = epoll::EventData::new_u64(number.into());
         epoll::add(&self.state.epoll, &fd, data, flags(interest))?;
         self.state.next_source += 1;
         let handler = self.handler;
-        let source = Source { handler, token, fd };
+        let source = Awaited { handler, token, fd };
         self.state.sources.insert(number, source);
         Ok(Registration::new(number, 0))
     }
@@ -218,7 +246,7 @@ impl Registry for ManualRegistry<'_> {
     fn reregister(
         &mut self,
         registration: Registration,
-        _fd: BorrowedFd<'_>,
+        _fd: Source<'_>,
         interest: Interest,
     ) -> io::Result<()> {
         let source = self.state.sources.get(&registration.slot());
@@ -228,10 +256,14 @@ impl Registry for ManualRegistry<'_> {
         Ok(())
     }
 
-    fn deregister(&mut self, registration: Registration, _fd: BorrowedFd<'_>) {
+    fn deregister(&mut self, registration: Registration, _fd: Source<'_>) {
         if let Some(source) = self.state.sources.remove(&registration.slot()) {
             let _ = epoll::delete(&self.state.epoll, &source.fd);
         }
+    }
+
+    fn reclaimer(&self) -> Arc<Reclaimer> {
+        Arc::clone(self.reclaimer)
     }
 
     fn again(&mut self, token: u64) {

@@ -1,7 +1,7 @@
 //! Handlers, their descriptors, and how they go: the behaviour that every loop has.
 //! What concerns threads is in `thread/tests.rs`.
 
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
@@ -122,6 +122,8 @@ with_every_loop! {
     work_in_slices_lets_others_have_their_turn
     a_changed_interest_reports_what_holds
     hundreds_of_descriptors_come_and_go
+    a_descriptor_that_is_removed_is_given_back
+    a_descriptor_that_is_dropped_leaves_the_set
     timers_pass_in_their_order
     a_timer_that_has_always_passed_lets_others_have_their_turn
     timers_of_a_removed_handler_go_with_it
@@ -132,17 +134,28 @@ const EDGE: Interest = Interest {
     ..Interest::READ
 };
 
-/// Reports what it is told; drops its registration when told to.
+/// Reports what it is told of its streams.
 struct Probe {
-    streams: Vec<UnixStream>,
-    registrations: Vec<Registration>,
+    new: Vec<UnixStream>,
+    /// By their tokens.
+    streams: Vec<Option<Registered<UnixStream>>>,
     seen: Sender<(u64, Readiness)>,
+}
+
+impl Probe {
+    fn new(streams: Vec<UnixStream>, seen: Sender<(u64, Readiness)>) -> Self {
+        Self {
+            new: streams,
+            streams: Vec::new(),
+            seen,
+        }
+    }
 }
 
 impl EventHandler for Probe {
     fn start(&mut self, registry: &mut dyn Registry) -> io::Result<()> {
-        for (token, stream) in (0..).zip(&self.streams) {
-            self.registrations.push(registry.add(stream, token, EDGE)?);
+        for (token, stream) in (0..).zip(self.new.drain(..)) {
+            self.streams.push(Some(registry.add(stream, token, EDGE)?));
         }
         Ok(())
     }
@@ -156,11 +169,7 @@ fn handlers_are_called_with_their_token<L: Loop>() {
     let mut event_loop = L::new();
     let (ours, theirs) = UnixStream::pair().unwrap();
     let (seen, events) = channel();
-    let probe = Probe {
-        streams: vec![theirs],
-        registrations: Vec::new(),
-        seen,
-    };
+    let probe = Probe::new(vec![theirs], seen);
     let id = event_loop.add(Arc::new(Mutex::new(probe))).unwrap();
     (&ours).write_all(b"x").unwrap();
     let (token, readiness) = event_loop.next(&events).unwrap();
@@ -190,15 +199,13 @@ fn an_event_fetched_before_its_removal_is_not_delivered<L: Loop>() {
         }
         fn ready(&mut self, token: u64, r: Readiness, registry: &mut dyn Registry) {
             let other = if token == 0 { 1 } else { 0 };
-            registry.remove(self.0.registrations[other], &self.0.streams[other]);
+            if let Some(stream) = self.0.streams[other].take() {
+                registry.remove(stream);
+            }
             self.0.ready(token, r, registry);
         }
     }
-    let probe = Exclusive(Probe {
-        streams: theirs,
-        registrations: Vec::new(),
-        seen,
-    });
+    let probe = Exclusive(Probe::new(theirs, seen));
     let id = event_loop.add(Arc::new(Mutex::new(probe))).unwrap();
     let first = event_loop.next(&events).unwrap().0;
     event_loop.remove(id);
@@ -206,13 +213,16 @@ fn an_event_fetched_before_its_removal_is_not_delivered<L: Loop>() {
     assert!(rest.iter().all(|&token| token == first), "{rest:?}");
 }
 
-/// Does nothing; keeps a descriptor open that others hold too.
-struct Silent(Option<Arc<UnixStream>>);
+/// Does nothing; registers a descriptor that others hold too.
+struct Silent {
+    stream: Option<Arc<UnixStream>>,
+    registered: Option<Registered<Arc<UnixStream>>>,
+}
 
 impl EventHandler for Silent {
     fn start(&mut self, registry: &mut dyn Registry) -> io::Result<()> {
-        if let Some(stream) = &self.0 {
-            registry.add(&**stream, 0, Interest::READ)?;
+        if let Some(stream) = &self.stream {
+            self.registered = Some(registry.add(stream.clone(), 0, Interest::READ)?);
         }
         Ok(())
     }
@@ -220,7 +230,10 @@ impl EventHandler for Silent {
 }
 
 fn silent(stream: Option<Arc<UnixStream>>) -> Arc<Mutex<Silent>> {
-    Arc::new(Mutex::new(Silent(stream)))
+    Arc::new(Mutex::new(Silent {
+        stream,
+        registered: None,
+    }))
 }
 
 fn a_handler_that_does_not_start_is_not_added<L: Loop>() {
@@ -232,7 +245,7 @@ fn a_handler_that_does_not_start_is_not_added<L: Loop>() {
     impl EventHandler for Failing {
         fn start(&mut self, registry: &mut dyn Registry) -> io::Result<()> {
             registry.again(0);
-            registry.add(&*self.0, 0, Interest::READ)?;
+            let _dropped = registry.add(self.0.clone(), 0, Interest::READ)?;
             Err(io::ErrorKind::Other.into())
         }
         fn ready(&mut self, _: u64, _: Readiness, _: &mut dyn Registry) {
@@ -307,27 +320,36 @@ fn a_changed_interest_reports_what_holds<L: Loop>() {
     let mut event_loop = L::new();
     let (ours, theirs) = UnixStream::pair().unwrap();
     let (seen, events) = channel();
-    let theirs = Arc::new(theirs);
-    struct Shared(Arc<UnixStream>, Option<Registration>, Sender<Readiness>);
-    impl EventHandler for Shared {
+    struct Changing {
+        new: Option<UnixStream>,
+        stream: Option<Registered<UnixStream>>,
+        seen: Sender<Readiness>,
+    }
+    impl EventHandler for Changing {
         fn start(&mut self, registry: &mut dyn Registry) -> io::Result<()> {
-            self.1 = Some(registry.add(&*self.0, 0, EDGE)?);
+            let stream = self.new.take().unwrap();
+            self.stream = Some(registry.add(stream, 0, EDGE)?);
             Ok(())
         }
-        fn ready(&mut self, token: u64, readiness: Readiness, registry: &mut dyn Registry) {
-            self.2.send(readiness).unwrap();
-            if token == 0 && !readiness.writable {
+        fn ready(&mut self, _: u64, readiness: Readiness, registry: &mut dyn Registry) {
+            self.seen.send(readiness).unwrap();
+            if !readiness.writable {
                 let both = Interest {
                     writable: true,
                     ..EDGE
                 };
-                registry.modify(self.1.unwrap(), &*self.0, both).unwrap();
+                let stream = self.stream.as_ref().unwrap();
+                registry.modify(stream, both).unwrap();
             }
         }
     }
     (&ours).write_all(b"x").unwrap();
-    let handler = Arc::new(Mutex::new(Shared(theirs, None, seen)));
-    event_loop.add(handler).unwrap();
+    let handler = Changing {
+        new: Some(theirs),
+        stream: None,
+        seen,
+    };
+    event_loop.add(Arc::new(Mutex::new(handler))).unwrap();
     let first = event_loop.next(&events).unwrap();
     assert!(first.readable && !first.writable);
     let second = event_loop.next(&events).unwrap();
@@ -336,7 +358,7 @@ fn a_changed_interest_reports_what_holds<L: Loop>() {
 
 fn hundreds_of_descriptors_come_and_go<L: Loop>() {
     struct Many {
-        pairs: Vec<Option<(UnixStream, UnixStream, Registration)>>,
+        pairs: Vec<Option<(UnixStream, Registered<UnixStream>)>>,
         seen: Sender<u64>,
     }
     impl EventHandler for Many {
@@ -344,15 +366,15 @@ fn hundreds_of_descriptors_come_and_go<L: Loop>() {
             for token in 0..200 {
                 let (ours, theirs) = UnixStream::pair()?;
                 (&ours).write_all(b"x")?;
-                let registration = registry.add(&theirs, token, Interest::READ)?;
-                self.pairs.push(Some((ours, theirs, registration)));
+                let theirs = registry.add(theirs, token, Interest::READ)?;
+                self.pairs.push(Some((ours, theirs)));
             }
             Ok(())
         }
         fn ready(&mut self, token: u64, _: Readiness, registry: &mut dyn Registry) {
             let own = self.pairs[usize::try_from(token).unwrap()].take();
-            let (_, theirs, registration) = own.expect("told once");
-            registry.remove(registration, &theirs);
+            let (_, theirs) = own.expect("told once");
+            registry.remove(theirs);
             self.seen.send(token).unwrap();
         }
     }
@@ -426,11 +448,7 @@ fn a_timer_that_has_always_passed_lets_others_have_their_turn<L: Loop>() {
     event_loop.add(Arc::new(Mutex::new(Late))).unwrap();
     let (ours, theirs) = UnixStream::pair().unwrap();
     let (seen, events) = channel();
-    let probe = Probe {
-        streams: vec![theirs],
-        registrations: Vec::new(),
-        seen,
-    };
+    let probe = Probe::new(vec![theirs], seen);
     event_loop.add(Arc::new(Mutex::new(probe))).unwrap();
     (&ours).write_all(b"x").unwrap();
     assert!(event_loop.next(&events).unwrap().1.readable);
@@ -457,4 +475,57 @@ fn timers_of_a_removed_handler_go_with_it<L: Loop>() {
     }
     // The call that it asked for may have come before its end.
     assert!(!seen.contains(&1), "{seen:?}");
+}
+
+fn a_descriptor_that_is_removed_is_given_back<L: Loop>() {
+    let mut event_loop = L::new();
+    let (called, calls) = channel();
+    let id = event_loop.add(Arc::new(Mutex::new(Calls(called)))).unwrap();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let given = event_loop.with(id, |registry| {
+        let mut registered = registry.add(theirs, 1, Interest::READ).unwrap();
+        registered.write_all(b"x").unwrap();
+        registry.remove(registered)
+    });
+    (&ours).write_all(b"x").unwrap();
+    let mut given = given.unwrap();
+    given.write_all(b"y").unwrap();
+    let mut both = [0; 2];
+    (&ours).read_exact(&mut both).unwrap();
+    assert_eq!(&both, b"xy");
+    // It is readable, and would come before this.
+    event_loop.with(id, |registry| registry.again(2));
+    assert_eq!(event_loop.next(&calls), Some(2));
+}
+
+fn a_descriptor_that_is_dropped_leaves_the_set<L: Loop>() {
+    let mut event_loop = L::new();
+    let (seen, events) = channel();
+    let probe = Arc::new(Mutex::new(Probe::new(Vec::new(), seen)));
+    let id = event_loop.add(probe).unwrap();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    // Which keeps it in epoll when the other is closed.
+    let duplicate = theirs.try_clone().unwrap();
+    let registered = event_loop.with(id, |registry| {
+        registry.add(theirs, 1, Interest::READ).unwrap()
+    });
+    // Here, on another thread than the loop's.
+    drop(registered);
+    // Two rounds: the loop looks at what was dropped before it does this.
+    for _ in 0..2 {
+        event_loop.with(id, |registry| registry.again(9));
+        while event_loop.next(&events).unwrap().0 != 9 {}
+    }
+    (&ours).write_all(b"x").unwrap();
+    // One of these has its number, unless another test took that.
+    let (our_next, their_next) = UnixStream::pair().unwrap();
+    let registered = event_loop.with(id, |registry| {
+        let first = registry.add(our_next, 2, EDGE).unwrap();
+        let second = registry.add(their_next, 3, EDGE).unwrap();
+        (&*first).write_all(b"x").unwrap();
+        (first, second)
+    });
+    let (token, readiness) = event_loop.next(&events).unwrap();
+    assert!(token == 3 && readiness.readable, "{token}");
+    drop((registered, duplicate));
 }

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 
+use crate::registered::Reclaimer;
 use crate::registry::Registry;
 use crate::table::{HandlerId, Table, View};
 use crate::{EventHandler, Readiness, readiness, signal};
@@ -27,7 +28,13 @@ type Task = Box<dyn FnOnce(&mut Inner) + Send>;
 /// A place for a handler.
 struct Place {
     generation: u32,
-    handler: Option<Handler>,
+    occupant: Option<Occupant>,
+}
+
+/// A handler, and what it leaves behind.
+struct Occupant {
+    handler: Handler,
+    reclaimer: Arc<Reclaimer>,
 }
 
 /// The loop's own thread's data.
@@ -35,6 +42,7 @@ struct Inner {
     table: Table,
     handlers: Vec<Place>,
     stop: bool,
+    shared: Arc<Shared>,
 }
 
 /// What other threads can reach.
@@ -175,13 +183,13 @@ impl EventLoop {
             table: Table::new(epoll),
             handlers: Vec::new(),
             stop: false,
+            shared: Arc::clone(&shared),
         };
-        let for_thread = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
             .name(name.to_owned())
             .spawn(move || {
-                *lock(&for_thread.thread) = Some(std::thread::current().id());
-                let closing = Closing(for_thread);
+                *lock(&inner.shared.thread) = Some(std::thread::current().id());
+                let closing = Closing(Arc::clone(&inner.shared));
                 inner.run(&closing.0);
             })?;
         Ok(Self {
@@ -194,6 +202,15 @@ impl EventLoop {
     #[must_use]
     pub fn handle(&self) -> EventLoopHandle {
         self.handle.clone()
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // Descriptors that outlive the loop are closed when they are dropped.
+        for occupant in self.handlers.iter().filter_map(|it| it.occupant.as_ref()) {
+            occupant.reclaimer.close();
+        }
     }
 }
 
@@ -292,22 +309,15 @@ impl Inner {
     }
 
     fn tell(&mut self, id: HandlerId, token: u64, readiness: Readiness) {
-        let Some(handler) = self.handler(id).cloned() else {
+        let Some(occupant) = find(&self.handlers, id) else {
             return;
         };
         let mut registry = View {
             table: &mut self.table,
             handler: id,
+            reclaimer: &occupant.reclaimer,
         };
-        lock(&handler).ready(token, readiness, &mut registry);
-    }
-
-    fn handler(&self, id: HandlerId) -> Option<&Handler> {
-        self.handlers
-            .get(id.index as usize)
-            .filter(|place| place.generation == id.generation)?
-            .handler
-            .as_ref()
+        lock(&occupant.handler).ready(token, readiness, &mut registry);
     }
 
     fn with_registry<R>(
@@ -315,33 +325,39 @@ impl Inner {
         id: HandlerId,
         task: impl FnOnce(&mut dyn Registry) -> R,
     ) -> Option<R> {
-        self.handler(id)?;
+        let occupant = find(&self.handlers, id)?;
         Some(task(&mut View {
             table: &mut self.table,
             handler: id,
+            reclaimer: &occupant.reclaimer,
         }))
     }
 
     fn add(&mut self, handler: Handler) -> io::Result<HandlerId> {
-        let free = self.handlers.iter().position(|p| p.handler.is_none());
+        let free = self.handlers.iter().position(|p| p.occupant.is_none());
         let index = free.unwrap_or(self.handlers.len());
         if free.is_none() {
             self.handlers.push(Place {
                 generation: 0,
-                handler: None,
+                occupant: None,
             });
         }
         let id = HandlerId {
             index: u32::try_from(index).map_err(io::Error::other)?,
             generation: self.handlers[index].generation,
         };
+        let shared = Arc::clone(&self.shared);
+        let reclaimer = Arc::new(Reclaimer::new(move || {
+            shared.push(Box::new(move |inner| inner.reclaim(id)));
+        }));
         let mut registry = View {
             table: &mut self.table,
             handler: id,
+            reclaimer: &reclaimer,
         };
         let started = lock(&handler).start(&mut registry);
         // Set in any case: removing it again ends the use of the identifier.
-        self.handlers[index].handler = Some(handler);
+        self.handlers[index].occupant = Some(Occupant { handler, reclaimer });
         if let Err(error) = started {
             self.remove(id);
             return Err(error);
@@ -350,13 +366,34 @@ impl Inner {
     }
 
     fn remove(&mut self, id: HandlerId) {
-        if self.handler(id).is_none() {
+        if find(&self.handlers, id).is_none() {
             return;
         }
         // Before the handler closes its descriptors.
         self.table.release_all(id);
         let place = &mut self.handlers[id.index as usize];
         place.generation = place.generation.wrapping_add(1);
-        place.handler = None;
+        let occupant = place.occupant.take();
+        if let Some(occupant) = occupant {
+            occupant.reclaimer.close();
+        }
     }
+
+    /// Removes what a handler dropped while it was registered.
+    fn reclaim(&mut self, id: HandlerId) {
+        let reclaimed = find(&self.handlers, id).map(|occupant| occupant.reclaimer.take());
+        self.with_registry(id, |registry| {
+            for one in reclaimed.into_iter().flatten() {
+                one.remove_from(registry);
+            }
+        });
+    }
+}
+
+fn find(handlers: &[Place], id: HandlerId) -> Option<&Occupant> {
+    handlers
+        .get(id.index as usize)
+        .filter(|place| place.generation == id.generation)?
+        .occupant
+        .as_ref()
 }

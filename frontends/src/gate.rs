@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 use sm_devices_vsock::{Limit, Permit};
-use sm_event_loop::{Interest, Registration, Registry, Timer};
+use sm_event_loop::{Interest, Registered, Registry, Timer};
 
 use crate::peer::is_trusted_peer;
 use crate::service::{Bell, Service};
@@ -93,10 +93,17 @@ enum Found<T> {
     NothingNow,
 }
 
+/// The states of a listener.
+enum State<L: Listener> {
+    /// Not registered with the event loop yet.
+    New(L),
+    Open(Registered<L>),
+    Closed,
+}
+
 /// A listener of a frontend.
-pub(crate) struct Gate<L> {
-    /// `None` after it was closed.
-    open: Option<(L, Option<Registration>)>,
+pub(crate) struct Gate<L: Listener> {
+    state: State<L>,
     limit: Limit,
     /// Descriptors that a connection needs.
     cost: usize,
@@ -112,7 +119,7 @@ impl<L: Listener> Gate<L> {
     /// Creates a gate whose connections need `cost` descriptors each.
     pub(crate) fn new(listener: L, cost: usize, limit: Limit) -> Self {
         Self {
-            open: Some((listener, None)),
+            state: State::New(listener),
             limit,
             cost,
             spare: Spare::new(),
@@ -128,17 +135,20 @@ impl<L: Listener> Gate<L> {
 
     /// Registers the listener with the event loop, under [`LISTENER`].
     pub(crate) fn begin(&mut self, registry: &mut dyn Registry) -> io::Result<()> {
-        if let Some((listener, registration)) = &mut self.open {
-            *registration = Some(registry.add(&*listener, LISTENER, NEW_CONNECTIONS)?);
-        }
+        self.state = match std::mem::replace(&mut self.state, State::Closed) {
+            State::New(listener) => {
+                State::Open(registry.add(listener, LISTENER, NEW_CONNECTIONS)?)
+            }
+            begun => begun,
+        };
         Ok(())
     }
 
     /// Closes the listener. Connections in its backlog are reset unless they were
     /// accepted before.
     pub(crate) fn close(&mut self, registry: &mut dyn Registry) {
-        if let Some((listener, Some(registration))) = self.open.take() {
-            registry.remove(registration, &listener);
+        if let State::Open(listener) = std::mem::replace(&mut self.state, State::Closed) {
+            registry.remove(listener);
         }
         if let Some(timer) = self.pause.take() {
             registry.cancel_timer(timer);
@@ -176,7 +186,7 @@ impl<L: Listener> Gate<L> {
 
     /// Sets the timer that retries the listener after [`PAUSE`].
     fn pause(&mut self, registry: &mut dyn Registry) {
-        if self.pause.is_none() && self.open.is_some() {
+        if self.pause.is_none() {
             self.pause = registry.set_timer_after(PAUSE, LISTENER);
         }
     }
@@ -187,7 +197,7 @@ impl<L: Listener> Gate<L> {
         service: &Service,
         registry: &mut dyn Registry,
     ) -> Found<L::Stream> {
-        let Some((listener, _)) = &self.open else {
+        let State::Open(listener) = &self.state else {
             return Found::NothingNow;
         };
         let bell = bell.clone();

@@ -13,7 +13,7 @@ use crate::service::{Bell, Service};
 /// Descriptors per connection.
 pub(crate) const COST: usize = 1;
 
-pub(crate) struct Listening<L> {
+pub(crate) struct Listening<L: Listener> {
     gate: Gate<L>,
     target: Target,
     service: Service,

@@ -133,7 +133,7 @@ pub trait VirtioDevice: Send {
     fn queue_notified(&mut self, index: usize, registry: &mut dyn Registry);
 
     /// A registered host file descriptor is ready; `token` is the one given to
-    /// [`Registry::add`] by this device.
+    /// `Registry::add` by this device.
     fn host_ready(&mut self, token: u64, readiness: Readiness, registry: &mut dyn Registry);
 
     /// Back to the state before activation; hands nothing back to the driver

@@ -21,8 +21,8 @@ use crate::GuestMemory;
 use crate::device::{ActivateError, Activation, DevicePayload, Interrupt, VirtioDevice};
 use crate::queue::Queue;
 use sm_event_loop::{
-    EventHandler, EventLoopHandle, HandlerId, Interest, Readiness, Registry, drain, new_eventfd,
-    signal,
+    EventHandler, EventLoopHandle, HandlerId, Interest, Readiness, Registered, Registry, drain,
+    new_eventfd, signal,
 };
 
 /// Offset of the register that a doorbell replaces.
@@ -134,7 +134,7 @@ pub struct MmioTransport {
     registers: Mutex<Registers>,
     features: u64,
     device_type: u32,
-    doorbells: Arc<Vec<OwnedFd>>,
+    doorbells: Vec<Arc<OwnedFd>>,
     activated: Arc<OwnedFd>,
     quiesced: Arc<AtomicBool>,
     event_loop: EventLoopHandle,
@@ -144,8 +144,9 @@ pub struct MmioTransport {
 /// The transport's part on the event loop.
 struct LoopSide {
     device: Arc<Mutex<dyn VirtioDevice>>,
-    doorbells: Arc<Vec<OwnedFd>>,
+    doorbells: Vec<Arc<OwnedFd>>,
     activated: Arc<OwnedFd>,
+    registered: Vec<Registered<Arc<OwnedFd>>>,
     /// Guest memory must not change: what happens meanwhile is looked at when
     /// the device goes on.
     quiesced: Arc<AtomicBool>,
@@ -153,15 +154,18 @@ struct LoopSide {
 
 impl EventHandler for LoopSide {
     fn start(&mut self, registry: &mut dyn Registry) -> io::Result<()> {
-        registry.add(&*self.activated, TOKEN_ACTIVATED, Interest::READ)?;
+        let activated = Arc::clone(&self.activated);
+        let activated = registry.add(activated, TOKEN_ACTIVATED, Interest::READ)?;
+        self.registered.push(activated);
         // Edge-triggered: each signal is told once, and the counter, which no
         // driver can make overflow, need not be read.
         let edge = Interest {
             edge: true,
             ..Interest::READ
         };
-        for (index, fd) in (0..).zip(self.doorbells.iter()) {
-            registry.add(fd, TOKEN_QUEUE | index, edge)?;
+        for (index, fd) in (0..).zip(&self.doorbells) {
+            let doorbell = registry.add(Arc::clone(fd), TOKEN_QUEUE | index, edge)?;
+            self.registered.push(doorbell);
         }
         lock(&self.device).attached(registry);
         Ok(())
@@ -209,15 +213,15 @@ impl MmioTransport {
         };
         let doorbells = sizes
             .iter()
-            .map(|_| new_eventfd())
+            .map(|_| new_eventfd().map(Arc::new))
             .collect::<io::Result<Vec<_>>>()?;
-        let doorbells = Arc::new(doorbells);
         let activated = Arc::new(new_eventfd()?);
         let quiesced = Arc::new(AtomicBool::new(false));
         let handler = event_loop.add_handler(Arc::new(Mutex::new(LoopSide {
             device: Arc::clone(&device),
-            doorbells: Arc::clone(&doorbells),
+            doorbells: doorbells.clone(),
             activated: Arc::clone(&activated),
+            registered: Vec::new(),
             quiesced: Arc::clone(&quiesced),
         })))?;
         Ok(Arc::new(Self {

@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use sm_devices_vsock::{ConnectOptions, Limit, MuxerHandle, Permit, Stage};
 use sm_event_loop::{
-    EventHandler, EventLoopHandle, Interest, Readiness, Registration, Registry, Timer,
+    EventHandler, EventLoopHandle, Interest, Readiness, Registered, Registry, Timer,
 };
 use sm_guest_proto::forward::ForwardHeader;
 use sm_guest_proto::port;
@@ -127,8 +127,7 @@ impl HandoffFrontend {
 }
 
 struct Router {
-    stream: UnixStream,
-    registration: Registration,
+    stream: Registered<UnixStream>,
     parcel: Parcel,
     /// Permit for the stream of the current handoff.
     room: Option<Permit>,
@@ -176,11 +175,10 @@ impl Handoff {
 
     fn add(&mut self, stream: UnixStream, registry: &mut dyn Registry) -> io::Result<()> {
         let token = self.next_token;
-        let registration = registry.add(&stream, token, NEW_BYTES)?;
+        let stream = registry.add(stream, token, NEW_BYTES)?;
         self.next_token += 1;
         let router = Router {
             stream,
-            registration,
             parcel: Parcel::default(),
             room: None,
             waits: false,
@@ -211,7 +209,7 @@ impl Handoff {
 
     fn remove(&mut self, token: u64, registry: &mut dyn Registry) {
         if let Some(router) = self.routers.remove(&token) {
-            registry.remove(router.registration, &router.stream);
+            registry.remove(router.stream);
             if let Some(timer) = router.deadline {
                 registry.cancel_timer(timer);
             }

@@ -22,7 +22,7 @@ use sm_devices_vsock::{
     SocketKind, Stage,
 };
 use sm_event_loop::{
-    EventHandler, EventLoopHandle, Interest, Readiness, Registration, Registry, Timer,
+    EventHandler, EventLoopHandle, Interest, Readiness, Registered, Registry, Timer,
 };
 
 use self::line::{Line, MAX_LINE};
@@ -135,8 +135,7 @@ fn connect_beside(path: &Path, request: GuestStream) -> Option<OwnedFd> {
 
 /// A client whose request line is incomplete.
 struct Undecided {
-    stream: UnixStream,
-    registration: Registration,
+    stream: Registered<UnixStream>,
     member: Member,
     /// End of the time limit for the request line.
     deadline: Option<Timer>,
@@ -197,11 +196,10 @@ impl Hybrid {
             }
             Err(error) => return Err(error),
         }
-        let registration = registry.add(&stream, token, NEW_BYTES)?;
+        let stream = registry.add(stream, token, NEW_BYTES)?;
         self.next_token += 1;
         let client = Undecided {
             stream,
-            registration,
             member,
             deadline: registry.set_timer_after(self.patience, token | token::DEADLINE),
         };
@@ -211,7 +209,7 @@ impl Hybrid {
 
     fn remove(&mut self, token: u64, registry: &mut dyn Registry) -> Option<(UnixStream, Member)> {
         let client = self.undecided.remove(&token)?;
-        registry.remove(client.registration, &client.stream);
+        let stream = registry.remove(client.stream);
         if let Some(timer) = client.deadline {
             registry.cancel_timer(timer);
         }
@@ -220,7 +218,7 @@ impl Hybrid {
             registry.again(LISTENER);
         }
         self.leave_with_the_last();
-        Some((client.stream, client.member))
+        Some((stream, client.member))
     }
 
     fn leave_with_the_last(&self) {

@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use sm_devices_vsock::{Permit, Stage};
-use sm_event_loop::{EventHandler, Interest, Readiness, Registration, Registry, Timer};
+use sm_event_loop::{EventHandler, Interest, Readiness, Registry, Timer};
 
 use super::identity::Identity;
 use super::session::{Pumped, Session};
@@ -36,8 +36,6 @@ const BOTH_EDGES: Interest = Interest {
 /// A connection and its registrations with the event loop.
 struct Place {
     session: Session,
-    socket: Registration,
-    guest: Option<Registration>,
     /// End of the time limit of the handshake or of closing.
     deadline: Option<Timer>,
     /// Time of the next attempt after a memory shortage.
@@ -124,15 +122,13 @@ impl Listening {
         registry: &mut dyn Registry,
     ) -> io::Result<()> {
         let member = self.service.group.join(Some(permit));
-        let session = Session::new(socket, self.identity.current(), member)?;
         let token = self.next;
-        let registration = registry.add(&session.socket, token, BOTH_EDGES)?;
+        let socket = registry.add(socket, token, BOTH_EDGES)?;
+        let session = Session::new(socket, self.identity.current(), member)?;
         self.next += 2;
         self.handshakes += 1;
         let place = Place {
             session,
-            socket: registration,
-            guest: None,
             deadline: None,
             retry: None,
         };
@@ -151,7 +147,7 @@ impl Listening {
     /// Closes a connection that exceeded its time limit.
     fn evict(&mut self, token: u64, registry: &mut dyn Registry) {
         let place = self.sessions.get(&token);
-        let why = match place.is_some_and(|place| place.guest.is_none()) {
+        let why = match place.is_some_and(|place| place.session.guest.is_none()) {
             true => "its handshake was not complete in time",
             false => "it did not close the connection in time",
         };
@@ -166,10 +162,10 @@ impl Listening {
         for timer in [place.deadline, place.retry].into_iter().flatten() {
             registry.cancel_timer(timer);
         }
-        registry.remove(place.socket, &place.session.socket);
-        match (place.guest, &place.session.guest) {
-            (Some(registration), Some(guest)) => registry.remove(registration, guest),
-            _ => self.handshake_is_over(registry),
+        registry.remove(place.session.socket);
+        match place.session.guest {
+            Some(guest) => drop(registry.remove(guest)),
+            None => self.handshake_is_over(registry),
         }
         if let Some(bell) = &self.bell
             && self.retired
@@ -209,7 +205,7 @@ impl Listening {
             },
             Ok(Pumped::Ended) => self.remove(token, registry),
             Err(error) => {
-                if place.guest.is_none() {
+                if place.session.guest.is_none() {
                     self.service.counters.refuse(error);
                 } else {
                     tracing::debug!(%error, "a TLS connection broke off");
@@ -226,7 +222,7 @@ impl Listening {
         };
         let (ours, theirs) = UnixStream::pair()?;
         ours.set_nonblocking(true)?;
-        place.guest = Some(registry.add(&ours, token + 1, BOTH_EDGES)?);
+        let ours = registry.add(ours, token + 1, BOTH_EDGES)?;
         let target = self.targets.of(place.session.server_name());
         place.session.begin(ours);
         if let Some(timer) = place.deadline.take() {

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use rustix::net::{SendFlags, send};
 use rustls::{ServerConfig, ServerConnection};
 use sm_devices_vsock::Member;
+use sm_event_loop::Registered;
 
 use crate::shortage::is_shortage;
 
@@ -35,17 +36,17 @@ pub(super) trait Socket: io::Read + io::Write {
     fn end(&self) -> io::Result<()>;
 }
 
-impl Socket for TcpStream {
+impl Socket for Registered<TcpStream> {
     fn end(&self) -> io::Result<()> {
         self.shutdown(Shutdown::Write)
     }
 }
 
-pub(super) struct Session<S = TcpStream> {
+pub(super) struct Session<S = Registered<TcpStream>> {
     tls: ServerConnection,
     pub(super) socket: S,
     /// The plain side; the muxer has the other end of the pair.
-    pub(super) guest: Option<UnixStream>,
+    pub(super) guest: Option<Registered<UnixStream>>,
     /// The client has ended its direction, and the guest's side is shut down for writing.
     client_ended: bool,
     /// The guest has ended its direction.
@@ -80,7 +81,7 @@ impl<S: Socket> Session<S> {
     }
 
     /// Sets the guest's side, after the handshake.
-    pub(super) fn begin(&mut self, guest: UnixStream) {
+    pub(super) fn begin(&mut self, guest: Registered<UnixStream>) {
         self.member.begin();
         self.guest = Some(guest);
     }
@@ -93,7 +94,7 @@ impl<S: Socket> Session<S> {
     /// Returns true if the session only waits for the client to close: the guest has
     /// ended the connection in both directions.
     pub(super) fn is_closing(&self) -> bool {
-        let gone = |guest: &UnixStream| send(guest, &[], SendFlags::NOSIGNAL).is_err();
+        let gone = |guest: &Registered<UnixStream>| send(guest, &[], SendFlags::NOSIGNAL).is_err();
         self.client_told && self.guest.as_ref().is_none_or(gone)
     }
 

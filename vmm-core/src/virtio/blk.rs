@@ -12,6 +12,7 @@
 mod request;
 mod worker;
 
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
 
 use virtio_bindings::virtio_blk::{
@@ -24,7 +25,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use self::request::{Outcome, answer, parse};
 use self::worker::{Done, Job, Workers};
 use super::disk::{Disk, SECTOR};
-use sm_event_loop::{Interest, Readiness, Registration, Registry, drain};
+use sm_event_loop::{Interest, Readiness, Registered, Registry, drain};
 use sm_virtio::GuestMemory;
 use sm_virtio::queue::{Chain, Queue, QueueError};
 use sm_virtio::{ActivateError, Activation, DevicePayload, Interrupt, VirtioDevice};
@@ -69,7 +70,7 @@ struct Active {
     interrupt: Arc<dyn Interrupt>,
     /// The ring is malformed: nothing more is taken from it.
     failed: bool,
-    workers: Option<(Workers, Registration)>,
+    workers: Option<(Workers, Registered<Arc<OwnedFd>>)>,
     /// Chains to be used again: nothing is allocated for a request.
     chains: Vec<Chain>,
     done: Vec<Done>,
@@ -218,9 +219,9 @@ impl Service<'_> {
             let workers = Workers::new(self.active.memory.clone());
             self.active.workers = workers
                 .and_then(|workers| {
-                    let registration =
-                        registry.add(workers.finished(), TOKEN_DONE, Interest::READ)?;
-                    Ok((workers, registration))
+                    let finished = Arc::clone(workers.finished());
+                    let finished = registry.add(finished, TOKEN_DONE, Interest::READ)?;
+                    Ok((workers, finished))
                 })
                 .inspect_err(|error| tracing::warn!(%error, "no threads for block requests"))
                 .ok();
@@ -331,12 +332,12 @@ impl VirtioDevice for Block {
     fn host_ready(&mut self, token: u64, _readiness: Readiness, registry: &mut dyn Registry) {
         if token == TOKEN_DONE
             && let Some(Active {
-                workers: Some((workers, _)),
+                workers: Some((_, finished)),
                 ..
             }) = &self.active
         {
             // Before looking at what is done, so that none is forgotten.
-            let _ = drain(workers.finished());
+            let _ = drain(finished.as_fd());
             self.with_queue(|service| service.take_done());
         } else if token == TOKEN_AGAIN {
             self.with_queue(|service| service.take_requests(registry));
@@ -345,11 +346,13 @@ impl VirtioDevice for Block {
 
     fn reset(&mut self, registry: Option<&mut dyn Registry>) {
         if let Some(active) = self.active.take()
-            && let Some((workers, registration)) = active.workers
-            && let Some(registry) = registry
+            && let Some((workers, finished)) = active.workers
         {
-            registry.remove(registration, workers.finished());
-            // Dropped here: waits for requests that write to guest memory.
+            if let Some(registry) = registry {
+                registry.remove(finished);
+            }
+            // Waits for requests that write to guest memory.
+            drop(workers);
         }
         self.queues.clear();
     }
@@ -359,7 +362,7 @@ impl VirtioDevice for Block {
             && let Some((workers, _)) = &active.workers
         {
             workers.drain();
-            let _ = drain(workers.finished());
+            let _ = drain(workers.finished().as_fd());
         }
         self.with_queue(|service| service.take_done());
     }

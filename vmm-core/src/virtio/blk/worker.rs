@@ -7,7 +7,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
@@ -49,7 +49,7 @@ struct Shared {
     work: Condvar,
     /// Everything is done.
     idle: Condvar,
-    finished: OwnedFd,
+    finished: Arc<OwnedFd>,
 }
 
 /// The threads of one disk. Dropping it waits for the requests being done.
@@ -66,15 +66,15 @@ impl Workers {
                 state: Mutex::new(State::default()),
                 work: Condvar::new(),
                 idle: Condvar::new(),
-                finished: new_eventfd()?,
+                finished: Arc::new(new_eventfd()?),
             }),
             threads: Vec::new(),
         })
     }
 
     /// Readable when something was done.
-    pub(super) fn finished(&self) -> BorrowedFd<'_> {
-        self.shared.finished.as_fd()
+    pub(super) fn finished(&self) -> &Arc<OwnedFd> {
+        &self.shared.finished
     }
 
     /// Hands a request over.
