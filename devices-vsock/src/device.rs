@@ -27,6 +27,7 @@ use crate::config::{SetUpError, VsockConfig};
 use crate::handle::{Command, ConnectError, Mailbox, MuxerHandle};
 use crate::muxer::{DEADLINE, Muxer, RETRIES};
 use crate::profile::Stage;
+use crate::saved::Saved;
 
 const RX: usize = 0;
 const TX: usize = 1;
@@ -354,11 +355,14 @@ impl VirtioDevice for Vsock {
     }
 
     fn save(&self) -> DevicePayload {
-        let state = (self.config.guest_cid, self.muxer.next_port);
+        let state = Saved {
+            guest_cid: self.config.guest_cid,
+            next_port: self.muxer.next_port,
+        };
         DevicePayload {
             kind: "vsock".to_owned(),
             version: 2,
-            bytes: postcard::to_stdvec(&state).unwrap_or_default(),
+            bytes: state.encode(),
         }
     }
 
@@ -367,11 +371,12 @@ impl VirtioDevice for Vsock {
         // Ports go on from where they were: Linux does not forget a connection
         // that a transport reset ended before its process closes the socket, and
         // refuses another one with the same ports until then.
-        (self.config.guest_cid, self.muxer.next_port) = postcard::from_bytes(&payload.bytes)
-            .map_err(|e| ActivateError::Payload {
-                kind: "vsock".to_owned(),
-                reason: e.to_string(),
-            })?;
+        let saved = Saved::decode(&payload.bytes).ok_or_else(|| ActivateError::Payload {
+            kind: "vsock".to_owned(),
+            reason: "it is malformed".to_owned(),
+        })?;
+        self.config.guest_cid = saved.guest_cid;
+        self.muxer.next_port = saved.next_port;
         self.reset = TransportReset::Owed;
         Ok(())
     }

@@ -24,6 +24,7 @@ mod muxer;
 mod packet;
 mod profile;
 mod ready;
+mod saved;
 mod stats;
 mod sync;
 #[cfg(feature = "testing")]

@@ -4,9 +4,13 @@
 //! A handler registers descriptors under tokens of its own and is called when
 //! one is ready. Registrations carry a generation, so an event that was fetched
 //! before its registration was removed is never delivered, even if the
-//! descriptor number or the slot has been reused in between. The loop is a layer
-//! over epoll (through `rustix`); a host without epoll gets another implementation
-//! of the same few calls.
+//! descriptor number or the slot has been reused in between. [`Registered`] owns a
+//! descriptor that is registered, so that none is closed before it is removed. Timers
+//! are entries of one queue ([`Deadlines`]), whose first is the timeout of the wait.
+//!
+//! The loop waits by means of `event-manager` (Linux's epoll); a host without epoll gets
+//! another implementation of the same few calls. [`Registry`] is a trait: another loop
+//! can call the same handlers, as `testing::ManualLoop` does in tests.
 //!
 //! ```
 //! use std::io::{self, Read as _, Write as _};
@@ -63,6 +67,7 @@
 //! gone is never called, and never keeps the loop awake.
 #![warn(missing_docs)]
 
+mod queue;
 mod registered;
 mod registry;
 mod table;
@@ -76,7 +81,6 @@ mod timers;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 
-use rustix::event::epoll::EventFlags;
 use rustix::event::{EventfdFlags, eventfd};
 
 pub use self::registered::{Descriptor, Reclaimed, Reclaimer, Registered, Source};
@@ -128,31 +132,6 @@ impl Interest {
         writable: false,
         edge: false,
     };
-}
-
-/// Epoll's words for an interest.
-fn flags(interest: Interest) -> EventFlags {
-    let mut flags = EventFlags::empty();
-    if interest.readable {
-        flags |= EventFlags::IN | EventFlags::RDHUP;
-    }
-    if interest.writable {
-        flags |= EventFlags::OUT;
-    }
-    if interest.edge {
-        flags |= EventFlags::ET;
-    }
-    flags
-}
-
-/// Epoll's words for what is ready.
-fn readiness(flags: EventFlags) -> Readiness {
-    Readiness {
-        readable: flags.contains(EventFlags::IN),
-        writable: flags.contains(EventFlags::OUT),
-        hangup: flags.intersects(EventFlags::HUP | EventFlags::RDHUP),
-        error: flags.contains(EventFlags::ERR),
-    }
 }
 
 /// Something that file descriptors wake up. Runs on the loop's thread only.

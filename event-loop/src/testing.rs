@@ -16,11 +16,12 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::event::{Timespec, epoll};
+use rustix::event::Timespec;
+use rustix::event::epoll::{self, EventFlags};
 
 use crate::{
     Deadlines, EventHandler, HandlerId, Interest, Readiness, Reclaimer, Registration, Registry,
-    Source, Timer, flags, readiness,
+    Source, Timer,
 };
 
 /// Events taken from the kernel at once.
@@ -283,5 +284,30 @@ impl Registry for ManualRegistry<'_> {
 
     fn now(&self) -> Instant {
         self.state.now
+    }
+}
+
+/// Epoll's words for an interest.
+fn flags(interest: Interest) -> EventFlags {
+    let mut flags = EventFlags::empty();
+    if interest.readable {
+        flags |= EventFlags::IN | EventFlags::RDHUP;
+    }
+    if interest.writable {
+        flags |= EventFlags::OUT;
+    }
+    if interest.edge {
+        flags |= EventFlags::ET;
+    }
+    flags
+}
+
+/// Epoll's words for what is ready.
+fn readiness(flags: EventFlags) -> Readiness {
+    Readiness {
+        readable: flags.contains(EventFlags::IN),
+        writable: flags.contains(EventFlags::OUT),
+        hangup: flags.intersects(EventFlags::HUP | EventFlags::RDHUP),
+        error: flags.contains(EventFlags::ERR),
     }
 }

@@ -10,17 +10,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{JoinHandle, ThreadId};
 use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
-
+use crate::queue::Ready;
 use crate::registered::Reclaimer;
 use crate::registry::Registry;
-use crate::table::{HandlerId, Table, View};
-use crate::{EventHandler, Readiness, readiness, signal};
-
-/// Events taken from the kernel at once.
-const BATCH: usize = 256;
-/// Epoll data of the loop's own wake-up descriptor.
-const WAKE: u64 = u64::MAX;
+use crate::table::{HandlerId, Table, Target, View};
+use crate::{EventHandler, Readiness, drain, new_eventfd, signal};
 
 type Handler = Arc<Mutex<dyn EventHandler>>;
 type Task = Box<dyn FnOnce(&mut Inner) + Send>;
@@ -166,32 +160,32 @@ impl EventLoop {
     /// # Errors
     /// No descriptors or threads to be had.
     pub fn spawn(name: &str) -> io::Result<Self> {
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        epoll::add(
-            &epoll,
-            &wake,
-            epoll::EventData::new_u64(WAKE),
-            epoll::EventFlags::IN,
-        )?;
+        let wake = new_eventfd()?;
         let shared = Arc::new(Shared {
             tasks: Mutex::new(Some(Vec::new())),
             wake,
             thread: Mutex::new(None),
         });
-        let mut inner = Inner {
-            table: Table::new(epoll),
-            handlers: Vec::new(),
-            stop: false,
-            shared: Arc::clone(&shared),
-        };
+        let for_thread = Arc::clone(&shared);
+        // The queue does not leave its thread.
+        let (send, created) = sync_channel(1);
         let thread = std::thread::Builder::new()
             .name(name.to_owned())
             .spawn(move || {
-                *lock(&inner.shared.thread) = Some(std::thread::current().id());
-                let closing = Closing(Arc::clone(&inner.shared));
-                inner.run(&closing.0);
+                *lock(&for_thread.thread) = Some(std::thread::current().id());
+                // Those who wait are told before handlers are dropped.
+                match Inner::new(Arc::clone(&for_thread)) {
+                    Ok(mut inner) => {
+                        let closing = Closing(for_thread);
+                        let _ = send.send(Ok(()));
+                        inner.run(&closing.0);
+                    }
+                    Err(error) => {
+                        let _ = send.send(Err(error));
+                    }
+                }
             })?;
+        created.recv().map_err(|_| stopped())??;
         Ok(Self {
             handle: EventLoopHandle { shared },
             thread: Some(thread),
@@ -237,36 +231,30 @@ impl Drop for EventLoop {
 }
 
 impl Inner {
+    fn new(shared: Arc<Shared>) -> io::Result<Self> {
+        Ok(Self {
+            table: Table::new(shared.wake.as_fd())?,
+            handlers: Vec::new(),
+            stop: false,
+            shared,
+        })
+    }
+
     fn run(&mut self, shared: &Shared) {
-        let mut events = Vec::with_capacity(BATCH);
+        let mut batch = Vec::new();
         let mut again = Vec::new();
         while !self.stop {
-            events.clear();
             let left = self.run_timers();
-            let left = match self.table.again.is_empty() {
+            let timeout = match self.table.again.is_empty() {
                 true => left,
                 false => Some(Duration::ZERO),
             };
-            // One that is too long to express is none.
-            let timeout = left.and_then(|left| Timespec::try_from(left).ok());
-            match epoll::wait(
-                &self.table.epoll,
-                rustix::buffer::spare_capacity(&mut events),
-                timeout.as_ref(),
-            ) {
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                Err(error) => {
-                    tracing::error!(%error, "the event loop cannot wait and stops");
-                    return;
-                }
+            if let Err(error) = self.table.wait(timeout, &mut batch) {
+                tracing::error!(%error, "the event loop cannot wait and stops");
+                return;
             }
-            for event in &events {
-                let data = event.data.u64();
-                if data == WAKE {
-                    self.run_tasks(shared);
-                } else {
-                    self.dispatch(data, event.flags);
-                }
+            for ready in batch.drain(..) {
+                self.dispatch(&ready, shared);
             }
             std::mem::swap(&mut again, &mut self.table.again);
             for (id, token) in again.drain(..) {
@@ -294,18 +282,20 @@ impl Inner {
     }
 
     fn run_tasks(&mut self, shared: &Shared) {
-        let _ = rustix::io::read(&shared.wake, &mut [0; 8]);
+        let _ = drain(shared.wake.as_fd());
         let tasks = lock(&shared.tasks).as_mut().map(std::mem::take);
         for task in tasks.unwrap_or_default() {
             task(self);
         }
     }
 
-    fn dispatch(&mut self, data: u64, flags: epoll::EventFlags) {
-        let Some((id, token)) = self.table.target(data) else {
-            return; // removed since the event was fetched
-        };
-        self.tell(id, token, readiness(flags));
+    fn dispatch(&mut self, ready: &Ready, shared: &Shared) {
+        match self.table.target(ready) {
+            Some(Target::Tasks) => self.run_tasks(shared),
+            Some(Target::Handler(id, token)) => self.tell(id, token, ready.readiness),
+            // Removed since the event was fetched.
+            None => {}
+        }
     }
 
     fn tell(&mut self, id: HandlerId, token: u64, readiness: Readiness) {
