@@ -1,5 +1,5 @@
-//! What adding and removing a descriptor costs, beside how many are registered, and what
-//! an event costs.
+//! The cost of adding and removing a descriptor, by the number of those registered, and
+//! of an event.
 #![expect(clippy::unwrap_used, reason = "a bench on data of its own making")]
 
 use std::io;

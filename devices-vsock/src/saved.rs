@@ -64,7 +64,7 @@ mod tests {
 
     #[test]
     fn the_encoding_is_that_of_earlier_versions() {
-        // What postcard 1.1 makes of the pair.
+        // The pair as postcard 1.1 encodes it.
         let golden: [(u64, u32, &[u8]); 4] = [
             (3, 0, &[3, 0]),
             (3, 0x7f, &[3, 0x7f]),

@@ -34,8 +34,7 @@ impl Interrupt for Silent {
     }
 }
 
-/// What a transport does on the loop. While the device is quiesced it passes nothing
-/// on.
+/// The transport's part on the loop. While the device is quiesced it passes nothing on.
 struct Transport {
     device: Arc<Mutex<Vsock>>,
     quiesced: Arc<AtomicBool>,

@@ -1,7 +1,7 @@
 //! Descriptors that a loop waits for.
 //!
 //! A descriptor must leave the loop before it is closed: the kernel keeps a registration
-//! as long as anybody has the open file, and its number may be somebody else's by then.
+//! as long as the open file exists, while the number may already name another file.
 //! [`Registered`] owns its descriptor, so that there is no other order.
 
 #![expect(

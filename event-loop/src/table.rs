@@ -1,4 +1,4 @@
-//! Which descriptor is whose.
+//! The owners of descriptors and timers.
 
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, RawFd};
@@ -17,7 +17,7 @@ pub struct HandlerId {
     pub(super) generation: u32,
 }
 
-/// Whom an event is for.
+/// The receiver of an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Target {
     /// The loop itself, which has tasks to run.
@@ -32,9 +32,9 @@ struct Slot {
     generation: u32,
     /// `None` when the slot is free.
     target: Option<Target>,
-    /// What was registered; open as long as `target` is set.
+    /// The registered descriptor; open as long as `target` is set.
     fd: RawFd,
-    /// Where the slot is among those of its handler.
+    /// The slot's index among those of its handler.
     position: usize,
 }
 
@@ -177,7 +177,7 @@ impl Table {
         Ok(slot)
     }
 
-    /// Whether a descriptor is registered here.
+    /// Returns true if a descriptor is registered here.
     fn has(&self, registration: Registration, fd: Source<'_>) -> bool {
         let slot = self.slots.get(registration.slot() as usize);
         slot.is_some_and(|slot| {
@@ -236,7 +236,7 @@ impl Table {
         self.queue.wait(timeout, ready)
     }
 
-    /// Whom an event is for; `None` when what it was for has been removed.
+    /// The receiver of an event; `None` if its registration has been removed.
     pub(super) fn target(&self, ready: &Ready) -> Option<Target> {
         let slot = self.slots.get(ready.slot as usize)?;
         (slot.generation == ready.generation)
@@ -283,13 +283,15 @@ mod tests {
         let registration = table
             .register(orphan.as_fd(), target(1), Interest::READ)
             .unwrap();
-        // What `Registered` makes impossible: the kernel still has it.
+        // The kernel still has it, as there is a duplicate. `Registered` makes this
+        // impossible.
         drop(orphan);
         table.release(registration);
         rustix::io::write(&orphan_peer, b"x").unwrap();
         assert_eq!(tokens(&mut table), []);
         // The slot is used again, the event of its former occupant is not.
         let (peer, other) = UnixStream::pair().unwrap();
+        // Not under the number of the orphan, which the manager refuses from now on.
         let other = rustix::io::fcntl_dupfd_cloexec(&other, 100).unwrap();
         table
             .register(other.as_fd(), target(2), Interest::READ)

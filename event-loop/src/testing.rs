@@ -35,7 +35,7 @@ struct Awaited {
     fd: OwnedFd,
 }
 
-/// What handlers reach.
+/// The part of the loop that handlers can reach.
 struct State {
     epoll: OwnedFd,
     sources: HashMap<u32, Awaited>,
@@ -92,7 +92,7 @@ impl ManualLoop {
     /// Adds a handler and starts it.
     ///
     /// # Errors
-    /// What [`EventHandler::start`] returned.
+    /// The error of [`EventHandler::start`].
     pub fn add_handler(&mut self, handler: Arc<Mutex<dyn EventHandler>>) -> io::Result<HandlerId> {
         let id = HandlerId {
             index: self.next_handler,

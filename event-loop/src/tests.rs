@@ -1,5 +1,5 @@
-//! Handlers, their descriptors, and how they go: the behaviour that every loop has.
-//! What concerns threads is in `thread/tests.rs`.
+//! The behaviour that every loop has: handlers, their descriptors, timers, and removal.
+//! Tests that concern threads are in `thread/tests.rs`.
 
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
@@ -21,7 +21,7 @@ trait Loop {
         id: HandlerId,
         task: impl FnOnce(&mut dyn Registry) -> R + Send + 'static,
     ) -> Option<R>;
-    /// What a handler sends next; `None` when nobody can send any more.
+    /// The next value that a handler sends; `None` when no handler can send any more.
     fn next<T>(&mut self, events: &Receiver<T>) -> Option<T>;
 }
 
@@ -134,7 +134,7 @@ const EDGE: Interest = Interest {
     ..Interest::READ
 };
 
-/// Reports what it is told of its streams.
+/// Reports the events of its streams.
 struct Probe {
     new: Vec<UnixStream>,
     /// By their tokens.

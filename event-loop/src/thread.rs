@@ -39,7 +39,7 @@ struct Inner {
     shared: Arc<Shared>,
 }
 
-/// What other threads can reach.
+/// The part of a loop that other threads can reach.
 struct Shared {
     /// `None` once the loop has stopped.
     tasks: Mutex<Option<Vec<Task>>>,
@@ -107,7 +107,7 @@ impl EventLoopHandle {
     /// Adds a handler; returns when it has started.
     ///
     /// # Errors
-    /// What [`EventHandler::start`] returned, or the loop has stopped.
+    /// The error of [`EventHandler::start`], or the loop has stopped.
     pub fn add_handler(&self, handler: Arc<Mutex<dyn EventHandler>>) -> io::Result<HandlerId> {
         self.run(move |inner| inner.add(handler))?
     }
@@ -139,7 +139,7 @@ impl EventLoopHandle {
     }
 
     /// Runs `task` on the loop with the registry of handler `id`, some time soon,
-    /// unless the handler is gone by then.
+    /// unless the handler is removed before.
     pub fn post(&self, id: HandlerId, task: impl FnOnce(&mut dyn Registry) + Send + 'static) {
         self.shared.push(Box::new(move |inner| {
             inner.with_registry(id, task);
@@ -173,7 +173,8 @@ impl EventLoop {
             .name(name.to_owned())
             .spawn(move || {
                 *lock(&for_thread.thread) = Some(std::thread::current().id());
-                // Those who wait are told before handlers are dropped.
+                // Dropped in reverse order: callers that wait get their error before
+                // handlers are dropped, which may wait for these callers.
                 match Inner::new(Arc::clone(&for_thread)) {
                     Ok(mut inner) => {
                         let closing = Closing(for_thread);
@@ -208,8 +209,8 @@ impl Drop for Inner {
     }
 }
 
-/// Whoever waits for a task that will not run gets an error, also when a handler
-/// panicked.
+/// Drops the tasks that will not run, so that their callers get an error, also after a
+/// handler panicked.
 struct Closing(Arc<Shared>);
 
 impl Drop for Closing {

@@ -1,4 +1,4 @@
-//! What is due, and when.
+//! A queue of deadlines.
 
 use std::collections::BTreeMap;
 use std::time::Instant;

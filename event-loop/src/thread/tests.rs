@@ -1,4 +1,4 @@
-//! What other threads ask of a loop.
+//! Calls of a loop from other threads.
 
 use super::*;
 use crate::Registry;
