@@ -74,6 +74,10 @@
 //! a signal never waits behind input that a command does not read.
 #![warn(missing_docs)]
 
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
 mod causes;
 pub mod config;
 mod control;

@@ -10,6 +10,10 @@
 //! of a stream socket and forgets about it.
 #![warn(missing_docs)]
 
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
 mod allowance;
 mod backlog;
 mod config;

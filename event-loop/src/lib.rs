@@ -68,6 +68,10 @@
 //! registered; adding and removing a descriptor cost the same however many there are.
 #![warn(missing_docs)]
 
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
 mod queue;
 mod registered;
 mod registry;

@@ -27,6 +27,10 @@
 //! tests of what stands above.
 #![warn(missing_docs)]
 
+#[cfg(all(doctest, target_os = "linux", target_arch = "x86_64"))]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
 mod arch;
 mod bus;
 mod caps;

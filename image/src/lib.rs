@@ -6,6 +6,10 @@
 //! the read-only disk that a guest mounts.
 #![warn(missing_docs)]
 
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
 mod blob;
 mod builder;
 mod cancel;

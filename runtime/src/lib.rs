@@ -21,6 +21,10 @@
 //! ```
 #![warn(missing_docs)]
 
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
 mod digests;
 pub mod doctor;
 mod entry;

@@ -6,6 +6,10 @@
 //! snapshot needs no VMM ([`store`], [`verify`]).
 #![warn(missing_docs)]
 
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
 pub mod capture;
 pub mod chain;
 pub mod contents;

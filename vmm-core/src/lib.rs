@@ -2,6 +2,10 @@
 //! threads, generic over a [`sm_hypervisor::Hypervisor`].
 #![warn(missing_docs)]
 
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
 pub mod acpi;
 pub mod bus;
 pub mod devices;

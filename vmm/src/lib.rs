@@ -105,6 +105,10 @@
 //! memory that input of a guest occupies is bounded. Platform: Linux with KVM.
 #![warn(missing_docs)]
 
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
 mod agent;
 mod beginning;
 mod cache;

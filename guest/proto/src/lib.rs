@@ -10,6 +10,10 @@
 //! blocking agent and the host's event loop share the code.
 #![warn(missing_docs)]
 
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
 pub mod control;
 pub mod exec;
 pub mod forward;
