@@ -68,6 +68,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     });
     guest.write(dialled, b"a report");
     guest.shut_down(dialled, 2);
+    guest.kick();
     let mut report = String::new();
     connections.recv()?.read_to_string(&mut report)?;
     println!("the host gets {report:?}, and its end");
@@ -86,5 +87,13 @@ fn wait_for(guest: &mut LinuxGuest, happened: impl Fn(&LinuxGuest, SocketId) -> 
                 return id;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn it_runs_to_its_end() {
+        super::main().unwrap();
     }
 }

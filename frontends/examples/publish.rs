@@ -91,3 +91,11 @@ fn answer_in_capitals(mut guest: Guest) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn it_runs_to_its_end() {
+        super::main();
+    }
+}
