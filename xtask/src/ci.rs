@@ -6,7 +6,7 @@ use crate::apt::Apt;
 use crate::background::KernelBuild;
 use crate::build::cargo;
 use crate::test::{self, Wanted};
-use crate::{cmd, needs, paths, tidy};
+use crate::{cmd, deny, needs, package, paths, tidy};
 
 pub(crate) fn run(apt: &Apt) -> Result<()> {
     needs::everything(apt)?;
@@ -14,6 +14,8 @@ pub(crate) fn run(apt: &Apt) -> Result<()> {
     cmd::step("checking the format");
     cmd::check(&mut cargo(["fmt", "--all", "--check"]))?;
     tidy::run()?;
+    deny::run(apt)?;
+    package::run(false)?;
     cmd::step("running clippy");
     cmd::check(&mut cargo([
         "clippy",

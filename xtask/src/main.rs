@@ -16,6 +16,7 @@ mod cmd;
 mod cpio;
 mod deb;
 mod demo;
+mod deny;
 mod dist;
 mod docs;
 mod fidelity;
@@ -28,6 +29,7 @@ mod lab;
 mod modules;
 mod needs;
 mod options;
+mod package;
 mod paths;
 mod qemu;
 mod stock;
@@ -89,6 +91,8 @@ fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
             tidy::documents()?;
         }
         Invocation::Tidy => tidy::run()?,
+        Invocation::Deny => deny::run(&apt)?,
+        Invocation::Package { build } => package::run(build)?,
         Invocation::Ci => ci::run(&apt)?,
     }
     Ok(ExitCode::SUCCESS)

@@ -5,7 +5,7 @@ use anyhow::Result;
 
 use crate::apt::{self, Apt, Needs};
 use crate::test::{self, Wanted};
-use crate::{build, fidelity, fixtures, host, kernel, lab, stock};
+use crate::{build, deny, fidelity, fixtures, host, kernel, lab, stock};
 
 /// Ensures the packages of `xtask demo`.
 pub(crate) fn demo(apt: &Apt) -> Result<()> {
@@ -40,6 +40,7 @@ pub(crate) fn everything(apt: &Apt) -> Result<()> {
     needs.packages.extend(fixtures::CLIENTS);
     needs.packages.extend(fidelity::PACKAGES);
     needs.packages.extend(stock::PACKAGES);
+    needs.packages.extend(deny::PACKAGES);
     needs.packages.extend(lab::PACKAGES);
     if !apt::is_root() {
         needs.packages.extend(fixtures::ROOTLESS_PACKAGES);

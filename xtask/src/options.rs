@@ -23,13 +23,16 @@ Developer commands of sm: cargo xtask COMMAND
   test        all tests: unit tests here, end-to-end tests where KVM runs Linux
               [--unit | --e2e] [--lab] [--debug] [NAME...: end-to-end tests only]
               [--full: also those that take too long for CI, named full_...]
-  ci          fmt, tidy, clippy, doc, test: what .ci/run calls
+  ci          fmt, tidy, deny, clippy, doc, package, test: what .ci/run calls
   tidy        rules that no compiler checks: dependencies of crates and modules, operating
               systems, lengths of files, pointers outside the repository, links and
               commands in documents
   docs        the site and manual pages, in the build output
               [--write: the pages that are generated from the parser of sm instead]
               [--man DIRECTORY: manual pages only]
+  deny        licences, sources and versions of dependencies, by cargo-deny and deny.toml
+  package     whether each library could be published as it is: its metadata and files
+              [--full: build each from its archive, too]
   build       sm with its guest agent (release) [--debug]
   dist        a release: one static sm with agent and kernel inside, man pages, completions,
               licences, a bill of materials, checksums [--check: and run it alone in the lab]
@@ -78,6 +81,8 @@ pub(crate) enum Invocation {
     Dist(dist::Wanted),
     Docs(docs::Wanted),
     Tidy,
+    Deny,
+    Package { build: bool },
     Ci,
 }
 
@@ -120,6 +125,10 @@ fn command(mut parser: lexopt::Parser) -> Result<Invocation> {
         "setup" => bare(parser, Invocation::Setup)?,
         "demo" => bare(parser, Invocation::Demo)?,
         "tidy" => bare(parser, Invocation::Tidy)?,
+        "deny" => bare(parser, Invocation::Deny)?,
+        "package" => Invocation::Package {
+            build: flag(&mut parser, "full")?,
+        },
         "ci" => bare(parser, Invocation::Ci)?,
         "bench-image" => Invocation::BenchImage(bench_image(parser)?),
         "bench-kernel" => Invocation::BenchKernel(bench_kernel(parser)?),
