@@ -14,6 +14,9 @@ use crate::timed::{Until, connect_until};
 /// Timeout for connecting to a VMM, and for sending a call and receiving its answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Maximum length of an answer of a VMM in bytes. A status lists all published ports.
+pub const MAX_ANSWER: usize = 1 << 20;
+
 /// A connection to the control socket of a VMM.
 #[derive(Debug)]
 pub struct Control {
@@ -90,7 +93,9 @@ impl Control {
         // Unbuffered: bytes after an answer may belong to a session.
         let mut header = [0; HEADER_LEN];
         io::Read::read_exact(&mut until, &mut header)?;
-        let header = FrameHeader::decode(header).map_err(io::Error::other)?;
+        let header = FrameHeader::decode(header)
+            .and_then(|header| header.limited(|_| MAX_ANSWER))
+            .map_err(io::Error::other)?;
         let mut payload = vec![0; header.len];
         io::Read::read_exact(&mut until, &mut payload)?;
         Ok(serde_json::from_slice(&payload)?)

@@ -95,7 +95,7 @@ pub mod timings;
 pub mod workload;
 
 pub use causes::with_causes;
-pub use control::Control;
+pub use control::{Control, MAX_ANSWER};
 pub use endpoint::Endpoint;
 pub use error::ControlError;
 

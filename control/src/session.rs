@@ -102,7 +102,8 @@ impl Session {
     /// Waits for the next event; `None` at the end of the stream.
     ///
     /// # Errors
-    /// The connection failed, or the bytes on it are not frames.
+    /// The connection failed, or the bytes on it are not frames, or a frame is longer than
+    /// [`frame::payload_limit`] allows.
     pub fn next_event(&mut self) -> io::Result<Option<Event<'_>>> {
         let bad = |error: frame::FrameError| io::Error::new(io::ErrorKind::InvalidData, error);
         loop {
@@ -110,7 +111,10 @@ impl Session {
             if !read_exact_or_end(&mut self.reader, &mut header)? {
                 return Ok(None);
             }
-            let header = FrameHeader::decode(header).map_err(bad)?;
+            // The stream of an exec comes from the guest unfiltered.
+            let header = FrameHeader::decode(header)
+                .and_then(|header| header.limited(frame::payload_limit))
+                .map_err(bad)?;
             self.payload.resize(header.len, 0);
             self.reader.read_exact(&mut self.payload)?;
             match header.kind {
@@ -252,10 +256,9 @@ impl Aside {
         loop {
             let mut header = [0; HEADER_LEN];
             until.read_exact(&mut header)?;
-            let header = FrameHeader::decode(header).map_err(io::Error::other)?;
-            if header.len > BULK_PAYLOAD {
-                return Err(io::ErrorKind::InvalidData.into());
-            }
+            let header = FrameHeader::decode(header)
+                .and_then(|header| header.limited(frame::payload_limit))
+                .map_err(io::Error::other)?;
             let mut payload = vec![0; header.len];
             until.read_exact(&mut payload)?;
             if header.kind == FrameType::Exit {

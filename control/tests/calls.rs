@@ -8,8 +8,8 @@ use std::thread::JoinHandle;
 
 use sm_control::launch::{ControlAnswer, ControlCall, Report};
 use sm_control::session::{Event, Session};
-use sm_control::{Control, ControlError, Endpoint};
-use sm_guest_proto::frame::{self, FrameDecoder, FrameType};
+use sm_control::{Control, ControlError, Endpoint, MAX_ANSWER};
+use sm_guest_proto::frame::{self, FrameDecoder, FrameHeader, FrameType};
 
 /// Starts a server that accepts one connection and passes it to `serve`.
 fn process<T: Send + 'static>(
@@ -94,6 +94,20 @@ fn a_closed_or_invalid_stream_is_an_io_error_with_a_cause() {
     let mut control = Control::connect(&endpoint).unwrap();
     let error = control.call(&ControlCall::Pause).unwrap_err();
     assert!(matches!(&error, ControlError::Io { .. }), "{error}");
+    process.join().unwrap();
+
+    let (_directory, endpoint, process) = self::process(|mut stream| {
+        receive(&mut stream, &mut FrameDecoder::new());
+        let header = FrameHeader {
+            kind: FrameType::Control,
+            len: MAX_ANSWER + 1,
+        };
+        stream.write_all(&header.encode().unwrap()).unwrap();
+    });
+    let mut control = Control::connect(&endpoint).unwrap();
+    let error = control.call(&ControlCall::Pause).unwrap_err();
+    let cause = error.source().unwrap().to_string();
+    assert!(cause.contains("exceeds the limit of 1048576"), "{cause}");
     process.join().unwrap();
 }
 

@@ -300,7 +300,9 @@ fn receive_hello(stream: &UnixStream, deadline: Instant) -> io::Result<()> {
     };
     let mut header = [0; HEADER_LEN];
     until.read_exact(&mut header)?;
-    let header = FrameHeader::decode(header).map_err(io::Error::other)?;
+    let header = FrameHeader::decode(header)
+        .and_then(|header| header.limited(frame::payload_limit))
+        .map_err(io::Error::other)?;
     let mut payload = vec![0; header.len];
     until.read_exact(&mut payload)?;
     match serde_json::from_slice(&payload)? {

@@ -34,3 +34,29 @@ fn is_full(stream: &UnixStream) -> bool {
     let mut fds = [PollFd::new(stream, PollFlags::OUT)];
     poll(&mut fds, Some(&now)).unwrap() == 0
 }
+
+/// The header alone is sufficient: no memory is allocated for the payload.
+#[test]
+fn a_frame_over_its_types_limit_is_refused_by_its_header() {
+    for (kind, len) in [
+        (FrameType::Stdout, BULK_PAYLOAD + 1),
+        (FrameType::Stderr, 16 << 20),
+        (FrameType::Error, 16 << 20),
+        (FrameType::Control, frame::MESSAGE_PAYLOAD + 1),
+        (FrameType::Exit, 17),
+        (FrameType::Stdin, 16 << 20),
+    ] {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let mut session = Session::new(ours, None).unwrap();
+        let header = FrameHeader { kind, len }.encode().unwrap();
+        theirs.write_all(&header).unwrap();
+        drop(theirs);
+        let error = session.next_event().unwrap_err();
+        assert_eq!(
+            error.kind(),
+            io::ErrorKind::InvalidData,
+            "{kind:?}: {error}"
+        );
+        assert_eq!(session.payload.capacity(), 0);
+    }
+}

@@ -14,6 +14,21 @@ pub const MAX_PAYLOAD: usize = 16 * 1024 * 1024;
 /// buffer.
 pub const BULK_PAYLOAD: usize = 64 * 1024;
 
+/// Maximum payload of a message on a session or on the agent's control connection, in
+/// bytes. Messages are far shorter.
+pub const MESSAGE_PAYLOAD: usize = 64 * 1024;
+
+/// Returns the maximum payload in bytes of a type of frame, for receivers of frames from a
+/// guest, and from clients of a VMM. Such receivers buffer a complete frame.
+#[must_use]
+pub fn payload_limit(kind: FrameType) -> usize {
+    match kind {
+        FrameType::Stdin | FrameType::Stdout | FrameType::Stderr => BULK_PAYLOAD,
+        FrameType::Control | FrameType::Request | FrameType::Error => MESSAGE_PAYLOAD,
+        FrameType::Resize | FrameType::Signal | FrameType::Exit => 16,
+    }
+}
+
 /// The content of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
@@ -103,6 +118,20 @@ impl FrameHeader {
             Ok(len) if len <= MAX_PAYLOAD => Ok(Self { kind, len }),
             _ => Err(FrameError::TooLong(len)),
         }
+    }
+
+    /// Returns the header if its payload is not longer than `limit` returns for its type,
+    /// in bytes. A receiver checks this before it allocates memory for the payload.
+    ///
+    /// # Errors
+    /// The payload exceeds the limit.
+    pub fn limited(self, limit: impl Fn(FrameType) -> usize) -> Result<Self, FrameError> {
+        let Self { kind, len } = self;
+        let limit = limit(kind);
+        if len > limit {
+            return Err(FrameError::OverLimit { kind, len, limit });
+        }
+        Ok(self)
     }
 
     /// Encodes the header.
@@ -200,11 +229,7 @@ impl FrameDecoder {
         let Some(header) = pending.first_chunk::<HEADER_LEN>() else {
             return Ok(None);
         };
-        let FrameHeader { kind, len } = FrameHeader::decode(*header)?;
-        let limit = (self.limit)(kind);
-        if len > limit {
-            return Err(FrameError::OverLimit { kind, len, limit });
-        }
+        let FrameHeader { kind, len } = FrameHeader::decode(*header)?.limited(self.limit)?;
         let end = HEADER_LEN + len;
         if pending.len() < end {
             return Ok(None);

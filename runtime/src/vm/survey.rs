@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use sm_control::launch::{ControlAnswer, ControlCall, Stage, Status};
 use sm_control::timed::{connect_now, connect_until};
-use sm_control::with_causes;
+use sm_control::{MAX_ANSWER, with_causes};
 use sm_guest_proto::frame::{self, FrameDecoder, FrameType};
 
 use super::{Inspection, StateView};
@@ -214,7 +214,7 @@ fn send(index: usize, mut stream: UnixStream) -> io::Result<Asked> {
     Ok(Asked {
         index,
         stream,
-        decoder: FrameDecoder::new(),
+        decoder: FrameDecoder::with_limits(|_| MAX_ANSWER),
     })
 }
 
