@@ -3,14 +3,17 @@
 #[cfg(test)]
 mod tests;
 
+use std::collections::VecDeque;
 use std::io::{self, BufReader, Read as _, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
+use rustix::net::{SendFlags, send};
 use serde::Serialize;
 use sm_guest_proto::PROTOCOL_VERSION;
 use sm_guest_proto::exec::{ExecControl, ExecReply, Hello};
@@ -23,6 +26,9 @@ use crate::exit::ExitRecord;
 use crate::launch::{ControlCall, Report, Testimony};
 use crate::timed::{Until, connect_until};
 use crate::timings::Phase;
+
+/// Maximum number of signals that wait behind data on a session.
+const MAX_QUEUED_SIGNALS: usize = 64;
 
 /// Timeout for the delivery of a signal to a command.
 const SIGNAL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -71,6 +77,7 @@ impl Session {
         let writer = SessionWriter {
             stream: Arc::new(Mutex::new(stream.try_clone()?)),
             hang_up: Arc::new(stream.try_clone()?),
+            signals: Arc::default(),
             aside: aside.map(Arc::new),
         };
         Ok(Self {
@@ -277,6 +284,8 @@ pub struct SessionWriter {
     stream: Arc<Mutex<UnixStream>>,
     /// The same stream outside the lock, which a blocked writer holds.
     hang_up: Arc<UnixStream>,
+    /// Signals that are sent on the stream, by the next one that holds the lock.
+    signals: Arc<Mutex<VecDeque<u8>>>,
     aside: Option<Arc<Aside>>,
 }
 
@@ -299,7 +308,38 @@ impl SessionWriter {
         // Continuing after another writer's panic is safe: a partly written frame means
         // that the stream is broken, and this write fails too.
         let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
-        stream.write_all(&bytes)
+        stream.write_all(&bytes)?;
+        drop(stream);
+        self.send_signals(SendFlags::NOSIGNAL)
+    }
+
+    /// Sends the queued signals, unless another writer holds the lock: it does so when its
+    /// data has been taken. With `DONTWAIT`, signals for which the stream has no room stay
+    /// queued.
+    fn send_signals(&self, flags: SendFlags) -> io::Result<()> {
+        let lock = || self.signals.lock().unwrap_or_else(PoisonError::into_inner);
+        // The queue is looked at again after each release of the stream: whoever queued a
+        // signal before that found the stream locked.
+        while !lock().is_empty() {
+            let mut stream = match self.stream.try_lock() {
+                Ok(stream) => stream,
+                Err(TryLockError::Poisoned(error)) => error.into_inner(),
+                Err(TryLockError::WouldBlock) => return Ok(()),
+            };
+            while let Some(signal) = { lock().front().copied() } {
+                let mut bytes = Vec::new();
+                frame::encode(FrameType::Signal, &[signal], &mut bytes)
+                    .map_err(io::Error::other)?;
+                match rustix::io::retry_on_intr(|| send(&*stream, &bytes, flags)) {
+                    // A frame that has been begun must be completed.
+                    Ok(count) => stream.write_all(bytes.get(count..).unwrap_or_default())?,
+                    Err(Errno::AGAIN) => return Ok(()),
+                    Err(error) => return Err(error.into()),
+                }
+                lock().pop_front();
+            }
+        }
+        Ok(())
     }
 
     /// Sends `message` as the JSON payload of a frame.
@@ -339,16 +379,26 @@ impl SessionWriter {
     }
 
     /// Sends the command a signal over a separate connection, so that the signal does not
-    /// wait behind input that the command does not read. Before the command runs, the
-    /// signal is sent on the session and is delivered in order.
+    /// wait behind input that the command does not read. Before the command runs, and if
+    /// the guest's agent does not have this request, the signal is queued on the session
+    /// and is delivered in order. This method does not wait for input to be read.
     ///
     /// # Errors
-    /// The connection to the command or the VM failed, or no answer arrived.
+    /// The connection to the command or the VM failed, or no answer arrived, or too many
+    /// signals are queued (`WouldBlock`).
     pub fn signal(&self, signal: u8) -> io::Result<()> {
-        match &self.aside {
-            Some(aside) if aside.signal(signal)? => Ok(()),
-            _ => self.send(FrameType::Signal, &[signal]),
+        if let Some(aside) = &self.aside
+            && aside.signal(signal)?
+        {
+            return Ok(());
         }
+        let mut signals = self.signals.lock().unwrap_or_else(PoisonError::into_inner);
+        if signals.len() >= MAX_QUEUED_SIGNALS {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        signals.push_back(signal);
+        drop(signals);
+        self.send_signals(SendFlags::NOSIGNAL | SendFlags::DONTWAIT)
     }
 
     /// Shuts the connection down in both directions, which wakes a waiting

@@ -25,6 +25,12 @@ struct Stuck {
 
 impl Stuck {
     fn new() -> Self {
+        Self::with_agent(0)
+    }
+
+    /// With an agent that ends requests for a signal with `status`; 125 is that of an
+    /// agent that does not have the request.
+    fn with_agent(status: u32) -> Self {
         let user = User::new();
         let vm = user.vm(1, "vm");
         vm.answers();
@@ -73,7 +79,7 @@ impl Stuck {
                 let message: Value = serde_json::from_slice(&payload).unwrap();
                 assert_eq!(message["signal"]["pid"], PID);
                 let exit = ExitStatus {
-                    status: 0,
+                    status,
                     peak_rss_kib: None,
                 };
                 send(&mut stream, FrameType::Exit, &exit.to_payload());
@@ -137,6 +143,18 @@ fn a_command_without_a_reader_of_its_output_is_ended() {
     send(&mut stuck.session, FrameType::Stdout, b"more\n");
     assert_eq!(stuck.signals.recv().unwrap(), 13);
     // `sm` disconnects: earlier bytes are all there is.
+    let mut rest = Vec::new();
+    stuck.session.read_to_end(&mut rest).unwrap();
+    assert_eq!(stuck.sm.wait().unwrap().code(), Some(137));
+}
+
+/// The agent of a VM that was restored from an older snapshot.
+#[test]
+fn it_ends_although_the_agent_knows_no_signal_beside() {
+    let mut stuck = Stuck::with_agent(125);
+    drop(stuck.sm.stdout.take());
+    send(&mut stuck.session, FrameType::Stdout, b"more\n");
+    assert_eq!(stuck.signals.recv().unwrap(), 13);
     let mut rest = Vec::new();
     stuck.session.read_to_end(&mut rest).unwrap();
     assert_eq!(stuck.sm.wait().unwrap().code(), Some(137));

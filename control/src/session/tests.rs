@@ -60,3 +60,42 @@ fn a_frame_over_its_types_limit_is_refused_by_its_header() {
         assert_eq!(session.payload.capacity(), 0);
     }
 }
+
+/// As with an agent that does not have the request for a signal beside the session.
+#[test]
+fn a_signal_on_the_session_waits_for_nobody_and_is_not_lost() {
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    let session = Session::new(ours, None).unwrap();
+    let writer = session.writer();
+    let blocked = std::thread::spawn({
+        let writer = writer.clone();
+        move || writer.write_stdin(&vec![0; 4 << 20])
+    });
+    while writer.stream.try_lock().is_ok() || !is_full(&writer.hang_up) {
+        std::thread::yield_now();
+    }
+    for signal in [2, 15] {
+        writer.signal(signal).unwrap();
+    }
+    let mut signals = Vec::new();
+    let mut decoder = frame::FrameDecoder::new();
+    let mut buffer = [0; 4096];
+    while signals.len() < 2 {
+        let count = theirs.read(&mut buffer).unwrap();
+        decoder.push(&buffer[..count]);
+        while let Some(frame) = decoder.next_frame().unwrap() {
+            if frame.kind == FrameType::Signal {
+                signals.extend_from_slice(frame.payload);
+            }
+        }
+    }
+    assert_eq!(signals, [2, 15]);
+    writer.hang_up();
+    let _ = blocked.join().unwrap();
+    // Nothing is queued without limit.
+    for _ in 0..MAX_QUEUED_SIGNALS {
+        writer.signals.lock().unwrap().push_back(1);
+    }
+    let error = writer.signal(1).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+}
