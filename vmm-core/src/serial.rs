@@ -53,13 +53,23 @@ fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Where console output goes.
+/// Notice at the end of the part of a file that is captured from the start.
+const LIMIT_NOTICE: &[u8] = b"\n[console output beyond 4 MiB is not kept; the last lines follow]\n";
+
+/// The destination of console output.
+///
+/// A failed write, as on a full disk, does not end the capture: the next output is
+/// preceded by the bytes that the file lacks, as far as they are still in the tail, and
+/// by a note of the number of those that are not.
 #[derive(Debug)]
 struct Output {
     file: File,
+    /// Bytes in the file.
     written: u64,
-    /// Writing failed or the limit is reached: only the tail is kept.
-    closed: bool,
+    /// Number of the latest bytes of output that the file lacks.
+    missing: u64,
+    /// The part of [`LIMIT_NOTICE`] that is not in the file.
+    notice: &'static [u8],
     tail: VecDeque<u8>,
     line: Vec<u8>,
     panic: Option<String>,
@@ -77,20 +87,68 @@ impl Output {
     }
 
     fn write_file(&mut self, bytes: &[u8]) {
-        if self.closed {
-            return;
-        }
         if self.written >= FILE_LIMIT {
-            self.closed = true;
-            let notice = "\n[console output beyond 4 MiB is not kept; the last lines follow]\n";
-            let _ = self.file.write_all(notice.as_bytes());
+            // After a failure, the next output tries again.
+            let _ = self.write_notice();
             return;
         }
-        self.written += u64::try_from(bytes.len()).unwrap_or(0);
-        if let Err(error) = self.file.write_all(bytes) {
-            self.closed = true;
-            tracing::warn!(%error, "console output can no longer be captured");
+        let was_complete = self.missing == 0;
+        let captured = self.write_missing();
+        self.missing += u64::try_from(bytes.len()).unwrap_or(0);
+        let captured = captured.and_then(|()| {
+            let mut rest = bytes;
+            self.append(&mut rest, true)
+        });
+        if let Err(error) = captured
+            && was_complete
+        {
+            tracing::warn!(%error, "console output cannot be captured at the moment");
         }
+    }
+
+    /// Appends `rest`, which becomes what could not be written. With `of_output`, the
+    /// bytes are output that counted as missing.
+    fn append(&mut self, rest: &mut &[u8], of_output: bool) -> io::Result<()> {
+        while !rest.is_empty() {
+            let count = match self.file.write(rest) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error),
+            };
+            *rest = rest.get(count..).unwrap_or_default();
+            let count = u64::try_from(count).unwrap_or(0);
+            self.written += count;
+            if of_output {
+                self.missing = self.missing.saturating_sub(count);
+            }
+        }
+        Ok(())
+    }
+
+    /// Appends the output that the file lacks, or a note where the tail lacks it, too.
+    fn write_missing(&mut self) -> io::Result<()> {
+        if self.missing == 0 {
+            return Ok(());
+        }
+        let missing = usize::try_from(self.missing).unwrap_or(usize::MAX);
+        let kept = missing.min(self.tail.len());
+        let lost = missing - kept;
+        if lost > 0 {
+            let note = format!("\n[{lost} bytes of console output could not be written]\n");
+            self.append(&mut note.as_bytes(), false)?;
+            self.missing = u64::try_from(kept).unwrap_or(0);
+        }
+        let from = self.tail.len() - kept;
+        let latest: Vec<u8> = self.tail.range(from..).copied().collect();
+        self.append(&mut latest.as_slice(), true)
+    }
+
+    fn write_notice(&mut self) -> io::Result<()> {
+        let mut rest = self.notice;
+        let written = self.append(&mut rest, false);
+        self.notice = rest;
+        written
     }
 
     fn watch_for_panic(&mut self, byte: u8) {
@@ -112,13 +170,16 @@ impl Output {
 
 impl Drop for Output {
     fn drop(&mut self) {
-        if self.written >= FILE_LIMIT {
-            let (first, second) = self.tail.as_slices();
-            let _ = self
-                .file
-                .write_all(first)
-                .and_then(|()| self.file.write_all(second));
+        // Nothing comes after this that could try again.
+        if self.written < FILE_LIMIT {
+            let _ = self.write_missing();
+            return;
         }
+        let _ = self.write_notice().and_then(|()| {
+            let (first, second) = self.tail.as_slices();
+            self.file.write_all(first)?;
+            self.file.write_all(second)
+        });
     }
 }
 
@@ -133,7 +194,8 @@ impl Console {
         Self(Arc::new(Mutex::new(Output {
             file,
             written: 0,
-            closed: false,
+            missing: 0,
+            notice: LIMIT_NOTICE,
             tail: VecDeque::new(),
             line: Vec::new(),
             panic: None,
@@ -358,6 +420,88 @@ mod tests {
         assert!(text.len() < (4 << 20) + TAIL_LIMIT + 200);
         assert!(text.contains("is not kept"));
         assert!(text.ends_with("\nthe end\n"));
+    }
+
+    /// A console whose file takes 8 KiB until it is read from, as a full disk takes
+    /// nothing until there is room.
+    fn small_console() -> (Console, io::PipeReader) {
+        let (reader, writer) = io::pipe().unwrap();
+        rustix::pipe::fcntl_setpipe_size(&writer, 8192).unwrap();
+        rustix::io::ioctl_fionbio(&reader, true).unwrap();
+        rustix::io::ioctl_fionbio(&writer, true).unwrap();
+        let file = File::from(std::os::fd::OwnedFd::from(writer));
+        (Console::new(file), reader)
+    }
+
+    /// Everything that a pipe contains.
+    fn drain(reader: &mut io::PipeReader) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        let mut buffer = [0; 4096];
+        while let Ok(count) = reader.read(&mut buffer)
+            && count > 0
+        {
+            bytes.extend_from_slice(&buffer[..count]);
+        }
+        bytes
+    }
+
+    #[test]
+    fn output_is_captured_again_after_a_failed_write() {
+        let (mut console, mut reader) = small_console();
+        let lines: Vec<u8> = (0..3000)
+            .flat_map(|n| format!("{n}\n").into_bytes())
+            .collect();
+        for part in lines.chunks(100) {
+            console.write_all(part).unwrap();
+        }
+        let mut seen = drain(&mut reader);
+        assert!(!seen.is_empty() && seen.len() < lines.len());
+        // Each output is preceded by as much of the missing part as there is room for.
+        for _ in 0..10 {
+            console.write_all(b"and on\n").unwrap();
+            seen.extend(drain(&mut reader));
+        }
+        let expected = [lines, b"and on\n".repeat(10)].concat();
+        assert_eq!(String::from_utf8(seen), String::from_utf8(expected));
+    }
+
+    #[test]
+    fn the_last_lines_are_captured_at_the_end() {
+        let (mut console, mut reader) = small_console();
+        let line = [b"x".repeat(1023), b"\n".to_vec()].concat();
+        for _ in 0..8 {
+            console.write_all(&line).unwrap();
+        }
+        console.write_all(b"Kernel panic\n").unwrap();
+        assert_eq!(drain(&mut reader), line.repeat(8));
+        drop(console);
+        assert_eq!(drain(&mut reader), b"Kernel panic\n");
+    }
+
+    #[test]
+    fn a_gap_is_noted_with_its_length() {
+        let (mut console, mut reader) = small_console();
+        let line = [b"x".repeat(1023), b"\n".to_vec()].concat();
+        for _ in 0..8 {
+            console.write_all(&line).unwrap();
+        }
+        // The latest 32 KiB are still known, and 5 lines before them are not.
+        for _ in 0..37 {
+            console.write_all(&line).unwrap();
+        }
+        let mut seen = drain(&mut reader);
+        for _ in 0..20 {
+            console.write_all(b"!").unwrap();
+            seen.extend(drain(&mut reader));
+        }
+        drop(console);
+        let text = String::from_utf8(seen).unwrap();
+        let note = "\n[5120 bytes of console output could not be written]\n";
+        assert_eq!(text.matches("could not be written").count(), 1, "{text}");
+        assert!(text.contains(note), "{text}");
+        let without = text.replacen(note, "", 1);
+        let expected = [line.repeat(8 + 32), b"!".repeat(20)].concat();
+        assert_eq!(without.as_bytes(), expected);
     }
 
     #[test]
