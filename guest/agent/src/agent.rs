@@ -55,8 +55,6 @@ mod listener {
     pub(super) const RESUME: u8 = 3;
 }
 
-/// Maximum number of connections from peers that are not served that one event closes.
-const STRANGERS: usize = 64;
 /// Pause after a failed accept, if no connection ends before: Linux sends no event when
 /// other processes release descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
@@ -222,30 +220,24 @@ impl Agent {
             return;
         };
         // One connection per event: the listener stays readable while others wait, and
-        // running sessions are served in between. Up to [`STRANGERS`] peers that are not
-        // served are closed in addition.
-        for _ in 0..STRANGERS {
-            match peer::accept(listener.as_fd()) {
-                Ok((socket, peer)) => {
-                    self.accepting = Accepting::Yes;
-                    if peer.is_served() {
-                        return self.serve_new(part, socket);
-                    }
+        // running sessions are served in between.
+        match peer::accept_served(listener.as_fd()) {
+            Ok(served) => {
+                self.accepting = Accepting::Yes;
+                if let Some(socket) = served {
+                    self.serve_new(part, socket);
                 }
-                // No connection waits, or its peer has closed it.
-                Err(error)
-                    if matches!(
-                        error.kind(),
-                        io::ErrorKind::WouldBlock
-                            | io::ErrorKind::Interrupted
-                            | io::ErrorKind::ConnectionAborted
-                            | io::ErrorKind::ConnectionReset
-                    ) =>
-                {
-                    return;
-                }
-                Err(error) => return self.pause_accepting(&error),
             }
+            // No connection waits, or its peer has closed it.
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::WouldBlock
+                        | io::ErrorKind::Interrupted
+                        | io::ErrorKind::ConnectionAborted
+                        | io::ErrorKind::ConnectionReset
+                ) => {}
+            Err(error) => self.pause_accepting(&error),
         }
     }
 

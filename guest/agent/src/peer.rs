@@ -9,7 +9,7 @@ use crate::sys;
 
 /// The peer of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Peer {
+enum Peer {
     /// A vsock socket in the context `cid`.
     Vsock { cid: u32 },
     /// A unix socket. The listener is one only in tests, never in a guest.
@@ -39,7 +39,7 @@ impl Peer {
 
     /// Returns true if this peer is served. Only the host may send requests: processes of
     /// the guest can reach the same ports through vsock's loopback, without privileges.
-    pub(crate) fn is_served(self) -> bool {
+    fn is_served(self) -> bool {
         match self {
             Self::Vsock { cid } => cid == HOST_CID,
             Self::Local => true,
@@ -48,8 +48,31 @@ impl Peer {
     }
 }
 
+/// Maximum number of connections from peers that are not served that one event closes.
+const STRANGERS: usize = 64;
+
+/// Accepts a pending connection of a peer that is served, and closes those of other peers
+/// before it. `None` if there were so many of those that the caller should serve others
+/// first; the listener is still readable then.
+///
+/// # Errors
+/// As accept(2), `WouldBlock` if no connection is pending.
+pub(crate) fn accept_served(listener: BorrowedFd<'_>) -> io::Result<Option<OwnedFd>> {
+    first_served(|| accept(listener))
+}
+
+fn first_served<S>(mut accept: impl FnMut() -> io::Result<(S, Peer)>) -> io::Result<Option<S>> {
+    for _ in 0..STRANGERS {
+        let (socket, peer) = accept()?;
+        if peer.is_served() {
+            return Ok(Some(socket));
+        }
+    }
+    Ok(None)
+}
+
 /// Accepts a connection that is pending at `listener`.
-pub(crate) fn accept(listener: BorrowedFd<'_>) -> io::Result<(OwnedFd, Peer)> {
+fn accept(listener: BorrowedFd<'_>) -> io::Result<(OwnedFd, Peer)> {
     let mut address = [0; 128];
     let (socket, len) = sys::accept(listener, &mut address)?;
     Ok((
@@ -83,6 +106,41 @@ mod tests {
         }
         let internet = u16::try_from(libc::AF_INET).unwrap().to_ne_bytes();
         assert!(!Peer::parse(&[&internet[..], &[0; 14]].concat()).is_served());
+    }
+
+    #[test]
+    fn strangers_are_closed_and_the_host_is_served() {
+        let stranger = Peer::Vsock { cid: 1 };
+        let host = Peer::Vsock { cid: HOST_CID };
+        let run = |peers: &[Peer]| {
+            let mut waiting = peers.iter().zip(0usize..);
+            let first = first_served(|| {
+                let next = waiting.next().ok_or(io::ErrorKind::WouldBlock)?;
+                Ok((next.1, *next.0))
+            });
+            (first.map_err(|error| error.kind()), waiting.count())
+        };
+        assert_eq!(run(&[host, host]), (Ok(Some(0)), 1));
+        assert_eq!(run(&[stranger, Peer::Unknown, host]), (Ok(Some(2)), 0));
+        assert_eq!(run(&[stranger; 3]), (Err(io::ErrorKind::WouldBlock), 0));
+        // An unlimited number of them would keep the agent from its other work.
+        let mut many = vec![stranger; STRANGERS + 1];
+        many.push(host);
+        assert_eq!(run(&many), (Ok(None), 2));
+    }
+
+    /// The sockets of strangers are closed.
+    #[test]
+    fn the_socket_of_a_stranger_is_closed() {
+        use std::io::Read as _;
+        let (mut theirs, ours) = UnixStream::pair().unwrap();
+        let mut ours = Some(ours);
+        let served = first_served(|| {
+            let ours = ours.take().ok_or(io::ErrorKind::WouldBlock)?;
+            Ok((OwnedFd::from(ours), Peer::Unknown))
+        });
+        assert_eq!(served.unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        assert_eq!(theirs.read(&mut [0]).unwrap(), 0);
     }
 
     /// The offsets are those of the kernel's structure.
