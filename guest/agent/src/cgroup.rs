@@ -45,6 +45,8 @@ pub(crate) struct Cgroup {
     name: Option<Vec<u8>>,
     /// OOM kills from before this VM was started or restored.
     earlier_oom_kills: u64,
+    /// CPU time from before this VM was started or restored, in microseconds.
+    earlier_cpu_us: u64,
 }
 
 impl Cgroup {
@@ -62,6 +64,7 @@ impl Cgroup {
             events: None,
             name: None,
             earlier_oom_kills: 0,
+            earlier_cpu_us: 0,
         })
     }
 
@@ -104,13 +107,15 @@ impl Cgroup {
         Ok(open(self.path.join(below), flags, Mode::empty())?)
     }
 
-    /// Resets the count of OOM kills, when this VM starts or continues as another one.
-    pub(crate) fn forget_oom_kills(&mut self) {
+    /// Counts OOM kills and CPU time from now on, when this VM starts or continues as
+    /// another one.
+    pub(crate) fn reset_counts(&mut self) {
         self.earlier_oom_kills = self.all_oom_kills();
+        self.earlier_cpu_us = self.all_cpu_us();
     }
 
     /// Returns the number of processes in the group and its descendants that the OOM
-    /// killer killed since [`Cgroup::forget_oom_kills`].
+    /// killer killed since [`Cgroup::reset_counts`].
     pub(crate) fn oom_kills(&self) -> u64 {
         self.all_oom_kills().saturating_sub(self.earlier_oom_kills)
     }
@@ -179,8 +184,13 @@ impl Cgroup {
         found
     }
 
-    /// Returns the CPU time used by the group, in microseconds.
+    /// Returns the CPU time used by the group since [`Cgroup::reset_counts`], in
+    /// microseconds.
     pub(crate) fn cpu_us(&self) -> u64 {
+        self.all_cpu_us().saturating_sub(self.earlier_cpu_us)
+    }
+
+    fn all_cpu_us(&self) -> u64 {
         let text = fs::read_to_string(self.path.join("cpu.stat")).unwrap_or_default();
         field(&text, "usage_usec")
     }
@@ -237,10 +247,23 @@ mod tests {
         let events = mount.path().join("workload/memory.events");
         fs::write(&events, "low 0\noom 9\noom_kill 2\noom_group_kill 0\n").unwrap();
         assert_eq!(cgroup.oom_kills(), 2);
-        cgroup.forget_oom_kills();
+        cgroup.reset_counts();
         assert_eq!(cgroup.oom_kills(), 0);
         fs::write(&events, "low 0\noom 9\noom_kill 3\noom_group_kill 0\n").unwrap();
         assert_eq!(cgroup.oom_kills(), 1);
+    }
+
+    #[test]
+    fn cpu_time_is_counted_since_the_last_reset() {
+        let mount = tempfile::tempdir().unwrap();
+        let mut cgroup = Cgroup::create(mount.path(), "workload").unwrap();
+        let stat = mount.path().join("workload/cpu.stat");
+        fs::write(&stat, "usage_usec 9000\nuser_usec 8000\n").unwrap();
+        assert_eq!(cgroup.cpu_us(), 9000);
+        cgroup.reset_counts();
+        assert_eq!(cgroup.cpu_us(), 0);
+        fs::write(&stat, "usage_usec 9700\nuser_usec 8000\n").unwrap();
+        assert_eq!(cgroup.cpu_us(), 700);
     }
 
     #[test]

@@ -52,7 +52,7 @@ impl Agent {
             return Some(failed(error));
         }
         // If this guest is a clone, earlier counts belong to another VM.
-        self.cgroup.forget_oom_kills();
+        self.cgroup.reset_counts();
         self.exec_oom_kills = 0;
         self.check_vmgenid();
         if !self.vmgenid_seen && refresh.vmgenid_wait_ms > 0 && self.refreshing.is_none() {

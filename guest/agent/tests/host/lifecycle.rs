@@ -4,7 +4,7 @@ use sm_guest_proto::control::{ControlReply, ControlRequest, Evidence, Refresh};
 use sm_guest_proto::exec::{ExecRequest, Role};
 use sm_guest_proto::frame::FrameType;
 
-use crate::client::{Connection, attach_main, run, shell, start, start_running};
+use crate::client::{Connection, ControlClient, attach_main, run, shell, start, start_running};
 use crate::{Agent, Test};
 
 pub(crate) const TESTS: &[Test] = &[
@@ -27,6 +27,10 @@ pub(crate) const TESTS: &[Test] = &[
     (
         "commands_join_the_group_of_pid_one",
         commands_join_the_group_of_pid_one,
+    ),
+    (
+        "cpu_time_counts_from_the_identity",
+        cpu_time_counts_from_the_identity,
     ),
     ("power_off_ends_in_order", power_off_ends_in_order),
     ("power_off_without_a_workload", power_off_without_a_workload),
@@ -228,6 +232,24 @@ fn the_root_is_assembled() {
     };
     assert_eq!(stats.processes, 0);
     assert!(stats.memory_total_kib > stats.memory_available_kib);
+}
+
+/// A clone reports its own CPU time, without that of the VM that it is a clone of.
+fn cpu_time_counts_from_the_identity() {
+    let agent = Agent::attached();
+    let mut control = agent.control();
+    let cpu_us = |control: &mut ControlClient| match control.ask(&ControlRequest::Stats) {
+        ControlReply::Stats(stats) => stats.cpu_us,
+        other => panic!("{other:?}"),
+    };
+    let busy = "i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done";
+    assert_eq!(run(agent.path(), &shell(busy)).status, Some(0));
+    let before = cpu_us(&mut control);
+    assert!(before > 10_000, "{before}");
+    let reply = control.ask(&ControlRequest::Refresh(Refresh::default()));
+    assert!(matches!(reply, ControlReply::Refreshed(_)), "{reply:?}");
+    let after = cpu_us(&mut control);
+    assert!(after < before / 2, "{after} of {before}");
 }
 
 /// systemd leaves the topmost group and then enables controllers there, which succeeds
