@@ -74,7 +74,7 @@ pub(crate) mod shortage {
         FAILING.set(count);
     }
 
-    pub(super) fn check() -> Result<(), Errno> {
+    pub(crate) fn check() -> Result<(), Errno> {
         match FAILING.get() {
             0 => Ok(()),
             left => {

@@ -6,6 +6,8 @@ use std::os::fd::OwnedFd;
 use rustix::io::Errno;
 
 use crate::reactor::{Reactor, Ready, Token, Watched};
+#[cfg(test)]
+use crate::sending::shortage;
 
 /// Number of buffered bytes at which the client is no longer read. It is large enough
 /// that a RESIZE or SIGNAL behind some typed-ahead input is still received. One frame may
@@ -74,19 +76,27 @@ impl Input {
         }
     }
 
-    /// Writes bytes until the descriptor would block. If the command has closed its
-    /// input, the bytes are discarded.
+    /// Writes bytes until the descriptor would block, or the kernel lacks memory for a
+    /// pipe's next page. If the command has closed its input, the bytes are discarded.
     fn write(&mut self, bytes: &[u8], reactor: &Reactor) -> usize {
         let mut count = 0;
+        let mut starved = false;
         while let (Some(fd), Some(rest)) = (&self.fd, bytes.get(count..))
             && !rest.is_empty()
         {
-            match rustix::io::write(fd, rest) {
+            match write_some(fd, rest) {
                 Ok(written) => count += written,
                 Err(Errno::AGAIN) => break,
                 Err(Errno::INTR) => {}
+                Err(Errno::NOMEM | Errno::NOBUFS) => {
+                    starved = true;
+                    break;
+                }
                 Err(_) => self.close(reactor),
             }
+        }
+        if let Some(fd) = &mut self.fd {
+            fd.set_starved(starved);
         }
         count
     }
@@ -118,6 +128,12 @@ impl Input {
     }
 }
 
+fn write_some(fd: &Watched, bytes: &[u8]) -> Result<usize, Errno> {
+    #[cfg(test)]
+    shortage::check()?;
+    rustix::io::write(fd, bytes)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -132,6 +148,27 @@ mod tests {
             reader.into(),
             Reactor::new().unwrap(),
         )
+    }
+
+    #[test]
+    fn a_shortage_of_memory_loses_no_input() {
+        let (mut input, mut reader, mut reactor) = pipe();
+        shortage::begin(2);
+        input.push(b"first ", &reactor);
+        input.push(b"second", &reactor);
+        input.end(false, &reactor);
+        // It is tried again although the pipe is writable all the time.
+        let token = Token::single(crate::reactor::Class::Power, 1);
+        while input.fd.is_some() {
+            input.watch(&reactor, token).unwrap();
+            let mut events = Vec::new();
+            reactor.wait(&mut events).unwrap();
+            assert!(!events.is_empty());
+            input.flush(&reactor);
+        }
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "first second");
     }
 
     #[test]

@@ -55,6 +55,8 @@ enum Phase {
         v6: bool,
     },
     Open,
+    /// The status of a failure is yet to be sent.
+    Refused,
     Over,
 }
 
@@ -188,6 +190,10 @@ impl Connection {
                 }
             }
             Phase::Open => self.pump(which, ready, scratch),
+            Phase::Refused => {
+                self.to_host.flush(self.host.as_fd());
+                self.end_when_flushed();
+            }
             Phase::Over => {}
         }
     }
@@ -220,12 +226,22 @@ impl Connection {
 
     /// Answers with a failure and ends the connection.
     fn finish(&mut self, status: ForwardStatus) {
-        let _ = send(
-            &self.host,
-            &[status as u8],
-            SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
-        );
-        self.phase = Phase::Over;
+        self.phase = Phase::Refused;
+        self.send_status(status);
+        self.end_when_flushed();
+    }
+
+    /// Sends the status byte, now or when the host's socket takes it: the kernel may lack
+    /// memory at the moment.
+    fn send_status(&mut self, status: ForwardStatus) {
+        self.to_host.pending.push(status as u8);
+        self.to_host.flush(self.host.as_fd());
+    }
+
+    fn end_when_flushed(&mut self) {
+        if !self.to_host.is_blocked() {
+            self.phase = Phase::Over;
+        }
     }
 
     // ---- connecting ----
@@ -297,13 +313,8 @@ impl Connection {
     }
 
     fn open(&mut self) {
-        let status = [ForwardStatus::Connected as u8];
-        if send(
-            &self.host,
-            &status,
-            SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
-        ) != Ok(1)
-        {
+        self.send_status(ForwardStatus::Connected);
+        if self.to_host.done {
             self.phase = Phase::Over;
             return;
         }
@@ -349,6 +360,7 @@ impl Connection {
         let (host, tcp) = match self.phase {
             Phase::Over => return false,
             Phase::Header { .. } => (Ready::IN, Ready::empty()),
+            Phase::Refused => (Ready::OUT, Ready::empty()),
             Phase::Connecting { .. } => (Ready::ET | Ready::OUT | Ready::RDHUP, Ready::OUT),
             Phase::Open => (
                 wanted(&self.to_tcp, &self.to_host),

@@ -135,4 +135,47 @@ mod tests {
         assert_eq!(outcome.1.first(), Some(&(ForwardStatus::Connected as u8)));
         assert!(outcome.1[1..] == sent);
     }
+
+    #[test]
+    fn a_shortage_of_memory_loses_no_status() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let listening = listener.local_addr().unwrap().port();
+        let unused = TcpListener::bind("127.0.0.1:0").unwrap();
+        let silent = unused.local_addr().unwrap().port();
+        drop(unused);
+        for (port, expected) in [
+            (listening, ForwardStatus::Connected),
+            (silent, ForwardStatus::NoListener),
+        ] {
+            let (mut host, agents) = UnixStream::pair().unwrap();
+            let header = ForwardHeader { port, wait_ms: 0 }.encode();
+            host.write_all(&header).unwrap();
+            host.shutdown(Shutdown::Write).unwrap();
+            let client = std::thread::spawn(move || {
+                let mut got = Vec::new();
+                host.read_to_end(&mut got).unwrap();
+                got
+            });
+            let server = (port == listening).then(|| listener.try_clone().unwrap());
+            let server = server.map(|listener| {
+                // Its end ends the connection.
+                std::thread::spawn(move || drop(listener.accept().unwrap()))
+            });
+            let mut reactor = Reactor::new().unwrap();
+            let mut forwards = Forwards::default();
+            forwards.accept(&mut reactor, agents.into());
+            let mut turns = 0;
+            serve(&mut reactor, &mut forwards, || {
+                turns += 1;
+                if turns < 5 {
+                    shortage::begin(1);
+                }
+            });
+            shortage::begin(0);
+            assert_eq!(client.join().unwrap(), [expected as u8]);
+            if let Some(server) = server {
+                server.join().unwrap();
+            }
+        }
+    }
 }
