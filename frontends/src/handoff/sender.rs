@@ -7,7 +7,9 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use rustix::io::Errno;
+use rustix::net::sockopt::socket_peercred;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::process::geteuid;
 
 use super::MAX_PAYLOAD;
 
@@ -24,12 +26,29 @@ pub struct HandoffSender {
 }
 
 impl HandoffSender {
-    /// Connects to a VM's handoff socket.
+    /// Connects to the handoff socket of a VM of this process's user, or of root. Another
+    /// user's process gets no clients, although it may listen at `path` before the VM does.
     ///
-    /// No VM listens on `path`.
-    /// Nobody listens there.
+    /// # Errors
+    /// No VM listens on `path`, or another user's process does (`PermissionDenied`).
     pub fn connect(path: &Path) -> io::Result<Self> {
-        UnixStream::connect(path).map(Self::from)
+        Self::connect_to_user(path, geteuid().as_raw())
+    }
+
+    /// Connects to the handoff socket of a VM of the user with the ID `user`, or of root:
+    /// for a router that runs as root.
+    ///
+    /// # Errors
+    /// As [`Self::connect`].
+    pub fn connect_to_user(path: &Path, user: u32) -> io::Result<Self> {
+        let stream = UnixStream::connect(path)?;
+        // The credentials are those of the process at the time when it began to listen.
+        let listener = socket_peercred(&stream)?.uid;
+        if listener.as_raw() != user && !listener.is_root() {
+            let text = format!("a process of user {} listens there", listener.as_raw());
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
+        }
+        Ok(Self::from(stream))
     }
 
     /// Returns true if no more handoffs can be sent, because one was sent partially.

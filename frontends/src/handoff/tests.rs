@@ -82,6 +82,41 @@ fn payload_and_socket_arrive_in_order_again_and_again() {
     }
 }
 
+/// Root may listen for every user, and a user for nobody else.
+#[test]
+fn another_users_socket_gets_no_clients() {
+    let rig = rig();
+    let own = rustix::process::geteuid();
+    HandoffSender::connect_to_user(&rig.path, own.as_raw()).unwrap();
+    let other = HandoffSender::connect_to_user(&rig.path, own.as_raw() + 1);
+    if !own.is_root() {
+        let error = other.unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::PermissionDenied);
+        return;
+    }
+    other.unwrap();
+    // A user without rights takes the path before the VM does.
+    let stranger = 65_534;
+    let path = rig.path.with_file_name("taken");
+    let directory = path.parent().unwrap();
+    let open = std::os::unix::fs::PermissionsExt::from_mode(0o777);
+    std::fs::set_permissions(directory, open).unwrap();
+    let listener = std::thread::scope(|scope| {
+        let stranger = scope.spawn(|| {
+            let uid = rustix::process::Uid::from_raw(stranger);
+            // Of this thread only.
+            rustix::thread::set_thread_res_uid(uid, uid, uid).unwrap();
+            UnixListener::bind(&path).unwrap()
+        });
+        stranger.join().unwrap()
+    });
+    let error = HandoffSender::connect(&path).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::PermissionDenied);
+    assert!(error.to_string().contains("user 65534"), "{error}");
+    HandoffSender::connect_to_user(&path, stranger).unwrap();
+    drop(listener);
+}
+
 #[test]
 fn a_payload_of_a_mebibyte_is_the_longest() {
     let rig = rig();
