@@ -7,7 +7,8 @@
 //! `rule` lists. Additional features of the host do no harm, because the guest's own
 //! CPUID is part of the saved state.
 //!
-//! Manifests of format 1 contain only twelve of these words; the others are not compared.
+//! Manifests of format 1 contain only twelve of these words. For these the CPUID in the
+//! saved state of a vCPU is compared (`restore::check_vcpu`).
 
 use std::collections::BTreeMap;
 

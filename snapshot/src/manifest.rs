@@ -20,6 +20,8 @@ use crate::{Error, state_file};
 
 /// Format that this version writes.
 pub const FORMAT: u32 = 2;
+/// First format whose manifest has all compared CPUID words.
+pub const ALL_CPUID_FORMAT: u32 = 2;
 /// Oldest format that this version reads.
 pub const OLDEST_FORMAT: u32 = 1;
 /// Maximum size of a manifest in bytes.

@@ -2,12 +2,14 @@
 
 use std::sync::Arc;
 
+use sm_hypervisor::state::CpuidEntry;
 use sm_vmm_core::memory::{FileExtent, MachineMemory, MemoryConfig};
 
 use crate::Error;
 use crate::chain::{Chain, MAX_PIECES};
 use crate::cpu::CpuFeatures;
 use crate::extents::{PAGE, Source};
+use crate::manifest::ALL_CPUID_FORMAT;
 
 /// Properties of the restoring host and software. A snapshot that requires others is
 /// refused.
@@ -61,6 +63,24 @@ pub fn check(chain: &Chain, wanted: &Requirements) -> Result<(), Error> {
         }
     }
     manifest.cpu.check(&wanted.cpu).or_else(refuse)
+}
+
+/// Checks the CPUID of a saved vCPU against the features that this host offers to guests,
+/// if the manifest's format does not have all words that are compared ([`check`]).
+///
+/// # Errors
+/// [`Error::Incompatible`] with the features that the host lacks.
+pub fn check_vcpu(chain: &Chain, cpuid: &[CpuidEntry], host: &CpuFeatures) -> Result<(), Error> {
+    let lease = &chain.tip().lease;
+    if lease.manifest().format >= ALL_CPUID_FORMAT {
+        return Ok(());
+    }
+    CpuFeatures::of(cpuid)
+        .check(host)
+        .map_err(|reason| Error::Incompatible {
+            name: lease.name().to_owned(),
+            reason,
+        })
 }
 
 /// Maps the memory of a snapshot privately. Pages are read on first access, and clones

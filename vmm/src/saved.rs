@@ -87,6 +87,9 @@ impl Saved {
             },
         )?;
         let state = machine_state(&chain)?;
+        for vcpu in &state.vcpus {
+            restore::check_vcpu(&chain, &vcpu.cpuid, cpu)?;
+        }
         let content = content(&chain)?;
         Ok(Self {
             chain,

@@ -311,7 +311,10 @@ fn snapshots_are_read(format: u32) {
         verify(&chain).unwrap();
         let manifest = chain.tip().lease.manifest();
         assert_eq!((manifest.format, manifest.vcpus), (format, 2));
-        let saved = Saved::open(&store, name, &manifest.cpu, Some(&identity()));
+        // The host on which it was created; format 1 has only some of its words.
+        let cpus = machine_state(&chain).unwrap().vcpus;
+        let host = CpuFeatures::of(&cpus[0].cpuid);
+        let saved = Saved::open(&store, name, &host, Some(&identity()));
         if manifest.machine_version != MACHINE_VERSION {
             let error = saved.err().unwrap().to_string();
             assert!(error.contains("machine version"), "{error}");
@@ -332,6 +335,13 @@ fn snapshots_are_read(format: u32) {
             cpu.words = known;
         }
         assert_eq!(cpu, manifest.cpu);
+        // A word that is in no manifest of format 1: paravirtual features of KVM.
+        let mut older = host.clone();
+        let features = older.words.get_mut("40000001.0.eax").unwrap();
+        assert_ne!(*features & 1 << 11, 0);
+        *features &= !(1 << 11);
+        let error = Saved::open(&store, name, &older, None).err().unwrap();
+        assert!(error.to_string().contains("kvm-pv-ipi"), "{error}");
         let parent = manifest.parent.as_ref().map(|parent| parent.name.as_str());
         assert_eq!(parent, (name == "diff").then_some("root"));
     }
