@@ -125,11 +125,7 @@ impl Vm {
             for stream in listener.incoming() {
                 let mut stream = stream.unwrap();
                 while receive(&mut stream).is_some() {
-                    let status = json!({"status": {
-                        "stage": "running", "paused": false, "vmm_pid": 1, "epoch": "",
-                        "started_ns": 1, "clients": 0, "published": [],
-                    }});
-                    send_json(&mut stream, &status);
+                    send_running(&mut stream);
                 }
             }
         });
@@ -145,6 +141,15 @@ pub(crate) fn send(stream: &mut UnixStream, kind: FrameType, payload: &[u8]) {
 
 pub(crate) fn send_json(stream: &mut UnixStream, message: &Value) {
     send(stream, FrameType::Control, message.to_string().as_bytes());
+}
+
+/// Answers a call for the status.
+pub(crate) fn send_running(stream: &mut UnixStream) {
+    let status = json!({"status": {
+        "stage": "running", "paused": false, "vmm_pid": 1, "epoch": "",
+        "started_ns": 1, "clients": 0, "published": [],
+    }});
+    send_json(stream, &status);
 }
 
 /// Returns the next frame, `None` at the end.

@@ -4,7 +4,7 @@ use std::fs;
 
 use serde_json::Value;
 
-use crate::fake::{User, text};
+use crate::fake::{User, receive, send_running, text};
 
 fn rows(user: &User, arguments: &[&str]) -> Vec<(String, String, String)> {
     let done = user.sm(arguments);
@@ -51,6 +51,28 @@ fn hung_and_damaged_vms_do_not_affect_the_listing() {
     // Files of VMs that are alive were not removed.
     assert!(damaged.sockets.exists() && young.sockets.exists());
     drop(listeners);
+}
+
+/// Each VM answers only when all have been asked, which one after another never are.
+#[test]
+fn all_are_asked_at_the_same_time() {
+    let user = User::new();
+    let vms: Vec<_> = (1..=40).map(|n| user.vm(n, &format!("vm{n}"))).collect();
+    let listeners: Vec<_> = vms.iter().map(|vm| vm.listens("control.sock")).collect();
+    let processes = std::thread::spawn(move || {
+        let accepted = listeners
+            .iter()
+            .map(|listener| listener.accept().unwrap().0);
+        let mut accepted: Vec<_> = accepted.collect();
+        for stream in &mut accepted {
+            receive(stream);
+            send_running(stream);
+        }
+    });
+    let rows = rows(&user, &["ps", "--json"]);
+    assert_eq!(rows.len(), 40, "{rows:?}");
+    assert!(rows.iter().all(|row| row.1 == "running"), "{rows:?}");
+    processes.join().unwrap();
 }
 
 #[test]
