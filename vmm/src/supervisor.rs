@@ -60,6 +60,9 @@ pub(crate) struct Parts<G> {
     pub(crate) log: Box<dyn OutputLog>,
 }
 
+/// Time after which bytes are sent again for which the kernel had no memory.
+const SHORTAGE: Duration = Duration::from_millis(10);
+
 /// The purpose of a deadline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Timer {
@@ -83,6 +86,8 @@ enum Timer {
     End,
     /// Accepting connections is retried.
     Accept,
+    /// Bytes for which the kernel had no memory are sent again.
+    Shortage,
     /// Clients without calls exceeded their idle time.
     Idle,
     /// Writing the exit record is retried.
@@ -91,7 +96,10 @@ enum Timer {
 
 impl Timer {
     fn is_of_guest(self) -> bool {
-        !matches!(self, Self::Accept | Self::Idle | Self::Record)
+        !matches!(
+            self,
+            Self::Accept | Self::Idle | Self::Record | Self::Shortage
+        )
     }
 }
 
@@ -285,14 +293,14 @@ impl<G: Guest> Supervisor<G> {
             add(Source::Listener, PollFd::new(listener, PollFlags::IN));
         }
         if let Some(agent) = &self.agent {
-            let flags = interest(true, agent.conn.unsent() > 0);
+            let flags = interest(true, agent.conn.awaits_room());
             add(
                 Source::Agent,
                 PollFd::from_borrowed_fd(agent.conn.fd(), flags),
             );
         }
         if let Some(main) = &self.main {
-            let flags = interest(self.has_room_for_output(), main.unsent() > 0);
+            let flags = interest(self.has_room_for_output(), main.awaits_room());
             if !flags.is_empty() {
                 add(Source::Main, PollFd::from_borrowed_fd(main.fd(), flags));
             }
@@ -368,11 +376,12 @@ impl<G: Guest> Supervisor<G> {
     /// Writes pending bytes; clients with errors are dropped. Returns true if a
     /// connection that was full has space again.
     fn flush(&mut self) -> bool {
-        let mut room = false;
+        let (mut room, mut starved) = (false, false);
         let mut flush = |conn: &mut Conn| {
             let was_full = conn.is_full();
             let flushed = conn.flush();
             room |= was_full && !conn.is_full();
+            starved |= conn.is_starved();
             flushed
         };
         if let Some(agent) = &mut self.agent {
@@ -390,6 +399,9 @@ impl<G: Guest> Supervisor<G> {
                 (!alive || client.is_done()).then_some(id)
             })
             .collect();
+        if starved && !self.is_set(Timer::Shortage) {
+            self.set_timer(Timer::Shortage, SHORTAGE);
+        }
         // A full client that is gone does not block the others any more.
         room |= !gone.is_empty();
         for id in gone {

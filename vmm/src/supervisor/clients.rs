@@ -105,7 +105,7 @@ impl<G: Guest> Supervisor<G> {
 
     /// Returns the poll flags for a client; `None` to skip it.
     pub(super) fn client_interest(&self, client: &Client) -> Option<PollFlags> {
-        let write = client.conn.unsent() > 0;
+        let write = client.conn.awaits_room();
         let read = !client.conn.ended()
             && match client.role {
                 // A client that does not read its answers gets no further ones.

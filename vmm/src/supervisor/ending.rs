@@ -51,7 +51,8 @@ impl<G: Guest> Supervisor<G> {
             Timer::Kill if self.held.is_some() => {
                 self.destroy("copying its memory did not end when the VM was to stop");
             }
-            Timer::Accept => {}
+            // The loop tries again after each wait.
+            Timer::Accept | Timer::Shortage => {}
             Timer::Idle => self.drop_idle_clients(),
             Timer::Record => self.write_exit_again(),
             Timer::Prepare => self.preparing_took_too_long(),

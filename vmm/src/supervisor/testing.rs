@@ -30,6 +30,7 @@ use sm_guest_proto::frame::{self, ExitStatus, FrameHeader, FrameType, HEADER_LEN
 use sm_guest_proto::{PROTOCOL_VERSION, port};
 
 use super::{Parts, Supervisor};
+use crate::conn::shortage;
 use crate::environment::VmRecord;
 use crate::guest::{
     AfterCapture, Guest, GuestEnd, Notice, NoticeSender, SnapshotMade, SnapshotPlan, Start, notices,
@@ -265,6 +266,8 @@ pub struct Setup {
     pub(crate) power_off_timeout: Option<Duration>,
     pub(crate) start_timeout_ms: Option<u64>,
     pub(crate) idle_timeout: Option<Duration>,
+    /// Number of sends at the start for which the kernel lacks memory.
+    pub(crate) shortage: u32,
 }
 
 impl Setup {
@@ -326,7 +329,10 @@ pub fn fixture<R: VmRecord + Clone + 'static>(
 ) -> Fixture<R> {
     let (fixture, supervisor) = not_running(record, config, lock, setup);
     Fixture {
-        thread: Some(std::thread::spawn(move || supervisor.run())),
+        thread: Some(std::thread::spawn(move || {
+            shortage::begin(setup.shortage);
+            supervisor.run()
+        })),
         ..fixture
     }
 }

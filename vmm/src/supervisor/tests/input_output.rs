@@ -287,3 +287,16 @@ fn a_client_that_does_not_read_does_not_hide_the_end() {
     assert_eq!((exit.status, exit.reason), (143, ExitReason::Workload));
     assert_eq!(f.record.output().len(), chunks * chunk.len());
 }
+
+/// It would be hung up on, and the start would be cancelled.
+#[test]
+fn a_lack_of_memory_ends_no_connection() {
+    let mut f = fixture(Setup {
+        shortage: 10,
+        ..Setup::default()
+    });
+    let (_agent, mut main) = f.start();
+    main.exit(0);
+    assert_eq!(f.events(), ["exit 0", "ended 0"]);
+    f.finish();
+}
