@@ -135,7 +135,9 @@ pub enum ControlCall {
         /// The client will send STDIN frames.
         stdin: bool,
     },
-    /// Send a signal to the workload's main process.
+    /// Send a signal to the workload's main process. Answered when the guest has delivered
+    /// it or failed to; immediately while the VM is paused or held for a snapshot, as the
+    /// signal is pending until the VM continues.
     Signal {
         /// Signal number.
         signal: u8,

@@ -45,7 +45,10 @@ pub(crate) enum Purpose {
     PowerOff,
     /// Send a signal to the workload. (On the workload's own stream, a signal would wait
     /// behind unread input.)
-    Signal,
+    Signal {
+        /// Number of a signal whose client waits for the answer.
+        number: Option<u64>,
+    },
     /// Collect resource usage for a client.
     Stats {
         /// The client.
@@ -88,10 +91,21 @@ impl AgentLink {
         self.conn.queue_json(FrameType::Control, request);
     }
 
-    /// Queues a signal for the workload's main process; `stop` marks the stop signal.
-    pub(crate) fn signal_main(&mut self, signal: u8, stop: bool) {
+    /// Queues a signal for the workload's main process; `stop` marks the stop signal, and
+    /// `number` a signal whose client waits for the answer.
+    pub(crate) fn signal_main(&mut self, signal: u8, stop: bool, number: Option<u64>) {
         let request = ControlRequest::SignalMain { signal, stop };
-        self.ask(Purpose::Signal, &request);
+        self.ask(Purpose::Signal { number }, &request);
+    }
+
+    /// Returns the next reply that has arrived, if it answers a signal, and the number of
+    /// that signal.
+    pub(crate) fn next_signal_reply(&mut self) -> Option<(Option<u64>, ControlReply)> {
+        let Some(&Purpose::Signal { number }) = self.pending.front() else {
+            return None;
+        };
+        let (_, reply) = self.next_reply().ok()??;
+        Some((number, reply))
     }
 
     /// Returns the next reply, with the purpose of its request.

@@ -14,6 +14,7 @@ mod clients;
 mod ending;
 mod guest_side;
 mod output;
+mod signals;
 mod snapshots;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
@@ -33,6 +34,7 @@ use sm_control::launch::{LaunchRequest, Report, Stage};
 use sm_control::timings::Phase;
 
 use self::clients::Client;
+use self::signals::UnansweredSignal;
 use self::snapshots::{Held, SnapshotJob};
 use super::agent::AgentLink;
 use super::conn::Conn;
@@ -88,6 +90,8 @@ enum Timer {
     Accept,
     /// Bytes for which the kernel had no memory are sent again.
     Shortage,
+    /// The guest should have answered the signal of a client.
+    Signal,
     /// Clients without calls exceeded their idle time.
     Idle,
     /// Writing the exit record is retried.
@@ -98,7 +102,7 @@ impl Timer {
     fn is_of_guest(self) -> bool {
         !matches!(
             self,
-            Self::Accept | Self::Idle | Self::Record | Self::Shortage
+            Self::Accept | Self::Idle | Self::Record | Self::Shortage | Self::Signal
         )
     }
 }
@@ -153,6 +157,11 @@ pub(crate) struct Supervisor<G> {
     /// Number of snapshots begun.
     snapshots: u64,
     prepare_timeout: Duration,
+    /// Signals of clients that the guest has not answered, oldest first.
+    signals: Vec<UnansweredSignal>,
+    /// Number of signals of clients that were passed on.
+    signals_sent: u64,
+    signal_timeout: Duration,
     power_off_timeout: Duration,
     record_retry: Duration,
     /// The client that requested the reset, while it is in progress.
@@ -217,6 +226,9 @@ impl<G: Guest> Supervisor<G> {
             snapshot: None,
             snapshots: 0,
             prepare_timeout: snapshots::PREPARE_TIMEOUT,
+            signals: Vec::new(),
+            signals_sent: 0,
+            signal_timeout: signals::SIGNAL_TIMEOUT,
             power_off_timeout: ending::POWER_OFF_TIMEOUT,
             record_retry: ending::RECORD_RETRY,
             epoch: String::new(),

@@ -194,7 +194,7 @@ impl<G: Guest> Supervisor<G> {
                             main.queue(kind, frame.payload);
                         }
                     } else if let (FrameType::Signal, &[signal]) = (kind, frame.payload) {
-                        self.signal(signal);
+                        self.signal(None, signal);
                     }
                 }
                 Role::Control if frame.kind == FrameType::Request => {
@@ -270,7 +270,10 @@ impl<G: Guest> Supervisor<G> {
         let answer = match *call {
             ControlCall::Status => ControlAnswer::Status(self.status()),
             ControlCall::Attach { stdin } => return self.attach(id, stdin),
-            ControlCall::Signal { signal } => self.signal(signal),
+            ControlCall::Signal { signal } => match self.signal(Some(id), signal) {
+                Some(answer) => answer,
+                None => return,
+            },
             // The answer comes first, because the end may be immediate.
             ControlCall::Stop { grace_ms } => {
                 self.answer(id, &ControlAnswer::Done);
@@ -368,28 +371,6 @@ impl<G: Guest> Supervisor<G> {
                 stdin: stdin && self.request.config.workload.stdin,
                 launcher: false,
             };
-        }
-    }
-
-    fn signal(&mut self, signal: u8) -> ControlAnswer {
-        // SIGKILL is the only signal that ends a paused workload; others are delivered
-        // when it is resumed, as to a frozen process.
-        if signal == sm_control::signal::KILL {
-            self.give_up_capture();
-            if let Err(error) = self.let_run() {
-                return ControlAnswer::Error(error);
-            }
-        }
-        match (&mut self.agent, self.stage) {
-            (Some(agent), Stage::Running) if agent.is_behind() => {
-                ControlAnswer::Error("the guest does not answer".into())
-            }
-            (Some(agent), Stage::Running) => {
-                agent.signal_main(signal, false);
-                ControlAnswer::Done
-            }
-            (_, Stage::Starting) => ControlAnswer::Error("the workload has not started yet".into()),
-            _ => ControlAnswer::Error("the workload has ended".into()),
         }
     }
 

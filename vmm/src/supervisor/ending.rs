@@ -53,6 +53,7 @@ impl<G: Guest> Supervisor<G> {
             }
             // The loop tries again after each wait.
             Timer::Accept | Timer::Shortage => {}
+            Timer::Signal => self.signals_are_overdue(),
             Timer::Idle => self.drop_idle_clients(),
             Timer::Record => self.write_exit_again(),
             Timer::Prepare => self.preparing_took_too_long(),
@@ -95,7 +96,7 @@ impl<G: Guest> Supervisor<G> {
                 }
                 let stop_signal = self.request.config.workload.stop_signal;
                 if let Some(agent) = &mut self.agent {
-                    agent.signal_main(stop_signal, true);
+                    agent.signal_main(stop_signal, true, None);
                 }
                 let grace = grace_ms.unwrap_or(self.request.config.stop_timeout_ms);
                 self.stop_grace = Some(Duration::from_millis(grace));
@@ -136,7 +137,7 @@ impl<G: Guest> Supervisor<G> {
         // The exit report may be behind output that a client does not read.
         self.leave_slow_clients_behind();
         if let Some(agent) = &mut self.agent {
-            agent.signal_main(signal::KILL, false);
+            agent.signal_main(signal::KILL, false, None);
         }
         self.set_timer(Timer::Kill, KILL_TIMEOUT);
     }
@@ -331,6 +332,7 @@ impl<G: Guest> Supervisor<G> {
             peak_rss_kib: exit.peak_rss_kib,
         }
         .to_payload();
+        self.conclude_signals();
         self.broadcast(FrameType::Exit, &payload);
         self.report(&Report::Ended(exit.clone()));
         self.ended = Some(exit);

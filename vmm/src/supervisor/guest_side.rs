@@ -225,12 +225,7 @@ impl<G: Guest> Supervisor<G> {
             (Purpose::OomCheck, ControlReply::Stats(stats)) => {
                 self.oom_checked(stats.main_oom_kills > 0);
             }
-            (Purpose::Signal, ControlReply::Error { message }) => {
-                // The workload has probably just exited.
-                let message = printable(&message);
-                tracing::info!(message, "the workload was not signalled");
-            }
-            (Purpose::Signal, _) => {}
+            (Purpose::Signal { number }, reply) => self.signalled(number, reply),
             (Purpose::OomCheck, _) => self.oom_checked(false),
             (Purpose::Stats { client }, ControlReply::Stats(stats)) => {
                 self.answer(client, &ControlAnswer::Stats(stats));

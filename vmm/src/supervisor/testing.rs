@@ -266,6 +266,7 @@ pub struct Setup {
     pub(crate) power_off_timeout: Option<Duration>,
     pub(crate) start_timeout_ms: Option<u64>,
     pub(crate) idle_timeout: Option<Duration>,
+    pub(crate) signal_timeout: Option<Duration>,
     /// Number of sends at the start for which the kernel lacks memory.
     pub(crate) shortage: u32,
 }
@@ -431,6 +432,9 @@ pub(crate) fn not_running<R: VmRecord + Clone + 'static>(
     let mut supervisor = Supervisor::new(parts).unwrap();
     supervisor.power_off_timeout = setup.power_off_timeout.unwrap_or(Duration::from_millis(20));
     supervisor.record_retry = Duration::from_millis(20);
+    if let Some(timeout) = setup.signal_timeout {
+        supervisor.signal_timeout = timeout;
+    }
     if let Some(timeout) = setup.idle_timeout {
         supervisor.idle_timeout = timeout;
     }

@@ -7,6 +7,7 @@ mod held;
 mod hostile;
 mod input_output;
 mod record;
+mod signals;
 mod snapshots;
 
 use std::io::{Read as _, Write as _};

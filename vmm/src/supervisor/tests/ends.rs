@@ -245,18 +245,18 @@ fn a_paused_vm_runs_to_be_killed_and_holds_other_signals() {
     let mut f = fixture(Setup::default());
     let (mut agent, mut main) = f.start();
     f.control().call(&ControlCall::Pause).unwrap();
-    for (signal, paused) in [(10, true), (9, false)] {
-        f.control().call(&ControlCall::Signal { signal }).unwrap();
-        let request: ControlRequest = agent.receive_json(FrameType::Control);
-        assert_eq!(
-            request,
-            ControlRequest::SignalMain {
-                signal,
-                stop: false
-            }
-        );
-        assert_eq!(*f.guest.paused.lock().unwrap(), paused);
+    // It is pending, as for a frozen process.
+    f.control()
+        .call(&ControlCall::Signal { signal: 10 })
+        .unwrap();
+    assert!(*f.guest.paused.lock().unwrap());
+    let killed = signals::ask(&f, 9);
+    for signal in [10, 9] {
+        signals::expect(&mut agent, signal);
+        agent.send_json(&ControlReply::Done);
     }
+    killed.join().unwrap().unwrap();
+    assert!(!*f.guest.paused.lock().unwrap());
     main.exit(137);
     let _: ControlRequest = agent.receive_json(FrameType::Control);
     agent.send_json(&ControlReply::Stats(GuestStats::default()));

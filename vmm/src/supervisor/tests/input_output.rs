@@ -161,16 +161,8 @@ fn calls_are_answered() {
     assert!(*f.guest.paused.lock().unwrap());
     control.call(&ControlCall::Resume).unwrap();
     assert!(!*f.guest.paused.lock().unwrap());
-    control.call(&ControlCall::Signal { signal: 10 }).unwrap();
-    let request: ControlRequest = agent.receive_json(FrameType::Control);
-    assert_eq!(
-        request,
-        ControlRequest::SignalMain {
-            signal: 10,
-            stop: false
-        }
-    );
     control.call(&ControlCall::Destroy).unwrap();
+    assert!(agent.receive().is_none());
     f.finish();
     assert!(!f.record.directory().exists(), "it was to be removed");
 }
