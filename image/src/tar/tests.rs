@@ -260,6 +260,53 @@ fn numbers_that_are_not_used_are_numbers() {
 }
 
 #[test]
+fn zeros_and_blanks_before_a_number_are_skipped_in_any_order() {
+    for text in [b" \0 755 \0", b"\0\0\00755\0", b"\0  0755 "] {
+        let bytes = raw("f", b'0', 0, |header| {
+            header[100..108].copy_from_slice(text)
+        });
+        let header = Reader::new(bytes.as_slice()).next_entry().unwrap().unwrap();
+        assert_eq!(header.mode, 0o755, "{text:?}");
+    }
+    let time = |header: &mut [u8]| header[136..148].copy_from_slice(b"\03000000000\0");
+    let bytes = raw("f", b'0', 0, time);
+    let header = Reader::new(bytes.as_slice()).next_entry().unwrap().unwrap();
+    assert_eq!(header.mtime, (0o3_000_000_000, 0));
+}
+
+/// Other readers take such a name from the whole blocks that it fills.
+#[test]
+fn gnu_names_have_the_size_that_their_header_states() {
+    let name = |kind: u8, size: u64, name: &[u8]| {
+        let mut bytes = raw("@", kind, size, |_| ());
+        bytes.extend_from_slice(name);
+        bytes.resize(bytes.len().next_multiple_of(512), 0);
+        bytes
+    };
+    let bytes = [
+        name(b'L', 7, b"long/long/name"),
+        name(b'K', 6, b"target/target"),
+        raw("short", b'2', 0, |_| ()),
+    ]
+    .concat();
+    let listed = listed(&bytes).unwrap();
+    assert_eq!(
+        listed,
+        [("long/lo".to_owned(), Kind::Symlink(b"target".to_vec()))]
+    );
+    // An empty one is none.
+    for empty in [&b""[..], &[0; 512]] {
+        let bytes = [
+            name(b'L', empty.len() as u64, empty),
+            raw("short", b'5', 0, |_| ()),
+        ]
+        .concat();
+        let listed = self::listed(&bytes).unwrap();
+        assert_eq!(listed, [("short".to_owned(), Kind::Directory)]);
+    }
+}
+
+#[test]
 fn checksums_of_signed_bytes_are_accepted() {
     let mut bytes = raw("f\u{e4}", b'0', 0, |_| ());
     bytes[148..156].fill(b' ');
