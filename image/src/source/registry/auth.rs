@@ -14,7 +14,7 @@ use super::challenge::Challenge;
 use super::credentials::{self, Credentials};
 use super::failure::{Failure, asked_pause};
 use super::http::{Answer, Ask, Http};
-use super::url::{escape, is_same_origin};
+use super::url::escape;
 
 /// Maximum size of an answer of a token server in bytes.
 const MAX_TOKEN: u64 = 1 << 20;
@@ -193,7 +193,7 @@ impl Authorizer {
         }
         .map_err(Failure::from)?;
         // The registry named this server and no other.
-        if !is_same_origin(&answer.from, &server) {
+        if !answer.is_of(&server) {
             let host = answer.from.host().unwrap_or_default();
             let text =
                 format!("its token server redirects to {host}, which is not trusted with tokens");

@@ -257,7 +257,7 @@ fn is_passing(status: u16) -> bool {
 
 impl Connection {
     fn is_own(&self, answer: &Answer) -> bool {
-        is_same_origin(&answer.from, &self.base)
+        answer.is_of(&self.base)
     }
 
     fn new(place: &Place, session: Session<'_>) -> Result<Self, String> {

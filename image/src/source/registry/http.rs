@@ -47,9 +47,17 @@ pub(super) struct Answer {
     pub(super) response: Response<Body>,
     /// The address that answered.
     pub(super) from: Uri,
+    /// Another host has chosen the address, even if it is one of the requested host.
+    strayed: bool,
 }
 
 impl Answer {
+    /// Returns true if the answer is from the origin of `base`, at an address that no other
+    /// host has chosen.
+    pub(super) fn is_of(&self, base: &Uri) -> bool {
+        !self.strayed && is_same_origin(&self.from, base)
+    }
+
     pub(super) fn status(&self) -> u16 {
         self.response.status().as_u16()
     }
@@ -61,7 +69,7 @@ pub(super) struct Ask<'a> {
     pub(super) method: Method,
     pub(super) uri: Uri,
     pub(super) headers: Vec<(header::HeaderName, &'a str)>,
-    /// Sent only to the original host.
+    /// Sent only to the original host, and not after a redirection through another one.
     pub(super) authorization: Option<String>,
 }
 
@@ -125,19 +133,24 @@ impl Http {
         }
     }
 
-    /// Sends a request and follows redirections: to other hosts without authorization,
-    /// and never from `https` to `http` unless the host is insecure.
+    /// Sends a request and follows redirections: without authorization from the first one
+    /// to another host on, and never from `https` to `http` unless the host is insecure.
     pub(super) fn ask(&self, ask: &Ask<'_>) -> Result<Answer, Trouble> {
         let mut uri = ask.uri.clone();
+        let mut strayed = false;
         for _ in 0..=MAX_REDIRECTS {
             let authorization = ask.authorization.as_deref();
-            let authorization = authorization.filter(|_| is_same_origin(&uri, &ask.uri));
+            strayed |= !is_same_origin(&uri, &ask.uri);
+            let authorization = authorization.filter(|_| !strayed);
             let request = request(ask.method.clone(), &uri, &ask.headers, authorization);
             let request = request.body(()).map_err(ureq::Error::from)?;
             let response = self.agent(&uri)?.run(request)?;
             if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
-                let from = uri;
-                return Ok(Answer { response, from });
+                return Ok(Answer {
+                    response,
+                    from: uri,
+                    strayed,
+                });
             }
             let location = response.headers().get(header::LOCATION);
             let next = location.and_then(|location| join(&uri, location.to_str().ok()?));
@@ -177,6 +190,7 @@ impl Http {
         Ok(Answer {
             response: self.agent(&ask.uri)?.run(request)?,
             from: ask.uri.clone(),
+            strayed: false,
         })
     }
 }

@@ -57,6 +57,53 @@ fn a_challenge_after_a_redirect_is_ignored() {
     }
 }
 
+/// An address of the registry that another host chose gets no credentials, and what it
+/// demands is not met: the registry may serve content of other users there.
+#[test]
+fn credentials_do_not_come_back_with_a_redirect_through_another_host() {
+    let address = Arc::new(std::sync::Mutex::new(String::new()));
+    let back = Arc::clone(&address);
+    let elsewhere = registry(move |_, _| {
+        let location = format!(
+            "http://{}/v2/chosen/by-the-other-host",
+            back.lock().unwrap()
+        );
+        Answer::Say(307, vec![("Location", location)], Vec::new())
+    });
+    let other = elsewhere.address.replace("127.0.0.1", "localhost");
+    let own = registry(move |request, content| {
+        if request.path.starts_with("/token") {
+            return ok(b"{\"token\": \"secret\"}");
+        }
+        if !request.headers.contains_key("authorization") {
+            let challenge = format!("Bearer realm=\"http://{}/token\"", content.address);
+            return Answer::Say(401, vec![("WWW-Authenticate", challenge)], Vec::new());
+        }
+        if request.path.contains("/blobs/") {
+            let location = format!("http://{other}{}", request.path);
+            return Answer::Say(307, vec![("Location", location)], Vec::new());
+        }
+        content.honest(request)
+    });
+    (*address.lock().unwrap()).clone_from(&own.address);
+    let error = own.pull().unwrap_err().to_string();
+    assert!(error.contains("to which it redirects"), "{error}");
+    assert!(!elsewhere.requests().is_empty());
+    let requests = own.requests();
+    let chosen = requests.iter().filter(|r| r.path.contains("/chosen/"));
+    let chosen: Vec<_> = chosen.collect();
+    assert!(!chosen.is_empty(), "{requests:?}");
+    for request in chosen {
+        assert!(
+            !request.headers.contains_key("authorization"),
+            "{request:?}"
+        );
+    }
+    // The challenge at that address asks for no other token.
+    let tokens = requests.iter().filter(|r| r.path.starts_with("/token"));
+    assert_eq!(tokens.count(), 1, "{requests:?}");
+}
+
 #[test]
 fn a_pause_is_accepted_only_from_the_registry() {
     // The requested pause would exceed the maximum.
@@ -106,10 +153,10 @@ fn tokens_come_from_the_server_that_the_registry_names() {
     );
 }
 
-/// Pushes a blob to a registry whose uploads continue at `other`.
-fn push_through(other: &Fixture) -> (Fixture, String) {
+/// Starts a registry whose uploads continue at `other`.
+fn uploads_continue_at(other: &Fixture) -> Fixture {
     let place = other.address.replace("127.0.0.1", "localhost");
-    let own = registry(move |request, content| {
+    registry(move |request, content| {
         if request.path.starts_with("/token") {
             return ok(b"{\"token\": \"secret\"}");
         }
@@ -125,7 +172,11 @@ fn push_through(other: &Fixture) -> (Fixture, String) {
             "HEAD" => status(404),
             _ => status(if request.path == "/v2/" { 200 } else { 500 }),
         }
-    });
+    })
+}
+
+/// Pushes a blob, which fails with the returned error.
+fn push(own: &Fixture) -> String {
     let heard = Heard::default();
     let error = heard.with(|session| {
         let name = format!("{}/team/app:v1", own.address);
@@ -134,7 +185,7 @@ fn push_through(other: &Fixture) -> (Fixture, String) {
         let open = || -> std::io::Result<Box<dyn std::io::Read + Send>> { Ok(Box::new(&b"x"[..])) };
         pusher.blob(Digest::of(b"x"), 1, &open, &mut |_| {})
     });
-    (own, error.unwrap_err().to_string())
+    error.unwrap_err().to_string()
 }
 
 #[test]
@@ -146,7 +197,7 @@ fn an_upload_at_another_host_gets_no_credentials() {
         let challenge = format!("Bearer realm=\"http://{}/token\"", content.address);
         Answer::Say(401, vec![("WWW-Authenticate", challenge)], Vec::new())
     });
-    let (_, error) = push_through(&thief);
+    let error = push(&uploads_continue_at(&thief));
     assert!(
         error.contains("localhost, to which it redirects"),
         "{error}"
@@ -156,17 +207,29 @@ fn an_upload_at_another_host_gets_no_credentials() {
 
 #[test]
 fn an_upload_at_another_host_cannot_redirect_to_the_registry() {
-    // The address is one of the registry, chosen by another host.
-    let target = Arc::new(std::sync::Mutex::new(String::new()));
-    let named = Arc::clone(&target);
+    // The address is one of the registry, which the upload's host knows from the first
+    // request, chosen by that host.
+    let registry_address = Arc::new(std::sync::Mutex::new(String::new()));
+    let named = Arc::clone(&registry_address);
     let clever = registry(move |_, _| {
-        let place = format!("http://{}/v2/other/manifests/latest", named.lock().unwrap());
+        let address = named.lock().unwrap();
+        assert!(!address.is_empty());
+        let place = format!("http://{address}/v2/other/manifests/latest");
         Answer::Say(202, vec![("Location", place)], Vec::new())
     });
-    *target.lock().unwrap() = "127.0.0.1:9".to_owned();
-    let (own, error) = push_through(&clever);
+    let own = uploads_continue_at(&clever);
+    (*registry_address.lock().unwrap()).clone_from(&own.address);
+    let error = push(&own);
     assert!(error.contains("at another host"), "{error}");
-    assert!(!own.requests().iter().any(|request| request.method == "PUT"));
+    assert_eq!(clever.requests().len(), 1, "{:?}", clever.requests());
+    let requests = own.requests();
+    assert!(requests.iter().any(|request| request.method == "POST"));
+    assert!(
+        !requests
+            .iter()
+            .any(|r| r.method == "PUT" || r.method == "PATCH"),
+        "{requests:?}"
+    );
 }
 
 /// Starts a server that sends `answer` on each connection. Returns its address and the
