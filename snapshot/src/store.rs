@@ -292,8 +292,10 @@ impl SnapshotStore {
         for name in self.names()? {
             let dir = self.root.join(&name);
             let manifest = read_manifest(&dir);
-            if !dir.exists() {
-                continue; // removed concurrently
+            // Only a snapshot that was certainly removed concurrently is left out: others
+            // may need what it refers to.
+            if matches!(dir.try_exists(), Ok(false)) {
+                continue;
             }
             entries.push(Entry {
                 name,
@@ -315,11 +317,14 @@ impl SnapshotStore {
         for entry in entries {
             let entry = entry.map_err(Error::io("list", &self.root))?;
             let name = entry.file_name();
-            if let Some(name) = name.to_str()
-                && check_name(name).is_ok()
-                && entry.file_type().is_ok_and(|kind| kind.is_dir())
-            {
-                names.push(name.to_owned());
+            let Some(name) = name.to_str().filter(|name| check_name(name).is_ok()) else {
+                continue;
+            };
+            match entry.file_type() {
+                Ok(kind) if kind.is_dir() => names.push(name.to_owned()),
+                Ok(_) => {}
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                Err(e) => return Err(Error::io("look at", &entry.path())(e)),
             }
         }
         Ok(names)

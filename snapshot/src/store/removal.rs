@@ -42,7 +42,7 @@ impl SnapshotStore {
     /// `memory.bin`, which cannot be used.
     pub(super) fn claim(&self, name: &str, family: &Family) -> Result<Option<File>, Error> {
         let dir = self.root.join(name);
-        if !dir.exists() {
+        if !dir.try_exists().map_err(Error::io("look at", &dir))? {
             return Err(Error::NotFound {
                 name: name.to_owned(),
             });
@@ -53,7 +53,20 @@ impl SnapshotStore {
                 user: format!("snapshot \"{child}\", which builds on it"),
             });
         }
-        let memory = File::open(dir.join("memory.bin")).ok();
+        let path = dir.join("memory.bin");
+        let memory = match File::open(&path) {
+            Ok(memory) => Some(memory),
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+                ) =>
+            {
+                None
+            }
+            // A machine may use it.
+            Err(error) => return Err(Error::io("open", &path)(error)),
+        };
         if let Some(memory) = &memory {
             flock(memory, FlockOperation::NonBlockingLockExclusive).map_err(|_| Error::InUse {
                 name: name.to_owned(),

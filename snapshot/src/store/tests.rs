@@ -328,6 +328,23 @@ fn unused_snapshots_of_a_kind_are_removed_and_used_ones_are_not() {
     assert_eq!(left, ["child", "fork-parent", "mine"]);
 }
 
+/// A memory file that cannot be opened may be in use by a machine.
+#[test]
+fn a_snapshot_that_cannot_be_examined_is_not_removed() {
+    let (_dir, store) = store();
+    publish(&store, "name", None);
+    let memory = store.root.join("name/memory.bin");
+    fs::remove_file(&memory).unwrap();
+    std::os::unix::fs::symlink("memory.bin", &memory).unwrap();
+    let refused = store.remove("name");
+    assert!(matches!(refused, Err(Error::Io { .. })), "{refused:?}");
+    assert!(store.root.join("name").exists());
+    // Without a memory file it is of no use to anyone.
+    fs::remove_file(&memory).unwrap();
+    store.remove("name").unwrap();
+    assert!(!store.root.join("name").exists());
+}
+
 #[test]
 fn a_file_is_distinguished_from_its_replacement() {
     let (_dir, store) = store();
