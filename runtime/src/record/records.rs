@@ -316,8 +316,13 @@ impl Records {
 
 /// Cleans up after a VM that is dead.
 fn clean_up(record: &Record) -> Result<(), RecordError> {
-    // A record without a console log belongs to a VM whose start was aborted.
-    let stillborn = !record.directory.join(CONSOLE).exists();
+    // A record without a console log belongs to a VM whose start was aborted. An error
+    // does not prove that there is none.
+    let console = record.directory.join(CONSOLE);
+    let exists = console
+        .try_exists()
+        .map_err(io_error("look at", &console))?;
+    let stillborn = !exists;
     if record.config.auto_remove || stillborn {
         return record.erase();
     }

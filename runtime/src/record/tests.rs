@@ -210,6 +210,21 @@ fn one_damaged_record_affects_no_other() {
 }
 
 #[test]
+fn a_record_whose_files_cannot_be_examined_is_not_erased() {
+    let f = fixture();
+    let (record, lock) = f.create(None).unwrap();
+    let console = record.directory().join(CONSOLE);
+    std::os::unix::fs::symlink(CONSOLE, &console).unwrap();
+    assert!(console.try_exists().is_err());
+    let_go(lock);
+    f.records.sweep().unwrap();
+    assert!(record.directory().exists());
+    std::fs::remove_file(&console).unwrap();
+    f.records.sweep().unwrap();
+    assert!(!record.directory().exists());
+}
+
+#[test]
 fn a_reason_of_a_later_version_is_a_reason() {
     let f = fixture();
     let (record, _lock) = f.create(None).unwrap();
