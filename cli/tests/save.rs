@@ -1,0 +1,139 @@
+//! Destinations of `sm save --output`: files are replaced when the archive is complete,
+//! links are followed, pipes are written to, and devices are left alone.
+#![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
+
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::thread;
+
+use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
+
+/// The home of a user who has an image.
+struct User {
+    directory: tempfile::TempDir,
+}
+
+impl User {
+    fn new() -> Self {
+        let user = Self {
+            directory: tempfile::tempdir().unwrap(),
+        };
+        let mut import = user
+            .command(&["import", "-", "mine:1"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        // The end of an archive without entries.
+        import.stdin.take().unwrap().write_all(&[0; 1024]).unwrap();
+        assert!(import.wait().unwrap().success());
+        user
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sm"));
+        command.args(arguments).current_dir(self.directory.path());
+        for (name, value) in [
+            ("HOME", "home"),
+            ("XDG_DATA_HOME", "data"),
+            ("XDG_RUNTIME_DIR", "run"),
+            ("XDG_CACHE_HOME", "cache"),
+        ] {
+            command.env(name, self.path(value));
+        }
+        command
+    }
+
+    fn save(&self, to: &str) -> Output {
+        let mut command = self.command(&["save", "-o", to, "mine:1"]);
+        command.output().unwrap()
+    }
+
+    /// The archive.
+    fn archive(&self) -> Vec<u8> {
+        let saved = self.command(&["save", "mine:1"]).output().unwrap();
+        assert!(saved.status.success(), "{saved:?}");
+        assert!(saved.stdout.len() > 2048);
+        saved.stdout
+    }
+}
+
+fn kind(path: &Path) -> fs::FileType {
+    fs::symlink_metadata(path).unwrap().file_type()
+}
+
+#[test]
+fn a_device_is_refused_and_stays() {
+    let user = User::new();
+    let path = user.path("null");
+    // The numbers of /dev/null.
+    let number = makedev(1, 3);
+    let made = mknodat(
+        CWD,
+        &path,
+        FileType::CharacterDevice,
+        Mode::from_raw_mode(0o666),
+        number,
+    );
+    if let Err(errno) = made {
+        eprintln!("skipped: a device cannot be made here: {errno}");
+        return;
+    }
+    symlink("null", user.path("to-null")).unwrap();
+    for name in ["null", "to-null"] {
+        let saved = user.save(name);
+        assert!(!saved.status.success(), "{name}: {saved:?}");
+        let said = String::from_utf8_lossy(&saved.stderr);
+        assert!(said.contains("it is a device"), "{name}: {said}");
+        assert!(kind(&path).is_char_device(), "{name}");
+        assert_eq!(path.metadata().unwrap().rdev(), number);
+    }
+    assert!(kind(&user.path("to-null")).is_symlink());
+}
+
+#[test]
+fn a_pipe_gets_the_archive_and_stays() {
+    let user = User::new();
+    let path = user.path("pipe");
+    mknodat(CWD, &path, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+    let reading = thread::spawn({
+        let path = path.clone();
+        move || fs::read(path).unwrap()
+    });
+    let saved = user.save("pipe");
+    if !saved.status.success() {
+        // Nobody has opened the pipe: the reader must not wait for ever.
+        drop(File::options().read(true).write(true).open(&path));
+    }
+    assert!(saved.status.success(), "{saved:?}");
+    assert!(kind(&path).is_fifo());
+    assert!(reading.join().unwrap() == user.archive());
+}
+
+#[test]
+fn a_link_is_followed_and_stays() {
+    let user = User::new();
+    fs::write(user.path("file"), b"before").unwrap();
+    fs::create_dir(user.path("sub")).unwrap();
+    symlink("file", user.path("to-file")).unwrap();
+    symlink("sub/new", user.path("to-new")).unwrap();
+    let archive = user.archive();
+    for (link, file) in [("to-file", "file"), ("to-new", "sub/new")] {
+        let saved = user.save(link);
+        assert!(saved.status.success(), "{saved:?}");
+        assert!(kind(&user.path(link)).is_symlink(), "{link}");
+        assert!(kind(&user.path(file)).is_file(), "{file}");
+        assert!(fs::read(user.path(file)).unwrap() == archive, "{file}");
+    }
+    // A file stays as it is until an archive is complete.
+    let unknown = user.command(&["save", "-o", "file", "unknown:1"]).output();
+    assert!(!unknown.unwrap().status.success());
+    assert!(fs::read(user.path("file")).unwrap() == archive);
+}
