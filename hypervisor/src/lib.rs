@@ -27,7 +27,7 @@
 //! tests of what stands above.
 #![warn(missing_docs)]
 
-#[cfg(doctest)]
+#[cfg(all(doctest, target_os = "linux", target_arch = "x86_64"))]
 #[doc = include_str!("../README.md")]
 struct Readme;
 

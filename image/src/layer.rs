@@ -5,6 +5,7 @@
 //!
 //! The conversion accesses no paths of the host: an entry's path is data.
 
+use std::cell::RefCell;
 use std::cmp::Ordering;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
@@ -122,8 +123,38 @@ pub(crate) fn check_stated(layer: Digest, size: u64, limits: Limits) -> Result<(
     })
 }
 
+/// Result of recreating an index.
+#[derive(Debug)]
+pub(crate) struct Recreated {
+    /// Digest of the whole tar stream, which was read to its end.
+    pub(crate) diff_id: Digest,
+    /// The totals, or the reason why there is no complete index.
+    pub(crate) index: Result<Totals, Error>,
+}
+
+/// A reader that stores the error that ends it, which parsers convert to text.
+struct Watched<'e, R> {
+    inner: R,
+    error: &'e RefCell<Option<io::Error>>,
+}
+
+impl<R: Read> Read for Watched<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.inner.read(buffer).map_err(|error| {
+            let kind = error.kind();
+            if kind != io::ErrorKind::Interrupted {
+                self.error.borrow_mut().get_or_insert(error);
+            }
+            kind.into()
+        })
+    }
+}
+
 /// Recreates the index of a tar stream, without its contents.
-pub(crate) fn index_again(stream: impl Read + Send, index: &File) -> io::Result<Converted> {
+///
+/// # Errors
+/// The stream cannot be read to its end.
+pub(crate) fn index_again(stream: impl Read, index: &File) -> io::Result<Recreated> {
     let null = OpenOptions::new().write(true).open("/dev/null")?;
     let files = LayerFiles {
         blob: &null,
@@ -132,11 +163,23 @@ pub(crate) fn index_again(stream: impl Read + Send, index: &File) -> io::Result<
         skeleton: &null,
     };
     let unknown = Digest::of(b"");
-    let mut stream = HashingReader::new(stream, Rc::default());
-    let totals = write(&mut stream, unknown, Limits::NONE, files, true)
-        .map_err(|error| io::Error::other(error.to_string()))?;
+    let error = RefCell::new(None);
+    let watched = Watched {
+        inner: stream,
+        error: &error,
+    };
+    let mut stream = HashingReader::new(watched, Rc::default());
+    let index = write(&mut stream, unknown, Limits::NONE, files, true);
+    // The digest is that of the whole stream, however much of it was parsed.
+    if error.borrow().is_none() {
+        // Its error is in `error`, too.
+        let _ = stream.drain();
+    }
     let (diff_id, _) = stream.finish();
-    Ok(Converted { totals, diff_id })
+    match error.take() {
+        Some(error) => Err(error),
+        None => Ok(Recreated { diff_id, index }),
+    }
 }
 
 /// Writes the files of a layer from its tar stream. If `dry`, contents are not written.

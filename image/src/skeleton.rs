@@ -121,6 +121,24 @@ fn damaged(what: &str) -> io::Error {
     )
 }
 
+/// Marks a lack of memory of the decompressor, which otherwise looks like an error in the
+/// compressed data.
+fn decoding_error(error: io::Error) -> io::Error {
+    // ZSTD_error_memory_allocation, which the library returns as a negative number.
+    const MEMORY_ALLOCATION: usize = 64;
+    let name = zstd::zstd_safe::get_error_name(MEMORY_ALLOCATION.wrapping_neg());
+    match error.raw_os_error().is_none() && error.to_string() == name {
+        true => io::ErrorKind::OutOfMemory.into(),
+        false => error,
+    }
+}
+
+/// Returns true if an error of an [`Assembler`] proves that a layer is damaged: its bytes
+/// were read, and have no meaning. Errors of the system prove nothing about the bytes.
+pub(crate) fn is_damage(error: &io::Error) -> bool {
+    error.raw_os_error().is_none() && error.kind() != io::ErrorKind::OutOfMemory
+}
+
 impl Assembler {
     pub(crate) fn new(skeleton: File, blob: File, small: File) -> io::Result<Self> {
         Ok(Self {
@@ -134,14 +152,14 @@ impl Assembler {
     /// Reads the next piece.
     fn advance(&mut self) -> io::Result<()> {
         let mut tag = [0];
-        if self.skeleton.read(&mut tag)? == 0 {
+        if self.skeleton.read(&mut tag).map_err(decoding_error)? == 0 {
             self.piece = Piece::End;
             return Ok(());
         }
         let mut number = |len: usize| -> io::Result<u64> {
             let mut bytes = [0; 8];
             let place = bytes.get_mut(..len).unwrap_or_default();
-            self.skeleton.read_exact(place)?;
+            self.skeleton.read_exact(place).map_err(decoding_error)?;
             Ok(u64::from_le_bytes(bytes))
         };
         self.piece = match tag {
@@ -184,7 +202,7 @@ impl Read for Assembler {
                 Piece::Raw(left) => {
                     let most = usize::try_from(*left).map_or(buffer.len(), |n| n.min(buffer.len()));
                     let part = buffer.get_mut(..most).unwrap_or_default();
-                    let count = self.skeleton.read(part)?;
+                    let count = self.skeleton.read(part).map_err(decoding_error)?;
                     if count == 0 {
                         return Err(damaged("it is truncated"));
                     }
@@ -254,6 +272,22 @@ mod tests {
             .read_to_end(&mut assembled)
             .unwrap();
         assert!(assembled == stream);
+    }
+
+    #[test]
+    fn only_bytes_that_were_read_prove_damage() {
+        let of_code = |code: usize| {
+            let name = zstd::zstd_safe::get_error_name(code.wrapping_neg());
+            decoding_error(io::Error::other(name))
+        };
+        // ZSTD_error_memory_allocation and ZSTD_error_corruption_detected.
+        assert!(!is_damage(&of_code(64)));
+        assert!(is_damage(&of_code(20)));
+        assert!(is_damage(&damaged("a tag")));
+        assert!(is_damage(&io::ErrorKind::UnexpectedEof.into()));
+        for errno in [rustix::io::Errno::IO, rustix::io::Errno::NOMEM] {
+            assert!(!is_damage(&errno.into()), "{errno}");
+        }
     }
 
     #[test]

@@ -11,7 +11,12 @@ use std::fs;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
+use sm_image::{DiskSegment, FindUsers, Users};
 use support::home::{Home, layers};
+
+fn nobody() -> Result<Users, String> {
+    Ok(Users::new())
+}
 
 /// Returns files of the store with the words of the message about their corruption.
 fn damageable(home: &Home) -> Vec<(PathBuf, &'static str)> {
@@ -49,7 +54,7 @@ fn flip(path: &Path, at: u64) {
 fn any_damage_is_found_and_can_be_repaired() {
     let home = Home::new();
     let (reference, _) = home.image("layout", &layers());
-    let sound = home.store.verify(&reference, false).unwrap();
+    let sound = home.store.verify(&reference, None).unwrap();
     assert!(sound.problems.is_empty(), "{sound:?}");
     assert!(sound.bytes > 55_000);
     let files = damageable(&home);
@@ -63,7 +68,7 @@ fn any_damage_is_found_and_can_be_repaired() {
         };
         for at in places.into_iter().filter(|at| *at < len) {
             flip(&path, at);
-            let found = home.store.verify(&reference, false).unwrap();
+            let found = home.store.verify(&reference, None).unwrap();
             assert!(
                 found.problems.iter().any(|text| text.contains(what)),
                 "{path:?} at {at}: {found:?}"
@@ -72,11 +77,57 @@ fn any_damage_is_found_and_can_be_repaired() {
             flip(&path, at);
         }
         flip(&path, 0);
-        let repaired = home.store.verify(&reference, true).unwrap();
+        let repaired = home.store.verify(&reference, Some(&nobody)).unwrap();
         assert!(repaired.repaired, "{path:?}: {repaired:?}");
         assert!(!path.exists());
         home.open(&reference);
-        let again = home.store.verify(&reference, false).unwrap();
+        let again = home.store.verify(&reference, None).unwrap();
         assert!(again.problems.is_empty(), "{path:?}: {again:?}");
     }
+}
+
+/// Repair removes no part of an image that must stay, as removal does not.
+#[test]
+fn damage_of_images_that_must_stay_is_not_removed() {
+    let home = Home::new();
+    let (reference, digest) = home.image("layout", &layers());
+    // Another image has the damaged layer, too.
+    let (_, sharing) = home.image("sharing", &layers()[..1]);
+    let shared = home.store.inspect(&sharing.to_string()).unwrap().layers[0].diff_id;
+    let layer = home.path("store/layers").join(shared.hex());
+    flip(&layer.join("blob"), 0);
+    let repair = |users: FindUsers<'_>| home.store.verify(&reference, Some(users));
+    for used in [digest, sharing] {
+        let users = || Ok(Users::from([(used, vec!["snapshot".to_owned()])]));
+        let verified = repair(&users).unwrap();
+        assert!(!verified.problems.is_empty() && !verified.repaired);
+        assert!(layer.exists(), "{verified:?}");
+    }
+    let unknown = || Err("snapshot \"x\" cannot be read".to_owned());
+    let error = repair(&unknown).unwrap_err().to_string();
+    assert!(error.contains("snapshot \"x\""), "{error}");
+    assert!(layer.exists());
+    for name in [digest, sharing] {
+        let disk = home.path("store/disks").join(name.hex());
+        let open = DiskSegment {
+            path: disk.join("meta.erofs"),
+            offset: 0,
+            len: 4096,
+        };
+        let open = open.open().unwrap();
+        assert!(!repair(&nobody).unwrap().repaired);
+        assert!(layer.exists());
+        drop(open);
+    }
+    // A disk of another version may need any layer.
+    let record = home.path("store/disks").join(sharing.hex());
+    let record = record.join("image.json");
+    let text = fs::read_to_string(&record).unwrap();
+    fs::write(&record, text.replacen("\"format\":", "\"format\":9", 1)).unwrap();
+    assert!(!repair(&nobody).unwrap().repaired);
+    fs::write(&record, text).unwrap();
+    assert!(repair(&nobody).unwrap().repaired);
+    assert!(!layer.exists());
+    home.open(&reference);
+    assert!(repair(&nobody).unwrap().problems.is_empty());
 }

@@ -117,7 +117,7 @@ fn nobody() -> Result<Users, String> {
 }
 
 fn is_sound(store: &Store, reference: &Reference) {
-    let verified = store.verify(&reference.to_string(), false).unwrap();
+    let verified = store.verify(&reference.to_string(), None).unwrap();
     assert!(verified.problems.is_empty(), "{verified:?}");
 }
 
@@ -195,6 +195,42 @@ fn wherever_it_gets_full(disk: &Path, ballast: impl Fn(u64) -> Ballast) {
     for part in ["layers", "disks", "blobs", "refs", "tmp", "locks"] {
         assert_eq!(fs::read_dir(root.join(part)).unwrap().count(), 0, "{part}");
     }
+}
+
+#[test]
+fn a_full_disk_is_no_damage() {
+    let Some(disk) = small_disk("a_full_disk_is_no_damage", "size=8m") else {
+        return;
+    };
+    let layouts = tempfile::tempdir().unwrap();
+    let layout = layouts.path().join("layout");
+    // The index takes several pages.
+    let files = (0..300).map(|n| file(format!("a-file-with-a-rather-long-name-{n}"), b"x"));
+    image(&layout, &[tar(&files.collect::<Vec<_>>())]);
+    let reference = parse(&layout);
+    let store = Store::open(&disk.join("store")).unwrap();
+    store
+        .open_image(&reference, &PullOptions::default())
+        .unwrap();
+    let mut failed = 0;
+    for pages in 0.. {
+        let full = Ballast::but_pages(&disk, pages);
+        let verified = store.verify(&reference.to_string(), Some(&nobody));
+        drop(full);
+        is_sound(&store, &reference);
+        match verified {
+            Ok(verified) => {
+                assert!(verified.problems.is_empty(), "{pages}: {verified:?}");
+                break;
+            }
+            Err(error) => {
+                let text = with_causes(&error);
+                assert!(text.contains("No space left"), "{pages}: {text}");
+                failed += 1;
+            }
+        }
+    }
+    assert!(failed > 5, "{failed}");
 }
 
 #[test]

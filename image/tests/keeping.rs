@@ -164,7 +164,7 @@ fn all_images_of_an_archive_are_loaded() {
     tool("skopeo", &["copy", "--quiet", &reference, &target]);
     let loaded = again.store.load_file(&docker, &options).unwrap();
     assert_eq!(loaded[0].names, ["name/in-it:v9"]);
-    let verified = again.store.verify("name/in-it:v9", false).unwrap();
+    let verified = again.store.verify("name/in-it:v9", None).unwrap();
     assert!(verified.problems.is_empty(), "{verified:?}");
     for wrong in [&b"nothing"[..], &bytes[..bytes.len() / 2]] {
         let error = load(wrong).unwrap_err().to_string();
@@ -179,7 +179,7 @@ fn an_image_without_its_source_is_reconstructed() {
     // Some tools write nothing after the last file's contents.
     upper.truncate(512 + 5000);
     let (reference, digest) = home.image("layout", &[lower.clone(), upper.clone()]);
-    let verified = home.store.verify(&reference, false).unwrap();
+    let verified = home.store.verify(&reference, None).unwrap();
     assert!(verified.problems.is_empty(), "{verified:?}");
     fs::remove_dir_all(home.path("layout")).unwrap();
     let query = digest.to_string();
@@ -218,7 +218,7 @@ fn a_tar_stream_becomes_an_image() {
     drop(image);
     assert_eq!(import(&stream, None).unwrap().digest, digest);
     assert_eq!(home.store.inspect("imported").unwrap().names.len(), 2);
-    let verified = home.store.verify("imported", false).unwrap();
+    let verified = home.store.verify("imported", None).unwrap();
     assert!(verified.problems.is_empty(), "{verified:?}");
     let error = import(b"no archive at all", None).unwrap_err().to_string();
     assert!(

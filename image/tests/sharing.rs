@@ -13,7 +13,8 @@ use std::sync::{Barrier, Mutex};
 use std::thread;
 
 use sm_image::{
-    Cancel, Error, LayerStep, Progress, PruneOptions, PullOptions, Reference, Store, Users,
+    Cancel, DiskSegment, Error, LayerStep, Progress, PruneOptions, PullOptions, Reference, Store,
+    Users,
 };
 use support::home::{Home, layers};
 use support::{file, image, tar};
@@ -78,7 +79,7 @@ fn removals_do_not_wait_for_a_pull_or_affect_it() {
     });
     let verified = home
         .store
-        .verify(&parse(&home.path("both")).to_string(), false);
+        .verify(&parse(&home.path("both")).to_string(), None);
     assert!(verified.unwrap().problems.is_empty());
     home.store.prune(ALL, &nobody).unwrap();
     assert_eq!((home.count("disks"), home.count("layers")), (0, 0));
@@ -100,10 +101,9 @@ fn users_are_determined_under_the_exclusive_lock() {
         let lock = fs::File::open(root.join("lock")).unwrap();
         let shared = rustix::fs::FlockOperation::NonBlockingLockShared;
         assert!(rustix::fs::flock(&lock, shared).is_err(), "it is locked");
-        // A disk that may be removed cannot be opened.
-        let disk = root.join("disks").join(digest.hex()).join("meta.erofs");
-        let disk = fs::File::open(disk).unwrap();
-        assert!(rustix::fs::flock(&disk, shared).is_err(), "it is locked");
+        // A disk is opened under a shared lock on the directory.
+        let disks = fs::File::open(root.join("disks")).unwrap();
+        assert!(rustix::fs::flock(&disks, shared).is_err(), "it is locked");
         Ok(Users::from([(digest, vec!["snap".to_owned()])]))
     };
     let pruned = home.store.prune(ALL, &users).unwrap();
@@ -125,6 +125,37 @@ fn users_are_determined_under_the_exclusive_lock() {
     assert!(home.store.find(&reference).is_ok());
     home.store.remove(&reference, &nobody).unwrap();
     assert_eq!((home.count("disks"), home.count("layers")), (0, 0));
+}
+
+/// A disk is opened either before its removal, which is then refused, or not at all.
+#[test]
+fn no_disk_is_opened_between_its_check_and_its_removal() {
+    let home = Home::new();
+    let (reference, digest) = home.image("layout", &layers());
+    let segment = DiskSegment {
+        path: home
+            .path("store/disks")
+            .join(digest.hex())
+            .join("meta.erofs"),
+        offset: 0,
+        len: 4096,
+    };
+    let (asked, wait) = sync_channel(0);
+    thread::scope(|scope| {
+        let segment = &segment;
+        let opening = scope.spawn(move || {
+            // The disk has been checked, and is not removed yet.
+            wait.recv().unwrap();
+            segment.open()
+        });
+        let users = || {
+            asked.send(()).unwrap();
+            Ok(Users::new())
+        };
+        home.store.remove(&reference, &users).unwrap();
+        assert!(opening.join().unwrap().is_err());
+    });
+    assert_eq!(home.count("disks"), 0);
 }
 
 #[test]
@@ -194,6 +225,30 @@ fn a_pull_that_fails_does_not_cancel_its_caller() {
     let empty = Home::new();
     let cancelled = empty.store.pull(&parse(&home.path("good")), &options);
     assert!(matches!(cancelled, Err(Error::Cancelled)), "{cancelled:?}");
+}
+
+#[test]
+fn an_archive_that_cannot_be_loaded_does_not_cancel_the_caller() {
+    let home = Home::new();
+    let (reference, _) = home.image("layout", &layers());
+    let archive = fs::read(home.save(&[&reference], "saved.tar")).unwrap();
+    // One byte of a compressed layer is changed.
+    let gzip = |bytes: &[u8]| bytes == [0x1f, 0x8b, 8];
+    let at = archive.windows(3).position(gzip).unwrap();
+    let mut damaged = archive.clone();
+    damaged[at + 20] ^= 1;
+    let options = PullOptions::default();
+    let again = Home::new();
+    let failed = again.store.load(damaged.as_slice(), "damaged", &options);
+    assert!(
+        failed.is_err() && !matches!(failed, Err(Error::Cancelled)),
+        "{failed:?}"
+    );
+    assert!(!options.cancel.is_cancelled());
+    again
+        .store
+        .load(archive.as_slice(), "whole", &options)
+        .unwrap();
 }
 
 #[test]

@@ -340,7 +340,7 @@ fn verify(home: &Home, args: &VerifyArgs, printer: &Printer) -> Result<u32, Fail
                         true => "The damaged data was removed: run or pull the image again.",
                         false => {
                             "\"sm image verify --repair\" removes the damaged data (unless a VM \
-                             uses it), so that it is pulled or converted again."
+                             or a snapshot uses it), so that it is pulled or converted again."
                         }
                     });
                 }

@@ -3,13 +3,12 @@
 //! Data in use always stays: disks that a process has open, disks of images that the
 //! caller names (a machine has its disk open before it creates a snapshot, and opens it
 //! again to restore it), and data that running operations need. All of this is determined
-//! under the exclusive lock of the store, and disks that are not open are locked against
-//! opening. A machine that has exited has created its snapshots before. Data that cannot
+//! under the exclusive lock of the store, while no disk can be opened. The number of
+//! descriptors does not depend on the number of disks. A machine that has exited has created its snapshots before. Data that cannot
 //! be parsed could refer to anything, so nothing is removed that it could refer to.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
-use std::io;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -17,10 +16,12 @@ use rustix::fs::{FlockOperation, flock};
 use serde::Serialize;
 
 use super::Store;
-use super::files::{digest_of, entries, read_json};
+use super::files::{digest_of, entries, is_absence, lock_opening, may_exist, read_json};
 use super::names::ImageSummary;
 use super::record::DiskRecord;
 use super::usage::size_on_disk;
+use super::verify::Damaged;
+use super::work::Work;
 use crate::Error;
 use crate::digest::Digest;
 
@@ -65,7 +66,7 @@ impl Store {
     pub fn remove(&self, query: &str, users: FindUsers<'_>) -> Result<Pruned, Error> {
         let lock = self.lock(FlockOperation::LockExclusive)?;
         let (found, by_name) = self.lookup(query)?;
-        let mut alone = Alone::new(self, lock, users)?;
+        let mut alone = Alone::new(self, lock, users, None)?;
         let names = alone.names.get(&found.digest).cloned().unwrap_or_default();
         let user = alone.users.get(&found.digest).and_then(|all| all.first());
         // Another name of the image may be removed.
@@ -90,7 +91,7 @@ impl Store {
     /// Files cannot be read or removed.
     pub fn prune(&self, options: PruneOptions, users: FindUsers<'_>) -> Result<Pruned, Error> {
         let lock = self.lock(FlockOperation::LockExclusive)?;
-        Alone::new(self, lock, users)?.prune(options)
+        Alone::new(self, lock, users, None)?.prune(options)
     }
 
     /// As [`Self::prune`], but does nothing if the store is in use.
@@ -103,9 +104,44 @@ impl Store {
         users: FindUsers<'_>,
     ) -> Result<Option<Pruned>, Error> {
         match self.try_lock_alone()? {
-            Some(lock) => Alone::new(self, lock, users)?.prune(options).map(Some),
+            Some(lock) => Alone::new(self, lock, users, None)?
+                .prune(options)
+                .map(Some),
             None => Ok(None),
         }
+    }
+
+    /// Removes damaged parts of an image, unless an image that needs one of them must
+    /// stay. Returns `false` if nothing was removed for that reason. `own` is the work that
+    /// found the damage.
+    pub(super) fn discard_damaged(
+        &self,
+        image: Digest,
+        damaged: &[Damaged],
+        own: &Work,
+        users: FindUsers<'_>,
+    ) -> Result<bool, Error> {
+        let lock = self.lock(FlockOperation::LockExclusive)?;
+        let alone = Alone::new(self, lock, users, Some(own))?;
+        if alone.is_claimed(image) {
+            return Ok(false);
+        }
+        for path in damaged.iter().map(Damaged::path) {
+            let is_part = |digest: Digest, record: &DiskRecord| {
+                self.disk_path(digest) == path || self.parts(digest, record).contains(path)
+            };
+            let mut records = alone.records.iter();
+            let claimed = records
+                .any(|(digest, record)| is_part(*digest, record) && alone.is_claimed(*digest));
+            // A disk with unknown references may need any layer.
+            if claimed || alone.needed.contains(path) || !alone.unclear.is_empty() {
+                return Ok(false);
+            }
+        }
+        for damaged in damaged.iter().filter(|damaged| damaged.is_current()) {
+            self.discard(damaged.path())?;
+        }
+        Ok(true)
     }
 
     /// Returns the records of all disks with a supported version.
@@ -140,11 +176,16 @@ impl Store {
 struct Alone<'s> {
     store: &'s Store,
     _lock: File,
+    /// Prevents the opening of disks.
+    _opening: File,
     names: BTreeMap<Digest, Vec<String>>,
     /// Some names cannot be read, so every disk may have a name.
     unclear_names: bool,
-    /// Disks that no process has open. They cannot be opened while they are locked.
-    free: BTreeMap<Digest, Option<File>>,
+    /// Disks that no process has open.
+    free: BTreeSet<Digest>,
+    /// Disks whose references are unknown, because they have another version or are
+    /// corrupt.
+    unclear: BTreeSet<Digest>,
     users: Users,
     /// Paths that running operations need.
     needed: BTreeSet<PathBuf>,
@@ -155,7 +196,12 @@ struct Alone<'s> {
 }
 
 impl<'s> Alone<'s> {
-    fn new(store: &'s Store, lock: File, users: FindUsers<'_>) -> Result<Self, Error> {
+    fn new(
+        store: &'s Store,
+        lock: File,
+        users: FindUsers<'_>,
+        own: Option<&Work>,
+    ) -> Result<Self, Error> {
         let mut pruned = Pruned::default();
         let mut names: BTreeMap<Digest, Vec<String>> = BTreeMap::new();
         let mut unclear_names = false;
@@ -173,16 +219,21 @@ impl<'s> Alone<'s> {
         }
         // The order matters: a process with an open disk may create a snapshot that needs
         // it. Either the open disk is seen here, or the snapshot afterwards.
-        let mut free = BTreeMap::new();
-        for path in entries(&store.root.join("disks"))? {
-            if let Some(digest) = digest_of(&path)
-                && let Some(locked) = lock_disk(&path)
-            {
-                free.insert(digest, locked);
+        let disks = store.root.join("disks");
+        let opening = lock_opening(&disks, FlockOperation::LockExclusive)?;
+        let mut free = BTreeSet::new();
+        let mut unclear = BTreeSet::new();
+        for path in entries(&disks)? {
+            if let Some(digest) = digest_of(&path) {
+                unclear.insert(digest);
+                if lock_disk(&path).is_some() {
+                    free.insert(digest);
+                }
             }
         }
         let users = users().map_err(Error::Users)?;
         let records = store.records()?;
+        unclear.retain(|digest| !records.contains_key(digest));
         let mut leading = BTreeMap::new();
         for (digest, record) in &records {
             for part in store.parts(*digest, record) {
@@ -192,23 +243,30 @@ impl<'s> Alone<'s> {
         Ok(Self {
             store,
             _lock: lock,
+            _opening: opening,
             names,
             unclear_names,
             free,
+            unclear,
             users,
-            needed: store.needed_by_work(None)?,
+            needed: store.needed_by_work(own)?,
             records,
             leading,
             pruned,
         })
     }
 
-    /// Returns true if the disk is referred to by anything other than a name.
+    /// Returns true if a process, a user or running work needs the disk.
+    fn is_claimed(&self, digest: Digest) -> bool {
+        let disk = self.store.disk_path(digest);
+        self.users.contains_key(&digest)
+            || self.needed.contains(&disk)
+            || (!self.free.contains(&digest) && may_exist(&disk))
+    }
+
+    /// Returns true if the disk may be referred to by anything other than a known name.
     fn is_used(&self, digest: Digest) -> bool {
-        self.unclear_names
-            || self.users.contains_key(&digest)
-            || self.needed.contains(&self.store.disk_path(digest))
-            || (!self.free.contains_key(&digest) && self.store.disk_path(digest).exists())
+        self.unclear_names || self.is_claimed(digest)
     }
 
     fn stays(&self, digest: Digest) -> bool {
@@ -241,7 +299,7 @@ impl<'s> Alone<'s> {
             self.pruned.images.sort();
         }
         self.collect()?;
-        if options.compressed && self.unclear_disks().is_empty() {
+        if options.compressed && self.unclear.is_empty() {
             let documents: BTreeSet<_> = self
                 .records
                 .iter()
@@ -278,7 +336,7 @@ impl<'s> Alone<'s> {
                 }
             }
         }
-        if self.unclear_disks().is_empty() {
+        if self.unclear.is_empty() {
             for path in streams.iter().rev() {
                 if size <= most {
                     return Ok(());
@@ -308,21 +366,16 @@ impl<'s> Alone<'s> {
         Ok(())
     }
 
-    /// Returns disks that stay and whose references are unknown, because they have
-    /// another version or are corrupt.
-    fn unclear_disks(&self) -> Vec<PathBuf> {
-        let disks = entries(&self.store.root.join("disks")).unwrap_or_default();
-        let unclear = |path: &PathBuf| {
-            digest_of(path).is_some_and(|digest| !self.records.contains_key(&digest))
-        };
-        disks.into_iter().filter(unclear).collect()
-    }
-
     /// Removes a disk, and everything that only it refers to.
     fn discard_disk(&mut self, digest: Digest) -> Result<(), Error> {
         let path = self.store.disk_path(digest);
+        // Earlier versions open a disk without a lock on the directory.
+        let Some(_locked) = lock_disk(&path) else {
+            return Ok(());
+        };
         self.pruned.bytes += size_on_disk(&path);
         self.store.discard(&path)?;
+        self.unclear.remove(&digest);
         let Some(record) = self.records.remove(&digest) else {
             return Ok(());
         };
@@ -337,7 +390,7 @@ impl<'s> Alone<'s> {
                 unneeded.push(part);
             }
         }
-        if self.unclear_disks().is_empty() {
+        if self.unclear.is_empty() {
             for part in unneeded {
                 self.discard_part(&part)?;
             }
@@ -370,8 +423,8 @@ impl<'s> Alone<'s> {
                 None => {}
             }
         }
-        let unclear = self.unclear_disks();
-        if let Some(disk) = unclear.first() {
+        if let Some(digest) = self.unclear.first() {
+            let disk = self.store.disk_path(*digest);
             self.pruned.notes.push(format!(
                 "the image in {disk:?} is of another version of sm or damaged: it may need any \
                  layer, so all layers are kept"
@@ -388,8 +441,8 @@ impl<'s> Alone<'s> {
     }
 }
 
-/// Locks a disk, so that [`super::DiskSegment::open`] fails. Returns `None` if the disk
-/// is open or its state is unknown.
+/// Locks a disk that no process has open, if it can be opened at all. Returns `None` if
+/// the disk is open or its state is unknown.
 fn lock_disk(disk: &Path) -> Option<Option<File>> {
     match File::open(disk.join("meta.erofs")) {
         Ok(file) => {
@@ -397,7 +450,7 @@ fn lock_disk(disk: &Path) -> Option<Option<File>> {
             locked.is_ok().then_some(Some(file))
         }
         // A disk without this file cannot be open.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Some(None),
+        Err(error) if is_absence(&error) => Some(None),
         Err(_) => None,
     }
 }
@@ -408,3 +461,6 @@ fn remove_file(path: &Path) -> Result<u64, Error> {
     fs::remove_file(path).map_err(Error::file("remove", path))?;
     Ok(bytes)
 }
+
+#[cfg(test)]
+mod tests;

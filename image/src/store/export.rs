@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{self, BufWriter, Read, Write as _};
+use std::io::{BufWriter, Read, Write as _};
 use std::path::PathBuf;
 
 use oci_spec::image::{Descriptor, ImageManifestBuilder, MediaType, SCHEMA_VERSION, Sha256Digest};
@@ -91,8 +91,7 @@ impl Store {
     /// Opens the tar stream of a stored layer.
     pub(super) fn assemble(&self, diff_id: Digest) -> Result<Assembler, Error> {
         let path = self.layer_path(diff_id);
-        let stored = StoredLayer::open(path.clone())
-            .ok_or_else(|| Error::file("read", &path)(io::ErrorKind::NotFound.into()))?;
+        let stored = StoredLayer::open_published(path.clone())?;
         let (blob, small) = (stored.file("blob")?, stored.file("small")?);
         Assembler::new(stored.file("skeleton")?, blob, small).map_err(Error::file("read", &path))
     }
@@ -317,9 +316,7 @@ impl Store {
     }
 
     fn plain(&self, diff_id: Digest) -> Result<ExportedLayer, Error> {
-        let path = self.layer_path(diff_id);
-        let stored = StoredLayer::open(path.clone())
-            .ok_or_else(|| Error::file("read", &path)(io::ErrorKind::NotFound.into()))?;
+        let stored = StoredLayer::open_published(self.layer_path(diff_id))?;
         Ok(ExportedLayer {
             digest: diff_id,
             size: stored.totals().tar_len,

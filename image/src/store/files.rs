@@ -91,7 +91,7 @@ impl Store {
                 locked => locked.map_err(failed)?,
             }
             // The file may have been removed before it was locked.
-            if is_at(&file, &path) {
+            if is_at(&file, &path).map_err(Error::file("look at", &path))? {
                 return Ok(file);
             }
         }
@@ -151,23 +151,24 @@ impl Store {
     /// Publishes a complete directory under its final name, and replaces an incomplete
     /// one.
     pub(super) fn publish(&self, made: tempfile::TempDir, path: &Path) -> Result<(), Error> {
-        let publish = |from: &Path| -> io::Result<()> {
-            File::open(from)?.sync_all()?;
-            fs::rename(from, path)?;
-            sync_parent(path)
-        };
+        let failed = Error::file("publish", path);
+        // Nothing is replaced before all of the replacement is on the disk.
+        if let Err(error) = File::open(made.path()).and_then(|made| made.sync_all()) {
+            return Err(failed(error));
+        }
         // Only incomplete objects are created again. A rename over a directory succeeds
         // only if that directory is empty.
-        if path.exists() {
+        if may_exist(path) {
             self.discard(path)?;
         }
-        match publish(made.path()) {
+        let published = fs::rename(made.path(), path).and_then(|()| sync_parent(path));
+        match published {
             Ok(()) => {
                 // The directory has been renamed, so there is nothing to clean up.
                 let _ = made.keep();
                 Ok(())
             }
-            Err(error) => Err(Error::file("publish", path)(error)),
+            Err(error) => Err(failed(error)),
         }
     }
 
@@ -222,16 +223,34 @@ pub(super) struct StoredLayer {
 }
 
 impl StoredLayer {
-    /// Opens a layer, if it is complete.
-    pub(super) fn open(path: PathBuf) -> Option<Self> {
-        let index = File::open(path.join("index")).ok()?;
-        let index = IndexReader::open(index).ok()??;
+    /// Opens a layer. Returns `None` if it is missing or incomplete.
+    ///
+    /// # Errors
+    /// The files cannot be examined, which is no evidence of damage.
+    pub(super) fn open(path: PathBuf) -> Result<Option<Self>, Error> {
+        match Self::index_of_whole(&path) {
+            Ok(index) => Ok(index.map(|index| Self { path, index })),
+            Err(error) if is_absence(&error) => Ok(None),
+            Err(error) => Err(Error::file("read", &path)(error)),
+        }
+    }
+
+    /// Opens a layer that was published before.
+    pub(super) fn open_published(path: PathBuf) -> Result<Self, Error> {
+        Self::open(path.clone())?
+            .ok_or_else(|| Error::file("read", &path)(io::ErrorKind::NotFound.into()))
+    }
+
+    /// Returns the index if all files have the lengths that it states.
+    fn index_of_whole(path: &Path) -> io::Result<Option<IndexReader>> {
+        let Some(index) = IndexReader::open(File::open(path.join("index"))?)? else {
+            return Ok(None);
+        };
         let totals = index.totals();
-        let len = |name: &str| fs::metadata(path.join(name)).map(|meta| meta.len()).ok();
-        let whole = len("blob") == Some(totals.blob_len)
-            && len("small") == Some(totals.small_len)
-            && len("skeleton").is_some();
-        whole.then_some(Self { path, index })
+        let len = |name: &str| Ok::<_, io::Error>(fs::metadata(path.join(name))?.len());
+        len("skeleton")?;
+        let whole = len("blob")? == totals.blob_len && len("small")? == totals.small_len;
+        Ok(whole.then_some(index))
     }
 
     pub(super) fn totals(&self) -> Totals {
@@ -242,6 +261,20 @@ impl StoredLayer {
         let path = self.path.join(name);
         File::open(&path).map_err(Error::file("open", &path))
     }
+}
+
+/// Returns true if an error proves that a file is missing or shorter than it should be.
+/// All others, such as a lack of descriptors, say nothing about the file.
+pub(super) fn is_absence(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory | io::ErrorKind::UnexpectedEof
+    )
+}
+
+/// Returns true if a file exists or may exist.
+pub(super) fn may_exist(path: &Path) -> bool {
+    path.try_exists().unwrap_or(true)
 }
 
 /// Returns true if a process works in a directory below `tmp`.
@@ -265,6 +298,14 @@ pub(super) fn is_alive(directory: &Path) -> Result<bool, Error> {
     }
 }
 
+/// Takes part in the opening of disks in the directory `disks`, or prevents it.
+pub(super) fn lock_opening(disks: &Path, operation: FlockOperation) -> Result<File, Error> {
+    let file = File::open(disks).map_err(Error::file("open", disks))?;
+    rustix::io::retry_on_intr(|| flock(&file, operation))
+        .map_err(|errno| Error::file("lock", disks)(errno.into()))?;
+    Ok(file)
+}
+
 fn open_lock(path: &Path) -> Result<File, Error> {
     OpenOptions::new()
         .create(true)
@@ -275,12 +316,13 @@ fn open_lock(path: &Path) -> Result<File, Error> {
 }
 
 /// Returns true if the open file is the one at `path`.
-pub(super) fn is_at(file: &File, path: &Path) -> bool {
-    let same = |a: fs::Metadata, b: fs::Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
-    let both = file
-        .metadata()
-        .and_then(|file| Ok((file, fs::metadata(path)?)));
-    both.is_ok_and(|(file, named)| same(file, named))
+pub(super) fn is_at(file: &File, path: &Path) -> io::Result<bool> {
+    let named = match fs::metadata(path) {
+        Err(error) if is_absence(&error) => return Ok(false),
+        named => named?,
+    };
+    let file = file.metadata()?;
+    Ok((file.dev(), file.ino()) == (named.dev(), named.ino()))
 }
 
 /// Returns true if a process has the disk open through [`super::DiskSegment::open`].
@@ -299,9 +341,23 @@ fn sync_parent(path: &Path) -> io::Result<()> {
 }
 
 pub(super) fn entries(directory: &Path) -> Result<Vec<PathBuf>, Error> {
-    fs::read_dir(directory)
+    let entries: Vec<_> = fs::read_dir(directory)
         .and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect())
-        .map_err(Error::file("list", directory))
+        .map_err(Error::file("list", directory))?;
+    #[cfg(test)]
+    count_reads(entries.len());
+    Ok(entries)
+}
+
+#[cfg(test)]
+thread_local! {
+    /// Number of directory entries and documents that this thread has read.
+    pub(super) static READS: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
+}
+
+#[cfg(test)]
+fn count_reads(more: usize) {
+    READS.with(|reads| reads.set(reads.get() + more));
 }
 
 /// Parses the digest at the end of a path in the store.
@@ -329,6 +385,8 @@ pub(super) fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), Error> {
 
 /// Returns `None` if there is no such file, or it has another format.
 pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, Error> {
+    #[cfg(test)]
+    count_reads(1);
     match fs::read(path) {
         Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),

@@ -66,9 +66,7 @@ impl Store {
         let parts = store.parts_of(digest, digest, layers);
         work.need(parts.into_iter().chain([store.disk_path(digest)]))?;
         let _making = store.making("disk", digest, &options.notice())?;
-        let layer = store.layer_path(converted.diff_id);
-        let stored = StoredLayer::open(layer.clone())
-            .ok_or_else(|| Error::file("read back", &layer)(std::io::ErrorKind::NotFound.into()))?;
+        let stored = StoredLayer::open_published(store.layer_path(converted.diff_id))?;
         let stored = match store.stored(digest)? {
             Some(stored) => stored,
             None => store.finish(&image, &name, vec![stored])?,

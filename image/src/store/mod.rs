@@ -17,7 +17,9 @@
 //! needed for pushing and saving, which check their digests.)
 //!
 //! Disks in use are not removed: every user of a disk holds a shared `flock` on its
-//! `meta.erofs` ([`DiskSegment::open`]).
+//! `meta.erofs` ([`DiskSegment::open`]). The file is opened under a shared `flock` on the
+//! directory `disks`. A removal holds that lock exclusively, so that no disk is opened
+//! between its check and its removal.
 
 mod collect;
 mod export;
@@ -74,11 +76,17 @@ impl DiskSegment {
     /// # Errors
     /// The file cannot be opened or locked.
     pub fn open(&self) -> Result<File, Error> {
+        let _opening = match self.path.ancestors().nth(2) {
+            Some(parts) if !parts.as_os_str().is_empty() => {
+                Some(files::lock_opening(parts, FlockOperation::LockShared)?)
+            }
+            _ => None,
+        };
         let file = File::open(&self.path).map_err(Error::file("open", &self.path))?;
         rustix::io::retry_on_intr(|| flock(&file, FlockOperation::LockShared))
             .map_err(|errno| Error::file("lock", &self.path)(errno.into()))?;
         // The file may have been removed before it was locked.
-        if !files::is_at(&file, &self.path) {
+        if !files::is_at(&file, &self.path).map_err(Error::file("look at", &self.path))? {
             return Err(Error::file("open", &self.path)(
                 std::io::ErrorKind::NotFound.into(),
             ));

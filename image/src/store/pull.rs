@@ -334,12 +334,13 @@ impl Pull<'_> {
     /// Checks the sizes in the manifest against the limits and the free space, before any
     /// layer is requested.
     fn check_sizes(&self, layers: &[SourceLayer]) -> Result<(), Error> {
-        let missing = |layer: &&SourceLayer| {
-            StoredLayer::open(self.store.layer_path(layer.diff_id)).is_none()
-        };
-        let sizes = layers.iter().filter(missing);
-        let sizes = sizes.map(|layer| (layer.digest, layer.size.unwrap_or(0)));
-        self.store.check_room(&sizes.collect())
+        let mut missing = BTreeMap::new();
+        for layer in layers {
+            if StoredLayer::open(self.store.layer_path(layer.diff_id))?.is_none() {
+                missing.insert(layer.digest, layer.size.unwrap_or(0));
+            }
+        }
+        self.store.check_room(&missing)
     }
 
     /// Imports all layers, several concurrently.
@@ -393,13 +394,13 @@ impl Pull<'_> {
             });
         };
         let path = self.store.layer_path(layer.diff_id);
-        if let Some(stored) = StoredLayer::open(path.clone()) {
+        if let Some(stored) = StoredLayer::open(path.clone())? {
             tell(LayerStep::Present);
             return Ok(stored);
         }
         let notice = self.options.notice();
         let _making = self.store.making("layer", layer.diff_id, &notice)?;
-        if let Some(stored) = StoredLayer::open(path.clone()) {
+        if let Some(stored) = StoredLayer::open(path.clone())? {
             tell(LayerStep::Present);
             return Ok(stored);
         }
@@ -410,8 +411,7 @@ impl Pull<'_> {
         progress(0);
         self.convert(layer, &mut progress)?;
         tell(LayerStep::Done);
-        StoredLayer::open(path.clone())
-            .ok_or_else(|| Error::file("read back", &path)(io::ErrorKind::NotFound.into()))
+        StoredLayer::open_published(path)
     }
 
     fn convert(&self, layer: &SourceLayer, progress: &mut dyn FnMut(u64)) -> Result<(), Error> {
@@ -504,7 +504,7 @@ impl Store {
         }
         let _held = before_publishing(converted.diff_id)?;
         let path = self.layer_path(converted.diff_id);
-        if expected.diff_id.is_some() || StoredLayer::open(path.clone()).is_none() {
+        if expected.diff_id.is_some() || StoredLayer::open(path.clone())?.is_none() {
             self.publish(made, &path)?;
         }
         Ok(converted)

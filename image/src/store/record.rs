@@ -6,7 +6,7 @@ use std::sync::Arc;
 use oci_spec::image::ImageConfiguration;
 use serde::{Deserialize, Serialize};
 
-use super::files::read_json;
+use super::files::{is_absence, read_json};
 use super::{DiskSegment, FORMAT, Store, StoredImage};
 use crate::Error;
 use crate::digest::Digest;
@@ -125,11 +125,13 @@ impl Store {
             offset: 0,
             len: layer.blob_len,
         }));
-        let whole = |segment: &DiskSegment| {
-            fs::metadata(&segment.path).is_ok_and(|meta| meta.len() == segment.len)
-        };
-        if !segments.iter().all(whole) {
-            return Ok(None);
+        for segment in &segments {
+            match fs::metadata(&segment.path) {
+                Ok(meta) if meta.len() == segment.len => {}
+                Ok(_) => return Ok(None),
+                Err(error) if is_absence(&error) => return Ok(None),
+                Err(error) => return Err(Error::file("look at", &segment.path)(error)),
+            }
         }
         segments.retain(|segment| segment.len > 0);
         let Some(in_use) = segments.first().map(DiskSegment::open).transpose()? else {

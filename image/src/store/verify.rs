@@ -9,15 +9,16 @@ use std::fs::File;
 use std::io::{self, BufReader, Read as _};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::FlockOperation;
 use serde::Serialize;
 
 use super::Store;
-use super::files::StoredLayer;
+use super::collect::FindUsers;
+use super::files::{StoredLayer, is_absence};
 use super::record::{DiskRecord, LayerRecord};
 use crate::Error;
 use crate::digest::{Digest, HashingReader};
 use crate::layer;
+use crate::skeleton::is_damage;
 
 /// Result of verifying an image.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -32,13 +33,14 @@ pub struct Verified {
 
 impl Store {
     /// Verifies an image completely; see the module's documentation. With `repair`,
-    /// corrupt objects that are not in use are removed, and are created again when the
-    /// image is next requested.
+    /// objects that are proven to be corrupt are removed, and are created again when the
+    /// image is next requested. As in [`Self::remove`], parts of images that are in use,
+    /// or that `repair` returns, stay.
     ///
     /// # Errors
-    /// No image or several match, or the store cannot be read. Corruption is not an
-    /// error.
-    pub fn verify(&self, query: &str, repair: bool) -> Result<Verified, Error> {
+    /// No image or several match, or the store cannot be read or written, in which case
+    /// nothing is removed. Corruption is not an error.
+    pub fn verify(&self, query: &str, repair: Option<FindUsers<'_>>) -> Result<Verified, Error> {
         let work = self.begin()?;
         let (found, record) = work.needed_image(query)?;
         let digest = found.digest;
@@ -61,44 +63,52 @@ impl Store {
             damaged,
             ..
         } = check;
-        if repair && !damaged.is_empty() {
-            let _alone = self.lock(FlockOperation::LockExclusive)?;
-            let needed = self.needed_by_work(Some(&work))?;
-            let disk = self.disk_path(digest);
-            let in_use = super::files::in_use(&disk) || needed.contains(&disk);
-            if !in_use && !damaged.iter().any(|(path, _)| needed.contains(path)) {
-                // An object that was created again in the meantime is not the one that
-                // was checked.
-                for (path, _) in damaged.iter().filter(|(path, id)| id_of(path) == *id) {
-                    if path.exists() {
-                        self.discard(path)?;
-                    }
-                }
-                verified.repaired = true;
-            }
+        if let Some(users) = repair.filter(|_| !damaged.is_empty()) {
+            drop(layers);
+            verified.repaired = self.discard_damaged(digest, &damaged, &work, users)?;
         }
         Ok(verified)
+    }
+}
+
+/// A damaged file or directory, and its identity when it was checked.
+#[derive(Debug)]
+pub(super) struct Damaged {
+    path: PathBuf,
+    inode: Option<u64>,
+}
+
+impl Damaged {
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Returns true if the path still refers to what was checked, and not to what has been
+    /// made again since.
+    pub(super) fn is_current(&self) -> bool {
+        self.inode.is_some() && inode_of(&self.path) == self.inode
     }
 }
 
 struct Check<'s> {
     store: &'s Store,
     verified: Verified,
-    /// Objects to be removed, with their inode numbers.
-    damaged: Vec<(PathBuf, Option<u64>)>,
+    damaged: Vec<Damaged>,
 }
 
 impl Check<'_> {
     fn problem(&mut self, text: String, path: &Path) {
         self.verified.problems.push(text);
-        if path.exists() {
-            self.damage(path);
-        }
+        self.damage(path);
     }
 
     fn damage(&mut self, path: &Path) {
-        if !self.damaged.iter().any(|(known, _)| known == path) {
-            self.damaged.push((path.to_owned(), id_of(path)));
+        let inode = inode_of(path);
+        if inode.is_some() && !self.damaged.iter().any(|known| known.path == path) {
+            self.damaged.push(Damaged {
+                path: path.to_owned(),
+                inode,
+            });
         }
     }
 
@@ -124,41 +134,45 @@ impl Check<'_> {
     fn layer(&mut self, layer: &LayerRecord) -> Result<Option<StoredLayer>, Error> {
         let path = self.store.layer_path(layer.diff_id);
         let name = layer.diff_id;
-        let Some(stored) = StoredLayer::open(path.clone()) else {
+        let Some(stored) = StoredLayer::open(path.clone())? else {
             self.problem(format!("layer {name} is missing or truncated"), &path);
             return Ok(None);
         };
         let again = tempfile::tempfile_in(&self.store.tmp);
         let again = again.map_err(Error::file("create a file in", &self.store.root))?;
-        let found = layer::index_again(self.store.assemble(name)?, &again);
-        match found {
-            Err(error) => self.problem(format!("layer {name} is damaged: {error}"), &path),
-            Ok(found) if found.diff_id != layer.diff_id => self.problem(
-                format!(
-                    "layer {name} is damaged: its contents have diff_id {}",
-                    found.diff_id
-                ),
-                &path,
-            ),
-            Ok(found) => {
-                self.verified.bytes += found.totals.tar_len;
-                let index = stored.file("index")?;
-                let path_of_index = path.join("index");
-                if !same(&index, &again).map_err(Error::file("read", &path_of_index))? {
-                    self.problem(format!("the index of layer {name} is damaged"), &path);
-                } else {
-                    return Ok(Some(stored));
-                }
+        let found = match layer::index_again(self.store.assemble(name)?, &again) {
+            Err(error) if is_damage(&error) => {
+                self.problem(format!("layer {name} is damaged: {error}"), &path);
+                return Ok(None);
             }
+            found => found.map_err(Error::file("read", &path))?,
+        };
+        if found.diff_id != layer.diff_id {
+            let text = format!(
+                "layer {name} is damaged: its contents have diff_id {}",
+                found.diff_id
+            );
+            self.problem(text, &path);
+            return Ok(None);
         }
+        // The stream is what it should be. If there is no index of it, the reason is
+        // elsewhere, such as in a full disk.
+        let totals = found.index?;
+        self.verified.bytes += totals.tar_len;
+        let index = stored.file("index")?;
+        if same(&index, &again).map_err(Error::file("read", &path.join("index")))? {
+            return Ok(Some(stored));
+        }
+        self.problem(format!("the index of layer {name} is damaged"), &path);
         Ok(None)
     }
 
     /// Checks the original layer, if it is stored.
     fn kept(&mut self, layer: &LayerRecord) -> Result<(), Error> {
         let path = self.store.blob_path(layer.digest);
-        let Ok(file) = File::open(&path) else {
-            return Ok(());
+        let file = match File::open(&path) {
+            Err(error) if is_absence(&error) => return Ok(()),
+            opened => opened.map_err(Error::file("open", &path))?,
         };
         let mut stream = HashingReader::new(file, std::rc::Rc::default());
         stream.drain().map_err(Error::file("read", &path))?;
@@ -181,7 +195,13 @@ impl Check<'_> {
         self.store.write_metadata(digest, record, layers, &again)?;
         let disk = self.store.disk_path(digest);
         let path = disk.join("meta.erofs");
-        let stored = File::open(&path).map_err(Error::file("open", &path))?;
+        let stored = match File::open(&path) {
+            Err(error) if is_absence(&error) => {
+                self.problem("the metadata image is missing".to_owned(), &disk);
+                return Ok(());
+            }
+            opened => opened.map_err(Error::file("open", &path))?,
+        };
         if !same(&stored, &again).map_err(Error::file("read", &path))? {
             self.problem("the metadata image is damaged".to_owned(), &disk);
         }
@@ -189,7 +209,7 @@ impl Check<'_> {
     }
 }
 
-fn id_of(path: &Path) -> Option<u64> {
+fn inode_of(path: &Path) -> Option<u64> {
     use std::os::unix::fs::MetadataExt as _;
     path.metadata().ok().map(|meta| meta.ino())
 }

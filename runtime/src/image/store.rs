@@ -50,12 +50,14 @@ pub fn usage(home: &Home) -> Result<Usage, Error> {
     Ok(store(home)?.usage()?)
 }
 
-/// Verifies an image against its digests; with `repair`, removes damaged blobs.
+/// Verifies an image against its digests; with `repair`, removes damaged blobs, unless a VM
+/// or a snapshot needs them.
 ///
 /// # Errors
 /// No image has that name or ID, or the store cannot be read.
 pub fn verify(home: &Home, query: &str, repair: bool) -> Result<Verified, Error> {
-    Ok(store(home)?.verify(query, repair)?)
+    let users = || image_users(home);
+    Ok(store(home)?.verify(query, repair.then_some(&users))?)
 }
 
 /// Adds a name to an image, for instance one in a registry to push to.

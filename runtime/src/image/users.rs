@@ -1,5 +1,7 @@
 //! Snapshots that need images of a home.
 
+use std::path::Path;
+
 use sm_control::with_causes;
 use sm_image::{Digest, Users};
 use sm_snapshot::chain::Chain;
@@ -22,7 +24,7 @@ pub(super) fn image_users(home: &Home) -> Result<Users, String> {
         let digest = match image_of(&store, &entry) {
             Ok(digest) => digest,
             // Snapshots can be removed at any time.
-            Err(_) if !home.snapshots().join(&entry.name).exists() => continue,
+            Err(_) if is_gone(&home.snapshots().join(&entry.name)) => continue,
             Err(reason) => {
                 return Err(format!(
                     "snapshot \"{name}\" cannot be read: {reason}; if it is not needed any more, \
@@ -36,6 +38,11 @@ pub(super) fn image_users(home: &Home) -> Result<Users, String> {
         }
     }
     Ok(users)
+}
+
+/// Returns true only if it is certain that nothing is at `path`.
+fn is_gone(path: &Path) -> bool {
+    matches!(path.try_exists(), Ok(false))
 }
 
 /// Returns the image from which a snapshot's workload runs.
@@ -57,3 +64,6 @@ fn image_of(store: &SnapshotStore, entry: &Entry) -> Result<Option<Digest>, Stri
         None => Err(format!("{:?} is no image", config.image_digest)),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -103,6 +103,6 @@ fn a_pull_reports_a_full_disk() {
     fixture.pull().unwrap();
     let store = Store::open(&fixture.directory.path().join("store")).unwrap();
     let name = Reference::parse(&fixture.reference).unwrap().to_string();
-    let verified = store.verify(&name, false).unwrap();
+    let verified = store.verify(&name, None).unwrap();
     assert!(verified.problems.is_empty(), "{verified:?}");
 }

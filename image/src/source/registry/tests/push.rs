@@ -2,12 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, Read};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::super::push::{Pushed, Pusher};
 use super::server::{Answer, Heard, Request, registry, status};
 use crate::digest::Digest;
-use crate::{DockerReference, Error};
+use crate::store::Store;
+use crate::{DockerReference, Error, PullOptions};
 
 /// Contents of the fake registry after a push.
 #[derive(Default)]
@@ -84,6 +86,34 @@ fn push(pusher: &Pusher<'_>, bytes: &'static [u8]) -> Result<Pushed, Error> {
         assert_eq!(last, size);
     }
     pushed
+}
+
+#[test]
+fn a_push_that_fails_does_not_cancel_its_caller() {
+    let brought = Arc::new(Mutex::new(Brought::default()));
+    let refuses = Arc::new(AtomicBool::new(true));
+    let (taking, refusing) = (Arc::clone(&brought), Arc::clone(&refuses));
+    let fixture = registry(move |request, content| match request.method.as_str() {
+        "GET" => content.honest(request),
+        "POST" if refusing.load(Ordering::Relaxed) => status(400),
+        _ => taking.lock().unwrap().take(request),
+    });
+    fixture.pull().unwrap();
+    let store = Store::open(&fixture.directory.path().join("store")).unwrap();
+    let pulled = store.list().unwrap().remove(0).reference;
+    let name = format!("{}/team/app:v1", fixture.address);
+    let name = DockerReference::parse(&name).unwrap();
+    store.tag(&pulled, &name).unwrap();
+    let options = PullOptions::default();
+    let failed = store.push(&name, &options);
+    assert!(
+        failed.is_err() && !matches!(failed, Err(Error::Cancelled)),
+        "{failed:?}"
+    );
+    assert!(!options.cancel.is_cancelled());
+    refuses.store(false, Ordering::Relaxed);
+    store.push(&name, &options).unwrap();
+    assert!(brought.lock().unwrap().manifest.is_some());
 }
 
 #[test]

@@ -1,0 +1,190 @@
+//! Removal of images that snapshots need, with snapshots of a machine that never ran.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::FileExt as _;
+
+use sm_control::config::VmConfig;
+use sm_control::id::VmId;
+use sm_control::workload::Workload;
+use sm_image::{Compression, LayoutBuilder, MemoryFile};
+use sm_snapshot::capture::{Ancestry, Capture, Description};
+use sm_snapshot::cpu::CpuFeatures;
+use sm_snapshot::state_file::Section;
+use sm_vmm_core::memory::{MIN_MEMORY, MachineMemory, MemoryConfig};
+
+use super::*;
+use crate::image::{self, Config, Fetch, Image, PruneOptions};
+
+struct Fixture {
+    dir: tempfile::TempDir,
+    home: Home,
+}
+
+const ALL: PruneOptions = PruneOptions {
+    all: true,
+    compressed: true,
+    max_bytes: None,
+};
+
+impl Fixture {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let below = |name: &str| dir.path().join(name);
+        let home = Home::new(&below("data"), &below("run"), &below("cache"));
+        fs::create_dir(below("data")).unwrap();
+        Self { dir, home }
+    }
+
+    /// Brings an image into the store. Returns its reference and digest.
+    fn image(&self, name: &str) -> (String, String) {
+        let layout = self.dir.path().join(name);
+        let mut image = LayoutBuilder::new(&layout, Compression::None).unwrap();
+        let file = MemoryFile::File(name.as_bytes().to_vec());
+        image.memory_layer(&[("file", 0o644, file)]).unwrap();
+        image.finish("v1", Config::default()).unwrap();
+        let reference = format!("oci:{}:v1", layout.display());
+        let image = Image::open_in(&self.home, &reference, &Fetch::default()).unwrap();
+        (reference, image.digest().to_owned())
+    }
+
+    /// Publishes a snapshot with this description of its VM.
+    fn snapshot(&self, name: &str, layer: Layer, content: &saved::Content) {
+        let store = SnapshotStore::open(&self.home.snapshots()).unwrap();
+        let memory = MachineMemory::anonymous(&MemoryConfig::new(MIN_MEMORY)).unwrap();
+        let description = Description {
+            layer,
+            sm_version: "test".into(),
+            machine_version: 1,
+            vcpus: 1,
+            kernel: "k".into(),
+            agent: "a".into(),
+            cpu: CpuFeatures::default(),
+            protocol: 1,
+            devices: Vec::new(),
+            labels: BTreeMap::new(),
+        };
+        let state = vec![Section {
+            name: "vm".into(),
+            version: 1,
+            payload: serde_json::to_vec(content).unwrap(),
+        }];
+        Capture::begin(&store, &memory.guest, Ancestry::Booted)
+            .unwrap()
+            .finish(&store, name, description, state)
+            .unwrap();
+    }
+
+    /// Publishes a snapshot of a VM with this image.
+    fn workload(&self, name: &str, image_digest: &str) {
+        let config = VmConfig {
+            id: VmId::generate(),
+            name: name.to_owned(),
+            image: "app".into(),
+            image_digest: image_digest.to_owned(),
+            created_ns: 0,
+            workload: Workload::default(),
+            memory: MIN_MEMORY,
+            cpus: 1,
+            kernel: "/k".into(),
+            auto_remove: false,
+            read_only: false,
+            stop_timeout_ms: 0,
+            publish: Vec::new(),
+            publish_wait_ms: 0,
+        };
+        let content = saved::Content {
+            config: Some(config),
+            ..saved::Content::default()
+        };
+        self.snapshot(name, Layer::App, &content);
+    }
+
+    fn count(&self, part: &str) -> usize {
+        let directory = self.home.images().join(part);
+        fs::read_dir(directory).unwrap().count()
+    }
+}
+
+#[test]
+fn an_image_stays_as_long_as_a_snapshot_needs_it() {
+    let f = Fixture::new();
+    let (used, digest) = f.image("used");
+    let (unused, _) = f.image("unused");
+    f.workload("first", &digest);
+    f.workload("second", &digest);
+    // A snapshot of the cache is made again from an image.
+    f.snapshot("base", Layer::Base, &saved::Content::default());
+
+    let pruned = image::prune(&f.home, ALL).unwrap();
+    assert_eq!(pruned.images, [unused]);
+    assert_eq!((f.count("disks"), f.count("layers")), (1, 1));
+    for query in [&used, &digest] {
+        let error = image::remove(&f.home, query).unwrap_err().to_string();
+        assert!(error.contains("snapshot \"first\""), "{error}");
+    }
+    let pruned = image::keep_within(&f.home, 0).unwrap().unwrap();
+    assert!(pruned.images.is_empty(), "{pruned:?}");
+    // Its last name cannot be removed, and others can.
+    image::tag(&f.home, &used, "another:1").unwrap();
+    image::remove(&f.home, "another:1").unwrap();
+
+    // Repair does not remove what is damaged and needed.
+    let layer = fs::read_dir(f.home.images().join("layers")).unwrap().next();
+    let small = layer.unwrap().unwrap().path().join("small");
+    let file = fs::File::options().write(true).open(small).unwrap();
+    file.write_all_at(b"U", 0).unwrap();
+    let verified = image::verify(&f.home, &used, true).unwrap();
+    assert!(!verified.problems.is_empty() && !verified.repaired);
+    assert_eq!((f.count("disks"), f.count("layers")), (1, 1));
+    file.write_all_at(b"u", 0).unwrap();
+
+    let snapshots = SnapshotStore::open(&f.home.snapshots()).unwrap();
+    for name in ["first", "second"] {
+        assert_eq!((f.count("disks"), f.count("layers")), (1, 1));
+        assert!(image::remove(&f.home, &used).is_err());
+        snapshots.remove(name).unwrap();
+    }
+    image::remove(&f.home, &used).unwrap();
+    assert_eq!((f.count("disks"), f.count("layers")), (0, 0));
+}
+
+#[test]
+fn nothing_is_removed_while_a_snapshot_cannot_be_read() {
+    let f = Fixture::new();
+    let (reference, digest) = f.image("image");
+    f.workload("readable", &digest);
+    let snapshot = f.home.snapshots().join("readable");
+    let damage = |file: &str, bytes: &[u8]| {
+        let path = snapshot.join(file);
+        let before = fs::read(&path).unwrap();
+        fs::write(&path, bytes).unwrap();
+        for error in [
+            image::remove(&f.home, &reference).map(drop),
+            image::prune(&f.home, ALL).map(drop),
+            image::keep_within(&f.home, 0).map(drop),
+        ] {
+            let error = error.unwrap_err().to_string();
+            assert!(error.contains("\"readable\" cannot be read"), "{error}");
+        }
+        assert_eq!((f.count("disks"), f.count("layers")), (1, 1));
+        fs::write(&path, before).unwrap();
+    };
+    damage("manifest.json", b"{");
+    damage("state.bin", b"");
+    // The digest of an image is none.
+    f.workload("odd", "image");
+    let error = image::prune(&f.home, ALL).unwrap_err().to_string();
+    assert!(error.contains("\"odd\" cannot be read"), "{error}");
+    assert_eq!((f.count("disks"), f.count("layers")), (1, 1));
+}
+
+#[test]
+fn a_path_that_cannot_be_examined_may_exist() {
+    let dir = tempfile::tempdir().unwrap();
+    assert!(is_gone(&dir.path().join("nothing")));
+    assert!(!is_gone(dir.path()));
+    let looping = dir.path().join("loop");
+    std::os::unix::fs::symlink("loop", &looping).unwrap();
+    assert!(!is_gone(&looping.join("x")));
+}
