@@ -1,15 +1,15 @@
 //! What a backend can do, as data.
 
-/// Whether an unmodified Linux guest can run.
+/// Support for unmodified Linux guests.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LinuxSupport {
     /// Guest code runs natively.
     Native,
     /// It cannot.
     Unusable {
-        /// What the backend found, as a sentence without a full stop.
+        /// The backend's finding, as a sentence without a full stop.
         reason: String,
-        /// What a person at this host can do, as a sentence without a full stop.
+        /// The remedy for a person at this host, as a sentence without a full stop.
         remedy: String,
     },
 }
@@ -32,6 +32,6 @@ pub struct Capabilities {
     pub backend: &'static str,
     /// Largest number of vCPUs in a VM.
     pub max_vcpus: u32,
-    /// Whether Linux guests run.
+    /// Support for Linux guests.
     pub linux: LinuxSupport,
 }

@@ -6,7 +6,7 @@ use std::io;
 
 use thiserror::Error;
 
-/// What keeps a backend from being opened.
+/// Kinds of reasons why a backend cannot be opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum OpenErrorKind {
@@ -48,7 +48,7 @@ impl OpenError {
         }
     }
 
-    /// Adds what a person at this host can do.
+    /// Adds the remedy for a person at this host.
     #[must_use]
     pub fn with_remedy(mut self, remedy: impl Into<String>) -> Self {
         self.remedy = Some(remedy.into());
@@ -68,19 +68,19 @@ impl OpenError {
         self.backend
     }
 
-    /// What kind of problem it is.
+    /// The kind of the problem.
     #[must_use]
     pub fn kind(&self) -> OpenErrorKind {
         self.kind
     }
 
-    /// What was found.
+    /// The backend's finding.
     #[must_use]
     pub fn problem(&self) -> &str {
         &self.problem
     }
 
-    /// What a person at this host can do, where the backend knows.
+    /// The remedy for a person at this host, if the backend knows one.
     #[must_use]
     pub fn remedy(&self) -> Option<&str> {
         self.remedy.as_deref()

@@ -120,7 +120,7 @@ impl<A: Arch> VcpuThread<A> {
         let thread = std::thread::Builder::new()
             .name(format!("vcpu{index}"))
             .spawn(move || {
-                // An answer that cannot be sent: the machine was given up meanwhile.
+                // An answer that cannot be sent: the machine was dropped meanwhile.
                 let refuse = |error| bound.send(Err(error)).ok().and(None);
                 let vcpu = match start {
                     Start::Boot(registers) => match seed.bind(registers.as_deref()) {

@@ -327,7 +327,7 @@ fn a_restore_has_three_phases() {
     assert_eq!(phases(rig.host.take_events()), [1, 1, 2, 3, 3]);
 }
 
-/// What is left of it cannot run.
+/// Its vCPUs have part of the state, and do not run.
 #[test]
 fn a_machine_whose_reset_failed_has_ended() {
     let rig = Rig::new(vec![vec![Step::WaitIrq(GED_GSI)]]);

@@ -46,7 +46,7 @@ impl SystemRegister {
 /// Registers and their values, in the order in which they are written.
 pub type SystemRegisters = Vec<(SystemRegister, u64)>;
 
-/// What the guest sees of its processor.
+/// Processor features that the guest sees.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Features {
     /// Identification registers (MIDR_EL1, CTR_EL0, ID_AA64*_EL1 and their like), by
@@ -119,7 +119,7 @@ pub enum PowerState {
 pub struct VcpuState {
     /// The vCPU's index.
     pub index: u32,
-    /// What the guest sees of its processor.
+    /// Processor features that the guest sees.
     pub features: Features,
     /// General registers.
     pub general: GeneralRegisters,

@@ -82,7 +82,7 @@ pub struct CpuidEntry {
     pub edx: u32,
 }
 
-/// What the guest sees of its processor.
+/// Processor features that the guest sees.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Features {
     /// CPUID, leaf by leaf.

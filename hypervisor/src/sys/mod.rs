@@ -1,4 +1,4 @@
-//! The choices by operating system: this host's backend, and what a doorbell signals.
+//! The choices by operating system: this host's backend, and targets of doorbells.
 
 #[cfg(unix)]
 mod unix;

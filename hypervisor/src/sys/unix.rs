@@ -4,8 +4,8 @@ use std::os::fd::BorrowedFd;
 #[cfg(any(feature = "testing", test))]
 use std::{io, os::fd::OwnedFd};
 
-/// What a doorbell signals: an eventfd on Linux, elsewhere a descriptor that becomes
-/// readable when eight bytes are written to it.
+/// Target of a doorbell: an eventfd on Linux, elsewhere a descriptor that becomes readable
+/// when eight bytes are written to it.
 pub type Wake<'a> = BorrowedFd<'a>;
 
 /// A duplicate of a [`Wake`] that the fake backend signals.

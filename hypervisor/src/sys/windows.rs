@@ -2,7 +2,7 @@
 
 use std::os::windows::io::BorrowedHandle;
 
-/// What a doorbell signals: an event object.
+/// Target of a doorbell: an event object.
 pub type Wake<'a> = BorrowedHandle<'a>;
 
 /// The fake backend signals no event objects: the writes of its vCPUs arrive on the bus.

@@ -8,7 +8,7 @@ use sm_hypervisor::{Arch, Bus, Error, Exit, RestoredVcpu, RestoringVcpu, Vcpu};
 use super::Command;
 use crate::exit::{ExitLatch, ExitReason};
 
-/// What a vCPU thread does next.
+/// Next step of a vCPU thread.
 enum Next<A: Arch> {
     Run,
     Park,
@@ -56,7 +56,7 @@ pub(super) struct Runner<V: Vcpu> {
 }
 
 impl<V: Vcpu> Runner<V> {
-    /// Parks until told otherwise; returns when the thread is to end.
+    /// Obeys commands, parked at first; returns when the thread is to end.
     pub(super) fn serve(mut self) {
         let mut next = Next::Park;
         let mut running = false;
