@@ -6,7 +6,7 @@ use std::io::{self, Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 
-use sm_event_loop::{EventHandler, EventLoop, Interest, Readiness, Registration, Registry};
+use sm_event_loop::{EventHandler, EventLoop, Interest, Readiness, Registered, Registry};
 
 /// The listener's token; connections have those from 1 on.
 const LISTENER: u64 = 0;
@@ -29,7 +29,8 @@ fn listen(event_loop: &EventLoop, address: SocketAddr) -> io::Result<SocketAddr>
     listener.set_nonblocking(true)?;
     let address = listener.local_addr()?;
     let server = Echo {
-        listener,
+        new: Some(listener),
+        listener: None,
         connections: HashMap::new(),
         next: LISTENER + 1,
     };
@@ -40,28 +41,32 @@ fn listen(event_loop: &EventLoop, address: SocketAddr) -> io::Result<SocketAddr>
 }
 
 struct Echo {
-    listener: TcpListener,
-    connections: HashMap<u64, (TcpStream, Registration)>,
+    /// The listener until the loop starts the server.
+    new: Option<TcpListener>,
+    listener: Option<Registered<TcpListener>>,
+    connections: HashMap<u64, Registered<TcpStream>>,
     next: u64,
 }
 
 impl EventHandler for Echo {
-    fn start(&mut self, registry: &mut Registry<'_>) -> io::Result<()> {
-        registry.add(&self.listener, LISTENER, Interest::READ)?;
+    fn start(&mut self, registry: &mut dyn Registry) -> io::Result<()> {
+        if let Some(listener) = self.new.take() {
+            self.listener = Some(registry.add(listener, LISTENER, Interest::READ)?);
+        }
         Ok(())
     }
 
-    fn ready(&mut self, token: u64, _readiness: Readiness, registry: &mut Registry<'_>) {
+    fn ready(&mut self, token: u64, _readiness: Readiness, registry: &mut dyn Registry) {
         if token == LISTENER {
-            while let Ok((stream, _)) = self.listener.accept() {
-                if let Ok(registration) = registry.add(&stream, self.next, Interest::READ) {
-                    self.connections.insert(self.next, (stream, registration));
+            while let Some(Ok((stream, _))) = self.listener.as_ref().map(|l| l.accept()) {
+                if let Ok(stream) = registry.add(stream, self.next, Interest::READ) {
+                    self.connections.insert(self.next, stream);
                     self.next += 1;
                 }
             }
             return;
         }
-        let Some((stream, _)) = self.connections.get_mut(&token) else {
+        let Some(stream) = self.connections.get_mut(&token) else {
             return;
         };
         let mut buffer = [0; 4096];
@@ -71,9 +76,8 @@ impl EventHandler for Echo {
             Ok(count) => stream.write_all(&buffer[..count]).is_ok(),
             Err(error) => error.kind() == io::ErrorKind::WouldBlock,
         };
-        if !open && let Some((stream, registration)) = self.connections.remove(&token) {
-            // Before it is closed: the number of the descriptor is free from then on.
-            registry.remove(registration, &stream);
+        if !open && let Some(stream) = self.connections.remove(&token) {
+            registry.remove(stream);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! A guest of some bytes on the host's KVM, which prints to a port and is stopped: all that
+//! A guest of some bytes on the host's hypervisor, which prints to a port and is stopped: all that
 //! the seam asks of a VMM. `cargo run -p sm-hypervisor --example port`
 //!
 //! It needs `/dev/kvm`, also one that cannot run Linux.
@@ -7,10 +7,10 @@ use std::error::Error;
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use sm_hypervisor::kvm::Kvm;
-use sm_hypervisor::state::{BootRegisters, Segment};
+use sm_hypervisor::state::x86_64::{BootRegisters, Segment};
 use sm_hypervisor::{
-    Bus, Exit, Hypervisor, Kicker, MemoryRegion, Vcpu as _, VcpuSeed as _, Vm as _, VmConfig,
+    Bus, Exit, Hypervisor, Kicker, MemoryRegion, Native, Vcpu as _, VcpuSeed as _, Vm as _,
+    VmConfig, X86_64,
 };
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap};
 
@@ -22,14 +22,14 @@ const GUEST: &[u8] = b"\xbe\x20\x10\x00\x00\x66\xba\xf8\x03\xac\x84\xc0\x74\x03\
     \xe6\x80\xf4\xeb\xfd\x90\x90\x90\x90\x90\x90\x90\x90\x90\x90hello from a guest\n\0";
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let host = Kvm::open()?;
+    let host = Native::open()?;
     println!("{:?}", host.capabilities());
     print!("{}", String::from_utf8_lossy(&run(&host)?));
     Ok(())
 }
 
-/// Runs the guest and returns what it printed. Nothing here knows of KVM.
-fn run(host: &impl Hypervisor) -> Result<Vec<u8>, Box<dyn Error>> {
+/// Runs the guest and returns the text that it printed, on any hypervisor for x86-64.
+fn run(host: &impl Hypervisor<Arch = X86_64>) -> Result<Vec<u8>, Box<dyn Error>> {
     let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), MEMORY)])?;
     memory.write_slice(GUEST, GuestAddress(CODE))?;
     let vm = host.create_vm(&VmConfig { vcpus: 1 })?;
@@ -37,8 +37,6 @@ fn run(host: &impl Hypervisor) -> Result<Vec<u8>, Box<dyn Error>> {
         guest_address: 0,
         host_address: NonNull::new(memory.get_host_address(GuestAddress(0))?).ok_or("null")?,
         len: MEMORY as u64,
-        read_only: false,
-        track_dirty: false,
     };
     #[expect(unsafe_code, reason = "the guest writes the memory")]
     // SAFETY: `memory` is dropped after the VM and its vCPU, and no reference to it exists.
@@ -126,7 +124,7 @@ impl Bus for Port {
 mod tests {
     #[test]
     fn the_guest_prints() {
-        if let Some(host) = sm_hypervisor::testing::kvm() {
+        if let Some(host) = sm_hypervisor::testing::native() {
             assert_eq!(super::run(&host).unwrap(), b"hello from a guest\n");
         }
     }

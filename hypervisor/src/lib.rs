@@ -27,7 +27,7 @@
 //! tests of what stands above.
 #![warn(missing_docs)]
 
-#[cfg(all(doctest, target_os = "linux", target_arch = "x86_64"))]
+#[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;
 

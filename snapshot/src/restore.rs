@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use sm_hypervisor::state::CpuidEntry;
+use sm_hypervisor::state::x86_64::CpuidEntry;
 use sm_vmm_core::memory::{FileExtent, MachineMemory, MemoryConfig};
 
 use crate::Error;

@@ -1,6 +1,6 @@
 //! One thread for each vCPU: runs guest code, pauses, saves, ends.
 //!
-//! A vCPU thread is either *running*, inside [`Vcpu::run`], or *parked*, in a
+//! A vCPU thread is either *running*, inside [`Vcpu::run`](sm_hypervisor::Vcpu::run), or *parked*, in a
 //! blocking receive on its command channel. Every command is followed by a kick,
 //! which is sticky, so that a running vCPU comes out and looks at its channel;
 //! nothing polls.

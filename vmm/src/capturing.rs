@@ -11,7 +11,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use sm_control::with_causes;
-use sm_hypervisor::Hypervisor;
+use sm_hypervisor::{Hypervisor, X86_64};
 use sm_snapshot::capture::{Ancestry, Capture, Captured};
 use sm_snapshot::chain::Chain;
 use sm_snapshot::runs::Run;
@@ -73,7 +73,7 @@ impl Capturing {
     /// # Errors
     /// The machine cannot be paused or saved, or the thread cannot be created; a clause.
     /// No callback is called then, and the machine is resumed if possible.
-    pub(crate) fn begin<H: Hypervisor>(
+    pub(crate) fn begin<H: Hypervisor<Arch = X86_64>>(
         plan: Plan,
         machine: &mut Machine<H>,
         origin: Origin,

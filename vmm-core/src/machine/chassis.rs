@@ -46,6 +46,9 @@ pub(super) struct Chassis<H: Hypervisor> {
     pub(super) phases: Phases,
 }
 
+/// The vCPU threads of a machine, and the tokens of the restored ones.
+pub(super) type Started<A> = (Vec<VcpuThread<A>>, Vec<RestoredVcpu>);
+
 impl<H: Hypervisor> Chassis<H> {
     pub(super) fn build(
         host: &H,
@@ -102,7 +105,7 @@ impl<H: Hypervisor> Chassis<H> {
     pub(super) fn start(
         &self,
         starts: impl Iterator<Item = Start<H::Arch>>,
-    ) -> Result<(Vec<VcpuThread<H::Arch>>, Vec<RestoredVcpu>), MachineError> {
+    ) -> Result<Started<H::Arch>, MachineError> {
         let mut threads = Vec::new();
         let mut answers = Vec::new();
         for (index, start) in (0u32..).zip(starts) {
