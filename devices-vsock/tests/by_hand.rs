@@ -1,5 +1,6 @@
 //! The device on a loop that the test drives by hand: no threads, and time passes when
 //! the test says so.
+#![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
 use std::collections::HashMap;
 use std::io::{self, Read as _, Write as _};
