@@ -4,8 +4,8 @@ use std::io::{Read, Write};
 use std::path::Path;
 
 use sm_image::{
-    Config, Digest, DockerReference, ImageDetails, ImageSummary, Loaded, Platform, PruneOptions,
-    Pruned, PullOptions, Reference, Store, Usage, Verified,
+    Config, Digest, DockerReference, FindUsers, ImageDetails, ImageSummary, Loaded, Platform,
+    PruneOptions, Pruned, PullOptions, Reference, Store, Usage, Verified,
 };
 
 use super::users::image_users;
@@ -56,8 +56,8 @@ pub fn usage(home: &Home) -> Result<Usage, Error> {
 /// # Errors
 /// No image has that name or ID, or the store cannot be read.
 pub fn verify(home: &Home, query: &str, repair: bool) -> Result<Verified, Error> {
-    let users = || image_users(home);
-    Ok(store(home)?.verify(query, repair.then_some(&users))?)
+    let users: FindUsers<'_> = &|| image_users(home);
+    Ok(store(home)?.verify(query, repair.then_some(users))?)
 }
 
 /// Adds a name to an image, for instance one in a registry to push to.
