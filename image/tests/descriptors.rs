@@ -51,7 +51,7 @@ fn with_descriptors<T>(more: u64, act: impl FnOnce() -> T) -> T {
     let number = u64::try_from(std::os::fd::AsRawFd::as_raw_fd(&next)).unwrap();
     drop(next);
     let before = getrlimit(Resource::Nofile);
-    let mut limited = before.clone();
+    let mut limited = before;
     limited.current = Some(number + more);
     setrlimit(Resource::Nofile, limited).unwrap();
     let done = act();
@@ -119,7 +119,7 @@ fn removal_of_many_images_needs_few_descriptors() {
         .map(|n| home.image(&format!("i{n}"), &[tar(&[file("n", n.to_string())])]))
         .collect();
     let (kept, used) = images[0].clone();
-    // What users do needs descriptors, too.
+    // The callback needs descriptors, too.
     let users = || {
         let opened: Result<Vec<_>, _> = (0..4).map(|_| File::open("/dev/null")).collect();
         opened.map_err(|error| error.to_string())?;

@@ -261,14 +261,14 @@ fn numbers_that_are_not_used_are_numbers() {
 
 #[test]
 fn zeros_and_blanks_before_a_number_are_skipped_in_any_order() {
-    for text in [b" \0 755 \0", b"\0\0\00755\0", b"\0  0755 "] {
+    for text in [b" \0 755 \0", b"\0\0\x000755\0", b"\0  0755 "] {
         let bytes = raw("f", b'0', 0, |header| {
             header[100..108].copy_from_slice(text)
         });
         let header = Reader::new(bytes.as_slice()).next_entry().unwrap().unwrap();
         assert_eq!(header.mode, 0o755, "{text:?}");
     }
-    let time = |header: &mut [u8]| header[136..148].copy_from_slice(b"\03000000000\0");
+    let time = |header: &mut [u8]| header[136..148].copy_from_slice(b"\x003000000000\0");
     let bytes = raw("f", b'0', 0, time);
     let header = Reader::new(bytes.as_slice()).next_entry().unwrap().unwrap();
     assert_eq!(header.mtime, (0o3_000_000_000, 0));
