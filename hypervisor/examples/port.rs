@@ -1,5 +1,5 @@
-//! A guest of some bytes on the host's hypervisor, which prints to a port and is stopped: all that
-//! the seam asks of a VMM. `cargo run -p sm-hypervisor --example port`
+//! A guest of some bytes on the host's hypervisor, which prints to a port and is stopped:
+//! all that the seam asks of a VMM. `cargo run -p sm-hypervisor --example port`
 //!
 //! It needs `/dev/kvm`, also one that cannot run Linux.
 

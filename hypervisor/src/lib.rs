@@ -27,10 +27,6 @@
 //! tests of what stands above.
 #![warn(missing_docs)]
 
-#[cfg(doctest)]
-#[doc = include_str!("../README.md")]
-struct Readme;
-
 mod arch;
 mod bus;
 mod caps;
