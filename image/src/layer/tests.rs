@@ -110,7 +110,7 @@ fn run(stored: &[u8], expected: &Expected) -> (Result<Converted, Error>, Files) 
     (converted, files)
 }
 
-/// A stream that cannot be read is told from one that cannot be parsed, whose digest is that
+/// A stream that cannot be read differs from one that cannot be parsed, whose digest is that
 /// of all its bytes.
 #[test]
 fn an_index_is_recreated_of_what_can_be_read() {

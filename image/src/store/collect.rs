@@ -16,11 +16,11 @@ use rustix::fs::{FlockOperation, flock};
 use serde::Serialize;
 
 use super::Store;
+use super::damaged::Damaged;
 use super::files::{digest_of, entries, is_absence, lock_opening, may_exist, read_json};
 use super::names::ImageSummary;
 use super::record::DiskRecord;
 use super::usage::size_on_disk;
-use super::verify::Damaged;
 use super::work::Work;
 use crate::Error;
 use crate::digest::Digest;

@@ -22,6 +22,7 @@
 //! between its check and its removal.
 
 mod collect;
+mod damaged;
 mod export;
 mod files;
 mod import;

@@ -7,12 +7,13 @@
 
 use std::fs::File;
 use std::io::{self, BufReader, Read as _};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::Serialize;
 
 use super::Store;
 use super::collect::FindUsers;
+use super::damaged::Damaged;
 use super::files::{StoredLayer, is_absence};
 use super::record::{DiskRecord, LayerRecord};
 use crate::Error;
@@ -71,25 +72,6 @@ impl Store {
     }
 }
 
-/// A damaged file or directory, and its identity when it was checked.
-#[derive(Debug)]
-pub(super) struct Damaged {
-    path: PathBuf,
-    inode: Option<u64>,
-}
-
-impl Damaged {
-    pub(super) fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// Returns true if the path still refers to what was checked, and not to what has been
-    /// made again since.
-    pub(super) fn is_current(&self) -> bool {
-        self.inode.is_some() && inode_of(&self.path) == self.inode
-    }
-}
-
 struct Check<'s> {
     store: &'s Store,
     verified: Verified,
@@ -103,12 +85,8 @@ impl Check<'_> {
     }
 
     fn damage(&mut self, path: &Path) {
-        let inode = inode_of(path);
-        if inode.is_some() && !self.damaged.iter().any(|known| known.path == path) {
-            self.damaged.push(Damaged {
-                path: path.to_owned(),
-                inode,
-            });
+        if !self.damaged.iter().any(|known| known.path() == path) {
+            self.damaged.extend(Damaged::at(path));
         }
     }
 
@@ -207,11 +185,6 @@ impl Check<'_> {
         }
         Ok(())
     }
-}
-
-fn inode_of(path: &Path) -> Option<u64> {
-    use std::os::unix::fs::MetadataExt as _;
-    path.metadata().ok().map(|meta| meta.ino())
 }
 
 /// Returns true if two files have the same contents.
