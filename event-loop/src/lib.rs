@@ -88,8 +88,8 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 
 use rustix::event::{EventfdFlags, eventfd};
 
-pub use self::registered::{Descriptor, Reclaimed, Reclaimer, Registered, Source};
-pub use self::registry::{Registration, Registry};
+pub use self::registered::Registered;
+pub use self::registry::{Descriptor, Reclaimed, Reclaimer, Registration, Registry, Source};
 pub use self::table::HandlerId;
 pub use self::thread::{EventLoop, EventLoopHandle};
 pub use self::timers::{Deadlines, Timer};

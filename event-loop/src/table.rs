@@ -6,8 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::queue::{Queue, Ready};
-use crate::registered::{Reclaimer, Source};
-use crate::registry::{Registration, Registry};
+use crate::registry::{Reclaimer, Registration, Registry, Source};
 use crate::{Deadlines, Interest, Timer};
 
 /// Names a handler of a loop; never reused.

@@ -11,7 +11,7 @@ use std::thread::{JoinHandle, ThreadId};
 use std::time::{Duration, Instant};
 
 use crate::queue::Ready;
-use crate::registered::Reclaimer;
+use crate::registry::Reclaimer;
 use crate::registry::Registry;
 use crate::table::{HandlerId, Table, Target, View};
 use crate::{EventHandler, Readiness, drain, new_eventfd, signal};
