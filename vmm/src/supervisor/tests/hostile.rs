@@ -29,9 +29,13 @@ fn garbage_from_the_guest_ends_the_vm_with_a_reason() {
 fn a_workload_starts_once() {
     let mut f = fixture(Setup::default());
     let (_agent, mut main) = f.start();
+    // One write: the stream is closed after the first of these messages.
+    let started = serde_json::to_vec(&ExecReply::Started { pid: 42 }).unwrap();
+    let mut bytes = Vec::new();
     for _ in 0..3 {
-        main.send_json(&ExecReply::Started { pid: 42 });
+        frame::encode(FrameType::Control, &started, &mut bytes).unwrap();
     }
+    main.0.write_all(&bytes).unwrap();
     assert_eq!(f.events(), ["exit 125", "ended 125"]);
     f.finish();
     let exit = f.exit();
