@@ -113,7 +113,7 @@ fn commands_that_a_vm_cannot_execute_now_are_refused() {
     says(
         home.sm(&["reset", name]),
         1,
-        &["not started from a snapshot"],
+        &["not started from a workload snapshot"],
     );
     home.sm(&["stop", "-t", "0", name]).exits(0);
     for arguments in [
