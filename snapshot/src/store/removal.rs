@@ -23,6 +23,12 @@ impl SnapshotStore {
     pub fn remove(&self, name: &str) -> Result<(), Error> {
         check_name(name)?;
         let dir = self.root.join(name);
+        // A store that was never written to has no lock to take.
+        if !dir.try_exists().map_err(Error::io("look at", &dir))? {
+            return Err(Error::NotFound {
+                name: name.to_owned(),
+            });
+        }
         let grave = {
             let _guard = self.exclusive()?;
             let _memory = self.claim(name, &self.family(name)?)?;

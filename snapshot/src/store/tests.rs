@@ -97,6 +97,15 @@ fn a_draft_is_created_while_another_writer_waits() {
 }
 
 #[test]
+fn a_snapshot_of_a_store_that_does_not_exist_is_absent() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = SnapshotStore::read_only(&dir.path().join("none"));
+    assert!(matches!(store.remove("x"), Err(Error::NotFound { .. })));
+    assert!(matches!(store.lease("x"), Err(Error::NotFound { .. })));
+    assert!(store.list().unwrap().is_empty());
+}
+
+#[test]
 fn a_parent_cannot_be_removed_before_its_child() {
     let (_dir, store) = store();
     let base = publish(&store, "base", None);
