@@ -110,7 +110,7 @@ fn kernel_sources(kernel: &Path, directory: &Path) -> Result<()> {
         "The program contains a Linux kernel (GPL-2.0, without changes), built from Debian's\n\
          package {} {} with gcc {} and the configuration \"config\" here, which follows from\n\
          \"guest.config\". Its source:\n\n    apt-get download {}={}\n\n\
-         or https://snapshot.debian.org, or from whoever gave you this archive.\n\
+         or from Debian's archive of past versions, or from whoever gave you this one.\n\
          \"cargo xtask kernel\" in the source tree of sm builds it.\n",
         of("source"),
         of("version"),

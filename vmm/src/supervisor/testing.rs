@@ -1,7 +1,6 @@
 //! A fake machine under a real supervisor; the test plays the agent.
 //!
 //! A test provides the record ([`fixture`]), which can be a fake one or one on disk.
-//! disk.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
