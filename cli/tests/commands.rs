@@ -2,6 +2,8 @@
 //! completions`, and errors.
 #![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
+mod common;
+
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
@@ -48,20 +50,7 @@ impl User {
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_sm"));
-        command.args(arguments).current_dir(self.directory.path());
-        for (name, value) in [
-            ("HOME", "home"),
-            ("XDG_DATA_HOME", "data"),
-            ("XDG_RUNTIME_DIR", "run"),
-            ("XDG_CACHE_HOME", "cache"),
-        ] {
-            command.env(name, self.path(value));
-        }
-        for name in ["SM_KERNEL", "SM_AGENT", "SM_LOG"] {
-            command.env_remove(name);
-        }
-        command
+        common::sm(self.directory.path(), arguments)
     }
 
     fn run(&self, command: &mut Command) -> Done {

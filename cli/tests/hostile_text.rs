@@ -2,8 +2,10 @@
 //! in tables, in documents, and in errors.
 #![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
+mod common;
+
 use std::io::Write as _;
-use std::process::{Command, Output, Stdio};
+use std::process::{Output, Stdio};
 
 /// Sets the clipboard, clears the screen, starts a line, and does the same by C1 controls
 /// and by the byte of a deleted character.
@@ -13,16 +15,7 @@ struct Home(tempfile::TempDir);
 
 impl Home {
     fn sm(&self, arguments: &[&str], input: &[u8]) -> Output {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_sm"));
-        command.args(arguments).current_dir(self.0.path());
-        for (name, value) in [
-            ("HOME", "home"),
-            ("XDG_DATA_HOME", "data"),
-            ("XDG_RUNTIME_DIR", "run"),
-            ("XDG_CACHE_HOME", "cache"),
-        ] {
-            command.env(name, self.0.path().join(value));
-        }
+        let mut command = common::sm(self.0.path(), arguments);
         let pipes = command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = pipes.stderr(Stdio::piped()).spawn().unwrap();
         child.stdin.take().unwrap().write_all(input).unwrap();

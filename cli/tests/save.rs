@@ -2,6 +2,8 @@
 //! links are followed, pipes are written to, and devices are left alone.
 #![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
+mod common;
+
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, symlink};
@@ -38,17 +40,7 @@ impl User {
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_sm"));
-        command.args(arguments).current_dir(self.directory.path());
-        for (name, value) in [
-            ("HOME", "home"),
-            ("XDG_DATA_HOME", "data"),
-            ("XDG_RUNTIME_DIR", "run"),
-            ("XDG_CACHE_HOME", "cache"),
-        ] {
-            command.env(name, self.path(value));
-        }
-        command
+        common::sm(self.directory.path(), arguments)
     }
 
     fn save(&self, to: &str) -> Output {

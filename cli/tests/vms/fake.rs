@@ -34,20 +34,7 @@ impl User {
     }
 
     pub(crate) fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_sm"));
-        command.args(arguments).current_dir(self.directory.path());
-        for (name, value) in [
-            ("HOME", "home"),
-            ("XDG_DATA_HOME", "data"),
-            ("XDG_RUNTIME_DIR", "run"),
-            ("XDG_CACHE_HOME", "cache"),
-        ] {
-            command.env(name, self.path(value));
-        }
-        for name in ["SM_KERNEL", "SM_AGENT", "SM_LOG"] {
-            command.env_remove(name);
-        }
-        command
+        crate::common::sm(self.directory.path(), arguments)
     }
 
     /// Runs a command with the signal dispositions of a foreground command in a shell: no

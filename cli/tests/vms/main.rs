@@ -1,6 +1,8 @@
 //! Commands on VMs, with records that the test creates and VMMs that it plays.
 #![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
+#[path = "../common/mod.rs"]
+mod common;
 mod fake;
 mod listing;
 mod sessions;
