@@ -16,6 +16,7 @@ mod guest_side;
 mod output;
 mod signals;
 mod snapshots;
+mod stage;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 #[cfg(test)]
@@ -30,12 +31,12 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use sm_control::exit::ExitRecord;
-use sm_control::launch::{LaunchRequest, Report, Stage};
+use sm_control::launch::{LaunchRequest, Report};
 use sm_control::timings::Phase;
 
 use self::clients::Client;
 use self::signals::UnansweredSignal;
-use self::snapshots::{Held, SnapshotJob};
+use self::stage::{MachineEnd, Stage, Startup};
 use super::agent::AgentLink;
 use super::conn::Conn;
 use super::descriptors;
@@ -131,29 +132,14 @@ pub(crate) struct Supervisor<G> {
     clients: BTreeMap<u64, Client>,
     next_client: u64,
     agent: Option<AgentLink>,
-    /// True until the agent connects, after a start or a reset.
-    agent_awaited: bool,
     main: Option<Conn>,
-    /// True after the request for the workload was sent; input may follow.
-    main_requested: bool,
     stage: Stage,
-    paused: bool,
     /// Phases of the start, or of the last reset.
     phases: Vec<Phase>,
     started_ns: u64,
     had_output: bool,
     /// Identifies the guest since its last start or reset.
     epoch: String,
-    /// True when the machine has ended and is to be released.
-    machine_ended: bool,
-    /// The purpose for which the machine is paused, until its memory was copied.
-    held: Option<Held>,
-    /// The remaining time to start at the pause.
-    start_left: Option<Duration>,
-    /// The stop grace of a workload that is to stop, and starts when it runs again.
-    stop_grace: Option<Duration>,
-    /// The snapshot in progress.
-    snapshot: Option<SnapshotJob>,
     /// Number of snapshots begun.
     snapshots: u64,
     prepare_timeout: Duration,
@@ -164,16 +150,10 @@ pub(crate) struct Supervisor<G> {
     signal_timeout: Duration,
     power_off_timeout: Duration,
     record_retry: Duration,
-    /// The client that requested the reset, while it is in progress.
-    resetting: Option<u64>,
     /// The agent's error about the start of the workload; a sentence.
     start_error: Option<String>,
     /// The exit record of the workload, while OOM kills are queried.
     provisional: Option<ExitRecord>,
-    /// The exit record of the VM.
-    ended: Option<ExitRecord>,
-    /// The exit record, while it could not be written.
-    unwritten: Option<ExitRecord>,
     timers: Vec<(Timer, Instant)>,
 }
 
@@ -211,19 +191,11 @@ impl<G: Guest> Supervisor<G> {
             clients: BTreeMap::new(),
             next_client: 0,
             agent: None,
-            agent_awaited: true,
             main: None,
-            main_requested: false,
-            stage: Stage::Starting,
-            paused: false,
+            stage: Stage::Starting(Startup::AgentAwaited),
             phases: parts.request.phases.clone(),
             started_ns: 0,
             had_output: false,
-            machine_ended: false,
-            held: None,
-            start_left: None,
-            stop_grace: None,
-            snapshot: None,
             snapshots: 0,
             prepare_timeout: snapshots::PREPARE_TIMEOUT,
             signals: Vec::new(),
@@ -232,11 +204,8 @@ impl<G: Guest> Supervisor<G> {
             power_off_timeout: ending::POWER_OFF_TIMEOUT,
             record_retry: ending::RECORD_RETRY,
             epoch: String::new(),
-            resetting: None,
             start_error: None,
             provisional: None,
-            ended: None,
-            unwritten: None,
             timers: Vec::new(),
             request: parts.request,
         };
@@ -275,7 +244,7 @@ impl<G: Guest> Supervisor<G> {
     }
 
     fn is_finished(&self) -> bool {
-        self.guest.is_none() && self.clients.is_empty() && self.unwritten.is_none()
+        self.guest.is_none() && self.clients.is_empty() && !self.stage.is_unwritten()
     }
 
     /// Waits for descriptors or the next deadline. Descriptors without interest are not
@@ -288,14 +257,14 @@ impl<G: Guest> Supervisor<G> {
             fds.push(fd);
         };
         if let Some(guest) = &self.guest {
-            if !self.machine_ended {
+            if self.stage.machine_end() != Some(MachineEnd::Ended) {
                 let fd = PollFd::from_borrowed_fd(guest.end_event(), PollFlags::IN);
                 add(Source::GuestEnd, fd);
             }
             let fd = PollFd::from_borrowed_fd(self.notices.fd(), PollFlags::IN);
             add(Source::Notices, fd);
         }
-        if self.guest.is_some() || self.unwritten.is_some() {
+        if self.guest.is_some() || self.stage.is_unwritten() {
             add(
                 Source::Terminate,
                 PollFd::new(&self.terminate, PollFlags::IN),
@@ -363,9 +332,9 @@ impl<G: Guest> Supervisor<G> {
             Source::Terminate => {
                 // Unread bytes would keep the stream readable.
                 let _ = self.terminate.read(&mut [0; 16]);
-                match self.unwritten {
-                    Some(_) => self.forgo_record(),
-                    None => self.stop(None),
+                match self.stage.is_unwritten() {
+                    true => self.forgo_record(),
+                    false => self.stop(None),
                 }
             }
             Source::Listener => self.accept(),

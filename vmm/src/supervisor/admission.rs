@@ -31,8 +31,7 @@ impl<G: Guest> Supervisor<G> {
         client.role == Role::Control
             && !client.closing
             && client.kept.is_none()
-            && self.awaits_snapshot() != Some(id)
-            && self.resetting != Some(id)
+            && self.stage.awaited_by() != Some(id)
     }
 
     /// Returns true if the maximum of clients that make calls is reached.

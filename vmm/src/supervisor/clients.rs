@@ -5,10 +5,10 @@ use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
 use rustix::event::PollFlags;
-use sm_control::launch::{ControlAnswer, ControlCall, LaunchRequest, Report, Stage, Status};
+use sm_control::launch::{ControlAnswer, ControlCall, LaunchRequest, Report, Status};
 use sm_guest_proto::frame::FrameType;
 
-use super::snapshots::SnapshotJob;
+use super::stage::{Machine, Resetting, Running, Stage, Startup};
 use super::{Supervisor, Timer, interest};
 use crate::agent::Purpose;
 use crate::conn::Conn;
@@ -117,20 +117,21 @@ impl<G: Guest> Supervisor<G> {
         let flags = interest(read, write);
         // Before the workload accepts input, a disconnected launcher still matters:
         // hang-ups are reported without interest flags.
-        let watch_hang_up = client.is_launcher() && self.stage == Stage::Starting;
+        let watch_hang_up = client.is_launcher() && matches!(self.stage, Stage::Starting(_));
         (!flags.is_empty() || watch_hang_up).then_some(flags)
     }
 
     /// Returns true if frames of clients can be forwarded to the guest now.
     fn takes_input(&self) -> bool {
-        match (&self.main, self.stage) {
-            (Some(main), Stage::Starting | Stage::Running) => {
-                self.main_requested && !main.is_full()
+        let is_requested = match &self.stage {
+            Stage::Starting(startup) | Stage::Resetting(Resetting { startup, .. }) => {
+                matches!(startup, Startup::Requested)
             }
+            Stage::Running(_) => true,
             // Input is read and discarded, to detect its end.
-            (_, Stage::Ending) => true,
-            (None, _) => false,
-        }
+            Stage::Ending(_) => return true,
+        };
+        is_requested && self.main.as_ref().is_some_and(|main| !main.is_full())
     }
 
     pub(super) fn client_ready(&mut self, id: u64, flags: PollFlags) {
@@ -242,7 +243,7 @@ impl<G: Guest> Supervisor<G> {
         self.keep_spare();
         // A descriptor is free again.
         self.clear_timer(Timer::Accept);
-        if is_launcher && self.stage == Stage::Starting {
+        if is_launcher && matches!(self.stage, Stage::Starting(_)) {
             // No client knows of this VM, and none will.
             self.request.config.auto_remove = true;
             self.cancel();
@@ -308,7 +309,7 @@ impl<G: Guest> Supervisor<G> {
                 return self.begin_snapshot(id, plan);
             }
             ControlCall::Wait => {
-                if let Some(exit) = self.ended.clone() {
+                if let Some(exit) = self.stage.exit().cloned() {
                     return self.answer(id, &ControlAnswer::Ended(exit));
                 }
                 if let Err(text) = self.may_stay(id) {
@@ -327,7 +328,7 @@ impl<G: Guest> Supervisor<G> {
                 if let Some(client) = self.clients.get_mut(&id) {
                     client.role = Role::Following;
                     // No more output will follow.
-                    client.closing = self.ended.is_some();
+                    client.closing = self.stage.has_ended();
                 }
                 return;
             }
@@ -343,8 +344,8 @@ impl<G: Guest> Supervisor<G> {
 
     fn status(&self) -> Status {
         Status {
-            stage: self.stage,
-            paused: self.paused,
+            stage: self.stage.public(),
+            paused: self.stage.is_paused(),
             vmm_pid: std::process::id(),
             epoch: self.epoch.clone(),
             started_ns: self.started_ns,
@@ -358,7 +359,7 @@ impl<G: Guest> Supervisor<G> {
     }
 
     fn attach(&mut self, id: u64, stdin: bool) {
-        if self.stage == Stage::Ending {
+        if self.stage.has_ended() {
             let text = "the workload has ended".to_owned();
             return self.answer(id, &ControlAnswer::Error(text));
         }
@@ -375,33 +376,36 @@ impl<G: Guest> Supervisor<G> {
     }
 
     fn pause(&mut self, pause: bool) -> ControlAnswer {
-        let job = self.snapshot.as_ref();
-        let busy = self.held.is_some() || job.is_some_and(SnapshotJob::needs_machine);
-        if busy || self.resetting.is_some() {
-            let what = if busy {
-                "a snapshot of this VM is being taken"
-            } else {
-                "this VM is being reset to its snapshot"
-            };
-            return ControlAnswer::Error(format!("{what}: try again when that is done"));
-        }
-        let refusal = match self.stage {
+        const CAPTURED: &str = "a snapshot of this VM is being taken: try again when that is done";
+        let refusal = match &self.stage {
+            Stage::Starting(startup) if startup.is_held() => Some(CAPTURED),
             // The workload must start in time, and could not.
-            Stage::Starting => Some("the workload has not started yet"),
-            Stage::Ending => Some("the workload has ended"),
-            Stage::Running if pause && self.is_about_to_end() => Some("the VM is about to end"),
-            Stage::Running => None,
+            Stage::Starting(_) => Some("the workload has not started yet"),
+            Stage::Resetting(_) => {
+                Some("this VM is being reset to its snapshot: try again when that is done")
+            }
+            Stage::Ending(_) => Some("the workload has ended"),
+            Stage::Running(running) => match running.machine {
+                Machine::Preparing(_) | Machine::Copying(_) | Machine::Staying(_) => Some(CAPTURED),
+                Machine::Free | Machine::Paused if pause && self.is_about_to_end() => {
+                    Some("the VM is about to end")
+                }
+                Machine::Free | Machine::Paused => None,
+            },
         };
         if let Some(text) = refusal {
             return ControlAnswer::Error(text.to_owned());
         }
-        let Some(guest) = &mut self.guest else {
+        let (Some(guest), Stage::Running(running)) = (&mut self.guest, &mut self.stage) else {
             return ControlAnswer::Error("the VM has ended".into());
         };
-        let result = if pause { guest.pause() } else { guest.resume() };
+        let (result, machine) = match pause {
+            true => (guest.pause(), Machine::Paused),
+            false => (guest.resume(), Machine::Free),
+        };
         match result {
             Ok(()) => {
-                self.paused = pause;
+                running.machine = machine;
                 ControlAnswer::Done
             }
             Err(text) => ControlAnswer::Error(text),
@@ -444,9 +448,9 @@ impl<G: Guest> Supervisor<G> {
 
     /// Closes the clients after the last messages were queued.
     pub(super) fn close_clients(&mut self) {
-        let ended = self.ended.clone();
-        let awaits_snapshot = self.awaits_snapshot();
-        let stays = self.unwritten.is_some();
+        let ended = self.stage.exit().cloned();
+        let awaits_snapshot = self.stage.awaited_by();
+        let stays = self.stage.is_unwritten();
         for (&id, client) in &mut self.clients {
             if let (Role::Waiting, Some(exit)) = (client.role, &ended) {
                 let answer = ControlAnswer::Ended(exit.clone());
@@ -467,10 +471,13 @@ impl<G: Guest> Supervisor<G> {
 
     /// Resumes the vCPUs if they were paused on request.
     pub(super) fn let_run(&mut self) -> Result<(), String> {
-        if std::mem::take(&mut self.paused)
-            && let Some(guest) = &mut self.guest
+        if let Stage::Running(Running { machine, .. }) = &mut self.stage
+            && matches!(machine, Machine::Paused)
         {
-            guest.resume()?;
+            *machine = Machine::Free;
+            if let Some(guest) = &mut self.guest {
+                guest.resume()?;
+            }
         }
         Ok(())
     }

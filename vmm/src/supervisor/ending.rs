@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use sm_control::exit::{ExitReason, ExitRecord};
-use sm_control::launch::{Report, Stage};
+use sm_control::launch::Report;
 use sm_control::signal;
 use sm_control::timings::unix_nanos;
 use sm_control::with_causes;
@@ -11,6 +11,7 @@ use sm_guest_proto::control::ControlRequest;
 use sm_guest_proto::frame::{ExitStatus, FrameType};
 
 use super::guest_side::IDENTITY_REFRESHED;
+use super::stage::{Ending, Machine, MachineEnd, Running, Stage};
 use super::{Supervisor, Timer, printable};
 use crate::agent::Purpose;
 use crate::guest::{Guest, GuestEnd};
@@ -48,7 +49,7 @@ impl<G: Guest> Supervisor<G> {
                 self.start_failed(&format!("the guest was not ready after {seconds} s"));
             }
             Timer::StopGrace => self.grace_is_over(),
-            Timer::Kill if self.held.is_some() => {
+            Timer::Kill if self.stage.is_copying() => {
                 self.destroy("copying its memory did not end when the VM was to stop");
             }
             // The loop tries again after each wait.
@@ -71,20 +72,17 @@ impl<G: Guest> Supervisor<G> {
             }
             Timer::End => {
                 tracing::error!("the machine did not end when it was stopped");
-                self.machine_ended = true;
-                self.release_when_published();
+                self.machine_has_ended();
             }
         }
     }
 
     /// Sends the workload its stop signal, and SIGKILL after the grace.
     pub(super) fn stop(&mut self, grace_ms: Option<u64>) {
-        match self.stage {
-            Stage::Starting => self.destroy("it was stopped before its workload ran"),
-            Stage::Running if self.resetting.is_some() => {
-                self.destroy("it was stopped before its workload ran again");
-            }
-            Stage::Running => {
+        match &self.stage {
+            Stage::Starting(_) => self.destroy("it was stopped before its workload ran"),
+            Stage::Resetting(_) => self.destroy("it was stopped before its workload ran again"),
+            Stage::Running(_) => {
                 // A paused workload could not handle its signal.
                 if let Err(error) = self.let_run() {
                     return self.destroy(&format!("it was stopped while paused, and {error}"));
@@ -99,40 +97,53 @@ impl<G: Guest> Supervisor<G> {
                     agent.signal_main(stop_signal, true, None);
                 }
                 let grace = grace_ms.unwrap_or(self.request.config.stop_timeout_ms);
-                self.stop_grace = Some(Duration::from_millis(grace));
+                if let Stage::Running(running) = &mut self.stage {
+                    running.stop_grace = Some(Duration::from_millis(grace));
+                }
                 self.begin_grace();
             }
-            Stage::Ending => {}
+            Stage::Ending(_) => {}
         }
     }
 
     /// Starts the stop grace, if the workload is to stop.
     pub(super) fn begin_grace(&mut self) {
-        if let Some(grace) = self.stop_grace {
-            self.clear_timer(Timer::Kill);
-            self.set_timer(Timer::StopGrace, grace);
+        match &self.stage {
+            Stage::Running(Running {
+                stop_grace: Some(grace),
+                ..
+            }) => {
+                let grace = *grace;
+                self.clear_timer(Timer::Kill);
+                self.set_timer(Timer::StopGrace, grace);
+            }
+            Stage::Starting(_) | Stage::Running(_) | Stage::Resetting(_) | Stage::Ending(_) => {}
         }
     }
 
     /// Handles the end of the stop grace, unless the workload could not run.
     fn grace_is_over(&mut self) {
-        let job = self.snapshot.as_ref();
-        let stays = job
-            .filter(|job| job.stays())
-            .map(|job| job.name().to_owned());
-        if let Some(name) = stays {
-            return self.destroy(&format!(
-                "it was stopped while snapshot \"{name}\" of it was written"
-            ));
-        }
-        if self.held.is_some() {
-            // Its stop grace starts when it runs again.
-            self.give_up_capture();
-            return self.set_timer(Timer::Kill, KILL_TIMEOUT);
-        }
-        if self.is_getting_ready_for_snapshot() {
-            self.thaw();
-            return self.snapshot_failed("the VM is to stop");
+        let machine = match &self.stage {
+            Stage::Running(running) => &running.machine,
+            // None of these has a workload that was asked to stop.
+            Stage::Starting(_) | Stage::Resetting(_) | Stage::Ending(_) => return,
+        };
+        match machine {
+            Machine::Staying(job) => {
+                let name = &job.plan.name;
+                let why = format!("it was stopped while snapshot \"{name}\" of it was written");
+                return self.destroy(&why);
+            }
+            Machine::Copying(_) => {
+                // Its stop grace starts when it runs again.
+                self.give_up_capture();
+                return self.set_timer(Timer::Kill, KILL_TIMEOUT);
+            }
+            Machine::Preparing(_) => {
+                self.thaw();
+                return self.snapshot_failed("the VM is to stop");
+            }
+            Machine::Free | Machine::Paused => {}
         }
         // The exit report may be behind output that a client does not read.
         self.leave_slow_clients_behind();
@@ -197,19 +208,19 @@ impl<G: Guest> Supervisor<G> {
 
     /// Handles a guest that violated the protocol or disappeared.
     pub(super) fn guest_broke(&mut self, what: &str) {
-        if self.stage == Stage::Starting {
-            return self.start_failed_in_guest(what);
+        match &self.stage {
+            Stage::Starting(_) => self.start_failed_in_guest(what),
+            Stage::Running(_) | Stage::Resetting(_) => self.guest_failed(what),
+            Stage::Ending(_) => {}
         }
-        let message = self.with_console(what);
-        self.conclude(OUR_FAILURE, ExitReason::GuestFailed, Some(message));
     }
 
     /// Handles the exit of the workload.
     pub(super) fn workload_exited(&mut self, exit: ExitStatus) {
         self.reach("exit");
         let reason = match self.stage {
-            Stage::Starting => ExitReason::StartFailed,
-            Stage::Running | Stage::Ending => ExitReason::Workload,
+            Stage::Starting(_) => ExitReason::StartFailed,
+            Stage::Running(_) | Stage::Resetting(_) | Stage::Ending(_) => ExitReason::Workload,
         };
         let record = ExitRecord {
             peak_rss_kib: exit.peak_rss_kib,
@@ -223,7 +234,7 @@ impl<G: Guest> Supervisor<G> {
         if let Err(error) = self.let_run() {
             tracing::warn!(error, "the VM stays paused");
         }
-        let held = self.held.is_some();
+        let held = self.stage.is_copying();
         match &mut self.agent {
             Some(agent) if unexplained => {
                 agent.ask(Purpose::OomCheck, &ControlRequest::Stats);
@@ -252,9 +263,8 @@ impl<G: Guest> Supervisor<G> {
     /// Handles the end of the machine, expected or not.
     pub(super) fn guest_ended(&mut self) {
         let end = self.guest.as_ref().and_then(Guest::end);
-        self.machine_ended = true;
         self.leave_slow_clients_behind();
-        if self.ended.is_none() {
+        if !self.stage.has_ended() {
             // Bytes that the guest sent before its end still count; at most a socket
             // buffer is left.
             if let Some(main) = &mut self.main {
@@ -265,7 +275,7 @@ impl<G: Guest> Supervisor<G> {
         if let Some(record) = self.provisional.take() {
             self.finish(record);
         }
-        if self.ended.is_none() {
+        if !self.stage.has_ended() {
             match end {
                 Some(GuestEnd::Guest(what)) => self.guest_broke(&what),
                 Some(GuestEnd::Host(what)) => self.host_failed(&what),
@@ -273,14 +283,25 @@ impl<G: Guest> Supervisor<G> {
             }
         }
         self.clear_guest_timers();
+        self.machine_has_ended();
+    }
+
+    fn machine_has_ended(&mut self) {
+        self.machine_ends(MachineEnd::Ended);
         self.release_when_published();
     }
 
     /// Handles a failure of the machine that the guest did not cause.
     pub(super) fn host_failed(&mut self, what: &str) {
-        if self.stage == Stage::Starting {
-            return self.start_failed(what);
+        match &self.stage {
+            Stage::Starting(_) => self.start_failed(what),
+            Stage::Running(_) | Stage::Resetting(_) => self.guest_failed(what),
+            Stage::Ending(_) => {}
         }
+    }
+
+    /// Ends a VM whose workload has started, and cannot continue.
+    fn guest_failed(&mut self, what: &str) {
         let message = self.with_console(what);
         self.conclude(OUR_FAILURE, ExitReason::GuestFailed, Some(message));
     }
@@ -288,8 +309,13 @@ impl<G: Guest> Supervisor<G> {
     /// Releases the machine after its end, unless a snapshot of it is being published:
     /// the client is notified of the result first.
     pub(super) fn release_when_published(&mut self) {
-        if self.machine_ended && self.snapshot.is_none() {
-            self.release();
+        match &self.stage {
+            Stage::Ending(Ending {
+                machine: MachineEnd::Ended,
+                publishing: None,
+                ..
+            }) => self.release(),
+            Stage::Starting(_) | Stage::Running(_) | Stage::Resetting(_) | Stage::Ending(_) => {}
         }
     }
 
@@ -317,12 +343,23 @@ impl<G: Guest> Supervisor<G> {
     /// it cannot be written, clients are notified nevertheless, and this process stays,
     /// to answer others and to retry, until it succeeds or is terminated.
     fn finish(&mut self, exit: ExitRecord) {
-        if self.ended.is_some() {
+        if self.stage.has_ended() {
             return;
         }
-        let written = self.write_exit(&exit);
-        self.stage = Stage::Ending;
-        self.cancel_snapshot();
+        let written = self.write_exit(&exit, true);
+        let ending = Stage::Ending(Ending {
+            exit: exit.clone(),
+            unwritten: !written,
+            machine: MachineEnd::Delivering,
+            copying: None,
+            publishing: None,
+        });
+        let before = std::mem::replace(&mut self.stage, ending);
+        let (copying, publishing) = self.cancel_captures(before);
+        if let Stage::Ending(ending) = &mut self.stage {
+            ending.copying = copying;
+            ending.publishing = publishing;
+        }
         self.clear_guest_timers();
         if !written {
             self.set_timer(Timer::Record, self.record_retry);
@@ -334,8 +371,7 @@ impl<G: Guest> Supervisor<G> {
         .to_payload();
         self.conclude_signals();
         self.broadcast(FrameType::Exit, &payload);
-        self.report(&Report::Ended(exit.clone()));
-        self.ended = Some(exit);
+        self.report(&Report::Ended(exit));
         self.close_clients();
         self.main = None;
         if written {
@@ -356,8 +392,7 @@ impl<G: Guest> Supervisor<G> {
     }
 
     /// Writes the exit record. Returns true if no retry is needed.
-    fn write_exit(&mut self, exit: &ExitRecord) -> bool {
-        let first = self.unwritten.take().is_none();
+    fn write_exit(&self, exit: &ExitRecord, first: bool) -> bool {
         match self.record.write_exit(exit) {
             Ok(()) if first => true,
             Ok(()) => {
@@ -373,7 +408,6 @@ impl<G: Guest> Supervisor<G> {
                         "cannot write down how the VM ended: trying again until it can be"
                     );
                 }
-                self.unwritten = Some(exit.clone());
                 false
             }
         }
@@ -381,10 +415,13 @@ impl<G: Guest> Supervisor<G> {
 
     /// Retries to write the exit record.
     fn write_exit_again(&mut self) {
-        let Some(exit) = self.unwritten.clone() else {
+        let Stage::Ending(ending) = &self.stage else {
             return;
         };
-        match self.write_exit(&exit) {
+        if !ending.unwritten {
+            return;
+        }
+        match self.write_exit(&ending.exit, false) {
             true => self.close_record(),
             false => self.set_timer(Timer::Record, self.record_retry),
         }
@@ -392,7 +429,7 @@ impl<G: Guest> Supervisor<G> {
 
     /// Gives up the exit record, because this process has to exit.
     pub(super) fn forgo_record(&mut self) {
-        if self.unwritten.take().is_some() {
+        if self.stage.is_unwritten() {
             tracing::error!("the exit status is lost");
             self.close_record();
         }
@@ -400,6 +437,9 @@ impl<G: Guest> Supervisor<G> {
 
     /// Closes the control socket, because the exit record is available.
     fn close_record(&mut self) {
+        if let Stage::Ending(ending) = &mut self.stage {
+            ending.unwritten = false;
+        }
         self.clear_timer(Timer::Record);
         self.listener = None;
         self.close_clients();
@@ -409,15 +449,19 @@ impl<G: Guest> Supervisor<G> {
     }
 
     fn ended_by_itself(&self) -> bool {
-        let ended = self.ended.as_ref();
-        ended.is_some_and(|exit| exit.reason == ExitReason::Workload)
+        let exit = self.stage.exit();
+        exit.is_some_and(|exit| exit.reason == ExitReason::Workload)
     }
 
     /// Handles the event that all bytes to published ports were delivered.
     pub(super) fn delivered(&mut self) {
-        if self.is_set(Timer::Delivery) {
-            self.clear_timer(Timer::Delivery);
-            self.power_off();
+        match self.stage.machine_end() {
+            Some(MachineEnd::Delivering) => {
+                self.clear_timer(Timer::Delivery);
+                self.power_off();
+            }
+            // The event is late.
+            Some(MachineEnd::PoweringOff | MachineEnd::Stopping | MachineEnd::Ended) | None => {}
         }
     }
 
@@ -430,6 +474,7 @@ impl<G: Guest> Supervisor<G> {
             Some(agent) if by_itself => {
                 let request = ControlRequest::PowerOff { grace_ms: 0 };
                 agent.ask(Purpose::PowerOff, &request);
+                self.machine_ends(MachineEnd::PoweringOff);
                 self.set_timer(Timer::PowerOff, self.power_off_timeout);
             }
             _ => self.stop_machine(),
@@ -441,9 +486,19 @@ impl<G: Guest> Supervisor<G> {
         self.agent = None;
         self.clear_timer(Timer::Delivery);
         self.clear_timer(Timer::PowerOff);
+        self.machine_ends(MachineEnd::Stopping);
         if let Some(guest) = &mut self.guest {
             guest.stop();
             self.set_timer(Timer::End, END_TIMEOUT);
+        }
+    }
+
+    /// Notes the progress of the end of the machine. It ends once.
+    fn machine_ends(&mut self, how: MachineEnd) {
+        if let Stage::Ending(ending) = &mut self.stage
+            && ending.machine != MachineEnd::Ended
+        {
+            ending.machine = how;
         }
     }
 
@@ -452,7 +507,7 @@ impl<G: Guest> Supervisor<G> {
     fn release(&mut self) {
         self.guest = None;
         self.clear_guest_timers();
-        if self.unwritten.is_none() {
+        if !self.stage.is_unwritten() {
             self.clean_up();
         }
     }

@@ -4,7 +4,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use sm_control::id::{hex, random};
-use sm_control::launch::{ControlAnswer, Origin, Report, Stage, Testimony};
+use sm_control::launch::{ControlAnswer, Origin, Report, Testimony};
 use sm_control::timings::unix_nanos;
 use sm_guest_proto::control::{AttachRoot, ControlReply, ControlRequest, Refresh, Upper};
 use sm_guest_proto::exec::{ExecControl, ExecReply, Hello};
@@ -12,7 +12,7 @@ use sm_guest_proto::frame::{self, FrameType};
 use sm_guest_proto::{PROTOCOL_VERSION, port};
 use sm_snapshot::manifest::Layer;
 
-use super::snapshots::Held;
+use super::stage::{MachineEnd, Next, Resetting, Running, Stage, Startup};
 use super::{Supervisor, Timer, printable};
 use crate::agent::{AgentLink, Purpose};
 use crate::conn::Conn;
@@ -30,16 +30,19 @@ const HANG_UP_TIMEOUT: Duration = Duration::from_secs(2);
 impl<G: Guest> Supervisor<G> {
     /// Handles the connection of the agent, or the one to it.
     pub(super) fn agent_dialed(&mut self, stream: UnixStream) {
-        if !std::mem::take(&mut self.agent_awaited) || !self.is_starting() {
+        match self.stage.startup() {
+            Some(startup @ Startup::AgentAwaited) => *startup = Startup::Preparing,
             // Each start has one agent connection; others are closed.
-            return;
+            Some(Startup::Copying { .. } | Startup::Preparing | Startup::Requested) | None => {
+                return;
+            }
         }
         let start = self.start();
         if start == Start::Boot {
             self.reach("agent ready");
         }
         match self.guest.as_mut().map_or(Ok(false), Guest::agent_ready) {
-            Ok(true) => self.hold(Held::Agent(stream)),
+            Ok(true) => self.hold_startup(Next::Agent(stream)),
             Ok(false) => self.meet_agent(stream),
             Err(error) => self.start_failed(&format!("cannot prepare the machine: {error}")),
         }
@@ -145,7 +148,7 @@ impl<G: Guest> Supervisor<G> {
                 Ok(None) => return,
                 Err(what) => {
                     self.agent = None;
-                    if self.ended.is_some() {
+                    if self.stage.has_ended() {
                         return self.guest_hung_up();
                     }
                     return self.guest_broke(&format!("the guest agent sent {what}"));
@@ -293,7 +296,7 @@ impl<G: Guest> Supervisor<G> {
             return self.go_on_with_root();
         }
         match self.guest.as_mut().map_or(Ok(false), Guest::root_attached) {
-            Ok(true) => self.hold(Held::Root),
+            Ok(true) => self.hold_startup(Next::Workload),
             Ok(false) => self.go_on_with_root(),
             Err(error) => self.start_failed(&format!("cannot prepare the machine: {error}")),
         }
@@ -315,7 +318,9 @@ impl<G: Guest> Supervisor<G> {
             .workload
             .request(self.request.columns, self.request.rows);
         main.queue_json(FrameType::Request, &request);
-        self.main_requested = true;
+        if let Some(startup) = self.stage.startup() {
+            *startup = Startup::Requested;
+        }
     }
 
     fn ask_for_evidence(&mut self) {
@@ -344,7 +349,9 @@ impl<G: Guest> Supervisor<G> {
         if self.clients.values().any(|client| client.stdin_ended) {
             main.queue(FrameType::Stdin, &[]);
         }
-        self.main_requested = true;
+        if let Some(startup) = self.stage.startup() {
+            *startup = Startup::Requested;
+        }
     }
 
     /// Moves output of the workload to log and clients, while they have space.
@@ -383,7 +390,9 @@ impl<G: Guest> Supervisor<G> {
             }
             FrameType::Control => match serde_json::from_slice(payload) {
                 Ok(ExecReply::Hello(_)) => {}
-                Ok(ExecReply::Started { pid }) if self.main_requested && self.is_starting() => {
+                Ok(ExecReply::Started { pid })
+                    if matches!(self.stage.startup(), Some(Startup::Requested)) =>
+                {
                     self.workload_started(pid);
                 }
                 Ok(ExecReply::Started { .. }) => {
@@ -398,7 +407,7 @@ impl<G: Guest> Supervisor<G> {
                     return Break(());
                 }
             },
-            FrameType::Error if self.is_starting() => {
+            FrameType::Error if self.stage.startup().is_some() => {
                 self.start_error = Some(printable(&String::from_utf8_lossy(payload)));
             }
             FrameType::Error => {}
@@ -419,13 +428,8 @@ impl<G: Guest> Supervisor<G> {
         Continue(())
     }
 
-    /// Returns true if the workload is to start, or to continue from its snapshot.
-    fn is_starting(&self) -> bool {
-        self.stage == Stage::Starting || self.resetting.is_some()
-    }
-
     fn workload_started(&mut self, pid: u32) {
-        self.stage = Stage::Running;
+        let before = std::mem::replace(&mut self.stage, Stage::Running(Running::default()));
         self.started_ns = unix_nanos();
         self.reach("workload started");
         self.report(&Report::Started { pid });
@@ -433,19 +437,23 @@ impl<G: Guest> Supervisor<G> {
         if let Some(guest) = &mut self.guest {
             guest.workload_started();
         }
-        if let Some(client) = self.resetting.take() {
-            self.answer(client, &ControlAnswer::Done);
+        match before {
+            Stage::Resetting(Resetting { client, .. }) => {
+                self.answer(client, &ControlAnswer::Done);
+            }
+            Stage::Starting(_) | Stage::Running(_) | Stage::Ending(_) => {}
         }
     }
 
     /// Handles the end of a stream of the guest. The cause shows when the machine's end
     /// is known.
     pub(super) fn guest_hung_up(&mut self) {
-        if self.is_set(Timer::PowerOff) {
+        match self.stage.machine_end() {
             // The guest was asked to power off, and its agent is gone.
-            self.stop_machine();
-        } else if self.ended.is_none() && !self.is_set(Timer::HangUp) {
-            self.set_timer(Timer::HangUp, HANG_UP_TIMEOUT);
+            Some(MachineEnd::PoweringOff) => self.stop_machine(),
+            Some(MachineEnd::Delivering | MachineEnd::Stopping | MachineEnd::Ended) => {}
+            None if self.is_set(Timer::HangUp) => {}
+            None => self.set_timer(Timer::HangUp, HANG_UP_TIMEOUT),
         }
     }
 }

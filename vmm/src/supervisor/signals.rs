@@ -6,10 +6,11 @@
 
 use std::time::{Duration, Instant};
 
-use sm_control::launch::{ControlAnswer, Stage};
+use sm_control::launch::ControlAnswer;
 use sm_control::signal::KILL;
 use sm_guest_proto::control::ControlReply;
 
+use super::stage::Stage;
 use super::{Supervisor, Timer, printable};
 use crate::guest::Guest;
 
@@ -38,10 +39,12 @@ impl<G: Guest> Supervisor<G> {
                 return Some(ControlAnswer::Error(error));
             }
         }
-        let halted = self.paused || self.held.is_some();
-        let refusal = match (&mut self.agent, self.stage) {
-            (Some(agent), Stage::Running) if agent.is_behind() => "the guest does not answer",
-            (Some(agent), Stage::Running) => {
+        let halted = self.stage.is_halted();
+        let refusal = match (&self.stage, &mut self.agent) {
+            (Stage::Running(_) | Stage::Resetting(_), Some(agent)) if agent.is_behind() => {
+                "the guest does not answer"
+            }
+            (Stage::Running(_) | Stage::Resetting(_), Some(agent)) => {
                 let Some(client) = client.filter(|_| !halted) else {
                     agent.signal_main(signal, false, None);
                     return Some(ControlAnswer::Done);
@@ -60,8 +63,10 @@ impl<G: Guest> Supervisor<G> {
                 }
                 return None;
             }
-            (_, Stage::Starting) => "the workload has not started yet",
-            _ => "the workload has ended",
+            (Stage::Starting(_), _) => "the workload has not started yet",
+            (Stage::Running(_) | Stage::Resetting(_), None) | (Stage::Ending(_), _) => {
+                "the workload has ended"
+            }
         };
         Some(ControlAnswer::Error(refusal.to_owned()))
     }

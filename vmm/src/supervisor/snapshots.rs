@@ -8,14 +8,14 @@
 //! A reset, which restores a clone to its snapshot, is a start without creating a
 //! machine.
 
-use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use sm_control::launch::{ControlAnswer, SnapshotReport, Stage};
+use sm_control::launch::{ControlAnswer, SnapshotReport};
 use sm_guest_proto::control::{ControlReply, ControlRequest};
 use sm_guest_proto::port;
 use sm_snapshot::manifest::Layer;
 
+use super::stage::{Copied, Machine, Next, Resetting, Running, SnapshotJob, Stage, Startup};
 use super::{Supervisor, Timer, printable};
 use crate::agent::Purpose;
 use crate::guest::{AfterCapture, Guest, SnapshotMade, SnapshotPlan, Start};
@@ -24,89 +24,60 @@ use crate::guest::{AfterCapture, Guest, SnapshotMade, SnapshotPlan, Start};
 /// has a shorter limit, if it still runs.)
 pub(super) const PREPARE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// The purpose of a pause.
-#[derive(Debug)]
-pub(super) enum Held {
-    /// A base snapshot: the agent has connected.
-    Agent(UnixStream),
-    /// An image snapshot: the workload has not started.
-    Root,
-    /// A workload snapshot that a client requested: the workload is frozen.
-    Workload,
-}
-
-/// A snapshot in progress.
-#[derive(Debug)]
-pub(super) struct SnapshotJob {
-    /// Distinguishes answers for this job from those for earlier ones.
-    id: u64,
-    /// The client that requested it.
-    client: u64,
-    plan: SnapshotPlan,
-    asked: Instant,
-    frozen_us: u64,
-    /// True after its memory was copied: the rest does not involve the machine.
-    captured: bool,
-}
-
-impl SnapshotJob {
-    pub(super) fn name(&self) -> &str {
-        &self.plan.name
-    }
-
-    /// Returns true if the machine stays paused permanently.
-    pub(super) fn stays(&self) -> bool {
-        self.captured && self.plan.stay
-    }
-
-    /// Returns true if nothing else may pause or resume the machine.
-    pub(super) fn needs_machine(&self) -> bool {
-        !self.captured || self.plan.stay
-    }
-}
-
 impl<G: Guest> Supervisor<G> {
     pub(super) fn begin_snapshot(&mut self, client: u64, plan: SnapshotPlan) {
-        let taken = self
-            .guest
-            .as_ref()
-            .map_or(Ok(()), |guest| guest.check_snapshot(&plan.name));
-        let refusal = if let Err(error) = &taken {
-            error
-        } else if self.stage == Stage::Starting {
-            "the workload has not started yet"
-        } else if self.stage == Stage::Ending {
-            "the workload has ended"
-        } else if self.paused {
-            "the VM is paused: unpause it first"
-        } else if self.snapshot.is_some() || self.held.is_some() {
-            "a snapshot of this VM is being taken already"
-        } else if self.is_about_to_end() {
-            "the VM is about to end"
-        } else if self.resetting.is_some() {
-            "this VM is being reset to its snapshot"
-        } else if let Some(agent) = &mut self.agent {
-            self.snapshots += 1;
-            let job = self.snapshots;
-            agent.ask(Purpose::Freeze { job }, &ControlRequest::Freeze);
-            self.snapshot = Some(SnapshotJob {
-                id: job,
-                client,
-                plan,
-                asked: Instant::now(),
-                frozen_us: 0,
-                captured: false,
-            });
-            return self.set_timer(Timer::Prepare, self.prepare_timeout);
-        } else {
-            "the guest's agent is gone"
-        };
-        self.answer(client, &ControlAnswer::Error(refusal.to_owned()));
+        if let Err(refusal) = self.try_begin_snapshot(client, plan) {
+            self.answer(client, &ControlAnswer::Error(refusal));
+        }
     }
 
-    /// Returns true if `job` is in progress: it may have been cancelled.
+    fn try_begin_snapshot(&mut self, client: u64, plan: SnapshotPlan) -> Result<(), String> {
+        if let Some(guest) = &self.guest {
+            guest.check_snapshot(&plan.name)?;
+        }
+        let is_about_to_end = self.is_about_to_end();
+        let refusal = match &mut self.stage {
+            Stage::Starting(_) => "the workload has not started yet",
+            Stage::Resetting(_) => "this VM is being reset to its snapshot",
+            Stage::Ending(_) => "the workload has ended",
+            Stage::Running(running) => match (&running.machine, &running.publishing) {
+                (Machine::Paused, _) => "the VM is paused: unpause it first",
+                (Machine::Preparing(_) | Machine::Copying(_) | Machine::Staying(_), _)
+                | (Machine::Free, Some(_)) => "a snapshot of this VM is being taken already",
+                (Machine::Free, None) if is_about_to_end => "the VM is about to end",
+                (Machine::Free, None) => match &mut self.agent {
+                    None => "the guest's agent is gone",
+                    Some(agent) => {
+                        self.snapshots += 1;
+                        let job = self.snapshots;
+                        agent.ask(Purpose::Freeze { job }, &ControlRequest::Freeze);
+                        running.machine = Machine::Preparing(SnapshotJob {
+                            id: job,
+                            client,
+                            plan,
+                            asked: Instant::now(),
+                            frozen_us: 0,
+                        });
+                        self.set_timer(Timer::Prepare, self.prepare_timeout);
+                        return Ok(());
+                    }
+                },
+            },
+        };
+        Err(refusal.to_owned())
+    }
+
+    /// Returns whether the guest prepares for `job`, which may have been cancelled.
     fn is_current(&self, job: u64) -> bool {
-        self.snapshot.as_ref().is_some_and(|now| now.id == job)
+        match &self.stage {
+            Stage::Running(Running {
+                machine: Machine::Preparing(now),
+                ..
+            }) => now.id == job,
+            Stage::Starting(_) | Stage::Running(_) | Stage::Resetting(_) | Stage::Ending(_) => {
+                false
+            }
+        }
     }
 
     /// Cancels a snapshot for which the guest was not ready in time.
@@ -145,53 +116,104 @@ impl<G: Guest> Supervisor<G> {
             self.thaw();
             return self.snapshot_failed(&refused("prepare the guest", reply));
         }
-        let (Some(job), Some(guest)) = (&mut self.snapshot, &mut self.guest) else {
+        let (
+            Stage::Running(Running {
+                machine: machine @ Machine::Preparing(_),
+                ..
+            }),
+            Some(guest),
+        ) = (&mut self.stage, &mut self.guest)
+        else {
+            return;
+        };
+        let Machine::Preparing(job) = std::mem::take(machine) else {
             return;
         };
         match guest.snapshot(job.plan.clone()) {
-            Ok(()) => self.hold(Held::Workload),
+            Ok(()) => *machine = Machine::Copying(job),
             Err(error) => {
+                *machine = Machine::Preparing(job);
                 self.thaw();
                 self.snapshot_failed(&error);
             }
         }
     }
 
-    /// Records that the machine is paused. The copy of memory is no delay of the guest,
-    /// so its time to start is suspended.
-    pub(super) fn hold(&mut self, held: Held) {
-        self.held = Some(held);
-        self.start_left = self.take_timer(Timer::Start);
+    /// Records that the machine of a startup is paused, and the step that follows. The
+    /// copy of memory is no delay of the guest, so its time to start is suspended.
+    pub(super) fn hold_startup(&mut self, next: Next) {
+        let left = self.take_timer(Timer::Start);
+        if let Some(startup) = self.stage.startup() {
+            *startup = Startup::Copying { next, left };
+        }
     }
 
     /// Handles the end of the memory copy of a paused machine.
     pub(super) fn captured(&mut self, copied: Result<(), String>) {
-        let Some(held) = self.held.take() else {
-            return;
-        };
-        if let Some(left) = self.start_left.take() {
-            self.set_timer(Timer::Start, left);
-        }
-        let job = self.snapshot.as_ref();
-        let then = match &held {
-            // The client was already notified of the failure.
-            Held::Workload if job.is_none() => AfterCapture::Forget,
-            Held::Workload if job.is_some_and(|job| job.plan.stay) && copied.is_ok() => {
-                AfterCapture::Stay
-            }
-            Held::Agent(_) | Held::Root | Held::Workload => AfterCapture::Run,
-        };
-        if let Some(Err(error)) = self.guest.as_mut().map(|guest| guest.captured(then)) {
-            return self.host_failed(&error);
-        }
         if let Err(error) = &copied {
             tracing::warn!(error, "a snapshot was not taken");
         }
-        match held {
-            Held::Agent(_) | Held::Root if self.ended.is_some() => {}
-            Held::Agent(stream) => self.meet_agent(stream),
-            Held::Root => self.go_on_with_root(),
-            Held::Workload => self.workload_captured(copied, then),
+        match &mut self.stage {
+            Stage::Starting(startup) | Stage::Resetting(Resetting { startup, .. }) => {
+                match std::mem::replace(startup, Startup::Preparing) {
+                    Startup::Copying { next, left } => self.startup_captured(next, left),
+                    other => *startup = other,
+                }
+            }
+            Stage::Running(running) => match &running.machine {
+                Machine::Copying(job) => {
+                    let then = match job.plan.stay && copied.is_ok() {
+                        true => AfterCapture::Stay,
+                        false => AfterCapture::Run,
+                    };
+                    if self.let_go(then) {
+                        self.workload_captured(copied, then);
+                    }
+                }
+                Machine::Free | Machine::Paused | Machine::Preparing(_) | Machine::Staying(_) => {}
+            },
+            Stage::Ending(ending) => {
+                let Some(purpose) = ending.copying.take() else {
+                    return;
+                };
+                let then = match purpose {
+                    Copied::ForCache => AfterCapture::Run,
+                    // The client was already notified of the failure.
+                    Copied::ForNobody => AfterCapture::Forget,
+                };
+                let continues = self.let_go(then);
+                if continues && purpose == Copied::ForNobody {
+                    self.thaw();
+                }
+            }
+        }
+    }
+
+    /// Ends the pause of the machine, unless it is to stay paused. Returns false if that
+    /// fails, which ends the VM.
+    fn let_go(&mut self, then: AfterCapture) -> bool {
+        match self.guest.as_mut().map(|guest| guest.captured(then)) {
+            Some(Err(error)) => {
+                self.host_failed(&error);
+                if let Stage::Ending(ending) = &mut self.stage {
+                    ending.copying = None;
+                }
+                false
+            }
+            Some(Ok(())) | None => true,
+        }
+    }
+
+    fn startup_captured(&mut self, next: Next, left: Option<Duration>) {
+        if let Some(left) = left {
+            self.set_timer(Timer::Start, left);
+        }
+        if !self.let_go(AfterCapture::Run) {
+            return;
+        }
+        match next {
+            Next::Agent(stream) => self.meet_agent(stream),
+            Next::Workload => self.go_on_with_root(),
         }
     }
 
@@ -202,20 +224,24 @@ impl<G: Guest> Supervisor<G> {
             AfterCapture::Stay => self.begin_grace(),
             AfterCapture::Run | AfterCapture::Forget => self.thaw(),
         }
-        match (copied, &mut self.snapshot) {
-            (Ok(()), Some(job)) => {
-                job.frozen_us = u64::try_from(job.asked.elapsed().as_micros()).unwrap_or(u64::MAX);
-                job.captured = true;
+        let Stage::Running(running) = &mut self.stage else {
+            return;
+        };
+        let mut job = match std::mem::take(&mut running.machine) {
+            Machine::Copying(job) => job,
+            other => {
+                running.machine = other;
+                return;
             }
-            (Err(error), _) => self.snapshot_failed(&error),
-            (Ok(()), None) => {}
+        };
+        if let Err(error) = copied {
+            return self.answer(job.client, &ControlAnswer::Error(error));
         }
-    }
-
-    /// Returns true if the workload is frozen, or about to be, and the machine still
-    /// runs.
-    pub(super) fn is_getting_ready_for_snapshot(&self) -> bool {
-        self.held.is_none() && self.snapshot.as_ref().is_some_and(|job| !job.captured)
+        job.frozen_us = u64::try_from(job.asked.elapsed().as_micros()).unwrap_or(u64::MAX);
+        match job.plan.stay {
+            true => running.machine = Machine::Staying(job),
+            false => running.publishing = Some(job),
+        }
     }
 
     /// Cancels the copy of a paused machine, which is needed for something else.
@@ -227,7 +253,18 @@ impl<G: Guest> Supervisor<G> {
 
     /// Handles the end of publishing.
     pub(super) fn snapshot_made(&mut self, made: Result<SnapshotMade, String>) {
-        let Some(job) = self.snapshot.take() else {
+        let job = match &mut self.stage {
+            Stage::Running(running) => match std::mem::take(&mut running.machine) {
+                Machine::Staying(job) => Some(job),
+                other => {
+                    running.machine = other;
+                    running.publishing.take()
+                }
+            },
+            Stage::Ending(ending) => ending.publishing.take(),
+            Stage::Starting(_) | Stage::Resetting(_) => None,
+        };
+        let Some(job) = job else {
             return;
         };
         match made {
@@ -250,7 +287,7 @@ impl<G: Guest> Supervisor<G> {
             }
             Err(error) => {
                 self.answer(job.client, &ControlAnswer::Error(error));
-                if job.plan.stay && self.ended.is_none() {
+                if job.plan.stay && !self.stage.has_ended() {
                     if let Some(Err(error)) = self.guest.as_mut().map(Guest::resume) {
                         self.guest_broke(&error);
                     }
@@ -258,49 +295,44 @@ impl<G: Guest> Supervisor<G> {
                 }
             }
         }
-        if self.ended.is_some() {
+        if self.stage.has_ended() {
             self.close_client(job.client);
             self.release_when_published();
         }
     }
 
-    /// Returns the client that waits for the result of its snapshot.
-    pub(super) fn awaits_snapshot(&self) -> Option<u64> {
-        self.snapshot.as_ref().map(|job| job.client)
-    }
-
     /// Resets the machine to its snapshot, and starts it as after a restore.
     pub(super) fn reset(&mut self, client: u64) {
-        let refusal = if self.stage != Stage::Running {
-            "the workload does not run"
-        } else if self.paused {
-            "the VM is paused: unpause it first"
-        } else if self.snapshot.is_some() || self.held.is_some() {
-            "a snapshot of this VM is being taken"
-        } else if self.is_about_to_end() {
-            "the VM is about to end"
-        } else if self.resetting.is_some() {
-            "this VM is being reset already"
-        } else if self.start() != Start::Restored(Layer::App) {
-            "it was not started from a workload snapshot, so it cannot be reset"
-        } else {
-            return self.put_back(client);
+        let refusal = match &self.stage {
+            Stage::Starting(_) | Stage::Ending(_) => "the workload does not run",
+            Stage::Resetting(_) => "this VM is being reset already",
+            Stage::Running(running) => match (&running.machine, &running.publishing) {
+                (Machine::Paused, _) => "the VM is paused: unpause it first",
+                (Machine::Preparing(_) | Machine::Copying(_) | Machine::Staying(_), _)
+                | (Machine::Free, Some(_)) => "a snapshot of this VM is being taken",
+                (Machine::Free, None) if self.is_about_to_end() => "the VM is about to end",
+                (Machine::Free, None) if self.start() != Start::Restored(Layer::App) => {
+                    "it was not started from a workload snapshot, so it cannot be reset"
+                }
+                (Machine::Free, None) => return self.put_back(client),
+            },
         };
         self.answer(client, &ControlAnswer::Error(refusal.to_owned()));
     }
 
     fn put_back(&mut self, client: u64) {
         self.agent = None;
-        self.agent_awaited = true;
         self.main = None;
-        self.main_requested = false;
         self.phases.clear();
         self.clear_guest_timers();
         self.set_timer(
             Timer::Start,
             Duration::from_millis(self.request.start_timeout_ms),
         );
-        self.resetting = Some(client);
+        self.stage = Stage::Resetting(Resetting {
+            client,
+            startup: Startup::AgentAwaited,
+        });
         let Some(guest) = &mut self.guest else {
             return;
         };
@@ -312,31 +344,68 @@ impl<G: Guest> Supervisor<G> {
         match called {
             Ok(stream) => self.agent_dialed(stream),
             Err(error) => {
-                if let Some(client) = self.resetting.take() {
-                    self.answer(client, &ControlAnswer::Error(error.clone()));
-                }
+                self.stage = Stage::Running(Running::default());
+                self.answer(client, &ControlAnswer::Error(error.clone()));
                 self.guest_broke(&error);
             }
         }
     }
 
-    /// Cancels a snapshot or a reset when the VM ends. A snapshot that was captured is
-    /// published nevertheless, and its result reported later.
-    pub(super) fn cancel_snapshot(&mut self) {
-        if let Some(client) = self.resetting.take() {
-            let text = "the VM exited before the reset completed".to_owned();
-            self.answer(client, &ControlAnswer::Error(text));
-        }
-        if !self.snapshot.as_ref().is_some_and(|job| job.captured) {
-            self.give_up_capture();
-            self.snapshot_failed("the VM exited before its snapshot was taken");
+    /// Cancels a snapshot or a reset when the VM ends in the stage `before`. A snapshot
+    /// that was captured is published nevertheless, and its result reported later. Returns
+    /// the copy of memory and the publication that are still in progress.
+    pub(super) fn cancel_captures(
+        &mut self,
+        before: Stage,
+    ) -> (Option<Copied>, Option<SnapshotJob>) {
+        match before {
+            Stage::Starting(startup) => {
+                self.give_up_capture();
+                (startup.copying(), None)
+            }
+            Stage::Resetting(Resetting { client, startup }) => {
+                let text = "the VM exited before the reset completed".to_owned();
+                self.answer(client, &ControlAnswer::Error(text));
+                self.give_up_capture();
+                (startup.copying(), None)
+            }
+            Stage::Running(running) => match running.machine {
+                Machine::Free | Machine::Paused => {
+                    if running.publishing.is_none() {
+                        self.give_up_capture();
+                    }
+                    (None, running.publishing)
+                }
+                Machine::Preparing(job) => {
+                    self.ended_before_capture(&job);
+                    (None, running.publishing)
+                }
+                Machine::Copying(job) => {
+                    self.ended_before_capture(&job);
+                    (Some(Copied::ForNobody), running.publishing)
+                }
+                Machine::Staying(job) => (None, Some(job)),
+            },
+            Stage::Ending(ending) => (ending.copying, ending.publishing),
         }
     }
 
+    fn ended_before_capture(&mut self, job: &SnapshotJob) {
+        self.give_up_capture();
+        let text = "the VM exited before its snapshot was taken".to_owned();
+        self.answer(job.client, &ControlAnswer::Error(text));
+    }
+
+    /// Answers the client of a snapshot for which the guest did not get ready.
     pub(super) fn snapshot_failed(&mut self, why: &str) {
         self.clear_timer(Timer::Prepare);
-        if let Some(job) = self.snapshot.take() {
-            self.answer(job.client, &ControlAnswer::Error(why.to_owned()));
+        if let Stage::Running(Running { machine, .. }) = &mut self.stage {
+            match std::mem::take(machine) {
+                Machine::Preparing(job) => {
+                    self.answer(job.client, &ControlAnswer::Error(why.to_owned()));
+                }
+                other => *machine = other,
+            }
         }
     }
 

@@ -14,7 +14,7 @@ use std::io::{Read as _, Write as _};
 
 use sm_control::exit::ExitReason;
 use sm_control::id::VmId;
-use sm_control::launch::{ControlAnswer, ControlCall, SnapshotReport};
+use sm_control::launch::{ControlAnswer, ControlCall, SnapshotReport, Stage};
 use sm_control::session::{Event, Session};
 use sm_guest_proto::control::{AgentHello, ControlReply, ControlRequest, GuestStats, Refreshed};
 use sm_guest_proto::exec::{ExecControl, ExecReply, ExecRequest, Role};

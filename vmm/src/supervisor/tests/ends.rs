@@ -274,6 +274,23 @@ fn a_paused_vm_that_is_removed_ends() {
 }
 
 #[test]
+fn a_vm_that_ends_while_it_is_paused_is_not_paused_any_more() {
+    let mut f = fixture(Setup::default());
+    let (_agent, _main) = f.start();
+    // The exit record cannot be written, so the process stays.
+    std::fs::create_dir(f.record.directory().join(".exit.json.new")).unwrap();
+    f.control().call(&ControlCall::Pause).unwrap();
+    f.guest.end(GuestEnd::Host("it failed".into()));
+    f.events();
+    let ControlAnswer::Status(status) = f.control().call(&ControlCall::Status).unwrap() else {
+        panic!("it answers with its status");
+    };
+    assert_eq!((status.stage, status.paused), (Stage::Ending, false));
+    f.control().call(&ControlCall::Destroy).unwrap();
+    f.finish();
+}
+
+#[test]
 fn a_guest_that_powers_itself_off_is_not_stopped() {
     let mut f = fixture(Setup {
         power_off_timeout: Some(Duration::from_secs(600)),

@@ -182,3 +182,48 @@ fn a_vm_that_is_removed_while_its_memory_is_copied_leaves_no_snapshot() {
     let captured = *f.guest.captured.lock().unwrap();
     assert!(captured.is_none_or(|then| then == AfterCapture::Forget));
 }
+
+/// The guest cannot answer: the signal is delivered if the workload continues.
+#[test]
+fn a_signal_to_a_machine_that_stays_paused_is_answered_at_once() {
+    let mut f = fixture(Setup::default());
+    let (mut agent, mut main) = f.start();
+    let asked = ask_for_snapshot(&f, "slow", true);
+    freeze(&mut agent);
+    until(&f, |guest| guest.captured.lock().unwrap().is_some());
+    let signalled = f.control().call(&ControlCall::Signal { signal: 10 });
+    assert!(matches!(signalled, Ok(ControlAnswer::Done)));
+    super::signals::expect(&mut agent, 10);
+    let failed = Err("the disk is full".to_owned());
+    f.dial.send(Notice::Snapshot(failed));
+    expect_thaw(&mut agent);
+    assert!(asked.join().unwrap().is_err());
+    // The machine is free again.
+    f.control().call(&ControlCall::Pause).unwrap();
+    f.control().call(&ControlCall::Resume).unwrap();
+    main.exit(0);
+    f.finish();
+    assert_eq!(f.exit().reason, ExitReason::Workload);
+}
+
+/// The end of the VM counts, rather than the snapshot that is still published.
+#[test]
+fn a_vm_that_has_ended_is_not_paused_because_of_its_end() {
+    let mut f = fixture(Setup::default());
+    let (mut agent, mut main) = f.start();
+    // The exit record cannot be written, so the process answers calls after the end.
+    std::fs::create_dir(f.record.directory().join(".exit.json.new")).unwrap();
+    let asked = ask_for_snapshot(&f, "slow", true);
+    freeze(&mut agent);
+    until(&f, |guest| guest.captured.lock().unwrap().is_some());
+    main.exit(6);
+    assert_eq!(f.events(), ["exit 6", "ended 6"]);
+    for call in [ControlCall::Pause, ControlCall::Resume] {
+        let error = f.control().call(&call).unwrap_err().to_string();
+        assert!(error.contains("the workload has ended"), "{error}");
+    }
+    f.dial.send(Notice::Snapshot(made(5)));
+    assert!(asked.join().unwrap().is_ok());
+    f.terminate.write_all(b"x").unwrap();
+    f.finish();
+}

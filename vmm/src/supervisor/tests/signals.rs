@@ -110,7 +110,7 @@ fn an_answer_counts_although_the_end_is_seen_first() {
         (Peer(ours), theirs)
     };
     supervisor.agent = Some(AgentLink::new(ours).unwrap());
-    supervisor.stage = Stage::Running;
+    supervisor.stage = stage::Stage::Running(stage::Running::default());
     let id = supervisor.next_client;
     let role = super::super::clients::Role::Control;
     supervisor.add_client(Client::new(clients, role).unwrap());

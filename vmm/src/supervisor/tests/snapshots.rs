@@ -440,6 +440,48 @@ fn a_reset_machine_has_a_new_identity() {
 }
 
 #[test]
+fn a_reset_in_progress_refuses_what_needs_the_machine_and_can_be_stopped() {
+    let mut f = fixture(Setup {
+        start: Some(Start::Restored(Layer::App)),
+        ..Setup::default()
+    });
+    let (_agent, mut main) = restored(&mut f, true);
+    main.send_json(&ExecReply::Started { pid: 42 });
+    let session = f.launcher.as_mut().unwrap();
+    while !matches!(
+        session.next_event().unwrap().unwrap(),
+        Event::Started { .. }
+    ) {}
+    let mut control = f.control();
+    let asked = std::thread::spawn(move || control.call_and_wait(&ControlCall::Reset));
+    let (to, _stream) = f.connections.recv().unwrap();
+    assert_eq!(to, port::CONTROL);
+    let snapshot = ControlCall::Snapshot {
+        name: "last".to_owned(),
+        stop: false,
+        ephemeral: false,
+    };
+    for (call, why) in [
+        (ControlCall::Reset, "being reset already"),
+        (ControlCall::Pause, "being reset to its snapshot"),
+        (snapshot, "being reset to its snapshot"),
+    ] {
+        let error = f.control().call(&call).unwrap_err().to_string();
+        assert!(error.contains(why), "{call:?}: {error}");
+    }
+    f.control()
+        .call(&ControlCall::Stop { grace_ms: None })
+        .unwrap();
+    let error = asked.join().unwrap().unwrap_err().to_string();
+    assert!(
+        error.contains("exited before the reset completed"),
+        "{error}"
+    );
+    f.finish();
+    assert_eq!(f.exit().reason, ExitReason::Destroyed);
+}
+
+#[test]
 fn a_machine_of_an_image_cannot_be_reset() {
     let mut f = fixture(Setup::default());
     let (_agent, mut main) = f.start();

@@ -1,0 +1,260 @@
+//! The stage that a VM is in, with what exists in that stage only.
+//!
+//! ```text
+//!            workload started          exit, failure, kill
+//! Starting ─────────────────▶ Running ────────────────────▶ Ending
+//!     │                        │   ▲                          ▲
+//!     │                  reset ▼   │ workload started         │
+//!     │                      Resetting ───────────────────────┤
+//!     └───────────────────────────────────────────────────────┘
+//! ```
+//!
+//! Every message is handled by a `match` of the stage without a wildcard, so that a case
+//! such as a stop of a paused VM or the end of one that is being captured is an arm that
+//! exists in the code.
+
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use sm_control::exit::ExitRecord;
+use sm_control::launch;
+
+use crate::guest::SnapshotPlan;
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub(super) enum Stage {
+    /// The workload does not run yet.
+    Starting(Startup),
+    /// It runs, or would if the machine were not held.
+    Running(Running),
+    /// The machine is restored to the snapshot of its workload.
+    Resetting(Resetting),
+    /// The VM has ended, and its machine is on its way out.
+    Ending(Ending),
+}
+
+/// The way from a machine to a workload.
+#[derive(Debug, Default)]
+pub(super) enum Startup {
+    /// The agent has not dialled, and has not been called.
+    #[default]
+    AgentAwaited,
+    /// The machine is held while its memory is copied for the cache.
+    Copying {
+        next: Next,
+        /// The time to start that was left when the machine was held. Copying takes as
+        /// long as it takes, which is no fault of the guest's.
+        left: Option<Duration>,
+    },
+    /// The agent is there, and the guest gets its identity and its root.
+    Preparing,
+    /// The request for the workload has been sent; input may follow.
+    Requested,
+}
+
+/// The next step of a startup after the memory of its machine was copied.
+#[derive(Debug)]
+pub(super) enum Next {
+    /// The conversation with the agent, which has dialled: a base snapshot is made.
+    Agent(UnixStream),
+    /// The workload: an image snapshot is made.
+    Workload,
+}
+
+/// A workload that runs.
+#[derive(Debug, Default)]
+pub(super) struct Running {
+    pub(super) machine: Machine,
+    /// The snapshot that is published beside the running machine.
+    pub(super) publishing: Option<SnapshotJob>,
+    /// The workload is asked to stop, and may take this long once it can.
+    pub(super) stop_grace: Option<Duration>,
+}
+
+/// State of the machine of a running workload.
+#[derive(Debug, Default)]
+pub(super) enum Machine {
+    /// It runs.
+    #[default]
+    Free,
+    /// It is held because a client asked for that.
+    Paused,
+    /// It runs, and its agent freezes the workload and writes back dirty data.
+    Preparing(SnapshotJob),
+    /// It is held while its memory is copied.
+    Copying(SnapshotJob),
+    /// Its memory was copied, and it stays held until the snapshot is published.
+    Staying(SnapshotJob),
+}
+
+/// A machine that is restored to its snapshot.
+#[derive(Debug)]
+pub(super) struct Resetting {
+    /// The client that asked for it.
+    pub(super) client: u64,
+    pub(super) startup: Startup,
+}
+
+/// A VM that has ended.
+#[derive(Debug)]
+pub(super) struct Ending {
+    pub(super) exit: ExitRecord,
+    /// The exit record could not be written, and is tried again.
+    pub(super) unwritten: bool,
+    pub(super) machine: MachineEnd,
+    /// The machine was held when the VM ended, and is until its memory was copied.
+    pub(super) copying: Option<Copied>,
+    /// The captured snapshot that is still being published.
+    pub(super) publishing: Option<SnapshotJob>,
+}
+
+/// The purpose of a copy of memory that is complete when its VM has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Copied {
+    /// The cache of snapshots: it is published.
+    ForCache,
+    /// A client, which was answered that there is no snapshot.
+    ForNobody,
+}
+
+/// Progress of the end of a machine whose VM has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum MachineEnd {
+    /// Bytes that the guest has sent to published ports are on their way.
+    Delivering,
+    /// The guest is asked to power itself off.
+    PoweringOff,
+    /// The machine is asked to end.
+    Stopping,
+    /// The machine has ended.
+    Ended,
+}
+
+/// A snapshot on its way that a client asked for.
+#[derive(Debug)]
+pub(super) struct SnapshotJob {
+    /// Tells answers to it from answers to an earlier one.
+    pub(super) id: u64,
+    /// The client that asked for it.
+    pub(super) client: u64,
+    pub(super) plan: SnapshotPlan,
+    pub(super) asked: Instant,
+    pub(super) frozen_us: u64,
+}
+
+impl Startup {
+    /// Returns whether the machine is held.
+    pub(super) fn is_held(&self) -> bool {
+        matches!(self, Self::Copying { .. })
+    }
+
+    /// Returns the purpose of a copy that is not complete when the VM ends.
+    pub(super) fn copying(&self) -> Option<Copied> {
+        self.is_held().then_some(Copied::ForCache)
+    }
+}
+
+impl Running {
+    /// The snapshot that a client waits for.
+    fn job(&self) -> Option<&SnapshotJob> {
+        match &self.machine {
+            Machine::Preparing(job) | Machine::Copying(job) | Machine::Staying(job) => Some(job),
+            Machine::Free | Machine::Paused => self.publishing.as_ref(),
+        }
+    }
+}
+
+impl Stage {
+    /// The stage as clients know it.
+    pub(super) fn public(&self) -> launch::Stage {
+        match self {
+            Self::Starting(_) => launch::Stage::Starting,
+            Self::Running(_) | Self::Resetting(_) => launch::Stage::Running,
+            Self::Ending(_) => launch::Stage::Ending,
+        }
+    }
+
+    pub(super) fn is_paused(&self) -> bool {
+        match self {
+            Self::Running(running) => matches!(running.machine, Machine::Paused),
+            Self::Starting(_) | Self::Resetting(_) | Self::Ending(_) => false,
+        }
+    }
+
+    /// Returns whether the machine is held while its memory is copied.
+    pub(super) fn is_copying(&self) -> bool {
+        match self {
+            Self::Starting(startup) | Self::Resetting(Resetting { startup, .. }) => {
+                startup.is_held()
+            }
+            Self::Running(running) => matches!(running.machine, Machine::Copying(_)),
+            Self::Ending(ending) => ending.copying.is_some(),
+        }
+    }
+
+    /// Returns whether the guest cannot answer, as its vCPUs are paused.
+    pub(super) fn is_halted(&self) -> bool {
+        match self {
+            Self::Running(running) => match running.machine {
+                Machine::Paused | Machine::Copying(_) | Machine::Staying(_) => true,
+                Machine::Free | Machine::Preparing(_) => false,
+            },
+            Self::Starting(_) | Self::Resetting(_) | Self::Ending(_) => self.is_copying(),
+        }
+    }
+
+    /// The way to the workload, while it does not run.
+    pub(super) fn startup(&mut self) -> Option<&mut Startup> {
+        match self {
+            Self::Starting(startup) | Self::Resetting(Resetting { startup, .. }) => Some(startup),
+            Self::Running(_) | Self::Ending(_) => None,
+        }
+    }
+
+    /// The exit record of a VM that has ended.
+    pub(super) fn exit(&self) -> Option<&ExitRecord> {
+        match self {
+            Self::Ending(ending) => Some(&ending.exit),
+            Self::Starting(_) | Self::Running(_) | Self::Resetting(_) => None,
+        }
+    }
+
+    pub(super) fn has_ended(&self) -> bool {
+        self.exit().is_some()
+    }
+
+    /// Returns whether the VM has ended and its exit record could not be written.
+    pub(super) fn is_unwritten(&self) -> bool {
+        match self {
+            Self::Ending(ending) => ending.unwritten,
+            Self::Starting(_) | Self::Running(_) | Self::Resetting(_) => false,
+        }
+    }
+
+    /// Progress of the end of the machine.
+    pub(super) fn machine_end(&self) -> Option<MachineEnd> {
+        match self {
+            Self::Ending(ending) => Some(ending.machine),
+            Self::Starting(_) | Self::Running(_) | Self::Resetting(_) => None,
+        }
+    }
+
+    /// The snapshot that a client waits for.
+    pub(super) fn job(&self) -> Option<&SnapshotJob> {
+        match self {
+            Self::Running(running) => running.job(),
+            Self::Ending(ending) => ending.publishing.as_ref(),
+            Self::Starting(_) | Self::Resetting(_) => None,
+        }
+    }
+
+    /// The client that is answered when what it asked for is complete.
+    pub(super) fn awaited_by(&self) -> Option<u64> {
+        match self {
+            Self::Resetting(resetting) => Some(resetting.client),
+            Self::Running(_) | Self::Ending(_) => self.job().map(|job| job.client),
+            Self::Starting(_) => None,
+        }
+    }
+}
