@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use sm_guest_proto::control::{Evidence, GuestStats};
 
-use crate::config::VmConfig;
+use crate::config::LaunchConfig;
 use crate::exit::ExitRecord;
 use crate::publish::PublishedPort;
 use crate::timings::Phase;
@@ -42,18 +42,28 @@ pub struct DiskSegment {
     pub len: u64,
 }
 
-/// The start source of a VM.
+/// The source that a VM starts from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Origin {
-    /// The best matching snapshot, or a boot of the kernel if there is none.
-    Image,
-    /// A boot of the kernel. No snapshot is used or created.
-    Cold,
+pub enum StartSource {
+    /// An image.
+    Image(ImageSource),
     /// The snapshot with this name of a running workload, which continues.
     Snapshot(String),
     /// The snapshot with this name. The VM sends its identity report and exits.
-    Evidence(String),
+    IdentityReport(String),
+}
+
+/// An image as a start source.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageSource {
+    /// Segments of the root disk.
+    pub root: Vec<DiskSegment>,
+    /// Directory of the kernel's modules, if the kernel has any.
+    pub modules: Option<PathBuf>,
+    /// The VM boots the kernel, and no snapshot is used or created; otherwise it starts
+    /// from the best matching automatic snapshot, or boots if there is none.
+    pub cold: bool,
 }
 
 /// The launcher's first message, a REQUEST frame. The descriptor of the record's lock is
@@ -69,21 +79,17 @@ pub struct LaunchRequest {
     /// The caller's directory for data that may be deleted at any time.
     pub cache: PathBuf,
     /// Configuration of the VM.
-    pub config: VmConfig,
-    /// Directory of the kernel's modules, if the kernel has any.
-    pub modules: Option<PathBuf>,
+    pub config: LaunchConfig,
     /// Parameters appended to the kernel's command line.
     pub cmdline: String,
     /// The start source.
-    pub origin: Origin,
+    pub source: StartSource,
     /// Loading of the snapshot's memory.
     pub paging: Paging,
-    /// Segments of the root disk.
-    pub root: Vec<DiskSegment>,
-    /// Size limit of the writable layer in bytes; 0 for half of guest memory.
-    pub upper_size: u64,
-    /// Size of `/dev/shm` in bytes; 0 for the default.
-    pub shm_size: u64,
+    /// Size limit of the writable layer in bytes; absent for half of guest memory.
+    pub upper_size: Option<u64>,
+    /// Size of `/dev/shm` in bytes; absent for the guest's default.
+    pub shm_size: Option<u64>,
     /// Additional entries of `/etc/hosts`.
     pub extra_hosts: Vec<(String, String)>,
     /// Name servers for `/etc/resolv.conf`.

@@ -6,7 +6,7 @@
 //! | [`Control`], [`Endpoint`], [`ControlError`] | calls on a VM's control socket |
 //! | [`session`] | a stream to and from a command in the guest |
 //! | [`launch`] | the messages: launch request, reports, calls and their answers |
-//! | [`config`], [`exit`] | the configuration that a VM was started with, and its exit record |
+//! | [`config`], [`exit`] | the configuration that a VM was started with, in all its forms, and its exit record |
 //! | [`workload`], [`publish`], [`signal`], [`id`] | parts of these, and parsers for their textual forms |
 //! | [`timings`] | completion times of the phases of a start |
 //! | [`fdpass`], [`timed`] | unix sockets with descriptors, and with deadlines |

@@ -8,12 +8,12 @@ use std::path::PathBuf;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-use sm_control::config::VmConfig;
+use sm_control::config::LaunchConfig;
 use sm_control::exit::{ExitReason, ExitRecord};
 use sm_control::id::VmId;
 use sm_control::launch::{
-    ControlAnswer, ControlCall, DiskSegment, LaunchRequest, Origin, Paging, Report, SnapshotReport,
-    Stage, StageTimes, Status, Testimony,
+    ControlAnswer, ControlCall, DiskSegment, ImageSource, LaunchRequest, Paging, Report,
+    SnapshotReport, Stage, StageTimes, StartSource, Status, Testimony,
 };
 use sm_control::publish::{PortStats, Publication, PublishedPort};
 use sm_control::timings::Phase;
@@ -30,8 +30,8 @@ fn id() -> VmId {
     VmId::parse(&"ab".repeat(32)).unwrap()
 }
 
-fn config() -> VmConfig {
-    VmConfig {
+fn config() -> LaunchConfig {
+    LaunchConfig {
         id: id(),
         name: "web".into(),
         image: "nginx".into(),
@@ -73,13 +73,6 @@ fn config_form() -> Value {
 #[test]
 fn a_configuration() {
     is(&config(), &config_form());
-    // Records written before these fields existed.
-    let mut old = config_form();
-    let fields = old.as_object_mut().unwrap();
-    fields.remove("publish");
-    fields.remove("publish_wait_ms");
-    let read: VmConfig = serde_json::from_value(old).unwrap();
-    assert_eq!((read.publish.len(), read.publish_wait_ms), (0, 1000));
 }
 
 #[test]
@@ -138,17 +131,19 @@ fn a_launch_request() {
         run: "/run".into(),
         cache: "/cache".into(),
         config: config(),
-        modules: None,
         cmdline: String::new(),
-        origin: Origin::Image,
+        source: StartSource::Image(ImageSource {
+            root: vec![DiskSegment {
+                path: "/d".into(),
+                offset: 0,
+                len: 4096,
+            }],
+            modules: None,
+            cold: false,
+        }),
         paging: Paging::Map,
-        root: vec![DiskSegment {
-            path: "/d".into(),
-            offset: 0,
-            len: 4096,
-        }],
-        upper_size: 0,
-        shm_size: 0,
+        upper_size: None,
+        shm_size: Some(4096),
         extra_hosts: vec![("a".into(), "10.0.0.1".into())],
         nameservers: Vec::new(),
         attach: true,
@@ -159,18 +154,25 @@ fn a_launch_request() {
     };
     let form = json!({
         "version": "1", "data": "/data", "run": "/run", "cache": "/cache",
-        "config": config_form(), "modules": null, "cmdline": "", "origin": "image",
-        "paging": "map", "root": [{"path": "/d", "offset": 0, "len": 4096}],
-        "upper_size": 0, "shm_size": 0, "extra_hosts": [["a", "10.0.0.1"]],
+        "config": config_form(), "cmdline": "",
+        "source": {"image": {
+            "root": [{"path": "/d", "offset": 0, "len": 4096}], "modules": null, "cold": false,
+        }},
+        "paging": "map", "upper_size": null, "shm_size": 4096, "extra_hosts": [["a", "10.0.0.1"]],
         "nameservers": [], "attach": true, "columns": 80, "rows": 25,
         "start_timeout_ms": 60_000, "phases": [],
     });
     assert_eq!(serde_json::to_value(&request).unwrap(), form);
     let read: LaunchRequest = serde_json::from_value(form).unwrap();
-    assert_eq!((read.config, read.root), (request.config, request.root));
-    is(&Origin::Cold, &json!("cold"));
-    is(&Origin::Snapshot("s".into()), &json!({"snapshot": "s"}));
-    is(&Origin::Evidence("s".into()), &json!({"evidence": "s"}));
+    assert_eq!((read.config, read.source), (request.config, request.source));
+    is(
+        &StartSource::Snapshot("s".into()),
+        &json!({"snapshot": "s"}),
+    );
+    is(
+        &StartSource::IdentityReport("s".into()),
+        &json!({"identity_report": "s"}),
+    );
     is(&Paging::Prefault, &json!("prefault"));
     is(&Paging::Userfault, &json!("userfault"));
 }

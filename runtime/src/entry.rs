@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use sm_control::exit::ExitRecord;
-use sm_control::launch::{DiskSegment, LaunchRequest};
+use sm_control::launch::{DiskSegment, ImageSource, LaunchRequest};
 use sm_control::with_causes;
 use sm_guest_proto::frame::FrameType;
 use sm_vmm::environment::{BootAssets, Environment, Identity, OutputLog, VmRecord};
@@ -35,14 +35,18 @@ impl Environment for Installed {
     fn open_record(&self, request: &LaunchRequest) -> io::Result<Arc<dyn VmRecord>> {
         let home = Home::new(&request.data, &request.run, &request.cache);
         let records = Records::open(&home).map_err(io::Error::other)?;
-        Ok(Arc::new(records.record(request.config.clone())))
+        Ok(Arc::new(records.record(request.config.clone().into())))
     }
 
-    fn boot_assets(&self, request: &LaunchRequest) -> Result<BootAssets, String> {
+    fn boot_assets(
+        &self,
+        request: &LaunchRequest,
+        image: &ImageSource,
+    ) -> Result<BootAssets, String> {
         let agent = guest_agent::read().map_err(|error| with_causes(&error))?;
         let kernel = Kernel {
             path: request.config.kernel.clone(),
-            modules: request.modules.clone(),
+            modules: image.modules.clone(),
         };
         let modules = kernel.read_modules().map_err(|error| with_causes(&error))?;
         let initramfs = Initramfs { agent, modules };

@@ -12,10 +12,10 @@ use std::time::{Duration, Instant};
 
 use sm_control::fdpass;
 use sm_control::id::VmId;
-use sm_control::launch::{DiskSegment, LaunchRequest, Origin, Report};
+use sm_control::launch::{ImageSource, LaunchRequest, Report, StartSource};
 use sm_control::session::{Aside, Event, Session};
 use sm_control::timed::Until;
-use sm_control::timings::{Phase, unix_nanos};
+use sm_control::timings::Phase;
 use sm_control::workload::Workload;
 use sm_guest_proto::frame::{self, FrameHeader, FrameType, HEADER_LEN};
 
@@ -59,41 +59,27 @@ pub(crate) fn start(home: &Home, image: &Image, options: RunOptions) -> Result<V
         &options,
         |id, name| {
             let workload = Workload::merge(image.defaults(), &options.overrides, id.short())?;
-            Ok(VmConfig {
-                id,
-                name,
-                image: image.reference().to_owned(),
-                image_digest: image.digest().to_owned(),
-                created_ns: unix_nanos(),
-                workload,
-                memory,
-                cpus: options.cpus.unwrap_or(DEFAULT_CPUS),
-                kernel: kernel.path.clone(),
-                auto_remove: options.auto_remove,
-                read_only: options.read_only,
-                stop_timeout_ms: millis(options.stop_timeout.unwrap_or(DEFAULT_STOP_TIMEOUT)),
-                publish: options.publish.clone(),
-                publish_wait_ms: options.publish_wait_ms(),
-            })
+            let mut config = VmConfig::new(id, name);
+            config.image = image.reference().to_owned();
+            config.image_digest = image.digest().to_owned();
+            config.workload = workload;
+            config.memory_bytes = memory;
+            config.cpus = options.cpus.unwrap_or(DEFAULT_CPUS);
+            config.kernel.clone_from(&kernel.path);
+            config.auto_remove = options.auto_remove;
+            config.read_only = options.read_only;
+            config.stop_timeout = options.stop_timeout.unwrap_or(DEFAULT_STOP_TIMEOUT);
+            config.publish.clone_from(&options.publish);
+            config.publish_wait = options.limited_publish_wait();
+            Ok(config)
         },
-        Source {
-            origin: if options.cold {
-                Origin::Cold
-            } else {
-                Origin::Image
-            },
+        StartSource::Image(ImageSource {
             root: image.segments().to_vec(),
             modules: kernel.modules.clone(),
-        },
+            cold: options.cold,
+        }),
     )?;
     launched.until_started(options.attach)
-}
-
-/// The source of a machine's state.
-pub(crate) struct Source {
-    pub(crate) origin: Origin,
-    pub(crate) root: Vec<DiskSegment>,
-    pub(crate) modules: Option<PathBuf>,
 }
 
 /// A VMM process that has said hello.
@@ -118,7 +104,7 @@ pub(crate) fn launch(
     home: &Home,
     options: &RunOptions,
     config: impl FnOnce(VmId, String) -> Result<VmConfig, Error>,
-    source: Source,
+    source: StartSource,
 ) -> Result<Launched, Error> {
     let records = Records::open(home)?;
     records.sweep()?;
@@ -131,7 +117,7 @@ pub(crate) fn launch_in(
     records: &Records,
     options: &RunOptions,
     config: impl FnOnce(VmId, String) -> Result<VmConfig, Error>,
-    source: Source,
+    source: StartSource,
 ) -> Result<Launched, Error> {
     let program = Program {
         path: executable(),
@@ -145,7 +131,7 @@ fn launch_program(
     records: &Records,
     options: &RunOptions,
     config: impl FnOnce(VmId, String) -> Result<VmConfig, Error>,
-    source: Source,
+    source: StartSource,
     program: &Program,
 ) -> Result<Launched, Error> {
     if std::env::var_os(sm_vmm::VMM_VARIABLE).is_some() {
@@ -162,14 +148,12 @@ fn launch_program(
         data: home.data().to_owned(),
         run: home.run().to_owned(),
         cache: home.cache().to_owned(),
-        config: record.config().clone(),
-        modules: source.modules,
+        config: record.config().clone().into(),
         cmdline: options.cmdline.clone(),
-        origin: source.origin,
+        source,
         paging: options.paging,
-        root: source.root,
-        upper_size: options.upper_size.unwrap_or(0),
-        shm_size: options.shm_size.unwrap_or(0),
+        upper_size: options.upper_size,
+        shm_size: options.shm_size,
         extra_hosts: options.extra_hosts.clone(),
         nameservers: options.nameservers.clone(),
         attach: options.attach,

@@ -6,6 +6,7 @@ use std::time::Duration;
 use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::Serialize;
 use sm_control::Control;
+use sm_control::config::ConfigView;
 use sm_control::launch::{ControlAnswer, ControlCall, SnapshotReport, StageTimes, Status};
 use sm_control::publish::PublishedPort;
 use sm_control::session::Session;
@@ -38,10 +39,14 @@ pub struct Vm {
 #[derive(Clone, Debug, Serialize)]
 pub struct Inspection {
     /// The configuration of the VM.
-    #[serde(flatten)]
+    #[serde(flatten, serialize_with = "as_view")]
     pub config: VmConfig,
     /// The current state.
     pub state: StateView,
+}
+
+fn as_view<S: serde::Serializer>(config: &VmConfig, serializer: S) -> Result<S::Ok, S::Error> {
+    ConfigView::from(config.clone()).serialize(serializer)
 }
 
 /// The state of a VM, for people and programs to read.

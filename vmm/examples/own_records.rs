@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use sm_control::exit::ExitRecord;
-use sm_control::launch::{DiskSegment, LaunchRequest};
+use sm_control::launch::{DiskSegment, ImageSource, LaunchRequest};
 use sm_guest_proto::frame::FrameType;
 use sm_vmm::environment::{BootAssets, Environment, Identity, OutputLog, VmRecord};
 
@@ -31,7 +31,11 @@ impl Environment for Program {
         )))
     }
 
-    fn boot_assets(&self, _request: &LaunchRequest) -> Result<BootAssets, String> {
+    fn boot_assets(
+        &self,
+        _request: &LaunchRequest,
+        _image: &ImageSource,
+    ) -> Result<BootAssets, String> {
         // The digests decide which snapshots are of the same guest software.
         Ok(BootAssets {
             identity: Identity {

@@ -8,7 +8,7 @@
 
 use std::collections::BTreeMap;
 
-use sm_control::launch::LaunchRequest;
+use sm_control::launch::{ImageSource, LaunchRequest};
 use sm_control::with_causes;
 use sm_snapshot::Error;
 use sm_snapshot::cpu::CpuFeatures;
@@ -50,6 +50,7 @@ impl Cache {
     pub(crate) fn of(
         store: SnapshotStore,
         request: &LaunchRequest,
+        image: &ImageSource,
         identity: Identity,
         cpu: &CpuFeatures,
     ) -> Result<Self, String> {
@@ -71,7 +72,7 @@ impl Cache {
         // (the host name).
         let root = serde_json::to_vec(&(
             &request.config.image_digest,
-            &request.root,
+            &image.root,
             request.upper_size,
             request.shm_size,
             request.config.read_only,
@@ -127,21 +128,21 @@ impl Cache {
     }
 
     /// Plans the snapshot of a machine that is ready for any image.
-    pub(crate) fn base_plan(&self, request: &LaunchRequest) -> Plan {
-        self.plan(request, Layer::Base, &self.base)
+    pub(crate) fn base_plan(&self, request: &LaunchRequest, image: &ImageSource) -> Plan {
+        self.plan(request, image, Layer::Base, &self.base)
     }
 
     /// Plans the snapshot of a machine with the request's image mounted.
-    pub(crate) fn image_plan(&self, request: &LaunchRequest) -> Plan {
-        self.plan(request, Layer::Image, &self.image)
+    pub(crate) fn image_plan(&self, request: &LaunchRequest, image: &ImageSource) -> Plan {
+        self.plan(request, image, Layer::Image, &self.image)
     }
 
-    fn plan(&self, request: &LaunchRequest, layer: Layer, name: &str) -> Plan {
+    fn plan(&self, request: &LaunchRequest, image: &ImageSource, layer: Layer, name: &str) -> Plan {
         let mut labels = BTreeMap::new();
         let mut root = Vec::new();
         if layer == Layer::Image {
             labels.insert(IMAGE_LABEL.to_owned(), request.config.image.clone());
-            root.clone_from(&request.root);
+            root.clone_from(&image.root);
         }
         Plan {
             store: self.store.clone(),

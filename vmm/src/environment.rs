@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use sm_control::exit::ExitRecord;
-use sm_control::launch::{DiskSegment, LaunchRequest};
+use sm_control::launch::{DiskSegment, ImageSource, LaunchRequest};
 use sm_guest_proto::frame::FrameType;
 
 /// The program that contains the VMM.
@@ -19,11 +19,16 @@ pub trait Environment {
     /// The state directory cannot be used.
     fn open_record(&self, request: &LaunchRequest) -> io::Result<Arc<dyn VmRecord>>;
 
-    /// Reads the boot files and computes the identity of the guest software.
+    /// Reads the boot files for an image of the request and computes the identity of the
+    /// guest software.
     ///
     /// # Errors
     /// Kernel, modules or agent cannot be read; a sentence.
-    fn boot_assets(&self, request: &LaunchRequest) -> Result<BootAssets, String>;
+    fn boot_assets(
+        &self,
+        request: &LaunchRequest,
+        image: &ImageSource,
+    ) -> Result<BootAssets, String>;
 
     /// Opens the file of a part of the root disk for reading. The program must not remove
     /// the file while it is open.

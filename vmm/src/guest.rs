@@ -14,23 +14,15 @@ use sm_snapshot::capture::Hold;
 use sm_snapshot::manifest::Layer;
 use sm_snapshot::store::SnapshotStore;
 
-/// The kind of start source of a machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Start {
-    /// A kernel was booted.
-    Boot,
-    /// A snapshot of this layer was restored.
-    Restored(Layer),
-}
-
 /// The operations of a running machine that its supervisor uses.
 pub(crate) trait Guest {
     /// Opens a stream to a vsock port of the guest. If the guest refuses the connection,
     /// the stream ends.
     fn connect(&mut self, port: u32) -> io::Result<UnixStream>;
-    /// Returns the kind of its start source.
-    fn start(&self) -> Start {
-        Start::Boot
+    /// Returns the layer of the snapshot that was restored; `None` if a kernel was
+    /// booted.
+    fn restored(&self) -> Option<Layer> {
+        None
     }
     /// Called when the agent is ready and idle, before the machine gets its image and
     /// identity: the state of a base snapshot. Returns true if the machine is paused for

@@ -27,7 +27,7 @@
 //! use std::sync::Arc;
 //!
 //! use sm_control::exit::ExitRecord;
-//! use sm_control::launch::{DiskSegment, LaunchRequest};
+//! use sm_control::launch::{DiskSegment, ImageSource, LaunchRequest};
 //! use sm_guest_proto::frame::FrameType;
 //! use sm_vmm::environment::{BootAssets, Environment, Identity, OutputLog, VmRecord};
 //!
@@ -38,7 +38,7 @@
 //!         Ok(Arc::new(Directory(request.data.join(request.config.id.as_str()))))
 //!     }
 //!
-//!     fn boot_assets(&self, _: &LaunchRequest) -> Result<BootAssets, String> {
+//!     fn boot_assets(&self, _: &LaunchRequest, _: &ImageSource) -> Result<BootAssets, String> {
 //!         Ok(BootAssets {
 //!             identity: Identity {
 //!                 kernel: "SHA-256 of the kernel".to_owned(),
@@ -110,7 +110,6 @@
 struct Readme;
 
 mod agent;
-mod beginning;
 mod cache;
 mod capturing;
 mod conn;
@@ -126,6 +125,7 @@ mod prefetch;
 mod process;
 pub mod saved;
 mod serving;
+mod source;
 mod supervisor;
 
 use environment::Environment;

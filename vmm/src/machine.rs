@@ -9,9 +9,9 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use sm_control::config::VmConfig;
+use sm_control::config::LaunchConfig;
 use sm_control::id::random;
-use sm_control::launch::{DiskSegment, LaunchRequest, Origin, Paging};
+use sm_control::launch::{DiskSegment, LaunchRequest, Paging, StartSource};
 use sm_control::timings::{Phase, monotonic_ns};
 use sm_control::with_causes;
 use sm_devices_vsock::{MuxerHandle, Vsock, VsockConfig};
@@ -34,17 +34,17 @@ use sm_vmm_core::virtio::blk::{Access, Block};
 use sm_vmm_core::virtio::disk::{Disk, Segment};
 use sm_vmm_core::virtio::rng::Rng;
 
-use super::beginning::{Beginning, Source};
 use super::cache;
 use super::capturing::Capturing;
 use super::descriptors::Descriptors;
 use super::environment::{Environment, Identity, InitramfsBuilder, VmRecord};
 use super::failure::Failure;
-use super::guest::{Guest, Notice, NoticeSender, Start};
+use super::guest::{Guest, Notice, NoticeSender};
 use super::paging::{self, Paged};
 use super::prefetch::Prefetch;
 use super::saved::{Content, Plan, Saved};
 use super::serving::{Published, Wiring};
+use super::source::{ResolvedSource, StartPlan};
 use crate::names::EPHEMERAL_LABEL;
 
 /// A running machine with its devices and frontends.
@@ -56,10 +56,11 @@ pub(crate) struct RunningMachine {
     /// The root disk, and the image to insert after the base snapshot was captured.
     root: Arc<Mutex<Block>>,
     image: Option<Disk>,
-    start: Start,
+    /// The layer of the snapshot that was restored, if any.
+    restored: Option<Layer>,
     start_timeout: Duration,
     /// The configuration of the request.
-    config: VmConfig,
+    config: LaunchConfig,
     /// The description for snapshots, besides memory and state.
     content: Content,
     identity: Identity,
@@ -99,17 +100,17 @@ struct SourceSnapshot {
     store: SnapshotStore,
     chain: Option<Arc<Chain>>,
     /// True for an automatic snapshot.
-    cached: bool,
+    automatic: bool,
     /// True if a machine restored from it did not start.
     spoilt: bool,
 }
 
 impl SourceSnapshot {
-    fn new(chain: Chain, store: SnapshotStore, cached: bool) -> Self {
+    fn new(chain: Chain, store: SnapshotStore, automatic: bool) -> Self {
         Self {
             store,
             chain: Some(Arc::new(chain)),
-            cached,
+            automatic,
             spoilt: false,
         }
     }
@@ -170,8 +171,8 @@ pub(crate) fn start(
     let mut warnings = Vec::new();
     let mut request = request.clone();
     loop {
-        let beginning = Beginning::of(&request, &cpu, environment)?;
-        let cached = beginning.cached(&request);
+        let plan = StartPlan::of(&request, &cpu, environment)?;
+        let automatic = plan.automatic();
         let parts = Parts {
             host: host.clone(),
             devices: Vec::new(),
@@ -183,7 +184,7 @@ pub(crate) fn start(
             prefetch: None,
             pager: None,
         };
-        match begin(environment, &request, record, notices, beginning, parts) {
+        match begin(environment, &request, record, notices, plan, parts) {
             Ok((machine, phases)) => {
                 return Ok(Started {
                     machine,
@@ -191,7 +192,7 @@ pub(crate) fn start(
                     warnings,
                 });
             }
-            Err(failure) => match cached {
+            Err(failure) => match automatic {
                 Some((store, name)) if failure.spoilt => {
                     tracing::warn!(
                         name,
@@ -202,13 +203,17 @@ pub(crate) fn start(
                         "snapshot \"{name}\" was created by sm, and {}: continuing without it",
                         failure.message
                     ));
-                    if !cache::discard(&store, &name) {
-                        request.origin = Origin::Cold;
+                    if !cache::discard(&store, &name)
+                        && let StartSource::Image(image) = &mut request.source
+                    {
+                        image.cold = true;
                     }
                 }
                 _ => {
-                    return Err(match &request.origin {
-                        Origin::Snapshot(name) | Origin::Evidence(name) if failure.spoilt => {
+                    return Err(match &request.source {
+                        StartSource::Snapshot(name) | StartSource::IdentityReport(name)
+                            if failure.spoilt =>
+                        {
                             format!(
                                 "snapshot \"{name}\" cannot be used here: {}",
                                 failure.message
@@ -227,11 +232,11 @@ fn begin(
     request: &LaunchRequest,
     record: &dyn VmRecord,
     notices: &NoticeSender,
-    beginning: Beginning,
+    plan: StartPlan,
     mut parts: Parts,
 ) -> Result<(RunningMachine, Vec<Phase>), Failure> {
-    let start = beginning.start();
-    if start != Start::Boot {
+    let restored = plan.restored();
+    if restored.is_some() {
         paging::forgo_huge_pages();
     }
     let event_loop = EventLoop::spawn("sm-devices").map_err(failed("start the event loop"))?;
@@ -256,11 +261,11 @@ fn begin(
             limit: &descriptors.published,
         },
     )?;
-    let root = root_disk(environment, &beginning.content.root)?;
+    let root = root_disk(environment, &plan.content.root)?;
     // A disk that the guest already knows is present from the start; otherwise it is
     // inserted after the base snapshot was captured.
-    let (disk, image) = match start {
-        Start::Restored(Layer::Image | Layer::App) => (root, None),
+    let (disk, image) = match restored {
+        Some(Layer::Image | Layer::App) => (root, None),
         _ => (Disk::empty(), Some(root)),
     };
     let root = Arc::new(Mutex::new(Block::new(disk, Access::ReadOnly, "root")));
@@ -275,13 +280,18 @@ fn begin(
         },
         device(SLOT_RNG, Rng::new()),
     ];
-    let (mut machine, source) = match beginning.source {
-        Source::Snapshot { store, saved } => {
+    let (mut machine, source) = match plan.source {
+        ResolvedSource::Snapshot {
+            store,
+            saved,
+            automatic,
+        } => {
             let (machine, chain) = parts.restore(*saved, &event_loop)?;
-            let cached = request.origin == Origin::Image;
-            (machine, Some(SourceSnapshot::new(chain, store, cached)))
+            (machine, Some(SourceSnapshot::new(chain, store, automatic)))
         }
-        Source::Kernel { initramfs } => (parts.boot(request, initramfs, &event_loop)?, None),
+        ResolvedSource::Kernel { initramfs } => {
+            (parts.boot(request, initramfs, &event_loop)?, None)
+        }
     };
     machine.resume().map_err(failed("start the vCPUs"))?;
     parts.phases.push(Phase::now("vCPUs started"));
@@ -292,14 +302,14 @@ fn begin(
         muxer,
         root,
         image,
-        start,
+        restored,
         start_timeout: Duration::from_millis(request.start_timeout_ms),
         config: request.config.clone(),
-        content: beginning.content,
-        identity: beginning.identity,
-        store: beginning.store,
-        base_plan: beginning.base_plan,
-        image_plan: beginning.image_plan,
+        content: plan.content,
+        identity: plan.identity,
+        store: plan.store,
+        base_plan: plan.base_plan,
+        image_plan: plan.image_plan,
         prefetch: parts.prefetch,
         pager: parts.pager,
         notices: notices.clone(),
@@ -310,7 +320,7 @@ fn begin(
         _event_loop: event_loop,
         source,
     };
-    if start != Start::Boot {
+    if restored.is_some() {
         // The agent of a snapshot has already made its connection and listens now, so the
         // host connects.
         let stream = running

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use sm_control::config::VmConfig;
+use sm_control::config::LaunchConfig;
 use sm_control::publish::{HostEnd, PortStats, Publication, PublishedPort, TlsEnd};
 use sm_control::with_causes;
 use sm_devices_vsock::MuxerHandle;
@@ -39,7 +39,7 @@ impl Published {
     /// # Errors
     /// An address is in use or unusable; a sentence.
     pub(crate) fn start(
-        config: &VmConfig,
+        config: &LaunchConfig,
         directory: &Path,
         wiring: Wiring<'_>,
     ) -> Result<Self, String> {

@@ -74,8 +74,8 @@ pub(crate) fn ps(home: &Home, args: &PsArgs, printer: &Printer) -> Result<u32, F
                 name: &vm.config.name,
                 image: &vm.config.image,
                 command: &vm.config.workload.argv,
-                created_ns: vm.config.created_ns,
-                memory: vm.config.memory,
+                created_ns: since_epoch_ns(vm.config.created),
+                memory: vm.config.memory_bytes,
                 cpus: vm.config.cpus,
                 state: &vm.state,
             })
@@ -130,7 +130,10 @@ fn row(vm: &Inspection, now: SystemTime, no_trunc: bool) -> [String; 7] {
         id.to_owned(),
         config.image.clone(),
         format!("\"{}\"", command.escape_debug()),
-        format!("{} ago", age(config.created_ns, now)),
+        format!(
+            "{} ago",
+            format_age(now.duration_since(config.created).unwrap_or_default())
+        ),
         status(vm, now),
         ports(&vm.state.published),
         config.name.clone(),
@@ -215,6 +218,11 @@ fn status(vm: &Inspection, now: SystemTime) -> String {
             text
         }
     }
+}
+
+fn since_epoch_ns(time: SystemTime) -> u64 {
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
 fn age(since_ns: u64, now: SystemTime) -> String {

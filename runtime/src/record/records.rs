@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::{FlockOperation, flock};
+use sm_control::config::RecordConfigV1;
 use sm_control::id::{VmId, generate_name, is_valid_name};
 use sm_control::with_causes;
 
-use super::files::{dir_names, read_json, remove_tree, write_json};
+use super::files::{dir_names, read_config, remove_tree, write_json};
 use super::{
     CONFIG, CONSOLE, EXIT, ExitRecord, LOCK, Record, RecordError, VmConfig, bury, io_error,
     try_lock,
@@ -113,7 +114,7 @@ impl Records {
             .map_err(io_error("create", &lock_path))?;
         flock(&lock, FlockOperation::NonBlockingLockExclusive)
             .map_err(|errno| io_error("lock", &lock_path)(errno.into()))?;
-        write_json(fresh, CONFIG, &config)?;
+        write_json(fresh, CONFIG, &RecordConfigV1::from(config.clone()))?;
         let record = self.record(config);
         DirBuilder::new()
             .mode(0o700)
@@ -177,7 +178,7 @@ impl Records {
                 continue;
             };
             let path = self.directory.join(id.as_str()).join(CONFIG);
-            let reason = match read_json::<VmConfig>(&path) {
+            let reason = match read_config(&path) {
                 Ok(Some(config)) if config.id == id => {
                     let record = self.record(config);
                     if vanishing || !record.is_vanishing() {
@@ -192,7 +193,7 @@ impl Records {
             };
             damaged.push(Damaged { id, reason });
         }
-        records.sort_by_key(|record| std::cmp::Reverse(record.config.created_ns));
+        records.sort_by_key(|record| std::cmp::Reverse(record.config.created));
         Ok((records, damaged))
     }
 
@@ -208,7 +209,7 @@ impl Records {
             };
             let directory = self.directory.join(id.as_str());
             if !known.contains_key(&id)
-                && let Ok(Some(config)) = read_json::<VmConfig>(&directory.join(CONFIG))
+                && let Ok(Some(config)) = read_config(&directory.join(CONFIG))
             {
                 known.insert(id.clone(), (config.name, config.auto_remove));
             }

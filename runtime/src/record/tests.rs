@@ -1,5 +1,3 @@
-use sm_control::workload::Workload;
-
 use super::*;
 use crate::home::Home;
 
@@ -20,22 +18,18 @@ pub(super) fn fixture_in(directory: &std::path::Path) -> Records {
 }
 
 pub(super) fn config(id: VmId, name: String) -> VmConfig {
-    VmConfig {
-        id,
-        name,
-        image: "oci:x".into(),
-        image_digest: "sha256:0".into(),
-        created_ns: sm_control::timings::unix_nanos(),
-        workload: Workload::default(),
-        memory: 64 << 20,
-        cpus: 1,
-        kernel: "/k".into(),
-        auto_remove: false,
-        read_only: false,
-        stop_timeout_ms: 10_000,
-        publish: Vec::new(),
-        publish_wait_ms: 0,
-    }
+    let mut config = VmConfig::new(id, name);
+    config.image = "oci:x".into();
+    config.memory_bytes = 64 << 20;
+    config.kernel = "/k".into();
+    config
+}
+
+/// Returns the configuration of a VM that removes itself.
+fn removing_itself(id: VmId, name: String) -> VmConfig {
+    let mut config = config(id, name);
+    config.auto_remove = true;
+    config
 }
 
 impl Fixture {
@@ -113,12 +107,7 @@ fn sweeping_cleans_up_after_dead_vms_only() {
     let_go(lock);
     let (gone, lock) = f
         .records
-        .create(Some("gone"), |id, name| {
-            Ok(VmConfig {
-                auto_remove: true,
-                ..config(id, name)
-            })
-        })
+        .create(Some("gone"), |id, name| Ok(removing_itself(id, name)))
         .unwrap();
     let_go(lock);
     std::fs::create_dir(f.records.directory.join(".new-x")).unwrap();
@@ -249,12 +238,8 @@ fn records_are_read_once_by_one_who_makes_many() {
 fn an_ended_vm_that_removes_itself_frees_its_name_at_once() {
     let f = fixture();
     let make = || {
-        f.records.create(Some("again"), |id, name| {
-            Ok(VmConfig {
-                auto_remove: true,
-                ..config(id, name)
-            })
-        })
+        f.records
+            .create(Some("again"), |id, name| Ok(removing_itself(id, name)))
     };
     let (first, _lock) = make().unwrap();
     assert!(make().is_err());

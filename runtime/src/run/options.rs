@@ -251,9 +251,10 @@ impl RunOptions {
         self
     }
 
-    pub(crate) fn publish_wait_ms(&self) -> u32 {
-        let wait = u32::try_from(self.publish_wait.as_millis());
-        wait.unwrap_or(MAX_WAIT_MS).min(MAX_WAIT_MS)
+    /// Returns the time to wait for a listener, limited to what the protocol permits.
+    pub(crate) fn limited_publish_wait(&self) -> Duration {
+        let longest = Duration::from_millis(u64::from(MAX_WAIT_MS));
+        self.publish_wait.min(longest)
     }
 
     /// Returns the requested guest memory in bytes, in whole MiB; `None` if not set.

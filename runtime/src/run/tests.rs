@@ -14,29 +14,12 @@ fn started_with(program: &str, timeout: Duration, free: Option<u64>) -> (String,
     let at = |name| dir.path().join(name);
     let home = Home::new(&at("data"), &at("run"), &at("cache"));
     let records = Records::open(&home).unwrap();
-    let config = |id, name| {
-        Ok(VmConfig {
-            id,
-            name,
-            image: String::new(),
-            image_digest: String::new(),
-            created_ns: 0,
-            workload: Workload::default(),
-            memory: MIN_MEMORY,
-            cpus: 1,
-            kernel: PathBuf::new(),
-            auto_remove: false,
-            read_only: false,
-            stop_timeout_ms: 0,
-            publish: Vec::new(),
-            publish_wait_ms: 0,
-        })
-    };
-    let source = Source {
-        origin: Origin::Cold,
+    let config = |id, name: String| Ok(VmConfig::new(id, name));
+    let source = StartSource::Image(ImageSource {
         root: Vec::new(),
         modules: None,
-    };
+        cold: true,
+    });
     let program = Program {
         path: program.into(),
         timeout,

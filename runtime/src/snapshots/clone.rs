@@ -2,22 +2,22 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use sm_control::id::{hex, random};
-use sm_control::launch::{Origin, SnapshotReport};
-use sm_control::timings::unix_nanos;
+use sm_control::launch::{SnapshotReport, StartSource};
 use sm_control::workload::Overrides;
 use sm_snapshot::chain::Chain;
 use sm_snapshot::manifest::Layer;
 use sm_snapshot::store::SnapshotStore;
-use sm_vmm::saved::{self, Content};
+use sm_vmm::saved;
 
 use super::check_user_name;
 use crate::Error;
 use crate::home::Home;
 use crate::image::Image;
 use crate::record::{Records, VmConfig};
-use crate::run::{self, RunOptions, Source};
+use crate::run::{self, RunOptions};
 use crate::vm::Vm;
 
 /// A workload snapshot. While this value lives, the snapshot cannot be removed.
@@ -26,7 +26,6 @@ pub struct Snapshot {
     home: Home,
     chain: Chain,
     config: VmConfig,
-    content: Content,
 }
 
 impl Snapshot {
@@ -41,8 +40,7 @@ impl Snapshot {
             Layer::Image => "an image only",
             Layer::App => "no workload",
         };
-        let mut content = saved::content(&chain)?;
-        let Some(config) = content.config.take() else {
+        let Some(config) = saved::content(&chain)?.config else {
             return Err(Error::Option(format!(
                 "snapshot \"{name}\" holds {holds}, so there is nothing to go on with: \
                  run an image, which uses it by itself, or make a snapshot of a running VM"
@@ -51,8 +49,7 @@ impl Snapshot {
         Ok(Self {
             home: home.clone(),
             chain,
-            config,
-            content,
+            config: config.into(),
         })
     }
 
@@ -83,26 +80,19 @@ impl Snapshot {
     /// Like [`Self::run`], for a caller that has already swept the records.
     fn run_in(&self, records: &Records, options: &RunOptions) -> Result<Vm, Error> {
         check(&self.config, options)?;
-        let source = Source {
-            origin: Origin::Snapshot(self.name().to_owned()),
-            root: self.content.root.clone(),
-            modules: None,
-        };
+        let source = StartSource::Snapshot(self.name().to_owned());
         let config = |id: sm_control::id::VmId, name| {
-            let mut workload = self.config.workload.clone();
+            let mut config = self.config.clone();
             let hostname = options.overrides.hostname.as_deref();
-            workload.hostname = hostname.unwrap_or(id.short()).to_owned();
-            Ok(VmConfig {
-                id,
-                name,
-                created_ns: unix_nanos(),
-                workload,
-                auto_remove: options.auto_remove,
-                stop_timeout_ms: stop_timeout_ms(&self.config, options),
-                publish: options.publish.clone(),
-                publish_wait_ms: options.publish_wait_ms(),
-                ..self.config.clone()
-            })
+            config.workload.hostname = hostname.unwrap_or(id.short()).to_owned();
+            config.id = id;
+            config.name = name;
+            config.created = SystemTime::now();
+            config.auto_remove = options.auto_remove;
+            config.stop_timeout = stop_timeout(&self.config, options);
+            config.publish.clone_from(&options.publish);
+            config.publish_wait = options.limited_publish_wait();
+            Ok(config)
         };
         run::launch_in(&self.home, records, options, config, source)?.until_started(options.attach)
     }
@@ -110,9 +100,8 @@ impl Snapshot {
 
 /// Returns the time between stop signal and SIGKILL of a clone: the option, or that of
 /// the snapshot.
-fn stop_timeout_ms(made_of: &VmConfig, options: &RunOptions) -> u64 {
-    let given = options.stop_timeout.map(run::millis);
-    given.unwrap_or(made_of.stop_timeout_ms)
+fn stop_timeout(made_of: &VmConfig, options: &RunOptions) -> Duration {
+    options.stop_timeout.unwrap_or(made_of.stop_timeout)
 }
 
 /// Refuses options that cannot be changed in a running machine. Options with the current
@@ -132,7 +121,10 @@ fn check(made_of: &VmConfig, options: &RunOptions) -> Result<(), Error> {
     {
         return fixed("the command, its environment, user, directory and streams");
     }
-    if options.memory_given().is_some_and(|m| m != made_of.memory) {
+    if options
+        .memory_given()
+        .is_some_and(|m| m != made_of.memory_bytes)
+    {
         return fixed("the memory");
     }
     if options.cpus.is_some_and(|cpus| cpus != made_of.cpus) {
@@ -295,27 +287,14 @@ pub fn warm_up<T>(
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     fn made_of() -> VmConfig {
-        VmConfig {
-            id: sm_control::id::VmId::generate(),
-            name: "made".into(),
-            image: String::new(),
-            image_digest: String::new(),
-            created_ns: 0,
-            workload: sm_control::workload::Workload::default(),
-            memory: 1 << 30,
-            cpus: 4,
-            kernel: std::path::PathBuf::new(),
-            auto_remove: false,
-            read_only: false,
-            stop_timeout_ms: 3000,
-            publish: Vec::new(),
-            publish_wait_ms: 0,
-        }
+        let mut config = VmConfig::new(sm_control::id::VmId::generate(), "made");
+        config.memory_bytes = 1 << 30;
+        config.cpus = 4;
+        config.stop_timeout = Duration::from_secs(3);
+        config
     }
 
     #[test]
@@ -327,10 +306,10 @@ mod tests {
         assert!(refused(RunOptions::new().cpus(run::DEFAULT_CPUS)));
         assert!(refused(RunOptions::new().shm_size(64 << 20)));
         assert!(refused(RunOptions::new().upper_size(0)));
-        let timeout = |options: RunOptions| stop_timeout_ms(&made_of(), &options);
-        assert_eq!(timeout(RunOptions::new()), 3000);
+        let timeout = |options: RunOptions| stop_timeout(&made_of(), &options);
+        assert_eq!(timeout(RunOptions::new()), Duration::from_secs(3));
         let default = Duration::from_secs(10);
-        assert_eq!(timeout(RunOptions::new().stop_timeout(default)), 10_000);
+        assert_eq!(timeout(RunOptions::new().stop_timeout(default)), default);
     }
 
     #[test]

@@ -3,10 +3,8 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use serde::Serialize;
-use sm_control::launch::Origin;
+use sm_control::launch::StartSource;
 pub use sm_control::launch::Testimony;
-use sm_control::timings::unix_nanos;
-use sm_control::workload::Workload;
 use sm_snapshot::chain::Chain;
 use sm_snapshot::store::SnapshotStore;
 use sm_vmm::saved;
@@ -14,7 +12,7 @@ use sm_vmm::saved;
 use crate::Error;
 use crate::home::Home;
 use crate::record::VmConfig;
-use crate::run::{self, RunOptions, Source, Witness};
+use crate::run::{self, RunOptions, Witness};
 
 /// Tolerated difference between the clocks of a clone and of the host, in nanoseconds.
 const CLOCK_TOLERANCE_NS: u64 = 100_000_000;
@@ -144,34 +142,17 @@ fn ask(home: &Home, chain: &Chain) -> Result<(Testimony, Witness), Error> {
     let lease = &chain.tip().lease;
     let manifest = lease.manifest();
     let content = saved::content(chain)?;
-    let source = Source {
-        origin: Origin::Evidence(lease.name().to_owned()),
-        root: content.root.clone(),
-        modules: None,
-    };
+    let source = StartSource::IdentityReport(lease.name().to_owned());
     let options = RunOptions::new().auto_remove(true);
-    let config = |id: sm_control::id::VmId, name| {
-        let hostname = id.short().to_owned();
-        let workload = Workload {
-            hostname,
-            ..Workload::default()
-        };
-        Ok(VmConfig {
-            id,
-            name,
-            image: format!("snapshot {}", lease.name()),
-            image_digest: String::new(),
-            created_ns: unix_nanos(),
-            workload,
-            memory: manifest.memory_bytes,
-            cpus: manifest.vcpus,
-            kernel: content.kernel.clone(),
-            auto_remove: true,
-            read_only: false,
-            stop_timeout_ms: 0,
-            publish: Vec::new(),
-            publish_wait_ms: 0,
-        })
+    let config = |id: sm_control::id::VmId, name: String| {
+        let mut config = VmConfig::new(id, name);
+        config.workload.hostname = config.id.short().to_owned();
+        config.image = format!("snapshot {}", lease.name());
+        config.memory_bytes = manifest.memory_bytes;
+        config.cpus = manifest.vcpus;
+        config.kernel = content.kernel;
+        config.auto_remove = true;
+        Ok(config)
     };
     run::launch(home, &options, config, source)?.until_evidence()
 }

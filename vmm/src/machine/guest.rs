@@ -16,9 +16,7 @@ use sm_vmm_core::exit::ExitReason;
 
 use super::{RunningMachine, failed};
 use crate::capturing::{Capturing, Made, Origin, Told};
-use crate::guest::{
-    AfterCapture, Guest, GuestEnd, Kept, Notice, SnapshotMade, SnapshotPlan, Start,
-};
+use crate::guest::{AfterCapture, Guest, GuestEnd, Kept, Notice, SnapshotMade, SnapshotPlan};
 use crate::names::{EPHEMERAL_LABEL, IMAGE_LABEL};
 use crate::prefetch::Prefetch;
 use crate::saved::{Content, Plan, machine_state};
@@ -79,8 +77,8 @@ impl RunningMachine {
 }
 
 impl Guest for RunningMachine {
-    fn start(&self) -> Start {
-        self.start
+    fn restored(&self) -> Option<Layer> {
+        self.restored
     }
 
     fn agent_ready(&mut self) -> Result<bool, String> {
@@ -112,12 +110,12 @@ impl Guest for RunningMachine {
     }
 
     fn cached_source(&self) -> Option<String> {
-        let source = self.source.as_ref().filter(|source| source.cached)?;
+        let source = self.source.as_ref().filter(|source| source.automatic)?;
         source.name()
     }
 
     fn give_up_source(&mut self) -> Option<String> {
-        let source = self.source.as_mut().filter(|source| source.cached)?;
+        let source = self.source.as_mut().filter(|source| source.automatic)?;
         source.spoilt = true;
         source.name()
     }
@@ -144,7 +142,7 @@ impl Guest for RunningMachine {
             identity: self.identity.clone(),
             labels,
             content: Content {
-                config: Some(self.config.clone()),
+                config: Some(self.config.clone().into()),
                 ..self.content.clone()
             },
         };

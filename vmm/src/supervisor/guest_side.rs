@@ -4,7 +4,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use sm_control::id::{hex, random};
-use sm_control::launch::{ControlAnswer, Origin, Report, Testimony};
+use sm_control::launch::{ControlAnswer, Report, StartSource, Testimony};
 use sm_control::timings::unix_nanos;
 use sm_guest_proto::control::{AttachRoot, ControlReply, ControlRequest, Refresh, Upper};
 use sm_guest_proto::exec::{ExecControl, ExecReply, Hello};
@@ -16,7 +16,7 @@ use super::stage::{MachineEnd, Next, Resetting, Running, Stage, Startup};
 use super::{Supervisor, Timer, printable};
 use crate::agent::{AgentLink, Purpose};
 use crate::conn::Conn;
-use crate::guest::{Guest, Start};
+use crate::guest::Guest;
 
 /// The root disk in the guest.
 const ROOT_DEVICE: &str = "/dev/vda";
@@ -37,8 +37,7 @@ impl<G: Guest> Supervisor<G> {
                 return;
             }
         }
-        let start = self.start();
-        if start == Start::Boot {
+        if self.restored().is_none() {
             self.reach("agent ready");
         }
         match self.guest.as_mut().map_or(Ok(false), Guest::agent_ready) {
@@ -59,7 +58,7 @@ impl<G: Guest> Supervisor<G> {
                 return self.start_failed(&format!("cannot talk to the guest agent: {error}"));
             }
         }
-        if let Origin::Evidence(_) = self.request.origin {
+        if let StartSource::IdentityReport(_) = self.request.source {
             return;
         }
         let exec = self
@@ -86,8 +85,8 @@ impl<G: Guest> Supervisor<G> {
     fn prepare_guest(&mut self) {
         let (refresh, root) = (self.fresh_identity(), self.attach_root());
         self.epoch.clone_from(&refresh.epoch);
-        let needs_root = matches!(self.start(), Start::Boot | Start::Restored(Layer::Base))
-            && !matches!(self.request.origin, Origin::Evidence(_));
+        let needs_root = matches!(self.restored(), None | Some(Layer::Base))
+            && !matches!(self.request.source, StartSource::IdentityReport(_));
         let Some(agent) = &mut self.agent else {
             return;
         };
@@ -97,9 +96,10 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// Returns the kind of start source of the machine.
-    pub(super) fn start(&self) -> Start {
-        self.guest.as_ref().map_or(Start::Boot, Guest::start)
+    /// Returns the layer of the snapshot that the machine was restored from; `None` if a
+    /// kernel was booted.
+    pub(super) fn restored(&self) -> Option<Layer> {
+        self.guest.as_ref().and_then(Guest::restored)
     }
 
     fn fresh_identity(&self) -> Refresh {
@@ -112,9 +112,9 @@ impl<G: Guest> Supervisor<G> {
             machine_id: hex(&random::<16>()),
             boot_id: uuid(),
             mac: None,
-            vmgenid_wait_ms: match self.start() {
-                Start::Boot => 0,
-                Start::Restored(_) => VMGENID_WAIT_MS,
+            vmgenid_wait_ms: match self.restored() {
+                None => 0,
+                Some(_) => VMGENID_WAIT_MS,
             },
         }
     }
@@ -123,12 +123,12 @@ impl<G: Guest> Supervisor<G> {
         AttachRoot {
             lower: ROOT_DEVICE.to_owned(),
             upper: Upper::Tmpfs {
-                size: self.request.upper_size,
+                size: self.request.upper_size.unwrap_or(0),
             },
             hostname: self.request.config.workload.hostname.clone(),
             extra_hosts: self.request.extra_hosts.clone(),
             nameservers: self.request.nameservers.clone(),
-            shm_size: self.request.shm_size,
+            shm_size: self.request.shm_size.unwrap_or(0),
             read_only: self.request.config.read_only,
         }
     }
@@ -174,16 +174,16 @@ impl<G: Guest> Supervisor<G> {
                     ready_us = hello.ready_us,
                     "the agent is ready"
                 );
-                match self.start() {
-                    Start::Boot => self.guest_times(hello.init_us, hello.ready_us),
-                    Start::Restored(_) => self.reach("agent answered"),
+                match self.restored() {
+                    None => self.guest_times(hello.init_us, hello.ready_us),
+                    Some(_) => self.reach("agent answered"),
                 }
                 self.prepare_guest();
             }
             (Purpose::Refresh, ControlReply::Refreshed(refreshed)) => {
                 // The start fails without it, because the clone could repeat another VM's
                 // random numbers.
-                if self.start() != Start::Boot && !refreshed.vmgenid_seen {
+                if self.restored().is_some() && !refreshed.vmgenid_seen {
                     return self.start_failed_in_guest(
                         "the guest's kernel did not notice that it was restored from a \
                          snapshot, so it could repeat another VM's random numbers; \
@@ -191,17 +191,17 @@ impl<G: Guest> Supervisor<G> {
                     );
                 }
                 self.reach(IDENTITY_REFRESHED);
-                if let Origin::Evidence(_) = self.request.origin {
+                if let StartSource::IdentityReport(_) = self.request.source {
                     return self.ask_for_evidence();
                 }
-                match self.start() {
-                    Start::Boot | Start::Restored(Layer::Base) => {}
-                    Start::Restored(Layer::Image) => {
+                match self.restored() {
+                    None | Some(Layer::Base) => {}
+                    Some(Layer::Image) => {
                         // Processes that were started in the guest run only from here on.
                         self.thaw();
                         self.request_workload();
                     }
-                    Start::Restored(Layer::App) => self.continue_workload(),
+                    Some(Layer::App) => self.continue_workload(),
                 }
             }
             (Purpose::AttachRoot, ControlReply::Done) => {

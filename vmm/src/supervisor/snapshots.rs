@@ -18,7 +18,7 @@ use sm_snapshot::manifest::Layer;
 use super::stage::{Copied, Machine, Next, Resetting, Running, SnapshotJob, Stage, Startup};
 use super::{Supervisor, Timer, printable};
 use crate::agent::Purpose;
-use crate::guest::{AfterCapture, Guest, SnapshotMade, SnapshotPlan, Start};
+use crate::guest::{AfterCapture, Guest, SnapshotMade, SnapshotPlan};
 
 /// Time limit for the guest to freeze its workload and write back its data. (The agent
 /// has a shorter limit, if it still runs.)
@@ -311,7 +311,7 @@ impl<G: Guest> Supervisor<G> {
                 (Machine::Preparing(_) | Machine::Copying(_) | Machine::Staying(_), _)
                 | (Machine::Free, Some(_)) => "a snapshot of this VM is being taken",
                 (Machine::Free, None) if self.is_about_to_end() => "the VM is about to end",
-                (Machine::Free, None) if self.start() != Start::Restored(Layer::App) => {
+                (Machine::Free, None) if self.restored() != Some(Layer::App) => {
                     "it was not started from a workload snapshot, so it cannot be reset"
                 }
                 (Machine::Free, None) => return self.put_back(client),

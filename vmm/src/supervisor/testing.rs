@@ -19,7 +19,7 @@ use std::time::Duration;
 use rustix::event::{EventfdFlags, eventfd};
 use sm_control::config::VmConfig;
 use sm_control::id::VmId;
-use sm_control::launch::{LaunchRequest, Origin, Paging, SnapshotReport};
+use sm_control::launch::{ImageSource, LaunchRequest, Paging, SnapshotReport, StartSource};
 use sm_control::session::{Event, Session};
 use sm_control::workload::Workload;
 use sm_control::{Control, Endpoint};
@@ -27,19 +27,20 @@ use sm_guest_proto::control::{AgentHello, ControlReply, ControlRequest, Refreshe
 use sm_guest_proto::exec::{ExecControl, ExecReply, ExecRequest, Hello, Role};
 use sm_guest_proto::frame::{self, ExitStatus, FrameHeader, FrameType, HEADER_LEN};
 use sm_guest_proto::{PROTOCOL_VERSION, port};
+use sm_snapshot::manifest::Layer;
 
 use super::{Parts, Supervisor};
 use crate::conn::shortage;
 use crate::environment::VmRecord;
 use crate::guest::{
-    AfterCapture, Guest, GuestEnd, Notice, NoticeSender, SnapshotMade, SnapshotPlan, Start, notices,
+    AfterCapture, Guest, GuestEnd, Notice, NoticeSender, SnapshotMade, SnapshotPlan, notices,
 };
 
 /// A machine without a guest: streams to it go to the test.
 pub(crate) struct FakeGuest {
     connections: Sender<(u32, UnixStream)>,
     state: Arc<FakeState>,
-    start: Start,
+    restored: Option<Layer>,
     notices: NoticeSender,
     wants_root: bool,
     slow_copies: bool,
@@ -78,8 +79,8 @@ impl Guest for FakeGuest {
         self.connections.send((port, theirs)).unwrap();
         Ok(ours)
     }
-    fn start(&self) -> Start {
-        self.start
+    fn restored(&self) -> Option<Layer> {
+        self.restored
     }
     fn wants_root(&self) -> bool {
         self.wants_root
@@ -92,11 +93,11 @@ impl Guest for FakeGuest {
         Ok(true)
     }
     fn cached_source(&self) -> Option<String> {
-        matches!(self.start, Start::Restored(_)).then(|| "image-x".to_owned())
+        self.restored.is_some().then(|| "image-x".to_owned())
     }
     fn give_up_source(&mut self) -> Option<String> {
         *self.state.given_up.lock().unwrap() = true;
-        matches!(self.start, Start::Restored(_)).then(|| "image-x".to_owned())
+        self.restored.is_some().then(|| "image-x".to_owned())
     }
     fn check_snapshot(&self, name: &str) -> Result<(), String> {
         match name {
@@ -251,7 +252,7 @@ pub struct Setup {
     pub(crate) stdin: bool,
     /// True if the record is removed with the VM.
     pub(crate) auto_remove: bool,
-    pub(crate) start: Option<Start>,
+    pub(crate) restored: Option<Layer>,
     /// True for a launch stream whose buffers exceed the limit of unsent bytes.
     pub(crate) large_buffers: bool,
     pub(crate) wants_root: bool,
@@ -292,28 +293,21 @@ impl Setup {
     /// Returns the configuration of a VM with this setup.
     #[must_use]
     pub fn config(self, id: VmId, name: String) -> VmConfig {
-        VmConfig {
-            id,
-            name,
-            image: "oci:x".into(),
-            image_digest: "sha256:0".into(),
-            created_ns: 1,
-            workload: Workload {
-                argv: vec!["prog".into()],
-                stdin: self.stdin,
-                hostname: "box".into(),
-                stop_signal: 15,
-                ..Workload::default()
-            },
-            memory: 64 << 20,
-            cpus: 1,
-            kernel: "/k".into(),
-            auto_remove: self.auto_remove,
-            read_only: false,
-            stop_timeout_ms: 600_000,
-            publish: Vec::new(),
-            publish_wait_ms: 0,
-        }
+        let mut config = VmConfig::new(id, name);
+        config.image = "oci:x".into();
+        config.image_digest = "sha256:0".into();
+        config.workload = Workload {
+            argv: vec!["prog".into()],
+            stdin: self.stdin,
+            hostname: "box".into(),
+            stop_signal: 15,
+            ..Workload::default()
+        };
+        config.memory_bytes = 64 << 20;
+        config.kernel = "/k".into();
+        config.auto_remove = self.auto_remove;
+        config.stop_timeout = Duration::from_secs(600);
+        config
     }
 }
 
@@ -370,17 +364,19 @@ pub(crate) fn not_running<R: VmRecord + Clone + 'static>(
         data: PathBuf::new(),
         run: PathBuf::new(),
         cache: PathBuf::new(),
-        config,
-        modules: None,
+        config: config.into(),
         cmdline: String::new(),
-        origin: match setup.evidence {
-            true => Origin::Evidence("warm".to_owned()),
-            false => Origin::Image,
+        source: match setup.evidence {
+            true => StartSource::IdentityReport("warm".to_owned()),
+            false => StartSource::Image(ImageSource {
+                root: Vec::new(),
+                modules: None,
+                cold: false,
+            }),
         },
         paging: Paging::Map,
-        root: Vec::new(),
-        upper_size: 5,
-        shm_size: 6,
+        upper_size: Some(5),
+        shm_size: Some(6),
         extra_hosts: Vec::new(),
         nameservers: Vec::new(),
         attach: !setup.detached,
@@ -413,7 +409,7 @@ pub(crate) fn not_running<R: VmRecord + Clone + 'static>(
         guest: FakeGuest {
             connections: sender,
             state: guest.clone(),
-            start: setup.start.unwrap_or(Start::Boot),
+            restored: setup.restored,
             notices: dial.clone(),
             wants_root: setup.wants_root,
             slow_copies: setup.slow_copies,

@@ -25,7 +25,7 @@ use sm_snapshot::manifest::Layer;
 use self::record::FakeRecord;
 use super::testing::{self, FakeGuest, FakeState, Peer, Setup, in_own_process};
 use super::*;
-use crate::guest::{AfterCapture, GuestEnd, SnapshotMade, Start};
+use crate::guest::{AfterCapture, GuestEnd, SnapshotMade};
 
 type Fixture = testing::Fixture<FakeRecord>;
 

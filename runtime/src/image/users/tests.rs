@@ -6,7 +6,6 @@ use std::os::unix::fs::FileExt as _;
 
 use sm_control::config::VmConfig;
 use sm_control::id::VmId;
-use sm_control::workload::Workload;
 use sm_image::{Compression, LayoutBuilder, MemoryFile};
 use sm_snapshot::capture::{Ancestry, Capture, Description};
 use sm_snapshot::cpu::CpuFeatures;
@@ -77,24 +76,10 @@ impl Fixture {
 
     /// Publishes a snapshot of a VM with this image.
     fn workload(&self, name: &str, image_digest: &str) {
-        let config = VmConfig {
-            id: VmId::generate(),
-            name: name.to_owned(),
-            image: "app".into(),
-            image_digest: image_digest.to_owned(),
-            created_ns: 0,
-            workload: Workload::default(),
-            memory: MIN_MEMORY,
-            cpus: 1,
-            kernel: "/k".into(),
-            auto_remove: false,
-            read_only: false,
-            stop_timeout_ms: 0,
-            publish: Vec::new(),
-            publish_wait_ms: 0,
-        };
+        let mut config = VmConfig::new(VmId::generate(), name);
+        config.image_digest = image_digest.to_owned();
         let content = saved::Content {
-            config: Some(config),
+            config: Some(config.into()),
             ..saved::Content::default()
         };
         self.snapshot(name, Layer::App, &content);

@@ -172,7 +172,7 @@ fn a_starting_vm_is_not_paused() {
 #[test]
 fn a_start_that_takes_too_long_discards_no_snapshot() {
     let mut f = fixture(Setup {
-        start: Some(Start::Restored(Layer::Image)),
+        restored: Some(Layer::Image),
         start_timeout_ms: Some(20),
         ..Setup::default()
     });
@@ -190,7 +190,7 @@ fn a_failure_of_the_host_discards_no_snapshot_and_a_crash_of_the_guest_does() {
         (GuestEnd::Guest("a triple fault".to_owned()), true),
     ] {
         let mut f = fixture(Setup {
-            start: Some(Start::Restored(Layer::Base)),
+            restored: Some(Layer::Base),
             ..Setup::default()
         });
         let _agent = f.dial();
@@ -244,7 +244,7 @@ fn answer_as_restored(f: &mut Fixture, mut agent: Peer, vmgenid_seen: bool) -> (
 #[test]
 fn a_clone_gets_its_identity_before_its_workload_goes_on() {
     let mut f = fixture(Setup {
-        start: Some(Start::Restored(Layer::App)),
+        restored: Some(Layer::App),
         ..Setup::default()
     });
     let (mut agent, mut main) = restored(&mut f, true);
@@ -262,7 +262,7 @@ fn a_clone_gets_its_identity_before_its_workload_goes_on() {
 #[test]
 fn a_clone_without_a_new_generation_id_never_thaws() {
     let mut f = fixture(Setup {
-        start: Some(Start::Restored(Layer::App)),
+        restored: Some(Layer::App),
         ..Setup::default()
     });
     let (mut agent, _main) = restored(&mut f, false);
@@ -276,7 +276,7 @@ fn a_clone_without_a_new_generation_id_never_thaws() {
 #[test]
 fn an_image_snapshot_needs_no_root_attached() {
     let mut f = fixture(Setup {
-        start: Some(Start::Restored(Layer::Image)),
+        restored: Some(Layer::Image),
         ..Setup::default()
     });
     let (mut agent, mut main) = restored(&mut f, true);
@@ -392,7 +392,7 @@ fn every_start_has_an_epoch_that_its_owner_can_ask_for() {
 #[test]
 fn a_snapshot_whose_guest_does_not_start_is_discarded_and_named() {
     let mut f = fixture(Setup {
-        start: Some(Start::Restored(Layer::Image)),
+        restored: Some(Layer::Image),
         ..Setup::default()
     });
     let (_agent, _main) = restored(&mut f, false);
@@ -408,7 +408,7 @@ fn a_snapshot_whose_guest_does_not_start_is_discarded_and_named() {
 #[test]
 fn a_reset_machine_has_a_new_identity() {
     let mut f = fixture(Setup {
-        start: Some(Start::Restored(Layer::App)),
+        restored: Some(Layer::App),
         ..Setup::default()
     });
     let (mut agent, mut main) = restored(&mut f, true);
@@ -442,7 +442,7 @@ fn a_reset_machine_has_a_new_identity() {
 #[test]
 fn a_reset_in_progress_refuses_what_needs_the_machine_and_can_be_stopped() {
     let mut f = fixture(Setup {
-        start: Some(Start::Restored(Layer::App)),
+        restored: Some(Layer::App),
         ..Setup::default()
     });
     let (_agent, mut main) = restored(&mut f, true);
@@ -500,7 +500,7 @@ fn a_machine_started_for_its_identity_report_lives_as_long_as_its_launcher() {
     let mut f = fixture(Setup {
         detached: true,
         evidence: true,
-        start: Some(Start::Restored(Layer::App)),
+        restored: Some(Layer::App),
         ..Setup::default()
     });
     let mut agent = f.dial();

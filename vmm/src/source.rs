@@ -1,18 +1,19 @@
-//! The start source of a machine: a kernel, or the best usable snapshot.
+//! Resolves the start source of a request: to a kernel, or to the best usable snapshot.
 
-use sm_control::launch::{LaunchRequest, Origin};
+use sm_control::launch::{ImageSource, LaunchRequest, StartSource};
 use sm_control::with_causes;
 use sm_snapshot::cpu::CpuFeatures;
+use sm_snapshot::manifest::Layer;
 use sm_snapshot::store::SnapshotStore;
 
 use super::cache::Cache;
 use super::environment::{BootAssets, Environment, Identity, InitramfsBuilder};
-use super::guest::Start;
 use super::saved::{Content, Plan, Saved};
 
-/// The start source, the identity of the guest software, and the snapshots to create.
-pub(crate) struct Beginning {
-    pub(crate) source: Source,
+/// A resolved start source, the identity of the guest software, and the snapshots to
+/// create.
+pub(crate) struct StartPlan {
+    pub(crate) source: ResolvedSource,
     pub(crate) content: Content,
     pub(crate) identity: Identity,
     /// The store of snapshots, which may be read-only.
@@ -22,18 +23,20 @@ pub(crate) struct Beginning {
     pub(crate) image_plan: Option<Plan>,
 }
 
-pub(crate) enum Source {
-    Kernel {
-        initramfs: InitramfsBuilder,
-    },
+pub(crate) enum ResolvedSource {
+    /// A kernel is booted.
+    Kernel { initramfs: InitramfsBuilder },
+    /// A snapshot is restored.
     Snapshot {
         store: SnapshotStore,
         saved: Box<Saved>,
+        /// True for an automatic snapshot, which is used in place of a boot.
+        automatic: bool,
     },
 }
 
-impl Beginning {
-    /// Selects the start source for `request`, on a host that offers `cpu` to guests.
+impl StartPlan {
+    /// Resolves the start source of `request`, on a host that offers `cpu` to guests.
     ///
     /// # Errors
     /// The requested snapshot cannot be used, or kernel and agent cannot be read; a
@@ -49,18 +52,21 @@ impl Beginning {
             tracing::warn!(error = with_causes(&error), "no snapshots can be taken");
             SnapshotStore::read_only(&root)
         });
-        if let Origin::Snapshot(name) | Origin::Evidence(name) = &request.origin {
-            return Self::named(store, name, cpu);
-        }
+        let image = match &request.source {
+            StartSource::Image(image) => image,
+            StartSource::Snapshot(name) | StartSource::IdentityReport(name) => {
+                return Self::named(store, name, cpu);
+            }
+        };
         let BootAssets {
             identity,
             initramfs,
-        } = environment.boot_assets(request)?;
-        let mut beginning = Self {
-            source: Source::Kernel { initramfs },
+        } = environment.boot_assets(request, image)?;
+        let mut plan = Self {
+            source: ResolvedSource::Kernel { initramfs },
             content: Content {
                 kernel: request.config.kernel.clone(),
-                root: request.root.clone(),
+                root: image.root.clone(),
                 config: None,
             },
             identity,
@@ -68,10 +74,10 @@ impl Beginning {
             base_plan: None,
             image_plan: None,
         };
-        if request.origin == Origin::Image {
-            beginning.use_cache(store, request, cpu)?;
+        if !image.cold {
+            plan.use_cache(store, request, image, cpu)?;
         }
-        Ok(beginning)
+        Ok(plan)
     }
 
     /// Opens the snapshot that the user named.
@@ -90,9 +96,10 @@ impl Beginning {
             store: store.clone(),
             base_plan: None,
             image_plan: None,
-            source: Source::Snapshot {
+            source: ResolvedSource::Snapshot {
                 store,
                 saved: Box::new(saved),
+                automatic: false,
             },
         })
     }
@@ -102,36 +109,43 @@ impl Beginning {
         &mut self,
         store: SnapshotStore,
         request: &LaunchRequest,
+        image: &ImageSource,
         cpu: &CpuFeatures,
     ) -> Result<(), String> {
-        let cache = Cache::of(store.clone(), request, self.identity.clone(), cpu)?;
+        let cache = Cache::of(store.clone(), request, image, self.identity.clone(), cpu)?;
         let found = cache.open();
-        self.base_plan = found.base_missing.then(|| cache.base_plan(request));
-        self.image_plan = found.image_missing.then(|| cache.image_plan(request));
+        self.base_plan = found.base_missing.then(|| cache.base_plan(request, image));
+        self.image_plan = found
+            .image_missing
+            .then(|| cache.image_plan(request, image));
         if let Some((_, saved)) = found.best {
-            self.source = Source::Snapshot {
+            self.source = ResolvedSource::Snapshot {
                 store,
                 saved: Box::new(saved),
+                automatic: true,
             };
         }
         Ok(())
     }
 
-    /// Returns the cached snapshot that is restored, if the source is one.
-    pub(crate) fn cached(&self, request: &LaunchRequest) -> Option<(SnapshotStore, String)> {
+    /// Returns the automatic snapshot that is restored, if the source is one.
+    pub(crate) fn automatic(&self) -> Option<(SnapshotStore, String)> {
         match &self.source {
-            Source::Snapshot { store, saved } if request.origin == Origin::Image => {
-                Some((store.clone(), saved.chain.tip().lease.name().to_owned()))
-            }
+            ResolvedSource::Snapshot {
+                store,
+                saved,
+                automatic: true,
+            } => Some((store.clone(), saved.chain.tip().lease.name().to_owned())),
             _ => None,
         }
     }
 
-    pub(crate) fn start(&self) -> Start {
+    /// Returns the layer of the snapshot that is restored; `None` if a kernel is booted.
+    pub(crate) fn restored(&self) -> Option<Layer> {
         match &self.source {
-            Source::Kernel { .. } => Start::Boot,
-            Source::Snapshot { saved, .. } => {
-                Start::Restored(saved.chain.tip().lease.manifest().layer)
+            ResolvedSource::Kernel { .. } => None,
+            ResolvedSource::Snapshot { saved, .. } => {
+                Some(saved.chain.tip().lease.manifest().layer)
             }
         }
     }

@@ -1,0 +1,227 @@
+//! Parts of stored configurations: JSON that other versions of the program read.
+//!
+//! The types repeat those of [`crate::workload`] and [`crate::publish`], so that these
+//! can change without changing files. A member may be added with a default; any other
+//! change needs a type of the next version.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::publish::{HostEnd, Publication, TlsEnd};
+use crate::workload::{Rlimit, Workload};
+
+/// A [`Workload`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkloadV1 {
+    /// Program and arguments.
+    pub argv: Vec<String>,
+    /// `NAME=value` entries.
+    pub env: Vec<String>,
+    /// Working directory.
+    pub cwd: String,
+    /// `user[:group]`, empty for root.
+    pub user: String,
+    /// Additional groups.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub groups: Vec<String>,
+    /// Run on a terminal.
+    pub tty: bool,
+    /// Keep standard input open.
+    pub stdin: bool,
+    /// Host name of the guest.
+    pub hostname: String,
+    /// Number of the signal that requests the workload to exit.
+    pub stop_signal: u8,
+    /// Resource limits.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub rlimits: Vec<RlimitV1>,
+}
+
+/// A resource limit of a workload.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RlimitV1 {
+    /// Lower-case name without the `RLIMIT_` prefix.
+    pub name: String,
+    /// Soft limit; `u64::MAX` is unlimited.
+    pub soft: u64,
+    /// Hard limit; `u64::MAX` is unlimited.
+    pub hard: u64,
+}
+
+/// A [`Publication`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PublicationV1 {
+    /// The listener on the host.
+    pub host: HostEndV1,
+    /// The guest's port; 0 for the first port on which a process listens.
+    pub guest: u16,
+}
+
+/// The listener on the host of a [`PublicationV1`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HostEndV1 {
+    /// A TCP address.
+    Tcp(SocketAddr),
+    /// A TCP address with TLS.
+    Tls(Box<TlsEndV1>),
+    /// A unix socket.
+    Unix(PathBuf),
+    /// A unix socket of a router.
+    Handoff(PathBuf),
+    /// A unix socket whose clients choose a vsock port.
+    Hybrid(PathBuf),
+}
+
+/// A TLS listener of a [`HostEndV1`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TlsEndV1 {
+    /// Address to listen on.
+    pub address: SocketAddr,
+    /// Path of the certificate chain.
+    pub certificate: Option<PathBuf>,
+    /// Path of the private key.
+    pub key: Option<PathBuf>,
+    /// Names for which a self-signed certificate is valid.
+    pub names: Vec<String>,
+    /// Application protocols offered (ALPN).
+    pub protocols: Vec<String>,
+    /// Guest ports for particular server names (SNI).
+    pub servers: Vec<(String, u16)>,
+}
+
+impl From<Workload> for WorkloadV1 {
+    fn from(workload: Workload) -> Self {
+        let Workload {
+            argv,
+            env,
+            cwd,
+            user,
+            groups,
+            tty,
+            stdin,
+            hostname,
+            stop_signal,
+            rlimits,
+        } = workload;
+        let rlimits = rlimits.into_iter();
+        Self {
+            argv,
+            env,
+            cwd,
+            user,
+            groups,
+            tty,
+            stdin,
+            hostname,
+            stop_signal,
+            rlimits: rlimits
+                .map(|Rlimit { name, soft, hard }| RlimitV1 { name, soft, hard })
+                .collect(),
+        }
+    }
+}
+
+impl From<WorkloadV1> for Workload {
+    fn from(workload: WorkloadV1) -> Self {
+        let WorkloadV1 {
+            argv,
+            env,
+            cwd,
+            user,
+            groups,
+            tty,
+            stdin,
+            hostname,
+            stop_signal,
+            rlimits,
+        } = workload;
+        let rlimits = rlimits.into_iter();
+        Self {
+            argv,
+            env,
+            cwd,
+            user,
+            groups,
+            tty,
+            stdin,
+            hostname,
+            stop_signal,
+            rlimits: rlimits
+                .map(|RlimitV1 { name, soft, hard }| Rlimit { name, soft, hard })
+                .collect(),
+        }
+    }
+}
+
+impl From<Publication> for PublicationV1 {
+    fn from(publication: Publication) -> Self {
+        let Publication { host, guest } = publication;
+        let host = match host {
+            HostEnd::Tcp(address) => HostEndV1::Tcp(address),
+            HostEnd::Tls(end) => HostEndV1::Tls(Box::new((*end).into())),
+            HostEnd::Unix(path) => HostEndV1::Unix(path),
+            HostEnd::Handoff(path) => HostEndV1::Handoff(path),
+            HostEnd::Hybrid(path) => HostEndV1::Hybrid(path),
+        };
+        Self { host, guest }
+    }
+}
+
+impl From<PublicationV1> for Publication {
+    fn from(publication: PublicationV1) -> Self {
+        let PublicationV1 { host, guest } = publication;
+        let host = match host {
+            HostEndV1::Tcp(address) => HostEnd::Tcp(address),
+            HostEndV1::Tls(end) => HostEnd::Tls(Box::new((*end).into())),
+            HostEndV1::Unix(path) => HostEnd::Unix(path),
+            HostEndV1::Handoff(path) => HostEnd::Handoff(path),
+            HostEndV1::Hybrid(path) => HostEnd::Hybrid(path),
+        };
+        Self { host, guest }
+    }
+}
+
+impl From<TlsEnd> for TlsEndV1 {
+    fn from(end: TlsEnd) -> Self {
+        let TlsEnd {
+            address,
+            certificate,
+            key,
+            names,
+            protocols,
+            servers,
+        } = end;
+        Self {
+            address,
+            certificate,
+            key,
+            names,
+            protocols,
+            servers,
+        }
+    }
+}
+
+impl From<TlsEndV1> for TlsEnd {
+    fn from(end: TlsEndV1) -> Self {
+        let TlsEndV1 {
+            address,
+            certificate,
+            key,
+            names,
+            protocols,
+            servers,
+        } = end;
+        Self {
+            address,
+            certificate,
+            key,
+            names,
+            protocols,
+            servers,
+        }
+    }
+}

@@ -1,0 +1,80 @@
+//! The configuration as JSON for people and scripts.
+
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+use super::stored::{PublicationV1, WorkloadV1};
+use super::{VmConfig, to_ms, to_ns, to_wait_ms};
+use crate::id::VmId;
+
+/// The configuration as it is printed. Members are added, but not renamed or removed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ConfigView {
+    /// Identifier.
+    pub id: VmId,
+    /// Name.
+    pub name: String,
+    /// The image reference that the caller gave.
+    pub image: String,
+    /// Digest of the image's manifest.
+    pub image_digest: String,
+    /// Creation time in nanoseconds since the Unix epoch.
+    pub created_ns: u64,
+    /// The command that runs in the VM.
+    pub workload: WorkloadV1,
+    /// Guest memory in bytes.
+    pub memory: u64,
+    /// Number of vCPUs.
+    pub cpus: u32,
+    /// Path of the kernel image that was booted.
+    pub kernel: PathBuf,
+    /// The VM's record is removed when the VM exits.
+    pub auto_remove: bool,
+    /// The root file system has no writable layer.
+    pub read_only: bool,
+    /// Milliseconds between the stop signal and SIGKILL.
+    pub stop_timeout_ms: u64,
+    /// Guest ports published on the host, as the caller requested them.
+    pub publish: Vec<PublicationV1>,
+    /// Milliseconds that a connection to a published port waits for a listener in the
+    /// guest.
+    pub publish_wait_ms: u32,
+}
+
+impl From<VmConfig> for ConfigView {
+    fn from(config: VmConfig) -> Self {
+        let VmConfig {
+            id,
+            name,
+            image,
+            image_digest,
+            created,
+            workload,
+            memory_bytes,
+            cpus,
+            kernel,
+            auto_remove,
+            read_only,
+            stop_timeout,
+            publish,
+            publish_wait,
+        } = config;
+        Self {
+            id,
+            name,
+            image,
+            image_digest,
+            created_ns: to_ns(created),
+            workload: workload.into(),
+            memory: memory_bytes,
+            cpus,
+            kernel,
+            auto_remove,
+            read_only,
+            stop_timeout_ms: to_ms(stop_timeout),
+            publish: publish.into_iter().map(Into::into).collect(),
+            publish_wait_ms: to_wait_ms(publish_wait),
+        }
+    }
+}

@@ -1,0 +1,175 @@
+//! The forms of a VM's configuration that other versions of the program read: records,
+//! sections of snapshots and printed JSON.
+//!
+//! The constants are what programs have written. A new member gets a default and a
+//! constant of its own; an existing constant is never changed.
+#![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
+
+use std::time::{Duration, UNIX_EPOCH};
+
+use serde_json::{Value, json};
+use sm_control::config::{
+    ConfigView, LaunchConfig, RecordConfigV1, RecordFormError, SnapshotConfigV1, VmConfig,
+};
+use sm_control::id::VmId;
+use sm_control::publish::Publication;
+use sm_control::workload::{Rlimit, Workload};
+
+/// A configuration in which every member differs from its default.
+fn config() -> VmConfig {
+    let mut config = VmConfig::new(VmId::parse(&"ab".repeat(32)).unwrap(), "web");
+    config.image = "nginx".into();
+    config.image_digest = "sha256:00".into();
+    config.created = UNIX_EPOCH + Duration::from_nanos(1_700_000_000_000_000_001);
+    config.workload = Workload {
+        argv: vec!["/bin/true".into()],
+        env: vec!["A=b".into()],
+        cwd: "/srv".into(),
+        user: "www".into(),
+        groups: vec!["audio".into()],
+        tty: true,
+        stdin: true,
+        hostname: "box".into(),
+        stop_signal: 3,
+        rlimits: vec![Rlimit {
+            name: "nofile".into(),
+            soft: 10,
+            hard: u64::MAX,
+        }],
+    };
+    config.memory_bytes = 1 << 28;
+    config.cpus = 2;
+    config.kernel = "/k".into();
+    config.auto_remove = true;
+    config.read_only = true;
+    config.stop_timeout = Duration::from_millis(1500);
+    config.publish = vec![
+        "8080:80".parse().unwrap(),
+        Publication::tls("8443:443,name=a.test,alpn=h2").unwrap(),
+        Publication::unix("/s:80").unwrap(),
+        Publication::handoff("/h").unwrap(),
+        Publication::hybrid("/y").unwrap(),
+    ];
+    config.publish_wait = Duration::from_millis(2500);
+    config
+}
+
+/// The members of records since version 0.1.0, and of snapshots.
+fn form() -> Value {
+    json!({
+        "id": "ab".repeat(32), "name": "web", "image": "nginx", "image_digest": "sha256:00",
+        "created_ns": 1_700_000_000_000_000_001_u64,
+        "workload": {
+            "argv": ["/bin/true"], "env": ["A=b"], "cwd": "/srv", "user": "www",
+            "groups": ["audio"], "tty": true, "stdin": true, "hostname": "box",
+            "stop_signal": 3,
+            "rlimits": [{"name": "nofile", "soft": 10, "hard": u64::MAX}],
+        },
+        "memory": 1 << 28, "cpus": 2, "kernel": "/k", "auto_remove": true,
+        "read_only": true, "stop_timeout_ms": 1500,
+        "publish": [
+            {"host": {"tcp": "127.0.0.1:8080"}, "guest": 80},
+            {"host": {"tls": {
+                "address": "127.0.0.1:8443", "certificate": null, "key": null,
+                "names": ["a.test"], "protocols": ["h2"], "servers": [],
+            }}, "guest": 443},
+            {"host": {"unix": "/s"}, "guest": 80},
+            {"host": {"handoff": "/h"}, "guest": 0},
+            {"host": {"hybrid": "/y"}, "guest": 0},
+        ],
+        "publish_wait_ms": 2500,
+    })
+}
+
+/// Removes members that early versions did not write.
+fn early(mut form: Value) -> Value {
+    let members = form.as_object_mut().unwrap();
+    members.remove("publish");
+    members.remove("publish_wait_ms");
+    let workload = members["workload"].as_object_mut().unwrap();
+    workload.remove("groups");
+    workload.remove("rlimits");
+    form
+}
+
+/// The configuration that [`early`] leaves.
+fn early_config() -> VmConfig {
+    let mut config = config();
+    config.publish.clear();
+    config.publish_wait = Duration::from_secs(1);
+    config.workload.groups.clear();
+    config.workload.rlimits.clear();
+    config
+}
+
+#[test]
+fn records_are_written_and_read() {
+    let mut numbered = form();
+    numbered["version"] = json!(1);
+    let written = serde_json::to_value(RecordConfigV1::from(config())).unwrap();
+    assert_eq!(written, numbered);
+    let read = |form: &Value| VmConfig::from_record(form.to_string().as_bytes());
+    assert_eq!(read(&numbered).unwrap(), config());
+    // Records had no version at first, and fewer members.
+    assert_eq!(read(&form()).unwrap(), config());
+    assert_eq!(read(&early(form())).unwrap(), early_config());
+}
+
+#[test]
+fn records_of_later_versions_are_refused_by_number() {
+    let read = |form: &Value| VmConfig::from_record(form.to_string().as_bytes()).unwrap_err();
+    let error = read(&json!({"version": 2, "members": "unknown"}));
+    assert!(matches!(error, RecordFormError::UnknownVersion(2)));
+    assert!(error.to_string().contains("version 2"), "{error}");
+    let mut short = form();
+    short.as_object_mut().unwrap().remove("memory");
+    assert!(matches!(read(&short), RecordFormError::Json(_)));
+}
+
+#[test]
+fn sections_of_snapshots_are_written_and_read() {
+    let section = SnapshotConfigV1::from(config());
+    assert_eq!(serde_json::to_value(&section).unwrap(), form());
+    let read = |form| VmConfig::from(serde_json::from_value::<SnapshotConfigV1>(form).unwrap());
+    assert_eq!(read(form()), config());
+    assert_eq!(read(early(form())), early_config());
+}
+
+#[test]
+fn the_printed_form_is_that_of_scripts() {
+    assert_eq!(
+        serde_json::to_value(ConfigView::from(config())).unwrap(),
+        form()
+    );
+}
+
+#[test]
+fn launch_requests_lose_nothing() {
+    let sent = serde_json::to_vec(&LaunchConfig::from(config())).unwrap();
+    let received: LaunchConfig = serde_json::from_slice(&sent).unwrap();
+    assert_eq!(VmConfig::from(received.clone()), config());
+    assert_eq!(SnapshotConfigV1::from(received), config().into());
+}
+
+#[test]
+fn times_and_durations_beyond_the_forms_are_limited() {
+    let mut far = config();
+    far.stop_timeout = Duration::MAX;
+    far.publish_wait = Duration::MAX;
+    far.created = UNIX_EPOCH - Duration::from_secs(1);
+    let launch = LaunchConfig::from(far);
+    assert_eq!(
+        (
+            launch.created_ns,
+            launch.stop_timeout_ms,
+            launch.publish_wait_ms
+        ),
+        (0, u64::MAX, u32::MAX)
+    );
+    // Any number in a file is a time.
+    let latest = LaunchConfig {
+        created_ns: u64::MAX,
+        ..launch
+    };
+    assert!(VmConfig::from(latest).created > UNIX_EPOCH);
+}
