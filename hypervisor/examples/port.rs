@@ -1,7 +1,8 @@
-//! A guest of some bytes on the host's hypervisor, which prints to a port and is stopped:
-//! all that the seam asks of a VMM. `cargo run -p sm-hypervisor --example port`
+//! A guest of a few bytes on the host's hypervisor, which prints to a port and is stopped:
+//! the whole use of the hypervisor interface by a VMM. `cargo run -p sm-hypervisor
+//! --example port`
 //!
-//! It needs `/dev/kvm`, also one that cannot run Linux.
+//! It needs `/dev/kvm`, but not one that can run Linux.
 
 use std::error::Error;
 use std::ptr::NonNull;
@@ -16,8 +17,8 @@ use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _, GuestMemoryMm
 
 const MEMORY: usize = 0x1_0000;
 const CODE: u64 = 0x1000;
-/// 32-bit code that writes the text behind it to port 0x3f8, byte by byte, and then
-/// something to port 0x80.
+/// 32-bit code that writes the text behind it to port 0x3f8, byte by byte, and then a byte
+/// to port 0x80.
 const GUEST: &[u8] = b"\xbe\x20\x10\x00\x00\x66\xba\xf8\x03\xac\x84\xc0\x74\x03\xee\xeb\xf8\
     \xe6\x80\xf4\xeb\xfd\x90\x90\x90\x90\x90\x90\x90\x90\x90\x90hello from a guest\n\0";
 
@@ -84,7 +85,7 @@ fn registers() -> BootRegisters {
             attributes: 0x008b,
             ..code
         },
-        // Protection, and a coprocessor.
+        // PE (protection) and ET, NE (x87).
         cr0: 0x31,
         ..BootRegisters::default()
     }
@@ -113,7 +114,7 @@ impl Bus for Port {
                 let mut printed = self.printed.lock().unwrap_or_else(PoisonError::into_inner);
                 printed.extend_from_slice(data);
             }
-            // The guest is done: makes `run` return.
+            // The guest has finished: make `run` return.
             0x80 => self.kicker.kick(),
             _ => {}
         }

@@ -2,7 +2,7 @@
 //!
 //! A backend names the architecture of its guests ([`Hypervisor::Arch`]), and the
 //! architecture names the types of registers, saved state and processor features. The
-//! traits of the seam mention none of them by themselves.
+//! traits of the hypervisor interface mention none of them directly.
 //!
 //! [`Hypervisor::Arch`]: crate::Hypervisor::Arch
 
@@ -13,9 +13,9 @@ use serde::de::DeserializeOwned;
 
 use crate::state::{aarch64, x86_64};
 
-/// Data without behaviour: copied, compared, encoded, and sent to other threads.
+/// Data without behaviour: it can be copied, compared, encoded, and sent to other threads.
 ///
-/// Every type that has these properties has the trait.
+/// Implemented for every type with these properties.
 pub trait PlainData:
     Clone + Debug + PartialEq + Serialize + DeserializeOwned + Send + Sync + 'static
 {
@@ -34,7 +34,7 @@ pub trait Arch: Copy + Debug + Eq + Send + Sync + 'static {
     type Boot: PlainData;
     /// Saved state of one vCPU.
     type Vcpu: PlainData;
-    /// Processor features that a guest can be given.
+    /// Processor features that a guest can have.
     type Features: PlainData;
 }
 

@@ -1,11 +1,10 @@
-//! Where a vCPU's device accesses go.
+//! Receiver of a vCPU's device accesses.
 
 /// Receives the port and memory-mapped accesses of all vCPUs of a machine.
 ///
-/// Called on vCPU threads, several at once. An access that nothing answers
-/// reads as all ones, and is ignored on write; an implementation never panics
-/// whatever the guest asks for. `data` is 1, 2, 4 or 8 bytes long (port I/O:
-/// 1, 2 or 4; string operations are split).
+/// Called on vCPU threads, several at once. A read that no device answers returns all ones,
+/// and such a write is ignored; an implementation never panics, whatever the guest does.
+/// `data` is 1, 2, 4 or 8 bytes long (port I/O: 1, 2 or 4; string operations are split).
 pub trait Bus: Sync {
     /// Reads `data.len()` bytes at guest physical address `address`.
     fn mmio_read(&self, address: u64, data: &mut [u8]);

@@ -1,11 +1,11 @@
-//! What a backend can do, as data.
+//! Capabilities of a backend, as data.
 
 /// Support for unmodified Linux guests.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LinuxSupport {
     /// Guest code runs natively.
     Native,
-    /// It cannot.
+    /// Guest code cannot run.
     Unusable {
         /// The backend's finding, as a sentence without a full stop.
         reason: String,
@@ -15,7 +15,7 @@ pub enum LinuxSupport {
 }
 
 impl LinuxSupport {
-    /// The sentences for a person whose guest cannot run here; `None` where it can.
+    /// Returns the sentences for a person whose guest cannot run here; `None` if it can.
     #[must_use]
     pub fn refusal(&self) -> Option<String> {
         match self {

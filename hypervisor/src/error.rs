@@ -1,4 +1,4 @@
-//! Errors of the seam.
+//! Errors of the hypervisor interface.
 
 use std::error;
 use std::fmt;
@@ -10,9 +10,9 @@ use thiserror::Error;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum OpenErrorKind {
-    /// The host has no such hypervisor, or it is switched off.
+    /// The host has no such hypervisor, or it is disabled.
     Missing,
-    /// This user or this program may not use it.
+    /// This user or this program has no permission to use it.
     Permission,
     /// It lacks something that guests need.
     Unsupported,
@@ -20,9 +20,9 @@ pub enum OpenErrorKind {
     Io,
 }
 
-/// Failure to open a backend. The texts are the backend's own.
+/// Failure to open a backend. The backend supplies the texts.
 ///
-/// It is displayed as "problem: remedy", or as the problem where no remedy is known.
+/// Displayed as "problem: remedy", or as the problem alone if no remedy is known.
 #[derive(Debug)]
 pub struct OpenError {
     backend: &'static str,
@@ -34,7 +34,7 @@ pub struct OpenError {
 
 impl OpenError {
     /// Creates an error of the backend with this short name (see
-    /// [`Capabilities::backend`]). `problem` says what was found, without a full stop.
+    /// [`Capabilities::backend`]). `problem` is the backend's finding, without a full stop.
     ///
     /// [`Capabilities::backend`]: crate::Capabilities::backend
     #[must_use]
@@ -55,7 +55,7 @@ impl OpenError {
         self
     }
 
-    /// Adds the system's answer.
+    /// Adds the operating system's error.
     #[must_use]
     pub fn with_source(mut self, source: io::Error) -> Self {
         self.source = Some(source);
@@ -104,22 +104,22 @@ impl error::Error for OpenError {
     }
 }
 
-/// Why an operation on an open backend failed.
+/// Failure of an operation on an open backend.
 #[derive(Debug, Error)]
 pub enum Error {
     /// The hypervisor refused an operation.
     #[error("hypervisor cannot {operation}")]
     Os {
-        /// What was tried, with its object.
+        /// The operation and its object.
         operation: &'static str,
-        /// The system's answer.
+        /// The operating system's error.
         #[source]
         source: io::Error,
     },
     /// Saved state does not fit this host or this VM.
     #[error("saved state does not fit: {reason}")]
     State {
-        /// What does not fit.
+        /// The element that does not fit, and the reason.
         reason: String,
     },
     /// A token of a restore belongs to another VM.
@@ -128,10 +128,10 @@ pub enum Error {
         /// Index of the vCPU, in that other VM.
         vcpu: u32,
     },
-    /// A request outside what the backend offers.
+    /// A request that the backend does not support.
     #[error("not supported by this backend: {what}")]
     Unsupported {
-        /// What was asked for.
+        /// The request.
         what: String,
     },
 }

@@ -1,10 +1,10 @@
 //! A scripted backend for tests: its vCPUs play a list of accesses and exits, on any
 //! architecture.
 //!
-//! It keeps the promises of the seam that callers rely on: kicks are sticky, a
-//! kicked vCPU goes on with its next step, doorbells swallow the writes they
-//! match, interrupts wake a vCPU that waits, and saved state goes on in another
-//! VM at the step it was saved at.
+//! It has the properties of the interface that callers rely on: kicks are sticky, a kicked
+//! vCPU continues with its next step, doorbells consume the writes they match, interrupts
+//! wake a waiting vCPU, and saved state continues in another VM at the step at which it was
+//! saved.
 
 mod arch;
 #[cfg(test)]
@@ -24,44 +24,44 @@ use crate::{
 const BACKEND: &str = "fake";
 const PAGE: u64 = 4096;
 
-/// What a vCPU does next.
+/// Next action of a vCPU.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// Reads so many bytes of device memory; the answer is an [`Event::Read`].
+    /// Reads this many bytes of device memory; the result is an [`Event::Read`].
     MmioRead(u64, usize),
     /// Writes device memory, or rings a doorbell.
     MmioWrite(u64, Vec<u8>),
-    /// Reads so many bytes from a port.
+    /// Reads this many bytes from a port.
     PioRead(u16, usize),
     /// Writes to a port.
     PioWrite(u16, Vec<u8>),
-    /// Halts until this interrupt has come once more.
+    /// Halts until this interrupt arrives once more.
     WaitIrq(Gsi),
     /// Leaves with this exit.
     Exit(Exit),
-    /// Fails as if the hypervisor did.
+    /// Fails like a failure of the hypervisor.
     Fail,
 }
 
-/// What happened to a fake machine, in order.
+/// An action that a fake machine recorded, in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event<A: FakeArch = X86_64> {
     /// Memory was mapped.
     Mapped {
-        /// Where.
+        /// First guest physical address.
         guest_address: u64,
-        /// How much, in bytes.
+        /// Length in bytes.
         len: u64,
     },
     /// A vCPU was bound; the boot processor with registers.
     Bound(u32, Option<A::Boot>),
-    /// A vCPU got saved state.
+    /// State of a vCPU was restored.
     Restored(u32),
-    /// The VM got saved state.
+    /// State of the VM was restored.
     VmRestored,
     /// A vCPU finished its restore.
     Finished(u32),
-    /// A vCPU was told that it was paused.
+    /// [`Vcpu::notify_paused`](crate::Vcpu::notify_paused) was called on a vCPU.
     Paused(u32),
     /// An interrupt line was pulsed.
     Irq(Gsi),
@@ -84,13 +84,13 @@ struct Inner<A: FakeArch> {
     events: Mutex<Vec<Event<A>>>,
 }
 
-/// Tests that panic with a lock held fail anyway.
+/// Ignores poisoning: a test that panics with a lock held has failed anyway.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl FakeHypervisor {
-    /// A backend of x86_64, as [`FakeHypervisor::of_arch`].
+    /// Creates a backend of x86_64, as [`FakeHypervisor::of_arch`].
     #[must_use]
     pub fn new(scripts: Vec<Vec<Step>>) -> Self {
         Self::of_arch(scripts)
@@ -98,14 +98,14 @@ impl FakeHypervisor {
 }
 
 impl<A: FakeArch> FakeHypervisor<A> {
-    /// A backend whose vCPU n plays script n. One that has played its script, or
-    /// has none, stays in the guest until kicked.
+    /// Creates a backend whose vCPU n plays script n. A vCPU at the end of its script, or
+    /// without one, stays in the guest until it is kicked.
     #[must_use]
     pub fn of_arch(scripts: Vec<Vec<Step>>) -> Self {
         Self::with_linux(scripts, LinuxSupport::Native)
     }
 
-    /// As [`FakeHypervisor::of_arch`], with this answer of the capability probe.
+    /// As [`FakeHypervisor::of_arch`], with this result of the capability probe.
     #[must_use]
     pub fn with_linux(scripts: Vec<Vec<Step>>, linux: LinuxSupport) -> Self {
         Self {
@@ -117,7 +117,7 @@ impl<A: FakeArch> FakeHypervisor<A> {
         }
     }
 
-    /// Everything that happened since the last call.
+    /// Returns everything that happened since the last call.
     #[must_use]
     pub fn take_events(&self) -> Vec<Event<A>> {
         std::mem::take(&mut lock(&self.inner.events))

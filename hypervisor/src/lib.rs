@@ -1,10 +1,10 @@
-//! One virtual machine seam over the host's hypervisor.
+//! One interface to the hypervisors of different hosts.
 //!
 //! A *backend* implements [`Hypervisor`], [`Vm`], [`VcpuSeed`], [`Vcpu`] and
 //! [`RestoringVcpu`] for one operating system and one architecture of guests ([`Arch`]);
-//! everything above is generic over it by static dispatch. What a backend can do is data
-//! ([`Capabilities`]), asked before a VM exists. The VM never owns guest memory, and a
-//! vCPU never leaves the thread it was bound on.
+//! everything above is generic over it by static dispatch. Its [`Capabilities`] are data,
+//! available before a VM exists. The VM never owns guest memory, and a vCPU never leaves
+//! the thread on which it was bound.
 //!
 //! The life of a VM:
 //!
@@ -19,12 +19,12 @@
 //! 5. With it, each thread finishes its vCPU: [`RestoringVcpu::finish_restore`].
 //! 6. Threads call [`Vcpu::run`] in a loop.
 //!
-//! [`Native`] is the backend of this host: [`kvm`] on x86_64 Linux, elsewhere none yet
-//! ([`NoBackend`]); the seam itself builds on every host. Nothing of it is sealed, so a
-//! backend can be a crate of its own: `tests/conformance/outside.rs` has one. What a
-//! backend must do is written down as the tests in `tests/conformance`, which are generic
-//! over it. The feature `testing` adds `fake::FakeHypervisor`, which plays a script, for
-//! tests of what stands above.
+//! [`Native`] is the backend of this host: [`kvm`] on x86_64 Linux, [`NoBackend`]
+//! elsewhere; the interface itself builds on every host. Its traits are not sealed, so a
+//! backend can be a crate of its own: `tests/conformance/outside.rs` contains one. The
+//! tests in `tests/conformance`, which are generic over backends, specify a backend's
+//! obligations. The feature `testing` adds `fake::FakeHypervisor`, which plays a script,
+//! for tests of the layers above.
 #![warn(missing_docs)]
 
 mod arch;

@@ -1,4 +1,4 @@
-//! The backend of hosts without any.
+//! The backend of hosts that have none.
 
 use std::convert::Infallible;
 use std::marker::PhantomData;
@@ -136,7 +136,7 @@ mod tests {
     use crate::{Aarch64, X86_64};
 
     #[test]
-    fn a_host_without_a_backend_is_told_so() {
+    fn opening_fails_without_a_backend() {
         let errors = [
             NoBackend::<X86_64>::open().unwrap_err(),
             NoBackend::<Aarch64>::open().unwrap_err(),

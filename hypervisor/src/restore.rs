@@ -7,8 +7,8 @@
 //! | 3 | [`RestoringVcpu::finish_restore`] with its [`Finish`] | the vCPU's | a [`Vcpu`], which can run |
 //!
 //! Backends create the tokens. A token carries the [`VmIdentity`] of its VM, which the
-//! backend keeps to itself, so that code above the seam can neither make a token nor use
-//! that of another VM.
+//! backend does not expose, so that code above the interface can neither create a token nor
+//! use that of another VM.
 //!
 //! [`VcpuSeed::bind_restored`]: crate::VcpuSeed::bind_restored
 //! [`Vcpu::reload`]: crate::Vcpu::reload
@@ -22,7 +22,7 @@ use std::sync::Arc;
 
 use crate::Error;
 
-/// Identity of a virtual machine. Clones are equal; two that were created are not.
+/// Identity of a virtual machine. Clones are equal; two separately created ones are not.
 #[derive(Clone, Default)]
 pub struct VmIdentity(Arc<()>);
 
@@ -33,12 +33,12 @@ impl VmIdentity {
         Self::default()
     }
 
-    /// Begins phase 2: checks that `proofs` are of every vCPU of this VM, which has
-    /// `vcpus`, and returns their [`Finish`] tokens by ascending index.
+    /// Starts phase 2: checks that `proofs` cover every vCPU of this VM, which has `vcpus`,
+    /// and returns their [`Finish`] tokens by ascending index.
     ///
     /// # Errors
-    /// [`Error::ForeignToken`] for a proof of another VM, [`Error::State`] for a vCPU
-    /// that is missing or proved twice.
+    /// [`Error::ForeignToken`] for a proof of another VM, [`Error::State`] for a vCPU that
+    /// is missing or proved twice.
     pub fn accept(&self, vcpus: u32, proofs: Vec<RestoredVcpu>) -> Result<Vec<Finish>, Error> {
         if let Some(foreign) = proofs.iter().find(|proof| proof.vm != *self) {
             return Err(Error::ForeignToken {
@@ -56,7 +56,7 @@ impl VmIdentity {
         Ok(finishes.collect())
     }
 
-    /// Begins phase 3: checks that `finish` is for vCPU `index` of this VM.
+    /// Starts phase 3: checks that `finish` is for vCPU `index` of this VM.
     ///
     /// # Errors
     /// [`Error::ForeignToken`] for a token of another VM, [`Error::State`] for that of
@@ -97,7 +97,7 @@ pub struct RestoredVcpu {
 }
 
 impl RestoredVcpu {
-    /// Creates the proof for vCPU `index` of a VM. For backends.
+    /// Creates the proof for vCPU `index` of a VM. Only backends call it.
     pub fn new(vm: &VmIdentity, index: u32) -> Self {
         Self {
             vm: vm.clone(),
@@ -105,7 +105,7 @@ impl RestoredVcpu {
         }
     }
 
-    /// The index of the vCPU that was restored.
+    /// Returns the index of the vCPU that was restored.
     #[must_use]
     pub fn index(&self) -> u32 {
         self.index
@@ -121,7 +121,7 @@ pub struct Finish {
 }
 
 impl Finish {
-    /// Creates the permission for vCPU `index` of a VM. For backends.
+    /// Creates the permission for vCPU `index` of a VM. Only backends call it.
     pub fn new(vm: &VmIdentity, index: u32) -> Self {
         Self {
             vm: vm.clone(),
@@ -129,7 +129,7 @@ impl Finish {
         }
     }
 
-    /// The index of the vCPU that may finish.
+    /// Returns the index of the vCPU that may finish.
     #[must_use]
     pub fn index(&self) -> u32 {
         self.index

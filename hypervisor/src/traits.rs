@@ -1,4 +1,4 @@
-//! The seam itself.
+//! The traits of the hypervisor interface.
 
 use std::fmt::Debug;
 use std::ptr::NonNull;
@@ -12,14 +12,14 @@ use crate::{Arch, Bus, Capabilities, Error, Finish, OpenError, RestoredVcpu, Wak
 /// A global system interrupt: an input of the IOAPIC (x86) or an SPI (arm64).
 pub type Gsi = u32;
 
-/// What a VM is created with.
+/// Parameters of a new VM.
 #[derive(Clone, Debug, Default)]
 pub struct VmConfig {
     /// Number of vCPUs that will be created, at least 1.
     pub vcpus: u32,
 }
 
-/// Host memory to appear in the guest.
+/// Host memory that is mapped into the guest.
 #[derive(Clone, Copy, Debug)]
 pub struct MemoryRegion {
     /// First guest physical address; a multiple of the host's page size.
@@ -30,7 +30,7 @@ pub struct MemoryRegion {
     pub len: u64,
 }
 
-/// How an interrupt line signals.
+/// Trigger mode of an interrupt line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IrqTrigger {
     /// A pulse for each event.
@@ -48,7 +48,7 @@ pub trait IrqLine: Send + Sync + Debug {
     fn pulse(&self) -> Result<(), Error>;
 }
 
-/// A guest write that signals a [`Wake`] without a VMM exit.
+/// A guest write that signals a [`Wake`] without a VM exit to the VMM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Doorbell {
     /// Guest physical address written.
@@ -59,7 +59,7 @@ pub struct Doorbell {
     pub value: Option<u64>,
 }
 
-/// A hypervisor backend, opened.
+/// An opened hypervisor backend.
 pub trait Hypervisor: Send + Sync + Sized + 'static {
     /// Architecture of its guests.
     type Arch: Arch;
@@ -71,34 +71,33 @@ pub trait Hypervisor: Send + Sync + Sized + 'static {
     /// Does not run the Linux capability probe; see [`Hypervisor::capabilities`].
     ///
     /// # Errors
-    /// A sentence that says what the host lacks and what to do.
+    /// A sentence that states what the host lacks and the remedy.
     fn open() -> Result<Self, OpenError>;
 
-    /// What the backend can do. The `linux` member is filled in by running the
-    /// probe on first use (a few milliseconds), and remembered.
+    /// Returns the backend's capabilities. The first call runs the probe for the `linux`
+    /// member (a few milliseconds); its result is cached.
     fn capabilities(&self) -> Capabilities;
 
-    /// What a guest can be told of its processor here, feature by feature: everything
-    /// that a fresh guest gets, and what it could be given besides.
+    /// Returns all processor features that a guest can see here: those of every fresh
+    /// guest, and those that it could have in addition.
     ///
     /// # Errors
     /// The hypervisor refused.
     fn guest_features(&self) -> Result<<Self::Arch as Arch>::Features, Error>;
 
-    /// A change to this host that makes [`Hypervisor::create_vm`] faster, in words for a
-    /// person, where the backend knows of one.
+    /// Returns a change to this host that makes [`Hypervisor::create_vm`] faster, as a
+    /// sentence for a person, if the backend knows one.
     fn creation_advice(&self) -> Option<String> {
         None
     }
 
-    /// Says that a VM will be created soon: a backend that waits for something then
-    /// can begin to wait now, on another thread. A caller that has other work in the
-    /// meantime gains; one that never creates a VM keeps an unused one until the backend is
-    /// dropped.
+    /// Announces that a VM will be created soon: a backend whose creation of VMs blocks can
+    /// start it now, on another thread. A caller that has other work in the meantime gains
+    /// time; one that never creates a VM keeps an unused one until the backend is dropped.
     fn prepare_vm(&self) {}
 
-    /// Creates a VM without memory or vCPUs. Its interrupt controllers may come into
-    /// being with the first vCPU or interrupt line.
+    /// Creates a VM without memory or vCPUs. Its interrupt controllers may be created with
+    /// the first vCPU or interrupt line.
     ///
     /// # Errors
     /// The hypervisor refused.
@@ -112,10 +111,10 @@ pub trait Vm: Send + Sync + 'static {
     /// Its vCPUs before they are bound to a thread.
     type Seed: VcpuSeed<Arch = Self::Arch>;
 
-    /// Makes host memory appear in the guest.
+    /// Maps host memory into the guest.
     ///
-    /// Cheapest on a VM that has no vCPU, interrupt line or doorbell yet: some versions
-    /// of KVM take milliseconds later.
+    /// Cheapest on a VM that has no vCPU, interrupt line or doorbell yet: some versions of
+    /// KVM take milliseconds later.
     ///
     /// # Safety
     /// `region.host_address .. + region.len` must stay mapped, and must not be
@@ -126,39 +125,39 @@ pub trait Vm: Send + Sync + 'static {
     /// Misaligned or overlapping regions, or too many of them.
     #[expect(
         unsafe_code,
-        reason = "the caller vouches for memory that the guest will write"
+        reason = "the caller guarantees the validity of memory that the guest will write"
     )]
     unsafe fn map_memory(&self, region: MemoryRegion) -> Result<(), Error>;
 
     /// Creates vCPU number `index` (0 is the boot processor).
     ///
     /// # Errors
-    /// An index out of range or used already.
+    /// An index that is out of range or already used.
     fn create_vcpu(&self, index: u32) -> Result<Self::Seed, Error>;
 
     /// Opens an interrupt input.
     ///
     /// # Errors
-    /// An input that does not exist, or a trigger mode that is not offered.
+    /// An input that does not exist, or an unsupported trigger mode.
     fn irq_line(&self, gsi: Gsi, trigger: IrqTrigger) -> Result<Arc<dyn IrqLine>, Error>;
 
-    /// Asks that `doorbell` signal `wake`. `Ok(false)` means the backend has no such
-    /// facility: the write then arrives on the bus.
+    /// Makes writes that match `doorbell` signal `wake`. `Ok(false)` means that the backend
+    /// has no such facility: the write then arrives on the bus.
     ///
     /// # Errors
     /// The hypervisor refused.
     fn add_doorbell(&self, doorbell: Doorbell, wake: Wake<'_>) -> Result<bool, Error>;
 
-    /// Saves interrupt controllers and clocks. All vCPUs must be out of
-    /// [`Vcpu::run`] and saved before.
+    /// Saves interrupt controllers and clocks. All vCPUs must have left [`Vcpu::run`] and
+    /// have been saved before.
     ///
     /// # Errors
     /// The hypervisor refused.
     fn save(&self) -> Result<VmState, Error>;
 
-    /// Restores interrupt controllers and clocks, once every vCPU of the VM has
-    /// been restored (`vcpus` proves it). Returns the tokens with which the vCPUs finish,
-    /// by ascending index. Interrupt lines are silent until all of them have.
+    /// Restores interrupt controllers and clocks, after every vCPU of the VM has been
+    /// restored (`vcpus` proves it). Returns the tokens with which the vCPUs finish, by
+    /// ascending index. Interrupt lines must be silent until all vCPUs have finished.
     ///
     /// # Errors
     /// A missing vCPU, one of another VM, or state from another kind of backend.
@@ -169,18 +168,17 @@ pub trait Vm: Send + Sync + 'static {
 pub trait VcpuSeed: Send + 'static {
     /// Architecture of the vCPU.
     type Arch: Arch;
-    /// What it becomes.
+    /// The type of the bound vCPU.
     type Vcpu: Vcpu<Arch = Self::Arch>;
 
-    /// The vCPU's index.
+    /// Returns the vCPU's index.
     fn index(&self) -> u32;
 
-    /// A handle that makes the vCPU leave [`Vcpu::run`].
+    /// Returns a handle that makes the vCPU leave [`Vcpu::run`].
     fn kicker(&self) -> Arc<dyn Kicker>;
 
-    /// Binds to the calling thread in the architecture's reset state (secondary
-    /// processors wait for their start-up signal). The boot processor starts
-    /// with `boot` instead.
+    /// Binds to the calling thread in the architecture's reset state (secondary processors
+    /// wait for their start-up signal). The boot processor starts with `boot` instead.
     ///
     /// # Errors
     /// The hypervisor refused.
@@ -189,22 +187,22 @@ pub trait VcpuSeed: Send + 'static {
     /// Binds to the calling thread with saved state, the first phase of a restore.
     ///
     /// # Errors
-    /// State that does not fit this host; the reason names the first element.
+    /// State that does not fit this host; the reason names the first such element.
     fn bind_restored(
         self,
         state: &<Self::Arch as Arch>::Vcpu,
     ) -> Result<(<Self::Vcpu as Vcpu>::Restoring, RestoredVcpu), Error>;
 }
 
-/// Makes a vCPU leave [`Vcpu::run`], from any thread.
+/// Handle that makes a vCPU leave [`Vcpu::run`], from any thread.
 pub trait Kicker: Send + Sync + Debug {
-    /// Sticky: if the vCPU is not running, its next [`Vcpu::run`] returns
-    /// [`Exit::Cancelled`] at once. Several kicks before that count as one.
+    /// Makes the vCPU leave. Sticky: if the vCPU is not running, its next [`Vcpu::run`]
+    /// returns [`Exit::Cancelled`] immediately. Several kicks before that count as one.
     fn kick(&self);
 }
 
-/// A vCPU on the thread that runs it. Generic code cannot send it elsewhere, as the trait
-/// does not imply `Send`.
+/// A vCPU on the thread that runs it. Generic code cannot send it elsewhere, because the
+/// trait does not imply `Send`.
 pub trait Vcpu: Sized {
     /// Its architecture.
     type Arch: Arch;
@@ -215,11 +213,11 @@ pub trait Vcpu: Sized {
     /// only control exits return.
     ///
     /// # Errors
-    /// The hypervisor failed in a way that is not the guest's doing.
+    /// The hypervisor failed in a way that the guest did not cause.
     fn run(&mut self, bus: &dyn Bus) -> Result<Exit, Error>;
 
-    /// Saves all state that the architecture and Linux need. Completes a device
-    /// access that is half done before.
+    /// Saves all state that the architecture and Linux need. No device access is half
+    /// completed: [`Vcpu::run`] completes one that it served before it returns.
     ///
     /// # Errors
     /// The hypervisor refused.
@@ -228,36 +226,37 @@ pub trait Vcpu: Sized {
     /// Restores an earlier saved state in place, the first phase of a reset.
     ///
     /// # Errors
-    /// State that does not fit this host. The vCPU is lost then.
+    /// State that does not fit this host. The vCPU is then lost.
     fn reload(
         self,
         state: &<Self::Arch as Arch>::Vcpu,
     ) -> Result<(Self::Restoring, RestoredVcpu), Error>;
 
-    /// Notes that the guest was paused, so that its watchdogs do not fire.
+    /// Notifies the guest that it was paused, so that its watchdogs do not fire.
     fn notify_paused(&mut self);
 }
 
-/// A vCPU that has its state, and waits on its thread for the VM to be restored.
+/// A vCPU whose state has been restored, and that waits on its thread for the VM's restore.
 pub trait RestoringVcpu: Sized {
     /// The vCPU that can run.
     type Vcpu;
 
-    /// Restores what has to follow the interrupt controllers, the last phase of a restore.
+    /// Restores state that has to follow the interrupt controllers, the last phase of a
+    /// restore.
     ///
     /// # Errors
     /// A token of another VM or vCPU, or state that does not fit this host. The vCPU is
-    /// lost then.
+    /// then lost.
     fn finish_restore(self, finish: Finish) -> Result<Self::Vcpu, Error>;
 }
 
-/// Why a vCPU stopped running guest code.
+/// Reason why a vCPU stopped running guest code.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Exit {
-    /// It was kicked.
+    /// The vCPU was kicked.
     Cancelled,
-    /// Halted with no way to be woken (interrupts are in the hypervisor, so
-    /// this does not surface for an ordinary idle guest).
+    /// Halted without a way to be woken (interrupt controllers are in the hypervisor, so
+    /// this does not occur for an ordinary idle guest).
     Halt,
     /// The guest asked to be reset (triple fault on x86 is [`Exit::TripleFault`]).
     Reset,
@@ -265,17 +264,17 @@ pub enum Exit {
     Shutdown,
     /// x86 shutdown state: a fault during double-fault delivery.
     TripleFault,
-    /// The hypervisor cannot run the guest on.
+    /// The hypervisor cannot continue to run the guest.
     Fault(FaultInfo),
 }
 
-/// What is known about a vCPU that cannot run on.
+/// Details about a vCPU that cannot continue.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FaultInfo {
-    /// What the hypervisor reported, for a person to read.
+    /// The hypervisor's report, for a person to read.
     pub reason: String,
-    /// Program counter, where it could be read.
+    /// Program counter; zero if it could not be read.
     pub program_counter: u64,
-    /// Bytes at the program counter, where they could be read.
+    /// Bytes at the program counter; empty if they could not be read.
     pub instruction: Vec<u8>,
 }

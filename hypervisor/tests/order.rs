@@ -1,5 +1,5 @@
-//! The order in which a vCPU's state is read: some of KVM's GET requests move state
-//! from one set of registers to another.
+//! The order in which a vCPU's state is read: some of KVM's GET requests move state from
+//! one set of registers to another.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 #![expect(
     clippy::cast_possible_truncation,
@@ -8,7 +8,7 @@
 )]
 #![expect(
     unsafe_code,
-    reason = "installs a filter that tells of system calls (seccomp_unotify(2))"
+    reason = "installs a filter that reports system calls (seccomp_unotify(2))"
 )]
 
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
@@ -29,7 +29,7 @@ const GET_MP_STATE: u8 = 0x98;
 const GET_VCPU_EVENTS: u8 = 0x9f;
 const GET_DEBUGREGS: u8 = 0xa1;
 
-/// Tells of each ioctl that this thread makes from now on.
+/// Installs a filter that reports each KVM ioctl of this thread from now on.
 fn watch_ioctls() -> OwnedFd {
     let step = |code: u32, yes, no, k: u32| libc::sock_filter {
         code: code as u16,
@@ -55,7 +55,7 @@ fn watch_ioctls() -> OwnedFd {
         len: program.len() as u16,
         filter: program.as_mut_ptr(),
     };
-    // SAFETY: the program and its length are right, and the kernel copies it.
+    // SAFETY: the program and its length are correct, and the kernel copies it.
     let listener = unsafe {
         assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
         libc::syscall(
@@ -66,16 +66,16 @@ fn watch_ioctls() -> OwnedFd {
         )
     };
     assert!(listener >= 0, "{}", std::io::Error::last_os_error());
-    // SAFETY: the descriptor is new, and nobody else's.
+    // SAFETY: the descriptor is new and has no other owner.
     unsafe { OwnedFd::from_raw_fd(listener as i32) }
 }
 
-/// Notes the requests' numbers, and lets them pass.
+/// Records the requests' numbers, and lets them continue.
 fn note(listener: &OwnedFd, requests: &Mutex<Vec<u8>>) {
     loop {
-        // SAFETY: plain data, for which zeroes are "nothing".
+        // SAFETY: plain data; zeroes are valid and mean "nothing".
         let mut call: libc::seccomp_notif = unsafe { std::mem::zeroed() };
-        // SAFETY: the structure is as long as the request says.
+        // SAFETY: the structure has the length that the request encodes.
         if unsafe { libc::ioctl(listener.as_raw_fd(), RECEIVE, &raw mut call) } != 0 {
             return;
         }
@@ -91,11 +91,11 @@ fn note(listener: &OwnedFd, requests: &Mutex<Vec<u8>>) {
     }
 }
 
-/// `GET_VCPU_EVENTS` delivers the address of a pending page fault to CR2 and the
-/// cause of a pending debug exception to DR6, and reports them as injected: both
-/// must be read afterwards. `GET_MP_STATE` settles INIT and start-up signals.
+/// `GET_VCPU_EVENTS` delivers the address of a pending page fault to CR2 and the cause of a
+/// pending debug exception to DR6, and reports them as injected: both must be read
+/// afterwards. `GET_MP_STATE` processes INIT and start-up signals.
 #[test]
-fn events_are_read_before_what_they_change() {
+fn events_are_read_before_the_registers_that_they_change() {
     let Some(kvm) = native() else { return };
     let requests = Arc::new(Mutex::new(Vec::new()));
     let noted = Arc::clone(&requests);

@@ -1,11 +1,11 @@
-//! The fake's vCPU in the state of each architecture: its index, and a position in a
-//! script in the place of the program counter.
+//! The fake's vCPU in the state of each architecture: its index, and its position in the
+//! script instead of the program counter.
 
 use super::BACKEND;
 use crate::state::{Blob, aarch64, x86_64};
 use crate::{Aarch64, Arch, X86_64};
 
-/// An architecture that the fake backend has.
+/// An architecture that the fake backend supports.
 pub trait FakeArch: Arch<Features: Default> {
     /// State of vCPU `index` at a position of its script.
     fn state(index: u32, position: u64) -> Self::Vcpu;
@@ -13,7 +13,7 @@ pub trait FakeArch: Arch<Features: Default> {
     fn read(state: &Self::Vcpu) -> (&str, u32, u64);
 }
 
-/// Names the backend, and holds nothing else.
+/// Returns a blob that only names the backend.
 fn mark() -> Blob {
     Blob {
         backend: BACKEND.to_owned(),

@@ -70,7 +70,7 @@ fn goes_on_in_another_vm<A: FakeArch>() {
     let mut vcpu = restoring.finish_restore(finish).unwrap();
     let expected = [Event::VmRestored, Event::Finished(0)];
     assert_eq!(fake.take_events(), expected);
-    // The interrupt that was pending wakes it.
+    // The interrupt that was pending wakes the vCPU.
     assert_eq!(vcpu.run(&Echo).unwrap(), Exit::Shutdown);
 }
 

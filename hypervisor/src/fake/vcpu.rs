@@ -1,4 +1,4 @@
-//! The vCPUs, which play their scripts.
+//! vCPUs of the fake backend, which play their scripts.
 
 use std::fmt;
 use std::io;
@@ -91,12 +91,13 @@ pub struct FakeVcpu<A: FakeArch> {
     index: u32,
     script: Vec<Step>,
     position: usize,
-    /// Not `Send`, as the seam demands.
+    /// Prevents `Send`, as the interface requires.
     stays: PhantomData<*const ()>,
 }
 
 impl<A: FakeArch> FakeVcpu<A> {
-    /// Waits for an interrupt, or for a kick only. True when kicked.
+    /// Waits for this interrupt or a kick; without an interrupt, for a kick only. Returns
+    /// true if kicked.
     fn wait(&self, gsi: Option<Gsi>) -> bool {
         let mut signals = lock(&self.shared.signals);
         loop {
@@ -121,7 +122,7 @@ impl<A: FakeArch> FakeVcpu<A> {
     }
 }
 
-/// A vCPU of the fake backend that has its state.
+/// A vCPU of the fake backend whose state has been restored.
 #[derive(Debug)]
 pub struct FakeRestoring<A: FakeArch>(FakeVcpu<A>);
 

@@ -1,4 +1,4 @@
-//! The VM: memory slots, interrupt lines, doorbells.
+//! The VM of the fake backend: memory slots, interrupt lines, doorbells.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Condvar, Mutex};
@@ -21,7 +21,7 @@ pub struct FakeVm<A: FakeArch> {
     shared: Arc<Shared>,
 }
 
-/// State that a VM shares with its vCPUs: what wakes them.
+/// State that a VM shares with its vCPUs: their wake-up conditions.
 #[derive(Debug, Default)]
 pub(super) struct Shared {
     /// Carried by the tokens of a restore.
@@ -121,7 +121,7 @@ impl<A: FakeArch> Vm for FakeVm<A> {
 
     fn add_doorbell(&self, doorbell: Doorbell, wake: Wake<'_>) -> Result<bool, Error> {
         let waker = Waker::of(wake).map_err(|source| Error::Os {
-            operation: "duplicate what a doorbell signals",
+            operation: "duplicate the target of a doorbell",
             source,
         })?;
         let Some(waker) = waker else {
@@ -172,7 +172,7 @@ struct FakeLine<A: FakeArch> {
 impl<A: FakeArch> IrqLine for FakeLine<A> {
     fn pulse(&self) -> Result<(), Error> {
         self.inner.note(Event::Irq(self.gsi));
-        // Edges that nobody has taken become one.
+        // Edges that no vCPU has taken merge into one.
         lock(&self.shared.signals).pending.insert(self.gsi, 1);
         self.shared.changed.notify_all();
         Ok(())

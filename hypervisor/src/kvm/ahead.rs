@@ -1,8 +1,8 @@
-//! A VM that is made before it is needed.
+//! A VM that is created before it is needed.
 //!
-//! `KVM_CREATE_VM` can wait long: in Linux 6.1 for a kernel thread of the VM's to begin
-//! (`kvm_vm_create_worker_thread`), 10 to 26 ms in the lab. A program that starts for
-//! one VM has other work in the meantime.
+//! `KVM_CREATE_VM` can block for a long time: in Linux 6.1 until a kernel thread of the VM
+//! starts (`kvm_vm_create_worker_thread`), 10 to 26 ms in the lab. A program that starts
+//! for one VM does its other work in the meantime.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,10 +12,10 @@ use kvm_ioctls::{Error, VmFd};
 
 use super::Shared;
 
-/// The thread calls into the kernel, no more.
+/// The thread only calls into the kernel.
 const STACK: usize = 64 << 10;
 
-/// At most one VM that nobody has asked for yet.
+/// At most one VM that has not been requested yet.
 #[derive(Default)]
 pub(super) struct Ahead(Mutex<Option<JoinHandle<Result<VmFd, Error>>>>);
 
@@ -25,8 +25,8 @@ impl Ahead {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Begins to make one, unless that has been done. Where no thread can be had, or
-    /// none would run beside the caller's, the VM is made when it is asked for.
+    /// Starts to create a VM, unless this has happened. With one processor, or if the
+    /// thread cannot be spawned, [`Ahead::take`] creates the VM instead.
     pub(super) fn begin(shared: &Arc<Shared>) {
         if processors() < 2 {
             return;
@@ -42,20 +42,20 @@ impl Ahead {
         }
     }
 
-    /// The VM that was begun, or else a new one.
+    /// Returns the VM whose creation was started, or else a new one.
     pub(super) fn take(shared: &Shared) -> Result<VmFd, Error> {
-        // Whoever comes meanwhile makes its own.
+        // A concurrent caller creates a VM of its own.
         let begun = shared.ahead.lock().take();
         match begun.map(JoinHandle::join) {
             Some(Ok(Ok(vm))) => Ok(vm),
-            // What stood in the way then need not now.
+            // The earlier failure may have been transient; create synchronously.
             Some(_) | None => shared.kvm.create_vm(),
         }
     }
 }
 
-/// How many processors this thread may use; many where they are too many to count. (The
-/// standard library's count takes limits of cgroups from files, too.)
+/// Returns the number of processors that this thread may use; the maximum if there are too
+/// many to count. (The standard library's count also reads limits of cgroups from files.)
 fn processors() -> u32 {
     rustix::thread::sched_getaffinity(None).map_or(u32::MAX, |set| set.count())
 }

@@ -1,15 +1,16 @@
-//! Debug builds read a restored vCPU back and compare.
+//! Comparison of a restored vCPU with its saved state, in debug builds.
 //!
-//! Left out, because it moves by itself or is the host's: time-stamp counter and
-//! timer deadline, kvmclock's and the wall clock's registers, the APIC timer's
-//! current count, what KVM computes (the APIC's processor priority), and CPUID,
-//! bits of which follow CR4 and XCR0.
+//! Not compared, because it changes by itself or belongs to the host: time-stamp counter
+//! and timer deadline, the registers of kvmclock and of its wall clock, the APIC timer's
+//! current count, values that KVM computes (the APIC's processor priority), and CPUID, bits
+//! of which follow CR4 and XCR0.
 
 use crate::Error;
 use crate::state::x86_64::VcpuState;
 
-/// Registers whose value moves or has an effect of its own: TSC, TSC_ADJUST is
-/// kept; TSC_DEADLINE; kvmclock's wall clock (written when set).
+/// Registers whose value changes by itself or has a side effect: TSC; TSC_DEADLINE;
+/// kvmclock's wall clock (old and new MSR), which KVM writes to guest memory when it is
+/// set.
 const MOVING_MSRS: [u32; 4] = [
     super::msrs::TSC,
     super::msrs::TSC_DEADLINE,
@@ -19,7 +20,7 @@ const MOVING_MSRS: [u32; 4] = [
 /// Local APIC: processor priority, and the timer's current count.
 const MOVING_LAPIC: [usize; 2] = [0xa0, 0x390];
 
-/// An error that names the first element that differs.
+/// Returns an error that names the first element that differs.
 pub(super) fn same(wanted: &VcpuState, found: &VcpuState) -> Result<(), Error> {
     let checks = [
         ("general registers", found.general == wanted.general),
@@ -47,7 +48,8 @@ pub(super) fn same(wanted: &VcpuState, found: &VcpuState) -> Result<(), Error> {
     }
 }
 
-/// Areas may differ in length: what one lacks is in its initial state, zero.
+/// Compares areas that may differ in length: components beyond the shorter one must be in
+/// their initial state, zero.
 fn same_xsave(a: &[u8], b: &[u8]) -> bool {
     let common = a.len().min(b.len());
     let rest = a[common..].iter().chain(&b[common..]);

@@ -1,4 +1,4 @@
-//! Plain-data state to KVM's structures and back.
+//! Conversion of plain-data state to KVM's structures and back.
 
 use kvm_bindings::{
     KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE,

@@ -1,5 +1,5 @@
-//! What the guest sees of its processor: KVM's supported CPUID, with the
-//! topology of the VM, and without what cannot be saved or is not set up.
+//! CPUID of the guest: KVM's supported CPUID with the topology of the VM, without features
+//! that cannot be saved or are not set up.
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
@@ -10,11 +10,11 @@ const KVM_FEATURES: u32 = 0x4000_0001;
 /// Asynchronous page faults: a fault in flight cannot be saved.
 const KVM_ASYNC_PF: u32 = 1 << 4 | 1 << 10 | 1 << 14;
 
-/// XSAVE components that need a permission and 8 KiB a task (Intel SDM volume 1
+/// XSAVE components that need a permission and 8 KiB for each task (Intel SDM volume 1
 /// section 18.13).
 const AMX: u32 = 1 << 17 | 1 << 18;
 
-/// CPUID of vCPU `index` of `count`, each a core of its own in one package.
+/// Returns the CPUID of vCPU `index` of `count`, each a core of its own in one package.
 pub(super) fn for_vcpu(
     supported: &CpuId,
     index: u32,
@@ -31,7 +31,7 @@ pub(super) fn for_vcpu(
         adjust(entry, index, count, tsc_deadline);
     }
     let leaf0 = entries.iter_mut().find(|entry| entry.function == 0);
-    // Leaf 0x1f would have to be described too: end before it.
+    // Leaf 0x1f would need a description as well: end before it.
     if let Some(leaf0) = leaf0 {
         leaf0.eax = leaf0.eax.clamp(0xb, 0x1e);
     }
@@ -41,8 +41,8 @@ pub(super) fn for_vcpu(
     })
 }
 
-/// What a vCPU could be told: what [`for_vcpu`] tells one of several, and what KVM
-/// offers besides.
+/// Returns everything that a vCPU's CPUID could contain: the result of [`for_vcpu`] for one
+/// of several vCPUs, and KVM's other features.
 pub(super) fn offered(
     supported: &CpuId,
     tsc_deadline: bool,
@@ -65,8 +65,8 @@ pub(super) fn offered(
     Ok(entries)
 }
 
-/// Leaves that are written here or that describe what the guest does not get:
-/// performance counters, SGX, processor trace, last branch records, AMX, nested
+/// Returns true for leaves that are written here or that describe features the guest does
+/// not have: performance counters, SGX, processor trace, last branch records, AMX, nested
 /// virtualisation; XSAVE components of AMX and of supervisor state.
 fn is_dropped(entry: &kvm_cpuid_entry2) -> bool {
     match entry.function {
@@ -89,15 +89,16 @@ fn adjust(entry: &mut kvm_cpuid_entry2, index: u32, count: u32, tsc_deadline: bo
             }
             entry.edx = entry.edx & !(1 << 28) | u32::from(count > 1) << 28;
         }
-        // Intel's cache topology: one core a cache, `count` cores a package.
+        // Intel's cache topology: one core for each L1 and L2 cache, `count` cores for
+        // larger ones and in the package.
         (4, _) if entry.eax & 0x1f != 0 => {
             let level = entry.eax >> 5 & 7;
             let sharing = if level >= 3 { count } else { 1 };
             entry.eax =
                 entry.eax & 0x3fff | (sharing.min(4096) - 1) << 14 | (count.min(64) - 1) << 26;
         }
-        // CET is not set up, AMX not asked for; SGX, processor
-        // trace and last branch records are not saved.
+        // CET is not set up, AMX is not requested; SGX, processor trace and last branch
+        // records are not saved.
         (7, 0) => {
             entry.ebx &= !(1 << 2 | 1 << 25);
             entry.ecx &= !(1 << 7 | 1 << 30);
@@ -117,11 +118,11 @@ fn adjust(entry: &mut kvm_cpuid_entry2, index: u32, count: u32, tsc_deadline: bo
         (KVM_FEATURES, _) => entry.eax &= !KVM_ASYNC_PF,
         // AMD: SVM, extended performance counters.
         (0x8000_0001, _) => entry.ecx &= !(1 << 2 | 1 << 23 | 1 << 24 | 1 << 28),
-        // AMD: number of threads less one, and bits of the APIC id.
+        // AMD: number of threads minus one, and bits of the APIC id.
         (0x8000_0008, _) => {
             entry.ecx = (count.min(256) - 1) | id_bits(count) << 12;
         }
-        // AMD: extended APIC id, core id with one thread a core, one node.
+        // AMD: extended APIC id, core id with one thread in each core, one node.
         (0x8000_001e, _) => {
             entry.eax = index;
             entry.ebx = index & 0xff;
@@ -131,12 +132,13 @@ fn adjust(entry: &mut kvm_cpuid_entry2, index: u32, count: u32, tsc_deadline: bo
     }
 }
 
-/// Bits that hold the numbers 0 to `count` - 1.
+/// Returns the number of bits that hold the numbers 0 to `count` - 1.
 fn id_bits(count: u32) -> u32 {
     u32::BITS - (count.max(1) - 1).leading_zeros()
 }
 
-/// Leaf 0xb: a thread level of one, a core level of all (Intel SDM volume 2A).
+/// Returns leaf 0xb: a thread level with one thread, a core level with all (Intel SDM
+/// volume 2A).
 fn topology(index: u32, count: u32) -> [kvm_cpuid_entry2; 3] {
     let level = |number: u32, shift: u32, cpus: u32, kind: u32| kvm_cpuid_entry2 {
         function: 0xb,
@@ -208,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_saved_is_hidden() {
+    fn features_that_cannot_be_saved_are_hidden() {
         let cpuid = for_vcpu(&supported(), 0, 1, false).unwrap();
         let leaf7 = find(&cpuid, 7, 0).unwrap();
         assert_eq!(leaf7.ecx & 1 << 7, 0, "shadow stacks");

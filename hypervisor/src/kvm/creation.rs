@@ -1,10 +1,10 @@
 //! Advice for hosts on which creating a VM takes long.
 
-/// In Linux 6.1, KVM starts a thread for each VM and moves it to the cgroup of the
-/// process, which takes a semaphore optimised for readers and waits for an RCU grace
-/// period. The mount option `favordynmods` optimises it for writers (Firecracker's guide
-/// to hosts in production has the same advice). Later kernels may not wait: the measured
-/// time decides.
+/// Returns advice about the cgroups of this host. In Linux 6.1, KVM starts a thread for
+/// each VM and moves it to the cgroup of the process, which takes a semaphore that is
+/// optimised for readers and waits for an RCU grace period. The mount option `favordynmods`
+/// optimises it for writers (Firecracker's guide to hosts in production has the same
+/// advice). Later kernels may not wait: the caller decides by the measured time.
 pub(super) fn advice() -> Option<String> {
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").ok()?;
     let release = rustix::system::uname();

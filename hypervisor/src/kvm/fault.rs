@@ -1,4 +1,4 @@
-//! Explaining why a vCPU cannot run on.
+//! Explanations of why a vCPU cannot continue.
 
 #![expect(unsafe_code, reason = "reads members of a union that KVM filled")]
 
@@ -15,7 +15,7 @@ use crate::FaultInfo;
 /// The longest x86 instruction, in bytes.
 const INSTRUCTION_LEN: usize = 15;
 
-/// What `KVM_EXIT_INTERNAL_ERROR` means.
+/// Returns the meaning of a `KVM_EXIT_INTERNAL_ERROR`.
 pub(super) fn internal_error(fd: &mut VcpuFd) -> String {
     // SAFETY: the exit reason is KVM_EXIT_INTERNAL_ERROR, for which KVM fills
     // this member of the union.
@@ -31,7 +31,7 @@ pub(super) fn internal_error(fd: &mut VcpuFd) -> String {
     }
 }
 
-/// Adds where it happened.
+/// Adds the program counter and the instruction.
 pub(super) fn locate(fd: &mut VcpuFd, slots: &SlotTable, reason: String) -> FaultInfo {
     let (regs, sregs) = (fd.get_regs(), fd.get_sregs());
     let program_counter = regs.map_or(0, |regs| regs.rip);
@@ -53,7 +53,7 @@ pub(super) fn locate(fd: &mut VcpuFd, slots: &SlotTable, reason: String) -> Faul
     }
 }
 
-/// The instruction as KVM fetched it, when it says so.
+/// Returns the instruction as KVM fetched it, if KVM reports it; otherwise nothing.
 fn reported_bytes(fd: &mut VcpuFd) -> Vec<u8> {
     let run = fd.get_kvm_run();
     if run.exit_reason != KVM_EXIT_INTERNAL_ERROR {
@@ -74,7 +74,7 @@ fn reported_bytes(fd: &mut VcpuFd) -> Vec<u8> {
     bytes.insn_bytes[..len].to_vec()
 }
 
-/// The bytes at a linear address, as far as they are in one page of RAM.
+/// Returns the bytes at a linear address, as far as they are in one page of RAM.
 fn bytes_in_memory(fd: &VcpuFd, slots: &SlotTable, linear: u64) -> Vec<u8> {
     let Ok(translation) = fd.translate_gva(linear) else {
         return Vec::new();

@@ -1,10 +1,9 @@
-//! Making a vCPU leave the guest, from any thread.
+//! Kicks: any thread can make a vCPU leave the guest.
 //!
-//! Kicks are sticky and never lost: a kick first sets a flag, then the
-//! `immediate_exit` byte in the page shared with KVM, then signals the thread.
-//! If the vCPU is in the guest, the signal ends KVM_RUN; if it is about to
-//! enter, KVM sees the byte; if it is outside, it sees the flag. The vCPU clears
-//! the byte *before* it looks at the flag.
+//! Kicks are sticky and never lost: a kick first sets a flag, then the `immediate_exit`
+//! byte in the page shared with KVM, then signals the thread. If the vCPU is in the guest,
+//! the signal ends KVM_RUN; if it is about to enter, KVM sees the byte; if it is outside,
+//! it sees the flag. The vCPU clears the byte *before* it reads the flag.
 
 #![expect(
     unsafe_code,
@@ -20,7 +19,7 @@ use crate::Kicker;
 /// The real-time signal (counted from `SIGRTMIN`) that ends KVM_RUN.
 const KICK_SIGNAL: i32 = 0;
 
-/// Where a kick has to go while the vCPU is bound.
+/// Destination of kicks while the vCPU is bound.
 struct Target {
     thread: libc::pthread_t,
     /// `kvm_run.immediate_exit`.
@@ -31,7 +30,7 @@ struct Target {
 // into is alive; what it points to is atomic.
 unsafe impl Send for Target {}
 
-/// What a vCPU and its kickers share.
+/// State shared by a vCPU and its kickers.
 pub(super) struct KickState {
     kicked: AtomicBool,
     target: Mutex<Option<Target>>,
@@ -45,7 +44,7 @@ impl KickState {
         }
     }
 
-    /// Makes the calling thread the one to signal.
+    /// Makes the calling thread the target of kicks.
     ///
     /// # Safety
     /// `immediate_exit` must stay valid until [`KickState::unbind`], which the
@@ -59,7 +58,7 @@ impl KickState {
         });
     }
 
-    /// From here on kicks only set the flag.
+    /// Ends the binding: kicks only set the flag from now on.
     pub(super) fn unbind(&self) {
         *self.target() = None;
     }
@@ -70,7 +69,7 @@ impl KickState {
     }
 
     fn target(&self) -> MutexGuard<'_, Option<Target>> {
-        // Nothing can panic with the lock held, and the value is always whole.
+        // No code panics with the lock held, and the value is always consistent.
         self.target.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -91,8 +90,8 @@ impl Kicker for KickState {
             // SAFETY: a target is only registered while the vCPU's mapping lives;
             // it is unregistered, under this lock, before that ends.
             unsafe { &*target.immediate_exit }.store(1, Ordering::SeqCst);
-            // SAFETY: for the same reason the thread is alive: the vCPU never
-            // leaves it. The handler does nothing.
+            // SAFETY: for the same reason the thread is alive: the vCPU never leaves it.
+            // The handler does nothing.
             unsafe {
                 libc::pthread_kill(target.thread, libc::SIGRTMIN() + KICK_SIGNAL);
             }
@@ -102,9 +101,9 @@ impl Kicker for KickState {
 
 extern "C" fn ignore(_: libc::c_int) {}
 
-/// Makes the kick signal interrupt the calling thread's system calls and do
-/// nothing else. The handler is installed once for the process; the mask, which
-/// a thread inherits from the one that started it, is the thread's own.
+/// Makes the kick signal interrupt the calling thread's system calls without other effect.
+/// The handler is installed once for the process; the mask is the thread's own, inherited
+/// from its parent thread.
 fn prepare_signal() {
     static ONCE: Once = Once::new();
     let signal = libc::SIGRTMIN() + KICK_SIGNAL;

@@ -2,41 +2,41 @@
 //!
 //! | file | idea |
 //! |---|---|
-//! | `mod.rs` | opening `/dev/kvm`, what it can do |
-//! | `ahead.rs` | a VM that is made before it is needed |
+//! | `mod.rs` | opening `/dev/kvm`, its capabilities |
+//! | `ahead.rs` | a VM that is created before it is needed |
 //! | `vm.rs` | the VM: interrupt lines, doorbells, interrupt controllers and clock |
 //! | `slots.rs` | the table of memory slots |
 //! | `vcpu.rs` | binding and running a vCPU |
-//! | `kick.rs` | making it leave the guest |
-//! | `fault.rs` | explaining why it cannot run on |
-//! | `cpuid.rs` | what the guest sees of its processor |
+//! | `kick.rs` | making a vCPU leave the guest |
+//! | `fault.rs` | explaining why a vCPU cannot continue |
+//! | `cpuid.rs` | CPUID of the guest |
 //! | `convert.rs` | plain-data state to KVM's structures and back |
 //! | `state.rs` | saving and restoring a vCPU, in order |
 //! | `msrs.rs`, `tsc.rs` | model-specific registers; the time-stamp counter |
-//! | `probe.rs` | whether Linux guests run, by a tiny guest |
-//! | `creation.rs` | what makes creating VMs slow on a host |
-//! | `compare.rs` | reading back after a restore, in debug builds |
+//! | `probe.rs` | a tiny guest that proves that Linux guests run |
+//! | `creation.rs` | advice where creating VMs is slow |
+//! | `compare.rs` | comparison after a restore, in debug builds |
 //!
-//! # What is saved
+//! # Saved state
 //!
 //! | element | where | note |
 //! |---|---|---|
 //! | general, segment, table, control registers | [`VcpuState`](crate::state::x86_64::VcpuState) | also the interrupt being delivered |
 //! | debug registers, XCR0 | `VcpuState` | |
-//! | XSAVE area | `VcpuState` | `KVM_GET_XSAVE2` where there is one: x87, SSE, AVX, AVX-512, PKRU |
-//! | MSRs | `VcpuState` | all that KVM lists and that read, but for the host's microcode revision, performance counters and Hyper-V |
+//! | XSAVE area | `VcpuState` | `KVM_GET_XSAVE2` where it exists: x87, SSE, AVX, AVX-512, PKRU |
+//! | MSRs | `VcpuState` | all that KVM lists and that can be read, except the host's microcode revision, performance counters and Hyper-V |
 //! | local APIC, MP state | `VcpuState` | |
 //! | events | its `events` blob | exceptions, interrupts, NMI, SMI, triple fault |
 //! | CPUID, TSC frequency | `VcpuState` | the guest keeps the processor it booted on |
 //! | PIC, IOAPIC, kvmclock | [`VmState`](crate::VmState) | there is no PIT: Linux does not need one |
 //!
-//! kvmclock goes on where it stopped, as the time-stamp counter does: the
-//! guest's monotonic time does not leap however long the machine was away. Its
-//! wall clock is then behind; the guest agent sets it.
+//! kvmclock continues from its saved value, as the time-stamp counter does: the guest's
+//! monotonic time does not jump, however long the machine was stopped. Its wall clock is
+//! then behind; the guest agent sets it.
 //!
-//! Interrupts that an eventfd raised a moment before are injected from a kernel
-//! thread, and can miss the save: a device with an unacknowledged interrupt
-//! raises its line again after a restore.
+//! An interrupt that an eventfd raised a moment earlier is injected from a kernel thread,
+//! and the save can miss it: a device with an unacknowledged interrupt raises its line
+//! again after a restore.
 
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
@@ -84,7 +84,7 @@ pub struct Kvm {
     shared: Arc<Shared>,
 }
 
-/// What is asked of `/dev/kvm` once.
+/// Results of queries to `/dev/kvm`, each made once.
 #[derive(Debug)]
 struct Shared {
     kvm: kvm_ioctls::Kvm,
@@ -94,7 +94,7 @@ struct Shared {
     ahead: Ahead,
 }
 
-/// An error of a KVM ioctl.
+/// Converts an error of a KVM ioctl.
 fn os(operation: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Error {
     move |error| Error::Os {
         operation,
@@ -103,7 +103,7 @@ fn os(operation: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Error {
 }
 
 impl Kvm {
-    /// The processor features that KVM can give to a guest.
+    /// Returns the processor features that KVM supports for guests.
     fn supported_cpuid(&self) -> Result<&CpuId, Error> {
         if let Some(cpuid) = self.shared.supported_cpuid.get() {
             return Ok(cpuid);
@@ -116,7 +116,7 @@ impl Kvm {
         Ok(self.shared.supported_cpuid.get_or_init(|| cpuid))
     }
 
-    /// The MSRs that KVM lists and that are worth saving.
+    /// Returns the MSRs that KVM lists and that are worth saving.
     fn msr_indices(&self) -> Result<&[u32], Error> {
         if let Some(indices) = self.shared.msr_indices.get() {
             return Ok(indices);
@@ -140,10 +140,10 @@ impl Hypervisor for Kvm {
     fn open() -> Result<Self, OpenError> {
         let kvm = kvm_ioctls::Kvm::new().map_err(|error| open_error(error.errno()))?;
         let version = kvm.get_api_version();
-        // The only version there has been since Linux 2.6.22.
+        // The only version since Linux 2.6.22.
         if version != 12 {
             return Err(unsupported(&format!(
-                "it speaks API version {version} instead of 12"
+                "it has API version {version} instead of 12"
             )));
         }
         let needed = [
@@ -205,7 +205,7 @@ impl Hypervisor for Kvm {
     }
 }
 
-/// Says what a person can do when `/dev/kvm` cannot be opened.
+/// Explains a failure to open `/dev/kvm`, with the remedy.
 fn open_error(errno: i32) -> OpenError {
     match errno {
         libc::ENOENT | libc::ENODEV | libc::ENXIO => OpenError::new(
@@ -229,7 +229,7 @@ fn open_error(errno: i32) -> OpenError {
     }
 }
 
-/// A device that is no KVM, or one that lacks something.
+/// Returns the error for a `/dev/kvm` that lacks something or is another device.
 fn unsupported(reason: &str) -> OpenError {
     OpenError::new(
         BACKEND,
@@ -238,7 +238,7 @@ fn unsupported(reason: &str) -> OpenError {
     )
 }
 
-/// The name of a group, its number where it has none.
+/// Returns the name of a group, or its number if it has no name.
 fn group_name(gid: u32) -> String {
     let groups = std::fs::read_to_string("/etc/group").unwrap_or_default();
     groups

@@ -1,4 +1,4 @@
-//! Model-specific registers: every one that KVM lists and that reads.
+//! Model-specific registers: all that KVM lists and that can be read.
 
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
@@ -6,13 +6,14 @@ use kvm_ioctls::VcpuFd;
 use super::os;
 use crate::Error;
 
-/// Time-stamp counter: restored first, since others are relative to it.
+/// Time-stamp counter: restored first, because others are relative to it.
 pub(super) const TSC: u32 = 0x10;
-/// Local APIC timer deadline: only accepted once the local APIC is in its mode.
+/// Local APIC timer deadline: accepted only once the local APIC is in its mode.
 pub(super) const TSC_DEADLINE: u32 = 0x6e0;
 
-/// Registers that describe the host's microcode or Hyper-V emulation that is
-/// not offered; reading them costs time and restoring them is meaningless.
+/// Returns true for registers that describe the host's microcode, for Hyper-V's, which are
+/// not offered, and for performance counters: reading them costs time and restoring them is
+/// meaningless.
 fn is_skipped(index: u32) -> bool {
     matches!(index,
         // IA32_BIOS_SIGN_ID: the host's microcode revision.
@@ -25,7 +26,7 @@ fn is_skipped(index: u32) -> bool {
         | 0xc000_0300..=0xc000_0302)
 }
 
-/// Those of the registers that KVM lists that are worth saving.
+/// Selects the registers worth saving from those that KVM lists.
 pub(super) fn to_save(listed: &[u32]) -> Vec<u32> {
     let listed = listed.iter().copied();
     listed.filter(|&index| !is_skipped(index)).collect()
@@ -51,14 +52,14 @@ pub(super) fn save(fd: &VcpuFd, indices: &[u32]) -> Result<Vec<(u32, u64)>, Erro
                 .take(read)
                 .map(|entry| (entry.index, entry.data)),
         );
-        // The one after the last read cannot be read: listed, but not on this CPU.
+        // The entry after the last one read cannot be read: listed, but not on this CPU.
         wanted = wanted.get(read + 1..).unwrap_or_default();
     }
     Ok(saved)
 }
 
-/// Writes registers in the order given. One that cannot be written is fine as
-/// long as it has the wanted value already.
+/// Writes registers in the given order. A register that cannot be written is accepted if it
+/// has the value already, or if it cannot be read and the value is zero.
 pub(super) fn restore(fd: &VcpuFd, values: &[(u32, u64)]) -> Result<(), Error> {
     let entries: Vec<kvm_msr_entry> = values
         .iter()
@@ -94,7 +95,7 @@ pub(super) fn restore(fd: &VcpuFd, values: &[(u32, u64)]) -> Result<(), Error> {
     Ok(())
 }
 
-/// The value of one register, when it is among `values`.
+/// Returns the value of one register, if it is among `values`.
 pub(super) fn value(values: &[(u32, u64)], index: u32) -> Option<u64> {
     values
         .iter()

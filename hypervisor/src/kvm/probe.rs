@@ -1,10 +1,9 @@
-//! Can this host's hypervisor run Linux?
+//! The Linux capability probe.
 //!
-//! Some hosts have a `/dev/kvm` without hardware virtualisation behind it: guest
-//! user code runs natively, guest kernel code is emulated, and not all of it. So
-//! a tiny guest does what a kernel does in its first moments and what an
-//! emulator is likely to lack, and notes how far it got. A guest that hangs is
-//! kicked out.
+//! Some hosts have a `/dev/kvm` without hardware virtualisation behind it: guest user code
+//! runs natively, guest kernel code is emulated incompletely. A tiny guest therefore
+//! executes instructions that a kernel executes early and that an emulator is likely to
+//! lack, and records its progress. A guest that hangs is kicked.
 
 #![expect(unsafe_code, reason = "assembles a guest, and maps memory for it")]
 
@@ -23,8 +22,8 @@ use crate::{
     VcpuSeed as _, Vm as _, VmConfig, X86_64,
 };
 
-/// How long the guest may take. Natively it needs microseconds; under an
-/// emulated hypervisor on a busy host much more.
+/// Timeout of the guest. Natively it needs microseconds; under an emulated hypervisor on a
+/// busy host much more.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Guest memory: 64 KiB at guest physical address 0.
@@ -33,15 +32,15 @@ const PML4: usize = 0x1000;
 const PDPT: usize = 0x2000;
 const PD: usize = 0x3000;
 const GDT: usize = 0x4000;
-/// How far the guest got: a [`Stage`] as a 32-bit number.
+/// Progress of the guest: an index into [`STAGES`] as a 32-bit number.
 const STAGE: usize = 0x5000;
-/// Set by the host when the guest's processor has XSAVE.
+/// Set by the host if the guest's processor has XSAVE.
 const WITH_XSAVE: usize = 0x5004;
 const CODE: usize = 0x8000;
-/// The port that the guest writes to when it is through.
+/// The port that the guest writes to at its end.
 const DONE_PORT: u16 = 0x80;
 
-/// What the guest is about to do.
+/// The next action of the guest, by its progress.
 const STAGES: [&str; 8] = [
     "start in 64-bit mode",
     "execute popcnt in the kernel",
@@ -99,7 +98,7 @@ global_asm!(
     "4:",
     "mov dword ptr [0x5000], 5",
     "syscall",
-    // Came back without any kernel: stay in user mode until kicked.
+    // Returned without entering the kernel: stay in user mode until kicked.
     "5: jmp 5b",
     "3:",
     "mov dword ptr [0x5000], 6",
@@ -134,12 +133,14 @@ pub(super) fn linux_support<H: Hypervisor<Arch = X86_64>>(hypervisor: &H) -> Lin
         Err(error) => {
             let source = std::error::Error::source(&error)
                 .map_or_else(String::new, |source| format!(": {source}"));
-            return unusable(format!("a test guest could not be made: {error}{source}"));
+            return unusable(format!(
+                "a test guest could not be created: {error}{source}"
+            ));
         }
     };
     let why = match outcome {
         Outcome::Done => return LinuxSupport::Native,
-        Outcome::TimedOut => format!("it was still at that after {} s", PATIENCE.as_secs()),
+        Outcome::TimedOut => format!("it had not done so after {} s", PATIENCE.as_secs()),
         Outcome::Exit(Exit::Fault(FaultInfo { reason, .. })) => reason,
         Outcome::Exit(Exit::TripleFault) => "it ended in a triple fault".to_owned(),
         Outcome::Exit(exit) => format!("it ended with {exit:?}"),
@@ -202,7 +203,7 @@ fn try_guest<H: Hypervisor<Arch = X86_64>>(hypervisor: &H) -> Result<(Outcome, u
     Ok((outcome, memory.stage()))
 }
 
-/// Kicks the vCPU when the guest is through, or late.
+/// Kicks the vCPU when the guest has finished or its time is over.
 struct Watch {
     kicker: Arc<dyn Kicker>,
     done: AtomicBool,
@@ -282,8 +283,8 @@ impl Memory {
     }
 
     fn put(&self, offset: usize, bytes: &[u8]) {
-        // Holds for all callers: offsets are constants, and a test says that the code
-        // fits. Here for what follows to be sound by itself.
+        // True for all callers: offsets are constants, and a test checks that the code
+        // fits. Asserted so that the unsafe block is sound by itself.
         assert!(offset + bytes.len() <= MEMORY_LEN);
         // SAFETY: within the mapping, checked above, and no guest runs yet.
         unsafe {
@@ -292,7 +293,7 @@ impl Memory {
     }
 
     fn stage(&self) -> u32 {
-        // SAFETY: within the mapping and aligned; volatile, as the guest wrote it.
+        // SAFETY: within the mapping and aligned; volatile, because the guest wrote it.
         unsafe { self.0.as_ptr().add(STAGE).cast::<u32>().read_volatile() }
     }
 }
@@ -305,7 +306,7 @@ impl Drop for Memory {
     }
 }
 
-/// Whether the host's processor has XSAVE; a guest's has it then as well.
+/// Returns true if the host's processor has XSAVE; a guest's then has it as well.
 fn offers_xsave() -> bool {
     std::arch::is_x86_feature_detected!("xsave")
 }
@@ -362,8 +363,8 @@ mod tests {
         assert!(!guest_code().is_empty());
     }
 
-    /// The verdict must be what the host's processor flags imply: hardware
-    /// virtualisation visible means that guests run.
+    /// The verdict must match the host's processor flags: visible hardware virtualisation
+    /// means that guests run.
     #[test]
     fn the_verdict_agrees_with_the_processor() {
         let Some(kvm) = crate::testing::native() else {

@@ -1,4 +1,4 @@
-//! The table of memory slots: what the guest sees where.
+//! The table of memory slots, which maps guest addresses to host memory.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -16,8 +16,8 @@ pub(super) struct Slots {
     regions: Vec<Slot>,
 }
 
-/// Shared by the VM and its vCPUs, which read guest memory to explain a fault.
-/// KVM's own table is changed with the lock held, so that both agree.
+/// Shared by the VM and its vCPUs, which read guest memory to explain a fault. KVM's own
+/// table is changed with the lock held, so that both agree.
 #[derive(Debug, Default)]
 pub(super) struct SlotTable(Mutex<Slots>);
 
@@ -29,7 +29,7 @@ impl SlotTable {
 }
 
 impl Slots {
-    /// The number that the next region gets; `None` when there are no more.
+    /// Returns the number for the next region; `None` if there are no more.
     pub(super) fn next(&self) -> Option<u32> {
         u32::try_from(self.regions.len()).ok()
     }
@@ -39,8 +39,8 @@ impl Slots {
         self.regions.push(slot);
     }
 
-    /// Copies guest memory from guest physical `address` on, up to the end of
-    /// the region that holds it; returns the number of bytes.
+    /// Copies guest memory starting at guest physical `address`, up to the end of the
+    /// region that contains it; returns the number of bytes.
     pub(super) fn read(&self, address: u64, to: &mut [u8]) -> usize {
         let holds = |slot: &&Slot| {
             address
@@ -56,9 +56,9 @@ impl Slots {
             .min(to.len());
         for (from, byte) in (slot.host_address + offset..).zip(&mut to[..len]) {
             #[expect(unsafe_code, reason = "reads memory that belongs to the guest")]
-            // SAFETY: whoever called `map_memory` keeps the region mapped until the
-            // VM and its vCPUs are dropped, which share the table; volatile, since the
-            // guest may be writing.
+            // SAFETY: the caller of `map_memory` keeps the region mapped until the VM and
+            // its vCPUs, which share the table, are dropped; volatile, because the guest
+            // may be writing.
             let value = unsafe { std::ptr::read_volatile(from as *const u8) };
             *byte = value;
         }

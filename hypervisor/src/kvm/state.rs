@@ -2,20 +2,19 @@
 //!
 //! Order matters in both directions:
 //!
-//! - Saving: the multiprocessor state first, because asking for it makes KVM
-//!   settle pending INIT and start-up signals; events next, because asking for
-//!   these makes KVM write the address of a pending page fault into CR2, and the
-//!   cause of a pending debug exception into DR6.
-//! - Restoring: CPUID first (it decides what else is accepted), TSC frequency,
-//!   system registers (they set the local APIC's base and mode), XCR0 before
-//!   the XSAVE area, the TSC before all other MSRs (see `tsc.rs`), the local
-//!   APIC, then the deadline of its timer, events, and the multiprocessor state
-//!   last.
+//! - Saving: the multiprocessor state first, because reading it makes KVM process pending
+//!   INIT and start-up signals; events next, because reading these makes KVM write the
+//!   address of a pending page fault into CR2, and the cause of a pending debug exception
+//!   into DR6.
+//! - Restoring: CPUID first (it determines which other state is accepted), TSC frequency,
+//!   system registers (they set the local APIC's base and mode), XCR0 before the XSAVE
+//!   area, the TSC before all other MSRs (see `tsc.rs`), the local APIC, then the deadline
+//!   of its timer, events, and the multiprocessor state last.
 //!
-//! Not saved, because the guest's CPUID does not offer it (see `cpuid.rs`):
-//! nested virtualisation, performance counters, AMX tiles, shadow stacks, SGX,
-//! processor trace, asynchronous page faults. PDPTRs of a 32-bit PAE guest are
-//! read again from memory by KVM when CR3 is set.
+//! Not saved, because the guest's CPUID does not offer it (see `cpuid.rs`): nested
+//! virtualisation, performance counters, AMX tiles, shadow stacks, SGX, processor trace,
+//! asynchronous page faults. KVM reads the PDPTRs of a 32-bit PAE guest from memory again
+//! when CR3 is set.
 
 use kvm_bindings::{
     CpuId, KVM_VCPUEVENT_VALID_TRIPLE_FAULT, Xsave, kvm_lapic_state, kvm_vcpu_events, kvm_xcr,
@@ -39,8 +38,8 @@ fn unfit(reason: impl Into<String>) -> Error {
     }
 }
 
-/// Saves vCPU `index`, which was told `cpuid`. `xsave_len` is the size of its XSAVE
-/// area in bytes.
+/// Saves vCPU `index`, whose CPUID is `cpuid`. `xsave_len` is the size of its XSAVE area in
+/// bytes.
 pub(super) fn save(
     fd: &VcpuFd,
     index: u32,
@@ -60,7 +59,7 @@ pub(super) fn save(
     let lapic = fd.get_lapic().map_err(os("read the local APIC"))?;
     let mut values = msrs::save(fd, msr_indices)?;
     arm_expired_deadline(&mut values);
-    // Not offered by every KVM; then the frequency is the host's.
+    // Not every KVM reports it; the frequency is then the host's.
     let tsc_khz = fd.get_tsc_khz().unwrap_or(0);
     let count = usize::try_from(xcrs.nr_xcrs).unwrap_or(0);
     Ok(VcpuState {
@@ -88,9 +87,9 @@ pub(super) fn save(
     })
 }
 
-/// A deadline that has passed reads as zero, which means "disarmed" on
-/// restoring: if its interrupt was still on the way, the timer would never fire
-/// again. A deadline of now makes it fire once too often at worst.
+/// Replaces an expired deadline with the current counter. It reads as zero, which means
+/// "disarmed" on restoring: if its interrupt had not arrived yet, the timer would never
+/// fire again. A deadline of now makes it fire once too often at worst.
 fn arm_expired_deadline(values: &mut [(u32, u64)]) {
     let Some(tsc) = msrs::value(values, msrs::TSC) else {
         return;
@@ -102,8 +101,8 @@ fn arm_expired_deadline(values: &mut [(u32, u64)]) {
     }
 }
 
-/// Restores a vCPU of `vm`; a fresh one has no CPUID yet, and one that has run
-/// cannot get another.
+/// Restores a vCPU of `vm`. A `fresh` one has no CPUID yet; one that has run cannot change
+/// its CPUID.
 pub(super) fn restore(
     fd: &VcpuFd,
     state: &VcpuState,
@@ -149,7 +148,8 @@ fn restore_frequency(fd: &VcpuFd, saved: u32, vm: &VmShared) -> Result<(), Error
     })
 }
 
-/// Within 250 parts per million: what NTP corrects, and what KVM itself accepts.
+/// Returns true within 250 parts per million: the range that NTP corrects and that KVM
+/// itself accepts.
 fn tolerable(a: u32, b: u32) -> bool {
     u64::from(a.abs_diff(b)) * 1_000_000 <= u64::from(a) * 250
 }
@@ -208,9 +208,9 @@ fn decode_events(blob: &Blob) -> Result<kvm_vcpu_events, Error> {
     kvm_vcpu_events::read_from_bytes(&blob.bytes).map_err(|_| unfit("its events have another size"))
 }
 
-/// The events as every kernel takes them, without what says nothing: that a triple
-/// fault could be pending and is not (only Linux 6.1 and later know that), and that
-/// an exception is pending, where KVM reports it as injected too.
+/// Returns the events as every kernel accepts them, without redundant fields: the valid
+/// flag of a triple fault that is not pending (only Linux 6.1 and later know it), and the
+/// pending flag of an exception that KVM also reports as injected.
 fn portable(mut events: kvm_vcpu_events) -> kvm_vcpu_events {
     if events.triple_fault.pending == 0 {
         events.flags &= !KVM_VCPUEVENT_VALID_TRIPLE_FAULT;
@@ -221,8 +221,8 @@ fn portable(mut events: kvm_vcpu_events) -> kvm_vcpu_events {
     events
 }
 
-/// The events as this kernel takes them. One that knows of triple faults is told in
-/// any case, as a vCPU that is reset in place may have one pending.
+/// Returns the events as this kernel accepts them. A kernel with triple fault events always
+/// gets the flag, because a vCPU that is reset in place may have one pending.
 fn for_this_kernel(events: kvm_vcpu_events, triple_faults: bool) -> Result<kvm_vcpu_events, Error> {
     let mut events = portable(events);
     if triple_faults {
@@ -236,14 +236,14 @@ fn for_this_kernel(events: kvm_vcpu_events, triple_faults: bool) -> Result<kvm_v
     Ok(events)
 }
 
-/// Whether two vCPUs have the same events, whichever kernels they are of.
+/// Returns true if two vCPUs have the same events, independent of their kernels.
 #[cfg(debug_assertions)]
 pub(super) fn same_events(a: &Blob, b: &Blob) -> bool {
     let [a, b] = [a, b].map(|blob| decode_events(blob).map(portable).ok());
     a == b
 }
 
-/// Bytes of the structure that every KVM knows.
+/// Length of the part of the structure that every KVM supports, in bytes.
 const LEGACY_XSAVE: usize = 4096;
 
 fn empty_xsave(len: usize) -> Result<Xsave, Error> {
@@ -267,9 +267,9 @@ fn save_xsave(fd: &VcpuFd, len: usize) -> Result<Vec<u8>, Error> {
     Ok(bytes)
 }
 
-/// `len` is how much KVM reads. A shorter area is continued with zeros (the
-/// initial state of components that the saving host did not have); of a longer
-/// one the rest must be zero.
+/// Restores an XSAVE area; `len` is the number of bytes that KVM reads. A shorter area is
+/// padded with zeros (the initial state of components that the saving host did not have);
+/// the excess of a longer one must be zero.
 #[expect(unsafe_code, reason = "KVM reads as much as it said it would")]
 fn restore_xsave(fd: &VcpuFd, bytes: &[u8], len: usize) -> Result<(), Error> {
     let Some((legacy, extra)) = bytes.split_at_checked(LEGACY_XSAVE) else {
@@ -320,8 +320,8 @@ mod tests {
     }
 
     #[test]
-    fn kernels_before_6_1_are_not_told_of_triple_faults() {
-        // Saved by this version, and by one that left the flag as it was.
+    fn kernels_before_6_1_get_no_triple_fault_flag() {
+        // Saved by this version, and by one that did not clear the flag.
         for saved in [portable(events(Some(0))), events(Some(0)), events(None)] {
             let old = for_this_kernel(saved, false).unwrap();
             assert_eq!(old, events(None), "what such a kernel knows");
@@ -332,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pending_triple_fault_is_kept_or_refused() {
+    fn a_pending_triple_fault_is_restored_or_refused() {
         let saved = portable(events(Some(1)));
         assert_eq!(saved, events(Some(1)));
         assert_eq!(for_this_kernel(saved, true).unwrap(), saved);

@@ -1,11 +1,11 @@
-//! Putting the time-stamp counters of a VM back together.
+//! Restore of the time-stamp counters of a VM.
 //!
-//! Writing the TSC's MSR is a heuristic in KVM: a value within a second of what
-//! another vCPU (or the creation of this one) implies is taken for an attempt to
-//! synchronise, and replaced. A machine saved in its first second would then
-//! come back with a counter that has jumped backwards. Setting the offset to the
-//! host's counter is exact, and the same offset on all vCPUs keeps them in step
-//! to the cycle (Linux `Documentation/virt/kvm/devices/vcpu.rst` section 4.1).
+//! KVM treats a write to the TSC's MSR heuristically: a value within a second of the one
+//! that another vCPU (or the creation of this one) implies counts as an attempt to
+//! synchronise, and is replaced. A machine saved in its first second would be restored with
+//! a counter that has jumped backwards. Setting the offset to the host's counter is exact,
+//! and the same offset on all vCPUs keeps them synchronised to the cycle (Linux
+//! `Documentation/virt/kvm/devices/vcpu.rst` section 4.1).
 
 #![expect(unsafe_code, reason = "one ioctl that kvm-ioctls has for arm64 only")]
 
@@ -27,7 +27,7 @@ enum Agreement {
     /// No vCPU has been restored yet.
     #[default]
     Open,
-    /// What the first one got.
+    /// The offset of the first vCPU.
     Offset(u64),
     /// This KVM has no such attribute, or the counter is scaled.
     Unavailable,
@@ -39,9 +39,9 @@ impl TscOffset {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Continues from `saved`, the counter of any vCPU of the machine: all were
-    /// stopped before the first was saved, so none has seen a later value.
-    /// False when this KVM cannot; the MSR has to be written then.
+    /// Continues from `saved`, the counter of any vCPU of the machine: all were stopped
+    /// before the first was saved, so none has seen a later value. Returns false if this
+    /// KVM cannot; the caller then writes the MSR.
     pub(super) fn restore(&self, fd: &VcpuFd, saved: u64) -> bool {
         let mut agreement = self.lock();
         let offset = match *agreement {
@@ -58,12 +58,12 @@ impl TscOffset {
         set
     }
 
-    /// The counter does not run at the host's rate: no offset describes it.
+    /// Marks the counter as scaled: no offset describes a rate that is not the host's.
     pub(super) fn disable(&self) {
         *self.lock() = Agreement::Unavailable;
     }
 
-    /// Ends a restore: the next one agrees anew.
+    /// Ends a restore; the next one determines a new offset.
     pub(super) fn finish(&self) {
         let mut agreement = self.lock();
         if matches!(*agreement, Agreement::Offset(_)) {
@@ -73,8 +73,8 @@ impl TscOffset {
 }
 
 fn host_tsc() -> u64 {
-    // SAFETY: every x86_64 processor has the instruction, and Linux lets
-    // processes use it unless they asked not to.
+    // SAFETY: every x86_64 processor has the instruction, and Linux lets processes use it
+    // unless they disabled it.
     unsafe { std::arch::x86_64::_rdtsc() }
 }
 

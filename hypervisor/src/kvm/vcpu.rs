@@ -1,4 +1,4 @@
-//! A vCPU: bound to a thread, and run.
+//! vCPUs: binding to a thread, and running.
 
 #![expect(
     unsafe_code,
@@ -97,8 +97,8 @@ impl VcpuSeed for KvmSeed {
     }
 }
 
-/// What firmware leaves behind on every processor. A KVM that refuses one of
-/// them does not emulate it; then no guest depends on it.
+/// Sets the MSRs that firmware sets on every processor. A KVM that refuses one of them does
+/// not emulate it; then no guest depends on it.
 fn set_firmware_msrs(fd: &VcpuFd) {
     let entries = [MTRR_DEF_TYPE, MISC_ENABLE].map(|(index, data)| kvm_msr_entry {
         index,
@@ -144,21 +144,21 @@ pub struct KvmVcpu {
     vm: Arc<VmShared>,
     fd: VcpuFd,
     index: u32,
-    /// What it was told of its processor. Not every KVM gives back what it was given:
-    /// one without hardware virtualisation tells of the host's processor.
+    /// CPUID that the vCPU was given. Not every KVM returns it unchanged: one without
+    /// hardware virtualisation reports the host's processor.
     cpuid: Vec<CpuidEntry>,
-    /// Also what keeps the type from being `Send`.
+    /// The pointer also prevents `Send`.
     immediate_exit: *const AtomicU8,
     kick: Arc<KickState>,
 }
 
-/// What one stay in the guest ended with.
+/// Result of one entry into the guest.
 enum Stay {
     /// A device access was served; KVM has to be entered to complete it.
     Access,
     /// Interrupted.
     Interrupted,
-    /// For the machine to decide.
+    /// An exit that the machine handles.
     Exit(Exit),
 }
 
@@ -186,8 +186,8 @@ impl KvmVcpu {
             VcpuExit::IoIn(port, data) => {
                 let data: *mut [u8] = data;
                 let width = self.port_width();
-                // SAFETY: the data lie behind the structure that `port_width`
-                // looked at, in the same mapping, and nothing else refers to them.
+                // SAFETY: the data lie behind the structure that `port_width` read, in the
+                // same mapping, and nothing else refers to them.
                 for item in unsafe { &mut *data }.chunks_exact_mut(width) {
                     item.fill(0xff);
                     bus.pio_read(port, item);
@@ -247,7 +247,7 @@ impl KvmVcpu {
         loop {
             self.set_immediate_exit(1);
             match self.enter(bus)? {
-                // The next part of an access that is split.
+                // The next part of a split access.
                 Stay::Access => {}
                 Stay::Interrupted => return Ok(None),
                 Stay::Exit(exit) => return Ok(Some(exit)),
@@ -257,8 +257,8 @@ impl KvmVcpu {
 
     fn put(self, state: &VcpuState, fresh: bool) -> Result<(KvmRestoring, RestoredVcpu), Error> {
         state::restore(&self.fd, state, fresh, &self.vm)?;
-        // Tells a guest that uses kvmclock that it was paused; one that does not
-        // makes KVM refuse, which is fine.
+        // Notifies a guest that uses kvmclock that it was paused; KVM refuses if the guest
+        // does not use it, which is fine.
         let _ = self.fd.kvmclock_ctrl();
         #[cfg(debug_assertions)]
         self.compare(state)?;
@@ -271,7 +271,7 @@ impl KvmVcpu {
         state::save(&self.fd, self.index, cpuid, xsave_len, msrs)
     }
 
-    /// Reads everything back; what moves by itself is left out.
+    /// Reads all state back and compares it, except for values that change by themselves.
     #[cfg(debug_assertions)]
     fn compare(&self, wanted: &VcpuState) -> Result<(), Error> {
         let indices: Vec<u32> = wanted.msrs.iter().map(|(index, _)| *index).collect();
@@ -286,7 +286,7 @@ impl Drop for KvmVcpu {
     }
 }
 
-/// A vCPU that has its state.
+/// A vCPU whose state has been restored.
 #[derive(Debug)]
 pub struct KvmRestoring(KvmVcpu);
 
@@ -344,7 +344,7 @@ impl Vcpu for KvmVcpu {
     }
 
     fn notify_paused(&mut self) {
-        // Refused when the guest does not use kvmclock: nothing to tell then.
+        // KVM refuses if the guest does not use kvmclock; there is nothing to notify then.
         let _ = self.fd.kvmclock_ctrl();
     }
 }

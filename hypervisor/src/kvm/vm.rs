@@ -31,7 +31,7 @@ pub struct KvmVm {
     shared: Arc<VmShared>,
 }
 
-/// What [`VmState`]'s blob holds.
+/// Content of [`VmState`]'s blob.
 #[derive(Serialize, Deserialize)]
 struct KvmVmState {
     pic_master: Vec<u8>,
@@ -60,7 +60,7 @@ impl KvmVm {
             userspace_addr: region.host_address,
         };
         #[expect(unsafe_code, reason = "hands host memory to the guest")]
-        // SAFETY: the caller of `map_memory` vouched for the memory.
+        // SAFETY: the caller of `map_memory` guarantees the memory's validity.
         unsafe { self.fd().set_user_memory_region(region) }.map_err(os("set a memory region"))
     }
 
@@ -100,15 +100,15 @@ impl KvmVm {
     }
 }
 
-/// The value of a doorbell in its width.
+/// Converts the value of a doorbell to its width.
 fn narrow<T: TryFrom<u64>>(value: u64) -> Result<T, Error> {
     T::try_from(value).map_err(|_| Error::Unsupported {
         what: format!("a doorbell value of {value:#x}, which is wider than the write"),
     })
 }
 
-/// An IOAPIC input behind an eventfd: one system call for each pulse, and none
-/// on the way from the eventfd to the guest.
+/// An IOAPIC input with an eventfd: one system call for each pulse, and none between the
+/// eventfd and the guest.
 #[derive(Debug)]
 struct IrqfdLine {
     fd: EventFd,
@@ -185,7 +185,7 @@ impl Vm for KvmVm {
             source,
         })?;
         #[expect(unsafe_code, reason = "wraps a descriptor in another type")]
-        // SAFETY: the descriptor was just made and is owned by nobody else.
+        // SAFETY: the descriptor was just created and has no other owner.
         let fd = unsafe { EventFd::from_raw_fd(duplicate.into_raw_fd()) };
         let address = IoEventAddress::Mmio(doorbell.address);
         let vm = self.fd();
@@ -240,8 +240,8 @@ impl Vm for KvmVm {
         self.set_irqchip(KVM_IRQCHIP_PIC_MASTER, &state.pic_master)?;
         self.set_irqchip(KVM_IRQCHIP_PIC_SLAVE, &state.pic_slave)?;
         self.set_irqchip(KVM_IRQCHIP_IOAPIC, &state.ioapic)?;
-        // Without KVM_CLOCK_REALTIME the guest's monotonic clock goes on where it
-        // stopped; the wall clock is the agent's business.
+        // Without KVM_CLOCK_REALTIME the guest's monotonic clock continues from the saved
+        // value; the guest agent sets the wall clock.
         let clock = kvm_clock_data {
             clock: state.clock_ns,
             flags: 0,

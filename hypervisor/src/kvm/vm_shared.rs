@@ -14,8 +14,8 @@ use super::tsc::TscOffset;
 use super::{Kvm, os};
 use crate::{Error, VmConfig, VmIdentity};
 
-/// Three pages below 4 GiB for KVM's own use on processors without
-/// unrestricted guests; must not be RAM or a device.
+/// Three pages below 4 GiB for KVM's own use on processors without unrestricted guests; no
+/// RAM or device may overlap them.
 const TSS_ADDRESS: usize = 0xfffb_d000;
 
 /// State that a VM shares with its vCPUs.
@@ -30,7 +30,7 @@ pub(super) struct VmShared {
     /// Size of a vCPU's XSAVE area in bytes.
     pub(super) xsave_len: usize,
     tsc_deadline: OnceLock<bool>,
-    /// A pending triple fault is part of a vCPU's events.
+    /// True if the kernel reports a pending triple fault as part of a vCPU's events.
     pub(super) triple_faults: bool,
     /// The MSRs that could be read from the first vCPU that was saved.
     pub(super) readable_msrs: OnceLock<Vec<u32>>,
@@ -41,7 +41,7 @@ pub(super) struct VmShared {
 }
 
 impl VmShared {
-    /// Makes a VM that is without memory, devices and vCPUs yet.
+    /// Creates a VM without memory, devices and vCPUs.
     pub(super) fn create(kvm: Kvm, config: &VmConfig) -> Result<Self, Error> {
         let fd = Ahead::take(&kvm.shared).map_err(os("create a VM"))?;
         fd.set_tss_address(TSS_ADDRESS)
@@ -51,7 +51,7 @@ impl VmShared {
             args: [1, 0, 0, 0],
             ..kvm_enable_cap::default()
         };
-        // Kernels before 6.1 cannot tell.
+        // Kernels before 6.1 cannot report triple faults.
         let triple_faults = fd.enable_cap(&events).is_ok();
         // Older kernels have no larger area than the structure's 4 KiB.
         let xsave_len = usize::try_from(fd.check_extension_int(Cap::Xsave2))
@@ -72,11 +72,11 @@ impl VmShared {
         })
     }
 
-    /// Makes the interrupt controllers unless they are there: before the first vCPU,
-    /// as KVM demands, but after the memory of a machine that maps it first.
+    /// Creates the interrupt controllers unless they exist: before the first vCPU, as KVM
+    /// requires, but after the memory of a machine that maps it first.
     ///
-    /// After them, changing the memory map takes 7 ms instead of 0.1 (Linux 6.18):
-    /// presumably it waits for the grace period of what they replace.
+    /// Once they exist, changing the memory map takes 7 ms instead of 0.1 (Linux 6.18):
+    /// presumably it waits for the grace period of the structures that they replace.
     pub(super) fn ensure_controllers(&self) -> Result<(), Error> {
         let mut there = self
             .controllers
@@ -98,9 +98,9 @@ impl VmShared {
             .get_or_init(|| self.fd.check_extension(Cap::TscDeadlineTimer))
     }
 
-    /// Masks the 8259 pair that KVM creates with the IOAPIC, and that the machine
-    /// does not have: the local APIC passes its interrupts on after a reset, and
-    /// a guest that is told of no 8259 does not mask it.
+    /// Masks the 8259 pair that KVM creates with the IOAPIC, and that the machine does not
+    /// have: the local APIC passes its interrupts on after a reset, and a guest whose ACPI
+    /// tables have no 8259 does not mask it.
     pub(super) fn mask_legacy_controllers(&self) -> Result<(), Error> {
         for chip_id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE] {
             let mut chip = kvm_irqchip {

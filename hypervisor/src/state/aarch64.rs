@@ -1,8 +1,9 @@
 //! Plain-data state of an AArch64 vCPU (Arm Architecture Reference Manual, DDI 0487).
 //!
-//! System registers are lists of identifier and value: a backend saves what its hypervisor
-//! lists, and restores in the order of the list. Guests run AArch64 at EL1 and EL0; a
-//! backend that has AArch32 or other state as well puts it into [`VcpuState::extra`].
+//! System registers are lists of identifier and value: a backend saves the registers that
+//! its hypervisor lists, and restores them in the order of the list. Guests run AArch64 at
+//! EL1 and EL0; a backend that also has AArch32 or other state stores it in
+//! [`VcpuState::extra`].
 
 use serde::{Deserialize, Serialize};
 
@@ -79,8 +80,8 @@ pub struct GeneralRegisters {
     pub spsr_el1: u64,
 }
 
-/// Floating-point and Advanced SIMD registers. Where SVE is offered, V0 to V31 are the
-/// lowest 128 bits of Z0 to Z31, and the rest of these is in [`VcpuState::extra`].
+/// Floating-point and Advanced SIMD registers. With SVE, V0 to V31 are the lowest 128 bits
+/// of Z0 to Z31, and the rest of these is in [`VcpuState::extra`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VectorRegisters {
     /// V0 to V31.
@@ -111,7 +112,7 @@ pub enum PowerState {
 }
 
 /// State of one AArch64 vCPU: everything that the architecture defines, and [`Blob`]s for
-/// what only the backend understands.
+/// backend-specific state.
 ///
 /// The state of the interrupt controller is in [`VmState`](super::VmState), except for the
 /// part that a vCPU's own thread has to write after it.
@@ -125,16 +126,16 @@ pub struct VcpuState {
     pub general: GeneralRegisters,
     /// Floating-point and vector registers.
     pub vector: VectorRegisters,
-    /// System registers of EL1 and EL0, but for identification registers, the virtual
-    /// counter and the interrupt controller's.
+    /// System registers of EL1 and EL0, except for identification registers, the virtual
+    /// counter and those of the interrupt controller.
     pub system: SystemRegisters,
     /// Virtual counter (CNTVCT_EL0) when the vCPU was saved. It is the same clock on all
     /// vCPUs, so a backend computes one offset from it for the whole VM.
     pub virtual_counter: u64,
-    /// The interrupt controller's CPU interface (ICC_*_EL1, and ICH_*_EL2 where the
-    /// hypervisor shows its list registers), which is written in
-    /// [`finish_restore`](crate::RestoringVcpu::finish_restore). Empty where the backend
-    /// saves it with the VM.
+    /// The interrupt controller's CPU interface (ICC_*_EL1, and ICH_*_EL2 if the hypervisor
+    /// exposes its list registers), which is written in
+    /// [`finish_restore`](crate::RestoringVcpu::finish_restore). Empty if the backend saves
+    /// it with the VM.
     pub cpu_interface: SystemRegisters,
     /// Power state.
     pub power: PowerState,

@@ -1,7 +1,7 @@
 //! Plain-data state of a machine, the same on every host of one architecture.
 //!
-//! Architectural elements are typed, in a module for each architecture; state that only one
-//! backend understands is an opaque versioned [`Blob`].
+//! Architectural elements are typed, in a module for each architecture; backend-specific
+//! state is an opaque versioned [`Blob`].
 
 pub mod aarch64;
 pub mod x86_64;

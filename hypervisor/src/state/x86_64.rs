@@ -29,15 +29,16 @@ pub struct Table {
     pub limit: u16,
 }
 
-/// Registers that a boot protocol sets on the boot processor; everything else
-/// is at its reset value.
+/// Registers that a boot protocol sets on the boot processor; all others are at their reset
+/// values.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BootRegisters {
     /// Entry point.
     pub rip: u64,
-    /// General registers a protocol passes data in.
+    /// RBX, in which some boot protocols pass data.
     pub rbx: u64,
-    /// Boot protocol pointer of the 64-bit Linux protocol.
+    /// RSI: guest physical address of the boot parameters in the 64-bit Linux boot
+    /// protocol.
     pub rsi: u64,
     /// Stack pointer.
     pub rsp: u64,
@@ -68,9 +69,9 @@ pub struct BootRegisters {
 pub struct CpuidEntry {
     /// Leaf.
     pub function: u32,
-    /// Subleaf, where the leaf has any.
+    /// Subleaf, for leaves that have subleaves.
     pub index: u32,
-    /// Whether `index` matters (bit 0), as in the KVM API.
+    /// Bit 0 is set if `index` is significant, as in the KVM API.
     pub flags: u32,
     /// Register values.
     pub eax: u32,
@@ -127,7 +128,7 @@ pub struct SystemRegisters {
     pub efer: u64,
     /// IA32_APIC_BASE.
     pub apic_base: u64,
-    /// External interrupt being delivered: one bit a vector.
+    /// External interrupt being delivered: one bit for each vector.
     pub interrupt_bitmap: [u64; 4],
 }
 
@@ -148,25 +149,25 @@ pub enum MpState {
     /// Executes.
     #[default]
     Runnable,
-    /// A secondary processor that got no INIT yet.
+    /// A secondary processor that has received no INIT yet.
     Uninitialized,
-    /// Waits for a start-up signal.
+    /// Waits for a start-up signal (SIPI).
     InitReceived,
     /// In HLT.
     Halted,
-    /// Got a start-up signal and has not started.
+    /// Has received a start-up signal and has not started.
     SipiReceived,
 }
 
-/// State of one x86_64 vCPU: everything the architecture defines, whoever
-/// virtualises it, and one [`Blob`] for what only the backend understands.
+/// State of one x86_64 vCPU: everything that the architecture defines, independent of the
+/// hypervisor, and one [`Blob`] for backend-specific state.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VcpuState {
     /// The vCPU's index.
     pub index: u32,
-    /// What the guest sees of its processor.
+    /// The guest's CPUID.
     pub cpuid: Vec<CpuidEntry>,
-    /// TSC frequency in kHz; 0 when the backend does not tell.
+    /// TSC frequency in kHz; 0 if the backend does not report it.
     pub tsc_khz: u32,
     /// General registers.
     pub general: GeneralRegisters,
@@ -176,8 +177,8 @@ pub struct VcpuState {
     pub debug: DebugRegisters,
     /// Extended control registers: number and value.
     pub xcrs: Vec<(u32, u64)>,
-    /// XSAVE area in the standard (not compacted) format: x87, SSE, AVX,
-    /// AVX-512, PKRU and whatever else XCR0 enables.
+    /// XSAVE area in the standard (not compacted) format: x87, SSE, AVX, AVX-512, PKRU and
+    /// other components that XCR0 enables.
     pub xsave: Vec<u8>,
     /// Model-specific registers: index and value, in no particular order.
     pub msrs: Vec<(u32, u64)>,
@@ -304,7 +305,7 @@ mod tests {
             prop_assert!(rest.is_empty());
         }
 
-        /// A state file is checksummed, but a decoder must not depend on it.
+        /// A state file has a checksum, but a decoder must not depend on it.
         #[test]
         fn a_cut_vcpu_is_an_error(state in vcpu(), cut in any::<prop::sample::Index>()) {
             let bytes = postcard::to_stdvec(&state).unwrap();
@@ -318,7 +319,7 @@ mod tests {
         }
     }
 
-    /// Every field with a value of its own.
+    /// Returns a state in which every field has a value of its own.
     fn sample() -> VcpuState {
         let segment = |n: u16| Segment {
             base: 0x1000 * u64::from(n) + 1,
@@ -381,7 +382,7 @@ mod tests {
         }
     }
 
-    /// Snapshots on disk hold these bytes.
+    /// Snapshots on disk contain these bytes.
     #[test]
     fn the_encoding_of_a_vcpu_is_fixed() {
         let golden = include_bytes!("../../tests/golden/vcpu-x86_64.bin");

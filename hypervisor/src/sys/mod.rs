@@ -1,4 +1,4 @@
-//! The choices by operating system: this host's backend, and targets of doorbells.
+//! Choices by operating system: this host's backend, and the type of doorbell targets.
 
 #[cfg(unix)]
 mod unix;
@@ -14,8 +14,8 @@ pub use self::windows::Wake;
 #[cfg(all(windows, any(feature = "testing", test)))]
 pub(crate) use self::windows::Waker;
 
-/// The backend of this host; on a host without any, [`NoBackend`](crate::NoBackend), which
-/// cannot be opened.
+/// The backend of this host; on a host that has none, [`NoBackend`](crate::NoBackend),
+/// which cannot be opened.
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 pub type Native = crate::kvm::Kvm;
 /// The backend of this host: none exists yet.

@@ -1,4 +1,4 @@
-//! Doorbells signal file descriptors.
+//! Targets of doorbells: file descriptors.
 
 use std::os::fd::BorrowedFd;
 #[cfg(any(feature = "testing", test))]
@@ -15,7 +15,7 @@ pub(crate) struct Waker(OwnedFd);
 
 #[cfg(any(feature = "testing", test))]
 impl Waker {
-    /// Duplicates `wake`. `None` stands for a host on which the fake signals nothing.
+    /// Duplicates `wake`. `None` means that the fake signals nothing on this host.
     pub(crate) fn of(wake: Wake<'_>) -> io::Result<Option<Self>> {
         Ok(Some(Self(wake.try_clone_to_owned()?)))
     }
@@ -35,7 +35,7 @@ mod tests {
         Bus, Doorbell, Exit, Hypervisor as _, Vcpu as _, VcpuSeed as _, Vm as _, VmConfig,
     };
 
-    /// Nothing arrives here.
+    /// A bus that receives no access.
     struct NoBus;
 
     impl Bus for NoBus {

@@ -1,4 +1,4 @@
-//! Doorbells signal event handles.
+//! Targets of doorbells: event handles.
 
 use std::os::windows::io::BorrowedHandle;
 

@@ -1,4 +1,4 @@
-//! Device accesses, and the end of a guest that faults.
+//! Device accesses, and the exit of a guest that faults.
 
 use sm_hypervisor::Exit;
 
@@ -72,7 +72,7 @@ pub(crate) fn string_operations_are_split<H: Backend>(hypervisor: &H) {
     assert_eq!(bench.get(SHARED, 6), [0xa0, 0xa1, 0xa0, 0xa1, 0xa0, 0xa1]);
 }
 
-pub(crate) fn a_triple_fault_is_told<H: Backend>(hypervisor: &H) {
+pub(crate) fn a_triple_fault_is_reported<H: Backend>(hypervisor: &H) {
     let bench = Bench::new(hypervisor, 1, guests::triple_fault());
     let bus = Recorder::default();
     let mut vcpu = bench.boot(&bus);
@@ -83,12 +83,12 @@ pub(crate) fn a_prepared_vm_is_like_any_other<H: Backend>(hypervisor: &H) {
     let (expected, _) = played(hypervisor, guests::ports());
     hypervisor.prepare_vm();
     hypervisor.prepare_vm();
-    // The one that was prepared, with what it must not share with the next.
+    // The prepared VM; it must not share state with the next one.
     let (log, first) = played(hypervisor, guests::ports());
     assert_eq!(log, expected);
     let (log, second) = played(hypervisor, guests::device_memory());
     assert_ne!(log, expected);
     drop((first, second));
-    // One that is never asked for.
+    // A prepared VM that is never created.
     hypervisor.prepare_vm();
 }

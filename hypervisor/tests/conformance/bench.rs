@@ -1,5 +1,5 @@
-//! A machine around a tiny guest: memory with page tables and descriptors, a
-//! bus that records, and a guard against guests that hang.
+//! A machine for a tiny guest: memory with page tables and descriptors, a recording bus,
+//! and a timeout for guests that hang.
 
 use std::collections::BTreeMap;
 use std::ptr::NonNull;
@@ -22,17 +22,17 @@ const PDPT: u64 = 0x2000;
 const PD: u64 = 0x3000;
 const GDT: u64 = 0x4000;
 const TSS: u64 = 0x4800;
-/// Words that guest and test share.
+/// Words shared by guest and test.
 pub(crate) const SHARED: u64 = 0x5000;
 /// Interrupt descriptor table; a gate has 16 bytes.
 pub(crate) const IDT: u64 = 0x5800;
-/// What the guest loads into vector registers.
+/// Values that the guest loads into vector registers.
 pub(crate) const VECTORS: u64 = 0x6000;
 /// The vector of an invalid instruction.
 const INVALID_OPCODE: u64 = 6;
 const STACK: u64 = 0x8000;
 pub(crate) const CODE: u64 = 0x8000;
-/// Where secondary processors start (start-up vector 9).
+/// Start address of secondary processors (start-up vector 9).
 pub(crate) const TRAMPOLINE: u64 = 0x9000;
 const HIGH_PD: u64 = 0xa000;
 /// A list of model-specific registers for the guest.
@@ -41,12 +41,12 @@ pub(crate) const MSR_LIST: u64 = 0xb000;
 pub(crate) const IRQ_HANDLER: u64 = 0xc000;
 /// Handler of invalid instructions.
 pub(crate) const INVALID_HANDLER: u64 = 0xd000;
-/// Where the guest writes what it found.
+/// Destination of the guest's results.
 pub(crate) const DUMP: u64 = 0x1_0000;
 
-/// A guest that writes here is through: all vCPUs are kicked.
+/// A guest writes here at its end: all vCPUs are kicked.
 pub(crate) const STOP_PORT: u16 = 0x80;
-/// How long a guest may take on the slowest host.
+/// Timeout of a guest on the slowest host.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A backend whose guests are those of `guests.rs`.
@@ -56,7 +56,7 @@ impl<H: Hypervisor<Arch = X86_64>> Backend for H {}
 
 /// A vCPU of a backend.
 pub(crate) type VcpuOf<H> = <<<H as Hypervisor>::Vm as Vm>::Seed as VcpuSeed>::Vcpu;
-/// One between the phases of a restore.
+/// A vCPU between the phases of a restore.
 type RestoringOf<H> = <VcpuOf<H> as Vcpu>::Restoring;
 
 /// A device access seen by the bus.
@@ -70,7 +70,7 @@ pub(crate) enum Access {
 
 type Reaction = Box<dyn Fn() + Send + Sync>;
 
-/// Records accesses; reads answer 0xa0, 0xa1 and so on.
+/// Bus that records accesses; reads answer 0xa0, 0xa1 and so on.
 #[derive(Default)]
 pub(crate) struct Recorder {
     log: Mutex<Vec<Access>>,
@@ -86,7 +86,7 @@ impl Recorder {
         reactions.insert(port, Box::new(reaction));
     }
 
-    /// Kicks `kicker` as well when the guest is through.
+    /// Kicks `kicker` as well when the guest has finished.
     pub(crate) fn stops(&self, kicker: Arc<dyn Kicker>) {
         self.kickers.lock().unwrap().push(kicker);
     }
@@ -95,7 +95,7 @@ impl Recorder {
         std::mem::take(&mut self.log.lock().unwrap())
     }
 
-    /// First bytes written to `port`, in order.
+    /// Returns the first byte of each write to `port`, in order.
     pub(crate) fn written(&self, port: u16) -> Vec<u8> {
         let log = self.log.lock().unwrap();
         log.iter()
@@ -146,7 +146,7 @@ impl Bus for Recorder {
     }
 }
 
-/// Runs until an exit surfaces; a guest that hangs fails the test.
+/// Runs until an exit returns; a guest that hangs fails the test.
 pub(crate) fn run(vcpu: &mut impl Vcpu<Arch = X86_64>, bus: &Recorder) -> Exit {
     let exit = std::thread::scope(|scope| {
         let (running, ended) = channel::<()>();
@@ -164,7 +164,7 @@ pub(crate) fn run(vcpu: &mut impl Vcpu<Arch = X86_64>, bus: &Recorder) -> Exit {
     exit.unwrap()
 }
 
-/// Runs until the guest says that it is through, or is kicked.
+/// Runs until the guest reports its end, or the vCPU is kicked.
 pub(crate) fn run_to_stop(vcpu: &mut impl Vcpu<Arch = X86_64>, bus: &Recorder) {
     let exit = run(vcpu, bus);
     if exit != Exit::Cancelled {
@@ -175,14 +175,14 @@ pub(crate) fn run_to_stop(vcpu: &mut impl Vcpu<Arch = X86_64>, bus: &Recorder) {
     }
 }
 
-/// A VM with the memory that guests expect. The VM goes before the memory does.
+/// A VM with the memory that guests expect. The VM is dropped before the memory.
 pub(crate) struct Bench<H: Backend> {
     pub(crate) vm: H::Vm,
     memory: GuestMemoryMmap,
 }
 
 impl<H: Backend> Bench<H> {
-    /// A VM for `code`.
+    /// Creates a VM for `code`.
     pub(crate) fn new(hypervisor: &H, vcpus: u32, code: &[u8]) -> Self {
         let bench = Self::with_ranges(hypervisor, vcpus, &[(0, MEMORY_LEN)]);
         bench.write_tables();
@@ -190,15 +190,14 @@ impl<H: Backend> Bench<H> {
         bench
     }
 
-    /// A VM whose RAM is a copy of `memory`.
+    /// Creates a VM whose RAM is a copy of `memory`.
     pub(crate) fn with_memory(hypervisor: &H, vcpus: u32, memory: &[u8]) -> Self {
         let bench = Self::with_ranges(hypervisor, vcpus, &[(0, MEMORY_LEN)]);
         bench.put(0, memory);
         bench
     }
 
-    /// A VM with RAM of its own at each of `ranges`, the first of which is
-    /// mapped.
+    /// Creates a VM with separate RAM at each of `ranges`, the first of which is mapped.
     pub(crate) fn with_ranges(hypervisor: &H, vcpus: u32, ranges: &[(u64, usize)]) -> Self {
         let ranges: Vec<_> = ranges
             .iter()
@@ -212,7 +211,7 @@ impl<H: Backend> Bench<H> {
         bench
     }
 
-    /// Maps RAM that exists.
+    /// Maps existing RAM.
     pub(crate) fn map(&self, address: u64, len: usize) {
         let host = self.memory.get_host_address(GuestAddress(address)).unwrap();
         let region = MemoryRegion {
@@ -242,14 +241,14 @@ impl<H: Backend> Bench<H> {
         self.memory.read_obj(GuestAddress(address)).unwrap()
     }
 
-    /// vCPU 0 at the code, stopped by `bus`.
+    /// Boots vCPU 0 at the code; `bus` stops it.
     pub(crate) fn boot(&self, bus: &Recorder) -> VcpuOf<H> {
         let seed = self.vm.create_vcpu(0).unwrap();
         bus.stops(seed.kicker());
         seed.bind(Some(&boot_registers())).unwrap()
     }
 
-    /// vCPU 0 with saved state, of a VM with saved state, stopped by `bus`.
+    /// Restores vCPU 0 and the VM from saved state; `bus` stops the vCPU.
     pub(crate) fn restore(&self, bus: &Recorder, vcpu: &VcpuState, vm: &VmState) -> VcpuOf<H> {
         let seed = self.vm.create_vcpu(0).unwrap();
         bus.stops(seed.kicker());
@@ -257,7 +256,7 @@ impl<H: Backend> Bench<H> {
         self.finish(restoring, proof, vm)
     }
 
-    /// The only vCPU and its VM with earlier state.
+    /// Resets the only vCPU and its VM in place to earlier state.
     pub(crate) fn reload(&self, vcpu: VcpuOf<H>, state: &VcpuState, vm: &VmState) -> VcpuOf<H> {
         let (restoring, proof) = vcpu.reload(state).unwrap();
         self.finish(restoring, proof, vm)
@@ -269,14 +268,13 @@ impl<H: Backend> Bench<H> {
         restoring.finish_restore(finishes.remove(0)).unwrap()
     }
 
-    /// Page tables for the first 4 MiB and the interrupt controllers; segments;
+    /// Writes page tables for the first 4 MiB and the interrupt controllers; segments;
     /// gates for an interrupt and an exception.
     pub(crate) fn write_tables(&self) {
         let table = |address: u64, index: u64, value: u64| {
             self.put(address + index * 8, &value.to_le_bytes());
         };
-        // Present, writable, for user mode too; 0x80 is a 2 MiB page, 0x10 is
-        // uncached.
+        // Present, writable, for user mode too; 0x80 is a 2 MiB page, 0x10 is uncached.
         table(PML4, 0, PDPT | 7);
         table(PDPT, 0, PD | 7);
         table(PDPT, 3, HIGH_PD | 7);

@@ -1,5 +1,5 @@
-//! The guests, in assembly. Each is position independent; fixed addresses are
-//! those of `bench.rs`.
+//! The guests, in assembly. Each is position independent; fixed addresses are those of
+//! `bench.rs`.
 
 use std::arch::asm;
 
@@ -11,8 +11,8 @@ macro_rules! guest {
         pub(crate) fn $name() -> &'static [u8] {
             let start: *const u8;
             let end: *const u8;
-            // SAFETY: only the two last instructions are executed here: they load
-            // the addresses of what was put into another section.
+            // SAFETY: only the two last instructions are executed here: they load addresses
+            // of the other section's content.
             unsafe {
                 asm!(
                     ".pushsection .rodata.guest, \"a\"",
@@ -34,7 +34,7 @@ macro_rules! guest {
 }
 
 guest! {
-    /// Reads and writes ports in each width, and echoes what it read.
+    /// Reads and writes ports in each width, and echoes the values that it read.
     ports:
     "mov eax, 0x44332211"
     "out 0x10, al"
@@ -103,8 +103,8 @@ guest! {
 }
 
 guest! {
-    /// Moves a word from device memory to where nothing is mapped: KVM completes the
-    /// read and has a page fault to deliver.
+    /// Moves a word from device memory to an unmapped address: KVM completes the read and
+    /// has a page fault to deliver.
     faults_after_an_access:
     "cld"
     "mov esi, 0x100000"
@@ -115,7 +115,7 @@ guest! {
 }
 
 guest! {
-    /// The handler of a page fault: writes the faulting address down.
+    /// The handler of a page fault: stores the faulting address.
     notes_fault:
     "mov rax, cr2"
     "mov [0x5000], rax"
@@ -125,7 +125,7 @@ guest! {
 }
 
 guest! {
-    /// Spins, and says that it runs now and then.
+    /// Spins, and regularly reports that it runs.
     spin:
     "out 0x12, al"
     "2: inc qword ptr [0x5000]"
@@ -136,7 +136,7 @@ guest! {
 }
 
 guest! {
-    /// Reads a port again and again; counts in a register and in memory.
+    /// Reads a port repeatedly; counts in a register and in memory.
     reads:
     "xor ebx, ebx"
     "2: in eax, 0x11"
@@ -146,8 +146,8 @@ guest! {
 }
 
 guest! {
-    /// Routes GSI 5 to vector 0x40, and halts until three interrupts came. There
-    /// is no 8259, so it is not masked here; nor is LINT0.
+    /// Routes GSI 5 to vector 0x40, and halts until three interrupts have arrived. There is
+    /// no 8259, so it is not masked here; nor is LINT0.
     halts:
     "mov r11d, 0xfee00000"
     "mov dword ptr [r11 + 0xf0], 0x1ff"
@@ -189,7 +189,7 @@ guest! {
 }
 
 guest! {
-    /// Starts all other processors, and waits until as many as 0x5004 says came.
+    /// Starts all other processors, and waits until the number at 0x5004 has started.
     starts_others:
     "mov r11d, 0xfee00000"
     "mov dword ptr [r11 + 0xf0], 0x1ff"
@@ -205,7 +205,7 @@ guest! {
 }
 
 guest! {
-    /// A secondary processor in real mode: tells its APIC id from both leaves.
+    /// A secondary processor in real mode: reports its APIC id from both leaves.
     secondary:
     ".code16"
     "mov eax, 1"
@@ -256,14 +256,14 @@ guest! {
 }
 
 guest! {
-    /// Sets up state in the kernel, then in user mode (which may use ports), is
-    /// paused, and writes down what it then finds: registers in user mode, the
-    /// rest in the handler of an invalid instruction.
+    /// Sets up state in the kernel, then in user mode (which may use ports), is paused, and
+    /// afterwards stores the state that it finds: registers in user mode, the rest in the
+    /// handler of an invalid instruction.
     ///
-    /// At 0xb000 are the numbers of MSRs (count, then index and value, 16 bytes
-    /// each); at 0x5004 bit 0 is AVX and bit 1 AVX-512.
+    /// At 0xb000 are the numbers of MSRs (count, then index and value, 16 bytes each); at
+    /// 0x5004 bit 0 is AVX and bit 1 AVX-512.
     sets_state:
-    // MSRs. Null selectors, since going to user mode unloads the kernel's.
+    // MSRs. Null selectors, because entering user mode unloads the kernel's.
     "xor eax, eax"
     "mov fs, eax"
     "mov gs, eax"
@@ -276,7 +276,7 @@ guest! {
     "wrmsr"
     "dec r8d"
     "jnz 2b"
-    // Debug registers: a breakpoint where nothing is.
+    // Debug registers: a breakpoint at an unused address.
     "mov rax, 0x11110000"
     "mov dr0, rax"
     "mov rax, 0x22220000"
@@ -304,7 +304,7 @@ guest! {
     "mov dword ptr [r10 + 0x10], 0x10040"
     "mov dword ptr [r10], 0x1f"
     "mov dword ptr [r10 + 0x10], 0x12000000"
-    // User mode, where ports are allowed.
+    // User mode, with access to ports.
     "push 0x23"
     "push 0x7800"
     "push 0x3002"
@@ -353,11 +353,11 @@ guest! {
     "mov r14, 0x1414141414141414"
     "mov r15, 0x1515151515151515"
     "mov rax, 0xa1a1a1a1a1a1a1a1"
-    // Carry, and direction down, are flags to keep.
+    // Carry and direction are flags that a restore must preserve.
     "std"
     "stc"
     "out 0x80, al"
-    // Here it may be another machine.
+    // From here on it may be another machine.
     "mov [0x10000], rax"
     "mov [0x10008], rbx"
     "mov [0x10010], rcx"
@@ -410,7 +410,7 @@ guest! {
 }
 
 guest! {
-    /// Handler of an invalid instruction: the kernel's part of what was found.
+    /// Handler of an invalid instruction: stores the kernel's part of the state.
     dumps_state:
     "mov esi, 0xb000"
     "mov edi, 0x10100"

@@ -13,7 +13,8 @@ pub(crate) fn a_line_wakes_a_halted_guest<H: Backend>(hypervisor: &H) {
     let line = bench.vm.irq_line(5, IrqTrigger::Edge).unwrap();
     let bus = Recorder::default();
     let mut vcpu = bench.boot(&bus);
-    // The guest is about to halt with interrupts off: they come when it lets them.
+    // The guest is about to halt with interrupts disabled: they arrive once it enables
+    // them.
     bus.on(0x12, move || line.pulse().unwrap());
     run_to_stop(&mut vcpu, &bus);
     assert_eq!(bench.word(SHARED), 3);

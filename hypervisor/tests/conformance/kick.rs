@@ -8,7 +8,7 @@ use sm_hypervisor::Vcpu as _;
 use crate::bench::{Backend, Bench, Recorder, SHARED, run_to_stop};
 use crate::guests;
 
-pub(crate) fn a_kick_before_running_is_kept<H: Backend>(hypervisor: &H) {
+pub(crate) fn a_kick_before_running_takes_effect<H: Backend>(hypervisor: &H) {
     let bench = Bench::new(hypervisor, 1, guests::ports());
     let bus = Recorder::default();
     let mut vcpu = bench.boot(&bus);
@@ -16,7 +16,7 @@ pub(crate) fn a_kick_before_running_is_kept<H: Backend>(hypervisor: &H) {
     bus.stop();
     run_to_stop(&mut vcpu, &bus);
     assert_eq!(bus.take(), [], "the guest has not run");
-    // Both kicks were one: now it runs to its end.
+    // Both kicks were one: now the guest runs to its end.
     run_to_stop(&mut vcpu, &bus);
     assert_eq!(bus.take().len(), 10);
 }
@@ -27,7 +27,7 @@ pub(crate) fn a_kick_ends_a_spin<H: Backend>(hypervisor: &H) {
     let mut vcpu = bench.boot(&bus);
     let (running, runs) = channel();
     bus.on(0x12, move || {
-        // Nobody listens any more at the end.
+        // No receiver exists at the end.
         let _ = running.send(());
     });
     let mut counts = Vec::new();
@@ -36,7 +36,7 @@ pub(crate) fn a_kick_ends_a_spin<H: Backend>(hypervisor: &H) {
         let (again, turns) = channel();
         scope.spawn(move || {
             while turns.recv().is_ok() {
-                // What it said before it was stopped the last time.
+                // Reports from before the last stop.
                 while runs.try_recv().is_ok() {}
                 runs.recv().unwrap();
                 runs.recv().unwrap();
@@ -49,7 +49,7 @@ pub(crate) fn a_kick_ends_a_spin<H: Backend>(hypervisor: &H) {
             counts.push(u64::from_le_bytes(bench.get(SHARED, 8).try_into().unwrap()));
         }
     });
-    // It went on each time.
+    // The guest continued each time.
     assert!(counts.is_sorted_by(|a, b| a < b), "{counts:?}");
 }
 

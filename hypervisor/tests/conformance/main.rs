@@ -1,10 +1,10 @@
-//! What every backend must do, checked with tiny hand-made guests.
+//! Obligations of every backend, checked with tiny hand-written guests.
 //!
-//! The checks are generic over [`sm_hypervisor::Hypervisor`]; at the bottom each
-//! is run on the backend of this host, and on one that wraps it from outside the crate. They work on any `/dev/kvm`, also one
-//! that cannot run Linux; where there is none at all they fail, unless told to be
-//! left out ([`sm_hypervisor::testing::WITHOUT`]). `cargo xtask test` runs them in
-//! the lab, too.
+//! The checks are generic over [`sm_hypervisor::Hypervisor`]; `conformance!` at the end of
+//! the file runs each on the backend of this host, and on one that wraps it from outside
+//! the crate. They work on any `/dev/kvm`, also one that cannot run Linux; without any they
+//! fail, unless [`sm_hypervisor::testing::WITHOUT`] is set, which skips them. `cargo xtask
+//! test` also runs them in the lab.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 #![expect(
     clippy::cast_possible_truncation,
@@ -24,7 +24,7 @@ mod state;
 
 use sm_hypervisor::testing::native;
 
-/// Each check on this host's backend, and on one that is made outside the crate.
+/// Runs each check on this host's backend, and on one that is defined outside the crate.
 macro_rules! conformance {
     ($($check:path as $name:ident),* $(,)?) => {
         $(
@@ -55,9 +55,9 @@ conformance! {
     access::ports_of_each_width as ports_of_each_width,
     access::memory_mapped_access_of_each_width as memory_mapped_access_of_each_width,
     access::string_operations_are_split as string_operations_are_split,
-    access::a_triple_fault_is_told as a_triple_fault_is_told,
+    access::a_triple_fault_is_reported as a_triple_fault_is_reported,
     access::a_prepared_vm_is_like_any_other as a_prepared_vm_is_like_any_other,
-    kick::a_kick_before_running_is_kept as a_kick_before_running_is_kept,
+    kick::a_kick_before_running_takes_effect as a_kick_before_running_takes_effect,
     kick::a_kick_ends_a_spin as a_kick_ends_a_spin,
     kick::a_kick_in_an_access_leaves_it_complete as a_kick_in_an_access_leaves_it_complete,
     kick::a_kick_of_a_dead_vcpu_is_harmless as a_kick_of_a_dead_vcpu_is_harmless,
@@ -65,7 +65,7 @@ conformance! {
     interrupts::doorbells_match_their_value as doorbells_match_their_value,
     smp::secondary_processors_start as secondary_processors_start,
     memory::memory_is_where_it_was_mapped as memory_is_where_it_was_mapped,
-    memory::an_unmapped_region_is_the_bus as an_unmapped_region_is_the_bus,
+    memory::accesses_to_an_unmapped_region_reach_the_bus as accesses_to_an_unmapped_region_reach_the_bus,
     state::a_restored_guest_finds_everything as a_restored_guest_finds_everything,
     state::a_guest_reset_in_place_finds_everything as a_guest_reset_in_place_finds_everything,
     state::time_does_not_go_backwards as time_does_not_go_backwards,

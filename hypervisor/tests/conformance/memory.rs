@@ -30,7 +30,7 @@ pub(crate) fn memory_is_where_it_was_mapped<H: Backend>(hypervisor: &H) {
     assert!(bus.take().iter().all(stops));
 }
 
-pub(crate) fn an_unmapped_region_is_the_bus<H: Backend>(hypervisor: &H) {
+pub(crate) fn accesses_to_an_unmapped_region_reach_the_bus<H: Backend>(hypervisor: &H) {
     let bench = bench(hypervisor);
     let bus = Recorder::default();
     let mut vcpu = bench.boot(&bus);

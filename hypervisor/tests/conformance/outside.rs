@@ -1,5 +1,5 @@
 //! A backend outside the crate: it wraps another, but has types, tokens and a VM identity
-//! of its own, made through the public interface.
+//! of its own, created through the public interface.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -73,7 +73,7 @@ impl<V: Vm> Vm for OutsideVm<V> {
 
     #[expect(unsafe_code, reason = "implements an unsafe method")]
     unsafe fn map_memory(&self, region: MemoryRegion) -> Result<(), Error> {
-        // SAFETY: the caller has promised the same.
+        // SAFETY: the caller guarantees the same.
         unsafe { self.vm.map_memory(region) }
     }
 
@@ -197,7 +197,7 @@ pub(crate) struct OutsideRestoring<R> {
 }
 
 impl<R> OutsideRestoring<R> {
-    /// Keeps the proof of the backend inside, and makes one of this.
+    /// Stores the proof of the wrapped backend, and creates one of this backend.
     fn new(restoring: R, proof: RestoredVcpu, shared: Arc<Shared>) -> (Self, RestoredVcpu) {
         let index = proof.index();
         let own = RestoredVcpu::new(&shared.identity, index);

@@ -1,4 +1,4 @@
-//! Saving a guest, and going on with it elsewhere.
+//! Saving a guest, and continuing it elsewhere.
 
 use sm_hypervisor::state::x86_64::VcpuState;
 use sm_hypervisor::{
@@ -11,7 +11,7 @@ use crate::bench::{
 };
 use crate::guests;
 
-/// What the guest writes into model-specific registers.
+/// Values that the guest writes into model-specific registers.
 const MSRS: [(u32, u64); 12] = [
     (0xc000_0081, 0x0018_0008_0000_0000), // STAR
     (0xc000_0082, 0x0000_7fff_1234_5000), // LSTAR
@@ -27,9 +27,9 @@ const MSRS: [(u32, u64); 12] = [
     (TSC_AUX, 0x1357),
 ];
 const TSC_AUX: u32 = 0xc000_0103;
-/// Length of what the guest writes down.
+/// Length of the guest's results.
 const DUMP_LEN: usize = 0x2000;
-/// Processor features that widen the check.
+/// Processor features that extend the check.
 const AVX: u32 = 1;
 const AVX512: u32 = 2;
 
@@ -42,7 +42,7 @@ fn xcr0(features: u32) -> u64 {
     }
 }
 
-/// What the guest's processor offers, by its CPUID.
+/// Returns the features that the guest's CPUID reports.
 fn features(state: &VcpuState) -> u32 {
     let leaf = |function, index| {
         let mut leaves = state.cpuid.iter();
@@ -56,7 +56,7 @@ fn features(state: &VcpuState) -> u32 {
     (u32::from(avx) * AVX) | (u32::from(avx512) * AVX512)
 }
 
-/// A vector area in which no two bytes in a row are the same.
+/// Returns a vector area in which no two consecutive bytes are equal.
 fn vectors() -> Vec<u8> {
     (0..2048_u32).map(|i| (i * 37 + i / 256) as u8).collect()
 }
@@ -66,19 +66,19 @@ struct Saved {
     vm: VmState,
     memory: Vec<u8>,
     features: u32,
-    /// What the guest wrote into model-specific registers.
+    /// Values that the guest wrote into model-specific registers.
     msrs: Vec<(u32, u64)>,
 }
 
-/// Boots the guest, and stops it when all is set.
+/// Boots the guest, and stops it when all its state is set.
 fn started<H: Backend>(hypervisor: &H, bus: &Recorder) -> (Bench<H>, VcpuOf<H>, Saved) {
     let bench = Bench::new(hypervisor, 1, guests::sets_state());
     bench.put(INVALID_HANDLER, guests::dumps_state());
     bench.put(VECTORS, &vectors());
     bench.put(DUMP + 0x900, b"fs found gs found");
     let mut vcpu = bench.boot(bus);
-    // The extended state is switched on from outside: the guest's kernel may run
-    // where XSETBV cannot.
+    // The host enables the extended state: the guest's kernel may run on a processor that
+    // cannot execute XSETBV.
     let mut state = vcpu.save().unwrap();
     let features = features(&state);
     if features != 0 {
@@ -88,7 +88,7 @@ fn started<H: Backend>(hypervisor: &H, bus: &Recorder) -> (Bench<H>, VcpuOf<H>, 
         vcpu = bench.reload(vcpu, &state, &vm);
     }
     bench.put(SHARED + 4, &features.to_le_bytes());
-    // A KVM without hardware virtualisation may lack this one.
+    // A KVM without hardware virtualisation may lack this register.
     let aux = state.msrs.iter().any(|(index, _)| *index == TSC_AUX);
     let msrs: Vec<_> = MSRS
         .into_iter()
@@ -110,7 +110,7 @@ fn started<H: Backend>(hypervisor: &H, bus: &Recorder) -> (Bench<H>, VcpuOf<H>, 
     (bench, vcpu, saved)
 }
 
-/// What was set has arrived: otherwise comparing proves nothing.
+/// Checks that the values were set: otherwise the comparison proves nothing.
 fn check_reference(dump: &[u8], saved: &Saved) {
     let word = |offset: usize| u64::from_le_bytes(dump[offset..offset + 8].try_into().unwrap());
     assert_eq!(word(0), 0xa1a1_a1a1_a1a1_a1a1);
@@ -137,7 +137,7 @@ fn check_reference(dump: &[u8], saved: &Saved) {
     }
 }
 
-/// Names the part of the dump that differs.
+/// Compares two dumps, and names the part that differs.
 fn assert_same(reference: &[u8], found: &[u8]) {
     let different = reference.iter().zip(found).position(|(a, b)| a != b);
     if let Some(offset) = different {
@@ -184,8 +184,8 @@ pub(crate) fn a_guest_reset_in_place_finds_everything<H: Backend>(hypervisor: &H
     }
 }
 
-/// Also for a machine saved in its first second, when KVM takes a written
-/// counter for an attempt to synchronise.
+/// Also for a machine saved in its first second, when KVM treats a written counter as an
+/// attempt to synchronise.
 pub(crate) fn time_does_not_go_backwards<H: Backend>(hypervisor: &H) {
     let bench = Bench::new(hypervisor, 1, guests::reads_time());
     let bus = Recorder::default();
@@ -203,7 +203,7 @@ pub(crate) fn time_does_not_go_backwards<H: Backend>(hypervisor: &H) {
     assert!(time(8) > time(0), "{} then {}", time(0), time(8));
 }
 
-/// A bus on which a read is the last thing before a pause.
+/// A bus on which a read is the last access before a pause.
 struct StopsOnReads<'a>(&'a Recorder);
 
 impl Bus for StopsOnReads<'_> {
@@ -222,8 +222,8 @@ impl Bus for StopsOnReads<'_> {
     }
 }
 
-/// A vCPU that is stopped between the fault and its delivery: CR2 gets its value on
-/// delivery only, which KVM makes up for while the state is read.
+/// A vCPU that is stopped between the fault and its delivery: CR2 gets its value only on
+/// delivery, or when the events are read.
 pub(crate) fn a_pending_page_fault_keeps_its_address<H: Backend>(hypervisor: &H) {
     const ADDRESS: u64 = 0x4000_1230;
     let bench = Bench::new(hypervisor, 1, guests::faults_after_an_access());
@@ -284,7 +284,7 @@ pub(crate) fn all_vcpus_must_be_restored<H: Backend>(hypervisor: &H) {
     assert!(bench.vm.restore(&other, vec![proof]).is_err());
 }
 
-/// Neither a proof nor a permission of one VM counts in another.
+/// Neither a proof nor a permission of one VM is valid in another.
 pub(crate) fn tokens_of_another_vm_are_refused<H: Backend>(hypervisor: &H) {
     let benches = [(); 2].map(|()| Bench::new(hypervisor, 1, guests::ports()));
     let bus = Recorder::default();
