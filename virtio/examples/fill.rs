@@ -1,7 +1,7 @@
-//! A device's side of a queue: buffers of a driver are filled from a socket, by vectored
-//! reads straight into guest memory. `cargo run -p sm-virtio --example fill [TEXT]`
+//! The device side of a queue: fills a driver's buffers from a socket, by vectored reads
+//! directly into guest memory. `cargo run -p sm-virtio --example fill [TEXT]`
 //!
-//! The driver's side comes from the feature `testing`; in a VMM it is the guest.
+//! The driver side comes from the feature `testing`; in a VMM it is the guest.
 
 use std::error::Error;
 use std::io::Write as _;
@@ -59,7 +59,8 @@ fn fill(
     socket: BorrowedFd<'_>,
 ) -> Result<(), Box<dyn Error>> {
     let mut chain = Chain::new();
-    // Every index and address is checked: an error means that the driver broke the ring.
+    // Every index and address is checked: an error means that the driver corrupted the
+    // ring.
     while queue.pop(memory, &mut chain)? {
         let read = iov::receive(memory, &chain.writable, socket)?;
         queue.push_used(memory, chain.head(), u32::try_from(read.len)?)?;

@@ -1,10 +1,10 @@
-//! What a virtio device is to the machine.
+//! The interface between a virtio device and its transport.
 //!
-//! The transport owns negotiation and queue set-up; a device sees a queue only
-//! between [`VirtioDevice::activate`] and [`VirtioDevice::reset`]. Devices run
-//! on the machine's one event loop thread: queue notifications, their own host
-//! file descriptors, and nothing else. Configuration space and life-cycle calls
-//! arrive on vCPU threads. Each device sits in one mutex, which both take.
+//! The transport handles negotiation and queue set-up; a device sees a queue only between
+//! [`VirtioDevice::activate`] and [`VirtioDevice::reset`]. Devices run on the machine's one
+//! event loop thread: queue notifications and their own host file descriptors. Accesses to
+//! configuration space and life-cycle calls arrive on vCPU threads. Each device is in one
+//! mutex, which both threads lock.
 
 use std::sync::Arc;
 
@@ -15,34 +15,35 @@ use crate::GuestMemory;
 use crate::queue::Queue;
 use sm_event_loop::{Readiness, Registry};
 
-/// How a device tells the driver something. Cheap, callable from any thread.
+/// A device's notifications of its driver. Cheap; any thread may call it.
 pub trait Interrupt: Send + Sync {
-    /// Buffers were used in some queue (the caller has already applied event
+    /// Signals that buffers were used in some queue (the caller has already applied event
     /// index suppression).
     fn used_buffers(&self);
-    /// The configuration space changed.
+    /// Signals that the configuration space changed.
     fn config_changed(&self);
-    /// The device met something it cannot recover from: sets
-    /// DEVICE_NEEDS_RESET and notifies (virtio 1.3 section 2.1.2). Logged once.
+    /// Reports an unrecoverable error: sets DEVICE_NEEDS_RESET and notifies the driver
+    /// (virtio 1.3 section 2.1.2). Logged once.
     fn needs_reset(&self, reason: &str);
 }
 
-/// What a device gets when the driver sets DRIVER_OK, and again after a restore.
+/// Resources of a device while it is active: passed when the driver sets DRIVER_OK, and
+/// again after a restore.
 pub struct Activation {
     /// Guest memory.
     pub memory: GuestMemory,
-    /// Features both sides agreed on.
+    /// Features that both sides agreed on.
     pub features: u64,
-    /// The queues, in order; one the driver did not enable is not ready.
+    /// The queues, in order; a queue that the driver did not enable is not ready.
     pub queues: Vec<Queue>,
     /// The device's interrupt.
     pub interrupt: Arc<dyn Interrupt>,
 }
 
-/// Why a device cannot be activated or restored.
+/// Reason why a device cannot be activated or restored.
 #[derive(Debug, Error)]
 pub enum ActivateError {
-    /// The driver enabled queues that do not make sense for the device.
+    /// The driver did not enable a queue that the device requires.
     #[error("queue {index} is required and was not enabled")]
     QueueMissing {
         /// Number of the queue.
@@ -51,9 +52,9 @@ pub enum ActivateError {
     /// A host resource failed.
     #[error("cannot {operation}")]
     Io {
-        /// What was tried.
+        /// The failed operation.
         operation: &'static str,
-        /// The system's answer.
+        /// The operating system's error.
         #[source]
         source: std::io::Error,
     },
@@ -62,7 +63,7 @@ pub enum ActivateError {
     Payload {
         /// The device's kind.
         kind: String,
-        /// What does not fit.
+        /// The element that does not fit, and the reason.
         reason: String,
     },
 }
@@ -90,7 +91,7 @@ impl DevicePayload {
         Err(ActivateError::Payload {
             kind: kind.to_owned(),
             reason: format!(
-                "it is \"{}\" version {}, and version {version} is read",
+                "it is \"{}\" version {}, and only version {version} is supported",
                 self.kind, self.version
             ),
         })
@@ -102,7 +103,7 @@ pub trait VirtioDevice: Send {
     /// Device type (virtio 1.3 section 5).
     fn device_type(&self) -> u32;
 
-    /// Features offered, without the transport's own (VERSION_1 is added).
+    /// Features that the device offers, without the transport's own (VERSION_1 is added).
     fn features(&self) -> u64;
 
     /// Largest size of each queue; the number of entries is the number of queues.
@@ -111,47 +112,47 @@ pub trait VirtioDevice: Send {
     /// Reads configuration space; bytes beyond its end read as zero.
     fn read_config(&self, offset: u64, data: &mut [u8]);
 
-    /// Writes configuration space; what is not writable is ignored.
+    /// Writes configuration space; writes to read-only fields are ignored.
     fn write_config(&mut self, offset: u64, data: &[u8]);
 
-    /// The device got its place on the event loop: registers descriptors that host
-    /// code may use before there is a driver. Nothing for most devices.
+    /// Called once the device is on the event loop: registers descriptors that host code
+    /// may use before the driver starts. Most devices have none.
     fn attached(&mut self, _registry: &mut dyn Registry) {}
 
-    /// The driver is ready. Called on a vCPU thread; work starts with
+    /// Called when the driver is ready, on a vCPU thread; work starts with
     /// [`Self::started`] on the event loop.
     ///
     /// # Errors
     /// The device then reports DEVICE_NEEDS_RESET.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
 
-    /// Runs on the event loop after [`Self::activate`], and again after a pause:
-    /// registers host file descriptors and looks at every queue and descriptor.
+    /// Called on the event loop after [`Self::activate`], and again after a pause:
+    /// registers host file descriptors and checks every queue and descriptor.
     fn started(&mut self, registry: &mut dyn Registry);
 
-    /// The driver notified queue `index`.
+    /// Called when the driver has notified queue `index`.
     fn queue_notified(&mut self, index: usize, registry: &mut dyn Registry);
 
-    /// A registered host file descriptor is ready; `token` is the one given to
-    /// `Registry::add` by this device.
+    /// Called when a registered host file descriptor is ready; `token` is the one that this
+    /// device passed to `Registry::add`.
     fn host_ready(&mut self, token: u64, readiness: Readiness, registry: &mut dyn Registry);
 
-    /// Back to the state before activation; hands nothing back to the driver
-    /// and completes or abandons all work in flight first.
+    /// Returns to the state before activation: completes or abandons all work in flight
+    /// first, and returns no buffer to the driver.
     fn reset(&mut self, registry: Option<&mut dyn Registry>);
 
-    /// Brings work in flight to an end, so that all state is in guest memory,
-    /// the queues and [`Self::save`]. vCPUs are paused; called on the event loop.
+    /// Completes work in flight, so that all state is in guest memory, the queues and
+    /// [`Self::save`]. vCPUs are paused; called on the event loop.
     fn quiesce(&mut self, registry: &mut dyn Registry);
 
-    /// The queues' current state (for saving; valid after [`Self::quiesce`]).
-    /// Empty when not activated.
+    /// Returns the queues' current state (for saving; valid after [`Self::quiesce`]). Empty
+    /// if the device is not active.
     fn queues(&self) -> &[Queue];
 
-    /// Saves what is not in guest memory, transport or queues.
+    /// Saves the state that is not in guest memory, transport or queues.
     fn save(&self) -> DevicePayload;
 
-    /// Restores what [`Self::save`] saved, before activation.
+    /// Restores state that [`Self::save`] saved, before activation.
     ///
     /// # Errors
     /// A payload of another kind or version, or one that does not fit.

@@ -14,23 +14,23 @@ use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _, VolatileSlice
 use crate::GuestMemory;
 use crate::queue::Span;
 
-/// Buffers handed to one system call; longer lists take several.
+/// Maximum number of buffers in one system call; longer lists take several.
 pub const MAX_SPANS: usize = 128;
 
 /// `SIOCATMARK` (linux/sockios.h), which the libc crate does not have.
 const SIOCATMARK: libc::Ioctl = 0x8905;
 
-/// A run of the bytes of a list of spans.
+/// A contiguous part of the bytes in a list of spans.
 #[derive(Clone, Copy, Debug)]
 pub struct Window<'a> {
     spans: &'a [Span],
-    /// Bytes of the first span that come before the run.
+    /// Bytes of the first span that precede the window.
     skip: u32,
     len: u32,
 }
 
 impl<'a> Window<'a> {
-    /// The bytes `skip..skip + len` of `spans`, as far as there are any.
+    /// Returns the bytes `skip..skip + len` of `spans`, as far as they exist.
     #[must_use]
     pub fn new(spans: &'a [Span], skip: u32, len: u32) -> Self {
         let total = spans
@@ -51,20 +51,20 @@ impl<'a> Window<'a> {
         self.len
     }
 
-    /// Whether there are no bytes.
+    /// Returns true if there are no bytes.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// The first `len` bytes, as far as there are any.
+    /// Returns the first `len` bytes, as far as they exist.
     #[must_use]
     pub fn take(mut self, len: u32) -> Self {
         self.len = self.len.min(len);
         self
     }
 
-    /// Leaves the first `count` bytes out.
+    /// Removes the first `count` bytes.
     pub fn advance(&mut self, count: u32) {
         let count = count.min(self.len);
         self.len -= count;
@@ -75,11 +75,11 @@ impl<'a> Window<'a> {
             skip -= u64::from(first.len);
             self.spans = rest;
         }
-        // Less than the first span's length now, or nothing is left.
+        // `skip` is less than the first span's length now, or no span is left.
         self.skip = u32::try_from(skip).unwrap_or(0);
     }
 
-    /// The runs of guest memory.
+    /// Returns the window's ranges of guest memory.
     pub fn spans(&self) -> impl Iterator<Item = Span> + use<'a> {
         let (mut skip, mut left) = (self.skip, self.len);
         self.spans.iter().map_while(move |span| {
@@ -91,8 +91,8 @@ impl<'a> Window<'a> {
         })
     }
 
-    /// Copies the bytes out of guest memory; `false` when there are not enough
-    /// of them to fill `bytes`.
+    /// Copies the bytes from guest memory; returns false if there are too few of them to
+    /// fill `bytes`.
     #[must_use]
     pub fn copy_out(&self, memory: &GuestMemory, bytes: &mut [u8]) -> bool {
         let mut rest = bytes;
@@ -107,7 +107,7 @@ impl<'a> Window<'a> {
         rest.is_empty()
     }
 
-    /// Copies `bytes` into guest memory; `false` when they do not fit.
+    /// Copies `bytes` into guest memory; returns false if they do not fit.
     #[must_use]
     pub fn copy_in(&self, memory: &GuestMemory, bytes: &[u8]) -> bool {
         let mut rest = bytes;
@@ -121,7 +121,7 @@ impl<'a> Window<'a> {
         rest.is_empty()
     }
 
-    /// Fills the run with zeroes.
+    /// Fills the window with zeroes.
     ///
     /// # Errors
     /// `EFAULT` for spans outside guest memory.
@@ -145,7 +145,7 @@ fn fault() -> io::Error {
     io::Error::from_raw_os_error(libc::EFAULT)
 }
 
-/// The buffers of one call, on the stack.
+/// Arguments of one vectored call, on the stack.
 struct Buffers {
     iov: [MaybeUninit<libc::iovec>; MAX_SPANS],
     /// At most `MAX_SPANS`.
@@ -153,8 +153,8 @@ struct Buffers {
 }
 
 impl Buffers {
-    /// The first buffers of `spans`. Empty spans take no place: a call with
-    /// nothing but these would look like the end of a file.
+    /// Collects the first buffers of `spans`. Empty spans are left out: a call with only
+    /// empty buffers would look like the end of a file.
     fn new(memory: &GuestMemory, spans: impl Iterator<Item = Span>) -> io::Result<Self> {
         let mut buffers = Self {
             iov: [MaybeUninit::uninit(); MAX_SPANS],
@@ -174,22 +174,22 @@ impl Buffers {
         Ok(buffers)
     }
 
-    /// Where the buffers are; the first `count` of them are initialised.
+    /// Returns the address of the buffers; the first `count` of them are initialised.
     fn as_ptr(&self) -> *const libc::iovec {
         self.iov.as_ptr().cast()
     }
 
-    /// A message of them, without a name or control data.
+    /// Returns a message header for the buffers, without a name or control data.
     fn message(&self) -> libc::msghdr {
-        // SAFETY: a message header is plain data, for which zeroes are "nothing".
+        // SAFETY: a message header is plain data; zeroes are valid and mean "nothing".
         let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
         message.msg_iov = self.as_ptr().cast_mut();
-        // Its type is not the same in all C libraries.
+        // The type of `msg_iovlen` differs between C libraries.
         message.msg_iovlen = self.count.into();
         message
     }
 
-    /// Their number, as system calls on files take it.
+    /// Returns the number of buffers in the type that system calls on files take.
     fn count(&self) -> libc::c_int {
         self.count.into()
     }
@@ -199,26 +199,26 @@ fn result(returned: isize) -> io::Result<usize> {
     usize::try_from(returned).map_err(|_| io::Error::last_os_error())
 }
 
-/// What came of receiving from a socket.
+/// Result of receiving from a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Received {
-    /// Bytes.
+    /// Number of bytes.
     pub len: usize,
-    /// Something came along with the bytes (descriptors) and was dropped; the
-    /// kernel ends a read there, although there may be more.
+    /// Ancillary data (descriptors) arrived with the bytes and was discarded; the kernel
+    /// ends a read there, although more bytes may follow.
     pub stopped: bool,
 }
 
-/// Receives from a stream socket into guest memory; at most 128 spans at once.
+/// Receives from a stream socket into guest memory; at most 128 spans in one call.
 ///
 /// # Errors
-/// The system's answer; `EFAULT` for spans outside guest memory.
+/// The operating system's error; `EFAULT` for spans outside guest memory.
 pub fn receive(memory: &GuestMemory, spans: &[Span], fd: BorrowedFd<'_>) -> io::Result<Received> {
     let buffers = Buffers::new(memory, spans.iter().copied())?;
     let mut message = buffers.message();
-    // SAFETY: the first `count` buffers are initialised and lie in guest memory,
-    // which `memory` keeps mapped, and which is only ever accessed as volatile. The
-    // message has neither room for a name nor for control data.
+    // SAFETY: the first `count` buffers are initialised and lie in guest memory, which
+    // `memory` keeps mapped, and which is only accessed as volatile. The message has
+    // neither room for a name nor for control data.
     let len = result(unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut message, 0) })?;
     Ok(Received {
         len,
@@ -226,23 +226,23 @@ pub fn receive(memory: &GuestMemory, spans: &[Span], fd: BorrowedFd<'_>) -> io::
     })
 }
 
-/// Whether a stream socket has been read up to urgent data (TCP) or an out-of-band
-/// byte (unix sockets): a read ends there, although there may be more behind it.
-/// `false` where there is no such thing.
+/// Returns true if a stream socket has been read up to urgent data (TCP) or an out-of-band
+/// byte (Unix sockets): a read ends there, although more bytes may follow. Returns false
+/// for descriptors that have no such mark.
 #[must_use]
 pub fn is_at_mark(fd: BorrowedFd<'_>) -> bool {
     let mut at: libc::c_int = 0;
-    // SAFETY: the request writes an integer to where it is told.
+    // SAFETY: the request writes one integer to the given address.
     let asked = unsafe { libc::ioctl(fd.as_raw_fd(), SIOCATMARK, &raw mut at) };
     asked == 0 && at != 0
 }
 
-/// Sends guest memory to a socket; at most 128 spans at once. A peer that is gone
-/// is an error (`EPIPE`) and no signal, whatever the process does about SIGPIPE.
-/// On a socket that keeps messages apart, this is one message.
+/// Sends guest memory to a socket; at most 128 spans in one call. A closed peer is an error
+/// (`EPIPE`) without a signal, independent of the process's handling of SIGPIPE. On a
+/// socket that preserves message boundaries, the spans are one message.
 ///
 /// # Errors
-/// The system's answer; `EFAULT` for spans outside guest memory, `EMSGSIZE` for a
+/// The operating system's error; `EFAULT` for spans outside guest memory, `EMSGSIZE` for a
 /// message of more than 128 spans.
 pub fn send(memory: &GuestMemory, spans: &[Span], fd: BorrowedFd<'_>) -> io::Result<usize> {
     let buffers = Buffers::new(memory, spans.iter().copied())?;
@@ -251,12 +251,12 @@ pub fn send(memory: &GuestMemory, spans: &[Span], fd: BorrowedFd<'_>) -> io::Res
     result(unsafe { libc::sendmsg(fd.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) })
 }
 
-/// Reads from `offset` of a file into guest memory, as far as that goes in one
-/// call; with `cached_only`, as far as it goes without waiting for a device.
+/// Reads from `offset` of a file into guest memory, as much as one call returns; with
+/// `cached_only`, only bytes that need no wait for a device.
 ///
 /// # Errors
-/// The system's answer: `WouldBlock` when nothing is cached, `EOPNOTSUPP` from
-/// file systems that cannot tell; `EFAULT` for spans outside guest memory.
+/// The operating system's error: `WouldBlock` if nothing is cached, `EOPNOTSUPP` from file
+/// systems without support for `RWF_NOWAIT`; `EFAULT` for spans outside guest memory.
 fn pread(
     memory: &GuestMemory,
     window: Window<'_>,
@@ -275,11 +275,11 @@ fn pread(
     u32::try_from(read).map_err(io::Error::other)
 }
 
-/// Fills `window` from `offset` of a file on.
+/// Fills `window` with the file's bytes from `offset` on.
 ///
 /// # Errors
-/// `UnexpectedEof` when the file ends before the window is full; otherwise the
-/// system's answer, and `EFAULT` for spans outside guest memory.
+/// `UnexpectedEof` if the file ends before the window is full; otherwise the operating
+/// system's error, and `EFAULT` for spans outside guest memory.
 pub fn read_exact_at(
     memory: &GuestMemory,
     window: Window<'_>,
@@ -289,13 +289,13 @@ pub fn read_exact_at(
     read_all(memory, window, fd, offset, false)
 }
 
-/// Like [`read_exact_at`], but never waits for a device; `Ok(false)` when it
-/// would have to, or the file system cannot tell. Some bytes may have been read
-/// then.
+/// Like [`read_exact_at`], but never waits for a device; returns `Ok(false)` if it would
+/// have to, or if the file system does not support such reads. Some bytes may have been
+/// read in that case.
 ///
-/// A read that ends early counts as one that would have to wait: with
-/// `RWF_NOWAIT`, Linux 5.9 and 5.10 return 0 before the end of a file when a page
-/// is not cached (preadv2(2), BUGS). [`read_exact_at`] tells the two apart.
+/// A read that ends early counts as one that would have to wait: with `RWF_NOWAIT`, Linux
+/// 5.9 and 5.10 return 0 before the end of a file if a page is not cached (preadv2(2),
+/// BUGS). [`read_exact_at`] distinguishes the two.
 ///
 /// # Errors
 /// As [`read_exact_at`], without `UnexpectedEof`.
@@ -343,7 +343,7 @@ fn read_all(
 /// Writes all of `window` to a file from `offset` on.
 ///
 /// # Errors
-/// The system's answer; `EFAULT` for spans outside guest memory.
+/// The operating system's error; `EFAULT` for spans outside guest memory.
 pub fn write_all_at(
     memory: &GuestMemory,
     mut window: Window<'_>,
@@ -370,14 +370,14 @@ pub fn write_all_at(
     Ok(())
 }
 
-/// Drops the first `count` bytes of `spans`, in place.
+/// Removes the first `count` bytes of `spans`, in place.
 pub fn advance(spans: &mut Vec<Span>, count: usize) {
     let mut left = count;
     let mut done = 0;
     for span in spans.iter_mut() {
         let len = span.len as usize;
         if left < len {
-            // `left` is below a u32.
+            // `left` is less than a u32.
             let part = u32::try_from(left).unwrap_or(span.len);
             span.address.0 += u64::from(part);
             span.len -= part;
@@ -398,7 +398,7 @@ mod tests {
     use super::*;
 
     proptest! {
-        /// A window is the bytes of its spans, cut at both ends.
+        /// A window contains the bytes of its spans, cut at both ends.
         #[test]
         fn a_window_is_a_run_of_bytes(
             lens in prop::collection::vec(0u32..9, 0..6),
@@ -436,7 +436,7 @@ mod tests {
         GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap()
     }
 
-    /// `count` spans of no bytes, then one of `len` at `address`.
+    /// Returns `count` empty spans, then one of `len` bytes at `address`.
     fn after_empty(count: usize, address: u64, len: u32) -> Vec<Span> {
         let span = |address, len| Span {
             address: GuestAddress(address),
@@ -462,10 +462,10 @@ mod tests {
         assert_eq!(file.metadata().unwrap().len(), 16);
     }
 
-    /// A read of 0 bytes before the end that the caller knows: what a kernel with
-    /// the `RWF_NOWAIT` fault answers for a page that is not cached.
+    /// A read of 0 bytes before the end that the caller knows: the result of a kernel with
+    /// the `RWF_NOWAIT` bug for a page that is not cached.
     #[test]
-    fn a_read_of_nothing_is_no_data() {
+    fn a_read_of_zero_bytes_is_not_cached_data() {
         use std::io::Write as _;
         let memory = memory();
         let mut file = tempfile::tempfile().unwrap();
@@ -482,7 +482,7 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_that_is_gone_is_an_error_and_no_signal() {
+    fn a_closed_peer_is_an_error_and_no_signal() {
         use std::os::unix::net::UnixStream;
         let memory = memory();
         let (ours, theirs) = UnixStream::pair().unwrap();
@@ -491,7 +491,7 @@ mod tests {
         let received = receive(&memory, &spans, theirs.as_fd()).unwrap();
         assert_eq!((received.len, received.stopped), (8, false));
         drop(theirs);
-        // A signal that is blocked stays pending, ignored or not.
+        // A blocked signal stays pending, even if it is ignored.
         let pending = || {
             // SAFETY: signal sets are plain data, written before they are read.
             unsafe {

@@ -1,20 +1,21 @@
-//! The device side of virtio 1.3: split virtqueues, vectored I/O straight on guest
-//! memory, a trait for devices, and the MMIO transport.
+//! The device side of virtio 1.3: split virtqueues, vectored I/O directly on guest memory,
+//! a trait for devices, and the MMIO transport.
 //!
 //! | module | idea |
 //! |---|---|
 //! | [`queue`] | the split virtqueue and its descriptor chains |
 //! | [`iov`] | vectored I/O between host descriptors and guest memory |
-//! | [`VirtioDevice`] | what a device is to its transport |
+//! | [`VirtioDevice`] | the interface between a device and its transport |
 //! | [`mmio`] | the register transport and its saved state |
-//! | `testing` | a driver's side of queues and transport (feature `testing`) |
+//! | `testing` | the driver side of queues and transport (feature `testing`) |
 //!
-//! Everything in a ring is the driver's word. An index, address or length that makes no
-//! sense is an error, after which the device asks for a reset; nothing that a driver
-//! writes leads to a panic, an unbounded loop or an allocation of its choice.
+//! All contents of a ring come from the driver and are not trusted. An invalid index,
+//! address or length is an error, after which the device requests a reset; no value that a
+//! driver writes causes a panic, an unbounded loop or an allocation of a size that the
+//! driver chooses.
 //!
-//! A device takes a chain, fills its buffers and hands it back. In this example the
-//! driver's side comes from the feature `testing`; in a VMM it is the guest.
+//! A device takes a chain, fills its buffers and returns it. In this example the driver
+//! side comes from the feature `testing`; in a VMM it is the guest.
 //!
 //! ```
 //! use sm_virtio::GuestMemory;
@@ -25,8 +26,8 @@
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
-//! // The driver lays a queue of 8 out at 64 KiB and offers a buffer for the device
-//! // to write.
+//! The driver sets up a queue of 8 at 64 KiB and offers a buffer that the device
+//! writes.
 //! let mut driver = DriverQueue::new(memory.clone(), 0x1_0000, 8);
 //! let buffer = Span { address: GuestAddress(0x2000), len: 5 };
 //! let head = driver.offer(&[], &[buffer]);
@@ -38,7 +39,7 @@
 //! assert!(window.copy_in(&memory, b"hello"));
 //! queue.push_used(&memory, chain.head(), 5)?;
 //! let interrupt = queue.publish(&memory)?;
-//! assert!(interrupt, "the driver did not ask for silence");
+//! assert!(interrupt, "the driver did not suppress interrupts");
 //!
 //! assert_eq!(driver.take_used(), head.map(|head| (head, 5)));
 //! let mut bytes = [0; 5];

@@ -1,8 +1,8 @@
 //! The virtio-mmio register transport, version 2 (virtio 1.3 section 4.2.2).
 //!
-//! vCPU threads read and write registers; the event loop serves queues. The two
-//! meet in three places only: the registers' mutex (vCPU threads), the device's
-//! mutex (both, never while waiting for the other), and the interrupt's atomics.
+//! vCPU threads access registers; the event loop serves queues. The registers are behind a
+//! mutex of vCPU threads, the device is behind a mutex that both lock (neither waits for the
+//! other with it held), and the interrupt is made of atomics.
 
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
@@ -35,7 +35,7 @@ const VENDOR: u32 = 0x534d; // "SM"
 const INTERRUPT_USED: u32 = 1;
 const INTERRUPT_CONFIG: u32 = 2;
 
-/// Tokens of the transport's own descriptors; a device's are below.
+/// Tokens of the transport's own descriptors; a device's tokens are below.
 const TOKEN_ACTIVATED: u64 = u64::MAX;
 const TOKEN_QUEUE: u64 = 1 << 63;
 
@@ -56,8 +56,8 @@ pub trait InterruptLine: Send + Sync {
 }
 
 fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Device code does not panic on guest input; if it did, the report of the
-    // panic says more than a second one here.
+    // Device code does not panic on guest input; if it did, the report of that panic is
+    // more useful than a second one here.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -147,8 +147,8 @@ struct LoopSide {
     doorbells: Vec<Arc<OwnedFd>>,
     activated: Arc<OwnedFd>,
     registered: Vec<Registered<Arc<OwnedFd>>>,
-    /// Guest memory must not change: what happens meanwhile is looked at when
-    /// the device goes on.
+    /// Set while guest memory must not change: events that arrive meanwhile are processed
+    /// when the device resumes.
     quiesced: Arc<AtomicBool>,
 }
 
@@ -157,8 +157,8 @@ impl EventHandler for LoopSide {
         let activated = Arc::clone(&self.activated);
         let activated = registry.add(activated, TOKEN_ACTIVATED, Interest::READ)?;
         self.registered.push(activated);
-        // Edge-triggered: each signal is told once, and the counter, which no
-        // driver can make overflow, need not be read.
+        // Edge-triggered: each signal is reported once, and the counter, which no driver
+        // can make overflow, need not be read.
         let edge = Interest {
             edge: true,
             ..Interest::READ
@@ -176,7 +176,7 @@ impl EventHandler for LoopSide {
             let _ = drain(self.activated.as_fd());
         }
         if self.quiesced.load(Ordering::SeqCst) {
-            // The device looks at everything again when it goes on.
+            // The device checks all queues and descriptors when it resumes.
             return;
         }
         let mut device = lock(&self.device);
@@ -192,10 +192,10 @@ impl EventHandler for LoopSide {
 }
 
 impl MmioTransport {
-    /// Puts `device` behind the registers of `slot`.
+    /// Creates the transport of `device` in `slot`.
     ///
     /// # Errors
-    /// No descriptors to be had, or the loop has stopped.
+    /// No descriptors are available, or the loop has stopped.
     pub fn new(
         slot: u32,
         device: Arc<Mutex<dyn VirtioDevice>>,
@@ -255,14 +255,14 @@ impl MmioTransport {
         self.slot
     }
 
-    /// One eventfd for each queue, by number: signalled by the driver's writes
-    /// to [`QUEUE_NOTIFY`].
+    /// Returns the queues' eventfds with their numbers: the driver's writes to
+    /// [`QUEUE_NOTIFY`] signal them.
     pub fn doorbells(&self) -> impl Iterator<Item = (u32, BorrowedFd<'_>)> {
         (0..).zip(self.doorbells.iter().map(|fd| fd.as_fd()))
     }
 
-    /// Brings the device's work in flight to an end; until [`Self::unquiesce`]
-    /// it touches neither guest memory nor host sockets. All vCPUs are paused.
+    /// Completes the device's work in flight; until [`Self::unquiesce`] it touches neither
+    /// guest memory nor host sockets. All vCPUs must be paused.
     ///
     /// # Errors
     /// The loop has stopped.
@@ -273,7 +273,7 @@ impl MmioTransport {
         self.event_loop.call(self.handler, move |registry| {
             quiesced.store(true, Ordering::SeqCst);
             let mut device = lock(&device);
-            // What the driver has already asked for is done before.
+            // Serve the driver's earlier requests first.
             for index in 0..queues {
                 device.queue_notified(index, registry);
             }
@@ -281,8 +281,8 @@ impl MmioTransport {
         })
     }
 
-    /// Lets the device go on after [`Self::quiesce`]: it looks at all its queues
-    /// and descriptors again.
+    /// Lets the device resume after [`Self::quiesce`]: it checks all its queues and
+    /// descriptors again.
     pub fn unquiesce(&self) {
         self.quiesced.store(false, Ordering::SeqCst);
         if lock(&self.registers).status & DRIVER_OK != 0 {
@@ -290,7 +290,7 @@ impl MmioTransport {
         }
     }
 
-    /// Saves transport and device, which must be quiesced.
+    /// Saves the state of the transport and the device, which must be quiesced.
     #[must_use]
     pub fn save(&self) -> TransportState {
         let device = lock(&self.device);
@@ -309,11 +309,11 @@ impl MmioTransport {
         }
     }
 
-    /// Restores what [`Self::save`] saved, before vCPUs run; also over a live
-    /// transport.
+    /// Restores state that [`Self::save`] saved, before vCPUs run; also in place, on a
+    /// transport in use.
     ///
     /// # Errors
-    /// State of another device, or one the device refuses.
+    /// State of another device, or state that the device refuses.
     pub fn restore(&self, state: &TransportState) -> Result<(), ActivateError> {
         let unfit = |reason: &str| ActivateError::Payload {
             kind: state.device.kind.clone(),
@@ -356,9 +356,9 @@ impl MmioTransport {
             return Err(unfit("its queues lie outside guest memory"));
         }
         self.activate(&registers)?;
-        // KVM delivers interrupts to the IOAPIC from a work queue, so one raised
-        // just before the save may be in no saved state. One too many does no
-        // harm: the driver finds nothing new.
+        // KVM delivers interrupts to the IOAPIC from a work queue, so one raised just
+        // before the save may be missing in the saved state. A spurious one is harmless:
+        // the driver finds nothing new.
         if state.interrupt_status != 0
             && let Err(error) = interrupt.line.pulse()
         {
@@ -394,8 +394,8 @@ impl MmioTransport {
         })
     }
 
-    /// Takes the device out of service. On the event loop where that still
-    /// runs; the calling thread waits for it.
+    /// Resets the device. Runs on the event loop if that still runs; the calling thread
+    /// waits for it.
     fn reset_device(&self) {
         let device = Arc::clone(&self.device);
         let done = self.event_loop.call(self.handler, move |registry| {
@@ -419,9 +419,8 @@ impl MmioTransport {
         self.interrupt.needs_reset.store(false, Ordering::SeqCst);
     }
 
-    /// A write to the status register (section 2.1): bits are only added, and in
-    /// their order (section 3.1.1); what is refused is not there when the driver
-    /// reads the register again.
+    /// Handles a write to the status register (section 2.1): bits are only added, and in
+    /// their order (section 3.1.1); the driver reads a refused bit as zero.
     fn set_status(&self, registers: &mut Registers, value: u32) {
         if value == 0 {
             self.reset(registers);
@@ -435,7 +434,7 @@ impl MmioTransport {
             (FEATURES_OK, DRIVER_OK),
         ];
         for (before, after) in in_order {
-            // VERSION_1 is not optional here (section 6.1).
+            // VERSION_1 is required (section 6.1).
             let refused = after == FEATURES_OK
                 && old & FEATURES_OK == 0
                 && (registers.driver_features & !self.features != 0
@@ -484,7 +483,7 @@ impl MmioTransport {
                 let needs_reset = self.interrupt.needs_reset.load(Ordering::SeqCst);
                 registers.status | if needs_reset { NEEDS_RESET } else { 0 }
             }
-            // Shared memory regions: there is none (section 4.2.2).
+            // Length and base of shared memory regions: none exists (section 4.2.2).
             0xb0..=0xbc => u32::MAX,
             0xfc => self.interrupt.generation.load(Ordering::SeqCst),
             _ => 0,
@@ -527,7 +526,7 @@ impl MmioTransport {
     }
 }
 
-/// Queue set-up, until DRIVER_OK.
+/// Writes a queue set-up register, until DRIVER_OK.
 fn write_queue(registers: &mut Registers, offset: u64, value: u32) {
     let queue = usize::try_from(registers.queue_select)
         .ok()
@@ -536,7 +535,7 @@ fn write_queue(registers: &mut Registers, offset: u64, value: u32) {
         return;
     };
     match offset {
-        // A size that makes no sense is found when the device is activated.
+        // An invalid size is detected when the device is activated.
         0x38 => queue.size = u16::try_from(value).unwrap_or(0),
         0x44 => queue.ready = value == 1,
         0x80 => set_low(&mut queue.descriptors, value),
@@ -567,8 +566,8 @@ fn set_high(target: &mut u64, value: u32) {
 }
 
 impl MmioTransport {
-    /// Fills `data` from the register at `offset` of the window; leaves it as it is
-    /// where there is no such register. For vCPU threads, several at once.
+    /// Fills `data` from the register at `offset` of the window; leaves it unchanged if
+    /// there is no such register. vCPU threads may call it concurrently.
     pub fn read(&self, offset: u64, data: &mut [u8]) {
         if let Some(offset) = offset.checked_sub(CONFIG_SPACE) {
             lock(&self.device).read_config(offset, data);
@@ -577,8 +576,8 @@ impl MmioTransport {
         }
     }
 
-    /// Writes `data` to the register at `offset` of the window; does nothing where
-    /// there is no such register. For vCPU threads, several at once.
+    /// Writes `data` to the register at `offset` of the window; does nothing if there is no
+    /// such register. vCPU threads may call it concurrently.
     pub fn write(&self, offset: u64, data: &[u8]) {
         if let Some(offset) = offset.checked_sub(CONFIG_SPACE) {
             lock(&self.device).write_config(offset, data);
@@ -592,7 +591,7 @@ impl MmioTransport {
 
 impl Drop for MmioTransport {
     fn drop(&mut self) {
-        // Fails when the loop has stopped: then nothing is called any more either.
+        // Fails if the loop has stopped; it then calls no handler any more.
         let _ = self.event_loop.remove_handler(self.handler);
     }
 }

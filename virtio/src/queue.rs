@@ -1,8 +1,8 @@
 //! The split virtqueue, device side (virtio 1.3 section 2.7).
 //!
-//! Everything in a ring is the driver's word: every index, address and length is
-//! checked, chains are bounded by the queue size (so a loop ends), and what does
-//! not fit is an error that makes the device need a reset.
+//! All contents of a ring come from the driver and are not trusted: every index, address
+//! and length is checked, chains are bounded by the queue size (so a loop ends), and an
+//! invalid value is an error after which the device needs a reset.
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -15,24 +15,24 @@ use vm_memory::{ByteValued, Bytes as _, GuestAddress, GuestMemoryBackend as _};
 
 use crate::GuestMemory;
 
-/// Bytes in a descriptor.
+/// Length of a descriptor in bytes.
 const DESCRIPTOR_LEN: u64 = 16;
 /// Largest queue size (virtio 1.3 section 2.7).
 pub const MAX_SIZE: u16 = 32768;
 
-/// What is wrong with a queue.
+/// Fault of a queue.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 pub enum QueueError {
     /// A ring lies outside guest memory.
     #[error("a ring lies outside guest memory")]
     Ring,
-    /// More buffers are offered than the queue has.
+    /// More chains are outstanding than the queue has descriptors.
     #[error("the available index moved by more than the queue size")]
     AvailableIndex,
     /// A descriptor number is not below the queue size.
     #[error("descriptor {0} does not exist")]
     DescriptorIndex(u16),
-    /// A chain has more descriptors than the queue, or runs in a circle.
+    /// A chain has more descriptors than the queue, or contains a cycle.
     #[error("a descriptor chain is longer than the queue")]
     ChainLength,
     /// A buffer lies outside guest memory.
@@ -49,12 +49,12 @@ pub enum QueueError {
     TotalLength,
 }
 
-/// A run of guest memory.
+/// A contiguous range of guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Span {
     /// Guest physical address.
     pub address: GuestAddress,
-    /// Length in bytes; the run lies within guest memory.
+    /// Length in bytes; the range lies within guest memory.
     pub len: u32,
 }
 
@@ -62,39 +62,40 @@ pub struct Span {
 #[derive(Clone, Debug, Default)]
 pub struct Chain {
     head: u16,
-    /// What the device reads.
+    /// Buffers that the device reads.
     pub readable: Vec<Span>,
-    /// What the device writes.
+    /// Buffers that the device writes.
     pub writable: Vec<Span>,
 }
 
 impl Chain {
-    /// An empty chain, to be filled by [`Queue::pop`].
+    /// Returns an empty chain, which [`Queue::pop`] fills.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// The chain's first descriptor, which names it in the used ring.
+    /// Returns the chain's first descriptor, which identifies it in the used ring.
     #[must_use]
     pub fn head(&self) -> u16 {
         self.head
     }
 
-    /// Bytes the device may read. Does not overflow: checked by [`Queue::pop`].
+    /// Returns the number of bytes that the device may read. Does not overflow: checked by
+    /// [`Queue::pop`].
     #[must_use]
     pub fn readable_len(&self) -> u32 {
         self.readable.iter().map(|span| span.len).sum()
     }
 
-    /// Bytes the device may write.
+    /// Returns the number of bytes that the device may write.
     #[must_use]
     pub fn writable_len(&self) -> u32 {
         self.writable.iter().map(|span| span.len).sum()
     }
 }
 
-/// Keeps the bytes `skip..skip + len` of `spans` in `out`; says how many there are.
+/// Stores the bytes `skip..skip + len` of `spans` in `out`; returns their number.
 pub fn slice_spans(spans: &[Span], skip: u32, len: u32, out: &mut Vec<Span>) -> u32 {
     out.clear();
     let mut skip = skip;
@@ -118,7 +119,7 @@ pub fn slice_spans(spans: &[Span], skip: u32, len: u32, out: &mut Vec<Span>) -> 
     len - left
 }
 
-/// A descriptor as it lies in guest memory. Little-endian, like the host.
+/// A descriptor in guest memory. Little-endian, like the host.
 #[derive(Clone, Copy, Default)]
 #[repr(C)]
 struct Descriptor {
@@ -128,18 +129,18 @@ struct Descriptor {
     next: u16,
 }
 
-#[expect(unsafe_code, reason = "says that a structure is plain bytes")]
+#[expect(unsafe_code, reason = "declares a structure as plain bytes")]
 // SAFETY: repr(C), no padding, every bit pattern is valid.
 unsafe impl ByteValued for Descriptor {}
 
 /// A virtqueue. Also its own saved state.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Queue {
-    /// Largest size the device offers; a power of two.
+    /// Largest size that the device offers; a power of two.
     pub max_size: u16,
-    /// Size the driver chose; a power of two.
+    /// Size that the driver chose; a power of two.
     pub size: u16,
-    /// The driver enabled the queue.
+    /// True if the driver has enabled the queue.
     pub ready: bool,
     /// Descriptor area.
     pub descriptors: u64,
@@ -147,7 +148,7 @@ pub struct Queue {
     pub available: u64,
     /// Device area (used ring).
     pub used: u64,
-    /// VIRTIO_F_EVENT_IDX was agreed on.
+    /// True if VIRTIO_F_EVENT_IDX was negotiated.
     pub event_idx: bool,
     next_available: u16,
     next_used: u16,
@@ -155,7 +156,7 @@ pub struct Queue {
 }
 
 impl Queue {
-    /// A queue that the driver has not set up.
+    /// Returns a queue that the driver has not set up.
     #[must_use]
     pub fn new(max_size: u16) -> Self {
         Self {
@@ -165,7 +166,7 @@ impl Queue {
         }
     }
 
-    /// Lets the free-running indices, which start at 0, start somewhere else.
+    /// Sets the free-running indices, which start at 0, to `index`.
     #[cfg(any(test, feature = "testing"))]
     pub fn skip_to(&mut self, index: u16) {
         self.next_available = index;
@@ -173,7 +174,7 @@ impl Queue {
         self.signalled = index;
     }
 
-    /// Whether the driver's set-up makes sense: power-of-two size, aligned rings
+    /// Returns true if the driver's set-up is valid: power-of-two size, aligned rings
     /// (virtio 1.3 section 2.7) that lie within guest memory.
     #[must_use]
     pub fn is_valid(&self, memory: &GuestMemory) -> bool {
@@ -203,13 +204,13 @@ impl Queue {
             .map_err(|_| QueueError::Ring)
     }
 
-    /// Position of a free-running index in the ring.
+    /// Returns the position of a free-running index in the ring.
     fn slot(&self, index: u16) -> u64 {
         u64::from(index & self.size.wrapping_sub(1))
     }
 
-    // Addresses wrap rather than overflow: rings of an active device have been
-    // checked, and for others an access outside guest memory is an error anyway.
+    // Addresses wrap instead of overflowing: rings of an active device have been checked,
+    // and for others an access outside guest memory is an error anyway.
 
     fn available_index(&self) -> u64 {
         self.available.wrapping_add(2)
@@ -219,7 +220,7 @@ impl Queue {
         self.available.wrapping_add(4 + 2 * self.slot(index))
     }
 
-    /// Where the driver says after which chain it wants an interrupt.
+    /// Returns the address of `used_event`: the driver wants an interrupt after that chain.
     fn used_event(&self) -> u64 {
         self.available.wrapping_add(4 + 2 * u64::from(self.size))
     }
@@ -232,12 +233,13 @@ impl Queue {
         self.used.wrapping_add(4 + 8 * self.slot(index))
     }
 
-    /// Where the device says after which chain it wants a notification.
+    /// Returns the address of `avail_event`: the device wants a notification after that
+    /// chain.
     fn available_event(&self) -> u64 {
         self.used.wrapping_add(4 + 8 * u64::from(self.size))
     }
 
-    /// Number of chains offered and not yet taken.
+    /// Returns the number of chains offered and not yet taken.
     ///
     /// # Errors
     /// A malformed ring.
@@ -246,9 +248,9 @@ impl Queue {
             return Ok(0);
         }
         let index = self.load(memory, self.available_index(), Ordering::Acquire)?;
-        // A chain has at least one descriptor, so those offered and not handed
-        // back are never more than the queue has. This bounds what a device can
-        // have in flight, too.
+        // A chain has at least one descriptor, so the number of chains that are offered and
+        // not returned is at most the queue size. This also bounds a device's chains in
+        // flight.
         let outstanding = index.wrapping_sub(self.next_used);
         let count = index.wrapping_sub(self.next_available);
         if outstanding > self.size || count > outstanding {
@@ -257,11 +259,11 @@ impl Queue {
         Ok(count)
     }
 
-    /// Takes the next chain into `chain`; `Ok(false)` when there is none, and
-    /// the driver will then notify of the next one.
+    /// Takes the next chain into `chain`; returns `Ok(false)` if there is none, and the
+    /// driver will then send a notification with the next one.
     ///
     /// # Errors
-    /// A malformed ring or chain; the queue cannot be used any further.
+    /// A malformed ring or chain; the queue can no longer be used.
     pub fn pop(&mut self, memory: &GuestMemory, chain: &mut Chain) -> Result<bool, QueueError> {
         chain.readable.clear();
         chain.writable.clear();
@@ -269,8 +271,8 @@ impl Queue {
             if !self.event_idx || !self.ready {
                 return Ok(false);
             }
-            // Ask for a notification of the next chain, then look once more, as
-            // the driver may have offered it in between (section 2.7.10.1).
+            // Request a notification of the next chain, then check once more, because the
+            // driver may have offered it in between (section 2.7.10.1).
             self.store(memory, self.available_event(), self.next_available)?;
             fence(Ordering::SeqCst);
             if self.pending(memory)? == 0 {
@@ -285,12 +287,12 @@ impl Queue {
         Ok(true)
     }
 
-    /// Gives back the chain taken last, to be taken again.
+    /// Returns the chain taken last to the queue, which `pop` then takes again.
     pub fn undo_pop(&mut self) {
         self.next_available = self.next_available.wrapping_sub(1);
     }
 
-    /// Asks to be notified of the next chain offered, whatever is offered now.
+    /// Requests a notification of the next chain after all those offered now.
     ///
     /// # Errors
     /// A ring outside guest memory.
@@ -353,8 +355,8 @@ impl Queue {
     ) -> Result<(u64, u16), QueueError> {
         let len = u64::from(descriptor.len);
         let entries = u16::try_from(len / DESCRIPTOR_LEN).map_err(|_| QueueError::Indirect)?;
-        // Drivers that chose a small queue still make tables as long as the
-        // device's own limits on segments let them.
+        // Drivers that chose a small queue still create tables up to the device's own
+        // limits on segments.
         let sound = len.is_multiple_of(DESCRIPTOR_LEN)
             && (1..=self.max_size).contains(&entries)
             && memory
@@ -367,8 +369,8 @@ impl Queue {
         }
     }
 
-    /// Hands a chain back to the driver with `len` bytes written. The driver
-    /// sees it after [`Self::publish`].
+    /// Returns a chain to the driver with `len` bytes written. The driver sees it after
+    /// [`Self::publish`].
     ///
     /// # Errors
     /// A used ring outside guest memory.
@@ -387,8 +389,8 @@ impl Queue {
         Ok(())
     }
 
-    /// Makes the chains handed back visible; says whether the driver wants an
-    /// interrupt for them (section 2.7.10).
+    /// Makes the returned chains visible; returns true if the driver wants an interrupt for
+    /// them (section 2.7.10).
     ///
     /// # Errors
     /// A ring outside guest memory.
@@ -403,7 +405,7 @@ impl Queue {
         fence(Ordering::SeqCst);
         if self.event_idx {
             let event = self.load(memory, self.used_event(), Ordering::Relaxed)?;
-            // `event` is one of the chains published just now.
+            // True if `event` is one of the chains published just now.
             return Ok(new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old));
         }
         let flags = self.load(memory, self.available, Ordering::Relaxed)?;

@@ -1,5 +1,4 @@
-//! A driver's side of queues and of the transport, for tests of devices without a
-//! guest.
+//! The driver side of queues and of the transport, for tests of devices without a guest.
 
 #![expect(
     clippy::expect_used,
@@ -17,32 +16,32 @@ use crate::queue::{Queue, Span};
 
 pub use driver::{Driver, TestLine};
 
-/// Descriptor flag: the chain goes on.
+/// Descriptor flag: the chain continues.
 pub const NEXT: u16 = 1;
 /// Descriptor flag: the device writes the buffer.
 pub const WRITE: u16 = 2;
 /// Descriptor flag: the buffer is a table of descriptors.
 pub const INDIRECT: u16 = 4;
 
-/// A split virtqueue as its driver sees it, laid out in guest memory.
+/// The driver's view of a split virtqueue in guest memory.
 #[derive(Debug)]
 pub struct DriverQueue {
     memory: GuestMemory,
     size: u16,
     base: u64,
     free: Vec<u16>,
-    /// For each chain in use, by head, how many descriptors it has; and for each
-    /// descriptor in use, what follows it in its chain.
+    /// For the head of each chain in use, its number of descriptors; and for each
+    /// descriptor in use, its successor in the chain.
     lens: Vec<u16>,
     following: Vec<u16>,
     available: u16,
-    /// Available index when the device was notified last.
+    /// Available index at the last notification of the device.
     kicked: u16,
     used: u16,
 }
 
 impl DriverQueue {
-    /// Lays a queue of `size` out at `base`, which must be 16-byte aligned.
+    /// Creates a queue of `size` at `base`, which must be 16-byte aligned.
     #[must_use]
     pub fn new(memory: GuestMemory, base: u64, size: u16) -> Self {
         Self {
@@ -58,7 +57,7 @@ impl DriverQueue {
         }
     }
 
-    /// Bytes of guest memory that a queue of `size` takes.
+    /// Returns the bytes of guest memory that a queue of `size` takes.
     #[must_use]
     pub fn footprint(size: u16) -> u64 {
         let size = u64::from(size);
@@ -73,7 +72,7 @@ impl DriverQueue {
         (self.available_ring() + 6 + 2 * u64::from(self.size)).next_multiple_of(4)
     }
 
-    /// The device's view of this queue.
+    /// Returns the device's view of this queue.
     #[must_use]
     pub fn device_side(&self, event_idx: bool) -> Queue {
         let mut queue = Queue::new(self.size);
@@ -85,13 +84,13 @@ impl DriverQueue {
         queue
     }
 
-    /// Number of descriptors that are free.
+    /// Returns the number of free descriptors.
     #[must_use]
     pub fn free(&self) -> usize {
         self.free.len()
     }
 
-    /// Offers a chain; `None` when there are too few free descriptors.
+    /// Offers a chain; returns `None` if there are too few free descriptors.
     pub fn offer(&mut self, readable: &[Span], writable: &[Span]) -> Option<u16> {
         let count = readable.len() + writable.len();
         if count == 0 || self.free.len() < count {
@@ -114,8 +113,8 @@ impl DriverQueue {
         Some(head)
     }
 
-    /// Offers a chain by way of an indirect table written at `table`, which takes
-    /// 16 bytes for each span; `None` when there is no free descriptor.
+    /// Offers a chain in an indirect table at `table`, which takes 16 bytes for each span;
+    /// returns `None` if there is no free descriptor.
     pub fn offer_indirect(
         &mut self,
         table: u64,
@@ -147,40 +146,40 @@ impl DriverQueue {
         Some(head)
     }
 
-    /// Writes descriptor `index` as it is told to, for rings that make no sense.
+    /// Writes descriptor `index` without any check, for invalid rings.
     pub fn put_descriptor(&self, index: u16, span: Span, flags: u16, next: u16) {
         let at = self.base + 16 * u64::from(index);
         put_descriptor(&self.memory, at, span, flags, next);
     }
 
-    /// Offers whatever chain starts at `head`.
+    /// Offers the chain that starts at `head`, without any check.
     pub fn make_available(&mut self, head: u16) {
         let slot = u64::from(self.available % self.size);
         self.put(self.available_ring() + 4 + 2 * slot, head);
         self.available = self.available.wrapping_add(1);
-        // After what it makes visible.
+        // The index follows the entries that it makes visible.
         fence(Ordering::Release);
         self.put(self.available_ring() + 2, self.available);
     }
 
-    /// Moves the available index without offering anything.
+    /// Moves the available index without offering a chain.
     pub fn set_available_index(&self, index: u16) {
         self.put(self.available_ring() + 2, index);
     }
 
-    /// Where descriptors, available ring and used ring lie.
+    /// Returns the addresses of descriptors, available ring and used ring.
     #[must_use]
     pub fn addresses(&self) -> [u64; 3] {
         [self.base, self.available_ring(), self.used_ring()]
     }
 
-    /// The queue's size.
+    /// Returns the queue's size.
     #[must_use]
     pub fn size(&self) -> u16 {
         self.size
     }
 
-    /// Lets the free-running indices, which start at 0, start somewhere else.
+    /// Sets the free-running indices, which start at 0, to `index`.
     pub fn skip_to(&mut self, index: u16) {
         self.available = index;
         self.kicked = index;
@@ -189,7 +188,7 @@ impl DriverQueue {
         self.put(self.used_ring() + 2, index);
     }
 
-    /// Whether the device wants to be notified of what was offered since
+    /// Returns true if the device wants a notification of the chains offered since
     /// [`Self::kicked`], with event indices (virtio 1.3 section 2.7.10).
     #[must_use]
     pub fn needs_kick(&self) -> bool {
@@ -198,24 +197,24 @@ impl DriverQueue {
         new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
     }
 
-    /// Chains offered since [`Self::kicked`].
+    /// Returns the number of chains offered since [`Self::kicked`].
     #[must_use]
     pub fn offered_since_kick(&self) -> u16 {
         self.available.wrapping_sub(self.kicked)
     }
 
-    /// Notes that the device has been notified, or need not be.
+    /// Records that the device has been notified, or need not be.
     pub fn kicked(&mut self) {
         self.kicked = self.available;
     }
 
-    /// The same driver over a copy of its memory.
+    /// Returns the same driver on a copy of its memory.
     #[must_use]
     pub fn moved_to(self, memory: GuestMemory) -> Self {
         Self { memory, ..self }
     }
 
-    /// Starts over, as after a reset of the device.
+    /// Resets the queue, as after a reset of the device.
     pub fn clear(&mut self) {
         *self = Self::new(self.memory.clone(), self.base, self.size);
         self.put(self.available_ring() + 2, 0u16);
@@ -234,7 +233,7 @@ impl DriverQueue {
             .expect("the queue lies in guest memory")
     }
 
-    /// Takes the next chain handed back: its head and the bytes written.
+    /// Takes the next returned chain: its head and the number of bytes written.
     pub fn take_used(&mut self) -> Option<(u16, u32)> {
         let index: u16 = self.get(self.used_ring() + 2);
         if index == self.used {
@@ -256,7 +255,7 @@ impl DriverQueue {
         Some((head, len))
     }
 
-    /// Asks for an interrupt after the next chain, with event indices.
+    /// Requests an interrupt after the next chain, with event indices.
     pub fn set_used_event(&mut self) {
         self.put(
             self.available_ring() + 4 + 2 * u64::from(self.size),
@@ -264,7 +263,7 @@ impl DriverQueue {
         );
     }
 
-    /// The available index at which the device wants to be notified.
+    /// Returns the available index at which the device wants a notification.
     #[must_use]
     pub fn available_event(&self) -> u16 {
         self.get(self.used_ring() + 4 + 8 * u64::from(self.size))

@@ -1,8 +1,8 @@
-//! What arithmetic on a driver's numbers must hold, checked for *all* inputs of a
+//! Properties of the arithmetic on a driver's numbers, checked for *all* inputs of a
 //! bounded size: indices, sizes, and cuts of span lists.
 //!
-//! These stand in for proofs by Kani, whose verifier is not to be had from a package
-//! registry. `queue.rs` has the walk of descriptor tables, and random ones.
+//! These replace proofs by Kani, whose verifier is in no package registry. `queue.rs` has
+//! the walk of descriptor tables, and random ones.
 #![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
 use sm_virtio::GuestMemory;
@@ -18,9 +18,9 @@ fn memory() -> GuestMemory {
     GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap()
 }
 
-/// Whatever the driver writes as its index, in whatever state the device is: what is
-/// pending and what is in flight are never more than the queue has, and an index that
-/// would make them so is refused.
+/// For every index that the driver writes and every state of the device: the numbers of
+/// pending chains and of chains in flight never exceed the queue size, and an index that
+/// would make them exceed it is refused.
 #[test]
 fn pending_is_bounded_for_every_index() {
     let memory = memory();
@@ -46,7 +46,7 @@ fn pending_is_bounded_for_every_index() {
     }
 }
 
-/// Has `queue` take `count` chains, of one descriptor each, from index `at` on.
+/// Makes `queue` take `count` chains, of one descriptor each, from index `at` on.
 fn advance(memory: &GuestMemory, mut queue: Queue, at: u16, count: u16) -> Queue {
     let mut driver = DriverQueue::new(memory.clone(), BASE, queue.size);
     driver.skip_to(at);
@@ -62,8 +62,8 @@ fn advance(memory: &GuestMemory, mut queue: Queue, at: u16, count: u16) -> Queue
     queue
 }
 
-/// A queue that is said to be valid has all of its rings in guest memory: no access to
-/// them fails, for any size and for addresses around every boundary.
+/// A queue that counts as valid has all of its rings in guest memory: no access to them
+/// fails, for any size and for addresses around every boundary.
 #[test]
 fn valid_queues_never_leave_memory() {
     let memory = memory();
@@ -74,7 +74,7 @@ fn valid_queues_never_leave_memory() {
     for size in 0..=u16::MAX {
         let rings = [16, 2, 8].map(|entry| entry * u64::from(size));
         for (place, length) in rings.into_iter().enumerate() {
-            // Everything else lies where there is room for the largest.
+            // The other two rings have room for the largest size.
             for distance in [0, 1, 2, 4, 6, 8, 14, 15, 16, 17, 32] {
                 for at in [
                     distance,
@@ -94,7 +94,7 @@ fn valid_queues_never_leave_memory() {
                     }
                     valid += 1;
                     assert!(size.is_power_of_two() && size <= 256, "{queue:?}");
-                    // One chain is offered; then everything is touched.
+                    // Offer one chain; then access everything.
                     memory
                         .write_obj(1u16, GuestAddress(queue.available + 2))
                         .unwrap();
@@ -111,7 +111,7 @@ fn valid_queues_never_leave_memory() {
     assert!(valid > 100, "{valid}");
 }
 
-/// All lists of up to four spans of up to three bytes.
+/// Returns all lists of up to four spans of up to three bytes.
 fn lists() -> impl Iterator<Item = Vec<Span>> {
     (0..=4u32).flat_map(|count| {
         (0..4u32.pow(count)).map(move |number| {
@@ -125,7 +125,7 @@ fn lists() -> impl Iterator<Item = Vec<Span>> {
     })
 }
 
-/// The addresses of all bytes, one by one.
+/// Returns the addresses of all bytes, one by one.
 fn bytes(spans: impl IntoIterator<Item = Span>) -> Vec<u64> {
     let byte = |span: Span| (0..u64::from(span.len)).map(move |at| span.address.0 + at);
     spans.into_iter().flat_map(byte).collect()
@@ -137,7 +137,7 @@ fn cut(all: &[u64], skip: u32, len: u32) -> &[u64] {
     &all[skip..skip + len]
 }
 
-/// Cuts longer than what there is, and as long as can be.
+/// Cuts that are longer than the list, up to the longest possible.
 const CUTS: [u32; 16] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, u32::MAX];
 
 #[test]
@@ -190,7 +190,7 @@ fn windows_advance_to_the_same_byte_in_one_step_or_many() {
     }
 }
 
-/// The same at the other end of the numbers: lists of nearly 4 GiB.
+/// The same for the largest numbers: lists of nearly 4 GiB.
 #[test]
 fn the_longest_lists_do_not_overflow() {
     let big = |len| Span {
@@ -207,7 +207,7 @@ fn the_longest_lists_do_not_overflow() {
     assert_eq!(window.len(), 2);
     window.advance(u32::MAX);
     assert!(window.is_empty());
-    // More than a chain can have: cut rather than wrapped.
+    // More than a chain can have: saturated instead of wrapped.
     let more = [big(u32::MAX), big(u32::MAX)];
     assert_eq!(Window::new(&more, 0, u32::MAX).len(), u32::MAX);
     assert_eq!(slice_spans(&more, 0, u32::MAX, &mut out), u32::MAX);

@@ -1,4 +1,4 @@
-//! The register transport, driven as a driver drives it.
+//! The register transport, accessed as by a driver.
 #![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
 mod common;
@@ -26,7 +26,7 @@ const VERSION_1: u64 = 1 << 32;
 /// Types of devices.
 const BLOCK: u32 = 2;
 const ENTROPY: u32 = 4;
-/// An interrupt's causes.
+/// Causes of an interrupt.
 const USED: u32 = 1;
 const CONFIG: u32 = 2;
 
@@ -65,7 +65,7 @@ impl Bench {
         self.driver.start(BASE, &[8]).remove(0)
     }
 
-    /// Waits until the loop has told of everything that is ready now.
+    /// Waits until the loop has reported every event that is ready now.
     fn settle(&self) {
         struct Nothing;
         impl EventHandler for Nothing {
@@ -76,8 +76,8 @@ impl Bench {
         }
         let handle = self.event_loop.handle();
         let id = handle.add_handler(Arc::new(Mutex::new(Nothing))).unwrap();
-        // What was ready before the call comes in the same batch at the latest;
-        // the next call comes after that batch.
+        // An event that was ready before the call is in the same batch at the latest; the
+        // next call follows that batch.
         handle.call(id, |_| ()).unwrap();
         handle.remove_handler(id).unwrap();
     }
@@ -90,7 +90,7 @@ impl Bench {
 }
 
 #[test]
-fn registers_say_what_the_device_is() {
+fn registers_describe_the_device() {
     let Bench { driver, .. } = &bench();
     assert_eq!(driver.read(0x00), u32::from_le_bytes(*b"virt"));
     assert_eq!(driver.read(0x04), 2, "not a legacy device");
@@ -147,7 +147,7 @@ fn status_bits_come_in_their_order() {
 }
 
 #[test]
-fn a_reset_forgets_everything() {
+fn a_reset_clears_all_state() {
     let bench = bench();
     let driver = &bench.driver;
     for _ in 0..3 {
@@ -157,7 +157,7 @@ fn a_reset_forgets_everything() {
         assert_eq!(driver.read(0x60), 0);
         assert_eq!(driver.read(0x44), 0, "the queue is not ready");
         let used = queue.take_used();
-        // Nothing is touched any more, whoever rings.
+        // The device touches nothing any more, even if it is notified.
         queue.offer(&[], &[BUFFER]).unwrap();
         driver.notify(0);
         bench.settle();
@@ -184,7 +184,7 @@ fn rings_outside_guest_memory_need_a_reset() {
 }
 
 #[test]
-fn a_malformed_ring_needs_a_reset_and_is_told_once() {
+fn a_malformed_ring_needs_a_reset_and_is_reported_once() {
     let bench = bench();
     let driver = &bench.driver;
     let mut queue = bench.start();
@@ -203,11 +203,11 @@ fn a_malformed_ring_needs_a_reset_and_is_told_once() {
 }
 
 #[test]
-fn a_quiesced_device_holds_still_and_forgets_no_kick() {
+fn a_quiesced_device_pauses_and_loses_no_notification() {
     let bench = bench();
     let driver = &bench.driver;
     let mut queue = bench.start();
-    // Asked for before: done.
+    // Requested before the pause: completed.
     let first = queue.offer(&[], &[BUFFER]).unwrap();
     driver.notify(0);
     driver.transport.quiesce().unwrap();
@@ -228,13 +228,13 @@ fn a_quiesced_device_holds_still_and_forgets_no_kick() {
 }
 
 #[test]
-fn a_device_goes_on_where_it_was_saved() {
+fn a_restored_device_continues_where_it_was_saved() {
     let bench = bench();
     let mut queue = bench.start();
     for _ in 0..11 {
         bench.entropy(&mut queue);
     }
-    // An interrupt that the guest has not seen, and a request nobody has seen.
+    // An interrupt that the guest has not seen, and a request that the device has not seen.
     let unseen = queue.offer(&[], &[BUFFER]).unwrap();
     queue.set_used_event();
     let before = bench.driver.line.pulses();
@@ -261,7 +261,7 @@ fn a_device_goes_on_where_it_was_saved() {
     assert_eq!(queue.take_used(), Some((unseen, 64)));
     assert_eq!(clone.driver.wait_used(&mut queue), (waiting, 64));
     clone.entropy(&mut queue);
-    // Over itself, too: the machine is reset to the snapshot.
+    // In place, too: the machine is reset to the snapshot.
     clone.memory.write_slice(&bytes, GuestAddress(0)).unwrap();
     clone.driver.transport.quiesce().unwrap();
     clone.driver.transport.restore(&state).unwrap();
@@ -278,7 +278,7 @@ fn state_of_another_device_is_refused() {
     let driver = Driver::new(block, &bench.memory, bench.event_loop.handle());
     let error = driver.transport.restore(&state).unwrap_err();
     assert!(error.to_string().contains("device type"), "{error}");
-    // The rings have to be in this machine's memory.
+    // The rings must be in this machine's memory.
     let small = GuestMemory::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
     let small = bench_with(small);
     let error = small.driver.transport.restore(&state).unwrap_err();
@@ -315,8 +315,8 @@ fn access() -> impl Strategy<Value = Poke> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// Whatever is written, no status bit is there without those before it, and
-    /// after a reset the device works.
+    /// After any accesses, no status bit is set without those before it, and after a reset
+    /// the device works.
     #[test]
     fn any_accesses_leave_a_device_that_can_be_reset(
         accesses in prop::collection::vec(access(), 0..120),

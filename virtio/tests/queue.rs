@@ -1,9 +1,9 @@
-//! The virtqueue against the `virtio-queue` crate, on rings that drivers make and
-//! on rings that they should not make.
+//! The virtqueue compared with the `virtio-queue` crate, on valid rings and on invalid
+//! ones.
 #![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 #![expect(
     clippy::cast_possible_truncation,
-    reason = "small numbers of a test's own making"
+    reason = "small numbers that the test chooses"
 )]
 
 use proptest::prelude::*;
@@ -18,7 +18,7 @@ const LOW: u64 = 0x8000;
 const HIGH: u64 = 0x10_0000;
 const HIGH_LEN: u64 = 0x8000;
 const BASE: u64 = 0x1000;
-/// Where indirect tables may lie.
+/// Addresses of indirect tables.
 const TABLES: u64 = 0x4000;
 
 fn memory() -> GuestMemory {
@@ -36,7 +36,7 @@ fn is_backed(span: Span) -> bool {
     within(0, LOW) || within(HIGH, HIGH_LEN)
 }
 
-/// A descriptor as a driver may have written it.
+/// A descriptor that a driver may have written.
 type Raw = (Span, u16, u16);
 
 fn span() -> impl Strategy<Value = Span> {
@@ -78,11 +78,11 @@ enum Step {
     Offer(Vec<u16>),
     /// Move the index anywhere.
     Jump(u16),
-    /// Take a chain, and hand it back with this many bytes written.
+    /// Take a chain, and return it with this many bytes written.
     Serve(u32),
-    /// Take a chain and keep it.
+    /// Take a chain and do not return it.
     Keep,
-    /// Ask for an interrupt this far from where the used index is.
+    /// Request an interrupt at this distance from the used index.
     Event(u16),
     Publish,
     /// Save and restore.
@@ -131,11 +131,11 @@ fn scenario() -> impl Strategy<Value = Scenario> {
     })
 }
 
-/// Both implementations, each with memory of its own.
+/// Both implementations, each with its own memory.
 struct Pair {
     size: u16,
     event_idx: bool,
-    /// The driver's side, once for each memory.
+    /// The driver side, once for each memory.
     drivers: [DriverQueue; 2],
     memories: [GuestMemory; 2],
     ours: Queue,
@@ -145,7 +145,7 @@ struct Pair {
     used: u16,
 }
 
-/// The ring cannot be used any further.
+/// The ring can no longer be used.
 struct Broken;
 
 impl Pair {
@@ -158,7 +158,7 @@ impl Pair {
             for (index, &(span, flags, next)) in (0..).zip(&scenario.table) {
                 driver.put_descriptor(index, span, flags, next);
             }
-            // Another queue's descriptors are as good a table as any.
+            // The descriptors of another queue serve as the tables.
             let tables = DriverQueue::new(memory.clone(), TABLES, 32);
             for (index, &(span, flags, next)) in (0..).zip(&scenario.indirect) {
                 tables.put_descriptor(index, span, flags, next);
@@ -189,7 +189,7 @@ impl Pair {
         }
     }
 
-    /// What the device has written: used ring, indices, event.
+    /// Returns the part that the device has written: used ring, indices, event.
     fn device_area(&self, which: usize) -> Vec<u8> {
         let [_, _, used] = self.drivers[which].addresses();
         let mut bytes = vec![0; 6 + 8 * usize::from(self.size)];
@@ -244,7 +244,7 @@ impl Pair {
         }
     }
 
-    /// Whether there is such a fault in what the reference made of a chain.
+    /// Returns true if the chain that the reference read contains this fault.
     fn explains(&self, error: QueueError, seen: &[Raw]) -> bool {
         let cut_short = seen.last().is_none_or(|last| last.1 & NEXT != 0);
         match error {
@@ -252,9 +252,10 @@ impl Pair {
             QueueError::Order => seen
                 .windows(2)
                 .any(|pair| pair[0].1 & WRITE != 0 && pair[1].1 & WRITE == 0),
-            // The reference takes chains that were handed back again.
+            // The reference takes chains again that have been returned.
             QueueError::AvailableIndex => self.offered.wrapping_sub(self.used) > self.size,
-            // It ignores a NEXT beside INDIRECT, and takes tables of any length.
+            // The reference ignores a NEXT beside INDIRECT, and accepts tables of any
+            // length.
             QueueError::Indirect => true,
             _ => cut_short,
         }
@@ -315,8 +316,8 @@ impl Pair {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(800))]
 
-    /// Whatever a driver writes, both see the same chains and hand back the same,
-    /// until ours finds fault with something that is at fault.
+    /// For any contents of a ring, both implementations see the same chains and return the
+    /// same, until ours reports a fault that exists.
     #[test]
     fn any_ring_is_read_like_the_reference_reads_it(scenario in scenario()) {
         let mut pair = Pair::new(&scenario);
@@ -327,10 +328,10 @@ proptest! {
         }
     }
 
-    /// A driver that plays by the rules gets every chain back, in whatever order
-    /// the device takes, and is told when it wants to be.
+    /// A correct driver gets every chain back, for any order in which the device serves
+    /// them, and is notified when it wants to be.
     #[test]
-    fn a_sound_driver_gets_every_chain_back_and_no_wake_up_is_lost(
+    fn a_correct_driver_gets_every_chain_back_and_no_wake_up_is_lost(
         bits in 0u32..7,
         event_idx: bool,
         start: u16,
@@ -340,12 +341,12 @@ proptest! {
         let size = 1 << bits;
         let mut driver = DriverQueue::new(memory.clone(), BASE, size);
         let mut device = driver.device_side(event_idx);
-        // Anywhere in the free-running indices, so that they wrap.
+        // Start anywhere in the free-running indices, so that they wrap.
         driver.skip_to(start);
         device.skip_to(start);
         let (mut chain, mut in_flight) = (Chain::new(), Vec::new());
         let (mut sent, mut back) = (0u32, 0u32);
-        // Both sleep at first: the device waits for a kick.
+        // Both sleep at first: the device waits for a notification.
         prop_assert!(!device.pop(&memory, &mut chain).unwrap());
         driver.set_used_event();
         for (offers, serves, indirect) in rounds {
@@ -364,7 +365,7 @@ proptest! {
                     kick |= !event_idx || driver.needs_kick();
                 }
             }
-            // The device last found the ring empty, so the first offer kicks.
+            // The device last found the ring empty, so the first offer notifies.
             prop_assert_eq!(kick, driver.offered_since_kick() > 0);
             driver.kicked();
             while device.pop(&memory, &mut chain).unwrap() {
@@ -390,8 +391,8 @@ proptest! {
     }
 }
 
-/// Every ring of two descriptors, by flags and links: `pop` ends, and takes what
-/// a simple reading of the specification says it takes.
+/// Every ring of two descriptors, by flags and links: `pop` ends, and takes the chain that
+/// a simple reading of the specification gives.
 #[test]
 fn all_small_tables_are_walked_to_an_end() {
     let memory = memory();
@@ -405,7 +406,7 @@ fn all_small_tables_are_walked_to_an_end() {
     for table in 0u16..(32 * 32) {
         let parts = [table % 32, table / 32].map(|part| (part % 8, part / 8));
         for (index, (flags, next)) in (0..).zip(parts) {
-            // A descriptor that is INDIRECT points to itself and its successor.
+            // An INDIRECT descriptor points to itself.
             let span = if flags & INDIRECT == 0 {
                 spans[usize::from(index)]
             } else {
@@ -438,7 +439,7 @@ fn all_small_tables_are_walked_to_an_end() {
     assert!(taken > 100, "{taken}");
 }
 
-/// Descriptors of a sound chain in their order; `None` for any other.
+/// Returns the descriptors of a valid chain in their order; `None` for any other.
 fn walk(parts: &[(u16, u16); 2], head: u16) -> Option<Vec<u16>> {
     let mut steps = Vec::new();
     let (mut index, mut written) = (head, false);
@@ -486,10 +487,10 @@ fn an_indirect_table_may_be_as_long_as_the_queue() {
     }
 }
 
-/// Offering chains again that are not back yet would let a driver have any number
-/// of requests in flight.
+/// A driver that offers outstanding chains again could otherwise have any number of
+/// requests in flight.
 #[test]
-fn chains_in_flight_are_never_more_than_the_queue_has() {
+fn chains_in_flight_never_exceed_the_queue_size() {
     let memory = memory();
     let mut driver = DriverQueue::new(memory.clone(), BASE, 4);
     let mut queue = driver.device_side(true);
@@ -511,7 +512,7 @@ fn chains_in_flight_are_never_more_than_the_queue_has() {
 }
 
 #[test]
-fn queues_that_make_no_sense_are_not_valid() {
+fn invalid_queues_are_detected() {
     let memory = memory();
     let driver = DriverQueue::new(memory.clone(), BASE, 8);
     let good = driver.device_side(false);

@@ -1,4 +1,4 @@
-//! A driver's side of the register transport.
+//! The driver side of the register transport.
 
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
@@ -17,10 +17,10 @@ use crate::VirtioDevice;
 use crate::mmio::{InterruptLine, MmioTransport};
 use sm_event_loop::EventLoopHandle;
 
-/// How long a device may take before a test is given up.
+/// Timeout of a device in a test.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// An interrupt line that counts.
+/// An interrupt line that counts its pulses.
 #[derive(Debug, Default)]
 pub struct TestLine {
     pulses: Mutex<u64>,
@@ -29,35 +29,35 @@ pub struct TestLine {
 }
 
 impl TestLine {
-    /// How often it was pulsed.
+    /// Returns the number of pulses.
     #[must_use]
     pub fn pulses(&self) -> u64 {
         *self.pulses.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until it has been pulsed more than `seen` times; says how often.
+    /// Waits until the line has been pulsed more than `seen` times; returns the count.
     ///
     /// # Panics
-    /// When that takes a minute: the interrupt was lost.
+    /// If that takes a minute: the interrupt was lost.
     pub fn wait_beyond(&self, seen: u64) -> u64 {
         let pulses = self.pulses.lock().unwrap_or_else(PoisonError::into_inner);
         let (pulses, timeout) = self
             .pulsed
             .wait_timeout_while(pulses, PATIENCE, |pulses| *pulses <= seen)
             .expect("nothing panics with the lock held");
-        assert!(!timeout.timed_out(), "no interrupt came");
+        assert!(!timeout.timed_out(), "no interrupt arrived");
         *pulses
     }
 
-    /// An eventfd that counts pulses from now on.
+    /// Returns an eventfd that counts pulses from now on.
     ///
     /// # Panics
-    /// When there are no descriptors left.
+    /// If no descriptors are left.
     pub fn event(&self) -> BorrowedFd<'_> {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         let event = self
             .event
-            // For tests: without a descriptor they cannot go on.
+            // For tests: they cannot continue without a descriptor.
             .get_or_init(|| eventfd(0, flags).expect("there are descriptors"));
         event.as_fd()
     }
@@ -74,7 +74,7 @@ impl InterruptLine for TestLine {
     }
 }
 
-/// A driver that talks to a device through its registers.
+/// A driver that accesses a device through its registers.
 #[derive(Clone)]
 pub struct Driver {
     /// The registers.
@@ -91,10 +91,10 @@ impl std::fmt::Debug for Driver {
 }
 
 impl Driver {
-    /// Puts `device` behind a transport on `event_loop`.
+    /// Creates a transport for `device` on `event_loop`.
     ///
     /// # Panics
-    /// No descriptors to be had.
+    /// If no descriptors are available.
     #[must_use]
     pub fn new(
         device: Arc<Mutex<dyn VirtioDevice>>,
@@ -103,7 +103,7 @@ impl Driver {
     ) -> Self {
         let line = Arc::new(TestLine::default());
         let transport = MmioTransport::new(0, device, memory.clone(), line.clone(), event_loop)
-            .expect("descriptors can be had");
+            .expect("descriptors are available");
         Self {
             transport,
             line,
@@ -129,13 +129,13 @@ impl Driver {
         self.transport.read(0x100 + offset, bytes);
     }
 
-    /// The status register.
+    /// Returns the status register.
     #[must_use]
     pub fn status(&self) -> u32 {
         self.read(0x70)
     }
 
-    /// Adds bits to the status register; says what is set then.
+    /// Adds bits to the status register; returns its value afterwards.
     pub fn add_status(&self, bits: u32) -> u32 {
         self.write(0x70, self.status() | bits);
         self.status()
@@ -146,7 +146,7 @@ impl Driver {
         self.write(0x70, 0);
     }
 
-    /// Features that the device offers.
+    /// Returns the features that the device offers.
     #[must_use]
     pub fn offered(&self) -> u64 {
         let half = |select| {
@@ -156,10 +156,10 @@ impl Driver {
         half(0) | half(1) << 32
     }
 
-    /// Acknowledges the device and agrees on features.
+    /// Acknowledges the device and negotiates features.
     ///
     /// # Panics
-    /// When the device refuses them.
+    /// If the device refuses them.
     pub fn negotiate(&self, features: u64) {
         self.add_status(VIRTIO_CONFIG_S_ACKNOWLEDGE);
         self.add_status(VIRTIO_CONFIG_S_DRIVER);
@@ -176,7 +176,7 @@ impl Driver {
         );
     }
 
-    /// Tells the device of a queue.
+    /// Sets up and enables a queue of the device.
     pub fn enable_queue(&self, index: u32, queue: &DriverQueue) {
         self.write(0x30, index);
         self.write(0x38, queue.size().into());
@@ -188,19 +188,19 @@ impl Driver {
         self.write(0x44, 1);
     }
 
-    /// Brings the device up the way a driver does: with all the features that
-    /// it has, and queues of the given sizes, one after the other from `base`.
+    /// Initialises the device like a driver: with all the features that it offers, and
+    /// queues of the given sizes, one after the other from `base`.
     ///
     /// # Panics
-    /// When the device refuses.
+    /// If the device refuses.
     pub fn start(&self, base: u64, sizes: &[u16]) -> Vec<DriverQueue> {
         self.start_with(self.offered(), base, sizes)
     }
 
-    /// Like [`Self::start`], with some features only.
+    /// Like [`Self::start`], with these features only.
     ///
     /// # Panics
-    /// When the device refuses.
+    /// If the device refuses.
     pub fn start_with(&self, features: u64, base: u64, sizes: &[u16]) -> Vec<DriverQueue> {
         self.negotiate(features | 1 << VIRTIO_F_VERSION_1);
         let mut at = base;
@@ -234,11 +234,11 @@ impl Driver {
         causes
     }
 
-    /// Waits until the device has handed a chain of `queue` back; asks for an
-    /// interrupt and sleeps until it comes.
+    /// Waits until the device has returned a chain of `queue`; requests an interrupt and
+    /// sleeps until it arrives.
     ///
     /// # Panics
-    /// When that takes a minute.
+    /// If that takes a minute.
     pub fn wait_used(&self, queue: &mut DriverQueue) -> (u16, u32) {
         loop {
             let seen = self.line.pulses();

@@ -10,7 +10,7 @@ use sm_virtio::{ActivateError, Activation, DevicePayload, GuestMemory, Interrupt
 const QUEUE_SIZES: [u16; 1] = [64];
 /// `VIRTIO_F_INDIRECT_DESC` and `VIRTIO_F_EVENT_IDX`.
 const FEATURES: u64 = 1 << 28 | 1 << 29;
-/// Most bytes given for one request.
+/// Maximum number of bytes for one request.
 const MAX_BYTES: usize = 256;
 
 struct Active {
@@ -18,7 +18,7 @@ struct Active {
     interrupt: Arc<dyn Interrupt>,
 }
 
-/// Fills each buffer with bytes that no other buffer of the device got.
+/// Fills each buffer with bytes that no other buffer of the device has.
 pub(crate) struct Filler {
     device_type: u32,
     active: Option<Active>,
