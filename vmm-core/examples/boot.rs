@@ -1,6 +1,6 @@
-//! Boots a kernel with the host's hypervisor, prints its console and says how
-//! it ended: `boot KERNEL INITRAMFS CMDLINE [MEMORY_MIB [VCPUS [DISK [DATA]]]]`.
-//! DISK appears read-only as vda, DATA writable as vdb.
+//! Boots a kernel with the host's hypervisor, prints its console and the reason of its end:
+//! `boot KERNEL INITRAMFS CMDLINE [MEMORY_MIB [VCPUS [DISK [DATA]]]]`. DISK appears
+//! read-only as vda, DATA writable as vdb.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};

@@ -1,6 +1,6 @@
-//! Boots a kernel, saves the machine when a line of its console contains a
-//! marker, and lets clones go on from there, each with an identity of its own:
-//! `restore KERNEL INITRAMFS CMDLINE MEMORY_MIB VCPUS MARKER CLONES`.
+//! Boots a kernel, saves the machine when a line of its console contains a marker, and
+//! continues it in clones, each with its own generation ID: `restore KERNEL INITRAMFS
+//! CMDLINE MEMORY_MIB VCPUS MARKER CLONES`.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, PipeReader, Seek, SeekFrom, Write};
@@ -107,7 +107,7 @@ fn go_on(
     machine.resume()?;
     let resumed = started.elapsed();
     if clone % 2 == 1 {
-        // Every other one is taken back once after its first line.
+        // Every second clone is reset once after its first line.
         println!("clone {clone}: {}", lines.next().ok_or("no console")??);
         let reset = Instant::now();
         machine.pause()?;
@@ -130,7 +130,7 @@ fn go_on(
     Ok(())
 }
 
-/// A disk with something on it, and a source of entropy.
+/// Returns a disk with contents, and an entropy device.
 fn devices() -> Result<Vec<DeviceConfig>> {
     let mut file = tempfile::tempfile()?;
     for block in 0..4096u32 {
@@ -153,14 +153,14 @@ fn devices() -> Result<Vec<DeviceConfig>> {
     ])
 }
 
-/// A console whose lines can be waited for.
+/// Creates a console whose lines the caller can wait for.
 fn console() -> Result<(std::io::Lines<BufReader<PipeReader>>, File)> {
     let (reader, writer) = std::io::pipe()?;
     let writer = File::from(OwnedFd::from(writer));
     Ok((BufReader::new(reader).lines(), writer))
 }
 
-/// Offset and length of a piece of memory that is not zero.
+/// Offset and length of a non-zero part of memory.
 type Piece = (u64, u64);
 
 /// Writes all non-zero pages to a sparse file; returns them as ranges.

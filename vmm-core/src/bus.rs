@@ -1,4 +1,4 @@
-//! Where device accesses of all vCPUs end up: fixed ranges, found without locks.
+//! Dispatch of all vCPUs' device accesses: fixed ranges, found without locks.
 
 use std::fmt;
 use std::sync::Arc;
@@ -8,10 +8,10 @@ use thiserror::Error;
 
 /// A device behind a window of guest physical addresses or I/O ports.
 ///
-/// Called on vCPU threads, several at once. `offset` is relative to the start
-/// of the device's window and `offset + data.len()` stays within it. `data` is
-/// 1, 2, 4 or 8 bytes long. An implementation never panics, whatever the guest
-/// asks for; what it does not answer it leaves as it is (all ones).
+/// Called on vCPU threads, several at once. `offset` is relative to the start of the
+/// device's window and `offset + data.len()` stays within it. `data` is 1, 2, 4 or 8 bytes
+/// long. An implementation never panics, whatever the guest does; it leaves `data` of
+/// unanswered reads unchanged (all ones).
 pub trait MmioDevice: Send + Sync {
     /// Fills `data` from the register at `offset`.
     fn read(&self, offset: u64, data: &mut [u8]);
@@ -19,7 +19,7 @@ pub trait MmioDevice: Send + Sync {
     fn write(&self, offset: u64, data: &[u8]);
 }
 
-/// Why a set of windows makes no sense.
+/// Reason why a set of windows is invalid.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum BusError {
     /// A window without length, or past the end of the address space.
@@ -47,7 +47,7 @@ struct Window {
     device: Arc<dyn MmioDevice>,
 }
 
-/// Windows of one address space, sorted, while they are being collected.
+/// Windows of one address space, sorted.
 #[derive(Default)]
 struct Space {
     windows: Vec<Window>,
@@ -76,8 +76,8 @@ impl Space {
         Ok(())
     }
 
-    /// The device that answers all of `address .. address + len`, and the offset
-    /// in its window.
+    /// Returns the device whose window contains all of `address .. address + len`, and the
+    /// offset in its window.
     fn find(&self, address: u64, len: usize) -> Option<(&dyn MmioDevice, u64)> {
         let at = self.windows.partition_point(|w| w.start <= address);
         let window = self.windows.get(at.checked_sub(1)?)?;
@@ -87,7 +87,7 @@ impl Space {
     }
 }
 
-/// Collects the devices of a machine; [`Self::build`] fixes them.
+/// Collects the devices of a machine; [`Self::build`] creates the bus.
 #[derive(Default)]
 pub struct BusBuilder {
     mmio: Space,
@@ -95,7 +95,7 @@ pub struct BusBuilder {
 }
 
 impl BusBuilder {
-    /// Puts `device` at guest physical addresses `start .. start + len`.
+    /// Adds `device` at guest physical addresses `start .. start + len`.
     ///
     /// # Errors
     /// An empty window, or one that overlaps another.
@@ -108,7 +108,7 @@ impl BusBuilder {
         self.mmio.add(start, len, device)
     }
 
-    /// Puts `device` at I/O ports `start .. start + len`.
+    /// Adds `device` at I/O ports `start .. start + len`.
     ///
     /// # Errors
     /// An empty window, or one that overlaps another.
@@ -121,7 +121,7 @@ impl BusBuilder {
         self.pio.add(start.into(), len.into(), device)
     }
 
-    /// The finished bus.
+    /// Returns the finished bus.
     #[must_use]
     pub fn build(self) -> MachineBus {
         MachineBus {
@@ -140,8 +140,7 @@ impl fmt::Debug for BusBuilder {
     }
 }
 
-/// The bus of a machine. It never changes once vCPUs run, so that looking a
-/// device up takes no lock.
+/// The bus of a machine. It never changes once vCPUs run, so a lookup takes no lock.
 pub struct MachineBus {
     mmio: Space,
     pio: Space,
@@ -221,7 +220,7 @@ mod tests {
         let bus = builder.build();
         let mut data = [0u8; 4];
         for (address, expected) in [
-            (0xfff, 0xff), // begins before
+            (0xfff, 0xff), // starts before
             (0x1000, 1),
             (0x100c, 1),
             (0x100d, 0xff), // ends after
@@ -248,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn overlap_and_nonsense_are_refused() {
+    fn overlapping_and_invalid_windows_are_refused() {
         let mut builder = BusBuilder::default();
         builder.mmio(0x1000, 0x1000, echo(0)).unwrap();
         builder.mmio(0x2000, 0x1000, echo(0)).unwrap();

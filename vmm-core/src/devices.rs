@@ -15,32 +15,32 @@ use sm_virtio::GuestMemory;
 use sm_virtio::mmio::{InterruptLine, MmioTransport, QUEUE_NOTIFY, TransportState};
 use sm_virtio::{ActivateError, VirtioDevice};
 
-/// Why a device cannot be attached, saved or restored.
+/// Reason why a device cannot be attached, saved or restored.
 #[derive(Debug, Error)]
 pub enum DeviceError {
     /// A slot that the layout does not have.
     #[error("there is no virtio slot {slot}")]
     Slot {
-        /// What was asked for.
+        /// The requested slot.
         slot: u32,
     },
     /// Two devices in one slot.
     #[error("virtio slot {slot} is taken")]
     Taken {
-        /// What was asked for.
+        /// The requested slot.
         slot: u32,
-        /// The windows that meet.
+        /// The windows that overlap.
         #[source]
         source: BusError,
     },
     /// A host resource failed, or the event loop has stopped.
     #[error("cannot {operation} the device in slot {slot}")]
     Io {
-        /// What was tried.
+        /// The failed operation.
         operation: &'static str,
         /// The device's slot.
         slot: u32,
-        /// The system's answer.
+        /// The operating system's error.
         #[source]
         source: io::Error,
     },
@@ -49,7 +49,7 @@ pub enum DeviceError {
     Connect {
         /// The device's slot.
         slot: u32,
-        /// What the hypervisor said.
+        /// The hypervisor's error.
         #[source]
         source: sm_hypervisor::Error,
     },
@@ -58,11 +58,11 @@ pub enum DeviceError {
     Restore {
         /// The device's slot.
         slot: u32,
-        /// What does not fit.
+        /// The element that does not fit, and the reason.
         #[source]
         source: ActivateError,
     },
-    /// Saved state of other slots than this machine has.
+    /// The slots of the saved state differ from this machine's.
     #[error("saved devices are in slots {saved:?}, this machine has {present:?}")]
     Slots {
         /// Slots in the state.
@@ -72,7 +72,7 @@ pub enum DeviceError {
     },
 }
 
-/// A device and the slot it goes to.
+/// A device and its slot.
 #[derive(Clone)]
 pub struct DeviceConfig {
     /// Slot, see [`crate::layout`].
@@ -98,7 +98,7 @@ pub struct SlotState {
     pub transport: TransportState,
 }
 
-/// The hypervisor's line, as the transport knows it.
+/// Adapts the hypervisor's interrupt line to the transport.
 struct Line(Arc<dyn IrqLine>);
 
 impl InterruptLine for Line {
@@ -124,7 +124,7 @@ pub(crate) struct Devices {
 }
 
 impl Devices {
-    /// Puts devices on the bus and connects interrupts and doorbells.
+    /// Adds devices to the bus and connects interrupts and doorbells.
     pub(crate) fn attach<V: Vm>(
         mut configs: Vec<DeviceConfig>,
         vm: &V,
@@ -158,7 +158,7 @@ impl Devices {
                     width: Some(4),
                     value: Some(queue.into()),
                 };
-                // Without the facility, the write arrives on the bus.
+                // If the hypervisor has no doorbells, the write arrives on the bus.
                 vm.add_doorbell(doorbell, fd).map_err(connect)?;
             }
             bus.mmio(window, VIRTIO_WINDOW_SIZE, transport.clone())
@@ -172,7 +172,7 @@ impl Devices {
         self.transports.iter().map(|t| t.slot()).collect()
     }
 
-    /// Brings all work in flight to an end. vCPUs are out of guest code.
+    /// Completes all work in flight. vCPUs must be out of guest code.
     pub(crate) fn quiesce(&self) -> Result<(), DeviceError> {
         for transport in &self.transports {
             transport.quiesce().map_err(|source| DeviceError::Io {
@@ -184,14 +184,14 @@ impl Devices {
         Ok(())
     }
 
-    /// Lets devices work again.
+    /// Lets devices resume.
     pub(crate) fn unquiesce(&self) {
         for transport in &self.transports {
             transport.unquiesce();
         }
     }
 
-    /// Saves all devices; they are quiesced.
+    /// Saves all devices, which must be quiesced.
     pub(crate) fn save(&self) -> Vec<SlotState> {
         self.transports
             .iter()
@@ -202,7 +202,7 @@ impl Devices {
             .collect()
     }
 
-    /// Restores all devices, live ones too.
+    /// Restores all devices, also in place.
     pub(crate) fn restore(&self, states: &[SlotState]) -> Result<(), DeviceError> {
         let saved: Vec<u32> = states.iter().map(|state| state.slot).collect();
         let present = self.slots();

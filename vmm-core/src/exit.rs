@@ -1,4 +1,4 @@
-//! How a machine ended: set once, by whoever sees it first.
+//! End of a machine: the first reason that is reported stays.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, OnceLock};
@@ -8,13 +8,13 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use serde::{Deserialize, Serialize};
 use sm_hypervisor::{FaultInfo, Kicker};
 
-/// Why a machine no longer runs.
+/// Reason why a machine no longer runs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ExitReason {
     /// The guest powered itself off.
     PowerOff,
-    /// The guest asked for a reset. What that means is the owner's policy; a
-    /// kernel panic ends like this too, with `panic=-1` on the command line.
+    /// The guest requested a reset, which the owner's policy interprets; with `panic=-1` on
+    /// the command line, a kernel panic ends like this too.
     Reset,
     /// A vCPU could not deliver a fault (x86 shutdown state).
     TripleFault {
@@ -26,24 +26,24 @@ pub enum ExitReason {
         /// Index of the vCPU.
         vcpu: u32,
     },
-    /// The hypervisor cannot run a vCPU on.
+    /// The hypervisor cannot continue to run a vCPU.
     Fault {
         /// Index of the vCPU.
         vcpu: u32,
-        /// What the hypervisor said.
+        /// The hypervisor's report.
         info: FaultInfo,
     },
-    /// The host failed: no fault of the guest.
+    /// The host failed, not the guest.
     Failed {
-        /// What failed, with its causes.
+        /// The failure, with its causes.
         reason: String,
     },
     /// [`crate::machine::Machine::stop`] was called.
     Stopped,
 }
 
-/// Remembers the first [`ExitReason`], takes all vCPUs out of the guest, and
-/// tells waiters through a file descriptor.
+/// Stores the first [`ExitReason`], makes all vCPUs leave the guest, and notifies waiters
+/// through a file descriptor.
 #[derive(Debug)]
 pub struct ExitLatch {
     reason: OnceLock<ExitReason>,
@@ -52,10 +52,10 @@ pub struct ExitLatch {
 }
 
 impl ExitLatch {
-    /// A latch that is open.
+    /// Creates a latch without a reason.
     ///
     /// # Errors
-    /// No file descriptor to be had.
+    /// No file descriptor is available.
     pub fn new() -> std::io::Result<Self> {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         Ok(Self {
@@ -65,31 +65,31 @@ impl ExitLatch {
         })
     }
 
-    /// Names the vCPUs to be taken out of the guest. Later calls change nothing.
+    /// Sets the vCPUs that have to leave the guest. Later calls have no effect.
     pub(crate) fn set_kickers(&self, kickers: Vec<Arc<dyn Kicker>>) {
-        // The machine sets them once; a second set would be of the same vCPUs.
+        // The machine sets them once; a second set would contain the same vCPUs.
         let _ = self.kickers.set(kickers);
     }
 
-    /// Records `reason`, unless there is one already.
+    /// Records `reason`, unless one is recorded already.
     pub fn report(&self, reason: ExitReason) {
         if self.reason.set(reason).is_err() {
             return;
         }
-        // A counter at its limit is readable all the same.
+        // A counter at its limit is readable nevertheless.
         let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
         for kicker in self.kickers.get().into_iter().flatten() {
             kicker.kick();
         }
     }
 
-    /// The reason, once there is one.
+    /// Returns the reason, once there is one.
     #[must_use]
     pub fn reason(&self) -> Option<&ExitReason> {
         self.reason.get()
     }
 
-    /// Becomes, and stays, readable when there is a reason.
+    /// Returns a descriptor that becomes, and stays, readable when there is a reason.
     #[must_use]
     pub fn event(&self) -> BorrowedFd<'_> {
         self.event.as_fd()
@@ -109,7 +109,7 @@ impl ExitLatch {
     /// Blocks until there is a reason, at most for `timeout`.
     #[must_use]
     pub fn wait_timeout(&self, timeout: Duration) -> Option<ExitReason> {
-        // None: later than any clock says.
+        // `None`: beyond the range of the clock, so there is no deadline.
         let deadline = Instant::now().checked_add(timeout);
         loop {
             if let Some(reason) = self.reason.get() {
@@ -127,7 +127,7 @@ impl ExitLatch {
     fn poll(&self, timeout: Option<Duration>) {
         let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
         let mut fds = [PollFd::new(&self.event, PollFlags::IN)];
-        // Interrupted or not: the caller looks again.
+        // The caller checks again, after an interruption too.
         let _ = rustix::event::poll(&mut fds, timeout.as_ref());
     }
 }

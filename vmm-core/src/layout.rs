@@ -1,22 +1,21 @@
 //! The guest physical address map and interrupt lines of the x86_64 machine.
 //!
-//! Snapshots depend on these values: changing one is a change of the machine's
-//! version (see `MACHINE_VERSION`).
+//! Snapshots depend on these values: a change requires a new `MACHINE_VERSION`.
 
 /// Version of everything in this module, recorded in snapshots.
 pub const MACHINE_VERSION: u32 = 2;
 
 /// First address of the hole below 4 GiB (3 GiB): devices, no RAM.
 pub const HOLE_START: u64 = 0xc000_0000;
-/// End of the hole: RAM that did not fit below continues here.
+/// End of the hole: RAM beyond 3 GiB continues here.
 pub const HOLE_END: u64 = 0x1_0000_0000;
 
 /// First register window of the virtio-mmio devices.
 pub const VIRTIO_WINDOW: u64 = 0xd000_0000;
-/// Bytes in a register window.
+/// Length of a register window in bytes.
 pub const VIRTIO_WINDOW_SIZE: u64 = 0x1000;
-/// Number of device slots; slot `n` sits at `VIRTIO_WINDOW + n * VIRTIO_WINDOW_SIZE`
-/// and interrupts on GSI `VIRTIO_GSI_BASE + n`.
+/// Number of device slots; slot `n` has its window at `VIRTIO_WINDOW + n *
+/// VIRTIO_WINDOW_SIZE` and its interrupt on GSI `VIRTIO_GSI_BASE + n`.
 pub const VIRTIO_SLOTS: u32 = 14;
 /// GSI of the first device slot. The last one is 23, the IOAPIC's last input.
 pub const VIRTIO_GSI_BASE: u32 = 10;
@@ -29,25 +28,25 @@ pub const SLOT_RNG: u32 = 1;
 pub const SLOT_ROOT_DISK: u32 = 2;
 /// Slot of the writable disk (`/dev/vdb`); its backing may be absent (capacity 0).
 pub const SLOT_DATA_DISK: u32 = 3;
-/// Slot kept for the network device.
+/// Slot reserved for a network device.
 pub const SLOT_NET: u32 = 4;
-/// Slot kept for the balloon.
+/// Slot reserved for a balloon.
 pub const SLOT_BALLOON: u32 = 5;
 
 /// GSI of the console UART (COM1).
 pub const COM1_GSI: u32 = 4;
 /// First I/O port of COM1.
 pub const COM1_PORT: u16 = 0x3f8;
-/// GSI of the ACPI generic event device (VM generation ID, power button).
+/// GSI of the ACPI generic event device (VM generation ID).
 pub const GED_GSI: u32 = 5;
 
-/// First guest physical address of the register window of `slot`.
+/// Returns the first guest physical address of the register window of `slot`.
 #[must_use]
 pub fn virtio_window(slot: u32) -> u64 {
     VIRTIO_WINDOW + u64::from(slot) * VIRTIO_WINDOW_SIZE
 }
 
-/// GSI of the device in `slot`.
+/// Returns the GSI of the device in `slot`.
 #[must_use]
 pub fn virtio_gsi(slot: u32) -> u32 {
     VIRTIO_GSI_BASE + slot

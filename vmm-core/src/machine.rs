@@ -1,4 +1,4 @@
-//! A virtual machine: boots or is restored, runs, pauses, is saved, ends.
+//! A virtual machine: boot or restore, run, pause, save, end.
 
 mod chassis;
 mod error;
@@ -26,7 +26,7 @@ use crate::vcpu_thread::{Start, VcpuThread};
 use crate::vmgenid::GenerationId;
 use sm_event_loop::EventLoopHandle;
 
-/// What a machine is made of.
+/// Components of a machine.
 #[derive(Debug)]
 pub struct MachineConfig {
     /// Guest memory.
@@ -39,7 +39,7 @@ pub struct MachineConfig {
     pub initramfs: Vec<InitramfsPart>,
     /// Kernel command line.
     pub cmdline: String,
-    /// The VM generation ID it boots with: random, never used before.
+    /// The VM generation ID at boot: random, never used before.
     pub generation_id: [u8; 16],
     /// Receives the guest's console output.
     pub console: File,
@@ -47,26 +47,26 @@ pub struct MachineConfig {
     pub devices: Vec<DeviceConfig>,
 }
 
-/// How long the steps to a runnable machine took.
+/// Durations of the steps to a runnable machine.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Phases {
     /// Creating the VM and its interrupt lines, and for a boot its vCPUs.
     pub hypervisor_objects: Duration,
-    /// Putting the devices on their bus.
+    /// Adding the devices to their bus.
     pub devices: Duration,
     /// Mapping memory into the VM.
     pub memory_map: Duration,
-    /// Loading kernel and tables (boot), or making vCPUs and loading the state of
-    /// vCPUs, devices and VM (restore).
+    /// Loading kernel and tables (boot), or creating vCPUs and loading the state of vCPUs,
+    /// devices and VM (restore).
     pub load: Duration,
-    /// Letting vCPUs go, the first time.
+    /// The first resumption of the vCPUs.
     pub resume: Duration,
 }
 
 /// A virtual machine. Created paused; dropping it ends it.
 pub struct Machine<H: Hypervisor> {
-    // Fields are dropped in this order: threads (with their vCPUs) before the
-    // VM, the VM before the memory it maps.
+    // Fields are dropped in this order: threads (with their vCPUs) before the VM, the VM
+    // before the memory that it maps.
     threads: Vec<VcpuThread<H::Arch>>,
     devices: Devices,
     uart: Arc<Uart>,
@@ -80,12 +80,12 @@ pub struct Machine<H: Hypervisor> {
 }
 
 impl<H: Hypervisor<Arch = X86_64>> Machine<H> {
-    /// A machine that is about to boot, paused before its first instruction. Its
-    /// devices run on `event_loop`; not to be called (or the machine dropped) on
-    /// that loop's own thread.
+    /// Creates a machine that is ready to boot, paused before its first instruction. Its
+    /// devices run on `event_loop`; the machine must not be created or dropped on that
+    /// loop's own thread.
     ///
     /// # Errors
-    /// See [`MachineError`]; nothing is left behind.
+    /// See [`MachineError`]; all resources are released.
     pub fn boot(
         host: &H,
         mut config: MachineConfig,
@@ -126,13 +126,13 @@ impl<H: Hypervisor<Arch = X86_64>> Machine<H> {
         Ok(chassis.finish(threads))
     }
 
-    /// A machine with saved state and the memory that belongs to it, paused
-    /// where it was saved. Its console output starts over in `console`.
-    /// `devices` are as fresh as for a boot, in the same slots.
+    /// Creates a machine from saved state and the memory that belongs to it, paused where
+    /// it was saved. Its console output starts anew in `console`. `devices` are new devices
+    /// as for a boot, in the same slots.
     ///
     /// # Errors
-    /// State of another version, memory size, or set of devices, or of another
-    /// kind of host.
+    /// State of another version, memory size, or set of devices, or of another kind of
+    /// host.
     pub fn restore(
         host: &H,
         state: MachineState,
@@ -149,14 +149,15 @@ impl<H: Hypervisor<Arch = X86_64>> Machine<H> {
         let starts = state.vcpus.into_iter().map(|s| Start::Restore(Arc::new(s)));
         let (threads, proofs) = chassis.start(starts)?;
         restore_vm(&chassis.vm, &state.vm, &threads, proofs)?;
-        // After the interrupt controllers, whose state would overwrite theirs.
+        // After the interrupt controllers, whose state would overwrite pending interrupts
+        // of the devices.
         chassis.uart.restore(&state.uart)?;
         chassis.devices.restore(&state.devices)?;
         chassis.phases.load = watch.lap();
         Ok(chassis.finish(threads))
     }
 
-    /// Lets the vCPUs run. Nothing happens if they do already.
+    /// Lets the vCPUs run. Has no effect if they run already.
     ///
     /// # Errors
     /// A vCPU thread has ended.
@@ -176,21 +177,21 @@ impl<H: Hypervisor<Arch = X86_64>> Machine<H> {
         Ok(())
     }
 
-    /// Takes all vCPUs out of guest code and brings the devices' work in flight
-    /// to an end. Nothing happens if the machine is paused already.
+    /// Makes all vCPUs leave guest code and completes the devices' work in flight. Has no
+    /// effect if the machine is paused already.
     ///
     /// # Errors
-    /// A vCPU thread or the event loop has ended. The machine then runs on, as far as
-    /// it can.
+    /// A vCPU thread or the event loop has ended. The machine then continues to run, as far
+    /// as it can.
     pub fn pause(&mut self) -> Result<(), MachineError> {
         if !self.running {
             return Ok(());
         }
         if let Err(error) = self.hold() {
-            // Half a pause is none: what still works goes on.
+            // A partial pause is undone: working parts continue.
             self.devices.unquiesce();
             for thread in &self.threads {
-                // One that has ended has told why.
+                // A thread that has ended has reported the reason.
                 let _ = thread.run();
             }
             return Err(error);
@@ -207,7 +208,7 @@ impl<H: Hypervisor<Arch = X86_64>> Machine<H> {
         Ok(self.devices.quiesce()?)
     }
 
-    /// The machine's state, without its memory.
+    /// Saves the machine's state, without its memory.
     ///
     /// # Errors
     /// The machine is not paused, or the hypervisor refused.
@@ -232,20 +233,19 @@ impl<H: Hypervisor<Arch = X86_64>> Machine<H> {
         })
     }
 
-    /// Puts the state that this machine was restored with back, in place:
-    /// memory first, then everything else. It stays paused. Of memory, the pages of
-    /// `written` (see [`MachineMemory::revert_pages`]) are put back, which must be all
-    /// that were written to, or else all of it.
-    ///
+    /// Restores, in place, the state that this machine was restored with: memory first,
+    /// then everything else. The machine stays paused. In memory, the pages of `written`
+    /// (see [`MachineMemory::revert_pages`]) are reverted, which must contain all that were
+    /// written to; without `written`, all pages.
     /// # Errors
-    /// The machine is not paused or has ended, or the state is another machine's. One
-    /// whose vCPUs have part of the state cannot run any more.
+    /// The machine is not paused or has ended, or the state is another machine's. A machine
+    /// whose vCPUs have a part of the state cannot run any more.
     pub fn reset_to(
         &mut self,
         state: &MachineState,
         written: Option<&[(u64, u64)]>,
     ) -> Result<(), MachineError> {
-        self.must_be_paused("put a state back")?;
+        self.must_be_paused("restore a state")?;
         if let Some(reason) = self.exit.reason() {
             return Err(MachineError::State {
                 reason: format!("the machine has ended ({reason:?})"),
@@ -277,7 +277,7 @@ impl<H: Hypervisor<Arch = X86_64>> Machine<H> {
         Ok(())
     }
 
-    /// Ends the machine: its vCPUs leave the guest for good.
+    /// Ends the machine: its vCPUs leave the guest permanently.
     ///
     /// # Errors
     /// A vCPU thread has ended before.
@@ -286,69 +286,69 @@ impl<H: Hypervisor<Arch = X86_64>> Machine<H> {
         self.pause()
     }
 
-    /// Becomes, and stays, readable when the machine has ended.
+    /// Returns a descriptor that becomes, and stays, readable when the machine has ended.
     #[must_use]
     pub fn exit_event(&self) -> BorrowedFd<'_> {
         self.exit.event()
     }
 
-    /// Why the machine has ended; `None` while it has not.
+    /// Returns the reason why the machine has ended; `None` while it has not.
     #[must_use]
     pub fn exit_reason(&self) -> Option<ExitReason> {
         self.exit.reason().cloned()
     }
 
-    /// The exit latch, to wait on from another thread, or to end the machine
+    /// Returns the exit latch, to wait on from another thread, or to end the machine
     /// without access to it.
     #[must_use]
     pub fn exit_latch(&self) -> Arc<ExitLatch> {
         self.exit.clone()
     }
 
-    /// The console's captured output.
+    /// Returns the console's captured output.
     #[must_use]
     pub fn console(&self) -> &Console {
         &self.console
     }
 
-    /// Hands input to the guest's console, all of it or nothing.
+    /// Passes input to the guest's console, all of it or nothing.
     ///
     /// # Errors
-    /// The UART's buffer has not enough room.
+    /// The UART's buffer has too little room.
     pub fn console_input(&self, bytes: &[u8]) -> Result<(), MachineError> {
         Ok(self.uart.input(bytes)?)
     }
 
-    /// Guest memory.
+    /// Returns the guest memory.
     #[must_use]
     pub fn memory(&self) -> &MachineMemory {
         &self.memory
     }
 
-    /// Number of vCPUs.
+    /// Returns the number of vCPUs.
     #[must_use]
     pub fn vcpus(&self) -> usize {
         self.threads.len()
     }
 
-    /// Whether vCPUs may be in guest code.
+    /// Returns true if vCPUs may be in guest code.
     #[must_use]
     pub fn is_running(&self) -> bool {
         self.running
     }
 
-    /// How long the steps so far took.
+    /// Returns the durations of the steps so far.
     #[must_use]
     pub fn phases(&self) -> Phases {
         self.phases
     }
 
-    /// Changes the VM generation ID and tells the guest, whose kernel then
-    /// reseeds its random numbers. Works while paused, too: the interrupt is
-    /// delivered first thing after [`Self::resume`].
+    /// Changes the VM generation ID and notifies the guest, whose kernel then reseeds its
+    /// random numbers. Works while paused, too: the guest gets the interrupt as soon as it
+    /// continues after [`Self::resume`].
     ///
     /// # Errors
-    /// Guest memory cannot be written, or the guest cannot be told.
+    /// Guest memory cannot be written, or the guest cannot be notified.
     pub fn set_generation_id(&self, id: [u8; 16]) -> Result<(), MachineError> {
         Ok(self.generation.change(id)?)
     }
@@ -366,8 +366,8 @@ fn boot_starts(registers: BootRegisters, vcpus: u32) -> impl Iterator<Item = Sta
     boot.chain((1..vcpus).map(|_| Start::Boot(None)))
 }
 
-/// Restores interrupt controllers and clocks of a VM whose vCPUs have their state, and
-/// lets these finish. Devices may raise their lines afterwards.
+/// Restores interrupt controllers and clocks of a VM whose vCPUs have their state, and lets
+/// these finish. Devices may raise their lines afterwards.
 fn restore_vm<V: Vm>(
     vm: &V,
     state: &VmState,
@@ -388,7 +388,7 @@ fn restore_vm<V: Vm>(
     Ok(())
 }
 
-/// What the tables can describe; the host's own limit is the hypervisor's to say.
+/// Checks the limits of the ACPI tables; the hypervisor checks its own limit.
 fn check_vcpus(vcpus: u32) -> Result<(), MachineError> {
     let max = acpi::MAX_VCPUS;
     if (1..=max).contains(&vcpus) {
@@ -398,18 +398,17 @@ fn check_vcpus(vcpus: u32) -> Result<(), MachineError> {
     }
 }
 
-/// Checks that `state` can be put into a machine with `memory`; returns its
-/// number of vCPUs.
+/// Checks that `state` fits a machine with `memory`; returns its number of vCPUs.
 fn check_state(state: &MachineState, memory: &MachineMemory) -> Result<u32, MachineError> {
     let misfit = |reason| Err(MachineError::State { reason });
     if state.version != MACHINE_VERSION {
         return misfit(format!(
-            "it is of machine version {}, this program has {MACHINE_VERSION}",
+            "it is of machine version {}, this program supports {MACHINE_VERSION}",
             state.version
         ));
     }
     if state.generation_id != GENERATION_ID {
-        return misfit("its generation ID is elsewhere".into());
+        return misfit("its generation ID is at another address".into());
     }
     if state.memory_bytes != memory.bytes() {
         return misfit(format!(

@@ -1,5 +1,4 @@
-//! Guest memory: anonymous for a fresh machine, private file mappings for a
-//! restored one.
+//! Guest memory: anonymous for a new machine, private file mappings for a restored one.
 #![expect(
     unsafe_code,
     reason = "maps files over reserved guest memory and advises the kernel about it"
@@ -21,22 +20,22 @@ use sm_virtio::GuestMemory;
 /// Granule of guest memory and of file extents, in bytes.
 pub const PAGE_SIZE: u64 = 4096;
 
-/// Least memory a machine can have: 64 MiB.
+/// Minimum memory of a machine: 64 MiB.
 pub const MIN_MEMORY: u64 = 64 << 20;
 
-/// Most memory a machine can have: 4 TiB.
+/// Maximum memory of a machine: 4 TiB.
 pub const MAX_MEMORY: u64 = 4 << 40;
 
-/// Why guest memory cannot be set up.
+/// Reason why guest memory cannot be set up.
 #[derive(Debug, Error)]
 pub enum MemoryError {
     /// A size that is out of range or not a multiple of 1 MiB.
     #[error(
-        "guest memory of {bytes} bytes is not possible: \
+        "guest memory of {bytes} bytes is invalid: \
          it must be a multiple of 1 MiB from 64 MiB to 4 TiB"
     )]
     Size {
-        /// What was asked for.
+        /// The requested size.
         bytes: u64,
     },
     /// An extent that does not fit the memory or its file.
@@ -46,21 +45,21 @@ pub enum MemoryError {
         offset: u64,
         /// Length in bytes.
         len: u64,
-        /// What does not fit.
+        /// The reason.
         reason: &'static str,
     },
     /// The host refused a mapping.
     #[error("cannot {operation} {len} bytes of guest memory")]
     Map {
-        /// What was tried.
+        /// The failed operation.
         operation: &'static str,
         /// Length in bytes.
         len: u64,
-        /// The system's answer.
+        /// The operating system's error.
         #[source]
         source: io::Error,
     },
-    /// A file behind guest memory cannot be examined.
+    /// The length of a file that backs guest memory cannot be read.
     #[error("cannot examine a memory file")]
     File(#[source] io::Error),
     /// Regions do not form an address space.
@@ -73,15 +72,15 @@ pub enum MemoryError {
 pub struct MemoryConfig {
     /// Size in bytes: a multiple of 1 MiB, [`MIN_MEMORY`] to [`MAX_MEMORY`].
     pub bytes: u64,
-    /// Ask for transparent huge pages.
+    /// Requests transparent huge pages.
     pub huge_pages: bool,
-    /// Include guest memory in core dumps of the VMM.
+    /// Includes guest memory in core dumps of the VMM.
     pub dump: bool,
 }
 
 impl MemoryConfig {
-    /// Memory of `bytes` bytes with default options: ordinary pages, left out
-    /// of core dumps.
+    /// Returns a configuration of `bytes` bytes with default options: ordinary pages, not
+    /// in core dumps.
     #[must_use]
     pub fn new(bytes: u64) -> Self {
         Self {
@@ -92,7 +91,7 @@ impl MemoryConfig {
     }
 }
 
-/// A piece of guest memory whose initial contents are in a file.
+/// A part of guest memory whose initial contents are in a file.
 #[derive(Clone, Debug)]
 pub struct FileExtent {
     /// Offset in guest memory, counted without the hole; page-aligned.
@@ -101,7 +100,7 @@ pub struct FileExtent {
     pub len: u64,
     /// The file; opened for reading.
     pub file: Arc<File>,
-    /// Where the contents start in the file; page-aligned.
+    /// Offset of the contents in the file; page-aligned.
     pub file_offset: u64,
 }
 
@@ -116,7 +115,7 @@ pub struct RamRegion {
     pub offset: u64,
 }
 
-/// The ranges that `bytes` of guest memory occupy: one, or two around the hole.
+/// Returns the ranges that `bytes` of guest memory occupy: one, or two around the hole.
 #[must_use]
 pub fn ram_regions(bytes: u64) -> Vec<RamRegion> {
     let low = bytes.min(HOLE_START);
@@ -146,27 +145,27 @@ pub struct MachineMemory {
 }
 
 impl MachineMemory {
-    /// Fresh memory that reads as zero. Nothing is allocated before it is
-    /// touched, and nothing is reserved (overcommit).
+    /// Creates memory that reads as zero. Pages are allocated on first access, without a
+    /// reservation (overcommit).
     ///
     /// # Errors
-    /// An impossible size, or no address space left.
+    /// An invalid size, or no address space left.
     pub fn anonymous(config: &MemoryConfig) -> Result<Self, MemoryError> {
         let memory = Self::reserve(config.bytes)?;
         memory.advise(config)?;
         Ok(memory)
     }
 
-    /// Memory whose initial contents come from files, mapped privately: nothing
-    /// is read before it is touched, guest writes never reach the files. What no
-    /// extent covers reads as zero. Later extents replace earlier ones where
-    /// they overlap, as in a chain of diffs. Cost: one `mmap` for each extent.
+    /// Creates memory whose initial contents come from files, mapped privately: pages are
+    /// read on first access, guest writes never reach the files. Memory outside all extents
+    /// reads as zero. Later extents replace earlier ones where they overlap, as in a chain
+    /// of diffs. Cost: one `mmap` for each extent.
     ///
-    /// The files must not be truncated while the machine lives.
+    /// The files must not be truncated while the machine exists.
     ///
     /// # Errors
-    /// An impossible size, an extent outside memory or past the end of its
-    /// file, or a mapping the host refuses.
+    /// An invalid size, an extent outside memory or past the end of its file, or a mapping
+    /// that the host refuses.
     pub fn from_files(config: &MemoryConfig, extents: &[FileExtent]) -> Result<Self, MemoryError> {
         let memory = Self::reserve(config.bytes)?;
         for extent in extents {
@@ -176,13 +175,13 @@ impl MachineMemory {
         Ok(memory)
     }
 
-    /// Size in bytes.
+    /// Returns the size in bytes.
     #[must_use]
     pub fn bytes(&self) -> u64 {
         self.regions.iter().map(|region| region.len).sum()
     }
 
-    /// Host address of the first byte of `region`, for the hypervisor and for
+    /// Returns the host address of the first byte of `region`, for the hypervisor and for
     /// page-level inspection. `None` for a region of another machine.
     #[must_use]
     pub fn host_address(&self, region: &RamRegion) -> Option<NonNull<u8>> {
@@ -191,10 +190,10 @@ impl MachineMemory {
         NonNull::new(mapped.as_ptr()).filter(|_| whole)
     }
 
-    /// Throws away everything written since the memory was set up: what came
-    /// from files is as in the files again, the rest reads as zero. Pages that were
-    /// only read are unmapped, too: [`Self::revert_pages`] leaves them. No vCPU and no
-    /// device may be using the memory: they would see it change under them.
+    /// Discards everything written since the memory was set up: pages of files have the
+    /// files' contents again, all others read as zero. Pages that were only read are also
+    /// unmapped; [`Self::revert_pages`] spares them. No vCPU and no device may use the
+    /// memory meanwhile: its contents change.
     ///
     /// # Errors
     /// The host refused.
@@ -210,8 +209,8 @@ impl MachineMemory {
         Ok(())
     }
 
-    /// Like [`Self::revert`], for the pages of `runs` only: first page and number of
-    /// pages, in RAM order. What lies outside memory is ignored.
+    /// Like [`Self::revert`], for the pages of `runs` only: first page and number of pages,
+    /// in RAM order. Pages outside memory are ignored.
     ///
     /// # Errors
     /// The host refused.
@@ -245,8 +244,8 @@ impl MachineMemory {
         let mut mapped = Vec::with_capacity(regions.len());
         for region in &regions {
             let len = usize::try_from(region.len).map_err(|_| MemoryError::Size { bytes })?;
-            // The mapping is owned by the region: dropping it unmaps all of it,
-            // with whatever has been mapped over parts of it.
+            // The region owns the mapping: dropping it unmaps all of it, including mappings
+            // over parts of it.
             let mapping = MmapRegionBuilder::<()>::new(len)
                 .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
                 .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
@@ -283,7 +282,7 @@ impl MachineMemory {
             .checked_add(extent.len)
             .filter(|&end| end <= bytes)
             .ok_or_else(|| bad("it ends past guest memory"))?;
-        // Touching a page past the end of the file would kill the VMM.
+        // An access to a page past the end of the file would kill the VMM (SIGBUS).
         let file_len = extent.file.metadata().map_err(MemoryError::File)?.len();
         extent
             .file_offset
@@ -304,9 +303,9 @@ impl MachineMemory {
                 .map_err(|_| bad("it ends past guest memory"))?;
             let len =
                 usize::try_from(stop - start).map_err(|_| bad("it ends past guest memory"))?;
-            // SAFETY: `within + len` is inside this region's own mapping (the
-            // bounds above), which nothing but volatile guest memory accessors
-            // refers to, so that replacing pages of it invalidates no reference.
+            // SAFETY: `within + len` is inside this region's own mapping (the bounds
+            // above), which only volatile guest memory accessors refer to, so replacing
+            // pages of it invalidates no reference.
             unsafe {
                 rustix::mm::mmap(
                     host.as_ptr().add(within).cast(),
@@ -329,13 +328,13 @@ impl MachineMemory {
     fn advise(&self, config: &MemoryConfig) -> Result<(), MemoryError> {
         for region in &self.regions {
             if config.huge_pages {
-                // A kernel without huge pages says no: they are a wish only.
+                // Optional: a kernel without huge pages refuses.
                 let _ = self.advise_region(region, Advice::LinuxHugepage);
             }
             if !config.dump {
                 self.advise_region(region, Advice::LinuxDontDump)
                     .map_err(|source| MemoryError::Map {
-                        operation: "keep out of core dumps",
+                        operation: "exclude from core dumps",
                         len: region.len,
                         source,
                     })?;
@@ -365,9 +364,9 @@ impl MachineMemory {
         }
         let offset = usize::try_from(offset).map_err(io::Error::other)?;
         let len = usize::try_from(len).map_err(io::Error::other)?;
-        // SAFETY: the range is within this region's mapping (checked above), which
-        // nothing but volatile guest memory accessors refers to: even advice that
-        // changes its contents invalidates no reference.
+        // SAFETY: the range is within this region's mapping (checked above), which only
+        // volatile guest memory accessors refer to: even advice that changes its contents
+        // invalidates no reference.
         Ok(unsafe { rustix::mm::madvise(host.as_ptr().add(offset).cast(), len, advice) }?)
     }
 }
@@ -405,7 +404,7 @@ mod tests {
     }
 
     #[test]
-    fn impossible_sizes_are_refused() {
+    fn invalid_sizes_are_refused() {
         for bytes in [0, 63 * MIB, 64 * MIB + 4096, MAX_MEMORY + MIB, u64::MAX] {
             assert!(matches!(
                 MachineMemory::anonymous(&MemoryConfig::new(bytes)),
@@ -430,7 +429,7 @@ mod tests {
     }
 
     #[test]
-    fn extents_appear_where_they_belong_and_stay_private() {
+    fn extents_are_mapped_at_their_offsets_and_stay_private() {
         let base = file(&[1; 3 * 4096]);
         let diff = file(&[2; 4096]);
         // The base spans the hole; the diff replaces its middle page.
@@ -474,7 +473,7 @@ mod tests {
             .write_obj(9u8, GuestAddress(HOLE_END + 4096))
             .unwrap();
 
-        // Only what is asked for, on either side of the hole.
+        // Only the requested pages, on either side of the hole.
         memory.guest.write_obj(8u8, GuestAddress(HOLE_END)).unwrap();
         memory
             .guest
@@ -485,7 +484,7 @@ mod tests {
             .revert_pages(&[(page - 1, 2), (u64::MAX, 7)])
             .unwrap();
         assert_eq!((read(HOLE_START - 1), read(HOLE_END)), (1, 2));
-        assert_eq!(read(HOLE_END + 4096), 9, "not asked for");
+        assert_eq!(read(HOLE_END + 4096), 9, "not requested");
 
         let again = MachineMemory::from_files(&config, &extents).unwrap();
         let byte: u8 = again.guest.read_obj(GuestAddress(HOLE_END + 4096)).unwrap();

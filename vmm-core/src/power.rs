@@ -1,5 +1,5 @@
-//! How a guest ends itself: ACPI sleep and reset registers, and the ways to
-//! reset a PC that kernels try besides.
+//! Power off and reset by the guest: ACPI sleep and reset registers, and further reset
+//! methods of PCs that kernels try.
 
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ pub const SLEEP_CONTROL_PORT: u16 = 0x600;
 pub const SLEEP_STATUS_PORT: u16 = 0x601;
 /// Port of the ACPI reset register.
 pub const RESET_PORT: u16 = 0x602;
-/// What the reset register takes.
+/// Value of the reset register that causes a reset.
 pub const RESET_VALUE: u8 = 1;
 /// `SLP_TYP` of the S5 state.
 pub const SLEEP_TYPE_S5: u8 = 5;
@@ -31,7 +31,7 @@ struct AcpiRegisters(Arc<ExitLatch>);
 
 impl MmioDevice for AcpiRegisters {
     fn read(&self, _offset: u64, data: &mut [u8]) {
-        // Nothing has woken the machine, nothing is pending.
+        // The machine has not woken from sleep, and nothing is pending.
         data.fill(0);
     }
 
@@ -49,12 +49,12 @@ impl MmioDevice for AcpiRegisters {
     }
 }
 
-/// The keyboard controller's reset line, and nothing else of it.
+/// The reset line of the keyboard controller, and no other function of it.
 struct KeyboardReset(Arc<ExitLatch>);
 
 impl MmioDevice for KeyboardReset {
     fn read(&self, _offset: u64, data: &mut [u8]) {
-        // Its input buffer is empty: a kernel that wants to reset need not wait.
+        // The input buffer is empty: a kernel that wants to reset need not wait.
         data.fill(0);
     }
 
@@ -80,10 +80,10 @@ impl MmioDevice for ResetControl {
     }
 }
 
-/// Puts all power registers on the bus.
+/// Adds all power registers to the bus.
 ///
 /// # Errors
-/// Ports that are taken.
+/// Ports that are already used.
 pub(crate) fn attach(bus: &mut BusBuilder, exit: &Arc<ExitLatch>) -> Result<(), BusError> {
     bus.pio(SLEEP_CONTROL_PORT, 3, Arc::new(AcpiRegisters(exit.clone())))?;
     bus.pio(

@@ -1,8 +1,7 @@
 //! The console: a 16550 at COM1 whose output is captured to a file.
 //!
-//! The file's size is bounded: after [`FILE_LIMIT`] bytes only a notice and, at
-//! the end, the last lines are added. The last lines are also kept in memory,
-//! for error messages.
+//! The file's size is bounded: after [`FILE_LIMIT`] bytes only a note and, at the end, the
+//! last lines are added. The last lines are also kept in memory, for error messages.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -17,50 +16,51 @@ use vm_superio::{Serial, SerialState, Trigger};
 
 use crate::bus::MmioDevice;
 
-/// Bytes of console output that are captured from the start: 4 MiB.
+/// Length of the console output that is captured from the start: 4 MiB.
 pub const FILE_LIMIT: u64 = 4 << 20;
 
-/// Bytes of the latest console output kept in memory: 32 KiB.
+/// Length of the latest console output that is kept in memory: 32 KiB.
 pub const TAIL_LIMIT: usize = 32 << 10;
 
 /// Longest line that is searched for a kernel panic.
 const LINE_LIMIT: usize = 1024;
 
-/// What Linux prints when it gives up.
+/// Start of Linux's last line in a panic.
 const PANIC: &str = "Kernel panic - not syncing";
 
-/// Why the console cannot be used.
+/// Reason why the console cannot be used.
 #[derive(Debug, Error)]
 pub enum SerialError {
-    /// Saved registers contradict each other.
+    /// Saved registers are inconsistent.
     #[error("saved state of the console does not fit: {reason}")]
     State {
-        /// What does not fit.
+        /// The element that does not fit, and the reason.
         reason: String,
     },
-    /// The guest may not have got all input.
-    #[error("the console takes {room} more bytes of input, not {bytes}")]
+    /// The guest has not received the input.
+    #[error("the console has room for {room} more bytes of input, not {bytes}")]
     Full {
-        /// Bytes it takes.
+        /// Free bytes of the UART's buffer.
         room: usize,
-        /// Bytes offered.
+        /// Length of the input in bytes.
         bytes: usize,
     },
 }
 
-/// Takes a lock whose data stays usable whatever a panicking thread did.
+/// Takes a lock whose data stays usable after a panic.
 fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Notice at the end of the part of a file that is captured from the start.
-const LIMIT_NOTICE: &[u8] = b"\n[console output beyond 4 MiB is not kept; the last lines follow]\n";
+/// Note at the end of the part of a file that is captured from the start.
+const LIMIT_NOTICE: &[u8] =
+    b"\n[console output beyond 4 MiB is not captured; the last lines follow]\n";
 
 /// The destination of console output.
 ///
-/// A failed write, as on a full disk, does not end the capture: the next output is
-/// preceded by the bytes that the file lacks, as far as they are still in the tail, and
-/// by a note of the number of those that are not.
+/// A failed write, as on a full disk, does not end the capture: the next output is preceded
+/// by the bytes that the file lacks, as far as they are still in the tail, and by a note of
+/// the number of those that are not.
 #[derive(Debug)]
 struct Output {
     file: File,
@@ -102,12 +102,12 @@ impl Output {
         if let Err(error) = captured
             && was_complete
         {
-            tracing::warn!(%error, "console output cannot be captured at the moment");
+            tracing::warn!(%error, "console output is temporarily not captured");
         }
     }
 
-    /// Appends `rest`, which becomes what could not be written. With `of_output`, the
-    /// bytes are output that counted as missing.
+    /// Appends `rest`, and sets it to the unwritten part. With `of_output`, the bytes are
+    /// output that counted as missing.
     fn append(&mut self, rest: &mut &[u8], of_output: bool) -> io::Result<()> {
         while !rest.is_empty() {
             let count = match self.file.write(rest) {
@@ -126,7 +126,8 @@ impl Output {
         Ok(())
     }
 
-    /// Appends the output that the file lacks, or a note where the tail lacks it, too.
+    /// Appends the output that the file lacks, or a note of its length if the tail lacks
+    /// it, too.
     fn write_missing(&mut self) -> io::Result<()> {
         if self.missing == 0 {
             return Ok(());
@@ -170,7 +171,7 @@ impl Output {
 
 impl Drop for Output {
     fn drop(&mut self) {
-        // Nothing comes after this that could try again.
+        // No later output could retry this.
         if self.written < FILE_LIMIT {
             let _ = self.write_missing();
             return;
@@ -183,12 +184,12 @@ impl Drop for Output {
     }
 }
 
-/// The captured output of a machine's console. Clones are of the same console.
+/// The captured output of a machine's console. Clones refer to the same console.
 #[derive(Clone, Debug)]
 pub struct Console(Arc<Mutex<Output>>);
 
 impl Console {
-    /// A console that captures to `file`, at its current position.
+    /// Creates a console that captures to `file`, at its current position.
     #[must_use]
     pub fn new(file: File) -> Self {
         Self(Arc::new(Mutex::new(Output {
@@ -202,7 +203,7 @@ impl Console {
         })))
     }
 
-    /// The last `lines` lines of output (of at most [`TAIL_LIMIT`] bytes).
+    /// Returns the last `lines` lines of output (of at most [`TAIL_LIMIT`] bytes).
     #[must_use]
     pub fn tail(&self, lines: usize) -> String {
         let output = lock(&self.0);
@@ -213,7 +214,7 @@ impl Console {
         last.join("\n")
     }
 
-    /// The guest kernel's last words, if it has panicked.
+    /// Returns the guest kernel's panic message, if it has panicked.
     #[must_use]
     pub fn guest_panic(&self) -> Option<String> {
         lock(&self.0).panic.clone()
@@ -278,7 +279,7 @@ pub(crate) struct Uart {
 }
 
 impl Uart {
-    /// A UART after reset.
+    /// Creates a UART in its reset state.
     pub(crate) fn new(irq: Arc<dyn IrqLine>, console: Console) -> Self {
         Self {
             registers: Mutex::new(Serial::new(Line(irq.clone()), console.clone())),
@@ -287,7 +288,7 @@ impl Uart {
         }
     }
 
-    /// The registers, for saving.
+    /// Saves the registers.
     pub(crate) fn save(&self) -> UartState {
         let state = lock(&self.registers).state();
         UartState {
@@ -304,7 +305,7 @@ impl Uart {
         }
     }
 
-    /// Puts saved registers back. An interrupt that was pending is raised again.
+    /// Restores saved registers. A pending interrupt is raised again.
     pub(crate) fn restore(&self, state: &UartState) -> Result<(), SerialError> {
         let state = SerialState {
             baud_divisor_low: state.divisor_low,
@@ -331,7 +332,7 @@ impl Uart {
         Ok(())
     }
 
-    /// Hands input to the guest, all of it or nothing.
+    /// Passes input to the guest, all of it or nothing.
     pub(crate) fn input(&self, bytes: &[u8]) -> Result<(), SerialError> {
         let mut registers = lock(&self.registers);
         let room = registers.fifo_capacity();
@@ -342,7 +343,7 @@ impl Uart {
             });
         }
         if let Err(error) = registers.enqueue_raw_bytes(bytes) {
-            tracing::warn!(%error, "the console could not signal input");
+            tracing::warn!(%error, "the guest may have missed console input");
         }
         Ok(())
     }
@@ -360,7 +361,7 @@ impl MmioDevice for Uart {
         if let (Ok(offset), &[byte]) = (u8::try_from(offset), data)
             && let Err(error) = lock(&self.registers).write(offset, byte)
         {
-            tracing::debug!(%error, "the console missed something");
+            tracing::debug!(%error, "a write to a console register failed");
         }
     }
 }
@@ -395,7 +396,7 @@ mod tests {
     }
 
     #[test]
-    fn output_is_captured_as_it_comes() {
+    fn output_is_captured_immediately() {
         let (console, file) = console();
         let uart = Uart::new(Arc::new(Pulses::default()), console.clone());
         for byte in b"one\ntwo\nthree" {
@@ -418,12 +419,12 @@ mod tests {
         drop(console);
         let text = contents(file);
         assert!(text.len() < (4 << 20) + TAIL_LIMIT + 200);
-        assert!(text.contains("is not kept"));
+        assert!(text.contains("is not captured"));
         assert!(text.ends_with("\nthe end\n"));
     }
 
-    /// A console whose file takes 8 KiB until it is read from, as a full disk takes
-    /// nothing until there is room.
+    /// Returns a console whose file accepts 8 KiB until it is read, as a full disk accepts
+    /// nothing until it has room.
     fn small_console() -> (Console, io::PipeReader) {
         let (reader, writer) = io::pipe().unwrap();
         rustix::pipe::fcntl_setpipe_size(&writer, 8192).unwrap();
@@ -433,7 +434,7 @@ mod tests {
         (Console::new(file), reader)
     }
 
-    /// Everything that a pipe contains.
+    /// Reads everything that a pipe contains.
     fn drain(reader: &mut io::PipeReader) -> Vec<u8> {
         let mut bytes = Vec::new();
         let mut buffer = [0; 4096];
@@ -485,7 +486,7 @@ mod tests {
         for _ in 0..8 {
             console.write_all(&line).unwrap();
         }
-        // The latest 32 KiB are still known, and 5 lines before them are not.
+        // The latest 32 KiB are still in the tail; 5 lines before them are not.
         for _ in 0..37 {
             console.write_all(&line).unwrap();
         }
@@ -505,7 +506,7 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_is_noticed() {
+    fn a_panic_is_detected() {
         let (mut console, _file) = console();
         console
             .write_all(b"all is well\n[    1.0] Kernel pa")
@@ -548,7 +549,7 @@ mod tests {
     }
 
     #[test]
-    fn input_is_taken_whole_or_not_at_all() {
+    fn input_is_accepted_as_a_whole_or_not_at_all() {
         let uart = Uart::new(Arc::new(Pulses::default()), console().0);
         uart.input(&[1; 60]).unwrap();
         assert!(matches!(

@@ -1,8 +1,8 @@
 //! A machine's saved state, without its memory.
 //!
-//! Compatibility: [`MachineState::version`] is [`MACHINE_VERSION`] of the
-//! program that wrote it. A state of another version is refused. Backends and
-//! devices version their own parts.
+//! Compatibility: [`MachineState::version`] is the [`MACHINE_VERSION`] of the program that
+//! saved it. A state of another version is refused. Backends and devices version their own
+//! parts.
 //!
 //! [`MACHINE_VERSION`]: crate::layout::MACHINE_VERSION
 
@@ -13,7 +13,7 @@ use sm_hypervisor::state::x86_64::VcpuState;
 use crate::devices::SlotState;
 use crate::serial::UartState;
 
-/// Everything about a paused machine that is not in its memory.
+/// State of a paused machine that is not in its memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MachineState {
     /// Version of the machine's layout and of this structure.

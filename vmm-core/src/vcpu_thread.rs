@@ -1,9 +1,9 @@
 //! One thread for each vCPU: runs guest code, pauses, saves, ends.
 //!
-//! A vCPU thread is either *running*, inside [`Vcpu::run`](sm_hypervisor::Vcpu::run), or *parked*, in a
-//! blocking receive on its command channel. Every command is followed by a kick,
-//! which is sticky, so that a running vCPU comes out and looks at its channel;
-//! nothing polls.
+//! A vCPU thread is either *running*, inside [`Vcpu::run`](sm_hypervisor::Vcpu::run), or
+//! *parked*, in a blocking receive on its command channel. A kick follows every command to
+//! a running vCPU; it is sticky, so the vCPU leaves the guest and reads its channel.
+//! Nothing polls.
 
 mod runner;
 
@@ -17,15 +17,15 @@ use thiserror::Error as ThisError;
 use self::runner::{Post, Runner};
 use crate::exit::ExitLatch;
 
-/// Why a vCPU thread did not do what it was asked to.
+/// Failure of a vCPU thread.
 #[derive(Debug, ThisError)]
 pub enum VcpuError {
-    /// No thread to be had.
+    /// The thread cannot be created.
     #[error("cannot start the thread of vCPU {vcpu}")]
     Spawn {
         /// Index of the vCPU.
         vcpu: u32,
-        /// The system's answer.
+        /// The operating system's error.
         #[source]
         source: std::io::Error,
     },
@@ -40,13 +40,13 @@ pub enum VcpuError {
     Hypervisor {
         /// Index of the vCPU.
         vcpu: u32,
-        /// What it said.
+        /// The hypervisor's error.
         #[source]
         source: Error,
     },
 }
 
-/// What a vCPU starts with.
+/// Initial state of a vCPU.
 pub(crate) enum Start<A: Arch> {
     /// Reset state, the boot processor with registers.
     Boot(Option<Box<A::Boot>>),
@@ -62,20 +62,20 @@ enum Command<A: Arch> {
     Finish(Finish, Sender<Result<(), Error>>),
 }
 
-/// A vCPU thread as seen from outside. Dropping it ends the thread.
+/// Handle to a vCPU thread. Dropping it ends the thread.
 pub(crate) struct VcpuThread<A: Arch> {
     index: u32,
     kicker: Arc<dyn Kicker>,
-    /// `None` once the thread is to end.
+    /// `None` once the thread has to end.
     commands: Option<Sender<Command<A>>>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// The answer to starting a vCPU: with proof of restoration, if it was restored.
+/// Reply to starting a vCPU: with proof of restoration, if it was restored.
 type Bound = Pending<Result<Option<RestoredVcpu>, Error>>;
 
-/// An answer on its way. Asking all vCPUs before waiting for the first lets
-/// them work at the same time.
+/// A reply that has not arrived yet. Sending the command to all vCPUs before waiting for
+/// the first lets them work in parallel.
 pub(crate) struct Pending<T> {
     index: u32,
     answer: Receiver<T>,
@@ -98,9 +98,9 @@ impl<T> Pending<Result<T, Error>> {
 }
 
 impl<A: Arch> VcpuThread<A> {
-    /// Starts a thread that binds `seed` and parks. The answer says whether binding
-    /// worked, with proof of restoration for [`Start::Restore`]; such a vCPU waits for
-    /// [`VcpuThread::finish`] before it obeys anything else.
+    /// Starts a thread that binds `seed` and parks. The reply is the result of binding,
+    /// with proof of restoration for [`Start::Restore`]; such a vCPU waits for
+    /// [`VcpuThread::finish`] before it executes other commands.
     pub(crate) fn spawn<S: VcpuSeed<Arch = A>>(
         seed: S,
         start: Start<A>,
@@ -120,7 +120,7 @@ impl<A: Arch> VcpuThread<A> {
         let thread = std::thread::Builder::new()
             .name(format!("vcpu{index}"))
             .spawn(move || {
-                // An answer that cannot be sent: the machine was dropped meanwhile.
+                // A reply that cannot be sent: the machine was dropped meanwhile.
                 let refuse = |error| bound.send(Err(error)).ok().and(None);
                 let vcpu = match start {
                     Start::Boot(registers) => match seed.bind(registers.as_deref()) {
@@ -181,7 +181,7 @@ impl<A: Arch> VcpuThread<A> {
         self.send(Command::Run)
     }
 
-    /// Takes the vCPU out of guest code; answers when it is parked.
+    /// Makes the vCPU leave guest code; the reply arrives when it is parked.
     pub(crate) fn park(&self) -> Result<Pending<()>, VcpuError> {
         let pending = self.ask(Command::Park)?;
         self.kicker.kick();
@@ -193,7 +193,7 @@ impl<A: Arch> VcpuThread<A> {
         self.ask(Command::Save)
     }
 
-    /// Puts saved state into a parked vCPU, which then waits for [`VcpuThread::finish`].
+    /// Restores saved state in a parked vCPU, which then waits for [`VcpuThread::finish`].
     /// The thread ends if that fails.
     pub(crate) fn reload(
         &self,
@@ -213,7 +213,7 @@ impl<A: Arch> Drop for VcpuThread<A> {
         self.commands = None;
         self.kicker.kick();
         if let Some(thread) = self.thread.take() {
-            // A panic there has been reported by the panic hook.
+            // The panic hook has reported a panic of the thread.
             let _ = thread.join();
         }
     }
@@ -230,7 +230,7 @@ mod tests {
     use super::*;
     use crate::exit::ExitReason;
 
-    /// A vCPU that "runs" until kicked, or leaves with the scripted exits first.
+    /// A vCPU that "runs" until kicked, or first returns the scripted exits.
     #[derive(Debug, Default)]
     struct Script {
         exits: Mutex<Vec<Exit>>,
@@ -278,7 +278,7 @@ mod tests {
         }
     }
 
-    /// The tokens are those of [`Script::identity`].
+    /// A vCPU that accepts tokens of [`Script::identity`].
     struct Restoring(Cpu);
 
     impl RestoringVcpu for Restoring {
@@ -363,7 +363,7 @@ mod tests {
             assert_eq!(script.pauses.load(Ordering::SeqCst), round);
             thread.save().unwrap().wait_ok().unwrap();
         }
-        // Parked already: answers all the same.
+        // Already parked: it replies nevertheless.
         thread.park().unwrap().wait().unwrap();
         assert_eq!(exit.reason(), None);
     }
@@ -407,11 +407,11 @@ mod tests {
     }
 
     #[test]
-    fn another_ones_exit_takes_it_out_of_the_guest() {
+    fn the_exit_of_another_vcpu_makes_it_leave_the_guest() {
         let (thread, _script, latch) = spawn(Script::default());
         thread.run().unwrap();
         latch.report(ExitReason::PowerOff);
-        // Only a parked vCPU obeys, and nothing else has kicked it.
+        // Only a parked vCPU executes commands, and only the latch has kicked it.
         thread.save().unwrap().wait_ok().unwrap();
     }
 

@@ -2,7 +2,7 @@
 //!
 //! | file | idea |
 //! |---|---|
-//! | `blk.rs`, `disk.rs` | the block device and what may be behind it |
+//! | `blk.rs`, `disk.rs` | the block device and its backings |
 //! | `rng.rs` | the entropy device |
 
 pub mod blk;

@@ -1,5 +1,5 @@
-//! The life of a machine on a scripted hypervisor: what the machine asks of any
-//! backend, in which order, and what it makes of the answers. Needs no host support.
+//! The life of a machine on a scripted hypervisor: the machine's calls of any backend,
+//! their order, and its reaction to their results. Needs no host support.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 #![expect(clippy::expect_used, clippy::unwrap_used, reason = "helpers of tests")]
 
@@ -97,7 +97,7 @@ fn end(machine: &Machine<FakeHypervisor>) -> ExitReason {
 }
 
 #[test]
-fn a_machine_is_made_of_memory_and_parked_vcpus() {
+fn a_new_machine_has_memory_and_parked_vcpus() {
     let rig = Rig::new(vec![vec![POWER_OFF]]);
     let mut machine = rig.boot(3);
     assert_eq!((machine.vcpus(), machine.is_running()), (3, false));
@@ -179,13 +179,13 @@ fn ports_reach_their_devices() {
 }
 
 #[test]
-fn a_doorbell_is_the_hypervisors_business() {
+fn doorbells_are_served_by_the_hypervisor() {
     let notify = virtio_window(SLOT_RNG) + 0x50;
     let rig = Rig::new(vec![vec![
         // The magic value, "virt".
         Step::MmioRead(virtio_window(SLOT_RNG), 4),
         Step::MmioWrite(notify, 0u32.to_le_bytes().to_vec()),
-        // No device is there.
+        // No device has this address.
         Step::MmioRead(0xc000_0000, 4),
         POWER_OFF,
     ]]);
@@ -206,7 +206,7 @@ fn a_doorbell_is_the_hypervisors_business() {
 }
 
 #[test]
-fn every_end_is_told_with_the_vcpu_that_met_it() {
+fn every_exit_is_reported_with_its_vcpu() {
     let info = FaultInfo {
         reason: "it is lost".into(),
         program_counter: 0x1234,
@@ -225,7 +225,7 @@ fn every_end_is_told_with_the_vcpu_that_met_it() {
             ExitReason::Fault { vcpu: 1, info },
         ),
     ] {
-        // The first vCPU stays in the guest until it is taken out.
+        // The first vCPU stays in the guest until it is kicked.
         let rig = Rig::new(vec![Vec::new(), vec![step]]);
         let mut machine = rig.boot(2);
         machine.resume().unwrap();
@@ -258,7 +258,7 @@ fn a_paused_machine_can_be_saved_and_a_running_one_not() {
         assert_eq!(machine.save_state().unwrap().vcpus.len(), 2);
     }
     let paused = |event: &Event| matches!(event, Event::Paused(_));
-    // A vCPU that had not entered the guest yet need not be told.
+    // A vCPU that had not entered the guest yet need not be notified.
     assert!(
         rig.host
             .take_events()
@@ -273,7 +273,7 @@ fn a_paused_machine_can_be_saved_and_a_running_one_not() {
 }
 
 #[test]
-fn a_restored_machine_goes_on_and_learns_of_its_identity_first() {
+fn a_restored_machine_continues_and_is_first_notified_of_its_generation() {
     let script = print("a")
         .chain([Step::WaitIrq(GED_GSI)])
         .chain(print("b"))
@@ -297,13 +297,13 @@ fn a_restored_machine_goes_on_and_learns_of_its_identity_first() {
         assert_eq!(end(&clone), ExitReason::PowerOff);
         assert!(clone.console().tail(1).ends_with('b'));
     }
-    // What was written before it was saved is not written again.
+    // The clone does not repeat output from before the save.
     let whole = format!("{before}{}", "ab"[before.len()..].repeat(2));
     assert_eq!(rig.console_text(), whole);
 }
 
-/// State of all vCPUs, then the VM's, then what vCPUs restore after that; devices and
-/// the first instruction come later.
+/// State of all vCPUs, then the VM's, then the vCPU state that follows it; devices and the
+/// first instruction come later.
 #[test]
 fn a_restore_has_three_phases() {
     let rig = Rig::new(vec![vec![Step::WaitIrq(GED_GSI)]; 2]);
@@ -327,7 +327,7 @@ fn a_restore_has_three_phases() {
     assert_eq!(phases(rig.host.take_events()), [1, 1, 2, 3, 3]);
 }
 
-/// Its vCPUs have part of the state, and do not run.
+/// Its vCPUs have a part of the state, and do not run.
 #[test]
 fn a_machine_whose_reset_failed_has_ended() {
     let rig = Rig::new(vec![vec![Step::WaitIrq(GED_GSI)]]);
@@ -342,7 +342,7 @@ fn a_machine_whose_reset_failed_has_ended() {
 }
 
 #[test]
-fn a_machine_put_back_plays_on_from_there() {
+fn a_reset_machine_continues_from_the_state() {
     let rig = Rig::new(vec![vec![Step::WaitIrq(GED_GSI), Step::Exit(Exit::Halt)]]);
     let mut first = rig.boot(1);
     let state = first.save_state().unwrap();
@@ -390,7 +390,7 @@ fn state_that_does_not_fit_is_refused() {
 }
 
 #[test]
-fn impossible_numbers_of_vcpus_are_refused() {
+fn invalid_numbers_of_vcpus_are_refused() {
     let rig = Rig::new(Vec::new());
     for vcpus in [0, 255, 100_000] {
         let made = Machine::boot(&rig.host, rig.config(vcpus), &rig.event_loop.handle());

@@ -1,5 +1,5 @@
-//! Machines with tiny hand-made kernels on the host's KVM: any `/dev/kvm`, also one
-//! that cannot run Linux. `cargo xtask test` runs these in the lab, too.
+//! Machines with tiny hand-written kernels on the host's KVM: any `/dev/kvm`, also one that
+//! cannot run Linux. `cargo xtask test` runs these in the lab, too.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 #![expect(clippy::expect_used, clippy::unwrap_used, reason = "helpers of tests")]
 
@@ -24,9 +24,9 @@ use vm_memory::{Bytes, GuestAddress};
 use self::common::kernel;
 
 const MEMORY: u64 = 64 << 20;
-/// Where the counting guest counts.
+/// Address of the counter.
 const COUNTER: GuestAddress = GuestAddress(0x20_0000);
-/// What makes the counting guest power off.
+/// The counting guest powers off once this is set.
 const STOP: GuestAddress = GuestAddress(0x20_0004);
 
 /// `mov dx, PORT; mov al, VALUE; out dx, al`
@@ -35,7 +35,7 @@ fn out(port: u16, value: u8) -> Vec<u8> {
     vec![0x66, 0xba, low, high, 0xb0, value, 0xee]
 }
 
-/// `cli; hlt` for ever.
+/// `cli; hlt` in an endless loop.
 const STAY: [u8; 4] = [0xfa, 0xf4, 0xeb, 0xfc];
 
 fn power_off() -> Vec<u8> {
@@ -127,7 +127,7 @@ fn counter(machine: &Machine<Native>) -> u32 {
     machine.memory().guest.read_obj(COUNTER).unwrap()
 }
 
-/// All of a paused machine's memory, as a file to restore from.
+/// Returns all of a paused machine's memory, as a file to restore from.
 fn memory_file(machine: &Machine<Native>) -> Arc<File> {
     let mut file = tempfile::tempfile().unwrap();
     let mut page = vec![0; 4096];
@@ -171,7 +171,7 @@ fn console_output_and_power_off() {
 }
 
 #[test]
-fn every_way_to_reset_is_a_reset() {
+fn every_reset_register_resets() {
     let Some(rig) = Rig::new() else { return };
     for (port, value) in [(0x602, 1), (0x64, 0xfe), (0xcf9, 6)] {
         let code: Vec<u8> = out(port, value).into_iter().chain(STAY).collect();
@@ -192,9 +192,9 @@ fn a_triple_fault_is_reported_as_such() {
 }
 
 #[test]
-fn a_paused_guest_stands_still_and_goes_on() {
+fn a_paused_guest_does_not_run_and_resumes() {
     let Some(rig) = Rig::new() else { return };
-    // A second vCPU waits for its start-up signal all the while.
+    // A second vCPU waits for its start-up signal throughout.
     let mut machine = rig.boot(&counting(), 2).unwrap();
     assert_eq!(counter(&machine), 0, "created paused");
     for _ in 0..3 {
@@ -214,7 +214,7 @@ fn a_paused_guest_stands_still_and_goes_on() {
 }
 
 #[test]
-fn stop_ends_a_guest_that_would_not() {
+fn stop_ends_a_running_guest() {
     let Some(rig) = Rig::new() else { return };
     let mut machine = rig.boot(&counting(), 1).unwrap();
     machine.resume().unwrap();
@@ -227,7 +227,7 @@ fn stop_ends_a_guest_that_would_not() {
 }
 
 #[test]
-fn a_restored_machine_goes_on_where_it_was_saved() {
+fn a_restored_machine_continues_where_it_was_saved() {
     let Some(rig) = Rig::new() else { return };
     let mut machine = rig.boot(&counting(), 2).unwrap();
     machine.resume().unwrap();
@@ -245,7 +245,7 @@ fn a_restored_machine_goes_on_where_it_was_saved() {
         assert_eq!(counter(&clone), saved_at);
         clone.set_generation_id([9; 16]).unwrap();
 
-        // In place: whatever it did is undone.
+        // In place: all later changes are undone.
         clone.resume().unwrap();
         clone.pause().unwrap();
         clone.memory().guest.write_obj(77u32, COUNTER).unwrap();
@@ -288,7 +288,7 @@ fn state_that_does_not_fit_is_refused_with_the_reason() {
 }
 
 #[test]
-fn impossible_machines_are_refused() {
+fn invalid_machines_are_refused() {
     let Some(rig) = Rig::new() else { return };
     for vcpus in [0, 255, 100_000] {
         assert!(matches!(

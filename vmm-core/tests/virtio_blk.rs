@@ -1,4 +1,4 @@
-//! The block device, driven as a driver drives it.
+//! The block device, accessed as by a driver.
 #![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
 use std::fs::File;
@@ -16,8 +16,8 @@ use vm_memory::{Bytes as _, GuestAddress};
 
 const MEMORY: usize = 16 << 20;
 const BASE: u64 = 0x1_0000;
-/// Where requests' headers, status bytes and indirect tables lie, one for each
-/// descriptor, and where data is.
+/// Addresses of requests' headers, status bytes and indirect tables, one for each
+/// descriptor, and of data.
 const HEADERS: u64 = 0x2_0000;
 const STATUS: u64 = 0x3_0000;
 const TABLE: u64 = 0x4_0000;
@@ -85,7 +85,7 @@ fn raw(contents: &[u8]) -> (File, Disk) {
 }
 
 impl Bench {
-    /// Offers a request; says where its status will be.
+    /// Offers a request; returns its head and the address of its status.
     fn offer(&mut self, kind: u32, sector: u64, out: &[Span], input: &[Span]) -> (u16, u64) {
         let number = self.next % 256;
         self.next += 1;
@@ -111,7 +111,7 @@ impl Bench {
         self.memory.read_obj(GuestAddress(at)).unwrap()
     }
 
-    /// Does a request; says its status and the bytes written before it.
+    /// Executes a request; returns its status and the number of bytes written before it.
     fn request(&mut self, kind: u32, sector: u64, out: &[Span], input: &[Span]) -> (u8, u32) {
         let (head, status) = self.offer(kind, sector, out, input);
         self.driver.notify(0);
@@ -141,7 +141,7 @@ impl Bench {
 }
 
 #[test]
-fn requests_get_the_answer_they_deserve() {
+fn each_request_gets_its_status() {
     let (_file, disk) = raw(&[3; 8192]);
     let mut bench = bench(disk, Access::ReadWrite);
     let data = [span(DATA, 512)];
@@ -171,7 +171,7 @@ fn requests_get_the_answer_they_deserve() {
 }
 
 #[test]
-fn a_header_may_be_split_and_must_be_there() {
+fn a_header_may_be_split_and_must_exist() {
     let (_file, disk) = raw(&[3; 8192]);
     let mut bench = bench(disk, Access::ReadWrite);
     bench.put(HEADERS, &[0; 16]);
@@ -185,7 +185,7 @@ fn a_header_may_be_split_and_must_be_there() {
         bench.driver.wait_used(&mut bench.queue);
         assert_eq!(bench.status(STATUS), expected);
     }
-    // Without room for a status there is nothing to answer.
+    // A chain without room for a status cannot be answered.
     let seen = bench.driver.line.pulses();
     bench.queue.offer(&parts, &[]).unwrap();
     bench.driver.notify(0);
@@ -259,8 +259,7 @@ fn an_image_is_attached_while_the_machine_runs() {
     assert_eq!(bench.request(FLUSH, 0, &[], &[]), (OK, 0));
 }
 
-/// Requests that go through threads end in any order; all of them end, and a
-/// pause waits for them.
+/// Requests on threads finish in any order; all of them finish, and a pause waits for them.
 #[test]
 fn a_full_queue_of_writes_is_drained_by_a_pause() {
     let (file, disk) = raw(&vec![0; 256 * 4096]);
@@ -298,7 +297,7 @@ fn a_full_queue_of_writes_is_drained_by_a_pause() {
 }
 
 #[test]
-fn a_reset_in_the_middle_of_writes_leaves_a_device_that_works() {
+fn a_device_works_after_a_reset_during_writes() {
     let (_file, disk) = raw(&vec![5; 1 << 20]);
     let mut bench = bench(disk, Access::ReadWrite);
     for _ in 0..4 {
@@ -314,7 +313,7 @@ fn a_reset_in_the_middle_of_writes_leaves_a_device_that_works() {
     }
 }
 
-/// More than one slice of reads: the device comes back for the rest by itself.
+/// More than one slice of reads: the device continues with the rest without a notification.
 #[test]
 fn a_long_queue_of_reads_is_served_to_the_end() {
     let contents: Vec<u8> = (0u8..=250).cycle().take(8 << 20).collect();
@@ -325,7 +324,7 @@ fn a_long_queue_of_reads_is_served_to_the_end() {
     };
     let mut bench = bench(Disk::composite(vec![segment]).unwrap(), Access::ReadOnly);
     const PART: u32 = 128 << 10;
-    // Four slices: a kick and the start of the device account for two at most.
+    // Four slices: a notification and the start of the device account for two at most.
     for part in (0..64).chain(0..64) {
         let at = DATA + u64::from(PART) * part;
         bench.offer(IN, u64::from(PART) / 512 * part, &[], &[span(at, PART)]);
@@ -338,12 +337,12 @@ fn a_long_queue_of_reads_is_served_to_the_end() {
     assert!(bench.get(DATA, 8 << 20) == contents);
 }
 
-/// A chain may name the same memory again and again, so that it is nearly 4 GiB long
-/// in a small machine. The request before it is still waiting to be published.
+/// A chain may name the same memory repeatedly, so that it is nearly 4 GiB long in a small
+/// machine. The request before it is not published yet.
 #[test]
 fn the_longest_possible_read_is_served_beside_a_short_one() {
     let memory = 18 << 20;
-    // What lies past the end of the file reads as zero.
+    // Bytes past the end of the file read as zero.
     let whole = u32::MAX / 512 * 512;
     let segment = Segment {
         file: file(&[7; 512]),
@@ -378,7 +377,7 @@ struct Io {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
-    /// The disk is an array of bytes, however requests are cut.
+    /// The disk is an array of bytes, for any division into requests.
     #[test]
     fn a_raw_disk_is_an_array_of_bytes(
         requests in prop::collection::vec(
@@ -391,7 +390,7 @@ proptest! {
         let (_file, disk) = raw(&model);
         let mut bench = bench(disk, Access::ReadWrite);
         for Io { write, sector, mut lens, byte } in requests {
-            // Whole sectors altogether.
+            // Whole sectors in all.
             let total: u32 = lens.iter().sum();
             lens.push(total.next_multiple_of(512) - total);
             let len = usize::try_from(lens.iter().sum::<u32>()).unwrap();

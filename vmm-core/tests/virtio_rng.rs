@@ -1,4 +1,4 @@
-//! The entropy device, driven as a driver drives it.
+//! The entropy device, accessed as by a driver.
 
 use std::sync::{Arc, Mutex};
 
@@ -19,14 +19,14 @@ fn span(address: u64, len: u32) -> Span {
 }
 
 #[test]
-fn entropy_comes_in_bounded_and_distinct_portions() {
+fn entropy_arrives_in_bounded_and_distinct_portions() {
     let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
     let event_loop = EventLoop::spawn("test").unwrap();
     let device = Arc::new(Mutex::new(Rng::new()));
     let driver = Driver::new(device, &memory, event_loop.handle());
     let mut queue = driver.start(BASE, &[64]).remove(0);
     let mut seen = Vec::new();
-    // A single buffer, several, one that is too long, none at all.
+    // A single buffer, several, one that is too long, an empty one.
     for (lens, expected) in [
         (&[64][..], 64),
         (&[3, 0, 61, 8], 72),
@@ -55,7 +55,7 @@ fn entropy_comes_in_bounded_and_distinct_portions() {
     }
     seen.sort_unstable();
     seen.dedup();
-    // By chance equal once in 2^60.
+    // Equal by chance once in 2^60.
     assert_eq!(seen.len(), 3);
     assert_eq!(
         memory.read_obj::<u8>(GuestAddress(0x1100 + 256)).unwrap(),
@@ -64,7 +64,7 @@ fn entropy_comes_in_bounded_and_distinct_portions() {
     );
 }
 
-/// More requests than are served at once: the rest comes without a further kick.
+/// More requests than one slice: the rest is served without a further notification.
 #[test]
 fn a_full_queue_is_served_to_the_end() {
     let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();

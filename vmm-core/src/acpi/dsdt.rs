@@ -1,4 +1,4 @@
-//! The DSDT: devices that cannot be found by probing.
+//! The DSDT: devices that a kernel cannot find by probing.
 
 use acpi_tables::aml::{
     AmlStr, Arg, Device, EISAName, Equal, IO, If, Interrupt, Memory32Fixed, Method, Name, Notify,
@@ -11,7 +11,7 @@ use super::{AcpiConfig, GENERATION_ID, OEM_ID, OEM_REVISION, OEM_TABLE_ID};
 use crate::layout::{COM1_GSI, COM1_PORT, GED_GSI, VIRTIO_WINDOW_SIZE, virtio_gsi, virtio_window};
 use crate::power::SLEEP_TYPE_S5;
 
-/// AML that has been generated already.
+/// Generated AML.
 struct Raw(Vec<u8>);
 
 impl Aml for Raw {
@@ -26,7 +26,7 @@ fn raw(aml: &dyn Aml) -> Raw {
     Raw(bytes)
 }
 
-/// A device with `_HID`, `_UID` and further objects.
+/// Returns a device with `_HID`, `_UID` and further objects.
 fn device(name: &str, hid: &dyn Aml, uid: u32, objects: &[&dyn Aml]) -> Raw {
     let hid = Name::new(Path::new("_HID"), hid);
     let uid = Name::new(Path::new("_UID"), &uid);
@@ -39,17 +39,17 @@ fn resources(resources: Vec<&dyn Aml>) -> Name {
     Name::new(Path::new("_CRS"), &ResourceTemplate::new(resources))
 }
 
-/// An input of the IOAPIC that one device pulses.
+/// Returns the resource of an IOAPIC input that one device pulses.
 fn edge(gsi: u32) -> Interrupt {
     Interrupt::new(true, true, false, false, gsi)
 }
 
-/// The differentiated system description table.
+/// Builds the differentiated system description table.
 pub(super) fn build(config: &AcpiConfig) -> Sdt {
     let mut system_bus: Vec<Raw> = (0..config.vcpus).map(processor).collect();
     system_bus.push(console());
     system_bus.extend(config.slots.iter().map(|&slot| virtio(slot)));
-    // After what its method refers to.
+    // Behind the object that its method refers to.
     system_bus.push(generation_id());
     system_bus.push(event_device());
 
@@ -71,7 +71,7 @@ fn soft_off() -> Name {
     )
 }
 
-/// Ties a processor's MADT entry into the namespace (section 8.4).
+/// Connects a processor's MADT entry to the namespace (section 8.4).
 fn processor(index: u32) -> Raw {
     device(&format!("C{index:03X}"), &"ACPI0007", index, &[])
 }
@@ -119,8 +119,8 @@ fn generation_id() -> Raw {
     )
 }
 
-/// The generic event device (section 5.6.9): its interrupt says that the
-/// generation ID has changed.
+/// The generic event device (section 5.6.9): its interrupt notifies the guest of a new
+/// generation ID.
 fn event_device() -> Raw {
     let interrupt = edge(GED_GSI);
     let resources = resources(vec![&interrupt]);

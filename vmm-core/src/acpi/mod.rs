@@ -1,5 +1,5 @@
-//! ACPI tables: hardware-reduced, just what Linux needs to find processors,
-//! interrupt controllers, virtio-mmio devices, console, power control and the
+//! ACPI tables: hardware-reduced, with exactly the objects that Linux needs to find
+//! processors, interrupt controllers, virtio-mmio devices, console, power control and the
 //! VM generation ID (ACPI 6.5; section numbers in the submodules).
 
 mod dsdt;
@@ -12,23 +12,23 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use sm_virtio::GuestMemory;
 
-/// Guest physical addresses of all tables: where a BIOS would have its own, so
-/// that a kernel that is not told still finds the RSDP at the start.
+/// Guest physical addresses of all tables: the address range of a BIOS's tables, so that a
+/// kernel without the RSDP's address in its boot data still finds it at the start.
 pub const TABLES: Range<u64> = 0xe_0000..0x10_0000;
 
 /// Guest physical address of the VM generation ID, alone in the last page of
 /// [`TABLES`].
 pub const GENERATION_ID: u64 = TABLES.end - 0x1000;
 
-/// Most vCPUs the tables can describe: one local APIC with an 8-bit ID each,
-/// less the broadcast ID.
+/// Maximum number of vCPUs that the tables can describe: one local APIC with an 8-bit ID
+/// each, minus the broadcast ID.
 pub const MAX_VCPUS: u32 = 254;
 
 const OEM_ID: [u8; 6] = *b"SMVM  ";
 const OEM_TABLE_ID: [u8; 8] = *b"SMVM    ";
 const OEM_REVISION: u32 = 1;
 
-/// What the tables describe.
+/// Configuration of the tables.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AcpiConfig {
     /// Number of vCPUs, 1 to [`MAX_VCPUS`]; APIC IDs count from 0.
@@ -37,25 +37,25 @@ pub struct AcpiConfig {
     pub slots: Vec<u32>,
 }
 
-/// Why tables cannot be built.
+/// Reason why tables cannot be built.
 #[derive(Debug, Error)]
 pub enum AcpiError {
-    /// More than the tables can describe.
-    #[error("{vcpus} vCPUs are not possible: 1 to 254 are")]
+    /// A number of vCPUs that the tables cannot describe.
+    #[error("a machine cannot have {vcpus} vCPUs, only 1 to 254")]
     Vcpus {
-        /// What was asked for.
+        /// The requested number.
         vcpus: u32,
     },
     /// A slot that the layout does not have.
     #[error("there is no virtio slot {slot}")]
     Slot {
-        /// What was asked for.
+        /// The requested slot.
         slot: u32,
     },
     /// The tables do not fit into their range.
     #[error("ACPI tables of {bytes} bytes do not fit")]
     TooLarge {
-        /// Their length.
+        /// Length of the tables.
         bytes: usize,
     },
     /// Writing to guest memory failed.

@@ -16,17 +16,17 @@ use crate::power::{RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT, SLEEP_STATUS_POR
 const LOCAL_APIC: u32 = 0xfee0_0000;
 const IOAPIC: u32 = 0xfec0_0000;
 
-/// FADT `IAPC_BOOT_ARCH`: VGA not present, CMOS RTC not present; also, by
-/// absence, no 8042 and no legacy devices (section 5.2.9.3).
+/// FADT `IAPC_BOOT_ARCH`: VGA not present, CMOS RTC not present; the clear bits mean no
+/// 8042 and no legacy devices (section 5.2.9.3).
 const BOOT_ARCH: u16 = 1 << 2 | 1 << 5;
 
-/// Tables begin at multiples of this.
+/// Alignment of tables, in bytes.
 const ALIGNMENT: usize = 64;
 
-/// Room for the RSDP, which comes first.
+/// Bytes reserved for the RSDP, which comes first.
 const RSDP_ROOM: usize = 64;
 
-/// Tables one after another, with their guest addresses.
+/// Consecutive tables, with their guest addresses.
 struct Image {
     bytes: Vec<u8>,
 }
@@ -40,7 +40,7 @@ impl Image {
     }
 }
 
-/// All tables as they are to be at the start of [`TABLES`].
+/// Builds all tables in their layout from the start of [`TABLES`].
 pub(super) fn build(config: &AcpiConfig) -> Result<Vec<u8>, AcpiError> {
     if !(1..=MAX_VCPUS).contains(&config.vcpus) {
         return Err(AcpiError::Vcpus {
@@ -78,8 +78,8 @@ fn port(port: u16) -> GAS {
     )
 }
 
-/// The fixed description table of a hardware-reduced platform: no SCI, no PM
-/// timer, power control by three ports.
+/// Builds the fixed description table of a hardware-reduced platform: no SCI, no PM timer,
+/// power control by three ports.
 fn fadt(dsdt: u64) -> FADTBuilder {
     let mut fadt = FADTBuilder::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION)
         .dsdt_64(dsdt)
@@ -87,7 +87,7 @@ fn fadt(dsdt: u64) -> FADTBuilder {
         .flag(Flags::ResetRegSup)
         .flag(Flags::Headless)
         .flag(Flags::Wbinvd)
-        // No fixed buttons: those bits say that the buttons are devices or absent.
+        // No fixed buttons: set, those bits mean that the buttons are devices or absent.
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton);
     fadt.iapc_boot_arch = BOOT_ARCH.into();
@@ -98,7 +98,7 @@ fn fadt(dsdt: u64) -> FADTBuilder {
     fadt
 }
 
-/// Local APICs and the IOAPIC. There is no 8259 (`PCAT_COMPAT` clear).
+/// Builds the table of local APICs and the IOAPIC. There is no 8259 (`PCAT_COMPAT` clear).
 fn madt(vcpus: u32) -> MADT {
     let mut madt = MADT::new(
         OEM_ID,
@@ -107,7 +107,7 @@ fn madt(vcpus: u32) -> MADT {
         LocalInterruptController::Address(LOCAL_APIC),
     );
     for id in 0..vcpus {
-        // `build` has limited the number.
+        // `build` limits the number.
         let id = u8::try_from(id).unwrap_or(u8::MAX);
         madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
     }
@@ -140,7 +140,7 @@ mod tests {
         usize::try_from(address - TABLES.start).unwrap()
     }
 
-    /// The table at `offset`, its checksum verified.
+    /// Returns the table at `offset`, with its checksum verified.
     fn table(image: &[u8], offset: usize) -> &[u8] {
         let len = u32_at(image, offset + 4);
         let table = &image[offset..offset + len];
@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn the_most_there_can_be_fits() {
+    fn the_largest_configuration_fits() {
         let image = build(&AcpiConfig {
             vcpus: MAX_VCPUS,
             slots: (0..VIRTIO_SLOTS).collect(),
@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_described_is_refused() {
+    fn configurations_beyond_the_limits_are_refused() {
         for vcpus in [0, MAX_VCPUS + 1] {
             assert!(matches!(
                 build(&config(vcpus)),
@@ -198,7 +198,7 @@ mod tests {
         ));
     }
 
-    /// Intel's own disassembler understands every table and finds no errors.
+    /// Intel's own disassembler decodes every table and finds no errors.
     #[test]
     fn iasl_accepts_every_table() {
         let image = build(&config(4)).unwrap();

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::memory::MachineMemory;
 
-/// Bytes at the start of the file that hold the whole setup header.
+/// Length of the file's first part that contains the whole setup header, in bytes.
 const HEAD_LEN: usize = 0x290;
 /// First byte of the setup header, in the file and in the zero page.
 const HEADER_START: usize = 0x1f1;
@@ -20,7 +20,7 @@ const HEADER_START: usize = 0x1f1;
 const OLDEST_VERSION: u16 = 0x20c;
 /// `XLF_KERNEL_64`.
 const XLF_KERNEL_64: u16 = 1;
-/// Offset of the 64-bit entry point from where the kernel is loaded.
+/// Offset of the 64-bit entry point from the kernel's load address.
 const ENTRY_64: u64 = 0x200;
 const SECTOR: u64 = 512;
 
@@ -36,15 +36,15 @@ mod zero_page {
     pub(super) const E820_TABLE: usize = 0x2d0;
 }
 
-/// Whether `head` (at least 0x206 bytes, if the file has them) is a bzImage's.
+/// Returns true if `head` (at least 0x206 bytes, if the file has them) starts a bzImage.
 pub(super) fn has_magic(head: &[u8]) -> bool {
     head.get(0x1fe..0x200) == Some(b"\x55\xaa") && head.get(0x202..0x206) == Some(b"HdrS")
 }
 
-/// The setup header's fields that matter.
+/// The fields of the setup header that loading uses.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct SetupHeader {
-    /// The header as it is in the file, to be handed to the kernel.
+    /// The header as it is in the file, for the kernel.
     raw: Vec<u8>,
     /// Offset in the file of the code to load.
     pub(super) code_offset: u64,
@@ -83,7 +83,7 @@ impl SetupHeader {
                     .fold(0, |value, &byte| value << 8 | u64::from(byte))
             })
         };
-        // The jump over the header says how long it is.
+        // The offset in the jump over the header gives its length.
         let end = usize::from(head[0x201]) + 0x202;
         let raw = head
             .get(HEADER_START..end.min(HEAD_LEN))
@@ -109,7 +109,7 @@ impl SetupHeader {
         })
     }
 
-    /// Where to load the kernel, in memory that ends at `memory_end`.
+    /// Selects the kernel's load address, in memory that ends at `memory_end`.
     fn place(&self, memory_end: u64) -> Result<u64, LoadError> {
         let fits = |address: u64| {
             address >= HIGH_MEMORY
@@ -175,7 +175,7 @@ pub(super) fn load(
     let address = header.place(low_memory_end(memory))?;
     copy_from_file(guest, source.kernel, header.code_offset, address, code_len)
         .map_err(LoadError::ReadKernel)?;
-    // ramdisk_max is the highest address of the last byte.
+    // `ramdisk_max` is the highest address of the last byte.
     let initramfs = initramfs::load(
         memory,
         source.initramfs,
@@ -238,8 +238,8 @@ pub(super) mod tests {
     use crate::loader::InitramfsPart;
     use crate::memory::MemoryConfig;
 
-    /// A bzImage with one setup sector, whose code is `code` and whose payload
-    /// is the code from byte 16 on.
+    /// Returns a bzImage with one setup sector, whose code is `code` and whose payload is
+    /// the code from byte 16 on.
     pub(in crate::loader) fn image(code: &[u8]) -> Vec<u8> {
         let mut image = vec![0u8; 1024];
         let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
@@ -278,7 +278,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn code_zero_page_and_registers_are_in_place() {
+    fn code_zero_page_and_registers_are_correct() {
         let (memory, registers) = try_load(&image(&[0xcd; 64])).unwrap();
         let u64_at = |at| memory.guest.read_obj::<u64>(GuestAddress(at)).unwrap();
         let u32_at = |at| memory.guest.read_obj::<u32>(GuestAddress(at)).unwrap();
@@ -295,7 +295,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_relocatable_kernel_goes_lower_when_memory_is_short() {
+    fn a_relocatable_kernel_is_loaded_lower_in_small_memory() {
         let header = SetupHeader::parse(&image(&[0; 64])).unwrap();
         assert_eq!(header.place(0x140_0000).unwrap(), 0x100_0000);
         assert_eq!(header.place(0x13f_ffff).unwrap(), 0x20_0000);
@@ -326,7 +326,7 @@ pub(super) mod tests {
 
     proptest! {
         #[test]
-        fn no_header_panics(changes in proptest::collection::vec((0x1f1usize..0x290, any::<u8>()), 1..12)) {
+        fn no_header_causes_a_panic(changes in proptest::collection::vec((0x1f1usize..0x290, any::<u8>()), 1..12)) {
             let mut image = image(&[0; 64]);
             for (at, byte) in changes {
                 image[at] = byte;

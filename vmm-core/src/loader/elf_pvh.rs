@@ -17,9 +17,9 @@ use crate::memory::MachineMemory;
 
 /// `XEN_ELFNOTE_PHYS32_ENTRY`: 32-bit entry point.
 const NOTE_PHYS32_ENTRY: u32 = 18;
-/// No kernel has more notes than this; a limit for hostile files.
+/// Limit on notes, against hostile files; kernels have less.
 const MAX_NOTES: u64 = 1 << 20;
-/// As many as no kernel has; a limit for hostile files.
+/// Limit on program headers, against hostile files; kernels have fewer.
 const MAX_PROGRAM_HEADERS: usize = 64;
 
 const START_MAGIC: u32 = 0x336e_c578;
@@ -66,7 +66,7 @@ fn format_error(reason: impl Into<String>) -> LoadError {
     }
 }
 
-/// A piece of the file that belongs into memory.
+/// A part of the file that is loaded into memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Segment {
     file_offset: u64,
@@ -75,7 +75,7 @@ struct Segment {
     memory_len: u64,
 }
 
-/// What the file's headers say.
+/// The contents of the file's headers.
 #[derive(Debug, PartialEq, Eq)]
 struct Plan {
     segments: Vec<Segment>,
@@ -158,7 +158,7 @@ fn segment(header: &Header, file_len: u64, memory_end: u64) -> Result<Option<Seg
         .ok_or_else(|| format_error("a segment ends past the address space"))?;
     if segment.address < HIGH_MEMORY {
         return Err(format_error(format!(
-            "its segment for {:#x} begins below 1 MiB",
+            "its segment for {:#x} starts below 1 MiB",
             segment.address
         )));
     }
@@ -183,7 +183,7 @@ fn entry_note(header: &Header, data: &ReadCache<&mut File>) -> Result<Option<u32
     };
     while let Some(note) = notes.next().map_err(invalid)? {
         if note.name() == b"Xen" && note.n_type(endian) == NOTE_PHYS32_ENTRY {
-            // 4 or 8 bytes, little endian; the upper half must be zero.
+            // 4 or 8 bytes, little-endian; the upper half must be zero.
             let (low, high) = note
                 .desc()
                 .split_first_chunk::<4>()
@@ -268,8 +268,8 @@ mod tests {
 
     const ENTRY: u32 = 0x100_0040;
 
-    /// A kernel with one PVH note and one segment of 0x200 bytes, 0x1000 in
-    /// memory, at 16 MiB.
+    /// Returns a kernel with one PVH note and one segment of 0x200 bytes, 0x1000 in memory,
+    /// at 16 MiB.
     fn kernel() -> Vec<u8> {
         let mut elf = vec![0u8; 0x600];
         let mut put = |at: usize, bytes: &[u8]| elf[at..at + bytes.len()].copy_from_slice(bytes);
@@ -290,7 +290,7 @@ mod tests {
         // offset, vaddr, paddr, filesz, memsz, align
         header(64, 1, [0x400, 0, 0x100_0000, 0x200, 0x1000, 0x1000]);
         header(120, 4, [0x300, 0, 0, 40, 40, 4]);
-        // Another vendor's note first, then ours.
+        // Another vendor's note first, then Xen's.
         put(0x300, &[4, 0, 0, 0, 4, 0, 0, 0, 1, 0, 0, 0]);
         put(0x30c, b"GNU\0abcd");
         put(0x314, &[4, 0, 0, 0, 4, 0, 0, 0, 18, 0, 0, 0]);
@@ -321,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn segments_start_info_and_registers_are_in_place() {
+    fn segments_start_info_and_registers_are_correct() {
         let (memory, registers) = try_load(&kernel()).unwrap();
         let u64_at = |at| memory.guest.read_obj::<u64>(GuestAddress(at)).unwrap();
         let u32_at = |at| memory.guest.read_obj::<u32>(GuestAddress(at)).unwrap();
@@ -340,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn malformed_kernels_are_named_errors() {
+    fn each_malformed_kernel_has_its_error() {
         let mutate = |at: usize, bytes: &[u8]| {
             let mut elf = kernel();
             elf[at..at + bytes.len()].copy_from_slice(bytes);
@@ -390,7 +390,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_mutation_panics(changes in proptest::collection::vec((0usize..0x330, any::<u8>()), 1..12)) {
+        fn no_mutation_causes_a_panic(changes in proptest::collection::vec((0usize..0x330, any::<u8>()), 1..12)) {
             let mut elf = kernel();
             for (at, byte) in changes {
                 elf[at] = byte;

@@ -1,4 +1,4 @@
-//! The initramfs: archives one after another, high in low memory.
+//! The initramfs: consecutive archives at the end of low memory.
 
 use std::fs::File;
 use std::io;
@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::{HIGH_MEMORY, LoadError, copy_from_file, low_memory_end, widen, write};
 use crate::memory::{MachineMemory, PAGE_SIZE};
 
-/// One cpio archive, compressed or not. The kernel unpacks all parts in order.
+/// One cpio archive, possibly compressed. The kernel unpacks all parts in order.
 #[derive(Clone, Debug)]
 pub enum InitramfsPart {
     /// A file, read when the machine boots.
@@ -33,7 +33,7 @@ impl InitramfsPart {
     }
 }
 
-/// Where the initramfs is.
+/// Position of the initramfs in guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Placed {
     pub(super) address: u64,
@@ -54,13 +54,13 @@ impl Opened<'_> {
     }
 }
 
-/// Archives begin at multiples of four; zeros between them are skipped.
+/// Archives start at multiples of four; the kernel skips zeros between them.
 fn padded(len: u64) -> Option<u64> {
     len.checked_next_multiple_of(4)
 }
 
-/// Copies all parts to the highest place below `limit` and the hole, above
-/// `kernel_end`. `None` without parts.
+/// Copies all parts to the highest address below `limit` and the hole, above `kernel_end`.
+/// Returns `None` if there are no parts.
 pub(super) fn load(
     memory: &MachineMemory,
     parts: &[InitramfsPart],
@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn it_never_reaches_into_the_kernel_or_past_the_limit() {
+    fn it_stays_above_the_kernel_and_below_the_limit() {
         let memory = memory();
         let part = bytes(&[1; 8192]);
         let limit = 0x20_0000;

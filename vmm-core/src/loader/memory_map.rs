@@ -1,24 +1,24 @@
-//! What the kernel is told about guest physical memory (the E820 map).
+//! The memory map for the kernel (E820).
 
 use crate::acpi::TABLES;
 use crate::memory::ram_regions;
 
-/// End of conventional memory: what follows is where firmware data would be.
+/// End of conventional memory: firmware data would follow.
 const CONVENTIONAL_END: u64 = 0x9_fc00;
 /// Start of extended memory.
 const EXTENDED_START: u64 = 0x10_0000;
 
-/// What a range of guest physical addresses holds.
+/// Type of a range of guest physical addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MapKind {
     /// Memory for the kernel to use.
     Ram,
-    /// Memory with tables, or registers: not to be touched as memory.
+    /// Memory with tables, or registers: not usable as memory.
     Reserved,
 }
 
 impl MapKind {
-    /// The number that stands for it in E820 and PVH memory maps.
+    /// Returns the number of the type in E820 and PVH memory maps.
     #[must_use]
     pub fn code(self) -> u32 {
         match self {
@@ -35,11 +35,11 @@ pub struct MapEntry {
     pub start: u64,
     /// Length in bytes.
     pub len: u64,
-    /// What it holds.
+    /// The type of the range.
     pub kind: MapKind,
 }
 
-/// The memory map of a machine with `bytes` of memory, by ascending address.
+/// Returns the memory map of a machine with `bytes` of memory, by ascending address.
 #[must_use]
 pub fn memory_map(bytes: u64) -> Vec<MapEntry> {
     let mut map = vec![
@@ -74,7 +74,7 @@ mod tests {
     use crate::layout::{HOLE_END, HOLE_START};
 
     #[test]
-    fn entries_are_sorted_apart_and_cover_all_high_memory() {
+    fn entries_are_sorted_disjoint_and_cover_all_high_memory() {
         for mib in [64u64, 256, 3071, 3072, 3073, 6144, 65536] {
             let map = memory_map(mib << 20);
             for pair in map.windows(2) {

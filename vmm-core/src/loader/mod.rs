@@ -1,9 +1,9 @@
-//! Puts a Linux kernel, its initramfs and command line into guest memory and
-//! says how the boot processor starts. x86_64: uncompressed ELF by PVH, bzImage
-//! by the 64-bit boot protocol.
+//! Loads a Linux kernel, its initramfs and command line into guest memory and returns the
+//! boot processor's start registers. x86_64: uncompressed ELF by PVH, bzImage by the 64-bit
+//! boot protocol.
 //!
-//! Kernel and initramfs files may come from anywhere: every number in them is
-//! checked before it is used, and nothing is allocated by their word.
+//! Kernel and initramfs files are not trusted: every number in them is checked before use,
+//! and none determines the size of an allocation.
 
 mod bzimage;
 mod elf_pvh;
@@ -27,29 +27,27 @@ pub use vmlinux_extract::{ExtractError, extract_vmlinux};
 use crate::memory::MachineMemory;
 use sm_virtio::GuestMemory;
 
-/// Longest kernel command line in bytes (Linux: `COMMAND_LINE_SIZE` less the
-/// final zero).
+/// Longest kernel command line in bytes (Linux: `COMMAND_LINE_SIZE` minus the final zero).
 pub const MAX_COMMAND_LINE: usize = 2047;
 
-/// Arguments that suit every Linux guest of this machine, stock kernels too:
+/// Arguments for every Linux guest of this machine, stock kernels too:
 ///
-/// - `console=ttyS0 quiet`: the console is COM1; every line there costs the
-///   guest time, so that only errors appear;
-/// - `panic=-1`: a panic ends the machine at once, as [`ExitReason::Reset`];
-/// - `pci=off 8250.nr_uarts=1`: no searching for what is not there;
-/// - `tsc=reliable`: no watchdog over the clock that the hypervisor vouches for;
-/// - `swiotlb=noforce`: no bounce buffers (64 MiB in guests with memory above
-///   the hole): every device reaches all memory.
+/// - `console=ttyS0 quiet`: the console is COM1; every line there costs the guest time, so
+///   only errors appear;
+/// - `panic=-1`: a panic ends the machine immediately, as [`ExitReason::Reset`];
+/// - `pci=off 8250.nr_uarts=1`: no probing for absent devices;
+/// - `tsc=reliable`: no watchdog for the clock that the hypervisor guarantees;
+/// - `swiotlb=noforce`: no bounce buffers (64 MiB in guests with memory above the hole):
+///   every device reaches all memory.
 ///
 /// [`ExitReason::Reset`]: crate::exit::ExitReason::Reset
 pub const BASE_COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 pci=off 8250.nr_uarts=1 \
      tsc=reliable swiotlb=noforce";
 
-/// Where kernels may start: everything below holds boot data, tables and the
-/// legacy hole.
+/// Lowest load address of kernels: boot data, tables and the legacy hole are below.
 const HIGH_MEMORY: u64 = 0x10_0000;
 
-/// Addresses of boot data below 640 KiB. None of it outlives early boot.
+/// Addresses of boot data below 640 KiB. The kernel needs none of it after early boot.
 mod at {
     /// Global descriptor table.
     pub(super) const GDT: u64 = 0x500;
@@ -69,7 +67,7 @@ mod at {
     pub(super) const COMMAND_LINE: u64 = 0x2_0000;
 }
 
-/// Why a kernel cannot be loaded.
+/// Reason why a kernel cannot be loaded.
 #[derive(Debug, Error)]
 pub enum LoadError {
     /// Reading the kernel failed.
@@ -78,43 +76,43 @@ pub enum LoadError {
     /// Reading a part of the initramfs failed.
     #[error("cannot read the initramfs ({part})")]
     ReadInitramfs {
-        /// Which part.
+        /// The part: a path in quotes, or a length.
         part: String,
-        /// The system's answer.
+        /// The operating system's error.
         #[source]
         source: io::Error,
     },
-    /// The file is no kernel that can be booted.
-    #[error("this file is not a kernel that can be booted: {reason}")]
+    /// The file is not a bootable kernel.
+    #[error("this file is not a bootable kernel: {reason}")]
     Format {
-        /// What is wrong with it.
+        /// The fault.
         reason: String,
     },
-    /// Something does not fit into guest memory.
+    /// A part of the boot data does not fit into guest memory.
     #[error(
         "{what} needs {bytes} bytes at {address:#x}, which this machine's memory does not have: \
          give it more memory"
     )]
     NoRoom {
-        /// What does not fit.
+        /// The part.
         what: &'static str,
-        /// First address it would take.
+        /// First address that it needs.
         address: u64,
-        /// Bytes it would take.
+        /// Bytes that it needs.
         bytes: u64,
     },
-    /// The command line cannot be passed on.
+    /// The command line cannot be passed to the kernel.
     #[error("the kernel command line is not valid: {reason}")]
     CommandLine {
-        /// What is wrong with it.
+        /// The fault.
         reason: String,
     },
     /// Writing to guest memory failed.
     #[error("cannot write {what} to guest memory")]
     Memory {
-        /// What was written.
+        /// The data.
         what: &'static str,
-        /// Where it went wrong.
+        /// The failed access.
         #[source]
         source: GuestMemoryError,
     },
@@ -129,7 +127,7 @@ pub enum KernelFormat {
     BzImage,
 }
 
-/// Tells what kind of kernel `file` is by its first bytes.
+/// Detects the kernel format of `file` by its first bytes.
 ///
 /// # Errors
 /// Neither kind, or the file cannot be read.
@@ -155,7 +153,7 @@ pub fn detect(file: &mut File) -> Result<KernelFormat, LoadError> {
     }
 }
 
-/// What to boot.
+/// The files and parameters of a boot.
 #[derive(Debug)]
 pub struct BootSource<'a> {
     /// The kernel.
@@ -171,7 +169,7 @@ pub struct BootSource<'a> {
 /// Loads everything and returns the boot processor's registers.
 ///
 /// # Errors
-/// Files that cannot be read or make no sense, or do not fit into memory.
+/// Files that cannot be read, are malformed, or do not fit into memory.
 pub fn load(
     memory: &MachineMemory,
     source: &mut BootSource<'_>,
@@ -188,7 +186,7 @@ fn write_command_line(guest: &GuestMemory, cmdline: &str) -> Result<(), LoadErro
     if cmdline.len() > MAX_COMMAND_LINE {
         return Err(LoadError::CommandLine {
             reason: format!(
-                "it is {} bytes long, {MAX_COMMAND_LINE} are possible",
+                "it is {} bytes long, and the limit is {MAX_COMMAND_LINE}",
                 cmdline.len()
             ),
         });
@@ -232,13 +230,13 @@ fn copy_from_file(
         })
 }
 
-/// A length as a number of guest bytes.
+/// Converts a length to a number of guest bytes.
 fn widen(len: usize) -> u64 {
-    // usize is at most 64 bits on every supported host.
+    // usize has at most 64 bits on every supported host.
     u64::try_from(len).unwrap_or(u64::MAX)
 }
 
-/// End of the RAM below the hole.
+/// Returns the end of the RAM below the hole.
 fn low_memory_end(memory: &MachineMemory) -> u64 {
     memory.regions.first().map_or(0, |region| region.len)
 }

@@ -1,12 +1,12 @@
-//! Register sets that x86 boot protocols ask for.
+//! Register sets that x86 boot protocols require.
 
 use sm_hypervisor::state::x86_64::{BootRegisters, Segment, Table};
 
 use super::{LoadError, at, write};
 use sm_virtio::GuestMemory;
 
-/// Selectors of the Linux boot protocol (`__BOOT_CS`, `__BOOT_DS`); the table
-/// register gets the next one.
+/// Selectors of the Linux boot protocol (`__BOOT_CS`, `__BOOT_DS`); the task register gets
+/// the next one.
 const CODE: u16 = 0x10;
 const DATA: u16 = 0x18;
 const TASK: u16 = 0x20;
@@ -34,7 +34,7 @@ fn segment(selector: u16, attributes: u16, limit: u32) -> Segment {
     }
 }
 
-/// The descriptor that loads as [`segment`] with the same attributes.
+/// Returns the descriptor that loads as [`segment`] with the same attributes.
 fn descriptor(attributes: u16, limit: u32) -> u64 {
     let pages = attributes & 0x8000 != 0;
     let limit = u64::from(if pages { limit >> 12 } else { limit });
@@ -64,13 +64,13 @@ fn flat(guest: &GuestMemory, code: u16) -> Result<BootRegisters, LoadError> {
     })
 }
 
-/// Flat 32-bit protected mode without paging, as PVH starts.
+/// Returns the registers of flat 32-bit protected mode without paging, as PVH requires.
 pub(super) fn protected_mode(guest: &GuestMemory) -> Result<BootRegisters, LoadError> {
     flat(guest, CODE_32)
 }
 
-/// 64-bit mode with the first 4 GiB mapped to themselves, as the 64-bit Linux
-/// boot protocol asks for.
+/// Returns the registers of 64-bit mode with the first 4 GiB identity-mapped, as the 64-bit
+/// Linux boot protocol requires.
 pub(super) fn long_mode(guest: &GuestMemory) -> Result<BootRegisters, LoadError> {
     const PAGE: u64 = 0x1000;
     const PRESENT_WRITABLE: u64 = 3;

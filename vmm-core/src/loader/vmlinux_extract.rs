@@ -1,5 +1,5 @@
-//! Takes the uncompressed kernel out of a bzImage, so that a guest need not
-//! decompress it at every boot.
+//! Extraction of the uncompressed kernel from a bzImage, so that guests need not decompress
+//! it at every boot.
 
 use std::io::{self, Read};
 
@@ -7,25 +7,25 @@ use thiserror::Error;
 
 use super::bzimage::SetupHeader;
 
-/// Most bytes an uncompressed kernel may have: a limit for hostile files.
+/// Maximum length of an uncompressed kernel in bytes: a limit for hostile files.
 const MAX_KERNEL: u64 = 512 << 20;
-/// Most memory that decompressing xz may take, in KiB. Kernels are built with
-/// dictionaries of up to 128 MiB.
+/// Maximum memory for decompressing xz, in KiB. Kernels are built with dictionaries of up
+/// to 128 MiB.
 const XZ_MEMORY_KIB: u32 = 140 << 10;
 
-/// Why no kernel could be taken out. The bzImage itself may still boot.
+/// Reason why no kernel could be extracted. The bzImage itself may still boot.
 #[derive(Debug, Error)]
 pub enum ExtractError {
-    /// Not a bzImage, or one that contradicts itself.
+    /// Not a bzImage, or one with an inconsistent header.
     #[error("this file is not a bzImage with a payload: {reason}")]
     Format {
-        /// What is wrong with it.
+        /// The fault.
         reason: String,
     },
     /// A compression other than gzip, xz and zstd.
     #[error("the kernel inside this bzImage is compressed in a way that is not supported")]
     Compression,
-    /// The payload is damaged.
+    /// The payload is corrupt.
     #[error("cannot decompress the kernel inside this bzImage")]
     Decompress(#[source] io::Error),
 }
@@ -33,7 +33,7 @@ pub enum ExtractError {
 /// Extracts the ELF kernel from the bytes of a bzImage (gzip, xz, zstd, or stored).
 ///
 /// # Errors
-/// Not a bzImage, another compression, damaged contents, or more than 512 MiB.
+/// Not a bzImage, another compression, corrupt contents, or more than 512 MiB.
 pub fn extract_vmlinux(image: &[u8]) -> Result<Vec<u8>, ExtractError> {
     let format = |reason: &str| ExtractError::Format {
         reason: reason.into(),
@@ -59,7 +59,7 @@ pub fn extract_vmlinux(image: &[u8]) -> Result<Vec<u8>, ExtractError> {
             [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => read_all(
                 lzma_rust2::XzReader::new_mem_limit(payload, false, XZ_MEMORY_KIB),
             )?,
-            // One frame: what follows it is the length, written by the kernel's build.
+            // One frame, followed by the length, which the kernel's build appends.
             [0x28, 0xb5, 0x2f, 0xfd, ..] => read_all(
                 zstd::stream::read::Decoder::with_buffer(payload)
                     .map_err(ExtractError::Decompress)?
@@ -120,8 +120,8 @@ mod tests {
         out
     }
 
-    /// `printf '\177ELF and more' | xz --x86 --lzma2=dict=32MiB --check=crc32`, and
-    /// the length as the kernel's build appends it.
+    /// Output of `printf '\177ELF and more' | xz --x86 --lzma2=dict=32MiB --check=crc32`,
+    /// and the length as the kernel's build appends it.
     const XZ: &[u8] = &[
         0xfd, 0x37, 0x7a, 0x58, 0x5a, 0x00, 0x00, 0x01, 0x69, 0x22, 0xde, 0x36, 0x02, 0x01, 0x04,
         0x00, 0x21, 0x01, 0x1a, 0x00, 0x01, 0xc9, 0x80, 0xb3, 0x01, 0x00, 0x0c, 0x7f, 0x45, 0x4c,
@@ -139,14 +139,14 @@ mod tests {
     }
 
     #[test]
-    fn every_supported_compression_gives_the_kernel_back() {
+    fn every_supported_compression_is_extracted() {
         for payload in [gzip(&elf()), zstd_with_length(&elf()), elf()] {
             assert_eq!(extract_vmlinux(&with_payload(&payload)).unwrap(), elf());
         }
     }
 
     #[test]
-    fn other_contents_are_named_errors() {
+    fn each_invalid_content_has_its_error() {
         let lz4 = with_payload(b"\x02\x21\x4c\x18 and so on");
         assert!(matches!(
             extract_vmlinux(&lz4),

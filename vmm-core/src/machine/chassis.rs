@@ -1,4 +1,4 @@
-//! A machine on its way: everything but vCPUs first, then these.
+//! Builder of [`Machine`]: everything but vCPUs first, then the vCPUs.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -33,7 +33,7 @@ impl Stopwatch {
     }
 }
 
-/// Everything but vCPUs.
+/// A machine without vCPUs.
 pub(super) struct Chassis<H: Hypervisor> {
     pub(super) vm: H::Vm,
     pub(super) memory: MachineMemory,
@@ -152,9 +152,8 @@ fn map_memory<V: Vm>(vm: &V, memory: &MachineMemory) -> Result<(), MachineError>
         let host_address = memory.host_address(region).ok_or(MachineError::State {
             reason: "a memory region is not mapped".into(),
         })?;
-        // SAFETY: the machine keeps `memory` until after the VM and all vCPUs
-        // are gone (see the order of its fields), and everything else accesses
-        // it through volatile accessors.
+        // SAFETY: the machine owns `memory` until the VM and all vCPUs are dropped (see the
+        // order of its fields), and all other code accesses it through volatile accessors.
         unsafe {
             vm.map_memory(MemoryRegion {
                 guest_address: region.guest_address,

@@ -1,4 +1,4 @@
-//! What can go wrong with a machine.
+//! Errors of a machine.
 
 use thiserror::Error;
 
@@ -8,7 +8,7 @@ use crate::vcpu_thread::VcpuError;
 use crate::vmgenid::GenerationError;
 use crate::{acpi, loader};
 
-/// Why a machine cannot be made, or cannot do what it was asked to.
+/// Reason why a machine cannot be created, or why an operation failed.
 #[derive(Debug, Error)]
 pub enum MachineError {
     /// Guest memory.
@@ -24,53 +24,53 @@ pub enum MachineError {
     #[error("cannot lay out the devices")]
     Bus(#[from] crate::bus::BusError),
     /// Virtio devices.
-    #[error("a virtio device did not do its part")]
+    #[error("a virtio device failed")]
     Device(#[from] DeviceError),
     /// The hypervisor.
     #[error("cannot {operation}")]
     Hypervisor {
-        /// What was tried.
+        /// The failed operation.
         operation: &'static str,
-        /// What it said.
+        /// The hypervisor's error.
         #[source]
         source: sm_hypervisor::Error,
     },
     /// A vCPU.
-    #[error("a vCPU did not do its part")]
+    #[error("a vCPU failed")]
     Vcpu(#[from] VcpuError),
     /// The console.
-    #[error("the console did not do its part")]
+    #[error("the console failed")]
     Serial(#[from] SerialError),
     /// The generation ID.
-    #[error("cannot change the machine's identity")]
+    #[error("cannot change the VM generation ID")]
     Generation(#[from] GenerationError),
     /// A host resource.
     #[error("cannot {operation}")]
     Io {
-        /// What was tried.
+        /// The failed operation.
         operation: &'static str,
-        /// The system's answer.
+        /// The operating system's error.
         #[source]
         source: std::io::Error,
     },
     /// Saved state of another kind of machine.
     #[error("saved machine state does not fit: {reason}")]
     State {
-        /// What does not fit.
+        /// The element that does not fit, and the reason.
         reason: String,
     },
     /// More vCPUs than a machine can have.
-    #[error("{vcpus} vCPUs are not possible: 1 to {max} are")]
+    #[error("a machine cannot have {vcpus} vCPUs, only 1 to {max}")]
     Vcpus {
-        /// What was asked for.
+        /// The requested number.
         vcpus: u32,
-        /// What is possible.
+        /// The largest possible number.
         max: u32,
     },
-    /// Only possible while the machine is paused.
+    /// The operation requires a paused machine.
     #[error("cannot {operation} while the machine runs: pause it first")]
     NotPaused {
-        /// What was tried.
+        /// The operation.
         operation: &'static str,
     },
 }

@@ -1,4 +1,4 @@
-//! The inside of a vCPU thread.
+//! The loop of a vCPU thread.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvError, Sender, TryRecvError};
@@ -25,7 +25,8 @@ pub(super) struct Post<A: Arch> {
 }
 
 impl<A: Arch> Post<A> {
-    /// Waits for the machine to be restored, and finishes. `None` when the vCPU is lost.
+    /// Waits for the machine to be restored, and finishes. Returns `None` if the vCPU is
+    /// lost.
     pub(super) fn finish<R: RestoringVcpu>(&self, restoring: R) -> Option<R::Vcpu> {
         match self.inbox.recv() {
             Ok(Command::Finish(finish, reply)) => {
@@ -33,12 +34,12 @@ impl<A: Arch> Post<A> {
                     Ok(vcpu) => (Ok(()), Some(vcpu)),
                     Err(error) => (Err(error), None),
                 };
-                // An answer nobody waits for is no loss.
+                // A reply without a receiver is no loss.
                 let _ = reply.send(answer);
                 vcpu
             }
             Ok(_) => {
-                // The restore of the machine failed half-way.
+                // The restore of the machine failed halfway.
                 self.exit.report(ExitReason::Failed {
                     reason: format!("vCPU {}: its restore was not finished", self.index),
                 });
@@ -56,7 +57,7 @@ pub(super) struct Runner<V: Vcpu> {
 }
 
 impl<V: Vcpu> Runner<V> {
-    /// Obeys commands, parked at first; returns when the thread is to end.
+    /// Executes commands, parked at first; returns when the thread has to end.
     pub(super) fn serve(mut self) {
         let mut next = Next::Park;
         let mut running = false;
@@ -85,9 +86,9 @@ impl<V: Vcpu> Runner<V> {
         }
     }
 
-    /// `None` when the vCPU is lost.
+    /// Executes one command. Returns `None` if the vCPU is lost.
     fn obey(mut self, command: Command<V::Arch>, running: bool) -> Option<(Self, Next<V::Arch>)> {
-        // An answer nobody waits for is no loss.
+        // A reply without a receiver is no loss.
         match command {
             Command::Run => return Some((self, Next::Run)),
             Command::Park(reply) => {
@@ -101,7 +102,7 @@ impl<V: Vcpu> Runner<V> {
                 let _ = reply.send(self.vcpu.save());
             }
             Command::Reload(state, reply) => self = self.reload(&state, &reply)?,
-            // Nothing is unfinished: the answer is that there is none.
+            // Nothing is unfinished: dropping the sender reports `Gone`.
             Command::Finish(..) => {}
         }
         Some((self, if running { Next::Run } else { Next::Park }))
@@ -126,7 +127,7 @@ impl<V: Vcpu> Runner<V> {
         }
     }
 
-    /// One stay in the guest.
+    /// Runs guest code until the next exit.
     fn run(&mut self) -> Next<V::Arch> {
         if self.post.exit.reason().is_some() {
             return Next::Park;
@@ -136,7 +137,7 @@ impl<V: Vcpu> Runner<V> {
             Ok(Exit::Cancelled) => {
                 return match self.post.inbox.try_recv() {
                     Ok(command) => Next::Obey(command),
-                    // An old kick, or one because of the exit latch.
+                    // An old kick, or one by the exit latch.
                     Err(TryRecvError::Empty) => Next::Run,
                     Err(TryRecvError::Disconnected) => Next::End,
                 };
@@ -155,7 +156,7 @@ impl<V: Vcpu> Runner<V> {
     }
 }
 
-/// An error with its causes, in one line.
+/// Returns an error with its causes, in one line.
 fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();

@@ -1,13 +1,13 @@
 //! The block device (virtio 1.3 section 5.2).
 //!
-//! Reads that the page cache can answer, which for images is nearly all of them,
-//! are served on the event loop: a hand-over would cost more than the copy. What
-//! would wait for a device goes to threads of the disk (`worker`), so that a cold
-//! read or a flush stalls neither the machine's other devices nor each other.
-//! Pausing the machine waits for them ([`VirtioDevice::quiesce`]).
+//! Reads that the page cache can serve, which for images are nearly all of them, are served
+//! on the event loop: passing them to a thread would cost more than the copy. Requests that
+//! would wait for a device go to threads of the disk (`worker`), so a cold read or a flush
+//! blocks neither the machine's other devices nor other requests. Pausing the machine waits
+//! for them ([`VirtioDevice::quiesce`]).
 //!
-//! A request that makes no sense is answered with an error; only a malformed
-//! ring, or a chain without room for an answer, makes the device need a reset.
+//! An invalid request fails with an error status; only a malformed ring, or a chain without
+//! room for a status, makes the device need a reset.
 
 mod request;
 mod worker;
@@ -31,47 +31,47 @@ use sm_virtio::queue::{Chain, Queue, QueueError};
 use sm_virtio::{ActivateError, Activation, DevicePayload, Interrupt, VirtioDevice};
 
 const QUEUE_SIZES: [u16; 1] = [256];
-/// Bytes of the identification string.
+/// Length of the identification string in bytes.
 const ID_LEN: usize = 20;
-/// Data buffers in a request: the queue size less header and status.
+/// Maximum number of data buffers in a request: the queue size minus header and status.
 const SEG_MAX: u32 = 254;
 /// The page size, and EROFS's block size.
 const PAGE: u32 = 4096;
-/// Ranges in one discard or write-zeroes request, and sectors in a range: 32 MiB,
-/// as the zeroes may have to be written.
+/// Limits of ranges in one discard or write-zeroes request, and of sectors in a range: 32
+/// MiB, because the zeroes may have to be written.
 const MAX_RANGES: u32 = 16;
 const MAX_RANGE_SECTORS: u32 = 1 << 16;
 const CONFIG_LEN: usize = 60;
 
-/// Bytes copied on the event loop before the driver hears of it, and before other
-/// handlers have their turn; a request counts for [`REQUEST_COST`] at least.
+/// Bytes copied on the event loop before the driver is notified, and before other handlers
+/// have their turn; a request counts for at least [`REQUEST_COST`].
 const PUBLISH_BYTES: u32 = 256 << 10;
 const SLICE_BYTES: u32 = 4 << 20;
 const REQUEST_COST: u32 = 4 << 10;
 
-/// Requests were finished by a thread.
+/// A thread has finished requests.
 const TOKEN_DONE: u64 = 0;
 /// The slice was used up.
 const TOKEN_AGAIN: u64 = 1;
 
-/// What the driver cannot change; fixed when the device is made, since features
-/// are negotiated before a backing may be attached.
+/// Access mode of a device; fixed when the device is created, because features are
+/// negotiated before a backing may be attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
     /// The driver sees a read-only disk of 4 KiB blocks.
     ReadOnly,
-    /// The driver may write, in sectors; a read-only backing answers with errors.
+    /// The driver may write, in sectors; a read-only backing fails writes with errors.
     ReadWrite,
 }
 
-/// What there is between activation and reset.
+/// State between activation and reset.
 struct Active {
     memory: GuestMemory,
     interrupt: Arc<dyn Interrupt>,
-    /// The ring is malformed: nothing more is taken from it.
+    /// The ring is malformed: no further chain is taken from it.
     failed: bool,
     workers: Option<(Workers, Registered<Arc<OwnedFd>>)>,
-    /// Chains to be used again: nothing is allocated for a request.
+    /// Chains for reuse, so a request causes no allocation.
     chains: Vec<Chain>,
     done: Vec<Done>,
 }
@@ -86,8 +86,8 @@ pub struct Block {
 }
 
 impl Block {
-    /// A block device over `disk`. `id` is what the driver reads as its serial
-    /// number, cut to 20 bytes.
+    /// Creates a block device over `disk`. The driver reads `id`, cut to 20 bytes, as its
+    /// serial number.
     #[must_use]
     pub fn new(disk: Disk, access: Access, id: &str) -> Self {
         let mut bytes = [0; ID_LEN];
@@ -103,9 +103,9 @@ impl Block {
         }
     }
 
-    /// Replaces what is behind the device; the driver is told of the new
-    /// capacity by a configuration change. Callable from any thread. Requests
-    /// already taken are finished on what was there before.
+    /// Replaces the device's backing; a configuration change notifies the driver of the new
+    /// capacity. Any thread may call it. Requests that were already taken finish on the
+    /// earlier backing.
     pub fn set_disk(&mut self, disk: Disk) {
         self.disk = Arc::new(disk);
         if let Some(active) = &self.active {
@@ -113,7 +113,7 @@ impl Block {
         }
     }
 
-    /// Capacity in bytes.
+    /// Returns the capacity in bytes.
     #[must_use]
     pub fn capacity(&self) -> u64 {
         self.disk.len()
@@ -143,7 +143,7 @@ impl Block {
         config
     }
 
-    /// Does `work` on the queue, then publishes what it finished.
+    /// Runs `work` on the queue, then publishes the finished requests.
     fn with_queue(&mut self, work: impl FnOnce(&mut Service<'_>) -> Result<(), QueueError>) {
         let (Some(active), Some(queue)) = (&mut self.active, self.queues.first_mut()) else {
             return;
@@ -175,7 +175,7 @@ struct Service<'a> {
 }
 
 impl Service<'_> {
-    /// Takes requests until there are none, or a slice is used up.
+    /// Takes requests until none is left, or a slice is used up.
     fn take_requests(&mut self, registry: &mut dyn Registry) -> Result<(), QueueError> {
         let mut chain = self.active.chains.pop().unwrap_or_default();
         let mut unpublished = 0u32;
@@ -238,7 +238,7 @@ impl Service<'_> {
         Ok(())
     }
 
-    /// Hands back what the threads have done.
+    /// Returns the requests that the threads have finished.
     fn take_done(&mut self) -> Result<(), QueueError> {
         let Some((workers, _)) = &self.active.workers else {
             return Ok(());
@@ -336,7 +336,7 @@ impl VirtioDevice for Block {
                 ..
             }) = &self.active
         {
-            // Before looking at what is done, so that none is forgotten.
+            // Before the finished requests are taken, so that none is missed.
             let _ = drain(finished.as_fd());
             self.with_queue(|service| service.take_done());
         } else if token == TOKEN_AGAIN {

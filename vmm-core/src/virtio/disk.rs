@@ -1,5 +1,5 @@
-//! What may be behind a block device: nothing yet, a read-only composite of
-//! file segments, or one raw file.
+//! Backings of a block device: none, a read-only composite of file segments, or one raw
+//! file.
 
 use std::fs::File;
 use std::io;
@@ -12,21 +12,21 @@ use rustix::io::Errno;
 use sm_virtio::GuestMemory;
 use sm_virtio::iov::{self, Window};
 
-/// Bytes in a sector, the unit of the virtio-blk protocol.
+/// Length of a sector in bytes, the unit of the virtio-blk protocol.
 pub const SECTOR: u64 = 512;
 
-/// What is written where the file system cannot make zeroes by itself.
+/// Zeroes for file systems that cannot zero a range themselves.
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
-/// A run of a file that appears on a composite disk.
+/// A part of a file that is a part of a composite disk.
 #[derive(Debug)]
 pub struct Segment {
     /// The file, opened for reading.
     pub file: File,
     /// First byte in the file.
     pub offset: u64,
-    /// Length in bytes; a multiple of the sector size. What lies past the end that
-    /// the file has when the disk is created reads as zero.
+    /// Length in bytes; a multiple of the sector size. Bytes past the length that the file
+    /// has when the disk is created read as zero.
     pub len: u64,
 }
 
@@ -35,7 +35,7 @@ pub struct Segment {
 pub struct Disk {
     kind: Kind,
     len: u64,
-    /// Each segment's range on the disk.
+    /// The range of each segment on the disk.
     ranges: Vec<Range>,
 }
 
@@ -44,8 +44,8 @@ pub struct Disk {
 struct Range {
     /// First byte on the disk.
     start: u64,
-    /// Bytes that the file has, from the start on. The others are zeros; these are
-    /// never, whatever a read of the file returns.
+    /// Number of bytes that the file has, from the start on. The others are zeros; a
+    /// failing or short read of these never turns into zeros.
     held: u64,
 }
 
@@ -60,7 +60,7 @@ enum Kind {
     },
 }
 
-/// At most the largest window.
+/// Converts a length, limited to that of the largest window.
 fn saturated(len: u64) -> u32 {
     u32::try_from(len).unwrap_or(u32::MAX)
 }
@@ -69,23 +69,23 @@ fn invalid(text: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, text)
 }
 
-/// Length of a file or a block device.
+/// Returns the length of a file or a block device.
 fn file_len(file: &File) -> io::Result<u64> {
     Ok(rustix::fs::seek(file, rustix::fs::SeekFrom::End(0))?)
 }
 
 impl Disk {
-    /// A disk of no capacity, to be replaced later.
+    /// Returns a disk without capacity, to be replaced later.
     #[must_use]
     pub fn empty() -> Self {
         Self::default()
     }
 
-    /// A read-only disk made of segments, one after the other.
+    /// Creates a read-only disk from segments, one after the other.
     ///
     /// # Errors
-    /// A segment that is not made of whole sectors, or that ends past the largest
-    /// file; a total over 2^63 bytes; a file whose length cannot be found out.
+    /// A segment that is not made of whole sectors, or that ends past the largest file; a
+    /// total of more than 2^63 bytes; a file whose length cannot be determined.
     pub fn composite(segments: Vec<Segment>) -> io::Result<Self> {
         let mut ranges = Vec::with_capacity(segments.len());
         let mut len = 0u64;
@@ -114,10 +114,10 @@ impl Disk {
         })
     }
 
-    /// A file as it is; its length is rounded down to whole sectors.
+    /// Creates a disk from a whole file; its length is rounded down to whole sectors.
     ///
     /// # Errors
-    /// The length cannot be found out.
+    /// The length cannot be determined.
     pub fn raw(file: File, read_only: bool) -> io::Result<Self> {
         let len = file_len(&file)?;
         Ok(Self {
@@ -127,19 +127,19 @@ impl Disk {
         })
     }
 
-    /// Capacity in bytes.
+    /// Returns the capacity in bytes.
     #[must_use]
     pub fn len(&self) -> u64 {
         self.len
     }
 
-    /// Whether there is no capacity.
+    /// Returns true if the capacity is zero.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Whether writes are refused.
+    /// Returns true if writes are refused.
     #[must_use]
     pub fn is_read_only(&self) -> bool {
         !matches!(
@@ -161,8 +161,8 @@ impl Disk {
     /// Fills `window` from `offset` on.
     ///
     /// # Errors
-    /// An access past the end of the disk, a file that has become shorter than it
-    /// was when the disk was created (`UnexpectedEof`), or the file's error.
+    /// An access past the end of the disk, a file that has become shorter than it was when
+    /// the disk was created (`UnexpectedEof`), or the file's error.
     pub fn read(&self, memory: &GuestMemory, window: Window<'_>, offset: u64) -> io::Result<()> {
         self.for_each_run(memory, window, offset, |part, file, at| {
             iov::read_exact_at(memory, part, file, at).map(|()| true)
@@ -170,9 +170,9 @@ impl Disk {
         Ok(())
     }
 
-    /// Fills `window` from `offset` on if that is possible without waiting for a
-    /// device. `Ok(false)`: it is not, or it cannot be told, and some of the
-    /// window may have been filled.
+    /// Fills `window` from `offset` on if that is possible without waiting for a device.
+    /// Returns `Ok(false)` if it is not, or if the file system cannot report it; a part of
+    /// the window may then have been filled.
     ///
     /// # Errors
     /// As [`Self::read`].
@@ -187,8 +187,8 @@ impl Disk {
         })
     }
 
-    /// Calls `read` for each part of `window` that lies in one file, with its
-    /// place there, until that says no; the parts that lie in no file are zeros.
+    /// Calls `read` for each part of `window` that lies in one file, with its offset there,
+    /// until one call returns false; parts outside all files are zeros.
     fn for_each_run(
         &self,
         memory: &GuestMemory,
@@ -258,17 +258,17 @@ impl Disk {
         }
     }
 
-    /// Makes a range read as zero, giving its space back to the file system.
+    /// Makes a range read as zero, and returns its space to the file system.
     ///
     /// # Errors
-    /// `Unsupported` where that cannot have holes; a range past the end; the
-    /// file's error.
+    /// `Unsupported` if the file system has no holes; a range past the end; the file's
+    /// error.
     pub fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
         self.allocate(FallocateFlags::PUNCH_HOLE, offset, len)
     }
 
-    /// Makes a range read as zero; gives its space back if `unmap`, where the
-    /// file system can do that.
+    /// Makes a range read as zero; with `unmap`, also returns its space, if the file system
+    /// supports it.
     ///
     /// # Errors
     /// A range past the end; the file's error.
@@ -333,7 +333,7 @@ mod tests {
         file
     }
 
-    /// Spans of the given lengths, not adjacent.
+    /// Returns spans of the given lengths, not adjacent.
     fn spans(lens: &[u32]) -> Vec<Span> {
         let mut address = 0x100;
         lens.iter()
@@ -363,7 +363,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(64))]
         /// Reading a composite is reading the concatenation of its segments.
         #[test]
-        fn a_composite_is_its_segments_in_a_row(
+        fn a_composite_is_the_concatenation_of_its_segments(
             sectors in prop::collection::vec((0u64..6, 0u64..3, 0u64..7), 1..6),
             at in 0u64..20,
             lens in prop::collection::vec(0u32..1500, 1..5),
@@ -414,7 +414,7 @@ mod tests {
     }
 
     #[test]
-    fn a_raw_disk_keeps_what_is_written_and_drops_what_is_discarded() {
+    fn a_raw_disk_stores_writes_and_discards_ranges() {
         let memory = memory();
         let file = file(&vec![1; 1 << 20]);
         let disk = Disk::raw(file.try_clone().unwrap(), false).unwrap();
@@ -447,10 +447,10 @@ mod tests {
         }
     }
 
-    /// Also what a disk is told by kernels on which a read of what is not cached
-    /// may return 0 (`RWF_NOWAIT` on Linux 5.9 and 5.10).
+    /// Also for kernels on which a read of uncached data may return 0 (`RWF_NOWAIT` on
+    /// Linux 5.9 and 5.10).
     #[test]
-    fn a_file_that_lost_its_end_is_no_file_of_zeros() {
+    fn a_truncated_file_does_not_read_as_zeros() {
         let memory = memory();
         let spans = spans(&[700, 324]);
         let window = Window::new(&spans, 0, u32::MAX);
@@ -472,7 +472,8 @@ mod tests {
             disk.read(&memory, window, 1024).unwrap();
             assert_eq!(contents(&memory, &spans), [1; 1024]);
             file.set_len(1500).unwrap();
-            // Not a matter of the page cache alone, so it is asked again and fails.
+            // The short read may have other reasons than the page cache; the second read
+            // fails.
             assert!(!disk.read_cached(&memory, window, 1024).unwrap());
             let error = disk.read(&memory, window, 1024).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
@@ -481,7 +482,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_file_never_had_is_zeros() {
+    fn bytes_that_a_file_never_had_are_zeros() {
         let memory = memory();
         let disk = Disk::composite(vec![Segment {
             file: file(&[1; 600]),
@@ -521,7 +522,7 @@ mod tests {
     }
 
     #[test]
-    fn segments_that_make_no_sense_are_refused() {
+    fn invalid_segments_are_refused() {
         let segment = |offset, len| Segment {
             file: file(&[]),
             offset,

@@ -12,7 +12,7 @@ use sm_virtio::queue::{Chain, Queue, QueueError};
 use sm_virtio::{ActivateError, Activation, DevicePayload, Interrupt, VirtioDevice};
 
 const QUEUE_SIZES: [u16; 1] = [64];
-/// Most bytes given for one request; the driver asks again for more.
+/// Maximum number of bytes for one request; the driver requests again for more.
 const MAX_BYTES: usize = 256;
 /// Requests served before other handlers have their turn.
 const SLICE: usize = 64;
@@ -33,7 +33,7 @@ pub struct Rng {
 }
 
 impl Rng {
-    /// A device that no driver uses yet.
+    /// Creates a device that no driver uses yet.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
@@ -61,7 +61,7 @@ impl Rng {
     }
 }
 
-/// Serves requests; says whether there may be more of them.
+/// Serves requests; returns true if there may be more of them.
 fn serve(active: &Active, queue: &mut Queue, chain: &mut Chain) -> Result<bool, QueueError> {
     for _ in 0..SLICE {
         if !queue.pop(&active.memory, chain)? {
@@ -70,7 +70,7 @@ fn serve(active: &Active, queue: &mut Queue, chain: &mut Chain) -> Result<bool, 
         let mut bytes = [0; MAX_BYTES];
         let room = bytes.len().min(chain.writable_len() as usize);
         let flags = rustix::rand::GetRandomFlags::empty();
-        // Up to 256 bytes come whole; should there be none, the driver asks again.
+        // Up to 256 bytes arrive at once; without any, the driver requests again.
         let filled = rustix::rand::getrandom(&mut bytes[..room], flags).unwrap_or(0);
         let window = Window::new(&chain.writable, 0, u32::MAX);
         if !window.copy_in(&active.memory, &bytes[..filled]) {

@@ -1,12 +1,12 @@
-//! What tests of machines share.
+//! Helpers of tests of machines.
 
 use std::fs::File;
 use std::io::Write as _;
 
-/// Where the kernel is entered.
+/// The kernel's entry point.
 pub(crate) const ENTRY: u32 = 0x10_0000;
 
-/// An ELF file with a PVH note whose only segment is `code` at [`ENTRY`].
+/// Returns an ELF file with a PVH note whose only segment is `code` at [`ENTRY`].
 pub(crate) fn kernel(code: &[u8]) -> File {
     let mut elf = vec![0u8; 0x1000];
     let mut put = |at: usize, bytes: &[u8]| elf[at..at + bytes.len()].copy_from_slice(bytes);

@@ -1,4 +1,4 @@
-//! One block request: what it asks for, and doing it (virtio 1.3 section 5.2.6).
+//! One block request: decoding and execution (virtio 1.3 section 5.2.6).
 
 use std::io;
 
@@ -15,10 +15,10 @@ use sm_virtio::iov::Window;
 use sm_virtio::queue::{Chain, QueueError};
 
 const HEADER_LEN: u32 = 16;
-/// Bytes of one range: sector, number of sectors, flags.
+/// Length of one range in bytes: sector, number of sectors, flags.
 const RANGE_LEN: u32 = 16;
-/// Longest read done on the event loop. Linux's own requests are about as long at
-/// most; a chain can be of up to 4 GiB.
+/// Longest read that is executed on the event loop, in bytes. Linux's own requests are at
+/// most about as long; a chain can have up to 4 GiB.
 const MAX_READ_NOW: u32 = 1 << 20;
 /// The only flag of a range.
 const UNMAP: u32 = 1;
@@ -26,12 +26,12 @@ const UNMAP: u32 = 1;
 /// The outcome of a request: bytes written before the status, or a status.
 pub(super) type Outcome = Result<u32, Status>;
 
-/// Why a request failed.
+/// Failure of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Status {
-    /// The request makes no sense for this disk, or the disk failed.
+    /// The request is invalid for this disk, or the disk failed.
     IoError,
-    /// The device does not do that.
+    /// The device does not support the request.
     Unsupported,
 }
 
@@ -45,7 +45,7 @@ impl Status {
     }
 }
 
-/// What a request asks for; places in bytes from the start of the disk.
+/// A decoded request; offsets in bytes from the start of the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Operation {
     Read { offset: u64 },
@@ -56,7 +56,7 @@ pub(super) enum Operation {
     WriteZeroes,
 }
 
-/// Bytes for data in the device-writable part: all but the status.
+/// Returns the length of the device-writable part for data: all but the status.
 fn room(chain: &Chain) -> u32 {
     chain.writable_len().saturating_sub(1)
 }
@@ -65,7 +65,7 @@ fn payload(chain: &Chain) -> Window<'_> {
     Window::new(&chain.readable, HEADER_LEN, u32::MAX)
 }
 
-/// Says what the request in `chain` asks for.
+/// Decodes the request in `chain`.
 pub(super) fn parse(memory: &GuestMemory, chain: &Chain) -> Result<Operation, Status> {
     let mut header = [0; HEADER_LEN as usize];
     if !Window::new(&chain.readable, 0, HEADER_LEN).copy_out(memory, &mut header) {
@@ -86,8 +86,8 @@ pub(super) fn parse(memory: &GuestMemory, chain: &Chain) -> Result<Operation, St
 }
 
 impl Operation {
-    /// Does what can be done without waiting for a device; `None` when this
-    /// cannot.
+    /// Executes the request if that is possible without waiting for a device; otherwise
+    /// returns `None`.
     pub(super) fn try_now(
         self,
         memory: &GuestMemory,
@@ -130,7 +130,7 @@ impl Operation {
         }
     }
 
-    /// Does it, however long that takes.
+    /// Executes the request; may wait for a device.
     pub(super) fn execute(self, memory: &GuestMemory, disk: &Disk, chain: &Chain) -> Outcome {
         let failed = |error| Status::of(self, &error);
         match self {
@@ -147,7 +147,7 @@ impl Operation {
             }
             Self::Flush => disk.flush().map(|()| 0).map_err(failed),
             Self::Discard | Self::WriteZeroes => self.ranges(memory, disk, chain),
-            // Needs the device's name, and never waits.
+            // Needs the device's name, and never waits: `try_now` executes it.
             Self::Identify => Err(Status::IoError),
         }
     }
@@ -170,7 +170,7 @@ impl Operation {
             let count = u32::from_le_bytes([n0, n1, n2, n3]);
             let flags = u32::from_le_bytes([f0, f1, f2, f3]);
             let unmap = flags & UNMAP != 0;
-            // Section 5.2.6.2: unknown flags, and this one for a discard.
+            // Section 5.2.6.2: unknown flags, and `UNMAP` for a discard.
             if flags & !UNMAP != 0 || (unmap && self == Self::Discard) {
                 return Err(Status::Unsupported);
             }
@@ -203,8 +203,8 @@ fn whole_sectors(len: u32) -> Result<(), Status> {
     }
 }
 
-/// Writes the status into the last byte of `chain`; says how many bytes of it
-/// have been written altogether.
+/// Writes the status into the last byte of `chain`; returns the number of bytes written in
+/// all.
 pub(super) fn answer(
     memory: &GuestMemory,
     chain: &Chain,
@@ -216,7 +216,7 @@ pub(super) fn answer(
         Err(Status::Unsupported) => (0, VIRTIO_BLK_S_UNSUPP),
     };
     let status = u8::try_from(status).unwrap_or(u8::MAX);
-    // Without room for a status there is nothing to answer.
+    // A chain without room for a status cannot be answered.
     if Window::new(&chain.writable, room(chain), 1).copy_in(memory, &[status]) {
         Ok(written + 1)
     } else {

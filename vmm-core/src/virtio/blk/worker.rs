@@ -1,9 +1,9 @@
-//! Threads for the requests that would keep the event loop waiting: reads of what
-//! is not in the page cache, writes, flushes.
+//! Threads for the requests that would block the event loop: reads of uncached data,
+//! writes, flushes.
 //!
-//! Threads are started when there is something to do, up to [`MAX_THREADS`], so a
-//! machine that only reads what is cached has none. They hand finished requests
-//! back through an eventfd; rings are the event loop's alone.
+//! Threads are started on demand, up to [`MAX_THREADS`], so a machine that only reads
+//! cached data has none. They report finished requests through an eventfd; only the event
+//! loop accesses rings.
 
 use std::collections::VecDeque;
 use std::io;
@@ -17,17 +17,17 @@ use sm_event_loop::{new_eventfd, signal};
 use sm_virtio::GuestMemory;
 use sm_virtio::queue::Chain;
 
-/// Requests of one disk that wait at the same time.
+/// Maximum number of threads, and so of concurrent requests of one disk.
 const MAX_THREADS: usize = 4;
 
-/// A request to be done.
+/// A request to execute.
 pub(super) struct Job {
     pub(super) chain: Chain,
     pub(super) operation: Operation,
     pub(super) disk: Arc<Disk>,
 }
 
-/// A request that has been done.
+/// An executed request.
 pub(super) struct Done {
     pub(super) chain: Chain,
     pub(super) outcome: Outcome,
@@ -37,7 +37,7 @@ pub(super) struct Done {
 struct State {
     jobs: VecDeque<Job>,
     done: Vec<Done>,
-    /// Threads that are doing something.
+    /// Number of threads that execute a request.
     busy: usize,
     stop: bool,
 }
@@ -45,14 +45,14 @@ struct State {
 struct Shared {
     memory: GuestMemory,
     state: Mutex<State>,
-    /// There is a job, or the end.
+    /// Notified when there is a job, or at the end.
     work: Condvar,
-    /// Everything is done.
+    /// Notified when no request is left.
     idle: Condvar,
     finished: Arc<OwnedFd>,
 }
 
-/// The threads of one disk. Dropping it waits for the requests being done.
+/// The threads of one disk. Dropping it waits for the requests in execution.
 pub(super) struct Workers {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
@@ -72,12 +72,12 @@ impl Workers {
         })
     }
 
-    /// Readable when something was done.
+    /// Returns the eventfd, which is readable when a request has finished.
     pub(super) fn finished(&self) -> &Arc<OwnedFd> {
         &self.shared.finished
     }
 
-    /// Hands a request over.
+    /// Adds a request.
     pub(super) fn submit(&mut self, job: Job) {
         let mut state = self.shared.lock();
         state.jobs.push_back(job);
@@ -96,18 +96,18 @@ impl Workers {
             }
         }
         if self.threads.is_empty() {
-            // Slowly, then.
+            // Without threads, execute it here.
             let state = self.shared.lock();
             drop(self.shared.work_off(state));
         }
     }
 
-    /// Exchanges `done`, which is empty, for what has been done.
+    /// Swaps `done`, which must be empty, with the list of finished requests.
     pub(super) fn take_done(&self, done: &mut Vec<Done>) {
         std::mem::swap(&mut self.shared.lock().done, done);
     }
 
-    /// Waits until everything handed over has been done.
+    /// Waits until all requests have finished.
     pub(super) fn drain(&self) {
         let mut state = self.shared.lock();
         while state.busy > 0 || !state.jobs.is_empty() {
@@ -124,7 +124,7 @@ impl Drop for Workers {
         drop(state);
         self.shared.work.notify_all();
         for thread in self.threads.drain(..) {
-            // A panic there has been reported by the panic hook.
+            // The panic hook has reported a panic of the thread.
             let _ = thread.join();
         }
     }
@@ -138,7 +138,7 @@ fn wait<'a>(condition: &Condvar, guard: MutexGuard<'a, State>) -> MutexGuard<'a,
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        // Nothing panics while it holds the lock.
+        // Nothing panics with the lock held.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -152,7 +152,7 @@ impl Shared {
         }
     }
 
-    /// Does what there is to do.
+    /// Executes requests until none is left.
     fn work_off<'a>(&'a self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
         while let Some(job) = state.jobs.pop_front() {
             state.busy += 1;
@@ -164,7 +164,7 @@ impl Shared {
                 chain: job.chain,
                 outcome,
             });
-            // One signal for all that is taken at once.
+            // One signal for all requests that are taken together.
             if state.done.len() == 1 {
                 signal(self.finished.as_fd());
             }
