@@ -11,17 +11,17 @@ use std::sync::mpsc::channel;
 use sm_devices_vsock::testing::linux::{LinuxGuest, Profile, SocketId};
 use sm_devices_vsock::{ConnectOptions, VsockConfig};
 
-/// What the guest listens on, and what the host does.
+/// Ports on which the guest and the host listen.
 const GUEST_PORT: u32 = 1024;
 const HOST_PORT: u32 = 5000;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    // A VMM would have `Vsock::new(config)`, and put the device behind a transport.
-    // The model has done that, and started the driver.
+    // A VMM would call `Vsock::new(config)`, and create a transport for the device. The
+    // model has done that, and started the driver.
     let mut guest = LinuxGuest::new(VsockConfig::default(), Profile::LINUX);
     let muxer = guest.muxer.clone();
 
-    // From the host to the guest: one end of a socket is all that is handed over.
+    // From the host to the guest: the caller passes one end of a socket.
     let (mut ours, theirs) = UnixStream::pair()?;
     let (told, result) = channel();
     let options = ConnectOptions {
@@ -71,14 +71,14 @@ fn main() -> Result<(), Box<dyn Error>> {
     guest.kick();
     let mut report = String::new();
     connections.recv()?.read_to_string(&mut report)?;
-    println!("the host gets {report:?}, and its end");
+    println!("the host reads {report:?}, and the end of the stream");
     drop(listening);
 
     println!("{:#?}", muxer.stats());
     Ok(())
 }
 
-/// Waits for something to happen to a socket of the guest.
+/// Waits for an event of a socket of the guest.
 fn wait_for(guest: &mut LinuxGuest, happened: impl Fn(&LinuxGuest, SocketId) -> bool) -> SocketId {
     loop {
         guest.wait();

@@ -1,5 +1,5 @@
 //! The device in a VMM that is not this project's: KVM by `kvm-ioctls`, guest memory with a
-//! dirty bitmap, and a guest of some forty bytes that brings the device up and dials the
+//! dirty bitmap, and a guest of some forty bytes that starts the device and connects to the
 //! host. Needs `/dev/kvm`, no kernel and no image.
 //!
 //! `cargo run -p sm-devices-vsock --example tiny_vmm`
@@ -51,12 +51,12 @@ fn main() -> Result<()> {
 
 /// Runs the guest to its end and returns the bytes that it sent to the host.
 fn run() -> Result<Vec<u8>> {
-    // This VMM's memory: it marks what it writes itself, for a live migration, say.
+    // This VMM's memory: it marks its own writes, for a live migration, for example.
     let memory = GuestMemoryMmap::<AtomicBitmap>::from_ranges(&[(GuestAddress(0), MEMORY)])?;
     let vm = Kvm::new()?.create_vm()?;
     map(&vm, &memory)?;
 
-    // The device: host code keeps the muxer, the transport gets the rest.
+    // The device: host code keeps the muxer, the transport gets the device.
     let event_loop = EventLoop::spawn("devices")?;
     let config = VsockConfig {
         guest_cid: GUEST_CID,
@@ -95,7 +95,7 @@ fn run() -> Result<Vec<u8>> {
     Ok(greeting)
 }
 
-/// Makes the memory the guest's.
+/// Maps the memory into the guest.
 fn map(vm: &VmFd, memory: &GuestMemoryMmap<AtomicBitmap>) -> Result<()> {
     let host = memory.get_host_address(GuestAddress(0))?;
     let region = kvm_userspace_memory_region {
@@ -113,23 +113,23 @@ fn map(vm: &VmFd, memory: &GuestMemoryMmap<AtomicBitmap>) -> Result<()> {
     Ok(())
 }
 
-/// The same memory, as the devices take it: without a bitmap. What a device writes is not
-/// marked in the VMM's own, which has to treat receive buffers and rings as dirty.
+/// Returns the same memory for the devices: without a bitmap. The VMM's own bitmap does not
+/// mark a device's writes, so the VMM has to treat receive buffers and rings as dirty.
 fn without_bitmap(memory: &GuestMemoryMmap<AtomicBitmap>) -> Result<GuestMemoryMmap> {
     let mut regions = Vec::new();
     for region in memory.iter() {
         let host = memory.get_host_address(region.start_addr())?;
         let len = usize::try_from(region.len())?;
         #[expect(unsafe_code, reason = "a second view of a mapping")]
-        // SAFETY: the range is `region`'s, which lives as long as `memory`; `run` drops the
-        // devices and their view of it first.
+        // SAFETY: the range belongs to `region`, which lives as long as `memory`; `run`
+        // drops the devices and their view of it first.
         let view = unsafe { MmapRegion::build_raw(host, len, region.prot(), region.flags()) }?;
         regions.push(GuestRegionMmap::new(view, region.start_addr()).ok_or("too large")?);
     }
     Ok(GuestMemoryMmap::from_regions(regions)?)
 }
 
-/// The guest polls, so nobody waits for this interrupt. Other VMMs write an irqfd here.
+/// The guest polls, so it needs no interrupt. Other VMMs write an irqfd here.
 struct NotConnected;
 
 impl InterruptLine for NotConnected {
@@ -138,7 +138,7 @@ impl InterruptLine for NotConnected {
     }
 }
 
-/// Puts the guest into its memory: code, rings, and two packets to be sent. Returns the
+/// Loads the guest into its memory: code, rings, and two packets to send. Returns the
 /// address of the used index of its receive queue.
 fn load_guest(memory: &GuestMemoryMmap<AtomicBitmap>, rings: &GuestMemoryMmap) -> Result<u64> {
     let mut queues = QUEUES.map(|at| DriverQueue::new(rings.clone(), at, QUEUE_SIZE));
@@ -161,7 +161,7 @@ fn load_guest(memory: &GuestMemoryMmap<AtomicBitmap>, rings: &GuestMemoryMmap) -
 
     let mut writes = Vec::new();
     let mut write = |register: u64, value: u32| writes.extend([WINDOW + register, value.into()]);
-    // ACKNOWLEDGE and DRIVER; VERSION_1 is all that the guest wants; FEATURES_OK.
+    // ACKNOWLEDGE and DRIVER; VERSION_1 is the guest's only feature; FEATURES_OK.
     for (register, value) in [(0x70, 1), (0x70, 3), (0x24, 1), (0x20, 1), (0x70, 11)] {
         write(register, value);
     }
@@ -184,7 +184,7 @@ fn load_guest(memory: &GuestMemoryMmap<AtomicBitmap>, rings: &GuestMemoryMmap) -
     let used = used_ring + 2;
     let [a, b, c, d] = u32::try_from(used)?.to_le_bytes();
     // 32-bit code: each pair of the list is an address and a value to store there; then it
-    // waits until something was received, at most 2^28 turns.
+    // waits until a packet arrives, at most 2^28 iterations.
     let code = [
         &[0xbe, 0x00, 0x20, 0x00, 0x00][..], //   mov esi, WRITES
         &[0xad, 0x85, 0xc0, 0x74, 0x07],     // 1: lodsd; test eax, eax; jz 2f
@@ -201,8 +201,8 @@ fn load_guest(memory: &GuestMemoryMmap<AtomicBitmap>, rings: &GuestMemoryMmap) -
     Ok(used)
 }
 
-/// A packet of the guest (virtio 1.3 section 5.10.6): operation 1 is a request for a
-/// connection, 5 is data.
+/// Returns a packet of the guest (virtio 1.3 section 5.10.6): operation 1 is a request for
+/// a connection, 5 is data.
 fn packet(operation: u16, data: &[u8]) -> Vec<u8> {
     let len = u32::try_from(data.len()).unwrap_or(u32::MAX);
     [
@@ -221,7 +221,7 @@ fn packet(operation: u16, data: &[u8]) -> Vec<u8> {
     .concat()
 }
 
-/// A vCPU at the guest's code, in protected mode without paging.
+/// Creates a vCPU at the guest's code, in protected mode without paging.
 fn boot(vm: &VmFd) -> Result<VcpuFd> {
     let vcpu = vm.create_vcpu(0)?;
     let mut special = vcpu.get_sregs()?;
@@ -244,7 +244,7 @@ fn boot(vm: &VmFd) -> Result<VcpuFd> {
     Ok(vcpu)
 }
 
-/// Runs until the guest halts. All that it reaches outside of its memory is the device.
+/// Runs until the guest halts. The device is the only resource outside of its memory.
 fn run_vcpu(vcpu: &mut VcpuFd, transport: &MmioTransport) -> Result<()> {
     let offset = |address: u64| address.checked_sub(WINDOW).filter(|at| *at < WINDOW_LEN);
     loop {
@@ -266,13 +266,13 @@ fn run_vcpu(vcpu: &mut VcpuFd, transport: &MmioTransport) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    /// Set where there is no KVM, on purpose.
+    /// Set on hosts that have no KVM on purpose.
     const WITHOUT: &str = "SM_TEST_WITHOUT_KVM";
 
     #[test]
-    fn what_the_guest_sends_arrives() {
+    fn data_of_the_guest_arrive() {
         if std::env::var_os(WITHOUT).is_some() {
-            eprintln!("left out: it needs /dev/kvm");
+            eprintln!("skipped: it needs /dev/kvm");
             return;
         }
         assert_eq!(super::run().unwrap(), super::GREETING);

@@ -1,19 +1,19 @@
-//! How large a window each connection is granted.
+//! Sizes of connections' credit windows.
 //!
-//! Every connection has the smallest window for certain. What the device may keep
-//! beyond that is shared out: a bit of it to new connections, and more to those
-//! that move bytes. The sum of all windows never exceeds what may be kept, so no
-//! connection is ever ended, nor its bytes dropped, for want of memory.
+//! Every connection has at least the smallest window. The rest of the configured backlog is
+//! distributed: a small part to each new connection, and more to connections that move
+//! bytes. The sum of all windows never exceeds `max_backlog`, so lack of memory never ends
+//! a connection or drops its bytes.
 
 use crate::config::{MIN_WINDOW, SHARE, VsockConfig};
 
-/// What a connection begins with at most.
+/// Largest first window of a connection, in bytes.
 const FIRST: u32 = 64 << 10;
 
-/// What is left to be granted.
+/// The part of the backlog that is not granted yet.
 #[derive(Debug)]
 pub(crate) struct Allowance {
-    /// Bytes beyond every connection's share.
+    /// Bytes beyond the shares of all connections.
     extra: u64,
     window: u32,
 }
@@ -27,19 +27,20 @@ impl Allowance {
         }
     }
 
-    /// The window of a new connection.
+    /// Returns the window of a new connection.
     pub(crate) fn first(&mut self) -> u32 {
         let most = self.window.min(FIRST) - MIN_WINDOW;
         MIN_WINDOW + self.take(most, 1024)
     }
 
-    /// Up to `wanted` more for a connection that has `granted`; what it has then.
+    /// Grants up to `wanted` more bytes to a connection that has `granted`; returns its new
+    /// window.
     pub(crate) fn more(&mut self, granted: u32, wanted: u32) -> u32 {
         let most = self.window.saturating_sub(granted).min(wanted);
         granted + self.take(most, 4)
     }
 
-    /// At most `most`, and that part of what is left, in whole chunks.
+    /// Takes at most `most` bytes, and at most that part of the rest, in whole chunks.
     fn take(&mut self, most: u32, part: u64) -> u32 {
         let fair = u32::try_from(self.extra / part).unwrap_or(u32::MAX);
         let taken = if fair < most {
@@ -51,7 +52,7 @@ impl Allowance {
         taken
     }
 
-    /// A connection with `granted` is over.
+    /// Returns the window of a connection that has ended.
     pub(crate) fn give_back(&mut self, granted: u32) {
         self.extra += u64::from(granted.saturating_sub(MIN_WINDOW));
     }
@@ -62,7 +63,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn all_windows_together_stay_within_what_may_be_kept() {
+    fn the_sum_of_all_windows_stays_within_the_backlog() {
         let config = VsockConfig {
             max_connections: 2000,
             max_backlog: 48 << 20,
@@ -71,7 +72,7 @@ mod tests {
         let mut allowance = Allowance::new(&config);
         let mut windows: Vec<u32> = (0..2000).map(|_| allowance.first()).collect();
         assert_eq!(windows.first(), Some(&(36 << 10)));
-        // All of them move much, and want all they can get.
+        // All of them move many bytes, and request as much as possible.
         for _ in 0..10 {
             for window in &mut windows {
                 let more = allowance.more(*window, *window);
@@ -90,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_that_is_alone_gets_the_whole_window() {
+    fn a_single_connection_gets_the_whole_window() {
         let config = VsockConfig::default();
         let mut allowance = Allowance::new(&config);
         let mut window = allowance.first();

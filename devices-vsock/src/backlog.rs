@@ -1,25 +1,25 @@
-//! What host sockets do not take at once, kept in chunks of a common pool.
+//! Bytes that host sockets do not accept immediately, stored in chunks of a common pool.
 //!
-//! Architecture invariants: an empty backlog has no chunk; filling and emptying
-//! backlogs allocates nothing once the pool has grown to what is needed; bytes
-//! are copied in once and never moved.
+//! Architecture invariants: an empty backlog has no chunk; filling and emptying backlogs
+//! allocates nothing once the pool has reached its largest size; bytes are copied in once
+//! and never moved.
 
 use std::io::IoSlice;
 
 use sm_virtio::GuestMemory;
 use vm_memory::{Bytes as _, GuestAddress};
 
-/// Bytes in a chunk.
+/// Length of a chunk in bytes.
 const LEN: u32 = 4096;
-/// Bytes in a chunk.
+/// Length of a chunk in bytes.
 pub(crate) const CHUNK: usize = LEN as usize;
-/// Chunks without use that keep their memory: 1 MiB.
+/// Maximum number of unused chunks with memory: 1 MiB.
 const SPARE: usize = 256;
-/// No chunk.
+/// Number that stands for no chunk.
 const NONE: u32 = u32::MAX;
 
 struct Slot {
-    /// `None` when it was given back to the system.
+    /// `None` if its memory was freed.
     bytes: Option<Box<[u8]>>,
     next: u32,
 }
@@ -41,7 +41,7 @@ impl Pool {
                 bytes: None,
                 next: NONE,
             });
-            // Fewer than 2^32: their bytes are less than a windows' sum.
+            // Fewer than 2^32: their bytes are limited by the sum of all windows.
             u32::try_from(self.slots.len() - 1).unwrap_or(NONE)
         });
         if let Some(slot) = self.slots.get_mut(slot as usize) {
@@ -72,20 +72,20 @@ impl Pool {
         slot.and_then(|slot| slot.bytes.as_deref()).unwrap_or(&[])
     }
 
-    /// Chunks that hold something.
+    /// Returns the number of chunks in use.
     #[cfg(test)]
     fn used(&self) -> usize {
         self.slots.len() - self.spare.len() - self.bare.len()
     }
 }
 
-/// Bytes kept for one connection, first in first out. Goes back to its pool by
-/// [`Backlog::clear`].
+/// Stored bytes of one connection, first in, first out. [`Backlog::clear`] returns its
+/// chunks to the pool.
 #[derive(Debug)]
 pub(crate) struct Backlog {
     first: u32,
     last: u32,
-    /// Where it begins in its first chunk, and ends in its last.
+    /// Start in the first chunk, and end in the last.
     start: u32,
     end: u32,
     len: u32,
@@ -113,7 +113,7 @@ impl Backlog {
         self.len == 0
     }
 
-    /// Appends guest memory; `false` when it cannot be read.
+    /// Appends guest memory; returns false if it cannot be read.
     #[must_use]
     pub(crate) fn push(
         &mut self,
@@ -153,8 +153,8 @@ impl Backlog {
         (self.last, self.end) = (chunk, 0);
     }
 
-    /// The first bytes, at most `most`, as far as `slices` has room; how many
-    /// slices there are.
+    /// Stores the first bytes, at most `most`, in `slices`, as far as there are slices;
+    /// returns the number of slices used.
     pub(crate) fn slices<'a>(
         &self,
         pool: &'a Pool,
@@ -178,7 +178,7 @@ impl Backlog {
         count
     }
 
-    /// Drops the first `count` bytes.
+    /// Removes the first `count` bytes.
     pub(crate) fn consume(&mut self, pool: &mut Pool, count: u32) {
         let mut left = count.min(self.len);
         self.len -= left;
@@ -202,7 +202,7 @@ impl Backlog {
         }
     }
 
-    /// Drops everything; says how much that was.
+    /// Removes all bytes; returns their number.
     pub(crate) fn clear(&mut self, pool: &mut Pool) -> u32 {
         let len = self.len;
         self.consume(pool, len);
@@ -229,7 +229,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn two_backlogs_keep_their_bytes_apart_and_in_order(
+        fn two_backlogs_separate_their_bytes_and_preserve_order(
             steps in prop::collection::vec((any::<bool>(), any::<bool>(), 0u32..9000), 0..60),
         ) {
             let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 16)]).unwrap();
@@ -252,7 +252,7 @@ mod tests {
                 }
                 prop_assert_eq!(backlog.len() as usize, model.len());
                 prop_assert_eq!(content(backlog, &pool), Vec::from(model.clone()));
-                // What is set aside for a connection is enough for it.
+                // The share of a connection is sufficient for it.
                 let most = real.iter().map(|b| (b.len() as usize).div_ceil(CHUNK) + 1).sum();
                 prop_assert!(pool.used() <= most);
             }
@@ -262,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_goes_back_beyond_a_reserve() {
+    fn memory_beyond_a_reserve_is_freed() {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 16)]).unwrap();
         let mut pool = Pool::default();
         let mut backlog = Backlog::default();

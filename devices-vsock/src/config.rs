@@ -1,4 +1,4 @@
-//! What a device is made with.
+//! Configuration of a device.
 
 use std::io;
 use std::time::Duration;
@@ -7,39 +7,38 @@ use thiserror::Error;
 
 use crate::backlog::CHUNK;
 
-/// Smallest credit window: what every connection is granted, however many there
-/// are.
+/// Smallest credit window in bytes: every connection gets it, independent of their number.
 pub(crate) const MIN_WINDOW: u32 = 4096;
-/// Bytes of backlog that are set aside for each connection: the smallest window,
-/// and a chunk more, as the first and the last chunk may be in use in part.
+/// Bytes of backlog reserved for each connection: the smallest window, and one more chunk,
+/// because the first and the last chunk may be used in part.
 pub(crate) const SHARE: u64 = MIN_WINDOW as u64 + CHUNK as u64;
 const MAX_WINDOW: u32 = 1 << 30;
 const MAX_CONNECTIONS: usize = 1 << 20;
 
-/// What a vsock device is made with.
+/// Configuration of a vsock device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VsockConfig {
     /// Context identifier of the guest: 3 to 2^32 - 2.
     pub guest_cid: u64,
-    /// Bytes that the guest may have on the way in one connection, 4 KiB to 1 GiB.
-    /// A connection begins with less and gets more as it moves bytes, as far as
-    /// `max_backlog` allows.
+    /// Maximum number of bytes of the guest that one connection may have in flight, 4 KiB
+    /// to 1 GiB. A connection starts with a smaller window, which grows as it moves bytes,
+    /// as far as `max_backlog` allows.
     pub window: u32,
     /// Largest number of connections, 1 to 2^20.
     pub max_connections: usize,
-    /// Bytes that all connections together may keep of what host sockets do not
-    /// take: at least 8 KiB for each of `max_connections`. What is beyond that is
-    /// shared out to connections that move much. Windows are granted out of this
-    /// only, so it is never exceeded, whatever the guest and its peers do.
+    /// Maximum number of bytes that all connections together may store because host sockets
+    /// do not accept them: at least 8 KiB for each of `max_connections`. The excess is
+    /// distributed to connections that move many bytes. All windows are granted from it, so
+    /// it is never exceeded, whatever the guest and its peers do.
     pub max_backlog: u64,
-    /// How long the guest may take to answer a request for a connection, and to
-    /// confirm the end of one. More than zero.
+    /// Time that the guest may take to answer a request for a connection, and to confirm
+    /// the end of one. More than zero.
     pub answer_timeout: Duration,
-    /// The time that the guest, once it has answered, may take to send the status of a
-    /// connection that was asked for with [`crate::ConnectOptions::status_reply`].
+    /// Time that the guest, once it has answered, may take to send the status of a
+    /// connection that was requested with [`crate::ConnectOptions::status_reply`].
     pub status_timeout: Duration,
-    /// How long the tail of a connection that the guest has closed is kept for a
-    /// host socket that takes none of it. Every byte taken starts it anew.
+    /// Time for which the last bytes of a connection that the guest has closed are stored
+    /// for a host socket that accepts none of them. Every accepted byte restarts it.
     pub linger: Duration,
 }
 
@@ -51,32 +50,32 @@ impl Default for VsockConfig {
             max_connections: 16_384,
             max_backlog: 192 << 20,
             answer_timeout: Duration::from_secs(10),
-            // Linux gives up connecting by TCP after 127 s (tcp(7), tcp_syn_retries).
+            // Linux's timeout of a TCP connect is 127 s (tcp(7), tcp_syn_retries).
             status_timeout: Duration::from_secs(130),
             linger: Duration::from_secs(600),
         }
     }
 }
 
-/// Why a device cannot be made.
+/// Reason why a device cannot be created.
 #[derive(Debug, Error)]
 pub enum SetUpError {
     /// A value of the configuration is out of its range.
     #[error("{field} is {value}, and must be {range}")]
     Config {
-        /// Which.
+        /// The field's name.
         field: &'static str,
-        /// What it is.
+        /// Its value.
         value: u64,
-        /// What it may be.
+        /// The permitted range.
         range: &'static str,
     },
-    /// The system refused something.
+    /// An operation of the host failed.
     #[error("cannot {operation}")]
     Io {
-        /// What was tried.
+        /// The failed operation.
         operation: &'static str,
-        /// The system's answer.
+        /// The operating system's error.
         #[source]
         source: io::Error,
     },

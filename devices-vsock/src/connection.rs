@@ -1,16 +1,15 @@
-//! One connection: how far it is, and what it has to tell the guest.
+//! One connection: its state, and the packets that it owes the guest.
 //!
-//! What the guest sends goes straight to the host's socket; what that does not
-//! take is kept in `backlog`, within the window that the guest was granted
-//! (`credit.rs`). What the host sends is read straight into the guest's buffers.
+//! Data of the guest are written directly to the host's socket; bytes that it does not
+//! accept are stored in `backlog`, within the window that the guest was granted
+//! (`credit.rs`). Data of the host are read directly into the guest's buffers.
 //! `transfer.rs` moves the bytes.
 //!
-//! Each direction ends by itself. The host's end of file is told to the guest as
-//! SHUTDOWN (no more is sent) after the data before it. A host that takes no more
-//! is told as SHUTDOWN (no more is received), and what the guest still sends is
-//! dropped, while what the host had sent still arrives. The guest's SHUTDOWN is
-//! passed on after the data before it. When both directions are over, a reset
-//! ends the connection.
+//! Each direction ends independently. The host's end of file becomes a SHUTDOWN (no more is
+//! sent) after the data before it. A host that accepts no more becomes a SHUTDOWN (no more
+//! is received); later data of the guest are dropped, while the host's data still arrive.
+//! The guest's SHUTDOWN is passed on after the data before it. Once both directions have
+//! ended, a reset ends the connection.
 
 mod transfer;
 
@@ -34,18 +33,18 @@ pub(crate) type Key = (u32, u32);
 
 const BOTH: u32 = SHUTDOWN_RECEIVE | SHUTDOWN_SEND;
 
-/// How far a connection is.
+/// State of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Phase {
-    /// We asked the guest, or are about to, and wait for its answer.
+    /// The host's request is to be sent, or was sent and is not answered yet.
     Requested,
-    /// Bytes flow.
+    /// Both sides have accepted; data flow.
     Established,
-    /// The guest has forgotten it; only the backlog remains to be written.
+    /// The guest has closed the connection; only the backlog is still written.
     Draining,
 }
 
-/// What a connection cannot wait for without end.
+/// Event that a connection awaits, with a deadline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Awaiting {
     /// The guest's answer to a request.
@@ -54,13 +53,13 @@ pub(crate) enum Awaiting {
     Status,
     /// The guest's confirmation of the end.
     End,
-    /// A host socket that takes the tail of what the guest sent.
+    /// A host socket that accepts the last bytes of the guest.
     Tail,
-    /// Nothing: it may last.
+    /// No event: the connection may last.
     Nothing,
 }
 
-/// What is owed to the guest, besides data.
+/// Packets without data that the guest has not received yet.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Owed {
     pub(crate) request: bool,
@@ -70,7 +69,7 @@ pub(crate) struct Owed {
     ends: u32,
 }
 
-/// Messages of the guest that are complete, and one that is not.
+/// Complete messages of the guest, and a partial one.
 #[derive(Debug, Default)]
 struct Messages {
     lens: VecDeque<u32>,
@@ -80,51 +79,51 @@ struct Messages {
 pub(crate) struct Connection {
     pub(crate) key: Key,
     pub(crate) socket: Registered<HostSocket>,
-    /// The event loop tells when the socket takes bytes again.
+    /// True if the event loop reports when the socket is writable.
     pub(crate) watches_writing: bool,
     pub(crate) phase: Phase,
     pub(crate) owed: Owed,
     /// The socket may have bytes to read.
     pub(crate) readable: bool,
-    /// The host has said that it sends no more; its last bytes may be unread.
+    /// The host's end has hung up; its last bytes may be unread.
     pub(crate) hung_up: bool,
     /// Reading has ended, by the peer or by the guest.
     read_done: bool,
-    /// The host takes no more.
+    /// The host accepts no more bytes.
     refuses: bool,
-    /// The host was told that the guest sends no more.
+    /// The host's socket was shut down for writing.
     write_closed: bool,
-    /// SHUTDOWN flags that the guest was told, and that it told us.
+    /// SHUTDOWN flags that were sent to the guest, and those that it sent.
     told: u32,
     guest_ends: u32,
-    /// Receive buffers that the next read is given.
+    /// Number of receive buffers for the next read.
     pub(crate) run: usize,
     pub(crate) outgoing: Outgoing<u32>,
     pub(crate) incoming: Incoming<u32>,
-    /// Bytes for the guest that come before those of the socket: the preamble, or
-    /// the rest of a message.
+    /// Bytes for the guest that precede those of the socket: the preamble, or the rest of a
+    /// message.
     before: Vec<u8>,
     before_sent: usize,
     backlog: Backlog,
     messages: Messages,
-    /// The system lacked memory: what was not moved has to be tried again.
+    /// The system lacked memory: the transfer must be repeated.
     pub(crate) short_of_memory: bool,
-    /// When that will be.
+    /// Timer of that repetition.
     pub(crate) retry: Option<Timer>,
-    /// Bytes of the backlog were taken since this was looked at last.
+    /// Bytes of the backlog were written since the deadline was set.
     pub(crate) progressed: bool,
     /// The guest's next byte is a status.
     pub(crate) status_reply: bool,
-    /// The time beyond the usual that the guest may take for it.
+    /// Additional time for the status.
     pub(crate) status_wait: Duration,
     report: Report,
     pub(crate) member: Option<Member>,
-    /// When it was asked for, if that is measured.
+    /// Time of the request, if it is measured.
     pub(crate) asked: Option<Instant>,
-    /// When the guest gave what is in the backlog, if that is measured.
+    /// Time of the notification whose data are in the backlog, if it is measured.
     pub(crate) kept_since: Option<Instant>,
     pub(crate) awaiting: Awaiting,
-    /// The end of that.
+    /// Deadline of `awaiting`.
     pub(crate) deadline: Option<Timer>,
 }
 
@@ -164,7 +163,7 @@ impl Connection {
         }
     }
 
-    /// What the host asked for with the connection.
+    /// Adds the host's request.
     pub(crate) fn with_request(mut self, request: ConnectRequest) -> Self {
         self.owed.request = true;
         self.before = request.preamble;
@@ -180,7 +179,7 @@ impl Connection {
         self.socket.kind == SocketKind::SeqPacket
     }
 
-    /// The socket type in its packets.
+    /// Returns the socket type in packets of the connection.
     pub(crate) fn socket_type(&self) -> u16 {
         match self.socket.kind {
             SocketKind::Stream => TYPE_STREAM,
@@ -188,18 +187,18 @@ impl Connection {
         }
     }
 
-    /// Tells whoever asked for the connection how that ended; once.
+    /// Reports the result of the connection attempt to its requester; once.
     pub(crate) fn report(&mut self, result: Result<(), ConnectError>) {
         self.report.tell(result.map(|()| self.key.1));
     }
 
-    /// Window and counter for the next packet to the guest.
+    /// Returns window and counter for the next packet to the guest.
     pub(crate) fn announce(&mut self) -> (u32, u32) {
         self.owed.credit = false;
         self.incoming.announce()
     }
 
-    /// The next thing other than data that the guest must be told.
+    /// Returns the next packet without data that the guest is owed.
     pub(crate) fn next_owed(&mut self) -> Option<(Operation, u32)> {
         if self.phase == Phase::Draining {
             return None;
@@ -222,8 +221,8 @@ impl Connection {
         std::mem::take(&mut self.owed.credit).then_some((Operation::CreditUpdate, 0))
     }
 
-    /// The ends that can be told. That of what the host sends comes after what it
-    /// has sent.
+    /// Returns the SHUTDOWN flags that can be sent. The host's end of sending follows its
+    /// data.
     fn due_ends(&self) -> u32 {
         let due = self.owed.ends & !self.told;
         if self.has_data_to_send() {
@@ -237,7 +236,7 @@ impl Connection {
         self.before_sent < self.before.len() || self.readable && !self.read_done
     }
 
-    /// Whether there is anything that a receive buffer could be used for now.
+    /// Returns true if the connection can use a receive buffer now.
     pub(crate) fn wants_buffer(&self) -> bool {
         match self.phase {
             Phase::Requested => self.owed.request,
@@ -251,21 +250,21 @@ impl Connection {
         }
     }
 
-    /// After the end of what the host sends: a peer that is gone altogether, rather
-    /// than done with sending, will not read either, and the guest is told both.
+    /// Handles a hang-up after the end of the host's data: a peer that is gone, instead of
+    /// one that only stopped sending, does not read either, and the guest gets both flags.
     pub(crate) fn notice_hang_up(&mut self) {
         if self.read_done && !self.refuses && self.socket.is_gone() {
             self.owed.ends |= BOTH;
         }
     }
 
-    /// The host's end was closed before there was a connection, and there is
-    /// nothing that it would have sent.
+    /// Returns true if the host's end was closed before there was a connection, and without
+    /// data to send.
     pub(crate) fn is_given_up(&self) -> bool {
         self.phase == Phase::Requested && self.socket.is_gone() && !self.socket.has_bytes()
     }
 
-    /// The guest will send (flag 2) or receive (flag 1) no more.
+    /// Handles the guest's SHUTDOWN: it will send (flag 2) or receive (flag 1) no more.
     pub(crate) fn guest_shuts_down(&mut self, flags: u32) {
         self.guest_ends |= flags & BOTH;
         if self.guest_ends & SHUTDOWN_RECEIVE != 0 {
@@ -275,7 +274,7 @@ impl Connection {
         self.close_writing_if_due();
     }
 
-    /// The guest has forgotten the connection; what it had sent is still written.
+    /// Handles the guest's end of the connection; its earlier data are still written.
     pub(crate) fn guest_forgets(&mut self) {
         self.phase = Phase::Draining;
         self.owed = Owed::default();
@@ -289,7 +288,8 @@ impl Connection {
         self.before_sent = 0;
     }
 
-    /// Passes the guest's end of file on once everything before it is written.
+    /// Shuts the host's socket down for writing once the guest has ended and all its data
+    /// are written.
     fn close_writing_if_due(&mut self) {
         let due = self.guest_ends & SHUTDOWN_SEND != 0 || self.phase == Phase::Draining;
         if due && !self.has_backlog() && !self.write_closed {
@@ -299,23 +299,23 @@ impl Connection {
         }
     }
 
-    /// Nothing of what the guest says will reach the host any more.
+    /// Records that no more data of the guest will reach the host.
     fn delivered(&mut self) {
         if let Some(member) = &mut self.member {
             member.delivered();
         }
     }
 
-    /// Whether both directions are over and all is written.
+    /// Returns true if both directions have ended and all data are written.
     pub(crate) fn is_finished(&self) -> bool {
         let to_host = self.guest_ends & SHUTDOWN_SEND != 0 || self.told & SHUTDOWN_RECEIVE != 0;
         let to_guest = self.guest_ends & SHUTDOWN_RECEIVE != 0 || self.told & SHUTDOWN_SEND != 0;
-        // That the host is gone is for the guest to confirm.
+        // The guest must confirm the host's end.
         let by_guest = self.guest_ends != 0 && to_host && to_guest;
         !self.has_backlog() && (by_guest || self.phase == Phase::Draining)
     }
 
-    /// What it waits for now.
+    /// Returns the event that the connection awaits now.
     pub(crate) fn awaits(&self) -> Awaiting {
         match self.phase {
             Phase::Requested => Awaiting::Answer,
@@ -327,17 +327,17 @@ impl Connection {
         }
     }
 
-    /// Bytes of the guest wait for the socket.
+    /// Returns true if data of the guest wait for the socket.
     pub(crate) fn has_backlog(&self) -> bool {
         if self.keeps_messages_apart() {
-            // What is left of a message that never ended is nothing.
+            // An incomplete message does not count.
             !self.messages.lens.is_empty()
         } else {
             !self.backlog.is_empty()
         }
     }
 
-    /// Gives back what it holds of the pool.
+    /// Returns its chunks to the pool.
     pub(crate) fn release(&mut self, pool: &mut Pool) {
         self.backlog.clear(pool);
     }

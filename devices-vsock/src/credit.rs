@@ -1,11 +1,11 @@
 //! The arithmetic of credit (virtio 1.3 section 5.10.6.3).
 //!
-//! Each side grants the other a window (`buf_alloc`) and says how many bytes it
-//! has passed on so far (`fwd_cnt`, modulo 2^32); every packet carries both. A
-//! sender may have `buf_alloc - (sent - fwd_cnt)` more bytes on the way.
+//! Each side grants the other a window (`buf_alloc`) and announces the number of bytes that
+//! it has forwarded so far (`fwd_cnt`, modulo 2^32); every packet carries both. A sender
+//! may have `buf_alloc - (sent - fwd_cnt)` more bytes in flight.
 //!
-//! The types do no more than count, for any width of counter, so that all states
-//! of a narrow one can be looked at.
+//! The types only count, for any width of counter, so that tests can visit all states of a
+//! narrow one.
 
 /// An unsigned counter.
 pub(crate) trait Count: Copy + Ord + Default {
@@ -40,7 +40,7 @@ count!(u32);
 #[cfg(test)]
 count!(u8);
 
-/// What the other side lets us send.
+/// Credit that the other side granted.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Outgoing<C> {
     sent: C,
@@ -49,20 +49,21 @@ pub(crate) struct Outgoing<C> {
 }
 
 impl<C: Count> Outgoing<C> {
-    /// Takes the other side's word from a packet.
+    /// Takes the values of a packet.
     pub(crate) fn update(&mut self, window: C, forwarded: C) {
         self.window = window;
         self.forwarded = forwarded;
     }
 
-    /// Bytes that may be sent now. Who claims to have passed on more than it got has
-    /// nearly 2^32 bytes on the way, which no sensible window has room for.
+    /// Returns the number of bytes that may be sent now. A peer that claims to have
+    /// forwarded more than it received has nearly 2^32 bytes in flight, more than any
+    /// sensible window.
     pub(crate) fn available(&self) -> C {
         self.window
             .saturating_minus(self.sent.minus(self.forwarded))
     }
 
-    /// The largest amount that could be available.
+    /// Returns the largest amount that could be available.
     pub(crate) fn window(&self) -> C {
         self.window
     }
@@ -72,13 +73,13 @@ impl<C: Count> Outgoing<C> {
     }
 }
 
-/// What we let the other side send.
+/// Credit that this side grants.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Incoming<C> {
     window: C,
     received: C,
     forwarded: C,
-    /// `forwarded` as the other side knows it.
+    /// `forwarded` in the last announcement.
     told: C,
 }
 
@@ -90,7 +91,7 @@ impl<C: Count> Incoming<C> {
         }
     }
 
-    /// Bytes that were received and not passed on.
+    /// Returns the number of bytes that were received and not forwarded.
     pub(crate) fn kept(&self) -> C {
         self.received.minus(self.forwarded)
     }
@@ -99,13 +100,13 @@ impl<C: Count> Incoming<C> {
         self.window
     }
 
-    /// Grants more.
+    /// Enlarges the window.
     pub(crate) fn grow(&mut self, window: C) {
         self.window = self.window.max(window);
     }
 
-    /// Takes `len` bytes in; `false` when that is more than was granted. Then they
-    /// are not counted.
+    /// Counts `len` received bytes; returns false, and does not count them, if they exceed
+    /// the window.
     #[must_use]
     pub(crate) fn receive(&mut self, len: C) -> bool {
         let sound = len <= self.window.saturating_minus(self.kept());
@@ -115,18 +116,18 @@ impl<C: Count> Incoming<C> {
         sound
     }
 
-    /// Passes `len` bytes, which were received, on.
+    /// Counts `len` forwarded bytes.
     pub(crate) fn forward(&mut self, len: C) {
         self.forwarded = self.forwarded.plus(len);
     }
 
-    /// Whether the other side should be told soon: a quarter of the window is
-    /// free that it does not know of, so it still has most of its credit.
+    /// Returns true if an announcement is due: a quarter of the window was freed since the
+    /// last one, so the other side still has most of its credit.
     pub(crate) fn is_due(&self) -> bool {
         self.forwarded.minus(self.told) >= self.window.quarter().max(C::ONE)
     }
 
-    /// Window and counter for the next packet.
+    /// Returns window and counter for the next packet.
     pub(crate) fn announce(&mut self) -> (C, C) {
         self.told = self.forwarded;
         (self.window, self.forwarded)
@@ -140,7 +141,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn available_is_right_for_every_window_and_every_wrap_around() {
+    fn available_is_correct_for_every_window_and_every_wrap_around() {
         for forwarded in 0..=u8::MAX {
             for on_the_way in 0..=u8::MAX {
                 for window in 0..=u8::MAX {
@@ -157,8 +158,8 @@ mod tests {
     }
 
     #[test]
-    fn exactly_what_was_granted_is_taken() {
-        // Only the difference of the counters matters; these wrap around anywhere.
+    fn exactly_the_granted_bytes_are_accepted() {
+        // Only the difference of the counters matters; they wrap around anywhere.
         for forwarded in [0u8, 1, 127, 128, 254, 255] {
             for window in 0..=u8::MAX {
                 for kept in 0..=window {
@@ -179,7 +180,7 @@ mod tests {
         }
     }
 
-    /// A sender, a receiver, and the last announcement, which may be late.
+    /// A sender, a receiver, and the last announcement, which may be delayed.
     #[derive(Clone, Copy, PartialEq, Eq, Hash)]
     struct Pair {
         sent: u8,
@@ -207,7 +208,7 @@ mod tests {
             (out, incoming)
         }
 
-        /// All that may happen next.
+        /// Returns all possible successors.
         fn next(&self) -> Vec<Self> {
             let (out, incoming) = self.sides();
             let mut all = Vec::new();
@@ -275,14 +276,14 @@ mod tests {
                     }
                 }
             }
-            // Every position of the counters was reached.
+            // Every value of the counters was reached.
             let positions: HashSet<u8> = seen.iter().map(|pair| pair.sent).collect();
             assert_eq!(positions.len(), 256);
         }
     }
 
     #[test]
-    fn a_window_grows_and_is_told_with_the_counter() {
+    fn a_window_grows_and_is_announced_with_the_counter() {
         let mut incoming = Incoming::<u32>::new(1000);
         assert!(incoming.receive(1000));
         incoming.forward(249);

@@ -1,10 +1,10 @@
-//! The device: its life, and what wakes it up.
+//! The device: its life cycle and its events.
 //!
-//! Work is done in turns on the event loop. A turn looks at what the guest sent
-//! (`transmit.rs`), fills its receive buffers (`receive.rs`) and tells it; it is
-//! bounded, and when there is more to do the next one follows once other handlers
-//! had theirs. Host sockets that are ready are only noted: the turn that serves
-//! them comes after all that are ready at the same time.
+//! Work is done in turns on the event loop. A turn handles the guest's packets
+//! (`transmit.rs`), fills its receive buffers (`receive.rs`) and notifies it. Turns are
+//! bounded; if work is left, the next turn follows after other handlers had theirs. Ready
+//! host sockets are only recorded: the turn that serves them follows after all that are
+//! ready at the same time.
 
 mod receive;
 mod reset;
@@ -40,7 +40,7 @@ const TURN: u64 = MAILBOX + 1;
 /// VIRTIO_VSOCK_F_STREAM and VIRTIO_VSOCK_F_SEQPACKET (virtio 1.3 section 5.10.3).
 const F_STREAM: u64 = 1 << 0;
 const F_SEQPACKET: u64 = 1 << 1;
-/// Buffers given back before the driver is told, when there are more to come.
+/// Buffers returned before the driver is notified, if more follow.
 const BATCH: usize = 16;
 
 /// The guest's side.
@@ -49,14 +49,14 @@ struct Active {
     interrupt: Arc<dyn Interrupt>,
 }
 
-/// Why a part of a turn ended.
+/// Reason why a part of a turn ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Pause {
-    /// There is nothing to do.
+    /// No work is left.
     Idle,
     /// It waits for receive buffers of the guest.
     Buffers,
-    /// It was long enough.
+    /// Its budget is used up.
     Budget,
 }
 
@@ -65,15 +65,15 @@ pub struct Vsock {
     config: VsockConfig,
     muxer: Muxer,
     mailbox: Arc<Mailbox>,
-    /// Room for what is taken out of the mailbox.
+    /// Buffer for the commands of the mailbox.
     commands: Vec<Command>,
-    /// Wakes the device when there is something in the mailbox.
+    /// Registration of the mailbox, which wakes the device.
     registered: Option<Registered<Arc<Mailbox>>>,
     active: Option<Active>,
     queues: Vec<Queue>,
-    /// The guest knows sockets that keep messages apart.
+    /// The guest has negotiated seqpacket sockets.
     seqpacket: bool,
-    /// The driver broke a queue, and has not reset the device since.
+    /// The driver corrupted a queue, and has not reset the device since.
     failed: bool,
     receiver: Receiver,
     gathered: Gathered,
@@ -81,28 +81,27 @@ pub struct Vsock {
     spans: Vec<Span>,
     reset: TransportReset,
     quiesced_at: Option<Instant>,
-    /// When the guest's notification that is being served came, if that is
-    /// measured.
+    /// Time of the guest's notification that is being served, if it is measured.
     kicked: Option<Instant>,
 }
 
 impl Drop for Vsock {
     fn drop(&mut self) {
-        // Whoever asks from now on is refused; who waits is told by dropping.
+        // Later requests are refused; dropping the waiting ones notifies their requesters.
         drop(self.mailbox.commands.close());
         self.muxer.clear(None);
     }
 }
 
 impl Vsock {
-    /// Makes a device and a handle for host code.
+    /// Creates a device and a handle for host code.
     ///
     /// # Errors
-    /// A configuration out of range, or no descriptors to be had.
+    /// A configuration out of range, or no descriptors available.
     pub fn new(config: VsockConfig) -> Result<(Arc<Mutex<Self>>, MuxerHandle), SetUpError> {
         config.check()?;
         let failed = |operation| move |source| SetUpError::Io { operation, source };
-        let wake = new_eventfd().map_err(failed("make an eventfd"))?;
+        let wake = new_eventfd().map_err(failed("create an eventfd"))?;
         let mailbox = Arc::new(Mailbox::new(wake, config.max_connections));
         let muxer = Muxer::new(config, Arc::clone(&mailbox));
         let device = Self {
@@ -126,7 +125,7 @@ impl Vsock {
         Ok((Arc::new(Mutex::new(device)), MuxerHandle { mailbox }))
     }
 
-    /// One turn of work.
+    /// Runs one turn of work.
     fn turn(&mut self, registry: &mut dyn Registry) {
         self.take_commands(registry);
         let Some(active) = self.active.take() else {
@@ -143,21 +142,22 @@ impl Vsock {
         }
     }
 
-    /// Serves both directions; says whether there is more to do right away.
+    /// Serves both directions; returns true if there is more work to do immediately.
     fn serve(&mut self, active: &Active, registry: &mut dyn Registry) -> Result<bool, QueueError> {
         self.proceed_with_reset(active)?;
-        // Credit comes with what the guest sent.
+        // The guest's packets carry credit, so they come first.
         let sent = self.transmit(active, registry)?;
         let received = self.receive(active, registry)?;
         self.publish(active, TX)?;
         self.publish(active, RX)?;
         self.publish(active, EVENT)?;
-        // Resets may have found their buffers, so that the guest can be heard again.
+        // Resets may have used buffers, so that packets of the guest can be handled again.
         let heard = sent == Pause::Buffers && self.muxer.has_room();
         Ok(heard || sent == Pause::Budget || received == Pause::Budget)
     }
 
-    /// Tells the driver of the buffers of a queue that were given back.
+    /// Publishes the returned buffers of a queue, and notifies the driver if it wants to be
+    /// notified.
     fn publish(&mut self, active: &Active, index: usize) -> Result<(), QueueError> {
         let queue = self.queues.get_mut(index).filter(|queue| queue.ready);
         if let Some(queue) = queue
@@ -170,12 +170,13 @@ impl Vsock {
         Ok(())
     }
 
-    /// The driver broke a queue: nothing goes on until it resets the device.
+    /// Handles a queue that the driver corrupted: the device stops until the driver resets
+    /// it.
     fn fail(&mut self, active: &Active, error: QueueError, registry: &mut dyn Registry) {
         let reason = error.to_string();
         self.failed = true;
         active.interrupt.needs_reset(&reason);
-        // Before the streams end, so that it explains why.
+        // Before the streams end, so that the reason is known.
         self.mailbox.failed(&reason);
         self.muxer.clear(Some(registry));
         self.receiver.forget();
@@ -204,7 +205,7 @@ impl Vsock {
                 return;
             }
         } else if readiness.writable {
-            // It need not be told any more.
+            // Its writability need not be reported any more.
             self.muxer.watch_writing(slot, registry);
         }
         if over && let Some(connection) = self.muxer.get(slot) {
@@ -221,7 +222,7 @@ impl Vsock {
         if self.registered.is_some() {
             return;
         }
-        // Each signal is told once, and nothing need be read.
+        // Edge-triggered: each signal is reported once, and nothing need be read.
         let edge = Interest {
             edge: true,
             ..Interest::READ
@@ -289,7 +290,7 @@ impl VirtioDevice for Vsock {
             let all = Readiness {
                 readable: true,
                 writable: true,
-                // There may be an end behind the bytes.
+                // An end may follow the bytes.
                 hangup: true,
                 ..Readiness::default()
             };
@@ -299,8 +300,7 @@ impl VirtioDevice for Vsock {
     }
 
     fn queue_notified(&mut self, _index: usize, registry: &mut dyn Registry) {
-        // All queues are looked at: room for resets may have come with receive
-        // buffers.
+        // Serves all queues: receive buffers may have made room for resets.
         let begun = self.mailbox.profiler.begin();
         self.kicked = begun;
         self.turn(registry);
@@ -343,7 +343,7 @@ impl VirtioDevice for Vsock {
     }
 
     fn quiesce(&mut self, registry: &mut dyn Registry) {
-        // Buffers that were taken and are not used are the driver's again.
+        // Unused buffers are returned to the driver.
         if let Some(queue) = self.queues.get_mut(RX) {
             self.receiver.give_back(queue);
         }
@@ -368,9 +368,9 @@ impl VirtioDevice for Vsock {
 
     fn restore(&mut self, payload: &DevicePayload) -> Result<(), ActivateError> {
         payload.expect("vsock", 2)?;
-        // Ports go on from where they were: Linux does not forget a connection
-        // that a transport reset ended before its process closes the socket, and
-        // refuses another one with the same ports until then.
+        // Ports continue from their saved position: Linux does not forget a connection that
+        // a transport reset ended before its process closes the socket, and refuses another
+        // one with the same ports until then.
         let saved = Saved::decode(&payload.bytes).ok_or_else(|| ActivateError::Payload {
             kind: "vsock".to_owned(),
             reason: "it is malformed".to_owned(),
@@ -387,7 +387,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_restored_device_takes_no_port_that_the_guest_may_remember() {
+    fn a_restored_device_uses_no_port_that_the_guest_may_remember() {
         let (saved, _handle) = Vsock::new(VsockConfig::default()).unwrap();
         let mut saved = saved.lock().unwrap();
         let used: Vec<u32> = (0..3).map(|_| saved.muxer.free_port(1024)).collect();

@@ -1,25 +1,24 @@
-//! Connections that belong together: limited, counted, waited for and ended
-//! together.
+//! Groups of connections: limited, counted, awaited and ended together.
 //!
-//! Whoever opens connections for others (a frontend) makes each of them a member
-//! of its [`Group`]. Groups can share a [`Limit`], such as the descriptors that a
-//! process may have.
+//! A component that opens connections for others (a frontend) makes each of them a member
+//! of its [`Group`]. Groups can share a [`Limit`], such as the number of descriptors of a
+//! process.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-/// Called once when what was waited for has come, on whatever thread brought it:
-/// short.
+/// Called once when the awaited event occurs, on the thread that causes it; must return
+/// quickly.
 pub type Waker = Box<dyn FnOnce() + Send>;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Nothing panics while it holds one of these.
+    // Nothing panics with one of these locks held.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A number of things, such as file descriptors, that several groups share.
-/// Clones are the same limit.
+/// A number of resources, such as file descriptors, that several groups share. Clones refer
+/// to the same limit.
 #[derive(Clone)]
 pub struct Limit(Arc<Mutex<Pool>>);
 
@@ -29,7 +28,7 @@ struct Pool {
 }
 
 impl Limit {
-    /// So many, all of them free.
+    /// Creates a limit of `total` resources, all of them free.
     #[must_use]
     pub fn new(total: usize) -> Self {
         Self(Arc::new(Mutex::new(Pool {
@@ -38,19 +37,19 @@ impl Limit {
         })))
     }
 
-    /// As many as anybody wants.
+    /// Creates a limit that is never reached.
     #[must_use]
     pub fn none() -> Self {
         Self::new(usize::MAX)
     }
 
-    /// How many are free now.
+    /// Returns the number of free resources.
     #[must_use]
     pub fn free(&self) -> usize {
         lock(&self.0).free
     }
 
-    /// Takes `count` of them, all or none.
+    /// Takes `count` resources, all or none.
     #[must_use]
     pub fn take(&self, count: usize) -> Option<Permit> {
         let mut pool = lock(&self.0);
@@ -61,11 +60,11 @@ impl Limit {
         })
     }
 
-    /// Takes `count` of them, or has `wake` called when some are given back: then
-    /// is the time to try again.
+    /// Takes `count` resources, or arranges a call of `wake` when some become free; the
+    /// caller then tries again.
     ///
     /// # Errors
-    /// There are not as many.
+    /// Fewer are free.
     pub fn take_or_wait(
         &self,
         count: usize,
@@ -99,7 +98,7 @@ impl std::fmt::Debug for Limit {
 #[error("the limit is reached")]
 pub struct Full;
 
-/// A share of a [`Limit`], given back when this is dropped.
+/// A share of a [`Limit`], which dropping returns.
 #[derive(Debug)]
 pub struct Permit {
     limit: Limit,
@@ -113,7 +112,7 @@ impl Drop for Permit {
             pool.free += self.count;
             std::mem::take(&mut pool.waiting)
         };
-        // Not in the lock: they may take what has become free.
+        // Without the lock: the callbacks may take the free resources.
         for wake in woken {
             wake();
         }
@@ -130,13 +129,13 @@ struct Counts {
 #[derive(Default)]
 struct Shared {
     counts: Mutex<Counts>,
-    /// Signalled when there is no member left.
+    /// Signalled when no member is left.
     idle: Condvar,
     to_guest: AtomicU64,
     from_guest: AtomicU64,
 }
 
-/// Connections that belong together. Clones are the same group.
+/// Connections that belong together. Clones refer to the same group.
 #[derive(Clone, Default)]
 pub struct Group(Arc<Shared>);
 
@@ -158,13 +157,13 @@ impl PartialEq for Group {
 impl Eq for Group {}
 
 impl Group {
-    /// A group without members.
+    /// Creates a group without members.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// A new member, which holds `permit` for as long as it is one.
+    /// Creates a member, which holds `permit` while it exists.
     #[must_use]
     pub fn join(&self, permit: Option<Permit>) -> Member {
         lock(&self.0.counts).active += 1;
@@ -176,32 +175,31 @@ impl Group {
         }
     }
 
-    /// Members now.
+    /// Returns the number of members.
     #[must_use]
     pub fn active(&self) -> usize {
         lock(&self.0.counts).active
     }
 
-    /// Members to whose host side the guest may still have something to say.
+    /// Returns the number of members whose host side may still receive data of the guest.
     #[must_use]
     pub fn undelivered(&self) -> usize {
         lock(&self.0.counts).undelivered
     }
 
-    /// Bytes that members, past ones too, have sent to the guest.
+    /// Returns the bytes that members, including past ones, have sent to the guest.
     #[must_use]
     pub fn to_guest(&self) -> u64 {
         self.0.to_guest.load(Ordering::Relaxed)
     }
 
-    /// Bytes that members, past ones too, have got from the guest.
+    /// Returns the bytes that members, including past ones, have received from the guest.
     #[must_use]
     pub fn from_guest(&self) -> u64 {
         self.0.from_guest.load(Ordering::Relaxed)
     }
 
-    /// Waits until there are no members. `false` when there still are at the
-    /// deadline.
+    /// Waits until there are no members. Returns false if there are some at the deadline.
     #[must_use]
     pub fn wait_idle(&self, deadline: Instant) -> bool {
         let mut counts = lock(&self.0.counts);
@@ -216,8 +214,8 @@ impl Group {
         true
     }
 
-    /// Has `wake` called as soon as nothing that the guest has to say is left
-    /// undelivered: at once if that is so.
+    /// Calls `wake` once no data of the guest are left undelivered: immediately if none
+    /// are.
     pub fn when_delivered(&self, wake: impl FnOnce() + Send + 'static) {
         let mut counts = lock(&self.0.counts);
         if counts.undelivered > 0 {
@@ -250,7 +248,7 @@ impl Group {
     }
 }
 
-/// A connection's membership in a [`Group`]; it ends when this is dropped.
+/// A connection's membership in a [`Group`], which dropping ends.
 #[derive(Debug)]
 pub struct Member {
     group: Group,
@@ -261,7 +259,7 @@ pub struct Member {
 }
 
 impl Member {
-    /// What it is a member of.
+    /// Returns the group.
     #[must_use]
     pub fn group(&self) -> &Group {
         &self.group
@@ -272,20 +270,20 @@ impl Member {
         self.group.0.to_guest.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// Counts bytes that came from the guest.
+    /// Counts bytes received from the guest.
     pub fn count_from_guest(&self, bytes: u64) {
         self.group.0.from_guest.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// The guest is asked for the connection, and may have something to say from
-    /// now on.
+    /// Marks the connection as requested: the guest may have data for the host from now on.
     pub fn begin(&mut self) {
         if !std::mem::replace(&mut self.has_begun, true) {
             lock(&self.group.0.counts).undelivered += 1;
         }
     }
 
-    /// All that the guest had to say has reached the host's socket.
+    /// Marks the connection as delivered: all data of the guest have reached the host's
+    /// socket.
     pub fn delivered(&mut self) {
         if self.has_begun && !std::mem::replace(&mut self.delivered, true) {
             self.group.delivered();
@@ -308,7 +306,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_share_is_given_back_and_whoever_waits_is_told() {
+    fn a_dropped_permit_is_free_again_and_waiters_are_notified() {
         let limit = Limit::new(3);
         let first = limit.take(2).unwrap();
         assert!(limit.take(2).is_none());
@@ -319,7 +317,7 @@ mod tests {
         drop(first);
         told.try_recv().unwrap();
         assert_eq!(limit.free(), 3);
-        let all = limit.take_or_wait(3, || panic!("there is no need to wait"));
+        let all = limit.take_or_wait(3, || panic!("it need not wait"));
         assert_eq!(limit.free(), 0);
         drop(all);
     }

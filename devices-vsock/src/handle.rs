@@ -1,4 +1,4 @@
-//! How host code asks the muxer for streams, from any thread.
+//! Requests of host code to the muxer, from any thread.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,11 +13,11 @@ use crate::inbox::{Inbox, Refused};
 use crate::profile::Profiler;
 use crate::stats::{Counters, Stats};
 
-/// Why a connection to the guest did not come about.
+/// Reason why a connection to the guest was not established.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 pub enum ConnectError {
-    /// Nothing in the guest listens on that vsock port.
-    #[error("nothing in the guest listens on that port")]
+    /// No socket in the guest listens on that vsock port.
+    #[error("no socket in the guest listens on that port")]
     Refused,
     /// The guest answered the forward header with this status byte.
     #[error("the guest answered with status {0}")]
@@ -34,39 +34,39 @@ pub enum ConnectError {
     /// The host's end was closed before the guest answered.
     #[error("the host's end was closed before the guest answered")]
     HungUp,
-    /// The host's end is no stream or seqpacket socket, or cannot be waited for.
-    #[error("the host's end is no socket that can be used")]
+    /// The host's end is no stream or seqpacket socket, or cannot be polled.
+    #[error("the host's end is not a usable socket")]
     Unusable,
-    /// The guest's driver does not know sockets that keep messages apart.
+    /// The guest's driver has not negotiated seqpacket sockets.
     #[error("the guest has no seqpacket sockets")]
     Unsupported,
 }
 
-/// Told once how a connection attempt ended, with the host's port of a connection
-/// before any of its bytes come. Runs on the event loop, or at once on the thread
-/// that asks when the request cannot even be queued: short.
+/// Called once with the result of a connection attempt; on success with the host's port,
+/// before any data of the connection. Runs on the event loop, or on the requesting thread
+/// if the request cannot be queued; must return quickly.
 pub type OnResult = Box<dyn FnOnce(Result<u32, ConnectError>) + Send>;
 
-/// Particulars of a connection to the guest.
+/// Options of a connection to the guest.
 #[derive(Default)]
 pub struct ConnectOptions {
     /// Bytes sent to the guest before those of the stream.
     pub preamble: Vec<u8>,
-    /// The guest's first byte is a status, not data: 0 is success, anything else
-    /// ends the attempt with [`ConnectError::Status`].
+    /// The guest's first byte is a status, not data: 0 is success, any other value ends the
+    /// attempt with [`ConnectError::Status`].
     pub status_reply: bool,
-    /// The time beyond [`crate::VsockConfig::answer_timeout`] and
-    /// [`crate::VsockConfig::status_timeout`] that the guest may take, because it was told
-    /// to wait for something.
+    /// Time in addition to [`crate::VsockConfig::answer_timeout`] and
+    /// [`crate::VsockConfig::status_timeout`] that the guest may take, because the preamble
+    /// makes it wait for something.
     pub wait: Duration,
-    /// Told how the attempt ended.
+    /// Called with the result of the attempt.
     pub on_result: Option<OnResult>,
-    /// Kept for as long as the connection lives.
+    /// Kept as long as the connection exists.
     pub member: Option<Member>,
 }
 
-/// What is to be told of an attempt; told [`ConnectError::Reset`] if it is dropped
-/// before anything was.
+/// Callback for the result of an attempt; called with [`ConnectError::Reset`] if it is
+/// dropped before.
 pub(crate) struct Report(Option<OnResult>);
 
 impl Report {
@@ -74,7 +74,7 @@ impl Report {
         Self(None)
     }
 
-    /// Tells it, if nothing was told yet.
+    /// Calls the callback, unless it was called before.
     pub(crate) fn tell(&mut self, result: Result<u32, ConnectError>) {
         if let Some(tell) = self.0.take() {
             tell(result);
@@ -88,33 +88,33 @@ impl Drop for Report {
     }
 }
 
-/// Whether a socket keeps messages apart.
+/// Type of a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SocketKind {
-    /// Bytes (`SOCK_STREAM`).
+    /// Byte stream (`SOCK_STREAM`).
     Stream,
-    /// Messages (`SOCK_SEQPACKET`).
+    /// Sequence of messages (`SOCK_SEQPACKET`).
     SeqPacket,
 }
 
-/// A connection that the guest wants to open.
+/// A connection that the guest requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct GuestStream {
     /// The guest's own port.
     pub guest_port: u32,
-    /// The host port it asks for.
+    /// The requested host port.
     pub host_port: u32,
-    /// What kind of socket must answer.
+    /// The required type of socket.
     pub kind: SocketKind,
 }
 
-/// What answers a guest's request.
+/// Positive answer to a guest's request.
 #[derive(Debug)]
 pub struct Accepted {
-    /// One end of a socket of the kind asked for.
+    /// One end of a socket of the requested type.
     pub socket: OwnedFd,
-    /// Kept for as long as the connection lives.
+    /// Kept as long as the connection exists.
     pub member: Option<Member>,
 }
 
@@ -127,13 +127,14 @@ impl From<OwnedFd> for Accepted {
     }
 }
 
-/// Answers a guest's request, or refuses it. Runs on the event loop: short.
+/// Accepts or refuses a guest's request. Runs on the event loop; must return quickly.
 pub type Acceptor = Box<dyn FnMut(GuestStream) -> Option<Accepted> + Send>;
 
-/// Told when the device has failed: why. Runs on the event loop: short.
+/// Called with the reason when the device has failed. Runs on the event loop; must return
+/// quickly.
 pub type OnFailure = Box<dyn FnMut(&str) + Send>;
 
-/// A connection that host code asks for.
+/// A connection that host code requests.
 pub(crate) struct ConnectRequest {
     pub(crate) guest_port: u32,
     pub(crate) preamble: Vec<u8>,
@@ -148,7 +149,7 @@ pub(crate) enum Command {
     Connect(OwnedFd, ConnectRequest),
     Listen {
         id: u64,
-        /// All ports that no other acceptor is for, if `None`.
+        /// All ports without an acceptor of their own, if `None`.
         host_port: Option<u32>,
         acceptor: Acceptor,
     },
@@ -156,12 +157,12 @@ pub(crate) enum Command {
         id: u64,
         host_port: Option<u32>,
     },
-    /// End all connections of a group.
+    /// Ends all connections of a group.
     Cut(Group),
 }
 
 impl Command {
-    /// Asks for a connection of a group.
+    /// Returns true for the request of a connection of `group`.
     fn is_of(&self, group: &Group) -> bool {
         let member = match self {
             Self::Connect(_, request) => request.member.as_ref(),
@@ -171,7 +172,7 @@ impl Command {
     }
 }
 
-/// What handles and the device share.
+/// State shared by handles and the device.
 pub(crate) struct Mailbox {
     pub(crate) commands: Inbox<Command>,
     pub(crate) counters: Counters,
@@ -189,7 +190,7 @@ impl AsFd for Mailbox {
 }
 
 impl Mailbox {
-    /// `most` requests for connections may wait.
+    /// Creates a mailbox in which `most` requests for connections may wait.
     pub(crate) fn new(wake: OwnedFd, most: usize) -> Self {
         Self {
             commands: Inbox::new(),
@@ -205,7 +206,7 @@ impl Mailbox {
     fn send(&self, command: Command) {
         let most = match command {
             Command::Connect(..) => self.most,
-            // Only host code makes these, and few.
+            // Only host code sends these, and few.
             Command::Listen { .. } | Command::Unlisten { .. } | Command::Cut(_) => usize::MAX,
         };
         match self.commands.put(command, most) {
@@ -215,7 +216,7 @@ impl Mailbox {
                 self.counters.refused.add(1);
                 request.report.tell(Err(ConnectError::Limit));
             }
-            // Who asked is told by dropping it.
+            // Dropping the command notifies the requester.
             Err(_) => {}
         }
     }
@@ -241,10 +242,10 @@ impl std::fmt::Debug for MuxerHandle {
 }
 
 impl MuxerHandle {
-    /// Connects `stream`, any stream or seqpacket socket, to `guest_port`. It is
-    /// made non-blocking, and closed when the connection ends or cannot be made. A
-    /// request made before the guest's driver is ready waits for it, as long as an
-    /// answer may take; one made after the driver has failed is refused.
+    /// Connects `stream`, any stream or seqpacket socket, to `guest_port`. It becomes
+    /// non-blocking, and is closed when the connection ends or fails. A request that
+    /// precedes the guest's driver waits for it, up to the answer timeout; one that follows
+    /// a failure of the driver is refused.
     pub fn connect(&self, guest_port: u32, stream: OwnedFd, mut options: ConnectOptions) {
         if let Some(member) = &mut options.member {
             member.begin();
@@ -261,14 +262,14 @@ impl MuxerHandle {
         self.mailbox.send(Command::Connect(stream, request));
     }
 
-    /// Answers the guest's requests for `host_port`, in place of an earlier
-    /// acceptor, as long as what is returned lives.
+    /// Handles the guest's requests for `host_port` with `acceptor`, replacing an earlier
+    /// one, as long as the returned value exists.
     pub fn listen(&self, host_port: u32, acceptor: Acceptor) -> Listening {
         self.start_listening(Some(host_port), acceptor)
     }
 
-    /// Answers the guest's requests for all ports that have no acceptor of their
-    /// own, in place of an earlier acceptor, as long as what is returned lives.
+    /// Handles the guest's requests for all ports without an acceptor of their own,
+    /// replacing an earlier one, as long as the returned value exists.
     pub fn listen_to_others(&self, acceptor: Acceptor) -> Listening {
         self.start_listening(None, acceptor)
     }
@@ -288,38 +289,38 @@ impl MuxerHandle {
         }
     }
 
-    /// Ends all connections of a group that were asked for before, without waiting
-    /// for anything that is on its way; those that have not begun at once.
+    /// Ends all connections of a group that were requested before, without waiting for data
+    /// in flight; requests that the device has not taken end immediately.
     pub fn cut(&self, group: &Group) {
         let mailbox = &self.mailbox;
-        // Not in the lock: whoever waits for their end may ask for more.
+        // Without the lock: callbacks of the dropped requests may send commands.
         drop(mailbox.commands.take_out(|command| command.is_of(group)));
         mailbox.send(Command::Cut(group.clone()));
     }
 
-    /// Has `tell` called with the reason whenever the device fails, because of what
-    /// its driver does: all connections are over then, and there are no others
-    /// until the driver resets the device. In place of an earlier one.
+    /// Sets a callback for failures of the device that its driver causes: all connections
+    /// have then ended, and no others are possible until the driver resets the device.
+    /// Replaces an earlier callback.
     pub fn on_failure(&self, tell: OnFailure) {
         let place = self.mailbox.on_failure.lock();
         *place.unwrap_or_else(PoisonError::into_inner) = Some(tell);
     }
 
-    /// Counters, as of now.
+    /// Returns the current counters.
     #[must_use]
     pub fn stats(&self) -> Stats {
         self.mailbox.counters.read()
     }
 
-    /// Where the time goes; it measures when it is told to.
+    /// Returns the profiler, which measures once it is started.
     #[must_use]
     pub fn profiler(&self) -> &Profiler {
         &self.mailbox.profiler
     }
 }
 
-/// An acceptor in its place; it leaves it when this is dropped. Connections that
-/// it made go on.
+/// Registration of an acceptor; dropping it removes the acceptor. Connections that it
+/// accepted continue.
 #[must_use = "nothing is accepted any more once this is dropped"]
 pub struct Listening {
     mailbox: Option<Arc<Mailbox>>,
@@ -336,7 +337,7 @@ impl std::fmt::Debug for Listening {
 }
 
 impl Listening {
-    /// Leaves the acceptor in its place for the life of the device.
+    /// Keeps the acceptor registered as long as the device exists.
     pub fn forever(mut self) {
         self.mailbox = None;
     }
@@ -359,12 +360,12 @@ mod tests {
     use sm_event_loop::new_eventfd;
 
     #[test]
-    fn a_failure_is_told_after_one_that_panicked() {
+    fn a_failure_is_reported_after_one_whose_callback_panicked() {
         let mailbox = Arc::new(Mailbox::new(new_eventfd().unwrap(), 8));
         let handle = MuxerHandle {
             mailbox: Arc::clone(&mailbox),
         };
-        handle.on_failure(Box::new(|_| panic!("of a test")));
+        handle.on_failure(Box::new(|_| panic!("in a test")));
         let failing = Arc::clone(&mailbox);
         std::thread::spawn(move || failing.failed("first"))
             .join()

@@ -1,4 +1,4 @@
-//! A host socket, as the muxer uses it: never waits, never raises a signal.
+//! A host socket for the muxer: never blocks, never raises a signal.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -17,19 +17,19 @@ use sm_virtio::queue::Span;
 
 use crate::handle::SocketKind;
 
-/// What came of reading or writing.
+/// Result of reading or writing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Moved {
-    /// So many bytes.
+    /// This number of bytes.
     Bytes(u32),
-    /// Nothing now; there will be an event.
+    /// Nothing now; an event will follow.
     Nothing,
-    /// Nothing now, as the system lacks memory. No event says when it has some
-    /// again, so that is for the caller to try.
+    /// Nothing now, because the system lacks memory. No event reports available memory, so
+    /// the caller must retry.
     Later,
-    /// Nothing any more: the end of the stream, or nobody who would read.
+    /// Permanently nothing: the end of the stream, or a peer that does not read.
     Over,
-    /// Nothing any more in either direction, as the socket is broken.
+    /// Permanently nothing in both directions: the socket is broken.
     Broken,
 }
 
@@ -37,9 +37,9 @@ pub(crate) enum Moved {
 pub(crate) struct HostSocket {
     fd: OwnedFd,
     pub(crate) kind: SocketKind,
-    /// A read that fills less than it could has taken all there was, unless it
-    /// stopped at something that came along or at a mark (urgent data). Of a unix
-    /// socket that is told of its peer's credentials that cannot be said.
+    /// True if a short read has taken all available bytes, unless it stopped at ancillary
+    /// data or at a mark (urgent data). Not known for a Unix socket that receives its
+    /// peer's credentials.
     short_is_all: bool,
 }
 
@@ -50,10 +50,10 @@ impl AsFd for HostSocket {
 }
 
 impl HostSocket {
-    /// Makes a socket of the host ready for use.
+    /// Prepares a socket of the host for use.
     ///
     /// # Errors
-    /// It is no socket, or of a kind that makes no sense here.
+    /// The descriptor is not a socket, or is a socket of another type.
     pub(crate) fn new(fd: OwnedFd, largest_message: u32) -> io::Result<Self> {
         let kind = match socket_type(&fd)? {
             SocketType::STREAM => SocketKind::Stream,
@@ -67,8 +67,8 @@ impl HostSocket {
             _ => false,
         };
         if kind == SocketKind::Stream {
-            // Virtio sockets have no urgent data: such a byte stays in its place.
-            // Refused where there is none.
+            // Virtio sockets have no urgent data: such a byte stays in the stream. Sockets
+            // without urgent data refuse the option.
             let _ = set_socket_oobinline(&fd, true);
         }
         if kind == SocketKind::SeqPacket {
@@ -82,14 +82,14 @@ impl HostSocket {
         })
     }
 
-    /// Reads into guest memory that has room for `room` bytes; also says whether
-    /// there may be more.
+    /// Reads into guest memory that has room for `room` bytes; also returns true if there
+    /// may be more.
     pub(crate) fn read(&self, memory: &GuestMemory, spans: &[Span], room: u32) -> (Moved, bool) {
         loop {
             let moved = match iov::receive(memory, spans, self.fd.as_fd()) {
                 Ok(received) if received.len == 0 => Moved::Over,
                 Ok(received) => {
-                    // Not more than the spans hold, which is below a u32.
+                    // At most the length of the spans, which is less than a u32.
                     let len = u32::try_from(received.len).unwrap_or(0);
                     let more = len >= room
                         || received.stopped
@@ -100,19 +100,18 @@ impl HostSocket {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => Moved::Nothing,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) if lacks_memory(Errno::from_io_error(&error)) => Moved::Later,
-                // Gone for good (ECONNRESET and the like).
+                // Permanent (ECONNRESET and others).
                 Err(_) => Moved::Broken,
             };
             return (moved, false);
         }
     }
 
-    /// Reads the next message; `Bytes` is its length, which may be more than there
-    /// was room for.
+    /// Reads the next message; `Bytes` is its length, which may exceed `room`.
     pub(crate) fn read_message(&self, room: &mut [u8]) -> Moved {
         loop {
             match rustix::net::recv(&self.fd, &mut *room, RecvFlags::TRUNC) {
-                // The end, or a message of no bytes.
+                // The end, or a message without bytes.
                 Ok((_, 0)) if self.has(PollFlags::RDHUP | PollFlags::HUP) => return Moved::Over,
                 Ok((_, len)) => return Moved::Bytes(u32::try_from(len).unwrap_or(u32::MAX)),
                 Err(Errno::AGAIN) => return Moved::Nothing,
@@ -138,7 +137,7 @@ impl HostSocket {
         }
     }
 
-    /// Writes bytes that were kept.
+    /// Writes stored bytes.
     pub(crate) fn write_kept(&self, slices: &[io::IoSlice<'_>]) -> Moved {
         loop {
             let mut control = SendAncillaryBuffer::default();
@@ -158,29 +157,29 @@ impl HostSocket {
         polling.is_ok() && polled.iter().any(|fd| fd.revents().intersects(flags))
     }
 
-    /// The peer neither sends nor reads any more. A TCP peer that is gone cannot
-    /// be told from one that is done sending, until it answers by a reset.
+    /// Returns true if the peer neither sends nor reads any more. A TCP peer that is gone
+    /// looks like one that only stopped sending, until it sends a reset.
     pub(crate) fn is_gone(&self) -> bool {
         self.has(PollFlags::HUP | PollFlags::ERR)
     }
 
-    /// There is something to be read besides an end.
+    /// Returns true if there are bytes to read.
     pub(crate) fn has_bytes(&self) -> bool {
         rustix::io::ioctl_fionread(&self.fd).is_ok_and(|count| count > 0)
     }
 
     pub(crate) fn shut_down(&self, how: Shutdown) {
-        // Fails when the peer is gone, which is as good.
+        // Fails if the peer is gone; the effect is the same.
         let _ = shutdown(&self.fd, how);
     }
 }
 
-/// Whether a call failed for want of memory, which comes back.
+/// Returns true if a call failed for lack of memory, which is temporary.
 fn lacks_memory(error: Option<Errno>) -> bool {
     matches!(error, Some(Errno::NOBUFS | Errno::NOMEM))
 }
 
-/// A socket that refused bytes: a message that is too large for it is no end.
+/// Classifies an error of writing: a message that is too large is not an end of the stream.
 fn broken(too_large: bool) -> Moved {
     if too_large {
         Moved::Broken

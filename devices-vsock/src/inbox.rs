@@ -1,26 +1,26 @@
-//! Hands items from many threads to one that waits for a wake-up.
+//! Queue of items from many threads to one that waits for a wake-up.
 //!
-//! Whoever puts an item in and finds no wake-up on its way sends one; whoever
-//! takes items first says that the next one needs a wake-up of its own. Taking
-//! from an empty inbox costs one access to one flag. `tests/model.rs` looks at
-//! all ways in which threads may meet here.
+//! A thread that adds an item sends a wake-up unless one is pending; the receiver clears
+//! the pending flag before it takes items, so that the next item sends a new one. Taking
+//! from an empty inbox costs one access to the flag. `tests/model.rs` checks all
+//! interleavings of threads.
 
 use crate::sync::{AtomicBool, Mutex, Ordering};
 
-/// Items on their way.
+/// Items that have not been taken.
 pub(crate) struct Inbox<T> {
-    /// `None` when nobody will take any more.
+    /// `None` once the receiver is gone.
     items: Mutex<Option<Vec<T>>>,
-    /// A wake-up is on its way.
+    /// A wake-up is pending.
     woken: AtomicBool,
 }
 
-/// Why an item was not taken in.
+/// Reason why an item was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Refused {
-    /// Too many wait.
+    /// Too many items wait.
     Full,
-    /// Nobody will take it.
+    /// The receiver is gone.
     Closed,
 }
 
@@ -33,7 +33,7 @@ impl<T> Inbox<T> {
     }
 
     fn with<R>(&self, work: impl FnOnce(&mut Option<Vec<T>>) -> R) -> R {
-        // Nothing panics while it holds the lock.
+        // Nothing panics with the lock held.
         let mut items = match self.items.lock() {
             Ok(items) => items,
             Err(poisoned) => poisoned.into_inner(),
@@ -41,11 +41,11 @@ impl<T> Inbox<T> {
         work(&mut items)
     }
 
-    /// Puts an item in, unless `most` wait already; `Ok(true)` asks the caller to
-    /// wake whoever takes them.
+    /// Adds an item, unless `most` wait already; `Ok(true)` means that the caller must wake
+    /// the receiver.
     ///
     /// # Errors
-    /// The item, and why it was not taken in.
+    /// The item, and the reason of its refusal.
     pub(crate) fn put(&self, item: T, most: usize) -> Result<bool, (T, Refused)> {
         self.with(|items| match items {
             None => Err((item, Refused::Closed)),
@@ -58,9 +58,9 @@ impl<T> Inbox<T> {
         Ok(!self.woken.swap(true, Ordering::AcqRel))
     }
 
-    /// Takes all items, into an empty list whose memory is used for the next.
+    /// Takes all items, into an empty list whose memory is reused for the next.
     pub(crate) fn take(&self, into: &mut Vec<T>) {
-        // Before the items: one that comes after them finds the flag down.
+        // Before the items: a later item finds the flag cleared.
         if self.woken.swap(false, Ordering::AcqRel) {
             self.with(|items| {
                 if let Some(items) = items {
@@ -70,7 +70,7 @@ impl<T> Inbox<T> {
         }
     }
 
-    /// Takes the items that wait and are `unwanted`.
+    /// Removes the waiting items that are `unwanted`.
     pub(crate) fn take_out(&self, unwanted: impl Fn(&T) -> bool) -> Vec<T> {
         self.with(|items| {
             let Some(items) = items else {
@@ -82,7 +82,7 @@ impl<T> Inbox<T> {
         })
     }
 
-    /// Takes all items, and no more from now on.
+    /// Takes all items, and refuses others from now on.
     pub(crate) fn close(&self) -> Vec<T> {
         self.with(Option::take).unwrap_or_default()
     }

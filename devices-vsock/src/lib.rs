@@ -1,13 +1,13 @@
-//! A virtio-vsock device (virtio 1.3 section 5.10) whose muxer moves bytes
-//! between host sockets and guest buffers.
+//! A virtio-vsock device (virtio 1.3 section 5.10) whose muxer moves bytes between host
+//! sockets and guest buffers.
 //!
-//! Bytes from the host are received straight into the guest's receive buffers,
-//! bytes from the guest sent straight out of its transmit buffers. Only what a host
-//! socket does not take at once is kept, within the credit window that the guest was
-//! granted, so that a slow reader stalls its own connection and nothing else.
+//! Bytes from the host are received directly into the guest's receive buffers, bytes from
+//! the guest are sent directly from its transmit buffers. Only bytes that a host socket
+//! does not accept immediately are stored, within the credit window that the guest was
+//! granted, so a slow reader blocks its own connection and no other.
 //!
-//! Host code reaches the guest through a [`MuxerHandle`]: it hands over one end
-//! of a stream socket and forgets about it.
+//! Host code reaches the guest through a [`MuxerHandle`]: it passes one end of a stream
+//! socket, and the device does the rest.
 #![warn(missing_docs)]
 
 #[cfg(doctest)]

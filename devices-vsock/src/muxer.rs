@@ -1,4 +1,4 @@
-//! The table of connections, what they share, and what becomes of them.
+//! The table of connections, their shared resources, and their life cycle.
 
 mod timers;
 
@@ -24,17 +24,17 @@ use crate::ready::Ready;
 
 pub(crate) use self::timers::{DEADLINE, RETRIES};
 
-/// First host port given to connections that the host opens.
+/// First host port of connections that the host opens.
 const FIRST_EPHEMERAL: u32 = 1 << 30;
-/// Resets without a connection that may wait for a receive buffer. When there
-/// are more, the guest's transmit queue waits.
+/// Maximum number of resets without a connection that wait for a receive buffer. Beyond it,
+/// the guest's transmit queue waits.
 const MAX_RESETS: usize = 256;
 
-/// A reset for something that is no connection.
+/// A reset for a packet without a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct StrayReset {
     pub(crate) key: Key,
-    /// The socket type of what it answers.
+    /// The socket type of the packet that it answers.
     pub(crate) kind: u16,
 }
 
@@ -45,19 +45,19 @@ struct Listener {
 
 pub(crate) struct Muxer {
     config: VsockConfig,
-    // Boxed, so that the table's own growth is cheap and leaves little unused.
+    // Boxed, so that the table's own growth is cheap and leaves little memory unused.
     connections: Vec<Option<Box<Connection>>>,
     free: Vec<u32>,
-    /// Not those that only drain: the guest has forgotten these, and may use the
-    /// ports again.
+    /// Without draining connections: the guest has forgotten these, and may use the ports
+    /// again.
     by_key: HashMap<Key, u32>,
-    /// Connections that want a receive buffer, in the order they are served.
+    /// Connections that need a receive buffer, in the order of service.
     pub(crate) ready: Ready,
     pub(crate) resets: VecDeque<StrayReset>,
     listeners: HashMap<Option<u32>, Listener>,
     pub(crate) pool: Pool,
     allowance: Allowance,
-    /// Where the search for a free ephemeral port begins.
+    /// Start of the search for a free ephemeral port.
     pub(crate) next_port: u32,
     pub(crate) mailbox: Arc<Mailbox>,
     told_of_limit: bool,
@@ -85,15 +85,15 @@ impl Muxer {
         self.connections.get_mut(slot as usize)?.as_deref_mut()
     }
 
-    /// A connection, and what it shares with others.
+    /// Returns a connection, and the pool that it shares with others.
     pub(crate) fn parts(&mut self, slot: u32) -> Option<(&mut Connection, &mut Pool)> {
         let connection = self.connections.get_mut(slot as usize)?.as_deref_mut()?;
         Some((connection, &mut self.pool))
     }
 
-    /// Slots in use or free: every slot number is below.
+    /// Returns the number of slots, in use or free: every slot number is less.
     pub(crate) fn slots(&self) -> u32 {
-        // At most as many as connections, which a u32 counts.
+        // At most the number of connections, which fits a u32.
         u32::try_from(self.connections.len()).unwrap_or(u32::MAX)
     }
 
@@ -105,14 +105,15 @@ impl Muxer {
         self.connections.len() - self.free.len()
     }
 
-    /// Queues a connection for a receive buffer.
+    /// Queues a connection for a receive buffer, if it needs one.
     pub(crate) fn queue(&mut self, slot: u32) {
         if self.get(slot).is_some_and(|it| it.wants_buffer()) {
             self.ready.push_back(slot);
         }
     }
 
-    /// Does what host code asked for. `refusal` is why nothing can be connected.
+    /// Executes a command of host code. `refusal` is the reason why no connection is
+    /// possible.
     pub(crate) fn command(
         &mut self,
         command: Command,
@@ -173,7 +174,7 @@ impl Muxer {
         self.queue(slot);
     }
 
-    /// Whether there may be one more connection.
+    /// Returns true if one more connection is possible.
     fn has_place(&mut self) -> bool {
         if self.in_use() < self.config.max_connections {
             return true;
@@ -197,7 +198,7 @@ impl Muxer {
         let first = self.allowance.first();
         match socket.kind {
             SocketKind::Stream => first,
-            // A message must fit, and the window cannot wait for it.
+            // A message must fit, and the window cannot grow for it later.
             SocketKind::SeqPacket => {
                 let wanted = self.largest_message().saturating_sub(first);
                 self.allowance.more(first, wanted)
@@ -205,7 +206,7 @@ impl Muxer {
         }
     }
 
-    /// Registers the socket of a connection to be, under its slot.
+    /// Registers the socket of a future connection, under its slot.
     fn register(
         &mut self,
         socket: HostSocket,
@@ -238,9 +239,9 @@ impl Muxer {
         self.mailbox.counters.connections.set(self.in_use() as u64);
     }
 
-    /// A host port that no connection to `guest_port` has.
+    /// Returns a host port that no connection to `guest_port` uses.
     pub(crate) fn free_port(&mut self, guest_port: u32) -> u32 {
-        // Ends: there are more ports than connections.
+        // The loop ends: there are more ports than connections.
         loop {
             let port = FIRST_EPHEMERAL | self.next_port & (FIRST_EPHEMERAL - 1);
             self.next_port = self.next_port.wrapping_add(1);
@@ -311,26 +312,26 @@ impl Muxer {
                 tracing::warn!(
                     ?kind,
                     ?other,
-                    "what an acceptor gave is not what was asked for"
+                    "an acceptor returned another type of socket than requested"
                 );
                 None
             }
         }
     }
 
-    /// Owes the guest a reset for something that is no connection.
+    /// Queues a reset for a packet without a connection.
     pub(crate) fn reset_stray(&mut self, key: Key, kind: u16) {
         self.resets.push_back(StrayReset { key, kind });
     }
 
-    /// Whether the guest's next packet can be looked at: what it may cause to be
-    /// owed has room.
+    /// Returns true if the guest's next packet can be handled: a reset that it may cause
+    /// has room.
     pub(crate) fn has_room(&self) -> bool {
         self.resets.len() < MAX_RESETS
     }
 
-    /// Window and counter for the next packet of a connection, more of it if the
-    /// guest makes use of what it has.
+    /// Returns window and counter for the next packet of a connection, with a larger window
+    /// if the guest uses the one it has.
     pub(crate) fn announce(&mut self, slot: u32) -> (u32, u32) {
         let Some(connection) = self.connections.get_mut(slot as usize) else {
             return (0, 0);
@@ -347,7 +348,7 @@ impl Muxer {
         connection.announce()
     }
 
-    /// Forgets a connection; its socket is closed. Whoever waits for it is told
+    /// Removes a connection, and closes its socket. A requester that waits for it gets
     /// `outcome`.
     pub(crate) fn remove(&mut self, slot: u32, outcome: ConnectError, registry: &mut dyn Registry) {
         let place = self.connections.get_mut(slot as usize);
@@ -376,7 +377,7 @@ impl Muxer {
         }
     }
 
-    /// Ends a connection: the guest is owed a reset if it knows of it.
+    /// Ends a connection; the guest gets a reset if it knows the connection.
     pub(crate) fn abort(&mut self, slot: u32, outcome: ConnectError, registry: &mut dyn Registry) {
         let Some(connection) = self.get(slot) else {
             return;
@@ -400,8 +401,8 @@ impl Muxer {
         }
     }
 
-    /// Ends everything; the guest knows, or is gone. What it had sent is still
-    /// written, unless the event loop is gone too.
+    /// Ends all connections, without resets: the guest knows, or is gone. Its earlier data
+    /// are still written, unless the event loop is gone too.
     pub(crate) fn clear(&mut self, registry: Option<&mut dyn Registry>) {
         self.resets.clear();
         self.told_of_limit = false;
@@ -422,7 +423,7 @@ impl Muxer {
         }
     }
 
-    /// The socket did not take all: the event loop tells when it takes more.
+    /// Makes the event loop report writability while a backlog exists.
     pub(crate) fn watch_writing(&mut self, slot: u32, registry: &mut dyn Registry) {
         if let Some(connection) = self.get(slot)
             && connection.has_backlog() != connection.watches_writing
@@ -435,13 +436,13 @@ impl Muxer {
         }
     }
 
-    /// After bytes were written to a socket, or an end was told: what follows.
+    /// Continues after bytes were written to a socket, or a direction has ended.
     pub(crate) fn settle(&mut self, slot: u32, registry: &mut dyn Registry) {
         let Some(connection) = self.get(slot) else {
             return;
         };
         if connection.is_finished() {
-            // Which tells the guest unless it knows.
+            // Sends a reset unless the guest knows.
             self.abort(slot, ConnectError::Reset, registry);
             return;
         }
@@ -465,8 +466,8 @@ impl Muxer {
         self.queue(slot);
     }
 
-    /// Writes what is kept for a socket, as far as that takes it; `false` when the
-    /// connection ended by that.
+    /// Writes stored bytes to a socket, as far as it accepts them; returns false if the
+    /// connection ended thereby.
     pub(crate) fn flush(&mut self, slot: u32, registry: &mut dyn Registry) -> bool {
         let place = self.connections.get_mut(slot as usize);
         let Some(connection) = place.and_then(Option::as_deref_mut) else {
@@ -486,8 +487,8 @@ impl Muxer {
         sound
     }
 
-    /// The guest has ended a connection; what it had sent is still written. Whoever
-    /// waits for it is told `outcome`.
+    /// Handles the guest's end of a connection; its earlier data are still written. A
+    /// requester that waits for it gets `outcome`.
     pub(crate) fn guest_resets(
         &mut self,
         slot: u32,

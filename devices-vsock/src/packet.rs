@@ -1,6 +1,6 @@
 //! Packet headers (virtio 1.3 section 5.10.6).
 
-/// Bytes in a header.
+/// Length of a header in bytes.
 pub(crate) const HEADER_LEN: u32 = 44;
 /// Context identifier of the host.
 pub(crate) const HOST_CID: u64 = 2;
@@ -8,14 +8,14 @@ pub(crate) const HOST_CID: u64 = 2;
 pub(crate) const TYPE_STREAM: u16 = 1;
 /// A sequence of messages.
 pub(crate) const TYPE_SEQPACKET: u16 = 2;
-/// RW of a sequence of messages: the message ends here.
+/// RW of a sequence of messages: end of a message.
 pub(crate) const END_OF_MESSAGE: u32 = 1;
 /// SHUTDOWN: the sender will receive no more.
 pub(crate) const SHUTDOWN_RECEIVE: u32 = 1;
 /// SHUTDOWN: the sender will send no more.
 pub(crate) const SHUTDOWN_SEND: u32 = 2;
 
-/// What a packet is for.
+/// Operation of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
 pub(crate) enum Operation {
@@ -43,7 +43,7 @@ impl Operation {
     }
 }
 
-/// A header, in host terms.
+/// A header, in the host's byte order.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Header {
     pub(crate) src_cid: u64,
@@ -101,8 +101,8 @@ impl Header {
     }
 }
 
-/// Takes a field off the front; zero past the end, which does not happen: the
-/// fields add up to the header's length.
+/// Takes the first field; zero past the end, which does not occur: the fields add up to the
+/// header's length.
 fn take<const N: usize>(rest: &mut &[u8]) -> [u8; N] {
     match rest.split_first_chunk() {
         Some((field, later)) => {
@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn fields_sit_where_the_specification_says() {
+    fn fields_have_the_offsets_of_the_specification() {
         let bytes = Header {
             src_cid: 3,
             len: 0x0102_0304,

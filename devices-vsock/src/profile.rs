@@ -1,43 +1,43 @@
-//! Where the time goes: a histogram for each stage that bytes pass.
+//! Profiling: a histogram for each stage that bytes pass.
 //!
-//! Off, a stage costs the load of one flag. On, it costs two readings of the
-//! clock and a few additions without a lock.
+//! Off, a stage costs the load of one flag. On, it costs two readings of the clock and a
+//! few additions without a lock.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
-/// Buckets within each power of two: values are off by less than an eighth.
+/// Buckets within each power of two: the error of a value is less than an eighth.
 const FINE: usize = 8;
 /// Buckets for values below 2^40 ns, which is 18 minutes.
 const BUCKETS: usize = (40 - 3 + 1) * FINE;
 
-/// What is timed.
+/// A measured stage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
-    /// A frontend accepts a connection and hands it over.
+    /// A frontend accepts a connection and passes it on.
     Accept,
     /// A frontend that speaks TLS moves bytes between its two sides.
     Tls,
-    /// From asking the guest for a connection to its answer.
+    /// From the request for a connection to the guest's answer.
     Open,
     /// Reading from a host socket into the guest's buffers.
     SocketRead,
     /// Writing from the guest's buffers to a host socket.
     SocketWrite,
-    /// From the guest's notification to its bytes having been written to a host
-    /// socket, the time included that a slow one lets them wait.
+    /// From the guest's notification until its bytes are written to a host socket,
+    /// including the time that they wait for a slow one.
     GuestToHost,
-    /// Serving a notification of the guest's driver, all in all.
+    /// Serving a notification of the guest's driver, in total.
     GuestKick,
-    /// Serving a host socket that is ready, all in all.
+    /// Serving a ready host socket, in total.
     HostReady,
     /// Interrupting the guest.
     Interrupt,
 }
 
 impl Stage {
-    /// All of them, in the order in which they are shown.
+    /// All stages, in the order of display.
     pub const ALL: [Self; 9] = [
         Self::Accept,
         Self::Tls,
@@ -50,7 +50,7 @@ impl Stage {
         Self::Interrupt,
     ];
 
-    /// Its name.
+    /// Returns the stage's name.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -67,22 +67,22 @@ impl Stage {
     }
 }
 
-/// What a stage took, in nanoseconds.
+/// Durations of a stage, in nanoseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StageReport {
-    /// Which.
+    /// The stage.
     pub stage: Stage,
-    /// How often.
+    /// Number of measurements.
     pub count: u64,
-    /// All together.
+    /// Sum of all durations.
     pub total_ns: u64,
-    /// Not exceeded by half of them.
+    /// Median.
     pub p50_ns: u64,
-    /// Not exceeded by nine in ten.
+    /// 90th percentile.
     pub p90_ns: u64,
-    /// Not exceeded by 99 in a hundred.
+    /// 99th percentile.
     pub p99_ns: u64,
-    /// The longest.
+    /// Maximum.
     pub max_ns: u64,
 }
 
@@ -102,7 +102,7 @@ impl Default for Histogram {
     }
 }
 
-/// The bucket of a value; the last one for all that are too large.
+/// Returns the bucket of a value; the last one for values that are too large.
 fn bucket(value: u64) -> usize {
     let Some(exponent) = value.checked_ilog2().filter(|&exponent| exponent >= 3) else {
         return usize::try_from(value).unwrap_or(0);
@@ -111,7 +111,7 @@ fn bucket(value: u64) -> usize {
     ((exponent as usize - 2) * FINE + fine).min(BUCKETS - 1)
 }
 
-/// The largest value of a bucket.
+/// Returns the largest value of a bucket.
 fn upper(bucket: usize) -> u64 {
     if bucket < FINE {
         return bucket as u64;
@@ -166,16 +166,16 @@ impl Histogram {
     }
 }
 
-/// Times the stages, when it is asked to.
+/// Measures the stages while it is on.
 #[derive(Default)]
 pub struct Profiler {
     on: AtomicBool,
-    /// Made when it is needed first.
+    /// Created by the first start.
     stages: OnceLock<Box<[Histogram; Stage::ALL.len()]>>,
 }
 
 impl Profiler {
-    /// Forgets what was measured and begins anew.
+    /// Discards earlier measurements and starts to measure.
     pub fn start(&self) {
         for histogram in self.stages.get_or_init(Box::default).iter() {
             histogram.clear();
@@ -183,12 +183,12 @@ impl Profiler {
         self.on.store(true, Ordering::Release);
     }
 
-    /// Measures no more; what was measured stays.
+    /// Stops measuring; the measurements stay.
     pub fn stop(&self) {
         self.on.store(false, Ordering::Release);
     }
 
-    /// What was measured, of stages that occurred.
+    /// Returns the measurements of stages that occurred.
     #[must_use]
     pub fn report(&self) -> Vec<StageReport> {
         let Some(stages) = self.stages.get() else {
@@ -199,13 +199,13 @@ impl Profiler {
         reports.filter(|report| report.count > 0).collect()
     }
 
-    /// The beginning of a stage; `None` when nothing is measured.
+    /// Starts a stage; returns `None` if nothing is measured.
     #[must_use]
     pub fn begin(&self) -> Option<Instant> {
         self.on.load(Ordering::Relaxed).then(Instant::now)
     }
 
-    /// The end of a stage that began then.
+    /// Ends a stage that started at `begun`.
     pub fn end(&self, stage: Stage, begun: Option<Instant>) {
         if let Some(begun) = begun
             && let Some(histogram) = self
@@ -226,7 +226,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn stages_are_told_apart_and_only_while_it_is_on() {
+    fn stages_are_measured_separately_and_only_while_it_is_on() {
         let profiler = Profiler::default();
         profiler.end(Stage::Tls, profiler.begin());
         assert_eq!(profiler.report(), []);
@@ -248,7 +248,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_bucket_is_off_by_less_than_an_eighth(value in 0_u64..1 << 40) {
+        fn the_error_of_a_bucket_is_less_than_an_eighth(value in 0_u64..1 << 40) {
             let shown = upper(bucket(value));
             prop_assert!(shown >= value && shown - value <= value / 8, "{value} {shown}");
             prop_assert_eq!(bucket(shown), bucket(value));

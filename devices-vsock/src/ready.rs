@@ -1,7 +1,7 @@
-//! Who is served next: a queue of slots that each is in at most once, and that
-//! any slot leaves at no cost.
+//! Order of service: a queue of slots that contains each slot at most once, with removal in
+//! constant time.
 
-/// No slot.
+/// Number that stands for no slot.
 const NONE: u32 = u32::MAX;
 
 #[derive(Clone, Copy, Debug)]
@@ -38,7 +38,7 @@ impl Ready {
         self.links.get_mut(slot as usize)
     }
 
-    /// A slot that is new to the queue, made room for.
+    /// Makes room for a slot and marks it; returns false if it is queued already.
     fn enter(&mut self, slot: u32) -> bool {
         let needed = slot as usize + 1;
         if self.links.len() < needed {
@@ -53,7 +53,7 @@ impl Ready {
         queued.is_some_and(|queued| !std::mem::replace(queued, true))
     }
 
-    /// Puts a slot last, unless it is queued.
+    /// Adds a slot at the end, unless it is queued.
     pub(crate) fn push_back(&mut self, slot: u32) {
         if !self.enter(slot) {
             return;
@@ -68,7 +68,7 @@ impl Ready {
         }
     }
 
-    /// Puts a slot first, unless it is queued.
+    /// Adds a slot at the front, unless it is queued.
     pub(crate) fn push_front(&mut self, slot: u32) {
         if !self.enter(slot) {
             return;
@@ -83,7 +83,7 @@ impl Ready {
         }
     }
 
-    /// Takes the first slot.
+    /// Removes and returns the first slot.
     pub(crate) fn pop_front(&mut self) -> Option<u32> {
         let first = self.first;
         (first != NONE).then(|| {
@@ -92,7 +92,7 @@ impl Ready {
         })
     }
 
-    /// Takes a slot out, if it is queued.
+    /// Removes a slot, if it is queued.
     pub(crate) fn remove(&mut self, slot: u32) {
         let Some(link) = self.link(slot).filter(|link| link.queued) else {
             return;

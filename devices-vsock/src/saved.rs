@@ -1,8 +1,8 @@
-//! The device's saved state, version 2: the guest's CID, then the host port where the
-//! search for a free one goes on. Each is an unsigned LEB128 number, as postcard writes
-//! them, with which earlier versions did it.
+//! The device's saved state, version 2: the guest's CID, then the host port at which the
+//! search for a free one continues. Each is an unsigned LEB128 number, the encoding of
+//! postcard, which earlier versions used.
 
-/// See the module's documentation.
+/// Saved state, see the module's documentation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Saved {
     pub(crate) guest_cid: u64,
@@ -26,7 +26,7 @@ impl Saved {
         bytes
     }
 
-    /// The state that these bytes, and no more, stand for.
+    /// Decodes the state; `None` if the bytes encode none, or more than that.
     pub(crate) fn decode(mut bytes: &[u8]) -> Option<Self> {
         let guest_cid = number(&mut bytes)?;
         let next_port = u32::try_from(number(&mut bytes)?).ok()?;
@@ -37,7 +37,7 @@ impl Saved {
     }
 }
 
-/// Takes a number.
+/// Decodes and removes a number.
 fn number(bytes: &mut &[u8]) -> Option<u64> {
     let mut value = 0u64;
     for shift in (0..u64::BITS).step_by(7) {
@@ -86,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_state_is_refused() {
+    fn malformed_state_is_refused() {
         let too_large = [3, 255, 255, 255, 255, 16];
         let endless = [0xff; 16];
         let broken: [&[u8]; 6] = [&[], &[3], &[3, 0x80], &[3, 0, 0], &too_large, &endless];

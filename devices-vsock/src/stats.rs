@@ -1,4 +1,4 @@
-//! What the device has done, for anybody to read at any time.
+//! Counters of the device, readable from any thread at any time.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -15,7 +15,7 @@ impl Counter {
         self.0.store(value, Ordering::Relaxed);
     }
 
-    /// Nothing was counted so far.
+    /// Returns true if nothing was counted so far.
     pub(crate) fn is_first(&self) -> bool {
         self.get() == 0
     }
@@ -27,7 +27,7 @@ impl Counter {
 
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
-        /// Counters since the device was made.
+        /// Counters since the device was created.
         #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
         #[non_exhaustive]
         pub struct Stats {
@@ -48,22 +48,22 @@ macro_rules! counters {
 }
 
 counters! {
-    /// Connections open now, those included that only pass on their tail.
+    /// Connections open now, including those that only write their last bytes.
     connections,
-    /// Connections opened so far, or asked for.
+    /// Connections opened or requested so far.
     opened,
     /// Bytes read from host sockets into the guest.
     to_guest,
     /// Bytes taken from the guest for host sockets.
     from_guest,
-    /// Bytes of the guest that no host socket wanted any more.
+    /// Bytes of the guest that no host socket accepted any more.
     discarded,
-    /// Packets of the guest that made no sense and were answered by a reset.
+    /// Invalid packets of the guest, which were answered by a reset.
     malformed,
-    /// Requests, of either side, that were refused: nothing on the host wanted
-    /// them, or the limit of connections was reached.
+    /// Requests, of either side, that were refused: no socket on the host accepted them, or
+    /// the limit of connections was reached.
     refused,
-    /// Requests that the guest did not answer in time, ends that it did not
-    /// confirm, and tails that the host did not take.
+    /// Requests that the guest did not answer in time, ends that it did not confirm, and
+    /// last bytes that the host did not accept.
     timed_out,
 }

@@ -1,4 +1,4 @@
-//! What threads share, in one place, so that a model checker can take its place.
+//! Synchronisation primitives in one module, which a model checker can replace.
 
 pub(crate) use std::sync::Mutex;
 pub(crate) use std::sync::atomic::{AtomicBool, Ordering};

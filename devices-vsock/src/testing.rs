@@ -1,9 +1,9 @@
-//! A model of the guest's driver, for tests and benches: own queues in memory, no
+//! A model of the guest's driver, for tests and benches: queues in memory of its own, no
 //! VM. It follows the virtio specification, section 5.10.
 #![allow(
     clippy::unwrap_used,
     clippy::cast_possible_truncation,
-    reason = "a test that cannot go on is a failed test"
+    reason = "a test that cannot continue is a failed test"
 )]
 
 pub mod linux;
@@ -29,27 +29,27 @@ const HEADER: usize = 44;
 /// VIRTIO_VSOCK_F_SEQPACKET.
 const F_SEQPACKET: u64 = 1 << 1;
 const RX_BUFFER: u64 = 4096;
-/// As many as a Linux guest offers at least.
+/// The smallest number of receive buffers that a Linux guest offers.
 const RX_BUFFERS: u64 = 128;
 const RX_BASE: u64 = 0x10_0000;
 const TX_BASE: u64 = 0x20_0000;
 /// Packets that may be in the transmit queue at once, and the room for each.
 const SLOTS: u64 = 8;
-/// Where the queues are, and their sizes.
+/// Address of the queues, and their sizes.
 const QUEUES: u64 = 0x1_0000;
 const SIZES: [u16; 3] = [256, 32, 16];
 const SLOT_LEN: u64 = 0x1_1000;
-/// What a Linux guest sends at most in one packet.
+/// Longest data that a Linux guest sends in one packet.
 const PACKET: usize = 64 << 10;
-/// Guest memory; most of it is never touched.
+/// Length of guest memory; most of it is never touched.
 const MEMORY: usize = 32 << 20;
-/// Where a table of indirect descriptors goes.
+/// Address of a table of indirect descriptors.
 const TABLE: u64 = 0x38_0000;
-/// Where the buffer of the event queue is.
+/// Address of the buffer of the event queue.
 pub const EVENT_BASE: u64 = 0x30_0000;
 const GUEST: u64 = 3;
 const HOST: u64 = 2;
-/// How long a device may take before a test is given up.
+/// Timeout of a device in a test.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// The guest's port that [`Guest::connected`] uses.
 pub const PORT: u32 = 7;
@@ -65,12 +65,12 @@ pub struct Guest {
     /// The queue of events.
     pub event: DriverQueue,
     buffers: HashMap<u16, Span>,
-    /// For each host port, what may be sent now, and what was sent in all.
+    /// For each host port, the bytes that may be sent now, and those sent in total.
     room: HashMap<u32, u64>,
     sent: HashMap<u32, u64>,
-    /// For each host port, what was taken of it as the device was told.
+    /// For each host port, the bytes taken that were announced to the device.
     taken: HashMap<u32, u32>,
-    /// Packets in the transmit queue, and where the next one goes.
+    /// Packets in the transmit queue, and the slot of the next one.
     in_flight: u64,
     slot: u64,
     /// The host's side.
@@ -79,19 +79,19 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// A device and a driver that has started it.
+    /// Creates a device and a driver that has started it.
     ///
     /// # Panics
-    /// When the system refuses.
+    /// If the system refuses.
     #[must_use]
     pub fn new(config: VsockConfig) -> Self {
         Self::with_receive_buffers(config, RX_BUFFERS)
     }
 
-    /// As [`Self::new`], with that many receive buffers.
+    /// As [`Self::new`], with this number of receive buffers.
     ///
     /// # Panics
-    /// When the system refuses.
+    /// If the system refuses.
     #[must_use]
     pub fn with_receive_buffers(config: VsockConfig, count: u64) -> Self {
         let mut guest = Self::without_driver(config);
@@ -100,11 +100,10 @@ impl Guest {
         guest
     }
 
-    /// As [`Self::new`], with a driver that knows no sockets that keep messages
-    /// apart.
+    /// As [`Self::new`], with a driver without seqpacket sockets.
     ///
     /// # Panics
-    /// When the system refuses.
+    /// If the system refuses.
     #[must_use]
     pub fn with_streams_only(config: VsockConfig) -> Self {
         let mut guest = Self::without_driver(config);
@@ -131,10 +130,10 @@ impl Guest {
         self.driver.notify(0);
     }
 
-    /// A device whose driver has not started it: nothing can be sent or received.
+    /// Creates a device whose driver has not started it: nothing can be sent or received.
     ///
     /// # Panics
-    /// When the system refuses.
+    /// If the system refuses.
     #[must_use]
     pub fn without_driver(config: VsockConfig) -> Self {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
@@ -172,7 +171,7 @@ impl Guest {
     /// Sends a packet, and waits until the device has taken it.
     ///
     /// # Panics
-    /// When it does not.
+    /// If it does not.
     pub fn send(&mut self, packet: &Packet) {
         self.queue(packet, &packet.payload);
         self.flush();
@@ -181,13 +180,13 @@ impl Guest {
     /// Waits for a packet.
     ///
     /// # Panics
-    /// When none comes, or one that makes no sense.
+    /// If none arrives, or an invalid one.
     pub fn receive(&mut self) -> Packet {
         let (head, len) = self.driver.wait_used(&mut self.rx);
         self.open(head, len)
     }
 
-    /// Takes the packet out of a receive buffer, which is offered again.
+    /// Reads the packet in a receive buffer, and offers the buffer again.
     fn open(&mut self, head: u16, len: u32) -> Packet {
         let span = self.buffers.remove(&head).unwrap();
         let mut bytes = vec![0; len as usize];
@@ -199,31 +198,31 @@ impl Guest {
         packet
     }
 
-    /// A packet, if one has come.
+    /// Returns a packet, if one has arrived.
     ///
     /// # Panics
-    /// When it makes no sense.
+    /// If it is invalid.
     pub fn try_receive(&mut self) -> Option<Packet> {
         let (head, len) = self.rx.take_used()?;
         Some(self.open(head, len))
     }
 
-    /// Waits until the device has seen all that was told to it before.
+    /// Waits until the device has handled all earlier notifications.
     ///
     /// # Panics
-    /// When the event loop has stopped.
+    /// If the event loop has stopped.
     pub fn settle(&self) {
-        // In the order of the loop: a pause looks at everything first.
+        // In the order of the loop: a pause handles everything before it.
         self.driver.transport.quiesce().unwrap();
         self.driver.transport.unquiesce();
         self.driver.transport.quiesce().unwrap();
         self.driver.transport.unquiesce();
     }
 
-    /// Waits until the counters are as they should be.
+    /// Waits until the counters satisfy a condition.
     ///
     /// # Panics
-    /// When that takes a minute.
+    /// If that takes a minute.
     pub fn wait_until(&self, wanted: impl Fn(&Stats) -> bool) {
         let begun = Instant::now();
         while !wanted(&self.muxer.stats()) {
@@ -235,16 +234,16 @@ impl Guest {
     /// Puts a packet into the transmit queue, without waiting for its use.
     ///
     /// # Panics
-    /// When the queue is full and the device takes nothing.
+    /// If the queue is full and the device takes nothing.
     pub fn queue_packet(&mut self, packet: &Packet) {
         self.queue(packet, &packet.payload);
     }
 
-    /// Offers any bytes as a packet, cut into descriptors of these lengths and one
-    /// for the rest, and waits for nothing. Dropped when there is no room.
+    /// Offers any bytes as a packet, cut into descriptors of these lengths and one for the
+    /// rest, without waiting. Dropped if there is no room.
     ///
     /// # Panics
-    /// When they are more than a packet may have.
+    /// If they are longer than a packet may be.
     pub fn offer_cut(&mut self, bytes: &[u8], cuts: &[u8]) {
         while self.tx.take_used().is_some() {
             self.in_flight -= 1;
@@ -278,8 +277,8 @@ impl Guest {
         self.driver.notify(1);
     }
 
-    /// Takes all packets that have come, tells the ports of each, the guest's first,
-    /// and offers the buffers again with another length. Waits for nothing.
+    /// Takes all packets that have arrived, calls `tell` with the ports of each, the
+    /// guest's first, and offers the buffers again with another length. Does not wait.
     pub fn take_all(&mut self, next: u32, mut tell: impl FnMut((u32, u32))) {
         while let Some((head, len)) = self.rx.take_used() {
             let span = self.buffers.remove(&head).unwrap();
@@ -300,7 +299,7 @@ impl Guest {
     /// Resets the device and starts it again.
     ///
     /// # Panics
-    /// When the device refuses.
+    /// If the device refuses.
     pub fn restart(&mut self) {
         self.driver.reset();
         let all = self.driver.offered();
@@ -310,7 +309,7 @@ impl Guest {
     /// Saves the machine and restores it in place.
     ///
     /// # Panics
-    /// When the device refuses.
+    /// If the device refuses.
     pub fn restore(&mut self) {
         let transport = &self.driver.transport;
         transport.quiesce().unwrap();
@@ -319,16 +318,16 @@ impl Guest {
         transport.unquiesce();
     }
 
-    /// Has the transmit queue claim more buffers than it has.
+    /// Makes the transmit queue claim more buffers than it has.
     pub fn break_transmit_queue(&mut self) {
         self.tx.set_available_index(0x8000);
         self.driver.notify(1);
     }
 
-    /// Offers a buffer for an event, and tells the device.
+    /// Offers a buffer for an event, and notifies the device.
     ///
     /// # Panics
-    /// When the queue is full.
+    /// If the queue is full.
     pub fn offer_event(&mut self) {
         let event = Span {
             address: GuestAddress(EVENT_BASE),
@@ -341,7 +340,7 @@ impl Guest {
     /// Sends any bytes as a packet, and waits until the device has taken them.
     ///
     /// # Panics
-    /// When it does not, or they are more than a packet may have.
+    /// If it does not, or if they are longer than a packet may be.
     pub fn send_bytes(&mut self, bytes: &[u8]) {
         assert!(bytes.len() <= HEADER + PACKET);
         self.memory
@@ -359,11 +358,11 @@ impl Guest {
         }
     }
 
-    /// Sends any bytes as a packet that goes on with `more`, by way of an indirect
-    /// table, in one batch with `before`; waits until the device has taken both.
+    /// Sends any bytes as a packet that continues with `more`, in an indirect table, in one
+    /// batch with `before`; waits until the device has taken both.
     ///
     /// # Panics
-    /// When it does not.
+    /// If it does not.
     pub fn send_spans(&mut self, before: &Packet, bytes: &[u8], more: &[Span]) {
         self.flush();
         self.driver.transport.quiesce().unwrap();
@@ -396,10 +395,10 @@ impl Guest {
         Packet::decode(&bytes)
     }
 
-    /// Waits for a packet that is for `op`.
+    /// Waits for a packet with operation `op`.
     ///
     /// # Panics
-    /// When another comes.
+    /// If another arrives.
     #[track_caller]
     pub fn expect(&mut self, op: u16) -> Packet {
         let packet = self.receive();
@@ -407,11 +406,11 @@ impl Guest {
         packet
     }
 
-    /// A connection that the host opened and the guest accepted: the host's end,
-    /// and the request.
+    /// Opens a connection from the host that the guest accepts; returns the host's end, and
+    /// the request.
     ///
     /// # Panics
-    /// When that fails.
+    /// If that fails.
     pub fn connected(&mut self) -> (UnixStream, Packet) {
         let (ours, result) = connect(&self.muxer, ConnectOptions::default());
         let request = self.expect(REQUEST);
@@ -422,10 +421,10 @@ impl Guest {
     }
 }
 
-/// Asks for a connection to [`PORT`]: the host's end, and what comes of it.
+/// Requests a connection to [`PORT`]; returns the host's end, and a receiver of the result.
 ///
 /// # Panics
-/// When there are no descriptors left.
+/// If no descriptors are left.
 #[must_use]
 pub fn connect(
     muxer: &MuxerHandle,
@@ -444,9 +443,9 @@ pub fn connect(
 }
 
 impl Guest {
-    /// Takes in what has arrived, at least one packet: notes the credit that each
-    /// grants and how much data it has, and gives the buffers back. Returns the
-    /// kinds of the packets and the bytes of data.
+    /// Takes the packets that have arrived, at least one: records the credit that each
+    /// grants and the length of its data, and returns the buffers. Returns the operations
+    /// of the packets and the bytes of data.
     fn consume(&mut self) -> (Vec<u16>, u64) {
         let mut next = Some(self.driver.wait_used(&mut self.rx));
         let (mut kinds, mut bytes) = (Vec::new(), 0);
@@ -459,7 +458,7 @@ impl Guest {
             bytes += u64::from(data);
             kinds.push(packet.op);
             let sent = self.sent.entry(packet.src_port).or_default();
-            // Counters wrap at 32 bits; what is on its way never is that much.
+            // Counters wrap at 32 bits; the bytes in flight are never that many.
             let way = (*sent as u32).wrapping_sub(packet.fwd_cnt);
             let room = packet.buf_alloc.saturating_sub(way);
             self.room.insert(packet.src_port, u64::from(room));
@@ -470,12 +469,12 @@ impl Guest {
         (kinds, bytes)
     }
 
-    /// Takes data packets of one connection until they hold `want` bytes, without
-    /// looking at the data, and grants room as it goes. `request` is the packet
-    /// that opened it, `taken` what was taken of it before; the sum is returned.
+    /// Takes data packets of one connection until they hold `want` bytes, without reading
+    /// the data, and grants credit meanwhile. `request` is the packet that opened it,
+    /// `taken` the number of bytes taken before; returns the sum.
     ///
     /// # Panics
-    /// When no packet comes.
+    /// If no packet arrives.
     pub fn take(&mut self, request: &Packet, want: u64, taken: u64) -> u64 {
         let mut total = taken;
         let mut granted = taken;
@@ -493,11 +492,11 @@ impl Guest {
         total
     }
 
-    /// Sends `data` in packets as large as Linux sends at most, waiting for credit
-    /// where there is none; returns when the device has taken all of it.
+    /// Sends `data` in packets of Linux's largest length, waiting for credit if necessary;
+    /// returns when the device has taken all of it.
     ///
     /// # Panics
-    /// When the device does not grant any more.
+    /// If the device grants no more.
     pub fn give(&mut self, request: &Packet, mut data: &[u8]) {
         let port = request.src_port;
         let first = u64::from(request.buf_alloc);
@@ -527,7 +526,7 @@ impl Guest {
         }
     }
 
-    /// Puts a packet into the transmit queue, with others before it.
+    /// Adds a packet to the transmit queue, behind earlier ones.
     fn queue(&mut self, packet: &Packet, data: &[u8]) {
         while self.in_flight == SLOTS || (self.in_flight > 0 && self.tx.take_used().is_some()) {
             if self.in_flight == SLOTS {
@@ -553,7 +552,7 @@ impl Guest {
     /// Waits for the end of a connection that the host has closed, and confirms it.
     ///
     /// # Panics
-    /// When it does not end.
+    /// If it does not end.
     pub fn closed(&mut self, request: &Packet) {
         loop {
             match self.receive().op {

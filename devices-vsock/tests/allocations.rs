@@ -1,11 +1,10 @@
-//! What the device allocates: nothing per packet, and little for a connection that
-//! does nothing.
+//! Allocations of the device: none for a packet, and few bytes for an idle connection.
 #![allow(
     clippy::unwrap_used,
     clippy::cast_possible_truncation,
     reason = "a failed expectation is a failed test"
 )]
-#![expect(unsafe_code, reason = "counts what goes to the system's allocator")]
+#![expect(unsafe_code, reason = "counts calls of the system's allocator")]
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::io::{Read as _, Write as _};
@@ -17,19 +16,19 @@ use sm_devices_vsock::{ConnectOptions, VsockConfig};
 
 struct Counting;
 
-/// Allocations, and bytes that are allocated now, of the device's thread.
+/// Allocations, and allocated bytes, of the device's thread.
 static COUNT: AtomicU64 = AtomicU64::new(0);
 static BYTES: AtomicI64 = AtomicI64::new(0);
 
 thread_local! {
-    /// Known without an allocation, unlike the thread's name in the library.
+    /// Needs no allocation, unlike the thread's name in the library.
     static OF_DEVICE: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
 }
 
-/// Whether this is the event loop's thread, which is called "test".
+/// Returns true on the event loop's thread, which is called "test".
 fn of_device() -> bool {
     OF_DEVICE.with(|known| {
-        // A thread that has no name yet may still get it.
+        // A thread without a name may still get it.
         if !known.get() {
             let mut name = [0u8; 16];
             // SAFETY: the kernel writes at most 16 bytes, with a final zero.
@@ -51,7 +50,7 @@ fn size(layout: Layout) -> i64 {
     i64::try_from(layout.size()).unwrap_or(0)
 }
 
-// SAFETY: everything is passed on to the system's allocator as it is.
+// SAFETY: all calls are passed unchanged to the system's allocator.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         note(1, size(layout));
@@ -84,8 +83,8 @@ fn connect(guest: &mut LinuxGuest) -> (UnixStream, SocketId) {
     }
 }
 
-/// Waits until the device has done all that it was told: a pause looks at
-/// everything before it begins.
+/// Waits until the device has handled all earlier notifications: a pause handles everything
+/// before it.
 fn settle(guest: &LinuxGuest) {
     for _ in 0..2 {
         guest.driver.transport.quiesce().unwrap();
@@ -93,8 +92,8 @@ fn settle(guest: &LinuxGuest) {
     }
 }
 
-/// Megabytes both ways, some of them while the host reads late, so that the
-/// backlog fills and empties.
+/// Moves megabytes both ways, with phases in which the host reads late, so that the backlog
+/// fills and empties.
 fn traffic(guest: &mut LinuxGuest, host: &mut UnixStream, id: SocketId, rounds: usize) {
     let mut room = vec![0; 64 << 10];
     for _ in 0..rounds {
@@ -106,7 +105,7 @@ fn traffic(guest: &mut LinuxGuest, host: &mut UnixStream, id: SocketId, rounds: 
                 count => left -= count,
             }
         }
-        // As much as credit allows: more than the host's socket takes.
+        // As much as credit allows: more than the host's socket accepts.
         let mut sent = 0;
         loop {
             match guest.write(id, &room[..10_000]) {
@@ -133,7 +132,7 @@ fn traffic(guest: &mut LinuxGuest, host: &mut UnixStream, id: SocketId, rounds: 
 fn packets_allocate_nothing_and_idle_connections_cost_little() {
     let mut guest = LinuxGuest::new(VsockConfig::default(), Profile::LINUX);
     let (mut host, id) = connect(&mut guest);
-    // Buffers grow to what they have to be.
+    // Buffers grow to their final size.
     traffic(&mut guest, &mut host, id, 100);
     settle(&guest);
     let packets = guest.muxer.stats();
@@ -143,8 +142,8 @@ fn packets_allocate_nothing_and_idle_connections_cost_little() {
     let moved = guest.muxer.stats();
     assert!(moved.from_guest - packets.from_guest > 40_000_000);
     assert!(moved.to_guest - packets.to_guest >= 4_000_000);
-    // For some seven thousand packets. A backlog that was never as long as now may
-    // take chunks, of which a window has 64.
+    // For about seven thousand packets. A backlog longer than ever before may take chunks,
+    // of which a window has 64.
     let allocated = after - before;
     assert!(allocated < 70, "{allocated} allocations for packets");
 
@@ -156,7 +155,7 @@ fn packets_allocate_nothing_and_idle_connections_cost_little() {
     let each = (BYTES.load(Ordering::Relaxed) - before) / MANY as i64;
     println!("{each} bytes for an idle connection");
     assert!(each <= 1024, "{each} bytes for an idle connection");
-    // The connection itself, at least, was counted.
+    // At least the connection itself was counted.
     assert!(
         each >= 100 && after > 0,
         "{each} bytes, {after} allocations counted"

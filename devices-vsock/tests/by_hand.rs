@@ -1,5 +1,4 @@
-//! The device on a loop that the test drives by hand: no threads, and time passes when
-//! the test says so.
+//! The device on a loop that the test drives: no threads, and the test controls the time.
 #![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
 use std::collections::HashMap;
@@ -24,7 +23,7 @@ const BUFFERS: u64 = 0x10_0000;
 const BUFFER: u32 = 4096;
 const PORT: u32 = 1024;
 
-/// Nobody waits for interrupts here.
+/// No interrupt is needed here.
 struct Silent;
 
 impl Interrupt for Silent {
@@ -35,7 +34,7 @@ impl Interrupt for Silent {
     }
 }
 
-/// The transport's part on the loop. While the device is quiesced it passes nothing on.
+/// The transport's part on the loop. It drops events while the device is quiesced.
 struct Transport {
     device: Arc<Mutex<Vsock>>,
     quiesced: Arc<AtomicBool>,
@@ -126,7 +125,7 @@ impl Guest {
         self.event_loop.settle();
     }
 
-    /// Asks for a connection to the guest. Also gives how that ends.
+    /// Requests a connection to the guest. Also returns a receiver of the result.
     fn connect(&mut self) -> (UnixStream, Receiver<Result<u32, ConnectError>>) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let (ended, end) = channel();
@@ -178,7 +177,7 @@ fn offer(rx: &mut DriverQueue, address: u64) -> u16 {
 }
 
 #[test]
-fn bytes_go_both_ways() {
+fn data_flow_in_both_directions() {
     let mut guest = Guest::new();
     let (mut host, end) = guest.connect();
     let request = guest.receive().unwrap();
@@ -195,12 +194,12 @@ fn bytes_go_both_ways() {
     let mut bytes = [0; 11];
     host.read_exact(&mut bytes).unwrap();
     assert_eq!(&bytes, b"to the host");
-    // It may last.
+    // It has no deadline.
     assert_eq!(guest.event_loop.until_timer(), None);
 }
 
 #[test]
-fn a_request_waits_exactly_as_long_as_it_may() {
+fn a_request_waits_exactly_until_its_deadline() {
     let timeout = VsockConfig::default().answer_timeout;
     let mut guest = Guest::new();
     let (_host, end) = guest.connect();
@@ -222,7 +221,7 @@ fn the_time_of_a_pause_does_not_count() {
     guest.advance(half);
     guest.with_device(|device, registry| device.quiesce(registry));
     guest.quiesced.store(true, Ordering::SeqCst);
-    // The call of its timer is lost.
+    // The event of its timer is lost.
     guest.advance(timeout * 10);
     guest.quiesced.store(false, Ordering::SeqCst);
     guest.with_device(|device, registry| device.started(registry));

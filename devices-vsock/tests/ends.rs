@@ -1,5 +1,5 @@
-//! How connections end, or do not come about: on either side, in each direction,
-//! and when somebody does not answer.
+//! Ends of connections, and failed attempts: on either side, in each direction, and without
+//! an answer.
 #![allow(
     clippy::unwrap_used,
     clippy::cast_possible_truncation,
@@ -29,7 +29,7 @@ fn impatient() -> VsockConfig {
     }
 }
 
-/// A packet of the guest in the connection of `request`.
+/// Returns a packet of the guest in the connection of `request`.
 fn data(request: &Packet, payload: &[u8]) -> Packet {
     Packet {
         payload: payload.to_vec(),
@@ -44,13 +44,13 @@ fn end(request: &Packet, flags: u32) -> Packet {
     }
 }
 
-/// Sends to a host that reads nothing, until some of it has to be kept: what was
-/// sent.
+/// Sends to a host that reads nothing, until a part must be stored; returns the number of
+/// bytes sent.
 fn fill(guest: &mut Guest, request: &Packet) -> usize {
     let mut sent = 0;
     let mut quiet = 0;
-    // Credit comes after at most a quarter of 256 KiB that the socket takes, so of
-    // what is sent without any coming some is kept.
+    // The socket has accepted at most a quarter of 256 KiB without a grant of credit, so
+    // after several packets without one a part of them is stored.
     while quiet < 20 {
         let mut granted = false;
         guest.send(&data(request, &[7; 4096]));
@@ -65,7 +65,7 @@ fn fill(guest: &mut Guest, request: &Packet) -> usize {
 }
 
 #[test]
-fn what_the_host_has_sent_arrives_although_it_closes_while_the_guest_sends() {
+fn data_of_the_host_arrive_although_it_closes_while_the_guest_sends() {
     let mut guest = Guest::new(VsockConfig::default());
     let (mut host, request) = guest.connected();
     let bytes: Vec<u8> = (0..300_000u32).map(|n| (n % 251) as u8).collect();
@@ -100,7 +100,7 @@ fn what_the_host_has_sent_arrives_although_it_closes_while_the_guest_sends() {
     assert_eq!(guest.muxer.stats().connections, 0);
 }
 
-/// The next packet that is not about credit, which may come back at any time.
+/// Returns the next packet that is no credit update, which may arrive at any time.
 fn past_credit(guest: &mut Guest) -> Packet {
     loop {
         let packet = guest.receive();
@@ -115,7 +115,7 @@ fn a_host_that_only_stops_reading_still_sends() {
     let mut guest = Guest::new(VsockConfig::default());
     let (mut host, request) = guest.connected();
     host.shutdown(Shutdown::Read).unwrap();
-    // More than a window: what nobody wants is dropped, and credit comes back.
+    // More than a window: unwanted data are dropped, and credit is granted again.
     let mut told = 0;
     for _ in 0..100 {
         guest.send(&data(&request, &[1; 16 << 10]));
@@ -127,7 +127,7 @@ fn a_host_that_only_stops_reading_still_sends() {
             }
         }
     }
-    assert_eq!(told, 1, "the guest is told to send no more");
+    assert_eq!(told, 1, "the guest is notified to send no more");
     assert!(guest.muxer.stats().discarded >= 99 * (16 << 10));
     host.write_all(b"still here").unwrap();
     assert_eq!(past_credit(&mut guest).payload, b"still here");
@@ -136,7 +136,7 @@ fn a_host_that_only_stops_reading_still_sends() {
 }
 
 #[test]
-fn the_tail_reaches_a_slow_host_after_the_guest_has_gone() {
+fn the_last_bytes_reach_a_slow_host_after_the_guest_has_closed() {
     for close in [RST, SHUTDOWN] {
         let mut guest = Guest::new(VsockConfig::default());
         let (mut host, request) = guest.connected();
@@ -154,7 +154,11 @@ fn the_tail_reaches_a_slow_host_after_the_guest_has_gone() {
         }
         let (_host, _request) = guest.connected();
         guest.wait_until(|stats| stats.connections == 1);
-        assert_eq!(guest.try_receive(), None, "the dead say nothing");
+        assert_eq!(
+            guest.try_receive(),
+            None,
+            "a closed connection sends nothing"
+        );
     }
 }
 
@@ -176,7 +180,7 @@ fn ports_of_a_lingering_connection_can_be_used_again() {
     let mut first = accepted.recv().unwrap();
     let sent = fill(&mut guest, &response);
     guest.send(&Packet::from_guest(9, 1030, RST));
-    // The same ports again, while the tail of the first waits.
+    // The same ports again, while the first connection still has data.
     guest.send(&open);
     guest.expect(RESPONSE);
     let mut second = accepted.recv().unwrap();
@@ -190,7 +194,7 @@ fn ports_of_a_lingering_connection_can_be_used_again() {
 }
 
 #[test]
-fn a_tail_that_nobody_takes_does_not_stay() {
+fn last_bytes_that_the_host_does_not_read_are_dropped() {
     let mut guest = Guest::new(impatient());
     let (mut host, request) = guest.connected();
     let sent = fill(&mut guest, &request);
@@ -203,17 +207,17 @@ fn a_tail_that_nobody_takes_does_not_stay() {
 }
 
 #[test]
-fn a_guest_that_never_answers_is_given_up() {
+fn a_guest_that_never_answers_times_out() {
     let mut guest = Guest::new(impatient());
     let (mut host, result) = connect(&guest.muxer, ConnectOptions::default());
     guest.expect(REQUEST);
     assert_eq!(result.recv().unwrap(), Err(ConnectError::TimedOut));
     assert_eq!(host.read(&mut [0]).unwrap(), 0);
-    // It is told, so that a late answer finds nothing.
+    // The guest is notified, so a late answer finds no connection.
     guest.expect(RST);
     assert_eq!(guest.muxer.stats().connections, 0);
 
-    // The same for a status byte, after the time it was told to wait.
+    // The same for a status byte, after the additional time.
     let options = ConnectOptions {
         status_reply: true,
         wait: SHORT,
@@ -228,7 +232,7 @@ fn a_guest_that_never_answers_is_given_up() {
 
 /// A server may take longer to accept than the guest to answer.
 #[test]
-fn a_status_may_come_later_than_an_answer() {
+fn a_status_may_arrive_later_than_an_answer() {
     let answer_timeout = Duration::from_secs(1);
     let mut guest = Guest::new(VsockConfig {
         answer_timeout,
@@ -250,7 +254,7 @@ fn a_status_may_come_later_than_an_answer() {
 #[test]
 fn a_guest_that_does_not_confirm_the_end_is_reset() {
     let mut guest = Guest::new(VsockConfig {
-        // The guest's answer to the request has to come in time.
+        // The guest must answer the request in time.
         answer_timeout: Duration::from_millis(500),
         ..VsockConfig::default()
     });
@@ -262,14 +266,14 @@ fn a_guest_that_does_not_confirm_the_end_is_reset() {
 }
 
 #[test]
-fn a_client_that_gives_up_before_the_answer_is_let_go() {
+fn a_client_that_closes_before_the_answer_ends_the_attempt() {
     let mut guest = Guest::new(VsockConfig::default());
     let (host, result) = connect(&guest.muxer, ConnectOptions::default());
     guest.expect(REQUEST);
     drop(host);
     assert_eq!(result.recv().unwrap(), Err(ConnectError::HungUp));
     guest.expect(RST);
-    // One that has said something first, and expects no answer, is heard.
+    // Data of a client that closes before the answer still arrive.
     let (mut host, result) = connect(&guest.muxer, ConnectOptions::default());
     host.write_all(b"note").unwrap();
     drop(host);
@@ -286,7 +290,7 @@ fn requests_before_the_driver_wait_and_then_fail() {
     let (mut host, result) = connect(&guest.muxer, ConnectOptions::default());
     assert_eq!(result.recv().unwrap(), Err(ConnectError::TimedOut));
     assert_eq!(host.read(&mut [0]).unwrap(), 0);
-    // More than there may be are refused rather than piled up.
+    // Requests beyond the limit are refused, not queued.
     let guest = Guest::without_driver(VsockConfig {
         max_connections: 2,
         ..VsockConfig::default()
@@ -297,7 +301,7 @@ fn requests_before_the_driver_wait_and_then_fail() {
     for (_host, result) in all.iter().skip(4) {
         assert_eq!(result.recv().unwrap(), Err(ConnectError::Limit));
     }
-    // Those that wait learn of the end of the device.
+    // Waiting requests are notified of the end of the device.
     let muxer = guest.muxer.clone();
     drop(guest);
     for (_host, result) in all.iter().take(2) {
@@ -327,7 +331,7 @@ fn a_broken_queue_ends_all_connections_and_is_reported() {
 }
 
 #[test]
-fn a_reset_of_the_driver_is_told_to_whoever_waits() {
+fn a_reset_of_the_driver_is_reported_to_waiting_requesters() {
     let mut guest = Guest::new(VsockConfig::default());
     let (mut open, _request) = guest.connected();
     let (_asked, result) = connect(&guest.muxer, ConnectOptions::default());
@@ -351,7 +355,7 @@ fn descriptors_that_are_no_sockets_are_refused_as_such() {
 }
 
 #[test]
-fn an_acceptor_leaves_with_its_guard() {
+fn an_acceptor_is_removed_with_its_guard() {
     let mut guest = Guest::new(VsockConfig {
         max_connections: 1,
         ..VsockConfig::default()
@@ -367,12 +371,12 @@ fn an_acceptor_leaves_with_its_guard() {
     };
     let old = guest.muxer.listen(5, acceptor(send.clone()));
     let listening = guest.muxer.listen(5, acceptor(send));
-    // Dropping the one that was replaced changes nothing.
+    // Dropping the replaced one has no effect.
     drop(old);
     guest.send(&Packet::from_guest(1, 5, REQUEST));
     guest.expect(RESPONSE);
     assert_eq!(dialled.try_iter().count(), 1);
-    // At the limit nobody is dialled, and it is counted.
+    // At the limit the acceptor is not called, and the refusal is counted.
     guest.send(&Packet::from_guest(2, 5, REQUEST));
     guest.expect(RST);
     assert_eq!(dialled.try_iter().count(), 0);
@@ -387,7 +391,7 @@ fn an_acceptor_leaves_with_its_guard() {
 #[test]
 fn a_burst_of_refusals_does_not_stop_the_guest() {
     let mut guest = Guest::with_receive_buffers(VsockConfig::default(), 256);
-    // Twice as many as may wait, while the guest takes none of the answers.
+    // Twice the number that may wait, while the guest receives none of the answers.
     for port in 0..512 {
         guest.queue_packet(&Packet::from_guest(port, 9, REQUEST));
     }
@@ -398,12 +402,12 @@ fn a_burst_of_refusals_does_not_stop_the_guest() {
 }
 
 #[test]
-fn a_reset_is_told_once_there_is_a_buffer_for_it() {
+fn a_reset_is_sent_once_there_is_a_buffer_for_it() {
     let mut guest = Guest::new(VsockConfig::default());
-    // Its only event buffer is used up by a first restore.
+    // A first restore uses its only event buffer.
     guest.restore();
     guest.driver.wait_used(&mut guest.event);
-    // Not handled yet, and then the machine is saved and restored once more.
+    // The event is not handled yet when the machine is saved and restored once more.
     guest.restore();
     let (_host, result) = connect(&guest.muxer, ConnectOptions::default());
     guest.settle();
@@ -412,7 +416,7 @@ fn a_reset_is_told_once_there_is_a_buffer_for_it() {
     guest.driver.wait_used(&mut guest.event);
     guest.settle();
     assert!(guest.try_receive().is_none(), "still too early");
-    // A notification without a buffer says nothing.
+    // A notification without a buffer has no meaning.
     guest.driver.notify(2);
     guest.settle();
     assert!(guest.try_receive().is_none(), "nothing was handled");
@@ -423,7 +427,7 @@ fn a_reset_is_told_once_there_is_a_buffer_for_it() {
 }
 
 #[test]
-fn a_pause_does_not_lose_what_happened_meanwhile() {
+fn a_pause_does_not_lose_events() {
     let mut guest = Guest::new(VsockConfig::default());
     let (mut host, request) = guest.connected();
     guest.driver.transport.quiesce().unwrap();
@@ -437,9 +441,9 @@ fn a_pause_does_not_lose_what_happened_meanwhile() {
     assert!(matches!(host.read(&mut [0]), Err(e) if e.kind() == ErrorKind::WouldBlock));
 }
 
-/// The events that told of it have passed.
+/// The loop has consumed the events of the end.
 #[test]
-fn a_pause_does_not_lose_an_end_behind_bytes() {
+fn a_pause_does_not_lose_an_end_behind_data() {
     for gone in [false, true] {
         let mut guest = Guest::new(VsockConfig::default());
         let (mut host, request) = guest.connected();
@@ -455,7 +459,7 @@ fn a_pause_does_not_lose_an_end_behind_bytes() {
                 Some(host)
             }
         };
-        // The loop takes the events before the machine runs again.
+        // The loop consumes the events before the machine runs again.
         guest.driver.transport.quiesce().unwrap();
         guest.driver.transport.unquiesce();
         assert_eq!(guest.expect(RW).payload, b"last words");

@@ -1,5 +1,5 @@
-//! A guest that lies, floods or mixes things up: its own connections suffer, and
-//! nobody else's.
+//! A guest that violates the protocol or floods the device: only its own connections
+//! suffer.
 #![allow(
     clippy::unwrap_used,
     clippy::cast_possible_truncation,
@@ -14,7 +14,7 @@ use sm_devices_vsock::testing::{CREDIT_UPDATE, Guest, Packet, REQUEST, RST, RW, 
 use sm_virtio::queue::Span;
 use vm_memory::GuestAddress;
 
-/// A stream that works.
+/// Checks that a stream works.
 fn works(guest: &mut Guest, host: &mut UnixStream, request: &Packet, taken: &mut u32) {
     host.write_all(b"ping").unwrap();
     loop {
@@ -35,7 +35,7 @@ fn works(guest: &mut Guest, host: &mut UnixStream, request: &Packet, taken: &mut
 }
 
 #[test]
-fn lies_about_credit_cost_the_liar_only() {
+fn wrong_credit_affects_its_own_connection_only() {
     let mut guest = Guest::new(VsockConfig::default());
     let (mut honest, honest_request) = guest.connected();
     let (mut liar, request) = guest.connected();
@@ -45,7 +45,7 @@ fn lies_about_credit_cost_the_liar_only() {
     while sent < 5000 {
         sent += guest.expect(RW).payload.len() as u32;
     }
-    // More passed on than was sent; room for 4 GiB; none at all; backwards.
+    // More forwarded than was sent; a window of 1 GiB; none at all; backwards.
     let lies = [
         (1 << 16, sent + 1),
         (1 << 30, sent + 1000),
@@ -65,12 +65,12 @@ fn lies_about_credit_cost_the_liar_only() {
             "the liar has no credit: {update:?}"
         );
     }
-    // The truth sets it free.
+    // A correct update grants credit again.
     let mut update = request.reply(CREDIT_UPDATE);
     update.fwd_cnt = sent;
     guest.send(&update);
     assert_eq!(guest.expect(RW).payload, [2; 50]);
-    // A window beyond all bounds does not overflow anything.
+    // The largest window does not cause an overflow.
     let mut update = request.reply(CREDIT_UPDATE);
     (update.buf_alloc, update.fwd_cnt) = (u32::MAX, sent + 50);
     guest.send(&update);
@@ -79,8 +79,8 @@ fn lies_about_credit_cost_the_liar_only() {
     assert_eq!(guest.muxer.stats().connections, 2);
 }
 
-/// The same memory again and again: a packet of nearly 4 GiB, after one of some
-/// bytes. Their sum is more than 32 bits hold.
+/// The same memory repeatedly: a packet of nearly 4 GiB, after a short one. The sum of
+/// their lengths exceeds 32 bits.
 #[test]
 fn packets_of_gigabytes_do_not_overflow_the_budget() {
     // A table has 256 entries, one of them for the header.
@@ -101,7 +101,7 @@ fn packets_of_gigabytes_do_not_overflow_the_budget() {
 }
 
 #[test]
-fn a_storm_of_resets_leaves_others_alone() {
+fn a_flood_of_resets_does_not_affect_other_connections() {
     let mut guest = Guest::new(VsockConfig::default());
     let (mut host, request) = guest.connected();
     let mut taken = 0;
@@ -109,8 +109,8 @@ fn a_storm_of_resets_leaves_others_alone() {
     for _ in 0..500 {
         opened.push(guest.connected());
     }
-    // Resets for all of them, for those that are gone, and for none that ever was,
-    // each several times; and requests and ends in between.
+    // Resets for all of them, for ended ones, and for connections that never existed, each
+    // several times; and requests and shutdowns in between.
     for round in 0..4 {
         for (_host, request) in &opened {
             guest.queue_packet(&request.reply(RST));
@@ -131,9 +131,9 @@ fn a_storm_of_resets_leaves_others_alone() {
 }
 
 #[test]
-fn thousands_of_ready_connections_end_in_no_time() {
-    // All are queued for a buffer, and there is none: each removal from the queue
-    // takes the same time, so that this ends.
+fn thousands_of_ready_connections_end_quickly() {
+    // All are queued for a buffer, and there is none: each removal from the queue takes
+    // constant time, so the test ends.
     let mut guest = Guest::with_receive_buffers(VsockConfig::default(), 8);
     let mut opened = Vec::new();
     for _ in 0..3000 {
@@ -150,7 +150,7 @@ fn thousands_of_ready_connections_end_in_no_time() {
 }
 
 #[test]
-fn data_after_its_end_and_answers_nobody_asked_for_end_a_connection() {
+fn data_after_a_shutdown_and_unexpected_answers_end_a_connection() {
     let mut guest = Guest::new(VsockConfig::default());
     let (mut neighbour, neighbour_request) = guest.connected();
     let mut taken = 0;

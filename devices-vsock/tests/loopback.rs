@@ -1,4 +1,4 @@
-//! The device against a model of the guest's driver: own queues in memory, no VM.
+//! The device with a model of the guest's driver: queues in memory of its own, no VM.
 #![allow(
     clippy::unwrap_used,
     clippy::cast_possible_truncation,
@@ -20,7 +20,7 @@ use sm_virtio::queue::Span;
 use vm_memory::GuestAddress;
 
 #[test]
-fn bytes_flow_both_ways_and_each_end_is_told() {
+fn data_flow_in_both_directions_and_each_end_is_reported() {
     let mut guest = Guest::new(VsockConfig::default());
     let (mut host, request) = guest.connected();
     host.write_all(b"to the guest").unwrap();
@@ -32,7 +32,7 @@ fn bytes_flow_both_ways_and_each_end_is_told() {
     host.read_exact(&mut seen).unwrap();
     assert_eq!(&seen, b"to the host");
 
-    // Half-close from the host: the tail comes first, the guest may go on.
+    // Half-close from the host: the last bytes come first, the guest may continue.
     host.write_all(b"tail").unwrap();
     host.shutdown(Shutdown::Write).unwrap();
     assert_eq!(guest.expect(RW).payload, b"tail");
@@ -45,24 +45,24 @@ fn bytes_flow_both_ways_and_each_end_is_told() {
     let mut rest = Vec::new();
     host.read_to_end(&mut rest).unwrap();
     assert_eq!(rest, b"late");
-    // Both directions are done: the connection is, too.
+    // Both directions have ended, and so has the connection.
     guest.expect(RST);
     assert_eq!(guest.muxer.stats().connections, 0);
 }
 
 #[test]
-fn a_host_that_is_gone_is_told_from_one_that_is_done_sending() {
+fn a_closed_host_differs_from_one_that_stops_sending() {
     let mut guest = Guest::new(VsockConfig::default());
     let (host, _request) = guest.connected();
     drop(host);
     assert_eq!(guest.expect(SHUTDOWN).flags, 3);
-    // First the one, then the other.
+    // First shutdown, then close.
     let (host, _request) = guest.connected();
     host.shutdown(Shutdown::Write).unwrap();
     assert_eq!(guest.expect(SHUTDOWN).flags, 2);
     drop(host);
     assert_eq!(guest.expect(SHUTDOWN).flags, 3);
-    // What was sent before comes before.
+    // Earlier data arrive first.
     let (mut host, _request) = guest.connected();
     host.write_all(b"tail").unwrap();
     drop(host);
@@ -81,7 +81,7 @@ fn a_refused_connection_is_reported_and_closed() {
 }
 
 #[test]
-fn a_preamble_goes_first_and_a_status_is_not_data() {
+fn a_preamble_is_sent_first_and_a_status_is_not_data() {
     let mut guest = Guest::new(VsockConfig::default());
     let options = || ConnectOptions {
         preamble: b"header".to_vec(),
@@ -118,7 +118,7 @@ fn a_preamble_goes_first_and_a_status_is_not_data() {
 }
 
 #[test]
-fn the_guest_opens_streams_to_ports_that_are_listened_on() {
+fn the_guest_opens_streams_to_ports_with_an_acceptor() {
     let mut guest = Guest::new(VsockConfig::default());
     let (send, accepted) = channel();
     let _listening = guest.muxer.listen(
@@ -167,7 +167,7 @@ fn the_guests_window_is_never_exceeded() {
 }
 
 #[test]
-fn a_guest_that_overruns_our_window_loses_that_connection_only() {
+fn a_guest_that_exceeds_the_window_loses_that_connection_only() {
     let mut guest = Guest::new(VsockConfig {
         window: 4096,
         ..VsockConfig::default()
@@ -199,7 +199,7 @@ fn a_guest_that_overruns_our_window_loses_that_connection_only() {
     let mut rest = Vec::new();
     slow.read_to_end(&mut rest).unwrap();
     assert!(rest.iter().all(|&byte| byte == 1));
-    // The neighbour does not notice.
+    // The neighbour is not affected.
     let mut data = other_request.reply(RW);
     data.payload = b"fine".to_vec();
     guest.send(&data);
@@ -209,7 +209,7 @@ fn a_guest_that_overruns_our_window_loses_that_connection_only() {
 }
 
 #[test]
-fn nonsense_is_answered_by_a_reset_and_counted() {
+fn invalid_packets_are_answered_by_a_reset_and_counted() {
     let mut guest = Guest::new(VsockConfig::default());
     let base = || Packet::from_guest(5, 6, RW);
     let wrong = [
@@ -234,7 +234,7 @@ fn nonsense_is_answered_by_a_reset_and_counted() {
         assert_eq!((reset.src_port, reset.dst_port), (6, 5));
         assert_eq!(guest.muxer.stats().malformed, count as u64 + 1);
     }
-    // Data for no connection is no crime, but there is nobody to take it.
+    // Data without a connection is not malformed, but is answered by a reset.
     guest.send(&base());
     guest.expect(RST);
     // A reset is not answered.
@@ -262,7 +262,7 @@ fn a_large_stream_arrives_whole_in_both_directions() {
         let (mut got, mut sent) = (Vec::<u8>::new(), 0);
         let mut granted = request.buf_alloc as usize;
         while got.len() < bytes.len() || sent < bytes.len() {
-            // Send what the device granted, in packets of odd sizes.
+            // Send as much as the device granted, in packets of odd sizes.
             while sent < bytes.len() && sent < granted {
                 let len = 3001.min(granted - sent).min(bytes.len() - sent);
                 let mut data = request.reply(RW);
@@ -315,7 +315,7 @@ fn connections_wait_until_a_restored_guest_has_handled_the_reset() {
     guest.driver.transport.unquiesce();
     let (head, len) = guest.driver.wait_used(&mut guest.event);
     assert_eq!(len, 4, "a transport reset event");
-    // The old stream is gone on our side.
+    // The old stream is gone on the host.
     old.set_nonblocking(true).unwrap();
     assert!(!matches!((&old).read(&mut [0]), Err(e) if e.kind() == ErrorKind::WouldBlock));
     let (_host, result) = connect(&guest.muxer, ConnectOptions::default());
@@ -336,7 +336,7 @@ fn connections_wait_until_a_restored_guest_has_handled_the_reset() {
 }
 
 #[test]
-fn the_limit_of_connections_is_told() {
+fn the_limit_of_connections_is_reported() {
     let mut guest = Guest::new(VsockConfig {
         max_connections: 2,
         ..VsockConfig::default()
@@ -347,7 +347,7 @@ fn the_limit_of_connections_is_told() {
     assert_eq!(result.recv().unwrap(), Err(ConnectError::Limit));
 }
 
-/// A connection of a group that the guest has accepted: the host's end, and the
+/// Opens a connection of a group that the guest accepts; returns the host's end, and the
 /// request.
 fn member_of(group: &Group, guest: &mut Guest) -> (UnixStream, Packet) {
     let options = ConnectOptions {
@@ -362,7 +362,7 @@ fn member_of(group: &Group, guest: &mut Guest) -> (UnixStream, Packet) {
 }
 
 #[test]
-fn a_group_counts_its_bytes_and_knows_when_all_is_delivered() {
+fn a_group_counts_its_bytes_and_reports_their_delivery() {
     let mut guest = Guest::new(VsockConfig::default());
     let group = Group::new();
     let (mut host, request) = member_of(&group, &mut guest);
@@ -388,7 +388,7 @@ fn a_group_counts_its_bytes_and_knows_when_all_is_delivered() {
 }
 
 #[test]
-fn a_group_is_cut_and_others_go_on() {
+fn a_group_is_cut_and_other_connections_continue() {
     let mut guest = Guest::new(VsockConfig::default());
     let group = Group::new();
     let (mut cut, request) = member_of(&group, &mut guest);
@@ -407,7 +407,7 @@ fn a_group_is_cut_and_others_go_on() {
 }
 
 #[test]
-fn connections_that_have_not_begun_are_cut_at_once() {
+fn connections_that_have_not_started_are_cut_immediately() {
     // The guest's driver never starts.
     let (_device, muxer) = Vsock::new(VsockConfig::default()).unwrap();
     let group = Group::new();

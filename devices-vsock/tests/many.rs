@@ -1,4 +1,4 @@
-//! Many connections at once, and one that does not move.
+//! Many connections at once, and one that makes no progress.
 #![allow(
     clippy::unwrap_used,
     clippy::cast_possible_truncation,
@@ -22,7 +22,7 @@ fn guest() -> LinuxGuest {
             ..VsockConfig::default()
         },
         Profile {
-            // For all that a round has on the way.
+            // For all data of a round in flight.
             buffers: 65_536,
             ..Profile::LINUX
         },
@@ -33,14 +33,14 @@ fn byte(stream: usize, at: usize) -> u8 {
     (at.wrapping_mul(31) ^ (at >> 8) ^ stream.wrapping_mul(7)) as u8
 }
 
-/// A connection's bytes, which the guest sends back.
+/// Bytes of a connection, which the guest sends back.
 struct Stream {
     host: UnixStream,
     sent: usize,
     got: usize,
 }
 
-/// An application in the guest that sends back what it gets.
+/// An application in the guest that sends received data back.
 #[derive(Default)]
 struct Echo {
     pending: Vec<VecDeque<u8>>,
@@ -76,7 +76,7 @@ impl Echo {
     }
 }
 
-/// Moves what can be moved on one stream towards `until` bytes; whether it is there.
+/// Moves data on one stream towards `until` bytes; returns true if that is reached.
 fn advance(index: usize, stream: &mut Stream, until: usize, room: &mut [u8]) -> bool {
     while stream.sent < until {
         let now = (until - stream.sent).min(16 << 10);
@@ -111,14 +111,14 @@ fn advance(index: usize, stream: &mut Stream, until: usize, room: &mut [u8]) -> 
     stream.got == until
 }
 
-/// Raises the limit of descriptors to `wanted`, or as far as that goes; what it is.
+/// Raises the limit of descriptors to `wanted`, or as far as possible; returns the limit.
 fn descriptors(wanted: u64) -> usize {
     let most = getrlimit(Resource::Nofile).maximum;
     let set = |current, maximum| {
         let current = Some(current);
         setrlimit(Resource::Nofile, Rlimit { current, maximum }).is_ok()
     };
-    // Beyond the hard limit only root may go, and not everywhere.
+    // Only root may exceed the hard limit, and not on every system.
     let reached = match most {
         Some(most) if most < wanted && !set(wanted, Some(wanted)) => most,
         _ => wanted,
@@ -127,7 +127,7 @@ fn descriptors(wanted: u64) -> usize {
     usize::try_from(reached).unwrap()
 }
 
-/// Echoes `each` bytes on each of `count` connections, `round` at a time on all.
+/// Echoes `each` bytes on each of `count` connections, `round` bytes at a time on all.
 fn echo(count: usize, each: usize, round: usize) {
     let count = count.min(descriptors(2 * count as u64 + 100) / 2 - 50);
     println!("{count} connections");
@@ -187,9 +187,9 @@ fn echo(count: usize, each: usize, round: usize) {
     assert_eq!((stats.discarded, stats.malformed), (0, 0));
 }
 
-/// Two descriptors for each: where the hard limit is lower, as many as there can
-/// be, which is printed. 8 KiB on each; a mebibyte by
-/// `cargo test --release -p sm-devices-vsock --test many -- --ignored --nocapture`.
+/// Two descriptors for each connection: with a lower hard limit, as many connections as
+/// possible, which the test prints. 8 KiB on each; 1 MiB with `cargo test --release -p
+/// sm-devices-vsock --test many -- --ignored --nocapture`.
 #[test]
 fn ten_thousand_connections_echo() {
     echo(10_000, 8 << 10, 4 << 10);
@@ -201,10 +201,10 @@ fn ten_thousand_connections_echo_a_mebibyte_each() {
     echo(10_000, 1 << 20, 16 << 10);
 }
 
-/// While one reader stands still with its window full, the others move on: that
-/// is looked at by what they move, not by how long it takes, for ten seconds.
+/// While one reader does not read and its window is full, the others make progress: the
+/// test checks the bytes that they move, not the time, for ten seconds.
 #[test]
-fn a_reader_that_stops_slows_nobody_down() {
+fn a_reader_that_stops_does_not_slow_others_down() {
     let mut guest = guest();
     let mut echo = Echo::default();
     let mut streams = Vec::new();
@@ -228,8 +228,8 @@ fn a_reader_that_stops_slows_nobody_down() {
             got: 0,
         });
     }
-    // The host's end of this one is not read, until the guest has no credit, and
-    // the guest's end of that one is not read, until the host's cannot write.
+    // The host's end of the first is not read until the guest has no credit, and the
+    // guest's end of the second is not read until the host cannot write.
     let (stopped, mut others) = {
         let others = streams.split_off(2);
         (streams, others)
@@ -270,7 +270,7 @@ fn a_reader_that_stops_slows_nobody_down() {
             guest.kick();
         }
     }
-    // Nothing of what stood still is lost.
+    // The data of the stopped streams are complete.
     let mut got = 0;
     while got < unread {
         guest.poll();
@@ -295,7 +295,7 @@ fn a_reader_that_stops_slows_nobody_down() {
     assert_eq!(arrived, filled);
 }
 
-/// Whether no credit comes any more, the device having done all it can.
+/// Returns true if the device has done all it can and grants no more credit.
 fn settled(guest: &mut LinuxGuest, id: SocketId) -> bool {
     guest.kick();
     for _ in 0..2 {

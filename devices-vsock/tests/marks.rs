@@ -1,5 +1,5 @@
-//! Reads that end before the socket is empty: urgent data (TCP) and out-of-band
-//! bytes (unix sockets).
+//! Reads that end before the socket is empty: urgent data (TCP) and out-of-band bytes (Unix
+//! sockets).
 #![allow(
     clippy::unwrap_used,
     clippy::cast_possible_truncation,
@@ -27,8 +27,8 @@ fn unix() -> (OwnedFd, OwnedFd) {
     (client.into(), accepted.into())
 }
 
-/// Bytes, one of them marked, and more bytes: all there before the first read.
-/// `false` when the system has no such mark.
+/// Sends bytes, one of them marked, and more bytes: all arrive before the first read.
+/// Returns false if the system has no such mark.
 fn send_marked(client: impl AsFd, first: usize, last: usize) -> bool {
     let client = client.as_fd();
     if first > 0 {
@@ -62,12 +62,12 @@ fn bytes_behind_a_mark_arrive() {
             while seen.len() < first + 1 + last {
                 seen.extend(guest.expect(RW).payload);
             }
-            // The marked byte stays in its place.
+            // The marked byte stays in the stream.
             let mut wanted = vec![1; first];
             wanted.push(2);
             wanted.resize(first + 1 + last, 3);
             assert!(seen == wanted, "{name} {first} {last}");
-            // And nothing is stuck afterwards.
+            // Later data arrive, too.
             assert!(send_marked(&client, 10, 10));
             seen.clear();
             while seen.len() < 21 {

@@ -1,8 +1,8 @@
-//! The protocols by which threads wake each other up, in all orders that the memory
-//! model allows (loom): whoever looks, looks at what others did before.
+//! The wake-up protocols of threads, in all orders that the memory model allows (loom): no
+//! wake-up is lost.
 #![allow(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
-/// What `inbox.rs` shares between threads, as loom has it.
+/// Shared types of `inbox.rs`, from loom.
 mod sync {
     pub(crate) use loom::sync::Mutex;
     pub(crate) use loom::sync::atomic::{AtomicBool, Ordering};
@@ -18,7 +18,7 @@ use loom::thread;
 
 use inbox::{Inbox, Refused};
 
-/// An eventfd: counts what was not waited for.
+/// An eventfd: counts unconsumed signals.
 #[derive(Default)]
 struct Wake(AtomicUsize);
 
@@ -27,13 +27,13 @@ impl Wake {
         self.0.fetch_add(1, Ordering::SeqCst);
     }
 
-    /// Whether somebody who waits would go on.
+    /// Returns true if a waiting thread would continue.
     fn is_signalled(&self) -> bool {
         self.0.swap(0, Ordering::SeqCst) > 0
     }
 }
 
-/// No item stays behind without a wake-up that follows it.
+/// Every item is followed by a wake-up or is taken.
 #[test]
 fn an_inbox_loses_no_item() {
     loom::model(|| {
@@ -53,7 +53,7 @@ fn an_inbox_loses_no_item() {
             shared.0.take(&mut room);
             got.append(&mut room);
         };
-        // Taking may come at any time, before or after a wake-up.
+        // Taking may happen at any time, before or after a wake-up.
         take(&mut got);
         if shared.1.is_signalled() {
             take(&mut got);
@@ -69,9 +69,9 @@ fn an_inbox_loses_no_item() {
     });
 }
 
-/// What comes after the end is given back, and what came before is not lost.
+/// Later items are returned to the sender, and earlier ones are not lost.
 #[test]
-fn a_closed_inbox_gives_everything_back() {
+fn a_closed_inbox_returns_all_items() {
     loom::model(|| {
         let inbox = Arc::new(Inbox::new());
         let sender = Arc::clone(&inbox);
@@ -87,9 +87,9 @@ fn a_closed_inbox_gives_everything_back() {
     });
 }
 
-/// One ring's indices, as the driver and the device share them. `offered` is the
-/// available index, `wanted` the index at which the device asks to be notified
-/// (`avail_event`); the other way round `used` and `used_event`.
+/// One ring's indices, as driver and device share them. `offered` is the available index,
+/// `wanted` the index at which the device requests a notification (`avail_event`); in the
+/// other direction `used` and `used_event`.
 #[derive(Default)]
 struct Ring {
     offered: AtomicU16,
@@ -97,8 +97,8 @@ struct Ring {
     kick: Wake,
 }
 
-/// The side that gives: `DriverQueue::make_available` and `needs_kick`, and with
-/// the roles changed `Queue::publish` (virtio 1.3 section 2.7.10).
+/// The producer: `DriverQueue::make_available` and `needs_kick`, and with exchanged roles
+/// `Queue::publish` (virtio 1.3 section 2.7.10).
 fn give(ring: &Ring, from: u16, to: u16) {
     ring.offered.store(to, Ordering::Release);
     fence(Ordering::SeqCst);
@@ -108,8 +108,8 @@ fn give(ring: &Ring, from: u16, to: u16) {
     }
 }
 
-/// The side that takes: `Queue::pop` until there is nothing, and with the roles
-/// changed a driver that enables interrupts and looks once more.
+/// The consumer: `Queue::pop` until the ring is empty, and with exchanged roles a driver
+/// that enables interrupts and checks once more.
 fn take(ring: &Ring, next: &mut u16) {
     loop {
         if ring.offered.load(Ordering::Acquire) == *next {
@@ -123,11 +123,11 @@ fn take(ring: &Ring, next: &mut u16) {
     }
 }
 
-/// Whatever is offered while the other side falls asleep is seen, or it is woken
-/// up. Batches, so that the event index may lie within one; a start close to the
-/// end of the numbers, so that they wrap around.
+/// Chains offered while the consumer goes to sleep are seen, or it is woken. Batches, so
+/// that the event index may lie within one; a start close to the largest number, so that
+/// indices wrap around.
 #[test]
-fn nothing_offered_is_slept_over() {
+fn no_offered_chain_is_missed() {
     loom::model(|| {
         let start = u16::MAX;
         let ring = Arc::new(Ring::default());

@@ -1,4 +1,4 @@
-//! Sockets that keep messages apart (VIRTIO_VSOCK_F_SEQPACKET).
+//! Seqpacket sockets, which preserve message boundaries (VIRTIO_VSOCK_F_SEQPACKET).
 #![allow(
     clippy::unwrap_used,
     clippy::cast_possible_truncation,
@@ -51,7 +51,7 @@ fn next(fd: &OwnedFd) -> Vec<u8> {
 }
 
 #[test]
-fn messages_stay_apart_in_both_directions() {
+fn message_boundaries_are_preserved_in_both_directions() {
     let mut guest = Guest::new(VsockConfig::default());
     let (host, request) = connected(&mut guest);
     for message in [&b"one"[..], b"", b"three"] {
@@ -62,7 +62,7 @@ fn messages_stay_apart_in_both_directions() {
         assert_eq!((&packet.payload[..], packet.flags), (expected, END));
         assert_eq!(packet.kind, SEQPACKET);
     }
-    // Longer than a buffer: several packets, of which the last one ends it.
+    // Longer than a buffer: several packets, the last of which ends the message.
     let long: Vec<u8> = (0..20_000u32).map(|n| (n % 251) as u8).collect();
     send(&host, &long, SendFlags::empty()).unwrap();
     let mut got = Vec::<u8>::new();
@@ -107,7 +107,7 @@ fn messages_wait_for_credit_and_for_a_slow_reader() {
     let rest = guest.expect(RW);
     assert_eq!((rest.payload, rest.flags), (vec![2; 400], END));
 
-    // Half a window of messages that nobody reads yet.
+    // Half a window of messages that are not read yet.
     let messages: Vec<Vec<u8>> = (0..100u8).map(|n| vec![n; 1000 + usize::from(n)]).collect();
     for message in &messages {
         guest.send(&of(&request, RW, END, message));
@@ -118,10 +118,10 @@ fn messages_wait_for_credit_and_for_a_slow_reader() {
 }
 
 #[test]
-fn what_is_too_large_ends_that_connection_only() {
+fn messages_that_are_too_large_end_their_connection_only() {
     let mut guest = Guest::new(VsockConfig::default());
     let (_other, _) = connected(&mut guest);
-    // For the guest: it could never take a message of more than its window.
+    // For the guest: it can never receive a message longer than its window.
     let (host, request) = connected(&mut guest);
     let mut update = of(&request, CREDIT_UPDATE, 0, b"");
     update.buf_alloc = 100;
@@ -138,7 +138,7 @@ fn what_is_too_large_ends_that_connection_only() {
         assert!(sent <= 1 << 20, "kept without bound");
     }
     guest.expect(RST);
-    // Messages of nothing, which take no credit, and nobody reads.
+    // Messages without bytes, which take no credit, and are not read.
     let (_host, request) = connected(&mut guest);
     let mut sent = 0;
     while guest.muxer.stats().connections == 2 {
@@ -151,7 +151,7 @@ fn what_is_too_large_ends_that_connection_only() {
 }
 
 #[test]
-fn a_guest_connects_to_what_answers_in_kind() {
+fn a_guest_connects_to_acceptors_of_the_same_socket_type() {
     let mut guest = Guest::new(VsockConfig::default());
     let (send_end, accepted) = channel();
     let _listening = guest.muxer.listen(
@@ -163,7 +163,7 @@ fn a_guest_connects_to_what_answers_in_kind() {
             Some(theirs.into())
         }),
     );
-    // An acceptor that knows streams only.
+    // An acceptor that supports streams only.
     let _other = guest.muxer.listen(
         6,
         Box::new(|_| Some(OwnedFd::from(UnixStream::pair().unwrap().0).into())),
@@ -183,7 +183,7 @@ fn a_guest_connects_to_what_answers_in_kind() {
 }
 
 #[test]
-fn a_guest_that_does_not_know_them_is_not_asked() {
+fn a_guest_without_seqpacket_sockets_gets_no_request() {
     let mut guest = Guest::with_streams_only(VsockConfig::default());
     let (_ours, theirs) = pair();
     let (send, result) = channel();

@@ -1,8 +1,7 @@
-//! A system that is short of memory for a moment (ENOBUFS, ENOMEM): nothing is
-//! lost, and no direction ends.
+//! A temporary lack of memory (ENOBUFS, ENOMEM): no data are lost, and no direction ends.
 //!
-//! The system calls of one socket are answered by a seccomp filter's listener
-//! (seccomp_unotify(2)), which refuses some of them.
+//! A seccomp filter's listener (seccomp_unotify(2)) answers the system calls of one socket,
+//! and refuses some of them.
 #![allow(
     clippy::unwrap_used,
     clippy::cast_possible_truncation,
@@ -23,11 +22,11 @@ use sm_devices_vsock::{ConnectOptions, VsockConfig};
 /// `SECCOMP_IOCTL_NOTIF_RECV` and `SECCOMP_IOCTL_NOTIF_SEND` (linux/seccomp.h).
 const RECEIVE: libc::Ioctl = 0xc050_2100u32 as libc::Ioctl;
 const SEND: libc::Ioctl = 0xc018_2101u32 as libc::Ioctl;
-/// Calls that are refused.
+/// Number of refused calls.
 const REFUSED: u32 = 5;
 
-/// Has `call` on `descriptor` answered by what is returned, in this thread and in
-/// those that it starts.
+/// Intercepts `call` on `descriptor`, in this thread and in those that it starts; the
+/// returned listener answers the calls.
 fn intercept(call: libc::c_long, descriptor: i32) -> OwnedFd {
     let step = |code: u32, yes, no, k: u32| libc::sock_filter {
         code: code as u16,
@@ -51,7 +50,7 @@ fn intercept(call: libc::c_long, descriptor: i32) -> OwnedFd {
         len: program.len() as u16,
         filter: program.as_mut_ptr(),
     };
-    // SAFETY: the program and its length are right, and the kernel copies it.
+    // SAFETY: the program and its length are correct, and the kernel copies it.
     let listener = unsafe {
         assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
         libc::syscall(
@@ -62,18 +61,18 @@ fn intercept(call: libc::c_long, descriptor: i32) -> OwnedFd {
         )
     };
     assert!(listener >= 0, "{}", std::io::Error::last_os_error());
-    // SAFETY: the descriptor is new, and nobody else's.
+    // SAFETY: the descriptor is new and has no other owner.
     unsafe { OwnedFd::from_raw_fd(listener as i32) }
 }
 
-/// Refuses the first calls and lets the others pass, for as long as anybody may
-/// make them; counts both.
+/// Refuses the first calls and permits the others, as long as a thread may make them;
+/// counts both.
 fn answer_for_the_kernel(listener: OwnedFd, error: i32, calls: Arc<AtomicU32>) {
     std::thread::spawn(move || {
         loop {
-            // SAFETY: plain data, for which zeroes are "nothing".
+            // SAFETY: plain data; zeroes are valid and mean "nothing".
             let mut call: libc::seccomp_notif = unsafe { std::mem::zeroed() };
-            // SAFETY: the structure is as long as the request says.
+            // SAFETY: the structure has the length that the request encodes.
             if unsafe { libc::ioctl(listener.as_raw_fd(), RECEIVE, &raw mut call) } != 0 {
                 return;
             }
@@ -94,13 +93,13 @@ fn answer_for_the_kernel(listener: OwnedFd, error: i32, calls: Arc<AtomicU32>) {
     });
 }
 
-/// A guest and a connection whose `call` is refused for some time.
+/// Creates a guest and a connection whose `call` is refused at first.
 fn connected(call: libc::c_long, error: i32) -> (Guest, Packet, UnixStream, Arc<AtomicU32>) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     ours.set_read_timeout(Some(Duration::from_secs(60)))
         .unwrap();
     let calls = Arc::new(AtomicU32::new(0));
-    // Before the device's thread is there, which inherits it.
+    // Before the device's thread exists, which inherits it.
     let listener = intercept(call, theirs.as_raw_fd());
     answer_for_the_kernel(listener, error, Arc::clone(&calls));
     let mut guest = Guest::new(VsockConfig::default());
@@ -112,7 +111,7 @@ fn connected(call: libc::c_long, error: i32) -> (Guest, Packet, UnixStream, Arc<
 }
 
 #[test]
-fn a_socket_that_lacks_memory_takes_the_bytes_later() {
+fn a_write_that_lacks_memory_is_repeated() {
     for error in [libc::ENOBUFS, libc::ENOMEM] {
         // A filter lasts as long as its thread.
         let test = move || {
@@ -126,7 +125,7 @@ fn a_socket_that_lacks_memory_takes_the_bytes_later() {
             ours.read_exact(&mut seen).unwrap();
             assert_eq!(&seen, b"firstlater");
             assert!(calls.load(Ordering::SeqCst) > REFUSED);
-            // Both directions are there.
+            // Both directions work.
             ours.write_all(b"back").unwrap();
             while guest.receive().payload != b"back" {}
         };

@@ -1,5 +1,5 @@
-//! Any interleaving of what both sides may do, against a model: every byte arrives
-//! once and in order, and every end where it belongs.
+//! Any interleaving of both sides' actions, compared with a model: every byte arrives once
+//! and in order, and every end at its position.
 #![allow(
     clippy::unwrap_used,
     clippy::cast_possible_truncation,
@@ -18,23 +18,23 @@ use proptest::prelude::*;
 use sm_devices_vsock::testing::linux::{LinuxGuest, Profile, SocketId};
 use sm_devices_vsock::{ConnectOptions, VsockConfig};
 
-/// What one side of one connection does next.
+/// Next action of one side of one connection.
 #[derive(Clone, Copy, Debug)]
 enum Action {
-    /// A connection, by the host or by the guest.
+    /// Opens a connection, by the host or by the guest.
     Connect {
         by_host: bool,
     },
     HostWrites(usize, u16),
     HostReads(usize, u16),
-    /// No more is written.
+    /// Ends writing.
     HostEnds(usize),
-    /// Neither written nor read.
+    /// Ends writing and reading.
     HostCloses(usize),
     GuestWrites(usize, u16),
-    /// Which also grants credit.
+    /// Also grants credit.
     GuestReads(usize, u16),
-    /// 1 no more is read, 2 no more is written, 3 both.
+    /// 1 ends reading, 2 ends writing, 3 both.
     GuestEnds(usize, u32),
     GuestResets(usize),
 }
@@ -60,12 +60,12 @@ fn action() -> impl Strategy<Value = Action> {
 struct Direction {
     written: u64,
     read: u64,
-    /// The writer has ended it, or the reader wants no more.
+    /// The writer has ended it, or the reader has.
     ended: bool,
     unwanted: bool,
 }
 
-/// The byte at a place of a stream, which no other stream has there.
+/// Returns the byte at a position of a stream, which differs between streams.
 fn byte(stream: usize, direction: u8, at: u64) -> u8 {
     (at.wrapping_mul(31) ^ (at >> 8) ^ (stream as u64 * 7) ^ (u64::from(direction) * 101)) as u8
 }
@@ -79,7 +79,7 @@ fn bytes(stream: usize, direction: u8, at: u64, len: usize) -> Vec<u8> {
 struct Stream {
     host: Option<UnixStream>,
     guest: SocketId,
-    /// The guest has forgotten its end.
+    /// The guest has closed its socket.
     forgotten: bool,
     to_guest: Direction,
     to_host: Direction,
@@ -236,7 +236,7 @@ impl World {
         }
     }
 
-    /// Whether that may be tried again.
+    /// Returns true if the call may be repeated.
     fn host_reads(&mut self, i: usize, len: usize) -> bool {
         let Some(stream) = self.streams.get_mut(i) else {
             return false;
@@ -259,7 +259,7 @@ impl World {
             }
             Err(error) if error.kind() == ErrorKind::WouldBlock => true,
             Err(error) => {
-                // Something of the host's was not read by a guest that has gone.
+                // A guest that has closed did not read all data of the host.
                 assert!(stream.to_guest.unwanted, "the host cannot read: {error}");
                 true
             }
@@ -285,7 +285,7 @@ impl World {
         stream.to_host.written += self.guest.write(id, &data) as u64;
     }
 
-    /// Whether that may be tried again.
+    /// Returns true if the call may be repeated.
     fn guest_reads(&mut self, i: usize, len: usize) -> bool {
         let Some(stream) = self.streams.get_mut(i) else {
             return false;
@@ -322,7 +322,7 @@ impl World {
         self.guest.shut_down(id, flags);
     }
 
-    /// Ends everything and reads it to its end.
+    /// Ends all streams and reads them to their ends.
     fn finish(&mut self) {
         for i in 0..self.streams.len() {
             if let Some(host) = &self.streams[i].host {
@@ -343,7 +343,7 @@ impl World {
             self.guest.poll();
             let stream = &self.streams[i];
             let again = match by_host {
-                // Whether the rest comes depends on when the other side went.
+                // The rest arrives or not, depending on the time of the other side's close.
                 true if stream.to_guest.unwanted && stream.forgotten => {
                     self.host_reads(i, 60_000) && stream_is_open(&self.streams[i])
                 }
@@ -358,7 +358,7 @@ impl World {
     }
 }
 
-/// Whether the host's end still has something to be read, besides an error.
+/// Returns true if the host's end has unread data.
 fn stream_is_open(stream: &Stream) -> bool {
     let mut host = stream.host.as_ref();
     host.as_mut()
@@ -368,12 +368,12 @@ fn stream_is_open(stream: &Stream) -> bool {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 48, max_shrink_iters: 30, ..ProptestConfig::default() })]
     #[test]
-    fn every_stream_arrives_as_it_was_sent(
+    fn every_stream_arrives_unchanged(
         actions in prop::collection::vec(action(), 1..250),
         payload in prop::sample::select(vec![1u32, 100, 3732, 16 << 10]),
         window in prop::sample::select(vec![4096u32, 64 << 10, 256 << 10]),
     ) {
-        // Buffers for all sockets, whatever nobody reads.
+        // Buffers for the unread data of all sockets.
         let profile = Profile {
             buffers: 4096,
             window: (payload * 256).min(256 << 10),

@@ -1,4 +1,4 @@
-//! Moving a connection's bytes.
+//! Transfer of a connection's bytes.
 
 use std::io::IoSlice;
 
@@ -12,29 +12,29 @@ use crate::host::Moved;
 use crate::packet::{END_OF_MESSAGE, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 use crate::stats::Counters;
 
-/// Largest message; also what the kernel takes at once from its chunks.
+/// Largest message in bytes; also the most that one call writes from chunks.
 pub(crate) const MAX_MESSAGE: u32 = 1 << 20;
-/// Chunks written to a stream at once.
+/// Maximum number of chunks in one write to a stream.
 const SLICES: usize = 32;
-/// Chunks of the largest message, which may begin and end within one.
+/// Chunks of the largest message, which may start and end within one.
 const MESSAGE_SLICES: usize = MAX_MESSAGE as usize / CHUNK + 1;
 /// Bytes of window for each message that may wait.
 const PER_MESSAGE: u32 = 16;
 
-/// What came of filling receive buffers.
+/// Result of filling receive buffers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Filled {
-    /// There is nothing now.
+    /// There are no data now.
     Nothing,
-    /// So many bytes; a message may have none.
+    /// This number of bytes; a message may have none.
     Data { len: u32, ends_message: bool },
-    /// A message that the guest could never take.
+    /// A message that the guest can never receive.
     Unfit,
 }
 
 impl Connection {
-    /// Fills `spans`, which have room for `room` bytes, with data for the guest.
-    /// `scratch` is room for a message.
+    /// Fills `spans`, which have room for `room` bytes, with data for the guest. `scratch`
+    /// is a buffer for a message.
     pub(crate) fn fill(
         &mut self,
         memory: &GuestMemory,
@@ -81,8 +81,8 @@ impl Connection {
         let (moved, more) = self.socket.read(memory, spans, room);
         match moved {
             Moved::Bytes(len) => {
-                // What comes from now on is told by the event loop, an end that has
-                // come before is not.
+                // The event loop reports data that arrive from now on, but not an end that
+                // it has reported before.
                 self.readable = more || self.hung_up;
                 let ends_message = false;
                 Filled::Data { len, ends_message }
@@ -93,7 +93,8 @@ impl Connection {
         }
     }
 
-    /// The socket has no data and no end yet. The event loop reports both from now on.
+    /// Handles a socket without data and without an end. The event loop reports both from
+    /// now on.
     fn nothing_to_read(&mut self) -> Filled {
         self.readable = false;
         self.hung_up = false;
@@ -106,7 +107,7 @@ impl Connection {
         Filled::Nothing
     }
 
-    /// The host sends no more.
+    /// Handles the end of the host's data.
     fn end_reading(&mut self, how: Moved) -> Filled {
         self.read_done = true;
         self.owed.ends |= SHUTDOWN_SEND;
@@ -150,13 +151,14 @@ impl Connection {
         }
     }
 
-    /// Largest message of the host.
+    /// Returns the length of the host's largest message.
     fn incoming_limit(&self) -> u32 {
         self.incoming.window().min(MAX_MESSAGE)
     }
 
-    /// Passes data of the guest, `len` bytes in `spans`, on. `false` when the guest
-    /// broke the rules, or the host's socket can never take it.
+    /// Passes `len` bytes of the guest's data, which are in `spans`, to the host. Returns
+    /// false if the guest violated the protocol, or if the host's socket can never accept
+    /// them.
     #[must_use]
     pub(crate) fn take(
         &mut self,
@@ -240,13 +242,13 @@ impl Connection {
             let message = std::mem::take(&mut messages.partial);
             messages.lens.push_back(message);
         }
-        // Messages of no bytes take no credit, so it does not bound their number.
+        // Messages without bytes take no credit, so credit does not limit their number.
         messages.lens.len() <= (self.incoming.window() / PER_MESSAGE) as usize
             && (whole || self.flush(pool, counters))
     }
 
-    /// Writes what is kept, as far as the socket takes it. `false` when it can
-    /// never take it.
+    /// Writes stored bytes, as far as the socket accepts them. Returns false if it can
+    /// never accept them.
     #[must_use]
     pub(crate) fn flush(&mut self, pool: &mut Pool, counters: &Counters) -> bool {
         while self.has_backlog() {
@@ -289,8 +291,8 @@ impl Connection {
         moved
     }
 
-    /// The host takes no more: what is kept, and what will come, is dropped, and
-    /// the guest is told. What the host has sent still arrives.
+    /// Handles a host that accepts no more: stored and later bytes are dropped, and the
+    /// guest gets a SHUTDOWN. Data of the host still arrive.
     fn refuse(&mut self, pool: &mut Pool, counters: &Counters) {
         self.refuses = true;
         self.backlog.clear(pool);
@@ -302,8 +304,8 @@ impl Connection {
         self.delivered();
     }
 
-    /// The status byte was consumed here rather than by the socket; `false` when it
-    /// was more than was granted.
+    /// Counts the status byte, which the device consumes instead of the socket; returns
+    /// false if it exceeds the credit.
     #[must_use]
     pub(crate) fn take_status(&mut self) -> bool {
         let granted = self.incoming.receive(1);

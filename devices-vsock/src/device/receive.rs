@@ -1,4 +1,4 @@
-//! Filling the guest's receive buffers: from the host to the guest.
+//! Fills the guest's receive buffers: from the host to the guest.
 
 use std::collections::VecDeque;
 
@@ -14,37 +14,37 @@ use crate::muxer::Muxer;
 use crate::packet::{END_OF_MESSAGE, HEADER_LEN, HOST_CID, Header, Operation};
 use crate::profile::Stage;
 
-/// Most buffers that one read fills, when nobody else waits and when somebody
-/// does.
+/// Maximum number of buffers that one read fills, without and with other connections that
+/// wait.
 const RUN_ALONE: usize = 32;
 const RUN_SHARED: usize = 8;
-/// Buffers filled before other handlers get their turn.
+/// Buffers filled before other handlers have their turn.
 const BUDGET: usize = 256;
 
-/// What filling buffers needs from one time to the next.
+/// State for filling buffers that persists between turns.
 #[derive(Default)]
 pub(super) struct Receiver {
-    /// Buffers taken from the queue, in order, to be used next.
+    /// Buffers taken from the queue, in order, for the next packets.
     stash: VecDeque<Chain>,
-    /// Chains to be used again.
+    /// Chains for reuse.
     spare: Vec<Chain>,
     spans: Vec<Span>,
-    /// How much data each buffer of a run may hold.
+    /// Maximum length of data in each buffer of a run.
     rooms: Vec<u32>,
-    /// Room for one message.
+    /// Buffer for one message.
     scratch: Vec<u8>,
     /// Connections whose requests wait for the end of a transport reset.
     parked: Vec<u32>,
 }
 
 impl Receiver {
-    /// The queues are gone, and all connections with them.
+    /// Clears the state after the queues and all connections are gone.
     pub(super) fn forget(&mut self) {
         self.spare.extend(self.stash.drain(..));
         self.parked.clear();
     }
 
-    /// Gives buffers that were taken back to their queue.
+    /// Returns unused buffers to their queue.
     pub(super) fn give_back(&mut self, queue: &mut Queue) {
         for chain in self.stash.drain(..) {
             queue.undo_pop();
@@ -58,7 +58,7 @@ impl Receiver {
         }
     }
 
-    /// Takes buffers until there are `wanted`, as far as the guest offers them.
+    /// Takes buffers until `wanted` are available, as far as the guest offers them.
     fn take(
         &mut self,
         queue: &mut Queue,
@@ -76,8 +76,8 @@ impl Receiver {
         Ok(self.stash.len())
     }
 
-    /// Collects the room for `credit` bytes of data in the first `wanted` buffers;
-    /// how much that is.
+    /// Collects room for `credit` bytes of data in the first `wanted` buffers; returns its
+    /// size.
     fn collect(&mut self, wanted: usize, credit: u32) -> Result<u32, QueueError> {
         self.spans.clear();
         self.rooms.clear();
@@ -85,7 +85,7 @@ impl Receiver {
         for chain in self.stash.iter().take(wanted) {
             let room = chain.writable_len().checked_sub(HEADER_LEN);
             let Some(room) = room else {
-                // The guest's mistake, once it is that buffer's turn.
+                // An error of the guest, once this buffer is the first.
                 match self.rooms.is_empty() {
                     true => return Err(QueueError::Buffer),
                     false => break,
@@ -110,7 +110,7 @@ impl Receiver {
         Ok(offered)
     }
 
-    /// Gives the first buffer back with a packet in it.
+    /// Returns the first buffer with a packet in it.
     fn put(
         &mut self,
         queue: &mut Queue,
@@ -131,8 +131,8 @@ impl Receiver {
 }
 
 impl Vsock {
-    /// Fills receive buffers for connections in turn, until nobody wants one, there
-    /// are none, or it was enough.
+    /// Fills receive buffers for connections in turn, until no connection needs one, no
+    /// buffer is left, or the budget is used up.
     pub(super) fn receive(
         &mut self,
         active: &Active,
@@ -151,7 +151,7 @@ impl Vsock {
             left = left.saturating_sub(used.max(1));
             unpublished += used;
             if unpublished >= BATCH {
-                // The guest can begin while more is read.
+                // The guest can start while more is read.
                 self.publish(active, RX)?;
                 unpublished = 0;
             }
@@ -173,7 +173,7 @@ impl Vsock {
         }
     }
 
-    /// A header to the guest.
+    /// Returns a header to the guest.
     fn header(&self, (guest_port, host_port): Key, kind: u16, op: Operation) -> Header {
         Header {
             src_cid: HOST_CID,
@@ -186,8 +186,8 @@ impl Vsock {
         }
     }
 
-    /// Writes the next packet, or run of data packets, into the buffers taken, of
-    /// which there is one at least; says how many were used.
+    /// Writes the next packet, or run of data packets, into the buffers taken, at least one
+    /// of which must exist; returns the number of buffers used.
     fn produce(
         &mut self,
         memory: &GuestMemory,
@@ -248,16 +248,16 @@ impl Vsock {
         self.put(memory, &header)
     }
 
-    /// Reads from a connection's socket into as many buffers at once as it is
-    /// likely to fill: a system call for each of the small buffers that guests
-    /// offer would cost more than the bytes do.
+    /// Reads from a connection's socket into as many buffers at once as it is likely to
+    /// fill: one system call for each of the small buffers that guests offer would cost
+    /// more than the bytes.
     fn produce_data(
         &mut self,
         memory: &GuestMemory,
         slot: u32,
         registry: &mut dyn Registry,
     ) -> Result<usize, QueueError> {
-        // Others that wait get their turn soon.
+        // Other waiting connections get their turn soon.
         let most = match self.muxer.ready.is_empty() {
             true => RUN_ALONE,
             false => RUN_SHARED,
@@ -270,8 +270,8 @@ impl Vsock {
         self.buffers(memory, wanted)?;
         let offered = self.receiver.collect(wanted, credit)?;
         if offered == 0 {
-            // A buffer that has room for a header only is used for one; the
-            // connection stays where it was.
+            // A buffer with room for a header only is used for one; the connection keeps
+            // its position in the queue.
             self.produce_packet(memory, slot, Operation::CreditUpdate, 0)?;
             self.muxer.ready.push_front(slot);
             return Ok(1);
@@ -289,7 +289,8 @@ impl Vsock {
                 if let Some(connection) = self.muxer.get(slot) {
                     connection.run = match len == offered {
                         true => (connection.run * 2).min(RUN_ALONE),
-                        // As much as lately, so that messages of a size come whole.
+                        // As many as recently, so that messages of a constant size arrive
+                        // whole.
                         false => (used + 1).max(connection.run - 1),
                     };
                 }
@@ -297,7 +298,7 @@ impl Vsock {
                 Ok(used)
             }
             Filled::Nothing => {
-                // The end of the stream may have been found.
+                // The end of the stream may have been detected.
                 self.muxer.settle(slot, registry);
                 Ok(0)
             }
@@ -349,7 +350,7 @@ impl Vsock {
     }
 }
 
-/// Whether packets of a type say where messages end.
+/// Returns true if packets of this type mark the ends of messages.
 fn connection_keeps(kind: u16) -> bool {
     kind == crate::packet::TYPE_SEQPACKET
 }

@@ -1,5 +1,5 @@
-//! Telling the guest that all its connections are gone (virtio 1.3 section
-//! 5.10.6.7), after the machine was restored.
+//! Transport reset: notifies the guest that all its connections are gone (virtio 1.3
+//! section 5.10.6.7), after the machine was restored.
 
 use sm_virtio::queue::QueueError;
 use vm_memory::Bytes as _;
@@ -9,30 +9,30 @@ use super::{Active, EVENT, Vsock};
 /// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET.
 const TRANSPORT_RESET: u32 = 0;
 
-/// How far the guest knows of a transport reset.
+/// State of the notification of a transport reset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum TransportReset {
-    /// There is none.
+    /// No reset is pending.
     None,
-    /// It is to be told, as soon as it offers a buffer for that.
+    /// The event is pending until the driver offers a buffer for it.
     Owed,
-    /// It was told, when it offered so many other buffers. The driver offers the
-    /// buffer again once it has handled the event; connections that it learns of
-    /// before would end with the others.
+    /// The event was sent when the driver had offered this number of other buffers. The
+    /// driver offers the buffer again once it has handled the event; connections that it
+    /// learns of before would end with the others.
     Told { offered: u16 },
 }
 
 impl Vsock {
-    /// Whether new connections have to wait.
+    /// Returns true if new connections have to wait.
     pub(super) fn is_resetting(&self) -> bool {
         self.reset != TransportReset::None
     }
 
-    /// Does what can be done of a transport reset now.
+    /// Continues a transport reset, as far as possible now.
     pub(super) fn proceed_with_reset(&mut self, active: &Active) -> Result<(), QueueError> {
         let memory = &active.memory;
         let Some(queue) = self.queues.get_mut(EVENT).filter(|queue| queue.ready) else {
-            // A driver that wants no events does not learn of it.
+            // A driver without an event queue is not notified.
             self.reset = TransportReset::None;
             return Ok(());
         };
@@ -45,7 +45,7 @@ impl Vsock {
                 .write_obj(TRANSPORT_RESET.to_le(), span.address)
                 .map_err(|_| QueueError::Buffer)?;
             queue.push_used(memory, self.chain.head(), 4)?;
-            // Before the event is published: what is offered now has come before.
+            // Before the event is published: buffers offered now were offered before it.
             self.reset = TransportReset::Told {
                 offered: queue.pending(memory)?,
             };

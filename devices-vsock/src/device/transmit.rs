@@ -1,4 +1,4 @@
-//! Looking at what the guest sent: from the guest to the host.
+//! Handles the guest's packets: from the guest to the host.
 
 use sm_event_loop::Registry;
 use sm_virtio::GuestMemory;
@@ -11,9 +11,9 @@ use crate::handle::ConnectError;
 use crate::packet::{HEADER_LEN, HOST_CID, Header, Operation, TYPE_SEQPACKET, TYPE_STREAM};
 use crate::profile::Stage;
 
-/// Data of one connection that is written at once.
+/// Maximum number of bytes of one connection that are written together.
 const GATHERED: u32 = 64 << 10;
-/// Packets and bytes of the guest looked at before other handlers get their turn.
+/// Packets and bytes of the guest that are handled before other handlers have their turn.
 const BUDGET: usize = 128;
 const BYTES: u32 = 256 << 10;
 
@@ -23,12 +23,12 @@ pub(super) struct Gathered {
     slot: u32,
     len: u32,
     spans: Vec<Span>,
-    /// Their chains, which are the device's until then.
+    /// Their chains, which belong to the device until then.
     heads: Vec<u16>,
 }
 
 impl Gathered {
-    /// The queue is gone.
+    /// Clears the state after the queue is gone.
     pub(super) fn forget(&mut self) {
         self.len = 0;
         self.spans.clear();
@@ -37,20 +37,20 @@ impl Gathered {
 }
 
 impl Vsock {
-    /// Looks at the guest's packets until there are none, resets have no room, or
-    /// it was enough.
+    /// Handles the guest's packets until none is left, resets have no room, or the budget
+    /// is used up.
     pub(super) fn transmit(
         &mut self,
         active: &Active,
         registry: &mut dyn Registry,
     ) -> Result<Pause, QueueError> {
-        // Of overlapping buffers, so that one packet can have 4 GiB.
+        // Saturating: with overlapping buffers, one packet can have 4 GiB.
         let mut bytes = 0u32;
         let mut chain = std::mem::take(&mut self.chain);
         let mut pause = Ok(Pause::Budget);
         for count in 1..=BUDGET {
             if !self.muxer.has_room() {
-                // Goes on when the guest has taken some resets.
+                // Continues when the guest has received some resets.
                 pause = Ok(Pause::Buffers);
                 break;
             }
@@ -68,7 +68,7 @@ impl Vsock {
             let len = self.handle_chain(&active.memory, &chain, registry)?;
             bytes = bytes.saturating_add(len);
             if count % BATCH == 0 {
-                // The guest can use its buffers again while the others are looked at.
+                // The guest can reuse its buffers while the others are handled.
                 self.publish(active, TX)?;
             }
             if bytes >= BYTES {
@@ -76,13 +76,13 @@ impl Vsock {
             }
         }
         self.chain = chain;
-        // What came before a broken chain was sound.
+        // Packets before a malformed chain are valid.
         self.write_gathered(&active.memory, registry)?;
         pause
     }
 
-    /// Takes the guest's next packet. Before the device lets the guest know that
-    /// there are no more, what was gathered is written.
+    /// Takes the guest's next packet. Writes the gathered packets before the device
+    /// requests a notification of further ones.
     fn next_chain(
         &mut self,
         active: &Active,
@@ -102,7 +102,7 @@ impl Vsock {
         }
     }
 
-    /// Gives a packet back to the guest.
+    /// Returns a packet's buffers to the guest.
     fn used(&mut self, memory: &GuestMemory, head: u16) -> Result<(), QueueError> {
         match self.queues.get_mut(TX) {
             Some(queue) => queue.push_used(memory, head, 0),
@@ -110,7 +110,7 @@ impl Vsock {
         }
     }
 
-    /// Looks at one packet; says how much data it had.
+    /// Handles one packet; returns the length of its data.
     fn handle_chain(
         &mut self,
         memory: &GuestMemory,
@@ -127,7 +127,7 @@ impl Vsock {
         {
             return Ok(header.len);
         }
-        // In the order in which they came.
+        // In the order of their arrival.
         self.write_gathered(memory, registry)?;
         match &header {
             Some(header) => self.handle_packet(memory, chain, header, registry),
@@ -137,9 +137,9 @@ impl Vsock {
         Ok(header.map_or(0, |header| header.len.min(chain.readable_len())))
     }
 
-    /// Puts data of a stream aside, to be written together with what follows it; a
-    /// system call for each of many small packets would cost more than their bytes.
-    /// `false` for anything that is not plainly that.
+    /// Gathers data of a stream, to be written together with the following data; a system
+    /// call for each of many small packets would cost more than their bytes. Returns false
+    /// for all other packets.
     fn gather(
         &mut self,
         memory: &GuestMemory,
@@ -174,7 +174,7 @@ impl Vsock {
         {
             self.write_gathered(memory, registry)?;
         }
-        // Which may have been the end of it.
+        // Writing may have ended the connection.
         let Some(connection) = self.muxer.get(slot) else {
             return Ok(false);
         };
@@ -187,7 +187,7 @@ impl Vsock {
         Ok(true)
     }
 
-    /// Writes what was put aside.
+    /// Writes the gathered data.
     fn write_gathered(
         &mut self,
         memory: &GuestMemory,
@@ -210,7 +210,7 @@ impl Vsock {
         Ok(())
     }
 
-    /// Whether addresses and type of a packet make sense.
+    /// Returns true if addresses and type of a packet are valid.
     fn is_sound(&self, header: &Header) -> bool {
         header.src_cid == self.config.guest_cid
             && header.dst_cid == HOST_CID
@@ -237,8 +237,8 @@ impl Vsock {
         };
         match (slot, op) {
             (None, Operation::Request) => {
-                // What host code asked for before the guest spoke counts: a listener
-                // that exists by now is one that the request finds.
+                // Commands that host code sent before the guest's packet take effect first:
+                // the request finds a listener that exists already.
                 self.take_commands(registry);
                 self.muxer.accept(header, registry);
             }
@@ -256,7 +256,7 @@ impl Vsock {
     fn count_malformed(&self) {
         let counters = &self.mailbox.counters;
         if counters.malformed.is_first() {
-            tracing::warn!("the guest sends packets that make no sense; they are counted");
+            tracing::warn!("the guest sends invalid packets; they are counted");
         }
         counters.malformed.add(1);
     }
@@ -312,7 +312,7 @@ impl Vsock {
                 connection.owed.credit = true;
                 self.muxer.queue(slot);
             }
-            // A second REQUEST, a RESPONSE nobody asked for, data too early.
+            // A second REQUEST, an unexpected RESPONSE, or early data.
             _ => self.malformed(Some(slot), header, registry),
         }
     }
@@ -348,7 +348,7 @@ impl Vsock {
         self.spans = spans;
     }
 
-    /// Passes data of the guest on to the host's socket.
+    /// Passes data of the guest to the host's socket.
     fn pass_on(
         &mut self,
         memory: &GuestMemory,

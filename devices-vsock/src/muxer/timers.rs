@@ -8,13 +8,13 @@ use super::Muxer;
 use crate::connection::Awaiting;
 use crate::handle::ConnectError;
 
-/// Time until a call that failed for want of memory is repeated.
+/// Time until a call that failed for lack of memory is repeated.
 const RETRY: Duration = Duration::from_millis(10);
 /// Tokens of a connection's timers, with its slot number.
 pub(crate) const DEADLINE: u64 = 1 << 60;
 pub(crate) const RETRIES: u64 = 1 << 61;
 impl Muxer {
-    /// Sets the deadline of a connection, in place of an earlier one.
+    /// Sets the deadline of a connection, replacing an earlier one.
     pub(super) fn await_until(
         &mut self,
         slot: u32,
@@ -35,7 +35,7 @@ impl Muxer {
         connection.progressed = false;
     }
 
-    /// Sets a timer for a call that failed for want of memory.
+    /// Sets a timer for a call that failed for lack of memory.
     pub(super) fn retry_if_due(&mut self, slot: u32, registry: &mut dyn Registry) {
         let Some(connection) = self.get(slot) else {
             return;
@@ -45,7 +45,7 @@ impl Muxer {
         }
     }
 
-    /// Repeats a call that failed for want of memory.
+    /// Repeats a call that failed for lack of memory.
     pub(crate) fn retry(&mut self, slot: u32, registry: &mut dyn Registry) {
         let Some(connection) = self.get(slot) else {
             return;
@@ -69,7 +69,7 @@ impl Muxer {
             self.await_until(slot, awaiting, linger, registry);
             return;
         }
-        tracing::debug!(key = ?connection.key, ?awaiting, "a connection has waited too long");
+        tracing::debug!(key = ?connection.key, ?awaiting, "a connection has reached its deadline");
         self.mailbox.counters.timed_out.add(1);
         self.abort(slot, ConnectError::TimedOut, registry);
     }

@@ -1,11 +1,11 @@
-//! A driver that behaves as Linux's does, and the sockets above it.
+//! A driver that behaves like Linux's, with sockets on top of it.
 //!
-//! Receive buffers are of one descriptor, offered until the ring is full and again
-//! when half of them are used; a buffer stays with its socket until an application
-//! has read it. Packets are sent as header and payload. The device is kicked when
-//! it wants to be, and asked for interrupts only before there is nothing to do.
-//! Credit is told as `virtio_transport_stream_do_dequeue` does: when a reader has
-//! caught up, or the sender may think that less than 64 KiB are free.
+//! Receive buffers have one descriptor. They are offered until the ring is full, and again
+//! when half of them are used; a buffer stays with its socket until an application has read
+//! it. Packets are sent as header and payload. The device is notified if it requested that,
+//! and interrupts are requested only before the driver becomes idle. Credit is announced as
+//! in `virtio_transport_stream_do_dequeue`: when a reader has read everything, or the
+//! sender may assume that less than 64 KiB are free.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{Ordering, fence};
@@ -26,27 +26,27 @@ use crate::{MuxerHandle, Vsock, VsockConfig};
 const QUEUES: u64 = 0x1_0000;
 const RING: u16 = 256;
 const SEND_BASE: u64 = 0x10_0000;
-/// A header, and a page later the payload.
+/// A header, and one page later the payload.
 const SEND_LEN: u64 = 0x1_1000;
-/// Packets that may be on their way: two descriptors each.
+/// Maximum number of packets in flight: two descriptors each.
 const SEND_SLOTS: u16 = RING / 2;
 const RECEIVE_BASE: u64 = SEND_BASE + SEND_SLOTS as u64 * SEND_LEN;
 
-/// How a guest sets its sockets up.
+/// Socket parameters of a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Profile {
-    /// Bytes in a receive buffer, its header included.
+    /// Length of a receive buffer in bytes, including its header.
     pub buffer: u32,
-    /// Receive buffers in all: in the ring, and not read yet.
+    /// Number of receive buffers in total: in the ring, and not read yet.
     pub buffers: u32,
     /// Receive buffers in the ring.
     pub posted: u16,
-    /// Room of a socket.
+    /// Window of a socket in bytes.
     pub window: u32,
 }
 
 impl Profile {
-    /// Linux 6.12: a page less what the kernel needs of it, 256 KiB for a socket.
+    /// Linux 6.12: a page minus the kernel's own part, 256 KiB for a socket.
     pub const LINUX: Self = Self {
         buffer: 3776,
         buffers: 4096,
@@ -54,8 +54,8 @@ impl Profile {
         window: 256 << 10,
     };
 
-    /// As Linux, with room for `payload` bytes of data in each buffer, and not more
-    /// memory in the ring than Linux offers, which is 1 MiB (but at least a buffer).
+    /// As Linux, with room for `payload` bytes of data in each buffer, and no more memory
+    /// in the ring than Linux offers, which is 1 MiB (but at least one buffer).
     #[must_use]
     pub const fn with_payload(payload: u32) -> Self {
         let memory = RING as u32 * 4096;
@@ -73,19 +73,19 @@ impl Profile {
     }
 }
 
-/// Names a socket of a [`LinuxGuest`].
+/// Identifies a socket of a [`LinuxGuest`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SocketId(u32);
 
 impl SocketId {
-    /// Small numbers, from 0 on; used again.
+    /// Returns a small number, from 0 on, which is reused.
     #[must_use]
     pub fn index(self) -> usize {
         self.0 as usize
     }
 }
 
-/// A run of data in a receive buffer.
+/// A part of the data in a receive buffer.
 #[derive(Clone, Copy, Debug)]
 struct Piece {
     buffer: u32,
@@ -110,11 +110,11 @@ struct Socket {
     sent: u32,
     host_window: u32,
     host_forwarded: u32,
-    /// Is in the list of sockets that something happened to.
+    /// True if the socket is in the list of events.
     noted: bool,
 }
 
-/// Sockets over a driver over a device.
+/// Sockets on top of a driver on top of a device.
 pub struct LinuxGuest {
     memory: GuestMemory,
     /// The transport, from the driver's side.
@@ -124,7 +124,7 @@ pub struct LinuxGuest {
     _event: DriverQueue,
     profile: Profile,
     free_buffers: Vec<u32>,
-    /// Which buffer a chain in the receive queue is.
+    /// Buffer of each chain in the receive queue.
     posted: Vec<u32>,
     in_ring: u16,
     free_slots: Vec<u16>,
@@ -132,7 +132,7 @@ pub struct LinuxGuest {
     sockets: Vec<Option<Socket>>,
     free_sockets: Vec<u32>,
     by_ports: HashMap<(u32, u32), u32>,
-    /// Sockets that something happened to, in that order.
+    /// Sockets with an event, in the order of events.
     events: VecDeque<u32>,
     /// Sockets that wait for room in the transmit queue.
     waiting: Vec<u32>,
@@ -144,10 +144,10 @@ pub struct LinuxGuest {
 }
 
 impl LinuxGuest {
-    /// A device, and a driver that has started it.
+    /// Creates a device, and a driver that has started it.
     ///
     /// # Panics
-    /// When the system refuses.
+    /// If the system refuses.
     #[must_use]
     pub fn new(config: VsockConfig, profile: Profile) -> Self {
         let stride = u64::from(profile.buffer.next_multiple_of(4096));
@@ -209,7 +209,7 @@ impl LinuxGuest {
         }
     }
 
-    /// Tells the device of what it was given, if it wants to know.
+    /// Notifies the device of offered chains, if it wants to be notified.
     pub fn kick(&mut self) {
         for (index, queue) in [(0, &mut self.rx), (1, &mut self.tx)] {
             if queue.offered_since_kick() > 0 {
@@ -222,10 +222,11 @@ impl LinuxGuest {
         }
     }
 
-    /// Takes in what has come, and sends what waits; whether anything has come.
+    /// Takes the packets that have arrived, and sends waiting ones; returns true if any has
+    /// arrived.
     ///
     /// # Panics
-    /// When the device breaks the rules.
+    /// If the device violates the protocol.
     pub fn poll(&mut self) -> bool {
         let mut any = false;
         while let Some((head, _)) = self.tx.take_used() {
@@ -258,11 +259,11 @@ impl LinuxGuest {
         any
     }
 
-    /// Takes in what has come, and asks for an interrupt (see [`Driver::line`]) when
-    /// more comes.
+    /// Takes the packets that have arrived, and requests an interrupt (see
+    /// [`Driver::line`]) for later ones.
     ///
     /// # Panics
-    /// When the device breaks the rules.
+    /// If the device violates the protocol.
     pub fn serve(&mut self) {
         self.driver.acknowledge();
         loop {
@@ -275,10 +276,10 @@ impl LinuxGuest {
         }
     }
 
-    /// Waits until something comes, and takes it in.
+    /// Waits until a packet arrives, and takes it.
     ///
     /// # Panics
-    /// When nothing does for a minute.
+    /// If none arrives for a minute.
     pub fn wait(&mut self) {
         loop {
             let seen = self.driver.line.pulses();
@@ -293,7 +294,7 @@ impl LinuxGuest {
         }
     }
 
-    /// Looks at a packet; whether its buffer is kept.
+    /// Handles a packet; returns true if its buffer stays in use.
     fn receive(&mut self, buffer: u32, len: u32) -> bool {
         let address = self.buffer_address(buffer);
         let mut header = [0; HEADER];
@@ -375,8 +376,8 @@ impl LinuxGuest {
         }
     }
 
-    /// A socket that something happened to since it was returned last: it can be
-    /// read, written, or is over.
+    /// Returns a socket with an event since it was returned last: it can be read or
+    /// written, or has ended.
     pub fn next_event(&mut self) -> Option<SocketId> {
         while let Some(index) = self.events.pop_front() {
             if let Some(socket) = &mut self.sockets[index as usize] {
@@ -387,8 +388,8 @@ impl LinuxGuest {
         None
     }
 
-    /// Has the socket returned by [`Self::next_event`] again once there is room in
-    /// the transmit queue, or when something happens to it.
+    /// Makes [`Self::next_event`] return the socket again once the transmit queue has room,
+    /// or at its next event.
     pub fn retry(&mut self, id: SocketId) {
         self.waiting.push(id.0);
     }
@@ -401,10 +402,10 @@ impl LinuxGuest {
         self.sockets[id.index()].as_mut().unwrap()
     }
 
-    /// Asks for a connection to a port of the host.
+    /// Requests a connection to a port of the host.
     ///
     /// # Panics
-    /// When that connection exists.
+    /// If that connection exists.
     pub fn connect(&mut self, guest_port: u32, host_port: u32) -> SocketId {
         assert!(!self.by_ports.contains_key(&(guest_port, host_port)));
         let id = SocketId(self.insert((guest_port, host_port)));
@@ -412,46 +413,46 @@ impl LinuxGuest {
         id
     }
 
-    /// Ports of a socket: the guest's and the host's.
+    /// Returns the ports of a socket: the guest's and the host's.
     #[must_use]
     pub fn ports(&self, id: SocketId) -> (u32, u32) {
         let socket = self.socket(id);
         (socket.guest_port, socket.host_port)
     }
 
-    /// Whether both sides have accepted.
+    /// Returns true if both sides have accepted.
     #[must_use]
     pub fn is_established(&self, id: SocketId) -> bool {
         self.socket(id).established
     }
 
-    /// Whether the host has reset it.
+    /// Returns true if the host has reset the connection.
     #[must_use]
     pub fn is_reset(&self, id: SocketId) -> bool {
         self.socket(id).reset
     }
 
-    /// Bytes that can be read now.
+    /// Returns the number of bytes that can be read now.
     #[must_use]
     pub fn readable(&self, id: SocketId) -> usize {
         self.socket(id).bytes as usize
     }
 
-    /// Whether the host will send no more, and all was read.
+    /// Returns true if the host will send no more, and all data were read.
     #[must_use]
     pub fn is_at_end(&self, id: SocketId) -> bool {
         let socket = self.socket(id);
         socket.bytes == 0 && (socket.reset || socket.host_ends & 2 != 0)
     }
 
-    /// Whether the host takes no more.
+    /// Returns true if the host accepts no more data.
     #[must_use]
     pub fn is_refused(&self, id: SocketId) -> bool {
         let socket = self.socket(id);
         socket.reset || socket.host_ends & 1 != 0
     }
 
-    /// Bytes that may be sent now.
+    /// Returns the number of bytes that may be sent now.
     #[must_use]
     pub fn credit(&self, id: SocketId) -> usize {
         let socket = self.socket(id);
@@ -462,10 +463,10 @@ impl LinuxGuest {
         socket.host_window.saturating_sub(way) as usize
     }
 
-    /// Reads what has come, as far as there is room; how much that was.
+    /// Reads received data, as far as there is room; returns the number of bytes.
     ///
     /// # Panics
-    /// When the socket does not exist.
+    /// If the socket does not exist.
     pub fn read(&mut self, id: SocketId, room: &mut [u8]) -> usize {
         let mut done = 0;
         while done < room.len()
@@ -497,11 +498,11 @@ impl LinuxGuest {
         done
     }
 
-    /// Sends as much of `data` as one packet, credit and the queue take; how much
-    /// that was.
+    /// Sends as much of `data` as one packet, credit and the queue allow; returns the
+    /// number of bytes.
     ///
     /// # Panics
-    /// When the socket does not exist.
+    /// If the socket does not exist.
     pub fn write(&mut self, id: SocketId, data: &[u8]) -> usize {
         let len = self.credit(id).min(data.len()).min(PACKET);
         if len == 0 || !self.packet(id, RW, 0, &data[..len]) {
@@ -512,8 +513,8 @@ impl LinuxGuest {
         len
     }
 
-    /// Sends any packet of a socket, data that it has no credit for, too; `false`
-    /// when the queue is full.
+    /// Sends any packet of a socket, including data without credit; returns false if the
+    /// queue is full.
     pub fn packet(&mut self, id: SocketId, op: u16, flags: u32, data: &[u8]) -> bool {
         let packet = self.prepare(id, op, flags);
         // In order.
@@ -552,10 +553,10 @@ impl LinuxGuest {
         }
     }
 
-    /// Forgets a socket; the host is told by a reset unless it knows.
+    /// Removes a socket; the host gets a reset unless it has sent one.
     ///
     /// # Panics
-    /// When it does not exist.
+    /// If it does not exist.
     pub fn forget(&mut self, id: SocketId) {
         if !self.socket(id).reset {
             self.control(id, RST, 0);
@@ -570,7 +571,7 @@ impl LinuxGuest {
         self.free_sockets.push(id.0);
     }
 
-    /// Puts a packet into the queue; `false` when that is full.
+    /// Adds a packet to the queue; returns false if that is full.
     fn transmit(&mut self, packet: &Packet, data: &[u8]) -> bool {
         let Some(slot) = self.free_slots.pop() else {
             return false;

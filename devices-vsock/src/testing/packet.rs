@@ -3,17 +3,17 @@
 use super::{GUEST, HEADER, HOST};
 use crate::packet::Header;
 
-/// A connection is asked for.
+/// Requests a connection.
 pub const REQUEST: u16 = 1;
-/// It is accepted.
+/// Accepts a connection.
 pub const RESPONSE: u16 = 2;
-/// It is refused, or over.
+/// Refuses or ends a connection.
 pub const RST: u16 = 3;
-/// One direction, or both, are over.
+/// Ends one direction, or both.
 pub const SHUTDOWN: u16 = 4;
 /// Data.
 pub const RW: u16 = 5;
-/// More room.
+/// Grants credit.
 pub const CREDIT_UPDATE: u16 = 6;
 
 /// A packet as the guest sees it.
@@ -27,24 +27,24 @@ pub struct Packet {
     pub src_port: u32,
     /// Port of the receiver.
     pub dst_port: u32,
-    /// 1 for streams.
+    /// 1 for streams, 2 for messages.
     pub kind: u16,
-    /// What it is for.
+    /// Operation.
     pub op: u16,
-    /// Of a shutdown: 1 no more received, 2 no more sent.
+    /// Flags of a SHUTDOWN: 1 no more received, 2 no more sent.
     pub flags: u32,
-    /// Room of the sender for data.
+    /// Window of the sender for data.
     pub buf_alloc: u32,
     /// Bytes that the sender has taken so far.
     pub fwd_cnt: u32,
-    /// What the header says, when that is not the payload's length.
+    /// Length field of the header, if it differs from the payload's length.
     pub len: Option<u32>,
     /// Data.
     pub payload: Vec<u8>,
 }
 
 impl Packet {
-    /// A packet of the guest with 64 KiB of room and no data.
+    /// Creates a packet of the guest with 64 KiB of window and no data.
     #[must_use]
     pub fn from_guest(src_port: u32, dst_port: u32, op: u16) -> Self {
         Self {
@@ -62,13 +62,13 @@ impl Packet {
         }
     }
 
-    /// An answer to this packet.
+    /// Creates an answer to this packet.
     #[must_use]
     pub fn reply(&self, op: u16) -> Self {
         Self::from_guest(self.dst_port, self.src_port, op)
     }
 
-    /// Its header, with a length of data that need not be true.
+    /// Returns its header, with a length of data that need not be true.
     #[must_use]
     pub fn header(&self, len: u32) -> [u8; HEADER] {
         let header = Header {
@@ -86,7 +86,7 @@ impl Packet {
         header.encode()
     }
 
-    /// The header of a packet, with the length that it claims.
+    /// Decodes the header of a packet, with the length that it claims.
     pub(super) fn read(bytes: &[u8; HEADER]) -> Self {
         let header = Header::decode(bytes);
         Self {
@@ -104,10 +104,10 @@ impl Packet {
         }
     }
 
-    /// The packet in a receive buffer.
+    /// Decodes the packet in a receive buffer.
     ///
     /// # Panics
-    /// When it is none.
+    /// If it is malformed.
     #[must_use]
     pub fn decode(bytes: &[u8]) -> Self {
         let (header, payload) = bytes.split_first_chunk().unwrap();
