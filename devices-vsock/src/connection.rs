@@ -1,15 +1,78 @@
 //! One connection: its state, and the packets that it owes the guest.
 //!
-//! Data of the guest are written directly to the host's socket; bytes that it does not
-//! accept are stored in `backlog`, within the window that the guest was granted
-//! (`credit.rs`). Data of the host are read directly into the guest's buffers.
-//! `transfer.rs` moves the bytes.
+//! # Primer (virtio 1.3 section 5.10.6)
 //!
-//! Each direction ends independently. The host's end of file becomes a SHUTDOWN (no more is
-//! sent) after the data before it. A host that accepts no more becomes a SHUTDOWN (no more
-//! is received); later data of the guest are dropped, while the host's data still arrive.
-//! The guest's SHUTDOWN is passed on after the data before it. Once both directions have
-//! ended, a reset ends the connection.
+//! Every packet is a header of 44 bytes, in RW packets followed by data. A connection is
+//! identified by the guest's port and the host's port. This side is a proxy: its peer is a
+//! guest's socket, and behind it is a host socket whose other end belongs to an application.
+//!
+//! **Handshake** (section 5.10.6.5). The side that connects sends REQUEST. The other side
+//! answers RESPONSE if a socket listens on the port, otherwise RST. Host code connects with
+//! [`MuxerHandle::connect`]; requests of the guest go to the acceptor of the host port. With
+//! `status_reply`, the first byte of the guest is a status that the device consumes, and only
+//! status 0 completes the attempt. A request without an answer or a status in time is reset.
+//!
+//! **Shutdown**. Each direction ends independently, and a SHUTDOWN flag is permanent:
+//!
+//! | event | effect |
+//! |---|---|
+//! | the host's end of file | SHUTDOWN (send), after all data before it |
+//! | the host accepts no more (EPIPE) | SHUTDOWN (receive); data of the guest are dropped |
+//! | the host has closed, or reading fails | both flags, after all data before |
+//! | the guest's SHUTDOWN (send) | `shutdown(SHUT_WR)` on the host socket, after the backlog |
+//! | the guest's SHUTDOWN (receive) | `shutdown(SHUT_RD)`; unread data of the host are dropped |
+//!
+//! A clean end is a SHUTDOWN of both flags that the peer confirms by RST, so that neither side
+//! uses the two ports again while the other still handles packets of the old connection. The
+//! device sends the RST once the guest has sent a SHUTDOWN, both directions have ended (by flags
+//! of either side) and the backlog is written. If only the device has sent both flags, the guest
+//! confirms; without its RST within `answer_timeout`, the device sends one.
+//!
+//! **Credit** (section 5.10.6.3). Each side announces in every packet the size of its receive
+//! buffer (`buf_alloc`) and the number of bytes that it has forwarded to its application
+//! (`fwd_cnt`). A sender has at most `buf_alloc` bytes in flight. The device counts a byte as
+//! forwarded once the host socket has accepted it (or it was dropped), so the guest's credit
+//! follows the speed of the host application. A guest that exceeds its credit is reset. `credit.rs` has the arithmetic,
+//! `allowance.rs` the sizes of windows.
+//!
+//! **Buffering**. Data of the host need no buffer: `transfer.rs` reads from the host socket
+//! directly into the guest's receive buffers, as many bytes as the guest's credit permits; all
+//! others stay in the socket. (One message of a seqpacket socket is read at once, and its rest is
+//! stored until the guest offers more buffers or credit.) Data of the guest are written
+//! directly from its transmit buffers. If the host socket is full, the device cannot leave them
+//! there: all connections share the transmit queue, which is processed in order, so one slow
+//! reader would block every other connection. The rest is copied to the `backlog` of the
+//! connection, which its window bounds, and written when the event loop reports the socket
+//! writable. The guest may even close the connection meanwhile: the backlog is still written.
+//!
+//! # States
+//!
+//! ```text
+//!  MuxerHandle::connect                       REQUEST of the guest, accepted
+//!          |                                               |
+//!          v                                               v  (RESPONSE is owed)
+//!    +-----------+     RESPONSE of the guest        +-------------+
+//!    | Requested |--------------------------------->| Established |
+//!    +-----------+                                  +-------------+
+//!          |                                          |         |
+//!          | RST of the guest (refused);              |         | RST of the guest, or reset of
+//!          | timeout; host socket closed;             |         | the device, with a backlog
+//!          | seqpacket unsupported; cut;              |         v
+//!          | protocol violation; reset                |   +----------+
+//!          |                                          |   | Draining |  (the ports are free)
+//!          |   both directions ended, no backlog;     |   +----------+
+//!          |   RST or reset without a backlog;        |         |
+//!          |   protocol violation; timeout; cut       |         |
+//!          v                                          v         | backlog written, host socket
+//!    +----------------------------------------------------+     | closed, linger timeout, cut
+//!    |                      removed                       |<----+
+//!    +----------------------------------------------------+
+//! ```
+//!
+//! `Muxer::abort` removes a connection and sends RST if the guest knows it: in `Established`,
+//! and in `Requested` after REQUEST was sent.
+//!
+//! [`MuxerHandle::connect`]: crate::MuxerHandle::connect
 
 mod transfer;
 
