@@ -32,8 +32,8 @@
 //! buffer (`buf_alloc`) and the number of bytes that it has forwarded to its application
 //! (`fwd_cnt`). A sender has at most `buf_alloc` bytes in flight. The device counts a byte as
 //! forwarded once the host socket has accepted it (or it was dropped), so the guest's credit
-//! follows the speed of the host application. A guest that exceeds its credit is reset. `credit.rs` has the arithmetic,
-//! `allowance.rs` the sizes of windows.
+//! follows the speed of the host application. A guest that exceeds its credit is reset.
+//! `credit.rs` has the arithmetic, `allowance.rs` the sizes of windows.
 //!
 //! **Buffering**. Data of the host need no buffer: `transfer.rs` reads from the host socket
 //! directly into the guest's receive buffers, as many bytes as the guest's credit permits; all
