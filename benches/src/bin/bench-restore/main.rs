@@ -115,7 +115,7 @@ fn main() -> Result<()> {
             Ok(())
         }
         "depth" => depth::check(&path::guest(&options, 128)?),
-        // The mode of one clone, for the contest.
+        // Serves one clone of this project, for the comparison with the rivals.
         "serve" => ticking::serve(options.reports.first().context("no store")?),
         "render" => render(&options),
         other => bail!("there is no {other:?}:\n{HELP}"),

@@ -99,7 +99,7 @@ pub(crate) fn state(chain: &Chain) -> Result<MachineState> {
     Ok(postcard::from_bytes(payload)?)
 }
 
-/// Restores it once until it writes, and records its working set.
+/// Restores the snapshot until its guest writes, and records the working set.
 pub(crate) fn learn(store: &Path, guest: &Guest) -> Result<()> {
     let store = SnapshotStore::open(store)?;
     let (mut said, console) = std::io::pipe()?;
@@ -110,7 +110,8 @@ pub(crate) fn learn(store: &Path, guest: &Guest) -> Result<()> {
     Ok(())
 }
 
-/// Restores it in this process, with its console at standard output, until killed.
+/// Restores the snapshot in this process, with its console at standard output, until
+/// killed.
 pub(crate) fn serve(store: &Path) -> Result<()> {
     let console = std::io::stdout().as_fd().try_clone_to_owned()?;
     let restored = Restored::new(&SnapshotStore::read_only(store), console.into())?;
