@@ -130,7 +130,7 @@ impl Queue {
     /// Waits for events, `timeout` at most, and appends them to `ready`.
     ///
     /// # Errors
-    /// The system's.
+    /// The operating system's error.
     pub(crate) fn wait(
         &mut self,
         timeout: Option<Duration>,

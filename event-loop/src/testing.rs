@@ -146,7 +146,7 @@ impl ManualLoop {
         self.state.now += by;
     }
 
-    /// The time until the next timer passes.
+    /// Returns the time until the next timer expires; `None` without a timer.
     #[must_use]
     pub fn until_timer(&self) -> Option<Duration> {
         let next = self.state.timers.earliest()?;
