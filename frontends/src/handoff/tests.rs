@@ -82,7 +82,7 @@ fn payload_and_socket_arrive_in_order_again_and_again() {
     }
 }
 
-/// Root may listen for every user, and a user for nobody else.
+/// A socket of root is accepted for every user, that of another user only for itself.
 #[test]
 fn another_users_socket_gets_no_clients() {
     let rig = rig();

@@ -263,7 +263,7 @@ impl Hybrid {
     fn connect(&self, port: u32, stream: UnixStream, member: Member) {
         let begun = self.service.muxer.profiler().begin();
         let answer = match stream.try_clone() {
-            // A temporary second descriptor, which is not worth waiting for.
+            // The second descriptor is temporary, so a reached limit does not delay it.
             Ok(answer) => (answer, self.service.limit.take(1)),
             Err(error) => return self.service.counters.refuse(error),
         };
