@@ -98,7 +98,7 @@ fn serve(init_us: u64) -> io::Result<()> {
     };
     let mut agent = Agent::new(listeners, PathBuf::from(DIRECTORY), cgroup, facts)?;
     // Last: the host may take a snapshot as soon as the agent connects, so the agent must
-    // be complete by then. In particular the kernel log must be open: opened after a
+    // be complete before. In particular the kernel log must be open: opened after a
     // restore, it would start behind the line about the generation ID.
     match control::dial() {
         Ok(socket) => agent.announce(socket),
