@@ -23,7 +23,7 @@ fn address(home: &Home, vm: &str, port: &str) -> SocketAddr {
     line.trim().parse().unwrap()
 }
 
-/// Sends bytes and the end, and reads to the end.
+/// Sends bytes, ends the sending direction, and reads to the end of the stream.
 fn exchange(mut stream: TcpStream, sent: &[u8]) -> Vec<u8> {
     let mut sender = stream.try_clone().unwrap();
     std::thread::scope(|scope| {
