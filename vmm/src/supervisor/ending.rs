@@ -427,7 +427,7 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    /// Gives up the exit record, because this process has to exit.
+    /// Abandons the exit record, because this process has to exit.
     pub(super) fn forgo_record(&mut self) {
         if self.stage.is_unwritten() {
             tracing::error!("the exit status is lost");

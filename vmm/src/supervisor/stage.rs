@@ -75,16 +75,16 @@ pub(super) struct Running {
 /// State of the machine of a running workload.
 #[derive(Debug, Default)]
 pub(super) enum Machine {
-    /// It runs.
+    /// The machine runs.
     #[default]
     Free,
-    /// It is held because a client asked for that.
+    /// Paused by a client.
     Paused,
-    /// It runs, and its agent freezes the workload and writes back dirty data.
+    /// The machine runs, and its agent freezes the workload and writes back dirty data.
     Preparing(SnapshotJob),
-    /// It is held while its memory is copied.
+    /// Paused while its memory is copied.
     Copying(SnapshotJob),
-    /// Its memory was copied, and it stays held until the snapshot is published.
+    /// Its memory was copied; paused until the snapshot is published.
     Staying(SnapshotJob),
 }
 
