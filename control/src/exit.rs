@@ -24,6 +24,26 @@ pub enum ExitReason {
     Other,
 }
 
+/// A cause of a failure with a remedy, which differs between clients.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum FailureCause {
+    /// The machine was restored from an automatic snapshot, which may be the cause and is
+    /// kept: a start from the kernel avoids it.
+    AutomaticSnapshot,
+    /// The guest's kernel does not see a new VM generation ID: it has to be built with
+    /// `CONFIG_VMGENID`, or to be booted instead of restored.
+    NoGenerationId,
+    /// The caller has no privilege for [`Paging::Userfault`](crate::launch::Paging).
+    NoUserfault,
+    /// The guest ran out of memory.
+    OutOfMemory,
+    /// A cause that only a later version knows.
+    #[serde(other)]
+    Other,
+}
+
 /// The record of a VM that has exited.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExitRecord {
@@ -34,6 +54,9 @@ pub struct ExitRecord {
     /// Description of the failure; absent when the workload exited by itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
+    /// Cause of the failure, if it is one for which there is a remedy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cause: Option<FailureCause>,
     /// The guest's kernel killed processes for lack of memory.
     #[serde(default)]
     pub oom_killed: bool,
@@ -59,6 +82,7 @@ impl ExitRecord {
             status: 137,
             reason: ExitReason::Lost,
             message: Some("the VMM process ended without leaving an exit status".into()),
+            cause: None,
             oom_killed: false,
             finished_ns: 0,
             started_ns: 0,

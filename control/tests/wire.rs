@@ -9,7 +9,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use sm_control::config::LaunchConfig;
-use sm_control::exit::{ExitReason, ExitRecord};
+use sm_control::exit::{ExitReason, ExitRecord, FailureCause};
 use sm_control::id::VmId;
 use sm_control::launch::{
     ControlAnswer, ControlCall, DiskSegment, ImageSource, LaunchRequest, Paging, Report,
@@ -117,6 +117,19 @@ fn ends() {
     }
     let later: ExitReason = serde_json::from_value(json!("of_a_later_version")).unwrap();
     assert_eq!(later, ExitReason::Other);
+    let later: FailureCause = serde_json::from_value(json!("of_a_later_version")).unwrap();
+    assert_eq!(later, FailureCause::Other);
+    is(
+        &ExitRecord {
+            cause: Some(FailureCause::AutomaticSnapshot),
+            ..ExitRecord::lost()
+        },
+        &json!({
+            "status": 137, "reason": "lost", "cause": "automatic_snapshot",
+            "oom_killed": false, "finished_ns": 0, "started_ns": 0,
+            "message": "the VMM process ended without leaving an exit status",
+        }),
+    );
     // Older records lack these members.
     let short = json!({"status": 3, "reason": "workload", "finished_ns": 7});
     let read: ExitRecord = serde_json::from_value(short).unwrap();

@@ -1,11 +1,15 @@
 //! Failures of starting a machine.
 
+use sm_control::exit::FailureCause;
+
 /// The cause of a failed start; a sentence.
 pub(crate) struct Failure {
     pub(crate) message: String,
     /// True if the snapshot may be corrupt; false if the cause is the host or the
     /// request.
     pub(crate) spoilt: bool,
+    /// The cause, if it is one for which there is a remedy.
+    pub(crate) cause: Option<FailureCause>,
 }
 
 impl From<String> for Failure {
@@ -13,6 +17,7 @@ impl From<String> for Failure {
         Self {
             message,
             spoilt: false,
+            cause: None,
         }
     }
 }

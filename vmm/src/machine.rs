@@ -163,7 +163,7 @@ pub(crate) fn start(
     record: &dyn VmRecord,
     console: &File,
     notices: &NoticeSender,
-) -> Result<Started, String> {
+) -> Result<Started, Failure> {
     let features = host
         .guest_features()
         .map_err(failed("ask what processor guests get"))?;
@@ -210,7 +210,7 @@ pub(crate) fn start(
                     }
                 }
                 _ => {
-                    return Err(match &request.source {
+                    let message = match &request.source {
                         StartSource::Snapshot(name) | StartSource::IdentityReport(name)
                             if failure.spoilt =>
                         {
@@ -220,7 +220,8 @@ pub(crate) fn start(
                             )
                         }
                         _ => failure.message,
-                    });
+                    };
+                    return Err(Failure { message, ..failure });
                 }
             },
         }
@@ -416,6 +417,7 @@ impl Parts {
         .map_err(|error| Failure {
             message: format!("it cannot be restored: {}", with_causes(&error)),
             spoilt: true,
+            cause: None,
         })?;
         // The new generation ID is set before the vCPUs run, so that the guest's kernel
         // sees it first.

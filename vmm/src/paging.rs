@@ -1,5 +1,6 @@
 //! Restores the memory of a snapshot.
 
+use sm_control::exit::FailureCause;
 use sm_control::launch::Paging;
 use sm_control::with_causes;
 use sm_snapshot::Error;
@@ -41,9 +42,10 @@ impl Paged {
                 with_causes(&error)
             ),
             spoilt: matches!(error, Error::Fragmented { .. }),
+            cause: None,
         };
         if paging == Paging::Userfault {
-            return Ok(Self::by_faults(chain)?);
+            return Self::by_faults(chain);
         }
         let memory = map_memory(chain).map_err(failed)?;
         if paging == Paging::Prefault {
@@ -57,13 +59,15 @@ impl Paged {
         })
     }
 
-    fn by_faults(chain: &Chain) -> Result<Self, String> {
-        let failed = |error: sm_snapshot::Error| {
-            format!(
+    fn by_faults(chain: &Chain) -> Result<Self, Failure> {
+        let failed = |error: sm_snapshot::Error| Failure {
+            message: format!(
                 "cannot fill memory by userfaultfd: {}; it needs root, CAP_SYS_PTRACE or the \
-                 sysctl vm.unprivileged_userfaultfd=1: leave out --paging userfault",
+                 sysctl vm.unprivileged_userfaultfd=1",
                 with_causes(&error)
-            )
+            ),
+            spoilt: false,
+            cause: Some(FailureCause::NoUserfault),
         };
         let source = ChainPages::new(chain).map_err(failed)?;
         let bytes = chain.tip().lease.manifest().memory_bytes;

@@ -19,6 +19,7 @@ use sm_guest_proto::frame::{self, ExitStatus, FrameDecoder, FrameType};
 use sm_hypervisor::{Hypervisor as _, Native};
 
 use super::environment::{Environment, VmRecord};
+use super::failure::Failure;
 use super::guest::notices;
 use super::supervisor::{Parts, Supervisor};
 use super::{descriptors, log};
@@ -45,7 +46,8 @@ pub(super) fn main(environment: &dyn Environment) -> io::Result<()> {
     phases.extend([started, opened]);
     let request = LaunchRequest { phases, ..request };
 
-    let supervisor = host.map_err(|error| with_causes(&error)).and_then(|host| {
+    let supervisor = host.map_err(|error| Failure::from(with_causes(&error)));
+    let supervisor = supervisor.and_then(|host| {
         let record = Arc::clone(&record);
         assemble(
             &host,
@@ -63,9 +65,9 @@ pub(super) fn main(environment: &dyn Environment) -> io::Result<()> {
             drop(launcher);
             supervisor.run()
         }
-        Err(message) => {
-            tracing::error!(message, "the VM cannot be started");
-            refuse(launcher, message);
+        Err(failure) => {
+            tracing::error!(message = failure.message, "the VM cannot be started");
+            refuse(launcher, failure);
             // The launcher has the cause; an empty record is of no use.
             record.erase()
         }
@@ -144,7 +146,7 @@ fn assemble(
     lock: File,
     launcher: &UnixStream,
     terminate: UnixStream,
-) -> Result<Supervisor<super::machine::RunningMachine>, String> {
+) -> Result<Supervisor<super::machine::RunningMachine>, Failure> {
     let io_error = |what: &'static str| move |error: io::Error| format!("cannot {what}: {error}");
     let console = OpenOptions::new()
         .create(true)
@@ -177,15 +179,16 @@ fn assemble(
         terminate,
         log,
     })
-    .map_err(io_error("supervise the VM"))
+    .map_err(|error| io_error("supervise the VM")(error).into())
 }
 
 /// Sends the launcher the cause of a failed start.
-fn refuse(mut launcher: UnixStream, message: String) {
+fn refuse(mut launcher: UnixStream, failure: Failure) {
     let exit = ExitRecord {
         status: 125,
         reason: ExitReason::StartFailed,
-        message: Some(message),
+        message: Some(failure.message),
+        cause: failure.cause,
         oom_killed: false,
         finished_ns: unix_nanos(),
         started_ns: 0,

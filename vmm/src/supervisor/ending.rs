@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use sm_control::exit::{ExitReason, ExitRecord};
+use sm_control::exit::{ExitReason, ExitRecord, FailureCause};
 use sm_control::launch::Report;
 use sm_control::signal;
 use sm_control::timings::unix_nanos;
@@ -171,29 +171,31 @@ impl<G: Guest> Supervisor<G> {
     /// a timeout or an error on the host. A cached snapshot is not removed.
     pub(super) fn start_failed(&mut self, message: &str) {
         let source = self.guest.as_ref().filter(|_| self.is_blank());
-        let kept = match source.and_then(Guest::cached_source) {
-            Some(name) => format!(
-                "; it was restored from snapshot \"{name}\", which is kept: if it is the \
-                 reason, start without it (--cold)"
+        match source.and_then(Guest::cached_source) {
+            Some(name) => self.conclude_start(
+                &format!(
+                    "{message}; it was restored from snapshot \"{name}\", which is kept and \
+                     may be the cause"
+                ),
+                Some(FailureCause::AutomaticSnapshot),
             ),
-            None => String::new(),
-        };
-        self.conclude_start(&format!("{message}{kept}"));
+            None => self.conclude_start(message, None),
+        }
     }
 
     /// Handles a misbehaviour of the guest itself before its workload runs.
-    pub(super) fn start_failed_in_guest(&mut self, message: &str) {
+    pub(super) fn start_failed_in_guest(&mut self, message: &str, cause: Option<FailureCause>) {
         // Before the guest has an identity, the defect must come from the snapshot.
         let blank = self.is_blank();
         let source = self.guest.as_mut().filter(|_| blank);
         let discarded = match source.and_then(Guest::give_up_source) {
             Some(name) => format!(
                 "; it was restored from snapshot \"{name}\", which is removed now, so that the \
-                 next start boots a kernel (as --cold does)"
+                 next start boots a kernel"
             ),
             None => String::new(),
         };
-        self.conclude_start(&format!("{message}{discarded}"));
+        self.conclude_start(&format!("{message}{discarded}"), cause);
     }
 
     /// Returns true if the guest has no identity yet, and so has run nothing of its own.
@@ -201,15 +203,16 @@ impl<G: Guest> Supervisor<G> {
         !self.phases.iter().any(|p| p.name == IDENTITY_REFRESHED)
     }
 
-    fn conclude_start(&mut self, message: &str) {
+    fn conclude_start(&mut self, message: &str, cause: Option<FailureCause>) {
         let message = self.with_console(message);
-        self.conclude(OUR_FAILURE, ExitReason::StartFailed, Some(message));
+        let record = self.exit_record(OUR_FAILURE, ExitReason::StartFailed, Some(message));
+        self.finish(ExitRecord { cause, ..record });
     }
 
     /// Handles a guest that violated the protocol or disappeared.
     pub(super) fn guest_broke(&mut self, what: &str) {
         match &self.stage {
-            Stage::Starting(_) => self.start_failed_in_guest(what),
+            Stage::Starting(_) => self.start_failed_in_guest(what, None),
             Stage::Running(_) | Stage::Resetting(_) => self.guest_failed(what),
             Stage::Ending(_) => {}
         }
@@ -252,10 +255,10 @@ impl<G: Guest> Supervisor<G> {
         };
         if oom_killed {
             record.oom_killed = true;
-            record.message = Some(self.with_console(
-                "the guest ran out of memory and its kernel killed the workload: \
-                     give the VM more with --memory",
-            ));
+            record.cause = Some(FailureCause::OutOfMemory);
+            record.message = Some(
+                self.with_console("the guest ran out of memory and its kernel killed the workload"),
+            );
         }
         self.finish(record);
     }
@@ -324,6 +327,7 @@ impl<G: Guest> Supervisor<G> {
             status,
             reason,
             message,
+            cause: None,
             oom_killed: false,
             finished_ns: unix_nanos(),
             started_ns: self.started_ns,

@@ -3,6 +3,7 @@
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use sm_control::exit::FailureCause;
 use sm_control::id::{hex, random};
 use sm_control::launch::{ControlAnswer, Report, StartSource, Testimony};
 use sm_control::timings::unix_nanos;
@@ -165,7 +166,7 @@ impl<G: Guest> Supervisor<G> {
                         "the guest agent speaks protocol version {}, this program {PROTOCOL_VERSION}: \
                          build both from the same source",
                         hello.protocol
-                    ));
+                    ), None);
                 }
                 tracing::info!(
                     kernel = printable(&hello.kernel),
@@ -186,8 +187,9 @@ impl<G: Guest> Supervisor<G> {
                 if self.restored().is_some() && !refreshed.vmgenid_seen {
                     return self.start_failed_in_guest(
                         "the guest's kernel did not notice that it was restored from a \
-                         snapshot, so it could repeat another VM's random numbers; \
-                         use a kernel with CONFIG_VMGENID, or --cold",
+                         snapshot, so it could repeat another VM's random numbers: it has \
+                         no driver for the generation ID (CONFIG_VMGENID)",
+                        Some(FailureCause::NoGenerationId),
                     );
                 }
                 self.reach(IDENTITY_REFRESHED);

@@ -12,7 +12,7 @@ mod snapshots;
 
 use std::io::{Read as _, Write as _};
 
-use sm_control::exit::ExitReason;
+use sm_control::exit::{ExitReason, FailureCause};
 use sm_control::id::VmId;
 use sm_control::launch::{ControlAnswer, ControlCall, SnapshotReport, Stage};
 use sm_control::session::{Event, Session};

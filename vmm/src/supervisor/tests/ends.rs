@@ -136,7 +136,8 @@ fn an_unexplained_kill_is_checked_for_lack_of_memory() {
     }));
     f.finish();
     let exit = f.exit();
-    assert!(exit.oom_killed && exit.message.unwrap().contains("--memory"));
+    assert!(exit.oom_killed && exit.message.unwrap().contains("ran out of memory"));
+    assert_eq!(exit.cause, Some(FailureCause::OutOfMemory));
 }
 
 /// Another process of the guest may have been killed by the OOM killer at any time.

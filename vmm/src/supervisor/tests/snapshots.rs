@@ -180,6 +180,7 @@ fn a_start_that_takes_too_long_discards_no_snapshot() {
     let message = f.exit().message.unwrap();
     assert!(message.contains("not ready after"), "{message}");
     assert!(message.contains("\"image-x\", which is kept"), "{message}");
+    assert_eq!(f.exit().cause, Some(FailureCause::AutomaticSnapshot));
     assert!(!*f.guest.given_up.lock().unwrap());
 }
 
