@@ -187,8 +187,8 @@ impl<G: Guest> Supervisor<G> {
                 if self.restored().is_some() && !refreshed.vmgenid_seen {
                     return self.start_failed_in_guest(
                         "the guest's kernel did not notice that it was restored from a \
-                         snapshot, so it could repeat another VM's random numbers: it has \
-                         no driver for the generation ID (CONFIG_VMGENID)",
+                         snapshot, so it could repeat another VM's random numbers; \
+                         the kernel needs CONFIG_VMGENID",
                         Some(FailureCause::NoGenerationId),
                     );
                 }

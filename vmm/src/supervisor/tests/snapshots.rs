@@ -399,9 +399,11 @@ fn a_snapshot_whose_guest_does_not_start_is_discarded_and_named() {
     let (_agent, _main) = restored(&mut f, false);
     f.finish();
     assert!(*f.guest.given_up.lock().unwrap());
-    let message = f.exit().message.unwrap();
+    let exit = f.exit();
+    assert_eq!(exit.cause, Some(FailureCause::NoGenerationId));
+    let message = exit.message.unwrap();
     assert!(
-        message.contains("\"image-x\"") && message.contains("--cold"),
+        message.contains("\"image-x\", which is removed"),
         "{message}"
     );
 }
