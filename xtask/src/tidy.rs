@@ -15,6 +15,8 @@
 //! | commands of cargo in documents exist | blocks marked `unchecked: REASON` |
 //! | at most 0.5 % of a crate's comment lines open with a question word | `xtask/tidy/openings.txt` has counts |
 //! | comments are without the words that CONTRIBUTING.md replaces | `xtask/tidy/words.txt` has counts |
+//! | one word names one public type of the libraries | `xtask/tidy/type-names.txt` |
+//! | libraries warn of public items without documentation | none |
 //! | titles of commits are `component: ...`, at most 72 characters | none |
 //!
 //! Lists of exceptions only shrink: an unneeded entry is an error, too.
@@ -27,6 +29,7 @@ mod modules;
 mod packages;
 mod pointers;
 mod sources;
+mod types;
 mod words;
 
 use std::fs;
@@ -72,6 +75,12 @@ pub(crate) fn run() -> Result<()> {
         "xtask/tidy/long-files.txt",
         &list("long-files.txt")?,
     ));
+    faults.extend(except(
+        types::with_several_meanings(&files),
+        "xtask/tidy/type-names.txt",
+        &list("type-names.txt")?,
+    ));
+    faults.extend(except(types::undocumented(&files), "none", ""));
     faults.extend(pointers::outside(&files));
     faults.extend(words::check(
         &files,
