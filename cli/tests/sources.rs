@@ -11,22 +11,9 @@ use std::time::{Duration, Instant};
 
 use sm_image::{Compression, Config, Digest, LayoutBuilder, MemoryFile};
 
-/// Returns true if the programs are installed. `cargo xtask test` installs them, and
-/// requires them.
+/// Returns true if the programs are installed; `cargo xtask test` installs them.
 fn tools() -> bool {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let found = |program: &&str| {
-        std::env::split_paths(&path).any(|directory| directory.join(program).is_file())
-    };
-    let there = ["skopeo", "podman"].iter().all(found);
-    assert!(
-        there || std::env::var_os("SM_TEST_REGISTRY").is_none(),
-        "skopeo or podman is missing"
-    );
-    if !there {
-        eprintln!("skipped: skopeo or podman is missing");
-    }
-    there
+    sm_test_needs::programs(&["skopeo", "podman"])
 }
 
 /// A user with an image in a layout.

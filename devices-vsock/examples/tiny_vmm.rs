@@ -266,13 +266,11 @@ fn run_vcpu(vcpu: &mut VcpuFd, transport: &MmioTransport) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    /// Set on hosts that have no KVM on purpose.
-    const WITHOUT: &str = "SM_TEST_WITHOUT_KVM";
-
     #[test]
     fn data_of_the_guest_arrive() {
-        if std::env::var_os(WITHOUT).is_some() {
-            eprintln!("skipped: it needs /dev/kvm");
+        let kvm = kvm_ioctls::Kvm::new();
+        let missing = kvm.is_err().then_some("it needs /dev/kvm");
+        if !sm_test_needs::met("kvm", missing) {
             return;
         }
         assert_eq!(super::run().unwrap(), super::GREETING);

@@ -1,8 +1,8 @@
 //! Tests that an image's disk has the same contents that other tools produce: the host
 //! kernel mounts the disk, `umoci unpack` unpacks the layers, and the trees are compared.
 //!
-//! The tests need `erofs-utils`, `umoci`, and root for mounting (`cargo xtask test`
-//! installs the tools). They fail if one is missing, unless `SM_IMAGE_NO_MOUNT=1` is set.
+//! The tests need `erofs-utils`, `umoci`, and root for mounting, and are left out without
+//! them (`cargo xtask test` installs and requires the tools).
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
@@ -142,15 +142,9 @@ impl Drop for Mount {
 }
 
 fn compare(layout: &Path, tag: &str) {
-    if std::env::var_os("SM_IMAGE_NO_MOUNT").is_some() {
-        eprintln!("not compared: SM_IMAGE_NO_MOUNT is set");
+    if !sm_test_needs::root() || !sm_test_needs::programs(&["fsck.erofs", "umoci"]) {
         return;
     }
-    let root = rustix::process::geteuid().is_root();
-    assert!(
-        root,
-        "mounting needs root; SM_IMAGE_NO_MOUNT=1 leaves it out"
-    );
     let work = tempfile::tempdir().unwrap();
     let layout = layout.to_str().unwrap();
     let disk = disk(&format!("oci:{layout}:{tag}"), work.path());
@@ -323,7 +317,7 @@ fn sparse_files_survive() {
         let here = tempfile::tempdir().unwrap();
         let disk = disk(&format!("oci:{}:latest", layout.display()), here.path());
         run("fsck.erofs", &[disk.to_str().unwrap()]);
-        if std::env::var_os("SM_IMAGE_NO_MOUNT").is_none() {
+        if sm_test_needs::root() {
             let mount = Mount::new(&disk, here.path().join("mnt"));
             for name in ["sparse", "zafter"] {
                 let read = |at: &Path| fs::read(at.join(name)).unwrap();
@@ -343,7 +337,7 @@ fn a_directory_is_an_image_of_itself() {
     std::os::unix::fs::symlink("d/file", root.join("link")).unwrap();
     let disk = disk(&format!("rootfs:{}", root.display()), work.path());
     run("fsck.erofs", &[disk.to_str().unwrap()]);
-    if std::env::var_os("SM_IMAGE_NO_MOUNT").is_none() {
+    if sm_test_needs::root() {
         let mount = Mount::new(&disk, work.path().join("mnt"));
         assert_eq!(tree(&mount.0), tree(&root));
     }

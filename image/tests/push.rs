@@ -13,19 +13,9 @@ use sm_image::{
     Cancel, Compression, Config, Digest, DockerReference, LayoutBuilder, MemoryFile, Pushed, Pusher,
 };
 
-/// Returns true if the programs are installed. `cargo xtask test` installs them and
-/// requires them.
+/// Returns true if the programs are installed; `cargo xtask test` installs them.
 fn tools() -> bool {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let found = |program: &&str| {
-        std::env::split_paths(&path).any(|directory| directory.join(program).is_file())
-    };
-    let there = ["docker-registry", "skopeo"].iter().all(found);
-    assert!(
-        there || std::env::var_os("SM_TEST_REGISTRY").is_none(),
-        "docker-registry or skopeo is missing"
-    );
-    there
+    sm_test_needs::programs(&["docker-registry", "skopeo"])
 }
 
 struct Registry {

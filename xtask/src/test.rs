@@ -98,8 +98,8 @@ pub(crate) fn run(apt: &Apt, wanted: &Wanted, kernel: Option<KernelBuild>) -> Re
         cmd::step("unit and property tests");
         let started = Instant::now();
         let mut tests = cargo(["test", "--workspace", "--locked", "--no-fail-fast"]);
-        // With this variable, tests fail instead of being skipped when tools are missing.
-        tests.env("SM_TEST_REGISTRY", "1");
+        // Tests fail instead of being left out when one of these needs is not met.
+        let mut required = vec!["programs"];
         if wanted.full {
             tests.env(FULL_VARIABLE, "1");
         }
@@ -108,15 +108,17 @@ pub(crate) fn run(apt: &Apt, wanted: &Wanted, kernel: Option<KernelBuild>) -> Re
                 "not root: image disks are not mounted and compared, \
                  and the agent is tested in the lab only",
             );
-            tests.env("SM_IMAGE_NO_MOUNT", "1");
-            tests.env("SM_TEST_WITHOUT_ROOT", "1");
+        } else {
+            required.push("root");
         }
         if let Err(error) = host::open_kvm() {
             cmd::note(format_args!(
                 "{error}: what needs a hypervisor is left out here and runs in the lab only"
             ));
-            tests.env("SM_TEST_WITHOUT_KVM", "1");
+        } else {
+            required.push("kvm");
         }
+        tests.env("SM_TEST_REQUIRED", required.join(","));
         let result = cmd::check(&mut tests);
         results.push(("unit and property tests", started.elapsed(), result));
     }

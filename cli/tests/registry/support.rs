@@ -14,25 +14,9 @@ pub(crate) const HTPASSWD: &str =
 /// The same credentials for Docker's configuration.
 pub(crate) const AUTH: &str = "dGVzdGVyOnNlY3JldA==";
 
-/// Returns true if the programs are installed. `cargo xtask test` installs them, and
-/// requires them.
+/// Returns true if the programs are installed; `cargo xtask test` installs them.
 pub(crate) fn tools() -> bool {
-    let found = |program: &str| {
-        let path = std::env::var_os("PATH").unwrap_or_default();
-        std::env::split_paths(&path).any(|directory| directory.join(program).is_file())
-    };
-    let missing: Vec<_> = ["docker-registry", "skopeo", "openssl"]
-        .into_iter()
-        .filter(|program| !found(program))
-        .collect();
-    if !missing.is_empty() {
-        assert!(
-            std::env::var_os("SM_TEST_REGISTRY").is_none(),
-            "missing: {missing:?}"
-        );
-        eprintln!("skipped: missing are {missing:?}");
-    }
-    missing.is_empty()
+    sm_test_needs::programs(&["docker-registry", "skopeo", "openssl"])
 }
 
 /// A registry, and the home of a user of it.

@@ -3,8 +3,8 @@
 //! The checks are generic over [`sm_hypervisor::Hypervisor`]; `conformance!` at the end of
 //! the file runs each on the backend of this host, and on one that wraps it from outside
 //! the crate. They work on any `/dev/kvm`, also one that cannot run Linux; without any they
-//! fail, unless [`sm_hypervisor::testing::WITHOUT`] is set, which skips them. `cargo xtask
-//! test` also runs them in the lab.
+//! are left out, unless [`sm_hypervisor::testing::REQUIRED`] has `kvm`. `cargo xtask test`
+//! also runs them in the lab.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 #![expect(
     clippy::cast_possible_truncation,

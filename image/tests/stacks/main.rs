@@ -5,8 +5,8 @@
 //! entry by entry. Where the two references differ, containerd is authoritative, and the
 //! class of the difference must be listed in `compare.rs`.
 //!
-//! The test needs `containerd`, `curl`, `umoci` and root (`cargo xtask test` installs the
-//! tools); it is skipped only with `SM_IMAGE_NO_MOUNT=1`. `SM_TEST_STACKS=N` sets the
+//! The test needs `containerd`, `curl`, `umoci` and root, and is left out without them
+//! (`cargo xtask test` installs and requires the tools). `SM_TEST_STACKS=N` sets the
 //! number of stacks, `SM_TEST_FULL` sets it to 20,000, `SM_TEST_SEED=N` tests one seed
 //! only, `SM_TEST_FIRST=N` sets the first seed, and `SM_TEST_THREADS=N` the number of
 //! threads.
@@ -146,14 +146,11 @@ fn run(seeds: &[u64], directory: &Path) -> Found {
 
 #[test]
 fn random_stacks_become_what_containerd_makes_of_them() {
-    if std::env::var_os("SM_IMAGE_NO_MOUNT").is_some() {
-        eprintln!("not compared: SM_IMAGE_NO_MOUNT is set");
+    if !sm_test_needs::root()
+        || !sm_test_needs::programs(&["containerd", "curl", "umoci", "fsck.erofs"])
+    {
         return;
     }
-    assert!(
-        rustix::process::geteuid().is_root(),
-        "mounting needs root; SM_IMAGE_NO_MOUNT=1 leaves it out"
-    );
     let seeds = seeds();
     let memory = Memory::new();
     let begin = Instant::now();

@@ -221,15 +221,10 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     if !rustix::process::geteuid().is_root() || cgroup_mount().is_none() {
-        // Skipping the tests is a failure, unless it was requested.
-        let asked_for = std::env::var_os("SM_TEST_WITHOUT_ROOT").is_some();
-        println!(
-            "left out: running the agent takes root and a cgroup2 file system \
-             (SM_TEST_WITHOUT_ROOT=1 is to do without)"
-        );
-        return match asked_for {
-            true => ExitCode::SUCCESS,
-            false => ExitCode::FAILURE,
+        let missing = "running the agent takes root and a cgroup2 file system";
+        return match sm_test_needs::met("root", Some(missing)) {
+            true => ExitCode::FAILURE,
+            false => ExitCode::SUCCESS,
         };
     }
     let filter = arguments
