@@ -18,7 +18,7 @@ fn sleeping(home: &Home) -> Vm<'_> {
 }
 
 #[test]
-fn a_full_disk_is_reported_and_affects_no_other_vm() {
+fn a_lack_of_space_is_reported_and_affects_no_other_vm() {
     if !lab() {
         return;
     }
@@ -31,9 +31,11 @@ fn a_full_disk_is_reported_and_affects_no_other_vm() {
     assert!(error.contains("No space left"), "{error}");
     assert_eq!(vm.exec(&["echo", "goes on"]).exits(0).out(), "goes on\n");
     assert_eq!(home.sm(&["snapshot", "ls", "-q"]).exits(0).out(), "");
+    // The size of its layers is compared with the free space before any is read.
     let pulled = home.sm(&["pull", &image("debian")]);
     let error = pulled.exits(1).err();
-    assert!(error.contains("No space left"), "{error}");
+    assert!(error.contains("has room for"), "{error}");
+    assert!(error.contains("hint: free some"), "{error}");
     assert_eq!(home.sm(&["images", "-q"]).exits(0).out().lines().count(), 1);
     // The failed snapshot occupies no space.
     fs::write(home.data().join("room"), vec![1; 4 << 20]).unwrap();
