@@ -17,7 +17,7 @@ use std::time::Duration;
 use sm_devices_vsock::VsockConfig;
 use sm_devices_vsock::testing::{Guest, REQUEST, RESPONSE, RST, RW, SHUTDOWN};
 use sm_event_loop::EventLoop;
-use sm_frontends::{HybridFrontend, Limit, Target, TcpFrontend};
+use sm_frontends::{ForwardTarget, HybridFrontend, Limit, TcpFrontend};
 
 /// The vsock port of the guest's server.
 const PORT: u32 = 5000;
@@ -33,7 +33,7 @@ fn main() {
     // descriptors.
     let event_loop = EventLoop::spawn("frontends").unwrap();
     let limit = Limit::new(1000);
-    let tcp = TcpFrontend::new((Ipv4Addr::LOCALHOST, 0).into(), Target::Vsock(PORT))
+    let tcp = TcpFrontend::new((Ipv4Addr::LOCALHOST, 0).into(), ForwardTarget::Vsock(PORT))
         .limit(&limit)
         .start(muxer.clone(), &event_loop.handle())
         .unwrap();

@@ -2,8 +2,8 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 
-use crate::handoff::parcel::Parcel;
-use crate::hybrid::line::{self, Line};
+use crate::handoff::message::HandoffMessage;
+use crate::hybrid::line::{self, RequestLine};
 
 /// Reads a request line of the hybrid protocol: returns the port and the length of the
 /// line in bytes, or `None` if the line is incomplete.
@@ -12,15 +12,15 @@ use crate::hybrid::line::{self, Line};
 /// The bytes are no prefix of a request.
 pub fn hybrid_line(bytes: &[u8]) -> Result<Option<(u32, usize)>, ()> {
     match line::read(bytes) {
-        Line::Part => Ok(None),
-        Line::Request { port, len } => Ok(Some((port, len))),
-        Line::Nonsense => Err(()),
+        RequestLine::Part => Ok(None),
+        RequestLine::Request { port, len } => Ok(Some((port, len))),
+        RequestLine::Malformed => Err(()),
     }
 }
 
 /// Reads one handoff after the other from a router's connection.
 #[derive(Debug, Default)]
-pub struct HandoffReader(Parcel);
+pub struct HandoffReader(HandoffMessage);
 
 impl HandoffReader {
     /// Reads from a router until a handoff is complete.

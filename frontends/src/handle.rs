@@ -7,14 +7,14 @@ use std::time::{Duration, Instant};
 use sm_devices_vsock::Group;
 use sm_event_loop::{EventHandler, EventLoopHandle, HandlerId, Registry};
 
-use crate::place::Place;
-use crate::service::{Bell, Service};
+use crate::service::{FrontendService, HandlerWaker};
+use crate::socket_path::SocketPath;
 use crate::{FrontendStats, LocalAddress};
 
 /// Operations that a handle runs on a frontend, on the event loop's thread.
 pub(crate) trait Frontend: EventHandler {
     /// Registers its descriptors. Called once, after the handler was added to the loop.
-    fn begin(&mut self, bell: Bell, registry: &mut dyn Registry) -> io::Result<()>;
+    fn register(&mut self, waker: HandlerWaker, registry: &mut dyn Registry) -> io::Result<()>;
 
     /// Accepts the connections in the backlog and closes the listener. May be called
     /// again.
@@ -26,12 +26,12 @@ pub(crate) trait Frontend: EventHandler {
     /// Called after [`Self::close`], when the handle was dropped. Returns true if the
     /// frontend still serves connections of its own; it then removes itself after the
     /// last of them.
-    fn stays(&mut self) -> bool {
+    fn outlives_handle(&mut self) -> bool {
         false
     }
 }
 
-type Shared = Arc<Mutex<dyn Frontend>>;
+type SharedFrontend = Arc<Mutex<dyn Frontend>>;
 
 fn lock(frontend: &Mutex<dyn Frontend>) -> MutexGuard<'_, dyn Frontend + 'static> {
     // A panic of the frontend was reported where it occurred.
@@ -46,14 +46,14 @@ fn lock(frontend: &Mutex<dyn Frontend>) -> MutexGuard<'_, dyn Frontend + 'static
 pub struct FrontendHandle {
     address: LocalAddress,
     certificate: Option<String>,
-    place: Mutex<Option<Place>>,
-    service: Service,
+    socket_path: Mutex<Option<SocketPath>>,
+    service: FrontendService,
     frontend: Opaque,
     event_loop: EventLoopHandle,
     id: HandlerId,
 }
 
-struct Opaque(Shared);
+struct Opaque(SharedFrontend);
 
 impl std::fmt::Debug for Opaque {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -66,8 +66,8 @@ impl FrontendHandle {
     pub(crate) fn start(
         frontend: impl Frontend + 'static,
         address: LocalAddress,
-        place: Option<Place>,
-        service: Service,
+        socket_path: Option<SocketPath>,
+        service: FrontendService,
         event_loop: &EventLoopHandle,
     ) -> io::Result<Self> {
         let frontend = Arc::new(Mutex::new(frontend));
@@ -75,14 +75,14 @@ impl FrontendHandle {
         let handle = Self {
             address,
             certificate: None,
-            place: Mutex::new(place),
+            socket_path: Mutex::new(socket_path),
             service,
             frontend: Opaque(frontend),
             event_loop: event_loop.clone(),
             id,
         };
-        let bell = Bell::new(event_loop.clone(), id);
-        handle.with(move |frontend, registry| frontend.begin(bell, registry))??;
+        let waker = HandlerWaker::new(event_loop.clone(), id);
+        handle.with(move |frontend, registry| frontend.register(waker, registry))??;
         Ok(handle)
     }
 
@@ -135,8 +135,11 @@ impl FrontendHandle {
     /// Stops listening: accepts the connections in the backlog, closes the listener and
     /// unlinks its socket. Connections continue.
     pub fn close(&self) {
-        let place = &mut *self.place.lock().unwrap_or_else(PoisonError::into_inner);
-        drop(place.take());
+        let socket_path = &mut *self
+            .socket_path
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        drop(socket_path.take());
         // An error means that the loop has stopped, and with it the frontend.
         let _ = self.with(|frontend, registry| frontend.close(registry));
     }
@@ -148,13 +151,13 @@ impl FrontendHandle {
         let _ = self.with(|frontend, registry| frontend.cut(registry));
     }
 
-    /// Stops listening, waits at most `patience` for the connections to end, and cuts the
+    /// Stops listening, waits at most `timeout` for the connections to end, and cuts the
     /// rest. Returns the number of connections that were cut.
     ///
     /// This blocks, and must not be called on the event loop's own thread.
-    pub fn stop(self, patience: Duration) -> usize {
+    pub fn stop(self, timeout: Duration) -> usize {
         self.close();
-        let deadline = Instant::now().checked_add(patience);
+        let deadline = Instant::now().checked_add(timeout);
         let far = || Instant::now() + Duration::from_secs(1 << 31);
         if self.service.group.wait_idle(deadline.unwrap_or_else(far)) {
             return 0;
@@ -168,12 +171,12 @@ impl FrontendHandle {
 impl Drop for FrontendHandle {
     fn drop(&mut self) {
         self.close();
-        let bell = Bell::new(self.event_loop.clone(), self.id);
+        let waker = HandlerWaker::new(self.event_loop.clone(), self.id);
         let retire = move |frontend: &mut dyn Frontend, registry: &mut dyn Registry| {
             // Repeated here for a handle that is dropped on the loop's own thread.
             frontend.close(registry);
-            if !frontend.stays() {
-                bell.remove();
+            if !frontend.outlives_handle() {
+                waker.remove();
             }
         };
         let frontend = Arc::clone(&self.frontend.0);

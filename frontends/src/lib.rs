@@ -23,19 +23,19 @@
 #[doc = include_str!("../README.md")]
 struct Readme;
 
+mod acceptor;
 mod address;
 mod error;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
-mod gate;
 mod handle;
 mod handoff;
 mod hybrid;
 mod listening;
 mod peer;
-mod place;
 mod service;
 mod shortage;
+mod socket_path;
 mod stats;
 mod target;
 mod tcp;
@@ -52,7 +52,7 @@ pub use hybrid::HybridFrontend;
 pub use peer::is_trusted_peer;
 pub use sm_devices_vsock::Limit;
 pub use stats::FrontendStats;
-pub use target::Target;
+pub use target::ForwardTarget;
 pub use tcp::TcpFrontend;
 #[cfg(feature = "tls")]
 pub use tls::{TlsFrontend, TlsIdentity};

@@ -5,45 +5,47 @@ use std::io;
 use sm_devices_vsock::{Permit, Stage};
 use sm_event_loop::{EventHandler, Readiness, Registry};
 
-use crate::Target;
-use crate::gate::{CLOSING_ROUNDS, Gate, Listener};
+use crate::ForwardTarget;
+use crate::acceptor::{CLOSING_ROUNDS, Listener, ListenerAcceptor};
 use crate::handle::Frontend;
-use crate::service::{Bell, Service};
+use crate::service::{FrontendService, HandlerWaker};
 
 /// Descriptors per connection.
 pub(crate) const COST: usize = 1;
 
-pub(crate) struct Listening<L: Listener> {
-    gate: Gate<L>,
-    target: Target,
-    service: Service,
-    bell: Option<Bell>,
+pub(crate) struct FrontendListener<L: Listener> {
+    acceptor: ListenerAcceptor<L>,
+    target: ForwardTarget,
+    service: FrontendService,
+    waker: Option<HandlerWaker>,
 }
 
-impl<L: Listener> Listening<L> {
-    pub(crate) fn new(listener: L, target: Target, service: Service) -> Self {
+impl<L: Listener> FrontendListener<L> {
+    pub(crate) fn new(listener: L, target: ForwardTarget, service: FrontendService) -> Self {
         Self {
-            gate: Gate::new(listener, COST, service.limit.clone()),
+            acceptor: ListenerAcceptor::new(listener, COST, service.limit.clone()),
             target,
             service,
-            bell: None,
+            waker: None,
         }
     }
 
     /// Accepts some connections. Returns true if there may be more.
     fn accept(&mut self, registry: &mut dyn Registry) -> bool {
-        let Some(bell) = &self.bell else {
+        let Some(waker) = &self.waker else {
             return false;
         };
         let profiler = self.service.muxer.profiler();
         let mut begun = profiler.begin();
-        let connections = self.gate.accept(usize::MAX, bell, &self.service, registry);
+        let connections = self
+            .acceptor
+            .accept(usize::MAX, waker, &self.service, registry);
         for (stream, permit) in connections {
             self.lead(stream, permit);
             profiler.end(Stage::Accept, begun);
             begun = profiler.begin();
         }
-        self.gate.has_more()
+        self.acceptor.has_more()
     }
 
     fn lead(&self, stream: L::Stream, permit: Permit) {
@@ -53,7 +55,7 @@ impl<L: Listener> Listening<L> {
     }
 }
 
-impl<L: Listener> EventHandler for Listening<L> {
+impl<L: Listener> EventHandler for FrontendListener<L> {
     fn start(&mut self, _registry: &mut dyn Registry) -> io::Result<()> {
         Ok(())
     }
@@ -63,16 +65,16 @@ impl<L: Listener> EventHandler for Listening<L> {
     }
 }
 
-impl<L: Listener> Frontend for Listening<L> {
-    fn begin(&mut self, bell: Bell, registry: &mut dyn Registry) -> io::Result<()> {
-        self.bell = Some(bell);
-        self.gate.begin(registry)
+impl<L: Listener> Frontend for FrontendListener<L> {
+    fn register(&mut self, waker: HandlerWaker, registry: &mut dyn Registry) -> io::Result<()> {
+        self.waker = Some(waker);
+        self.acceptor.register(registry)
     }
 
     fn close(&mut self, registry: &mut dyn Registry) {
         let mut rounds = 0..CLOSING_ROUNDS;
         while rounds.next().is_some() && self.accept(registry) {}
-        self.gate.close(registry);
+        self.acceptor.close(registry);
     }
 }
 
@@ -88,7 +90,7 @@ mod tests {
     use sm_event_loop::{EventLoop, new_eventfd};
 
     use super::*;
-    use crate::gate::BACKLOG;
+    use crate::acceptor::BACKLOG;
     use crate::{FrontendHandle, LocalAddress};
 
     /// A listener whose backlog is never empty.
@@ -112,11 +114,11 @@ mod tests {
     fn closing_ends_although_clients_never_do() {
         let guest = Guest::new(VsockConfig::default());
         let event_loop = EventLoop::spawn("test").unwrap();
-        let service = Service::new("flood".to_owned(), guest.muxer.clone(), Limit::none());
+        let service = FrontendService::new("flood".to_owned(), guest.muxer.clone(), Limit::none());
         // No connection is accepted before the listener is closed: this descriptor has no
         // events.
         let listener = Flood(new_eventfd().unwrap());
-        let listening = Listening::new(listener, Target::Vsock(7), service);
+        let listening = FrontendListener::new(listener, ForwardTarget::Vsock(7), service);
         let address = LocalAddress::Unix("flood".into());
         let service = listening.service.clone();
         let handle =

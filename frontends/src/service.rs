@@ -10,7 +10,7 @@ use crate::stats::Counters;
 
 /// The muxer, limit and counters of one frontend.
 #[derive(Clone, Debug)]
-pub(crate) struct Service {
+pub(crate) struct FrontendService {
     pub(crate) muxer: MuxerHandle,
     /// All connections of this frontend.
     pub(crate) group: Group,
@@ -19,7 +19,7 @@ pub(crate) struct Service {
     pub(crate) counters: Arc<Counters>,
 }
 
-impl Service {
+impl FrontendService {
     pub(crate) fn new(name: String, muxer: MuxerHandle, limit: Limit) -> Self {
         Self {
             muxer,
@@ -46,7 +46,7 @@ impl Service {
                     Err(error @ (ConnectError::Limit | ConnectError::Unusable)) => {
                         counters.refuse(error);
                     }
-                    Err(error) => counters.leave_unanswered(error),
+                    Err(error) => counters.count_unanswered(error),
                 }
                 if let Some(then) = then {
                     then(result);
@@ -61,18 +61,18 @@ impl Service {
 
 /// Calls a handler on its event loop, from any thread.
 #[derive(Clone, Debug)]
-pub(crate) struct Bell {
+pub(crate) struct HandlerWaker {
     event_loop: EventLoopHandle,
     id: HandlerId,
 }
 
-impl Bell {
+impl HandlerWaker {
     pub(crate) fn new(event_loop: EventLoopHandle, id: HandlerId) -> Self {
         Self { event_loop, id }
     }
 
     /// Calls the handler with `token` on the loop's thread, asynchronously.
-    pub(crate) fn ring(&self, token: u64) {
+    pub(crate) fn wake(&self, token: u64) {
         self.event_loop
             .post(self.id, move |registry| registry.again(token));
     }

@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Shortest interval between two warnings of a frontend.
-const QUIET: Duration = Duration::from_secs(1);
+const WARNING_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Counters of a frontend, the same for all kinds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -36,14 +36,14 @@ pub(crate) struct Counters {
     refused: AtomicU64,
     evicted: AtomicU64,
     unanswered: AtomicU64,
-    said: Mutex<Said>,
+    throttle: Mutex<WarningThrottle>,
 }
 
 #[derive(Default)]
-struct Said {
+struct WarningThrottle {
     last: Option<Instant>,
     /// Warnings suppressed since the last one.
-    unsaid: u64,
+    suppressed: u64,
 }
 
 impl fmt::Debug for Counters {
@@ -62,7 +62,7 @@ impl Counters {
             refused: AtomicU64::new(0),
             evicted: AtomicU64::new(0),
             unanswered: AtomicU64::new(0),
-            said: Mutex::default(),
+            throttle: Mutex::default(),
         }
     }
 
@@ -72,30 +72,33 @@ impl Counters {
 
     pub(crate) fn refuse(&self, why: impl fmt::Display) {
         self.refused.fetch_add(1, Ordering::Relaxed);
-        self.say("a connection was refused", why);
+        self.warn("a connection was refused", why);
     }
 
     pub(crate) fn evict(&self, why: impl fmt::Display) {
         self.evicted.fetch_add(1, Ordering::Relaxed);
-        self.say("a connection was closed", why);
+        self.warn("a connection was closed", why);
     }
 
-    pub(crate) fn leave_unanswered(&self, why: impl fmt::Display) {
+    pub(crate) fn count_unanswered(&self, why: impl fmt::Display) {
         self.unanswered.fetch_add(1, Ordering::Relaxed);
         // A port without a listener in the guest is an ordinary case.
         tracing::debug!(frontend = self.name, %why, "the guest did not accept a connection");
     }
 
-    /// Logs a warning, unless the last one was less than [`QUIET`] ago.
-    pub(crate) fn say(&self, what: &'static str, why: impl fmt::Display) {
-        let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
-        if said.last.is_some_and(|last| last.elapsed() < QUIET) {
-            said.unsaid += 1;
+    /// Logs a warning, unless the last one was less than [`WARNING_INTERVAL`] ago.
+    pub(crate) fn warn(&self, what: &'static str, why: impl fmt::Display) {
+        let mut throttle = self.throttle.lock().unwrap_or_else(PoisonError::into_inner);
+        if throttle
+            .last
+            .is_some_and(|last| last.elapsed() < WARNING_INTERVAL)
+        {
+            throttle.suppressed += 1;
             return;
         }
-        said.last = Some(Instant::now());
-        let before = std::mem::take(&mut said.unsaid);
-        drop(said);
+        throttle.last = Some(Instant::now());
+        let before = std::mem::take(&mut throttle.suppressed);
+        drop(throttle);
         tracing::warn!(frontend = self.name, %why, before, "{what}");
     }
 

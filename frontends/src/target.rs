@@ -6,7 +6,7 @@ use sm_guest_proto::port;
 
 /// The target of a frontend's connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Target {
+pub enum ForwardTarget {
     /// The agent's exec server: the client speaks the exec protocol itself.
     Exec,
     /// A TCP port in the guest, through the agent's forwarder.
@@ -15,7 +15,7 @@ pub enum Target {
     Vsock(u32),
 }
 
-impl Target {
+impl ForwardTarget {
     pub(crate) fn frontend(self) -> &'static str {
         match self {
             Self::Exec => "exec",

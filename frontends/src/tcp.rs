@@ -6,10 +6,10 @@ use std::net::{SocketAddr, TcpListener};
 use sm_devices_vsock::{Limit, MuxerHandle};
 use sm_event_loop::EventLoopHandle;
 
-use crate::gate::BACKLOG;
-use crate::listening::Listening;
-use crate::service::Service;
-use crate::{Error, FrontendHandle, LocalAddress, Target};
+use crate::acceptor::BACKLOG;
+use crate::listening::FrontendListener;
+use crate::service::FrontendService;
+use crate::{Error, ForwardTarget, FrontendHandle, LocalAddress};
 
 const FRONTEND: &str = "tcp";
 
@@ -17,7 +17,7 @@ const FRONTEND: &str = "tcp";
 #[derive(Clone, Debug)]
 pub struct TcpFrontend {
     address: SocketAddr,
-    target: Target,
+    target: ForwardTarget,
     limit: Limit,
 }
 
@@ -26,7 +26,7 @@ impl TcpFrontend {
     /// a port. Everyone who reaches the address reaches the guest: use a loopback address
     /// unless that is intended.
     #[must_use]
-    pub fn new(address: SocketAddr, target: Target) -> Self {
+    pub fn new(address: SocketAddr, target: ForwardTarget) -> Self {
         Self {
             address,
             target,
@@ -52,8 +52,8 @@ impl TcpFrontend {
         event_loop: &EventLoopHandle,
     ) -> Result<FrontendHandle, Error> {
         let (listener, bound) = bind(FRONTEND, self.address)?;
-        let service = Service::new(format!("{FRONTEND} {bound}"), muxer, self.limit);
-        let listening = Listening::new(listener, self.target, service.clone());
+        let service = FrontendService::new(format!("{FRONTEND} {bound}"), muxer, self.limit);
+        let listening = FrontendListener::new(listener, self.target, service.clone());
         FrontendHandle::start(
             listening,
             LocalAddress::Tcp(bound),

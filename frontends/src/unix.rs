@@ -5,23 +5,23 @@ use std::path::{Path, PathBuf};
 use sm_devices_vsock::{Limit, MuxerHandle};
 use sm_event_loop::EventLoopHandle;
 
-use crate::listening::Listening;
-use crate::place;
-use crate::service::Service;
-use crate::{Error, FrontendHandle, LocalAddress, Target};
+use crate::listening::FrontendListener;
+use crate::service::FrontendService;
+use crate::socket_path;
+use crate::{Error, ForwardTarget, FrontendHandle, LocalAddress};
 
 /// Builder of a unix socket frontend.
 #[derive(Clone, Debug)]
 pub struct UnixFrontend {
     path: PathBuf,
-    target: Target,
+    target: ForwardTarget,
     limit: Limit,
 }
 
 impl UnixFrontend {
     /// Creates a frontend that will listen on `path`.
     #[must_use]
-    pub fn new(path: &Path, target: Target) -> Self {
+    pub fn new(path: &Path, target: ForwardTarget) -> Self {
         Self {
             path: path.to_owned(),
             target,
@@ -53,13 +53,13 @@ impl UnixFrontend {
         event_loop: &EventLoopHandle,
     ) -> Result<FrontendHandle, Error> {
         let frontend = self.target.frontend();
-        let (listener, place) = place::listen(frontend, &self.path)?;
+        let (listener, socket_path) = socket_path::listen(frontend, &self.path)?;
         let name = format!("{frontend} {}", self.path.display());
-        let service = Service::new(name, muxer, self.limit);
-        let listening = Listening::new(listener, self.target, service.clone());
+        let service = FrontendService::new(name, muxer, self.limit);
+        let listening = FrontendListener::new(listener, self.target, service.clone());
         let address = LocalAddress::Unix(self.path.clone());
-        FrontendHandle::start(listening, address, Some(place), service, event_loop).map_err(
-            place::failed(frontend, "wait for connections on", &self.path),
+        FrontendHandle::start(listening, address, Some(socket_path), service, event_loop).map_err(
+            socket_path::failed(frontend, "wait for connections on", &self.path),
         )
     }
 }

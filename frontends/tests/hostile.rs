@@ -27,15 +27,15 @@ fn slow_clients_are_disconnected_and_counted() {
         (Kind::Handoff, b"\0\0"),
         (Kind::Handoff, b"\0\0\0\x09half"),
     ] {
-        let patience = Duration::from_millis(100);
-        let server = rig.start(kind, &Limit::none(), patience);
+        let timeout = Duration::from_millis(100);
+        let server = rig.start(kind, &Limit::none(), timeout);
         let mut slow = server.door.knock().unwrap();
         slow.write_all(beginning).unwrap();
         let begun = Instant::now();
         // The client reads the end of the stream, or a reset because unread bytes were
         // dropped.
         assert!(matches!(slow.read(&mut [0; 1]), Ok(0) | Err(_)), "{kind:?}");
-        assert!(begun.elapsed() >= patience / 2, "{kind:?}");
+        assert!(begun.elapsed() >= timeout / 2, "{kind:?}");
         assert_eq!(server.handle.stats().evicted, 1, "{kind:?} {beginning:?}");
         let connections = server.handle.connections();
         assert!(connections.wait_idle(Instant::now() + LONG), "{kind:?}");

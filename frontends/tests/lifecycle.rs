@@ -8,7 +8,7 @@ use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 
 use common::{KINDS, Kind, Rig};
-use sm_frontends::{Error, Limit, Target, TcpFrontend};
+use sm_frontends::{Error, ForwardTarget, Limit, TcpFrontend};
 
 const LONG: Duration = Duration::from_secs(60);
 
@@ -122,7 +122,7 @@ fn a_port_is_chosen_used_once_and_released() {
     let address = server.door.tcp.unwrap();
     assert_ne!(address.port(), 0);
     let start = || {
-        TcpFrontend::new(address, Target::Vsock(1))
+        TcpFrontend::new(address, ForwardTarget::Vsock(1))
             .start(rig.muxer.clone(), &rig.event_loop.handle())
     };
     let error = start().unwrap_err();

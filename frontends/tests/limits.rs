@@ -141,8 +141,8 @@ fn a_burst_of_handshakes_is_served_to_the_last() {
 fn silent_clients_do_not_block_others_for_long() {
     for kind in [Kind::Hybrid, Kind::Tls, Kind::Handoff] {
         let rig = Rig::new();
-        let patience = Duration::from_millis(500);
-        let server = rig.start(kind, &Limit::none(), patience);
+        let timeout = Duration::from_millis(500);
+        let server = rig.start(kind, &Limit::none(), timeout);
         let silent: Vec<_> = (0..300).map(|_| server.door.knock().unwrap()).collect();
         // An admitted client may itself exceed the short time limit.
         let begun = Instant::now();

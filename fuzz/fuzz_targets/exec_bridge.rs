@@ -12,7 +12,7 @@ use libfuzzer_sys::fuzz_target;
 use sm_devices_vsock::VsockConfig;
 use sm_devices_vsock::testing::{Guest, Packet, REQUEST, RESPONSE, RST, RW, SHUTDOWN};
 use sm_event_loop::EventLoop;
-use sm_frontends::{FrontendHandle, Target, UnixFrontend};
+use sm_frontends::{FrontendHandle, ForwardTarget, UnixFrontend};
 use sm_guest_proto::port;
 
 /// The rig is created once and reused for all connections.
@@ -33,7 +33,7 @@ fn rig() -> Rig {
     let path = directory.path().join("exec.sock");
     let guest = Guest::new(VsockConfig::default());
     let event_loop = EventLoop::spawn("fuzz").expect("a thread");
-    let frontend = UnixFrontend::new(&path, Target::Exec)
+    let frontend = UnixFrontend::new(&path, ForwardTarget::Exec)
         .start(guest.muxer.clone(), &event_loop.handle())
         .expect("a socket");
     Rig {

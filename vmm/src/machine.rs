@@ -16,7 +16,7 @@ use sm_control::timings::{Phase, monotonic_ns};
 use sm_control::with_causes;
 use sm_devices_vsock::{MuxerHandle, Vsock, VsockConfig};
 use sm_event_loop::EventLoop;
-use sm_frontends::{FrontendHandle, Target, UnixFrontend};
+use sm_frontends::{ForwardTarget, FrontendHandle, UnixFrontend};
 use sm_guest_proto::port;
 use sm_hypervisor::{Hypervisor as _, Native};
 use sm_snapshot::chain::Chain;
@@ -249,7 +249,7 @@ fn begin(
     let (vsock, muxer) = Vsock::new(config).map_err(failed("make the vsock device"))?;
     listen_for_agent(&muxer, notices.clone());
     report_failure(&muxer, notices.clone());
-    let exec = UnixFrontend::new(&record.exec_socket(), Target::Exec)
+    let exec = UnixFrontend::new(&record.exec_socket(), ForwardTarget::Exec)
         .limit(&descriptors.exec)
         .start(muxer.clone(), &event_loop.handle())
         .map_err(failed("create the exec socket"))?;

@@ -12,8 +12,8 @@ use sm_control::with_causes;
 use sm_devices_vsock::MuxerHandle;
 use sm_event_loop::EventLoopHandle;
 use sm_frontends::{
-    FrontendHandle, FrontendStats, HandoffFrontend, HybridFrontend, Limit, Target, TcpFrontend,
-    TlsFrontend, TlsIdentity, UnixFrontend,
+    ForwardTarget, FrontendHandle, FrontendStats, HandoffFrontend, HybridFrontend, Limit,
+    TcpFrontend, TlsFrontend, TlsIdentity, UnixFrontend,
 };
 use sm_guest_proto::forward::ForwardHeader;
 
@@ -130,7 +130,7 @@ fn listen(
     wiring: Wiring<'_>,
 ) -> Result<FrontendHandle, sm_frontends::Error> {
     let header = |port| ForwardHeader { port, wait_ms };
-    let target = Target::Tcp(header(publication.guest));
+    let target = ForwardTarget::Tcp(header(publication.guest));
     let (muxer, event_loop) = (wiring.muxer.clone(), wiring.event_loop);
     match &publication.host {
         HostEnd::Tcp(address) => TcpFrontend::new(*address, target)
@@ -142,7 +142,7 @@ fn listen(
                 frontend = frontend.protocol(protocol);
             }
             for (name, port) in &end.servers {
-                frontend = frontend.server_name(name, Target::Tcp(header(*port)));
+                frontend = frontend.server_name(name, ForwardTarget::Tcp(header(*port)));
             }
             frontend.limit(wiring.limit).start(muxer, event_loop)
         }

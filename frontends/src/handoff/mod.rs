@@ -8,7 +8,7 @@
 //! A router that violates the protocol is disconnected, and the descriptors of its
 //! incomplete message are closed; streams that were handed over before continue.
 
-pub(crate) mod parcel;
+pub(crate) mod message;
 mod sender;
 #[cfg(test)]
 mod tests;
@@ -26,13 +26,13 @@ use sm_event_loop::{
 use sm_guest_proto::forward::ForwardHeader;
 use sm_guest_proto::port;
 
-use self::parcel::Parcel;
+use self::message::HandoffMessage;
 pub use self::sender::HandoffSender;
-use crate::gate::{CLOSING_ROUNDS, Gate, LISTENER};
+use crate::acceptor::{CLOSING_ROUNDS, LISTENER, ListenerAcceptor};
 use crate::handle::Frontend;
-use crate::place;
-use crate::service::{Bell, Service};
+use crate::service::{FrontendService, HandlerWaker};
 use crate::shortage::{Retries, is_shortage};
+use crate::socket_path;
 use crate::{Error, FrontendHandle, LocalAddress, token};
 
 /// Longest payload of one handoff, in bytes.
@@ -44,11 +44,11 @@ const MAX_ROUTERS: usize = 64;
 /// Reads served before other handlers get their turn.
 const BATCH: usize = 64;
 /// Time limit of one handoff, and idle time after which a router makes room for another.
-const PATIENCE: Duration = Duration::from_secs(10);
+const HANDOFF_TIMEOUT: Duration = Duration::from_secs(10);
 const FRONTEND: &str = "handoff";
 
 /// A descriptor limit may allow more streams.
-const ROOM: u64 = 1;
+const PERMITS: u64 = 1;
 /// First token of routers.
 const FIRST: u64 = 2;
 
@@ -65,7 +65,7 @@ pub struct HandoffFrontend {
     path: PathBuf,
     target: ForwardHeader,
     limit: Limit,
-    patience: Duration,
+    handoff_timeout: Duration,
 }
 
 impl HandoffFrontend {
@@ -77,7 +77,7 @@ impl HandoffFrontend {
             path: path.to_owned(),
             target,
             limit: Limit::none(),
-            patience: PATIENCE,
+            handoff_timeout: HANDOFF_TIMEOUT,
         }
     }
 
@@ -92,8 +92,8 @@ impl HandoffFrontend {
     /// Sets the time limit of a handoff that has begun, which is also the time after
     /// which an idle router is disconnected if others wait. The default is 10 s.
     #[must_use]
-    pub fn patience(mut self, patience: Duration) -> Self {
-        self.patience = patience;
+    pub fn handoff_timeout(mut self, handoff_timeout: Duration) -> Self {
+        self.handoff_timeout = handoff_timeout;
         self
     }
 
@@ -106,33 +106,34 @@ impl HandoffFrontend {
         muxer: MuxerHandle,
         event_loop: &EventLoopHandle,
     ) -> Result<FrontendHandle, Error> {
-        let (listener, place) = place::listen(FRONTEND, &self.path)?;
+        let (listener, socket_path) = socket_path::listen(FRONTEND, &self.path)?;
         let name = format!("{FRONTEND} {}", self.path.display());
-        let service = Service::new(name, muxer, self.limit);
-        let failed = || place::failed(FRONTEND, "wait for routers on", &self.path);
+        let service = FrontendService::new(name, muxer, self.limit);
+        let failed = || socket_path::failed(FRONTEND, "wait for routers on", &self.path);
         let handoff = Handoff {
-            gate: Gate::new(listener, 0, service.limit.clone()),
+            acceptor: ListenerAcceptor::new(listener, 0, service.limit.clone()),
             target: self.target,
-            patience: self.patience,
+            handoff_timeout: self.handoff_timeout,
             service: service.clone(),
-            bell: None,
+            waker: None,
             routers: HashMap::new(),
             next_token: FIRST,
             retries: Retries::default(),
-            somebody_waits: false,
+            backlog_waits: false,
         };
         let address = LocalAddress::Unix(self.path.clone());
-        FrontendHandle::start(handoff, address, Some(place), service, event_loop).map_err(failed())
+        FrontendHandle::start(handoff, address, Some(socket_path), service, event_loop)
+            .map_err(failed())
     }
 }
 
-struct Router {
+struct RouterConnection {
     stream: Registered<UnixStream>,
-    parcel: Parcel,
+    message: HandoffMessage,
     /// Permit for the stream of the current handoff.
-    room: Option<Permit>,
+    permit: Option<Permit>,
     /// True while the router is not read because the descriptor limit is reached.
-    waits: bool,
+    is_paused: bool,
     /// End of the time limit of the current handoff, or of being idle.
     deadline: Option<Timer>,
     /// Time at which the router exceeded its idle time.
@@ -140,49 +141,49 @@ struct Router {
 }
 
 struct Handoff {
-    gate: Gate<UnixListener>,
+    acceptor: ListenerAcceptor<UnixListener>,
     target: ForwardHeader,
-    patience: Duration,
-    service: Service,
-    bell: Option<Bell>,
-    routers: HashMap<u64, Router>,
+    handoff_timeout: Duration,
+    service: FrontendService,
+    waker: Option<HandlerWaker>,
+    routers: HashMap<u64, RouterConnection>,
     next_token: u64,
     /// Routers that are read again after a memory shortage.
     retries: Retries,
     /// True if a router may be in the backlog while [`MAX_ROUTERS`] are connected.
-    somebody_waits: bool,
+    backlog_waits: bool,
 }
 
 impl Handoff {
     /// Accepts some routers. Returns true if there may be more.
     fn accept(&mut self, registry: &mut dyn Registry) -> bool {
-        let Some(bell) = self.bell.clone() else {
+        let Some(waker) = self.waker.clone() else {
             return false;
         };
-        if self.routers.len() >= MAX_ROUTERS && !self.give_up_idle(registry) {
-            self.somebody_waits = true;
+        if self.routers.len() >= MAX_ROUTERS && !self.evict_idle(registry) {
+            self.backlog_waits = true;
             return false;
         }
-        let room = MAX_ROUTERS.saturating_sub(self.routers.len());
-        let accepted = self.gate.accept(room, &bell, &self.service, registry);
+        let free = MAX_ROUTERS.saturating_sub(self.routers.len());
+        let accepted = self.acceptor.accept(free, &waker, &self.service, registry);
         for (stream, _) in accepted {
             if let Err(error) = self.add(stream, registry) {
                 self.service.counters.refuse(error);
             }
         }
-        self.gate.has_more()
+        self.acceptor.has_more()
     }
 
     fn add(&mut self, stream: UnixStream, registry: &mut dyn Registry) -> io::Result<()> {
         let token = self.next_token;
         let stream = registry.add(stream, token, NEW_BYTES)?;
         self.next_token += 1;
-        let router = Router {
+        let router = RouterConnection {
             stream,
-            parcel: Parcel::default(),
-            room: None,
-            waits: false,
-            deadline: registry.set_timer_after(self.patience, token | token::DEADLINE),
+            message: HandoffMessage::default(),
+            permit: None,
+            is_paused: false,
+            deadline: registry.set_timer_after(self.handoff_timeout, token | token::DEADLINE),
             idle_since: None,
         };
         self.routers.insert(token, router);
@@ -193,7 +194,7 @@ impl Handoff {
 
     /// Disconnects the router that has been idle for longest, if it exceeded its idle
     /// time.
-    fn give_up_idle(&mut self, registry: &mut dyn Registry) -> bool {
+    fn evict_idle(&mut self, registry: &mut dyn Registry) -> bool {
         let idle = self
             .routers
             .iter()
@@ -214,31 +215,32 @@ impl Handoff {
                 registry.cancel_timer(timer);
             }
             self.retries.remove(token, registry);
-            if std::mem::take(&mut self.somebody_waits) {
+            if std::mem::take(&mut self.backlog_waits) {
                 registry.again(LISTENER);
             }
         }
     }
 
     /// Handles the expired deadline of a router, which is in a handoff or idle.
-    fn is_due(&mut self, token: u64, registry: &mut dyn Registry) {
+    fn handle_deadline(&mut self, token: u64, registry: &mut dyn Registry) {
         let Some(router) = self.routers.get_mut(&token) else {
             return;
         };
-        if router.waits {
+        if router.is_paused {
             // The router waits for a descriptor, which is no fault of its own.
-            router.deadline = registry.set_timer_after(self.patience, token | token::DEADLINE);
+            router.deadline =
+                registry.set_timer_after(self.handoff_timeout, token | token::DEADLINE);
             return;
         }
         router.deadline = None;
-        if router.parcel.has_begun() {
+        if router.message.has_begun() {
             self.service
                 .counters
                 .evict("a handoff was not complete in time");
             return self.remove(token, registry);
         }
         router.idle_since = Some(registry.now());
-        if self.somebody_waits {
+        if self.backlog_waits {
             registry.again(LISTENER);
         }
     }
@@ -253,44 +255,45 @@ impl Handoff {
             let Some(router) = self.routers.get_mut(&token) else {
                 return Ok(false);
             };
-            let had_begun = router.parcel.has_begun();
-            if had_begun && router.room.is_none() {
-                let Some(bell) = self.bell.clone() else {
+            let had_begun = router.message.has_begun();
+            if had_begun && router.permit.is_none() {
+                let Some(waker) = self.waker.clone() else {
                     return Ok(false);
                 };
                 let limit = &self.service.limit;
-                let room = limit.take_or_wait(1, move || bell.ring(ROOM));
-                router.waits = room.is_err();
-                router.room = room.ok();
-                if router.waits {
+                let permit = limit.take_or_wait(1, move || waker.wake(PERMITS));
+                router.is_paused = permit.is_err();
+                router.permit = permit.ok();
+                if router.is_paused {
                     let why = "the limit of descriptors is reached";
-                    self.service.counters.say("routers wait", why);
+                    self.service.counters.warn("routers wait", why);
                     return Ok(false);
                 }
             }
-            let complete = router.parcel.read_from(&router.stream)?;
+            let complete = router.message.read_from(&router.stream)?;
             if !had_begun || complete {
                 // The deadline restarts for this handoff, or for the idle time after it.
                 if let Some(timer) = router.deadline.take() {
                     registry.cancel_timer(timer);
                 }
-                router.deadline = registry.set_timer_after(self.patience, token | token::DEADLINE);
+                router.deadline =
+                    registry.set_timer_after(self.handoff_timeout, token | token::DEADLINE);
                 router.idle_since = None;
             }
             if complete {
-                self.hand_over(token)?;
+                self.deliver(token)?;
             }
         }
         Ok(true)
     }
 
-    fn hand_over(&mut self, token: u64) -> io::Result<()> {
+    fn deliver(&mut self, token: u64) -> io::Result<()> {
         let Some(router) = self.routers.get_mut(&token) else {
             return Ok(());
         };
         let begun = self.service.muxer.profiler().begin();
-        let permit = router.room.take();
-        let (stream, payload) = std::mem::take(&mut router.parcel).open()?;
+        let permit = router.permit.take();
+        let (stream, payload) = std::mem::take(&mut router.message).open()?;
         let mut preamble = self.target.encode().to_vec();
         preamble.extend(payload);
         let options = ConnectOptions {
@@ -338,15 +341,15 @@ impl EventHandler for Handoff {
                 self.accept(registry);
             }
             late if late & token::DEADLINE != 0 => {
-                self.is_due(late & !token::DEADLINE, registry);
+                self.handle_deadline(late & !token::DEADLINE, registry);
             }
             due if due & token::RETRY != 0 => {
                 let token = due & !token::RETRY;
                 self.retries.passed(token);
                 self.router_ready(token, registry);
             }
-            ROOM => {
-                let waiting = self.routers.iter().filter(|(_, router)| router.waits);
+            PERMITS => {
+                let waiting = self.routers.iter().filter(|(_, router)| router.is_paused);
                 for (&token, _) in waiting {
                     registry.again(token);
                 }
@@ -357,15 +360,15 @@ impl EventHandler for Handoff {
 }
 
 impl Frontend for Handoff {
-    fn begin(&mut self, bell: Bell, registry: &mut dyn Registry) -> io::Result<()> {
-        self.bell = Some(bell);
-        self.gate.begin(registry)
+    fn register(&mut self, waker: HandlerWaker, registry: &mut dyn Registry) -> io::Result<()> {
+        self.waker = Some(waker);
+        self.acceptor.register(registry)
     }
 
     fn close(&mut self, registry: &mut dyn Registry) {
         let mut rounds = 0..CLOSING_ROUNDS;
         while rounds.next().is_some() && self.accept(registry) {}
-        self.gate.close(registry);
+        self.acceptor.close(registry);
         // Handoffs that routers have already sent are served; there will be no more.
         let tokens: Vec<u64> = self.routers.keys().copied().collect();
         for token in tokens {

@@ -8,7 +8,7 @@ const WORD: &[u8] = b"CONNECT";
 
 /// Classification of a client's first bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Line {
+pub(crate) enum RequestLine {
     /// Incomplete: more bytes may complete the request.
     Part,
     /// A request for `port`, in the first `len` bytes.
@@ -19,19 +19,19 @@ pub(crate) enum Line {
         len: usize,
     },
     /// Not a prefix of any request.
-    Nonsense,
+    Malformed,
 }
 
 /// Classifies the first bytes of a client.
-pub(crate) fn read(bytes: &[u8]) -> Line {
+pub(crate) fn read(bytes: &[u8]) -> RequestLine {
     let bytes = bytes.get(..MAX_LINE).unwrap_or(bytes);
     match bytes.iter().position(|&byte| byte == b'\n') {
         Some(end) => match bytes.get(..end).and_then(parse) {
-            Some(port) => Line::Request { port, len: end + 1 },
-            None => Line::Nonsense,
+            Some(port) => RequestLine::Request { port, len: end + 1 },
+            None => RequestLine::Malformed,
         },
-        None if bytes.len() < MAX_LINE && could_begin(bytes) => Line::Part,
-        None => Line::Nonsense,
+        None if bytes.len() < MAX_LINE && is_prefix(bytes) => RequestLine::Part,
+        None => RequestLine::Malformed,
     }
 }
 
@@ -47,7 +47,7 @@ fn parse(line: &[u8]) -> Option<u32> {
 }
 
 /// Returns true if the bytes are a prefix of a request line.
-fn could_begin(bytes: &[u8]) -> bool {
+fn is_prefix(bytes: &[u8]) -> bool {
     let mut words = words(bytes);
     let Some(word) = words.next() else {
         return true;
@@ -87,18 +87,22 @@ mod tests {
             let len = line.len();
             assert_eq!(
                 read(line.as_bytes()),
-                Line::Request { port, len },
+                RequestLine::Request { port, len },
                 "{line:?}"
             );
             // Bytes after the line are ignored, and the line may arrive in pieces.
             let more = format!("{line}more\n");
             assert_eq!(
                 read(more.as_bytes()),
-                Line::Request { port, len },
+                RequestLine::Request { port, len },
                 "{line:?}"
             );
             for end in 0..len {
-                assert_eq!(read(&line.as_bytes()[..end]), Line::Part, "{line:?} {end}");
+                assert_eq!(
+                    read(&line.as_bytes()[..end]),
+                    RequestLine::Part,
+                    "{line:?} {end}"
+                );
             }
         }
     }
@@ -121,7 +125,11 @@ mod tests {
             "\0",
             "CONNECT                         5",
         ] {
-            assert_eq!(read(nonsense.as_bytes()), Line::Nonsense, "{nonsense:?}");
+            assert_eq!(
+                read(nonsense.as_bytes()),
+                RequestLine::Malformed,
+                "{nonsense:?}"
+            );
         }
     }
 }

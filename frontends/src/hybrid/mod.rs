@@ -25,19 +25,19 @@ use sm_event_loop::{
     EventHandler, EventLoopHandle, Interest, Readiness, Registered, Registry, Timer,
 };
 
-use self::line::{Line, MAX_LINE};
-use crate::gate::{CLOSING_ROUNDS, Gate, LISTENER};
+use self::line::{MAX_LINE, RequestLine};
+use crate::acceptor::{CLOSING_ROUNDS, LISTENER, ListenerAcceptor};
 use crate::handle::Frontend;
 use crate::peer::is_trusted_peer;
-use crate::place;
-use crate::service::{Bell, Service};
+use crate::service::{FrontendService, HandlerWaker};
 use crate::shortage::{Retries, is_shortage};
+use crate::socket_path;
 use crate::{Error, FrontendHandle, LocalAddress, token};
 
 /// Clients without a complete request line; others wait in the backlog.
 const MAX_UNDECIDED: usize = 256;
 /// Time limit for the request line.
-const PATIENCE: Duration = Duration::from_secs(10);
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 const FRONTEND: &str = "hybrid";
 
 /// First token of clients.
@@ -55,7 +55,7 @@ const NEW_BYTES: Interest = Interest {
 pub struct HybridFrontend {
     path: PathBuf,
     limit: Limit,
-    patience: Duration,
+    request_timeout: Duration,
 }
 
 impl HybridFrontend {
@@ -66,7 +66,7 @@ impl HybridFrontend {
         Self {
             path: path.to_owned(),
             limit: Limit::none(),
-            patience: PATIENCE,
+            request_timeout: REQUEST_TIMEOUT,
         }
     }
 
@@ -80,8 +80,8 @@ impl HybridFrontend {
 
     /// Sets the time limit for a client's request line. The default is 10 s.
     #[must_use]
-    pub fn patience(mut self, patience: Duration) -> Self {
-        self.patience = patience;
+    pub fn request_timeout(mut self, request_timeout: Duration) -> Self {
+        self.request_timeout = request_timeout;
         self
     }
 
@@ -94,25 +94,26 @@ impl HybridFrontend {
         muxer: MuxerHandle,
         event_loop: &EventLoopHandle,
     ) -> Result<FrontendHandle, Error> {
-        let (listener, place) = place::listen(FRONTEND, &self.path)?;
+        let (listener, socket_path) = socket_path::listen(FRONTEND, &self.path)?;
         let name = format!("{FRONTEND} {}", self.path.display());
-        let service = Service::new(name, muxer, self.limit);
-        let failed = || place::failed(FRONTEND, "wait for connections on", &self.path);
+        let service = FrontendService::new(name, muxer, self.limit);
+        let failed = || socket_path::failed(FRONTEND, "wait for connections on", &self.path);
         let handler = Hybrid {
-            gate: Gate::new(listener, 1, service.limit.clone()),
-            patience: self.patience,
+            acceptor: ListenerAcceptor::new(listener, 1, service.limit.clone()),
+            request_timeout: self.request_timeout,
             service: service.clone(),
-            bell: None,
+            waker: None,
             path: self.path.clone(),
             beside: None,
             undecided: HashMap::new(),
             next_token: FIRST,
             retries: Retries::default(),
-            somebody_waits: false,
+            backlog_waits: false,
             closed: false,
         };
         let address = LocalAddress::Unix(self.path.clone());
-        FrontendHandle::start(handler, address, Some(place), service, event_loop).map_err(failed())
+        FrontendHandle::start(handler, address, Some(socket_path), service, event_loop)
+            .map_err(failed())
     }
 }
 
@@ -142,10 +143,10 @@ struct Undecided {
 }
 
 struct Hybrid {
-    gate: Gate<UnixListener>,
-    patience: Duration,
-    service: Service,
-    bell: Option<Bell>,
+    acceptor: ListenerAcceptor<UnixListener>,
+    request_timeout: Duration,
+    service: FrontendService,
+    waker: Option<HandlerWaker>,
     path: PathBuf,
     /// Accepts connections of the guest.
     beside: Option<Listening>,
@@ -154,26 +155,26 @@ struct Hybrid {
     /// Clients that are read again after a memory shortage.
     retries: Retries,
     /// True if a client may be in the backlog while [`MAX_UNDECIDED`] are undecided.
-    somebody_waits: bool,
+    backlog_waits: bool,
     closed: bool,
 }
 
 impl Hybrid {
     /// Accepts some clients. Returns true if there may be more.
     fn accept(&mut self, registry: &mut dyn Registry) -> bool {
-        let Some(bell) = self.bell.clone() else {
+        let Some(waker) = self.waker.clone() else {
             return false;
         };
-        let room = MAX_UNDECIDED.saturating_sub(self.undecided.len());
-        self.somebody_waits = room == 0;
-        let accepted = self.gate.accept(room, &bell, &self.service, registry);
+        let free = MAX_UNDECIDED.saturating_sub(self.undecided.len());
+        self.backlog_waits = free == 0;
+        let accepted = self.acceptor.accept(free, &waker, &self.service, registry);
         for (stream, permit) in accepted {
             match self.add(stream, permit, registry) {
                 Ok(()) => {}
                 Err(error) => self.turn_away(&error),
             }
         }
-        self.gate.has_more()
+        self.acceptor.has_more()
     }
 
     fn add(
@@ -185,7 +186,7 @@ impl Hybrid {
         let member = self.service.group.join(Some(permit));
         // Most clients have already sent their line.
         let token = self.next_token;
-        match take_line(&stream) {
+        match read_line(&stream) {
             Ok(Some(port)) => {
                 self.connect(port, stream, member);
                 return Ok(());
@@ -201,7 +202,7 @@ impl Hybrid {
         let client = Undecided {
             stream,
             member,
-            deadline: registry.set_timer_after(self.patience, token | token::DEADLINE),
+            deadline: registry.set_timer_after(self.request_timeout, token | token::DEADLINE),
         };
         self.undecided.insert(token, client);
         Ok(())
@@ -214,19 +215,19 @@ impl Hybrid {
             registry.cancel_timer(timer);
         }
         self.retries.remove(token, registry);
-        if std::mem::take(&mut self.somebody_waits) {
+        if std::mem::take(&mut self.backlog_waits) {
             registry.again(LISTENER);
         }
-        self.leave_with_the_last();
+        self.deregister_when_idle();
         Some((stream, client.member))
     }
 
-    fn leave_with_the_last(&self) {
-        if let Some(bell) = &self.bell
+    fn deregister_when_idle(&self) {
+        if let Some(waker) = &self.waker
             && self.closed
             && self.undecided.is_empty()
         {
-            bell.remove();
+            waker.remove();
         }
     }
 
@@ -234,7 +235,7 @@ impl Hybrid {
         let Some(client) = self.undecided.get(&token) else {
             return;
         };
-        let wanted = take_line(&client.stream);
+        let wanted = read_line(&client.stream);
         match &wanted {
             Ok(None) => return,
             Err(error) if is_shortage(error) => {
@@ -287,7 +288,7 @@ impl Hybrid {
 
 /// Reads the request line from the stream, and nothing after it, and returns its port;
 /// `None` if the line is incomplete.
-fn take_line(stream: &UnixStream) -> io::Result<Option<u32>> {
+fn read_line(stream: &UnixStream) -> io::Result<Option<u32>> {
     let mut bytes = [0; MAX_LINE];
     let count = match rustix::net::recv(stream, &mut bytes[..], RecvFlags::PEEK) {
         Ok((0, _)) => return Err(io::ErrorKind::UnexpectedEof.into()),
@@ -296,13 +297,13 @@ fn take_line(stream: &UnixStream) -> io::Result<Option<u32>> {
         Err(error) => return Err(error.into()),
     };
     match line::read(bytes.get(..count).unwrap_or_default()) {
-        Line::Part => Ok(None),
-        Line::Request { port, len } => {
+        RequestLine::Part => Ok(None),
+        RequestLine::Request { port, len } => {
             let line = bytes.get_mut(..len).unwrap_or_default();
             rustix::net::recv(stream, line, RecvFlags::empty())?;
             Ok(Some(port))
         }
-        Line::Nonsense => Err(io::Error::new(
+        RequestLine::Malformed => Err(io::Error::new(
             io::ErrorKind::InvalidData,
             "the request is not CONNECT PORT",
         )),
@@ -335,8 +336,8 @@ impl EventHandler for Hybrid {
 }
 
 impl Frontend for Hybrid {
-    fn begin(&mut self, bell: Bell, registry: &mut dyn Registry) -> io::Result<()> {
-        self.bell = Some(bell);
+    fn register(&mut self, waker: HandlerWaker, registry: &mut dyn Registry) -> io::Result<()> {
+        self.waker = Some(waker);
         let (path, service) = (self.path.clone(), self.service.clone());
         let acceptor = move |request| {
             let permit = service.limit.take(1)?;
@@ -346,13 +347,13 @@ impl Frontend for Hybrid {
             Some(Accepted { socket, member })
         };
         self.beside = Some(self.service.muxer.listen_to_others(Box::new(acceptor)));
-        self.gate.begin(registry)
+        self.acceptor.register(registry)
     }
 
     fn close(&mut self, registry: &mut dyn Registry) {
         let mut rounds = 0..CLOSING_ROUNDS;
         while rounds.next().is_some() && self.accept(registry) {}
-        self.gate.close(registry);
+        self.acceptor.close(registry);
         // From now on, connections of the guest are refused.
         self.beside = None;
     }
@@ -364,7 +365,7 @@ impl Frontend for Hybrid {
         }
     }
 
-    fn stays(&mut self) -> bool {
+    fn outlives_handle(&mut self) -> bool {
         self.closed = true;
         !self.undecided.is_empty()
     }

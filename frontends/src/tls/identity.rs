@@ -37,14 +37,14 @@ fn version(path: &Path) -> io::Result<Version> {
 }
 
 #[derive(Debug)]
-struct Files {
+struct CertificateFiles {
     certificates: PathBuf,
     key: PathBuf,
     /// Versions of both files at the last read.
     versions: Option<[Version; 2]>,
 }
 
-impl Files {
+impl CertificateFiles {
     fn versions(&self) -> Option<[Version; 2]> {
         Some([version(&self.certificates).ok()?, version(&self.key).ok()?])
     }
@@ -97,18 +97,18 @@ fn config(
 
 /// The current certificate and key of a frontend.
 #[derive(Debug)]
-pub(super) struct Identity {
+pub(super) struct CurrentIdentity {
     config: Arc<ServerConfig>,
     protocols: Vec<Vec<u8>>,
-    files: Option<Files>,
+    files: Option<CertificateFiles>,
     self_signed: Option<String>,
 }
 
-impl Identity {
+impl CurrentIdentity {
     pub(super) fn load(identity: TlsIdentity, protocols: Vec<Vec<u8>>) -> Result<Self, Error> {
         match identity {
             TlsIdentity::Files { certificates, key } => {
-                let mut files = Files {
+                let mut files = CertificateFiles {
                     certificates,
                     key,
                     versions: None,

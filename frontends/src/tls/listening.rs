@@ -10,13 +10,13 @@ use std::time::Duration;
 use sm_devices_vsock::{Permit, Stage};
 use sm_event_loop::{EventHandler, Interest, Readiness, Registry, Timer};
 
-use super::identity::Identity;
-use super::session::{Pumped, Session};
-use crate::gate::{CLOSING_ROUNDS, Gate, LISTENER};
+use super::identity::CurrentIdentity;
+use super::session::{Pumped, TlsSession};
+use crate::acceptor::{CLOSING_ROUNDS, LISTENER, ListenerAcceptor};
 use crate::handle::Frontend;
-use crate::service::{Bell, Service};
+use crate::service::{FrontendService, HandlerWaker};
 use crate::shortage::RETRY;
-use crate::{Target, token};
+use crate::{ForwardTarget, token};
 
 /// Descriptors per connection: its socket, and a socket pair to the guest.
 const COST: usize = 3;
@@ -34,8 +34,8 @@ const BOTH_EDGES: Interest = Interest {
 };
 
 /// A connection and its registrations with the event loop.
-struct Place {
-    session: Session,
+struct TlsConnection {
+    session: TlsSession,
     /// End of the time limit of the handshake or of closing.
     deadline: Option<Timer>,
     /// Time of the next attempt after a memory shortage.
@@ -44,66 +44,66 @@ struct Place {
 
 /// Targets of connections.
 pub(super) struct Targets {
-    pub(super) any: Target,
+    pub(super) any: ForwardTarget,
     /// Targets by requested server name, in lower case.
-    pub(super) names: HashMap<String, Target>,
+    pub(super) names: HashMap<String, ForwardTarget>,
 }
 
 impl Targets {
-    fn of(&self, name: Option<&str>) -> Target {
+    fn of(&self, name: Option<&str>) -> ForwardTarget {
         let named = name.and_then(|name| self.names.get(&name.to_ascii_lowercase()));
         named.copied().unwrap_or(self.any)
     }
 }
 
-pub(super) struct Listening {
-    gate: Gate<TcpListener>,
-    identity: Identity,
+pub(super) struct TlsListener {
+    acceptor: ListenerAcceptor<TcpListener>,
+    identity: CurrentIdentity,
     targets: Targets,
-    patience: Duration,
-    service: Service,
-    bell: Option<Bell>,
-    sessions: HashMap<u64, Place>,
+    handshake_timeout: Duration,
+    service: FrontendService,
+    waker: Option<HandlerWaker>,
+    sessions: HashMap<u64, TlsConnection>,
     next: u64,
     handshakes: usize,
     /// True if a client may be in the backlog while the handshake limit is reached.
-    somebody_waits: bool,
+    backlog_waits: bool,
     /// True after the handle was dropped.
     retired: bool,
 }
 
-impl Listening {
+impl TlsListener {
     pub(super) fn new(
         listener: TcpListener,
-        identity: Identity,
+        identity: CurrentIdentity,
         targets: Targets,
-        patience: Duration,
-        service: Service,
+        handshake_timeout: Duration,
+        service: FrontendService,
     ) -> Self {
         Self {
-            gate: Gate::new(listener, COST, service.limit.clone()),
+            acceptor: ListenerAcceptor::new(listener, COST, service.limit.clone()),
             identity,
             targets,
-            patience,
+            handshake_timeout,
             service,
-            bell: None,
+            waker: None,
             sessions: HashMap::new(),
             next: FIRST,
             handshakes: 0,
-            somebody_waits: false,
+            backlog_waits: false,
             retired: false,
         }
     }
 
     /// Accepts some connections. Returns true if there may be more.
     fn accept(&mut self, registry: &mut dyn Registry) -> bool {
-        let Some(bell) = self.bell.clone() else {
+        let Some(waker) = self.waker.clone() else {
             return false;
         };
         let mut begun = self.service.muxer.profiler().begin();
-        let room = MAX_HANDSHAKES.saturating_sub(self.handshakes);
-        self.somebody_waits = room == 0;
-        let accepted = self.gate.accept(room, &bell, &self.service, registry);
+        let free = MAX_HANDSHAKES.saturating_sub(self.handshakes);
+        self.backlog_waits = free == 0;
+        let accepted = self.acceptor.accept(free, &waker, &self.service, registry);
         for (socket, permit) in accepted {
             if let Err(error) = self.add(socket, permit, registry) {
                 self.service.counters.refuse(error);
@@ -112,7 +112,7 @@ impl Listening {
             profiler.end(Stage::Accept, begun);
             begun = profiler.begin();
         }
-        self.gate.has_more()
+        self.acceptor.has_more()
     }
 
     fn add(
@@ -124,30 +124,31 @@ impl Listening {
         let member = self.service.group.join(Some(permit));
         let token = self.next;
         let socket = registry.add(socket, token, BOTH_EDGES)?;
-        let session = Session::new(socket, self.identity.current(), member)?;
+        let session = TlsSession::new(socket, self.identity.current(), member)?;
         self.next += 2;
         self.handshakes += 1;
-        let place = Place {
+        let connection = TlsConnection {
             session,
             deadline: None,
             retry: None,
         };
-        self.sessions.insert(token, place);
+        self.sessions.insert(token, connection);
         self.limit(token, registry);
         Ok(())
     }
 
     /// Starts the time limit of a connection.
     fn limit(&mut self, token: u64, registry: &mut dyn Registry) {
-        if let Some(place) = self.sessions.get_mut(&token) {
-            place.deadline = registry.set_timer_after(self.patience, token | token::DEADLINE);
+        if let Some(connection) = self.sessions.get_mut(&token) {
+            connection.deadline =
+                registry.set_timer_after(self.handshake_timeout, token | token::DEADLINE);
         }
     }
 
     /// Closes a connection that exceeded its time limit.
     fn evict(&mut self, token: u64, registry: &mut dyn Registry) {
-        let place = self.sessions.get(&token);
-        let why = match place.is_some_and(|place| place.session.guest.is_none()) {
+        let connection = self.sessions.get(&token);
+        let why = match connection.is_some_and(|connection| connection.session.guest.is_none()) {
             true => "its handshake was not complete in time",
             false => "it did not close the connection in time",
         };
@@ -156,42 +157,45 @@ impl Listening {
     }
 
     fn remove(&mut self, token: u64, registry: &mut dyn Registry) {
-        let Some(place) = self.sessions.remove(&token) else {
+        let Some(connection) = self.sessions.remove(&token) else {
             return;
         };
-        for timer in [place.deadline, place.retry].into_iter().flatten() {
+        for timer in [connection.deadline, connection.retry]
+            .into_iter()
+            .flatten()
+        {
             registry.cancel_timer(timer);
         }
-        registry.remove(place.session.socket);
-        match place.session.guest {
+        registry.remove(connection.session.socket);
+        match connection.session.guest {
             Some(guest) => drop(registry.remove(guest)),
-            None => self.handshake_is_over(registry),
+            None => self.end_handshake(registry),
         }
-        if let Some(bell) = &self.bell
+        if let Some(waker) = &self.waker
             && self.retired
             && self.sessions.is_empty()
         {
-            bell.remove();
+            waker.remove();
         }
     }
 
-    fn handshake_is_over(&mut self, registry: &mut dyn Registry) {
+    fn end_handshake(&mut self, registry: &mut dyn Registry) {
         self.handshakes -= 1;
-        if std::mem::take(&mut self.somebody_waits) {
+        if std::mem::take(&mut self.backlog_waits) {
             registry.again(LISTENER);
         }
     }
 
     fn serve(&mut self, token: u64, registry: &mut dyn Registry) {
-        let Some(place) = self.sessions.get_mut(&token) else {
+        let Some(connection) = self.sessions.get_mut(&token) else {
             return;
         };
-        match place.session.pump() {
+        match connection.session.pump() {
             Ok(Pumped::Idle) => {
-                if place.session.is_short_of_memory() && place.retry.is_none() {
-                    place.retry = registry.set_timer_after(RETRY, token | token::RETRY);
+                if connection.session.is_short_of_memory() && connection.retry.is_none() {
+                    connection.retry = registry.set_timer_after(RETRY, token | token::RETRY);
                 }
-                if place.session.is_closing() && place.deadline.is_none() {
+                if connection.session.is_closing() && connection.deadline.is_none() {
                     self.limit(token, registry);
                 }
             }
@@ -205,7 +209,7 @@ impl Listening {
             },
             Ok(Pumped::Ended) => self.remove(token, registry),
             Err(error) => {
-                if place.session.guest.is_none() {
+                if connection.session.guest.is_none() {
                     self.service.counters.refuse(error);
                 } else {
                     tracing::debug!(%error, "a TLS connection broke off");
@@ -217,27 +221,27 @@ impl Listening {
 
     /// Connects a client with a complete handshake to the guest.
     fn establish(&mut self, token: u64, registry: &mut dyn Registry) -> io::Result<()> {
-        let Some(place) = self.sessions.get_mut(&token) else {
+        let Some(connection) = self.sessions.get_mut(&token) else {
             return Ok(());
         };
         let (ours, theirs) = UnixStream::pair()?;
         ours.set_nonblocking(true)?;
         let ours = registry.add(ours, token + 1, BOTH_EDGES)?;
-        let target = self.targets.of(place.session.server_name());
-        place.session.begin(ours);
-        if let Some(timer) = place.deadline.take() {
+        let target = self.targets.of(connection.session.server_name());
+        connection.session.set_guest(ours);
+        if let Some(timer) = connection.deadline.take() {
             registry.cancel_timer(timer);
         }
         // The session, not the stream, is the member of the group: it ends when the
         // client has received all bytes.
         self.service
             .connect(target.open(), OwnedFd::from(theirs), None);
-        self.handshake_is_over(registry);
+        self.end_handshake(registry);
         Ok(())
     }
 }
 
-impl EventHandler for Listening {
+impl EventHandler for TlsListener {
     fn start(&mut self, _registry: &mut dyn Registry) -> io::Result<()> {
         Ok(())
     }
@@ -254,9 +258,9 @@ impl EventHandler for Listening {
                 let begun = self.service.muxer.profiler().begin();
                 let session = token & !(token::RETRY | 1);
                 if token & token::RETRY != 0
-                    && let Some(place) = self.sessions.get_mut(&session)
+                    && let Some(connection) = self.sessions.get_mut(&session)
                 {
-                    place.retry = None;
+                    connection.retry = None;
                 }
                 self.serve(session, registry);
                 self.service.muxer.profiler().end(Stage::Tls, begun);
@@ -265,16 +269,16 @@ impl EventHandler for Listening {
     }
 }
 
-impl Frontend for Listening {
-    fn begin(&mut self, bell: Bell, registry: &mut dyn Registry) -> io::Result<()> {
-        self.bell = Some(bell);
-        self.gate.begin(registry)
+impl Frontend for TlsListener {
+    fn register(&mut self, waker: HandlerWaker, registry: &mut dyn Registry) -> io::Result<()> {
+        self.waker = Some(waker);
+        self.acceptor.register(registry)
     }
 
     fn close(&mut self, registry: &mut dyn Registry) {
         let mut rounds = 0..CLOSING_ROUNDS;
         while rounds.next().is_some() && self.accept(registry) {}
-        self.gate.close(registry);
+        self.acceptor.close(registry);
     }
 
     fn cut(&mut self, registry: &mut dyn Registry) {
@@ -284,7 +288,7 @@ impl Frontend for Listening {
         }
     }
 
-    fn stays(&mut self) -> bool {
+    fn outlives_handle(&mut self) -> bool {
         self.retired = true;
         !self.sessions.is_empty()
     }

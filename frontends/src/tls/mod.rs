@@ -20,14 +20,14 @@ use std::time::Duration;
 use sm_devices_vsock::{Limit, MuxerHandle};
 use sm_event_loop::EventLoopHandle;
 
-use self::identity::Identity;
-use self::listening::{Listening, Targets};
-use crate::service::Service;
+use self::identity::CurrentIdentity;
+use self::listening::{Targets, TlsListener};
+use crate::service::FrontendService;
 use crate::tcp::{bind, failed};
-use crate::{Error, FrontendHandle, LocalAddress, Target};
+use crate::{Error, ForwardTarget, FrontendHandle, LocalAddress};
 
 /// Time limit of the handshake, and of closing.
-const PATIENCE: Duration = Duration::from_secs(10);
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 const FRONTEND: &str = "tls";
 
 /// The identity that the frontend presents to its clients.
@@ -53,18 +53,18 @@ pub enum TlsIdentity {
 pub struct TlsFrontend {
     address: SocketAddr,
     identity: TlsIdentity,
-    target: Target,
-    names: HashMap<String, Target>,
+    target: ForwardTarget,
+    names: HashMap<String, ForwardTarget>,
     protocols: Vec<Vec<u8>>,
     limit: Limit,
-    patience: Duration,
+    handshake_timeout: Duration,
 }
 
 impl TlsFrontend {
     /// Creates a frontend that will listen on `address` (with port 0, the system chooses
     /// a port) and forward connections to `target`.
     #[must_use]
-    pub fn new(address: SocketAddr, identity: TlsIdentity, target: Target) -> Self {
+    pub fn new(address: SocketAddr, identity: TlsIdentity, target: ForwardTarget) -> Self {
         Self {
             address,
             identity,
@@ -72,7 +72,7 @@ impl TlsFrontend {
             names: HashMap::new(),
             protocols: Vec::new(),
             limit: Limit::none(),
-            patience: PATIENCE,
+            handshake_timeout: HANDSHAKE_TIMEOUT,
         }
     }
 
@@ -87,14 +87,14 @@ impl TlsFrontend {
     /// Sets the time limit of a client's handshake, and of its closing after the guest
     /// has ended the connection. The default is 10 s.
     #[must_use]
-    pub fn patience(mut self, patience: Duration) -> Self {
-        self.patience = patience;
+    pub fn handshake_timeout(mut self, handshake_timeout: Duration) -> Self {
+        self.handshake_timeout = handshake_timeout;
         self
     }
 
     /// Forwards connections that request the server `name` (SNI) to another target.
     #[must_use]
-    pub fn server_name(mut self, name: &str, target: Target) -> Self {
+    pub fn server_name(mut self, name: &str, target: ForwardTarget) -> Self {
         self.names.insert(name.to_ascii_lowercase(), target);
         self
     }
@@ -117,16 +117,22 @@ impl TlsFrontend {
         muxer: MuxerHandle,
         event_loop: &EventLoopHandle,
     ) -> Result<FrontendHandle, Error> {
-        let identity = Identity::load(self.identity, self.protocols)?;
+        let identity = CurrentIdentity::load(self.identity, self.protocols)?;
         let certificate = identity.self_signed().map(str::to_owned);
         let (listener, address) = bind(FRONTEND, self.address)?;
-        let service = Service::new(format!("{FRONTEND} {address}"), muxer, self.limit);
+        let service = FrontendService::new(format!("{FRONTEND} {address}"), muxer, self.limit);
         let targets = Targets {
             any: self.target,
             names: self.names,
         };
         let failed = || failed(FRONTEND, "wait for connections on", address);
-        let listening = Listening::new(listener, identity, targets, self.patience, service.clone());
+        let listening = TlsListener::new(
+            listener,
+            identity,
+            targets,
+            self.handshake_timeout,
+            service.clone(),
+        );
         let address = LocalAddress::Tcp(address);
         let handle = FrontendHandle::start(listening, address, None, service, event_loop)
             .map_err(failed())?;

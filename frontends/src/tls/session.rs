@@ -17,7 +17,7 @@ const CHUNK: usize = 16 << 10;
 /// Rounds before other connections are served.
 const ROUNDS: usize = 16;
 
-/// Result of [`Session::pump`].
+/// Result of [`TlsSession::pump`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Pumped {
     /// Neither direction can make progress now.
@@ -31,18 +31,18 @@ pub(super) enum Pumped {
 }
 
 /// The client's side of a connection; non-blocking.
-pub(super) trait Socket: io::Read + io::Write {
+pub(super) trait TlsSocket: io::Read + io::Write {
     /// Shuts down the sending direction.
     fn end(&self) -> io::Result<()>;
 }
 
-impl Socket for Registered<TcpStream> {
+impl TlsSocket for Registered<TcpStream> {
     fn end(&self) -> io::Result<()> {
         self.shutdown(Shutdown::Write)
     }
 }
 
-pub(super) struct Session<S = Registered<TcpStream>> {
+pub(super) struct TlsSession<S = Registered<TcpStream>> {
     tls: ServerConnection,
     pub(super) socket: S,
     /// The plain side; the muxer has the other end of the pair.
@@ -52,7 +52,7 @@ pub(super) struct Session<S = Registered<TcpStream>> {
     /// The guest has ended its direction.
     guest_ended: bool,
     /// The client was sent close_notify after the guest's end.
-    client_told: bool,
+    close_notify_sent: bool,
     /// The guest accepts no more bytes.
     guest_deaf: bool,
     /// The client has closed the TCP connection.
@@ -62,7 +62,7 @@ pub(super) struct Session<S = Registered<TcpStream>> {
     member: Member,
 }
 
-impl<S: Socket> Session<S> {
+impl<S: TlsSocket> TlsSession<S> {
     /// Creates a session on a non-blocking socket.
     pub(super) fn new(socket: S, config: Arc<ServerConfig>, member: Member) -> io::Result<Self> {
         let tls = ServerConnection::new(config).map_err(io::Error::other)?;
@@ -72,7 +72,7 @@ impl<S: Socket> Session<S> {
             guest: None,
             client_ended: false,
             guest_ended: false,
-            client_told: false,
+            close_notify_sent: false,
             guest_deaf: false,
             hung_up: false,
             short_of_memory: false,
@@ -81,7 +81,7 @@ impl<S: Socket> Session<S> {
     }
 
     /// Sets the guest's side, after the handshake.
-    pub(super) fn begin(&mut self, guest: Registered<UnixStream>) {
+    pub(super) fn set_guest(&mut self, guest: Registered<UnixStream>) {
         self.member.begin();
         self.guest = Some(guest);
     }
@@ -95,7 +95,7 @@ impl<S: Socket> Session<S> {
     /// ended the connection in both directions.
     pub(super) fn is_closing(&self) -> bool {
         let gone = |guest: &Registered<UnixStream>| send(guest, &[], SendFlags::NOSIGNAL).is_err();
-        self.client_told && self.guest.as_ref().is_none_or(gone)
+        self.close_notify_sent && self.guest.as_ref().is_none_or(gone)
     }
 
     /// Returns true if the system lacked memory in the last [`Self::pump`]. No event
@@ -117,8 +117,8 @@ impl<S: Socket> Session<S> {
             if self.guest.is_none() && !self.tls.is_handshaking() {
                 return Ok(Pumped::Established);
             }
-            moved |= self.hear_guest()?;
-            if self.client_told && (self.client_ended && !self.guest_deaf || self.hung_up) {
+            moved |= self.read_guest()?;
+            if self.close_notify_sent && (self.client_ended && !self.guest_deaf || self.hung_up) {
                 return Ok(Pumped::Ended);
             }
             if !moved {
@@ -134,12 +134,12 @@ impl<S: Socket> Session<S> {
         while self.tls.wants_write() {
             match self.tls.write_tls(&mut self.socket) {
                 Ok(_) => moved = true,
-                Err(error) if is_for_later(&error, &mut self.short_of_memory) => return Ok(moved),
+                Err(error) if is_retryable(&error, &mut self.short_of_memory) => return Ok(moved),
                 Err(error) => return Err(error),
             }
         }
-        if self.guest_ended && !self.client_told {
-            self.client_told = true;
+        if self.guest_ended && !self.close_notify_sent {
+            self.close_notify_sent = true;
             self.member.delivered();
             self.socket.end()?;
             moved = true;
@@ -167,7 +167,7 @@ impl<S: Socket> Session<S> {
                 true => bytes.len(),
                 false => match guest.write(bytes) {
                     Ok(count) => count,
-                    Err(error) if is_for_later(&error, &mut self.short_of_memory) => {
+                    Err(error) if is_retryable(&error, &mut self.short_of_memory) => {
                         return Ok(moved);
                     }
                     Err(error) if error.kind() == ErrorKind::BrokenPipe => {
@@ -197,17 +197,17 @@ impl<S: Socket> Session<S> {
             return Ok(false);
         }
         if self.client_ended {
-            return self.await_hang_up();
+            return self.drain_until_eof();
         }
         if !self.tls.wants_read() {
             return Ok(false);
         }
         match self.tls.read_tls(&mut self.socket) {
-            Ok(0) if self.client_told => self.hung_up = true,
+            Ok(0) if self.close_notify_sent => self.hung_up = true,
             // The end of the stream without close_notify may be a truncation.
             Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
             Ok(_) => {}
-            Err(error) if is_for_later(&error, &mut self.short_of_memory) => return Ok(false),
+            Err(error) if is_retryable(&error, &mut self.short_of_memory) => return Ok(false),
             Err(error) => return Err(error),
         }
         if let Err(error) = self.tls.process_new_packets() {
@@ -220,7 +220,7 @@ impl<S: Socket> Session<S> {
 
     /// Discards bytes after the client's close_notify and waits for the end of the TCP
     /// stream.
-    fn await_hang_up(&mut self) -> io::Result<bool> {
+    fn drain_until_eof(&mut self) -> io::Result<bool> {
         let mut ignored = [0; 512];
         match self.socket.read(&mut ignored) {
             Ok(0) => {
@@ -228,13 +228,13 @@ impl<S: Socket> Session<S> {
                 Ok(true)
             }
             Ok(_) => Ok(true),
-            Err(error) if is_for_later(&error, &mut self.short_of_memory) => Ok(false),
+            Err(error) if is_retryable(&error, &mut self.short_of_memory) => Ok(false),
             Err(error) => Err(error),
         }
     }
 
     /// Reads from the guest, once all earlier bytes were sent.
-    fn hear_guest(&mut self) -> io::Result<bool> {
+    fn read_guest(&mut self) -> io::Result<bool> {
         let Some(guest) = &mut self.guest else {
             return Ok(false);
         };
@@ -252,7 +252,7 @@ impl<S: Socket> Session<S> {
                 self.tls.writer().write_all(bytes)?;
                 self.member.count_from_guest(count as u64);
             }
-            Err(error) if is_for_later(&error, &mut self.short_of_memory) => return Ok(false),
+            Err(error) if is_retryable(&error, &mut self.short_of_memory) => return Ok(false),
             Err(error) => return Err(error),
         }
         Ok(true)
@@ -261,7 +261,7 @@ impl<S: Socket> Session<S> {
 
 /// Returns true if the call can be repeated later: on an event or, after a memory
 /// shortage, which is noted in `short_of_memory`, after a delay.
-fn is_for_later(error: &io::Error, short_of_memory: &mut bool) -> bool {
+fn is_retryable(error: &io::Error, short_of_memory: &mut bool) -> bool {
     let short = is_shortage(error);
     *short_of_memory |= short;
     short || matches!(error.kind(), ErrorKind::WouldBlock)
@@ -278,7 +278,7 @@ mod tests {
 
     use super::*;
     use crate::TlsIdentity;
-    use crate::tls::identity::Identity;
+    use crate::tls::identity::CurrentIdentity;
 
     /// A client whose first bytes can be read, and whose writes fail for lack of memory
     /// at first.
@@ -289,8 +289,8 @@ mod tests {
     }
 
     impl Read for Short {
-        fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
-            match self.hello.read(room)? {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            match self.hello.read(buffer)? {
                 0 => Err(ErrorKind::WouldBlock.into()),
                 count => Ok(count),
             }
@@ -310,7 +310,7 @@ mod tests {
         }
     }
 
-    impl Socket for Short {
+    impl TlsSocket for Short {
         fn end(&self) -> io::Result<()> {
             Ok(())
         }
@@ -337,9 +337,9 @@ mod tests {
             let itself = TlsIdentity::SelfSigned {
                 names: vec!["localhost".to_owned()],
             };
-            let mut identity = Identity::load(itself, Vec::new()).unwrap();
+            let mut identity = CurrentIdentity::load(itself, Vec::new()).unwrap();
             let member = Group::new().join(None);
-            let mut session = Session::new(socket, identity.current(), member).unwrap();
+            let mut session = TlsSession::new(socket, identity.current(), member).unwrap();
             assert_eq!(session.pump().unwrap(), Pumped::Idle);
             assert!(session.is_short_of_memory());
             session.socket.error = None;

@@ -29,19 +29,23 @@ fn self_signed() -> TlsIdentity {
 }
 
 fn rig(identity: TlsIdentity) -> Rig {
-    rig_with_patience(identity, Duration::from_secs(3600))
+    rig_with_timeout(identity, Duration::from_secs(3600))
 }
 
-fn rig_with_patience(identity: TlsIdentity, patience: Duration) -> Rig {
+fn rig_with_timeout(identity: TlsIdentity, handshake_timeout: Duration) -> Rig {
     let guest = Guest::new(VsockConfig::default());
     let event_loop = EventLoop::spawn("test").unwrap();
-    let frontend = TlsFrontend::new((Ipv4Addr::LOCALHOST, 0).into(), identity, Target::Vsock(7))
-        .server_name("Other.test", Target::Vsock(8))
-        .patience(patience)
-        .protocol("h2")
-        .protocol("http/1.1")
-        .start(guest.muxer.clone(), &event_loop.handle())
-        .unwrap();
+    let frontend = TlsFrontend::new(
+        (Ipv4Addr::LOCALHOST, 0).into(),
+        identity,
+        ForwardTarget::Vsock(7),
+    )
+    .server_name("Other.test", ForwardTarget::Vsock(8))
+    .handshake_timeout(handshake_timeout)
+    .protocol("h2")
+    .protocol("http/1.1")
+    .start(guest.muxer.clone(), &event_loop.handle())
+    .unwrap();
     Rig {
         guest,
         frontend,
@@ -196,7 +200,7 @@ fn no_byte_before_the_handshake_reaches_the_guest() {
     assert!(matches!((&half).read(&mut [0; 8]), Ok(0) | Err(_)));
     assert_eq!(rig.frontend.stats().refused, 2);
     // A client that sends nothing is closed after the time limit.
-    let rig = rig_with_patience(self_signed(), Duration::from_millis(50));
+    let rig = rig_with_timeout(self_signed(), Duration::from_millis(50));
     assert_eq!(rig.tcp().read(&mut [0; 1]).unwrap(), 0);
     let stats = rig.frontend.stats();
     assert_eq!((stats.evicted, stats.accepted), (1, 0));
@@ -257,7 +261,7 @@ fn unusable_certificates_are_named() {
             key: directory.path().join(key),
         };
         let address = (Ipv4Addr::LOCALHOST, 0).into();
-        let error = TlsFrontend::new(address, identity, Target::Vsock(1))
+        let error = TlsFrontend::new(address, identity, ForwardTarget::Vsock(1))
             .start(guest.muxer.clone(), &event_loop.handle())
             .unwrap_err()
             .to_string();

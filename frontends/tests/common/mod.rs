@@ -23,8 +23,8 @@ use sm_devices_vsock::testing::{Guest, Packet, REQUEST, RESPONSE, RST, RW, SHUTD
 use sm_devices_vsock::{ConnectOptions, MuxerHandle, VsockConfig};
 use sm_event_loop::{EventHandler, EventLoop, HandlerId, Readiness, Registry};
 use sm_frontends::{
-    FrontendHandle, HandoffFrontend, HandoffSender, HybridFrontend, Limit, Target, TcpFrontend,
-    TlsFrontend, TlsIdentity, UnixFrontend,
+    ForwardTarget, FrontendHandle, HandoffFrontend, HandoffSender, HybridFrontend, Limit,
+    TcpFrontend, TlsFrontend, TlsIdentity, UnixFrontend,
 };
 use sm_guest_proto::forward::{ForwardHeader, HEADER_LEN};
 use sm_guest_proto::port;
@@ -177,8 +177,8 @@ impl Rig {
 
     /// Starts a frontend with the given descriptor limit and the given time limit for its
     /// clients.
-    pub fn start(&self, kind: Kind, limit: &Limit, patience: Duration) -> Server {
-        self.try_start(kind, limit, patience).unwrap()
+    pub fn start(&self, kind: Kind, limit: &Limit, timeout: Duration) -> Server {
+        self.try_start(kind, limit, timeout).unwrap()
     }
 
     /// Like [`Self::start`], and returns errors.
@@ -186,7 +186,7 @@ impl Rig {
         &self,
         kind: Kind,
         limit: &Limit,
-        patience: Duration,
+        timeout: Duration,
     ) -> Result<Server, sm_frontends::Error> {
         let (muxer, event_loop) = (self.muxer.clone(), self.event_loop.handle());
         let path = self.directory.path().join(format!("{kind:?}"));
@@ -198,7 +198,7 @@ impl Rig {
         let identity = TlsIdentity::SelfSigned {
             names: vec!["localhost".to_owned()],
         };
-        let echo = Target::Vsock(ECHO);
+        let echo = ForwardTarget::Vsock(ECHO);
         let started = match kind {
             Kind::Unix => UnixFrontend::new(&path, echo)
                 .limit(limit)
@@ -208,15 +208,15 @@ impl Rig {
                 .start(muxer, &event_loop),
             Kind::Tls => TlsFrontend::new(any, identity, echo)
                 .limit(limit)
-                .patience(patience)
+                .handshake_timeout(timeout)
                 .start(muxer, &event_loop),
             Kind::Handoff => HandoffFrontend::new(&path, header)
                 .limit(limit)
-                .patience(patience)
+                .handoff_timeout(timeout)
                 .start(muxer, &event_loop),
             Kind::Hybrid => HybridFrontend::new(&path)
                 .limit(limit)
-                .patience(patience)
+                .request_timeout(timeout)
                 .start(muxer, &event_loop),
         };
         let handle = started?;

@@ -11,8 +11,8 @@ use sm_devices_vsock::testing::Guest;
 use sm_event_loop::{EventLoop, new_eventfd, signal};
 
 use super::*;
-use crate::listening::Listening;
-use crate::{FrontendHandle, LocalAddress, Target};
+use crate::listening::FrontendListener;
+use crate::{ForwardTarget, FrontendHandle, LocalAddress};
 
 #[derive(Default)]
 struct Waiting {
@@ -56,7 +56,7 @@ fn a_failing_accept_is_retried_after_a_pause() {
     for error in [Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::NOBUFS] {
         let guest = Guest::new(VsockConfig::default());
         let event_loop = EventLoop::spawn("test").unwrap();
-        let service = Service::new("short".to_owned(), guest.muxer.clone(), Limit::none());
+        let service = FrontendService::new("short".to_owned(), guest.muxer.clone(), Limit::none());
         let waiting = Arc::new(Mutex::new(Waiting {
             looks: 0,
             clients: [File::open("/dev/null").unwrap()].into(),
@@ -69,7 +69,7 @@ fn a_failing_accept_is_retried_after_a_pause() {
             looked,
         };
         signal(listener.as_fd());
-        let listening = Listening::new(listener, Target::Vsock(7), service.clone());
+        let listening = FrontendListener::new(listener, ForwardTarget::Vsock(7), service.clone());
         let address = LocalAddress::Unix("short".into());
         let handle =
             FrontendHandle::start(listening, address, None, service, &event_loop.handle()).unwrap();

@@ -19,7 +19,7 @@ use sm_devices_vsock::{Limit, Permit};
 use sm_event_loop::{Interest, Registered, Registry, Timer};
 
 use crate::peer::is_trusted_peer;
-use crate::service::{Bell, Service};
+use crate::service::{FrontendService, HandlerWaker};
 
 /// Token of the listener in every frontend.
 pub(crate) const LISTENER: u64 = 0;
@@ -28,8 +28,8 @@ const BATCH: usize = 64;
 /// Connections that may wait to be accepted, as far as the system allows.
 pub(crate) const BACKLOG: i32 = 4096;
 
-/// Rounds of [`Gate::accept`] before a listener is closed: enough for a full backlog.
-/// Without a bound, clients that connect as fast as they are accepted would keep it open.
+/// Rounds of [`ListenerAcceptor::accept`] before a listener is closed: enough for a full
+/// backlog. Without a bound, clients that connect as fast as they are accepted would keep it open.
 pub(crate) const CLOSING_ROUNDS: usize = BACKLOG as usize / BATCH + 1;
 
 /// Delay before `accept` is retried after it failed. No event reports that the system has
@@ -85,16 +85,16 @@ impl Listener for TcpListener {
 }
 
 /// Result of one attempt to accept a connection.
-enum Found<T> {
+enum AcceptResult<T> {
     Connection(T, Permit),
     /// The connection was refused, or the peer has already closed it.
-    Nobody,
+    Gone,
     /// No connection is pending or can be accepted; a later event repeats the attempt.
-    NothingNow,
+    WouldBlock,
 }
 
 /// The states of a listener.
-enum State<L: Listener> {
+enum ListenerState<L: Listener> {
     /// Not registered with the event loop yet.
     New(L),
     Open(Registered<L>),
@@ -102,8 +102,8 @@ enum State<L: Listener> {
 }
 
 /// A listener of a frontend.
-pub(crate) struct Gate<L: Listener> {
-    state: State<L>,
+pub(crate) struct ListenerAcceptor<L: Listener> {
+    state: ListenerState<L>,
     limit: Limit,
     /// Descriptors that a connection needs.
     cost: usize,
@@ -115,11 +115,11 @@ pub(crate) struct Gate<L: Listener> {
     more: bool,
 }
 
-impl<L: Listener> Gate<L> {
-    /// Creates a gate whose connections need `cost` descriptors each.
+impl<L: Listener> ListenerAcceptor<L> {
+    /// Creates an acceptor whose connections need `cost` descriptors each.
     pub(crate) fn new(listener: L, cost: usize, limit: Limit) -> Self {
         Self {
-            state: State::New(listener),
+            state: ListenerState::New(listener),
             limit,
             cost,
             spare: Spare::new(),
@@ -134,12 +134,12 @@ impl<L: Listener> Gate<L> {
     }
 
     /// Registers the listener with the event loop, under [`LISTENER`].
-    pub(crate) fn begin(&mut self, registry: &mut dyn Registry) -> io::Result<()> {
-        self.state = match std::mem::replace(&mut self.state, State::Closed) {
-            State::New(listener) => {
-                State::Open(registry.add(listener, LISTENER, NEW_CONNECTIONS)?)
+    pub(crate) fn register(&mut self, registry: &mut dyn Registry) -> io::Result<()> {
+        self.state = match std::mem::replace(&mut self.state, ListenerState::Closed) {
+            ListenerState::New(listener) => {
+                ListenerState::Open(registry.add(listener, LISTENER, NEW_CONNECTIONS)?)
             }
-            begun => begun,
+            other => other,
         };
         Ok(())
     }
@@ -147,7 +147,9 @@ impl<L: Listener> Gate<L> {
     /// Closes the listener. Connections in its backlog are reset unless they were
     /// accepted before.
     pub(crate) fn close(&mut self, registry: &mut dyn Registry) {
-        if let State::Open(listener) = std::mem::replace(&mut self.state, State::Closed) {
+        if let ListenerState::Open(listener) =
+            std::mem::replace(&mut self.state, ListenerState::Closed)
+        {
             registry.remove(listener);
         }
         if let Some(timer) = self.pause.take() {
@@ -160,8 +162,8 @@ impl<L: Listener> Gate<L> {
     pub(crate) fn accept(
         &mut self,
         most: usize,
-        bell: &Bell,
-        service: &Service,
+        waker: &HandlerWaker,
+        service: &FrontendService,
         registry: &mut dyn Registry,
     ) -> Vec<(L::Stream, Permit)> {
         let mut connections = Vec::new();
@@ -171,10 +173,10 @@ impl<L: Listener> Gate<L> {
             self.pause = None;
         }
         for _ in 0..BATCH.min(most) {
-            match self.next(bell, service, registry) {
-                Found::Connection(stream, permit) => connections.push((stream, permit)),
-                Found::Nobody => {}
-                Found::NothingNow => return connections,
+            match self.next(waker, service, registry) {
+                AcceptResult::Connection(stream, permit) => connections.push((stream, permit)),
+                AcceptResult::Gone => {}
+                AcceptResult::WouldBlock => return connections,
             }
         }
         if most > 0 {
@@ -193,47 +195,47 @@ impl<L: Listener> Gate<L> {
 
     fn next(
         &mut self,
-        bell: &Bell,
-        service: &Service,
+        waker: &HandlerWaker,
+        service: &FrontendService,
         registry: &mut dyn Registry,
-    ) -> Found<L::Stream> {
-        let State::Open(listener) = &self.state else {
-            return Found::NothingNow;
+    ) -> AcceptResult<L::Stream> {
+        let ListenerState::Open(listener) = &self.state else {
+            return AcceptResult::WouldBlock;
         };
-        let bell = bell.clone();
-        let wake = move || bell.ring(LISTENER);
+        let waker = waker.clone();
+        let wake = move || waker.wake(LISTENER);
         let Ok(permit) = self.limit.take_or_wait(self.cost, wake) else {
-            service.counters.say(
+            service.counters.warn(
                 "connections wait in the backlog",
                 "the limit of descriptors is reached",
             );
-            return Found::NothingNow;
+            return AcceptResult::WouldBlock;
         };
         match self.spare.accept(|| listener.accept()) {
             Ok(Some(stream)) => match listener.admits(&stream) {
-                Ok(true) => Found::Connection(stream, permit),
+                Ok(true) => AcceptResult::Connection(stream, permit),
                 Ok(false) => {
                     service.counters.refuse("the peer is another user");
-                    Found::Nobody
+                    AcceptResult::Gone
                 }
                 Err(error) => {
                     service.counters.refuse(error);
-                    Found::Nobody
+                    AcceptResult::Gone
                 }
             },
             Ok(None) => {
                 service.counters.refuse("there are no descriptors left");
-                Found::Nobody
+                AcceptResult::Gone
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Found::NothingNow,
-            Err(error) if is_of_one_connection(&error) => Found::Nobody,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => AcceptResult::WouldBlock,
+            Err(error) if is_connection_error(&error) => AcceptResult::Gone,
             Err(error) => {
                 // The connection is still in the backlog, and the cause persists.
                 service
                     .counters
-                    .say("connections wait in the backlog", error);
+                    .warn("connections wait in the backlog", error);
                 self.pause(registry);
-                Found::NothingNow
+                AcceptResult::WouldBlock
             }
         }
     }
@@ -241,7 +243,7 @@ impl<L: Listener> Gate<L> {
 
 /// Returns true if the error concerns only the connection that was to be accepted:
 /// accept(2) also reports pending network errors of the new connection.
-fn is_of_one_connection(error: &io::Error) -> bool {
+fn is_connection_error(error: &io::Error) -> bool {
     matches!(
         Errno::from_io_error(error),
         Some(

@@ -16,7 +16,7 @@ const CHUNK: usize = 64 << 10;
 
 /// A partially received handoff.
 #[derive(Debug, Default)]
-pub(crate) struct Parcel {
+pub(crate) struct HandoffMessage {
     header: [u8; HEADER],
     /// Bytes of the header received so far.
     read: usize,
@@ -30,7 +30,7 @@ pub(crate) fn broken(reason: &'static str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, reason)
 }
 
-impl Parcel {
+impl HandoffMessage {
     /// Returns true if at least one byte was received.
     pub(crate) fn has_begun(&self) -> bool {
         self.read > 0
@@ -69,20 +69,20 @@ impl Parcel {
         }
         let mut chunk = [0; CHUNK];
         let most = (self.length - self.payload.len()).min(CHUNK);
-        let place = chunk.get_mut(..most).unwrap_or_default();
-        let count = self.receive(router, place)?;
+        let buffer = chunk.get_mut(..most).unwrap_or_default();
+        let count = self.receive(router, buffer)?;
         self.payload
             .extend_from_slice(chunk.get(..count).unwrap_or_default());
         Ok(self.payload.len() == self.length)
     }
 
-    fn receive(&mut self, router: impl AsFd, place: &mut [u8]) -> io::Result<usize> {
+    fn receive(&mut self, router: impl AsFd, buffer: &mut [u8]) -> io::Result<usize> {
         // Space for one descriptor more than is allowed, to detect a second one.
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let received = recvmsg(
             router,
-            &mut [IoSliceMut::new(place)],
+            &mut [IoSliceMut::new(buffer)],
             &mut control,
             RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT,
         )?;
