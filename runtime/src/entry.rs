@@ -10,7 +10,7 @@ use sm_control::exit::ExitRecord;
 use sm_control::launch::{DiskSegment, ImageSource, LaunchRequest};
 use sm_control::with_causes;
 use sm_guest_proto::frame::FrameType;
-use sm_vmm::environment::{BootAssets, Environment, Identity, OutputLog, VmRecord};
+use sm_vmm::environment::{BootAssets, Identity, OutputLog, VmRecord, VmmEnvironment};
 
 use crate::digests::file_digest;
 use crate::guest_agent;
@@ -25,13 +25,13 @@ use crate::record::{CONSOLE, Record, Records};
 /// A program that starts VMs through this library calls this first in `main`, before it
 /// starts threads; in all other processes it returns at once.
 pub fn run_vmm_if_asked() {
-    sm_vmm::run_if_asked(&Installed);
+    sm_vmm::run_if_vmm(&Installed);
 }
 
 /// The user's directories and the files installed on the host.
 struct Installed;
 
-impl Environment for Installed {
+impl VmmEnvironment for Installed {
     fn open_record(&self, request: &LaunchRequest) -> io::Result<Arc<dyn VmRecord>> {
         let home = Home::new(&request.data, &request.run, &request.cache);
         let records = Records::open(&home).map_err(io::Error::other)?;

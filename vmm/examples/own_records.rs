@@ -11,11 +11,11 @@ use std::sync::Arc;
 use sm_control::exit::ExitRecord;
 use sm_control::launch::{DiskSegment, ImageSource, LaunchRequest};
 use sm_guest_proto::frame::FrameType;
-use sm_vmm::environment::{BootAssets, Environment, Identity, OutputLog, VmRecord};
+use sm_vmm::environment::{BootAssets, Identity, OutputLog, VmRecord, VmmEnvironment};
 
 fn main() {
     // Does not return in a process that was started for a VM.
-    sm_vmm::run_if_asked(&Program);
+    sm_vmm::run_if_vmm(&Program);
     println!(
         "started by hand; a launcher starts this as: PROGRAM {} ID",
         sm_vmm::SUBCOMMAND
@@ -24,7 +24,7 @@ fn main() {
 
 struct Program;
 
-impl Environment for Program {
+impl VmmEnvironment for Program {
     fn open_record(&self, request: &LaunchRequest) -> io::Result<Arc<dyn VmRecord>> {
         Ok(Arc::new(Directory(
             request.data.join(request.config.id.as_str()),

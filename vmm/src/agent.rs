@@ -21,9 +21,9 @@ pub(crate) enum Purpose {
     /// Mount the root file system.
     AttachRoot,
     /// Collect the guest's identity report.
-    Evidence {
+    IdentityReport {
         /// Time of the request, in nanoseconds since the Unix epoch.
-        asked_ns: u64,
+        requested_ns: u64,
     },
     /// Freeze the workload, which has not started yet, for an image snapshot.
     FreezeRoot,

@@ -21,7 +21,7 @@ use super::saved::{Content, Plan, Saved, versions};
 use crate::names::{EPHEMERAL_LABEL, IMAGE_LABEL, is_automatic, is_of_fork};
 
 /// Most automatic snapshots; beyond it, the least recently used are removed.
-const KEPT: usize = 64;
+const MAX_AUTOMATIC: usize = 64;
 
 /// The cached snapshots that a request can use.
 #[derive(Clone, Debug)]
@@ -34,7 +34,7 @@ pub(crate) struct Cache {
 }
 
 /// The state of the cache for a machine.
-pub(crate) struct Found {
+pub(crate) struct CacheLookup {
     pub(crate) best: Option<(Layer, Saved)>,
     /// True if the base snapshot is missing and its name is free.
     pub(crate) base_missing: bool,
@@ -90,17 +90,17 @@ impl Cache {
     }
 
     /// Opens the best snapshot, and returns which ones are missing.
-    pub(crate) fn open(&self) -> Found {
-        let (image, image_missing) = self.open_one(&self.image);
+    pub(crate) fn open(&self) -> CacheLookup {
+        let (image, image_missing) = self.open_entry(&self.image);
         if let Some(saved) = image {
-            return Found {
+            return CacheLookup {
                 best: Some((Layer::Image, saved)),
                 base_missing: false,
                 image_missing: false,
             };
         }
-        let (base, base_missing) = self.open_one(&self.base);
-        Found {
+        let (base, base_missing) = self.open_entry(&self.base);
+        CacheLookup {
             best: base.map(|saved| (Layer::Base, saved)),
             base_missing,
             image_missing,
@@ -109,7 +109,7 @@ impl Cache {
 
     /// Opens one snapshot. Returns it if it can be used, and true if its name is free,
     /// perhaps after a corrupt one was removed.
-    fn open_one(&self, name: &str) -> (Option<Saved>, bool) {
+    fn open_entry(&self, name: &str) -> (Option<Saved>, bool) {
         let error = match Saved::open(&self.store, name, &self.cpu, Some(&self.identity)) {
             Ok(saved) => {
                 self.store.note_use(&saved.chain.tip().lease);
@@ -120,11 +120,11 @@ impl Cache {
         };
         tracing::warn!(name, error = with_causes(&error), "cannot use a snapshot");
         // Other errors, such as a lack of descriptors, may be transient.
-        let spoilt = matches!(
+        let corrupt = matches!(
             error,
             Error::Damaged { .. } | Error::Older { .. } | Error::Parent { .. }
         );
-        (None, spoilt && discard(&self.store, name))
+        (None, corrupt && discard(&self.store, name))
     }
 
     /// Plans the snapshot of a machine that is ready for any image.
@@ -190,7 +190,7 @@ pub(crate) fn trim(store: &SnapshotStore) {
             "cannot look for forgotten forks"
         );
     }
-    let removed = store.trim(KEPT, is_automatic);
+    let removed = store.trim(MAX_AUTOMATIC, is_automatic);
     match removed {
         Ok(0) => {}
         Ok(count) => tracing::info!(count, "removed snapshots that were not used any more"),

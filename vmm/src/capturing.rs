@@ -60,9 +60,9 @@ pub(crate) struct Told {
 #[derive(Debug)]
 pub(crate) struct Capturing {
     begun: Instant,
-    given_up: Arc<AtomicBool>,
+    cancelled: Arc<AtomicBool>,
     /// Receives the duration of the pause.
-    held: Sender<Duration>,
+    pause_duration: Sender<Duration>,
 }
 
 impl Capturing {
@@ -79,17 +79,19 @@ impl Capturing {
         origin: Origin,
         told: Told,
     ) -> Result<(Self, JoinHandle<()>), String> {
-        let given_up = Arc::new(AtomicBool::new(false));
-        let (hand_over, taken) = channel();
-        let (held, was_held) = channel();
+        let cancelled = Arc::new(AtomicBool::new(false));
+        let (state_sender, state_receiver) = channel();
+        let (pause_duration, pause_ended) = channel();
         let (memory, vcpus) = (machine.memory().guest.clone(), machine.vcpus());
-        let unless = Arc::clone(&given_up);
+        let unless = Arc::clone(&cancelled);
         // The thread is created before the pause, since its creation can fail.
         let thread = std::thread::Builder::new()
             .name("sm-snapshot".to_owned())
             .spawn(move || {
                 // The sender is dropped without a state if the pause failed.
-                let Ok(state) = taken.recv() else { return };
+                let Ok(state) = state_receiver.recv() else {
+                    return;
+                };
                 let (store, ancestry) = (&plan.store, origin.ancestry());
                 let capture = match Capture::begin_unless(store, &memory, ancestry, &unless) {
                     Ok(capture) => capture,
@@ -98,7 +100,9 @@ impl Capturing {
                 drop((memory, origin));
                 (told.copied)(Ok(()));
                 // The capture was cancelled, and its client was notified of the failure.
-                let Ok(pause) = was_held.recv() else { return };
+                let Ok(pause) = pause_ended.recv() else {
+                    return;
+                };
                 let made = plan.finish(capture, &state, vcpus);
                 (told.made)(made.map(|captured| Made { captured, pause }));
             })
@@ -110,7 +114,7 @@ impl Capturing {
             .map_err(|error| with_causes(&error));
         match state {
             // The thread waits for the state.
-            Ok(state) => drop(hand_over.send(state)),
+            Ok(state) => drop(state_sender.send(state)),
             Err(error) => {
                 // The machine reports a failure to resume as its end.
                 let _ = machine.resume();
@@ -119,25 +123,25 @@ impl Capturing {
         }
         let capturing = Self {
             begun,
-            given_up,
-            held,
+            cancelled,
+            pause_duration,
         };
         Ok((capturing, thread))
     }
 
     /// Memory was copied, and the machine runs again or stays paused permanently.
     pub(crate) fn end(self) {
-        let _ = self.held.send(self.begun.elapsed());
+        let _ = self.pause_duration.send(self.begun.elapsed());
     }
 
     /// Cancels copying, if it is in progress; the failure is reported soon.
-    pub(crate) fn give_up(&self) {
-        self.given_up.store(true, Ordering::Relaxed);
+    pub(crate) fn cancel(&self) {
+        self.cancelled.store(true, Ordering::Relaxed);
     }
 }
 
 impl Drop for Capturing {
     fn drop(&mut self) {
-        self.give_up();
+        self.cancel();
     }
 }

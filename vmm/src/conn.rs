@@ -18,13 +18,13 @@ const READ_SIZE: usize = 64 * 1024;
 pub(crate) struct Conn {
     stream: UnixStream,
     pub(crate) decoder: FrameDecoder,
-    output: Output,
+    output: SendBuffer,
     ended: bool,
 }
 
 /// Bytes that the socket has not taken yet.
 #[derive(Debug, Default)]
-struct Output {
+struct SendBuffer {
     bytes: Vec<u8>,
     sent: usize,
     /// The kernel lacked memory at the last attempt.
@@ -41,7 +41,7 @@ impl Conn {
         Ok(Self {
             stream,
             decoder: FrameDecoder::with_limits(payload_limit),
-            output: Output::default(),
+            output: SendBuffer::default(),
             ended: false,
         })
     }
@@ -118,7 +118,7 @@ impl Conn {
     }
 
     /// Returns true if [`Self::flush`] can send more as soon as the socket is writable.
-    pub(crate) fn awaits_room(&self) -> bool {
+    pub(crate) fn has_sendable(&self) -> bool {
         self.unsent() > 0 && !self.is_starved()
     }
 
@@ -136,7 +136,7 @@ impl Conn {
     }
 }
 
-impl Output {
+impl SendBuffer {
     fn flush(&mut self, mut write: impl FnMut(&[u8]) -> io::Result<usize>) -> io::Result<()> {
         let mut most = usize::MAX;
         self.starved = false;
@@ -149,7 +149,7 @@ impl Output {
                 Ok(count) => self.sent += count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.forget_sent();
+                    self.compact();
                     return Ok(());
                 }
                 // For the moment: no reason to hang up on the peer.
@@ -159,7 +159,7 @@ impl Output {
                         continue;
                     }
                     self.starved = true;
-                    self.forget_sent();
+                    self.compact();
                     return Ok(());
                 }
                 Err(error) => return Err(error),
@@ -171,7 +171,7 @@ impl Output {
     }
 
     /// Bounds the memory that is used besides the unsent bytes.
-    fn forget_sent(&mut self) {
+    fn compact(&mut self) {
         if self.sent >= HIGH_WATER {
             self.bytes.drain(..self.sent);
             self.sent = 0;
@@ -225,7 +225,7 @@ mod tests {
         // A large piece and a small one are refused.
         shortage::begin(2);
         conn.flush().unwrap();
-        assert!(conn.is_starved() && !conn.awaits_room());
+        assert!(conn.is_starved() && !conn.has_sendable());
         assert_eq!(conn.unsent(), 10_005);
         conn.flush().unwrap();
         assert!(!conn.is_starved());
@@ -240,9 +240,9 @@ mod tests {
 
     #[test]
     fn a_large_piece_that_is_refused_is_sent_in_small_ones() {
-        let mut output = Output {
+        let mut output = SendBuffer {
             bytes: vec![7; 10_000],
-            ..Output::default()
+            ..SendBuffer::default()
         };
         let mut sizes = Vec::new();
         output

@@ -19,9 +19,9 @@ const OTHERS: usize = 16;
 /// Descriptors per listener of a published port: its socket, a spare one, a timer.
 const PER_LISTENER: usize = 3;
 /// Most clients of the control socket that are attached or wait for the end. At least
-/// [`LEAST_STAYING`] of [`RESERVE`] are theirs.
-const MOST_STAYING: usize = 1024;
-const LEAST_STAYING: usize = 128;
+/// [`MIN_PERSISTENT`] of [`RESERVE`] are theirs.
+const MAX_PERSISTENT: usize = 1024;
+const MIN_PERSISTENT: usize = 128;
 /// Minimum of each share where descriptors are too few.
 const LEAST: usize = 16;
 
@@ -74,17 +74,17 @@ fn most() -> usize {
 }
 
 /// Returns the maximum of control clients that are attached or wait for the end.
-pub(super) fn staying_clients() -> usize {
-    staying(most())
+pub(super) fn max_persistent_clients() -> usize {
+    persistent_clients(most())
 }
 
-fn staying(most: usize) -> usize {
-    (most / 8).clamp(LEAST_STAYING, MOST_STAYING)
+fn persistent_clients(most: usize) -> usize {
+    (most / 8).clamp(MIN_PERSISTENT, MAX_PERSISTENT)
 }
 
 /// Returns the descriptors for exec and for published ports, out of `most`.
 fn shares(most: usize, listeners: usize) -> (usize, usize) {
-    let reserve = RESERVE + staying(most) - LEAST_STAYING;
+    let reserve = RESERVE + persistent_clients(most) - MIN_PERSISTENT;
     let reserve = reserve.saturating_add(listeners.saturating_mul(PER_LISTENER));
     let free = most.saturating_sub(reserve);
     let exec = (free / 8).clamp(LEAST, MOST_EXEC);

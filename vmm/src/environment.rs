@@ -12,7 +12,7 @@ use sm_control::launch::{DiskSegment, ImageSource, LaunchRequest};
 use sm_guest_proto::frame::FrameType;
 
 /// The program that contains the VMM.
-pub trait Environment {
+pub trait VmmEnvironment {
     /// Opens the record of the requested VM.
     ///
     /// # Errors

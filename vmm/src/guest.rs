@@ -15,7 +15,7 @@ use sm_snapshot::manifest::Layer;
 use sm_snapshot::store::SnapshotStore;
 
 /// The operations of a running machine that its supervisor uses.
-pub(crate) trait Guest {
+pub(crate) trait GuestMachine {
     /// Opens a stream to a vsock port of the guest. If the guest refuses the connection,
     /// the stream ends.
     fn connect(&mut self, port: u32) -> io::Result<UnixStream>;
@@ -26,7 +26,7 @@ pub(crate) trait Guest {
     }
     /// Called when the agent is ready and idle, before the machine gets its image and
     /// identity: the state of a base snapshot. Returns true if the machine is paused for
-    /// one: [`Notice::Captured`] follows.
+    /// one: [`SupervisorEvent::Captured`] follows.
     fn agent_ready(&mut self) -> Result<bool, String> {
         Ok(false)
     }
@@ -39,7 +39,7 @@ pub(crate) trait Guest {
     }
     /// Called when the root file system is mounted and no program of it runs: the state
     /// of an image snapshot. Returns true if the machine is paused for one:
-    /// [`Notice::Captured`] follows.
+    /// [`SupervisorEvent::Captured`] follows.
     fn root_attached(&mut self) -> Result<bool, String> {
         Ok(false)
     }
@@ -51,7 +51,7 @@ pub(crate) trait Guest {
     }
     /// Called when the guest did not start properly. If it was restored from an automatic
     /// snapshot, that is removed when the machine has ended; returns its name.
-    fn give_up_source(&mut self) -> Option<String> {
+    fn discard_source(&mut self) -> Option<String> {
         None
     }
     /// Checks that a snapshot of this name can be published; the error is a clause.
@@ -62,8 +62,8 @@ pub(crate) trait Guest {
         Ok(())
     }
     /// Captures the machine with its frozen workload as the snapshot `name`. Returns at
-    /// once, with the machine paused; [`Notice::Captured`] follows and, after
-    /// [`Self::captured`], [`Notice::Snapshot`].
+    /// once, with the machine paused; [`SupervisorEvent::Captured`] follows and, after
+    /// [`Self::captured`], [`SupervisorEvent::Snapshot`].
     fn snapshot(&mut self, plan: SnapshotPlan) -> Result<(), String> {
         let _ = plan;
         Err("this machine cannot be captured".to_owned())
@@ -73,9 +73,9 @@ pub(crate) trait Guest {
         let _ = then;
         Ok(())
     }
-    /// Cancels the copy of memory to shorten the pause: [`Notice::Captured`], with a
+    /// Cancels the copy of memory to shorten the pause: [`SupervisorEvent::Captured`], with a
     /// failure, follows soon.
-    fn give_up_capture(&self) {}
+    fn cancel_capture(&self) {}
     /// Resets the machine to the snapshot from which it was started; it gets a new
     /// identity later. Every stream to it ends.
     fn reset(&mut self) -> Result<(), String> {
@@ -98,7 +98,7 @@ pub(crate) trait Guest {
     /// Closes the listeners of published ports; connections continue.
     fn close_published(&mut self) {}
     /// Returns true if bytes that the guest has sent to published ports are still in
-    /// flight; [`Notice::Delivered`] follows then.
+    /// flight; [`SupervisorEvent::Delivered`] follows then.
     fn is_delivering(&mut self) -> bool {
         false
     }
@@ -116,9 +116,9 @@ pub(crate) enum AfterCapture {
     /// The machine runs, and its snapshot is published.
     Run,
     /// The machine stays paused, and its snapshot is published.
-    Stay,
+    LeavePaused,
     /// The machine runs, and the snapshot is discarded.
-    Forget,
+    Discard,
 }
 
 /// The cause of a machine's end.
@@ -140,18 +140,18 @@ pub(crate) struct SnapshotPlan {
     /// True if the last VM that uses it removes it.
     pub(crate) ephemeral: bool,
     /// True to leave the machine paused afterwards.
-    pub(crate) stay: bool,
+    pub(crate) leave_paused: bool,
 }
 
 /// An event from other threads to the supervisor.
 #[derive(Debug)]
-pub(crate) enum Notice {
+pub(crate) enum SupervisorEvent {
     /// The agent has connected.
     Agent(UnixStream),
     /// The memory of a paused machine was copied, or the copy failed with a clause.
     Captured(Result<(), String>),
     /// A snapshot that the supervisor requested was published, or failed with a clause.
-    Snapshot(Result<SnapshotMade, String>),
+    Snapshot(Result<PublishedSnapshot, String>),
     /// The guest became unreachable because its driver broke the vsock device; the cause.
     Unreachable(String),
     /// All bytes that the guest has sent to published ports were delivered.
@@ -160,32 +160,32 @@ pub(crate) enum Notice {
 
 /// A published snapshot.
 #[derive(Debug)]
-pub(crate) struct SnapshotMade {
+pub(crate) struct PublishedSnapshot {
     pub(crate) report: SnapshotReport,
     /// Prevents its removal.
-    pub(crate) kept: Option<Kept>,
+    pub(crate) guard: Option<SnapshotGuard>,
 }
 
 /// Prevents the removal of a snapshot until the client that requested it has opened it.
 /// An ephemeral snapshot that was not opened is removed when this is dropped.
 #[derive(Debug)]
-pub(crate) struct Kept {
-    hold: Option<Hold>,
+pub(crate) struct SnapshotGuard {
+    removal_guard: Option<Hold>,
     ephemeral: Option<(SnapshotStore, String)>,
 }
 
-impl Kept {
-    pub(crate) fn new(hold: Hold, ephemeral: Option<(SnapshotStore, String)>) -> Self {
+impl SnapshotGuard {
+    pub(crate) fn new(removal_guard: Hold, ephemeral: Option<(SnapshotStore, String)>) -> Self {
         Self {
-            hold: Some(hold),
+            removal_guard: Some(removal_guard),
             ephemeral,
         }
     }
 }
 
-impl Drop for Kept {
+impl Drop for SnapshotGuard {
     fn drop(&mut self) {
-        self.hold = None;
+        self.removal_guard = None;
         if let Some((store, name)) = self.ephemeral.take() {
             // The store refuses while a clone lives: the last clone removes it.
             match store.remove(&name) {
@@ -199,33 +199,33 @@ impl Drop for Kept {
 
 /// Sends events to the supervisor, from any thread.
 #[derive(Clone, Debug)]
-pub(crate) struct NoticeSender {
-    sender: Sender<Notice>,
+pub(crate) struct EventSender {
+    sender: Sender<SupervisorEvent>,
     wake: Arc<OwnedFd>,
 }
 
-impl NoticeSender {
-    pub(crate) fn send(&self, notice: Notice) {
+impl EventSender {
+    pub(crate) fn send(&self, event: SupervisorEvent) {
         // A send fails only after the supervisor has ended; a full eventfd counter is
         // readable.
-        let _ = self.sender.send(notice);
+        let _ = self.sender.send(event);
         let _ = rustix::io::write(&*self.wake, &1u64.to_ne_bytes());
     }
 }
 
 /// The supervisor's end of the event queue.
 #[derive(Debug)]
-pub(crate) struct NoticeReceiver {
-    receiver: Receiver<Notice>,
+pub(crate) struct EventReceiver {
+    receiver: Receiver<SupervisorEvent>,
     wake: Arc<OwnedFd>,
 }
 
-impl NoticeReceiver {
+impl EventReceiver {
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         self.wake.as_fd()
     }
 
-    pub(crate) fn next(&mut self) -> Option<Notice> {
+    pub(crate) fn next(&mut self) -> Option<SupervisorEvent> {
         self.receiver.try_recv().ok()
     }
 
@@ -236,14 +236,14 @@ impl NoticeReceiver {
     }
 }
 
-pub(crate) fn notices() -> io::Result<(NoticeSender, NoticeReceiver)> {
+pub(crate) fn event_channel() -> io::Result<(EventSender, EventReceiver)> {
     let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
     let (sender, receiver) = channel();
     Ok((
-        NoticeSender {
+        EventSender {
             sender,
             wake: Arc::clone(&wake),
         },
-        NoticeReceiver { receiver, wake },
+        EventReceiver { receiver, wake },
     ))
 }

@@ -9,7 +9,7 @@
 //!
 //! | item | content |
 //! |---|---|
-//! | [`run_if_asked`] | the entry point for a program's `main` |
+//! | [`run_if_vmm`] | the entry point for a program's `main` |
 //! | [`environment`] | the interface that the program implements |
 //! | [`saved`] | the description of the VM in a snapshot |
 //!
@@ -17,7 +17,7 @@
 //! supervisor (one `poll` loop over the agent, the workload, clients and
 //! deadlines), captures, and the cache of snapshots.
 //!
-//! A program provides records and boot files, and calls [`run_if_asked`] first in `main`.
+//! A program provides records and boot files, and calls [`run_if_vmm`] first in `main`.
 //! This one has a directory for each VM.
 //!
 //! ```
@@ -29,11 +29,11 @@
 //! use sm_control::exit::ExitRecord;
 //! use sm_control::launch::{DiskSegment, ImageSource, LaunchRequest};
 //! use sm_guest_proto::frame::FrameType;
-//! use sm_vmm::environment::{BootAssets, Environment, Identity, OutputLog, VmRecord};
+//! use sm_vmm::environment::{BootAssets, Identity, OutputLog, VmRecord, VmmEnvironment};
 //!
 //! struct Program;
 //!
-//! impl Environment for Program {
+//! impl VmmEnvironment for Program {
 //!     fn open_record(&self, request: &LaunchRequest) -> io::Result<Arc<dyn VmRecord>> {
 //!         Ok(Arc::new(Directory(request.data.join(request.config.id.as_str()))))
 //!     }
@@ -97,7 +97,7 @@
 //! }
 //!
 //! // Does not return in a process that was started for a VM.
-//! sm_vmm::run_if_asked(&Program);
+//! sm_vmm::run_if_vmm(&Program);
 //! ```
 //!
 //! Architecture invariants: the crate depends neither on the library that starts VMs nor
@@ -128,7 +128,7 @@ mod serving;
 mod source;
 mod supervisor;
 
-use environment::Environment;
+use environment::VmmEnvironment;
 pub use names::IMAGE_LABEL;
 #[cfg(any(test, feature = "testing"))]
 pub use supervisor::testing;
@@ -145,11 +145,11 @@ pub const SUBCOMMAND: &str = "__vmm";
 ///
 /// It must be called before any thread is started. The exit status is 0 if the VM was
 /// supervised to its end, whatever that was, and 1 otherwise.
-pub fn run_if_asked(environment: &dyn Environment) {
-    let asked = std::env::args_os()
+pub fn run_if_vmm(environment: &dyn VmmEnvironment) {
+    let is_vmm = std::env::args_os()
         .nth(1)
         .is_some_and(|argument| argument == SUBCOMMAND);
-    if asked {
+    if is_vmm {
         // The process exit releases everything that still refers to the machine.
         std::process::exit(match process::main(environment) {
             Ok(()) => 0,

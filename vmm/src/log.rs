@@ -13,7 +13,7 @@ use tracing_subscriber::util::SubscriberInitExt as _;
 
 /// Maximum size of the log in bytes.
 const LIMIT: u64 = 4 << 20;
-const NOTICE: &[u8] = b"[the log beyond 4 MiB is not stored]\n";
+const LIMIT_NOTE: &[u8] = b"[the log beyond 4 MiB is not stored]\n";
 
 /// Variable with the log filter, such as `sm_vmm_core=debug`.
 const VARIABLE: &str = "SM_LOG";
@@ -23,7 +23,7 @@ pub(super) fn to_stderr() {
     let wanted = std::env::var(VARIABLE).ok();
     let wanted = wanted.and_then(|wanted| wanted.parse::<Targets>().ok());
     let wanted = wanted.unwrap_or_else(|| Targets::new().with_default(LevelFilter::INFO));
-    let limit = Limit::default();
+    let limit = LogLimit::default();
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(move || limit.writer(io::stderr()))
         .with_ansi(false);
@@ -36,9 +36,9 @@ pub(super) fn to_stderr() {
 
 /// Counts the written bytes.
 #[derive(Clone, Debug, Default)]
-struct Limit(Arc<AtomicU64>);
+struct LogLimit(Arc<AtomicU64>);
 
-impl Limit {
+impl LogLimit {
     fn writer<W: Write>(&self, to: W) -> Limited<W> {
         Limited {
             to,
@@ -62,7 +62,7 @@ impl<W: Write> Write for Limited<W> {
         if after <= LIMIT {
             self.to.write_all(bytes)?;
         } else if before <= LIMIT {
-            self.to.write_all(NOTICE)?;
+            self.to.write_all(LIMIT_NOTE)?;
         }
         Ok(bytes.len())
     }
@@ -78,16 +78,18 @@ mod tests {
 
     #[test]
     fn a_log_is_truncated_at_its_limit() {
-        let (limit, mut kept) = (Limit::default(), Vec::new());
+        let (limit, mut kept) = (LogLimit::default(), Vec::new());
         let line = [b'x'; 999];
         for _ in 0..10_000 {
             limit.writer(&mut kept).write_all(&line).unwrap();
         }
         let limit = usize::try_from(LIMIT).unwrap();
-        assert!(kept.len() <= limit + NOTICE.len());
+        assert!(kept.len() <= limit + LIMIT_NOTE.len());
         assert!(kept.len() > limit - 1000);
-        assert!(kept.ends_with(NOTICE));
-        let notices = kept.windows(NOTICE.len()).filter(|part| *part == NOTICE);
-        assert_eq!(notices.count(), 1);
+        assert!(kept.ends_with(LIMIT_NOTE));
+        let notes = kept
+            .windows(LIMIT_NOTE.len())
+            .filter(|part| *part == LIMIT_NOTE);
+        assert_eq!(notes.count(), 1);
     }
 }

@@ -37,13 +37,13 @@ use sm_vmm_core::virtio::rng::Rng;
 use super::cache;
 use super::capturing::Capturing;
 use super::descriptors::Descriptors;
-use super::environment::{Environment, Identity, InitramfsBuilder, VmRecord};
-use super::failure::Failure;
-use super::guest::{Guest, Notice, NoticeSender};
+use super::environment::{Identity, InitramfsBuilder, VmRecord, VmmEnvironment};
+use super::failure::StartFailure;
+use super::guest::{EventSender, GuestMachine, SupervisorEvent};
 use super::paging::{self, Paged};
 use super::prefetch::Prefetch;
 use super::saved::{Content, Plan, Saved};
-use super::serving::{Published, Wiring};
+use super::serving::{ListenerDeps, Published};
 use super::source::{ResolvedSource, StartPlan};
 use crate::names::EPHEMERAL_LABEL;
 
@@ -71,7 +71,7 @@ pub(crate) struct RunningMachine {
     prefetch: Option<Prefetch>,
     /// Fills memory on access, as long as the machine and its readers live.
     pager: Option<Pager>,
-    notices: NoticeSender,
+    events: EventSender,
     /// The capture for which the machine is paused.
     capturing: Option<Capturing>,
     /// Threads that publish snapshots.
@@ -102,7 +102,7 @@ struct SourceSnapshot {
     /// True for an automatic snapshot.
     automatic: bool,
     /// True if a machine restored from it did not start.
-    spoilt: bool,
+    corrupt: bool,
 }
 
 impl SourceSnapshot {
@@ -111,7 +111,7 @@ impl SourceSnapshot {
             store,
             chain: Some(Arc::new(chain)),
             automatic,
-            spoilt: false,
+            corrupt: false,
         }
     }
 
@@ -128,7 +128,7 @@ impl Drop for SourceSnapshot {
             let manifest = chain.tip().lease.manifest();
             manifest.labels.contains_key(EPHEMERAL_LABEL)
         });
-        if self.spoilt {
+        if self.corrupt {
             cache::discard(&self.store, &name);
         } else if ephemeral {
             // The store refuses while another clone lives: the last clone removes it.
@@ -143,7 +143,7 @@ fn failed<E: std::error::Error>(what: &'static str) -> impl FnOnce(E) -> String 
 }
 
 /// A machine that was started.
-pub(crate) struct Started {
+pub(crate) struct StartedMachine {
     pub(crate) machine: RunningMachine,
     /// Phases that are complete.
     pub(crate) phases: Vec<Phase>,
@@ -158,12 +158,12 @@ pub(crate) struct Started {
 /// A sentence for the person who started the VM.
 pub(crate) fn start(
     host: &Native,
-    environment: &dyn Environment,
+    environment: &dyn VmmEnvironment,
     request: &LaunchRequest,
     record: &dyn VmRecord,
     console: &File,
-    notices: &NoticeSender,
-) -> Result<Started, Failure> {
+    events: &EventSender,
+) -> Result<StartedMachine, StartFailure> {
     let features = host
         .guest_features()
         .map_err(failed("ask what processor guests get"))?;
@@ -173,7 +173,7 @@ pub(crate) fn start(
     loop {
         let plan = StartPlan::of(&request, &cpu, environment)?;
         let automatic = plan.automatic();
-        let parts = Parts {
+        let parts = LaunchParts {
             host: host.clone(),
             devices: Vec::new(),
             console: console
@@ -184,16 +184,16 @@ pub(crate) fn start(
             prefetch: None,
             pager: None,
         };
-        match begin(environment, &request, record, notices, plan, parts) {
+        match begin(environment, &request, record, events, plan, parts) {
             Ok((machine, phases)) => {
-                return Ok(Started {
+                return Ok(StartedMachine {
                     machine,
                     phases,
                     warnings,
                 });
             }
             Err(failure) => match automatic {
-                Some((store, name)) if failure.spoilt => {
+                Some((store, name)) if failure.corrupt => {
                     tracing::warn!(
                         name,
                         error = failure.message,
@@ -212,7 +212,7 @@ pub(crate) fn start(
                 _ => {
                     let message = match &request.source {
                         StartSource::Snapshot(name) | StartSource::IdentityReport(name)
-                            if failure.spoilt =>
+                            if failure.corrupt =>
                         {
                             format!(
                                 "snapshot \"{name}\" cannot be used here: {}",
@@ -221,7 +221,7 @@ pub(crate) fn start(
                         }
                         _ => failure.message,
                     };
-                    return Err(Failure { message, ..failure });
+                    return Err(StartFailure { message, ..failure });
                 }
             },
         }
@@ -229,16 +229,16 @@ pub(crate) fn start(
 }
 
 fn begin(
-    environment: &dyn Environment,
+    environment: &dyn VmmEnvironment,
     request: &LaunchRequest,
     record: &dyn VmRecord,
-    notices: &NoticeSender,
+    events: &EventSender,
     plan: StartPlan,
-    mut parts: Parts,
-) -> Result<(RunningMachine, Vec<Phase>), Failure> {
+    mut parts: LaunchParts,
+) -> Result<(RunningMachine, Vec<Phase>), StartFailure> {
     let restored = plan.restored();
     if restored.is_some() {
-        paging::forgo_huge_pages();
+        paging::disable_huge_pages();
     }
     let event_loop = EventLoop::spawn("sm-devices").map_err(failed("start the event loop"))?;
     let descriptors = Descriptors::of_this_process(request.config.publish.len());
@@ -247,8 +247,8 @@ fn begin(
         ..VsockConfig::default()
     };
     let (vsock, muxer) = Vsock::new(config).map_err(failed("make the vsock device"))?;
-    listen_for_agent(&muxer, notices.clone());
-    report_failure(&muxer, notices.clone());
+    listen_for_agent(&muxer, events.clone());
+    report_failure(&muxer, events.clone());
     let exec = UnixFrontend::new(&record.exec_socket(), ForwardTarget::Exec)
         .limit(&descriptors.exec)
         .start(muxer.clone(), &event_loop.handle())
@@ -256,7 +256,7 @@ fn begin(
     let published = Published::start(
         &request.config,
         record.directory(),
-        Wiring {
+        ListenerDeps {
             muxer: &muxer,
             event_loop: &event_loop.handle(),
             limit: &descriptors.published,
@@ -313,7 +313,7 @@ fn begin(
         image_plan: plan.image_plan,
         prefetch: parts.prefetch,
         pager: parts.pager,
-        notices: notices.clone(),
+        events: events.clone(),
         capturing: None,
         publishing: Vec::new(),
         _exec: exec,
@@ -327,13 +327,13 @@ fn begin(
         let stream = running
             .connect(port::CONTROL)
             .map_err(failed("call the guest agent"))?;
-        running.notices.send(Notice::Agent(stream));
+        running.events.send(SupervisorEvent::Agent(stream));
     }
     Ok((running, parts.phases))
 }
 
 /// Common parameters of booting and restoring.
-struct Parts {
+struct LaunchParts {
     host: Native,
     devices: Vec<DeviceConfig>,
     console: File,
@@ -343,7 +343,7 @@ struct Parts {
     pager: Option<Pager>,
 }
 
-impl Parts {
+impl LaunchParts {
     fn console(&self) -> Result<File, String> {
         self.console
             .try_clone()
@@ -392,7 +392,7 @@ impl Parts {
         &mut self,
         saved: Saved,
         event_loop: &EventLoop,
-    ) -> Result<(Machine<Native>, Chain), Failure> {
+    ) -> Result<(Machine<Native>, Chain), StartFailure> {
         let Saved { chain, state, .. } = saved;
         self.phases.push(Phase::now("snapshot opened"));
         let Paged {
@@ -414,9 +414,9 @@ impl Parts {
             console,
             &event_loop.handle(),
         )
-        .map_err(|error| Failure {
+        .map_err(|error| StartFailure {
             message: format!("it cannot be restored: {}", with_causes(&error)),
-            spoilt: true,
+            corrupt: true,
             cause: None,
         })?;
         // The new generation ID is set before the vCPUs run, so that the guest's kernel
@@ -443,10 +443,10 @@ impl Parts {
 }
 
 /// Sends the stream that the agent opens when it is ready to the supervisor.
-fn listen_for_agent(muxer: &MuxerHandle, notices: NoticeSender) {
+fn listen_for_agent(muxer: &MuxerHandle, events: EventSender) {
     let acceptor = move |_| match UnixStream::pair() {
         Ok((ours, theirs)) => {
-            notices.send(Notice::Agent(ours));
+            events.send(SupervisorEvent::Agent(ours));
             Some(OwnedFd::from(theirs).into())
         }
         Err(error) => {
@@ -458,8 +458,8 @@ fn listen_for_agent(muxer: &MuxerHandle, notices: NoticeSender) {
 }
 
 /// Reports a device failure to the supervisor, before the streams of the guest end.
-fn report_failure(muxer: &MuxerHandle, notices: NoticeSender) {
-    let tell = move |reason: &str| notices.send(Notice::Unreachable(reason.to_owned()));
+fn report_failure(muxer: &MuxerHandle, events: EventSender) {
+    let tell = move |reason: &str| events.send(SupervisorEvent::Unreachable(reason.to_owned()));
     muxer.on_failure(Box::new(tell));
 }
 
@@ -470,7 +470,7 @@ fn device(slot: u32, device: impl sm_virtio::VirtioDevice + 'static) -> DeviceCo
     }
 }
 
-fn root_disk(environment: &dyn Environment, segments: &[DiskSegment]) -> Result<Disk, String> {
+fn root_disk(environment: &dyn VmmEnvironment, segments: &[DiskSegment]) -> Result<Disk, String> {
     let mut opened = Vec::with_capacity(segments.len());
     for segment in segments {
         let file = environment

@@ -10,14 +10,14 @@ use sm_snapshot::userfault::{ChainPages, Pager, page_in};
 use sm_snapshot::working_set::WorkingSet;
 use sm_vmm_core::memory::MachineMemory;
 
-use super::failure::Failure;
+use super::failure::StartFailure;
 use super::prefetch::Prefetch;
 
 /// Disables transparent huge pages for this process, which restores a snapshot: a single
 /// write to anonymous guest memory, or to an aligned stack of a thread, would otherwise
 /// cost each clone 2 MiB. (A process that boots has ordinary memory and the host's
 /// setting.)
-pub(crate) fn forgo_huge_pages() {
+pub(crate) fn disable_huge_pages() {
     if let Err(error) = rustix::thread::disable_transparent_huge_pages(true) {
         tracing::debug!(%error, "cannot disable transparent huge pages");
     }
@@ -35,13 +35,13 @@ impl Paged {
     ///
     /// # Errors
     /// It cannot be mapped, or this process cannot handle its faults; a sentence.
-    pub(crate) fn new(chain: &Chain, paging: Paging) -> Result<Self, Failure> {
-        let failed = |error| Failure {
+    pub(crate) fn new(chain: &Chain, paging: Paging) -> Result<Self, StartFailure> {
+        let failed = |error| StartFailure {
             message: format!(
                 "the memory of the snapshot cannot be mapped: {}",
                 with_causes(&error)
             ),
-            spoilt: matches!(error, Error::Fragmented { .. }),
+            corrupt: matches!(error, Error::Fragmented { .. }),
             cause: None,
         };
         if paging == Paging::Userfault {
@@ -59,14 +59,14 @@ impl Paged {
         })
     }
 
-    fn by_faults(chain: &Chain) -> Result<Self, Failure> {
-        let failed = |error: sm_snapshot::Error| Failure {
+    fn by_faults(chain: &Chain) -> Result<Self, StartFailure> {
+        let failed = |error: sm_snapshot::Error| StartFailure {
             message: format!(
                 "cannot fill memory by userfaultfd: {}; it needs root, CAP_SYS_PTRACE or the \
                  sysctl vm.unprivileged_userfaultfd=1",
                 with_causes(&error)
             ),
-            spoilt: false,
+            corrupt: false,
             cause: Some(FailureCause::NoUserfault),
         };
         let source = ChainPages::new(chain).map_err(failed)?;

@@ -18,14 +18,14 @@ use sm_control::with_causes;
 use sm_guest_proto::frame::{self, ExitStatus, FrameDecoder, FrameType};
 use sm_hypervisor::{Hypervisor as _, Native};
 
-use super::environment::{Environment, VmRecord};
-use super::failure::Failure;
-use super::guest::notices;
-use super::supervisor::{Parts, Supervisor};
+use super::environment::{VmRecord, VmmEnvironment};
+use super::failure::StartFailure;
+use super::guest::event_channel;
+use super::supervisor::{Supervisor, SupervisorParts};
 use super::{descriptors, log};
 
 /// Runs a VM from its launch request to its end.
-pub(super) fn main(environment: &dyn Environment) -> io::Result<()> {
+pub(super) fn main(environment: &dyn VmmEnvironment) -> io::Result<()> {
     let launcher = take_launch_stream()?;
     log::to_stderr();
     greet(&launcher);
@@ -46,7 +46,7 @@ pub(super) fn main(environment: &dyn Environment) -> io::Result<()> {
     phases.extend([started, opened]);
     let request = LaunchRequest { phases, ..request };
 
-    let supervisor = host.map_err(|error| Failure::from(with_causes(&error)));
+    let supervisor = host.map_err(|error| StartFailure::from(with_causes(&error)));
     let supervisor = supervisor.and_then(|host| {
         let record = Arc::clone(&record);
         assemble(
@@ -140,13 +140,13 @@ fn receive_request(launcher: &UnixStream) -> io::Result<(LaunchRequest, File)> {
 /// A sentence with its causes, for the person who started the VM.
 fn assemble(
     host: &Native,
-    environment: &dyn Environment,
+    environment: &dyn VmmEnvironment,
     request: LaunchRequest,
     record: Arc<dyn VmRecord>,
     lock: File,
     launcher: &UnixStream,
     terminate: UnixStream,
-) -> Result<Supervisor<super::machine::RunningMachine>, Failure> {
+) -> Result<Supervisor<super::machine::RunningMachine>, StartFailure> {
     let io_error = |what: &'static str| move |error: io::Error| format!("cannot {what}: {error}");
     let console = OpenOptions::new()
         .create(true)
@@ -160,17 +160,17 @@ fn assemble(
     // The directory is private, so no other user can bind or connect.
     let listener = UnixListener::bind(record.control_socket())
         .map_err(io_error("create the control socket"))?;
-    let (sender, notices) = notices().map_err(io_error("create an event descriptor"))?;
+    let (sender, events) = event_channel().map_err(io_error("create an event descriptor"))?;
     let started = super::machine::start(host, environment, &request, &*record, &console, &sender)?;
     let mut request = request;
     request.phases.extend(started.phases);
     let launcher = launcher
         .try_clone()
         .map_err(io_error("keep the launch stream"))?;
-    Supervisor::new(Parts {
+    Supervisor::new(SupervisorParts {
         guest: started.machine,
         warnings: started.warnings,
-        notices,
+        events,
         request,
         record,
         lock,
@@ -183,7 +183,7 @@ fn assemble(
 }
 
 /// Sends the launcher the cause of a failed start.
-fn refuse(mut launcher: UnixStream, failure: Failure) {
+fn refuse(mut launcher: UnixStream, failure: StartFailure) {
     let exit = ExitRecord {
         status: 125,
         reason: ExitReason::StartFailed,

@@ -19,7 +19,7 @@ use sm_guest_proto::forward::ForwardHeader;
 
 /// Dependencies of the listeners.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Wiring<'a> {
+pub(crate) struct ListenerDeps<'a> {
     pub(crate) muxer: &'a MuxerHandle,
     pub(crate) event_loop: &'a EventLoopHandle,
     /// Limit of descriptors for connections.
@@ -41,11 +41,11 @@ impl Published {
     pub(crate) fn start(
         config: &LaunchConfig,
         directory: &Path,
-        wiring: Wiring<'_>,
+        deps: ListenerDeps<'_>,
     ) -> Result<Self, String> {
         let mut ports = Vec::with_capacity(config.publish.len());
         for publication in &config.publish {
-            let handle = listen(publication, config.publish_wait_ms, wiring)
+            let handle = listen(publication, config.publish_wait_ms, deps)
                 .map_err(|error| failure(publication, &error))?;
             let host = bound(&handle, &publication.host, directory)?;
             let publication = Publication {
@@ -127,14 +127,14 @@ fn failure(publication: &Publication, error: &sm_frontends::Error) -> String {
 fn listen(
     publication: &Publication,
     wait_ms: u32,
-    wiring: Wiring<'_>,
+    deps: ListenerDeps<'_>,
 ) -> Result<FrontendHandle, sm_frontends::Error> {
     let header = |port| ForwardHeader { port, wait_ms };
     let target = ForwardTarget::Tcp(header(publication.guest));
-    let (muxer, event_loop) = (wiring.muxer.clone(), wiring.event_loop);
+    let (muxer, event_loop) = (deps.muxer.clone(), deps.event_loop);
     match &publication.host {
         HostEnd::Tcp(address) => TcpFrontend::new(*address, target)
-            .limit(wiring.limit)
+            .limit(deps.limit)
             .start(muxer, event_loop),
         HostEnd::Tls(end) => {
             let mut frontend = TlsFrontend::new(end.address, identity(end), target);
@@ -144,16 +144,16 @@ fn listen(
             for (name, port) in &end.servers {
                 frontend = frontend.server_name(name, ForwardTarget::Tcp(header(*port)));
             }
-            frontend.limit(wiring.limit).start(muxer, event_loop)
+            frontend.limit(deps.limit).start(muxer, event_loop)
         }
         HostEnd::Unix(path) => UnixFrontend::new(path, target)
-            .limit(wiring.limit)
+            .limit(deps.limit)
             .start(muxer, event_loop),
         HostEnd::Handoff(path) => HandoffFrontend::new(path, header(publication.guest))
-            .limit(wiring.limit)
+            .limit(deps.limit)
             .start(muxer, event_loop),
         HostEnd::Hybrid(path) => HybridFrontend::new(path)
-            .limit(wiring.limit)
+            .limit(deps.limit)
             .start(muxer, event_loop),
     }
 }
@@ -174,22 +174,26 @@ fn identity(end: &TlsEnd) -> TlsIdentity {
 }
 
 /// Returns the address of a listener, in the form of the request.
-fn bound(handle: &FrontendHandle, asked: &HostEnd, directory: &Path) -> Result<HostEnd, String> {
-    Ok(match (asked, handle.local_address().tcp()) {
+fn bound(
+    handle: &FrontendHandle,
+    requested: &HostEnd,
+    directory: &Path,
+) -> Result<HostEnd, String> {
+    Ok(match (requested, handle.local_address().tcp()) {
         (HostEnd::Tcp(_), Some(address)) => HostEnd::Tcp(address),
         (HostEnd::Tls(end), Some(address)) => {
             let end = TlsEnd {
                 address,
                 ..(**end).clone()
             };
-            HostEnd::Tls(Box::new(keep_certificate(handle, end, directory)?))
+            HostEnd::Tls(Box::new(write_certificate(handle, end, directory)?))
         }
         (other, _) => other.clone(),
     })
 }
 
 /// Writes the self-signed certificate of a frontend, if it has one.
-fn keep_certificate(
+fn write_certificate(
     handle: &FrontendHandle,
     mut end: TlsEnd,
     directory: &Path,

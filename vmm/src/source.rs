@@ -7,7 +7,7 @@ use sm_snapshot::manifest::Layer;
 use sm_snapshot::store::SnapshotStore;
 
 use super::cache::Cache;
-use super::environment::{BootAssets, Environment, Identity, InitramfsBuilder};
+use super::environment::{BootAssets, Identity, InitramfsBuilder, VmmEnvironment};
 use super::saved::{Content, Plan, Saved};
 
 /// A resolved start source, the identity of the guest software, and the snapshots to
@@ -44,7 +44,7 @@ impl StartPlan {
     pub(crate) fn of(
         request: &LaunchRequest,
         cpu: &CpuFeatures,
-        environment: &dyn Environment,
+        environment: &dyn VmmEnvironment,
     ) -> Result<Self, String> {
         let root = request.data.join("snapshots");
         let store = SnapshotStore::open(&root).unwrap_or_else(|error| {

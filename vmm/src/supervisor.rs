@@ -36,20 +36,20 @@ use sm_control::timings::Phase;
 
 use self::clients::Client;
 use self::signals::UnansweredSignal;
-use self::stage::{MachineEnd, Stage, Startup};
+use self::stage::{MachineEnd, Startup, SupervisorStage};
 use super::agent::AgentLink;
 use super::conn::Conn;
 use super::descriptors;
 use super::environment::{OutputLog, VmRecord};
-use super::guest::{Guest, Notice, NoticeReceiver};
+use super::guest::{EventReceiver, GuestMachine, SupervisorEvent};
 
 /// The parameters of a supervisor.
-pub(crate) struct Parts<G> {
+pub(crate) struct SupervisorParts<G> {
     pub(crate) guest: G,
     /// Warnings for the person who started the VM; sentences.
     pub(crate) warnings: Vec<String>,
     /// Events from other threads.
-    pub(crate) notices: NoticeReceiver,
+    pub(crate) events: EventReceiver,
     pub(crate) request: LaunchRequest,
     pub(crate) record: Arc<dyn VmRecord>,
     /// The record's lock, which is released when the machine has ended.
@@ -68,7 +68,7 @@ const SHORTAGE: Duration = Duration::from_millis(10);
 
 /// The purpose of a deadline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Timer {
+enum SupervisorTimer {
     /// The workload must run.
     Start,
     /// The stop grace of the workload ends; SIGKILL follows.
@@ -80,7 +80,7 @@ enum Timer {
     /// The guest must be ready for a snapshot.
     Prepare,
     /// A stream of the guest ended, and the cause should be known.
-    HangUp,
+    StreamEnded,
     /// Bytes sent to published ports should have been delivered.
     Delivery,
     /// The guest should have powered itself off.
@@ -99,7 +99,7 @@ enum Timer {
     Record,
 }
 
-impl Timer {
+impl SupervisorTimer {
     fn is_of_guest(self) -> bool {
         !matches!(
             self,
@@ -111,7 +111,7 @@ impl Timer {
 /// A VM with its clients; see the module's documentation.
 pub(crate) struct Supervisor<G> {
     guest: Option<G>,
-    notices: NoticeReceiver,
+    events: EventReceiver,
     request: LaunchRequest,
     record: Arc<dyn VmRecord>,
     lock: Option<File>,
@@ -122,18 +122,18 @@ pub(crate) struct Supervisor<G> {
     accept_fails: bool,
     idle_timeout: Duration,
     /// Most clients that are attached or wait for the end.
-    most_staying: usize,
+    max_persistent_clients: usize,
     terminate: UnixStream,
     log: Option<Box<dyn OutputLog>>,
     /// True if the last output could not be logged.
     log_fails: bool,
     /// True if output does not wait for slow clients any more.
-    leaves_behind: bool,
-    clients: BTreeMap<u64, Client>,
+    skips_slow_clients: bool,
+    clients: BTreeMap<u64, ConnectedClient>,
     next_client: u64,
     agent: Option<AgentLink>,
     main: Option<Conn>,
-    stage: Stage,
+    stage: SupervisorStage,
     /// Phases of the start, or of the last reset.
     phases: Vec<Phase>,
     started_ns: u64,
@@ -154,12 +154,12 @@ pub(crate) struct Supervisor<G> {
     start_error: Option<String>,
     /// The exit record of the workload, while OOM kills are queried.
     provisional: Option<ExitRecord>,
-    timers: Vec<(Timer, Instant)>,
+    timers: Vec<(SupervisorTimer, Instant)>,
 }
 
 /// The meaning of a descriptor in the poll set.
 #[derive(Clone, Copy, Debug)]
-enum Source {
+enum PollSource {
     Notices,
     GuestEnd,
     Terminate,
@@ -169,30 +169,30 @@ enum Source {
     Client(u64),
 }
 
-impl<G: Guest> Supervisor<G> {
-    pub(crate) fn new(parts: Parts<G>) -> io::Result<Self> {
+impl<G: GuestMachine> Supervisor<G> {
+    pub(crate) fn new(parts: SupervisorParts<G>) -> io::Result<Self> {
         parts.listener.set_nonblocking(true)?;
         parts.terminate.set_nonblocking(true)?;
-        let launcher = Client::launcher(parts.launcher, &parts.request)?;
+        let launcher = ConnectedClient::launcher(parts.launcher, &parts.request)?;
         let mut supervisor = Self {
             guest: Some(parts.guest),
-            notices: parts.notices,
+            events: parts.events,
             record: parts.record,
             lock: Some(parts.lock),
             listener: Some(parts.listener),
             spare: File::open("/dev/null").ok(),
             accept_fails: false,
             idle_timeout: admission::IDLE_TIMEOUT,
-            most_staying: descriptors::staying_clients(),
+            max_persistent_clients: descriptors::max_persistent_clients(),
             terminate: parts.terminate,
             log: Some(parts.log),
             log_fails: false,
-            leaves_behind: false,
+            skips_slow_clients: false,
             clients: BTreeMap::new(),
             next_client: 0,
             agent: None,
             main: None,
-            stage: Stage::Starting(Startup::AgentAwaited),
+            stage: SupervisorStage::Starting(Startup::AgentAwaited),
             phases: parts.request.phases.clone(),
             started_ns: 0,
             had_output: false,
@@ -210,7 +210,7 @@ impl<G: Guest> Supervisor<G> {
             request: parts.request,
         };
         let timeout = Duration::from_millis(supervisor.request.start_timeout_ms);
-        supervisor.set_timer(Timer::Start, timeout);
+        supervisor.set_timer(SupervisorTimer::Start, timeout);
         supervisor.add_client(launcher);
         for warning in parts.warnings {
             supervisor.report(&Report::Warning(warning));
@@ -249,7 +249,7 @@ impl<G: Guest> Supervisor<G> {
 
     /// Waits for descriptors or the next deadline. Descriptors without interest are not
     /// polled, so that a hang-up of the peer does not make the loop spin.
-    fn wait(&self) -> io::Result<Vec<(Source, PollFlags)>> {
+    fn wait(&self) -> io::Result<Vec<(PollSource, PollFlags)>> {
         let mut sources = Vec::new();
         let mut fds = Vec::new();
         let mut add = |source, fd| {
@@ -259,37 +259,37 @@ impl<G: Guest> Supervisor<G> {
         if let Some(guest) = &self.guest {
             if self.stage.machine_end() != Some(MachineEnd::Ended) {
                 let fd = PollFd::from_borrowed_fd(guest.end_event(), PollFlags::IN);
-                add(Source::GuestEnd, fd);
+                add(PollSource::GuestEnd, fd);
             }
-            let fd = PollFd::from_borrowed_fd(self.notices.fd(), PollFlags::IN);
-            add(Source::Notices, fd);
+            let fd = PollFd::from_borrowed_fd(self.events.fd(), PollFlags::IN);
+            add(PollSource::Notices, fd);
         }
         if self.guest.is_some() || self.stage.is_unwritten() {
             add(
-                Source::Terminate,
+                PollSource::Terminate,
                 PollFd::new(&self.terminate, PollFlags::IN),
             );
         }
         if let Some(listener) = self.listener.as_ref().filter(|_| self.accepts()) {
-            add(Source::Listener, PollFd::new(listener, PollFlags::IN));
+            add(PollSource::Listener, PollFd::new(listener, PollFlags::IN));
         }
         if let Some(agent) = &self.agent {
-            let flags = interest(true, agent.conn.awaits_room());
+            let flags = interest(true, agent.conn.has_sendable());
             add(
-                Source::Agent,
+                PollSource::Agent,
                 PollFd::from_borrowed_fd(agent.conn.fd(), flags),
             );
         }
         if let Some(main) = &self.main {
-            let flags = interest(self.has_room_for_output(), main.awaits_room());
+            let flags = interest(self.has_room_for_output(), main.has_sendable());
             if !flags.is_empty() {
-                add(Source::Main, PollFd::from_borrowed_fd(main.fd(), flags));
+                add(PollSource::Main, PollFd::from_borrowed_fd(main.fd(), flags));
             }
         }
         for (&id, client) in &self.clients {
             if let Some(flags) = self.client_interest(client) {
                 let fd = PollFd::from_borrowed_fd(client.conn.fd(), flags);
-                add(Source::Client(id), fd);
+                add(PollSource::Client(id), fd);
             }
         }
         let timeout = self.next_deadline().map(|deadline| {
@@ -311,46 +311,46 @@ impl<G: Guest> Supervisor<G> {
             .collect())
     }
 
-    fn handle(&mut self, source: Source, flags: PollFlags) {
+    fn handle(&mut self, source: PollSource, flags: PollFlags) {
         let input = PollFlags::IN | PollFlags::HUP | PollFlags::ERR;
         match source {
-            Source::GuestEnd => self.guest_ended(),
-            Source::Notices => {
-                self.notices.clear();
-                while let Some(notice) = self.notices.next() {
-                    match notice {
-                        Notice::Agent(stream) => self.agent_dialed(stream),
-                        Notice::Captured(copied) => self.captured(copied),
-                        Notice::Snapshot(made) => self.snapshot_made(made),
-                        Notice::Delivered => self.delivered(),
-                        Notice::Unreachable(reason) => self.guest_broke(&format!(
+            PollSource::GuestEnd => self.guest_ended(),
+            PollSource::Notices => {
+                self.events.clear();
+                while let Some(event) = self.events.next() {
+                    match event {
+                        SupervisorEvent::Agent(stream) => self.agent_dialed(stream),
+                        SupervisorEvent::Captured(copied) => self.captured(copied),
+                        SupervisorEvent::Snapshot(made) => self.snapshot_published(made),
+                        SupervisorEvent::Delivered => self.delivered(),
+                        SupervisorEvent::Unreachable(reason) => self.guest_broke(&format!(
                             "the guest's vsock driver broke its device: {reason}"
                         )),
                     }
                 }
             }
-            Source::Terminate => {
+            PollSource::Terminate => {
                 // Unread bytes would keep the stream readable.
                 let _ = self.terminate.read(&mut [0; 16]);
                 match self.stage.is_unwritten() {
-                    true => self.forgo_record(),
+                    true => self.abandon_record(),
                     false => self.stop(None),
                 }
             }
-            Source::Listener => self.accept(),
-            Source::Agent if flags.intersects(input) => {
+            PollSource::Listener => self.accept(),
+            PollSource::Agent if flags.intersects(input) => {
                 if let Some(agent) = &mut self.agent {
                     agent.conn.read();
                 }
             }
-            Source::Main if flags.intersects(input) => {
+            PollSource::Main if flags.intersects(input) => {
                 if let Some(main) = &mut self.main {
                     main.read();
                 }
             }
-            Source::Client(id) if flags.intersects(input) => self.client_ready(id, flags),
+            PollSource::Client(id) if flags.intersects(input) => self.client_ready(id, flags),
             // The stream is only writable: the flush follows.
-            Source::Agent | Source::Main | Source::Client(_) => {}
+            PollSource::Agent | PollSource::Main | PollSource::Client(_) => {}
         }
     }
 
@@ -380,8 +380,8 @@ impl<G: Guest> Supervisor<G> {
                 (!alive || client.is_done()).then_some(id)
             })
             .collect();
-        if starved && !self.is_set(Timer::Shortage) {
-            self.set_timer(Timer::Shortage, SHORTAGE);
+        if starved && !self.is_set(SupervisorTimer::Shortage) {
+            self.set_timer(SupervisorTimer::Shortage, SHORTAGE);
         }
         // A full client that is gone does not block the others any more.
         room |= !gone.is_empty();
@@ -391,7 +391,7 @@ impl<G: Guest> Supervisor<G> {
         room
     }
 
-    fn set_timer(&mut self, timer: Timer, after: Duration) {
+    fn set_timer(&mut self, timer: SupervisorTimer, after: Duration) {
         self.clear_timer(timer);
         // A time beyond the range of the clock is no deadline.
         if let Some(at) = Instant::now().checked_add(after) {
@@ -400,17 +400,17 @@ impl<G: Guest> Supervisor<G> {
     }
 
     /// Stops a timer; returns its remaining time.
-    fn take_timer(&mut self, timer: Timer) -> Option<Duration> {
+    fn take_timer(&mut self, timer: SupervisorTimer) -> Option<Duration> {
         let at = self.timers.iter().find(|(other, _)| *other == timer)?.1;
         self.clear_timer(timer);
         Some(at.saturating_duration_since(Instant::now()))
     }
 
-    fn is_set(&self, timer: Timer) -> bool {
+    fn is_set(&self, timer: SupervisorTimer) -> bool {
         self.timers.iter().any(|(other, _)| *other == timer)
     }
 
-    fn clear_timer(&mut self, timer: Timer) {
+    fn clear_timer(&mut self, timer: SupervisorTimer) {
         self.timers.retain(|(other, _)| *other != timer);
     }
 
@@ -430,7 +430,7 @@ impl<G: Guest> Supervisor<G> {
 
     fn fire_timers(&mut self) {
         let now = Instant::now();
-        let due: Vec<Timer> = self
+        let due: Vec<SupervisorTimer> = self
             .timers
             .extract_if(.., |(_, at)| *at <= now)
             .map(|(timer, _)| timer)

@@ -17,7 +17,7 @@ use sm_control::session::Event;
 use sm_guest_proto::control::ControlRequest;
 use sm_guest_proto::exec::{ExecControl, ExecReply, ExecRequest};
 use sm_guest_proto::frame::FrameType;
-use sm_vmm::testing::{self, Peer, Setup, in_own_process, text};
+use sm_vmm::testing::{self, FramedPeer, SupervisorSetup, in_own_process, text};
 use tempfile::TempDir;
 
 use super::*;
@@ -33,7 +33,7 @@ struct Fixture {
     _directory: TempDir,
 }
 
-fn fixture(setup: Setup) -> Fixture {
+fn fixture(setup: SupervisorSetup) -> Fixture {
     let directory = tempfile::tempdir().unwrap();
     let home = home_in(directory.path());
     let vm = supervised(&home, Some("vm"), setup);
@@ -49,7 +49,7 @@ fn home_in(directory: &Path) -> Home {
     Home::new(&at("data"), &at("run"), &at("cache"))
 }
 
-fn supervised(home: &Home, name: Option<&str>, setup: Setup) -> Supervised {
+fn supervised(home: &Home, name: Option<&str>, setup: SupervisorSetup) -> Supervised {
     let records = Records::open(home).unwrap();
     let (record, lock) = records
         .create(name, |id, name| Ok(setup.config(id, name)))

@@ -16,14 +16,17 @@ use sm_vmm_core::exit::ExitReason;
 
 use super::{RunningMachine, failed};
 use crate::capturing::{Capturing, Made, Origin, Told};
-use crate::guest::{AfterCapture, Guest, GuestEnd, Kept, Notice, SnapshotMade, SnapshotPlan};
+use crate::guest::{
+    AfterCapture, GuestEnd, GuestMachine, PublishedSnapshot, SnapshotGuard, SnapshotPlan,
+    SupervisorEvent,
+};
 use crate::names::{EPHEMERAL_LABEL, IMAGE_LABEL};
 use crate::prefetch::Prefetch;
 use crate::saved::{Content, Plan, machine_state};
 
 impl RunningMachine {
     /// Creates an automatic snapshot.
-    fn leave_behind(&mut self, plan: Plan) -> Result<(), String> {
+    fn create_automatic_snapshot(&mut self, plan: Plan) -> Result<(), String> {
         let name = plan.name.clone();
         let made = move |made: Result<Made, String>| match made {
             Ok(made) => tracing::info!(
@@ -50,9 +53,9 @@ impl RunningMachine {
             filled: self.pager.is_some(),
             copied: copied.to_vec(),
         };
-        let notices = self.notices.clone();
+        let events = self.events.clone();
         let told = Told {
-            copied: Box::new(move |copied| notices.send(Notice::Captured(copied))),
+            copied: Box::new(move |copied| events.send(SupervisorEvent::Captured(copied))),
             made,
         };
         let (capturing, thread) = Capturing::begin(plan, &mut self.machine, origin, told)?;
@@ -63,8 +66,8 @@ impl RunningMachine {
 
     /// Starts an automatic snapshot, if one is planned; returns true if it was started. A
     /// failure does not stop the VM.
-    fn try_leave_behind(&mut self, plan: Option<Plan>) -> Result<bool, String> {
-        match plan.map(|plan| self.leave_behind(plan)) {
+    fn start_automatic_snapshot(&mut self, plan: Option<Plan>) -> Result<bool, String> {
+        match plan.map(|plan| self.create_automatic_snapshot(plan)) {
             None => Ok(false),
             Some(Ok(())) => Ok(true),
             Some(Err(error)) if self.machine.is_running() => {
@@ -76,14 +79,14 @@ impl RunningMachine {
     }
 }
 
-impl Guest for RunningMachine {
+impl GuestMachine for RunningMachine {
     fn restored(&self) -> Option<Layer> {
         self.restored
     }
 
     fn agent_ready(&mut self) -> Result<bool, String> {
         let plan = self.base_plan.take();
-        self.try_leave_behind(plan)
+        self.start_automatic_snapshot(plan)
     }
 
     fn insert_image(&mut self) {
@@ -99,7 +102,7 @@ impl Guest for RunningMachine {
 
     fn root_attached(&mut self) -> Result<bool, String> {
         let plan = self.image_plan.take();
-        self.try_leave_behind(plan)
+        self.start_automatic_snapshot(plan)
     }
 
     fn workload_started(&mut self) {
@@ -114,9 +117,9 @@ impl Guest for RunningMachine {
         source.name()
     }
 
-    fn give_up_source(&mut self) -> Option<String> {
+    fn discard_source(&mut self) -> Option<String> {
         let source = self.source.as_mut().filter(|source| source.automatic)?;
-        source.spoilt = true;
+        source.corrupt = true;
         source.name()
     }
 
@@ -146,38 +149,38 @@ impl Guest for RunningMachine {
                 ..self.content.clone()
             },
         };
-        let notices = self.notices.clone();
+        let events = self.events.clone();
         let made = move |made: Result<Made, String>| {
-            let made = made.map(|Made { captured, pause }| SnapshotMade {
+            let made = made.map(|Made { captured, pause }| PublishedSnapshot {
                 report: SnapshotReport {
                     pages: captured.manifest.memory.data_pages,
                     parent: captured.manifest.parent.map(|parent| parent.name),
                     paused_us: u64::try_from(pause.as_micros()).unwrap_or(u64::MAX),
                     ..SnapshotReport::default()
                 },
-                kept: Some(Kept::new(captured.hold, ephemeral)),
+                guard: Some(SnapshotGuard::new(captured.hold, ephemeral)),
             });
-            notices.send(Notice::Snapshot(made));
+            events.send(SupervisorEvent::Snapshot(made));
         };
         self.capture(plan, Box::new(made))
     }
 
     fn captured(&mut self, then: AfterCapture) -> Result<(), String> {
         let capturing = self.capturing.take();
-        if then != AfterCapture::Stay {
+        if then != AfterCapture::LeavePaused {
             self.machine.resume().map_err(failed("resume the vCPUs"))?;
         }
         if let Some(capturing) = capturing
-            && then != AfterCapture::Forget
+            && then != AfterCapture::Discard
         {
             capturing.end();
         }
         Ok(())
     }
 
-    fn give_up_capture(&self) {
+    fn cancel_capture(&self) {
         if let Some(capturing) = &self.capturing {
-            capturing.give_up();
+            capturing.cancel();
         }
     }
 
@@ -253,9 +256,9 @@ impl Guest for RunningMachine {
     }
 
     fn is_delivering(&mut self) -> bool {
-        let notices = self.notices.clone();
+        let events = self.events.clone();
         self.published
-            .when_delivered(move || notices.send(Notice::Delivered))
+            .when_delivered(move || events.send(SupervisorEvent::Delivered))
     }
 
     fn stop(&mut self) {

@@ -7,9 +7,9 @@ use std::time::Duration;
 use rustix::io::Errno;
 use sm_frontends::is_trusted_peer;
 
-use super::clients::{Client, Role};
-use super::{Supervisor, Timer};
-use crate::guest::Guest;
+use super::clients::{ClientRole, ConnectedClient};
+use super::{Supervisor, SupervisorTimer};
+use crate::guest::GuestMachine;
 
 /// Most concurrent connections that may make control calls; more wait in the socket's
 /// backlog. They have a limit of their own, so that a stop is served however many clients
@@ -20,22 +20,22 @@ pub(super) const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Delay after a connection could not be accepted.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(200);
 
-impl<G: Guest> Supervisor<G> {
+impl<G: GuestMachine> Supervisor<G> {
     /// Returns true if connections are accepted now.
     pub(super) fn accepts(&self) -> bool {
-        !self.is_set(Timer::Accept) && !self.places_are_taken()
+        !self.is_set(SupervisorTimer::Accept) && !self.is_at_call_limit()
     }
 
     /// Returns true if a client counts as one that makes calls.
-    pub(super) fn is_calling(&self, id: u64, client: &Client) -> bool {
-        client.role == Role::Control
+    pub(super) fn is_calling(&self, id: u64, client: &ConnectedClient) -> bool {
+        client.role == ClientRole::Control
             && !client.closing
-            && client.kept.is_none()
+            && client.snapshot_guard.is_none()
             && self.stage.awaited_by() != Some(id)
     }
 
     /// Returns true if the maximum of clients that make calls is reached.
-    pub(super) fn places_are_taken(&self) -> bool {
+    pub(super) fn is_at_call_limit(&self) -> bool {
         self.calling_clients() >= CONTROL_CLIENTS
     }
 
@@ -60,8 +60,8 @@ impl<G: Guest> Supervisor<G> {
             Ok((stream, _)) if !is_trusted_peer(&stream).unwrap_or(false) => {
                 tracing::warn!("refused a client of another user");
             }
-            Ok((stream, _)) => match Client::new(stream, Role::Control) {
-                Ok(client) => self.add_client(Client { on_spare, ..client }),
+            Ok((stream, _)) => match ConnectedClient::new(stream, ClientRole::Control) {
+                Ok(client) => self.add_client(ConnectedClient { on_spare, ..client }),
                 Err(error) => tracing::warn!(%error, "cannot serve a client"),
             },
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
@@ -70,14 +70,14 @@ impl<G: Guest> Supervisor<G> {
                 if !std::mem::replace(&mut self.accept_fails, true) {
                     tracing::warn!(%error, "cannot accept clients");
                 }
-                self.set_timer(Timer::Accept, ACCEPT_BACKOFF);
+                self.set_timer(SupervisorTimer::Accept, ACCEPT_BACKOFF);
             }
         }
-        self.keep_spare();
+        self.reopen_spare();
     }
 
     /// Reopens the spare descriptor as soon as one is free.
-    pub(super) fn keep_spare(&mut self) {
+    pub(super) fn reopen_spare(&mut self) {
         if self.spare.is_none() {
             self.spare = File::open("/dev/null").ok();
         }
@@ -88,7 +88,7 @@ impl<G: Guest> Supervisor<G> {
 
     /// Drops idle clients if the maximum of clients that make calls is reached.
     pub(super) fn drop_idle_clients(&mut self) {
-        if !self.places_are_taken() {
+        if !self.is_at_call_limit() {
             return;
         }
         let mut idle = Vec::new();
@@ -102,7 +102,7 @@ impl<G: Guest> Supervisor<G> {
             }
         }
         if idle.is_empty() {
-            return self.set_timer(Timer::Idle, next);
+            return self.set_timer(SupervisorTimer::Idle, next);
         }
         for id in idle {
             self.drop_client(id);
@@ -110,15 +110,17 @@ impl<G: Guest> Supervisor<G> {
     }
 
     /// Returns an error if no further client may attach or wait.
-    pub(super) fn may_stay(&self, id: u64) -> Result<(), String> {
+    pub(super) fn check_persistent_limit(&self, id: u64) -> Result<(), String> {
         if self.clients.get(&id).is_some_and(|client| client.on_spare) {
             return Err("the VM's process has no descriptors left".to_owned());
         }
-        let staying = self.clients.iter();
-        let staying = staying.filter(|(id, c)| !self.is_calling(**id, c)).count();
-        if staying >= self.most_staying {
+        let persistent = self.clients.iter();
+        let persistent = persistent
+            .filter(|(id, c)| !self.is_calling(**id, c))
+            .count();
+        if persistent >= self.max_persistent_clients {
             return Err(format!(
-                "{staying} clients are attached or wait for this VM already, and there can be no more"
+                "{persistent} clients are attached or wait for this VM already, and there can be no more"
             ));
         }
         Ok(())

@@ -8,15 +8,15 @@ use rustix::event::PollFlags;
 use sm_control::launch::{ControlAnswer, ControlCall, LaunchRequest, Report, Status};
 use sm_guest_proto::frame::FrameType;
 
-use super::stage::{Machine, Resetting, Running, Stage, Startup};
-use super::{Supervisor, Timer, interest};
+use super::stage::{MachineActivity, Resetting, RunningStage, Startup, SupervisorStage};
+use super::{Supervisor, SupervisorTimer, interest};
 use crate::agent::Purpose;
 use crate::conn::Conn;
-use crate::guest::{Guest, Kept, SnapshotPlan};
+use crate::guest::{GuestMachine, SnapshotGuard, SnapshotPlan};
 
 /// The role of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Role {
+pub(super) enum ClientRole {
     /// It may make control calls.
     Control,
     /// It waits for the VM's end.
@@ -36,9 +36,9 @@ pub(super) enum Role {
 
 /// A connected client.
 #[derive(Debug)]
-pub(super) struct Client {
+pub(super) struct ConnectedClient {
     pub(super) conn: Conn,
-    pub(super) role: Role,
+    pub(super) role: ClientRole,
     /// True if the client is dropped after all queued bytes were sent.
     pub(super) closing: bool,
     /// Time of the connection, or of its last call.
@@ -48,26 +48,26 @@ pub(super) struct Client {
     /// True after it has sent end of file on STDIN.
     pub(super) stdin_ended: bool,
     /// True after it has missed output, and was notified.
-    pub(super) left_behind: bool,
+    pub(super) missed_output: bool,
     /// The snapshot that it requested, which is not removed while the client is
     /// connected.
-    pub(super) kept: Option<Kept>,
+    pub(super) snapshot_guard: Option<SnapshotGuard>,
 }
 
-impl Client {
+impl ConnectedClient {
     pub(super) fn launcher(stream: UnixStream, request: &LaunchRequest) -> io::Result<Self> {
         let role = if request.attach {
-            Role::Attached {
+            ClientRole::Attached {
                 stdin: request.config.workload.stdin,
                 launcher: true,
             }
         } else {
-            Role::Launcher
+            ClientRole::Launcher
         };
         Self::new(stream, role)
     }
 
-    pub(super) fn new(stream: UnixStream, role: Role) -> io::Result<Self> {
+    pub(super) fn new(stream: UnixStream, role: ClientRole) -> io::Result<Self> {
         Ok(Self {
             conn: Conn::new(stream)?,
             role,
@@ -75,8 +75,8 @@ impl Client {
             active: Instant::now(),
             on_spare: false,
             stdin_ended: false,
-            left_behind: false,
-            kept: None,
+            missed_output: false,
+            snapshot_guard: None,
         })
     }
 
@@ -87,49 +87,52 @@ impl Client {
     fn is_launcher(&self) -> bool {
         matches!(
             self.role,
-            Role::Launcher | Role::Attached { launcher: true, .. }
+            ClientRole::Launcher | ClientRole::Attached { launcher: true, .. }
         )
     }
 
     pub(super) fn is_attached(&self) -> bool {
-        matches!(self.role, Role::Attached { .. })
+        matches!(self.role, ClientRole::Attached { .. })
     }
 }
 
-impl<G: Guest> Supervisor<G> {
-    pub(super) fn add_client(&mut self, client: Client) {
+impl<G: GuestMachine> Supervisor<G> {
+    pub(super) fn add_client(&mut self, client: ConnectedClient) {
         let id = self.next_client;
         self.next_client += 1;
         self.clients.insert(id, client);
     }
 
     /// Returns the poll flags for a client; `None` to skip it.
-    pub(super) fn client_interest(&self, client: &Client) -> Option<PollFlags> {
-        let write = client.conn.awaits_room();
+    pub(super) fn client_interest(&self, client: &ConnectedClient) -> Option<PollFlags> {
+        let write = client.conn.has_sendable();
         let read = !client.conn.ended()
             && match client.role {
                 // A client that does not read its answers gets no further ones.
-                Role::Control | Role::Waiting | Role::Following | Role::Launcher => {
-                    !client.conn.is_full()
-                }
-                Role::Attached { .. } => self.takes_input(),
+                ClientRole::Control
+                | ClientRole::Waiting
+                | ClientRole::Following
+                | ClientRole::Launcher => !client.conn.is_full(),
+                ClientRole::Attached { .. } => self.takes_input(),
             };
         let flags = interest(read, write);
         // Before the workload accepts input, a disconnected launcher still matters:
         // hang-ups are reported without interest flags.
-        let watch_hang_up = client.is_launcher() && matches!(self.stage, Stage::Starting(_));
+        let watch_hang_up =
+            client.is_launcher() && matches!(self.stage, SupervisorStage::Starting(_));
         (!flags.is_empty() || watch_hang_up).then_some(flags)
     }
 
     /// Returns true if frames of clients can be forwarded to the guest now.
     fn takes_input(&self) -> bool {
         let is_requested = match &self.stage {
-            Stage::Starting(startup) | Stage::Resetting(Resetting { startup, .. }) => {
+            SupervisorStage::Starting(startup)
+            | SupervisorStage::Resetting(Resetting { startup, .. }) => {
                 matches!(startup, Startup::Requested)
             }
-            Stage::Running(_) => true,
+            SupervisorStage::Running(_) => true,
             // Input is read and discarded, to detect its end.
-            Stage::Ending(_) => return true,
+            SupervisorStage::Ending(_) => return true,
         };
         is_requested && self.main.as_ref().is_some_and(|main| !main.is_full())
     }
@@ -153,8 +156,8 @@ impl<G: Guest> Supervisor<G> {
         for id in ids {
             self.pump_client(id);
         }
-        if self.places_are_taken() && !self.is_set(Timer::Idle) {
-            self.set_timer(Timer::Idle, self.idle_timeout);
+        if self.is_at_call_limit() && !self.is_set(SupervisorTimer::Idle) {
+            self.set_timer(SupervisorTimer::Idle, self.idle_timeout);
         }
     }
 
@@ -182,7 +185,7 @@ impl<G: Guest> Supervisor<G> {
                 }
             };
             match client.role {
-                Role::Attached { stdin, .. } => {
+                ClientRole::Attached { stdin, .. } => {
                     let kind = frame.kind;
                     let accepted = match kind {
                         FrameType::Stdin => stdin && !client.stdin_ended,
@@ -198,7 +201,7 @@ impl<G: Guest> Supervisor<G> {
                         self.signal(None, signal);
                     }
                 }
-                Role::Control if frame.kind == FrameType::Request => {
+                ClientRole::Control if frame.kind == FrameType::Request => {
                     client.active = Instant::now();
                     let call = serde_json::from_slice(frame.payload);
                     match call {
@@ -209,7 +212,10 @@ impl<G: Guest> Supervisor<G> {
                         }
                     }
                 }
-                Role::Control | Role::Waiting | Role::Following | Role::Launcher => {}
+                ClientRole::Control
+                | ClientRole::Waiting
+                | ClientRole::Following
+                | ClientRole::Launcher => {}
             }
         }
     }
@@ -220,7 +226,7 @@ impl<G: Guest> Supervisor<G> {
         let Some(client) = self.clients.get_mut(&id) else {
             return;
         };
-        if client.role == Role::Control && client.conn.unsent() > 0 {
+        if client.role == ClientRole::Control && client.conn.unsent() > 0 {
             client.closing = true;
         } else if !client.closing {
             self.drop_client(id);
@@ -233,17 +239,17 @@ impl<G: Guest> Supervisor<G> {
             return;
         };
         let is_launcher = client.is_launcher();
-        let Client {
+        let ConnectedClient {
             role,
             stdin_ended,
             conn,
             ..
         } = client;
         drop(conn);
-        self.keep_spare();
+        self.reopen_spare();
         // A descriptor is free again.
-        self.clear_timer(Timer::Accept);
-        if is_launcher && matches!(self.stage, Stage::Starting(_)) {
+        self.clear_timer(SupervisorTimer::Accept);
+        if is_launcher && matches!(self.stage, SupervisorStage::Starting(_)) {
             // No client knows of this VM, and none will.
             self.request.config.auto_remove = true;
             self.cancel();
@@ -251,13 +257,13 @@ impl<G: Guest> Supervisor<G> {
         }
         // A client that disconnects without ending its input ends it by that, or detaches
         // if the workload has a terminal.
-        let Role::Attached { stdin: true, .. } = role else {
+        let ClientRole::Attached { stdin: true, .. } = role else {
             return;
         };
         let last = !self
             .clients
             .values()
-            .any(|other| matches!(other.role, Role::Attached { stdin: true, .. }));
+            .any(|other| matches!(other.role, ClientRole::Attached { stdin: true, .. }));
         if last
             && !stdin_ended
             && !self.request.config.workload.tty
@@ -284,7 +290,7 @@ impl<G: Guest> Supervisor<G> {
                 self.answer(id, &ControlAnswer::Done);
                 self.destroy("it was removed while it was running");
                 // The record is removed, too.
-                return self.forgo_record();
+                return self.abandon_record();
             }
             ControlCall::Pause => self.pause(true),
             ControlCall::Resume => self.pause(false),
@@ -304,29 +310,29 @@ impl<G: Guest> Supervisor<G> {
                 let plan = SnapshotPlan {
                     name: name.clone(),
                     ephemeral,
-                    stay: stop,
+                    leave_paused: stop,
                 };
-                return self.begin_snapshot(id, plan);
+                return self.start_snapshot(id, plan);
             }
             ControlCall::Wait => {
                 if let Some(exit) = self.stage.exit().cloned() {
                     return self.answer(id, &ControlAnswer::Ended(exit));
                 }
-                if let Err(text) = self.may_stay(id) {
+                if let Err(text) = self.check_persistent_limit(id) {
                     return self.answer(id, &ControlAnswer::Error(text));
                 }
                 if let Some(client) = self.clients.get_mut(&id) {
-                    client.role = Role::Waiting;
+                    client.role = ClientRole::Waiting;
                 }
                 return;
             }
             ControlCall::Follow => {
-                if let Err(text) = self.may_stay(id) {
+                if let Err(text) = self.check_persistent_limit(id) {
                     return self.answer(id, &ControlAnswer::Error(text));
                 }
                 self.answer(id, &ControlAnswer::Done);
                 if let Some(client) = self.clients.get_mut(&id) {
-                    client.role = Role::Following;
+                    client.role = ClientRole::Following;
                     // No more output will follow.
                     client.closing = self.stage.has_ended();
                 }
@@ -353,7 +359,7 @@ impl<G: Guest> Supervisor<G> {
             published: self
                 .guest
                 .as_ref()
-                .map(Guest::published)
+                .map(GuestMachine::published)
                 .unwrap_or_default(),
         }
     }
@@ -363,12 +369,12 @@ impl<G: Guest> Supervisor<G> {
             let text = "the workload has ended".to_owned();
             return self.answer(id, &ControlAnswer::Error(text));
         }
-        if let Err(text) = self.may_stay(id) {
+        if let Err(text) = self.check_persistent_limit(id) {
             return self.answer(id, &ControlAnswer::Error(text));
         }
         self.answer(id, &ControlAnswer::Done);
         if let Some(client) = self.clients.get_mut(&id) {
-            client.role = Role::Attached {
+            client.role = ClientRole::Attached {
                 stdin: stdin && self.request.config.workload.stdin,
                 launcher: false,
             };
@@ -378,30 +384,35 @@ impl<G: Guest> Supervisor<G> {
     fn pause(&mut self, pause: bool) -> ControlAnswer {
         const CAPTURED: &str = "a snapshot of this VM is being taken: try again when that is done";
         let refusal = match &self.stage {
-            Stage::Starting(startup) if startup.is_held() => Some(CAPTURED),
+            SupervisorStage::Starting(startup) if startup.is_copying() => Some(CAPTURED),
             // The workload must start in time, and could not.
-            Stage::Starting(_) => Some("the workload has not started yet"),
-            Stage::Resetting(_) => {
+            SupervisorStage::Starting(_) => Some("the workload has not started yet"),
+            SupervisorStage::Resetting(_) => {
                 Some("this VM is being reset to its snapshot: try again when that is done")
             }
-            Stage::Ending(_) => Some("the workload has ended"),
-            Stage::Running(running) => match running.machine {
-                Machine::Preparing(_) | Machine::Copying(_) | Machine::Staying(_) => Some(CAPTURED),
-                Machine::Free | Machine::Paused if pause && self.is_about_to_end() => {
+            SupervisorStage::Ending(_) => Some("the workload has ended"),
+            SupervisorStage::Running(running) => match running.machine {
+                MachineActivity::Preparing(_)
+                | MachineActivity::Copying(_)
+                | MachineActivity::Publishing(_) => Some(CAPTURED),
+                MachineActivity::Free | MachineActivity::Paused
+                    if pause && self.is_about_to_end() =>
+                {
                     Some("the VM is about to end")
                 }
-                Machine::Free | Machine::Paused => None,
+                MachineActivity::Free | MachineActivity::Paused => None,
             },
         };
         if let Some(text) = refusal {
             return ControlAnswer::Error(text.to_owned());
         }
-        let (Some(guest), Stage::Running(running)) = (&mut self.guest, &mut self.stage) else {
+        let (Some(guest), SupervisorStage::Running(running)) = (&mut self.guest, &mut self.stage)
+        else {
             return ControlAnswer::Error("the VM has ended".into());
         };
         let (result, machine) = match pause {
-            true => (guest.pause(), Machine::Paused),
-            false => (guest.resume(), Machine::Free),
+            true => (guest.pause(), MachineActivity::Paused),
+            false => (guest.resume(), MachineActivity::Free),
         };
         match result {
             Ok(()) => {
@@ -440,9 +451,9 @@ impl<G: Guest> Supervisor<G> {
 
     /// Releases a launcher that does not stay attached, when the workload runs.
     pub(super) fn release_launcher(&mut self) {
-        self.clear_timer(Timer::Start);
+        self.clear_timer(SupervisorTimer::Start);
         for client in self.clients.values_mut() {
-            client.closing |= client.role == Role::Launcher;
+            client.closing |= client.role == ClientRole::Launcher;
         }
     }
 
@@ -452,12 +463,12 @@ impl<G: Guest> Supervisor<G> {
         let awaits_snapshot = self.stage.awaited_by();
         let stays = self.stage.is_unwritten();
         for (&id, client) in &mut self.clients {
-            if let (Role::Waiting, Some(exit)) = (client.role, &ended) {
+            if let (ClientRole::Waiting, Some(exit)) = (client.role, &ended) {
                 let answer = ControlAnswer::Ended(exit.clone());
                 client.conn.queue_json(FrameType::Control, &answer);
             }
             // Other clients may still ask for the exit status.
-            let calls_on = stays && client.role == Role::Control;
+            let calls_on = stays && client.role == ClientRole::Control;
             client.closing = awaits_snapshot != Some(id) && !calls_on;
         }
     }
@@ -470,11 +481,11 @@ impl<G: Guest> Supervisor<G> {
     }
 
     /// Resumes the vCPUs if they were paused on request.
-    pub(super) fn let_run(&mut self) -> Result<(), String> {
-        if let Stage::Running(Running { machine, .. }) = &mut self.stage
-            && matches!(machine, Machine::Paused)
+    pub(super) fn resume_vcpus(&mut self) -> Result<(), String> {
+        if let SupervisorStage::Running(RunningStage { machine, .. }) = &mut self.stage
+            && matches!(machine, MachineActivity::Paused)
         {
-            *machine = Machine::Free;
+            *machine = MachineActivity::Free;
             if let Some(guest) = &mut self.guest {
                 guest.resume()?;
             }

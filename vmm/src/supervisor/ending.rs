@@ -11,10 +11,10 @@ use sm_guest_proto::control::ControlRequest;
 use sm_guest_proto::frame::{ExitStatus, FrameType};
 
 use super::guest_side::IDENTITY_REFRESHED;
-use super::stage::{Ending, Machine, MachineEnd, Running, Stage};
-use super::{Supervisor, Timer, printable};
+use super::stage::{Ending, MachineActivity, MachineEnd, RunningStage, SupervisorStage};
+use super::{Supervisor, SupervisorTimer, printable};
 use crate::agent::Purpose;
-use crate::guest::{Guest, GuestEnd};
+use crate::guest::{GuestEnd, GuestMachine};
 
 /// Time limit for a machine to stop before the process exits.
 const END_TIMEOUT: Duration = Duration::from_secs(5);
@@ -41,36 +41,36 @@ const TAIL_LINES: usize = 12;
 /// Most characters of such a line.
 const MAX_LINE: usize = 400;
 
-impl<G: Guest> Supervisor<G> {
-    pub(super) fn timer_fired(&mut self, timer: Timer) {
+impl<G: GuestMachine> Supervisor<G> {
+    pub(super) fn timer_fired(&mut self, timer: SupervisorTimer) {
         match timer {
-            Timer::Start => {
+            SupervisorTimer::Start => {
                 let seconds = self.request.start_timeout_ms / 1000;
                 self.start_failed(&format!("the guest was not ready after {seconds} s"));
             }
-            Timer::StopGrace => self.grace_is_over(),
-            Timer::Kill if self.stage.is_copying() => {
+            SupervisorTimer::StopGrace => self.end_grace(),
+            SupervisorTimer::Kill if self.stage.is_copying() => {
                 self.destroy("copying its memory did not end when the VM was to stop");
             }
             // The loop tries again after each wait.
-            Timer::Accept | Timer::Shortage => {}
-            Timer::Signal => self.signals_are_overdue(),
-            Timer::Idle => self.drop_idle_clients(),
-            Timer::Record => self.write_exit_again(),
-            Timer::Prepare => self.preparing_took_too_long(),
-            Timer::Kill => self.destroy("the workload did not end when it was killed"),
-            Timer::OomCheck => self.oom_checked(false),
+            SupervisorTimer::Accept | SupervisorTimer::Shortage => {}
+            SupervisorTimer::Signal => self.signals_are_overdue(),
+            SupervisorTimer::Idle => self.drop_idle_clients(),
+            SupervisorTimer::Record => self.retry_exit_record(),
+            SupervisorTimer::Prepare => self.preparing_took_too_long(),
+            SupervisorTimer::Kill => self.destroy("the workload did not end when it was killed"),
+            SupervisorTimer::OomCheck => self.oom_checked(false),
             // A stream that could not be opened in time ends as well.
-            Timer::HangUp => self.host_failed("the guest agent disconnected"),
-            Timer::Delivery => {
+            SupervisorTimer::StreamEnded => self.host_failed("the guest agent disconnected"),
+            SupervisorTimer::Delivery => {
                 tracing::info!("clients did not read the guest's last bytes in time");
                 self.power_off();
             }
-            Timer::PowerOff => {
+            SupervisorTimer::PowerOff => {
                 tracing::warn!("the guest did not power itself off");
                 self.stop_machine();
             }
-            Timer::End => {
+            SupervisorTimer::End => {
                 tracing::error!("the machine did not end when it was stopped");
                 self.machine_has_ended();
             }
@@ -80,11 +80,13 @@ impl<G: Guest> Supervisor<G> {
     /// Sends the workload its stop signal, and SIGKILL after the grace.
     pub(super) fn stop(&mut self, grace_ms: Option<u64>) {
         match &self.stage {
-            Stage::Starting(_) => self.destroy("it was stopped before its workload ran"),
-            Stage::Resetting(_) => self.destroy("it was stopped before its workload ran again"),
-            Stage::Running(_) => {
+            SupervisorStage::Starting(_) => self.destroy("it was stopped before its workload ran"),
+            SupervisorStage::Resetting(_) => {
+                self.destroy("it was stopped before its workload ran again")
+            }
+            SupervisorStage::Running(_) => {
                 // A paused workload could not handle its signal.
-                if let Err(error) = self.let_run() {
+                if let Err(error) = self.resume_vcpus() {
                     return self.destroy(&format!("it was stopped while paused, and {error}"));
                 }
                 // No new connections are accepted; existing ones continue until the
@@ -97,60 +99,65 @@ impl<G: Guest> Supervisor<G> {
                     agent.signal_main(stop_signal, true, None);
                 }
                 let grace = grace_ms.unwrap_or(self.request.config.stop_timeout_ms);
-                if let Stage::Running(running) = &mut self.stage {
+                if let SupervisorStage::Running(running) = &mut self.stage {
                     running.stop_grace = Some(Duration::from_millis(grace));
                 }
-                self.begin_grace();
+                self.start_grace();
             }
-            Stage::Ending(_) => {}
+            SupervisorStage::Ending(_) => {}
         }
     }
 
     /// Starts the stop grace, if the workload is to stop.
-    pub(super) fn begin_grace(&mut self) {
+    pub(super) fn start_grace(&mut self) {
         match &self.stage {
-            Stage::Running(Running {
+            SupervisorStage::Running(RunningStage {
                 stop_grace: Some(grace),
                 ..
             }) => {
                 let grace = *grace;
-                self.clear_timer(Timer::Kill);
-                self.set_timer(Timer::StopGrace, grace);
+                self.clear_timer(SupervisorTimer::Kill);
+                self.set_timer(SupervisorTimer::StopGrace, grace);
             }
-            Stage::Starting(_) | Stage::Running(_) | Stage::Resetting(_) | Stage::Ending(_) => {}
+            SupervisorStage::Starting(_)
+            | SupervisorStage::Running(_)
+            | SupervisorStage::Resetting(_)
+            | SupervisorStage::Ending(_) => {}
         }
     }
 
     /// Handles the end of the stop grace, unless the workload could not run.
-    fn grace_is_over(&mut self) {
+    fn end_grace(&mut self) {
         let machine = match &self.stage {
-            Stage::Running(running) => &running.machine,
+            SupervisorStage::Running(running) => &running.machine,
             // None of these has a workload that was asked to stop.
-            Stage::Starting(_) | Stage::Resetting(_) | Stage::Ending(_) => return,
+            SupervisorStage::Starting(_)
+            | SupervisorStage::Resetting(_)
+            | SupervisorStage::Ending(_) => return,
         };
         match machine {
-            Machine::Staying(job) => {
+            MachineActivity::Publishing(job) => {
                 let name = &job.plan.name;
                 let why = format!("it was stopped while snapshot \"{name}\" of it was written");
                 return self.destroy(&why);
             }
-            Machine::Copying(_) => {
+            MachineActivity::Copying(_) => {
                 // Its stop grace starts when it runs again.
-                self.give_up_capture();
-                return self.set_timer(Timer::Kill, KILL_TIMEOUT);
+                self.cancel_capture();
+                return self.set_timer(SupervisorTimer::Kill, KILL_TIMEOUT);
             }
-            Machine::Preparing(_) => {
+            MachineActivity::Preparing(_) => {
                 self.thaw();
                 return self.snapshot_failed("the VM is to stop");
             }
-            Machine::Free | Machine::Paused => {}
+            MachineActivity::Free | MachineActivity::Paused => {}
         }
         // The exit report may be behind output that a client does not read.
-        self.leave_slow_clients_behind();
+        self.skip_slow_clients();
         if let Some(agent) = &mut self.agent {
             agent.signal_main(signal::KILL, false, None);
         }
-        self.set_timer(Timer::Kill, KILL_TIMEOUT);
+        self.set_timer(SupervisorTimer::Kill, KILL_TIMEOUT);
     }
 
     /// Ends the VM without waiting for its workload.
@@ -171,7 +178,7 @@ impl<G: Guest> Supervisor<G> {
     /// a timeout or an error on the host. A cached snapshot is not removed.
     pub(super) fn start_failed(&mut self, message: &str) {
         let source = self.guest.as_ref().filter(|_| self.is_blank());
-        match source.and_then(Guest::cached_source) {
+        match source.and_then(GuestMachine::cached_source) {
             Some(name) => self.conclude_start(
                 &format!(
                     "{message}; it was restored from snapshot \"{name}\", which is kept and \
@@ -188,7 +195,7 @@ impl<G: Guest> Supervisor<G> {
         // Before the guest has an identity, the defect must come from the snapshot.
         let blank = self.is_blank();
         let source = self.guest.as_mut().filter(|_| blank);
-        let discarded = match source.and_then(Guest::give_up_source) {
+        let discarded = match source.and_then(GuestMachine::discard_source) {
             Some(name) => format!(
                 "; it was restored from snapshot \"{name}\", which is removed now, so that the \
                  next start boots a kernel"
@@ -212,9 +219,9 @@ impl<G: Guest> Supervisor<G> {
     /// Handles a guest that violated the protocol or disappeared.
     pub(super) fn guest_broke(&mut self, what: &str) {
         match &self.stage {
-            Stage::Starting(_) => self.start_failed_in_guest(what, None),
-            Stage::Running(_) | Stage::Resetting(_) => self.guest_failed(what),
-            Stage::Ending(_) => {}
+            SupervisorStage::Starting(_) => self.start_failed_in_guest(what, None),
+            SupervisorStage::Running(_) | SupervisorStage::Resetting(_) => self.guest_failed(what),
+            SupervisorStage::Ending(_) => {}
         }
     }
 
@@ -222,19 +229,22 @@ impl<G: Guest> Supervisor<G> {
     pub(super) fn workload_exited(&mut self, exit: ExitStatus) {
         self.reach("exit");
         let reason = match self.stage {
-            Stage::Starting(_) => ExitReason::StartFailed,
-            Stage::Running(_) | Stage::Resetting(_) | Stage::Ending(_) => ExitReason::Workload,
+            SupervisorStage::Starting(_) => ExitReason::StartFailed,
+            SupervisorStage::Running(_)
+            | SupervisorStage::Resetting(_)
+            | SupervisorStage::Ending(_) => ExitReason::Workload,
         };
         let record = ExitRecord {
             peak_rss_kib: exit.peak_rss_kib,
             ..self.exit_record(exit.status, reason, self.start_error.clone())
         };
         // SIGKILL that the host did not send may be from the guest's OOM killer.
-        let unexplained =
-            exit.status == KILLED && !self.is_set(Timer::StopGrace) && !self.is_set(Timer::Kill);
+        let unexplained = exit.status == KILLED
+            && !self.is_set(SupervisorTimer::StopGrace)
+            && !self.is_set(SupervisorTimer::Kill);
         // No pause is needed any more, and the machine has to answer a question.
-        self.give_up_capture();
-        if let Err(error) = self.let_run() {
+        self.cancel_capture();
+        if let Err(error) = self.resume_vcpus() {
             tracing::warn!(error, "the VM stays paused");
         }
         let held = self.stage.is_copying();
@@ -243,7 +253,7 @@ impl<G: Guest> Supervisor<G> {
                 agent.ask(Purpose::OomCheck, &ControlRequest::Stats);
                 self.provisional = Some(record);
                 let more = if held { KILL_TIMEOUT } else { Duration::ZERO };
-                self.set_timer(Timer::OomCheck, OOM_TIMEOUT + more);
+                self.set_timer(SupervisorTimer::OomCheck, OOM_TIMEOUT + more);
             }
             _ => self.finish(record),
         }
@@ -265,8 +275,8 @@ impl<G: Guest> Supervisor<G> {
 
     /// Handles the end of the machine, expected or not.
     pub(super) fn guest_ended(&mut self) {
-        let end = self.guest.as_ref().and_then(Guest::end);
-        self.leave_slow_clients_behind();
+        let end = self.guest.as_ref().and_then(GuestMachine::end);
+        self.skip_slow_clients();
         if !self.stage.has_ended() {
             // Bytes that the guest sent before its end still count; at most a socket
             // buffer is left.
@@ -297,9 +307,9 @@ impl<G: Guest> Supervisor<G> {
     /// Handles a failure of the machine that the guest did not cause.
     pub(super) fn host_failed(&mut self, what: &str) {
         match &self.stage {
-            Stage::Starting(_) => self.start_failed(what),
-            Stage::Running(_) | Stage::Resetting(_) => self.guest_failed(what),
-            Stage::Ending(_) => {}
+            SupervisorStage::Starting(_) => self.start_failed(what),
+            SupervisorStage::Running(_) | SupervisorStage::Resetting(_) => self.guest_failed(what),
+            SupervisorStage::Ending(_) => {}
         }
     }
 
@@ -313,12 +323,15 @@ impl<G: Guest> Supervisor<G> {
     /// the client is notified of the result first.
     pub(super) fn release_when_published(&mut self) {
         match &self.stage {
-            Stage::Ending(Ending {
+            SupervisorStage::Ending(Ending {
                 machine: MachineEnd::Ended,
                 publishing: None,
                 ..
             }) => self.release(),
-            Stage::Starting(_) | Stage::Running(_) | Stage::Resetting(_) | Stage::Ending(_) => {}
+            SupervisorStage::Starting(_)
+            | SupervisorStage::Running(_)
+            | SupervisorStage::Resetting(_)
+            | SupervisorStage::Ending(_) => {}
         }
     }
 
@@ -351,7 +364,7 @@ impl<G: Guest> Supervisor<G> {
             return;
         }
         let written = self.write_exit(&exit, true);
-        let ending = Stage::Ending(Ending {
+        let ending = SupervisorStage::Ending(Ending {
             exit: exit.clone(),
             unwritten: !written,
             machine: MachineEnd::Delivering,
@@ -360,13 +373,13 @@ impl<G: Guest> Supervisor<G> {
         });
         let before = std::mem::replace(&mut self.stage, ending);
         let (copying, publishing) = self.cancel_captures(before);
-        if let Stage::Ending(ending) = &mut self.stage {
+        if let SupervisorStage::Ending(ending) = &mut self.stage {
             ending.copying = copying;
             ending.publishing = publishing;
         }
         self.clear_guest_timers();
         if !written {
-            self.set_timer(Timer::Record, self.record_retry);
+            self.set_timer(SupervisorTimer::Record, self.record_retry);
         }
         let payload = ExitStatus {
             status: exit.status,
@@ -390,7 +403,7 @@ impl<G: Guest> Supervisor<G> {
                 guest.is_delivering()
             });
         match delivers {
-            true => self.set_timer(Timer::Delivery, DELIVERY_TIMEOUT),
+            true => self.set_timer(SupervisorTimer::Delivery, DELIVERY_TIMEOUT),
             false => self.power_off(),
         }
     }
@@ -418,8 +431,8 @@ impl<G: Guest> Supervisor<G> {
     }
 
     /// Retries to write the exit record.
-    fn write_exit_again(&mut self) {
-        let Stage::Ending(ending) = &self.stage else {
+    fn retry_exit_record(&mut self) {
+        let SupervisorStage::Ending(ending) = &self.stage else {
             return;
         };
         if !ending.unwritten {
@@ -427,12 +440,12 @@ impl<G: Guest> Supervisor<G> {
         }
         match self.write_exit(&ending.exit, false) {
             true => self.close_record(),
-            false => self.set_timer(Timer::Record, self.record_retry),
+            false => self.set_timer(SupervisorTimer::Record, self.record_retry),
         }
     }
 
     /// Abandons the exit record, because this process has to exit.
-    pub(super) fn forgo_record(&mut self) {
+    pub(super) fn abandon_record(&mut self) {
         if self.stage.is_unwritten() {
             tracing::error!("the exit status is lost");
             self.close_record();
@@ -441,10 +454,10 @@ impl<G: Guest> Supervisor<G> {
 
     /// Closes the control socket, because the exit record is available.
     fn close_record(&mut self) {
-        if let Stage::Ending(ending) = &mut self.stage {
+        if let SupervisorStage::Ending(ending) = &mut self.stage {
             ending.unwritten = false;
         }
-        self.clear_timer(Timer::Record);
+        self.clear_timer(SupervisorTimer::Record);
         self.listener = None;
         self.close_clients();
         if self.guest.is_none() {
@@ -461,7 +474,7 @@ impl<G: Guest> Supervisor<G> {
     pub(super) fn delivered(&mut self) {
         match self.stage.machine_end() {
             Some(MachineEnd::Delivering) => {
-                self.clear_timer(Timer::Delivery);
+                self.clear_timer(SupervisorTimer::Delivery);
                 self.power_off();
             }
             // The event is late.
@@ -479,7 +492,7 @@ impl<G: Guest> Supervisor<G> {
                 let request = ControlRequest::PowerOff { grace_ms: 0 };
                 agent.ask(Purpose::PowerOff, &request);
                 self.machine_ends(MachineEnd::PoweringOff);
-                self.set_timer(Timer::PowerOff, self.power_off_timeout);
+                self.set_timer(SupervisorTimer::PowerOff, self.power_off_timeout);
             }
             _ => self.stop_machine(),
         }
@@ -488,18 +501,18 @@ impl<G: Guest> Supervisor<G> {
     /// Stops the machine, without the guest's cooperation.
     pub(super) fn stop_machine(&mut self) {
         self.agent = None;
-        self.clear_timer(Timer::Delivery);
-        self.clear_timer(Timer::PowerOff);
+        self.clear_timer(SupervisorTimer::Delivery);
+        self.clear_timer(SupervisorTimer::PowerOff);
         self.machine_ends(MachineEnd::Stopping);
         if let Some(guest) = &mut self.guest {
             guest.stop();
-            self.set_timer(Timer::End, END_TIMEOUT);
+            self.set_timer(SupervisorTimer::End, END_TIMEOUT);
         }
     }
 
     /// Notes the progress of the end of the machine. It ends once.
     fn machine_ends(&mut self, how: MachineEnd) {
-        if let Stage::Ending(ending) = &mut self.stage
+        if let SupervisorStage::Ending(ending) = &mut self.stage
             && ending.machine != MachineEnd::Ended
         {
             ending.machine = how;

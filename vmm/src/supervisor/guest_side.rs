@@ -13,11 +13,11 @@ use sm_guest_proto::frame::{self, FrameType};
 use sm_guest_proto::{PROTOCOL_VERSION, port};
 use sm_snapshot::manifest::Layer;
 
-use super::stage::{MachineEnd, Next, Resetting, Running, Stage, Startup};
-use super::{Supervisor, Timer, printable};
+use super::stage::{MachineEnd, Resetting, RunningStage, Startup, StartupStep, SupervisorStage};
+use super::{Supervisor, SupervisorTimer, printable};
 use crate::agent::{AgentLink, Purpose};
 use crate::conn::Conn;
-use crate::guest::Guest;
+use crate::guest::GuestMachine;
 
 /// The root disk in the guest.
 const ROOT_DEVICE: &str = "/dev/vda";
@@ -26,9 +26,9 @@ pub(super) const IDENTITY_REFRESHED: &str = "identity refreshed";
 /// Time limit for a restored guest's kernel to see its new generation ID.
 const VMGENID_WAIT_MS: u32 = 5000;
 /// Time limit for the end of the machine after a stream of it ended.
-const HANG_UP_TIMEOUT: Duration = Duration::from_secs(2);
+const STREAM_END_TIMEOUT: Duration = Duration::from_secs(2);
 
-impl<G: Guest> Supervisor<G> {
+impl<G: GuestMachine> Supervisor<G> {
     /// Handles the connection of the agent, or the one to it.
     pub(super) fn agent_dialed(&mut self, stream: UnixStream) {
         match self.stage.startup() {
@@ -41,8 +41,12 @@ impl<G: Guest> Supervisor<G> {
         if self.restored().is_none() {
             self.reach("agent ready");
         }
-        match self.guest.as_mut().map_or(Ok(false), Guest::agent_ready) {
-            Ok(true) => self.hold_startup(Next::Agent(stream)),
+        match self
+            .guest
+            .as_mut()
+            .map_or(Ok(false), GuestMachine::agent_ready)
+        {
+            Ok(true) => self.suspend_startup(StartupStep::Agent(stream)),
             Ok(false) => self.meet_agent(stream),
             Err(error) => self.start_failed(&format!("cannot prepare the machine: {error}")),
         }
@@ -84,7 +88,7 @@ impl<G: Guest> Supervisor<G> {
     /// The agent is listening, so the time in the request is still right when it arrives.
     /// The following requests are pipelined: the guest never waits for the host.
     fn prepare_guest(&mut self) {
-        let (refresh, root) = (self.fresh_identity(), self.attach_root());
+        let (refresh, root) = (self.new_identity(), self.attach_root());
         self.epoch.clone_from(&refresh.epoch);
         let needs_root = matches!(self.restored(), None | Some(Layer::Base))
             && !matches!(self.request.source, StartSource::IdentityReport(_));
@@ -100,10 +104,10 @@ impl<G: Guest> Supervisor<G> {
     /// Returns the layer of the snapshot that the machine was restored from; `None` if a
     /// kernel was booted.
     pub(super) fn restored(&self) -> Option<Layer> {
-        self.guest.as_ref().and_then(Guest::restored)
+        self.guest.as_ref().and_then(GuestMachine::restored)
     }
 
-    fn fresh_identity(&self) -> Refresh {
+    fn new_identity(&self) -> Refresh {
         let uuid = || uuid::Uuid::new_v4().to_string();
         Refresh {
             epoch: uuid(),
@@ -144,13 +148,13 @@ impl<G: Guest> Supervisor<G> {
                 Ok(Some((purpose, reply))) => self.agent_replied(purpose, reply),
                 Ok(None) if agent.conn.ended() => {
                     self.agent = None;
-                    return self.guest_hung_up();
+                    return self.guest_stream_ended();
                 }
                 Ok(None) => return,
                 Err(what) => {
                     self.agent = None;
                     if self.stage.has_ended() {
-                        return self.guest_hung_up();
+                        return self.guest_stream_ended();
                     }
                     return self.guest_broke(&format!("the guest agent sent {what}"));
                 }
@@ -194,7 +198,7 @@ impl<G: Guest> Supervisor<G> {
                 }
                 self.reach(IDENTITY_REFRESHED);
                 if let StartSource::IdentityReport(_) = self.request.source {
-                    return self.ask_for_evidence();
+                    return self.request_identity_report();
                 }
                 match self.restored() {
                     None | Some(Layer::Base) => {}
@@ -211,15 +215,15 @@ impl<G: Guest> Supervisor<G> {
                 self.root_attached();
             }
             (Purpose::FreezeRoot, reply) => self.root_frozen(reply),
-            (Purpose::Evidence { asked_ns }, ControlReply::Evidence(evidence)) => {
+            (Purpose::IdentityReport { requested_ns }, ControlReply::Evidence(evidence)) => {
                 let (told, now) = (evidence.realtime_ns, unix_nanos());
-                let early = asked_ns.saturating_sub(told);
+                let early = requested_ns.saturating_sub(told);
                 self.report(&Report::Evidence(Testimony {
                     evidence,
                     clock_error_ns: early.max(told.saturating_sub(now)),
                 }));
                 // The VM lives until its launcher disconnects.
-                self.clear_timer(Timer::Start);
+                self.clear_timer(SupervisorTimer::Start);
             }
             (Purpose::Freeze { job }, reply) => self.frozen(job, reply),
             (Purpose::Prepare { job }, reply) => self.prepared(job, reply),
@@ -248,7 +252,7 @@ impl<G: Guest> Supervisor<G> {
                     Purpose::Hello => "agree with the guest agent",
                     Purpose::Refresh => "give the guest an identity",
                     Purpose::Thaw => "let the workload go on",
-                    Purpose::Evidence { .. } => "tell guests apart",
+                    Purpose::IdentityReport { .. } => "tell guests apart",
                     _ => "attach the root file system",
                 };
                 self.guest_broke(&format!("cannot {what}: {message}"));
@@ -282,7 +286,7 @@ impl<G: Guest> Supervisor<G> {
     /// The guest is frozen for an image snapshot like a workload, although none runs yet:
     /// any process that is started in a clone waits until the clone has its identity.
     fn root_attached(&mut self) {
-        let wanted = self.guest.as_ref().is_some_and(Guest::wants_root);
+        let wanted = self.guest.as_ref().is_some_and(GuestMachine::wants_root);
         match &mut self.agent {
             Some(agent) if wanted => agent.ask(Purpose::FreezeRoot, &ControlRequest::Freeze),
             _ => self.request_workload(),
@@ -297,8 +301,12 @@ impl<G: Guest> Supervisor<G> {
             );
             return self.go_on_with_root();
         }
-        match self.guest.as_mut().map_or(Ok(false), Guest::root_attached) {
-            Ok(true) => self.hold_startup(Next::Workload),
+        match self
+            .guest
+            .as_mut()
+            .map_or(Ok(false), GuestMachine::root_attached)
+        {
+            Ok(true) => self.suspend_startup(StartupStep::Workload),
             Ok(false) => self.go_on_with_root(),
             Err(error) => self.start_failed(&format!("cannot prepare the machine: {error}")),
         }
@@ -325,10 +333,10 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    fn ask_for_evidence(&mut self) {
+    fn request_identity_report(&mut self) {
         if let Some(agent) = &mut self.agent {
-            let purpose = Purpose::Evidence {
-                asked_ns: unix_nanos(),
+            let purpose = Purpose::IdentityReport {
+                requested_ns: unix_nanos(),
             };
             agent.ask(purpose, &ControlRequest::Evidence);
         }
@@ -370,7 +378,7 @@ impl<G: Guest> Supervisor<G> {
                         return;
                     }
                 }
-                Ok(None) if ended => return self.guest_hung_up(),
+                Ok(None) if ended => return self.guest_stream_ended(),
                 Ok(None) => break,
                 Err(error) => {
                     return self.guest_broke(&format!("the guest agent sent {error}"));
@@ -431,7 +439,10 @@ impl<G: Guest> Supervisor<G> {
     }
 
     fn workload_started(&mut self, pid: u32) {
-        let before = std::mem::replace(&mut self.stage, Stage::Running(Running::default()));
+        let before = std::mem::replace(
+            &mut self.stage,
+            SupervisorStage::Running(RunningStage::default()),
+        );
         self.started_ns = unix_nanos();
         self.reach("workload started");
         self.report(&Report::Started { pid });
@@ -440,22 +451,24 @@ impl<G: Guest> Supervisor<G> {
             guest.workload_started();
         }
         match before {
-            Stage::Resetting(Resetting { client, .. }) => {
+            SupervisorStage::Resetting(Resetting { client, .. }) => {
                 self.answer(client, &ControlAnswer::Done);
             }
-            Stage::Starting(_) | Stage::Running(_) | Stage::Ending(_) => {}
+            SupervisorStage::Starting(_)
+            | SupervisorStage::Running(_)
+            | SupervisorStage::Ending(_) => {}
         }
     }
 
     /// Handles the end of a stream of the guest. The cause shows when the machine's end
     /// is known.
-    pub(super) fn guest_hung_up(&mut self) {
+    pub(super) fn guest_stream_ended(&mut self) {
         match self.stage.machine_end() {
             // The guest was asked to power off, and its agent is gone.
             Some(MachineEnd::PoweringOff) => self.stop_machine(),
             Some(MachineEnd::Delivering | MachineEnd::Stopping | MachineEnd::Ended) => {}
-            None if self.is_set(Timer::HangUp) => {}
-            None => self.set_timer(Timer::HangUp, HANG_UP_TIMEOUT),
+            None if self.is_set(SupervisorTimer::StreamEnded) => {}
+            None => self.set_timer(SupervisorTimer::StreamEnded, STREAM_END_TIMEOUT),
         }
     }
 }

@@ -4,14 +4,14 @@ use sm_control::launch::{ControlAnswer, Report};
 use sm_guest_proto::frame::FrameType;
 
 use super::Supervisor;
-use super::clients::Role;
-use crate::guest::Guest;
+use super::clients::ClientRole;
+use crate::guest::GuestMachine;
 
-impl<G: Guest> Supervisor<G> {
+impl<G: GuestMachine> Supervisor<G> {
     /// Returns true if output can be forwarded: every attached client has space, or is
     /// not waited for.
     pub(super) fn has_room_for_output(&self) -> bool {
-        self.leaves_behind
+        self.skips_slow_clients
             || self
                 .clients
                 .values()
@@ -20,17 +20,17 @@ impl<G: Guest> Supervisor<G> {
 
     /// Stops waiting for clients that do not read: the workload is about to exit, and its
     /// exit report may be behind their output. The log has the output that they miss.
-    pub(super) fn leave_slow_clients_behind(&mut self) {
-        self.leaves_behind = true;
+    pub(super) fn skip_slow_clients(&mut self) {
+        self.skips_slow_clients = true;
     }
 
     pub(super) fn pass_on_output(&mut self, kind: FrameType, payload: &[u8]) {
         self.log_output(kind, payload);
-        self.tell_followers();
+        self.notify_followers();
         for client in self.clients.values_mut().filter(|c| c.is_attached()) {
             if !client.conn.is_full() {
                 client.conn.queue(kind, payload);
-            } else if !std::mem::replace(&mut client.left_behind, true) {
+            } else if !std::mem::replace(&mut client.missed_output, true) {
                 let text = "output is missing here, because it was not read in time: see the log";
                 let report = Report::Warning(text.to_owned());
                 client.conn.queue_json(FrameType::Control, &report);
@@ -47,9 +47,9 @@ impl<G: Guest> Supervisor<G> {
 
     /// Notifies followers of new log output. One that has not read the last notification
     /// needs no other, as it reads the log afterwards; so a slow reader blocks nobody.
-    fn tell_followers(&mut self) {
+    fn notify_followers(&mut self) {
         for client in self.clients.values_mut() {
-            if client.role == Role::Following && client.conn.unsent() == 0 {
+            if client.role == ClientRole::Following && client.conn.unsent() == 0 {
                 let kind = FrameType::Control;
                 client.conn.queue_json(kind, &ControlAnswer::Done);
             }

@@ -10,9 +10,9 @@ use sm_control::launch::ControlAnswer;
 use sm_control::signal::KILL;
 use sm_guest_proto::control::ControlReply;
 
-use super::stage::Stage;
-use super::{Supervisor, Timer, printable};
-use crate::guest::Guest;
+use super::stage::SupervisorStage;
+use super::{Supervisor, SupervisorTimer, printable};
+use crate::guest::GuestMachine;
 
 /// Time that a guest has to answer a signal. Shorter than the time that clients wait for
 /// an answer of this process.
@@ -27,24 +27,26 @@ pub(super) struct UnansweredSignal {
     deadline: Instant,
 }
 
-impl<G: Guest> Supervisor<G> {
+impl<G: GuestMachine> Supervisor<G> {
     /// Passes on a signal, for `client` if one waits for the answer. Returns the answer,
     /// or `None` if the client is answered later.
     pub(super) fn signal(&mut self, client: Option<u64>, signal: u8) -> Option<ControlAnswer> {
         // SIGKILL ends a workload that is held; other signals stay pending until it
         // continues, as they do for a frozen process.
         if signal == KILL {
-            self.give_up_capture();
-            if let Err(error) = self.let_run() {
+            self.cancel_capture();
+            if let Err(error) = self.resume_vcpus() {
                 return Some(ControlAnswer::Error(error));
             }
         }
         let halted = self.stage.is_halted();
         let refusal = match (&self.stage, &mut self.agent) {
-            (Stage::Running(_) | Stage::Resetting(_), Some(agent)) if agent.is_behind() => {
+            (SupervisorStage::Running(_) | SupervisorStage::Resetting(_), Some(agent))
+                if agent.is_behind() =>
+            {
                 "the guest does not answer"
             }
-            (Stage::Running(_) | Stage::Resetting(_), Some(agent)) => {
+            (SupervisorStage::Running(_) | SupervisorStage::Resetting(_), Some(agent)) => {
                 let Some(client) = client.filter(|_| !halted) else {
                     agent.signal_main(signal, false, None);
                     return Some(ControlAnswer::Done);
@@ -58,15 +60,14 @@ impl<G: Guest> Supervisor<G> {
                     signal,
                     deadline: Instant::now() + self.signal_timeout,
                 });
-                if !self.is_set(Timer::Signal) {
-                    self.set_timer(Timer::Signal, self.signal_timeout);
+                if !self.is_set(SupervisorTimer::Signal) {
+                    self.set_timer(SupervisorTimer::Signal, self.signal_timeout);
                 }
                 return None;
             }
-            (Stage::Starting(_), _) => "the workload has not started yet",
-            (Stage::Running(_) | Stage::Resetting(_), None) | (Stage::Ending(_), _) => {
-                "the workload has ended"
-            }
+            (SupervisorStage::Starting(_), _) => "the workload has not started yet",
+            (SupervisorStage::Running(_) | SupervisorStage::Resetting(_), None)
+            | (SupervisorStage::Ending(_), _) => "the workload has ended",
         };
         Some(ControlAnswer::Error(refusal.to_owned()))
     }
@@ -106,14 +107,14 @@ impl<G: Guest> Supervisor<G> {
         }
         if let Some(next) = self.signals.first() {
             let left = next.deadline.saturating_duration_since(now);
-            self.set_timer(Timer::Signal, left);
+            self.set_timer(SupervisorTimer::Signal, left);
         }
     }
 
     /// Answers all remaining signals, as the VM has ended. Answers of the agent that have
     /// arrived count: it sent them before the workload's end.
     pub(super) fn conclude_signals(&mut self) {
-        self.clear_timer(Timer::Signal);
+        self.clear_timer(SupervisorTimer::Signal);
         if self.signals.is_empty() {
             return;
         }

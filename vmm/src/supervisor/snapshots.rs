@@ -15,50 +15,60 @@ use sm_guest_proto::control::{ControlReply, ControlRequest};
 use sm_guest_proto::port;
 use sm_snapshot::manifest::Layer;
 
-use super::stage::{Copied, Machine, Next, Resetting, Running, SnapshotJob, Stage, Startup};
-use super::{Supervisor, Timer, printable};
+use super::stage::{
+    Copied, MachineActivity, Resetting, RunningStage, SnapshotJob, Startup, StartupStep,
+    SupervisorStage,
+};
+use super::{Supervisor, SupervisorTimer, printable};
 use crate::agent::Purpose;
-use crate::guest::{AfterCapture, Guest, SnapshotMade, SnapshotPlan};
+use crate::guest::{AfterCapture, GuestMachine, PublishedSnapshot, SnapshotPlan};
 
 /// Time limit for the guest to freeze its workload and write back its data. (The agent
 /// has a shorter limit, if it still runs.)
 pub(super) const PREPARE_TIMEOUT: Duration = Duration::from_secs(60);
 
-impl<G: Guest> Supervisor<G> {
-    pub(super) fn begin_snapshot(&mut self, client: u64, plan: SnapshotPlan) {
-        if let Err(refusal) = self.try_begin_snapshot(client, plan) {
+impl<G: GuestMachine> Supervisor<G> {
+    pub(super) fn start_snapshot(&mut self, client: u64, plan: SnapshotPlan) {
+        if let Err(refusal) = self.try_start_snapshot(client, plan) {
             self.answer(client, &ControlAnswer::Error(refusal));
         }
     }
 
-    fn try_begin_snapshot(&mut self, client: u64, plan: SnapshotPlan) -> Result<(), String> {
+    fn try_start_snapshot(&mut self, client: u64, plan: SnapshotPlan) -> Result<(), String> {
         if let Some(guest) = &self.guest {
             guest.check_snapshot(&plan.name)?;
         }
         let is_about_to_end = self.is_about_to_end();
         let refusal = match &mut self.stage {
-            Stage::Starting(_) => "the workload has not started yet",
-            Stage::Resetting(_) => "this VM is being reset to its snapshot",
-            Stage::Ending(_) => "the workload has ended",
-            Stage::Running(running) => match (&running.machine, &running.publishing) {
-                (Machine::Paused, _) => "the VM is paused: unpause it first",
-                (Machine::Preparing(_) | Machine::Copying(_) | Machine::Staying(_), _)
-                | (Machine::Free, Some(_)) => "a snapshot of this VM is being taken already",
-                (Machine::Free, None) if is_about_to_end => "the VM is about to end",
-                (Machine::Free, None) => match &mut self.agent {
+            SupervisorStage::Starting(_) => "the workload has not started yet",
+            SupervisorStage::Resetting(_) => "this VM is being reset to its snapshot",
+            SupervisorStage::Ending(_) => "the workload has ended",
+            SupervisorStage::Running(running) => match (&running.machine, &running.publishing) {
+                (MachineActivity::Paused, _) => "the VM is paused: unpause it first",
+                (
+                    MachineActivity::Preparing(_)
+                    | MachineActivity::Copying(_)
+                    | MachineActivity::Publishing(_),
+                    _,
+                )
+                | (MachineActivity::Free, Some(_)) => {
+                    "a snapshot of this VM is being taken already"
+                }
+                (MachineActivity::Free, None) if is_about_to_end => "the VM is about to end",
+                (MachineActivity::Free, None) => match &mut self.agent {
                     None => "the guest's agent is gone",
                     Some(agent) => {
                         self.snapshots += 1;
                         let job = self.snapshots;
                         agent.ask(Purpose::Freeze { job }, &ControlRequest::Freeze);
-                        running.machine = Machine::Preparing(SnapshotJob {
+                        running.machine = MachineActivity::Preparing(SnapshotJob {
                             id: job,
                             client,
                             plan,
-                            asked: Instant::now(),
+                            requested_at: Instant::now(),
                             frozen_us: 0,
                         });
-                        self.set_timer(Timer::Prepare, self.prepare_timeout);
+                        self.set_timer(SupervisorTimer::Prepare, self.prepare_timeout);
                         return Ok(());
                     }
                 },
@@ -70,13 +80,14 @@ impl<G: Guest> Supervisor<G> {
     /// Returns whether the guest prepares for `job`, which may have been cancelled.
     fn is_current(&self, job: u64) -> bool {
         match &self.stage {
-            Stage::Running(Running {
-                machine: Machine::Preparing(now),
+            SupervisorStage::Running(RunningStage {
+                machine: MachineActivity::Preparing(now),
                 ..
             }) => now.id == job,
-            Stage::Starting(_) | Stage::Running(_) | Stage::Resetting(_) | Stage::Ending(_) => {
-                false
-            }
+            SupervisorStage::Starting(_)
+            | SupervisorStage::Running(_)
+            | SupervisorStage::Resetting(_)
+            | SupervisorStage::Ending(_) => false,
         }
     }
 
@@ -111,14 +122,14 @@ impl<G: Guest> Supervisor<G> {
         if !self.is_current(job) {
             return;
         }
-        self.clear_timer(Timer::Prepare);
+        self.clear_timer(SupervisorTimer::Prepare);
         if reply != ControlReply::Done {
             self.thaw();
             return self.snapshot_failed(&refused("prepare the guest", reply));
         }
         let (
-            Stage::Running(Running {
-                machine: machine @ Machine::Preparing(_),
+            SupervisorStage::Running(RunningStage {
+                machine: machine @ MachineActivity::Preparing(_),
                 ..
             }),
             Some(guest),
@@ -126,13 +137,13 @@ impl<G: Guest> Supervisor<G> {
         else {
             return;
         };
-        let Machine::Preparing(job) = std::mem::take(machine) else {
+        let MachineActivity::Preparing(job) = std::mem::take(machine) else {
             return;
         };
         match guest.snapshot(job.plan.clone()) {
-            Ok(()) => *machine = Machine::Copying(job),
+            Ok(()) => *machine = MachineActivity::Copying(job),
             Err(error) => {
-                *machine = Machine::Preparing(job);
+                *machine = MachineActivity::Preparing(job);
                 self.thaw();
                 self.snapshot_failed(&error);
             }
@@ -141,10 +152,10 @@ impl<G: Guest> Supervisor<G> {
 
     /// Records that the machine of a startup is paused, and the step that follows. The
     /// copy of memory is no delay of the guest, so its time to start is suspended.
-    pub(super) fn hold_startup(&mut self, next: Next) {
-        let left = self.take_timer(Timer::Start);
+    pub(super) fn suspend_startup(&mut self, next: StartupStep) {
+        let remaining = self.take_timer(SupervisorTimer::Start);
         if let Some(startup) = self.stage.startup() {
-            *startup = Startup::Copying { next, left };
+            *startup = Startup::Copying { next, remaining };
         }
     }
 
@@ -154,35 +165,39 @@ impl<G: Guest> Supervisor<G> {
             tracing::warn!(error, "a snapshot was not taken");
         }
         match &mut self.stage {
-            Stage::Starting(startup) | Stage::Resetting(Resetting { startup, .. }) => {
+            SupervisorStage::Starting(startup)
+            | SupervisorStage::Resetting(Resetting { startup, .. }) => {
                 match std::mem::replace(startup, Startup::Preparing) {
-                    Startup::Copying { next, left } => self.startup_captured(next, left),
+                    Startup::Copying { next, remaining } => self.startup_captured(next, remaining),
                     other => *startup = other,
                 }
             }
-            Stage::Running(running) => match &running.machine {
-                Machine::Copying(job) => {
-                    let then = match job.plan.stay && copied.is_ok() {
-                        true => AfterCapture::Stay,
+            SupervisorStage::Running(running) => match &running.machine {
+                MachineActivity::Copying(job) => {
+                    let then = match job.plan.leave_paused && copied.is_ok() {
+                        true => AfterCapture::LeavePaused,
                         false => AfterCapture::Run,
                     };
-                    if self.let_go(then) {
+                    if self.end_pause(then) {
                         self.workload_captured(copied, then);
                     }
                 }
-                Machine::Free | Machine::Paused | Machine::Preparing(_) | Machine::Staying(_) => {}
+                MachineActivity::Free
+                | MachineActivity::Paused
+                | MachineActivity::Preparing(_)
+                | MachineActivity::Publishing(_) => {}
             },
-            Stage::Ending(ending) => {
+            SupervisorStage::Ending(ending) => {
                 let Some(purpose) = ending.copying.take() else {
                     return;
                 };
                 let then = match purpose {
                     Copied::ForCache => AfterCapture::Run,
                     // The client was already notified of the failure.
-                    Copied::ForNobody => AfterCapture::Forget,
+                    Copied::Discarded => AfterCapture::Discard,
                 };
-                let continues = self.let_go(then);
-                if continues && purpose == Copied::ForNobody {
+                let continues = self.end_pause(then);
+                if continues && purpose == Copied::Discarded {
                     self.thaw();
                 }
             }
@@ -191,11 +206,11 @@ impl<G: Guest> Supervisor<G> {
 
     /// Ends the pause of the machine, unless it is to stay paused. Returns false if that
     /// fails, which ends the VM.
-    fn let_go(&mut self, then: AfterCapture) -> bool {
+    fn end_pause(&mut self, then: AfterCapture) -> bool {
         match self.guest.as_mut().map(|guest| guest.captured(then)) {
             Some(Err(error)) => {
                 self.host_failed(&error);
-                if let Stage::Ending(ending) = &mut self.stage {
+                if let SupervisorStage::Ending(ending) = &mut self.stage {
                     ending.copying = None;
                 }
                 false
@@ -204,16 +219,16 @@ impl<G: Guest> Supervisor<G> {
         }
     }
 
-    fn startup_captured(&mut self, next: Next, left: Option<Duration>) {
-        if let Some(left) = left {
-            self.set_timer(Timer::Start, left);
+    fn startup_captured(&mut self, next: StartupStep, remaining: Option<Duration>) {
+        if let Some(remaining) = remaining {
+            self.set_timer(SupervisorTimer::Start, remaining);
         }
-        if !self.let_go(AfterCapture::Run) {
+        if !self.end_pause(AfterCapture::Run) {
             return;
         }
         match next {
-            Next::Agent(stream) => self.meet_agent(stream),
-            Next::Workload => self.go_on_with_root(),
+            StartupStep::Agent(stream) => self.meet_agent(stream),
+            StartupStep::Workload => self.go_on_with_root(),
         }
     }
 
@@ -221,14 +236,14 @@ impl<G: Guest> Supervisor<G> {
         match then {
             // The machine ends when its snapshot is published, or when the stop grace is
             // over.
-            AfterCapture::Stay => self.begin_grace(),
-            AfterCapture::Run | AfterCapture::Forget => self.thaw(),
+            AfterCapture::LeavePaused => self.start_grace(),
+            AfterCapture::Run | AfterCapture::Discard => self.thaw(),
         }
-        let Stage::Running(running) = &mut self.stage else {
+        let SupervisorStage::Running(running) = &mut self.stage else {
             return;
         };
         let mut job = match std::mem::take(&mut running.machine) {
-            Machine::Copying(job) => job,
+            MachineActivity::Copying(job) => job,
             other => {
                 running.machine = other;
                 return;
@@ -237,38 +252,38 @@ impl<G: Guest> Supervisor<G> {
         if let Err(error) = copied {
             return self.answer(job.client, &ControlAnswer::Error(error));
         }
-        job.frozen_us = u64::try_from(job.asked.elapsed().as_micros()).unwrap_or(u64::MAX);
-        match job.plan.stay {
-            true => running.machine = Machine::Staying(job),
+        job.frozen_us = u64::try_from(job.requested_at.elapsed().as_micros()).unwrap_or(u64::MAX);
+        match job.plan.leave_paused {
+            true => running.machine = MachineActivity::Publishing(job),
             false => running.publishing = Some(job),
         }
     }
 
     /// Cancels the copy of a paused machine, which is needed for something else.
-    pub(super) fn give_up_capture(&self) {
+    pub(super) fn cancel_capture(&self) {
         if let Some(guest) = &self.guest {
-            guest.give_up_capture();
+            guest.cancel_capture();
         }
     }
 
     /// Handles the end of publishing.
-    pub(super) fn snapshot_made(&mut self, made: Result<SnapshotMade, String>) {
+    pub(super) fn snapshot_published(&mut self, published: Result<PublishedSnapshot, String>) {
         let job = match &mut self.stage {
-            Stage::Running(running) => match std::mem::take(&mut running.machine) {
-                Machine::Staying(job) => Some(job),
+            SupervisorStage::Running(running) => match std::mem::take(&mut running.machine) {
+                MachineActivity::Publishing(job) => Some(job),
                 other => {
                     running.machine = other;
                     running.publishing.take()
                 }
             },
-            Stage::Ending(ending) => ending.publishing.take(),
-            Stage::Starting(_) | Stage::Resetting(_) => None,
+            SupervisorStage::Ending(ending) => ending.publishing.take(),
+            SupervisorStage::Starting(_) | SupervisorStage::Resetting(_) => None,
         };
         let Some(job) = job else {
             return;
         };
-        match made {
-            Ok(SnapshotMade { report, kept }) => {
+        match published {
+            Ok(PublishedSnapshot { report, guard }) => {
                 let name = job.plan.name;
                 let why = format!("it was stopped when snapshot \"{name}\" of it was taken");
                 let report = SnapshotReport {
@@ -279,16 +294,16 @@ impl<G: Guest> Supervisor<G> {
                 self.answer(job.client, &ControlAnswer::Snapshot(report));
                 // The snapshot is kept until the client has opened it, or disconnects.
                 if let Some(client) = self.clients.get_mut(&job.client) {
-                    client.kept = kept;
+                    client.snapshot_guard = guard;
                 }
-                if job.plan.stay {
+                if job.plan.leave_paused {
                     self.destroy(&why);
                 }
             }
             Err(error) => {
                 self.answer(job.client, &ControlAnswer::Error(error));
-                if job.plan.stay && !self.stage.has_ended() {
-                    if let Some(Err(error)) = self.guest.as_mut().map(Guest::resume) {
+                if job.plan.leave_paused && !self.stage.has_ended() {
+                    if let Some(Err(error)) = self.guest.as_mut().map(GuestMachine::resume) {
                         self.guest_broke(&error);
                     }
                     self.thaw();
@@ -304,32 +319,39 @@ impl<G: Guest> Supervisor<G> {
     /// Resets the machine to its snapshot, and starts it as after a restore.
     pub(super) fn reset(&mut self, client: u64) {
         let refusal = match &self.stage {
-            Stage::Starting(_) | Stage::Ending(_) => "the workload does not run",
-            Stage::Resetting(_) => "this VM is being reset already",
-            Stage::Running(running) => match (&running.machine, &running.publishing) {
-                (Machine::Paused, _) => "the VM is paused: unpause it first",
-                (Machine::Preparing(_) | Machine::Copying(_) | Machine::Staying(_), _)
-                | (Machine::Free, Some(_)) => "a snapshot of this VM is being taken",
-                (Machine::Free, None) if self.is_about_to_end() => "the VM is about to end",
-                (Machine::Free, None) if self.restored() != Some(Layer::App) => {
+            SupervisorStage::Starting(_) | SupervisorStage::Ending(_) => {
+                "the workload does not run"
+            }
+            SupervisorStage::Resetting(_) => "this VM is being reset already",
+            SupervisorStage::Running(running) => match (&running.machine, &running.publishing) {
+                (MachineActivity::Paused, _) => "the VM is paused: unpause it first",
+                (
+                    MachineActivity::Preparing(_)
+                    | MachineActivity::Copying(_)
+                    | MachineActivity::Publishing(_),
+                    _,
+                )
+                | (MachineActivity::Free, Some(_)) => "a snapshot of this VM is being taken",
+                (MachineActivity::Free, None) if self.is_about_to_end() => "the VM is about to end",
+                (MachineActivity::Free, None) if self.restored() != Some(Layer::App) => {
                     "it was not started from a workload snapshot, so it cannot be reset"
                 }
-                (Machine::Free, None) => return self.put_back(client),
+                (MachineActivity::Free, None) => return self.start_reset(client),
             },
         };
         self.answer(client, &ControlAnswer::Error(refusal.to_owned()));
     }
 
-    fn put_back(&mut self, client: u64) {
+    fn start_reset(&mut self, client: u64) {
         self.agent = None;
         self.main = None;
         self.phases.clear();
         self.clear_guest_timers();
         self.set_timer(
-            Timer::Start,
+            SupervisorTimer::Start,
             Duration::from_millis(self.request.start_timeout_ms),
         );
-        self.stage = Stage::Resetting(Resetting {
+        self.stage = SupervisorStage::Resetting(Resetting {
             client,
             startup: Startup::AgentAwaited,
         });
@@ -344,7 +366,7 @@ impl<G: Guest> Supervisor<G> {
         match called {
             Ok(stream) => self.agent_dialed(stream),
             Err(error) => {
-                self.stage = Stage::Running(Running::default());
+                self.stage = SupervisorStage::Running(RunningStage::default());
                 self.answer(client, &ControlAnswer::Error(error.clone()));
                 self.guest_broke(&error);
             }
@@ -356,52 +378,52 @@ impl<G: Guest> Supervisor<G> {
     /// the copy of memory and the publication that are still in progress.
     pub(super) fn cancel_captures(
         &mut self,
-        before: Stage,
+        before: SupervisorStage,
     ) -> (Option<Copied>, Option<SnapshotJob>) {
         match before {
-            Stage::Starting(startup) => {
-                self.give_up_capture();
+            SupervisorStage::Starting(startup) => {
+                self.cancel_capture();
                 (startup.copying(), None)
             }
-            Stage::Resetting(Resetting { client, startup }) => {
+            SupervisorStage::Resetting(Resetting { client, startup }) => {
                 let text = "the VM exited before the reset completed".to_owned();
                 self.answer(client, &ControlAnswer::Error(text));
-                self.give_up_capture();
+                self.cancel_capture();
                 (startup.copying(), None)
             }
-            Stage::Running(running) => match running.machine {
-                Machine::Free | Machine::Paused => {
+            SupervisorStage::Running(running) => match running.machine {
+                MachineActivity::Free | MachineActivity::Paused => {
                     if running.publishing.is_none() {
-                        self.give_up_capture();
+                        self.cancel_capture();
                     }
                     (None, running.publishing)
                 }
-                Machine::Preparing(job) => {
+                MachineActivity::Preparing(job) => {
                     self.ended_before_capture(&job);
                     (None, running.publishing)
                 }
-                Machine::Copying(job) => {
+                MachineActivity::Copying(job) => {
                     self.ended_before_capture(&job);
-                    (Some(Copied::ForNobody), running.publishing)
+                    (Some(Copied::Discarded), running.publishing)
                 }
-                Machine::Staying(job) => (None, Some(job)),
+                MachineActivity::Publishing(job) => (None, Some(job)),
             },
-            Stage::Ending(ending) => (ending.copying, ending.publishing),
+            SupervisorStage::Ending(ending) => (ending.copying, ending.publishing),
         }
     }
 
     fn ended_before_capture(&mut self, job: &SnapshotJob) {
-        self.give_up_capture();
+        self.cancel_capture();
         let text = "the VM exited before its snapshot was taken".to_owned();
         self.answer(job.client, &ControlAnswer::Error(text));
     }
 
     /// Answers the client of a snapshot for which the guest did not get ready.
     pub(super) fn snapshot_failed(&mut self, why: &str) {
-        self.clear_timer(Timer::Prepare);
-        if let Stage::Running(Running { machine, .. }) = &mut self.stage {
+        self.clear_timer(SupervisorTimer::Prepare);
+        if let SupervisorStage::Running(RunningStage { machine, .. }) = &mut self.stage {
             match std::mem::take(machine) {
-                Machine::Preparing(job) => {
+                MachineActivity::Preparing(job) => {
                     self.answer(job.client, &ControlAnswer::Error(why.to_owned()));
                 }
                 other => *machine = other,
@@ -411,7 +433,7 @@ impl<G: Guest> Supervisor<G> {
 
     /// Thaws the workload. If it is to stop, its stop grace starts now.
     pub(super) fn thaw(&mut self) {
-        self.begin_grace();
+        self.start_grace();
         if let Some(agent) = &mut self.agent {
             agent.ask(Purpose::Thaw, &ControlRequest::Thaw);
         }

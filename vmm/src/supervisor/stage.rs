@@ -23,11 +23,11 @@ use crate::guest::SnapshotPlan;
 
 /// See the module's documentation.
 #[derive(Debug)]
-pub(super) enum Stage {
+pub(super) enum SupervisorStage {
     /// The workload does not run yet.
     Starting(Startup),
     /// It runs, or would if the machine were not held.
-    Running(Running),
+    Running(RunningStage),
     /// The machine is restored to the snapshot of its workload.
     Resetting(Resetting),
     /// The VM has ended, and its machine is on its way out.
@@ -42,10 +42,10 @@ pub(super) enum Startup {
     AgentAwaited,
     /// The machine is held while its memory is copied for the cache.
     Copying {
-        next: Next,
+        next: StartupStep,
         /// The time to start that was left when the machine was held. Copying takes as
         /// long as it takes, which is no fault of the guest's.
-        left: Option<Duration>,
+        remaining: Option<Duration>,
     },
     /// The agent is there, and the guest gets its identity and its root.
     Preparing,
@@ -55,7 +55,7 @@ pub(super) enum Startup {
 
 /// The next step of a startup after the memory of its machine was copied.
 #[derive(Debug)]
-pub(super) enum Next {
+pub(super) enum StartupStep {
     /// The conversation with the agent, which has dialled: a base snapshot is made.
     Agent(UnixStream),
     /// The workload: an image snapshot is made.
@@ -64,8 +64,8 @@ pub(super) enum Next {
 
 /// A workload that runs.
 #[derive(Debug, Default)]
-pub(super) struct Running {
-    pub(super) machine: Machine,
+pub(super) struct RunningStage {
+    pub(super) machine: MachineActivity,
     /// The snapshot that is published beside the running machine.
     pub(super) publishing: Option<SnapshotJob>,
     /// The workload is asked to stop, and may take this long once it can.
@@ -74,7 +74,7 @@ pub(super) struct Running {
 
 /// State of the machine of a running workload.
 #[derive(Debug, Default)]
-pub(super) enum Machine {
+pub(super) enum MachineActivity {
     /// The machine runs.
     #[default]
     Free,
@@ -85,7 +85,7 @@ pub(super) enum Machine {
     /// Paused while its memory is copied.
     Copying(SnapshotJob),
     /// Its memory was copied; paused until the snapshot is published.
-    Staying(SnapshotJob),
+    Publishing(SnapshotJob),
 }
 
 /// A machine that is restored to its snapshot.
@@ -115,7 +115,7 @@ pub(super) enum Copied {
     /// The cache of snapshots: it is published.
     ForCache,
     /// A client, which was answered that there is no snapshot.
-    ForNobody,
+    Discarded,
 }
 
 /// Progress of the end of a machine whose VM has ended.
@@ -139,33 +139,35 @@ pub(super) struct SnapshotJob {
     /// The client that asked for it.
     pub(super) client: u64,
     pub(super) plan: SnapshotPlan,
-    pub(super) asked: Instant,
+    pub(super) requested_at: Instant,
     pub(super) frozen_us: u64,
 }
 
 impl Startup {
     /// Returns whether the machine is held.
-    pub(super) fn is_held(&self) -> bool {
+    pub(super) fn is_copying(&self) -> bool {
         matches!(self, Self::Copying { .. })
     }
 
     /// Returns the purpose of a copy that is not complete when the VM ends.
     pub(super) fn copying(&self) -> Option<Copied> {
-        self.is_held().then_some(Copied::ForCache)
+        self.is_copying().then_some(Copied::ForCache)
     }
 }
 
-impl Running {
+impl RunningStage {
     /// The snapshot that a client waits for.
     fn job(&self) -> Option<&SnapshotJob> {
         match &self.machine {
-            Machine::Preparing(job) | Machine::Copying(job) | Machine::Staying(job) => Some(job),
-            Machine::Free | Machine::Paused => self.publishing.as_ref(),
+            MachineActivity::Preparing(job)
+            | MachineActivity::Copying(job)
+            | MachineActivity::Publishing(job) => Some(job),
+            MachineActivity::Free | MachineActivity::Paused => self.publishing.as_ref(),
         }
     }
 }
 
-impl Stage {
+impl SupervisorStage {
     /// The stage as clients know it.
     pub(super) fn public(&self) -> launch::Stage {
         match self {
@@ -177,7 +179,7 @@ impl Stage {
 
     pub(super) fn is_paused(&self) -> bool {
         match self {
-            Self::Running(running) => matches!(running.machine, Machine::Paused),
+            Self::Running(running) => matches!(running.machine, MachineActivity::Paused),
             Self::Starting(_) | Self::Resetting(_) | Self::Ending(_) => false,
         }
     }
@@ -186,9 +188,9 @@ impl Stage {
     pub(super) fn is_copying(&self) -> bool {
         match self {
             Self::Starting(startup) | Self::Resetting(Resetting { startup, .. }) => {
-                startup.is_held()
+                startup.is_copying()
             }
-            Self::Running(running) => matches!(running.machine, Machine::Copying(_)),
+            Self::Running(running) => matches!(running.machine, MachineActivity::Copying(_)),
             Self::Ending(ending) => ending.copying.is_some(),
         }
     }
@@ -197,8 +199,10 @@ impl Stage {
     pub(super) fn is_halted(&self) -> bool {
         match self {
             Self::Running(running) => match running.machine {
-                Machine::Paused | Machine::Copying(_) | Machine::Staying(_) => true,
-                Machine::Free | Machine::Preparing(_) => false,
+                MachineActivity::Paused
+                | MachineActivity::Copying(_)
+                | MachineActivity::Publishing(_) => true,
+                MachineActivity::Free | MachineActivity::Preparing(_) => false,
             },
             Self::Starting(_) | Self::Resetting(_) | Self::Ending(_) => self.is_copying(),
         }

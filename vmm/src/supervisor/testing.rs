@@ -29,11 +29,12 @@ use sm_guest_proto::frame::{self, ExitStatus, FrameHeader, FrameType, HEADER_LEN
 use sm_guest_proto::{PROTOCOL_VERSION, port};
 use sm_snapshot::manifest::Layer;
 
-use super::{Parts, Supervisor};
+use super::{Supervisor, SupervisorParts};
 use crate::conn::shortage;
 use crate::environment::VmRecord;
 use crate::guest::{
-    AfterCapture, Guest, GuestEnd, Notice, NoticeSender, SnapshotMade, SnapshotPlan, notices,
+    AfterCapture, EventSender, GuestEnd, GuestMachine, PublishedSnapshot, SnapshotPlan,
+    SupervisorEvent, event_channel,
 };
 
 /// A machine without a guest: streams to it go to the test.
@@ -41,7 +42,7 @@ pub(crate) struct FakeGuest {
     connections: Sender<(u32, UnixStream)>,
     state: Arc<FakeState>,
     restored: Option<Layer>,
-    notices: NoticeSender,
+    events: EventSender,
     wants_root: bool,
     slow_copies: bool,
 }
@@ -56,14 +57,14 @@ pub(crate) struct FakeState {
     pub(crate) snapshot: Mutex<Option<SnapshotPlan>>,
     /// The state of the machine after its memory was copied.
     pub(crate) captured: Mutex<Option<AfterCapture>>,
-    pub(crate) capture_given_up: Mutex<bool>,
+    pub(crate) capture_cancelled: Mutex<bool>,
     /// True if its published ports are closed.
     pub(crate) closed: Mutex<bool>,
     /// True if bytes that it has sent are still in flight.
     pub(crate) delivers: Mutex<bool>,
     /// Number of image snapshots.
     pub(crate) roots: Mutex<u32>,
-    pub(crate) given_up: Mutex<bool>,
+    pub(crate) source_discarded: Mutex<bool>,
 }
 
 impl FakeState {
@@ -73,7 +74,7 @@ impl FakeState {
     }
 }
 
-impl Guest for FakeGuest {
+impl GuestMachine for FakeGuest {
     fn connect(&mut self, port: u32) -> io::Result<UnixStream> {
         let (ours, theirs) = UnixStream::pair()?;
         self.connections.send((port, theirs)).unwrap();
@@ -88,15 +89,15 @@ impl Guest for FakeGuest {
     fn root_attached(&mut self) -> Result<bool, String> {
         *self.state.roots.lock().unwrap() += 1;
         if !self.slow_copies {
-            self.notices.send(Notice::Captured(Ok(())));
+            self.events.send(SupervisorEvent::Captured(Ok(())));
         }
         Ok(true)
     }
     fn cached_source(&self) -> Option<String> {
         self.restored.is_some().then(|| "image-x".to_owned())
     }
-    fn give_up_source(&mut self) -> Option<String> {
-        *self.state.given_up.lock().unwrap() = true;
+    fn discard_source(&mut self) -> Option<String> {
+        *self.state.source_discarded.lock().unwrap() = true;
         self.restored.is_some().then(|| "image-x".to_owned())
     }
     fn check_snapshot(&self, name: &str) -> Result<(), String> {
@@ -108,7 +109,7 @@ impl Guest for FakeGuest {
     fn snapshot(&mut self, plan: SnapshotPlan) -> Result<(), String> {
         // For "large", the test sends the event that memory is copied.
         if plan.name != "large" {
-            self.notices.send(Notice::Captured(Ok(())));
+            self.events.send(SupervisorEvent::Captured(Ok(())));
         }
         *self.state.snapshot.lock().unwrap() = Some(plan);
         Ok(())
@@ -116,8 +117,8 @@ impl Guest for FakeGuest {
     fn captured(&mut self, then: AfterCapture) -> Result<(), String> {
         *self.state.captured.lock().unwrap() = Some(then);
         let plan = self.state.snapshot.lock().unwrap();
-        let made = match plan.as_ref().map(|plan| plan.name.as_str()) {
-            _ if then == AfterCapture::Forget => return Ok(()),
+        let published = match plan.as_ref().map(|plan| plan.name.as_str()) {
+            _ if then == AfterCapture::Discard => return Ok(()),
             Some("raced") => Err("a snapshot named \"raced\" exists already".to_owned()),
             // For these, the test sends the event that the snapshot is published.
             None | Some("slow" | "large") => return Ok(()),
@@ -126,12 +127,15 @@ impl Guest for FakeGuest {
                 ..SnapshotReport::default()
             }),
         };
-        let made = made.map(|report| SnapshotMade { report, kept: None });
-        self.notices.send(Notice::Snapshot(made));
+        let published = published.map(|report| PublishedSnapshot {
+            report,
+            guard: None,
+        });
+        self.events.send(SupervisorEvent::Snapshot(published));
         Ok(())
     }
-    fn give_up_capture(&self) {
-        *self.state.capture_given_up.lock().unwrap() = true;
+    fn cancel_capture(&self) {
+        *self.state.capture_cancelled.lock().unwrap() = true;
     }
     fn reset(&mut self) -> Result<(), String> {
         Ok(())
@@ -169,9 +173,9 @@ impl Guest for FakeGuest {
 
 /// A blocking peer with framing.
 #[derive(Debug)]
-pub struct Peer(pub UnixStream);
+pub struct FramedPeer(pub UnixStream);
 
-impl Peer {
+impl FramedPeer {
     /// Returns the next frame; `None` at the end of the stream.
     ///
     /// # Panics
@@ -234,7 +238,7 @@ pub struct Fixture<R> {
     /// The launcher's end of the launch stream.
     pub launcher: Option<Session>,
     control: Endpoint,
-    pub(crate) dial: NoticeSender,
+    pub(crate) dial: EventSender,
     pub(crate) connections: Receiver<(u32, UnixStream)>,
     #[cfg_attr(not(test), expect(dead_code, reason = "only this crate's tests look"))]
     pub(crate) guest: Arc<FakeState>,
@@ -245,7 +249,7 @@ pub struct Fixture<R> {
 
 /// Deviations from the defaults of a test.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Setup {
+pub struct SupervisorSetup {
     /// True if the launcher does not attach.
     pub(crate) detached: bool,
     /// True if the workload has standard input.
@@ -259,7 +263,7 @@ pub struct Setup {
     /// True if the test sends the event that memory is copied for an image snapshot.
     pub(crate) slow_copies: bool,
     /// True for a machine that is started for its identity report.
-    pub(crate) evidence: bool,
+    pub(crate) identity_report: bool,
     pub(crate) prepare_timeout: Option<Duration>,
     /// Time limit for the guest to power itself off; the default is short, as most agents
     /// of tests do not.
@@ -271,7 +275,7 @@ pub struct Setup {
     pub(crate) shortage: u32,
 }
 
-impl Setup {
+impl SupervisorSetup {
     /// Makes the launcher not attach.
     #[must_use]
     pub fn detached(self) -> Self {
@@ -319,7 +323,7 @@ pub fn fixture<R: VmRecord + Clone + 'static>(
     record: R,
     config: VmConfig,
     lock: File,
-    setup: Setup,
+    setup: SupervisorSetup,
 ) -> Fixture<R> {
     let (fixture, supervisor) = not_running(record, config, lock, setup);
     Fixture {
@@ -356,7 +360,7 @@ pub(crate) fn not_running<R: VmRecord + Clone + 'static>(
     record: R,
     config: VmConfig,
     lock: File,
-    setup: Setup,
+    setup: SupervisorSetup,
 ) -> (Fixture<R>, Supervisor<FakeGuest>) {
     let control = Endpoint::new(record.control_socket(), &config.name);
     let request = LaunchRequest {
@@ -366,7 +370,7 @@ pub(crate) fn not_running<R: VmRecord + Clone + 'static>(
         cache: PathBuf::new(),
         config: config.into(),
         cmdline: String::new(),
-        source: match setup.evidence {
+        source: match setup.identity_report {
             true => StartSource::IdentityReport("warm".to_owned()),
             false => StartSource::Image(ImageSource {
                 root: Vec::new(),
@@ -390,7 +394,7 @@ pub(crate) fn not_running<R: VmRecord + Clone + 'static>(
         rustix::net::sockopt::set_socket_send_buffer_size(&theirs, 1 << 20).unwrap();
     }
     let (terminate, terminated) = UnixStream::pair().unwrap();
-    let (dial, notices) = notices().unwrap();
+    let (dial, events) = event_channel().unwrap();
     let (sender, connections) = channel();
     let guest = Arc::new(FakeState {
         ended: eventfd(0, EventfdFlags::CLOEXEC).unwrap(),
@@ -399,23 +403,23 @@ pub(crate) fn not_running<R: VmRecord + Clone + 'static>(
         console: Mutex::new(String::new()),
         snapshot: Mutex::new(None),
         captured: Mutex::new(None),
-        capture_given_up: Mutex::new(false),
+        capture_cancelled: Mutex::new(false),
         closed: Mutex::new(false),
         delivers: Mutex::new(false),
         roots: Mutex::new(0),
-        given_up: Mutex::new(false),
+        source_discarded: Mutex::new(false),
     });
-    let parts = Parts {
+    let parts = SupervisorParts {
         guest: FakeGuest {
             connections: sender,
             state: guest.clone(),
             restored: setup.restored,
-            notices: dial.clone(),
+            events: dial.clone(),
             wants_root: setup.wants_root,
             slow_copies: setup.slow_copies,
         },
         warnings: vec!["it rains".to_owned()],
-        notices,
+        events,
         request,
         lock,
         launcher: theirs,
@@ -451,21 +455,21 @@ pub(crate) fn not_running<R: VmRecord + Clone + 'static>(
 
 impl<R> Fixture<R> {
     /// Connects as an agent does.
-    pub(crate) fn dial(&self) -> Peer {
+    pub(crate) fn dial(&self) -> FramedPeer {
         let (theirs, ours) = UnixStream::pair().unwrap();
-        self.dial.send(Notice::Agent(theirs));
-        Peer(ours)
+        self.dial.send(SupervisorEvent::Agent(theirs));
+        FramedPeer(ours)
     }
 
     /// Plays the agent up to the request for the workload.
-    pub(crate) fn boot(&mut self) -> (Peer, Peer, ExecRequest) {
+    pub(crate) fn boot(&mut self) -> (FramedPeer, FramedPeer, ExecRequest) {
         let (agent, mut main) = self.boot_to_root();
         let request: ExecRequest = main.receive_json(FrameType::Request);
         (agent, main, request)
     }
 
     /// Plays the agent until its root is attached.
-    pub(crate) fn boot_to_root(&mut self) -> (Peer, Peer) {
+    pub(crate) fn boot_to_root(&mut self) -> (FramedPeer, FramedPeer) {
         let mut agent = self.dial();
         let request = agent.receive_json(FrameType::Control);
         assert!(matches!(request, ControlRequest::Hello(_)));
@@ -484,7 +488,7 @@ impl<R> Fixture<R> {
         assert!(matches!(request, ControlRequest::AttachRoot(_)));
         let (to, stream) = self.connections.recv().unwrap();
         assert_eq!(to, port::EXEC);
-        let mut main = Peer(stream);
+        let mut main = FramedPeer(stream);
         let hello: ExecControl = main.receive_json(FrameType::Control);
         assert!(matches!(hello, ExecControl::Hello(_)));
         main.send_json(&ExecReply::Hello(Hello {
@@ -499,7 +503,7 @@ impl<R> Fixture<R> {
     ///
     /// # Panics
     /// The supervisor sends something else.
-    pub fn start(&mut self) -> (Peer, Peer) {
+    pub fn start(&mut self) -> (FramedPeer, FramedPeer) {
         let (agent, mut main, request) = self.boot();
         assert_eq!(
             (request.role, request.argv),

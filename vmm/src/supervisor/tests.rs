@@ -23,19 +23,19 @@ use sm_guest_proto::{PROTOCOL_VERSION, port};
 use sm_snapshot::manifest::Layer;
 
 use self::record::FakeRecord;
-use super::testing::{self, FakeGuest, FakeState, Peer, Setup, in_own_process};
+use super::testing::{self, FakeGuest, FakeState, FramedPeer, SupervisorSetup, in_own_process};
 use super::*;
-use crate::guest::{AfterCapture, GuestEnd, SnapshotMade};
+use crate::guest::{AfterCapture, GuestEnd, PublishedSnapshot};
 
 type Fixture = testing::Fixture<FakeRecord>;
 
-fn fixture(setup: Setup) -> Fixture {
+fn fixture(setup: SupervisorSetup) -> Fixture {
     let (record, lock) = FakeRecord::create();
     let config = setup.config(VmId::generate(), "vm".to_owned());
     testing::fixture(record, config, lock, setup)
 }
 
-fn not_running(setup: Setup) -> (Fixture, Supervisor<FakeGuest>) {
+fn not_running(setup: SupervisorSetup) -> (Fixture, Supervisor<FakeGuest>) {
     let (record, lock) = FakeRecord::create();
     let config = setup.config(VmId::generate(), "vm".to_owned());
     testing::not_running(record, config, lock, setup)

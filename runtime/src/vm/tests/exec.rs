@@ -4,7 +4,7 @@ use super::*;
 
 #[test]
 fn sending_a_request_times_out() {
-    let mut f = fixture(Setup::default().detached());
+    let mut f = fixture(SupervisorSetup::default().detached());
     let (_agent, mut main) = f.vm.start();
     // No process reads the connection.
     let _exec = UnixListener::bind(f.vm.record.exec_socket()).unwrap();
@@ -26,7 +26,7 @@ fn sending_a_request_times_out() {
 
 #[test]
 fn a_command_in_a_paused_vm_is_refused_at_once() {
-    let mut f = fixture(Setup::default().detached());
+    let mut f = fixture(SupervisorSetup::default().detached());
     let (_agent, mut main) = f.vm.start();
     let vm = f.find();
     vm.pause().unwrap();

@@ -16,7 +16,7 @@ const VICTIM: &str = "SM_TEST_VICTIM";
 fn work(directory: &Path) {
     let home = home_in(directory);
     for round in 0.. {
-        let setup = Setup::default().auto_remove(round % 3 == 0);
+        let setup = SupervisorSetup::default().auto_remove(round % 3 == 0);
         let mut f = supervised(&home, None, setup);
         let (mut agent, mut main) = f.start();
         main.send(FrameType::Stdout, b"hello");

@@ -22,7 +22,7 @@ fn followed(record: &Record) -> String {
 /// Plays an agent that answers each exec request with its command.
 fn serve_exec(listener: &UnixListener, commands: usize) {
     for stream in listener.incoming().take(commands) {
-        let mut peer = Peer(stream.unwrap());
+        let mut peer = FramedPeer(stream.unwrap());
         let _: ExecControl = peer.receive_json(FrameType::Control);
         let request: ExecRequest = peer.receive_json(FrameType::Request);
         peer.send_json(&ExecReply::Started { pid: 7 });
@@ -51,18 +51,18 @@ fn hundreds_of_clients_of_all_kinds_do_not_prevent_control() {
         maximum,
     };
     setrlimit(Resource::Nofile, most).unwrap();
-    let mut f = fixture(Setup::default().detached());
+    let mut f = fixture(SupervisorSetup::default().detached());
     let (mut agent, mut main) = f.vm.start();
     let exec = UnixListener::bind(f.vm.record.exec_socket()).unwrap();
     let exec = thread::spawn(move || serve_exec(&exec, 10));
     let client = |call: &ControlCall| {
-        let mut peer = Peer(UnixStream::connect(f.vm.record.control_socket()).unwrap());
+        let mut peer = FramedPeer(UnixStream::connect(f.vm.record.control_socket()).unwrap());
         peer.send(FrameType::Request, &serde_json::to_vec(call).unwrap());
         peer
     };
-    let mut waiting: Vec<Peer> = (0..CLIENTS).map(|_| client(&ControlCall::Wait)).collect();
+    let mut waiting: Vec<FramedPeer> = (0..CLIENTS).map(|_| client(&ControlCall::Wait)).collect();
     let attach = ControlCall::Attach { stdin: false };
-    let mut attached: Vec<Peer> = (0..CLIENTS).map(|_| client(&attach)).collect();
+    let mut attached: Vec<FramedPeer> = (0..CLIENTS).map(|_| client(&attach)).collect();
     for client in &mut attached {
         let done: ControlAnswer = client.receive_json(FrameType::Control);
         assert_eq!(done, ControlAnswer::Done);
@@ -121,7 +121,7 @@ fn hundreds_of_clients_of_all_kinds_do_not_prevent_control() {
 /// A follower has at most one pending notification, however much output there is.
 #[test]
 fn a_follower_that_does_not_read_blocks_no_one() {
-    let mut f = fixture(Setup::default().detached());
+    let mut f = fixture(SupervisorSetup::default().detached());
     let (_agent, mut main) = f.vm.start();
     let mut follower = f.vm.control().follow().unwrap();
     // These are more notifications than a socket buffer holds.

@@ -5,7 +5,7 @@ use crate::output_log::LogReader;
 
 #[test]
 fn the_log_of_a_vm_that_has_gone_is_read_to_its_end() {
-    let mut f = fixture(Setup::default().auto_remove(true));
+    let mut f = fixture(SupervisorSetup::default().auto_remove(true));
     let (_agent, mut main) = f.vm.start();
     let mut logs = Logs::open(f.vm.record.clone()).unwrap();
     main.send(FrameType::Stdout, b"last");
@@ -34,7 +34,7 @@ fn a_full_disk_loses_only_what_is_written_while_it_is_full() {
     if !in_own_process(module_path!(), name, &mut command) {
         return;
     }
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (_agent, mut main) = f.vm.start();
     let mut output = |f: &mut Fixture, bytes: &[u8]| {
         main.send(FrameType::Stdout, bytes);

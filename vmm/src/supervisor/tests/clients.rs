@@ -2,25 +2,25 @@
 
 use super::*;
 
-fn connect(f: &Fixture) -> Peer {
-    Peer(UnixStream::connect(f.record.control_socket()).unwrap())
+fn connect(f: &Fixture) -> FramedPeer {
+    FramedPeer(UnixStream::connect(f.record.control_socket()).unwrap())
 }
 
-fn call(client: &mut Peer, call: &ControlCall) {
+fn call(client: &mut FramedPeer, call: &ControlCall) {
     client.send(FrameType::Request, &serde_json::to_vec(call).unwrap());
 }
 
 /// Clients that wait and those that are attached do not use up places of control clients.
 #[test]
 fn hundreds_of_waiting_clients_do_not_prevent_a_stop() {
-    let mut f = fixture(Setup {
+    let mut f = fixture(SupervisorSetup {
         detached: true,
-        ..Setup::default()
+        ..SupervisorSetup::default()
     });
     let (mut agent, mut main) = f.start();
     // The test has the other end of each connection.
     crate::descriptors::raise();
-    let mut waiting: Vec<Peer> = (0..300)
+    let mut waiting: Vec<FramedPeer> = (0..300)
         .map(|number| {
             let mut client = connect(&f);
             match number % 3 {
@@ -67,13 +67,13 @@ fn hundreds_of_waiting_clients_do_not_prevent_a_stop() {
 /// Clients beyond the maximum wait in the backlog, and are not disconnected.
 #[test]
 fn idle_connections_are_evicted() {
-    let mut f = fixture(Setup {
+    let mut f = fixture(SupervisorSetup {
         detached: true,
         idle_timeout: Some(Duration::from_millis(50)),
-        ..Setup::default()
+        ..SupervisorSetup::default()
     });
     let (_agent, mut main) = f.start();
-    let mut idle: Vec<Peer> = (0..100).map(|_| connect(&f)).collect();
+    let mut idle: Vec<FramedPeer> = (0..100).map(|_| connect(&f)).collect();
     let status = f.control().call(&ControlCall::Status).unwrap();
     assert!(matches!(status, ControlAnswer::Status(_)));
     assert!(idle[0].receive().is_none(), "its place was given to others");
@@ -84,14 +84,14 @@ fn idle_connections_are_evicted() {
 
 #[test]
 fn the_next_client_is_served_when_one_disconnects() {
-    let mut f = fixture(Setup {
+    let mut f = fixture(SupervisorSetup {
         detached: true,
         // The idle timeout never expires.
         idle_timeout: Some(Duration::from_secs(3600)),
-        ..Setup::default()
+        ..SupervisorSetup::default()
     });
     let (_agent, mut main) = f.start();
-    let idle: Vec<Peer> = (0..64).map(|_| connect(&f)).collect();
+    let idle: Vec<FramedPeer> = (0..64).map(|_| connect(&f)).collect();
     let mut next = f.control();
     let asked = std::thread::spawn(move || next.call_and_wait(&ControlCall::Status));
     drop(idle);
@@ -122,7 +122,7 @@ fn a_connection_that_cannot_be_accepted_makes_no_loop_spin() {
     if !in_own_process(module_path!(), name, &mut this_program()) {
         return;
     }
-    let (f, mut supervisor) = not_running(Setup::default());
+    let (f, mut supervisor) = not_running(SupervisorSetup::default());
     let clients = [socket(), socket()];
     let address = rustix::net::SocketAddrUnix::new(f.record.control_socket()).unwrap();
     let taken = take_all_descriptors();
@@ -139,7 +139,7 @@ fn a_connection_that_cannot_be_accepted_makes_no_loop_spin() {
     assert!(listens(&supervisor));
     supervisor.accept();
     assert_eq!(supervisor.clients.len(), before + 1);
-    assert!(!listens(&supervisor) && supervisor.is_set(Timer::Accept));
+    assert!(!listens(&supervisor) && supervisor.is_set(SupervisorTimer::Accept));
     drop(taken);
     // Either the deadline or the end of a client re-enables the listener.
     let last = *supervisor.clients.keys().last().unwrap();
@@ -157,13 +157,13 @@ fn a_process_without_descriptors_serves_clients_one_by_one() {
     if !in_own_process(module_path!(), name, &mut this_program()) {
         return;
     }
-    let mut f = fixture(Setup {
+    let mut f = fixture(SupervisorSetup {
         detached: true,
-        ..Setup::default()
+        ..SupervisorSetup::default()
     });
     let (mut agent, mut main) = f.start();
     f.control().call(&ControlCall::Status).unwrap();
-    let mut more: Vec<Peer> = (0..3).map(|_| Peer(socket())).collect();
+    let mut more: Vec<FramedPeer> = (0..3).map(|_| FramedPeer(socket())).collect();
     let address = rustix::net::SocketAddrUnix::new(f.record.control_socket()).unwrap();
     let taken = take_all_descriptors();
     for client in &more {
@@ -207,9 +207,9 @@ fn socket() -> UnixStream {
 
 #[test]
 fn a_client_that_sends_no_more_gets_its_answer() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (_agent, mut main) = f.start();
-    let mut client = Peer(UnixStream::connect(f.record.control_socket()).unwrap());
+    let mut client = FramedPeer(UnixStream::connect(f.record.control_socket()).unwrap());
     let call = serde_json::to_vec(&ControlCall::Status).unwrap();
     client.send(FrameType::Request, &call);
     client.0.shutdown(std::net::Shutdown::Write).unwrap();

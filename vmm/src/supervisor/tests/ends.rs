@@ -4,9 +4,9 @@ use super::*;
 
 #[test]
 fn waiting_clients_are_notified_of_the_end() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (_agent, mut main) = f.start();
-    let mut waiter = Peer(UnixStream::connect(f.record.control_socket()).unwrap());
+    let mut waiter = FramedPeer(UnixStream::connect(f.record.control_socket()).unwrap());
     let call = serde_json::to_vec(&ControlCall::Wait).unwrap();
     waiter.send(FrameType::Request, &call);
     // A later connection is served after an earlier one.
@@ -19,7 +19,7 @@ fn waiting_clients_are_notified_of_the_end() {
 
 #[test]
 fn a_launcher_that_leaves_before_the_start_cancels_it() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     f.launcher = None;
     f.finish();
     assert!(!f.record.directory().exists());
@@ -29,7 +29,7 @@ fn a_launcher_that_leaves_before_the_start_cancels_it() {
 
 #[test]
 fn a_missing_command_is_reported_with_its_status() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (_agent, mut main, _) = f.boot();
     main.send(FrameType::Error, b"prog: not found");
     main.exit(127);
@@ -42,7 +42,7 @@ fn a_missing_command_is_reported_with_its_status() {
 
 #[test]
 fn a_guest_that_dies_is_reported_with_its_console() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (_agent, main) = f.start();
     "booting\r\n\n\x1b[31mKernel panic - not syncing\r\n"
         .clone_into(&mut f.guest.console.lock().unwrap());
@@ -64,7 +64,7 @@ fn a_guest_that_dies_is_reported_with_its_console() {
 
 #[test]
 fn stopping_signals_first() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (mut agent, mut main) = f.start();
     let answer = f.control().call(&ControlCall::Stop { grace_ms: None });
     assert_eq!(answer.unwrap(), ControlAnswer::Done);
@@ -84,7 +84,7 @@ fn stopping_signals_first() {
 
 #[test]
 fn stopping_kills_after_the_grace() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (mut agent, mut main) = f.start();
     f.control()
         .call(&ControlCall::Stop { grace_ms: Some(0) })
@@ -107,7 +107,7 @@ fn stopping_kills_after_the_grace() {
 
 #[test]
 fn termination_of_the_process_stops_the_workload() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (mut agent, mut main) = f.start();
     f.terminate.write_all(b"x").unwrap();
     let request: ControlRequest = agent.receive_json(FrameType::Control);
@@ -124,7 +124,7 @@ fn termination_of_the_process_stops_the_workload() {
 
 #[test]
 fn an_unexplained_kill_is_checked_for_lack_of_memory() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (mut agent, mut main) = f.start();
     main.exit(137);
     let request: ControlRequest = agent.receive_json(FrameType::Control);
@@ -143,7 +143,7 @@ fn an_unexplained_kill_is_checked_for_lack_of_memory() {
 /// Another process of the guest may have been killed by the OOM killer at any time.
 #[test]
 fn a_kill_is_not_for_lack_of_memory_because_something_else_ran_out_of_it() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (mut agent, mut main) = f.start();
     main.exit(137);
     let request: ControlRequest = agent.receive_json(FrameType::Control);
@@ -161,14 +161,14 @@ fn a_kill_is_not_for_lack_of_memory_because_something_else_ran_out_of_it() {
 
 #[test]
 fn the_last_bytes_of_the_workload_are_delivered_before_the_stop() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (_agent, mut main) = f.start();
     *f.guest.delivers.lock().unwrap() = true;
     main.exit(0);
     // Clients that wait for the workload do not wait for the delivery.
     assert_eq!(f.events(), ["exit 0", "ended 0"]);
     assert_eq!(f.guest.end.lock().unwrap().clone(), None);
-    f.dial.send(Notice::Delivered);
+    f.dial.send(SupervisorEvent::Delivered);
     f.finish();
     assert!(*f.guest.closed.lock().unwrap());
     assert_eq!(f.guest.end.lock().unwrap().clone(), Some(GuestEnd::Stopped));
@@ -176,7 +176,7 @@ fn the_last_bytes_of_the_workload_are_delivered_before_the_stop() {
 
 #[test]
 fn a_client_that_does_not_read_does_not_delay_the_release() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (_agent, mut main) = f.start();
     *f.guest.delivers.lock().unwrap() = true;
     main.exit(0);
@@ -186,7 +186,7 @@ fn a_client_that_does_not_read_does_not_delay_the_release() {
 
 #[test]
 fn a_guest_whose_workload_has_ended_is_asked_to_power_off() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (mut agent, mut main) = f.start();
     main.exit(0);
     let request: ControlRequest = agent.receive_json(FrameType::Control);
@@ -198,7 +198,7 @@ fn a_guest_whose_workload_has_ended_is_asked_to_power_off() {
 
 #[test]
 fn a_guest_whose_agent_is_gone_is_stopped() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (agent, mut main) = f.start();
     drop(agent);
     main.exit(4);
@@ -209,7 +209,7 @@ fn a_guest_whose_agent_is_gone_is_stopped() {
 
 #[test]
 fn a_vm_that_is_destroyed_is_stopped_at_once() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (mut agent, _main) = f.start();
     f.control().call(&ControlCall::Destroy).unwrap();
     f.finish();
@@ -218,7 +218,7 @@ fn a_vm_that_is_destroyed_is_stopped_at_once() {
 
 #[test]
 fn a_paused_vm_that_is_stopped_runs_first() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (mut agent, mut main) = f.start();
     f.control().call(&ControlCall::Pause).unwrap();
     f.control()
@@ -243,7 +243,7 @@ fn a_paused_vm_that_is_stopped_runs_first() {
 
 #[test]
 fn a_paused_vm_runs_to_be_killed_and_holds_other_signals() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (mut agent, mut main) = f.start();
     f.control().call(&ControlCall::Pause).unwrap();
     // It is pending, as for a frozen process.
@@ -266,7 +266,7 @@ fn a_paused_vm_runs_to_be_killed_and_holds_other_signals() {
 
 #[test]
 fn a_paused_vm_that_is_removed_ends() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (mut agent, _main) = f.start();
     f.control().call(&ControlCall::Pause).unwrap();
     f.control().call(&ControlCall::Destroy).unwrap();
@@ -276,7 +276,7 @@ fn a_paused_vm_that_is_removed_ends() {
 
 #[test]
 fn a_vm_that_ends_while_it_is_paused_is_not_paused_any_more() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (_agent, _main) = f.start();
     // The exit record cannot be written, so the process stays.
     std::fs::create_dir(f.record.directory().join(".exit.json.new")).unwrap();
@@ -293,9 +293,9 @@ fn a_vm_that_ends_while_it_is_paused_is_not_paused_any_more() {
 
 #[test]
 fn a_guest_that_powers_itself_off_is_not_stopped() {
-    let mut f = fixture(Setup {
+    let mut f = fixture(SupervisorSetup {
         power_off_timeout: Some(Duration::from_secs(600)),
-        ..Setup::default()
+        ..SupervisorSetup::default()
     });
     let (mut agent, mut main) = f.start();
     main.exit(0);
@@ -310,12 +310,12 @@ fn a_guest_that_powers_itself_off_is_not_stopped() {
 
 #[test]
 fn an_exit_record_that_cannot_be_written_is_reported_and_retried() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (_agent, mut main) = f.start();
     // The exit record cannot be written.
     let obstacle = f.record.directory().join(".exit.json.new");
     std::fs::create_dir(&obstacle).unwrap();
-    let mut waiter = Peer(UnixStream::connect(f.record.control_socket()).unwrap());
+    let mut waiter = FramedPeer(UnixStream::connect(f.record.control_socket()).unwrap());
     let call = serde_json::to_vec(&ControlCall::Wait).unwrap();
     waiter.send(FrameType::Request, &call);
     f.control().call(&ControlCall::Status).unwrap();
@@ -338,7 +338,7 @@ fn an_exit_record_that_cannot_be_written_is_reported_and_retried() {
 #[test]
 fn a_vm_whose_exit_record_cannot_be_written_can_be_terminated() {
     for destroy in [false, true] {
-        let mut f = fixture(Setup::default());
+        let mut f = fixture(SupervisorSetup::default());
         let (_agent, mut main) = f.start();
         std::fs::create_dir(f.record.directory().join(".exit.json.new")).unwrap();
         main.exit(9);

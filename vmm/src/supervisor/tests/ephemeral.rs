@@ -9,10 +9,10 @@ use sm_snapshot::store::SnapshotStore;
 use sm_vmm_core::memory::{MIN_MEMORY, MachineMemory, MemoryConfig};
 
 use super::*;
-use crate::guest::Kept;
+use crate::guest::SnapshotGuard;
 
 /// Publishes a snapshot, like the thread of a machine.
-fn publish(store: &SnapshotStore, name: &str) -> SnapshotMade {
+fn publish(store: &SnapshotStore, name: &str) -> PublishedSnapshot {
     let memory = MachineMemory::anonymous(&MemoryConfig::new(MIN_MEMORY)).unwrap();
     let description = Description {
         layer: Layer::App,
@@ -35,9 +35,9 @@ fn publish(store: &SnapshotStore, name: &str) -> SnapshotMade {
         .unwrap()
         .finish(store, name, description, vec![state])
         .unwrap();
-    SnapshotMade {
+    PublishedSnapshot {
         report: SnapshotReport::default(),
-        kept: Some(Kept::new(
+        guard: Some(SnapshotGuard::new(
             captured.hold,
             Some((store.clone(), name.to_owned())),
         )),
@@ -51,10 +51,10 @@ fn names(store: &SnapshotStore) -> Vec<String> {
 
 /// Returns a VM whose workload exited after the capture for a snapshot, and the client
 /// that requested it.
-fn ended_while_publishing() -> (Fixture, Peer) {
-    let mut f = fixture(Setup::default());
+fn ended_while_publishing() -> (Fixture, FramedPeer) {
+    let mut f = fixture(SupervisorSetup::default());
     let (mut agent, mut main) = f.start();
-    let mut client = Peer(UnixStream::connect(f.record.control_socket()).unwrap());
+    let mut client = FramedPeer(UnixStream::connect(f.record.control_socket()).unwrap());
     let call = ControlCall::Snapshot {
         name: "slow".to_owned(),
         stop: false,
@@ -84,12 +84,12 @@ fn an_ephemeral_snapshot_of_an_exited_vm_is_removed_with_its_client() {
         let mut client = Some(client);
         let directory = tempfile::tempdir().unwrap();
         let store = SnapshotStore::open(directory.path()).unwrap();
-        let made = publish(&store, "slow");
+        let published = publish(&store, "slow");
         assert_eq!(names(&store), ["slow"]);
         if leaves_early {
             client = None;
         }
-        f.dial.send(Notice::Snapshot(Ok(made)));
+        f.dial.send(SupervisorEvent::Snapshot(Ok(published)));
         if let Some(client) = &mut client {
             let answer: ControlAnswer = client.receive_json(FrameType::Control);
             assert!(matches!(answer, ControlAnswer::Snapshot(_)), "{answer:?}");
@@ -106,9 +106,9 @@ fn an_ephemeral_snapshot_that_is_open_stays() {
     let (mut f, mut client) = ended_while_publishing();
     let directory = tempfile::tempdir().unwrap();
     let store = SnapshotStore::open(directory.path()).unwrap();
-    let made = publish(&store, "slow");
+    let published = publish(&store, "slow");
     let lease = store.lease("slow").unwrap();
-    f.dial.send(Notice::Snapshot(Ok(made)));
+    f.dial.send(SupervisorEvent::Snapshot(Ok(published)));
     let answer: ControlAnswer = client.receive_json(FrameType::Control);
     assert!(matches!(answer, ControlAnswer::Snapshot(_)), "{answer:?}");
     f.finish();

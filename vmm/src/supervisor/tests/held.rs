@@ -1,12 +1,12 @@
 //! A machine that is paused while its memory is copied, and requests during that time.
 
-use super::snapshots::{ask_for_snapshot, expect_thaw, freeze, made};
+use super::snapshots::{ask_for_snapshot, expect_thaw, freeze, published};
 use super::*;
 
 /// Memory may be large and the disk slow: no other client waits for that.
 #[test]
 fn a_vm_serves_its_clients_while_its_memory_is_copied() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (mut agent, mut main) = f.start();
     let asked = ask_for_snapshot(&f, "large", false);
     freeze(&mut agent);
@@ -18,15 +18,15 @@ fn a_vm_serves_its_clients_while_its_memory_is_copied() {
             "{error}"
         );
     }
-    f.dial.send(Notice::Captured(Ok(())));
+    f.dial.send(SupervisorEvent::Captured(Ok(())));
     expect_thaw(&mut agent);
     assert_eq!(*f.guest.captured.lock().unwrap(), Some(AfterCapture::Run));
-    f.dial.send(Notice::Snapshot(made(9)));
+    f.dial.send(SupervisorEvent::Snapshot(published(9)));
     assert!(matches!(
         asked.join().unwrap(),
         Ok(ControlAnswer::Snapshot(SnapshotReport { pages: 9, .. }))
     ));
-    assert!(!*f.guest.capture_given_up.lock().unwrap());
+    assert!(!*f.guest.capture_cancelled.lock().unwrap());
     main.exit(0);
     f.finish();
 }
@@ -38,7 +38,7 @@ pub(super) fn until(f: &Fixture, is_so: impl Fn(&FakeState) -> bool) {
     }
 }
 
-fn hear_signal(agent: &mut Peer, expected: u8) {
+fn hear_signal(agent: &mut FramedPeer, expected: u8) {
     let request: ControlRequest = agent.receive_json(FrameType::Control);
     assert!(
         matches!(request, ControlRequest::SignalMain { signal, .. } if signal == expected),
@@ -46,7 +46,7 @@ fn hear_signal(agent: &mut Peer, expected: u8) {
     );
 }
 
-fn expect_signal(agent: &mut Peer, expected: u8) {
+fn expect_signal(agent: &mut FramedPeer, expected: u8) {
     hear_signal(agent, expected);
     agent.send_json(&ControlReply::Done);
 }
@@ -55,7 +55,7 @@ fn expect_signal(agent: &mut Peer, expected: u8) {
 /// runs.
 #[test]
 fn a_vm_that_is_stopped_while_its_memory_is_copied_has_its_time_to_stop() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (mut agent, mut main) = f.start();
     let asked = ask_for_snapshot(&f, "large", false);
     freeze(&mut agent);
@@ -63,8 +63,9 @@ fn a_vm_that_is_stopped_while_its_memory_is_copied_has_its_time_to_stop() {
         .call(&ControlCall::Stop { grace_ms: Some(1) })
         .unwrap();
     expect_signal(&mut agent, 15);
-    until(&f, |guest| *guest.capture_given_up.lock().unwrap());
-    f.dial.send(Notice::Captured(Err("it was given up".into())));
+    until(&f, |guest| *guest.capture_cancelled.lock().unwrap());
+    f.dial
+        .send(SupervisorEvent::Captured(Err("it was given up".into())));
     expect_thaw(&mut agent);
     let error = asked.join().unwrap().unwrap_err().to_string();
     assert!(error.contains("given up"), "{error}");
@@ -76,7 +77,7 @@ fn a_vm_that_is_stopped_while_its_memory_is_copied_has_its_time_to_stop() {
 
 #[test]
 fn a_vm_that_is_stopped_while_it_freezes_has_its_time_to_stop() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (mut agent, mut main) = f.start();
     let asked = ask_for_snapshot(&f, "warm", false);
     let request: ControlRequest = agent.receive_json(FrameType::Control);
@@ -100,7 +101,7 @@ fn a_vm_that_is_stopped_while_it_freezes_has_its_time_to_stop() {
 /// The workload would be frozen while it shuts down.
 #[test]
 fn a_vm_that_is_about_to_stop_makes_no_snapshot() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (mut agent, mut main) = f.start();
     f.control()
         .call(&ControlCall::Stop { grace_ms: None })
@@ -117,11 +118,11 @@ fn a_vm_that_is_about_to_stop_makes_no_snapshot() {
 #[test]
 fn the_time_to_start_does_not_pass_while_memory_is_copied() {
     let timeout = Duration::from_secs(3);
-    let mut f = fixture(Setup {
+    let mut f = fixture(SupervisorSetup {
         wants_root: true,
         slow_copies: true,
         start_timeout_ms: Some(3000),
-        ..Setup::default()
+        ..SupervisorSetup::default()
     });
     let (mut agent, mut main) = f.boot_to_root();
     let request: ControlRequest = agent.receive_json(FrameType::Control);
@@ -131,7 +132,7 @@ fn the_time_to_start_does_not_pass_while_memory_is_copied() {
     // The sleep exceeds the time limit of the start: the timer must be suspended.
     std::thread::sleep(timeout);
     f.control().call(&ControlCall::Status).unwrap();
-    f.dial.send(Notice::Captured(Ok(())));
+    f.dial.send(SupervisorEvent::Captured(Ok(())));
     expect_thaw(&mut agent);
     let _: ExecRequest = main.receive_json(FrameType::Request);
     main.send_json(&ExecReply::Started { pid: 1 });
@@ -143,7 +144,7 @@ fn the_time_to_start_does_not_pass_while_memory_is_copied() {
 /// The workload does not run again, so it cannot be blamed for not stopping.
 #[test]
 fn a_vm_that_stays_paused_is_not_reported_as_unresponsive() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (mut agent, _main) = f.start();
     let asked = ask_for_snapshot(&f, "large", true);
     freeze(&mut agent);
@@ -151,11 +152,11 @@ fn a_vm_that_stays_paused_is_not_reported_as_unresponsive() {
         .call(&ControlCall::Stop { grace_ms: Some(1) })
         .unwrap();
     expect_signal(&mut agent, 15);
-    until(&f, |guest| *guest.capture_given_up.lock().unwrap());
+    until(&f, |guest| *guest.capture_cancelled.lock().unwrap());
     // The copy was complete before the cancellation.
-    f.dial.send(Notice::Captured(Ok(())));
+    f.dial.send(SupervisorEvent::Captured(Ok(())));
     while agent.receive().is_some() {}
-    f.dial.send(Notice::Snapshot(made(3)));
+    f.dial.send(SupervisorEvent::Snapshot(published(3)));
     assert!(asked.join().unwrap().is_ok());
     f.finish();
     let message = f.exit().message.unwrap();
@@ -168,25 +169,25 @@ fn a_vm_that_stays_paused_is_not_reported_as_unresponsive() {
 /// The client was notified of a failure, so no snapshot may exist.
 #[test]
 fn a_vm_that_is_removed_while_its_memory_is_copied_leaves_no_snapshot() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (mut agent, _main) = f.start();
     let asked = ask_for_snapshot(&f, "large", false);
     freeze(&mut agent);
     f.control().call(&ControlCall::Destroy).unwrap();
     let error = asked.join().unwrap().unwrap_err().to_string();
     assert!(error.contains("exited before its snapshot"), "{error}");
-    assert!(*f.guest.capture_given_up.lock().unwrap());
+    assert!(*f.guest.capture_cancelled.lock().unwrap());
     // The copy was complete before the cancellation.
-    f.dial.send(Notice::Captured(Ok(())));
+    f.dial.send(SupervisorEvent::Captured(Ok(())));
     f.finish();
     let captured = *f.guest.captured.lock().unwrap();
-    assert!(captured.is_none_or(|then| then == AfterCapture::Forget));
+    assert!(captured.is_none_or(|then| then == AfterCapture::Discard));
 }
 
 /// The guest cannot answer: the signal is delivered if the workload continues.
 #[test]
 fn a_signal_to_a_machine_that_stays_paused_is_answered_at_once() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (mut agent, mut main) = f.start();
     let asked = ask_for_snapshot(&f, "slow", true);
     freeze(&mut agent);
@@ -195,7 +196,7 @@ fn a_signal_to_a_machine_that_stays_paused_is_answered_at_once() {
     assert!(matches!(signalled, Ok(ControlAnswer::Done)));
     super::signals::expect(&mut agent, 10);
     let failed = Err("the disk is full".to_owned());
-    f.dial.send(Notice::Snapshot(failed));
+    f.dial.send(SupervisorEvent::Snapshot(failed));
     expect_thaw(&mut agent);
     assert!(asked.join().unwrap().is_err());
     // The machine is free again.
@@ -209,7 +210,7 @@ fn a_signal_to_a_machine_that_stays_paused_is_answered_at_once() {
 /// The end of the VM counts, rather than the snapshot that is still published.
 #[test]
 fn a_vm_that_has_ended_is_not_paused_because_of_its_end() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (mut agent, mut main) = f.start();
     // The exit record cannot be written, so the process answers calls after the end.
     std::fs::create_dir(f.record.directory().join(".exit.json.new")).unwrap();
@@ -222,7 +223,7 @@ fn a_vm_that_has_ended_is_not_paused_because_of_its_end() {
         let error = f.control().call(&call).unwrap_err().to_string();
         assert!(error.contains("the workload has ended"), "{error}");
     }
-    f.dial.send(Notice::Snapshot(made(5)));
+    f.dial.send(SupervisorEvent::Snapshot(published(5)));
     assert!(asked.join().unwrap().is_ok());
     f.terminate.write_all(b"x").unwrap();
     f.finish();

@@ -4,7 +4,7 @@ use super::*;
 
 #[test]
 fn an_agent_of_another_version_is_refused_with_a_sentence() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let mut agent = f.dial();
     let _: ControlRequest = agent.receive_json(FrameType::Control);
     agent.send_json(&ControlReply::Hello(AgentHello {
@@ -17,7 +17,7 @@ fn an_agent_of_another_version_is_refused_with_a_sentence() {
 
 #[test]
 fn garbage_from_the_guest_ends_the_vm_with_a_reason() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (_agent, mut main) = f.start();
     main.0.write_all(&[0x77; 64]).unwrap();
     assert_eq!(f.events().last().unwrap(), "ended 125");
@@ -27,7 +27,7 @@ fn garbage_from_the_guest_ends_the_vm_with_a_reason() {
 
 #[test]
 fn a_workload_starts_once() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (_agent, mut main) = f.start();
     // One write: the stream is closed after the first of these messages.
     let started = serde_json::to_vec(&ExecReply::Started { pid: 42 }).unwrap();
@@ -47,10 +47,10 @@ fn a_workload_starts_once() {
 
 #[test]
 fn a_workload_does_not_start_before_its_request() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let mut agent = f.dial();
     let _: ControlRequest = agent.receive_json(FrameType::Control);
-    let mut main = Peer(f.connections.recv().unwrap().1);
+    let mut main = FramedPeer(f.connections.recv().unwrap().1);
     main.send_json(&ExecReply::Started { pid: 42 });
     assert_eq!(f.events(), ["exit 125", "ended 125"]);
     f.finish();
@@ -59,7 +59,7 @@ fn a_workload_does_not_start_before_its_request() {
 
 #[test]
 fn an_agent_that_disconnects_cannot_reconnect() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     for first in [true, false, false] {
         assert_eq!(f.dial().receive().is_some(), first);
         // A call is answered after earlier events were handled.
@@ -76,7 +76,7 @@ fn an_agent_that_disconnects_cannot_reconnect() {
 
 #[test]
 fn text_of_a_guest_is_short_and_has_no_control_characters() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (_agent, mut main, _) = f.boot();
     let long = format!("no\x1b[2J such\nprogram {}", "x".repeat(1 << 15));
     main.send(FrameType::Error, long.as_bytes());
@@ -89,7 +89,7 @@ fn text_of_a_guest_is_short_and_has_no_control_characters() {
 
 #[test]
 fn an_answer_is_short() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (mut agent, _main) = f.start();
     let mut control = f.control();
     let asked = std::thread::spawn(move || control.call(&ControlCall::Stats));
@@ -118,7 +118,7 @@ fn a_guest_cannot_have_large_frames_buffered() {
         (FrameType::Error, 16 << 20),
         (FrameType::Exit, 17),
     ] {
-        let mut f = fixture(Setup::default());
+        let mut f = fixture(SupervisorSetup::default());
         let (_agent, mut main) = f.start();
         // The header alone suffices.
         let header = FrameHeader { kind, len }.encode().unwrap();
@@ -132,10 +132,10 @@ fn a_guest_cannot_have_large_frames_buffered() {
 
 #[test]
 fn a_guest_that_breaks_its_vsock_device_is_ended_with_the_reason() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (agent, main) = f.start();
     f.dial
-        .send(Notice::Unreachable("a ring is broken".to_owned()));
+        .send(SupervisorEvent::Unreachable("a ring is broken".to_owned()));
     drop((agent, main));
     f.finish();
     let message = f.exit().message.unwrap();
@@ -148,7 +148,7 @@ fn a_guest_that_breaks_its_vsock_device_is_ended_with_the_reason() {
 #[test]
 fn frames_that_only_a_host_sends_end_the_vm() {
     for kind in [FrameType::Stdin, FrameType::Signal, FrameType::Request] {
-        let mut f = fixture(Setup::default());
+        let mut f = fixture(SupervisorSetup::default());
         let (_agent, mut main) = f.start();
         main.send(kind, b"x");
         f.finish();
@@ -164,7 +164,7 @@ fn other_users_cannot_control_it_even_where_they_can_connect() {
         eprintln!("not root: another user is not tried");
         return;
     }
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (_agent, mut main) = f.start();
     // The permissions of the directories are too wide by mistake.
     let socket = f.record.control_socket();

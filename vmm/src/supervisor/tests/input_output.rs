@@ -4,7 +4,7 @@ use super::*;
 
 #[test]
 fn a_workload_runs_to_its_end() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (_agent, mut main) = f.start();
     main.send(FrameType::Stdout, b"hello");
     main.send(FrameType::Stderr, b"oops");
@@ -33,9 +33,9 @@ fn a_workload_runs_to_its_end() {
 
 #[test]
 fn output_is_logged_without_any_client() {
-    let mut f = fixture(Setup {
+    let mut f = fixture(SupervisorSetup {
         detached: true,
-        ..Setup::default()
+        ..SupervisorSetup::default()
     });
     let (_agent, mut main) = f.start();
     assert_eq!(
@@ -54,9 +54,9 @@ fn output_is_logged_without_any_client() {
 
 #[test]
 fn input_passes_in_order_and_its_end_too() {
-    let mut f = fixture(Setup {
+    let mut f = fixture(SupervisorSetup {
         stdin: true,
-        ..Setup::default()
+        ..SupervisorSetup::default()
     });
     let (_agent, mut main) = f.start();
     let writer = f.launcher.as_ref().unwrap().writer();
@@ -88,7 +88,7 @@ fn input_passes_in_order_and_its_end_too() {
 
 #[test]
 fn a_client_that_does_not_read_stalls_the_workload_and_loses_nothing() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (_agent, mut main) = f.start();
     let chunk = vec![1u8; 64 * 1024];
     let total = 32;
@@ -114,9 +114,9 @@ fn a_client_that_does_not_read_stalls_the_workload_and_loses_nothing() {
 
 #[test]
 fn a_client_that_leaves_ends_its_input_and_the_workload_goes_on() {
-    let mut f = fixture(Setup {
+    let mut f = fixture(SupervisorSetup {
         stdin: true,
-        ..Setup::default()
+        ..SupervisorSetup::default()
     });
     let (_agent, mut main) = f.start();
     f.launcher = None;
@@ -128,9 +128,9 @@ fn a_client_that_leaves_ends_its_input_and_the_workload_goes_on() {
 
 #[test]
 fn a_client_that_attaches_later_sees_output_from_then_on() {
-    let mut f = fixture(Setup {
+    let mut f = fixture(SupervisorSetup {
         detached: true,
-        ..Setup::default()
+        ..SupervisorSetup::default()
     });
     let (_agent, mut main) = f.start();
     assert_eq!(
@@ -147,9 +147,9 @@ fn a_client_that_attaches_later_sees_output_from_then_on() {
 
 #[test]
 fn calls_are_answered() {
-    let mut f = fixture(Setup {
+    let mut f = fixture(SupervisorSetup {
         auto_remove: true,
-        ..Setup::default()
+        ..SupervisorSetup::default()
     });
     let (mut agent, _main) = f.start();
     let mut control = f.control();
@@ -171,9 +171,9 @@ fn calls_are_answered() {
 /// that space wakes the loop.
 #[test]
 fn waiting_frames_continue_when_space_is_free() {
-    let mut f = fixture(Setup {
+    let mut f = fixture(SupervisorSetup {
         large_buffers: true,
-        ..Setup::default()
+        ..SupervisorSetup::default()
     });
     let (_agent, main) = f.start();
     let mut bytes = Vec::new();
@@ -198,9 +198,9 @@ fn waiting_frames_continue_when_space_is_free() {
 
 #[test]
 fn tens_of_megabytes_come_back_as_they_went() {
-    let mut f = fixture(Setup {
+    let mut f = fixture(SupervisorSetup {
         stdin: true,
-        ..Setup::default()
+        ..SupervisorSetup::default()
     });
     let (_agent, mut main) = f.start();
     let writer = f.launcher.as_ref().unwrap().writer();
@@ -239,7 +239,7 @@ fn tens_of_megabytes_come_back_as_they_went() {
 /// output.
 #[test]
 fn a_client_that_does_not_read_does_not_hide_the_end() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (mut agent, mut main) = f.start();
     let chunk = vec![b'x'; 64 * 1024];
     let chunks = 18;
@@ -283,9 +283,9 @@ fn a_client_that_does_not_read_does_not_hide_the_end() {
 /// It would be hung up on, and the start would be cancelled.
 #[test]
 fn a_lack_of_memory_ends_no_connection() {
-    let mut f = fixture(Setup {
+    let mut f = fixture(SupervisorSetup {
         shortage: 10,
-        ..Setup::default()
+        ..SupervisorSetup::default()
     });
     let (_agent, mut main) = f.start();
     main.exit(0);

@@ -11,7 +11,7 @@ pub(super) fn ask(f: &Fixture, signal: u8) -> Asked {
 }
 
 /// Receives a signal as the agent does.
-pub(super) fn expect(agent: &mut Peer, signal: u8) {
+pub(super) fn expect(agent: &mut FramedPeer, signal: u8) {
     let request: ControlRequest = agent.receive_json(FrameType::Control);
     let stop = false;
     assert_eq!(request, ControlRequest::SignalMain { signal, stop });
@@ -19,7 +19,7 @@ pub(super) fn expect(agent: &mut Peer, signal: u8) {
 
 #[test]
 fn a_signal_is_answered_as_the_agent_answers_it() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (mut agent, mut main) = f.start();
     let first = ask(&f, 10);
     expect(&mut agent, 10);
@@ -38,9 +38,9 @@ fn a_signal_is_answered_as_the_agent_answers_it() {
 
 #[test]
 fn a_signal_that_is_not_answered_is_an_error() {
-    let mut f = fixture(Setup {
+    let mut f = fixture(SupervisorSetup {
         signal_timeout: Some(Duration::from_millis(20)),
-        ..Setup::default()
+        ..SupervisorSetup::default()
     });
     let (mut agent, mut main) = f.start();
     for signal in [10, 12] {
@@ -61,12 +61,12 @@ fn a_signal_that_is_not_answered_is_an_error() {
 /// A guest that answers nothing is asked no more after a while.
 #[test]
 fn a_guest_that_does_not_answer_is_not_asked_without_end() {
-    let mut f = fixture(Setup {
+    let mut f = fixture(SupervisorSetup {
         signal_timeout: Some(Duration::from_secs(600)),
-        ..Setup::default()
+        ..SupervisorSetup::default()
     });
     let (_agent, mut main) = f.start();
-    let mut client = Peer(UnixStream::connect(f.record.control_socket()).unwrap());
+    let mut client = FramedPeer(UnixStream::connect(f.record.control_socket()).unwrap());
     let call = serde_json::to_vec(&ControlCall::Signal { signal: 10 }).unwrap();
     for _ in 0..300 {
         client.send(FrameType::Request, &call);
@@ -89,7 +89,7 @@ fn a_guest_that_does_not_answer_is_not_asked_without_end() {
 #[test]
 fn a_signal_is_answered_when_the_vm_ends() {
     for (signal, delivered) in [(9, true), (15, false)] {
-        let mut f = fixture(Setup::default());
+        let mut f = fixture(SupervisorSetup::default());
         let (mut agent, mut main) = f.start();
         let asked = ask(&f, signal);
         expect(&mut agent, signal);
@@ -102,15 +102,15 @@ fn a_signal_is_answered_when_the_vm_ends() {
 /// The agent answers before the workload can end, but on another stream.
 #[test]
 fn an_answer_counts_although_the_end_is_seen_first() {
-    let (_f, mut supervisor) = not_running(Setup::default());
+    let (_f, mut supervisor) = not_running(SupervisorSetup::default());
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let mut agent = Peer(theirs);
+    let mut agent = FramedPeer(theirs);
     let (mut client, clients) = {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        (Peer(ours), theirs)
+        (FramedPeer(ours), theirs)
     };
     supervisor.agent = Some(AgentLink::new(ours).unwrap());
-    supervisor.stage = stage::Stage::Running(stage::Running::default());
+    supervisor.stage = stage::SupervisorStage::Running(stage::RunningStage::default());
     let id = supervisor.next_client;
     let role = super::super::clients::Role::Control;
     supervisor.add_client(Client::new(clients, role).unwrap());

@@ -21,7 +21,7 @@ pub(super) fn ask_for_snapshot(
 }
 
 /// Plays an agent that freezes its workload and prepares.
-pub(super) fn freeze(agent: &mut Peer) {
+pub(super) fn freeze(agent: &mut FramedPeer) {
     for expected in [ControlRequest::Freeze, ControlRequest::PrepareSnapshot] {
         let request: ControlRequest = agent.receive_json(FrameType::Control);
         assert_eq!(request, expected);
@@ -29,7 +29,7 @@ pub(super) fn freeze(agent: &mut Peer) {
     }
 }
 
-pub(super) fn expect_thaw(agent: &mut Peer) {
+pub(super) fn expect_thaw(agent: &mut FramedPeer) {
     let request: ControlRequest = agent.receive_json(FrameType::Control);
     assert_eq!(request, ControlRequest::Thaw);
     agent.send_json(&ControlReply::Done);
@@ -37,7 +37,7 @@ pub(super) fn expect_thaw(agent: &mut Peer) {
 
 #[test]
 fn a_snapshot_is_of_a_frozen_workload_that_goes_on() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (mut agent, mut main) = f.start();
     let asked = ask_for_snapshot(&f, "warm", false);
     freeze(&mut agent);
@@ -47,7 +47,7 @@ fn a_snapshot_is_of_a_frozen_workload_that_goes_on() {
     };
     assert_eq!((report.name.as_str(), report.pages), ("warm", 7));
     let plan = f.guest.snapshot.lock().unwrap().clone().unwrap();
-    assert!(!plan.stay && !plan.ephemeral);
+    assert!(!plan.leave_paused && !plan.ephemeral);
     main.exit(0);
     f.finish();
     assert_eq!(f.exit().reason, ExitReason::Workload);
@@ -55,7 +55,7 @@ fn a_snapshot_is_of_a_frozen_workload_that_goes_on() {
 
 #[test]
 fn a_snapshot_that_fails_leaves_the_workload_running() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (mut agent, mut main) = f.start();
     let asked = ask_for_snapshot(&f, "warm", true);
     let request: ControlRequest = agent.receive_json(FrameType::Control);
@@ -82,7 +82,7 @@ fn a_snapshot_that_fails_leaves_the_workload_running() {
 
 #[test]
 fn a_name_that_is_taken_is_refused_before_anything_is_frozen() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (mut agent, mut main) = f.start();
     let refused = ask_for_snapshot(&f, "taken", false).join().unwrap();
     let error = refused.unwrap_err().to_string();
@@ -95,21 +95,24 @@ fn a_name_that_is_taken_is_refused_before_anything_is_frozen() {
     f.finish();
 }
 
-pub(super) fn made(pages: u64) -> Result<SnapshotMade, String> {
+pub(super) fn published(pages: u64) -> Result<PublishedSnapshot, String> {
     let report = SnapshotReport {
         pages,
         ..SnapshotReport::default()
     };
-    Ok(SnapshotMade { report, kept: None })
+    Ok(PublishedSnapshot {
+        report,
+        guard: None,
+    })
 }
 
 /// A captured snapshot is published, whatever happens to the VM.
 #[test]
 fn a_vm_that_ends_while_its_snapshot_is_published_reports_the_result() {
     for stays in [false, true] {
-        for outcome in [made(5), Err("the disk is full".to_owned())] {
+        for outcome in [published(5), Err("the disk is full".to_owned())] {
             let succeeds = outcome.is_ok();
-            let mut f = fixture(Setup::default());
+            let mut f = fixture(SupervisorSetup::default());
             let (mut agent, mut main) = f.start();
             let asked = ask_for_snapshot(&f, "slow", stays);
             freeze(&mut agent);
@@ -121,7 +124,7 @@ fn a_vm_that_ends_while_its_snapshot_is_published_reports_the_result() {
             // All other clients are notified of the end at once.
             assert_eq!(f.events(), ["exit 6", "ended 6"]);
             while agent.receive().is_some() {}
-            f.dial.send(Notice::Snapshot(outcome));
+            f.dial.send(SupervisorEvent::Snapshot(outcome));
             match asked.join().unwrap() {
                 Ok(ControlAnswer::Snapshot(report)) => {
                     assert!(succeeds);
@@ -141,7 +144,7 @@ fn a_vm_that_ends_while_its_snapshot_is_published_reports_the_result() {
 
 #[test]
 fn a_vm_that_ends_before_it_is_captured_makes_no_snapshot() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (mut agent, mut main) = f.start();
     let asked = ask_for_snapshot(&f, "slow", false);
     let request: ControlRequest = agent.receive_json(FrameType::Control);
@@ -158,7 +161,7 @@ fn a_vm_that_ends_before_it_is_captured_makes_no_snapshot() {
 
 #[test]
 fn a_starting_vm_is_not_paused() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (_agent, mut main, _) = f.boot();
     let error = f.control().call(&ControlCall::Pause).unwrap_err();
     assert!(error.to_string().contains("has not started yet"), "{error}");
@@ -171,17 +174,17 @@ fn a_starting_vm_is_not_paused() {
 /// A timeout does not indicate a corrupt snapshot.
 #[test]
 fn a_start_that_takes_too_long_discards_no_snapshot() {
-    let mut f = fixture(Setup {
+    let mut f = fixture(SupervisorSetup {
         restored: Some(Layer::Image),
         start_timeout_ms: Some(20),
-        ..Setup::default()
+        ..SupervisorSetup::default()
     });
     f.finish();
     let message = f.exit().message.unwrap();
     assert!(message.contains("not ready after"), "{message}");
     assert!(message.contains("\"image-x\", which is kept"), "{message}");
     assert_eq!(f.exit().cause, Some(FailureCause::AutomaticSnapshot));
-    assert!(!*f.guest.given_up.lock().unwrap());
+    assert!(!*f.guest.source_discarded.lock().unwrap());
 }
 
 #[test]
@@ -190,21 +193,21 @@ fn a_failure_of_the_host_discards_no_snapshot_and_a_crash_of_the_guest_does() {
         (GuestEnd::Host("no memory".to_owned()), false),
         (GuestEnd::Guest("a triple fault".to_owned()), true),
     ] {
-        let mut f = fixture(Setup {
+        let mut f = fixture(SupervisorSetup {
             restored: Some(Layer::Base),
-            ..Setup::default()
+            ..SupervisorSetup::default()
         });
         let _agent = f.dial();
         f.guest.end(end);
         f.finish();
         assert_eq!(f.exit().reason, ExitReason::StartFailed);
-        assert_eq!(*f.guest.given_up.lock().unwrap(), discards);
+        assert_eq!(*f.guest.source_discarded.lock().unwrap(), discards);
     }
 }
 
 #[test]
 fn a_vm_that_is_to_stop_ends_with_its_snapshot() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (mut agent, _main) = f.start();
     let asked = ask_for_snapshot(&f, "last", true);
     freeze(&mut agent);
@@ -216,12 +219,16 @@ fn a_vm_that_is_to_stop_ends_with_its_snapshot() {
 }
 
 /// Plays the agent of a restored guest up to its answer to the refresh.
-fn restored(f: &mut Fixture, vmgenid_seen: bool) -> (Peer, Peer) {
+fn restored(f: &mut Fixture, vmgenid_seen: bool) -> (FramedPeer, FramedPeer) {
     let agent = f.dial();
     answer_as_restored(f, agent, vmgenid_seen)
 }
 
-fn answer_as_restored(f: &mut Fixture, mut agent: Peer, vmgenid_seen: bool) -> (Peer, Peer) {
+fn answer_as_restored(
+    f: &mut Fixture,
+    mut agent: FramedPeer,
+    vmgenid_seen: bool,
+) -> (FramedPeer, FramedPeer) {
     let _: ControlRequest = agent.receive_json(FrameType::Control);
     agent.send_json(&ControlReply::Hello(AgentHello {
         protocol: PROTOCOL_VERSION,
@@ -233,7 +240,7 @@ fn answer_as_restored(f: &mut Fixture, mut agent: Peer, vmgenid_seen: bool) -> (
     assert!(refresh.vmgenid_wait_ms > 0);
     let (to, stream) = f.connections.recv().unwrap();
     assert_eq!(to, port::EXEC);
-    let mut main = Peer(stream);
+    let mut main = FramedPeer(stream);
     let _: ExecControl = main.receive_json(FrameType::Control);
     agent.send_json(&ControlReply::Refreshed(Refreshed {
         vmgenid_seen,
@@ -244,9 +251,9 @@ fn answer_as_restored(f: &mut Fixture, mut agent: Peer, vmgenid_seen: bool) -> (
 
 #[test]
 fn a_clone_gets_its_identity_before_its_workload_goes_on() {
-    let mut f = fixture(Setup {
+    let mut f = fixture(SupervisorSetup {
         restored: Some(Layer::App),
-        ..Setup::default()
+        ..SupervisorSetup::default()
     });
     let (mut agent, mut main) = restored(&mut f, true);
     expect_thaw(&mut agent);
@@ -262,9 +269,9 @@ fn a_clone_gets_its_identity_before_its_workload_goes_on() {
 
 #[test]
 fn a_clone_without_a_new_generation_id_never_thaws() {
-    let mut f = fixture(Setup {
+    let mut f = fixture(SupervisorSetup {
         restored: Some(Layer::App),
-        ..Setup::default()
+        ..SupervisorSetup::default()
     });
     let (mut agent, _main) = restored(&mut f, false);
     assert!(agent.receive().is_none(), "the VM ends instead");
@@ -276,9 +283,9 @@ fn a_clone_without_a_new_generation_id_never_thaws() {
 
 #[test]
 fn an_image_snapshot_needs_no_root_attached() {
-    let mut f = fixture(Setup {
+    let mut f = fixture(SupervisorSetup {
         restored: Some(Layer::Image),
-        ..Setup::default()
+        ..SupervisorSetup::default()
     });
     let (mut agent, mut main) = restored(&mut f, true);
     expect_thaw(&mut agent);
@@ -292,9 +299,9 @@ fn an_image_snapshot_needs_no_root_attached() {
 /// Processes that are started in a clone must wait for the clone's identity, too.
 #[test]
 fn an_image_snapshot_is_of_a_frozen_guest() {
-    let mut f = fixture(Setup {
+    let mut f = fixture(SupervisorSetup {
         wants_root: true,
-        ..Setup::default()
+        ..SupervisorSetup::default()
     });
     let (mut agent, mut main) = f.boot_to_root();
     let request: ControlRequest = agent.receive_json(FrameType::Control);
@@ -311,9 +318,9 @@ fn an_image_snapshot_is_of_a_frozen_guest() {
 
 #[test]
 fn a_guest_that_does_not_freeze_starts_without_an_image_snapshot() {
-    let mut f = fixture(Setup {
+    let mut f = fixture(SupervisorSetup {
         wants_root: true,
-        ..Setup::default()
+        ..SupervisorSetup::default()
     });
     let (mut agent, mut main) = f.boot_to_root();
     let _: ControlRequest = agent.receive_json(FrameType::Control);
@@ -330,9 +337,9 @@ fn a_guest_that_does_not_freeze_starts_without_an_image_snapshot() {
 
 #[test]
 fn a_guest_that_is_never_ready_fails_the_snapshot() {
-    let mut f = fixture(Setup {
+    let mut f = fixture(SupervisorSetup {
         prepare_timeout: Some(Duration::from_millis(20)),
-        ..Setup::default()
+        ..SupervisorSetup::default()
     });
     let (mut agent, mut main) = f.start();
     let asked = ask_for_snapshot(&f, "late", true);
@@ -355,7 +362,7 @@ fn a_guest_that_is_never_ready_fails_the_snapshot() {
 
 #[test]
 fn a_snapshot_that_is_being_made_is_not_paused_nor_resumed_under() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (mut agent, mut main) = f.start();
     let asked = ask_for_snapshot(&f, "warm", false);
     let request: ControlRequest = agent.receive_json(FrameType::Control);
@@ -380,7 +387,7 @@ fn a_snapshot_that_is_being_made_is_not_paused_nor_resumed_under() {
 
 #[test]
 fn every_start_has_an_epoch_that_its_owner_can_ask_for() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (_agent, mut main) = f.start();
     let ControlAnswer::Status(status) = f.control().call(&ControlCall::Status).unwrap() else {
         panic!("a status");
@@ -392,13 +399,13 @@ fn every_start_has_an_epoch_that_its_owner_can_ask_for() {
 
 #[test]
 fn a_snapshot_whose_guest_does_not_start_is_discarded_and_named() {
-    let mut f = fixture(Setup {
+    let mut f = fixture(SupervisorSetup {
         restored: Some(Layer::Image),
-        ..Setup::default()
+        ..SupervisorSetup::default()
     });
     let (_agent, _main) = restored(&mut f, false);
     f.finish();
-    assert!(*f.guest.given_up.lock().unwrap());
+    assert!(*f.guest.source_discarded.lock().unwrap());
     let exit = f.exit();
     assert_eq!(exit.cause, Some(FailureCause::NoGenerationId));
     let message = exit.message.unwrap();
@@ -410,9 +417,9 @@ fn a_snapshot_whose_guest_does_not_start_is_discarded_and_named() {
 
 #[test]
 fn a_reset_machine_has_a_new_identity() {
-    let mut f = fixture(Setup {
+    let mut f = fixture(SupervisorSetup {
         restored: Some(Layer::App),
-        ..Setup::default()
+        ..SupervisorSetup::default()
     });
     let (mut agent, mut main) = restored(&mut f, true);
     expect_thaw(&mut agent);
@@ -428,7 +435,7 @@ fn a_reset_machine_has_a_new_identity() {
     assert!(main.receive().is_none());
     let (to, stream) = f.connections.recv().unwrap();
     assert_eq!(to, port::CONTROL);
-    let (mut agent, mut main) = answer_as_restored(&mut f, Peer(stream), true);
+    let (mut agent, mut main) = answer_as_restored(&mut f, FramedPeer(stream), true);
     expect_thaw(&mut agent);
     let attach: ExecControl = main.receive_json(FrameType::Control);
     assert_eq!(attach, ExecControl::AttachMain);
@@ -444,9 +451,9 @@ fn a_reset_machine_has_a_new_identity() {
 
 #[test]
 fn a_reset_in_progress_refuses_what_needs_the_machine_and_can_be_stopped() {
-    let mut f = fixture(Setup {
+    let mut f = fixture(SupervisorSetup {
         restored: Some(Layer::App),
-        ..Setup::default()
+        ..SupervisorSetup::default()
     });
     let (_agent, mut main) = restored(&mut f, true);
     main.send_json(&ExecReply::Started { pid: 42 });
@@ -486,7 +493,7 @@ fn a_reset_in_progress_refuses_what_needs_the_machine_and_can_be_stopped() {
 
 #[test]
 fn a_machine_of_an_image_cannot_be_reset() {
-    let mut f = fixture(Setup::default());
+    let mut f = fixture(SupervisorSetup::default());
     let (_agent, mut main) = f.start();
     let refused = f.control().call(&ControlCall::Reset).unwrap_err();
     assert!(
@@ -500,11 +507,11 @@ fn a_machine_of_an_image_cannot_be_reset() {
 
 #[test]
 fn a_machine_started_for_its_identity_report_lives_as_long_as_its_launcher() {
-    let mut f = fixture(Setup {
+    let mut f = fixture(SupervisorSetup {
         detached: true,
-        evidence: true,
+        identity_report: true,
         restored: Some(Layer::App),
-        ..Setup::default()
+        ..SupervisorSetup::default()
     });
     let mut agent = f.dial();
     let _: ControlRequest = agent.receive_json(FrameType::Control);
