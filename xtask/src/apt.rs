@@ -42,7 +42,7 @@ pub(crate) struct Needs {
 
 /// The steps of an installation.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Plan {
+struct AptPlan {
     /// The sources entry of the backports suite, if apt lacks it.
     backports: Option<String>,
     packages: Vec<&'static str>,
@@ -51,7 +51,7 @@ struct Plan {
     qemu: Option<Option<String>>,
 }
 
-impl Plan {
+impl AptPlan {
     /// Returns the command line for a person to run as root.
     fn line(&self) -> String {
         let mut steps = Vec::new();
@@ -128,7 +128,12 @@ impl Apt {
         }
     }
 
-    fn plan(&self, packages: Vec<&'static str>, qemu: bool, known: Option<&str>) -> Result<Plan> {
+    fn plan(
+        &self,
+        packages: Vec<&'static str>,
+        qemu: bool,
+        known: Option<&str>,
+    ) -> Result<AptPlan> {
         let new_enough = |version: &String| major(version) >= QEMU_MAJOR;
         let release_has_qemu = !qemu || self.candidate(QEMU)?.as_ref().is_some_and(new_enough);
         let apt_has_qemu = release_has_qemu || self.versions(QEMU)?.iter().any(new_enough);
@@ -145,7 +150,7 @@ impl Apt {
             }
         };
         let there = Path::new(BACKPORTS).exists() || (apt_has_qemu && apt_knows);
-        Ok(Plan {
+        Ok(AptPlan {
             backports: backports.ok().filter(|_| !there).map(|(_, entry)| entry),
             packages,
             qemu: qemu.then_some(suite),
@@ -286,7 +291,7 @@ fn major(version: &str) -> u32 {
 
 #[cfg(test)]
 mod tests {
-    use super::{Plan, major};
+    use super::{AptPlan, major};
 
     #[test]
     fn versions_with_and_without_an_epoch() {
@@ -297,7 +302,7 @@ mod tests {
 
     #[test]
     fn everything_is_asked_for_in_one_line() {
-        let plan = Plan {
+        let plan = AptPlan {
             backports: Some("Types: deb\nURIs: http://m.example/d\n".into()),
             packages: vec!["bc", "gcc"],
             qemu: Some(Some("twelve-backports".into())),
@@ -309,9 +314,9 @@ mod tests {
              apt-get install -y --no-install-recommends bc gcc && \
              apt-get install -y --no-install-recommends -t twelve-backports qemu-system-x86'"
         );
-        let plan = Plan {
+        let plan = AptPlan {
             packages: vec!["gcc"],
-            ..Plan::default()
+            ..AptPlan::default()
         };
         assert_eq!(
             plan.line(),

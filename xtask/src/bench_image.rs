@@ -7,7 +7,7 @@ use std::process::Stdio;
 use anyhow::{Result, bail};
 
 use crate::apt::{self, Apt};
-use crate::build::{Profile, cargo};
+use crate::build::{BuildProfile, cargo};
 use crate::{cmd, paths};
 
 /// The tools to compare with, and those that create the image.
@@ -26,15 +26,15 @@ const RECIPE: &str = "1";
 const DEBIAN: &str = "ca-certificates,curl,openssl,perl,python3";
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Wanted {
+pub(crate) struct BenchImageOptions {
     pub(crate) iterations: Option<u32>,
     pub(crate) json: Option<PathBuf>,
     pub(crate) html: Option<PathBuf>,
 }
 
-pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
+pub(crate) fn run(apt: &Apt, options: &BenchImageOptions) -> Result<()> {
     apt.ensure(&PACKAGES)?;
-    let sm = crate::build::sm(apt, Profile::Release)?;
+    let sm = crate::build::sm(apt, BuildProfile::Release)?;
     cmd::step("building the benchmark");
     cmd::check(&mut cargo([
         "build",
@@ -56,11 +56,11 @@ pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
         .arg(sm)
         .arg("--layer")
         .arg(layer);
-    if let Some(iterations) = wanted.iterations {
+    if let Some(iterations) = options.iterations {
         bench.args(["--iterations", &iterations.to_string()]);
     }
     let here = std::env::current_dir()?;
-    for (option, path) in [("--json", &wanted.json), ("--html", &wanted.html)] {
+    for (option, path) in [("--json", &options.json), ("--html", &options.html)] {
         if let Some(path) = path {
             bench.arg(option).arg(here.join(path));
         }

@@ -21,23 +21,23 @@ const COMMAND_LINE: &str = "console=ttyS0 loglevel=4 panic=-1 tsc_early_khz=1000
 const LAST: &str = "Kernel panic - not syncing: No working init found";
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Wanted {
+pub(crate) struct BenchKernelOptions {
     /// Kernels to compare the tuned one with, each a `vmlinux`.
     pub(crate) others: Vec<PathBuf>,
 }
 
-pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
+pub(crate) fn run(apt: &Apt, options: &BenchKernelOptions) -> Result<()> {
     apt.ensure_qemu()?;
     let tuned = kernel::tuned(apt)?;
     let work = tempfile::tempdir_in(paths::cache("tmp")?)?;
     let initramfs = work.path().join("initramfs");
-    let mut archive = cpio::Archive::default();
+    let mut archive = cpio::CpioArchive::default();
     archive.file("init", 0o755, b"no program")?;
     std::fs::write(&initramfs, archive.finish()?)?;
     let (size, count) = measure(&tuned, &initramfs)?;
     println!("     BYTES  INSTRUCTIONS  KERNEL");
     println!("{size:>10} {count:>13}  {}", tuned.display());
-    for other in &wanted.others {
+    for other in &options.others {
         let (other_size, other_count) = measure(other, &initramfs)?;
         println!(
             "{other_size:>10} {other_count:>13}  {} (the tuned one: {:+} bytes, {} times the instructions)",

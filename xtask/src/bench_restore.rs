@@ -8,9 +8,9 @@ use std::process::Command;
 use anyhow::{Context as _, Result, bail};
 
 use crate::apt::Apt;
-use crate::build::{Profile, cargo};
-use crate::cpio::Archive;
-use crate::lab::{self, Job, Output};
+use crate::build::{BuildProfile, cargo};
+use crate::cpio::CpioArchive;
+use crate::lab::{self, JobOutput, LabJob};
 use crate::{cmd, fixtures, host, kernel, paths};
 
 /// The init of the benchmark's guest: it prints a line every few milliseconds without
@@ -26,7 +26,7 @@ const LAB_MEMORY_MIB: u32 = 8192;
 
 /// Measurements to take, and paths of reports.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Wanted {
+pub(crate) struct BenchRestoreOptions {
     pub(crate) iterations: Option<u32>,
     pub(crate) memory_mib: Vec<u32>,
     pub(crate) vcpus: Vec<u32>,
@@ -39,16 +39,16 @@ pub(crate) struct Wanted {
     pub(crate) html: Option<PathBuf>,
 }
 
-pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
-    let bench = build(Profile::Release)?;
+pub(crate) fn run(apt: &Apt, options: &BenchRestoreOptions) -> Result<()> {
+    let bench = build(BuildProfile::Release)?;
     let work = paths::target().join("bench-restore");
     fs::create_dir_all(&work).with_context(|| format!("cannot make {work:?}"))?;
     let mut reports = Vec::new();
-    if !wanted.path_only {
+    if !options.path_only {
         let report = work.join("vmm.json");
         cmd::step("restoring a tiny guest on this host's KVM, against the floor");
         let mut command = cmd::measured(&bench);
-        command.arg("vmm").args(sizes(wanted));
+        command.arg("vmm").args(sizes(options));
         // Snapshots are on the disk of the build, so that a cold cache is one of that
         // disk.
         command.current_dir(&work).stdout(File::create(&report)?);
@@ -58,12 +58,12 @@ pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
             Err(_) => cmd::note("left out: there is no /dev/kvm here"),
         }
     }
-    if !wanted.vmm_only {
-        reports.push(whole_commands(apt, wanted, &bench, &work)?);
+    if !options.vmm_only {
+        reports.push(whole_commands(apt, options, &bench, &work)?);
     }
     let mut render = Command::new(&bench);
     render.arg("render").args(&reports);
-    for (option, path) in [("--json", &wanted.json), ("--html", &wanted.html)] {
+    for (option, path) in [("--json", &options.json), ("--html", &options.html)] {
         if let Some(path) = path {
             render.arg(option).arg(path);
         }
@@ -71,14 +71,14 @@ pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
     cmd::check(&mut render)
 }
 
-pub(crate) fn build(profile: Profile) -> Result<PathBuf> {
+pub(crate) fn build(profile: BuildProfile) -> Result<PathBuf> {
     cmd::step("building the benchmark");
     let name = "bench-restore";
     let mut build = cargo(["build", "--locked", "-p", "sm-benches", "--bin", name]);
     let directory = match profile {
-        Profile::Debug => "debug".to_owned(),
+        BuildProfile::Debug => "debug".to_owned(),
         // Contenders are static programs, as `sm` is.
-        Profile::Release => {
+        BuildProfile::Release => {
             let target = crate::build::static_target()?;
             build.args(["--release", "--target", &target]);
             format!("{target}/release")
@@ -88,26 +88,31 @@ pub(crate) fn build(profile: Profile) -> Result<PathBuf> {
     Ok(paths::target().join(directory).join(name))
 }
 
-fn sizes(wanted: &Wanted) -> Vec<String> {
+fn sizes(options: &BenchRestoreOptions) -> Vec<String> {
     let mut arguments = Vec::new();
-    if let Some(iterations) = wanted.iterations {
+    if let Some(iterations) = options.iterations {
         arguments.extend(["--iterations".to_owned(), iterations.to_string()]);
     }
-    for mib in &wanted.memory_mib {
+    for mib in &options.memory_mib {
         arguments.extend(["--memory".to_owned(), mib.to_string()]);
     }
-    for vcpus in &wanted.vcpus {
+    for vcpus in &options.vcpus {
         arguments.extend(["--vcpus".to_owned(), vcpus.to_string()]);
     }
     arguments
 }
 
 /// Measures whole commands on a host that runs Linux guests; returns the report's path.
-fn whole_commands(apt: &Apt, wanted: &Wanted, bench: &Path, work: &Path) -> Result<PathBuf> {
-    if wanted.rivals.iter().any(|rival| rival == "qemu") {
+fn whole_commands(
+    apt: &Apt,
+    options: &BenchRestoreOptions,
+    bench: &Path,
+    work: &Path,
+) -> Result<PathBuf> {
+    if options.rivals.iter().any(|rival| rival == "qemu") {
         apt.ensure_qemu()?;
     }
-    let sm = crate::build::sm(apt, Profile::Release)?;
+    let sm = crate::build::sm(apt, BuildProfile::Release)?;
     let kernel = kernel::tuned(apt)?;
     let image = fixtures::demo_image(apt)?;
     let initramfs = initramfs()?;
@@ -128,8 +133,8 @@ fn whole_commands(apt: &Apt, wanted: &Wanted, bench: &Path, work: &Path) -> Resu
         text(&initramfs)?,
         "--cold-cache".to_owned(),
     ];
-    command.extend(sizes(wanted));
-    for rival in &wanted.rivals {
+    command.extend(sizes(options));
+    for rival in &options.rivals {
         command.extend(["--vs".to_owned(), rival.clone()]);
     }
     let environment = [("SM_KERNEL".to_owned(), text(&kernel)?)];
@@ -156,15 +161,15 @@ fn whole_commands(apt: &Apt, wanted: &Wanted, bench: &Path, work: &Path) -> Resu
                 "{LAB_DISK} && {} >\"$SM_LAB_RESULTS/path.json\"",
                 quoted.join(" ")
             );
-            let job = Job {
+            let job = LabJob {
                 command: vec!["sh".to_owned(), "-c".to_owned(), line],
                 environment: environment.to_vec(),
                 results: Some(results.path().to_owned()),
                 memory_mib: LAB_MEMORY_MIB,
-                ..Job::default()
+                ..LabJob::default()
             };
             let lab = lab::prepare(apt)?;
-            match lab::outlive_crashes(|| lab::run(&lab, &job, &Output::Inherit))? {
+            match lab::outlive_crashes(|| lab::run(&lab, &job, &JobOutput::Inherit))? {
                 0 => fs::copy(results.path().join("path.json"), &report)
                     .context("the lab has left no report")?,
                 status => bail!("the benchmark failed in the lab: status {status}"),
@@ -177,7 +182,7 @@ fn whole_commands(apt: &Apt, wanted: &Wanted, bench: &Path, work: &Path) -> Resu
 /// Creates the initramfs of the guest that contenders restore.
 pub(crate) fn initramfs() -> Result<PathBuf> {
     let path = paths::target().join("bench-restore.initramfs");
-    let mut archive = Archive::default();
+    let mut archive = CpioArchive::default();
     archive.directory("bin")?;
     archive.directory("dev")?;
     archive.character_device("dev/console", (5, 1))?;

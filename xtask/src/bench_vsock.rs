@@ -7,13 +7,13 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail};
 
 use crate::apt::Apt;
-use crate::build::{Profile, cargo};
-use crate::lab::{self, Job, Output};
+use crate::build::{BuildProfile, cargo};
+use crate::lab::{self, JobOutput, LabJob};
 use crate::{cmd, fixtures, host, kernel, paths};
 
 /// Measurements to take, and the path of the report.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Wanted {
+pub(crate) struct BenchVsockOptions {
     pub(crate) rounds: Option<u32>,
     /// Skips real guests.
     pub(crate) harness_only: bool,
@@ -22,7 +22,7 @@ pub(crate) struct Wanted {
     pub(crate) json: Option<PathBuf>,
 }
 
-pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
+pub(crate) fn run(apt: &Apt, options: &BenchVsockOptions) -> Result<()> {
     cmd::step("building the benchmark");
     let mut build = cargo(["build", "--locked", "-p", "sm-benches", "--bin", "vsock"]);
     cmd::check(build.arg("--release"))?;
@@ -30,18 +30,18 @@ pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
     let work = paths::target().join("bench-vsock");
     fs::create_dir_all(&work).with_context(|| format!("cannot make {work:?}"))?;
     let mut reports = Vec::new();
-    if !wanted.guest_only {
+    if !options.guest_only {
         cmd::step("the device with a model of a guest's driver");
         let report = work.join("harness.json");
         let mut command = cmd::measured(&bench);
-        command.arg("--json").arg(&report).args(rounds(wanted));
+        command.arg("--json").arg(&report).args(rounds(options));
         cmd::check(&mut command)?;
         reports.push(("harness", report));
     }
-    if !wanted.harness_only {
-        reports.push(("guest", real_guest(apt, wanted, &bench, &work)?));
+    if !options.harness_only {
+        reports.push(("guest", real_guest(apt, options, &bench, &work)?));
     }
-    if let Some(path) = &wanted.json {
+    if let Some(path) = &options.json {
         let mut parts = Vec::new();
         for (name, report) in reports {
             let text =
@@ -54,16 +54,21 @@ pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
     Ok(())
 }
 
-fn rounds(wanted: &Wanted) -> Vec<String> {
-    let rounds = wanted.rounds.iter();
+fn rounds(options: &BenchVsockOptions) -> Vec<String> {
+    let rounds = options.rounds.iter();
     rounds
         .flat_map(|rounds| ["--rounds".to_owned(), rounds.to_string()])
         .collect()
 }
 
 /// Measures a real guest on a host that runs Linux guests; returns the report's path.
-fn real_guest(apt: &Apt, wanted: &Wanted, bench: &Path, work: &Path) -> Result<PathBuf> {
-    let sm = crate::build::sm(apt, Profile::Release)?;
+fn real_guest(
+    apt: &Apt,
+    options: &BenchVsockOptions,
+    bench: &Path,
+    work: &Path,
+) -> Result<PathBuf> {
+    let sm = crate::build::sm(apt, BuildProfile::Release)?;
     let kernel = kernel::tuned(apt)?;
     let image = fixtures::demo_image(apt)?;
     let text = |path: &Path| -> Result<String> {
@@ -90,7 +95,7 @@ fn real_guest(apt: &Apt, wanted: &Wanted, bench: &Path, work: &Path) -> Result<P
         let mut here = cmd::measured(bench);
         here.args(command.iter().skip(1))
             .arg(&report)
-            .args(rounds(wanted))
+            .args(rounds(options))
             .envs(environment)
             .env("XDG_DATA_HOME", state.path().join("data"))
             .env("XDG_RUNTIME_DIR", state.path().join("run"));
@@ -101,7 +106,7 @@ fn real_guest(apt: &Apt, wanted: &Wanted, bench: &Path, work: &Path) -> Result<P
     cmd::note(reason);
     let results = tempfile::tempdir()?;
     command.push("$SM_LAB_RESULTS/guest.json".to_owned());
-    command.extend(rounds(wanted));
+    command.extend(rounds(options));
     let quoted: Vec<_> = command
         .iter()
         .map(|word| match word.starts_with('$') {
@@ -109,14 +114,14 @@ fn real_guest(apt: &Apt, wanted: &Wanted, bench: &Path, work: &Path) -> Result<P
             false => lab::quoted(word),
         })
         .collect();
-    let job = Job {
+    let job = LabJob {
         command: vec!["sh".to_owned(), "-c".to_owned(), quoted.join(" ")],
         environment: environment.to_vec(),
         results: Some(results.path().to_owned()),
-        ..Job::default()
+        ..LabJob::default()
     };
     let lab = lab::prepare(apt)?;
-    match lab::outlive_crashes(|| lab::run(&lab, &job, &Output::Inherit))? {
+    match lab::outlive_crashes(|| lab::run(&lab, &job, &JobOutput::Inherit))? {
         0 => fs::copy(results.path().join("guest.json"), &report)
             .context("the lab has left no report")?,
         status => bail!("the benchmark failed in the lab: status {status}"),

@@ -12,7 +12,7 @@ use crate::{cmd, paths};
 
 /// The profile of `sm`; the agent always has its own.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum Profile {
+pub(crate) enum BuildProfile {
     Debug,
     #[default]
     Release,
@@ -23,12 +23,12 @@ pub(crate) const PACKAGES: [&str; 3] = ["gcc", "libc6-dev", "musl-tools"];
 
 /// A directory for build output, and the environment of builds there.
 #[derive(Clone, Debug)]
-pub(crate) struct Place {
+pub(crate) struct BuildDirectory {
     target: PathBuf,
     environment: Vec<(&'static str, OsString)>,
 }
 
-impl Place {
+impl BuildDirectory {
     /// The build output of this workspace.
     fn usual() -> Self {
         Self {
@@ -92,9 +92,9 @@ impl Place {
 
 /// Builds the agent, then `sm` with the agent embedded: one static program, which starts
 /// in half the time of a dynamic one and needs no C library. Returns its path.
-pub(crate) fn sm(apt: &Apt, profile: Profile) -> Result<PathBuf> {
-    let built = sm_of(apt, &Place::usual(), profile)?;
-    if profile == Profile::Debug {
+pub(crate) fn sm(apt: &Apt, profile: BuildProfile) -> Result<PathBuf> {
+    let built = sm_of(apt, &BuildDirectory::usual(), profile)?;
+    if profile == BuildProfile::Debug {
         return Ok(built);
     }
     // The path of a release is the same for all architectures.
@@ -105,25 +105,30 @@ pub(crate) fn sm(apt: &Apt, profile: Profile) -> Result<PathBuf> {
     Ok(released)
 }
 
-/// Builds the agent and `sm` at a place of their own.
-pub(crate) fn sm_in(apt: &Apt, place: &Place) -> Result<PathBuf> {
-    sm_of(apt, place, Profile::Release)
+/// Builds the agent and `sm` in a directory of their own.
+pub(crate) fn sm_in(apt: &Apt, build_directory: &BuildDirectory) -> Result<PathBuf> {
+    sm_of(apt, build_directory, BuildProfile::Release)
 }
 
-fn sm_of(apt: &Apt, place: &Place, profile: Profile) -> Result<PathBuf> {
-    let agent = agent_in(apt, place)?;
+fn sm_of(apt: &Apt, build_directory: &BuildDirectory, profile: BuildProfile) -> Result<PathBuf> {
+    let agent = agent_in(apt, build_directory)?;
     cmd::step("building sm");
     let target = static_target()?;
-    let mut build = place.cargo(["build", "-p", "sm-cli", "--locked", "--target", &target]);
+    let mut build =
+        build_directory.cargo(["build", "-p", "sm-cli", "--locked", "--target", &target]);
     let directory = match profile {
-        Profile::Debug => "debug",
-        Profile::Release => {
+        BuildProfile::Debug => "debug",
+        BuildProfile::Release => {
             build.arg("--release");
             "release"
         }
     };
     cmd::check(build.env("SM_AGENT_BIN", &agent))?;
-    Ok(place.target.join(target).join(directory).join("sm"))
+    Ok(build_directory
+        .target
+        .join(target)
+        .join(directory)
+        .join("sm"))
 }
 
 /// Returns the target of static programs for this machine.
@@ -135,14 +140,14 @@ pub(crate) fn static_target() -> Result<String> {
 
 /// Builds the guest agent.
 pub(crate) fn agent(apt: &Apt) -> Result<PathBuf> {
-    agent_in(apt, &Place::usual())
+    agent_in(apt, &BuildDirectory::usual())
 }
 
-fn agent_in(apt: &Apt, place: &Place) -> Result<PathBuf> {
+fn agent_in(apt: &Apt, build_directory: &BuildDirectory) -> Result<PathBuf> {
     apt.ensure(&PACKAGES)?;
     let target = static_target()?;
     cmd::step("building the guest agent");
-    cmd::check(&mut place.cargo([
+    cmd::check(&mut build_directory.cargo([
         "build",
         "-p",
         "sm-guest-agent",
@@ -151,7 +156,10 @@ fn agent_in(apt: &Apt, place: &Place) -> Result<PathBuf> {
         "--target",
         &target,
     ]))?;
-    Ok(place.target.join(target).join("agent/sm-guest-agent"))
+    Ok(build_directory
+        .target
+        .join(target)
+        .join("agent/sm-guest-agent"))
 }
 
 /// Builds `sm-tree`, which can run in guests of any image.

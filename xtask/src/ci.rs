@@ -5,7 +5,7 @@ use anyhow::Result;
 use crate::apt::Apt;
 use crate::background::KernelBuild;
 use crate::build::cargo;
-use crate::test::{self, Wanted};
+use crate::test::{self, TestOptions};
 use crate::{cmd, deny, needs, package, paths, tidy};
 
 pub(crate) fn run(apt: &Apt) -> Result<()> {
@@ -55,5 +55,5 @@ pub(crate) fn run(apt: &Apt) -> Result<()> {
         // The library is not linked, so it need not exist.
         .env("CUSTOM_LIBFUZZER_PATH", "/nowhere/libFuzzer.a"),
     )?;
-    test::run(apt, &Wanted::default(), Some(kernel))
+    test::run(apt, &TestOptions::default(), Some(kernel))
 }

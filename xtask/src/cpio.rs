@@ -9,12 +9,12 @@ const FILE: u32 = 0o100_000;
 
 /// An archive being written.
 #[derive(Default)]
-pub(crate) struct Archive {
+pub(crate) struct CpioArchive {
     bytes: Vec<u8>,
     inodes: u32,
 }
 
-impl Archive {
+impl CpioArchive {
     pub(crate) fn directory(&mut self, path: &str) -> Result<()> {
         self.entry(path, DIRECTORY, (0, 0), &[])
     }
@@ -71,11 +71,11 @@ impl Archive {
 
 #[cfg(test)]
 mod tests {
-    use super::Archive;
+    use super::CpioArchive;
 
     #[test]
     fn entries_are_aligned_and_end_with_the_trailer() {
-        let mut archive = Archive::default();
+        let mut archive = CpioArchive::default();
         archive.directory("d").unwrap();
         archive.file("d/f", 0o755, b"12345").unwrap();
         let bytes = archive.finish().unwrap();

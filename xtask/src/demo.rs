@@ -5,8 +5,8 @@ use std::process::Command;
 use anyhow::{Context as _, Result};
 
 use crate::apt::Apt;
-use crate::build::{self, Profile};
-use crate::lab::{self, Job, Output};
+use crate::build::{self, BuildProfile};
+use crate::lab::{self, JobOutput, LabJob};
 use crate::{cmd, fixtures, host, kernel, needs, stock};
 
 const SCRIPT: &str = "echo \"hello from $(uname -sr) on $(nproc) vCPU\"; \
@@ -17,7 +17,7 @@ const SCRIPT: &str = "echo \"hello from $(uname -sr) on $(nproc) vCPU\"; \
 /// Returns 0 when the guest exited with the expected status.
 pub(crate) fn run(apt: &Apt) -> Result<u8> {
     needs::demo(apt)?;
-    let sm = build::sm(apt, Profile::Release)?;
+    let sm = build::sm(apt, BuildProfile::Release)?;
     // Building the tuned kernel takes longer than everything else.
     let kernel = match kernel::built(apt)? {
         Some(tuned) => tuned,
@@ -66,14 +66,14 @@ pub(crate) fn run(apt: &Apt) -> Result<u8> {
             cmd::step(format_args!(
                 "sm run --rm --timings {reference} /bin/sh -c ..."
             ));
-            let job = Job {
+            let job = LabJob {
                 command,
                 environment,
-                ..Job::default()
+                ..LabJob::default()
             };
             let lab = lab::prepare(apt)?;
             i32::from(lab::outlive_crashes(|| {
-                lab::run(&lab, &job, &Output::Inherit)
+                lab::run(&lab, &job, &JobOutput::Inherit)
             })?)
         }
     };

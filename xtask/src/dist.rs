@@ -14,20 +14,20 @@ use anyhow::{Context as _, Result, bail};
 use serde_json::json;
 
 use crate::apt::Apt;
-use crate::build::{self, Place};
+use crate::build::{self, BuildDirectory};
 use crate::{cmd, docs, kernel, paths};
 
 pub(crate) const PACKAGES: [&str; 3] = ["zstd", "tar", "gzip"];
 
 /// The work to do.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Wanted {
+pub(crate) struct DistOptions {
     /// Runs the program from the archive in a lab that has nothing else of ours.
     pub(crate) check: bool,
 }
 
 /// Returns the archive.
-pub(crate) fn run(apt: &Apt, wanted: Wanted) -> Result<PathBuf> {
+pub(crate) fn run(apt: &Apt, options: DistOptions) -> Result<PathBuf> {
     apt.ensure(&PACKAGES)?;
     let kernel = kernel::tuned(apt)?;
     let dist = paths::target().join("dist");
@@ -38,12 +38,12 @@ pub(crate) fn run(apt: &Apt, wanted: Wanted) -> Result<PathBuf> {
     fs::create_dir_all(&tree).with_context(|| format!("cannot create {tree:?}"))?;
 
     let packed = packed(&kernel, &dist)?;
-    let place = Place::of_release(dist.join("build"), &kernel, &packed)?;
-    let sm = build::sm_in(apt, &place)?;
+    let build_directory = BuildDirectory::of_release(dist.join("build"), &kernel, &packed)?;
+    let sm = build::sm_in(apt, &build_directory)?;
     fs::copy(&sm, tree.join("sm")).context("cannot copy the program")?;
 
     cmd::step("writing documents of the release");
-    docs::run(apt, &docs::Wanted::Man(tree.join("man")))?;
+    docs::run(apt, &docs::DocsOptions::Man(tree.join("man")))?;
     completions(&tree.join("sm"), &tree.join("completions"))?;
     fs::copy(paths::root().join("LICENSE"), tree.join("LICENSE"))?;
     let packages = packages::of_program(&build::static_target()?)?;
@@ -64,7 +64,7 @@ pub(crate) fn run(apt: &Apt, wanted: Wanted) -> Result<PathBuf> {
         .current_dir(&dist),
     )?;
     fs::write(dist.join("SHA256SUMS"), sums)?;
-    if wanted.check {
+    if options.check {
         check::run(apt, &archive, &name)?;
     }
     Ok(archive)

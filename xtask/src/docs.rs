@@ -14,7 +14,7 @@ const MDBOOK: &str = "0.5.4";
 
 /// The documents to build or write.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) enum Wanted {
+pub(crate) enum DocsOptions {
     /// The site and manual pages, in the build output.
     #[default]
     All,
@@ -24,15 +24,15 @@ pub(crate) enum Wanted {
     Man(PathBuf),
 }
 
-pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
+pub(crate) fn run(apt: &Apt, options: &DocsOptions) -> Result<()> {
     apt.ensure(&build::PACKAGES)?;
-    match wanted {
-        Wanted::Generated => {
+    match options {
+        DocsOptions::Generated => {
             generate("pages", &paths::root().join("docs/src/reference"))?;
             generate("help", &paths::root().join("cli/tests/help"))
         }
-        Wanted::Man(directory) => generate("man", directory),
-        Wanted::All => {
+        DocsOptions::Man(directory) => generate("man", directory),
+        DocsOptions::All => {
             let mdbook = mdbook()?;
             let output = paths::target().join("docs");
             cmd::step("building the site");

@@ -31,7 +31,7 @@ const TOOL: &str = "sm-tree";
 /// Returns the directory of the images, with a file `list`: a name and a reference
 /// relative to the directory per line. `NAME.tree` lists the result of `umoci unpack`.
 /// `None` without root, which is needed to create devices and other special files.
-pub(crate) fn make(apt: &Apt) -> Result<Option<PathBuf>> {
+pub(crate) fn create(apt: &Apt) -> Result<Option<PathBuf>> {
     let cache = paths::cache("fidelity")?;
     let tool = build::tree(apt)?;
     let tool_bytes = fs::read(&tool)?;
@@ -45,7 +45,7 @@ pub(crate) fn make(apt: &Apt) -> Result<Option<PathBuf>> {
         return Ok(Some(done));
     };
     apt.ensure(&PACKAGES)?;
-    let base = fixtures::make(apt)?;
+    let base = fixtures::create(apt)?;
     // Images of earlier recipes are not used any more.
     for old in fs::read_dir(&cache)?
         .flatten()
@@ -53,25 +53,22 @@ pub(crate) fn make(apt: &Apt) -> Result<Option<PathBuf>> {
     {
         paths::remove(&old.path())?;
     }
-    let workshop = Workshop::new(tool)?;
-    workshop.all(&base)?;
-    fs::write(
-        workshop.images.join("list"),
-        workshop.list.borrow().join(""),
-    )?;
-    fs::rename(&workshop.images, &done)
+    let builder = FidelityBuilder::new(tool)?;
+    builder.all(&base)?;
+    fs::write(builder.images.join("list"), builder.list.borrow().join(""))?;
+    fs::rename(&builder.images, &done)
         .with_context(|| format!("cannot publish {:?}", done.display()))?;
     Ok(Some(done))
 }
 
-struct Workshop {
+struct FidelityBuilder {
     directory: TempDir,
     images: PathBuf,
     tool: PathBuf,
     list: std::cell::RefCell<Vec<String>>,
 }
 
-impl Workshop {
+impl FidelityBuilder {
     fn new(tool: PathBuf) -> Result<Self> {
         let directory = tempfile::tempdir_in(paths::cache("tmp")?)?;
         let images = directory.path().join("images");

@@ -57,7 +57,7 @@ const NGINX: [&str; 10] = [
 
 /// Returns the directory of the OCI layouts `busybox`, `debian`, `python` and `nginx`,
 /// and of the archives `busybox.oci.tar` and `busybox.docker.tar`.
-pub(crate) fn make(apt: &Apt) -> Result<PathBuf> {
+pub(crate) fn create(apt: &Apt) -> Result<PathBuf> {
     let fixtures = paths::cache("fixtures")?;
     let done = fixtures.join(format!("v{RECIPE}"));
     let Some(lock) = paths::lock_unless(&done, &fixtures)? else {
@@ -69,18 +69,18 @@ pub(crate) fn make(apt: &Apt) -> Result<PathBuf> {
         drop(lock);
         return as_root_of_a_namespace(done);
     }
-    let workshop = Workshop::new()?;
+    let builder = FixtureBuilder::new()?;
     cmd::step("making the test image busybox");
-    workshop.busybox()?;
-    workshop.archives()?;
+    builder.busybox()?;
+    builder.archives()?;
     cmd::step("making the test image debian (mmdebstrap)");
-    workshop.debian()?;
+    builder.debian()?;
     cmd::step("making the test image python (mmdebstrap)");
     let python = ["--config.cmd", "python3"];
-    workshop.derived("python", "procps,python3-minimal", &python)?;
+    builder.derived("python", "procps,python3-minimal", &python)?;
     cmd::step("making the test image nginx (mmdebstrap)");
-    workshop.derived("nginx", "procps,nginx-light", &NGINX)?;
-    workshop.publish(&done)?;
+    builder.derived("nginx", "procps,nginx-light", &NGINX)?;
+    builder.publish(&done)?;
     Ok(done)
 }
 
@@ -107,10 +107,10 @@ fn of_packages(apt: &Apt, name: &str, recipe: &str, packages: &str) -> Result<Pa
         drop(lock);
         return as_root_of_a_namespace(done);
     }
-    let workshop = Workshop::new()?;
+    let builder = FixtureBuilder::new()?;
     cmd::step(format_args!("making the test image {name} (mmdebstrap)"));
-    workshop.of_packages(name, packages)?;
-    workshop.publish(&done)?;
+    builder.of_packages(name, packages)?;
+    builder.publish(&done)?;
     Ok(done)
 }
 
@@ -138,17 +138,17 @@ pub(crate) fn demo_image(apt: &Apt) -> Result<PathBuf> {
     };
     apt.ensure(&["busybox-static"])?;
     cmd::step("making the demo image");
-    let workshop = Workshop::new()?;
-    let tree = workshop.directory.path().join("tree");
+    let builder = FixtureBuilder::new()?;
+    let tree = builder.directory.path().join("tree");
     busybox_tree(&tree)?;
     let mut make = cargo(["run", "--quiet", "--locked", "-p", "sm-image", "--example"]);
     make.args(["mkimage", "--", "--cmd", "sh", "--env", PATH])
-        .arg(workshop.images.join("busybox"))
+        .arg(builder.images.join("busybox"))
         .arg("latest")
         .arg(&tree)
         .stdout(Stdio::null());
     cmd::check(&mut make)?;
-    workshop.publish(&done)?;
+    builder.publish(&done)?;
     Ok(image)
 }
 
@@ -169,12 +169,12 @@ pub(crate) fn busybox_tree(root: &Path) -> Result<()> {
 }
 
 /// A temporary directory in which images are created before they are published.
-struct Workshop {
+struct FixtureBuilder {
     directory: TempDir,
     images: PathBuf,
 }
 
-impl Workshop {
+impl FixtureBuilder {
     fn new() -> Result<Self> {
         let directory = tempfile::tempdir_in(paths::cache("tmp")?)
             .context("cannot make a temporary directory")?;

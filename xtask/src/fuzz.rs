@@ -21,7 +21,7 @@ const TURN: u32 = 120;
 
 /// Targets to run (all by default), and their time.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Wanted {
+pub(crate) struct FuzzOptions {
     pub(crate) names: Vec<String>,
     /// Total minutes of CPU time per target, including earlier runs.
     pub(crate) minutes: Option<u32>,
@@ -30,16 +30,16 @@ pub(crate) struct Wanted {
 }
 
 /// A target with its program and directory.
-struct Target {
+struct FuzzTarget {
     name: String,
     program: PathBuf,
     home: PathBuf,
 }
 
-pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
+pub(crate) fn run(apt: &Apt, options: &FuzzOptions) -> Result<()> {
     apt.ensure(&PACKAGES)?;
-    let targets = build(wanted)?;
-    let enough = f64::from(wanted.minutes.unwrap_or(60)) * 60.0;
+    let targets = build(options)?;
+    let enough = f64::from(options.minutes.unwrap_or(60)) * 60.0;
     cmd::step(format_args!(
         "running {} fuzz targets until each has had {enough} s of a CPU",
         targets.len()
@@ -92,27 +92,27 @@ pub(crate) fn run(apt: &Apt, wanted: &Wanted) -> Result<()> {
     }
     let done = done.into_inner().unwrap_or_else(|e| e.into_inner());
     done.iter()
-        .filter(|_| wanted.save)
-        .try_for_each(Target::save)
+        .filter(|_| options.save)
+        .try_for_each(FuzzTarget::save)
 }
 
 /// Builds the targets with the fuzzer's instrumentation, which needs a nightly compiler.
-fn build(wanted: &Wanted) -> Result<Vec<Target>> {
+fn build(options: &FuzzOptions) -> Result<Vec<FuzzTarget>> {
     let fuzz = paths::root().join("fuzz");
     let mut names = Vec::new();
     for entry in fs::read_dir(fuzz.join("fuzz_targets"))? {
         let name = entry?.file_name().into_string().unwrap_or_default();
         names.extend(name.strip_suffix(".rs").map(str::to_owned));
     }
-    if let Some(name) = wanted.names.iter().find(|name| !names.contains(name)) {
+    if let Some(name) = options.names.iter().find(|name| !names.contains(name)) {
         names.sort();
         bail!(
             "there is no fuzz target {name:?}; there are {}",
             names.join(", ")
         );
     }
-    if !wanted.names.is_empty() {
-        names.clone_from(&wanted.names);
+    if !options.names.is_empty() {
+        names.clone_from(&options.names);
     }
     let has = |program: &str, arguments: &[&str]| {
         let mut asked = Command::new(program);
@@ -153,7 +153,7 @@ fn build(wanted: &Wanted) -> Result<Vec<Target>> {
             for part in ["corpus", "found"] {
                 fs::create_dir_all(home.join(part))?;
             }
-            let target = Target {
+            let target = FuzzTarget {
                 program: output.join(&triple).join("release").join(&name),
                 home,
                 name,
@@ -164,7 +164,7 @@ fn build(wanted: &Wanted) -> Result<Vec<Target>> {
         .collect()
 }
 
-impl Target {
+impl FuzzTarget {
     fn log(&self) -> PathBuf {
         self.home.join("log")
     }
@@ -176,15 +176,15 @@ impl Target {
     }
 
     /// Returns the directory of the unpacked archive.
-    fn kept(&self) -> PathBuf {
+    fn unpacked_directory(&self) -> PathBuf {
         self.home.join("kept")
     }
 
     fn unpack(&self) -> Result<()> {
-        let (archive, kept) = (self.archive(), empty(self.kept())?);
+        let (archive, unpacked) = (self.archive(), empty(self.unpacked_directory())?);
         if archive.is_file() {
             let mut tar = Command::new("tar");
-            tar.arg("-xzf").arg(archive).arg("-C").arg(kept);
+            tar.arg("-xzf").arg(archive).arg("-C").arg(unpacked);
             cmd::check(&mut tar)?;
         }
         Ok(())
@@ -193,7 +193,7 @@ impl Target {
     /// Returns the directories of initial inputs.
     fn inputs(&self) -> impl Iterator<Item = PathBuf> {
         let seeds = paths::root().join("fuzz/seeds").join(&self.name);
-        [self.home.join("corpus"), self.kept(), seeds]
+        [self.home.join("corpus"), self.unpacked_directory(), seeds]
             .into_iter()
             .filter(|directory| directory.is_dir())
     }

@@ -35,7 +35,7 @@ pub(crate) fn why_not_here(sm: &Path) -> Result<Option<String>> {
 }
 
 /// Estimates the same before an `sm` exists.
-pub(crate) fn looks_able() -> bool {
+pub(crate) fn is_probably_able() -> bool {
     let flags = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let hardware = flags.split_whitespace().any(|f| f == "vmx" || f == "svm");
     hardware && open_kvm().is_ok()

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 mod defaults;
 
-pub(crate) use defaults::{came_on, prompts, unreviewed};
+pub(crate) use defaults::{newly_enabled, prompts, unreviewed};
 
 /// The fragment with the options that `sm` needs.
 pub(crate) const FRAGMENT: &str = include_str!("../../guest/kernel/guest.config");
@@ -31,7 +31,7 @@ const ESSENTIAL: [&str; 14] = [
 
 /// Differences between a fragment and the resulting configuration.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct Lost {
+pub(crate) struct FragmentMismatch {
     /// Missing essential symbols.
     pub(crate) essential: Vec<String>,
     /// Lines of the fragment that are not in the result.
@@ -39,9 +39,9 @@ pub(crate) struct Lost {
 }
 
 /// Compares the `fragment` with the final `config`.
-pub(crate) fn lost(fragment: &str, config: &str) -> Lost {
+pub(crate) fn mismatches(fragment: &str, config: &str) -> FragmentMismatch {
     let result = symbols(config);
-    let mut lost = Lost::default();
+    let mut mismatches = FragmentMismatch::default();
     for (symbol, wanted) in symbols(fragment) {
         let got = result.get(symbol).copied().unwrap_or("n");
         if got == wanted {
@@ -49,19 +49,19 @@ pub(crate) fn lost(fragment: &str, config: &str) -> Lost {
         }
         let line = format!("{symbol}={wanted} (is {got})");
         if ESSENTIAL.contains(&symbol) {
-            lost.essential.push(line);
+            mismatches.essential.push(line);
         } else {
-            lost.other.push(line);
+            mismatches.other.push(line);
         }
     }
     for symbol in ESSENTIAL {
         if result.get(symbol).copied() != Some("y") && !symbols(fragment).contains_key(symbol) {
-            lost.essential.push(format!("{symbol} is not set"));
+            mismatches.essential.push(format!("{symbol} is not set"));
         }
     }
-    lost.essential.sort();
-    lost.other.sort();
-    lost
+    mismatches.essential.sort();
+    mismatches.other.sort();
+    mismatches
 }
 
 fn symbols(text: &str) -> HashMap<&str, &str> {
@@ -73,7 +73,7 @@ fn symbols(text: &str) -> HashMap<&str, &str> {
 
 #[cfg(test)]
 mod tests {
-    use super::{ESSENTIAL, FRAGMENT, defaults, lost, symbols};
+    use super::{ESSENTIAL, FRAGMENT, defaults, mismatches, symbols};
 
     fn essential() -> String {
         ESSENTIAL.map(|symbol| format!("{symbol}=y\n")).concat()
@@ -83,22 +83,25 @@ mod tests {
     fn unset_is_what_n_asks_for() {
         let fragment = format!("{}CONFIG_VT=n\nCONFIG_HZ=100\n", essential());
         let config = format!("{}# CONFIG_VT is not set\nCONFIG_HZ=100\n", essential());
-        assert_eq!(lost(&fragment, &config), super::Lost::default());
+        assert_eq!(
+            mismatches(&fragment, &config),
+            super::FragmentMismatch::default()
+        );
     }
 
     #[test]
     fn losses_are_told_apart() {
         let fragment = format!("{}CONFIG_TUN=y\n", essential());
         let config = essential().replace("CONFIG_PVH=y", "# CONFIG_PVH is not set");
-        let lost = lost(&fragment, &config);
-        assert_eq!(lost.essential, ["CONFIG_PVH=y (is n)"]);
-        assert_eq!(lost.other, ["CONFIG_TUN=y (is n)"]);
+        let mismatches = mismatches(&fragment, &config);
+        assert_eq!(mismatches.essential, ["CONFIG_PVH=y (is n)"]);
+        assert_eq!(mismatches.other, ["CONFIG_TUN=y (is n)"]);
     }
 
     #[test]
     fn a_fragment_without_an_essential_symbol_is_rejected() {
         let config = essential().replace("CONFIG_PVH=y\n", "");
-        assert_eq!(lost("", &config).essential, ["CONFIG_PVH is not set"]);
+        assert_eq!(mismatches("", &config).essential, ["CONFIG_PVH is not set"]);
     }
 
     #[test]

@@ -180,18 +180,19 @@ impl Recipe {
         quiet(clean_make(&["olddefconfig"]).env("KCONFIG_CONFIG", ".config.fresh"))?;
         let fresh = tree.join(".config.fresh");
         let config = fs::read_to_string(&fresh)?;
-        let lost = kconfig::lost(kconfig::FRAGMENT, &config);
-        for line in &lost.other {
+        let mismatches = kconfig::mismatches(kconfig::FRAGMENT, &config);
+        for line in &mismatches.other {
             cmd::note(format_args!("not in this kernel: {line}"));
         }
-        if !lost.essential.is_empty() {
+        if !mismatches.essential.is_empty() {
             bail!(
                 "the configuration lost what sm needs: {}",
-                lost.essential.join(", ")
+                mismatches.essential.join(", ")
             );
         }
-        let came_on = kconfig::came_on(&kconfig::prompts(&tree)?, kconfig::FRAGMENT, &config);
-        fs::write(work.join(DEFAULTS), came_on.join("\n"))?;
+        let newly_enabled =
+            kconfig::newly_enabled(&kconfig::prompts(&tree)?, kconfig::FRAGMENT, &config);
+        fs::write(work.join(DEFAULTS), newly_enabled.join("\n"))?;
         self.review(work)?;
         fs::rename(fresh, tree.join(".config"))?;
         Ok(())
@@ -201,10 +202,10 @@ impl Recipe {
     /// against the reviewed list.
     fn review(&self, directory: &Path) -> Result<()> {
         let path = directory.join(DEFAULTS);
-        let came_on = fs::read_to_string(&path)
+        let newly_enabled = fs::read_to_string(&path)
             .with_context(|| format!("cannot read {:?}", path.display()))?;
-        let came_on: Vec<_> = came_on.lines().collect();
-        let unreviewed = kconfig::unreviewed(&came_on, kconfig::REVIEWED);
+        let newly_enabled: Vec<_> = newly_enabled.lines().collect();
+        let unreviewed = kconfig::unreviewed(&newly_enabled, kconfig::REVIEWED);
         if unreviewed.is_empty() {
             return Ok(());
         }
@@ -287,7 +288,7 @@ fn make(work: &Path) -> Result<()> {
         .spawn()
         .context("cannot run make")?;
     let output = child.stdout.take().context("make has no output")?;
-    let mut progress = Progress::new();
+    let mut progress = BuildProgress::new();
     for line in BufReader::new(output).split(b'\n') {
         let line = line?;
         log.write_all(&line)?;
@@ -310,13 +311,13 @@ fn make(work: &Path) -> Result<()> {
 }
 
 /// Progress: rewrites one line on a terminal; otherwise prints a line now and then.
-struct Progress {
+struct BuildProgress {
     started: Instant,
     lines: usize,
     terminal: bool,
 }
 
-impl Progress {
+impl BuildProgress {
     fn new() -> Self {
         Self {
             started: Instant::now(),

@@ -20,9 +20,9 @@ use anyhow::{Context as _, Result};
 use tempfile::TempDir;
 
 use crate::apt::Apt;
-use crate::cpio::Archive;
+use crate::cpio::CpioArchive;
 use crate::deb::Deb;
-use crate::qemu::{Machine, Share};
+use crate::qemu::{QemuMachine, Share};
 use crate::stream::copy_until;
 use crate::{cmd, modules, paths};
 
@@ -58,7 +58,7 @@ const TIMED_OUT: u8 = 124;
 const INTERRUPTED: u8 = 130;
 /// Most machines that may crash while running one job.
 const ATTEMPTS: u32 = 4;
-const MOST_AT_ONCE: usize = 4;
+const MAX_CONCURRENT: usize = 4;
 
 /// Returns the number of labs that can run concurrently on this machine: each emulates
 /// one CPU.
@@ -68,38 +68,38 @@ const MOST_AT_ONCE: usize = 4;
 /// CPU's thread interrupts the emulation at the wrong moment, it is delivered again, in
 /// whatever context runs then. Four busy vCPUs on two emulated CPUs crash the lab's
 /// kernel, or a guest, within two minutes (QEMU 10.0.2); on one CPU they never did.
-pub(crate) fn at_once() -> usize {
-    thread::available_parallelism().map_or(1, |cpus| cpus.get().min(MOST_AT_ONCE))
+pub(crate) fn max_concurrent() -> usize {
+    thread::available_parallelism().map_or(1, |cpus| cpus.get().min(MAX_CONCURRENT))
 }
 
 /// Destination of a job's output, and of messages about the lab.
 #[derive(Clone)]
-pub(crate) enum Output {
+pub(crate) enum JobOutput {
     /// This process's standard streams, unbuffered.
     Inherit,
     /// A buffer of both streams, to be printed later.
-    Keep(Arc<Mutex<Vec<u8>>>),
+    Buffer(Arc<Mutex<Vec<u8>>>),
 }
 
-impl Output {
+impl JobOutput {
     fn out(&self) -> Box<dyn Write + Send> {
         match self {
             Self::Inherit => Box::new(io::stdout()),
-            Self::Keep(kept) => Box::new(Kept(kept.clone())),
+            Self::Buffer(kept) => Box::new(BufferedOutput(kept.clone())),
         }
     }
 
     fn err(&self) -> Box<dyn Write + Send> {
         match self {
             Self::Inherit => Box::new(io::stderr()),
-            Self::Keep(kept) => Box::new(Kept(kept.clone())),
+            Self::Buffer(kept) => Box::new(BufferedOutput(kept.clone())),
         }
     }
 }
 
-struct Kept(Arc<Mutex<Vec<u8>>>);
+struct BufferedOutput(Arc<Mutex<Vec<u8>>>);
 
-impl Write for Kept {
+impl Write for BufferedOutput {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         kept.extend_from_slice(bytes);
@@ -113,7 +113,7 @@ impl Write for Kept {
 
 /// A command to run in the lab.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Job {
+pub(crate) struct LabJob {
     pub(crate) command: Vec<String>,
     /// Variables in addition to this process's environment.
     pub(crate) environment: Vec<(String, String)>,
@@ -122,12 +122,12 @@ pub(crate) struct Job {
     /// True to forward this process's standard input, unless it is a terminal.
     pub(crate) input: bool,
     pub(crate) memory_mib: u32,
-    /// More than one is faster and crashes: see [`at_once`].
+    /// More than one is faster and crashes: see [`max_concurrent`].
     pub(crate) cpus: u32,
     pub(crate) timeout: Option<Duration>,
 }
 
-impl Default for Job {
+impl Default for LabJob {
     fn default() -> Self {
         Self {
             command: Vec::new(),
@@ -144,7 +144,7 @@ impl Default for Job {
 /// The machine ended before its command did: its kernel or QEMU crashed.
 #[derive(Debug, thiserror::Error)]
 #[error("the lab died before the command ended; above is the end of its console")]
-pub(crate) struct Died;
+pub(crate) struct LabCrashed;
 
 /// The boot files of the lab.
 pub(crate) struct Lab {
@@ -154,8 +154,8 @@ pub(crate) struct Lab {
 
 /// Runs a job and returns its exit status.
 ///
-/// An error that is [`Died`] does not concern the command.
-pub(crate) fn run(lab: &Lab, job: &Job, output: &Output) -> Result<u8> {
+/// An error that is [`LabCrashed`] does not concern the command.
+pub(crate) fn run(lab: &Lab, job: &LabJob, output: &JobOutput) -> Result<u8> {
     let control = tempfile::tempdir().context("cannot make a temporary directory")?;
     let results = match &job.results {
         Some(directory) => directory.clone(),
@@ -170,7 +170,7 @@ pub(crate) fn run(lab: &Lab, job: &Job, output: &Output) -> Result<u8> {
     fs::write(shared.join("visible"), visible()?)?;
 
     let console = control.path().join("console");
-    let machine = Machine {
+    let machine = QemuMachine {
         kernel: lab.kernel.clone(),
         initramfs: lab.initramfs.clone(),
         console: console.clone(),
@@ -210,7 +210,7 @@ pub(crate) fn run(lab: &Lab, job: &Job, output: &Output) -> Result<u8> {
         (Ended::Complete, Some(status)) => Ok(status),
         _ => {
             show_tail(&console, &mut output.err());
-            Err(Died.into())
+            Err(LabCrashed.into())
         }
     }
 }
@@ -221,7 +221,7 @@ pub(crate) fn run(lab: &Lab, job: &Job, output: &Output) -> Result<u8> {
 pub(crate) fn outlive_crashes(mut job: impl FnMut() -> Result<u8>) -> Result<u8> {
     for attempt in 1.. {
         match job() {
-            Err(error) if error.is::<Died>() && attempt < ATTEMPTS => {
+            Err(error) if error.is::<LabCrashed>() && attempt < ATTEMPTS => {
                 cmd::note(format_args!(
                     "the emulated machine crashed, not the command: starting another \
                      ({attempt} of {ATTEMPTS} used)"
@@ -238,18 +238,18 @@ enum Ended {
     /// All output was received.
     Complete,
     /// The machine has exited.
-    Died,
+    Crashed,
     TimedOut,
     Interrupted,
 }
 
 /// Runs the machine until both output streams have ended.
 fn attend(
-    machine: &Machine,
+    machine: &QemuMachine,
     shares: &[Share<'_>],
     token: &[u8],
-    job: &Job,
-    to: &Output,
+    job: &LabJob,
+    to: &JobOutput,
 ) -> Result<Ended> {
     // Ctrl-C reaches QEMU as well, which exits; this process then cleans up.
     let interrupted = Arc::new(AtomicBool::new(false));
@@ -297,7 +297,7 @@ fn attend(
         };
         match seen {
             Ok(Ok(true)) => {}
-            Ok(Ok(false)) | Err(RecvTimeoutError::Disconnected) => ended = Ended::Died,
+            Ok(Ok(false)) | Err(RecvTimeoutError::Disconnected) => ended = Ended::Crashed,
             // Our own output is closed, so the rest has no reader.
             Ok(Err(_)) => {
                 ended = Ended::Interrupted;
@@ -396,7 +396,7 @@ fn covered(directories: impl IntoIterator<Item = PathBuf>) -> Result<Vec<String>
 }
 
 /// Returns the shell script that executes the command.
-fn script(job: &Job) -> Result<String> {
+fn script(job: &LabJob) -> Result<String> {
     let mut text = String::new();
     let inherited = std::env::vars_os()
         .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
@@ -472,7 +472,7 @@ fn assemble(work: &TempDir) -> Result<PathBuf> {
     let dep = fs::read_to_string(tree.join("modules.dep"))?;
     let names = MODULES.map(|(name, _)| name);
 
-    let mut archive = Archive::default();
+    let mut archive = CpioArchive::default();
     for directory in [
         "bin", "dev", "lower", "modules", "new", "proc", "sys", "upper",
     ] {
@@ -515,7 +515,7 @@ mod tests {
 
     use anyhow::{Result, bail};
 
-    use super::{ATTEMPTS, Died, covered, is_identifier, outlive_crashes, quoted};
+    use super::{ATTEMPTS, LabCrashed, covered, is_identifier, outlive_crashes, quoted};
 
     #[test]
     fn words_survive_the_shell() {
@@ -578,14 +578,14 @@ mod tests {
 
     #[test]
     fn a_crashed_lab_is_started_again() {
-        let (ended, ran) = outlive(&[|| Err(Died.into()), || Ok(0)]);
+        let (ended, ran) = outlive(&[|| Err(LabCrashed.into()), || Ok(0)]);
         assert_eq!((ended.unwrap(), ran), (0, 2));
     }
 
     #[test]
     fn the_number_of_crashes_is_limited() {
-        let (ended, ran) = outlive(&[|| Err(Died.into())]);
-        assert!(ended.unwrap_err().is::<Died>());
+        let (ended, ran) = outlive(&[|| Err(LabCrashed.into())]);
+        assert!(ended.unwrap_err().is::<LabCrashed>());
         assert_eq!(ran, ATTEMPTS as usize);
     }
 

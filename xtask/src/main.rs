@@ -61,33 +61,33 @@ fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
         Invocation::Kernel { stock: false } => println!("{}", kernel::tuned(&apt)?.display()),
         Invocation::Kernel { stock: true } => println!("{}", stock::kernel(&apt)?.display()),
         Invocation::Fixtures => {
-            println!("{}", fixtures::make(&apt)?.display());
+            println!("{}", fixtures::create(&apt)?.display());
             println!("{}", fixtures::docker(&apt)?.display());
             println!("{}", fixtures::systemd(&apt)?.display());
-            if let Some(images) = fidelity::make(&apt)? {
+            if let Some(images) = fidelity::create(&apt)? {
                 println!("{}", images.display());
             }
         }
         Invocation::Lab(job) => {
             let lab = lab::prepare(&apt)?;
-            let status = lab::run(&lab, &job, &lab::Output::Inherit)?;
+            let status = lab::run(&lab, &job, &lab::JobOutput::Inherit)?;
             return Ok(ExitCode::from(status));
         }
         Invocation::Setup => needs::everything(&apt)?,
         Invocation::Demo => return Ok(ExitCode::from(demo::run(&apt)?)),
-        Invocation::BenchImage(wanted) => bench_image::run(&apt, &wanted)?,
-        Invocation::BenchKernel(wanted) => bench_kernel::run(&apt, &wanted)?,
-        Invocation::BenchRestore(wanted) => bench_restore::run(&apt, &wanted)?,
-        Invocation::BenchVsock(wanted) => bench_vsock::run(&apt, &wanted)?,
-        Invocation::Fuzz(wanted) => fuzz::run(&apt, &wanted)?,
-        Invocation::Test(wanted) => {
-            needs::tests(&apt, &wanted)?;
-            let kernel = wanted.e2e.then(background::KernelBuild::start);
-            test::run(&apt, &wanted, kernel)?;
+        Invocation::BenchImage(options) => bench_image::run(&apt, &options)?,
+        Invocation::BenchKernel(options) => bench_kernel::run(&apt, &options)?,
+        Invocation::BenchRestore(options) => bench_restore::run(&apt, &options)?,
+        Invocation::BenchVsock(options) => bench_vsock::run(&apt, &options)?,
+        Invocation::Fuzz(options) => fuzz::run(&apt, &options)?,
+        Invocation::Test(options) => {
+            needs::tests(&apt, &options)?;
+            let kernel = options.e2e.then(background::KernelBuild::start);
+            test::run(&apt, &options, kernel)?;
         }
-        Invocation::Dist(wanted) => println!("{}", dist::run(&apt, wanted)?.display()),
-        Invocation::Docs(wanted) => {
-            docs::run(&apt, &wanted)?;
+        Invocation::Dist(options) => println!("{}", dist::run(&apt, options)?.display()),
+        Invocation::Docs(options) => {
+            docs::run(&apt, &options)?;
             tidy::documents()?;
         }
         Invocation::Tidy => tidy::run()?,

@@ -4,7 +4,7 @@
 use anyhow::Result;
 
 use crate::apt::{self, Apt, Needs};
-use crate::test::{self, Wanted};
+use crate::test::{self, TestOptions};
 use crate::{build, deny, fidelity, fixtures, host, kernel, lab, stock};
 
 /// Ensures the packages of `xtask demo`.
@@ -14,7 +14,7 @@ pub(crate) fn demo(apt: &Apt) -> Result<()> {
         ..Needs::default()
     };
     needs.packages.extend(["busybox-static"]);
-    if !host::looks_able() {
+    if !host::is_probably_able() {
         needs.packages.extend(lab::PACKAGES);
         needs.qemu = true;
     }
@@ -22,8 +22,8 @@ pub(crate) fn demo(apt: &Apt) -> Result<()> {
 }
 
 /// Ensures the packages of `xtask test`.
-pub(crate) fn tests(apt: &Apt, wanted: &Wanted) -> Result<()> {
-    if wanted.e2e {
+pub(crate) fn tests(apt: &Apt, options: &TestOptions) -> Result<()> {
+    if options.e2e {
         return everything(apt);
     }
     apt.ensure_all(&Needs {

@@ -9,12 +9,12 @@ use crate::bench_image;
 use crate::bench_kernel;
 use crate::bench_restore;
 use crate::bench_vsock;
-use crate::build::Profile;
+use crate::build::BuildProfile;
 use crate::dist;
 use crate::docs;
 use crate::fuzz;
-use crate::lab::Job;
-use crate::test::Wanted;
+use crate::lab::LabJob;
+use crate::test::TestOptions;
 
 pub(crate) const HELP: &str = "\
 Developer commands of sm: cargo xtask COMMAND
@@ -66,20 +66,20 @@ cache and the current directory.
 /// A parsed command line.
 pub(crate) enum Invocation {
     Help,
-    Build(Profile),
+    Build(BuildProfile),
     Kernel { stock: bool },
     Fixtures,
-    Lab(Job),
+    Lab(LabJob),
     Setup,
     Demo,
-    BenchImage(bench_image::Wanted),
-    BenchKernel(bench_kernel::Wanted),
-    BenchRestore(bench_restore::Wanted),
-    BenchVsock(bench_vsock::Wanted),
-    Fuzz(fuzz::Wanted),
-    Test(Wanted),
-    Dist(dist::Wanted),
-    Docs(docs::Wanted),
+    BenchImage(bench_image::BenchImageOptions),
+    BenchKernel(bench_kernel::BenchKernelOptions),
+    BenchRestore(bench_restore::BenchRestoreOptions),
+    BenchVsock(bench_vsock::BenchVsockOptions),
+    Fuzz(fuzz::FuzzOptions),
+    Test(TestOptions),
+    Dist(dist::DistOptions),
+    Docs(docs::DocsOptions),
     Tidy,
     Deny,
     Package { build: bool },
@@ -115,26 +115,26 @@ fn command(mut parser: lexopt::Parser) -> Result<Invocation> {
     Ok(match command.as_str() {
         "help" => Invocation::Help,
         "build" => Invocation::Build(match flag(&mut parser, "debug")? {
-            true => Profile::Debug,
-            false => Profile::Release,
+            true => BuildProfile::Debug,
+            false => BuildProfile::Release,
         }),
         "kernel" => Invocation::Kernel {
             stock: flag(&mut parser, "stock")?,
         },
-        "fixtures" => bare(parser, Invocation::Fixtures)?,
-        "setup" => bare(parser, Invocation::Setup)?,
-        "demo" => bare(parser, Invocation::Demo)?,
-        "tidy" => bare(parser, Invocation::Tidy)?,
-        "deny" => bare(parser, Invocation::Deny)?,
+        "fixtures" => without_options(parser, Invocation::Fixtures)?,
+        "setup" => without_options(parser, Invocation::Setup)?,
+        "demo" => without_options(parser, Invocation::Demo)?,
+        "tidy" => without_options(parser, Invocation::Tidy)?,
+        "deny" => without_options(parser, Invocation::Deny)?,
         "package" => Invocation::Package {
             build: flag(&mut parser, "full")?,
         },
-        "ci" => bare(parser, Invocation::Ci)?,
+        "ci" => without_options(parser, Invocation::Ci)?,
         "bench-image" => Invocation::BenchImage(bench_image(parser)?),
         "bench-kernel" => Invocation::BenchKernel(bench_kernel(parser)?),
         "bench-restore" => Invocation::BenchRestore(bench_restore(parser)?),
         "bench-vsock" => Invocation::BenchVsock(bench_vsock(parser)?),
-        "dist" => Invocation::Dist(dist::Wanted {
+        "dist" => Invocation::Dist(dist::DistOptions {
             check: flag(&mut parser, "check")?,
         }),
         "docs" => Invocation::Docs(docs(parser)?),
@@ -156,17 +156,17 @@ fn flag(parser: &mut lexopt::Parser, name: &str) -> Result<bool> {
     Ok(set)
 }
 
-fn bare(mut parser: lexopt::Parser, invocation: Invocation) -> Result<Invocation> {
+fn without_options(mut parser: lexopt::Parser, invocation: Invocation) -> Result<Invocation> {
     match parser.next()? {
         None => Ok(invocation),
         Some(other) => Err(other.unexpected().into()),
     }
 }
 
-fn lab(mut parser: lexopt::Parser) -> Result<Job> {
-    let mut job = Job {
+fn lab(mut parser: lexopt::Parser) -> Result<LabJob> {
+    let mut job = LabJob {
         input: true,
-        ..Job::default()
+        ..LabJob::default()
     };
     while let Some(argument) = parser.next()? {
         match argument {
@@ -198,107 +198,107 @@ fn lab(mut parser: lexopt::Parser) -> Result<Job> {
     Ok(job)
 }
 
-fn test(mut parser: lexopt::Parser) -> Result<Wanted> {
-    let mut wanted = Wanted::default();
+fn test(mut parser: lexopt::Parser) -> Result<TestOptions> {
+    let mut options = TestOptions::default();
     while let Some(argument) = parser.next()? {
         match argument {
-            Long("unit") => wanted.e2e = false,
-            Long("e2e") => wanted.unit = false,
-            Long("lab") => wanted.force_lab = true,
-            Long("full") => wanted.full = true,
-            Long("debug") => wanted.profile = Profile::Debug,
-            Value(name) => wanted.names.push(name.string()?),
+            Long("unit") => options.e2e = false,
+            Long("e2e") => options.unit = false,
+            Long("lab") => options.force_lab = true,
+            Long("full") => options.full = true,
+            Long("debug") => options.profile = BuildProfile::Debug,
+            Value(name) => options.names.push(name.string()?),
             other => return Err(other.unexpected().into()),
         }
     }
-    Ok(wanted)
+    Ok(options)
 }
 
-fn docs(mut parser: lexopt::Parser) -> Result<docs::Wanted> {
-    let mut wanted = docs::Wanted::All;
+fn docs(mut parser: lexopt::Parser) -> Result<docs::DocsOptions> {
+    let mut options = docs::DocsOptions::All;
     while let Some(argument) = parser.next()? {
-        wanted = match argument {
-            Long("write") => docs::Wanted::Generated,
-            Long("man") => docs::Wanted::Man(parser.value()?.into()),
+        options = match argument {
+            Long("write") => docs::DocsOptions::Generated,
+            Long("man") => docs::DocsOptions::Man(parser.value()?.into()),
             other => return Err(other.unexpected().into()),
         };
     }
-    Ok(wanted)
+    Ok(options)
 }
 
-fn bench_image(mut parser: lexopt::Parser) -> Result<bench_image::Wanted> {
-    let mut wanted = bench_image::Wanted::default();
+fn bench_image(mut parser: lexopt::Parser) -> Result<bench_image::BenchImageOptions> {
+    let mut options = bench_image::BenchImageOptions::default();
     while let Some(argument) = parser.next()? {
         match argument {
-            Long("iterations") => wanted.iterations = Some(parser.value()?.parse()?),
-            Long("json") => wanted.json = Some(parser.value()?.into()),
-            Long("html") => wanted.html = Some(parser.value()?.into()),
+            Long("iterations") => options.iterations = Some(parser.value()?.parse()?),
+            Long("json") => options.json = Some(parser.value()?.into()),
+            Long("html") => options.html = Some(parser.value()?.into()),
             other => return Err(other.unexpected().into()),
         }
     }
-    Ok(wanted)
+    Ok(options)
 }
 
-fn bench_kernel(mut parser: lexopt::Parser) -> Result<bench_kernel::Wanted> {
-    let mut wanted = bench_kernel::Wanted::default();
+fn bench_kernel(mut parser: lexopt::Parser) -> Result<bench_kernel::BenchKernelOptions> {
+    let mut options = bench_kernel::BenchKernelOptions::default();
     while let Some(argument) = parser.next()? {
         match argument {
-            Long("vs") => wanted.others.push(parser.value()?.into()),
+            Long("vs") => options.others.push(parser.value()?.into()),
             other => return Err(other.unexpected().into()),
         }
     }
-    Ok(wanted)
+    Ok(options)
 }
 
-fn bench_restore(mut parser: lexopt::Parser) -> Result<bench_restore::Wanted> {
-    let mut wanted = bench_restore::Wanted::default();
+fn bench_restore(mut parser: lexopt::Parser) -> Result<bench_restore::BenchRestoreOptions> {
+    let mut options = bench_restore::BenchRestoreOptions::default();
     while let Some(argument) = parser.next()? {
         match argument {
-            Long("iterations") => wanted.iterations = Some(parser.value()?.parse()?),
-            Long("memory") => wanted.memory_mib.push(parser.value()?.parse()?),
-            Long("vcpus") => wanted.vcpus.push(parser.value()?.parse()?),
-            Long("vs") => wanted.rivals.push(parser.value()?.string()?),
-            Long("vmm-only") => wanted.vmm_only = true,
-            Long("path-only") => wanted.path_only = true,
-            Long("json") => wanted.json = Some(parser.value()?.into()),
-            Long("html") => wanted.html = Some(parser.value()?.into()),
+            Long("iterations") => options.iterations = Some(parser.value()?.parse()?),
+            Long("memory") => options.memory_mib.push(parser.value()?.parse()?),
+            Long("vcpus") => options.vcpus.push(parser.value()?.parse()?),
+            Long("vs") => options.rivals.push(parser.value()?.string()?),
+            Long("vmm-only") => options.vmm_only = true,
+            Long("path-only") => options.path_only = true,
+            Long("json") => options.json = Some(parser.value()?.into()),
+            Long("html") => options.html = Some(parser.value()?.into()),
             other => return Err(other.unexpected().into()),
         }
     }
-    if wanted.vmm_only && wanted.path_only {
+    if options.vmm_only && options.path_only {
         bail!("--vmm-only and --path-only leave nothing to measure");
     }
-    Ok(wanted)
+    Ok(options)
 }
 
-fn fuzz(mut parser: lexopt::Parser) -> Result<fuzz::Wanted> {
-    let mut wanted = fuzz::Wanted::default();
+fn fuzz(mut parser: lexopt::Parser) -> Result<fuzz::FuzzOptions> {
+    let mut options = fuzz::FuzzOptions::default();
     while let Some(argument) = parser.next()? {
         match argument {
-            Long("minutes") => wanted.minutes = Some(parser.value()?.parse()?),
-            Long("save") => wanted.save = true,
-            Value(name) => wanted.names.push(name.string()?),
+            Long("minutes") => options.minutes = Some(parser.value()?.parse()?),
+            Long("save") => options.save = true,
+            Value(name) => options.names.push(name.string()?),
             other => return Err(other.unexpected().into()),
         }
     }
-    Ok(wanted)
+    Ok(options)
 }
 
-fn bench_vsock(mut parser: lexopt::Parser) -> Result<bench_vsock::Wanted> {
-    let mut wanted = bench_vsock::Wanted::default();
+fn bench_vsock(mut parser: lexopt::Parser) -> Result<bench_vsock::BenchVsockOptions> {
+    let mut options = bench_vsock::BenchVsockOptions::default();
     while let Some(argument) = parser.next()? {
         match argument {
-            Long("rounds") => wanted.rounds = Some(parser.value()?.parse()?),
-            Long("harness-only") => wanted.harness_only = true,
-            Long("guest-only") => wanted.guest_only = true,
-            Long("json") => wanted.json = Some(parser.value()?.into()),
+            Long("rounds") => options.rounds = Some(parser.value()?.parse()?),
+            Long("harness-only") => options.harness_only = true,
+            Long("guest-only") => options.guest_only = true,
+            Long("json") => options.json = Some(parser.value()?.into()),
             other => return Err(other.unexpected().into()),
         }
     }
-    if wanted.harness_only && wanted.guest_only {
+    if options.harness_only && options.guest_only {
         bail!("--harness-only and --guest-only leave nothing to measure");
     }
-    Ok(wanted)
+    Ok(options)
 }
 
 #[cfg(test)]

@@ -79,13 +79,13 @@ pub(crate) fn run(build: bool) -> Result<()> {
     cmd::note(format_args!(
         "{} packages are in {}",
         libraries.len(),
-        place().display()
+        package_directory().display()
     ));
     Ok(())
 }
 
 /// The directory that cargo writes archives into.
-fn place() -> std::path::PathBuf {
+fn package_directory() -> std::path::PathBuf {
     paths::target().join("package")
 }
 

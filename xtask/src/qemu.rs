@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// A machine to start.
-pub(crate) struct Machine {
+pub(crate) struct QemuMachine {
     pub(crate) kernel: PathBuf,
     pub(crate) initramfs: PathBuf,
     /// File for the kernel's messages.
@@ -21,7 +21,7 @@ pub(crate) struct Share<'a> {
     pub(crate) read_only: bool,
 }
 
-impl Machine {
+impl QemuMachine {
     /// Returns the QEMU command. The standard streams of the process are the machine's
     /// three ports (1: input, 2: output, 3: errors) and have to be sockets.
     pub(crate) fn command(&self, shares: &[Share<'_>]) -> Command {

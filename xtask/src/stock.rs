@@ -12,7 +12,7 @@ use crate::{cmd, modules, paths};
 
 /// Modules that `sm` may add to the initramfs (with their dependencies by `modules.dep`),
 /// so that the cache does not contain every driver.
-const WANTED: [&str; 15] = [
+const GUEST_MODULES: [&str; 15] = [
     "virtio_mmio",
     "virtio_blk",
     "virtio_net",
@@ -57,7 +57,7 @@ pub(crate) fn kernel(apt: &Apt) -> Result<PathBuf> {
     let tree = work.path().join("lib/modules").join(&release);
     let dep = fs::read_to_string(tree.join("modules.dep"))?;
     let mut kept = String::new();
-    for file in modules::load_order(&dep, &WANTED) {
+    for file in modules::load_order(&dep, &GUEST_MODULES) {
         let target = fresh.join("modules").join(&file);
         fs::create_dir_all(target.parent().context("a module has no directory")?)?;
         fs::copy(tree.join(&file), &target)?;

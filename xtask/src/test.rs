@@ -16,8 +16,8 @@ use serde_json::Value;
 
 use crate::apt::{self, Apt};
 use crate::background::KernelBuild;
-use crate::build::{self, Profile, cargo};
-use crate::lab::{self, Job, Lab, Output};
+use crate::build::{self, BuildProfile, cargo};
+use crate::lab::{self, JobOutput, Lab, LabJob};
 use crate::{bench_restore, cmd, fidelity, fixtures, host, kernel, stock};
 
 /// Programs with which unit and property tests compare results, and a compiler.
@@ -48,12 +48,12 @@ const FULL_VARIABLE: &str = "SM_TEST_FULL";
 
 /// The tests to run.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Wanted {
+pub(crate) struct TestOptions {
     pub(crate) unit: bool,
     pub(crate) e2e: bool,
     /// True to use the lab even if KVM works.
     pub(crate) force_lab: bool,
-    pub(crate) profile: Profile,
+    pub(crate) profile: BuildProfile,
     /// True to run tests that are too slow for CI: end-to-end tests by their prefix
     /// [`FULL`], others by `SM_TEST_FULL` in their environment.
     pub(crate) full: bool,
@@ -61,20 +61,20 @@ pub(crate) struct Wanted {
     pub(crate) names: Vec<String>,
 }
 
-impl Default for Wanted {
+impl Default for TestOptions {
     fn default() -> Self {
         Self {
             unit: true,
             e2e: true,
             force_lab: false,
-            profile: Profile::Release,
+            profile: BuildProfile::Release,
             full: false,
             names: Vec::new(),
         }
     }
 }
 
-impl Wanted {
+impl TestOptions {
     /// Returns the arguments that select the tests in a test program.
     fn selection(&self) -> Vec<String> {
         let mut arguments = self.names.clone();
@@ -92,15 +92,15 @@ impl Wanted {
 }
 
 /// Runs the tests. Their packages must be installed; `kernel` is built in the meantime.
-pub(crate) fn run(apt: &Apt, wanted: &Wanted, kernel: Option<KernelBuild>) -> Result<()> {
+pub(crate) fn run(apt: &Apt, options: &TestOptions, kernel: Option<KernelBuild>) -> Result<()> {
     let mut results = Vec::new();
-    if wanted.unit {
+    if options.unit {
         cmd::step("unit and property tests");
         let started = Instant::now();
         let mut tests = cargo(["test", "--workspace", "--locked", "--no-fail-fast"]);
         // Tests fail instead of being left out when one of these needs is not met.
         let mut required = vec!["programs"];
-        if wanted.full {
+        if options.full {
             tests.env(FULL_VARIABLE, "1");
         }
         if !apt::is_root() {
@@ -122,9 +122,9 @@ pub(crate) fn run(apt: &Apt, wanted: &Wanted, kernel: Option<KernelBuild>) -> Re
         let result = cmd::check(&mut tests);
         results.push(("unit and property tests", started.elapsed(), result));
     }
-    if wanted.e2e {
+    if options.e2e {
         let started = Instant::now();
-        let result = end_to_end(apt, wanted, kernel);
+        let result = end_to_end(apt, options, kernel);
         results.push(("end-to-end tests", started.elapsed(), result));
     }
     let mut failed = false;
@@ -145,11 +145,11 @@ pub(crate) fn run(apt: &Apt, wanted: &Wanted, kernel: Option<KernelBuild>) -> Re
     Ok(())
 }
 
-fn end_to_end(apt: &Apt, wanted: &Wanted, kernel: Option<KernelBuild>) -> Result<()> {
-    let sm = build::sm(apt, wanted.profile)?;
+fn end_to_end(apt: &Apt, options: &TestOptions, kernel: Option<KernelBuild>) -> Result<()> {
+    let sm = build::sm(apt, options.profile)?;
     let mut tests = end_to_end_programs(apt)?;
     let mut environment = environment(apt, &sm, kernel)?;
-    if wanted.has_full() {
+    if options.has_full() {
         for (variable, images) in [
             ("SM_DOCKER", fixtures::docker(apt)?),
             ("SM_SYSTEMD", fixtures::systemd(apt)?),
@@ -157,17 +157,17 @@ fn end_to_end(apt: &Apt, wanted: &Wanted, kernel: Option<KernelBuild>) -> Result
             environment.push((variable.to_owned(), images.display().to_string()));
         }
     }
-    if wanted.full {
+    if options.full {
         environment.push((FULL_VARIABLE.to_owned(), "1".to_owned()));
     }
     let here = host::why_not_here(&sm)?;
     match here {
-        None if !wanted.force_lab => {
+        None if !options.force_lab => {
             cmd::step("end-to-end tests on this host's KVM");
-            let tests = matching(tests, wanted)?;
+            let tests = matching(tests, options)?;
             let failed = tests.iter().filter(|test| {
                 !Command::new(test)
-                    .args(wanted.selection())
+                    .args(options.selection())
                     .envs(environment.iter().cloned())
                     .status()
                     .is_ok_and(|status| status.success())
@@ -183,8 +183,8 @@ fn end_to_end(apt: &Apt, wanted: &Wanted, kernel: Option<KernelBuild>) -> Result
             cmd::note(reason);
             // This host's KVM, if any, has run only tiny guests of these.
             tests.extend(backend_programs()?);
-            let tests = matching(tests, wanted)?;
-            in_the_lab(apt, wanted, &tests, &environment)
+            let tests = matching(tests, options)?;
+            in_the_lab(apt, options, &tests, &environment)
         }
     }
 }
@@ -194,7 +194,7 @@ fn end_to_end(apt: &Apt, wanted: &Wanted, kernel: Option<KernelBuild>) -> Result
 /// repeated.
 fn in_the_lab(
     apt: &Apt,
-    wanted: &Wanted,
+    options: &TestOptions,
     tests: &[PathBuf],
     environment: &[(String, String)],
 ) -> Result<()> {
@@ -206,14 +206,16 @@ fn in_the_lab(
     let failed = AtomicUsize::new(0);
     let work = || -> Result<()> {
         while let Some(test) = tests.get(next.fetch_add(1, Ordering::Relaxed)) {
-            if !one_in_the_lab(&lab, wanted, test, environment)? {
+            if !one_in_the_lab(&lab, options, test, environment)? {
                 failed.fetch_add(1, Ordering::Relaxed);
             }
         }
         Ok(())
     };
     thread::scope(|scope| {
-        let workers: Vec<_> = (0..lab::at_once()).map(|_| scope.spawn(work)).collect();
+        let workers: Vec<_> = (0..lab::max_concurrent())
+            .map(|_| scope.spawn(work))
+            .collect();
         workers.into_iter().try_for_each(|worker| {
             let done = worker.join();
             done.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
@@ -228,7 +230,7 @@ fn in_the_lab(
 /// Runs one test program; its output is printed when it has ended.
 fn one_in_the_lab(
     lab: &Lab,
-    wanted: &Wanted,
+    options: &TestOptions,
     test: &Path,
     environment: &[(String, String)],
 ) -> Result<bool> {
@@ -242,24 +244,24 @@ fn one_in_the_lab(
         test.to_string_lossy().into_owned(),
         format!("--test-threads={threads}"),
     ];
-    command.extend(wanted.selection());
-    let job = Job {
+    command.extend(options.selection());
+    let job = LabJob {
         command,
         environment: environment.to_vec(),
         memory_mib: LAB_MEMORY_MIB,
         timeout: Some(LAB_TIMEOUT),
-        ..Job::default()
+        ..LabJob::default()
     };
-    let kept = Arc::default();
-    let output = Output::Keep(Arc::clone(&kept));
+    let buffered = Arc::default();
+    let output = JobOutput::Buffer(Arc::clone(&buffered));
     let started = Instant::now();
     let ended = lab::outlive_crashes(|| lab::run(lab, &job, &output));
     let name = program_name(test);
     let seconds = started.elapsed().as_secs();
-    let kept = std::mem::take(&mut *kept.lock().unwrap_or_else(PoisonError::into_inner));
+    let buffered = std::mem::take(&mut *buffered.lock().unwrap_or_else(PoisonError::into_inner));
     let mut out = io::stdout().lock();
     writeln!(out, "==> {name} in the lab, {seconds} s")?;
-    out.write_all(&kept)?;
+    out.write_all(&buffered)?;
     Ok(ended? == 0)
 }
 
@@ -279,10 +281,13 @@ fn environment(apt: &Apt, sm: &Path, kernel: Option<KernelBuild>) -> Result<Vec<
         Ok(())
     };
     set("SM_BIN", sm.to_owned())?;
-    set("SM_FIXTURES", fixtures::make(apt)?)?;
+    set("SM_FIXTURES", fixtures::create(apt)?)?;
     // The value is empty if they cannot be created, which was reported.
-    set("SM_FIDELITY", fidelity::make(apt)?.unwrap_or_default())?;
-    set("SM_BENCH_RESTORE", bench_restore::build(Profile::Debug)?)?;
+    set("SM_FIDELITY", fidelity::create(apt)?.unwrap_or_default())?;
+    set(
+        "SM_BENCH_RESTORE",
+        bench_restore::build(BuildProfile::Debug)?,
+    )?;
     set("SM_LANES", build::guest_program(apt)?)?;
     set("SM_BENCH_INITRAMFS", bench_restore::initramfs()?)?;
     // The build continues below from its current state.
@@ -293,12 +298,12 @@ fn environment(apt: &Apt, sm: &Path, kernel: Option<KernelBuild>) -> Result<Vec<
 }
 
 /// Returns the programs that contain one of the wanted tests.
-fn matching(programs: Vec<PathBuf>, wanted: &Wanted) -> Result<Vec<PathBuf>> {
+fn matching(programs: Vec<PathBuf>, options: &TestOptions) -> Result<Vec<PathBuf>> {
     let mut matching = Vec::new();
     for program in programs {
         let list = cmd::text(
             Command::new(&program)
-                .args(wanted.selection())
+                .args(options.selection())
                 .arg("--list"),
         )?;
         if list.lines().any(|line| line.ends_with(": test")) {
@@ -306,7 +311,7 @@ fn matching(programs: Vec<PathBuf>, wanted: &Wanted) -> Result<Vec<PathBuf>> {
         }
     }
     if matching.is_empty() {
-        bail!("no test's name contains {}", wanted.names.join(" or "));
+        bail!("no test's name contains {}", options.names.join(" or "));
     }
     Ok(matching)
 }
@@ -375,7 +380,7 @@ fn built(build: &mut Command, count: usize) -> Result<Vec<PathBuf>> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Wanted, end_to_end_names};
+    use super::{TestOptions, end_to_end_names};
 
     /// Cargo finds programs that are not in the manifest, and runs them as unit tests.
     #[test]
@@ -390,15 +395,15 @@ mod tests {
 
     #[test]
     fn long_tests_run_when_all_are_wanted_or_they_are_named() {
-        let mut wanted = Wanted::default();
-        assert_eq!(wanted.selection(), ["--skip=full_"]);
-        wanted.names = vec!["run".to_owned()];
-        assert_eq!(wanted.selection(), ["run", "--skip=full_"]);
-        wanted.names = vec!["full_docker".to_owned()];
-        assert_eq!(wanted.selection(), ["full_docker"]);
-        let all = Wanted {
+        let mut options = TestOptions::default();
+        assert_eq!(options.selection(), ["--skip=full_"]);
+        options.names = vec!["run".to_owned()];
+        assert_eq!(options.selection(), ["run", "--skip=full_"]);
+        options.names = vec!["full_docker".to_owned()];
+        assert_eq!(options.selection(), ["full_docker"]);
+        let all = TestOptions {
             full: true,
-            ..Wanted::default()
+            ..TestOptions::default()
         };
         assert!(all.selection().is_empty());
     }

@@ -45,7 +45,7 @@ use crate::{cmd, paths};
 const DATA: [&str; 2] = ["fuzz/corpus/", "fuzz/seeds/"];
 
 /// A file of the repository.
-struct Text {
+struct RepositoryFile {
     /// Relative to the root of the repository.
     path: String,
     text: String,
@@ -101,7 +101,7 @@ pub(crate) fn documents() -> Result<()> {
     )?)
 }
 
-fn in_documents(files: &[Text], metadata: &Value) -> Result<Vec<String>> {
+fn in_documents(files: &[RepositoryFile], metadata: &Value) -> Result<Vec<String>> {
     let root = paths::root();
     let mut faults = links::broken(files, |path| root.join(path).exists());
     faults.extend(commands::unknown(files, &commands::Names::new(metadata)?));
@@ -150,7 +150,7 @@ fn names(root: &Path) -> Result<Vec<String>> {
 }
 
 /// Returns all text files of the repository.
-fn texts(root: &Path) -> Result<Vec<Text>> {
+fn texts(root: &Path) -> Result<Vec<RepositoryFile>> {
     let mut texts = Vec::new();
     for path in &names(root)? {
         if DATA.iter().any(|data| path.starts_with(data)) {
@@ -164,7 +164,7 @@ fn texts(root: &Path) -> Result<Vec<Text>> {
         let bytes =
             fs::read(&absolute).with_context(|| format!("cannot read {:?}", absolute.display()))?;
         if let Ok(text) = String::from_utf8(bytes) {
-            texts.push(Text {
+            texts.push(RepositoryFile {
                 path: path.to_owned(),
                 text,
             });
@@ -174,9 +174,9 @@ fn texts(root: &Path) -> Result<Vec<Text>> {
 }
 
 /// A file that violates a rule, with the violation.
-struct Broken {
+struct Violation {
     path: String,
-    how: String,
+    message: String,
 }
 
 /// The lines of a list that are not comments.
@@ -187,7 +187,7 @@ fn lines(list: &str) -> impl Iterator<Item = &str> {
 }
 
 /// Returns the violations that are not in `list`, and the unneeded entries of `list`.
-fn except(broken: Vec<Broken>, name: &str, list: &str) -> Vec<String> {
+fn except(broken: Vec<Violation>, name: &str, list: &str) -> Vec<String> {
     let exceptions: Vec<&str> = lines(list).collect();
     let mut faults: Vec<String> = exceptions
         .iter()
@@ -198,7 +198,7 @@ fn except(broken: Vec<Broken>, name: &str, list: &str) -> Vec<String> {
         broken
             .into_iter()
             .filter(|file| !exceptions.contains(&file.path.as_str()))
-            .map(|file| format!("{}: {}", file.path, file.how)),
+            .map(|file| format!("{}: {}", file.path, file.message)),
     );
     faults
 }
@@ -207,10 +207,10 @@ fn except(broken: Vec<Broken>, name: &str, list: &str) -> Vec<String> {
 mod tests {
     use super::*;
 
-    fn broken(path: &str) -> Broken {
-        Broken {
+    fn broken(path: &str) -> Violation {
+        Violation {
             path: path.to_owned(),
-            how: "is wrong".to_owned(),
+            message: "is wrong".to_owned(),
         }
     }
 

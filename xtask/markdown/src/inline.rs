@@ -4,7 +4,7 @@ use crate::lines;
 
 /// A link of a document.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Link<'a> {
+pub struct MarkdownLink<'a> {
     /// The number of the line, from 1.
     pub line: usize,
     /// The target as written.
@@ -12,7 +12,7 @@ pub struct Link<'a> {
 }
 
 /// Returns the inline links of a document, outside code.
-pub fn links(document: &str) -> Vec<Link<'_>> {
+pub fn links(document: &str) -> Vec<MarkdownLink<'_>> {
     let mut links = Vec::new();
     for (line, text) in lines::prose(document) {
         for plain in outside_code(text) {
@@ -20,7 +20,7 @@ pub fn links(document: &str) -> Vec<Link<'_>> {
                 let (target, _) = rest.split_once(')')?;
                 // A title may follow.
                 let target = target.split(' ').next().unwrap_or_default();
-                Some(Link { line, target })
+                Some(MarkdownLink { line, target })
             }));
         }
     }
@@ -28,12 +28,12 @@ pub fn links(document: &str) -> Vec<Link<'_>> {
 }
 
 /// Returns the files that mdBook includes in a document (`{{#include FILE}}`).
-pub fn includes(document: &str) -> Vec<Link<'_>> {
+pub fn includes(document: &str) -> Vec<MarkdownLink<'_>> {
     let mut includes = Vec::new();
     for (line, text) in lines::prose(document) {
         includes.extend(text.split("{{#include ").skip(1).filter_map(|rest| {
             let (target, _) = rest.split_once("}}")?;
-            Some(Link {
+            Some(MarkdownLink {
                 line,
                 target: target.trim(),
             })

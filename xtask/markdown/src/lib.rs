@@ -10,16 +10,16 @@ mod inline;
 mod lines;
 mod shell;
 
-pub use inline::{Link, code_spans, includes, links};
-pub use lines::{Block, anchors, blocks};
-pub use shell::{Command, Unbalanced, commands};
+pub use inline::{MarkdownLink, code_spans, includes, links};
+pub use lines::{MarkdownBlock, anchors, blocks};
+pub use shell::{ShellCommand, Unbalanced, commands};
 
 /// Returns the commands of a fenced block: those after a `$` in a block of `console`, all
 /// of a block of `sh`, and none of others.
 ///
 /// # Errors
 /// An unclosed quote or parenthesis.
-pub fn block_commands(block: &Block) -> Result<Vec<Command>, Unbalanced> {
+pub fn block_commands(block: &MarkdownBlock) -> Result<Vec<ShellCommand>, Unbalanced> {
     match block.language() {
         "sh" => commands(&block.text),
         "console" => {
@@ -70,15 +70,15 @@ pub fn prompts(text: &str) -> Vec<Prompt> {
 mod tests {
     use super::*;
 
-    fn block(info: &str, text: &str) -> Block {
-        Block {
+    fn block(info: &str, text: &str) -> MarkdownBlock {
+        MarkdownBlock {
             info: info.to_owned(),
             line: 1,
             text: text.to_owned(),
         }
     }
 
-    fn programs(block: &Block) -> Vec<String> {
+    fn programs(block: &MarkdownBlock) -> Vec<String> {
         let commands = block_commands(block).unwrap();
         commands
             .into_iter()

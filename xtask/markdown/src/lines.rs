@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// A fenced block of code.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Block {
+pub struct MarkdownBlock {
     /// The words after the opening fence.
     pub info: String,
     /// The number of the first line within the fence, from 1.
@@ -13,7 +13,7 @@ pub struct Block {
     pub text: String,
 }
 
-impl Block {
+impl MarkdownBlock {
     /// Returns the language of the block, which may be empty.
     pub fn language(&self) -> &str {
         let end = self.info.find([' ', ',', '{']).unwrap_or(self.info.len());
@@ -29,7 +29,7 @@ impl Block {
 }
 
 /// Returns the fenced blocks of a document.
-pub fn blocks(document: &str) -> Vec<Block> {
+pub fn blocks(document: &str) -> Vec<MarkdownBlock> {
     parse(document).0
 }
 
@@ -57,9 +57,9 @@ pub(crate) fn prose(document: &str) -> Vec<(usize, &str)> {
     parse(document).1
 }
 
-fn parse(document: &str) -> (Vec<Block>, Vec<(usize, &str)>) {
+fn parse(document: &str) -> (Vec<MarkdownBlock>, Vec<(usize, &str)>) {
     let (mut blocks, mut prose) = (Vec::new(), Vec::new());
-    let mut open: Option<(usize, usize, Block)> = None;
+    let mut open: Option<(usize, usize, MarkdownBlock)> = None;
     for (number, line) in (1..).zip(document.lines()) {
         let unindented = line.trim_start();
         let indent = line.len() - unindented.len();
@@ -67,7 +67,7 @@ fn parse(document: &str) -> (Vec<Block>, Vec<(usize, &str)>) {
         let info = unindented[ticks..].trim();
         match &mut open {
             None if ticks >= 3 && !info.contains('`') => {
-                let block = Block {
+                let block = MarkdownBlock {
                     info: info.to_owned(),
                     line: number + 1,
                     text: String::new(),

@@ -7,7 +7,7 @@ use std::fmt;
 
 /// A program with its arguments.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Command {
+pub struct ShellCommand {
     /// The words without quotes; the first one is the program.
     pub words: Vec<String>,
 }
@@ -33,8 +33,8 @@ const PREFIXES: [&str; 11] = [
 ///
 /// # Errors
 /// An unclosed quote or parenthesis.
-pub fn commands(script: &str) -> Result<Vec<Command>, Unbalanced> {
-    let mut reader = Reader {
+pub fn commands(script: &str) -> Result<Vec<ShellCommand>, Unbalanced> {
+    let mut reader = ShellReader {
         rest: script,
         commands: Vec::new(),
         words: Vec::new(),
@@ -43,13 +43,13 @@ pub fn commands(script: &str) -> Result<Vec<Command>, Unbalanced> {
     Ok(reader.commands)
 }
 
-struct Reader<'a> {
+struct ShellReader<'a> {
     rest: &'a str,
-    commands: Vec<Command>,
+    commands: Vec<ShellCommand>,
     words: Vec<String>,
 }
 
-impl Reader<'_> {
+impl ShellReader<'_> {
     fn next(&mut self) -> Option<char> {
         let next = self.rest.chars().next()?;
         self.rest = &self.rest[next.len_utf8()..];
@@ -182,7 +182,7 @@ impl Reader<'_> {
             .skip_while(|word| PREFIXES.contains(&word.as_str()) || is_assignment(word))
             .collect();
         if !words.is_empty() {
-            self.commands.push(Command { words });
+            self.commands.push(ShellCommand { words });
         }
     }
 }

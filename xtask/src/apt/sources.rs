@@ -22,7 +22,7 @@ pub(crate) fn release_source() -> Result<(String, String)> {
     Ok((codename, line))
 }
 
-fn release_origin() -> Result<(String, Origin)> {
+fn release_origin() -> Result<(String, AptOrigin)> {
     let release = fs::read_to_string("/etc/os-release").context("cannot read /etc/os-release")?;
     let codename = release
         .lines()
@@ -52,12 +52,12 @@ fn release_origin() -> Result<(String, Origin)> {
 
 /// The origin of a suite.
 #[derive(Debug, PartialEq, Eq)]
-struct Origin {
+struct AptOrigin {
     uris: String,
     signed_by: Option<String>,
 }
 
-impl Origin {
+impl AptOrigin {
     fn entry(&self, suite: &str) -> String {
         let mut entry = format!(
             "Types: deb\nURIs: {}\nSuites: {suite}\nComponents: main\n",
@@ -79,7 +79,7 @@ impl Origin {
 }
 
 /// Parses deb822 stanzas (sources.list(5)).
-fn origin_of_stanzas(text: &str, codename: &str) -> Option<Origin> {
+fn origin_of_stanzas(text: &str, codename: &str) -> Option<AptOrigin> {
     let text: Vec<_> = text.lines().filter(|line| !line.starts_with('#')).collect();
     text.split(|line| line.trim().is_empty())
         .find_map(|stanza| {
@@ -95,7 +95,7 @@ fn origin_of_stanzas(text: &str, codename: &str) -> Option<Origin> {
                 && has("Suites", codename)
                 && has("Components", "main")
                 && !has("Enabled", "no");
-            Some(Origin {
+            Some(AptOrigin {
                 uris: field("URIs").filter(|_| usable)?.to_owned(),
                 // A key block of several lines cannot be copied as one word; without it,
                 // apt uses its default keyring.
@@ -107,7 +107,7 @@ fn origin_of_stanzas(text: &str, codename: &str) -> Option<Origin> {
 }
 
 /// Parses one-line entries (sources.list(5)).
-fn origin_of_lines(text: &str, codename: &str) -> Option<Origin> {
+fn origin_of_lines(text: &str, codename: &str) -> Option<AptOrigin> {
     text.lines().find_map(|line| {
         let rest = line.trim().strip_prefix("deb ")?.trim_start();
         let (options, rest) = match rest.strip_prefix('[') {
@@ -117,7 +117,7 @@ fn origin_of_lines(text: &str, codename: &str) -> Option<Origin> {
         let mut words = rest.split_whitespace();
         let uri = words.next()?;
         let usable = words.next() == Some(codename) && words.any(|word| word == "main");
-        usable.then(|| Origin {
+        usable.then(|| AptOrigin {
             uris: uri.to_owned(),
             signed_by: options
                 .split_whitespace()
@@ -129,7 +129,7 @@ fn origin_of_lines(text: &str, codename: &str) -> Option<Origin> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Origin, origin_of_lines, origin_of_stanzas};
+    use super::{AptOrigin, origin_of_lines, origin_of_stanzas};
 
     #[test]
     fn a_stanza_of_the_release_is_found_among_others() {
@@ -152,7 +152,7 @@ mod tests {
                     deb [arch=amd64 signed-by=/k.gpg] http://mirror.example/d twelve contrib main\n";
         assert_eq!(
             origin_of_lines(text, "twelve"),
-            Some(Origin {
+            Some(AptOrigin {
                 uris: "http://mirror.example/d".into(),
                 signed_by: Some("/k.gpg".into())
             })

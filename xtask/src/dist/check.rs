@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context as _, Result, bail};
 
 use crate::apt::Apt;
-use crate::lab::{self, Job, Output};
+use crate::lab::{self, JobOutput, LabJob};
 use crate::{cmd, fixtures, paths};
 
 /// Unpacks the program `$1` of the archive `$2` into an empty root, beside the image `$3`,
@@ -33,7 +33,7 @@ pub(super) fn run(apt: &Apt, archive: &Path, name: &str) -> Result<()> {
         let text = path.to_str().map(str::to_owned);
         text.context("a path is not UTF-8")
     };
-    let job = Job {
+    let job = LabJob {
         command: vec![
             "/run/lab/busybox".to_owned(),
             "sh".to_owned(),
@@ -44,9 +44,9 @@ pub(super) fn run(apt: &Apt, archive: &Path, name: &str) -> Result<()> {
             text(archive)?,
             text(&image)?,
         ],
-        ..Job::default()
+        ..LabJob::default()
     };
-    let status = lab::outlive_crashes(|| lab::run(&lab, &job, &Output::Inherit))?;
+    let status = lab::outlive_crashes(|| lab::run(&lab, &job, &JobOutput::Inherit))?;
     if status != STATUS {
         bail!("the program of the archive ended with status {status} instead of {STATUS}");
     }

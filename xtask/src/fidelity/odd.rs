@@ -8,7 +8,7 @@ use std::path::Path;
 
 use anyhow::Result;
 
-use super::Workshop;
+use super::FidelityBuilder;
 use crate::paths;
 
 const LAYERS: usize = 100;
@@ -16,7 +16,7 @@ const SMALL_FILES: usize = 60_000;
 /// A size that exceeds 31 bits.
 const LARGE: u64 = (2 << 30) + 12_345;
 
-impl Workshop {
+impl FidelityBuilder {
     /// Creates a hundred layers that add, change and remove files of earlier ones.
     pub(super) fn many_layers(&self) -> Result<()> {
         self.empty("layers")?;

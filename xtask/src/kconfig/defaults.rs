@@ -71,7 +71,11 @@ fn prompts_of(text: &str, found: &mut HashSet<String>) {
 
 /// Returns the symbols with a prompt that are enabled in `config` and not set by the
 /// fragment; sorted.
-pub(crate) fn came_on(prompts: &HashSet<String>, fragment: &str, config: &str) -> Vec<String> {
+pub(crate) fn newly_enabled(
+    prompts: &HashSet<String>,
+    fragment: &str,
+    config: &str,
+) -> Vec<String> {
     let asked = symbols(fragment);
     let mut on: Vec<_> = symbols(config)
         .into_iter()
@@ -84,11 +88,11 @@ pub(crate) fn came_on(prompts: &HashSet<String>, fragment: &str, config: &str) -
     on
 }
 
-/// Returns those of `came_on` that are not in the `reviewed` list.
+/// Returns those of `newly_enabled` that are not in the `reviewed` list.
 ///
 /// The list has one symbol per line; one that ends with `*` is a prefix. `#` starts a
 /// remark.
-pub(crate) fn unreviewed<'a>(came_on: &[&'a str], reviewed: &str) -> Vec<&'a str> {
+pub(crate) fn unreviewed<'a>(newly_enabled: &[&'a str], reviewed: &str) -> Vec<&'a str> {
     let entries: Vec<_> = entries(reviewed).collect();
     let is_reviewed = |symbol: &str| {
         entries.iter().any(|entry| match entry.strip_suffix('*') {
@@ -96,7 +100,7 @@ pub(crate) fn unreviewed<'a>(came_on: &[&'a str], reviewed: &str) -> Vec<&'a str
             None => symbol == *entry,
         })
     };
-    came_on
+    newly_enabled
         .iter()
         .copied()
         .filter(|symbol| !is_reviewed(symbol))
@@ -115,7 +119,7 @@ mod tests {
     use std::collections::HashSet;
     use std::fs;
 
-    use super::{came_on, entries, prompts, unreviewed};
+    use super::{entries, newly_enabled, prompts, unreviewed};
     use crate::kconfig::{REVIEWED, symbols};
 
     const KCONFIG: &str = "\
@@ -177,7 +181,7 @@ config SECOND
         let fragment = "CONFIG_VSOCKETS=y\n";
         let config = "CONFIG_VSOCKETS=y\nCONFIG_VSOCKETS_LOOPBACK=y\nCONFIG_HAVE_THING=y\n\
                       # CONFIG_FIRST is not set\n";
-        let on = came_on(&found, fragment, config);
+        let on = newly_enabled(&found, fragment, config);
         assert_eq!(on, ["CONFIG_VSOCKETS_LOOPBACK"]);
         let on = [on[0].as_str()];
         assert_eq!(unreviewed(&on, "# CONFIG_VSOCKETS_LOOPBACK\n"), on);
@@ -190,7 +194,7 @@ config SECOND
     fn symbols_of_the_fragment_are_no_defaults() {
         let found = HashSet::from(["CONFIG_A".to_owned(), "CONFIG_B".to_owned()]);
         let config = "CONFIG_A=y\nCONFIG_B=n\n";
-        assert!(came_on(&found, "CONFIG_A=n\n", config).is_empty());
+        assert!(newly_enabled(&found, "CONFIG_A=n\n", config).is_empty());
     }
 
     #[test]

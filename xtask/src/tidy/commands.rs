@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result};
 use serde_json::Value;
 use sm_markdown::{block_commands, blocks, code_spans};
 
-use super::Text;
+use super::RepositoryFile;
 use crate::options;
 
 /// Names of packages and targets in the workspace.
@@ -61,7 +61,7 @@ impl Names {
 
 /// Returns the invalid commands of cargo: in blocks of shell, and those of xtask in
 /// sentences, without their arguments.
-pub(super) fn unknown(files: &[Text], names: &Names) -> Vec<String> {
+pub(super) fn unknown(files: &[RepositoryFile], names: &Names) -> Vec<String> {
     let mut faults = Vec::new();
     for file in files.iter().filter(|file| file.path.ends_with(".md")) {
         for (line, span) in code_spans(&file.text) {
@@ -112,7 +112,7 @@ mod tests {
     fn faults(script: &str) -> Vec<String> {
         let package = json!({ "name": "sm-a", "targets": [{ "name": "boot" }] });
         let metadata = json!({ "packages": [package] });
-        let file = Text {
+        let file = RepositoryFile {
             path: "a.md".to_owned(),
             text: format!("```sh\n{script}\n```\n"),
         };
@@ -130,7 +130,7 @@ mod tests {
     #[test]
     fn commands_in_sentences_exist() {
         let found = |text: &str| {
-            let file = Text {
+            let file = RepositoryFile {
                 path: "a.md".to_owned(),
                 text: text.to_owned(),
             };

@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 
 use sm_markdown::{anchors, code_spans, includes, links};
 
-use super::Text;
+use super::RepositoryFile;
 
 /// The pages of the site.
 const SITE: &str = "docs/src/";
@@ -19,7 +19,7 @@ const CHANGELOG: &str = "CHANGELOG.md";
 const FIRST_PAGE: (&str, usize) = ("README.md", 150);
 
 /// Returns broken links, and pages that are not in the table of contents.
-pub(super) fn broken(files: &[Text], exists: impl Fn(&str) -> bool) -> Vec<String> {
+pub(super) fn broken(files: &[RepositoryFile], exists: impl Fn(&str) -> bool) -> Vec<String> {
     let find = |path: &str| files.iter().find(|file| file.path == path);
     let mut faults = Vec::new();
     let mut listed = BTreeSet::new();
@@ -104,7 +104,7 @@ pub(super) fn broken(files: &[Text], exists: impl Fn(&str) -> bool) -> Vec<Strin
 
 /// Returns true for a path below a folder of the repository; parts in capitals are
 /// placeholders.
-fn is_path(span: &str, files: &[Text]) -> bool {
+fn is_path(span: &str, files: &[RepositoryFile]) -> bool {
     let is_part = |part: &str| {
         let mut bytes = part.bytes();
         bytes.all(|byte| {
@@ -114,7 +114,7 @@ fn is_path(span: &str, files: &[Text]) -> bool {
     let Some((folder, rest)) = span.split_once('/') else {
         return false;
     };
-    let is_folder = |file: &Text| file.path.split('/').next() == Some(folder);
+    let is_folder = |file: &RepositoryFile| file.path.split('/').next() == Some(folder);
     is_part(folder) && rest.split('/').all(is_part) && files.iter().any(is_folder)
 }
 
@@ -124,8 +124,8 @@ fn is_markdown(path: &str) -> bool {
 
 /// Returns the anchors of a document and of those that it includes.
 fn all_anchors<'a>(
-    document: &'a Text,
-    find: impl Fn(&str) -> Option<&'a Text>,
+    document: &'a RepositoryFile,
+    find: impl Fn(&str) -> Option<&'a RepositoryFile>,
 ) -> BTreeSet<String> {
     let mut all = anchors(&document.text);
     for include in includes(&document.text) {
@@ -162,8 +162,8 @@ fn resolve(file: &str, target: &str) -> Option<String> {
 mod tests {
     use super::*;
 
-    fn text(path: &str, text: &str) -> Text {
-        Text {
+    fn text(path: &str, text: &str) -> RepositoryFile {
+        RepositoryFile {
             path: path.to_owned(),
             text: text.to_owned(),
         }
@@ -171,7 +171,8 @@ mod tests {
 
     /// Returns the faults of a repository with these files and a few others.
     fn faults(files: &[(&str, &str)]) -> Vec<String> {
-        let mut all: Vec<Text> = files.iter().map(|(path, body)| text(path, body)).collect();
+        let mut all: Vec<RepositoryFile> =
+            files.iter().map(|(path, body)| text(path, body)).collect();
         all.push(text("guide/a.md", "# One\n## Two words\n"));
         all.push(text("LICENSE", "#x"));
         let paths: Vec<String> = all.iter().map(|file| file.path.clone()).collect();

@@ -6,16 +6,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Text, lines};
+use super::{RepositoryFile, lines};
 
 /// Path of a module in its crate; that of the root is empty.
-type Module = Vec<String>;
+type ModulePath = Vec<String>;
 /// Uses between the children of a module, by name.
 type Uses = BTreeMap<String, BTreeSet<String>>;
 
 /// Returns the circles that are not in `list`, and lines of it that are no circles any
 /// more. A line is a crate's folder, a colon, and the modules of a circle.
-pub(super) fn check(files: &[Text], list: &str) -> Vec<String> {
+pub(super) fn check(files: &[RepositoryFile], list: &str) -> Vec<String> {
     let found = circles(files);
     let known: BTreeSet<&str> = lines(list).collect();
     let mut faults: Vec<String> = known
@@ -34,11 +34,11 @@ pub(super) fn check(files: &[Text], list: &str) -> Vec<String> {
 
 /// Returns uses that leave a module of `list`. A line is a crate's folder, a colon, and a
 /// module.
-pub(super) fn check_sealed(files: &[Text], list: &str) -> Vec<String> {
+pub(super) fn check_sealed(files: &[RepositoryFile], list: &str) -> Vec<String> {
     let mut faults = Vec::new();
     for line in lines(list) {
         let (folder, sealed) = line.split_once(": ").unwrap_or((line, ""));
-        let module: Module = sealed.split("::").map(str::to_owned).collect();
+        let module: ModulePath = sealed.split("::").map(str::to_owned).collect();
         let sources = sources(files, folder);
         if !sources.contains_key(&module) {
             faults.push(format!("sealed.txt: there is no such module: {line}"));
@@ -57,14 +57,14 @@ pub(super) fn check_sealed(files: &[Text], list: &str) -> Vec<String> {
 }
 
 /// Returns the modules of the crate in `folder`, with their texts.
-fn sources<'t>(files: &'t [Text], folder: &str) -> BTreeMap<Module, &'t str> {
+fn sources<'t>(files: &'t [RepositoryFile], folder: &str) -> BTreeMap<ModulePath, &'t str> {
     files
         .iter()
         .filter_map(|file| Some((module(&file.path, folder)?, file.text.as_str())))
         .collect()
 }
 
-fn circles(files: &[Text]) -> BTreeSet<String> {
+fn circles(files: &[RepositoryFile]) -> BTreeSet<String> {
     let crates = files
         .iter()
         .filter_map(|file| file.path.strip_suffix("/Cargo.toml"));
@@ -89,10 +89,10 @@ fn circles(files: &[Text]) -> BTreeSet<String> {
 
 /// Returns the module of a file of the crate in `folder`; `None` for files of others, and
 /// for tests.
-fn module(path: &str, folder: &str) -> Option<Module> {
+fn module(path: &str, folder: &str) -> Option<ModulePath> {
     let path = path.strip_prefix(folder)?.strip_prefix("/src/")?;
     let path = path.strip_suffix(".rs")?;
-    let mut module: Module = path.split('/').map(str::to_owned).collect();
+    let mut module: ModulePath = path.split('/').map(str::to_owned).collect();
     // Programs have roots of their own and share no module with the library.
     if module
         .last()
@@ -104,8 +104,8 @@ fn module(path: &str, folder: &str) -> Option<Module> {
 }
 
 /// Returns, for each module, the uses between its children.
-fn uses(sources: &BTreeMap<Module, &str>) -> BTreeMap<Module, Uses> {
-    let mut all: BTreeMap<Module, Uses> = BTreeMap::new();
+fn uses(sources: &BTreeMap<ModulePath, &str>) -> BTreeMap<ModulePath, Uses> {
+    let mut all: BTreeMap<ModulePath, Uses> = BTreeMap::new();
     for (module, text) in sources {
         for target in targets(text, module, sources) {
             let shared = module
@@ -125,7 +125,11 @@ fn uses(sources: &BTreeMap<Module, &str>) -> BTreeMap<Module, Uses> {
 }
 
 /// Returns the modules that the text of `module` names by `crate::` and `super::`.
-fn targets(text: &str, module: &Module, sources: &BTreeMap<Module, &str>) -> BTreeSet<Module> {
+fn targets(
+    text: &str,
+    module: &ModulePath,
+    sources: &BTreeMap<ModulePath, &str>,
+) -> BTreeSet<ModulePath> {
     let text = text.split("#[cfg(test)]\nmod ").next().unwrap_or_default();
     let code: String = text
         .lines()
@@ -192,8 +196,12 @@ fn tree<'t>(text: &'t str, before: &mut Vec<&'t str>, paths: &mut Vec<Vec<&'t st
 }
 
 /// Returns the module to which a path leads.
-fn resolve(path: &[&str], module: &Module, sources: &BTreeMap<Module, &str>) -> Option<Module> {
-    let mut at: Module = module.clone();
+fn resolve(
+    path: &[&str],
+    module: &ModulePath,
+    sources: &BTreeMap<ModulePath, &str>,
+) -> Option<ModulePath> {
+    let mut at: ModulePath = module.clone();
     for name in path {
         match *name {
             "crate" => at.clear(),
@@ -247,12 +255,12 @@ fn reach<'u>(from: &'u String, uses: &'u Uses) -> BTreeSet<&'u String> {
 mod tests {
     use super::*;
 
-    fn files(sources: &[(&str, &str)]) -> Vec<Text> {
+    fn files(sources: &[(&str, &str)]) -> Vec<RepositoryFile> {
         let manifest = ("a/Cargo.toml", "");
         [manifest]
             .iter()
             .chain(sources)
-            .map(|(path, text)| Text {
+            .map(|(path, text)| RepositoryFile {
                 path: (*path).to_owned(),
                 text: (*text).to_owned(),
             })

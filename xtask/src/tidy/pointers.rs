@@ -1,12 +1,12 @@
 //! Paths to files that are not in the repository.
 
-use super::Text;
+use super::RepositoryFile;
 
 /// Folders of development machines, outside the repository.
 const OUTSIDE: [&str; 2] = [concat!("..", "/shared"), concat!("/wo", "rk/")];
 
 /// Returns the lines that name such folders.
-pub(super) fn outside(files: &[Text]) -> Vec<String> {
+pub(super) fn outside(files: &[RepositoryFile]) -> Vec<String> {
     let mut faults = Vec::new();
     for file in files {
         for (number, line) in (1..).zip(file.text.lines()) {
@@ -36,7 +36,7 @@ mod tests {
     use super::*;
 
     fn faults(path: &str, text: &str) -> Vec<String> {
-        let file = Text {
+        let file = RepositoryFile {
             path: path.to_owned(),
             text: text.to_owned(),
         };

@@ -1,6 +1,6 @@
 //! Rules for Rust files.
 
-use super::{Broken, Text};
+use super::{RepositoryFile, Violation};
 
 /// Maximum number of lines of a file.
 const MAX_LINES: usize = 600;
@@ -12,18 +12,18 @@ const BACKENDS: [&str; 2] = ["hypervisor/src/kvm/", "hypervisor/src/sys/"];
 /// Crates that only a backend uses.
 const KVM_CRATES: [&str; 2] = ["kvm_bindings", "kvm_ioctls"];
 
-fn rust(files: &[Text]) -> impl Iterator<Item = &Text> {
+fn rust(files: &[RepositoryFile]) -> impl Iterator<Item = &RepositoryFile> {
     files.iter().filter(|file| file.path.ends_with(".rs"))
 }
 
 /// Returns the files with too many lines.
-pub(super) fn long(files: &[Text]) -> Vec<Broken> {
+pub(super) fn long(files: &[RepositoryFile]) -> Vec<Violation> {
     rust(files)
         .filter_map(|file| {
             let lines = file.text.lines().count();
-            (lines > MAX_LINES).then(|| Broken {
+            (lines > MAX_LINES).then(|| Violation {
                 path: file.path.clone(),
-                how: format!("it has {lines} lines, more than {MAX_LINES}"),
+                message: format!("it has {lines} lines, more than {MAX_LINES}"),
             })
         })
         .collect()
@@ -31,14 +31,14 @@ pub(super) fn long(files: &[Text]) -> Vec<Broken> {
 
 /// Returns files outside folders named `sys` that are compiled conditionally by operating
 /// system.
-pub(super) fn depends_on_system(files: &[Text]) -> Vec<Broken> {
+pub(super) fn depends_on_system(files: &[RepositoryFile]) -> Vec<Violation> {
     rust(files)
         .filter(|file| !is_sys(&file.path))
         .filter_map(|file| {
             let asked = system_asked_for(&file.text)?;
-            Some(Broken {
+            Some(Violation {
                 path: file.path.clone(),
-                how: format!("it asks for \"{asked}\", which only files in \"sys\" do"),
+                message: format!("it asks for \"{asked}\", which only files in \"sys\" do"),
             })
         })
         .collect()
@@ -46,15 +46,15 @@ pub(super) fn depends_on_system(files: &[Text]) -> Vec<Broken> {
 
 /// Product code that names KVM (its types, crates or device) outside the backend: what
 /// stands above the hypervisor's seam works with every backend.
-pub(super) fn knows_kvm(files: &[Text]) -> Vec<Broken> {
+pub(super) fn knows_kvm(files: &[RepositoryFile]) -> Vec<Violation> {
     rust(files)
         .filter(|file| is_product(&file.path))
         .filter(|file| !BACKENDS.iter().any(|folder| file.path.starts_with(folder)))
         .filter_map(|file| {
             let known = kvm_named(&file.text)?;
-            Some(Broken {
+            Some(Violation {
                 path: file.path.clone(),
-                how: format!("it names \"{known}\", which only hypervisor/src/kvm knows"),
+                message: format!("it names \"{known}\", which only hypervisor/src/kvm knows"),
             })
         })
         .collect()
@@ -139,8 +139,8 @@ fn is_word(character: char) -> bool {
 mod tests {
     use super::*;
 
-    fn file(path: &str, text: String) -> Text {
-        Text {
+    fn file(path: &str, text: String) -> RepositoryFile {
+        RepositoryFile {
             path: path.to_owned(),
             text,
         }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::{Broken, Text};
+use super::{RepositoryFile, Violation};
 
 /// Names that every crate has by Rust's custom.
 const OF_EACH_CRATE: [&str; 2] = ["Error", "Result"];
@@ -12,7 +12,7 @@ const KINDS: [&str; 5] = ["struct", "enum", "trait", "type", "union"];
 
 /// Returns names of public types of libraries that have several definitions; the path of
 /// each is the name. Alternatives for architectures and systems are one definition.
-pub(super) fn with_several_meanings(files: &[Text]) -> Vec<Broken> {
+pub(super) fn with_several_meanings(files: &[RepositoryFile]) -> Vec<Violation> {
     let mut definitions: BTreeMap<&str, BTreeMap<String, &str>> = BTreeMap::new();
     for file in files.iter().filter(|file| is_library(&file.path)) {
         for name in file.text.lines().filter_map(public_type) {
@@ -25,9 +25,9 @@ pub(super) fn with_several_meanings(files: &[Text]) -> Vec<Broken> {
     definitions
         .into_iter()
         .filter(|(_, meanings)| meanings.len() > 1)
-        .map(|(name, meanings)| Broken {
+        .map(|(name, meanings)| Violation {
             path: name.to_owned(),
-            how: format!(
+            message: format!(
                 "several public types have this name, in {}",
                 meanings.into_values().collect::<Vec<_>>().join(", ")
             ),
@@ -36,14 +36,14 @@ pub(super) fn with_several_meanings(files: &[Text]) -> Vec<Broken> {
 }
 
 /// Returns libraries whose public items may lack documentation.
-pub(super) fn undocumented(files: &[Text]) -> Vec<Broken> {
+pub(super) fn undocumented(files: &[RepositoryFile]) -> Vec<Violation> {
     let attribute = "![warn(missing_docs)]";
     files
         .iter()
         .filter(|file| is_library(&file.path))
         .filter_map(|file| {
             let is_root = file.path.ends_with("/src/lib.rs");
-            let how = if is_root && !file.text.contains(attribute) {
+            let message = if is_root && !file.text.contains(attribute) {
                 format!("it lacks #{attribute}")
             } else if ["allow(missing_docs", "expect(missing_docs"]
                 .iter()
@@ -54,7 +54,7 @@ pub(super) fn undocumented(files: &[Text]) -> Vec<Broken> {
                 return None;
             };
             let path = file.path.clone();
-            Some(Broken { path, how })
+            Some(Violation { path, message })
         })
         .collect()
 }
@@ -93,8 +93,8 @@ fn without_alternatives(path: &str) -> String {
 mod tests {
     use super::*;
 
-    fn file(path: &str, text: &str) -> Text {
-        Text {
+    fn file(path: &str, text: &str) -> RepositoryFile {
+        RepositoryFile {
             path: path.to_owned(),
             text: text.to_owned(),
         }
@@ -114,7 +114,7 @@ mod tests {
         let found = with_several_meanings(&files);
         assert_eq!(found.len(), 1);
         assert_eq!(found[0].path, "Place");
-        assert!(found[0].how.ends_with("in a/src/lib.rs, b/src/x/y.rs"));
+        assert!(found[0].message.ends_with("in a/src/lib.rs, b/src/x/y.rs"));
     }
 
     #[test]

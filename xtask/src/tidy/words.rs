@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context as _, Result};
 
-use super::{Text, lines};
+use super::{RepositoryFile, lines};
 
 /// Question words that make a poor beginning of a comment.
 const OPENINGS: [&str; 7] = [
@@ -35,7 +35,7 @@ const LINES_PER_OPENING: usize = 200;
 
 /// Counts of one crate.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Counts {
+struct WordCounts {
     lines: usize,
     openings: usize,
     words: usize,
@@ -43,7 +43,7 @@ struct Counts {
 
 /// Compares the comments of each crate with the budgets in `openings` and `words`, whose
 /// lines are the folder of a crate and a count.
-pub(super) fn check(files: &[Text], openings: &str, words: &str) -> Result<Vec<String>> {
+pub(super) fn check(files: &[RepositoryFile], openings: &str, words: &str) -> Result<Vec<String>> {
     let counts = count(files);
     let mut faults = compare(
         "xtask/tidy/openings.txt",
@@ -70,9 +70,9 @@ fn compare(
     name: &str,
     list: &str,
     what: &str,
-    counts: &BTreeMap<&str, Counts>,
-    count: impl Fn(&Counts) -> usize,
-    free: impl Fn(&Counts) -> usize,
+    counts: &BTreeMap<&str, WordCounts>,
+    count: impl Fn(&WordCounts) -> usize,
+    free: impl Fn(&WordCounts) -> usize,
 ) -> Result<Vec<String>> {
     let mut budgets = BTreeMap::new();
     for line in lines(list) {
@@ -114,12 +114,12 @@ fn compare(
 }
 
 /// Counts by the folders of crates.
-fn count(files: &[Text]) -> BTreeMap<&str, Counts> {
+fn count(files: &[RepositoryFile]) -> BTreeMap<&str, WordCounts> {
     let folders: Vec<&str> = files
         .iter()
         .filter_map(|file| file.path.strip_suffix("/Cargo.toml"))
         .collect();
-    let mut counts = BTreeMap::<&str, Counts>::new();
+    let mut counts = BTreeMap::<&str, WordCounts>::new();
     for file in files.iter().filter(|file| file.path.ends_with(".rs")) {
         let within = |folder: &&&str| {
             let rest = file.path.strip_prefix(**folder);
@@ -189,14 +189,14 @@ fn dialect(text: &str) -> usize {
 mod tests {
     use super::*;
 
-    fn files(text: &str) -> Vec<Text> {
+    fn files(text: &str) -> Vec<RepositoryFile> {
         [
             ("a/Cargo.toml", ""),
             ("a/src/lib.rs", text),
             ("a/b/Cargo.toml", ""),
             ("a/b/src/lib.rs", "// Fine.\n"),
         ]
-        .map(|(path, text)| Text {
+        .map(|(path, text)| RepositoryFile {
             path: path.to_owned(),
             text: text.to_owned(),
         })
