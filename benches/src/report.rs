@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use crate::samples::{Comparison, Phase, Report, Series};
+use crate::samples::{BenchReport, Comparison, PhaseSamples, Series};
 
 /// Width of a plot in its own units.
 const PLOT_WIDTH: f64 = 640.0;
@@ -13,7 +13,7 @@ const COLOURS: [&str; 8] = [
 
 /// Formats tables of all comparisons.
 #[must_use]
-pub fn text(report: &Report) -> String {
+pub fn text(report: &BenchReport) -> String {
     let mut out = String::new();
     for note in &report.notes {
         line(&mut out, note);
@@ -59,7 +59,7 @@ fn line(out: &mut String, text: &str) {
 }
 
 /// Returns the phases and, if there are several, their total.
-fn rows(series: &Series) -> impl Iterator<Item = &Phase> {
+fn rows(series: &Series) -> impl Iterator<Item = &PhaseSamples> {
     let total = (series.phases.len() != 1).then_some(&series.total);
     series.phases.iter().chain(total)
 }
@@ -86,7 +86,7 @@ fn ratios(comparison: &Comparison) -> Vec<String> {
 
 /// Formats one HTML file without scripts: stacked bars of medians, then the tables.
 #[must_use]
-pub fn html(title: &str, report: &Report) -> String {
+pub fn html(title: &str, report: &BenchReport) -> String {
     let title = escaped(title);
     let mut body = String::new();
     for note in &report.notes {
@@ -208,7 +208,7 @@ mod tests {
 
     use super::*;
 
-    fn report() -> Report {
+    fn report() -> BenchReport {
         let mut sm = Series::new("sm");
         let mut floor = Series::new("floor");
         for ms in [1, 2, 3] {
@@ -218,7 +218,7 @@ mod tests {
             ]);
             floor.add(&[("state", Duration::from_millis(2))]);
         }
-        Report {
+        BenchReport {
             notes: vec!["a note".to_owned()],
             comparisons: vec![Comparison {
                 title: "1 vCPU".to_owned(),

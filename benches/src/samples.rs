@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 /// Durations of one phase, in microseconds, in the order they were measured.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Phase {
+pub struct PhaseSamples {
     /// The measured step, such as `map memory`.
     pub name: String,
     /// One for each iteration.
@@ -26,7 +26,7 @@ pub struct Summary {
     pub max: f64,
 }
 
-impl Phase {
+impl PhaseSamples {
     /// Returns percentiles by nearest rank; `None` without a sample.
     #[must_use]
     pub fn summary(&self) -> Option<Summary> {
@@ -51,9 +51,9 @@ pub struct Series {
     /// The name: `sm`, `floor`, or a rival.
     pub subject: String,
     /// Phases in order of time.
-    pub phases: Vec<Phase>,
+    pub phases: Vec<PhaseSamples>,
     /// The time from the first to the last phase.
-    pub total: Phase,
+    pub total: PhaseSamples,
 }
 
 impl Series {
@@ -63,7 +63,7 @@ impl Series {
         Self {
             subject: subject.to_owned(),
             phases: Vec::new(),
-            total: Phase {
+            total: PhaseSamples {
                 name: "total".to_owned(),
                 micros: Vec::new(),
             },
@@ -76,7 +76,7 @@ impl Series {
         for (name, duration) in phases {
             match self.phases.iter_mut().find(|phase| phase.name == *name) {
                 Some(phase) => phase.micros.push(micros(duration)),
-                None => self.phases.push(Phase {
+                None => self.phases.push(PhaseSamples {
                     name: (*name).to_owned(),
                     micros: vec![micros(duration)],
                 }),
@@ -88,9 +88,9 @@ impl Series {
 
     /// Returns the sum of the phases from the one called `name` to the last.
     #[must_use]
-    pub fn since(&self, name: &str) -> Option<Phase> {
+    pub fn since(&self, name: &str) -> Option<PhaseSamples> {
         let first = self.phases.iter().position(|phase| phase.name == name)?;
-        let mut together = Phase {
+        let mut together = PhaseSamples {
             name: format!("since \"{name}\""),
             micros: vec![0.0; self.total.micros.len()],
         };
@@ -129,7 +129,7 @@ impl Comparison {
         self.ratio_of(other, |series| series.since(since))
     }
 
-    fn ratio_of(&self, other: &str, of: impl Fn(&Series) -> Option<Phase>) -> Option<f64> {
+    fn ratio_of(&self, other: &str, of: impl Fn(&Series) -> Option<PhaseSamples>) -> Option<f64> {
         let median = |series: &Series| Some(of(series)?.summary()?.p50);
         let ours = median(self.series.first()?)?;
         let theirs = median(self.series.iter().find(|s| s.subject == other)?)?;
@@ -139,7 +139,7 @@ impl Comparison {
 
 /// All measurements of one run.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Report {
+pub struct BenchReport {
     /// The host and the measured programs, a line each.
     pub notes: Vec<String>,
     /// The measurements.
@@ -152,7 +152,7 @@ mod tests {
 
     #[test]
     fn percentiles_are_the_nearest_rank() {
-        let phase = |micros: Vec<f64>| Phase {
+        let phase = |micros: Vec<f64>| PhaseSamples {
             name: String::new(),
             micros,
         };

@@ -87,8 +87,8 @@ impl Contest {
         let mut series = Series::new(subject.name);
         for _ in 0..self.iterations {
             let ran = run(&fresh, &subject.command)?;
-            if !nothing_to_do(&ran.told) {
-                bail!("{} did something: {}", subject.command, ran.told);
+            if !nothing_to_do(&ran.log) {
+                bail!("{} did something: {}", subject.command, ran.log);
             }
             series.add(&[("wall time", ran.time)]);
         }
@@ -104,7 +104,7 @@ impl Contest {
 struct Ran {
     time: Duration,
     peak_kib: i64,
-    told: String,
+    log: String,
 }
 
 /// Runs a command in `directory`, which is also the home of `sm`.
@@ -123,14 +123,14 @@ fn run(directory: &Path, command: &str) -> Result<Ran> {
         .output()
         .context("cannot run \"time\" (package time)")?;
     let elapsed = begun.elapsed();
-    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    let log = String::from_utf8_lossy(&output.stderr).into_owned();
     if !output.status.success() {
-        bail!("{command}: {}: {told}", output.status);
+        bail!("{command}: {}: {log}", output.status);
     }
     let peak = fs::read_to_string(&time)?;
     Ok(Ran {
         time: elapsed,
         peak_kib: peak.trim().parse().context("what \"time\" said")?,
-        told,
+        log,
     })
 }

@@ -14,11 +14,11 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail};
 use lexopt::prelude::*;
 use sm_benches::report;
-use sm_benches::samples::{Comparison, Report};
+use sm_benches::samples::{BenchReport, Comparison};
 use sm_image::{Compression, Config, LayoutBuilder, MemoryFile};
 
 use crate::contest::{Contest, Subject, shell};
-use crate::registry::Registry;
+use crate::registry::BenchRegistry;
 
 const HELP: &str = "\
 bench-image measure --sm FILE --layer LAYOUT [--iterations N] [--json FILE] [--html FILE]
@@ -73,12 +73,12 @@ fn inflate(path: &Path) -> Result<()> {
     Ok(())
 }
 
-fn measure(sm: &Path, layer: &Path, iterations: usize) -> Result<Report> {
+fn measure(sm: &Path, layer: &Path, iterations: usize) -> Result<BenchReport> {
     let work = tempfile::tempdir_in(".")?;
     let work = work.path().canonicalize()?;
     let small = work.join("small");
     small_files(&small)?;
-    let mut report = Report::default();
+    let mut report = BenchReport::default();
     for (what, layout) in [
         ("a Debian layer", layer.to_owned()),
         ("60,000 small files", small),
@@ -94,7 +94,7 @@ fn measure(sm: &Path, layer: &Path, iterations: usize) -> Result<Report> {
         report.comparisons.push(comparison);
         report.notes.extend(notes);
     }
-    let registry = Registry::start(&work, layer)?;
+    let registry = BenchRegistry::start(&work, layer)?;
     let contest = Contest::new(&work, iterations);
     let title = format!("pulling the Debian image from a registry on this host, {iterations} runs");
     let (comparison, notes) = contest.run(&title, &pulls(sm, &registry))?;
@@ -126,7 +126,7 @@ fn conversions(sm: &Path, layout: &Path, blob: &Path) -> Result<Vec<Subject>> {
     ])
 }
 
-fn pulls(sm: &Path, registry: &Registry) -> Vec<Subject> {
+fn pulls(sm: &Path, registry: &BenchRegistry) -> Vec<Subject> {
     let image = registry.image();
     let sm = sm.display();
     vec![
@@ -149,9 +149,9 @@ fn second(sm: &Path, layout: &Path, work: &Path, iterations: usize) -> Result<Co
     contest.again(
         "the same image again",
         &Subject::new("sm", command),
-        |told| {
+        |log| {
             // The output mentions its only layer.
-            told.contains("Stored") && !told.contains("Reading")
+            log.contains("Stored") && !log.contains("Reading")
         },
     )
 }

@@ -9,19 +9,19 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 
-pub(crate) struct Registry {
+pub(crate) struct BenchRegistry {
     address: String,
     process: Child,
 }
 
-impl Drop for Registry {
+impl Drop for BenchRegistry {
     fn drop(&mut self) {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
 }
 
-impl Registry {
+impl BenchRegistry {
     pub(crate) fn start(work: &Path, layout: &Path) -> Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0")?;
         let address = listener.local_addr()?.to_string();

@@ -22,7 +22,7 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result, bail};
 use lexopt::prelude::*;
 use sm_benches::report;
-use sm_benches::samples::Report;
+use sm_benches::samples::BenchReport;
 
 /// The allocator of `sm`.
 #[cfg(target_env = "musl")]
@@ -103,7 +103,7 @@ fn main() -> Result<()> {
             other => return Err(other.unexpected().into()),
         }
     }
-    let print = |report: Report| -> Result<()> {
+    let print = |report: BenchReport| -> Result<()> {
         println!("{}", serde_json::to_string(&report)?);
         Ok(())
     };
@@ -123,10 +123,10 @@ fn main() -> Result<()> {
 }
 
 fn render(options: &Options) -> Result<()> {
-    let mut all = Report::default();
+    let mut all = BenchReport::default();
     for path in &options.reports {
         let bytes = fs::read(path).with_context(|| format!("cannot read {path:?}"))?;
-        let part: Report =
+        let part: BenchReport =
             serde_json::from_slice(&bytes).with_context(|| format!("{path:?} is no report"))?;
         all.notes.extend(part.notes);
         all.comparisons.extend(part.comparisons);

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
-use sm_benches::samples::{Comparison, Report, Series};
+use sm_benches::samples::{BenchReport, Comparison, Series};
 
 use crate::Options;
 use crate::rivals::{self, Contender, Guest};
@@ -30,7 +30,7 @@ const NOTE: &str = "Whole commands: sm run IMAGE echo. \"sm\" is restored from i
      \"sm, new image\" from the base snapshot, with an image attached that has no snapshot yet, and \
      leaves one behind; \"sm --cold\" boots a kernel. They alternate.";
 
-pub(crate) fn measure(options: &Options) -> Result<Report> {
+pub(crate) fn measure(options: &Options) -> Result<BenchReport> {
     // The check comes first, because a rival may be missing.
     let rivals: Vec<_> = options
         .rivals
@@ -39,7 +39,7 @@ pub(crate) fn measure(options: &Options) -> Result<Report> {
         .collect::<Result<_>>()?;
     let iterations = options.iterations();
     store_image(options)?;
-    let mut report = Report {
+    let mut report = BenchReport {
         notes: vec![NOTE.to_owned()],
         comparisons: Vec::new(),
     };

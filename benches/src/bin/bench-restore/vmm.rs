@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
-use sm_benches::samples::{Comparison, Report, Series};
+use sm_benches::samples::{BenchReport, Comparison, Series};
 use sm_event_loop::EventLoop;
 use sm_hypervisor::{Hypervisor as _, Native};
 use sm_snapshot::capture::{Ancestry, Capture, Description};
@@ -41,11 +41,11 @@ const SETTLED: Duration = Duration::from_millis(20);
 /// Iterations that are not counted.
 const WARM_UP: usize = 3;
 
-pub(crate) fn measure(options: &Options) -> Result<Report> {
+pub(crate) fn measure(options: &Options) -> Result<BenchReport> {
     let iterations = options.iterations();
     let mut comparisons = vec![process_starts(iterations)?];
     comparisons.extend(restores(options)?);
-    Ok(Report {
+    Ok(BenchReport {
         notes: vec![format!(
             "A tiny guest, restored in one process {iterations} times, alternating with the floor: \
              the same KVM calls without a VMM, on one thread."
@@ -309,7 +309,7 @@ mod tests {
             ..Options::default()
         };
         // This program is not the benchmark, so the process start cannot be measured.
-        let report = Report {
+        let report = BenchReport {
             comparisons: restores(&options).unwrap(),
             notes: Vec::new(),
         };

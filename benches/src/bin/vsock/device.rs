@@ -10,7 +10,7 @@ use anyhow::Result;
 use sm_devices_vsock::testing::linux::{LinuxGuest, Profile, SocketId};
 use sm_devices_vsock::{ConnectOptions, Profiler, Stage, VsockConfig};
 
-use super::pump::{CHUNK, Host, Trip, connection, drain, give, join};
+use super::pump::{CHUNK, HostEnds, Trip, connection, drain, give, join};
 
 const PORT: u32 = 7;
 
@@ -102,15 +102,15 @@ pub(crate) fn cost_of_a_stage_that_is_off() -> f64 {
 }
 
 /// Connections to a guest that echoes on each.
-pub(crate) struct Echo {
-    host: Host,
+pub(crate) struct GuestEcho {
+    host: HostEnds,
     guest: Option<JoinHandle<()>>,
     stop: Sender<()>,
     /// Wakes the guest to stop.
     muxer: sm_devices_vsock::MuxerHandle,
 }
 
-impl Echo {
+impl GuestEcho {
     pub(crate) fn new(count: usize) -> Result<Self> {
         let mut guest = LinuxGuest::new(VsockConfig::default(), Profile::LINUX);
         let mut ends = Vec::with_capacity(count);
@@ -141,7 +141,7 @@ impl Echo {
             .name("guest".to_owned())
             .spawn(move || echo(&mut guest, &stopped))?;
         Ok(Self {
-            host: Host { ends },
+            host: HostEnds { ends },
             guest: Some(guest),
             stop,
             muxer,
@@ -172,10 +172,10 @@ pub(crate) fn latency(neighbours: usize, count: usize) -> Result<Vec<Trip>> {
         Ok(())
     };
     serve()?;
-    Host { ends }.latency(count, Some((line.event(), &mut serve)))
+    HostEnds { ends }.latency(count, Some((line.event(), &mut serve)))
 }
 
-impl Drop for Echo {
+impl Drop for GuestEcho {
     fn drop(&mut self) {
         let _ = self.stop.send(());
         if let Ok((_ours, theirs)) = UnixStream::pair() {

@@ -18,7 +18,7 @@ const SINK: u16 = 9001;
 const SOURCE: u16 = 9002;
 
 /// Parameters of the measurement.
-pub(crate) struct Wanted {
+pub(crate) struct TransferOptions {
     pub(crate) sm: PathBuf,
     pub(crate) image: String,
     pub(crate) mib: usize,
@@ -27,7 +27,7 @@ pub(crate) struct Wanted {
 
 /// One path into a guest, in one direction.
 #[derive(Debug, Serialize)]
-pub(crate) struct Guest {
+pub(crate) struct GuestPath {
     by: &'static str,
     direction: &'static str,
     mb_s: f64,
@@ -36,24 +36,24 @@ pub(crate) struct Guest {
     ratio: f64,
 }
 
-trait End: Read + Write {
+trait ConnectionEnd: Read + Write {
     fn end_writing(&self) -> std::io::Result<()>;
 }
 
-impl End for UnixStream {
+impl ConnectionEnd for UnixStream {
     fn end_writing(&self) -> std::io::Result<()> {
         self.shutdown(Shutdown::Write)
     }
 }
 
-impl End for TcpStream {
+impl ConnectionEnd for TcpStream {
     fn end_writing(&self) -> std::io::Result<()> {
         self.shutdown(Shutdown::Write)
     }
 }
 
 /// A guest that is stopped when this is dropped.
-struct Running<'a> {
+struct RunningGuest<'a> {
     sm: &'a Path,
     directory: tempfile::TempDir,
     /// The published ports on the host.
@@ -63,15 +63,15 @@ struct Running<'a> {
 
 const NAME: &str = "bench-vsock";
 
-impl<'a> Running<'a> {
-    fn new(wanted: &'a Wanted) -> Result<Self> {
+impl<'a> RunningGuest<'a> {
+    fn new(options: &'a TransferOptions) -> Result<Self> {
         let directory = tempfile::tempdir()?;
         let script = format!(
             "nc -ll -p {SINK} -e sh -c 'cat >/dev/null; echo done' & \
              exec nc -ll -p {SOURCE} -e dd if=/dev/zero bs=65536 count={}",
-            wanted.mib * 16
+            options.mib * 16
         );
-        let mut run = Command::new(&wanted.sm);
+        let mut run = Command::new(&options.sm);
         run.args(["run", "-d", "--name", NAME, "-m", "256"]);
         for port in [SINK, SOURCE] {
             let path = directory.path().join(port.to_string());
@@ -79,26 +79,26 @@ impl<'a> Running<'a> {
                 .arg(format!("{}:{port}", path.display()))
                 .args(["-p", &port.to_string()]);
         }
-        run.arg(&wanted.image).args(["sh", "-c", &script]);
+        run.arg(&options.image).args(["sh", "-c", &script]);
         output(&mut run)?;
-        let mut running = Self {
-            sm: &wanted.sm,
+        let mut guest = Self {
+            sm: &options.sm,
             directory,
             sink: String::new(),
             source: String::new(),
         };
-        let ports = output(Command::new(&wanted.sm).args(["port", NAME]))?;
+        let ports = output(Command::new(&options.sm).args(["port", NAME]))?;
         for line in ports.lines() {
             let Some((guest, host)) = line.split_once(" -> ") else {
                 continue;
             };
             match guest.split('/').next().and_then(|port| port.parse().ok()) {
-                Some(SINK) if host.contains("127.0.0.1") => running.sink = host.to_owned(),
-                Some(SOURCE) if host.contains("127.0.0.1") => running.source = host.to_owned(),
+                Some(SINK) if host.contains("127.0.0.1") => guest.sink = host.to_owned(),
+                Some(SOURCE) if host.contains("127.0.0.1") => guest.source = host.to_owned(),
                 _ => {}
             }
         }
-        Ok(running)
+        Ok(guest)
     }
 
     fn unix(&self, port: u16) -> Result<UnixStream> {
@@ -107,7 +107,7 @@ impl<'a> Running<'a> {
     }
 }
 
-impl Drop for Running<'_> {
+impl Drop for RunningGuest<'_> {
     fn drop(&mut self) {
         let _ = Command::new(self.sm).args(["rm", "-f", NAME]).output();
     }
@@ -122,7 +122,7 @@ fn output(command: &mut Command) -> Result<String> {
 }
 
 /// Writes all bytes, and waits for the guest's confirmation.
-fn to_guest(mut end: impl End, amount: usize) -> Result<Duration> {
+fn to_guest(mut end: impl ConnectionEnd, amount: usize) -> Result<Duration> {
     timed(|| {
         let chunk = vec![7; CHUNK];
         for _ in 0..amount / CHUNK {
@@ -138,7 +138,7 @@ fn to_guest(mut end: impl End, amount: usize) -> Result<Duration> {
     })
 }
 
-fn to_host(mut end: impl End, amount: usize) -> Result<Duration> {
+fn to_host(mut end: impl ConnectionEnd, amount: usize) -> Result<Duration> {
     timed(|| {
         let mut chunk = vec![0; CHUNK];
         let mut got = 0;
@@ -155,17 +155,17 @@ fn to_host(mut end: impl End, amount: usize) -> Result<Duration> {
     })
 }
 
-pub(crate) fn measure(wanted: &Wanted) -> Result<Vec<Guest>> {
-    let amount = wanted.mib << 20;
-    let running = Running::new(wanted)?;
+pub(crate) fn measure(options: &TransferOptions) -> Result<Vec<GuestPath>> {
+    let amount = options.mib << 20;
+    let guest = RunningGuest::new(options)?;
     let mut rates: [Vec<f64>; 5] = Default::default();
     // The first round is not counted.
-    for round in 0..=wanted.rounds {
+    for round in 0..=options.rounds {
         let took = [
-            to_guest(running.unix(SINK)?, amount)?,
-            to_host(running.unix(SOURCE)?, amount)?,
-            to_guest(TcpStream::connect(&running.sink)?, amount)?,
-            to_host(TcpStream::connect(&running.source)?, amount)?,
+            to_guest(guest.unix(SINK)?, amount)?,
+            to_host(guest.unix(SOURCE)?, amount)?,
+            to_guest(TcpStream::connect(&guest.sink)?, amount)?,
+            to_host(TcpStream::connect(&guest.source)?, amount)?,
             pump::stream(CHUNK, amount)?,
         ];
         if round > 0 {
@@ -177,7 +177,7 @@ pub(crate) fn measure(wanted: &Wanted) -> Result<Vec<Guest>> {
     let [unix_in, unix_out, tcp_in, tcp_out, pump_mb_s] = rates.map(|mut rates| median(&mut rates));
     println!(
         "a real guest, {} MiB, medians of {} (MB/s); a pump in the same place: {pump_mb_s:.0}",
-        wanted.mib, wanted.rounds
+        options.mib, options.rounds
     );
     println!("  by     direction         MB/s   of the pump");
     let rows = [
@@ -191,7 +191,7 @@ pub(crate) fn measure(wanted: &Wanted) -> Result<Vec<Guest>> {
         .map(|(by, direction, mb_s)| {
             let ratio = mb_s / pump_mb_s;
             println!("  {by:<5}  {direction}  {mb_s:>8.1}   {ratio:>11.3}");
-            Guest {
+            GuestPath {
                 by,
                 direction,
                 mb_s,

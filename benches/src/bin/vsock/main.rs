@@ -19,7 +19,7 @@ const MANY: usize = 1000;
 const NEIGHBOURS: usize = 100;
 
 #[derive(Debug, Default, Serialize)]
-struct Report {
+struct VsockReport {
     throughput: Vec<Throughput>,
     many: Vec<Many>,
     latency: Vec<Latency>,
@@ -91,7 +91,7 @@ fn timed(work: impl FnOnce() -> Result<()>) -> Result<Duration> {
     Ok(begun.elapsed())
 }
 
-struct Wanted {
+struct VsockOptions {
     json: Option<PathBuf>,
     rounds: usize,
     only: Option<String>,
@@ -100,9 +100,9 @@ struct Wanted {
     mib: usize,
 }
 
-fn wanted() -> Result<Wanted> {
+fn parse_args() -> Result<VsockOptions> {
     use lexopt::prelude::*;
-    let mut wanted = Wanted {
+    let mut options = VsockOptions {
         json: None,
         rounds: 7,
         only: None,
@@ -113,34 +113,34 @@ fn wanted() -> Result<Wanted> {
     let mut parser = lexopt::Parser::from_env();
     while let Some(argument) = parser.next()? {
         match argument {
-            Long("json") => wanted.json = Some(parser.value()?.into()),
-            Long("rounds") => wanted.rounds = parser.value()?.parse()?,
-            Long("only") => wanted.only = Some(parser.value()?.string()?),
+            Long("json") => options.json = Some(parser.value()?.into()),
+            Long("rounds") => options.rounds = parser.value()?.parse()?,
+            Long("only") => options.only = Some(parser.value()?.string()?),
             // The path of `sm`, to measure a real guest only.
-            Long("guest") => wanted.guest = Some(parser.value()?.into()),
-            Long("image") => wanted.image = parser.value()?.string()?,
-            Long("mib") => wanted.mib = parser.value()?.parse()?,
+            Long("guest") => options.guest = Some(parser.value()?.into()),
+            Long("image") => options.image = parser.value()?.string()?,
+            Long("mib") => options.mib = parser.value()?.parse()?,
             other => bail!("{}", other.unexpected()),
         }
     }
-    Ok(wanted)
+    Ok(options)
 }
 
 fn main() -> Result<()> {
-    let wanted = wanted()?;
-    let mut report = Report::default();
-    match &wanted.guest {
+    let options = parse_args()?;
+    let mut report = VsockReport::default();
+    match &options.guest {
         Some(sm) => {
-            report.guest = guest::measure(&guest::Wanted {
+            report.guest = guest::measure(&guest::TransferOptions {
                 sm: sm.clone(),
-                image: wanted.image.clone(),
-                mib: wanted.mib,
-                rounds: wanted.rounds,
+                image: options.image.clone(),
+                mib: options.mib,
+                rounds: options.rounds,
             })?;
         }
-        None => harness(&mut report, &wanted)?,
+        None => harness(&mut report, &options)?,
     }
-    if let Some(path) = &wanted.json {
+    if let Some(path) = &options.json {
         let text = serde_json::to_string_pretty(&report)?;
         std::fs::write(path, text).with_context(|| format!("cannot write {path:?}"))?;
     }
@@ -148,20 +148,20 @@ fn main() -> Result<()> {
 }
 
 /// Measures the device with a model of a guest.
-fn harness(report: &mut Report, wanted: &Wanted) -> Result<()> {
-    let is = |part: &str| wanted.only.as_deref().is_none_or(|only| only == part);
+fn harness(report: &mut VsockReport, options: &VsockOptions) -> Result<()> {
+    let is = |part: &str| options.only.as_deref().is_none_or(|only| only == part);
     raise_descriptor_limit();
     if is("throughput") {
-        throughput(report, wanted.rounds)?;
+        throughput(report, options.rounds)?;
     }
     if is("many") {
-        many(report, wanted.rounds)?;
+        many(report, options.rounds)?;
     }
     if is("latency") {
         latency(report)?;
     }
     if is("profiling") {
-        profiling(report, wanted.rounds)?;
+        profiling(report, options.rounds)?;
     }
     Ok(())
 }
@@ -177,7 +177,7 @@ fn raise_descriptor_limit() {
     let _ = setrlimit(Resource::Nofile, raised);
 }
 
-fn throughput(report: &mut Report, rounds: usize) -> Result<()> {
+fn throughput(report: &mut VsockReport, rounds: usize) -> Result<()> {
     println!(
         "one stream, {} MiB, medians of {rounds} (GB/s)",
         AMOUNT >> 20
@@ -233,7 +233,7 @@ fn throughput(report: &mut Report, rounds: usize) -> Result<()> {
     Ok(())
 }
 
-fn many(report: &mut Report, rounds: usize) -> Result<()> {
+fn many(report: &mut VsockReport, rounds: usize) -> Result<()> {
     println!(
         "{MANY} connections, a message echoed on each in turn, medians of {rounds} (MB/s both ways)"
     );
@@ -242,9 +242,9 @@ fn many(report: &mut Report, rounds: usize) -> Result<()> {
         // The amount of work is similar for all sizes.
         let turns = ((128 << 20) / (message + 2048) / MANY).max(2);
         let bytes = 2 * message * MANY * turns;
-        let mut device = device::Echo::new(MANY)?;
-        let mut threads = pump::Echo::new(MANY)?;
-        let mut behind = device::Echo::behind_threads(MANY)?;
+        let mut device = device::GuestEcho::new(MANY)?;
+        let mut threads = pump::HostEcho::new(MANY)?;
+        let mut behind = device::GuestEcho::behind_threads(MANY)?;
         let (mut of_device, mut of_threads) = (Vec::new(), Vec::new());
         let mut of_both = Vec::new();
         for _ in 0..rounds {
@@ -273,7 +273,7 @@ fn many(report: &mut Report, rounds: usize) -> Result<()> {
     Ok(())
 }
 
-fn latency(report: &mut Report) -> Result<()> {
+fn latency(report: &mut VsockReport) -> Result<()> {
     println!("round trips of 64 bytes (microseconds)");
     println!(
         "  subject               neighbours      p50      p99   p99/p50   neighbours' meanwhile: p50   p99"
@@ -286,7 +286,7 @@ fn latency(report: &mut Report) -> Result<()> {
         let count = if neighbours == 0 { 20_000 } else { 4000 };
         let trips = match subject {
             "device" => device::latency(neighbours, count)?,
-            _ => pump::Echo::new(neighbours + 1)?.latency(count)?,
+            _ => pump::HostEcho::new(neighbours + 1)?.latency(count)?,
         };
         let mut times: Vec<_> = trips.iter().map(|trip| trip.time).collect();
         times.sort_unstable();
@@ -318,7 +318,7 @@ fn latency(report: &mut Report) -> Result<()> {
     Ok(())
 }
 
-fn profiling(report: &mut Report, rounds: usize) -> Result<()> {
+fn profiling(report: &mut VsockReport, rounds: usize) -> Result<()> {
     let (mut off, mut on) = (Vec::new(), Vec::new());
     for _ in 0..rounds {
         off.push(rate(AMOUNT, device::to_guest(3732, AMOUNT, false)?) / 1e9);

@@ -90,11 +90,11 @@ pub(crate) fn stream(buffer: usize, amount: usize) -> Result<Duration> {
 }
 
 /// The host's ends of connections whose other ends echo.
-pub(crate) struct Host {
+pub(crate) struct HostEnds {
     pub(crate) ends: Vec<UnixStream>,
 }
 
-impl Host {
+impl HostEnds {
     /// Writes a message on each connection, then reads the echoes as they arrive; repeats
     /// for `turns`.
     pub(crate) fn turns(&mut self, message: usize, turns: usize) -> Result<()> {
@@ -239,13 +239,13 @@ impl RoundTrips {
 
 /// Connections with two threads each, and a thread that echoes at the other ends, as the
 /// guest's process would.
-pub(crate) struct Echo {
-    host: Host,
+pub(crate) struct HostEcho {
+    host: HostEnds,
     pumps: Vec<JoinHandle<()>>,
     echo: Option<JoinHandle<Result<()>>>,
 }
 
-impl Echo {
+impl HostEcho {
     pub(crate) fn new(count: usize) -> Result<Self> {
         let mut ends = Vec::with_capacity(count);
         let mut far_ends = Vec::with_capacity(count);
@@ -258,7 +258,7 @@ impl Echo {
         }
         let echo = spawn(move || echo(far_ends));
         Ok(Self {
-            host: Host { ends },
+            host: HostEnds { ends },
             pumps,
             echo: Some(echo),
         })
@@ -273,7 +273,7 @@ impl Echo {
     }
 }
 
-impl Drop for Echo {
+impl Drop for HostEcho {
     fn drop(&mut self) {
         self.host.ends.clear();
         for pump in self.pumps.drain(..) {
