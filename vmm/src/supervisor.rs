@@ -321,7 +321,7 @@ impl<G: GuestMachine> Supervisor<G> {
                     match event {
                         SupervisorEvent::Agent(stream) => self.agent_dialed(stream),
                         SupervisorEvent::Captured(copied) => self.captured(copied),
-                        SupervisorEvent::Snapshot(made) => self.snapshot_published(made),
+                        SupervisorEvent::Snapshot(published) => self.snapshot_published(published),
                         SupervisorEvent::Delivered => self.delivered(),
                         SupervisorEvent::Unreachable(reason) => self.guest_broke(&format!(
                             "the guest's vsock driver broke its device: {reason}"

@@ -18,7 +18,7 @@ use sm_snapshot::verify::verify;
 use sm_vmm_core::machine::Machine;
 use vm_memory::{Bytes as _, GuestAddress};
 
-use crate::rivals::{Guest, await_output};
+use crate::rivals::{BenchGuest, await_output};
 use crate::ticking;
 
 const DEPTH: usize = 5;
@@ -27,9 +27,9 @@ const SIGNS: usize = 5;
 const PAGE: u64 = 4096;
 
 /// Prints the comparison; fails on any difference.
-pub(crate) fn check(guest: &Guest) -> Result<()> {
+pub(crate) fn check(guest: &BenchGuest) -> Result<()> {
     let directory = tempfile::tempdir()?;
-    ticking::make(directory.path(), guest)?;
+    ticking::create(directory.path(), guest)?;
     let store = SnapshotStore::open(directory.path())?;
     let host = Native::open()?;
     let mut tip = ticking::NAME.to_owned();

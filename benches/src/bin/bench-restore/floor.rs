@@ -23,7 +23,7 @@ use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuExit, VcpuFd, VmFd};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::vmm::{MAP_MEMORY, Watch, evict};
+use crate::vmm::{LapTimer, MAP_MEMORY, evict};
 
 /// `mov dx, 0x600; mov al, 0x34; out dx, al; hlt` in real mode.
 const CODE: [u8; 7] = [0xba, 0x00, 0x06, 0xb0, 0x34, 0xee, 0xf4];
@@ -51,7 +51,7 @@ const LINES: [u32; 3] = [4, 5, 6];
 const DOORBELL: u64 = 0xd000_0050;
 
 /// The complete state of one vCPU in KVM.
-struct VcpuState {
+struct FloorVcpuState {
     cpuid: CpuId,
     sregs: kvm_sregs,
     regs: kvm_regs,
@@ -68,7 +68,7 @@ pub(crate) struct Floor {
     _directory: tempfile::TempDir,
     memory: std::path::PathBuf,
     len: u64,
-    vcpus: Vec<VcpuState>,
+    vcpus: Vec<FloorVcpuState>,
     chips: Vec<kvm_irqchip>,
     clock: kvm_clock_data,
 }
@@ -125,7 +125,7 @@ fn give_memory(vm: &VmFd, mapping: &Mapping, len: u64) -> Result<()> {
     Ok(())
 }
 
-fn save(kvm: &Kvm, fd: &VcpuFd) -> Result<VcpuState> {
+fn save(kvm: &Kvm, fd: &VcpuFd) -> Result<FloorVcpuState> {
     let list = kvm.get_msr_index_list()?;
     let mut entries = Vec::new();
     // MSRs that cannot be read are not emulated on this host.
@@ -142,7 +142,7 @@ fn save(kvm: &Kvm, fd: &VcpuFd) -> Result<VcpuState> {
             }
         }
     }
-    Ok(VcpuState {
+    Ok(FloorVcpuState {
         cpuid: kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?,
         sregs: fd.get_sregs()?,
         regs: fd.get_regs()?,
@@ -217,7 +217,7 @@ impl Floor {
     }
 
     pub(crate) fn restore(&self) -> Result<Vec<(&'static str, Duration)>> {
-        let mut watch = Watch::start();
+        let mut watch = LapTimer::start();
         let kvm = Kvm::new().context("cannot open /dev/kvm")?;
         if !NEEDED.iter().all(|cap| kvm.check_extension(*cap)) {
             bail!("this KVM cannot do what a VMM needs");

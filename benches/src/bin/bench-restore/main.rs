@@ -7,6 +7,7 @@
 //! xtask bench-restore` calls them. `bench-restore depth` measures nothing: it compares a
 //! chain of diffs with the machine that was captured.
 
+mod config_probe;
 mod depth;
 mod floor;
 mod path;
@@ -14,7 +15,6 @@ mod rivals;
 mod ticking;
 mod tiny;
 mod vmm;
-mod witness;
 
 use std::fs;
 use std::path::PathBuf;
@@ -40,7 +40,7 @@ bench-restore render [--json FILE] [--html FILE] REPORT...
 
 /// Parsed command line.
 #[derive(Debug, Default)]
-struct Options {
+struct BenchOptions {
     iterations: Option<usize>,
     memory_mib: Vec<u64>,
     vcpus: Vec<u32>,
@@ -57,7 +57,7 @@ struct Options {
     reports: Vec<PathBuf>,
 }
 
-impl Options {
+impl BenchOptions {
     fn iterations(&self) -> usize {
         self.iterations.unwrap_or(100)
     }
@@ -85,7 +85,7 @@ fn main() -> Result<()> {
     let Some(Value(command)) = parser.next()? else {
         bail!("say what to do:\n{HELP}");
     };
-    let mut options = Options::default();
+    let mut options = BenchOptions::default();
     while let Some(argument) = parser.next()? {
         match argument {
             Long("iterations") => options.iterations = Some(parser.value()?.parse()?),
@@ -122,7 +122,7 @@ fn main() -> Result<()> {
     }
 }
 
-fn render(options: &Options) -> Result<()> {
+fn render(options: &BenchOptions) -> Result<()> {
     let mut all = BenchReport::default();
     for path in &options.reports {
         let bytes = fs::read(path).with_context(|| format!("cannot read {path:?}"))?;

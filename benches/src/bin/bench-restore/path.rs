@@ -8,8 +8,8 @@ use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 use sm_benches::samples::{BenchReport, Comparison, Series};
 
-use crate::Options;
-use crate::rivals::{self, Contender, Guest};
+use crate::BenchOptions;
+use crate::rivals::{self, BenchGuest, Contender};
 use crate::ticking::Ours;
 use crate::vmm::{cache, evict};
 
@@ -30,7 +30,7 @@ const NOTE: &str = "Whole commands: sm run IMAGE echo. \"sm\" is restored from i
      \"sm, new image\" from the base snapshot, with an image attached that has no snapshot yet, and \
      leaves one behind; \"sm --cold\" boots a kernel. They alternate.";
 
-pub(crate) fn measure(options: &Options) -> Result<BenchReport> {
+pub(crate) fn measure(options: &BenchOptions) -> Result<BenchReport> {
     // The check comes first, because a rival may be missing.
     let rivals: Vec<_> = options
         .rivals
@@ -66,7 +66,7 @@ pub(crate) fn measure(options: &Options) -> Result<BenchReport> {
 }
 
 /// Stores the image with `sm`.
-fn store_image(options: &Options) -> Result<()> {
+fn store_image(options: &BenchOptions) -> Result<()> {
     let sm = options.sm.as_deref().context("--sm is missing")?;
     let image = options.image.as_deref().context("--image is missing")?;
     for arguments in [&["pull", image][..], &["tag", image, IMAGE]] {
@@ -81,7 +81,12 @@ fn store_image(options: &Options) -> Result<()> {
 }
 
 /// Measures one kind of machine, with a warm page cache and optionally a cold one.
-fn commands(options: &Options, vcpus: u32, mib: u64, iterations: usize) -> Result<Vec<Comparison>> {
+fn commands(
+    options: &BenchOptions,
+    vcpus: u32,
+    mib: u64,
+    iterations: usize,
+) -> Result<Vec<Comparison>> {
     let sm = options.sm.as_deref().context("--sm is missing")?;
     let (memory, vcpus_text) = (format!("{mib}m"), vcpus.to_string());
     let run = |more: &[&str]| {
@@ -220,8 +225,8 @@ fn steps(report: &Value) -> Result<Vec<(String, Duration)>> {
 const SNAPSHOTS: usize = 4;
 
 /// Returns the guest of the contest.
-pub(crate) fn guest(options: &Options, mib: u64) -> Result<Guest> {
-    Ok(Guest {
+pub(crate) fn guest(options: &BenchOptions, mib: u64) -> Result<BenchGuest> {
+    Ok(BenchGuest {
         kernel: options.kernel.clone().context("--kernel is missing")?,
         initramfs: options
             .initramfs
@@ -233,7 +238,7 @@ pub(crate) fn guest(options: &Options, mib: u64) -> Result<Guest> {
     })
 }
 
-fn contenders(options: &Options, mib: u64, iterations: usize) -> Result<Comparison> {
+fn contenders(options: &BenchOptions, mib: u64, iterations: usize) -> Result<Comparison> {
     let guest = guest(options, mib)?;
     let mut all: Vec<(Box<dyn Contender>, Series)> = vec![(
         Box::new(Ours::default()),

@@ -29,14 +29,14 @@ use sm_vmm_core::memory::MemoryConfig;
 use sm_vmm_core::state::MachineState;
 use sm_vmm_core::virtio::rng::Rng;
 
-use crate::rivals::{Contender, Guest, await_output};
+use crate::rivals::{BenchGuest, Contender, await_output};
 use crate::vmm::check_host;
 
 pub(crate) const NAME: &str = "snapshot";
 const SECTION: &str = "machine";
 
 /// Creates the snapshot of a machine whose user space has written to its console.
-pub(crate) fn make(store: &Path, guest: &Guest) -> Result<()> {
+pub(crate) fn create(store: &Path, guest: &BenchGuest) -> Result<()> {
     let store = SnapshotStore::open(store)?;
     let event_loop = EventLoop::spawn("devices")?;
     let (mut said, console) = std::io::pipe()?;
@@ -100,7 +100,7 @@ pub(crate) fn state(chain: &Chain) -> Result<MachineState> {
 }
 
 /// Restores the snapshot until its guest writes, and records the working set.
-pub(crate) fn learn(store: &Path, guest: &Guest) -> Result<()> {
+pub(crate) fn record_working_set(store: &Path, guest: &BenchGuest) -> Result<()> {
     let store = SnapshotStore::open(store)?;
     let (mut said, console) = std::io::pipe()?;
     let restored = Restored::new(&store, OwnedFd::from(console).into())?;
@@ -173,15 +173,15 @@ impl Contender for Ours {
         "sm"
     }
 
-    fn prepare(&mut self, guest: &Guest) -> Result<()> {
+    fn prepare(&mut self, guest: &BenchGuest) -> Result<()> {
         let store = tempfile::tempdir()?;
-        make(store.path(), guest)?;
-        learn(store.path(), guest)?;
+        create(store.path(), guest)?;
+        record_working_set(store.path(), guest)?;
         self.store = Some(store);
         Ok(())
     }
 
-    fn restore(&self, guest: &Guest) -> Result<Duration> {
+    fn restore(&self, guest: &BenchGuest) -> Result<Duration> {
         let store = self.store.as_ref().context("not prepared")?;
         let started = Instant::now();
         let mut child = Command::new(std::env::current_exe()?)

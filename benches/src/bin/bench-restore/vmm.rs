@@ -24,14 +24,14 @@ use sm_vmm_core::machine::{Machine, MachineConfig};
 use sm_vmm_core::memory::MemoryConfig;
 use vm_memory::Bytes as _;
 
+use crate::config_probe::ConfigReadProbe;
 use crate::floor::Floor;
-use crate::witness::Witness;
-use crate::{Options, tiny};
+use crate::{BenchOptions, tiny};
 
 const NAME: &str = "tiny";
 const SECTION: &str = "machine";
 /// Time limit for the guest to power off.
-const PATIENCE: Duration = Duration::from_secs(30);
+const GUEST_TIMEOUT: Duration = Duration::from_secs(30);
 /// The first phase of creating the machine: before it, files are read, and capabilities
 /// of the host are checked.
 pub(crate) const MAP_MEMORY: &str = "map memory";
@@ -41,7 +41,7 @@ const SETTLED: Duration = Duration::from_millis(20);
 /// Iterations that are not counted.
 const WARM_UP: usize = 3;
 
-pub(crate) fn measure(options: &Options) -> Result<BenchReport> {
+pub(crate) fn measure(options: &BenchOptions) -> Result<BenchReport> {
     let iterations = options.iterations();
     let mut comparisons = vec![process_starts(iterations)?];
     comparisons.extend(restores(options)?);
@@ -54,23 +54,23 @@ pub(crate) fn measure(options: &Options) -> Result<BenchReport> {
     })
 }
 
-fn restores(options: &Options) -> Result<Vec<Comparison>> {
+fn restores(options: &BenchOptions) -> Result<Vec<Comparison>> {
     let iterations = options.iterations();
     let mut comparisons = Vec::new();
     for &vcpus in &options.vcpus() {
         for &mib in &options.sizes() {
             for cold in [false, true] {
-                let setup = Setup::new(mib << 20, vcpus)?;
+                let snapshot = TinySnapshot::new(mib << 20, vcpus)?;
                 let floor = Floor::new(mib << 20, vcpus)?;
                 let mut ours = Series::new("sm");
                 let mut theirs = Series::new("floor");
                 for iteration in 0..WARM_UP + iterations {
                     if cold {
-                        setup.evict()?;
+                        snapshot.evict()?;
                         floor.evict()?;
                     }
                     std::thread::sleep(SETTLED);
-                    let a = setup.restore()?;
+                    let a = snapshot.restore()?;
                     std::thread::sleep(SETTLED);
                     let b = floor.restore()?;
                     if iteration >= WARM_UP {
@@ -128,16 +128,16 @@ pub(crate) fn monotonic() -> Duration {
 }
 
 /// A snapshot of the tiny guest.
-struct Setup {
+struct TinySnapshot {
     _directory: tempfile::TempDir,
     store: SnapshotStore,
     console: File,
 }
 
 /// A stopwatch with laps.
-pub(crate) struct Watch(Instant);
+pub(crate) struct LapTimer(Instant);
 
-impl Watch {
+impl LapTimer {
     pub(crate) fn start() -> Self {
         Self(Instant::now())
     }
@@ -154,13 +154,13 @@ impl Watch {
 
 /// Returns the machine's only device, and the time at which the guest reads from it.
 fn devices() -> (Vec<DeviceConfig>, Arc<OnceLock<Instant>>) {
-    let witness = Witness::default();
-    let seen = witness.seen();
+    let config_probe = ConfigReadProbe::default();
+    let first_read = config_probe.first_read();
     let device = DeviceConfig {
         slot: tiny::DEVICE_SLOT,
-        device: Arc::new(Mutex::new(witness)),
+        device: Arc::new(Mutex::new(config_probe)),
     };
-    (vec![device], seen)
+    (vec![device], first_read)
 }
 
 /// Checks that this host can restore the snapshot, as every restore does.
@@ -175,7 +175,7 @@ pub(crate) fn check_host(host: &Native, chain: &Chain) -> Result<()> {
     Ok(check(chain, &requirements)?)
 }
 
-impl Setup {
+impl TinySnapshot {
     fn new(memory: u64, vcpus: u32) -> Result<Self> {
         let directory = tempfile::tempdir_in(".").context("cannot make a directory here")?;
         let store = SnapshotStore::open(&directory.path().join("store"))?;
@@ -237,7 +237,7 @@ impl Setup {
 
     /// Executes the steps of a VMM process from its start to the guest's first access.
     fn restore(&self) -> Result<Vec<(&'static str, Duration)>> {
-        let mut watch = Watch::start();
+        let mut watch = LapTimer::start();
         let host = Native::open()?;
         let event_loop = EventLoop::spawn("devices")?;
         let opened = watch.lap();
@@ -249,7 +249,7 @@ impl Setup {
         let snapshot = watch.lap();
         let memory = map_memory(&chain)?;
         let mapped = watch.lap();
-        let (devices, seen) = devices();
+        let (devices, first_read) = devices();
         let mut machine = Machine::restore(
             &host,
             state,
@@ -262,11 +262,11 @@ impl Setup {
         let inner = machine.phases();
         machine.resume()?;
         let exit = machine.exit_latch();
-        if exit.wait_timeout(PATIENCE).is_none() {
+        if exit.wait_timeout(GUEST_TIMEOUT).is_none() {
             bail!("the tiny guest did not power off");
         }
-        let seen = seen.get().context("the tiny guest saw no device")?;
-        let ran = watch.lap_at(*seen);
+        let first_read = first_read.get().context("the tiny guest saw no device")?;
+        let ran = watch.lap_at(*first_read);
         let map = mapped + inner.memory_map;
         Ok(vec![
             ("open KVM", opened),
@@ -302,11 +302,11 @@ mod tests {
         if sm_hypervisor::testing::native().is_none() {
             return;
         }
-        let options = Options {
+        let options = BenchOptions {
             iterations: Some(2),
             memory_mib: vec![64, 4096],
             vcpus: vec![2],
-            ..Options::default()
+            ..BenchOptions::default()
         };
         // This program is not the benchmark, so the process start cannot be measured.
         let report = BenchReport {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
 
-use super::{Contender, Guest, Killed, await_output, forget, http};
+use super::{BenchGuest, Contender, Killed, await_output, discard_output, http};
 
 #[derive(Debug)]
 pub(super) struct CloudHypervisor {
@@ -45,7 +45,7 @@ impl Contender for CloudHypervisor {
         "cloud-hypervisor"
     }
 
-    fn prepare(&mut self, guest: &Guest) -> Result<()> {
+    fn prepare(&mut self, guest: &BenchGuest) -> Result<()> {
         self.directory = Some(tempfile::tempdir()?);
         let (socket, state) = (self.file("api")?, self.file("state")?);
         std::fs::create_dir(&state)?;
@@ -62,13 +62,13 @@ impl Contender for CloudHypervisor {
         );
         let mut stdout = child.0.stdout.take().context("no output")?;
         await_output(&mut stdout, guest.sign)?;
-        forget(stdout);
+        discard_output(stdout);
         http::call(&socket, "PUT", "/api/v1/vm.pause", &Value::Null)?;
         let url = json!({"destination_url": format!("file://{}", state.display())});
         http::call(&socket, "PUT", "/api/v1/vm.snapshot", &url)
     }
 
-    fn restore(&self, guest: &Guest) -> Result<Duration> {
+    fn restore(&self, guest: &BenchGuest) -> Result<Duration> {
         let (socket, state) = (self.file("api")?, self.file("state")?);
         let mut command = self.command(&socket);
         command

@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use super::cloud_hypervisor::CloudHypervisor;
 use super::firecracker::Firecracker;
-use super::{Contender, Guest};
+use super::{BenchGuest, Contender};
 
 struct Monitor {
     directory: tempfile::TempDir,
@@ -61,14 +61,14 @@ impl Monitor {
         self.directory.path().join("monitor")
     }
 
-    fn asked(&self) -> Vec<String> {
+    fn recorded_requests(&self) -> Vec<String> {
         let requests = self.requests.lock().unwrap();
         requests.iter().map(|(line, _)| line.clone()).collect()
     }
 
     fn body(&self, line: &str) -> Value {
         let requests = self.requests.lock().unwrap();
-        let found = requests.iter().find(|(asked, _)| asked == line);
+        let found = requests.iter().find(|(request, _)| request == line);
         found
             .unwrap_or_else(|| panic!("{line} was asked"))
             .1
@@ -105,7 +105,7 @@ fn answer(stream: UnixStream, refused: &str) -> (String, Value) {
     let mut reader = BufReader::new(&stream);
     let mut line = String::new();
     reader.read_line(&mut line).unwrap();
-    let asked = line.rsplit_once(' ').unwrap().0.to_owned();
+    let request = line.rsplit_once(' ').unwrap().0.to_owned();
     let mut length = 0;
     loop {
         let mut header = String::new();
@@ -119,7 +119,7 @@ fn answer(stream: UnixStream, refused: &str) -> (String, Value) {
     }
     let mut body = vec![0; length];
     reader.read_exact(&mut body).unwrap();
-    let status = if asked.ends_with(refused) {
+    let status = if request.ends_with(refused) {
         "400 Bad Request"
     } else {
         "204 No Content"
@@ -127,11 +127,11 @@ fn answer(stream: UnixStream, refused: &str) -> (String, Value) {
     (&stream)
         .write_all(format!("HTTP/1.1 {status}\r\n\r\n").as_bytes())
         .unwrap();
-    (asked, serde_json::from_slice(&body).unwrap_or_default())
+    (request, serde_json::from_slice(&body).unwrap_or_default())
 }
 
-fn guest() -> Guest {
-    Guest {
+fn guest() -> BenchGuest {
+    BenchGuest {
         kernel: "/the/kernel".into(),
         initramfs: "/the/initramfs".into(),
         cmdline: "quiet".to_owned(),
@@ -157,7 +157,7 @@ fn firecracker_takes_a_snapshot_and_loads_it() {
         "PUT /snapshot/load",
         "PUT /snapshot/load",
     ];
-    assert_eq!(monitor.asked(), expected);
+    assert_eq!(monitor.recorded_requests(), expected);
     let boot = monitor.body("PUT /boot-source");
     assert_eq!(boot["kernel_image_path"], "/the/kernel");
     assert_eq!(boot["initrd_path"], "/the/initramfs");
@@ -183,7 +183,7 @@ fn cloud_hypervisor_takes_a_snapshot_and_starts_from_it() {
         "PUT /api/v1/vm.snapshot",
         "PUT /api/v1/vm.resume",
     ];
-    assert_eq!(monitor.asked(), expected);
+    assert_eq!(monitor.recorded_requests(), expected);
     let url = monitor.body("PUT /api/v1/vm.snapshot")["destination_url"].clone();
     let url = url.as_str().unwrap().to_owned();
     let arguments = fs::read_to_string(monitor.directory.path().join("arguments")).unwrap();

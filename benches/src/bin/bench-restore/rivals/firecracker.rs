@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use serde_json::json;
 
-use super::{Contender, Guest, Killed, await_output, forget, http};
+use super::{BenchGuest, Contender, Killed, await_output, discard_output, http};
 
 #[derive(Debug)]
 pub(super) struct Firecracker {
@@ -46,7 +46,7 @@ impl Contender for Firecracker {
         "firecracker"
     }
 
-    fn prepare(&mut self, guest: &Guest) -> Result<()> {
+    fn prepare(&mut self, guest: &BenchGuest) -> Result<()> {
         self.directory = Some(tempfile::tempdir()?);
         let socket = self.file("api")?;
         let mut child = self.spawn(&socket)?;
@@ -66,7 +66,7 @@ impl Contender for Firecracker {
         )?;
         put("/actions", json!({"action_type": "InstanceStart"}))?;
         await_output(&mut stdout, guest.sign)?;
-        forget(stdout);
+        discard_output(stdout);
         http::call(&socket, "PATCH", "/vm", &json!({"state": "Paused"}))?;
         put(
             "/snapshot/create",
@@ -78,7 +78,7 @@ impl Contender for Firecracker {
         )
     }
 
-    fn restore(&self, guest: &Guest) -> Result<Duration> {
+    fn restore(&self, guest: &BenchGuest) -> Result<Duration> {
         let socket = self.file("api")?;
         let started = Instant::now();
         let mut child = self.spawn(&socket)?;

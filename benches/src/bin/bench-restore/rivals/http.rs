@@ -9,16 +9,16 @@ use std::time::Instant;
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
-use super::PATIENCE;
+use super::CONTENDER_TIMEOUT;
 
 /// Connects to a socket that a new process is about to create. Reads from it fail after
-/// [`PATIENCE`] without data.
+/// [`CONTENDER_TIMEOUT`] without data.
 pub(super) fn connect(socket: &Path) -> Result<UnixStream> {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + CONTENDER_TIMEOUT;
     loop {
         match UnixStream::connect(socket) {
             Ok(stream) => {
-                stream.set_read_timeout(Some(PATIENCE))?;
+                stream.set_read_timeout(Some(CONTENDER_TIMEOUT))?;
                 return Ok(stream);
             }
             Err(error)

@@ -17,11 +17,11 @@ use anyhow::{Result, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 /// Timeout for a contender that hangs.
-const PATIENCE: Duration = Duration::from_secs(60);
+const CONTENDER_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The guest that every contender restores.
 #[derive(Clone, Debug)]
-pub(crate) struct Guest {
+pub(crate) struct BenchGuest {
     /// An uncompressed kernel with a PVH note.
     pub(crate) kernel: PathBuf,
     /// An initramfs whose init prints `sign` on the first serial port every few
@@ -33,7 +33,7 @@ pub(crate) struct Guest {
     pub(crate) sign: &'static [u8],
 }
 
-impl Guest {
+impl BenchGuest {
     fn mib(&self) -> u64 {
         self.memory >> 20
     }
@@ -45,10 +45,10 @@ pub(crate) trait Contender: Debug {
     fn name(&self) -> &'static str;
 
     /// Boots the guest and takes a snapshot of it after its first sign.
-    fn prepare(&mut self, guest: &Guest) -> Result<()>;
+    fn prepare(&mut self, guest: &BenchGuest) -> Result<()>;
 
     /// Restores the guest, and returns the time until its sign.
-    fn restore(&self, guest: &Guest) -> Result<Duration>;
+    fn restore(&self, guest: &BenchGuest) -> Result<Duration>;
 }
 
 /// Returns the rival of that name, if its program exists.
@@ -75,11 +75,11 @@ pub(crate) fn find(name: &str) -> Result<Box<dyn Contender>> {
 
 /// Reads until `sign` was received.
 pub(crate) fn await_output(from: &mut (impl Read + AsFd), sign: &[u8]) -> Result<()> {
-    await_output_for(from, sign, PATIENCE)
+    await_output_for(from, sign, CONTENDER_TIMEOUT)
 }
 
-fn await_output_for(from: &mut (impl Read + AsFd), sign: &[u8], patience: Duration) -> Result<()> {
-    let deadline = Instant::now() + patience;
+fn await_output_for(from: &mut (impl Read + AsFd), sign: &[u8], timeout: Duration) -> Result<()> {
+    let deadline = Instant::now() + timeout;
     let mut seen: Vec<u8> = Vec::new();
     let mut chunk = [0; 4096];
     loop {
@@ -87,7 +87,7 @@ fn await_output_for(from: &mut (impl Read + AsFd), sign: &[u8], patience: Durati
         let left = Timespec::try_from(left)?;
         if poll(&mut [PollFd::new(from, PollFlags::IN)], Some(&left))? == 0 {
             bail!(
-                "the guest has not given its sign in {patience:?}; it said:\n{}",
+                "the guest has not given its sign in {timeout:?}; it said:\n{}",
                 String::from_utf8_lossy(&seen)
             );
         }
@@ -117,7 +117,7 @@ impl Drop for Killed {
 }
 
 /// Reads and discards further output of a guest, so that it never blocks.
-fn forget(mut output: impl Read + Send + 'static) {
+fn discard_output(mut output: impl Read + Send + 'static) {
     std::thread::spawn(move || std::io::copy(&mut output, &mut std::io::sink()));
 }
 

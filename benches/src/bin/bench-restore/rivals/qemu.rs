@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use serde_json::{Value, json};
 
-use super::{Contender, Guest, Killed, await_output, forget, http};
+use super::{BenchGuest, Contender, Killed, await_output, discard_output, http};
 
 #[derive(Debug)]
 pub(super) struct Qemu {
@@ -25,7 +25,7 @@ impl Qemu {
         }
     }
 
-    fn command(&self, guest: &Guest) -> Command {
+    fn command(&self, guest: &BenchGuest) -> Command {
         let mut command = Command::new(&self.program);
         command
             .args(["-nodefaults", "-no-user-config", "-display", "none"])
@@ -82,7 +82,7 @@ impl Contender for Qemu {
         "qemu"
     }
 
-    fn prepare(&mut self, guest: &Guest) -> Result<()> {
+    fn prepare(&mut self, guest: &BenchGuest) -> Result<()> {
         self.directory = Some(tempfile::tempdir()?);
         let socket = self.file("qmp")?;
         let mut child = Killed(
@@ -93,7 +93,7 @@ impl Contender for Qemu {
         );
         let mut stdout = child.0.stdout.take().context("no output")?;
         await_output(&mut stdout, guest.sign)?;
-        forget(stdout);
+        discard_output(stdout);
         let mut qmp = Qmp(BufReader::new(http::connect(&socket)?));
         qmp.call(&json!({"execute": "qmp_capabilities"}))?;
         qmp.call(&json!({
@@ -105,7 +105,7 @@ impl Contender for Qemu {
         qmp.until(|message| message["data"]["status"] == "completed")
     }
 
-    fn restore(&self, guest: &Guest) -> Result<Duration> {
+    fn restore(&self, guest: &BenchGuest) -> Result<Duration> {
         let mut command = self.command(guest);
         command
             .arg("-incoming")

@@ -14,18 +14,18 @@ const QUEUE_SIZES: [u16; 1] = [1];
 
 /// A device without a driver.
 #[derive(Debug, Default)]
-pub(crate) struct Witness {
-    seen: Arc<OnceLock<Instant>>,
+pub(crate) struct ConfigReadProbe {
+    first_read: Arc<OnceLock<Instant>>,
 }
 
-impl Witness {
+impl ConfigReadProbe {
     /// Returns the time at which the guest first read the device's configuration.
-    pub(crate) fn seen(&self) -> Arc<OnceLock<Instant>> {
-        self.seen.clone()
+    pub(crate) fn first_read(&self) -> Arc<OnceLock<Instant>> {
+        self.first_read.clone()
     }
 }
 
-impl VirtioDevice for Witness {
+impl VirtioDevice for ConfigReadProbe {
     fn device_type(&self) -> u32 {
         TYPE
     }
@@ -39,7 +39,7 @@ impl VirtioDevice for Witness {
     }
 
     fn read_config(&self, _offset: u64, data: &mut [u8]) {
-        let _ = self.seen.set(Instant::now());
+        let _ = self.first_read.set(Instant::now());
         data.fill(0);
     }
 
