@@ -393,6 +393,24 @@ mod tests {
         }
     }
 
+    /// libtest skips by a part of a name, not by its beginning.
+    #[test]
+    fn only_long_tests_have_the_prefix_in_their_name() {
+        for name in end_to_end_names().unwrap() {
+            let source = crate::paths::root().join(format!("tests/tests/{name}.rs"));
+            let source = std::fs::read_to_string(source).unwrap();
+            for line in source.lines().filter(|line| line.starts_with("fn ")) {
+                let name = line.trim_start_matches("fn ");
+                let name = name.split('(').next().unwrap();
+                assert_eq!(
+                    name.contains(super::FULL),
+                    name.starts_with(super::FULL),
+                    "{name}"
+                );
+            }
+        }
+    }
+
     #[test]
     fn long_tests_run_when_all_are_wanted_or_they_are_named() {
         let mut options = TestOptions::default();
