@@ -26,8 +26,8 @@
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
-//! The driver sets up a queue of 8 at 64 KiB and offers a buffer that the device
-//! writes.
+//! // The driver sets up a queue of 8 at 64 KiB and offers a buffer that the device
+//! // writes.
 //! let mut driver = DriverQueue::new(memory.clone(), 0x1_0000, 8);
 //! let buffer = Span { address: GuestAddress(0x2000), len: 5 };
 //! let head = driver.offer(&[], &[buffer]);
