@@ -10,7 +10,8 @@
 //! | product code names KVM in the backend and the choice of the backend only | none |
 //! | a Rust file has at most 600 lines | `xtask/tidy/long-files.txt` |
 //! | no path leads to a file outside the repository | none |
-//! | links and paths in documents lead to existing files and headings | none |
+//! | links in documents lead to existing files and headings | none |
+//! | paths, modules and items that documents mention in code exist | none |
 //! | `README.md` has at most 150 lines | none |
 //! | commands of cargo in documents exist | blocks marked `unchecked: REASON` |
 //! | at most 0.5 % of a crate's comment lines open with a question word | `xtask/tidy/openings.txt` has counts |
@@ -25,6 +26,7 @@ mod commands;
 mod commits;
 mod crates;
 mod links;
+mod mentions;
 mod modules;
 mod packages;
 mod pointers;
@@ -92,9 +94,9 @@ pub(crate) fn run() -> Result<()> {
     report(&faults)
 }
 
-/// Checks the links and commands of documents only.
+/// Checks the links, names and commands of documents only.
 pub(crate) fn documents() -> Result<()> {
-    cmd::step("checking links and commands of the documents");
+    cmd::step("checking links, names and commands of the documents");
     report(&in_documents(
         &texts(&paths::root())?,
         &crates::metadata()?,
@@ -103,7 +105,9 @@ pub(crate) fn documents() -> Result<()> {
 
 fn in_documents(files: &[RepositoryFile], metadata: &Value) -> Result<Vec<String>> {
     let root = paths::root();
-    let mut faults = links::broken(files, |path| root.join(path).exists());
+    let exists = |path: &str| root.join(path).exists();
+    let mut faults = links::broken(files, exists);
+    faults.extend(mentions::unknown(files, exists));
     faults.extend(commands::unknown(files, &commands::Names::new(metadata)?));
     Ok(faults)
 }

@@ -1,20 +1,18 @@
 //! Links of Markdown files: each leads to a file of the repository and, if it has an
-//! anchor, to a heading in it. Paths in code must exist as well, except in the changelog,
-//! which describes the past.
+//! anchor, to a heading in it.
 //!
 //! Pages below `docs/src` are a site: they link only to each other, all are in its table
 //! of contents, and files that they include have no links to others.
 
 use std::collections::BTreeSet;
 
-use sm_markdown::{anchors, code_spans, includes, links};
+use sm_markdown::{anchors, includes, links};
 
 use super::RepositoryFile;
 
 /// The pages of the site.
 const SITE: &str = "docs/src/";
 const CONTENTS: &str = "docs/src/SUMMARY.md";
-const CHANGELOG: &str = "CHANGELOG.md";
 /// The first page that a reader sees, and its maximum number of lines.
 const FIRST_PAGE: (&str, usize) = ("README.md", 150);
 
@@ -59,14 +57,6 @@ pub(super) fn broken(files: &[RepositoryFile], exists: impl Fn(&str) -> bool) ->
                 );
             }
         }
-        let spans = code_spans(&file.text);
-        for (line, span) in spans.into_iter().filter(|_| file.path != CHANGELOG) {
-            // Paths are relative to the root or to the document.
-            let from = [Some(span.to_owned()), resolve(&file.path, span)];
-            if is_path(span, files) && !from.iter().flatten().any(|path| exists(path)) {
-                fault(line, format!("\"{span}\" is not in the repository"));
-            }
-        }
         let (lines, most) = (file.text.lines().count(), FIRST_PAGE.1);
         if file.path == FIRST_PAGE.0 && lines > most {
             fault(lines, format!("the file has more than {most} lines"));
@@ -102,23 +92,7 @@ pub(super) fn broken(files: &[RepositoryFile], exists: impl Fn(&str) -> bool) ->
     faults
 }
 
-/// Returns true for a path below a folder of the repository; parts in capitals are
-/// placeholders.
-fn is_path(span: &str, files: &[RepositoryFile]) -> bool {
-    let is_part = |part: &str| {
-        let mut bytes = part.bytes();
-        bytes.all(|byte| {
-            byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"._-".contains(&byte)
-        })
-    };
-    let Some((folder, rest)) = span.split_once('/') else {
-        return false;
-    };
-    let is_folder = |file: &RepositoryFile| file.path.split('/').next() == Some(folder);
-    is_part(folder) && rest.split('/').all(is_part) && files.iter().any(is_folder)
-}
-
-fn is_markdown(path: &str) -> bool {
+pub(super) fn is_markdown(path: &str) -> bool {
     path.ends_with(".md")
 }
 
@@ -138,7 +112,7 @@ fn all_anchors<'a>(
 }
 
 /// Returns a link's target relative to the root; `None` if it is outside.
-fn resolve(file: &str, target: &str) -> Option<String> {
+pub(super) fn resolve(file: &str, target: &str) -> Option<String> {
     let mut parts: Vec<&str> = match target.starts_with('/') {
         true => Vec::new(),
         false => file.split('/').rev().skip(1).collect(),
@@ -201,19 +175,6 @@ mod tests {
             faults(&[("b.md", "\n[x](#one)")]),
             ["b.md:2: \"b.md\" has no heading \"one\""]
         );
-    }
-
-    #[test]
-    fn paths_in_code_lead_to_files() {
-        let fine = "`guide/a.md` `elsewhere/b` `guide/NAME` `and/or` `guide` `sm run guide/x`";
-        assert_eq!(faults(&[("b.md", fine)]), [""; 0]);
-        let beside = [("guide/guide/c.md", "x"), ("guide/b.md", "`guide/c.md`")];
-        assert_eq!(faults(&beside), [""; 0]);
-        assert_eq!(
-            faults(&[("b.md", "see\n`guide/gone.rs`")]),
-            ["b.md:2: \"guide/gone.rs\" is not in the repository"]
-        );
-        assert_eq!(faults(&[("CHANGELOG.md", "`guide/gone.rs`")]), [""; 0]);
     }
 
     #[test]
