@@ -1,6 +1,18 @@
 //! The guest physical address map and interrupt lines of the x86_64 machine.
 //!
 //! Snapshots depend on these values: a change requires a new `MACHINE_VERSION`.
+//!
+//! # Adding a device
+//!
+//! 1. A type that implements [`sm_virtio::VirtioDevice`], in [`crate::virtio`] or in a crate
+//!    of its own. It saves a payload with its kind and a version.
+//! 2. A slot in this module, and a new [`MACHINE_VERSION`]: a snapshot is restored only to
+//!    a machine with the same slots. Window, interrupt line, doorbells and ACPI device
+//!    follow from the slot.
+//! 3. An entry of the list of [`DeviceConfig`](crate::devices::DeviceConfig) in
+//!    `vmm/src/machine.rs`, and of the list of devices in manifests in `vmm/src/saved.rs`.
+//! 4. The driver in `guest/kernel/guest.config`, and among the modules of distributions'
+//!    kernels that `runtime/src/kernel.rs` selects.
 
 /// Version of everything in this module, recorded in snapshots.
 pub const MACHINE_VERSION: u32 = 2;
