@@ -8,6 +8,16 @@
 //!
 //! Host code reaches the guest through a [`MuxerHandle`]: it passes one end of a stream
 //! socket, and the device does the rest.
+//!
+//! | module | content |
+//! |---|---|
+//! | `device` | life of the device; turns of receiving and transmitting; transport reset |
+//! | `connection` | one connection: protocol, states, shutdown, the event that it awaits |
+//! | `muxer` | the table of connections, their listeners, and their deadlines (`timers`) |
+//! | `credit`, `allowance`, `backlog` | arithmetic of credit, sizes of windows, stored bytes |
+//! | `ready`, `inbox`, `host`, `packet` | order of service, requests of other threads, host sockets, headers |
+//! | `handle`, `group` | the interface for host code; limits on connections |
+//! | `config`, `stats`, `profile`, `saved` | limits and timeouts, counters, profiling, saved state |
 #![warn(missing_docs)]
 
 #[cfg(doctest)]

@@ -8,6 +8,13 @@
 //! | [`HandoffFrontend`] | routers that have accepted connections | a port of the guest |
 //! | [`HybridFrontend`] | of Firecracker's vsock protocol | any vsock port, in both directions |
 //!
+//! | module | content |
+//! |---|---|
+//! | `acceptor` | a listener that accepts as many connections as the limit of descriptors allows |
+//! | `listening` | the event handler of frontends that forward connections unchanged |
+//! | `service`, `handle` | the muxer, limits and counters of a frontend; its handle |
+//! | `socket_path`, `peer` | paths of unix sockets; permitted peers |
+//!
 //! A frontend accepts connections on the machine's event loop and passes each of them to
 //! the muxer, which forwards its bytes. It has no thread, and no buffer except for TLS,
 //! which has to decrypt. Its [`FrontendHandle`] has its address and counters; dropping it

@@ -1,5 +1,16 @@
 //! Converts OCI and Docker images to EROFS disks in a crash-safe content store.
 //!
+//! | module | content |
+//! |---|---|
+//! | `source` | registries, engines, storages, archives and directories |
+//! | `documents`, `reference`, `platform` | JSON of images, their names, choosing one of several |
+//! | `layer`, `pipeline`, `tar` | conversion of a layer: digests, decompression, entries and whiteouts |
+//! | `blob`, `index`, `skeleton` | the parts of a converted layer |
+//! | `tree` | the layers of an image merged: whiteouts, opaque directories and links applied |
+//! | `erofs` | the metadata image |
+//! | `store` | files, locks, pulling, pushing, verifying, removing |
+//! | `limits` | limits on hostile images |
+//!
 //! A layer is converted once ([`Store`]) to a *blob* of file contents at 4 KiB boundaries
 //! and an *index* of everything else. An image is then an EROFS *metadata image* whose
 //! inodes refer to the blobs of its layers. The metadata image and the blobs together are

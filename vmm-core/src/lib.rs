@@ -1,5 +1,16 @@
 //! The machine: memory map, boot protocols, ACPI, virtio-mmio devices and vCPU
 //! threads, generic over a [`sm_hypervisor::Hypervisor`].
+//!
+//! | module | content |
+//! |---|---|
+//! | [`machine`] | a machine: boot or restore, run, pause, save, end |
+//! | [`layout`] | address map, interrupt lines, slots of devices; the steps to add a device |
+//! | [`devices`], [`bus`] | devices in their slots; dispatch of register accesses |
+//! | [`virtio`] | the block and the entropy device |
+//! | [`memory`], [`loader`], [`acpi`] | guest memory; kernels and boot protocols; ACPI tables |
+//! | [`vcpu_thread`], [`exit`], [`power`] | vCPU threads, and the reasons for their end |
+//! | [`serial`] | the console |
+//! | [`state`] | saved state, without memory |
 #![warn(missing_docs)]
 
 #[cfg(doctest)]

@@ -13,9 +13,18 @@
 //! | [`environment`] | the interface that the program implements |
 //! | [`saved`] | the description of the VM in a snapshot |
 //!
-//! The rest is private: assembling a machine from a kernel or from the best snapshot, the
-//! supervisor (one `poll` loop over the agent, the workload, clients and
-//! deadlines), captures, and the cache of snapshots.
+//! The rest is private:
+//!
+//! | module | content |
+//! |---|---|
+//! | `process` | from the launch request to the supervised machine |
+//! | `source`, `cache` | the choice of a kernel or a snapshot; snapshots that starts create for later ones |
+//! | `machine` | starting the machine with its devices, by booting or restoring |
+//! | `paging`, `prefetch` | memory of a restored machine, and its working set |
+//! | `serving`, `descriptors` | listeners of published ports; the budget of descriptors |
+//! | `supervisor` | one `poll` loop over the agent, the workload, clients and deadlines: `stage` has the states, `guest_side` the way to a running workload, `clients` their requests, `snapshots` captures, `ending` the exit record and the end |
+//! | `agent`, `conn`, `guest` | the supervisor's view of the agent, of streams, and of the machine |
+//! | `capturing` | captures of a machine, on a thread |
 //!
 //! A program provides records and boot files, and calls [`run_if_vmm`] first in `main`.
 //! This one has a directory for each VM.

@@ -1,5 +1,17 @@
 //! PID 1 of the guest.
 //!
+//! | module | content |
+//! |---|---|
+//! | `boot` | the first program of the guest: mounts, listeners, power-off |
+//! | `agent` | state and dispatch of events; handlers of the host's requests (`requests`) |
+//! | `control`, `wire`, `sending`, `peer` | connections of the host and their frames |
+//! | `identity`, `kernel_log` | identity of this guest or clone; detection of a new generation ID |
+//! | `root`, `bind`, `device`, `node` | the workload's root file system, and files of the guest in it |
+//! | `workload`, `init`, `cgroup`, `users` | the workload's namespaces, first process, cgroup and user |
+//! | `exec` | commands: processes, streams, signals, terminals |
+//! | `forward` | connections to TCP ports of the guest |
+//! | `reactor`, `waiting` | the wait for events and deadlines |
+//!
 //! # Invariants
 //!
 //! - **One thread, one blocking call.** Everything runs on the main thread and blocks
