@@ -34,7 +34,7 @@ use sm_control::exit::ExitRecord;
 use sm_control::launch::{LaunchRequest, Report};
 use sm_control::timings::Phase;
 
-use self::clients::Client;
+use self::clients::ConnectedClient;
 use self::signals::UnansweredSignal;
 use self::stage::{MachineEnd, Startup, SupervisorStage};
 use super::agent::AgentLink;

@@ -81,7 +81,7 @@ impl<'a> RunningGuest<'a> {
         }
         run.arg(&options.image).args(["sh", "-c", &script]);
         output(&mut run)?;
-        let mut guest = Self {
+        let mut running = Self {
             sm: &options.sm,
             directory,
             sink: String::new(),
@@ -93,12 +93,12 @@ impl<'a> RunningGuest<'a> {
                 continue;
             };
             match guest.split('/').next().and_then(|port| port.parse().ok()) {
-                Some(SINK) if host.contains("127.0.0.1") => guest.sink = host.to_owned(),
-                Some(SOURCE) if host.contains("127.0.0.1") => guest.source = host.to_owned(),
+                Some(SINK) if host.contains("127.0.0.1") => running.sink = host.to_owned(),
+                Some(SOURCE) if host.contains("127.0.0.1") => running.source = host.to_owned(),
                 _ => {}
             }
         }
-        Ok(guest)
+        Ok(running)
     }
 
     fn unix(&self, port: u16) -> Result<UnixStream> {

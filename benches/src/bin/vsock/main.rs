@@ -24,7 +24,7 @@ struct VsockReport {
     many: Vec<Many>,
     latency: Vec<Latency>,
     profiling: Vec<Profiling>,
-    guest: Vec<guest::Guest>,
+    guest: Vec<guest::GuestPath>,
 }
 
 /// One stream, one direction.

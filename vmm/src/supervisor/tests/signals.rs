@@ -112,8 +112,8 @@ fn an_answer_counts_although_the_end_is_seen_first() {
     supervisor.agent = Some(AgentLink::new(ours).unwrap());
     supervisor.stage = stage::SupervisorStage::Running(stage::RunningStage::default());
     let id = supervisor.next_client;
-    let role = super::super::clients::Role::Control;
-    supervisor.add_client(Client::new(clients, role).unwrap());
+    let role = super::super::clients::ClientRole::Control;
+    supervisor.add_client(ConnectedClient::new(clients, role).unwrap());
     assert!(supervisor.signal(Some(id), 15).is_none());
     // The hello is answered, and then the signal.
     let link = supervisor.agent.as_mut().unwrap();
