@@ -223,10 +223,7 @@ impl Vsock {
             return;
         }
         // Edge-triggered: each signal is reported once, and nothing need be read.
-        let edge = Interest {
-            edge: true,
-            ..Interest::READ
-        };
+        let edge = Interest::READ.edge_triggered();
         match registry.add(Arc::clone(&self.mailbox), MAILBOX, edge) {
             Ok(mailbox) => self.registered = Some(mailbox),
             Err(error) => tracing::error!(%error, "host code cannot reach the guest"),
@@ -285,16 +282,10 @@ impl VirtioDevice for Vsock {
             let paused = registry.now().saturating_duration_since(since);
             self.muxer.resume_timers(paused, registry);
         }
-        // Edges may have been missed while the machine was paused.
+        // Edges may have been missed while the machine was paused, and an end may follow the
+        // bytes.
         for slot in 0..self.muxer.slots() {
-            let all = Readiness {
-                readable: true,
-                writable: true,
-                // An end may follow the bytes.
-                hangup: true,
-                ..Readiness::default()
-            };
-            self.socket_ready(slot, all, registry);
+            self.socket_ready(slot, Readiness::UNKNOWN, registry);
         }
         self.turn(registry);
     }

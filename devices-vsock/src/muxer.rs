@@ -515,9 +515,9 @@ impl Muxer {
 }
 
 fn interest(writable: bool) -> Interest {
-    Interest {
-        readable: true,
-        writable,
-        edge: true,
+    let edge = Interest::READ.edge_triggered();
+    match writable {
+        true => edge.and(Interest::WRITE),
+        false => edge,
     }
 }

@@ -97,47 +97,113 @@ pub use self::timers::{Deadlines, Timer};
 /// The events of a file descriptor. There are none when a timer has passed, or after
 /// [`Registry::again`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Readiness {
     /// Reading will not block.
     pub readable: bool,
     /// Writing will not block.
     pub writable: bool,
+    /// There is an exceptional condition, such as a change of a cgroup's state.
+    pub priority: bool,
     /// The peer closed its side, or both.
     pub hangup: bool,
+    /// Both sides are closed (full hang-up).
+    pub closed: bool,
     /// The descriptor is in an error state.
     pub error: bool,
 }
 
-/// The events of a descriptor that a handler is called for.
+impl Readiness {
+    /// Writable, and nothing else.
+    pub const WRITABLE: Self = Self {
+        readable: false,
+        hangup: false,
+        ..Self::UNKNOWN
+    };
+    /// Readable, writable and hung up: for a descriptor whose events may have been
+    /// missed, so that its handler must try everything.
+    pub const UNKNOWN: Self = Self {
+        readable: true,
+        writable: true,
+        priority: false,
+        hangup: true,
+        closed: false,
+        error: false,
+    };
+}
+
+/// The events of a descriptor that are waited for.
+///
+/// Errors and full hang-up are always reported.
+///
+/// ```
+/// use sm_event_loop::Interest;
+///
+/// const BOTH: Interest = Interest::READ.and(Interest::WRITE).edge_triggered();
+/// assert!(BOTH.readable && BOTH.writable && BOTH.edge);
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Interest {
     /// Reading will not block, or the peer shut down its writing side.
     pub readable: bool,
     /// Writing will not block.
     pub writable: bool,
+    /// There is an exceptional condition (`EPOLLPRI`).
+    pub priority: bool,
+    /// The peer shut down its writing side. Included in `readable`.
+    pub hangup: bool,
     /// Edge-triggered instead of level-triggered.
     pub edge: bool,
 }
 
 impl Interest {
-    /// Level-triggered reading.
-    pub const READ: Self = Self {
-        readable: true,
-        writable: false,
-        edge: false,
-    };
-    /// Level-triggered writing.
-    pub const WRITE: Self = Self {
-        readable: false,
-        writable: true,
-        edge: false,
-    };
     /// Only errors and full hang-up, which are always reported.
     pub const NONE: Self = Self {
         readable: false,
         writable: false,
+        priority: false,
+        hangup: false,
         edge: false,
     };
+    /// Level-triggered reading.
+    pub const READ: Self = Self {
+        readable: true,
+        ..Self::NONE
+    };
+    /// Level-triggered writing.
+    pub const WRITE: Self = Self {
+        writable: true,
+        ..Self::NONE
+    };
+    /// Level-triggered exceptional conditions.
+    pub const PRIORITY: Self = Self {
+        priority: true,
+        ..Self::NONE
+    };
+    /// The level-triggered end of the peer's data, also while there is unread data.
+    pub const HANGUP: Self = Self {
+        hangup: true,
+        ..Self::NONE
+    };
+
+    /// The events of both. Edge-triggered if one of them is.
+    #[must_use]
+    pub const fn and(self, other: Self) -> Self {
+        Self {
+            readable: self.readable || other.readable,
+            writable: self.writable || other.writable,
+            priority: self.priority || other.priority,
+            hangup: self.hangup || other.hangup,
+            edge: self.edge || other.edge,
+        }
+    }
+
+    /// The same events, edge-triggered.
+    #[must_use]
+    pub const fn edge_triggered(self) -> Self {
+        Self { edge: true, ..self }
+    }
 }
 
 /// Something that file descriptors wake up. Runs on the loop's thread only.

@@ -159,7 +159,13 @@ fn milliseconds(timeout: Duration) -> i32 {
 fn flags(interest: Interest) -> EventSet {
     let mut flags = EventSet::empty();
     if interest.readable {
-        flags |= EventSet::IN | EventSet::READ_HANG_UP;
+        flags |= EventSet::IN;
+    }
+    if interest.readable || interest.hangup {
+        flags |= EventSet::READ_HANG_UP;
+    }
+    if interest.priority {
+        flags |= EventSet::PRIORITY;
     }
     if interest.writable {
         flags |= EventSet::OUT;
@@ -174,7 +180,9 @@ fn readiness(events: EventSet) -> Readiness {
     Readiness {
         readable: events.contains(EventSet::IN),
         writable: events.contains(EventSet::OUT),
+        priority: events.contains(EventSet::PRIORITY),
         hangup: events.intersects(EventSet::HANG_UP | EventSet::READ_HANG_UP),
+        closed: events.contains(EventSet::HANG_UP),
         error: events.contains(EventSet::ERROR),
     }
 }

@@ -291,7 +291,13 @@ impl Registry for ManualRegistry<'_> {
 fn flags(interest: Interest) -> EventFlags {
     let mut flags = EventFlags::empty();
     if interest.readable {
-        flags |= EventFlags::IN | EventFlags::RDHUP;
+        flags |= EventFlags::IN;
+    }
+    if interest.readable || interest.hangup {
+        flags |= EventFlags::RDHUP;
+    }
+    if interest.priority {
+        flags |= EventFlags::PRI;
     }
     if interest.writable {
         flags |= EventFlags::OUT;
@@ -307,7 +313,9 @@ fn readiness(flags: EventFlags) -> Readiness {
     Readiness {
         readable: flags.contains(EventFlags::IN),
         writable: flags.contains(EventFlags::OUT),
+        priority: flags.contains(EventFlags::PRI),
         hangup: flags.intersects(EventFlags::HUP | EventFlags::RDHUP),
+        closed: flags.contains(EventFlags::HUP),
         error: flags.contains(EventFlags::ERR),
     }
 }

@@ -37,11 +37,7 @@ pub(crate) const CLOSING_ROUNDS: usize = BACKLOG as usize / BATCH + 1;
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// Edge-triggered: each handler reads until `WouldBlock` or asks to be called again.
-const NEW_CONNECTIONS: Interest = Interest {
-    readable: true,
-    writable: false,
-    edge: true,
-};
+const NEW_CONNECTIONS: Interest = Interest::READ.edge_triggered();
 
 /// A non-blocking listening socket.
 pub(crate) trait Listener: AsFd + Send + 'static {

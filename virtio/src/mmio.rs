@@ -159,10 +159,7 @@ impl EventHandler for LoopSide {
         self.registered.push(activated);
         // Edge-triggered: each signal is reported once, and the counter, which no driver
         // can make overflow, need not be read.
-        let edge = Interest {
-            edge: true,
-            ..Interest::READ
-        };
+        let edge = Interest::READ.edge_triggered();
         for (index, fd) in (0..).zip(&self.doorbells) {
             let doorbell = registry.add(Arc::clone(fd), TOKEN_QUEUE | index, edge)?;
             self.registered.push(doorbell);

@@ -53,11 +53,7 @@ const PERMITS: u64 = 1;
 const FIRST: u64 = 2;
 
 /// Edge-triggered: routers that wait for a descriptor are not read in the meantime.
-const NEW_BYTES: Interest = Interest {
-    readable: true,
-    writable: false,
-    edge: true,
-};
+const NEW_BYTES: Interest = Interest::READ.edge_triggered();
 
 /// Builder of a handoff frontend.
 #[derive(Clone, Debug)]

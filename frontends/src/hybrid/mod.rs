@@ -44,11 +44,7 @@ const FRONTEND: &str = "hybrid";
 const FIRST: u64 = 1;
 
 /// Edge-triggered: an incomplete line stays in the socket.
-const NEW_BYTES: Interest = Interest {
-    readable: true,
-    writable: false,
-    edge: true,
-};
+const NEW_BYTES: Interest = Interest::READ.edge_triggered();
 
 /// Builder of a hybrid frontend.
 #[derive(Clone, Debug)]

@@ -27,11 +27,7 @@ const MAX_HANDSHAKES: usize = 256;
 /// one that of its plain side.
 const FIRST: u64 = 2;
 
-const BOTH_EDGES: Interest = Interest {
-    readable: true,
-    writable: true,
-    edge: true,
-};
+const BOTH_EDGES: Interest = Interest::READ.and(Interest::WRITE).edge_triggered();
 
 /// A connection and its registrations with the event loop.
 struct TlsConnection {
