@@ -8,6 +8,10 @@
 //! descriptor that is registered, so that none is closed before it is removed. Timers
 //! are entries of one queue ([`Deadlines`]), whose first is the timeout of the wait.
 //!
+//! [`Reactor`] is the part below handlers: a program of one thread, such as the guest
+//! agent, waits by it and calls its own code. The feature `thread`, which is on by
+//! default, adds the thread, handlers and what they need.
+//!
 //! The loop waits by means of `event-manager` (Linux's epoll); a host without epoll gets
 //! another implementation of the same few calls. [`Registry`] is a trait: another loop
 //! can call the same handlers, as `testing::ManualLoop` does in tests.
@@ -73,13 +77,21 @@
 struct Readme;
 
 mod queue;
+mod reactor;
+#[cfg(feature = "thread")]
 mod registered;
+mod registration;
+#[cfg(feature = "thread")]
 mod registry;
+mod slab;
+#[cfg(feature = "thread")]
 mod table;
-#[cfg(any(test, feature = "testing"))]
+#[cfg(any(all(test, feature = "thread"), feature = "testing"))]
 pub mod testing;
 #[cfg(test)]
+#[cfg(feature = "thread")]
 mod tests;
+#[cfg(feature = "thread")]
 mod thread;
 mod timers;
 
@@ -88,14 +100,21 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 
 use rustix::event::{EventfdFlags, eventfd};
 
+pub use self::reactor::Reactor;
+#[cfg(feature = "thread")]
 pub use self::registered::Registered;
-pub use self::registry::{Descriptor, Reclaimed, Reclaimer, Registration, Registry, Source};
+pub use self::registration::{Ready, Registration};
+#[cfg(feature = "thread")]
+pub use self::registry::{Descriptor, Reclaimed, Reclaimer, Registry, Source};
+pub use self::slab::{Key, Slab};
+#[cfg(feature = "thread")]
 pub use self::table::HandlerId;
+#[cfg(feature = "thread")]
 pub use self::thread::{EventLoop, EventLoopHandle};
 pub use self::timers::{Deadlines, Timer};
 
 /// The events of a file descriptor. There are none when a timer has passed, or after
-/// [`Registry::again`].
+/// `Registry::again`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Readiness {
@@ -207,6 +226,7 @@ impl Interest {
 }
 
 /// Something that file descriptors wake up. Runs on the loop's thread only.
+#[cfg(feature = "thread")]
 pub trait EventHandler: Send {
     /// Called once, when the handler is added: registers its first descriptors.
     ///
@@ -223,7 +243,7 @@ pub trait EventHandler: Send {
 /// A non-blocking eventfd.
 ///
 /// # Errors
-/// No descriptors to be had.
+/// No descriptors are available.
 pub fn new_eventfd() -> io::Result<OwnedFd> {
     Ok(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?)
 }

@@ -22,16 +22,9 @@ use event_manager::{
     EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps as _,
 };
 
+use crate::registration::{Ready, Registration};
+use crate::slab::Key;
 use crate::{Interest, Readiness};
-
-/// A slot that is ready.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Ready {
-    pub(crate) slot: u32,
-    /// That of the slot when the descriptor was registered.
-    pub(crate) generation: u32,
-    pub(crate) readiness: Readiness,
-}
 
 type Batch = Rc<RefCell<Vec<Ready>>>;
 
@@ -46,8 +39,7 @@ impl MutEventSubscriber for Collector {
 
     fn process(&mut self, events: Events, _: &mut EventOps<'_>) {
         self.batch.borrow_mut().push(Ready {
-            slot: self.slot,
-            generation: events.data(),
+            registration: Registration::new(self.slot, events.data()),
             readiness: readiness(events.event_set()),
         });
     }
@@ -68,18 +60,27 @@ impl std::fmt::Debug for Queue {
 }
 
 impl Queue {
+    /// A queue that takes at most `batch` events from the kernel at once.
+    ///
     /// # Errors
-    /// No descriptors to be had.
-    pub(crate) fn new() -> io::Result<Self> {
+    /// No descriptors are available.
+    pub(crate) fn new(batch: usize) -> io::Result<Self> {
         Ok(Self {
-            manager: EventManager::new().map_err(system_error)?,
+            manager: EventManager::new_with_capacity(batch).map_err(system_error)?,
             subscribers: Vec::new(),
             batch: Batch::default(),
         })
     }
 
-    /// Makes another slot; its number is that of slots before.
-    pub(crate) fn add_slot(&mut self, slot: u32) {
+    /// The number of slots.
+    pub(crate) fn slots(&self) -> usize {
+        self.subscribers.len()
+    }
+
+    /// Creates another slot; its number is that of slots before.
+    pub(crate) fn add_slot(&mut self) {
+        // As many as keys, which a u32 counts.
+        let slot = u32::try_from(self.slots()).unwrap_or(u32::MAX);
         let batch = Rc::clone(&self.batch);
         let collector = Collector { slot, batch };
         self.subscribers
@@ -93,13 +94,12 @@ impl Queue {
     /// A descriptor that cannot be waited for or is registered already, or no memory.
     pub(crate) fn add(
         &mut self,
-        slot: u32,
-        generation: u32,
+        key: Key,
         fd: BorrowedFd<'_>,
         interest: Interest,
     ) -> io::Result<()> {
-        let events = Events::with_data(&fd, generation, flags(interest));
-        self.ops(slot)?.add(events).map_err(system_error)
+        let events = Events::with_data(&fd, key.generation(), flags(interest));
+        self.ops(key)?.add(events).map_err(system_error)
     }
 
     /// Replaces the interest in a slot's descriptor.
@@ -108,13 +108,12 @@ impl Queue {
     /// It is not the slot's descriptor, or no memory.
     pub(crate) fn modify(
         &mut self,
-        slot: u32,
-        generation: u32,
+        key: Key,
         fd: BorrowedFd<'_>,
         interest: Interest,
     ) -> io::Result<()> {
-        let events = Events::with_data(&fd, generation, flags(interest));
-        self.ops(slot)?.modify(events).map_err(system_error)
+        let events = Events::with_data(&fd, key.generation(), flags(interest));
+        self.ops(key)?.modify(events).map_err(system_error)
     }
 
     /// Removes a slot's descriptor, by its number.
@@ -122,9 +121,9 @@ impl Queue {
     /// # Errors
     /// It was closed before, against the rule. The manager refuses the number from then
     /// on; events that the kernel still reports for it have an old generation.
-    pub(crate) fn remove(&mut self, slot: u32, fd: RawFd) -> io::Result<()> {
+    pub(crate) fn remove(&mut self, key: Key, fd: RawFd) -> io::Result<()> {
         let events = Events::empty_raw(fd);
-        self.ops(slot)?.remove(events).map_err(system_error)
+        self.ops(key)?.remove(events).map_err(system_error)
     }
 
     /// Waits for events, `timeout` at most, and appends them to `ready`.
@@ -142,8 +141,8 @@ impl Queue {
         waited.map(drop).map_err(system_error)
     }
 
-    fn ops(&mut self, slot: u32) -> io::Result<EventOps<'_>> {
-        let id = self.subscribers.get(slot as usize);
+    fn ops(&mut self, key: Key) -> io::Result<EventOps<'_>> {
+        let id = self.subscribers.get(key.slot() as usize);
         let id = *id.ok_or(io::ErrorKind::NotFound)?;
         self.manager.event_ops(id).map_err(system_error)
     }

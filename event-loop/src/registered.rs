@@ -15,8 +15,8 @@ use std::ops::Deref;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
-use crate::Interest;
-use crate::registry::{Descriptor, Reclaimer, Registration, Registry, Source};
+use crate::registry::{Descriptor, Reclaimer, Registry, Source};
+use crate::{Interest, Registration};
 
 /// A descriptor that a loop waits for, with its owner, to which it dereferences.
 ///

@@ -5,35 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::{Interest, Timer};
-
-/// Names a registered descriptor; never reused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Registration {
-    slot: u32,
-    generation: u32,
-}
-
-impl Registration {
-    /// The registration that a loop keeps in `slot`. `generation` differs from those of
-    /// earlier occupants of the slot.
-    #[must_use]
-    pub const fn new(slot: u32, generation: u32) -> Self {
-        Self { slot, generation }
-    }
-
-    /// The slot's number.
-    #[must_use]
-    pub const fn slot(self) -> u32 {
-        self.slot
-    }
-
-    /// The generation of the slot.
-    #[must_use]
-    pub const fn generation(self) -> u32 {
-        self.generation
-    }
-}
+use crate::{Interest, Registration, Timer};
 
 /// A loop, as one of its handlers sees it.
 ///

@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, EventFlags};
 
+use crate::slab::Key;
 use crate::{
     Deadlines, EventHandler, HandlerId, Interest, Readiness, Reclaimer, Registration, Registry,
     Source, Timer,
@@ -94,10 +95,7 @@ impl ManualLoop {
     /// # Errors
     /// The error of [`EventHandler::start`].
     pub fn add_handler(&mut self, handler: Arc<Mutex<dyn EventHandler>>) -> io::Result<HandlerId> {
-        let id = HandlerId {
-            index: self.next_handler,
-            generation: 0,
-        };
+        let id = HandlerId(Key::new(self.next_handler, 0));
         self.next_handler += 1;
         // Each turn takes what there is.
         let reclaimer = Arc::new(Reclaimer::new(|| {}));
@@ -182,17 +180,17 @@ impl ManualLoop {
             // Unless it was removed by a call before.
             let source = source.and_then(|source| self.state.sources.get(&source));
             if let Some(&Awaited { handler, token, .. }) = source {
-                self.tell(handler, token, readiness(event.flags));
+                self.notify(handler, token, readiness(event.flags));
             }
         }
         for (handler, token) in calls {
-            self.tell(handler, token, Readiness::default());
+            self.notify(handler, token, Readiness::default());
         }
         for _ in 0..self.state.timers.len() {
             let Some((handler, token)) = self.state.timers.pop(self.state.now) else {
                 break;
             };
-            self.tell(handler, token, Readiness::default());
+            self.notify(handler, token, Readiness::default());
             busy = true;
         }
         busy
@@ -203,7 +201,7 @@ impl ManualLoop {
         while self.turn() {}
     }
 
-    fn tell(&mut self, id: HandlerId, token: u64, readiness: Readiness) {
+    fn notify(&mut self, id: HandlerId, token: u64, readiness: Readiness) {
         let Some(handler) = self.handlers.get(&id).cloned() else {
             return;
         };

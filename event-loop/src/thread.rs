@@ -8,24 +8,18 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{JoinHandle, ThreadId};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use crate::queue::Ready;
-use crate::registry::Reclaimer;
-use crate::registry::Registry;
+use crate::registration::Ready;
+use crate::registry::{Reclaimer, Registry};
+use crate::slab::Slab;
 use crate::table::{HandlerId, Table, Target, View};
 use crate::{EventHandler, Readiness, drain, new_eventfd, signal};
 
 type Handler = Arc<Mutex<dyn EventHandler>>;
 type Task = Box<dyn FnOnce(&mut Inner) + Send>;
 
-/// A place for a handler.
-struct Place {
-    generation: u32,
-    occupant: Option<Occupant>,
-}
-
-/// A handler, and what it leaves behind.
+/// A handler, and the descriptors that it dropped.
 struct Occupant {
     handler: Handler,
     reclaimer: Arc<Reclaimer>,
@@ -34,7 +28,7 @@ struct Occupant {
 /// The loop's own thread's data.
 struct Inner {
     table: Table,
-    handlers: Vec<Place>,
+    handlers: Slab<Occupant>,
     stop: bool,
     shared: Arc<Shared>,
 }
@@ -158,7 +152,7 @@ impl EventLoop {
     /// Starts a loop on a new thread called `name`.
     ///
     /// # Errors
-    /// No descriptors or threads to be had.
+    /// No descriptors or threads are available.
     pub fn spawn(name: &str) -> io::Result<Self> {
         let wake = new_eventfd()?;
         let shared = Arc::new(Shared {
@@ -203,7 +197,7 @@ impl EventLoop {
 impl Drop for Inner {
     fn drop(&mut self) {
         // Descriptors that outlive the loop are closed when they are dropped.
-        for occupant in self.handlers.iter().filter_map(|it| it.occupant.as_ref()) {
+        for (_, occupant) in self.handlers.iter() {
             occupant.reclaimer.close();
         }
     }
@@ -235,7 +229,7 @@ impl Inner {
     fn new(shared: Arc<Shared>) -> io::Result<Self> {
         Ok(Self {
             table: Table::new(shared.wake.as_fd())?,
-            handlers: Vec::new(),
+            handlers: Slab::new(),
             stop: false,
             shared,
         })
@@ -245,12 +239,8 @@ impl Inner {
         let mut batch = Vec::new();
         let mut again = Vec::new();
         while !self.stop {
-            let left = self.run_timers();
-            let timeout = match self.table.again.is_empty() {
-                true => left,
-                false => Some(Duration::ZERO),
-            };
-            if let Err(error) = self.table.wait(timeout, &mut batch) {
+            self.run_timers();
+            if let Err(error) = self.table.wait(&mut batch) {
                 tracing::error!(%error, "the event loop cannot wait and stops");
                 return;
             }
@@ -259,27 +249,27 @@ impl Inner {
             }
             std::mem::swap(&mut again, &mut self.table.again);
             for (id, token) in again.drain(..) {
-                self.tell(id, token, Readiness::default());
+                self.notify(id, token, Readiness::default());
             }
         }
     }
 
-    /// Calls handlers whose timers have passed. Returns the time until the next one does.
-    fn run_timers(&mut self) -> Option<Duration> {
-        if self.table.timers.is_empty() {
-            return None;
+    /// Calls handlers whose timers have passed.
+    fn run_timers(&mut self) {
+        if self.table.timers() == 0 {
+            return;
         }
         let now = Instant::now();
         // A handler may set another one that has passed already: descriptors, and other
         // handlers, have their turn before that.
-        for _ in 0..self.table.timers.len() {
-            let Some((id, token)) = self.table.timers.pop(now) else {
-                break;
-            };
-            self.tell(id, token, Readiness::default());
+        for _ in 0..self.table.timers() {
+            match self.table.pop_timer(now) {
+                Some(Target::Handler(id, token)) => self.notify(id, token, Readiness::default()),
+                // The loop sets none for itself.
+                Some(Target::Tasks) => {}
+                None => return,
+            }
         }
-        let next = self.table.timers.earliest()?;
-        Some(next.saturating_duration_since(now))
     }
 
     fn run_tasks(&mut self, shared: &Shared) {
@@ -293,14 +283,14 @@ impl Inner {
     fn dispatch(&mut self, ready: &Ready, shared: &Shared) {
         match self.table.target(ready) {
             Some(Target::Tasks) => self.run_tasks(shared),
-            Some(Target::Handler(id, token)) => self.tell(id, token, ready.readiness),
+            Some(Target::Handler(id, token)) => self.notify(id, token, ready.readiness),
             // Removed since the event was fetched.
             None => {}
         }
     }
 
-    fn tell(&mut self, id: HandlerId, token: u64, readiness: Readiness) {
-        let Some(occupant) = find(&self.handlers, id) else {
+    fn notify(&mut self, id: HandlerId, token: u64, readiness: Readiness) {
+        let Some(occupant) = self.handlers.get(id.0) else {
             return;
         };
         let mut registry = View {
@@ -316,7 +306,7 @@ impl Inner {
         id: HandlerId,
         task: impl FnOnce(&mut dyn Registry) -> R,
     ) -> Option<R> {
-        let occupant = find(&self.handlers, id)?;
+        let occupant = self.handlers.get(id.0)?;
         Some(task(&mut View {
             table: &mut self.table,
             handler: id,
@@ -325,31 +315,18 @@ impl Inner {
     }
 
     fn add(&mut self, handler: Handler) -> io::Result<HandlerId> {
-        let free = self.handlers.iter().position(|p| p.occupant.is_none());
-        let index = free.unwrap_or(self.handlers.len());
-        if free.is_none() {
-            self.handlers.push(Place {
-                generation: 0,
-                occupant: None,
-            });
-        }
-        let id = HandlerId {
-            index: u32::try_from(index).map_err(io::Error::other)?,
-            generation: self.handlers[index].generation,
-        };
         let shared = Arc::clone(&self.shared);
-        let reclaimer = Arc::new(Reclaimer::new(move || {
-            shared.push(Box::new(move |inner| inner.reclaim(id)));
-        }));
-        let mut registry = View {
-            table: &mut self.table,
-            handler: id,
-            reclaimer: &reclaimer,
-        };
-        let started = lock(&handler).start(&mut registry);
-        // Set in any case: removing it again ends the use of the identifier.
-        self.handlers[index].occupant = Some(Occupant { handler, reclaimer });
-        if let Err(error) = started {
+        let itself = Arc::clone(&handler);
+        // Added in any case: removing it again ends the use of the identifier.
+        let key = self.handlers.insert_with(|key| {
+            let reclaimer = Arc::new(Reclaimer::new(move || {
+                shared.push(Box::new(move |inner| inner.reclaim(HandlerId(key))));
+            }));
+            Occupant { handler, reclaimer }
+        });
+        let id = HandlerId(key);
+        let started = self.with_registry(id, |registry| lock(&itself).start(registry));
+        if let Some(Err(error)) = started {
             self.remove(id);
             return Err(error);
         }
@@ -357,14 +334,12 @@ impl Inner {
     }
 
     fn remove(&mut self, id: HandlerId) {
-        if find(&self.handlers, id).is_none() {
+        if self.handlers.get(id.0).is_none() {
             return;
         }
         // Before the handler closes its descriptors.
         self.table.release_all(id);
-        let place = &mut self.handlers[id.index as usize];
-        place.generation = place.generation.wrapping_add(1);
-        let occupant = place.occupant.take();
+        let occupant = self.handlers.remove(id.0);
         if let Some(occupant) = occupant {
             occupant.reclaimer.close();
         }
@@ -372,19 +347,14 @@ impl Inner {
 
     /// Removes what a handler dropped while it was registered.
     fn reclaim(&mut self, id: HandlerId) {
-        let reclaimed = find(&self.handlers, id).map(|occupant| occupant.reclaimer.take());
+        let reclaimed = self
+            .handlers
+            .get(id.0)
+            .map(|occupant| occupant.reclaimer.take());
         self.with_registry(id, |registry| {
             for one in reclaimed.into_iter().flatten() {
                 one.remove_from(registry);
             }
         });
     }
-}
-
-fn find(handlers: &[Place], id: HandlerId) -> Option<&Occupant> {
-    handlers
-        .get(id.index as usize)
-        .filter(|place| place.generation == id.generation)?
-        .occupant
-        .as_ref()
 }
