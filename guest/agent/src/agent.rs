@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::OFlags;
 use rustix::process::Pid;
+use sm_event_loop::{Key, Slab};
 
 use self::poweroff::PowerOff;
 use crate::cgroup::Cgroup;
@@ -31,10 +32,9 @@ use crate::log;
 use crate::node::Node;
 use crate::part;
 use crate::peer;
-use crate::reactor::{Class, Event, Reactor, Ready, Token, Watched};
-use crate::slab::{Key, Slab};
+use crate::reactor::{Class, Deadline, Event, Interest, Reactor, Token, Watched};
 use crate::sys;
-use crate::waiting::{Deadlines, Waiting};
+use crate::waiting::Waiting;
 use crate::wire::SCRATCH_LEN;
 use crate::workload::Workload;
 
@@ -90,16 +90,18 @@ pub(crate) struct Agent {
     pub(crate) refreshing: Option<Waiting>,
     /// Also contains the file that the child writes its answer to.
     pub(crate) reporting: Option<(Waiting, Pid, File)>,
-    pub(crate) deadlines: Deadlines,
     pub(crate) power: Option<PowerOff>,
 }
 
 /// State of accepting connections.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 enum Accepting {
     Yes,
     /// Accepting is paused after a lack of descriptors or memory.
-    Paused,
+    Paused {
+        /// The end of the pause.
+        _until: Deadline,
+    },
     /// Accepting again after a pause; no connection has been accepted since.
     Retrying,
 }
@@ -121,10 +123,14 @@ impl Agent {
         let mut listeners =
             [listeners.exec, listeners.forward, listeners.control].map(Watched::new);
         for (watched, part) in listeners.iter_mut().zip(0..) {
-            watched.set(&reactor, Token::single(Class::Listener, part), Ready::IN)?;
+            watched.set(
+                &reactor,
+                Token::single(Class::Listener, part),
+                Interest::READ,
+            )?;
         }
         let mut signals = Watched::new(sys::signal_fd(&[libc::SIGCHLD])?);
-        signals.set(&reactor, Token::single(Class::Signals, 0), Ready::IN)?;
+        signals.set(&reactor, Token::single(Class::Signals, 0), Interest::READ)?;
         let kernel_log = KernelLog::open()
             .map_err(|error| log::error("open the kernel log", error))
             .ok();
@@ -151,7 +157,6 @@ impl Agent {
             preparing: None,
             refreshing: None,
             reporting: None,
-            deadlines: Deadlines::default(),
             power: None,
         })
     }
@@ -164,10 +169,9 @@ impl Agent {
 
     /// Serves until the host requests power-off.
     pub(crate) fn run(&mut self) -> io::Result<()> {
-        let mut events = Vec::new();
         while !self.power.as_ref().is_some_and(PowerOff::is_complete) {
-            self.reactor.wait(&mut events)?;
-            for event in events.drain(..) {
+            self.reactor.wait()?;
+            while let Some(event) = self.reactor.take_event() {
                 self.handle(event);
             }
         }
@@ -183,11 +187,8 @@ impl Agent {
                 Class::Control => self.control_ready(token.key, ready),
                 Class::Exec => self.session_ready(token, ready),
                 Class::Forward => {
-                    let reactor = &mut self.reactor;
-                    if self
-                        .forwards
-                        .ready(reactor, token, ready, &mut self.scratch)
-                    {
+                    let (reactor, scratch) = (&self.reactor, &mut self.scratch);
+                    if self.forwards.ready(reactor, token, ready, scratch) {
                         self.resume_accepting();
                     }
                 }
@@ -202,12 +203,12 @@ impl Agent {
                     }
                 }
                 Class::Forward => {
-                    if self.forwards.deadline(&mut self.reactor, token.key) {
+                    if self.forwards.deadline(&self.reactor, token.key) {
                         self.resume_accepting();
                     }
                 }
-                Class::Control => self.finish_refresh(Some(token)),
-                Class::Workload => self.workload_deadline(token),
+                Class::Control => self.finish_refresh(),
+                Class::Workload => self.workload_deadline(token.part),
                 Class::Power => self.power_deadline(token.part),
                 Class::Listener => self.resume_accepting(),
                 Class::Signals | Class::KernelLog => {}
@@ -245,22 +246,22 @@ impl Agent {
     /// readable listeners would wake the agent continuously. Pending connections stay in
     /// the backlog.
     fn pause_accepting(&mut self, error: &io::Error) {
-        if self.accepting == Accepting::Yes {
+        if matches!(self.accepting, Accepting::Yes) {
             log::error("accept a connection", error);
         }
-        self.accepting = Accepting::Paused;
         log::note_failure(
             "leave listeners alone",
-            self.watch_listeners(Ready::empty()),
+            self.watch_listeners(Interest::NONE),
         );
         let token = Token::single(Class::Listener, listener::RESUME);
-        self.reactor.timer(Instant::now() + ACCEPT_PAUSE, token);
+        let _until = self.reactor.deadline(Instant::now() + ACCEPT_PAUSE, token);
+        self.accepting = Accepting::Paused { _until };
     }
 
     fn resume_accepting(&mut self) {
-        if self.accepting == Accepting::Paused {
+        if matches!(self.accepting, Accepting::Paused { .. }) {
             self.accepting = Accepting::Retrying;
-            if let Err(error) = self.watch_listeners(Ready::IN) {
+            if let Err(error) = self.watch_listeners(Interest::READ) {
                 // The reason may be a lack of memory; a listener that is not watched
                 // would be lost.
                 self.pause_accepting(&error);
@@ -268,7 +269,7 @@ impl Agent {
         }
     }
 
-    fn watch_listeners(&mut self, want: Ready) -> io::Result<()> {
+    fn watch_listeners(&mut self, want: Interest) -> io::Result<()> {
         let mut watched = Ok(());
         for (listener, part) in self.listeners.iter_mut().zip(0..) {
             let token = Token::single(Class::Listener, part);
@@ -283,7 +284,7 @@ impl Agent {
                 let key = self.sessions.insert(Session::new(socket));
                 self.settle_session(key);
             }
-            listener::FORWARD => self.forwards.accept(&mut self.reactor, socket),
+            listener::FORWARD => self.forwards.accept(&self.reactor, socket),
             listener::CONTROL => {
                 let key = self.controls.insert(Control::accepted(socket));
                 self.settle_control(key);
@@ -301,7 +302,7 @@ impl Agent {
                     self.note_exec_killed();
                 }
                 if let Some(session) = self.sessions.get_mut(key) {
-                    session.exited(&self.reactor, reaped.status, reaped.peak_rss_kib);
+                    session.exited(reaped.status, reaped.peak_rss_kib);
                 }
                 self.settle_session(key);
             }
@@ -311,10 +312,7 @@ impl Agent {
                 // Its last message may still be in the channel.
                 self.check_attach();
             }
-            if self.workload.reaped(reaped.pid, &self.reactor)
-                && self.power.is_none()
-                && owner.is_none()
-            {
+            if self.workload.reaped(reaped.pid) && self.power.is_none() && owner.is_none() {
                 log::line(
                     3,
                     &format!("the workload's init ended with status {}", reaped.status),

@@ -11,7 +11,7 @@ use rustix::fs::{Mode, OFlags, open};
 use rustix::process::Pid;
 
 use crate::part;
-use crate::reactor::{Class, Reactor, Ready, Token, Watched};
+use crate::reactor::{Class, Interest, Reactor, Token, Watched};
 
 /// Controllers enabled for the workload, if the kernel has them.
 const CONTROLLERS: [&str; 5] = ["cpu", "memory", "pids", "io", "cpuset"];
@@ -152,7 +152,7 @@ impl Cgroup {
             )),
         };
         let token = Token::single(Class::Workload, part::CGROUP);
-        watched.set(reactor, token, Ready::PRI)?;
+        watched.set(reactor, token, Interest::PRIORITY)?;
         // The file has a few dozen bytes in every state.
         let mut text = [0; 1024];
         let count = rustix::io::pread(&*watched, &mut text, 0)?;
@@ -161,10 +161,8 @@ impl Cgroup {
     }
 
     /// Stops the watch that [`Cgroup::events`] started.
-    pub(crate) fn stop_watching(&mut self, reactor: &Reactor) {
-        if let Some(watched) = self.events.take() {
-            watched.retire(reactor);
-        }
+    pub(crate) fn stop_watching(&mut self) {
+        self.events = None;
     }
 
     /// Returns all processes in the group and its descendants.

@@ -7,13 +7,13 @@
 use std::io;
 use std::os::fd::OwnedFd;
 
+use sm_event_loop::Key;
 use sm_guest_proto::PROTOCOL_VERSION;
 use sm_guest_proto::control::{ControlReply, ControlRequest};
 use sm_guest_proto::frame::FrameType;
 
-use crate::reactor::{Class, Reactor, Ready, Token};
-use crate::slab::Key;
-use crate::wire::{Filled, Framed};
+use crate::reactor::{Class, Interest, Reactor, Readiness, Token};
+use crate::wire::{Filled, Framed, may_read};
 
 /// Parts of control tokens.
 pub(crate) mod part {
@@ -71,7 +71,7 @@ impl Control {
     }
 
     /// Handles readiness. Returns false if the connection is closed.
-    pub(crate) fn ready(&mut self, ready: Ready, scratch: &mut [u8]) -> bool {
+    pub(crate) fn ready(&mut self, ready: Readiness, scratch: &mut [u8]) -> bool {
         if self.phase == Phase::Connecting {
             if !matches!(
                 rustix::net::sockopt::socket_error(&self.framed.socket),
@@ -81,10 +81,10 @@ impl Control {
             }
             self.phase = Phase::Hello;
         }
-        if ready.contains(Ready::OUT) {
+        if ready.writable {
             self.framed.flush();
         }
-        if ready.intersects(Ready::IN | Ready::RDHUP | Ready::HUP | Ready::ERR) {
+        if may_read(ready) {
             return self.framed.fill(scratch) != Filled::Closed;
         }
         true
@@ -140,21 +140,16 @@ impl Control {
             return false;
         }
         let mut want = match self.phase {
-            Phase::Connecting => Ready::OUT,
-            Phase::Hello | Phase::Idle => Ready::IN | Ready::RDHUP,
-            Phase::Busy => Ready::RDHUP,
-            Phase::Closing => Ready::empty(),
+            Phase::Connecting => Interest::WRITE,
+            Phase::Hello | Phase::Idle => Interest::READ,
+            Phase::Busy => Interest::HANGUP,
+            Phase::Closing => Interest::NONE,
         };
         if !flushed {
-            want |= Ready::OUT;
+            want = want.and(Interest::WRITE);
         }
         let token = Token::new(Class::Control, part::SOCKET, key);
         self.framed.socket.set(reactor, token, want).is_ok()
-    }
-
-    /// Closes the connection.
-    pub(crate) fn close(self, reactor: &Reactor) {
-        self.framed.socket.retire(reactor);
     }
 }
 

@@ -24,7 +24,7 @@ pub fn forward(pieces: &[&[u8]]) -> Vec<u8> {
     let mut forwards = Forwards::default();
     let (mut host, ours) = UnixStream::pair().expect("a pair");
     ours.set_nonblocking(true).expect("a socket");
-    forwards.accept(&mut reactor, ours.into());
+    forwards.accept(&reactor, ours.into());
     for piece in pieces {
         // The write fails once the agent has closed the connection.
         let _ = host.write_all(piece);
@@ -46,14 +46,13 @@ pub fn forward(pieces: &[&[u8]]) -> Vec<u8> {
 )]
 fn serve(reactor: &mut Reactor, forwards: &mut Forwards) {
     let mut scratch = vec![0; 1 << 16];
-    let mut events = Vec::new();
     let mut busy = true;
     while busy {
-        // The timer ensures that the wait returns.
-        reactor.timer(Instant::now(), Token::single(Class::Power, 0));
-        reactor.wait(&mut events).expect("events");
+        // The deadline ensures that the wait returns.
+        let _wake = reactor.deadline(Instant::now(), Token::single(Class::Power, 0));
+        reactor.wait().expect("events");
         busy = false;
-        for event in events.drain(..) {
+        while let Some(event) = reactor.take_event() {
             match event {
                 Event::Io(token, ready) => {
                     busy = true;

@@ -12,7 +12,7 @@ use std::os::unix::fs::OpenOptionsExt as _;
 
 use rustix::io::Errno;
 
-use crate::reactor::{Class, Reactor, Ready, Token, Watched};
+use crate::reactor::{Class, Interest, Reactor, Token, Watched};
 
 const RESEEDED: &[u8] = b"crng reseeded due to virtual machine fork";
 
@@ -37,7 +37,10 @@ impl KernelLog {
     /// Starts or stops reporting new records as events. While it is on, every logged line
     /// wakes the agent.
     pub(crate) fn watch(&mut self, reactor: &Reactor, on: bool) -> io::Result<()> {
-        let want = if on { Ready::IN } else { Ready::empty() };
+        let want = match on {
+            true => Interest::READ,
+            false => Interest::NONE,
+        };
         let token = Token::single(Class::KernelLog, 0);
         self.watched.set(reactor, token, want)
     }

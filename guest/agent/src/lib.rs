@@ -15,7 +15,7 @@
 //! # Invariants
 //!
 //! - **One thread, one blocking call.** Everything runs on the main thread and blocks
-//!   only in `reactor`'s `epoll_wait`. Files of the image are accessed only by processes
+//!   only in `reactor`'s wait. Files of the image are accessed only by processes
 //!   that are forked for one command or one request. Device nodes and files that the
 //!   workload can replace are held as descriptors (`node`, `identity`). A single thread
 //!   also makes it safe to fork without exec.
@@ -26,10 +26,10 @@
 //!   code can reap a session's process, so its PID is valid as long as the session
 //!   considers it alive.
 //! - **Descriptors have one owner.** Each is an `OwnedFd` inside a `Watched`, which
-//!   removes it from epoll before closing. All are close-on-exec; a command gets exactly
+//!   removes it from the event loop before closing. All are close-on-exec; a command gets exactly
 //!   0, 1 and 2.
-//! - **Events name their target with a generation** (`slab`). A late event or an old
-//!   deadline finds no target.
+//! - **Events name their target with a generation** (`sm_event_loop::Slab`). A late event
+//!   finds no target, and a deadline is cancelled when its owner is dropped.
 //! - **The workload is isolated.** Its processes are in one cgroup (created there, so
 //!   that the freezer covers all of them), and in PID, mount and cgroup namespaces of
 //!   their own. They share the network and the host name with the agent, which does not
@@ -59,7 +59,6 @@ mod peer;
 mod reactor;
 mod root;
 mod sending;
-mod slab;
 mod sys;
 mod users;
 mod waiting;

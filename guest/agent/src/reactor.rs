@@ -1,21 +1,17 @@
-//! The agent's only blocking wait: epoll, and a heap of deadlines.
+//! The agent's only blocking wait: the event loop of the host without its thread.
 
 use std::cell::RefCell;
-use std::cmp::Reverse;
-use std::collections::BinaryHeap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use rustix::event::{Timespec, epoll};
+use sm_event_loop::{Key, Ready, Registration, Timer};
 
-use crate::slab::Key;
-
-pub(crate) use rustix::event::epoll::EventFlags as Ready;
+pub(crate) use sm_event_loop::{Interest, Readiness};
 
 /// The part of the agent that an event is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-#[repr(u8)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Class {
     /// A listening socket, selected by the part.
     Listener,
@@ -35,22 +31,11 @@ pub(crate) enum Class {
     Power,
 }
 
-const CLASSES: [Class; 8] = [
-    Class::Listener,
-    Class::Signals,
-    Class::KernelLog,
-    Class::Control,
-    Class::Exec,
-    Class::Forward,
-    Class::Workload,
-    Class::Power,
-];
-
 /// Identifies the target of an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Token {
     pub(crate) class: Class,
-    /// Part of the target, with a meaning that depends on the class; below 16.
+    /// Part of the target, with a meaning that depends on the class.
     pub(crate) part: u8,
     pub(crate) key: Key,
 }
@@ -58,38 +43,12 @@ pub(crate) struct Token {
 impl Token {
     /// Creates a token for a target that exists only once.
     pub(crate) fn single(class: Class, part: u8) -> Self {
-        let key = Key {
-            slot: 0,
-            generation: 0,
-        };
-        Self { class, part, key }
+        Self::new(class, part, Key::new(0, 0))
     }
 
     /// Creates a token for an occupant of a slab.
     pub(crate) fn new(class: Class, part: u8, key: Key) -> Self {
         Self { class, part, key }
-    }
-
-    fn encode(self) -> u64 {
-        u64::from(self.class as u8) << 60
-            | u64::from(self.part & 15) << 56
-            | u64::from(self.key.slot & 0x00ff_ffff) << 32
-            | u64::from(self.key.generation)
-    }
-
-    #[expect(
-        clippy::cast_possible_truncation,
-        reason = "each field is masked or shifted to its own width"
-    )]
-    fn decode(value: u64) -> Option<Self> {
-        Some(Self {
-            class: *CLASSES.get((value >> 60) as usize)?,
-            part: (value >> 56) as u8 & 15,
-            key: Key {
-                slot: (value >> 32) as u32 & 0x00ff_ffff,
-                generation: value as u32,
-            },
-        })
     }
 }
 
@@ -97,96 +56,18 @@ impl Token {
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Event {
     /// A descriptor is ready.
-    Io(Token, Ready),
-    /// A deadline has passed. Deadlines cannot be cancelled, so the owner checks that it
-    /// is still relevant.
+    Io(Token, Readiness),
+    /// A deadline has passed.
     Timer(Token),
 }
 
-/// A descriptor and the events that it is watched for.
-///
-/// A descriptor watched for no events is not registered, so that a hang-up on it cannot
-/// wake the loop continuously.
-#[derive(Debug)]
-pub(crate) struct Watched {
-    fd: OwnedFd,
-    current: Ready,
-    /// The kernel had no memory for the last send.
-    starved: bool,
-    /// Time of the latest retry that was requested for this reason.
-    resumes: Option<Instant>,
-}
-
-impl Watched {
-    /// Wraps a descriptor that is not watched yet.
-    pub(crate) fn new(fd: OwnedFd) -> Self {
-        Self {
-            fd,
-            current: Ready::empty(),
-            starved: false,
-            resumes: None,
-        }
-    }
-
-    /// Records whether the kernel lacks memory for sending. Such a socket remains
-    /// writable, so [`Watched::set`] does not watch it, but reports it as writable after
-    /// [`SHORTAGE`].
-    pub(crate) fn set_starved(&mut self, starved: bool) {
-        self.starved = starved;
-    }
-
-    /// Watches for the events `want` from now on.
-    pub(crate) fn set(
-        &mut self,
-        reactor: &Reactor,
-        token: Token,
-        mut want: Ready,
-    ) -> io::Result<()> {
-        if self.starved && want.contains(Ready::OUT) {
-            want -= Ready::OUT;
-            let now = Instant::now();
-            if self.resumes.is_none_or(|resumes| resumes <= now) {
-                let resumes = now + SHORTAGE;
-                self.resumes = Some(resumes);
-                reactor.resume(resumes, token);
-            }
-        }
-        if want == self.current {
-            return Ok(());
-        }
-        let data = epoll::EventData::new_u64(token.encode());
-        if want.is_empty() {
-            epoll::delete(&reactor.epoll, &self.fd)?;
-        } else if self.current.is_empty() {
-            epoll::add(&reactor.epoll, &self.fd, data, want)?;
-        } else {
-            epoll::modify(&reactor.epoll, &self.fd, data, want)?;
-        }
-        self.current = want;
-        Ok(())
-    }
-
-    /// Stops watching and closes the descriptor. Forked children share the open file
-    /// until exec, so closing alone would not remove the registration.
-    pub(crate) fn retire(self, reactor: &Reactor) {
-        drop(self.release(reactor));
-    }
-
-    /// Stops watching and returns the descriptor.
-    pub(crate) fn release(self, reactor: &Reactor) -> OwnedFd {
-        if !self.current.is_empty() {
-            // A failed removal leaves at worst stale events, which the token's generation
-            // filters out.
-            let _ = epoll::delete(&reactor.epoll, &self.fd);
-        }
-        self.fd
-    }
-}
-
-impl AsFd for Watched {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
-    }
+/// The purpose of a registration or a timer.
+#[derive(Clone, Copy, Debug)]
+enum Target {
+    /// The descriptor of a token. A timer reports that the descriptor is writable.
+    Io(Token),
+    /// A deadline.
+    Deadline(Token),
 }
 
 /// Number of events read per system call.
@@ -196,125 +77,238 @@ const BATCH: usize = 64;
 /// enough for the kernel to reclaim memory, short for the reader.
 const SHORTAGE: Duration = Duration::from_millis(10);
 
+type Shared = Rc<RefCell<sm_event_loop::Reactor<Target>>>;
+
 /// An event loop; see the module documentation.
+#[derive(Debug)]
 pub(crate) struct Reactor {
-    epoll: OwnedFd,
-    timers: BinaryHeap<Reverse<(Instant, u64)>>,
-    /// Sockets to be reported as writable, by time; at most one entry for each.
-    resuming: RefCell<BinaryHeap<Reverse<(Instant, u64)>>>,
-    batch: Vec<epoll::Event>,
+    /// Shared with each [`Watched`] that is registered and each [`Deadline`].
+    shared: Shared,
+    batch: Vec<Ready>,
+    /// Number of events of the batch that have been taken.
+    taken: usize,
+    /// The end of the last wait.
+    now: Instant,
 }
 
 impl Reactor {
     pub(crate) fn new() -> io::Result<Self> {
+        let shared = sm_event_loop::Reactor::new(BATCH)?;
         Ok(Self {
-            epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
-            timers: BinaryHeap::new(),
-            resuming: RefCell::default(),
+            shared: Rc::new(RefCell::new(shared)),
             batch: Vec::with_capacity(BATCH),
+            taken: 0,
+            now: Instant::now(),
         })
     }
 
-    /// Delivers [`Event::Timer`] with `token` once `at` has passed.
-    pub(crate) fn timer(&mut self, at: Instant, token: Token) {
-        self.timers.push(Reverse((at, token.encode())));
+    /// Delivers [`Event::Timer`] with `token` once `at` has passed, unless the deadline is
+    /// dropped before.
+    pub(crate) fn deadline(&self, at: Instant, token: Token) -> Deadline {
+        self.timer(at, Target::Deadline(token))
     }
 
-    /// Reports `token` as writable once `at` has passed.
-    fn resume(&self, at: Instant, token: Token) {
-        self.resuming
-            .borrow_mut()
-            .push(Reverse((at, token.encode())));
+    fn timer(&self, at: Instant, target: Target) -> Deadline {
+        Deadline {
+            timer: self.shared.borrow_mut().set_timer(at, target),
+            shared: Rc::clone(&self.shared),
+        }
     }
 
-    /// Waits for events and fills `events` with them.
-    pub(crate) fn wait(&mut self, events: &mut Vec<Event>) -> io::Result<()> {
-        events.clear();
-        let resuming = self.resuming.get_mut();
-        let next = [self.timers.peek(), resuming.peek()];
-        let next = next.into_iter().flatten().map(|Reverse((at, _))| *at).min();
-        let timeout = match next {
-            None => None,
-            Some(at) => {
-                let left = at.saturating_duration_since(Instant::now());
-                Some(Timespec::try_from(left).map_err(|_| io::ErrorKind::InvalidInput)?)
-            }
-        };
+    /// Waits for events. [`Reactor::take_event`] returns them.
+    pub(crate) fn wait(&mut self) -> io::Result<()> {
         self.batch.clear();
-        let spare = rustix::buffer::spare_capacity(&mut self.batch);
-        match epoll::wait(&self.epoll, spare, timeout.as_ref()) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-        for event in &self.batch {
-            let (data, flags) = (event.data, event.flags);
-            if let Some(token) = Token::decode(data.u64()) {
-                events.push(Event::Io(token, flags));
+        self.taken = 0;
+        let waited = self.shared.borrow_mut().wait(None, &mut self.batch);
+        self.now = Instant::now();
+        waited
+    }
+
+    /// Returns the next event since the last wait. Events of descriptors and deadlines
+    /// that have been dropped in the meantime are skipped.
+    pub(crate) fn take_event(&mut self) -> Option<Event> {
+        let mut shared = self.shared.borrow_mut();
+        while let Some(ready) = self.batch.get(self.taken) {
+            self.taken += 1;
+            if let Some(&Target::Io(token)) = shared.target(ready) {
+                return Some(Event::Io(token, ready.readiness));
             }
         }
-        if next.is_none() {
-            return Ok(());
-        }
-        let now = Instant::now();
-        while let Some(token) = due(resuming, now) {
-            events.extend(Token::decode(token).map(|token| Event::Io(token, Ready::OUT)));
-        }
-        while let Some(token) = due(&mut self.timers, now) {
-            events.extend(Token::decode(token).map(Event::Timer));
-        }
-        Ok(())
+        // A deadline that an event sets is later than this time, so the loop ends.
+        Some(match shared.pop_timer(self.now)? {
+            Target::Io(token) => Event::Io(token, Readiness::WRITABLE),
+            Target::Deadline(token) => Event::Timer(token),
+        })
     }
 }
 
-/// Removes and returns the first entry of `times` if its time has passed.
-fn due(times: &mut BinaryHeap<Reverse<(Instant, u64)>>, now: Instant) -> Option<u64> {
-    let Reverse((at, token)) = times.peek().copied()?;
-    (at <= now).then(|| {
-        times.pop();
-        token
-    })
+/// A deadline, which is cancelled when this is dropped.
+#[derive(Debug)]
+#[must_use = "dropping it cancels the deadline"]
+pub(crate) struct Deadline {
+    timer: Timer,
+    shared: Shared,
+}
+
+impl Drop for Deadline {
+    fn drop(&mut self) {
+        self.shared.borrow_mut().cancel_timer(self.timer);
+    }
+}
+
+/// A descriptor and the events that it is watched for.
+///
+/// A descriptor watched for no events is not registered, so that a hang-up on it cannot
+/// wake the loop continuously.
+///
+/// Dropping it removes the registration and then closes the descriptor. Forked children
+/// share the open file until exec, so closing alone would not remove the registration.
+/// A child shares the epoll instance as well: it must not drop any of these, and ends by
+/// exec or `_exit`.
+#[derive(Debug)]
+pub(crate) struct Watched {
+    /// Dropped before the descriptor, because fields are dropped in this order.
+    watch: Watch,
+    fd: OwnedFd,
+}
+
+#[derive(Debug)]
+struct Watch {
+    registration: Option<(Shared, Registration)>,
+    current: Interest,
+    /// The kernel had no memory for the last send.
+    starved: bool,
+    /// The retry for this reason.
+    retry: Option<Deadline>,
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        if let Some((shared, registration)) = self.registration.take() {
+            // Removing fails only for a descriptor that was closed before.
+            let _ = shared.borrow_mut().remove(registration);
+        }
+    }
+}
+
+impl Watched {
+    /// Wraps a descriptor that is not watched yet.
+    pub(crate) fn new(fd: OwnedFd) -> Self {
+        Self {
+            watch: Watch {
+                registration: None,
+                current: Interest::NONE,
+                starved: false,
+                retry: None,
+            },
+            fd,
+        }
+    }
+
+    /// Records whether the kernel lacks memory for sending. Such a socket remains
+    /// writable, so [`Watched::set`] does not watch it, but reports it as writable after
+    /// [`SHORTAGE`].
+    pub(crate) fn set_starved(&mut self, starved: bool) {
+        self.watch.starved = starved;
+    }
+
+    /// Watches for the events `want` from now on.
+    pub(crate) fn set(
+        &mut self,
+        reactor: &Reactor,
+        token: Token,
+        mut want: Interest,
+    ) -> io::Result<()> {
+        let watch = &mut self.watch;
+        if watch.starved && want.writable {
+            want.writable = false;
+            let now = Instant::now();
+            if watch.retry.as_ref().is_none_or(|it| it.timer.at() <= now) {
+                watch.retry = Some(reactor.timer(now + SHORTAGE, Target::Io(token)));
+            }
+        } else {
+            watch.retry = None;
+        }
+        if want == watch.current {
+            return Ok(());
+        }
+        let mut shared = reactor.shared.borrow_mut();
+        let fd = self.fd.as_fd();
+        match watch.registration.take() {
+            Some((_, registration)) if want == Interest::NONE => {
+                watch.current = want;
+                shared.remove(registration)?;
+            }
+            Some(both) => {
+                let modified = shared.modify(both.1, fd, want);
+                watch.registration = Some(both);
+                modified?;
+            }
+            None => {
+                let registration = shared.add(fd, want, Target::Io(token))?;
+                watch.registration = Some((Rc::clone(&reactor.shared), registration));
+            }
+        }
+        watch.current = want;
+        Ok(())
+    }
+
+    /// Stops watching and returns the descriptor.
+    pub(crate) fn release(self) -> OwnedFd {
+        let Self { watch, fd } = self;
+        drop(watch);
+        fd
+    }
+}
+
+impl AsFd for Watched {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+#[cfg(test)]
+impl Reactor {
+    /// Waits once and returns the events.
+    pub(crate) fn events(&mut self) -> Vec<Event> {
+        self.wait().unwrap();
+        std::iter::from_fn(|| self.take_event()).collect()
+    }
+
+    /// Returns the number of registered descriptors and of timers.
+    pub(crate) fn counts(&self) -> (usize, usize) {
+        let shared = self.shared.borrow();
+        (shared.descriptors(), shared.timers())
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::io::Write as _;
-
-    #[test]
-    fn tokens_survive_the_kernel() {
-        let key = Key {
-            slot: 0x00ab_cdef,
-            generation: u32::MAX,
-        };
-        for class in CLASSES {
-            let token = Token::new(class, 15, key);
-            assert_eq!(Token::decode(token.encode()), Some(token));
-        }
-    }
+    use std::os::unix::net::UnixStream;
 
     #[test]
     fn readiness_and_deadlines_arrive_in_order() {
         let mut reactor = Reactor::new().unwrap();
-        let (ours, mut theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
         let mut watched = Watched::new(ours.into());
         let token = Token::single(Class::Control, 3);
-        watched.set(&reactor, token, Ready::IN).unwrap();
+        watched.set(&reactor, token, Interest::READ).unwrap();
         let now = Instant::now();
         let timer = |part| Token::single(Class::Power, part);
-        reactor.timer(now + Duration::from_millis(20), timer(2));
-        reactor.timer(now + Duration::from_millis(10), timer(1));
+        let _second = reactor.deadline(now + Duration::from_millis(20), timer(2));
+        let _first = reactor.deadline(now + Duration::from_millis(10), timer(1));
 
         theirs.write_all(b"x").unwrap();
-        let mut events = Vec::new();
-        reactor.wait(&mut events).unwrap();
-        assert!(matches!(events[0], Event::Io(t, r) if t == token && r.contains(Ready::IN)));
+        let events = reactor.events();
+        assert!(matches!(events[0], Event::Io(t, r) if t == token && r.readable));
 
-        watched.set(&reactor, token, Ready::empty()).unwrap();
+        watched.set(&reactor, token, Interest::NONE).unwrap();
         drop(theirs);
         let mut fired = Vec::new();
         while fired.len() < 2 {
-            reactor.wait(&mut events).unwrap();
-            for event in &events {
+            for event in reactor.events() {
                 match event {
                     Event::Timer(token) => fired.push(token.part),
                     Event::Io(..) => panic!("a descriptor watched for nothing woke the loop"),
@@ -327,39 +321,135 @@ mod tests {
     #[test]
     fn a_socket_without_memory_is_written_to_again_after_a_moment() {
         let mut reactor = Reactor::new().unwrap();
-        let (ours, mut theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
         let mut watched = Watched::new(ours.into());
         let token = Token::single(Class::Control, 3);
-        let want = Ready::IN | Ready::OUT;
+        let want = Interest::READ.and(Interest::WRITE);
         let started = Instant::now();
         for _ in 0..1000 {
             watched.set_starved(true);
             watched.set(&reactor, token, want).unwrap();
         }
+        assert_eq!(reactor.counts().1, 1);
 
         // The socket is writable, and only arriving data wakes the loop before its time.
         theirs.write_all(b"x").unwrap();
-        let mut events = Vec::new();
-        reactor.wait(&mut events).unwrap();
         let first = |events: &[Event]| match events {
             [Event::Io(t, ready), ..] if *t == token => *ready,
             _ => panic!("{} other events", events.len()),
         };
+        let events = reactor.events();
         if started.elapsed() < SHORTAGE {
-            assert_eq!(first(&events), Ready::IN);
+            let ready = first(&events);
+            assert!(ready.readable && !ready.writable);
         }
-        watched.set(&reactor, token, Ready::OUT).unwrap();
-        let mut resumed = 0;
-        while resumed == 0 {
-            reactor.wait(&mut events).unwrap();
-            resumed += events.len();
+        watched.set(&reactor, token, Interest::WRITE).unwrap();
+        let mut resumed = events;
+        let mut count = 0;
+        while count == 0 {
+            resumed = reactor.events();
+            count = resumed.len();
         }
         assert!(started.elapsed() >= SHORTAGE);
-        assert_eq!((first(&events), resumed), (Ready::OUT, 1));
+        assert_eq!((first(&resumed), count), (Readiness::WRITABLE, 1));
 
         watched.set_starved(false);
         watched.set(&reactor, token, want).unwrap();
-        reactor.wait(&mut events).unwrap();
-        assert!(first(&events).contains(want));
+        let ready = first(&reactor.events());
+        assert!(ready.readable && ready.writable);
+    }
+
+    #[test]
+    fn a_socket_that_is_not_written_to_any_more_is_not_retried() {
+        let reactor = Reactor::new().unwrap();
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let mut watched = Watched::new(ours.into());
+        let token = Token::single(Class::Control, 3);
+        for end in [Interest::NONE, Interest::READ] {
+            watched.set_starved(true);
+            watched.set(&reactor, token, Interest::WRITE).unwrap();
+            assert_eq!(reactor.counts(), (0, 1));
+            watched.set(&reactor, token, end).unwrap();
+            assert_eq!(reactor.counts().1, 0);
+            watched.set(&reactor, token, Interest::NONE).unwrap();
+        }
+        watched.set(&reactor, token, Interest::WRITE).unwrap();
+        watched.set_starved(false);
+        watched.set(&reactor, token, Interest::WRITE).unwrap();
+        assert_eq!(reactor.counts(), (1, 0));
+        drop(watched);
+        assert_eq!(reactor.counts(), (0, 0));
+    }
+
+    #[test]
+    fn an_event_of_a_dropped_descriptor_is_not_delivered() {
+        let mut reactor = Reactor::new().unwrap();
+        let token = |part| Token::single(Class::Control, part);
+        let watch = |reactor: &Reactor, part| {
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
+            theirs.write_all(b"x").unwrap();
+            let mut watched = Watched::new(ours.into());
+            watched.set(reactor, token(part), Interest::READ).unwrap();
+            (watched, theirs)
+        };
+        let mut both = vec![watch(&reactor, 0), watch(&reactor, 1)];
+        reactor.wait().unwrap();
+        let Some(Event::Io(first, _)) = reactor.take_event() else {
+            panic!("two sockets are readable");
+        };
+        // The event of the other one has been fetched. A new socket takes its slot, and
+        // usually its number.
+        drop(both.remove(usize::from(1 - first.part)));
+        both.push(watch(&reactor, 2));
+        assert!(reactor.take_event().is_none());
+        let mut parts: Vec<_> = reactor
+            .events()
+            .iter()
+            .map(|event| match event {
+                Event::Io(token, _) => token.part,
+                Event::Timer(_) => panic!("there is no deadline"),
+            })
+            .collect();
+        parts.sort_unstable();
+        assert_eq!(parts, [first.part, 2]);
+        both.clear();
+        assert_eq!(reactor.counts(), (0, 0));
+    }
+
+    #[test]
+    fn a_cancelled_deadline_leaves_nothing_behind() {
+        let mut reactor = Reactor::new().unwrap();
+        let token = |part| Token::single(Class::Exec, part);
+        let day = Instant::now() + Duration::from_secs(86_400);
+        for _ in 0..10_000 {
+            drop(reactor.deadline(day, token(1)));
+        }
+        assert_eq!(reactor.counts(), (0, 0));
+        // Neither when it has passed with another one.
+        let now = Instant::now();
+        let mut both = vec![
+            reactor.deadline(now, token(1)),
+            reactor.deadline(now, token(2)),
+        ];
+        reactor.wait().unwrap();
+        assert!(matches!(reactor.take_event(), Some(Event::Timer(it)) if it.part == 1));
+        both.pop();
+        assert!(reactor.take_event().is_none());
+    }
+
+    #[test]
+    fn a_released_descriptor_is_not_registered() {
+        let mut reactor = Reactor::new().unwrap();
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let token = Token::single(Class::Control, 1);
+        let mut watched = Watched::new(ours.into());
+        watched.set(&reactor, token, Interest::READ).unwrap();
+        let fd = watched.release();
+        assert_eq!(reactor.counts(), (0, 0));
+        theirs.write_all(b"x").unwrap();
+        // It can be registered again under its number.
+        let mut watched = Watched::new(fd);
+        watched.set(&reactor, token, Interest::READ).unwrap();
+        assert_eq!(reactor.events().len(), 1);
     }
 }

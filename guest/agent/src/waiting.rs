@@ -1,85 +1,52 @@
-//! Deadlines of requests that are answered later.
-//!
-//! The reactor cannot cancel a deadline. Each deadline therefore has a number, so that a
-//! deadline of a completed request is not mistaken for that of a later request of the
-//! same kind.
+//! Requests that are answered later.
 
 use std::time::{Duration, Instant};
 
-use crate::reactor::{Class, Reactor, Token};
-use crate::slab::Key;
+use sm_event_loop::Key;
 
-/// A connection that waits for an answer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+use crate::reactor::{Deadline, Reactor, Token};
+
+/// A connection that waits for an answer. Its deadline is cancelled when this is dropped.
+#[derive(Debug)]
 pub(crate) struct Waiting {
     /// The connection.
     pub(crate) key: Key,
-    token: Token,
+    _deadline: Deadline,
 }
 
 impl Waiting {
-    /// Returns true if `passed` is the deadline of this request.
-    pub(crate) fn is_due(&self, passed: Token) -> bool {
-        self.token == passed
-    }
-}
-
-/// Assigns numbers to deadlines.
-#[derive(Debug, Default)]
-pub(crate) struct Deadlines {
-    last: u32,
-}
-
-impl Deadlines {
-    /// Records that `key` waits for an answer. After `limit`, an event for `part` of
-    /// `class` is delivered.
-    pub(crate) fn wait(
-        &mut self,
-        reactor: &mut Reactor,
-        class: Class,
-        part: u8,
-        key: Key,
-        limit: Duration,
-    ) -> Waiting {
-        self.last = self.last.wrapping_add(1);
-        let number = Key {
-            slot: 0,
-            generation: self.last,
-        };
-        let token = Token::new(class, part, number);
-        reactor.timer(Instant::now() + limit, token);
-        Waiting { key, token }
+    /// Records that `key` waits for an answer. After `limit`, `late` is delivered.
+    pub(crate) fn new(reactor: &Reactor, key: Key, late: Token, limit: Duration) -> Self {
+        Self {
+            key,
+            _deadline: reactor.deadline(Instant::now() + limit, late),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::reactor::Event;
+    use crate::reactor::{Class, Event};
 
     #[test]
-    fn deadlines_of_earlier_requests_are_distinguished() {
+    fn deadlines_of_earlier_requests_do_not_pass() {
         let mut reactor = Reactor::new().unwrap();
-        let mut deadlines = Deadlines::default();
-        let key = Key {
-            slot: 3,
-            generation: 9,
-        };
-        let mut wait = |limit| {
+        let late = Token::single(Class::Workload, 2);
+        let wait = |key, limit| {
             let limit = Duration::from_millis(limit);
-            deadlines.wait(&mut reactor, Class::Workload, 2, key, limit)
+            Waiting::new(&reactor, Key::new(key, 9), late, limit)
         };
-        let (first, second) = (wait(0), wait(20));
-        let mut passed = Vec::new();
+        let answered = wait(3, 0);
+        assert_eq!(answered.key, Key::new(3, 9));
+        drop(answered);
+        let started = Instant::now();
+        let _second = wait(4, 20);
         let mut events = Vec::new();
-        while passed.len() < 2 {
-            reactor.wait(&mut events).unwrap();
-            passed.extend(events.iter().map(|event| match event {
-                Event::Timer(token) => *token,
-                Event::Io(..) => panic!("nothing is watched"),
-            }));
+        while events.is_empty() {
+            events = reactor.events();
         }
-        assert!(first.is_due(passed[0]) && !second.is_due(passed[0]));
-        assert!(second.is_due(passed[1]) && !first.is_due(passed[1]));
+        assert!(started.elapsed() >= Duration::from_millis(20));
+        assert!(matches!(events[..], [Event::Timer(token)] if token == late));
     }
 }

@@ -7,7 +7,7 @@ use sm_guest_proto::frame::{
     BULK_PAYLOAD, FrameDecoder, FrameHeader, FrameType, HEADER_LEN, encode,
 };
 
-use crate::reactor::Watched;
+use crate::reactor::{Readiness, Watched};
 use crate::sending::{Refusal, send_bytes};
 
 /// Size of the scratch buffer for [`Framed::send_bulk`]: a header and one bulk payload.
@@ -23,6 +23,11 @@ pub(crate) enum Filled {
     Nothing,
     /// The peer closed, or the connection was reset.
     Closed,
+}
+
+/// Returns true if reading from a ready socket yields bytes, the end or an error.
+pub(crate) fn may_read(ready: Readiness) -> bool {
+    ready.readable || ready.hangup || ready.error
 }
 
 /// A framed connection. It buffers output that the socket does not accept immediately;

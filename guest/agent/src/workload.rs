@@ -19,6 +19,7 @@ use rustix::net::{
     sendmsg, socketpair,
 };
 use rustix::process::Pid;
+use sm_event_loop::Key;
 use sm_guest_proto::control::AttachRoot;
 
 use crate::cgroup::Cgroup;
@@ -26,8 +27,7 @@ use crate::exec::stdio::ChildEnds;
 use crate::exec::{Launch, child};
 use crate::init;
 use crate::part;
-use crate::reactor::{Class, Reactor, Ready, Token, Watched};
-use crate::slab::Key;
+use crate::reactor::{Class, Interest, Reactor, Token, Watched};
 use crate::sys::{self, Fork};
 
 #[derive(Debug)]
@@ -152,7 +152,7 @@ impl Workload {
                 let token = Token::single(Class::Workload, part::CHANNEL);
                 self.init = Some(pid);
                 self.state = State::Attaching;
-                channel.set(reactor, token, Ready::IN)?;
+                channel.set(reactor, token, Interest::READ)?;
                 self.channel = Some(channel);
             }
         }
@@ -167,7 +167,7 @@ impl Workload {
         if !matches!(self.state, State::Attaching) {
             // No message is expected any more; init's exit is reported by SIGCHLD.
             let token = Token::single(Class::Workload, part::CHANNEL);
-            let _ = channel.set(reactor, token, Ready::empty());
+            let _ = channel.set(reactor, token, Interest::NONE);
             return Attached::Pending;
         }
         let mut message = [0; 4096];
@@ -196,15 +196,13 @@ impl Workload {
             Ok(0) => "the workload's init died while mounting the root".to_owned(),
             Ok(count) => String::from_utf8_lossy(&message[1..count]).into_owned(),
         };
-        self.abandon(reactor);
+        self.abandon();
         Attached::Failed(failure)
     }
 
     /// Cancels attaching, which can then be tried again.
-    pub(crate) fn abandon(&mut self, reactor: &Reactor) {
-        if let Some(channel) = self.channel.take() {
-            channel.retire(reactor);
-        }
+    pub(crate) fn abandon(&mut self) {
+        self.channel = None;
         if let Some(pid) = self.init.take() {
             let _ = sys::kill(pid, 9);
         }
@@ -284,15 +282,13 @@ impl Workload {
     }
 
     /// Lets a waiting init exit once it has no children left.
-    pub(crate) fn release_init(&mut self, reactor: &Reactor) {
-        if let Some(channel) = self.channel.take() {
-            channel.retire(reactor);
-        }
+    pub(crate) fn release_init(&mut self) {
+        self.channel = None;
     }
 
     /// Records that `pid` was reaped. Returns true if it was init, in which case no
     /// process of the workload exists any more.
-    pub(crate) fn reaped(&mut self, pid: Pid, reactor: &Reactor) -> bool {
+    pub(crate) fn reaped(&mut self, pid: Pid) -> bool {
         if self.init != Some(pid) {
             return false;
         }
@@ -300,9 +296,7 @@ impl Workload {
         if matches!(self.state, State::Ready(_)) {
             self.state = State::Ended;
         }
-        if let Some(channel) = self.channel.take() {
-            channel.retire(reactor);
-        }
+        self.channel = None;
         true
     }
 

@@ -1,13 +1,13 @@
 //! Control connections: dispatch of requests and answers.
 
+use sm_event_loop::Key;
 use sm_guest_proto::control::{ControlReply, ControlRequest};
 
 use super::Agent;
 use crate::control::Control;
 use crate::facts::uptime_us;
 use crate::log;
-use crate::reactor::Ready;
-use crate::slab::Key;
+use crate::reactor::Readiness;
 
 impl Agent {
     /// Logs a trace line if `sm.debug` is on the kernel's command line.
@@ -17,7 +17,7 @@ impl Agent {
         }
     }
 
-    pub(super) fn control_ready(&mut self, key: Key, ready: Ready) {
+    pub(super) fn control_ready(&mut self, key: Key, ready: Readiness) {
         let alive = match self.controls.get_mut(key) {
             Some(control) => control.ready(ready, &mut self.scratch),
             None => return,
@@ -65,8 +65,7 @@ impl Agent {
     }
 
     pub(super) fn drop_control(&mut self, key: Key) {
-        if let Some(control) = self.controls.remove(key) {
-            control.close(&self.reactor);
+        if self.controls.remove(key).is_some() {
             self.resume_accepting();
         }
     }

@@ -2,22 +2,22 @@
 
 use std::io;
 
+use sm_event_loop::Key;
 use sm_guest_proto::exec::{ExecRequest, Role};
 
 use super::Agent;
-use crate::exec::session::{Ask, Session};
+use crate::exec::session::Ask;
 use crate::exec::stdio::{self, ChildEnds};
 use crate::exec::{Launch, LaunchError};
-use crate::reactor::{Ready, Token};
-use crate::slab::Key;
+use crate::reactor::{Readiness, Token};
 
 impl Agent {
-    pub(super) fn session_ready(&mut self, token: Token, ready: Ready) {
+    pub(super) fn session_ready(&mut self, token: Token, ready: Readiness) {
         let Some(session) = self.sessions.get_mut(token.key) else {
             return;
         };
         let ask = session.ready(
-            &mut self.reactor,
+            &self.reactor,
             token.key,
             token.part,
             ready,
@@ -39,7 +39,7 @@ impl Agent {
             let Some(session) = self.sessions.get_mut(key) else {
                 return;
             };
-            ask = session.take_frames(&self.reactor);
+            ask = session.take_frames();
         }
     }
 
@@ -61,7 +61,7 @@ impl Agent {
         let Some(session) = self.sessions.get_mut(key) else {
             return;
         };
-        if let Ask::Finished = session.settle(&mut self.reactor, key, &mut self.scratch) {
+        if let Ask::Finished = session.settle(&self.reactor, key, &mut self.scratch) {
             self.sessions.remove(key);
             self.resume_accepting();
             if self.workload.main() == Some(key) {
@@ -75,13 +75,13 @@ impl Agent {
 
     pub(super) fn launch(&mut self, key: Key, request: ExecRequest) {
         let timeout_ms = request.timeout_ms;
-        match self.try_launch(key, request) {
-            Ok(()) => Session::set_timeout(&mut self.reactor, key, timeout_ms),
-            Err(error) => {
-                if let Some(session) = self.sessions.get_mut(key) {
-                    session.refuse(error.status, &error.message);
-                }
-            }
+        let launched = self.try_launch(key, request);
+        let Some(session) = self.sessions.get_mut(key) else {
+            return;
+        };
+        match launched {
+            Ok(()) => session.set_timeout(&self.reactor, key, timeout_ms),
+            Err(error) => session.refuse(error.status, &error.message),
         }
     }
 
@@ -135,11 +135,11 @@ impl Agent {
         let Some(main) = self.workload.main() else {
             return session.refuse(125, "no main command runs in this guest");
         };
-        let client = session.take_client(&self.reactor);
+        let client = session.take_client();
         self.settle_session(key);
         if let (Some(client), Some(session)) = (client, self.sessions.get_mut(main)) {
-            session.attach(client, &self.reactor);
-            session.take_frames(&self.reactor);
+            session.attach(client);
+            session.take_frames();
             self.settle_session(main);
         }
     }

@@ -4,12 +4,12 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use rustix::process::Pid;
+use sm_event_loop::Key;
 use sm_guest_proto::control::ControlReply;
 
 use super::Agent;
 use crate::log;
-use crate::reactor::{Class, Token};
-use crate::slab::Key;
+use crate::reactor::{Class, Deadline, Token};
 use crate::sys;
 
 /// Parts of power tokens.
@@ -69,6 +69,8 @@ enum Stage {
 pub(crate) struct PowerOff {
     key: Key,
     stage: Stage,
+    /// The end of the stage.
+    deadline: Option<Deadline>,
 }
 
 impl PowerOff {
@@ -87,6 +89,7 @@ impl Agent {
         self.power = Some(PowerOff {
             key,
             stage: Stage::Terminating,
+            deadline: None,
         });
         log::note_failure("thaw", self.cgroup.freeze(false));
         // The agent asks an init without a main command to exit by closing its channel.
@@ -116,7 +119,9 @@ impl Agent {
 
     fn power_timer(&mut self, after: Duration, part: u8) {
         let token = Token::single(Class::Power, part);
-        self.reactor.timer(Instant::now() + after, token);
+        if let Some(power) = &mut self.power {
+            power.deadline = Some(self.reactor.deadline(Instant::now() + after, token));
+        }
     }
 
     fn stage(&mut self) -> Stage {
@@ -136,7 +141,7 @@ impl Agent {
         if self.stage() == Stage::Terminating {
             let running = !self.running.is_empty();
             if !running && self.workload.main().is_none() {
-                self.workload.release_init(&self.reactor);
+                self.workload.release_init();
             }
             let populated = match self.cgroup.events(&self.reactor) {
                 Ok(events) => events.populated,
@@ -148,7 +153,7 @@ impl Agent {
             // A process leaves its cgroup before it is reaped. Wait for both, so that
             // every exit status has been reported.
             if !populated && !running && self.workload.init().is_none() {
-                self.cgroup.stop_watching(&self.reactor);
+                self.cgroup.stop_watching();
                 self.advance(Stage::Flushing);
                 self.power_timer(FLUSH_DEADLINE, part::FLUSH);
             }
@@ -161,7 +166,7 @@ impl Agent {
         {
             self.send_answer();
         }
-        if self.stage() == Stage::Lingering && self.controls.len() == 0 {
+        if self.stage() == Stage::Lingering && self.controls.is_empty() {
             self.advance(Stage::Complete);
         }
     }

@@ -4,12 +4,12 @@ use std::fs;
 use std::io;
 use std::time::Duration;
 
+use sm_event_loop::Key;
 use sm_guest_proto::control::ControlReply;
 
 use super::Agent;
 use crate::log;
 use crate::part;
-use crate::slab::Key;
 use crate::sys::{self, Fork};
 use crate::workload;
 

@@ -3,12 +3,12 @@
 use std::io;
 use std::time::Duration;
 
+use sm_event_loop::Key;
 use sm_guest_proto::control::ControlReply;
 
 use super::Agent;
 use crate::cgroup::Events;
 use crate::reactor::{Class, Token};
-use crate::slab::Key;
 use crate::waiting::Waiting;
 use crate::workload::Attached;
 use crate::{control, log, part, sys};
@@ -21,8 +21,8 @@ const FREEZE_DEADLINE: Duration = Duration::from_secs(5);
 impl Agent {
     /// Records that connection `key` waits for the workload event `part`.
     pub(crate) fn await_workload(&mut self, part: u8, key: Key, limit: Duration) -> Waiting {
-        self.deadlines
-            .wait(&mut self.reactor, Class::Workload, part, key, limit)
+        let late = Token::single(Class::Workload, part);
+        Waiting::new(&self.reactor, key, late, limit)
     }
 
     pub(crate) fn await_root(&mut self, key: Key) {
@@ -40,7 +40,7 @@ impl Agent {
                 match self.identity.attached(machine_id) {
                     Ok(()) => ControlReply::Done,
                     Err(error) => {
-                        self.workload.abandon(&self.reactor);
+                        self.workload.abandon();
                         let message = error.to_string();
                         ControlReply::Error { message }
                     }
@@ -52,27 +52,37 @@ impl Agent {
         self.answer(waiting.map(|waiting| waiting.key), &reply);
     }
 
-    pub(super) fn workload_deadline(&mut self, passed: Token) {
-        let late = |what: &str| ControlReply::Error {
-            message: format!("{what} took too long"),
-        };
-        if let Some(waiting) = self.attaching.take_if(|w| w.is_due(passed)) {
-            self.workload.abandon(&self.reactor);
-            self.answer(Some(waiting.key), &late("mounting the root file system"));
-        } else if let Some(waiting) = self.freezing.take_if(|w| w.is_due(passed)) {
-            log::note_failure("thaw", self.cgroup.freeze(false));
-            self.cgroup.stop_watching(&self.reactor);
-            self.answer(
-                Some(waiting.key),
-                &late("stopping the workload's processes"),
-            );
-        } else if let Some((waiting, _)) = self.preparing.take_if(|(w, _)| w.is_due(passed)) {
+    /// Answers the request whose deadline has passed. Deadlines of requests that were
+    /// answered before are cancelled.
+    pub(super) fn workload_deadline(&mut self, part: u8) {
+        let (waiting, what) = match part {
+            part::ATTACH => {
+                self.workload.abandon();
+                (self.attaching.take(), "mounting the root file system")
+            }
+            part::FREEZE => {
+                log::note_failure("thaw", self.cgroup.freeze(false));
+                self.cgroup.stop_watching();
+                (self.freezing.take(), "stopping the workload's processes")
+            }
             // The child cannot be killed while it blocks on a device; it does no harm.
-            self.answer(Some(waiting.key), &late("writing data back"));
-        } else if let Some((waiting, pid, _)) = self.reporting.take_if(|(w, ..)| w.is_due(passed)) {
-            let _ = sys::kill(pid, 9);
-            self.answer(Some(waiting.key), &late("reading the workload's files"));
-        }
+            part::PREPARE => {
+                let waiting = self.preparing.take().map(|(waiting, _)| waiting);
+                (waiting, "writing data back")
+            }
+            part::REPORT => {
+                let reporting = self.reporting.take();
+                let waiting = reporting.map(|(waiting, pid, _)| {
+                    let _ = sys::kill(pid, 9);
+                    waiting
+                });
+                (waiting, "reading the workload's files")
+            }
+            _ => return,
+        };
+        let message = format!("{what} took too long");
+        let key = waiting.map(|waiting| waiting.key);
+        self.answer(key, &ControlReply::Error { message });
     }
 
     /// Starts to freeze; the answer is sent once every process is frozen.
@@ -101,7 +111,7 @@ impl Agent {
             match self.cgroup.events(&self.reactor) {
                 Ok(events) if !events.frozen => {}
                 result => {
-                    self.cgroup.stop_watching(&self.reactor);
+                    self.cgroup.stop_watching();
                     let waiting = self.freezing.take();
                     let reply = self.frozen(result);
                     self.answer(waiting.map(|waiting| waiting.key), &reply);
@@ -119,15 +129,13 @@ impl Agent {
             self.vmgenid_seen |= kernel_log.vm_fork_seen();
         }
         if self.vmgenid_seen {
-            self.finish_refresh(None);
+            self.finish_refresh();
         }
     }
 
-    /// Answers a refresh that waits for the VM generation ID. If `passed` is an expired
-    /// deadline, only the refresh that it was set for is answered.
-    pub(super) fn finish_refresh(&mut self, passed: Option<Token>) {
-        let due = |waiting: &mut Waiting| passed.is_none_or(|token| waiting.is_due(token));
-        if let Some(waiting) = self.refreshing.take_if(due) {
+    /// Answers a refresh that waits for the VM generation ID.
+    pub(super) fn finish_refresh(&mut self) {
+        if let Some(waiting) = self.refreshing.take() {
             self.watch_kernel_log(false);
             let reply = self.refreshed();
             self.answer(Some(waiting.key), &reply);
@@ -143,10 +151,7 @@ impl Agent {
     /// Sets the deadline of a refresh that waits for the VM generation ID.
     pub(crate) fn wait_for_vmgenid(&mut self, key: Key, wait: Duration) {
         self.watch_kernel_log(true);
-        let part = control::part::VMGENID;
-        let waiting = self
-            .deadlines
-            .wait(&mut self.reactor, Class::Control, part, key, wait);
-        self.refreshing = Some(waiting);
+        let late = Token::single(Class::Control, control::part::VMGENID);
+        self.refreshing = Some(Waiting::new(&self.reactor, key, late, wait));
     }
 }

@@ -9,11 +9,11 @@ use std::io::{self, Read as _, Seek as _, Write as _};
 use std::os::fd::AsFd as _;
 use std::time::Duration;
 
+use sm_event_loop::Key;
 use sm_guest_proto::control::ControlReply;
 
 use super::Agent;
 use crate::part;
-use crate::slab::Key;
 use crate::sys::{self, Fork};
 use crate::workload;
 

@@ -5,12 +5,12 @@ use std::path::Path;
 use std::time::Duration;
 
 use rustix::mount::{MountFlags, mount};
+use sm_event_loop::Key;
 use sm_guest_proto::control::{AttachRoot, ControlReply, ControlRequest, Refresh, Refreshed};
 
 use super::Agent;
 use super::poweroff::stop_signal;
 use crate::identity;
-use crate::slab::Key;
 use crate::sys;
 
 fn failed(message: impl std::fmt::Display) -> ControlReply {
@@ -100,7 +100,7 @@ impl Agent {
         match self.cgroup.events(&self.reactor) {
             Ok(events) if !events.frozen => None,
             result => {
-                self.cgroup.stop_watching(&self.reactor);
+                self.cgroup.stop_watching();
                 self.freezing = None;
                 Some(self.frozen(result))
             }

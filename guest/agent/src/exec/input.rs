@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 
 use rustix::io::Errno;
 
-use crate::reactor::{Reactor, Ready, Token, Watched};
+use crate::reactor::{Interest, Reactor, Token, Watched};
 #[cfg(test)]
 use crate::sending::shortage;
 
@@ -36,12 +36,12 @@ impl Input {
     }
 
     /// Buffers or writes bytes from the client.
-    pub(crate) fn push(&mut self, bytes: &[u8], reactor: &Reactor) {
+    pub(crate) fn push(&mut self, bytes: &[u8]) {
         if self.fd.is_none() || self.closing {
             return;
         }
         let count = match self.pending.is_empty() {
-            true => self.write(bytes, reactor),
+            true => self.write(bytes),
             false => 0,
         };
         if self.fd.is_some() {
@@ -51,20 +51,20 @@ impl Input {
     }
 
     /// Ends the input. A pipe is closed; a terminal, which cannot be closed, receives ^D.
-    pub(crate) fn end(&mut self, tty: bool, reactor: &Reactor) {
+    pub(crate) fn end(&mut self, tty: bool) {
         if tty {
-            self.push(&[END_OF_TRANSMISSION], reactor);
+            self.push(&[END_OF_TRANSMISSION]);
         } else {
             self.closing = true;
-            self.flush(reactor);
+            self.flush();
         }
     }
 
     /// Writes as much as the command accepts.
-    pub(crate) fn flush(&mut self, reactor: &Reactor) {
+    pub(crate) fn flush(&mut self) {
         let pending = std::mem::take(&mut self.pending);
         let rest = pending.get(self.written..).unwrap_or_default();
-        let count = self.write(rest, reactor);
+        let count = self.write(rest);
         if self.fd.is_some() && count < rest.len() {
             self.written += count;
             self.pending = pending;
@@ -72,13 +72,13 @@ impl Input {
         }
         self.written = 0;
         if self.closing {
-            self.close(reactor);
+            self.close();
         }
     }
 
     /// Writes bytes until the descriptor would block, or the kernel lacks memory for a
     /// pipe's next page. If the command has closed its input, the bytes are discarded.
-    fn write(&mut self, bytes: &[u8], reactor: &Reactor) -> usize {
+    fn write(&mut self, bytes: &[u8]) -> usize {
         let mut count = 0;
         let mut starved = false;
         while let (Some(fd), Some(rest)) = (&self.fd, bytes.get(count..))
@@ -92,7 +92,7 @@ impl Input {
                     starved = true;
                     break;
                 }
-                Err(_) => self.close(reactor),
+                Err(_) => self.close(),
             }
         }
         if let Some(fd) = &mut self.fd {
@@ -107,10 +107,8 @@ impl Input {
     }
 
     /// Closes the input immediately and discards pending data.
-    pub(crate) fn close(&mut self, reactor: &Reactor) {
-        if let Some(fd) = self.fd.take() {
-            fd.retire(reactor);
-        }
+    pub(crate) fn close(&mut self) {
+        self.fd = None;
         self.pending = Vec::new();
         self.written = 0;
     }
@@ -118,8 +116,8 @@ impl Input {
     /// Watches for writability while there is pending data.
     pub(crate) fn watch(&mut self, reactor: &Reactor, token: Token) -> io::Result<()> {
         let want = match self.pending.is_empty() {
-            true => Ready::empty(),
-            false => Ready::OUT,
+            true => Interest::NONE,
+            false => Interest::WRITE,
         };
         match &mut self.fd {
             Some(fd) => fd.set(reactor, token, want),
@@ -140,31 +138,26 @@ mod tests {
     use std::fs::File;
     use std::io::Read as _;
 
-    fn pipe() -> (Input, File, Reactor) {
+    fn pipe() -> (Input, File) {
         let (reader, writer) = rustix::pipe::pipe().unwrap();
         rustix::io::ioctl_fionbio(&writer, true).unwrap();
-        (
-            Input::new(Some(writer)),
-            reader.into(),
-            Reactor::new().unwrap(),
-        )
+        (Input::new(Some(writer)), reader.into())
     }
 
     #[test]
     fn a_shortage_of_memory_loses_no_input() {
-        let (mut input, mut reader, mut reactor) = pipe();
+        let (mut input, mut reader) = pipe();
+        let mut reactor = Reactor::new().unwrap();
         shortage::begin(2);
-        input.push(b"first ", &reactor);
-        input.push(b"second", &reactor);
-        input.end(false, &reactor);
+        input.push(b"first ");
+        input.push(b"second");
+        input.end(false);
         // It is tried again although the pipe is writable all the time.
         let token = Token::single(crate::reactor::Class::Power, 1);
         while input.fd.is_some() {
             input.watch(&reactor, token).unwrap();
-            let mut events = Vec::new();
-            reactor.wait(&mut events).unwrap();
-            assert!(!events.is_empty());
-            input.flush(&reactor);
+            assert!(!reactor.events().is_empty());
+            input.flush();
         }
         let mut text = String::new();
         reader.read_to_string(&mut text).unwrap();
@@ -173,23 +166,23 @@ mod tests {
 
     #[test]
     fn a_slow_command_gets_everything_and_then_the_end() {
-        let (mut input, mut reader, reactor) = pipe();
+        let (mut input, mut reader) = pipe();
         let mut sent = Vec::new();
         for round in 0u8..20 {
             let bytes = vec![round; 50_000];
-            input.push(&bytes, &reactor);
+            input.push(&bytes);
             sent.extend(bytes);
         }
         assert!(input.is_full());
-        input.end(false, &reactor);
-        input.push(b"too late", &reactor);
+        input.end(false);
+        input.push(b"too late");
         let reader = std::thread::spawn(move || {
             let mut bytes = Vec::new();
             reader.read_to_end(&mut bytes).unwrap();
             bytes
         });
         while input.fd.is_some() {
-            input.flush(&reactor);
+            input.flush();
             std::thread::yield_now();
         }
         assert!(reader.join().unwrap() == sent);
@@ -198,13 +191,13 @@ mod tests {
 
     #[test]
     fn input_for_a_command_that_closed_it_is_discarded() {
-        let (mut input, reader, reactor) = pipe();
+        let (mut input, reader) = pipe();
         crate::sys::ignore_signal(libc::SIGPIPE);
-        input.push(&[0; 200_000], &reactor);
+        input.push(&[0; 200_000]);
         drop(reader);
-        input.flush(&reactor);
+        input.flush();
         assert!(input.fd.is_none() && input.pending.is_empty());
-        input.push(&[0; 1_000_000], &reactor);
+        input.push(&[0; 1_000_000]);
         assert!(input.pending.is_empty());
     }
 }

@@ -9,12 +9,16 @@
 //! had written until then is forwarded (remaining children may hold the pipes open, so
 //! end of file is not awaited); EXIT is the last frame.
 
+#[cfg(test)]
+mod tests;
+
 use std::io;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use rustix::process::Pid;
+use sm_event_loop::Key;
 use sm_guest_proto::PROTOCOL_VERSION;
 use sm_guest_proto::exec::{ExecControl, ExecReply, ExecRequest, Hello, Role};
 use sm_guest_proto::frame::{BULK_PAYLOAD, ExitStatus, FrameType, HEADER_LEN, parse_resize};
@@ -22,10 +26,9 @@ use sm_guest_proto::frame::{BULK_PAYLOAD, ExitStatus, FrameType, HEADER_LEN, par
 use super::frame_limit;
 use super::input::Input;
 use super::stdio::{self, AgentEnds};
-use crate::reactor::{Class, Reactor, Ready, Token, Watched};
-use crate::slab::Key;
+use crate::reactor::{Class, Deadline, Interest, Reactor, Readiness, Token, Watched};
 use crate::sys;
-use crate::wire::{Filled, Framed};
+use crate::wire::{Filled, Framed, may_read};
 
 /// Parts of an exec session's tokens.
 pub(crate) mod part {
@@ -99,6 +102,10 @@ pub(crate) struct Session {
     outputs: [Option<Output>; 2],
     exit: Option<ExitStatus>,
     timed_out: bool,
+    /// The end of the command's time limit.
+    timeout: Option<Deadline>,
+    /// The end of the time between SIGHUP and SIGKILL.
+    hangup: Option<Deadline>,
     /// Frames that a disconnected client did not receive, for the next client.
     unsent: Vec<u8>,
 }
@@ -119,6 +126,8 @@ impl Session {
             outputs: [None, None],
             exit: None,
             timed_out: false,
+            timeout: None,
+            hangup: None,
             unsent: Vec::new(),
         }
     }
@@ -183,15 +192,13 @@ impl Session {
     // ---- the client ----
 
     /// Removes the connection from this session, for use by another one.
-    pub(crate) fn take_client(&mut self, reactor: &Reactor) -> Option<OwnedFd> {
-        self.client
-            .take()
-            .map(|client| client.socket.release(reactor))
+    pub(crate) fn take_client(&mut self) -> Option<OwnedFd> {
+        self.client.take().map(|client| client.socket.release())
     }
 
     /// Gives this session (the workload's) a new client.
-    pub(crate) fn attach(&mut self, client: OwnedFd, reactor: &Reactor) {
-        self.detach(reactor);
+    pub(crate) fn attach(&mut self, client: OwnedFd) {
+        self.detach();
         let mut client = Framed::new(client, frame_limit);
         let unsent = std::mem::take(&mut self.unsent);
         if self.phase == Phase::Running {
@@ -206,7 +213,7 @@ impl Session {
         self.client = Some(client);
     }
 
-    fn detach(&mut self, reactor: &Reactor) {
+    fn detach(&mut self) {
         if let Some(client) = self.client.take() {
             if self.phase == Phase::Running {
                 self.unsent = client.unsent();
@@ -220,34 +227,31 @@ impl Session {
                 self.unsent.truncate(keep);
                 self.phase = Phase::Running;
             }
-            client.socket.retire(reactor);
         }
     }
 
-    fn lose_client(&mut self, reactor: &mut Reactor, key: Key) {
-        self.detach(reactor);
+    fn lose_client(&mut self, reactor: &Reactor, key: Key) {
+        self.detach();
         if self.role == Role::Main && self.phase != Phase::Closing {
             return;
         }
         if let Some(pid) = self.live_pid() {
             let _ = sys::kill_group(pid, 1);
             let at = Instant::now() + HANGUP_GRACE;
-            reactor.timer(at, Token::new(Class::Exec, part::HANGUP, key));
+            let token = Token::new(Class::Exec, part::HANGUP, key);
+            self.hangup
+                .get_or_insert_with(|| reactor.deadline(at, token));
         }
         // The output has no reader, so closing the pipes lets the command notice.
-        self.close_streams(reactor);
+        self.close_streams();
     }
 
-    fn close_streams(&mut self, reactor: &Reactor) {
-        self.stdin.close(reactor);
-        for output in &mut self.outputs {
-            if let Some(output) = output.take() {
-                output.fd.retire(reactor);
-            }
-        }
+    fn close_streams(&mut self) {
+        self.stdin.close();
+        self.outputs = [None, None];
     }
 
-    fn read_client(&mut self, reactor: &mut Reactor, key: Key, scratch: &mut [u8]) -> Ask {
+    fn read_client(&mut self, reactor: &Reactor, key: Key, scratch: &mut [u8]) -> Ask {
         let Some(client) = &mut self.client else {
             return Ask::Nothing;
         };
@@ -259,11 +263,11 @@ impl Session {
                 return Ask::Nothing;
             }
         }
-        self.take_frames(reactor)
+        self.take_frames()
     }
 
     /// Processes frames that have been received.
-    pub(crate) fn take_frames(&mut self, reactor: &Reactor) -> Ask {
+    pub(crate) fn take_frames(&mut self) -> Ask {
         // The decoder is moved out, so that its frames can be borrowed while the rest of
         // the session is changed.
         let Some(client) = &mut self.client else {
@@ -277,10 +281,10 @@ impl Session {
             match decoder.next_frame() {
                 Ok(None) => break Ask::Nothing,
                 Err(error) => {
-                    self.protocol_error(&error.to_string(), reactor);
+                    self.protocol_error(&error.to_string());
                     break Ask::Nothing;
                 }
-                Ok(Some(frame)) => match self.take_frame(frame.kind, frame.payload, reactor) {
+                Ok(Some(frame)) => match self.take_frame(frame.kind, frame.payload) {
                     Ask::Nothing => {}
                     ask => break ask,
                 },
@@ -292,16 +296,16 @@ impl Session {
         ask
     }
 
-    fn protocol_error(&mut self, message: &str, reactor: &Reactor) {
+    fn protocol_error(&mut self, message: &str) {
         match self.phase {
             Phase::Hello | Phase::Request => self.refuse(125, message),
             // The stream cannot be resynchronised, so the client is treated as
             // disconnected.
-            _ => self.detach(reactor),
+            _ => self.detach(),
         }
     }
 
-    fn take_frame(&mut self, kind: FrameType, payload: &[u8], reactor: &Reactor) -> Ask {
+    fn take_frame(&mut self, kind: FrameType, payload: &[u8]) -> Ask {
         match (self.phase, kind) {
             (Phase::Hello, FrameType::Control) => self.take_hello(payload),
             (Phase::Hello, _) => self.refuse(125, "exec: the first frame must be CONTROL hello"),
@@ -315,8 +319,8 @@ impl Session {
                 _ => self.refuse(125, "exec: unknown control message"),
             },
             (Phase::Request, _) => self.refuse(125, "exec: expected a request"),
-            (_, FrameType::Stdin) if payload.is_empty() => self.stdin.end(self.tty, reactor),
-            (_, FrameType::Stdin) => self.stdin.push(payload, reactor),
+            (_, FrameType::Stdin) if payload.is_empty() => self.stdin.end(self.tty),
+            (_, FrameType::Stdin) => self.stdin.push(payload),
             (_, FrameType::Resize) => {
                 if let (true, Ok((cols, rows)), Some(Some(output))) =
                     (self.tty, parse_resize(payload), self.outputs.first())
@@ -384,7 +388,7 @@ impl Session {
     // ---- output ----
 
     /// Forwards one chunk. Returns true if another attempt may succeed immediately.
-    fn forward(&mut self, index: usize, reactor: &Reactor, scratch: &mut [u8]) -> bool {
+    fn forward(&mut self, index: usize, scratch: &mut [u8]) -> bool {
         let (Some(client), Some(Some(output))) = (&mut self.client, self.outputs.get_mut(index))
         else {
             return false;
@@ -412,15 +416,13 @@ impl Session {
             // End of file, a hung-up terminal (EIO), or no more output after the exit.
             Ok(_) | Err(_) => {}
         }
-        if let Some(output) = self.outputs[index].take() {
-            output.fd.retire(reactor);
-        }
+        self.outputs[index] = None;
         true
     }
 
     // ---- the process ----
 
-    fn read_status(&mut self, reactor: &Reactor) {
+    fn read_status(&mut self) {
         let Some(status) = &self.status else {
             return;
         };
@@ -434,14 +436,12 @@ impl Session {
                 Err(_) => break,
             }
         }
-        if let Some(status) = self.status.take() {
-            status.retire(reactor);
-        }
+        self.status = None;
         let report = std::mem::take(&mut self.report);
         let (pid, failure) = report.split_first_chunk::<4>().unwrap_or((&[0; 4], &[]));
         self.shown_pid = u32::from_le_bytes(*pid);
         if let Some((status, message)) = failure.split_first() {
-            self.close_streams(reactor);
+            self.close_streams();
             self.refuse(*status, &String::from_utf8_lossy(message));
         } else {
             self.phase = Phase::Running;
@@ -452,8 +452,8 @@ impl Session {
     }
 
     /// Records that the command has exited and was reaped.
-    pub(crate) fn exited(&mut self, reactor: &Reactor, status: u32, peak_rss_kib: u64) {
-        self.read_status(reactor);
+    pub(crate) fn exited(&mut self, status: u32, peak_rss_kib: u64) {
+        self.read_status();
         self.exit = Some(ExitStatus {
             status: if self.timed_out { TIMED_OUT } else { status },
             peak_rss_kib: Some(peak_rss_kib),
@@ -465,16 +465,18 @@ impl Session {
             let queued = rustix::io::ioctl_fionread(&output.fd).unwrap_or(0);
             output.left = Some(if tty { TERMINAL_TAIL } else { queued });
         }
-        self.stdin.close(reactor);
+        self.stdin.close();
+        self.timeout = None;
+        self.hangup = None;
     }
 
     /// Sets the deadline after which the command is killed.
-    pub(crate) fn set_timeout(reactor: &mut Reactor, key: Key, timeout_ms: u64) {
+    pub(crate) fn set_timeout(&mut self, reactor: &Reactor, key: Key, timeout_ms: u64) {
         if timeout_ms > 0 {
             // The limit of one day prevents an overflow when the duration is added.
             let timeout = Duration::from_millis(timeout_ms.min(86_400_000));
             let token = Token::new(Class::Exec, part::TIMEOUT, key);
-            reactor.timer(Instant::now() + timeout, token);
+            self.timeout = Some(reactor.deadline(Instant::now() + timeout, token));
         }
     }
 
@@ -493,53 +495,46 @@ impl Session {
     /// Handles readiness of a descriptor.
     pub(crate) fn ready(
         &mut self,
-        reactor: &mut Reactor,
+        reactor: &Reactor,
         key: Key,
         which: u8,
-        ready: Ready,
+        ready: Readiness,
         scratch: &mut [u8],
     ) -> Ask {
         match which {
             part::CLIENT => {
-                if ready.contains(Ready::OUT)
+                if ready.writable
                     && let Some(client) = &mut self.client
                 {
                     client.flush();
                 }
-                if ready.intersects(Ready::IN | Ready::RDHUP | Ready::HUP | Ready::ERR) {
+                if may_read(ready) {
                     return self.read_client(reactor, key, scratch);
                 }
             }
-            part::STATUS => self.read_status(reactor),
-            part::STDIN => self.stdin.flush(reactor),
-            part::STDOUT => drop(self.forward(0, reactor, scratch)),
-            part::STDERR => drop(self.forward(1, reactor, scratch)),
+            part::STATUS => self.read_status(),
+            part::STDIN => self.stdin.flush(),
+            part::STDOUT => drop(self.forward(0, scratch)),
+            part::STDERR => drop(self.forward(1, scratch)),
             _ => {}
         }
         Ask::Nothing
     }
 
     /// Advances everything that needs no new events, and updates the watched events.
-    pub(crate) fn settle(&mut self, reactor: &mut Reactor, key: Key, scratch: &mut [u8]) -> Ask {
+    pub(crate) fn settle(&mut self, reactor: &Reactor, key: Key, scratch: &mut [u8]) -> Ask {
         if self.client.as_ref().is_some_and(Framed::is_broken) {
             self.lose_client(reactor, key);
         }
         if let Some(exit) = self.exit
             && self.phase == Phase::Running
         {
-            while self.forward(0, reactor, scratch) || self.forward(1, reactor, scratch) {}
+            while self.forward(0, scratch) || self.forward(1, scratch) {}
             if self.client.is_some() && self.outputs.iter().all(Option::is_none) {
                 self.send_exit(exit);
             }
         }
         if self.is_finished() {
-            self.close_streams(reactor);
-            if let Some(client) = self.client.take() {
-                client.socket.retire(reactor);
-            }
-            if let Some(status) = self.status.take() {
-                status.retire(reactor);
-            }
             return Ask::Finished;
         }
         if self.watch(reactor, key).is_err() {
@@ -560,19 +555,22 @@ impl Session {
 
     fn watch(&mut self, reactor: &Reactor, key: Key) -> io::Result<()> {
         let token = |part| Token::new(Class::Exec, part, key);
-        let when = |condition, flag| if condition { flag } else { Ready::empty() };
+        let when = |condition, interest| match condition {
+            true => interest,
+            false => Interest::NONE,
+        };
         let mut flushed = false;
         if let Some(client) = &mut self.client {
             flushed = client.is_flushed();
             let reading = self.phase != Phase::Closing && !self.stdin.is_full();
-            let want = when(reading, Ready::IN) | when(!flushed, Ready::OUT);
-            let hangup = when(self.phase != Phase::Closing, Ready::RDHUP);
+            let want = when(reading, Interest::READ).and(when(!flushed, Interest::WRITE));
+            let hangup = when(self.phase != Phase::Closing, Interest::HANGUP);
             client
                 .socket
-                .set(reactor, token(part::CLIENT), want | hangup)?;
+                .set(reactor, token(part::CLIENT), want.and(hangup))?;
         }
         if let Some(status) = &mut self.status {
-            status.set(reactor, token(part::STATUS), Ready::IN)?;
+            status.set(reactor, token(part::STATUS), Interest::READ)?;
         }
         self.stdin.watch(reactor, token(part::STDIN))?;
         let forwarding = self.phase == Phase::Running && flushed;
@@ -580,7 +578,7 @@ impl Session {
             if let Some(output) = output {
                 output
                     .fd
-                    .set(reactor, token(part), when(forwarding, Ready::IN))?;
+                    .set(reactor, token(part), when(forwarding, Interest::READ))?;
             }
         }
         Ok(())

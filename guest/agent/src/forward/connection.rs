@@ -9,12 +9,12 @@ use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, Shutdown, SocketFlags, SocketType, connect, recv, send,
     shutdown, socket_with, sockopt,
 };
+use sm_event_loop::Key;
 use sm_guest_proto::forward::{ForwardHeader, ForwardStatus, HEADER_LEN};
 
 use super::listening;
-use crate::reactor::{Class, Reactor, Ready, Token, Watched};
+use crate::reactor::{Class, Deadline, Interest, Reactor, Readiness, Token, Watched};
 use crate::sending::{Refusal, send_bytes};
-use crate::slab::Key;
 
 /// Parts of forward tokens.
 mod part {
@@ -69,6 +69,8 @@ pub(super) struct Connection {
     port: u16,
     deadline: Instant,
     backoff: Duration,
+    /// The next attempt to connect.
+    retry: Option<Deadline>,
     to_tcp: Pump,
     to_host: Pump,
     /// One side failed before both were at end of file.
@@ -158,6 +160,7 @@ impl Connection {
             port: 0,
             deadline: Instant::now(),
             backoff: FIRST_BACKOFF,
+            retry: None,
             to_tcp: Pump::default(),
             to_host: Pump::default(),
             aborted: false,
@@ -166,10 +169,10 @@ impl Connection {
 
     pub(super) fn ready(
         &mut self,
-        reactor: &mut Reactor,
+        reactor: &Reactor,
         key: Key,
         which: u8,
-        ready: Ready,
+        ready: Readiness,
         scratch: &mut [u8],
     ) {
         match self.phase {
@@ -184,7 +187,7 @@ impl Connection {
             Phase::Connecting { .. } => {
                 // Until the connection is open, only the end of the host's side is
                 // relevant. Data that it sent ahead stays in the socket.
-                let gone = ready.intersects(Ready::HUP | Ready::ERR);
+                let gone = ready.closed || ready.error;
                 if gone || is_closed(self.host.as_fd()) {
                     self.phase = Phase::Over;
                 }
@@ -198,7 +201,7 @@ impl Connection {
         }
     }
 
-    fn read_header(&mut self, reactor: &mut Reactor, key: Key) {
+    fn read_header(&mut self, reactor: &Reactor, key: Key) {
         let Phase::Header { bytes, got } = &mut self.phase else {
             return;
         };
@@ -247,13 +250,13 @@ impl Connection {
     // ---- connecting ----
 
     /// Starts an attempt, with IPv4 first.
-    pub(super) fn retry(&mut self, reactor: &mut Reactor, key: Key) {
+    pub(super) fn retry(&mut self, reactor: &Reactor, key: Key) {
         if matches!(self.phase, Phase::Connecting { .. }) && self.tcp.is_none() {
             self.attempt(false, reactor, key);
         }
     }
 
-    fn attempt(&mut self, v6: bool, reactor: &mut Reactor, key: Key) {
+    fn attempt(&mut self, v6: bool, reactor: &Reactor, key: Key) {
         self.phase = Phase::Connecting { v6 };
         let port = match self.port {
             0 => listening::first(),
@@ -284,11 +287,9 @@ impl Connection {
         }
     }
 
-    fn connected(&mut self, outcome: Result<(), Errno>, v6: bool, reactor: &mut Reactor, key: Key) {
-        if outcome.is_err()
-            && let Some(tcp) = self.tcp.take()
-        {
-            tcp.retire(reactor);
+    fn connected(&mut self, outcome: Result<(), Errno>, v6: bool, reactor: &Reactor, key: Key) {
+        if outcome.is_err() {
+            self.tcp = None;
         }
         match outcome {
             Ok(()) => self.open(),
@@ -306,7 +307,8 @@ impl Connection {
                 // This is the only place where the agent polls for a state: Linux has no
                 // event for new listeners.
                 self.backoff = (self.backoff * 2).min(LONGEST_BACKOFF);
-                reactor.timer(next, Token::new(Class::Forward, part::RETRY, key));
+                let token = Token::new(Class::Forward, part::RETRY, key);
+                self.retry = Some(reactor.deadline(next, token));
             }
             Err(_) => self.finish(ForwardStatus::Failed),
         }
@@ -327,7 +329,7 @@ impl Connection {
 
     // ---- open ----
 
-    fn pump(&mut self, which: u8, ready: Ready, scratch: &mut [u8]) {
+    fn pump(&mut self, which: u8, ready: Readiness, scratch: &mut [u8]) {
         let Some(tcp) = &self.tcp else {
             return;
         };
@@ -339,7 +341,7 @@ impl Connection {
         };
         // One direction has ended before, and now the other one cannot continue.
         let fd = if which == part::HOST { host } else { tcp };
-        if source_ended && (ready.intersects(Ready::HUP | Ready::ERR) || is_closed(fd)) {
+        if source_ended && (ready.closed || ready.error || is_closed(fd)) {
             self.aborted = true;
             self.phase = Phase::Over;
             return;
@@ -359,9 +361,12 @@ impl Connection {
         let token = |part| Token::new(Class::Forward, part, key);
         let (host, tcp) = match self.phase {
             Phase::Over => return false,
-            Phase::Header { .. } => (Ready::IN, Ready::empty()),
-            Phase::Refused => (Ready::OUT, Ready::empty()),
-            Phase::Connecting { .. } => (Ready::ET | Ready::OUT | Ready::RDHUP, Ready::OUT),
+            Phase::Header { .. } => (Interest::READ, Interest::NONE),
+            Phase::Refused => (Interest::WRITE, Interest::NONE),
+            Phase::Connecting { .. } => (
+                Interest::WRITE.and(Interest::HANGUP).edge_triggered(),
+                Interest::WRITE,
+            ),
             Phase::Open => (
                 wanted(&self.to_tcp, &self.to_host),
                 wanted(&self.to_host, &self.to_tcp),
@@ -379,32 +384,30 @@ impl Connection {
         host.is_ok() && tcp.is_ok()
     }
 
-    pub(super) fn close(self, reactor: &Reactor) {
-        self.host.retire(reactor);
-        if let Some(tcp) = self.tcp {
-            if self.aborted {
-                // Reset the connection, because a server that is only waiting would not
-                // notice a second FIN.
-                let _ = sockopt::set_socket_linger(&tcp, Some(Duration::ZERO));
-            }
-            tcp.retire(reactor);
+    pub(super) fn close(self) {
+        if self.aborted
+            && let Some(tcp) = &self.tcp
+        {
+            // Reset the connection, because a server that is only waiting would not
+            // notice a second FIN.
+            let _ = sockopt::set_socket_linger(tcp, Some(Duration::ZERO));
         }
     }
 }
 
 /// Returns the events to watch on a socket that `from_it` reads and `into_it` writes.
-fn wanted(from_it: &Pump, into_it: &Pump) -> Ready {
-    let mut want = Ready::empty();
+fn wanted(from_it: &Pump, into_it: &Pump) -> Interest {
+    let mut want = Interest::NONE;
     if from_it.wants_input() {
-        want |= Ready::IN;
+        want = want.and(Interest::READ);
     }
     if into_it.is_blocked() {
-        want |= Ready::OUT;
+        want = want.and(Interest::WRITE);
     }
-    if want.is_empty() && !into_it.done {
+    if want == Interest::NONE && !into_it.done {
         // While idle, one edge-triggered event reports that the peer has closed
         // completely. A closed vsock peer is reported as writable and not as hung up.
-        want = Ready::ET | Ready::OUT;
+        want = Interest::WRITE.edge_triggered();
     }
     want
 }

@@ -8,8 +8,9 @@ mod listening;
 
 use std::os::fd::OwnedFd;
 
-use crate::reactor::{Reactor, Ready, Token};
-use crate::slab::{Key, Slab};
+use sm_event_loop::{Key, Slab};
+
+use crate::reactor::{Reactor, Readiness, Token};
 use connection::Connection;
 
 /// All forwarded connections.
@@ -20,7 +21,7 @@ pub(crate) struct Forwards {
 
 impl Forwards {
     /// Adds a new connection of the host.
-    pub(crate) fn accept(&mut self, reactor: &mut Reactor, host: OwnedFd) {
+    pub(crate) fn accept(&mut self, reactor: &Reactor, host: OwnedFd) {
         let key = self.connections.insert(Connection::new(host));
         self.settle(reactor, key);
     }
@@ -28,9 +29,9 @@ impl Forwards {
     /// Handles readiness of a socket. Returns true if its connection has ended.
     pub(crate) fn ready(
         &mut self,
-        reactor: &mut Reactor,
+        reactor: &Reactor,
         token: Token,
-        ready: Ready,
+        ready: Readiness,
         scratch: &mut [u8],
     ) -> bool {
         if let Some(connection) = self.connections.get_mut(token.key) {
@@ -40,19 +41,19 @@ impl Forwards {
     }
 
     /// Starts another attempt to connect. Returns true if the connection has ended.
-    pub(crate) fn deadline(&mut self, reactor: &mut Reactor, key: Key) -> bool {
+    pub(crate) fn deadline(&mut self, reactor: &Reactor, key: Key) -> bool {
         if let Some(connection) = self.connections.get_mut(key) {
             connection.retry(reactor, key);
         }
         self.settle(reactor, key)
     }
 
-    fn settle(&mut self, reactor: &mut Reactor, key: Key) -> bool {
+    fn settle(&mut self, reactor: &Reactor, key: Key) -> bool {
         if let Some(connection) = self.connections.get_mut(key)
             && !connection.settle(reactor, key)
             && let Some(connection) = self.connections.remove(key)
         {
-            connection.close(reactor);
+            connection.close();
             return true;
         }
         false
@@ -74,11 +75,9 @@ mod tests {
     /// Handles events until the connection is over.
     fn serve(reactor: &mut Reactor, forwards: &mut Forwards, mut each: impl FnMut()) {
         let mut scratch = vec![0; 1 << 16];
-        let mut events = Vec::new();
         loop {
             each();
-            reactor.wait(&mut events).unwrap();
-            for event in events.drain(..) {
+            for event in reactor.events() {
                 let over = match event {
                     Event::Io(token, ready) => forwards.ready(reactor, token, ready, &mut scratch),
                     Event::Timer(token) if token.class == Class::Forward => {
@@ -120,7 +119,7 @@ mod tests {
             });
             let mut reactor = Reactor::new().unwrap();
             let mut forwards = Forwards::default();
-            forwards.accept(&mut reactor, agents.into());
+            forwards.accept(&reactor, agents.into());
             // Every send of the loop's first turns fails, large or small.
             let mut turns = 0;
             serve(&mut reactor, &mut forwards, || {
@@ -163,7 +162,7 @@ mod tests {
             });
             let mut reactor = Reactor::new().unwrap();
             let mut forwards = Forwards::default();
-            forwards.accept(&mut reactor, agents.into());
+            forwards.accept(&reactor, agents.into());
             let mut turns = 0;
             serve(&mut reactor, &mut forwards, || {
                 turns += 1;
