@@ -118,6 +118,7 @@ pub enum Upper {
 
 /// A reply of the agent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 #[serde(rename_all = "snake_case")]
 pub enum ControlReply {
     /// Answer to HELLO.

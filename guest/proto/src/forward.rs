@@ -30,6 +30,7 @@ pub struct ForwardHeader {
 
 /// Failure to decode a header.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum ForwardError {
     /// The magic bytes belong to another protocol or version.
     #[error("not a forward header of this version")]
@@ -76,8 +77,9 @@ impl ForwardHeader {
     }
 }
 
-/// The agent's one-byte answer.
+/// The agent's one-byte answer. An unknown byte is a failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 #[repr(u8)]
 pub enum ForwardStatus {
     /// The connection is established; raw bytes follow.

@@ -74,6 +74,7 @@ impl TryFrom<u8> for FrameType {
 
 /// Failure to decode a frame.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum FrameError {
     /// The type byte is not a [`FrameType`].
     #[error("unknown frame type {0:#04x}")]

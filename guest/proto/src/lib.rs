@@ -6,6 +6,11 @@
 //! forward port takes one header of fixed size and becomes a raw byte stream
 //! ([`forward`]).
 //!
+//! A peer never sees a message that it does not know: an unknown type of frame or message
+//! is a decoding error. Requests and types of frames are exhaustive enums, so that a
+//! receiver does not compile before it handles a new one. Answers and errors are
+//! `non_exhaustive`: a caller treats those that it does not expect as a failure.
+//!
 //! This crate does no I/O: it encodes to and decodes from byte buffers, so that the
 //! blocking agent and the host's event loop share the code.
 #![warn(missing_docs)]
