@@ -37,13 +37,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     let mut config = Config::default();
     if !entrypoint.is_empty() {
-        config.set_entrypoint(Some(entrypoint));
+        config.entrypoint = Some(entrypoint);
     }
     if !cmd.is_empty() {
-        config.set_cmd(Some(cmd));
+        config.cmd = Some(cmd);
     }
     if !env.is_empty() {
-        config.set_env(Some(env));
+        config.env = Some(env);
     }
     println!("{}", image.finish(tag, config)?);
     Ok(())

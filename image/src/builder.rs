@@ -5,14 +5,13 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::Path;
 
-use oci_spec::image::{
-    Arch, Config, Descriptor, ImageConfiguration, ImageIndex, ImageIndexBuilder,
-    ImageManifestBuilder, MediaType, Os, RootFsBuilder, SCHEMA_VERSION, Sha256Digest,
-};
-
 use crate::Error;
+use crate::config::{Config, ImageConfig};
 use crate::digest::{Digest, HashingReader};
-use crate::documents::{REF_NAME, parse};
+use crate::documents::{
+    Descriptor, Index, Manifest, OCI_CONFIG, OCI_LAYER, OCI_LAYER_GZIP, OCI_LAYER_ZSTD,
+    OCI_MANIFEST, REF_NAME, parse,
+};
 use crate::platform::Platform;
 use crate::tar::{DirectoryTar, END, Header, Kind, encode, padding};
 
@@ -49,7 +48,7 @@ pub struct LayoutBuilder<'a> {
     compression: Compression,
     platform: Platform,
     layers: Vec<Descriptor>,
-    diff_ids: Vec<String>,
+    diff_ids: Vec<Digest>,
 }
 
 impl<'a> LayoutBuilder<'a> {
@@ -141,12 +140,12 @@ impl<'a> LayoutBuilder<'a> {
         blob.persist(&path)
             .map_err(|error| Error::file("write", &path)(error.error))?;
         let kind = match self.compression {
-            Compression::None => MediaType::ImageLayer,
-            Compression::Gzip(_) => MediaType::ImageLayerGzip,
-            Compression::Zstd(_) => MediaType::ImageLayerZstd,
+            Compression::None => OCI_LAYER,
+            Compression::Gzip(_) => OCI_LAYER_GZIP,
+            Compression::Zstd(_) => OCI_LAYER_ZSTD,
         };
-        self.layers.push(descriptor(kind, size, digest)?);
-        self.diff_ids.push(diff_id.to_string());
+        self.layers.push(Descriptor::new(kind, size, digest));
+        self.diff_ids.push(diff_id);
         Ok(())
     }
 
@@ -156,29 +155,14 @@ impl<'a> LayoutBuilder<'a> {
     /// # Errors
     /// The layout's index cannot be read, or a file cannot be written.
     pub fn finish(self, tag: &str, config: Config) -> Result<Digest, Error> {
-        let rootfs = RootFsBuilder::default()
-            .typ("layers")
-            .diff_ids(self.diff_ids.clone())
-            .build()
-            .map_err(|error| Error::document("configuration", error))?;
-        let mut image = ImageConfiguration::default();
-        image
-            .set_architecture(Arch::from(self.platform.architecture()))
-            .set_os(Os::from(self.platform.os()))
-            .set_variant(self.platform.variant().map(str::to_owned))
-            .set_config(Some(config))
-            .set_rootfs(rootfs);
+        let mut image = ImageConfig::new(&self.platform, &self.diff_ids);
+        image.config = Some(config);
         let (digest, size) = self.document("configuration", &image)?;
-        let manifest = ImageManifestBuilder::default()
-            .schema_version(SCHEMA_VERSION)
-            .media_type(MediaType::ImageManifest)
-            .config(descriptor(MediaType::ImageConfig, size, digest)?)
-            .layers(self.layers.clone())
-            .build()
-            .map_err(|error| Error::document("manifest", error))?;
+        let config = Descriptor::new(OCI_CONFIG, size, digest);
+        let manifest = Manifest::new(config, self.layers.clone());
         let (digest, size) = self.document("manifest", &manifest)?;
-        let mut named = descriptor(MediaType::ImageManifest, size, digest)?;
-        named.set_annotations(Some([(REF_NAME.to_owned(), tag.to_owned())].into()));
+        let mut named = Descriptor::new(OCI_MANIFEST, size, digest);
+        named.annotations = Some([(REF_NAME.to_owned(), tag.to_owned())].into());
         self.add_to_index(tag, named)?;
         Ok(digest)
     }
@@ -193,25 +177,14 @@ impl<'a> LayoutBuilder<'a> {
 
     fn add_to_index(&self, tag: &str, image: Descriptor) -> Result<(), Error> {
         let path = self.directory.join("index.json");
-        let mut index: ImageIndex = match fs::read(&path) {
+        let mut index: Index = match fs::read(&path) {
             Ok(bytes) => parse(&bytes, "index")?,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => ImageIndexBuilder::default()
-                .schema_version(SCHEMA_VERSION)
-                .media_type(MediaType::ImageIndex)
-                .manifests(Vec::new())
-                .build()
-                .map_err(|error| Error::document("index", error))?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Index::new(Vec::new()),
             Err(error) => return Err(Error::file("read", &path)(error)),
         };
-        let mut manifests = index.manifests().clone();
-        manifests.retain(|known| {
-            let names = known.annotations().as_ref();
-            names
-                .and_then(|names| names.get(REF_NAME))
-                .is_none_or(|name| name != tag)
-        });
-        manifests.push(image);
-        index.set_manifests(manifests);
+        let has_tag = |known: &Descriptor| known.annotation(REF_NAME) == Some(tag);
+        index.manifests.retain(|known| !has_tag(known));
+        index.manifests.push(image);
         let bytes = serde_json::to_vec(&index).map_err(|error| Error::document("index", error))?;
         let failed = |error| Error::file("write", &path)(error);
         let mut fresh = tempfile::NamedTempFile::new_in(self.directory).map_err(failed)?;
@@ -232,12 +205,4 @@ fn compress(tar: &mut impl Read, compression: Compression, blob: &mut File) -> i
         }
         Compression::Zstd(level) => zstd::stream::copy_encode(tar, blob, level),
     }
-}
-
-fn descriptor(kind: MediaType, size: u64, digest: Digest) -> Result<Descriptor, Error> {
-    let digest: Sha256Digest = digest
-        .hex()
-        .parse()
-        .map_err(|error| Error::document("descriptor", error))?;
-    Ok(Descriptor::new(kind, size, digest))
 }

@@ -1,14 +1,18 @@
 //! The JSON documents of an image: index, manifest, configuration.
 
+mod model;
 mod parts;
 mod resolve;
 
-use oci_spec::image::Descriptor;
 use serde::Deserialize;
 
 use crate::Error;
 use crate::digest::Digest;
 
+pub(crate) use self::model::{
+    Descriptor, Index, Manifest, OCI_CONFIG, OCI_LAYER, OCI_LAYER_GZIP, OCI_LAYER_ZSTD,
+    OCI_MANIFEST,
+};
 pub(crate) use self::parts::{Parts, diff_ids};
 pub(crate) use self::resolve::{Resolved, check_platform, platform_of, resolve};
 
@@ -17,6 +21,8 @@ pub(crate) const MAX_DOCUMENT: u64 = 8 << 20;
 
 /// The annotation with the name of an image in a layout.
 pub(crate) const REF_NAME: &str = "org.opencontainers.image.ref.name";
+/// The annotation with an image's full name, written by containerd and Docker.
+pub(crate) const FULL_NAME: &str = "io.containerd.image.name";
 
 /// The descriptor of a blob in a document.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,14 +34,14 @@ pub(crate) struct Named {
 
 impl Named {
     pub(crate) fn from_descriptor(descriptor: &Descriptor, document: &str) -> Result<Self, Error> {
-        let text = descriptor.digest().to_string();
-        let digest = Digest::parse(&text).ok_or_else(|| {
+        let text = &descriptor.digest;
+        let digest = Digest::parse(text).ok_or_else(|| {
             Error::document(document, format!("\"{text}\" is not a sha256 digest"))
         })?;
         Ok(Self {
             digest,
-            size: descriptor.size(),
-            media_type: descriptor.media_type().to_string(),
+            size: descriptor.size,
+            media_type: descriptor.media_type.clone(),
         })
     }
 

@@ -4,9 +4,8 @@ mod layers;
 #[cfg(test)]
 mod tar_reference;
 
-use oci_spec::image::ImageConfiguration;
-
 pub use self::layers::{disk, layer, layer_index, pax, tar};
+use crate::config::ImageConfig;
 use crate::digest::Digest;
 use crate::documents::{Parts, diff_ids, parse, resolve};
 use crate::source::Registries;
@@ -17,7 +16,7 @@ use crate::{DockerReference, Platform, Reference, source};
 pub fn documents(data: &[u8]) {
     let mut parts = data.splitn(2, |byte| *byte == 0);
     let manifest = parts.next().unwrap_or_default();
-    let config = parse::<ImageConfiguration>(parts.next().unwrap_or(manifest), "configuration");
+    let config = parse::<ImageConfig>(parts.next().unwrap_or(manifest), "configuration");
     // Every requested document has these bytes.
     let resolved = resolve(manifest.to_vec(), None, None, &|_| Ok(manifest.to_vec()));
     if let Ok(config) = &config {

@@ -16,20 +16,19 @@
 //! The header is written last, because it marks an index as complete. A reader checks
 //! every record nevertheless.
 
+mod encoding;
+
 use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Read, Seek as _, SeekFrom, Write};
 use std::os::unix::fs::FileExt as _;
 
-use zerocopy::little_endian::{I64, U16, U32, U64};
-use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+use self::encoding::{FIXED_LEN, Fixed, HEADER_BYTES, Header};
 
 const MAGIC: [u8; 8] = *b"sm-layer";
 /// Format version. After a change, layers of other versions are converted again.
 const VERSION: u32 = 3;
 const ALIGN: usize = 8;
-const HEADER_BYTES: usize = 64;
 const HEADER_LEN: u64 = HEADER_BYTES as u64;
-const FIXED_LEN: usize = 56;
 /// Maximum length of a record in bytes, far above that of valid entries.
 const MAX_RECORD: usize = 256 << 10;
 const BUFFER: usize = 256 << 10;
@@ -108,10 +107,14 @@ impl<'a> Xattrs<'a> {
     pub(crate) fn iter(self) -> impl Iterator<Item = (&'a [u8], &'a [u8])> {
         let mut rest = self.0;
         std::iter::from_fn(move || {
-            let (name_len, after) = U16::read_from_prefix(rest).ok()?;
-            let (value_len, after) = U16::read_from_prefix(after).ok()?;
-            let (name, after) = after.split_at_checked(usize::from(name_len.get()))?;
-            let (value, after) = after.split_at_checked(usize::from(value_len.get()))?;
+            let (name_len, after) = rest.split_first_chunk()?;
+            let (value_len, after) = after.split_first_chunk()?;
+            let (name_len, value_len) = (
+                u16::from_le_bytes(*name_len),
+                u16::from_le_bytes(*value_len),
+            );
+            let (name, after) = after.split_at_checked(usize::from(name_len))?;
+            let (value, after) = after.split_at_checked(usize::from(value_len))?;
             rest = after;
             Some((name, value))
         })
@@ -141,43 +144,6 @@ pub(crate) struct Totals {
     pub(crate) small_len: u64,
     /// Length of the tar stream in bytes.
     pub(crate) tar_len: u64,
-}
-
-#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
-#[repr(C)]
-struct Header {
-    magic: [u8; 8],
-    version: U32,
-    /// The layer contains whiteouts or opaque directories. Readers of earlier versions
-    /// used this to decide about a second pass.
-    hides: U32,
-    entries: U64,
-    records_len: U64,
-    blob_len: U64,
-    small_len: U64,
-    tar_len: U64,
-    reserved: [u8; 8],
-}
-
-/// The fixed part of a record. `a` and `b` are offset and size of a file, or major and
-/// minor number of a device.
-#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
-#[repr(C)]
-struct Fixed {
-    /// Length of the whole record.
-    len: U32,
-    kind: U16,
-    mode: U16,
-    uid: U32,
-    gid: U32,
-    seconds: I64,
-    nanoseconds: U32,
-    xattrs_len: U32,
-    path_len: U16,
-    link_len: U16,
-    reserved: U32,
-    a: U64,
-    b: U64,
 }
 
 const FILE: u16 = 1;
@@ -255,22 +221,22 @@ impl<'a> IndexWriter<'a> {
         let len = FIXED_LEN + entry.path.len() + link.len() + xattrs.len();
         let len = len.next_multiple_of(ALIGN);
         let fixed = Fixed {
-            len: u32::try_from(len).map_err(too_long)?.into(),
-            kind: kind.into(),
-            mode: entry.meta.mode.into(),
-            uid: entry.meta.uid.into(),
-            gid: entry.meta.gid.into(),
-            seconds: entry.meta.mtime.0.into(),
-            nanoseconds: entry.meta.mtime.1.into(),
-            xattrs_len: u32::try_from(xattrs.len()).map_err(too_long)?.into(),
-            path_len: u16::try_from(entry.path.len()).map_err(too_long)?.into(),
-            link_len: u16::try_from(link.len()).map_err(too_long)?.into(),
-            reserved: 0.into(),
-            a: a.into(),
-            b: b.into(),
+            len: u32::try_from(len).map_err(too_long)?,
+            kind,
+            mode: entry.meta.mode,
+            uid: entry.meta.uid,
+            gid: entry.meta.gid,
+            seconds: entry.meta.mtime.0,
+            nanoseconds: entry.meta.mtime.1,
+            xattrs_len: u32::try_from(xattrs.len()).map_err(too_long)?,
+            path_len: u16::try_from(entry.path.len()).map_err(too_long)?,
+            link_len: u16::try_from(link.len()).map_err(too_long)?,
+            a,
+            b,
         };
         self.record.clear();
-        for part in [fixed.as_bytes(), entry.path, link, xattrs] {
+        fixed.encode(&mut self.record);
+        for part in [entry.path, link, xattrs] {
             self.record.extend_from_slice(part);
         }
         self.record.resize(len, 0);
@@ -286,16 +252,15 @@ impl<'a> IndexWriter<'a> {
         self.out.flush()?;
         let header = Header {
             magic: MAGIC,
-            version: VERSION.into(),
-            hides: u32::from(self.hides).into(),
-            entries: self.entries.into(),
-            records_len: self.records_len.into(),
-            blob_len: totals.blob_len.into(),
-            small_len: totals.small_len.into(),
-            tar_len: totals.tar_len.into(),
-            reserved: [0; 8],
+            version: VERSION,
+            hides: self.hides.into(),
+            records_len: self.records_len,
+            totals: Totals {
+                entries: self.entries,
+                ..totals
+            },
         };
-        self.file.write_all_at(header.as_bytes(), 0)
+        self.file.write_all_at(&header.encode(), 0)
     }
 }
 
@@ -326,12 +291,10 @@ impl IndexReader {
             return Ok(None);
         }
         file.read_exact_at(&mut bytes, 0)?;
-        let Ok(header) = Header::read_from_bytes(&bytes) else {
-            return Ok(None);
-        };
-        let records_len = header.records_len.get();
+        let header = Header::decode(&bytes);
+        let records_len = header.records_len;
         if header.magic != MAGIC
-            || header.version.get() != VERSION
+            || header.version != VERSION
             || records_len.checked_add(HEADER_LEN) != Some(len)
         {
             return Ok(None);
@@ -339,12 +302,7 @@ impl IndexReader {
         let mut reader = Self {
             input: BufReader::with_capacity(BUFFER, file),
             record: Vec::new(),
-            totals: Totals {
-                entries: header.entries.get(),
-                blob_len: header.blob_len.get(),
-                small_len: header.small_len.get(),
-                tar_len: header.tar_len.get(),
-            },
+            totals: header.totals,
             records_len,
             left: 0,
         };
@@ -370,12 +328,12 @@ impl IndexReader {
         }
         let mut fixed = [0; FIXED_LEN];
         self.input.read_exact(&mut fixed)?;
-        let fixed = Fixed::read_from_bytes(&fixed).map_err(|_| damaged("a record"))?;
-        let len = fixed.len.get() as usize;
+        let fixed = Fixed::decode(&fixed);
+        let len = fixed.len as usize;
         let parts = [
-            usize::from(fixed.path_len.get()),
-            usize::from(fixed.link_len.get()),
-            fixed.xattrs_len.get() as usize,
+            usize::from(fixed.path_len),
+            usize::from(fixed.link_len),
+            fixed.xattrs_len as usize,
         ];
         let needed = parts
             .iter()
@@ -403,13 +361,10 @@ impl IndexReader {
             path,
             kind: kind(&fixed, link, self.totals)?,
             meta: Meta {
-                mode: fixed.mode.get() & 0o7777,
-                uid: fixed.uid.get(),
-                gid: fixed.gid.get(),
-                mtime: (
-                    fixed.seconds.get(),
-                    fixed.nanoseconds.get().min(999_999_999),
-                ),
+                mode: fixed.mode & 0o7777,
+                uid: fixed.uid,
+                gid: fixed.gid,
+                mtime: (fixed.seconds, fixed.nanoseconds.min(999_999_999)),
             },
             xattrs: Xattrs(xattrs),
         }))
@@ -425,7 +380,7 @@ fn check_path(path: &[u8]) -> io::Result<()> {
 }
 
 fn kind<'a>(fixed: &Fixed, link: &'a [u8], totals: Totals) -> io::Result<EntryKind<'a>> {
-    let (a, b) = (fixed.a.get(), fixed.b.get());
+    let (a, b) = (fixed.a, fixed.b);
     let device = || -> io::Result<(u32, u32)> {
         match (u32::try_from(a), u32::try_from(b)) {
             (Ok(major), Ok(minor)) => Ok((major, minor)),
@@ -436,7 +391,7 @@ fn kind<'a>(fixed: &Fixed, link: &'a [u8], totals: Totals) -> io::Result<EntryKi
         true => Ok(()),
         false => Err(damaged("a file's place")),
     };
-    Ok(match fixed.kind.get() {
+    Ok(match fixed.kind {
         FILE => {
             inside(totals.blob_len)?;
             if !a.is_multiple_of(BLOCK) {

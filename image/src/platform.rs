@@ -3,9 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
-use oci_spec::image::ImageConfiguration;
-
 use crate::Error;
+use crate::config::ImageConfig;
 
 /// An operating system and an architecture, with Go's names (OCI image-spec
 /// image-index.md), normalized as in containerd: `x86_64` is `amd64`, `aarch64` and
@@ -42,11 +41,11 @@ impl Platform {
 
     /// Returns the platform in an image's configuration.
     #[must_use]
-    pub fn of(config: &ImageConfiguration) -> Self {
+    pub fn of(config: &ImageConfig) -> Self {
         Self::new(
-            &config.os().to_string(),
-            &config.architecture().to_string(),
-            config.variant().as_deref().unwrap_or_default(),
+            &config.os,
+            &config.architecture,
+            config.variant.as_deref().unwrap_or_default(),
         )
     }
 

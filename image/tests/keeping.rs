@@ -202,7 +202,7 @@ fn a_tar_stream_becomes_an_image() {
     let home = Home::new();
     let [stream, _] = layers();
     let mut config = Config::default();
-    config.set_cmd(Some(vec!["/d/small".to_owned()]));
+    config.cmd = Some(vec!["/d/small".to_owned()]);
     let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
     std::io::Write::write_all(&mut gzip, &stream).unwrap();
     let gzip = gzip.finish().unwrap();
@@ -212,7 +212,7 @@ fn a_tar_stream_becomes_an_image() {
             .import(stream, name, config.clone(), "from a test", &options)
     };
     let image = import(&gzip, Some(&name("imported"))).unwrap();
-    assert_eq!(image.config.config().as_ref(), Some(&config));
+    assert_eq!(image.config.config.as_ref(), Some(&config));
     // Importing the plain stream without a name produces the same image.
     let digest = image.digest;
     drop(image);

@@ -248,17 +248,17 @@ struct Step {
 pub(crate) fn history(home: &Home, args: &HistoryArgs, printer: &Printer) -> Result<u32, Failure> {
     let details = image::inspect(home, &args.image)?;
     let mut layers = details.layers.iter();
-    let entries = details.config.history().iter().flatten();
+    let entries = details.config.history.iter().flatten();
     let mut steps: Vec<_> = entries
         .map(|entry| {
-            let empty = entry.empty_layer().unwrap_or(false);
+            let empty = entry.empty_layer.unwrap_or(false);
             let layer = if empty { None } else { layers.next() };
             Step {
                 layer: layer.map(|layer| layer.diff_id.to_string()),
-                created: entry.created().clone(),
-                created_by: entry.created_by().clone().unwrap_or_default(),
+                created: entry.created.clone(),
+                created_by: entry.created_by.clone().unwrap_or_default(),
                 size: layer.map_or(0, |layer| layer.size),
-                comment: entry.comment().clone().unwrap_or_default(),
+                comment: entry.comment.clone().unwrap_or_default(),
             }
         })
         .collect();

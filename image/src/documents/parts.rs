@@ -1,9 +1,9 @@
 //! The parts of an image: the configuration and the layers in its manifest.
 
-use oci_spec::image::{Descriptor, ImageConfiguration, ImageManifest};
-
 use super::Named;
+use super::model::{Descriptor, Manifest, OCI_CONFIG, OCI_LAYER};
 use crate::Error;
+use crate::config::ImageConfig;
 use crate::digest::Digest;
 
 /// Maximum number of layers of an image, which is the limit of Docker's and containerd's
@@ -11,11 +11,9 @@ use crate::digest::Digest;
 /// of the disk, which a VM keeps open while it runs.
 const MAX_LAYERS: usize = 127;
 
-const OCI_LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
 const OCI_FOREIGN: &str = "application/vnd.oci.image.layer.nondistributable.v1.tar";
 const DOCKER_LAYER: &str = "application/vnd.docker.image.rootfs.diff.tar";
 const DOCKER_FOREIGN: &str = "application/vnd.docker.image.rootfs.foreign.diff.tar";
-const OCI_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
 
 /// The blobs of an image.
@@ -28,8 +26,8 @@ pub(crate) struct Parts {
 
 impl Parts {
     /// Checks a manifest, before any of its blobs is read.
-    pub(crate) fn of(manifest: &ImageManifest) -> Result<Self, Error> {
-        let config = Named::from_descriptor(manifest.config(), "manifest")?;
+    pub(crate) fn of(manifest: &Manifest) -> Result<Self, Error> {
+        let config = Named::from_descriptor(&manifest.config, "manifest")?;
         if !matches!(config.media_type.as_str(), OCI_CONFIG | DOCKER_CONFIG) {
             let text = format!(
                 "it is not a container image: its configuration has type \"{}\"",
@@ -37,10 +35,10 @@ impl Parts {
             );
             return Err(Error::document("manifest", text));
         }
-        if manifest.layers().len() > MAX_LAYERS {
+        if manifest.layers.len() > MAX_LAYERS {
             return Err(too_many());
         }
-        let layers = manifest.layers().iter().map(layer);
+        let layers = manifest.layers.iter().map(layer);
         Ok(Self {
             config,
             layers: layers.collect::<Result<_, _>>()?,
@@ -99,8 +97,8 @@ fn kind(media_type: &str) -> Kind {
 }
 
 /// Returns the diff_ids of a configuration, which must have one for each layer.
-pub(crate) fn diff_ids(config: &ImageConfiguration, layers: usize) -> Result<Vec<Digest>, Error> {
-    let diff_ids = config.rootfs().diff_ids();
+pub(crate) fn diff_ids(config: &ImageConfig, layers: usize) -> Result<Vec<Digest>, Error> {
+    let diff_ids = &config.rootfs.diff_ids;
     if diff_ids.len() != layers {
         let text = format!("it has {} diff_ids for {layers} layers", diff_ids.len());
         return Err(Error::document("configuration", text));
@@ -122,8 +120,9 @@ pub(crate) fn diff_ids(config: &ImageConfiguration, layers: usize) -> Result<Vec
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::platform::Platform;
 
-    fn manifest(config: &str, layers: &str) -> ImageManifest {
+    fn manifest(config: &str, layers: &str) -> Manifest {
         let digest = Digest::of(b"config");
         let text = format!(
             r#"{{"schemaVersion": 2, "layers": [{layers}],
@@ -141,7 +140,7 @@ mod tests {
     }
 
     #[track_caller]
-    fn refused(manifest: &ImageManifest, words: &[&str]) {
+    fn refused(manifest: &Manifest, words: &[&str]) {
         let error = Parts::of(manifest).unwrap_err().to_string();
         for word in words {
             assert!(error.contains(word), "{word:?} is not in {error:?}");
@@ -200,19 +199,14 @@ mod tests {
 
     #[test]
     fn diff_ids_are_counted() {
-        let mut config = ImageConfiguration::default();
+        let mut config = ImageConfig::new(&Platform::host(), &[]);
         assert!(
             diff_ids(&config, 1)
                 .unwrap_err()
                 .to_string()
                 .contains("0 diff_ids")
         );
-        let rootfs = |ids: &[&str]| {
-            let ids: Vec<String> = ids.iter().map(|id| (*id).to_owned()).collect();
-            let builder = oci_spec::image::RootFsBuilder::default();
-            builder.typ("layers").diff_ids(ids).build().unwrap()
-        };
-        config.set_rootfs(rootfs(&["sha256:no"]));
+        config.rootfs.diff_ids = vec!["sha256:no".to_owned()];
         assert!(
             diff_ids(&config, 1)
                 .unwrap_err()
@@ -220,7 +214,7 @@ mod tests {
                 .contains("sha256:no")
         );
         let digest = Digest::of(b"x");
-        config.set_rootfs(rootfs(&[&digest.to_string()]));
+        config.rootfs.diff_ids = vec![digest.to_string()];
         assert_eq!(diff_ids(&config, 1).unwrap(), [digest]);
     }
 }

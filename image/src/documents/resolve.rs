@@ -1,10 +1,11 @@
 //! Resolution of a reference to one image: through indexes, by platform.
 
-use oci_spec::image::{Descriptor, ImageConfiguration, ImageIndex, ImageManifest, MediaType};
 use serde::Deserialize;
 
+use super::model::{Descriptor, Index, Manifest, OCI_INDEX, OCI_MANIFEST};
 use super::{Named, parse};
 use crate::Error;
+use crate::config::ImageConfig;
 use crate::digest::Digest;
 use crate::platform::Platform;
 
@@ -15,10 +16,8 @@ const MAX_DOCUMENTS: usize = 16;
 /// Maximum number of platforms listed in a message.
 const MAX_LISTED: usize = 20;
 
-const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
 const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
 const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
-const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 
 /// The manifest that was found.
 #[derive(Debug)]
@@ -29,15 +28,15 @@ pub(crate) struct Resolved {
     pub(crate) named: Digest,
     pub(crate) media_type: String,
     pub(crate) bytes: Vec<u8>,
-    pub(crate) manifest: ImageManifest,
+    pub(crate) manifest: Manifest,
 }
 
 /// A parsed manifest document.
 enum Document {
     /// Manifests for several platforms.
-    Index(Box<ImageIndex>),
+    Index(Box<Index>),
     /// The manifest of one image.
-    Manifest(Box<ImageManifest>),
+    Manifest(Box<Manifest>),
 }
 
 /// Parses an index or a manifest. They are distinguished by their members, because the
@@ -142,7 +141,7 @@ impl Search<'_> {
             Document::Index(index) => index,
             Document::Manifest(manifest) => {
                 let digest = Digest::of(&bytes);
-                let inside = manifest.media_type().as_ref().map(MediaType::to_string);
+                let inside = manifest.media_type.clone();
                 return Ok(Some(Resolved {
                     digest,
                     named: digest,
@@ -177,8 +176,8 @@ impl Search<'_> {
 
     /// Returns the entries of an index to follow: the best manifest, otherwise the nested
     /// indexes, otherwise the only entry.
-    fn candidates<'i>(&mut self, index: &'i ImageIndex) -> Result<Vec<&'i Descriptor>, Error> {
-        let manifests = index.manifests();
+    fn candidates<'i>(&mut self, index: &'i Index) -> Result<Vec<&'i Descriptor>, Error> {
+        let manifests = &index.manifests;
         if manifests.is_empty() {
             return Err(Error::document("index", "it lists no manifest"));
         }
@@ -207,7 +206,7 @@ impl Search<'_> {
         }
         Ok(match (best, manifests.as_slice()) {
             (Some((_, best)), _) => vec![best],
-            (None, [only]) if only.platform().is_none() => vec![only],
+            (None, [only]) if only.platform.is_none() => vec![only],
             (None, _) => nested,
         })
     }
@@ -230,34 +229,30 @@ impl Search<'_> {
 
 /// Returns the platform of a descriptor.
 pub(crate) fn platform_of(descriptor: &Descriptor) -> Option<Platform> {
-    let platform = descriptor.platform().as_ref()?;
+    let platform = descriptor.platform.as_ref()?;
     Some(Platform::new(
-        &platform.os().to_string(),
-        &platform.architecture().to_string(),
-        platform.variant().as_deref().unwrap_or_default(),
+        &platform.os,
+        &platform.architecture,
+        platform.variant.as_deref().unwrap_or_default(),
     ))
 }
 
 fn is_index(descriptor: &Descriptor) -> bool {
-    matches!(
-        descriptor.media_type().to_string().as_str(),
-        OCI_INDEX | DOCKER_LIST
-    )
+    matches!(descriptor.media_type.as_str(), OCI_INDEX | DOCKER_LIST)
 }
 
 /// Returns true for an attestation of BuildKit, which describes a build and is not an
 /// image.
 fn is_attestation(descriptor: &Descriptor) -> bool {
-    let annotation = descriptor.annotations().as_ref().is_some_and(|all| {
-        all.get("vnd.docker.reference.type").map(String::as_str) == Some("attestation-manifest")
-    });
+    let annotation = descriptor.annotation("vnd.docker.reference.type");
+    let annotation = annotation == Some("attestation-manifest");
     let platform = platform_of(descriptor);
     annotation || platform.is_some_and(|p| p.os() == "unknown" && p.architecture() == "unknown")
 }
 
 /// Checks that an image is for the requested platform.
 pub(crate) fn check_platform(
-    config: &ImageConfiguration,
+    config: &ImageConfig,
     platform: Option<&Platform>,
 ) -> Result<(), Error> {
     let offered = Platform::of(config);

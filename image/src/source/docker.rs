@@ -2,12 +2,12 @@
 
 use std::io::Read;
 
-use oci_spec::image::ImageConfiguration;
 use serde::Deserialize;
 
 use super::choice::Choice;
 use super::{Files, Source, SourceImage, SourceLayer, read_small};
 use crate::Error;
+use crate::config::ImageConfig;
 use crate::digest::Digest;
 use crate::documents::{check_platform, diff_ids, parse};
 use crate::platform::Platform;
@@ -91,7 +91,7 @@ impl<F: Files + Sync> Source for DockerArchive<F> {
         let item = self.item()?;
         let bytes = read_small(&self.files, &item.config, "configuration")?
             .ok_or_else(|| Error::document("configuration", "it is missing from the archive"))?;
-        let config: ImageConfiguration = parse(&bytes, "configuration")?;
+        let config: ImageConfig = parse(&bytes, "configuration")?;
         check_platform(&config, platform)?;
         let paths = item.layers.unwrap_or_default();
         let layers = diff_ids(&config, paths.len())?

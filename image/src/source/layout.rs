@@ -5,16 +5,13 @@ use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
-use oci_spec::image::{Descriptor, ImageIndex};
-
 use super::choice::Choice;
 use super::{Files, Source, SourceImage, SourceLayer, blob_path, describe, read_named, read_small};
 use crate::Error;
-use crate::documents::{Named, REF_NAME, parse, platform_of, resolve};
+use crate::documents::{
+    Descriptor, FULL_NAME, Index, Named, REF_NAME, parse, platform_of, resolve,
+};
 use crate::platform::Platform;
-
-/// The annotation with an image's full name, written by containerd and Docker.
-const FULL_NAME: &str = "io.containerd.image.name";
 
 /// A layout in a collection of files.
 pub(super) struct Layout<F> {
@@ -40,7 +37,7 @@ impl<F: Files> Layout<F> {
         }
     }
 
-    fn index(&self) -> Result<ImageIndex, Error> {
+    fn index(&self) -> Result<Index, Error> {
         let bytes = read_small(&self.files, "index.json", "index")?
             .ok_or_else(|| self.unknown("it is not an OCI layout (no index.json)"))?;
         parse(&bytes, "index")
@@ -50,11 +47,11 @@ impl<F: Files> Layout<F> {
     /// several entries with one name.
     fn chosen<'i>(
         &self,
-        index: &'i ImageIndex,
+        index: &'i Index,
         platform: Option<&Platform>,
     ) -> Result<&'i Descriptor, Error> {
         let unknown = |reason| self.unknown(reason);
-        let manifests = index.manifests();
+        let manifests = &index.manifests;
         let all: Vec<_> = manifests.iter().map(names).collect();
         let meant = self.choice.all_among(&all).map_err(unknown)?;
         let host = Platform::host();
@@ -81,14 +78,13 @@ impl<F: Files> Layout<F> {
 
     /// Returns the names of each image.
     pub(super) fn names(&self) -> Result<Vec<Vec<String>>, Error> {
-        Ok(self.index()?.manifests().iter().map(names).collect())
+        Ok(self.index()?.manifests.iter().map(names).collect())
     }
 }
 
 /// Returns the full name, then the name in the layout.
 fn names(descriptor: &Descriptor) -> Vec<String> {
-    let annotations = descriptor.annotations().as_ref();
-    let name = |key: &str| annotations.and_then(|all| all.get(key).cloned());
+    let name = |key: &str| descriptor.annotation(key).map(str::to_owned);
     [FULL_NAME, REF_NAME].into_iter().filter_map(name).collect()
 }
 

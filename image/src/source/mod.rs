@@ -17,11 +17,11 @@ mod storage;
 use std::io::Read;
 use std::path::Path;
 
-use oci_spec::image::ImageConfiguration;
 use serde::{Deserialize, Serialize};
 
 use crate::Error;
 use crate::cancel::Cancel;
+use crate::config::ImageConfig;
 use crate::digest::Digest;
 use crate::documents::{MAX_DOCUMENT, Named, Parts, Resolved, check_platform, diff_ids, parse};
 use crate::platform::Platform;
@@ -94,7 +94,7 @@ pub(crate) struct SourceImage {
     pub(crate) manifest: Option<RawManifest>,
     /// The original bytes of the configuration, whose digest is in the manifest.
     pub(crate) config_bytes: Vec<u8>,
-    pub(crate) config: ImageConfiguration,
+    pub(crate) config: ImageConfig,
     /// The layers, lowest first.
     pub(crate) layers: Vec<SourceLayer>,
     /// The repository that the image comes from; `None` if it is not from a registry.
@@ -210,7 +210,7 @@ fn describe(
 ) -> Result<SourceImage, Error> {
     let parts = Parts::of(&resolved.manifest)?;
     let config_bytes = read(&parts.config, "configuration")?;
-    let config: ImageConfiguration = parse(&config_bytes, "configuration")?;
+    let config: ImageConfig = parse(&config_bytes, "configuration")?;
     check_platform(&config, platform)?;
     let diff_ids = diff_ids(&config, parts.layers.len())?;
     let layers = parts

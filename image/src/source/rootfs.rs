@@ -4,10 +4,9 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use oci_spec::image::{Arch, ImageConfiguration, Os, RootFsBuilder};
-
 use super::{Source, SourceImage, SourceLayer};
 use crate::Error;
+use crate::config::ImageConfig;
 use crate::digest::{Digest, HashingReader};
 use crate::documents::check_platform;
 use crate::platform::Platform;
@@ -28,16 +27,7 @@ impl Source for Directory {
         let mut stream = HashingReader::new(DirectoryTar::new(&self.0), Rc::default());
         stream.drain().map_err(Error::file("read", &self.0))?;
         let (diff_id, _) = stream.finish();
-        let rootfs = RootFsBuilder::default()
-            .typ("layers")
-            .diff_ids(vec![diff_id.to_string()])
-            .build()
-            .map_err(|error| Error::document("configuration", error))?;
-        let mut config = ImageConfiguration::default();
-        config
-            .set_architecture(Arch::default())
-            .set_os(Os::Linux)
-            .set_rootfs(rootfs);
+        let config = ImageConfig::new(&Platform::host(), &[diff_id]);
         check_platform(&config, platform)?;
         let json =
             serde_json::to_vec(&config).map_err(|error| Error::document("configuration", error))?;

@@ -10,14 +10,13 @@ use std::fs::{self, File};
 use std::io::{BufWriter, Read, Write as _};
 use std::path::PathBuf;
 
-use oci_spec::image::{Descriptor, ImageManifestBuilder, MediaType, SCHEMA_VERSION, Sha256Digest};
-
 use super::Store;
 use super::files::{StoredLayer, create};
 use super::pull::PullOptions;
 use super::record::{DiskRecord, LayerRecord};
 use crate::Error;
 use crate::digest::{Digest, HashingReader};
+use crate::documents::{Descriptor, Manifest, OCI_CONFIG, OCI_LAYER, OCI_LAYER_GZIP, OCI_MANIFEST};
 use crate::platform::Platform;
 use crate::progress::{LayerStep, Progress};
 use crate::reference::Reference;
@@ -272,8 +271,8 @@ impl Store {
         options: &PullOptions<'_>,
     ) -> Result<Exported, Error> {
         let media_type = match form {
-            Form::Plain => MediaType::ImageLayer,
-            Form::Gzip => MediaType::ImageLayerGzip,
+            Form::Plain => OCI_LAYER,
+            Form::Gzip => OCI_LAYER_GZIP,
         };
         let of = record.layers.len();
         let mut layers = Vec::new();
@@ -292,24 +291,15 @@ impl Store {
         }
         let descriptors = layers
             .iter()
-            .map(|layer| descriptor(media_type.clone(), layer.size, layer.digest))
-            .collect::<Result<Vec<_>, _>>()?;
-        let config_type = MediaType::ImageConfig;
-        let manifest = ImageManifestBuilder::default()
-            .schema_version(SCHEMA_VERSION)
-            .media_type(MediaType::ImageManifest)
-            .config(descriptor(
-                config_type,
-                config.len() as u64,
-                record.config_digest,
-            )?)
-            .layers(descriptors)
-            .build()
-            .map_err(|error| Error::document("manifest", error))?;
+            .map(|layer| Descriptor::new(media_type, layer.size, layer.digest))
+            .collect();
+        let size = config.len() as u64;
+        let of_config = Descriptor::new(OCI_CONFIG, size, record.config_digest);
+        let manifest = Manifest::new(of_config, descriptors);
         Ok(Exported {
             manifest: serde_json::to_vec(&manifest)
                 .map_err(|error| Error::document("manifest", error))?,
-            manifest_type: MediaType::ImageManifest.to_string(),
+            manifest_type: OCI_MANIFEST.to_owned(),
             config,
             layers,
         })
@@ -360,25 +350,4 @@ impl Store {
             contents: Contents::Made(made),
         })
     }
-}
-
-pub(super) fn descriptor(kind: MediaType, size: u64, digest: Digest) -> Result<Descriptor, Error> {
-    let digest: Sha256Digest = digest
-        .hex()
-        .parse()
-        .map_err(|error| Error::document("descriptor", error))?;
-    Ok(Descriptor::new(kind, size, digest))
-}
-
-/// Returns the annotations of an image in an index: its name, in the forms that tools
-/// use.
-pub(super) fn annotations(name: &str, tag: &str) -> std::collections::HashMap<String, String> {
-    let annotations = BTreeMap::from([
-        ("io.containerd.image.name", name),
-        (crate::documents::REF_NAME, tag),
-    ]);
-    annotations
-        .into_iter()
-        .map(|(key, value)| (key.to_owned(), value.to_owned()))
-        .collect()
 }

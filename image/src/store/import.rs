@@ -2,12 +2,11 @@
 
 use std::io::Read;
 
-use oci_spec::image::{Arch, Config, History, ImageConfiguration, Os, RootFsBuilder};
-
 use super::files::StoredLayer;
 use super::pull::PullOptions;
 use super::{Store, StoredImage};
 use crate::Error;
+use crate::config::{Config, History, ImageConfig};
 use crate::digest::Digest;
 use crate::docker_reference::DockerReference;
 use crate::layer::Expected;
@@ -48,7 +47,7 @@ impl Store {
         };
         let converted = work.convert_unknown(stream, &expected, &mut progress, options)?;
         let platform = options.platform.clone().unwrap_or_default();
-        let config = configuration(converted.diff_id, config, comment, &platform)?;
+        let config = configuration(converted.diff_id, config, comment, &platform);
         let config_bytes =
             serde_json::to_vec(&config).map_err(|error| Error::document("configuration", error))?;
         let digest = Digest::of(&config_bytes);
@@ -81,22 +80,12 @@ fn configuration(
     config: Config,
     comment: &str,
     platform: &Platform,
-) -> Result<ImageConfiguration, Error> {
-    let invalid = |error| Error::document("configuration", error);
-    let rootfs = RootFsBuilder::default()
-        .typ("layers")
-        .diff_ids(vec![diff_id.to_string()])
-        .build()
-        .map_err(invalid)?;
-    let mut history = History::default();
-    history.set_comment(Some(comment.to_owned()));
-    let mut image = ImageConfiguration::default();
+) -> ImageConfig {
+    let mut image = ImageConfig::new(platform, &[diff_id]);
+    image.config = Some(config);
+    image.history = Some(vec![History {
+        comment: Some(comment.to_owned()),
+        ..History::default()
+    }]);
     image
-        .set_architecture(Arch::from(platform.architecture()))
-        .set_os(Os::from(platform.os()))
-        .set_variant(platform.variant().map(str::to_owned))
-        .set_config(Some(config))
-        .set_history(Some(vec![history]))
-        .set_rootfs(rootfs);
-    Ok(image)
 }

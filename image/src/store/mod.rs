@@ -41,7 +41,6 @@ use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use oci_spec::image::ImageConfiguration;
 use rustix::fs::{FlockOperation, flock};
 
 pub use self::collect::{FindUsers, PruneOptions, Pruned, Users};
@@ -52,6 +51,7 @@ pub use self::record::{ImageDetails, LayerDetails};
 pub use self::usage::{ImageUsage, Usage};
 pub use self::verify::Verified;
 use crate::Error;
+use crate::config::ImageConfig;
 use crate::digest::Digest;
 use crate::limits::Limits;
 use crate::platform::Platform;
@@ -102,7 +102,7 @@ pub struct StoredImage {
     /// Digest of its manifest, or of its configuration if there is no manifest.
     pub digest: Digest,
     /// Its configuration.
-    pub config: ImageConfiguration,
+    pub config: ImageConfig,
     /// Its root disk: the concatenation of these segments contains an EROFS file system.
     pub segments: Vec<DiskSegment>,
     /// Prevents removal of the disk.

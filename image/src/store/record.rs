@@ -3,12 +3,12 @@
 use std::fs;
 use std::sync::Arc;
 
-use oci_spec::image::ImageConfiguration;
 use serde::{Deserialize, Serialize};
 
 use super::files::{is_absence, read_json};
 use super::{DiskSegment, FORMAT, Store, StoredImage};
 use crate::Error;
+use crate::config::ImageConfig;
 use crate::digest::Digest;
 use crate::source::{Origin, SourceImage, SourceLayer};
 
@@ -16,7 +16,7 @@ use crate::source::{Origin, SourceImage, SourceLayer};
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct DiskRecord {
     pub(super) format: u32,
-    pub(super) config: ImageConfiguration,
+    pub(super) config: ImageConfig,
     /// Digest of the original configuration.
     pub(super) config_digest: Digest,
     /// Media type of the manifest. If present, the image's digest is that of the
@@ -95,7 +95,7 @@ pub struct ImageDetails {
     /// Digest of its configuration.
     pub config_digest: Digest,
     /// Its configuration.
-    pub config: ImageConfiguration,
+    pub config: ImageConfig,
     /// Length of its metadata image in bytes.
     pub metadata_size: u64,
     /// Its layers, lowest first.

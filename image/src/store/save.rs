@@ -2,18 +2,18 @@
 //! [`Store::load`]: an OCI image layout together with the `manifest.json` of Docker
 //! archives, as Docker writes since version 25.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read, Write};
 
-use oci_spec::image::{ImageIndexBuilder, MediaType, SCHEMA_VERSION};
 use serde::Serialize;
 
 use super::Store;
-use super::export::{Exported, Form, annotations, descriptor};
+use super::export::{Exported, Form};
 use super::pull::PullOptions;
 use crate::Error;
 use crate::digest::{Digest, HashingReader};
 use crate::docker_reference::DockerReference;
+use crate::documents::{Descriptor, FULL_NAME, Index, REF_NAME};
 use crate::tar::{END, Header, Kind, encode, padding};
 
 /// An item of `manifest.json`.
@@ -53,14 +53,14 @@ impl Store {
             let exported =
                 store.export(found.digest, &record, Form::Plain, &|_, _| false, options)?;
             archive.image(store, &exported)?;
-            let kind = MediaType::from(exported.manifest_type.as_str());
             let size = exported.manifest.len() as u64;
-            let mut entry = descriptor(kind, size, Digest::of(&exported.manifest))?;
+            let digest = Digest::of(&exported.manifest);
+            let mut entry = Descriptor::new(&exported.manifest_type, size, digest);
             let name = DockerReference::parse(&found.reference).ok();
             let name = name.filter(|_| found.reference != found.digest.to_string());
             if let Some(name) = &name {
                 let tag = name.tag().unwrap_or_default();
-                entry.set_annotations(Some(annotations(&name.full(), tag)));
+                entry.annotations = Some(annotations(&name.full(), tag));
             }
             manifests.push(entry);
             let tag = name.filter(|name| name.tag().is_some());
@@ -74,13 +74,7 @@ impl Store {
                     .collect(),
             });
         }
-        let index = ImageIndexBuilder::default()
-            .schema_version(SCHEMA_VERSION)
-            .media_type(MediaType::ImageIndex)
-            .manifests(manifests)
-            .build()
-            .map_err(|error| Error::document("index", error))?;
-        archive.json("index.json", &index)?;
+        archive.json("index.json", &Index::new(manifests))?;
         archive.json("manifest.json", &merged(items))?;
         archive.out.write_all(&END).map_err(unwritable)?;
         archive.out.flush().map_err(unwritable)
@@ -97,6 +91,14 @@ fn merged(items: Vec<Item>) -> Vec<Item> {
         }
     }
     merged
+}
+
+/// Returns the annotations of an image in an index: its name, in the forms that tools
+/// use.
+fn annotations(name: &str, tag: &str) -> BTreeMap<String, String> {
+    BTreeMap::from(
+        [(FULL_NAME, name), (REF_NAME, tag)].map(|(key, value)| (key.to_owned(), value.to_owned())),
+    )
 }
 
 fn blob(digest: Digest) -> String {

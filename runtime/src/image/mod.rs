@@ -10,7 +10,7 @@ pub use sm_image::{
     LayerDetails, LayerStep, Platform, Progress, PruneOptions, Pruned, PullOptions, Report, Usage,
     Verified,
 };
-use sm_image::{ImageConfiguration, Reference, Store, StoredImage};
+use sm_image::{ImageConfig, Reference, Store, StoredImage};
 
 pub use self::store::{
     import, inspect, is_stored, keep_within, list, load, load_file, prune, push, remove, save, tag,
@@ -134,16 +134,16 @@ impl Image {
 }
 
 /// Extracts the defaults of the process from an image's configuration.
-fn defaults(config: &ImageConfiguration) -> ImageDefaults {
-    let Some(config) = config.config() else {
+fn defaults(config: &ImageConfig) -> ImageDefaults {
+    let Some(config) = &config.config else {
         return ImageDefaults::default();
     };
     ImageDefaults {
-        entrypoint: config.entrypoint().clone().unwrap_or_default(),
-        cmd: config.cmd().clone().unwrap_or_default(),
-        env: config.env().clone().unwrap_or_default(),
-        user: config.user().clone().unwrap_or_default(),
-        working_dir: config.working_dir().clone().unwrap_or_default(),
-        stop_signal: config.stop_signal().clone(),
+        entrypoint: config.entrypoint.clone().unwrap_or_default(),
+        cmd: config.cmd.clone().unwrap_or_default(),
+        env: config.env.clone().unwrap_or_default(),
+        user: config.user.clone().unwrap_or_default(),
+        working_dir: config.working_dir.clone().unwrap_or_default(),
+        stop_signal: config.stop_signal.clone(),
     }
 }

@@ -1,7 +1,5 @@
 //! Instructions that set fields of an image's configuration, as in a Containerfile.
 
-use std::collections::HashMap;
-
 use anyhow::{Result, bail};
 use sm_runtime::image::Config;
 
@@ -20,39 +18,30 @@ pub(super) fn apply(instructions: &[String]) -> Result<Config> {
             );
         }
         match name.to_ascii_uppercase().as_str() {
-            "CMD" => drop(config.set_cmd(Some(command(value)?))),
-            "ENTRYPOINT" => drop(config.set_entrypoint(Some(command(value)?))),
-            "USER" => drop(config.set_user(Some(value.to_owned()))),
-            "WORKDIR" => drop(config.set_working_dir(Some(value.to_owned()))),
-            "STOPSIGNAL" => drop(config.set_stop_signal(Some(value.to_owned()))),
-            "ENV" => {
-                let mut env = config.env().clone().unwrap_or_default();
-                env.push(pair(text, value)?);
-                config.set_env(Some(env));
-            }
+            "CMD" => config.cmd = Some(command(value)?),
+            "ENTRYPOINT" => config.entrypoint = Some(command(value)?),
+            "USER" => config.user = Some(value.to_owned()),
+            "WORKDIR" => config.working_dir = Some(value.to_owned()),
+            "STOPSIGNAL" => config.stop_signal = Some(value.to_owned()),
+            "ENV" => config.env.get_or_insert_default().push(pair(text, value)?),
             "LABEL" => {
-                let mut labels: HashMap<_, _> = config.labels().clone().unwrap_or_default();
                 let pair = pair(text, value)?;
                 let (key, value) = pair.split_once('=').unwrap_or((&pair, ""));
+                let labels = config.labels.get_or_insert_default();
                 labels.insert(key.to_owned(), value.trim_matches('"').to_owned());
-                config.set_labels(Some(labels));
             }
             "EXPOSE" => {
-                let mut ports = config.exposed_ports().clone().unwrap_or_default();
-                ports.extend(
-                    value
-                        .split_whitespace()
-                        .map(|port| match port.contains('/') {
-                            true => port.to_owned(),
-                            false => format!("{port}/tcp"),
-                        }),
-                );
-                config.set_exposed_ports(Some(ports));
+                let ports = value
+                    .split_whitespace()
+                    .map(|port| match port.contains('/') {
+                        true => port.to_owned(),
+                        false => format!("{port}/tcp"),
+                    });
+                config.exposed_ports.get_or_insert_default().extend(ports);
             }
             "VOLUME" => {
-                let mut volumes = config.volumes().clone().unwrap_or_default();
+                let volumes = config.volumes.get_or_insert_default();
                 volumes.extend(command_or_words(value)?);
-                config.set_volumes(Some(volumes));
             }
             other => bail!(
                 "--change \"{text}\": \"{other}\" is not known; there are CMD, ENTRYPOINT, ENV, \
@@ -112,12 +101,13 @@ mod tests {
         ])
         .unwrap();
         let words = |list: &Option<Vec<String>>| list.clone().unwrap();
-        assert_eq!(words(config.entrypoint()), ["/init", "-x"]);
-        assert_eq!(words(config.cmd()), ["/bin/sh", "-c", "echo hello"]);
-        assert_eq!(words(config.env()), ["A=1", "B=two words"]);
-        assert_eq!(words(config.exposed_ports()), ["80/tcp", "53/udp"]);
-        assert_eq!(config.user().as_deref(), Some("nobody:nogroup"));
-        assert_eq!(config.labels().as_ref().unwrap()["k"], "v");
+        assert_eq!(words(&config.entrypoint), ["/init", "-x"]);
+        assert_eq!(words(&config.cmd), ["/bin/sh", "-c", "echo hello"]);
+        assert_eq!(words(&config.env), ["A=1", "B=two words"]);
+        let ports: Vec<_> = config.exposed_ports.iter().flatten().collect();
+        assert_eq!(ports, ["53/udp", "80/tcp"]);
+        assert_eq!(config.user.as_deref(), Some("nobody:nogroup"));
+        assert_eq!(config.labels.as_ref().unwrap()["k"], "v");
     }
 
     #[test]

@@ -23,13 +23,13 @@ use std::path::{Path, PathBuf};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use oci_spec::image::ImageConfiguration;
 use serde::Deserialize;
 
 use self::location::Location;
 use self::tar_split::TarSplit;
 use super::{RawManifest, Source, SourceImage, SourceLayer};
 use crate::Error;
+use crate::config::ImageConfig;
 use crate::docker_reference::DockerReference;
 use crate::documents::{MAX_DOCUMENT, Named, Parts, check_platform, diff_ids, parse, resolve};
 use crate::platform::Platform;
@@ -152,7 +152,7 @@ impl Source for Storage {
         let parts = Parts::of(&resolved.manifest)?;
         let config_bytes = big(&parts.config.digest.to_string(), "configuration")?;
         parts.config.check(&config_bytes)?;
-        let config: ImageConfiguration = parse(&config_bytes, "configuration")?;
+        let config: ImageConfig = parse(&config_bytes, "configuration")?;
         check_platform(&config, platform)?;
         let diff_ids = diff_ids(&config, parts.layers.len())?;
         let chain = self.chain()?;

@@ -1,11 +1,11 @@
 //! Tests of the work that a removal takes.
 
-use oci_spec::image::ImageConfiguration;
-
 use super::super::FORMAT;
 use super::super::files::READS;
 use super::super::record::LayerRecord;
 use super::*;
+use crate::config::ImageConfig;
+use crate::platform::Platform;
 use crate::source::Origin;
 
 /// Creates a store of images, each with a layer of its own and one that all share.
@@ -30,7 +30,7 @@ fn store(images: u32) -> (tempfile::TempDir, Store) {
         fs::write(store.blob_path(config), b"x").unwrap();
         let record = DiskRecord {
             format: FORMAT,
-            config: ImageConfiguration::default(),
+            config: ImageConfig::new(&Platform::host(), &[]),
             config_digest: config,
             manifest_type: None,
             meta_len: 1,

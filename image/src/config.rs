@@ -1,0 +1,236 @@
+//! The configuration of an image (OCI image-spec config.md).
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::digest::Digest;
+use crate::platform::Platform;
+
+/// The configuration document of an image. Members that this type does not name are kept
+/// and serialized again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct ImageConfig {
+    /// Time of creation (RFC 3339).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub created: Option<String>,
+    /// Name or address of the author.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub author: Option<String>,
+    /// Architecture, as written; see [`Platform::of`].
+    pub architecture: String,
+    /// Operating system, as written; see [`Platform::of`].
+    pub os: String,
+    /// Version of the operating system.
+    #[serde(
+        default,
+        rename = "os.version",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub os_version: Option<String>,
+    /// Mandatory features of the operating system.
+    #[serde(
+        default,
+        rename = "os.features",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub os_features: Option<Vec<String>>,
+    /// Variant of the architecture, as written; see [`Platform::of`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub variant: Option<String>,
+    /// Defaults of containers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub config: Option<Config>,
+    /// The layers.
+    pub rootfs: RootFs,
+    /// Steps that created the image, first to last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub history: Option<Vec<History>>,
+    #[serde(flatten)]
+    other: BTreeMap<String, Value>,
+}
+
+impl ImageConfig {
+    /// Creates the configuration of an image for `platform` with these layers, lowest
+    /// first.
+    pub(crate) fn new(platform: &Platform, diff_ids: &[Digest]) -> Self {
+        Self {
+            created: None,
+            author: None,
+            architecture: platform.architecture().to_owned(),
+            os: platform.os().to_owned(),
+            os_version: None,
+            os_features: None,
+            variant: platform.variant().map(str::to_owned),
+            config: None,
+            rootfs: RootFs {
+                kind: LAYERS.to_owned(),
+                diff_ids: diff_ids.iter().map(Digest::to_string).collect(),
+            },
+            history: None,
+            other: BTreeMap::new(),
+        }
+    }
+}
+
+/// Defaults of containers of an image. Members that this type does not name are kept and
+/// serialized again.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+#[non_exhaustive]
+pub struct Config {
+    /// User and group, by name or number.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+    /// Ports that a container listens on, such as `80/tcp`.
+    #[serde(default, skip_serializing_if = "Option::is_none", with = "go_set")]
+    pub exposed_ports: Option<BTreeSet<String>>,
+    /// Environment variables, as `NAME=VALUE`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub env: Option<Vec<String>>,
+    /// Command to which arguments are appended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub entrypoint: Option<Vec<String>>,
+    /// Default arguments of the entry point, or a command if there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cmd: Option<Vec<String>>,
+    /// Directories with data of a container.
+    #[serde(default, skip_serializing_if = "Option::is_none", with = "go_set")]
+    pub volumes: Option<BTreeSet<String>>,
+    /// Working directory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub working_dir: Option<String>,
+    /// Labels.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub labels: Option<BTreeMap<String, String>>,
+    /// Signal that asks a container to exit, such as `SIGTERM`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stop_signal: Option<String>,
+    #[serde(flatten)]
+    other: BTreeMap<String, Value>,
+}
+
+const LAYERS: &str = "layers";
+
+/// The layers of an image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct RootFs {
+    /// Always `layers`.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// Digests of the uncompressed layers, lowest first.
+    pub diff_ids: Vec<String>,
+}
+
+/// A step that created an image.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct History {
+    /// Time of creation (RFC 3339).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub created: Option<String>,
+    /// Name or address of the author.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub author: Option<String>,
+    /// The command.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub created_by: Option<String>,
+    /// A comment.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub comment: Option<String>,
+    /// The step created no layer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub empty_layer: Option<bool>,
+}
+
+/// The JSON form of a set: an object with empty values, as Go writes
+/// `map[string]struct{}`.
+mod go_set {
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    #[derive(Serialize, Deserialize)]
+    struct Empty {}
+
+    pub(super) fn serialize<S: Serializer>(
+        set: &Option<BTreeSet<String>>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(set.iter().flatten().map(|name| (name, Empty {})))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<BTreeSet<String>>, D::Error> {
+        let map = Option::<BTreeMap<String, Empty>>::deserialize(deserializer)?;
+        Ok(map.map(|map| map.into_keys().collect()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A configuration as Docker writes it, with members that are not in the
+    /// specification.
+    const DOCKERS: &str = r#"{
+        "created": "2024-01-02T03:04:05Z", "architecture": "amd64", "os": "linux",
+        "config": {
+            "User": "app", "ExposedPorts": {"443/tcp": {}, "80/tcp": {}},
+            "Env": ["A=b"], "Entrypoint": ["/bin/app"], "Cmd": ["x"],
+            "Volumes": {"/data": {}}, "WorkingDir": "/", "Labels": {"a": "b"},
+            "StopSignal": "SIGQUIT", "ArgsEscaped": true, "OnBuild": null,
+            "Healthcheck": {"Test": ["CMD", "true"], "Interval": 30000000000}
+        },
+        "rootfs": {"type": "layers", "diff_ids": ["sha256:00"]},
+        "history": [{"created_by": "RUN x", "empty_layer": true}],
+        "container": "0123", "docker_version": "20.10"
+    }"#;
+
+    #[test]
+    fn all_members_are_serialized_again() {
+        let config: ImageConfig = serde_json::from_str(DOCKERS).unwrap();
+        let defaults = config.config.as_ref().unwrap();
+        let ports: Vec<_> = defaults.exposed_ports.iter().flatten().collect();
+        assert_eq!(ports, ["443/tcp", "80/tcp"]);
+        assert_eq!(defaults.stop_signal.as_deref(), Some("SIGQUIT"));
+        let again = serde_json::to_value(&config).unwrap();
+        assert_eq!(again, serde_json::from_str::<Value>(DOCKERS).unwrap());
+    }
+
+    #[test]
+    fn a_new_configuration_has_only_what_is_set() {
+        let platform = "linux/arm/v7".parse().unwrap();
+        let digest = Digest::of(b"layer");
+        let mut config = ImageConfig::new(&platform, &[digest]);
+        config.config = Some(Config {
+            cmd: Some(vec!["/x".to_owned()]),
+            ..Config::default()
+        });
+        assert_eq!(
+            serde_json::to_string(&config).unwrap(),
+            format!(
+                r#"{{"architecture":"arm","os":"linux","variant":"v7","config":{{"Cmd":["/x"]}},"rootfs":{{"type":"layers","diff_ids":["{digest}"]}}}}"#
+            )
+        );
+    }
+
+    #[test]
+    fn invalid_configurations_are_refused() {
+        for bad in [
+            "[]",
+            "{}",
+            r#"{"os": "linux", "rootfs": {"type": "layers", "diff_ids": []}}"#,
+            r#"{"os": "linux", "os": "linux", "architecture": "x",
+                "rootfs": {"type": "layers", "diff_ids": []}}"#,
+            r#"{"os": "linux", "architecture": "x", "config": {"ExposedPorts": {"80": 1}},
+                "rootfs": {"type": "layers", "diff_ids": []}}"#,
+        ] {
+            assert!(serde_json::from_str::<ImageConfig>(bad).is_err(), "{bad}");
+        }
+    }
+}
