@@ -9,8 +9,8 @@ use crate::Error;
 use crate::config::{Config, ImageConfig};
 use crate::digest::{Digest, HashingReader};
 use crate::documents::{
-    Descriptor, Index, Manifest, OCI_CONFIG, OCI_LAYER, OCI_LAYER_GZIP, OCI_LAYER_ZSTD,
-    OCI_MANIFEST, REF_NAME, parse,
+    BlobDescriptor, ImageIndex, ImageManifest, OCI_CONFIG, OCI_LAYER, OCI_LAYER_GZIP,
+    OCI_LAYER_ZSTD, OCI_MANIFEST, REF_NAME, parse,
 };
 use crate::platform::Platform;
 use crate::tar::{DirectoryTar, END, Header, Kind, encode, padding};
@@ -47,7 +47,7 @@ pub struct LayoutBuilder<'a> {
     directory: &'a Path,
     compression: Compression,
     platform: Platform,
-    layers: Vec<Descriptor>,
+    layers: Vec<BlobDescriptor>,
     diff_ids: Vec<Digest>,
 }
 
@@ -144,7 +144,7 @@ impl<'a> LayoutBuilder<'a> {
             Compression::Gzip(_) => OCI_LAYER_GZIP,
             Compression::Zstd(_) => OCI_LAYER_ZSTD,
         };
-        self.layers.push(Descriptor::new(kind, size, digest));
+        self.layers.push(BlobDescriptor::new(kind, size, digest));
         self.diff_ids.push(diff_id);
         Ok(())
     }
@@ -158,10 +158,10 @@ impl<'a> LayoutBuilder<'a> {
         let mut image = ImageConfig::new(&self.platform, &self.diff_ids);
         image.config = Some(config);
         let (digest, size) = self.document("configuration", &image)?;
-        let config = Descriptor::new(OCI_CONFIG, size, digest);
-        let manifest = Manifest::new(config, self.layers.clone());
+        let config = BlobDescriptor::new(OCI_CONFIG, size, digest);
+        let manifest = ImageManifest::new(config, self.layers.clone());
         let (digest, size) = self.document("manifest", &manifest)?;
-        let mut named = Descriptor::new(OCI_MANIFEST, size, digest);
+        let mut named = BlobDescriptor::new(OCI_MANIFEST, size, digest);
         named.annotations = Some([(REF_NAME.to_owned(), tag.to_owned())].into());
         self.add_to_index(tag, named)?;
         Ok(digest)
@@ -175,14 +175,14 @@ impl<'a> LayoutBuilder<'a> {
         Ok((digest, bytes.len() as u64))
     }
 
-    fn add_to_index(&self, tag: &str, image: Descriptor) -> Result<(), Error> {
+    fn add_to_index(&self, tag: &str, image: BlobDescriptor) -> Result<(), Error> {
         let path = self.directory.join("index.json");
-        let mut index: Index = match fs::read(&path) {
+        let mut index: ImageIndex = match fs::read(&path) {
             Ok(bytes) => parse(&bytes, "index")?,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Index::new(Vec::new()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => ImageIndex::new(Vec::new()),
             Err(error) => return Err(Error::file("read", &path)(error)),
         };
-        let has_tag = |known: &Descriptor| known.annotation(REF_NAME) == Some(tag);
+        let has_tag = |known: &BlobDescriptor| known.annotation(REF_NAME) == Some(tag);
         index.manifests.retain(|known| !has_tag(known));
         index.manifests.push(image);
         let bytes = serde_json::to_vec(&index).map_err(|error| Error::document("index", error))?;

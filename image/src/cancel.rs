@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+#[cfg(any(feature = "registry", test))]
 use std::time::{Duration, Instant};
 
 /// An action to run on cancellation.
@@ -69,6 +70,7 @@ impl Cancel {
     }
 
     /// Waits for `time`. Returns `false` if the handle was cancelled before it elapsed.
+    #[cfg(any(feature = "registry", test))]
     pub(crate) fn wait(&self, time: Duration) -> bool {
         let deadline = Instant::now() + time;
         let mut state = self.lock();
@@ -83,6 +85,7 @@ impl Cancel {
     }
 
     /// Runs `action` on cancellation, or immediately if that has already occurred.
+    #[cfg(any(feature = "engine", feature = "registry", test))]
     pub(crate) fn on_cancel(&self, action: impl FnOnce() + Send + 'static) {
         let mut state = self.lock();
         if state.cancelled {

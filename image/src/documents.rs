@@ -10,8 +10,8 @@ use crate::Error;
 use crate::digest::Digest;
 
 pub(crate) use self::model::{
-    Descriptor, Index, Manifest, OCI_CONFIG, OCI_LAYER, OCI_LAYER_GZIP, OCI_LAYER_ZSTD,
-    OCI_MANIFEST,
+    BlobDescriptor, ImageIndex, ImageManifest, OCI_CONFIG, OCI_LAYER, OCI_LAYER_GZIP,
+    OCI_LAYER_ZSTD, OCI_MANIFEST,
 };
 pub(crate) use self::parts::{Parts, diff_ids};
 pub(crate) use self::resolve::{Resolved, check_platform, platform_of, resolve};
@@ -33,7 +33,10 @@ pub(crate) struct Named {
 }
 
 impl Named {
-    pub(crate) fn from_descriptor(descriptor: &Descriptor, document: &str) -> Result<Self, Error> {
+    pub(crate) fn from_descriptor(
+        descriptor: &BlobDescriptor,
+        document: &str,
+    ) -> Result<Self, Error> {
         let text = &descriptor.digest;
         let digest = Digest::parse(text).ok_or_else(|| {
             Error::document(document, format!("\"{text}\" is not a sha256 digest"))

@@ -35,6 +35,16 @@ pub enum Error {
         /// The reason.
         reason: String,
     },
+    /// The source of the image needs a feature of this crate that was disabled.
+    #[error(
+        "\"{reference}\" cannot be read: this program was built without the feature \"{feature}\" of sm-image"
+    )]
+    Disabled {
+        /// The reference.
+        reference: String,
+        /// The feature.
+        feature: &'static str,
+    },
     /// A request to a registry failed.
     #[error("registry {registry}: {reason}")]
     Registry {

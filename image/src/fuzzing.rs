@@ -8,8 +8,7 @@ pub use self::layers::{disk, layer, layer_index, pax, tar};
 use crate::config::ImageConfig;
 use crate::digest::Digest;
 use crate::documents::{Parts, diff_ids, parse, resolve};
-use crate::source::Registries;
-use crate::{DockerReference, Platform, Reference, source};
+use crate::{DockerReference, Platform, Reference};
 
 /// Parses `data` as a manifest or index and, after a zero byte, the configuration that
 /// belongs to it.
@@ -46,20 +45,22 @@ pub fn reference(data: &[u8]) {
 }
 
 /// Parses `data` as each of the headers in answers of registries.
+#[cfg(feature = "registry")]
 pub fn headers(data: &[u8]) {
     if let Ok(text) = std::str::from_utf8(data) {
-        source::headers(text);
+        crate::source::headers(text);
     }
 }
 
 /// Parses `data` as a `registries.conf`, whose first line is a comment with the name to
 /// look up.
+#[cfg(feature = "registry")]
 pub fn registries(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else {
         return;
     };
     let first = text.lines().next().unwrap_or_default();
-    Registries::fuzz(text, first.trim_start_matches('#').trim());
+    crate::source::fuzz_registries(text, first.trim_start_matches('#').trim());
 }
 
 /// Replays the seeds and corpora of the fuzzers without a fuzzer.
@@ -115,14 +116,15 @@ mod tests {
     }
 
     #[test]
-    fn registry_headers() {
+    fn documents_and_references() {
         replay("documents", documents);
-        replay("headers", headers);
+        replay("reference", reference);
     }
 
     #[test]
-    fn references_and_registries() {
-        replay("reference", reference);
+    #[cfg(feature = "registry")]
+    fn headers_and_registries() {
+        replay("headers", headers);
         replay("registries", registries);
     }
 }

@@ -15,6 +15,21 @@
 //! and an *index* of everything else. An image is then an EROFS *metadata image* whose
 //! inodes refer to the blobs of its layers. The metadata image and the blobs together are
 //! the read-only disk that a guest mounts.
+//!
+//! # Features
+//!
+//! All are enabled by default. Without any, images come from OCI layouts (`oci:`),
+//! directories (`rootfs:`) and tar streams ([`Store::import`]).
+//!
+//! | feature | sources |
+//! |---|---|
+//! | `archive` | `docker-archive:`, `oci-archive:`, `Store::load` and `Store::save` |
+//! | `containers-storage` | `containers-storage:` |
+//! | `engine` | `docker-daemon:`; includes `archive` |
+//! | `registry` | names in registries, `Store::push`, `Reference::parse_with_aliases` |
+//!
+//! A reference to a source whose feature is disabled is parsed, and refused with
+//! [`Error::Disabled`] when it is opened.
 #![warn(missing_docs)]
 
 #[cfg(doctest)]
@@ -56,8 +71,11 @@ pub use limits::Limits;
 pub use platform::Platform;
 pub use progress::{LayerStep, Progress, Report};
 pub use reference::Reference;
+#[cfg(feature = "registry")]
 pub use source::{OpenBlob, Pushed, Pusher};
+#[cfg(feature = "archive")]
+pub use store::Loaded;
 pub use store::{
-    DiskSegment, FindUsers, ImageDetails, ImageSummary, ImageUsage, LayerDetails, Loaded,
-    PruneOptions, Pruned, PullOptions, Store, StoredImage, Usage, Users, Verified,
+    DiskSegment, FindUsers, ImageDetails, ImageSummary, ImageUsage, LayerDetails, PruneOptions,
+    Pruned, PullOptions, Store, StoredImage, Usage, Users, Verified,
 };

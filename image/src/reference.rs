@@ -109,6 +109,21 @@ impl Reference {
     }
 }
 
+impl Reference {
+    /// Returns the feature of this crate that the source of the image needs; `None` if
+    /// it is always available.
+    #[must_use]
+    pub fn feature(&self) -> Option<&'static str> {
+        match self {
+            Self::Oci { .. } | Self::RootFs { .. } | Self::Stored(_) => None,
+            Self::OciArchive { .. } | Self::DockerArchive { .. } => Some("archive"),
+            Self::DockerDaemon { .. } => Some("engine"),
+            Self::ContainersStorage { .. } => Some("containers-storage"),
+            Self::Docker(_) => Some("registry"),
+        }
+    }
+}
+
 /// Splits `PATH[:TAG]`. The longest existing path is used; without one, the path ends at
 /// the first colon, as in containers-transports(5).
 fn split_tag(text: &str) -> (PathBuf, Option<String>) {

@@ -121,6 +121,7 @@ impl<R: Read> Reader<R> {
     }
 
     /// Returns the offset of the next byte in the stream.
+    #[cfg(feature = "archive")]
     pub(crate) fn position(&self) -> u64 {
         self.position
     }
@@ -168,6 +169,7 @@ impl<R: Read> Reader<R> {
 
     /// Skips unread data of the current entry by seeking. The whole stream has `len`
     /// bytes.
+    #[cfg(feature = "archive")]
     pub(crate) fn seek_over_data(&mut self, len: u64) -> Result<(), TarError>
     where
         R: io::Seek,

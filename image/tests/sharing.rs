@@ -228,6 +228,7 @@ fn a_pull_that_fails_does_not_cancel_its_caller() {
 }
 
 #[test]
+#[cfg(feature = "archive")]
 fn an_archive_that_cannot_be_loaded_does_not_cancel_the_caller() {
     let home = Home::new();
     let (reference, _) = home.image("layout", &layers());

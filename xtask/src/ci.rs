@@ -26,6 +26,7 @@ pub(crate) fn run(apt: &Apt) -> Result<()> {
         "-D",
         "warnings",
     ]))?;
+    features()?;
     cmd::step("building the documentation");
     cmd::check(
         cargo(["doc", "--workspace", "--no-deps", "--locked"]).env("RUSTDOCFLAGS", "-D warnings"),
@@ -56,4 +57,28 @@ pub(crate) fn run(apt: &Apt) -> Result<()> {
         .env("CUSTOM_LIBFUZZER_PATH", "/nowhere/libFuzzer.a"),
     )?;
     test::run(apt, &TestOptions::default(), Some(kernel))
+}
+
+/// The features of `sm-image`, each of which compiles alone. The workspace enables all.
+const IMAGE_FEATURES: [&str; 4] = ["archive", "containers-storage", "engine", "registry"];
+
+/// Checks `sm-image` without features, and with each feature alone.
+fn features() -> Result<()> {
+    cmd::step("checking features");
+    for feature in [""].into_iter().chain(IMAGE_FEATURES) {
+        cmd::check(&mut cargo([
+            "clippy",
+            "-p",
+            "sm-image",
+            "--no-default-features",
+            "--features",
+            feature,
+            "--all-targets",
+            "--locked",
+            "--",
+            "-D",
+            "warnings",
+        ]))?;
+    }
+    Ok(())
 }

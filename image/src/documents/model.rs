@@ -22,7 +22,7 @@ type Annotations = BTreeMap<String, String>;
 /// A reference to a blob.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(crate) struct Descriptor {
+pub(crate) struct BlobDescriptor {
     pub(crate) media_type: String,
     #[serde(deserialize_with = "digest")]
     pub(crate) digest: String,
@@ -39,7 +39,7 @@ pub(crate) struct Descriptor {
     data: Option<String>,
 }
 
-impl Descriptor {
+impl BlobDescriptor {
     pub(crate) fn new(media_type: &str, size: u64, digest: Digest) -> Self {
         Self {
             media_type: media_type.to_owned(),
@@ -77,23 +77,23 @@ pub(crate) struct DescribedPlatform {
 /// The manifest of one image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(crate) struct Manifest {
+pub(crate) struct ImageManifest {
     schema_version: u32,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) media_type: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     artifact_type: Option<String>,
-    pub(crate) config: Descriptor,
+    pub(crate) config: BlobDescriptor,
     /// The layers, lowest first.
-    pub(crate) layers: Vec<Descriptor>,
+    pub(crate) layers: Vec<BlobDescriptor>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    subject: Option<Descriptor>,
+    subject: Option<BlobDescriptor>,
     #[serde(skip_serializing_if = "Option::is_none")]
     annotations: Option<Annotations>,
 }
 
-impl Manifest {
-    pub(crate) fn new(config: Descriptor, layers: Vec<Descriptor>) -> Self {
+impl ImageManifest {
+    pub(crate) fn new(config: BlobDescriptor, layers: Vec<BlobDescriptor>) -> Self {
         Self {
             schema_version: SCHEMA_VERSION,
             media_type: Some(OCI_MANIFEST.to_owned()),
@@ -109,21 +109,21 @@ impl Manifest {
 /// An index of manifests, for several platforms or names.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(crate) struct Index {
+pub(crate) struct ImageIndex {
     schema_version: u32,
     #[serde(skip_serializing_if = "Option::is_none")]
     media_type: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     artifact_type: Option<String>,
-    pub(crate) manifests: Vec<Descriptor>,
+    pub(crate) manifests: Vec<BlobDescriptor>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    subject: Option<Descriptor>,
+    subject: Option<BlobDescriptor>,
     #[serde(skip_serializing_if = "Option::is_none")]
     annotations: Option<Annotations>,
 }
 
-impl Index {
-    pub(crate) fn new(manifests: Vec<Descriptor>) -> Self {
+impl ImageIndex {
+    pub(crate) fn new(manifests: Vec<BlobDescriptor>) -> Self {
         Self {
             schema_version: SCHEMA_VERSION,
             media_type: Some(OCI_INDEX.to_owned()),
@@ -206,7 +206,7 @@ mod tests {
         let text = format!(
             r#"{{"schemaVersion":2,"mediaType":"{OCI_INDEX}","manifests":[{{"mediaType":"a","digest":"{digest}","size":1,"urls":["u"],"annotations":{{"k":"v"}},"platform":{{"architecture":"arm","os":"linux","os.version":"1","variant":"v7"}},"artifactType":"t","data":"ZA=="}}]}}"#
         );
-        let index: Index = serde_json::from_str(&text).unwrap();
+        let index: ImageIndex = serde_json::from_str(&text).unwrap();
         assert_eq!(index.manifests[0].annotation("k"), Some("v"));
         assert_eq!(serde_json::to_string(&index).unwrap(), text);
     }

@@ -1,7 +1,7 @@
 //! The parts of an image: the configuration and the layers in its manifest.
 
 use super::Named;
-use super::model::{Descriptor, Manifest, OCI_CONFIG, OCI_LAYER};
+use super::model::{BlobDescriptor, ImageManifest, OCI_CONFIG, OCI_LAYER};
 use crate::Error;
 use crate::config::ImageConfig;
 use crate::digest::Digest;
@@ -26,7 +26,7 @@ pub(crate) struct Parts {
 
 impl Parts {
     /// Checks a manifest, before any of its blobs is read.
-    pub(crate) fn of(manifest: &Manifest) -> Result<Self, Error> {
+    pub(crate) fn of(manifest: &ImageManifest) -> Result<Self, Error> {
         let config = Named::from_descriptor(&manifest.config, "manifest")?;
         if !matches!(config.media_type.as_str(), OCI_CONFIG | DOCKER_CONFIG) {
             let text = format!(
@@ -52,7 +52,7 @@ fn too_many() -> Error {
 
 /// Checks that a layer can be read. Its `urls` are ignored, because the author of an
 /// image must not choose the destination of requests from this host (CVE-2020-15157).
-fn layer(descriptor: &Descriptor) -> Result<Named, Error> {
+fn layer(descriptor: &BlobDescriptor) -> Result<Named, Error> {
     let named = Named::from_descriptor(descriptor, "manifest")?;
     let reason = match kind(&named.media_type) {
         Kind::Layer => return Ok(named),
@@ -122,7 +122,7 @@ mod tests {
     use super::*;
     use crate::platform::Platform;
 
-    fn manifest(config: &str, layers: &str) -> Manifest {
+    fn manifest(config: &str, layers: &str) -> ImageManifest {
         let digest = Digest::of(b"config");
         let text = format!(
             r#"{{"schemaVersion": 2, "layers": [{layers}],
@@ -140,7 +140,7 @@ mod tests {
     }
 
     #[track_caller]
-    fn refused(manifest: &Manifest, words: &[&str]) {
+    fn refused(manifest: &ImageManifest, words: &[&str]) {
         let error = Parts::of(manifest).unwrap_err().to_string();
         for word in words {
             assert!(error.contains(word), "{word:?} is not in {error:?}");

@@ -2,7 +2,7 @@
 
 use serde::Deserialize;
 
-use super::model::{Descriptor, Index, Manifest, OCI_INDEX, OCI_MANIFEST};
+use super::model::{BlobDescriptor, ImageIndex, ImageManifest, OCI_INDEX, OCI_MANIFEST};
 use super::{Named, parse};
 use crate::Error;
 use crate::config::ImageConfig;
@@ -28,15 +28,15 @@ pub(crate) struct Resolved {
     pub(crate) named: Digest,
     pub(crate) media_type: String,
     pub(crate) bytes: Vec<u8>,
-    pub(crate) manifest: Manifest,
+    pub(crate) manifest: ImageManifest,
 }
 
 /// A parsed manifest document.
 enum Document {
     /// Manifests for several platforms.
-    Index(Box<Index>),
+    Index(Box<ImageIndex>),
     /// The manifest of one image.
-    Manifest(Box<Manifest>),
+    Manifest(Box<ImageManifest>),
 }
 
 /// Parses an index or a manifest. They are distinguished by their members, because the
@@ -176,12 +176,12 @@ impl Search<'_> {
 
     /// Returns the entries of an index to follow: the best manifest, otherwise the nested
     /// indexes, otherwise the only entry.
-    fn candidates<'i>(&mut self, index: &'i Index) -> Result<Vec<&'i Descriptor>, Error> {
+    fn candidates<'i>(&mut self, index: &'i ImageIndex) -> Result<Vec<&'i BlobDescriptor>, Error> {
         let manifests = &index.manifests;
         if manifests.is_empty() {
             return Err(Error::document("index", "it lists no manifest"));
         }
-        let mut best: Option<(u32, &Descriptor)> = None;
+        let mut best: Option<(u32, &BlobDescriptor)> = None;
         let mut nested = Vec::new();
         for descriptor in manifests {
             if is_attestation(descriptor) {
@@ -228,7 +228,7 @@ impl Search<'_> {
 }
 
 /// Returns the platform of a descriptor.
-pub(crate) fn platform_of(descriptor: &Descriptor) -> Option<Platform> {
+pub(crate) fn platform_of(descriptor: &BlobDescriptor) -> Option<Platform> {
     let platform = descriptor.platform.as_ref()?;
     Some(Platform::new(
         &platform.os,
@@ -237,13 +237,13 @@ pub(crate) fn platform_of(descriptor: &Descriptor) -> Option<Platform> {
     ))
 }
 
-fn is_index(descriptor: &Descriptor) -> bool {
+fn is_index(descriptor: &BlobDescriptor) -> bool {
     matches!(descriptor.media_type.as_str(), OCI_INDEX | DOCKER_LIST)
 }
 
 /// Returns true for an attestation of BuildKit, which describes a build and is not an
 /// image.
-fn is_attestation(descriptor: &Descriptor) -> bool {
+fn is_attestation(descriptor: &BlobDescriptor) -> bool {
     let annotation = descriptor.annotation("vnd.docker.reference.type");
     let annotation = annotation == Some("attestation-manifest");
     let platform = platform_of(descriptor);

@@ -9,14 +9,14 @@ use super::archive::Archive;
 use super::choice::Choice;
 use super::docker::DockerArchive;
 use super::layout::Layout;
-use super::{Session, Source, SourceLayer, blob_path, spool};
+use super::{Session, Source, spool};
 use crate::Error;
 
 /// An archive whose headers have been read.
 pub(crate) struct Bundle {
     archive: Archive,
     /// Source of the archive, for messages.
-    place: String,
+    label: String,
     is_layout: bool,
 }
 
@@ -27,29 +27,29 @@ impl Bundle {
     /// # Errors
     /// The archive cannot be read, or contains no images.
     pub(crate) fn open(path: &Path, session: Session<'_>) -> Result<Self, Error> {
-        let place = match path.as_os_str() == "-" {
+        let label = match path.as_os_str() == "-" {
             true => "the standard input".to_owned(),
             false => path.display().to_string(),
         };
-        Self::of(spool::open(path, session), place)
+        Self::of(spool::open(path, session), label)
     }
 
-    /// Reads an archive, which may be compressed, from a stream that errors call `place`.
+    /// Reads an archive, which may be compressed, from a stream that errors call `label`.
     /// The archive is stored in a file of the session's scratch directory.
     ///
     /// # Errors
     /// The stream cannot be read, or contains no images.
     pub(crate) fn read(
         stream: impl Read,
-        place: &str,
+        label: &str,
         session: Session<'_>,
     ) -> Result<Self, Error> {
-        Self::of(spool::spool(stream, session), place.to_owned())
+        Self::of(spool::spool(stream, session), label.to_owned())
     }
 
-    fn of(file: io::Result<File>, place: String) -> Result<Self, Error> {
+    fn of(file: io::Result<File>, label: String) -> Result<Self, Error> {
         let unknown = |reason: String| Error::Unknown {
-            reference: place.clone(),
+            reference: label.clone(),
             reason,
         };
         let file = file.map_err(|error| unknown(error.to_string()))?;
@@ -62,7 +62,7 @@ impl Bundle {
         }
         Ok(Self {
             archive,
-            place,
+            label,
             is_layout,
         })
     }
@@ -91,22 +91,26 @@ impl Bundle {
     }
 
     /// Opens the stream of a layer of one of the images.
-    pub(super) fn layer(&self, layer: &SourceLayer) -> Result<Box<dyn Read + Send + '_>, Error> {
+    #[cfg(feature = "engine")]
+    pub(super) fn layer(
+        &self,
+        layer: &super::SourceLayer,
+    ) -> Result<Box<dyn Read + Send + '_>, Error> {
         let missing = || Error::Blob {
             digest: layer.digest.to_string(),
             reason: "it is missing".to_owned(),
         };
-        let path = layer.place.clone();
-        let path = path.unwrap_or_else(|| blob_path(layer.digest));
+        let path = layer.location.clone();
+        let path = path.unwrap_or_else(|| super::blob_path(layer.digest));
         self.archive.open_file(&path)?.ok_or_else(missing)
     }
 
     fn layout(&self, choice: Choice) -> Layout<&Archive> {
-        Layout::new(&self.archive, self.place.clone(), choice)
+        Layout::new(&self.archive, self.label.clone(), choice)
     }
 
     fn docker(&self, choice: Choice) -> DockerArchive<&Archive> {
-        DockerArchive::new(&self.archive, self.place.clone(), choice)
+        DockerArchive::new(&self.archive, self.label.clone(), choice)
     }
 }
 

@@ -66,7 +66,7 @@ impl Choice {
                 let named = |is_meant: &dyn Fn(&str) -> bool| -> Vec<usize> {
                     let images = (0..).zip(images);
                     let meant = images.filter(|(_, names)| names.iter().any(|it| is_meant(it)));
-                    meant.map(|(place, _)| place).collect()
+                    meant.map(|(number, _)| number).collect()
                 };
                 let meant = kinds.into_iter().map(named).find(|meant| !meant.is_empty());
                 meant.ok_or_else(|| format!("it has no image \"{name}\"; {}", listed(images)))

@@ -29,22 +29,22 @@ struct Item {
 pub(super) struct DockerArchive<F> {
     files: F,
     /// Path of the archive, for messages.
-    place: String,
+    label: String,
     choice: Choice,
 }
 
 impl<F: Files> DockerArchive<F> {
-    pub(super) fn new(files: F, place: String, choice: Choice) -> Self {
+    pub(super) fn new(files: F, label: String, choice: Choice) -> Self {
         Self {
             files,
-            place,
+            label,
             choice,
         }
     }
 
     fn unknown(&self, reason: impl Into<String>) -> Error {
         Error::Unknown {
-            reference: self.place.clone(),
+            reference: self.label.clone(),
             reason: reason.into(),
         }
     }
@@ -80,9 +80,9 @@ impl<F: Files> DockerArchive<F> {
             .iter()
             .map(|item| item.tags.clone().unwrap_or_default())
             .collect();
-        let place = self.choice.among(&names);
-        let place = place.map_err(|reason| self.unknown(reason))?;
-        Ok(items.swap_remove(place))
+        let chosen = self.choice.among(&names);
+        let chosen = chosen.map_err(|reason| self.unknown(reason))?;
+        Ok(items.swap_remove(chosen))
     }
 }
 
@@ -103,7 +103,7 @@ impl<F: Files + Sync> Source for DockerArchive<F> {
                 size: None,
                 media_type: None,
                 diff_id,
-                place: Some(path),
+                location: Some(path),
             })
             .collect();
         let digest = Digest::of(&bytes);
@@ -123,7 +123,7 @@ impl<F: Files + Sync> Source for DockerArchive<F> {
             digest: layer.digest.to_string(),
             reason: "it is missing".to_owned(),
         };
-        let path = layer.place.as_ref().ok_or_else(missing)?;
+        let path = layer.location.as_ref().ok_or_else(missing)?;
         self.files.open(path)?.ok_or_else(missing)
     }
 }

@@ -9,7 +9,7 @@ use super::choice::Choice;
 use super::{Files, Source, SourceImage, SourceLayer, blob_path, describe, read_named, read_small};
 use crate::Error;
 use crate::documents::{
-    Descriptor, FULL_NAME, Index, Named, REF_NAME, parse, platform_of, resolve,
+    BlobDescriptor, FULL_NAME, ImageIndex, Named, REF_NAME, parse, platform_of, resolve,
 };
 use crate::platform::Platform;
 
@@ -17,27 +17,27 @@ use crate::platform::Platform;
 pub(super) struct Layout<F> {
     files: F,
     /// Path of the layout, for messages.
-    place: String,
+    label: String,
     choice: Choice,
 }
 
 impl<F: Files> Layout<F> {
-    pub(super) fn new(files: F, place: String, choice: Choice) -> Self {
+    pub(super) fn new(files: F, label: String, choice: Choice) -> Self {
         Self {
             files,
-            place,
+            label,
             choice,
         }
     }
 
     fn unknown(&self, reason: impl Into<String>) -> Error {
         Error::Unknown {
-            reference: self.place.clone(),
+            reference: self.label.clone(),
             reason: reason.into(),
         }
     }
 
-    fn index(&self) -> Result<Index, Error> {
+    fn index(&self) -> Result<ImageIndex, Error> {
         let bytes = read_small(&self.files, "index.json", "index")?
             .ok_or_else(|| self.unknown("it is not an OCI layout (no index.json)"))?;
         parse(&bytes, "index")
@@ -47,17 +47,17 @@ impl<F: Files> Layout<F> {
     /// several entries with one name.
     fn chosen<'i>(
         &self,
-        index: &'i Index,
+        index: &'i ImageIndex,
         platform: Option<&Platform>,
-    ) -> Result<&'i Descriptor, Error> {
+    ) -> Result<&'i BlobDescriptor, Error> {
         let unknown = |reason| self.unknown(reason);
         let manifests = &index.manifests;
         let all: Vec<_> = manifests.iter().map(names).collect();
         let meant = self.choice.all_among(&all).map_err(unknown)?;
         let host = Platform::host();
         let platform = platform.unwrap_or(&host);
-        let serving = meant.iter().filter_map(|place| {
-            let descriptor = manifests.get(*place)?;
+        let serving = meant.iter().filter_map(|number| {
+            let descriptor = manifests.get(*number)?;
             Some((platform.rank(&platform_of(descriptor)?)?, descriptor))
         });
         let best = serving.min_by_key(|(rank, _)| *rank);
@@ -68,22 +68,23 @@ impl<F: Files> Layout<F> {
         match best {
             Some((_, best)) if is_one_image => Ok(best),
             _ => {
-                let place = self.choice.among(&all).map_err(unknown)?;
+                let chosen = self.choice.among(&all).map_err(unknown)?;
                 manifests
-                    .get(place)
+                    .get(chosen)
                     .ok_or_else(|| self.unknown("it is empty"))
             }
         }
     }
 
     /// Returns the names of each image.
+    #[cfg(feature = "archive")]
     pub(super) fn names(&self) -> Result<Vec<Vec<String>>, Error> {
         Ok(self.index()?.manifests.iter().map(names).collect())
     }
 }
 
 /// Returns the full name, then the name in the layout.
-fn names(descriptor: &Descriptor) -> Vec<String> {
+fn names(descriptor: &BlobDescriptor) -> Vec<String> {
     let name = |key: &str| descriptor.annotation(key).map(str::to_owned);
     [FULL_NAME, REF_NAME].into_iter().filter_map(name).collect()
 }

@@ -1,17 +1,27 @@
 //! Sources of images: each transport provides documents and blobs.
 
+#[cfg(feature = "archive")]
 mod archive;
+#[cfg(feature = "archive")]
 mod bundle;
 mod choice;
+#[cfg(feature = "archive")]
 mod docker;
+#[cfg(feature = "engine")]
 mod engine;
 mod layout;
+#[cfg(any(feature = "engine", feature = "registry"))]
 mod pem;
-mod place;
+#[cfg(feature = "registry")]
 mod registries;
+#[cfg(feature = "registry")]
 mod registry;
+#[cfg(feature = "registry")]
+mod repository;
 mod rootfs;
+#[cfg(feature = "archive")]
 mod spool;
+#[cfg(feature = "containers-storage")]
 mod storage;
 
 use std::io::Read;
@@ -27,16 +37,15 @@ use crate::documents::{MAX_DOCUMENT, Named, Parts, Resolved, check_platform, dif
 use crate::platform::Platform;
 use crate::reference::Reference;
 
+#[cfg(feature = "archive")]
 pub(crate) use self::bundle::Bundle;
 use self::choice::Choice;
-pub(crate) use self::registries::Registries;
+#[cfg(all(feature = "registry", any(feature = "fuzzing", test)))]
+pub(crate) use self::registries::fuzz_registries;
+#[cfg(all(feature = "registry", any(feature = "fuzzing", test)))]
+pub(crate) use self::registry::headers;
+#[cfg(feature = "registry")]
 pub use self::registry::{OpenBlob, Pushed, Pusher};
-
-/// Parses the headers of a registry's answer.
-#[cfg(any(feature = "fuzzing", test))]
-pub(crate) fn headers(text: &str) {
-    registry::headers(text);
-}
 
 /// A layer of an image to be read.
 #[derive(Clone, Debug)]
@@ -50,7 +59,14 @@ pub(crate) struct SourceLayer {
     /// Digest of the contained tar stream.
     pub(crate) diff_id: Digest,
     /// Location of the stream in the transport, if the digest does not determine it.
-    place: Option<String>,
+    #[cfg_attr(
+        not(any(feature = "archive", feature = "containers-storage")),
+        expect(
+            dead_code,
+            reason = "OCI layouts and registries find layers by their digests"
+        )
+    )]
+    location: Option<String>,
 }
 
 impl SourceLayer {
@@ -61,7 +77,7 @@ impl SourceLayer {
             size: None,
             media_type: None,
             diff_id,
-            place: None,
+            location: None,
         }
     }
 }
@@ -120,10 +136,18 @@ pub(crate) trait Source: Sync {
 #[derive(Clone, Copy)]
 pub(crate) struct Session<'a> {
     /// A directory for temporary files, which have no names.
+    #[cfg_attr(
+        not(feature = "archive"),
+        expect(dead_code, reason = "only archives are stored")
+    )]
     pub(crate) scratch: &'a Path,
     /// Cancels waits for registries and reads from them.
     pub(crate) cancel: &'a Cancel,
     /// Called from any thread with a sentence for users about the reason for a delay.
+    #[cfg_attr(
+        not(any(feature = "engine", feature = "registry")),
+        expect(dead_code, reason = "files are read without delay")
+    )]
     pub(crate) notice: &'a (dyn Fn(&str) + Sync),
 }
 
@@ -132,37 +156,57 @@ pub(crate) fn open<'a>(
     reference: &Reference,
     session: Session<'a>,
 ) -> Result<Option<Box<dyn Source + 'a>>, Error> {
+    if session.cancel.is_cancelled() {
+        return Err(Error::Cancelled);
+    }
     let unknown = |reason: String| Error::Unknown {
         reference: reference.to_string(),
         reason,
     };
-    let place = reference.to_string();
+    let label = reference.to_string();
     Ok(Some(match reference {
         Reference::Oci { directory, tag } => {
             let files = layout::Directory::open(directory).map_err(unknown)?;
             let choice = Choice::of(tag.as_deref());
-            Box::new(layout::Layout::new(files, place, choice))
-        }
-        Reference::OciArchive { file, tag } => {
-            let files = archive::Archive::open(file, reference, session)?;
-            let choice = Choice::of(tag.as_deref());
-            Box::new(layout::Layout::new(files, place, choice))
-        }
-        Reference::DockerArchive { file, tag } => {
-            let files = archive::Archive::open(file, reference, session)?;
-            let choice = Choice::of(tag.as_deref());
-            Box::new(docker::DockerArchive::new(files, place, choice))
-        }
-        Reference::DockerDaemon { image } => Box::new(engine::Engine::open(image, session)?),
-        Reference::ContainersStorage { storage, image } => {
-            Box::new(storage::Storage::open(storage.as_deref(), image)?)
+            Box::new(layout::Layout::new(files, label, choice))
         }
         Reference::RootFs { directory } => match directory.is_dir() {
             true => Box::new(rootfs::Directory::new(directory)),
             false => return Err(unknown(format!("{directory:?} is not a directory"))),
         },
-        Reference::Docker(name) => Box::new(registry::Registry::open(name, session)?),
         Reference::Stored(_) => return Ok(None),
+        #[cfg(feature = "archive")]
+        Reference::OciArchive { file, tag } => {
+            let files = archive::Archive::open(file, reference, session)?;
+            let choice = Choice::of(tag.as_deref());
+            Box::new(layout::Layout::new(files, label, choice))
+        }
+        #[cfg(feature = "archive")]
+        Reference::DockerArchive { file, tag } => {
+            let files = archive::Archive::open(file, reference, session)?;
+            let choice = Choice::of(tag.as_deref());
+            Box::new(docker::DockerArchive::new(files, label, choice))
+        }
+        #[cfg(feature = "engine")]
+        Reference::DockerDaemon { image } => Box::new(engine::Engine::open(image, session)?),
+        #[cfg(feature = "containers-storage")]
+        Reference::ContainersStorage { storage, image } => {
+            Box::new(storage::Storage::open(storage.as_deref(), image)?)
+        }
+        #[cfg(feature = "registry")]
+        Reference::Docker(name) => Box::new(registry::Registry::open(name, session)?),
+        #[cfg(not(all(
+            feature = "archive",
+            feature = "containers-storage",
+            feature = "engine",
+            feature = "registry"
+        )))]
+        other => {
+            return Err(Error::Disabled {
+                reference: other.to_string(),
+                feature: other.feature().unwrap_or_default(),
+            });
+        }
     }))
 }
 
@@ -222,7 +266,7 @@ fn describe(
             size: Some(named.size),
             media_type: Some(named.media_type),
             diff_id,
-            place: None,
+            location: None,
         })
         .collect();
     Ok(SourceImage {

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::place::Place;
+use super::repository::Repository;
 use crate::Error;
 use crate::docker_reference::DockerReference;
 use crate::reference::Reference;
@@ -75,10 +75,10 @@ enum PullFrom {
 
 /// Locations of an image, in the order in which they are tried.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Places {
-    pub(super) mirrors: Vec<Place>,
+pub(super) struct Locations {
+    pub(super) mirrors: Vec<Repository>,
     /// The registry itself.
-    pub(super) own: Place,
+    pub(super) own: Repository,
 }
 
 impl Reference {
@@ -153,18 +153,6 @@ impl Registries {
         Ok(())
     }
 
-    /// Parses `text` and looks up `name` in it.
-    #[cfg(any(feature = "fuzzing", test))]
-    pub(crate) fn fuzz(text: &str, name: &str) {
-        let mut all = Self::default();
-        if all.add(text, Path::new("fuzzed")).is_ok() {
-            let _ = all.alias(name);
-            if let Ok(reference) = DockerReference::parse(name) {
-                let _ = all.places(&reference);
-            }
-        }
-    }
-
     /// Resolves an alias. `name` is a short name without tag and digest.
     pub(crate) fn alias(&self, name: &str) -> Option<&str> {
         self.aliases.get(name).map(String::as_str)
@@ -183,12 +171,12 @@ impl Registries {
     ///
     /// # Errors
     /// The registry is blocked, or the resulting name is invalid.
-    pub(super) fn places(&self, reference: &DockerReference) -> Result<Places, Error> {
+    pub(super) fn locations(&self, reference: &DockerReference) -> Result<Locations, Error> {
         let name = full_name(reference);
         let Some((table, matched)) = self.table(&name) else {
-            return Ok(Places {
+            return Ok(Locations {
                 mirrors: Vec::new(),
-                own: Place::of(reference),
+                own: Repository::of(reference),
             });
         };
         if table.blocked {
@@ -197,9 +185,9 @@ impl Registries {
                 reason: format!("it is blocked in {:?}", table.file),
             });
         }
-        let at = |location: &str, insecure: bool| -> Result<Place, Error> {
-            let place = match location {
-                "" => Place::of(reference),
+        let at = |location: &str, insecure: bool| -> Result<Repository, Error> {
+            let repository = match location {
+                "" => Repository::of(reference),
                 location => {
                     let rest = name.get(matched..).unwrap_or_default();
                     let moved = format!("{location}{rest}");
@@ -207,10 +195,10 @@ impl Registries {
                         let text = format!("the image would be \"{moved}\", and {reason}");
                         Error::file("use", &table.file)(std::io::Error::other(text))
                     })?;
-                    Place::of(&moved)
+                    Repository::of(&moved)
                 }
             };
-            Ok(place.insecure(insecure))
+            Ok(repository.insecure(insecure))
         };
         let has_digest = reference.digest().is_some();
         let serves = |mirror: &&Mirror| match mirror.pull_from_mirror {
@@ -219,7 +207,7 @@ impl Registries {
             PullFrom::TagOnly => !has_digest,
         };
         let mirrors = table.mirror.iter().filter(serves);
-        Ok(Places {
+        Ok(Locations {
             mirrors: mirrors
                 .map(|mirror| at(&mirror.location, mirror.insecure))
                 .collect::<Result<_, _>>()?,
@@ -269,6 +257,18 @@ fn clean_location(location: &mut String) -> Result<(), String> {
     }
     location.truncate(location.trim_end_matches('/').len());
     Ok(())
+}
+
+/// Parses `text` and looks up `name` in it.
+#[cfg(any(feature = "fuzzing", test))]
+pub(crate) fn fuzz_registries(text: &str, name: &str) {
+    let mut all = Registries::default();
+    if all.add(text, Path::new("fuzzed")).is_ok() {
+        let _ = all.alias(name);
+        if let Ok(reference) = DockerReference::parse(name) {
+            let _ = all.locations(&reference);
+        }
+    }
 }
 
 /// Returns the length of the match of `prefix` at the start of a name: complete

@@ -43,7 +43,7 @@ impl Source for Directory {
                 size: None,
                 media_type: None,
                 diff_id,
-                place: None,
+                location: None,
             }],
             origin: None,
         })

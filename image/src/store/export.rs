@@ -5,7 +5,6 @@
 //! a Docker archive or a directory) gets a new one, and its layers are reconstructed from
 //! the converted files.
 
-use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{BufWriter, Read, Write as _};
 use std::path::PathBuf;
@@ -16,11 +15,12 @@ use super::pull::PullOptions;
 use super::record::{DiskRecord, LayerRecord};
 use crate::Error;
 use crate::digest::{Digest, HashingReader};
-use crate::documents::{Descriptor, Manifest, OCI_CONFIG, OCI_LAYER, OCI_LAYER_GZIP, OCI_MANIFEST};
+use crate::documents::{
+    BlobDescriptor, ImageManifest, OCI_CONFIG, OCI_LAYER, OCI_LAYER_GZIP, OCI_MANIFEST,
+};
 use crate::platform::Platform;
 use crate::progress::{LayerStep, Progress};
 use crate::reference::Reference;
-use crate::skeleton::Assembler;
 use crate::source::{self, Session};
 
 const GZIP_LEVEL: u32 = 6;
@@ -57,7 +57,15 @@ pub(super) type Has<'a> = &'a dyn Fn(Digest, u64) -> bool;
 /// Form of layers that must be reconstructed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Form {
+    #[cfg_attr(
+        not(feature = "archive"),
+        expect(dead_code, reason = "layers in archives are not compressed")
+    )]
     Plain,
+    #[cfg_attr(
+        not(feature = "registry"),
+        expect(dead_code, reason = "layers in registries are compressed")
+    )]
     Gzip,
 }
 
@@ -87,14 +95,6 @@ impl Exported {
 }
 
 impl Store {
-    /// Opens the tar stream of a stored layer.
-    pub(super) fn assemble(&self, diff_id: Digest) -> Result<Assembler, Error> {
-        let path = self.layer_path(diff_id);
-        let stored = StoredLayer::open_published(path.clone())?;
-        let (blob, small) = (stored.file("blob")?, stored.file("small")?);
-        Assembler::new(stored.file("skeleton")?, blob, small).map_err(Error::file("read", &path))
-    }
-
     /// Exports an image. The caller needs all of it.
     pub(super) fn export(
         &self,
@@ -197,7 +197,7 @@ impl Store {
         let platform = Platform::of(&record.config);
         let source = match source::open(&reference, session) {
             Ok(Some(source)) => source,
-            Ok(None) | Err(Error::Unknown { .. }) => return Ok(false),
+            Ok(None) | Err(Error::Unknown { .. } | Error::Disabled { .. }) => return Ok(false),
             Err(error) => return Err(error),
         };
         let image = match source.image(Some(&platform)) {
@@ -291,11 +291,11 @@ impl Store {
         }
         let descriptors = layers
             .iter()
-            .map(|layer| Descriptor::new(media_type, layer.size, layer.digest))
+            .map(|layer| BlobDescriptor::new(media_type, layer.size, layer.digest))
             .collect();
         let size = config.len() as u64;
-        let of_config = Descriptor::new(OCI_CONFIG, size, record.config_digest);
-        let manifest = Manifest::new(of_config, descriptors);
+        let of_config = BlobDescriptor::new(OCI_CONFIG, size, record.config_digest);
+        let manifest = ImageManifest::new(of_config, descriptors);
         Ok(Exported {
             manifest: serde_json::to_vec(&manifest)
                 .map_err(|error| Error::document("manifest", error))?,

@@ -16,6 +16,7 @@ use super::Store;
 use crate::Error;
 use crate::digest::Digest;
 use crate::index::{IndexReader, Totals};
+use crate::skeleton::Assembler;
 
 /// Number of bytes read of a stored layer after which the system is asked to write out
 /// the converted data.
@@ -203,6 +204,14 @@ impl Store {
         fs::rename(&fresh, path)
             .and_then(|()| sync_parent(path))
             .map_err(Error::file("write", path))
+    }
+
+    /// Opens the tar stream of a stored layer.
+    pub(super) fn assemble(&self, diff_id: Digest) -> Result<Assembler, Error> {
+        let path = self.layer_path(diff_id);
+        let stored = StoredLayer::open_published(path.clone())?;
+        let (blob, small) = (stored.file("blob")?, stored.file("small")?);
+        Assembler::new(stored.file("skeleton")?, blob, small).map_err(Error::file("read", &path))
     }
 
     /// Returns a stored document, if it is intact.

@@ -25,7 +25,7 @@ pub struct Loaded {
 
 impl Store {
     /// Loads all images of an archive written by `docker save`, `podman save`, skopeo or
-    /// [`Self::save`], which may be compressed. Errors refer to the archive as `place`.
+    /// [`Self::save`], which may be compressed. Errors refer to the archive as `label`.
     ///
     /// # Errors
     /// The stream contains no images, or one of them is refused. Images before it remain
@@ -33,10 +33,10 @@ impl Store {
     pub fn load(
         &self,
         stream: impl Read,
-        place: &str,
+        label: &str,
         options: &PullOptions<'_>,
     ) -> Result<Vec<Loaded>, Error> {
-        self.load_bundle(options, |session| Bundle::read(stream, place, session))
+        self.load_bundle(options, |session| Bundle::read(stream, label, session))
     }
 
     /// As [`Self::load`], from a file, which can be read in place.

@@ -23,14 +23,18 @@
 
 mod collect;
 mod damaged;
+#[cfg(any(feature = "archive", feature = "registry"))]
 mod export;
 mod files;
 mod import;
+#[cfg(feature = "archive")]
 mod load;
 mod names;
 mod pull;
+#[cfg(feature = "registry")]
 mod push;
 mod record;
+#[cfg(feature = "archive")]
 mod save;
 mod usage;
 mod verify;
@@ -44,6 +48,7 @@ use std::sync::Arc;
 use rustix::fs::{FlockOperation, flock};
 
 pub use self::collect::{FindUsers, PruneOptions, Pruned, Users};
+#[cfg(feature = "archive")]
 pub use self::load::Loaded;
 pub use self::names::ImageSummary;
 pub use self::pull::PullOptions;

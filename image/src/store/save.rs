@@ -13,7 +13,7 @@ use super::pull::PullOptions;
 use crate::Error;
 use crate::digest::{Digest, HashingReader};
 use crate::docker_reference::DockerReference;
-use crate::documents::{Descriptor, FULL_NAME, Index, REF_NAME};
+use crate::documents::{BlobDescriptor, FULL_NAME, ImageIndex, REF_NAME};
 use crate::tar::{END, Header, Kind, encode, padding};
 
 /// An item of `manifest.json`.
@@ -55,7 +55,7 @@ impl Store {
             archive.image(store, &exported)?;
             let size = exported.manifest.len() as u64;
             let digest = Digest::of(&exported.manifest);
-            let mut entry = Descriptor::new(&exported.manifest_type, size, digest);
+            let mut entry = BlobDescriptor::new(&exported.manifest_type, size, digest);
             let name = DockerReference::parse(&found.reference).ok();
             let name = name.filter(|_| found.reference != found.digest.to_string());
             if let Some(name) = &name {
@@ -74,7 +74,7 @@ impl Store {
                     .collect(),
             });
         }
-        archive.json("index.json", &Index::new(manifests))?;
+        archive.json("index.json", &ImageIndex::new(manifests))?;
         archive.json("manifest.json", &merged(items))?;
         archive.out.write_all(&END).map_err(unwritable)?;
         archive.out.flush().map_err(unwritable)

@@ -16,9 +16,9 @@ use std::io::{self, Write as _};
 use std::path::Path;
 use std::process::Command;
 
-use sm_image::{Compression, Config, LayoutBuilder, Limits, PullOptions, Reference, Store};
 use headers::headers;
 use links::links;
+use sm_image::{Compression, Config, LayoutBuilder, Limits, PullOptions, Reference, Store};
 use support::{Entry, file, image, tar};
 use traversal::traversal;
 

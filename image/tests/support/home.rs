@@ -47,6 +47,7 @@ impl Home {
         self.store.prune(options, &|| Ok(Users::new())).unwrap()
     }
 
+    #[cfg(feature = "archive")]
     pub(crate) fn save(&self, queries: &[&str], file: &str) -> PathBuf {
         let path = self.path(file);
         let queries: Vec<_> = queries.iter().map(|query| (*query).to_owned()).collect();

@@ -157,10 +157,10 @@ impl<'s> Engine<'s> {
             return Ok(bundle);
         }
         let response = self.ask("get")?;
-        let place = format!("docker-daemon:{}", self.name);
+        let label = format!("docker-daemon:{}", self.name);
         (self.session.notice)(&format!("receiving {} from {}", self.name, self.host));
         let body = response.into_body().into_reader();
-        let bundle = Bundle::read(body, &place, self.session)?;
+        let bundle = Bundle::read(body, &label, self.session)?;
         Ok(self.bundle.get_or_init(|| bundle))
     }
 }

@@ -11,12 +11,14 @@ fn parsed(text: &str) -> Registries {
 }
 
 /// Formats mirrors and the registry itself as `HOST/REPOSITORY`, with `!` if insecure.
-fn places(all: &Registries, name: &str) -> Vec<String> {
-    let places = all.places(&DockerReference::parse(name).unwrap()).unwrap();
+fn locations(all: &Registries, name: &str) -> Vec<String> {
+    let places = all
+        .locations(&DockerReference::parse(name).unwrap())
+        .unwrap();
     let mut texts = Vec::new();
     for place in places.mirrors.into_iter().chain([places.own]) {
         let mark = if place.insecure { "!" } else { "" };
-        texts.push(format!("{}/{}{mark}", place.host, place.repository));
+        texts.push(format!("{}/{}{mark}", place.host, place.name));
     }
     texts
 }
@@ -32,10 +34,10 @@ fn wrong(text: &str, word: &str) {
 fn without_a_table_the_reference_names_the_location() {
     let all = parsed("unqualified-search-registries = ['quay.io']\nshort-name-mode = 'enforcing'");
     assert_eq!(
-        places(&all, "nginx"),
+        locations(&all, "nginx"),
         ["registry-1.docker.io/library/nginx"]
     );
-    assert_eq!(places(&all, "r.example/a/b"), ["r.example/a/b"]);
+    assert_eq!(locations(&all, "r.example/a/b"), ["r.example/a/b"]);
 }
 
 #[test]
@@ -55,18 +57,18 @@ fn locations_replace_the_longest_prefix() {
         location = "cache.example/docker"
         "#,
     );
-    assert_eq!(places(&all, "r.example/a"), ["r.example/a!"]);
+    assert_eq!(locations(&all, "r.example/a"), ["r.example/a!"]);
     assert_eq!(
-        places(&all, "r.example/team/app:v1"),
+        locations(&all, "r.example/team/app:v1"),
         ["other.example:5000/moved/app"]
     );
     assert_eq!(
-        places(&all, "r.example/teams/app"),
+        locations(&all, "r.example/teams/app"),
         ["r.example/teams/app!"]
     );
-    assert_eq!(places(&all, "r.example.org/a"), ["r.example.org/a"]);
+    assert_eq!(locations(&all, "r.example.org/a"), ["r.example.org/a"]);
     assert_eq!(
-        places(&all, "nginx"),
+        locations(&all, "nginx"),
         ["cache.example/docker/library/nginx"]
     );
 }
@@ -88,22 +90,25 @@ fn prefixes_can_be_images_and_all_hosts_below_one() {
         location = "archive.example/app:older"
         "#,
     );
-    assert_eq!(places(&all, "a.below.example/x"), ["a.below.example/x!"]);
+    assert_eq!(locations(&all, "a.below.example/x"), ["a.below.example/x!"]);
     assert_eq!(
-        places(&all, "a.b.below.example:5000/x"),
+        locations(&all, "a.b.below.example:5000/x"),
         ["a.b.below.example:5000/x!"]
     );
-    assert_eq!(places(&all, "below.example/x"), ["below.example/x"]);
+    assert_eq!(locations(&all, "below.example/x"), ["below.example/x"]);
     assert_eq!(
-        places(&all, "evil.example/a.below.example/x"),
+        locations(&all, "evil.example/a.below.example/x"),
         ["evil.example/a.below.example/x"]
     );
     assert_eq!(
-        places(&all, "a.moved.example/x/y"),
+        locations(&all, "a.moved.example/x/y"),
         ["there.example/all/x/y"]
     );
-    assert_eq!(places(&all, "r.example/app:old"), ["archive.example/app"]);
-    assert_eq!(places(&all, "r.example/app:new"), ["r.example/app"]);
+    assert_eq!(
+        locations(&all, "r.example/app:old"),
+        ["archive.example/app"]
+    );
+    assert_eq!(locations(&all, "r.example/app:new"), ["r.example/app"]);
 }
 
 #[test]
@@ -126,11 +131,11 @@ fn mirrors_come_first_if_they_serve_such_references() {
         "#,
     );
     assert_eq!(
-        places(&all, "r.example/a"),
+        locations(&all, "r.example/a"),
         ["one.example/a", "three.example/a", "r.example/a"]
     );
     assert_eq!(
-        places(&all, &by_digest),
+        locations(&all, &by_digest),
         ["one.example/a", "two.example/sub/a!", "r.example/a"]
     );
     let all = parsed(
@@ -141,15 +146,18 @@ fn mirrors_come_first_if_they_serve_such_references() {
         mirror = [{ location = "one.example" }]
         "#,
     );
-    assert_eq!(places(&all, "r.example/a"), ["r.example/a"]);
-    assert_eq!(places(&all, &by_digest), ["one.example/a", "r.example/a"]);
+    assert_eq!(locations(&all, "r.example/a"), ["r.example/a"]);
+    assert_eq!(
+        locations(&all, &by_digest),
+        ["one.example/a", "r.example/a"]
+    );
 }
 
 #[test]
 fn blocked_registries_are_not_asked() {
     let all = parsed("[[registry]]\nlocation = 'r.example'\nblocked = true");
     let error = all
-        .places(&DockerReference::parse("r.example/a").unwrap())
+        .locations(&DockerReference::parse("r.example/a").unwrap())
         .unwrap_err()
         .to_string();
     assert!(
@@ -209,7 +217,7 @@ fn invalid_configurations_are_reported() {
     wrong("[aliases]\nx = 'r.example/a:tag'", "has no registry");
     let all = parsed("[[registry]]\nprefix = 'r.example'\nlocation = 'UPPER.example/Case'");
     let reference = DockerReference::parse("r.example/a").unwrap();
-    let error = all.places(&reference).unwrap_err();
+    let error = all.locations(&reference).unwrap_err();
     assert!(error.to_string().contains("/etc/x.conf"), "{error}");
 }
 
@@ -276,7 +284,7 @@ fn later_files_win_and_wrong_ones_are_named() {
     );
     let missing = directory.path().join("missing");
     let all = Registries::read(&[one, missing, two]).unwrap();
-    assert_eq!(places(&all, "r.example/a"), ["s.example/a"]);
+    assert_eq!(locations(&all, "r.example/a"), ["s.example/a"]);
     let broken = write("broken", "x = ");
     let error = Registries::read(std::slice::from_ref(&broken)).unwrap_err();
     assert!(error.to_string().contains("broken"), "{error}");
@@ -289,7 +297,7 @@ proptest! {
     fn any_text_is_parsed_without_panic(text in "(\\[\\[registry(.mirror)?\\]\\]\n|location = '[a-z*./]{0,6}'\n|prefix = '[a-z*.]{0,6}'\n|\\PC{0,10}){0,8}") {
         let mut all = Registries::default();
         if all.add(&text, Path::new("x")).is_ok() {
-            let _ = all.places(&DockerReference::parse("a.b/c:d").unwrap());
+            let _ = all.locations(&DockerReference::parse("a.b/c:d").unwrap());
         }
     }
 

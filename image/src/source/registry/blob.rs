@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 use ureq::Body;
 use ureq::http::{Response, StatusCode, header};
 
+use super::backoff::Backoff;
 use super::client::{Client, Wanted};
 use super::failure::Failure;
-use super::patience::Patience;
 use crate::digest::Digest;
 
 const ANYTHING: &str = "*/*";
@@ -28,16 +28,16 @@ const WHILE: Duration = Duration::from_secs(60);
 /// A blob that is being read.
 pub(super) struct Blob<'a> {
     /// Locations of the blob, the best first.
-    places: Vec<&'a Client<'a>>,
+    clients: Vec<&'a Client<'a>>,
     digest: Digest,
     /// Length of the blob in bytes.
     size: u64,
     /// Number of bytes read.
     at: u64,
     body: Option<Box<dyn Read + Send>>,
-    /// Retry state for the first of `places`.
-    patience: Patience<'a>,
-    /// Number of bytes read when `patience` started.
+    /// Retry state for the first of `clients`.
+    backoff: Backoff<'a>,
+    /// Number of bytes read when `backoff` started.
     since: u64,
     pace: Pace,
     /// Offset at which the last answer started.
@@ -64,16 +64,16 @@ impl Pace {
 }
 
 impl<'a> Blob<'a> {
-    /// Creates a reader; `None` if `places` is empty.
-    pub(super) fn new(places: Vec<&'a Client<'a>>, digest: Digest, size: u64) -> Option<Self> {
-        let session = places.first()?.session;
+    /// Creates a reader; `None` if `clients` is empty.
+    pub(super) fn new(clients: Vec<&'a Client<'a>>, digest: Digest, size: u64) -> Option<Self> {
+        let session = clients.first()?.session;
         Some(Self {
-            places,
+            clients,
             digest,
             size,
             at: 0,
             body: None,
-            patience: Patience::new(session, RESUMES),
+            backoff: Backoff::new(session, RESUMES),
             since: 0,
             pace: Pace::default(),
             begun: 0,
@@ -115,7 +115,7 @@ impl<'a> Blob<'a> {
 
     fn read_once(&mut self, buffer: &mut [u8]) -> Result<usize, Failure> {
         let nowhere = || Failure::Final("no registry is left to ask".to_owned());
-        let client = *self.places.first().ok_or_else(nowhere)?;
+        let client = *self.clients.first().ok_or_else(nowhere)?;
         let mut body = match self.body.take() {
             Some(body) => body,
             None => {
@@ -143,11 +143,11 @@ impl<'a> Blob<'a> {
     /// that no further attempt is possible.
     fn recover(&mut self, failure: Failure) -> io::Result<()> {
         self.body = None;
-        let Some(client) = self.places.first().copied() else {
+        let Some(client) = self.clients.first().copied() else {
             return Err(io::ErrorKind::NotFound.into());
         };
         if self.at >= self.since + PROGRESS {
-            self.patience = Patience::new(client.session, RESUMES);
+            self.backoff = Backoff::new(client.session, RESUMES);
             self.since = self.at;
         }
         let error = match failure {
@@ -156,17 +156,17 @@ impl<'a> Blob<'a> {
                 // A connection that delivered data is replaced immediately.
                 let asked = asked.or((self.at > self.begun).then_some(Duration::ZERO));
                 self.begun = self.at;
-                match self.patience.again(&client.place().registry, asked) {
+                match self.backoff.again(&client.repository().registry, asked) {
                     Ok(()) => return Ok(()),
                     Err(over) => client.over(&reason, &over),
                 }
             }
         };
-        if self.places.len() == 1 || client.session.cancel.is_cancelled() {
+        if self.clients.len() == 1 || client.session.cancel.is_cancelled() {
             return Err(io::Error::other(error));
         }
-        self.places.remove(0);
-        self.patience = Patience::new(client.session, RESUMES);
+        self.clients.remove(0);
+        self.backoff = Backoff::new(client.session, RESUMES);
         self.since = self.at;
         (client.session.notice)(&format!("continuing at another location: {error}"));
         Ok(())

@@ -9,11 +9,11 @@ use serde::Deserialize;
 use ureq::http::{Method, Response, Uri, header};
 use ureq::{Body, SendBody};
 
-use super::super::place::Place;
+use super::super::repository::Repository;
 use super::auth::Authorizer;
+use super::backoff::{Backoff, NoRetry};
 use super::failure::{Failure, asked_pause};
 use super::http::{Answer, Ask, Http, Trouble};
-use super::patience::{Over, Patience};
 use super::url::is_same_origin;
 use crate::Error;
 use crate::source::Session;
@@ -25,7 +25,7 @@ const SHOWN: usize = 200;
 
 /// Client for one repository of one registry.
 pub(super) struct Client<'s> {
-    place: Place,
+    repository: Repository,
     pub(super) session: Session<'s>,
     attempts: u32,
     /// Created by the first request.
@@ -53,17 +53,17 @@ pub(super) struct Wanted<'a> {
 }
 
 impl<'s> Client<'s> {
-    /// Creates a client for `place` that makes each request up to `attempts` times.
+    /// Creates a client for `repository` that makes each request up to `attempts` times.
     /// `scopes` are the permissions that it may need.
     pub(super) fn new(
-        place: Place,
+        repository: Repository,
         session: Session<'s>,
         attempts: u32,
         scopes: Vec<String>,
     ) -> Self {
-        let authorizer = Authorizer::new(&place.registry, &place.repository, scopes);
+        let authorizer = Authorizer::new(&repository.registry, &repository.name, scopes);
         Self {
-            place,
+            repository,
             session,
             attempts,
             connection: OnceLock::new(),
@@ -71,42 +71,42 @@ impl<'s> Client<'s> {
         }
     }
 
-    pub(super) fn place(&self) -> &Place {
-        &self.place
+    pub(super) fn repository(&self) -> &Repository {
+        &self.repository
     }
 
     pub(super) fn error(&self, reason: impl Into<String>) -> Error {
         Error::Registry {
-            registry: self.place.registry.clone(),
+            registry: self.repository.registry.clone(),
             reason: reason.into(),
         }
     }
 
     fn connection(&self) -> Result<&Connection, Failure> {
-        let connect = || Connection::new(&self.place, self.session);
+        let connect = || Connection::new(&self.repository, self.session);
         let connection = self.connection.get_or_init(connect).as_ref();
         connection.map_err(|reason| Failure::Final(reason.clone()))
     }
 
     /// Repeats an operation until it succeeds, or fails permanently.
-    pub(super) fn patiently<T>(
+    pub(super) fn with_retries<T>(
         &self,
         mut once: impl FnMut() -> Result<T, Failure>,
     ) -> Result<T, Error> {
-        let mut patience = Patience::new(self.session, self.attempts);
+        let mut backoff = Backoff::new(self.session, self.attempts);
         loop {
             match once() {
                 Ok(done) => return Ok(done),
                 Err(Failure::Final(reason)) => return Err(self.error(reason)),
                 Err(Failure::Passing(reason, asked)) => {
-                    let again = patience.again(&self.place.registry, asked);
+                    let again = backoff.again(&self.repository.registry, asked);
                     again.map_err(|over| self.over(&reason, &over))?;
                 }
             }
         }
     }
 
-    pub(super) fn over(&self, reason: &str, over: &Over) -> Error {
+    pub(super) fn over(&self, reason: &str, over: &NoRetry) -> Error {
         self.error(format!("{reason}{over}"))
     }
 
@@ -176,7 +176,7 @@ impl<'s> Client<'s> {
     /// Returns the address of `path` in the repository.
     pub(super) fn uri(&self, path: &str) -> Result<Uri, Failure> {
         let base = &self.connection()?.base;
-        let text = format!("{base}v2/{}/{path}", self.place.repository);
+        let text = format!("{base}v2/{}/{path}", self.repository.name);
         text.parse()
             .map_err(|_| Failure::Final(format!("{text:?} is not a valid address")))
     }
@@ -234,18 +234,18 @@ impl Client<'_> {
             .is_ok_and(|connection| connection.is_own(answer))
     }
 
-    /// Checks that an upload may continue at `place`, which `answer` names. The registry
+    /// Checks that an upload may continue at `location`, which `answer` names. The registry
     /// may name any address. Another host may only name itself, so that it cannot direct
     /// requests with credentials back to the registry.
-    pub(super) fn check_place(&self, answer: &Answer, place: &Uri) -> Result<(), Failure> {
+    pub(super) fn check_location(&self, answer: &Answer, location: &Uri) -> Result<(), Failure> {
         let connection = self.connection()?;
-        if !connection.is_own(answer) && !is_same_origin(place, &answer.from) {
+        if !connection.is_own(answer) && !is_same_origin(location, &answer.from) {
             let host = answer.from.host().unwrap_or_default();
             return Err(Failure::Final(format!(
                 "{host}, to which it redirects, continues an upload at another host"
             )));
         }
-        let leading = connection.http.check_leading(&answer.from, place);
+        let leading = connection.http.check_leading(&answer.from, location);
         leading.map_err(Failure::Final)
     }
 }
@@ -260,9 +260,9 @@ impl Connection {
         answer.is_of(&self.base)
     }
 
-    fn new(place: &Place, session: Session<'_>) -> Result<Self, String> {
-        let host = &place.host;
-        let http = Http::new(host, place.insecure, session.cancel);
+    fn new(repository: &Repository, session: Session<'_>) -> Result<Self, String> {
+        let host = &repository.host;
+        let http = Http::new(host, repository.insecure, session.cancel);
         let base = |scheme: &str| {
             let text = format!("{scheme}://{host}/");
             text.parse::<Uri>()
@@ -274,7 +274,7 @@ impl Connection {
         };
         // As in Docker, a registry on this host may do without TLS, and so may an
         // insecure registry.
-        if (place.insecure || is_loopback(host)) && connection.does_without_tls() {
+        if (repository.insecure || is_loopback(host)) && connection.does_without_tls() {
             connection.base = base("http")?;
         }
         Ok(connection)

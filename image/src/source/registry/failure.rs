@@ -6,8 +6,8 @@ use std::time::{Duration, SystemTime};
 use ureq::Body;
 use ureq::http::{Response, header};
 
+use super::backoff::retry_after;
 use super::http::Trouble;
-use super::patience::retry_after;
 
 /// Failure of a single request.
 pub(super) enum Failure {

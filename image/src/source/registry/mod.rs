@@ -1,13 +1,13 @@
 //! Registries (OCI distribution-spec v1.1, and Docker's).
 
 mod auth;
+mod backoff;
 mod blob;
 mod challenge;
 mod client;
 mod credentials;
 mod failure;
 mod http;
-mod patience;
 mod proxy;
 mod push;
 mod trust;
@@ -22,8 +22,8 @@ use self::blob::Blob;
 use self::client::{Client, Wanted};
 use self::failure::Failure;
 pub use self::push::{OpenBlob, Pushed, Pusher};
-use super::place::Place;
-use super::registries::{Places, Registries};
+use super::registries::{Locations, Registries};
+use super::repository::Repository;
 use super::{Origin, Session, Source, SourceImage, SourceLayer, describe};
 use crate::Error;
 use crate::digest::Digest;
@@ -40,9 +40,9 @@ const MIRROR_ATTEMPTS: u32 = 2;
 
 /// Passes `text` to the parsers of all headers that are used here.
 #[cfg(any(feature = "fuzzing", test))]
-pub(super) fn headers(text: &str) {
+pub(crate) fn headers(text: &str) {
     let _ = challenge::Challenge::parse(text);
-    let _ = patience::retry_after(text, std::time::UNIX_EPOCH);
+    let _ = backoff::retry_after(text, std::time::UNIX_EPOCH);
     let _ = blob::parse_range(text);
     if let Some(place) = url::join(&ureq::http::Uri::from_static("https://r.example/a"), text) {
         let _ = url::with_query(&place, "digest", text);
@@ -62,20 +62,20 @@ pub(crate) struct Registry<'s> {
 impl<'s> Registry<'s> {
     /// Determines the locations of the image, without sending a request.
     pub(crate) fn open(reference: &DockerReference, session: Session<'s>) -> Result<Self, Error> {
-        let places = Registries::load()?.places(reference)?;
-        Ok(Self::at(places, reference, session))
+        let locations = Registries::load()?.locations(reference)?;
+        Ok(Self::at(locations, reference, session))
     }
 
-    fn at(places: Places, reference: &DockerReference, session: Session<'s>) -> Self {
-        let client = |place: Place, attempts| {
-            let scope = format!("repository:{}:pull", place.repository);
-            Client::new(place, session, attempts, vec![scope])
+    fn at(locations: Locations, reference: &DockerReference, session: Session<'s>) -> Self {
+        let client = |repository: Repository, attempts| {
+            let scope = format!("repository:{}:pull", repository.name);
+            Client::new(repository, session, attempts, vec![scope])
         };
-        let mirrors = places.mirrors.into_iter();
+        let mirrors = locations.mirrors.into_iter();
         let mut clients: Vec<_> = mirrors
-            .map(|place| client(place, MIRROR_ATTEMPTS))
+            .map(|repository| client(repository, MIRROR_ATTEMPTS))
             .collect();
-        clients.push(client(places.own, patience::ATTEMPTS));
+        clients.push(client(locations.own, backoff::ATTEMPTS));
         Self {
             clients,
             chosen: AtomicUsize::new(0),
@@ -97,7 +97,7 @@ impl<'s> Registry<'s> {
             accept: MANIFESTS,
             from: 0,
         };
-        let found = client.patiently(|| {
+        let found = client.with_retries(|| {
             let Some(mut response) = client.get_once(wanted)? else {
                 return Ok(None);
             };
@@ -120,7 +120,7 @@ impl<'s> Registry<'s> {
         let Some((bytes, media_type)) = found else {
             return Err(Error::Unknown {
                 reference: self.reference.to_string(),
-                reason: format!("{} has none", client.place().registry),
+                reason: format!("{} has none", client.repository().registry),
             });
         };
         if bytes.len() as u64 > MAX_DOCUMENT {
@@ -210,10 +210,10 @@ impl Source for Registry<'_> {
     }
 
     fn layer<'a>(&'a self, layer: &SourceLayer) -> Result<Box<dyn Read + Send + 'a>, Error> {
-        let places = self.from(self.chosen.load(Ordering::Relaxed));
+        let clients = self.from(self.chosen.load(Ordering::Relaxed));
         let blob = layer
             .size
-            .and_then(|size| Blob::new(places, layer.digest, size));
+            .and_then(|size| Blob::new(clients, layer.digest, size));
         match blob {
             Some(blob) => Ok(Box::new(blob)),
             None => Err(Error::document("manifest", "a layer has no size")),

@@ -5,17 +5,18 @@ use std::io::{self, Read};
 
 use ureq::http::{Method, Uri, header};
 
-use super::super::place::Place;
+use super::super::registries::Registries;
+use super::super::repository::Repository;
+use super::backoff::ATTEMPTS;
 use super::client::Client;
 use super::failure::Failure;
 use super::http::Answer;
-use super::patience::ATTEMPTS;
 use super::url::{escape, join, with_query};
 use crate::Error;
 use crate::cancel::Cancel;
 use crate::digest::Digest;
 use crate::docker_reference::DockerReference;
-use crate::source::{Registries, Session};
+use crate::source::Session;
 
 const DIGEST: &str = "docker-content-digest";
 
@@ -64,7 +65,7 @@ impl<'s> Pusher<'s> {
             reason: "a push needs a tag",
         };
         let tag = reference.tag().ok_or_else(no_tag)?.to_owned();
-        let own = Registries::load()?.places(reference)?.own;
+        let own = Registries::load()?.locations(reference)?.own;
         let session = Session {
             scratch: std::path::Path::new(""),
             cancel,
@@ -73,17 +74,17 @@ impl<'s> Pusher<'s> {
         Ok(Self::at(own, tag, others, session))
     }
 
-    fn at(place: Place, tag: String, others: &[&str], session: Session<'s>) -> Self {
-        let others = others.iter().filter(|other| **other != place.repository);
+    fn at(repository: Repository, tag: String, others: &[&str], session: Session<'s>) -> Self {
+        let others = others.iter().filter(|other| **other != repository.name);
         let others: Vec<String> = others.map(|other| (*other).to_owned()).collect();
-        let mut scopes = vec![format!("repository:{}:pull,push", place.repository)];
+        let mut scopes = vec![format!("repository:{}:pull,push", repository.name)];
         scopes.extend(
             others
                 .iter()
                 .map(|other| format!("repository:{other}:pull")),
         );
         Self {
-            client: Client::new(place, session, ATTEMPTS, scopes),
+            client: Client::new(repository, session, ATTEMPTS, scopes),
             tag,
             others,
         }
@@ -101,16 +102,16 @@ impl<'s> Pusher<'s> {
         open: OpenBlob<'_>,
         progress: &mut dyn FnMut(u64),
     ) -> Result<Pushed, Error> {
-        if self.client.patiently(|| self.has(digest))? {
+        if self.client.with_retries(|| self.has(digest))? {
             return Ok(Pushed::Existed);
         }
         for other in &self.others {
-            if self.client.patiently(|| self.mount(digest, other))? {
+            if self.client.with_retries(|| self.mount(digest, other))? {
                 return Ok(Pushed::Mounted);
             }
         }
         self.client
-            .patiently(|| self.upload(digest, size, open, progress))?;
+            .with_retries(|| self.upload(digest, size, open, progress))?;
         Ok(Pushed::Sent)
     }
 
@@ -120,7 +121,7 @@ impl<'s> Pusher<'s> {
     /// The registry refuses the manifest, or reports another digest for it.
     pub fn manifest(&self, media_type: &str, bytes: &[u8]) -> Result<Digest, Error> {
         let digest = Digest::of(bytes);
-        self.client.patiently(|| {
+        self.client.with_retries(|| {
             let uri = self.client.uri(&format!("manifests/{}", self.tag))?;
             let length = bytes.len().to_string();
             let headers = [
@@ -194,7 +195,7 @@ impl<'s> Pusher<'s> {
         if answer.status() != 202 {
             return Err(self.client.failure(&mut answer));
         }
-        let place = self.next_place(&answer)?;
+        let place = self.next_location(&answer)?;
         let length = size.to_string();
         // The callback is lent to each reader in turn.
         let progress = RefCell::new(progress);
@@ -215,7 +216,7 @@ impl<'s> Pusher<'s> {
         if !matches!(answer.status(), 202 | 204) {
             return Err(self.client.failure(&mut answer));
         }
-        let place = self.next_place(&answer)?;
+        let place = self.next_location(&answer)?;
         let text = with_query(&place, "digest", &digest.to_string());
         let place = text
             .parse()
@@ -229,13 +230,13 @@ impl<'s> Pusher<'s> {
     }
 
     /// Returns the address at which an upload continues, which `answer` contains.
-    fn next_place(&self, answer: &Answer) -> Result<Uri, Failure> {
+    fn next_location(&self, answer: &Answer) -> Result<Uri, Failure> {
         let location = answer.response.headers().get(header::LOCATION);
         let place = location.and_then(|location| join(&answer.from, location.to_str().ok()?));
         let place = place.ok_or_else(|| {
             Failure::Final("its answer does not state where an upload continues".to_owned())
         })?;
-        self.client.check_place(answer, &place)?;
+        self.client.check_location(answer, &place)?;
         Ok(place)
     }
 }

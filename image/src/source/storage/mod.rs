@@ -76,18 +76,18 @@ pub(super) struct Storage {
     /// All layers of all roots.
     layers: HashMap<String, (Root, Layer)>,
     /// The reference, for messages.
-    place: String,
+    label: String,
 }
 
 impl Storage {
     /// Finds the image `name` in the storage `brackets`, or in this user's.
     pub(super) fn open(brackets: Option<&str>, name: &str) -> Result<Self, Error> {
-        let place = match brackets {
+        let label = match brackets {
             Some(brackets) => format!("containers-storage:[{brackets}]{name}"),
             None => format!("containers-storage:{name}"),
         };
         let unknown = |reason: String| Error::Unknown {
-            reference: place.clone(),
+            reference: label.clone(),
             reason,
         };
         let location = match brackets {
@@ -119,7 +119,7 @@ impl Storage {
             root,
             image,
             layers,
-            place,
+            label,
         })
     }
 
@@ -133,7 +133,7 @@ impl Storage {
                 .get(next)
                 .filter(|_| chain.len() <= self.layers.len());
             let layer = layer.ok_or_else(|| Error::Unknown {
-                reference: self.place.clone(),
+                reference: self.label.clone(),
                 reason: format!("its layer {next} is missing from the storage"),
             })?;
             chain.push(layer);
@@ -186,7 +186,7 @@ impl Source for Storage {
                     size: named.as_ref().map(|named| named.size),
                     media_type: named.map(|named| named.media_type),
                     diff_id,
-                    place: Some(stored.id.clone()),
+                    location: Some(stored.id.clone()),
                 })
             })
             .collect::<Result<_, _>>()?;
@@ -209,7 +209,7 @@ impl Source for Storage {
     }
 
     fn layer<'a>(&'a self, layer: &SourceLayer) -> Result<Box<dyn Read + Send + 'a>, Error> {
-        let id = layer.place.as_deref().unwrap_or_default();
+        let id = layer.location.as_deref().unwrap_or_default();
         let (root, _) = self.layers.get(id).ok_or_else(|| Error::Blob {
             digest: layer.digest.to_string(),
             reason: "it is missing".to_owned(),

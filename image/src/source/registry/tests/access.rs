@@ -136,7 +136,7 @@ fn one_of_many_readers_gets_the_token() {
     });
     let heard = Heard::default();
     heard.with(|session| {
-        let place = fixture.place();
+        let place = fixture.repository();
         let scope = "repository:team/app:pull".to_owned();
         let client = super::Client::new(place, session, 5, vec![scope]);
         std::thread::scope(|scope| {

@@ -261,14 +261,14 @@ fn port(answer: Option<&'static [u8]>) -> (String, Arc<AtomicUsize>) {
 fn ask(address: &str) -> String {
     let heard = Heard::default();
     heard.with(|session| {
-        let place = crate::source::place::Place {
+        let place = Repository {
             registry: address.to_owned(),
             host: address.to_owned(),
-            repository: "team/app".to_owned(),
+            name: "team/app".to_owned(),
             insecure: true,
         };
         let client = super::Client::new(place, session, 1, Vec::new());
-        let asked = client.patiently(|| client.ask(ureq::http::Method::GET, "tags/list", &[]));
+        let asked = client.with_retries(|| client.ask(ureq::http::Method::GET, "tags/list", &[]));
         asked.map_or_else(|error| error.to_string(), |_| "answered".to_owned())
     })
 }

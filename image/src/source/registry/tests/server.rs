@@ -5,8 +5,8 @@ use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 
-use super::super::super::place::Place;
-use super::super::super::registries::Places;
+use super::super::super::registries::Locations;
+use super::super::super::repository::Repository;
 use super::super::{Registry, Source as _};
 use crate::builder::{Compression, LayoutBuilder, MemoryFile};
 use crate::cancel::Cancel;
@@ -237,11 +237,11 @@ impl Fixture {
     }
 
     /// Returns the location of the repository.
-    pub(super) fn place(&self) -> Place {
-        Place {
+    pub(super) fn repository(&self) -> Repository {
+        Repository {
             registry: self.address.clone(),
             host: self.address.clone(),
-            repository: "team/app".to_owned(),
+            name: "team/app".to_owned(),
             insecure: false,
         }
     }
@@ -252,9 +252,9 @@ impl Fixture {
         mirrors: &[&Self],
         session: Session<'_>,
     ) -> Result<Vec<u8>, Error> {
-        let places = Places {
-            mirrors: mirrors.iter().map(|mirror| mirror.place()).collect(),
-            own: self.place(),
+        let places = Locations {
+            mirrors: mirrors.iter().map(|mirror| mirror.repository()).collect(),
+            own: self.repository(),
         };
         let name = self.reference.strip_prefix("docker://").unwrap();
         let registry = Registry::at(places, &DockerReference::parse(name).unwrap(), session);

@@ -7,17 +7,17 @@ const DEFAULT_HOST: &str = "registry-1.docker.io";
 
 /// A repository on a host.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Place {
+pub(super) struct Repository {
     /// The registry's name, for messages and for its credentials.
     pub(super) registry: String,
     /// The host, with a port if it is not the default.
     pub(super) host: String,
-    pub(super) repository: String,
+    pub(super) name: String,
     /// Every certificate is accepted, and plain HTTP is permitted.
     pub(super) insecure: bool,
 }
 
-impl Place {
+impl Repository {
     /// Returns the location that the reference itself names.
     pub(super) fn of(reference: &DockerReference) -> Self {
         let registry = reference.registry();
@@ -28,7 +28,7 @@ impl Place {
         Self {
             registry: registry.to_owned(),
             host: host.to_owned(),
-            repository: reference.repository().to_owned(),
+            name: reference.repository().to_owned(),
             insecure: false,
         }
     }

@@ -18,7 +18,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(120);
 const LONGEST_WAIT: Duration = Duration::from_secs(300);
 
 /// Retry state of one request.
-pub(super) struct Patience<'s> {
+pub(super) struct Backoff<'s> {
     session: Session<'s>,
     attempts: u32,
     made: u32,
@@ -28,7 +28,7 @@ pub(super) struct Patience<'s> {
 
 /// The reason why no further attempt is made.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Over {
+pub(super) enum NoRetry {
     /// The number of attempts is exhausted.
     Attempts(u32),
     /// The registry requests too long a pause.
@@ -37,7 +37,7 @@ pub(super) enum Over {
     Cancelled,
 }
 
-impl fmt::Display for Over {
+impl fmt::Display for NoRetry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Attempts(1) => Ok(()),
@@ -51,7 +51,7 @@ impl fmt::Display for Over {
     }
 }
 
-impl<'s> Patience<'s> {
+impl<'s> Backoff<'s> {
     pub(super) fn new(session: Session<'s>, attempts: u32) -> Self {
         Self {
             session,
@@ -64,23 +64,23 @@ impl<'s> Patience<'s> {
 
     /// Waits until the next attempt: for the pause that `who` has `asked` for, or
     /// slightly longer than the last time.
-    pub(super) fn again(&mut self, who: &str, asked: Option<Duration>) -> Result<(), Over> {
+    pub(super) fn again(&mut self, who: &str, asked: Option<Duration>) -> Result<(), NoRetry> {
         if self.session.cancel.is_cancelled() {
-            return Err(Over::Cancelled);
+            return Err(NoRetry::Cancelled);
         }
         if self.made >= self.attempts {
-            return Err(Over::Attempts(self.made));
+            return Err(NoRetry::Attempts(self.made));
         }
         let pause = asked.unwrap_or_else(|| jittered(self.pause));
         if pause > LONGEST_PAUSE || self.waited + pause > LONGEST_WAIT {
-            return Err(Over::TooLong(pause));
+            return Err(NoRetry::TooLong(pause));
         }
         if asked.is_some_and(|asked| asked >= Duration::from_secs(1)) {
             let seconds = pause.as_secs();
             (self.session.notice)(&format!("waiting {seconds} s, as requested by {who}"));
         }
         if !self.session.cancel.wait(pause) {
-            return Err(Over::Cancelled);
+            return Err(NoRetry::Cancelled);
         }
         self.made += 1;
         self.waited += pause;
@@ -205,33 +205,33 @@ mod tests {
             notice: &notice,
         };
         let now = Some(Duration::ZERO);
-        let mut patience = Patience::new(session, 3);
-        assert_eq!(patience.again("r", now), Ok(()));
-        assert_eq!(patience.again("r", now), Ok(()));
-        assert_eq!(patience.again("r", now), Err(Over::Attempts(3)));
+        let mut backoff = Backoff::new(session, 3);
+        assert_eq!(backoff.again("r", now), Ok(()));
+        assert_eq!(backoff.again("r", now), Ok(()));
+        assert_eq!(backoff.again("r", now), Err(NoRetry::Attempts(3)));
 
         let long = Duration::from_secs(3600);
-        let mut patience = Patience::new(session, 3);
-        let over = patience.again("r", Some(long)).unwrap_err();
-        assert_eq!(over, Over::TooLong(long));
+        let mut backoff = Backoff::new(session, 3);
+        let over = backoff.again("r", Some(long)).unwrap_err();
+        assert_eq!(over, NoRetry::TooLong(long));
         assert!(over.to_string().contains("3600 s"));
         assert!(said.lock().unwrap().is_empty());
 
         // Cancellation during a wait, which is reported before.
-        let mut patience = Patience::new(session, 3);
+        let mut backoff = Backoff::new(session, 3);
         std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| patience.again("r.example", Some(LONGEST_PAUSE)));
+            let waiting = scope.spawn(|| backoff.again("r.example", Some(LONGEST_PAUSE)));
             while said.lock().unwrap().is_empty() {
                 std::thread::yield_now();
             }
             cancel.cancel();
-            assert_eq!(waiting.join().unwrap(), Err(Over::Cancelled));
+            assert_eq!(waiting.join().unwrap(), Err(NoRetry::Cancelled));
         });
         assert_eq!(
             said.lock().unwrap()[0],
             "waiting 120 s, as requested by r.example"
         );
-        assert_eq!(patience.again("r", now), Err(Over::Cancelled));
+        assert_eq!(backoff.again("r", now), Err(NoRetry::Cancelled));
     }
 
     proptest! {
