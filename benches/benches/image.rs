@@ -87,7 +87,7 @@ fn metadata(criterion: &mut Criterion) {
         let mut image = LayoutBuilder::new(&layout, Compression::None).unwrap();
         image.memory_layer(&files).unwrap();
         let mut config = Config::default();
-        config.set_user(Some(tag.to_owned()));
+        config.user = Some(tag.to_owned());
         digest = image.finish(tag, config).unwrap().to_string();
     }
     let store = Store::open(&work.path().join("store")).unwrap();

@@ -51,7 +51,7 @@ impl<'a> Bars<'a> {
 
     pub(crate) fn show(&self, progress: Progress<'_>) {
         match progress {
-            Progress::Notice(text) => self.notice(text),
+            Progress::Message(text) => self.notice(text),
             Progress::Layer {
                 number,
                 digest,
@@ -62,6 +62,7 @@ impl<'a> Bars<'a> {
                 let name = digits.get(..DIGITS).unwrap_or(&digits);
                 self.layer(number, name, step);
             }
+            _ => {}
         }
     }
 
@@ -100,6 +101,7 @@ impl<'a> Bars<'a> {
             }
             LayerStep::Done => self.end(layer, name, "Done"),
             LayerStep::Present => self.end(layer, name, "Already exists"),
+            _ => {}
         }
     }
 

@@ -17,6 +17,7 @@ use crate::tar::{DirectoryTar, END, Header, Kind, encode, padding};
 
 /// Compression of a stored layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Compression {
     /// No compression.
     None,
@@ -28,6 +29,7 @@ pub enum Compression {
 
 /// Type of a file created from memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum MemoryFile {
     /// A regular file.
     File(Vec<u8>),

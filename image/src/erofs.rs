@@ -11,7 +11,7 @@ use sm_erofs::{Data, FileTree, Options};
 use crate::Error;
 use crate::blob::BLOCK_SIZE;
 use crate::digest::Digest;
-use crate::index::Place;
+use crate::index::ContentLocation;
 use crate::tree::{InodeId, Kind, Tree};
 
 const _: () = assert!(sm_erofs::BLOCK == BLOCK_SIZE);
@@ -86,10 +86,14 @@ impl FileTree for Stack<'_> {
     fn kind(&self, id: InodeId) -> sm_erofs::Kind<'_> {
         match self.tree.kind(id) {
             Kind::Directory => sm_erofs::Kind::Directory,
-            Kind::File { layer, place, size } => {
-                let data = match place {
-                    Place::Small(_) => Data::Image,
-                    Place::Blob(offset) => {
+            Kind::File {
+                layer,
+                location,
+                size,
+            } => {
+                let data = match location {
+                    ContentLocation::Small(_) => Data::Image,
+                    ContentLocation::Blob(offset) => {
                         let base = self.bases.get(usize::from(layer)).copied();
                         Data::Behind(base.unwrap_or_default().saturating_add(offset))
                     }
@@ -141,7 +145,7 @@ impl FileTree for Stack<'_> {
     fn read_at(&self, file: InodeId, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
         let Kind::File {
             layer,
-            place: Place::Small(begin),
+            location: ContentLocation::Small(begin),
             ..
         } = self.tree.kind(file)
         else {

@@ -5,8 +5,13 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-/// An error of this crate. Messages name the affected part of the image.
+mod cause;
+
+pub use cause::{Cause, ErrorKind};
+
+/// An error of this crate; [`Error::kind`] classifies it. Messages name the affected part of the image.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum Error {
     /// The image reference cannot be parsed.
     #[error("\"{reference}\" is not an image reference: {reason}")]
@@ -33,7 +38,7 @@ pub enum Error {
         /// The reference.
         reference: String,
         /// The reason.
-        reason: String,
+        reason: Cause,
     },
     /// The source of the image needs a feature of this crate that was disabled.
     #[error(
@@ -51,7 +56,7 @@ pub enum Error {
         /// The registry.
         registry: String,
         /// The reason.
-        reason: String,
+        reason: Cause,
     },
     /// A request to a Docker engine failed.
     #[error("engine {engine}: {reason}")]
@@ -59,7 +64,7 @@ pub enum Error {
         /// Address of the engine.
         engine: String,
         /// The reason.
-        reason: String,
+        reason: Cause,
     },
     /// Several images match the ID prefix.
     #[error("\"{0}\" matches several images: give more of its ID")]
@@ -81,7 +86,7 @@ pub enum Error {
         /// The document.
         document: String,
         /// The reason.
-        reason: String,
+        reason: Cause,
     },
     /// The digest or size of a blob does not match its descriptor.
     #[error("blob {digest} is damaged: {reason}")]
@@ -97,7 +102,7 @@ pub enum Error {
         /// Digest of the layer.
         layer: String,
         /// The reason.
-        reason: String,
+        reason: Cause,
     },
     /// An entry of a layer is refused.
     #[error("layer {layer}, entry \"{entry}\": {reason}")]
@@ -107,7 +112,7 @@ pub enum Error {
         /// Path of the entry in the layer.
         entry: String,
         /// The reason.
-        reason: String,
+        reason: Cause,
     },
     /// Writing an archive of images failed.
     #[error("the archive cannot be written")]
@@ -163,10 +168,45 @@ impl Error {
         }
     }
 
-    pub(crate) fn document(document: impl Into<String>, reason: impl ToString) -> Self {
+    pub(crate) fn document(document: impl Into<String>, reason: impl Into<Cause>) -> Self {
         Self::Document {
             document: document.into(),
-            reason: reason.to_string(),
+            reason: reason.into(),
+        }
+    }
+
+    pub(crate) fn unknown(reference: impl ToString, reason: impl Into<Cause>) -> Self {
+        Self::Unknown {
+            reference: reference.to_string(),
+            reason: reason.into(),
+        }
+    }
+
+    /// Returns the kind of the error.
+    #[must_use]
+    pub fn kind(&self) -> ErrorKind {
+        let of = |reason: &Cause, usual| reason.kind().unwrap_or(usual);
+        match self {
+            Self::Reference { .. } | Self::Platform(_) => ErrorKind::InvalidName,
+            Self::NoPlatform { .. } => ErrorKind::NotFound,
+            Self::Unknown { reason, .. } => of(reason, ErrorKind::NotFound),
+            Self::Disabled { .. } => ErrorKind::Unsupported,
+            Self::Registry { reason, .. } | Self::Engine { reason, .. } => {
+                of(reason, ErrorKind::Service)
+            }
+            Self::Ambiguous(_) => ErrorKind::Ambiguous,
+            Self::File { source, .. } | Self::Archive(source) | Self::MetadataImage(source) => {
+                cause::kind_of(source).unwrap_or(ErrorKind::Io)
+            }
+            Self::Document { reason, .. }
+            | Self::Layer { reason, .. }
+            | Self::Entry { reason, .. } => of(reason, ErrorKind::Damaged),
+            Self::Blob { .. } => ErrorKind::Damaged,
+            Self::Used { .. } => ErrorKind::InUse,
+            Self::Users(_) => ErrorKind::Other,
+            Self::Space { .. } => ErrorKind::NoSpace,
+            Self::Cancelled => ErrorKind::Cancelled,
+            Self::TooLarge(_) => ErrorKind::LimitExceeded,
         }
     }
 }

@@ -53,7 +53,7 @@ pub(crate) struct Meta {
 
 /// Location of a file's contents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Place {
+pub(crate) enum ContentLocation {
     /// Offset in the layer's blob, at a block boundary.
     Blob(u64),
     /// Offset in the contents of the layer's small files, without alignment.
@@ -64,7 +64,7 @@ pub(crate) enum Place {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum EntryKind<'a> {
     File {
-        place: Place,
+        location: ContentLocation,
         size: u64,
     },
     Directory,
@@ -162,11 +162,11 @@ fn describe<'a>(kind: &EntryKind<'a>) -> (u16, u64, u64, &'a [u8]) {
     let none: &[u8] = &[];
     match *kind {
         EntryKind::File {
-            place: Place::Blob(at),
+            location: ContentLocation::Blob(at),
             size,
         } => (FILE, at, size, none),
         EntryKind::File {
-            place: Place::Small(at),
+            location: ContentLocation::Small(at),
             size,
         } => (SMALL_FILE, at, size, none),
         EntryKind::Directory => (DIRECTORY, 0, 0, none),
@@ -398,7 +398,7 @@ fn kind<'a>(fixed: &Fixed, link: &'a [u8], totals: Totals) -> io::Result<EntryKi
                 return Err(damaged("a file's place"));
             }
             EntryKind::File {
-                place: Place::Blob(a),
+                location: ContentLocation::Blob(a),
                 size: b,
             }
         }
@@ -408,7 +408,7 @@ fn kind<'a>(fixed: &Fixed, link: &'a [u8], totals: Totals) -> io::Result<EntryKi
                 return Err(damaged("a file's size"));
             }
             EntryKind::File {
-                place: Place::Small(a),
+                location: ContentLocation::Small(a),
                 size: b,
             }
         }

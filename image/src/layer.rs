@@ -14,9 +14,9 @@ use std::rc::Rc;
 use crate::Error;
 use crate::blob::{BlobWriter, SmallWriter};
 use crate::digest::{Digest, HashingReader};
-use crate::error::printable;
+use crate::error::{Cause, ErrorKind, printable};
 use crate::index::{
-    Entry, EntryKind, IndexWriter, Meta, Place, SMALL, Totals, Xattrs, encode_xattrs,
+    ContentLocation, Entry, EntryKind, IndexWriter, Meta, SMALL, Totals, Xattrs, encode_xattrs,
 };
 use crate::limits::Limits;
 use crate::pipeline::{self, Decoders, Measured};
@@ -83,7 +83,7 @@ pub(crate) fn convert(
     let outcome = pipeline::run(stream, most, limits, decoders, progress, |plain| {
         write(plain, layer, limits, files, false)
     });
-    let stored = match (outcome.stored, &outcome.made) {
+    let stored = match (outcome.stored, &outcome.result) {
         (Ok(stored), _) => Some(stored),
         (Err(error), Ok(_)) => return Err(unreadable(layer, &error)),
         // The error of the conversion takes precedence.
@@ -101,14 +101,14 @@ pub(crate) fn convert(
     {
         return Err(damaged(expected, stored));
     }
-    let totals = outcome.made?;
+    let totals = outcome.result?;
     let diff_id = outcome.plain.digest;
     if let Some(stated) = expected.diff_id.filter(|stated| *stated != diff_id) {
+        let text =
+            format!("its contents have diff_id {diff_id}, the image's configuration says {stated}");
         return Err(Error::Layer {
             layer: layer.to_string(),
-            reason: format!(
-                "its contents have diff_id {diff_id}, the image's configuration says {stated}"
-            ),
+            reason: text.into(),
         });
     }
     Ok(Converted { totals, diff_id })
@@ -119,7 +119,7 @@ pub(crate) fn convert(
 pub(crate) fn check_stated(layer: Digest, size: u64, limits: Limits) -> Result<(), Error> {
     limits.check_stored(size).map_err(|error| Error::Layer {
         layer: layer.to_string(),
-        reason: error.to_string(),
+        reason: Cause::of(&error),
     })
 }
 
@@ -211,8 +211,8 @@ fn unreadable(layer: Digest, error: &io::Error) -> Error {
     Error::Layer {
         layer: layer.to_string(),
         reason: match error.kind() {
-            io::ErrorKind::UnexpectedEof => "it is truncated".to_owned(),
-            _ => error.to_string(),
+            io::ErrorKind::UnexpectedEof => "it is truncated".into(),
+            _ => Cause::of(error),
         },
     }
 }
@@ -233,8 +233,12 @@ fn damaged(expected: &Expected, stored: Measured) -> Error {
 fn unwritable(layer: Digest, error: &io::Error) -> Error {
     Error::Layer {
         layer: layer.to_string(),
-        reason: format!("the store cannot be written: {error}"),
+        reason: write_failure(error),
     }
+}
+
+fn write_failure(error: &io::Error) -> Cause {
+    Cause::with(format!("the store cannot be written: {error}"), error).or(ErrorKind::Io)
 }
 
 /// The state of converting a tar stream to a layer's files.
@@ -250,12 +254,12 @@ struct LayerWriter<'f, R> {
 impl<R: Read> LayerWriter<'_, R> {
     fn entries(&mut self) -> Result<(), Error> {
         let (layer, limits) = (self.layer, self.limits);
-        let refuse = |path: &[u8], reason: String| Error::Entry {
+        let refuse = |path: &[u8], reason: Cause| Error::Entry {
             layer: layer.to_string(),
             entry: printable(path),
             reason,
         };
-        let whole = |reason: String| Error::Layer {
+        let whole = |reason: Cause| Error::Layer {
             layer: layer.to_string(),
             reason,
         };
@@ -274,7 +278,7 @@ impl<R: Read> LayerWriter<'_, R> {
     }
 
     /// Writes an entry to the index, and its data to the blob or the small files.
-    fn entry(&mut self, header: &Header) -> Result<(), String> {
+    fn entry(&mut self, header: &Header) -> Result<(), Cause> {
         let path = normalize(&header.path)?;
         let name = path.rsplit(|byte| *byte == b'/').next().unwrap_or_default();
         if name.starts_with(WHITEOUT) {
@@ -286,18 +290,18 @@ impl<R: Read> LayerWriter<'_, R> {
         let target;
         let kind = match &header.kind {
             Kind::File => {
-                let place = self.contents(header).map_err(|error| match error.kind() {
-                    io::ErrorKind::UnexpectedEof => "the layer is truncated here".to_owned(),
-                    _ => error.to_string(),
+                let location = self.contents(header).map_err(|error| match error.kind() {
+                    io::ErrorKind::UnexpectedEof => "the layer is truncated here".into(),
+                    _ => Cause::of(&error),
                 })?;
                 EntryKind::File {
-                    place,
+                    location,
                     size: header.size,
                 }
             }
             Kind::Directory => EntryKind::Directory,
             Kind::Symlink(target) if target.is_empty() => {
-                return Err("it is a symbolic link without a target".to_owned());
+                return Err("it is a symbolic link without a target".into());
             }
             Kind::Symlink(target) => EntryKind::Symlink(target),
             Kind::Hardlink(linked) => {
@@ -310,7 +314,7 @@ impl<R: Read> LayerWriter<'_, R> {
             Kind::Fifo => EntryKind::Fifo,
         };
         if path.is_empty() && kind != EntryKind::Directory {
-            return Err("the root of the file system is not a directory".to_owned());
+            return Err("the root of the file system is not a directory".into());
         }
         check_xattrs(&header.xattrs)?;
         let meta = Meta {
@@ -328,7 +332,7 @@ impl<R: Read> LayerWriter<'_, R> {
         kind: EntryKind<'_>,
         meta: Meta,
         xattrs: &[(Vec<u8>, Vec<u8>)],
-    ) -> Result<(), String> {
+    ) -> Result<(), Cause> {
         let xattrs = encode_xattrs(xattrs).ok_or("an extended attribute is too long")?;
         let entry = Entry {
             path,
@@ -338,11 +342,11 @@ impl<R: Read> LayerWriter<'_, R> {
         };
         self.index
             .push(&entry)
-            .map_err(|error| format!("the store cannot be written: {error}"))
+            .map_err(|error| write_failure(&error))
     }
 
     /// Moves a file's data to the blob or the small files.
-    fn contents(&mut self, header: &Header) -> io::Result<Place> {
+    fn contents(&mut self, header: &Header) -> io::Result<ContentLocation> {
         let before = self.blob.position().saturating_add(self.small.position());
         self.limits
             .check_contents(before.saturating_add(header.size))?;
@@ -351,38 +355,38 @@ impl<R: Read> LayerWriter<'_, R> {
         }
         let size = header.size;
         self.reader.stream().begin_contents();
-        let place = match size <= SMALL {
+        let location = match size <= SMALL {
             true => {
-                let place = Place::Small(self.small.position());
+                let location = ContentLocation::Small(self.small.position());
                 self.small.append(&mut self.reader, size)?;
-                place
+                location
             }
             false => {
-                let place = Place::Blob(self.blob.position());
+                let location = ContentLocation::Blob(self.blob.position());
                 self.blob.append(&mut self.reader, size)?;
                 self.blob.pad()?;
-                place
+                location
             }
         };
-        self.reader.stream().end_contents(place, size)?;
-        Ok(place)
+        self.reader.stream().end_contents(location, size)?;
+        Ok(location)
     }
 
     /// Writes a file with holes, which is always in the blob.
-    fn sparse(&mut self, size: u64, extents: &[(u64, u64)]) -> io::Result<Place> {
+    fn sparse(&mut self, size: u64, extents: &[(u64, u64)]) -> io::Result<ContentLocation> {
         let begin = self.blob.position();
         let mut at = 0;
         for (offset, len) in extents {
             self.blob.append_zeros(offset - at)?;
-            let place = Place::Blob(self.blob.position());
+            let location = ContentLocation::Blob(self.blob.position());
             self.reader.stream().begin_contents();
             self.blob.append(&mut self.reader, *len)?;
-            self.reader.stream().end_contents(place, *len)?;
+            self.reader.stream().end_contents(location, *len)?;
             at = offset + len;
         }
         self.blob.append_zeros(size - at)?;
         self.blob.pad()?;
-        Ok(Place::Blob(begin))
+        Ok(ContentLocation::Blob(begin))
     }
 
     /// Reads the data after the end of the archive, which is part of the diff_id, and

@@ -66,7 +66,7 @@ pub use cancel::Cancel;
 pub use config::{Config, History, ImageConfig, RootFs};
 pub use digest::Digest;
 pub use docker_reference::DockerReference;
-pub use error::Error;
+pub use error::{Cause, Error, ErrorKind};
 pub use limits::Limits;
 pub use platform::Platform;
 pub use progress::{LayerStep, Progress, Report};

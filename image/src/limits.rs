@@ -2,9 +2,12 @@
 
 use std::io;
 
+use crate::error::{Cause, ErrorKind};
+
 /// Resource limits of images. The defaults exceed the needs of real images; they stop
 /// decompression bombs, and bound the memory of conversions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Limits {
     /// Maximum size of a decompressed layer, and of its file contents, in bytes.
     pub layer_bytes: u64,
@@ -70,24 +73,27 @@ impl Limits {
             return Err(self.too_large());
         }
         if plain > self.ratio_floor && plain / self.ratio.max(1) > stored {
-            return Err(io::Error::other(format!(
+            return Err(io::Error::other(exceeded(format!(
                 "it decompresses to more than {} times its size",
                 self.ratio
-            )));
+            ))));
         }
         Ok(())
     }
 
     /// Checks the size of a layer's index before another entry is added.
-    pub(crate) fn check_entries(self, entries: u64, bytes: u64) -> Result<(), String> {
+    pub(crate) fn check_entries(self, entries: u64, bytes: u64) -> Result<(), Cause> {
         if usize::try_from(entries).is_ok_and(|entries| entries >= self.entries) {
-            return Err(format!("it has more than {} entries", self.entries));
+            return Err(exceeded(format!(
+                "it has more than {} entries",
+                self.entries
+            )));
         }
         if bytes > self.index_bytes {
-            return Err(format!(
+            return Err(exceeded(format!(
                 "it has more than {} bytes of names and attributes",
                 self.index_bytes
-            ));
+            )));
         }
         Ok(())
     }
@@ -101,6 +107,13 @@ impl Limits {
     }
 
     fn too_large(self) -> io::Error {
-        io::Error::other(format!("it has more than {} bytes", self.layer_bytes))
+        io::Error::other(exceeded(format!(
+            "it has more than {} bytes",
+            self.layer_bytes
+        )))
     }
+}
+
+fn exceeded(text: String) -> Cause {
+    Cause::new(ErrorKind::LimitExceeded, text)
 }

@@ -87,7 +87,7 @@ pub(crate) struct Measured {
 #[derive(Debug)]
 pub(crate) struct Outcome<T> {
     /// Return value of the caller's `consume`.
-    pub(crate) made: T,
+    pub(crate) result: T,
     /// Digest and size of the decompressed stream, as far as the caller has read it.
     pub(crate) plain: Measured,
     /// Digest and size of the stored stream up to its end or limit; an error if reading
@@ -126,7 +126,7 @@ pub(crate) fn run<T>(
             limits,
             progress,
         };
-        let made = consume(&mut plain);
+        let result = consume(&mut plain);
         // Stops the decoder, in case the caller has stopped early.
         over.store(true, Ordering::Relaxed);
         let plain = plain.finish();
@@ -135,7 +135,7 @@ pub(crate) fn run<T>(
             Err(panic) => std::panic::resume_unwind(panic),
         };
         Outcome {
-            made,
+            result,
             plain,
             stored,
         }
@@ -339,7 +339,7 @@ mod tests {
             &mut |_| {},
             |plain| plain.read(&mut [0; 10]).unwrap(),
         );
-        assert_eq!(outcome.made, 10);
+        assert_eq!(outcome.result, 10);
         assert_eq!(outcome.stored.unwrap(), measured(&bytes));
     }
 
@@ -405,7 +405,7 @@ mod tests {
             &mut |done| last = done,
             drain,
         );
-        assert_eq!(outcome.made, Ok(()));
+        assert_eq!(outcome.result, Ok(()));
         assert_eq!(outcome.plain, measured(&plain));
         assert_eq!(outcome.stored.unwrap(), measured(&stored));
         assert_eq!(last, stored.len() as u64);
@@ -421,6 +421,6 @@ mod tests {
             &mut |_| {},
             drain,
         );
-        assert!(error.made.is_err());
+        assert!(error.result.is_err());
     }
 }

@@ -5,6 +5,7 @@ use crate::digest::Digest;
 /// A progress event of importing or exporting an image. It can be reported from any
 /// thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Progress<'a> {
     /// Progress of a layer of the image.
     Layer {
@@ -18,11 +19,12 @@ pub enum Progress<'a> {
         step: LayerStep,
     },
     /// A sentence for users: the reason for a delay, or a decision.
-    Notice(&'a str),
+    Message(&'a str),
 }
 
 /// Progress of a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum LayerStep {
     /// Bytes of the stored layer have been read or sent.
     Moving {

@@ -9,6 +9,7 @@ use crate::docker_reference::DockerReference;
 
 /// A parsed image reference.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Reference {
     /// `oci:DIR[:TAG]`: an OCI image layout.
     Oci {

@@ -11,7 +11,7 @@ use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::os::unix::fs::FileExt as _;
 
-use crate::index::Place;
+use crate::index::ContentLocation;
 
 const RAW: u8 = 0;
 const BLOB: u8 = 1;
@@ -48,16 +48,16 @@ impl<'f, R> Tap<'f, R> {
         self.contents = true;
     }
 
-    /// Ends the contents, of which `len` bytes are stored at `place`.
-    pub(crate) fn end_contents(&mut self, place: Place, len: u64) -> io::Result<()> {
+    /// Ends the contents, of which `len` bytes are stored at `location`.
+    pub(crate) fn end_contents(&mut self, location: ContentLocation, len: u64) -> io::Result<()> {
         self.contents = false;
         if len == 0 {
             return Ok(());
         }
         self.flush_raw()?;
-        let (tag, offset) = match place {
-            Place::Blob(offset) => (BLOB, offset),
-            Place::Small(offset) => (SMALL, offset),
+        let (tag, offset) = match location {
+            ContentLocation::Blob(offset) => (BLOB, offset),
+            ContentLocation::Small(offset) => (SMALL, offset),
         };
         self.out.write_all(&[tag])?;
         self.out.write_all(&offset.to_le_bytes())?;
@@ -158,8 +158,8 @@ impl Assembler {
         }
         let mut number = |len: usize| -> io::Result<u64> {
             let mut bytes = [0; 8];
-            let place = bytes.get_mut(..len).unwrap_or_default();
-            self.skeleton.read_exact(place).map_err(decoding_error)?;
+            let part = bytes.get_mut(..len).unwrap_or_default();
+            self.skeleton.read_exact(part).map_err(decoding_error)?;
             Ok(u64::from_le_bytes(bytes))
         };
         self.piece = match tag {
@@ -240,11 +240,11 @@ mod tests {
         take(&mut tap, 200_000);
         tap.begin_contents();
         take(&mut tap, 9000);
-        tap.end_contents(Place::Blob(4096), 9000).unwrap();
+        tap.end_contents(ContentLocation::Blob(4096), 9000).unwrap();
         take(&mut tap, 7);
         tap.begin_contents();
         take(&mut tap, 5);
-        tap.end_contents(Place::Small(2), 5).unwrap();
+        tap.end_contents(ContentLocation::Small(2), 5).unwrap();
         take(&mut tap, 1024);
         tap.finish().unwrap();
         (stream, blob, small)

@@ -19,6 +19,8 @@ use pax::{Extended, by_name, pax_record};
 use sparse::{PaxSparse, SparseMap};
 pub(crate) use write::{END, encode, padding};
 
+use crate::error::Cause;
+
 const BLOCK: usize = 512;
 /// Maximum size of an extended header in bytes.
 const MAX_EXTENDED: u64 = 1 << 20;
@@ -62,14 +64,14 @@ pub(crate) struct Header {
 #[derive(Debug)]
 pub(crate) struct TarError {
     pub(crate) entry: Option<Vec<u8>>,
-    pub(crate) reason: String,
+    pub(crate) reason: Cause,
 }
 
 impl From<io::Error> for TarError {
     fn from(error: io::Error) -> Self {
         let reason = match error.kind() {
-            io::ErrorKind::UnexpectedEof => "it is truncated".to_owned(),
-            _ => error.to_string(),
+            io::ErrorKind::UnexpectedEof => "it is truncated".into(),
+            _ => Cause::of(&error),
         };
         Self {
             entry: None,
@@ -78,7 +80,7 @@ impl From<io::Error> for TarError {
     }
 }
 
-fn bad(reason: impl Into<String>) -> TarError {
+fn bad(reason: impl Into<Cause>) -> TarError {
     TarError {
         entry: None,
         reason: reason.into(),

@@ -16,7 +16,8 @@ use hashbrown::HashTable;
 
 pub(crate) use self::arena::Text;
 use self::arena::{Arena, XattrSets};
-use crate::index::{Entry, EntryKind, IndexReader, Meta, Place, Xattrs, encode_xattrs};
+use crate::error::{Cause, ErrorKind};
+use crate::index::{ContentLocation, Entry, EntryKind, IndexReader, Meta, Xattrs, encode_xattrs};
 use crate::layer::check_xattrs;
 use crate::limits::Limits;
 use crate::tar::device_in_range;
@@ -41,7 +42,7 @@ pub(crate) enum Kind {
     /// Contents in layer number `layer`.
     File {
         layer: u16,
-        place: Place,
+        location: ContentLocation,
         size: u64,
     },
     Symlink(Text),
@@ -96,13 +97,13 @@ struct Dirent {
 #[derive(Debug)]
 pub(crate) enum Refused {
     /// The entry itself is invalid.
-    Entry { path: Vec<u8>, reason: String },
+    Entry { path: Vec<u8>, reason: Cause },
     /// The index cannot be read.
     Index(io::Error),
 }
 
 /// Reason of a refusal, returned where the path is not known.
-type Reason = String;
+type Reason = Cause;
 
 /// A file system. Rows that are no longer referenced remain in the tables.
 pub(crate) struct Tree {
@@ -228,9 +229,13 @@ impl Tree {
                 self.unlink(parent, name);
                 let linked = self.link_target(target)?;
                 self.relabel(linked, entry)?;
-                return self.place(parent, name, linked, unpacked_mark(layer));
+                return self.insert(parent, name, linked, unpacked_mark(layer));
             }
-            EntryKind::File { place, size } => Kind::File { layer, place, size },
+            EntryKind::File { location, size } => Kind::File {
+                layer,
+                location,
+                size,
+            },
             EntryKind::Symlink(target) => {
                 let text = self.arena.add(target, self.limits.names_bytes)?;
                 Kind::Symlink(text)
@@ -248,13 +253,16 @@ impl Tree {
         };
         let id = self.new_inode(kind)?;
         self.set_meta(id, &entry.meta, entry.xattrs)?;
-        self.place(parent, name, id, unpacked_mark(layer))
+        self.insert(parent, name, id, unpacked_mark(layer))
     }
 
     /// Consumes some of the remaining steps.
     fn step(&mut self, count: usize) -> Result<(), Reason> {
         let left = self.steps.checked_sub(count);
-        self.steps = left.ok_or("the image's paths lead through too many links and directories")?;
+        self.steps = left.ok_or_else(|| {
+            let text = "the image's paths lead through too many links and directories";
+            exceeded(text)
+        })?;
         Ok(())
     }
 
@@ -263,7 +271,7 @@ impl Tree {
         let id = u32::try_from(self.inodes.len())
             .ok()
             .filter(|id| (*id as usize) < most)
-            .ok_or_else(|| format!("the image has more than {most} files"))?;
+            .ok_or_else(|| exceeded(format!("the image has more than {most} files")))?;
         self.inodes.push(Inode::of(kind));
         Ok(id)
     }
@@ -313,7 +321,7 @@ impl Tree {
             .and_then(|parent| self.child(parent, name))
             .ok_or("it is a hard link to a path that does not exist")?;
         if self.inodes[id as usize].tag == Tag::Directory {
-            return Err("it is a hard link to a directory".to_owned());
+            return Err("it is a hard link to a directory".into());
         }
         Ok(id)
     }
@@ -338,7 +346,7 @@ impl Tree {
     }
 
     /// Gives an inode a name, which may have belonged to another one.
-    fn place(
+    fn insert(
         &mut self,
         parent: InodeId,
         name: &[u8],
@@ -363,7 +371,7 @@ impl Tree {
         let id = u32::try_from(self.dirents.len())
             .ok()
             .filter(|id| (*id as usize) < most)
-            .ok_or_else(|| format!("the image has more than {most} names"))?;
+            .ok_or_else(|| exceeded(format!("the image has more than {most} names")))?;
         let text = self.arena.add(name, self.limits.names_bytes)?;
         self.dirents.push(Dirent {
             name: text,
@@ -475,9 +483,13 @@ impl Inode {
     fn of(kind: Kind) -> Self {
         let (tag, layer, a, b) = match kind {
             Kind::Directory => (Tag::Directory, 0, NONE.into(), 0),
-            Kind::File { layer, place, size } => match place {
-                Place::Blob(at) => (Tag::BlobFile, layer, at, size),
-                Place::Small(at) => (Tag::SmallFile, layer, at, size),
+            Kind::File {
+                layer,
+                location,
+                size,
+            } => match location {
+                ContentLocation::Blob(at) => (Tag::BlobFile, layer, at, size),
+                ContentLocation::Small(at) => (Tag::SmallFile, layer, at, size),
             },
             Kind::Symlink(target) => (Tag::Symlink, 0, target.pack(), 0),
             Kind::CharDevice(major, minor) => (Tag::CharDevice, 0, major.into(), minor.into()),
@@ -507,12 +519,12 @@ impl Inode {
             Tag::Directory => Kind::Directory,
             Tag::BlobFile => Kind::File {
                 layer: self.layer,
-                place: Place::Blob(self.a),
+                location: ContentLocation::Blob(self.a),
                 size: self.b,
             },
             Tag::SmallFile => Kind::File {
                 layer: self.layer,
-                place: Place::Small(self.a),
+                location: ContentLocation::Small(self.a),
                 size: self.b,
             },
             Tag::Symlink => Kind::Symlink(Text::unpack(self.a)),
@@ -529,6 +541,11 @@ const IMPLIED: u32 = 0;
 /// Returns the mark of names for which `layer` has entries.
 fn unpacked_mark(layer: u16) -> u32 {
     u32::from(layer) + 1
+}
+
+/// Returns the reason of refusing an image that exceeds a limit.
+fn exceeded(text: impl Into<String>) -> Reason {
+    Cause::new(ErrorKind::LimitExceeded, text)
 }
 
 fn refused(entry: &Entry<'_>, reason: Reason) -> Refused {

@@ -19,11 +19,7 @@ use support::{file, tar};
 
 const ALONE: &str = "SM_TEST_ALONE";
 
-const ALL: PruneOptions = PruneOptions {
-    all: true,
-    compressed: true,
-    max_bytes: None,
-};
+const ALL: PruneOptions = PruneOptions::new().all(true).compressed(true);
 
 fn nobody() -> Result<Users, String> {
     Ok(Users::new())
@@ -82,10 +78,7 @@ fn files_that_cannot_be_opened_are_not_damaged() {
     let before = parts(&home);
     let parsed = Reference::parse(&reference).unwrap();
     let by_id = Reference::parse(&digest.hex()).unwrap();
-    let options = PullOptions {
-        at_once: std::num::NonZero::<usize>::MIN,
-        ..PullOptions::default()
-    };
+    let options = PullOptions::new().at_once(std::num::NonZero::<usize>::MIN);
     let mut complete = 0;
     for more in 0..40 {
         let verified = with_descriptors(more, || home.store.verify(&reference, Some(&nobody)));

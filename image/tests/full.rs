@@ -13,23 +13,15 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use sm_image::{Error, PruneOptions, PullOptions, Reference, Store, Users};
+use sm_image::{Error, ErrorKind, PruneOptions, PullOptions, Reference, Store, Users};
 
 use support::{dir, file, image, tar};
 
 const OWN: &str = "SM_TEST_OWN_DISK";
 
-const ALL: PruneOptions = PruneOptions {
-    all: true,
-    compressed: true,
-    max_bytes: None,
-};
+const ALL: PruneOptions = PruneOptions::new().all(true).compressed(true);
 
-const UNUSED: PruneOptions = PruneOptions {
-    all: false,
-    compressed: false,
-    max_bytes: None,
-};
+const UNUSED: PruneOptions = PruneOptions::new();
 
 /// Returns the directory of a file system with these limits in a child process; `None` in
 /// the parent after the child has run the test.
@@ -158,6 +150,7 @@ fn wherever_it_gets_full(disk: &Path, ballast: impl Fn(u64) -> Ballast) {
             break;
         };
         failed += 1;
+        assert_eq!(error.kind(), ErrorKind::NoSpace, "with {room}: {error:?}");
         let text = with_causes(&error);
         assert!(
             text.contains("No space left") || text.contains("has room for"),

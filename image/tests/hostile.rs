@@ -241,26 +241,20 @@ fn streams_that_are_not_archives() {
 fn bombs_stop_at_limits() {
     let layout = tempfile::tempdir().unwrap();
     image(layout.path(), &[tar(&[file("zeros", vec![0; 40 << 20])])]);
-    let small = Limits {
-        layer_bytes: 10 << 20,
-        ..Limits::default()
-    };
+    let mut small = Limits::default();
+    small.layer_bytes = 10 << 20;
     let text = open_with(layout.path(), small).unwrap_err().to_string();
     assert!(text.contains("zeros") && text.contains("bytes"), "{text}");
-    let ratio = Limits {
-        ratio: 100,
-        ratio_floor: 1 << 20,
-        ..Limits::default()
-    };
+    let mut ratio = Limits::default();
+    ratio.ratio = 100;
+    ratio.ratio_floor = 1 << 20;
     let text = open_with(layout.path(), ratio).unwrap_err().to_string();
     assert!(text.contains("100 times"), "{text}");
     let many = tempfile::tempdir().unwrap();
     let entries: Vec<_> = (0..101).map(|n| file(format!("{n}"), b"")).collect();
     image(many.path(), &[tar(&entries)]);
-    let few = Limits {
-        entries: 100,
-        ..Limits::default()
-    };
+    let mut few = Limits::default();
+    few.entries = 100;
     let text = open_with(many.path(), few).unwrap_err().to_string();
     assert!(text.contains("more than 100 entries"), "{text}");
 }

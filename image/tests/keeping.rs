@@ -60,20 +60,14 @@ fn the_least_recently_used_images_are_removed_first() {
     assert_eq!(usage.images.len(), 2);
     assert!(usage.total > 6 << 20, "{usage:?}");
     assert_eq!(usage.images[0].shared, 0);
-    let tight = PruneOptions {
-        max_bytes: Some(1 << 20),
-        ..PruneOptions::default()
-    };
+    let tight = PruneOptions::new().max_bytes(1 << 20);
     assert!(home.prune(tight).images.is_empty());
     assert_eq!(home.count("disks"), 2);
 
     // An image that is in use, or that the caller needs, stays even with `all`.
     let parsed = Reference::parse(&first).unwrap();
     let in_use = home.store.open_image(&parsed, &PullOptions::default());
-    let all = PruneOptions {
-        all: true,
-        ..PruneOptions::default()
-    };
+    let all = PruneOptions::new().all(true);
     let kept = home
         .store
         .prune(all, &|| Ok(Users::from([(digest, vec!["s".to_owned()])])))

@@ -19,11 +19,7 @@ use sm_image::{
 use support::home::{Home, layers};
 use support::{file, image, tar};
 
-const ALL: PruneOptions = PruneOptions {
-    all: true,
-    compressed: true,
-    max_bytes: None,
-};
+const ALL: PruneOptions = PruneOptions::new().all(true).compressed(true);
 
 fn nobody() -> Result<Users, String> {
     Ok(Users::new())
@@ -58,11 +54,9 @@ fn removals_do_not_wait_for_a_pull_or_affect_it() {
             gone.lock().unwrap().recv().unwrap();
         }
     };
-    let options = PullOptions {
-        report: &report,
-        at_once: std::num::NonZero::<usize>::MIN,
-        ..PullOptions::default()
-    };
+    let options = PullOptions::new()
+        .report(&report)
+        .at_once(std::num::NonZero::<usize>::MIN);
     let both = home.path("both");
     thread::scope(|scope| {
         let pulling = scope.spawn(|| home.store.open_image(&parse(&both), &options));
@@ -218,10 +212,7 @@ fn a_pull_that_fails_does_not_cancel_its_caller() {
     // The caller's own cancellation is respected.
     let cancel = Cancel::new();
     cancel.cancel();
-    let options = PullOptions {
-        cancel,
-        ..PullOptions::default()
-    };
+    let options = PullOptions::new().cancel(cancel);
     let empty = Home::new();
     let cancelled = empty.store.pull(&parse(&home.path("good")), &options);
     assert!(matches!(cancelled, Err(Error::Cancelled)), "{cancelled:?}");

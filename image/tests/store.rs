@@ -20,10 +20,7 @@ fn reference(layout: &Path) -> Reference {
 
 /// Returns options with a progress callback.
 fn reporting<'a>(report: Report<'a>) -> PullOptions<'a> {
-    PullOptions {
-        report,
-        ..PullOptions::default()
-    }
+    PullOptions::new().report(report)
 }
 
 fn count(store: &Path, part: &str) -> usize {

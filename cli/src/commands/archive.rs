@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, anyhow};
 use sm_runtime::home::Home;
-use sm_runtime::image::{self, PullOptions};
+use sm_runtime::image::{self, Progress, PullOptions};
 
 mod change;
 
@@ -18,10 +18,8 @@ use crate::progress::Bars;
 
 pub(crate) fn save(home: &Home, args: &SaveArgs, printer: &Printer) -> Result<u32, Failure> {
     let bars = Bars::new(printer, args.output.is_some(), "Reading");
-    let options = PullOptions {
-        report: &|progress| bars.show(progress),
-        ..PullOptions::default()
-    };
+    let report = |progress: Progress<'_>| bars.show(progress);
+    let options = PullOptions::new().report(&report);
     // Names are looked up first: a wrong one must not create or replace a file.
     for query in &args.images {
         image::inspect(home, query)?;
@@ -115,11 +113,10 @@ fn end_of_links(path: &Path) -> io::Result<PathBuf> {
 pub(crate) fn load(home: &Home, args: &LoadArgs, printer: &Printer) -> Result<u32, Failure> {
     let quiet = args.quiet || args.json;
     let bars = Bars::new(printer, !quiet, "Reading");
-    let options = PullOptions {
-        platform: args.platform.clone(),
-        report: &|progress| bars.show(progress),
-        ..PullOptions::default()
-    };
+    let report = |progress: Progress<'_>| bars.show(progress);
+    let options = PullOptions::new()
+        .platform(args.platform.clone())
+        .report(&report);
     let loaded = match &args.input {
         Some(path) => image::load_file(home, path, &options),
         None if io::stdin().is_terminal() => {
@@ -152,11 +149,10 @@ pub(crate) fn load(home: &Home, args: &LoadArgs, printer: &Printer) -> Result<u3
 pub(crate) fn import(home: &Home, args: &ImportArgs, printer: &Printer) -> Result<u32, Failure> {
     let config = change::apply(&args.change)?;
     let bars = Bars::new(printer, false, "Reading");
-    let options = PullOptions {
-        platform: args.platform.clone(),
-        report: &|progress| bars.show(progress),
-        ..PullOptions::default()
-    };
+    let report = |progress: Progress<'_>| bars.show(progress);
+    let options = PullOptions::new()
+        .platform(args.platform.clone())
+        .report(&report);
     let stream: Box<dyn Read + Send> = if args.file.as_os_str() == "-" {
         Box::new(io::stdin())
     } else {

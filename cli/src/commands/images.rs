@@ -67,10 +67,7 @@ pub(super) fn open(
         .into());
     }
     let bars = Bars::new(printer, false, READING);
-    let options = PullOptions {
-        platform: platform.cloned(),
-        ..PullOptions::default()
-    };
+    let options = PullOptions::new().platform(platform.cloned());
     fetch(home, reference, pull == Pull::Always, options, &bars)
 }
 
@@ -85,19 +82,17 @@ fn fetch(
 ) -> Result<Image, Failure> {
     let quota = quota()?;
     let grown = AtomicBool::new(false);
-    let options = PullOptions {
-        report: &|progress| {
-            if let Progress::Layer {
-                step: LayerStep::Done,
-                ..
-            } = progress
-            {
-                grown.store(true, Ordering::Relaxed);
-            }
-            bars.show(progress);
-        },
-        ..options
+    let report = |progress: Progress<'_>| {
+        if let Progress::Layer {
+            step: LayerStep::Done,
+            ..
+        } = progress
+        {
+            grown.store(true, Ordering::Relaxed);
+        }
+        bars.show(progress);
     };
+    let options = options.report(&report);
     let image = Image::open_in(home, reference, &Fetch { anew, options });
     bars.clear();
     let image = image?;
@@ -105,7 +100,7 @@ fn fetch(
         && let Some(quota) = quota
         && let Some(reason) = kept_beyond(home, quota)
     {
-        bars.show(Progress::Notice(&reason));
+        bars.show(Progress::Message(&reason));
     }
     Ok(image)
 }
@@ -131,11 +126,9 @@ fn kept_beyond(home: &Home, quota: u64) -> Option<String> {
 
 pub(crate) fn pull(home: &Home, args: &PullArgs, printer: &Printer) -> Result<u32, Failure> {
     let bars = Bars::new(printer, !args.quiet, READING);
-    let options = PullOptions {
-        platform: args.platform.clone(),
-        keep_compressed: !args.discard_compressed,
-        ..PullOptions::default()
-    };
+    let options = PullOptions::new()
+        .platform(args.platform.clone())
+        .store_compressed(!args.discard_compressed);
     let image = fetch(home, &args.image, true, options, &bars)?;
     if !args.quiet {
         printer.note(format_args!("Stored \"{}\"", image.reference()));
@@ -146,10 +139,8 @@ pub(crate) fn pull(home: &Home, args: &PullArgs, printer: &Printer) -> Result<u3
 
 pub(crate) fn push(home: &Home, args: &PushArgs, printer: &Printer) -> Result<u32, Failure> {
     let bars = Bars::new(printer, !args.quiet, "Sending");
-    let options = PullOptions {
-        report: &|progress| bars.show(progress),
-        ..PullOptions::default()
-    };
+    let report = |progress: Progress<'_>| bars.show(progress);
+    let options = PullOptions::new().report(&report);
     let pushed = image::push(home, &args.name, &options);
     bars.clear();
     printer.line(pushed?);
@@ -369,14 +360,11 @@ fn prune(home: &Home, args: &PruneArgs, printer: &Printer) -> Result<u32, Failur
             }
         }
     }
-    let pruned = image::prune(
-        home,
-        PruneOptions {
-            all: args.all,
-            compressed: args.compressed,
-            max_bytes: args.max_size,
-        },
-    )?;
+    let mut options = PruneOptions::new()
+        .all(args.all)
+        .compressed(args.compressed);
+    options.max_bytes = args.max_size;
+    let pruned = image::prune(home, options)?;
     if args.format.json() {
         printer.json(&pruned)?;
         return Ok(0);

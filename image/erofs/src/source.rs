@@ -23,6 +23,7 @@ pub struct Meta {
 
 /// Location of a file's contents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Data {
     /// The contents are in the image. The writer reads them with [`FileTree::read_at`].
     Image,
@@ -34,6 +35,7 @@ pub enum Data {
 
 /// Type of an inode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Kind<'t> {
     /// A directory.
     Directory,

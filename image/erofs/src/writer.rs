@@ -159,7 +159,7 @@ impl<'t, T: FileTree> Image<'t, T> {
         };
         image.collect()?;
         image.xattrs = EncodedXattrs::new(tree, &image.order)?;
-        image.place()?;
+        image.lay_out()?;
         image.disk_blocks =
             u32::try_from((image.len / BLOCK).saturating_add(behind_len.div_ceil(BLOCK)))
                 .ok()
@@ -207,7 +207,7 @@ impl<'t, T: FileTree> Image<'t, T> {
     }
 
     /// Assigns a location to every inode and all data.
-    fn place(&mut self) -> Result<(), Error> {
+    fn lay_out(&mut self) -> Result<(), Error> {
         let mut at = SUPER_OFFSET + SUPER_LEN;
         let mut data_blocks: u64 = 0;
         for number in 0..self.order.len() {
@@ -327,8 +327,8 @@ impl<'t, T: FileTree> Image<'t, T> {
         let format = if layout.inline { INLINE } else { PLAIN };
         let mut put = |at: usize, bytes: &[u8]| {
             // The offsets are constant and within the inode.
-            if let Some(place) = inode.get_mut(at..at + bytes.len()) {
-                place.copy_from_slice(bytes);
+            if let Some(part) = inode.get_mut(at..at + bytes.len()) {
+                part.copy_from_slice(bytes);
             }
         };
         put(0, &format.to_le_bytes());

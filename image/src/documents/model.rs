@@ -176,7 +176,7 @@ mod tests {
 
     #[test]
     fn digests_have_an_algorithm_and_a_value() {
-        let hex = |len| "a0".repeat(len / 2);
+        let hex = |len: usize| "a0".repeat(len / 2);
         for good in [
             Digest::of(b"x").to_string(),
             format!("sha384:{}", hex(96)),

@@ -5,6 +5,7 @@ use super::model::{BlobDescriptor, ImageManifest, OCI_CONFIG, OCI_LAYER};
 use crate::Error;
 use crate::config::ImageConfig;
 use crate::digest::Digest;
+use crate::error::{Cause, ErrorKind};
 
 /// Maximum number of layers of an image, which is the limit of Docker's and containerd's
 /// overlay drivers, so that no usable image has more. Each layer is a file and a segment
@@ -33,7 +34,8 @@ impl Parts {
                 "it is not a container image: its configuration has type \"{}\"",
                 config.media_type
             );
-            return Err(Error::document("manifest", text));
+            let reason = Cause::new(ErrorKind::Unsupported, text);
+            return Err(Error::document("manifest", reason));
         }
         if manifest.layers.len() > MAX_LAYERS {
             return Err(too_many());
@@ -47,7 +49,8 @@ impl Parts {
 }
 
 fn too_many() -> Error {
-    Error::document("manifest", format!("it has more than {MAX_LAYERS} layers"))
+    let text = format!("it has more than {MAX_LAYERS} layers");
+    Error::document("manifest", Cause::new(ErrorKind::LimitExceeded, text))
 }
 
 /// Checks that a layer can be read. Its `urls` are ignored, because the author of an
@@ -63,9 +66,10 @@ fn layer(descriptor: &BlobDescriptor) -> Result<Named, Error> {
         Kind::Encrypted => "it is encrypted",
         Kind::Unknown => "the type is not supported",
     };
+    let text = format!("its media type is \"{}\": {reason}", named.media_type);
     Err(Error::Layer {
         layer: named.digest.to_string(),
-        reason: format!("its media type is \"{}\": {reason}", named.media_type),
+        reason: Cause::new(ErrorKind::Unsupported, text),
     })
 }
 

@@ -7,6 +7,7 @@ use super::{Named, parse};
 use crate::Error;
 use crate::config::ImageConfig;
 use crate::digest::Digest;
+use crate::error::{Cause, ErrorKind};
 use crate::platform::Platform;
 
 /// Maximum nesting depth of indexes.
@@ -64,11 +65,10 @@ fn parse_document(bytes: &[u8], media_type: Option<&str>) -> Result<Document, Er
         || shape.fs_layers.is_some()
         || said.iter().flatten().any(|said| is_schema_1(said))
     {
-        return Err(Error::document(
-            "manifest",
-            "it has Docker's schema 1, which does not identify the contents of layers; \
-             push the image again with any Docker or Podman since 2016",
-        ));
+        let text = "it has Docker's schema 1, which does not identify the contents of layers; \
+                    push the image again with any Docker or Podman since 2016";
+        let reason = Cause::new(ErrorKind::Unsupported, text);
+        return Err(Error::document("manifest", reason));
     }
     let is_index = shape.manifests.is_some();
     if is_index && (shape.config.is_some() || shape.layers.is_some()) {

@@ -10,7 +10,8 @@ use std::io::{Read as _, Write as _};
 use crate::digest::Digest;
 use crate::erofs::{self, LayerData};
 use crate::index::{
-    Entry, EntryKind, IndexReader, IndexWriter, Meta, Place, Totals, Xattrs, encode_xattrs,
+    ContentLocation, Entry, EntryKind, IndexReader, IndexWriter, Meta, Totals, Xattrs,
+    encode_xattrs,
 };
 use crate::layer::{self, Expected, LayerFiles};
 use crate::limits::Limits;
@@ -204,11 +205,11 @@ fn entry(kind: u8, bytes: &mut impl Iterator<Item = u8>, writer: &mut IndexWrite
     let number = u64::from(next()) << 8 | u64::from(next());
     let kind = match kind % 8 {
         0 | 1 => EntryKind::File {
-            place: Place::Small(number % 1000),
+            location: ContentLocation::Small(number % 1000),
             size: number % 2049,
         },
         2 => EntryKind::File {
-            place: Place::Blob(number % 200 * 4096),
+            location: ContentLocation::Blob(number % 200 * 4096),
             size: number * 3,
         },
         3 => EntryKind::Directory,

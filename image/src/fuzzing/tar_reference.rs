@@ -75,7 +75,7 @@ fn ours(archive: &[u8]) -> Listing {
         let header = match reader.next_entry() {
             Ok(Some(header)) => header,
             Ok(None) => return Ok(lines),
-            Err(error) => return Err(error.reason),
+            Err(error) => return Err(error.reason.to_string()),
         };
         lines.push(line(&header, &mut reader)?);
     }

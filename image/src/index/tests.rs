@@ -21,11 +21,11 @@ fn parts() -> impl Strategy<Value = (Vec<u8>, u8, Vec<u8>, Pairs)> {
 fn kind_of(number: u8, link: &[u8]) -> EntryKind<'_> {
     match number {
         0 => EntryKind::File {
-            place: Place::Blob(4096),
+            location: ContentLocation::Blob(4096),
             size: 4000,
         },
         1 => EntryKind::File {
-            place: Place::Small(17),
+            location: ContentLocation::Small(17),
             size: 100,
         },
         2 => EntryKind::Directory,
@@ -80,21 +80,21 @@ fn read_all(file: &File) -> io::Result<Option<usize>> {
 
 #[test]
 fn invalid_file_locations_are_corruption() {
-    for (place, size, sound) in [
-        (Place::Small(1), SMALL, true),
-        (Place::Small(1), SMALL + 1, false),
-        (Place::Small(0), u64::from(u32::MAX), false),
-        (Place::Small(u64::MAX), 2, false),
-        (Place::Blob(BLOCK), 1 << 40, true),
-        (Place::Blob(BLOCK + 1), 1, false),
-        (Place::Blob(1 << 41), 0, true),
-        (Place::Blob(1 << 41), 1, false),
+    for (location, size, sound) in [
+        (ContentLocation::Small(1), SMALL, true),
+        (ContentLocation::Small(1), SMALL + 1, false),
+        (ContentLocation::Small(0), u64::from(u32::MAX), false),
+        (ContentLocation::Small(u64::MAX), 2, false),
+        (ContentLocation::Blob(BLOCK), 1 << 40, true),
+        (ContentLocation::Blob(BLOCK + 1), 1, false),
+        (ContentLocation::Blob(1 << 41), 0, true),
+        (ContentLocation::Blob(1 << 41), 1, false),
     ] {
         let file = tempfile::tempfile().unwrap();
         let mut writer = IndexWriter::new(&file).unwrap();
         let entry = Entry {
             path: b"file",
-            kind: EntryKind::File { place, size },
+            kind: EntryKind::File { location, size },
             meta: Meta::default(),
             xattrs: Xattrs::default(),
         };
@@ -106,7 +106,7 @@ fn invalid_file_locations_are_corruption() {
             tar_len: 0,
         };
         writer.finish(totals).unwrap();
-        assert_eq!(read_all(&file).is_ok(), sound, "{place:?} {size}");
+        assert_eq!(read_all(&file).is_ok(), sound, "{location:?} {size}");
     }
 }
 

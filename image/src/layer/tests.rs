@@ -56,13 +56,13 @@ impl Files {
         for _ in 0..number {
             index.next().unwrap();
         }
-        let EntryKind::File { place, size } = index.next().unwrap().unwrap().kind else {
+        let EntryKind::File { location, size } = index.next().unwrap().unwrap().kind else {
             panic!("a file");
         };
         let mut data = vec![0; usize::try_from(size).unwrap()];
-        match place {
-            Place::Blob(at) => self.blob.read_exact_at(&mut data, at).unwrap(),
-            Place::Small(at) => self.small.read_exact_at(&mut data, at).unwrap(),
+        match location {
+            ContentLocation::Blob(at) => self.blob.read_exact_at(&mut data, at).unwrap(),
+            ContentLocation::Small(at) => self.small.read_exact_at(&mut data, at).unwrap(),
         }
         data
     }

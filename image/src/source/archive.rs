@@ -8,6 +8,7 @@ use std::path::Path;
 
 use super::{Files, Session, spool};
 use crate::Error;
+use crate::error::{Cause, ErrorKind};
 use crate::reference::Reference;
 use crate::tar::{Header, Kind, Reader};
 
@@ -46,7 +47,7 @@ impl Archive {
     ///
     /// # Errors
     /// A sentence that describes the problem.
-    pub(super) fn new(mut file: File) -> Result<Self, String> {
+    pub(super) fn new(mut file: File) -> Result<Self, Cause> {
         let items = list(&mut file)?;
         Ok(Self { file, items })
     }
@@ -58,17 +59,14 @@ impl Archive {
         reference: &Reference,
         session: Session<'_>,
     ) -> Result<Self, Error> {
-        let unknown = |reason: String| Error::Unknown {
-            reference: reference.to_string(),
-            reason: format!("{path:?}: {reason}"),
-        };
-        let file = spool::open(path, session).map_err(|error| unknown(error.to_string()))?;
+        let unknown = |reason: Cause| Error::unknown(reference, reason.after(path));
+        let file = spool::open(path, session).map_err(|error| unknown(Cause::of(&error)))?;
         Self::new(file).map_err(unknown)
     }
 }
 
-fn list(file: &mut File) -> Result<HashMap<String, Item>, String> {
-    let text = |error: io::Error| error.to_string();
+fn list(file: &mut File) -> Result<HashMap<String, Item>, Cause> {
+    let text = |error: io::Error| Cause::of(&error);
     let len = file.metadata().map_err(text)?.len();
     let mut items = HashMap::new();
     let mut names = 0;
@@ -81,11 +79,13 @@ fn list(file: &mut File) -> Result<HashMap<String, Item>, String> {
             continue;
         };
         if items.len() >= MAX_FILES {
-            return Err(format!("it has more than {MAX_FILES} files"));
+            let text = format!("it has more than {MAX_FILES} files");
+            return Err(Cause::new(ErrorKind::LimitExceeded, text));
         }
         names += name.len() + item.len();
         if names > MAX_NAMES {
-            return Err(format!("it has more than {MAX_NAMES} bytes of names"));
+            let text = format!("it has more than {MAX_NAMES} bytes of names");
+            return Err(Cause::new(ErrorKind::LimitExceeded, text));
         }
         items.insert(name, item);
     }
@@ -226,7 +226,7 @@ mod tests {
         });
         let error = Archive::new(file).err().unwrap();
         assert_eq!(
-            error,
+            error.to_string(),
             format!("it has more than {MAX_NAMES} bytes of names")
         );
     }
@@ -276,7 +276,8 @@ mod tests {
         header.set_cksum();
         file.write_all(header.as_bytes()).unwrap();
         file.write_all(&[1; 4095]).unwrap();
-        assert_eq!(Archive::new(file).err().unwrap(), "it is truncated");
+        let error = Archive::new(file).err().unwrap();
+        assert_eq!(error.to_string(), "it is truncated");
     }
 
     #[test]

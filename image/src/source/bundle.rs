@@ -11,6 +11,7 @@ use super::docker::DockerArchive;
 use super::layout::Layout;
 use super::{Session, Source, spool};
 use crate::Error;
+use crate::error::Cause;
 
 /// An archive whose headers have been read.
 pub(crate) struct Bundle {
@@ -48,17 +49,14 @@ impl Bundle {
     }
 
     fn of(file: io::Result<File>, label: String) -> Result<Self, Error> {
-        let unknown = |reason: String| Error::Unknown {
-            reference: label.clone(),
-            reason,
-        };
-        let file = file.map_err(|error| unknown(error.to_string()))?;
+        let unknown = |reason: Cause| Error::unknown(&label, reason);
+        let file = file.map_err(|error| unknown(Cause::of(&error)))?;
         let archive = Archive::new(file).map_err(unknown)?;
         // Newer engines write both formats; the layout contains more information.
         let has = |name: &str| Ok::<_, Error>(archive.open_file(name)?.is_some());
         let is_layout = has("index.json")? && has("oci-layout")?;
         if !is_layout && !has("manifest.json")? && !has("repositories")? {
-            return Err(unknown("it is not an archive of images".to_owned()));
+            return Err(unknown("it is not an archive of images".into()));
         }
         Ok(Self {
             archive,
@@ -125,7 +123,7 @@ mod tests {
         act(Session {
             scratch: scratch.path(),
             cancel: &Cancel::new(),
-            notice: &|_| {},
+            message: &|_| {},
         })
     }
 

@@ -1,6 +1,7 @@
 //! Selection of one of several images at one location.
 
 use crate::docker_reference::DockerReference;
+use crate::error::{Cause, ErrorKind};
 
 /// Selection of an image (containers-transports(5)).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,18 +28,21 @@ impl Choice {
     ///
     /// # Errors
     /// No or several images match; the sentence lists the names.
-    pub(super) fn among(&self, images: &[Vec<String>]) -> Result<usize, String> {
+    pub(super) fn among(&self, images: &[Vec<String>]) -> Result<usize, Cause> {
         let meant = self.all_among(images)?;
         match (meant.as_slice(), self) {
             ([one], _) => Ok(*one),
-            (_, Self::Name(name)) => Err(format!(
-                "it has several images \"{name}\"; {}",
-                listed(images)
+            (_, Self::Name(name)) => Err(Cause::new(
+                ErrorKind::Ambiguous,
+                format!("it has several images \"{name}\"; {}", listed(images)),
             )),
-            _ => Err(format!(
-                "there are {} images in it, add :NAME or :@NUMBER; {}",
-                images.len(),
-                listed(images)
+            _ => Err(Cause::new(
+                ErrorKind::Ambiguous,
+                format!(
+                    "there are {} images in it, add :NAME or :@NUMBER; {}",
+                    images.len(),
+                    listed(images)
+                ),
             )),
         }
     }
@@ -47,15 +51,16 @@ impl Choice {
     ///
     /// # Errors
     /// No image matches.
-    pub(super) fn all_among(&self, images: &[Vec<String>]) -> Result<Vec<usize>, String> {
+    pub(super) fn all_among(&self, images: &[Vec<String>]) -> Result<Vec<usize>, Cause> {
         match self {
-            _ if images.is_empty() => Err("there is no image in it".to_owned()),
+            _ if images.is_empty() => Err("there is no image in it".into()),
             Self::Only => Ok((0..images.len()).collect()),
             Self::Number(number) if *number < images.len() => Ok(vec![*number]),
             Self::Number(number) => Err(format!(
                 "there is no image @{number} in it, but {} of them",
                 images.len()
-            )),
+            )
+            .into()),
             Self::Name(name) => {
                 // A name matches exactly, in Docker's sense, or by the tag alone.
                 let kinds: [&dyn Fn(&str) -> bool; 3] = [
@@ -69,7 +74,8 @@ impl Choice {
                     meant.map(|(number, _)| number).collect()
                 };
                 let meant = kinds.into_iter().map(named).find(|meant| !meant.is_empty());
-                meant.ok_or_else(|| format!("it has no image \"{name}\"; {}", listed(images)))
+                meant
+                    .ok_or_else(|| format!("it has no image \"{name}\"; {}", listed(images)).into())
             }
         }
     }
@@ -93,7 +99,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn images_are_told_apart() {
+    fn images_are_distinguished() {
         let images: Vec<Vec<String>> = [&["app:v1", "r.example/app:v1"][..], &["app:v2"], &[]]
             .iter()
             .map(|names| names.iter().map(|name| (*name).to_owned()).collect())
@@ -103,7 +109,7 @@ mod tests {
         assert_eq!(among(Some("docker.io/library/app:v2")), Ok(1));
         assert_eq!(among(Some("v2")), Ok(1));
         assert_eq!(among(Some("@2")), Ok(2));
-        let error = |tag| among(tag).unwrap_err();
+        let error = |tag| among(tag).unwrap_err().to_string();
         assert!(error(None).contains("3 images in it"));
         assert!(error(Some("@3")).contains("no image @3"));
         assert!(error(Some("app")).contains("no image \"app\"; there are app:v1"));
@@ -112,10 +118,11 @@ mod tests {
             Choice::Only
                 .among(&[])
                 .unwrap_err()
+                .to_string()
                 .contains("no image in it")
         );
         let twice = vec![vec!["a:x".to_owned()], vec!["b:x".to_owned()]];
         let error = Choice::of(Some("x")).among(&twice).unwrap_err();
-        assert!(error.contains("several images"), "{error}");
+        assert!(error.to_string().contains("several images"), "{error}");
     }
 }

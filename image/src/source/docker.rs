@@ -10,6 +10,7 @@ use crate::Error;
 use crate::config::ImageConfig;
 use crate::digest::Digest;
 use crate::documents::{check_platform, diff_ids, parse};
+use crate::error::Cause;
 use crate::platform::Platform;
 
 /// Maximum number of images in an archive.
@@ -42,11 +43,8 @@ impl<F: Files> DockerArchive<F> {
         }
     }
 
-    fn unknown(&self, reason: impl Into<String>) -> Error {
-        Error::Unknown {
-            reference: self.label.clone(),
-            reason: reason.into(),
-        }
+    fn unknown(&self, reason: impl Into<Cause>) -> Error {
+        Error::unknown(&self.label, reason)
     }
 
     fn items(&self) -> Result<Vec<Item>, Error> {

@@ -11,6 +11,7 @@ use crate::Error;
 use crate::documents::{
     BlobDescriptor, FULL_NAME, ImageIndex, Named, REF_NAME, parse, platform_of, resolve,
 };
+use crate::error::Cause;
 use crate::platform::Platform;
 
 /// A layout in a collection of files.
@@ -30,11 +31,8 @@ impl<F: Files> Layout<F> {
         }
     }
 
-    fn unknown(&self, reason: impl Into<String>) -> Error {
-        Error::Unknown {
-            reference: self.label.clone(),
-            reason: reason.into(),
-        }
+    fn unknown(&self, reason: impl Into<Cause>) -> Error {
+        Error::unknown(&self.label, reason)
     }
 
     fn index(&self) -> Result<ImageIndex, Error> {
@@ -50,7 +48,7 @@ impl<F: Files> Layout<F> {
         index: &'i ImageIndex,
         platform: Option<&Platform>,
     ) -> Result<&'i BlobDescriptor, Error> {
-        let unknown = |reason| self.unknown(reason);
+        let unknown = |reason: Cause| self.unknown(reason);
         let manifests = &index.manifests;
         let all: Vec<_> = manifests.iter().map(names).collect();
         let meant = self.choice.all_among(&all).map_err(unknown)?;
@@ -113,11 +111,11 @@ impl<F: Files + Sync> Source for Layout<F> {
 pub(super) struct Directory(PathBuf);
 
 impl Directory {
-    pub(super) fn open(path: &Path) -> Result<Self, String> {
+    pub(super) fn open(path: &Path) -> Result<Self, Cause> {
         match path.metadata() {
             Ok(meta) if meta.is_dir() => Ok(Self(path.to_owned())),
-            Ok(_) => Err(format!("{path:?} is not a directory")),
-            Err(error) => Err(format!("{path:?}: {error}")),
+            Ok(_) => Err(format!("{path:?} is not a directory").into()),
+            Err(error) => Err(Cause::with(format!("{path:?}: {error}"), &error)),
         }
     }
 }

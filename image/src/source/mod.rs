@@ -34,6 +34,7 @@ use crate::cancel::Cancel;
 use crate::config::ImageConfig;
 use crate::digest::Digest;
 use crate::documents::{MAX_DOCUMENT, Named, Parts, Resolved, check_platform, diff_ids, parse};
+use crate::error::Cause;
 use crate::platform::Platform;
 use crate::reference::Reference;
 
@@ -148,7 +149,7 @@ pub(crate) struct Session<'a> {
         not(any(feature = "engine", feature = "registry")),
         expect(dead_code, reason = "files are read without delay")
     )]
-    pub(crate) notice: &'a (dyn Fn(&str) + Sync),
+    pub(crate) message: &'a (dyn Fn(&str) + Sync),
 }
 
 /// Opens the transport of `reference`; `None` for an image that is only in the store.
@@ -159,10 +160,7 @@ pub(crate) fn open<'a>(
     if session.cancel.is_cancelled() {
         return Err(Error::Cancelled);
     }
-    let unknown = |reason: String| Error::Unknown {
-        reference: reference.to_string(),
-        reason,
-    };
+    let unknown = |reason: Cause| Error::unknown(reference, reason);
     let label = reference.to_string();
     Ok(Some(match reference {
         Reference::Oci { directory, tag } => {
@@ -172,7 +170,7 @@ pub(crate) fn open<'a>(
         }
         Reference::RootFs { directory } => match directory.is_dir() {
             true => Box::new(rootfs::Directory::new(directory)),
-            false => return Err(unknown(format!("{directory:?} is not a directory"))),
+            false => return Err(unknown(format!("{directory:?} is not a directory").into())),
         },
         Reference::Stored(_) => return Ok(None),
         #[cfg(feature = "archive")]

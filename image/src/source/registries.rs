@@ -182,7 +182,7 @@ impl Registries {
         if table.blocked {
             return Err(Error::Registry {
                 registry: reference.registry().to_owned(),
-                reason: format!("it is blocked in {:?}", table.file),
+                reason: format!("it is blocked in {:?}", table.file).into(),
             });
         }
         let at = |location: &str, insecure: bool| -> Result<Repository, Error> {

@@ -11,6 +11,8 @@ use std::path::Path;
 use std::rc::Rc;
 
 use super::Session;
+use crate::Error;
+use crate::error::{Cause, ErrorKind};
 use crate::limits::Limits;
 
 /// Maximum window of a zstd stream, as a power of two (128 MiB: `zstd --long`).
@@ -92,8 +94,9 @@ fn spool_within(stream: impl Read, session: Session<'_>, limits: Limits) -> io::
             Box::new(decoder)
         }
         Compression::Other(name) => {
-            return Err(io::Error::other(format!(
-                "it is compressed by {name}: decompress it first"
+            return Err(io::Error::other(Cause::new(
+                ErrorKind::Unsupported,
+                format!("it is compressed by {name}: decompress it first"),
             )));
         }
     };
@@ -102,7 +105,7 @@ fn spool_within(stream: impl Read, session: Session<'_>, limits: Limits) -> io::
     let mut written = 0;
     loop {
         if session.cancel.is_cancelled() {
-            return Err(io::Error::other("the operation was cancelled"));
+            return Err(io::Error::other(Error::Cancelled));
         }
         let len = read_up_to(&mut plain, &mut buffer)?;
         if len == 0 {
@@ -162,7 +165,7 @@ mod tests {
         let session = Session {
             scratch: directory.path(),
             cancel,
-            notice: &|_| {},
+            message: &|_| {},
         };
         let mut file = spool_within(bytes, session, LIMITS)?;
         assert_eq!(

@@ -27,6 +27,7 @@ use crate::digest::Digest;
 
 /// Data to be removed in addition to images without names.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct PruneOptions {
     /// Remove all images that are not in use.
     pub all: bool,
@@ -37,8 +38,42 @@ pub struct PruneOptions {
     pub max_bytes: Option<u64>,
 }
 
+impl PruneOptions {
+    /// Returns options to remove only images without names.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self {
+            all: false,
+            compressed: false,
+            max_bytes: None,
+        }
+    }
+
+    /// Sets the field `all`.
+    #[must_use]
+    pub const fn all(self, all: bool) -> Self {
+        Self { all, ..self }
+    }
+
+    /// Sets the field `compressed`.
+    #[must_use]
+    pub const fn compressed(self, compressed: bool) -> Self {
+        Self { compressed, ..self }
+    }
+
+    /// Sets the field `max_bytes`.
+    #[must_use]
+    pub const fn max_bytes(self, max_bytes: u64) -> Self {
+        Self {
+            max_bytes: Some(max_bytes),
+            ..self
+        }
+    }
+}
+
 /// Result of a removal.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct Pruned {
     /// Names of the removed images, or IDs of those without names.
     pub images: Vec<String>,
@@ -66,7 +101,7 @@ impl Store {
     pub fn remove(&self, query: &str, users: FindUsers<'_>) -> Result<Pruned, Error> {
         let lock = self.lock(FlockOperation::LockExclusive)?;
         let (found, by_name) = self.lookup(query)?;
-        let mut alone = Alone::new(self, lock, users, None)?;
+        let mut alone = Exclusive::new(self, lock, users, None)?;
         let names = alone.names.get(&found.digest).cloned().unwrap_or_default();
         let user = alone.users.get(&found.digest).and_then(|all| all.first());
         // Another name of the image may be removed.
@@ -91,7 +126,7 @@ impl Store {
     /// Files cannot be read or removed.
     pub fn prune(&self, options: PruneOptions, users: FindUsers<'_>) -> Result<Pruned, Error> {
         let lock = self.lock(FlockOperation::LockExclusive)?;
-        Alone::new(self, lock, users, None)?.prune(options)
+        Exclusive::new(self, lock, users, None)?.prune(options)
     }
 
     /// As [`Self::prune`], but does nothing if the store is in use.
@@ -104,7 +139,7 @@ impl Store {
         users: FindUsers<'_>,
     ) -> Result<Option<Pruned>, Error> {
         match self.try_lock_alone()? {
-            Some(lock) => Alone::new(self, lock, users, None)?
+            Some(lock) => Exclusive::new(self, lock, users, None)?
                 .prune(options)
                 .map(Some),
             None => Ok(None),
@@ -122,7 +157,7 @@ impl Store {
         users: FindUsers<'_>,
     ) -> Result<bool, Error> {
         let lock = self.lock(FlockOperation::LockExclusive)?;
-        let alone = Alone::new(self, lock, users, Some(own))?;
+        let alone = Exclusive::new(self, lock, users, Some(own))?;
         if alone.is_claimed(image) {
             return Ok(false);
         }
@@ -173,7 +208,7 @@ impl Store {
 }
 
 /// The store under its exclusive lock.
-struct Alone<'s> {
+struct Exclusive<'s> {
     store: &'s Store,
     _lock: File,
     /// Prevents the opening of disks.
@@ -195,7 +230,7 @@ struct Alone<'s> {
     pruned: Pruned,
 }
 
-impl<'s> Alone<'s> {
+impl<'s> Exclusive<'s> {
     fn new(
         store: &'s Store,
         lock: File,
@@ -426,8 +461,8 @@ impl<'s> Alone<'s> {
         if let Some(digest) = self.unclear.first() {
             let disk = self.store.disk_path(*digest);
             self.pruned.notes.push(format!(
-                "the image in {disk:?} is of another version of sm or damaged: it may need any \
-                 layer, so all layers are kept"
+                "the image in {disk:?} is of another version of the store or damaged: it may \
+                 need any layer, so all layers are kept"
             ));
         } else {
             for part in ["layers", "blobs"] {

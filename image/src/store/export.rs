@@ -11,7 +11,7 @@ use std::path::PathBuf;
 
 use super::Store;
 use super::files::{StoredLayer, create};
-use super::pull::PullOptions;
+use super::options::PullOptions;
 use super::record::{DiskRecord, LayerRecord};
 use crate::Error;
 use crate::digest::{Digest, HashingReader};
@@ -44,7 +44,7 @@ enum Contents {
     /// A file of the store.
     Stored(PathBuf),
     /// A file created for the export.
-    Made(tempfile::TempDir),
+    Created(tempfile::TempDir),
     /// The plain tar stream of this layer.
     Plain(Digest),
     /// The recipient already has the layer.
@@ -69,7 +69,7 @@ pub(super) enum Form {
     Gzip,
 }
 
-const MADE: &str = "layer";
+const CREATED: &str = "layer";
 
 impl Exported {
     /// Opens the layer's stream at its start.
@@ -84,7 +84,7 @@ impl Exported {
         };
         match &layer.contents {
             Contents::Stored(path) => file(path.clone()),
-            Contents::Made(directory) => file(directory.path().join(MADE)),
+            Contents::Created(directory) => file(directory.path().join(CREATED)),
             Contents::Plain(diff_id) => Ok(Box::new(store.assemble(*diff_id)?)),
             Contents::Elsewhere => Err(Error::Blob {
                 digest: layer.digest.to_string(),
@@ -115,12 +115,12 @@ impl Store {
                     layers,
                 });
             }
-            (options.report)(Progress::Notice(
+            (options.report)(Progress::Message(
                 "The original layers are not stored, and cannot be pulled again: they \
                  are created again, and the image has another digest",
             ));
         }
-        self.made_anew(record, config, form, options)
+        self.create_again(record, config, form, options)
     }
 
     fn needed(&self, digest: Digest, what: &str) -> Result<Vec<u8>, Error> {
@@ -184,7 +184,7 @@ impl Store {
         let session = Session {
             scratch: &self.tmp,
             cancel: &options.cancel,
-            notice: &|text| (options.report)(Progress::Notice(text)),
+            message: &|text| (options.report)(Progress::Message(text)),
         };
         // The name may refer to another image by now; the digest does not.
         let reference = match &record.origin {
@@ -222,8 +222,8 @@ impl Store {
                     step,
                 });
             };
-            let made = self.temporary()?;
-            let path = made.path().join(MADE);
+            let created = self.temporary()?;
+            let path = created.path().join(CREATED);
             let mut out = BufWriter::new(create(&path)?);
             let mut stream = HashingReader::new(source.layer(layer)?, std::rc::Rc::default());
             let mut done = 0;
@@ -256,14 +256,14 @@ impl Store {
             }
             let synced = out.get_ref().sync_all();
             synced.map_err(Error::file("write", &path))?;
-            self.keep_blob(layer.digest, &path)?;
+            self.store_blob(layer.digest, &path)?;
             tell(LayerStep::Done);
         }
         Ok(true)
     }
 
     /// Exports the image with a new manifest.
-    fn made_anew(
+    fn create_again(
         &self,
         record: &DiskRecord,
         config: Vec<u8>,
@@ -320,8 +320,8 @@ impl Store {
         progress: &dyn Fn(u64, Option<u64>),
     ) -> Result<ExportedLayer, Error> {
         let total = self.plain(diff_id)?.size;
-        let made = self.temporary()?;
-        let path = made.path().join(MADE);
+        let created = self.temporary()?;
+        let path = created.path().join(CREATED);
         let failed = || Error::file("write", &path);
         let out = BufWriter::new(create(&path)?);
         let level = flate2::Compression::new(GZIP_LEVEL);
@@ -347,7 +347,7 @@ impl Store {
         Ok(ExportedLayer {
             digest,
             size,
-            contents: Contents::Made(made),
+            contents: Contents::Created(created),
         })
     }
 }

@@ -68,13 +68,13 @@ impl Store {
     }
 
     /// Takes the lock for the creation of an object, and waits while another process
-    /// creates the same one. `notice` is called before a wait. The caller must not hold
+    /// creates the same one. `message` is called before a wait. The caller must not hold
     /// the store's lock, because the creator of an object needs it at times.
-    pub(super) fn making(
+    pub(super) fn lock_creation(
         &self,
         what: &str,
         digest: Digest,
-        notice: &dyn Fn(&str),
+        message: &dyn Fn(&str),
     ) -> Result<File, Error> {
         let name = format!("{what}-{}", digest.hex());
         let path = self.root.join("locks").join(name);
@@ -83,7 +83,7 @@ impl Store {
             let file = open_lock(&path)?;
             match flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 Err(Errno::WOULDBLOCK) => {
-                    notice(&format!(
+                    message(&format!(
                         "waiting for another process that creates {what} {digest}"
                     ));
                     rustix::io::retry_on_intr(|| flock(&file, FlockOperation::LockExclusive))
@@ -138,23 +138,23 @@ impl Store {
     pub(super) fn discard(&self, path: &Path) -> Result<(), Error> {
         let renamed = tempfile::Builder::new()
             .prefix("removed-")
-            .make_in(&self.tmp, |grave| fs::rename(path, grave))
-            .and_then(|grave| Ok(grave.into_temp_path().keep()?));
-        let grave = renamed.map_err(Error::file("remove", path))?;
+            .make_in(&self.tmp, |tombstone| fs::rename(path, tombstone))
+            .and_then(|tombstone| Ok(tombstone.into_temp_path().keep()?));
+        let tombstone = renamed.map_err(Error::file("remove", path))?;
         // The object is removed already. Remaining files are cleared by a later process.
-        let _ = match grave.is_dir() {
-            true => fs::remove_dir_all(&grave),
-            false => fs::remove_file(&grave),
+        let _ = match tombstone.is_dir() {
+            true => fs::remove_dir_all(&tombstone),
+            false => fs::remove_file(&tombstone),
         };
         Ok(())
     }
 
     /// Publishes a complete directory under its final name, and replaces an incomplete
     /// one.
-    pub(super) fn publish(&self, made: tempfile::TempDir, path: &Path) -> Result<(), Error> {
+    pub(super) fn publish(&self, created: tempfile::TempDir, path: &Path) -> Result<(), Error> {
         let failed = Error::file("publish", path);
         // Nothing is replaced before all of the replacement is on the disk.
-        if let Err(error) = File::open(made.path()).and_then(|made| made.sync_all()) {
+        if let Err(error) = File::open(created.path()).and_then(|created| created.sync_all()) {
             return Err(failed(error));
         }
         // Only incomplete objects are created again. A rename over a directory succeeds
@@ -162,11 +162,11 @@ impl Store {
         if may_exist(path) {
             self.discard(path)?;
         }
-        let published = fs::rename(made.path(), path).and_then(|()| sync_parent(path));
+        let published = fs::rename(created.path(), path).and_then(|()| sync_parent(path));
         match published {
             Ok(()) => {
                 // The directory has been renamed, so there is nothing to clean up.
-                let _ = made.keep();
+                let _ = created.keep();
                 Ok(())
             }
             Err(error) => Err(failed(error)),
@@ -174,7 +174,7 @@ impl Store {
     }
 
     /// Stores a document under its digest.
-    pub(super) fn keep_document(&self, digest: Digest, bytes: &[u8]) -> Result<(), Error> {
+    pub(super) fn store_document(&self, digest: Digest, bytes: &[u8]) -> Result<(), Error> {
         let path = self.blob_path(digest);
         if fs::read(&path).is_ok_and(|known| known == bytes) {
             return Ok(());
@@ -184,9 +184,9 @@ impl Store {
 
     /// Publishes a compressed layer. The caller has checked its digest, and has synced
     /// it.
-    pub(super) fn keep_blob(&self, digest: Digest, made: &Path) -> Result<(), Error> {
+    pub(super) fn store_blob(&self, digest: Digest, created: &Path) -> Result<(), Error> {
         let path = self.blob_path(digest);
-        fs::rename(made, &path)
+        fs::rename(created, &path)
             .and_then(|()| sync_parent(&path))
             .map_err(Error::file("write", &path))
     }
@@ -198,8 +198,8 @@ impl Store {
     }
 
     fn write_file(&self, path: &Path, bytes: &[u8]) -> Result<(), Error> {
-        let made = self.temporary()?;
-        let fresh = made.path().join("file");
+        let created = self.temporary()?;
+        let fresh = created.path().join("file");
         write_synced(&fresh, bytes)?;
         fs::rename(&fresh, path)
             .and_then(|()| sync_parent(path))
@@ -451,12 +451,12 @@ mod tests {
         // The system cannot sync sockets.
         let (socket, _other) = UnixStream::pair().unwrap();
         let file = File::from(OwnedFd::from(socket));
-        let mut told = Vec::new();
-        let mut progress = |read| told.push(read);
+        let mut reported = Vec::new();
+        let mut progress = |read| reported.push(read);
         let fails = writing_out(&[&file], &mut progress, |progress| progress(WRITE_OUT));
         assert!(fails.is_err());
         let little = writing_out(&[&file], &mut progress, |progress| progress(WRITE_OUT - 1));
         assert!(little.is_ok());
-        assert_eq!(told, [WRITE_OUT, WRITE_OUT - 1]);
+        assert_eq!(reported, [WRITE_OUT, WRITE_OUT - 1]);
     }
 }

@@ -3,7 +3,7 @@
 use std::io::Read;
 
 use super::files::StoredLayer;
-use super::pull::PullOptions;
+use super::options::PullOptions;
 use super::{Store, StoredImage};
 use crate::Error;
 use crate::config::{Config, History, ImageConfig};
@@ -64,7 +64,7 @@ impl Store {
         let layers = std::iter::once((converted.diff_id, converted.diff_id));
         let parts = store.parts_of(digest, digest, layers);
         work.need(parts.into_iter().chain([store.disk_path(digest)]))?;
-        let _making = store.making("disk", digest, &options.notice())?;
+        let _creating = store.lock_creation("disk", digest, &options.message())?;
         let stored = StoredLayer::open_published(store.layer_path(converted.diff_id))?;
         let stored = match store.stored(digest)? {
             Some(stored) => stored,

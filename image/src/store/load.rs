@@ -6,7 +6,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::Store;
-use super::pull::PullOptions;
+use super::options::PullOptions;
 use crate::Error;
 use crate::digest::Digest;
 use crate::docker_reference::DockerReference;
@@ -15,6 +15,7 @@ use crate::source::{Bundle, Session};
 
 /// An image that was loaded from an archive.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct Loaded {
     /// ID of the image.
     #[serde(rename = "id")]
@@ -57,7 +58,7 @@ impl Store {
         let bundle = open(Session {
             scratch: &work.store.tmp,
             cancel: &options.cancel,
-            notice: &|text| (options.report)(Progress::Notice(text)),
+            message: &|text| (options.report)(Progress::Message(text)),
         })?;
         let mut loaded = Vec::new();
         for (number, names) in bundle.images()?.into_iter().enumerate() {
@@ -70,7 +71,7 @@ impl Store {
             let mut digest = image.digest;
             for name in &names {
                 // The archive may not be available later, so original layers are stored.
-                let stored = work.bring(&*source, &image, name, true, options)?;
+                let stored = work.import_image(&*source, &image, name, true, options)?;
                 digest = stored.digest;
             }
             loaded.push(Loaded { digest, names });

@@ -30,6 +30,7 @@ mod import;
 #[cfg(feature = "archive")]
 mod load;
 mod names;
+mod options;
 mod pull;
 #[cfg(feature = "registry")]
 mod push;
@@ -51,7 +52,7 @@ pub use self::collect::{FindUsers, PruneOptions, Pruned, Users};
 #[cfg(feature = "archive")]
 pub use self::load::Loaded;
 pub use self::names::ImageSummary;
-pub use self::pull::PullOptions;
+pub use self::options::PullOptions;
 pub use self::record::{ImageDetails, LayerDetails};
 pub use self::usage::{ImageUsage, Usage};
 pub use self::verify::Verified;
@@ -103,6 +104,7 @@ impl DiskSegment {
 
 /// An image in the store, which is not removed during the lifetime of this value.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct StoredImage {
     /// Digest of its manifest, or of its configuration if there is no manifest.
     pub digest: Digest,

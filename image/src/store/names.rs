@@ -21,6 +21,7 @@ const SHORTEST_PREFIX: usize = 4;
 
 /// A name in the store and its image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct ImageSummary {
     /// The reference.
     pub reference: String,
@@ -89,11 +90,10 @@ impl Store {
         let mut matching = all
             .into_iter()
             .filter(|image| image.digest.hex().starts_with(digits));
-        let first = matching.next().ok_or_else(|| Error::Unknown {
-            reference: query.to_owned(),
-            reason: "the store has no image of this name; give its source, \
-                     such as oci:DIR[:TAG]"
-                .to_owned(),
+        let first = matching.next().ok_or_else(|| {
+            let text = "the store has no image of this name; give its source, \
+                        such as oci:DIR[:TAG]";
+            Error::unknown(query, text)
         })?;
         match matching.all(|other| other.digest == first.digest) {
             true => Ok((first, false)),

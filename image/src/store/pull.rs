@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, BufWriter, Read, Write as _};
-use std::num::NonZero;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
@@ -12,11 +11,11 @@ use rustix::fs::FlockOperation;
 
 use super::files::{StoredLayer, create, write_synced, writing_out};
 use super::names::absolute;
+use super::options::PullOptions;
 use super::record::DiskRecord;
 use super::work::Work;
 use super::{Store, StoredImage};
 use crate::Error;
-use crate::cancel::Cancel;
 use crate::digest::Digest;
 use crate::documents;
 use crate::erofs::{self, LayerData};
@@ -24,54 +23,10 @@ use crate::error::printable;
 use crate::layer::{self, Converted, Expected, LayerFiles};
 use crate::pipeline::Decoders;
 use crate::platform::Platform;
-use crate::progress::{LayerStep, Progress, Report};
+use crate::progress::{LayerStep, Progress};
 use crate::reference::Reference;
 use crate::source::{self, Session, Source, SourceImage, SourceLayer};
 use crate::tree::{Refused, Tree};
-
-/// Maximum number of layers that are read concurrently, if there are enough CPUs: one
-/// more than Docker downloads.
-const MOST_AT_ONCE: usize = 4;
-
-/// Options of importing an image into the store.
-#[derive(Clone)]
-pub struct PullOptions<'a> {
-    /// Platform to select if the image is for several. The default is Linux on this
-    /// host's architecture.
-    pub platform: Option<Platform>,
-    /// Callback for progress reports.
-    pub report: Report<'a>,
-    /// Cancels the operation.
-    pub cancel: Cancel,
-    /// Maximum number of layers that are read concurrently.
-    pub at_once: NonZero<usize>,
-    /// Store the original layers of registries in addition to the converted ones, so that
-    /// pushing and saving produce the same bytes.
-    pub keep_compressed: bool,
-}
-
-impl Default for PullOptions<'_> {
-    fn default() -> Self {
-        let cpus = thread::available_parallelism().unwrap_or(NonZero::<usize>::MIN);
-        Self {
-            platform: None,
-            report: &|_| {},
-            cancel: Cancel::new(),
-            at_once: cpus.min(NonZero::new(MOST_AT_ONCE).unwrap_or(cpus)),
-            keep_compressed: true,
-        }
-    }
-}
-
-impl std::fmt::Debug for PullOptions<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("PullOptions")
-            .field("platform", &self.platform)
-            .field("at_once", &self.at_once)
-            .field("keep_compressed", &self.keep_compressed)
-            .finish_non_exhaustive()
-    }
-}
 
 impl Store {
     /// Finds an image at the source that its reference names, and converts missing parts
@@ -111,16 +66,15 @@ impl Store {
         let session = Session {
             scratch: &work.store.tmp,
             cancel: &options.cancel,
-            notice: &|text| (options.report)(Progress::Notice(text)),
+            message: &|text| (options.report)(Progress::Message(text)),
         };
         let Some(source) = source::open(reference, session)? else {
             let _in_use = self.lock(FlockOperation::LockShared)?;
             let named = self.find(&reference.to_string())?;
             self.used_now(named.digest);
-            let stored = self.stored(named.digest)?.ok_or_else(|| Error::Unknown {
-                reference: reference.to_string(),
-                reason: "its disk is missing from the store".to_owned(),
-            })?;
+            let stored = self
+                .stored(named.digest)?
+                .ok_or_else(|| Error::unknown(reference, "its disk is missing from the store"))?;
             documents::check_platform(&stored.config, options.platform.as_ref())?;
             return Ok(stored);
         };
@@ -130,8 +84,8 @@ impl Store {
             return Ok(stored);
         }
         let image = source.image(options.platform.as_ref())?;
-        let keep = options.keep_compressed && matches!(reference, Reference::Docker(_));
-        work.bring(&*source, &image, &name, keep, options)
+        let keep = options.store_compressed && matches!(reference, Reference::Docker(_));
+        work.import_image(&*source, &image, &name, keep, options)
     }
 
     /// Returns the image with this name, if the source reports its identity without
@@ -160,21 +114,6 @@ impl Store {
     }
 }
 
-impl PullOptions<'_> {
-    /// Returns a copy with its own cancellation: a failing layer cancels the other
-    /// layers, but not other operations of the caller.
-    pub(super) fn child(&self) -> Self {
-        Self {
-            cancel: self.cancel.child(),
-            ..self.clone()
-        }
-    }
-
-    pub(super) fn notice(&self) -> impl Fn(&str) {
-        |text| (self.report)(Progress::Notice(text))
-    }
-}
-
 impl Work {
     /// Converts a layer whose digest is not known before.
     pub(super) fn convert_unknown(
@@ -188,12 +127,12 @@ impl Work {
         let decoders = Decoders::default();
         store.convert_as(stream, expected, &decoders, None, progress, |diff_id| {
             self.need([store.layer_path(diff_id)])?;
-            store.making("layer", diff_id, &options.notice())
+            store.lock_creation("layer", diff_id, &options.message())
         })
     }
 
     /// Creates the missing parts of an image, and names it.
-    pub(super) fn bring(
+    pub(super) fn import_image(
         &self,
         source: &dyn Source,
         image: &SourceImage,
@@ -209,10 +148,10 @@ impl Work {
         let stored = match store.stored(image.digest)? {
             Some(stored) => stored,
             None => {
-                let _making = store.making("disk", image.digest, &options.notice())?;
+                let _creating = store.lock_creation("disk", image.digest, &options.message())?;
                 match store.stored(image.digest)? {
                     Some(stored) => stored,
-                    None => store.make(source, image, name, keep, options)?,
+                    None => store.create(source, image, name, keep, options)?,
                 }
             }
         };
@@ -223,7 +162,7 @@ impl Work {
 }
 
 impl Store {
-    fn make(
+    fn create(
         &self,
         source: &dyn Source,
         image: &SourceImage,
@@ -250,18 +189,18 @@ impl Store {
         name: &str,
         layers: Vec<StoredLayer>,
     ) -> Result<StoredImage, Error> {
-        self.keep_document(Digest::of(&image.config_bytes), &image.config_bytes)?;
+        self.store_document(Digest::of(&image.config_bytes), &image.config_bytes)?;
         if let Some(raw) = &image.manifest {
-            self.keep_document(image.digest, &raw.bytes)?;
+            self.store_document(image.digest, &raw.bytes)?;
         }
-        self.make_disk(image, name, layers)?;
+        self.create_disk(image, name, layers)?;
         self.stored(image.digest)?.ok_or_else(|| {
             let path = self.disk_path(image.digest);
             Error::file("read back", &path)(io::ErrorKind::NotFound.into())
         })
     }
 
-    fn make_disk(
+    fn create_disk(
         &self,
         image: &SourceImage,
         name: &str,
@@ -271,14 +210,14 @@ impl Store {
         for (layer, stored) in image.layers.iter().zip(&layers) {
             record.push(layer, stored.totals().blob_len);
         }
-        let made = self.temporary()?;
-        let path = made.path().join("meta.erofs");
+        let created = self.temporary()?;
+        let path = created.path().join("meta.erofs");
         let meta = create(&path)?;
         record.meta_len = self.write_metadata(image.digest, &record, &mut layers, &meta)?;
         meta.sync_all().map_err(Error::file("write", &path))?;
         let json = serde_json::to_vec(&record).map_err(|error| Error::document("record", error))?;
-        write_synced(&made.path().join("image.json"), &json)?;
-        self.publish(made, &self.disk_path(image.digest))
+        write_synced(&created.path().join("image.json"), &json)?;
+        self.publish(created, &self.disk_path(image.digest))
     }
 
     /// Writes the metadata image of these layers and returns its length.
@@ -398,8 +337,8 @@ impl Pull<'_> {
             tell(LayerStep::Present);
             return Ok(stored);
         }
-        let notice = self.options.notice();
-        let _making = self.store.making("layer", layer.diff_id, &notice)?;
+        let message = self.options.message();
+        let _creating = self.store.lock_creation("layer", layer.diff_id, &message)?;
         if let Some(stored) = StoredLayer::open(path.clone())? {
             tell(LayerStep::Present);
             return Ok(stored);
@@ -429,7 +368,7 @@ impl Pull<'_> {
         let copy = kept.as_ref().map(File::try_clone).transpose();
         let copy = copy.map_err(Error::file("write", &kept_path))?;
         let failed = Mutex::new(None);
-        let stream = Keeping {
+        let stream = Tee {
             inner: stream,
             kept: copy.map(|file| BufWriter::with_capacity(1 << 20, file)),
             failed: &failed,
@@ -443,7 +382,7 @@ impl Pull<'_> {
         converted?;
         if keep {
             // The digest has been checked.
-            self.store.keep_blob(layer.digest, &kept_path)?;
+            self.store.store_blob(layer.digest, &kept_path)?;
         }
         Ok(())
     }
@@ -475,8 +414,8 @@ impl Store {
         progress: &mut dyn FnMut(u64),
         before_publishing: impl FnOnce(Digest) -> Result<T, Error>,
     ) -> Result<Converted, Error> {
-        let made = self.temporary()?;
-        let file = |name: &str| create(&made.path().join(name));
+        let created = self.temporary()?;
+        let file = |name: &str| create(&created.path().join(name));
         let (blob, small) = (file("blob")?, file("small")?);
         let (index, skeleton) = (file("index")?, file("skeleton")?);
         let files = LayerFiles {
@@ -489,7 +428,7 @@ impl Store {
         let converted = writing_out(&large, progress, |progress| {
             layer::convert(stream, expected, self.limits, decoders, files, progress)
         })
-        .map_err(Error::file("write", &made.path().join("blob")))??;
+        .map_err(Error::file("write", &created.path().join("blob")))??;
         for (name, file) in [
             ("blob", &blob),
             ("small", &small),
@@ -499,13 +438,13 @@ impl Store {
         .into_iter()
         .chain(beside.map(|file| ("kept", file)))
         {
-            let path = made.path().join(name);
+            let path = created.path().join(name);
             file.sync_all().map_err(Error::file("write", &path))?;
         }
-        let _held = before_publishing(converted.diff_id)?;
+        let _guard = before_publishing(converted.diff_id)?;
         let path = self.layer_path(converted.diff_id);
         if expected.diff_id.is_some() || StoredLayer::open(path.clone())?.is_none() {
-            self.publish(made, &path)?;
+            self.publish(created, &path)?;
         }
         Ok(converted)
     }
@@ -533,14 +472,14 @@ impl Store {
 }
 
 /// A reader that also writes the data to a file.
-struct Keeping<'f, R> {
+struct Tee<'f, R> {
     inner: R,
     kept: Option<BufWriter<File>>,
     /// Error of writing the file, which is not an error of the stream.
     failed: &'f Mutex<Option<io::Error>>,
 }
 
-impl<R: Read> Read for Keeping<'_, R> {
+impl<R: Read> Read for Tee<'_, R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let count = self.inner.read(buffer)?;
         if let Some(kept) = &mut self.kept {

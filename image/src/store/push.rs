@@ -8,7 +8,7 @@ use std::thread;
 
 use super::Store;
 use super::export::{Exported, ExportedLayer, Form};
-use super::pull::PullOptions;
+use super::options::PullOptions;
 use crate::Error;
 use crate::digest::Digest;
 use crate::docker_reference::DockerReference;
@@ -29,8 +29,8 @@ impl Store {
         let (found, record) = work.needed_image(&name.to_string())?;
         let others = self.repositories(name.registry())?;
         let others: Vec<_> = others.iter().map(String::as_str).collect();
-        let notice = |text: &str| (options.report)(Progress::Notice(text));
-        let pusher = Pusher::open(name, &others, &options.cancel, &notice)?;
+        let message = |text: &str| (options.report)(Progress::Message(text));
+        let pusher = Pusher::open(name, &others, &options.cancel, &message)?;
         let push = Push {
             store,
             pusher: &pusher,

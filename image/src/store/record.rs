@@ -67,6 +67,7 @@ impl DiskRecord {
 
 /// A layer of an image in the store.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct LayerDetails {
     /// Digest of the tar stream.
     pub diff_id: Digest,
@@ -77,11 +78,13 @@ pub struct LayerDetails {
     /// Size of its file contents in the store in bytes.
     pub size: u64,
     /// The original stream is also in the store.
-    pub kept: bool,
+    #[serde(rename = "kept")]
+    pub stored: bool,
 }
 
 /// Details of an image in the store.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct ImageDetails {
     /// Digest of its manifest, or of its configuration if there is no manifest.
     #[serde(rename = "id")]
@@ -158,7 +161,7 @@ impl Store {
             digest: layer.digest,
             compressed_size: layer.size,
             size: self.layer_size(layer.diff_id),
-            kept: self.blob_path(layer.digest).exists(),
+            stored: self.blob_path(layer.digest).exists(),
         });
         Ok(ImageDetails {
             digest: found.digest,
@@ -177,9 +180,9 @@ impl Store {
 
     /// Returns the record of an image that was found as `query`.
     pub(super) fn record_of(&self, query: &str, digest: Digest) -> Result<DiskRecord, Error> {
-        self.record(digest)?.ok_or_else(|| Error::Unknown {
-            reference: query.to_owned(),
-            reason: "its disk is missing from the store; pull the image again".to_owned(),
+        self.record(digest)?.ok_or_else(|| {
+            let text = "its disk is missing from the store; pull the image again";
+            Error::unknown(query, text)
         })
     }
 }

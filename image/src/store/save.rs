@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::Store;
 use super::export::{Exported, Form};
-use super::pull::PullOptions;
+use super::options::PullOptions;
 use crate::Error;
 use crate::digest::{Digest, HashingReader};
 use crate::docker_reference::DockerReference;

@@ -15,6 +15,7 @@ use crate::digest::Digest;
 
 /// Disk usage of an image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct ImageUsage {
     /// Digest of the image.
     #[serde(rename = "id")]
@@ -35,6 +36,7 @@ pub struct ImageUsage {
 
 /// Disk usage of the store.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct Usage {
     /// Usage of each image.
     pub images: Vec<ImageUsage>,

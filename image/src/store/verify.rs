@@ -23,6 +23,7 @@ use crate::skeleton::is_damage;
 
 /// Result of verifying an image.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct Verified {
     /// Number of bytes of tar streams that were reconstructed and hashed.
     pub bytes: u64,
@@ -54,7 +55,7 @@ impl Store {
         let mut layers = Vec::new();
         for layer in &record.layers {
             layers.extend(check.layer(layer)?);
-            check.kept(layer)?;
+            check.original(layer)?;
         }
         if layers.len() == record.layers.len() {
             check.metadata(digest, &record, &mut layers)?;
@@ -146,7 +147,7 @@ impl Check<'_> {
     }
 
     /// Checks the original layer, if it is stored.
-    fn kept(&mut self, layer: &LayerRecord) -> Result<(), Error> {
+    fn original(&mut self, layer: &LayerRecord) -> Result<(), Error> {
         let path = self.store.blob_path(layer.digest);
         let file = match File::open(&path) {
             Err(error) if is_absence(&error) => return Ok(()),
@@ -168,8 +169,8 @@ impl Check<'_> {
         record: &DiskRecord,
         layers: &mut [StoredLayer],
     ) -> Result<(), Error> {
-        let made = self.store.temporary()?;
-        let again = super::files::create(&made.path().join("meta.erofs"))?;
+        let created = self.store.temporary()?;
+        let again = super::files::create(&created.path().join("meta.erofs"))?;
         self.store.write_metadata(digest, record, layers, &again)?;
         let disk = self.store.disk_path(digest);
         let path = disk.join("meta.erofs");

@@ -78,7 +78,10 @@ fn truncation_and_damage_are_errors() {
             }
             Ok::<_, TarError>(())
         })();
-        assert!(result.unwrap_err().reason.contains("truncated"), "{len}");
+        assert!(
+            result.unwrap_err().reason.to_string().contains("truncated"),
+            "{len}"
+        );
     }
     let mut damaged = bytes;
     damaged[3] ^= 1;
@@ -167,7 +170,10 @@ fn raw(path: &str, kind: u8, size: u64, change: impl FnOnce(&mut [u8])) -> Vec<u
 fn listed(bytes: &[u8]) -> Result<Vec<(String, Kind)>, String> {
     let mut reader = Reader::new(bytes);
     let mut entries = Vec::new();
-    while let Some(header) = reader.next_entry().map_err(|error| error.reason)? {
+    while let Some(header) = reader
+        .next_entry()
+        .map_err(|error| error.reason.to_string())?
+    {
         entries.push((String::from_utf8_lossy(&header.path).into(), header.kind));
     }
     Ok(entries)

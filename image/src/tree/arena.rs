@@ -4,7 +4,7 @@ use std::hash::{BuildHasher as _, RandomState};
 
 use hashbrown::HashTable;
 
-use super::Reason;
+use super::{Reason, exceeded};
 use crate::index::Xattrs;
 
 /// A reference to bytes in an [`Arena`].
@@ -41,7 +41,7 @@ pub(super) struct Arena {
 impl Arena {
     /// Stores `text`, unless the total would exceed `most` bytes.
     pub(super) fn add(&mut self, text: &[u8], most: usize) -> Result<Text, Reason> {
-        let too_many = || format!("the image has more than {most} bytes of names");
+        let too_many = || exceeded(format!("the image has more than {most} bytes of names"));
         let at = u32::try_from(self.bytes.len()).map_err(|_| too_many())?;
         let len = u16::try_from(text.len()).map_err(|_| too_many())?;
         if self.bytes.len() + text.len() > most {
@@ -82,7 +82,11 @@ impl XattrSets {
         if let Some(known) = self.by_content.find(hash, same) {
             return Ok(*known);
         }
-        let too_many = || format!("the image has more than {most} bytes of extended attributes");
+        let too_many = || {
+            exceeded(format!(
+                "the image has more than {most} bytes of extended attributes"
+            ))
+        };
         if self.bytes.len() + content.len() > most {
             return Err(too_many());
         }

@@ -1,11 +1,11 @@
 //! Construction of trees for tests of other modules.
 
 use super::Tree;
-use crate::index::{Entry, EntryKind, Meta, Place, Xattrs, encode_xattrs};
+use crate::index::{ContentLocation, Entry, EntryKind, Meta, Xattrs, encode_xattrs};
 use crate::limits::Limits;
 
 const FILE: EntryKind<'static> = EntryKind::File {
-    place: Place::Blob(0),
+    location: ContentLocation::Blob(0),
     size: 1,
 };
 

@@ -23,7 +23,7 @@ fn file(path: &str) -> Owned {
     entry(
         path,
         EntryKind::File {
-            place: Place::Blob(0),
+            location: ContentLocation::Blob(0),
             size: 1,
         },
     )

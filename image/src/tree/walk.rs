@@ -46,7 +46,7 @@ impl Tree {
             parts += 1;
             self.step(1)?;
             if parts > MAX_PARTS {
-                return Err("its path has too many components".to_owned());
+                return Err("its path has too many components".into());
             }
             let here = trail.last().copied().unwrap_or(ROOT);
             match part {
@@ -73,7 +73,7 @@ impl Tree {
                     links += 1;
                     if links > MAX_LINKS {
                         let text = "there are too many symbolic links in its path";
-                        return Err(text.to_owned());
+                        return Err(text.into());
                     }
                     let target = self.text(target);
                     if target.starts_with(b"/") {
@@ -84,7 +84,7 @@ impl Tree {
                     self.step(rewritten.len() / BYTES_PER_STEP)?;
                     left = &rewritten;
                 }
-                _ if create => return Err("its parent is not a directory".to_owned()),
+                _ if create => return Err("its parent is not a directory".into()),
                 _ => return Ok(None),
             }
         }
@@ -94,7 +94,7 @@ impl Tree {
         for name in &missing {
             let parent = trail.last().copied().unwrap_or(ROOT);
             let id = self.new_inode(Kind::Directory)?;
-            self.place(parent, name, id, IMPLIED)?;
+            self.insert(parent, name, id, IMPLIED)?;
             self.inherit_group(id, parent);
             trail.push(id);
         }

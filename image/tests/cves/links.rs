@@ -1,7 +1,7 @@
 //! Links that a later entry writes through.
 
 use super::Outcome::{Inside, Refused};
-use super::support::{dir, entry, file, hardlink, symlink, tar, whiteout};
+use super::support::{Entry, dir, entry, file, hardlink, symlink, tar, whiteout};
 use super::{Case, DOTS, one, raw};
 
 pub(crate) fn links() -> Vec<Case> {

@@ -150,14 +150,13 @@ fn gzip_streams_may_be_odd() {
 #[test]
 fn bombs_end_at_limits() {
     let limits = |change: fn(&mut Limits)| {
-        let mut limits = Limits {
-            layer_bytes: 4 << 20,
-            entries: 1000,
-            index_bytes: 100_000,
-            names_bytes: 50_000,
-            ratio: 100,
-            ratio_floor: 1 << 20,
-        };
+        let mut limits = Limits::default();
+        limits.layer_bytes = 4 << 20;
+        limits.entries = 1000;
+        limits.index_bytes = 100_000;
+        limits.names_bytes = 50_000;
+        limits.ratio = 100;
+        limits.ratio_floor = 1 << 20;
         change(&mut limits);
         limits
     };

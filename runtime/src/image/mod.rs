@@ -6,9 +6,9 @@ mod users;
 use sm_control::launch::DiskSegment;
 use sm_control::workload::ImageDefaults;
 pub use sm_image::{
-    Cancel, Config, Digest, Error as ImageError, ImageDetails, ImageSummary, ImageUsage,
-    LayerDetails, LayerStep, Platform, Progress, PruneOptions, Pruned, PullOptions, Report, Usage,
-    Verified,
+    Cancel, Config, Digest, Error as ImageError, ErrorKind as ImageErrorKind, ImageDetails,
+    ImageSummary, ImageUsage, LayerDetails, LayerStep, Platform, Progress, PruneOptions, Pruned,
+    PullOptions, Report, Usage, Verified,
 };
 use sm_image::{ImageConfig, Reference, Store, StoredImage};
 

@@ -163,9 +163,6 @@ pub fn prune(home: &Home, options: PruneOptions) -> Result<Pruned, Error> {
 /// # Errors
 /// Files cannot be read or removed, or the needs of snapshots cannot be determined.
 pub fn keep_within(home: &Home, max_bytes: u64) -> Result<Option<Pruned>, Error> {
-    let options = PruneOptions {
-        max_bytes: Some(max_bytes),
-        ..PruneOptions::default()
-    };
+    let options = PruneOptions::new().max_bytes(max_bytes);
     Ok(store(home)?.try_prune(options, &|| image_users(home))?)
 }

@@ -31,8 +31,8 @@ pub(super) fn complete(file: &File, contents: &Contents) -> io::Result<()> {
     file.read_exact_at(&mut block, 0)?;
     let mut put = |at: usize, bytes: &[u8]| {
         // The offsets are constant and within the block.
-        if let Some(place) = block.get_mut(SUPER_AT + at..SUPER_AT + at + bytes.len()) {
-            place.copy_from_slice(bytes);
+        if let Some(part) = block.get_mut(SUPER_AT + at..SUPER_AT + at + bytes.len()) {
+            part.copy_from_slice(bytes);
         }
     };
     put(0, &MAGIC.to_le_bytes());

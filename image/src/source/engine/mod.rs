@@ -20,6 +20,7 @@ use super::choice::Choice;
 use super::{Session, Source, SourceImage, SourceLayer, pem};
 use crate::Error;
 use crate::digest::Digest;
+use crate::error::{Cause, ErrorKind};
 use crate::platform::Platform;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
@@ -49,7 +50,7 @@ impl<'s> Engine<'s> {
     pub(super) fn open(name: &str, session: Session<'s>) -> Result<Self, Error> {
         let host = Host::find().map_err(|reason| Error::Engine {
             engine: "docker".to_owned(),
-            reason,
+            reason: reason.into(),
         })?;
         Self::at(host, name, session)
     }
@@ -107,7 +108,7 @@ impl<'s> Engine<'s> {
         Ok(engine)
     }
 
-    fn error(&self, reason: impl Into<String>) -> Error {
+    fn error(&self, reason: impl Into<Cause>) -> Error {
         Error::Engine {
             engine: self.host.to_string(),
             reason: reason.into(),
@@ -118,18 +119,21 @@ impl<'s> Engine<'s> {
         let url = format!("{}{path}", self.base);
         self.agent.get(url).call().map_err(|error| match error {
             ureq::Error::Io(error) => self.error(match error.kind() {
-                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Cause::new(
+                    ErrorKind::Unreachable,
                     "no engine listens there; is it running? (DOCKER_HOST says where it is; \
-                     images of Podman are containers-storage:NAME)"
-                        .to_owned()
-                }
-                io::ErrorKind::PermissionDenied => {
+                     images of Podman are containers-storage:NAME)",
+                ),
+                io::ErrorKind::PermissionDenied => Cause::new(
+                    ErrorKind::Unauthorized,
                     "you may not use it; people in the group of its socket (\"docker\", \
-                     usually) may"
-                        .to_owned()
-                }
-                _ => error.to_string(),
+                     usually) may",
+                ),
+                _ => Cause::of(&error),
             }),
+            ureq::Error::Timeout(_) | ureq::Error::ConnectionFailed | ureq::Error::HostNotFound => {
+                self.error(Cause::new(ErrorKind::Unreachable, error.to_string()))
+            }
             other => self.error(other.to_string()),
         })
     }
@@ -140,10 +144,15 @@ impl<'s> Engine<'s> {
         let status = response.status().as_u16();
         match status {
             200 => Ok(response),
-            404 => Err(Error::Unknown {
-                reference: format!("docker-daemon:{}", self.name),
-                reason: format!("the engine at {} has none", self.host),
-            }),
+            404 => Err(Error::unknown(
+                format_args!("docker-daemon:{}", self.name),
+                format!("the engine at {} has none", self.host),
+            )),
+            401 | 403 => {
+                let said = explanation(&mut response);
+                let text = format!("it answers {status}{said}");
+                Err(self.error(Cause::new(ErrorKind::Unauthorized, text)))
+            }
             _ => {
                 let said = explanation(&mut response);
                 Err(self.error(format!("it answers {status}{said}")))
@@ -158,7 +167,7 @@ impl<'s> Engine<'s> {
         }
         let response = self.ask("get")?;
         let label = format!("docker-daemon:{}", self.name);
-        (self.session.notice)(&format!("receiving {} from {}", self.name, self.host));
+        (self.session.message)(&format!("receiving {} from {}", self.name, self.host));
         let body = response.into_body().into_reader();
         let bundle = Bundle::read(body, &label, self.session)?;
         Ok(self.bundle.get_or_init(|| bundle))
@@ -176,7 +185,7 @@ impl Source for Engine<'_> {
         let mut response = self.ask("json")?;
         let body = response.body_mut().as_reader();
         let read = body.take(MAX_ANSWER).read_to_end(&mut bytes);
-        read.map_err(|error| self.error(error.to_string()))?;
+        read.map_err(|error| self.error(Cause::of(&error)))?;
         let inspected: Inspected = serde_json::from_slice(&bytes)
             .map_err(|error| self.error(format!("its answer is invalid: {error}")))?;
         let id = inspected.id;

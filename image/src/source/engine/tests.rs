@@ -102,7 +102,7 @@ fn opened<T>(
     let session = Session {
         scratch,
         cancel: &cancel,
-        notice: &|_| {},
+        message: &|_| {},
     };
     act(&Engine::at(host, "app:latest", session)?)
 }
@@ -228,7 +228,7 @@ fn cancelling_ends_a_transfer() {
     let session = Session {
         scratch: directory.path(),
         cancel: &cancel,
-        notice: &|_| {},
+        message: &|_| {},
     };
     std::thread::scope(|scope| {
         let opening = scope.spawn(|| Engine::at(Host::Unix(path.clone()), "x", session).map(drop));

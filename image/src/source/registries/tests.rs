@@ -12,13 +12,13 @@ fn parsed(text: &str) -> Registries {
 
 /// Formats mirrors and the registry itself as `HOST/REPOSITORY`, with `!` if insecure.
 fn locations(all: &Registries, name: &str) -> Vec<String> {
-    let places = all
+    let locations = all
         .locations(&DockerReference::parse(name).unwrap())
         .unwrap();
     let mut texts = Vec::new();
-    for place in places.mirrors.into_iter().chain([places.own]) {
-        let mark = if place.insecure { "!" } else { "" };
-        texts.push(format!("{}/{}{mark}", place.host, place.name));
+    for location in locations.mirrors.into_iter().chain([locations.own]) {
+        let mark = if location.insecure { "!" } else { "" };
+        texts.push(format!("{}/{}{mark}", location.host, location.name));
     }
     texts
 }

@@ -15,6 +15,7 @@ use super::credentials::{self, Credentials};
 use super::failure::{Failure, asked_pause};
 use super::http::{Answer, Ask, Http};
 use super::url::escape;
+use crate::error::{Cause, ErrorKind};
 
 /// Maximum size of an answer of a token server in bytes.
 const MAX_TOKEN: u64 = 1 << 20;
@@ -104,7 +105,7 @@ impl Authorizer {
                 scope,
             }) => Some(self.token(http, base, &realm, service.as_deref(), scope.as_deref())?),
             None => {
-                return Err(Failure::Final(
+                return Err(Failure::last(
                     "it requires an unsupported authentication scheme".to_owned(),
                 ));
             }
@@ -136,25 +137,25 @@ impl Authorizer {
         scope: Option<&str>,
     ) -> Result<String, Failure> {
         let senseless = || {
-            Failure::Final(format!(
+            Failure::last(format!(
                 "it requires a token from {realm:?}, which is not a valid address"
             ))
         };
-        let place: Uri = realm.parse().map_err(|_| senseless())?;
+        let location: Uri = realm.parse().map_err(|_| senseless())?;
         // The registry chooses the token server. Credentials must not be sent there
         // without TLS, unless the registry itself does without.
-        match place.scheme_str() {
+        match location.scheme_str() {
             Some("https") => {}
             Some("http") if base.scheme_str() == Some("http") => {}
             Some("http") => {
-                return Err(Failure::Final(format!(
+                return Err(Failure::last(format!(
                     "it requires credentials to be sent to {realm:?} without TLS"
                 )));
             }
             _ => return Err(senseless()),
         }
         let scopes = self.scopes(scope);
-        let server = place.clone();
+        let server = location.clone();
         let answer = match self.credentials() {
             Some(Credentials::Identity(token)) => {
                 let scope = scopes.join(" ");
@@ -168,7 +169,7 @@ impl Authorizer {
                 let body = form_encoded(&form);
                 let ask = Ask {
                     method: Method::POST,
-                    uri: place,
+                    uri: location,
                     headers: vec![(header::CONTENT_TYPE, "application/x-www-form-urlencoded")],
                     authorization: None,
                 };
@@ -177,8 +178,8 @@ impl Authorizer {
             credentials => {
                 let mut query: Vec<_> = scopes.iter().map(|scope| ("scope", *scope)).collect();
                 query.extend(service.map(|service| ("service", service)));
-                let separator = if place.query().is_some() { '&' } else { '?' };
-                let text = format!("{place}{separator}{}", form_encoded(&query));
+                let separator = if location.query().is_some() { '&' } else { '?' };
+                let text = format!("{location}{separator}{}", form_encoded(&query));
                 let authorization = match credentials {
                     Some(Credentials::Password { user, password }) => Some(basic(user, password)),
                     _ => None,
@@ -197,7 +198,7 @@ impl Authorizer {
             let host = answer.from.host().unwrap_or_default();
             let text =
                 format!("its token server redirects to {host}, which is not trusted with tokens");
-            return Err(Failure::Final(text));
+            return Err(Failure::last(text));
         }
         self.read_token(answer)
     }
@@ -208,20 +209,27 @@ impl Authorizer {
         if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS {
             let asked = asked_pause(&response);
             let text = format!("its token server answers {status}");
-            return Err(Failure::Passing(text, asked));
+            return Err(Failure::passing(text, asked));
         }
         if !status.is_success() {
-            return Err(Failure::Final(format!(
-                "its token server answers {status}: run \"docker login {}\" (or \"podman login\") again",
-                self.registry
+            let kind = match status.as_u16() {
+                401 | 403 => ErrorKind::Unauthorized,
+                _ => ErrorKind::Service,
+            };
+            return Err(Failure::last(Cause::new(
+                kind,
+                format!(
+                    "its token server answers {status}: run \"docker login {}\" (or \"podman login\") again",
+                    self.registry
+                ),
             )));
         }
         let mut bytes = Vec::new();
         let body = response.body_mut().as_reader();
         let read = body.take(MAX_TOKEN).read_to_end(&mut bytes);
-        read.map_err(|error| Failure::Passing(error.to_string(), None))?;
+        read.map_err(|error| Failure::passing(error, None))?;
         let token: Token = serde_json::from_slice(&bytes).map_err(|error| {
-            Failure::Final(format!(
+            Failure::last(format!(
                 "the answer of its token server is invalid: {error}"
             ))
         })?;
@@ -232,7 +240,7 @@ impl Authorizer {
         token
             .filter(is_token)
             .map(|token| format!("Bearer {token}"))
-            .ok_or_else(|| Failure::Final("its token server gives no token".to_owned()))
+            .ok_or_else(|| Failure::last("its token server gives no token".to_owned()))
     }
 }
 

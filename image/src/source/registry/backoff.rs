@@ -21,7 +21,7 @@ const LONGEST_WAIT: Duration = Duration::from_secs(300);
 pub(super) struct Backoff<'s> {
     session: Session<'s>,
     attempts: u32,
-    made: u32,
+    attempted: u32,
     pause: Duration,
     waited: Duration,
 }
@@ -56,20 +56,20 @@ impl<'s> Backoff<'s> {
         Self {
             session,
             attempts,
-            made: 1,
+            attempted: 1,
             pause: FIRST_PAUSE,
             waited: Duration::ZERO,
         }
     }
 
-    /// Waits until the next attempt: for the pause that `who` has `asked` for, or
+    /// Waits until the next attempt: for the pause that `registry` has `asked` for, or
     /// slightly longer than the last time.
-    pub(super) fn again(&mut self, who: &str, asked: Option<Duration>) -> Result<(), NoRetry> {
+    pub(super) fn again(&mut self, registry: &str, asked: Option<Duration>) -> Result<(), NoRetry> {
         if self.session.cancel.is_cancelled() {
             return Err(NoRetry::Cancelled);
         }
-        if self.made >= self.attempts {
-            return Err(NoRetry::Attempts(self.made));
+        if self.attempted >= self.attempts {
+            return Err(NoRetry::Attempts(self.attempted));
         }
         let pause = asked.unwrap_or_else(|| jittered(self.pause));
         if pause > LONGEST_PAUSE || self.waited + pause > LONGEST_WAIT {
@@ -77,12 +77,12 @@ impl<'s> Backoff<'s> {
         }
         if asked.is_some_and(|asked| asked >= Duration::from_secs(1)) {
             let seconds = pause.as_secs();
-            (self.session.notice)(&format!("waiting {seconds} s, as requested by {who}"));
+            (self.session.message)(&format!("waiting {seconds} s, as requested by {registry}"));
         }
         if !self.session.cancel.wait(pause) {
             return Err(NoRetry::Cancelled);
         }
-        self.made += 1;
+        self.attempted += 1;
         self.waited += pause;
         self.pause *= GROWTH;
         Ok(())
@@ -195,14 +195,14 @@ mod tests {
     }
 
     #[test]
-    fn patience_has_ends() {
+    fn retries_end() {
         let said = Mutex::new(Vec::new());
-        let notice = |text: &str| said.lock().unwrap().push(text.to_owned());
+        let message = |text: &str| said.lock().unwrap().push(text.to_owned());
         let cancel = Cancel::new();
         let session = Session {
             scratch: Path::new("/nowhere"),
             cancel: &cancel,
-            notice: &notice,
+            message: &message,
         };
         let now = Some(Duration::ZERO);
         let mut backoff = Backoff::new(session, 3);

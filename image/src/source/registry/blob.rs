@@ -14,6 +14,7 @@ use super::backoff::Backoff;
 use super::client::{Client, Wanted};
 use super::failure::Failure;
 use crate::digest::Digest;
+use crate::error::{Cause, ErrorKind};
 
 const ANYTHING: &str = "*/*";
 /// Maximum number of consecutive attempts at one location without progress.
@@ -87,7 +88,10 @@ impl<'a> Blob<'a> {
             accept: ANYTHING,
             from: self.at,
         })?;
-        let missing = || Failure::Final(format!("it does not have blob {}", self.digest));
+        let missing = || {
+            let text = format!("it does not have blob {}", self.digest);
+            Failure::last(Cause::new(ErrorKind::NotFound, text))
+        };
         let response = response.ok_or_else(missing)?;
         let begins = begins_at(&response, self.size)?;
         let announced = response.body().content_length();
@@ -97,12 +101,12 @@ impl<'a> Blob<'a> {
                 "it announces {len} bytes of blob {} from byte {begins} of {}",
                 self.digest, self.size
             );
-            return Err(Failure::Passing(text, None));
+            return Err(Failure::passing(text, None));
         }
         // Some answers start earlier than requested; the known bytes are skipped.
         let Some(skip) = self.at.checked_sub(begins) else {
             let text = format!("it omits a part of blob {}", self.digest);
-            return Err(Failure::Final(text));
+            return Err(Failure::last(text));
         };
         let mut body = response.into_body().into_reader();
         let skipped = io::copy(&mut body.by_ref().take(skip), &mut io::sink());
@@ -114,7 +118,7 @@ impl<'a> Blob<'a> {
     }
 
     fn read_once(&mut self, buffer: &mut [u8]) -> Result<usize, Failure> {
-        let nowhere = || Failure::Final("no registry is left to ask".to_owned());
+        let nowhere = || Failure::last("no registry is left to ask".to_owned());
         let client = *self.clients.first().ok_or_else(nowhere)?;
         let mut body = match self.body.take() {
             Some(body) => body,
@@ -133,7 +137,8 @@ impl<'a> Blob<'a> {
         if self.pace.drags(count as u64, begun.elapsed()) {
             let seconds = WHILE.as_secs();
             let text = format!("it sends less than {SLOWEST} bytes in {seconds} s");
-            return Err(Failure::Passing(text, None));
+            let reason = Cause::new(ErrorKind::Unreachable, text);
+            return Err(Failure::Passing(reason, None));
         }
         self.body = Some(body);
         Ok(count)
@@ -168,13 +173,14 @@ impl<'a> Blob<'a> {
         self.clients.remove(0);
         self.backoff = Backoff::new(client.session, RESUMES);
         self.since = self.at;
-        (client.session.notice)(&format!("continuing at another location: {error}"));
+        (client.session.message)(&format!("continuing at another location: {error}"));
         Ok(())
     }
 }
 
 fn broken(error: &io::Error) -> Failure {
-    Failure::Passing(format!("the connection broke: {error}"), None)
+    let text = format!("the connection broke: {error}");
+    Failure::Passing(Cause::new(ErrorKind::Unreachable, text), None)
 }
 
 /// Returns the offset of an answer's first byte. A partial answer whose total is not
@@ -189,7 +195,7 @@ fn begins_at(response: &Response<Body>, size: u64) -> Result<u64, Failure> {
         Some((begins, total)) if total.is_none_or(|total| total == size) => Ok(begins),
         _ => {
             let text = "its answer does not state which part of the blob it contains".to_owned();
-            Err(Failure::Final(text))
+            Err(Failure::last(text))
         }
     }
 }

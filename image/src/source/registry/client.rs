@@ -16,6 +16,7 @@ use super::failure::{Failure, asked_pause};
 use super::http::{Answer, Ask, Http, Trouble};
 use super::url::is_same_origin;
 use crate::Error;
+use crate::error::{Cause, ErrorKind};
 use crate::source::Session;
 
 /// Maximum size of an error document in bytes.
@@ -75,7 +76,7 @@ impl<'s> Client<'s> {
         &self.repository
     }
 
-    pub(super) fn error(&self, reason: impl Into<String>) -> Error {
+    pub(super) fn error(&self, reason: impl Into<Cause>) -> Error {
         Error::Registry {
             registry: self.repository.registry.clone(),
             reason: reason.into(),
@@ -85,7 +86,7 @@ impl<'s> Client<'s> {
     fn connection(&self) -> Result<&Connection, Failure> {
         let connect = || Connection::new(&self.repository, self.session);
         let connection = self.connection.get_or_init(connect).as_ref();
-        connection.map_err(|reason| Failure::Final(reason.clone()))
+        connection.map_err(|reason| Failure::last(reason.as_str()))
     }
 
     /// Repeats an operation until it succeeds, or fails permanently.
@@ -106,8 +107,12 @@ impl<'s> Client<'s> {
         }
     }
 
-    pub(super) fn over(&self, reason: &str, over: &NoRetry) -> Error {
-        self.error(format!("{reason}{over}"))
+    pub(super) fn over(&self, reason: &Cause, over: &NoRetry) -> Error {
+        let reason = reason.followed_by(over);
+        self.error(match over {
+            NoRetry::Cancelled => reason.of_kind(ErrorKind::Cancelled),
+            NoRetry::Attempts(_) | NoRetry::TooLong(_) => reason,
+        })
     }
 
     /// Requests a resource once; `None` if the registry does not have it.
@@ -178,7 +183,7 @@ impl<'s> Client<'s> {
         let base = &self.connection()?.base;
         let text = format!("{base}v2/{}/{path}", self.repository.name);
         text.parse()
-            .map_err(|_| Failure::Final(format!("{text:?} is not a valid address")))
+            .map_err(|_| Failure::last(format!("{text:?} is not a valid address")))
     }
 
     /// Makes a request, and repeats it with a new token if the registry demands one, as
@@ -210,19 +215,22 @@ impl<'s> Client<'s> {
             let host = answer.from.host().unwrap_or_default();
             let text = format!("{host}, to which it redirects, answers {status}");
             return match is_passing(status.as_u16()) {
-                true => Failure::Passing(text, None),
-                false => Failure::Final(text),
+                true => Failure::passing(text, None),
+                false => Failure::last(text),
             };
         }
         let response = &mut answer.response;
         let asked = asked_pause(response);
         let said = explanation(response).map_or_else(String::new, |said| format!(": {said}"));
         match status.as_u16() {
-            401 | 403 => Failure::Final(format!("{}{said}", self.authorizer.refusal())),
-            code if is_passing(code) => {
-                Failure::Passing(format!("it answers {status}{said}"), asked)
+            401 | 403 => {
+                let text = format!("{}{said}", self.authorizer.refusal());
+                Failure::last(Cause::new(ErrorKind::Unauthorized, text))
             }
-            _ => Failure::Final(format!("it answers {status}{said}")),
+            code if is_passing(code) => {
+                Failure::passing(format!("it answers {status}{said}"), asked)
+            }
+            _ => Failure::last(format!("it answers {status}{said}")),
         }
     }
 }
@@ -241,12 +249,12 @@ impl Client<'_> {
         let connection = self.connection()?;
         if !connection.is_own(answer) && !is_same_origin(location, &answer.from) {
             let host = answer.from.host().unwrap_or_default();
-            return Err(Failure::Final(format!(
+            return Err(Failure::last(format!(
                 "{host}, to which it redirects, continues an upload at another host"
             )));
         }
         let leading = connection.http.check_leading(&answer.from, location);
-        leading.map_err(Failure::Final)
+        leading.map_err(Failure::last)
     }
 }
 

@@ -8,34 +8,46 @@ use ureq::http::{Response, header};
 
 use super::backoff::retry_after;
 use super::http::Trouble;
+use crate::error::{Cause, ErrorKind};
 
 /// Failure of a single request.
 pub(super) enum Failure {
     /// A repetition would fail too.
-    Final(String),
+    Final(Cause),
     /// A repetition may succeed. The pause is that requested by the registry, if any.
-    Passing(String, Option<Duration>),
+    Passing(Cause, Option<Duration>),
+}
+
+impl Failure {
+    pub(super) fn last(reason: impl Into<Cause>) -> Self {
+        Self::Final(reason.into())
+    }
+
+    pub(super) fn passing(reason: impl Into<Cause>, asked: Option<Duration>) -> Self {
+        Self::Passing(reason.into(), asked)
+    }
 }
 
 impl From<Trouble> for Failure {
     /// Converts a failure below HTTP. Another attempt may succeed, except after problems
     /// with the certificate or the request.
     fn from(trouble: Trouble) -> Self {
+        let unreachable = |text: &str| Cause::new(ErrorKind::Unreachable, text);
         match trouble {
-            Trouble::Astray(reason) => Self::Final(reason),
+            Trouble::Astray(reason) => Self::last(reason),
             Trouble::Http(ureq::Error::Timeout(_)) => {
-                Self::Passing("it does not answer".to_owned(), None)
+                Self::Passing(unreachable("it does not answer"), None)
             }
             Trouble::Http(ureq::Error::Io(error)) if error.kind() != io::ErrorKind::InvalidData => {
-                Self::Passing(format!("cannot talk to it: {error}"), None)
+                Self::Passing(unreachable(&format!("cannot talk to it: {error}")), None)
             }
             Trouble::Http(ureq::Error::ConnectionFailed) => {
-                Self::Passing("cannot connect to it".to_owned(), None)
+                Self::Passing(unreachable("cannot connect to it"), None)
             }
             Trouble::Http(ureq::Error::HostNotFound) => {
-                Self::Final("its host name does not resolve".to_owned())
+                Self::Final(unreachable("its host name does not resolve"))
             }
-            Trouble::Http(other) => Self::Final(other.to_string()),
+            Trouble::Http(other) => Self::last(other.to_string()),
         }
     }
 }

@@ -29,6 +29,7 @@ use crate::Error;
 use crate::digest::Digest;
 use crate::docker_reference::DockerReference;
 use crate::documents::{MAX_DOCUMENT, Named, resolve};
+use crate::error::{Cause, ErrorKind};
 use crate::platform::Platform;
 
 const MANIFESTS: &str = "application/vnd.oci.image.index.v1+json,\
@@ -44,8 +45,8 @@ pub(crate) fn headers(text: &str) {
     let _ = challenge::Challenge::parse(text);
     let _ = backoff::retry_after(text, std::time::UNIX_EPOCH);
     let _ = blob::parse_range(text);
-    if let Some(place) = url::join(&ureq::http::Uri::from_static("https://r.example/a"), text) {
-        let _ = url::with_query(&place, "digest", text);
+    if let Some(location) = url::join(&ureq::http::Uri::from_static("https://r.example/a"), text) {
+        let _ = url::with_query(&location, "digest", text);
     }
 }
 
@@ -110,18 +111,14 @@ impl<'s> Registry<'s> {
             let body = response.body_mut().as_reader();
             let read = body.take(MAX_DOCUMENT + 1).read_to_end(&mut bytes);
             read.map_err(|error| {
-                Failure::Passing(
-                    format!("the transfer of a manifest was interrupted: {error}"),
-                    None,
-                )
+                let text = format!("the transfer of a manifest was interrupted: {error}");
+                Failure::Passing(Cause::new(ErrorKind::Unreachable, text), None)
             })?;
             Ok(Some((bytes, media_type)))
         })?;
         let Some((bytes, media_type)) = found else {
-            return Err(Error::Unknown {
-                reference: self.reference.to_string(),
-                reason: format!("{} has none", client.repository().registry),
-            });
+            let text = format!("{} has none", client.repository().registry);
+            return Err(Error::unknown(&self.reference, text));
         };
         if bytes.len() as u64 > MAX_DOCUMENT {
             return Err(Error::document("manifest", "it is larger than 8 MiB"));
@@ -131,9 +128,9 @@ impl<'s> Registry<'s> {
 
     /// Requests the image from one location.
     fn image_at(&self, number: usize, platform: Option<&Platform>) -> Result<SourceImage, Error> {
-        let no_tag = || Error::Unknown {
-            reference: self.reference.to_string(),
-            reason: "it has no tag".to_owned(),
+        let no_tag = || {
+            let reason = Cause::new(ErrorKind::InvalidName, "it has no tag");
+            Error::unknown(&self.reference, reason)
         };
         let client = self.clients.get(number).ok_or_else(no_tag)?;
         let digest = self.reference.digest();
@@ -183,7 +180,7 @@ impl<'s> Registry<'s> {
 
 /// Extracts the error of a blob's reader from an I/O error.
 fn registry_error(error: std::io::Error) -> Error {
-    let reason = error.to_string();
+    let reason = Cause::of(&error);
     match error.into_inner().map(|inner| inner.downcast::<Error>()) {
         Some(Ok(error)) => *error,
         _ => Error::document("blob", reason),
@@ -199,7 +196,7 @@ impl Source for Registry<'_> {
                     self.chosen.store(number, Ordering::Relaxed);
                     return Ok(image);
                 }
-                Err(error) => (self.session.notice)(&format!("cannot use a mirror: {error}")),
+                Err(error) => (self.session.message)(&format!("cannot use a mirror: {error}")),
             }
             if self.session.cancel.is_cancelled() {
                 break;

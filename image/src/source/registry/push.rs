@@ -16,6 +16,7 @@ use crate::Error;
 use crate::cancel::Cancel;
 use crate::digest::Digest;
 use crate::docker_reference::DockerReference;
+use crate::error::{Cause, ErrorKind};
 use crate::source::Session;
 
 const DIGEST: &str = "docker-content-digest";
@@ -34,6 +35,7 @@ pub struct Pusher<'s> {
 
 /// Result of pushing a blob.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Pushed {
     /// The registry already had the blob.
     Existed,
@@ -49,7 +51,7 @@ pub type OpenBlob<'a> = &'a (dyn Fn() -> io::Result<Box<dyn Read + Send>> + Sync
 impl<'s> Pusher<'s> {
     /// Creates a pusher for the name `reference`, which must have a tag. `others` are
     /// repositories of the same registry that may contain some of the blobs, which are
-    /// then mounted instead of uploaded. `notice` is called with sentences that explain
+    /// then mounted instead of uploaded. `message` is called with sentences that explain
     /// delays.
     ///
     /// # Errors
@@ -58,7 +60,7 @@ impl<'s> Pusher<'s> {
         reference: &DockerReference,
         others: &[&str],
         cancel: &'s Cancel,
-        notice: &'s (dyn Fn(&str) + Sync),
+        message: &'s (dyn Fn(&str) + Sync),
     ) -> Result<Self, Error> {
         let no_tag = || Error::Reference {
             reference: reference.to_string(),
@@ -69,7 +71,7 @@ impl<'s> Pusher<'s> {
         let session = Session {
             scratch: std::path::Path::new(""),
             cancel,
-            notice,
+            message,
         };
         Ok(Self::at(own, tag, others, session))
     }
@@ -140,7 +142,7 @@ impl<'s> Pusher<'s> {
                 .get(DIGEST)
                 .and_then(|value| value.to_str().ok())
             {
-                Some(other) if other != digest.to_string() => Err(Failure::Final(format!(
+                Some(other) if other != digest.to_string() => Err(Failure::last(format!(
                     "it reports digest {other:?} for manifest {digest}"
                 ))),
                 _ => Ok(()),
@@ -195,7 +197,7 @@ impl<'s> Pusher<'s> {
         if answer.status() != 202 {
             return Err(self.client.failure(&mut answer));
         }
-        let place = self.next_location(&answer)?;
+        let location = self.next_location(&answer)?;
         let length = size.to_string();
         // The callback is lent to each reader in turn.
         let progress = RefCell::new(progress);
@@ -203,9 +205,11 @@ impl<'s> Pusher<'s> {
             (header::CONTENT_TYPE, "application/octet-stream"),
             (header::CONTENT_LENGTH, &*length),
         ];
-        let mut answer = self.client.send(&Method::PATCH, &place, &headers, || {
-            let blob = open()
-                .map_err(|error| Failure::Final(format!("cannot read blob {digest}: {error}")))?;
+        let mut answer = self.client.send(&Method::PATCH, &location, &headers, || {
+            let blob = open().map_err(|error| {
+                let text = format!("cannot read blob {digest}: {error}");
+                Failure::Final(Cause::with(text, &error).or(ErrorKind::Io))
+            })?;
             Ok(Box::new(Sending {
                 blob,
                 left: size,
@@ -216,13 +220,13 @@ impl<'s> Pusher<'s> {
         if !matches!(answer.status(), 202 | 204) {
             return Err(self.client.failure(&mut answer));
         }
-        let place = self.next_location(&answer)?;
-        let text = with_query(&place, "digest", &digest.to_string());
-        let place = text
+        let location = self.next_location(&answer)?;
+        let text = with_query(&location, "digest", &digest.to_string());
+        let location = text
             .parse()
-            .map_err(|_| Failure::Final(format!("{text:?} is not a valid address")))?;
+            .map_err(|_| Failure::last(format!("{text:?} is not a valid address")))?;
         let headers = [(header::CONTENT_LENGTH, "0")];
-        let mut answer = self.client.send(&Method::PUT, &place, &headers, empty)?;
+        let mut answer = self.client.send(&Method::PUT, &location, &headers, empty)?;
         match answer.status() {
             201 | 204 => Ok(()),
             _ => Err(self.client.failure(&mut answer)),
@@ -232,12 +236,12 @@ impl<'s> Pusher<'s> {
     /// Returns the address at which an upload continues, which `answer` contains.
     fn next_location(&self, answer: &Answer) -> Result<Uri, Failure> {
         let location = answer.response.headers().get(header::LOCATION);
-        let place = location.and_then(|location| join(&answer.from, location.to_str().ok()?));
-        let place = place.ok_or_else(|| {
-            Failure::Final("its answer does not state where an upload continues".to_owned())
+        let location = location.and_then(|location| join(&answer.from, location.to_str().ok()?));
+        let location = location.ok_or_else(|| {
+            Failure::last("its answer does not state where an upload continues".to_owned())
         })?;
-        self.client.check_location(answer, &place)?;
-        Ok(place)
+        self.client.check_location(answer, &location)?;
+        Ok(location)
     }
 }
 

@@ -32,6 +32,7 @@ use crate::Error;
 use crate::config::ImageConfig;
 use crate::docker_reference::DockerReference;
 use crate::documents::{MAX_DOCUMENT, Named, Parts, check_platform, diff_ids, parse, resolve};
+use crate::error::{Cause, ErrorKind};
 use crate::platform::Platform;
 
 /// Supported drivers.
@@ -86,15 +87,12 @@ impl Storage {
             Some(brackets) => format!("containers-storage:[{brackets}]{name}"),
             None => format!("containers-storage:{name}"),
         };
-        let unknown = |reason: String| Error::Unknown {
-            reference: label.clone(),
-            reason,
-        };
+        let unknown = |reason: Cause| Error::unknown(&label, reason);
         let location = match brackets {
             Some(brackets) => Location::parse(brackets),
             None => Location::find(),
         };
-        let location = location.map_err(unknown)?;
+        let location = location.map_err(|reason| unknown(reason.into()))?;
         let roots = roots(&location).map_err(unknown)?;
         let mut found = None;
         let mut layers = HashMap::new();
@@ -109,12 +107,12 @@ impl Storage {
                 entry.or_insert_with(|| (root.clone(), layer));
             }
         }
-        let places: Vec<String> = roots
+        let paths: Vec<String> = roots
             .iter()
             .map(|root| root.path.display().to_string())
             .collect();
-        let (root, image) =
-            found.ok_or_else(|| unknown(format!("there is none in {}", places.join(" or "))))?;
+        let (root, image) = found
+            .ok_or_else(|| unknown(format!("there is none in {}", paths.join(" or ")).into()))?;
         Ok(Self {
             root,
             image,
@@ -132,9 +130,9 @@ impl Storage {
                 .layers
                 .get(next)
                 .filter(|_| chain.len() <= self.layers.len());
-            let layer = layer.ok_or_else(|| Error::Unknown {
-                reference: self.label.clone(),
-                reason: format!("its layer {next} is missing from the storage"),
+            let layer = layer.ok_or_else(|| {
+                let text = format!("its layer {next} is missing from the storage");
+                Error::unknown(&self.label, Cause::new(ErrorKind::Damaged, text))
             })?;
             chain.push(layer);
             next = &layer.1.parent;
@@ -257,9 +255,11 @@ impl Root {
         let entries = File::open(&path).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => Error::Layer {
                 layer: id.to_owned(),
-                reason: "the storage has no tar-split data to reconstruct its stream; copy the \
-                         image to an oci: directory with skopeo"
-                    .to_owned(),
+                reason: Cause::new(
+                    ErrorKind::Unsupported,
+                    "the storage has no tar-split data to reconstruct its stream; copy the \
+                     image to an oci: directory with skopeo",
+                ),
             },
             _ => Error::file("open", &path)(error),
         })?;
@@ -300,16 +300,17 @@ fn read_file(path: &Path, most: u64) -> io::Result<Vec<u8>> {
 }
 
 /// Returns the existing directories with their drivers.
-fn roots(location: &Location) -> Result<Vec<Root>, String> {
+fn roots(location: &Location) -> Result<Vec<Root>, Cause> {
     let mut roots = Vec::new();
     for path in &location.roots {
         let has = |driver: &&str| path.join(format!("{driver}-images")).is_dir();
         let driver = match location.driver.as_deref() {
             Some(driver) if !DRIVERS.contains(&driver) => {
-                return Err(format!(
+                let text = format!(
                     "only storages of the drivers {} are supported, not \"{driver}\"",
                     DRIVERS.join(" and ")
-                ));
+                );
+                return Err(Cause::new(ErrorKind::Unsupported, text));
             }
             Some(driver) => Some(driver).filter(has),
             None => DRIVERS.into_iter().find(has),
@@ -322,7 +323,7 @@ fn roots(location: &Location) -> Result<Vec<Root>, String> {
         }
     }
     if roots.is_empty() {
-        let places: Vec<String> = location
+        let paths: Vec<String> = location
             .roots
             .iter()
             .map(|it| it.display().to_string())
@@ -330,19 +331,23 @@ fn roots(location: &Location) -> Result<Vec<Root>, String> {
         return Err(format!(
             "there is no storage of the drivers {} in {}, or you may not read it",
             DRIVERS.join(" and "),
-            places.join(" or ")
-        ));
+            paths.join(" or ")
+        )
+        .into());
     }
     Ok(roots)
 }
 
 /// Finds an image by Podman's rules: a short name refers to a locally built image
 /// (`localhost/`), then to one of Docker's registry, then to an ID.
-fn find<'a>(images: &'a [Image], name: &str) -> Result<Option<&'a Image>, String> {
+fn find<'a>(images: &'a [Image], name: &str) -> Result<Option<&'a Image>, Cause> {
     let by_id = |digits: &str| {
         let mut matching = images.iter().filter(|image| image.id.starts_with(digits));
         match (matching.next(), matching.next()) {
-            (Some(_), Some(_)) => Err(format!("several images have IDs that begin with {digits}")),
+            (Some(_), Some(_)) => Err(Cause::new(
+                ErrorKind::Ambiguous,
+                format!("several images have IDs that begin with {digits}"),
+            )),
             (found, _) => Ok(found),
         }
     };
@@ -352,7 +357,7 @@ fn find<'a>(images: &'a [Image], name: &str) -> Result<Option<&'a Image>, String
     {
         return by_id(digits);
     }
-    let parsed = DockerReference::parse(name).map_err(str::to_owned)?;
+    let parsed = DockerReference::parse(name)?;
     let here = DockerReference::parse(&format!("localhost/{name}")).ok();
     let is_short = parsed.is_default_registry() && !name.starts_with("docker.io/");
     for reference in here.filter(|_| is_short).iter().chain([&parsed]) {
@@ -421,7 +426,7 @@ mod tests {
         assert_eq!(id("@aaaaaa2"), Ok(Some("aaaaaa22")));
         assert_eq!(id("sha256:aaaaaa11"), Ok(Some("aaaaaa11")));
         assert_eq!(id("aaaaaa2"), Ok(Some("aaaaaa22")));
-        assert!(id("aaaaaa").unwrap_err().contains("several"));
+        assert!(id("aaaaaa").unwrap_err().to_string().contains("several"));
         assert_eq!(id("bbbbbb"), Ok(None));
     }
 

@@ -31,7 +31,8 @@ fn tree(entries: &[(&str, EntryKind<'_>, u16, &[Pair<'_>])]) -> Result<Tree, Str
                 meta: meta(*mode),
                 xattrs: Xattrs::encoded(&xattrs),
             },
-        )?;
+        )
+        .map_err(|reason| reason.to_string())?;
     }
     Ok(tree)
 }
@@ -45,7 +46,7 @@ fn xattrs(tree: &Tree, id: InodeId) -> Vec<(String, String)> {
 }
 
 const FILE: EntryKind<'static> = EntryKind::File {
-    place: Place::Blob(0),
+    location: ContentLocation::Blob(0),
     size: 1,
 };
 
@@ -140,7 +141,7 @@ fn the_work_for_attributes_is_bounded_over_the_whole_image() {
         tree.add(0, &entry)
     };
     let file = EntryKind::File {
-        place: Place::Blob(0),
+        location: ContentLocation::Blob(0),
         size: 1,
     };
     add("f", file, &many).unwrap();

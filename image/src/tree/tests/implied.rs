@@ -24,7 +24,7 @@ fn the_uppermost_has_the_group_of_a_set_group_id_directory() {
         .unwrap();
     };
     let file = EntryKind::File {
-        place: Place::Blob(0),
+        location: ContentLocation::Blob(0),
         size: 1,
     };
     add(b"usr/local", EntryKind::Directory, 0o2775, 50);

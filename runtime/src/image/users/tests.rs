@@ -20,11 +20,7 @@ struct Fixture {
     home: Home,
 }
 
-const ALL: PruneOptions = PruneOptions {
-    all: true,
-    compressed: true,
-    max_bytes: None,
-};
+const ALL: PruneOptions = PruneOptions::new().all(true).compressed(true);
 
 impl Fixture {
     fn new() -> Self {

@@ -136,9 +136,9 @@ fn one_of_many_readers_gets_the_token() {
     });
     let heard = Heard::default();
     heard.with(|session| {
-        let place = fixture.repository();
+        let location = fixture.repository();
         let scope = "repository:team/app:pull".to_owned();
-        let client = super::Client::new(place, session, 5, vec![scope]);
+        let client = super::Client::new(location, session, 5, vec![scope]);
         std::thread::scope(|scope| {
             for _ in 0..8 {
                 scope.spawn(|| client.ask(ureq::http::Method::GET, "tags/list", &[]).ok());
@@ -208,7 +208,9 @@ fn redirects_from_tls_to_plain_http_are_refused() {
     let answer = "HTTP/1.1 307 Go\r\nLocation: http://127.0.0.1:1/x\r\nContent-Length: 0\r\n\r\n";
     let (address, http) = with_tls(answer);
     match http.ask(&ask(&address)) {
-        Err(Trouble::Astray(text)) => assert!(text.contains("without TLS"), "{text}"),
+        Err(Trouble::Astray(text)) => {
+            assert!(text.to_string().contains("without TLS"), "{text}");
+        }
         Err(Trouble::Http(error)) => panic!("{error}"),
         Ok(response) => panic!("{response:?}"),
     }
@@ -228,7 +230,9 @@ fn credentials_are_not_sent_without_tls() {
     };
     let authorizer = super::auth::Authorizer::new("r", "a", vec!["repository:a:pull".to_owned()]);
     match authorizer.renew(&http, &asked.uri, None, answer.response.headers()) {
-        Err(super::Failure::Final(text)) => assert!(text.contains("without TLS"), "{text}"),
+        Err(super::Failure::Final(reason)) => {
+            assert!(reason.to_string().contains("without TLS"), "{reason}");
+        }
         _ => panic!("it was asked"),
     }
 }

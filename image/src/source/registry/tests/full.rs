@@ -5,8 +5,8 @@ use std::io::Write as _;
 use std::process::Command;
 
 use super::server::{ok, registry};
-use crate::Reference;
 use crate::store::Store;
+use crate::{ErrorKind, Reference};
 
 const OWN: &str = "SM_TEST_OWN_DISK";
 
@@ -88,6 +88,7 @@ fn a_pull_reports_a_full_disk() {
         let Err(error) = fixture.pull() else {
             break;
         };
+        assert_eq!(error.kind(), ErrorKind::NoSpace, "{error:?}");
         // The error comes from the check of the manifest's sizes, or from a failed write.
         let cause = match error {
             crate::Error::Space { .. } => 0,

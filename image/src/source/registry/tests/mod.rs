@@ -3,6 +3,7 @@
 mod access;
 mod faults;
 mod full;
+mod kinds;
 mod mirrors;
 mod origins;
 mod push;

@@ -155,7 +155,7 @@ fn tokens_come_from_the_server_that_the_registry_names() {
 
 /// Starts a registry whose uploads continue at `other`.
 fn uploads_continue_at(other: &Fixture) -> Fixture {
-    let place = other.address.replace("127.0.0.1", "localhost");
+    let location = other.address.replace("127.0.0.1", "localhost");
     registry(move |request, content| {
         if request.path.starts_with("/token") {
             return ok(b"{\"token\": \"secret\"}");
@@ -166,8 +166,8 @@ fn uploads_continue_at(other: &Fixture) -> Fixture {
         }
         match request.method.as_str() {
             "POST" => {
-                let place = format!("http://{place}/upload");
-                Answer::Say(202, vec![("Location", place)], Vec::new())
+                let location = format!("http://{location}/upload");
+                Answer::Say(202, vec![("Location", location)], Vec::new())
             }
             "HEAD" => status(404),
             _ => status(if request.path == "/v2/" { 200 } else { 500 }),
@@ -181,7 +181,7 @@ fn push(own: &Fixture) -> String {
     let error = heard.with(|session| {
         let name = format!("{}/team/app:v1", own.address);
         let reference = DockerReference::parse(&name).unwrap();
-        let pusher = Pusher::open(&reference, &[], session.cancel, session.notice).unwrap();
+        let pusher = Pusher::open(&reference, &[], session.cancel, session.message).unwrap();
         let open = || -> std::io::Result<Box<dyn std::io::Read + Send>> { Ok(Box::new(&b"x"[..])) };
         pusher.blob(Digest::of(b"x"), 1, &open, &mut |_| {})
     });
@@ -214,8 +214,8 @@ fn an_upload_at_another_host_cannot_redirect_to_the_registry() {
     let clever = registry(move |_, _| {
         let address = named.lock().unwrap();
         assert!(!address.is_empty());
-        let place = format!("http://{address}/v2/other/manifests/latest");
-        Answer::Say(202, vec![("Location", place)], Vec::new())
+        let location = format!("http://{address}/v2/other/manifests/latest");
+        Answer::Say(202, vec![("Location", location)], Vec::new())
     });
     let own = uploads_continue_at(&clever);
     (*registry_address.lock().unwrap()).clone_from(&own.address);
@@ -261,13 +261,13 @@ fn port(answer: Option<&'static [u8]>) -> (String, Arc<AtomicUsize>) {
 fn ask(address: &str) -> String {
     let heard = Heard::default();
     heard.with(|session| {
-        let place = Repository {
+        let location = crate::source::repository::Repository {
             registry: address.to_owned(),
             host: address.to_owned(),
             name: "team/app".to_owned(),
             insecure: true,
         };
-        let client = super::Client::new(place, session, 1, Vec::new());
+        let client = super::Client::new(location, session, 1, Vec::new());
         let asked = client.with_retries(|| client.ask(ureq::http::Method::GET, "tags/list", &[]));
         asked.map_or_else(|error| error.to_string(), |_| "answered".to_owned())
     })

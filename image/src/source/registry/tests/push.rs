@@ -24,7 +24,8 @@ impl Brought {
     fn take(&mut self, request: &Request) -> Answer {
         let path = request.path.split('?').next().unwrap();
         let query = request.path.split_once('?').map_or("", |(_, query)| query);
-        let accepted = |place: String| Answer::Say(202, vec![("Location", place)], Vec::new());
+        let accepted =
+            |location: String| Answer::Say(202, vec![("Location", location)], Vec::new());
         match request.method.as_str() {
             "HEAD" => {
                 let name = path.rsplit('/').next().unwrap();
@@ -73,7 +74,7 @@ fn pusher<T>(address: &str, others: &[&str], act: impl FnOnce(&Pusher<'_>) -> T)
     heard.with(|session| {
         let name = format!("{address}/team/app:v1");
         let reference = DockerReference::parse(&name).unwrap();
-        act(&Pusher::open(&reference, others, session.cancel, session.notice).unwrap())
+        act(&Pusher::open(&reference, others, session.cancel, session.message).unwrap())
     })
 }
 
@@ -212,8 +213,8 @@ fn uploads_to_other_hosts_carry_no_credentials() {
             return Answer::Say(401, vec![("WWW-Authenticate", challenge)], Vec::new());
         }
         if request.method == "POST" {
-            let place = format!("http://{other}/v2/team/app/blobs/uploads/0?state=0");
-            return Answer::Say(202, vec![("Location", place)], Vec::new());
+            let location = format!("http://{other}/v2/team/app/blobs/uploads/0?state=0");
+            return Answer::Say(202, vec![("Location", location)], Vec::new());
         }
         status(if request.method == "HEAD" { 404 } else { 500 })
     });
@@ -264,6 +265,6 @@ fn refusals_and_wrong_digests_are_reported() {
     let reference = DockerReference::parse(&name).unwrap();
     let heard = Heard::default();
     let opened = heard
-        .with(|session| Pusher::open(&reference, &[], session.cancel, session.notice).map(drop));
+        .with(|session| Pusher::open(&reference, &[], session.cancel, session.message).map(drop));
     assert!(opened.unwrap_err().to_string().contains("needs a tag"));
 }

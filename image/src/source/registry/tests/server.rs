@@ -219,7 +219,7 @@ impl Heard {
         act(Session {
             scratch: std::path::Path::new("/nowhere"),
             cancel: &self.cancel,
-            notice: &|text| self.said.lock().unwrap().push(text.to_owned()),
+            message: &|text| self.said.lock().unwrap().push(text.to_owned()),
         })
     }
 
@@ -252,12 +252,12 @@ impl Fixture {
         mirrors: &[&Self],
         session: Session<'_>,
     ) -> Result<Vec<u8>, Error> {
-        let places = Locations {
+        let locations = Locations {
             mirrors: mirrors.iter().map(|mirror| mirror.repository()).collect(),
             own: self.repository(),
         };
         let name = self.reference.strip_prefix("docker://").unwrap();
-        let registry = Registry::at(places, &DockerReference::parse(name).unwrap(), session);
+        let registry = Registry::at(locations, &DockerReference::parse(name).unwrap(), session);
         let mut bytes = Vec::new();
         for layer in registry.image(None)?.layers {
             let mut one = Vec::new();
