@@ -56,6 +56,7 @@ mod tsc;
 mod vcpu;
 mod vm;
 mod vm_shared;
+mod vm_state;
 
 use std::io;
 use std::os::unix::fs::MetadataExt as _;

@@ -8,12 +8,12 @@ use kvm_bindings::{
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
-use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::slots::Slot;
 use super::vcpu::KvmSeed;
 use super::vm_shared::VmShared;
+use super::vm_state::{KvmVmStateV1, STATE_VERSION};
 use super::{BACKEND, Kvm, os};
 use crate::state::{Blob, VmState};
 use crate::{
@@ -22,23 +22,11 @@ use crate::{
 };
 
 const PAGE: u64 = 4096;
-/// Layout version of [`KvmVmState`].
-const STATE_VERSION: u32 = 1;
 
 /// A VM of KVM.
 #[derive(Debug)]
 pub struct KvmVm {
     shared: Arc<VmShared>,
-}
-
-/// Content of [`VmState`]'s blob.
-#[derive(Serialize, Deserialize)]
-struct KvmVmState {
-    pic_master: Vec<u8>,
-    pic_slave: Vec<u8>,
-    ioapic: Vec<u8>,
-    /// kvmclock, in nanoseconds.
-    clock_ns: u64,
 }
 
 impl KvmVm {
@@ -208,7 +196,7 @@ impl Vm for KvmVm {
     fn save(&self) -> Result<VmState, Error> {
         self.shared.ensure_controllers()?;
         let clock = self.fd().get_clock().map_err(os("read the clock"))?;
-        let state = KvmVmState {
+        let state = KvmVmStateV1 {
             pic_master: self.irqchip(KVM_IRQCHIP_PIC_MASTER)?,
             pic_slave: self.irqchip(KVM_IRQCHIP_PIC_SLAVE)?,
             ioapic: self.irqchip(KVM_IRQCHIP_IOAPIC)?,
@@ -234,7 +222,7 @@ impl Vm for KvmVm {
                 reason: format!("it was saved by {} version {}", blob.backend, blob.version),
             });
         }
-        let state: KvmVmState = postcard::from_bytes(&blob.bytes).map_err(|e| Error::State {
+        let state: KvmVmStateV1 = postcard::from_bytes(&blob.bytes).map_err(|e| Error::State {
             reason: format!("interrupt controllers cannot be decoded: {e}"),
         })?;
         self.set_irqchip(KVM_IRQCHIP_PIC_MASTER, &state.pic_master)?;

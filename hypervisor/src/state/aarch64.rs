@@ -111,13 +111,16 @@ pub enum PowerState {
     Suspended,
 }
 
-/// State of one AArch64 vCPU: everything that the architecture defines, and [`Blob`]s for
-/// backend-specific state.
+/// The newest version of a vCPU's state, which backends save and restore.
+pub type VcpuState = VcpuStateV1;
+
+/// State of one AArch64 vCPU, version 1: everything that the architecture defines, and
+/// [`Blob`]s for backend-specific state.
 ///
 /// The state of the interrupt controller is in [`VmState`](super::VmState), except for the
 /// part that a vCPU's own thread has to write after it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct VcpuState {
+pub struct VcpuStateV1 {
     /// The vCPU's index.
     pub index: u32,
     /// Processor features that the guest sees.

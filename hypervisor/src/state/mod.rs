@@ -2,6 +2,10 @@
 //!
 //! Architectural elements are typed, in a module for each architecture; backend-specific
 //! state is an opaque versioned [`Blob`].
+//!
+//! These are the structures of snapshots, apart from what a hypervisor has: a backend
+//! converts to and from them. The name of each ends in its version, and the layout of a
+//! version does not change: a new one is a new type, the old one is converted to it.
 
 pub mod aarch64;
 pub mod x86_64;
@@ -19,9 +23,12 @@ pub struct Blob {
     pub bytes: Vec<u8>,
 }
 
-/// State of interrupt controllers and clocks.
+/// The newest version of a VM's state, which backends save and restore.
+pub type VmState = VmStateV1;
+
+/// State of interrupt controllers and clocks, version 1.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct VmState {
+pub struct VmStateV1 {
     /// The backend's elements (KVM on x86_64: PIC, IOAPIC, kvmclock; on arm64: the GIC).
     pub blob: Blob,
 }

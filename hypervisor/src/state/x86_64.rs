@@ -159,10 +159,16 @@ pub enum MpState {
     SipiReceived,
 }
 
-/// State of one x86_64 vCPU: everything that the architecture defines, independent of the
-/// hypervisor, and one [`Blob`] for backend-specific state.
+/// The newest version of a vCPU's state, which backends save and restore.
+pub type VcpuState = VcpuStateV1;
+
+/// State of one x86_64 vCPU, version 1: everything that the architecture defines,
+/// independent of the hypervisor, and one [`Blob`] for backend-specific state.
+///
+/// Its fields, those of the types in them, and their order are those of snapshots and do
+/// not change; another state is another type.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct VcpuState {
+pub struct VcpuStateV1 {
     /// The vCPU's index.
     pub index: u32,
     /// The guest's CPUID.
@@ -382,7 +388,8 @@ mod tests {
         }
     }
 
-    /// Snapshots on disk contain these bytes.
+    /// Snapshots have these bytes: the file does not change. A new version of the state is
+    /// a new type with a file of its own, written by a test that is run once.
     #[test]
     fn the_encoding_of_a_vcpu_is_fixed() {
         let golden = include_bytes!("../../tests/golden/vcpu-x86_64.bin");
