@@ -16,7 +16,7 @@ use std::time::Instant;
 use sm_event_loop::{Interest, Readiness, Registered, Registry, new_eventfd};
 use sm_virtio::GuestMemory;
 use sm_virtio::queue::{Chain, Queue, QueueError, Span};
-use sm_virtio::{ActivateError, Activation, DevicePayload, Interrupt, VirtioDevice};
+use sm_virtio::{ActivateError, Activation, CannotSave, DevicePayload, Interrupt, VirtioDevice};
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
@@ -27,8 +27,10 @@ use crate::config::{SetUpError, VsockConfig};
 use crate::handle::{Command, ConnectError, Mailbox, MuxerHandle};
 use crate::muxer::{DEADLINE, Muxer, RETRIES};
 use crate::profile::Stage;
-use crate::saved::Saved;
+use crate::saved::{STATE_VERSION, VsockStateV2};
 
+/// Kind of the device in saved state.
+const KIND: &str = "vsock";
 const RX: usize = 0;
 const TX: usize = 1;
 const EVENT: usize = 2;
@@ -232,6 +234,10 @@ impl Vsock {
 }
 
 impl VirtioDevice for Vsock {
+    fn kind(&self) -> &'static str {
+        KIND
+    }
+
     fn device_type(&self) -> u32 {
         VIRTIO_ID_VSOCK
     }
@@ -345,28 +351,35 @@ impl VirtioDevice for Vsock {
         &self.queues
     }
 
-    fn save(&self) -> DevicePayload {
-        let state = Saved {
+    fn save(&self) -> Result<DevicePayload, CannotSave> {
+        let state = VsockStateV2 {
             guest_cid: self.config.guest_cid,
             next_port: self.muxer.next_port,
         };
-        DevicePayload {
-            kind: "vsock".to_owned(),
-            version: 2,
+        Ok(DevicePayload {
+            kind: KIND.to_owned(),
+            version: STATE_VERSION,
             bytes: state.encode(),
-        }
+        })
     }
 
     fn restore(&mut self, payload: &DevicePayload) -> Result<(), ActivateError> {
-        payload.expect("vsock", 2)?;
+        payload.expect(KIND, STATE_VERSION)?;
         // Ports continue from their saved position: Linux does not forget a connection that
         // a transport reset ended before its process closes the socket, and refuses another
         // one with the same ports until then.
-        let saved = Saved::decode(&payload.bytes).ok_or_else(|| ActivateError::Payload {
-            kind: "vsock".to_owned(),
-            reason: "it is malformed".to_owned(),
-        })?;
-        self.config.guest_cid = saved.guest_cid;
+        let unfit = |reason: String| ActivateError::Payload {
+            kind: KIND.to_owned(),
+            reason,
+        };
+        let saved = VsockStateV2::decode(&payload.bytes)
+            .ok_or_else(|| unfit("it is malformed".to_owned()))?;
+        let config = VsockConfig {
+            guest_cid: saved.guest_cid,
+            ..self.config
+        };
+        config.check().map_err(|error| unfit(error.to_string()))?;
+        self.config = config;
         self.muxer.next_port = saved.next_port;
         self.reset = TransportReset::Owed;
         Ok(())
@@ -384,7 +397,39 @@ mod tests {
         let used: Vec<u32> = (0..3).map(|_| saved.muxer.free_port(1024)).collect();
         let (restored, _handle) = Vsock::new(VsockConfig::default()).unwrap();
         let mut restored = restored.lock().unwrap();
-        restored.restore(&saved.save()).unwrap();
+        restored.restore(&saved.save().unwrap()).unwrap();
         assert!(!used.contains(&restored.muxer.free_port(1024)));
+    }
+
+    #[test]
+    fn any_payload_is_restored_or_refused() {
+        let (device, _handle) = Vsock::new(VsockConfig::default()).unwrap();
+        let mut device = device.lock().unwrap();
+        let payload = |version, guest_cid| DevicePayload {
+            kind: KIND.to_owned(),
+            version,
+            bytes: VsockStateV2 {
+                guest_cid,
+                next_port: u32::MAX,
+            }
+            .encode(),
+        };
+        let reserved = [0, 1, 2, u64::from(u32::MAX), 1 << 32, u64::MAX];
+        for guest_cid in reserved {
+            let error = device.restore(&payload(2, guest_cid)).unwrap_err();
+            assert!(error.to_string().contains("guest_cid"), "{error}");
+        }
+        for version in [0, 1, 3] {
+            let error = device.restore(&payload(version, 3)).unwrap_err();
+            let found = format!("\"vsock\" version {version}");
+            assert!(error.to_string().contains(&found), "{error}");
+        }
+        let mut trailing = payload(2, 3);
+        trailing.bytes.push(0);
+        assert!(device.restore(&trailing).is_err());
+        device.restore(&payload(2, 77)).unwrap();
+        assert_eq!(device.save().unwrap(), payload(2, 77));
+        // The search for a free port wraps.
+        device.muxer.free_port(1024);
     }
 }

@@ -52,4 +52,5 @@ pub use handle::{
     OnFailure, OnResult, SocketKind,
 };
 pub use profile::{Profiler, Stage, StageReport};
+pub use saved::STATE_VERSION;
 pub use stats::Stats;

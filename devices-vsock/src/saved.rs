@@ -1,15 +1,18 @@
-//! The device's saved state, version 2: the guest's CID, then the host port at which the
+//! The device's saved state. Version 2 is the guest's CID, then the host port at which the
 //! search for a free one continues. Each is an unsigned LEB128 number, the encoding of
 //! postcard, which earlier versions used.
 
-/// Saved state, see the module's documentation.
+/// Version of the state that [`Vsock`](crate::Vsock) saves and restores.
+pub const STATE_VERSION: u32 = 2;
+
+/// State of the device, version 2. The layout does not change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Saved {
+pub(crate) struct VsockStateV2 {
     pub(crate) guest_cid: u64,
     pub(crate) next_port: u32,
 }
 
-impl Saved {
+impl VsockStateV2 {
     pub(crate) fn encode(self) -> Vec<u8> {
         let mut bytes = Vec::new();
         for mut value in [self.guest_cid, u64::from(self.next_port)] {
@@ -76,12 +79,12 @@ mod tests {
             ),
         ];
         for (guest_cid, next_port, bytes) in golden {
-            let saved = Saved {
+            let saved = VsockStateV2 {
                 guest_cid,
                 next_port,
             };
             assert_eq!(saved.encode(), bytes);
-            assert_eq!(Saved::decode(bytes), Some(saved));
+            assert_eq!(VsockStateV2::decode(bytes), Some(saved));
         }
     }
 
@@ -91,20 +94,20 @@ mod tests {
         let endless = [0xff; 16];
         let broken: [&[u8]; 6] = [&[], &[3], &[3, 0x80], &[3, 0, 0], &too_large, &endless];
         for bytes in broken {
-            assert_eq!(Saved::decode(bytes), None, "{bytes:?}");
+            assert_eq!(VsockStateV2::decode(bytes), None, "{bytes:?}");
         }
     }
 
     proptest! {
         #[test]
         fn a_state_survives(guest_cid: u64, next_port: u32) {
-            let saved = Saved { guest_cid, next_port };
-            prop_assert_eq!(Saved::decode(&saved.encode()), Some(saved));
+            let saved = VsockStateV2 { guest_cid, next_port };
+            prop_assert_eq!(VsockStateV2::decode(&saved.encode()), Some(saved));
         }
 
         #[test]
         fn any_bytes_are_read_or_refused(bytes: Vec<u8>) {
-            let _ = Saved::decode(&bytes);
+            let _ = VsockStateV2::decode(&bytes);
         }
     }
 }

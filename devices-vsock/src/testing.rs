@@ -313,7 +313,7 @@ impl Guest {
     pub fn restore(&mut self) {
         let transport = &self.driver.transport;
         transport.quiesce().unwrap();
-        let state = transport.save();
+        let state = transport.save().unwrap();
         transport.restore(&state).unwrap();
         transport.unquiesce();
     }

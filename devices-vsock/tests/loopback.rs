@@ -310,7 +310,7 @@ fn connections_wait_until_a_restored_guest_has_handled_the_reset() {
     let mut guest = Guest::new(VsockConfig::default());
     let (old, _request) = guest.connected();
     guest.driver.transport.quiesce().unwrap();
-    let state = guest.driver.transport.save();
+    let state = guest.driver.transport.save().unwrap();
     guest.driver.transport.restore(&state).unwrap();
     guest.driver.transport.unquiesce();
     let (head, len) = guest.driver.wait_used(&mut guest.event);

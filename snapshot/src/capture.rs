@@ -236,6 +236,7 @@ fn describe(d: Description, index: &MemoryIndex, parent: Option<ParentRef>) -> M
         sm_version: d.sm_version,
         machine_version: d.machine_version,
         memory_bytes: len,
+        page_bytes: Some(crate::restore::host_page_bytes()),
         vcpus: d.vcpus,
         kernel: d.kernel,
         agent: d.agent,

@@ -17,6 +17,7 @@ pub mod cpu;
 mod error;
 pub mod extents;
 pub mod flat;
+pub mod machine;
 pub mod manifest;
 pub mod memory_file;
 pub mod pagemap;

@@ -8,7 +8,8 @@
 //! changes its meaning; adding a member requires a new format number. An older sm refuses
 //! a newer format by its number.
 //!
-//! Format 2 contains more CPUID words than format 1 (`cpu.rs`).
+//! Format 2 contains more CPUID words than format 1 (`cpu.rs`). Format 3 has the page size
+//! of the host, and the state of the machine in a section for each part.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -19,9 +20,13 @@ use crate::cpu::CpuFeatures;
 use crate::{Error, state_file};
 
 /// Format that this version writes.
-pub const FORMAT: u32 = 2;
+pub const FORMAT: u32 = 3;
 /// First format whose manifest has all compared CPUID words.
 pub const ALL_CPUID_FORMAT: u32 = 2;
+/// First format whose manifest has the page size of the host.
+const PAGE_BYTES_FORMAT: u32 = 3;
+/// Page size of all hosts that wrote older formats.
+const OLD_PAGE_BYTES: u64 = 4096;
 /// Oldest format that this version reads.
 pub const OLDEST_FORMAT: u32 = 1;
 /// Maximum size of a manifest in bytes.
@@ -98,6 +103,10 @@ pub struct Manifest {
     pub machine_version: u32,
     /// Guest memory in bytes.
     pub memory_bytes: u64,
+    /// Page size of the host that wrote the snapshot, in bytes. `None` in formats 1 and 2;
+    /// see [`Manifest::host_page_bytes`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub page_bytes: Option<u64>,
     /// Number of vCPUs.
     pub vcpus: u32,
     /// SHA-256 of the guest kernel, in hexadecimal.
@@ -130,6 +139,13 @@ struct FormatProbe {
 }
 
 impl Manifest {
+    /// Returns the page size of the host that wrote the snapshot, in bytes: 4096 where the
+    /// format does not have it.
+    #[must_use]
+    pub fn host_page_bytes(&self) -> u64 {
+        self.page_bytes.unwrap_or(OLD_PAGE_BYTES)
+    }
+
     /// Sets the digest and returns the canonical bytes.
     ///
     /// # Errors
@@ -178,6 +194,12 @@ impl Manifest {
                 "it was modified: its checksum does not match",
             ));
         }
+        if manifest.page_bytes.is_some() != (manifest.format >= PAGE_BYTES_FORMAT) {
+            return Err(Error::damaged(
+                &file,
+                "its page size is not as its format has it",
+            ));
+        }
         Ok(manifest)
     }
 }
@@ -210,6 +232,7 @@ pub(crate) mod tests {
             sm_version: "0.1.0".into(),
             machine_version: 1,
             memory_bytes: 256 << 20,
+            page_bytes: Some(4096),
             vcpus: 2,
             kernel: "k".repeat(64),
             agent: "a".repeat(64),
@@ -232,6 +255,25 @@ pub(crate) mod tests {
         let mut manifest = sample();
         let bytes = manifest.encode().unwrap();
         assert_eq!(Manifest::decode(Path::new("s"), &bytes).unwrap(), manifest);
+    }
+
+    #[test]
+    fn the_page_size_is_a_member_from_format_3_on() {
+        let decoded = |format, page_bytes| {
+            let mut manifest = Manifest {
+                format,
+                page_bytes,
+                ..sample()
+            };
+            Manifest::decode(Path::new("s"), &manifest.encode().unwrap())
+        };
+        for format in OLDEST_FORMAT..PAGE_BYTES_FORMAT {
+            assert_eq!(decoded(format, None).unwrap().host_page_bytes(), 4096);
+            assert!(decoded(format, Some(4096)).is_err());
+        }
+        let manifest = decoded(FORMAT, Some(1 << 14)).unwrap();
+        assert_eq!(manifest.host_page_bytes(), 1 << 14);
+        assert!(decoded(FORMAT, None).is_err());
     }
 
     #[test]

@@ -25,6 +25,14 @@ pub struct Requirements {
     pub agent: Option<String>,
     /// CPU features that this host offers to guests.
     pub cpu: CpuFeatures,
+    /// Page size of this host in bytes; see [`host_page_bytes`].
+    pub page_bytes: u64,
+}
+
+/// Returns the page size of this host in bytes: the unit in which it maps memory.
+#[must_use]
+pub fn host_page_bytes() -> u64 {
+    rustix::param::page_size() as u64
 }
 
 /// Checks that a snapshot can be restored on this host.
@@ -44,6 +52,13 @@ pub fn check(chain: &Chain, wanted: &Requirements) -> Result<(), Error> {
         return refuse(format!(
             "it is of machine version {}, and this sm makes version {}",
             manifest.machine_version, wanted.machine_version
+        ));
+    }
+    if manifest.host_page_bytes() != wanted.page_bytes {
+        return refuse(format!(
+            "it was created on a host with pages of {} bytes, and this host has pages of {}",
+            manifest.host_page_bytes(),
+            wanted.page_bytes
         ));
     }
     if manifest.protocol != wanted.protocol {

@@ -8,7 +8,6 @@
 
 use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::GuestMemory;
@@ -42,6 +41,7 @@ pub struct Activation {
 
 /// Reason why a device cannot be activated or restored.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum ActivateError {
     /// The driver did not enable a queue that the device requires.
     #[error("queue {index} is required and was not enabled")]
@@ -68,14 +68,24 @@ pub enum ActivateError {
     },
 }
 
+/// Why a device has no saved state.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[error("a device of kind {kind} cannot be saved: {reason}")]
+pub struct CannotSave {
+    /// The device's kind.
+    pub kind: &'static str,
+    /// State that would be lost.
+    pub reason: String,
+}
+
 /// A device's saved state beyond its transport and queues.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DevicePayload {
     /// Kind of device, such as `blk`.
     pub kind: String,
     /// Version of the layout of `bytes`.
     pub version: u32,
-    /// The payload (postcard).
+    /// The payload, in an encoding of the device's choice.
     pub bytes: Vec<u8>,
 }
 
@@ -96,10 +106,31 @@ impl DevicePayload {
             ),
         })
     }
+
+    /// Checks that the payload has no bytes, as that of a device without state.
+    ///
+    /// # Errors
+    /// [`ActivateError::Payload`] otherwise.
+    pub fn expect_empty(&self) -> Result<(), ActivateError> {
+        if self.bytes.is_empty() {
+            return Ok(());
+        }
+        Err(ActivateError::Payload {
+            kind: self.kind.clone(),
+            reason: format!(
+                "it has {} bytes, and the device has no state",
+                self.bytes.len()
+            ),
+        })
+    }
 }
 
 /// A virtio device behind any transport.
 pub trait VirtioDevice: Send {
+    /// Kind of device, such as `blk`: names it in saved state and in errors. Lower-case
+    /// letters, digits and hyphens.
+    fn kind(&self) -> &'static str;
+
     /// Device type (virtio 1.3 section 5).
     fn device_type(&self) -> u32;
 
@@ -150,7 +181,10 @@ pub trait VirtioDevice: Send {
     fn queues(&self) -> &[Queue];
 
     /// Saves the state that is not in guest memory, transport or queues.
-    fn save(&self) -> DevicePayload;
+    ///
+    /// # Errors
+    /// The device is in a state, or of a kind, that cannot be saved.
+    fn save(&self) -> Result<DevicePayload, CannotSave>;
 
     /// Restores state that [`Self::save`] saved, before activation.
     ///

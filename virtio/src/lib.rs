@@ -61,7 +61,7 @@ pub mod queue;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 
-pub use device::{ActivateError, Activation, DevicePayload, Interrupt, VirtioDevice};
+pub use device::{ActivateError, Activation, CannotSave, DevicePayload, Interrupt, VirtioDevice};
 
 /// Guest physical memory, shared by every device and vCPU of a machine.
 pub type GuestMemory = vm_memory::GuestMemoryMmap;

@@ -9,7 +9,6 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
     VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
@@ -18,12 +17,16 @@ use virtio_bindings::virtio_config::{
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use crate::GuestMemory;
-use crate::device::{ActivateError, Activation, DevicePayload, Interrupt, VirtioDevice};
+use crate::device::{ActivateError, Activation, CannotSave, Interrupt, VirtioDevice};
 use crate::queue::Queue;
 use sm_event_loop::{
     EventHandler, EventLoopHandle, HandlerId, Interest, Readiness, Registered, Registry, drain,
     new_eventfd, signal,
 };
+
+mod state;
+
+pub use self::state::{MmioTransportStateV1, TransportState};
 
 /// Offset of the register that a doorbell replaces.
 pub const QUEUE_NOTIFY: u64 = 0x50;
@@ -102,7 +105,7 @@ impl Interrupt for MmioInterrupt {
 }
 
 /// Registers that the driver writes.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Registers {
     status: u32,
     device_features_select: u32,
@@ -110,19 +113,6 @@ struct Registers {
     driver_features: u64,
     queue_select: u32,
     queues: Vec<Queue>,
-}
-
-/// Saved state of a transport and its device.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct TransportState {
-    /// Device type.
-    pub device_type: u32,
-    registers: Registers,
-    interrupt_status: u32,
-    config_generation: u32,
-    needs_reset: bool,
-    /// The device's own state.
-    pub device: DevicePayload,
 }
 
 /// A device behind a register window.
@@ -252,6 +242,12 @@ impl MmioTransport {
         self.slot
     }
 
+    /// Returns the kind of the device, see [`VirtioDevice::kind`].
+    #[must_use]
+    pub fn kind(&self) -> &'static str {
+        lock(&self.device).kind()
+    }
+
     /// Returns the queues' eventfds with their numbers: the driver's writes to
     /// [`QUEUE_NOTIFY`] signal them.
     pub fn doorbells(&self) -> impl Iterator<Item = (u32, BorrowedFd<'_>)> {
@@ -288,22 +284,35 @@ impl MmioTransport {
     }
 
     /// Saves the state of the transport and the device, which must be quiesced.
-    #[must_use]
-    pub fn save(&self) -> TransportState {
+    ///
+    /// # Errors
+    /// The device cannot be saved.
+    pub fn save(&self) -> Result<TransportState, CannotSave> {
         let device = lock(&self.device);
-        let mut registers = lock(&self.registers).clone();
+        let registers = lock(&self.registers);
+        // Those of an active device have moved on since it was activated.
         let live = device.queues();
-        if live.len() == registers.queues.len() {
-            registers.queues.clone_from_slice(live);
-        }
-        TransportState {
+        let queues = if live.len() == registers.queues.len() {
+            live
+        } else {
+            &registers.queues
+        };
+        let transport = MmioTransportStateV1 {
             device_type: self.device_type,
-            registers,
+            status: registers.status,
+            device_features_select: registers.device_features_select,
+            driver_features_select: registers.driver_features_select,
+            driver_features: registers.driver_features,
+            queue_select: registers.queue_select,
+            queues: queues.iter().map(Queue::save).collect(),
             interrupt_status: self.interrupt.status.load(Ordering::SeqCst),
             config_generation: self.interrupt.generation.load(Ordering::SeqCst),
             needs_reset: self.interrupt.needs_reset.load(Ordering::SeqCst),
-            device: device.save(),
-        }
+        };
+        Ok(TransportState {
+            transport,
+            device: device.save()?,
+        })
     }
 
     /// Restores state that [`Self::save`] saved, before vCPUs run; also in place, on a
@@ -312,29 +321,23 @@ impl MmioTransport {
     /// # Errors
     /// State of another device, or state that the device refuses.
     pub fn restore(&self, state: &TransportState) -> Result<(), ActivateError> {
-        let unfit = |reason: &str| ActivateError::Payload {
-            kind: state.device.kind.clone(),
-            reason: reason.to_owned(),
+        let TransportState {
+            transport: state,
+            device: payload,
+        } = state;
+        let unfit = |reason: String| ActivateError::Payload {
+            kind: payload.kind.clone(),
+            reason,
         };
         if state.device_type != self.device_type {
-            return Err(unfit("it is of another device type"));
+            return Err(unfit("it is of another device type".to_owned()));
         }
         let mut registers = lock(&self.registers);
-        if state.registers.queues.len() != registers.queues.len() {
-            return Err(unfit("it has another number of queues"));
-        }
-        let mut sizes = state.registers.queues.iter().zip(&registers.queues);
-        if sizes.any(|(saved, own)| saved.max_size != own.max_size) {
-            return Err(unfit("it has queues of other sizes"));
-        }
-        let agreed = state.registers.status & FEATURES_OK != 0;
-        if agreed && state.registers.driver_features & !self.features != 0 {
-            return Err(unfit("it uses features that the device does not have"));
-        }
+        let restored = registers.restored(state, self.features).map_err(unfit)?;
         if registers.status & DRIVER_OK != 0 {
             self.reset_device();
         }
-        *registers = state.registers.clone();
+        *registers = restored;
         let interrupt = &self.interrupt;
         interrupt
             .status
@@ -345,12 +348,12 @@ impl MmioTransport {
         interrupt
             .needs_reset
             .store(state.needs_reset, Ordering::SeqCst);
-        lock(&self.device).restore(&state.device)?;
+        lock(&self.device).restore(payload)?;
         if registers.status & DRIVER_OK == 0 || state.needs_reset {
             return Ok(());
         }
         if !self.queues_are_valid(&registers) {
-            return Err(unfit("its queues lie outside guest memory"));
+            return Err(unfit("its queues lie outside guest memory".to_owned()));
         }
         self.activate(&registers)?;
         // KVM delivers interrupts to the IOAPIC from a work queue, so one raised just

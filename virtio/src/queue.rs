@@ -6,7 +6,6 @@
 
 use std::sync::atomic::{Ordering, fence};
 
-use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use virtio_bindings::virtio_ring::{
     VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
@@ -15,6 +14,10 @@ use vm_memory::{ByteValued, Bytes as _, GuestAddress, GuestMemoryBackend as _};
 
 use crate::GuestMemory;
 
+mod state;
+
+pub use self::state::{QueueStateError, QueueStateV1};
+
 /// Length of a descriptor in bytes.
 const DESCRIPTOR_LEN: u64 = 16;
 /// Largest queue size (virtio 1.3 section 2.7).
@@ -22,6 +25,7 @@ pub const MAX_SIZE: u16 = 32768;
 
 /// Fault of a queue.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum QueueError {
     /// A ring lies outside guest memory.
     #[error("a ring lies outside guest memory")]
@@ -133,8 +137,8 @@ struct Descriptor {
 // SAFETY: repr(C), no padding, every bit pattern is valid.
 unsafe impl ByteValued for Descriptor {}
 
-/// A virtqueue. Also its own saved state.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// A virtqueue.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Queue {
     /// Largest size that the device offers; a power of two.
     pub max_size: u16,

@@ -305,8 +305,9 @@ impl Pair {
                 assert_eq!(self.device_area(0), self.device_area(1));
             }
             Step::Freeze => {
-                let bytes = postcard::to_stdvec(&self.ours).unwrap();
-                self.ours = postcard::from_bytes(&bytes).unwrap();
+                let bytes = postcard::to_stdvec(&self.ours.save()).unwrap();
+                let state = postcard::from_bytes(&bytes).unwrap();
+                self.ours = Queue::restore(self.ours.max_size, &state).unwrap();
             }
         }
         Ok(())

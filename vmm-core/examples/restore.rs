@@ -71,10 +71,12 @@ fn main() -> Result<()> {
     drop(machine);
     drop(lines);
 
-    let bytes = postcard::to_stdvec(&state)?;
-    println!("state of {} bytes", bytes.len());
+    let sections = state.encode()?;
+    let bytes: usize = sections.iter().map(|section| section.payload.len()).sum();
+    println!("state of {bytes} bytes in {} sections", sections.len());
     for clone in 0..clones.parse::<u8>()? {
-        let state: MachineState = postcard::from_bytes(&bytes)?;
+        let parts = sections.iter();
+        let state = MachineState::decode(parts.map(|s| (&*s.name, s.version, &*s.payload)))?;
         let extents: Vec<_> = extents
             .iter()
             .map(|&(offset, len)| FileExtent {

@@ -4,7 +4,6 @@ use std::fmt;
 use std::io;
 use std::sync::{Arc, Mutex};
 
-use serde::{Deserialize, Serialize};
 use sm_hypervisor::{Doorbell, IrqLine, IrqTrigger, Vm};
 use thiserror::Error;
 
@@ -13,10 +12,11 @@ use crate::layout::{VIRTIO_SLOTS, VIRTIO_WINDOW_SIZE, virtio_gsi, virtio_window}
 use sm_event_loop::EventLoopHandle;
 use sm_virtio::GuestMemory;
 use sm_virtio::mmio::{InterruptLine, MmioTransport, QUEUE_NOTIFY, TransportState};
-use sm_virtio::{ActivateError, VirtioDevice};
+use sm_virtio::{ActivateError, CannotSave, VirtioDevice};
 
 /// Reason why a device cannot be attached, saved or restored.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum DeviceError {
     /// A slot that the layout does not have.
     #[error("there is no virtio slot {slot}")]
@@ -62,7 +62,32 @@ pub enum DeviceError {
         #[source]
         source: ActivateError,
     },
-    /// The slots of the saved state differ from this machine's.
+    /// The device has no saved state.
+    #[error("cannot save the device in slot {slot}")]
+    Save {
+        /// The device's slot.
+        slot: u32,
+        /// The device's reason.
+        #[source]
+        source: CannotSave,
+    },
+    /// Saved state of a device that this machine does not have.
+    #[error("there is saved state of a {kind} device in slot {slot}, where this machine has none")]
+    Absent {
+        /// The slot.
+        slot: u32,
+        /// Kind of the saved device.
+        kind: String,
+    },
+    /// A device of this machine without saved state.
+    #[error("there is no saved state of the {kind} device in slot {slot}")]
+    NotSaved {
+        /// The device's slot.
+        slot: u32,
+        /// The device's kind.
+        kind: &'static str,
+    },
+    /// Saved state with a slot twice, or out of order.
     #[error("saved devices are in slots {saved:?}, this machine has {present:?}")]
     Slots {
         /// Slots in the state.
@@ -90,7 +115,7 @@ impl fmt::Debug for DeviceConfig {
 }
 
 /// Saved state of one slot.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SlotState {
     /// The slot.
     pub slot: u32,
@@ -192,23 +217,43 @@ impl Devices {
     }
 
     /// Saves all devices, which must be quiesced.
-    pub(crate) fn save(&self) -> Vec<SlotState> {
-        self.transports
-            .iter()
-            .map(|transport| SlotState {
+    pub(crate) fn save(&self) -> Result<Vec<SlotState>, DeviceError> {
+        let save = |transport: &Arc<MmioTransport>| {
+            let slot = transport.slot();
+            match transport.save() {
+                Ok(transport) => Ok(SlotState { slot, transport }),
+                Err(source) => Err(DeviceError::Save { slot, source }),
+            }
+        };
+        self.transports.iter().map(save).collect()
+    }
+
+    /// Checks that `states` are of the slots of this machine.
+    fn check_slots(&self, states: &[SlotState]) -> Result<(), DeviceError> {
+        let saved: Vec<u32> = states.iter().map(|state| state.slot).collect();
+        let present = self.slots();
+        if saved == present {
+            return Ok(());
+        }
+        if let Some(state) = states.iter().find(|state| !present.contains(&state.slot)) {
+            return Err(DeviceError::Absent {
+                slot: state.slot,
+                kind: state.transport.device.kind.clone(),
+            });
+        }
+        let mut transports = self.transports.iter();
+        match transports.find(|transport| !saved.contains(&transport.slot())) {
+            Some(transport) => Err(DeviceError::NotSaved {
                 slot: transport.slot(),
-                transport: transport.save(),
-            })
-            .collect()
+                kind: transport.kind(),
+            }),
+            None => Err(DeviceError::Slots { saved, present }),
+        }
     }
 
     /// Restores all devices, also in place.
     pub(crate) fn restore(&self, states: &[SlotState]) -> Result<(), DeviceError> {
-        let saved: Vec<u32> = states.iter().map(|state| state.slot).collect();
-        let present = self.slots();
-        if saved != present {
-            return Err(DeviceError::Slots { saved, present });
-        }
+        self.check_slots(states)?;
         for (transport, state) in self.transports.iter().zip(states) {
             transport
                 .restore(&state.transport)

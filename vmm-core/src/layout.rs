@@ -10,7 +10,7 @@
 //!    a machine with the same slots. Window, interrupt line, doorbells and ACPI device
 //!    follow from the slot.
 //! 3. An entry of the list of [`DeviceConfig`](crate::devices::DeviceConfig) in
-//!    `vmm/src/machine.rs`, and of the list of devices in manifests in `vmm/src/saved.rs`.
+//!    `vmm/src/machine.rs`. Its sections in snapshots follow from slot and kind.
 //! 4. The driver in `guest/kernel/guest.config`, and among the modules of distributions'
 //!    kernels that `runtime/src/kernel.rs` selects.
 

@@ -211,7 +211,7 @@ impl<H: Hypervisor<Arch = X86_64>> Machine<H> {
     /// Saves the machine's state, without its memory.
     ///
     /// # Errors
-    /// The machine is not paused, or the hypervisor refused.
+    /// The machine is not paused, the hypervisor refused, or a device cannot be saved.
     pub fn save_state(&mut self) -> Result<MachineState, MachineError> {
         self.must_be_paused("save its state")?;
         let pending: Result<Vec<_>, _> = self.threads.iter().map(VcpuThread::save).collect();
@@ -229,7 +229,7 @@ impl<H: Hypervisor<Arch = X86_64>> Machine<H> {
                 .map_err(hypervisor("save interrupt controllers and clocks"))?,
             vcpus,
             uart: self.uart.save(),
-            devices: self.devices.save(),
+            devices: self.devices.save()?,
         })
     }
 

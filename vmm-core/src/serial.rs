@@ -8,13 +8,16 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use serde::{Deserialize, Serialize};
 use sm_hypervisor::IrqLine;
 use thiserror::Error;
 use vm_superio::serial::NoEvents;
 use vm_superio::{Serial, SerialState, Trigger};
 
 use crate::bus::MmioDevice;
+
+mod state;
+
+pub use self::state::UartStateV1;
 
 /// Length of the console output that is captured from the start: 4 MiB.
 pub const FILE_LIMIT: u64 = 4 << 20;
@@ -30,6 +33,7 @@ const PANIC: &str = "Kernel panic - not syncing";
 
 /// Reason why the console cannot be used.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum SerialError {
     /// Saved registers are inconsistent.
     #[error("saved state of the console does not fit: {reason}")]
@@ -243,31 +247,6 @@ impl Trigger for Line {
     }
 }
 
-/// The UART's registers, see `vm_superio::SerialState`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct UartState {
-    /// Divisor latch, low byte.
-    pub divisor_low: u8,
-    /// Divisor latch, high byte.
-    pub divisor_high: u8,
-    /// Interrupt enable register.
-    pub interrupt_enable: u8,
-    /// Interrupt identification register.
-    pub interrupt_identification: u8,
-    /// Line control register.
-    pub line_control: u8,
-    /// Line status register.
-    pub line_status: u8,
-    /// Modem control register.
-    pub modem_control: u8,
-    /// Modem status register.
-    pub modem_status: u8,
-    /// Scratch register.
-    pub scratch: u8,
-    /// Input that the guest has not read.
-    pub input: Vec<u8>,
-}
-
 type Registers = Serial<Line, NoEvents, Console>;
 
 /// The UART at COM1.
@@ -289,36 +268,13 @@ impl Uart {
     }
 
     /// Saves the registers.
-    pub(crate) fn save(&self) -> UartState {
-        let state = lock(&self.registers).state();
-        UartState {
-            divisor_low: state.baud_divisor_low,
-            divisor_high: state.baud_divisor_high,
-            interrupt_enable: state.interrupt_enable,
-            interrupt_identification: state.interrupt_identification,
-            line_control: state.line_control,
-            line_status: state.line_status,
-            modem_control: state.modem_control,
-            modem_status: state.modem_status,
-            scratch: state.scratch,
-            input: state.in_buffer,
-        }
+    pub(crate) fn save(&self) -> UartStateV1 {
+        lock(&self.registers).state().into()
     }
 
     /// Restores saved registers. A pending interrupt is raised again.
-    pub(crate) fn restore(&self, state: &UartState) -> Result<(), SerialError> {
-        let state = SerialState {
-            baud_divisor_low: state.divisor_low,
-            baud_divisor_high: state.divisor_high,
-            interrupt_enable: state.interrupt_enable,
-            interrupt_identification: state.interrupt_identification,
-            line_control: state.line_control,
-            line_status: state.line_status,
-            modem_control: state.modem_control,
-            modem_status: state.modem_status,
-            scratch: state.scratch,
-            in_buffer: state.input.clone(),
-        };
+    pub(crate) fn restore(&self, state: &UartStateV1) -> Result<(), SerialError> {
+        let state = SerialState::from(state);
         let registers = Serial::from_state(
             &state,
             Line(self.irq.clone()),

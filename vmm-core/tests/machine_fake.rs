@@ -13,12 +13,12 @@ use std::time::Duration;
 use sm_event_loop::EventLoop;
 use sm_hypervisor::fake::{Event, FakeHypervisor, Step};
 use sm_hypervisor::{Exit, FaultInfo};
-use sm_vmm_core::devices::DeviceConfig;
+use sm_vmm_core::devices::{DeviceConfig, DeviceError};
 use sm_vmm_core::exit::ExitReason;
 use sm_vmm_core::layout::{GED_GSI, SLOT_RNG, virtio_window};
 use sm_vmm_core::machine::{Machine, MachineConfig, MachineError};
 use sm_vmm_core::memory::{MachineMemory, MemoryConfig};
-use sm_vmm_core::state::MachineState;
+use sm_vmm_core::state::{MachineState, StateSection};
 use sm_vmm_core::virtio::rng::Rng;
 
 use self::common::{ENTRY, kernel};
@@ -30,6 +30,11 @@ struct Rig {
     host: FakeHypervisor,
     event_loop: EventLoop,
     console: File,
+}
+
+fn decoded(sections: &[StateSection]) -> MachineState {
+    let parts = sections.iter();
+    MachineState::decode(parts.map(|s| (&*s.name, s.version, &*s.payload))).unwrap()
 }
 
 fn print(text: &str) -> impl Iterator<Item = Step> {
@@ -286,9 +291,9 @@ fn a_restored_machine_continues_and_is_first_notified_of_its_generation() {
     let state = machine.save_state().unwrap();
     drop(machine);
     let before = rig.console_text();
-    let bytes = postcard::to_stdvec(&state).unwrap();
+    let sections = state.encode().unwrap();
     for _ in 0..2 {
-        let state: MachineState = postcard::from_bytes(&bytes).unwrap();
+        let state = decoded(&sections);
         let mut clone = rig.restore(state).unwrap();
         let _ = rig.host.take_events();
         clone.set_generation_id([9; 16]).unwrap();
@@ -387,6 +392,52 @@ fn state_that_does_not_fit_is_refused() {
         assert!(rig.restore(bad).is_err());
     }
     assert!(rig.restore(state).is_ok());
+}
+
+/// Both a device without state and state without a device.
+#[test]
+fn devices_of_another_set_are_named() {
+    let rig = Rig::new(Vec::new());
+    let state = rig.boot(1).save_state().unwrap();
+    let refused = |change: &dyn Fn(&mut MachineState)| {
+        let mut state = state.clone();
+        change(&mut state);
+        match rig.restore(state) {
+            Err(MachineError::Device(error)) => error,
+            other => panic!("{:?}", other.map(|_| ())),
+        }
+    };
+    let error = refused(&|state| state.devices.clear());
+    let missing = matches!(
+        error,
+        DeviceError::NotSaved {
+            slot: SLOT_RNG,
+            kind: "rng"
+        }
+    );
+    assert!(missing, "{error}");
+    let error = refused(&|state| {
+        let mut second = state.devices[0].clone();
+        second.slot = 4;
+        second.transport.device.kind = "net".to_owned();
+        state.devices.push(second);
+    });
+    let absent = matches!(&error, DeviceError::Absent { slot: 4, kind } if kind == "net");
+    assert!(absent, "{error}");
+    let error = refused(&|state| state.devices.push(state.devices[0].clone()));
+    assert!(matches!(error, DeviceError::Slots { .. }), "{error}");
+    let error = refused(&|state| state.devices[0].transport.device.version = 9);
+    let DeviceError::Restore {
+        slot: SLOT_RNG,
+        source,
+    } = &error
+    else {
+        panic!("{error}");
+    };
+    let found = "\"rng\" version 9";
+    assert!(source.to_string().contains(found), "{source}");
+    let error = refused(&|state| state.devices[0].transport.device.bytes.push(0));
+    assert!(matches!(error, DeviceError::Restore { .. }), "{error}");
 }
 
 #[test]

@@ -237,8 +237,9 @@ fn a_restored_machine_continues_where_it_was_saved() {
     let file = memory_file(&machine);
     drop(machine);
 
-    let bytes = postcard::to_stdvec(&state).unwrap();
-    let state: MachineState = postcard::from_bytes(&bytes).unwrap();
+    let sections = state.encode().unwrap();
+    let parts = sections.iter();
+    let state = MachineState::decode(parts.map(|s| (&*s.name, s.version, &*s.payload))).unwrap();
     for _ in 0..3 {
         let mut clone = rig.restore(state.clone(), memory_from(&file)).unwrap();
         assert_eq!(clone.save_state().unwrap().vcpus.len(), 2);

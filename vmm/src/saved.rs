@@ -1,7 +1,7 @@
 //! Machines in snapshots: the sections besides memory, and opening them again.
 //!
-//! `state.bin` has two sections of this crate: `machine`, the state of CPUs and devices,
-//! and `vm`, the VMM's description of the VM.
+//! `state.bin` has the sections of a machine ([`sm_vmm_core::state`]), one for each CPU and
+//! device, and one of this crate: `vm`, the VMM's description of the VM.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -15,32 +15,31 @@ use sm_snapshot::Error;
 use sm_snapshot::capture::{Capture, Captured, Description};
 use sm_snapshot::chain::Chain;
 use sm_snapshot::cpu::CpuFeatures;
+use sm_snapshot::machine;
 use sm_snapshot::manifest::{DeviceEntry, FORMAT, Layer};
 use sm_snapshot::restore::{self, Requirements};
 use sm_snapshot::state_file::Section;
 use sm_snapshot::store::SnapshotStore;
-use sm_vmm_core::layout::{MACHINE_VERSION, SLOT_RNG, SLOT_ROOT_DISK, SLOT_VSOCK};
-use sm_vmm_core::state::MachineState;
+use sm_vmm_core::layout::MACHINE_VERSION;
+use sm_vmm_core::state::{MachineState, SECTION_VERSIONS};
+use sm_vmm_core::virtio::{blk, rng};
 
 use super::environment::Identity;
 
-/// Name and layout version of the section with the machine's state. The layout is that of
-/// [`MachineState`]: a change of that type, or of anything in it, must raise this number
-/// (a test that reads a snapshot with this number fails otherwise).
-const MACHINE_SECTION: (&str, u32) = ("machine", 1);
 /// Name and layout version of the section with [`Content`], which is JSON: members may be
 /// added, with defaults, under the same number.
 const VM_SECTION: (&str, u32) = ("vm", 1);
 
-/// Returns the version numbers that decide which snapshots this program reads.
-pub(crate) fn versions() -> [u32; 5] {
-    [
-        FORMAT,
-        MACHINE_VERSION,
-        PROTOCOL_VERSION,
-        MACHINE_SECTION.1,
-        VM_SECTION.1,
-    ]
+/// Returns the version numbers that decide which snapshots this program reads, in a fixed
+/// order.
+pub(crate) fn versions() -> Vec<u32> {
+    let formats = [FORMAT, MACHINE_VERSION, PROTOCOL_VERSION, VM_SECTION.1];
+    let devices = [
+        sm_devices_vsock::STATE_VERSION,
+        rng::STATE_VERSION,
+        blk::STATE_VERSION,
+    ];
+    [&formats[..], &SECTION_VERSIONS, &devices].concat()
 }
 
 /// The VMM's description of a machine, besides its state.
@@ -84,9 +83,10 @@ impl Saved {
                 kernel: identity.map(|identity| identity.kernel.clone()),
                 agent: identity.map(|identity| identity.agent.clone()),
                 cpu: cpu.clone(),
+                page_bytes: restore::host_page_bytes(),
             },
         )?;
-        let state = machine_state(&chain)?;
+        let state = machine::decode(&chain)?;
         for vcpu in &state.vcpus {
             restore::check_vcpu(&chain, &vcpu.cpuid, cpu)?;
         }
@@ -97,21 +97,6 @@ impl Saved {
             content,
         })
     }
-}
-
-/// Reads the state of CPUs and devices at the tip of a chain.
-///
-/// # Errors
-/// The section is missing or damaged.
-pub(crate) fn machine_state(chain: &Chain) -> Result<MachineState, Error> {
-    let tip = chain.tip();
-    let path = tip.lease.dir().join("state.bin");
-    let (name, version) = MACHINE_SECTION;
-    let (_, payload) = tip.state.section(&path, name, version..=version)?;
-    postcard::from_bytes(payload).map_err(|error| Error::Damaged {
-        reason: format!("its machine state cannot be read: {error}"),
-        path,
-    })
 }
 
 /// Reads the description of the VM at the tip of a chain.
@@ -151,10 +136,10 @@ impl Plan {
         state: &MachineState,
         vcpus: usize,
     ) -> Result<Captured, String> {
-        let device = |slot, kind: &str| DeviceEntry {
-            slot,
-            kind: kind.to_owned(),
-        };
+        let devices = state.devices.iter().map(|device| DeviceEntry {
+            slot: device.slot,
+            kind: device.transport.device.kind.clone(),
+        });
         let description = Description {
             layer: self.layer,
             sm_version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -165,29 +150,19 @@ impl Plan {
             // All vCPUs have the same CPUID.
             cpu: CpuFeatures::of(state.vcpus.first().map_or(&[], |vcpu| &vcpu.cpuid)),
             protocol: PROTOCOL_VERSION,
-            devices: vec![
-                device(SLOT_VSOCK, "vsock"),
-                device(SLOT_RNG, "rng"),
-                device(SLOT_ROOT_DISK, "blk"),
-            ],
+            devices: devices.collect(),
             labels: self.labels,
         };
-        let encode = |error: &dyn std::error::Error| format!("cannot encode its state: {error}");
-        let section = |(name, version): (&str, u32), payload| Section {
+        let unencodable = |error: &dyn std::error::Error| {
+            format!("cannot encode its state: {}", with_causes(error))
+        };
+        let mut sections = machine::encode(state).map_err(|error| unencodable(&error))?;
+        let (name, version) = VM_SECTION;
+        sections.push(Section {
             name: name.to_owned(),
             version,
-            payload,
-        };
-        let sections = vec![
-            section(
-                MACHINE_SECTION,
-                postcard::to_stdvec(state).map_err(|error| encode(&error))?,
-            ),
-            section(
-                VM_SECTION,
-                serde_json::to_vec(&self.content).map_err(|error| encode(&error))?,
-            ),
-        ];
+            payload: serde_json::to_vec(&self.content).map_err(|error| unencodable(&error))?,
+        });
         capture
             .finish(&self.store, &self.name, description, sections)
             .map_err(|error| with_causes(&error))

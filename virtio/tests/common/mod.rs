@@ -5,7 +5,9 @@ use std::sync::Arc;
 use sm_event_loop::{Readiness, Registry};
 use sm_virtio::iov::Window;
 use sm_virtio::queue::{Chain, Queue, QueueError};
-use sm_virtio::{ActivateError, Activation, DevicePayload, GuestMemory, Interrupt, VirtioDevice};
+use sm_virtio::{
+    ActivateError, Activation, CannotSave, DevicePayload, GuestMemory, Interrupt, VirtioDevice,
+};
 
 const QUEUE_SIZES: [u16; 1] = [64];
 /// `VIRTIO_F_INDIRECT_DESC` and `VIRTIO_F_EVENT_IDX`.
@@ -25,6 +27,8 @@ pub(crate) struct Filler {
     queues: Vec<Queue>,
     chain: Chain,
     filled: u8,
+    /// It cannot be saved.
+    pub(crate) busy: bool,
 }
 
 impl Filler {
@@ -35,6 +39,7 @@ impl Filler {
             queues: Vec::new(),
             chain: Chain::new(),
             filled: 0,
+            busy: false,
         }
     }
 
@@ -76,6 +81,10 @@ fn serve(
 }
 
 impl VirtioDevice for Filler {
+    fn kind(&self) -> &'static str {
+        "filler"
+    }
+
     fn device_type(&self) -> u32 {
         self.device_type
     }
@@ -127,16 +136,22 @@ impl VirtioDevice for Filler {
         &self.queues
     }
 
-    fn save(&self) -> DevicePayload {
-        DevicePayload {
-            kind: "filler".to_owned(),
+    fn save(&self) -> Result<DevicePayload, CannotSave> {
+        if self.busy {
+            return Err(CannotSave {
+                kind: self.kind(),
+                reason: "it is busy".to_owned(),
+            });
+        }
+        Ok(DevicePayload {
+            kind: self.kind().to_owned(),
             version: 1,
             bytes: vec![self.filled],
-        }
+        })
     }
 
     fn restore(&mut self, payload: &DevicePayload) -> Result<(), ActivateError> {
-        payload.expect("filler", 1)?;
+        payload.expect(self.kind(), 1)?;
         self.filled = payload.bytes.first().copied().unwrap_or(0);
         Ok(())
     }

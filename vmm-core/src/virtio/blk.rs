@@ -28,8 +28,12 @@ use super::disk::{Disk, SECTOR};
 use sm_event_loop::{Interest, Readiness, Registered, Registry, drain};
 use sm_virtio::GuestMemory;
 use sm_virtio::queue::{Chain, Queue, QueueError};
-use sm_virtio::{ActivateError, Activation, DevicePayload, Interrupt, VirtioDevice};
+use sm_virtio::{ActivateError, Activation, CannotSave, DevicePayload, Interrupt, VirtioDevice};
 
+/// Kind of the device in saved state.
+const KIND: &str = "blk";
+/// Version of its saved state, which is empty.
+pub const STATE_VERSION: u32 = 1;
 const QUEUE_SIZES: [u16; 1] = [256];
 /// Length of the identification string in bytes.
 const ID_LEN: usize = 20;
@@ -269,6 +273,10 @@ impl Service<'_> {
 }
 
 impl VirtioDevice for Block {
+    fn kind(&self) -> &'static str {
+        KIND
+    }
+
     fn device_type(&self) -> u32 {
         VIRTIO_ID_BLOCK
     }
@@ -371,15 +379,16 @@ impl VirtioDevice for Block {
         &self.queues
     }
 
-    fn save(&self) -> DevicePayload {
-        DevicePayload {
-            kind: "blk".to_owned(),
-            version: 1,
+    fn save(&self) -> Result<DevicePayload, CannotSave> {
+        Ok(DevicePayload {
+            kind: KIND.to_owned(),
+            version: STATE_VERSION,
             bytes: Vec::new(),
-        }
+        })
     }
 
     fn restore(&mut self, payload: &DevicePayload) -> Result<(), ActivateError> {
-        payload.expect("blk", 1)
+        payload.expect(KIND, STATE_VERSION)?;
+        payload.expect_empty()
     }
 }

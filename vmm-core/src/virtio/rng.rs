@@ -9,8 +9,12 @@ use sm_event_loop::{Readiness, Registry};
 use sm_virtio::GuestMemory;
 use sm_virtio::iov::Window;
 use sm_virtio::queue::{Chain, Queue, QueueError};
-use sm_virtio::{ActivateError, Activation, DevicePayload, Interrupt, VirtioDevice};
+use sm_virtio::{ActivateError, Activation, CannotSave, DevicePayload, Interrupt, VirtioDevice};
 
+/// Kind of the device in saved state.
+const KIND: &str = "rng";
+/// Version of its saved state, which is empty.
+pub const STATE_VERSION: u32 = 1;
 const QUEUE_SIZES: [u16; 1] = [64];
 /// Maximum number of bytes for one request; the driver requests again for more.
 const MAX_BYTES: usize = 256;
@@ -84,6 +88,10 @@ fn serve(active: &Active, queue: &mut Queue, chain: &mut Chain) -> Result<bool, 
 }
 
 impl VirtioDevice for Rng {
+    fn kind(&self) -> &'static str {
+        KIND
+    }
+
     fn device_type(&self) -> u32 {
         VIRTIO_ID_RNG
     }
@@ -137,15 +145,16 @@ impl VirtioDevice for Rng {
         &self.queues
     }
 
-    fn save(&self) -> DevicePayload {
-        DevicePayload {
-            kind: "rng".to_owned(),
-            version: 1,
+    fn save(&self) -> Result<DevicePayload, CannotSave> {
+        Ok(DevicePayload {
+            kind: KIND.to_owned(),
+            version: STATE_VERSION,
             bytes: Vec::new(),
-        }
+        })
     }
 
     fn restore(&mut self, payload: &DevicePayload) -> Result<(), ActivateError> {
-        payload.expect("rng", 1)
+        payload.expect(KIND, STATE_VERSION)?;
+        payload.expect_empty()
     }
 }

@@ -22,7 +22,7 @@ use crate::guest::{
 };
 use crate::names::{EPHEMERAL_LABEL, IMAGE_LABEL};
 use crate::prefetch::Prefetch;
-use crate::saved::{Content, Plan, machine_state};
+use crate::saved::{Content, Plan};
 
 impl RunningMachine {
     /// Creates an automatic snapshot.
@@ -190,7 +190,7 @@ impl GuestMachine for RunningMachine {
             .as_ref()
             .and_then(|source| source.chain.as_ref())
             .ok_or("it was not started from a snapshot")?;
-        let state = machine_state(chain).map_err(|error| with_causes(&error))?;
+        let state = sm_snapshot::machine::decode(chain).map_err(|error| with_causes(&error))?;
         self.machine.pause().map_err(failed("pause the vCPUs"))?;
         // Pages that were only read are unchanged and stay mapped.
         let written = sm_snapshot::pagemap::private(&self.machine.memory().guest)

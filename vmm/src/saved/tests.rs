@@ -11,10 +11,12 @@ use std::sync::{Arc, Mutex};
 use sm_event_loop::EventLoop;
 use sm_hypervisor::{Hypervisor as _, Native};
 use sm_snapshot::extents::Content as Stored;
-use sm_snapshot::manifest::{Manifest, OLDEST_FORMAT};
+use sm_snapshot::manifest::{Manifest, OLDEST_FORMAT, StateEntry};
+use sm_snapshot::state_file::StateFile;
 use sm_snapshot::store::read_manifest;
 use sm_snapshot::verify::verify;
 use sm_vmm_core::devices::DeviceConfig;
+use sm_vmm_core::layout::SLOT_RNG;
 use sm_vmm_core::machine::{Machine, MachineConfig};
 use sm_vmm_core::memory::{MIN_MEMORY, MemoryConfig};
 use sm_vmm_core::virtio::rng::Rng;
@@ -206,10 +208,84 @@ fn incompatible_snapshots_are_refused_by_name() {
     refused(&f.cpu, None, "speaks protocol");
     rewrite(&dir, |manifest| {
         *manifest = whole.clone();
+        manifest.page_bytes = Some(1 << 14);
+    });
+    refused(&f.cpu, None, "pages of 16384 bytes");
+    refused(&f.cpu, None, "has pages of 4096");
+    rewrite(&dir, |manifest| {
+        *manifest = whole.clone();
+        manifest.cpu.arch = "aarch64".to_owned();
+    });
+    refused(&f.cpu, None, "created on aarch64, and this host is x86_64");
+    rewrite(&dir, |manifest| {
+        *manifest = whole.clone();
         manifest.format += 1;
     });
     let error = open(&f.cpu, None).err().unwrap();
     assert!(matches!(error, Error::Newer { .. }), "{error}");
+}
+
+/// Sections that are missing, or that this program does not know, are named.
+#[test]
+fn sections_of_another_machine_are_refused_by_name() {
+    let Some(mut f) = fixture() else { return };
+    let made = capture(&mut f, "base", Origin::default()).unwrap();
+    let slots = |manifest: &Manifest| -> Vec<_> {
+        let devices = manifest.devices.iter();
+        devices.map(|d| (d.slot, d.kind.clone())).collect()
+    };
+    let devices = slots(&made.captured.manifest);
+    assert_eq!(devices, [(SLOT_RNG, "rng".to_owned())]);
+    let dir = f.dir.path().join("snapshots/base");
+    let path = dir.join("state.bin");
+    let whole = fs::read(&path).unwrap();
+    let whole = StateFile::decode(&path, &whole, &read_manifest(&dir).unwrap().state.digest);
+    let whole = whole.unwrap();
+    let refusal = |change: &dyn Fn(&mut Vec<Section>)| {
+        let mut state = whole.clone();
+        change(&mut state.sections);
+        let (bytes, digest) = state.encode();
+        let len = bytes.len() as u64;
+        fs::write(&path, bytes).unwrap();
+        rewrite(&dir, |manifest| manifest.state = StateEntry { len, digest });
+        Saved::open(&f.store, "base", &f.cpu, None).err().unwrap()
+    };
+    for section in &whole.sections {
+        let name = &*section.name;
+        if ["memory", "vm"].contains(&name) {
+            continue;
+        }
+        let error = refusal(&|sections| sections.retain(|section| section.name != name));
+        assert!(
+            matches!(error, Error::Damaged { .. }) || name == "virtio-mmio/1",
+            "{error}"
+        );
+        let named = match name {
+            "rng/1" => "the device in slot 1",
+            // Its device is left over.
+            "virtio-mmio/1" => "\"rng/1\"",
+            _ => name,
+        };
+        assert!(error.to_string().contains(named), "{error}");
+    }
+    let error = refusal(&|sections| {
+        sections.push(Section {
+            name: "net/4".to_owned(),
+            version: 1,
+            payload: Vec::new(),
+        });
+    });
+    assert!(matches!(error, Error::Incompatible { .. }), "{error}");
+    assert!(error.to_string().contains("net/4"), "{error}");
+    let error = refusal(&|sections| {
+        let uart = sections.iter_mut().find(|section| section.name == "uart/0");
+        uart.unwrap().version = 9;
+    });
+    assert!(matches!(error, Error::Incompatible { .. }), "{error}");
+    assert!(
+        error.to_string().contains("\"uart/0\" has version 9"),
+        "{error}"
+    );
 }
 
 /// The snapshot has the CPUID that this host offers to guests, not that of the host.
@@ -311,8 +387,9 @@ fn snapshots_are_read(format: u32) {
         verify(&chain).unwrap();
         let manifest = chain.tip().lease.manifest();
         assert_eq!((manifest.format, manifest.vcpus), (format, 2));
+        assert_eq!(manifest.host_page_bytes(), 4096);
         // The host on which it was created; format 1 has only some of its words.
-        let cpus = machine_state(&chain).unwrap().vcpus;
+        let cpus = machine::decode(&chain).unwrap().vcpus;
         let host = CpuFeatures::of(&cpus[0].cpuid);
         let saved = Saved::open(&store, name, &host, Some(&identity()));
         if manifest.machine_version != MACHINE_VERSION {
@@ -323,6 +400,31 @@ fn snapshots_are_read(format: u32) {
         let saved = saved.unwrap();
         assert_eq!(saved.content.kernel, Path::new("/a/kernel"));
         assert_eq!(saved.state.memory_bytes, MIN_MEMORY);
+        let devices = saved.state.devices.iter();
+        let devices: Vec<_> = devices
+            .map(|d| {
+                (
+                    d.slot,
+                    &*d.transport.device.kind,
+                    d.transport.device.version,
+                )
+            })
+            .collect();
+        assert_eq!(devices, [(SLOT_RNG, "rng", 1)]);
+        // Those of format 3 are encoded as they were; those of older ones are decoded to
+        // the same structures, and have other sections now.
+        let sections = saved.state.encode().unwrap();
+        let written = sections.iter().all(|section| {
+            let mut stored = chain.tip().state.sections.iter();
+            stored.any(|s| {
+                (&s.name, s.version, &s.payload)
+                    == (&section.name, section.version, &section.payload)
+            })
+        });
+        assert_eq!(written, format >= 3);
+        let again = sections.iter();
+        let again = again.map(|s| (&*s.name, s.version, &*s.payload));
+        assert_eq!(MachineState::decode(again).unwrap(), saved.state);
         let vcpus: Vec<_> = saved.state.vcpus.iter().map(|vcpu| vcpu.index).collect();
         assert_eq!(vcpus, [0, 1]);
         let mut cpu = CpuFeatures::of(&saved.state.vcpus[0].cpuid);
@@ -354,7 +456,7 @@ fn write_golden() {
     let mut f = fixture().expect("this needs KVM");
     capture(&mut f, "root", Origin::default()).unwrap();
     let chain = Chain::open(&f.store, "root").unwrap();
-    let state = machine_state(&chain).unwrap();
+    let state = machine::decode(&chain).unwrap();
     let memory = sm_snapshot::restore::map_memory(&chain).unwrap();
     let event_loop = EventLoop::spawn("devices").unwrap();
     let devices = vec![DeviceConfig {

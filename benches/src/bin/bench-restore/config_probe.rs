@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use sm_event_loop::{Readiness, Registry};
 use sm_virtio::queue::Queue;
-use sm_virtio::{ActivateError, Activation, DevicePayload, VirtioDevice};
+use sm_virtio::{ActivateError, Activation, CannotSave, DevicePayload, VirtioDevice};
 
 const KIND: &str = "witness";
 /// An unused device type.
@@ -26,6 +26,10 @@ impl ConfigReadProbe {
 }
 
 impl VirtioDevice for ConfigReadProbe {
+    fn kind(&self) -> &'static str {
+        KIND
+    }
+
     fn device_type(&self) -> u32 {
         TYPE
     }
@@ -63,12 +67,12 @@ impl VirtioDevice for ConfigReadProbe {
         &[]
     }
 
-    fn save(&self) -> DevicePayload {
-        DevicePayload {
+    fn save(&self) -> Result<DevicePayload, CannotSave> {
+        Ok(DevicePayload {
             kind: KIND.to_owned(),
             version: 1,
             bytes: Vec::new(),
-        }
+        })
     }
 
     fn restore(&mut self, payload: &DevicePayload) -> Result<(), ActivateError> {

@@ -12,6 +12,7 @@ use sm_hypervisor::{Hypervisor as _, Native};
 use sm_snapshot::capture::{Ancestry, Capture};
 use sm_snapshot::chain::Chain;
 use sm_snapshot::contents;
+use sm_snapshot::machine;
 use sm_snapshot::restore::map_memory;
 use sm_snapshot::store::SnapshotStore;
 use sm_snapshot::verify::verify;
@@ -40,7 +41,7 @@ pub(crate) fn check(guest: &BenchGuest) -> Result<()> {
         let (mut said, console) = std::io::pipe()?;
         let mut machine = Machine::restore(
             &host,
-            ticking::state(&chain)?,
+            machine::decode(&chain)?,
             map_memory(&chain)?,
             ticking::devices(),
             File::from(OwnedFd::from(console)),
@@ -52,7 +53,7 @@ pub(crate) fn check(guest: &BenchGuest) -> Result<()> {
         }
         let reader = std::thread::spawn(move || std::io::copy(&mut said, &mut std::io::sink()));
         machine.pause()?;
-        let sections = vec![ticking::section(&machine.save_state()?)?];
+        let sections = machine::encode(&machine.save_state()?)?;
         let memory = &machine.memory().guest;
         let capture = |name: &str, ancestry| -> Result<u64> {
             let made = Capture::begin(&store, memory, ancestry)?.finish(

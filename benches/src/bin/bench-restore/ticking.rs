@@ -16,9 +16,9 @@ use sm_hypervisor::{Hypervisor as _, Native};
 use sm_snapshot::capture::{Ancestry, Capture, Description};
 use sm_snapshot::chain::Chain;
 use sm_snapshot::cpu::CpuFeatures;
+use sm_snapshot::machine;
 use sm_snapshot::manifest::Layer;
 use sm_snapshot::restore::map_memory;
-use sm_snapshot::state_file::Section;
 use sm_snapshot::store::SnapshotStore;
 use sm_snapshot::working_set::WorkingSet;
 use sm_vmm_core::devices::DeviceConfig;
@@ -26,14 +26,12 @@ use sm_vmm_core::layout::{MACHINE_VERSION, SLOT_RNG};
 use sm_vmm_core::loader::{BASE_COMMAND_LINE, InitramfsPart};
 use sm_vmm_core::machine::{Machine, MachineConfig};
 use sm_vmm_core::memory::MemoryConfig;
-use sm_vmm_core::state::MachineState;
 use sm_vmm_core::virtio::rng::Rng;
 
 use crate::rivals::{BenchGuest, Contender, await_output};
 use crate::vmm::check_host;
 
 pub(crate) const NAME: &str = "snapshot";
-const SECTION: &str = "machine";
 
 /// Creates the snapshot of a machine whose user space has written to its console.
 pub(crate) fn create(store: &Path, guest: &BenchGuest) -> Result<()> {
@@ -60,12 +58,12 @@ pub(crate) fn create(store: &Path, guest: &BenchGuest) -> Result<()> {
     // Output until the pause is read, so that the console does not block.
     let reader = std::thread::spawn(move || std::io::copy(&mut said, &mut std::io::sink()));
     machine.pause()?;
-    let section = section(&machine.save_state()?)?;
+    let sections = machine::encode(&machine.save_state()?)?;
     let capture = Capture::begin(&store, &machine.memory().guest, Ancestry::Booted)?;
     drop(machine);
     drop(event_loop);
     let _ = reader.join();
-    capture.finish(&store, NAME, description(&host)?, vec![section])?;
+    capture.finish(&store, NAME, description(&host)?, sections)?;
     Ok(())
 }
 
@@ -83,20 +81,6 @@ pub(crate) fn description(host: &Native) -> Result<Description> {
         devices: Vec::new(),
         labels: BTreeMap::new(),
     })
-}
-
-pub(crate) fn section(state: &MachineState) -> Result<Section> {
-    Ok(Section {
-        name: SECTION.to_owned(),
-        version: 1,
-        payload: postcard::to_stdvec(state)?,
-    })
-}
-
-pub(crate) fn state(chain: &Chain) -> Result<MachineState> {
-    let tip = chain.tip();
-    let (_, payload) = tip.state.section(tip.lease.dir(), SECTION, 1..=1)?;
-    Ok(postcard::from_bytes(payload)?)
 }
 
 /// Restores the snapshot until its guest writes, and records the working set.
@@ -140,7 +124,7 @@ impl Restored {
         }
         let mut machine = Machine::restore(
             &host,
-            state(&chain)?,
+            machine::decode(&chain)?,
             memory,
             devices(),
             console,

@@ -14,9 +14,9 @@ use sm_hypervisor::{Hypervisor as _, Native};
 use sm_snapshot::capture::{Ancestry, Capture, Description};
 use sm_snapshot::chain::Chain;
 use sm_snapshot::cpu::CpuFeatures;
+use sm_snapshot::machine;
 use sm_snapshot::manifest::Layer;
-use sm_snapshot::restore::{Requirements, check, map_memory};
-use sm_snapshot::state_file::Section;
+use sm_snapshot::restore::{Requirements, check, host_page_bytes, map_memory};
 use sm_snapshot::store::SnapshotStore;
 use sm_vmm_core::devices::DeviceConfig;
 use sm_vmm_core::layout::MACHINE_VERSION;
@@ -29,7 +29,6 @@ use crate::floor::Floor;
 use crate::{BenchOptions, tiny};
 
 const NAME: &str = "tiny";
-const SECTION: &str = "machine";
 /// Time limit for the guest to power off.
 const GUEST_TIMEOUT: Duration = Duration::from_secs(30);
 /// The first phase of creating the machine: before it, files are read, and capabilities
@@ -171,6 +170,7 @@ pub(crate) fn check_host(host: &Native, chain: &Chain) -> Result<()> {
         kernel: None,
         agent: None,
         cpu: CpuFeatures::of(&host.guest_features()?.cpuid),
+        page_bytes: host_page_bytes(),
     };
     Ok(check(chain, &requirements)?)
 }
@@ -200,7 +200,7 @@ impl TinySnapshot {
         machine.pause()?;
         // The snapshot contains the flag that lets the guest end.
         machine.memory().guest.write_obj(1u32, tiny::STOP)?;
-        let state = postcard::to_stdvec(&machine.save_state()?)?;
+        let sections = machine::encode(&machine.save_state()?)?;
         let capture = Capture::begin(&store, &machine.memory().guest, Ancestry::Booted)?;
         let description = Description {
             layer: Layer::Base,
@@ -214,12 +214,7 @@ impl TinySnapshot {
             devices: Vec::new(),
             labels: BTreeMap::new(),
         };
-        let section = Section {
-            name: SECTION.to_owned(),
-            version: 1,
-            payload: state,
-        };
-        capture.finish(&store, NAME, description, vec![section])?;
+        capture.finish(&store, NAME, description, sections)?;
         Ok(Self {
             _directory: directory,
             store,
@@ -243,9 +238,7 @@ impl TinySnapshot {
         let opened = watch.lap();
         let chain = Chain::open(&self.store, NAME)?;
         check_host(&host, &chain)?;
-        let tip = chain.tip();
-        let payload = tip.state.section(tip.lease.dir(), SECTION, 1..=1)?.1;
-        let state = postcard::from_bytes(payload)?;
+        let state = machine::decode(&chain)?;
         let snapshot = watch.lap();
         let memory = map_memory(&chain)?;
         let mapped = watch.lap();
