@@ -59,6 +59,7 @@ impl Default for VsockConfig {
 
 /// Reason why a device cannot be created.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum SetUpError {
     /// A value of the configuration is out of its range.
     #[error("{field} is {value}, and must be {range}")]

@@ -15,6 +15,7 @@ use crate::stats::{Counters, Stats};
 
 /// Reason why a connection to the guest was not established.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum ConnectError {
     /// No socket in the guest listens on that vsock port.
     #[error("no socket in the guest listens on that port")]

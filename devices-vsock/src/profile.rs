@@ -14,6 +14,7 @@ const BUCKETS: usize = (40 - 3 + 1) * FINE;
 
 /// A measured stage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Stage {
     /// A frontend accepts a connection and passes it on.
     Accept,

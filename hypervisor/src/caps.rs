@@ -2,6 +2,7 @@
 
 /// Support for unmodified Linux guests.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum LinuxSupport {
     /// Guest code runs natively.
     Native,

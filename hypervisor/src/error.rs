@@ -106,6 +106,7 @@ impl error::Error for OpenError {
 
 /// Failure of an operation on an open backend.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum Error {
     /// The hypervisor refused an operation.
     #[error("hypervisor cannot {operation}")]

@@ -252,6 +252,7 @@ pub trait RestoringVcpu: Sized {
 
 /// Reason why a vCPU stopped running guest code.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Exit {
     /// The vCPU was kicked.
     Cancelled,

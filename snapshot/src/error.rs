@@ -7,6 +7,7 @@ use thiserror::Error;
 
 /// Failure to write, read or use a snapshot.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum Error {
     /// A file system operation failed.
     #[error("cannot {operation} \"{}\"", path.display())]

@@ -21,6 +21,7 @@ pub trait MmioDevice: Send + Sync {
 
 /// Reason why a set of windows is invalid.
 #[derive(Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum BusError {
     /// A window without length, or past the end of the address space.
     #[error("device window at {start:#x} of {len:#x} bytes is not valid")]

@@ -10,6 +10,7 @@ use sm_hypervisor::{FaultInfo, Kicker};
 
 /// Reason why a machine no longer runs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub enum ExitReason {
     /// The guest powered itself off.
     PowerOff,

@@ -28,6 +28,7 @@ pub const MAX_MEMORY: u64 = 4 << 40;
 
 /// Reason why guest memory cannot be set up.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum MemoryError {
     /// A size that is out of range or not a multiple of 1 MiB.
     #[error(

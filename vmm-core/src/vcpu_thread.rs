@@ -19,6 +19,7 @@ use crate::exit::ExitLatch;
 
 /// Failure of a vCPU thread.
 #[derive(Debug, ThisError)]
+#[non_exhaustive]
 pub enum VcpuError {
     /// The thread cannot be created.
     #[error("cannot start the thread of vCPU {vcpu}")]

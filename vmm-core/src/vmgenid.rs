@@ -12,6 +12,7 @@ use sm_virtio::GuestMemory;
 
 /// Reason why the generation ID could not be changed.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum GenerationError {
     /// Its memory cannot be written.
     #[error("cannot write the VM generation ID")]

@@ -39,6 +39,7 @@ pub struct AcpiConfig {
 
 /// Reason why tables cannot be built.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum AcpiError {
     /// A number of vCPUs that the tables cannot describe.
     #[error("a machine cannot have {vcpus} vCPUs, only 1 to 254")]

@@ -69,6 +69,7 @@ mod at {
 
 /// Reason why a kernel cannot be loaded.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum LoadError {
     /// Reading the kernel failed.
     #[error("cannot read the kernel")]
@@ -120,6 +121,7 @@ pub enum LoadError {
 
 /// Kinds of kernel file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum KernelFormat {
     /// Uncompressed 64-bit ELF (`vmlinux`).
     Elf,

@@ -15,6 +15,7 @@ const XZ_MEMORY_KIB: u32 = 140 << 10;
 
 /// Reason why no kernel could be extracted. The bzImage itself may still boot.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum ExtractError {
     /// Not a bzImage, or one with an inconsistent header.
     #[error("this file is not a bzImage with a payload: {reason}")]

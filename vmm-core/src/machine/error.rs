@@ -10,6 +10,7 @@ use crate::{acpi, loader};
 
 /// Reason why a machine cannot be created, or why an operation failed.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum MachineError {
     /// Guest memory.
     #[error("cannot set up guest memory")]

@@ -147,6 +147,10 @@ impl<V: Vcpu> Runner<V> {
             Ok(Exit::TripleFault) => ExitReason::TripleFault { vcpu },
             Ok(Exit::Halt) => ExitReason::Halted { vcpu },
             Ok(Exit::Fault(info)) => ExitReason::Fault { vcpu, info },
+            // An exit that was added to the seam later.
+            Ok(other) => ExitReason::Failed {
+                reason: format!("vCPU {vcpu}: an unknown exit, {other:?}"),
+            },
             Err(error) => ExitReason::Failed {
                 reason: format!("vCPU {vcpu}: {}", chain(&error)),
             },

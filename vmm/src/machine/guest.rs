@@ -290,6 +290,8 @@ impl GuestMachine for RunningMachine {
                     "the VM failed on the host: {reason}"
                 )));
             }
+            // A reason that was added to the machine later.
+            other => format!("the machine ended: {other:?}"),
         };
         Some(GuestEnd::Guest(what))
     }
