@@ -2,11 +2,11 @@
 
 use std::fmt;
 
-use sm_runtime::Error;
 use sm_runtime::image::ImageError;
-use sm_runtime::kernel::KernelError;
-use sm_runtime::record::RecordError;
 use sm_runtime::workload::WorkloadError;
+use sm_runtime::{
+    AgentError, Error, FailureCause, KernelError, OptionError, RecordError, Refusal, StartError,
+};
 
 /// Docker's status for a failure of `run` itself, not of its command, and for invalid
 /// options.
@@ -40,7 +40,15 @@ impl Failure {
             match cause.downcast_ref::<Error>() {
                 Some(Error::Record(error)) => return hint_of_record(error),
                 Some(Error::Kernel(error)) => return hint_of_kernel(error),
+                Some(Error::Agent(error)) => return hint_of_agent(error),
                 Some(Error::Image(error)) => return hint_of_image(error),
+                Some(Error::Option(OptionError::Fixed(_))) => {
+                    return Some("leave it out".to_owned());
+                }
+                Some(Error::Refused(refusal)) => return hint_of_refusal(refusal),
+                Some(Error::Start(StartError::Failed { cause, .. })) => {
+                    return cause.and_then(hint_of_cause);
+                }
                 Some(Error::Workload(WorkloadError::NoCommand)) => {
                     return Some("give a command after the image".to_owned());
                 }
@@ -116,6 +124,44 @@ pub(crate) fn hint_of_kernel(error: &KernelError) -> Option<String> {
     }
 }
 
+/// Returns what the user can do about an error of finding the guest agent.
+pub(crate) fn hint_of_agent(error: &AgentError) -> Option<String> {
+    match error {
+        AgentError::None => Some(
+            "set SM_AGENT to the sm-guest-agent binary, or build with \"cargo xtask build\", \
+             which embeds it"
+                .to_owned(),
+        ),
+        _ => None,
+    }
+}
+
+/// Returns what the user can do about the failure of a VM.
+pub(crate) fn hint_of_cause(cause: FailureCause) -> Option<String> {
+    let hint = match cause {
+        FailureCause::AutomaticSnapshot => {
+            "if the snapshot is the reason, start without it (--cold)"
+        }
+        FailureCause::NoGenerationId => "use a kernel with CONFIG_VMGENID, or --cold",
+        FailureCause::NoUserfault => "leave out --paging userfault",
+        FailureCause::OutOfMemory => "give the VM more with --memory",
+        _ => return None,
+    };
+    Some(hint.to_owned())
+}
+
+fn hint_of_refusal(refusal: &Refusal) -> Option<String> {
+    match refusal {
+        Refusal::NoWorkload { .. } => Some(
+            "run an image, which uses it by itself, or make a snapshot of a running VM".to_owned(),
+        ),
+        Refusal::UnreadableSnapshot { name, .. } => Some(format!(
+            "if that snapshot is not needed any more, remove it with \"sm snapshot rm {name}\""
+        )),
+        _ => None,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -132,6 +178,12 @@ mod tests {
         };
         let text = Failure::from(Error::from(used)).to_string();
         assert!(text.ends_with("hint: remove the snapshot with \"sm snapshot rm warm\""));
+        let failed = StartError::Failed {
+            message: "the guest did not start".to_owned(),
+            cause: Some(FailureCause::AutomaticSnapshot),
+        };
+        let text = Failure::from(Error::from(failed)).to_string();
+        assert!(text.ends_with("start without it (--cold)"), "{text}");
         let none = Error::from(WorkloadError::NoCommand);
         let text = Failure::from(none).to_string();
         assert!(
@@ -157,11 +209,11 @@ mod tests {
 
     #[test]
     fn a_command_that_was_not_found_keeps_its_status() {
-        let error = sm_runtime::Error::Start {
+        let error = sm_runtime::StartError::Command {
             message: "x: not found".into(),
             status: 127,
         };
-        assert_eq!(Failure::from(error).status_of_run(), 127);
+        assert_eq!(Failure::from(Error::from(error)).status_of_run(), 127);
         let other = Failure::new(anyhow::anyhow!("x"));
         assert_eq!(other.status_of_run(), OUR_FAILURE);
     }

@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use rustix::event::{PollFd, PollFlags, poll};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH};
 use signal_hook::iterator::Signals;
-use sm_runtime::record::ExitRecord;
+use sm_runtime::ExitRecord;
 use sm_runtime::session::{Event, Session, SessionWriter};
 use sm_runtime::timings::Phase;
 

@@ -4,11 +4,10 @@
 
 use std::process::ExitCode;
 
-use sm_runtime::doctor;
-use sm_runtime::home::{Home, HomeError};
+use sm_runtime::Sm;
 
-fn main() -> Result<ExitCode, HomeError> {
-    let able = report(&Home::from_env()?);
+fn main() -> Result<ExitCode, sm_runtime::Error> {
+    let able = report(&Sm::new()?);
     Ok(if able {
         ExitCode::SUCCESS
     } else {
@@ -17,8 +16,8 @@ fn main() -> Result<ExitCode, HomeError> {
 }
 
 /// Prints all checks, and returns whether all are good.
-fn report(home: &Home) -> bool {
-    let checks = doctor::examine(home);
+fn report(sm: &Sm) -> bool {
+    let checks = sm.examine();
     for check in &checks {
         let sign = if check.ok { "ok " } else { "NOT" };
         println!("{sign} {}: {}", check.name, check.detail);
@@ -28,16 +27,13 @@ fn report(home: &Home) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use sm_runtime::home::Home;
+    use sm_runtime::Sm;
 
     #[test]
     fn a_home_without_a_kernel_is_not_able() {
         let directory = tempfile::tempdir().unwrap();
-        let at = |name| directory.path().join(name);
-        assert!(!super::report(&Home::new(
-            &at("data"),
-            &at("run"),
-            &at("cache")
-        )));
+        let sm = Sm::builder().below(directory.path());
+        let sm = sm.kernel("/no/kernel").build().unwrap();
+        assert!(!super::report(&sm));
     }
 }

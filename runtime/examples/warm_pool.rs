@@ -7,8 +7,7 @@
 use std::collections::VecDeque;
 use std::error::Error;
 
-use sm_runtime::home::Home;
-use sm_runtime::{Image, RunOptions, Snapshot, Vm, snapshots};
+use sm_runtime::{Force, Image, RunOptions, Sm, Snapshot, Vm};
 
 const MEMBERS: usize = 3;
 const REQUESTS: usize = 7;
@@ -18,7 +17,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     sm_runtime::run_vmm_if_asked();
 
     let reference = std::env::args().nth(1).ok_or("usage: warm_pool IMAGE")?;
-    let image = Image::open(&reference)?;
+    let sm = Sm::new()?;
+    let image = sm.image(&reference)?;
     let name = format!("warm-pool-{}", std::process::id());
     let served = {
         let mut pool = Pool::new(&image, &name, MEMBERS)?;
@@ -35,7 +35,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             pool.put_back(vm)
         })
     };
-    snapshots::remove(&Home::from_env()?, &name)?;
+    sm.snapshots().remove(&name)?;
     Ok(served?)
 }
 
@@ -84,7 +84,7 @@ impl Pool {
     fn put_back(&mut self, mut vm: Vm) -> Result<(), sm_runtime::Error> {
         if let Err(error) = vm.reset() {
             eprintln!("{} is replaced: {error}", vm.name());
-            vm.remove(true)?;
+            vm.remove(Force::Yes)?;
             vm = self.start()?;
         }
         self.idle.push_back(vm);
@@ -96,7 +96,7 @@ impl Drop for Pool {
     fn drop(&mut self) {
         // A VM outlives its `Vm`: without this, the clones would go on.
         for mut vm in self.idle.drain(..) {
-            if let Err(error) = vm.remove(true) {
+            if let Err(error) = vm.remove(Force::Yes) {
                 eprintln!("{} is left: {error}", vm.name());
             }
         }

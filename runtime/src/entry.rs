@@ -19,12 +19,16 @@ use crate::initramfs::Initramfs;
 use crate::kernel::Kernel;
 use crate::output_log::{LogWriter, ROTATE_AT, Stream};
 use crate::record::{CONSOLE, Record, Records};
+use crate::sm::register_program;
 
 /// Runs the VMM, and does not return, if this process was started as one.
 ///
 /// A program that starts VMs through this library calls this first in `main`, before it
-/// starts threads; in all other processes it returns at once.
+/// starts threads; in all other processes it returns at once, and registers the program as
+/// that of its VMs. A program that cannot do so names another one with
+/// [`crate::SmBuilder::vmm`].
 pub fn run_vmm_if_asked() {
+    register_program();
     sm_vmm::run_if_vmm(&Installed);
 }
 
@@ -43,7 +47,9 @@ impl VmmEnvironment for Installed {
         request: &LaunchRequest,
         image: &ImageSource,
     ) -> Result<BootAssets, String> {
-        let agent = guest_agent::read().map_err(|error| with_causes(&error))?;
+        let explicit = std::env::var_os(guest_agent::VARIABLE);
+        let explicit = explicit.filter(|path| !path.is_empty()).map(PathBuf::from);
+        let agent = guest_agent::read(explicit.as_deref()).map_err(|error| with_causes(&error))?;
         let kernel = Kernel {
             path: request.config.kernel.clone(),
             modules: image.modules.clone(),

@@ -1,17 +1,23 @@
 //! Errors of operations on VMs.
 
+use std::error::Error as StdError;
 use std::io;
 use std::path::PathBuf;
 
 use sm_control::ControlError;
+use sm_control::exit::FailureCause;
 use sm_control::workload::WorkloadError;
+use sm_image::Platform;
 use thiserror::Error;
 
+use crate::guest_agent::AgentError;
 use crate::home::HomeError;
+use crate::kernel::KernelError;
 use crate::record::{Record, RecordError};
 
-/// An error of this crate.
+/// An error of this crate. [`Error::kind`] has what most callers need to know.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum Error {
     /// The directories cannot be used.
     #[error(transparent)]
@@ -24,17 +30,20 @@ pub enum Error {
     Workload(#[from] WorkloadError),
     /// No kernel can be booted.
     #[error(transparent)]
-    Kernel(#[from] crate::kernel::KernelError),
+    Kernel(#[from] KernelError),
+    /// There is no usable guest agent.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
     /// The image cannot be used.
     #[error(transparent)]
     Image(#[from] sm_image::Error),
     /// A snapshot cannot be used or removed.
     #[error(transparent)]
     Snapshot(#[from] sm_snapshot::Error),
-    /// An option is out of range; a sentence.
-    #[error("{0}")]
-    Option(String),
-    /// The VMM process cannot be started, or the connection to it failed.
+    /// An option is out of range, or cannot be used here.
+    #[error(transparent)]
+    Option(#[from] OptionError),
+    /// The VM process cannot be started, or the connection to it failed.
     #[error("cannot {operation}")]
     Vmm {
         /// The operation that failed.
@@ -54,29 +63,278 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
-    /// The VM did not start its workload; a sentence, followed by the last lines of the
-    /// guest's console if there are any.
-    #[error("{message}")]
-    Start {
-        /// The sentence.
-        message: String,
-        /// Docker's exit status: 126, 127, or 125.
-        status: u32,
-    },
-    /// The VM is not running.
+    /// The VM did not start its workload.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// The VM with this name is not running.
     #[error("VM \"{0}\" is not running")]
     NotRunning(String),
-    /// The VM, or its guest, refused an operation; a sentence.
+    /// The operation is not possible in this state, or the VM refused it.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+}
+
+/// The cause of an [`Error::Option`].
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum OptionError {
+    /// A guest does not run with so little memory.
+    #[error(
+        "{} of memory is too little for a guest: give it at least {} MiB",
+        mebibytes(*bytes),
+        minimum >> 20
+    )]
+    Memory {
+        /// The requested memory in bytes.
+        bytes: u64,
+        /// The minimum in bytes.
+        minimum: u64,
+    },
+    /// A guest has no vCPU.
+    #[error("0 CPUs are too few for a guest: give it at least 1")]
+    Cpus,
+    /// A clone cannot differ in this from its snapshot.
+    #[error("{0} of a snapshot's VM cannot be changed")]
+    Fixed(FixedOption),
+    /// The name of a snapshot has a prefix of internal snapshots.
+    #[error(
+        "\"{name}\" cannot be the name of a snapshot: names that begin with \"{prefix}\" are reserved"
+    )]
+    ReservedName {
+        /// The name.
+        name: String,
+        /// The prefix.
+        prefix: &'static str,
+    },
+    /// The name of an image is malformed.
+    #[error("\"{name}\" is no name for an image: {reason}")]
+    ImageName {
+        /// The name.
+        name: String,
+        /// The cause.
+        reason: String,
+    },
+}
+
+/// A part of a VM's configuration that a snapshot determines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum FixedOption {
+    /// Command, environment, user, directory and streams.
+    #[error("the command, its environment, user, directory and streams")]
+    Workload,
+    /// Size of guest memory.
+    #[error("the memory")]
+    Memory,
+    /// Number of vCPUs.
+    #[error("the number of CPUs")]
+    Cpus,
+    /// Kernel and its command line.
+    #[error("the kernel")]
+    Kernel,
+    /// Size and mode of the root file system.
+    #[error("the root file system")]
+    Root,
+    /// Size of `/dev/shm`.
+    #[error("the size of /dev/shm")]
+    ShmSize,
+    /// Entries of `/etc/hosts`.
+    #[error("the list of hosts")]
+    Hosts,
+    /// Name servers.
+    #[error("the list of name servers")]
+    NameServers,
+}
+
+/// The cause of an [`Error::Start`].
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// The command of the workload does not exist, or cannot be executed.
+    #[error("{message}")]
+    Command {
+        /// Docker's exit status: 127 or 126.
+        status: u32,
+        /// A sentence of the guest.
+        message: String,
+    },
+    /// The VM failed before its workload ran.
+    #[error("{message}")]
+    Failed {
+        /// A sentence, followed by the last lines of the guest's console if there are any.
+        message: String,
+        /// The cause, if it is one for which there is a remedy.
+        cause: Option<FailureCause>,
+    },
+    /// The VM process ended without a report.
+    #[error("the VM's process ended unexpectedly ({how}){log}", log = after_colon(log))]
+    Died {
+        /// Its exit status or signal.
+        how: String,
+        /// The last lines of its log.
+        log: String,
+    },
+    /// The program of VM processes is none: it does not call [`crate::run_vmm_if_asked`].
+    #[error("the VM's process ended before it was one ({how}): {FORGOTTEN}{log}")]
+    NotAVmm {
+        /// Its exit status or signal.
+        how: String,
+        /// The last lines of its output.
+        log: String,
+    },
+    /// No program of VM processes is set, and this one did not call
+    /// [`crate::run_vmm_if_asked`].
+    #[error("this program is not the process of a VM, and no other one is named: {FORGOTTEN}")]
+    NoProgram,
+    /// This process was itself started as that of a VM.
+    #[error(
+        "this process was started to be the process of a VM, and starts a VM instead: {FORGOTTEN}"
+    )]
+    InsideVmm,
+}
+
+/// Advice for a program that does not become a VMM.
+pub(crate) const FORGOTTEN: &str =
+    "its program has to call sm_runtime::run_vmm_if_asked() first thing in main";
+
+fn after_colon(log: &str) -> String {
+    match log {
+        "" => String::new(),
+        log => format!(":{log}"),
+    }
+}
+
+/// The cause of an [`Error::Refused`].
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum Refusal {
+    /// The VM is paused.
+    #[error("VM \"{0}\" is paused: resume it first")]
+    Paused(String),
+    /// The workload of the VM does not run yet.
+    #[error("VM \"{0}\" is still starting: try again when its workload runs")]
+    Starting(String),
+    /// The VM ended without an exit status.
+    #[error("VM \"{0}\" reports no exit status")]
+    NoExitStatus(String),
+    /// VMs of this host cannot run the programs of the image.
+    #[error(
+        "image \"{image}\" is for {platform}, and VMs of this host run programs for {} only",
+        Platform::host()
+    )]
+    Platform {
+        /// Reference of the image.
+        image: String,
+        /// The image's platform.
+        platform: Platform,
+    },
+    /// The snapshot holds no workload that could continue.
+    #[error("snapshot \"{name}\" holds {holds}, so there is nothing to go on with")]
+    NoWorkload {
+        /// The snapshot.
+        name: String,
+        /// Its contents.
+        holds: &'static str,
+    },
+    /// It is unknown which image a snapshot needs, so none is removed.
+    #[error(
+        "cannot determine which images snapshots need: snapshot \"{name}\" cannot be read: {reason}"
+    )]
+    UnreadableSnapshot {
+        /// The snapshot.
+        name: String,
+        /// The cause.
+        reason: String,
+    },
+    /// The VM, or its guest, refused the operation; its own sentence.
     #[error("{0}")]
-    Refused(String),
+    Vm(String),
+    /// The VM's process answered something else.
+    #[error("the VM's process answered {0}")]
+    Answer(String),
+}
+
+/// The kind of an [`Error`], for callers that handle some kinds differently.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// There is no such VM, image, snapshot, kernel, agent or file.
+    NotFound,
+    /// The name is in use.
+    AlreadyExists,
+    /// The query matches several VMs or images.
+    Ambiguous,
+    /// The VM is not running.
+    NotRunning,
+    /// The VM, image or snapshot is in use, or in a state that does not permit the
+    /// operation.
+    Busy,
+    /// An option, name or reference is invalid.
+    Invalid,
+    /// This host, or this version, cannot do it.
+    Unsupported,
+    /// A record, image or snapshot is damaged.
+    Damaged,
+    /// A file or directory is not accessible to this user.
+    PermissionDenied,
+    /// A file system is full.
+    NoSpace,
+    /// A peer did not answer in time.
+    Timeout,
+    /// A registry or engine cannot be reached, or refused the request.
+    Remote,
+    /// The caller cancelled the operation.
+    Cancelled,
+    /// The command of a workload does not exist, or cannot be executed.
+    Command,
+    /// The VM failed before its workload ran, or its process is none.
+    Start,
+    /// The VM or its guest refused the operation.
+    Refused,
+    /// Anything else, mostly a failed system call.
+    Other,
 }
 
 impl Error {
+    /// Returns the kind of the error.
+    #[must_use]
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Home(error) => match error {
+                HomeError::Unknown { .. } => ErrorKind::NotFound,
+                HomeError::NotPrivate { .. } => ErrorKind::PermissionDenied,
+                HomeError::Io { source, .. } => kind_of_io(source),
+            },
+            Self::Record(error) => kind_of_record(error),
+            Self::Workload(_) | Self::Option(_) => ErrorKind::Invalid,
+            Self::Kernel(KernelError::None) | Self::Agent(AgentError::None) => ErrorKind::NotFound,
+            Self::Kernel(KernelError::Unusable { .. }) | Self::Agent(AgentError::NotElf { .. }) => {
+                ErrorKind::Invalid
+            }
+            Self::Image(error) => kind_of_image(error),
+            Self::Snapshot(error) => kind_of_snapshot(error),
+            Self::Vmm { source, .. } | Self::File { source, .. } => kind_of_io(source),
+            Self::Start(StartError::Command { .. }) => ErrorKind::Command,
+            Self::Start(_) => ErrorKind::Start,
+            Self::NotRunning(_) => ErrorKind::NotRunning,
+            Self::Refused(refusal) => match refusal {
+                Refusal::Paused(_) | Refusal::Starting(_) => ErrorKind::Busy,
+                Refusal::Platform { .. } => ErrorKind::Unsupported,
+                Refusal::NoWorkload { .. } => ErrorKind::Invalid,
+                Refusal::UnreadableSnapshot { .. } => ErrorKind::Damaged,
+                Refusal::NoExitStatus(_) | Refusal::Vm(_) | Refusal::Answer(_) => {
+                    ErrorKind::Refused
+                }
+            },
+            Self::Kernel(_) | Self::Agent(_) => kind_of_causes(self),
+        }
+    }
+
     /// Returns the exit status of Docker's command line for this failure.
     #[must_use]
     pub fn exit_status(&self) -> u32 {
         match self {
-            Self::Start { status, .. } => *status,
+            Self::Start(StartError::Command { status, .. }) => *status,
             _ => 125,
         }
     }
@@ -90,11 +348,93 @@ impl Error {
     }
 }
 
+fn kind_of_record(error: &RecordError) -> ErrorKind {
+    match error {
+        RecordError::NotFound(_) => ErrorKind::NotFound,
+        RecordError::Ambiguous(_) => ErrorKind::Ambiguous,
+        RecordError::NameTaken { .. } => ErrorKind::AlreadyExists,
+        RecordError::BadName(_) => ErrorKind::Invalid,
+        RecordError::Damaged { .. } => ErrorKind::Damaged,
+        RecordError::Running(_) => ErrorKind::Busy,
+        error => kind_of_causes(error),
+    }
+}
+
+fn kind_of_image(error: &sm_image::Error) -> ErrorKind {
+    use sm_image::Error as Image;
+    match error {
+        Image::Reference { .. } | Image::Platform(_) => ErrorKind::Invalid,
+        Image::Unknown { .. } => ErrorKind::NotFound,
+        Image::NoPlatform { .. } | Image::TooLarge(_) => ErrorKind::Unsupported,
+        Image::Registry { .. } | Image::Engine { .. } => ErrorKind::Remote,
+        Image::Ambiguous(_) => ErrorKind::Ambiguous,
+        Image::Document { .. }
+        | Image::Blob { .. }
+        | Image::Layer { .. }
+        | Image::Entry { .. }
+        | Image::Users(_) => ErrorKind::Damaged,
+        Image::Used { .. } => ErrorKind::Busy,
+        Image::Space { .. } => ErrorKind::NoSpace,
+        Image::Cancelled => ErrorKind::Cancelled,
+        error => kind_of_causes(error),
+    }
+}
+
+fn kind_of_snapshot(error: &sm_snapshot::Error) -> ErrorKind {
+    use sm_snapshot::Error as Snapshot;
+    match error {
+        Snapshot::NotFound { .. } => ErrorKind::NotFound,
+        Snapshot::Exists { .. } => ErrorKind::AlreadyExists,
+        Snapshot::BadName { .. } => ErrorKind::Invalid,
+        Snapshot::Damaged { .. } | Snapshot::Parent { .. } => ErrorKind::Damaged,
+        Snapshot::Newer { .. }
+        | Snapshot::Older { .. }
+        | Snapshot::Incompatible { .. }
+        | Snapshot::TooDeep { .. }
+        | Snapshot::Fragmented { .. } => ErrorKind::Unsupported,
+        Snapshot::GivenUp => ErrorKind::Cancelled,
+        Snapshot::InUse { .. } => ErrorKind::Busy,
+        error => kind_of_causes(error),
+    }
+}
+
+/// Returns the kind of the first I/O error among the causes of `error`.
+fn kind_of_causes(error: &(dyn StdError + 'static)) -> ErrorKind {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        if let Some(error) = error.downcast_ref() {
+            return kind_of_io(error);
+        }
+        cause = error.source();
+    }
+    ErrorKind::Other
+}
+
+fn kind_of_io(error: &io::Error) -> ErrorKind {
+    match error.kind() {
+        io::ErrorKind::NotFound => ErrorKind::NotFound,
+        io::ErrorKind::AlreadyExists => ErrorKind::AlreadyExists,
+        io::ErrorKind::PermissionDenied => ErrorKind::PermissionDenied,
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ErrorKind::NoSpace,
+        io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => ErrorKind::Timeout,
+        _ => ErrorKind::Other,
+    }
+}
+
+fn mebibytes(bytes: u64) -> String {
+    const MEBIBYTE: u64 = 1 << 20;
+    if bytes.is_multiple_of(MEBIBYTE) {
+        format!("{} MiB", bytes / MEBIBYTE)
+    } else {
+        format!("{bytes} bytes")
+    }
+}
+
 impl From<ControlError> for Error {
     fn from(error: ControlError) -> Self {
         match error {
             ControlError::NotRunning(name) => Self::NotRunning(name),
-            ControlError::Refused(text) => Self::Refused(text),
+            ControlError::Refused(text) => Refusal::Vm(text).into(),
             ControlError::Io { operation, source } => Self::Vmm { operation, source },
             // A kind of error that was added to the enum later.
             other => Self::Vmm {
@@ -102,5 +442,81 @@ impl From<ControlError> for Error {
                 source: io::Error::other(other),
             },
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kinds_follow_the_causes() {
+        let io = |kind| io::Error::from(kind);
+        let file = |source| Error::File {
+            operation: "read",
+            path: "/x".into(),
+            source,
+        };
+        let record = |source| {
+            Error::from(RecordError::Io {
+                operation: "create",
+                path: "/x".into(),
+                source,
+            })
+        };
+        let name = || "x".to_owned();
+        for (error, kind) in [
+            (file(io(io::ErrorKind::NotFound)), ErrorKind::NotFound),
+            (file(io(io::ErrorKind::TimedOut)), ErrorKind::Timeout),
+            (file(io(io::ErrorKind::Interrupted)), ErrorKind::Other),
+            (record(io(io::ErrorKind::StorageFull)), ErrorKind::NoSpace),
+            (RecordError::NotFound(name()).into(), ErrorKind::NotFound),
+            (RecordError::Running(name()).into(), ErrorKind::Busy),
+            (KernelError::None.into(), ErrorKind::NotFound),
+            (
+                KernelError::Use {
+                    path: "/x".into(),
+                    source: io(io::ErrorKind::PermissionDenied),
+                }
+                .into(),
+                ErrorKind::PermissionDenied,
+            ),
+            (OptionError::Cpus.into(), ErrorKind::Invalid),
+            (StartError::NoProgram.into(), ErrorKind::Start),
+            (Refusal::Paused(name()).into(), ErrorKind::Busy),
+            (
+                sm_image::Error::Users("s".to_owned()).into(),
+                ErrorKind::Damaged,
+            ),
+            (
+                sm_snapshot::Error::Exists { name: name() }.into(),
+                ErrorKind::AlreadyExists,
+            ),
+        ] {
+            assert_eq!(error.kind(), kind, "{error:?}");
+        }
+    }
+
+    #[test]
+    fn only_a_command_has_a_status_of_its_own() {
+        let missing = StartError::Command {
+            status: 127,
+            message: "x: not found".to_owned(),
+        };
+        let missing = Error::from(missing);
+        assert_eq!(
+            (missing.exit_status(), missing.kind()),
+            (127, ErrorKind::Command)
+        );
+        let died = |log: &str| {
+            Error::from(StartError::Died {
+                how: "signal: 9".to_owned(),
+                log: log.to_owned(),
+            })
+        };
+        assert_eq!(died("").exit_status(), 125);
+        let text = "the VM's process ended unexpectedly (signal: 9)";
+        assert_eq!(died("").to_string(), text);
+        assert_eq!(died("\n  last").to_string(), format!("{text}:\n  last"));
     }
 }

@@ -13,8 +13,8 @@ use sm_guest_proto::PROTOCOL_VERSION;
 use sm_guest_proto::exec::{ExecControl, ExecRequest, Hello, Role, StageFile};
 use sm_guest_proto::frame::FrameType;
 
-use crate::Error;
 use crate::record::Record;
+use crate::{Error, Refusal};
 
 /// Time limit until a VMM accepts another exec connection.
 const EXEC_TIMEOUT: Duration = Duration::from_secs(10);
@@ -164,12 +164,10 @@ impl ExecBuilder {
 fn refuse_unless_running(record: &Record) -> Result<(), Error> {
     let name = &record.config().name;
     match Control::connect(&record.control_endpoint())?.call(&ControlCall::Status)? {
-        ControlAnswer::Status(status) if status.paused => Err(Error::Refused(format!(
-            "VM \"{name}\" is paused: resume it first"
-        ))),
-        ControlAnswer::Status(status) if status.stage == Stage::Starting => Err(Error::Refused(
-            format!("VM \"{name}\" is still starting: try again when its workload runs"),
-        )),
+        ControlAnswer::Status(status) if status.paused => Err(Refusal::Paused(name.clone()).into()),
+        ControlAnswer::Status(status) if status.stage == Stage::Starting => {
+            Err(Refusal::Starting(name.clone()).into())
+        }
         _ => Ok(()),
     }
 }

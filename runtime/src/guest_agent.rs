@@ -1,11 +1,11 @@
 //! The binary of the guest agent.
 
 use std::borrow::Cow;
-use std::path::PathBuf;
+use std::io;
+use std::path::{Path, PathBuf};
 
 use sm_snapshot::state_file::hex_digest;
-
-use crate::Error;
+use thiserror::Error;
 
 /// The agent embedded at build time (see `build.rs`), and its SHA-256.
 #[cfg(sm_embedded_agent)]
@@ -17,6 +17,32 @@ const EMBEDDED: Option<(&[u8], &str)> = Some((
 const EMBEDDED: Option<(&[u8], &str)> = None;
 
 const NAME: &str = "sm-guest-agent";
+/// Variable with the agent's binary.
+pub(crate) const VARIABLE: &str = "SM_AGENT";
+
+/// An error of finding the guest agent.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum AgentError {
+    /// None is named, inside this program, or beside it.
+    #[error("no guest agent found")]
+    None,
+    /// The file is no program.
+    #[error("{path:?} is not a guest agent: it is no ELF binary")]
+    NotElf {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The file cannot be read.
+    #[error("cannot read the guest agent {path:?}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+}
 
 /// The agent's binary.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,12 +73,12 @@ impl From<Vec<u8>> for Agent {
     }
 }
 
-/// Reads the agent: `$SM_AGENT`, else the one embedded in this program, else
-/// `sm-guest-agent` next to it or in `../libexec/sm/`.
-pub(crate) fn read() -> Result<Agent, Error> {
-    let explicit = std::env::var_os("SM_AGENT")
-        .filter(|value| !value.is_empty())
-        .map(PathBuf::from);
+/// Reads the agent: `explicit`, else the one embedded in this program, else
+/// `sm-guest-agent` beside the program or in `../libexec/sm`.
+///
+/// # Errors
+/// There is none, or it cannot be read.
+pub(crate) fn read(explicit: Option<&Path>) -> Result<Agent, AgentError> {
     if explicit.is_none()
         && let Some((bytes, digest)) = EMBEDDED
     {
@@ -62,30 +88,22 @@ pub(crate) fn read() -> Result<Agent, Error> {
         });
     }
     let path = match explicit {
-        Some(path) => path,
-        None => beside_the_program().ok_or_else(|| {
-            Error::Option(format!(
-                "no guest agent found: set SM_AGENT to the {NAME} binary, or build with \
-                 \"cargo xtask build\", which embeds it"
-            ))
-        })?,
+        Some(path) => path.to_owned(),
+        None => beside_the_program().ok_or(AgentError::None)?,
     };
-    let bytes = std::fs::read(&path).map_err(|source| Error::File {
-        operation: "read the guest agent",
-        path: path.clone(),
-        source,
-    })?;
+    let bytes = match std::fs::read(&path) {
+        Ok(bytes) => bytes,
+        Err(source) => return Err(AgentError::Read { path, source }),
+    };
     if !bytes.starts_with(b"\x7fELF") {
-        return Err(Error::Option(format!(
-            "{path:?} is not a guest agent: it is no ELF binary"
-        )));
+        return Err(AgentError::NotElf { path });
     }
     Ok(bytes.into())
 }
 
 /// Describes the agent for `sm doctor`: its origin and size.
-pub(crate) fn describe() -> Result<String, Error> {
-    let agent = read()?;
+pub(crate) fn describe(explicit: Option<&Path>) -> Result<String, AgentError> {
+    let agent = read(explicit)?;
     let origin = match agent.digest {
         Some(_) => "built in",
         None => "a file",

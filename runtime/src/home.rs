@@ -9,6 +9,7 @@ use thiserror::Error;
 
 /// An error of using the directories.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum HomeError {
     /// No environment variable determines a directory.
     #[error("cannot determine the directory for {what}: set {variable}")]
@@ -119,7 +120,7 @@ impl Home {
         self.data.join("vms")
     }
 
-    /// Returns the directory of kernels managed by `sm kernel`.
+    /// Returns the directory of kernels that the user manages.
     #[must_use]
     pub fn kernels(&self) -> PathBuf {
         self.data.join("kernels")

@@ -1,4 +1,4 @@
-//! Selection of the guest kernel, and the modules that a distribution's kernel needs.
+//! Guest kernels of this host, and the modules that a distribution's kernel needs.
 
 mod embedded;
 
@@ -10,8 +10,10 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 use self::embedded::Packed;
+use crate::Error;
 use crate::home::Home;
 use crate::initramfs::Module;
+use crate::sm::Sm;
 
 /// Modules that a guest may need, by their names in `modules.dep`; those that a kernel
 /// has built in, or does not have, are skipped.
@@ -35,6 +37,7 @@ const MAX_MODULE: u64 = 16 << 20;
 
 /// An error of selecting a kernel.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum KernelError {
     /// No kernel was found.
     #[error("no guest kernel found")]
@@ -78,6 +81,7 @@ pub enum KernelError {
 
 /// A kernel and the directory of its modules, if it has any.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Kernel {
     /// The image: ELF, bzImage.
     pub path: PathBuf,
@@ -87,8 +91,9 @@ pub struct Kernel {
 
 /// A usable kernel of this host.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[non_exhaustive]
 pub struct Listed {
-    /// Its name for `sm kernel use`.
+    /// Its name for [`Kernels::choose`].
     pub name: String,
     /// The image.
     pub path: PathBuf,
@@ -96,41 +101,110 @@ pub struct Listed {
     pub current: bool,
 }
 
-/// Finds the kernel to boot: `explicit`, else `$SM_KERNEL`, else the one selected with
-/// [`choose`], else the newest one in the data directory, else the one embedded in this
-/// program, else the newest one built, else the newest one in `/boot`. Unusable kernels are
-/// skipped unless they were requested.
-///
-/// # Errors
-/// The requested kernel is unusable, the embedded one cannot be unpacked, or no kernel is
-/// usable.
-pub fn find(home: &Home, explicit: Option<&Path>) -> Result<Kernel, KernelError> {
-    find_with(home, explicit, embedded::EMBEDDED)
+/// The guest kernels of this host; see [`Sm::kernels`].
+#[derive(Clone, Debug)]
+pub struct Kernels {
+    sm: Sm,
 }
 
-fn find_with(
-    home: &Home,
-    explicit: Option<&Path>,
-    packed: Option<Packed<'_>>,
-) -> Result<Kernel, KernelError> {
-    let environment = std::env::var_os("SM_KERNEL")
-        .filter(|value| !value.is_empty())
-        .map(PathBuf::from);
-    let asked = explicit.map(Path::to_owned).or(environment);
-    if let Some(path) = asked {
-        return usable(&path);
+impl Sm {
+    /// Returns the guest kernels of this host.
+    #[must_use]
+    pub fn kernels(&self) -> Kernels {
+        Kernels { sm: self.clone() }
     }
-    let current = home.kernels().join("current");
-    if current.symlink_metadata().is_ok() {
-        return usable(&current);
+}
+
+impl Kernels {
+    /// Returns the kernel of VMs whose options name none: that of
+    /// [`crate::SmBuilder::kernel`], else the one selected with [`Self::choose`], else the
+    /// newest one in the data directory, else the one embedded in this program, else the
+    /// newest one built, else the newest one in `/boot`. Unusable kernels are skipped
+    /// unless they were selected.
+    ///
+    /// # Errors
+    /// The selected kernel is unusable, the embedded one cannot be unpacked, or no kernel
+    /// is usable.
+    pub fn current(&self) -> Result<Kernel, Error> {
+        Ok(self.find(None)?)
     }
-    if let Some(packed) = packed {
-        let managed = images(&home.kernels());
-        return first_usable(managed.iter().map(|(_, path)| path.as_path()))
-            .or_else(|_| usable(&unpacked(home, packed)?));
+
+    /// Returns all kernels known on this host, including the one that is booted by
+    /// default.
+    #[must_use]
+    pub fn list(&self) -> Vec<Listed> {
+        self.list_with(embedded::EMBEDDED)
     }
-    let found = candidates(home);
-    first_usable(found.iter().map(|(_, path)| path.as_path()))
+
+    /// Selects the kernel (a path, or a name from [`Self::list`]) that is booted by
+    /// default.
+    ///
+    /// # Errors
+    /// The kernel is unusable, or the selection cannot be stored.
+    pub fn choose(&self, kernel: &str) -> Result<Kernel, Error> {
+        Ok(choose_with(self.sm.home(), kernel, embedded::EMBEDDED)?)
+    }
+
+    /// Returns the kernel at `explicit`, else that of [`Self::current`].
+    pub(crate) fn find(&self, explicit: Option<&Path>) -> Result<Kernel, KernelError> {
+        self.find_with(explicit, embedded::EMBEDDED)
+    }
+
+    fn find_with(
+        &self,
+        explicit: Option<&Path>,
+        packed: Option<Packed<'_>>,
+    ) -> Result<Kernel, KernelError> {
+        if let Some(path) = explicit.or_else(|| self.sm.kernel()) {
+            return usable(path);
+        }
+        let home = self.sm.home();
+        let current = home.kernels().join("current");
+        if current.symlink_metadata().is_ok() {
+            return usable(&current);
+        }
+        if let Some(packed) = packed {
+            let managed = images(&home.kernels());
+            return first_usable(managed.iter().map(|(_, path)| path.as_path()))
+                .or_else(|_| usable(&unpacked(home, packed)?));
+        }
+        let found = candidates(home);
+        first_usable(found.iter().map(|(_, path)| path.as_path()))
+    }
+
+    fn list_with(&self, packed: Option<Packed<'_>>) -> Vec<Listed> {
+        let current = self.find_with(None, packed).ok().map(|kernel| kernel.path);
+        let is_current = |path: &Path| {
+            let path = path.canonicalize();
+            path.is_ok_and(|path| current.as_ref() == Some(&path))
+        };
+        let home = self.sm.home();
+        let embedded = packed.map(|packed| {
+            let path = embedded::path(packed, home.cache());
+            (embedded::NAME.to_owned(), path)
+        });
+        let mut listed: Vec<_> = embedded
+            .into_iter()
+            .chain(candidates(home))
+            .map(|(name, path)| Listed {
+                current: is_current(&path),
+                name,
+                path,
+            })
+            .collect();
+        // A kernel from another directory is named by its path.
+        if let Some(path) = current
+            && !listed.iter().any(|kernel| kernel.current)
+        {
+            let chosen = Listed {
+                name: path.display().to_string(),
+                path,
+                current: true,
+            };
+            listed.insert(0, chosen);
+        }
+        listed
+    }
 }
 
 fn unpacked(home: &Home, packed: Packed<'_>) -> Result<PathBuf, KernelError> {
@@ -153,53 +227,6 @@ fn first_usable<'a>(paths: impl Iterator<Item = &'a Path>) -> Result<Kernel, Ker
         }
     }
     Err(first_error.unwrap_or(KernelError::None))
-}
-
-/// Lists all kernels known on this host, including the one that is booted by default.
-#[must_use]
-pub fn list(home: &Home) -> Vec<Listed> {
-    list_with(home, embedded::EMBEDDED)
-}
-
-fn list_with(home: &Home, packed: Option<Packed<'_>>) -> Vec<Listed> {
-    let current = find_with(home, None, packed).ok().map(|kernel| kernel.path);
-    let is_current = |path: &Path| {
-        let path = path.canonicalize();
-        path.is_ok_and(|path| current.as_ref() == Some(&path))
-    };
-    let embedded = packed.map(|packed| {
-        let path = embedded::path(packed, home.cache());
-        (embedded::NAME.to_owned(), path)
-    });
-    let mut listed: Vec<_> = embedded
-        .into_iter()
-        .chain(candidates(home))
-        .map(|(name, path)| Listed {
-            current: is_current(&path),
-            name,
-            path,
-        })
-        .collect();
-    // A kernel from another directory is named by its path.
-    if let Some(path) = current
-        && !listed.iter().any(|kernel| kernel.current)
-    {
-        let chosen = Listed {
-            name: path.display().to_string(),
-            path,
-            current: true,
-        };
-        listed.insert(0, chosen);
-    }
-    listed
-}
-
-/// Selects the kernel (a path, or a name from [`list`]) that is booted by default.
-///
-/// # Errors
-/// The kernel is unusable, or the selection cannot be stored.
-pub fn choose(home: &Home, kernel: &str) -> Result<Kernel, KernelError> {
-    choose_with(home, kernel, embedded::EMBEDDED)
 }
 
 fn choose_with(
@@ -445,8 +472,9 @@ fn module_name(path: &str) -> &str {
 mod tests {
     use super::*;
 
-    fn home(dir: &Path) -> Home {
-        Home::new(&dir.join("data"), &dir.join("run"), &dir.join("cache"))
+    fn kernels(dir: &Path) -> (Kernels, Home) {
+        let sm = Sm::builder().below(dir).build().unwrap();
+        (sm.kernels(), sm.home().clone())
     }
 
     fn kernel_file(path: &Path) {
@@ -474,64 +502,64 @@ mod tests {
     #[test]
     fn an_explicit_kernel_is_checked() {
         let dir = tempfile::tempdir().unwrap();
-        let home = home(dir.path());
-        let error = find(&home, Some(Path::new("/no/kernel"))).unwrap_err();
+        let (kernels, _) = kernels(dir.path());
+        let error = kernels.find(Some(Path::new("/no/kernel"))).unwrap_err();
         assert!(error.to_string().contains("\"/no/kernel\""), "{error}");
         let text = dir.path().join("text");
         std::fs::write(&text, vec![b'x'; 4096]).unwrap();
-        let error = find(&home, Some(&text)).unwrap_err();
+        let error = kernels.find(Some(&text)).unwrap_err();
         assert!(error.to_string().contains("neither"), "{error}");
     }
 
     #[test]
     fn the_embedded_kernel_comes_before_built_ones_and_behind_a_choice() {
         let dir = tempfile::tempdir().unwrap();
-        let home = home(dir.path());
+        let (kernels, home) = kernels(dir.path());
         kernel_file(&home.cache().join("kernels/6.12-abc/vmlinux"));
         let (zstd, digest) = embedded::tests::packed();
         let packed = Some(Packed {
             zstd: &zstd,
             digest: &digest,
         });
-        let found = find_with(&home, None, packed).unwrap();
+        let found = kernels.find_with(None, packed).unwrap();
         assert!(found.path.starts_with(home.cache().join("embedded")));
         let managed = home.kernels().join("managed/vmlinux");
         kernel_file(&managed);
-        assert_eq!(find_with(&home, None, packed).unwrap().path, managed);
+        assert_eq!(kernels.find_with(None, packed).unwrap().path, managed);
         std::fs::remove_file(managed).unwrap();
         let current = |listed: Vec<Listed>| {
             let current = listed.into_iter().find(|kernel| kernel.current);
             current.unwrap().name
         };
-        assert_eq!(current(list_with(&home, packed)), "embedded");
+        assert_eq!(current(kernels.list_with(packed)), "embedded");
 
         choose_with(&home, "6.12-abc", packed).unwrap();
-        assert_eq!(current(list_with(&home, packed)), "6.12-abc");
+        assert_eq!(current(kernels.list_with(packed)), "6.12-abc");
         std::fs::remove_dir_all(home.cache().join("embedded")).unwrap();
         assert_eq!(choose_with(&home, "embedded", packed).unwrap(), found);
-        assert_eq!(current(list_with(&home, packed)), "embedded");
+        assert_eq!(current(kernels.list_with(packed)), "embedded");
 
         // A cache that cannot be written is an error, not a reason for another kernel.
         std::fs::remove_file(home.kernels().join("current")).unwrap();
         std::fs::remove_dir_all(home.cache().join("embedded")).unwrap();
         std::fs::write(home.cache().join("embedded"), b"").unwrap();
-        let error = find_with(&home, None, packed).unwrap_err();
+        let error = kernels.find_with(None, packed).unwrap_err();
         assert!(matches!(error, KernelError::Unpack { .. }), "{error}");
     }
 
     #[test]
     fn built_kernels_are_found_and_one_can_be_chosen() {
         let dir = tempfile::tempdir().unwrap();
-        let home = home(dir.path());
+        let (kernels, home) = kernels(dir.path());
         let built = home.cache().join("kernels/6.12-abc/vmlinux");
         kernel_file(&built);
         let other = dir.path().join("mine");
         kernel_file(&other);
         assert_eq!(candidates(&home)[0].1, built);
-        assert_eq!(choose(&home, "6.12-abc").unwrap().path, built);
-        assert!(list(&home)[0].current);
+        assert_eq!(kernels.choose("6.12-abc").unwrap().path, built);
+        assert!(kernels.list()[0].current);
         let other = other.to_str().unwrap();
-        assert_eq!(choose(&home, other).unwrap().path, Path::new(other));
+        assert_eq!(kernels.choose(other).unwrap().path, Path::new(other));
         assert_eq!(
             usable(&home.kernels().join("current")).unwrap().path,
             Path::new(other)

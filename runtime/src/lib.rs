@@ -5,20 +5,34 @@
 //! The process outlives its parent by default; there is no daemon.
 //!
 //! ```no_run
-//! use sm_runtime::{Image, RunOptions};
+//! use sm_runtime::{Force, RunOptions, Sm};
 //!
 //! fn main() -> Result<(), sm_runtime::Error> {
 //!     // This program is also the VMM of the VMs that it starts.
 //!     sm_runtime::run_vmm_if_asked();
 //!
-//!     let image = Image::open("oci:./busybox")?;
+//!     let sm = Sm::new()?;
+//!     let image = sm.image("oci:./busybox")?;
 //!     let mut vm = image.run(RunOptions::new().command(["sleep", "60"]).memory(256 << 20))?;
 //!     let output = vm.exec(["uname", "-r"]).output()?;
 //!     println!("{}", String::from_utf8_lossy(&output.stdout));
 //!     vm.stop(None)?;
-//!     vm.remove(false)
+//!     vm.remove(Force::No)
 //! }
 //! ```
+//!
+//! | type | |
+//! |---|---|
+//! | [`Sm`] | the handle: directories, programs, and everything below |
+//! | [`Image`], [`image::Images`] | an image to run, the store of images |
+//! | [`Vm`], [`Vms`] | a VM, all VMs |
+//! | [`Snapshot`], [`snapshots::Snapshots`] | a workload to continue, the store of snapshots |
+//! | [`kernel::Kernels`] | guest kernels of this host |
+//! | [`Error`], [`ErrorKind`] | failures, and their kinds |
+//!
+//! All of them are owned values that can be sent to other threads, and none has a thread.
+//! Dropping a [`Vm`] leaves the VM running; one thread for all of a program's VMs reaps
+//! their processes, and exists only while there are any.
 #![warn(missing_docs)]
 
 #[cfg(doctest)]
@@ -26,32 +40,50 @@
 struct Readme;
 
 mod digests;
-pub mod doctor;
+mod doctor;
 mod entry;
 mod error;
 pub mod exec;
 mod guest_agent;
-pub mod home;
+mod home;
 pub mod image;
 mod initramfs;
 pub mod kernel;
 pub mod logs;
 mod output_log;
 mod reaper;
-pub mod record;
-pub mod run;
+#[expect(
+    unreachable_pub,
+    reason = "the crate's interface has some of the types only"
+)]
+mod record;
+mod run;
+mod sm;
 pub mod snapshots;
 mod vm;
 
+pub use doctor::Check;
 pub use entry::run_vmm_if_asked;
-pub use error::Error;
+pub use error::{Error, ErrorKind, FixedOption, OptionError, Refusal, StartError};
+pub use guest_agent::AgentError;
+pub use home::{Home, HomeError};
 pub use image::Image;
-pub use run::RunOptions;
-pub use sm_control::launch::{Paging, SnapshotReport, Stage, StageTimes, Status};
+pub use kernel::KernelError;
+pub use record::{Damaged, ExitReason, ExitRecord, RecordError, VmConfig, VmState};
+pub use run::{DEFAULT_CPUS, DEFAULT_MEMORY, MIN_MEMORY, RunOptions};
+pub use sm::{Sm, SmBuilder};
+#[doc(no_inline)]
+pub use sm_control as control;
+pub use sm_control::exit::FailureCause;
+pub use sm_control::launch::{Paging, SnapshotReport, StageTimes};
 pub use sm_control::publish::{self, Publication};
 pub use sm_control::{signal, timings};
+pub use sm_guest_proto::control::GuestStats;
 pub use snapshots::Snapshot;
-pub use vm::{Inspection, SignalSender, StateView, Vm};
+pub use vm::{
+    AfterSnapshot, Force, Input, Inspection, Inspections, SignalSender, StateView, Vm, VmStatus,
+    Vms,
+};
 
 /// Identifiers and names of virtual machines.
 pub mod id {
@@ -61,6 +93,7 @@ pub mod id {
 /// A caller's connection to a command in a guest: the workload, or an exec.
 pub mod session {
     pub use sm_control::session::{Event, Output, Session, SessionWriter, Stdin};
+    pub use sm_guest_proto::frame::FrameType;
 }
 
 /// The workload of a virtual machine: an image's defaults merged with the caller's

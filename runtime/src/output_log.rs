@@ -38,6 +38,7 @@ const DROPPED: u8 = 4;
 /// An output stream of the workload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
+#[non_exhaustive]
 pub enum Stream {
     /// Standard output, or the terminal.
     Stdout = 1,
@@ -47,6 +48,7 @@ pub enum Stream {
 
 /// A piece of output.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct LogRecord {
     /// The stream it was written to.
     pub stream: Stream,
@@ -54,6 +56,18 @@ pub struct LogRecord {
     pub time_ns: u64,
     /// The bytes.
     pub bytes: Vec<u8>,
+}
+
+impl LogRecord {
+    /// Creates a piece of output that arrived at `time_ns`.
+    #[must_use]
+    pub fn new(stream: Stream, time_ns: u64, bytes: Vec<u8>) -> Self {
+        Self {
+            stream,
+            time_ns,
+            bytes,
+        }
+    }
 }
 
 /// Appends to a log.

@@ -46,6 +46,7 @@ pub(crate) const VMM_LOG: &str = "vmm.log";
 
 /// An error of using a record.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum RecordError {
     /// The directories cannot be used.
     #[error(transparent)]
@@ -104,6 +105,7 @@ fn io_error(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> R
 
 /// The state of a VM.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum VmState {
     /// A process holds its lock.
     Running,
@@ -133,8 +135,8 @@ impl Record {
     }
 
     /// Returns the directory of its sockets.
-    #[must_use]
-    pub fn sockets(&self) -> &Path {
+    #[cfg(test)]
+    pub(crate) fn sockets(&self) -> &Path {
         &self.sockets
     }
 

@@ -1,12 +1,13 @@
 //! The start of a virtual machine from options.
 
+use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -19,12 +20,13 @@ use sm_control::timings::Phase;
 use sm_control::workload::Workload;
 use sm_guest_proto::frame::{self, FrameHeader, FrameType, HEADER_LEN};
 
-use crate::home::Home;
+use crate::error::FORGOTTEN;
 use crate::image::Image;
 use crate::reaper::Process;
 use crate::record::{ExitRecord, Record, Records, VMM_LOG, VmConfig};
+use crate::sm::Sm;
 use crate::vm::Vm;
-use crate::{Error, kernel};
+use crate::{Error, StartError};
 
 mod options;
 mod witness;
@@ -40,22 +42,22 @@ impl Image {
     /// See [`Error`]; nothing is left behind, except the record of a VM whose command
     /// could not be run.
     pub fn run(&self, options: RunOptions) -> Result<Vm, Error> {
-        start(self.home(), self, options)
+        start(self.sm(), self, options)
     }
 }
 
 /// Starts a VM from an image and returns once its workload runs.
-pub(crate) fn start(home: &Home, image: &Image, options: RunOptions) -> Result<Vm, Error> {
+pub(crate) fn start(sm: &Sm, image: &Image, options: RunOptions) -> Result<Vm, Error> {
     options.check()?;
     let memory = options.memory_given().unwrap_or(DEFAULT_MEMORY);
     // All checks that can fail come before anything that would have to be undone.
     image.check_platform()?;
-    let kernel = kernel::find(home, options.kernel.as_deref())?;
-    crate::guest_agent::describe()?;
+    let kernel = sm.kernels().find(options.kernel.as_deref())?;
+    crate::guest_agent::describe(sm.agent())?;
     Workload::merge(image.defaults(), &options.overrides, "checked")?;
 
     let launched = launch(
-        home,
+        sm,
         &options,
         |id, name| {
             let workload = Workload::merge(image.defaults(), &options.overrides, id.short())?;
@@ -84,6 +86,7 @@ pub(crate) fn start(home: &Home, image: &Image, options: RunOptions) -> Result<V
 
 /// A VMM process that has said hello.
 pub(crate) struct Launched {
+    sm: Sm,
     record: Record,
     child: Process,
     session: Session,
@@ -94,6 +97,8 @@ pub(crate) struct Launched {
 /// The program of the VMM process.
 struct Program {
     path: PathBuf,
+    /// Variables that differ from those of this process; `None` for those to remove.
+    environment: Vec<(&'static str, Option<OsString>)>,
     /// Time until it must say hello.
     timeout: Duration,
 }
@@ -101,33 +106,34 @@ struct Program {
 /// Creates a record and starts a VMM for it. `config` completes the configuration with an
 /// identifier and a name.
 pub(crate) fn launch(
-    home: &Home,
+    sm: &Sm,
     options: &RunOptions,
     config: impl FnOnce(VmId, String) -> Result<VmConfig, Error>,
     source: StartSource,
 ) -> Result<Launched, Error> {
-    let records = Records::open(home)?;
+    let records = Records::open(sm.home())?;
     records.sweep()?;
-    launch_in(home, &records, options, config, source)
+    launch_in(sm, &records, options, config, source)
 }
 
 /// Like [`launch`], for a caller that has already swept the records.
 pub(crate) fn launch_in(
-    home: &Home,
+    sm: &Sm,
     records: &Records,
     options: &RunOptions,
     config: impl FnOnce(VmId, String) -> Result<VmConfig, Error>,
     source: StartSource,
 ) -> Result<Launched, Error> {
     let program = Program {
-        path: executable(),
+        path: sm.vmm()?,
+        environment: sm.vmm_environment().into(),
         timeout: HELLO_TIMEOUT,
     };
-    launch_program(home, records, options, config, source, &program)
+    launch_program(sm, records, options, config, source, &program)
 }
 
 fn launch_program(
-    home: &Home,
+    sm: &Sm,
     records: &Records,
     options: &RunOptions,
     config: impl FnOnce(VmId, String) -> Result<VmConfig, Error>,
@@ -135,11 +141,9 @@ fn launch_program(
     program: &Program,
 ) -> Result<Launched, Error> {
     if std::env::var_os(sm_vmm::VMM_VARIABLE).is_some() {
-        return Err(Error::Refused(format!(
-            "this process was started to be the process of a VM, and starts a VM instead: \
-             {FORGOTTEN}"
-        )));
+        return Err(StartError::InsideVmm.into());
     }
+    let home = sm.home();
     let (record, lock) = records.create(options.name.as_deref(), config)?;
     let mut phases = options.phases.clone();
     phases.push(Phase::now("image resolved"));
@@ -164,6 +168,7 @@ fn launch_program(
     };
     match spawn(&record, &request, lock, program) {
         Ok((child, session)) => Ok(Launched {
+            sm: sm.clone(),
             record,
             child,
             session,
@@ -180,10 +185,6 @@ fn launch_program(
 
 /// Time until a program must say hello; a busy host needs a part of it.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// Advice for a program that does not become a VMM.
-const FORGOTTEN: &str =
-    "its program has to call sm_runtime::run_vmm_if_asked() first thing in main";
 
 fn talking(source: io::Error) -> Error {
     Error::Vmm {
@@ -228,7 +229,14 @@ fn spawn(
         .try_clone()
         .and_then(|stream| Session::new(stream, Some(Aside::workload(record.control_endpoint()))))
         .map_err(vmm_error)?;
-    let child = Command::new(&program.path)
+    let mut command = Command::new(&program.path);
+    for (name, value) in &program.environment {
+        match value {
+            Some(value) => command.env(name, value),
+            None => command.env_remove(name),
+        };
+    }
+    let child = command
         .arg0("sm-vmm")
         .args([sm_vmm::SUBCOMMAND, record.config().id.short()])
         .env(sm_vmm::VMM_VARIABLE, "1")
@@ -237,6 +245,8 @@ fn spawn(
         .stderr(log)
         .spawn()
         .map_err(vmm_error)?;
+    // It has a copy of the process's end, which would keep the stream open.
+    drop(command);
     let mut child = Process::new(child);
     let deadline = Instant::now() + program.timeout;
     let greeted = ours
@@ -299,13 +309,8 @@ fn receive_hello(stream: &UnixStream, deadline: Instant) -> io::Result<()> {
 fn not_a_vmm(record: &Record, child: &mut Process, deadline: Instant) -> Error {
     let how = child.wait_until(deadline);
     let how = how.map_or_else(|| "it went on".to_owned(), |status| status.to_string());
-    Error::Start {
-        message: format!(
-            "the VM's process ended before it was one ({how}): {FORGOTTEN}{}",
-            log_tail(record)
-        ),
-        status: 125,
-    }
+    let log = log_tail(record);
+    StartError::NotAVmm { how, log }.into()
 }
 
 /// Returns the last lines of the VMM's log, indented.
@@ -316,14 +321,6 @@ fn log_tail(record: &Record) -> String {
     let lines: Vec<&str> = log.lines().rev().take(5).collect();
     let lines = lines.into_iter().rev();
     lines.map(|line| format!("\n  {line}")).collect()
-}
-
-/// Returns the program to run as the VMM: `$SM_VMM`, else this one, which must call
-/// [`crate::run_vmm_if_asked`] first in main.
-fn executable() -> PathBuf {
-    std::env::var_os("SM_VMM")
-        .filter(|value| !value.is_empty())
-        .map_or_else(|| Path::new("/proc/self/exe").to_owned(), PathBuf::from)
 }
 
 impl Launched {
@@ -347,26 +344,26 @@ impl Launched {
             }
         }
         let session = attach.then_some(self.session);
-        let mut vm = Vm::started(self.record, self.child, session, self.phases);
+        let mut vm = Vm::started(self.sm, self.record, self.child, session, self.phases);
         vm.warnings = self.warnings;
         Ok(vm)
     }
 }
 
 fn not_started(exit: ExitRecord) -> Error {
-    Error::Start {
-        // Docker's exit statuses 126 and 127 say that the command could not be run.
-        status: match exit.status {
-            status @ (126 | 127) => status,
-            _ => 125,
+    let status = exit.status;
+    let message = exit
+        .message
+        .unwrap_or_else(|| format!("the workload ended with status {status} before it ran"));
+    // Docker's exit statuses 126 and 127 say that the command could not be run.
+    match status {
+        126 | 127 => StartError::Command { status, message },
+        _ => StartError::Failed {
+            message,
+            cause: exit.cause,
         },
-        message: exit.message.unwrap_or_else(|| {
-            format!(
-                "the workload ended with status {} before it ran",
-                exit.status
-            )
-        }),
     }
+    .into()
 }
 
 /// The VMM died without a report: returns the error with the known facts, and cleans up.
@@ -375,18 +372,10 @@ fn vmm_died(record: &Record, child: &mut Process) -> Error {
         Ok(status) => status.to_string(),
         Err(error) => error.to_string(),
     };
-    let mut message = format!("the VM's process ended unexpectedly ({how})");
-    let tail = log_tail(record);
-    if !tail.is_empty() {
-        message.push(':');
-        message.push_str(&tail);
-    }
+    let log = log_tail(record);
     // No one else has a handle of the record.
     let _ = record.remove();
-    Error::Start {
-        message,
-        status: 125,
-    }
+    StartError::Died { how, log }.into()
 }
 
 #[cfg(test)]

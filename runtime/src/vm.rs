@@ -1,23 +1,25 @@
 //! Handles of virtual machines.
 
+use std::fmt;
 use std::io;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use sm_control::Control;
 use sm_control::config::ConfigView;
 use sm_control::launch::{ControlAnswer, ControlCall, SnapshotReport, StageTimes, Status};
 use sm_control::publish::PublishedPort;
 use sm_control::session::Session;
 use sm_control::timings::Phase;
+use sm_guest_proto::control::GuestStats;
 
-use crate::Error;
 use crate::exec::ExecBuilder;
-use crate::home::Home;
 use crate::logs::Logs;
 use crate::reaper::Process;
 use crate::record::{Damaged, ExitRecord, Record, RecordError, Records, VmConfig, VmState};
+use crate::sm::Sm;
+use crate::{Error, Refusal};
 
 mod survey;
 
@@ -27,6 +29,7 @@ const DESTROY_TIMEOUT: Duration = Duration::from_secs(10);
 /// A handle of a virtual machine, running or exited. Dropping it does not affect the VM.
 #[derive(Debug)]
 pub struct Vm {
+    sm: Sm,
     record: Record,
     /// The VMM process, if this process has started it.
     _child: Option<Process>,
@@ -35,8 +38,29 @@ pub struct Vm {
     pub(crate) warnings: Vec<String>,
 }
 
+/// Whether [`Vm::remove`] destroys a running VM first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Force {
+    /// A running VM is an error.
+    No,
+    /// A running VM is destroyed, without notifying its workload.
+    Yes,
+}
+
+/// The input of a client of a workload; see [`Vm::attach`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Input {
+    /// The client sends none.
+    None,
+    /// The client sends standard input.
+    Stdin,
+}
+
 /// The result of [`Vm::inspect`].
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct Inspection {
     /// The configuration of the VM.
     #[serde(flatten, serialize_with = "as_view")]
@@ -50,23 +74,24 @@ fn as_view<S: serde::Serializer>(config: &VmConfig, serializer: S) -> Result<S::
 }
 
 /// The state of a VM, for people and programs to read.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct StateView {
-    /// `starting`, `running`, `paused`, `ending` or `exited`; `unresponsive` when its
-    /// process does not answer, `damaged` when its record cannot be read.
-    pub status: &'static str,
-    /// The cause of `unresponsive` or `damaged`.
+    /// The status.
+    pub status: VmStatus,
+    /// The cause of [`VmStatus::Unresponsive`] or [`VmStatus::Damaged`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
     /// Process ID of the VMM, while it runs.
     pub pid: Option<u32>,
-    /// Start time of the workload in nanoseconds since the Unix epoch; 0 before the
-    /// start.
-    pub started_ns: u64,
+    /// Start time of the workload, once it has started. Serialized as `started_ns`, in
+    /// nanoseconds since the Unix epoch; 0 before the start.
+    #[serde(rename = "started_ns", serialize_with = "nanoseconds")]
+    pub started: Option<SystemTime>,
     /// Identifies the guest since its last start or reset; the guest reads it from
     /// `/run/sm-epoch`.
-    #[serde(skip_serializing_if = "String::is_empty")]
-    pub epoch: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub epoch: Option<String>,
     /// Published ports on which the host listens now.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub published: Vec<PublishedPort>,
@@ -77,14 +102,141 @@ pub struct StateView {
     pub exit: Option<ExitRecord>,
 }
 
+/// The status of a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum VmStatus {
+    /// Its workload does not run yet.
+    Starting,
+    /// Its workload runs.
+    Running,
+    /// Its vCPUs are paused.
+    Paused,
+    /// Its workload has ended, and its process is about to.
+    Ending,
+    /// It has exited.
+    Exited,
+    /// Its process does not answer.
+    Unresponsive,
+    /// Its record cannot be read.
+    Damaged,
+}
+
+impl VmStatus {
+    /// Returns its name, as in JSON.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Ending => "ending",
+            Self::Exited => "exited",
+            Self::Unresponsive => "unresponsive",
+            Self::Damaged => "damaged",
+        }
+    }
+}
+
+impl fmt::Display for VmStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// Serializes a time as nanoseconds since the Unix epoch, 0 if it is absent.
+#[expect(clippy::ref_option, reason = "the signature that serde expects")]
+fn nanoseconds<S: Serializer>(time: &Option<SystemTime>, to: S) -> Result<S::Ok, S::Error> {
+    let since = time.and_then(|time| time.duration_since(SystemTime::UNIX_EPOCH).ok());
+    let nanoseconds = since.and_then(|since| u64::try_from(since.as_nanos()).ok());
+    to.serialize_u64(nanoseconds.unwrap_or(0))
+}
+
+/// The VMs of a user; see [`Sm::vms`].
+#[derive(Clone, Debug)]
+pub struct Vms {
+    sm: Sm,
+}
+
+/// The result of [`Vms::inspect`].
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Inspections {
+    /// The VMs, newest first.
+    pub vms: Vec<Inspection>,
+    /// Records that cannot be read.
+    pub damaged: Vec<Damaged>,
+}
+
+impl Sm {
+    /// Finds the VM with this name, identifier, or unambiguous prefix of an identifier.
+    ///
+    /// # Errors
+    /// No VM matches, or several do.
+    pub fn vm(&self, query: &str) -> Result<Vm, Error> {
+        let record = Records::open(self.home())?.find(query)?;
+        Ok(Vm::from_record(self, record))
+    }
+
+    /// Returns all VMs.
+    #[must_use]
+    pub fn vms(&self) -> Vms {
+        Vms { sm: self.clone() }
+    }
+}
+
+impl Vms {
+    /// Returns all VMs whose records can be read, newest first, after cleaning up after
+    /// VMs that died.
+    ///
+    /// # Errors
+    /// The records cannot be listed.
+    pub fn list(&self) -> Result<Vec<Vm>, Error> {
+        let records = self.swept()?.0;
+        let vm = |record| Vm::from_record(&self.sm, record);
+        Ok(records.into_iter().map(vm).collect())
+    }
+
+    /// Inspects all VMs, newest first, after cleaning up after those that died, and
+    /// returns the damaged records as well. All VMs are queried concurrently; those that
+    /// do not answer within `timeout` are [`VmStatus::Unresponsive`].
+    ///
+    /// # Errors
+    /// The records cannot be listed.
+    pub fn inspect(&self, timeout: Duration) -> Result<Inspections, Error> {
+        let (records, damaged) = self.swept()?;
+        let vms = survey::inspect_all(records, timeout);
+        Ok(Inspections { vms, damaged })
+    }
+
+    fn swept(&self) -> Result<(Vec<Record>, Vec<Damaged>), Error> {
+        let records = Records::open(self.sm.home())?;
+        if let Err(error) = records.sweep() {
+            tracing::warn!(%error, "cannot clean up after VMs");
+        }
+        Ok(records.read_all(false)?)
+    }
+
+    /// Removes the damaged record of the VM whose identifier begins with `query`.
+    ///
+    /// # Errors
+    /// No record matches, or several do; its VM is alive; its files cannot be removed.
+    pub fn remove_damaged(&self, query: &str) -> Result<(), Error> {
+        Ok(Records::open(self.sm.home())?.remove_damaged(query)?)
+    }
+}
+
 impl Vm {
     pub(crate) fn started(
+        sm: Sm,
         record: Record,
         child: Process,
         session: Option<Session>,
         phases: Vec<Phase>,
     ) -> Self {
         Self {
+            sm,
             record,
             _child: Some(child),
             session,
@@ -93,66 +245,20 @@ impl Vm {
         }
     }
 
-    /// Finds the VM with this name, identifier, or unambiguous prefix of an identifier.
-    ///
-    /// # Errors
-    /// No VM matches, or several do.
-    pub fn find(home: &Home, query: &str) -> Result<Self, Error> {
-        Ok(Self::from_record(Records::open(home)?.find(query)?))
-    }
-
-    /// Returns all VMs whose records can be read, newest first, after cleaning up after
-    /// VMs that died.
-    ///
-    /// # Errors
-    /// The records cannot be listed.
-    pub fn list(home: &Home) -> Result<Vec<Self>, Error> {
-        Ok(Self::swept(home)?.0)
-    }
-
-    /// Inspects all VMs, newest first, after cleaning up after those that died, and
-    /// returns the damaged records as well. All VMs are queried concurrently; those that
-    /// do not answer within `timeout` are `unresponsive`.
-    ///
-    /// # Errors
-    /// The records cannot be listed.
-    pub fn inspect_all(
-        home: &Home,
-        timeout: Duration,
-    ) -> Result<(Vec<Inspection>, Vec<Damaged>), Error> {
-        let (vms, damaged) = Self::swept(home)?;
-        let records = vms.into_iter().map(|vm| vm.record).collect();
-        Ok((survey::inspect_all(records, timeout), damaged))
-    }
-
-    fn swept(home: &Home) -> Result<(Vec<Self>, Vec<Damaged>), Error> {
-        let records = Records::open(home)?;
-        if let Err(error) = records.sweep() {
-            tracing::warn!(%error, "cannot clean up after VMs");
-        }
-        let (records, damaged) = records.read_all(false)?;
-        Ok((
-            records.into_iter().map(Self::from_record).collect(),
-            damaged,
-        ))
-    }
-
-    /// Removes the damaged record of the VM whose identifier begins with `query`.
-    ///
-    /// # Errors
-    /// No record matches, or several do; its VM is alive; its files cannot be removed.
-    pub fn remove_damaged(home: &Home, query: &str) -> Result<(), Error> {
-        Ok(Records::open(home)?.remove_damaged(query)?)
-    }
-
-    fn from_record(record: Record) -> Self {
+    fn from_record(sm: &Sm, record: Record) -> Self {
         Self {
+            sm: sm.clone(),
             record,
             _child: None,
             session: None,
             phases: Vec::new(),
             warnings: Vec::new(),
         }
+    }
+
+    /// Returns the handle that found or started it.
+    pub(crate) fn sm(&self) -> &Sm {
+        &self.sm
     }
 
     /// Returns its identifier.
@@ -193,13 +299,15 @@ impl Vm {
         self.session.take()
     }
 
-    /// Attaches to the workload: its output from now on and, with `stdin`, its input.
+    /// Attaches to the workload: its output from now on and, with [`Input::Stdin`], its
+    /// input.
     ///
     /// # Errors
     /// The VM is not running.
-    pub fn attach(&self, stdin: bool) -> Result<Session, Error> {
+    pub fn attach(&self, input: Input) -> Result<Session, Error> {
         let control = self.control()?;
         let endpoint = self.record.control_endpoint();
+        let stdin = input == Input::Stdin;
         Ok(Session::attach(endpoint, control, stdin)?)
     }
 
@@ -219,11 +327,7 @@ impl Vm {
         Ok(self.record.state()?)
     }
 
-    /// Returns the status of a running VM.
-    ///
-    /// # Errors
-    /// The VM is not running, or does not answer.
-    pub fn status(&self) -> Result<Status, Error> {
+    fn status(&self) -> Result<Status, Error> {
         match self.call(&ControlCall::Status)? {
             ControlAnswer::Status(status) => Ok(status),
             other => Err(unexpected(&other)),
@@ -263,10 +367,7 @@ impl Vm {
         self.record.wait_until_dead()?;
         match self.record.state()? {
             VmState::Exited(exit) => Ok(exit),
-            VmState::Running => Err(Error::Refused(format!(
-                "VM \"{}\" reports no exit status",
-                self.name()
-            ))),
+            VmState::Running => Err(Refusal::NoExitStatus(self.name().to_owned()).into()),
         }
     }
 
@@ -343,7 +444,7 @@ impl Vm {
     ///
     /// # Errors
     /// The VM is not running, or its agent does not answer.
-    pub fn stats(&self) -> Result<sm_guest_proto::control::GuestStats, Error> {
+    pub fn stats(&self) -> Result<GuestStats, Error> {
         match self.call(&ControlCall::Stats)? {
             ControlAnswer::Stats(stats) => Ok(stats),
             other => Err(unexpected(&other)),
@@ -375,13 +476,13 @@ impl Vm {
     pub(crate) fn make_snapshot(
         &self,
         name: &str,
-        stop: bool,
-        ephemeral: bool,
+        then: AfterSnapshot,
+        lifetime: Lifetime,
     ) -> Result<Held, Error> {
         let call = ControlCall::Snapshot {
             name: name.to_owned(),
-            stop,
-            ephemeral,
+            stop: then == AfterSnapshot::End,
+            ephemeral: lifetime == Lifetime::LastUser,
         };
         let mut control = self.control()?;
         match control.call_and_wait(&call)? {
@@ -393,12 +494,13 @@ impl Vm {
         }
     }
 
-    /// Removes its record and logs. With `force`, a running VM is destroyed first,
+    /// Removes its record and logs. With [`Force::Yes`], a running VM is destroyed first,
     /// without notifying its workload.
     ///
     /// # Errors
-    /// The VM is running and `force` is not set, or files cannot be removed.
-    pub fn remove(&mut self, force: bool) -> Result<(), Error> {
+    /// The VM is running and not to be destroyed, or files cannot be removed.
+    pub fn remove(&mut self, force: Force) -> Result<(), Error> {
+        let force = force == Force::Yes;
         // A damaged record does not count as a running VM.
         if force && matches!(self.record.state(), Ok(VmState::Running)) {
             self.destroy()?;
@@ -467,6 +569,25 @@ impl Vm {
     }
 }
 
+/// What a VM does after [`Vm::snapshot`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum AfterSnapshot {
+    /// It continues.
+    Continue,
+    /// It ends.
+    End,
+}
+
+/// The lifetime of a snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lifetime {
+    /// It exists until it is removed.
+    Permanent,
+    /// The last VM that uses it removes it.
+    LastUser,
+}
+
 /// A new snapshot. The VM's process prevents its removal while this connection is open.
 #[derive(Debug)]
 pub(crate) struct Held {
@@ -508,7 +629,7 @@ impl SignalSender {
 }
 
 fn unexpected(answer: &ControlAnswer) -> Error {
-    Error::Refused(format!("the VM's process answered {answer:?}"))
+    Refusal::Answer(format!("{answer:?}")).into()
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
-//! A program that starts a VM and never calls `run_vmm_if_asked`. It is started again as
-//! the VMM, where it starts a VM, and so on: it must end with an error instead.
+//! A program that starts a VM and never calls `run_vmm_if_asked`. It is not started again as
+//! the VMM, or, if it is named as that, ends there with an error instead of starting a VM,
+//! and so on.
 #![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
 use std::fs;
@@ -7,21 +8,25 @@ use std::path::Path;
 use std::process::{Command, ExitCode};
 
 use sm_image::{Compression, Config, LayoutBuilder, MemoryFile};
-use sm_runtime::home::Home;
-use sm_runtime::image::Fetch;
-use sm_runtime::{Image, RunOptions};
+use sm_runtime::{RunOptions, Sm};
 
 /// Variable with the directory of the program, which counts its starts there.
 const DIRECTORY: &str = "SM_TEST_FORGETFUL";
+/// Variable that is set if the program names itself as that of VMs.
+const NAMED: &str = "SM_TEST_FORGETFUL_NAMED";
 
 fn main() -> ExitCode {
     match std::env::var_os(DIRECTORY) {
         Some(directory) => forgetful(Path::new(&directory)),
-        None => test(),
+        None => {
+            test(false);
+            test(true);
+            ExitCode::SUCCESS
+        }
     }
 }
 
-fn test() -> ExitCode {
+fn test(named: bool) {
     let directory = tempfile::tempdir().unwrap();
     let at = |name: &str| directory.path().join(name);
     let layout = at("layout");
@@ -32,7 +37,11 @@ fn test() -> ExitCode {
     let mut elf = vec![0; 1024];
     elf[..4].copy_from_slice(b"\x7fELF");
     fs::write(at("elf"), elf).unwrap();
-    let done = Command::new(std::env::current_exe().unwrap())
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    if named {
+        command.env(NAMED, "1");
+    }
+    let done = command
         .env(DIRECTORY, directory.path())
         .env("SM_KERNEL", at("elf"))
         .env("SM_AGENT", at("elf"))
@@ -42,13 +51,13 @@ fn test() -> ExitCode {
     let text = String::from_utf8_lossy(&done.stderr);
     assert!(text.contains("run_vmm_if_asked"), "{text}");
     assert_eq!(done.status.code(), Some(1), "{text}");
-    // One start of the program itself, and one as the VMM.
-    assert_eq!(fs::read(at("count")).unwrap().len(), 2, "{text}");
+    // One start of the program itself, and one as the VMM if it is named as that.
+    let starts = 1 + usize::from(named);
+    assert_eq!(fs::read(at("count")).unwrap().len(), starts, "{text}");
     // Nothing is left of the VM.
     let left = fs::read_dir(at("data/vms")).unwrap();
     assert_eq!(left.count(), 1, "only the lock of the records");
-    println!("a forgetful program ends with an error ... ok");
-    ExitCode::SUCCESS
+    println!("a forgetful program ends with an error, named: {named} ... ok");
 }
 
 /// The `main` of an application.
@@ -61,14 +70,19 @@ fn forgetful(directory: &Path) -> ExitCode {
     if count.len() > 5 {
         return ExitCode::from(9);
     }
-    let home = Home::new(&at("data"), &at("run"), &at("cache"));
+    let mut builder = Sm::builder().below(directory);
+    if std::env::var_os(NAMED).is_some() {
+        builder = builder.vmm(std::env::current_exe().unwrap());
+    }
     let reference = format!("oci:{}:v1", at("layout").display());
-    let started = Image::open_in(&home, &reference, &Fetch::default())
+    let started = builder
+        .build()
+        .and_then(|sm| sm.image(&reference))
         .and_then(|image| image.run(RunOptions::new().command(["/hello"])));
     match started {
         Ok(_) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("{error}");
+            eprintln!("{}", sm_runtime::control::with_causes(&error));
             ExitCode::from(1)
         }
     }

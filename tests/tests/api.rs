@@ -15,11 +15,8 @@ use std::time::Duration;
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use sm_e2e::{image, unique};
-use sm_runtime::home::Home;
-use sm_runtime::image::Fetch;
 use sm_runtime::session::{Event, Stdin};
-use sm_runtime::snapshots::{self, Snapshot};
-use sm_runtime::{Error, Image, RunOptions, Vm};
+use sm_runtime::{AfterSnapshot, Error, ErrorKind, Force, Image, OptionError, RunOptions, Sm, Vm};
 
 fn main() -> ExitCode {
     sm_runtime::run_vmm_if_asked();
@@ -46,19 +43,18 @@ fn main() -> ExitCode {
     libtest_mimic::run(&arguments, tests).exit_code()
 }
 
-fn home() -> &'static Home {
-    static HOME: OnceLock<(tempfile::TempDir, Home)> = OnceLock::new();
-    let (_, home) = HOME.get_or_init(|| {
+fn sm() -> &'static Sm {
+    static SM: OnceLock<(tempfile::TempDir, Sm)> = OnceLock::new();
+    let (_, sm) = SM.get_or_init(|| {
         let directory = tempfile::tempdir().unwrap();
-        let at = |name| directory.path().join(name);
-        let home = Home::new(&at("data"), &at("run"), &at("cache"));
-        (directory, home)
+        let sm = Sm::builder().below(directory.path()).build().unwrap();
+        (directory, sm)
     });
-    home
+    sm
 }
 
 fn busybox() -> Image {
-    Image::open_in(home(), &image("busybox"), &Fetch::default()).unwrap()
+    sm().image(&image("busybox")).unwrap()
 }
 
 fn options() -> RunOptions {
@@ -70,7 +66,7 @@ struct Running(Vm);
 
 impl Drop for Running {
     fn drop(&mut self) {
-        let _ = self.0.remove(true);
+        let _ = self.0.remove(Force::Yes);
     }
 }
 
@@ -91,8 +87,8 @@ fn workload() {
     let mut vm = busybox().run(options.clone()).unwrap();
     let ended = vm.wait().unwrap();
     assert_eq!(ended.status, 7, "{ended:?}");
-    vm.remove(false).unwrap();
-    assert!(Vm::find(home(), vm.name()).is_err(), "it is gone");
+    vm.remove(Force::No).unwrap();
+    assert!(sm().vm(vm.name()).is_err(), "it is gone");
 
     options = options.attach(true);
     let mut vm = Running(busybox().run(options).unwrap());
@@ -192,14 +188,14 @@ fn warm_up() {
     assert!(refused.unwrap_err().to_string().contains("memory"));
     drop(clones);
     drop(snapshot);
-    snapshots::remove(home(), &name).unwrap();
-    assert!(Snapshot::open(home(), &name).is_err());
+    sm().snapshots().remove(&name).unwrap();
+    assert!(sm().snapshot(&name).is_err());
 }
 
 fn fork_and_reset() {
     let original = sleeping();
     text(&original.0, &["sh", "-c", "echo 1 >/tmp/n"]);
-    let forks = snapshots::fork(home(), &original.0, 2, &RunOptions::new()).unwrap();
+    let forks = original.0.fork(2, &RunOptions::new()).unwrap();
     assert!(forks.error.is_none(), "{forks:?}");
     let forks: Vec<_> = forks.vms.into_iter().map(Running).collect();
     let mut identities = BTreeSet::new();
@@ -212,23 +208,27 @@ fn fork_and_reset() {
         }
     }
     let name = unique("proof");
-    original.0.snapshot(&name, true).unwrap();
-    let proof = snapshots::prove_distinct(home(), &name, 3, |_| {}).unwrap();
+    original.0.snapshot(&name, AfterSnapshot::End).unwrap();
+    let proof = sm().snapshots().prove_distinct(&name, 3, |_| {}).unwrap();
     assert!(
         proof.twins.is_empty() && proof.clones.len() == 3,
         "{proof:?}"
     );
-    snapshots::remove(home(), &name).unwrap();
+    sm().snapshots().remove(&name).unwrap();
 }
 
 fn mistakes() {
-    let nowhere = Image::open_in(home(), "oci:/no/such/layout", &Fetch::default());
+    let nowhere = sm().image("oci:/no/such/layout");
     assert!(matches!(nowhere, Err(Error::Image(_))), "{nowhere:?}");
     let small = busybox().run(RunOptions::new().memory(1 << 20));
-    assert!(matches!(small, Err(Error::Option(_))), "{small:?}");
+    assert!(
+        matches!(small, Err(Error::Option(OptionError::Memory { .. }))),
+        "{small:?}"
+    );
     let missing = busybox().run(options().command(["no-such-command"]));
     let error = missing.unwrap_err();
     assert_eq!(error.exit_status(), 127, "{error:?}");
+    assert_eq!(error.kind(), ErrorKind::Command);
     let name = unique("api");
     let _first = Running(
         busybox()
@@ -237,6 +237,7 @@ fn mistakes() {
     );
     let second = busybox().run(options().name(&name));
     assert!(matches!(second, Err(Error::Record(_))), "{second:?}");
+    assert_eq!(second.unwrap_err().kind(), ErrorKind::AlreadyExists);
     let ended = busybox().run(options().command(["true"]));
     let mut ended = Running(ended.unwrap());
     ended.0.wait().unwrap();

@@ -6,8 +6,8 @@ use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, anyhow};
-use sm_runtime::home::Home;
-use sm_runtime::image::{self, Progress, PullOptions};
+use sm_runtime::Sm;
+use sm_runtime::image::{Progress, PullOptions};
 
 mod change;
 
@@ -16,13 +16,13 @@ use crate::failure::Failure;
 use crate::printer::Printer;
 use crate::progress::Bars;
 
-pub(crate) fn save(home: &Home, args: &SaveArgs, printer: &Printer) -> Result<u32, Failure> {
+pub(crate) fn save(sm: &Sm, args: &SaveArgs, printer: &Printer) -> Result<u32, Failure> {
     let bars = Bars::new(printer, args.output.is_some(), "Reading");
     let report = |progress: Progress<'_>| bars.show(progress);
     let options = PullOptions::new().report(&report);
     // Names are looked up first: a wrong one must not create or replace a file.
     for query in &args.images {
-        image::inspect(home, query)?;
+        sm.images().inspect(query)?;
     }
     let Some(path) = &args.output else {
         if io::stdout().is_terminal() {
@@ -33,7 +33,7 @@ pub(crate) fn save(home: &Home, args: &SaveArgs, printer: &Printer) -> Result<u3
             .into());
         }
         let mut out = BufWriter::with_capacity(1 << 20, io::stdout());
-        image::save(home, &args.images, &mut out, &options)?;
+        sm.images().save(&args.images, &mut out, &options)?;
         return Ok(0);
     };
     let cannot = || format!("cannot write {path:?}");
@@ -44,7 +44,7 @@ pub(crate) fn save(home: &Home, args: &SaveArgs, printer: &Printer) -> Result<u3
                 .open(path)
                 .with_context(cannot)?;
             let mut out = BufWriter::with_capacity(1 << 20, file);
-            image::save(home, &args.images, &mut out, &options)?;
+            sm.images().save(&args.images, &mut out, &options)?;
             out.flush().with_context(cannot)?;
         }
         Destination::File(path) => {
@@ -60,7 +60,7 @@ pub(crate) fn save(home: &Home, args: &SaveArgs, printer: &Printer) -> Result<u3
                 .tempfile_in(directory)
                 .with_context(cannot)?;
             let mut out = BufWriter::with_capacity(1 << 20, file);
-            image::save(home, &args.images, &mut out, &options)?;
+            sm.images().save(&args.images, &mut out, &options)?;
             out.flush().with_context(cannot)?;
             let file = out.into_inner().with_context(cannot)?;
             file.persist(path).with_context(cannot)?;
@@ -110,7 +110,7 @@ fn end_of_links(path: &Path) -> io::Result<PathBuf> {
     Err(rustix::io::Errno::LOOP.into())
 }
 
-pub(crate) fn load(home: &Home, args: &LoadArgs, printer: &Printer) -> Result<u32, Failure> {
+pub(crate) fn load(sm: &Sm, args: &LoadArgs, printer: &Printer) -> Result<u32, Failure> {
     let quiet = args.quiet || args.json;
     let bars = Bars::new(printer, !quiet, "Reading");
     let report = |progress: Progress<'_>| bars.show(progress);
@@ -118,14 +118,16 @@ pub(crate) fn load(home: &Home, args: &LoadArgs, printer: &Printer) -> Result<u3
         .platform(args.platform.clone())
         .report(&report);
     let loaded = match &args.input {
-        Some(path) => image::load_file(home, path, &options),
+        Some(path) => sm.images().load_file(path, &options),
         None if io::stdin().is_terminal() => {
             return Err(anyhow!(
                 "standard input is a terminal: name a file with --input, or redirect standard input"
             )
             .into());
         }
-        None => image::load(home, io::stdin().lock(), "standard input", &options),
+        None => sm
+            .images()
+            .load(io::stdin().lock(), "standard input", &options),
     };
     bars.clear();
     let loaded = loaded?;
@@ -146,7 +148,7 @@ pub(crate) fn load(home: &Home, args: &LoadArgs, printer: &Printer) -> Result<u3
     Ok(0)
 }
 
-pub(crate) fn import(home: &Home, args: &ImportArgs, printer: &Printer) -> Result<u32, Failure> {
+pub(crate) fn import(sm: &Sm, args: &ImportArgs, printer: &Printer) -> Result<u32, Failure> {
     let config = change::apply(&args.change)?;
     let bars = Bars::new(printer, false, "Reading");
     let report = |progress: Progress<'_>| bars.show(progress);
@@ -160,7 +162,9 @@ pub(crate) fn import(home: &Home, args: &ImportArgs, printer: &Printer) -> Resul
         Box::new(File::open(path).with_context(|| format!("cannot read {path:?}"))?)
     };
     let name = args.name.as_deref();
-    let imported = image::import(home, stream, name, config, &args.message, &options);
+    let imported = sm
+        .images()
+        .import(stream, name, config, &args.message, &options);
     bars.clear();
     printer.line(imported?);
     Ok(0)

@@ -4,9 +4,8 @@ use std::io::{self, IsTerminal as _};
 use std::time::Duration;
 
 use anyhow::anyhow;
-use sm_runtime::Vm;
-use sm_runtime::home::Home;
 use sm_runtime::session::SessionWriter;
+use sm_runtime::{Input, Sm};
 
 use super::run::{LOST, Workload};
 use crate::args::{AttachArgs, ExecArgs};
@@ -31,14 +30,14 @@ impl Remote for Command {
     }
 }
 
-pub(crate) fn exec(home: &Home, args: ExecArgs) -> Result<u32, Failure> {
+pub(crate) fn exec(sm: &Sm, args: ExecArgs) -> Result<u32, Failure> {
     if args.process.tty && args.process.interactive && !io::stdin().is_terminal() {
         return Err(anyhow!(
             "standard input is not a terminal: leave out -t, or run this from a terminal"
         )
         .into());
     }
-    let vm = Vm::find(home, &args.vm)?;
+    let vm = sm.vm(&args.vm)?;
     let process = args.process;
     let mut builder = vm
         .exec(args.command)
@@ -73,14 +72,18 @@ pub(crate) fn exec(home: &Home, args: ExecArgs) -> Result<u32, Failure> {
     )
 }
 
-pub(crate) fn attach(home: &Home, args: &AttachArgs, printer: &Printer) -> Result<u32, Failure> {
-    let vm = Vm::find(home, &args.vm)?;
+pub(crate) fn attach(sm: &Sm, args: &AttachArgs, printer: &Printer) -> Result<u32, Failure> {
+    let vm = sm.vm(&args.vm)?;
     let workload = &vm.config().workload;
     let wiring = Wiring {
         stdin: workload.stdin && !args.no_stdin,
         tty: workload.tty,
     };
-    let session = vm.attach(wiring.stdin)?;
+    let input = match wiring.stdin {
+        true => Input::Stdin,
+        false => Input::None,
+    };
+    let session = vm.attach(input)?;
     Ok(
         match stream::run(session, wiring, &Workload::of(&vm), &mut Vec::new())? {
             End::Exited { status, .. } => status,

@@ -5,10 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::anyhow;
-use sm_runtime::home::Home;
-use sm_runtime::image::{
-    self, Fetch, Image, LayerStep, Platform, Progress, PruneOptions, PullOptions,
-};
+use sm_runtime::Sm;
+use sm_runtime::image::{Fetch, Image, LayerStep, Platform, Progress, PruneOptions, PullOptions};
 
 use super::archive;
 use crate::args::{
@@ -31,21 +29,21 @@ const DAMAGED: u32 = 1;
 /// recently used images.
 const QUOTA: &str = "SM_IMAGE_QUOTA";
 
-pub(crate) fn run(home: &Home, command: ImageCommand, printer: &Printer) -> Result<u32, Failure> {
+pub(crate) fn run(sm: &Sm, command: ImageCommand, printer: &Printer) -> Result<u32, Failure> {
     match command {
-        ImageCommand::Ls(args) => list(home, &args, printer),
-        ImageCommand::Pull(args) => pull(home, &args, printer),
-        ImageCommand::Push(args) => push(home, &args, printer),
-        ImageCommand::Tag(args) => tag(home, &args),
-        ImageCommand::Rm(args) => remove(home, &args, printer),
-        ImageCommand::Inspect(args) => inspect(home, &args, printer),
-        ImageCommand::History(args) => history(home, &args, printer),
-        ImageCommand::Verify(args) => verify(home, &args, printer),
-        ImageCommand::Save(args) => archive::save(home, &args, printer),
-        ImageCommand::Load(args) => archive::load(home, &args, printer),
-        ImageCommand::Import(args) => archive::import(home, &args, printer),
-        ImageCommand::Prune(args) => prune(home, &args, printer),
-        ImageCommand::Du(args) => usage(home, &args, printer),
+        ImageCommand::Ls(args) => list(sm, &args, printer),
+        ImageCommand::Pull(args) => pull(sm, &args, printer),
+        ImageCommand::Push(args) => push(sm, &args, printer),
+        ImageCommand::Tag(args) => tag(sm, &args),
+        ImageCommand::Rm(args) => remove(sm, &args, printer),
+        ImageCommand::Inspect(args) => inspect(sm, &args, printer),
+        ImageCommand::History(args) => history(sm, &args, printer),
+        ImageCommand::Verify(args) => verify(sm, &args, printer),
+        ImageCommand::Save(args) => archive::save(sm, &args, printer),
+        ImageCommand::Load(args) => archive::load(sm, &args, printer),
+        ImageCommand::Import(args) => archive::import(sm, &args, printer),
+        ImageCommand::Prune(args) => prune(sm, &args, printer),
+        ImageCommand::Du(args) => usage(sm, &args, printer),
     }
 }
 
@@ -53,13 +51,13 @@ pub(crate) fn run(home: &Home, command: ImageCommand, printer: &Printer) -> Resu
 /// Progress is shown on a terminal only: elsewhere, it would mix with the command's
 /// output.
 pub(super) fn open(
-    home: &Home,
+    sm: &Sm,
     reference: &str,
     pull: Pull,
     platform: Option<&Platform>,
     printer: &Printer,
 ) -> Result<Image, Failure> {
-    if pull == Pull::Never && !image::is_stored(home, reference, platform)? {
+    if pull == Pull::Never && !sm.images().contains(reference, platform)? {
         return Err(anyhow!(
             "image \"{reference}\" is not in the store, and --pull never was given: \
              bring it there with \"sm pull {reference}\""
@@ -68,13 +66,13 @@ pub(super) fn open(
     }
     let bars = Bars::new(printer, false, READING);
     let options = PullOptions::new().platform(platform.cloned());
-    fetch(home, reference, pull == Pull::Always, options, &bars)
+    fetch(sm, reference, pull == Pull::Always, options, &bars)
 }
 
 const READING: &str = "Reading";
 
 fn fetch(
-    home: &Home,
+    sm: &Sm,
     reference: &str,
     anew: bool,
     options: PullOptions<'_>,
@@ -92,13 +90,13 @@ fn fetch(
         }
         bars.show(progress);
     };
-    let options = options.report(&report);
-    let image = Image::open_in(home, reference, &Fetch { anew, options });
+    let fetch = Fetch::new(options.report(&report)).anew(anew);
+    let image = sm.image_with(reference, &fetch);
     bars.clear();
     let image = image?;
     if grown.into_inner()
         && let Some(quota) = quota
-        && let Some(reason) = kept_beyond(home, quota)
+        && let Some(reason) = kept_beyond(sm, quota)
     {
         bars.show(Progress::Message(&reason));
     }
@@ -117,19 +115,19 @@ fn quota() -> Result<Option<u64>, Failure> {
 
 /// Enforces the maximum size of the store. A failure becomes a warning: the requested
 /// image can be used nevertheless.
-fn kept_beyond(home: &Home, quota: u64) -> Option<String> {
-    match image::keep_within(home, quota) {
+fn kept_beyond(sm: &Sm, quota: u64) -> Option<String> {
+    match sm.images().keep_within(quota) {
         Ok(pruned) => pruned?.notes.into_iter().next(),
         Err(error) => Some(format!("{:#}", anyhow!(error))),
     }
 }
 
-pub(crate) fn pull(home: &Home, args: &PullArgs, printer: &Printer) -> Result<u32, Failure> {
+pub(crate) fn pull(sm: &Sm, args: &PullArgs, printer: &Printer) -> Result<u32, Failure> {
     let bars = Bars::new(printer, !args.quiet, READING);
     let options = PullOptions::new()
         .platform(args.platform.clone())
         .store_compressed(!args.discard_compressed);
-    let image = fetch(home, &args.image, true, options, &bars)?;
+    let image = fetch(sm, &args.image, true, options, &bars)?;
     if !args.quiet {
         printer.note(format_args!("Stored \"{}\"", image.reference()));
     }
@@ -137,11 +135,11 @@ pub(crate) fn pull(home: &Home, args: &PullArgs, printer: &Printer) -> Result<u3
     Ok(0)
 }
 
-pub(crate) fn push(home: &Home, args: &PushArgs, printer: &Printer) -> Result<u32, Failure> {
+pub(crate) fn push(sm: &Sm, args: &PushArgs, printer: &Printer) -> Result<u32, Failure> {
     let bars = Bars::new(printer, !args.quiet, "Sending");
     let report = |progress: Progress<'_>| bars.show(progress);
     let options = PullOptions::new().report(&report);
-    let pushed = image::push(home, &args.name, &options);
+    let pushed = sm.images().push(&args.name, &options);
     bars.clear();
     printer.line(pushed?);
     Ok(0)
@@ -159,8 +157,8 @@ fn age(time: SystemTime) -> String {
     format!("{} ago", format_age(age))
 }
 
-pub(crate) fn list(home: &Home, args: &ImagesArgs, printer: &Printer) -> Result<u32, Failure> {
-    let images = image::list(home)?;
+pub(crate) fn list(sm: &Sm, args: &ImagesArgs, printer: &Printer) -> Result<u32, Failure> {
+    let images = sm.images().list()?;
     if args.quiet {
         for image in &images {
             printer.line(image.digest);
@@ -195,15 +193,15 @@ pub(crate) fn list(home: &Home, args: &ImagesArgs, printer: &Printer) -> Result<
     Ok(0)
 }
 
-pub(crate) fn tag(home: &Home, args: &TagArgs) -> Result<u32, Failure> {
-    image::tag(home, &args.image, &args.name)?;
+pub(crate) fn tag(sm: &Sm, args: &TagArgs) -> Result<u32, Failure> {
+    sm.images().tag(&args.image, &args.name)?;
     Ok(0)
 }
 
-pub(crate) fn remove(home: &Home, args: &RmiArgs, printer: &Printer) -> Result<u32, Failure> {
+pub(crate) fn remove(sm: &Sm, args: &RmiArgs, printer: &Printer) -> Result<u32, Failure> {
     let mut status = 0;
     for query in &args.images {
-        match image::remove(home, query) {
+        match sm.images().remove(query) {
             Ok(_) => printer.line(query),
             Err(error) => {
                 printer.error(&error.into());
@@ -214,11 +212,11 @@ pub(crate) fn remove(home: &Home, args: &RmiArgs, printer: &Printer) -> Result<u
     Ok(status)
 }
 
-fn inspect(home: &Home, args: &ImageNames, printer: &Printer) -> Result<u32, Failure> {
+fn inspect(sm: &Sm, args: &ImageNames, printer: &Printer) -> Result<u32, Failure> {
     let details = args
         .images
         .iter()
-        .map(|query| image::inspect(home, query))
+        .map(|query| sm.images().inspect(query))
         .collect::<Result<Vec<_>, _>>()?;
     printer.json(&details)?;
     Ok(0)
@@ -236,8 +234,8 @@ struct Step {
     comment: String,
 }
 
-pub(crate) fn history(home: &Home, args: &HistoryArgs, printer: &Printer) -> Result<u32, Failure> {
-    let details = image::inspect(home, &args.image)?;
+pub(crate) fn history(sm: &Sm, args: &HistoryArgs, printer: &Printer) -> Result<u32, Failure> {
+    let details = sm.images().inspect(&args.image)?;
     let mut layers = details.layers.iter();
     let entries = details.config.history.iter().flatten();
     let mut steps: Vec<_> = entries
@@ -302,9 +300,11 @@ fn truncated(text: &str) -> String {
     }
 }
 
-fn verify(home: &Home, args: &VerifyArgs, printer: &Printer) -> Result<u32, Failure> {
+fn verify(sm: &Sm, args: &VerifyArgs, printer: &Printer) -> Result<u32, Failure> {
     let queries = match args.images.is_empty() {
-        true => image::list(home)?
+        true => sm
+            .images()
+            .list()?
             .into_iter()
             .map(|image| image.reference)
             .collect(),
@@ -313,7 +313,10 @@ fn verify(home: &Home, args: &VerifyArgs, printer: &Printer) -> Result<u32, Fail
     let mut status = 0;
     let mut all = BTreeMap::new();
     for query in queries {
-        let verified = image::verify(home, &query, args.repair)?;
+        let verified = match args.repair {
+            true => sm.images().repair(&query),
+            false => sm.images().verify(&query),
+        }?;
         if !verified.problems.is_empty() {
             status = DAMAGED;
         }
@@ -345,7 +348,7 @@ fn verify(home: &Home, args: &VerifyArgs, printer: &Printer) -> Result<u32, Fail
     Ok(status)
 }
 
-fn prune(home: &Home, args: &PruneArgs, printer: &Printer) -> Result<u32, Failure> {
+fn prune(sm: &Sm, args: &PruneArgs, printer: &Printer) -> Result<u32, Failure> {
     if args.all && !args.force {
         let question = "This removes all images that no VM and no snapshot uses. Continue?";
         match printer.confirm(question) {
@@ -364,7 +367,7 @@ fn prune(home: &Home, args: &PruneArgs, printer: &Printer) -> Result<u32, Failur
         .all(args.all)
         .compressed(args.compressed);
     options.max_bytes = args.max_size;
-    let pruned = image::prune(home, options)?;
+    let pruned = sm.images().prune(options)?;
     if args.format.json() {
         printer.json(&pruned)?;
         return Ok(0);
@@ -379,8 +382,8 @@ fn prune(home: &Home, args: &PruneArgs, printer: &Printer) -> Result<u32, Failur
     Ok(0)
 }
 
-fn usage(home: &Home, args: &FormatArgs, printer: &Printer) -> Result<u32, Failure> {
-    let usage = image::usage(home)?;
+fn usage(sm: &Sm, args: &FormatArgs, printer: &Printer) -> Result<u32, Failure> {
+    let usage = sm.images().usage()?;
     if args.json() {
         printer.json(&usage)?;
         return Ok(0);

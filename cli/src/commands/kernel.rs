@@ -6,21 +6,19 @@ use std::process::Command;
 
 use anyhow::{Context as _, anyhow};
 use rustix::process::{getegid, geteuid};
-use sm_runtime::home::Home;
-use sm_runtime::kernel::KernelError;
-use sm_runtime::{doctor as checks, kernel};
+use sm_runtime::{AgentError, KernelError, Sm};
 
 use crate::args::{DoctorArgs, KernelCommand, ListArgs};
-use crate::failure::{FAILED, Failure, hint_of_kernel};
+use crate::failure::{FAILED, Failure, hint_of_agent, hint_of_kernel};
 use crate::printer::Printer;
 use crate::table;
 
-pub(crate) fn run(home: &Home, command: KernelCommand, printer: &Printer) -> Result<u32, Failure> {
+pub(crate) fn run(sm: &Sm, command: KernelCommand, printer: &Printer) -> Result<u32, Failure> {
     match command {
         KernelCommand::Build => build(),
-        KernelCommand::List(args) => list(home, &args, printer),
+        KernelCommand::List(args) => list(sm, &args, printer),
         KernelCommand::Use { kernel } => {
-            let chosen = kernel::choose(home, &kernel)?;
+            let chosen = sm.kernels().choose(&kernel)?;
             printer.line(chosen.path.display());
             Ok(0)
         }
@@ -84,8 +82,8 @@ fn refuse_of_others(checkout: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn list(home: &Home, args: &ListArgs, printer: &Printer) -> Result<u32, Failure> {
-    let kernels = kernel::list(home);
+fn list(sm: &Sm, args: &ListArgs, printer: &Printer) -> Result<u32, Failure> {
+    let kernels = sm.kernels().list();
     if args.quiet {
         for kernel in &kernels {
             printer.line(&kernel.name);
@@ -109,14 +107,19 @@ fn list(home: &Home, args: &ListArgs, printer: &Printer) -> Result<u32, Failure>
     Ok(0)
 }
 
-pub(crate) fn doctor(home: &Home, args: &DoctorArgs, printer: &Printer) -> Result<u32, Failure> {
-    let mut checks = checks::examine(home);
+pub(crate) fn doctor(sm: &Sm, args: &DoctorArgs, printer: &Printer) -> Result<u32, Failure> {
+    let mut checks = sm.examine();
     for check in &mut checks {
         // The library, whose text this is, knows no commands.
-        if !check.ok
-            && check.detail == KernelError::None.to_string()
-            && let Some(hint) = hint_of_kernel(&KernelError::None)
-        {
+        let hint = match &check.detail {
+            _ if check.ok => None,
+            detail if *detail == KernelError::None.to_string() => {
+                hint_of_kernel(&KernelError::None)
+            }
+            detail if *detail == AgentError::None.to_string() => hint_of_agent(&AgentError::None),
+            _ => None,
+        };
+        if let Some(hint) = hint {
             check.detail = format!("{}: {hint}", check.detail);
         }
     }

@@ -2,10 +2,8 @@
 
 use std::time::Duration;
 
-use sm_runtime::home::Home;
-use sm_runtime::record::RecordError;
 use sm_runtime::signal;
-use sm_runtime::{Error, Vm};
+use sm_runtime::{Error, Force, RecordError, Sm, Vm};
 
 use crate::args::{KillArgs, RmArgs, StopArgs, VmArgs};
 use crate::failure::{FAILED, Failure};
@@ -14,12 +12,12 @@ use crate::printer::Printer;
 /// Applies an operation to each VM, printing the name as given on success. All are tried;
 /// the exit status is that of the first failure.
 fn each(
-    home: &Home,
+    sm: &Sm,
     vms: &[String],
     printer: &Printer,
     mut act: impl FnMut(Vm) -> Result<Option<String>, Failure>,
 ) -> Result<u32, Failure> {
-    each_named(vms, printer, |query| act(Vm::find(home, query)?))
+    each_named(vms, printer, |query| act(sm.vm(query)?))
 }
 
 fn each_named(
@@ -40,52 +38,53 @@ fn each_named(
     Ok(status)
 }
 
-pub(crate) fn stop(home: &Home, args: &StopArgs, printer: &Printer) -> Result<u32, Failure> {
+pub(crate) fn stop(sm: &Sm, args: &StopArgs, printer: &Printer) -> Result<u32, Failure> {
     let grace = args.time.map(Duration::from_secs);
-    each(home, &args.vms, printer, |mut vm| {
+    each(sm, &args.vms, printer, |mut vm| {
         vm.stop(grace)?;
         Ok(None)
     })
 }
 
-pub(crate) fn kill(home: &Home, args: &KillArgs, printer: &Printer) -> Result<u32, Failure> {
+pub(crate) fn kill(sm: &Sm, args: &KillArgs, printer: &Printer) -> Result<u32, Failure> {
     let signal = signal::parse(&args.signal)?;
-    each(home, &args.vms, printer, |vm| {
+    each(sm, &args.vms, printer, |vm| {
         vm.kill(signal)?;
         Ok(None)
     })
 }
 
 pub(crate) fn pause(
-    home: &Home,
+    sm: &Sm,
     args: &VmArgs,
     pause: bool,
     printer: &Printer,
 ) -> Result<u32, Failure> {
-    each(home, &args.vms, printer, |vm| {
+    each(sm, &args.vms, printer, |vm| {
         if pause { vm.pause() } else { vm.resume() }?;
         Ok(None)
     })
 }
 
-pub(crate) fn reset(home: &Home, args: &VmArgs, printer: &Printer) -> Result<u32, Failure> {
-    each(home, &args.vms, printer, |vm| {
+pub(crate) fn reset(sm: &Sm, args: &VmArgs, printer: &Printer) -> Result<u32, Failure> {
+    each(sm, &args.vms, printer, |vm| {
         vm.reset()?;
         Ok(None)
     })
 }
 
-pub(crate) fn wait(home: &Home, args: &VmArgs, printer: &Printer) -> Result<u32, Failure> {
-    each(home, &args.vms, printer, |mut vm| {
+pub(crate) fn wait(sm: &Sm, args: &VmArgs, printer: &Printer) -> Result<u32, Failure> {
+    each(sm, &args.vms, printer, |mut vm| {
         Ok(Some(vm.wait()?.status.to_string()))
     })
 }
 
-pub(crate) fn rm(home: &Home, args: &RmArgs, printer: &Printer) -> Result<u32, Failure> {
+pub(crate) fn rm(sm: &Sm, args: &RmArgs, printer: &Printer) -> Result<u32, Failure> {
+    let force = if args.force { Force::Yes } else { Force::No };
     each_named(&args.vms, printer, |query| {
-        match Vm::find(home, query) {
-            Ok(mut vm) => vm.remove(args.force)?,
-            Err(Error::Record(RecordError::Damaged { .. })) => Vm::remove_damaged(home, query)?,
+        match sm.vm(query) {
+            Ok(mut vm) => vm.remove(force)?,
+            Err(Error::Record(RecordError::Damaged { .. })) => sm.vms().remove_damaged(query)?,
             Err(error) => return Err(error.into()),
         }
         Ok(None)

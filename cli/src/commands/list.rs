@@ -4,10 +4,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::anyhow;
 use serde::Serialize;
-use sm_runtime::home::Home;
 use sm_runtime::publish::{HostEnd, PublishedPort};
-use sm_runtime::record::Damaged;
-use sm_runtime::{Inspection, StateView, Vm};
+use sm_runtime::{Inspection, Inspections, Sm, StateView, VmStatus};
 
 use crate::args::{PortArgs, PsArgs, StatsArgs, VmArgs};
 use crate::failure::{FAILED, Failure};
@@ -35,8 +33,10 @@ struct Row<'a> {
     state: &'a StateView,
 }
 
-pub(crate) fn ps(home: &Home, args: &PsArgs, printer: &Printer) -> Result<u32, Failure> {
-    let (mut vms, damaged) = Vm::inspect_all(home, PS_TIMEOUT)?;
+pub(crate) fn ps(sm: &Sm, args: &PsArgs, printer: &Printer) -> Result<u32, Failure> {
+    let Inspections {
+        mut vms, damaged, ..
+    } = sm.vms().inspect(PS_TIMEOUT)?;
     vms.retain(|vm| args.all || vm.state.exit_code.is_none());
     if args.quiet {
         for vm in &vms {
@@ -56,7 +56,7 @@ pub(crate) fn ps(home: &Home, args: &PsArgs, printer: &Printer) -> Result<u32, F
             });
         }
     } else if args.format.json() {
-        let states: Vec<_> = damaged.iter().map(damaged_state).collect();
+        let states: Vec<_> = damaged.iter().map(StateView::damaged).collect();
         let damaged = damaged.iter().zip(&states).map(|(damaged, state)| Row {
             id: damaged.id.as_str(),
             name: "",
@@ -106,14 +106,6 @@ pub(crate) fn ps(home: &Home, args: &PsArgs, printer: &Printer) -> Result<u32, F
     Ok(0)
 }
 
-fn damaged_state(damaged: &Damaged) -> StateView {
-    StateView {
-        status: "damaged",
-        problem: Some(damaged.reason.clone()),
-        ..StateView::default()
-    }
-}
-
 fn row(vm: &Inspection, now: SystemTime, no_trunc: bool) -> [String; 7] {
     let config = &vm.config;
     let mut command = config.workload.argv.join(" ");
@@ -147,8 +139,8 @@ fn ports(published: &[PublishedPort]) -> String {
 }
 
 /// Prints one line for each published port (`sm port`).
-pub(crate) fn port(home: &Home, args: &PortArgs, printer: &Printer) -> Result<u32, Failure> {
-    let vm = Vm::find(home, &args.vm)?;
+pub(crate) fn port(sm: &Sm, args: &PortArgs, printer: &Printer) -> Result<u32, Failure> {
+    let vm = sm.vm(&args.vm)?;
     let mut published = vm.inspect()?.state.published;
     if let Some(word) = &args.port {
         let (number, protocol) = word.split_once('/').unwrap_or((word, "tcp"));
@@ -199,15 +191,15 @@ fn own_certificate(host: &HostEnd) -> String {
 fn status(vm: &Inspection, now: SystemTime) -> String {
     let state = &vm.state;
     match (state.status, &state.exit) {
-        ("exited", Some(exit)) => format!(
+        (VmStatus::Exited, Some(exit)) => format!(
             "Exited ({}) {} ago",
             exit.status,
             age(exit.finished_ns, now)
         ),
-        ("running", _) => format!("Up {}", age(state.started_ns, now)),
-        ("paused", _) => format!("Up {} (paused)", age(state.started_ns, now)),
+        (VmStatus::Running, _) => format!("Up {}", up(state.started, now)),
+        (VmStatus::Paused, _) => format!("Up {} (paused)", up(state.started, now)),
         (other, _) => {
-            let mut text = other.to_owned();
+            let mut text = other.to_string();
             if let Some(first) = text.get_mut(..1) {
                 first.make_ascii_uppercase();
             }
@@ -225,16 +217,22 @@ fn since_epoch_ns(time: SystemTime) -> u64 {
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
+/// Formats the time since the start; the epoch stands for an unknown start.
+fn up(started: Option<SystemTime>, now: SystemTime) -> String {
+    let started = started.unwrap_or(UNIX_EPOCH);
+    format_age(now.duration_since(started).unwrap_or_default())
+}
+
 fn age(since_ns: u64, now: SystemTime) -> String {
     let since = UNIX_EPOCH + Duration::from_nanos(since_ns);
     format_age(now.duration_since(since).unwrap_or_default())
 }
 
-pub(crate) fn inspect(home: &Home, args: &VmArgs, printer: &Printer) -> Result<u32, Failure> {
+pub(crate) fn inspect(sm: &Sm, args: &VmArgs, printer: &Printer) -> Result<u32, Failure> {
     let mut found = Vec::new();
     let mut status = 0;
     for query in &args.vms {
-        match Vm::find(home, query).and_then(|vm| vm.inspect()) {
+        match sm.vm(query).and_then(|vm| vm.inspect()) {
             Ok(inspection) => found.push(inspection),
             Err(error) => {
                 printer.error(&error.into());
@@ -246,11 +244,11 @@ pub(crate) fn inspect(home: &Home, args: &VmArgs, printer: &Printer) -> Result<u
     Ok(status)
 }
 
-pub(crate) fn stats(home: &Home, args: &StatsArgs, printer: &Printer) -> Result<u32, Failure> {
+pub(crate) fn stats(sm: &Sm, args: &StatsArgs, printer: &Printer) -> Result<u32, Failure> {
     if args.profile {
-        return profile(home, args, printer);
+        return profile(sm, args, printer);
     }
-    let stats = Vm::find(home, &args.vm)?.stats()?;
+    let stats = sm.vm(&args.vm)?.stats()?;
     if args.format.json() {
         printer.json(&stats)?;
         return Ok(0);
@@ -279,8 +277,8 @@ pub(crate) fn stats(home: &Home, args: &StatsArgs, printer: &Printer) -> Result<
 }
 
 /// Measures the stages of a VM's connections (`sm stats --profile`).
-fn profile(home: &Home, args: &StatsArgs, printer: &Printer) -> Result<u32, Failure> {
-    let vm = Vm::find(home, &args.vm)?;
+fn profile(sm: &Sm, args: &StatsArgs, printer: &Printer) -> Result<u32, Failure> {
+    let vm = sm.vm(&args.vm)?;
     vm.begin_profile()?;
     let seconds = args.interval;
     printer.note(format_args!("measuring for {seconds} s"));

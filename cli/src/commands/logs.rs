@@ -5,16 +5,15 @@ use std::fs::File;
 use std::io::{self, Read as _, Write};
 
 use anyhow::Context as _;
-use sm_runtime::Vm;
-use sm_runtime::home::Home;
 use sm_runtime::logs::{LogRecord, Stream};
+use sm_runtime::{Sm, Vm};
 
 use crate::args::LogsArgs;
 use crate::failure::Failure;
 use crate::moment::timestamp;
 
-pub(crate) fn logs(home: &Home, args: &LogsArgs) -> Result<u32, Failure> {
-    let vm = Vm::find(home, &args.vm)?;
+pub(crate) fn logs(sm: &Sm, args: &LogsArgs) -> Result<u32, Failure> {
+    let vm = sm.vm(&args.vm)?;
     if args.console {
         return console(&vm, args.tail);
     }
@@ -95,7 +94,8 @@ impl Sink {
     fn write(&mut self, record: &LogRecord) -> bool {
         let (out, index): (&mut dyn Write, usize) = match record.stream {
             Stream::Stdout => (&mut io::stdout().lock(), 0),
-            Stream::Stderr => (&mut io::stderr().lock(), 1),
+            // The other one, and notes about the log itself.
+            _ => (&mut io::stderr().lock(), 1),
         };
         let mut write = |out: &mut dyn Write| -> io::Result<()> {
             if !self.timestamps {
@@ -139,10 +139,8 @@ impl Tail {
         // Records are split into lines, so that dropped lines need no memory.
         for line in record.bytes.split_inclusive(|byte| *byte == b'\n') {
             self.lines += usize::from(line.ends_with(b"\n"));
-            self.held.push_back(LogRecord {
-                bytes: line.to_vec(),
-                ..record
-            });
+            let line = LogRecord::new(record.stream, record.time_ns, line.to_vec());
+            self.held.push_back(line);
         }
         // An incomplete last line counts as a line.
         let open = self.held.back().is_some_and(|r| !r.bytes.ends_with(b"\n"));
@@ -165,11 +163,7 @@ mod tests {
     use super::*;
 
     fn record(text: &str) -> LogRecord {
-        LogRecord {
-            stream: Stream::Stdout,
-            time_ns: 0,
-            bytes: text.as_bytes().to_vec(),
-        }
+        LogRecord::new(Stream::Stdout, 0, text.as_bytes().to_vec())
     }
 
     #[test]

@@ -11,7 +11,7 @@ mod run;
 mod snapshot;
 
 use clap::CommandFactory as _;
-use sm_runtime::home::Home;
+use sm_runtime::Sm;
 use sm_runtime::timings::Phase;
 
 use crate::args::{Cli, Command};
@@ -20,37 +20,37 @@ use crate::printer::Printer;
 
 /// Runs a subcommand and returns the exit status.
 pub(crate) fn run(begin: Phase, cli: Cli, printer: &Printer) -> Result<u32, Failure> {
-    let home = || Home::from_env().map_err(Failure::from);
+    let sm = || Sm::new().map_err(Failure::from);
     match cli.command {
-        Command::Run(args) => run::run(begin, &home()?, *args, printer),
-        Command::Exec(args) => exec::exec(&home()?, args),
-        Command::Attach(args) => exec::attach(&home()?, &args, printer),
-        Command::Ps(args) => list::ps(&home()?, &args, printer),
-        Command::Port(args) => list::port(&home()?, &args, printer),
-        Command::Logs(args) => logs::logs(&home()?, &args),
-        Command::Stop(args) => lifecycle::stop(&home()?, &args, printer),
-        Command::Kill(args) => lifecycle::kill(&home()?, &args, printer),
-        Command::Pause(args) => lifecycle::pause(&home()?, &args, true, printer),
-        Command::Unpause(args) => lifecycle::pause(&home()?, &args, false, printer),
-        Command::Wait(args) => lifecycle::wait(&home()?, &args, printer),
-        Command::Rm(args) => lifecycle::rm(&home()?, &args, printer),
-        Command::Inspect(args) => list::inspect(&home()?, &args, printer),
-        Command::Stats(args) => list::stats(&home()?, &args, printer),
-        Command::Image(command) => images::run(&home()?, command, printer),
-        Command::Images(args) => images::list(&home()?, &args, printer),
-        Command::Pull(args) => images::pull(&home()?, &args, printer),
-        Command::Rmi(args) => images::remove(&home()?, &args, printer),
-        Command::Push(args) => images::push(&home()?, &args, printer),
-        Command::Tag(args) => images::tag(&home()?, &args),
-        Command::History(args) => images::history(&home()?, &args, printer),
-        Command::Save(args) => archive::save(&home()?, &args, printer),
-        Command::Load(args) => archive::load(&home()?, &args, printer),
-        Command::Import(args) => archive::import(&home()?, &args, printer),
-        Command::Fork(args) => snapshot::fork(&home()?, &args, printer),
-        Command::Reset(args) => lifecycle::reset(&home()?, &args, printer),
-        Command::Snapshot(command) => snapshot::run(&home()?, command, printer),
-        Command::Kernel(command) => kernel::run(&home()?, command, printer),
-        Command::Doctor(args) => kernel::doctor(&home()?, &args, printer),
+        Command::Run(args) => run::run(begin, &sm()?, *args, printer),
+        Command::Exec(args) => exec::exec(&sm()?, args),
+        Command::Attach(args) => exec::attach(&sm()?, &args, printer),
+        Command::Ps(args) => list::ps(&sm()?, &args, printer),
+        Command::Port(args) => list::port(&sm()?, &args, printer),
+        Command::Logs(args) => logs::logs(&sm()?, &args),
+        Command::Stop(args) => lifecycle::stop(&sm()?, &args, printer),
+        Command::Kill(args) => lifecycle::kill(&sm()?, &args, printer),
+        Command::Pause(args) => lifecycle::pause(&sm()?, &args, true, printer),
+        Command::Unpause(args) => lifecycle::pause(&sm()?, &args, false, printer),
+        Command::Wait(args) => lifecycle::wait(&sm()?, &args, printer),
+        Command::Rm(args) => lifecycle::rm(&sm()?, &args, printer),
+        Command::Inspect(args) => list::inspect(&sm()?, &args, printer),
+        Command::Stats(args) => list::stats(&sm()?, &args, printer),
+        Command::Image(command) => images::run(&sm()?, command, printer),
+        Command::Images(args) => images::list(&sm()?, &args, printer),
+        Command::Pull(args) => images::pull(&sm()?, &args, printer),
+        Command::Rmi(args) => images::remove(&sm()?, &args, printer),
+        Command::Push(args) => images::push(&sm()?, &args, printer),
+        Command::Tag(args) => images::tag(&sm()?, &args),
+        Command::History(args) => images::history(&sm()?, &args, printer),
+        Command::Save(args) => archive::save(&sm()?, &args, printer),
+        Command::Load(args) => archive::load(&sm()?, &args, printer),
+        Command::Import(args) => archive::import(&sm()?, &args, printer),
+        Command::Fork(args) => snapshot::fork(&sm()?, &args, printer),
+        Command::Reset(args) => lifecycle::reset(&sm()?, &args, printer),
+        Command::Snapshot(command) => snapshot::run(&sm()?, command, printer),
+        Command::Kernel(command) => kernel::run(&sm()?, command, printer),
+        Command::Doctor(args) => kernel::doctor(&sm()?, &args, printer),
         Command::Completions { shell } => {
             // The script is buffered, because the generator panics on write errors.
             let mut script = Vec::new();

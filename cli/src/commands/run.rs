@@ -5,16 +5,14 @@ use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
 use serde::Serialize;
-use sm_runtime::home::Home;
 use sm_runtime::publish::Ports;
-use sm_runtime::record::{ExitReason, ExitRecord};
 use sm_runtime::timings::Phase;
 use sm_runtime::workload::{Overrides, Rlimit};
-use sm_runtime::{RunOptions, SignalSender, Snapshot, Vm};
+use sm_runtime::{ExitReason, ExitRecord, RunOptions, SignalSender, Sm, Vm};
 
 use super::images;
 use crate::args::RunArgs;
-use crate::failure::Failure;
+use crate::failure::{Failure, hint_of_cause};
 use crate::printer::Printer;
 use crate::stream::{self, End, Remote, Wiring};
 use crate::{terminal, timings};
@@ -33,12 +31,7 @@ struct Report<'a> {
     timings: Vec<timings::Step>,
 }
 
-pub(crate) fn run(
-    begin: Phase,
-    home: &Home,
-    args: RunArgs,
-    printer: &Printer,
-) -> Result<u32, Failure> {
+pub(crate) fn run(begin: Phase, sm: &Sm, args: RunArgs, printer: &Printer) -> Result<u32, Failure> {
     if args.process.tty && !args.detach && args.process.interactive && !io::stdin().is_terminal() {
         return Err(anyhow!(
             "standard input is not a terminal: leave out -t, or run this from a terminal"
@@ -55,7 +48,7 @@ pub(crate) fn run(
     }
     let mut vm = match &args.from {
         Some(name) => {
-            let snapshot = Snapshot::open(home, name)?;
+            let snapshot = sm.snapshot(name)?;
             if snapshot.config().workload.tty && !args.detach && !io::stdin().is_terminal() {
                 return Err(anyhow!(
                     "the workload of snapshot \"{name}\" runs on a terminal: \
@@ -65,14 +58,8 @@ pub(crate) fn run(
             }
             snapshot.run(&options(begin, &args)?)?
         }
-        None => images::open(
-            home,
-            &args.image,
-            args.pull,
-            args.platform.as_ref(),
-            printer,
-        )?
-        .run(options(begin, &args)?)?,
+        None => images::open(sm, &args.image, args.pull, args.platform.as_ref(), printer)?
+            .run(options(begin, &args)?)?,
     };
     for warning in vm.warnings() {
         printer.note(format_args!("sm: {warning}"));
@@ -159,6 +146,9 @@ fn explain(exit: &ExitRecord, printer: &Printer) {
     }
     if let Some(message) = &exit.message {
         printer.note(format_args!("sm: {message}"));
+    }
+    if let Some(hint) = exit.cause.and_then(hint_of_cause) {
+        printer.note(format_args!("  hint: {hint}"));
     }
 }
 

@@ -1,13 +1,12 @@
 //! `sm snapshot`.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use indicatif::ProgressBar;
 use serde_json::json;
-use sm_runtime::home::Home;
-use sm_runtime::snapshots::{self, Layer, Listed};
-use sm_runtime::{RunOptions, SnapshotReport, Vm};
+use sm_runtime::snapshots::{Layer, Listed};
+use sm_runtime::{AfterSnapshot, RunOptions, Sm, SnapshotReport};
 
 use crate::args::{ForkArgs, SnapshotCommand};
 use crate::failure::{FAILED, Failure};
@@ -18,14 +17,10 @@ use crate::units::{format_age, format_size};
 /// Size of a page of guest memory in bytes.
 const PAGE: u64 = 4096;
 
-pub(crate) fn run(
-    home: &Home,
-    command: SnapshotCommand,
-    printer: &Printer,
-) -> Result<u32, Failure> {
+pub(crate) fn run(sm: &Sm, command: SnapshotCommand, printer: &Printer) -> Result<u32, Failure> {
     match command {
         SnapshotCommand::Ls(args) => {
-            let listed = snapshots::list(home).context("cannot list snapshots")?;
+            let listed = sm.snapshots().list().context("cannot list snapshots")?;
             if args.quiet {
                 for snapshot in &listed {
                     printer.line(&snapshot.name);
@@ -47,7 +42,11 @@ pub(crate) fn run(
             vm,
             name,
         } => {
-            let report = Vm::find(home, &vm)?.snapshot(&name, stop)?;
+            let then = match stop {
+                true => AfterSnapshot::End,
+                false => AfterSnapshot::Continue,
+            };
+            let report = sm.vm(&vm)?.snapshot(&name, then)?;
             if json {
                 printer.json(&report)?;
             } else {
@@ -57,14 +56,14 @@ pub(crate) fn run(
             Ok(0)
         }
         SnapshotCommand::ProveDistinct { count, json, name } => {
-            prove_distinct(home, &name, count, json, printer)
+            prove_distinct(sm, &name, count, json, printer)
         }
         SnapshotCommand::Inspect { name } => {
-            printer.json(&snapshots::inspect(home, &name)?)?;
+            printer.json(&sm.snapshots().inspect(&name)?)?;
             Ok(0)
         }
         SnapshotCommand::Verify { names } => each(&names, printer, |name| {
-            let verified = snapshots::verify(home, name)?;
+            let verified = sm.snapshots().verify(name)?;
             printer.line(format_args!(
                 "{name}: sound ({} pages in {} snapshots)",
                 verified.pages, verified.snapshots
@@ -72,7 +71,7 @@ pub(crate) fn run(
             Ok(())
         }),
         SnapshotCommand::Diff { a, b, json } => {
-            let difference = snapshots::diff(home, &a, &b)?;
+            let difference = sm.snapshots().diff(&a, &b)?;
             if json {
                 printer.json(&json!({
                     "pages": difference.pages,
@@ -87,7 +86,11 @@ pub(crate) fn run(
             Ok(u32::from(difference.different != 0))
         }
         SnapshotCommand::Flatten { name, copy } => {
-            let manifest = snapshots::flatten(home, &name, copy.as_deref())?;
+            let snapshots = sm.snapshots();
+            let manifest = match &copy {
+                Some(copy) => snapshots.flatten_to(&name, copy)?,
+                None => snapshots.flatten(&name)?,
+            };
             printer.line(copy.as_ref().unwrap_or(&name));
             printer.note(format_args!(
                 "It contains {} of memory and needs no parent.",
@@ -96,7 +99,7 @@ pub(crate) fn run(
             Ok(0)
         }
         SnapshotCommand::Rm { names } => each(&names, printer, |name| {
-            snapshots::remove(home, name)?;
+            sm.snapshots().remove(name)?;
             printer.line(name);
             Ok(())
         }),
@@ -120,13 +123,13 @@ fn cost(report: &SnapshotReport) -> String {
 }
 
 /// Clones a running VM (`sm fork`).
-pub(crate) fn fork(home: &Home, args: &ForkArgs, printer: &Printer) -> Result<u32, Failure> {
+pub(crate) fn fork(sm: &Sm, args: &ForkArgs, printer: &Printer) -> Result<u32, Failure> {
     let mut options = RunOptions::new().auto_remove(args.rm);
     if let Some(name) = &args.name {
         options = options.name(name.as_str());
     }
-    let vm = Vm::find(home, &args.vm)?;
-    let forked = snapshots::fork(home, &vm, args.count, &options)?;
+    let vm = sm.vm(&args.vm)?;
+    let forked = vm.fork(args.count, &options)?;
     let clones = forked.vms;
     if args.json {
         let clones: Vec<_> = clones
@@ -144,14 +147,14 @@ pub(crate) fn fork(home: &Home, args: &ForkArgs, printer: &Printer) -> Result<u3
 }
 
 fn prove_distinct(
-    home: &Home,
+    sm: &Sm,
     name: &str,
     count: usize,
     json: bool,
     printer: &Printer,
 ) -> Result<u32, Failure> {
     let bar = ProgressBar::new(u64::try_from(count).unwrap_or(u64::MAX));
-    let proof = snapshots::prove_distinct(home, name, count, |_| bar.inc(1))?;
+    let proof = sm.snapshots().prove_distinct(name, count, |_| bar.inc(1))?;
     bar.finish_and_clear();
     if json {
         printer.json(&proof)?;
@@ -205,14 +208,16 @@ fn row(snapshot: &Listed) -> [String; 7] {
         Some(Layer::App) => "a running workload",
         None => "damaged",
     };
-    let made = UNIX_EPOCH + Duration::from_millis(snapshot.created_ms);
-    let age = SystemTime::now().duration_since(made).unwrap_or_default();
+    let created = snapshot.created.unwrap_or(UNIX_EPOCH);
+    let age = SystemTime::now()
+        .duration_since(created)
+        .unwrap_or_default();
     [
         snapshot.name.clone(),
         holds.to_owned(),
         snapshot.image.clone().unwrap_or_default(),
-        format_size(snapshot.memory_bytes),
-        snapshot.vcpus.to_string(),
+        format_size(snapshot.memory_bytes.unwrap_or(0)),
+        snapshot.vcpus.unwrap_or(0).to_string(),
         format!("{} ago", format_age(age)),
         format_size(snapshot.disk_bytes),
     ]

@@ -6,13 +6,14 @@ use serde::Serialize;
 use sm_control::with_causes;
 use sm_hypervisor::{Hypervisor as _, Native};
 
-use crate::home::Home;
+use crate::guest_agent;
 use crate::record::Records;
 use crate::run::{DEFAULT_MEMORY, MIN_MEMORY};
-use crate::{guest_agent, kernel};
+use crate::sm::Sm;
 
 /// The result of one check.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct Check {
     /// The subject of the check.
     pub name: &'static str,
@@ -22,9 +23,16 @@ pub struct Check {
     pub detail: String,
 }
 
-/// Checks everything that is needed to run a VM.
-#[must_use]
-pub fn examine(home: &Home) -> Vec<Check> {
+impl Sm {
+    /// Checks everything that is needed to run a VM.
+    #[must_use]
+    pub fn examine(&self) -> Vec<Check> {
+        examine(self)
+    }
+}
+
+fn examine(sm: &Sm) -> Vec<Check> {
+    let home = sm.home();
     let check = |name, result: Result<String, String>| match result {
         Ok(detail) => Check {
             name,
@@ -44,13 +52,14 @@ pub fn examine(home: &Home) -> Vec<Check> {
     checks.extend([
         check(
             "guest kernel",
-            kernel::find(home, None)
+            sm.kernels()
+                .find(None)
                 .map(|kernel| kernel.path.display().to_string())
                 .map_err(|error| with_causes(&error)),
         ),
         check(
             "guest agent",
-            guest_agent::describe().map_err(|error| with_causes(&error)),
+            guest_agent::describe(sm.agent()).map_err(|error| with_causes(&error)),
         ),
         check(
             "data and sockets",

@@ -7,32 +7,44 @@ use sm_control::launch::DiskSegment;
 use sm_control::workload::ImageDefaults;
 pub use sm_image::{
     Cancel, Config, Digest, Error as ImageError, ErrorKind as ImageErrorKind, ImageDetails,
-    ImageSummary, ImageUsage, LayerDetails, LayerStep, Platform, Progress, PruneOptions, Pruned,
-    PullOptions, Report, Usage, Verified,
+    ImageSummary, ImageUsage, LayerDetails, LayerStep, Loaded, Platform, Progress, PruneOptions,
+    Pruned, PullOptions, Report, Usage, Verified,
 };
 use sm_image::{ImageConfig, Reference, Store, StoredImage};
 
-pub use self::store::{
-    import, inspect, is_stored, keep_within, list, load, load_file, prune, push, remove, save, tag,
-    usage, verify,
-};
-
-use crate::Error as RuntimeError;
-use crate::home::Home;
+pub use self::store::Images;
+use crate::sm::Sm;
+use crate::{Error, Refusal};
 
 /// Options for getting an image.
 #[derive(Clone, Debug, Default)]
 pub struct Fetch<'a> {
-    /// Asks the registry even if the store has the image.
-    pub anew: bool,
-    /// Platform, progress callback and other options of the pull.
-    pub options: PullOptions<'a>,
+    anew: bool,
+    options: PullOptions<'a>,
 }
 
-/// An image in the local store, ready to be run.
+impl<'a> Fetch<'a> {
+    /// Creates options with platform, progress callback and other options of a pull.
+    #[must_use]
+    pub fn new(options: PullOptions<'a>) -> Self {
+        Self {
+            anew: false,
+            options,
+        }
+    }
+
+    /// Asks the registry even if the store has the image.
+    #[must_use]
+    pub fn anew(mut self, anew: bool) -> Self {
+        self.anew = anew;
+        self
+    }
+}
+
+/// An image in the local store, ready to be run; see [`Sm::image`].
 #[derive(Clone, Debug)]
 pub struct Image {
-    home: Home,
+    sm: Sm,
     reference: String,
     digest: String,
     platform: Platform,
@@ -42,30 +54,36 @@ pub struct Image {
     _stored: StoredImage,
 }
 
-impl Image {
-    /// Opens an image. Pulls it into the store first if it is not there.
+impl Sm {
+    /// Opens an image, which is pulled into the store first if it is not there.
     ///
     /// # Errors
-    /// See [`RuntimeError`].
-    pub fn open(reference: &str) -> Result<Self, RuntimeError> {
-        Self::open_in(&Home::from_env()?, reference, &Fetch::default())
+    /// The reference is invalid, there is no such image, or it cannot be pulled.
+    pub fn image(&self, reference: &str) -> Result<Image, Error> {
+        self.image_with(reference, &Fetch::default())
     }
 
-    /// Like [`Self::open`], in the given home and with options.
+    /// Like [`Self::image`], with options of the pull.
     ///
     /// # Errors
-    /// See [`RuntimeError`].
-    pub fn open_in(home: &Home, reference: &str, fetch: &Fetch<'_>) -> Result<Self, RuntimeError> {
+    /// As for [`Self::image`].
+    pub fn image_with(&self, reference: &str, fetch: &Fetch<'_>) -> Result<Image, Error> {
+        Image::open(self, reference, fetch)
+    }
+}
+
+impl Image {
+    fn open(sm: &Sm, reference: &str, fetch: &Fetch<'_>) -> Result<Self, Error> {
         let parsed = Reference::parse_with_aliases(reference)?;
-        let store = Store::open(&home.images())?;
+        let store = Store::open(&sm.home().images())?;
         let stored = match fetch.anew {
             true => store.pull(&parsed, &fetch.options)?,
             false => store.open_image(&parsed, &fetch.options)?,
         };
-        Ok(Self::of(home, reference, stored))
+        Ok(Self::of(sm, reference, stored))
     }
 
-    fn of(home: &Home, reference: &str, stored: StoredImage) -> Self {
+    fn of(sm: &Sm, reference: &str, stored: StoredImage) -> Self {
         let segments = stored
             .segments
             .iter()
@@ -76,7 +94,7 @@ impl Image {
             })
             .collect();
         Self {
-            home: home.clone(),
+            sm: sm.clone(),
             reference: reference.to_owned(),
             digest: stored.digest.to_string(),
             platform: stored.platform(),
@@ -104,21 +122,19 @@ impl Image {
         &self.platform
     }
 
-    /// Returns the home whose store contains it.
-    pub(crate) fn home(&self) -> &Home {
-        &self.home
+    /// Returns the handle that opened it.
+    pub(crate) fn sm(&self) -> &Sm {
+        &self.sm
     }
 
     /// Returns an error if VMs of this host cannot run it.
-    pub(crate) fn check_platform(&self) -> Result<(), RuntimeError> {
+    pub(crate) fn check_platform(&self) -> Result<(), Refusal> {
         match self.platform.is_host() {
             true => Ok(()),
-            false => Err(RuntimeError::Refused(format!(
-                "image \"{}\" is for {}, and VMs of this host run programs for {} only",
-                self.reference,
-                self.platform,
-                Platform::host()
-            ))),
+            false => Err(Refusal::Platform {
+                image: self.reference.clone(),
+                platform: self.platform.clone(),
+            }),
         }
     }
 

@@ -1,5 +1,6 @@
-//! Operations on the image store of a home.
+//! The image store of a user.
 
+use std::cell::RefCell;
 use std::io::{Read, Write};
 use std::path::Path;
 
@@ -8,161 +9,209 @@ use sm_image::{
     PruneOptions, Pruned, PullOptions, Reference, Store, Usage, Verified,
 };
 
-use super::users::image_users;
-use crate::Error;
-use crate::home::Home;
+use super::users::{Unknown, image_users};
+use crate::sm::Sm;
+use crate::{Error, OptionError, Refusal};
 
-fn store(home: &Home) -> Result<Store, Error> {
-    Ok(Store::open(&home.images())?)
+/// The image store; see [`Sm::images`].
+#[derive(Clone, Debug)]
+pub struct Images {
+    sm: Sm,
 }
 
-/// Returns true if [`super::Image::open_in`] would find the image of `reference` in the
-/// store.
-///
-/// # Errors
-/// The reference is invalid, or the store cannot be read.
-pub fn is_stored(home: &Home, reference: &str, platform: Option<&Platform>) -> Result<bool, Error> {
-    let parsed = Reference::parse_with_aliases(reference)?;
-    Ok(store(home)?.has(&parsed, platform)?)
+impl Sm {
+    /// Returns the store of images.
+    #[must_use]
+    pub fn images(&self) -> Images {
+        Images { sm: self.clone() }
+    }
 }
 
-/// Returns all images in the store.
-///
-/// # Errors
-/// The store cannot be read.
-pub fn list(home: &Home) -> Result<Vec<ImageSummary>, Error> {
-    Ok(store(home)?.list()?)
-}
+impl Images {
+    fn store(&self) -> Result<Store, Error> {
+        Ok(Store::open(&self.sm.home().images())?)
+    }
 
-/// Returns the details of an image.
-///
-/// # Errors
-/// No image has that name or ID, or the store cannot be read.
-pub fn inspect(home: &Home, query: &str) -> Result<ImageDetails, Error> {
-    Ok(store(home)?.inspect(query)?)
-}
+    /// Calls an operation that removes data, with the images that snapshots need.
+    fn removing<T>(
+        &self,
+        operation: impl FnOnce(&Store, FindUsers<'_>) -> Result<T, sm_image::Error>,
+    ) -> Result<T, Error> {
+        let unreadable = RefCell::new(None);
+        let users = || {
+            image_users(self.sm.home()).map_err(|unknown| match unknown {
+                Unknown::Store(text) => text,
+                Unknown::Snapshot { name, reason } => {
+                    let refusal = Refusal::UnreadableSnapshot { name, reason };
+                    let text = refusal.to_string();
+                    unreadable.replace(Some(refusal));
+                    text
+                }
+            })
+        };
+        let result = operation(&self.store()?, &users);
+        result.map_err(|error| match (error, unreadable.take()) {
+            (sm_image::Error::Users(_), Some(refusal)) => refusal.into(),
+            (error, _) => error.into(),
+        })
+    }
 
-/// Returns the disk usage of the images.
-///
-/// # Errors
-/// The store cannot be read.
-pub fn usage(home: &Home) -> Result<Usage, Error> {
-    Ok(store(home)?.usage()?)
-}
+    /// Returns true if [`Sm::image`] would find the image of `reference` in the store.
+    ///
+    /// # Errors
+    /// The reference is invalid, or the store cannot be read.
+    pub fn contains(&self, reference: &str, platform: Option<&Platform>) -> Result<bool, Error> {
+        let parsed = Reference::parse_with_aliases(reference)?;
+        Ok(self.store()?.has(&parsed, platform)?)
+    }
 
-/// Verifies an image against its digests; with `repair`, removes damaged blobs, unless a VM
-/// or a snapshot needs them.
-///
-/// # Errors
-/// No image has that name or ID, or the store cannot be read.
-pub fn verify(home: &Home, query: &str, repair: bool) -> Result<Verified, Error> {
-    let users: FindUsers<'_> = &|| image_users(home);
-    Ok(store(home)?.verify(query, repair.then_some(users))?)
-}
+    /// Returns all images in the store.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    pub fn list(&self) -> Result<Vec<ImageSummary>, Error> {
+        Ok(self.store()?.list()?)
+    }
 
-/// Adds a name to an image, for instance one in a registry to push to.
-///
-/// # Errors
-/// There is no such image, or the name is invalid.
-pub fn tag(home: &Home, query: &str, name: &str) -> Result<(), Error> {
-    let name = DockerReference::parse(name).map_err(|reason| {
-        Error::Refused(format!("\"{name}\" is no name for an image: {reason}"))
-    })?;
-    Ok(store(home)?.tag(query, &name)?)
-}
+    /// Returns the details of an image.
+    ///
+    /// # Errors
+    /// No image has that name or ID, or the store cannot be read.
+    pub fn inspect(&self, query: &str) -> Result<ImageDetails, Error> {
+        Ok(self.store()?.inspect(query)?)
+    }
 
-/// Writes images to one archive, for `docker load`, `podman load`, skopeo and [`load`].
-///
-/// # Errors
-/// One of them does not exist or is damaged, or `out` cannot be written.
-pub fn save(
-    home: &Home,
-    queries: &[String],
-    out: &mut dyn Write,
-    options: &PullOptions<'_>,
-) -> Result<(), Error> {
-    Ok(store(home)?.save(queries, out, options)?)
-}
+    /// Returns the disk usage of the images.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    pub fn usage(&self) -> Result<Usage, Error> {
+        Ok(self.store()?.usage()?)
+    }
 
-/// Adds all images of an archive to the store; errors name the archive `place`.
-///
-/// # Errors
-/// The stream is no archive of images, or one of them is refused.
-pub fn load(
-    home: &Home,
-    stream: impl Read,
-    place: &str,
-    options: &PullOptions<'_>,
-) -> Result<Vec<Loaded>, Error> {
-    Ok(store(home)?.load(stream, place, options)?)
-}
+    /// Verifies an image against its digests.
+    ///
+    /// # Errors
+    /// No image has that name or ID, or the store cannot be read.
+    pub fn verify(&self, query: &str) -> Result<Verified, Error> {
+        Ok(self.store()?.verify(query, None)?)
+    }
 
-/// Like [`load`], from a file, which is read without a copy.
-///
-/// # Errors
-/// As for [`load`].
-pub fn load_file(
-    home: &Home,
-    path: &Path,
-    options: &PullOptions<'_>,
-) -> Result<Vec<Loaded>, Error> {
-    Ok(store(home)?.load_file(path, options)?)
-}
+    /// Like [`Self::verify`], and removes damaged blobs, unless a VM or a snapshot needs
+    /// them.
+    ///
+    /// # Errors
+    /// As for [`Self::verify`], or it cannot be determined which images snapshots need.
+    pub fn repair(&self, query: &str) -> Result<Verified, Error> {
+        self.removing(|store, users| store.verify(query, Some(users)))
+    }
 
-/// Pushes an image, by its name in the store, to the registry of that name; returns the
-/// digest of its manifest there.
-///
-/// # Errors
-/// No image has that name, or the registry refuses it.
-pub fn push(home: &Home, name: &str, options: &PullOptions<'_>) -> Result<Digest, Error> {
-    Ok(store(home)?.push(&docker_name(name)?, options)?)
-}
+    /// Adds a name to an image, for instance one in a registry to push to.
+    ///
+    /// # Errors
+    /// There is no such image, or the name is invalid.
+    pub fn tag(&self, query: &str, name: &str) -> Result<(), Error> {
+        let name = docker_name(name)?;
+        Ok(self.store()?.tag(query, &name)?)
+    }
 
-/// Creates an image from a root file system in a tar stream, which may be compressed;
-/// returns its ID.
-///
-/// # Errors
-/// The stream is no archive, the name is invalid, or the store cannot be written.
-pub fn import(
-    home: &Home,
-    stream: impl Read + Send,
-    name: Option<&str>,
-    config: Config,
-    comment: &str,
-    options: &PullOptions<'_>,
-) -> Result<Digest, Error> {
-    let name = name.map(docker_name).transpose()?;
-    let image = store(home)?.import(stream, name.as_ref(), config, comment, options)?;
-    Ok(image.digest)
+    /// Writes images to one archive, for `docker load`, `podman load`, skopeo and
+    /// [`Self::load`].
+    ///
+    /// # Errors
+    /// One of them does not exist or is damaged, or `out` cannot be written.
+    pub fn save(
+        &self,
+        queries: &[String],
+        out: &mut dyn Write,
+        options: &PullOptions<'_>,
+    ) -> Result<(), Error> {
+        Ok(self.store()?.save(queries, out, options)?)
+    }
+
+    /// Adds all images of an archive to the store; errors name the archive `origin`.
+    ///
+    /// # Errors
+    /// The stream is no archive of images, or one of them is refused.
+    pub fn load(
+        &self,
+        stream: impl Read,
+        origin: &str,
+        options: &PullOptions<'_>,
+    ) -> Result<Vec<Loaded>, Error> {
+        Ok(self.store()?.load(stream, origin, options)?)
+    }
+
+    /// Like [`Self::load`], from a file, which is read without a copy.
+    ///
+    /// # Errors
+    /// As for [`Self::load`].
+    pub fn load_file(&self, path: &Path, options: &PullOptions<'_>) -> Result<Vec<Loaded>, Error> {
+        Ok(self.store()?.load_file(path, options)?)
+    }
+
+    /// Pushes an image, by its name in the store, to the registry of that name; returns the
+    /// digest of its manifest there.
+    ///
+    /// # Errors
+    /// No image has that name, or the registry refuses it.
+    pub fn push(&self, name: &str, options: &PullOptions<'_>) -> Result<Digest, Error> {
+        Ok(self.store()?.push(&docker_name(name)?, options)?)
+    }
+
+    /// Creates an image from a root file system in a tar stream, which may be compressed;
+    /// returns its ID.
+    ///
+    /// # Errors
+    /// The stream is no archive, the name is invalid, or the store cannot be written.
+    pub fn import(
+        &self,
+        stream: impl Read + Send,
+        name: Option<&str>,
+        config: Config,
+        comment: &str,
+        options: &PullOptions<'_>,
+    ) -> Result<Digest, Error> {
+        let name = name.map(docker_name).transpose()?;
+        let store = self.store()?;
+        let image = store.import(stream, name.as_ref(), config, comment, options)?;
+        Ok(image.digest)
+    }
+
+    /// Removes an image by reference, or by (a prefix of) its ID.
+    ///
+    /// # Errors
+    /// There is no such image, a snapshot needs it, or the store cannot be changed.
+    pub fn remove(&self, query: &str) -> Result<Pruned, Error> {
+        self.removing(|store, users| store.remove(query, users))
+    }
+
+    /// Removes unneeded data; see [`PruneOptions`]. Images in use by VMs and snapshots
+    /// stay.
+    ///
+    /// # Errors
+    /// Files cannot be read or removed.
+    pub fn prune(&self, options: PruneOptions) -> Result<Pruned, Error> {
+        self.removing(|store, users| store.prune(options, users))
+    }
+
+    /// Removes the least recently used images until the rest takes at most `max_bytes`,
+    /// unless another process uses the store at the moment.
+    ///
+    /// # Errors
+    /// Files cannot be read or removed, or the needs of snapshots cannot be determined.
+    pub fn keep_within(&self, max_bytes: u64) -> Result<Option<Pruned>, Error> {
+        let options = PruneOptions::new().max_bytes(max_bytes);
+        self.removing(|store, users| store.try_prune(options, users))
+    }
 }
 
 fn docker_name(name: &str) -> Result<DockerReference, Error> {
-    DockerReference::parse(name)
-        .map_err(|reason| Error::Refused(format!("\"{name}\" is no name for an image: {reason}")))
-}
-
-/// Removes an image by reference, or by (a prefix of) its ID.
-///
-/// # Errors
-/// There is no such image, a snapshot needs it, or the store cannot be changed.
-pub fn remove(home: &Home, query: &str) -> Result<Pruned, Error> {
-    Ok(store(home)?.remove(query, &|| image_users(home))?)
-}
-
-/// Removes unneeded data; see [`PruneOptions`]. Images in use by VMs and snapshots stay.
-///
-/// # Errors
-/// Files cannot be read or removed.
-pub fn prune(home: &Home, options: PruneOptions) -> Result<Pruned, Error> {
-    Ok(store(home)?.prune(options, &|| image_users(home))?)
-}
-
-/// Removes the least recently used images until the rest takes at most `max_bytes`,
-/// unless another process uses the store at the moment.
-///
-/// # Errors
-/// Files cannot be read or removed, or the needs of snapshots cannot be determined.
-pub fn keep_within(home: &Home, max_bytes: u64) -> Result<Option<Pruned>, Error> {
-    let options = PruneOptions::new().max_bytes(max_bytes);
-    Ok(store(home)?.try_prune(options, &|| image_users(home))?)
+    DockerReference::parse(name).map_err(|reason| {
+        OptionError::ImageName {
+            name: name.to_owned(),
+            reason: reason.to_string(),
+        }
+        .into()
+    })
 }

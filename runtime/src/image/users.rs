@@ -11,26 +11,37 @@ use sm_vmm::saved;
 
 use crate::home::Home;
 
+/// The cause of not knowing which images snapshots need.
+pub(super) enum Unknown {
+    /// The snapshots cannot be listed; a sentence.
+    Store(String),
+    /// This one cannot be read.
+    Snapshot {
+        /// The snapshot.
+        name: String,
+        /// The cause.
+        reason: String,
+    },
+}
+
 /// Returns the images that workload snapshots need, with the names of the snapshots. A
 /// snapshot that cannot be read may need any image.
 ///
 /// # Errors
-/// A sentence about the snapshot that cannot be read.
-pub(super) fn image_users(home: &Home) -> Result<Users, String> {
+/// The store, or a snapshot in it, cannot be read.
+pub(super) fn image_users(home: &Home) -> Result<Users, Unknown> {
     let store = SnapshotStore::read_only(&home.snapshots());
     let mut users = Users::new();
-    let entries = store.list().map_err(|error| with_causes(&error))?;
+    let entries = store.list();
+    let entries = entries.map_err(|error| Unknown::Store(with_causes(&error)))?;
     for entry in entries {
         let digest = match image_of(&store, &entry) {
             Ok(digest) => digest,
             // Snapshots can be removed at any time.
             Err(_) if is_gone(&home.snapshots().join(&entry.name)) => continue,
             Err(reason) => {
-                return Err(format!(
-                    "snapshot \"{name}\" cannot be read: {reason}; if it is not needed any more, \
-                     remove it (sm snapshot rm {name})",
-                    name = entry.name
-                ));
+                let name = entry.name;
+                return Err(Unknown::Snapshot { name, reason });
             }
         };
         if let Some(digest) = digest {

@@ -8,8 +8,8 @@ use sm_control::publish::{DEFAULT_WAIT_MS, Publication};
 use sm_control::timings::Phase;
 use sm_guest_proto::forward::MAX_WAIT_MS;
 
-use crate::Error;
 use crate::workload::Overrides;
+use crate::{Error, OptionError};
 
 /// Minimum of guest memory in bytes.
 pub const MIN_MEMORY: u64 = 64 << 20;
@@ -128,7 +128,7 @@ impl RunOptions {
         self
     }
 
-    /// Sets the kernel to boot; see [`crate::kernel::find`] for the default.
+    /// Sets the kernel to boot; see [`crate::kernel::Kernels::current`] for the default.
     #[must_use]
     pub fn kernel(mut self, path: impl Into<PathBuf>) -> Self {
         self.kernel = Some(path.into());
@@ -163,7 +163,7 @@ impl RunOptions {
         self
     }
 
-    /// Stays attached: [`crate::Vm::take_session`] then returns the workload's session,
+    /// Stays attached: [`crate::Vm::take_session`] returns the workload's session,
     /// with all output.
     #[must_use]
     pub fn attach(mut self, yes: bool) -> Self {
@@ -178,14 +178,15 @@ impl RunOptions {
         self
     }
 
-    /// Sets the size limit of the writable layer in bytes; 0 means half of guest memory.
+    /// Sets the size limit of the writable layer in bytes; the default is half of guest
+    /// memory.
     #[must_use]
     pub fn upper_size(mut self, bytes: u64) -> Self {
         self.upper_size = Some(bytes);
         self
     }
 
-    /// Sets the size of `/dev/shm` in bytes; 0 means 64 MiB.
+    /// Sets the size of `/dev/shm` in bytes; the default is 64 MiB.
     #[must_use]
     pub fn shm_size(mut self, bytes: u64) -> Self {
         self.shm_size = Some(bytes);
@@ -265,26 +266,17 @@ impl RunOptions {
 
     pub(super) fn check(&self) -> Result<(), Error> {
         if let Some(memory) = self.memory.filter(|memory| *memory < MIN_MEMORY) {
-            return Err(Error::Option(format!(
-                "{} of memory is too little for a guest: give it at least {} MiB",
-                mebibytes(memory),
-                MIN_MEMORY / MEBIBYTE
-            )));
+            let minimum = MIN_MEMORY;
+            return Err(OptionError::Memory {
+                bytes: memory,
+                minimum,
+            }
+            .into());
         }
         if self.cpus == Some(0) {
-            return Err(Error::Option(
-                "0 CPUs are too few for a guest: give it at least 1".to_owned(),
-            ));
+            return Err(OptionError::Cpus.into());
         }
         Ok(())
-    }
-}
-
-fn mebibytes(bytes: u64) -> String {
-    if bytes.is_multiple_of(MEBIBYTE) {
-        format!("{} MiB", bytes / MEBIBYTE)
-    } else {
-        format!("{bytes} bytes")
     }
 }
 

@@ -1,3 +1,5 @@
+use std::path::Path;
+
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::*;
@@ -11,9 +13,8 @@ fn started_as(program: &str, timeout: Duration) -> (String, bool) {
 /// As [`started_as`]; with `free`, this process can open so many descriptors meanwhile.
 fn started_with(program: &str, timeout: Duration, free: Option<u64>) -> (String, bool) {
     let dir = tempfile::tempdir().unwrap();
-    let at = |name| dir.path().join(name);
-    let home = Home::new(&at("data"), &at("run"), &at("cache"));
-    let records = Records::open(&home).unwrap();
+    let sm = Sm::builder().below(dir.path()).build().unwrap();
+    let records = Records::open(sm.home()).unwrap();
     let config = |id, name: String| Ok(VmConfig::new(id, name));
     let source = StartSource::Image(ImageSource {
         root: Vec::new(),
@@ -22,17 +23,11 @@ fn started_with(program: &str, timeout: Duration, free: Option<u64>) -> (String,
     });
     let program = Program {
         path: program.into(),
+        environment: Vec::new(),
         timeout,
     };
     let limit = free.map(limit_descriptors);
-    let launched = launch_program(
-        &home,
-        &records,
-        &RunOptions::new(),
-        config,
-        source,
-        &program,
-    );
+    let launched = launch_program(&sm, &records, &RunOptions::new(), config, source, &program);
     if let Some(limit) = limit {
         setrlimit(Resource::Nofile, limit).unwrap();
     }

@@ -13,41 +13,47 @@ use sm_snapshot::store::SnapshotStore;
 use sm_vmm::saved;
 
 use super::check_user_name;
-use crate::Error;
-use crate::home::Home;
 use crate::image::Image;
 use crate::record::{Records, VmConfig};
 use crate::run::{self, RunOptions};
-use crate::vm::Vm;
+use crate::sm::Sm;
+use crate::vm::{AfterSnapshot, Force, Lifetime, Vm};
+use crate::{Error, FixedOption, OptionError, Refusal};
 
-/// A workload snapshot. While this value lives, the snapshot cannot be removed.
+/// A workload snapshot; see [`Sm::snapshot`]. While this value lives, the snapshot cannot
+/// be removed.
 #[derive(Debug)]
 pub struct Snapshot {
-    home: Home,
+    sm: Sm,
     chain: Chain,
     config: VmConfig,
 }
 
-impl Snapshot {
-    /// Opens the snapshot `name`.
+impl Sm {
+    /// Opens a workload snapshot.
     ///
     /// # Errors
-    /// The snapshot does not exist, is damaged, or is no workload snapshot.
-    pub fn open(home: &Home, name: &str) -> Result<Self, Error> {
-        let chain = Chain::open(&SnapshotStore::read_only(&home.snapshots()), name)?;
+    /// The snapshot does not exist, is damaged, or holds no workload.
+    pub fn snapshot(&self, name: &str) -> Result<Snapshot, Error> {
+        Snapshot::open(self, name)
+    }
+}
+
+impl Snapshot {
+    fn open(sm: &Sm, name: &str) -> Result<Self, Error> {
+        let store = SnapshotStore::read_only(&sm.home().snapshots());
+        let chain = Chain::open(&store, name)?;
         let holds = match chain.tip().lease.manifest().layer {
             Layer::Base => "a kernel and an agent only",
             Layer::Image => "an image only",
             Layer::App => "no workload",
         };
         let Some(config) = saved::content(&chain)?.config else {
-            return Err(Error::Option(format!(
-                "snapshot \"{name}\" holds {holds}, so there is nothing to go on with: \
-                 run an image, which uses it by itself, or make a snapshot of a running VM"
-            )));
+            let name = name.to_owned();
+            return Err(Refusal::NoWorkload { name, holds }.into());
         };
         Ok(Self {
-            home: home.clone(),
+            sm: sm.clone(),
             chain,
             config: config.into(),
         })
@@ -72,7 +78,7 @@ impl Snapshot {
     /// # Errors
     /// See [`Error`]; among them an option that cannot be changed in a snapshot.
     pub fn run(&self, options: &RunOptions) -> Result<Vm, Error> {
-        let records = Records::open(&self.home)?;
+        let records = Records::open(self.sm.home())?;
         records.sweep()?;
         self.run_in(&records, options)
     }
@@ -94,7 +100,7 @@ impl Snapshot {
             config.publish_wait = options.limited_publish_wait();
             Ok(config)
         };
-        run::launch_in(&self.home, records, options, config, source)?.until_started(options.attach)
+        run::launch_in(&self.sm, records, options, config, source)?.until_started(options.attach)
     }
 }
 
@@ -107,11 +113,7 @@ fn stop_timeout(made_of: &VmConfig, options: &RunOptions) -> Duration {
 /// Refuses options that cannot be changed in a running machine. Options with the current
 /// value are accepted; an option with the default value counts as set.
 fn check(made_of: &VmConfig, options: &RunOptions) -> Result<(), Error> {
-    let fixed = |what: &str| {
-        Err(Error::Option(format!(
-            "{what} of a snapshot's VM cannot be changed: leave it out"
-        )))
-    };
+    let fixed = |option| Err(OptionError::Fixed(option).into());
     let given = &options.overrides;
     if *given
         != (Overrides {
@@ -119,51 +121,65 @@ fn check(made_of: &VmConfig, options: &RunOptions) -> Result<(), Error> {
             ..Overrides::default()
         })
     {
-        return fixed("the command, its environment, user, directory and streams");
+        return fixed(FixedOption::Workload);
     }
     if options
         .memory_given()
         .is_some_and(|m| m != made_of.memory_bytes)
     {
-        return fixed("the memory");
+        return fixed(FixedOption::Memory);
     }
     if options.cpus.is_some_and(|cpus| cpus != made_of.cpus) {
-        return fixed("the number of CPUs");
+        return fixed(FixedOption::Cpus);
     }
     if options.kernel.is_some() || !options.cmdline.is_empty() || options.cold {
-        return fixed("the kernel");
+        return fixed(FixedOption::Kernel);
     }
     if options.read_only || options.upper_size.is_some() {
-        return fixed("the root file system");
+        return fixed(FixedOption::Root);
     }
     // The snapshot does not contain the current value.
     if options.shm_size.is_some() {
-        return fixed("the size of /dev/shm");
+        return fixed(FixedOption::ShmSize);
     }
     if !options.extra_hosts.is_empty() {
-        return fixed("the list of hosts");
+        return fixed(FixedOption::Hosts);
     }
     if !options.nameservers.is_empty() {
-        return fixed("the list of name servers");
+        return fixed(FixedOption::NameServers);
     }
     Ok(())
 }
 
 impl Vm {
-    /// Takes a workload snapshot of the running VM, under a new name, and ends the VM if
-    /// `stop` is set. Returns when the snapshot is on disk.
+    /// Takes a workload snapshot of the running VM, under a new name. Returns when the
+    /// snapshot is on disk.
     ///
     /// # Errors
     /// The name is invalid or in use, the workload does not run, or the disk is full; the
     /// VM continues in these cases.
-    pub fn snapshot(&self, name: &str, stop: bool) -> Result<SnapshotReport, Error> {
+    pub fn snapshot(&self, name: &str, then: AfterSnapshot) -> Result<SnapshotReport, Error> {
         check_user_name(name)?;
-        Ok(self.make_snapshot(name, stop, false)?.report)
+        Ok(self.make_snapshot(name, then, Lifetime::Permanent)?.report)
+    }
+
+    /// Starts `count` clones of the running VM, which continues, and returns them when
+    /// their workloads run. They share memory until they modify it. `options` are as for
+    /// [`Snapshot::run`]; a number is appended to the name of each clone.
+    ///
+    /// When a clone cannot be started, no further ones are; running clones are returned
+    /// together with the error.
+    ///
+    /// # Errors
+    /// The VM cannot be captured: no clone was started.
+    pub fn fork(&self, count: usize, options: &RunOptions) -> Result<Forked, Error> {
+        fork(self, count, options)
     }
 }
 
-/// The clones that [`fork`] has started.
+/// The clones that [`Vm::fork`] has started.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Forked {
     /// Clones with a running workload.
     pub vms: Vec<Vm>,
@@ -174,22 +190,14 @@ pub struct Forked {
 /// Number of clones that are started concurrently.
 const AT_ONCE: usize = 4;
 
-/// Starts `count` clones of a running VM, which continues, and returns them when their
-/// workloads run. They share memory until they modify it. `options` are as for
-/// [`Snapshot::run`]; a number is appended to the name of each clone.
-///
-/// When a clone cannot be started, no further ones are; running clones are returned
-/// together with the error.
-///
-/// # Errors
-/// The VM cannot be captured: no clone was started.
-pub fn fork(home: &Home, vm: &Vm, count: usize, options: &RunOptions) -> Result<Forked, Error> {
+fn fork(vm: &Vm, count: usize, options: &RunOptions) -> Result<Forked, Error> {
+    let sm = vm.sm();
     let name = format!("fork-{}-{}", vm.id().short(), hex(&random::<4>()));
-    let records = Records::open(home)?;
+    let records = Records::open(sm.home())?;
     records.sweep()?;
     // `held` prevents the removal of the snapshot until it is opened here.
-    let held = vm.make_snapshot(&name, false, true)?;
-    let snapshot = Snapshot::open(home, &name)?;
+    let held = vm.make_snapshot(&name, AfterSnapshot::Continue, Lifetime::LastUser)?;
+    let snapshot = Snapshot::open(sm, &name)?;
     drop(held);
     let (vms, error) = start_all(count, |number| {
         let mut options = options.clone();
@@ -201,7 +209,7 @@ pub fn fork(home: &Home, vm: &Vm, count: usize, options: &RunOptions) -> Result<
     drop(snapshot);
     // The last clone to exit removes the snapshot; removal is refused before. A snapshot
     // that is left over is removed when another one is taken.
-    let removed = SnapshotStore::open(&home.snapshots()).and_then(|store| store.remove(&name));
+    let removed = SnapshotStore::open(&sm.home().snapshots()).and_then(|store| store.remove(&name));
     if let Err(error) = removed {
         tracing::debug!(%error, name, "the snapshot of a fork stays");
     }
@@ -242,8 +250,9 @@ fn start_all<T: Send>(
 }
 
 impl Image {
-    /// Runs the image, calls `prepare` to bring its workload to the state for clones, and
-    /// takes the snapshot `name`; see [`warm_up`].
+    /// Runs the image, calls `prepare` to bring its workload to the state for clones (by
+    /// exec, through a frontend, by waiting for its output), and takes the snapshot `name`.
+    /// The VM is removed afterwards, on errors as well.
     ///
     /// # Errors
     /// The VM cannot be started or captured, or `prepare` failed.
@@ -253,34 +262,18 @@ impl Image {
         name: &str,
         prepare: impl FnOnce(&mut Vm) -> Result<T, Error>,
     ) -> Result<(Snapshot, T), Error> {
-        warm_up(self.home(), self, options, name, prepare)
-    }
-}
-
-/// Runs an image, calls `prepare` to bring its workload to the state for clones (by exec,
-/// through a frontend, by waiting for its output), and takes the snapshot `name`. The VM
-/// is removed afterwards, on errors as well.
-///
-/// # Errors
-/// The VM cannot be started or captured, or `prepare` failed.
-pub fn warm_up<T>(
-    home: &Home,
-    image: &Image,
-    options: RunOptions,
-    name: &str,
-    prepare: impl FnOnce(&mut Vm) -> Result<T, Error>,
-) -> Result<(Snapshot, T), Error> {
-    check_user_name(name)?;
-    let mut vm = image.run(options.auto_remove(true))?;
-    let made = prepare(&mut vm).and_then(|value| {
-        vm.snapshot(name, true)?;
-        Ok(value)
-    });
-    match made {
-        Ok(value) => Ok((Snapshot::open(home, name)?, value)),
-        Err(error) => {
-            let _ = vm.remove(true);
-            Err(error)
+        check_user_name(name)?;
+        let mut vm = self.run(options.auto_remove(true))?;
+        let prepared = prepare(&mut vm).and_then(|value| {
+            vm.snapshot(name, AfterSnapshot::End)?;
+            Ok(value)
+        });
+        match prepared {
+            Ok(value) => Ok((Snapshot::open(self.sm(), name)?, value)),
+            Err(error) => {
+                let _ = vm.remove(Force::Yes);
+                Err(error)
+            }
         }
     }
 }
@@ -318,7 +311,7 @@ mod tests {
         assert_eq!(started, (1..=10).collect::<Vec<_>>());
         assert!(error.is_none());
         let (started, error) = start_all(100, |number| match number {
-            6 => Err(Error::Refused("no sixth".to_owned())),
+            6 => Err(Refusal::Vm("no sixth".to_owned()).into()),
             number => Ok(number),
         });
         assert_eq!(started[..5], [1, 2, 3, 4, 5]);

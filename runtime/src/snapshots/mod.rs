@@ -8,51 +8,61 @@
 mod clone;
 mod proof;
 
-pub use clone::{Forked, Snapshot, fork, warm_up};
-pub use proof::{Proof, Testimony, Twins, prove_distinct};
-use serde::Serialize;
-use sm_snapshot::Error;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+pub use clone::{Forked, Snapshot};
+pub use proof::{Evidence, Proof, Testimony, Twins};
+use serde::{Serialize, Serializer};
+pub use sm_snapshot::Error as SnapshotError;
 use sm_snapshot::chain::Chain;
 use sm_snapshot::contents;
 pub use sm_snapshot::contents::Difference;
+pub use sm_snapshot::cpu::CpuFeatures;
 use sm_snapshot::flat;
-pub use sm_snapshot::manifest::{Layer, Manifest};
+pub use sm_snapshot::manifest::{DeviceEntry, Layer, Manifest, MemoryEntry, ParentRef, StateEntry};
 use sm_snapshot::store::SnapshotStore;
 pub use sm_snapshot::verify::Verified;
 use sm_vmm::IMAGE_LABEL;
 
-use crate::Error as RuntimeError;
-use crate::home::Home;
+use crate::sm::Sm;
+use crate::{Error, OptionError};
 
 /// Prefixes of the names of internal snapshots.
 const RESERVED: [&str; 3] = ["base-", "image-", "fork-"];
 
 /// Checks a name that a user chose for a snapshot.
-pub(crate) fn check_user_name(name: &str) -> Result<(), RuntimeError> {
+pub(crate) fn check_user_name(name: &str) -> Result<(), Error> {
     sm_snapshot::store::check_name(name)?;
-    if let Some(prefix) = RESERVED.iter().find(|prefix| name.starts_with(**prefix)) {
-        return Err(RuntimeError::Option(format!(
-            "\"{name}\" cannot be the name of a snapshot: names that begin with \"{prefix}\" are reserved"
-        )));
+    match RESERVED.into_iter().find(|prefix| name.starts_with(prefix)) {
+        Some(prefix) => Err(OptionError::ReservedName {
+            name: name.to_owned(),
+            prefix,
+        }
+        .into()),
+        None => Ok(()),
     }
-    Ok(())
 }
 
 /// A snapshot in a listing.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct Listed {
-    /// The image in it, by its name at the time of the snapshot.
+    /// Its name.
     pub name: String,
     /// The image in it, by its name at the time of the snapshot.
     pub image: Option<String>,
     /// Its layer; `None` if the snapshot cannot be used.
     pub layer: Option<Layer>,
-    /// Guest memory in bytes.
-    pub memory_bytes: u64,
-    /// Creation time, in milliseconds since the Unix epoch.
-    pub vcpus: u32,
-    /// Creation time, in milliseconds since the Unix epoch.
-    pub created_ms: u64,
+    /// Guest memory in bytes. Serialized as 0 if the snapshot cannot be used, like the next
+    /// two.
+    #[serde(serialize_with = "or_zero")]
+    pub memory_bytes: Option<u64>,
+    /// Number of vCPUs.
+    #[serde(serialize_with = "or_zero")]
+    pub vcpus: Option<u32>,
+    /// Creation time. Serialized as `created_ms`, in milliseconds since the Unix epoch.
+    #[serde(rename = "created_ms", serialize_with = "milliseconds")]
+    pub created: Option<SystemTime>,
     /// Bytes on disk.
     pub disk_bytes: u64,
     /// The snapshot on which it builds.
@@ -61,90 +71,189 @@ pub struct Listed {
     pub problem: Option<String>,
 }
 
-fn store(home: &Home) -> SnapshotStore {
-    SnapshotStore::read_only(&home.snapshots())
+#[expect(clippy::ref_option, reason = "the signature that serde expects")]
+fn or_zero<T, S>(number: &Option<T>, to: S) -> Result<S::Ok, S::Error>
+where
+    T: Copy + Default + Serialize,
+    S: Serializer,
+{
+    number.unwrap_or_default().serialize(to)
 }
 
-/// Returns all snapshots, usable or not, by name.
-///
-/// # Errors
-/// The store cannot be read.
-pub fn list(home: &Home) -> Result<Vec<Listed>, Error> {
-    let entries = store(home).list()?;
-    Ok(entries
-        .into_iter()
-        .map(|entry| {
-            let mut listed = Listed {
-                name: entry.name,
-                image: None,
-                layer: None,
-                memory_bytes: 0,
-                vcpus: 0,
-                created_ms: 0,
-                disk_bytes: entry.disk_bytes,
-                parent: None,
-                problem: None,
-            };
-            match entry.manifest {
-                Ok(manifest) => {
-                    listed.layer = Some(manifest.layer);
-                    listed.image = manifest.labels.get(IMAGE_LABEL).cloned();
-                    listed.memory_bytes = manifest.memory_bytes;
-                    listed.vcpus = manifest.vcpus;
-                    listed.created_ms = manifest.created_ms;
-                    listed.parent = manifest.parent.map(|parent| parent.name);
+#[expect(clippy::ref_option, reason = "the signature that serde expects")]
+fn milliseconds<S: Serializer>(time: &Option<SystemTime>, to: S) -> Result<S::Ok, S::Error> {
+    let since = time.and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+    let milliseconds = since.and_then(|since| u64::try_from(since.as_millis()).ok());
+    to.serialize_u64(milliseconds.unwrap_or(0))
+}
+
+/// The store of snapshots; see [`Sm::snapshots`].
+#[derive(Clone, Debug)]
+pub struct Snapshots {
+    sm: Sm,
+}
+
+impl Sm {
+    /// Returns the store of snapshots.
+    #[must_use]
+    pub fn snapshots(&self) -> Snapshots {
+        Snapshots { sm: self.clone() }
+    }
+}
+
+impl Snapshots {
+    fn store(&self) -> SnapshotStore {
+        SnapshotStore::read_only(&self.sm.home().snapshots())
+    }
+
+    /// Returns all snapshots, usable or not, by name.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    pub fn list(&self) -> Result<Vec<Listed>, Error> {
+        let entries = self.store().list()?;
+        Ok(entries
+            .into_iter()
+            .map(|entry| {
+                let mut listed = Listed {
+                    name: entry.name,
+                    image: None,
+                    layer: None,
+                    memory_bytes: None,
+                    vcpus: None,
+                    created: None,
+                    disk_bytes: entry.disk_bytes,
+                    parent: None,
+                    problem: None,
+                };
+                match entry.manifest {
+                    Ok(manifest) => {
+                        let created = Duration::from_millis(manifest.created_ms);
+                        listed.layer = Some(manifest.layer);
+                        listed.image = manifest.labels.get(IMAGE_LABEL).cloned();
+                        listed.memory_bytes = Some(manifest.memory_bytes);
+                        listed.vcpus = Some(manifest.vcpus);
+                        listed.created = Some(UNIX_EPOCH + created);
+                        listed.parent = manifest.parent.map(|parent| parent.name);
+                    }
+                    Err(error) => listed.problem = Some(error.to_string()),
                 }
-                Err(error) => listed.problem = Some(error.to_string()),
-            }
-            listed
-        })
-        .collect())
+                listed
+            })
+            .collect())
+    }
+
+    /// Returns the manifest of a snapshot.
+    ///
+    /// # Errors
+    /// The snapshot does not exist, or is damaged.
+    pub fn inspect(&self, name: &str) -> Result<Manifest, Error> {
+        Ok(self.store().lease(name)?.manifest().clone())
+    }
+
+    /// Verifies every byte of a snapshot and of those on which it builds.
+    ///
+    /// # Errors
+    /// The first difference.
+    pub fn verify(&self, name: &str) -> Result<Verified, Error> {
+        let chain = Chain::open(&self.store(), name)?;
+        Ok(sm_snapshot::verify::verify(&chain)?)
+    }
+
+    /// Compares the guest memory of two snapshots.
+    ///
+    /// # Errors
+    /// One of them does not exist or is damaged, or their sizes differ.
+    pub fn diff(&self, a: &str, b: &str) -> Result<Difference, Error> {
+        let store = self.store();
+        let (a, b) = (Chain::open(&store, a)?, Chain::open(&store, b)?);
+        Ok(contents::compare(&a, &b)?)
+    }
+
+    /// Makes a snapshot independent of its parents, in place. The machine in it is the
+    /// same, and the parents can be removed.
+    ///
+    /// # Errors
+    /// The snapshot does not exist or is in use, or the disk is full.
+    pub fn flatten(&self, name: &str) -> Result<Manifest, Error> {
+        let store = SnapshotStore::open(&self.sm.home().snapshots())?;
+        Ok(flat::flatten(&store, name)?)
+    }
+
+    /// Like [`Self::flatten`], but as the new snapshot `copy`.
+    ///
+    /// # Errors
+    /// The snapshot does not exist, `copy` exists or is no valid name, or the disk is full.
+    pub fn flatten_to(&self, name: &str, copy: &str) -> Result<Manifest, Error> {
+        let store = SnapshotStore::open(&self.sm.home().snapshots())?;
+        check_user_name(copy)?;
+        Ok(flat::flatten_to(&store, &Chain::open(&store, name)?, copy)?)
+    }
+
+    /// Removes a snapshot.
+    ///
+    /// # Errors
+    /// The snapshot does not exist, or is in use.
+    pub fn remove(&self, name: &str) -> Result<(), Error> {
+        Ok(self.store().remove(name)?)
+    }
+
+    /// Starts `count` clones of a snapshot, and gets an identity report from each before
+    /// any workload code runs in it. Half of the host's free memory limits the number of
+    /// concurrent clones: beyond it, the oldest exits when the next one is started. Calls
+    /// `progress` with the number of each clone.
+    ///
+    /// # Errors
+    /// The snapshot cannot be used, or a clone cannot be started.
+    pub fn prove_distinct(
+        &self,
+        name: &str,
+        count: usize,
+        progress: impl FnMut(usize),
+    ) -> Result<Proof, Error> {
+        proof::prove_distinct(&self.sm, name, count, progress)
+    }
 }
 
-/// Returns the manifest of a snapshot.
-///
-/// # Errors
-/// The snapshot does not exist, or is damaged.
-pub fn inspect(home: &Home, name: &str) -> Result<Manifest, Error> {
-    Ok(store(home).lease(name)?.manifest().clone())
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// Verifies every byte of a snapshot and of those on which it builds.
-///
-/// # Errors
-/// The first difference.
-pub fn verify(home: &Home, name: &str) -> Result<Verified, Error> {
-    sm_snapshot::verify::verify(&Chain::open(&store(home), name)?)
-}
+    #[test]
+    fn an_unusable_snapshot_has_zeros_in_json() {
+        let listed = |created: Option<SystemTime>| Listed {
+            name: "s".to_owned(),
+            image: None,
+            layer: None,
+            memory_bytes: None,
+            vcpus: created.map(|_| 2),
+            created,
+            disk_bytes: 1,
+            parent: None,
+            problem: None,
+        };
+        let json = serde_json::to_value(listed(None)).unwrap();
+        let expected = serde_json::json!({
+            "name": "s", "image": null, "layer": null, "memory_bytes": 0, "vcpus": 0,
+            "created_ms": 0, "disk_bytes": 1, "parent": null, "problem": null,
+        });
+        assert_eq!(json, expected);
+        let created = UNIX_EPOCH + Duration::from_millis(1234);
+        let json = serde_json::to_value(listed(Some(created))).unwrap();
+        assert_eq!(
+            (&json["created_ms"], &json["vcpus"]),
+            (&1234.into(), &2.into())
+        );
+    }
 
-/// Compares the guest memory of two snapshots.
-///
-/// # Errors
-/// One of them does not exist or is damaged, or their sizes differ.
-pub fn diff(home: &Home, a: &str, b: &str) -> Result<Difference, Error> {
-    let store = store(home);
-    contents::compare(&Chain::open(&store, a)?, &Chain::open(&store, b)?)
-}
-
-/// Makes a snapshot independent of its parents: as the new snapshot `copy`, or in place.
-/// The machine in it is the same, and the parents can be removed.
-///
-/// # Errors
-/// The snapshot does not exist, `copy` exists, the snapshot is in use (in place), or the
-/// disk is full.
-pub fn flatten(home: &Home, name: &str, copy: Option<&str>) -> Result<Manifest, RuntimeError> {
-    let store = SnapshotStore::open(&home.snapshots())?;
-    let Some(copy) = copy else {
-        return Ok(flat::flatten(&store, name)?);
-    };
-    check_user_name(copy)?;
-    Ok(flat::flatten_to(&store, &Chain::open(&store, name)?, copy)?)
-}
-
-/// Removes a snapshot.
-///
-/// # Errors
-/// The snapshot does not exist, or is in use.
-pub fn remove(home: &Home, name: &str) -> Result<(), Error> {
-    store(home).remove(name)
+    #[test]
+    fn internal_names_are_reserved() {
+        let error = check_user_name("fork-x").unwrap_err();
+        let reserved = OptionError::ReservedName {
+            name: "fork-x".to_owned(),
+            prefix: "fork-",
+        };
+        assert!(matches!(error, Error::Option(option) if option == reserved));
+        assert!(check_user_name("forks").is_ok());
+    }
 }

@@ -5,20 +5,22 @@ use std::collections::{BTreeMap, VecDeque};
 use serde::Serialize;
 use sm_control::launch::StartSource;
 pub use sm_control::launch::Testimony;
+pub use sm_guest_proto::control::Evidence;
 use sm_snapshot::chain::Chain;
 use sm_snapshot::store::SnapshotStore;
 use sm_vmm::saved;
 
 use crate::Error;
-use crate::home::Home;
 use crate::record::VmConfig;
 use crate::run::{self, RunOptions, Witness};
+use crate::sm::Sm;
 
 /// Tolerated difference between the clocks of a clone and of the host, in nanoseconds.
 const CLOCK_TOLERANCE_NS: u64 = 100_000_000;
 
 /// Clones, by number, that have a value in common.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct Twins {
     /// The kind of the value.
     pub what: &'static str,
@@ -28,8 +30,9 @@ pub struct Twins {
     pub clones: Vec<usize>,
 }
 
-/// Result of [`prove_distinct`].
+/// Result of [`super::Snapshots::prove_distinct`].
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct Proof {
     /// The snapshot.
     pub snapshot: String,
@@ -98,20 +101,14 @@ impl Proof {
 /// guest writes.
 const EACH: u64 = 64 << 20;
 
-/// Starts `count` clones of the snapshot `name`, and gets an identity report from each
-/// before any workload code runs in it. Half of the host's free memory limits the number
-/// of concurrent clones: beyond it, the oldest exits when the next one is started. Calls
-/// `progress` with the number of each clone.
-///
-/// # Errors
-/// The snapshot cannot be used, or a clone cannot be started.
-pub fn prove_distinct(
-    home: &Home,
+/// See [`super::Snapshots::prove_distinct`].
+pub(super) fn prove_distinct(
+    sm: &Sm,
     name: &str,
     count: usize,
     mut progress: impl FnMut(usize),
 ) -> Result<Proof, Error> {
-    let chain = Chain::open(&SnapshotStore::read_only(&home.snapshots()), name)?;
+    let chain = Chain::open(&SnapshotStore::read_only(&sm.home().snapshots()), name)?;
     let room = usize::try_from(free_memory() / 2 / EACH).unwrap_or(usize::MAX);
     let at_once = count.min(room).max(1);
     let mut clones = Vec::new();
@@ -121,7 +118,7 @@ pub fn prove_distinct(
         if alive.len() == at_once {
             alive.pop_front();
         }
-        let (told, witness) = ask(home, &chain)?;
+        let (told, witness) = ask(sm, &chain)?;
         clones.push(told);
         alive.push_back(witness);
     }
@@ -138,7 +135,7 @@ fn free_memory() -> u64 {
     kib.and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) << 10
 }
 
-fn ask(home: &Home, chain: &Chain) -> Result<(Testimony, Witness), Error> {
+fn ask(sm: &Sm, chain: &Chain) -> Result<(Testimony, Witness), Error> {
     let lease = &chain.tip().lease;
     let manifest = lease.manifest();
     let content = saved::content(chain)?;
@@ -154,13 +151,11 @@ fn ask(home: &Home, chain: &Chain) -> Result<(Testimony, Witness), Error> {
         config.auto_remove = true;
         Ok(config)
     };
-    run::launch(home, &options, config, source)?.until_evidence()
+    run::launch(sm, &options, config, source)?.until_evidence()
 }
 
 #[cfg(test)]
 mod tests {
-    use sm_guest_proto::control::Evidence;
-
     use super::*;
 
     fn clone(number: u64) -> Testimony {

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use sm_control::launch::{ControlAnswer, ControlCall, Stage, Status};
@@ -12,9 +12,9 @@ use sm_control::timed::{connect_now, connect_until};
 use sm_control::{MAX_ANSWER, with_causes};
 use sm_guest_proto::frame::{self, FrameDecoder, FrameType};
 
-use super::{Inspection, StateView};
+use super::{Inspection, StateView, VmStatus};
 use crate::Error;
-use crate::record::{Record, RecordError, VmState};
+use crate::record::{Damaged, Record, RecordError, VmState};
 
 /// Connections open at the same time, out of the usual limit of 1024 descriptors per
 /// process.
@@ -24,20 +24,45 @@ const AT_ONCE: usize = 256;
 const MOST_FULL: usize = 64;
 
 impl StateView {
+    fn new(status: VmStatus) -> Self {
+        Self {
+            status,
+            problem: None,
+            pid: None,
+            started: None,
+            epoch: None,
+            published: Vec::new(),
+            exit_code: None,
+            exit: None,
+        }
+    }
+
+    /// Returns the view of a VM whose record is damaged.
+    #[must_use]
+    pub fn damaged(damaged: &Damaged) -> Self {
+        Self::failed(VmStatus::Damaged, damaged.reason.clone())
+    }
+
+    fn failed(status: VmStatus, problem: String) -> Self {
+        Self {
+            problem: Some(problem),
+            ..Self::new(status)
+        }
+    }
+
     /// Returns the view of a VM that answers.
     pub(super) fn alive(status: Status) -> Self {
         Self {
-            status: match status.stage {
-                _ if status.paused => "paused",
-                Stage::Starting => "starting",
-                Stage::Running => "running",
-                Stage::Ending => "ending",
-            },
             pid: Some(status.vmm_pid),
-            started_ns: status.started_ns,
-            epoch: status.epoch,
+            started: time_of(status.started_ns),
+            epoch: Some(status.epoch).filter(|epoch| !epoch.is_empty()),
             published: status.published,
-            ..Self::default()
+            ..Self::new(match status.stage {
+                _ if status.paused => VmStatus::Paused,
+                Stage::Starting => VmStatus::Starting,
+                Stage::Running => VmStatus::Running,
+                Stage::Ending => VmStatus::Ending,
+            })
         }
     }
 
@@ -48,23 +73,15 @@ impl StateView {
     pub(super) fn dead(state: Result<VmState, RecordError>) -> Result<Self, Error> {
         match state {
             Ok(VmState::Exited(exit)) => Ok(Self {
-                status: "exited",
-                started_ns: exit.started_ns,
+                started: time_of(exit.started_ns),
                 exit_code: Some(exit.status),
                 exit: Some(exit),
-                ..Self::default()
+                ..Self::new(VmStatus::Exited)
             }),
             // The process is alive, and its socket does not exist yet, or not any more.
-            Ok(VmState::Running) => Ok(Self {
-                status: "starting",
-                ..Self::default()
-            }),
+            Ok(VmState::Running) => Ok(Self::new(VmStatus::Starting)),
             Err(error @ RecordError::NotFound(_)) => Err(error.into()),
-            Err(error) => Ok(Self {
-                status: "damaged",
-                problem: Some(with_causes(&error)),
-                ..Self::default()
-            }),
+            Err(error) => Ok(Self::failed(VmStatus::Damaged, with_causes(&error))),
         }
     }
 
@@ -75,15 +92,19 @@ impl StateView {
     pub(super) fn silent(record: &Record, error: &Error) -> Result<Self, Error> {
         match (error, record.state()) {
             (Error::NotRunning(_), state) => Self::dead(state),
-            (_, Ok(VmState::Running)) => Ok(Self {
-                status: "unresponsive",
-                problem: Some(with_causes(error)),
-                ..Self::default()
-            }),
+            (_, Ok(VmState::Running)) => {
+                Ok(Self::failed(VmStatus::Unresponsive, with_causes(error)))
+            }
             // The VM has ended in the meantime.
             (_, state) => Self::dead(state),
         }
     }
+}
+
+/// Returns the time of a report; `None` for 0, which means that it has not come yet.
+fn time_of(nanoseconds: u64) -> Option<SystemTime> {
+    let since = Some(nanoseconds).filter(|nanoseconds| *nanoseconds != 0);
+    since.map(|since| SystemTime::UNIX_EPOCH + Duration::from_nanos(since))
 }
 
 /// A VM with a pending query.

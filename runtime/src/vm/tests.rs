@@ -28,29 +28,28 @@ type Supervised = testing::Fixture<Record>;
 
 /// A VM in a home of its own.
 struct Fixture {
-    home: Home,
+    sm: Sm,
     vm: Supervised,
     _directory: TempDir,
 }
 
 fn fixture(setup: SupervisorSetup) -> Fixture {
     let directory = tempfile::tempdir().unwrap();
-    let home = home_in(directory.path());
-    let vm = supervised(&home, Some("vm"), setup);
+    let sm = sm_in(directory.path());
+    let vm = supervised(&sm, Some("vm"), setup);
     Fixture {
-        home,
+        sm,
         vm,
         _directory: directory,
     }
 }
 
-fn home_in(directory: &Path) -> Home {
-    let at = |name| directory.join(name);
-    Home::new(&at("data"), &at("run"), &at("cache"))
+fn sm_in(directory: &Path) -> Sm {
+    Sm::builder().below(directory).build().unwrap()
 }
 
-fn supervised(home: &Home, name: Option<&str>, setup: SupervisorSetup) -> Supervised {
-    let records = Records::open(home).unwrap();
+fn supervised(sm: &Sm, name: Option<&str>, setup: SupervisorSetup) -> Supervised {
+    let records = Records::open(sm.home()).unwrap();
     let (record, lock) = records
         .create(name, |id, name| Ok(setup.config(id, name)))
         .unwrap();
@@ -62,6 +61,6 @@ fn supervised(home: &Home, name: Option<&str>, setup: SupervisorSetup) -> Superv
 
 impl Fixture {
     fn find(&self) -> Vm {
-        Vm::find(&self.home, "vm").unwrap()
+        self.sm.vm("vm").unwrap()
     }
 }

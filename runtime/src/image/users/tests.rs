@@ -13,11 +13,14 @@ use sm_snapshot::state_file::Section;
 use sm_vmm_core::memory::{MIN_MEMORY, MachineMemory, MemoryConfig};
 
 use super::*;
-use crate::image::{self, Config, Fetch, Image, PruneOptions};
+use crate::image::{Config, Images, PruneOptions};
+use crate::{Error, ErrorKind, Sm};
 
 struct Fixture {
     dir: tempfile::TempDir,
     home: Home,
+    images: Images,
+    sm: Sm,
 }
 
 const ALL: PruneOptions = PruneOptions::new().all(true).compressed(true);
@@ -25,10 +28,15 @@ const ALL: PruneOptions = PruneOptions::new().all(true).compressed(true);
 impl Fixture {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let below = |name: &str| dir.path().join(name);
-        let home = Home::new(&below("data"), &below("run"), &below("cache"));
-        fs::create_dir(below("data")).unwrap();
-        Self { dir, home }
+        let sm = Sm::builder().below(dir.path()).build().unwrap();
+        let (home, images) = (sm.home().clone(), sm.images());
+        fs::create_dir(home.data()).unwrap();
+        Self {
+            dir,
+            home,
+            images,
+            sm,
+        }
     }
 
     /// Brings an image into the store. Returns its reference and digest.
@@ -39,7 +47,7 @@ impl Fixture {
         image.memory_layer(&[("file", 0o644, file)]).unwrap();
         image.finish("v1", Config::default()).unwrap();
         let reference = format!("oci:{}:v1", layout.display());
-        let image = Image::open_in(&self.home, &reference, &Fetch::default()).unwrap();
+        let image = self.sm.image(&reference).unwrap();
         (reference, image.digest().to_owned())
     }
 
@@ -97,25 +105,25 @@ fn an_image_stays_as_long_as_a_snapshot_needs_it() {
     // A snapshot of the cache is made again from an image.
     f.snapshot("base", Layer::Base, &saved::Content::default());
 
-    let pruned = image::prune(&f.home, ALL).unwrap();
+    let pruned = f.images.prune(ALL).unwrap();
     assert_eq!(pruned.images, [unused]);
     assert_eq!((f.count("disks"), f.count("layers")), (1, 1));
     for query in [&used, &digest] {
-        let error = image::remove(&f.home, query).unwrap_err().to_string();
+        let error = f.images.remove(query).unwrap_err().to_string();
         assert!(error.contains("snapshot \"first\""), "{error}");
     }
-    let pruned = image::keep_within(&f.home, 0).unwrap().unwrap();
+    let pruned = f.images.keep_within(0).unwrap().unwrap();
     assert!(pruned.images.is_empty(), "{pruned:?}");
     // Its last name cannot be removed, and others can.
-    image::tag(&f.home, &used, "another:1").unwrap();
-    image::remove(&f.home, "another:1").unwrap();
+    f.images.tag(&used, "another:1").unwrap();
+    f.images.remove("another:1").unwrap();
 
     // Repair does not remove what is damaged and needed.
     let layer = fs::read_dir(f.home.images().join("layers")).unwrap().next();
     let small = layer.unwrap().unwrap().path().join("small");
     let file = fs::File::options().write(true).open(small).unwrap();
     file.write_all_at(b"U", 0).unwrap();
-    let verified = image::verify(&f.home, &used, true).unwrap();
+    let verified = f.images.repair(&used).unwrap();
     assert!(!verified.problems.is_empty() && !verified.repaired);
     assert_eq!((f.count("disks"), f.count("layers")), (1, 1));
     file.write_all_at(b"u", 0).unwrap();
@@ -123,10 +131,10 @@ fn an_image_stays_as_long_as_a_snapshot_needs_it() {
     let snapshots = SnapshotStore::open(&f.home.snapshots()).unwrap();
     for name in ["first", "second"] {
         assert_eq!((f.count("disks"), f.count("layers")), (1, 1));
-        assert!(image::remove(&f.home, &used).is_err());
+        assert!(f.images.remove(&used).is_err());
         snapshots.remove(name).unwrap();
     }
-    image::remove(&f.home, &used).unwrap();
+    f.images.remove(&used).unwrap();
     assert_eq!((f.count("disks"), f.count("layers")), (0, 0));
 }
 
@@ -141,11 +149,13 @@ fn nothing_is_removed_while_a_snapshot_cannot_be_read() {
         let before = fs::read(&path).unwrap();
         fs::write(&path, bytes).unwrap();
         for error in [
-            image::remove(&f.home, &reference).map(drop),
-            image::prune(&f.home, ALL).map(drop),
-            image::keep_within(&f.home, 0).map(drop),
+            f.images.remove(&reference).map(drop),
+            f.images.prune(ALL).map(drop),
+            f.images.keep_within(0).map(drop),
         ] {
-            let error = error.unwrap_err().to_string();
+            let error: Error = error.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Damaged, "{error}");
+            let error = error.to_string();
             assert!(error.contains("\"readable\" cannot be read"), "{error}");
         }
         assert_eq!((f.count("disks"), f.count("layers")), (1, 1));
@@ -155,7 +165,7 @@ fn nothing_is_removed_while_a_snapshot_cannot_be_read() {
     damage("state.bin", b"");
     // The digest of an image is none.
     f.workload("odd", "image");
-    let error = image::prune(&f.home, ALL).unwrap_err().to_string();
+    let error = f.images.prune(ALL).unwrap_err().to_string();
     assert!(error.contains("\"odd\" cannot be read"), "{error}");
     assert_eq!((f.count("disks"), f.count("layers")), (1, 1));
 }

@@ -14,10 +14,10 @@ const VICTIM: &str = "SM_TEST_VICTIM";
 
 /// Starts, stops and removes VMs until it is killed.
 fn work(directory: &Path) {
-    let home = home_in(directory);
+    let sm = sm_in(directory);
     for round in 0.. {
         let setup = SupervisorSetup::default().auto_remove(round % 3 == 0);
-        let mut f = supervised(&home, None, setup);
+        let mut f = supervised(&sm, None, setup);
         let (mut agent, mut main) = f.start();
         main.send(FrameType::Stdout, b"hello");
         f.control()
@@ -27,9 +27,9 @@ fn work(directory: &Path) {
         main.exit(143);
         assert!(f.events().ends_with(&["ended 143".to_owned()]));
         f.finish();
-        for mut vm in Vm::list(&home).unwrap() {
+        for mut vm in sm.vms().list().unwrap() {
             if round % 2 == 0 {
-                vm.remove(false).unwrap();
+                vm.remove(Force::No).unwrap();
             }
         }
     }
@@ -55,7 +55,7 @@ fn a_listing_after_a_kill_is_true() {
         return work(Path::new(&directory));
     }
     let directory = tempfile::tempdir().unwrap();
-    let home = home_in(directory.path());
+    let sm = sm_in(directory.path());
     let said = directory.path().join("said");
     let seed = rustix::time::clock_gettime(rustix::time::ClockId::Realtime).tv_nsec;
     let mut state = u64::try_from(seed).unwrap() | 1;
@@ -80,11 +80,12 @@ fn a_listing_after_a_kill_is_true() {
         let said = fs::read_to_string(&said).unwrap();
         assert!(ended.code().is_none(), "{context}: it failed: {said}");
 
-        let listed = Vm::inspect_all(&home, Duration::from_secs(10));
-        let (vms, damaged) = listed.unwrap_or_else(|error| panic!("{context}: {error}"));
+        let listed = sm.vms().inspect(Duration::from_secs(10));
+        let Inspections { vms, damaged } =
+            listed.unwrap_or_else(|error| panic!("{context}: {error}"));
         assert!(damaged.is_empty(), "{context}: {damaged:?}");
         for vm in &vms {
-            assert_eq!(vm.state.status, "exited", "{context}: {vm:?}");
+            assert_eq!(vm.state.status, VmStatus::Exited, "{context}: {vm:?}");
             assert!(!vm.config.auto_remove, "{context}: {vm:?}");
             let reason = vm.state.exit.as_ref().unwrap().reason;
             assert!(
@@ -92,7 +93,7 @@ fn a_listing_after_a_kill_is_true() {
                 "{context}: {vm:?}"
             );
             *seen.entry(format!("{reason:?}")).or_insert(0) += 1;
-            let vm = Vm::find(&home, vm.config.id.as_str()).unwrap();
+            let vm = sm.vm(vm.config.id.as_str()).unwrap();
             let mut logs = vm.logs().unwrap();
             let mut output = Vec::new();
             while let Some(record) = logs.wait_record().unwrap() {
@@ -106,12 +107,12 @@ fn a_listing_after_a_kill_is_true() {
             *seen.entry("none".to_owned()).or_insert(0) += 1;
         }
         // No sockets without a VM, and no records in creation or removal.
-        assert_eq!(names(&home.run().join("vms")), [""; 0], "{context}");
-        let records = names(&home.vms());
+        assert_eq!(names(&sm.home().run().join("vms")), [""; 0], "{context}");
+        let records = names(&sm.home().vms());
         assert_eq!(records.len(), vms.len(), "{context}: {records:?}");
-        for mut vm in Vm::list(&home).unwrap() {
-            vm.remove(false).unwrap();
+        for mut vm in sm.vms().list().unwrap() {
+            vm.remove(Force::No).unwrap();
         }
-        assert_eq!(names(&home.vms()), [""; 0], "{context}");
+        assert_eq!(names(&sm.home().vms()), [""; 0], "{context}");
     }
 }

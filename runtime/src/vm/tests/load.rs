@@ -87,7 +87,7 @@ fn hundreds_of_clients_of_all_kinds_do_not_prevent_control() {
         expected.push_str(&line);
         let ran = vm.exec([format!("command {round}")]).output().unwrap();
         assert_eq!(text(&ran.stdout), format!("command {round}"));
-        assert_eq!(vm.inspect().unwrap().state.status, "running");
+        assert_eq!(vm.inspect().unwrap().state.status, VmStatus::Running);
     }
     f.vm.control()
         .call(&ControlCall::Stop { grace_ms: None })
