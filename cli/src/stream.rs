@@ -135,7 +135,6 @@ fn receive(
             Event::Warning(text) => {
                 let _ = writeln!(io::stderr(), "sm: {}", Shown(text));
             }
-            Event::Started { .. } | Event::Evidence(_) => {}
             Event::Phase(phase) => phases.push(phase),
             Event::Exit(code) => status = Some(code),
             Event::Ended(exit) => {
@@ -144,6 +143,8 @@ fn receive(
                     vm: Some(exit),
                 });
             }
+            // Nothing to show.
+            _ => {}
         }
     }
     Ok(match status {

@@ -59,11 +59,7 @@ mod tests {
 
     #[test]
     fn phases_are_relative_and_sorted() {
-        let phase = |name: &str, at_ns| Phase {
-            name: name.to_owned(),
-            at_ns,
-        };
-        let phases = [phase("b", 3_500_000), phase("a", 1_000_000)];
+        let phases = [Phase::at("b", 3_500_000), Phase::at("a", 1_000_000)];
         let steps = steps(&phases);
         assert_eq!(steps[0].name, "a");
         assert_eq!((steps[1].at_ms, steps[1].took_ms), (2.5, 2.5));

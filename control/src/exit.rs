@@ -1,12 +1,15 @@
 //! Exit reason and exit record of a VM.
 
+use std::time::SystemTime;
+
 use serde::{Deserialize, Serialize};
 
-use crate::timings::Phase;
+use crate::timings::{Phase, system_time};
 
 /// The reason why a VM exited.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum ExitReason {
     /// The workload ended by itself or by a signal.
     Workload,
@@ -75,6 +78,19 @@ pub struct ExitRecord {
 }
 
 impl ExitRecord {
+    /// Returns the start time of the workload; `None` if it never started.
+    #[must_use]
+    pub fn started(&self) -> Option<SystemTime> {
+        system_time(self.started_ns)
+    }
+
+    /// Returns the time of the exit; `None` if it is unknown, because the VMM was killed
+    /// and the record was not cleaned up yet.
+    #[must_use]
+    pub fn finished(&self) -> Option<SystemTime> {
+        system_time(self.finished_ns)
+    }
+
     /// Record of a VM whose VMM was killed or whose host went down.
     #[must_use]
     pub fn lost() -> Self {

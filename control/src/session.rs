@@ -35,6 +35,7 @@ const SIGNAL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// An event of a command's session.
 #[derive(Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Event<'a> {
     /// Bytes that the command wrote to its standard output or its terminal.
     Stdout(&'a [u8]),
@@ -444,6 +445,7 @@ impl Drop for Stdin {
 
 /// The complete output of a command, and its exit status.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Output {
     /// Exit status; 128+n when signal n terminated the command.
     pub status: u32,

@@ -13,6 +13,7 @@ const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 
 /// Failure to combine an image's defaults and the caller's overrides into a command.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum WorkloadError {
     /// Neither the image nor the caller names a command.
     #[error("no command: the image sets neither Entrypoint nor Cmd, and none was given")]
@@ -55,6 +56,7 @@ pub struct ImageDefaults {
 
 /// The caller's overrides. `None` and empty collections keep the image's value.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Overrides {
     /// Arguments that replace the image's `Cmd`.
     pub command: Vec<String>,

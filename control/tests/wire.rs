@@ -193,10 +193,7 @@ fn a_launch_request() {
 #[test]
 fn reports() {
     is(&Report::Hello, &json!("hello"));
-    let phase = Phase {
-        name: "agent ready".into(),
-        at_ns: 5,
-    };
+    let phase = Phase::at("agent ready", 5);
     is(
         &Report::Phase(phase),
         &json!({"phase": {"name": "agent ready", "at_ns": 5}}),
@@ -271,10 +268,10 @@ fn answers() {
         epoch: "e".into(),
         started_ns: 1,
         clients: 2,
-        published: vec![PublishedPort {
-            publication: "8080:80".parse().unwrap(),
-            connections: PortStats::default(),
-        }],
+        published: vec![PublishedPort::new(
+            "8080:80".parse().unwrap(),
+            PortStats::default(),
+        )],
     };
     is(
         &ControlAnswer::Status(status),

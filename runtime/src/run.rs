@@ -333,13 +333,7 @@ impl Launched {
                 Some(Event::Warning(text)) => self.warnings.push(text),
                 Some(Event::Ended(exit)) => return Err(not_started(exit)),
                 // Output follows the start, and the record has the exit status.
-                Some(
-                    Event::Stdout(_)
-                    | Event::Stderr(_)
-                    | Event::Error(_)
-                    | Event::Evidence(_)
-                    | Event::Exit(_),
-                ) => {}
+                Some(_) => {}
                 None => return Err(vmm_died(&self.record, &mut self.child)),
             }
         }

@@ -432,10 +432,7 @@ impl LaunchParts {
             ("devices made", inner.devices),
         ] {
             at_ns += u64::try_from(took.as_nanos()).unwrap_or(0);
-            self.phases.push(Phase {
-                name: name.to_owned(),
-                at_ns,
-            });
+            self.phases.push(Phase::at(name, at_ns));
         }
         self.phases.push(Phase::now("state restored"));
         Ok((machine, chain))

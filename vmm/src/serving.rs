@@ -1,6 +1,7 @@
 //! The listeners of a machine.
 
 use std::io;
+use std::num::NonZeroU16;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 use std::sync::Arc;
@@ -48,10 +49,7 @@ impl Published {
             let handle = listen(publication, config.publish_wait_ms, deps)
                 .map_err(|error| failure(publication, &error))?;
             let host = bound(&handle, &publication.host, directory)?;
-            let publication = Publication {
-                host,
-                guest: publication.guest,
-            };
+            let publication = Publication::new(host, publication.guest);
             ports.push((handle, publication));
         }
         Ok(Self { ports })
@@ -59,13 +57,9 @@ impl Published {
 
     /// Returns the published ports, with the port numbers that the system has chosen.
     pub(crate) fn list(&self) -> Vec<PublishedPort> {
-        let ports = self
-            .ports
-            .iter()
-            .map(|(handle, publication)| PublishedPort {
-                publication: publication.clone(),
-                connections: port_stats(handle.stats()),
-            });
+        let ports = self.ports.iter().map(|(handle, publication)| {
+            PublishedPort::new(publication.clone(), port_stats(handle.stats()))
+        });
         ports.collect()
     }
 
@@ -130,7 +124,9 @@ fn listen(
     deps: ListenerDeps<'_>,
 ) -> Result<FrontendHandle, sm_frontends::Error> {
     let header = |port| ForwardHeader { port, wait_ms };
-    let target = ForwardTarget::Tcp(header(publication.guest));
+    // 0 is the first port on which a process listens.
+    let guest = publication.guest.map_or(0, NonZeroU16::get);
+    let target = ForwardTarget::Tcp(header(guest));
     let (muxer, event_loop) = (deps.muxer.clone(), deps.event_loop);
     match &publication.host {
         HostEnd::Tcp(address) => TcpFrontend::new(*address, target)
@@ -149,7 +145,7 @@ fn listen(
         HostEnd::Unix(path) => UnixFrontend::new(path, target)
             .limit(deps.limit)
             .start(muxer, event_loop),
-        HostEnd::Handoff(path) => HandoffFrontend::new(path, header(publication.guest))
+        HostEnd::Handoff(path) => HandoffFrontend::new(path, header(guest))
             .limit(deps.limit)
             .start(muxer, event_loop),
         HostEnd::Hybrid(path) => HybridFrontend::new(path)

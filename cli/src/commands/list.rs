@@ -1,5 +1,6 @@
 //! `sm ps`, `inspect` and `stats`.
 
+use std::num::NonZeroU16;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::anyhow;
@@ -150,7 +151,7 @@ pub(crate) fn port(sm: &Sm, args: &PortArgs, printer: &Printer) -> Result<u32, F
         if protocol != "tcp" {
             return Err(anyhow!("\"{word}\" is not published: only TCP ports can be").into());
         }
-        published.retain(|port| port.publication.guest == wanted);
+        published.retain(|port| port.publication.guest.map(NonZeroU16::get) == Some(wanted));
         if published.is_empty() {
             return Err(anyhow!(
                 "port {wanted} of VM \"{}\" is not published: see \"sm port {}\"",
@@ -194,10 +195,10 @@ fn status(vm: &Inspection, now: SystemTime) -> String {
         (VmStatus::Exited, Some(exit)) => format!(
             "Exited ({}) {} ago",
             exit.status,
-            age(exit.finished_ns, now)
+            elapsed(exit.finished(), now)
         ),
-        (VmStatus::Running, _) => format!("Up {}", up(state.started, now)),
-        (VmStatus::Paused, _) => format!("Up {} (paused)", up(state.started, now)),
+        (VmStatus::Running, _) => format!("Up {}", elapsed(state.started, now)),
+        (VmStatus::Paused, _) => format!("Up {} (paused)", elapsed(state.started, now)),
         (other, _) => {
             let mut text = other.to_string();
             if let Some(first) = text.get_mut(..1) {
@@ -217,14 +218,9 @@ fn since_epoch_ns(time: SystemTime) -> u64 {
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// Formats the time since the start; the epoch stands for an unknown start.
-fn up(started: Option<SystemTime>, now: SystemTime) -> String {
-    let started = started.unwrap_or(UNIX_EPOCH);
-    format_age(now.duration_since(started).unwrap_or_default())
-}
-
-fn age(since_ns: u64, now: SystemTime) -> String {
-    let since = UNIX_EPOCH + Duration::from_nanos(since_ns);
+/// Formats the time that has passed; the epoch stands for an unknown time.
+fn elapsed(since: Option<SystemTime>, now: SystemTime) -> String {
+    let since = since.unwrap_or(UNIX_EPOCH);
     format_age(now.duration_since(since).unwrap_or_default())
 }
 

@@ -176,23 +176,19 @@ impl Remote for Workload {
 
 fn options(begin: Phase, args: &RunArgs) -> anyhow::Result<RunOptions> {
     let process = &args.process;
-    let overrides = Overrides {
-        command: args.command.clone(),
-        entrypoint: args.entrypoint.clone(),
-        env: process.environment()?,
-        user: process.user.clone(),
-        groups: args.group_add.clone(),
-        cwd: process.workdir.clone(),
-        hostname: args.hostname.clone(),
-        stop_signal: args.stop_signal.clone(),
-        tty: process.tty,
-        stdin: process.interactive,
-        rlimits: args
-            .ulimit
-            .iter()
-            .map(|text| parse_ulimit(text))
-            .collect::<anyhow::Result<_>>()?,
-    };
+    let mut overrides = Overrides::default();
+    overrides.command.clone_from(&args.command);
+    overrides.entrypoint.clone_from(&args.entrypoint);
+    overrides.env = process.environment()?;
+    overrides.user.clone_from(&process.user);
+    overrides.groups.clone_from(&args.group_add);
+    overrides.cwd.clone_from(&process.workdir);
+    overrides.hostname.clone_from(&args.hostname);
+    overrides.stop_signal.clone_from(&args.stop_signal);
+    overrides.tty = process.tty;
+    overrides.stdin = process.interactive;
+    let rlimits = args.ulimit.iter().map(|text| parse_ulimit(text));
+    overrides.rlimits = rlimits.collect::<anyhow::Result<_>>()?;
     let (columns, rows) = terminal::size().unwrap_or((80, 24));
     let mut options = RunOptions::new()
         .overrides(overrides)

@@ -5,6 +5,7 @@
 //! change needs a type of the next version.
 
 use std::net::SocketAddr;
+use std::num::NonZeroU16;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -166,6 +167,7 @@ impl From<Publication> for PublicationV1 {
             HostEnd::Handoff(path) => HostEndV1::Handoff(path),
             HostEnd::Hybrid(path) => HostEndV1::Hybrid(path),
         };
+        let guest = guest.map_or(0, NonZeroU16::get);
         Self { host, guest }
     }
 }
@@ -180,7 +182,7 @@ impl From<PublicationV1> for Publication {
             HostEndV1::Handoff(path) => HostEnd::Handoff(path),
             HostEndV1::Hybrid(path) => HostEnd::Hybrid(path),
         };
-        Self { host, guest }
+        Self::new(host, NonZeroU16::new(guest))
     }
 }
 

@@ -5,6 +5,7 @@ mod tls;
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::num::NonZeroU16;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -18,12 +19,24 @@ pub const DEFAULT_WAIT_MS: u32 = 1000;
 
 /// A published port and its connection counters.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct PublishedPort {
     /// The publication, with the ports that the system assigned.
     #[serde(flatten)]
     pub publication: Publication,
     /// Connection counters.
     pub connections: PortStats,
+}
+
+impl PublishedPort {
+    /// Creates the report of a published port.
+    #[must_use]
+    pub fn new(publication: Publication, connections: PortStats) -> Self {
+        Self {
+            publication,
+            connections,
+        }
+    }
 }
 
 /// Connection counters of a published port, as the frontends of `sm-frontends` maintain
@@ -78,11 +91,34 @@ impl fmt::Display for HostEnd {
 
 /// Publication of a TCP port of the guest on the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Publication {
     /// The listener on the host.
     pub host: HostEnd,
-    /// The guest's port; 0 for the first port on which a process listens.
-    pub guest: u16,
+    /// The guest's port; `None` for the first port on which a process listens. Serialized
+    /// as 0 in this case.
+    #[serde(with = "port_or_zero")]
+    pub guest: Option<NonZeroU16>,
+}
+
+mod port_or_zero {
+    use std::num::NonZeroU16;
+
+    use serde::{Deserialize as _, Deserializer, Serialize as _, Serializer};
+
+    #[expect(clippy::ref_option, reason = "the signature that serde expects")]
+    pub(super) fn serialize<S: Serializer>(
+        port: &Option<NonZeroU16>,
+        to: S,
+    ) -> Result<S::Ok, S::Error> {
+        port.map_or(0, NonZeroU16::get).serialize(to)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        from: D,
+    ) -> Result<Option<NonZeroU16>, D::Error> {
+        u16::deserialize(from).map(NonZeroU16::new)
+    }
 }
 
 impl fmt::Display for Publication {
@@ -122,12 +158,12 @@ impl FromStr for Publication {
         let local = IpAddr::V4(Ipv4Addr::LOCALHOST);
         if ports == "auto" {
             let host = tcp(local, 0);
-            return Ok(Self { host, guest: 0 });
+            return Ok(Self { host, guest: None });
         }
         let (front, guest) = ports.rsplit_once(':').unwrap_or(("", ports));
-        let guest = match guest.parse::<u16>() {
-            Ok(port @ 1..) => port,
-            _ => return Err(bad("the guest's port must be a number from 1 to 65535")),
+        let guest = match guest.parse::<NonZeroU16>() {
+            Ok(port) => Some(port),
+            Err(_) => return Err(bad("the guest's port must be a number from 1 to 65535")),
         };
         let (address, port) = front.rsplit_once(':').unwrap_or(("", front));
         let port = match port {
@@ -151,13 +187,20 @@ impl FromStr for Publication {
 }
 
 impl Publication {
+    /// Publishes a port of the guest; `None` stands for the first port on which a process
+    /// listens.
+    #[must_use]
+    pub fn new(host: HostEnd, guest: Option<NonZeroU16>) -> Self {
+        Self { host, guest }
+    }
+
     /// Formats the guest's side: `80/tcp`, `auto/tcp` or `vsock`.
     #[must_use]
     pub fn guest_end(&self) -> String {
         match (&self.host, self.guest) {
             (HostEnd::Hybrid(_), _) => "vsock".to_owned(),
-            (_, 0) => "auto/tcp".to_owned(),
-            (_, port) => format!("{port}/tcp"),
+            (_, None) => "auto/tcp".to_owned(),
+            (_, Some(port)) => format!("{port}/tcp"),
         }
     }
 
@@ -168,11 +211,11 @@ impl Publication {
     /// The path is empty, or cannot be made absolute.
     pub fn handoff(word: &str) -> Result<Self, PublishError> {
         let (path, guest) = match word.rsplit_once(':') {
-            Some((path, port)) => match port.parse::<u16>() {
-                Ok(port @ 1..) => (path, port),
-                _ => (word, 0),
+            Some((path, port)) => match port.parse::<NonZeroU16>() {
+                Ok(port) => (path, Some(port)),
+                Err(_) => (word, None),
             },
-            None => (word, 0),
+            None => (word, None),
         };
         let host = HostEnd::Handoff(place(word, path)?);
         Ok(Self { host, guest })
@@ -184,7 +227,7 @@ impl Publication {
     /// The path is empty, or cannot be made absolute.
     pub fn hybrid(path: &str) -> Result<Self, PublishError> {
         let host = HostEnd::Hybrid(place(path, path)?);
-        Ok(Self { host, guest: 0 })
+        Ok(Self { host, guest: None })
     }
 
     /// Parses a TLS listener:
@@ -209,12 +252,12 @@ impl Publication {
             .rsplit_once(':')
             .ok_or_else(|| bad("write PATH:GUEST"))?;
         let path = place(word, path)?;
-        match guest.parse::<u16>() {
-            Ok(guest @ 1..) => Ok(Self {
+        match guest.parse::<NonZeroU16>() {
+            Ok(guest) => Ok(Self {
                 host: HostEnd::Unix(path),
-                guest,
+                guest: Some(guest),
             }),
-            _ => Err(bad("the guest's port must be a number from 1 to 65535")),
+            Err(_) => Err(bad("the guest's port must be a number from 1 to 65535")),
         }
     }
 }

@@ -5,7 +5,7 @@ use super::*;
 fn tcp(address: &str, guest: u16) -> Publication {
     Publication {
         host: HostEnd::Tcp(address.parse().unwrap()),
-        guest,
+        guest: NonZeroU16::new(guest),
     }
 }
 
@@ -103,7 +103,7 @@ fn tls_options_are_parsed() {
     let HostEnd::Tls(end) = host else {
         panic!("{host}");
     };
-    assert_eq!((guest, end.address.port()), (80, 8443));
+    assert_eq!((guest, end.address.port()), (NonZeroU16::new(80), 8443));
     assert_eq!(end.protocols, ["h2", "http/1.1"]);
     assert_eq!(end.servers, [("a.test".to_owned(), 81)]);
     assert_eq!(
@@ -130,7 +130,10 @@ fn tls_options_are_parsed() {
 fn socket_paths_are_made_absolute() {
     let here = std::env::current_dir().unwrap();
     let Publication { host, guest } = Publication::unix("a:b:80").unwrap();
-    assert_eq!((host, guest), (HostEnd::Unix(here.join("a:b")), 80));
+    assert_eq!(
+        (host, guest),
+        (HostEnd::Unix(here.join("a:b")), NonZeroU16::new(80))
+    );
 }
 
 proptest! {

@@ -114,13 +114,9 @@ fn stop_timeout(made_of: &VmConfig, options: &RunOptions) -> Duration {
 /// value are accepted; an option with the default value counts as set.
 fn check(made_of: &VmConfig, options: &RunOptions) -> Result<(), Error> {
     let fixed = |option| Err(OptionError::Fixed(option).into());
-    let given = &options.overrides;
-    if *given
-        != (Overrides {
-            hostname: given.hostname.clone(),
-            ..Overrides::default()
-        })
-    {
+    let mut given = options.overrides.clone();
+    given.hostname = None;
+    if given != Overrides::default() {
         return fixed(FixedOption::Workload);
     }
     if options

@@ -4,11 +4,12 @@ use std::collections::VecDeque;
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::thread;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use sm_control::launch::{ControlAnswer, ControlCall, Stage, Status};
 use sm_control::timed::{connect_now, connect_until};
+use sm_control::timings::system_time;
 use sm_control::{MAX_ANSWER, with_causes};
 use sm_guest_proto::frame::{self, FrameDecoder, FrameType};
 
@@ -54,7 +55,7 @@ impl StateView {
     pub(super) fn alive(status: Status) -> Self {
         Self {
             pid: Some(status.vmm_pid),
-            started: time_of(status.started_ns),
+            started: system_time(status.started_ns),
             epoch: Some(status.epoch).filter(|epoch| !epoch.is_empty()),
             published: status.published,
             ..Self::new(match status.stage {
@@ -73,7 +74,7 @@ impl StateView {
     pub(super) fn dead(state: Result<VmState, RecordError>) -> Result<Self, Error> {
         match state {
             Ok(VmState::Exited(exit)) => Ok(Self {
-                started: time_of(exit.started_ns),
+                started: exit.started(),
                 exit_code: Some(exit.status),
                 exit: Some(exit),
                 ..Self::new(VmStatus::Exited)
@@ -99,12 +100,6 @@ impl StateView {
             (_, state) => Self::dead(state),
         }
     }
-}
-
-/// Returns the time of a report; `None` for 0, which means that it has not come yet.
-fn time_of(nanoseconds: u64) -> Option<SystemTime> {
-    let since = Some(nanoseconds).filter(|nanoseconds| *nanoseconds != 0);
-    since.map(|since| SystemTime::UNIX_EPOCH + Duration::from_nanos(since))
 }
 
 /// A VM with a pending query.

@@ -275,10 +275,8 @@ impl<G: GuestMachine> Supervisor<G> {
             return;
         };
         let after_init = ready_us.saturating_sub(init_us).saturating_mul(1000);
-        let phase = sm_control::timings::Phase {
-            name: "kernel reached init".to_owned(),
-            at_ns: at_ns.saturating_sub(after_init),
-        };
+        let phase =
+            sm_control::timings::Phase::at("kernel reached init", at_ns.saturating_sub(after_init));
         self.phases.insert(ready, phase.clone());
         self.report(&Report::Phase(phase));
     }

@@ -543,6 +543,7 @@ impl<R> Fixture<R> {
                 Event::Ended(exit) => events.push(format!("ended {}", exit.status)),
                 Event::Warning(text) => assert_eq!(text, "it rains"),
                 Event::Error(text) => events.push(text),
+                other => panic!("{other:?}"),
             }
         }
         events
