@@ -92,7 +92,7 @@ pub struct Kernel {
 /// A usable kernel of this host.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 #[non_exhaustive]
-pub struct Listed {
+pub struct ListedKernel {
     /// Its name for [`Kernels::choose`].
     pub name: String,
     /// The image.
@@ -132,7 +132,7 @@ impl Kernels {
     /// Returns all kernels known on this host, including the one that is booted by
     /// default.
     #[must_use]
-    pub fn list(&self) -> Vec<Listed> {
+    pub fn list(&self) -> Vec<ListedKernel> {
         self.list_with(embedded::EMBEDDED)
     }
 
@@ -172,7 +172,7 @@ impl Kernels {
         first_usable(found.iter().map(|(_, path)| path.as_path()))
     }
 
-    fn list_with(&self, packed: Option<Packed<'_>>) -> Vec<Listed> {
+    fn list_with(&self, packed: Option<Packed<'_>>) -> Vec<ListedKernel> {
         let current = self.find_with(None, packed).ok().map(|kernel| kernel.path);
         let is_current = |path: &Path| {
             let path = path.canonicalize();
@@ -186,7 +186,7 @@ impl Kernels {
         let mut listed: Vec<_> = embedded
             .into_iter()
             .chain(candidates(home))
-            .map(|(name, path)| Listed {
+            .map(|(name, path)| ListedKernel {
                 current: is_current(&path),
                 name,
                 path,
@@ -196,7 +196,7 @@ impl Kernels {
         if let Some(path) = current
             && !listed.iter().any(|kernel| kernel.current)
         {
-            let chosen = Listed {
+            let chosen = ListedKernel {
                 name: path.display().to_string(),
                 path,
                 current: true,
@@ -527,7 +527,7 @@ mod tests {
         kernel_file(&managed);
         assert_eq!(kernels.find_with(None, packed).unwrap().path, managed);
         std::fs::remove_file(managed).unwrap();
-        let current = |listed: Vec<Listed>| {
+        let current = |listed: Vec<ListedKernel>| {
             let current = listed.into_iter().find(|kernel| kernel.current);
             current.unwrap().name
         };

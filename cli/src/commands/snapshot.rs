@@ -5,7 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::Context as _;
 use indicatif::ProgressBar;
 use serde_json::json;
-use sm_runtime::snapshots::{Layer, Listed};
+use sm_runtime::snapshots::{Layer, ListedSnapshot};
 use sm_runtime::{AfterSnapshot, RunOptions, Sm, SnapshotReport};
 
 use crate::args::{ForkArgs, SnapshotCommand};
@@ -201,7 +201,7 @@ fn each(
     Ok(status)
 }
 
-fn row(snapshot: &Listed) -> [String; 7] {
+fn row(snapshot: &ListedSnapshot) -> [String; 7] {
     let holds = match snapshot.layer {
         Some(Layer::Base) => "kernel and agent",
         Some(Layer::Image) => "an image",

@@ -46,7 +46,7 @@ pub(crate) fn check_user_name(name: &str) -> Result<(), Error> {
 /// A snapshot in a listing.
 #[derive(Clone, Debug, Serialize)]
 #[non_exhaustive]
-pub struct Listed {
+pub struct ListedSnapshot {
     /// Its name.
     pub name: String,
     /// The image in it, by its name at the time of the snapshot.
@@ -110,12 +110,12 @@ impl Snapshots {
     ///
     /// # Errors
     /// The store cannot be read.
-    pub fn list(&self) -> Result<Vec<Listed>, Error> {
+    pub fn list(&self) -> Result<Vec<ListedSnapshot>, Error> {
         let entries = self.store().list()?;
         Ok(entries
             .into_iter()
             .map(|entry| {
-                let mut listed = Listed {
+                let mut listed = ListedSnapshot {
                     name: entry.name,
                     image: None,
                     layer: None,
@@ -221,7 +221,7 @@ mod tests {
 
     #[test]
     fn an_unusable_snapshot_has_zeros_in_json() {
-        let listed = |created: Option<SystemTime>| Listed {
+        let listed = |created: Option<SystemTime>| ListedSnapshot {
             name: "s".to_owned(),
             image: None,
             layer: None,
