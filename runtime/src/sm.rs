@@ -67,8 +67,8 @@ impl SmBuilder {
         self
     }
 
-    /// Sets the directories to `data`, `run` and `cache` in `directory`. Paths of sockets
-    /// have at most 107 bytes, 50 of which this library needs.
+    /// Sets the directories to `data`, `run` and `cache` in `directory`. A path of more than
+    /// 70 bytes is too long for the sockets in it (unix(7)).
     #[must_use]
     pub fn below(self, directory: impl AsRef<Path>) -> Self {
         let at = |name| directory.as_ref().join(name);

@@ -1,15 +1,11 @@
 //! Handles of virtual machines.
 
-use std::fmt;
 use std::io;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
-use serde::{Serialize, Serializer};
 use sm_control::Control;
-use sm_control::config::ConfigView;
 use sm_control::launch::{ControlAnswer, ControlCall, SnapshotReport, StageTimes, Status};
-use sm_control::publish::PublishedPort;
 use sm_control::session::Session;
 use sm_control::timings::Phase;
 use sm_guest_proto::control::GuestStats;
@@ -21,7 +17,10 @@ use crate::record::{Damaged, ExitRecord, Record, RecordError, Records, VmConfig,
 use crate::sm::Sm;
 use crate::{Error, Refusal};
 
+mod state;
 mod survey;
+
+pub use self::state::{Inspection, StateView, VmStatus};
 
 /// Time that a VMM has to destroy its VM on request, before it is killed.
 const DESTROY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -38,7 +37,7 @@ pub struct Vm {
     pub(crate) warnings: Vec<String>,
 }
 
-/// Whether [`Vm::remove`] destroys a running VM first.
+/// The treatment of a running VM by [`Vm::remove`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Force {
@@ -56,101 +55,6 @@ pub enum Input {
     None,
     /// The client sends standard input.
     Stdin,
-}
-
-/// The result of [`Vm::inspect`].
-#[derive(Clone, Debug, Serialize)]
-#[non_exhaustive]
-pub struct Inspection {
-    /// The configuration of the VM.
-    #[serde(flatten, serialize_with = "as_view")]
-    pub config: VmConfig,
-    /// The current state.
-    pub state: StateView,
-}
-
-fn as_view<S: serde::Serializer>(config: &VmConfig, serializer: S) -> Result<S::Ok, S::Error> {
-    ConfigView::from(config.clone()).serialize(serializer)
-}
-
-/// The state of a VM, for people and programs to read.
-#[derive(Clone, Debug, Serialize)]
-#[non_exhaustive]
-pub struct StateView {
-    /// The status.
-    pub status: VmStatus,
-    /// The cause of [`VmStatus::Unresponsive`] or [`VmStatus::Damaged`].
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub problem: Option<String>,
-    /// Process ID of the VMM, while it runs.
-    pub pid: Option<u32>,
-    /// Start time of the workload, once it has started. Serialized as `started_ns`, in
-    /// nanoseconds since the Unix epoch; 0 before the start.
-    #[serde(rename = "started_ns", serialize_with = "nanoseconds")]
-    pub started: Option<SystemTime>,
-    /// Identifies the guest since its last start or reset; the guest reads it from
-    /// `/run/sm-epoch`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub epoch: Option<String>,
-    /// Published ports on which the host listens now.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub published: Vec<PublishedPort>,
-    /// Exit status, once the VM has exited.
-    pub exit_code: Option<u32>,
-    /// The complete record of the exit.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub exit: Option<ExitRecord>,
-}
-
-/// The status of a VM.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
-#[serde(rename_all = "snake_case")]
-#[non_exhaustive]
-pub enum VmStatus {
-    /// Its workload does not run yet.
-    Starting,
-    /// Its workload runs.
-    Running,
-    /// Its vCPUs are paused.
-    Paused,
-    /// Its workload has ended, and its process is about to.
-    Ending,
-    /// It has exited.
-    Exited,
-    /// Its process does not answer.
-    Unresponsive,
-    /// Its record cannot be read.
-    Damaged,
-}
-
-impl VmStatus {
-    /// Returns its name, as in JSON.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Starting => "starting",
-            Self::Running => "running",
-            Self::Paused => "paused",
-            Self::Ending => "ending",
-            Self::Exited => "exited",
-            Self::Unresponsive => "unresponsive",
-            Self::Damaged => "damaged",
-        }
-    }
-}
-
-impl fmt::Display for VmStatus {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
-
-/// Serializes a time as nanoseconds since the Unix epoch, 0 if it is absent.
-#[expect(clippy::ref_option, reason = "the signature that serde expects")]
-fn nanoseconds<S: Serializer>(time: &Option<SystemTime>, to: S) -> Result<S::Ok, S::Error> {
-    let since = time.and_then(|time| time.duration_since(SystemTime::UNIX_EPOCH).ok());
-    let nanoseconds = since.and_then(|since| u64::try_from(since.as_nanos()).ok());
-    to.serialize_u64(nanoseconds.unwrap_or(0))
 }
 
 /// The VMs of a user; see [`Sm::vms`].
@@ -569,7 +473,7 @@ impl Vm {
     }
 }
 
-/// What a VM does after [`Vm::snapshot`].
+/// The continuation of a VM after [`Vm::snapshot`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum AfterSnapshot {
