@@ -157,7 +157,7 @@ impl<'a> LayoutBuilder<'a> {
     /// # Errors
     /// The layout's index cannot be read, or a file cannot be written.
     pub fn finish(self, tag: &str, config: Config) -> Result<Digest, Error> {
-        let mut image = ImageConfig::new(&self.platform, &self.diff_ids);
+        let mut image = ImageConfig::new(self.platform.parts(), &self.diff_ids);
         image.config = Some(config);
         let (digest, size) = self.document("configuration", &image)?;
         let config = BlobDescriptor::new(OCI_CONFIG, size, digest);

@@ -6,7 +6,6 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::digest::Digest;
-use crate::platform::Platform;
 
 /// The configuration document of an image. Members that this type does not name are kept
 /// and serialized again.
@@ -19,9 +18,9 @@ pub struct ImageConfig {
     /// Name or address of the author.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub author: Option<String>,
-    /// Architecture, as written; see [`Platform::of`].
+    /// Architecture, as written; see [`Platform::of`](crate::Platform::of).
     pub architecture: String,
-    /// Operating system, as written; see [`Platform::of`].
+    /// Operating system, as written; see [`Platform::of`](crate::Platform::of).
     pub os: String,
     /// Version of the operating system.
     #[serde(
@@ -37,7 +36,7 @@ pub struct ImageConfig {
         skip_serializing_if = "Option::is_none"
     )]
     pub os_features: Option<Vec<String>>,
-    /// Variant of the architecture, as written; see [`Platform::of`].
+    /// Variant of the architecture, as written; see [`Platform::of`](crate::Platform::of).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub variant: Option<String>,
     /// Defaults of containers.
@@ -53,17 +52,18 @@ pub struct ImageConfig {
 }
 
 impl ImageConfig {
-    /// Creates the configuration of an image for `platform` with these layers, lowest
-    /// first.
-    pub(crate) fn new(platform: &Platform, diff_ids: &[Digest]) -> Self {
+    /// Creates the configuration of an image for a platform (operating system,
+    /// architecture and variant) with these layers, lowest first.
+    pub(crate) fn new(platform: (&str, &str, Option<&str>), diff_ids: &[Digest]) -> Self {
+        let (os, architecture, variant) = platform;
         Self {
             created: None,
             author: None,
-            architecture: platform.architecture().to_owned(),
-            os: platform.os().to_owned(),
+            architecture: architecture.to_owned(),
+            os: os.to_owned(),
             os_version: None,
             os_features: None,
-            variant: platform.variant().map(str::to_owned),
+            variant: variant.map(str::to_owned),
             config: None,
             rootfs: RootFs {
                 kind: LAYERS.to_owned(),
@@ -204,9 +204,9 @@ mod tests {
 
     #[test]
     fn a_new_configuration_has_only_what_is_set() {
-        let platform = "linux/arm/v7".parse().unwrap();
+        let platform = ("linux", "arm", Some("v7"));
         let digest = Digest::of(b"layer");
-        let mut config = ImageConfig::new(&platform, &[digest]);
+        let mut config = ImageConfig::new(platform, &[digest]);
         config.config = Some(Config {
             cmd: Some(vec!["/x".to_owned()]),
             ..Config::default()

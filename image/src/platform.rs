@@ -49,6 +49,11 @@ impl Platform {
         )
     }
 
+    /// Returns operating system, architecture and variant.
+    pub(crate) fn parts(&self) -> (&str, &str, Option<&str>) {
+        (self.os(), self.architecture(), self.variant())
+    }
+
     /// Returns the operating system, such as `linux`.
     #[must_use]
     pub fn os(&self) -> &str {

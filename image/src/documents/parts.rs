@@ -203,7 +203,7 @@ mod tests {
 
     #[test]
     fn diff_ids_are_counted() {
-        let mut config = ImageConfig::new(&Platform::host(), &[]);
+        let mut config = ImageConfig::new(Platform::host().parts(), &[]);
         assert!(
             diff_ids(&config, 1)
                 .unwrap_err()

@@ -27,7 +27,7 @@ impl Source for Directory {
         let mut stream = HashingReader::new(DirectoryTar::new(&self.0), Rc::default());
         stream.drain().map_err(Error::file("read", &self.0))?;
         let (diff_id, _) = stream.finish();
-        let config = ImageConfig::new(&Platform::host(), &[diff_id]);
+        let config = ImageConfig::new(Platform::host().parts(), &[diff_id]);
         check_platform(&config, platform)?;
         let json =
             serde_json::to_vec(&config).map_err(|error| Error::document("configuration", error))?;

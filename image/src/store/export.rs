@@ -13,11 +13,9 @@ use super::Store;
 use super::files::{StoredLayer, create};
 use super::options::PullOptions;
 use super::record::{DiskRecord, LayerRecord};
+use super::written;
 use crate::Error;
 use crate::digest::{Digest, HashingReader};
-use crate::documents::{
-    BlobDescriptor, ImageManifest, OCI_CONFIG, OCI_LAYER, OCI_LAYER_GZIP, OCI_MANIFEST,
-};
 use crate::platform::Platform;
 use crate::progress::{LayerStep, Progress};
 use crate::reference::Reference;
@@ -270,10 +268,6 @@ impl Store {
         form: Form,
         options: &PullOptions<'_>,
     ) -> Result<Exported, Error> {
-        let media_type = match form {
-            Form::Plain => OCI_LAYER,
-            Form::Gzip => OCI_LAYER_GZIP,
-        };
         let of = record.layers.len();
         let mut layers = Vec::new();
         for (number, layer) in (1..).zip(&record.layers) {
@@ -289,17 +283,14 @@ impl Store {
                 })?,
             });
         }
-        let descriptors = layers
-            .iter()
-            .map(|layer| BlobDescriptor::new(media_type, layer.size, layer.digest))
-            .collect();
-        let size = config.len() as u64;
-        let of_config = BlobDescriptor::new(OCI_CONFIG, size, record.config_digest);
-        let manifest = ImageManifest::new(of_config, descriptors);
+        let manifest = written::manifest(
+            (record.config_digest, config.len() as u64),
+            layers.iter().map(|layer| (layer.digest, layer.size)),
+            matches!(form, Form::Gzip),
+        )?;
         Ok(Exported {
-            manifest: serde_json::to_vec(&manifest)
-                .map_err(|error| Error::document("manifest", error))?,
-            manifest_type: OCI_MANIFEST.to_owned(),
+            manifest,
+            manifest_type: written::manifest_type(),
             config,
             layers,
         })

@@ -81,7 +81,7 @@ fn configuration(
     comment: &str,
     platform: &Platform,
 ) -> ImageConfig {
-    let mut image = ImageConfig::new(platform, &[diff_id]);
+    let mut image = ImageConfig::new(platform.parts(), &[diff_id]);
     image.config = Some(config);
     image.history = Some(vec![History {
         comment: Some(comment.to_owned()),

@@ -40,6 +40,8 @@ mod save;
 mod usage;
 mod verify;
 mod work;
+#[cfg(any(feature = "archive", feature = "registry"))]
+mod written;
 
 use std::fs::{self, File};
 use std::os::unix::fs::DirBuilderExt as _;

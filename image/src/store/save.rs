@@ -2,7 +2,7 @@
 //! [`Store::load`]: an OCI image layout together with the `manifest.json` of Docker
 //! archives, as Docker writes since version 25.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeSet, HashMap};
 use std::io::{self, Read, Write};
 
 use serde::Serialize;
@@ -10,10 +10,11 @@ use serde::Serialize;
 use super::Store;
 use super::export::{Exported, Form};
 use super::options::PullOptions;
+use super::written;
 use crate::Error;
 use crate::digest::{Digest, HashingReader};
 use crate::docker_reference::DockerReference;
-use crate::documents::{BlobDescriptor, FULL_NAME, ImageIndex, REF_NAME};
+use crate::documents::{FULL_NAME, REF_NAME};
 use crate::tar::{END, Header, Kind, encode, padding};
 
 /// An item of `manifest.json`.
@@ -55,14 +56,13 @@ impl Store {
             archive.image(store, &exported)?;
             let size = exported.manifest.len() as u64;
             let digest = Digest::of(&exported.manifest);
-            let mut entry = BlobDescriptor::new(&exported.manifest_type, size, digest);
             let name = DockerReference::parse(&found.reference).ok();
             let name = name.filter(|_| found.reference != found.digest.to_string());
-            if let Some(name) = &name {
-                let tag = name.tag().unwrap_or_default();
-                entry.annotations = Some(annotations(&name.full(), tag));
-            }
-            manifests.push(entry);
+            let annotations = name
+                .as_ref()
+                .map(|name| annotations(&name.full(), name.tag().unwrap_or_default()));
+            let kind = &exported.manifest_type;
+            manifests.push(written::entry(kind, digest, size, annotations)?);
             let tag = name.filter(|name| name.tag().is_some());
             items.push(Item {
                 config: blob(Digest::of(&exported.config)),
@@ -74,7 +74,7 @@ impl Store {
                     .collect(),
             });
         }
-        archive.json("index.json", &ImageIndex::new(manifests))?;
+        archive.json("index.json", &written::index(manifests)?)?;
         archive.json("manifest.json", &merged(items))?;
         archive.out.write_all(&END).map_err(unwritable)?;
         archive.out.flush().map_err(unwritable)
@@ -95,8 +95,8 @@ fn merged(items: Vec<Item>) -> Vec<Item> {
 
 /// Returns the annotations of an image in an index: its name, in the forms that tools
 /// use.
-fn annotations(name: &str, tag: &str) -> BTreeMap<String, String> {
-    BTreeMap::from(
+fn annotations(name: &str, tag: &str) -> HashMap<String, String> {
+    HashMap::from(
         [(FULL_NAME, name), (REF_NAME, tag)].map(|(key, value)| (key.to_owned(), value.to_owned())),
     )
 }

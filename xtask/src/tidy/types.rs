@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::{RepositoryFile, Violation};
 
 /// Names that every crate has by Rust's custom.
-const OF_EACH_CRATE: [&str; 2] = ["Error", "Result"];
+const OF_EACH_CRATE: [&str; 3] = ["Error", "ErrorKind", "Result"];
 /// Parts of paths that select one of several alternatives.
 const ALTERNATIVES: [&str; 5] = ["aarch64", "linux", "unix", "windows", "x86_64"];
 const KINDS: [&str; 5] = ["struct", "enum", "trait", "type", "union"];

@@ -30,7 +30,7 @@ fn store(images: u32) -> (tempfile::TempDir, Store) {
         fs::write(store.blob_path(config), b"x").unwrap();
         let record = DiskRecord {
             format: FORMAT,
-            config: ImageConfig::new(&Platform::host(), &[]),
+            config: ImageConfig::new(Platform::host().parts(), &[]),
             config_digest: config,
             manifest_type: None,
             meta_len: 1,

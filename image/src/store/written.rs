@@ -1,0 +1,104 @@
+//! The documents of exported images, written with the types of `oci-spec`. The types with
+//! which this crate reads documents are independent of these.
+
+#[cfg(feature = "archive")]
+use std::collections::HashMap;
+
+use oci_spec::image::{Descriptor, ImageManifestBuilder, MediaType, SCHEMA_VERSION, Sha256Digest};
+
+use crate::Error;
+use crate::digest::Digest;
+
+/// Media type of a manifest that [`manifest`] writes.
+pub(super) fn manifest_type() -> String {
+    MediaType::ImageManifest.to_string()
+}
+
+/// Returns the manifest of an image with this configuration and these layers (digest and
+/// size in bytes), lowest first.
+///
+/// # Errors
+/// The document cannot be serialized.
+pub(super) fn manifest(
+    config: (Digest, u64),
+    layers: impl Iterator<Item = (Digest, u64)>,
+    compressed: bool,
+) -> Result<Vec<u8>, Error> {
+    let of_layers = match compressed {
+        false => MediaType::ImageLayer,
+        true => MediaType::ImageLayerGzip,
+    };
+    let layers = layers
+        .map(|(digest, size)| descriptor(of_layers.clone(), digest, size))
+        .collect::<Result<Vec<_>, _>>()?;
+    let manifest = ImageManifestBuilder::default()
+        .schema_version(SCHEMA_VERSION)
+        .media_type(MediaType::ImageManifest)
+        .config(descriptor(MediaType::ImageConfig, config.0, config.1)?)
+        .layers(layers)
+        .build()
+        .map_err(|error| Error::document("manifest", error.to_string()))?;
+    serde_json::to_vec(&manifest).map_err(|error| Error::document("manifest", error))
+}
+
+/// Returns the entry of a manifest in an index, with its annotations.
+///
+/// # Errors
+/// None in practice: a [`Digest`] is one of SHA-256.
+#[cfg(feature = "archive")]
+pub(super) fn entry(
+    media_type: &str,
+    digest: Digest,
+    size: u64,
+    annotations: Option<HashMap<String, String>>,
+) -> Result<Descriptor, Error> {
+    let mut entry = descriptor(MediaType::from(media_type), digest, size)?;
+    entry.set_annotations(annotations);
+    Ok(entry)
+}
+
+/// Returns the index of these manifests.
+///
+/// # Errors
+/// None in practice: no member is missing.
+#[cfg(feature = "archive")]
+pub(super) fn index(entries: Vec<Descriptor>) -> Result<oci_spec::image::ImageIndex, Error> {
+    oci_spec::image::ImageIndexBuilder::default()
+        .schema_version(SCHEMA_VERSION)
+        .media_type(MediaType::ImageIndex)
+        .manifests(entries)
+        .build()
+        .map_err(|error| Error::document("index", error.to_string()))
+}
+
+fn descriptor(kind: MediaType, digest: Digest, size: u64) -> Result<Descriptor, Error> {
+    let digest: Sha256Digest = digest
+        .hex()
+        .parse()
+        .map_err(|error: oci_spec::OciSpecError| {
+            Error::document("descriptor", error.to_string())
+        })?;
+    Ok(Descriptor::new(kind, size, digest))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::documents::{ImageManifest, OCI_CONFIG, OCI_LAYER_GZIP, parse};
+
+    /// What one library writes, the other types read.
+    #[test]
+    fn a_written_manifest_is_read() {
+        let digest = Digest::of(b"x");
+        let bytes = manifest((digest, 7), [(digest, 9)].into_iter(), true).unwrap();
+        let read: ImageManifest = parse(&bytes, "manifest").unwrap();
+        assert_eq!(read.media_type, Some(manifest_type()));
+        assert_eq!(
+            (read.config.media_type.as_str(), read.config.size),
+            (OCI_CONFIG, 7)
+        );
+        assert_eq!(read.layers.len(), 1);
+        assert_eq!(read.layers[0].media_type, OCI_LAYER_GZIP);
+        assert_eq!(read.layers[0].digest, digest.to_string());
+    }
+}
