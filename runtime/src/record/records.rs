@@ -213,9 +213,14 @@ impl Records {
             {
                 known.insert(id.clone(), (config.name, config.auto_remove));
             }
-            if let Some((name, auto_remove)) = known.get(&id)
-                && !(*auto_remove && directory.join(EXIT).exists())
-            {
+            let Some((name, auto_remove)) = known.get(&id) else {
+                continue;
+            };
+            // A VMM removes its record without the registry's lock. A directory that is
+            // there after the look at its files was there at that look, as identifiers
+            // are never used again.
+            let ended = *auto_remove && directory.join(EXIT).exists();
+            if !ended && directory.try_exists().unwrap_or(true) {
                 names.push((id, name.clone()));
             }
         }

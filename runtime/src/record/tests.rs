@@ -247,6 +247,30 @@ fn an_ended_vm_that_removes_itself_frees_its_name_at_once() {
     make().unwrap();
 }
 
+/// The record disappears at any moment between the listing and the look at its files.
+#[test]
+fn a_name_is_free_while_the_record_of_an_ended_vm_disappears() {
+    let f = fixture();
+    let create = || {
+        f.records
+            .create(Some("again"), |id, name| Ok(removing_itself(id, name)))
+    };
+    let (mut record, _lock) = create().unwrap();
+    for round in 0..500 {
+        record.write_exit(&exit(0)).unwrap();
+        let begin = std::sync::Barrier::new(2);
+        let next = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                begin.wait();
+                record.erase().unwrap();
+            });
+            begin.wait();
+            create()
+        });
+        (record, _) = next.unwrap_or_else(|error| panic!("round {round}: {error}"));
+    }
+}
+
 /// Releases a lock independent of copies of the descriptor, which a process that another
 /// test forks has until its exec.
 fn let_go(lock: File) {
