@@ -361,22 +361,19 @@ fn kind_of_record(error: &RecordError) -> ErrorKind {
 }
 
 fn kind_of_image(error: &sm_image::Error) -> ErrorKind {
-    use sm_image::Error as Image;
-    match error {
-        Image::Reference { .. } | Image::Platform(_) => ErrorKind::Invalid,
-        Image::Unknown { .. } => ErrorKind::NotFound,
-        Image::NoPlatform { .. } | Image::TooLarge(_) => ErrorKind::Unsupported,
-        Image::Registry { .. } | Image::Engine { .. } => ErrorKind::Remote,
-        Image::Ambiguous(_) => ErrorKind::Ambiguous,
-        Image::Document { .. }
-        | Image::Blob { .. }
-        | Image::Layer { .. }
-        | Image::Entry { .. }
-        | Image::Users(_) => ErrorKind::Damaged,
-        Image::Used { .. } => ErrorKind::Busy,
-        Image::Space { .. } => ErrorKind::NoSpace,
+    use sm_image::ErrorKind as Image;
+    match error.kind() {
+        Image::InvalidName => ErrorKind::Invalid,
+        Image::NotFound => ErrorKind::NotFound,
+        Image::Ambiguous => ErrorKind::Ambiguous,
+        Image::Unauthorized => ErrorKind::PermissionDenied,
+        Image::Unreachable | Image::Service => ErrorKind::Remote,
+        Image::Damaged => ErrorKind::Damaged,
+        Image::LimitExceeded | Image::Unsupported => ErrorKind::Unsupported,
+        Image::InUse => ErrorKind::Busy,
+        Image::NoSpace => ErrorKind::NoSpace,
         Image::Cancelled => ErrorKind::Cancelled,
-        error => kind_of_causes(error),
+        _ => kind_of_causes(error),
     }
 }
 
@@ -485,8 +482,12 @@ mod tests {
             (StartError::NoProgram.into(), ErrorKind::Start),
             (Refusal::Paused(name()).into(), ErrorKind::Busy),
             (
-                sm_image::Error::Users("s".to_owned()).into(),
-                ErrorKind::Damaged,
+                sm_image::Error::Ambiguous(name()).into(),
+                ErrorKind::Ambiguous,
+            ),
+            (
+                sm_image::Error::Archive(io(io::ErrorKind::PermissionDenied)).into(),
+                ErrorKind::PermissionDenied,
             ),
             (
                 sm_snapshot::Error::Exists { name: name() }.into(),
