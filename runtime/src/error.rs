@@ -254,7 +254,7 @@ pub enum Refusal {
     Answer(String),
 }
 
-/// The kind of an [`Error`], for callers that handle some kinds differently.
+/// The kind of an [`crate::Error`], for callers that handle some kinds differently.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
