@@ -5,7 +5,7 @@ use std::io;
 
 use super::Error;
 
-/// The kind of an [`Error`].
+/// The kind of an [`Error`](enum@crate::Error).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
@@ -39,7 +39,7 @@ pub enum ErrorKind {
     Other,
 }
 
-/// The reason of an [`Error`]: a sentence, which [`fmt::Display`] writes.
+/// The reason of an [`Error`](enum@crate::Error): a sentence, which [`fmt::Display`] writes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cause {
     text: String,
