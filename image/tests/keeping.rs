@@ -99,6 +99,9 @@ fn manifest(reference: &str) -> Vec<u8> {
 
 #[test]
 fn an_archive_has_the_image_byte_for_byte() {
+    if !sm_test_needs::programs(&["skopeo"]) {
+        return;
+    }
     let home = Home::new();
     let (reference, digest) = home.image("layout", &layers());
     home.store.tag(&reference, &name("app:v1")).unwrap();
@@ -132,6 +135,9 @@ fn an_archive_has_the_image_byte_for_byte() {
 
 #[test]
 fn all_images_of_an_archive_are_loaded() {
+    if !sm_test_needs::programs(&["skopeo"]) {
+        return;
+    }
     let home = Home::new();
     let (reference, digest) = home.image("layout", &layers());
     home.store.tag(&reference, &name("app:v1")).unwrap();

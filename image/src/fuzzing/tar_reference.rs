@@ -237,17 +237,26 @@ fn seeds() -> Range<u64> {
 
 #[test]
 fn random_archives_are_listed_as_others_list_them() {
+    if !sm_test_needs::programs(&["python3", "tar"]) {
+        return;
+    }
     run(seeds(), |seed| streams::archive(seed, Contents::Two));
 }
 
 #[test]
 fn damaged_archives_are_listed_as_others_list_them() {
+    if !sm_test_needs::programs(&["python3", "tar"]) {
+        return;
+    }
     let is_listed = |seed: &u64| AS_GO.iter().any(|(listed, _)| listed == seed);
     run(seeds().filter(|seed| !is_listed(seed)), streams::mutated);
 }
 
 #[test]
 fn damaged_archives_are_listed_as_in_go_where_both_others_differ() {
+    if !sm_test_needs::programs(&["python3", "tar"]) {
+        return;
+    }
     for (seed, reason) in AS_GO {
         let mut tally = BTreeMap::new();
         let different = compare(&[streams::mutated(*seed)], &mut tally);
