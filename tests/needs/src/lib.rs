@@ -5,7 +5,7 @@
 //! lacks one of these fails.
 //!
 //! ```
-//! if !sm_test_needs::programs(&["true", "no-such-program"]) {
+//! if !sm_test_needs::programs(&["sh"]) {
 //!     return;
 //! }
 //! ```

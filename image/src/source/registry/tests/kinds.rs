@@ -5,6 +5,8 @@ use std::net::TcpListener;
 use super::server::{Answer, Fixture};
 use super::*;
 
+type Headers = Vec<(&'static str, String)>;
+
 #[track_caller]
 fn kind(fixture: &Fixture) -> ErrorKind {
     fixture.pull().unwrap_err().kind()
@@ -39,20 +41,20 @@ fn an_address_where_nothing_listens_is_unreachable() {
 
 #[test]
 fn the_kind_of_a_download_survives_the_conversion_of_its_layer() {
-    let on_layers = |change: fn(u16, Vec<u8>) -> Answer| {
+    let on_layers = |change: fn(u16, Headers, Vec<u8>) -> Answer| {
         registry(move |request, content| match content.honest(request) {
-            Answer::Say(code, _, body) if body.len() > 100_000 => change(code, body),
+            Answer::Say(code, headers, body) if body.len() > 100_000 => change(code, headers, body),
             other => other,
         })
     };
-    let broken = on_layers(|code, body| Answer::Cut(code, Vec::new(), body, 10));
+    let broken = on_layers(|code, headers, body| Answer::Cut(code, headers, body, 10));
     assert_eq!(kind(&broken), ErrorKind::Unreachable);
-    let refused = on_layers(|_, _| status(403));
+    let refused = on_layers(|_, _, _| status(403));
     assert_eq!(kind(&refused), ErrorKind::Unauthorized);
-    let changed = on_layers(|code, mut body| {
+    let changed = on_layers(|code, headers, mut body| {
         let middle = body.len() / 2;
         body[middle] ^= 1;
-        Answer::Say(code, Vec::new(), body)
+        Answer::Say(code, headers, body)
     });
     assert_eq!(kind(&changed), ErrorKind::Damaged);
 }
