@@ -2,13 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use serde::{Deserialize, Serialize};
-use serde_json::Value;
-
 use crate::digest::Digest;
+use serde::{Deserialize, Serialize};
 
-/// The configuration document of an image. Members that this type does not name are kept
-/// and serialized again.
+/// The configuration document of an image, as far as it is used. The store has the whole
+/// document.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct ImageConfig {
@@ -47,8 +45,6 @@ pub struct ImageConfig {
     /// Steps that created the image, first to last.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub history: Option<Vec<History>>,
-    #[serde(flatten)]
-    other: BTreeMap<String, Value>,
 }
 
 impl ImageConfig {
@@ -70,13 +66,11 @@ impl ImageConfig {
                 diff_ids: diff_ids.iter().map(Digest::to_string).collect(),
             },
             history: None,
-            other: BTreeMap::new(),
         }
     }
 }
 
-/// Defaults of containers of an image. Members that this type does not name are kept and
-/// serialized again.
+/// Defaults of containers of an image.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 #[non_exhaustive]
@@ -108,8 +102,6 @@ pub struct Config {
     /// Signal that asks a container to exit, such as `SIGTERM`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stop_signal: Option<String>,
-    #[serde(flatten)]
-    other: BTreeMap<String, Value>,
 }
 
 const LAYERS: &str = "layers";
@@ -173,6 +165,8 @@ mod go_set {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::Value;
+
     use super::*;
 
     /// A configuration as Docker writes it, with members that are not in the
@@ -192,14 +186,20 @@ mod tests {
     }"#;
 
     #[test]
-    fn all_members_are_serialized_again() {
+    fn members_of_the_specification_are_serialized_again() {
         let config: ImageConfig = serde_json::from_str(DOCKERS).unwrap();
         let defaults = config.config.as_ref().unwrap();
         let ports: Vec<_> = defaults.exposed_ports.iter().flatten().collect();
         assert_eq!(ports, ["443/tcp", "80/tcp"]);
         assert_eq!(defaults.stop_signal.as_deref(), Some("SIGQUIT"));
-        let again = serde_json::to_value(&config).unwrap();
-        assert_eq!(again, serde_json::from_str::<Value>(DOCKERS).unwrap());
+        let mut again: Value = serde_json::from_str(DOCKERS).unwrap();
+        for name in ["container", "docker_version"] {
+            again.as_object_mut().unwrap().remove(name);
+        }
+        for name in ["ArgsEscaped", "OnBuild", "Healthcheck"] {
+            again["config"].as_object_mut().unwrap().remove(name);
+        }
+        assert_eq!(serde_json::to_value(&config).unwrap(), again);
     }
 
     #[test]
@@ -217,6 +217,19 @@ mod tests {
                 r#"{{"architecture":"arm","os":"linux","variant":"v7","config":{{"Cmd":["/x"]}},"rootfs":{{"type":"layers","diff_ids":["{digest}"]}}}}"#
             )
         );
+    }
+
+    /// The whole document stays in the store as it came. A copy of its other members in
+    /// memory would be a hundred times as large as their text.
+    #[test]
+    fn other_members_cost_no_memory_and_no_depth() {
+        let deep = format!("{}{}", "[".repeat(126), "]".repeat(126));
+        let text = DOCKERS.replacen('{', &format!("{{\"x\": {deep},"), 1);
+        let config: ImageConfig = serde_json::from_str(&text).unwrap();
+        // Records wrap it once more.
+        let record = serde_json::to_string(&[config]).unwrap();
+        assert!(record.len() < DOCKERS.len());
+        assert!(serde_json::from_str::<[ImageConfig; 1]>(&record).is_ok());
     }
 
     #[test]
