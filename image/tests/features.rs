@@ -2,6 +2,8 @@
 //! and OCI layouts need none.
 #![allow(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
+#[cfg(feature = "archive")]
+use sm_image::ErrorKind;
 use sm_image::{
     Compression, Config, Error, LayoutBuilder, MemoryFile, PullOptions, Reference, Store,
 };
@@ -74,4 +76,29 @@ fn layouts_and_streams_need_no_feature() {
     let imported = store.import(&tar[..], None, Config::default(), "empty", &options);
     assert_eq!(store.list().unwrap().len(), 2);
     assert!(imported.unwrap().segments[0].open().is_ok());
+}
+
+/// Callers tell a file that is absent from one that cannot be used.
+#[cfg(feature = "archive")]
+#[test]
+fn archives_that_cannot_be_used_have_kinds() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name);
+    std::fs::write(at("text"), b"no archive").unwrap();
+    let mut packed = zstd::encode_all(&[7; 100_000][..], 1).unwrap();
+    packed.truncate(packed.len() / 2);
+    std::fs::write(at("cut"), packed).unwrap();
+    std::fs::create_dir(at("directory")).unwrap();
+    let store = Store::open(&at("store")).unwrap();
+    let kind = |name: &str| {
+        let text = format!("oci-archive:{}", at(name).display());
+        let reference = Reference::parse(&text).unwrap();
+        let pulled = store.pull(&reference, &PullOptions::default());
+        pulled.unwrap_err().kind()
+    };
+    assert_eq!(kind("absent"), ErrorKind::NotFound);
+    for name in ["text", "cut"] {
+        assert_eq!(kind(name), ErrorKind::Damaged, "{name}");
+    }
+    assert_eq!(kind("directory"), ErrorKind::Io);
 }

@@ -80,5 +80,14 @@ fn features() -> Result<()> {
             "warnings",
         ]))?;
     }
-    Ok(())
+    // Clippy only compiles; this runs what disabled sources answer.
+    cmd::check(&mut cargo([
+        "test",
+        "-p",
+        "sm-image",
+        "--no-default-features",
+        "--test",
+        "features",
+        "--locked",
+    ]))
 }

@@ -1,5 +1,6 @@
-//! The documents of exported images, written with the types of `oci-spec`. The types with
-//! which this crate reads documents are independent of these.
+//! The documents of exported images, written with the types of `oci-spec`: what this
+//! program sends to others has the form that the crate of the specification gives it. The
+//! types that read documents, and that [`crate::LayoutBuilder`] writes, need no dependency.
 
 #[cfg(feature = "archive")]
 use std::collections::HashMap;
