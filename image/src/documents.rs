@@ -8,6 +8,7 @@ use serde::Deserialize;
 
 use crate::Error;
 use crate::digest::Digest;
+use crate::error::{Cause, ErrorKind};
 
 pub(crate) use self::model::{
     BlobDescriptor, ImageIndex, ImageManifest, OCI_CONFIG, OCI_LAYER, OCI_LAYER_GZIP,
@@ -39,7 +40,9 @@ impl Named {
     ) -> Result<Self, Error> {
         let text = &descriptor.digest;
         let digest = Digest::parse(text).ok_or_else(|| {
-            Error::document(document, format!("\"{text}\" is not a sha256 digest"))
+            // The types of documents have checked its form.
+            let text = format!("\"{text}\" is not a sha256 digest");
+            Error::document(document, Cause::new(ErrorKind::Unsupported, text))
         })?;
         Ok(Self {
             digest,

@@ -9,7 +9,8 @@ mod cause;
 
 pub use cause::{Cause, ErrorKind};
 
-/// An error of this crate; [`Error::kind`] classifies it. Messages name the affected part of the image.
+/// An error of this crate; [`Error::kind`] classifies it. Messages name the affected part
+/// of the image.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -173,6 +174,12 @@ impl Error {
             document: document.into(),
             reason: reason.into(),
         }
+    }
+
+    /// Returns the error for a document beyond the size limit of documents.
+    pub(crate) fn too_large(document: &str) -> Self {
+        let reason = Cause::new(ErrorKind::LimitExceeded, "it is larger than 8 MiB");
+        Self::document(document, reason)
     }
 
     pub(crate) fn unknown(reference: impl ToString, reason: impl Into<Cause>) -> Self {

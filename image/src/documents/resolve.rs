@@ -156,14 +156,19 @@ impl Search<'_> {
             }
         };
         if depth == MAX_DEPTH {
-            return Err(Error::document("index", "it refers to too many documents"));
+            return Err(Error::document(
+                "index",
+                Cause::new(ErrorKind::LimitExceeded, "it refers to too many documents"),
+            ));
         }
         for chosen in self.candidates(&index)? {
             let named = Named::from_descriptor(chosen, "index")?;
-            self.left = self
-                .left
-                .checked_sub(1)
-                .ok_or_else(|| Error::document("index", "it refers to too many documents"))?;
+            self.left = self.left.checked_sub(1).ok_or_else(|| {
+                Error::document(
+                    "index",
+                    Cause::new(ErrorKind::LimitExceeded, "it refers to too many documents"),
+                )
+            })?;
             let bytes = (self.read)(&named)?;
             named.check(&bytes)?;
             let found = self.follow(bytes, Some(&named.media_type), depth + 1)?;

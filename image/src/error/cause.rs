@@ -68,6 +68,19 @@ impl Cause {
         }
     }
 
+    /// Creates the cause with the text of an error of reading a stream, which is of the
+    /// kind [`ErrorKind::Damaged`] if its contents are malformed or end too early.
+    #[cfg(feature = "archive")]
+    pub(crate) fn of_stream(error: &io::Error) -> Self {
+        use io::ErrorKind as Kind;
+
+        let damaged = [Kind::InvalidData, Kind::InvalidInput, Kind::UnexpectedEof];
+        Self::of(error).or(match damaged.contains(&error.kind()) {
+            true => ErrorKind::Damaged,
+            false => ErrorKind::Io,
+        })
+    }
+
     /// Sets the kind, if there is none.
     pub(crate) fn or(self, kind: ErrorKind) -> Self {
         Self {
@@ -162,6 +175,7 @@ pub(super) fn kind_of(error: &io::Error) -> Option<ErrorKind> {
         | Kind::ConnectionAborted
         | Kind::HostUnreachable
         | Kind::NetworkUnreachable
+        | Kind::NotConnected
         | Kind::TimedOut => Some(ErrorKind::Unreachable),
         _ => None,
     }

@@ -160,7 +160,13 @@ mod tests {
         bytes[36..40].fill(0);
         let record = Fixed::decode(&bytes);
         assert_eq!(record.len, 0x0403_0201);
-        assert_eq!(record.path_len, 0x2221);
+        assert_eq!((record.kind, record.mode), (0x0605, 0x0807));
+        assert_eq!((record.uid, record.gid), (0x0c0b_0a09, 0x100f_0e0d));
+        assert_eq!(record.seconds, 0x1817_1615_1413_1211);
+        assert_eq!(record.nanoseconds, 0x1c1b_1a19);
+        assert_eq!(record.xattrs_len, 0x201f_1e1d);
+        assert_eq!((record.path_len, record.link_len), (0x2221, 0x2423));
+        assert_eq!(record.a, 0x302f_2e2d_2c2b_2a29);
         assert_eq!(record.b, 0x3837_3635_3433_3231);
         let mut encoded = vec![0xff];
         record.encode(&mut encoded);

@@ -60,8 +60,13 @@ impl Archive {
         session: Session<'_>,
     ) -> Result<Self, Error> {
         let unknown = |reason: Cause| Error::unknown(reference, reason.after(path));
-        let file = spool::open(path, session).map_err(|error| unknown(Cause::of(&error)))?;
-        Self::new(file).map_err(unknown)
+        let file = spool::open(path, session).map_err(|error| {
+            unknown(match error.kind() {
+                io::ErrorKind::NotFound => Cause::of(&error),
+                _ => Cause::of_stream(&error),
+            })
+        })?;
+        Self::new(file).map_err(|cause| unknown(cause.or(ErrorKind::Damaged)))
     }
 }
 

@@ -11,7 +11,7 @@ use super::docker::DockerArchive;
 use super::layout::Layout;
 use super::{Session, Source, spool};
 use crate::Error;
-use crate::error::Cause;
+use crate::error::{Cause, ErrorKind};
 
 /// An archive whose headers have been read.
 pub(crate) struct Bundle {
@@ -50,13 +50,14 @@ impl Bundle {
 
     fn of(file: io::Result<File>, label: String) -> Result<Self, Error> {
         let unknown = |reason: Cause| Error::unknown(&label, reason);
-        let file = file.map_err(|error| unknown(Cause::of(&error)))?;
-        let archive = Archive::new(file).map_err(unknown)?;
+        let file = file.map_err(|error| unknown(Cause::of_stream(&error)))?;
+        let damaged = |cause: Cause| unknown(cause.or(ErrorKind::Damaged));
+        let archive = Archive::new(file).map_err(damaged)?;
         // Newer engines write both formats; the layout contains more information.
         let has = |name: &str| Ok::<_, Error>(archive.open_file(name)?.is_some());
         let is_layout = has("index.json")? && has("oci-layout")?;
         if !is_layout && !has("manifest.json")? && !has("repositories")? {
-            return Err(unknown("it is not an archive of images".into()));
+            return Err(damaged("it is not an archive of images".into()));
         }
         Ok(Self {
             archive,

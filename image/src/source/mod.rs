@@ -224,7 +224,7 @@ fn read_small(files: &impl Files, path: &str, what: &str) -> Result<Option<Vec<u
         .read_to_end(&mut bytes)
         .map_err(|error| Error::document(what, error))?;
     if u64::try_from(bytes.len()).is_ok_and(|len| len > MAX_DOCUMENT) {
-        return Err(Error::document(what, "it is larger than 8 MiB"));
+        return Err(Error::too_large(what));
     }
     Ok(Some(bytes))
 }

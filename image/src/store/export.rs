@@ -14,8 +14,8 @@ use super::files::{StoredLayer, create};
 use super::options::PullOptions;
 use super::record::{DiskRecord, LayerRecord};
 use super::written;
-use crate::Error;
 use crate::digest::{Digest, HashingReader};
+use crate::error::{Error, ErrorKind};
 use crate::platform::Platform;
 use crate::progress::{LayerStep, Progress};
 use crate::reference::Reference;
@@ -90,6 +90,16 @@ impl Exported {
             }),
         }
     }
+}
+
+/// Returns true if the source of an image does not have it any more, or cannot be used by
+/// this program: its layers are created again. After other errors another attempt may
+/// succeed, and result in the same image.
+fn is_gone(error: &Error) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::NotFound | ErrorKind::Unsupported | ErrorKind::Damaged
+    )
 }
 
 impl Store {
@@ -195,13 +205,15 @@ impl Store {
         let platform = Platform::of(&record.config);
         let source = match source::open(&reference, session) {
             Ok(Some(source)) => source,
-            Ok(None) | Err(Error::Unknown { .. } | Error::Disabled { .. }) => return Ok(false),
+            Ok(None) => return Ok(false),
+            Err(error) if is_gone(&error) => return Ok(false),
             Err(error) => return Err(error),
         };
         let image = match source.image(Some(&platform)) {
             Ok(image) if image.digest == digest => image,
             // The source has another image, or none.
-            Ok(_) | Err(Error::Unknown { .. }) => return Ok(false),
+            Ok(_) => return Ok(false),
+            Err(error) if is_gone(&error) => return Ok(false),
             Err(error) => return Err(error),
         };
         let sizes = missing.iter();

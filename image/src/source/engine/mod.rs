@@ -118,6 +118,8 @@ impl<'s> Engine<'s> {
     fn get(&self, path: &str) -> Result<Response<Body>, Error> {
         let url = format!("{}{path}", self.base);
         self.agent.get(url).call().map_err(|error| match error {
+            // Cancellation disconnects the agent.
+            _ if self.session.cancel.is_cancelled() => Error::Cancelled,
             ureq::Error::Io(error) => self.error(match error.kind() {
                 io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Cause::new(
                     ErrorKind::Unreachable,
@@ -168,9 +170,29 @@ impl<'s> Engine<'s> {
         let response = self.ask("get")?;
         let label = format!("docker-daemon:{}", self.name);
         (self.session.message)(&format!("receiving {} from {}", self.name, self.host));
-        let body = response.into_body().into_reader();
-        let bundle = Bundle::read(body, &label, self.session)?;
+        let body = Received(response.into_body().into_reader());
+        let bundle = Bundle::read(body, &label, self.session).map_err(|error| {
+            match self.session.cancel.is_cancelled() {
+                true => Error::Cancelled,
+                false => error,
+            }
+        })?;
         Ok(self.bundle.get_or_init(|| bundle))
+    }
+}
+
+/// The body of an engine's answer. Its errors are those of the connection.
+struct Received<R>(R);
+
+impl<R: Read> Read for Received<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.0.read(buffer).map_err(|error| {
+            if error.kind() == io::ErrorKind::Interrupted {
+                return error;
+            }
+            let text = format!("the connection broke: {error}");
+            io::Error::other(Cause::new(ErrorKind::Unreachable, text))
+        })
     }
 }
 

@@ -121,7 +121,7 @@ impl<'s> Registry<'s> {
             return Err(Error::unknown(&self.reference, text));
         };
         if bytes.len() as u64 > MAX_DOCUMENT {
-            return Err(Error::document("manifest", "it is larger than 8 MiB"));
+            return Err(Error::too_large("manifest"));
         }
         Ok((bytes, media_type))
     }
@@ -167,7 +167,7 @@ impl<'s> Registry<'s> {
     /// Requests a small blob.
     fn document(&self, number: usize, named: &Named, what: &str) -> Result<Vec<u8>, Error> {
         if named.size > MAX_DOCUMENT {
-            return Err(Error::document(what, "it is larger than 8 MiB"));
+            return Err(Error::too_large(what));
         }
         let mut bytes = Vec::new();
         if let Some(mut blob) = Blob::new(self.from(number), named.digest, named.size) {
