@@ -103,7 +103,8 @@ pub(crate) enum Phase {
     Requested,
     /// Both sides have accepted; data flow.
     Established,
-    /// The guest has closed the connection; only the backlog is still written.
+    /// The guest has closed the connection, or the device was reset; only the backlog is
+    /// still written.
     Draining,
 }
 

@@ -231,6 +231,23 @@ impl Vsock {
             Err(error) => tracing::error!(%error, "host code cannot reach the guest"),
         }
     }
+
+    /// Returns the configuration and the next host port in a saved payload.
+    fn saved(&self, payload: &DevicePayload) -> Result<(VsockConfig, u32), ActivateError> {
+        payload.expect(KIND, STATE_VERSION)?;
+        let unfit = |reason: String| ActivateError::Payload {
+            kind: KIND.to_owned(),
+            reason,
+        };
+        let saved = VsockStateV2::decode(&payload.bytes)
+            .ok_or_else(|| unfit("it is malformed".to_owned()))?;
+        let config = VsockConfig {
+            guest_cid: saved.guest_cid,
+            ..self.config
+        };
+        config.check().map_err(|error| unfit(error.to_string()))?;
+        Ok((config, saved.next_port))
+    }
 }
 
 impl VirtioDevice for Vsock {
@@ -363,24 +380,17 @@ impl VirtioDevice for Vsock {
         })
     }
 
+    fn check(&self, payload: &DevicePayload) -> Result<(), ActivateError> {
+        self.saved(payload).map(|_| ())
+    }
+
     fn restore(&mut self, payload: &DevicePayload) -> Result<(), ActivateError> {
-        payload.expect(KIND, STATE_VERSION)?;
+        let (config, next_port) = self.saved(payload)?;
+        self.config = config;
         // Ports continue from their saved position: Linux does not forget a connection that
         // a transport reset ended before its process closes the socket, and refuses another
         // one with the same ports until then.
-        let unfit = |reason: String| ActivateError::Payload {
-            kind: KIND.to_owned(),
-            reason,
-        };
-        let saved = VsockStateV2::decode(&payload.bytes)
-            .ok_or_else(|| unfit("it is malformed".to_owned()))?;
-        let config = VsockConfig {
-            guest_cid: saved.guest_cid,
-            ..self.config
-        };
-        config.check().map_err(|error| unfit(error.to_string()))?;
-        self.config = config;
-        self.muxer.next_port = saved.next_port;
+        self.muxer.next_port = next_port;
         self.reset = TransportReset::Owed;
         Ok(())
     }

@@ -68,7 +68,7 @@ pub enum ActivateError {
     },
 }
 
-/// Why a device has no saved state.
+/// Reason why a device refuses to be saved.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[error("a device of kind {kind} cannot be saved: {reason}")]
 pub struct CannotSave {
@@ -101,7 +101,7 @@ impl DevicePayload {
         Err(ActivateError::Payload {
             kind: kind.to_owned(),
             reason: format!(
-                "it is \"{}\" version {}, and only version {version} is supported",
+                "it is \"{}\" version {}, and only \"{kind}\" version {version} is supported",
                 self.kind, self.version
             ),
         })
@@ -186,9 +186,16 @@ pub trait VirtioDevice: Send {
     /// The device is in a state, or of a kind, that cannot be saved.
     fn save(&self) -> Result<DevicePayload, CannotSave>;
 
-    /// Restores state that [`Self::save`] saved, before activation.
+    /// Checks a payload for [`Self::restore`], and changes nothing. The device may be active.
     ///
     /// # Errors
     /// A payload of another kind or version, or one that does not fit.
+    fn check(&self, payload: &DevicePayload) -> Result<(), ActivateError>;
+
+    /// Restores state that [`Self::save`] saved, before activation. The caller has passed the
+    /// payload to [`Self::check`].
+    ///
+    /// # Errors
+    /// A payload that [`Self::check`] refuses; the device is unchanged.
     fn restore(&mut self, payload: &DevicePayload) -> Result<(), ActivateError>;
 }

@@ -1,8 +1,13 @@
 //! The virtio-mmio register transport, version 2 (virtio 1.3 section 4.2.2).
 //!
-//! vCPU threads access registers; the event loop serves queues. The registers are behind a
-//! mutex of vCPU threads, the device is behind a mutex that both lock (neither waits for the
-//! other with it held), and the interrupt is made of atomics.
+//! vCPU threads access registers; the event loop serves queues; the threads that control a
+//! machine quiesce, save and restore. The registers are behind a mutex that vCPU threads and
+//! control threads lock. The device is behind a mutex that all of them lock. The interrupt is
+//! made of atomics.
+//!
+//! A thread that locks both locks the registers first. With the registers locked it may wait
+//! for the event loop, which locks only the device; with the device locked it waits for no
+//! other thread.
 
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
@@ -17,15 +22,18 @@ use virtio_bindings::virtio_config::{
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use crate::GuestMemory;
-use crate::device::{ActivateError, Activation, CannotSave, Interrupt, VirtioDevice};
+use crate::device::{ActivateError, Activation, CannotSave, Interrupt as _, VirtioDevice};
 use crate::queue::Queue;
 use sm_event_loop::{
     EventHandler, EventLoopHandle, HandlerId, Interest, Readiness, Registered, Registry, drain,
     new_eventfd, signal,
 };
 
+mod interrupt;
 mod state;
 
+pub use self::interrupt::InterruptLine;
+use self::interrupt::MmioInterrupt;
 pub use self::state::{MmioTransportStateV1, TransportState};
 
 /// Offset of the register that a doorbell replaces.
@@ -35,8 +43,6 @@ const CONFIG_SPACE: u64 = 0x100;
 /// "virt".
 const MAGIC: u32 = 0x7472_6976;
 const VENDOR: u32 = 0x534d; // "SM"
-const INTERRUPT_USED: u32 = 1;
-const INTERRUPT_CONFIG: u32 = 2;
 
 /// Tokens of the transport's own descriptors; a device's tokens are below.
 const TOKEN_ACTIVATED: u64 = u64::MAX;
@@ -49,59 +55,10 @@ const DRIVER_OK: u32 = VIRTIO_CONFIG_S_DRIVER_OK;
 const NEEDS_RESET: u32 = VIRTIO_CONFIG_S_NEEDS_RESET;
 const FAILED: u32 = VIRTIO_CONFIG_S_FAILED;
 
-/// A device's interrupt line, edge-triggered.
-pub trait InterruptLine: Send + Sync {
-    /// Raises the interrupt once.
-    ///
-    /// # Errors
-    /// The hypervisor refused; the guest has missed an interrupt.
-    fn pulse(&self) -> io::Result<()>;
-}
-
 fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Device code does not panic on guest input; if it did, the report of that panic is
     // more useful than a second one here.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// The interrupt of one device.
-struct MmioInterrupt {
-    status: AtomicU32,
-    generation: AtomicU32,
-    needs_reset: AtomicBool,
-    line: Arc<dyn InterruptLine>,
-    slot: u32,
-}
-
-impl MmioInterrupt {
-    fn raise(&self, cause: u32) {
-        self.status.fetch_or(cause, Ordering::SeqCst);
-        if let Err(error) = self.line.pulse() {
-            tracing::error!(slot = self.slot, %error, "an interrupt was lost");
-        }
-    }
-}
-
-impl Interrupt for MmioInterrupt {
-    fn used_buffers(&self) {
-        self.raise(INTERRUPT_USED);
-    }
-
-    fn config_changed(&self) {
-        self.generation.fetch_add(1, Ordering::SeqCst);
-        self.raise(INTERRUPT_CONFIG);
-    }
-
-    fn needs_reset(&self, reason: &str) {
-        if !self.needs_reset.swap(true, Ordering::SeqCst) {
-            tracing::warn!(
-                slot = self.slot,
-                reason,
-                "a device needs a reset by its driver"
-            );
-            self.raise(INTERRUPT_CONFIG);
-        }
-    }
 }
 
 /// Registers that the driver writes.
@@ -288,8 +245,8 @@ impl MmioTransport {
     /// # Errors
     /// The device cannot be saved.
     pub fn save(&self) -> Result<TransportState, CannotSave> {
-        let device = lock(&self.device);
         let registers = lock(&self.registers);
+        let device = lock(&self.device);
         // Those of an active device have moved on since it was activated.
         let live = device.queues();
         let queues = if live.len() == registers.queues.len() {
@@ -316,7 +273,8 @@ impl MmioTransport {
     }
 
     /// Restores state that [`Self::save`] saved, before vCPUs run; also in place, on a
-    /// transport in use.
+    /// transport in use. State that is refused changes nothing, unless the device refuses its
+    /// activation: it is then inactive, until the driver resets it.
     ///
     /// # Errors
     /// State of another device, or state that the device refuses.
@@ -334,6 +292,11 @@ impl MmioTransport {
         }
         let mut registers = lock(&self.registers);
         let restored = registers.restored(state, self.features).map_err(unfit)?;
+        let is_active = restored.status & DRIVER_OK != 0 && !state.needs_reset;
+        if is_active && !self.queues_are_valid(&restored) {
+            return Err(unfit("its queues lie outside guest memory".to_owned()));
+        }
+        lock(&self.device).check(payload)?;
         if registers.status & DRIVER_OK != 0 {
             self.reset_device();
         }
@@ -349,11 +312,8 @@ impl MmioTransport {
             .needs_reset
             .store(state.needs_reset, Ordering::SeqCst);
         lock(&self.device).restore(payload)?;
-        if registers.status & DRIVER_OK == 0 || state.needs_reset {
+        if !is_active {
             return Ok(());
-        }
-        if !self.queues_are_valid(&registers) {
-            return Err(unfit("its queues lie outside guest memory".to_owned()));
         }
         self.activate(&registers)?;
         // KVM delivers interrupts to the IOAPIC from a work queue, so one raised just

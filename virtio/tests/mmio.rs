@@ -292,6 +292,37 @@ fn state_of_another_device_is_refused() {
     assert!(error.to_string().contains("outside"), "{error}");
 }
 
+/// A transport in use stays as it is, and so does its device.
+#[test]
+fn refused_state_changes_nothing() {
+    let bench = bench();
+    let mut queue = bench.start();
+    bench.entropy(&mut queue);
+    let transport = &bench.driver.transport;
+    transport.quiesce().unwrap();
+    let before = transport.save().unwrap();
+    let refused = |change: &dyn Fn(&mut TransportState), reason: &str| {
+        let mut state = before.clone();
+        state.transport.driver_features_select = 7;
+        state.transport.config_generation += 9;
+        state.device.bytes[0] += 100;
+        change(&mut state);
+        let error = transport.restore(&state).unwrap_err();
+        assert!(error.to_string().contains(reason), "{error}");
+        assert_eq!(transport.save().unwrap(), before);
+    };
+    refused(&|state| state.transport.status = 1 << 4, "device status");
+    let outside = |state: &mut TransportState| state.transport.queues[0].used = 1 << 40;
+    refused(&outside, "outside guest memory");
+    refused(&|state| state.device.version = 9, "version 9");
+    refused(
+        &|state| "other".clone_into(&mut state.device.kind),
+        "it is \"other\" version 1, and only \"filler\" version 1",
+    );
+    transport.unquiesce();
+    bench.entropy(&mut queue);
+}
+
 #[test]
 fn a_device_that_cannot_be_saved_answers_so() {
     let event_loop = EventLoop::spawn("test").unwrap();

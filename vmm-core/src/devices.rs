@@ -62,7 +62,7 @@ pub enum DeviceError {
         #[source]
         source: ActivateError,
     },
-    /// The device has no saved state.
+    /// The device refused to be saved.
     #[error("cannot save the device in slot {slot}")]
     Save {
         /// The device's slot.

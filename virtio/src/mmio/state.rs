@@ -2,10 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{
-    ACKNOWLEDGE, DRIVER, DRIVER_OK, FAILED, FEATURES_OK, INTERRUPT_CONFIG, INTERRUPT_USED,
-    Registers, VIRTIO_F_VERSION_1,
-};
+use super::interrupt::{INTERRUPT_CONFIG, INTERRUPT_USED};
+use super::{ACKNOWLEDGE, DRIVER, DRIVER_OK, FAILED, FEATURES_OK, Registers, VIRTIO_F_VERSION_1};
 use crate::device::DevicePayload;
 use crate::queue::{Queue, QueueStateV1};
 

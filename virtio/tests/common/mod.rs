@@ -150,8 +150,12 @@ impl VirtioDevice for Filler {
         })
     }
 
+    fn check(&self, payload: &DevicePayload) -> Result<(), ActivateError> {
+        payload.expect(self.kind(), 1)
+    }
+
     fn restore(&mut self, payload: &DevicePayload) -> Result<(), ActivateError> {
-        payload.expect(self.kind(), 1)?;
+        self.check(payload)?;
         self.filled = payload.bytes.first().copied().unwrap_or(0);
         Ok(())
     }

@@ -387,8 +387,12 @@ impl VirtioDevice for Block {
         })
     }
 
-    fn restore(&mut self, payload: &DevicePayload) -> Result<(), ActivateError> {
+    fn check(&self, payload: &DevicePayload) -> Result<(), ActivateError> {
         payload.expect(KIND, STATE_VERSION)?;
         payload.expect_empty()
+    }
+
+    fn restore(&mut self, payload: &DevicePayload) -> Result<(), ActivateError> {
+        self.check(payload)
     }
 }

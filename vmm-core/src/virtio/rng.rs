@@ -153,8 +153,12 @@ impl VirtioDevice for Rng {
         })
     }
 
-    fn restore(&mut self, payload: &DevicePayload) -> Result<(), ActivateError> {
+    fn check(&self, payload: &DevicePayload) -> Result<(), ActivateError> {
         payload.expect(KIND, STATE_VERSION)?;
         payload.expect_empty()
+    }
+
+    fn restore(&mut self, payload: &DevicePayload) -> Result<(), ActivateError> {
+        self.check(payload)
     }
 }

@@ -75,7 +75,11 @@ impl VirtioDevice for ConfigReadProbe {
         })
     }
 
-    fn restore(&mut self, payload: &DevicePayload) -> Result<(), ActivateError> {
+    fn check(&self, payload: &DevicePayload) -> Result<(), ActivateError> {
         payload.expect(KIND, 1)
+    }
+
+    fn restore(&mut self, payload: &DevicePayload) -> Result<(), ActivateError> {
+        self.check(payload)
     }
 }
