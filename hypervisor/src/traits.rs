@@ -66,6 +66,10 @@ pub trait Hypervisor: Send + Sync + Sized + 'static {
     /// Its virtual machines.
     type Vm: Vm<Arch = Self::Arch>;
 
+    /// Versions of the [blobs](crate::state::Blob) that this backend saves and restores, in a
+    /// fixed order. Saved state of a backend with other versions may not be readable here.
+    const STATE_VERSIONS: &'static [u32] = &[];
+
     /// Opens the host's hypervisor.
     ///
     /// Does not run the Linux capability probe; see [`Hypervisor::capabilities`].

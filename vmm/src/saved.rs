@@ -11,6 +11,7 @@ use sm_control::config::SnapshotConfigV1;
 use sm_control::launch::DiskSegment;
 use sm_control::with_causes;
 use sm_guest_proto::PROTOCOL_VERSION;
+use sm_hypervisor::{Hypervisor as _, Native};
 use sm_snapshot::Error;
 use sm_snapshot::capture::{Capture, Captured, Description};
 use sm_snapshot::chain::Chain;
@@ -39,7 +40,8 @@ pub(crate) fn versions() -> Vec<u32> {
         rng::STATE_VERSION,
         blk::STATE_VERSION,
     ];
-    [&formats[..], &SECTION_VERSIONS, &devices].concat()
+    let backend = Native::STATE_VERSIONS;
+    [&formats[..], &SECTION_VERSIONS, &devices, backend].concat()
 }
 
 /// The VMM's description of a machine, besides its state.

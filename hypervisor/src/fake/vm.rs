@@ -152,9 +152,14 @@ impl<A: FakeArch> Vm for FakeVm<A> {
                 reason: format!("it was saved by {}", state.blob.backend),
             });
         }
-        let pending = postcard::from_bytes(&state.blob.bytes).map_err(|e| Error::State {
-            reason: format!("interrupts cannot be decoded: {e}"),
-        })?;
+        let unfit = |fault: String| Error::State {
+            reason: format!("interrupts cannot be decoded: {fault}"),
+        };
+        let (pending, rest) = postcard::take_from_bytes(&state.blob.bytes)
+            .map_err(|error| unfit(error.to_string()))?;
+        if !rest.is_empty() {
+            return Err(unfit(format!("{} bytes follow them", rest.len())));
+        }
         lock(&self.shared.signals).pending = pending;
         self.shared.changed.notify_all();
         self.inner.note(Event::VmRestored);

@@ -1,9 +1,9 @@
 //! Comparison of a restored vCPU with its saved state, in debug builds.
 //!
 //! Not compared, because it changes by itself or belongs to the host: time-stamp counter
-//! and timer deadline, the registers of kvmclock and of its wall clock, the APIC timer's
-//! current count, values that KVM computes (the APIC's processor priority), and CPUID, bits
-//! of which follow CR4 and XCR0.
+//! and timer deadline, the two registers of kvmclock's wall clock, the APIC timer's current
+//! count, values that KVM computes (the APIC's processor priority), and CPUID, bits of which
+//! follow CR4 and XCR0.
 
 use crate::Error;
 use crate::state::x86_64::VcpuState;

@@ -138,6 +138,8 @@ impl Hypervisor for Kvm {
     type Arch = X86_64;
     type Vm = KvmVm;
 
+    const STATE_VERSIONS: &'static [u32] = &[vm_state::STATE_VERSION, state::EVENTS_VERSION];
+
     fn open() -> Result<Self, OpenError> {
         let kvm = kvm_ioctls::Kvm::new().map_err(|error| open_error(error.errno()))?;
         let version = kvm.get_api_version();

@@ -30,7 +30,7 @@ use crate::state::Blob;
 use crate::state::x86_64::{CpuidEntry, VcpuState};
 
 /// Layout version of the events blob: `kvm_vcpu_events` as the kernel has it.
-const EVENTS_VERSION: u32 = 1;
+pub(super) const EVENTS_VERSION: u32 = 1;
 
 fn unfit(reason: impl Into<String>) -> Error {
     Error::State {

@@ -222,9 +222,7 @@ impl Vm for KvmVm {
                 reason: format!("it was saved by {} version {}", blob.backend, blob.version),
             });
         }
-        let state: KvmVmStateV1 = postcard::from_bytes(&blob.bytes).map_err(|e| Error::State {
-            reason: format!("interrupt controllers cannot be decoded: {e}"),
-        })?;
+        let state = KvmVmStateV1::decode(&blob.bytes)?;
         self.set_irqchip(KVM_IRQCHIP_PIC_MASTER, &state.pic_master)?;
         self.set_irqchip(KVM_IRQCHIP_PIC_SLAVE, &state.pic_slave)?;
         self.set_irqchip(KVM_IRQCHIP_IOAPIC, &state.ioapic)?;

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::Error;
+
 /// Version of the blob that is saved and restored.
 pub(super) const STATE_VERSION: u32 = 1;
 
@@ -14,6 +16,24 @@ pub(super) struct KvmVmStateV1 {
     pub(super) ioapic: Vec<u8>,
     /// kvmclock, in nanoseconds.
     pub(super) clock_ns: u64,
+}
+
+impl KvmVmStateV1 {
+    /// Decodes a blob, which has to be used up.
+    ///
+    /// # Errors
+    /// [`Error::State`].
+    pub(super) fn decode(bytes: &[u8]) -> Result<Self, Error> {
+        let fault = |fault: String| Error::State {
+            reason: format!("interrupt controllers cannot be decoded: {fault}"),
+        };
+        let (state, rest) =
+            postcard::take_from_bytes(bytes).map_err(|error| fault(error.to_string()))?;
+        if rest.is_empty() {
+            return Ok(state);
+        }
+        Err(fault(format!("{} bytes follow them", rest.len())))
+    }
 }
 
 #[cfg(test)]
@@ -65,6 +85,16 @@ mod tests {
         assert_eq!((&*decoded.blob.backend, decoded.blob.version), ("kvm", 1));
         let decoded: KvmVmStateV1 = postcard::from_bytes(&decoded.blob.bytes).unwrap();
         assert_eq!(decoded, sample());
+    }
+
+    #[test]
+    fn trailing_bytes_are_refused() {
+        let mut bytes = postcard::to_stdvec(&sample()).unwrap();
+        assert_eq!(KvmVmStateV1::decode(&bytes).unwrap(), sample());
+        bytes.push(0);
+        let error = KvmVmStateV1::decode(&bytes).unwrap_err().to_string();
+        assert!(error.contains("1 bytes follow"), "{error}");
+        assert!(KvmVmStateV1::decode(&bytes[..9]).is_err());
     }
 
     #[test]

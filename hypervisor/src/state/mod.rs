@@ -4,15 +4,19 @@
 //! state is an opaque versioned [`Blob`].
 //!
 //! These are the structures of snapshots, apart from what a hypervisor has: a backend
-//! converts to and from them. The name of each ends in its version, and the layout of a
-//! version does not change: a new one is a new type, the old one is converted to it.
+//! converts to and from them. The names of those that are sections of snapshots end in their
+//! version, and the layout of a version does not change: a new one is a new type, the old one
+//! is converted to it. The types of their fields, which have no version of their own, do not
+//! change either: [`Blob`] and, on x86_64, [`Segment`](x86_64::Segment),
+//! [`Table`](x86_64::Table), [`CpuidEntry`](x86_64::CpuidEntry) and the groups of registers.
 
 pub mod aarch64;
 pub mod x86_64;
 
 use serde::{Deserialize, Serialize};
 
-/// Backend-specific state that no other backend can read.
+/// Backend-specific state that no other backend can read. A part of saved state of several
+/// types: the layout does not change.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Blob {
     /// Name of the backend that wrote it.

@@ -4,7 +4,8 @@ use serde::{Deserialize, Serialize};
 
 use super::Blob;
 
-/// An x86 segment register.
+/// An x86 segment register, of [`BootRegisters`] and of [`VcpuStateV1`], whose version fixes
+/// its layout.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Segment {
     /// Base address.
@@ -20,7 +21,8 @@ pub struct Segment {
     pub unusable: bool,
 }
 
-/// A descriptor table register.
+/// A descriptor table register, of [`BootRegisters`] and of [`VcpuStateV1`], whose version
+/// fixes its layout.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Table {
     /// Base address.
@@ -64,7 +66,8 @@ pub struct BootRegisters {
     pub efer: u64,
 }
 
-/// One entry of the guest's CPUID.
+/// One entry of the guest's CPUID, of [`Features`] and of [`VcpuStateV1`], whose version
+/// fixes its layout.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CpuidEntry {
     /// Leaf.

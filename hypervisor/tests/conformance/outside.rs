@@ -17,6 +17,8 @@ impl<H: Hypervisor> Hypervisor for Outside<H> {
     type Arch = H::Arch;
     type Vm = OutsideVm<H::Vm>;
 
+    const STATE_VERSIONS: &'static [u32] = H::STATE_VERSIONS;
+
     fn open() -> Result<Self, OpenError> {
         H::open().map(Self).map_err(|error| {
             OpenError::new(
