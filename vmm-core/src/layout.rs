@@ -1,14 +1,15 @@
 //! The guest physical address map and interrupt lines of the x86_64 machine.
 //!
-//! Snapshots depend on these values: a change requires a new `MACHINE_VERSION`.
+//! Snapshots depend on these values: a change of one requires a new `MACHINE_VERSION`.
 //!
 //! # Adding a device
 //!
 //! 1. A type that implements [`sm_virtio::VirtioDevice`], in [`crate::virtio`] or in a crate
 //!    of its own. It saves a payload with its kind and a version.
-//! 2. A slot in this module, and a new [`MACHINE_VERSION`]: a snapshot is restored only to
-//!    a machine with the same slots. Window, interrupt line, doorbells and ACPI device
-//!    follow from the slot.
+//! 2. A slot in this module. Window, interrupt line, doorbells and ACPI device follow from
+//!    it. A device that is in every machine needs a new [`MACHINE_VERSION`], too: a snapshot
+//!    is restored only to a machine with the same devices, and existing ones lack it. One
+//!    that only some machines have does not need it.
 //! 3. An entry of the list of [`DeviceConfig`](crate::devices::DeviceConfig) in
 //!    `vmm/src/machine.rs`. Its sections in snapshots follow from slot and kind.
 //! 4. The driver in `guest/kernel/guest.config`, and among the modules of distributions'

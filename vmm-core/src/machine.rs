@@ -237,6 +237,7 @@ impl<H: Hypervisor<Arch = X86_64>> Machine<H> {
     /// then everything else. The machine stays paused. In memory, the pages of `written`
     /// (see [`MachineMemory::revert_pages`]) are reverted, which must contain all that were
     /// written to; without `written`, all pages.
+    ///
     /// # Errors
     /// The machine is not paused or has ended, or the state is another machine's. A machine
     /// whose vCPUs have a part of the state cannot run any more.

@@ -274,6 +274,9 @@ impl Uart {
 
     /// Restores saved registers. A pending interrupt is raised again.
     pub(crate) fn restore(&self, state: &UartStateV1) -> Result<(), SerialError> {
+        state
+            .check()
+            .map_err(|reason| SerialError::State { reason })?;
         let state = SerialState::from(state);
         let registers = Serial::from_state(
             &state,
@@ -502,6 +505,44 @@ mod tests {
             again.restore(&bad),
             Err(SerialError::State { .. })
         ));
+    }
+
+    /// Every value that a guest brings about is restored, and others are refused.
+    #[test]
+    fn impossible_registers_are_refused() {
+        let uart = Uart::new(Arc::new(Pulses::default()), console().0);
+        let again = Uart::new(Arc::new(Pulses::default()), console().0);
+        for offset in [1, 3, 4, 7, 0, 1, 2, 5, 6] {
+            for value in 0..=u8::MAX {
+                uart.write(offset, &[value]);
+                if value % 16 == 0 {
+                    let _ = uart.input(b"?");
+                }
+                again.restore(&uart.save()).unwrap();
+                uart.read(u64::from(value % 8), &mut [0]);
+                again.restore(&uart.save()).unwrap();
+            }
+        }
+        let fresh = Uart::new(Arc::new(Pulses::default()), console().0).save();
+        again.restore(&fresh).unwrap();
+        type Change = fn(&mut UartStateV1);
+        let changes: [(&str, Change); 6] = [
+            ("interrupt enable register 0x10", |s| {
+                s.interrupt_enable = 0x10
+            }),
+            ("identification 0x0", |s| s.interrupt_identification = 0),
+            ("identification 0xc1", |s| s.interrupt_identification = 0xc1),
+            ("line status 0x61", |s| s.line_status |= 1),
+            ("line status 0x60", |s| s.input.push(1)),
+            ("modem status 0xb1", |s| s.modem_status |= 1),
+        ];
+        for (reason, change) in changes {
+            let mut state = fresh.clone();
+            change(&mut state);
+            let error = again.restore(&state).unwrap_err().to_string();
+            assert!(error.contains(reason), "{error}");
+            assert_eq!(again.save(), fresh);
+        }
     }
 
     #[test]

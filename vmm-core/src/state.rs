@@ -17,12 +17,17 @@
 //!
 //! A name with a slash is a part of the machine. One that is missing, or of no part that
 //! this program knows, is an error, as is another version: a guest whose state is restored
-//! in part does not run on. Version 1 of `machine` is read as well (`state/machine_v1.rs`).
+//! in part does not run on. The version of a device's payload is checked by the device, when
+//! it is restored. Version 1 of `machine` is read as well (`state/machine_v1.rs`).
+//!
+//! The names are checked before any payload is decoded. Each part has a place of its own, so
+//! the number of sections that are stored is limited, however many there are.
 
 mod machine_v1;
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::RangeInclusive;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -32,7 +37,9 @@ use sm_virtio::DevicePayload;
 use sm_virtio::mmio::{MmioTransportStateV1, TransportState};
 use thiserror::Error;
 
+use crate::acpi::MAX_VCPUS;
 use crate::devices::SlotState;
+use crate::layout::VIRTIO_SLOTS;
 use crate::serial::UartStateV1;
 
 /// Kinds of sections, and the versions of them that are written.
@@ -41,6 +48,16 @@ const INTERRUPTS: (&str, u32) = ("interrupts", 1);
 const VCPU: (&str, u32) = ("vcpu-x86_64", 1);
 const UART: (&str, u32) = ("uart", 1);
 const TRANSPORT: (&str, u32) = ("virtio-mmio", 1);
+
+/// Kinds of parts that are not devices, and the largest number of each in a machine.
+const FIXED: [(&str, u32); 4] = [
+    (INTERRUPTS.0, 1),
+    (VCPU.0, MAX_VCPUS),
+    (UART.0, 1),
+    (TRANSPORT.0, VIRTIO_SLOTS),
+];
+/// Start of the kinds of vCPUs of all architectures.
+const ANY_VCPU: &str = "vcpu-";
 
 /// Versions of the sections that this program writes, in a fixed order. Devices have
 /// versions besides.
@@ -112,6 +129,40 @@ pub enum StateError {
         /// Name of the section.
         section: String,
     },
+    /// Two sections of devices are of one slot.
+    #[error("sections \"{first}\" and \"{second}\" are both of the device in slot {slot}")]
+    TwoDevices {
+        /// The slot.
+        slot: u32,
+        /// Name of the first section.
+        first: String,
+        /// Name of the second section.
+        second: String,
+    },
+    /// A device has the kind of another part.
+    #[error("the device in slot {slot} has the kind \"{kind}\", which is of another part")]
+    Kind {
+        /// The slot.
+        slot: u32,
+        /// Kind of the device.
+        kind: String,
+    },
+    /// A device in a slot that no machine has.
+    #[error("it has a device in slot {slot}, and a machine has {VIRTIO_SLOTS} slots")]
+    Slot {
+        /// The slot.
+        slot: u32,
+    },
+    /// More parts of a kind than a machine has.
+    #[error("it has {found} {parts}, and a machine has at most {limit}")]
+    TooMany {
+        /// The parts, in the plural.
+        parts: &'static str,
+        /// Their number.
+        found: u64,
+        /// The largest number.
+        limit: u32,
+    },
     /// Two sections have one name.
     #[error("there are two sections \"{section}\"")]
     Duplicate {
@@ -119,14 +170,18 @@ pub enum StateError {
         section: String,
     },
     /// A section of a version that is not read.
-    #[error("section \"{section}\" has version {found}, and version {supported} is read")]
+    #[error(
+        "section \"{section}\" has version {found}, and {} read{}",
+        versions(supported),
+        if found > supported.end() { "; a newer sm may read it" } else { "" }
+    )]
     Version {
         /// Name of the section.
         section: String,
         /// Its version.
         found: u32,
-        /// The newest version that is read.
-        supported: u32,
+        /// The versions that are read.
+        supported: RangeInclusive<u32>,
     },
     /// A section whose payload is not of its version.
     #[error("section \"{section}\" is malformed: {reason}")]
@@ -147,6 +202,15 @@ pub enum StateError {
     },
 }
 
+fn versions(range: &RangeInclusive<u32>) -> String {
+    let (oldest, newest) = (range.start(), range.end());
+    if oldest == newest {
+        format!("version {newest} is")
+    } else {
+        format!("versions {oldest} to {newest} are")
+    }
+}
+
 fn name((kind, _): (&str, u32), instance: u32) -> String {
     format!("{kind}/{instance}")
 }
@@ -157,6 +221,38 @@ fn parse(name: &str) -> Option<(&str, u32)> {
     let instance: u32 = digits.parse().ok()?;
     // A number has one spelling.
     (instance.to_string() == digits).then_some((kind, instance))
+}
+
+/// Returns true if a device cannot have this kind, because another part has it.
+fn is_reserved(kind: &str) -> bool {
+    let is_fixed = FIXED.iter().any(|(fixed, _)| *fixed == kind);
+    kind == MACHINE.0 || is_fixed || kind.starts_with(ANY_VCPU)
+}
+
+/// Checks that a machine may have a device of `kind` in `slot`.
+fn check_device(slot: u32, kind: &str) -> Result<(), StateError> {
+    if slot >= VIRTIO_SLOTS {
+        return Err(StateError::Slot { slot });
+    }
+    if is_reserved(kind) {
+        return Err(StateError::Kind {
+            slot,
+            kind: kind.to_owned(),
+        });
+    }
+    Ok(())
+}
+
+/// Checks a number of parts, before any of them is decoded.
+fn check_number(parts: &'static str, found: u64, limit: u32) -> Result<(), StateError> {
+    if found <= u64::from(limit) {
+        return Ok(());
+    }
+    Err(StateError::TooMany {
+        parts,
+        found,
+        limit,
+    })
 }
 
 fn encode<T: Serialize>(name: String, version: u32, part: &T) -> Result<StateSection, StateError> {
@@ -191,8 +287,9 @@ impl MachineState {
     /// Encodes the state. The sections have different names.
     ///
     /// # Errors
-    /// [`StateError::Encode`], which no state of a machine causes, or
-    /// [`StateError::Duplicate`] for a device whose kind is that of another part.
+    /// [`StateError::Encode`], which no state of a machine causes; [`StateError::Kind`] for
+    /// a device whose kind is that of another part; [`StateError::Slot`] or
+    /// [`StateError::Duplicate`] for devices that are not in slots of their own.
     pub fn encode(&self) -> Result<Vec<StateSection>, StateError> {
         let machine = MachineStateV2 {
             machine_version: self.version,
@@ -218,12 +315,15 @@ impl MachineState {
             });
         }
         let mut names = BTreeSet::new();
-        match sections.iter().find(|section| !names.insert(&section.name)) {
-            None => Ok(sections),
-            Some(second) => Err(StateError::Duplicate {
+        if let Some(second) = sections.iter().find(|section| !names.insert(&section.name)) {
+            return Err(StateError::Duplicate {
                 section: second.name.clone(),
-            }),
+            });
         }
+        for SlotState { slot, transport } in &self.devices {
+            check_device(*slot, &transport.device.kind)?;
+        }
+        Ok(sections)
     }
 
     /// Decodes a state from sections by name, version and payload. Sections that are no
@@ -240,44 +340,93 @@ impl MachineState {
             parts.insert(name, version, payload)?;
         }
         let section = MACHINE.0.to_owned();
-        let Some((version, payload)) = parts.0.remove(&*section) else {
+        let Some(part) = parts.0.remove(&Key::Fixed(MACHINE.0, 0)) else {
             return Err(StateError::Missing { section });
         };
-        let state = if version == MACHINE.1 {
-            parts.machine(&decode(&section, payload)?)?
-        } else if version == machine_v1::VERSION {
-            machine_v1::decode(&section, payload)?
+        let state = if part.version == MACHINE.1 {
+            parts.machine(&decode(&section, part.payload)?)?
+        } else if part.version == machine_v1::VERSION {
+            machine_v1::decode(&section, part.payload)?
         } else {
             return Err(StateError::Version {
                 section,
-                found: version,
-                supported: MACHINE.1,
+                found: part.version,
+                supported: machine_v1::VERSION..=MACHINE.1,
             });
         };
-        match parts.0.into_keys().next() {
+        match parts.0.into_values().next() {
             None => Ok(state),
-            Some(section) => Err(StateError::Unknown {
-                section: section.to_owned(),
-            }),
+            Some(part) => Err(part.unknown()),
         }
     }
 }
 
-/// Version and payload of the parts of a machine that were not decoded yet, by name.
+/// The place of a part in a machine.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Key {
+    /// A part that is not a device, by kind and instance.
+    Fixed(&'static str, u32),
+    /// The device in a slot, of any kind.
+    Device(u32),
+}
+
+/// A section of a machine.
+struct Part<'a> {
+    name: &'a str,
+    version: u32,
+    payload: &'a [u8],
+}
+
+impl Part<'_> {
+    fn unknown(&self) -> StateError {
+        StateError::Unknown {
+            section: self.name.to_owned(),
+        }
+    }
+
+    /// Returns its place; `None` if a machine has none for it.
+    fn key(&self) -> Option<Key> {
+        if self.name == MACHINE.0 {
+            return Some(Key::Fixed(MACHINE.0, 0));
+        }
+        let (kind, instance) = parse(self.name)?;
+        match FIXED.into_iter().find(|(fixed, _)| *fixed == kind) {
+            Some((fixed, number)) => (instance < number).then_some(Key::Fixed(fixed, instance)),
+            None => check_device(instance, kind)
+                .is_ok()
+                .then_some(Key::Device(instance)),
+        }
+    }
+}
+
+/// The parts of a machine that were not decoded yet.
 #[derive(Default)]
-struct Parts<'a>(BTreeMap<&'a str, (u32, &'a [u8])>);
+struct Parts<'a>(BTreeMap<Key, Part<'a>>);
 
 impl<'a> Parts<'a> {
     fn insert(&mut self, name: &'a str, version: u32, payload: &'a [u8]) -> Result<(), StateError> {
         if name != MACHINE.0 && !name.contains('/') {
             return Ok(());
         }
-        match self.0.entry(name) {
-            Entry::Vacant(entry) => {
-                entry.insert((version, payload));
+        let part = Part {
+            name,
+            version,
+            payload,
+        };
+        let key = part.key().ok_or_else(|| part.unknown())?;
+        match (self.0.entry(key), key) {
+            (Entry::Vacant(entry), _) => {
+                entry.insert(part);
                 Ok(())
             }
-            Entry::Occupied(_) => Err(StateError::Duplicate {
+            (Entry::Occupied(first), Key::Device(slot)) if first.get().name != name => {
+                Err(StateError::TwoDevices {
+                    slot,
+                    first: first.get().name.to_owned(),
+                    second: name.to_owned(),
+                })
+            }
+            (Entry::Occupied(_), _) => Err(StateError::Duplicate {
                 section: name.to_owned(),
             }),
         }
@@ -286,22 +435,23 @@ impl<'a> Parts<'a> {
     /// Takes a part that has one version.
     fn take<T: DeserializeOwned>(
         &mut self,
-        kind: (&str, u32),
+        kind: (&'static str, u32),
         instance: u32,
     ) -> Result<T, StateError> {
         let section = name(kind, instance);
-        match self.0.remove(&*section) {
+        match self.0.remove(&Key::Fixed(kind.0, instance)) {
             None => Err(StateError::Missing { section }),
-            Some((version, payload)) if version == kind.1 => decode(&section, payload),
-            Some((found, _)) => Err(StateError::Version {
+            Some(part) if part.version == kind.1 => decode(&section, part.payload),
+            Some(part) => Err(StateError::Version {
                 section,
-                found,
-                supported: kind.1,
+                found: part.version,
+                supported: kind.1..=kind.1,
             }),
         }
     }
 
     fn machine(&mut self, machine: &MachineStateV2) -> Result<MachineState, StateError> {
+        check_number("vCPUs", machine.vcpus.into(), MAX_VCPUS)?;
         let vcpus = (0..machine.vcpus).map(|index| self.vcpu(index));
         Ok(MachineState {
             version: machine.machine_version,
@@ -327,35 +477,30 @@ impl<'a> Parts<'a> {
 
     /// Takes the transports, and the device of each.
     fn devices(&mut self) -> Result<Vec<SlotState>, StateError> {
-        let names = self.0.keys().filter_map(|name| parse(name));
-        let transports = names.filter(|(kind, _)| *kind == TRANSPORT.0);
-        let mut slots: Vec<u32> = transports.map(|(_, slot)| slot).collect();
-        slots.sort_unstable();
-        let take = |slot| {
+        let mut devices = Vec::new();
+        for slot in 0..VIRTIO_SLOTS {
+            if !self.0.contains_key(&Key::Fixed(TRANSPORT.0, slot)) {
+                continue;
+            }
             let transport: MmioTransportStateV1 = self.take(TRANSPORT, slot)?;
             let device = self.device(slot)?;
-            Ok(SlotState {
+            devices.push(SlotState {
                 slot,
                 transport: TransportState { transport, device },
-            })
-        };
-        slots.into_iter().map(take).collect()
+            });
+        }
+        Ok(devices)
     }
 
-    /// Takes what is in a slot besides its transport, which was taken before.
+    /// Takes the device in a slot.
     fn device(&mut self, slot: u32) -> Result<DevicePayload, StateError> {
-        let of_slot = |(&name, &part): (&&'a str, &(u32, &'a [u8]))| {
-            let (kind, number) = parse(name)?;
-            (number == slot).then_some((name, kind, part))
-        };
-        let Some((name, kind, (version, bytes))) = self.0.iter().find_map(of_slot) else {
-            return Err(StateError::NoDevice { slot });
-        };
-        self.0.remove(name);
+        let part = self.0.remove(&Key::Device(slot));
+        let part = part.ok_or(StateError::NoDevice { slot })?;
+        let (kind, _) = parse(part.name).ok_or_else(|| part.unknown())?;
         Ok(DevicePayload {
             kind: kind.to_owned(),
-            version,
-            bytes: bytes.to_vec(),
+            version: part.version,
+            bytes: part.payload.to_vec(),
         })
     }
 }

@@ -3,6 +3,18 @@
 use serde::{Deserialize, Serialize};
 use vm_superio::SerialState;
 
+/// The interrupts that a 16550 can enable.
+const INTERRUPTS: u8 = 0x0f;
+/// Values of the interrupt identification register: none; an empty transmitter, received
+/// data, or both. The guest reads the FIFO bits besides, which are not part of the state.
+const IDENTIFICATIONS: [u8; 4] = [0x01, 0x02, 0x04, 0x06];
+/// Line status: there is input.
+const DATA_READY: u8 = 0x01;
+/// Line status: the transmitter is empty and idle, as it always is.
+const TRANSMITTER_EMPTY: u8 = 0x60;
+/// Modem status: the bits of lines. Those of their changes are never set.
+const MODEM_LINES: u8 = 0xf0;
+
 /// Registers of a 16550 and the input in its buffer, version 1. The fields and their order
 /// are those of snapshots and do not change; another state is another type.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,6 +39,44 @@ pub struct UartStateV1 {
     pub scratch: u8,
     /// Input that the guest has not read.
     pub input: Vec<u8>,
+}
+
+impl UartStateV1 {
+    /// Checks the registers that a guest cannot set to any value. (The length of the input is
+    /// checked when the state is restored.)
+    ///
+    /// # Errors
+    /// A clause that names the first register that no guest can bring about.
+    pub(super) fn check(&self) -> Result<(), String> {
+        let has_input = !self.input.is_empty();
+        let line_status = TRANSMITTER_EMPTY | if has_input { DATA_READY } else { 0 };
+        let registers = [
+            (
+                "interrupt enable register",
+                self.interrupt_enable,
+                self.interrupt_enable & !INTERRUPTS == 0,
+            ),
+            (
+                "interrupt identification",
+                self.interrupt_identification,
+                IDENTIFICATIONS.contains(&self.interrupt_identification),
+            ),
+            (
+                "line status",
+                self.line_status,
+                self.line_status == line_status,
+            ),
+            (
+                "modem status",
+                self.modem_status,
+                self.modem_status & !MODEM_LINES == 0,
+            ),
+        ];
+        match registers.iter().find(|(.., possible)| !possible) {
+            None => Ok(()),
+            Some((name, value, _)) => Err(format!("it has the impossible {name} {value:#x}")),
+        }
+    }
 }
 
 impl From<SerialState> for UartStateV1 {

@@ -201,6 +201,175 @@ fn sections_of_no_part_and_in_excess_are_refused() {
     assert!(matches!(error, StateError::Duplicate { .. }), "{error}");
 }
 
+/// A machine has few parts, so that hostile sections cost neither memory nor time.
+#[test]
+fn the_first_section_beyond_a_machine_is_refused() {
+    for (kind, number) in [
+        ("virtio-mmio", VIRTIO_SLOTS),
+        ("rng", VIRTIO_SLOTS),
+        ("vcpu-x86_64", MAX_VCPUS),
+        ("uart", 1),
+        ("interrupts", 1),
+    ] {
+        let names: Vec<_> = (0..1000).map(|n| format!("{kind}/{n}")).collect();
+        let mut seen = 0;
+        // No payload is valid: none is decoded.
+        let sections = names.iter().map(|name| {
+            seen += 1;
+            (&**name, 77, &[][..])
+        });
+        let error = MachineState::decode(sections).unwrap_err();
+        let first = &names[usize::try_from(number).unwrap()];
+        let named = matches!(&error, StateError::Unknown { section } if section == first);
+        assert!(named, "{error}");
+        assert_eq!(seen, number + 1, "{kind}");
+    }
+    let huge = |slot: u32| format!("virtio-mmio/{slot}");
+    let error = MachineState::decode([(&*huge(u32::MAX), 1, &[][..])]).unwrap_err();
+    assert!(matches!(error, StateError::Unknown { .. }), "{error}");
+}
+
+#[test]
+fn more_parts_than_a_machine_has_are_refused_by_number() {
+    let too_many = |sections: &[StateSection], parts: &str, number: u64| {
+        let error = read(sections).unwrap_err();
+        let refused = matches!(
+            error, StateError::TooMany { parts: p, found, .. } if (p, found) == (parts, number)
+        );
+        assert!(refused, "{error}");
+    };
+    for number in [MAX_VCPUS + 1, u32::MAX] {
+        let mut sections = machine().encode().unwrap();
+        let vcpus = MachineStateV2 {
+            vcpus: number,
+            ..description()
+        };
+        sections[0].payload = postcard::to_stdvec(&vcpus).unwrap();
+        too_many(&sections, "vCPUs", number.into());
+    }
+    // In version 1 the number is before the elements, none of which is there.
+    let old = |state: MachineState| {
+        let payload = postcard::to_stdvec(&MachineStateV1::from(state)).unwrap();
+        StateSection {
+            name: "machine".to_owned(),
+            version: 1,
+            payload,
+        }
+    };
+    let mut none = machine();
+    none.vcpus.clear();
+    none.devices.clear();
+    let mut section = old(none.clone());
+    let vcpus_at = section.payload.len() - postcard::to_stdvec(&uart()).unwrap().len() - 2;
+    section.payload.truncate(vcpus_at);
+    section.payload.extend([0xff, 0x01]);
+    too_many(&[section], "vCPUs", 255);
+    let mut section = old(none.clone());
+    section.payload.pop();
+    section.payload.push(15);
+    too_many(&[section], "devices", 15);
+    for (slot, kind) in [(VIRTIO_SLOTS, "blk"), (u32::MAX, "blk"), (3, "uart")] {
+        let mut state = none.clone();
+        state.devices.push(device(3, kind, &[]));
+        state.devices[0].slot = slot;
+        let error = read(&[old(state.clone())]).unwrap_err();
+        let refused = matches!(
+            error, StateError::Slot { slot: s } | StateError::Kind { slot: s, .. } if s == slot
+        );
+        assert!(refused, "{error}");
+        assert_eq!(state.encode().unwrap_err().to_string(), error.to_string());
+    }
+}
+
+#[test]
+fn two_devices_in_a_slot_are_both_named() {
+    let whole = machine().encode().unwrap();
+    for first in [false, true] {
+        let mut sections = whole.clone();
+        let at = if first { 0 } else { sections.len() };
+        let other = StateSection {
+            name: "net/2".to_owned(),
+            version: 1,
+            payload: Vec::new(),
+        };
+        sections.insert(at, other);
+        let error = read(&sections).unwrap_err();
+        assert!(
+            matches!(error, StateError::TwoDevices { slot: 2, .. }),
+            "{error}"
+        );
+        let text = error.to_string();
+        assert!(
+            text.contains("\"net/2\"") && text.contains("\"blk/2\""),
+            "{text}"
+        );
+    }
+}
+
+#[test]
+fn no_device_has_the_kind_of_another_part() {
+    for kind in [
+        "interrupts",
+        "uart",
+        "machine",
+        "virtio-mmio",
+        "vcpu-x86_64",
+        "vcpu-aarch64",
+    ] {
+        let mut state = machine();
+        state.devices.push(device(5, kind, &[]));
+        let error = state.encode().unwrap_err();
+        let refused = match kind {
+            // The name of the device's own transport.
+            "virtio-mmio" => matches!(error, StateError::Duplicate { .. }),
+            _ => matches!(error, StateError::Kind { slot: 5, .. }),
+        };
+        assert!(refused, "{error}");
+        assert!(error.to_string().contains(kind), "{error}");
+
+        // Read beside a transport without a device.
+        let mut sections = machine().encode().unwrap();
+        sections.retain(|section| section.name != "blk/2");
+        let name = format!("{kind}/2");
+        sections.retain(|section| section.name != name);
+        sections.push(StateSection {
+            name: name.clone(),
+            version: 1,
+            payload: Vec::new(),
+        });
+        let error = read(&sections).unwrap_err();
+        let part = match kind {
+            // The parts themselves.
+            "virtio-mmio" => matches!(error, StateError::Malformed { .. }),
+            "vcpu-x86_64" => matches!(error, StateError::NoDevice { slot: 2 }),
+            _ => matches!(&error, StateError::Unknown { section } if *section == name),
+        };
+        assert!(part, "{kind}: {error}");
+    }
+}
+
+#[test]
+fn the_versions_that_are_read_are_named() {
+    let error = |name: &str, version| {
+        let mut sections = machine().encode().unwrap();
+        let section = sections.iter_mut().find(|section| section.name == name);
+        section.unwrap().version = version;
+        read(&sections).unwrap_err().to_string()
+    };
+    assert_eq!(
+        error("machine", 3),
+        "section \"machine\" has version 3, and versions 1 to 2 are read; a newer sm may read it"
+    );
+    assert_eq!(
+        error("machine", 0),
+        "section \"machine\" has version 0, and versions 1 to 2 are read"
+    );
+    assert_eq!(
+        error("uart/0", 2),
+        "section \"uart/0\" has version 2, and version 1 is read; a newer sm may read it"
+    );
+}
+
 #[test]
 fn malformed_payloads_are_named() {
     let whole = machine().encode().unwrap();
