@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::Error;
-use crate::extents::{Content, Extent, MemoryIndex, Piece, flatten, is_well_formed};
+use crate::extents::{Content, Extent, MemoryIndex, PAGE, Piece, flatten, is_well_formed};
 use crate::runs::{Run, union};
 use crate::state_file::{self, StateFile};
 use crate::store::{Lease, SnapshotStore, read_capped};
@@ -42,8 +42,9 @@ impl Chain {
     /// Opens `name` and all its ancestors, and checks that each child matches its parent.
     ///
     /// # Errors
-    /// One of them is absent, corrupt or of another format, or a parent is not the
-    /// snapshot that its child was created from.
+    /// One of them is absent, corrupt or of another format, its manifest, page index and
+    /// memory are of different sizes, or a parent is not the snapshot that its child was
+    /// created from.
     pub fn open(store: &SnapshotStore, name: &str) -> Result<Self, Error> {
         let mut members = vec![open_member(store, name)?];
         while let Some(child) = members.last() {
@@ -148,8 +149,18 @@ fn open_member(store: &SnapshotStore, name: &str) -> Result<Member, Error> {
     }
     let state = StateFile::decode(&path, &bytes, &entry.digest)?;
     let index = memory_index(&path, &state)?;
-    let pages = lease.manifest().memory.len / crate::extents::PAGE;
-    if index.pages() != pages || !is_well_formed(&index.extents, pages) {
+    let (manifest, pages) = (lease.manifest(), index.pages());
+    // Formats 1 to 3 have the same size in both members.
+    if manifest.memory_bytes != manifest.memory.len {
+        let reason = format!(
+            "it has a machine with {} bytes of memory, and a file with {}",
+            manifest.memory_bytes, manifest.memory.len
+        );
+        return Err(Error::damaged(&lease.dir().join("manifest.json"), reason));
+    }
+    if pages.checked_mul(PAGE) != Some(manifest.memory.len)
+        || !is_well_formed(&index.extents, pages)
+    {
         return Err(Error::damaged(
             &path,
             "its page index does not fit its memory",
@@ -164,6 +175,12 @@ fn open_member(store: &SnapshotStore, name: &str) -> Result<Member, Error> {
 
 fn memory_index(path: &Path, state: &StateFile) -> Result<MemoryIndex, Error> {
     let (name, version) = MEMORY_SECTION;
-    postcard::from_bytes(state.section(path, name, version..=version)?.1)
-        .map_err(|e| Error::damaged(path, format!("its page index cannot be read: {e}")))
+    let (_, payload) = state.section(path, name, version..=version)?;
+    let (index, rest) = postcard::take_from_bytes(payload)
+        .map_err(|e| Error::damaged(path, format!("its page index cannot be read: {e}")))?;
+    if rest.is_empty() {
+        return Ok(index);
+    }
+    let reason = format!("{} bytes follow its page index", rest.len());
+    Err(Error::damaged(path, reason))
 }

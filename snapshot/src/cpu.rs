@@ -221,18 +221,27 @@ impl CpuFeatures {
         }
     }
 
+    /// Checks that `self` and `host` are of one architecture.
+    ///
+    /// # Errors
+    /// A sentence that names both.
+    pub(crate) fn check_arch(&self, host: &Self) -> Result<(), String> {
+        if self.arch == host.arch {
+            return Ok(());
+        }
+        Err(format!(
+            "it was created on {}, and this host is {}",
+            self.arch, host.arch
+        ))
+    }
+
     /// Checks that a guest that was created with `self` can run on a host that offers
     /// `host`.
     ///
     /// # Errors
     /// A sentence that names the features that `host` lacks.
     pub fn check(&self, host: &Self) -> Result<(), String> {
-        if self.arch != host.arch {
-            return Err(format!(
-                "it was created on {}, and this host is {}",
-                self.arch, host.arch
-            ));
-        }
+        self.check_arch(host)?;
         if self.vendor != host.vendor {
             return Err(format!(
                 "it was created on a processor by {}, and this one is by {}",

@@ -9,7 +9,8 @@
 //! a newer format by its number.
 //!
 //! Format 2 contains more CPUID words than format 1 (`cpu.rs`). Format 3 has the page size
-//! of the host, and the state of the machine in a section for each part.
+//! of the host, the devices that the state has, and the state of the machine in a section
+//! for each part.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -25,6 +26,8 @@ pub const FORMAT: u32 = 3;
 pub const ALL_CPUID_FORMAT: u32 = 2;
 /// First format whose manifest has the page size of the host.
 const PAGE_BYTES_FORMAT: u32 = 3;
+/// First format whose manifest lists the devices that the state has.
+pub(crate) const DEVICES_FORMAT: u32 = 3;
 /// Page size of all hosts that wrote older formats.
 const OLD_PAGE_BYTES: u64 = 4096;
 /// Oldest format that this version reads.
@@ -101,7 +104,7 @@ pub struct Manifest {
     pub sm_version: String,
     /// Version of the machine's address map and devices.
     pub machine_version: u32,
-    /// Guest memory in bytes.
+    /// Guest memory in bytes: the length of `memory.bin`, too.
     pub memory_bytes: u64,
     /// Page size of the host that wrote the snapshot, in bytes. `None` in formats 1 and 2;
     /// see [`Manifest::host_page_bytes`].
@@ -118,7 +121,8 @@ pub struct Manifest {
     pub protocol: u32,
     /// CPU features that the guest sees.
     pub cpu: CpuFeatures,
-    /// The machine's devices.
+    /// The machine's devices, by ascending slot. Formats 1 and 2 list those that a machine
+    /// usually has.
     pub devices: Vec<DeviceEntry>,
     /// The parent; `None` for a full snapshot.
     pub parent: Option<ParentRef>,

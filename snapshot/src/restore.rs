@@ -9,7 +9,7 @@ use crate::Error;
 use crate::chain::{Chain, MAX_PIECES};
 use crate::cpu::CpuFeatures;
 use crate::extents::{PAGE, Source};
-use crate::manifest::ALL_CPUID_FORMAT;
+use crate::manifest::{ALL_CPUID_FORMAT, Manifest};
 
 /// Properties of the restoring host and software. A snapshot that requires others is
 /// refused.
@@ -41,28 +41,31 @@ pub fn host_page_bytes() -> u64 {
 /// [`Error::Incompatible`] with the first mismatch.
 pub fn check(chain: &Chain, wanted: &Requirements) -> Result<(), Error> {
     let lease = &chain.tip().lease;
-    let manifest = lease.manifest();
-    let refuse = |reason: String| {
-        Err(Error::Incompatible {
-            name: lease.name().to_owned(),
-            reason,
-        })
-    };
-    if manifest.machine_version != wanted.machine_version {
-        return refuse(format!(
-            "it is of machine version {}, and this sm makes version {}",
-            manifest.machine_version, wanted.machine_version
-        ));
-    }
+    check_manifest(lease.manifest(), wanted).map_err(|reason| Error::Incompatible {
+        name: lease.name().to_owned(),
+        reason,
+    })
+}
+
+/// Compares architecture and page size first: of a host with others, all other values are
+/// different as well, and say less.
+fn check_manifest(manifest: &Manifest, wanted: &Requirements) -> Result<(), String> {
+    manifest.cpu.check_arch(&wanted.cpu)?;
     if manifest.host_page_bytes() != wanted.page_bytes {
-        return refuse(format!(
+        return Err(format!(
             "it was created on a host with pages of {} bytes, and this host has pages of {}",
             manifest.host_page_bytes(),
             wanted.page_bytes
         ));
     }
+    if manifest.machine_version != wanted.machine_version {
+        return Err(format!(
+            "it is of machine version {}, and this sm makes version {}",
+            manifest.machine_version, wanted.machine_version
+        ));
+    }
     if manifest.protocol != wanted.protocol {
-        return refuse(format!(
+        return Err(format!(
             "its agent speaks protocol {}, and this sm speaks {}",
             manifest.protocol, wanted.protocol
         ));
@@ -74,10 +77,10 @@ pub fn check(chain: &Chain, wanted: &Requirements) -> Result<(), Error> {
         if let Some(expected) = expected
             && expected != found
         {
-            return refuse(format!("it was created with another guest {what}"));
+            return Err(format!("it was created with another guest {what}"));
         }
     }
-    manifest.cpu.check(&wanted.cpu).or_else(refuse)
+    manifest.cpu.check(&wanted.cpu)
 }
 
 /// Checks the CPUID of a saved vCPU against the features that this host offers to guests,
@@ -143,4 +146,57 @@ pub fn map_memory(chain: &Chain) -> Result<MachineMemory, Error> {
         .collect();
     let config = MemoryConfig::new(chain.tip().index.pages() * PAGE);
     MachineMemory::from_files(&config, &extents).map_err(machine)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::manifest::tests::sample;
+
+    fn requirements(manifest: &Manifest) -> Requirements {
+        Requirements {
+            machine_version: manifest.machine_version,
+            protocol: manifest.protocol,
+            kernel: Some(manifest.kernel.clone()),
+            agent: Some(manifest.agent.clone()),
+            cpu: manifest.cpu.clone(),
+            page_bytes: manifest.host_page_bytes(),
+        }
+    }
+
+    #[test]
+    fn the_host_is_compared_before_the_software() {
+        let manifest = sample();
+        let same = requirements(&manifest);
+        check_manifest(&manifest, &same).unwrap();
+        let unknown = Requirements {
+            kernel: None,
+            agent: None,
+            ..same.clone()
+        };
+        check_manifest(&manifest, &unknown).unwrap();
+
+        // From the first that is compared to the last.
+        type Change = fn(&mut Requirements);
+        let changes: [(&str, Change); 7] = [
+            ("this host is riscv64", |r| {
+                r.cpu.arch = "riscv64".to_owned()
+            }),
+            ("pages of 65536", |r| r.page_bytes = 1 << 16),
+            ("makes version 9", |r| r.machine_version = 9),
+            ("speaks 9", |r| r.protocol = 9),
+            ("another guest kernel", |r| r.kernel = Some("b".to_owned())),
+            ("another guest agent", |r| r.agent = Some("b".to_owned())),
+            ("this one is by", |r| r.cpu.vendor = "other".to_owned()),
+        ];
+        let mut all = same.clone();
+        for (reason, change) in changes.iter().rev() {
+            let mut one = same.clone();
+            for wanted in [&mut one, &mut all] {
+                change(wanted);
+                let refused = check_manifest(&manifest, wanted).unwrap_err();
+                assert!(refused.contains(reason), "{refused}");
+            }
+        }
+    }
 }

@@ -6,9 +6,9 @@
 //! SHA-256 of everything before it
 //! ```
 //!
-//! The digest is checked before any section is parsed, so that the parsers of sections
-//! only receive bytes that this software wrote. The manifest repeats the digest, which
-//! ties the two files to each other.
+//! The digest is checked before any section is parsed, which detects damage. It is no
+//! protection against an attacker, who can compute it: parsers of sections treat their bytes
+//! as hostile. The manifest repeats the digest, which ties the two files to each other.
 
 use std::ops::RangeInclusive;
 use std::path::Path;
@@ -156,6 +156,9 @@ impl StateFile {
                 supported: FORMAT,
             });
         }
+        if format < FORMAT {
+            return Err(damaged("it has a format that no version wrote"));
+        }
         let count = reader.u32().ok_or_else(|| damaged("it is too short"))?;
         let total = reader.u64().ok_or_else(|| damaged("it is too short"))?;
         if total != bytes.len() as u64 {
@@ -277,6 +280,23 @@ mod tests {
         fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
             let _ = StateFile::decode(Path::new("s"), &bytes, "");
         }
+    }
+
+    #[test]
+    fn only_format_1_is_read() {
+        let refused = |format: u32| {
+            let (mut bytes, _) = StateFile::default().encode();
+            bytes[8..12].copy_from_slice(&format.to_le_bytes());
+            let body = bytes.len() - DIGEST_LEN;
+            let digest = Sha256::digest(&bytes[..body]);
+            bytes[body..].copy_from_slice(&digest);
+            StateFile::decode(Path::new("state.bin"), &bytes, &hex(&digest)).err()
+        };
+        assert!(refused(1).is_none());
+        let older = refused(0).unwrap();
+        assert!(matches!(older, Error::Damaged { .. }), "{older}");
+        let newer = refused(2).unwrap();
+        assert!(matches!(newer, Error::Newer { found: 2, .. }), "{newer}");
     }
 
     #[test]

@@ -351,10 +351,9 @@ fn golden(format: u32) -> PathBuf {
     all.join(format!("format-{format}"))
 }
 
-/// The compatibility promise (ARCHITECTURE.md, "What an upgrade does to snapshots"). If
-/// this fails because a structure was changed, its section (or the machine, or the
-/// format) needs a new number, and the old one must be refused by name or read; the files
-/// stay unchanged.
+/// The compatibility promise (`docs/src/formats/snapshot.md`, "Compatibility"). If this
+/// fails because a structure was changed, its section (or the machine, or the format) needs
+/// a new number, and the old one must be refused by name or read; the files stay unchanged.
 #[test]
 fn snapshots_of_all_formats_are_read() {
     for format in OLDEST_FORMAT..=FORMAT {
