@@ -11,7 +11,9 @@
 //!    is restored only to a machine with the same devices, and existing ones lack it. One
 //!    that only some machines have does not need it.
 //! 3. An entry of the list of [`DeviceConfig`](crate::devices::DeviceConfig) in
-//!    `vmm/src/machine.rs`. Its sections in snapshots follow from slot and kind.
+//!    `vmm/src/machine.rs`; its sections in snapshots follow from slot and kind. The version
+//!    of its payload, in `versions` of `vmm/src/saved.rs`, so that snapshots in the cache
+//!    have other names when it changes.
 //! 4. The driver in `guest/kernel/guest.config`, and among the modules of distributions'
 //!    kernels that `runtime/src/kernel.rs` selects.
 
