@@ -7,7 +7,7 @@ use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use sm_virtio::GuestMemory;
-use sm_virtio::queue::{Chain, Queue, Span};
+use sm_virtio::queue::{DescriptorChain, Queue, Span};
 use sm_virtio::testing::DriverQueue;
 use virtio_queue::{Queue as Reference, QueueT as _};
 use vm_memory::GuestAddress;
@@ -79,7 +79,7 @@ impl Ring {
     }
 }
 
-fn ours(memory: &GuestMemory, queue: &mut Queue, chain: &mut Chain) -> bool {
+fn ours(memory: &GuestMemory, queue: &mut Queue, chain: &mut DescriptorChain) -> bool {
     while queue.pop(memory, chain).unwrap() {
         let mut len = 0;
         for span in &chain.readable {
@@ -118,7 +118,7 @@ fn virtqueue(c: &mut Criterion) {
         group.bench_function(BenchmarkId::new("ours", name), |b| {
             let mut ring = Ring::new(layout);
             let mut queue = ring.driver.device_side(true);
-            let mut chain = Chain::new();
+            let mut chain = DescriptorChain::new();
             b.iter(|| {
                 ring.offer();
                 ours(&ring.memory, &mut queue, &mut chain)

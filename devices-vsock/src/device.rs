@@ -15,7 +15,7 @@ use std::time::Instant;
 
 use sm_event_loop::{Interest, Readiness, Registered, Registry, new_eventfd};
 use sm_virtio::GuestMemory;
-use sm_virtio::queue::{Chain, Queue, QueueError, Span};
+use sm_virtio::queue::{DescriptorChain, Queue, QueueError, Span};
 use sm_virtio::{ActivateError, Activation, CannotSave, DevicePayload, Interrupt, VirtioDevice};
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -26,7 +26,7 @@ use self::transmit::Gathered;
 use crate::config::{SetUpError, VsockConfig};
 use crate::handle::{Command, ConnectError, Mailbox, MuxerHandle};
 use crate::muxer::{DEADLINE, Muxer, RETRIES};
-use crate::profile::Stage;
+use crate::profile::ProfileStage;
 use crate::saved::{STATE_VERSION, VsockStateV2};
 
 /// Kind of the device in saved state.
@@ -79,7 +79,7 @@ pub struct Vsock {
     failed: bool,
     receiver: Receiver,
     gathered: Gathered,
-    chain: Chain,
+    chain: DescriptorChain,
     spans: Vec<Span>,
     reset: TransportReset,
     quiesced_at: Option<Instant>,
@@ -118,7 +118,7 @@ impl Vsock {
             failed: false,
             receiver: Receiver::default(),
             gathered: Gathered::default(),
-            chain: Chain::new(),
+            chain: DescriptorChain::new(),
             spans: Vec::new(),
             reset: TransportReset::None,
             quiesced_at: None,
@@ -167,7 +167,7 @@ impl Vsock {
         {
             let begun = self.mailbox.profiler.begin();
             active.interrupt.used_buffers();
-            self.mailbox.profiler.end(Stage::Interrupt, begun);
+            self.mailbox.profiler.end(ProfileStage::Interrupt, begun);
         }
         Ok(())
     }
@@ -319,7 +319,7 @@ impl VirtioDevice for Vsock {
         self.kicked = begun;
         self.turn(registry);
         self.kicked = None;
-        self.mailbox.profiler.end(Stage::GuestKick, begun);
+        self.mailbox.profiler.end(ProfileStage::GuestKick, begun);
     }
 
     fn host_ready(&mut self, token: u64, readiness: Readiness, registry: &mut dyn Registry) {
@@ -328,7 +328,7 @@ impl VirtioDevice for Vsock {
             TURN => {
                 let begun = self.mailbox.profiler.begin();
                 self.turn(registry);
-                self.mailbox.profiler.end(Stage::HostReady, begun);
+                self.mailbox.profiler.end(ProfileStage::HostReady, begun);
             }
             token => {
                 let Ok(slot) = u32::try_from(token & !(DEADLINE | RETRIES)) else {

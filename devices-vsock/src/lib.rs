@@ -51,6 +51,6 @@ pub use handle::{
     Accepted, Acceptor, ConnectError, ConnectOptions, GuestStream, Listening, MuxerHandle,
     OnFailure, OnResult, SocketKind,
 };
-pub use profile::{Profiler, Stage, StageReport};
+pub use profile::{ProfileStage, Profiler, StageReport};
 pub use saved::STATE_VERSION;
 pub use stats::Stats;

@@ -19,7 +19,7 @@ use crate::handle::{
 };
 use crate::host::HostSocket;
 use crate::packet::{Header, TYPE_SEQPACKET};
-use crate::profile::Stage;
+use crate::profile::ProfileStage;
 use crate::ready::Ready;
 
 pub(crate) use self::timers::{DEADLINE, RETRIES};
@@ -479,7 +479,7 @@ impl Muxer {
         let sound = connection.flush(&mut self.pool, &self.mailbox.counters);
         if !connection.has_backlog() {
             let since = connection.kept_since.take();
-            self.mailbox.profiler.end(Stage::GuestToHost, since);
+            self.mailbox.profiler.end(ProfileStage::GuestToHost, since);
         }
         if !sound {
             self.abort(slot, ConnectError::Reset, registry);

@@ -15,7 +15,7 @@ const BUCKETS: usize = (40 - 3 + 1) * FINE;
 /// A measured stage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Stage {
+pub enum ProfileStage {
     /// A frontend accepts a connection and passes it on.
     Accept,
     /// A frontend that speaks TLS moves bytes between its two sides.
@@ -37,7 +37,7 @@ pub enum Stage {
     Interrupt,
 }
 
-impl Stage {
+impl ProfileStage {
     /// All stages, in the order of display.
     pub const ALL: [Self; 9] = [
         Self::Accept,
@@ -72,7 +72,7 @@ impl Stage {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StageReport {
     /// The stage.
-    pub stage: Stage,
+    pub stage: ProfileStage,
     /// Number of measurements.
     pub count: u64,
     /// Sum of all durations.
@@ -138,7 +138,7 @@ impl Histogram {
         self.max.store(0, Ordering::Relaxed);
     }
 
-    fn report(&self, stage: Stage) -> StageReport {
+    fn report(&self, stage: ProfileStage) -> StageReport {
         let counts: Vec<u64> = self
             .buckets
             .iter()
@@ -172,7 +172,7 @@ impl Histogram {
 pub struct Profiler {
     on: AtomicBool,
     /// Created by the first start.
-    stages: OnceLock<Box<[Histogram; Stage::ALL.len()]>>,
+    stages: OnceLock<Box<[Histogram; ProfileStage::ALL.len()]>>,
 }
 
 impl Profiler {
@@ -195,7 +195,7 @@ impl Profiler {
         let Some(stages) = self.stages.get() else {
             return Vec::new();
         };
-        let reports = Stage::ALL.iter().zip(stages.iter());
+        let reports = ProfileStage::ALL.iter().zip(stages.iter());
         let reports = reports.map(|(&stage, histogram)| histogram.report(stage));
         reports.filter(|report| report.count > 0).collect()
     }
@@ -207,7 +207,7 @@ impl Profiler {
     }
 
     /// Ends a stage that started at `begun`.
-    pub fn end(&self, stage: Stage, begun: Option<Instant>) {
+    pub fn end(&self, stage: ProfileStage, begun: Option<Instant>) {
         if let Some(begun) = begun
             && let Some(histogram) = self
                 .stages
@@ -229,20 +229,23 @@ mod tests {
     #[test]
     fn stages_are_measured_separately_and_only_while_it_is_on() {
         let profiler = Profiler::default();
-        profiler.end(Stage::Tls, profiler.begin());
+        profiler.end(ProfileStage::Tls, profiler.begin());
         assert_eq!(profiler.report(), []);
         profiler.start();
         let begun = profiler.begin();
-        profiler.end(Stage::Tls, begun);
-        profiler.end(Stage::Interrupt, begun);
+        profiler.end(ProfileStage::Tls, begun);
+        profiler.end(ProfileStage::Interrupt, begun);
         profiler.stop();
-        profiler.end(Stage::Accept, profiler.begin());
+        profiler.end(ProfileStage::Accept, profiler.begin());
         let stages: Vec<_> = profiler
             .report()
             .iter()
             .map(|r| (r.stage, r.count))
             .collect();
-        assert_eq!(stages, [(Stage::Tls, 1), (Stage::Interrupt, 1)]);
+        assert_eq!(
+            stages,
+            [(ProfileStage::Tls, 1), (ProfileStage::Interrupt, 1)]
+        );
         profiler.start();
         assert_eq!(profiler.report(), []);
     }
@@ -260,7 +263,7 @@ mod tests {
             let histogram = Histogram::default();
             values.iter().for_each(|&value| histogram.add(value));
             values.sort_unstable();
-            let report = histogram.report(Stage::Open);
+            let report = histogram.report(ProfileStage::Open);
             prop_assert_eq!(report.count, values.len() as u64);
             prop_assert_eq!(Some(&report.max_ns), values.last());
             let exact = values[(values.len() - 1) / 2];

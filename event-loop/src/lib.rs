@@ -105,7 +105,7 @@ pub use self::reactor::Reactor;
 pub use self::registered::Registered;
 pub use self::registration::{Ready, Registration};
 #[cfg(feature = "thread")]
-pub use self::registry::{Descriptor, Reclaimed, Reclaimer, Registry, Source};
+pub use self::registry::{Descriptor, Reclaimed, Reclaimer, Registry, RegistryFd};
 pub use self::slab::{Key, Slab};
 #[cfg(feature = "thread")]
 pub use self::table::HandlerId;

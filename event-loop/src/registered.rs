@@ -15,7 +15,7 @@ use std::ops::Deref;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
-use crate::registry::{Descriptor, Reclaimer, Registry, Source};
+use crate::registry::{Descriptor, Reclaimer, Registry, RegistryFd};
 use crate::{Interest, Registration};
 
 /// A descriptor that a loop waits for, with its owner, to which it dereferences.
@@ -106,7 +106,7 @@ impl dyn Registry + '_ {
         token: u64,
         interest: Interest,
     ) -> io::Result<Registered<F>> {
-        let registration = self.register(Source(fd.as_fd()), token, interest)?;
+        let registration = self.register(RegistryFd(fd.as_fd()), token, interest)?;
         Ok(Registered {
             fd: ManuallyDrop::new(fd),
             registration,
@@ -124,13 +124,13 @@ impl dyn Registry + '_ {
         fd: &Registered<F>,
         interest: Interest,
     ) -> io::Result<()> {
-        self.reregister(fd.registration, Source(fd.as_fd()), interest)
+        self.reregister(fd.registration, RegistryFd(fd.as_fd()), interest)
     }
 
     /// Removes a descriptor from the loop that it was registered with, and gives it
     /// back. Events that were fetched for it before are dropped.
     pub fn remove<F: Descriptor>(&mut self, fd: Registered<F>) -> F {
-        self.deregister(fd.registration, Source(fd.as_fd()));
+        self.deregister(fd.registration, RegistryFd(fd.as_fd()));
         fd.into_inner()
     }
 }

@@ -21,7 +21,7 @@ pub trait Registry {
     /// A descriptor that cannot be waited for, or no memory.
     fn register(
         &mut self,
-        fd: Source<'_>,
+        fd: RegistryFd<'_>,
         token: u64,
         interest: Interest,
     ) -> io::Result<Registration>;
@@ -34,12 +34,12 @@ pub trait Registry {
     fn reregister(
         &mut self,
         registration: Registration,
-        fd: Source<'_>,
+        fd: RegistryFd<'_>,
         interest: Interest,
     ) -> io::Result<()>;
 
     /// Removes a registration. An event that was fetched before is not delivered.
-    fn deregister(&mut self, registration: Registration, fd: Source<'_>);
+    fn deregister(&mut self, registration: Registration, fd: RegistryFd<'_>);
 
     /// Takes the descriptors of this handler that are dropped while they are registered.
     /// The loop removes their registrations soon after.
@@ -82,9 +82,9 @@ impl<F: AsFd + Send + 'static> Descriptor for F {}
 /// A descriptor whose owner is, or is about to be, in a [`Registered`](crate::Registered). Only this crate
 /// makes one, so an implementation of [`Registry`] can rely on it.
 #[derive(Clone, Copy, Debug)]
-pub struct Source<'a>(pub(crate) BorrowedFd<'a>);
+pub struct RegistryFd<'a>(pub(crate) BorrowedFd<'a>);
 
-impl AsFd for Source<'_> {
+impl AsFd for RegistryFd<'_> {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0
     }
@@ -107,7 +107,7 @@ pub struct Reclaimed {
 impl Reclaimed {
     /// Removes the registration and closes the descriptor, unless somebody else has it.
     pub fn remove_from(self, registry: &mut dyn Registry) {
-        registry.deregister(self.registration, Source((*self.owner).as_fd()));
+        registry.deregister(self.registration, RegistryFd((*self.owner).as_fd()));
     }
 }
 

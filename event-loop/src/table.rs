@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::reactor::Reactor;
 use crate::registration::{Ready, Registration};
-use crate::registry::{Reclaimer, Registry, Source};
+use crate::registry::{Reclaimer, Registry, RegistryFd};
 use crate::slab::Key;
 use crate::{Interest, Timer};
 
@@ -56,7 +56,7 @@ pub(super) struct View<'a> {
 impl Registry for View<'_> {
     fn register(
         &mut self,
-        fd: Source<'_>,
+        fd: RegistryFd<'_>,
         token: u64,
         interest: Interest,
     ) -> io::Result<Registration> {
@@ -67,14 +67,14 @@ impl Registry for View<'_> {
     fn reregister(
         &mut self,
         registration: Registration,
-        fd: Source<'_>,
+        fd: RegistryFd<'_>,
         interest: Interest,
     ) -> io::Result<()> {
         let fd = fd.as_fd();
         self.table.reactor.modify(registration, fd, interest)
     }
 
-    fn deregister(&mut self, registration: Registration, fd: Source<'_>) {
+    fn deregister(&mut self, registration: Registration, fd: RegistryFd<'_>) {
         if self.table.reactor.has(registration, fd.as_fd()) {
             self.table.release(registration);
         } else {

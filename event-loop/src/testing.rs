@@ -22,7 +22,7 @@ use rustix::event::epoll::{self, EventFlags};
 use crate::slab::Key;
 use crate::{
     Deadlines, EventHandler, HandlerId, Interest, Readiness, Reclaimer, Registration, Registry,
-    Source, Timer,
+    RegistryFd, Timer,
 };
 
 /// Events taken from the kernel at once.
@@ -227,7 +227,7 @@ struct ManualRegistry<'a> {
 impl Registry for ManualRegistry<'_> {
     fn register(
         &mut self,
-        fd: Source<'_>,
+        fd: RegistryFd<'_>,
         token: u64,
         interest: Interest,
     ) -> io::Result<Registration> {
@@ -245,7 +245,7 @@ impl Registry for ManualRegistry<'_> {
     fn reregister(
         &mut self,
         registration: Registration,
-        _fd: Source<'_>,
+        _fd: RegistryFd<'_>,
         interest: Interest,
     ) -> io::Result<()> {
         let source = self.state.sources.get(&registration.slot());
@@ -255,7 +255,7 @@ impl Registry for ManualRegistry<'_> {
         Ok(())
     }
 
-    fn deregister(&mut self, registration: Registration, _fd: Source<'_>) {
+    fn deregister(&mut self, registration: Registration, _fd: RegistryFd<'_>) {
         if let Some(source) = self.state.sources.remove(&registration.slot()) {
             let _ = epoll::delete(&self.state.epoll, &source.fd);
         }

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use sm_devices_vsock::{Permit, Stage};
+use sm_devices_vsock::{Permit, ProfileStage};
 use sm_event_loop::{EventHandler, Readiness, Registry};
 
 use crate::ForwardTarget;
@@ -42,7 +42,7 @@ impl<L: Listener> FrontendListener<L> {
             .accept(usize::MAX, waker, &self.service, registry);
         for (stream, permit) in connections {
             self.lead(stream, permit);
-            profiler.end(Stage::Accept, begun);
+            profiler.end(ProfileStage::Accept, begun);
             begun = profiler.begin();
         }
         self.acceptor.has_more()

@@ -9,7 +9,7 @@ use sm_event_loop::EventLoop;
 use sm_virtio::GuestMemory;
 use sm_virtio::testing::Driver;
 use sm_vmm_core::virtio::blk::{Access, Block};
-use sm_vmm_core::virtio::disk::{Disk, Segment};
+use sm_vmm_core::virtio::disk::{Disk, FileSegment};
 use vm_memory::{Bytes as _, GuestAddress};
 
 static LOOP: LazyLock<EventLoop> =
@@ -31,7 +31,7 @@ fn disk(writable: bool) -> Disk {
     if writable {
         return Disk::raw(file, false).expect("a length");
     }
-    let segment = Segment {
+    let segment = FileSegment {
         file,
         offset: 0,
         len: DISK,

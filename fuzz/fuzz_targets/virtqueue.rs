@@ -3,7 +3,7 @@
 
 use libfuzzer_sys::fuzz_target;
 use sm_virtio::GuestMemory;
-use sm_virtio::queue::Chain;
+use sm_virtio::queue::DescriptorChain;
 use sm_virtio::testing::DriverQueue;
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _};
 
@@ -22,7 +22,7 @@ fuzz_target!(|data: &[u8]| {
     let size = 1 << (size % 9);
     let mut queue = DriverQueue::new(memory.clone(), 0, size).device_side(event_idx % 2 == 1);
     assert!(queue.is_valid(&memory));
-    let mut chain = Chain::new();
+    let mut chain = DescriptorChain::new();
     // The contents may offer any number of chains.
     for _ in 0..1024 {
         let Ok(true) = queue.pop(&memory, &mut chain) else {

@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use sm_hypervisor::state::x86_64::{BootRegisters, Segment};
 use sm_hypervisor::{
-    Bus, Exit, Hypervisor, Kicker, MemoryRegion, Native, Vcpu as _, VcpuSeed as _, Vm as _,
-    VmConfig, X86_64,
+    Bus, Exit, Hypervisor, Kicker, MemoryRegion, Native, Vcpu as _, VcpuSeed as _,
+    VirtualMachine as _, VmParameters, X86_64,
 };
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap};
 
@@ -33,7 +33,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 fn run(host: &impl Hypervisor<Arch = X86_64>) -> Result<Vec<u8>, Box<dyn Error>> {
     let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), MEMORY)])?;
     memory.write_slice(GUEST, GuestAddress(CODE))?;
-    let vm = host.create_vm(&VmConfig { vcpus: 1 })?;
+    let vm = host.create_vm(&VmParameters { vcpus: 1 })?;
     let region = MemoryRegion {
         guest_address: 0,
         host_address: NonNull::new(memory.get_host_address(GuestAddress(0))?).ok_or("null")?,

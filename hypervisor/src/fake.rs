@@ -18,7 +18,8 @@ pub use self::arch::FakeArch;
 pub use self::vcpu::{FakeRestoring, FakeSeed, FakeVcpu};
 pub use self::vm::FakeVm;
 use crate::{
-    Capabilities, Doorbell, Error, Exit, Gsi, Hypervisor, LinuxSupport, OpenError, VmConfig, X86_64,
+    Capabilities, Doorbell, Error, Exit, Gsi, Hypervisor, LinuxSupport, OpenError, VmParameters,
+    X86_64,
 };
 
 const BACKEND: &str = "fake";
@@ -27,7 +28,7 @@ const PAGE: u64 = 4096;
 /// Next action of a vCPU.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// Reads this many bytes of device memory; the result is an [`Event::Read`].
+    /// Reads this many bytes of device memory; the result is an [`FakeEvent::Read`].
     MmioRead(u64, usize),
     /// Writes device memory, or rings a doorbell.
     MmioWrite(u64, Vec<u8>),
@@ -45,7 +46,7 @@ pub enum Step {
 
 /// An action that a fake machine recorded, in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Event<A: FakeArch = X86_64> {
+pub enum FakeEvent<A: FakeArch = X86_64> {
     /// Memory was mapped.
     Mapped {
         /// First guest physical address.
@@ -81,7 +82,7 @@ pub struct FakeHypervisor<A: FakeArch = X86_64> {
 struct Inner<A: FakeArch> {
     scripts: Vec<Vec<Step>>,
     linux: LinuxSupport,
-    events: Mutex<Vec<Event<A>>>,
+    events: Mutex<Vec<FakeEvent<A>>>,
 }
 
 /// Ignores poisoning: a test that panics with a lock held has failed anyway.
@@ -119,13 +120,13 @@ impl<A: FakeArch> FakeHypervisor<A> {
 
     /// Returns everything that happened since the last call.
     #[must_use]
-    pub fn take_events(&self) -> Vec<Event<A>> {
+    pub fn take_events(&self) -> Vec<FakeEvent<A>> {
         std::mem::take(&mut lock(&self.inner.events))
     }
 }
 
 impl<A: FakeArch> Inner<A> {
-    fn note(&self, event: Event<A>) {
+    fn note(&self, event: FakeEvent<A>) {
         lock(&self.events).push(event);
     }
 }
@@ -150,7 +151,7 @@ impl<A: FakeArch> Hypervisor for FakeHypervisor<A> {
         Ok(A::Features::default())
     }
 
-    fn create_vm(&self, config: &VmConfig) -> Result<FakeVm<A>, Error> {
+    fn create_vm(&self, config: &VmParameters) -> Result<FakeVm<A>, Error> {
         Ok(FakeVm::new(self.inner.clone(), config.vcpus.max(1)))
     }
 }

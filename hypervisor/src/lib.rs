@@ -1,6 +1,6 @@
 //! One interface to the hypervisors of different hosts.
 //!
-//! A *backend* implements [`Hypervisor`], [`Vm`], [`VcpuSeed`], [`Vcpu`] and
+//! A *backend* implements [`Hypervisor`], [`VirtualMachine`], [`VcpuSeed`], [`Vcpu`] and
 //! [`RestoringVcpu`] for one operating system and one architecture of guests ([`Arch`]);
 //! everything above is generic over it by static dispatch. Its [`Capabilities`] are data,
 //! available before a VM exists. The VM never owns guest memory, and a vCPU never leaves
@@ -8,12 +8,12 @@
 //!
 //! The life of a VM:
 //!
-//! 1. [`Hypervisor::open`], [`Hypervisor::create_vm`], [`Vm::map_memory`].
-//! 2. [`Vm::create_vcpu`] for each vCPU; the seeds are sent to their threads.
+//! 1. [`Hypervisor::open`], [`Hypervisor::create_vm`], [`VirtualMachine::map_memory`].
+//! 2. [`VirtualMachine::create_vcpu`] for each vCPU; the seeds are sent to their threads.
 //! 3. Each thread binds its seed: [`VcpuSeed::bind`] for a fresh machine,
 //!    [`VcpuSeed::bind_restored`] for a saved one. The latter yields a vCPU that cannot
 //!    run yet, and a [`RestoredVcpu`] token.
-//! 4. A restored machine hands all tokens to [`Vm::restore`], which restores interrupt
+//! 4. A restored machine hands all tokens to [`VirtualMachine::restore`], which restores interrupt
 //!    controllers and clocks *after* every vCPU has its state, and returns a [`Finish`]
 //!    token for each.
 //! 5. With it, each thread finishes its vCPU: [`RestoringVcpu::finish_restore`].
@@ -57,5 +57,5 @@ pub use state::VmState;
 pub use sys::{Native, Wake};
 pub use traits::{
     Doorbell, Exit, FaultInfo, Gsi, Hypervisor, IrqLine, IrqTrigger, Kicker, MemoryRegion,
-    RestoringVcpu, Vcpu, VcpuSeed, Vm, VmConfig,
+    RestoringVcpu, Vcpu, VcpuSeed, VirtualMachine, VmParameters,
 };

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use crate::{
     Arch, Bus, Capabilities, Doorbell, Error, Exit, Finish, Gsi, Hypervisor, IrqLine, IrqTrigger,
     Kicker, MemoryRegion, OpenError, OpenErrorKind, RestoredVcpu, RestoringVcpu, Vcpu, VcpuSeed,
-    Vm, VmConfig, VmState, Wake,
+    VirtualMachine, VmParameters, VmState, Wake,
 };
 
 /// A backend that cannot be opened. No value of the type exists, so its methods are never
@@ -42,12 +42,12 @@ impl<A: Arch> Hypervisor for NoBackend<A> {
         match self.never {}
     }
 
-    fn create_vm(&self, _: &VmConfig) -> Result<Self, Error> {
+    fn create_vm(&self, _: &VmParameters) -> Result<Self, Error> {
         match self.never {}
     }
 }
 
-impl<A: Arch> Vm for NoBackend<A> {
+impl<A: Arch> VirtualMachine for NoBackend<A> {
     type Arch = A;
     type Seed = Self;
 

@@ -3,7 +3,7 @@
 //! | phase | call | thread | yields |
 //! |---|---|---|---|
 //! | 1 | [`VcpuSeed::bind_restored`] or [`Vcpu::reload`] | the vCPU's | a [`RestoringVcpu`], which cannot run, and a [`RestoredVcpu`] |
-//! | 2 | [`Vm::restore`] with the [`RestoredVcpu`] of every vCPU | any | a [`Finish`] for each vCPU |
+//! | 2 | [`VirtualMachine::restore`] with the [`RestoredVcpu`] of every vCPU | any | a [`Finish`] for each vCPU |
 //! | 3 | [`RestoringVcpu::finish_restore`] with its [`Finish`] | the vCPU's | a [`Vcpu`], which can run |
 //!
 //! Backends create the tokens. A token carries the [`VmIdentity`] of its VM, which the
@@ -15,7 +15,7 @@
 //! [`Vcpu`]: crate::Vcpu
 //! [`RestoringVcpu`]: crate::RestoringVcpu
 //! [`RestoringVcpu::finish_restore`]: crate::RestoringVcpu::finish_restore
-//! [`Vm::restore`]: crate::Vm::restore
+//! [`VirtualMachine::restore`]: crate::VirtualMachine::restore
 
 use std::fmt;
 use std::sync::Arc;
@@ -90,7 +90,7 @@ impl fmt::Debug for VmIdentity {
 
 /// Proof that the state of a vCPU has been restored.
 #[derive(Debug)]
-#[must_use = "`Vm::restore` needs it"]
+#[must_use = "`VirtualMachine::restore` needs it"]
 pub struct RestoredVcpu {
     vm: VmIdentity,
     index: u32,

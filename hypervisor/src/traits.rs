@@ -14,7 +14,7 @@ pub type Gsi = u32;
 
 /// Parameters of a new VM.
 #[derive(Clone, Debug, Default)]
-pub struct VmConfig {
+pub struct VmParameters {
     /// Number of vCPUs that will be created, at least 1.
     pub vcpus: u32,
 }
@@ -64,7 +64,7 @@ pub trait Hypervisor: Send + Sync + Sized + 'static {
     /// Architecture of its guests.
     type Arch: Arch;
     /// Its virtual machines.
-    type Vm: Vm<Arch = Self::Arch>;
+    type Vm: VirtualMachine<Arch = Self::Arch>;
 
     /// Versions of the [blobs](crate::state::Blob) that this backend saves and restores, in a
     /// fixed order. Saved state of a backend with other versions may not be readable here.
@@ -105,11 +105,11 @@ pub trait Hypervisor: Send + Sync + Sized + 'static {
     ///
     /// # Errors
     /// The hypervisor refused.
-    fn create_vm(&self, config: &VmConfig) -> Result<Self::Vm, Error>;
+    fn create_vm(&self, config: &VmParameters) -> Result<Self::Vm, Error>;
 }
 
 /// A virtual machine: address space, interrupt controllers and clock.
-pub trait Vm: Send + Sync + 'static {
+pub trait VirtualMachine: Send + Sync + 'static {
     /// Architecture of its guest.
     type Arch: Arch;
     /// Its vCPUs before they are bound to a thread.

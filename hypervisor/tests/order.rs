@@ -15,7 +15,7 @@ use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::sync::{Arc, Mutex};
 
 use sm_hypervisor::testing::native;
-use sm_hypervisor::{Hypervisor as _, Vcpu as _, VcpuSeed as _, Vm as _, VmConfig};
+use sm_hypervisor::{Hypervisor as _, Vcpu as _, VcpuSeed as _, VirtualMachine as _, VmParameters};
 
 /// `SECCOMP_IOCTL_NOTIF_RECV` and `SECCOMP_IOCTL_NOTIF_SEND` (linux/seccomp.h).
 const RECEIVE: libc::Ioctl = 0xc050_2100u32 as libc::Ioctl;
@@ -101,7 +101,7 @@ fn events_are_read_before_the_registers_that_they_change() {
     let noted = Arc::clone(&requests);
     // A filter lasts as long as its thread.
     let saving = std::thread::spawn(move || {
-        let vm = kvm.create_vm(&VmConfig { vcpus: 1 }).unwrap();
+        let vm = kvm.create_vm(&VmParameters { vcpus: 1 }).unwrap();
         let seed = vm.create_vcpu(0).unwrap();
         let mut vcpu = seed.bind(None).unwrap();
         let listener = watch_ioctls();

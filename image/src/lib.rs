@@ -76,6 +76,6 @@ pub use source::{OpenBlob, Pushed, Pusher};
 #[cfg(feature = "archive")]
 pub use store::Loaded;
 pub use store::{
-    DiskSegment, FindUsers, ImageDetails, ImageSummary, ImageUsage, LayerDetails, PruneOptions,
-    Pruned, PullOptions, Store, StoredImage, Usage, Users, Verified,
+    FindUsers, ImageDetails, ImageSummary, ImageUsage, LayerDetails, PruneOptions, Pruned,
+    PullOptions, Store, StoredImage, StoredSegment, Usage, Users, Verified,
 };

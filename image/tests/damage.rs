@@ -11,7 +11,7 @@ use std::fs;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
-use sm_image::{DiskSegment, FindUsers, Users};
+use sm_image::{FindUsers, StoredSegment, Users};
 use support::home::{Home, layers};
 
 fn nobody() -> Result<Users, String> {
@@ -109,7 +109,7 @@ fn damage_of_images_that_must_stay_is_not_removed() {
     assert!(layer.exists());
     for name in [digest, sharing] {
         let disk = home.path("store/disks").join(name.hex());
-        let open = DiskSegment {
+        let open = StoredSegment {
             path: disk.join("meta.erofs"),
             offset: 0,
             len: 4096,

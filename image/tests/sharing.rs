@@ -13,7 +13,7 @@ use std::sync::{Barrier, Mutex};
 use std::thread;
 
 use sm_image::{
-    Cancel, DiskSegment, Error, LayerStep, Progress, PruneOptions, PullOptions, Reference, Store,
+    Cancel, Error, LayerStep, Progress, PruneOptions, PullOptions, Reference, Store, StoredSegment,
     Users,
 };
 use support::home::{Home, layers};
@@ -126,7 +126,7 @@ fn users_are_determined_under_the_exclusive_lock() {
 fn no_disk_is_opened_between_its_check_and_its_removal() {
     let home = Home::new();
     let (reference, digest) = home.image("layout", &layers());
-    let segment = DiskSegment {
+    let segment = StoredSegment {
         path: home
             .path("store/disks")
             .join(digest.hex())

@@ -67,7 +67,7 @@ impl VmmEnvironment for Installed {
     }
 
     fn open_segment(&self, segment: &DiskSegment) -> io::Result<File> {
-        let segment = sm_image::DiskSegment {
+        let segment = sm_image::StoredSegment {
             path: segment.path.clone(),
             offset: segment.offset,
             len: segment.len,

@@ -7,7 +7,7 @@ use std::io::{self, Write};
 use std::path::Path;
 
 use sm_snapshot::chain::Chain;
-use sm_snapshot::extents::Content;
+use sm_snapshot::extents::ExtentKind;
 use sm_snapshot::store::SnapshotStore;
 use sm_snapshot::verify::verify;
 
@@ -63,9 +63,9 @@ fn show(directory: &Path, name: &str, out: &mut impl Write) -> Result<()> {
         writeln!(
             out,
             "  pages: {} of {} stored, {} zero over the parent",
-            member.index.count(Content::Data),
+            member.index.count(ExtentKind::Data),
             member.index.pages(),
-            member.index.count(Content::Zero),
+            member.index.count(ExtentKind::Zero),
         )?;
     }
     writeln!(out, "memory is mapped in {} pieces", chain.pieces().len())?;

@@ -16,7 +16,7 @@ use vm_memory::GuestMemoryMmap;
 use crate::Error;
 use crate::chain::{Chain, MAX_DEPTH, MAX_PIECES, MEMORY_SECTION};
 use crate::cpu::CpuFeatures;
-use crate::extents::{Content, MemoryIndex, PAGE};
+use crate::extents::{ExtentKind, MemoryIndex, PAGE};
 use crate::manifest::{DeviceEntry, FORMAT, Layer, Manifest, MemoryEntry, ParentRef, StateEntry};
 use crate::memory_file::{self, Base};
 use crate::pagemap;
@@ -184,7 +184,7 @@ impl Capture {
     /// Returns the number of stored pages.
     #[must_use]
     pub fn data_pages(&self) -> u64 {
-        self.index.count(Content::Data)
+        self.index.count(ExtentKind::Data)
     }
 
     /// Writes state and manifest and publishes the snapshot as `name`. `sections` are the
@@ -247,8 +247,8 @@ fn describe(d: Description, index: &MemoryIndex, parent: Option<ParentRef>) -> M
         state: StateEntry::default(),
         memory: MemoryEntry {
             len,
-            data_pages: index.count(Content::Data),
-            zero_pages: index.count(Content::Zero),
+            data_pages: index.count(ExtentKind::Data),
+            zero_pages: index.count(ExtentKind::Zero),
         },
         labels: d.labels,
         digest: String::new(),

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::Error;
-use crate::extents::{Content, Extent, MemoryIndex, PAGE, Piece, flatten, is_well_formed};
+use crate::extents::{Extent, ExtentKind, MemoryIndex, PAGE, Piece, flatten, is_well_formed};
 use crate::runs::{Run, union};
 use crate::state_file::{self, StateFile};
 use crate::store::{Lease, SnapshotStore, read_capped};
@@ -22,7 +22,7 @@ pub const MEMORY_SECTION: (&str, u32) = ("memory", 1);
 
 /// One snapshot of a chain.
 #[derive(Debug)]
-pub struct Member {
+pub struct ChainMember {
     /// Lease that prevents removal of the snapshot.
     pub lease: Lease,
     /// Machine state of the snapshot.
@@ -34,7 +34,7 @@ pub struct Member {
 /// A snapshot and its ancestors, root first.
 #[derive(Debug)]
 pub struct Chain {
-    members: Vec<Member>,
+    members: Vec<ChainMember>,
     pieces: Vec<Piece>,
 }
 
@@ -85,7 +85,7 @@ impl Chain {
 
     /// Returns the members, root first. There is at least one.
     #[must_use]
-    pub fn members(&self) -> &[Member] {
+    pub fn members(&self) -> &[ChainMember] {
         &self.members
     }
 
@@ -95,7 +95,7 @@ impl Chain {
     /// Never: a chain has at least one member.
     #[must_use]
     #[expect(clippy::expect_used, reason = "open() puts the first member in")]
-    pub fn tip(&self) -> &Member {
+    pub fn tip(&self) -> &ChainMember {
         self.members.last().expect("a chain is not empty")
     }
 
@@ -117,21 +117,21 @@ impl Chain {
     pub fn stored(&self) -> Vec<Run> {
         self.members.iter().fold(Vec::new(), |all, member| {
             let data = member.index.extents.iter();
-            let data = data.filter(|extent| extent.content == Content::Data);
+            let data = data.filter(|extent| extent.content == ExtentKind::Data);
             let data: Vec<Run> = data.map(|extent| (extent.first, extent.pages)).collect();
             union(&all, &data)
         })
     }
 }
 
-fn pieces(members: &[Member], more: &[&[Extent]]) -> Vec<Piece> {
+fn pieces(members: &[ChainMember], more: &[&[Extent]]) -> Vec<Piece> {
     let lists = members.iter().map(|member| &*member.index.extents);
     let lists: Vec<&[Extent]> = lists.chain(more.iter().copied()).collect();
     let pages = members.last().map_or(0, |tip| tip.index.pages());
     flatten(pages, &lists)
 }
 
-fn open_member(store: &SnapshotStore, name: &str) -> Result<Member, Error> {
+fn open_member(store: &SnapshotStore, name: &str) -> Result<ChainMember, Error> {
     let lease = store.lease(name)?;
     let path = lease.dir().join("state.bin");
     let entry = &lease.manifest().state;
@@ -166,7 +166,7 @@ fn open_member(store: &SnapshotStore, name: &str) -> Result<Member, Error> {
             "its page index does not fit its memory",
         ));
     }
-    Ok(Member {
+    Ok(ChainMember {
         lease,
         state,
         index,

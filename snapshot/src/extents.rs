@@ -14,7 +14,7 @@ pub const PAGE: u64 = 4096;
 
 /// Kind of the content of an extent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Content {
+pub enum ExtentKind {
     /// The pages are stored in the snapshot's `memory.bin`.
     Data,
     /// The pages are zero, and the parent's may not be.
@@ -29,7 +29,7 @@ pub struct Extent {
     /// Number of pages, at least 1.
     pub pages: u64,
     /// Kind of their content.
-    pub content: Content,
+    pub content: ExtentKind,
 }
 
 impl Extent {
@@ -47,7 +47,7 @@ pub struct MemoryIndex {
     pub regions: Vec<(u64, u64)>,
     /// The recorded extents.
     pub extents: Vec<Extent>,
-    /// SHA-256 of the stored pages of each [`Content::Data`] extent, in order.
+    /// SHA-256 of the stored pages of each [`ExtentKind::Data`] extent, in order.
     pub digests: Vec<[u8; 32]>,
 }
 
@@ -62,7 +62,7 @@ impl MemoryIndex {
 
     /// Returns the number of pages recorded with `content`.
     #[must_use]
-    pub fn count(&self, content: Content) -> u64 {
+    pub fn count(&self, content: ExtentKind) -> u64 {
         self.extents
             .iter()
             .filter(|extent| extent.content == content)
@@ -85,7 +85,7 @@ impl ExtentBuilder {
     }
 
     /// Adds a page. Pages must be added in ascending order.
-    pub fn push(&mut self, page: u64, content: Content) {
+    pub fn push(&mut self, page: u64, content: ExtentKind) {
         if let Some(last) = self.extents.last_mut()
             && last.content == content
             && last.end() == page
@@ -132,7 +132,7 @@ pub fn join(extents: &[Extent], gap: u64) -> (Vec<Extent>, Vec<Run>) {
     // Short zero extents since the last data extent.
     let mut zeros: Vec<Extent> = Vec::new();
     for &extent in extents {
-        if extent.content == Content::Zero {
+        if extent.content == ExtentKind::Zero {
             if extent.pages <= gap {
                 zeros.push(extent);
             } else {
@@ -142,7 +142,9 @@ pub fn join(extents: &[Extent], gap: u64) -> (Vec<Extent>, Vec<Run>) {
             continue;
         }
         match joined.last_mut() {
-            Some(last) if last.content == Content::Data && is_near(last, &zeros, &extent, gap) => {
+            Some(last)
+                if last.content == ExtentKind::Data && is_near(last, &zeros, &extent, gap) =>
+            {
                 let mut at = last.end();
                 for zero in zeros.drain(..).chain([extent]) {
                     push_run(&mut missing, (at, zero.first - at));
@@ -222,8 +224,8 @@ fn overlay(lower: &[Piece], member: usize, extents: &[Extent]) -> Vec<Piece> {
             }
             push(&mut out, at, extent.first.max(at), piece.source);
             let source = match extent.content {
-                Content::Data => Source::Member(member),
-                Content::Zero => Source::Zero,
+                ExtentKind::Data => Source::Member(member),
+                ExtentKind::Zero => Source::Zero,
             };
             let begin = extent.first.max(at);
             let stop = extent.end().min(end);
@@ -264,16 +266,16 @@ mod tests {
 
     const PAGES: u64 = 64;
 
-    fn layer() -> impl Strategy<Value = Vec<Option<Content>>> {
+    fn layer() -> impl Strategy<Value = Vec<Option<ExtentKind>>> {
         let page = prop_oneof![
             3 => Just(None),
-            2 => Just(Some(Content::Data)),
-            1 => Just(Some(Content::Zero)),
+            2 => Just(Some(ExtentKind::Data)),
+            1 => Just(Some(ExtentKind::Zero)),
         ];
         prop::collection::vec(page, 64..=64)
     }
 
-    fn extents(layer: &[Option<Content>]) -> Vec<Extent> {
+    fn extents(layer: &[Option<ExtentKind>]) -> Vec<Extent> {
         let mut builder = ExtentBuilder::new();
         for (page, content) in (0..).zip(layer) {
             if let Some(content) = content {
@@ -299,8 +301,8 @@ mod tests {
                     let expected = (1..layers.len())
                         .rev()
                         .find_map(|m| layers[m][usize::try_from(p).unwrap()].map(|c| match c {
-                            Content::Data => Source::Member(m),
-                            Content::Zero => Source::Zero,
+                            ExtentKind::Data => Source::Member(m),
+                            ExtentKind::Zero => Source::Zero,
                         }))
                         .unwrap_or(Source::Member(0));
                     prop_assert_eq!(piece.source, expected);
@@ -325,21 +327,21 @@ mod tests {
                 for page in first..first + pages {
                     let page = usize::try_from(page).unwrap();
                     prop_assert_eq!(model[page], None, "it was recorded before");
-                    model[page] = Some(Content::Data);
+                    model[page] = Some(ExtentKind::Data);
                 }
             }
             for extent in &after {
                 for page in extent.first..extent.end() {
                     let page = usize::try_from(page).unwrap();
                     prop_assert!(model[page].is_some());
-                    if extent.content == Content::Data {
-                        model[page] = Some(Content::Data);
+                    if extent.content == ExtentKind::Data {
+                        model[page] = Some(ExtentKind::Data);
                     }
                 }
             }
             prop_assert_eq!(&extents(&model), &after, "and all of it is there");
             // No two data extents are within the gap of each other.
-            let data: Vec<_> = after.iter().filter(|e| e.content == Content::Data).collect();
+            let data: Vec<_> = after.iter().filter(|e| e.content == ExtentKind::Data).collect();
             for pair in data.windows(2) {
                 let apart = pair[0].end()..pair[1].first;
                 let stretch = |content| {
@@ -352,7 +354,7 @@ mod tests {
                     }
                     longest
                 };
-                prop_assert!(stretch(None) > gap || stretch(Some(Content::Zero)) > gap);
+                prop_assert!(stretch(None) > gap || stretch(Some(ExtentKind::Zero)) > gap);
             }
         }
     }
@@ -362,7 +364,7 @@ mod tests {
         let e = |first, pages| Extent {
             first,
             pages,
-            content: Content::Data,
+            content: ExtentKind::Data,
         };
         assert!(is_well_formed(&[e(0, 2), e(2, 1)], 3));
         assert!(!is_well_formed(&[e(0, 2), e(1, 1)], 3));

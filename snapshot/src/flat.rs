@@ -7,7 +7,7 @@ use crate::Error;
 use crate::capture;
 use crate::chain::Chain;
 use crate::contents::{PAGE_LEN, for_each_batch};
-use crate::extents::{Content, ExtentBuilder, MemoryIndex, PAGE};
+use crate::extents::{ExtentBuilder, ExtentKind, MemoryIndex, PAGE};
 use crate::manifest::{Manifest, MemoryEntry};
 use crate::memory_file;
 use crate::store::{Draft, SnapshotStore};
@@ -54,7 +54,7 @@ fn flat_copy(store: &SnapshotStore, chain: &Chain) -> Result<(Draft, Manifest), 
     for_each_batch(chain, |first, bytes| {
         for (page, content) in (first..).zip(bytes.chunks(PAGE_LEN)) {
             if content.iter().any(|&byte| byte != 0) {
-                builder.push(page, Content::Data);
+                builder.push(page, ExtentKind::Data);
                 file.write_all_at(content, page * PAGE)
                     .map_err(Error::io("write", &path))?;
             }
@@ -72,7 +72,7 @@ fn flat_copy(store: &SnapshotStore, chain: &Chain) -> Result<(Draft, Manifest), 
         parent: None,
         memory: MemoryEntry {
             len: index.pages() * PAGE,
-            data_pages: index.count(Content::Data),
+            data_pages: index.count(ExtentKind::Data),
             zero_pages: 0,
         },
         ..tip.lease.manifest().clone()

@@ -16,7 +16,7 @@ use vm_memory::{
 use crate::Error;
 use crate::chain::Chain;
 use crate::contents;
-use crate::extents::{self, Content, Extent, ExtentBuilder, MemoryIndex, PAGE};
+use crate::extents::{self, Extent, ExtentBuilder, ExtentKind, MemoryIndex, PAGE};
 use crate::runs::{self, Run};
 
 /// [`PAGE`] as a `usize`.
@@ -198,15 +198,15 @@ impl Writer<'_> {
             let range = index * PAGE_LEN..(index + 1) * PAGE_LEN;
             let zero = is_zero(page);
             let content = match self.base {
-                Base::Nothing => (!zero).then_some(Content::Data),
+                Base::Nothing => (!zero).then_some(ExtentKind::Data),
                 _ if unchanged(number, range.clone(), page) => None,
-                _ if zero => Some(Content::Zero),
-                _ => Some(Content::Data),
+                _ if zero => Some(ExtentKind::Zero),
+                _ => Some(ExtentKind::Data),
             };
             if let Some(content) = content {
                 self.builder.push(number, content);
             }
-            if content == Some(Content::Data) {
+            if content == Some(ExtentKind::Data) {
                 if pending.end != range.start {
                     self.write_out(first, bytes, pending)?;
                     pending = range.start..range.start;
@@ -247,7 +247,7 @@ pub fn digests(file: &File, path: &Path, extents: &[Extent]) -> Result<Vec<[u8; 
     let mut buffer = vec![0; COPY];
     extents
         .iter()
-        .filter(|extent| extent.content == Content::Data)
+        .filter(|extent| extent.content == ExtentKind::Data)
         .map(|extent| digest(file, path, extent, &mut buffer))
         .collect()
 }
@@ -259,7 +259,7 @@ pub fn digests(file: &File, path: &Path, extents: &[Extent]) -> Result<Vec<[u8; 
 /// A page is not zero, or the file cannot be read.
 pub fn check_holes(file: &File, path: &Path, index: &MemoryIndex) -> Result<(), Error> {
     let data = index.extents.iter();
-    let data = data.filter(|extent| extent.content == Content::Data);
+    let data = data.filter(|extent| extent.content == ExtentKind::Data);
     let mut buffer = vec![0; COPY];
     let mut at = 0;
     for (first, end) in data
@@ -358,7 +358,7 @@ mod tests {
         let data = |first, pages| Extent {
             first,
             pages,
-            content: Content::Data,
+            content: ExtentKind::Data,
         };
         assert_eq!(index.extents, [data(2, 2), data(33, 1)]);
         assert_eq!(index.pages(), 48);
@@ -376,8 +376,8 @@ mod tests {
         memory.write_obj(9u8, GuestAddress(6 * 4096)).unwrap();
         let file = tempfile::tempfile().unwrap();
         let index = write_all(&memory, Base::Parent, &file);
-        assert_eq!(index.count(Content::Zero), 1);
-        assert_eq!(index.count(Content::Data), 1);
+        assert_eq!(index.count(ExtentKind::Zero), 1);
+        assert_eq!(index.count(ExtentKind::Data), 1);
     }
 
     #[test]
@@ -401,7 +401,7 @@ mod tests {
         }
         let file = tempfile::tempfile().unwrap();
         let index = write_all(&memory, Base::Nothing, &file);
-        assert_eq!(index.count(Content::Data), 1000);
+        assert_eq!(index.count(ExtentKind::Data), 1000);
         for page in 0..1000u64 {
             let mut bytes = [0; 8];
             file.read_exact_at(&mut bytes, page * 4096 + 8).unwrap();

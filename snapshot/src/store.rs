@@ -110,7 +110,7 @@ impl Lease {
 
 /// An entry of a listing.
 #[derive(Debug)]
-pub struct Entry {
+pub struct StoreEntry {
     /// The snapshot's name.
     pub name: String,
     /// The manifest, or the reason why the snapshot cannot be used.
@@ -287,7 +287,7 @@ impl SnapshotStore {
     ///
     /// # Errors
     /// The directory cannot be read.
-    pub fn list(&self) -> Result<Vec<Entry>, Error> {
+    pub fn list(&self) -> Result<Vec<StoreEntry>, Error> {
         let mut entries = Vec::new();
         for name in self.names()? {
             let dir = self.root.join(&name);
@@ -297,7 +297,7 @@ impl SnapshotStore {
             if matches!(dir.try_exists(), Ok(false)) {
                 continue;
             }
-            entries.push(Entry {
+            entries.push(StoreEntry {
                 name,
                 manifest,
                 disk_bytes: disk_bytes(&dir),

@@ -144,7 +144,7 @@ impl PageSource for ChainPages {
 
 /// Callback for a failure of the pager. A thread that accesses a missing page then blocks
 /// forever, so the process must be terminated.
-pub type OnFailure = Box<dyn FnOnce(io::Error) + Send>;
+pub type PagerFailureCallback = Box<dyn FnOnce(io::Error) + Send>;
 
 /// The thread that fills memory. Dropping it stops the thread.
 #[derive(Debug)]
@@ -180,7 +180,7 @@ struct Window {
 pub fn page_in(
     bytes: u64,
     source: impl PageSource,
-    on_failure: OnFailure,
+    on_failure: PagerFailureCallback,
 ) -> Result<(MachineMemory, Pager), Error> {
     let failed = |operation| {
         move |error: Errno| Error::Io {
@@ -444,7 +444,7 @@ mod tests {
     type Paged = (MachineMemory, Pager, Arc<Mutex<Vec<u64>>>);
 
     /// Returns `None`, and prints the reason, if this process may not handle faults.
-    fn paged(broken_from: u64, on_failure: OnFailure) -> Option<Paged> {
+    fn paged(broken_from: u64, on_failure: PagerFailureCallback) -> Option<Paged> {
         let asked = Arc::default();
         let source = Numbers {
             asked: Arc::clone(&asked),

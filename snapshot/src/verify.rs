@@ -1,13 +1,13 @@
 //! Verification of every byte of a snapshot.
 
 use crate::Error;
-use crate::chain::{Chain, Member};
-use crate::extents::Content;
+use crate::chain::{Chain, ChainMember};
+use crate::extents::ExtentKind;
 use crate::memory_file;
 
 /// Statistics of a verification.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Verified {
+pub struct VerifiedSnapshot {
     /// Number of verified snapshots, including ancestors.
     pub snapshots: usize,
     /// Number of memory pages whose digests were computed.
@@ -19,17 +19,17 @@ pub struct Verified {
 ///
 /// # Errors
 /// The first difference found.
-pub fn verify(chain: &Chain) -> Result<Verified, Error> {
-    let mut verified = Verified::default();
+pub fn verify(chain: &Chain) -> Result<VerifiedSnapshot, Error> {
+    let mut verified = VerifiedSnapshot::default();
     for member in chain.members() {
         verify_memory(member)?;
         verified.snapshots += 1;
-        verified.pages += member.index.count(Content::Data);
+        verified.pages += member.index.count(ExtentKind::Data);
     }
     Ok(verified)
 }
 
-fn verify_memory(member: &Member) -> Result<(), Error> {
+fn verify_memory(member: &ChainMember) -> Result<(), Error> {
     let path = member.lease.dir().join("memory.bin");
     let found = memory_file::digests(member.lease.memory(), &path, &member.index.extents)?;
     if found.len() != member.index.digests.len() {
@@ -39,7 +39,7 @@ fn verify_memory(member: &Member) -> Result<(), Error> {
         .index
         .extents
         .iter()
-        .filter(|extent| extent.content == Content::Data);
+        .filter(|extent| extent.content == ExtentKind::Data);
     for ((extent, found), stored) in data.zip(&found).zip(&member.index.digests) {
         if found != stored {
             let reason = format!(

@@ -15,7 +15,7 @@ use sm_snapshot::Error;
 use sm_snapshot::capture::{Ancestry, Capture, Description};
 use sm_snapshot::chain::{Chain, MAX_DEPTH, MAX_PIECES};
 use sm_snapshot::contents::{self, Difference};
-use sm_snapshot::extents::Content;
+use sm_snapshot::extents::ExtentKind;
 use sm_snapshot::flat;
 use sm_snapshot::manifest::Layer;
 use sm_snapshot::restore::map_memory;
@@ -120,10 +120,10 @@ fn a_chain_of_five_diffs_equals_a_full_snapshot() {
     assert_eq!(contents::compare(&full, &diff).unwrap(), equal);
     assert!(verify(&diff).unwrap().snapshots == 6);
     assert!(
-        diff.tip().index.count(Content::Data) <= 51,
+        diff.tip().index.count(ExtentKind::Data) <= 51,
         "only changes are stored"
     );
-    assert_eq!(diff.tip().index.count(Content::Zero), 1);
+    assert_eq!(diff.tip().index.count(ExtentKind::Zero), 1);
 
     flat::flatten_to(&store, &diff, "flat").unwrap();
     let flat = Chain::open(&store, "flat").unwrap();
@@ -318,8 +318,8 @@ fn only_changed_pages_of_filled_memory_are_stored() {
     write(&filled, 1000, 1);
     capture(&store, "diff", &filled, Ancestry::Filled(&chain));
     let diff = Chain::open(&store, "diff").unwrap();
-    assert_eq!(diff.tip().index.count(Content::Data), 2);
-    assert_eq!(diff.tip().index.count(Content::Zero), 1);
+    assert_eq!(diff.tip().index.count(ExtentKind::Data), 2);
+    assert_eq!(diff.tip().index.count(ExtentKind::Zero), 1);
     let memory = map_memory(&diff).unwrap();
     for (page, value) in [(2, 3), (3, 33), (50, 0), (99, 100), (1000, 1)] {
         assert_eq!(read(&memory, page), value, "page {page}");
@@ -345,8 +345,8 @@ fn pages_that_were_copied_ahead_are_stored_only_if_they_changed() {
     capture(&store, "diff", &memory, ancestry);
     let diff = Chain::open(&store, "diff").unwrap();
     // Page 50 was overwritten with the value that it had.
-    assert_eq!(diff.tip().index.count(Content::Data), 2);
-    assert_eq!(diff.tip().index.count(Content::Zero), 1);
+    assert_eq!(diff.tip().index.count(ExtentKind::Data), 2);
+    assert_eq!(diff.tip().index.count(ExtentKind::Zero), 1);
     let memory = map_memory(&diff).unwrap();
     for (page, value) in [(10, 11), (12, 777), (20, 0), (50, 51), (99, 100), (105, 0)] {
         assert_eq!(read(&memory, page), value, "page {page}");

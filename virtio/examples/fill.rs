@@ -10,7 +10,7 @@ use std::os::unix::net::UnixStream;
 
 use sm_virtio::GuestMemory;
 use sm_virtio::iov;
-use sm_virtio::queue::{Chain, Queue, Span};
+use sm_virtio::queue::{DescriptorChain, Queue, Span};
 use sm_virtio::testing::DriverQueue;
 use vm_memory::{Bytes as _, GuestAddress};
 
@@ -58,7 +58,7 @@ fn fill(
     queue: &mut Queue,
     socket: BorrowedFd<'_>,
 ) -> Result<(), Box<dyn Error>> {
-    let mut chain = Chain::new();
+    let mut chain = DescriptorChain::new();
     // Every index and address is checked: an error means that the driver corrupted the
     // ring.
     while queue.pop(memory, &mut chain)? {

@@ -20,7 +20,7 @@
 //! ```
 //! use sm_virtio::GuestMemory;
 //! use sm_virtio::iov::Window;
-//! use sm_virtio::queue::{Chain, Span};
+//! use sm_virtio::queue::{DescriptorChain, Span};
 //! use sm_virtio::testing::DriverQueue;
 //! use vm_memory::{Bytes as _, GuestAddress};
 //!
@@ -33,7 +33,7 @@
 //! let head = driver.offer(&[], &[buffer]);
 //!
 //! let mut queue = driver.device_side(false);
-//! let mut chain = Chain::new();
+//! let mut chain = DescriptorChain::new();
 //! assert!(queue.pop(&memory, &mut chain)?);
 //! let window = Window::new(&chain.writable, 0, chain.writable_len());
 //! assert!(window.copy_in(&memory, b"hello"));

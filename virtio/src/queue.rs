@@ -64,7 +64,7 @@ pub struct Span {
 
 /// The buffers of one descriptor chain; reused from chain to chain.
 #[derive(Clone, Debug, Default)]
-pub struct Chain {
+pub struct DescriptorChain {
     head: u16,
     /// Buffers that the device reads.
     pub readable: Vec<Span>,
@@ -72,7 +72,7 @@ pub struct Chain {
     pub writable: Vec<Span>,
 }
 
-impl Chain {
+impl DescriptorChain {
     /// Returns an empty chain, which [`Queue::pop`] fills.
     #[must_use]
     pub fn new() -> Self {
@@ -268,7 +268,11 @@ impl Queue {
     ///
     /// # Errors
     /// A malformed ring or chain; the queue can no longer be used.
-    pub fn pop(&mut self, memory: &GuestMemory, chain: &mut Chain) -> Result<bool, QueueError> {
+    pub fn pop(
+        &mut self,
+        memory: &GuestMemory,
+        chain: &mut DescriptorChain,
+    ) -> Result<bool, QueueError> {
         chain.readable.clear();
         chain.writable.clear();
         if self.pending(memory)? == 0 {
@@ -310,7 +314,12 @@ impl Queue {
         Ok(())
     }
 
-    fn walk(&self, memory: &GuestMemory, head: u16, chain: &mut Chain) -> Result<(), QueueError> {
+    fn walk(
+        &self,
+        memory: &GuestMemory,
+        head: u16,
+        chain: &mut DescriptorChain,
+    ) -> Result<(), QueueError> {
         let mut table = self.descriptors;
         let mut entries = self.size;
         let mut index = head;
@@ -421,7 +430,7 @@ fn add_span(
     memory: &GuestMemory,
     descriptor: &Descriptor,
     flags: u32,
-    chain: &mut Chain,
+    chain: &mut DescriptorChain,
 ) -> Result<(), QueueError> {
     let address = GuestAddress(descriptor.address);
     if memory.get_slice(address, descriptor.len as usize).is_err() {

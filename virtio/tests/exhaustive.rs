@@ -7,7 +7,7 @@
 
 use sm_virtio::GuestMemory;
 use sm_virtio::iov::Window;
-use sm_virtio::queue::{Chain, Queue, QueueError, Span, slice_spans};
+use sm_virtio::queue::{DescriptorChain, Queue, QueueError, Span, slice_spans};
 use sm_virtio::testing::DriverQueue;
 use vm_memory::{Bytes as _, GuestAddress};
 
@@ -50,7 +50,7 @@ fn pending_is_bounded_for_every_index() {
 fn advance(memory: &GuestMemory, mut queue: Queue, at: u16, count: u16) -> Queue {
     let mut driver = DriverQueue::new(memory.clone(), BASE, queue.size);
     driver.skip_to(at);
-    let mut chain = Chain::new();
+    let mut chain = DescriptorChain::new();
     for _ in 0..count {
         let buffer = Span {
             address: GuestAddress(0x100),
@@ -69,7 +69,7 @@ fn valid_queues_never_leave_memory() {
     let memory = memory();
     // Descriptors that are zero: one empty buffer each.
     let end = MEMORY as u64;
-    let mut chain = Chain::new();
+    let mut chain = DescriptorChain::new();
     let mut valid = 0u32;
     for size in 0..=u16::MAX {
         let rings = [16, 2, 8].map(|entry| entry * u64::from(size));

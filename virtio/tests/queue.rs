@@ -8,7 +8,7 @@
 
 use proptest::prelude::*;
 use sm_virtio::GuestMemory;
-use sm_virtio::queue::{Chain, Queue, QueueError, Span};
+use sm_virtio::queue::{DescriptorChain, Queue, QueueError, Span};
 use sm_virtio::testing::{DriverQueue, INDIRECT, NEXT, WRITE};
 use virtio_queue::{Queue as Reference, QueueT as _};
 use vm_memory::{Bytes as _, GuestAddress};
@@ -140,7 +140,7 @@ struct Pair {
     memories: [GuestMemory; 2],
     ours: Queue,
     theirs: Reference,
-    chain: Chain,
+    chain: DescriptorChain,
     offered: u16,
     used: u16,
 }
@@ -183,7 +183,7 @@ impl Pair {
             memories,
             ours,
             theirs,
-            chain: Chain::new(),
+            chain: DescriptorChain::new(),
             offered: 0,
             used: 0,
         }
@@ -345,7 +345,7 @@ proptest! {
         // Start anywhere in the free-running indices, so that they wrap.
         driver.skip_to(start);
         device.skip_to(start);
-        let (mut chain, mut in_flight) = (Chain::new(), Vec::new());
+        let (mut chain, mut in_flight) = (DescriptorChain::new(), Vec::new());
         let (mut sent, mut back) = (0u32, 0u32);
         // Both sleep at first: the device waits for a notification.
         prop_assert!(!device.pop(&memory, &mut chain).unwrap());
@@ -402,7 +402,7 @@ fn all_small_tables_are_walked_to_an_end() {
         address: GuestAddress(address),
         len: 32,
     });
-    let mut chain = Chain::new();
+    let mut chain = DescriptorChain::new();
     let mut taken = 0;
     for table in 0u16..(32 * 32) {
         let parts = [table % 32, table / 32].map(|part| (part % 8, part / 8));
@@ -477,7 +477,7 @@ fn an_indirect_table_may_be_as_long_as_the_queue() {
         driver
             .offer_indirect(TABLES, &[part], &vec![part; count - 1])
             .unwrap();
-        let mut chain = Chain::new();
+        let mut chain = DescriptorChain::new();
         let result = queue.pop(&memory, &mut chain);
         if sound {
             assert_eq!(result, Ok(true));
@@ -495,7 +495,7 @@ fn chains_in_flight_never_exceed_the_queue_size() {
     let memory = memory();
     let mut driver = DriverQueue::new(memory.clone(), BASE, 4);
     let mut queue = driver.device_side(true);
-    let mut chain = Chain::new();
+    let mut chain = DescriptorChain::new();
     let part = Span {
         address: GuestAddress(0x100),
         len: 16,
@@ -523,7 +523,7 @@ fn invalid_queues_are_detected() {
         change(&mut queue);
         assert!(!queue.is_valid(&memory), "{queue:?}");
         // Using it nevertheless is an error, not a crash.
-        let mut chain = Chain::new();
+        let mut chain = DescriptorChain::new();
         let _ = queue.pop(&memory, &mut chain);
         let _ = queue.push_used(&memory, 0, 0);
         let _ = queue.publish(&memory);

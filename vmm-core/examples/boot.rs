@@ -16,7 +16,7 @@ use sm_vmm_core::loader::InitramfsPart;
 use sm_vmm_core::machine::{Machine, MachineConfig};
 use sm_vmm_core::memory::MemoryConfig;
 use sm_vmm_core::virtio::blk::{Access, Block};
-use sm_vmm_core::virtio::disk::{Disk, SECTOR, Segment};
+use sm_vmm_core::virtio::disk::{Disk, FileSegment, SECTOR};
 use sm_vmm_core::virtio::rng::Rng;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -33,7 +33,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         Some(path) => {
             let file = File::open(path)?;
             let len = file.metadata()?.len().next_multiple_of(SECTOR);
-            Disk::composite(vec![Segment {
+            Disk::composite(vec![FileSegment {
                 file,
                 offset: 0,
                 len,

@@ -17,7 +17,7 @@ use sm_vmm_core::machine::{Machine, MachineConfig};
 use sm_vmm_core::memory::{FileExtent, MachineMemory, MemoryConfig, PAGE_SIZE};
 use sm_vmm_core::state::MachineState;
 use sm_vmm_core::virtio::blk::{Access, Block};
-use sm_vmm_core::virtio::disk::{Disk, Segment};
+use sm_vmm_core::virtio::disk::{Disk, FileSegment};
 use sm_vmm_core::virtio::rng::Rng;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -138,7 +138,7 @@ fn devices() -> Result<Vec<DeviceConfig>> {
     for block in 0..4096u32 {
         file.write_all(&[block.to_le_bytes()[0]; 4096])?;
     }
-    let disk = Disk::composite(vec![Segment {
+    let disk = Disk::composite(vec![FileSegment {
         file,
         offset: 0,
         len: 4096 * 4096,

@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::sync::{Arc, Mutex};
 
-use sm_hypervisor::{Doorbell, IrqLine, IrqTrigger, Vm};
+use sm_hypervisor::{Doorbell, IrqLine, IrqTrigger, VirtualMachine};
 use thiserror::Error;
 
 use crate::bus::{BusBuilder, BusError, MmioDevice};
@@ -150,7 +150,7 @@ pub(crate) struct Devices {
 
 impl Devices {
     /// Adds devices to the bus and connects interrupts and doorbells.
-    pub(crate) fn attach<V: Vm>(
+    pub(crate) fn attach<V: VirtualMachine>(
         mut configs: Vec<DeviceConfig>,
         vm: &V,
         bus: &mut BusBuilder,

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use sm_hypervisor::state::x86_64::BootRegisters;
-use sm_hypervisor::{Hypervisor, RestoredVcpu, Vm, VmState, X86_64};
+use sm_hypervisor::{Hypervisor, RestoredVcpu, VirtualMachine, VmState, X86_64};
 
 use self::chassis::{Chassis, Stopwatch};
 pub use self::error::MachineError;
@@ -369,7 +369,7 @@ fn boot_starts(registers: BootRegisters, vcpus: u32) -> impl Iterator<Item = Sta
 
 /// Restores interrupt controllers and clocks of a VM whose vCPUs have their state, and lets
 /// these finish. Devices may raise their lines afterwards.
-fn restore_vm<V: Vm>(
+fn restore_vm<V: VirtualMachine>(
     vm: &V,
     state: &VmState,
     threads: &[VcpuThread<V::Arch>],

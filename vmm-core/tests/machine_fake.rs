@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use sm_event_loop::EventLoop;
-use sm_hypervisor::fake::{Event, FakeHypervisor, Step};
+use sm_hypervisor::fake::{FakeEvent, FakeHypervisor, Step};
 use sm_hypervisor::{Exit, FaultInfo};
 use sm_vmm_core::devices::{DeviceConfig, DeviceError};
 use sm_vmm_core::exit::ExitReason;
@@ -109,11 +109,11 @@ fn a_new_machine_has_memory_and_parked_vcpus() {
     let mut events = rig.host.take_events();
     // Threads bind in any order.
     events.sort_by_key(|event| match event {
-        Event::Bound(index, _) => *index + 1,
+        FakeEvent::Bound(index, _) => *index + 1,
         _ => 0,
     });
     let [
-        Event::Mapped {
+        FakeEvent::Mapped {
             guest_address: 0,
             len: MEMORY,
             ..
@@ -124,9 +124,9 @@ fn a_new_machine_has_memory_and_parked_vcpus() {
         panic!("memory comes first: {events:?}");
     };
     let [
-        Event::Bound(0, Some(boot)),
-        Event::Bound(1, None),
-        Event::Bound(2, None),
+        FakeEvent::Bound(0, Some(boot)),
+        FakeEvent::Bound(1, None),
+        FakeEvent::Bound(2, None),
     ] = bound
     else {
         panic!("only the boot processor has registers: {bound:?}");
@@ -151,7 +151,7 @@ fn memory_leaves_the_hole_below_4_gib_free() {
         .take_events()
         .into_iter()
         .filter_map(|event| match event {
-            Event::Mapped {
+            FakeEvent::Mapped {
                 guest_address, len, ..
             } => Some((guest_address, guest_address + len)),
             _ => None,
@@ -199,14 +199,14 @@ fn doorbells_are_served_by_the_hypervisor() {
     assert_eq!(end(&machine), ExitReason::PowerOff);
     let events = rig.host.take_events();
     assert!(
-        events.contains(&Event::Read(0, b"virt".to_vec())),
+        events.contains(&FakeEvent::Read(0, b"virt".to_vec())),
         "{events:?}"
     );
     assert!(
-        events.contains(&Event::Read(0, vec![0xff; 4])),
+        events.contains(&FakeEvent::Read(0, vec![0xff; 4])),
         "{events:?}"
     );
-    let rung = |event: &Event| matches!(event, Event::Rung(bell) if bell.address == notify);
+    let rung = |event: &FakeEvent| matches!(event, FakeEvent::Rung(bell) if bell.address == notify);
     assert!(events.iter().any(rung), "{events:?}");
 }
 
@@ -262,7 +262,7 @@ fn a_paused_machine_can_be_saved_and_a_running_one_not() {
         machine.pause().unwrap();
         assert_eq!(machine.save_state().unwrap().vcpus.len(), 2);
     }
-    let paused = |event: &Event| matches!(event, Event::Paused(_));
+    let paused = |event: &FakeEvent| matches!(event, FakeEvent::Paused(_));
     // A vCPU that had not entered the guest yet need not be notified.
     assert!(
         rig.host
@@ -297,7 +297,7 @@ fn a_restored_machine_continues_and_is_first_notified_of_its_generation() {
         let mut clone = rig.restore(state).unwrap();
         let _ = rig.host.take_events();
         clone.set_generation_id([9; 16]).unwrap();
-        assert_eq!(rig.host.take_events(), [Event::Irq(GED_GSI)]);
+        assert_eq!(rig.host.take_events(), [FakeEvent::Irq(GED_GSI)]);
         clone.resume().unwrap();
         assert_eq!(end(&clone), ExitReason::PowerOff);
         assert!(clone.console().tail(1).ends_with('b'));
@@ -313,11 +313,11 @@ fn a_restored_machine_continues_and_is_first_notified_of_its_generation() {
 fn a_restore_has_three_phases() {
     let rig = Rig::new(vec![vec![Step::WaitIrq(GED_GSI)]; 2]);
     let state = rig.boot(2).save_state().unwrap();
-    let phases = |events: Vec<Event>| -> Vec<u8> {
+    let phases = |events: Vec<FakeEvent>| -> Vec<u8> {
         let phase = |event| match event {
-            Event::Restored(_) => Some(1),
-            Event::VmRestored => Some(2),
-            Event::Finished(_) => Some(3),
+            FakeEvent::Restored(_) => Some(1),
+            FakeEvent::VmRestored => Some(2),
+            FakeEvent::Finished(_) => Some(3),
             _ => None,
         };
         events.into_iter().filter_map(phase).collect()

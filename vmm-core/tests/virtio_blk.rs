@@ -11,7 +11,7 @@ use sm_virtio::GuestMemory;
 use sm_virtio::queue::Span;
 use sm_virtio::testing::{Driver, DriverQueue};
 use sm_vmm_core::virtio::blk::{Access, Block};
-use sm_vmm_core::virtio::disk::{Disk, Segment};
+use sm_vmm_core::virtio::disk::{Disk, FileSegment};
 use vm_memory::{Bytes as _, GuestAddress};
 
 const MEMORY: usize = 16 << 20;
@@ -241,7 +241,7 @@ fn an_image_is_attached_while_the_machine_runs() {
     let seen = bench.driver.line.pulses();
     bench.driver.acknowledge();
     let generation = bench.driver.read(0xfc);
-    let segments = [b'a', b'b'].map(|byte| Segment {
+    let segments = [b'a', b'b'].map(|byte| FileSegment {
         file: file(&[byte; 512]),
         offset: 0,
         len: 512,
@@ -317,7 +317,7 @@ fn a_device_works_after_a_reset_during_writes() {
 #[test]
 fn a_long_queue_of_reads_is_served_to_the_end() {
     let contents: Vec<u8> = (0u8..=250).cycle().take(8 << 20).collect();
-    let segment = Segment {
+    let segment = FileSegment {
         file: file(&contents),
         offset: 0,
         len: 8 << 20,
@@ -344,7 +344,7 @@ fn the_longest_possible_read_is_served_beside_a_short_one() {
     let memory = 18 << 20;
     // Bytes past the end of the file read as zero.
     let whole = u32::MAX / 512 * 512;
-    let segment = Segment {
+    let segment = FileSegment {
         file: file(&[7; 512]),
         offset: 0,
         len: whole.into(),

@@ -31,7 +31,7 @@ use sm_vmm_core::loader::{BASE_COMMAND_LINE, InitramfsPart};
 use sm_vmm_core::machine::{Machine, MachineConfig};
 use sm_vmm_core::memory::MemoryConfig;
 use sm_vmm_core::virtio::blk::{Access, Block};
-use sm_vmm_core::virtio::disk::{Disk, Segment};
+use sm_vmm_core::virtio::disk::{Disk, FileSegment};
 use sm_vmm_core::virtio::rng::Rng;
 
 use super::cache;
@@ -473,7 +473,7 @@ fn root_disk(environment: &dyn VmmEnvironment, segments: &[DiskSegment]) -> Resu
         let file = environment
             .open_segment(segment)
             .map_err(failed("open a part of the image"))?;
-        opened.push(Segment {
+        opened.push(FileSegment {
             file,
             offset: segment.offset,
             len: segment.len,

@@ -5,14 +5,14 @@ use std::collections::VecDeque;
 use sm_event_loop::Registry;
 use sm_virtio::GuestMemory;
 use sm_virtio::iov::{MAX_SPANS, Window};
-use sm_virtio::queue::{Chain, Queue, QueueError, Span};
+use sm_virtio::queue::{DescriptorChain, Queue, QueueError, Span};
 
 use super::{Active, BATCH, Pause, RX, Vsock};
 use crate::connection::{Filled, Key};
 use crate::handle::ConnectError;
 use crate::muxer::Muxer;
 use crate::packet::{END_OF_MESSAGE, HEADER_LEN, HOST_CID, Header, Operation};
-use crate::profile::Stage;
+use crate::profile::ProfileStage;
 
 /// Maximum number of buffers that one read fills, without and with other connections that
 /// wait.
@@ -25,9 +25,9 @@ const BUDGET: usize = 256;
 #[derive(Default)]
 pub(super) struct Receiver {
     /// Buffers taken from the queue, in order, for the next packets.
-    stash: VecDeque<Chain>,
+    stash: VecDeque<DescriptorChain>,
     /// Chains for reuse.
-    spare: Vec<Chain>,
+    spare: Vec<DescriptorChain>,
     spans: Vec<Span>,
     /// Maximum length of data in each buffer of a run.
     rooms: Vec<u32>,
@@ -282,7 +282,7 @@ impl Vsock {
         let begun = self.mailbox.profiler.begin();
         let Receiver { spans, scratch, .. } = &mut self.receiver;
         let filled = connection.fill(memory, spans, offered, scratch);
-        self.mailbox.profiler.end(Stage::SocketRead, begun);
+        self.mailbox.profiler.end(ProfileStage::SocketRead, begun);
         match filled {
             Filled::Data { len, ends_message } => {
                 let used = self.produce_run(memory, slot, len, ends_message)?;

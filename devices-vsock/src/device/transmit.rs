@@ -3,13 +3,13 @@
 use sm_event_loop::Registry;
 use sm_virtio::GuestMemory;
 use sm_virtio::iov::{MAX_SPANS, Window};
-use sm_virtio::queue::{Chain, QueueError, Span};
+use sm_virtio::queue::{DescriptorChain, QueueError, Span};
 
 use super::{Active, BATCH, Pause, TX, Vsock};
 use crate::connection::Phase;
 use crate::handle::ConnectError;
 use crate::packet::{HEADER_LEN, HOST_CID, Header, Operation, TYPE_SEQPACKET, TYPE_STREAM};
-use crate::profile::Stage;
+use crate::profile::ProfileStage;
 
 /// Maximum number of bytes of one connection that are written together.
 const GATHERED: u32 = 64 << 10;
@@ -86,7 +86,7 @@ impl Vsock {
     fn next_chain(
         &mut self,
         active: &Active,
-        chain: &mut Chain,
+        chain: &mut DescriptorChain,
         registry: &mut dyn Registry,
     ) -> Result<bool, QueueError> {
         let Some(queue) = self.queues.get_mut(TX) else {
@@ -114,7 +114,7 @@ impl Vsock {
     fn handle_chain(
         &mut self,
         memory: &GuestMemory,
-        chain: &Chain,
+        chain: &DescriptorChain,
         registry: &mut dyn Registry,
     ) -> Result<u32, QueueError> {
         let mut bytes = [0; HEADER_LEN as usize];
@@ -143,7 +143,7 @@ impl Vsock {
     fn gather(
         &mut self,
         memory: &GuestMemory,
-        chain: &Chain,
+        chain: &DescriptorChain,
         header: &Header,
         registry: &mut dyn Registry,
     ) -> Result<bool, QueueError> {
@@ -220,7 +220,7 @@ impl Vsock {
     fn handle_packet(
         &mut self,
         memory: &GuestMemory,
-        chain: &Chain,
+        chain: &DescriptorChain,
         header: &Header,
         registry: &mut dyn Registry,
     ) {
@@ -276,7 +276,7 @@ impl Vsock {
     fn handle_known(
         &mut self,
         memory: &GuestMemory,
-        chain: &Chain,
+        chain: &DescriptorChain,
         slot: u32,
         op: Operation,
         header: &Header,
@@ -294,7 +294,7 @@ impl Vsock {
                 connection.phase = Phase::Established;
                 self.mailbox
                     .profiler
-                    .end(Stage::Open, connection.asked.take());
+                    .end(ProfileStage::Open, connection.asked.take());
                 if !connection.status_reply {
                     connection.report(Ok(()));
                 }
@@ -320,7 +320,7 @@ impl Vsock {
     fn data_from_guest(
         &mut self,
         memory: &GuestMemory,
-        chain: &Chain,
+        chain: &DescriptorChain,
         slot: u32,
         header: &Header,
         registry: &mut dyn Registry,
@@ -368,7 +368,7 @@ impl Vsock {
         }
         let begun = self.mailbox.profiler.begin();
         let taken = connection.take(memory, pool, counters, spans, len, flags);
-        self.mailbox.profiler.end(Stage::SocketWrite, begun);
+        self.mailbox.profiler.end(ProfileStage::SocketWrite, begun);
         if !taken {
             self.muxer.abort(slot, ConnectError::Reset, registry);
             return;
@@ -379,7 +379,9 @@ impl Vsock {
                 self.muxer.watch_writing(slot, registry);
             }
         } else {
-            self.mailbox.profiler.end(Stage::GuestToHost, self.kicked);
+            self.mailbox
+                .profiler
+                .end(ProfileStage::GuestToHost, self.kicked);
         }
         self.muxer.settle(slot, registry);
     }

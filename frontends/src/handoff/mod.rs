@@ -19,7 +19,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use sm_devices_vsock::{ConnectOptions, Limit, MuxerHandle, Permit, Stage};
+use sm_devices_vsock::{ConnectOptions, Limit, MuxerHandle, Permit, ProfileStage};
 use sm_event_loop::{
     EventHandler, EventLoopHandle, Interest, Readiness, Registered, Registry, Timer,
 };
@@ -301,7 +301,10 @@ impl Handoff {
         let member = self.service.group.join(permit);
         self.service
             .connect((port::FORWARD, options), stream, Some(member));
-        self.service.muxer.profiler().end(Stage::Accept, begun);
+        self.service
+            .muxer
+            .profiler()
+            .end(ProfileStage::Accept, begun);
         Ok(())
     }
 

@@ -19,7 +19,7 @@ use std::time::Duration;
 use rustix::net::{AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType};
 use sm_devices_vsock::{
     Accepted, ConnectOptions, GuestStream, Limit, Listening, Member, MuxerHandle, Permit,
-    SocketKind, Stage,
+    ProfileStage, SocketKind,
 };
 use sm_event_loop::{
     EventHandler, EventLoopHandle, Interest, Readiness, Registered, Registry, Timer,
@@ -278,7 +278,10 @@ impl Hybrid {
         };
         self.service
             .connect((port, options), stream.into(), Some(member));
-        self.service.muxer.profiler().end(Stage::Accept, begun);
+        self.service
+            .muxer
+            .profiler()
+            .end(ProfileStage::Accept, begun);
     }
 }
 

@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use sm_devices_vsock::{Permit, Stage};
+use sm_devices_vsock::{Permit, ProfileStage};
 use sm_event_loop::{EventHandler, Interest, Readiness, Registry, Timer};
 
 use super::identity::CurrentIdentity;
@@ -105,7 +105,7 @@ impl TlsListener {
                 self.service.counters.refuse(error);
             }
             let profiler = self.service.muxer.profiler();
-            profiler.end(Stage::Accept, begun);
+            profiler.end(ProfileStage::Accept, begun);
             begun = profiler.begin();
         }
         self.acceptor.has_more()
@@ -259,7 +259,7 @@ impl EventHandler for TlsListener {
                     connection.retry = None;
                 }
                 self.serve(session, registry);
-                self.service.muxer.profiler().end(Stage::Tls, begun);
+                self.service.muxer.profiler().end(ProfileStage::Tls, begun);
             }
         }
     }

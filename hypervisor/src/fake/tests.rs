@@ -1,6 +1,7 @@
 use super::*;
 use crate::{
-    Aarch64, Bus, IrqTrigger, MemoryRegion, RestoringVcpu as _, Vcpu as _, VcpuSeed as _, Vm as _,
+    Aarch64, Bus, IrqTrigger, MemoryRegion, RestoringVcpu as _, Vcpu as _, VcpuSeed as _,
+    VirtualMachine as _,
 };
 
 /// Answers reads with the low byte of the address.
@@ -25,7 +26,7 @@ fn a_script_is_played_and_kicks_stick() {
         Step::MmioRead(0x33, 1),
         Step::Fail,
     ]]);
-    let vm = fake.create_vm(&VmConfig { vcpus: 1 }).unwrap();
+    let vm = fake.create_vm(&VmParameters { vcpus: 1 }).unwrap();
     let seed = vm.create_vcpu(0).unwrap();
     let kicker = seed.kicker();
     kicker.kick();
@@ -35,9 +36,9 @@ fn a_script_is_played_and_kicks_stick() {
     assert_eq!(vcpu.run(&Echo).unwrap(), Exit::Reset);
     assert!(vcpu.run(&Echo).is_err());
     let expected = [
-        Event::Bound(0, None),
-        Event::Read(0, vec![0x21, 0x21]),
-        Event::Read(0, vec![0x33]),
+        FakeEvent::Bound(0, None),
+        FakeEvent::Read(0, vec![0x21, 0x21]),
+        FakeEvent::Read(0, vec![0x33]),
     ];
     assert_eq!(fake.take_events(), expected);
     assert!(vm.create_vcpu(1).is_err());
@@ -55,20 +56,20 @@ fn goes_on_in_another_vm<A: FakeArch>() {
         Step::WaitIrq(5),
         Step::Exit(Exit::Shutdown),
     ]]);
-    let vm = fake.create_vm(&VmConfig { vcpus: 1 }).unwrap();
+    let vm = fake.create_vm(&VmParameters { vcpus: 1 }).unwrap();
     let mut vcpu = vm.create_vcpu(0).unwrap().bind(None).unwrap();
     assert_eq!(vcpu.run(&Echo).unwrap(), Exit::Reset);
     vm.irq_line(5, IrqTrigger::Edge).unwrap().pulse().unwrap();
     let (vcpu_state, vm_state) = (vcpu.save().unwrap(), vm.save().unwrap());
 
-    let other = fake.create_vm(&VmConfig { vcpus: 1 }).unwrap();
+    let other = fake.create_vm(&VmParameters { vcpus: 1 }).unwrap();
     let seed = other.create_vcpu(0).unwrap();
     let (restoring, proof) = seed.bind_restored(&vcpu_state).unwrap();
     assert!(other.restore(&vm_state, Vec::new()).is_err());
     let _ = fake.take_events();
     let finish = other.restore(&vm_state, vec![proof]).unwrap().remove(0);
     let mut vcpu = restoring.finish_restore(finish).unwrap();
-    let expected = [Event::VmRestored, Event::Finished(0)];
+    let expected = [FakeEvent::VmRestored, FakeEvent::Finished(0)];
     assert_eq!(fake.take_events(), expected);
     // The interrupt that was pending wakes the vCPU.
     assert_eq!(vcpu.run(&Echo).unwrap(), Exit::Shutdown);
@@ -77,7 +78,7 @@ fn goes_on_in_another_vm<A: FakeArch>() {
 #[test]
 fn an_interrupt_or_a_kick_ends_waiting() {
     let fake = FakeHypervisor::new(vec![vec![Step::WaitIrq(9), Step::Exit(Exit::Halt)]]);
-    let vm = fake.create_vm(&VmConfig { vcpus: 1 }).unwrap();
+    let vm = fake.create_vm(&VmParameters { vcpus: 1 }).unwrap();
     let line = vm.irq_line(9, IrqTrigger::Edge).unwrap();
     let seed = vm.create_vcpu(0).unwrap();
     let kicker = seed.kicker();
@@ -99,7 +100,7 @@ fn an_interrupt_or_a_kick_ends_waiting() {
 #[test]
 fn regions_are_whole_pages_and_apart() {
     let fake = FakeHypervisor::new(Vec::new());
-    let vm = fake.create_vm(&VmConfig { vcpus: 1 }).unwrap();
+    let vm = fake.create_vm(&VmParameters { vcpus: 1 }).unwrap();
     let region = |guest_address, len| MemoryRegion {
         guest_address,
         host_address: std::ptr::NonNull::dangling(),

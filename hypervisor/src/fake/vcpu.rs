@@ -6,7 +6,7 @@ use std::marker::PhantomData;
 use std::sync::{Arc, PoisonError};
 
 use super::vm::Shared;
-use super::{BACKEND, Event, FakeArch, Inner, Step, lock};
+use super::{BACKEND, FakeArch, FakeEvent, Inner, Step, lock};
 use crate::{Bus, Error, Exit, Finish, Gsi, Kicker, RestoredVcpu, RestoringVcpu, Vcpu, VcpuSeed};
 
 struct FakeKicker {
@@ -74,7 +74,7 @@ impl<A: FakeArch> VcpuSeed for FakeSeed<A> {
 
     fn bind(self, boot: Option<&A::Boot>) -> Result<FakeVcpu<A>, Error> {
         let vcpu = self.into_vcpu();
-        vcpu.inner.note(Event::Bound(vcpu.index, boot.cloned()));
+        vcpu.inner.note(FakeEvent::Bound(vcpu.index, boot.cloned()));
         Ok(vcpu)
     }
 
@@ -118,7 +118,7 @@ impl<A: FakeArch> FakeVcpu<A> {
     fn read(&self, len: usize, read: impl FnOnce(&mut [u8])) {
         let mut data = vec![0xff; len];
         read(&mut data);
-        self.inner.note(Event::Read(self.index, data));
+        self.inner.note(FakeEvent::Read(self.index, data));
     }
 }
 
@@ -132,7 +132,7 @@ impl<A: FakeArch> RestoringVcpu for FakeRestoring<A> {
     fn finish_restore(self, finish: Finish) -> Result<FakeVcpu<A>, Error> {
         let Self(vcpu) = self;
         vcpu.shared.identity.redeem(vcpu.index, finish)?;
-        vcpu.inner.note(Event::Finished(vcpu.index));
+        vcpu.inner.note(FakeEvent::Finished(vcpu.index));
         Ok(vcpu)
     }
 }
@@ -155,7 +155,7 @@ impl<A: FakeArch> Vcpu for FakeVcpu<A> {
                     self.read(*len, |data| bus.mmio_read(*address, data));
                 }
                 Step::MmioWrite(address, data) => match self.shared.ring(*address, data) {
-                    Some(doorbell) => self.inner.note(Event::Rung(doorbell)),
+                    Some(doorbell) => self.inner.note(FakeEvent::Rung(doorbell)),
                     None => bus.mmio_write(*address, data),
                 },
                 Step::PioRead(port, len) => self.read(*len, |data| bus.pio_read(*port, data)),
@@ -193,12 +193,12 @@ impl<A: FakeArch> Vcpu for FakeVcpu<A> {
             });
         }
         self.position = usize::try_from(position).unwrap_or(usize::MAX);
-        self.inner.note(Event::Restored(self.index));
+        self.inner.note(FakeEvent::Restored(self.index));
         let proof = RestoredVcpu::new(&self.shared.identity, self.index);
         Ok((FakeRestoring(self), proof))
     }
 
     fn notify_paused(&mut self) {
-        self.inner.note(Event::Paused(self.index));
+        self.inner.note(FakeEvent::Paused(self.index));
     }
 }

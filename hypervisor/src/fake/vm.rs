@@ -3,12 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Condvar, Mutex};
 
-use super::{BACKEND, Event, FakeArch, FakeSeed, Inner, PAGE, lock};
+use super::{BACKEND, FakeArch, FakeEvent, FakeSeed, Inner, PAGE, lock};
 use crate::state::{Blob, VmState};
 use crate::sys::Waker;
 use crate::{
-    Doorbell, Error, Finish, Gsi, IrqLine, IrqTrigger, MemoryRegion, RestoredVcpu, Vm, VmIdentity,
-    Wake,
+    Doorbell, Error, Finish, Gsi, IrqLine, IrqTrigger, MemoryRegion, RestoredVcpu, VirtualMachine,
+    VmIdentity, Wake,
 };
 
 /// A VM of the fake backend.
@@ -68,7 +68,7 @@ impl<A: FakeArch> FakeVm<A> {
     }
 }
 
-impl<A: FakeArch> Vm for FakeVm<A> {
+impl<A: FakeArch> VirtualMachine for FakeVm<A> {
     type Arch = A;
     type Seed = FakeSeed<A>;
 
@@ -86,7 +86,7 @@ impl<A: FakeArch> Vm for FakeVm<A> {
         }
         regions.push((start, len));
         drop(regions);
-        self.inner.note(Event::Mapped {
+        self.inner.note(FakeEvent::Mapped {
             guest_address: start,
             len,
         });
@@ -162,7 +162,7 @@ impl<A: FakeArch> Vm for FakeVm<A> {
         }
         lock(&self.shared.signals).pending = pending;
         self.shared.changed.notify_all();
-        self.inner.note(Event::VmRestored);
+        self.inner.note(FakeEvent::VmRestored);
         Ok(finishes)
     }
 }
@@ -176,7 +176,7 @@ struct FakeLine<A: FakeArch> {
 
 impl<A: FakeArch> IrqLine for FakeLine<A> {
     fn pulse(&self) -> Result<(), Error> {
-        self.inner.note(Event::Irq(self.gsi));
+        self.inner.note(FakeEvent::Irq(self.gsi));
         // Edges that no vCPU has taken merge into one.
         lock(&self.shared.signals).pending.insert(self.gsi, 1);
         self.shared.changed.notify_all();

@@ -71,7 +71,7 @@ pub use vm::KvmVm;
 
 use crate::state::x86_64::Features;
 use crate::{
-    Capabilities, Error, Hypervisor, LinuxSupport, OpenError, OpenErrorKind, VmConfig, X86_64,
+    Capabilities, Error, Hypervisor, LinuxSupport, OpenError, OpenErrorKind, VmParameters, X86_64,
 };
 
 /// Name of this backend in saved state.
@@ -203,7 +203,7 @@ impl Hypervisor for Kvm {
         Ahead::begin(&self.shared);
     }
 
-    fn create_vm(&self, config: &VmConfig) -> Result<KvmVm, Error> {
+    fn create_vm(&self, config: &VmParameters) -> Result<KvmVm, Error> {
         KvmVm::create(self.clone(), config)
     }
 }

@@ -19,7 +19,7 @@ use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 use crate::state::x86_64::{BootRegisters, Segment, Table};
 use crate::{
     Bus, Error, Exit, FaultInfo, Hypervisor, Kicker, LinuxSupport, MemoryRegion, Vcpu as _,
-    VcpuSeed as _, Vm as _, VmConfig, X86_64,
+    VcpuSeed as _, VirtualMachine as _, VmParameters, X86_64,
 };
 
 /// Timeout of the guest. Natively it needs microseconds; under an emulated hypervisor on a
@@ -171,7 +171,7 @@ enum Outcome {
 fn try_guest<H: Hypervisor<Arch = X86_64>>(hypervisor: &H) -> Result<(Outcome, u32), Error> {
     let memory = Memory::new()?;
     memory.fill(offers_xsave());
-    let vm = hypervisor.create_vm(&VmConfig { vcpus: 1 })?;
+    let vm = hypervisor.create_vm(&VmParameters { vcpus: 1 })?;
     let region = MemoryRegion {
         guest_address: 0,
         host_address: memory.0,

@@ -17,8 +17,8 @@ use super::vm_state::{KvmVmStateV1, STATE_VERSION};
 use super::{BACKEND, Kvm, os};
 use crate::state::{Blob, VmState};
 use crate::{
-    Doorbell, Error, Finish, Gsi, IrqLine, IrqTrigger, MemoryRegion, RestoredVcpu, Vm, VmConfig,
-    Wake, X86_64,
+    Doorbell, Error, Finish, Gsi, IrqLine, IrqTrigger, MemoryRegion, RestoredVcpu, VirtualMachine,
+    VmParameters, Wake, X86_64,
 };
 
 const PAGE: u64 = 4096;
@@ -30,7 +30,7 @@ pub struct KvmVm {
 }
 
 impl KvmVm {
-    pub(super) fn create(kvm: Kvm, config: &VmConfig) -> Result<Self, Error> {
+    pub(super) fn create(kvm: Kvm, config: &VmParameters) -> Result<Self, Error> {
         let shared = Arc::new(VmShared::create(kvm, config)?);
         Ok(Self { shared })
     }
@@ -111,7 +111,7 @@ impl IrqLine for IrqfdLine {
     }
 }
 
-impl Vm for KvmVm {
+impl VirtualMachine for KvmVm {
     type Arch = X86_64;
     type Seed = KvmSeed;
 

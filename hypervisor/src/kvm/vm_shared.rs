@@ -12,7 +12,7 @@ use super::ahead::Ahead;
 use super::slots::SlotTable;
 use super::tsc::TscOffset;
 use super::{Kvm, os};
-use crate::{Error, VmConfig, VmIdentity};
+use crate::{Error, VmIdentity, VmParameters};
 
 /// Three pages below 4 GiB for KVM's own use on processors without unrestricted guests; no
 /// RAM or device may overlap them.
@@ -42,7 +42,7 @@ pub(super) struct VmShared {
 
 impl VmShared {
     /// Creates a VM without memory, devices and vCPUs.
-    pub(super) fn create(kvm: Kvm, config: &VmConfig) -> Result<Self, Error> {
+    pub(super) fn create(kvm: Kvm, config: &VmParameters) -> Result<Self, Error> {
         let fd = Ahead::take(&kvm.shared).map_err(os("create a VM"))?;
         fd.set_tss_address(TSS_ADDRESS)
             .map_err(os("set the TSS address"))?;

@@ -30,9 +30,10 @@ impl Waker {
 mod tests {
     use std::os::fd::AsFd as _;
 
-    use crate::fake::{Event, FakeHypervisor, Step};
+    use crate::fake::{FakeEvent, FakeHypervisor, Step};
     use crate::{
-        Bus, Doorbell, Exit, Hypervisor as _, Vcpu as _, VcpuSeed as _, Vm as _, VmConfig,
+        Bus, Doorbell, Exit, Hypervisor as _, Vcpu as _, VcpuSeed as _, VirtualMachine as _,
+        VmParameters,
     };
 
     /// A bus that receives no access.
@@ -50,7 +51,7 @@ mod tests {
         let write = |value: u32| Step::MmioWrite(0x50, value.to_le_bytes().to_vec());
         let end = Step::Exit(Exit::Halt);
         let fake = FakeHypervisor::new(vec![vec![write(1), write(2), end]]);
-        let vm = fake.create_vm(&VmConfig { vcpus: 1 }).unwrap();
+        let vm = fake.create_vm(&VmParameters { vcpus: 1 }).unwrap();
         let (reader, writer) = std::io::pipe().unwrap();
         let doorbell = Doorbell {
             address: 0x50,
@@ -61,7 +62,10 @@ mod tests {
         let mut vcpu = vm.create_vcpu(0).unwrap().bind(None).unwrap();
         vcpu.run(&NoBus).unwrap();
         let events = fake.take_events();
-        assert_eq!(events, [Event::Bound(0, None), Event::Rung(doorbell)]);
+        assert_eq!(
+            events,
+            [FakeEvent::Bound(0, None), FakeEvent::Rung(doorbell)]
+        );
         let mut count = [0; 8];
         rustix::io::read(&reader, &mut count).unwrap();
         assert_eq!(u64::from_ne_bytes(count), 1);

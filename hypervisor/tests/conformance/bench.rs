@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use sm_hypervisor::state::x86_64::{BootRegisters, Segment, Table, VcpuState};
 use sm_hypervisor::{
-    Bus, Exit, Hypervisor, Kicker, MemoryRegion, RestoredVcpu, RestoringVcpu, Vcpu, VcpuSeed, Vm,
-    VmConfig, VmState, X86_64,
+    Bus, Exit, Hypervisor, Kicker, MemoryRegion, RestoredVcpu, RestoringVcpu, Vcpu, VcpuSeed,
+    VirtualMachine, VmParameters, VmState, X86_64,
 };
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap};
 
@@ -55,7 +55,7 @@ pub(crate) trait Backend: Hypervisor<Arch = X86_64> {}
 impl<H: Hypervisor<Arch = X86_64>> Backend for H {}
 
 /// A vCPU of a backend.
-pub(crate) type VcpuOf<H> = <<<H as Hypervisor>::Vm as Vm>::Seed as VcpuSeed>::Vcpu;
+pub(crate) type VcpuOf<H> = <<<H as Hypervisor>::Vm as VirtualMachine>::Seed as VcpuSeed>::Vcpu;
 /// A vCPU between the phases of a restore.
 type RestoringOf<H> = <VcpuOf<H> as Vcpu>::Restoring;
 
@@ -204,7 +204,7 @@ impl<H: Backend> Bench<H> {
             .map(|&(address, len)| (GuestAddress(address), len))
             .collect();
         let bench = Self {
-            vm: hypervisor.create_vm(&VmConfig { vcpus }).unwrap(),
+            vm: hypervisor.create_vm(&VmParameters { vcpus }).unwrap(),
             memory: GuestMemoryMmap::from_ranges(&ranges).unwrap(),
         };
         bench.map(ranges[0].0.0, ranges[0].1);

@@ -2,7 +2,7 @@
 
 use std::os::fd::AsFd as _;
 
-use sm_hypervisor::{Doorbell, IrqTrigger, Vm as _};
+use sm_hypervisor::{Doorbell, IrqTrigger, VirtualMachine as _};
 
 use crate::bench::{Access, Backend, Bench, IRQ_HANDLER, Recorder, SHARED, run_to_stop};
 use crate::guests;

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex};
 
 use sm_hypervisor::{
     Arch, Bus, Capabilities, Doorbell, Error, Exit, Finish, Gsi, Hypervisor, IrqLine, IrqTrigger,
-    Kicker, MemoryRegion, OpenError, RestoredVcpu, RestoringVcpu, Vcpu, VcpuSeed, Vm, VmConfig,
-    VmIdentity, VmState, Wake,
+    Kicker, MemoryRegion, OpenError, RestoredVcpu, RestoringVcpu, Vcpu, VcpuSeed, VirtualMachine,
+    VmIdentity, VmParameters, VmState, Wake,
 };
 
 #[derive(Debug)]
@@ -45,7 +45,7 @@ impl<H: Hypervisor> Hypervisor for Outside<H> {
         self.0.prepare_vm();
     }
 
-    fn create_vm(&self, config: &VmConfig) -> Result<OutsideVm<H::Vm>, Error> {
+    fn create_vm(&self, config: &VmParameters) -> Result<OutsideVm<H::Vm>, Error> {
         Ok(OutsideVm {
             vm: self.0.create_vm(config)?,
             vcpus: config.vcpus,
@@ -69,7 +69,7 @@ pub(crate) struct OutsideVm<V> {
     shared: Arc<Shared>,
 }
 
-impl<V: Vm> Vm for OutsideVm<V> {
+impl<V: VirtualMachine> VirtualMachine for OutsideVm<V> {
     type Arch = V::Arch;
     type Seed = OutsideSeed<V::Seed>;
 

@@ -1,6 +1,6 @@
 //! Several processors.
 
-use sm_hypervisor::{VcpuSeed as _, Vm as _};
+use sm_hypervisor::{VcpuSeed as _, VirtualMachine as _};
 
 use crate::bench::{Backend, Bench, Recorder, SHARED, TRAMPOLINE, run_to_stop};
 use crate::guests;

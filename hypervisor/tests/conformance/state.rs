@@ -2,7 +2,7 @@
 
 use sm_hypervisor::state::x86_64::VcpuState;
 use sm_hypervisor::{
-    Bus, Error, Exit, RestoringVcpu as _, Vcpu as _, VcpuSeed as _, Vm as _, VmState,
+    Bus, Error, Exit, RestoringVcpu as _, Vcpu as _, VcpuSeed as _, VirtualMachine as _, VmState,
 };
 
 use crate::bench::{

@@ -334,7 +334,7 @@ pub(super) fn is_at(file: &File, path: &Path) -> io::Result<bool> {
     Ok((file.dev(), file.ino()) == (named.dev(), named.ino()))
 }
 
-/// Returns true if a process has the disk open through [`super::DiskSegment::open`].
+/// Returns true if a process has the disk open through [`super::StoredSegment::open`].
 pub(super) fn in_use(disk: &Path) -> bool {
     File::open(disk.join("meta.erofs")).is_ok_and(|file| {
         flock(&file, FlockOperation::NonBlockingLockExclusive) == Err(Errno::WOULDBLOCK)

@@ -17,7 +17,7 @@
 //! needed for pushing and saving, which check their digests.)
 //!
 //! Disks in use are not removed: every user of a disk holds a shared `flock` on its
-//! `meta.erofs` ([`DiskSegment::open`]). The file is opened under a shared `flock` on the
+//! `meta.erofs` ([`StoredSegment::open`]). The file is opened under a shared `flock` on the
 //! directory `disks`. A removal holds that lock exclusively, so that no disk is opened
 //! between its check and its removal.
 
@@ -69,7 +69,7 @@ const FORMAT: u32 = 4;
 
 /// A segment of a disk: a range of bytes of one file. Segments are in disk order.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DiskSegment {
+pub struct StoredSegment {
     /// Path of the file.
     pub path: PathBuf,
     /// Offset of the first byte in the file.
@@ -78,7 +78,7 @@ pub struct DiskSegment {
     pub len: u64,
 }
 
-impl DiskSegment {
+impl StoredSegment {
     /// Opens the file for reading. While the first segment of a disk is open in any
     /// process, the store does not remove any part of the disk.
     ///
@@ -113,7 +113,7 @@ pub struct StoredImage {
     /// Its configuration.
     pub config: ImageConfig,
     /// Its root disk: the concatenation of these segments contains an EROFS file system.
-    pub segments: Vec<DiskSegment>,
+    pub segments: Vec<StoredSegment>,
     /// Prevents removal of the disk.
     _in_use: Arc<File>,
 }

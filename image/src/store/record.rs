@@ -6,7 +6,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::files::{is_absence, read_json};
-use super::{DiskSegment, FORMAT, Store, StoredImage};
+use super::{FORMAT, Store, StoredImage, StoredSegment};
 use crate::Error;
 use crate::config::ImageConfig;
 use crate::digest::Digest;
@@ -118,12 +118,12 @@ impl Store {
         let Some(record) = self.record(digest)? else {
             return Ok(None);
         };
-        let mut segments = vec![DiskSegment {
+        let mut segments = vec![StoredSegment {
             path: self.disk_path(digest).join("meta.erofs"),
             offset: 0,
             len: record.meta_len,
         }];
-        segments.extend(record.layers.iter().map(|layer| DiskSegment {
+        segments.extend(record.layers.iter().map(|layer| StoredSegment {
             path: self.layer_path(layer.diff_id).join("blob"),
             offset: 0,
             len: layer.blob_len,
@@ -137,7 +137,7 @@ impl Store {
             }
         }
         segments.retain(|segment| segment.len > 0);
-        let Some(in_use) = segments.first().map(DiskSegment::open).transpose()? else {
+        let Some(in_use) = segments.first().map(StoredSegment::open).transpose()? else {
             return Ok(None);
         };
         Ok(Some(StoredImage {

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use sm_hypervisor::{Hypervisor as _, Native, VmConfig};
+use sm_hypervisor::{Hypervisor as _, Native, VmParameters};
 
 use super::with_causes;
 
@@ -19,7 +19,7 @@ pub(super) fn describe() -> Result<String, String> {
     // that time.
     std::thread::sleep(WHILE);
     let begun = Instant::now();
-    let vm = host.create_vm(&VmConfig { vcpus: 1 });
+    let vm = host.create_vm(&VmParameters { vcpus: 1 });
     let time = begun.elapsed();
     vm.map_err(|error| with_causes(&error))?;
     let took = format!("takes {:.1} ms", time.as_secs_f64() * 1e3);

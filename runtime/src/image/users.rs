@@ -6,7 +6,7 @@ use sm_control::with_causes;
 use sm_image::{Digest, Users};
 use sm_snapshot::chain::Chain;
 use sm_snapshot::manifest::Layer;
-use sm_snapshot::store::{Entry, SnapshotStore};
+use sm_snapshot::store::{SnapshotStore, StoreEntry};
 use sm_vmm::saved;
 
 use crate::home::Home;
@@ -57,7 +57,7 @@ fn is_gone(path: &Path) -> bool {
 }
 
 /// Returns the image from which a snapshot's workload runs.
-fn image_of(store: &SnapshotStore, entry: &Entry) -> Result<Option<Digest>, String> {
+fn image_of(store: &SnapshotStore, entry: &StoreEntry) -> Result<Option<Digest>, String> {
     let manifest = entry
         .manifest
         .as_ref()

@@ -21,7 +21,7 @@ pub use sm_snapshot::cpu::CpuFeatures;
 use sm_snapshot::flat;
 pub use sm_snapshot::manifest::{DeviceEntry, Layer, Manifest, MemoryEntry, ParentRef, StateEntry};
 use sm_snapshot::store::SnapshotStore;
-pub use sm_snapshot::verify::Verified;
+pub use sm_snapshot::verify::VerifiedSnapshot;
 use sm_vmm::IMAGE_LABEL;
 
 use crate::sm::Sm;
@@ -155,7 +155,7 @@ impl Snapshots {
     ///
     /// # Errors
     /// The first difference.
-    pub fn verify(&self, name: &str) -> Result<Verified, Error> {
+    pub fn verify(&self, name: &str) -> Result<VerifiedSnapshot, Error> {
         let chain = Chain::open(&self.store(), name)?;
         Ok(sm_snapshot::verify::verify(&chain)?)
     }

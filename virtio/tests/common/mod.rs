@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use sm_event_loop::{Readiness, Registry};
 use sm_virtio::iov::Window;
-use sm_virtio::queue::{Chain, Queue, QueueError};
+use sm_virtio::queue::{DescriptorChain, Queue, QueueError};
 use sm_virtio::{
     ActivateError, Activation, CannotSave, DevicePayload, GuestMemory, Interrupt, VirtioDevice,
 };
@@ -25,7 +25,7 @@ pub(crate) struct Filler {
     device_type: u32,
     active: Option<Active>,
     queues: Vec<Queue>,
-    chain: Chain,
+    chain: DescriptorChain,
     filled: u8,
     /// It cannot be saved.
     pub(crate) busy: bool,
@@ -37,7 +37,7 @@ impl Filler {
             device_type,
             active: None,
             queues: Vec::new(),
-            chain: Chain::new(),
+            chain: DescriptorChain::new(),
             filled: 0,
             busy: false,
         }
@@ -63,7 +63,7 @@ impl Filler {
 fn serve(
     active: &Active,
     queue: &mut Queue,
-    chain: &mut Chain,
+    chain: &mut DescriptorChain,
     filled: &mut u8,
 ) -> Result<(), QueueError> {
     while queue.pop(&active.memory, chain)? {

@@ -4,7 +4,9 @@ use std::fs::File;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use sm_hypervisor::{Hypervisor, IrqTrigger, MemoryRegion, RestoredVcpu, Vm, VmConfig};
+use sm_hypervisor::{
+    Hypervisor, IrqTrigger, MemoryRegion, RestoredVcpu, VirtualMachine, VmParameters,
+};
 
 use super::error::hypervisor;
 use super::{Machine, MachineError, Phases};
@@ -60,7 +62,7 @@ impl<H: Hypervisor> Chassis<H> {
     ) -> Result<Self, MachineError> {
         let mut watch = Stopwatch::start();
         let vm = host
-            .create_vm(&VmConfig { vcpus })
+            .create_vm(&VmParameters { vcpus })
             .map_err(hypervisor("create the virtual machine"))?;
         let hypervisor_objects = watch.lap();
         map_memory(&vm, &memory)?;
@@ -147,7 +149,7 @@ impl<H: Hypervisor> Chassis<H> {
     unsafe_code,
     reason = "hands guest memory to the hypervisor, which needs it to stay mapped"
 )]
-fn map_memory<V: Vm>(vm: &V, memory: &MachineMemory) -> Result<(), MachineError> {
+fn map_memory<V: VirtualMachine>(vm: &V, memory: &MachineMemory) -> Result<(), MachineError> {
     for region in &memory.regions {
         let host_address = memory.host_address(region).ok_or(MachineError::State {
             reason: "a memory region is not mapped".into(),

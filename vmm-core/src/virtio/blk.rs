@@ -27,7 +27,7 @@ use self::worker::{Done, Job, Workers};
 use super::disk::{Disk, SECTOR};
 use sm_event_loop::{Interest, Readiness, Registered, Registry, drain};
 use sm_virtio::GuestMemory;
-use sm_virtio::queue::{Chain, Queue, QueueError};
+use sm_virtio::queue::{DescriptorChain, Queue, QueueError};
 use sm_virtio::{ActivateError, Activation, CannotSave, DevicePayload, Interrupt, VirtioDevice};
 
 /// Kind of the device in saved state.
@@ -76,7 +76,7 @@ struct Active {
     failed: bool,
     workers: Option<(Workers, Registered<Arc<OwnedFd>>)>,
     /// Chains for reuse, so a request causes no allocation.
-    chains: Vec<Chain>,
+    chains: Vec<DescriptorChain>,
     done: Vec<Done>,
 }
 
@@ -257,7 +257,7 @@ impl Service<'_> {
         Ok(())
     }
 
-    fn finish(&mut self, chain: &Chain, outcome: Outcome) -> Result<u32, QueueError> {
+    fn finish(&mut self, chain: &DescriptorChain, outcome: Outcome) -> Result<u32, QueueError> {
         let written = answer(&self.active.memory, chain, outcome)?;
         let memory = &self.active.memory;
         self.queue.push_used(memory, chain.head(), written)?;

@@ -20,7 +20,7 @@ static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
 /// A part of a file that is a part of a composite disk.
 #[derive(Debug)]
-pub struct Segment {
+pub struct FileSegment {
     /// The file, opened for reading.
     pub file: File,
     /// First byte in the file.
@@ -53,7 +53,7 @@ struct Range {
 enum Kind {
     #[default]
     Empty,
-    Composite(Vec<Segment>),
+    Composite(Vec<FileSegment>),
     Raw {
         file: File,
         read_only: bool,
@@ -86,7 +86,7 @@ impl Disk {
     /// # Errors
     /// A segment that is not made of whole sectors, or that ends past the largest file; a
     /// total of more than 2^63 bytes; a file whose length cannot be determined.
-    pub fn composite(segments: Vec<Segment>) -> io::Result<Self> {
+    pub fn composite(segments: Vec<FileSegment>) -> io::Result<Self> {
         let mut ranges = Vec::with_capacity(segments.len());
         let mut len = 0u64;
         for segment in &segments {
@@ -378,7 +378,7 @@ mod tests {
                     data.iter().copied().skip(usize::try_from(offset).unwrap()).collect();
                 part.resize(usize::try_from(len).unwrap(), 0);
                 whole.extend_from_slice(&part);
-                Segment { file: file(&data), offset, len }
+                FileSegment { file: file(&data), offset, len }
             });
             let disk = Disk::composite(segments.collect()).unwrap();
             prop_assert_eq!(disk.len(), whole.len() as u64);
@@ -459,7 +459,7 @@ mod tests {
         let disks = [
             (Disk::raw(raw.try_clone().unwrap(), true).unwrap(), raw),
             (
-                Disk::composite(vec![Segment {
+                Disk::composite(vec![FileSegment {
                     file: part.try_clone().unwrap(),
                     offset: 0,
                     len: 4096,
@@ -484,7 +484,7 @@ mod tests {
     #[test]
     fn bytes_that_a_file_never_had_are_zeros() {
         let memory = memory();
-        let disk = Disk::composite(vec![Segment {
+        let disk = Disk::composite(vec![FileSegment {
             file: file(&[1; 600]),
             offset: 88,
             len: 2048,
@@ -508,7 +508,7 @@ mod tests {
         let window = Window::new(&spans, 0, 512);
         let raw = Disk::raw(file(&[1; 1300]), true).unwrap();
         assert_eq!(raw.len(), 1024, "cut to whole sectors");
-        let segment = Segment {
+        let segment = FileSegment {
             file: file(&[1; 512]),
             offset: 0,
             len: 512,
@@ -523,7 +523,7 @@ mod tests {
 
     #[test]
     fn invalid_segments_are_refused() {
-        let segment = |offset, len| Segment {
+        let segment = |offset, len| FileSegment {
             file: file(&[]),
             offset,
             len,

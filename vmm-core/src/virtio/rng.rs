@@ -8,7 +8,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use sm_event_loop::{Readiness, Registry};
 use sm_virtio::GuestMemory;
 use sm_virtio::iov::Window;
-use sm_virtio::queue::{Chain, Queue, QueueError};
+use sm_virtio::queue::{DescriptorChain, Queue, QueueError};
 use sm_virtio::{ActivateError, Activation, CannotSave, DevicePayload, Interrupt, VirtioDevice};
 
 /// Kind of the device in saved state.
@@ -33,7 +33,7 @@ struct Active {
 pub struct Rng {
     active: Option<Active>,
     queues: Vec<Queue>,
-    chain: Chain,
+    chain: DescriptorChain,
 }
 
 impl Rng {
@@ -66,7 +66,11 @@ impl Rng {
 }
 
 /// Serves requests; returns true if there may be more of them.
-fn serve(active: &Active, queue: &mut Queue, chain: &mut Chain) -> Result<bool, QueueError> {
+fn serve(
+    active: &Active,
+    queue: &mut Queue,
+    chain: &mut DescriptorChain,
+) -> Result<bool, QueueError> {
     for _ in 0..SLICE {
         if !queue.pop(&active.memory, chain)? {
             return Ok(false);

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 
 use sm_event_loop::EventLoop;
 use sm_hypervisor::{Hypervisor as _, Native};
-use sm_snapshot::extents::Content as Stored;
+use sm_snapshot::extents::ExtentKind;
 use sm_snapshot::manifest::{Manifest, OLDEST_FORMAT, StateEntry};
 use sm_snapshot::state_file::StateFile;
 use sm_snapshot::store::read_manifest;
@@ -376,7 +376,8 @@ fn snapshots_are_read(format: u32) {
         let pages = fs::read(from.join("memory.pages")).unwrap();
         let mut pages = pages.chunks_exact(4096);
         for extent in &chain.tip().index.extents {
-            for page in (extent.first..extent.end()).filter(|_| extent.content == Stored::Data) {
+            for page in (extent.first..extent.end()).filter(|_| extent.content == ExtentKind::Data)
+            {
                 use std::os::unix::fs::FileExt as _;
                 let bytes = pages.next().unwrap();
                 memory.write_all_at(bytes, page * 4096).unwrap();
@@ -482,7 +483,7 @@ fn write_golden() {
         let memory = fs::read(from.join("memory.bin")).unwrap();
         let mut pages = Vec::new();
         for extent in &chain.tip().index.extents {
-            if extent.content == Stored::Data {
+            if extent.content == ExtentKind::Data {
                 let range = extent.first * 4096..extent.end() * 4096;
                 let range =
                     usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap();

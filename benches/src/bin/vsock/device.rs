@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use sm_devices_vsock::testing::linux::{LinuxGuest, Profile, SocketId};
-use sm_devices_vsock::{ConnectOptions, Profiler, Stage, VsockConfig};
+use sm_devices_vsock::{ConnectOptions, ProfileStage, Profiler, VsockConfig};
 
 use super::pump::{CHUNK, HostEnds, Trip, connection, drain, give, join};
 
@@ -96,7 +96,7 @@ pub(crate) fn cost_of_a_stage_that_is_off() -> f64 {
     let begun = Instant::now();
     for _ in 0..TIMES {
         let stage = std::hint::black_box(&profiler).begin();
-        profiler.end(Stage::SocketRead, std::hint::black_box(stage));
+        profiler.end(ProfileStage::SocketRead, std::hint::black_box(stage));
     }
     begun.elapsed().as_secs_f64() * 1e9 / f64::from(TIMES)
 }

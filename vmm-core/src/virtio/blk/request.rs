@@ -12,7 +12,7 @@ use super::{ID_LEN, MAX_RANGE_SECTORS, MAX_RANGES};
 use crate::virtio::disk::{Disk, SECTOR};
 use sm_virtio::GuestMemory;
 use sm_virtio::iov::Window;
-use sm_virtio::queue::{Chain, QueueError};
+use sm_virtio::queue::{DescriptorChain, QueueError};
 
 const HEADER_LEN: u32 = 16;
 /// Length of one range in bytes: sector, number of sectors, flags.
@@ -57,16 +57,16 @@ pub(super) enum Operation {
 }
 
 /// Returns the length of the device-writable part for data: all but the status.
-fn room(chain: &Chain) -> u32 {
+fn room(chain: &DescriptorChain) -> u32 {
     chain.writable_len().saturating_sub(1)
 }
 
-fn payload(chain: &Chain) -> Window<'_> {
+fn payload(chain: &DescriptorChain) -> Window<'_> {
     Window::new(&chain.readable, HEADER_LEN, u32::MAX)
 }
 
 /// Decodes the request in `chain`.
-pub(super) fn parse(memory: &GuestMemory, chain: &Chain) -> Result<Operation, Status> {
+pub(super) fn parse(memory: &GuestMemory, chain: &DescriptorChain) -> Result<Operation, Status> {
     let mut header = [0; HEADER_LEN as usize];
     if !Window::new(&chain.readable, 0, HEADER_LEN).copy_out(memory, &mut header) {
         return Err(Status::IoError);
@@ -93,7 +93,7 @@ impl Operation {
         memory: &GuestMemory,
         disk: &Disk,
         id: &[u8; ID_LEN],
-        chain: &Chain,
+        chain: &DescriptorChain,
     ) -> Option<Outcome> {
         match self {
             Self::Read { offset } => {
@@ -131,7 +131,12 @@ impl Operation {
     }
 
     /// Executes the request; may wait for a device.
-    pub(super) fn execute(self, memory: &GuestMemory, disk: &Disk, chain: &Chain) -> Outcome {
+    pub(super) fn execute(
+        self,
+        memory: &GuestMemory,
+        disk: &Disk,
+        chain: &DescriptorChain,
+    ) -> Outcome {
         let failed = |error| Status::of(self, &error);
         match self {
             Self::Read { offset } => {
@@ -153,7 +158,7 @@ impl Operation {
     }
 
     /// Applies a discard or write-zeroes request to each of its ranges.
-    fn ranges(self, memory: &GuestMemory, disk: &Disk, chain: &Chain) -> Outcome {
+    fn ranges(self, memory: &GuestMemory, disk: &Disk, chain: &DescriptorChain) -> Outcome {
         let mut window = payload(chain);
         let len = window.len();
         if len == 0 || !len.is_multiple_of(RANGE_LEN) || len / RANGE_LEN > MAX_RANGES {
@@ -189,7 +194,7 @@ impl Operation {
     }
 }
 
-fn read_window(chain: &Chain) -> Result<Window<'_>, Status> {
+fn read_window(chain: &DescriptorChain) -> Result<Window<'_>, Status> {
     let window = Window::new(&chain.writable, 0, room(chain));
     whole_sectors(window.len())?;
     Ok(window)
@@ -207,7 +212,7 @@ fn whole_sectors(len: u32) -> Result<(), Status> {
 /// all.
 pub(super) fn answer(
     memory: &GuestMemory,
-    chain: &Chain,
+    chain: &DescriptorChain,
     outcome: Outcome,
 ) -> Result<u32, QueueError> {
     let (written, status) = match outcome {

@@ -15,21 +15,21 @@ use super::request::{Operation, Outcome};
 use crate::virtio::disk::Disk;
 use sm_event_loop::{new_eventfd, signal};
 use sm_virtio::GuestMemory;
-use sm_virtio::queue::Chain;
+use sm_virtio::queue::DescriptorChain;
 
 /// Maximum number of threads, and so of concurrent requests of one disk.
 const MAX_THREADS: usize = 4;
 
 /// A request to execute.
 pub(super) struct Job {
-    pub(super) chain: Chain,
+    pub(super) chain: DescriptorChain,
     pub(super) operation: Operation,
     pub(super) disk: Arc<Disk>,
 }
 
 /// An executed request.
 pub(super) struct Done {
-    pub(super) chain: Chain,
+    pub(super) chain: DescriptorChain,
     pub(super) outcome: Outcome,
 }
 
