@@ -12,7 +12,7 @@ use libfuzzer_sys::fuzz_target;
 use sm_devices_vsock::VsockConfig;
 use sm_devices_vsock::testing::{Guest, Packet, REQUEST, RESPONSE, RST, RW, SHUTDOWN};
 use sm_event_loop::EventLoop;
-use sm_frontends::{FrontendHandle, ForwardTarget, UnixFrontend};
+use sm_frontends::{ForwardTarget, FrontendHandle, UnixFrontend};
 use sm_guest_proto::port;
 
 /// The rig is created once and reused for all connections.

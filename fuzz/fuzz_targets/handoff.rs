@@ -33,7 +33,13 @@ fn send(router: &UnixStream, bytes: &[u8], what: u8, socket: &UnixStream, file: 
     if count > 0 {
         assert!(control.push(SendAncillaryMessage::ScmRights(&fds[..count])));
     }
-    sendmsg(router, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL).expect("room");
+    sendmsg(
+        router,
+        &[IoSlice::new(bytes)],
+        &mut control,
+        SendFlags::NOSIGNAL,
+    )
+    .expect("room");
 }
 
 fuzz_target!(|data: &[u8]| {

@@ -17,7 +17,11 @@ fuzz_target!(|data: &[u8]| {
         let again = ForwardHeader::decode(decoded.encode());
         assert_eq!(again, Ok(decoded));
         // No process listens on this port, and the forwarder does not wait for one.
-        *header = ForwardHeader { port: 1, wait_ms: 0 }.encode();
+        *header = ForwardHeader {
+            port: 1,
+            wait_ms: 0,
+        }
+        .encode();
     }
     let header = bytes.first_chunk::<HEADER_LEN>();
     let expected = header.map(|header| ForwardHeader::decode(*header));

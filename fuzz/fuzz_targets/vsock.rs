@@ -49,7 +49,9 @@ fn pair(kind: SocketKind, ends: &Ends) -> Option<OwnedFd> {
     let (near, far) = socketpair(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None).ok()?;
     let near = UnixStream::from(near);
     near.set_nonblocking(true).ok()?;
-    ends.lock().unwrap_or_else(PoisonError::into_inner).push(near);
+    ends.lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .push(near);
     Some(far)
 }
 
@@ -69,7 +71,10 @@ fn packet(input: &mut Input<'_>, seen: &[(u32, u32)]) -> Vec<u8> {
         // An existing connection, or a possible one.
         let (guest_port, host_port) = match seen.get(usize::from(packet[16]) % (seen.len() + 1)) {
             Some(&ports) => ports,
-            None => (u32::from(packet[17] % 8), PORTS[usize::from(packet[20] % 2)]),
+            None => (
+                u32::from(packet[17] % 8),
+                PORTS[usize::from(packet[20] % 2)],
+            ),
         };
         packet[16..20].copy_from_slice(&guest_port.to_le_bytes());
         packet[20..24].copy_from_slice(&host_port.to_le_bytes());
@@ -119,9 +124,8 @@ fuzz_target!(|data: &[u8]| {
     let mut seen = Vec::new();
     let listen = |guest: &Guest, port| {
         let ends = Arc::clone(&ends);
-        let acceptor = move |stream: sm_devices_vsock::GuestStream| {
-            pair(stream.kind, &ends).map(Into::into)
-        };
+        let acceptor =
+            move |stream: sm_devices_vsock::GuestStream| pair(stream.kind, &ends).map(Into::into);
         guest.muxer.listen(port, Box::new(acceptor))
     };
     let mut listening = PORTS.map(|port| Some(listen(&guest, port)));
@@ -157,7 +161,9 @@ fuzz_target!(|data: &[u8]| {
                     member: (how % 8 < 3).then(|| group.join(None)),
                     ..ConnectOptions::default()
                 };
-                guest.muxer.connect(PORTS[usize::from(how % 2)], far, options);
+                guest
+                    .muxer
+                    .connect(PORTS[usize::from(how % 2)], far, options);
             }
             14 => {
                 let which = usize::from(input.byte() % 2);

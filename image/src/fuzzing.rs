@@ -5,6 +5,9 @@ mod layers;
 mod tar_reference;
 
 pub use self::layers::{disk, layer, layer_index, pax, tar};
+#[cfg(feature = "containers-storage")]
+use std::{fs::File, io, os::fd::OwnedFd};
+
 use crate::config::ImageConfig;
 use crate::digest::Digest;
 use crate::documents::{Parts, diff_ids, parse, resolve};
@@ -61,6 +64,19 @@ pub fn registries(data: &[u8]) {
     };
     let first = text.lines().next().unwrap_or_default();
     crate::source::fuzz_registries(text, first.trim_start_matches('#').trim());
+}
+
+/// Reads a layer's stream from tar-split data, compressed by gzip, and the directory of its
+/// files.
+///
+/// # Errors
+/// The data or the files are refused.
+#[cfg(feature = "containers-storage")]
+pub fn tar_split(entries: File, layer: OwnedFd) -> io::Result<u64> {
+    io::copy(
+        &mut crate::source::tar_split(entries, layer),
+        &mut io::sink(),
+    )
 }
 
 /// Replays the seeds and corpora of the fuzzers without a fuzzer.

@@ -94,7 +94,8 @@ impl WorkingSet {
     /// Returns the number of pages.
     #[must_use]
     pub fn pages(&self) -> u64 {
-        self.runs.iter().map(|(_, pages)| pages).sum()
+        let pages = self.runs.iter().map(|(_, pages)| *pages);
+        pages.fold(0, u64::saturating_add)
     }
 
     /// Stores the record in the directory of a snapshot, and replaces an earlier one
@@ -132,7 +133,11 @@ impl WorkingSet {
         let digest = std::str::from_utf8(digest).ok()?;
         let file = StateFile::decode(&path, body, digest).ok()?;
         let section = file.section(&path, SECTION.0, SECTION.1..=SECTION.1).ok()?;
-        let set: Self = postcard::from_bytes(section.1).ok()?;
+        let (set, rest): (Self, _) = postcard::take_from_bytes(section.1).ok()?;
+        // Runs that overlap could request the same pages without end.
+        if !rest.is_empty() || !is_ascending(&set.runs) || !is_ascending(&set.written) {
+            return None;
+        }
         // This software never writes a record with more pages to copy.
         let written = set.written.iter().map(|(_, pages)| *pages);
         let written = written.fold(0, u64::saturating_add);
@@ -156,6 +161,16 @@ fn add(runs: &mut Vec<Run>, page: u64, join: u64) {
         Some((first, pages)) if page < *first + *pages + join => *pages = page + 1 - *first,
         _ => runs.push((page, 1)),
     }
+}
+
+/// Returns true if each run starts at or after the end of the one before it.
+fn is_ascending(runs: &[Run]) -> bool {
+    let mut end = 0;
+    runs.iter().all(|&(first, pages)| {
+        let starts_after = first >= end;
+        end = first.saturating_add(pages);
+        starts_after
+    })
 }
 
 /// Maps the pages of `runs` that are in `memory` and returns their number.
@@ -235,6 +250,36 @@ mod tests {
             written: vec![(u64::MAX - 1, 9)],
         };
         assert_eq!(far.prefetch(&memory), 0);
+    }
+
+    #[test]
+    fn a_record_whose_runs_overlap_is_ignored() {
+        let (_dir, store) = crate::store::tests::store();
+        crate::store::tests::publish(&store, "name", None);
+        let lease = store.lease("name").unwrap();
+        for (runs, usable) in [
+            (vec![(0, 2), (2, 3), (9, 1)], true),
+            (vec![(0, 3), (2, 3)], false),
+            (vec![(9, 1), (2, 3)], false),
+            (vec![(1, u64::MAX), (u64::MAX, 5)], true),
+            (vec![(1, u64::MAX), (7, 5)], false),
+        ] {
+            for written in [Vec::new(), runs.clone()] {
+                let set = WorkingSet {
+                    runs: if written.is_empty() {
+                        runs.clone()
+                    } else {
+                        Vec::new()
+                    },
+                    written,
+                };
+                let usable = usable && set.written.iter().all(|run| run.1 < 9);
+                set.save(&store, &lease).unwrap();
+                let loaded = WorkingSet::load(lease.dir());
+                let _ = loaded.as_ref().map(WorkingSet::pages);
+                assert_eq!(loaded, usable.then_some(set));
+            }
+        }
     }
 
     #[test]

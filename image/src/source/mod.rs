@@ -47,6 +47,8 @@ pub(crate) use self::registries::fuzz_registries;
 pub(crate) use self::registry::headers;
 #[cfg(feature = "registry")]
 pub use self::registry::{OpenBlob, Pushed, Pusher};
+#[cfg(all(feature = "containers-storage", feature = "fuzzing"))]
+pub(crate) use self::storage::tar_split;
 
 /// A layer of an image to be read.
 #[derive(Clone, Debug)]

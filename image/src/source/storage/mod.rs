@@ -35,6 +35,12 @@ use crate::documents::{MAX_DOCUMENT, Named, Parts, check_platform, diff_ids, par
 use crate::error::{Cause, ErrorKind};
 use crate::platform::Platform;
 
+/// Returns the stream of a layer from its tar-split data and its directory.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn tar_split(entries: File, layer: OwnedFd) -> impl Read {
+    TarSplit::new(entries, layer)
+}
+
 /// Supported drivers.
 const DRIVERS: [&str; 2] = ["overlay", "vfs"];
 /// Maximum size of a list of images or layers in bytes.
