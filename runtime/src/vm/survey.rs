@@ -128,7 +128,8 @@ fn ask_all<'scope, 'r: 'scope>(
     records: &'r [Record],
     timeout: Duration,
 ) -> Vec<Option<StateView>> {
-    let deadline = Instant::now() + timeout;
+    // A time beyond the range of the clock is no deadline.
+    let deadline = Instant::now().checked_add(timeout);
     let mut views: Vec<Option<StateView>> = records.iter().map(|_| None).collect();
     let mut alive = VecDeque::new();
     for (index, record) in records.iter().enumerate() {
@@ -207,8 +208,12 @@ fn ask(index: usize, record: &Record) -> io::Result<Asked> {
 }
 
 /// Waits for space in the backlog of a VM, and for its answer.
-fn ask_until(record: &Record, deadline: Instant) -> io::Result<Status> {
-    let stream = connect_until(&record.control_socket(), deadline)?;
+fn ask_until(record: &Record, deadline: Option<Instant>) -> io::Result<Status> {
+    let socket = record.control_socket();
+    let stream = match deadline {
+        Some(deadline) => connect_until(&socket, deadline)?,
+        None => UnixStream::connect(&socket)?,
+    };
     stream.set_nonblocking(true)?;
     let mut vm = send(0, stream)?;
     loop {
@@ -235,19 +240,19 @@ fn send(index: usize, mut stream: UnixStream) -> io::Result<Asked> {
 }
 
 /// Waits until a connection is readable; returns false at the deadline.
-fn wait(asked: &[Asked], deadline: Instant) -> bool {
+fn wait(asked: &[Asked], deadline: Option<Instant>) -> bool {
     if asked.is_empty() {
         return true;
     }
-    let left = deadline.saturating_duration_since(Instant::now());
-    let Ok(left) = Timespec::try_from(left) else {
+    let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+    let Ok(left) = left.map(Timespec::try_from).transpose() else {
         return false;
     };
     let fds = asked
         .iter()
         .map(|vm| PollFd::new(&vm.stream, PollFlags::IN));
     let mut fds: Vec<_> = fds.collect();
-    match poll(&mut fds, Some(&left)) {
+    match poll(&mut fds, left.as_ref()) {
         Ok(ready) => ready > 0,
         // After an interruption nothing is ready, and the caller checks the deadline
         // again.

@@ -64,3 +64,14 @@ impl Fixture {
         self.sm.vm("vm").unwrap()
     }
 }
+
+#[test]
+fn vms_are_inspected_without_a_time_limit() {
+    let mut f = fixture(SupervisorSetup::default().detached());
+    let (_agent, mut main) = f.vm.start();
+    let found = f.sm.vms().inspect(Duration::MAX).unwrap();
+    let states: Vec<_> = found.vms.iter().map(|vm| vm.state.status).collect();
+    assert_eq!(states, [VmStatus::Running]);
+    main.exit(0);
+    f.vm.finish();
+}
