@@ -27,7 +27,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
 use sm_control::Endpoint;
-pub use sm_control::config::VmConfig;
+pub use sm_control::config::{RecordFormError, VmConfig};
 pub use sm_control::exit::{ExitReason, ExitRecord};
 use sm_control::id::VmId;
 use thiserror::Error;
@@ -81,7 +81,16 @@ pub enum RecordError {
     /// The VM is alive, and the operation requires an exited one.
     #[error("VM \"{0}\" is running")]
     Running(String),
-    /// A file of a record cannot be read, written or parsed.
+    /// A file of a record is of no form that this program knows.
+    #[error("cannot understand {path:?}")]
+    Form {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: RecordFormError,
+    },
+    /// A file of a record cannot be read or written.
     #[error("cannot {operation} {path:?}")]
     Io {
         /// The operation that failed.
@@ -195,9 +204,10 @@ impl Record {
         self.directory.join(EXIT).exists()
     }
 
-    /// Returns true if the VM has ended and its VMM will remove the record.
+    /// Returns true if the record is removed, or the VM has ended and its VMM will remove
+    /// it.
     fn is_vanishing(&self) -> bool {
-        self.config.auto_remove && self.has_ended()
+        is_vanishing(&self.directory, self.config.auto_remove)
     }
 
     /// Writes the exit record durably. Called by the VMM.
@@ -237,6 +247,15 @@ impl Record {
     pub(crate) fn remove_sockets(&self) -> Result<(), RecordError> {
         remove_tree(&self.sockets)
     }
+}
+
+/// Returns true if the record in `directory` is removed, or its VM has ended and its VMM
+/// will remove it (`auto_remove`).
+fn is_vanishing(directory: &Path, auto_remove: bool) -> bool {
+    // A VMM removes its record without the registry's lock. A directory that is there after
+    // the look at its files was there at that look, as identifiers are never used again.
+    let ended = auto_remove && directory.join(EXIT).exists();
+    ended || !directory.try_exists().unwrap_or(true)
 }
 
 /// Takes the lock of the record in `directory`; `None` if the VMM holds it.

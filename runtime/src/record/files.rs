@@ -8,7 +8,7 @@ use std::path::Path;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::{RecordError, VmConfig, io_error};
+use super::{RecordError, RecordFormError, VmConfig, io_error};
 
 pub(super) fn dir_names(directory: &Path) -> Result<Vec<String>, RecordError> {
     let entries = std::fs::read_dir(directory).map_err(io_error("list", directory))?;
@@ -24,30 +24,30 @@ pub(super) fn dir_names(directory: &Path) -> Result<Vec<String>, RecordError> {
 
 /// Reads a JSON file; `None` if it does not exist.
 pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, RecordError> {
-    read(path, |bytes| {
-        serde_json::from_slice(bytes).map_err(io::Error::from)
-    })
+    read(path, |bytes| Ok(serde_json::from_slice(bytes)?))
 }
 
 /// Reads the configuration in a record; `None` if the file does not exist.
 pub(super) fn read_config(path: &Path) -> Result<Option<VmConfig>, RecordError> {
-    read(path, |bytes| {
-        VmConfig::from_record(bytes).map_err(io::Error::other)
-    })
+    read(path, VmConfig::from_record)
 }
 
 fn read<T>(
     path: &Path,
-    parse: impl FnOnce(&[u8]) -> io::Result<T>,
+    parse: impl FnOnce(&[u8]) -> Result<T, RecordFormError>,
 ) -> Result<Option<T>, RecordError> {
     let bytes = match std::fs::read(path) {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(io_error("read", path)(error)),
     };
-    parse(&bytes)
-        .map(Some)
-        .map_err(io_error("understand", path))
+    match parse(&bytes) {
+        Ok(value) => Ok(Some(value)),
+        Err(source) => Err(RecordError::Form {
+            path: path.to_owned(),
+            source,
+        }),
+    }
 }
 
 /// Writes `directory/name` atomically; the file survives a crash of the host once this

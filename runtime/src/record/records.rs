@@ -13,7 +13,7 @@ use sm_control::with_causes;
 
 use super::files::{dir_names, read_config, remove_tree, write_json};
 use super::{
-    CONFIG, CONSOLE, EXIT, ExitRecord, LOCK, Record, RecordError, VmConfig, bury, io_error,
+    CONFIG, CONSOLE, ExitRecord, LOCK, Record, RecordError, VmConfig, bury, io_error, is_vanishing,
     try_lock,
 };
 use crate::home::{Home, ensure_private_dir};
@@ -33,7 +33,7 @@ pub struct Records {
     known: Arc<Mutex<HashMap<VmId, (String, bool)>>>,
 }
 
-/// A record that cannot be parsed.
+/// A record that cannot be read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Damaged {
     /// Identifier of its VM.
@@ -199,6 +199,9 @@ impl Records {
 
     /// Returns the names in use. Each record is read only once, as its name never
     /// changes; starting many VMs through one value does not read all records each time.
+    ///
+    /// # Errors
+    /// The directory, or a record, cannot be read, so that a name in use may be unknown.
     fn names(&self) -> Result<Vec<(VmId, String)>, RecordError> {
         // No code panics while it holds this lock.
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
@@ -208,19 +211,20 @@ impl Records {
                 continue;
             };
             let directory = self.directory.join(id.as_str());
-            if !known.contains_key(&id)
-                && let Ok(Some(config)) = read_config(&directory.join(CONFIG))
-            {
-                known.insert(id.clone(), (config.name, config.auto_remove));
+            if !known.contains_key(&id) {
+                match read_config(&directory.join(CONFIG)) {
+                    Ok(Some(config)) => {
+                        known.insert(id.clone(), (config.name, config.auto_remove));
+                    }
+                    // A record that has disappeared, or whose name is lost, has none.
+                    Ok(None) | Err(RecordError::Form { .. }) => {}
+                    Err(error) => return Err(error),
+                }
             }
             let Some((name, auto_remove)) = known.get(&id) else {
                 continue;
             };
-            // A VMM removes its record without the registry's lock. A directory that is
-            // there after the look at its files was there at that look, as identifiers
-            // are never used again.
-            let ended = *auto_remove && directory.join(EXIT).exists();
-            if !ended && directory.try_exists().unwrap_or(true) {
+            if !is_vanishing(&directory, *auto_remove) {
                 names.push((id, name.clone()));
             }
         }

@@ -271,6 +271,53 @@ fn a_name_is_free_while_the_record_of_an_ended_vm_disappears() {
     }
 }
 
+/// A record that is left out of listings because its VM has ended does not reappear while
+/// it is removed.
+#[test]
+fn the_record_of_an_ended_vm_stays_out_of_listings_while_it_disappears() {
+    let f = fixture();
+    for round in 0..500 {
+        let (record, _lock) = f
+            .records
+            .create(None, |id, name| Ok(removing_itself(id, name)))
+            .unwrap();
+        record.write_exit(&exit(0)).unwrap();
+        let begin = std::sync::Barrier::new(2);
+        let listed = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                begin.wait();
+                record.erase().unwrap();
+            });
+            begin.wait();
+            f.records.list().unwrap()
+        });
+        assert!(listed.is_empty(), "round {round}");
+    }
+}
+
+#[test]
+fn a_name_is_not_free_while_its_record_cannot_be_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let make = |id, name| Ok(config(id, name));
+    let (record, _lock) = fixture_in(dir.path()).create(Some("web"), make).unwrap();
+    // The record exists, and reading its configuration fails, also for root.
+    let path = record.directory().join(CONFIG);
+    let aside = record.directory().join("aside");
+    std::fs::rename(&path, &aside).unwrap();
+    std::fs::create_dir(&path).unwrap();
+    let records = fixture_in(dir.path());
+    let error = records.create(Some("web"), make).unwrap_err();
+    let text = sm_control::with_causes(&error);
+    assert!(
+        text.contains(CONFIG) && text.contains("directory"),
+        "{text}"
+    );
+    std::fs::remove_dir(&path).unwrap();
+    std::fs::rename(&aside, &path).unwrap();
+    let taken = records.create(Some("web"), make).unwrap_err();
+    assert!(taken.to_string().contains("taken"), "{taken}");
+}
+
 /// Releases a lock independent of copies of the descriptor, which a process that another
 /// test forks has until its exec.
 fn let_go(lock: File) {
