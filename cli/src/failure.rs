@@ -96,6 +96,9 @@ fn hint_of_record(error: &RecordError) -> Option<String> {
         RecordError::Running(name) => {
             Some(format!("stop it with \"sm stop {name}\", or use --force"))
         }
+        RecordError::Later { .. } => {
+            Some("use the version of sm that has written it, or a later one".to_owned())
+        }
         _ => None,
     }
 }

@@ -300,11 +300,7 @@ impl Error {
     #[must_use]
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::Home(error) => match error {
-                HomeError::Unknown { .. } => ErrorKind::NotFound,
-                HomeError::NotPrivate { .. } => ErrorKind::PermissionDenied,
-                HomeError::Io { source, .. } => kind_of_io(source),
-            },
+            Self::Home(error) => kind_of_home(error),
             Self::Record(error) => kind_of_record(error),
             Self::Workload(_) | Self::Option(_) => ErrorKind::Invalid,
             Self::Kernel(KernelError::None) | Self::Agent(AgentError::None) => ErrorKind::NotFound,
@@ -348,15 +344,26 @@ impl Error {
     }
 }
 
+fn kind_of_home(error: &HomeError) -> ErrorKind {
+    match error {
+        HomeError::Unknown { .. } => ErrorKind::NotFound,
+        HomeError::NotPrivate { .. } => ErrorKind::PermissionDenied,
+        HomeError::Io { source, .. } => kind_of_io(source),
+    }
+}
+
 fn kind_of_record(error: &RecordError) -> ErrorKind {
     match error {
+        RecordError::Home(error) => kind_of_home(error),
         RecordError::NotFound(_) => ErrorKind::NotFound,
         RecordError::Ambiguous(_) => ErrorKind::Ambiguous,
         RecordError::NameTaken { .. } => ErrorKind::AlreadyExists,
         RecordError::BadName(_) => ErrorKind::Invalid,
-        RecordError::Damaged { .. } => ErrorKind::Damaged,
+        RecordError::Later { .. } => ErrorKind::Unsupported,
+        RecordError::Form { .. } if error.is_of_later_version() => ErrorKind::Unsupported,
+        RecordError::Damaged { .. } | RecordError::Form { .. } => ErrorKind::Damaged,
         RecordError::Running(_) => ErrorKind::Busy,
-        error => kind_of_causes(error),
+        RecordError::Io { source, .. } => kind_of_io(source),
     }
 }
 
@@ -445,6 +452,7 @@ impl From<ControlError> for Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::record::VmConfig;
 
     #[test]
     fn kinds_follow_the_causes() {
@@ -461,6 +469,14 @@ mod tests {
                 source,
             })
         };
+        let private = HomeError::NotPrivate {
+            path: "/x".into(),
+            reason: "other users can write to it",
+        };
+        let form = |json: &[u8]| RecordError::Form {
+            path: "/x".into(),
+            source: VmConfig::from_record(json).unwrap_err(),
+        };
         let name = || "x".to_owned();
         for (error, kind) in [
             (file(io(io::ErrorKind::NotFound)), ErrorKind::NotFound),
@@ -469,6 +485,12 @@ mod tests {
             (record(io(io::ErrorKind::StorageFull)), ErrorKind::NoSpace),
             (RecordError::NotFound(name()).into(), ErrorKind::NotFound),
             (RecordError::Running(name()).into(), ErrorKind::Busy),
+            (
+                RecordError::Home(private).into(),
+                ErrorKind::PermissionDenied,
+            ),
+            (form(b"{").into(), ErrorKind::Damaged),
+            (form(br#"{"version": 2}"#).into(), ErrorKind::Unsupported),
             (KernelError::None.into(), ErrorKind::NotFound),
             (
                 KernelError::Use {

@@ -78,6 +78,14 @@ pub enum RecordError {
         /// The cause.
         reason: String,
     },
+    /// The record is of a later version of this program, which can read it.
+    #[error("the record of VM {id} is of a later version: {reason}")]
+    Later {
+        /// Identifier of the VM.
+        id: VmId,
+        /// The cause.
+        reason: String,
+    },
     /// The VM is alive, and the operation requires an exited one.
     #[error("VM \"{0}\" is running")]
     Running(String),
@@ -101,6 +109,18 @@ pub enum RecordError {
         #[source]
         source: io::Error,
     },
+}
+
+impl RecordError {
+    /// Returns true if only a later version of this program can read the record.
+    pub(crate) fn is_of_later_version(&self) -> bool {
+        let unknown = |source| matches!(source, &RecordFormError::UnknownVersion(_));
+        match self {
+            Self::Form { source, .. } => unknown(source),
+            Self::Later { .. } => true,
+            _ => false,
+        }
+    }
 }
 
 fn io_error(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> RecordError {

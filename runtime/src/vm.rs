@@ -125,7 +125,8 @@ impl Vms {
     /// Removes the damaged record of the VM whose identifier begins with `query`.
     ///
     /// # Errors
-    /// No record matches, or several do; its VM is alive; its files cannot be removed.
+    /// No record matches, or several do; its VM is alive; a later version of this program
+    /// can read it; its files cannot be removed.
     pub fn remove_damaged(&self, query: &str) -> Result<(), Error> {
         Ok(Records::open(self.sm.home())?.remove_damaged(query)?)
     }

@@ -92,7 +92,10 @@ pub(crate) fn ps(sm: &Sm, args: &PsArgs, printer: &Printer) -> Result<u32, Failu
             } else {
                 damaged.id.short()
             };
-            let status = format!("Damaged: {}", damaged.reason);
+            let status = match damaged.later {
+                true => format!("Unsupported: {}", damaged.reason),
+                false => format!("Damaged: {}", damaged.reason),
+            };
             let [image, command, created, ports, name] = ["-"; 5].map(str::to_owned);
             [id.to_owned(), image, command, created, status, ports, name]
         });

@@ -101,6 +101,31 @@ fn a_damaged_record_can_be_inspected_and_removed() {
     assert!(!unreadable.directory.exists());
 }
 
+/// The version of `sm` that has written it can read it.
+#[test]
+fn a_record_of_a_later_version_is_listed_and_not_removed() {
+    let user = User::new();
+    let mut later = user.vm(1, "later");
+    fs::write(later.directory.join("config.json"), br#"{"version": 2}"#).unwrap();
+    later.dies();
+    let table = text(&user.sm(&["ps"]).stdout);
+    assert!(
+        table.contains("Unsupported: ")
+            && table.contains("version 2")
+            && table.contains(&later.short),
+        "{table}"
+    );
+    assert_eq!(rows(&user, &["ps", "--json"])[0].1, "unsupported");
+    for arguments in [&["rm", &later.short][..], &["rm", "-f", &later.short]] {
+        let done = user.sm(arguments);
+        assert_eq!(done.status.code(), Some(1), "{done:?}");
+        let error = text(&done.stderr);
+        assert!(error.contains("version 2"), "{error}");
+        assert!(error.contains("hint: use the version"), "{error}");
+    }
+    assert!(later.directory.exists() && later.sockets.exists());
+}
+
 #[test]
 fn the_console_is_printed_unchanged() {
     let user = User::new();

@@ -35,11 +35,24 @@ pub struct Records {
 
 /// A record that cannot be read.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Damaged {
     /// Identifier of its VM.
     pub id: VmId,
     /// The cause.
     pub reason: String,
+    /// It is not damaged: a later version of this program can read it.
+    pub later: bool,
+}
+
+impl From<Damaged> for RecordError {
+    fn from(damaged: Damaged) -> Self {
+        let Damaged { id, reason, later } = damaged;
+        match later {
+            true => Self::Later { id, reason },
+            false => Self::Damaged { id, reason },
+        }
+    }
 }
 
 impl Records {
@@ -178,7 +191,7 @@ impl Records {
                 continue;
             };
             let path = self.directory.join(id.as_str()).join(CONFIG);
-            let reason = match read_config(&path) {
+            let (reason, later) = match read_config(&path) {
                 Ok(Some(config)) if config.id == id => {
                     let record = self.record(config);
                     if vanishing || !record.is_vanishing() {
@@ -188,10 +201,10 @@ impl Records {
                 }
                 // The record has disappeared in the meantime.
                 Ok(None) => continue,
-                Ok(Some(config)) => format!("{path:?} is of VM {}", config.id),
-                Err(error) => with_causes(&error),
+                Ok(Some(config)) => (format!("{path:?} is of VM {}", config.id), false),
+                Err(error) => (with_causes(&error), error.is_of_later_version()),
             };
-            damaged.push(Damaged { id, reason });
+            damaged.push(Damaged { id, reason, later });
         }
         records.sort_by_key(|record| std::cmp::Reverse(record.config.created));
         Ok((records, damaged))
@@ -234,13 +247,15 @@ impl Records {
     /// Removes the damaged record whose identifier begins with `query`.
     ///
     /// # Errors
-    /// No record matches, or several do; its VM is alive; its files cannot be removed.
+    /// No record matches, or several do; its VM is alive; a later version of this program
+    /// can read it; its files cannot be removed.
     pub fn remove_damaged(&self, query: &str) -> Result<(), RecordError> {
         let _registry = registry_lock(&self.directory)?;
-        let damaged = self.one_damaged(query)?;
-        let id = damaged
-            .ok_or_else(|| RecordError::NotFound(query.to_owned()))?
-            .id;
+        let id = match self.one_damaged(query)? {
+            Some(later) if later.later => return Err(later.into()),
+            Some(damaged) => damaged.id,
+            None => return Err(RecordError::NotFound(query.to_owned())),
+        };
         let directory = self.directory.join(id.as_str());
         match try_lock(&directory, query, FlockOperation::NonBlockingLockShared) {
             Ok(None) => return Err(RecordError::Running(id.short().to_owned())),
@@ -283,7 +298,7 @@ impl Records {
             }
         }
         match self.one_damaged(query)? {
-            Some(Damaged { id, reason }) => Err(RecordError::Damaged { id, reason }),
+            Some(damaged) => Err(damaged.into()),
             None => Err(RecordError::NotFound(query.to_owned())),
         }
     }

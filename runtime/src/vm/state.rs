@@ -30,7 +30,8 @@ fn as_view<S: Serializer>(config: &VmConfig, serializer: S) -> Result<S::Ok, S::
 pub struct StateView {
     /// The status.
     pub status: VmStatus,
-    /// The cause of [`VmStatus::Unresponsive`] or [`VmStatus::Damaged`].
+    /// The cause of [`VmStatus::Unresponsive`], [`VmStatus::Damaged`] or
+    /// [`VmStatus::Unsupported`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
     /// Process ID of the VMM, while it runs.
@@ -72,6 +73,8 @@ pub enum VmStatus {
     Unresponsive,
     /// Its record cannot be read.
     Damaged,
+    /// Its record is of a later version of this program.
+    Unsupported,
 }
 
 impl VmStatus {
@@ -86,6 +89,7 @@ impl VmStatus {
             Self::Exited => "exited",
             Self::Unresponsive => "unresponsive",
             Self::Damaged => "damaged",
+            Self::Unsupported => "unsupported",
         }
     }
 }
@@ -133,7 +137,12 @@ mod tests {
             "status": "running", "pid": null, "started_ns": 17, "epoch": "e", "exit_code": null,
         });
         assert_eq!(serde_json::to_value(&state).unwrap(), json);
-        for status in [VmStatus::Unresponsive, VmStatus::Damaged, VmStatus::Paused] {
+        for status in [
+            VmStatus::Unresponsive,
+            VmStatus::Damaged,
+            VmStatus::Unsupported,
+            VmStatus::Paused,
+        ] {
             let json = serde_json::to_value(status).unwrap();
             assert_eq!(json, status.as_str());
         }

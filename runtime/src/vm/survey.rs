@@ -38,10 +38,14 @@ impl StateView {
         }
     }
 
-    /// Returns the view of a VM whose record is damaged.
+    /// Returns the view of a VM whose record cannot be read.
     #[must_use]
     pub fn damaged(damaged: &Damaged) -> Self {
-        Self::failed(VmStatus::Damaged, damaged.reason.clone())
+        let status = match damaged.later {
+            true => VmStatus::Unsupported,
+            false => VmStatus::Damaged,
+        };
+        Self::failed(status, damaged.reason.clone())
     }
 
     fn failed(status: VmStatus, problem: String) -> Self {
