@@ -87,6 +87,7 @@ impl Home {
     }
 
     /// Sets explicit directories, for tests and for applications with their own layout.
+    /// [`crate::SmBuilder::build`] completes relative paths.
     #[must_use]
     pub fn new(data: &Path, run: &Path, cache: &Path) -> Self {
         Self {
@@ -94,6 +95,25 @@ impl Home {
             run: run.to_owned(),
             cache: cache.to_owned(),
         }
+    }
+
+    /// Returns the same directories by absolute paths, which are valid in processes with
+    /// another working directory.
+    ///
+    /// # Errors
+    /// A path is empty, or the working directory of this process is unknown.
+    pub(crate) fn absolute(&self) -> Result<Self, HomeError> {
+        let absolute = |path: &Path| {
+            std::path::absolute(path).map_err(|source| HomeError::Io {
+                path: path.to_owned(),
+                source,
+            })
+        };
+        Ok(Self {
+            data: absolute(&self.data)?,
+            run: absolute(&self.run)?,
+            cache: absolute(&self.cache)?,
+        })
     }
 
     /// Returns the directory of persistent data: images, kernels, records of VMs.

@@ -60,7 +60,8 @@ pub struct SmBuilder {
 }
 
 impl SmBuilder {
-    /// Sets the directories of data, sockets and caches.
+    /// Sets the directories of data, sockets and caches. Relative paths are completed with
+    /// the working directory at the time of [`Self::build`].
     #[must_use]
     pub fn home(mut self, home: Home) -> Self {
         self.home = Some(home);
@@ -108,14 +109,15 @@ impl SmBuilder {
     /// Creates the handle.
     ///
     /// # Errors
-    /// No directories are set, and the environment does not determine them.
+    /// No directories are set, and the environment does not determine them; or a path is
+    /// empty, or relative to an unknown working directory.
     pub fn build(self) -> Result<Sm, Error> {
         let path = |set: Option<PathBuf>, name| set.or_else(|| variable(name).map(Into::into));
         // The process of a VM has another working directory.
         let absolute = |path: PathBuf| std::path::absolute(&path).unwrap_or(path);
         Ok(Sm(Arc::new(Settings {
             home: match self.home {
-                Some(home) => home,
+                Some(home) => home.absolute()?,
                 None => Home::from_env()?,
             },
             vmm: path(self.vmm, VMM),
@@ -224,6 +226,20 @@ mod tests {
         }
         let named = Sm::builder().below(dir.path()).vmm("/vmm").build().unwrap();
         assert_eq!(named.vmm().unwrap(), Path::new("/vmm"));
+    }
+
+    /// The process of a VM has another working directory.
+    #[test]
+    fn relative_directories_are_completed() {
+        let sm = Sm::builder().below("vms").build().unwrap();
+        let below = std::env::current_dir().unwrap().join("vms");
+        let home = sm.home();
+        assert_eq!(home.data(), below.join("data"));
+        assert_eq!(home.run(), below.join("run"));
+        assert_eq!(home.cache(), below.join("cache"));
+        let nowhere = Home::new(Path::new(""), Path::new("/run"), Path::new("/cache"));
+        let refused = Sm::builder().home(nowhere).build().unwrap_err();
+        assert!(matches!(refused, Error::Home(_)), "{refused}");
     }
 
     #[test]
