@@ -53,7 +53,7 @@ pub(crate) fn start(sm: &Sm, image: &Image, options: RunOptions) -> Result<Vm, E
     // All checks that can fail come before anything that would have to be undone.
     image.check_platform()?;
     let kernel = sm.kernels().find(options.kernel.as_deref())?;
-    crate::guest_agent::describe(sm.agent())?;
+    sm.describe_agent()?;
     Workload::merge(image.defaults(), &options.overrides, "checked")?;
 
     let launched = launch(

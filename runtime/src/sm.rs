@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::guest_agent::AgentError;
 use crate::home::Home;
 use crate::{Error, StartError, guest_agent};
 
@@ -78,7 +79,8 @@ impl SmBuilder {
     }
 
     /// Sets the program of VM processes, which calls [`crate::run_vmm_if_asked`] first in
-    /// main. By default it is this program, if it has called that function.
+    /// main. By default it is this program, if it has called that function. Another program
+    /// uses its own guest agent, unless [`Self::agent`] sets one.
     #[must_use]
     pub fn vmm(mut self, program: impl Into<PathBuf>) -> Self {
         self.vmm = Some(program.into());
@@ -162,8 +164,20 @@ impl Sm {
     }
 
     /// Returns the binary of the guest agent, if it is set.
-    pub(crate) fn agent(&self) -> Option<&Path> {
+    fn agent(&self) -> Option<&Path> {
         self.0.agent.as_deref()
+    }
+
+    /// Describes the guest agent of VMs. If another program is that of VMs, and no agent is
+    /// set, the agent is one that this program does not know.
+    ///
+    /// # Errors
+    /// There is none, or it cannot be read.
+    pub(crate) fn describe_agent(&self) -> Result<String, AgentError> {
+        match (&self.0.vmm, self.agent()) {
+            (Some(program), None) => Ok(format!("that of {}", program.display())),
+            (_, agent) => guest_agent::describe(agent),
+        }
     }
 
     /// Returns the program of VM processes.

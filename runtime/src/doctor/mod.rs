@@ -6,7 +6,6 @@ use serde::Serialize;
 use sm_control::with_causes;
 use sm_hypervisor::{Hypervisor as _, Native};
 
-use crate::guest_agent;
 use crate::record::Records;
 use crate::run::{DEFAULT_MEMORY, MIN_MEMORY};
 use crate::sm::Sm;
@@ -59,7 +58,7 @@ fn examine(sm: &Sm) -> Vec<Check> {
         ),
         check(
             "guest agent",
-            guest_agent::describe(sm.agent()).map_err(|error| with_causes(&error)),
+            sm.describe_agent().map_err(|error| with_causes(&error)),
         ),
         check(
             "data and sockets",
