@@ -1,15 +1,17 @@
 //! Messages between the launcher, the VMM and its clients.
 //!
 //! All messages travel in the frames of [`sm_guest_proto::frame`] over unix sockets
-//! between processes of one user. Launcher and VMM are one version of this crate, because
-//! the launcher starts its own executable. A client of another version gets an error
+//! between processes of one user. Launcher and VMM are one version of this crate: the
+//! launcher starts its own executable, or another one that refuses any other version. A client of another version gets an error
 //! reply for a request that the VMM cannot parse.
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use sm_guest_proto::control::{Evidence, GuestStats};
+use thiserror::Error;
 
+use crate::VERSION;
 use crate::config::LaunchConfig;
 use crate::exit::ExitRecord;
 use crate::publish::PublishedPort;
@@ -104,6 +106,36 @@ pub struct LaunchRequest {
     pub start_timeout_ms: u64,
     /// Phases completed before the VMM was started.
     pub phases: Vec<Phase>,
+}
+
+/// Failure to read a [`LaunchRequest`].
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum LaunchRequestError {
+    /// It is not the JSON of a request.
+    #[error(transparent)]
+    Json(#[from] serde_json::Error),
+    /// Its sender is of another version.
+    #[error("the launcher is of version {0}, and this program of version {VERSION}")]
+    OtherVersion(String),
+}
+
+impl LaunchRequest {
+    /// Reads a request of this version.
+    ///
+    /// # Errors
+    /// See [`LaunchRequestError`].
+    pub fn from_json(json: &[u8]) -> Result<Self, LaunchRequestError> {
+        /// The member that decides whether the others are known.
+        #[derive(Deserialize)]
+        struct Version {
+            version: String,
+        }
+        match serde_json::from_slice::<Version>(json)?.version {
+            version if version == VERSION => Ok(serde_json::from_slice(json)?),
+            other => Err(LaunchRequestError::OtherVersion(other)),
+        }
+    }
 }
 
 /// Reports of the VMM on the launch stream and to attached clients (CONTROL frames).

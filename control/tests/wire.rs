@@ -12,8 +12,8 @@ use sm_control::config::LaunchConfig;
 use sm_control::exit::{ExitReason, ExitRecord, FailureCause};
 use sm_control::id::VmId;
 use sm_control::launch::{
-    ControlAnswer, ControlCall, DiskSegment, ImageSource, LaunchRequest, Paging, Report,
-    SnapshotReport, Stage, StageTimes, StartSource, Status, Testimony,
+    ControlAnswer, ControlCall, DiskSegment, ImageSource, LaunchRequest, LaunchRequestError,
+    Paging, Report, SnapshotReport, Stage, StageTimes, StartSource, Status, Testimony,
 };
 use sm_control::publish::{PortStats, Publication, PublishedPort};
 use sm_control::timings::Phase;
@@ -176,8 +176,17 @@ fn a_launch_request() {
         "start_timeout_ms": 60_000, "phases": [],
     });
     assert_eq!(serde_json::to_value(&request).unwrap(), form);
-    let read: LaunchRequest = serde_json::from_value(form).unwrap();
+    let read: LaunchRequest = serde_json::from_value(form.clone()).unwrap();
     assert_eq!((read.config, read.source), (request.config, request.source));
+    let read = |form: &Value| LaunchRequest::from_json(form.to_string().as_bytes());
+    let other = read(&form).unwrap_err();
+    assert!(matches!(other, LaunchRequestError::OtherVersion(version) if version == "1"));
+    let mut own = form;
+    own["version"] = json!(sm_control::VERSION);
+    assert_eq!(read(&own).unwrap().cache, request.cache);
+    let unknown = json!({"version": sm_control::VERSION, "members": "unknown"});
+    let unknown = read(&unknown).unwrap_err();
+    assert!(matches!(unknown, LaunchRequestError::Json(_)), "{unknown}");
     is(
         &StartSource::Snapshot("s".into()),
         &json!({"snapshot": "s"}),

@@ -123,10 +123,7 @@ fn receive_request(launcher: &UnixStream) -> io::Result<(LaunchRequest, File)> {
         if frame.kind != FrameType::Request {
             return Err(bad("the launcher did not send a request"));
         }
-        let request: LaunchRequest = serde_json::from_slice(frame.payload)?;
-        if request.version != sm_control::VERSION {
-            return Err(bad("the launcher is of another version"));
-        }
+        let request = LaunchRequest::from_json(frame.payload).map_err(io::Error::other)?;
         return match fds.pop() {
             Some(lock) => Ok((request, File::from(lock))),
             None => Err(bad("the launcher did not send the record's lock")),
@@ -230,6 +227,20 @@ mod tests {
         });
         same.map(|entry| entry.file_name().into_string().unwrap())
             .collect()
+    }
+
+    /// Its other members are unknown.
+    #[test]
+    fn a_request_of_another_version_is_refused_by_its_version() {
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        let request = br#"{"version": "9.8.7", "members": "unknown"}"#;
+        let mut bytes = Vec::new();
+        frame::encode(FrameType::Request, request, &mut bytes).unwrap();
+        let lock = tempfile::tempfile().unwrap();
+        fdpass::send(&mut ours, &bytes, &lock).unwrap();
+        let error = receive_request(&theirs).unwrap_err().to_string();
+        assert!(error.contains("version 9.8.7"), "{error}");
+        assert!(error.contains(sm_control::VERSION), "{error}");
     }
 
     /// A copy at descriptor 0 would keep the stream open for the VM's life.

@@ -10,8 +10,8 @@ use crate::id::VmId;
 use crate::publish::Publication;
 use crate::workload::Workload;
 
-/// The configuration in a launch request. Both processes are of one program, and check
-/// this by [`LaunchRequest::version`](crate::launch::LaunchRequest::version).
+/// The configuration in a launch request. Both processes are of one version, which the
+/// VMM checks by [`LaunchRequest::version`](crate::launch::LaunchRequest::version).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LaunchConfig {
     /// Identifier.
