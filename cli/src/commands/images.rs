@@ -118,7 +118,7 @@ fn quota() -> Result<Option<u64>, Failure> {
 fn kept_beyond(sm: &Sm, quota: u64) -> Option<String> {
     match sm.images().keep_within(quota) {
         Ok(pruned) => pruned?.notes.into_iter().next(),
-        Err(error) => Some(format!("{:#}", anyhow!(error))),
+        Err(error) => Some(Failure::from(error).to_string()),
     }
 }
 

@@ -41,6 +41,29 @@ fn an_invalid_quota_is_refused_before_a_pull() {
     assert!(done.status.success(), "{done:?}");
 }
 
+/// The quota cannot be enforced, and the image can be used nevertheless.
+#[test]
+fn the_warning_about_a_quota_says_what_to_do() {
+    let user = User::new();
+    let layout = user.path("layout");
+    let mut image = LayoutBuilder::new(&layout, Compression::Gzip(1)).unwrap();
+    let file = MemoryFile::File(b"x".to_vec());
+    image.memory_layer(&[("file", 0o644, file)]).unwrap();
+    image.finish("latest", Config::default()).unwrap();
+    let snapshot = user.path("data/sm/snapshots/warm");
+    fs::create_dir_all(&snapshot).unwrap();
+    fs::write(snapshot.join("manifest.json"), b"{").unwrap();
+    let done = user
+        .command(&["pull", &format!("oci:{}", layout.display())])
+        .env("SM_IMAGE_QUOTA", "1")
+        .output()
+        .unwrap();
+    assert!(done.status.success(), "{done:?}");
+    let warning = text(&done.stderr);
+    assert!(warning.contains("\"warm\" cannot be read"), "{warning}");
+    assert!(warning.contains("sm snapshot rm warm"), "{warning}");
+}
+
 #[test]
 fn a_command_in_a_paused_vm_is_refused_with_dockers_status() {
     let user = User::new();
