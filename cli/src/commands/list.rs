@@ -154,7 +154,8 @@ pub(crate) fn port(sm: &Sm, args: &PortArgs, printer: &Printer) -> Result<u32, F
         if protocol != "tcp" {
             return Err(anyhow!("\"{word}\" is not published: only TCP ports can be").into());
         }
-        published.retain(|port| port.publication.guest.map(NonZeroU16::get) == Some(wanted));
+        // Port 0 is that of a publication whose port in the guest is not fixed, as in JSON.
+        published.retain(|port| port.publication.guest.map_or(0, NonZeroU16::get) == wanted);
         if published.is_empty() {
             return Err(anyhow!(
                 "port {wanted} of VM \"{}\" is not published: see \"sm port {}\"",

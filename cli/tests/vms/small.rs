@@ -64,6 +64,41 @@ fn the_warning_about_a_quota_says_what_to_do() {
     assert!(warning.contains("sm snapshot rm warm"), "{warning}");
 }
 
+/// JSON shows port 0 of a publication whose port in the guest is not fixed.
+#[test]
+fn ports_are_selected_by_the_numbers_that_are_shown() {
+    let user = User::new();
+    let vm = user.vm(1, "vm");
+    let listener = vm.listens("control.sock");
+    std::thread::spawn(move || {
+        let connections = json!({
+            "accepted": 0, "active": 0, "refused": 0, "evicted": 0, "unanswered": 0,
+            "to_guest": 0, "from_guest": 0,
+        });
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            receive(&mut stream).unwrap();
+            let published = json!([
+                {"host": {"tcp": "127.0.0.1:8080"}, "guest": 80, "connections": connections},
+                {"host": {"hybrid": "/any.sock"}, "guest": 0, "connections": connections},
+            ]);
+            let status = json!({"status": {
+                "stage": "running", "paused": false, "vmm_pid": 1, "epoch": "",
+                "started_ns": 1, "clients": 0, "published": published,
+            }});
+            send_json(&mut stream, &status);
+        }
+    });
+    for (port, shown) in [("80", "127.0.0.1:8080"), ("0", "/any.sock")] {
+        let done = user.sm(&["port", "vm", port]);
+        assert!(done.status.success(), "{done:?}");
+        let hosts = text(&done.stdout);
+        assert!(hosts.contains(shown), "{hosts}");
+        assert_eq!(hosts.lines().count(), 1, "{hosts}");
+    }
+    assert_eq!(user.sm(&["port", "vm", "81"]).status.code(), Some(1));
+}
+
 #[test]
 fn a_command_in_a_paused_vm_is_refused_with_dockers_status() {
     let user = User::new();
